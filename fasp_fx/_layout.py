@@ -1,0 +1,79 @@
+"""Which channel sets must be removed in equal numbers, so that every tensor stays a box.
+
+A tensor ``[heads, d]`` may lose different channels in each row but the same number in each. From all such tensors (*boxes*) this
+derives the blocks of every group, and finds the boxes that no choice of blocks can keep.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from torch import fx
+
+
+@dataclass(frozen=True)
+class Conflict:
+    """A tensor that would stop being a box: ``classes`` are the channel sets concerned."""
+
+    node: fx.Node
+    classes: np.ndarray
+
+
+def find_blocks(boxes: list[tuple[np.ndarray, fx.Node]], labels: np.ndarray, group_of: np.ndarray) -> tuple[np.ndarray, list[Conflict]]:
+    """Refine each group into blocks and check every box.
+
+    Args:
+        boxes: number tensors ``[rows, length]`` that shrink along their length.
+        labels: the channel set of each channel number.
+        group_of: the group of each channel set; negative for those that are never removed.
+
+    Returns:
+        The block of each channel set, unique over all groups, and the boxes that cannot stay one.
+    """
+    block = group_of.astype(np.int64).copy()
+    tables = []
+    for numbers, node in boxes:
+        sets = np.where(numbers >= 0, labels[np.maximum(numbers, 0)], -1)
+        candidate = (sets >= 0) & (group_of[np.maximum(sets, 0)] >= 0)
+        if not candidate.any():
+            continue
+        rows, columns = np.nonzero(candidate)
+        tables.append((rows, sets[rows, columns], numbers.shape[0], node))
+        first_row = np.full(len(block), -1, dtype=np.int64)
+        first_row[sets[rows, columns][::-1]] = rows[::-1]
+        _, block = np.unique(np.stack([block, first_row]), axis=1, return_inverse=True)
+        block = block.reshape(-1)
+    sizes = np.bincount(block[group_of >= 0], minlength=int(block.max(initial=0)) + 1)
+    conflicts = []
+    for rows, sets, count, node in tables:
+        bad = _uneven(rows, sets, count, block, sizes, group_of)
+        if bad.size:
+            conflicts.append(Conflict(node, bad))
+    return block, conflicts
+
+
+def _uneven(rows: np.ndarray, sets: np.ndarray, count: int, block: np.ndarray, sizes: np.ndarray, group_of: np.ndarray) -> np.ndarray:
+    """The channel sets of a box that equal counts per block do not keep equal in every row."""
+    pairs, times = np.unique(np.stack([rows, sets]), axis=1, return_counts=True)
+    row, member = pairs
+    owner = block[member]
+    (row_of, block_of), inverse = np.unique(np.stack([row, owner]), axis=1, return_inverse=True)
+    inverse = inverse.reshape(-1)
+    present = np.bincount(inverse)
+    low = np.full(len(present), np.iinfo(np.int64).max)
+    np.minimum.at(low, inverse, times)
+    high = np.zeros(len(present), dtype=np.int64)
+    np.maximum.at(high, inverse, times)
+    broken = (present != sizes[block_of]) | (low != high)
+    # Blocks of one group and one size lose equal counts; each row must hold the same number of them, with multiplicity.
+    representative = np.zeros(len(sizes), dtype=np.int64)
+    representative[owner] = group_of[member]
+    kind = np.stack([representative[block_of], sizes[block_of]])
+    _, kind_index = np.unique(kind, axis=1, return_inverse=True)
+    kind_index = kind_index.reshape(-1)
+    totals = np.zeros((int(kind_index.max()) + 1, count), dtype=np.int64)
+    np.add.at(totals, (kind_index, row_of), low)
+    uneven = (totals != totals[:, :1]).any(axis=1)
+    wrong = broken | uneven[kind_index]
+    return np.unique(member[wrong[inverse]])

@@ -1,0 +1,127 @@
+"""A captured model as the library works on it: a functional graph with its weights as attributes, and how to call it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.utils import _pytree as pytree
+
+from ._signature import CallSignature
+from .channels import attribute
+
+
+@dataclass(frozen=True)
+class RowPart:
+    """A weight that holds some rows of one of the caller's weights (see the pass that splits fused producers)."""
+
+    name: str
+    rows: tuple[int, ...]
+    dim: int
+
+
+@dataclass
+class Program:
+    """One model between capture and result.
+
+    Attributes:
+        module: graph module; graph inputs are placeholders, weights and buffers are ``get_attr`` nodes.
+        signature: the caller's calling convention.
+        example: positional and keyword arguments as the graph takes them.
+        state_inputs: names of placeholders that may become narrower.
+        state_outputs: positions of outputs that may become narrower.
+        parts: weights made by splitting, by name.
+        numbers: for weights that a pass has rewritten, the channel numbers of the analysed program along each dimension.
+        notes: what a user should know of the capture, for the report.
+    """
+
+    module: fx.GraphModule
+    signature: CallSignature
+    example: tuple[tuple[Any, ...], dict[str, Any]]
+    state_inputs: frozenset[str] = frozenset()
+    state_outputs: frozenset[int] = frozenset()
+    parts: dict[str, RowPart] = field(default_factory=dict)
+    numbers: dict[str, list[Tensor | None]] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+
+    def weights(self) -> dict[str, Tensor]:
+        """Every parameter and buffer by name; tied ones under each of their names."""
+        return dict([*self.module.named_parameters(remove_duplicate=False), *self.module.named_buffers(remove_duplicate=False)])
+
+    def canonical(self) -> dict[str, str]:
+        """For each weight's name, the first name (in alphabetical order) of the same storage region."""
+        first: dict[tuple[Any, ...], str] = {}
+        names = {}
+        for name, tensor in sorted(self.weights().items()):
+            key = (id(tensor),) if tensor.device.type == "meta" else (tensor.untyped_storage().data_ptr(), tensor.storage_offset(), tuple(tensor.shape), tensor.stride(), tensor.numel() or name)
+            names[name] = first.setdefault(key, name)
+        return names
+
+    def aliases(self) -> dict[str, list[str]]:
+        """For each canonical name, all names of that storage."""
+        found: dict[str, list[str]] = {}
+        for name, canonical in self.canonical().items():
+            found.setdefault(canonical, []).append(name)
+        return found
+
+    def copy(self) -> Program:
+        """A program whose graph and module tree can be changed; tensors are shared."""
+        graph = fx.Graph()
+        mapping: dict[fx.Node, fx.Node] = {}
+        outputs = graph.graph_copy(self.module.graph, mapping)
+        old_output = next(iter(self.module.graph.find_nodes(op="output")))
+        graph.output(outputs).meta.update(old_output.meta)
+        graph._codegen = self.module.graph._codegen
+        module = fx.GraphModule(_tree_copy(self.module), graph)
+        module.meta.update(self.module.meta)
+        return replace(self, module=module, parts=dict(self.parts), numbers=dict(self.numbers))
+
+    def placeholders(self) -> list[fx.Node]:
+        """The graph's inputs in order."""
+        return self.module.graph.find_nodes(op="placeholder")
+
+    def flat_inputs(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
+        """The values of the placeholders for one call in the caller's convention."""
+        named = self.signature.graph_inputs(args, kwargs)
+        example_args, example_kwargs = self.example
+        names = iter(self.signature.captured)
+        by_position = tuple(named.pop(next(names)) for _ in example_args)
+        keywords = {key: named.get(key, self.signature.constants.get(key)) for key in example_kwargs}
+        return pytree.tree_leaves((by_position, keywords))
+
+    def device(self) -> torch.device:
+        """The device of the weights, or of the inputs if there are none."""
+        tensors: Iterator[Any] = iter([*self.weights().values(), *pytree.tree_leaves(self.example)])
+        return next((tensor.device for tensor in tensors if isinstance(tensor, Tensor)), torch.device("cpu"))
+
+
+def _tree_copy(module: nn.Module) -> nn.Module:
+    """The same tree of submodules holding the same tensors, so that attributes can be replaced without touching the original."""
+    copy = nn.Module()
+    for name, parameter in module._parameters.items():
+        copy.register_parameter(name, parameter)
+    for name, buffer in module._buffers.items():
+        copy.register_buffer(name, buffer, persistent=name not in module._non_persistent_buffers_set)
+    for name, child in module._modules.items():
+        copy.add_module(name, child if isinstance(child, fx.GraphModule) else _tree_copy(child) if child is not None else None)
+    for name, value in vars(module).items():
+        if isinstance(value, Tensor) or name.startswith(("_tensor_constant", "lifted_tensor")):
+            setattr(copy, name, value)
+    return copy
+
+
+def set_weight(module: nn.Module, name: str, value: Tensor) -> None:
+    """Replace a parameter or buffer by its dotted name, keeping its kind, or add a parameter under a new name."""
+    path, _, leaf = name.rpartition(".")
+    owner = attribute(module, path) if path else module
+    if leaf in owner._buffers:
+        owner._buffers[leaf] = value
+    elif leaf in owner._parameters:
+        owner._parameters[leaf] = value if isinstance(value, nn.Parameter) else nn.Parameter(value, requires_grad=owner._parameters[leaf].requires_grad)
+    elif isinstance(value, nn.Parameter):
+        owner.register_parameter(leaf, value)
+    else:
+        setattr(owner, leaf, value)

@@ -1,0 +1,187 @@
+"""The caller's calling convention, bound back around a captured graph.
+
+Exporters drop arguments that hold no tensors and flatten the rest; a pruned module must still be called like the original.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, NoReturn
+
+import torch
+from torch.fx.graph import _PyTreeCodeGen, _PyTreeInfo
+from torch.utils import _pytree as pytree
+
+from .errors import ArgumentError, CallError
+
+_PLAIN = (type(None), bool, int, float, str)
+
+
+def has_tensor(value: Any) -> bool:
+    """Whether a (possibly nested) argument holds a tensor."""
+    return any(isinstance(leaf, torch.Tensor) for leaf in pytree.tree_leaves(value))
+
+
+@dataclass(frozen=True)
+class CallSignature:
+    """The parameters of the caller's ``forward``, and which of them were captured.
+
+    Attributes:
+        parameters: the signature of ``forward``, without ``self``.
+        captured: names of the arguments that the graph takes.
+        constants: the arguments given at capture that hold no tensor; they are part of the program.
+    """
+
+    parameters: inspect.Signature
+    captured: tuple[str, ...]
+    constants: dict[str, Any]
+
+    @staticmethod
+    def of(forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> CallSignature:
+        """The signature of ``forward`` as seen by this example call.
+
+        Raises:
+            ArgumentError: the example inputs do not fit the signature.
+        """
+        signature = inspect.signature(forward)
+        given = _bind(signature, args, kwargs)
+        captured = tuple(name for name, value in given.items() if has_tensor(value))
+        constants = {name: value for name, value in given.items() if name not in captured}
+        if not captured:
+            raise ArgumentError("the example inputs hold no tensor; pass at least one tensor in args or kwargs")
+        return CallSignature(signature, captured, constants)
+
+    def graph_inputs(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+        """The captured arguments of one call, by name.
+
+        Raises:
+            CallError: an argument was not captured, is missing, or differs from the constant seen at capture.
+        """
+        try:
+            given = _bind(self.parameters, args, kwargs)
+        except ArgumentError as error:
+            raise CallError(str(error)) from error
+        for name, value in given.items():
+            if name not in self.captured:
+                check_constant(name, value, self.constants.get(name, self._default(name)))
+        missing = [name for name in self.captured if name not in given]
+        if missing:
+            refuse_missing(missing[0])
+        return {name: given[name] for name in self.captured}
+
+    def _default(self, name: str) -> Any:
+        parameter = self.parameters.parameters.get(name)
+        return None if parameter is None or parameter.default is inspect.Parameter.empty else parameter.default
+
+
+def _bind(signature: inspect.Signature, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    try:
+        bound = signature.bind(*args, **kwargs)
+    except TypeError as error:
+        raise ArgumentError(f"the inputs do not fit the model's forward{signature}: {error}") from error
+    given: dict[str, Any] = {}
+    for name, value in bound.arguments.items():
+        kind = signature.parameters[name].kind
+        if kind is inspect.Parameter.VAR_KEYWORD:
+            given.update(value)
+        elif kind is inspect.Parameter.VAR_POSITIONAL:
+            given.update({f"{name}_{index}": item for index, item in enumerate(value)})
+        else:
+            given[name] = value
+    return given
+
+
+def positional(signature: inspect.Signature, captured: tuple[str, ...]) -> list[str]:
+    """Those captured arguments that can only be passed by position."""
+    names = []
+    for parameter in signature.parameters.values():
+        if parameter.kind is inspect.Parameter.POSITIONAL_ONLY and parameter.name in captured:
+            names.append(parameter.name)
+        elif parameter.kind is inspect.Parameter.VAR_POSITIONAL:
+            names += [name for name in captured if name.rpartition("_")[0] == parameter.name and name.rpartition("_")[2].isdigit()]
+    return names
+
+
+def refuse_missing(name: str) -> NoReturn:
+    """Refuse a call that lacks an argument the program was captured with."""
+    raise CallError(f"argument '{name}' is missing: the program was captured with it; pass it, or capture without it")
+
+
+def check_constant(name: str, value: Any, expected: Any) -> None:
+    """Refuse a value that differs from the one the program was captured with."""
+    if value is expected:
+        return
+    same = not isinstance(value, torch.Tensor) and type(value) is type(expected) and value == expected
+    if not same:
+        shown = f"a tensor of shape {tuple(value.shape)}" if isinstance(value, torch.Tensor) else repr(value)
+        raise CallError(f"argument '{name}' is {shown}, but the program was captured with {expected!r}; capture it with the value you need")
+
+
+class CallerCodeGen(_PyTreeCodeGen):
+    """Generates a ``forward`` with the caller's signature that refuses what was not captured."""
+
+    def __init__(self, signature: CallSignature, pytree_info: _PyTreeInfo) -> None:
+        super().__init__(pytree_info)
+        self.signature = signature
+
+    def additional_globals(self) -> list[tuple[str, Any]]:
+        objects = {f"_default_{name}": value for name, value in self._expected().items()}
+        return [*super().additional_globals(), ("_check_constant", check_constant), ("_refuse_missing", refuse_missing), *objects.items()]
+
+    def _expected(self) -> dict[str, Any]:
+        found = dict(self.signature.constants)
+        for name, parameter in self.signature.parameters.parameters.items():
+            if name not in self.signature.captured and parameter.default is not inspect.Parameter.empty:
+                found.setdefault(name, parameter.default)
+        return found
+
+    def _head(self) -> str:
+        parts = ["self"]
+        previous = None
+        for name, parameter in self.signature.parameters.parameters.items():
+            if previous is inspect.Parameter.POSITIONAL_ONLY and parameter.kind is not previous:
+                parts.append("/")
+            if parameter.kind is inspect.Parameter.KEYWORD_ONLY and previous not in (parameter.kind, inspect.Parameter.VAR_POSITIONAL):
+                parts.append("*")
+            previous = parameter.kind
+            if parameter.kind is inspect.Parameter.VAR_POSITIONAL:
+                parts.append(f"*{name}")
+            elif parameter.kind is inspect.Parameter.VAR_KEYWORD:
+                parts.append(f"**{name}")
+            elif parameter.default is inspect.Parameter.empty:
+                parts.append(name)
+            else:
+                plain = isinstance(parameter.default, _PLAIN)
+                parts.append(f"{name}={parameter.default!r}" if plain else f"{name}=_default_{name}")
+        if previous is inspect.Parameter.POSITIONAL_ONLY:
+            parts.append("/")
+        return ", ".join(parts)
+
+    def gen_fn_def(self, free_vars: list[str], maybe_return_annotation: str, *, expanded_def: bool = False) -> str:
+        parameters = self.signature.parameters.parameters
+        named = [name for name, p in parameters.items() if p.kind not in (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)]
+        lines = [f"def forward({self._head()}){maybe_return_annotation}:"]
+        extra = next((name for name, p in parameters.items() if p.kind is inspect.Parameter.VAR_KEYWORD), None)
+        rest = next((name for name, p in parameters.items() if p.kind is inspect.Parameter.VAR_POSITIONAL), None)
+        lines += [f"    if {name} is None: _refuse_missing({name!r})" for name in self.signature.captured if name in named]
+        lines += [f"    _check_constant({name!r}, {name}, _default_{name})" for name in named if name not in self.signature.captured and name in self._expected()]
+        if extra is not None:
+            others = [name for name in self.signature.captured if name not in named and not (rest and name.startswith(f"{rest}_"))]
+            lines += [f"    if {name!r} not in {extra}: _refuse_missing({name!r})" for name in others]
+            known = "{" + ", ".join(f"{name!r}: _default_{name}" for name in self.signature.constants if name not in named) + "}"
+            lines.append(f"    for _name, _value in {extra}.items():")
+            lines.append(f"        if _name not in {tuple(others)!r}: _check_constant(_name, _value, {known}.get(_name))")
+        in_spec = self.pytree_info.in_spec
+        by_position = positional(self.signature.parameters, self.signature.captured)
+        first = [f"*{rest}" if rest and name not in named else name for name in by_position]
+        keywords = [f"{key!r}: {self._keyword(key, named, extra)}" for key in in_spec.child(1).context or []]
+        names = ", ".join(var.split(":")[0].split("#")[0].strip() for var in free_vars)
+        lines.append(f"    {names}, = fx_pytree.tree_flatten_spec(([{', '.join(dict.fromkeys(first))}], {{{', '.join(keywords)}}}), self._in_spec)")
+        return "\n".join(lines) + "\n"
+
+    def _keyword(self, key: str, named: list[str], extra: str | None) -> str:
+        if key in self.signature.constants:
+            return f"_default_{key}"
+        return key if key in named else f"{extra}[{key!r}]"

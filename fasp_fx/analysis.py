@@ -1,0 +1,301 @@
+"""Find the coupled groups of a program. Pure: reads a program, returns groups with a reason for each status."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import networkx as nx
+import numpy as np
+from scipy.sparse import coo_matrix
+from scipy.sparse.csgraph import connected_components
+from torch import fx
+
+from ._layout import Conflict, find_blocks
+from ._program import Program
+from .channels import Axis, Interpreter, Numbering, Remark, Slot, Value, Walk, attribute
+from .errors import ArgumentError
+from .groups import APPROXIMATE, EXEMPT, FROZEN, PRUNABLE, Group, Member
+
+LAYOUT = "layout"
+
+
+@dataclass
+class Analysis:
+    """The coupled groups of one program.
+
+    Attributes:
+        program: the captured program, with fused producers split where a layout demanded it.
+        groups: all groups, in graph order.
+        conflicts: tensors whose layout stands in the way (their groups are frozen with reason ``layout``).
+        labels: the channel set of each channel number.
+    """
+
+    program: Program
+    groups: list[Group]
+    conflicts: list[Conflict]
+    labels: np.ndarray
+    numbering: Numbering
+    walk: Walk
+
+    def select(self, status: str) -> list[Group]:
+        """The groups of one status."""
+        return [group for group in self.groups if group.status == status]
+
+    @property
+    def max_sparsity(self) -> float:
+        """The highest sparsity that can be asked for with ``round_to=1`` (see :mod:`fasp_fx.allocation`)."""
+        from .allocation import Budget
+
+        return Budget(self).reach(1)
+
+    @cached_property
+    def without_rule(self) -> dict[str, int]:
+        """Operators that had no rule and froze what they touched, with the number of times each stands in the graph."""
+        return {name: len(nodes) for name, nodes in sorted(self.walk.without_rule.items())}
+
+    def graph(self) -> nx.DiGraph:
+        """Weights and groups as a directed graph: producer → group → consumer; nodes carry ``kind`` and ``status``."""
+        graph = nx.DiGraph()
+        for group in self.groups:
+            vertex = ("group", group.name)
+            graph.add_node(vertex, kind="group", status=group.status, size=group.size, reason=group.reason)
+            for member in group.producers:
+                graph.add_node(("weight", member.name), kind="weight")
+                graph.add_edge(("weight", member.name), vertex, dim=member.dim)
+            for member in group.consumers:
+                graph.add_node(("weight", member.name), kind="weight")
+                graph.add_edge(vertex, ("weight", member.name), dim=member.dim)
+        return graph
+
+    def explain(self, first: str, second: str) -> list[str]:
+        """The path of graph nodes that couples channels of two weights, from ``first`` to ``second``.
+
+        Returns:
+            One line per node of a shortest path; empty if no channel of one is coupled with a channel of the other.
+
+        Raises:
+            ArgumentError: a name is not a weight of the model.
+        """
+        canonical = self.program.canonical()
+        for name in (first, second):
+            if name not in canonical:
+                raise ArgumentError(f"'{name}' is not a weight of the model; names are those of model.named_parameters()")
+        start, end = canonical[first], canonical[second]
+        shared = self._sets_of(start) & self._sets_of(end)
+        for chosen in sorted(shared):
+            graph = self._carriers(chosen)
+            starts = [n for n in graph if n.op == "get_attr" and canonical[n.target] == start]
+            ends = [n for n in graph if n.op == "get_attr" and canonical[n.target] == end]
+            for source in starts:
+                for target in ends:
+                    if nx.has_path(graph, source, target):
+                        return [_describe(node) for node in nx.shortest_path(graph, source, target)]
+        return []
+
+    def _sets_of(self, name: str) -> set[int]:
+        return {int(s) for slot in self.numbering.slots if slot.name == name for s in np.unique(self.labels[slot.base : slot.base + slot.size])}
+
+    def _carriers(self, chosen: int) -> nx.Graph:
+        """The nodes whose tensors hold this channel set, and the contractions that consume it."""
+        graph = nx.Graph()
+        consumers = {use.node for use in self.walk.facts.uses}
+        holding = {node for node, value in self.walk.values.items() if any(self._holds(axis, chosen) for axis in _axes(value))}
+        for node in self.walk.values:
+            for source in node.all_input_nodes:
+                if source in holding and (node in holding or node in consumers or node.op == "call_function"):
+                    graph.add_edge(source, node)
+        return graph
+
+    def _holds(self, axis: Axis, chosen: int) -> bool:
+        numbers = axis.numbers.reshape(-1).numpy()
+        return bool((self.labels[numbers[numbers >= 0]] == chosen).any())
+
+
+def _axes(value: Any) -> list[Axis]:
+    values = value if isinstance(value, (list, tuple)) else [value]
+    return [axis for item in values if isinstance(item, Value) for axis in item.axes]
+
+
+def _describe(node: fx.Node) -> str:
+    return f"{node.target}" if node.op == "get_attr" else f"{node.name} = {node.target}"
+
+
+def analyze_program(program: Program, split: Callable[[Program, Analysis], Program | None] | None = None) -> Analysis:
+    """Analyse a captured program; if ``split`` is given, let it split fused producers that a layout ties together, and analyse again."""
+    analysis = _analyze(program)
+    while split is not None and analysis.conflicts:
+        rewritten = split(program, analysis)
+        if rewritten is None:
+            break
+        program, analysis = rewritten, _analyze(rewritten)
+    return analysis
+
+
+def _analyze(program: Program) -> Analysis:
+    numbering = Numbering()
+    canonical = program.canonical()
+    walk = Interpreter(program.module, numbering, canonical, program.state_inputs, program.state_outputs).run()
+    labels = _label(numbering.total, walk)
+    labels.setflags(write=False)
+    count = int(labels.max(initial=-1)) + 1
+    status, reason = _status(labels, count, walk, program)
+    group_of, keys = _grouping(labels, count, status, reason, numbering, walk)
+    block, conflicts = find_blocks(list(walk.facts.boxes.values()), labels, np.where(np.isin(status, (_CODE[FROZEN], _CODE[UNUSED])), -1, group_of))
+    for conflict in conflicts:
+        # An exempt group is not pruned unless asked, and then through the same check; its status says more than its layout.
+        stuck = conflict.classes[status[conflict.classes] != _CODE[EXEMPT]]
+        status[stuck] = _CODE[FROZEN]
+        for chosen in stuck:
+            reason[chosen] = f"{LAYOUT}: equal counts cannot be kept in {conflict.node.name} = {conflict.node.target}"
+    group_of, keys = _grouping(labels, count, status, reason, numbering, walk)
+    groups = _build(labels, group_of, keys, block, status, reason, numbering, walk, program)
+    real = [c for c in conflicts if (status[c.classes] != _CODE[EXEMPT]).any()]
+    return Analysis(program, groups, real, labels, numbering, walk)
+
+
+UNUSED = "unused"
+_CODE = {PRUNABLE: 0, APPROXIMATE: 1, FROZEN: 2, EXEMPT: 3, UNUSED: 4}
+_STATUS = {code: name for name, code in _CODE.items()}
+
+
+def _label(total: int, walk: Walk) -> np.ndarray:
+    pairs = walk.facts.pairs
+    first = np.concatenate([a for a, _, _ in pairs]) if pairs else np.zeros(0, dtype=np.int64)
+    second = np.concatenate([b for _, b, _ in pairs]) if pairs else np.zeros(0, dtype=np.int64)
+    graph = coo_matrix((np.ones(len(first), dtype=np.int8), (first, second)), shape=(total, total))
+    return connected_components(graph, directed=False)[1].astype(np.int64)
+
+
+def _status(labels: np.ndarray, count: int, walk: Walk, program: Program) -> tuple[np.ndarray, np.ndarray]:
+    """A status code and a reason for each channel set; an exemption outweighs freezing, freezing outweighs mixing."""
+    status = np.full(count, _CODE[PRUNABLE], dtype=np.int8)
+    reason = np.full(count, "", dtype=object)
+
+    def mark(remarks: list[Remark], code: str) -> None:
+        for remark in reversed(remarks):  # the first remark in graph order is the one shown
+            sets = np.unique(labels[remark.numbers])
+            status[sets] = _CODE[code]
+            reason[sets] = remark.reason
+
+    mark(walk.facts.mixed, APPROXIMATE)
+    mark(walk.facts.frozen, FROZEN)
+    mark(walk.facts.exempt, EXEMPT)
+    return status, reason
+
+
+def _grouping(
+    labels: np.ndarray, count: int, status: np.ndarray, reason: np.ndarray, numbering: Numbering, walk: Walk
+) -> tuple[np.ndarray, dict[int, tuple[frozenset[int], frozenset[int]]]]:
+    """The group of each channel set: those with the same status, slots and uses; and per group its slots and uses."""
+    numbers = np.concatenate([np.arange(s.base, s.base + s.size) for s in numbering.slots]) if numbering.slots else np.zeros(0, dtype=np.int64)
+    slot_ids = numbering.slot_ids(numbers)
+    incidence = [np.stack([labels[numbers], slot_ids])]
+    offset = len(numbering.slots)
+    for index, use in enumerate(walk.facts.uses):
+        sets = np.unique(labels[use.columns[use.columns >= 0]])
+        incidence.append(np.stack([sets, np.full(len(sets), offset + index)]))
+    table = np.unique(np.concatenate(incidence, axis=1), axis=1)
+    order = np.lexsort((table[1], table[0]))
+    sets, items = table[0][order], table[1][order]
+    bounds = np.searchsorted(sets, np.arange(count + 1))
+    group_of = np.full(count, -1, dtype=np.int64)
+    known: dict[Any, int] = {}
+    keys: dict[int, tuple[frozenset[int], frozenset[int]]] = {}
+    for chosen in range(count):
+        touched = items[bounds[chosen] : bounds[chosen + 1]]
+        key = (int(status[chosen]), touched.tobytes(), str(reason[chosen]).startswith(LAYOUT))
+        if key not in known:
+            known[key] = len(known)
+            keys[known[key]] = (frozenset(map(int, touched[touched < offset])), frozenset(map(int, touched[touched >= offset] - offset)))
+        group_of[chosen] = known[key]
+    return group_of, keys
+
+
+def _build(
+    labels: np.ndarray,
+    group_of: np.ndarray,
+    keys: dict[int, tuple[frozenset[int], frozenset[int]]],
+    block: np.ndarray,
+    status: np.ndarray,
+    reason: np.ndarray,
+    numbering: Numbering,
+    walk: Walk,
+    program: Program,
+) -> list[Group]:
+    produced = np.unique(np.concatenate(walk.facts.produced)) if walk.facts.produced else np.zeros(0, dtype=np.int64)
+    consumed = np.unique(np.concatenate([use.columns for use in walk.facts.uses])) if walk.facts.uses else np.zeros(0, dtype=np.int64)
+    produces, consumes = set(numbering.slot_ids(produced[produced >= 0]).tolist()), set(numbering.slot_ids(consumed[consumed >= 0]).tolist())
+    positions = {node: index for index, node in enumerate(program.module.graph.nodes)}
+    order = np.argsort(group_of, kind="stable")
+    bounds = np.searchsorted(group_of[order], np.arange(len(keys) + 1))
+    numbers_by_label = np.argsort(labels, kind="stable")
+    label_bounds = np.searchsorted(labels[numbers_by_label], np.arange(len(group_of) + 1))
+    parameters = {program.parts[name].name if name in program.parts else name for name, _ in program.module.named_parameters(remove_duplicate=False)}
+    found: list[tuple[Any, Group]] = []
+    for index, (slot_ids, use_ids) in keys.items():
+        members = order[bounds[index] : bounds[index + 1]]
+        block_ids, inverse = np.unique(block[members], return_inverse=True)
+        sizes = np.bincount(inverse.reshape(-1))
+        for size in np.unique(sizes):  # blocks of unequal size are groups of their own
+            sets = members[sizes[inverse.reshape(-1)] == size]
+            numbers = np.concatenate([numbers_by_label[label_bounds[s] : label_bounds[s + 1]] for s in sets])
+            own = numbering.slot_ids(numbers)
+            slots = [numbering.slots[i] for i in sorted(slot_ids)]
+            rows = _members([(s, numbers[own == i]) for i, s in zip(sorted(slot_ids), slots) if s.kind == "weight" and (i in produces or i not in consumes)], program)
+            columns = _members([(s, numbers[own == i]) for i, s in zip(sorted(slot_ids), slots) if i in consumes], program)
+            uses = tuple(walk.facts.uses[i] for i in sorted(use_ids))
+            code, why = _STATUS[int(status[sets[0]])], str(reason[sets[0]])
+            if not uses and code in (PRUNABLE, APPROXIMATE):
+                if not any(i in produces for i in slot_ids):
+                    continue  # a dimension that nothing in the graph speaks of
+                code, why = FROZEN, "no weight consumes these channels"
+            if size == 1 and code in (PRUNABLE, APPROXIMATE):
+                code, why = FROZEN, f"{LAYOUT}: one channel set takes the whole of a dimension"
+            if not any(member.name in parameters for member in (*rows, *columns)):
+                continue  # positions of buffers alone
+            # Frozen channels need no layout: they are shown as one block.
+            own_blocks = len(np.unique(block[sets])) if code != FROZEN else 1
+            group = Group("", len(sets), own_blocks, code, why, tuple(rows), tuple(columns), sets, block[sets], uses, tuple(slots))
+            at = min((positions[use.node] for use in uses), default=len(positions))
+            found.append(((at, int(numbers.min())), group))
+    return _named([group for _, group in sorted(found, key=lambda item: item[0])])
+
+
+def _members(slots: list[tuple[Slot, np.ndarray]], program: Program) -> list[Member]:
+    """One member per weight of the caller's; the parts of a split one are shown together."""
+    merged: dict[tuple[str, int], Member] = {}
+    for slot, numbers in slots:
+        member = _member(slot, numbers, program)
+        before = merged.get((member.name, member.dim))
+        indices = member.indices if before is None else tuple(sorted(before.indices + member.indices))
+        merged[(member.name, member.dim)] = Member(member.name, member.dim, indices, member.size)
+    return list(merged.values())
+
+
+def _member(slot: Slot, numbers: np.ndarray, program: Program) -> Member:
+    indices = np.sort(numbers) - slot.base
+    part = program.parts.get(slot.name)
+    if part is not None:
+        rows = np.array(part.rows) if slot.dim == part.dim else np.arange(slot.size)
+        size = _size_before_split(program, slot, part.name)
+        return Member(part.name, slot.dim, tuple(np.sort(rows[indices]).tolist()), size)
+    return Member(slot.name, slot.dim, tuple(indices.tolist()), slot.size)
+
+
+def _size_before_split(program: Program, slot: Slot, original: str) -> int:
+    parts = [part for part in program.parts.values() if part.name == original]
+    return sum(len(part.rows) for part in parts) if slot.dim == parts[0].dim else int(attribute(program.module, slot.name).shape[slot.dim])
+
+
+def _named(groups: list[Group]) -> list[Group]:
+    taken: dict[str, int] = {}
+    named = []
+    for group in groups:
+        base = (group.consumers or group.producers)[0].name
+        taken[base] = taken.get(base, 0) + 1
+        name = base if taken[base] == 1 else f"{base}#{taken[base]}"
+        named.append(Group(name, *[getattr(group, f) for f in ("size", "blocks", "status", "reason", "producers", "consumers", "sets", "block_of", "uses", "slots")]))
+    return named

@@ -1,0 +1,247 @@
+"""Capture a model as a functional graph in which linear, attention and norms stay whole."""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+import logging
+import warnings
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.export import Dim, ExportedProgram, ShapesCollection
+from torch.utils import _pytree as pytree
+
+from ._program import Program
+from ._signature import CallSignature, positional
+from .errors import ArgumentError, CaptureError
+
+
+def capture(
+    model: nn.Module | fx.GraphModule | ExportedProgram,
+    args: tuple[Any, ...] = (),
+    kwargs: dict[str, Any] | None = None,
+    *,
+    dynamic_shapes: Any = None,
+    state: tuple[str, ...] = (),
+) -> Program:
+    """Capture ``model`` as it behaves on the example inputs.
+
+    Args:
+        model: a module in evaluation mode, a graph module, or an exported program.
+        args, kwargs: example inputs; an exported program brings its own.
+        dynamic_shapes: as for ``torch.export.export``; ``None`` keeps every dimension dynamic that the model lets vary.
+        state: names of arguments and outputs that hold state (a cache) and may become narrower.
+
+    Raises:
+        ArgumentError: the inputs do not fit the model.
+        CaptureError: the model is in training mode or cannot be exported; the message carries the exporter's reason.
+    """
+    kwargs = dict(kwargs or {})
+    if isinstance(model, ExportedProgram):
+        exported, signature, notes = _functional(model), _exported_signature(model, args, kwargs), ()
+    elif isinstance(model, nn.Module):
+        if model.training and any(True for _ in model.modules()) and not isinstance(model, fx.GraphModule):
+            raise CaptureError(f"{type(model).__name__} is in training mode, which the capture would make permanent; call model.eval() first")
+        args = args if isinstance(args, tuple) else (args,)
+        signature = CallSignature.of(model.forward, args, kwargs)
+        given = signature.graph_inputs(args, kwargs)
+        exported, notes = _export(model, signature, given, dynamic_shapes)
+    else:
+        raise ArgumentError(f"model must be an nn.Module, fx.GraphModule or ExportedProgram, not {type(model).__name__}")
+    module = exported.module(check_guards=False)
+    example = exported.example_inputs
+    if example is None:
+        raise ArgumentError("the exported program carries no example inputs; pass them as args and kwargs")
+    inputs, outputs = _state_positions(module, exported, example, state)
+    return Program(_plain(module), signature, example, inputs, outputs, notes=notes)
+
+
+def _plain(module: fx.GraphModule) -> fx.GraphModule:
+    """The same graph module without export's refusal of train() and eval() and without its hooks."""
+    plain = fx.GraphModule(module, module.graph)
+    plain.meta.update(module.meta)
+    return plain
+
+
+def _functional(exported: ExportedProgram) -> ExportedProgram:
+    with _quiet():
+        return exported.run_decompositions({})
+
+
+def _exported_signature(exported: ExportedProgram, args: tuple[Any, ...], kwargs: dict[str, Any]) -> CallSignature:
+    if exported.example_inputs is None:
+        raise ArgumentError("the exported program carries no example inputs; export it again from its model")
+    example_args, example_kwargs = exported.example_inputs
+    forward = exported.module(check_guards=False).forward
+    return CallSignature.of(forward, args or example_args, kwargs or example_kwargs)
+
+
+def _export(model: nn.Module, signature: CallSignature, given: dict[str, Any], dynamic_shapes: Any) -> tuple[ExportedProgram, tuple[str, ...]]:
+    names = positional(signature.parameters, signature.captured)
+    meta = any(parameter.device.type == "meta" for parameter in model.parameters())
+    if meta:
+        given = pytree.tree_map(lambda leaf: leaf.to("meta") if isinstance(leaf, Tensor) else leaf, given)
+    attempts: list[tuple[str, dict[str, Any], Any]] = []
+    if dynamic_shapes is not None:
+        attempts.append(("", given, dynamic_shapes))
+    else:
+        wide = _widened(given)
+        if wide is not None:
+            attempts.append(("", wide, _all_dims))
+        attempts.append(("the batch size of 1 seen at capture is fixed" if wide is not None else "", given, _all_dims))
+        attempts.append(("only the first dimension of each input is dynamic", wide or given, _first_dim))
+        attempts.append(("the shapes of the inputs are fixed to those of the example", given, None))
+    failures: list[Exception] = []
+    for note, inputs, shapes in attempts:
+        try:
+            with _quiet(), _without_grad():
+                exported = _export_once(model, signature, names, inputs, shapes)
+            return exported, ((note,) if note else ())
+        except Exception as error:
+            failures.append(error)
+    reason = str(failures[0]).strip().splitlines() or [type(failures[0]).__name__]
+    raise CaptureError(
+        f"{type(model).__name__} cannot be captured by torch.export: {reason[0]}. Try the inputs on the model itself, "
+        "then capture the largest submodule without data-dependent control flow."
+    ) from failures[0]
+
+
+def _export_once(model: nn.Module, signature: CallSignature, names: list[str], inputs: dict[str, Any], shapes: Any) -> ExportedProgram:
+    args = tuple(inputs[name] for name in names)
+    kwargs = {name: value for name, value in inputs.items() if name not in names}
+    if _is_transformers(model) and not args:
+        return _functional(_export_transformers(model, {**kwargs, **signature.constants}, shapes))
+    kwargs |= {name: value for name, value in signature.constants.items() if name not in names}
+    spec = shapes(args, kwargs).dynamic_shapes(model, args, kwargs) if callable(shapes) else shapes
+    return _functional(torch.export.export(model, args, kwargs, dynamic_shapes=spec, strict=False))
+
+
+def _is_transformers(model: nn.Module) -> bool:
+    from transformers import PreTrainedModel
+
+    return isinstance(model, PreTrainedModel)
+
+
+def _export_transformers(model: Any, kwargs: dict[str, Any], shapes: Any) -> ExportedProgram:
+    from transformers.exporters.exporter_dynamo import DynamoConfig, DynamoExporter
+
+    automatic = shapes is _all_dims
+    if callable(shapes) and not automatic:
+        shapes = shapes((), kwargs).dynamic_shapes(model, (), kwargs)
+    config = DynamoConfig(dynamic=automatic or shapes is not None, dynamic_shapes=None if automatic else shapes)
+    exported, _ = DynamoExporter().export_program(model, kwargs, config)
+    return exported
+
+
+def _widened(given: dict[str, Any]) -> dict[str, Any] | None:
+    """Inputs of batch size 1 doubled, since the exporter takes a size of 1 for a constant."""
+    tensors = [leaf for leaf in pytree.tree_leaves(given) if isinstance(leaf, Tensor)]
+    if not all(tensor.dim() and tensor.shape[0] == 1 for tensor in tensors):
+        return None
+    return pytree.tree_map(lambda leaf: torch.cat([leaf, leaf]) if isinstance(leaf, Tensor) else leaf, given)
+
+
+def _collection(args: tuple[Any, ...], kwargs: dict[str, Any], dims: int | None) -> ShapesCollection:
+    collection = ShapesCollection()
+    for leaf in pytree.tree_leaves((args, kwargs)):
+        if isinstance(leaf, Tensor):
+            count = leaf.dim() if dims is None else min(dims, leaf.dim())
+            collection[leaf] = {dim: Dim.AUTO if dim < count else Dim.STATIC for dim in range(leaf.dim())}
+    return collection
+
+
+def _all_dims(args: tuple[Any, ...], kwargs: dict[str, Any]) -> ShapesCollection:
+    return _collection(args, kwargs, None)
+
+
+def _first_dim(args: tuple[Any, ...], kwargs: dict[str, Any]) -> ShapesCollection:
+    return _collection(args, kwargs, 1)
+
+
+def recorded_shapes(module: fx.GraphModule, example: tuple[tuple[Any, ...], dict[str, Any]]) -> ShapesCollection:
+    """The dynamic dimensions of a captured program and their ranges, to export it again with the same freedom."""
+    collection = ShapesCollection()
+    leaves = pytree.tree_leaves(example)
+    for node, leaf in zip(module.graph.find_nodes(op="placeholder"), leaves, strict=True):
+        if not isinstance(leaf, Tensor):
+            continue
+        spec: dict[int, Any] = {}
+        for dim, size in enumerate(node.meta["val"].shape):
+            if not isinstance(size, torch.SymInt):
+                spec[dim] = Dim.STATIC
+                continue
+            spec[dim] = Dim.AUTO
+            expression, environment = size.node.expr, size.node.shape_env
+            bounds = environment.var_to_range.get(expression) if expression.is_Symbol else None
+            if bounds is not None and bounds.upper.is_finite and int(bounds.upper) < torch.iinfo(torch.int64).max // 2:
+                spec[dim] = Dim.AUTO(min=int(bounds.lower), max=int(bounds.upper))
+        collection[leaf] = spec
+    return collection
+
+
+def export_again(module: fx.GraphModule, example: tuple[tuple[Any, ...], dict[str, Any]]) -> ExportedProgram:
+    """Export a rewritten graph module; guards, ranges and recorded shapes are made anew."""
+    args, kwargs = example
+    shapes = recorded_shapes(module, example).dynamic_shapes(module, args, kwargs)
+    with _quiet(), _without_grad():
+        return _functional(torch.export.export(module, args, kwargs, dynamic_shapes=shapes, strict=False))
+
+
+# --- state
+
+
+def _is_cache(kind: Any) -> bool:
+    from transformers import Cache
+
+    return inspect.isclass(kind) and issubclass(kind, Cache)
+
+
+def _leaves_in_state(spec: pytree.TreeSpec, state: tuple[str, ...], inside: bool = False) -> Iterator[bool]:
+    if spec.is_leaf():
+        yield inside
+        return
+    names = spec.context if isinstance(spec.context, (list, tuple)) and len(spec.context) == spec.num_children else [None] * spec.num_children
+    for index, name in enumerate(names):
+        yield from _leaves_in_state(spec.child(index), state, inside or _is_cache(spec.type) or (isinstance(name, str) and name in state))
+
+
+def _state_positions(
+    module: fx.GraphModule, exported: ExportedProgram, example: tuple[tuple[Any, ...], dict[str, Any]], state: tuple[str, ...]
+) -> tuple[frozenset[str], frozenset[int]]:
+    inputs = list(_leaves_in_state(exported.call_spec.in_spec, state))
+    names = [node.name for node in module.graph.find_nodes(op="placeholder")]
+    outputs = list(_leaves_in_state(exported.call_spec.out_spec, state))
+    return (
+        frozenset(name for name, held in zip(names, inputs, strict=False) if held),
+        frozenset(index for index, held in enumerate(outputs) if held),
+    )
+
+
+# --- surroundings
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Exporters log what the library itself reports; errors still arrive as exceptions."""
+    from transformers.exporters import exporter_dynamo
+
+    names = ("torch.export", "torch._export", "torch.fx.experimental.symbolic_shapes", "torch._export.non_strict_utils", "transformers", exporter_dynamo.logger.name)
+    levels = {name: logging.getLogger(name).level for name in names}
+    try:
+        for name in names:
+            logging.getLogger(name).setLevel(logging.ERROR)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        for name, level in levels.items():
+            logging.getLogger(name).setLevel(level)
+
+
+@contextlib.contextmanager
+def _without_grad() -> Iterator[None]:
+    with torch.no_grad():
+        yield

@@ -1,0 +1,11 @@
+"""Abstract interpretation of a program on channel numbers (private mechanism; the README in this folder explains it)."""
+
+from __future__ import annotations
+
+from ._facts import Facts, Remark, Use
+from ._interpreter import Interpreter, Walk, attribute
+from ._moves import run_on_numbers
+from ._numbering import Numbering, Slot
+from ._value import NONE, Axis, Value
+
+__all__ = ["NONE", "Axis", "Facts", "Interpreter", "Numbering", "Remark", "Slot", "Use", "Value", "Walk", "attribute", "run_on_numbers"]

@@ -1,0 +1,250 @@
+"""Run a program on channel numbers.
+
+Every node is executed twice: on fake tensors, for its shape, and by its rule, for the channels. A node whose operator has no rule
+freezes the channels it is given; it never fails and never guesses.
+"""
+
+from __future__ import annotations
+
+import operator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch._ops import OpOverload
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+
+from fasp_fx.errors import VerificationError
+from fasp_fx.patterns import Rule, lookup
+
+from ._facts import Facts
+from ._letters import Relation, result_shapes_ok
+from ._moves import move
+from ._numbering import Numbering
+from ._sizes import Sizes
+from ._value import Axis, Value
+
+#: integer constants up to this many elements are known to the analysis as data (index tensors)
+_DATA_LIMIT = 1 << 20
+
+
+@dataclass
+class Walk:
+    """The result: the value of every node (a tuple for several results), its executed shape, and the facts."""
+
+    values: dict[fx.Node, Any] = field(default_factory=dict)
+    executed: dict[fx.Node, Any] = field(default_factory=dict)
+    facts: Facts = field(default_factory=Facts)
+    without_rule: dict[str, list[fx.Node]] = field(default_factory=dict)
+    sizes: Sizes | None = None
+
+
+class _Degenerate(Exception):
+    """The small sizes do not suit this program."""
+
+
+def attribute(module: torch.nn.Module, target: str) -> Any:
+    """The attribute of a nested module by its dotted path."""
+    for part in target.split("."):
+        module = getattr(module, part)
+    return module
+
+
+class Interpreter:
+    """Interprets one graph module.
+
+    Args:
+        module: a functional graph whose weights are ``get_attr`` nodes.
+        numbering: where each weight's and input's channel numbers come from; slots are added for names it does not know.
+        canonical: for each name of a weight, the name under which its storage is known (tied weights share one).
+        state: placeholders and output positions that may become narrower.
+        overrides: for weights already rewritten, the original numbers along each dimension.
+    """
+
+    def __init__(
+        self,
+        module: fx.GraphModule,
+        numbering: Numbering,
+        canonical: dict[str, str],
+        state_inputs: frozenset[str] = frozenset(),
+        state_outputs: frozenset[int] = frozenset(),
+        overrides: dict[str, list[Tensor | None]] | None = None,
+        strict: bool = False,
+    ) -> None:
+        self.module, self.numbering, self.canonical = module, numbering, canonical
+        self.state_inputs, self.state_outputs = state_inputs, state_outputs
+        self.overrides, self.strict = overrides or {}, strict
+
+    def run(self) -> Walk:
+        """Walk the graph once; at small sizes if the program runs at them, else at those of the example inputs."""
+        try:
+            return self._run(small=True)
+        except _Degenerate:
+            return self._run(small=False)
+
+    def _run(self, small: bool) -> Walk:
+        walk = Walk(sizes=Sizes(self.module, small))
+        self._mode = FakeTensorMode(allow_non_fake_inputs=True)
+        for node in self.module.graph.nodes:
+            getattr(self, f"_{node.op}")(node, walk, small)
+        return walk
+
+    # --- leaves
+
+    def _axes(self, name: str, shape: tuple[int, ...], kind: str, dims: list[int]) -> list[Axis]:
+        axes = []
+        for dim in dims:
+            if shape[dim] <= 1:
+                continue
+            given = self.overrides[name][dim] if name in self.overrides else None
+            if given is None:
+                if self.numbering.get(name, dim) is None:
+                    self.numbering.add(name, dim, shape[dim], kind)
+                given = self.numbering.numbers(name, dim)
+            axes.append(Axis(given.reshape([-1 if d == dim else 1 for d in range(len(shape))]), dim))
+        return axes
+
+    def _placeholder(self, node: fx.Node, walk: Walk, small: bool) -> None:
+        recorded = node.meta.get("val")
+        with self._mode:
+            executed = walk.sizes.concrete(recorded)
+        walk.executed[node] = executed
+        if not isinstance(recorded, Tensor):
+            walk.values[node] = executed
+            return
+        static = [dim for dim, size in enumerate(recorded.shape) if not isinstance(size, torch.SymInt)]
+        axes = self._axes(node.name, tuple(executed.shape), "input", static)
+        walk.values[node] = Value(tuple(executed.shape), tuple(axes))
+        if node.name not in self.state_inputs:
+            for axis in axes:
+                walk.facts.say(walk.facts.frozen, axis.numbers, f"reaches the input '{node.name}'", node)
+
+    def _get_attr(self, node: fx.Node, walk: Walk, small: bool) -> None:
+        tensor = attribute(self.module, node.target)
+        if not isinstance(tensor, Tensor):
+            walk.values[node] = walk.executed[node] = tensor
+            return
+        name = self.canonical.get(node.target, node.target)
+        shape = tuple(tensor.shape)
+        with self._mode:
+            walk.executed[node] = torch.empty_strided(shape, tensor.stride(), dtype=tensor.dtype, device=tensor.device)
+        data = None
+        if not tensor.is_floating_point() and tensor.numel() <= _DATA_LIMIT and tensor.device.type != "meta" and not isinstance(tensor, FakeTensor):
+            data = tensor.detach().cpu()
+        walk.values[node] = Value(shape, tuple(self._axes(name, shape, "weight", list(range(len(shape))))), True, name, data)
+
+    def _output(self, node: fx.Node, walk: Walk, small: bool) -> None:
+        for index, result in enumerate(node.args[0]):
+            value = walk.values.get(result) if isinstance(result, fx.Node) else None
+            if isinstance(value, Value) and index not in self.state_outputs:
+                for axis in value.axes:
+                    walk.facts.say(walk.facts.frozen, axis.numbers, f"reaches output {index}", node)
+
+    # --- operators
+
+    def _call_function(self, node: fx.Node, walk: Walk, small: bool) -> None:
+        executed = self._execute(node, walk, small)
+        walk.executed[node] = executed
+        if node.target is operator.getitem and isinstance(walk.values.get(node.args[0]), (list, tuple)):
+            walk.values[node] = walk.values[node.args[0]][node.args[1]]
+            return
+        shapes = _shapes(executed)
+        if not shapes:
+            walk.values[node] = executed
+            return
+        values = self._apply(node, walk, shapes)
+        self._note_boxes(values, node, walk.facts)
+        walk.values[node] = values[0] if isinstance(executed, Tensor) else tuple(values)
+
+    _call_module = _call_method = _call_function
+
+    def _execute(self, node: fx.Node, walk: Walk, small: bool) -> Any:
+        arguments = fx.map_arg((node.args, node.kwargs), lambda n: walk.executed[n])
+        try:
+            if node.op != "call_function" or not callable(node.target):
+                raise NotImplementedError(f"{node.op} is not executed while analysing")
+            with self._mode:
+                executed = node.target(*arguments[0], **arguments[1])
+        except Exception as error:
+            if self.strict:
+                raise VerificationError(f"node '{node.name}' ({node.target}) no longer executes: {error}") from error
+            if small and walk.sizes.assigned:
+                raise _Degenerate from error
+            with self._mode:
+                executed = walk.sizes.concrete(node.meta.get("val"))  # data-dependent or higher-order: the recorded shape serves
+        if small and walk.sizes.assigned and any(0 in shape for shape in _shapes(executed)) and not self.strict:
+            raise _Degenerate
+        return executed
+
+    def _apply(self, node: fx.Node, walk: Walk, shapes: list[tuple[int, ...]]) -> list[Value]:
+        arguments, nodes = _arguments(node, walk.values)
+        given = [value for value in _tensors(arguments) if value is not None]
+        constant = bool(given) and all(value.constant for value in given)
+        rule = lookup(node.target)
+        blank = [Value(shape, (), constant) for shape in shapes]
+        if not any(value.axes for value in given) and not (rule is not None and rule.moves):
+            return blank
+        values = None if rule is None else self._by_rule(node, rule, arguments, nodes, shapes, walk.facts)
+        if values is not None:
+            return values
+        for value in given:
+            for axis in value.axes:
+                walk.facts.say(walk.facts.frozen, axis.numbers, f"no rule for {node.target}", node)
+        if any(value.axes for value in given):
+            walk.without_rule.setdefault(str(node.target), []).append(node)
+        return blank
+
+    def _by_rule(
+        self, node: fx.Node, rule: Rule, arguments: dict[str, Any], nodes: dict[str, fx.Node | None], shapes: list[tuple[int, ...]], facts: Facts
+    ) -> list[Value] | None:
+        if rule.moves:
+            return move(node, rule, arguments, nodes, shapes, facts)
+        if not rule.alternatives:
+            return None
+        results = Relation(node, rule, arguments, nodes, facts).run()
+        if len(results) != len(shapes):
+            return None
+        values = [Value(shape, tuple(axes), constant) for shape, (axes, constant) in zip(shapes, results, strict=True)]
+        return values if result_shapes_ok(values, [torch.Size(shape) for shape in shapes]) else None
+
+    def _note_boxes(self, values: list[Value], node: fx.Node, facts: Facts) -> None:
+        for value in values:
+            for axis in value.axes:
+                if len(axis.varying()) > 1:
+                    facts.box(axis.numbers, axis.dim, node)
+
+
+def _shapes(executed: Any) -> list[tuple[int, ...]]:
+    if isinstance(executed, Tensor):
+        return [tuple(executed.shape)]
+    if isinstance(executed, (list, tuple)):
+        return [tuple(item.shape) for item in executed if isinstance(item, Tensor)]
+    return []
+
+
+def _tensors(arguments: dict[str, Any]) -> list[Value]:
+    found: list[Value] = []
+    for argument in arguments.values():
+        items = argument if isinstance(argument, (list, tuple)) else [argument]
+        found += [item for item in items if isinstance(item, Value)]
+    return found
+
+
+def _arguments(node: fx.Node, values: dict[fx.Node, Any]) -> tuple[dict[str, Any], dict[str, fx.Node | None]]:
+    """Arguments by schema name, with values for nodes; and the node behind each argument that is one."""
+    if isinstance(node.target, OpOverload):
+        given: dict[str, Any] = dict(node.kwargs)
+        schema = node.target._schema.arguments
+        given.update({argument.name: value for argument, value in zip(schema, node.args, strict=False)})
+        for argument in schema:
+            if argument.name not in given and argument.has_default_value():
+                given[argument.name] = argument.default_value
+    else:
+        given = {str(index): value for index, value in enumerate(node.args)} | dict(node.kwargs)
+    nodes = {name: value if isinstance(value, fx.Node) else None for name, value in given.items()}
+    return {name: fx.map_arg(value, lambda n: values.get(n)) for name, value in given.items()}, nodes
+
+
+
+__all__ = ["Interpreter", "Walk", "attribute"]

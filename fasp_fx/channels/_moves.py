@@ -1,0 +1,161 @@
+"""Rules that say ``move``: the operator itself, applied to the channel numbers."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from fasp_fx.patterns import Rule
+
+from ._facts import Facts
+from ._value import NONE, Axis, Value, collapse
+
+
+#: numbers are stride-0 broadcasts, on which a view may need a copy
+_ON_NUMBERS = {torch.ops.aten.view.default: torch.ops.aten.reshape.default, torch.ops.aten._unsafe_view.default: torch.ops.aten.reshape.default}
+
+
+def _run(operator: Any, numbers: Any, others: dict[str, Any]) -> Any:
+    operator = _ON_NUMBERS.get(operator, operator)
+    return operator(numbers, *others.values()) if operator is torch.ops.aten.reshape.default else operator(numbers, **others)
+
+
+def run_on_numbers(node: fx.Node, numbers: Tensor, values: dict[fx.Node, Any]) -> Any:
+    """Move a tensor of numbers the way ``node`` moves its ``self``; sizes and indices are those of the interpretation."""
+    schema = node.target._schema.arguments
+    given = {argument.name: value for argument, value in zip(schema, node.args, strict=False)} | dict(node.kwargs)
+    others = {name: _known(fx.map_arg(value, lambda n: values[n])) for name, value in given.items() if name != "self"}
+    return _run(node.target, numbers, others)
+
+
+def _full(axis: Axis, shape: tuple[int, ...]) -> Tensor:
+    return axis.numbers.expand(shape)
+
+
+def _outputs(moved: Any) -> list[Tensor]:
+    return [moved] if isinstance(moved, Tensor) else list(moved)
+
+
+def _touched_dims(rule: Rule, arguments: dict[str, Any], rank: int) -> set[int]:
+    """The dimensions whose positions the operator's arguments name one by one."""
+    touched: set[int] = set()
+    for clause in rule.all("freeze"):
+        argument = arguments.get(clause.words[0])
+        if isinstance(argument, (list, tuple)):  # a list of index tensors, one per leading dimension
+            touched |= {dim for dim, index in enumerate(argument) if index is not None}
+        elif argument is not None:
+            touched.add(int(argument) % rank)
+    return touched
+
+
+_AT_RUN_TIME = "is cut at a length known only at run time"
+
+
+def _cut_unevenly(rule: Rule, arguments: dict[str, Any], nodes: dict[str, fx.Node | None], dim: int, rank: int) -> str | None:
+    """Why a slice along ``dim`` cannot follow the removal of channels, if it cannot."""
+    for clause in rule.all("span"):
+        along, start, end = clause.words
+        if int(arguments[along]) % rank != dim:
+            continue
+        if arguments.get("step", 1) != 1:
+            return "is taken apart with a step"
+        if nodes.get(start) is not None or nodes.get(end) is not None:
+            return _AT_RUN_TIME
+    return None
+
+
+def move(
+    node: fx.Node, rule: Rule, arguments: dict[str, Any], nodes: dict[str, fx.Node | None], shapes: list[tuple[int, ...]], facts: Facts
+) -> list[Value] | None:
+    """The values of the results of a moving operator, or ``None`` if its other arguments are not known while analysing."""
+    source = arguments[rule.moves]
+    others = {name: value for name, value in arguments.items() if name != rule.moves}
+    if isinstance(source, (list, tuple)):
+        return _join(node, rule, list(source), others, shapes, facts)
+    for name, value in list(others.items()):
+        known = _known(value)
+        if known is _UNKNOWN:
+            return None
+        others[name] = known
+    touched = _touched_dims(rule, others, len(source.shape))
+    axes: list[list[Axis]] = [[] for _ in shapes]
+    for axis in source.axes:
+        if axis.dim in touched:
+            facts.say(facts.frozen, axis.numbers, f"{node.target} names positions along this dimension one by one", node)
+        problem = _cut_unevenly(rule, others, nodes, axis.dim, len(source.shape))
+        if problem:
+            facts.say(facts.frozen, axis.numbers, f"{problem} by {node.target}", node)
+            if problem == _AT_RUN_TIME:
+                continue  # the remaining positions are those of a sequence, not channels
+        moved = _pad(axis, others["pad"]) if "pad" in others else _run(node.target, _full(axis, source.shape), _rest(others))
+        for index, numbers in enumerate(_outputs(moved)):
+            _keep(axes[index], numbers, facts, node)
+    whole = source.origin if len(shapes) == 1 and _numel(shapes[0]) == _numel(source.shape) else None
+    data = [None] * len(shapes) if source.data is None else _outputs(_run(node.target, source.data, _rest(others)))
+    return [Value(shape, tuple(axes[i]), source.constant, whole, data[i]) for i, shape in enumerate(shapes)]
+
+
+def _pad(axis: Axis, pad: list[int]) -> Tensor:
+    """What a border adds along a dimension of channels is not a channel; along any other dimension it continues the channels."""
+    rank = axis.numbers.dim()
+    along = [amount if axis.numbers.shape[rank - 1 - index // 2] > 1 else 0 for index, amount in enumerate(pad)]
+    return torch.nn.functional.pad(axis.numbers, along, value=NONE)
+
+
+def _rest(others: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in others.items() if name != "self"}
+
+
+_UNKNOWN = object()
+
+
+def _known(value: Any) -> Any:
+    """The argument as the operator takes it, or ``_UNKNOWN`` where it is a tensor whose content is not known."""
+    if isinstance(value, Value):
+        return value.data if value.data is not None else _UNKNOWN
+    if isinstance(value, (list, tuple)):
+        items = [_known(item) for item in value]
+        return _UNKNOWN if any(item is _UNKNOWN for item in items) else items
+    return value
+
+
+def _numel(shape: tuple[int, ...]) -> int:
+    return int(torch.Size(shape).numel())
+
+
+def _keep(axes: list[Axis], moved: Tensor, facts: Facts, node: fx.Node) -> None:
+    axis = Axis.of(moved)
+    if axis is not None:
+        axes.append(axis)
+    elif moved.numel() and int(collapse(moved).reshape(-1)[0]) != NONE:
+        facts.say(facts.frozen, collapse(moved), f"{node.target} takes out this channel alone", node)
+
+
+def _join(node: fx.Node, rule: Rule, sources: list[Value], others: dict[str, Any], shapes: list[tuple[int, ...]], facts: Facts) -> list[Value]:
+    """Concatenation or stacking: axes that shrink the joined dimension are joined, all others must agree."""
+    sources = [source for source in sources if _numel(source.shape) or len(source.shape) > 1]
+    rank = len(shapes[0])
+    stacked = rank > len(sources[0].shape)
+    joined = int(others.get("dim", 0)) % rank
+    axes: list[Axis] = []
+    for dim in range(len(sources[0].shape)):
+        per_source = [source.at(dim) for source in sources]
+        if not any(per_source):
+            continue
+        if max(map(len, per_source)) > 1 or (not all(per_source) and (stacked or dim != joined)):
+            for source_axes in per_source:
+                for axis in source_axes:
+                    facts.say(facts.frozen, axis.numbers, f"meets a part of {node.target} that has no channels there", node)
+            continue
+        parts = [_full(found[0], s.shape) if found else torch.full(s.shape, NONE) for found, s in zip(per_source, sources, strict=True)]
+        if (stacked or dim != joined) and all(found[0].numbers.shape == per_source[0][0].numbers.shape for found in per_source):
+            if stacked or per_source[0][0].numbers.shape[joined] == 1:
+                for found in per_source[1:]:
+                    facts.couple(per_source[0][0].numbers, found[0].numbers, node)
+                parts = [parts[0] if stacked else _full(per_source[0][0], s.shape) for s in sources]
+        _keep(axes, node.target(parts, **others), facts, node)
+    constant = all(source.constant for source in sources)
+    data = node.target([s.data for s in sources], **others) if all(s.data is not None for s in sources) else None
+    return [Value(shapes[0], tuple(axes), constant, None, data)]

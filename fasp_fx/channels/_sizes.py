@@ -1,0 +1,63 @@
+"""Concrete sizes for the symbolic ones: small where the program allows, those of the example inputs otherwise."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import sympy
+import torch
+from torch import fx
+
+_PRIMES = (2, 3, 5, 7, 11, 13, 17, 19, 23, 29, 31, 37)
+
+
+def _symints(value: Any) -> Iterator[torch.SymInt]:
+    if isinstance(value, torch.SymInt):
+        yield value
+    elif isinstance(value, torch.Tensor):
+        yield from (size for size in value.shape if isinstance(size, torch.SymInt))
+    elif isinstance(value, (list, tuple)):
+        for item in value:
+            yield from _symints(item)
+
+
+class Sizes:
+    """Turns symbolic shapes recorded at capture into integers, all by the same assignment of symbols."""
+
+    def __init__(self, module: fx.GraphModule, small: bool) -> None:
+        self.small = small
+        self.assigned: dict[sympy.Symbol, int] = {}
+        for node in module.graph.nodes:
+            if node.op == "placeholder":
+                for size in _symints(node.meta.get("val")):
+                    self._assign(size)
+
+    def _assign(self, size: torch.SymInt) -> None:
+        environment = size.node.shape_env
+        for symbol in sorted(size.node.expr.free_symbols - self.assigned.keys(), key=str):
+            hint = environment.var_to_val.get(symbol) if hasattr(environment, "var_to_val") else None
+            if hint is None:
+                hint = getattr(environment, "backed_var_to_val", {}).get(symbol)
+            lower = environment.var_to_range[symbol].lower if symbol in environment.var_to_range else 2
+            wanted = _PRIMES[len(self.assigned) % len(_PRIMES)]
+            if hint is not None and not self.small:
+                wanted = int(hint)
+            self.assigned[symbol] = max(wanted, int(lower)) if lower.is_finite else wanted
+
+    def integer(self, size: int | torch.SymInt) -> int:
+        """One size as an integer."""
+        if not isinstance(size, torch.SymInt):
+            return int(size)
+        self._assign(size)
+        return int(size.node.expr.xreplace(self.assigned))
+
+    def concrete(self, value: Any) -> Any:
+        """The recorded value of a node with every symbolic size replaced; tensors become empty ones of that shape."""
+        if isinstance(value, torch.Tensor):
+            return torch.empty([self.integer(size) for size in value.shape], dtype=value.dtype, device=value.device)
+        if isinstance(value, torch.SymInt):
+            return self.integer(value)
+        if isinstance(value, (list, tuple)):
+            return type(value)(self.concrete(item) for item in value)
+        return value

@@ -1,0 +1,82 @@
+"""Channel numbers beside a tensor: what the abstract interpretation carries from node to node."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+#: the number of a position that is not a channel
+NONE = -1
+
+
+def collapse(numbers: Tensor) -> Tensor:
+    """Reduce every dimension along which the numbers are constant to size 1."""
+    for dim in range(numbers.dim()):
+        if numbers.shape[dim] <= 1:
+            continue
+        first = numbers.narrow(dim, 0, 1)
+        if numbers.stride(dim) == 0 or bool((numbers == first).all()):
+            numbers = first
+    return numbers.contiguous()
+
+
+def innermost(numbers: Tensor) -> int | None:
+    """The dimension along which the numbers vary fastest, or ``None`` if they do not vary.
+
+    Channels of a weight are numbered consecutively, so the dimension with the smallest step is the one whose positions are
+    neighbours in the weight; that is the dimension that can shrink.
+    """
+    best: tuple[int, int] | None = None
+    for dim in range(numbers.dim()):
+        if numbers.shape[dim] <= 1:
+            continue
+        after, before = numbers.narrow(dim, 1, numbers.shape[dim] - 1), numbers.narrow(dim, 0, numbers.shape[dim] - 1)
+        step = (after - before).abs()[(after != before) & (after != NONE) & (before != NONE)]
+        smallest = int(step.min()) if step.numel() else torch.iinfo(torch.int64).max
+        if best is None or smallest <= best[0]:
+            best = (smallest, dim)
+    return best[1] if best else None
+
+
+@dataclass(frozen=True)
+class Axis:
+    """One independent axis of channels of a tensor.
+
+    ``numbers`` has the tensor's rank, with size 1 along dimensions where it does not vary; ``dim`` is the dimension that shrinks
+    when channels go.
+    """
+
+    numbers: Tensor
+    dim: int
+
+    @staticmethod
+    def of(numbers: Tensor) -> Axis | None:
+        """The axis of these numbers, or ``None`` if they do not vary."""
+        numbers = collapse(numbers)
+        dim = innermost(numbers)
+        return None if dim is None else Axis(numbers, dim)
+
+    def varying(self) -> list[int]:
+        """The dimensions along which the numbers vary."""
+        return [dim for dim, size in enumerate(self.numbers.shape) if size > 1]
+
+
+@dataclass(frozen=True)
+class Value:
+    """What is known of one tensor: its shape at the sizes chosen for the interpretation, and its channel axes.
+
+    ``constant`` says that it is computed from weights alone; ``origin`` names the weight whose elements it holds, all of them, merely moved.
+    ``data`` is its content where that is a known integer tensor (indices).
+    """
+
+    shape: tuple[int, ...]
+    axes: tuple[Axis, ...] = ()
+    constant: bool = False
+    origin: str | None = None
+    data: Tensor | None = field(default=None, compare=False)
+
+    def at(self, dim: int) -> list[Axis]:
+        """The axes that shrink ``dim``."""
+        return [axis for axis in self.axes if axis.dim == dim]

@@ -1,0 +1,54 @@
+"""Every error the library raises on purpose.
+
+All derive from :class:`FaspError`; each message names the thing that is wrong and the remedy.
+"""
+
+from __future__ import annotations
+
+
+class FaspError(Exception):
+    """Base class of all errors raised by fasp_fx."""
+
+
+class ArgumentError(FaspError, ValueError):
+    """An argument of a public function is out of its range or of the wrong kind."""
+
+
+class CaptureError(FaspError):
+    """The model could not be captured as a graph."""
+
+
+class CallError(FaspError, TypeError):
+    """A pruned module was called with an argument that was not captured."""
+
+
+class RuleError(FaspError, ValueError):
+    """An operator rule does not parse or does not fit the operator's schema."""
+
+
+class NothingPrunableError(FaspError):
+    """The analysis found no group that can be pruned."""
+
+
+class SparsityError(ArgumentError):
+    """The sparsity is outside (0, 1) or out of reach for this model."""
+
+
+class CalibrationError(FaspError, ValueError):
+    """The calibration data is missing, empty, mis-shaped, non-finite or on the wrong device."""
+
+
+class PlanError(FaspError, ValueError):
+    """A plan does not parse, belongs to another model, or asks for something impossible."""
+
+
+class VerificationError(FaspError):
+    """A pass produced a program that does not compute what its plan says; nothing is returned."""
+
+
+class StoreError(FaspError):
+    """A saved result is missing, truncated, tampered with, or would be overwritten."""
+
+
+class CalibrationWarning(UserWarning):
+    """The calibration data is usable, but weaker than the method wants."""

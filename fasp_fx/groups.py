@@ -1,0 +1,72 @@
+"""Coupled groups: what the analysis returns."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from .channels import Slot, Use
+
+PRUNABLE, EXEMPT, APPROXIMATE, FROZEN = "prunable", "exempt", "approximate", "frozen"
+
+
+def ranges(indices: tuple[int, ...]) -> str:
+    """Indices as compact text: ``0-15,32,40-47``."""
+    if not indices:
+        return "none"
+    values = np.array(sorted(indices))
+    breaks = np.nonzero(np.diff(values) != 1)[0] + 1
+    return ",".join(f"{run[0]}" if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in np.split(values, breaks))
+
+
+@dataclass(frozen=True)
+class Member:
+    """One weight of a group: the channels ``indices`` along ``dim`` of the weight ``name`` belong to it."""
+
+    name: str
+    dim: int
+    indices: tuple[int, ...]
+    size: int
+
+    def __str__(self) -> str:
+        part = "" if len(self.indices) == self.size else f" {ranges(self.indices)}"
+        return f"{self.name}[{self.dim}]{part}"
+
+
+@dataclass(frozen=True)
+class Group:
+    """All channel sets with the same producers and the same consumers.
+
+    Attributes:
+        name: the name of its first consumer (or producer), unique within the analysis.
+        size: the number of channel sets.
+        blocks: the number of blocks (attention heads, say) that must lose equal counts.
+        status: ``"prunable"``, ``"exempt"``, ``"approximate"`` or ``"frozen"``.
+        reason: why it has that status; empty for prunable groups.
+        producers: weights that lose rows with it.
+        consumers: weights that lose columns with it.
+    """
+
+    name: str
+    size: int
+    blocks: int
+    status: str
+    reason: str
+    producers: tuple[Member, ...]
+    consumers: tuple[Member, ...]
+    sets: np.ndarray = field(repr=False, compare=False, default_factory=lambda: np.zeros(0, dtype=np.int64))
+    block_of: np.ndarray = field(repr=False, compare=False, default_factory=lambda: np.zeros(0, dtype=np.int64))
+    uses: tuple[Use, ...] = field(repr=False, compare=False, default=())
+    slots: tuple[Slot, ...] = field(repr=False, compare=False, default=())
+
+    @property
+    def width(self) -> int:
+        """Channel sets per block."""
+        return self.size // self.blocks
+
+    def __str__(self) -> str:
+        shape = f"{self.blocks} x {self.width}" if self.blocks > 1 else str(self.size)
+        left = ", ".join(map(str, self.producers)) or "-"
+        right = ", ".join(map(str, self.consumers)) or "-"
+        return f"{self.status:<11} {shape:>10}  {left} -> {right}" + (f"  ({self.reason})" if self.reason else "")

@@ -1,0 +1,46 @@
+"""The box of kept positions of a tensor: its new sizes and offsets once channels are gone."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+
+from fasp_fx.channels import Value
+from fasp_fx.errors import VerificationError
+
+
+class Kept:
+    """Answers how large each dimension becomes; one instance per removal.
+
+    Args:
+        gone: for every channel number, whether it is removed.
+    """
+
+    def __init__(self, gone: np.ndarray) -> None:
+        self.gone = torch.from_numpy(np.append(gone, False))  # the last entry serves NONE (-1): never removed
+
+    def _mask(self, value: Value, dim: int) -> torch.Tensor | None:
+        """Which positions stay, laid out with ``dim`` last; ``None`` if all do."""
+        mask = None
+        for axis in value.at(dim):
+            keep = ~self.gone[axis.numbers]
+            mask = keep if mask is None else mask & keep
+        return None if mask is None or bool(mask.all()) else mask.movedim(dim, -1).reshape(-1, mask.shape[dim])
+
+    def touches(self, value: Value) -> bool:
+        """Whether the tensor loses any position."""
+        return any(self._mask(value, axis.dim) is not None for axis in value.axes)
+
+    def before(self, value: Value, dim: int, position: int) -> int:
+        """How many positions stay among the first ``position`` along ``dim``; the same in every row, or the layout is broken."""
+        mask = self._mask(value, dim)
+        if mask is None:
+            return position
+        counts = mask[:, :position].sum(-1)
+        if bool((counts != counts[0]).any()):
+            raise VerificationError(f"unequal numbers of channels would stay in the rows of a tensor of shape {value.shape} along dimension {dim}")
+        return int(counts[0])
+
+    def size(self, value: Value, dim: int) -> int:
+        """The new size of ``dim``."""
+        return self.before(value, dim, value.shape[dim])

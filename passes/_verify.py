@@ -1,0 +1,76 @@
+"""Hold a rewritten program against the analysis of the program it came from.
+
+The rewritten program is interpreted on the *original* channel numbers of the rows and columns that its weights still have. Channels that
+meet must belong to the same channel set as they did before; nothing may meet a position that it did not meet before; every node must
+execute; outputs keep their shapes. A weight cut at the wrong rows, a size left unchanged, a swapped order: each makes numbers meet that
+were never coupled.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+from torch import Tensor, fx
+
+from fasp_fx.channels import Interpreter, Remark, Walk
+from fasp_fx.errors import VerificationError
+
+if TYPE_CHECKING:
+    from fasp_fx._program import Program
+    from fasp_fx.analysis import Analysis
+
+
+def verify(program: Program, reference: Analysis) -> Walk:
+    """Check ``program`` against the analysis of its origin.
+
+    Returns:
+        The interpretation of the rewritten program.
+
+    Raises:
+        VerificationError: names the node and what differs.
+    """
+    before = reference.program
+    walk = Interpreter(
+        program.module, reference.numbering, program.canonical(), before.state_inputs, before.state_outputs, overrides=program.numbers, strict=True
+    ).run()
+    labels = reference.labels
+    for first, second, node in walk.facts.pairs:
+        wrong = np.nonzero(labels[first] != labels[second])[0]
+        if wrong.size:
+            a, b = reference.numbering.slot_of(int(first[wrong[0]])), reference.numbering.slot_of(int(second[wrong[0]]))
+            raise VerificationError(
+                f"node '{node.name}' ({node.target}) brings together channel {int(first[wrong[0]]) - a.base} of {a} and channel "
+                f"{int(second[wrong[0]]) - b.base} of {b}, which were not coupled before"
+            )
+    known = reference.walk.facts
+    for kind, found, allowed in (("froze", walk.facts.frozen, known.frozen), ("mixes", walk.facts.mixed, known.mixed), ("contracts", walk.facts.exempt, known.exempt)):
+        _subset(kind, found, allowed, labels)
+    _same_outputs(walk, reference, program)
+    return walk
+
+
+def _subset(kind: str, found: list[Remark], allowed: list[Remark], labels: np.ndarray) -> None:
+    before = np.unique(np.concatenate([labels[remark.numbers] for remark in allowed])) if allowed else np.zeros(0, dtype=np.int64)
+    for remark in found:
+        if np.setdiff1d(labels[remark.numbers], before).size:
+            where = f"node '{remark.node.name}'" if remark.node is not None else "the graph"
+            raise VerificationError(f"{where} {kind} channels that were free before: {remark.reason}")
+
+
+def _outputs(module: fx.GraphModule, walk: Walk) -> list[tuple[int, ...] | None]:
+    output = module.graph.find_nodes(op="output")[0]
+    shapes: list[tuple[int, ...] | None] = []
+    for result in output.args[0]:
+        executed = walk.executed.get(result) if isinstance(result, fx.Node) else None
+        shapes.append(tuple(executed.shape) if isinstance(executed, Tensor) else None)
+    return shapes
+
+
+def _same_outputs(walk: Walk, reference: Analysis, program: Program) -> None:
+    if walk.sizes.assigned != reference.walk.sizes.assigned:
+        return  # the two were executed at different sizes; the final export compares symbolic shapes
+    before, after = _outputs(reference.program.module, reference.walk), _outputs(program.module, walk)
+    for index, (old, new) in enumerate(zip(before, after, strict=True)):
+        if old != new and index not in reference.program.state_outputs:
+            raise VerificationError(f"output {index} had shape {old} and now has {new}")

@@ -1,0 +1,178 @@
+"""Remove channels: cut the weights and rewrite every size argument that spoke of what is gone."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor, fx
+
+from fasp_fx.channels import Slot, Value, attribute
+from fasp_fx.errors import VerificationError
+from fasp_fx.patterns import Clause, lookup
+
+from ._base import stamp
+from ._kept import Kept
+
+if TYPE_CHECKING:
+    from fasp_fx._program import Program
+    from fasp_fx.analysis import Analysis
+
+
+class RemoveChannels:
+    """Precondition: the program is the one that ``analysis`` was made of, up to passes that keep every weight.
+
+    Postcondition: no weight holds a channel of ``gone``; every node executes at the new sizes.
+
+    Args:
+        analysis: the analysis of the program.
+        gone: boolean, one entry per channel number, constant within each channel set.
+    """
+
+    name = "remove_channels"
+
+    def __init__(self, analysis: Analysis, gone: np.ndarray) -> None:
+        self.analysis, self.gone = analysis, gone
+
+    def __call__(self, program: Program) -> Program:
+        if not self.gone.any():
+            return program
+        program = program.copy()
+        _resize(program.module, self.analysis, Kept(self.gone), self.name)
+        _cut_weights(program, self.analysis, self.gone)
+        return program
+
+
+def _cut_weights(program: Program, analysis: Analysis, gone: np.ndarray) -> None:
+    from fasp_fx._program import set_weight
+
+    by_name: dict[str, list[Slot]] = {}
+    for slot in analysis.numbering.slots:
+        if slot.kind == "weight" and gone[slot.base : slot.base + slot.size].any():
+            by_name.setdefault(slot.name, []).append(slot)
+    aliases = program.aliases()
+    for name, slots in by_name.items():
+        weight = attribute(program.module, name)
+        numbers: list[Tensor | None] = [analysis.numbering.numbers(name, dim) for dim in range(weight.dim())]
+        with torch.no_grad():
+            cut = weight.detach()
+            for slot in slots:
+                keep = torch.from_numpy(np.nonzero(~gone[slot.base : slot.base + slot.size])[0])
+                cut = cut.index_select(slot.dim, keep.to(cut.device))
+                numbers[slot.dim] = keep + slot.base
+        first: Any = None
+        for alias in aliases.get(name, [name]):
+            set_weight(program.module, alias, cut if first is None else first)
+            first = attribute(program.module, alias)
+        program.numbers[name] = numbers
+
+
+def _resize(module: fx.GraphModule, analysis: Analysis, kept: Kept, name: str) -> None:
+    walk = analysis.walk
+    originals = dict(zip((node.name for node in analysis.program.module.graph.nodes), analysis.program.module.graph.nodes, strict=True))
+    for node in list(module.graph.nodes):
+        old = originals.get(node.name)
+        if old is None or node.op != "call_function":
+            continue
+        rule = lookup(node.target)
+        if rule is None or not rule.clauses:
+            continue
+        results = walk.values.get(old)
+        outputs = [value for value in (results if isinstance(results, tuple) else [results]) if isinstance(value, Value)]
+        source = next((walk.values.get(n) for n in old.all_input_nodes if isinstance(walk.values.get(n), Value)), None)
+        if not isinstance(source, Value) or not (kept.touches(source) or any(kept.touches(output) for output in outputs)):
+            continue
+        for clause in rule.clauses:
+            rewrite = _REWRITES.get(clause.keyword)
+            if rewrite is not None and rewrite(node, clause, source, outputs, kept):
+                stamp(node, name)
+
+
+def _get(node: fx.Node, name: str) -> Any:
+    for index, argument in enumerate(node.target._schema.arguments):
+        if argument.name == name:
+            return node.args[index] if index < len(node.args) else node.kwargs.get(name, argument.default_value)
+    raise KeyError(name)
+
+
+def _set(node: fx.Node, name: str, value: Any) -> bool:
+    """Set an argument by its schema name; whether that changed it."""
+    if _get(node, name) == value:
+        return False
+    for index, argument in enumerate(node.target._schema.arguments):
+        if argument.name == name and index < len(node.args):
+            node.update_arg(index, value)
+            return True
+    node.update_kwarg(name, value)
+    return True
+
+
+def _shape(node: fx.Node, clause: Clause, source: Value, outputs: list[Value], kept: Kept) -> bool:
+    sizes = list(_get(node, clause.words[0]))
+    value = outputs[0] if len(clause.words) == 1 else source
+    first = len(value.shape) - len(sizes)
+    for index, size in enumerate(sizes):
+        new = kept.size(value, first + index)
+        if new == value.shape[first + index] or size == -1:
+            continue
+        if isinstance(size, fx.Node):
+            if -1 in sizes:
+                raise VerificationError(f"two sizes of '{node.name}' ({node.target}) are known only at run time; it cannot be resized")
+            sizes[index] = -1
+        else:
+            sizes[index] = new
+    return _set(node, clause.words[0], sizes)
+
+
+def _span(node: fx.Node, clause: Clause, source: Value, outputs: list[Value], kept: Kept) -> bool:
+    along, start_name, end_name = clause.words
+    dim = int(_get(node, along)) % len(source.shape)
+    length, changed = source.shape[dim], False
+    for name in (start_name, end_name):
+        position = _get(node, name)
+        if position is None or isinstance(position, fx.Node):
+            continue
+        absolute = position + length if position < 0 else position
+        if 0 < absolute < length:
+            changed |= _set(node, name, kept.before(source, dim, absolute)) if kept.size(source, dim) != length else False
+    return changed
+
+
+def _pick(node: fx.Node, clause: Clause, source: Value, outputs: list[Value], kept: Kept) -> bool:
+    along, index_name = clause.words
+    dim = int(_get(node, along)) % len(source.shape)
+    index = _get(node, index_name)
+    if isinstance(index, fx.Node) or kept.size(source, dim) == source.shape[dim]:
+        return False
+    return _set(node, index_name, kept.before(source, dim, index % source.shape[dim]))
+
+
+def _sizes(node: fx.Node, clause: Clause, source: Value, outputs: list[Value], kept: Kept) -> bool:
+    sizes_name, along = clause.words
+    dim = int(_get(node, along)) % len(source.shape)
+    old = list(_get(node, sizes_name))
+    new = [kept.size(output, dim) for output in outputs]
+    if any(size != output.shape[dim] for size, output in zip(new, outputs, strict=True)):
+        return _set(node, sizes_name, [was if isinstance(was, fx.Node) else now for was, now in zip(old, new, strict=True)])
+    return False
+
+
+def _chunk(node: fx.Node, clause: Clause, source: Value, outputs: list[Value], kept: Kept) -> bool:
+    dim = int(_get(node, clause.words[1])) % len(source.shape)
+    sizes = [kept.size(output, dim) for output in outputs]
+    if all(size == output.shape[dim] for size, output in zip(sizes, outputs, strict=True)):
+        return False
+    node.args, node.kwargs = (node.args[0], sizes, dim), {}
+    node.target = torch.ops.aten.split_with_sizes.default
+    return True
+
+
+_REWRITES: dict[str, Callable[[fx.Node, Clause, Value, list[Value], Kept], bool]] = {
+    "shape": _shape,
+    "span": _span,
+    "pick": _pick,
+    "sizes": _sizes,
+    "chunk": _chunk,
+}

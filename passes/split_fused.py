@@ -1,0 +1,268 @@
+"""Split a fused producer by rows, where a layout ties prunable channels to others.
+
+``linear(x, W)`` viewed as ``[heads, 3, d]`` cannot lose rows of the third part alone. Where every path from the product takes out one
+part by mere movement, each part gets a product of its own with the rows it takes, in the order it takes them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor, fx, nn
+
+from fasp_fx.channels import Axis, Use, Value, attribute, run_on_numbers
+
+from fasp_fx.patterns import lookup
+
+from ._base import stamp
+from ._verify import verify
+
+if TYPE_CHECKING:
+    from fasp_fx._program import Program
+    from fasp_fx.analysis import Analysis
+
+_ADD = torch.ops.aten.add.Tensor
+
+
+@dataclass(frozen=True)
+class _Part:
+    """One tensor taken out of the product: its node, its rows in order, and how its dimensions come from the product's."""
+
+    node: fx.Node
+    rows: np.ndarray
+    sources: tuple[int | None, ...]  # per dimension: a leading dimension of the product, -1 for channels, None for size 1
+
+
+class SplitFusedProducers:
+    """Precondition: ``analysis`` is that of the program.
+
+    Postcondition: the split weights are gone; their parts, named ``<weight>_0``, ``<weight>_1`` …, are recorded in ``program.parts``. A
+    product whose parts cannot be told apart is left alone, and its groups stay frozen.
+    """
+
+    name = "split_fused_producers"
+
+    def __init__(self, analysis: Analysis) -> None:
+        self.analysis = analysis
+
+    def __call__(self, program: Program) -> Program:
+        plans = [plan for plan in (self._plan(use) for use in self._fused()) if plan is not None]
+        if not plans:
+            return program
+        program = program.copy()
+        nodes = {node.name: node for node in program.module.graph.nodes}
+        for use, chain, parts in plans:
+            self._split(program, nodes, use, chain, parts)
+        program.module.graph.eliminate_dead_code()
+        program.module.delete_all_unused_submodules()
+        for use, chain, _ in plans:
+            for name in _weights_of(chain, use):
+                _delete_unused(program, name)
+        program.module.recompile()
+        verify(program, self.analysis)
+        return program
+
+    # --- finding
+
+    def _fused(self) -> list[Use]:
+        """The products whose rows are part of a conflict."""
+        stuck = np.unique(np.concatenate([conflict.classes for conflict in self.analysis.conflicts]))
+        found = []
+        for use in self.analysis.walk.facts.uses:
+            value = self.analysis.walk.values[use.node]
+            numbers = np.concatenate([axis.numbers.reshape(-1).numpy() for axis in value.axes]) if value.axes else np.zeros(0, dtype=np.int64)
+            if np.isin(self.analysis.labels[numbers[numbers >= 0]], stuck).any():
+                found.append(use)
+        return found
+
+    def _plan(self, use: Use) -> tuple[Use, list[fx.Node], list[_Part]] | None:
+        canonical = self.analysis.program.canonical()
+        users = [n for n in self.analysis.program.module.graph.find_nodes(op="get_attr") if canonical[n.target] == use.weight]
+        value = self.analysis.walk.values[use.node]
+        rows = value.axes[0] if len(value.axes) == 1 else None
+        if len(users) != 1 or len(users[0].users) != 1 or len(self.analysis.program.aliases()[use.weight]) != 1:
+            return None
+        if rows is None or rows.varying() != [len(value.shape) - 1] or not _cloneable(use):
+            return None
+        chain = self._with_bias(use.node)
+        parts = self._parts(chain[-1], value)
+        if parts is None:
+            return None
+        taken = np.sort(np.concatenate([part.rows for part in parts]))
+        whole = np.sort(rows.numbers.reshape(-1).numpy())
+        return (use, chain, parts) if len(parts) > 1 and np.array_equal(taken, whole) else None
+
+    def _with_bias(self, node: fx.Node) -> list[fx.Node]:
+        """The product and the additions of a one-dimensional weight that follow it."""
+        chain = [node]
+        while len(chain[-1].users) == 1:
+            (user,) = chain[-1].users
+            others = [n for n in user.all_input_nodes if n is not chain[-1]]
+            if user.target is not _ADD or len(others) != 1 or others[0].op != "get_attr" or len(self.analysis.walk.values[others[0]].shape) != 1:
+                break
+            chain.append(user)
+        return chain
+
+    def _parts(self, root: fx.Node, product: Value) -> list[_Part] | None:
+        lead = len(product.shape) - 1
+        labels = [_label(product.shape, dim) for dim in range(lead)]
+        whole = set(self.analysis.walk.values[root].axes[0].numbers.reshape(-1).tolist())
+        found: list[_Part] = []
+        pending: list[tuple[fx.Node, list[Tensor]]] = [(root, labels)]
+        while pending:
+            node, at_node = pending.pop(0)
+            for user in node.users:
+                value = self.analysis.walk.values.get(user)
+                carried = [self._carry(user, label) for label in at_node]
+                if any(label is None for label in carried) or len({id(v) for v in user.all_input_nodes if _is_tensor(self.analysis, v)}) != 1:
+                    return None
+                if isinstance(value, Value):
+                    numbers = value.axes[0].numbers if len(value.axes) == 1 else None
+                    if numbers is None:
+                        return None
+                    if set(numbers.reshape(-1).tolist()) != whole:
+                        part = _part(user, value, [label for label in carried if label is not None])
+                        if part is None:
+                            return None
+                        found.append(part)
+                        continue
+                pending.append((user, [label for label in carried if label is not None]))
+        return found
+
+    def _carry(self, node: fx.Node, label: Any) -> Any:
+        """A label tensor moved the way ``node`` moves its input, or ``None`` if the node does anything but move."""
+        if node.op == "call_function" and node.target.__name__ == "getitem" and isinstance(label, (list, tuple)):
+            return label[node.args[1]]
+        rule = lookup(node.target)
+        if rule is None or rule.moves != "self" or not isinstance(label, Tensor):
+            return None
+        return run_on_numbers(node, label, self.analysis.walk.values)
+
+    # --- rewriting
+
+    def _split(self, program: Program, nodes: dict[str, fx.Node], use: Use, chain: list[fx.Node], parts: list[_Part]) -> None:
+        graph = program.module.graph
+        base_of_weight = self.analysis.numbering.slot_of(int(parts[0].rows.min())).base
+        for index, part in enumerate(parts):
+            rows = part.rows - base_of_weight
+            anchor = nodes[part.node.name]
+            copies: dict[fx.Node, fx.Node] = {}
+            with graph.inserting_before(anchor):
+                for original in _weights_nodes(chain, use, self.analysis):
+                    name = f"{original.target}_{index}"
+                    if original.op == "get_attr":
+                        self._add_part(program, str(original.target), name, rows, use)
+                        copies[nodes[original.name]] = stamp(graph.get_attr(name), self.name)
+                    else:
+                        copies[nodes[original.name]] = stamp(graph.node_copy(nodes[original.name], lambda n: copies.get(n, n)), self.name)
+                for original in chain:
+                    copies[nodes[original.name]] = stamp(graph.node_copy(nodes[original.name], lambda n: copies.get(n, n)), self.name)
+                product = copies[nodes[chain[-1].name]]
+                result = self._lay_out(graph, product, part)
+            anchor.replace_all_uses_with(result)
+
+    def _add_part(self, program: Program, name: str, new: str, rows: np.ndarray, use: Use) -> None:
+        from fasp_fx._program import RowPart, set_weight
+
+        weight = attribute(program.module, name)
+        dim = self._row_dim(name, use)
+        with torch.no_grad():
+            piece = weight.detach().index_select(dim, torch.from_numpy(rows).to(weight.device))
+        set_weight(program.module, new, nn.Parameter(piece, requires_grad=weight.requires_grad))
+        program.parts[new] = RowPart(name, tuple(rows.tolist()), dim)
+        numbers = [self.analysis.numbering.numbers(name, d) for d in range(weight.dim())]
+        original = numbers[dim]
+        numbers[dim] = original[torch.from_numpy(rows)] if original is not None else None
+        program.numbers[new] = numbers
+
+    def _row_dim(self, name: str, use: Use) -> int:
+        if name != use.weight:
+            return 0  # a bias
+        contracted = self.analysis.numbering.slot_of(int(use.columns[0])).dim
+        return 1 - contracted
+
+    def _lay_out(self, graph: fx.Graph, product: fx.Node, part: _Part) -> fx.Node:
+        """Bring the product of one part into the shape that the original took out."""
+        value = self.analysis.walk.values[part.node]
+        recorded = part.node.meta["val"].shape
+        lead = [dim for dim in range(max([d for d in part.sources if d is not None], default=-1) + 1)]
+        order = [*lead, *(dim for dim, source in enumerate(part.sources) if source == -1)]
+        sizes: list[Any] = []
+        for dim in lead:
+            at = part.sources.index(dim)
+            dynamic = isinstance(recorded[at], torch.SymInt)
+            sizes.append(stamp(graph.call_function(torch.ops.aten.sym_size.int, (product, dim)), self.name) if dynamic else value.shape[at])
+        sizes += [value.shape[dim] for dim, source in enumerate(part.sources) if source == -1]
+        node = stamp(graph.call_function(torch.ops.aten.view.default, (product, sizes)), self.name)
+        present = [("lead", source) if source != -1 else ("own", dim) for dim, source in enumerate(part.sources) if source is not None]
+        laid = [("lead", dim) for dim in lead] + [("own", dim) for dim in order[len(lead) :]]
+        permutation = [laid.index(item) for item in present]
+        if permutation != sorted(permutation):
+            node = stamp(graph.call_function(torch.ops.aten.permute.default, (node, permutation)), self.name)
+        for dim, source in enumerate(part.sources):
+            if source is None:
+                node = stamp(graph.call_function(torch.ops.aten.unsqueeze.default, (node, dim)), self.name)
+        return node
+
+
+def _label(shape: tuple[int, ...], dim: int) -> Tensor:
+    return torch.arange(shape[dim]).reshape([-1 if d == dim else 1 for d in range(len(shape))]).expand(shape)
+
+
+def _is_tensor(analysis: Analysis, node: fx.Node) -> bool:
+    value = analysis.walk.values.get(node)
+    return isinstance(value, Value) and not value.constant or isinstance(value, tuple)
+
+
+def _part(node: fx.Node, value: Value, labels: list[Tensor]) -> _Part | None:
+    axis: Axis = value.axes[0]
+    sources: list[int | None] = [-1 if dim in axis.varying() else None for dim in range(len(value.shape))]
+    for lead, label in enumerate(labels):
+        moved = Axis.of(label)
+        if moved is None:
+            continue
+        if moved.varying() != [moved.dim] or sources[moved.dim] is not None or not torch.equal(moved.numbers.reshape(-1), torch.arange(value.shape[moved.dim])):
+            return None
+        sources[moved.dim] = lead
+    if any(source is None and size != 1 for source, size in zip(sources, value.shape, strict=True)):
+        return None
+    if any(lead not in sources for lead in range(len(labels))):
+        return None
+    return _Part(node, axis.numbers.reshape(-1).numpy(), tuple(sources))
+
+
+def _cloneable(use: Use) -> bool:
+    """Whether the weight reaches the product through nothing but dimension swaps."""
+    return all(node.op == "get_attr" or node.target in _SWAPS for node in _upstream(use))
+
+
+_SWAPS = {torch.ops.aten.t.default, torch.ops.aten.transpose.int, torch.ops.aten.permute.default, torch.ops.aten.numpy_T.default, torch.ops.aten.mT.default}
+
+
+def _upstream(use: Use) -> list[fx.Node]:
+    """The nodes that lead from weights to the product, apart from its activation, weights first."""
+    found: list[fx.Node] = []
+    pending = [node for node in use.node.all_input_nodes if node is not use.activation]
+    while pending:
+        node = pending.pop()
+        found.insert(0, node)
+        pending += node.all_input_nodes
+    return found
+
+
+def _weights_nodes(chain: list[fx.Node], use: Use, analysis: Analysis) -> list[fx.Node]:
+    return [*_upstream(use), *(n for node in chain[1:] for n in node.all_input_nodes if n.op == "get_attr")]
+
+
+def _weights_of(chain: list[fx.Node], use: Use) -> list[str]:
+    return [str(n.target) for n in [*_upstream(use), *(n for node in chain[1:] for n in node.all_input_nodes)] if n.op == "get_attr"]
+
+
+def _delete_unused(program: Program, name: str) -> None:
+    if any(node.target == name for node in program.module.graph.find_nodes(op="get_attr")):
+        return
+    path, _, leaf = name.rpartition(".")
+    delattr(attribute(program.module, path) if path else program.module, leaf)

@@ -1,0 +1,12 @@
+"""What operators do to channels, one line each.
+
+``contractions``, ``movement``, ``mixing`` and ``pointwise`` hold the rules as data; ``composites`` holds graph patterns that name
+compositions of operators. The grammar is described in ``_grammar`` and in the documentation's *Writing a rule*.
+"""
+
+from __future__ import annotations
+
+from ._grammar import Alternative, Clause, Operand, Rule, parse
+from ._registry import builtin, lookup, register, unregister
+
+__all__ = ["Alternative", "Clause", "Operand", "Rule", "builtin", "lookup", "parse", "register", "unregister"]

@@ -1,0 +1,228 @@
+"""The grammar of operator rules: parse once, use many times.
+
+::
+
+    rule        :=  body (";" clause)*
+    body        :=  "move" NAME                          the operator only moves elements of NAME
+                 |  "check"                              the operator returns nothing that carries channels
+                 |  alternative ("|" alternative)*       dimensions by letter, first alternative that fits
+    alternative :=  operand ("," operand)* "->" result ("," result)* ["if" NAME]
+    operand     :=  NAME "[" dims "]"                    NAME is an argument of the operator's schema
+    result      :=  "[" dims "]"
+    dims        :=  (LETTER | LETTER "*" | "...")*       LETTER "*" is a run of dimensions
+    clause      :=  "mix" WHERE                          positions along WHERE influence one another
+                 |  "reduce" "@" NAME                    the dimensions named by argument NAME are reduced
+                 |  "freeze" WHERE                       positions along WHERE cannot be removed
+                 |  "repeat" LETTER LETTER               the first letter is repeated in blocks to the size of the second
+                 |  "shape" NAME                         argument NAME is the shape of the result
+                 |  "shape" NAME "=" LETTER "*"          argument NAME holds the sizes of a run of dimensions
+                 |  "span" NAME NAME NAME                arguments: dimension, start, end of a slice
+                 |  "pick" NAME NAME                     arguments: dimension, index of a selection
+                 |  "sizes" NAME NAME                    arguments: sizes of the results along a dimension, that dimension
+                 |  "chunk" NAME NAME                    arguments: size of each result along a dimension, that dimension
+    WHERE       :=  LETTER | LETTER "*" | "@" NAME       "@" NAME: the dimensions named by an argument
+
+A letter that stands in two operands and in no result is *contracted*. Letters shared by an operand and a result are the same
+dimension. ``...`` stands for leading dimensions that broadcast.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from functools import lru_cache
+
+from fasp_fx.errors import RuleError
+
+ELLIPSIS = "..."
+
+_TOKEN = re.compile(r"\s*(\.\.\.|->|[A-Za-z_][A-Za-z_0-9]*\*?|[\[\],;|@=])")
+
+#: clause keyword -> how many words follow it
+_CLAUSES = {"mix": (1,), "reduce": (1,), "freeze": (1,), "repeat": (2,), "shape": (1, 3), "span": (3,), "pick": (2,), "sizes": (2,), "chunk": (2,)}
+_WITH_ARGUMENT = {"mix", "reduce", "freeze"}
+
+
+@dataclass(frozen=True)
+class Operand:
+    """One tensor argument of the operator and the letters of its dimensions."""
+
+    name: str
+    dims: tuple[str, ...]
+
+    def __str__(self) -> str:
+        return f"{self.name}[{' '.join(self.dims)}]"
+
+
+@dataclass(frozen=True)
+class Alternative:
+    """One reading of the operator: its operands and results by letter, used if ``condition`` is truthy."""
+
+    operands: tuple[Operand, ...]
+    results: tuple[tuple[str, ...], ...]
+    condition: str | None = None
+
+    def __str__(self) -> str:
+        results = ", ".join(f"[{' '.join(dims)}]" for dims in self.results)
+        text = f"{', '.join(map(str, self.operands))} -> {results}"
+        return f"{text} if {self.condition}" if self.condition else text
+
+
+@dataclass(frozen=True)
+class Clause:
+    """A keyword and its words; ``argument`` says that the first word names an argument of the operator."""
+
+    keyword: str
+    words: tuple[str, ...]
+    argument: bool = False
+
+    def __str__(self) -> str:
+        first = ("@" if self.argument else "") + self.words[0]
+        rest = self.words[1:]
+        if self.keyword == "shape" and rest:
+            return f"shape {first}={rest[0]}"
+        return " ".join((self.keyword, first, *rest))
+
+
+@dataclass(frozen=True)
+class Rule:
+    """What one operator does to channels; ``str(rule)`` is the line it was written as, normalised."""
+
+    moves: str | None
+    alternatives: tuple[Alternative, ...]
+    clauses: tuple[Clause, ...]
+
+    def __str__(self) -> str:
+        body = f"move {self.moves}" if self.moves else " | ".join(map(str, self.alternatives)) or "check"
+        return "; ".join((body, *map(str, self.clauses)))
+
+    def all(self, keyword: str) -> list[Clause]:
+        """The clauses that start with ``keyword``, in order."""
+        return [clause for clause in self.clauses if clause.keyword == keyword]
+
+    def names(self) -> set[str]:
+        """Every argument name the rule mentions; all must be in the operator's schema."""
+        found = {self.moves} if self.moves else set()
+        for alternative in self.alternatives:
+            found |= {operand.name for operand in alternative.operands}
+            found |= {alternative.condition} if alternative.condition else set()
+        for clause in self.clauses:
+            if clause.argument:
+                found.add(clause.words[0])
+            elif clause.keyword in ("span", "pick", "sizes", "chunk"):
+                found |= set(clause.words)
+            elif clause.keyword == "shape":
+                found.add(clause.words[0])
+        return found
+
+
+class _Parser:
+    def __init__(self, text: str) -> None:
+        self.text = text
+        self.tokens: list[tuple[str, int]] = []
+        position = 0
+        while text[position:].strip():
+            match = _TOKEN.match(text, position)
+            if match is None:
+                position += len(text[position:]) - len(text[position:].lstrip())
+                self.fail("unexpected character", position)
+            self.tokens.append((match.group(1), match.start(1)))
+            position = match.end()
+        self.at = 0
+
+    def fail(self, message: str, position: int | None = None) -> None:
+        if position is None:
+            position = self.tokens[self.at][1] if self.at < len(self.tokens) else len(self.text)
+        raise RuleError(f"rule does not parse: {message}\n  {self.text}\n  {' ' * position}^")
+
+    def peek(self) -> str | None:
+        return self.tokens[self.at][0] if self.at < len(self.tokens) else None
+
+    def take(self, expected: str | None = None) -> str:
+        token = self.peek()
+        if token is None or (expected is not None and token != expected):
+            self.fail(f"expected {expected!r}" if expected else "unexpected end")
+            raise AssertionError  # fail() always raises; this line tells the type checker so
+        self.at += 1
+        return token
+
+    def accept(self, token: str) -> bool:
+        if self.peek() == token:
+            self.at += 1
+            return True
+        return False
+
+    def name(self) -> str:
+        token = self.peek()
+        if token is None or not re.fullmatch(r"[A-Za-z_]\w*", token):
+            self.fail("expected a name")
+        return self.take()
+
+    def dims(self) -> tuple[str, ...]:
+        self.take("[")
+        found: list[str] = []
+        while not self.accept("]"):
+            token = self.peek()
+            if token is None or not re.fullmatch(r"\.\.\.|[A-Za-z_]\w*\*?", token):
+                self.fail("expected a letter, '...' or ']'")
+            if token in found:
+                self.fail(f"{token!r} stands twice in one tensor")
+            found.append(self.take())
+        return tuple(found)
+
+    def alternative(self) -> Alternative:
+        operands = [Operand(self.name(), self.dims())]
+        while self.accept(","):
+            operands.append(Operand(self.name(), self.dims()))
+        self.take("->")
+        results = [self.dims()]
+        while self.accept(","):
+            results.append(self.dims())
+        known = {letter for operand in operands for letter in operand.dims}
+        for letter in (letter for dims in results for letter in dims):
+            if letter not in known:
+                self.fail(f"{letter!r} stands in a result but in no operand")
+        return Alternative(tuple(operands), tuple(results), self.name() if self.accept("if") else None)
+
+    def clause(self) -> Clause:
+        keyword = self.peek()
+        if keyword not in _CLAUSES:
+            self.fail(f"expected one of {', '.join(sorted(_CLAUSES))}")
+        self.at += 1
+        argument = self.accept("@")
+        if argument and keyword not in _WITH_ARGUMENT:
+            self.fail(f"'@' is not allowed after {keyword!r}")
+        words = [self.take()]
+        while self.peek() not in (None, ";"):
+            words.append(self.take())
+        if len(words) not in _CLAUSES[str(keyword)]:
+            self.fail(f"{keyword!r} takes {' or '.join(map(str, _CLAUSES[str(keyword)]))} word(s), not {len(words)}")
+        return Clause(str(keyword), tuple(word for word in words if word != "="), argument)
+
+    def rule(self) -> Rule:
+        moves, alternatives = None, []
+        if self.peek() == "check":
+            self.take()
+        elif self.peek() == "move":
+            self.take()
+            moves = self.name()
+        else:
+            alternatives.append(self.alternative())
+            while self.accept("|"):
+                alternatives.append(self.alternative())
+        clauses = []
+        while self.accept(";"):
+            clauses.append(self.clause())
+        if self.peek() is not None:
+            self.fail("expected ';' or the end")
+        return Rule(moves, tuple(alternatives), tuple(clauses))
+
+
+@lru_cache(maxsize=None)
+def parse(text: str) -> Rule:
+    """Parse one rule.
+
+    Raises:
+        RuleError: with the rule, a caret under the place, and what was expected there.
+    """
+    return _Parser(text).rule()

@@ -1,0 +1,49 @@
+"""Operators that only move elements: the operator itself, applied to the channel numbers, is the rule.
+
+The clauses name the arguments that speak of sizes, so that one rewriter can adapt them.
+"""
+
+from __future__ import annotations
+
+MOVEMENT: dict[str, str] = {
+    # the same elements under another shape
+    "aten.view.default": "move self; shape size",
+    "aten._unsafe_view.default": "move self; shape size",
+    "aten.reshape.default": "move self; shape shape",
+    "aten.flatten.using_ints": "move self",
+    "aten.squeeze.dim": "move self",
+    "aten.squeeze.dims": "move self",
+    "aten.unsqueeze.default": "move self",
+    "aten.t.default": "move self",
+    "aten.transpose.int": "move self",
+    "aten.permute.default": "move self",
+    "aten.numpy_T.default": "move self",
+    "aten.mT.default": "move self",
+    "aten.movedim.int": "move self",
+    "aten.movedim.intlist": "move self",
+    "aten.swapaxes.default": "move self",
+    # copies
+    "aten.alias.default": "move self",
+    "aten.clone.default": "move self",
+    "aten.contiguous.default": "move self",
+    "aten.detach.default": "move self",
+    "aten.lift_fresh_copy.default": "move self",
+    "aten.expand.default": "move self; shape size",
+    "aten.repeat.default": "move self",
+    "aten.repeat_interleave.self_int": "move self",
+    "aten.flip.default": "move self",
+    # parts
+    "aten.slice.Tensor": "move self; span dim start end",
+    "aten.select.int": "move self; pick dim index",
+    "aten.unbind.int": "move self",
+    "aten.split.Tensor": "move self; chunk split_size dim",
+    "aten.split_with_sizes.default": "move self; sizes split_sizes dim",
+    "aten.chunk.default": "move self; chunk chunks dim",
+    "aten.index.Tensor": "move self; freeze @indices",
+    "aten.index_select.default": "move self; freeze @dim",
+    # joins
+    "aten.cat.default": "move tensors",
+    "aten.stack.default": "move tensors",
+    # borders: what is added is not a channel
+    "aten.constant_pad_nd.default": "move self",
+}

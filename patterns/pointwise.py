@@ -1,0 +1,43 @@
+"""Pointwise operators: channels that meet, under broadcasting, are coupled.
+
+Nearly all carry ``torch.Tag.pointwise``, from which the rule is derived; those listed here do not, though they are pointwise.
+"""
+
+from __future__ import annotations
+
+import torch
+
+#: pointwise operators that torch does not tag
+UNTAGGED: tuple[str, ...] = (
+    "aten._to_copy.default",
+    "aten.to.dtype",
+    "aten.to.dtype_layout",
+    "aten.type_as.default",
+    "aten.dropout.default",
+    "aten.hardswish.default",
+    "aten.hardsigmoid.default",
+    "aten.log_sigmoid.default",
+    "aten.masked_fill.Scalar",
+    "aten.masked_fill.Tensor",
+    "aten.where.ScalarOther",
+    "aten.where.ScalarSelf",
+    "aten.where.Scalar",
+    "aten.zeros_like.default",
+    "aten.ones_like.default",
+    "aten.full_like.default",
+)
+
+#: operators that only assert something and return nothing
+CHECKS: dict[str, str] = {
+    "aten._assert_tensor_metadata.default": "check",
+    "aten._assert_scalar.default": "check",
+    "aten._assert_async.msg": "check",
+    "aten.sym_constrain_range_for_size.default": "check",
+    "aten.sym_size.int": "check",
+}
+
+
+def pointwise_rule(operator: torch._ops.OpOverload) -> str:
+    """The rule of a pointwise operator, derived from its schema: every tensor argument broadcasts into the result."""
+    tensors = [argument.name for argument in operator._schema.arguments if "Tensor" in str(argument.type)]
+    return f"{', '.join(f'{name}[...]' for name in tensors)} -> [...]"
