@@ -1,0 +1,56 @@
+"""fasp_fx: make PyTorch models physically smaller, whatever their architecture.
+
+A declarative structured-pruning compiler pass over ``torch.fx``, after FASP (arXiv 2501.09412).
+"""
+
+from __future__ import annotations
+
+from . import passes, patterns
+from .analysis import Analysis
+from .errors import (
+    ArgumentError,
+    CalibrationError,
+    CalibrationWarning,
+    CallError,
+    CaptureError,
+    FaspError,
+    NothingPrunableError,
+    PlanError,
+    RuleError,
+    SparsityError,
+    StoreError,
+    VerificationError,
+)
+from .groups import Group
+from .plan import ParameterSlice, PruningPlan
+from .prune import analyze, apply, prune
+from .report import Report
+from ._result import Result
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "Analysis",
+    "ArgumentError",
+    "CalibrationError",
+    "CalibrationWarning",
+    "CallError",
+    "CaptureError",
+    "FaspError",
+    "Group",
+    "NothingPrunableError",
+    "ParameterSlice",
+    "PlanError",
+    "PruningPlan",
+    "Report",
+    "Result",
+    "RuleError",
+    "SparsityError",
+    "StoreError",
+    "VerificationError",
+    "analyze",
+    "apply",
+    "passes",
+    "patterns",
+    "prune",
+]

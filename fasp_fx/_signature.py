@@ -65,7 +65,7 @@ class CallSignature:
             raise CallError(str(error)) from error
         for name, value in given.items():
             if name not in self.captured:
-                check_constant(name, value, self.constants.get(name, self._default(name)))
+                check_constant(name, value, self.constants.get(name, self._default(name)), self._default(name))
         missing = [name for name in self.captured if name not in given]
         if missing:
             refuse_missing(missing[0])
@@ -109,14 +109,25 @@ def refuse_missing(name: str) -> NoReturn:
     raise CallError(f"argument '{name}' is missing: the program was captured with it; pass it, or capture without it")
 
 
-def check_constant(name: str, value: Any, expected: Any) -> None:
-    """Refuse a value that differs from the one the program was captured with."""
-    if value is expected:
+def check_constant(name: str, value: Any, expected: Any, default: Any) -> None:
+    """Refuse a value that differs from the one the program was captured with.
+
+    The signature's own default stands for an argument that the caller left out, and takes the captured value.
+    """
+    if value is expected or value is default:
         return
     same = not isinstance(value, torch.Tensor) and type(value) is type(expected) and value == expected
     if not same:
         shown = f"a tensor of shape {tuple(value.shape)}" if isinstance(value, torch.Tensor) else repr(value)
         raise CallError(f"argument '{name}' is {shown}, but the program was captured with {expected!r}; capture it with the value you need")
+
+
+class _Checks:
+    """What generated code refers to: fx keys globals by value, so that constants must hide behind one object."""
+
+    def __init__(self, captured: dict[str, Any], defaults: dict[str, Any]) -> None:
+        self.captured, self.defaults = captured, defaults
+        self.constant, self.missing = check_constant, refuse_missing
 
 
 class CallerCodeGen(_PyTreeCodeGen):
@@ -125,10 +136,12 @@ class CallerCodeGen(_PyTreeCodeGen):
     def __init__(self, signature: CallSignature, pytree_info: _PyTreeInfo) -> None:
         super().__init__(pytree_info)
         self.signature = signature
+        parameters = signature.parameters.parameters
+        defaults = {name: p.default for name, p in parameters.items() if p.default is not inspect.Parameter.empty}
+        self.checks = _Checks(self._expected(), defaults)
 
     def additional_globals(self) -> list[tuple[str, Any]]:
-        objects = {f"_default_{name}": value for name, value in self._expected().items()}
-        return [*super().additional_globals(), ("_check_constant", check_constant), ("_refuse_missing", refuse_missing), *objects.items()]
+        return [*super().additional_globals(), ("_call", self.checks)]
 
     def _expected(self) -> dict[str, Any]:
         found = dict(self.signature.constants)
@@ -154,7 +167,7 @@ class CallerCodeGen(_PyTreeCodeGen):
                 parts.append(name)
             else:
                 plain = isinstance(parameter.default, _PLAIN)
-                parts.append(f"{name}={parameter.default!r}" if plain else f"{name}=_default_{name}")
+                parts.append(f"{name}={parameter.default!r}" if plain else f"{name}=_call.defaults[{name!r}]")
         if previous is inspect.Parameter.POSITIONAL_ONLY:
             parts.append("/")
         return ", ".join(parts)
@@ -165,14 +178,14 @@ class CallerCodeGen(_PyTreeCodeGen):
         lines = [f"def forward({self._head()}){maybe_return_annotation}:"]
         extra = next((name for name, p in parameters.items() if p.kind is inspect.Parameter.VAR_KEYWORD), None)
         rest = next((name for name, p in parameters.items() if p.kind is inspect.Parameter.VAR_POSITIONAL), None)
-        lines += [f"    if {name} is None: _refuse_missing({name!r})" for name in self.signature.captured if name in named]
-        lines += [f"    _check_constant({name!r}, {name}, _default_{name})" for name in named if name not in self.signature.captured and name in self._expected()]
+        lines += [f"    if {name} is None: _call.missing({name!r})" for name in self.signature.captured if name in named]
+        lines += [f"    _call.constant({name!r}, {name}, _call.captured[{name!r}], {self._default_of(name)})" for name in named if name not in self.signature.captured and name in self._expected()]
         if extra is not None:
             others = [name for name in self.signature.captured if name not in named and not (rest and name.startswith(f"{rest}_"))]
-            lines += [f"    if {name!r} not in {extra}: _refuse_missing({name!r})" for name in others]
-            known = "{" + ", ".join(f"{name!r}: _default_{name}" for name in self.signature.constants if name not in named) + "}"
+            lines += [f"    if {name!r} not in {extra}: _call.missing({name!r})" for name in others]
+            known = "{" + ", ".join(f"{name!r}: _call.captured[{name!r}]" for name in self.signature.constants if name not in named) + "}"
             lines.append(f"    for _name, _value in {extra}.items():")
-            lines.append(f"        if _name not in {tuple(others)!r}: _check_constant(_name, _value, {known}.get(_name))")
+            lines.append(f"        if _name not in {tuple(others)!r}: _call.constant(_name, _value, {known}.get(_name), None)")
         in_spec = self.pytree_info.in_spec
         by_position = positional(self.signature.parameters, self.signature.captured)
         first = [f"*{rest}" if rest and name not in named else name for name in by_position]
@@ -181,7 +194,11 @@ class CallerCodeGen(_PyTreeCodeGen):
         lines.append(f"    {names}, = fx_pytree.tree_flatten_spec(([{', '.join(dict.fromkeys(first))}], {{{', '.join(keywords)}}}), self._in_spec)")
         return "\n".join(lines) + "\n"
 
+    def _default_of(self, name: str) -> str:
+        has_default = self.signature.parameters.parameters[name].default is not inspect.Parameter.empty
+        return f"_call.defaults[{name!r}]" if has_default else f"_call.captured[{name!r}]"
+
     def _keyword(self, key: str, named: list[str], extra: str | None) -> str:
         if key in self.signature.constants:
-            return f"_default_{key}"
+            return f"_call.captured[{key!r}]"
         return key if key in named else f"{extra}[{key!r}]"

@@ -1,0 +1,98 @@
+"""How many channel sets each group loses."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from .channels import attribute
+from .errors import SparsityError
+from .groups import EXEMPT, PRUNABLE, Group
+
+if TYPE_CHECKING:
+    from .analysis import Analysis
+
+
+@dataclass(frozen=True)
+class _Cut:
+    """How one dimension of a counted weight shrinks with one group: positions lost per channel set."""
+
+    group: int
+    per_set: float
+
+
+class Budget:
+    """Sparsity as a function of the number of channel sets that each group loses.
+
+    Sparsity is the fraction removed of all weights of linear operators that a prunable or exempt group touches, each counted once and whole.
+
+    Args:
+        analysis: the analysis of the program.
+    """
+
+    def __init__(self, analysis: Analysis) -> None:
+        self.groups = analysis.select(PRUNABLE)
+        used = {use.weight for use in analysis.walk.facts.uses}
+        touched = {slot.name for group in analysis.groups if group.status in (PRUNABLE, EXEMPT) for slot in group.slots} & used
+        self.shapes = {name: tuple(int(size) for size in attribute(analysis.program.module, name).shape) for name in sorted(touched)}
+        self.total = sum(int(np.prod(shape)) for shape in self.shapes.values())
+        self.cuts: dict[tuple[str, int], list[_Cut]] = {}
+        for index, group in enumerate(self.groups):
+            for slot in group.slots:
+                if slot.name in self.shapes:
+                    own = analysis.labels[slot.base : slot.base + slot.size]
+                    count = int(np.isin(own, group.sets).sum())
+                    self.cuts.setdefault((slot.name, slot.dim), []).append(_Cut(index, count / group.size))
+
+    def sparsity(self, lost: list[int]) -> float:
+        """The sparsity when group ``i`` loses ``lost[i]`` channel sets in all."""
+        left = 0.0
+        for name, shape in self.shapes.items():
+            sizes = [size - sum(cut.per_set * lost[cut.group] for cut in self.cuts.get((name, dim), [])) for dim, size in enumerate(shape)]
+            left += float(np.prod(sizes))
+        return 1 - left / self.total if self.total else 0.0
+
+    def most(self, group: Group, round_to: int) -> int:
+        """The most channel sets that one block of a group can lose."""
+        return group.width - round_to if group.width > round_to else 0
+
+    def reach(self, round_to: int) -> float:
+        """The highest sparsity in reach."""
+        return self.sparsity([self.most(group, round_to) * group.blocks for group in self.groups])
+
+
+def lost_per_block(width: int, fraction: float, round_to: int) -> int:
+    """The removal nearest to ``fraction`` of a block that leaves a multiple of ``round_to``, and at least one."""
+    if width <= round_to:
+        return 0
+    kept = round(width * (1 - fraction) / round_to) * round_to
+    return width - min(max(kept, round_to), width)
+
+
+def uniform(budget: Budget, sparsity: float, round_to: int) -> list[int]:
+    """Channel sets lost per block of each group: the same fraction of every group, found by bisection.
+
+    Raises:
+        SparsityError: the target is out of reach; the message says what is in reach.
+    """
+    reach = budget.reach(round_to)
+    if sparsity > reach + 1e-12:
+        raise SparsityError(
+            f"sparsity={sparsity:.4g} is out of reach: the prunable groups allow at most {np.floor(reach * 1e4) / 1e4:.4f}"
+            + (f" with round_to={round_to}" if round_to > 1 else "")
+            + "; ask for less, or see analyze(...).groups for what is frozen and why"
+        )
+
+    def lost(fraction: float) -> list[int]:
+        return [lost_per_block(group.width, fraction, round_to) for group in budget.groups]
+
+    def reached(fraction: float) -> float:
+        return budget.sparsity([n * group.blocks for n, group in zip(lost(fraction), budget.groups, strict=True)])
+
+    low, high = 0.0, 1.0
+    for _ in range(60):
+        middle = (low + high) / 2
+        low, high = (middle, high) if reached(middle) < sparsity else (low, middle)
+    return lost(min((low, high), key=lambda fraction: abs(reached(fraction) - sparsity)))

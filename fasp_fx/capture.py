@@ -9,10 +9,13 @@ import warnings
 from collections.abc import Iterator
 from typing import Any
 
+import sympy
 import torch
 from torch import Tensor, fx, nn
 from torch.export import Dim, ExportedProgram, ShapesCollection
+from torch.export.passes import move_to_device_pass
 from torch.utils import _pytree as pytree
+from torch.utils._sympy.numbers import int_oo
 
 from ._program import Program
 from ._signature import CallSignature, positional
@@ -26,6 +29,7 @@ def capture(
     *,
     dynamic_shapes: Any = None,
     state: tuple[str, ...] = (),
+    device: torch.device | str | None = None,
 ) -> Program:
     """Capture ``model`` as it behaves on the example inputs.
 
@@ -34,6 +38,7 @@ def capture(
         args, kwargs: example inputs; an exported program brings its own.
         dynamic_shapes: as for ``torch.export.export``; ``None`` keeps every dimension dynamic that the model lets vary.
         state: names of arguments and outputs that hold state (a cache) and may become narrower.
+        device: move the captured copy there; ``None`` leaves it where the model is.
 
     Raises:
         ArgumentError: the inputs do not fit the model.
@@ -51,6 +56,8 @@ def capture(
         exported, notes = _export(model, signature, given, dynamic_shapes)
     else:
         raise ArgumentError(f"model must be an nn.Module, fx.GraphModule or ExportedProgram, not {type(model).__name__}")
+    if device is not None:
+        exported = move_to_device_pass(exported, torch.device(device))
     module = exported.module(check_guards=False)
     example = exported.example_inputs
     if example is None:
@@ -161,6 +168,15 @@ def _first_dim(args: tuple[Any, ...], kwargs: dict[str, Any]) -> ShapesCollectio
     return _collection(args, kwargs, 1)
 
 
+def upper_bound(size: torch.SymInt) -> int | None:
+    """The largest value that the capture allows for a dynamic size, or ``None`` if there is no limit."""
+    expression, environment = size.node.expr, size.node.shape_env
+    bounds = environment.var_to_range.get(expression) if expression.is_Symbol else None
+    if bounds is None or bounds.upper in (int_oo, sympy.oo):
+        return None
+    return int(bounds.upper) if int(bounds.upper) < torch.iinfo(torch.int32).max else None
+
+
 def recorded_shapes(module: fx.GraphModule, example: tuple[tuple[Any, ...], dict[str, Any]]) -> ShapesCollection:
     """The dynamic dimensions of a captured program and their ranges, to export it again with the same freedom."""
     collection = ShapesCollection()
@@ -174,10 +190,9 @@ def recorded_shapes(module: fx.GraphModule, example: tuple[tuple[Any, ...], dict
                 spec[dim] = Dim.STATIC
                 continue
             spec[dim] = Dim.AUTO
-            expression, environment = size.node.expr, size.node.shape_env
-            bounds = environment.var_to_range.get(expression) if expression.is_Symbol else None
-            if bounds is not None and bounds.upper.is_finite and int(bounds.upper) < torch.iinfo(torch.int64).max // 2:
-                spec[dim] = Dim.AUTO(min=int(bounds.lower), max=int(bounds.upper))
+            upper = upper_bound(size)
+            if upper is not None:
+                spec[dim] = Dim.AUTO(max=upper)
         collection[leaf] = spec
     return collection
 

@@ -84,10 +84,18 @@ def _resize(module: fx.GraphModule, analysis: Analysis, kept: Kept, name: str) -
         source = next((walk.values.get(n) for n in old.all_input_nodes if isinstance(walk.values.get(n), Value)), None)
         if not isinstance(source, Value) or not (kept.touches(source) or any(kept.touches(output) for output in outputs)):
             continue
+        if node.target in _VIEWS:
+            # Other widths can mean other strides (attention picks another kernel), under which a view may be impossible.
+            node.target, node.args, node.kwargs = torch.ops.aten.reshape.default, (node.args[0], _get(node, "size")), {}
+            rule = lookup(node.target)
+            stamp(node, name)
         for clause in rule.clauses:
             rewrite = _REWRITES.get(clause.keyword)
             if rewrite is not None and rewrite(node, clause, source, outputs, kept):
                 stamp(node, name)
+
+
+_VIEWS = (torch.ops.aten.view.default, torch.ops.aten._unsafe_view.default)
 
 
 def _get(node: fx.Node, name: str) -> Any:

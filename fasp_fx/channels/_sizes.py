@@ -8,6 +8,7 @@ from typing import Any
 import sympy
 import torch
 from torch import fx
+from torch.utils._sympy.numbers import int_oo
 
 _PRIMES = (2, 3, 5, 7, 11, 13, 17, 19, 23, 29, 31, 37)
 
@@ -43,7 +44,7 @@ class Sizes:
             wanted = _PRIMES[len(self.assigned) % len(_PRIMES)]
             if hint is not None and not self.small:
                 wanted = int(hint)
-            self.assigned[symbol] = max(wanted, int(lower)) if lower.is_finite else wanted
+            self.assigned[symbol] = max(wanted, int(lower)) if lower not in (-int_oo, -sympy.oo) else wanted
 
     def integer(self, size: int | torch.SymInt) -> int:
         """One size as an integer."""

@@ -1,0 +1,183 @@
+"""Calibrate, choose, restore: visit the consumers in graph order and decide each group once all its consumers were seen."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ._runner import Runner
+from .analysis import Analysis
+from .channels import Use, attribute
+from .errors import ArgumentError, CalibrationError, CalibrationWarning
+from .groups import Group
+from .restoration import Restored
+from .scoring import Columns, Score
+from .statistics import Gram
+
+Restore = Callable[[Tensor, Tensor, Tensor], Restored]
+
+
+@dataclass
+class Decision:
+    """What was chosen: removed channel numbers, restored weights by canonical name, and the outcome of each restoration."""
+
+    gone: np.ndarray
+    weights: dict[str, Tensor] = field(default_factory=dict)
+    outcomes: dict[str, Restored] = field(default_factory=dict)
+
+
+class _Consumer:
+    """One dimension of one weight, with all uses that contract it."""
+
+    def __init__(self, analysis: Analysis, use: Use) -> None:
+        slot = analysis.numbering.slot_of(int(use.columns[0]))
+        self.weight, self.dim, self.base, self.size = use.weight, slot.dim, slot.base, slot.size
+        self.uses: list[Use] = []
+        self.gram: Gram | None = None
+
+    @property
+    def key(self) -> tuple[str, int]:
+        return self.weight, self.dim
+
+    def numbers(self) -> np.ndarray:
+        return np.arange(self.base, self.base + self.size)
+
+    def order(self, use: Use) -> Tensor | None:
+        """The weight's columns in the order in which the activation brings them, or ``None`` if that is their own order."""
+        columns = use.columns - self.base
+        return None if np.array_equal(columns, np.arange(self.size)) else torch.from_numpy(columns)
+
+    def matrix(self, weight: Tensor) -> Tensor:
+        """The weight as ``[rows, columns]``."""
+        return weight if self.dim == 1 else weight.T
+
+
+class Observer:
+    """Decides all groups of one analysis.
+
+    Args:
+        analysis: the analysis; its prunable groups are decided.
+        lost: channel sets that each block of each prunable group loses.
+        score: value of a consumer's columns; the lowest go.
+        restore: repairs a consumer, or ``None``.
+        propagate: whether later consumers see the outputs of consumers already pruned.
+    """
+
+    def __init__(self, analysis: Analysis, lost: list[int], score: Score, restore: Restore | None, propagate: bool) -> None:
+        self.analysis, self.score, self.restore, self.propagate = analysis, score, restore, propagate
+        self.groups = analysis.select("prunable")
+        self.lost = lost
+        self.decision = Decision(np.zeros(analysis.numbering.total, dtype=bool))
+        self.consumers: dict[tuple[str, int], _Consumer] = {}
+        self.of_group: dict[str, list[_Consumer]] = {}
+        for group in self.groups:
+            self.of_group[group.name] = [self._consumer(use) for use in group.uses]
+        self._undecided = {group.name for group in self.groups}
+        self._waiting = {group.name: {use.node for use in group.uses} for group in self.groups}
+
+    def _consumer(self, use: Use) -> _Consumer:
+        made = _Consumer(self.analysis, use)
+        consumer = self.consumers.setdefault(made.key, made)
+        if use not in consumer.uses:
+            consumer.uses.append(use)
+        return consumer
+
+    def run(self, runner: Runner | None, progress: Callable[[float], None]) -> Decision:
+        """Visit all consumers in graph order; without a runner nothing is observed."""
+        position = {node: index for index, node in enumerate(self.analysis.program.module.graph.nodes)}
+        stops = sorted({use.node for group in self.groups for use in group.uses}, key=position.__getitem__)
+        for count, node in enumerate(stops):
+            if runner is not None:
+                runner.advance(runner.index(node))
+                self._observe(runner, [use for consumer in self.consumers.values() for use in consumer.uses if use.node is node])
+            ready = []
+            for group in self.groups:
+                self._waiting[group.name].discard(node)
+                if not self._waiting[group.name] and group.name in self._undecided:
+                    ready.append(group)
+            for group in ready:
+                self._choose(group)
+            self._finish(ready, runner)
+            progress((count + 1) / len(stops))
+        return self.decision
+
+    def _observe(self, runner: Runner, uses: list[Use]) -> None:
+        for use in uses:
+            consumer = self._consumer(use)
+            order = consumer.order(use)
+            for activation in runner.read(use.activation):
+                if consumer.gram is None:
+                    consumer.gram = Gram(consumer.size, activation.device)
+                if order is not None:
+                    activation = activation.index_select(use.activation_dim, torch.argsort(order).to(activation.device))
+                consumer.gram.update(activation, use.activation_dim)
+            assert consumer.gram is not None
+            if not bool(torch.isfinite(consumer.gram.matrix.diagonal()).all()):
+                raise CalibrationError(f"the input of '{use.weight}' is not finite on the calibration data; check the batches and the model's dtype")
+            if consumer.gram.tokens < consumer.size:
+                warnings.warn(
+                    f"'{use.weight}' has {consumer.size} columns but saw {consumer.gram.tokens} calibration tokens; the restoration is regularised, but more data is better",
+                    CalibrationWarning,
+                    stacklevel=2,
+                )
+
+    def _weight(self, consumer: _Consumer) -> Tensor:
+        held = self.decision.weights.get(consumer.weight)
+        return held if held is not None else attribute(self.analysis.program.module, consumer.weight).detach()
+
+    def _choose(self, group: Group) -> None:
+        self._undecided.discard(group.name)
+        lost = self.lost[self.groups.index(group)]
+        if not lost:
+            return
+        labels = self.analysis.labels
+        total = np.zeros(group.size)
+        order = np.argsort(group.sets)
+        for consumer in {c.key: c for c in self.of_group[group.name]}.values():
+            matrix = consumer.matrix(self._weight(consumer))
+            gram = consumer.gram
+            values = self.score(Columns(matrix, gram.norms() if gram is not None else None, gram.symmetric if gram is not None else None))
+            if tuple(values.shape) != (matrix.shape[1],):
+                raise ArgumentError(f"the score returned shape {tuple(values.shape)} for a consumer with {matrix.shape[1]} columns; it must return one value per column")
+            sets = labels[consumer.numbers()]
+            member = np.isin(sets, group.sets)
+            at = order[np.searchsorted(group.sets[order], sets[member])]
+            np.add.at(total, at, values.detach().to("cpu", torch.float64).numpy()[member])
+        if not np.isfinite(total).all():
+            raise CalibrationError(f"the scores of group '{group.name}' are not finite; check the weights and the calibration data")
+        removed = np.concatenate([members[np.argsort(total[members], kind="stable")[:lost]] for members in _by_block(group)])
+        self.decision.gone |= np.isin(labels, group.sets[removed])
+
+    def _finish(self, ready: list[Group], runner: Runner | None) -> None:
+        """Restore (or cut) the consumers all of whose groups are decided."""
+        for consumer in {c.key: c for group in ready for c in self.of_group[group.name]}.values():
+            touching = [group.name for group in self.groups if consumer in self.of_group[group.name]]
+            if any(name in self._undecided for name in touching):
+                continue
+            gone = self.decision.gone[consumer.numbers()]
+            if gone.any():
+                self._repair(consumer, torch.from_numpy(np.flatnonzero(~gone)), runner)
+            consumer.gram = None
+
+    def _repair(self, consumer: _Consumer, kept: Tensor, runner: Runner | None) -> None:
+        weight = consumer.matrix(self._weight(consumer))
+        kept = kept.to(weight.device)
+        if self.restore is not None and consumer.gram is not None:
+            outcome = self.restore(weight, consumer.gram.symmetric(), kept)
+            self.decision.outcomes[consumer.weight] = outcome
+            pruned = outcome.weight
+            self.decision.weights[consumer.weight] = consumer.matrix(pruned).contiguous()
+        else:
+            pruned = torch.zeros_like(weight)
+            pruned[:, kept] = weight[:, kept]
+        if self.propagate and runner is not None:
+            runner.overrides[consumer.weight] = consumer.matrix(pruned)
+
+
+def _by_block(group: Group) -> list[np.ndarray]:
+    return [np.flatnonzero(group.block_of == block) for block in np.unique(group.block_of)]

@@ -1,0 +1,76 @@
+"""The smaller model: module, program, plan and report."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import Tensor, fx, nn
+from torch.export import ExportedProgram
+
+from ._program import Program, set_weight
+from ._signature import CallerCodeGen, CallSignature
+from .capture import export_again
+from .plan import PruningPlan
+from .report import Report
+
+
+@dataclass(frozen=True)
+class Result:
+    """What :func:`fasp_fx.prune` returns.
+
+    Attributes:
+        module: the smaller model behind the caller's signature; trains, moves, compiles and exports again.
+        program: the same as an exported program; shares its weights with ``module``.
+        plan: what was removed.
+        report: what it cost.
+    """
+
+    module: fx.GraphModule
+    program: ExportedProgram
+    plan: PruningPlan
+    report: Report
+    signature: CallSignature = field(repr=False)
+
+    def save(self, path: str | Path, *, overwrite: bool = False) -> Path:
+        """Write the result to a new folder (see :mod:`fasp_fx.store`)."""
+        from .store import save
+
+        return save(self, path, overwrite=overwrite)
+
+
+def own_storage(program: Program) -> Program:
+    """The same program with every tensor copied, tied ones together, so that nothing is shared with the caller's model."""
+    program = program.copy()
+    for name, names in program.aliases().items():
+        tensor = program.weights()[name]
+        if name in program.numbers and isinstance(tensor, nn.Parameter) and tensor._base is None and tensor.untyped_storage().nbytes() == tensor.numel() * tensor.element_size():
+            continue  # made by a pass
+        with torch.no_grad():
+            copy: Tensor = tensor.detach().clone()
+        if isinstance(tensor, nn.Parameter):
+            copy = nn.Parameter(copy, requires_grad=tensor.requires_grad)
+        for alias in names:
+            set_weight(program.module, alias, copy)
+    return program
+
+
+def wrap(exported: ExportedProgram, signature: CallSignature) -> fx.GraphModule:
+    """The module of an exported program behind the caller's signature."""
+    lifted = exported.module(check_guards=True)
+    module = fx.GraphModule(lifted, lifted.graph)
+    module.meta.update(lifted.meta)
+    module.graph._codegen = CallerCodeGen(signature, lifted.graph._codegen.pytree_info)
+    module.recompile()
+    return module.eval()
+
+
+def finish(program: Program) -> tuple[fx.GraphModule, ExportedProgram]:
+    """Export a rewritten program again and wrap it."""
+    program = own_storage(program)
+    exported = export_again(program.module, program.example)
+    return wrap(exported, program.signature), exported
+
+
+__all__ = ["Result", "finish", "own_storage", "wrap"]

@@ -1,0 +1,259 @@
+"""What is removed, as data: readable, replayable, tied to one model."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ._program import Program
+from .errors import PlanError
+from .groups import Group, ranges
+
+if TYPE_CHECKING:
+    from .analysis import Analysis
+
+FORMAT = "fasp_fx.plan/1"
+#: elements of each weight that enter the fingerprint
+_SAMPLES = 256
+
+
+@dataclass(frozen=True)
+class ParameterSlice:
+    """The indices removed along one dimension of one weight; ``name`` is that of ``model.named_parameters()``."""
+
+    name: str
+    dim: int
+    removed: tuple[int, ...]
+    block_dim: int | None = None
+
+    def __str__(self) -> str:
+        return f"{self.name}[{self.dim}] - {ranges(self.removed)}"
+
+
+@dataclass(frozen=True)
+class PlannedGroup:
+    """What one coupled group loses."""
+
+    name: str
+    size: int
+    blocks: int
+    removed_sets: int
+    producers: tuple[ParameterSlice, ...]
+    consumers: tuple[ParameterSlice, ...]
+
+    def __str__(self) -> str:
+        left, right = ", ".join(map(str, self.producers)), ", ".join(map(str, self.consumers))
+        return f"{self.name}: {self.removed_sets} of {self.size}  {left} -> {right}"
+
+
+@dataclass(frozen=True)
+class SplitWeight:
+    """A weight of the result that holds the given rows of a fused weight of the model, in this order, before removal."""
+
+    name: str
+    source: str
+    dim: int
+    rows: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class PruningPlan:
+    """Which channels go.
+
+    Attributes:
+        fingerprint: of the model the plan was made for.
+        groups: what each coupled group loses; groups that lose nothing are left out.
+        sparsity: the fraction removed of the counted weights.
+        splits: fused weights that the result holds in parts.
+        result: fingerprint of the model the plan makes, known once it was applied.
+    """
+
+    fingerprint: str
+    groups: tuple[PlannedGroup, ...]
+    sparsity: float
+    splits: tuple[SplitWeight, ...] = ()
+    result: str | None = None
+
+    def __str__(self) -> str:
+        return "\n".join(map(str, self.groups)) or "nothing is removed"
+
+    def to_json(self) -> str:
+        """The plan as JSON."""
+        return json.dumps({"format": FORMAT, **asdict(self)})
+
+    @staticmethod
+    def from_json(text: str) -> PruningPlan:
+        """Parse a plan.
+
+        Raises:
+            PlanError: not JSON, another format, or a field is missing or of the wrong type; names the place.
+        """
+        try:
+            data = json.loads(text)
+        except ValueError as error:
+            raise PlanError(f"the plan is not JSON: {error}") from error
+        if not isinstance(data, dict) or data.get("format") != FORMAT:
+            found = data.get("format") if isinstance(data, dict) else type(data).__name__
+            raise PlanError(f"the plan's format is {found!r}, this version reads {FORMAT!r}; make the plan again")
+        try:
+            groups = tuple(
+                PlannedGroup(
+                    str(g["name"]), int(g["size"]), int(g["blocks"]), int(g["removed_sets"]), _slices(g["producers"]), _slices(g["consumers"])
+                )
+                for g in data["groups"]
+            )
+            splits = tuple(SplitWeight(str(s["name"]), str(s["source"]), int(s["dim"]), tuple(map(int, s["rows"]))) for s in data["splits"])
+            result = data.get("result")
+            return PruningPlan(str(data["fingerprint"]), groups, float(data["sparsity"]), splits, None if result is None else str(result))
+        except (KeyError, TypeError, ValueError) as error:
+            raise PlanError(f"the plan is damaged: {type(error).__name__}: {error}") from error
+
+    def slices(self) -> dict[tuple[str, int], frozenset[int]]:
+        """All removed indices by weight and dimension."""
+        found: dict[tuple[str, int], frozenset[int]] = {}
+        for group in self.groups:
+            for part in (*group.producers, *group.consumers):
+                found[(part.name, part.dim)] = found.get((part.name, part.dim), frozenset()) | frozenset(part.removed)
+        return found
+
+    def after(self, earlier: PruningPlan) -> PruningPlan:
+        """This plan, made for the same model as ``earlier``, renumbered for the model that ``earlier`` makes.
+
+        Channels that ``earlier`` already removed are left out.
+
+        Raises:
+            PlanError: the plans are for different models, or ``earlier`` was never applied.
+        """
+        if earlier.fingerprint != self.fingerprint:
+            raise PlanError("the two plans were made for different models; only plans for one model can be ordered")
+        if earlier.result is None:
+            raise PlanError("the earlier plan was never applied, so its result is not known; take the plan of a result")
+        gone = earlier.slices()
+
+        def renumber(part: ParameterSlice) -> list[ParameterSlice]:
+            before = gone.get((part.name, part.dim), frozenset())
+            pieces = [split for split in earlier.splits if split.source == part.name]
+            if not pieces:
+                return [ParameterSlice(part.name, part.dim, _renumber(part.removed, before), part.block_dim)]
+            if pieces[0].dim != part.dim:
+                return [ParameterSlice(piece.name, part.dim, _renumber(part.removed, before), part.block_dim) for piece in pieces]
+            by_rows = []
+            for piece in pieces:
+                at = {row: index for index, row in enumerate(piece.rows)}
+                own = [at[row] for row in part.removed if row in at]
+                if own:
+                    by_rows.append(ParameterSlice(piece.name, part.dim, _renumber(own, {at[row] for row in before if row in at}), part.block_dim))
+            return by_rows
+
+        sizes = {group.name: group.removed_sets for group in earlier.groups}
+        groups = []
+        for group in self.groups:
+            producers = tuple(new for part in group.producers for new in renumber(part))
+            consumers = tuple(new for part in group.consumers for new in renumber(part))
+            lost, before = sum(len(p.removed) for p in producers + consumers), sum(len(p.removed) for p in group.producers + group.consumers)
+            groups.append(PlannedGroup(group.name, group.size - sizes.get(group.name, 0), group.blocks, round(group.removed_sets * lost / max(before, 1)), producers, consumers))
+        return PruningPlan(earlier.result, tuple(groups), self.sparsity)
+
+
+def _renumber(removed: Iterable[int], before: Iterable[int]) -> tuple[int, ...]:
+    """``removed`` without ``before``, counted in what ``before`` leaves."""
+    gone = np.array(sorted(before), dtype=np.int64)
+    left = np.setdiff1d(np.fromiter(removed, dtype=np.int64), gone)
+    return tuple((left - np.searchsorted(gone, left)).tolist())
+
+
+def _slices(items: Iterable[Mapping[str, Any]]) -> tuple[ParameterSlice, ...]:
+    return tuple(
+        ParameterSlice(str(i["name"]), int(i["dim"]), tuple(int(n) for n in i["removed"]), None if i.get("block_dim") is None else int(i["block_dim"])) for i in items
+    )
+
+
+def fingerprint(weights: Mapping[str, Tensor]) -> str:
+    """A digest of names, shapes and a sample of each weight's values: enough to tell models apart, cheap on any size and device."""
+    digest = hashlib.sha256()
+    for name in sorted(weights):
+        tensor = weights[name].detach()
+        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
+        if tensor.numel() and tensor.device.type != "meta":
+            flat = tensor.reshape(-1)
+            step = max(1, flat.numel() // _SAMPLES)
+            sample = flat[::step].to("cpu").contiguous()
+            digest.update(sample.view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def program_fingerprint(program: Program) -> str:
+    """The fingerprint of a captured program (before its producers are split)."""
+    parameters = dict(program.module.named_parameters(remove_duplicate=False))
+    return fingerprint(parameters)
+
+
+def planned(group: Group, gone: np.ndarray, analysis: Analysis) -> PlannedGroup:
+    """The entry of one group; ``gone`` says for each channel number whether it is removed."""
+    program = analysis.program
+    gone_sets = np.zeros(int(analysis.labels.max(initial=-1)) + 1, dtype=bool)
+    gone_sets[analysis.labels[gone]] = True
+    removed = int(gone_sets[group.sets].sum())
+    lost: dict[tuple[str, int], list[int]] = {}
+    for slot in group.slots:
+        own = np.flatnonzero(gone[slot.base : slot.base + slot.size] & np.isin(analysis.labels[slot.base : slot.base + slot.size], group.sets))
+        part = program.parts.get(slot.name)
+        name = part.name if part is not None else slot.name
+        if part is not None and slot.dim == part.dim:
+            own = np.array(part.rows)[own]
+        lost.setdefault((name, slot.dim), []).extend(own.tolist())
+
+    def cut(members: Iterable[Any]) -> tuple[ParameterSlice, ...]:
+        return tuple(ParameterSlice(m.name, m.dim, tuple(sorted(lost[(m.name, m.dim)]))) for m in members)
+
+    return PlannedGroup(group.name, group.size, group.blocks, removed, cut(group.producers), cut(group.consumers))
+
+
+def gone_of(plan: PruningPlan, analysis: Analysis) -> np.ndarray:
+    """For every channel number of the analysis, whether the plan removes it.
+
+    Raises:
+        PlanError: the plan names a weight or index that the model lacks, cuts through a channel set, or takes channels that cannot go.
+    """
+    program, numbering = analysis.program, analysis.numbering
+    wanted = plan.slices()
+    gone = np.zeros(numbering.total, dtype=bool)
+    known: dict[tuple[str, int], int] = {}
+    canonical = program.canonical()
+    for slot in numbering.slots:
+        part = program.parts.get(slot.name)
+        name = part.name if part is not None else slot.name
+        rows = np.array(part.rows) if part is not None and slot.dim == part.dim else np.arange(slot.size)
+        known[(name, slot.dim)] = max(known.get((name, slot.dim), 0), int(rows.max()) + 1)
+        removed = wanted.get((name, slot.dim))
+        if removed:
+            gone[slot.base : slot.base + slot.size] |= np.isin(rows, np.fromiter(removed, dtype=np.int64))
+    for (name, dim), removed in wanted.items():
+        size = known.get((canonical.get(name, name), dim))
+        if removed and (size is None or max(removed) >= size or min(removed) < 0):
+            raise PlanError(f"the plan removes index {max(removed)} along dimension {dim} of '{name}', which the model does not have; it is a plan for another model")
+    counted = np.bincount(analysis.labels, weights=gone, minlength=int(analysis.labels.max(initial=-1)) + 1)
+    whole = np.bincount(analysis.labels, minlength=len(counted))
+    cut = (counted > 0) & (counted < whole)
+    if cut.any():
+        slot = numbering.slot_of(int(np.flatnonzero(analysis.labels == int(np.flatnonzero(cut)[0]))[0]))
+        raise PlanError(f"the plan cuts through a channel set of {slot}: channels coupled with it stay; make the plan again")
+    allowed = np.zeros(len(counted), dtype=bool)
+    for group in analysis.groups:
+        if group.status == "prunable":
+            allowed[group.sets] = True
+            chosen = counted[group.sets] > 0
+            per_block = [int(chosen[group.block_of == b].sum()) for b in np.unique(group.block_of)]
+            if len(set(per_block)) > 1 or (per_block and per_block[0] >= group.width):
+                raise PlanError(f"the plan removes {per_block} channel sets from the blocks of group '{group.name}'; each must lose the same number and keep one")
+    if (~allowed & (counted > 0)).any():
+        slot = numbering.slot_of(int(np.flatnonzero(analysis.labels == int(np.flatnonzero(~allowed & (counted > 0))[0]))[0]))
+        raise PlanError(f"the plan removes channels of {slot}, which cannot be pruned in this model")
+    return gone

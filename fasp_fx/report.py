@@ -1,0 +1,102 @@
+"""What went, from where, what it cost, what stayed and why."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from torch import Tensor
+
+from ._observe import Decision
+from .analysis import Analysis
+from .groups import PRUNABLE
+from .plan import PruningPlan
+
+
+def weight_size(weights: Mapping[str, Tensor]) -> tuple[int, int]:
+    """Number of parameters and their bytes; tied weights count once."""
+    unique = {id(tensor): tensor for tensor in weights.values()}.values()
+    return sum(t.numel() for t in unique), sum(t.numel() * t.element_size() for t in unique)
+
+
+@dataclass(frozen=True)
+class Line:
+    """One group: what it had, what it has, and the relative output error of its consumers without and with restoration."""
+
+    name: str
+    status: str
+    before: int
+    after: int
+    blocks: int
+    reason: str
+    error_cut: float | None = None
+    error_restored: float | None = None
+
+
+@dataclass(frozen=True)
+class Report:
+    """Figures of one pruning; ``str(report)`` is a table for people.
+
+    Attributes:
+        sparsity: fraction removed of the counted weights; ``requested`` is what was asked for.
+        parameters, bytes: before and after.
+        seconds: time spent by stage.
+        notes: remarks on the capture and on operators without a rule.
+    """
+
+    sparsity: float
+    requested: float | None
+    parameters: tuple[int, int]
+    bytes: tuple[int, int]
+    lines: tuple[Line, ...]
+    seconds: Mapping[str, float] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        asked = f" (asked for {self.requested:.2%})" if self.requested is not None else ""
+        out = [
+            f"sparsity    {self.sparsity:.2%}{asked} of the weights of linear operators in prunable and exempt groups",
+            f"parameters  {self.parameters[0]:,} -> {self.parameters[1]:,}  ({self.parameters[1] / max(self.parameters[0], 1) - 1:+.2%})",
+            f"bytes       {self.bytes[0]:,} -> {self.bytes[1]:,}",
+        ]
+        if self.seconds:
+            out.append("seconds     " + ", ".join(f"{stage} {spent:.1f}" for stage, spent in self.seconds.items()))
+        out += ["", f"{'status':<12}{'channels':>22}  {'error cut':>9}  {'restored':>9}  group"]
+        for line in self.lines:
+            per = f" ({line.blocks} blocks)" if line.blocks > 1 else ""
+            change = f"{line.before} -> {line.after}{per}" if line.before != line.after else f"{line.before}{per}"
+            cut = f"{line.error_cut:9.2e}" if line.error_cut is not None else " " * 9
+            restored = f"{line.error_restored:9.2e}" if line.error_restored is not None else " " * 9
+            out.append(f"{line.status:<12}{change:>22}  {cut}  {restored}  {line.name}" + (f"  ({line.reason})" if line.reason else ""))
+        return "\n".join([*out, *(f"note: {note}" for note in self.notes)])
+
+
+def make_report(
+    analysis: Analysis, plan: PruningPlan, decision: Decision, before: Mapping[str, Tensor], after: Mapping[str, Tensor], requested: float | None, seconds: Mapping[str, float]
+) -> Report:
+    """Assemble the report of one pruning."""
+    removed = {group.name: group.removed_sets for group in plan.groups}
+    lines = []
+    for group in analysis.groups:
+        outcomes = [decision.outcomes[use.weight] for use in group.uses if use.weight in decision.outcomes] if group.status == PRUNABLE else []
+        lines.append(
+            Line(
+                group.name,
+                group.status,
+                group.size,
+                group.size - removed.get(group.name, 0),
+                group.blocks,
+                group.reason,
+                max((o.error_before for o in outcomes), default=None),
+                max((o.error_after for o in outcomes), default=None),
+            )
+        )
+    old, new = weight_size(before), weight_size(after)
+    notes = list(analysis.program.notes)
+    for name, count in analysis.without_rule.items():
+        notes.append(f"{name} has no rule and froze what it touches ({count} times); teach it with fasp_fx.patterns.register({_python_name(name)}, \"self[...] -> [...]\") if it is pointwise")
+    return Report(plan.sparsity, requested, (old[0], new[0]), (old[1], new[1]), tuple(lines), dict(seconds), tuple(notes))
+
+
+def _python_name(operator: str) -> str:
+    return f"torch.ops.{operator}"

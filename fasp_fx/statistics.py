@@ -1,0 +1,50 @@
+"""Gram matrices of the consumers' inputs, accumulated where the model runs."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+#: columns per block of the Gram matrix; only blocks on and below the diagonal are computed
+_BLOCK = 384
+
+
+class Gram:
+    """Accumulates ``G = XᵀX`` over tokens, in float32 on the device of the activations (FASP, section 3; DESIGN: sums, so they can be all-reduced).
+
+    Attributes:
+        matrix: the lower triangle of blocks; read the whole through :meth:`symmetric`.
+        tokens: the number of rows of X seen.
+    """
+
+    def __init__(self, columns: int, device: torch.device) -> None:
+        self.matrix = torch.zeros(columns, columns, dtype=torch.float32, device=device)
+        self.tokens = 0
+
+    def update(self, activation: Tensor, dim: int) -> None:
+        """Add the tokens of one batch.
+
+        Args:
+            activation: any shape; ``dim`` holds the columns, all other dimensions are tokens.
+        """
+        flat = activation.movedim(dim, -1).reshape(-1, activation.shape[dim]).to(torch.float32)
+        self.tokens += flat.shape[0]
+        for start in range(0, flat.shape[1], _BLOCK):
+            stop = min(start + _BLOCK, flat.shape[1])
+            # A symmetric product needs only the blocks up to the diagonal: just over half of the work.
+            self.matrix[start:stop, :stop].addmm_(flat[:, start:stop].T, flat[:, :stop])
+
+    def norms(self) -> Tensor:
+        """‖X_j‖₂ per column, shape ``[columns]``, float64."""
+        return self.matrix.diagonal().to(torch.float64).clamp_min(0).sqrt()
+
+    def symmetric(self) -> Tensor:
+        """The whole matrix, shape ``[columns, columns]``, float64 (float32 on devices without it)."""
+        wide = self.matrix.to(precise(self.matrix.device))
+        lower = wide.tril()
+        return lower + lower.tril(-1).T
+
+
+def precise(device: torch.device) -> torch.dtype:
+    """The most precise dtype for solves on a device."""
+    return torch.float32 if device.type == "mps" else torch.float64
