@@ -25,6 +25,7 @@ from .groups import Group
 from .plan import ParameterSlice, PruningPlan
 from .prune import analyze, apply, prune
 from .report import Report
+from .store import load
 from ._result import Result
 
 __version__ = "0.1.0"
@@ -50,6 +51,7 @@ __all__ = [
     "VerificationError",
     "analyze",
     "apply",
+    "load",
     "passes",
     "patterns",
     "prune",

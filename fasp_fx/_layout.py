@@ -31,7 +31,8 @@ def find_blocks(boxes: list[tuple[np.ndarray, fx.Node]], labels: np.ndarray, gro
     Returns:
         The block of each channel set, unique over all groups, and the boxes that cannot stay one.
     """
-    block = group_of.astype(np.int64).copy()
+    block = group_of.astype(np.int64) - int(group_of.min(initial=0))
+    fresh = int(block.max(initial=0)) + 1
     tables = []
     for numbers, node in boxes:
         sets = np.where(numbers >= 0, labels[np.maximum(numbers, 0)], -1)
@@ -40,10 +41,12 @@ def find_blocks(boxes: list[tuple[np.ndarray, fx.Node]], labels: np.ndarray, gro
             continue
         rows, columns = np.nonzero(candidate)
         tables.append((rows, sets[rows, columns], numbers.shape[0], node))
-        first_row = np.full(len(block), -1, dtype=np.int64)
-        first_row[sets[rows, columns][::-1]] = rows[::-1]
-        _, block = np.unique(np.stack([block, first_row]), axis=1, return_inverse=True)
-        block = block.reshape(-1)
+        members, first = np.unique(sets[rows, columns], return_index=True)
+        first_row = rows[first]
+        _, finer = np.unique(block[members] * numbers.shape[0] + first_row, return_inverse=True)
+        block[members] = fresh + finer  # sets outside this box keep their block, which is thereby told apart from those inside
+        fresh += int(finer.max()) + 1
+    _, block = np.unique(block, return_inverse=True)
     sizes = np.bincount(block[group_of >= 0], minlength=int(block.max(initial=0)) + 1)
     conflicts = []
     for rows, sets, count, node in tables:

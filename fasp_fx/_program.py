@@ -75,8 +75,7 @@ class Program:
         old_output = next(iter(self.module.graph.find_nodes(op="output")))
         graph.output(outputs).meta.update(old_output.meta)
         graph._codegen = self.module.graph._codegen
-        module = fx.GraphModule(_tree_copy(self.module), graph)
-        module.meta.update(self.module.meta)
+        module = graph_module(_tree_copy(self.module), graph, self.module.meta)
         return replace(self, module=module, parts=dict(self.parts), numbers=dict(self.numbers))
 
     def placeholders(self) -> list[fx.Node]:
@@ -96,6 +95,23 @@ class Program:
         """The device of the weights, or of the inputs if there are none."""
         tensors: Iterator[Any] = iter([*self.weights().values(), *pytree.tree_leaves(self.example)])
         return next((tensor.device for tensor in tensors if isinstance(tensor, Tensor)), torch.device("cpu"))
+
+
+def graph_module(root: nn.Module, graph: fx.Graph, meta: dict[str, Any]) -> fx.GraphModule:
+    """A graph module over the tensors of ``root``.
+
+    ``fx.GraphModule`` registers every tensor that is not a parameter as a persistent buffer; here a buffer stays out of the state dict if it
+    was, and so does a constant, which must still move with the module.
+    """
+    made = fx.GraphModule(root, graph)
+    made.meta.update(meta)
+    for path, module in made.named_modules():
+        try:
+            source = attribute(root, path) if path else root
+        except AttributeError:
+            continue
+        module._non_persistent_buffers_set |= {name for name in module._buffers if name not in source._buffers or name in source._non_persistent_buffers_set}
+    return made
 
 
 def _tree_copy(module: nn.Module) -> nn.Module:

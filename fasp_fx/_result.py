@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.export import ExportedProgram
 
-from ._program import Program, set_weight
+from ._program import Program, graph_module, set_weight
 from ._signature import CallerCodeGen, CallSignature
 from .capture import export_again
 from .plan import PruningPlan
@@ -59,8 +59,7 @@ def own_storage(program: Program) -> Program:
 def wrap(exported: ExportedProgram, signature: CallSignature) -> fx.GraphModule:
     """The module of an exported program behind the caller's signature."""
     lifted = exported.module(check_guards=True)
-    module = fx.GraphModule(lifted, lifted.graph)
-    module.meta.update(lifted.meta)
+    module = graph_module(lifted, lifted.graph, lifted.meta)
     module.graph._codegen = CallerCodeGen(signature, lifted.graph._codegen.pytree_info)
     module.recompile()
     return module.eval()

@@ -150,7 +150,8 @@ def _analyze(program: Program) -> Analysis:
         status[stuck] = _CODE[FROZEN]
         for chosen in stuck:
             reason[chosen] = f"{LAYOUT}: equal counts cannot be kept in {conflict.node.name} = {conflict.node.target}"
-    group_of, keys = _grouping(labels, count, status, reason, numbering, walk)
+    if conflicts:
+        group_of, keys = _grouping(labels, count, status, reason, numbering, walk)
     groups = _build(labels, group_of, keys, block, status, reason, numbering, walk, program)
     real = [c for c in conflicts if (status[c.classes] != _CODE[EXEMPT]).any()]
     return Analysis(program, groups, real, labels, numbering, walk)
@@ -190,27 +191,24 @@ def _grouping(
     labels: np.ndarray, count: int, status: np.ndarray, reason: np.ndarray, numbering: Numbering, walk: Walk
 ) -> tuple[np.ndarray, dict[int, tuple[frozenset[int], frozenset[int]]]]:
     """The group of each channel set: those with the same status, slots and uses; and per group its slots and uses."""
-    numbers = np.concatenate([np.arange(s.base, s.base + s.size) for s in numbering.slots]) if numbering.slots else np.zeros(0, dtype=np.int64)
-    slot_ids = numbering.slot_ids(numbers)
-    incidence = [np.stack([labels[numbers], slot_ids])]
+    group_of = np.unique(np.stack([status, np.char.startswith(reason.astype(str), LAYOUT)]), axis=1, return_inverse=True)[1].reshape(-1).astype(np.int64)
     offset = len(numbering.slots)
-    for index, use in enumerate(walk.facts.uses):
-        sets = np.unique(labels[use.columns[use.columns >= 0]])
-        incidence.append(np.stack([sets, np.full(len(sets), offset + index)]))
-    table = np.unique(np.concatenate(incidence, axis=1), axis=1)
-    order = np.lexsort((table[1], table[0]))
-    sets, items = table[0][order], table[1][order]
-    bounds = np.searchsorted(sets, np.arange(count + 1))
-    group_of = np.full(count, -1, dtype=np.int64)
-    known: dict[Any, int] = {}
-    keys: dict[int, tuple[frozenset[int], frozenset[int]]] = {}
-    for chosen in range(count):
-        touched = items[bounds[chosen] : bounds[chosen + 1]]
-        key = (int(status[chosen]), touched.tobytes(), str(reason[chosen]).startswith(LAYOUT))
-        if key not in known:
-            known[key] = len(known)
-            keys[known[key]] = (frozenset(map(int, touched[touched < offset])), frozenset(map(int, touched[touched >= offset] - offset)))
-        group_of[chosen] = known[key]
+    items = [np.unique(labels[slot.base : slot.base + slot.size]) for slot in numbering.slots]
+    items += [np.unique(labels[use.columns[use.columns >= 0]]) for use in walk.facts.uses]
+    fresh = int(group_of.max(initial=-1)) + 1
+    for sets in items:  # partition refinement: two sets stay together as long as every item holds both or neither
+        _, finer = np.unique(group_of[sets], return_inverse=True)
+        group_of[sets] = fresh + finer
+        fresh += int(finer.max(initial=-1)) + 1
+    _, first, group_of = np.unique(group_of, return_index=True, return_inverse=True)
+    touching: dict[int, list[int]] = {index: [] for index in range(len(first))}
+    representative = np.full(count, -1, dtype=np.int64)
+    representative[first] = np.arange(len(first))
+    for item, sets in enumerate(items):
+        held = representative[sets]
+        for index in held[held >= 0]:
+            touching[int(index)].append(item)
+    keys = {index: (frozenset(i for i in found if i < offset), frozenset(i - offset for i in found if i >= offset)) for index, found in touching.items()}
     return group_of, keys
 
 

@@ -12,14 +12,16 @@ from typing import Any
 import sympy
 import torch
 from torch import Tensor, fx, nn
+from torch._ops import HigherOrderOperator, OpOverload
 from torch.export import Dim, ExportedProgram, ShapesCollection
 from torch.export.passes import move_to_device_pass
 from torch.utils import _pytree as pytree
 from torch.utils._sympy.numbers import int_oo
 
-from ._program import Program
+from ._program import Program, graph_module
 from ._signature import CallSignature, positional
 from .errors import ArgumentError, CaptureError
+from .patterns import lookup
 
 
 def capture(
@@ -68,14 +70,24 @@ def capture(
 
 def _plain(module: fx.GraphModule) -> fx.GraphModule:
     """The same graph module without export's refusal of train() and eval() and without its hooks."""
-    plain = fx.GraphModule(module, module.graph)
-    plain.meta.update(module.meta)
-    return plain
+    return graph_module(module, module.graph, module.meta)
 
 
 def _functional(exported: ExportedProgram) -> ExportedProgram:
+    """Functionalise, and decompose composite operators without a rule; most programs are exported functional and keep as they are."""
+    if all(_is_plain(node) for node in exported.graph.nodes):
+        return exported
     with _quiet():
         return exported.run_decompositions({})
+
+
+def _is_plain(node: fx.Node) -> bool:
+    if node.op != "call_function":
+        return node.op != "get_attr"  # a submodule: a region with its own gradient or autocast mode
+    if not isinstance(node.target, OpOverload):
+        return not isinstance(node.target, HigherOrderOperator)
+    composite = torch._C._dispatch_has_kernel_for_dispatch_key(node.target.name(), "CompositeImplicitAutograd")
+    return not node.target._schema.is_mutable and (not composite or lookup(node.target) is not None)
 
 
 def _exported_signature(exported: ExportedProgram, args: tuple[Any, ...], kwargs: dict[str, Any]) -> CallSignature:

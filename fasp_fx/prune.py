@@ -106,7 +106,7 @@ def prune(
     analysis = analyze_program(program, split_fused)
     lost = _allocate(analysis, sparsity, round_to)
     clock.lap("analysis")
-    with torch.inference_mode():
+    with torch.no_grad():
         runner = None
         if needs_data or restore is not None:
             runner = Runner(analysis.program, read_batches(program, calibration, None if device is None else torch.device(device)))

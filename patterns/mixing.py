@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 _REDUCTIONS = ("mean.dim", "sum.dim_IntList", "amax.default", "amin.default", "var.correction", "std.correction", "var.dim", "std.dim", "any.dim", "all.dim")
-_SCANS = ("cumsum.default", "cumprod.default", "logcumsumexp.default")
+_SCANS = ("diff.default", "cumsum.default", "cumprod.default", "logcumsumexp.default")
 
 MIXING: dict[str, str] = {
     "aten.layer_norm.default": "input[... n*], weight[n*], bias[n*] -> [... n*]; mix n*; shape normalized_shape=n*",

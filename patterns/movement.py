@@ -29,6 +29,7 @@ MOVEMENT: dict[str, str] = {
     "aten.detach.default": "move self",
     "aten.lift_fresh_copy.default": "move self",
     "aten.expand.default": "move self; shape size",
+    "aten.broadcast_to.default": "move self; shape size",
     "aten.repeat.default": "move self",
     "aten.repeat_interleave.self_int": "move self",
     "aten.flip.default": "move self",

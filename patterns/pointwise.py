@@ -11,6 +11,9 @@ import torch
 UNTAGGED: tuple[str, ...] = (
     "aten._to_copy.default",
     "aten.to.dtype",
+    "aten.to.device",
+    "aten.__and__.Tensor",
+    "aten.__or__.Tensor",
     "aten.to.dtype_layout",
     "aten.type_as.default",
     "aten.dropout.default",

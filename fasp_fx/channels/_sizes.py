@@ -37,9 +37,7 @@ class Sizes:
     def _assign(self, size: torch.SymInt) -> None:
         environment = size.node.shape_env
         for symbol in sorted(size.node.expr.free_symbols - self.assigned.keys(), key=str):
-            hint = environment.var_to_val.get(symbol) if hasattr(environment, "var_to_val") else None
-            if hint is None:
-                hint = getattr(environment, "backed_var_to_val", {}).get(symbol)
+            hint = environment.backed_var_to_val.get(symbol)
             lower = environment.var_to_range[symbol].lower if symbol in environment.var_to_range else 2
             wanted = _PRIMES[len(self.assigned) % len(_PRIMES)]
             if hint is not None and not self.small:

@@ -1,0 +1,31 @@
+"""Perplexity of SmolLM2-135M after FASP at several sparsities, with and without restoration."""
+
+from __future__ import annotations
+
+from _protocol import EVALUATION, arguments, chunks, perplexity, smollm2
+
+import fasp_fx
+
+
+def main() -> None:
+    parser = arguments(__doc__ or "")
+    parser.add_argument("--sparsity", type=float, nargs="*", default=[0.1, 0.2, 0.3])
+    parser.add_argument("--no-restore", type=float, nargs="*", default=[0.2], help="sparsities measured without restoration too")
+    parser.add_argument("--round-to", type=int, default=1)
+    options = parser.parse_args()
+    model, tokenizer = smollm2(options.device)
+    data = chunks(tokenizer, options.text, options.device)
+    batches = [{"input_ids": row[None]} for row in data[: options.chunks]]
+    example = {"input_ids": data[:1], "use_cache": False}
+    print(f"dense                 {perplexity(lambda ids: model(ids, use_cache=False).logits, data[EVALUATION]):.3f}", flush=True)
+    runs = [(sparsity, "least-squares") for sparsity in options.sparsity] + [(sparsity, None) for sparsity in options.no_restore]
+    for sparsity, restore in runs:
+        result = fasp_fx.prune(model, (), example, calibration=batches, sparsity=sparsity, restore=restore, round_to=options.round_to)  # type: ignore[arg-type]
+        value = perplexity(lambda ids, module=result.module: module(ids).logits, data[EVALUATION])
+        label = f"{sparsity:.0%}" + ("" if restore else " without restoration")
+        spent = ", ".join(f"{stage} {seconds:.1f}" for stage, seconds in result.report.seconds.items())
+        print(f"{label:<24}{value:.3f}   sparsity {result.report.sparsity:.4f}, parameters {result.report.parameters[1]:,}; seconds: {spent}", flush=True)
+
+
+if __name__ == "__main__":
+    main()

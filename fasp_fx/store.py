@@ -1,0 +1,172 @@
+"""Results on disk: a folder of JSON and safetensors files, without pickle.
+
+``graph.json`` holds the program, ``weights.safetensors`` the parameters and persistent buffers (tied ones once), ``constants.safetensors`` the
+constants and other buffers, ``plan.json``, ``report.json`` and ``signature.json`` what their names say, and ``manifest.json`` the size and SHA-256
+of each file. The sums find damage, not forgery; against a forged folder, everything that torch would evaluate, import or turn into code is checked
+first (see ``fasp_fx/_untrusted.py``). Operators run as they are named, so load only what you would also run.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from ._atomic import new_folder
+from ._graph_json import program_from_json, program_to_json
+from ._signature_json import signature_from_json, signature_to_json
+from ._tensors import read_tensors, write_tensors
+from .errors import PlanError, StoreError
+from .plan import PruningPlan
+from .report import Line, Report
+
+if TYPE_CHECKING:
+    from ._result import Result
+
+FORMAT = "fasp_fx.store/1"
+MANIFEST = "manifest.json"
+FILES = ("graph.json", "weights.safetensors", "constants.safetensors", "plan.json", "report.json", "signature.json")
+
+
+def save(result: Result, path: str | Path, *, overwrite: bool = False) -> Path:
+    """Write a result to a new folder, whole or not at all.
+
+    Args:
+        result: what :func:`fasp_fx.prune` returned; its module's weights are stored as they are now.
+        path: the folder to make.
+        overwrite: replace an earlier save (and nothing else) of that name.
+
+    Returns:
+        The folder.
+
+    Raises:
+        StoreError: the path is taken or cannot be written, or the result holds something that cannot be stored.
+    """
+    path = Path(path).absolute()
+    program = result.program
+    graph, signature = program_to_json(program), signature_to_json(result.signature)
+    with new_folder(path, overwrite=overwrite, replaceable=_is_save) as folder:
+        _write_json(folder / "plan.json", json.loads(result.plan.to_json()))
+        _write_json(folder / "report.json", asdict(result.report))
+        _write_json(folder / "signature.json", signature)
+        mode = (folder / "plan.json").stat().st_mode
+        tensors = {}
+        for name, held in (("weights", program.state_dict), ("constants", program.constants)):
+            file = folder / f"{name}.safetensors"
+            tensors[name] = write_tensors(file, held)
+            file.chmod(mode)
+        _write_json(folder / "graph.json", {**graph, "tensors": tensors})
+        listed = {name: {"size": (folder / name).stat().st_size, "sha256": _sha256(folder / name)} for name in FILES}
+        _write_json(folder / MANIFEST, {"format": FORMAT, "fasp_fx": _version(), "torch": torch.__version__, "files": listed})
+    return path
+
+
+def load(path: str | Path, *, device: torch.device | str | None = None) -> Result:
+    """Read a result that :func:`save` wrote.
+
+    Args:
+        path: the folder.
+        device: where the model shall be; ``None``: where it was.
+
+    Raises:
+        StoreError: a file is missing, damaged, or of another format; names the file and what to do.
+    """
+    from ._result import Result, wrap
+
+    folder = Path(path)
+    target = None if device is None else torch.device(device)
+    verify(folder)
+    graph = _read_json(folder / "graph.json")
+    signature = signature_from_json(_read_json(folder / "signature.json"))
+    report = _report(_read_json(folder / "report.json"))
+    try:
+        plan = PruningPlan.from_json((folder / "plan.json").read_text())
+    except PlanError as error:
+        raise StoreError(f"plan.json is damaged: {error}; save the result again") from error
+    try:
+        tensors = {name: read_tensors(folder / f"{name}.safetensors", graph["tensors"][name], target) for name in ("weights", "constants")}
+    except (KeyError, TypeError, AttributeError) as error:
+        raise StoreError(f"graph.json does not list the tensors: {type(error).__name__}: {error}; save the result again") from error
+    program = program_from_json(graph, tensors["weights"], tensors["constants"], target)
+    return Result(wrap(program, signature), program, plan, report, signature)
+
+
+def verify(folder: Path) -> None:
+    """Hold every file of a save against its manifest.
+
+    Raises:
+        StoreError: names the file and what is wrong.
+    """
+    if not folder.is_dir():
+        raise StoreError(f"'{folder}' is not a folder; give the folder that save() wrote")
+    manifest = _read_json(folder / MANIFEST)
+    if manifest.get("format") != FORMAT:
+        written = manifest.get("fasp_fx")
+        raise StoreError(f"{MANIFEST} has the format {manifest.get('format')!r}, this version reads {FORMAT!r}; save again, or load with fasp_fx {written}")
+    listed = manifest.get("files")
+    for name in FILES:
+        file = folder / name
+        entry = listed.get(name) if isinstance(listed, dict) else None
+        if not isinstance(entry, dict):
+            raise StoreError(f"{MANIFEST} does not list {name}; save the result again")
+        if not file.is_file():
+            raise StoreError(f"{name} is missing from '{folder}'; copy the whole folder, or save the result again")
+        size = file.stat().st_size
+        if size != entry.get("size"):
+            raise StoreError(f"{name} has {size} bytes, {MANIFEST} says {entry.get('size')}: it is truncated or was changed; copy the folder or save again")
+        if _sha256(file) != entry.get("sha256"):
+            raise StoreError(f"{name} was changed after it was saved (its SHA-256 differs from {MANIFEST}); copy the folder again, or save the result again")
+
+
+def _is_save(folder: Path) -> bool:
+    try:
+        manifest = _read_json(folder / MANIFEST)
+    except StoreError:
+        return False
+    known = {MANIFEST, *FILES}
+    return str(manifest.get("format")).startswith("fasp_fx.store/") and all(child.name in known for child in folder.iterdir())
+
+
+def _version() -> str:
+    from . import __version__
+
+    return __version__
+
+
+def _sha256(file: Path) -> str:
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def _write_json(file: Path, data: Any) -> None:
+    file.write_text(json.dumps(data), encoding="utf-8")
+
+
+def _read_json(file: Path) -> dict[str, Any]:
+    try:
+        data = json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise StoreError(f"{file.name} is missing from '{file.parent}'; give the folder that save() wrote, complete") from error
+    except (OSError, ValueError, RecursionError) as error:
+        raise StoreError(f"{file.name} cannot be read: {error}; save the result again") from error
+    if not isinstance(data, dict):
+        raise StoreError(f"{file.name} does not hold an object; save the result again")
+    return data
+
+
+def _report(data: Mapping[str, Any]) -> Report:
+    try:
+        known = {field.name: data[field.name] for field in fields(Report)}
+        lines = tuple(Line(**{field.name: line[field.name] for field in fields(Line)}) for line in known["lines"])
+        pairs = {name: tuple(known[name]) for name in ("parameters", "bytes", "notes")}
+        return Report(**{**known, **pairs, "lines": lines, "seconds": dict(known["seconds"])})
+    except (KeyError, TypeError, ValueError) as error:
+        raise StoreError(f"report.json is damaged: {type(error).__name__}: {error}; save the result again") from error
+
+
+__all__ = ["load", "save", "verify"]

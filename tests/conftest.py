@@ -1,0 +1,85 @@
+"""Profiles, and captures shared by tests: exporting a model costs seconds, so each is captured once per process."""
+
+from __future__ import annotations
+
+import logging
+import os
+import random
+import sys
+from collections.abc import Callable
+from functools import lru_cache
+
+import pytest
+import torch
+from hypothesis import HealthCheck, Phase, settings
+from torch import nn
+from torch.utils._pytree import tree_leaves
+from zoo import ZOO
+
+import fasp_fx
+
+_COMMON = {"deadline": None, "suppress_health_check": [HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.filter_too_much]}
+settings.register_profile("fast", max_examples=15, derandomize=True, database=None, phases=[Phase.explicit, Phase.generate, Phase.shrink], **_COMMON)
+settings.register_profile("slow", max_examples=500, derandomize=False, print_blob=True, **_COMMON)
+PROFILE = os.environ.get("FASP_FX_PROFILE", "fast")
+settings.load_profile(PROFILE)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    logging.getLogger("torch.__trace").propagate = False  # thousands of lines for every capture
+    torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else 2)
+    if PROFILE == "slow" and getattr(config.option, "hypothesis_seed", None) is None:
+        config.option.hypothesis_seed = str(random.SystemRandom().randrange(2**32))
+
+
+def pytest_report_header(config: pytest.Config) -> str:
+    seed = getattr(config.option, "hypothesis_seed", None)
+    return f"fasp_fx profile: {PROFILE} ({settings.default.max_examples} examples per property, seed {seed or 'fixed'})"
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if PROFILE == "slow":
+        return
+    skip = pytest.mark.skip(reason="runs only with FASP_FX_PROFILE=slow")
+    for item in items:
+        if item.get_closest_marker("slow"):
+            item.add_marker(skip)
+
+
+@lru_cache(maxsize=None)
+def _model(name: str) -> nn.Module:
+    return ZOO[name].build()
+
+
+@lru_cache(maxsize=None)
+def _analysis(name: str) -> fasp_fx.Analysis:
+    return fasp_fx.analyze(_model(name), (), ZOO[name].example())
+
+
+@pytest.fixture(scope="session")
+def zoo_model() -> Callable[[str], nn.Module]:
+    """The shared model of a zoo entry; tests must not change it."""
+    return _model
+
+
+@pytest.fixture(scope="session")
+def zoo_analysis() -> Callable[[str], fasp_fx.Analysis]:
+    """The shared analysis of a zoo entry."""
+    return _analysis
+
+
+@pytest.fixture
+def shared_capture(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Capture each model of a test once. A capture must survive any number of prunings unchanged, so this only adds to what is tested."""
+    module = sys.modules["fasp_fx.prune"]
+    original = module.capture
+    seen: dict[tuple[int, str], tuple[object, object]] = {}
+
+    def capture(model: nn.Module, args: object = (), kwargs: object = None, **options: object) -> object:
+        shapes = [(tuple(leaf.shape) if isinstance(leaf, torch.Tensor) else repr(leaf)) for leaf in tree_leaves((args, kwargs))]
+        key = (id(model), f"{shapes} {options}")
+        if key not in seen:
+            seen[key] = (model, original(model, args, kwargs, **options))
+        return seen[key][1]
+
+    monkeypatch.setattr(module, "capture", capture)

@@ -1,0 +1,65 @@
+"""Every zoo model, pruned without restoration, computes what the dense model does with the removed columns of its consumers' inputs zeroed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from conftest import PROFILE
+from oracle import assert_mask_exact, error, floats, masked
+from torch import nn
+from zoo import ZOO, Entry
+
+import fasp_fx
+
+#: batch and length, none of them that of the capture (2, 7); batch 1 among them
+SHAPES = ((1, 5), (3, 11))
+
+#: sparsity as a number, or as a share of the most that can be asked for
+_FEW = ((0.3, "random"), ("most", "magnitude"))
+_ALL = tuple((sparsity, score) for sparsity in (0.1, 0.3, 0.5, "most") for score in ("random", "magnitude"))
+
+
+def _check(entry: Entry, model: nn.Module, result: fasp_fx.Result, seed: int = 5) -> None:
+    for batch, tokens in SHAPES:
+        inputs = entry.inputs(batch, tokens, seed)
+        assert_mask_exact(model, result, lambda called, inputs=inputs: called(**inputs, **dict(entry.constants)))
+
+
+@pytest.mark.parametrize("name", ZOO)
+@pytest.mark.usefixtures("shared_capture")
+def test_mask_exact(name: str, zoo_model: Callable[[str], nn.Module]) -> None:
+    entry, model = ZOO[name], zoo_model(name)
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    for sparsity, score in _ALL if PROFILE == "slow" else _FEW:
+        wanted = fasp_fx.analyze(model, (), entry.example()).max_sparsity if sparsity == "most" else sparsity
+        result = fasp_fx.prune(model, (), entry.example(), sparsity=wanted, score=score, restore=None)
+        assert result.plan.sparsity == pytest.approx(wanted, abs=0.02)
+        assert {group.name for group in result.plan.groups} == {group.name for group in fasp_fx.analyze(model, (), entry.example()).select("prunable")}
+        _check(entry, model, result)
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items()), "pruning changed the caller's model"
+
+
+@pytest.mark.parametrize(("name", "step", "sparsity"), [("opt", 8, 0.3), ("llama_gqa", 4, 0.25)])
+def test_rounded(name: str, step: int, sparsity: float, zoo_model: Callable[[str], nn.Module]) -> None:
+    entry, model = ZOO[name], zoo_model(name)
+    result = fasp_fx.prune(model, (), entry.example(), sparsity=sparsity, score="random", restore=None, round_to=step)
+    for group in result.plan.groups:
+        kept = group.size - group.removed_sets
+        assert kept % (step * group.blocks) == 0, f"{group.name} keeps {kept} in {group.blocks} blocks"
+    _check(entry, model, result)
+
+
+def test_the_oracle_sees_a_wrong_column(zoo_model: Callable[[str], nn.Module]) -> None:
+    """Masking one other column must be far outside the tolerance, or the comparison above says little."""
+    entry, model = ZOO["opt"], zoo_model("opt")
+    name = "model.decoder.layers.1.fc2.weight"
+
+    def call(columns: list[int]) -> Any:
+        with torch.no_grad(), masked(model, {name: columns}):
+            return model(**entry.inputs(3, 11), use_cache=False)
+
+    assert error(call([3, 8]), call([3, 9])) > 1e-3
+    assert len(floats(call([3]))) == 1
