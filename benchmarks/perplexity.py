@@ -24,7 +24,10 @@ def main() -> None:
         value = perplexity(lambda ids, module=result.module: module(ids).logits, data[EVALUATION])
         label = f"{sparsity:.0%}" + ("" if restore else " without restoration")
         spent = ", ".join(f"{stage} {seconds:.1f}" for stage, seconds in result.report.seconds.items())
-        print(f"{label:<24}{value:.3f}   sparsity {result.report.sparsity:.4f}, parameters {result.report.parameters[1]:,}; seconds: {spent}", flush=True)
+        print(
+            f"{label:<24}{value:.3f}   sparsity {result.report.sparsity:.4f}, parameters {result.report.parameters[1]:,}; seconds: {spent}",
+            flush=True,
+        )
 
 
 if __name__ == "__main__":

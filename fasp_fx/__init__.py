@@ -6,6 +6,7 @@ A declarative structured-pruning compiler pass over ``torch.fx``, after FASP (ar
 from __future__ import annotations
 
 from . import passes, patterns
+from ._result import Result
 from .analysis import Analysis
 from .errors import (
     ArgumentError,
@@ -26,7 +27,6 @@ from .plan import ParameterSlice, PruningPlan
 from .prune import analyze, apply, prune
 from .report import Report
 from .store import load
-from ._result import Result
 
 __version__ = "0.1.0"
 

@@ -57,7 +57,7 @@ def _refuse_taken(path: Path, overwrite: bool, replaceable: Callable[[Path], boo
     if not overwrite:
         raise StoreError(f"'{path}' exists; choose another path, or pass overwrite=True to replace an earlier save")
     if path.is_symlink() or not replaceable(path):
-        raise StoreError(f"'{path}' exists and is not a folder that save() wrote; overwrite=True does not replace it: choose another path or remove it yourself")
+        raise StoreError(f"'{path}' exists and is not a folder that save() wrote, so it is not replaced; choose another path or remove it yourself")
 
 
 def _make_parents(folder: Path) -> list[Path]:

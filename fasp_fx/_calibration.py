@@ -24,7 +24,9 @@ def read_batches(program: Program, calibration: Iterable[Any] | None, device: to
         CalibrationError: no batch at all, or one that does not fit; names the batch, the argument and what was expected.
     """
     if calibration is None:
-        raise CalibrationError("no calibration data: pass calibration=, an iterable of batches, or use score='magnitude' or 'random' with restore=None, which need none")
+        raise CalibrationError(
+            "no calibration data: pass calibration=, an iterable of batches, or use score='magnitude' or 'random' with restore=None, which need none"
+        )
     if isinstance(calibration, (Tensor, Mapping, str)):
         raise CalibrationError(f"calibration is a single {type(calibration).__name__}; pass an iterable of batches, for example [batch]")
     batches = []
@@ -50,13 +52,17 @@ def _as_call(batch: Any, index: int) -> tuple[tuple[Any, ...], dict[str, Any]]:
         return (), dict(batch)
     if isinstance(batch, (tuple, list)):
         return tuple(batch), {}
-    raise CalibrationError(f"calibration batch {index} is a {type(batch).__name__}; a batch is a tensor, a tuple of positional arguments or a dict of keyword arguments")
+    raise CalibrationError(
+        f"calibration batch {index} is a {type(batch).__name__}; a batch is a tensor, a tuple of positional arguments or a dict of keyword arguments"
+    )
 
 
 def _check(program: Program, flat: list[Any], index: int) -> None:
     nodes = program.placeholders()
     if len(nodes) != len(flat):
-        raise CalibrationError(f"calibration batch {index} holds {len(flat)} values, the captured program takes {len(nodes)}; give it the structure of the example inputs")
+        raise CalibrationError(
+            f"calibration batch {index} holds {len(flat)} values, the captured program takes {len(nodes)}; give it the structure of the example inputs"
+        )
     for node, leaf in zip(nodes, flat, strict=True):
         expected = node.meta.get("val")
         if not isinstance(expected, Tensor):
@@ -84,4 +90,6 @@ def _check_shape(leaf: Tensor, expected: Tensor, where: str) -> None:
             if upper is not None and size > upper:
                 raise CalibrationError(f"{where}: dimension {dim} is {size}, the captured program takes at most {upper}")
         elif size != wanted:
-            raise CalibrationError(f"{where}: dimension {dim} is {size}, the captured program has it fixed at {wanted}; reshape the batch or capture with dynamic_shapes")
+            raise CalibrationError(
+                f"{where}: dimension {dim} is {size}, the captured program has it fixed at {wanted}; reshape the batch or capture with dynamic_shapes"
+            )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -14,12 +13,11 @@ from torch._export.serde import serialize as serde
 from torch.export import ExportedProgram
 from torch.utils import _pytree as pytree
 
+from ._signature_json import value_from_json, value_to_json
 from ._tensors import to_device
 from ._untrusted import check_program, walk
 from .capture import _quiet
 from .errors import StoreError
-
-_PLAIN = (type(None), bool, int, float, str)
 
 
 def program_to_json(program: ExportedProgram) -> dict[str, Any]:
@@ -112,10 +110,11 @@ def _example_to_json(program: ExportedProgram) -> list[dict[str, Any]]:
     for leaf in pytree.tree_leaves(program.example_inputs):
         if isinstance(leaf, Tensor):
             leaves.append({"shape": list(leaf.shape), "dtype": str(leaf.dtype).removeprefix("torch."), "device": str(leaf.device)})
-        elif type(leaf) in _PLAIN and (type(leaf) is not float or math.isfinite(leaf)):
-            leaves.append({"value": leaf})
-        else:
-            raise StoreError(f"an example input is a {type(leaf).__name__}, which is not stored; capture the model with tensors and plain values")
+            continue
+        try:
+            leaves.append({"value": value_to_json(leaf)})
+        except TypeError as error:
+            raise StoreError(f"an example input is {leaf!r}: {error}; capture the model with tensors and plain data") from error
     return leaves
 
 
@@ -124,7 +123,7 @@ def _example_from_json(leaves: list[dict[str, Any]], structure: str, device: tor
     values = []
     for leaf in leaves:
         if "value" in leaf:
-            values.append(leaf["value"])
+            values.append(value_from_json(leaf["value"]))
             continue
         dtype = getattr(torch, leaf["dtype"])
         if not isinstance(dtype, torch.dtype):

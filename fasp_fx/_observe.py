@@ -121,7 +121,8 @@ class Observer:
                 raise CalibrationError(f"the input of '{use.weight}' is not finite on the calibration data; check the batches and the model's dtype")
             if consumer.gram.tokens < consumer.size:
                 warnings.warn(
-                    f"'{use.weight}' has {consumer.size} columns but saw {consumer.gram.tokens} calibration tokens; the restoration is regularised, but more data is better",
+                    f"'{use.weight}' has {consumer.size} columns but saw {consumer.gram.tokens} calibration tokens; "
+                    "the restoration is regularised, but more data is better",
                     CalibrationWarning,
                     stacklevel=2,
                 )
@@ -143,7 +144,9 @@ class Observer:
             gram = consumer.gram
             values = self.score(Columns(matrix, gram.norms() if gram is not None else None, gram.symmetric if gram is not None else None))
             if tuple(values.shape) != (matrix.shape[1],):
-                raise ArgumentError(f"the score returned shape {tuple(values.shape)} for a consumer with {matrix.shape[1]} columns; it must return one value per column")
+                raise ArgumentError(
+                    f"the score returned shape {tuple(values.shape)} for a consumer with {matrix.shape[1]} columns; it must return one value per column"
+                )
             sets = labels[consumer.numbers()]
             member = np.isin(sets, group.sets)
             at = order[np.searchsorted(group.sets[order], sets[member])]

@@ -56,7 +56,17 @@ class Program:
         first: dict[tuple[Any, ...], str] = {}
         names = {}
         for name, tensor in sorted(self.weights().items()):
-            key = (id(tensor),) if tensor.device.type == "meta" else (tensor.untyped_storage().data_ptr(), tensor.storage_offset(), tuple(tensor.shape), tensor.stride(), tensor.numel() or name)
+            key = (
+                (id(tensor),)
+                if tensor.device.type == "meta"
+                else (
+                    tensor.untyped_storage().data_ptr(),
+                    tensor.storage_offset(),
+                    tuple(tensor.shape),
+                    tensor.stride(),
+                    tensor.numel() or name,
+                )
+            )
             names[name] = first.setdefault(key, name)
         return names
 
@@ -136,7 +146,8 @@ def set_weight(module: nn.Module, name: str, value: Tensor) -> None:
     if leaf in owner._buffers:
         owner._buffers[leaf] = value
     elif leaf in owner._parameters:
-        owner._parameters[leaf] = value if isinstance(value, nn.Parameter) else nn.Parameter(value, requires_grad=owner._parameters[leaf].requires_grad)
+        trained = attribute(module, name).requires_grad
+        owner._parameters[leaf] = value if isinstance(value, nn.Parameter) else nn.Parameter(value, requires_grad=trained)
     elif isinstance(value, nn.Parameter):
         owner.register_parameter(leaf, value)
     else:

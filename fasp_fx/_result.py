@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
@@ -45,7 +46,12 @@ def own_storage(program: Program) -> Program:
     program = program.copy()
     for name, names in program.aliases().items():
         tensor = program.weights()[name]
-        if name in program.numbers and isinstance(tensor, nn.Parameter) and tensor._base is None and tensor.untyped_storage().nbytes() == tensor.numel() * tensor.element_size():
+        if (
+            name in program.numbers
+            and isinstance(tensor, nn.Parameter)
+            and tensor._base is None
+            and tensor.untyped_storage().nbytes() == tensor.numel() * tensor.element_size()
+        ):
             continue  # made by a pass
         with torch.no_grad():
             copy: Tensor = tensor.detach().clone()
@@ -60,7 +66,8 @@ def wrap(exported: ExportedProgram, signature: CallSignature) -> fx.GraphModule:
     """The module of an exported program behind the caller's signature."""
     lifted = exported.module(check_guards=True)
     module = graph_module(lifted, lifted.graph, lifted.meta)
-    module.graph._codegen = CallerCodeGen(signature, lifted.graph._codegen.pytree_info)
+    generated: Any = lifted.graph._codegen
+    module.graph._codegen = CallerCodeGen(signature, generated.pytree_info)
     module.recompile()
     return module.eval()
 

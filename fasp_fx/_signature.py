@@ -16,12 +16,20 @@ from torch.utils import _pytree as pytree
 
 from .errors import ArgumentError, CallError
 
+#: defaults that generated code spells out; others must stay the same object, by which an argument left out is recognised
+_LITERAL = (type(None), bool)
+#: constants that exporters take as arguments
 _PLAIN = (type(None), bool, int, float, str)
 
 
 def has_tensor(value: Any) -> bool:
     """Whether a (possibly nested) argument holds a tensor."""
     return any(isinstance(leaf, torch.Tensor) for leaf in pytree.tree_leaves(value))
+
+
+def is_plain(value: Any) -> bool:
+    """Whether a (possibly nested) argument holds nothing but plain data."""
+    return all(isinstance(leaf, _PLAIN) for leaf in pytree.tree_leaves(value))
 
 
 @dataclass(frozen=True)
@@ -166,8 +174,8 @@ class CallerCodeGen(_PyTreeCodeGen):
             elif parameter.default is inspect.Parameter.empty:
                 parts.append(name)
             else:
-                plain = isinstance(parameter.default, _PLAIN)
-                parts.append(f"{name}={parameter.default!r}" if plain else f"{name}=_call.defaults[{name!r}]")
+                literal = isinstance(parameter.default, _LITERAL)
+                parts.append(f"{name}={parameter.default!r}" if literal else f"{name}=_call.defaults[{name!r}]")
         if previous is inspect.Parameter.POSITIONAL_ONLY:
             parts.append("/")
         return ", ".join(parts)
@@ -179,7 +187,11 @@ class CallerCodeGen(_PyTreeCodeGen):
         extra = next((name for name, p in parameters.items() if p.kind is inspect.Parameter.VAR_KEYWORD), None)
         rest = next((name for name, p in parameters.items() if p.kind is inspect.Parameter.VAR_POSITIONAL), None)
         lines += [f"    if {name} is None: _call.missing({name!r})" for name in self.signature.captured if name in named]
-        lines += [f"    _call.constant({name!r}, {name}, _call.captured[{name!r}], {self._default_of(name)})" for name in named if name not in self.signature.captured and name in self._expected()]
+        lines += [
+            f"    _call.constant({name!r}, {name}, _call.captured[{name!r}], {self._default_of(name)})"
+            for name in named
+            if name not in self.signature.captured and name in self._expected()
+        ]
         if extra is not None:
             others = [name for name in self.signature.captured if name not in named and not (rest and name.startswith(f"{rest}_"))]
             lines += [f"    if {name!r} not in {extra}: _call.missing({name!r})" for name in others]

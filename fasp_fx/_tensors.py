@@ -27,7 +27,14 @@ def write_tensors(path: Path, tensors: Mapping[str, Any]) -> dict[str, dict[str,
         if not isinstance(tensor, Tensor) or tensor.layout is not torch.strided or tensor.device.type == "meta":
             raise StoreError(f"'{name}' is not a dense tensor with values ({type(tensor).__name__}); a save holds plain tensors only")
         data = tensor.detach()
-        region = (data.untyped_storage().data_ptr(), data.storage_offset(), tuple(data.shape), data.stride(), data.dtype, data.numel() or name)
+        region = (
+            data.untyped_storage().data_ptr(),
+            data.storage_offset(),
+            tuple(data.shape),
+            data.stride(),
+            data.dtype,
+            data.numel() or name,
+        )
         kept = first.setdefault(region, name)
         strides = data.stride()
         order = sorted(range(data.dim()), key=lambda dim: -strides[dim])
@@ -36,7 +43,13 @@ def write_tensors(path: Path, tensors: Mapping[str, Any]) -> dict[str, dict[str,
         if kept == name:
             stored[name] = data.permute(order).contiguous().to("cpu")
         parameter = isinstance(tensor, nn.Parameter)
-        entries[name] = {"stored_as": kept, "order": order, "parameter": parameter, "requires_grad": tensor.requires_grad, "device": str(tensor.device)}
+        entries[name] = {
+            "stored_as": kept,
+            "order": order,
+            "parameter": parameter,
+            "requires_grad": tensor.requires_grad,
+            "device": str(tensor.device),
+        }
     try:
         save_file(stored, path)
     except (safetensors.SafetensorError, ValueError, RuntimeError, KeyError) as error:

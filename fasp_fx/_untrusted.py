@@ -26,16 +26,61 @@ _HIGHER_ORDER = {f"torch.ops.higher_order.{name}" for name in ("cond", "while_lo
 _ON_SIZES = {f"{target.__module__}.{target.__name__}" for target in serde._SYM_OPS}
 #: constructors that sympy.srepr writes for sizes, with torch's own
 _EXPRESSIONS = {
-    *("Symbol", "Integer", "Rational", "Float", "Add", "Mul", "Pow", "Mod", "Max", "Min", "floor", "ceiling", "Abs", "Piecewise", "ExprCondPair", "Tuple"),
-    *("Equality", "Unequality", "StrictLessThan", "LessThan", "StrictGreaterThan", "GreaterThan", "And", "Or", "Not", "FloorDiv", "ModularIndexing", "Where"),
-    *("PythonMod", "CleanDiv", "CeilToInt", "FloorToInt", "CeilDiv", "LShift", "RShift", "PowByNatural", "FloatPow", "FloatTrueDiv", "IntTrueDiv"),
+    *(
+        "Symbol",
+        "Integer",
+        "Rational",
+        "Float",
+        "Add",
+        "Mul",
+        "Pow",
+        "Mod",
+        "Max",
+        "Min",
+        "floor",
+        "ceiling",
+        "Abs",
+        "Piecewise",
+        "ExprCondPair",
+        "Tuple",
+    ),
+    *(
+        "Equality",
+        "Unequality",
+        "StrictLessThan",
+        "LessThan",
+        "StrictGreaterThan",
+        "GreaterThan",
+        "And",
+        "Or",
+        "Not",
+        "FloorDiv",
+        "ModularIndexing",
+        "Where",
+    ),
+    *(
+        "PythonMod",
+        "CleanDiv",
+        "CeilToInt",
+        "FloorToInt",
+        "CeilDiv",
+        "LShift",
+        "RShift",
+        "PowByNatural",
+        "FloatPow",
+        "FloatTrueDiv",
+        "IntTrueDiv",
+    ),
     *("IsNonOverlappingAndDenseIndicator", "TruncToFloat", "TruncToInt", "RoundToInt", "RoundDecimal", "ToFloat", "Identity"),
 }
 _CONSTANTS = {"true", "false"}
 #: names of symbols and digits of numbers
 _WORD = re.compile(r"-?\w+(\.\d+)?([eE][+-]?\d+)?")
 _GUARD_CALLS = {"max", "min", "abs", "int", "float", "bool", "IsNonOverlappingAndDenseIndicator", "cast_symbool_to_symint_guardless"}
-_GUARD_MODULES = {"math": {"floor", "ceil", "trunc", "sqrt", "pow"}, "torch": {"sym_float", "sym_int", "sym_max", "sym_min", "sym_not", "sym_ite", "_sym_sqrt"}}
+_GUARD_MODULES = {
+    "math": {"floor", "ceil", "trunc", "sqrt", "pow"},
+    "torch": {"sym_float", "sym_int", "sym_max", "sym_min", "sym_not", "sym_ite", "_sym_sqrt"},
+}
 _GUARD_METHODS = {"size", "stride", "storage_offset", "numel"}
 _OPERATIONS = (ast.BoolOp, ast.BinOp, ast.UnaryOp, ast.Compare, ast.operator, ast.unaryop, ast.boolop, ast.cmpop, ast.Load)
 _TRANSFORMERS = re.compile(r"transformers\.(cache_utils|modeling_outputs|configuration_utils|utils\.generic|models\.\w+(\.\w+)?)[.:]\w+")

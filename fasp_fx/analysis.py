@@ -18,6 +18,7 @@ from ._program import Program
 from .channels import Axis, Interpreter, Numbering, Remark, Slot, Value, Walk, attribute
 from .errors import ArgumentError
 from .groups import APPROXIMATE, EXEMPT, FROZEN, PRUNABLE, Group, Member
+from .patterns import find_composites
 
 LAYOUT = "layout"
 
@@ -172,6 +173,7 @@ def _label(total: int, walk: Walk) -> np.ndarray:
 
 def _status(labels: np.ndarray, count: int, walk: Walk, program: Program) -> tuple[np.ndarray, np.ndarray]:
     """A status code and a reason for each channel set; an exemption outweighs freezing, freezing outweighs mixing."""
+    composites = find_composites(program.module.graph)
     status = np.full(count, _CODE[PRUNABLE], dtype=np.int8)
     reason = np.full(count, "", dtype=object)
 
@@ -179,7 +181,8 @@ def _status(labels: np.ndarray, count: int, walk: Walk, program: Program) -> tup
         for remark in reversed(remarks):  # the first remark in graph order is the one shown
             sets = np.unique(labels[remark.numbers])
             status[sets] = _CODE[code]
-            reason[sets] = remark.reason
+            inside = composites.get(remark.node) if remark.node is not None else None
+            reason[sets] = f"{remark.reason} of {inside}" if inside else remark.reason
 
     mark(walk.facts.mixed, APPROXIMATE)
     mark(walk.facts.frozen, FROZEN)
@@ -225,7 +228,10 @@ def _build(
 ) -> list[Group]:
     produced = np.unique(np.concatenate(walk.facts.produced)) if walk.facts.produced else np.zeros(0, dtype=np.int64)
     consumed = np.unique(np.concatenate([use.columns for use in walk.facts.uses])) if walk.facts.uses else np.zeros(0, dtype=np.int64)
-    produces, consumes = set(numbering.slot_ids(produced[produced >= 0]).tolist()), set(numbering.slot_ids(consumed[consumed >= 0]).tolist())
+    produces, consumes = (
+        set(numbering.slot_ids(produced[produced >= 0]).tolist()),
+        set(numbering.slot_ids(consumed[consumed >= 0]).tolist()),
+    )
     positions = {node: index for index, node in enumerate(program.module.graph.nodes)}
     order = np.argsort(group_of, kind="stable")
     bounds = np.searchsorted(group_of[order], np.arange(len(keys) + 1))
@@ -235,14 +241,17 @@ def _build(
     found: list[tuple[Any, Group]] = []
     for index, (slot_ids, use_ids) in keys.items():
         members = order[bounds[index] : bounds[index + 1]]
-        block_ids, inverse = np.unique(block[members], return_inverse=True)
+        _, inverse = np.unique(block[members], return_inverse=True)
         sizes = np.bincount(inverse.reshape(-1))
         for size in np.unique(sizes):  # blocks of unequal size are groups of their own
             sets = members[sizes[inverse.reshape(-1)] == size]
             numbers = np.concatenate([numbers_by_label[label_bounds[s] : label_bounds[s + 1]] for s in sets])
             own = numbering.slot_ids(numbers)
             slots = [numbering.slots[i] for i in sorted(slot_ids)]
-            rows = _members([(s, numbers[own == i]) for i, s in zip(sorted(slot_ids), slots) if s.kind == "weight" and (i in produces or i not in consumes)], program)
+            rows = _members(
+                [(s, numbers[own == i]) for i, s in zip(sorted(slot_ids), slots) if s.kind == "weight" and (i in produces or i not in consumes)],
+                program,
+            )
             columns = _members([(s, numbers[own == i]) for i, s in zip(sorted(slot_ids), slots) if i in consumes], program)
             uses = tuple(walk.facts.uses[i] for i in sorted(use_ids))
             code, why = _STATUS[int(status[sets[0]])], str(reason[sets[0]])
@@ -295,5 +304,10 @@ def _named(groups: list[Group]) -> list[Group]:
         base = (group.consumers or group.producers)[0].name
         taken[base] = taken.get(base, 0) + 1
         name = base if taken[base] == 1 else f"{base}#{taken[base]}"
-        named.append(Group(name, *[getattr(group, f) for f in ("size", "blocks", "status", "reason", "producers", "consumers", "sets", "block_of", "uses", "slots")]))
+        named.append(
+            Group(
+                name,
+                *[getattr(group, f) for f in ("size", "blocks", "status", "reason", "producers", "consumers", "sets", "block_of", "uses", "slots")],
+            )
+        )
     return named

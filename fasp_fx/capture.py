@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import inspect
 import logging
 import warnings
@@ -19,7 +20,7 @@ from torch.utils import _pytree as pytree
 from torch.utils._sympy.numbers import int_oo
 
 from ._program import Program, graph_module
-from ._signature import CallSignature, positional
+from ._signature import CallSignature, is_plain, positional
 from .errors import ArgumentError, CaptureError
 from .patterns import lookup
 
@@ -47,8 +48,9 @@ def capture(
         CaptureError: the model is in training mode or cannot be exported; the message carries the exporter's reason.
     """
     kwargs = dict(kwargs or {})
+    no_notes: tuple[str, ...] = ()
     if isinstance(model, ExportedProgram):
-        exported, signature, notes = _functional(model), _exported_signature(model, args, kwargs), ()
+        exported, signature, notes = _functional(model), _exported_signature(model, args, kwargs), no_notes
     elif isinstance(model, nn.Module):
         if model.training and any(True for _ in model.modules()) and not isinstance(model, fx.GraphModule):
             raise CaptureError(f"{type(model).__name__} is in training mode, which the capture would make permanent; call model.eval() first")
@@ -133,9 +135,28 @@ def _export_once(model: nn.Module, signature: CallSignature, names: list[str], i
     kwargs = {name: value for name, value in inputs.items() if name not in names}
     if _is_transformers(model) and not args:
         return _functional(_export_transformers(model, {**kwargs, **signature.constants}, shapes))
-    kwargs |= {name: value for name, value in signature.constants.items() if name not in names}
-    spec = shapes(args, kwargs).dynamic_shapes(model, args, kwargs) if callable(shapes) else shapes
-    return _functional(torch.export.export(model, args, kwargs, dynamic_shapes=spec, strict=False))
+    constants = {name: value for name, value in signature.constants.items() if name not in names}
+    kwargs |= {name: value for name, value in constants.items() if is_plain(value)}
+    with _holding(model, {name: value for name, value in constants.items() if not is_plain(value)}):
+        spec = shapes(args, kwargs).dynamic_shapes(model, args, kwargs) if callable(shapes) else shapes
+        return _functional(torch.export.export(model, args, kwargs, dynamic_shapes=spec, strict=False))
+
+
+@contextlib.contextmanager
+def _holding(model: nn.Module, constants: dict[str, Any]) -> Iterator[None]:
+    """Give ``forward`` arguments that the exporter does not take, such as members of an enum."""
+    if not constants:
+        yield
+        return
+    own = vars(model).get("forward")
+    model.forward = functools.partial(model.forward, **constants)
+    try:
+        yield
+    finally:
+        if own is None:
+            del model.forward
+        else:
+            model.forward = own
 
 
 def _is_transformers(model: nn.Module) -> bool:
@@ -255,7 +276,14 @@ def _quiet() -> Iterator[None]:
     """Exporters log what the library itself reports; errors still arrive as exceptions."""
     from transformers.exporters import exporter_dynamo
 
-    names = ("torch.export", "torch._export", "torch.fx.experimental.symbolic_shapes", "torch._export.non_strict_utils", "transformers", exporter_dynamo.logger.name)
+    names = (
+        "torch.export",
+        "torch._export",
+        "torch.fx.experimental.symbolic_shapes",
+        "torch._export.non_strict_utils",
+        "transformers",
+        exporter_dynamo.logger.name,
+    )
     levels = {name: logging.getLogger(name).level for name in names}
     try:
         for name in names:

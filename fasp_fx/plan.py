@@ -105,7 +105,12 @@ class PruningPlan:
         try:
             groups = tuple(
                 PlannedGroup(
-                    str(g["name"]), int(g["size"]), int(g["blocks"]), int(g["removed_sets"]), _slices(g["producers"]), _slices(g["consumers"])
+                    str(g["name"]),
+                    int(g["size"]),
+                    int(g["blocks"]),
+                    int(g["removed_sets"]),
+                    _slices(g["producers"]),
+                    _slices(g["consumers"]),
                 )
                 for g in data["groups"]
             )
@@ -157,8 +162,20 @@ class PruningPlan:
         for group in self.groups:
             producers = tuple(new for part in group.producers for new in renumber(part))
             consumers = tuple(new for part in group.consumers for new in renumber(part))
-            lost, before = sum(len(p.removed) for p in producers + consumers), sum(len(p.removed) for p in group.producers + group.consumers)
-            groups.append(PlannedGroup(group.name, group.size - sizes.get(group.name, 0), group.blocks, round(group.removed_sets * lost / max(before, 1)), producers, consumers))
+            lost, before = (
+                sum(len(p.removed) for p in producers + consumers),
+                sum(len(p.removed) for p in group.producers + group.consumers),
+            )
+            groups.append(
+                PlannedGroup(
+                    group.name,
+                    group.size - sizes.get(group.name, 0),
+                    group.blocks,
+                    round(group.removed_sets * lost / max(before, 1)),
+                    producers,
+                    consumers,
+                )
+            )
         return PruningPlan(earlier.result, tuple(groups), self.sparsity)
 
 
@@ -171,7 +188,8 @@ def _renumber(removed: Iterable[int], before: Iterable[int]) -> tuple[int, ...]:
 
 def _slices(items: Iterable[Mapping[str, Any]]) -> tuple[ParameterSlice, ...]:
     return tuple(
-        ParameterSlice(str(i["name"]), int(i["dim"]), tuple(int(n) for n in i["removed"]), None if i.get("block_dim") is None else int(i["block_dim"])) for i in items
+        ParameterSlice(str(i["name"]), int(i["dim"]), tuple(int(n) for n in i["removed"]), None if i.get("block_dim") is None else int(i["block_dim"]))
+        for i in items
     )
 
 
@@ -238,7 +256,9 @@ def gone_of(plan: PruningPlan, analysis: Analysis) -> np.ndarray:
     for (name, dim), removed in wanted.items():
         size = known.get((canonical.get(name, name), dim))
         if removed and (size is None or max(removed) >= size or min(removed) < 0):
-            raise PlanError(f"the plan removes index {max(removed)} along dimension {dim} of '{name}', which the model does not have; it is a plan for another model")
+            raise PlanError(
+                f"the plan removes index {max(removed)} along dimension {dim} of '{name}', which the model does not have; it is a plan for another model"
+            )
     counted = np.bincount(analysis.labels, weights=gone, minlength=int(analysis.labels.max(initial=-1)) + 1)
     whole = np.bincount(analysis.labels, minlength=len(counted))
     cut = (counted > 0) & (counted < whole)
@@ -252,7 +272,9 @@ def gone_of(plan: PruningPlan, analysis: Analysis) -> np.ndarray:
             chosen = counted[group.sets] > 0
             per_block = [int(chosen[group.block_of == b].sum()) for b in np.unique(group.block_of)]
             if len(set(per_block)) > 1 or (per_block and per_block[0] >= group.width):
-                raise PlanError(f"the plan removes {per_block} channel sets from the blocks of group '{group.name}'; each must lose the same number and keep one")
+                raise PlanError(
+                    f"the plan removes {per_block} channel sets from the blocks of group '{group.name}'; each must lose the same number and keep one"
+                )
     if (~allowed & (counted > 0)).any():
         slot = numbering.slot_of(int(np.flatnonzero(analysis.labels == int(np.flatnonzero(~allowed & (counted > 0))[0]))[0]))
         raise PlanError(f"the plan removes channels of {slot}, which cannot be pruned in this model")

@@ -23,7 +23,7 @@ from .analysis import Analysis, analyze_program
 from .capture import capture
 from .errors import ArgumentError, NothingPrunableError, PlanError, SparsityError
 from .groups import PRUNABLE
-from .passes import PadValueHeads, PinAttentionScale, Pipeline, RemoveChannels, RestoreWeights, SplitFusedProducers
+from .passes import PadValueHeads, Pass, PinAttentionScale, Pipeline, RemoveChannels, RestoreWeights, SplitFusedProducers
 from .plan import PruningPlan
 from .report import make_report
 from .restoration import least_squares
@@ -71,6 +71,7 @@ def prune(
     dynamic_shapes: Any = None,
     device: torch.device | str | None = None,
     progress: Callable[[float], None] | None = None,
+    on_analysis: Callable[[Analysis], None] | None = None,
 ) -> Result:
     """Make a model physically smaller; the caller's model is not touched.
 
@@ -90,6 +91,7 @@ def prune(
         dynamic_shapes: as for ``torch.export.export``; inferred if ``None``.
         device: where to capture and calibrate; batches are moved there. ``None``: the model's device.
         progress: called with the fraction of the calibration done.
+        on_analysis: called with the analysis, once the sparsity is known to be in reach and before the first calibration batch is asked for.
 
     Raises:
         SparsityError: outside (0, 1) or out of reach.
@@ -106,6 +108,8 @@ def prune(
     analysis = analyze_program(program, split_fused)
     lost = _allocate(analysis, sparsity, round_to)
     clock.lap("analysis")
+    if on_analysis is not None:
+        on_analysis(analysis)
     with torch.no_grad():
         runner = None
         if needs_data or restore is not None:
@@ -117,7 +121,15 @@ def prune(
     return _rewrite(program, analysis, decision, sparsity, clock)
 
 
-def apply(model: Model, plan: PruningPlan, args: Any = (), kwargs: dict[str, Any] | None = None, *, dynamic_shapes: Any = None, state: tuple[str, ...] = ()) -> Result:
+def apply(
+    model: Model,
+    plan: PruningPlan,
+    args: Any = (),
+    kwargs: dict[str, Any] | None = None,
+    *,
+    dynamic_shapes: Any = None,
+    state: tuple[str, ...] = (),
+) -> Result:
     """Replay a plan on the model it was made for; no calibration data, and so no restoration.
 
     Raises:
@@ -190,7 +202,12 @@ def _rewrite(program: Program, analysis: Analysis, decision: Decision, requested
     plan = PruningPlan(plans.program_fingerprint(program), tuple(groups), reached, splits if groups else ())
     # Without anything to remove the program stays as it was captured, fused producers included.
     start = analysis.program if groups else program
-    passes = [PinAttentionScale(analysis), RestoreWeights(decision.weights), RemoveChannels(analysis, decision.gone), PadValueHeads(analysis)]
+    passes: list[Pass] = [
+        PinAttentionScale(analysis),
+        RestoreWeights(decision.weights),
+        RemoveChannels(analysis, decision.gone),
+        PadValueHeads(analysis),
+    ]
     rewritten = Pipeline(passes, analysis)(start) if groups else start
     clock.lap("passes")
     module, exported = finish(rewritten)

@@ -72,7 +72,13 @@ class Report:
 
 
 def make_report(
-    analysis: Analysis, plan: PruningPlan, decision: Decision, before: Mapping[str, Tensor], after: Mapping[str, Tensor], requested: float | None, seconds: Mapping[str, float]
+    analysis: Analysis,
+    plan: PruningPlan,
+    decision: Decision,
+    before: Mapping[str, Tensor],
+    after: Mapping[str, Tensor],
+    requested: float | None,
+    seconds: Mapping[str, float],
 ) -> Report:
     """Assemble the report of one pruning."""
     removed = {group.name: group.removed_sets for group in plan.groups}
@@ -94,7 +100,10 @@ def make_report(
     old, new = weight_size(before), weight_size(after)
     notes = list(analysis.program.notes)
     for name, count in analysis.without_rule.items():
-        notes.append(f"{name} has no rule and froze what it touches ({count} times); teach it with fasp_fx.patterns.register({_python_name(name)}, \"self[...] -> [...]\") if it is pointwise")
+        notes.append(
+            f"{name} has no rule and froze what it touches ({count} times); if it is pointwise, "
+            f'fasp_fx.patterns.register({_python_name(name)}, "self[...] -> [...]") teaches it'
+        )
     return Report(plan.sparsity, requested, (old[0], new[0]), (old[1], new[1]), tuple(lines), dict(seconds), tuple(notes))
 
 

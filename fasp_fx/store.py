@@ -49,7 +49,7 @@ def save(result: Result, path: str | Path, *, overwrite: bool = False) -> Path:
     """
     path = Path(path).absolute()
     program = result.program
-    graph, signature = program_to_json(program), signature_to_json(result.signature)
+    signature, graph = signature_to_json(result.signature), program_to_json(program)
     with new_folder(path, overwrite=overwrite, replaceable=_is_save) as folder:
         _write_json(folder / "plan.json", json.loads(result.plan.to_json()))
         _write_json(folder / "report.json", asdict(result.report))

@@ -9,4 +9,15 @@ from .remove_channels import RemoveChannels
 from .restore_weights import RestoreWeights
 from .split_fused import SplitFusedProducers
 
-__all__ = ["WRITTEN_BY", "PadValueHeads", "Pass", "PinAttentionScale", "Pipeline", "RemoveChannels", "RestoreWeights", "SplitFusedProducers", "stamp", "verify"]
+__all__ = [
+    "WRITTEN_BY",
+    "PadValueHeads",
+    "Pass",
+    "PinAttentionScale",
+    "Pipeline",
+    "RemoveChannels",
+    "RestoreWeights",
+    "SplitFusedProducers",
+    "stamp",
+    "verify",
+]

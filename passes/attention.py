@@ -32,7 +32,10 @@ class PinAttentionScale:
     def __call__(self, program: Program) -> Program:
         if not any(node.kwargs.get("scale") is None for node in program.module.graph.find_nodes(op="call_function", target=_ATTENTION)):
             return program
-        widths = {n.name: self.analysis.walk.executed[n.args[0]].shape[-1] for n in self.analysis.program.module.graph.find_nodes(op="call_function", target=_ATTENTION)}
+        widths = {
+            n.name: self.analysis.walk.executed[n.args[0]].shape[-1]
+            for n in self.analysis.program.module.graph.find_nodes(op="call_function", target=_ATTENTION)
+        }
         program = program.copy()
         for node in program.module.graph.find_nodes(op="call_function", target=_ATTENTION):
             if node.kwargs.get("scale") is None and node.name in widths:
@@ -71,7 +74,11 @@ class PadValueHeads:
             with graph.inserting_before(node):
                 padded = stamp(graph.call_function(torch.ops.aten.constant_pad_nd.default, (node.args[2], [0, query - value], 0.0)), self.name, node)
             with graph.inserting_after(node):
-                cut = stamp(graph.call_function(torch.ops.aten.slice.Tensor, (node, _last_dim(walk.executed, node.name, program), 0, value)), self.name, node)
+                cut = stamp(
+                    graph.call_function(torch.ops.aten.slice.Tensor, (node, _last_dim(walk.executed, node.name, program), 0, value)),
+                    self.name,
+                    node,
+                )
             node.replace_all_uses_with(cut, delete_user_cb=lambda user, cut=cut: user is not cut)
             node.update_arg(2, padded)
         return program

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor, fx
 
-from fasp_fx.channels import Slot, Value, attribute
+from fasp_fx.channels import Slot, Value, arguments, attribute, set_argument
 from fasp_fx.errors import VerificationError
 from fasp_fx.patterns import Clause, lookup
 
@@ -76,8 +76,7 @@ def _resize(module: fx.GraphModule, analysis: Analysis, kept: Kept, name: str) -
         old = originals.get(node.name)
         if old is None or node.op != "call_function":
             continue
-        rule = lookup(node.target)
-        if rule is None or not rule.clauses:
+        if not _clauses(node):
             continue
         results = walk.values.get(old)
         outputs = [value for value in (results if isinstance(results, tuple) else [results]) if isinstance(value, Value)]
@@ -86,39 +85,24 @@ def _resize(module: fx.GraphModule, analysis: Analysis, kept: Kept, name: str) -
             continue
         if node.target in _VIEWS:
             # Other widths can mean other strides (attention picks another kernel), under which a view may be impossible.
-            node.target, node.args, node.kwargs = torch.ops.aten.reshape.default, (node.args[0], _get(node, "size")), {}
-            rule = lookup(node.target)
+            node.target, node.args, node.kwargs = torch.ops.aten.reshape.default, (node.args[0], arguments(node)["size"]), {}
             stamp(node, name)
-        for clause in rule.clauses:
+        for clause in _clauses(node):
             rewrite = _REWRITES.get(clause.keyword)
             if rewrite is not None and rewrite(node, clause, source, outputs, kept):
                 stamp(node, name)
 
 
+def _clauses(node: fx.Node) -> tuple[Clause, ...]:
+    rule = lookup(node.target)
+    return () if rule is None else rule.clauses
+
+
 _VIEWS = (torch.ops.aten.view.default, torch.ops.aten._unsafe_view.default)
 
 
-def _get(node: fx.Node, name: str) -> Any:
-    for index, argument in enumerate(node.target._schema.arguments):
-        if argument.name == name:
-            return node.args[index] if index < len(node.args) else node.kwargs.get(name, argument.default_value)
-    raise KeyError(name)
-
-
-def _set(node: fx.Node, name: str, value: Any) -> bool:
-    """Set an argument by its schema name; whether that changed it."""
-    if _get(node, name) == value:
-        return False
-    for index, argument in enumerate(node.target._schema.arguments):
-        if argument.name == name and index < len(node.args):
-            node.update_arg(index, value)
-            return True
-    node.update_kwarg(name, value)
-    return True
-
-
 def _shape(node: fx.Node, clause: Clause, source: Value, outputs: list[Value], kept: Kept) -> bool:
-    sizes = list(_get(node, clause.words[0]))
+    sizes = list(arguments(node)[clause.words[0]])
     value = outputs[0] if len(clause.words) == 1 else source
     first = len(value.shape) - len(sizes)
     for index, size in enumerate(sizes):
@@ -131,44 +115,44 @@ def _shape(node: fx.Node, clause: Clause, source: Value, outputs: list[Value], k
             sizes[index] = -1
         else:
             sizes[index] = new
-    return _set(node, clause.words[0], sizes)
+    return set_argument(node, clause.words[0], sizes)
 
 
 def _span(node: fx.Node, clause: Clause, source: Value, outputs: list[Value], kept: Kept) -> bool:
     along, start_name, end_name = clause.words
-    dim = int(_get(node, along)) % len(source.shape)
+    dim = int(arguments(node)[along]) % len(source.shape)
     length, changed = source.shape[dim], False
     for name in (start_name, end_name):
-        position = _get(node, name)
+        position = arguments(node)[name]
         if position is None or isinstance(position, fx.Node):
             continue
         absolute = position + length if position < 0 else position
         if 0 < absolute < length:
-            changed |= _set(node, name, kept.before(source, dim, absolute)) if kept.size(source, dim) != length else False
+            changed |= set_argument(node, name, kept.before(source, dim, absolute)) if kept.size(source, dim) != length else False
     return changed
 
 
 def _pick(node: fx.Node, clause: Clause, source: Value, outputs: list[Value], kept: Kept) -> bool:
     along, index_name = clause.words
-    dim = int(_get(node, along)) % len(source.shape)
-    index = _get(node, index_name)
+    dim = int(arguments(node)[along]) % len(source.shape)
+    index = arguments(node)[index_name]
     if isinstance(index, fx.Node) or kept.size(source, dim) == source.shape[dim]:
         return False
-    return _set(node, index_name, kept.before(source, dim, index % source.shape[dim]))
+    return set_argument(node, index_name, kept.before(source, dim, index % source.shape[dim]))
 
 
 def _sizes(node: fx.Node, clause: Clause, source: Value, outputs: list[Value], kept: Kept) -> bool:
     sizes_name, along = clause.words
-    dim = int(_get(node, along)) % len(source.shape)
-    old = list(_get(node, sizes_name))
+    dim = int(arguments(node)[along]) % len(source.shape)
+    old = list(arguments(node)[sizes_name])
     new = [kept.size(output, dim) for output in outputs]
     if any(size != output.shape[dim] for size, output in zip(new, outputs, strict=True)):
-        return _set(node, sizes_name, [was if isinstance(was, fx.Node) else now for was, now in zip(old, new, strict=True)])
+        return set_argument(node, sizes_name, [was if isinstance(was, fx.Node) else now for was, now in zip(old, new, strict=True)])
     return False
 
 
 def _chunk(node: fx.Node, clause: Clause, source: Value, outputs: list[Value], kept: Kept) -> bool:
-    dim = int(_get(node, clause.words[1])) % len(source.shape)
+    dim = int(arguments(node)[clause.words[1]]) % len(source.shape)
     sizes = [kept.size(output, dim) for output in outputs]
     if all(size == output.shape[dim] for size, output in zip(sizes, outputs, strict=True)):
         return False

@@ -6,6 +6,7 @@ part by mere movement, each part gets a product of its own with the rows it take
 
 from __future__ import annotations
 
+import operator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -13,8 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor, fx, nn
 
-from fasp_fx.channels import Axis, Use, Value, attribute, run_on_numbers
-
+from fasp_fx.channels import Axis, Use, Value, arguments, attribute, run_on_numbers
 from fasp_fx.patterns import lookup
 
 from ._base import stamp
@@ -56,11 +56,11 @@ class SplitFusedProducers:
         nodes = {node.name: node for node in program.module.graph.nodes}
         for use, chain, parts in plans:
             self._split(program, nodes, use, chain, parts)
-        program.module.graph.eliminate_dead_code()
-        program.module.delete_all_unused_submodules()
-        for use, chain, _ in plans:
-            for name in _weights_of(chain, use):
-                _delete_unused(program, name)
+        split = {name for use, chain, _ in plans for name in _weights_of(chain, use)}
+        # A node without users can be a second name of a tied weight, which must stay.
+        program.module.graph.eliminate_dead_code(lambda node: node.is_impure() or (node.op == "get_attr" and node.target not in split))
+        for name in split:
+            _delete_unused(program, name)
         program.module.recompile()
         verify(program, self.analysis)
         return program
@@ -134,8 +134,8 @@ class SplitFusedProducers:
 
     def _carry(self, node: fx.Node, label: Any) -> Any:
         """A label tensor moved the way ``node`` moves its input, or ``None`` if the node does anything but move."""
-        if node.op == "call_function" and node.target.__name__ == "getitem" and isinstance(label, (list, tuple)):
-            return label[node.args[1]]
+        if node.target is operator.getitem and isinstance(label, (list, tuple)):
+            return label[arguments(node)["1"]]
         rule = lookup(node.target)
         if rule is None or rule.moves != "self" or not isinstance(label, Tensor):
             return None
@@ -157,9 +157,9 @@ class SplitFusedProducers:
                         self._add_part(program, str(original.target), name, rows, use)
                         copies[nodes[original.name]] = stamp(graph.get_attr(name), self.name)
                     else:
-                        copies[nodes[original.name]] = stamp(graph.node_copy(nodes[original.name], lambda n: copies.get(n, n)), self.name)
+                        copies[nodes[original.name]] = _copy(graph, nodes[original.name], copies, self.name)
                 for original in chain:
-                    copies[nodes[original.name]] = stamp(graph.node_copy(nodes[original.name], lambda n: copies.get(n, n)), self.name)
+                    copies[nodes[original.name]] = _copy(graph, nodes[original.name], copies, self.name)
                 product = copies[nodes[chain[-1].name]]
                 result = self._lay_out(graph, product, part)
             anchor.replace_all_uses_with(result)
@@ -188,7 +188,7 @@ class SplitFusedProducers:
         """Bring the product of one part into the shape that the original took out."""
         value = self.analysis.walk.values[part.node]
         recorded = part.node.meta["val"].shape
-        lead = [dim for dim in range(max([d for d in part.sources if d is not None], default=-1) + 1)]
+        lead = list(range(max([d for d in part.sources if d is not None], default=-1) + 1))
         order = [*lead, *(dim for dim, source in enumerate(part.sources) if source == -1)]
         sizes: list[Any] = []
         for dim in lead:
@@ -208,13 +208,17 @@ class SplitFusedProducers:
         return node
 
 
+def _copy(graph: fx.Graph, node: fx.Node, copies: dict[fx.Node, fx.Node], name: str) -> fx.Node:
+    return stamp(graph.node_copy(node, lambda n: copies.get(n, n)), name)
+
+
 def _label(shape: tuple[int, ...], dim: int) -> Tensor:
     return torch.arange(shape[dim]).reshape([-1 if d == dim else 1 for d in range(len(shape))]).expand(shape)
 
 
 def _is_tensor(analysis: Analysis, node: fx.Node) -> bool:
     value = analysis.walk.values.get(node)
-    return isinstance(value, Value) and not value.constant or isinstance(value, tuple)
+    return (isinstance(value, Value) and not value.constant) or isinstance(value, tuple)
 
 
 def _part(node: fx.Node, value: Value, labels: list[Tensor]) -> _Part | None:
@@ -239,7 +243,13 @@ def _cloneable(use: Use) -> bool:
     return all(node.op == "get_attr" or node.target in _SWAPS for node in _upstream(use))
 
 
-_SWAPS = {torch.ops.aten.t.default, torch.ops.aten.transpose.int, torch.ops.aten.permute.default, torch.ops.aten.numpy_T.default, torch.ops.aten.mT.default}
+_SWAPS = {
+    torch.ops.aten.t.default,
+    torch.ops.aten.transpose.int,
+    torch.ops.aten.permute.default,
+    torch.ops.aten.numpy_T.default,
+    torch.ops.aten.mT.default,
+}
 
 
 def _upstream(use: Use) -> list[fx.Node]:

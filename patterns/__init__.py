@@ -8,5 +8,6 @@ from __future__ import annotations
 
 from ._grammar import Alternative, Clause, Operand, Rule, parse
 from ._registry import builtin, lookup, register, unregister
+from .composites import COMPOSITES, find_composites
 
-__all__ = ["Alternative", "Clause", "Operand", "Rule", "builtin", "lookup", "parse", "register", "unregister"]
+__all__ = ["COMPOSITES", "Alternative", "Clause", "Operand", "Rule", "builtin", "find_composites", "lookup", "parse", "register", "unregister"]

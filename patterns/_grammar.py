@@ -30,7 +30,8 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache
+from typing import NoReturn
 
 from fasp_fx.errors import RuleError
 
@@ -39,7 +40,17 @@ ELLIPSIS = "..."
 _TOKEN = re.compile(r"\s*(\.\.\.|->|[A-Za-z_][A-Za-z_0-9]*\*?|[\[\],;|@=])")
 
 #: clause keyword -> how many words follow it
-_CLAUSES = {"mix": (1,), "reduce": (1,), "freeze": (1,), "repeat": (2,), "shape": (1, 3), "span": (3,), "pick": (2,), "sizes": (2,), "chunk": (2,)}
+_CLAUSES = {
+    "mix": (1,),
+    "reduce": (1,),
+    "freeze": (1,),
+    "repeat": (2,),
+    "shape": (1, 3),
+    "span": (3,),
+    "pick": (2,),
+    "sizes": (2,),
+    "chunk": (2,),
+}
 _WITH_ARGUMENT = {"mix", "reduce", "freeze"}
 
 
@@ -130,7 +141,7 @@ class _Parser:
             position = match.end()
         self.at = 0
 
-    def fail(self, message: str, position: int | None = None) -> None:
+    def fail(self, message: str, position: int | None = None) -> NoReturn:
         if position is None:
             position = self.tokens[self.at][1] if self.at < len(self.tokens) else len(self.text)
         raise RuleError(f"rule does not parse: {message}\n  {self.text}\n  {' ' * position}^")
@@ -142,7 +153,6 @@ class _Parser:
         token = self.peek()
         if token is None or (expected is not None and token != expected):
             self.fail(f"expected {expected!r}" if expected else "unexpected end")
-            raise AssertionError  # fail() always raises; this line tells the type checker so
         self.at += 1
         return token
 
@@ -218,7 +228,7 @@ class _Parser:
         return Rule(moves, tuple(alternatives), tuple(clauses))
 
 
-@lru_cache(maxsize=None)
+@cache
 def parse(text: str) -> Rule:
     """Parse one rule.
 

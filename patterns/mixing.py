@@ -2,7 +2,18 @@
 
 from __future__ import annotations
 
-_REDUCTIONS = ("mean.dim", "sum.dim_IntList", "amax.default", "amin.default", "var.correction", "std.correction", "var.dim", "std.dim", "any.dim", "all.dim")
+_REDUCTIONS = (
+    "mean.dim",
+    "sum.dim_IntList",
+    "amax.default",
+    "amin.default",
+    "var.correction",
+    "std.correction",
+    "var.dim",
+    "std.dim",
+    "any.dim",
+    "all.dim",
+)
 _SCANS = ("diff.default", "cumsum.default", "cumprod.default", "logcumsumexp.default")
 
 MIXING: dict[str, str] = {

@@ -3,9 +3,27 @@
 from __future__ import annotations
 
 from ._facts import Facts, Remark, Use
-from ._interpreter import Interpreter, Walk, attribute
+from ._fx import arguments, attribute, results, set_argument, target_name
+from ._interpreter import Interpreter, Walk
 from ._moves import run_on_numbers
 from ._numbering import Numbering, Slot
 from ._value import NONE, Axis, Value
 
-__all__ = ["NONE", "Axis", "Facts", "Interpreter", "Numbering", "Remark", "Slot", "Use", "Value", "Walk", "attribute", "run_on_numbers"]
+__all__ = [
+    "NONE",
+    "Axis",
+    "Facts",
+    "Interpreter",
+    "Numbering",
+    "Remark",
+    "Slot",
+    "Use",
+    "Value",
+    "Walk",
+    "arguments",
+    "attribute",
+    "results",
+    "run_on_numbers",
+    "set_argument",
+    "target_name",
+]

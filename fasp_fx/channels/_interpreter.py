@@ -12,13 +12,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
-from torch._ops import OpOverload
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from fasp_fx.errors import VerificationError
 from fasp_fx.patterns import Rule, lookup
 
 from ._facts import Facts
+from ._fx import arguments, attribute, results, target_name
 from ._letters import Relation, result_shapes_ok
 from ._moves import move
 from ._numbering import Numbering
@@ -33,22 +33,15 @@ _DATA_LIMIT = 1 << 20
 class Walk:
     """The result: the value of every node (a tuple for several results), its executed shape, and the facts."""
 
+    sizes: Sizes
     values: dict[fx.Node, Any] = field(default_factory=dict)
     executed: dict[fx.Node, Any] = field(default_factory=dict)
     facts: Facts = field(default_factory=Facts)
     without_rule: dict[str, list[fx.Node]] = field(default_factory=dict)
-    sizes: Sizes | None = None
 
 
 class _Degenerate(Exception):
     """The small sizes do not suit this program."""
-
-
-def attribute(module: torch.nn.Module, target: str) -> Any:
-    """The attribute of a nested module by its dotted path."""
-    for part in target.split("."):
-        module = getattr(module, part)
-    return module
 
 
 class Interpreter:
@@ -84,7 +77,7 @@ class Interpreter:
             return self._run(small=False)
 
     def _run(self, small: bool) -> Walk:
-        walk = Walk(sizes=Sizes(self.module, small))
+        walk = Walk(Sizes(self.module, small))
         self._mode = FakeTensorMode(allow_non_fake_inputs=True)
         for node in self.module.graph.nodes:
             getattr(self, f"_{node.op}")(node, walk, small)
@@ -99,9 +92,11 @@ class Interpreter:
                 continue
             given = self.overrides[name][dim] if name in self.overrides else None
             if given is None:
-                if self.numbering.get(name, dim) is None:
-                    self.numbering.add(name, dim, shape[dim], kind)
-                given = self.numbering.numbers(name, dim)
+                slot = self.numbering.get(name, dim)
+                if slot is None and self.strict:
+                    raise VerificationError(f"'{name}' has {shape[dim]} channels along dimension {dim} that were not there before")
+                slot = slot or self.numbering.add(name, dim, shape[dim], kind)
+                given = slot.numbers()
             axes.append(Axis(given.reshape([-1 if d == dim else 1 for d in range(len(shape))]), dim))
         return axes
 
@@ -121,11 +116,11 @@ class Interpreter:
                 walk.facts.say(walk.facts.frozen, axis.numbers, f"reaches the input '{node.name}'", node)
 
     def _get_attr(self, node: fx.Node, walk: Walk, small: bool) -> None:
-        tensor = attribute(self.module, node.target)
+        tensor = attribute(self.module, target_name(node))
         if not isinstance(tensor, Tensor):
             walk.values[node] = walk.executed[node] = tensor
             return
-        name = self.canonical.get(node.target, node.target)
+        name = self.canonical.get(target_name(node), target_name(node))
         shape = tuple(tensor.shape)
         with self._mode:
             walk.executed[node] = torch.empty_strided(shape, tensor.stride(), dtype=tensor.dtype, device=tensor.device)
@@ -135,7 +130,7 @@ class Interpreter:
         walk.values[node] = Value(shape, tuple(self._axes(name, shape, "weight", list(range(len(shape))))), True, name, data)
 
     def _output(self, node: fx.Node, walk: Walk, small: bool) -> None:
-        for index, result in enumerate(node.args[0]):
+        for index, result in enumerate(results(self.module.graph)):
             value = walk.values.get(result) if isinstance(result, fx.Node) else None
             if isinstance(value, Value) and index not in self.state_outputs:
                 for axis in value.axes:
@@ -146,9 +141,11 @@ class Interpreter:
     def _call_function(self, node: fx.Node, walk: Walk, small: bool) -> None:
         executed = self._execute(node, walk, small)
         walk.executed[node] = executed
-        if node.target is operator.getitem and isinstance(walk.values.get(node.args[0]), (list, tuple)):
-            walk.values[node] = walk.values[node.args[0]][node.args[1]]
-            return
+        if node.target is operator.getitem:
+            source, index = arguments(node)["0"], arguments(node)["1"]
+            if isinstance(walk.values.get(source), (list, tuple)):
+                walk.values[node] = walk.values[source][index]
+                return
         shapes = _shapes(executed)
         if not shapes:
             walk.values[node] = executed
@@ -160,12 +157,12 @@ class Interpreter:
     _call_module = _call_method = _call_function
 
     def _execute(self, node: fx.Node, walk: Walk, small: bool) -> Any:
-        arguments = fx.map_arg((node.args, node.kwargs), lambda n: walk.executed[n])
+        args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: walk.executed[n])
         try:
             if node.op != "call_function" or not callable(node.target):
                 raise NotImplementedError(f"{node.op} is not executed while analysing")
             with self._mode:
-                executed = node.target(*arguments[0], **arguments[1])
+                executed = node.target(*args, **kwargs)
         except Exception as error:
             if self.strict:
                 raise VerificationError(f"node '{node.name}' ({node.target}) no longer executes: {error}") from error
@@ -178,14 +175,14 @@ class Interpreter:
         return executed
 
     def _apply(self, node: fx.Node, walk: Walk, shapes: list[tuple[int, ...]]) -> list[Value]:
-        arguments, nodes = _arguments(node, walk.values)
-        given = [value for value in _tensors(arguments) if value is not None]
+        named, nodes = _arguments(node, walk.values)
+        given = [value for value in _tensors(named) if value is not None]
         constant = bool(given) and all(value.constant for value in given)
         rule = lookup(node.target)
         blank = [Value(shape, (), constant) for shape in shapes]
         if not any(value.axes for value in given) and not (rule is not None and rule.moves):
             return blank
-        values = None if rule is None else self._by_rule(node, rule, arguments, nodes, shapes, walk.facts)
+        values = None if rule is None else self._by_rule(node, rule, named, nodes, shapes, walk.facts)
         if values is not None:
             return values
         for value in given:
@@ -196,13 +193,19 @@ class Interpreter:
         return blank
 
     def _by_rule(
-        self, node: fx.Node, rule: Rule, arguments: dict[str, Any], nodes: dict[str, fx.Node | None], shapes: list[tuple[int, ...]], facts: Facts
+        self,
+        node: fx.Node,
+        rule: Rule,
+        named: dict[str, Any],
+        nodes: dict[str, fx.Node | None],
+        shapes: list[tuple[int, ...]],
+        facts: Facts,
     ) -> list[Value] | None:
         if rule.moves:
-            return move(node, rule, arguments, nodes, shapes, facts)
+            return move(node, rule, named, nodes, shapes, facts)
         if not rule.alternatives:
             return None
-        results = Relation(node, rule, arguments, nodes, facts).run()
+        results = Relation(node, rule, named, nodes, facts).run()
         if len(results) != len(shapes):
             return None
         values = [Value(shape, tuple(axes), constant) for shape, (axes, constant) in zip(shapes, results, strict=True)]
@@ -223,9 +226,9 @@ def _shapes(executed: Any) -> list[tuple[int, ...]]:
     return []
 
 
-def _tensors(arguments: dict[str, Any]) -> list[Value]:
+def _tensors(named: dict[str, Any]) -> list[Value]:
     found: list[Value] = []
-    for argument in arguments.values():
+    for argument in named.values():
         items = argument if isinstance(argument, (list, tuple)) else [argument]
         found += [item for item in items if isinstance(item, Value)]
     return found
@@ -233,18 +236,6 @@ def _tensors(arguments: dict[str, Any]) -> list[Value]:
 
 def _arguments(node: fx.Node, values: dict[fx.Node, Any]) -> tuple[dict[str, Any], dict[str, fx.Node | None]]:
     """Arguments by schema name, with values for nodes; and the node behind each argument that is one."""
-    if isinstance(node.target, OpOverload):
-        given: dict[str, Any] = dict(node.kwargs)
-        schema = node.target._schema.arguments
-        given.update({argument.name: value for argument, value in zip(schema, node.args, strict=False)})
-        for argument in schema:
-            if argument.name not in given and argument.has_default_value():
-                given[argument.name] = argument.default_value
-    else:
-        given = {str(index): value for index, value in enumerate(node.args)} | dict(node.kwargs)
+    given = arguments(node)
     nodes = {name: value if isinstance(value, fx.Node) else None for name, value in given.items()}
     return {name: fx.map_arg(value, lambda n: values.get(n)) for name, value in given.items()}, nodes
-
-
-
-__all__ = ["Interpreter", "Walk", "attribute"]

@@ -35,7 +35,10 @@ def choose(rule: Rule, arguments: dict[str, Any]) -> Alternative:
         if alternative.condition and not arguments.get(alternative.condition):
             continue
         given = [(operand, arguments.get(operand.name)) for operand in alternative.operands]
-        if all(value is None or len(value.shape) == len(operand.dims) or (operand.dims[0] == "..." and len(value.shape) >= len(operand.dims) - 1) for operand, value in given):
+        if all(
+            value is None or len(value.shape) == len(operand.dims) or (operand.dims[0] == "..." and len(value.shape) >= len(operand.dims) - 1)
+            for operand, value in given
+        ):
             return alternative
     return rule.alternatives[-1]
 
@@ -86,15 +89,12 @@ class Relation:
         alternative = choose(rule, arguments)
         present = [operand for operand in alternative.operands if isinstance(arguments.get(operand.name), Value)]
         runs = {
-            letter: _run_length(alternative, rule, arguments, letter)
-            for operand in alternative.operands
-            for letter in operand.dims
-            if letter.endswith("*")
+            letter: _run_length(alternative, rule, arguments, letter) for operand in alternative.operands for letter in operand.dims if letter.endswith("*")
         }
-        self.operands = []
-        for operand in present:
-            value = arguments[operand.name]
-            self.operands.append(_Operand(operand.name, value, _spell(operand.dims, len(value.shape), runs), nodes.get(operand.name)))
+        self.operands: list[_Operand] = []
+        for declared in present:
+            value = arguments[declared.name]
+            self.operands.append(_Operand(declared.name, value, _spell(declared.dims, len(value.shape), runs), nodes.get(declared.name)))
         self._repeat()
         self.size: dict[str, int] = {}
         for operand in self.operands:
@@ -102,7 +102,9 @@ class Relation:
                 self.size[letter] = max(self.size.get(letter, 1), size)
         dots = max((sum(letter.startswith(".") for letter in operand.letters) for operand in self.operands), default=0)
         self.results = [
-            _spell(dims, dots + sum(runs.get(token, 1) for token in dims if token != "..."), runs) if "..." in dims else _spell(dims, sum(runs.get(token, 1) for token in dims), runs)
+            _spell(dims, dots + sum(runs.get(token, 1) for token in dims if token != "..."), runs)
+            if "..." in dims
+            else _spell(dims, sum(runs.get(token, 1) for token in dims), runs)
             for dims in alternative.results
         ]
         self.kept = {letter for letters in self.results for letter in letters}

@@ -10,11 +10,14 @@ from torch import Tensor, fx
 from fasp_fx.patterns import Rule
 
 from ._facts import Facts
+from ._fx import arguments as arguments_of
 from ._value import NONE, Axis, Value, collapse
 
-
 #: numbers are stride-0 broadcasts, on which a view may need a copy
-_ON_NUMBERS = {torch.ops.aten.view.default: torch.ops.aten.reshape.default, torch.ops.aten._unsafe_view.default: torch.ops.aten.reshape.default}
+_ON_NUMBERS = {
+    torch.ops.aten.view.default: torch.ops.aten.reshape.default,
+    torch.ops.aten._unsafe_view.default: torch.ops.aten.reshape.default,
+}
 
 
 def _run(operator: Any, numbers: Any, others: dict[str, Any]) -> Any:
@@ -24,9 +27,7 @@ def _run(operator: Any, numbers: Any, others: dict[str, Any]) -> Any:
 
 def run_on_numbers(node: fx.Node, numbers: Tensor, values: dict[fx.Node, Any]) -> Any:
     """Move a tensor of numbers the way ``node`` moves its ``self``; sizes and indices are those of the interpretation."""
-    schema = node.target._schema.arguments
-    given = {argument.name: value for argument, value in zip(schema, node.args, strict=False)} | dict(node.kwargs)
-    others = {name: _known(fx.map_arg(value, lambda n: values[n])) for name, value in given.items() if name != "self"}
+    others = {name: _known(fx.map_arg(value, lambda n: values[n])) for name, value in arguments_of(node).items() if name != "self"}
     return _run(node.target, numbers, others)
 
 
@@ -70,6 +71,7 @@ def move(
     node: fx.Node, rule: Rule, arguments: dict[str, Any], nodes: dict[str, fx.Node | None], shapes: list[tuple[int, ...]], facts: Facts
 ) -> list[Value] | None:
     """The values of the results of a moving operator, or ``None`` if its other arguments are not known while analysing."""
+    assert rule.moves is not None
     source = arguments[rule.moves]
     others = {name: value for name, value in arguments.items() if name != rule.moves}
     if isinstance(source, (list, tuple)):
@@ -150,12 +152,12 @@ def _join(node: fx.Node, rule: Rule, sources: list[Value], others: dict[str, Any
                     facts.say(facts.frozen, axis.numbers, f"meets a part of {node.target} that has no channels there", node)
             continue
         parts = [_full(found[0], s.shape) if found else torch.full(s.shape, NONE) for found, s in zip(per_source, sources, strict=True)]
-        if (stacked or dim != joined) and all(found[0].numbers.shape == per_source[0][0].numbers.shape for found in per_source):
-            if stacked or per_source[0][0].numbers.shape[joined] == 1:
-                for found in per_source[1:]:
-                    facts.couple(per_source[0][0].numbers, found[0].numbers, node)
-                parts = [parts[0] if stacked else _full(per_source[0][0], s.shape) for s in sources]
-        _keep(axes, node.target(parts, **others), facts, node)
+        alike = (stacked or dim != joined) and all(found[0].numbers.shape == per_source[0][0].numbers.shape for found in per_source)
+        if alike and (stacked or per_source[0][0].numbers.shape[joined] == 1):
+            for found in per_source[1:]:
+                facts.couple(per_source[0][0].numbers, found[0].numbers, node)
+            parts = [parts[0] if stacked else _full(per_source[0][0], s.shape) for s in sources]
+        _keep(axes, _run(node.target, parts, others), facts, node)
     constant = all(source.constant for source in sources)
-    data = node.target([s.data for s in sources], **others) if all(s.data is not None for s in sources) else None
+    data = _run(node.target, [s.data for s in sources], others) if all(s.data is not None for s in sources) else None
     return [Value(shapes[0], tuple(axes), constant, None, data)]

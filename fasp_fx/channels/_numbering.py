@@ -22,6 +22,10 @@ class Slot:
     def __str__(self) -> str:
         return f"{self.name}[{self.dim}]"
 
+    def numbers(self) -> Tensor:
+        """The numbers of its channels, shape ``[size]``."""
+        return torch.arange(self.base, self.base + self.size)
+
 
 class Numbering:
     """Hands out numbers and finds the slot that a number belongs to."""
@@ -48,7 +52,7 @@ class Numbering:
     def numbers(self, name: str, dim: int) -> Tensor | None:
         """The numbers along one dimension, shape ``[size]``, or ``None`` for a dimension without channels."""
         slot = self.get(name, dim)
-        return None if slot is None else torch.arange(slot.base, slot.base + slot.size)
+        return None if slot is None else slot.numbers()
 
     def slot_ids(self, numbers: np.ndarray) -> np.ndarray:
         """The index in ``slots`` of each number."""

@@ -17,7 +17,9 @@ def _symints(value: Any) -> Iterator[torch.SymInt]:
     if isinstance(value, torch.SymInt):
         yield value
     elif isinstance(value, torch.Tensor):
-        yield from (size for size in value.shape if isinstance(size, torch.SymInt))
+        for size in value.shape:
+            if isinstance(size, torch.SymInt):
+                yield size
     elif isinstance(value, (list, tuple)):
         for item in value:
             yield from _symints(item)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-import torch
+import numpy as np
 from torch import Tensor
 
 #: the number of a position that is not a channel
@@ -28,16 +28,18 @@ def innermost(numbers: Tensor) -> int | None:
     Channels of a weight are numbered consecutively, so the dimension with the smallest step is the one whose positions are
     neighbours in the weight; that is the dimension that can shrink.
     """
-    best: tuple[int, int] | None = None
-    for dim in range(numbers.dim()):
-        if numbers.shape[dim] <= 1:
-            continue
-        after, before = numbers.narrow(dim, 1, numbers.shape[dim] - 1), numbers.narrow(dim, 0, numbers.shape[dim] - 1)
-        step = (after - before).abs()[(after != before) & (after != NONE) & (before != NONE)]
-        smallest = int(step.min()) if step.numel() else torch.iinfo(torch.int64).max
-        if best is None or smallest <= best[0]:
-            best = (smallest, dim)
-    return best[1] if best else None
+    varying = [dim for dim in range(numbers.dim()) if numbers.shape[dim] > 1]
+    if len(varying) <= 1:
+        return varying[0] if varying else None
+    steps = {dim: _smallest_step(numbers.numpy(), dim) for dim in varying}
+    return min(varying, key=lambda dim: (steps[dim], -dim))
+
+
+def _smallest_step(numbers: np.ndarray, dim: int) -> int:
+    moved = np.moveaxis(numbers, dim, 0)
+    after, before = moved[1:], moved[:-1]
+    steps = np.abs(after - before)[(after != before) & (after != NONE) & (before != NONE)]
+    return int(steps.min()) if steps.size else np.iinfo(np.int64).max
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,507 @@
+"""Saving and loading: the same module back, whole folders or none, and no trust in what a file says."""
+
+from __future__ import annotations
+
+import enum
+import hashlib
+import inspect
+import json
+import os
+import pickle
+import subprocess
+import sys
+from collections import namedtuple
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
+from transformers.modeling_outputs import CausalLMOutputWithPast
+
+import fasp_fx
+from fasp_fx import store
+
+pytestmark = pytest.mark.filterwarnings("ignore::fasp_fx.CalibrationWarning")
+
+
+class Mode(enum.Enum):
+    PLAIN = 1
+    OTHER = 2
+
+
+class Small(nn.Module):
+    """Tied, frozen, transposed and non-persistent tensors, a constant, defaults of several kinds and a structured output."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(11, 8)
+        self.up, self.down = nn.Linear(8, 24), nn.Linear(24, 8)
+        self.head = nn.Linear(8, 11, bias=False)
+        self.head.weight = self.embed.weight
+        self.turned = nn.Parameter(torch.randn(8, 8).t())
+        self.down.bias.requires_grad_(False)
+        self.register_buffer("shift", torch.randn(8))
+        self.register_buffer("scratch", torch.randn(8), persistent=False)
+
+    def forward(
+        self, ids: Tensor, scale: float = 2.0, *, flag: bool = True, limit: float = 9.0, sizes: tuple[int, ...] = (1, 2), mode: Mode = Mode.PLAIN
+    ) -> dict[str, Any]:
+        hidden = self.embed(ids) @ self.turned + self.shift * scale + self.scratch + torch.tensor(0.5)
+        hidden = (hidden + self.down(torch.relu(self.up(hidden)))).clamp(max=limit)
+        return {"logits": self.head(hidden), "extra": [hidden, 3]}
+
+
+def small_result(model: nn.Module | None = None, **kwargs: Any) -> fasp_fx.Result:
+    model = Small().eval() if model is None else model
+    ids = torch.randint(0, 11, (2, 5))
+    return fasp_fx.prune(model, (ids,), kwargs, calibration=[(torch.randint(0, 11, (2, 5)),)], sparsity=0.3)
+
+
+@pytest.fixture(scope="module")
+def result() -> fasp_fx.Result:
+    torch.manual_seed(0)
+    return small_result()
+
+
+@pytest.fixture(scope="module")
+def llama() -> fasp_fx.Result:
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, vocab_size=50, tie_word_embeddings=True
+    )
+    ids = torch.randint(0, 50, (2, 7))
+    return fasp_fx.prune(LlamaForCausalLM(config).eval(), (), {"input_ids": ids}, calibration=[{"input_ids": torch.randint(0, 50, (4, 32))}], sparsity=0.3)
+
+
+@pytest.fixture
+def saved(result: fasp_fx.Result, tmp_path: Path) -> Path:
+    return result.save(tmp_path / "out")
+
+
+def forge(folder: Path, name: str, change: Callable[[dict[str, Any]], None]) -> None:
+    """Change a JSON file and make the manifest agree, as someone who wants to deceive would."""
+    file = folder / name
+    data = json.loads(file.read_text())
+    change(data)
+    file.write_text(json.dumps(data))
+    seal(folder, name)
+
+
+def seal(folder: Path, name: str) -> None:
+    manifest = json.loads((folder / "manifest.json").read_text())
+    content = (folder / name).read_bytes()
+    manifest["files"][name] = {"size": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+
+
+# --- the same result back
+
+
+@pytest.mark.parametrize("shape", [(2, 5), (3, 9), (7, 2)])
+def test_outputs_are_bit_equal_at_any_shape(result: fasp_fx.Result, saved: Path, shape: tuple[int, int]) -> None:
+    loaded = fasp_fx.load(saved)
+    ids = torch.randint(0, 11, shape)
+    first, second = result.module(ids), loaded.module(ids)
+    assert torch.equal(first["logits"], second["logits"])
+    assert torch.equal(first["extra"][0], second["extra"][0])
+    assert first["extra"][1] == second["extra"][1] == 3
+
+
+def test_plan_report_and_files(result: fasp_fx.Result, saved: Path) -> None:
+    loaded = fasp_fx.load(saved)
+    assert loaded.plan == result.plan
+    assert loaded.report == result.report
+    assert str(loaded.report) == str(result.report)
+    assert {file.name for file in saved.iterdir()} == {*store.FILES, store.MANIFEST}
+    manifest = json.loads((saved / store.MANIFEST).read_text())
+    assert manifest["format"] == store.FORMAT
+    assert manifest["torch"] == torch.__version__
+    assert manifest["fasp_fx"] == fasp_fx.__version__
+    assert len({file.stat().st_mode for file in saved.iterdir()}) == 1
+
+
+def test_weights_keep_names_dtype_grad_ties_and_layout(result: fasp_fx.Result, saved: Path) -> None:
+    loaded = fasp_fx.load(saved)
+    before, after = dict(result.module.named_parameters(remove_duplicate=False)), dict(loaded.module.named_parameters(remove_duplicate=False))
+    assert {name: (p.dtype, p.requires_grad, p.stride()) for name, p in before.items()} == {name: (p.dtype, p.requires_grad, p.stride()) for name, p in after.items()}
+    assert after["turned"].stride() == (1, 8)
+    assert not after["down.bias"].requires_grad
+    assert after["embed.weight"] is after["head.weight"]
+    assert loaded.program.state_dict["embed.weight"] is loaded.program.state_dict["head.weight"] is after["embed.weight"]
+    assert loaded.module.state_dict().keys() == result.module.state_dict().keys() == Small().state_dict().keys()
+    assert (saved / "weights.safetensors").stat().st_size < sum(p.nbytes for p in result.module.parameters()) + 32 + 2048
+
+
+def test_the_files_are_not_needed_after_loading(result: fasp_fx.Result, saved: Path) -> None:
+    loaded = fasp_fx.load(saved)
+    for file in saved.iterdir():
+        file.write_bytes(b"")
+    ids = torch.randint(0, 11, (2, 5))
+    assert torch.equal(loaded.module(ids)["logits"], result.module(ids)["logits"])
+
+
+def test_signature_is_the_callers(result: fasp_fx.Result, saved: Path) -> None:
+    loaded = fasp_fx.load(saved)
+    ids = torch.randint(0, 11, (2, 5))
+    before, after = inspect.signature(result.module.forward), inspect.signature(loaded.module.forward)
+    assert [(p.name, p.kind) for p in before.parameters.values()] == [(p.name, p.kind) for p in after.parameters.values()]
+    assert after.parameters["sizes"].default == (1, 2)
+    loaded.module(ids=ids, scale=2.0, flag=True, sizes=(1, 2))
+    for wrong in ({"scale": 3.0}, {"flag": False}, {"sizes": [1, 2]}, {"mode": Mode.OTHER}):
+        with pytest.raises(fasp_fx.CallError, match=next(iter(wrong))):
+            loaded.module(ids, **wrong)
+
+
+def test_constants_given_at_capture_come_back(tmp_path: Path) -> None:
+    loaded = fasp_fx.load(small_result(limit=float("inf"), sizes=(4, 5)).save(tmp_path / "out"))
+    ids = torch.randint(0, 11, (2, 5))
+    loaded.module(ids, limit=float("inf"), sizes=(4, 5))
+    with pytest.raises(fasp_fx.CallError, match="sizes"):
+        loaded.module(ids, sizes=(1, 3))
+
+
+def test_a_constant_that_is_not_plain_data_is_named(tmp_path: Path) -> None:
+    with pytest.raises(fasp_fx.StoreError, match=r"argument 'mode'.*Mode.OTHER.*plain data"):
+        small_result(mode=Mode.OTHER).save(tmp_path / "out")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_loaded_result_trains_exports_prunes_and_saves_again(saved: Path, tmp_path: Path) -> None:
+    loaded = fasp_fx.load(saved)
+    ids = torch.randint(0, 11, (3, 6))
+    loaded.module(ids)["logits"].sum().backward()
+    assert loaded.module.get_parameter("up.weight").grad is not None
+    exported = torch.export.export(loaded.module, (ids,), strict=False)
+    assert torch.equal(exported.module()(ids)["logits"], loaded.module(ids)["logits"])
+    again = fasp_fx.load(loaded.save(tmp_path / "again"))
+    assert torch.equal(again.module(ids)["logits"], loaded.module(ids)["logits"])
+    smaller = fasp_fx.prune(loaded.module, (ids,), calibration=[(torch.randint(0, 11, (4, 16)),)], sparsity=0.3)
+    assert smaller.report.parameters[1] < loaded.report.parameters[1]
+    assert fasp_fx.prune(loaded.program, calibration=[(torch.randint(0, 11, (4, 16)),)], sparsity=0.3).plan.groups
+
+
+def test_trained_weights_are_stored_as_they_are(tmp_path: Path) -> None:
+    result = small_result()
+    with torch.no_grad():
+        result.module.get_parameter("up.weight").add_(1)
+    loaded = fasp_fx.load(result.save(tmp_path / "out"))
+    assert torch.equal(loaded.module.get_parameter("up.weight"), result.module.get_parameter("up.weight"))
+
+
+def test_weights_changed_away_from_the_graph_are_refused(tmp_path: Path) -> None:
+    result = small_result()
+    result.module.half()
+    with pytest.raises(fasp_fx.StoreError, match=r"has dtype torch.float16.*captured with torch.float32"):
+        result.save(tmp_path / "out")
+    assert not list(tmp_path.iterdir())
+
+
+def test_bfloat16(tmp_path: Path) -> None:
+    result = small_result(Small().eval().bfloat16())
+    loaded = fasp_fx.load(result.save(tmp_path / "out"))
+    ids = torch.randint(0, 11, (3, 6))
+    assert loaded.module(ids)["logits"].dtype is torch.bfloat16
+    assert torch.equal(loaded.module(ids)["logits"], result.module(ids)["logits"])
+
+
+def test_guards_and_ranges_are_kept(saved: Path, result: fasp_fx.Result) -> None:
+    loaded = fasp_fx.load(saved)
+    assert loaded.program._guards_code == result.program._guards_code
+    assert {str(k): v for k, v in loaded.program.range_constraints.items()} == {str(k): v for k, v in result.program.range_constraints.items()}
+
+
+def test_guards_between_inputs_are_kept(tmp_path: Path) -> None:
+    class Joined(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Linear(4, 16), nn.Linear(16, 4)
+
+        def forward(self, x: Tensor, rest: dict[str, Tensor]) -> Tensor:
+            return self.b(torch.relu(self.a(torch.cat([x, rest["left"]])))) + rest["sum"]
+
+    inputs = (torch.randn(3, 4), {"left": torch.randn(2, 4), "sum": torch.randn(5, 4)})
+    result = fasp_fx.prune(Joined().eval(), inputs, calibration=[inputs], sparsity=0.3)
+    loaded = fasp_fx.load(result.save(tmp_path / "out"))
+    fits = (torch.randn(6, 4), {"left": torch.randn(3, 4), "sum": torch.randn(9, 4)})
+    assert torch.equal(loaded.module(*fits), result.module(*fits))
+    with pytest.raises((AssertionError, RuntimeError)):
+        loaded.module(torch.randn(6, 4), {"left": torch.randn(3, 4), "sum": torch.randn(8, 4)})
+
+
+def test_hugging_face_model_with_its_output_type(llama: fasp_fx.Result, tmp_path: Path) -> None:
+    loaded = fasp_fx.load(llama.save(tmp_path / "out"))
+    ids = torch.randint(0, 50, (3, 11))
+    first, second = llama.module(input_ids=ids), loaded.module(input_ids=ids)
+    assert type(second) is type(first) is CausalLMOutputWithPast
+    assert list(second.keys()) == list(first.keys())
+    assert torch.equal(first.logits, second.logits)
+    assert loaded.module.get_parameter("lm_head.weight") is loaded.module.get_parameter("model.embed_tokens.weight")
+
+
+def test_caches_as_inputs_and_outputs(tmp_path: Path) -> None:
+    from fasp_fx._result import finish
+    from fasp_fx.capture import capture
+
+    config = LlamaConfig(hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=1, vocab_size=50)
+    model = LlamaForCausalLM(config).eval()
+
+    def call(past: int, new: int) -> dict[str, Any]:
+        cache = DynamicCache(config=config)
+        torch.manual_seed(past)
+        cache.update(torch.randn(2, 1, past, 8), torch.randn(2, 1, past, 8), 0)
+        return {"input_ids": torch.randint(0, 50, (2, new)), "cache": cache, "attention_mask": torch.ones(2, past + new, dtype=torch.long)}
+
+    program = capture(model, (), call(4, 3))
+    module, exported = finish(program)
+    result = fasp_fx.Result(module, exported, fasp_fx.PruningPlan("", (), 0.0), fasp_fx.Report(0.0, None, (1, 1), (1, 1), ()), program.signature)
+    loaded = fasp_fx.load(result.save(tmp_path / "out"))
+    torch.manual_seed(1)
+    inputs = call(6, 2)
+    torch.manual_seed(1)
+    first, second = module(**inputs), loaded.module(**inputs)
+    assert torch.equal(first.logits, second.logits)
+    assert isinstance(second[1], DynamicCache)
+    assert second[1].layers[0].keys.shape[2] == 8
+
+
+def test_loading_in_a_fresh_process(llama: fasp_fx.Result, tmp_path: Path) -> None:
+    folder = llama.save(tmp_path / "out")
+    code = (
+        "import sys, hashlib, torch, fasp_fx\n"
+        "loaded = fasp_fx.load(sys.argv[1])\n"
+        "out = loaded.module(input_ids=torch.arange(20).reshape(2, 10))\n"
+        "fasp_fx.analyze(loaded.module, (), {'input_ids': torch.arange(20).reshape(2, 10)})\n"
+        "print(type(out).__name__, hashlib.sha256(out.logits.detach().numpy().tobytes()).hexdigest())\n"
+    )
+    environment = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}
+    done = subprocess.run([sys.executable, "-c", code, str(folder)], capture_output=True, text=True, env=environment, timeout=300)
+    assert done.returncode == 0, done.stderr
+    expected = llama.module(input_ids=torch.arange(20).reshape(2, 10)).logits
+    assert done.stdout.split() == ["CausalLMOutputWithPast", hashlib.sha256(expected.detach().numpy().tobytes()).hexdigest()]
+
+
+def test_nothing_is_pickled(llama: fasp_fx.Result, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*args: object, **kwargs: object) -> None:
+        raise AssertionError("pickle was used")
+
+    with monkeypatch.context() as patched:
+        for name in ("dump", "dumps", "load", "loads", "Pickler", "Unpickler"):
+            patched.setattr(pickle, name, refuse)
+        for owner in (torch, torch.export):
+            for name in ("save", "load"):
+                patched.setattr(owner, name, refuse)
+        loaded = fasp_fx.load(llama.save(tmp_path / "out"))
+    assert loaded.plan == llama.plan
+    for file in (tmp_path / "out").iterdir():
+        assert not file.read_bytes().startswith((b"\x80", b"PK"))
+
+
+def test_no_path_of_the_machine_is_stored(llama: fasp_fx.Result, tmp_path: Path) -> None:
+    folder = llama.save(tmp_path / "out")
+    for file in folder.glob("*.json"):
+        assert str(Path(torch.__file__).parent) not in file.read_text()
+        assert str(Path(__file__).parent) not in file.read_text()
+
+
+def test_device(saved: Path) -> None:
+    assert fasp_fx.load(saved, device="cpu").module.get_parameter("up.weight").device.type == "cpu"
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without CUDA")
+def test_a_missing_device_is_named_with_the_remedy(saved: Path) -> None:
+    def to_cuda(data: dict[str, Any]) -> None:
+        for held in data["tensors"].values():
+            for entry in held.values():
+                entry["device"] = "cuda:0"
+        for leaf in data["example"]:
+            leaf["device"] = "cuda:0"
+        for value in data["program"]["graph_module"]["graph"]["tensor_values"].values():
+            value["device"] = {"type": "cuda", "index": 0}
+
+    forge(saved, "graph.json", to_cuda)
+    with pytest.raises(fasp_fx.StoreError, match=r"device 'cuda:0'.*pass device='cpu'"):
+        fasp_fx.load(saved)
+    loaded = fasp_fx.load(saved, device="cpu")
+    assert loaded.module(torch.randint(0, 11, (2, 5)))["logits"].device.type == "cpu"
+
+
+# --- whole or not at all
+
+
+@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
+@pytest.mark.parametrize("existing", [False, True])
+def test_an_interrupted_save_leaves_nothing_behind(
+    result: fasp_fx.Result, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: type[BaseException], existing: bool
+) -> None:
+    target = tmp_path / "deep" / "out"
+    if existing:
+        result.save(target)
+    before = {file: file.read_bytes() for file in sorted(tmp_path.rglob("*")) if file.is_file()}
+
+    def fail(*args: object) -> None:
+        raise error("interrupted")
+
+    for place in ("write_tensors", "_sha256"):
+        with monkeypatch.context() as patched:
+            patched.setattr(store, place, fail)
+            with pytest.raises(error):
+                result.save(target, overwrite=existing)
+        assert {file: file.read_bytes() for file in sorted(tmp_path.rglob("*")) if file.is_file()} == before
+        assert len(list(tmp_path.rglob("*"))) == (2 + len(before) if existing else 0)
+    if existing:
+        fasp_fx.load(target)
+
+
+@pytest.mark.parametrize("atomic", [True, False])
+def test_overwrite_replaces_an_earlier_save_only_when_asked(result: fasp_fx.Result, saved: Path, monkeypatch: pytest.MonkeyPatch, atomic: bool) -> None:
+    from fasp_fx import _atomic
+
+    if not atomic:
+        monkeypatch.setattr(_atomic, "_rename", lambda *args: False)
+    with pytest.raises(fasp_fx.StoreError, match="overwrite=True"):
+        result.save(saved)
+    other = replace(result, plan=replace(result.plan, sparsity=0.125))
+    assert other.save(saved, overwrite=True) == saved
+    assert fasp_fx.load(saved).plan.sparsity == 0.125
+    assert list(saved.parent.iterdir()) == [saved]
+
+
+def test_a_failed_swap_keeps_the_earlier_save(result: fasp_fx.Result, saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from fasp_fx import _atomic
+
+    rename = Path.rename
+
+    def only_aside(self: Path, target: Path) -> Path:
+        if self.suffix == ".partial":
+            raise OSError("no space")
+        return rename(self, target)
+
+    monkeypatch.setattr(_atomic, "_rename", lambda *args: False)
+    monkeypatch.setattr(Path, "rename", only_aside)
+    with pytest.raises(fasp_fx.StoreError, match="no space"):
+        result.save(saved, overwrite=True)
+    fasp_fx.load(saved)
+    assert list(saved.parent.iterdir()) == [saved]
+
+
+@pytest.mark.parametrize("kind", ["file", "folder", "empty", "link", "extra"])
+def test_overwrite_never_replaces_anything_else(result: fasp_fx.Result, saved: Path, kind: str) -> None:
+    target = saved.parent / "mine"
+    if kind == "file":
+        target.write_text("mine")
+    elif kind == "link":
+        target.symlink_to(saved)
+    elif kind == "extra":
+        target = saved
+        (saved / "notes.txt").write_text("mine")
+    else:
+        target.mkdir()
+        if kind == "folder":
+            (target / "notes.txt").write_text("mine")
+    before = sorted(saved.parent.rglob("*"))
+    with pytest.raises(fasp_fx.StoreError, match="not a folder that save"):
+        result.save(target, overwrite=True)
+    assert sorted(saved.parent.rglob("*")) == before
+
+
+def test_a_place_that_cannot_be_written(result: fasp_fx.Result, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(fasp_fx.StoreError, match="choose another path"):
+        result.save(tmp_path / "file" / "out")
+
+
+def test_parents_are_made(result: fasp_fx.Result, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert result.save("a/b") == tmp_path / "a" / "b"
+    fasp_fx.load("a/b")
+
+
+# --- damage
+
+
+@pytest.mark.parametrize("name", [*store.FILES, store.MANIFEST])
+def test_a_missing_file_is_named(saved: Path, name: str) -> None:
+    (saved / name).unlink()
+    with pytest.raises(fasp_fx.StoreError, match=rf"{name} is missing.*"):
+        fasp_fx.load(saved)
+
+
+@pytest.mark.parametrize("name", store.FILES)
+def test_a_truncated_or_changed_file_is_named(saved: Path, name: str) -> None:
+    content = (saved / name).read_bytes()
+    (saved / name).write_bytes(content[:-1])
+    with pytest.raises(fasp_fx.StoreError, match=rf"{name} has \d+ bytes.*save again"):
+        fasp_fx.load(saved)
+    (saved / name).write_bytes(content[:-2] + bytes([content[-2] ^ 1]) + content[-1:])
+    with pytest.raises(fasp_fx.StoreError, match=rf"{name} was changed.*save the result again"):
+        fasp_fx.load(saved)
+
+
+@pytest.mark.parametrize(
+    ("manifest", "message"),
+    [("{", "manifest.json cannot be read"), ("[]", "does not hold an object"), ('{"format": "fasp_fx.store/9", "fasp_fx": "7.0"}', "store/9.*load with fasp_fx 7.0")],
+)
+def test_a_manifest_of_another_kind(saved: Path, manifest: str, message: str) -> None:
+    (saved / store.MANIFEST).write_text(manifest)
+    with pytest.raises(fasp_fx.StoreError, match=message):
+        fasp_fx.load(saved)
+
+
+def test_a_file_left_out_of_the_manifest(saved: Path) -> None:
+    manifest = json.loads((saved / store.MANIFEST).read_text())
+    del manifest["files"]["plan.json"]
+    (saved / store.MANIFEST).write_text(json.dumps(manifest))
+    with pytest.raises(fasp_fx.StoreError, match="does not list plan.json"):
+        fasp_fx.load(saved)
+
+
+def test_not_a_save(tmp_path: Path) -> None:
+    for path in (tmp_path / "nothing", tmp_path):
+        with pytest.raises(fasp_fx.StoreError, match=r"folder"):
+            fasp_fx.load(path)
+
+
+@pytest.mark.parametrize("name", [*store.FILES])
+def test_nonsense_behind_a_right_checksum_is_a_store_error(saved: Path, name: str) -> None:
+    for content in (b"{}", b"\x00nonsense"):
+        (saved / name).write_bytes(content)
+        seal(saved, name)
+        with pytest.raises(fasp_fx.StoreError):
+            fasp_fx.load(saved)
+
+
+# --- types that need registration
+
+
+Pair = namedtuple("Pair", ["left", "right"])
+
+
+class PairOut(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(4, 16), nn.Linear(16, 4)
+
+    def forward(self, x: Tensor) -> Pair:
+        y = self.b(torch.relu(self.a(x)))
+        return Pair(y, y + 1)
+
+
+def test_an_output_type_must_be_registered(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from torch.utils import _pytree as pytree
+
+    x = torch.randn(3, 4)
+    result = fasp_fx.prune(PairOut().eval(), (x,), calibration=[x], sparsity=0.3)
+    with pytest.raises(fasp_fx.StoreError, match="regist"):
+        result.save(tmp_path / "out")
+    assert not list(tmp_path.iterdir())
+    pytree._register_namedtuple(Pair, serialized_type_name="test_store.Pair")
+    loaded = fasp_fx.load(result.save(tmp_path / "out"))
+    assert isinstance(loaded.module(x), Pair)
+    assert torch.equal(loaded.module(x).right, result.module(x).right)
+    monkeypatch.delitem(pytree.SERIALIZED_TYPE_TO_PYTHON_TYPE, "test_store.Pair")
+    with pytest.raises(fasp_fx.StoreError, match=r"test_store.Pair, a type that is not registered here; import"):
+        fasp_fx.load(tmp_path / "out")
