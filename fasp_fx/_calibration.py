@@ -29,6 +29,8 @@ def read_batches(program: Program, calibration: Iterable[Any] | None, device: to
         )
     if isinstance(calibration, (Tensor, Mapping, str)):
         raise CalibrationError(f"calibration is a single {type(calibration).__name__}; pass an iterable of batches, for example [batch]")
+    if not isinstance(calibration, Iterable) and not hasattr(calibration, "__getitem__"):
+        raise CalibrationError(f"calibration is a {type(calibration).__name__}; pass an iterable of batches, for example [batch]")
     batches = []
     for index, batch in enumerate(calibration):
         args, kwargs = _as_call(batch, index)
@@ -85,7 +87,7 @@ def _check_shape(leaf: Tensor, expected: Tensor, where: str) -> None:
     if leaf.dim() != expected.dim():
         raise CalibrationError(f"{where}: shape {tuple(leaf.shape)} has {leaf.dim()} dimensions, expected {expected.dim()}")
     for dim, (size, wanted) in enumerate(zip(leaf.shape, expected.shape, strict=True)):
-        if isinstance(wanted, torch.SymInt):
+        if isinstance(wanted, torch.SymInt) and wanted.node.maybe_as_int() is None:
             upper = upper_bound(wanted)
             if upper is not None and size > upper:
                 raise CalibrationError(f"{where}: dimension {dim} is {size}, the captured program takes at most {upper}")

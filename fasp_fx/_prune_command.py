@@ -82,7 +82,7 @@ class Texts:
             self.evaluation = chunks[first : first + request.eval_batches]
             if not len(self.evaluation):
                 raise CalibrationError(
-                    f"calibration takes the {len(chunks)} chunks of '{request.text}', which leaves none to measure on; use fewer --batches or a shorter --length"
+                    f"calibration takes all {len(chunks)} chunks of '{request.text}', leaving none to measure; use fewer --batches or a smaller --length"
                 )
             last = first + len(self.evaluation) - 1
             self.label = f"perplexity on chunks {first} to {last} of {request.text.name} ({len(self.evaluation)} x {request.length} tokens)"

@@ -48,26 +48,49 @@ def capture(
         CaptureError: the model is in training mode or cannot be exported; the message carries the exporter's reason.
     """
     kwargs = dict(kwargs or {})
+    target = None if device is None else _usable(device)
     no_notes: tuple[str, ...] = ()
     if isinstance(model, ExportedProgram):
         exported, signature, notes = _functional(model), _exported_signature(model, args, kwargs), no_notes
     elif isinstance(model, nn.Module):
-        if model.training and any(True for _ in model.modules()) and not isinstance(model, fx.GraphModule):
-            raise CaptureError(f"{type(model).__name__} is in training mode, which the capture would make permanent; call model.eval() first")
+        training = next(_in_training(model), None)
+        if training is not None:
+            part = f"'{training}' of {type(model).__name__}" if training else type(model).__name__
+            raise CaptureError(f"{part} is in training mode, which the capture would make permanent; call model.eval() first")
         args = args if isinstance(args, tuple) else (args,)
         signature = CallSignature.of(model.forward, args, kwargs)
         given = signature.graph_inputs(args, kwargs)
         exported, notes = _export(model, signature, given, dynamic_shapes)
     else:
         raise ArgumentError(f"model must be an nn.Module, fx.GraphModule or ExportedProgram, not {type(model).__name__}")
-    if device is not None:
-        exported = move_to_device_pass(exported, torch.device(device))
+    if target is not None:
+        exported = move_to_device_pass(exported, target)
     module = exported.module(check_guards=False)
     example = exported.example_inputs
     if example is None:
         raise ArgumentError("the exported program carries no example inputs; pass them as args and kwargs")
     inputs, outputs = _state_positions(module, exported, example, state)
     return Program(_plain(module), signature, example, inputs, outputs, notes=notes)
+
+
+def _usable(device: torch.device | str) -> torch.device:
+    try:
+        found = torch.device(device)
+        torch.empty(0, device=found)
+    except (RuntimeError, AssertionError, TypeError) as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise ArgumentError(f"device={device!r} cannot be used here: {reason}; leave it out to stay on the model's device") from error
+    return found
+
+
+def _in_training(module: nn.Module, path: str = "") -> Iterator[str]:
+    """Names of the submodules in training mode; graphs were captured in one mode and have no other."""
+    if isinstance(module, fx.GraphModule):
+        return
+    if module.training:
+        yield path
+    for name, child in module.named_children():
+        yield from _in_training(child, f"{path}.{name}" if path else name)
 
 
 def _plain(module: fx.GraphModule) -> fx.GraphModule:

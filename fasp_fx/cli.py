@@ -81,14 +81,15 @@ def prune(
     Finds the coupled channels of the model by itself, values them by activation statistics of the calibration text, removes the least
     valuable ones, repairs the weights that stay, and writes a smaller program with the same call signature.
 
-    With `--calibration self` (the default) nothing but the model is needed: it writes 32 texts of 256 tokens, enough for a small model and
-    quick on a laptop. For figures comparable with the literature calibrate on real text at the full length:
+    With `--calibration self` (the default) nothing but the model is needed: it writes 32 texts of 256 tokens itself, which is quick and enough
+    for a small model. The protocol behind published figures is real text at full length: 32 chunks of 1024 tokens of WikiText-2 to calibrate,
+    chunks 100 to 139 to measure:
 
-    `fasp-fx prune MODEL --calibration wiki.txt --text wiki.txt --batches 32 --length 1024 --eval-batches 40 --out small`
+    `fasp-fx prune MODEL --calibration wiki.txt --batches 32 --length 1024 --out small`
 
-    Example: `fasp-fx prune model.gguf --sparsity 0.2 --out small`
+    `fasp-fx eval small --text wiki.txt --length 1024 --chunks 100:140`
 
-    In Python: `fasp_fx.load("small").module(input_ids=ids, use_cache=False).logits`
+    Example: `fasp-fx prune model.gguf --sparsity 0.2 --out small`, and in Python `fasp_fx.load("small").module(input_ids=ids, use_cache=False).logits`
     """
     with session() as stages:
         from ._prune_command import Request, run
@@ -104,7 +105,7 @@ def prune(
                 score=score.value,
                 restore=restore,
                 batches=batches,
-                length=length or (256 if calibration == "self" else 1024),
+                length=length if length is not None else 256 if calibration == "self" else 1024,
                 eval_batches=eval_batches,
                 device=device,
                 dtype=dtype.value,

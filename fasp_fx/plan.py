@@ -106,15 +106,15 @@ class PruningPlan:
             groups = tuple(
                 PlannedGroup(
                     str(g["name"]),
-                    int(g["size"]),
-                    int(g["blocks"]),
-                    int(g["removed_sets"]),
+                    _int(g["size"]),
+                    _int(g["blocks"]),
+                    _int(g["removed_sets"]),
                     _slices(g["producers"]),
                     _slices(g["consumers"]),
                 )
                 for g in data["groups"]
             )
-            splits = tuple(SplitWeight(str(s["name"]), str(s["source"]), int(s["dim"]), tuple(map(int, s["rows"]))) for s in data["splits"])
+            splits = tuple(SplitWeight(str(s["name"]), str(s["source"]), _int(s["dim"]), tuple(map(_int, s["rows"]))) for s in data["splits"])
             result = data.get("result")
             return PruningPlan(str(data["fingerprint"]), groups, float(data["sparsity"]), splits, None if result is None else str(result))
         except (KeyError, TypeError, ValueError) as error:
@@ -186,9 +186,15 @@ def _renumber(removed: Iterable[int], before: Iterable[int]) -> tuple[int, ...]:
     return tuple((left - np.searchsorted(gone, left)).tolist())
 
 
+def _int(value: Any) -> int:
+    if type(value) is not int:
+        raise TypeError(f"{value!r} is not an integer")
+    return value
+
+
 def _slices(items: Iterable[Mapping[str, Any]]) -> tuple[ParameterSlice, ...]:
     return tuple(
-        ParameterSlice(str(i["name"]), int(i["dim"]), tuple(int(n) for n in i["removed"]), None if i.get("block_dim") is None else int(i["block_dim"]))
+        ParameterSlice(str(i["name"]), _int(i["dim"]), tuple(map(_int, i["removed"])), None if i.get("block_dim") is None else _int(i["block_dim"]))
         for i in items
     )
 

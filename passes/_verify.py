@@ -50,29 +50,39 @@ def verify(program: Program, reference: Analysis) -> Walk:
                 f"{int(second[wrong[0]]) - b.base} of {b}, which were not coupled before"
             )
     known = reference.walk.facts
+    last = _last_ones(program, reference)
     for kind, found, allowed in (
         ("froze", walk.facts.frozen, known.frozen),
         ("mixes", walk.facts.mixed, known.mixed),
         ("contracts", walk.facts.exempt, known.exempt),
     ):
-        _subset(kind, [remark for remark in found if not _alone(remark, program, labels)], allowed, labels)
+        _subset(kind, found, allowed, labels, last)
     _same_outputs(walk, reference, program)
     return walk
 
 
-def _alone(remark: Remark, program: Program, labels: np.ndarray) -> bool:
-    """Whether the channel set concerned is all that is left along the dimensions that were cut.
+def _last_ones(program: Program, reference: Analysis) -> np.ndarray:
+    """The channel sets that are the only ones left of their block.
 
-    Repeated over heads, a last channel makes a dimension in which every position holds the same number, which looks like no channel at all.
+    A dimension of one position, or of one channel repeated, looks like a dimension without channels, so that meeting it proves nothing.
     """
-    sets = np.unique(labels[remark.numbers])
-    cut = [labels[given.numpy()] for numbers in program.numbers.values() for given in numbers if given is not None]
-    held = [left for left in cut if sets.size == 1 and sets[0] in left]
-    return bool(held) and all((left == sets[0]).all() for left in held)
+    gone = np.zeros(int(reference.labels.max(initial=-1)) + 1, dtype=bool)
+    for name, numbers in program.numbers.items():
+        for dim, left in enumerate(numbers):
+            slot = reference.numbering.get(name, dim)
+            if slot is not None and left is not None:
+                gone[reference.labels[np.setdiff1d(slot.numbers().numpy(), left.numpy())]] = True
+    found: list[int] = []
+    for group in reference.groups:
+        for block in np.unique(group.block_of) if gone[group.sets].any() else ():
+            members = group.sets[group.block_of == block]
+            if gone[members].sum() == len(members) - 1:
+                found += members[~gone[members]].tolist()
+    return np.array(found, dtype=np.int64)
 
 
-def _subset(kind: str, found: list[Remark], allowed: list[Remark], labels: np.ndarray) -> None:
-    before = np.unique(np.concatenate([labels[remark.numbers] for remark in allowed])) if allowed else np.zeros(0, dtype=np.int64)
+def _subset(kind: str, found: list[Remark], allowed: list[Remark], labels: np.ndarray, also: np.ndarray) -> None:
+    before = np.unique(np.concatenate([also, *(labels[remark.numbers] for remark in allowed)]))
     for remark in found:
         if np.setdiff1d(labels[remark.numbers], before).size:
             where = f"node '{remark.node.name}'" if remark.node is not None else "the graph"

@@ -6,7 +6,8 @@ import logging
 import os
 import random
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import lru_cache
 
 import pytest
@@ -23,6 +24,8 @@ settings.register_profile("fast", max_examples=15, derandomize=True, database=No
 settings.register_profile("slow", max_examples=500, derandomize=False, print_blob=True, **_COMMON)
 PROFILE = os.environ.get("FASP_FX_PROFILE", "fast")
 settings.load_profile(PROFILE)
+#: examples per property
+EXAMPLES = settings.default.max_examples
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -68,9 +71,9 @@ def zoo_analysis() -> Callable[[str], fasp_fx.Analysis]:
     return _analysis
 
 
-@pytest.fixture
-def shared_capture(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Capture each model of a test once. A capture must survive any number of prunings unchanged, so this only adds to what is tested."""
+@contextmanager
+def one_capture() -> Iterator[None]:
+    """Capture each model once inside. A capture must survive any number of prunings unchanged, so this only adds to what is tested."""
     module = sys.modules["fasp_fx.prune"]
     original = module.capture
     seen: dict[tuple[int, str], tuple[object, object]] = {}
@@ -82,4 +85,8 @@ def shared_capture(monkeypatch: pytest.MonkeyPatch) -> None:
             seen[key] = (model, original(model, args, kwargs, **options))
         return seen[key][1]
 
-    monkeypatch.setattr(module, "capture", capture)
+    module.capture = capture
+    try:
+        yield
+    finally:
+        module.capture = original

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import PROFILE
+from conftest import PROFILE, one_capture
 from oracle import assert_mask_exact, error, floats, masked
 from torch import nn
 from zoo import ZOO, Entry
@@ -29,16 +29,17 @@ def _check(entry: Entry, model: nn.Module, result: fasp_fx.Result, seed: int = 5
 
 
 @pytest.mark.parametrize("name", ZOO)
-@pytest.mark.usefixtures("shared_capture")
 def test_mask_exact(name: str, zoo_model: Callable[[str], nn.Module]) -> None:
     entry, model = ZOO[name], zoo_model(name)
     before = {key: value.clone() for key, value in model.state_dict().items()}
-    for sparsity, score in _ALL if PROFILE == "slow" else _FEW:
-        wanted = fasp_fx.analyze(model, (), entry.example()).max_sparsity if sparsity == "most" else sparsity
-        result = fasp_fx.prune(model, (), entry.example(), sparsity=wanted, score=score, restore=None)
-        assert result.plan.sparsity == pytest.approx(wanted, abs=0.02)
-        assert {group.name for group in result.plan.groups} == {group.name for group in fasp_fx.analyze(model, (), entry.example()).select("prunable")}
-        _check(entry, model, result)
+    with one_capture():
+        prunable = fasp_fx.analyze(model, (), entry.example())
+        for sparsity, score in _ALL if PROFILE == "slow" else _FEW:
+            wanted = prunable.max_sparsity if sparsity == "most" else sparsity
+            result = fasp_fx.prune(model, (), entry.example(), sparsity=wanted, score=score, restore=None)
+            assert result.plan.sparsity == pytest.approx(wanted, abs=0.02)
+            assert {group.name for group in result.plan.groups} == {group.name for group in prunable.select("prunable")}
+            _check(entry, model, result)
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items()), "pruning changed the caller's model"
 
 

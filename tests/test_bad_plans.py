@@ -1,0 +1,136 @@
+"""Plans that are damaged, for another model or impossible, and wrong calls of a result."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from refusal import BATCH, IDS, Net, Vectors, X, untouched
+from torch import nn
+
+import fasp_fx
+
+pytestmark = pytest.mark.filterwarnings("ignore::fasp_fx.CalibrationWarning")
+
+
+@pytest.fixture(autouse=True)
+def no_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.chdir(tmp_path)
+    torch.manual_seed(0)
+    yield
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.fixture(scope="module")
+def pruned() -> tuple[nn.Module, fasp_fx.Result]:
+    torch.manual_seed(0)
+    model = Vectors().eval()
+    return model, fasp_fx.prune(model, (X,), calibration=[BATCH], restore=None, sparsity=0.3)
+
+
+def test_a_plan_is_for_its_model_alone(pruned: tuple[nn.Module, fasp_fx.Result]) -> None:
+    model, result = pruned
+    assert torch.equal(fasp_fx.apply(model, result.plan, (X,)).module(X), result.module(X))
+    torch.manual_seed(1)
+    other = Vectors().eval()
+    with untouched(other), pytest.raises(fasp_fx.PlanError, match=r"for another model.*make a plan for this model"):
+        fasp_fx.apply(other, result.plan, (X,))
+    with untouched(result.module), pytest.raises(fasp_fx.PlanError, match="already applied"):
+        fasp_fx.apply(result.module, result.plan, (X,))
+
+
+@pytest.mark.parametrize(
+    ("change", "match"),
+    [
+        (lambda part: replace(part, name="unheard"), "'unheard'.*another model"),
+        (lambda part: replace(part, removed=(999,)), "999.*another model"),
+        (lambda part: replace(part, removed=(-1,)), "-1"),
+        (lambda part: replace(part, removed=part.removed[1:]), "cuts through a channel set"),
+        (lambda part: replace(part, dim=5), "dimension 5"),
+        (lambda part: replace(part, dim=0), r"index \d+ along dimension 0 of 'down\.weight'.*another model"),
+    ],
+)
+def test_a_plan_that_asks_for_the_impossible(pruned: tuple[nn.Module, fasp_fx.Result], change: Callable[[Any], Any], match: str) -> None:
+    model, result = pruned
+    group = result.plan.groups[0]
+    plan = replace(result.plan, groups=(replace(group, consumers=tuple(map(change, group.consumers))),))
+    with untouched(model), pytest.raises(fasp_fx.PlanError, match=match):
+        fasp_fx.apply(model, plan, (X,))
+
+
+def test_a_plan_for_channels_that_cannot_go(pruned: tuple[nn.Module, fasp_fx.Result]) -> None:
+    model, result = pruned
+    parts = (fasp_fx.ParameterSlice("down.weight", 0, (1,)), fasp_fx.ParameterSlice("down.bias", 0, (1,)))
+    plan = replace(result.plan, groups=(replace(result.plan.groups[0], producers=parts, consumers=()),))
+    with untouched(model), pytest.raises(fasp_fx.PlanError, match=r"down\.\w+.*cannot be pruned"):
+        fasp_fx.apply(model, plan, (X,))
+
+
+def test_a_plan_that_leaves_nothing(pruned: tuple[nn.Module, fasp_fx.Result]) -> None:
+    model, result = pruned
+    group = result.plan.groups[0]
+    everything = tuple(range(24))
+    producers = tuple(replace(part, removed=everything) for part in group.producers)
+    whole = replace(group, producers=producers, consumers=tuple(replace(part, removed=everything) for part in group.consumers))
+    with pytest.raises(fasp_fx.PlanError, match="keep one"):
+        fasp_fx.apply(model, replace(result.plan, groups=(whole,)), (X,))
+
+
+def damaged(text: str) -> dict[str, str]:
+    data = json.loads(text)
+    group = data["groups"][0]
+    return {
+        "empty": "",
+        "cut": text[: len(text) // 2],
+        "list": "[]",
+        "text": '"plan"',
+        "format": json.dumps({**data, "format": "fasp_fx.plan/9"}),
+        "no format": json.dumps({key: value for key, value in data.items() if key != "format"}),
+        "no groups": json.dumps({key: value for key, value in data.items() if key != "groups"}),
+        "groups of text": json.dumps({**data, "groups": "none"}),
+        "groups are null": json.dumps({**data, "groups": None}),
+        "size": json.dumps({**data, "groups": [{**group, "size": "many"}]}),
+        "indices": json.dumps({**data, "groups": [{**group, "producers": [{**group["producers"][0], "removed": ["a"]}]}]}),
+        "fractions": json.dumps({**data, "groups": [{**group, "producers": [{**group["producers"][0], "removed": [1.5]}]}]}),
+        "sparsity": json.dumps({**data, "sparsity": "high"}),
+        "splits": json.dumps({**data, "splits": [{}]}),
+    }
+
+
+@pytest.mark.parametrize("kind", damaged('{"groups": [{"producers": [{}]}]}'))
+def test_a_damaged_plan(pruned: tuple[nn.Module, fasp_fx.Result], kind: str) -> None:
+    text = pruned[1].plan.to_json()
+    assert fasp_fx.PruningPlan.from_json(text) == pruned[1].plan
+    with pytest.raises(fasp_fx.PlanError, match=r"the plan('s format)? is"):
+        fasp_fx.PruningPlan.from_json(damaged(text)[kind])
+
+
+def test_order_of_plans_of_different_models(pruned: tuple[nn.Module, fasp_fx.Result]) -> None:
+    plan = pruned[1].plan
+    with pytest.raises(fasp_fx.PlanError, match="different models"):
+        plan.after(replace(plan, fingerprint="other"))
+    with pytest.raises(fasp_fx.PlanError, match="never applied"):
+        plan.after(replace(plan, result=None))
+
+
+# --- calls of the result
+
+
+@pytest.mark.parametrize(
+    ("args", "kwargs", "match"),
+    [((), {}, "x"), ((X,), {"unheard": 1}, "unheard"), ((None,), {}, "'x' is missing")],
+)
+def test_wrong_calls_of_a_result(pruned: tuple[nn.Module, fasp_fx.Result], args: Any, kwargs: dict[str, Any], match: str) -> None:
+    with pytest.raises(TypeError, match=match):
+        pruned[1].module(*args, **kwargs)
+
+
+def test_an_argument_of_the_model_that_was_left_out_at_capture() -> None:
+    result = fasp_fx.prune(Net().eval(), (IDS,), calibration=[IDS], sparsity=0.3)
+    with pytest.raises(fasp_fx.CallError, match=r"argument 'bias' is a tensor of shape \(6,\).*capture it"):
+        result.module(IDS, torch.zeros(6))

@@ -1,0 +1,270 @@
+"""The command line on a tiny Llama with a byte-level tokenizer, both made here."""
+
+from __future__ import annotations
+
+import json
+import math
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from torch.nn import functional
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from typer.testing import CliRunner, Result
+
+import fasp_fx
+from fasp_fx.cli import app
+
+LENGTH = 32
+SMALL = ["--length", str(LENGTH), "--batches", "4", "--eval-batches", "3", "--round-to", "1", "--device", "cpu"]
+
+
+def _invoke(*arguments: str | Path) -> Result:
+    return CliRunner().invoke(app, [str(argument) for argument in arguments])
+
+
+def _make_model(folder: Path) -> None:
+    vocabulary = {"<s>": 0, "</s>": 1, **{letter: index + 2 for index, letter in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}}
+    bytes_ = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    bytes_.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bytes_.decoder = decoders.ByteLevel()
+    PreTrainedTokenizerFast(tokenizer_object=bytes_, bos_token="<s>", eos_token="</s>").save_pretrained(folder)
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=len(vocabulary),
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=128,
+        initializer_range=0.2,
+        bos_token_id=0,
+        eos_token_id=1,
+    )
+    LlamaForCausalLM(config).save_pretrained(folder)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    made = tmp_path_factory.mktemp("cli")
+    _make_model(made / "model")
+    (made / "text.txt").write_text("Größe matters: a smaller model answers sooner. " * 12, encoding="utf-8")
+    return made
+
+
+@pytest.fixture(scope="module")
+def from_file(folder: Path) -> tuple[Path, Result]:
+    """A model pruned with a calibration file, and what the command printed."""
+    out = folder / "from_file"
+    return out, _invoke("prune", folder / "model", "--calibration", folder / "text.txt", "--text", folder / "text.txt", "--out", out, *SMALL)
+
+
+def _chunks(folder: Path) -> torch.Tensor:
+    tokens = AutoTokenizer.from_pretrained(folder / "model")((folder / "text.txt").read_text(encoding="utf-8"), add_special_tokens=False)["input_ids"]
+    count = len(tokens) // LENGTH
+    return torch.tensor(tokens[: count * LENGTH]).reshape(count, LENGTH)
+
+
+def _perplexity(model: Callable[..., Any], chunks: torch.Tensor) -> float:
+    with torch.no_grad():
+        losses = [functional.cross_entropy(model(input_ids=chunk[None], use_cache=False).logits[0, :-1], chunk[1:]).item() for chunk in chunks]
+    return math.exp(sum(losses) / len(losses))
+
+
+def _refused(done: Result) -> str:
+    """The message of a command that was refused: exit code 2, one line, nothing else on the error stream but finished stages."""
+    assert done.exit_code == 2, done.output
+    assert "Traceback" not in done.output
+    lines = [line for line in done.stderr.splitlines() if "error:" in line]
+    assert len(lines) == 1
+    assert done.stderr.rstrip().endswith(lines[0])
+    return lines[0]
+
+
+# --- prune
+
+
+def test_prune_from_file(from_file: tuple[Path, Result], folder: Path) -> None:
+    out, done = from_file
+    assert done.exit_code == 0, done.output
+    assert "2 x prunable" in done.stdout
+    assert "gate_proj, up_proj -> down_proj" in done.stdout
+    for row in ("parameters", "bytes", "milliseconds", "perplexity on chunks 4 to 6 of text.txt"):
+        assert row in done.stdout
+    assert f'fasp_fx.load("{out}")' in done.stdout
+    dense = AutoModelForCausalLM.from_pretrained(folder / "model").eval()
+    pruned = fasp_fx.load(out)
+    assert pruned.report.parameters == (dense.num_parameters(), sum(p.numel() for p in pruned.module.parameters()))
+    assert abs(pruned.report.sparsity - 0.2) < 0.02
+    row = next(line for line in done.stdout.splitlines() if "perplexity on" in line)
+    shown = [float(cell) for cell in row.replace("│", "|").split("|")[2:4]]
+    held_out = _chunks(folder)[4:7]
+    assert shown == pytest.approx([_perplexity(dense, held_out), _perplexity(pruned.module, held_out)], rel=1e-3, abs=1e-3)
+
+
+def test_prune_by_itself(folder: Path, tmp_path: Path) -> None:
+    first = _invoke("prune", folder / "model", "--out", tmp_path / "out", *SMALL)
+    assert first.exit_code == 0, first.output
+    assert "perplexity on text that the model wrote itself, not seen by calibration (3 x 32 tokens)" in first.stdout
+    again = _invoke("prune", folder / "model", "--out", tmp_path / "out", *SMALL, "--overwrite")
+    assert again.exit_code == 0, again.output
+    rows = [[line for line in done.stdout.splitlines() if "perplexity" in line] for done in (first, again)]
+    assert rows[0] == rows[1]  # the same seed writes the same text
+    assert (tmp_path / "out" / "tokenizer" / "tokenizer.json").is_file()
+    assert [child.name for child in tmp_path.iterdir()] == ["out"]
+
+
+def test_prune_without_repair_by_magnitude(folder: Path, tmp_path: Path) -> None:
+    done = _invoke("prune", folder / "model", "--out", tmp_path / "out", *SMALL, "--score", "magnitude", "--no-restore", "--sparsity", "0.3")
+    assert done.exit_code == 0, done.output
+    assert all(line.error_restored is None for line in fasp_fx.load(tmp_path / "out").report.lines)
+
+
+# --- inspect
+
+
+def test_inspect_json(folder: Path) -> None:
+    done = _invoke("inspect", folder / "model", "--json")
+    assert done.exit_code == 0, done.output
+    found = json.loads(done.stdout)
+    neurons = next(group for group in found["groups"] if group["name"] == "model.layers.0.mlp.down_proj.weight")
+    assert neurons["status"] == "prunable"
+    assert neurons["size"] == 48
+    assert {member["name"] for member in neurons["producers"]} == {"model.layers.0.mlp.gate_proj.weight", "model.layers.0.mlp.up_proj.weight"}
+    assert neurons["consumers"] == [{"name": "model.layers.0.mlp.down_proj.weight", "dim": 1, "size": 48, "ranges": [[0, 48]]}]
+    assert all(group["reason"] for group in found["groups"] if group["status"] != "prunable")
+    model = AutoModelForCausalLM.from_pretrained(folder / "model").eval()
+    analysis = fasp_fx.analyze(model, (), {"input_ids": torch.zeros(1, 16, dtype=torch.long), "use_cache": False})
+    assert [(group["name"], group["status"]) for group in found["groups"]] == [(group.name, group.status) for group in analysis.groups]
+    assert found["max_sparsity"] == pytest.approx(analysis.max_sparsity)
+
+
+def test_inspect_table(folder: Path) -> None:
+    done = _invoke("inspect", folder / "model")
+    assert done.exit_code == 0, done.output
+    for word in ("prunable", "exempt", "approximate", "frozen", "gate_proj, up_proj", "reaches output 0"):
+        assert word in done.stdout
+    assert "model.layers.1" not in done.stdout
+    every = _invoke("inspect", folder / "model", "--all")
+    assert every.exit_code == 0, every.output
+    assert "model.layers.1.mlp.down_proj" in every.stdout
+
+
+# --- eval
+
+
+def test_eval_dense_and_pruned(from_file: tuple[Path, Result], folder: Path) -> None:
+    chunks = _chunks(folder)
+    dense = AutoModelForCausalLM.from_pretrained(folder / "model").eval()
+    for name, model in ((folder / "model", dense), (from_file[0], fasp_fx.load(from_file[0]).module)):
+        whole = _invoke("eval", name, "--text", folder / "text.txt", "--length", str(LENGTH), "--device", "cpu")
+        assert whole.exit_code == 0, whole.output
+        assert float(whole.stdout.split()[1]) == pytest.approx(_perplexity(model, chunks), rel=1e-4)
+        part = _invoke("eval", name, "--text", folder / "text.txt", "--length", str(LENGTH), "--chunks", "2:5", "--device", "cpu")
+        assert "on chunks 2 to 4 of text.txt (3 x 32 tokens)" in part.stdout
+        assert float(part.stdout.split()[1]) == pytest.approx(_perplexity(model, chunks[2:5]), rel=1e-4)
+
+
+@pytest.mark.parametrize("chunks", ["5", "a:b", "900:901", "3:3"])
+def test_eval_refuses_a_bad_range(folder: Path, chunks: str) -> None:
+    assert "chunks" in _refused(_invoke("eval", folder / "model", "--text", folder / "text.txt", "--length", str(LENGTH), "--chunks", chunks))
+
+
+# --- refusals
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        (["--sparsity", "0.99"], "out of reach"),
+        (["--sparsity", "1.5"], "--sparsity 1.5"),
+        (["--round-to", "0"], "--round-to 0"),
+        (["--round-to", "64"], "out of reach"),
+        (["--batches", "0"], "--batches 0"),
+        (["--length", "1"], "--length 1"),
+        (["--length", "0"], "--length 0"),
+        (["--length", "4096"], "4096"),
+        (["--calibration", "nowhere.txt"], "nowhere.txt"),
+        (["--text", "nowhere.txt"], "nowhere.txt"),
+        (["--device", "toaster"], "toaster"),
+    ],
+)
+def test_prune_refuses_bad_options(folder: Path, tmp_path: Path, options: list[str], says: str) -> None:
+    assert says in _refused(_invoke("prune", folder / "model", "--out", tmp_path / "deep" / "out", *SMALL, *options))
+    assert not list(tmp_path.iterdir())
+
+
+def test_prune_refuses_text_that_calibration_used_up(folder: Path, tmp_path: Path) -> None:
+    text = folder / "text.txt"
+    done = _invoke("prune", folder / "model", "--out", tmp_path / "out", *SMALL, "--calibration", text, "--text", text, "--batches", "999")
+    assert "leaving none" in _refused(done)
+    assert "less than one chunk" in _refused(_invoke("prune", folder / "model", "--out", tmp_path / "out", "--calibration", text))
+    assert not list(tmp_path.iterdir())
+
+
+def test_prune_refuses_a_taken_folder_before_any_work(folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "precious.txt").write_text("mine")
+    for options in ([], ["--overwrite"]):
+        done = _invoke("prune", folder / "model", "--out", tmp_path / "out", *SMALL, *options)
+        assert "exists" in _refused(done) or "never replaces" in _refused(done)
+        assert len(done.stderr.splitlines()) == 1
+    assert [child.name for child in (tmp_path / "out").iterdir()] == ["precious.txt"]
+
+
+@pytest.mark.parametrize("command", ["prune", "inspect", "eval"])
+def test_unknown_models_are_refused(folder: Path, tmp_path: Path, command: str) -> None:
+    options = {"prune": ["--out", tmp_path / "out"], "inspect": [], "eval": ["--text", folder / "text.txt"]}[command]
+    assert "no model" in _refused(_invoke(command, tmp_path / "nowhere", *options))
+    (tmp_path / "empty").mkdir()
+    assert "cannot be loaded" in _refused(_invoke(command, tmp_path / "empty", *options))
+    (tmp_path / "broken.gguf").write_bytes(b"not a model")
+    assert "cannot be loaded" in _refused(_invoke(command, tmp_path / "broken.gguf", *options))
+    assert not (tmp_path / "out").exists()
+
+
+def test_damaged_results_are_refused(from_file: tuple[Path, Result], folder: Path, tmp_path: Path) -> None:
+    broken = tmp_path / "broken"
+    broken.mkdir()
+    (broken / "manifest.json").write_bytes((from_file[0] / "manifest.json").read_bytes())
+    assert "no tokenizer" in _refused(_invoke("eval", broken, "--text", folder / "text.txt"))
+    (broken / "tokenizer").mkdir()
+    assert "missing" in _refused(_invoke("eval", broken, "--text", folder / "text.txt"))
+
+
+def test_ctrl_c_exits_with_130_and_leaves_nothing(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupt(*args: object, **kwargs: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("fasp_fx._text.sample", interrupt)
+    done = _invoke("prune", folder / "model", "--out", tmp_path / "out", *SMALL)
+    assert done.exit_code == 130
+    assert done.stderr.splitlines()[-1].startswith("fasp-fx: interrupted")
+    assert not list(tmp_path.iterdir())
+
+
+# --- help
+
+
+@pytest.mark.parametrize("command", ["prune", "inspect", "eval"])
+def test_help_has_an_example(command: str) -> None:
+    done = _invoke(command, "--help")
+    assert done.exit_code == 0
+    assert "Example:" in done.stdout
+
+
+def test_usage_errors_exit_with_2() -> None:
+    assert _invoke("prune").exit_code == 2
+    assert _invoke("nonsense").exit_code == 2
+
+
+def test_installed_as_a_module() -> None:
+    done = subprocess.run([sys.executable, "-W", "ignore", "-m", "fasp_fx.cli", "--version"], capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == f"fasp-fx {fasp_fx.__version__}"

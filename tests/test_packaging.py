@@ -1,0 +1,112 @@
+"""The wheel holds every module, at the right place, and nothing is imported from where only a checkout has it."""
+
+from __future__ import annotations
+
+import ast
+import importlib.util
+import os
+import shutil
+import subprocess
+import sys
+import tomllib
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+TOP = {"passes": "fasp_fx/passes", "patterns": "fasp_fx/patterns"}
+
+
+def _sources() -> dict[str, Path]:
+    """Every Python file of the package by its path in a wheel."""
+    found = {}
+    for folder, inside in {"fasp_fx": "fasp_fx", **TOP}.items():
+        for directory, names, files in os.walk(ROOT / folder):  # does not follow the symbolic links
+            names[:] = [name for name in names if name != "__pycache__"]
+            for file in files:
+                if file.endswith(".py"):
+                    path = Path(directory) / file
+                    found[f"{inside}/{path.relative_to(ROOT / folder).as_posix()}"] = path
+    return found
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """The names of the files in a freshly built wheel."""
+    if importlib.util.find_spec("setuptools") is None:
+        pytest.skip("setuptools is not installed, so no wheel can be built offline")
+    work = tmp_path_factory.mktemp("wheel")
+    source = work / "source"
+    source.mkdir()
+    for name in ("fasp_fx", "passes", "patterns"):
+        shutil.copytree(ROOT / name, source / name, symlinks=True, ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("pyproject.toml", "README.md"):
+        shutil.copy(ROOT / name, source / name)
+    build = "import sys; from setuptools import build_meta; print(build_meta.build_wheel(sys.argv[1]))"
+    done = subprocess.run([sys.executable, "-c", build, str(work)], cwd=source, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr
+    with zipfile.ZipFile(next(work.glob("*.whl"))) as archive:
+        return archive.namelist()
+
+
+def test_wheel_holds_every_module(wheel: list[str]) -> None:
+    missing = set(_sources()) - set(wheel)
+    assert not missing
+    assert {"fasp_fx/passes/__init__.py", "fasp_fx/patterns/__init__.py", "fasp_fx/cli.py"} <= set(wheel)
+
+
+def test_wheel_holds_no_other_module(wheel: list[str]) -> None:
+    assert {name for name in wheel if name.endswith(".py")} == set(_sources())
+    assert {name.split("/")[0] for name in wheel if ".dist-info/" not in name} == {"fasp_fx"}
+
+
+def test_wheel_is_typed(wheel: list[str]) -> None:
+    assert "fasp_fx/py.typed" in wheel
+
+
+def test_wheel_has_the_command(wheel: list[str]) -> None:
+    assert any(name.endswith(".dist-info/entry_points.txt") for name in wheel)
+
+
+def test_every_subpackage_is_listed() -> None:
+    settings = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["setuptools"]
+    folders = {name.rpartition("/")[0].replace("/", ".") for name in _sources()}
+    assert folders == set(settings["packages"])
+    for top, inside in TOP.items():
+        assert settings["package-dir"][inside.replace("/", ".")] == top
+        assert (ROOT / inside).is_symlink()
+        assert (ROOT / inside).resolve() == ROOT / top
+
+
+def test_every_folder_is_a_package() -> None:
+    folders = {name.rpartition("/")[0] for name in _sources()}
+    assert not {folder for folder in folders if f"{folder}/__init__.py" not in _sources()}
+
+
+def _imported(tree: ast.AST) -> set[str]:
+    """Top-level names of absolute imports."""
+    names: set[str] = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            names |= {alias.name.split(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.level == 0 and node.module:
+            names.add(node.module.split(".")[0])
+    return names
+
+
+def test_top_level_folders_are_never_imported_bare() -> None:
+    others = [path for folder in ("tests", "benchmarks", "scripts") for path in (ROOT / folder).rglob("*.py")]
+    guilty = {str(path.relative_to(ROOT)) for path in [*_sources().values(), *others] if _imported(ast.parse(path.read_text(encoding="utf-8"))) & set(TOP)}
+    assert not guilty
+
+
+def test_what_is_imported_is_required() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    required = {dependency.split(">")[0].split("=")[0].split("<")[0] for dependency in project["dependencies"]}
+    comes_with = {"sympy": "torch", "huggingface_hub": "transformers", "hypothesis": None}
+    for name, path in _sources().items():
+        if name.startswith("fasp_fx/testing/"):
+            continue  # used with the test extra
+        outside = _imported(ast.parse(path.read_text(encoding="utf-8"))) - set(sys.stdlib_module_names) - {"fasp_fx"}
+        assert {comes_with.get(module, module) for module in outside} <= required, name

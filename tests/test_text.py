@@ -1,0 +1,82 @@
+"""Text that a model writes itself, and the figures taken on text."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import nn
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from fasp_fx import ArgumentError
+from fasp_fx._text import parse_range, sample
+from fasp_fx.evaluation import latency, perplexity
+
+
+@pytest.fixture(scope="module")
+def model() -> LlamaForCausalLM:
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 5, "hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = LlamaConfig(**sizes, bos_token_id=0, eos_token_id=1, pad_token_id=2)
+    made = LlamaForCausalLM(config).eval()
+    made.generation_config.temperature = 1e-4
+    return made
+
+
+def test_sampling_is_seeded_and_leaves_no_trace(model: LlamaForCausalLM) -> None:
+    settings, state = model.generation_config, torch.get_rng_state()
+    seen: list[float] = []
+    first = sample(model, 0, 70, 12, seed=3, progress=seen.append)
+    assert first.shape == (70, 12)
+    assert bool((first[:, 0] == 0).all())
+    assert seen == sorted(seen)
+    assert seen[-1] == pytest.approx(1)
+    assert torch.equal(first, sample(model, 0, 70, 12, seed=3))
+    assert not torch.equal(first, sample(model, 0, 70, 12, seed=4))
+    assert model.generation_config is settings
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_sampling_goes_past_the_end_token_at_temperature_one(model: LlamaForCausalLM) -> None:
+    texts = sample(model, 0, 64, 20)
+    counts = torch.bincount(texts[:, 1:].reshape(-1), minlength=5)
+    assert bool((counts > 0.1 * counts.sum()).all())  # an untrained model is near uniform; at its own temperature of 1e-4 it would not be
+    after_end = [text[index + 1] for text in texts for index in range(1, 19) if text[index] == 1]
+    assert len({int(token) for token in after_end}) == 5
+
+
+class _Uniform(nn.Module):
+    """Predicts each of four tokens alike."""
+
+    def forward(self, input_ids: torch.Tensor, use_cache: bool = False) -> tuple[torch.Tensor]:
+        return (torch.zeros(*input_ids.shape, 4),)
+
+
+def test_perplexity_of_a_guess() -> None:
+    assert perplexity(_Uniform(), torch.randint(4, (3, 7))) == pytest.approx(4)
+    with pytest.raises(ArgumentError, match="two tokens"):
+        perplexity(_Uniform(), torch.zeros(3, 1, dtype=torch.long))
+
+
+def test_perplexity_weighs_tokens_alike(model: LlamaForCausalLM) -> None:
+    chunks = torch.randint(5, (4, 9))
+    with torch.no_grad():
+        losses = model(input_ids=chunks, use_cache=False).logits[:, :-1].log_softmax(-1).gather(-1, chunks[:, 1:, None])
+    assert perplexity(model, chunks) == pytest.approx(math.exp(-float(losses.mean())), rel=1e-5)
+
+
+def test_latency_is_one_figure_a_model() -> None:
+    seconds = latency([_Uniform(), _Uniform()], torch.zeros(1, 8, dtype=torch.long), repeats=3)
+    assert len(seconds) == 2
+    assert all(value > 0 for value in seconds)
+
+
+def test_ranges_of_chunks() -> None:
+    assert parse_range(None, 4) == range(4)
+    assert parse_range("1:3", 4) == range(1, 3)
+    assert parse_range("2:", 4) == range(2, 4)
+    assert parse_range(":9", 4) == range(4)
+    for wrong in ("", "2", "x:", "1:2:3", "7:9"):
+        with pytest.raises(ArgumentError):
+            parse_range(wrong, 4)
