@@ -58,8 +58,10 @@ def capture(
             part = f"'{training}' of {type(model).__name__}" if training else type(model).__name__
             raise CaptureError(f"{part} is in training mode, which the capture would make permanent; call model.eval() first")
         args = args if isinstance(args, tuple) else (args,)
+        if _is_transformers(model):
+            _register_caches(model)
         signature = CallSignature.of(model.forward, args, kwargs)
-        given = signature.graph_inputs(args, kwargs)
+        given = pytree.tree_map(lambda leaf: leaf.detach() if isinstance(leaf, Tensor) else leaf, signature.graph_inputs(args, kwargs))
         exported, notes = _export(model, signature, given, dynamic_shapes)
     else:
         raise ArgumentError(f"model must be an nn.Module, fx.GraphModule or ExportedProgram, not {type(model).__name__}")
@@ -186,6 +188,13 @@ def _is_transformers(model: nn.Module) -> bool:
     from transformers import PreTrainedModel
 
     return isinstance(model, PreTrainedModel)
+
+
+def _register_caches(model: Any) -> None:
+    """Make torch see the tensors inside caches before arguments are told from constants; the exporter does so only later."""
+    from transformers.exporters.exporter_dynamo import register_cache_pytrees_for_model
+
+    register_cache_pytrees_for_model(model)
 
 
 def _export_transformers(model: Any, kwargs: dict[str, Any], shapes: Any) -> ExportedProgram:

@@ -39,7 +39,7 @@ def verify(program: Program, reference: Analysis) -> Walk:
         before.state_outputs,
         overrides=program.numbers,
         strict=True,
-    ).run()
+    ).run(reference.walk.sizes.small)
     labels = reference.labels
     for first, second, node in walk.facts.pairs:
         wrong = np.nonzero(labels[first] != labels[second])[0]

@@ -69,8 +69,14 @@ class Interpreter:
         self.state_inputs, self.state_outputs = state_inputs, state_outputs
         self.overrides, self.strict = overrides or {}, strict
 
-    def run(self) -> Walk:
-        """Walk the graph once; at small sizes if the program runs at them, else at those of the example inputs."""
+    def run(self, small: bool | None = None) -> Walk:
+        """Walk the graph once.
+
+        Args:
+            small: at small sizes or at those of the example inputs; ``None``: small if the program runs at them.
+        """
+        if small is not None:
+            return self._run(small)
         try:
             return self._run(small=True)
         except _Degenerate:
