@@ -36,6 +36,7 @@ class Program:
         parts: weights made by splitting, by name.
         numbers: for weights that a pass has rewritten, the channel numbers of the analysed program along each dimension.
         notes: what a user should know of the capture, for the report.
+        order: the names of the caller's weights in their order; the first name of a tied weight stands for all.
     """
 
     module: fx.GraphModule
@@ -46,16 +47,18 @@ class Program:
     parts: dict[str, RowPart] = field(default_factory=dict)
     numbers: dict[str, list[Tensor | None]] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
+    order: tuple[str, ...] = ()
 
     def weights(self) -> dict[str, Tensor]:
         """Every parameter and buffer by name; tied ones under each of their names."""
         return dict([*self.module.named_parameters(remove_duplicate=False), *self.module.named_buffers(remove_duplicate=False)])
 
     def canonical(self) -> dict[str, str]:
-        """For each weight's name, the first name (in alphabetical order) of the same storage region."""
+        """For each weight's name, the first of the names of the same storage region, in the order of the caller's model."""
         first: dict[tuple[Any, ...], str] = {}
         names = {}
-        for name, tensor in sorted(self.weights().items()):
+        rank = {name: index for index, name in enumerate(self.order)}
+        for name, tensor in sorted(self.weights().items(), key=lambda item: (rank.get(item[0], len(rank)), item[0])):
             key = (
                 (id(tensor),)
                 if tensor.device.type == "meta"
@@ -96,8 +99,8 @@ class Program:
         """The values of the placeholders for one call in the caller's convention."""
         named = self.signature.graph_inputs(args, kwargs)
         example_args, example_kwargs = self.example
-        names = iter(self.signature.captured)
-        by_position = tuple(named.pop(next(names)) for _ in example_args)
+        first = self.signature.given()[: len(example_args)]
+        by_position = tuple(named.pop(name) if name in named else self.signature.constants[name] for name in first)
         keywords = {key: named.get(key, self.signature.constants.get(key)) for key in example_kwargs}
         return pytree.tree_leaves((by_position, keywords))
 

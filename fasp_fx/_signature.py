@@ -20,6 +20,7 @@ from .errors import ArgumentError, CallError
 _LITERAL = (type(None), bool)
 #: constants that exporters take as arguments
 _PLAIN = (type(None), bool, int, float, str)
+_POSITIONAL = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.VAR_POSITIONAL)
 
 
 def has_tensor(value: Any) -> bool:
@@ -79,6 +80,31 @@ class CallSignature:
             refuse_missing(missing[0])
         return {name: given[name] for name in self.captured}
 
+    def given(self) -> list[str]:
+        """The arguments given at capture, in the order of the parameters."""
+        return [name for name, _ in self._kinds()]
+
+    def by_position(self) -> list[str]:
+        """The arguments that cannot all be passed by name: up to the last that is positional-only or one of ``*args``."""
+        kinds = self._kinds()
+        last = max((index for index, (_, kind) in enumerate(kinds) if kind in _POSITIONAL), default=-1)
+        return [name for name, _ in kinds[: last + 1]]
+
+    def variadic(self) -> list[str]:
+        """The arguments that are part of ``*args``."""
+        return [name for name, kind in self._kinds() if kind is inspect.Parameter.VAR_POSITIONAL]
+
+    def _kinds(self) -> list[tuple[str, Any]]:
+        known = [*self.captured, *self.constants]
+        found: list[tuple[str, Any]] = []
+        for name, parameter in self.parameters.parameters.items():
+            if parameter.kind is inspect.Parameter.VAR_POSITIONAL:
+                count = sum(other.rpartition("_")[0] == name and other.rpartition("_")[2].isdigit() for other in known)
+                found += [(f"{name}_{index}", parameter.kind) for index in range(count)]
+            elif name in known:
+                found.append((name, parameter.kind))
+        return found + [(name, inspect.Parameter.VAR_KEYWORD) for name in known if name not in dict(found)]
+
     def _default(self, name: str) -> Any:
         parameter = self.parameters.parameters.get(name)
         return None if parameter is None or parameter.default is inspect.Parameter.empty else parameter.default
@@ -101,20 +127,14 @@ def _bind(signature: inspect.Signature, args: tuple[Any, ...], kwargs: dict[str,
     return given
 
 
-def positional(signature: inspect.Signature, captured: tuple[str, ...]) -> list[str]:
-    """Those captured arguments that can only be passed by position."""
-    names = []
-    for parameter in signature.parameters.values():
-        if parameter.kind is inspect.Parameter.POSITIONAL_ONLY and parameter.name in captured:
-            names.append(parameter.name)
-        elif parameter.kind is inspect.Parameter.VAR_POSITIONAL:
-            names += [name for name in captured if name.rpartition("_")[0] == parameter.name and name.rpartition("_")[2].isdigit()]
-    return names
-
-
 def refuse_missing(name: str) -> NoReturn:
     """Refuse a call that lacks an argument the program was captured with."""
     raise CallError(f"argument '{name}' is missing: the program was captured with it; pass it, or capture without it")
+
+
+def refuse_count(name: str, found: int, expected: int) -> NoReturn:
+    """Refuse a call with another number of ``*args`` than the program was captured with."""
+    raise CallError(f"'*{name}' holds {found} arguments, but the program was captured with {expected}; capture it with the number you need")
 
 
 def check_constant(name: str, value: Any, expected: Any, default: Any) -> None:
@@ -135,7 +155,7 @@ class _Checks:
 
     def __init__(self, captured: dict[str, Any], defaults: dict[str, Any]) -> None:
         self.captured, self.defaults = captured, defaults
-        self.constant, self.missing = check_constant, refuse_missing
+        self.constant, self.missing, self.count = check_constant, refuse_missing, refuse_count
 
 
 class CallerCodeGen(_PyTreeCodeGen):
@@ -199,8 +219,11 @@ class CallerCodeGen(_PyTreeCodeGen):
             lines.append(f"    for _name, _value in {extra}.items():")
             lines.append(f"        if _name not in {tuple(others)!r}: _call.constant(_name, _value, {known}.get(_name), None)")
         in_spec = self.pytree_info.in_spec
-        by_position = positional(self.signature.parameters, self.signature.captured)
-        first = [f"*{rest}" if rest and name not in named else name for name in by_position]
+        variadic = self.signature.variadic()
+        if rest is not None:
+            lines.append(f"    if len({rest}) != {len(variadic)}: _call.count({rest!r}, len({rest}), {len(variadic)})")
+        by_position = self.signature.given()[: in_spec.child(0).num_children]
+        first = [f"*{rest}" if name in variadic else f"_call.captured[{name!r}]" if name in self.signature.constants else name for name in by_position]
         keywords = [f"{key!r}: {self._keyword(key, named, extra)}" for key in in_spec.child(1).context or []]
         names = ", ".join(var.split(":")[0].split("#")[0].strip() for var in free_vars)
         lines.append(f"    {names}, = fx_pytree.tree_flatten_spec(([{', '.join(dict.fromkeys(first))}], {{{', '.join(keywords)}}}), self._in_spec)")

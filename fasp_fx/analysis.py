@@ -15,7 +15,7 @@ from torch import fx
 
 from ._layout import Conflict, find_blocks
 from ._program import Program
-from .channels import Axis, Interpreter, Numbering, Remark, Slot, Value, Walk, attribute
+from .channels import Axis, Interpreter, Numbering, Remark, Slot, Value, Walk, attribute, target_name
 from .errors import ArgumentError
 from .groups import APPROXIMATE, EXEMPT, FROZEN, PRUNABLE, Group, Member
 from .patterns import find_composites
@@ -80,24 +80,33 @@ class Analysis:
         Raises:
             ArgumentError: a name is not a weight of the model.
         """
+        starts, ends = self._names_of(first), self._names_of(second)
+        status = {int(chosen): _CODE[group.status] for group in self.groups for chosen in group.sets}
+        shared = self._sets_of(starts) & self._sets_of(ends)
         canonical = self.program.canonical()
-        for name in (first, second):
-            if name not in canonical:
-                raise ArgumentError(f"'{name}' is not a weight of the model; names are those of model.named_parameters()")
-        start, end = canonical[first], canonical[second]
-        shared = self._sets_of(start) & self._sets_of(end)
-        for chosen in sorted(shared):
+        for chosen in sorted(shared, key=lambda chosen: (status.get(chosen, len(_CODE)), chosen)):  # what can be pruned says most
             graph = self._carriers(chosen)
-            starts = [n for n in graph if n.op == "get_attr" and canonical[n.target] == start]
-            ends = [n for n in graph if n.op == "get_attr" and canonical[n.target] == end]
-            for source in starts:
-                for target in ends:
-                    if nx.has_path(graph, source, target):
-                        return [_describe(node) for node in nx.shortest_path(graph, source, target)]
+            held = {node: canonical[target_name(node)] for node in graph if node.op == "get_attr"}
+            paths = [
+                nx.shortest_path(graph, source, target)
+                for source in held
+                for target in held
+                if held[source] in starts and held[target] in ends and nx.has_path(graph, source, target)
+            ]
+            if paths:
+                return [_describe(node) for node in min(paths, key=len)]
         return []
 
-    def _sets_of(self, name: str) -> set[int]:
-        return {int(s) for slot in self.numbering.slots if slot.name == name for s in np.unique(self.labels[slot.base : slot.base + slot.size])}
+    def _names_of(self, name: str) -> set[str]:
+        """The names under which the analysis knows a weight of the caller's: its own, or those of its parts."""
+        canonical = self.program.canonical()
+        found = {canonical[name]} if name in canonical else {new for new, part in self.program.parts.items() if part.name == name}
+        if not found:
+            raise ArgumentError(f"'{name}' is not a weight of the model; names are those of model.named_parameters()")
+        return found
+
+    def _sets_of(self, names: set[str]) -> set[int]:
+        return {int(s) for slot in self.numbering.slots if slot.name in names for s in np.unique(self.labels[slot.base : slot.base + slot.size])}
 
     def _carriers(self, chosen: int) -> nx.Graph:
         """The nodes whose tensors hold this channel set, and the contractions that consume it."""
@@ -277,7 +286,7 @@ def _members(slots: list[tuple[Slot, np.ndarray]], program: Program) -> list[Mem
     for slot, numbers in slots:
         member = _member(slot, numbers, program)
         before = merged.get((member.name, member.dim))
-        indices = member.indices if before is None else tuple(sorted(before.indices + member.indices))
+        indices = member.indices if before is None else tuple(sorted({*before.indices, *member.indices}))
         merged[(member.name, member.dim)] = Member(member.name, member.dim, indices, member.size)
     return list(merged.values())
 

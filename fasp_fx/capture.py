@@ -16,11 +16,12 @@ from torch import Tensor, fx, nn
 from torch._ops import HigherOrderOperator, OpOverload
 from torch.export import Dim, ExportedProgram, ShapesCollection
 from torch.export.passes import move_to_device_pass
+from torch.fx.graph import _PyTreeCodeGen
 from torch.utils import _pytree as pytree
 from torch.utils._sympy.numbers import int_oo
 
 from ._program import Program, graph_module
-from ._signature import CallSignature, is_plain, positional
+from ._signature import CallerCodeGen, CallSignature, is_plain
 from .errors import ArgumentError, CaptureError
 from .patterns import lookup
 
@@ -72,7 +73,13 @@ def capture(
     if example is None:
         raise ArgumentError("the exported program carries no example inputs; pass them as args and kwargs")
     inputs, outputs = _state_positions(module, exported, example, state)
-    return Program(_plain(module), signature, example, inputs, outputs, notes=notes)
+    return Program(_plain(module), signature, example, inputs, outputs, notes=notes, order=_order(model))
+
+
+def _order(model: nn.Module | ExportedProgram) -> tuple[str, ...]:
+    if isinstance(model, ExportedProgram):
+        return tuple(model.state_dict)
+    return tuple(name for name, _ in [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)])
 
 
 def _usable(device: torch.device | str) -> torch.device:
@@ -126,7 +133,7 @@ def _exported_signature(exported: ExportedProgram, args: tuple[Any, ...], kwargs
 
 
 def _export(model: nn.Module, signature: CallSignature, given: dict[str, Any], dynamic_shapes: Any) -> tuple[ExportedProgram, tuple[str, ...]]:
-    names = positional(signature.parameters, signature.captured)
+    names = _by_position(model, signature)
     meta = any(parameter.device.type == "meta" for parameter in model.parameters())
     if meta:
         given = pytree.tree_map(lambda leaf: leaf.to("meta") if isinstance(leaf, Tensor) else leaf, given)
@@ -155,8 +162,16 @@ def _export(model: nn.Module, signature: CallSignature, given: dict[str, Any], d
     ) from failures[0]
 
 
+def _by_position(model: nn.Module, signature: CallSignature) -> list[str]:
+    """The arguments to pass by position: those that must be, and those that an exported module has fixed there."""
+    codegen = model.graph._codegen if isinstance(model, fx.GraphModule) else None
+    if isinstance(codegen, _PyTreeCodeGen) and not isinstance(codegen, CallerCodeGen):
+        return signature.given()[: codegen.pytree_info.in_spec.child(0).num_children]
+    return signature.by_position()
+
+
 def _export_once(model: nn.Module, signature: CallSignature, names: list[str], inputs: dict[str, Any], shapes: Any) -> ExportedProgram:
-    args = tuple(inputs[name] for name in names)
+    args = tuple(inputs[name] if name in inputs else signature.constants[name] for name in names)
     kwargs = {name: value for name, value in inputs.items() if name not in names}
     if _is_transformers(model) and not args:
         return _functional(_export_transformers(model, {**kwargs, **signature.constants}, shapes))

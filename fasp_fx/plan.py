@@ -247,20 +247,23 @@ def gone_of(plan: PruningPlan, analysis: Analysis) -> np.ndarray:
         PlanError: the plan names a weight or index that the model lacks, cuts through a channel set, or takes channels that cannot go.
     """
     program, numbering = analysis.program, analysis.numbering
-    wanted = plan.slices()
+    canonical = program.canonical()
+    wanted: dict[tuple[str, int], frozenset[int]] = {}
+    for (name, dim), removed in plan.slices().items():
+        place = (canonical.get(name, name), dim)
+        wanted[place] = wanted.get(place, frozenset()) | removed
     gone = np.zeros(numbering.total, dtype=bool)
     known: dict[tuple[str, int], int] = {}
-    canonical = program.canonical()
     for slot in numbering.slots:
         part = program.parts.get(slot.name)
         name = part.name if part is not None else slot.name
         rows = np.array(part.rows) if part is not None and slot.dim == part.dim else np.arange(slot.size)
         known[(name, slot.dim)] = max(known.get((name, slot.dim), 0), int(rows.max()) + 1)
-        removed = wanted.get((name, slot.dim))
-        if removed:
-            gone[slot.base : slot.base + slot.size] |= np.isin(rows, np.fromiter(removed, dtype=np.int64))
+        taken = wanted.get((name, slot.dim))
+        if taken:
+            gone[slot.base : slot.base + slot.size] |= np.isin(rows, np.fromiter(taken, dtype=np.int64))
     for (name, dim), removed in wanted.items():
-        size = known.get((canonical.get(name, name), dim))
+        size = known.get((name, dim))
         if removed and (size is None or max(removed) >= size or min(removed) < 0):
             raise PlanError(
                 f"the plan removes index {max(removed)} along dimension {dim} of '{name}', which the model does not have; it is a plan for another model"

@@ -61,7 +61,7 @@ def removed_columns(plan: Any, model: nn.Module) -> dict[str, set[int]]:
 
 def floats(output: Any) -> list[Tensor]:
     """The floating-point tensors of an output, in order."""
-    return [leaf for leaf in pytree.tree_leaves(output) if isinstance(leaf, Tensor) and leaf.is_floating_point()]
+    return [leaf.detach() for leaf in pytree.tree_leaves(output) if isinstance(leaf, Tensor) and leaf.is_floating_point()]
 
 
 def error(found: Any, expected: Any) -> float:

@@ -126,6 +126,10 @@ def test_variable_arguments() -> None:
     model = Gathered().eval()
     result = fasp_fx.prune(model, (X, Y), {"extra": MASK}, sparsity=0.3, score="random", restore=None)
     assert result.module(X, Y, extra=MASK).shape == X.shape
+    assert torch.equal(result.module(X, Y, extra=MASK), result.module(Y, X, extra=MASK))
+    for count in (1, 3):
+        with pytest.raises(fasp_fx.CallError, match=r"\*parts"):
+            result.module(*[X] * count, extra=MASK)
     with pytest.raises(fasp_fx.CallError, match="extra"):
         result.module(X, Y)
     with pytest.raises(fasp_fx.CallError, match="other"):
@@ -144,3 +148,34 @@ def test_a_hugging_face_model(name: str, zoo_model: Callable[[str], nn.Module]) 
         with pytest.raises(fasp_fx.CallError, match=next(iter(wrong))):
             result.module(ids, **wrong)
     assert list(inspect.signature(result.module.forward).parameters) == list(inspect.signature(model.forward).parameters)
+
+
+class ByPosition(nn.Module):
+    """Arguments that only go by position, a constant and an ordinary one among them, before a variable number."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = TwoLayers()
+
+    def forward(self, x: Tensor, factor: float, /, y: Tensor, *rest: Tensor) -> Tensor:
+        return self.inner(x * factor + y + sum(rest))
+
+
+def test_positional_arguments() -> None:
+    model = ByPosition().eval()
+    result = fasp_fx.prune(model, (X, 2.0, Y, MASK), calibration=[(X, 2.0, Y, MASK)] * 10, sparsity=0.3)
+    assert result.module(X, 2.0, Y, MASK).shape == X.shape
+    assert not torch.equal(result.module(X, 2.0, Y, MASK), result.module(Y, 2.0, Y, MASK))
+    for wrong in ((X, 3.0, Y, MASK), (X, 2.0, Y), (X, 2.0, Y, MASK, MASK)):
+        with pytest.raises(fasp_fx.CallError):
+            result.module(*wrong)
+
+
+def test_an_exported_program_with_constants() -> None:
+    model = ManyArguments().eval()
+    exported = torch.export.export(model, (X, None, 2.0), {"mask": MASK}, strict=False)
+    for given in (exported, exported.module()):
+        result = fasp_fx.prune(given, (X, None, 2.0), {"mask": MASK}, sparsity=0.3, score="random", restore=None)
+        assert result.module(X, None, 2.0, mask=MASK).scaled.shape == X.shape
+        with pytest.raises(fasp_fx.CallError):
+            result.module(X, None, 3.0, mask=MASK)
