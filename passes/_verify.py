@@ -40,9 +40,9 @@ def verify(program: Program, reference: Analysis) -> Walk:
         overrides=program.numbers,
         strict=True,
     ).run(reference.walk.sizes.small)
-    labels = reference.labels
+    labels, last = reference.labels, _last_ones(program, reference)
     for first, second, node in walk.facts.pairs:
-        wrong = np.nonzero(labels[first] != labels[second])[0]
+        wrong = np.nonzero((labels[first] != labels[second]) & ~np.isin(labels[first], last) & ~np.isin(labels[second], last))[0]
         if wrong.size:
             a, b = reference.numbering.slot_of(int(first[wrong[0]])), reference.numbering.slot_of(int(second[wrong[0]]))
             raise VerificationError(
@@ -50,7 +50,6 @@ def verify(program: Program, reference: Analysis) -> Walk:
                 f"{int(second[wrong[0]]) - b.base} of {b}, which were not coupled before"
             )
     known = reference.walk.facts
-    last = _last_ones(program, reference)
     for kind, found, allowed in (
         ("froze", walk.facts.frozen, known.frozen),
         ("mixes", walk.facts.mixed, known.mixed),
@@ -64,7 +63,8 @@ def verify(program: Program, reference: Analysis) -> Walk:
 def _last_ones(program: Program, reference: Analysis) -> np.ndarray:
     """The channel sets that are the only ones left of their block.
 
-    A dimension of one position, or of one channel repeated, looks like a dimension without channels, so that meeting it proves nothing.
+    A dimension of one position, or of one channel repeated, looks like a dimension without channels, and what is left of a box of which one
+    dimension became 1 looks like channels of another dimension, so that what they meet proves nothing.
     """
     gone = np.zeros(int(reference.labels.max(initial=-1)) + 1, dtype=bool)
     for name, numbers in program.numbers.items():

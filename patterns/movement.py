@@ -47,4 +47,5 @@ MOVEMENT: dict[str, str] = {
     "aten.stack.default": "move tensors",
     # borders: what is added is not a channel
     "aten.constant_pad_nd.default": "move self",
+    "aten.pad.default": "move self",
 }

@@ -8,7 +8,7 @@ import random
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import lru_cache
+from functools import cache
 
 import pytest
 import torch
@@ -49,12 +49,12 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             item.add_marker(skip)
 
 
-@lru_cache(maxsize=None)
+@cache
 def _model(name: str) -> nn.Module:
     return ZOO[name].build()
 
 
-@lru_cache(maxsize=None)
+@cache
 def _analysis(name: str) -> fasp_fx.Analysis:
     return fasp_fx.analyze(_model(name), (), ZOO[name].example())
 

@@ -41,7 +41,9 @@ class Layer:
     query_key: Rows
 
 
-def separate(attention: str, output: str, up: list[str], down: str, *, kv: int, bias: bool = False, names: tuple[str, str, str] = ("q_proj", "k_proj", "v_proj")) -> Layer:
+def separate(
+    attention: str, output: str, up: list[str], down: str, *, kv: int, bias: bool = False, names: tuple[str, str, str] = ("q_proj", "k_proj", "v_proj")
+) -> Layer:
     q, k, v = names
     kinds = ["weight", "bias"] if bias else ["weight"]
     return Layer(
@@ -62,9 +64,7 @@ def fused(
     def both(name: str, indices: list[int]) -> Rows:
         return {f"{name}.weight": (made, indices)} | ({f"{name}.bias": (0, indices)} if bias else {})
 
-    return Layer(
-        both(qkv, value), blocks, (f"{output}.weight", contracted), both(up, rows((0, hidden))), (f"{down}.weight", contracted), both(qkv, query_key)
-    )
+    return Layer(both(qkv, value), blocks, (f"{output}.weight", contracted), both(up, rows((0, hidden))), (f"{down}.weight", contracted), both(qkv, query_key))
 
 
 _DECODER = "model.layers.{i}"

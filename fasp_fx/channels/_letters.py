@@ -184,6 +184,11 @@ class Relation:
             if not operand.at(letter):
                 for _, _, numbers in found:
                     self.facts.say(self.facts.frozen, numbers, f"meets '{operand.name}' of {self.node.target}, which has no channels there", self.node)
+        if not all(operand.at(letter) for operand in holders) and not constant and letter in self.kept:
+            # A weight's positions that are frozen here never go; carried on, they would only be taken for channels that other weights share.
+            found = [item for item in found if not item[0].value.constant]
+            if not found:
+                return []
         for influenced in self.mixed | self.reduced | (set(order) - self.kept):
             if influenced != letter:
                 for _, _, numbers in found:

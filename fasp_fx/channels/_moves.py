@@ -11,7 +11,7 @@ from fasp_fx.patterns import Rule
 
 from ._facts import Facts
 from ._fx import arguments as arguments_of
-from ._value import NONE, Axis, Value, collapse
+from ._value import NONE, Axis, Value, collapse, smallest_step
 
 #: numbers are stride-0 broadcasts, on which a view may need a copy
 _ON_NUMBERS = {
@@ -91,12 +91,21 @@ def move(
             facts.say(facts.frozen, axis.numbers, f"{problem} by {node.target}", node)
             if problem == _AT_RUN_TIME:
                 continue  # the remaining positions are those of a sequence, not channels
+        if "pad" in others and _border_moves(axis, others):
+            facts.say(facts.frozen, axis.numbers, f"is cut at the border, or continued there, by {node.target}", node)
         moved = _pad(axis, others["pad"]) if "pad" in others else _run(node.target, _full(axis, source.shape), _rest(others))
         for index, numbers in enumerate(_outputs(moved)):
-            _keep(axes[index], numbers, facts, node)
+            _keep(axes[index], numbers, facts, node, axis)
     whole = source.origin if len(shapes) == 1 and _numel(shapes[0]) == _numel(source.shape) else None
     data = [None] * len(shapes) if source.data is None else _outputs(_run(node.target, source.data, _rest(others)))
     return [Value(shape, tuple(axes[i]), source.constant, whole, data[i]) for i, shape in enumerate(shapes)]
+
+
+def _border_moves(axis: Axis, others: dict[str, Any]) -> bool:
+    """Whether other channels would stand at the border once some are gone: one is cut off there, or repeated."""
+    rank = axis.numbers.dim()
+    amounts = [amount for index, amount in enumerate(others["pad"]) if axis.numbers.shape[rank - 1 - index // 2] > 1]
+    return any(amount < 0 for amount in amounts) or (others.get("mode", "constant") != "constant" and any(amounts))
 
 
 def _pad(axis: Axis, pad: list[int]) -> Tensor:
@@ -127,12 +136,19 @@ def _numel(shape: tuple[int, ...]) -> int:
     return int(torch.Size(shape).numel())
 
 
-def _keep(axes: list[Axis], moved: Tensor, facts: Facts, node: fx.Node) -> None:
+def _keep(axes: list[Axis], moved: Tensor, facts: Facts, node: fx.Node, source: Axis | None = None) -> None:
     axis = Axis.of(moved)
-    if axis is not None:
+    if axis is not None and (source is None or not _one_of_each(axis, source)):
         axes.append(axis)
     elif moved.numel() and int(collapse(moved).reshape(-1)[0]) != NONE:
-        facts.say(facts.frozen, collapse(moved), f"{node.target} takes out this channel alone", node)
+        facts.say(facts.frozen, collapse(moved), f"{node.target} takes channels out one by one", node)
+
+
+def _one_of_each(axis: Axis, source: Axis) -> bool:
+    """Whether a move took one channel out of every row, so that what is left varies only from row to row and cannot shrink."""
+    if len(axis.varying()) >= len(source.varying()) or axis.numbers.unique().numel() == source.numbers.unique().numel():
+        return False
+    return smallest_step(axis.numbers.numpy(), axis.dim) > smallest_step(source.numbers.numpy(), source.dim)
 
 
 def _join(node: fx.Node, rule: Rule, sources: list[Value], others: dict[str, Any], shapes: list[tuple[int, ...]], facts: Facts) -> list[Value]:

@@ -31,11 +31,12 @@ def innermost(numbers: Tensor) -> int | None:
     varying = [dim for dim in range(numbers.dim()) if numbers.shape[dim] > 1]
     if len(varying) <= 1:
         return varying[0] if varying else None
-    steps = {dim: _smallest_step(numbers.numpy(), dim) for dim in varying}
+    steps = {dim: smallest_step(numbers.numpy(), dim) for dim in varying}
     return min(varying, key=lambda dim: (steps[dim], -dim))
 
 
-def _smallest_step(numbers: np.ndarray, dim: int) -> int:
+def smallest_step(numbers: np.ndarray, dim: int) -> int:
+    """The smallest difference between neighbours along a dimension, apart from none."""
     moved = np.moveaxis(numbers, dim, 0)
     after, before = moved[1:], moved[:-1]
     steps = np.abs(after - before)[(after != before) & (after != NONE) & (before != NONE)]

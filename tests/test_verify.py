@@ -1,0 +1,332 @@
+"""The verifier catches faulty passes: each test seeds one fault, and the pipeline must refuse the program, naming the pass."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from decoders import Spec, build, tokens
+from torch import fx
+
+import fasp_fx
+from fasp_fx._program import Program, set_weight
+from fasp_fx.analysis import Analysis, analyze_program
+from fasp_fx.capture import capture
+from fasp_fx.channels import attribute
+from fasp_fx.passes import PadValueHeads, PinAttentionScale, Pipeline, RemoveChannels, verify
+from fasp_fx.prune import split_fused
+
+FUSED = Spec(hidden=8, kv_heads=2, repeat=2, head_dim=6, ffn=12, bias=True, gated=True, fused_gate=True, projection="fused", positions="rope")
+SEPARATE = Spec(hidden=8, kv_heads=2, repeat=2, head_dim=6, ffn=12, bias=True, gated=True, positions="rope", attention="eager")
+SPECS = {"fused": FUSED, "separate": SEPARATE}
+VALUE_ROWS = {"fused": ("blocks.0.attention.qkv", 36), "separate": ("blocks.0.attention.v", 0)}
+
+
+@pytest.fixture(scope="module", params=SPECS)
+def analysed(request: pytest.FixtureRequest) -> tuple[str, Analysis]:
+    program = capture(build(SPECS[request.param]), (tokens(2, 4),))
+    return request.param, analyze_program(program, split_fused)
+
+
+def gone_of(analysis: Analysis, lost: int = 2) -> np.ndarray:
+    """Remove the first ``lost`` channel sets of each block of every prunable group."""
+    chosen = [group.sets[group.block_of == block][:lost] for group in analysis.select("prunable") for block in np.unique(group.block_of)]
+    return np.isin(analysis.labels, np.concatenate(chosen))
+
+
+def removed(analysis: Analysis) -> Program:
+    return Pipeline([RemoveChannels(analysis, gone_of(analysis))], analysis)(analysis.program)
+
+
+class Fault:
+    """A pass that does one thing wrong."""
+
+    name = "faulty_pass"
+
+    def __init__(self, change: Callable[[Program], None]) -> None:
+        self.change = change
+
+    def __call__(self, program: Program) -> Program:
+        program = program.copy()
+        self.change(program)
+        return program
+
+
+def must_be_refused(program: Program, analysis: Analysis, change: Callable[[Program], None]) -> str:
+    with pytest.raises(fasp_fx.VerificationError, match="faulty_pass") as caught:
+        Pipeline([Fault(change)], analysis)(program)
+    return str(caught.value)
+
+
+def take(program: Program, analysis: Analysis, name: str, dim: int, rows: list[int]) -> None:
+    """Give a weight these rows of the original one, and say so."""
+    original = attribute(analysis.program.module, name)
+    numbers = program.numbers.get(name) or [analysis.numbering.numbers(name, d) for d in range(original.dim())]
+    whole = analysis.numbering.numbers(name, dim)
+    index = torch.tensor(rows)
+    current = attribute(program.module, name)
+    weight = original.detach()
+    for other in range(original.dim()):
+        if other != dim and current.shape[other] != original.shape[other]:
+            weight = weight.index_select(other, numbers[other] - analysis.numbering.get(name, other).base)
+    set_weight(program.module, name, weight.index_select(dim, index))
+    program.numbers[name] = [whole[index] if d == dim else numbers[d] for d in range(original.dim())]
+
+
+def kept_rows(program: Program, analysis: Analysis, name: str, dim: int) -> list[int]:
+    return (program.numbers[name][dim] - analysis.numbering.get(name, dim).base).tolist()
+
+
+def nodes(program: Program, operator: str) -> list[fx.Node]:
+    return [node for node in program.module.graph.nodes if node.op == "call_function" and operator in str(node.target)]
+
+
+def test_correct_passes_are_accepted(analysed: tuple[str, Analysis]) -> None:
+    _, analysis = analysed
+    verify(analysis.program, analysis)
+    gone = gone_of(analysis)
+    program = Pipeline([PinAttentionScale(analysis), RemoveChannels(analysis, gone), PadValueHeads(analysis)], analysis)(analysis.program)
+    assert program is not analysis.program
+    Pipeline([Fault(lambda program: None)], analysis)(program)
+
+
+def test_a_producer_cut_at_wrong_rows(analysed: tuple[str, Analysis]) -> None:
+    kind, analysis = analysed
+    program = removed(analysis)
+    module, first = VALUE_ROWS[kind]
+
+    def change(program: Program) -> None:
+        for part in ("weight", "bias"):
+            rows = kept_rows(program, analysis, f"{module}.{part}", 0)
+            take(program, analysis, f"{module}.{part}", 0, [row - 1 if row >= first + 1 else row for row in rows])
+
+    assert "not coupled" in must_be_refused(program, analysis, change)
+
+
+def test_one_wrong_row(analysed: tuple[str, Analysis]) -> None:
+    _, analysis = analysed
+    name = "blocks.0.ffn.up.weight"
+    program = removed(analysis)
+    rows = kept_rows(program, analysis, name, 0)
+
+    def change(program: Program) -> None:
+        take(program, analysis, name, 0, [rows[0] - 1, *rows[1:]])
+
+    assert "blocks.0.ffn.up" in must_be_refused(program, analysis, change)
+
+
+def test_a_bias_cut_at_wrong_rows(analysed: tuple[str, Analysis]) -> None:
+    _, analysis = analysed
+    program = removed(analysis)
+    rows = kept_rows(program, analysis, "blocks.0.ffn.up.bias", 0)
+    must_be_refused(program, analysis, lambda program: take(program, analysis, "blocks.0.ffn.up.bias", 0, [*rows[1:], rows[0]]))
+
+
+def test_a_consumer_cut_at_wrong_columns(analysed: tuple[str, Analysis]) -> None:
+    _, analysis = analysed
+    program = removed(analysis)
+    for name in ("blocks.0.ffn.down.weight", "blocks.0.attention.out.weight"):
+        columns = kept_rows(program, analysis, name, 1)
+        must_be_refused(program, analysis, lambda program, name=name, columns=columns: take(program, analysis, name, 1, [columns[0] - 1, *columns[1:]]))
+
+
+def test_a_bias_left_whole(analysed: tuple[str, Analysis]) -> None:
+    _, analysis = analysed
+    whole = attribute(analysis.program.module, "blocks.0.ffn.up.bias")
+
+    def change(program: Program) -> None:
+        set_weight(program.module, "blocks.0.ffn.up.bias", whole.detach().clone())
+        del program.numbers["blocks.0.ffn.up.bias"]
+
+    assert "no longer executes" in must_be_refused(removed(analysis), analysis, change)
+
+
+def test_weights_cut_and_graph_left_alone(analysed: tuple[str, Analysis]) -> None:
+    """What ``graph.lint()`` and ``ExportedProgram.validate()`` accept."""
+    _, analysis = analysed
+    done = removed(analysis)
+
+    def change(program: Program) -> None:
+        for name, numbers in done.numbers.items():
+            set_weight(program.module, name, attribute(done.module, name))
+            program.numbers[name] = numbers
+
+    must_be_refused(analysis.program, analysis, change)
+
+
+def test_graph_resized_and_weights_left_whole(analysed: tuple[str, Analysis]) -> None:
+    _, analysis = analysed
+
+    def change(program: Program) -> None:
+        for name in list(program.numbers):
+            set_weight(program.module, name, attribute(analysis.program.module, name).detach().clone())
+        program.numbers.clear()
+
+    must_be_refused(removed(analysis), analysis, change)
+
+
+def test_swapped_heads(analysed: tuple[str, Analysis]) -> None:
+    kind, analysis = analysed
+    program = removed(analysis)
+    module, first = VALUE_ROWS[kind]
+
+    def change(program: Program) -> None:
+        for part in ("weight", "bias"):
+            rows = kept_rows(program, analysis, f"{module}.{part}", 0)
+            values = [row for row in rows if row >= first]
+            half = len(values) // 2
+            take(program, analysis, f"{module}.{part}", 0, [*[row for row in rows if row < first], *values[half:], *values[:half]])
+
+    must_be_refused(program, analysis, change)
+
+
+def test_swapped_gate_and_up(analysed: tuple[str, Analysis]) -> None:
+    """Gate and up channels of one neuron are coupled, so only shifting one against the other is a fault."""
+    _, analysis = analysed
+    program = removed(analysis)
+
+    def change(program: Program) -> None:
+        for part in ("weight", "bias"):
+            rows = kept_rows(program, analysis, f"blocks.0.ffn.up.{part}", 0)
+            half = len(rows) if len(rows) <= 10 else len(rows) // 2
+            take(program, analysis, f"blocks.0.ffn.up.{part}", 0, [*rows[1:half], rows[0], *rows[half:]])
+
+    must_be_refused(program, analysis, change)
+
+
+@pytest.mark.parametrize("shift", [-1, 1])
+def test_a_slice_off_by_one(shift: int) -> None:
+    analysis = analyze_program(capture(build(FUSED), (tokens(2, 4),)), split_fused)
+
+    def change(program: Program) -> None:
+        split = next(node for node in nodes(program, "split_with_sizes") if len(node.args[1]) == 3)
+        q, k, v = split.args[1]
+        split.update_arg(1, [q, k + shift, v - shift])
+
+    for program in (analysis.program, removed(analysis)):
+        must_be_refused(program, analysis, change)
+
+
+def test_values_and_keys_swapped() -> None:
+    analysis = analyze_program(capture(build(FUSED), (tokens(2, 4),)), split_fused)
+
+    def change(program: Program) -> None:
+        _, k, v = (node for node in program.module.graph.nodes if "getitem" in str(node.target) and "split_with_sizes" in str(node.args[0].target))
+        k.update_arg(1, 2)
+        v.update_arg(1, 1)
+
+    must_be_refused(analysis.program, analysis, change)
+
+
+def test_an_output_sliced(analysed: tuple[str, Analysis]) -> None:
+    _, analysis = analysed
+
+    def change(program: Program) -> None:
+        output = next(iter(program.module.graph.find_nodes(op="output")))
+        (result,) = output.args[0]
+        with program.module.graph.inserting_before(output):
+            shorter = program.module.graph.call_function(torch.ops.aten.slice.Tensor, (result, 2, 0, 5))
+        output.args = ((shorter,),)
+
+    assert "output 0" in must_be_refused(removed(analysis), analysis, change)
+
+
+def test_a_flip_put_between(analysed: tuple[str, Analysis]) -> None:
+    _, analysis = analysed
+
+    def change(program: Program) -> None:
+        product = next(node for node in nodes(program, "aten.mul.Tensor") if any("silu" in str(n.target) for n in node.all_input_nodes))
+        (user,) = product.users
+        with program.module.graph.inserting_before(user):
+            flipped = program.module.graph.call_function(torch.ops.aten.flip.default, (product, [-1]))
+        user.replace_input_with(product, flipped)
+
+    assert "not coupled" in must_be_refused(removed(analysis), analysis, change)
+
+
+def test_a_mixing_operator_put_between(analysed: tuple[str, Analysis]) -> None:
+    _, analysis = analysed
+
+    def change(program: Program) -> None:
+        product = next(node for node in nodes(program, "aten.mul.Tensor") if any("silu" in str(n.target) for n in node.all_input_nodes))
+        (user,) = product.users
+        with program.module.graph.inserting_before(user):
+            mixed = program.module.graph.call_function(torch.ops.aten.softmax.int, (product, -1))
+        user.replace_input_with(product, mixed)
+
+    must_be_refused(removed(analysis), analysis, change)
+
+
+def test_an_operator_without_a_rule_put_between(analysed: tuple[str, Analysis]) -> None:
+    _, analysis = analysed
+
+    def change(program: Program) -> None:
+        product = next(node for node in nodes(program, "aten.mul.Tensor") if any("silu" in str(n.target) for n in node.all_input_nodes))
+        (user,) = product.users
+        with program.module.graph.inserting_before(user):
+            rolled = program.module.graph.call_function(torch.ops.aten.renorm.default, (product, 2, 0, 1.0))
+        user.replace_input_with(product, rolled)
+
+    assert "no rule" in must_be_refused(removed(analysis), analysis, change)
+
+
+def test_a_wrong_size_argument(analysed: tuple[str, Analysis]) -> None:
+    _, analysis = analysed
+
+    def change(program: Program) -> None:
+        view = nodes(program, "aten.reshape")[-1]
+        sizes = list(view.args[1])
+        view.update_arg(1, [*sizes[:-1], sizes[-1] + 1] if isinstance(sizes[-1], int) and sizes[-1] > 0 else [*sizes[:-2], sizes[-2], 1])
+
+    must_be_refused(removed(analysis), analysis, change)
+
+
+def test_a_removal_that_breaks_a_box(analysed: tuple[str, Analysis]) -> None:
+    """Another number of channels in each head leaves no box."""
+    _, analysis = analysed
+    group = next(g for g in analysis.select("prunable") if g.blocks > 1)
+    gone = np.isin(analysis.labels, group.sets[group.block_of == group.block_of[0]][:2])
+    with pytest.raises(fasp_fx.VerificationError, match=r"remove_channels.*unequal"):
+        Pipeline([RemoveChannels(analysis, gone)], analysis)(analysis.program)
+
+
+def test_a_removal_that_cuts_through_a_set(analysed: tuple[str, Analysis]) -> None:
+    _, analysis = analysed
+    gone = gone_of(analysis)
+    slot = analysis.numbering.get("blocks.0.ffn.down.weight", 1)
+    gone[slot.base : slot.base + slot.size] = False
+    with pytest.raises(fasp_fx.VerificationError):
+        Pipeline([RemoveChannels(analysis, gone)], analysis)(analysis.program)
+
+
+def test_a_pass_that_leaves_a_broken_graph(analysed: tuple[str, Analysis]) -> None:
+    """Whatever a faulty pass does, the caller gets a typed error or, as here, fx's own about its graph."""
+    _, analysis = analysed
+
+    def change(program: Program) -> None:
+        weight: Any = next(iter(program.module.graph.find_nodes(op="get_attr")))
+        weight.target = "nowhere.weight"
+
+    with pytest.raises((fasp_fx.VerificationError, RuntimeError)):
+        Pipeline([Fault(change)], analysis)(analysis.program)
+
+
+def test_passes_do_not_change_their_input(analysed: tuple[str, Analysis]) -> None:
+    _, analysis = analysed
+    before = str(analysis.program.module.graph)
+    weights = {name: tensor.detach().clone() for name, tensor in analysis.program.weights().items()}
+    removed(analysis)
+    assert str(analysis.program.module.graph) == before
+    assert all(torch.equal(tensor, weights[name]) for name, tensor in analysis.program.weights().items())
+
+
+def test_nodes_written_by_passes_are_marked(analysed: tuple[str, Analysis]) -> None:
+    _, analysis = analysed
+    program = Pipeline([PinAttentionScale(analysis), RemoveChannels(analysis, gone_of(analysis)), PadValueHeads(analysis)], analysis)(analysis.program)
+    marks = {node.meta.get(fasp_fx.passes.WRITTEN_BY) for node in program.module.graph.nodes}
+    assert "remove_channels" in marks
+    if nodes(program, "scaled_dot_product_attention"):
+        assert {"pin_attention_scale", "pad_value_heads"} <= marks
