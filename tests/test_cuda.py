@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from decoders import Spec, build, tokens
@@ -9,6 +11,9 @@ from oracle import TOLERANCE, error, masked, removed_columns
 
 import fasp_fx
 from fasp_fx.statistics import Gram
+
+SPEC = Spec(layers=2, hidden=8, kv_heads=2, repeat=2, head_dim=4, ffn=12, bias=True, gated=True, positions="rope")
+BATCHES = [tokens(4, 9, seed=seed) for seed in range(4)]
 
 pytestmark = [pytest.mark.cuda, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
 
@@ -42,3 +47,20 @@ def test_activations_stay_on_the_device(monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setattr(torch.Tensor, "cpu", watch)
     fasp_fx.prune(model, (example,), calibration=[example], sparsity=0.2)
     assert max(moved, default=0) <= 256, "something larger than a fingerprint's sample went to the host"
+
+
+@pytest.mark.parametrize("moved", [True, False], ids=["model on the device", "device argument"])
+def test_restored_results_agree(moved: bool) -> None:
+    model = build(SPEC)
+    expected = fasp_fx.prune(model, (BATCHES[0],), calibration=BATCHES, sparsity=0.3)
+    if moved:
+        other = copy.deepcopy(model).cuda()
+        batches = [batch.cuda() for batch in BATCHES]
+        found = fasp_fx.prune(other, (batches[0],), calibration=batches, sparsity=0.3)
+    else:
+        found = fasp_fx.prune(model, (BATCHES[0],), calibration=BATCHES, sparsity=0.3, device="cuda")
+        assert all(parameter.device.type == "cpu" for parameter in model.parameters())
+    assert all(parameter.device.type == "cuda" for parameter in found.module.parameters())
+    assert found.plan.slices() == expected.plan.slices()
+    unseen = tokens(3, 6)
+    assert error(found.module(unseen.cuda()).cpu(), expected.module(unseen)) < 1e-2
