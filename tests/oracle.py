@@ -6,6 +6,7 @@ It uses forward hooks of the original modules and shares no code with the librar
 from __future__ import annotations
 
 import contextlib
+import copy
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
@@ -57,6 +58,17 @@ def removed_columns(plan: Any, model: nn.Module) -> dict[str, set[int]]:
             assert part.dim == _columns(modules[part.name.rpartition(".")[0]])[0], f"{part} is not along the input of its module"
             found.setdefault(part.name, set()).update(part.removed)
     return found
+
+
+def zeroed(model: nn.Module, plan: Any) -> nn.Module:
+    """A copy of the model whose consumers' removed columns are zero: the same function, also where no module's hook sees the input."""
+    copied = copy.deepcopy(model)
+    weights = dict(copied.named_parameters(remove_duplicate=False))
+    with torch.no_grad():
+        for group in plan.groups:
+            for part in group.consumers:
+                weights[part.name].index_fill_(part.dim, torch.tensor(part.removed, dtype=torch.long), 0)
+    return copied
 
 
 def floats(output: Any) -> list[Tensor]:

@@ -114,7 +114,8 @@ def test_prune_by_itself(folder: Path, tmp_path: Path) -> None:
     assert "perplexity on text that the model wrote itself, not seen by calibration (3 x 32 tokens)" in first.stdout
     again = _invoke("prune", folder / "model", "--out", tmp_path / "out", *SMALL, "--overwrite")
     assert again.exit_code == 0, again.output
-    rows = [[line for line in done.stdout.splitlines() if "perplexity" in line] for done in (first, again)]
+    # The width of a column follows the measured latencies, so only the words are compared.
+    rows = [[line.split() for line in done.stdout.splitlines() if "perplexity" in line] for done in (first, again)]
     assert rows[0] == rows[1]  # the same seed writes the same text
     assert (tmp_path / "out" / "tokenizer" / "tokenizer.json").is_file()
     assert [child.name for child in tmp_path.iterdir()] == ["out"]

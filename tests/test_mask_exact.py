@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 import torch
 from conftest import PROFILE, one_capture
-from oracle import assert_mask_exact, error, floats, masked
-from torch import nn
-from zoo import ZOO, Entry
+from oracle import TOLERANCE, assert_mask_exact, error, floats, masked, zeroed
+from torch import Tensor, nn
+from zoo import ZOO, Entry, randomise
 
 import fasp_fx
 
@@ -64,3 +64,51 @@ def test_the_oracle_sees_a_wrong_column(zoo_model: Callable[[str], nn.Module]) -
 
     assert error(call([3, 8]), call([3, 9])) > 1e-3
     assert len(floats(call([3]))) == 1
+
+
+class WithMemory(nn.Module):
+    """A decoder layer of torch that attends to half of its input."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.TransformerDecoderLayer(8, 2, 16, batch_first=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(x, x * 0.5)
+
+
+class BehindConvolution(nn.Module):
+    """A feed-forward block behind an operator on images, an LSTM beside it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.convolution, self.memory = nn.Conv1d(8, 8, 3, padding=1), nn.LSTM(8, 8, batch_first=True)
+        self.up, self.down = nn.Linear(8, 9), nn.Linear(9, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.convolution(x.transpose(1, 2)).transpose(1, 2) + self.memory(x)[0]
+        return self.down(self.up(x).relu())
+
+
+@pytest.mark.parametrize(
+    ("make", "consumers"),
+    [
+        (lambda: nn.TransformerEncoderLayer(8, 2, 16, batch_first=True, norm_first=True), {"self_attn.out_proj.weight", "linear2.weight"}),
+        (WithMemory, {"layer.self_attn.out_proj.weight", "layer.linear2.weight"}),
+        (BehindConvolution, {"down.weight"}),
+    ],
+    ids=["encoder layer", "decoder layer", "convolution and LSTM"],
+)
+def test_layers_of_torch(make: Callable[[], nn.Module], consumers: set[str]) -> None:
+    """Their attention uses its weights without calling modules, so that hooks see nothing; zeroed columns are the same function."""
+    model = randomise(make(), std=0.5)
+    example, unseen = (torch.randn(batch, 5, 8, generator=torch.Generator().manual_seed(batch)) for batch in (2, 3))
+    with one_capture():
+        most = fasp_fx.analyze(model, (example,)).max_sparsity
+        for share in (0.5, 1.0):
+            result = fasp_fx.prune(model, (example,), sparsity=share * most, score="random", restore=None)
+            assert {part.name for group in result.plan.groups for part in group.consumers} >= consumers
+            with torch.no_grad():
+                expected = zeroed(model, result.plan)(unseen)
+                assert error(result.module(unseen), expected) <= TOLERANCE
+                assert error(expected, model(unseen)) > 100 * TOLERANCE

@@ -6,6 +6,7 @@ freezes the channels it is given; it never fails and never guesses.
 
 from __future__ import annotations
 
+import logging
 import operator
 from dataclasses import dataclass, field
 from typing import Any
@@ -77,10 +78,17 @@ class Interpreter:
         """
         if small is not None:
             return self._run(small)
+        # That a program does not run at small sizes is no error, but the fake tensors would log it as one.
+        logger = logging.getLogger("torch._subclasses.fake_tensor")
+        level = logger.level
         try:
+            logger.setLevel(logging.CRITICAL)
             return self._run(small=True)
         except _Degenerate:
+            logger.setLevel(level)
             return self._run(small=False)
+        finally:
+            logger.setLevel(level)
 
     def _run(self, small: bool) -> Walk:
         walk = Walk(Sizes(self.module, small))

@@ -1,0 +1,57 @@
+"""Which rule an operator has: derived, built in, or the user's."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from fasp_fx import RuleError
+from fasp_fx.patterns import lookup, parse, register, unregister
+
+
+def test_what_a_rule_says() -> None:
+    rule = parse("input[... i], weight[o i], bias[o] -> [... o] if flag; mix o; freeze @dim")
+    (alternative,) = rule.alternatives
+    assert [operand.name for operand in alternative.operands] == ["input", "weight", "bias"]
+    assert alternative.operands[1].dims == ("o", "i")
+    assert alternative.results == (("...", "o"),)
+    assert alternative.condition == "flag"
+    assert rule.names() == {"input", "weight", "bias", "flag", "dim"}
+    assert [clause.words for clause in rule.all("mix")] == [("o",)]
+    assert parse("move self; span dim start end").names() == {"self", "dim", "start", "end"}
+
+
+def test_pointwise_rules_are_derived() -> None:
+    assert str(lookup(torch.ops.aten.gelu.default)) == "self[...] -> [...]"
+    assert str(lookup(torch.ops.aten.mul.Tensor)) == "self[...], other[...] -> [...]"
+    assert str(lookup(torch.ops.aten.where.self)) == "condition[...], self[...], other[...] -> [...]"
+    assert lookup(torch.ops.aten.sort.default) is None
+    assert lookup(len) is None
+
+
+def test_registering() -> None:
+    operator = torch.ops.aten.sort.default
+    try:
+        rule = register(operator, "self[...]  ->  [...],[...];freeze @dim")
+        assert str(rule) == "self[...] -> [...], [...]; freeze @dim"
+        assert lookup(operator) is rule
+    finally:
+        unregister(operator)
+    assert lookup(operator) is None
+    unregister(operator)  # a second time is harmless
+    with pytest.raises(RuleError, match="exact overload"):
+        register(torch.ops.aten.sort, "self[...] -> [...]")
+    with pytest.raises(RuleError, match=r"names \['weight'\]"):
+        register(operator, "weight[...] -> [...]")
+    assert lookup(operator) is None
+
+
+def test_a_users_rule_replaces_the_built_in_one() -> None:
+    operator = torch.ops.aten.gelu.default
+    before = lookup(operator)
+    try:
+        register(operator, "self[... c] -> [... c]; freeze c")
+        assert lookup(operator) != before
+    finally:
+        unregister(operator)
+    assert lookup(operator) == before

@@ -1,0 +1,257 @@
+"""Scores and restoration on whole models, grouped queries among them, against hooks on the dense module and numpy in float64."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from decoders import Spec, build, tokens
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor, nn
+from zoo import TwoLayers, randomise
+
+import fasp_fx
+from fasp_fx.restoration import least_squares, relative_error
+from fasp_fx.scoring import Columns
+from fasp_fx.statistics import Gram
+
+SPEC = Spec(layers=2, hidden=8, kv_heads=2, repeat=2, head_dim=4, ffn=12, bias=True, gated=True, positions="rope")
+BATCHES = [tokens(4, 9, seed=seed) for seed in range(4)]
+CONSUMERS = [f"blocks.{layer}.{part}.weight" for layer in range(2) for part in ("attention.out", "ffn.down")]
+
+
+@contextmanager
+def recorded(model: nn.Module, names: list[str]) -> Iterator[dict[str, list[Tensor]]]:
+    """The inputs of the modules that own the named weights."""
+    seen: dict[str, list[Tensor]] = {name: [] for name in names}
+    modules = dict(model.named_modules())
+
+    def hook(name: str) -> Callable[..., None]:
+        return lambda module, args: seen[name].append(args[0].detach().reshape(-1, args[0].shape[-1]))
+
+    handles = [modules[name.rpartition(".")[0]].register_forward_pre_hook(hook(name)) for name in names]
+    try:
+        yield seen
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def inputs_of(model: nn.Module, names: list[str], batches: list[Tensor]) -> dict[str, np.ndarray]:
+    with torch.no_grad(), recorded(model, names) as seen:
+        for batch in batches:
+            model(batch)
+    return {name: torch.cat(parts).double().numpy() for name, parts in seen.items()}
+
+
+def removed(result: fasp_fx.Result) -> dict[str, list[int]]:
+    return {part.name: list(part.removed) for group in result.plan.groups for part in group.consumers}
+
+
+def solve(weight: np.ndarray, activations: np.ndarray, kept: np.ndarray) -> np.ndarray:
+    """W* = W G[:, M] (G[M, M] + δI)⁻¹ with δ = 1e-4 · mean(diag G), by a general solver."""
+    gram = activations.T @ activations
+    inner = gram[np.ix_(kept, kept)] + 1e-4 * np.mean(np.diag(gram)) * np.eye(len(kept))
+    return np.linalg.solve(inner.T, (weight @ gram[:, kept]).T).T
+
+
+def closeness(found: np.ndarray, expected: np.ndarray) -> float:
+    return float(np.linalg.norm(found - expected) / np.linalg.norm(expected))
+
+
+def weight_of(model: nn.Module, name: str) -> np.ndarray:
+    return dict(model.named_parameters())[name].detach().double().numpy()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("dim", [0, 1, -1])
+def test_gram_accumulates_in_float32_over_any_dimension(dtype: torch.dtype, dim: int) -> None:
+    data = torch.randn(6, 6, 6, generator=torch.Generator().manual_seed(0)).to(dtype)
+    gram = Gram(6, torch.device("cpu"))
+    for _ in range(3):
+        gram.update(data, dim)
+    rows = data.movedim(dim, -1).reshape(-1, 6).double()
+    assert gram.matrix.dtype == torch.float32
+    torch.testing.assert_close(gram.symmetric(), 3 * rows.T @ rows, rtol=1e-5, atol=1e-4)
+
+
+def test_restoration_equals_a_dense_solve() -> None:
+    model = build(SPEC)
+    result = fasp_fx.prune(model, (BATCHES[0],), calibration=BATCHES, sparsity=0.3, propagate=False)
+    activations = inputs_of(model, CONSUMERS, BATCHES)
+    gone = removed(result)
+    assert set(gone) == set(CONSUMERS)
+    for name in CONSUMERS:
+        kept = np.setdiff1d(np.arange(activations[name].shape[1]), gone[name])
+        expected = solve(weight_of(model, name), activations[name], kept)
+        found = weight_of(result.module, name)
+        assert closeness(found, expected) <= 1e-3, name
+        assert closeness(weight_of(model, name)[:, kept], expected) > 1e-2, f"the restoration of {name} changes nothing that can be seen"
+
+
+def test_propagation_sees_what_pruned_layers_make() -> None:
+    model = build(SPEC)
+    result = fasp_fx.prune(model, (BATCHES[0],), calibration=BATCHES, sparsity=0.3)
+    staged = copy.deepcopy(model)
+    gone = removed(result)
+    for name in CONSUMERS:  # in the order in which the data reaches them
+        activations = inputs_of(staged, [name], BATCHES)[name]
+        kept = np.setdiff1d(np.arange(activations.shape[1]), gone[name])
+        assert closeness(weight_of(result.module, name), solve(weight_of(model, name), activations, kept)) <= 1e-3, name
+        with torch.no_grad():
+            weight = dict(staged.named_parameters())[name]
+            weight.zero_()
+            weight[:, torch.from_numpy(kept)] = dict(result.module.named_parameters())[name]
+
+
+@pytest.mark.parametrize("propagate", [True, False])
+def test_restoration_never_makes_a_consumer_worse(propagate: bool) -> None:
+    model = build(SPEC)
+    result = fasp_fx.prune(model, (BATCHES[0],), calibration=BATCHES, sparsity=0.4, propagate=propagate)
+    lines = [line for line in result.report.lines if line.status == "prunable"]
+    assert all(line.error_restored <= line.error_cut * 1.001 for line in lines)
+    assert all(line.error_restored < line.error_cut for line in lines), "on this data every consumer can be improved"
+    if not propagate:
+        activations, gone = inputs_of(model, CONSUMERS, BATCHES), removed(result)
+        for name in CONSUMERS:
+            x, dense, found = activations[name], weight_of(model, name), weight_of(result.module, name)
+            kept = np.setdiff1d(np.arange(x.shape[1]), gone[name])
+            cut = np.linalg.norm(x @ dense.T - x[:, kept] @ dense[:, kept].T)
+            assert np.linalg.norm(x @ dense.T - x[:, kept] @ found.T) <= cut * 1.001, name
+
+
+@given(
+    rows=st.integers(1, 6),
+    columns=st.integers(2, 12),
+    samples=st.integers(1, 30),
+    rank=st.integers(1, 12),
+    scale=st.sampled_from([1e-6, 1.0, 1e6]),
+    seed=st.integers(0, 999),
+)
+def test_least_squares_never_raises_the_error(rows: int, columns: int, samples: int, rank: int, scale: float, seed: int) -> None:
+    random = np.random.default_rng(seed)
+    weight = random.normal(size=(rows, columns)).astype(np.float32)
+    x = random.normal(size=(samples, min(rank, columns))) @ random.normal(size=(min(rank, columns), columns)) * scale
+    x[:, random.integers(columns)] = 0  # a channel that is never active
+    kept = np.sort(random.permutation(columns)[: random.integers(1, columns)])
+    gram = torch.from_numpy(x.T @ x)
+    outcome = least_squares(torch.from_numpy(weight), gram, torch.from_numpy(kept))
+    found = outcome.weight.double().numpy()
+    assert np.isfinite(found).all()
+    assert not np.delete(found, kept, axis=1).any(), "a removed column holds a value"
+    target = x @ weight.T
+    cut, restored = (np.linalg.norm(target - x[:, kept] @ w[:, kept].T) for w in (weight, found))
+    assert restored <= cut * 1.001 + 1e-9 * scale
+    if np.linalg.norm(target) > 0:
+        assert relative_error(torch.from_numpy(weight).double(), outcome.weight.double(), gram) == pytest.approx(outcome.error_after, rel=1e-3, abs=1e-9)
+    if outcome.used:
+        assert closeness(found[:, kept], solve(weight.astype(np.float64), x, kept)) <= 1e-3
+
+
+@pytest.mark.parametrize("score", ["fasp", "magnitude"])
+def test_scores_equal_a_naive_computation(score: str) -> None:
+    model = build(SPEC)
+    result = fasp_fx.prune(model, (BATCHES[0],), calibration=BATCHES, sparsity=0.3, score=score, restore=None, propagate=False)
+    activations, gone = inputs_of(model, CONSUMERS, BATCHES), removed(result)
+    for name in CONSUMERS:
+        weight = weight_of(model, name)
+        columns = weight.shape[1]
+        if score == "fasp":
+            values = [sum(abs(weight[i, j]) for i in range(weight.shape[0])) * np.sqrt(sum(activations[name][:, j] ** 2)) for j in range(columns)]
+        else:
+            values = [np.sqrt(sum(weight[:, j] ** 2)) for j in range(columns)]
+        if "attention" in name:  # query heads share their key head's value channels, and each key head loses as many
+            shared = np.array(values).reshape(SPEC.kv_heads, SPEC.repeat, SPEC.head_dim)
+            totals = shared.sum(1)
+            lost = len(gone[name]) // (SPEC.kv_heads * SPEC.repeat)
+            expected = [
+                (kv * SPEC.repeat + r) * SPEC.head_dim + int(c)
+                for kv in range(SPEC.kv_heads)
+                for c in np.argsort(totals[kv])[:lost]
+                for r in range(SPEC.repeat)
+            ]
+        else:
+            expected = list(np.argsort(values)[: len(gone[name])])
+        assert sorted(map(int, expected)) == gone[name], name
+
+
+def test_the_score_of_a_group_adds_its_consumers() -> None:
+    class TwoConsumers(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.up, self.left, self.right = nn.Linear(6, 10), nn.Linear(10, 3), nn.Linear(10, 5)
+
+        def forward(self, x: Tensor) -> Tensor:
+            h = self.up(x).relu()
+            return torch.cat([self.left(h), self.right(h)], -1)
+
+    model = randomise(TwoConsumers())
+    x = torch.randn(50, 6, generator=torch.Generator().manual_seed(0))
+    result = fasp_fx.prune(model, (x,), calibration=[x], sparsity=0.3, restore=None)
+    h = inputs_of(model, ["left.weight"], [x])["left.weight"]
+    total = (np.abs(weight_of(model, "left.weight")).sum(0) + np.abs(weight_of(model, "right.weight")).sum(0)) * np.linalg.norm(h, axis=0)
+    gone = removed(result)
+    assert gone["left.weight"] == gone["right.weight"] == sorted(np.argsort(total)[: len(gone["left.weight"])].tolist())
+
+
+def test_a_score_of_ones_own() -> None:
+    model = TwoLayers().eval()
+    x = torch.randn(40, 12, generator=torch.Generator().manual_seed(0))
+    seen: list[Columns] = []
+
+    def last_first(columns: Columns) -> Tensor:
+        seen.append(columns)
+        return -torch.arange(columns.weight.shape[1], dtype=torch.float64)
+
+    result = fasp_fx.prune(model, (x,), calibration=[x], sparsity=0.5, score=last_first)
+    assert removed(result)["second.weight"] == list(range(10, 20))
+    (columns,) = seen
+    h = inputs_of(model, ["second.weight"], [x])["second.weight"]
+    assert columns.norms is not None
+    assert columns.gram is not None
+    np.testing.assert_allclose(columns.norms.numpy(), np.linalg.norm(h, axis=0), rtol=1e-5)
+    np.testing.assert_allclose(columns.gram().numpy(), h.T @ h, rtol=1e-4, atol=1e-5)
+    np.testing.assert_array_equal(columns.weight.detach().numpy(), model.second.weight.detach().numpy())
+
+
+def test_kinds_of_calibration_data_agree() -> None:
+    model = build(SPEC)
+    loader = torch.utils.data.DataLoader(torch.cat(BATCHES), batch_size=4)
+    kinds: dict[str, Any] = {
+        "tensors": BATCHES,
+        "tuples": [(batch,) for batch in BATCHES],
+        "keywords": [{"tokens": batch} for batch in BATCHES],
+        "generator": (batch for batch in BATCHES),
+        "data loader": loader,
+        "one large batch": [torch.cat(BATCHES)],
+    }
+    results = {kind: fasp_fx.prune(model, (BATCHES[0],), calibration=data, sparsity=0.3) for kind, data in kinds.items()}
+    expected = results["tensors"]
+    for kind, result in results.items():
+        assert removed(result) == removed(expected), kind
+        for name in CONSUMERS:
+            assert closeness(weight_of(result.module, name), weight_of(expected.module, name)) < 1e-4, kind
+
+
+def test_a_weight_used_twice_is_restored_on_both_inputs() -> None:
+    class Shared(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.up, self.down = nn.Linear(6, 10), nn.Linear(10, 6)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.down(self.up(x).relu()) + self.down(self.up(-x).tanh())
+
+    model = randomise(Shared())
+    x = torch.randn(60, 6, generator=torch.Generator().manual_seed(0))
+    result = fasp_fx.prune(model, (x,), calibration=[x], sparsity=0.4)
+    h = inputs_of(model, ["down.weight"], [x])["down.weight"]  # the hook sees both uses
+    assert len(h) == 120
+    kept = np.setdiff1d(np.arange(10), removed(result)["down.weight"])
+    assert closeness(weight_of(result.module, "down.weight"), solve(weight_of(model, "down.weight"), h, kept)) <= 1e-3
