@@ -7,13 +7,10 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
-import math
 import pathlib
-from collections.abc import Callable
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 LENGTH, CALIBRATION, EVALUATION = 1024, 32, slice(100, 140)
@@ -48,13 +45,3 @@ def chunks(tokenizer: Any, text: pathlib.Path, device: str) -> Tensor:
         words = words.replace(f" @{sign}@ ", sign)
     ids = tokenizer(words, add_special_tokens=False, return_tensors="pt", verbose=False).input_ids[0]
     return ids[: len(ids) // LENGTH * LENGTH].reshape(-1, LENGTH).to(device)
-
-
-def perplexity(logits: Callable[[Tensor], Tensor], data: Tensor) -> float:
-    """exp of the mean over chunks of the mean token cross-entropy over each chunk's 1,023 predictions."""
-    total = 0.0
-    with torch.inference_mode():
-        for row in data:
-            out = logits(row[None])[0, :-1].float()
-            total += float(F.cross_entropy(out, row[1:]))
-    return math.exp(total / len(data))

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from _protocol import EVALUATION, arguments, chunks, perplexity, smollm2
+from _protocol import EVALUATION, arguments, chunks, smollm2
 
 import fasp_fx
+from fasp_fx.evaluation import perplexity
 
 
 def main() -> None:
@@ -17,11 +18,11 @@ def main() -> None:
     data = chunks(tokenizer, options.text, options.device)
     batches = [{"input_ids": row[None]} for row in data[: options.chunks]]
     example = {"input_ids": data[:1], "use_cache": False}
-    print(f"dense                 {perplexity(lambda ids: model(ids, use_cache=False).logits, data[EVALUATION]):.3f}", flush=True)
+    print(f"dense                 {perplexity(model, data[EVALUATION]):.3f}", flush=True)
     runs = [(sparsity, "least-squares") for sparsity in options.sparsity] + [(sparsity, None) for sparsity in options.no_restore]
     for sparsity, restore in runs:
         result = fasp_fx.prune(model, (), example, calibration=batches, sparsity=sparsity, restore=restore, round_to=options.round_to)  # type: ignore[arg-type]
-        value = perplexity(lambda ids, module=result.module: module(ids).logits, data[EVALUATION])
+        value = perplexity(result.module, data[EVALUATION])
         label = f"{sparsity:.0%}" + ("" if restore else " without restoration")
         spent = ", ".join(f"{stage} {seconds:.1f}" for stage, seconds in result.report.seconds.items())
         print(

@@ -14,7 +14,7 @@ from ._runner import Runner
 from .analysis import Analysis
 from .channels import Use, attribute
 from .errors import ArgumentError, CalibrationError, CalibrationWarning
-from .groups import Group
+from .groups import PRUNABLE, Group
 from .restoration import Restored
 from .scoring import Columns, Score
 from .statistics import Gram
@@ -70,7 +70,7 @@ class Observer:
 
     def __init__(self, analysis: Analysis, lost: list[int], score: Score, restore: Restore | None, propagate: bool) -> None:
         self.analysis, self.score, self.restore, self.propagate = analysis, score, restore, propagate
-        self.groups = analysis.select("prunable")
+        self.groups = analysis.select(PRUNABLE)
         self.lost = lost
         self.decision = Decision(np.zeros(analysis.numbering.total, dtype=bool))
         self.consumers: dict[tuple[str, int], _Consumer] = {}

@@ -6,12 +6,13 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
 from ._signature import CallSignature
-from .channels import attribute
+from .channels import Slot, attribute
 
 
 @dataclass(frozen=True)
@@ -79,6 +80,19 @@ class Program:
         for name, canonical in self.canonical().items():
             found.setdefault(canonical, []).append(name)
         return found
+
+    def replace_weight(self, names: list[str], value: Tensor) -> None:
+        """Put one tensor under several names; a parameter stays one parameter, so that tied weights stay tied."""
+        first: Any = value
+        for name in names:
+            set_weight(self.module, name, first)
+            first = attribute(self.module, name)
+
+    def origin(self, slot: Slot) -> tuple[str, np.ndarray]:
+        """The caller's weight that a slot lies in, and the index there of each of the slot's channels."""
+        part = self.parts.get(slot.name)
+        rows = np.array(part.rows) if part is not None and slot.dim == part.dim else np.arange(slot.size)
+        return (part.name if part is not None else slot.name), rows
 
     def copy(self) -> Program:
         """A program whose graph and module tree can be changed; tensors are shared."""

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.export import ExportedProgram
 
-from ._program import Program, graph_module, set_weight
+from ._program import Program, graph_module
 from ._signature import CallerCodeGen, CallSignature
 from .capture import export_again
 from .plan import PruningPlan
@@ -57,8 +57,7 @@ def own_storage(program: Program) -> Program:
             copy: Tensor = tensor.detach().clone()
         if isinstance(tensor, nn.Parameter):
             copy = nn.Parameter(copy, requires_grad=tensor.requires_grad)
-        for alias in names:
-            set_weight(program.module, alias, copy)
+        program.replace_weight(names, copy)
     return program
 
 

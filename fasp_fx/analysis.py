@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -153,7 +153,7 @@ def _analyze(program: Program) -> Analysis:
     count = int(labels.max(initial=-1)) + 1
     status, reason = _status(labels, count, walk, program)
     group_of, keys = _grouping(labels, count, status, reason, numbering, walk)
-    block, conflicts = find_blocks(list(walk.facts.boxes.values()), labels, np.where(np.isin(status, (_CODE[FROZEN], _CODE[UNUSED])), -1, group_of))
+    block, conflicts = find_blocks(list(walk.facts.boxes.values()), labels, np.where(status == _CODE[FROZEN], -1, group_of))
     for conflict in conflicts:
         # An exempt group is not pruned unless asked, and then through the same check; its status says more than its layout.
         stuck = conflict.classes[status[conflict.classes] != _CODE[EXEMPT]]
@@ -167,8 +167,7 @@ def _analyze(program: Program) -> Analysis:
     return Analysis(program, groups, real, labels, numbering, walk)
 
 
-UNUSED = "unused"
-_CODE = {PRUNABLE: 0, APPROXIMATE: 1, FROZEN: 2, EXEMPT: 3, UNUSED: 4}
+_CODE = {PRUNABLE: 0, APPROXIMATE: 1, FROZEN: 2, EXEMPT: 3}
 _STATUS = {code: name for name, code in _CODE.items()}
 
 
@@ -293,12 +292,9 @@ def _members(slots: list[tuple[Slot, np.ndarray]], program: Program) -> list[Mem
 
 def _member(slot: Slot, numbers: np.ndarray, program: Program) -> Member:
     indices = np.sort(numbers) - slot.base
-    part = program.parts.get(slot.name)
-    if part is not None:
-        rows = np.array(part.rows) if slot.dim == part.dim else np.arange(slot.size)
-        size = _size_before_split(program, slot, part.name)
-        return Member(part.name, slot.dim, tuple(np.sort(rows[indices]).tolist()), size)
-    return Member(slot.name, slot.dim, tuple(indices.tolist()), slot.size)
+    name, rows = program.origin(slot)
+    size = _size_before_split(program, slot, name) if slot.name in program.parts else slot.size
+    return Member(name, slot.dim, tuple(np.sort(rows[indices]).tolist()), size)
 
 
 def _size_before_split(program: Program, slot: Slot, original: str) -> int:
@@ -313,10 +309,5 @@ def _named(groups: list[Group]) -> list[Group]:
         base = (group.consumers or group.producers)[0].name
         taken[base] = taken.get(base, 0) + 1
         name = base if taken[base] == 1 else f"{base}#{taken[base]}"
-        named.append(
-            Group(
-                name,
-                *[getattr(group, f) for f in ("size", "blocks", "status", "reason", "producers", "consumers", "sets", "block_of", "uses", "slots")],
-            )
-        )
+        named.append(replace(group, name=name))
     return named

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ._program import Program
 from .errors import PlanError
-from .groups import Group, ranges
+from .groups import PRUNABLE, Group, ranges
 
 if TYPE_CHECKING:
     from .analysis import Analysis
@@ -219,20 +219,19 @@ def program_fingerprint(program: Program) -> str:
     return fingerprint(parameters)
 
 
-def planned(group: Group, gone: np.ndarray, analysis: Analysis) -> PlannedGroup:
-    """The entry of one group; ``gone`` says for each channel number whether it is removed."""
-    program = analysis.program
+def planned(groups: Iterable[Group], gone: np.ndarray, analysis: Analysis) -> list[PlannedGroup]:
+    """One entry per group; ``gone`` says for each channel number whether it is removed."""
     gone_sets = np.zeros(int(analysis.labels.max(initial=-1)) + 1, dtype=bool)
     gone_sets[analysis.labels[gone]] = True
-    removed = int(gone_sets[group.sets].sum())
+    return [_planned(group, gone, int(gone_sets[group.sets].sum()), analysis) for group in groups]
+
+
+def _planned(group: Group, gone: np.ndarray, removed: int, analysis: Analysis) -> PlannedGroup:
     lost: dict[tuple[str, int], list[int]] = {}
     for slot in group.slots:
         own = np.flatnonzero(gone[slot.base : slot.base + slot.size] & np.isin(analysis.labels[slot.base : slot.base + slot.size], group.sets))
-        part = program.parts.get(slot.name)
-        name = part.name if part is not None else slot.name
-        if part is not None and slot.dim == part.dim:
-            own = np.array(part.rows)[own]
-        lost.setdefault((name, slot.dim), []).extend(own.tolist())
+        name, rows = analysis.program.origin(slot)
+        lost.setdefault((name, slot.dim), []).extend(rows[own].tolist())
 
     def cut(members: Iterable[Any]) -> tuple[ParameterSlice, ...]:
         return tuple(ParameterSlice(m.name, m.dim, tuple(sorted(lost[(m.name, m.dim)]))) for m in members)
@@ -255,9 +254,7 @@ def gone_of(plan: PruningPlan, analysis: Analysis) -> np.ndarray:
     gone = np.zeros(numbering.total, dtype=bool)
     known: dict[tuple[str, int], int] = {}
     for slot in numbering.slots:
-        part = program.parts.get(slot.name)
-        name = part.name if part is not None else slot.name
-        rows = np.array(part.rows) if part is not None and slot.dim == part.dim else np.arange(slot.size)
+        name, rows = program.origin(slot)
         known[(name, slot.dim)] = max(known.get((name, slot.dim), 0), int(rows.max()) + 1)
         taken = wanted.get((name, slot.dim))
         if taken:
@@ -276,7 +273,7 @@ def gone_of(plan: PruningPlan, analysis: Analysis) -> np.ndarray:
         raise PlanError(f"the plan cuts through a channel set of {slot}: channels coupled with it stay; make the plan again")
     allowed = np.zeros(len(counted), dtype=bool)
     for group in analysis.groups:
-        if group.status == "prunable":
+        if group.status == PRUNABLE:
             allowed[group.sets] = True
             chosen = counted[group.sets] > 0
             per_block = [int(chosen[group.block_of == b].sum()) for b in np.unique(group.block_of)]

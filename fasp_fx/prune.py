@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterable
 from dataclasses import replace
 from typing import Any, Literal
 
-import numpy as np
 import torch
 from torch import fx, nn
 from torch.export import ExportedProgram
@@ -22,7 +21,6 @@ from .allocation import Budget, uniform
 from .analysis import Analysis, analyze_program
 from .capture import capture
 from .errors import ArgumentError, NothingPrunableError, PlanError, SparsityError
-from .groups import PRUNABLE
 from .passes import PadValueHeads, Pass, PinAttentionScale, Pipeline, RemoveChannels, RestoreWeights, SplitFusedProducers
 from .plan import PruningPlan
 from .report import make_report
@@ -34,7 +32,7 @@ Model = nn.Module | fx.GraphModule | ExportedProgram
 
 def split_fused(program: Program, analysis: Analysis) -> Program | None:
     """Split the fused producers that stand in the way, or ``None`` if none can be."""
-    rewritten = SplitFusedProducers(analysis)(program)
+    rewritten = Pipeline([SplitFusedProducers(analysis)], analysis)(program)
     return None if rewritten is program else replace(rewritten, numbers={})
 
 
@@ -195,9 +193,10 @@ def _allocate(analysis: Analysis, sparsity: float, round_to: int) -> list[int]:
 
 
 def _rewrite(program: Program, analysis: Analysis, decision: Decision, requested: float | None, clock: _Clock) -> Result:
-    groups = [entry for entry in (plans.planned(g, decision.gone, analysis) for g in analysis.select(PRUNABLE)) if entry.removed_sets]
     budget = Budget(analysis)
-    reached = budget.sparsity([int(np.unique(analysis.labels[decision.gone & np.isin(analysis.labels, g.sets)]).size) for g in budget.groups])
+    entries = plans.planned(budget.groups, decision.gone, analysis)
+    reached = budget.sparsity([entry.removed_sets for entry in entries])
+    groups = [entry for entry in entries if entry.removed_sets]
     splits = tuple(plans.SplitWeight(name, part.name, part.dim, part.rows) for name, part in analysis.program.parts.items())
     plan = PruningPlan(plans.program_fingerprint(program), tuple(groups), reached, splits if groups else ())
     # Without anything to remove the program stays as it was captured, fused producers included.

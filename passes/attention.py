@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor
 
 from ._base import stamp
 from ._verify import verify
@@ -65,6 +65,7 @@ class PadValueHeads:
         }
         if not narrow:
             return program
+        ranks = {node.name: walk.executed[node].dim() for node in program.module.graph.find_nodes(op="call_function", target=_ATTENTION)}
         program = program.copy()
         graph = program.module.graph
         for node in graph.find_nodes(op="call_function", target=_ATTENTION):
@@ -75,7 +76,7 @@ class PadValueHeads:
                 padded = stamp(graph.call_function(torch.ops.aten.constant_pad_nd.default, (node.args[2], [0, query - value], 0.0)), self.name, node)
             with graph.inserting_after(node):
                 cut = stamp(
-                    graph.call_function(torch.ops.aten.slice.Tensor, (node, _last_dim(walk.executed, node.name, program), 0, value)),
+                    graph.call_function(torch.ops.aten.slice.Tensor, (node, ranks[node.name] - 1, 0, value)),
                     self.name,
                     node,
                 )
@@ -86,7 +87,3 @@ class PadValueHeads:
 
 def _width(tensor: Tensor) -> int:
     return int(tensor.shape[-1])
-
-
-def _last_dim(executed: dict[fx.Node, Any], name: str, program: Program) -> int:
-    return next(tensor.dim() - 1 for node, tensor in executed.items() if node.name == name)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -46,8 +46,6 @@ class RemoveChannels:
 
 
 def _cut_weights(program: Program, analysis: Analysis, gone: np.ndarray) -> None:
-    from fasp_fx._program import set_weight
-
     by_name: dict[str, list[Slot]] = {}
     for slot in analysis.numbering.slots:
         if slot.kind == "weight" and gone[slot.base : slot.base + slot.size].any():
@@ -62,10 +60,7 @@ def _cut_weights(program: Program, analysis: Analysis, gone: np.ndarray) -> None
                 keep = torch.from_numpy(np.nonzero(~gone[slot.base : slot.base + slot.size])[0])
                 cut = cut.index_select(slot.dim, keep.to(cut.device))
                 numbers[slot.dim] = keep + slot.base
-        first: Any = None
-        for alias in aliases.get(name, [name]):
-            set_weight(program.module, alias, cut if first is None else first)
-            first = attribute(program.module, alias)
+        program.replace_weight(aliases.get(name, [name]), cut)
         program.numbers[name] = numbers
 
 

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from torch import Tensor
-
-from fasp_fx.channels import attribute
 
 if TYPE_CHECKING:
     from fasp_fx._program import Program
@@ -27,15 +25,10 @@ class RestoreWeights:
         self.restored = restored
 
     def __call__(self, program: Program) -> Program:
-        from fasp_fx._program import set_weight
-
         if not self.restored:
             return program
         program = program.copy()
         aliases = program.aliases()
         for name, value in self.restored.items():
-            first: Any = None
-            for alias in aliases[name]:
-                set_weight(program.module, alias, value if first is None else first)
-                first = attribute(program.module, alias)
+            program.replace_weight(aliases[name], value)
         return program

@@ -14,14 +14,13 @@ import numpy as np
 import torch
 from torch import Tensor, fx, nn
 
-from fasp_fx.channels import Axis, Use, Value, arguments, attribute, run_on_numbers
+from fasp_fx._program import Program, RowPart, set_weight
+from fasp_fx.channels import Axis, Use, Value, arguments, attribute, run_on_numbers, target_name
 from fasp_fx.patterns import lookup
 
 from ._base import stamp
-from ._verify import verify
 
 if TYPE_CHECKING:
-    from fasp_fx._program import Program
     from fasp_fx.analysis import Analysis
 
 _ADD = torch.ops.aten.add.Tensor
@@ -61,8 +60,6 @@ class SplitFusedProducers:
         program.module.graph.eliminate_dead_code(lambda node: node.is_impure() or (node.op == "get_attr" and node.target not in split))
         for name in split:
             _delete_unused(program, name)
-        program.module.recompile()
-        verify(program, self.analysis)
         return program
 
     # --- finding
@@ -151,7 +148,7 @@ class SplitFusedProducers:
             anchor = nodes[part.node.name]
             copies: dict[fx.Node, fx.Node] = {}
             with graph.inserting_before(anchor):
-                for original in _weights_nodes(chain, use, self.analysis):
+                for original in _weights_nodes(chain, use):
                     name = f"{original.target}_{index}"
                     if original.op == "get_attr":
                         self._add_part(program, str(original.target), name, rows, use)
@@ -165,8 +162,6 @@ class SplitFusedProducers:
             anchor.replace_all_uses_with(result)
 
     def _add_part(self, program: Program, name: str, new: str, rows: np.ndarray, use: Use) -> None:
-        from fasp_fx._program import RowPart, set_weight
-
         weight = attribute(program.module, name)
         dim = self._row_dim(name, use)
         with torch.no_grad():
@@ -263,12 +258,13 @@ def _upstream(use: Use) -> list[fx.Node]:
     return found
 
 
-def _weights_nodes(chain: list[fx.Node], use: Use, analysis: Analysis) -> list[fx.Node]:
+def _weights_nodes(chain: list[fx.Node], use: Use) -> list[fx.Node]:
+    """The nodes that bring the weights of a chain: those of the product, then the biases."""
     return [*_upstream(use), *(n for node in chain[1:] for n in node.all_input_nodes if n.op == "get_attr")]
 
 
 def _weights_of(chain: list[fx.Node], use: Use) -> list[str]:
-    return [str(n.target) for n in [*_upstream(use), *(n for node in chain[1:] for n in node.all_input_nodes)] if n.op == "get_attr"]
+    return [target_name(node) for node in _weights_nodes(chain, use) if node.op == "get_attr"]
 
 
 def _delete_unused(program: Program, name: str) -> None:

@@ -9,10 +9,12 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache
+from pathlib import Path
 
 import pytest
 import torch
 from hypothesis import HealthCheck, Phase, settings
+from saved import small_result
 from torch import nn
 from torch.utils._pytree import tree_leaves
 from zoo import ZOO
@@ -69,6 +71,28 @@ def zoo_model() -> Callable[[str], nn.Module]:
 def zoo_analysis() -> Callable[[str], fasp_fx.Analysis]:
     """The shared analysis of a zoo entry."""
     return _analysis
+
+
+@pytest.fixture
+def no_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Work in an empty folder that must be empty afterwards."""
+    monkeypatch.chdir(tmp_path)
+    torch.manual_seed(0)
+    yield
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.fixture(scope="module")
+def result() -> fasp_fx.Result:
+    """A small result with everything that a save must keep."""
+    torch.manual_seed(0)
+    return small_result()
+
+
+@pytest.fixture
+def saved(result: fasp_fx.Result, tmp_path: Path) -> Path:
+    """That result on disk."""
+    return result.save(tmp_path / "out")
 
 
 @contextmanager

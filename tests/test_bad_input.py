@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,19 +14,10 @@ from torch.utils.data import DataLoader
 
 import fasp_fx
 
-pytestmark = pytest.mark.filterwarnings("ignore::fasp_fx.CalibrationWarning")
-
-
-@pytest.fixture(autouse=True)
-def no_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.chdir(tmp_path)
-    torch.manual_seed(0)
-    yield
-    assert not list(tmp_path.iterdir())
+pytestmark = [pytest.mark.filterwarnings("ignore::fasp_fx.CalibrationWarning"), pytest.mark.usefixtures("no_files")]
 
 
 # --- arguments
-
 
 
 @pytest.mark.parametrize("sparsity", [0, 1, -1, 1.5, "a", float("nan"), None, True])
@@ -92,7 +82,6 @@ def test_example_inputs_that_do_not_fit(args: Any, kwargs: dict[str, Any], match
 
 
 # --- calibration
-
 
 
 @pytest.mark.parametrize(

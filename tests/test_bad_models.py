@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from pathlib import Path
-
 import pytest
 import torch
 from refusal import BATCH, Vectors, X, refused, untouched
@@ -12,15 +9,7 @@ from torch import Tensor, nn
 
 import fasp_fx
 
-pytestmark = pytest.mark.filterwarnings("ignore::fasp_fx.CalibrationWarning")
-
-
-@pytest.fixture(autouse=True)
-def no_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.chdir(tmp_path)
-    torch.manual_seed(0)
-    yield
-    assert not list(tmp_path.iterdir())
+pytestmark = [pytest.mark.filterwarnings("ignore::fasp_fx.CalibrationWarning"), pytest.mark.usefixtures("no_files")]
 
 
 def test_data_dependent_control_flow() -> None:

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,15 +14,7 @@ from torch import nn
 
 import fasp_fx
 
-pytestmark = pytest.mark.filterwarnings("ignore::fasp_fx.CalibrationWarning")
-
-
-@pytest.fixture(autouse=True)
-def no_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.chdir(tmp_path)
-    torch.manual_seed(0)
-    yield
-    assert not list(tmp_path.iterdir())
+pytestmark = [pytest.mark.filterwarnings("ignore::fasp_fx.CalibrationWarning"), pytest.mark.usefixtures("no_files")]
 
 
 @pytest.fixture(scope="module")

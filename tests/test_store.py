@@ -25,19 +25,6 @@ from fasp_fx import store
 pytestmark = pytest.mark.filterwarnings("ignore::fasp_fx.CalibrationWarning")
 
 
-
-
-@pytest.fixture(scope="module")
-def result() -> fasp_fx.Result:
-    torch.manual_seed(0)
-    return small_result()
-
-
-@pytest.fixture
-def saved(result: fasp_fx.Result, tmp_path: Path) -> Path:
-    return result.save(tmp_path / "out")
-
-
 @pytest.fixture(scope="module")
 def llama() -> fasp_fx.Result:
     torch.manual_seed(0)

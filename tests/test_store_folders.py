@@ -7,26 +7,12 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-import torch
-from saved import seal, small_result
+from saved import seal
 
 import fasp_fx
 from fasp_fx import store
 
 pytestmark = pytest.mark.filterwarnings("ignore::fasp_fx.CalibrationWarning")
-
-
-
-
-@pytest.fixture(scope="module")
-def result() -> fasp_fx.Result:
-    torch.manual_seed(0)
-    return small_result()
-
-
-@pytest.fixture
-def saved(result: fasp_fx.Result, tmp_path: Path) -> Path:
-    return result.save(tmp_path / "out")
 
 
 @pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from saved import forge, small_result
+from saved import forge
 
 import fasp_fx
 from fasp_fx._untrusted import check_expression, check_guard, check_operator, check_structure
@@ -18,12 +18,6 @@ from fasp_fx._untrusted import check_expression, check_guard, check_operator, ch
 pytestmark = pytest.mark.filterwarnings("ignore::fasp_fx.CalibrationWarning")
 
 CODE = "__import__('pathlib').Path('ran').touch()"
-
-
-@pytest.fixture(scope="module")
-def result() -> fasp_fx.Result:
-    torch.manual_seed(0)
-    return small_result()
 
 
 @pytest.fixture

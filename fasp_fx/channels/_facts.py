@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -73,9 +72,3 @@ class Facts:
         """Record that removing channels must leave equal counts in every row of these numbers along ``dim``."""
         rows = numbers.movedim(dim, -1).reshape(-1, numbers.shape[dim]).numpy()
         self.boxes.setdefault(rows.tobytes() + rows.shape[0].to_bytes(8, "little"), (rows, node))
-
-    def remarks(self) -> Iterator[Remark]:
-        """All remarks of all kinds."""
-        yield from self.frozen
-        yield from self.mixed
-        yield from self.exempt
