@@ -5,17 +5,19 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from ._matrices import ConsumerMatrices
 from ._runner import Runner
 from .analysis import Analysis
 from .channels import Use, attribute
 from .errors import ArgumentError, CalibrationError, CalibrationWarning
 from .groups import PRUNABLE, Group
-from .restoration import Restored
+from .restoration import Restored, together
 from .scoring import Columns, Score
 from .statistics import Gram
 
@@ -32,29 +34,21 @@ class Decision:
 
 
 class _Consumer:
-    """One dimension of one weight, with all uses that contract it."""
+    """One weight read as matrices, with all uses that read it so, and a Gram matrix for each block."""
 
     def __init__(self, analysis: Analysis, use: Use) -> None:
-        slot = analysis.numbering.slot_of(int(use.columns[0]))
-        self.weight, self.dim, self.base, self.size = use.weight, slot.dim, slot.base, slot.size
+        self.matrices = ConsumerMatrices(use, analysis.walk.values)
+        self.weight = use.weight
         self.uses: list[Use] = []
-        self.gram: Gram | None = None
+        self.grams: list[Gram] | None = None
 
     @property
-    def key(self) -> tuple[str, int]:
-        return self.weight, self.dim
+    def key(self) -> tuple[Any, ...]:
+        return self.matrices.key
 
-    def numbers(self) -> np.ndarray:
-        return np.arange(self.base, self.base + self.size)
-
-    def order(self, use: Use) -> Tensor | None:
-        """The weight's columns in the order in which the activation brings them, or ``None`` if that is their own order."""
-        columns = use.columns - self.base
-        return None if np.array_equal(columns, np.arange(self.size)) else torch.from_numpy(columns)
-
-    def matrix(self, weight: Tensor) -> Tensor:
-        """The weight as ``[rows, columns]``."""
-        return weight if self.dim == 1 else weight.T
+    def gone(self, gone: np.ndarray) -> np.ndarray:
+        """Which columns go, shape ``[blocks, columns]``."""
+        return np.append(gone, False)[self.matrices.columns].any(-1)  # the last entry serves NONE (-1)
 
 
 class Observer:
@@ -73,7 +67,7 @@ class Observer:
         self.groups = analysis.select(PRUNABLE)
         self.lost = lost
         self.decision = Decision(np.zeros(analysis.numbering.total, dtype=bool))
-        self.consumers: dict[tuple[str, int], _Consumer] = {}
+        self.consumers: dict[tuple[Any, ...], _Consumer] = {}
         self.of_group: dict[str, list[_Consumer]] = {}
         for group in self.groups:
             self.of_group[group.name] = [self._consumer(use) for use in group.uses]
@@ -109,20 +103,21 @@ class Observer:
     def _observe(self, runner: Runner, uses: list[Use]) -> None:
         for use in uses:
             consumer = self._consumer(use)
-            order = consumer.order(use)
-            for activation in runner.read(use.activation):
-                if consumer.gram is None:
-                    consumer.gram = Gram(consumer.size, activation.device)
-                if order is not None:
-                    activation = activation.index_select(use.activation_dim, torch.argsort(order).to(activation.device))
-                consumer.gram.update(activation, use.activation_dim)
-            assert consumer.gram is not None
-            if not bool(torch.isfinite(consumer.gram.matrix.diagonal()).all()):
+            blocks, columns = use.columns.shape[:2]
+            ends = list(runner.read(use.route)) if use.route is not None else None
+            for batch, activation in enumerate(runner.read(use.activation)):
+                if consumer.grams is None:
+                    consumer.grams = [Gram(columns, activation.device) for _ in range(blocks)]
+                for block, tokens in ConsumerMatrices(use, self.analysis.walk.values).tokens(activation, None if ends is None else ends[batch]):
+                    consumer.grams[block].update(tokens, 1)
+            assert consumer.grams is not None
+            if not all(bool(torch.isfinite(gram.matrix.diagonal()).all()) for gram in consumer.grams):
                 raise CalibrationError(f"the input of '{use.weight}' is not finite on the calibration data; check the batches and the model's dtype")
-            if consumer.gram.tokens < consumer.size:
+            fewest = min(gram.tokens for gram in consumer.grams)
+            if fewest < columns:
+                per = " in one of its blocks" if blocks > 1 else ""
                 warnings.warn(
-                    f"'{use.weight}' has {consumer.size} columns but saw {consumer.gram.tokens} calibration tokens; "
-                    "the restoration is regularised, but more data is better",
+                    f"'{use.weight}' has {columns} columns but saw {fewest} calibration tokens{per}; the restoration is regularised, but more data is better",
                     CalibrationWarning,
                     stacklevel=2,
                 )
@@ -140,21 +135,26 @@ class Observer:
         total = np.zeros(group.size)
         order = np.argsort(group.sets)
         for consumer in {c.key: c for c in self.of_group[group.name]}.values():
-            matrix = consumer.matrix(self._weight(consumer))
-            gram = consumer.gram
-            values = self.score(Columns(matrix, gram.norms() if gram is not None else None, gram.symmetric if gram is not None else None))
-            if tuple(values.shape) != (matrix.shape[1],):
-                raise ArgumentError(
-                    f"the score returned shape {tuple(values.shape)} for a consumer with {matrix.shape[1]} columns; it must return one value per column"
-                )
-            sets = labels[consumer.numbers()]
-            member = np.isin(sets, group.sets)
-            at = order[np.searchsorted(group.sets[order], sets[member])]
-            np.add.at(total, at, values.detach().to("cpu", torch.float64).numpy()[member])
+            read = consumer.matrices.read(self._weight(consumer))
+            for block, matrix in enumerate(read):
+                values = self._score(matrix, consumer.grams[block] if consumer.grams is not None else None)
+                for numbers in consumer.matrices.columns[block].T:
+                    sets = np.where(numbers >= 0, labels[np.maximum(numbers, 0)], -1)
+                    member = np.isin(sets, group.sets)
+                    at = order[np.searchsorted(group.sets[order], sets[member])]
+                    np.add.at(total, at, values[member])
         if not np.isfinite(total).all():
             raise CalibrationError(f"the scores of group '{group.name}' are not finite; check the weights and the calibration data")
         removed = np.concatenate([members[np.argsort(total[members], kind="stable")[:lost]] for members in _by_block(group)])
         self.decision.gone |= np.isin(labels, group.sets[removed])
+
+    def _score(self, matrix: Tensor, gram: Gram | None) -> np.ndarray:
+        values = self.score(Columns(matrix, gram.norms() if gram is not None else None, gram.symmetric if gram is not None else None))
+        if tuple(values.shape) != (matrix.shape[1],):
+            raise ArgumentError(
+                f"the score returned shape {tuple(values.shape)} for a consumer with {matrix.shape[1]} columns; it must return one value per column"
+            )
+        return values.detach().to("cpu", torch.float64).numpy()
 
     def _finish(self, ready: list[Group], runner: Runner | None) -> None:
         """Restore (or cut) the consumers all of whose groups are decided."""
@@ -162,24 +162,25 @@ class Observer:
             touching = [group.name for group in self.groups if consumer in self.of_group[group.name]]
             if any(name in self._undecided for name in touching):
                 continue
-            gone = self.decision.gone[consumer.numbers()]
+            gone = consumer.gone(self.decision.gone)
             if gone.any():
-                self._repair(consumer, torch.from_numpy(np.flatnonzero(~gone)), runner)
-            consumer.gram = None
+                self._repair(consumer, torch.from_numpy(~gone), runner)
+            consumer.grams = None
 
     def _repair(self, consumer: _Consumer, kept: Tensor, runner: Runner | None) -> None:
-        weight = consumer.matrix(self._weight(consumer))
+        weight = self._weight(consumer)
+        read = consumer.matrices.read(weight)
         kept = kept.to(weight.device)
-        if self.restore is not None and consumer.gram is not None:
-            outcome = self.restore(weight, consumer.gram.symmetric(), kept)
+        if self.restore is not None and consumer.grams is not None:
+            parts = [self.restore(matrix, gram.symmetric(), left.nonzero()[:, 0]) for matrix, gram, left in zip(read, consumer.grams, kept, strict=True)]
+            outcome = together(parts)
             self.decision.outcomes[consumer.weight] = outcome
-            pruned = outcome.weight
-            self.decision.weights[consumer.weight] = consumer.matrix(pruned).contiguous()
+            pruned = consumer.matrices.write(outcome.weight, weight)
+            self.decision.weights[consumer.weight] = pruned
         else:
-            pruned = torch.zeros_like(weight)
-            pruned[:, kept] = weight[:, kept]
+            pruned = consumer.matrices.write(read * kept[:, None], weight)
         if self.propagate and runner is not None:
-            runner.overrides[consumer.weight] = consumer.matrix(pruned)
+            runner.overrides[consumer.weight] = pruned
 
 
 def _by_block(group: Group) -> list[np.ndarray]:

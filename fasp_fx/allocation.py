@@ -26,7 +26,7 @@ class _Cut:
 class Budget:
     """Sparsity as a function of the number of channel sets that each group loses.
 
-    Sparsity is the fraction removed of all weights of linear operators that a prunable or exempt group touches, each counted once and whole.
+    Sparsity is the fraction removed of all weights of linear and convolution operators that a prunable or exempt group touches, each counted once and whole.
 
     Args:
         analysis: the analysis of the program.
@@ -34,8 +34,7 @@ class Budget:
 
     def __init__(self, analysis: Analysis) -> None:
         self.groups = analysis.select(PRUNABLE)
-        used = {use.weight for use in analysis.walk.facts.uses}
-        touched = {slot.name for group in analysis.groups if group.status in (PRUNABLE, EXEMPT) for slot in group.slots} & used
+        touched = {slot.name for group in analysis.groups if group.status in (PRUNABLE, EXEMPT) for slot in group.slots} & analysis.walk.facts.matrices
         self.shapes = {name: tuple(int(size) for size in attribute(analysis.program.module, name).shape) for name in sorted(touched)}
         self.total = sum(int(np.prod(shape)) for shape in self.shapes.values())
         self.cuts: dict[tuple[str, int], list[_Cut]] = {}
@@ -44,7 +43,7 @@ class Budget:
                 if slot.name in self.shapes:
                     own = analysis.labels[slot.base : slot.base + slot.size]
                     count = int(np.isin(own, group.sets).sum())
-                    self.cuts.setdefault((slot.name, slot.dim), []).append(_Cut(index, count / group.size))
+                    self.cuts.setdefault((slot.name, slot.dim), []).append(_Cut(index, count / group.size / slot.blocks))
 
     def sparsity(self, lost: list[int]) -> float:
         """The sparsity when group ``i`` loses ``lost[i]`` channel sets in all."""

@@ -145,9 +145,14 @@ def analyze_program(program: Program, split: Callable[[Program, Analysis], Progr
 
 
 def _analyze(program: Program) -> Analysis:
-    numbering = Numbering()
     canonical = program.canonical()
-    walk = Interpreter(program.module, numbering, canonical, program.state_inputs, program.state_outputs).run()
+    blocked: dict[tuple[str, int], tuple[int, int]] = {}
+    while True:
+        numbering = Numbering(blocked)
+        walk = Interpreter(program.module, numbering, canonical, program.state_inputs, program.state_outputs).run()
+        if walk.facts.blocks.keys() <= blocked.keys():
+            break
+        blocked = {**walk.facts.blocks, **blocked}  # a weight used block by block has other channels in every block: number them apart
     labels = _label(numbering.total, walk)
     labels.setflags(write=False)
     count = int(labels.max(initial=-1)) + 1
@@ -235,7 +240,7 @@ def _build(
     program: Program,
 ) -> list[Group]:
     produced = np.unique(np.concatenate(walk.facts.produced)) if walk.facts.produced else np.zeros(0, dtype=np.int64)
-    consumed = np.unique(np.concatenate([use.columns for use in walk.facts.uses])) if walk.facts.uses else np.zeros(0, dtype=np.int64)
+    consumed = np.unique(np.concatenate([use.columns.reshape(-1) for use in walk.facts.uses])) if walk.facts.uses else np.zeros(0, dtype=np.int64)
     produces, consumes = (
         set(numbering.slot_ids(produced[produced >= 0]).tolist()),
         set(numbering.slot_ids(consumed[consumed >= 0]).tolist()),
@@ -286,7 +291,7 @@ def _members(slots: list[tuple[Slot, np.ndarray]], program: Program) -> list[Mem
         member = _member(slot, numbers, program)
         before = merged.get((member.name, member.dim))
         indices = member.indices if before is None else tuple(sorted({*before.indices, *member.indices}))
-        merged[(member.name, member.dim)] = Member(member.name, member.dim, indices, member.size)
+        merged[(member.name, member.dim)] = replace(member, indices=indices)
     return list(merged.values())
 
 
@@ -294,7 +299,7 @@ def _member(slot: Slot, numbers: np.ndarray, program: Program) -> Member:
     indices = np.sort(numbers) - slot.base
     name, rows = program.origin(slot)
     size = _size_before_split(program, slot, name) if slot.name in program.parts else slot.size
-    return Member(name, slot.dim, tuple(np.sort(rows[indices]).tolist()), size)
+    return Member(name, slot.dim, tuple(np.sort(rows[indices]).tolist()), size, slot.block_dim, slot.blocks)
 
 
 def _size_before_split(program: Program, slot: Slot, original: str) -> int:

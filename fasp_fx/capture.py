@@ -7,12 +7,13 @@ import functools
 import inspect
 import logging
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import sympy
 import torch
 from torch import Tensor, fx, nn
+from torch._decomp import decomposition_table
 from torch._ops import HigherOrderOperator, OpOverload
 from torch.export import Dim, ExportedProgram, ShapesCollection
 from torch.export.passes import move_to_device_pass
@@ -112,7 +113,25 @@ def _functional(exported: ExportedProgram) -> ExportedProgram:
     if all(_is_plain(node) for node in exported.graph.nodes):
         return exported
     with _quiet():
-        return exported.run_decompositions({})
+        return exported.run_decompositions(_decompositions(exported.graph))
+
+
+#: composites that stay whole though they have no rule: taken apart, they would fix the length of their input
+_RECURRENT = ("lstm", "gru", "rnn_tanh", "rnn_relu")
+
+
+def _decompositions(graph: fx.Graph) -> dict[OpOverload, Callable[..., Any]]:
+    """How to take apart the operators of a graph that have no rule: what they are made of may have one."""
+    known = torch.export.default_decompositions()
+    found: dict[OpOverload, Callable[..., Any]] = {}
+    for operator in {node.target for node in graph.nodes if isinstance(node.target, OpOverload)}:
+        if lookup(operator) is not None or operator._schema.is_mutable or operator._schema.name.rpartition("::")[2] in _RECURRENT:
+            continue
+        if operator in known:
+            found[operator] = known[operator]
+        elif operator in decomposition_table:
+            found[operator] = decomposition_table[operator]
+    return found
 
 
 def _is_plain(node: fx.Node) -> bool:
@@ -120,8 +139,7 @@ def _is_plain(node: fx.Node) -> bool:
         return node.op != "get_attr"  # a submodule: a region with its own gradient or autocast mode
     if not isinstance(node.target, OpOverload):
         return not isinstance(node.target, HigherOrderOperator)
-    composite = torch._C._dispatch_has_kernel_for_dispatch_key(node.target.name(), "CompositeImplicitAutograd")
-    return not node.target._schema.is_mutable and (not composite or lookup(node.target) is not None)
+    return not node.target._schema.is_mutable and lookup(node.target) is not None
 
 
 def _exported_signature(exported: ExportedProgram, args: tuple[Any, ...], kwargs: dict[str, Any]) -> CallSignature:

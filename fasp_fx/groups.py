@@ -22,16 +22,22 @@ def ranges(indices: tuple[int, ...]) -> str:
 
 @dataclass(frozen=True)
 class Member:
-    """One weight of a group: the channels ``indices`` along ``dim`` of the weight ``name`` belong to it."""
+    """One weight of a group: the channels ``indices`` along ``dim`` of the weight ``name`` belong to it.
+
+    Where ``block_dim`` divides the weight into ``blocks`` with channels of their own, ``indices`` and ``size`` count those of all blocks in order.
+    """
 
     name: str
     dim: int
     indices: tuple[int, ...]
     size: int
+    block_dim: int | None = None
+    blocks: int = 1
 
     def __str__(self) -> str:
         part = "" if len(self.indices) == self.size else f" {ranges(self.indices)}"
-        return f"{self.name}[{self.dim}]{part}"
+        per = f" x {self.blocks}" if self.blocks > 1 else ""
+        return f"{self.name}[{self.dim}{per}]{part}"
 
 
 @dataclass(frozen=True)

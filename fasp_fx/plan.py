@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ._program import Program
 from .errors import PlanError
-from .groups import PRUNABLE, Group, ranges
+from .groups import PRUNABLE, Group, Member, ranges
 
 if TYPE_CHECKING:
     from .analysis import Analysis
@@ -26,15 +26,29 @@ _SAMPLES = 256
 
 @dataclass(frozen=True)
 class ParameterSlice:
-    """The indices removed along one dimension of one weight; ``name`` is that of ``model.named_parameters()``."""
+    """The indices removed along one dimension of one weight; ``name`` is that of ``model.named_parameters()``.
+
+    With ``block_dim`` there is one tuple of indices for each of the equal blocks into which that dimension is divided: an expert each of a
+    stacked weight, a group each of a grouped convolution.
+    """
 
     name: str
     dim: int
-    removed: tuple[int, ...]
+    removed: tuple[int, ...] | tuple[tuple[int, ...], ...]
     block_dim: int | None = None
 
     def __str__(self) -> str:
-        return f"{self.name}[{self.dim}] - {ranges(self.removed)}"
+        lists = [ranges(block) for block in self.by_block()]
+        return f"{self.name}[{self.dim}] - {lists[0] if self.block_dim is None else ' | '.join(lists)}"
+
+    def by_block(self) -> tuple[tuple[int, ...], ...]:
+        """The removed indices of each block; one block without ``block_dim``."""
+        return (self.removed,) if self.block_dim is None else self.removed  # type: ignore[return-value]
+
+    @property
+    def count(self) -> int:
+        """How many indices go, over all blocks."""
+        return sum(map(len, self.by_block()))
 
 
 @dataclass(frozen=True)
@@ -120,12 +134,13 @@ class PruningPlan:
         except (KeyError, TypeError, ValueError) as error:
             raise PlanError(f"the plan is damaged: {type(error).__name__}: {error}") from error
 
-    def slices(self) -> dict[tuple[str, int], frozenset[int]]:
-        """All removed indices by weight and dimension."""
-        found: dict[tuple[str, int], frozenset[int]] = {}
+    def slices(self) -> dict[tuple[str, int], frozenset[tuple[int, int]]]:
+        """All removed (block, index) pairs by weight and dimension."""
+        found: dict[tuple[str, int], frozenset[tuple[int, int]]] = {}
         for group in self.groups:
             for part in (*group.producers, *group.consumers):
-                found[(part.name, part.dim)] = found.get((part.name, part.dim), frozenset()) | frozenset(part.removed)
+                pairs = frozenset((block, index) for block, indices in enumerate(part.by_block()) for index in indices)
+                found[(part.name, part.dim)] = found.get((part.name, part.dim), frozenset()) | pairs
         return found
 
     def after(self, earlier: PruningPlan) -> PruningPlan:
@@ -145,16 +160,17 @@ class PruningPlan:
         def renumber(part: ParameterSlice) -> list[ParameterSlice]:
             before = gone.get((part.name, part.dim), frozenset())
             pieces = [split for split in earlier.splits if split.source == part.name]
+            blocks = tuple(_renumber(indices, (index for block, index in before if block == own)) for own, indices in enumerate(part.by_block()))
             if not pieces:
-                return [ParameterSlice(part.name, part.dim, _renumber(part.removed, before), part.block_dim)]
+                return [_slice(part.name, part.dim, blocks, part.block_dim)]
             if pieces[0].dim != part.dim:
-                return [ParameterSlice(piece.name, part.dim, _renumber(part.removed, before), part.block_dim) for piece in pieces]
+                return [_slice(piece.name, part.dim, blocks, part.block_dim) for piece in pieces]
             by_rows = []
             for piece in pieces:
                 at = {row: index for index, row in enumerate(piece.rows)}
-                own = [at[row] for row in part.removed if row in at]
+                own = [at[row] for row in part.by_block()[0] if row in at]
                 if own:
-                    by_rows.append(ParameterSlice(piece.name, part.dim, _renumber(own, {at[row] for row in before if row in at}), part.block_dim))
+                    by_rows.append(ParameterSlice(piece.name, part.dim, _renumber(own, {at[row] for _, row in before if row in at})))
             return by_rows
 
         sizes = {group.name: group.removed_sets for group in earlier.groups}
@@ -163,8 +179,8 @@ class PruningPlan:
             producers = tuple(new for part in group.producers for new in renumber(part))
             consumers = tuple(new for part in group.consumers for new in renumber(part))
             lost, before = (
-                sum(len(p.removed) for p in producers + consumers),
-                sum(len(p.removed) for p in group.producers + group.consumers),
+                sum(p.count for p in producers + consumers),
+                sum(p.count for p in group.producers + group.consumers),
             )
             groups.append(
                 PlannedGroup(
@@ -192,11 +208,17 @@ def _int(value: Any) -> int:
     return value
 
 
+def _slice(name: str, dim: int, blocks: tuple[tuple[int, ...], ...], block_dim: int | None) -> ParameterSlice:
+    return ParameterSlice(name, dim, blocks[0] if block_dim is None else blocks, block_dim)
+
+
 def _slices(items: Iterable[Mapping[str, Any]]) -> tuple[ParameterSlice, ...]:
-    return tuple(
-        ParameterSlice(str(i["name"]), _int(i["dim"]), tuple(map(_int, i["removed"])), None if i.get("block_dim") is None else _int(i["block_dim"]))
-        for i in items
-    )
+    found = []
+    for item in items:
+        block_dim = None if item.get("block_dim") is None else _int(item["block_dim"])
+        blocks = [item["removed"]] if block_dim is None else item["removed"]
+        found.append(_slice(str(item["name"]), _int(item["dim"]), tuple(tuple(map(_int, block)) for block in blocks), block_dim))
+    return tuple(found)
 
 
 def fingerprint(weights: Mapping[str, Tensor]) -> str:
@@ -227,14 +249,17 @@ def planned(groups: Iterable[Group], gone: np.ndarray, analysis: Analysis) -> li
 
 
 def _planned(group: Group, gone: np.ndarray, removed: int, analysis: Analysis) -> PlannedGroup:
-    lost: dict[tuple[str, int], list[int]] = {}
+    lost: dict[tuple[str, int], list[list[int]]] = {}
     for slot in group.slots:
         own = np.flatnonzero(gone[slot.base : slot.base + slot.size] & np.isin(analysis.labels[slot.base : slot.base + slot.size], group.sets))
         name, rows = analysis.program.origin(slot)
-        lost.setdefault((name, slot.dim), []).extend(rows[own].tolist())
+        blocks = lost.setdefault((name, slot.dim), [[] for _ in range(slot.blocks)])
+        for block, indices in enumerate(blocks):
+            width = slot.size // slot.blocks
+            indices.extend((rows[own[own // width == block]] - block * width if slot.blocks > 1 else rows[own]).tolist())
 
-    def cut(members: Iterable[Any]) -> tuple[ParameterSlice, ...]:
-        return tuple(ParameterSlice(m.name, m.dim, tuple(sorted(lost[(m.name, m.dim)]))) for m in members)
+    def cut(members: Iterable[Member]) -> tuple[ParameterSlice, ...]:
+        return tuple(_slice(m.name, m.dim, tuple(tuple(sorted(block)) for block in lost[(m.name, m.dim)]), m.block_dim) for m in members)
 
     return PlannedGroup(group.name, group.size, group.blocks, removed, cut(group.producers), cut(group.consumers))
 
@@ -247,23 +272,25 @@ def gone_of(plan: PruningPlan, analysis: Analysis) -> np.ndarray:
     """
     program, numbering = analysis.program, analysis.numbering
     canonical = program.canonical()
-    wanted: dict[tuple[str, int], frozenset[int]] = {}
+    wanted: dict[tuple[str, int], frozenset[tuple[int, int]]] = {}
     for (name, dim), removed in plan.slices().items():
         place = (canonical.get(name, name), dim)
         wanted[place] = wanted.get(place, frozenset()) | removed
     gone = np.zeros(numbering.total, dtype=bool)
-    known: dict[tuple[str, int], int] = {}
+    known: dict[tuple[str, int], tuple[int, int]] = {}
     for slot in numbering.slots:
         name, rows = program.origin(slot)
-        known[(name, slot.dim)] = max(known.get((name, slot.dim), 0), int(rows.max()) + 1)
+        width = slot.size // slot.blocks
+        known[(name, slot.dim)] = (slot.blocks, max(known.get((name, slot.dim), (0, 0))[1], width if slot.blocks > 1 else int(rows.max()) + 1))
         taken = wanted.get((name, slot.dim))
         if taken:
-            gone[slot.base : slot.base + slot.size] |= np.isin(rows, np.fromiter(taken, dtype=np.int64))
+            gone[slot.base : slot.base + slot.size] |= np.isin(rows, np.array([block * width + index for block, index in taken], dtype=np.int64))
     for (name, dim), removed in wanted.items():
-        size = known.get((name, dim))
-        if removed and (size is None or max(removed) >= size or min(removed) < 0):
+        blocks, size = known.get((name, dim), (0, 0))
+        outside = [index for block, index in removed if not (0 <= index < size and 0 <= block < blocks)]
+        if outside:
             raise PlanError(
-                f"the plan removes index {max(removed)} along dimension {dim} of '{name}', which the model does not have; it is a plan for another model"
+                f"the plan removes index {max(outside)} along dimension {dim} of '{name}', which the model does not have; it is a plan for another model"
             )
     counted = np.bincount(analysis.labels, weights=gone, minlength=int(analysis.labels.max(initial=-1)) + 1)
     whole = np.bincount(analysis.labels, minlength=len(counted))

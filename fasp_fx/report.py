@@ -55,7 +55,7 @@ class Report:
     def __str__(self) -> str:
         asked = f" (asked for {self.requested:.2%})" if self.requested is not None else ""
         out = [
-            f"sparsity    {self.sparsity:.2%}{asked} of the weights of linear operators in prunable and exempt groups",
+            f"sparsity    {self.sparsity:.2%}{asked} of the weights of linear and convolution operators in prunable and exempt groups",
             f"parameters  {self.parameters[0]:,} -> {self.parameters[1]:,}  ({self.parameters[1] / max(self.parameters[0], 1) - 1:+.2%})",
             f"bytes       {self.bytes[0]:,} -> {self.bytes[1]:,}",
         ]

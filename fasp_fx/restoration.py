@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -28,6 +29,17 @@ class Restored:
     error_before: float
     error_after: float
     used: bool
+
+
+def together(blocks: Sequence[Restored]) -> Restored:
+    """The outcome for a consumer of several blocks: weight ``[blocks, rows, columns]``, errors averaged over the blocks."""
+    count = len(blocks)
+    return Restored(
+        torch.stack([block.weight for block in blocks]),
+        sum(block.error_before for block in blocks) / count,
+        sum(block.error_after for block in blocks) / count,
+        any(block.used for block in blocks),
+    )
 
 
 def relative_error(weight: Tensor, changed: Tensor, gram: Tensor) -> float:

@@ -44,3 +44,14 @@ class Kept:
     def size(self, value: Value, dim: int) -> int:
         """The new size of ``dim``."""
         return self.before(value, dim, value.shape[dim])
+
+    def factors(self, value: Value, dim: int, count: int, first: bool) -> int:
+        """How many of the ``count`` parts of a dimension keep any position; ``first``: parts are runs of neighbours, else every ``count``-th."""
+        mask = self._mask(value, dim)
+        if mask is None:
+            return count
+        parts = mask.reshape(mask.shape[0], count, -1) if first else mask.reshape(mask.shape[0], -1, count).transpose(1, 2)
+        left = parts.any(-1).sum(-1)
+        if bool((left != left[0]).any()):
+            raise VerificationError(f"unequal numbers of groups would stay in the rows of a tensor of shape {value.shape} along dimension {dim}")
+        return int(left[0])

@@ -56,12 +56,30 @@ def _cut_weights(program: Program, analysis: Analysis, gone: np.ndarray) -> None
         numbers: list[Tensor | None] = [analysis.numbering.numbers(name, dim) for dim in range(weight.dim())]
         with torch.no_grad():
             cut = weight.detach()
-            for slot in slots:
-                keep = torch.from_numpy(np.nonzero(~gone[slot.base : slot.base + slot.size])[0])
-                cut = cut.index_select(slot.dim, keep.to(cut.device))
-                numbers[slot.dim] = keep + slot.base
+            for slot in sorted(slots, key=lambda slot: slot.block_dim is None):  # blocks are those of the whole weight: they are cut first
+                keep = torch.from_numpy(~gone[slot.base : slot.base + slot.size])
+                if slot.block_dim is None:
+                    left = keep.nonzero()[:, 0]
+                    cut, numbers[slot.dim] = cut.index_select(slot.dim, left.to(cut.device)), left + slot.base
+                else:
+                    cut, numbers[slot.dim] = _cut_blocks(cut, slot, keep)
         program.replace_weight(aliases.get(name, [name]), cut)
         program.numbers[name] = numbers
+
+
+def _cut_blocks(weight: Tensor, slot: Slot, keep: Tensor) -> tuple[Tensor, Tensor]:
+    """Cut a dimension whose channels differ from block to block; all blocks keep equal numbers."""
+    rows = keep.reshape(slot.blocks, -1)
+    counts = rows.sum(1)
+    if bool((counts != counts[0]).any()):
+        raise VerificationError(
+            f"the blocks of '{slot.name}' would keep unequal numbers of channels along dimension {slot.dim}: {sorted(set(counts.tolist()))}"
+        )
+    left = rows.nonzero()[:, 1].reshape(slot.blocks, -1)
+    assert slot.block_dim is not None
+    pieces = weight.chunk(slot.blocks, slot.block_dim)
+    cut = torch.cat([piece.index_select(slot.dim, row.to(weight.device)) for piece, row in zip(pieces, left, strict=True)], slot.block_dim)
+    return cut, left + slot.base + torch.arange(slot.blocks)[:, None] * rows.shape[1]
 
 
 def _resize(module: fx.GraphModule, analysis: Analysis, kept: Kept, name: str) -> None:
@@ -156,10 +174,22 @@ def _chunk(node: fx.Node, clause: Clause, source: Value, outputs: list[Value], k
     return True
 
 
+def _factor(node: fx.Node, clause: Clause, source: Value, outputs: list[Value], kept: Kept) -> bool:
+    letter, name = clause.words
+    old = int(arguments(node)[name])
+    rule = lookup(node.target)
+    assert rule is not None
+    dims = rule.alternatives[0].operands[0].dims
+    pair = next(dim for dim in dims if isinstance(dim, tuple) and letter in dim)
+    at = dims.index(pair) - len(dims) if dims[0] == "..." else dims.index(pair)
+    return set_argument(node, name, kept.factors(source, at % len(source.shape), old, first=pair[0] == letter))
+
+
 _REWRITES: dict[str, Callable[[fx.Node, Clause, Value, list[Value], Kept], bool]] = {
     "shape": _shape,
     "span": _span,
     "pick": _pick,
     "sizes": _sizes,
     "chunk": _chunk,
+    "factor": _factor,
 }

@@ -80,6 +80,8 @@ class SplitFusedProducers:
         users = [n for n in self.analysis.program.module.graph.find_nodes(op="get_attr") if canonical[n.target] == use.weight]
         value = self.analysis.walk.values[use.node]
         rows = value.axes[0] if len(value.axes) == 1 else None
+        if len(attribute(self.analysis.program.module, use.weight).shape) != 2 or use.columns.shape[0] != 1 or use.columns.shape[2] != 1:
+            return None  # only matrices are split so far
         if len(users) != 1 or len(users[0].users) != 1 or len(self.analysis.program.aliases()[use.weight]) != 1:
             return None
         if rows is None or rows.varying() != [len(value.shape) - 1] or not _cloneable(use):
@@ -176,8 +178,7 @@ class SplitFusedProducers:
     def _row_dim(self, name: str, use: Use) -> int:
         if name != use.weight:
             return 0  # a bias
-        contracted = self.analysis.numbering.slot_of(int(use.columns[0])).dim
-        return 1 - contracted
+        return 1 - self.analysis.numbering.slot_of(int(use.columns.flat[0])).dim
 
     def _lay_out(self, graph: fx.Graph, product: fx.Node, part: _Part) -> fx.Node:
         """Bring the product of one part into the shape that the original took out."""

@@ -9,10 +9,15 @@
     alternative :=  operand ("," operand)* "->" result ("," result)* ["if" NAME]
     operand     :=  NAME "[" dims "]"                    NAME is an argument of the operator's schema
     result      :=  "[" dims "]"
-    dims        :=  (LETTER | LETTER "*" | "...")*       LETTER "*" is a run of dimensions
+    dims        :=  (DIM | "(" LETTER LETTER ")" | "...")*   in brackets: one dimension that is the product of two letters
+    DIM         :=  LETTER | LETTER "*"                  LETTER "*" is a run of dimensions
     clause      :=  "mix" WHERE                          positions along WHERE influence one another
                  |  "reduce" "@" NAME                    the dimensions named by argument NAME are reduced
                  |  "freeze" WHERE                       positions along WHERE cannot be removed
+                 |  "window" WHERE                       the same, and positions of the result there are others than those of the operand
+                 |  "slide" DIM DIM NAME NAME NAME       a window of the second letter's size slides over the first; arguments: stride, padding, dilation
+                 |  "route" LETTER LETTER                each position of the first letter uses one position of the second, chosen at run time
+                 |  "factor" LETTER NAME                 argument NAME is the size of a letter in brackets
                  |  "repeat" LETTER LETTER               the first letter is repeated in blocks to the size of the second
                  |  "shape" NAME                         argument NAME is the shape of the result
                  |  "shape" NAME "=" LETTER "*"          argument NAME holds the sizes of a run of dimensions
@@ -37,13 +42,20 @@ from fasp_fx.errors import RuleError
 
 ELLIPSIS = "..."
 
-_TOKEN = re.compile(r"\s*(\.\.\.|->|[A-Za-z_][A-Za-z_0-9]*\*?|[\[\],;|@=])")
+#: the dimensions of one tensor; two letters in brackets are a tuple
+Dims = tuple[str | tuple[str, str], ...]
+
+_TOKEN = re.compile(r"\s*(\.\.\.|->|[A-Za-z_][A-Za-z_0-9]*\*?|[\[\](),;|@=])")
 
 #: clause keyword -> how many words follow it
 _CLAUSES = {
     "mix": (1,),
     "reduce": (1,),
     "freeze": (1,),
+    "window": (1,),
+    "slide": (5,),
+    "route": (2,),
+    "factor": (2,),
     "repeat": (2,),
     "shape": (1, 3),
     "span": (3,),
@@ -51,7 +63,16 @@ _CLAUSES = {
     "sizes": (2,),
     "chunk": (2,),
 }
-_WITH_ARGUMENT = {"mix", "reduce", "freeze"}
+_WITH_ARGUMENT = {"mix", "reduce", "freeze", "window"}
+
+
+def letters_of(dims: Dims) -> tuple[str, ...]:
+    """All letters of a tensor, those in brackets included."""
+    return tuple(letter for dim in dims for letter in ((dim,) if isinstance(dim, str) else dim))
+
+
+def _spelled(dims: Dims) -> str:
+    return " ".join(dim if isinstance(dim, str) else f"({' '.join(dim)})" for dim in dims)
 
 
 @dataclass(frozen=True)
@@ -59,10 +80,10 @@ class Operand:
     """One tensor argument of the operator and the letters of its dimensions."""
 
     name: str
-    dims: tuple[str, ...]
+    dims: Dims
 
     def __str__(self) -> str:
-        return f"{self.name}[{' '.join(self.dims)}]"
+        return f"{self.name}[{_spelled(self.dims)}]"
 
 
 @dataclass(frozen=True)
@@ -70,11 +91,11 @@ class Alternative:
     """One reading of the operator: its operands and results by letter, used if ``condition`` is truthy."""
 
     operands: tuple[Operand, ...]
-    results: tuple[tuple[str, ...], ...]
+    results: tuple[Dims, ...]
     condition: str | None = None
 
     def __str__(self) -> str:
-        results = ", ".join(f"[{' '.join(dims)}]" for dims in self.results)
+        results = ", ".join(f"[{_spelled(dims)}]" for dims in self.results)
         text = f"{', '.join(map(str, self.operands))} -> {results}"
         return f"{text} if {self.condition}" if self.condition else text
 
@@ -124,6 +145,10 @@ class Rule:
                 found |= set(clause.words)
             elif clause.keyword == "shape":
                 found.add(clause.words[0])
+            elif clause.keyword == "slide":
+                found |= set(clause.words[2:])
+            elif clause.keyword == "factor":
+                found.add(clause.words[1])
         return found
 
 
@@ -168,16 +193,24 @@ class _Parser:
             self.fail("expected a name")
         return self.take()
 
-    def dims(self) -> tuple[str, ...]:
+    def letter(self, pattern: str, found: list[str | tuple[str, str]]) -> str:
+        token = self.peek()
+        if token is None or not re.fullmatch(pattern, token):
+            self.fail("expected a letter, '(', '...' or ']'")
+        if token in letters_of(tuple(found)):
+            self.fail(f"{token!r} stands twice in one tensor")
+        return self.take()
+
+    def dims(self) -> Dims:
         self.take("[")
-        found: list[str] = []
+        found: list[str | tuple[str, str]] = []
         while not self.accept("]"):
-            token = self.peek()
-            if token is None or not re.fullmatch(r"\.\.\.|[A-Za-z_]\w*\*?", token):
-                self.fail("expected a letter, '...' or ']'")
-            if token in found:
-                self.fail(f"{token!r} stands twice in one tensor")
-            found.append(self.take())
+            if self.accept("("):
+                first = self.letter(r"[A-Za-z_]\w*", found)
+                found.append((first, self.letter(r"[A-Za-z_]\w*", [*found, first])))
+                self.take(")")
+            else:
+                found.append(self.letter(r"\.\.\.|[A-Za-z_]\w*\*?", found))
         return tuple(found)
 
     def alternative(self) -> Alternative:
@@ -188,8 +221,8 @@ class _Parser:
         results = [self.dims()]
         while self.accept(","):
             results.append(self.dims())
-        known = {letter for operand in operands for letter in operand.dims}
-        for letter in (letter for dims in results for letter in dims):
+        known = {letter for operand in operands for letter in letters_of(operand.dims)}
+        for letter in (letter for dims in results for letter in letters_of(dims)):
             if letter not in known:
                 self.fail(f"{letter!r} stands in a result but in no operand")
         return Alternative(tuple(operands), tuple(results), self.name() if self.accept("if") else None)

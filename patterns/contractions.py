@@ -1,6 +1,21 @@
-"""Operators that sum over channels against a weight or another activation."""
+"""Operators that sum over channels against a weight or another activation: products, attention, convolutions."""
 
 from __future__ import annotations
+
+_SPATIAL = {1: ("x", "u"), 2: ("y x", "v u"), 3: ("z y x", "w v u")}
+
+
+def _convolution(rank: int) -> str:
+    positions, window = _SPATIAL[rank]
+    slides = "; ".join(f"slide {x} {u} stride padding dilation" for x, u in zip(positions.split(), window.split(), strict=True))
+    return f"input[... (g i) {positions}], weight[(g o) i {window}], bias[(g o)] -> [... (g o) {positions}]; factor g groups; {slides}"
+
+
+def _transposed(rank: int) -> str:
+    positions, window = _SPATIAL[rank]
+    windows = "; ".join(f"window {letter}" for letter in (*positions.split(), *window.split()))
+    return f"input[... (g i) {positions}], weight[(g i) o {window}], bias[(g o)] -> [... (g o) {positions}]; factor g groups; {windows}"
+
 
 CONTRACTIONS: dict[str, str] = {
     "aten.linear.default": "input[... i], weight[o i], bias[o] -> [... o]",
@@ -16,5 +31,11 @@ CONTRACTIONS: dict[str, str] = {
         " | query[... q d], key[... k d], value[... k c], attn_mask[... q k] -> [... q c]"
         "; mix k; repeat g h"
     ),
+    **{f"aten.conv{rank}d.{overload}": _convolution(rank) for rank in _SPATIAL for overload in ("default", "padding")},
+    "aten.conv_transpose1d.default": _transposed(1),
+    "aten.conv_transpose2d.input": _transposed(2),
+    "aten.conv_transpose3d.input": _transposed(3),
+    "transformers.grouped_mm_fallback.default": "input[t k], weight[e k n], offs[e] -> [t n]; route t e",
+    "aten._grouped_mm.default": "self[t k], mat2[e k n], offs[e] -> [t n]; route t e",
     "aten.embedding.default": "weight[v c], indices[...] -> [... c]; freeze v",
 }

@@ -1,12 +1,17 @@
-"""Operators in which positions along a dimension influence one another: norms, softmax, reductions, scans."""
+"""Operators in which positions along a dimension influence one another: norms, softmax, reductions, scans, pooling, resampling."""
 
 from __future__ import annotations
 
 _REDUCTIONS = (
     "mean.dim",
     "sum.dim_IntList",
+    "prod.dim_int",
     "amax.default",
     "amin.default",
+    "argmax.default",
+    "argmin.default",
+    "logsumexp.default",
+    "linalg_vector_norm.default",
     "var.correction",
     "std.correction",
     "var.dim",
@@ -16,6 +21,30 @@ _REDUCTIONS = (
 )
 _SCANS = ("diff.default", "cumsum.default", "cumprod.default", "logcumsumexp.default")
 
+_POSITIONS = {1: "x", 2: "y x", 3: "z y x"}
+
+
+def _windowed(argument: str, rank: int, results: int = 1) -> str:
+    """Every channel by itself; positions are resampled."""
+    positions = _POSITIONS[rank]
+    windows = "; ".join(f"window {letter}" for letter in positions.split())
+    return f"{argument}[... {positions}] -> {', '.join([f'[... {positions}]'] * results)}; {windows}"
+
+
+_POOLS = {
+    **{f"{kind}{rank}d.default": _windowed("self", rank) for kind in ("max_pool", "avg_pool", "adaptive_avg_pool") for rank in _POSITIONS},
+    **{f"adaptive_max_pool{rank}d.default": _windowed("self", rank, results=2) for rank in _POSITIONS},
+    **{f"max_pool{rank}d_with_indices.default": _windowed("self", rank, results=2) for rank in _POSITIONS},
+}
+_RESAMPLERS = {"nearest1d": 1, "nearest2d": 2, "nearest3d": 3, "linear1d": 1, "bilinear2d": 2, "bicubic2d": 2, "trilinear3d": 3}
+_UPSAMPLE = {f"{kind}{name}.vec": _windowed("input", rank) for name, rank in _RESAMPLERS.items() for kind in ("upsample_", "_upsample_")}
+_UPSAMPLE |= {f"{kind}{name}.default": _windowed("self", rank) for name, rank in _RESAMPLERS.items() for kind in ("upsample_", "_upsample_")}
+_UPSAMPLE |= {f"_upsample_{name}_aa.vec": _windowed("input", 2) for name in ("bilinear2d", "bicubic2d")}
+_UPSAMPLE |= {f"_upsample_nearest_exact{rank}d.vec": _windowed("input", rank) for rank in _POSITIONS}
+
+_BATCH_NORM = "input[n c x*], weight[c], bias[c]"
+_STATISTICS = "running_mean[c], running_var[c]"
+
 MIXING: dict[str, str] = {
     "aten.layer_norm.default": "input[... n*], weight[n*], bias[n*] -> [... n*]; mix n*; shape normalized_shape=n*",
     "aten.rms_norm.default": "input[... n*], weight[n*] -> [... n*]; mix n*; shape normalized_shape=n*",
@@ -24,6 +53,29 @@ MIXING: dict[str, str] = {
     "aten._softmax.default": "self[...] -> [...]; mix @dim",
     "aten.log_softmax.int": "self[...] -> [...]; mix @dim",
     "aten._log_softmax.default": "self[...] -> [...]; mix @dim",
+    # norms that keep channels apart
+    "aten.batch_norm.default": f"{_BATCH_NORM}, {_STATISTICS} -> [n c x*]; mix x*",
+    "aten._native_batch_norm_legit_no_training.default": f"{_BATCH_NORM}, {_STATISTICS} -> [n c x*], [], []; mix x*",
+    "aten._native_batch_norm_legit.no_stats": f"{_BATCH_NORM} -> [n c x*], [c], [c]; mix x*",
+    "aten.instance_norm.default": f"{_BATCH_NORM}, {_STATISTICS} -> [n c x*]; mix x*",
+    "aten.group_norm.default": "input[n (g c) x*], weight[(g c)], bias[(g c)] -> [n (g c) x*]; mix c; mix x*; factor g num_groups",
     **{f"aten.{name}": "self[...] -> [...]; reduce @dim" for name in _REDUCTIONS},
+    **{f"aten.{name}": "self[...] -> [...], [...]; reduce @dim" for name in ("max.dim", "min.dim", "var_mean.correction", "std_mean.correction")},
     **{f"aten.{name}": "self[...] -> [...]; freeze @dim" for name in _SCANS},
+    # order and choice
+    "aten.sort.default": "self[...] -> [...], [...]; freeze @dim",
+    "aten.sort.stable": "self[...] -> [...], [...]; freeze @dim",
+    "aten.argsort.default": "self[...] -> [...]; freeze @dim",
+    "aten.topk.default": "self[...] -> [...], [...]; window @dim",
+    "aten.roll.default": "self[...] -> [...]; freeze @dims",
+    "aten.tril.default": "self[... i j] -> [... i j]; freeze i; freeze j",
+    "aten.triu.default": "self[... i j] -> [... i j]; freeze i; freeze j",
+    # another basis
+    "aten._fft_r2c.default": "self[...] -> [...]; window @dim",
+    "aten._fft_c2r.default": "self[...] -> [...]; window @dim",
+    "aten._fft_c2c.default": "self[...] -> [...]; freeze @dim",
+    # windows over positions
+    **{f"aten.{name}": rule for name, rule in _POOLS.items()},
+    **{f"aten.{name}": rule for name, rule in _UPSAMPLE.items()},
+    "aten.grid_sampler.default": "input[n c y x], grid[n a b t] -> [n c a b]; window y; window x; window t",
 }

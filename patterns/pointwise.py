@@ -30,6 +30,9 @@ UNTAGGED: tuple[str, ...] = (
     "aten.full_like.default",
 )
 
+#: pointwise operators whose second operand lies along the channels
+ALONG_CHANNELS: dict[str, str] = {"aten.prelu.default": "self[n c x*], weight[c] -> [n c x*]"}
+
 #: operators that only assert something and return nothing
 CHECKS: dict[str, str] = {
     "aten._assert_tensor_metadata.default": "check",

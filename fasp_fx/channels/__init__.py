@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ._facts import Facts, Remark, Use
+from ._facts import Facts, Layout, Remark, Use
 from ._fx import arguments, attribute, results, set_argument, target_name
 from ._interpreter import Interpreter, Walk
 from ._moves import run_on_numbers
@@ -14,6 +14,7 @@ __all__ = [
     "Axis",
     "Facts",
     "Interpreter",
+    "Layout",
     "Numbering",
     "Remark",
     "Slot",

@@ -11,22 +11,51 @@ from ._value import NONE
 
 
 @dataclass(frozen=True)
+class Window:
+    """A window of ``size`` positions that slides over dimension ``dim``; ``padding`` is what stands before and after."""
+
+    dim: int
+    size: int
+    stride: int
+    padding: tuple[int, int]
+    dilation: int
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How one operand of a contraction is read as ``[blocks, tokens or rows, columns]``.
+
+    ``splits`` divides dimensions in two, each ``(dimension, size of the first part)``; the other fields count dimensions after that.
+    """
+
+    splits: tuple[tuple[int, int], ...]
+    blocks: tuple[int, ...]
+    columns: tuple[int, ...]
+    windows: tuple[Window, ...] = ()
+
+
+@dataclass(frozen=True)
 class Use:
     """One use of a weight that contracts its columns with an activation.
 
     Attributes:
         node: the contracting node.
-        weight: name of the 2-D weight.
+        weight: name of the weight.
+        operand: the node whose value is the weight, perhaps moved.
         activation: the node whose value is contracted with it.
-        activation_dim: the contracted dimension of the activation.
-        columns: the weight's channel numbers in the order of ``activation_dim``.
+        columns: channel numbers, shape ``[blocks, columns, axes]``, in the order of both layouts; a column goes with any of its numbers.
+        weight_layout, activation_layout: how either is read as matrices.
+        route: the node that tells where in the tokens each block ends, if blocks are chosen at run time.
     """
 
     node: fx.Node
     weight: str
+    operand: fx.Node
     activation: fx.Node
-    activation_dim: int
     columns: np.ndarray
+    weight_layout: Layout
+    activation_layout: Layout
+    route: fx.Node | None = None
 
 
 @dataclass(frozen=True)
@@ -40,7 +69,11 @@ class Remark:
 
 @dataclass
 class Facts:
-    """Couplings, and remarks on channel numbers, in the order found."""
+    """Couplings, and remarks on channel numbers, in the order found.
+
+    ``matrices`` names the weights of linear and convolution operators; ``blocks`` the weights' dimensions that would better be numbered
+    block by block, with the dimension that divides them and into how many.
+    """
 
     pairs: list[tuple[np.ndarray, np.ndarray, fx.Node]] = field(default_factory=list)
     frozen: list[Remark] = field(default_factory=list)
@@ -49,6 +82,8 @@ class Facts:
     produced: list[np.ndarray] = field(default_factory=list)
     uses: list[Use] = field(default_factory=list)
     boxes: dict[bytes, tuple[np.ndarray, fx.Node]] = field(default_factory=dict)
+    matrices: set[str] = field(default_factory=set)
+    blocks: dict[tuple[str, int], tuple[int, int]] = field(default_factory=dict)
 
     def couple(self, a: Tensor, b: Tensor, node: fx.Node) -> None:
         """Channels at equal positions of two broadcastable tensors of numbers go together; one that meets a non-channel stays."""

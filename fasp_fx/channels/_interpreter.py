@@ -18,6 +18,7 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from fasp_fx.errors import VerificationError
 from fasp_fx.patterns import Rule, lookup
 
+from ._factors import NotDivisible
 from ._facts import Facts
 from ._fx import arguments, attribute, results, target_name
 from ._letters import Relation, result_shapes_ok
@@ -111,8 +112,21 @@ class Interpreter:
                     raise VerificationError(f"'{name}' has {shape[dim]} channels along dimension {dim} that were not there before")
                 slot = slot or self.numbering.add(name, dim, shape[dim], kind)
                 given = slot.numbers()
-            axes.append(Axis(given.reshape([-1 if d == dim else 1 for d in range(len(shape))]), dim))
+            axes.append(Axis(self._laid(given, name, dim, shape), dim))
         return axes
+
+    def _laid(self, given: Tensor, name: str, dim: int, shape: tuple[int, ...]) -> Tensor:
+        """The numbers along one dimension of a weight, in its rank; those of blocks vary along the dimension that these divide."""
+        if given.dim() == 1:
+            return given.reshape([-1 if d == dim else 1 for d in range(len(shape))])
+        slot = self.numbering.get(name, dim)
+        assert slot is not None
+        assert slot.block_dim is not None
+        if shape[slot.block_dim] % given.shape[0]:
+            raise VerificationError(f"dimension {slot.block_dim} of '{name}' is {shape[slot.block_dim]}, not a multiple of its {given.shape[0]} blocks")
+        laid = given.repeat_interleave(shape[slot.block_dim] // given.shape[0], 0)
+        laid = laid if slot.block_dim < dim else laid.T
+        return laid.reshape([size if d in (dim, slot.block_dim) else 1 for d, size in enumerate(shape)])
 
     def _placeholder(self, node: fx.Node, walk: Walk, small: bool) -> None:
         recorded = node.meta.get("val")
@@ -219,7 +233,12 @@ class Interpreter:
             return move(node, rule, named, nodes, shapes, facts)
         if not rule.alternatives:
             return None
-        results = Relation(node, rule, named, nodes, facts).run()
+        try:
+            results = Relation(node, rule, named, nodes, facts, self.numbering).run()
+        except NotDivisible as error:
+            if self.strict:
+                raise VerificationError(f"node '{node.name}' ({node.target}): {error}") from error
+            return None
         if len(results) != len(shapes):
             return None
         values = [Value(shape, tuple(axes), constant) for shape, (axes, constant) in zip(shapes, results, strict=True)]

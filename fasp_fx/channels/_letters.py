@@ -6,27 +6,38 @@ mixed, frozen) decides what is said of its channels.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, fx
 
-from fasp_fx.patterns import Alternative, Rule
+from fasp_fx.patterns import Alternative, Dims, Rule
 
-from ._facts import Facts, Use
+from ._consume import make_use, slides, want_blocks, why_no_consumer
+from ._factors import divide, fixed_rank, join, singles, spell
+from ._facts import Facts, Remark
+from ._numbering import Numbering
 from ._value import Axis, Value
 
 
 @dataclass(frozen=True)
-class _Operand:
+class Operand:
+    """An operand with a letter for every dimension; ``splits`` made them so (see :mod:`._factors`)."""
+
     name: str
     value: Value
     letters: tuple[str, ...]
     node: fx.Node | None
+    splits: tuple[tuple[int, int], ...] = ()
 
     def at(self, letter: str) -> list[Axis]:
+        """The axes that shrink this letter."""
         return self.value.at(self.letters.index(letter))
+
+    def size(self, letter: str) -> int:
+        """The size of a letter's dimension."""
+        return self.value.shape[self.letters.index(letter)]
 
 
 def choose(rule: Rule, arguments: dict[str, Any]) -> Alternative:
@@ -35,37 +46,31 @@ def choose(rule: Rule, arguments: dict[str, Any]) -> Alternative:
         if alternative.condition and not arguments.get(alternative.condition):
             continue
         given = [(operand, arguments.get(operand.name)) for operand in alternative.operands]
-        if all(
-            value is None or len(value.shape) == len(operand.dims) or (operand.dims[0] == "..." and len(value.shape) >= len(operand.dims) - 1)
-            for operand, value in given
-        ):
+        if all(value is None or _fits(operand.dims, len(value.shape)) for operand, value in given):
             return alternative
     return rule.alternatives[-1]
 
 
-def _run_length(alternative: Alternative, rule: Rule, arguments: dict[str, Any], letter: str) -> int:
-    for operand in alternative.operands:
-        value = arguments.get(operand.name)
-        if operand.dims == (letter,) and value is not None:
-            return len(value.shape)
+def _fits(dims: Dims, rank: int) -> bool:
+    if any(isinstance(token, str) and token.endswith("*") for token in dims):
+        return rank >= len(dims) - 1
+    return rank == len(dims) or (dims[:1] == ("...",) and rank >= len(dims) - 1)
+
+
+def _runs(alternative: Alternative, rule: Rule, arguments: dict[str, Any]) -> dict[str, int]:
+    """The length of every run, from the operands that leave it no choice, or from an argument that holds its sizes."""
+    names = {token for operand in alternative.operands for token in operand.dims if isinstance(token, str) and token.endswith("*")}
+    runs: dict[str, int] = {}
     for clause in rule.all("shape"):
-        if len(clause.words) == 2 and clause.words[1] == letter:
-            return len(arguments[clause.words[0]])
-    return 1
-
-
-def _spell(dims: tuple[str, ...], rank: int, runs: dict[str, int]) -> tuple[str, ...]:
-    """One letter per dimension: runs and the ellipsis written out, the ellipsis numbered from the right."""
-    letters: list[str] = []
-    fixed = sum(runs.get(token, 1) for token in dims if token != "...")
-    for token in dims:
-        if token == "...":
-            letters += [f".{index}" for index in reversed(range(rank - fixed))]
-        elif token in runs:
-            letters += [f"{token}{index}" for index in range(runs[token])]
-        else:
-            letters.append(token)
-    return tuple(letters[len(letters) - rank :]) if len(letters) > rank else tuple(letters)
+        if len(clause.words) == 2:
+            runs[clause.words[1]] = len(arguments[clause.words[0]])
+    for _ in names:
+        for operand in alternative.operands:
+            value = arguments.get(operand.name)
+            open_runs = [token for token in operand.dims if token in names and token not in runs]
+            if isinstance(value, Value) and len(open_runs) == 1 and "..." not in operand.dims:
+                runs[str(open_runs[0])] = len(value.shape) - fixed_rank(operand.dims, {**runs, str(open_runs[0]): 0})
+    return {name: runs.get(name, 1) for name in names}
 
 
 def _align(axis: Axis, letters: tuple[str, ...], order: list[str]) -> Tensor:
@@ -82,36 +87,66 @@ def _dims_argument(value: Any, rank: int) -> list[int]:
 
 
 class Relation:
-    """One application of a lettered rule to one node."""
+    """One application of a lettered rule to one node.
 
-    def __init__(self, node: fx.Node, rule: Rule, arguments: dict[str, Any], nodes: dict[str, fx.Node | None], facts: Facts) -> None:
-        self.node, self.rule, self.facts = node, rule, facts
+    Raises:
+        NotDivisible: a dimension in brackets is no multiple of its factor.
+    """
+
+    def __init__(self, node: fx.Node, rule: Rule, arguments: dict[str, Any], nodes: dict[str, fx.Node | None], facts: Facts, numbering: Numbering) -> None:
+        self.node, self.rule, self.facts, self.numbering = node, rule, facts, numbering
         alternative = choose(rule, arguments)
-        present = [operand for operand in alternative.operands if isinstance(arguments.get(operand.name), Value)]
-        runs = {
-            letter: _run_length(alternative, rule, arguments, letter) for operand in alternative.operands for letter in operand.dims if letter.endswith("*")
-        }
-        self.operands: list[_Operand] = []
-        for declared in present:
-            value = arguments[declared.name]
-            self.operands.append(_Operand(declared.name, value, _spell(declared.dims, len(value.shape), runs), nodes.get(declared.name)))
+        runs = _runs(alternative, rule, arguments)
+        factors = {clause.words[0]: int(arguments[clause.words[1]]) for clause in rule.all("factor")}
+        self.operands: list[Operand] = []
+        for declared in alternative.operands:
+            value = arguments.get(declared.name)
+            if isinstance(value, Value):
+                value, letters, splits = divide(value, spell(declared.dims, len(value.shape), runs), factors)
+                self.operands.append(Operand(declared.name, value, letters, nodes.get(declared.name), splits))
+                if splits:
+                    self._note_boxes(value)
         self._repeat()
         self.size: dict[str, int] = {}
         for operand in self.operands:
             for letter, size in zip(operand.letters, operand.value.shape, strict=True):
                 self.size[letter] = max(self.size.get(letter, 1), size)
         dots = max((sum(letter.startswith(".") for letter in operand.letters) for operand in self.operands), default=0)
-        self.results = [
-            _spell(dims, dots + sum(runs.get(token, 1) for token in dims if token != "..."), runs)
-            if "..." in dims
-            else _spell(dims, sum(runs.get(token, 1) for token in dims), runs)
-            for dims in alternative.results
-        ]
-        self.kept = {letter for letters in self.results for letter in letters}
+        self.results = [spell(dims, (dots if "..." in dims else 0) + fixed_rank(dims, runs), runs) for dims in alternative.results]
+        self.kept = {letter for letters in self.results for letter in singles(letters)}
         self.mixed = self._where("mix", arguments, runs)
         self.reduced = self._where("reduce", arguments, runs)
         self.frozen = self._where("freeze", arguments, runs)
+        self.windowed = self._where("window", arguments, runs)
+        self.slides = slides(rule.all("slide"), arguments)
+        self.windowed |= {slide.over for slide in self.slides}
+        #: letters of a weight's window: part of its columns where the window slides, of its rows where it is laid out
+        self.inside = {slide.within for slide in self.slides} | {letter for letter in self.windowed if letter not in self.kept}
+        self.routes = {clause.words[1] for clause in rule.all("route")}
         self.keepdim = bool(arguments.get("keepdim", False))
+        self._lift()
+
+    def _note_boxes(self, value: Value) -> None:
+        for axis in value.axes:
+            if len(axis.varying()) > 1:
+                self.facts.box(axis.numbers, axis.dim, self.node)
+
+    def _lift(self) -> None:
+        """Where one operand shrinks a factor that another holds only together with its partner, the partner's positions go as one."""
+        for index, operand in enumerate(self.operands):
+            for dim, _ in operand.splits:
+                first, second = operand.letters[dim], operand.letters[dim + 1]
+                if operand.at(first) or not any(other.at(first) for other in self.operands if other is not operand and first in other.letters):
+                    continue
+                axes = []
+                for axis in operand.value.axes:
+                    if axis.dim == dim + 1 and axis.numbers.shape[dim] > 1 and second in self.kept:
+                        leader = axis.numbers.narrow(dim + 1, 0, 1)
+                        self.facts.couple(leader, axis.numbers, self.node)
+                        axis = Axis(leader, dim)
+                    axes.append(axis)
+                value = Value(operand.value.shape, tuple(axes), operand.value.constant, operand.value.origin)
+                self.operands[index] = replace(operand, value=value)
 
     def _repeat(self) -> None:
         for clause in self.rule.all("repeat"):
@@ -130,7 +165,7 @@ class Relation:
                 )
                 value = Value(shape, axes, operand.value.constant)
                 letters = tuple(many if letter == few else letter for letter in operand.letters)
-                self.operands[index] = _Operand(operand.name, value, letters, operand.node)
+                self.operands[index] = replace(operand, value=value, letters=letters)
 
     def _where(self, keyword: str, arguments: dict[str, Any], runs: dict[str, int]) -> set[str]:
         found: set[str] = set()
@@ -145,27 +180,30 @@ class Relation:
                 found.add(word)
         return found
 
-    def _holders(self, letter: str) -> list[_Operand]:
-        return [o for o in self.operands if letter in o.letters and (o.value.shape[o.letters.index(letter)] > 1 or self.size[letter] == 1)]
+    def _holders(self, letter: str) -> list[Operand]:
+        return [o for o in self.operands if letter in o.letters and (o.size(letter) > 1 or self.size[letter] == 1)]
 
     def run(self) -> list[tuple[list[Axis], bool]]:
         """Say all that follows of the operands' channels; return the axes of each result and whether it is constant."""
         constant = all(operand.value.constant for operand in self.operands)
         order = list(dict.fromkeys(letter for operand in self.operands for letter in operand.letters))
         outgoing: list[tuple[str, Tensor]] = []
+        self._note_matrices(constant)
         for letter in order:
             outgoing += [(letter, numbers) for numbers in self._meet(letter, order, constant)]
-        dropped = {letter for letter in order if letter not in self.kept or letter in self.reduced}
+        self._consume()
+        dropped = {letter for letter in order if letter not in self.kept or letter in self.reduced or letter in self.windowed}
         outcome = []
         for letters in self.results:
+            own = singles(letters)
             axes = []
             for letter, numbers in outgoing:
-                if letter not in letters or letter in self.reduced:
+                if letter not in own or letter in dropped:
                     continue
                 for gone in dropped & set(order):
                     numbers = numbers.narrow(order.index(gone), 0, 1)
-                laid = numbers.permute([order.index(other) for other in letters] + [order.index(other) for other in order if other not in letters])
-                laid = laid.reshape(laid.shape[: len(letters)])
+                laid = numbers.permute([order.index(other) for other in own] + [order.index(other) for other in order if other not in own])
+                laid = join(laid.reshape(laid.shape[: len(own)]), letters, self.size)
                 if self.reduced and not self.keepdim:
                     laid = laid.squeeze(tuple(i for i, other in enumerate(letters) if other in self.reduced))
                 axis = Axis.of(laid)
@@ -174,11 +212,23 @@ class Relation:
             outcome.append((axes, constant))
         return outcome
 
+    def _note_matrices(self, constant: bool) -> None:
+        for operand in self.operands:
+            contracted = any(self._contracted(letter) for letter in operand.letters)
+            if contracted and operand.value.constant and operand.value.origin is not None and not constant:
+                self.facts.matrices.add(operand.value.origin)
+
+    def _contracted(self, letter: str) -> bool:
+        return letter not in self.kept and letter not in self.routes and sum(letter in operand.letters for operand in self.operands) > 1
+
     def _meet(self, letter: str, order: list[str], constant: bool) -> list[Tensor]:
         """Couple all axes that shrink ``letter``; return those that survive, aligned to ``order``."""
         holders = self._holders(letter)
         found = [(operand, axis, _align(axis, operand.letters, order)) for operand in holders for axis in operand.at(letter)]
-        if not found:
+        if not found or letter in self.inside:
+            return []
+        if letter in self.routes:
+            self._say(self.facts.frozen, [numbers for _, _, numbers in found], f"chosen at run time by {self.node.target}")
             return []
         for operand in holders:
             if not operand.at(letter):
@@ -189,60 +239,93 @@ class Relation:
             found = [item for item in found if not item[0].value.constant]
             if not found:
                 return []
-        for influenced in self.mixed | self.reduced | (set(order) - self.kept):
-            if influenced != letter:
+        for influenced in self.mixed | self.reduced | self.windowed | (set(order) - self.kept):
+            if influenced != letter and influenced in order:
                 for _, _, numbers in found:
                     dim = order.index(influenced)
                     if numbers.shape[dim] > 1:
                         self.facts.couple(numbers.narrow(dim, 0, 1), numbers, self.node)
-        contracted = letter not in self.kept and sum(letter in operand.letters for operand in self.operands) > 1
-        if len(holders) > 1:
-            for _, _, numbers in found[1:]:
-                self.facts.couple(found[0][2], numbers, self.node)
         everything = [numbers for _, _, numbers in found]
-        if letter in self.frozen:
+        surviving = everything if len(holders) == 1 else self._couple(holders, found, order)
+        if letter in self.frozen | self.windowed:
             self._say(self.facts.frozen, everything, f"{self.node.target} cannot lose positions along this dimension")
-        elif letter in self.mixed | self.reduced or (letter not in self.kept and not contracted):
+        elif letter in self.mixed | self.reduced or (letter not in self.kept and not self._contracted(letter)):
             self._say(self.facts.mixed, everything, f"mixed by {self.node.target}")
-        if contracted:
-            self._contract(letter, holders, everything)
+        if self._contracted(letter):
+            self._contract(holders, everything)
             return []
         if not constant:
             for operand, axis, _ in found:
                 if operand.value.constant:
                     self.facts.produced.append(axis.numbers.reshape(-1).numpy())
-        if len(holders) == 1:
-            return everything
-        return [max(everything, key=lambda numbers: sum(size > 1 for size in numbers.shape))]
+        return surviving
 
-    def _say(self, remarks: list, everything: list[Tensor], reason: str) -> None:
+    def _couple(self, holders: list[Operand], found: list[tuple[Operand, Axis, Tensor]], order: list[str]) -> list[Tensor]:
+        """Couple the axes of different operands, each with the one that divides the positions alike; return one of each."""
+        per_holder = [[numbers for operand, _, numbers in found if operand is holder] for holder in holders]
+        per_holder = sorted((axes for axes in per_holder if axes), key=len, reverse=True)
+        self._want_blocks(found, order)
+        leaders = list(per_holder[0])
+        for axes in per_holder[1:]:
+            matches = [0] * len(axes) if len(leaders) == 1 else [_alike(numbers, leaders) for numbers in axes]
+            if len(leaders) > 1 and (None in matches or len(set(matches)) < len(matches)):
+                for numbers in (*leaders[1:], *axes):
+                    self.facts.couple(leaders[0], numbers, self.node)
+                leaders = [max((*leaders, *axes), key=_freedom)]
+                continue
+            for numbers, match in zip(axes, matches, strict=True):
+                self.facts.couple(leaders[int(match or 0)], numbers, self.node)
+                leaders[int(match or 0)] = max(leaders[int(match or 0)], numbers, key=_freedom)
+        return leaders
+
+    def _want_blocks(self, found: list[tuple[Operand, Axis, Tensor]], order: list[str]) -> None:
+        """A weight met by channels that differ from block to block had better be numbered block by block."""
+        for operand, axis, numbers in found:
+            for letter in operand.letters if operand.value.constant and operand.value.origin is not None else ():
+                dim = order.index(letter)
+                if operand.size(letter) > 1 and numbers.shape[dim] == 1 and any(other.shape[dim] > 1 for _, _, other in found):
+                    want_blocks(self.facts, self.numbering, operand, axis, letter)
+
+    def _say(self, remarks: list[Remark], everything: list[Tensor], reason: str) -> None:
         for numbers in everything:
             self.facts.say(remarks, numbers, reason, self.node)
 
-    def _contract(self, letter: str, holders: list[_Operand], everything: list[Tensor]) -> None:
+    def _contract(self, holders: list[Operand], everything: list[Tensor]) -> None:
         weights = [operand for operand in holders if operand.value.constant]
         activations = [operand for operand in holders if not operand.value.constant]
         if len(activations) > 1:
             self._say(self.facts.exempt, everything, f"contracted between two activations by {self.node.target}")
-        elif len(weights) == 1 and len(activations) == 1:
-            problem = self._consume(letter, weights[0], activations[0])
-            if problem:
-                self._say(self.facts.frozen, everything, problem)
-        else:
+        elif len(weights) != 1 or len(activations) != 1:
             self._say(self.facts.frozen, everything, f"weights are multiplied with each other by {self.node.target}")
+        else:
+            problem = why_no_consumer(self, weights[0], activations[0])
+            if problem is not None:
+                self._say(self.facts.frozen, everything, problem)
 
-    def _consume(self, letter: str, weight: _Operand, activation: _Operand) -> str | None:
-        shared = set(weight.letters) & set(activation.letters)
-        axes = weight.at(letter)
-        if weight.value.origin is None:
-            return f"'{weight.name}' of {self.node.target} is computed from weights, not a weight itself"
-        if len(weight.letters) != 2 or shared != {letter} or activation.node is None:
-            return f"{self.node.target} contracts a weight of {len(weight.letters)} dimensions over {len(shared)}: only matrices over one are consumers so far"
-        if len(axes) != 1 or axes[0].varying() != [axes[0].dim]:
-            return f"the columns of '{weight.name}' of {self.node.target} do not lie along one dimension of a weight"
-        columns = axes[0].numbers.reshape(-1).numpy()
-        self.facts.uses.append(Use(self.node, weight.value.origin, activation.node, activation.letters.index(letter), columns))
-        return None
+    def _consume(self) -> None:
+        """Record each weight that is contracted with an activation."""
+        for weight in self.operands:
+            for activation in self.operands:
+                if not weight.value.constant or activation.value.constant:
+                    continue
+                shared = [letter for letter in weight.letters if letter in activation.letters and self._contracted(letter)]
+                if any(weight.at(letter) for letter in shared) and why_no_consumer(self, weight, activation) is None:
+                    self.facts.uses.append(make_use(self, weight, activation))
+
+
+def _freedom(numbers: Tensor) -> int:
+    return sum(size > 1 for size in numbers.shape)
+
+
+def _alike(numbers: Tensor, leaders: list[Tensor]) -> int | None:
+    """The leader that puts the same positions together as ``numbers`` does."""
+    for index, leader in enumerate(leaders):
+        shape = torch.broadcast_shapes(numbers.shape, leader.shape)
+        parts = [torch.unique(part.expand(shape), return_inverse=True)[1].reshape(-1) for part in (numbers, leader)]
+        together = torch.unique(torch.stack(parts), dim=1).shape[1]
+        if together == int(parts[0].max()) + 1 == int(parts[1].max()) + 1:
+            return index
+    return None
 
 
 def result_shapes_ok(values: list[Value], shapes: list[torch.Size]) -> bool:

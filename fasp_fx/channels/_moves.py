@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -76,16 +77,23 @@ def move(
     others = {name: value for name, value in arguments.items() if name != rule.moves}
     if isinstance(source, (list, tuple)):
         return _join(node, rule, list(source), others, shapes, facts)
+    unknown = False
     for name, value in list(others.items()):
         known = _known(value)
         if known is _UNKNOWN:
-            return None
+            known, unknown = _some_index(value, arguments_of(node)[name]), True
+            if known is None or not rule.all("freeze"):
+                return None
         others[name] = known
     touched = _touched_dims(rule, others, len(source.shape))
+    if unknown:
+        source = _alike_along(source, touched, node, facts)
     axes: list[list[Axis]] = [[] for _ in shapes]
     for axis in source.axes:
         if axis.dim in touched:
             facts.say(facts.frozen, axis.numbers, f"{node.target} names positions along this dimension one by one", node)
+            if unknown:
+                continue
         problem = _cut_unevenly(rule, others, nodes, axis.dim, len(source.shape))
         if problem:
             facts.say(facts.frozen, axis.numbers, f"{problem} by {node.target}", node)
@@ -99,6 +107,29 @@ def move(
     whole = source.origin if len(shapes) == 1 and _numel(shapes[0]) == _numel(source.shape) else None
     data = [None] * len(shapes) if source.data is None else _outputs(_run(node.target, source.data, _rest(others)))
     return [Value(shape, tuple(axes[i]), source.constant, whole, data[i]) for i, shape in enumerate(shapes)]
+
+
+def _some_index(value: Any, given: Any) -> Any:
+    """Indices of the right shape in the place of those known only at run time; ``None`` if they decide the shape of the result."""
+    if isinstance(value, (list, tuple)):
+        found = [item if not isinstance(item, Value) else _some_index(item, node) for item, node in zip(value, given, strict=True)]
+        return None if any(new is None and old is not None for new, old in zip(found, value, strict=True)) else found
+    if not isinstance(given, fx.Node) or not isinstance(given.meta.get("val"), Tensor) or given.meta["val"].dtype in (torch.bool, torch.uint8):
+        return None
+    return value.data if value.data is not None else torch.zeros(value.shape, dtype=torch.long)
+
+
+def _alike_along(source: Value, dims: set[int], node: fx.Node, facts: Facts) -> Value:
+    """Couple what differs along dimensions whose positions are chosen at run time."""
+    axes = []
+    for axis in source.axes:
+        numbers = axis.numbers
+        for dim in dims - {axis.dim}:
+            if numbers.shape[dim] > 1:
+                facts.couple(numbers.narrow(dim, 0, 1), numbers, node)
+                numbers = numbers.narrow(dim, 0, 1)
+        axes.append(Axis(numbers, axis.dim))
+    return replace(source, axes=tuple(axes))
 
 
 def _border_moves(axis: Axis, others: dict[str, Any]) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -11,26 +12,35 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Slot:
-    """One dimension of one weight or graph input; its channels are numbered ``base … base + size - 1``."""
+    """One dimension of one weight or graph input; its channels are numbered ``base … base + size - 1``.
+
+    Where a weight is used block by block (experts, the groups of a convolution) each block has channels of its own: ``block_dim`` is
+    divided evenly into ``blocks``, and ``size`` counts the channels of all of them.
+    """
 
     name: str
     dim: int
     base: int
     size: int
     kind: str  # "weight" or "input"
+    block_dim: int | None = None
+    blocks: int = 1
 
     def __str__(self) -> str:
         return f"{self.name}[{self.dim}]"
 
     def numbers(self) -> Tensor:
-        """The numbers of its channels, shape ``[size]``."""
-        return torch.arange(self.base, self.base + self.size)
+        """The numbers of its channels, shape ``[size]``, or ``[blocks, size / blocks]``."""
+        flat = torch.arange(self.base, self.base + self.size)
+        return flat if self.block_dim is None else flat.reshape(self.blocks, -1)
 
 
 class Numbering:
     """Hands out numbers and finds the slot that a number belongs to."""
 
-    def __init__(self) -> None:
+    def __init__(self, blocked: Mapping[tuple[str, int], tuple[int, int]] | None = None) -> None:
+        """``blocked`` says for a weight and a dimension which dimension divides it into blocks, and into how many."""
+        self.blocked = dict(blocked or {})
         self.slots: list[Slot] = []
         self.total = 0
         self._index: dict[tuple[str, int], Slot] = {}
@@ -38,10 +48,11 @@ class Numbering:
 
     def add(self, name: str, dim: int, size: int, kind: str) -> Slot:
         """A new slot with fresh numbers."""
-        slot = Slot(name, dim, self.total, size, kind)
+        block_dim, blocks = self.blocked.get((name, dim), (None, 1))
+        slot = Slot(name, dim, self.total, size * blocks, kind, block_dim, blocks)
         self.slots.append(slot)
         self._index[(name, dim)] = slot
-        self.total += size
+        self.total += slot.size
         self._bases = None
         return slot
 
@@ -50,7 +61,7 @@ class Numbering:
         return self._index.get((name, dim))
 
     def numbers(self, name: str, dim: int) -> Tensor | None:
-        """The numbers along one dimension, shape ``[size]``, or ``None`` for a dimension without channels."""
+        """The numbers along one dimension (see :meth:`Slot.numbers`), or ``None`` for a dimension without channels."""
         slot = self.get(name, dim)
         return None if slot is None else slot.numbers()
 

@@ -1,0 +1,160 @@
+"""When a weight contracted with an activation is a consumer, and how both are read as matrices."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from fasp_fx.patterns import Clause
+
+from ._facts import Facts, Layout, Use, Window
+from ._numbering import Numbering
+from ._value import Axis
+
+if TYPE_CHECKING:
+    from ._letters import Operand, Relation
+
+
+@dataclass(frozen=True)
+class Slide:
+    """A window along letter ``within`` of the weight slides over letter ``over`` of the activation; ``padding`` as the operator takes it."""
+
+    over: str
+    within: str
+    stride: int
+    padding: int | str
+    dilation: int
+
+
+def slides(clauses: Sequence[Clause], arguments: dict[str, Any]) -> list[Slide]:
+    """The slides of a rule; the clauses stand in the order of the dimensions in the operator's arguments."""
+    found = []
+    for index, clause in enumerate(clauses):
+        over, within, *names = clause.words
+        stride, padding, dilation = (_entry(arguments[name], index) for name in names)
+        found.append(Slide(over, within, int(stride), padding, int(dilation)))
+    return found
+
+
+def _entry(value: Any, index: int) -> Any:
+    if isinstance(value, (list, tuple)):
+        return value[index] if len(value) > 1 else value[0]
+    return value
+
+
+def _padding(slide: Slide, size: int) -> tuple[int, int]:
+    if slide.padding == "valid":
+        return 0, 0
+    if slide.padding == "same":
+        total = slide.dilation * (size - 1)
+        return total // 2, total - total // 2
+    return int(slide.padding), int(slide.padding)
+
+
+def _roles(relation: Relation, weight: Operand, activation: Operand) -> dict[str, str]:
+    """What each letter of the weight is: block, column, window or row; ``none`` where it has one position, ``lost`` where it is summed."""
+    within = {slide.within for slide in relation.slides}
+    roles = {}
+    for letter in weight.letters:
+        if letter in within:
+            roles[letter] = "window"
+        elif letter in relation.routes:
+            roles[letter] = "block"
+        elif letter in activation.letters and letter not in relation.kept:
+            roles[letter] = "column"
+        elif weight.size(letter) == 1:
+            roles[letter] = "none"
+        elif letter not in relation.kept:
+            roles[letter] = "row" if letter in relation.inside else "lost"
+        else:
+            roles[letter] = "block" if letter in activation.letters else "row"
+    return roles
+
+
+def why_no_consumer(relation: Relation, weight: Operand, activation: Operand) -> str | None:
+    """Why this weight cannot lose columns here, or ``None`` if it can."""
+    target = relation.node.target
+    if weight.value.origin is None:
+        return f"'{weight.name}' of {target} is computed from weights, not a weight itself"
+    if activation.node is None or weight.node is None:
+        return f"an operand of {target} is not a tensor of the graph"
+    roles = _roles(relation, weight, activation)
+    if "lost" in roles.values():
+        return f"'{weight.name}' of {target} is summed over a dimension that the other operand lacks"
+    for letter, role in roles.items():
+        if role == "column":
+            for axis in weight.at(letter):
+                if any(roles[weight.letters[dim]] not in ("column", "block", "row", "window") for dim in axis.varying()):
+                    return f"the columns of '{weight.name}' of {target} do not lie along dimensions of a weight"
+    return None
+
+
+def make_use(relation: Relation, weight: Operand, activation: Operand) -> Use:
+    """The record of a consumer; asks for block-wise numbers where blocks would share them."""
+    assert weight.node is not None
+    assert activation.node is not None
+    assert weight.value.origin is not None
+    roles = _roles(relation, weight, activation)
+    blocks = [letter for letter, role in roles.items() if role == "block"]
+    columns = [letter for letter, role in roles.items() if role == "column"]
+    windows = [letter for letter, role in roles.items() if role == "window"]
+    for letter in blocks:
+        if letter not in relation.routes and weight.size(letter) > 1:
+            for axis in weight.value.axes:
+                if roles[weight.letters[axis.dim]] in ("column", "row") and axis.numbers.shape[weight.letters.index(letter)] == 1:
+                    want_blocks(relation.facts, relation.numbering, weight, axis, letter)
+    by_letter = {slide.within: slide for slide in relation.slides}
+    routed = any(letter in relation.routes for letter in blocks)
+    activation_layout = Layout(
+        activation.splits,
+        () if routed else tuple(activation.letters.index(letter) for letter in blocks),
+        tuple(activation.letters.index(letter) for letter in columns),
+        tuple(
+            Window(
+                activation.letters.index(by_letter[letter].over),
+                weight.size(letter),
+                by_letter[letter].stride,
+                _padding(by_letter[letter], weight.size(letter)),
+                by_letter[letter].dilation,
+            )
+            for letter in windows
+        ),
+    )
+    weight_layout = Layout(
+        weight.splits,
+        tuple(weight.letters.index(letter) for letter in blocks),
+        tuple(weight.letters.index(letter) for letter in (*columns, *windows)),
+    )
+    route = None
+    if routed:
+        route = next(o.node for o in relation.operands if o is not weight and any(letter in o.letters for letter in relation.routes))
+    numbers = [_columns(axis, weight, [*blocks, *columns, *windows], len(blocks)) for letter in columns for axis in weight.at(letter)]
+    return Use(relation.node, weight.value.origin, weight.node, activation.node, np.stack(numbers, axis=-1), weight_layout, activation_layout, route)
+
+
+def _columns(axis: Axis, weight: Operand, letters: list[str], blocks: int) -> np.ndarray:
+    """The numbers of one axis as ``[blocks, columns]``; along rows they are coupled, so that the first row speaks for all."""
+    numbers = axis.numbers
+    for dim, letter in enumerate(weight.letters):
+        if letter not in letters:
+            numbers = numbers.narrow(dim, 0, 1)
+    sizes = [weight.size(letter) for letter in letters]
+    dims = [weight.letters.index(letter) for letter in letters]
+    laid = numbers.permute([*dims, *(dim for dim in range(numbers.dim()) if dim not in dims)]).reshape([numbers.shape[dim] for dim in dims])
+    return laid.expand(sizes).reshape(int(np.prod(sizes[:blocks], dtype=int)), -1).numpy()
+
+
+def want_blocks(facts: Facts, numbering: Numbering, weight: Operand, axis: Axis, letter: str) -> None:
+    """Ask that the dimension of the weight which ``axis`` numbers be numbered apart for every position of ``letter``."""
+    dim = weight.letters.index(letter)
+    own = numbering.slot_of(int(axis.numbers.reshape(-1)[0]))
+    divider = next((other for other in weight.value.axes if other is not axis and other.numbers.shape[dim] > 1), None)
+    if divider is None or own.block_dim is not None or own.name != weight.value.origin:
+        return
+    slot = numbering.slot_of(int(torch.flatten(divider.numbers)[0]))
+    if slot.name == own.name and slot.dim != own.dim and slot.block_dim is None:
+        facts.blocks.setdefault((own.name, own.dim), (slot.dim, weight.size(letter)))
