@@ -16,7 +16,7 @@ from ._runner import Runner
 from .analysis import Analysis
 from .channels import Use, attribute
 from .errors import ArgumentError, CalibrationError, CalibrationWarning
-from .groups import PRUNABLE, Group
+from .groups import Group
 from .restoration import Restored, together
 from .scoring import Columns, Score
 from .statistics import Gram
@@ -55,8 +55,8 @@ class Observer:
     """Decides all groups of one analysis.
 
     Args:
-        analysis: the analysis; its prunable groups are decided.
-        lost: channel sets that each block of each prunable group loses.
+        analysis: the analysis; its chosen groups are decided.
+        lost: channel sets that each block of each chosen group loses.
         score: value of a consumer's columns; the lowest go.
         restore: repairs a consumer, or ``None``.
         propagate: whether later consumers see the outputs of consumers already pruned.
@@ -64,7 +64,7 @@ class Observer:
 
     def __init__(self, analysis: Analysis, lost: list[int], score: Score, restore: Restore | None, propagate: bool) -> None:
         self.analysis, self.score, self.restore, self.propagate = analysis, score, restore, propagate
-        self.groups = analysis.select(PRUNABLE)
+        self.groups = analysis.chosen
         self.lost = lost
         self.decision = Decision(np.zeros(analysis.numbering.total, dtype=bool))
         self.consumers: dict[tuple[Any, ...], _Consumer] = {}

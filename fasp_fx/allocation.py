@@ -26,15 +26,17 @@ class _Cut:
 class Budget:
     """Sparsity as a function of the number of channel sets that each group loses.
 
-    Sparsity is the fraction removed of all weights of linear and convolution operators that a prunable or exempt group touches, each counted once and whole.
+    Sparsity is the fraction removed of all weights of linear and convolution operators that a prunable, exempt or included group touches, each
+    counted once and whole.
 
     Args:
         analysis: the analysis of the program.
     """
 
     def __init__(self, analysis: Analysis) -> None:
-        self.groups = analysis.select(PRUNABLE)
-        touched = {slot.name for group in analysis.groups if group.status in (PRUNABLE, EXEMPT) for slot in group.slots} & analysis.walk.facts.matrices
+        self.groups = analysis.chosen
+        counted = {PRUNABLE, EXEMPT} | analysis.include
+        touched = {slot.name for group in analysis.groups if group.status in counted for slot in group.slots} & analysis.walk.facts.matrices
         self.shapes = {name: tuple(int(size) for size in attribute(analysis.program.module, name).shape) for name in sorted(touched)}
         self.total = sum(int(np.prod(shape)) for shape in self.shapes.values())
         self.cuts: dict[tuple[str, int], list[_Cut]] = {}

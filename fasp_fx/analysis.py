@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
 import networkx as nx
 import numpy as np
+import torch
 from scipy.sparse import coo_matrix
 from scipy.sparse.csgraph import connected_components
 from torch import fx
@@ -32,6 +33,7 @@ class Analysis:
         groups: all groups, in graph order.
         conflicts: tensors whose layout stands in the way (their groups are frozen with reason ``layout``).
         labels: the channel set of each channel number.
+        granularity, include: as for :func:`fasp_fx.prune`.
     """
 
     program: Program
@@ -40,6 +42,13 @@ class Analysis:
     labels: np.ndarray
     numbering: Numbering
     walk: Walk
+    granularity: frozenset[str] = frozenset({"channel"})
+    include: frozenset[str] = frozenset()
+
+    @property
+    def chosen(self) -> list[Group]:
+        """The groups that are pruned: prunable ones and those asked for, at the granularities asked for."""
+        return [group for group in self.groups if (group.status == PRUNABLE or group.status in self.include) and group.granularity in self.granularity]
 
     def select(self, status: str) -> list[Group]:
         """The groups of one status."""
@@ -133,27 +142,57 @@ def _describe(node: fx.Node) -> str:
     return f"{node.target}" if node.op == "get_attr" else f"{node.name} = {node.target}"
 
 
-def analyze_program(program: Program, split: Callable[[Program, Analysis], Program | None] | None = None) -> Analysis:
+def analyze_program(
+    program: Program,
+    split: Callable[[Program, Analysis], Program | None] | None = None,
+    granularity: Iterable[str] = ("channel",),
+    include: Iterable[str] = (),
+) -> Analysis:
     """Analyse a captured program; if ``split`` is given, let it split fused producers that a layout ties together, and analyse again."""
-    analysis = _analyze(program)
+    heads = "head" in granularity
+    analysis = _analyze(program, heads)
     while split is not None and analysis.conflicts:
-        rewritten = split(program, analysis)
+        rewritten = split(program, _analyze(program, heads=False) if heads else analysis)  # rows are told apart one by one
         if rewritten is None:
             break
-        program, analysis = rewritten, _analyze(rewritten)
-    return analysis
+        program, analysis = rewritten, _analyze(rewritten, heads)
+    return replace(analysis, granularity=frozenset(granularity), include=frozenset(include))
 
 
-def _analyze(program: Program) -> Analysis:
-    canonical = program.canonical()
+def _walk(program: Program, heads: bool) -> tuple[Numbering, Walk]:
+    """Interpret the program, again where a weight is better numbered block by block or the channels of a head go together."""
     blocked: dict[tuple[str, int], tuple[int, int]] = {}
     while True:
         numbering = Numbering(blocked)
-        walk = Interpreter(program.module, numbering, canonical, program.state_inputs, program.state_outputs).run()
+        walk = _interpret(program, numbering, heads)
         if walk.facts.blocks.keys() <= blocked.keys():
             break
-        blocked = {**walk.facts.blocks, **blocked}  # a weight used block by block has other channels in every block: number them apart
-    labels = _label(numbering.total, walk)
+        blocked = {**walk.facts.blocks, **blocked}
+    heads_found = [pair for pair in walk.facts.heads if (pair[0] >= 0).all() and (pair[1] >= 0).all()]
+    if not heads_found:
+        return numbering, walk
+    headed = np.unique(np.concatenate([numbers for _, numbers, _ in heads_found]))
+    labels = _label(numbering.total, heads_found)
+    for _ in range(2):  # first the channels that meet in attention, then those of biases and other weights coupled with them
+        within = np.isin(labels, np.unique(labels[headed]))
+        everyone = np.arange(numbering.total)
+        speaking = np.where(within, np.unique(labels, return_index=True)[1][labels], everyone)
+        numbering.representative = torch.from_numpy(speaking)
+        walk = _interpret(program, numbering, heads=False)
+        spoken_for = np.flatnonzero(speaking != everyone)
+        walk.facts.pairs.append((spoken_for, speaking[spoken_for], heads_found[0][2]))
+        labels = _label(numbering.total, walk.facts.pairs)
+    walk.facts.heads = heads_found
+    return numbering, walk
+
+
+def _interpret(program: Program, numbering: Numbering, heads: bool) -> Walk:
+    return Interpreter(program.module, numbering, program.canonical(), program.state_inputs, program.state_outputs, heads=heads).run()
+
+
+def _analyze(program: Program, heads: bool) -> Analysis:
+    numbering, walk = _walk(program, heads)
+    labels = _label(numbering.total, walk.facts.pairs)
     labels.setflags(write=False)
     count = int(labels.max(initial=-1)) + 1
     status, reason = _status(labels, count, walk, program)
@@ -176,8 +215,7 @@ _CODE = {PRUNABLE: 0, APPROXIMATE: 1, FROZEN: 2, EXEMPT: 3}
 _STATUS = {code: name for name, code in _CODE.items()}
 
 
-def _label(total: int, walk: Walk) -> np.ndarray:
-    pairs = walk.facts.pairs
+def _label(total: int, pairs: list[tuple[np.ndarray, np.ndarray, fx.Node]]) -> np.ndarray:
     first = np.concatenate([a for a, _, _ in pairs]) if pairs else np.zeros(0, dtype=np.int64)
     second = np.concatenate([b for _, b, _ in pairs]) if pairs else np.zeros(0, dtype=np.int64)
     graph = coo_matrix((np.ones(len(first), dtype=np.int8), (first, second)), shape=(total, total))
@@ -239,17 +277,19 @@ def _build(
     walk: Walk,
     program: Program,
 ) -> list[Group]:
-    produced = np.unique(np.concatenate(walk.facts.produced)) if walk.facts.produced else np.zeros(0, dtype=np.int64)
-    consumed = np.unique(np.concatenate([use.columns.reshape(-1) for use in walk.facts.uses])) if walk.facts.uses else np.zeros(0, dtype=np.int64)
-    produces, consumes = (
-        set(numbering.slot_ids(produced[produced >= 0]).tolist()),
-        set(numbering.slot_ids(consumed[consumed >= 0]).tolist()),
-    )
+    index_of = {(slot.name, slot.dim): index for index, slot in enumerate(numbering.slots)}
+    produces = {index_of[slot] for _, slot in walk.facts.produced if slot in index_of}
+    computed = [numbers for numbers, slot in walk.facts.produced if slot is None]
+    if computed:
+        flat = np.unique(np.concatenate(computed))
+        produces |= set(numbering.slot_ids(flat[flat >= 0]).tolist())
+    consumes = {index_of[slot] for use in walk.facts.uses for slot in use.slots}
     positions = {node: index for index, node in enumerate(program.module.graph.nodes)}
     order = np.argsort(group_of, kind="stable")
     bounds = np.searchsorted(group_of[order], np.arange(len(keys) + 1))
     numbers_by_label = np.argsort(labels, kind="stable")
     label_bounds = np.searchsorted(labels[numbers_by_label], np.arange(len(group_of) + 1))
+    headed = np.unique(labels[np.concatenate([numbers for _, numbers, _ in walk.facts.heads])]) if walk.facts.heads else np.zeros(0, dtype=np.int64)
     parameters = {program.parts[name].name if name in program.parts else name for name, _ in program.module.named_parameters(remove_duplicate=False)}
     found: list[tuple[Any, Group]] = []
     for index, (slot_ids, use_ids) in keys.items():
@@ -278,7 +318,8 @@ def _build(
                 continue  # positions of buffers alone
             # Frozen channels need no layout: they are shown as one block.
             own_blocks = len(np.unique(block[sets])) if code != FROZEN else 1
-            group = Group("", len(sets), own_blocks, code, why, tuple(rows), tuple(columns), sets, block[sets], uses, tuple(slots))
+            granularity = "head" if np.isin(sets, headed).all() else "channel"
+            group = Group("", len(sets), own_blocks, code, why, tuple(rows), tuple(columns), sets, block[sets], granularity, uses, tuple(slots))
             at = min((positions[use.node] for use in uses), default=len(positions))
             found.append(((at, int(numbers.min())), group))
     return _named([group for _, group in sorted(found, key=lambda item: item[0])])

@@ -26,6 +26,8 @@ from ._signature import CallerCodeGen, CallSignature, is_plain
 from .errors import ArgumentError, CaptureError
 from .patterns import lookup
 
+_log = logging.getLogger("fasp_fx")
+
 
 def capture(
     model: nn.Module | fx.GraphModule | ExportedProgram,
@@ -112,8 +114,14 @@ def _functional(exported: ExportedProgram) -> ExportedProgram:
     """Functionalise, and decompose composite operators without a rule; most programs are exported functional and keep as they are."""
     if all(_is_plain(node) for node in exported.graph.nodes):
         return exported
+    table = _decompositions(exported.graph)
     with _quiet():
-        return exported.run_decompositions(_decompositions(exported.graph))
+        if table:
+            try:
+                return exported.run_decompositions(table)
+            except (AssertionError, RuntimeError) as error:  # a decomposition need not be functional, or take symbolic sizes
+                _log.info("some operators without a rule stay whole: %s", error)
+        return exported.run_decompositions({})
 
 
 #: composites that stay whole though they have no rule: taken apart, they would fix the length of their input
@@ -127,6 +135,8 @@ def _decompositions(graph: fx.Graph) -> dict[OpOverload, Callable[..., Any]]:
     for operator in {node.target for node in graph.nodes if isinstance(node.target, OpOverload)}:
         if lookup(operator) is not None or operator._schema.is_mutable or operator._schema.name.rpartition("::")[2] in _RECURRENT:
             continue
+        if not any("Tensor" in str(argument.type) for argument in operator._schema.arguments):
+            continue  # it makes a tensor of nothing, and touches no channel
         if operator in known:
             found[operator] = known[operator]
         elif operator in decomposition_table:

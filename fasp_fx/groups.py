@@ -52,6 +52,7 @@ class Group:
         reason: why it has that status; empty for prunable groups.
         producers: weights that lose rows with it.
         consumers: weights that lose columns with it.
+        granularity: what one channel set is: ``"channel"`` or ``"head"``, all channels of an attention head.
     """
 
     name: str
@@ -63,6 +64,7 @@ class Group:
     consumers: tuple[Member, ...]
     sets: np.ndarray = field(repr=False, compare=False, default_factory=lambda: np.zeros(0, dtype=np.int64))
     block_of: np.ndarray = field(repr=False, compare=False, default_factory=lambda: np.zeros(0, dtype=np.int64))
+    granularity: str = "channel"
     uses: tuple[Use, ...] = field(repr=False, compare=False, default=())
     slots: tuple[Slot, ...] = field(repr=False, compare=False, default=())
 
@@ -73,6 +75,7 @@ class Group:
 
     def __str__(self) -> str:
         shape = f"{self.blocks} x {self.width}" if self.blocks > 1 else str(self.size)
+        shape += " heads" if self.granularity == "head" else ""
         left = ", ".join(map(str, self.producers)) or "-"
         right = ", ".join(map(str, self.consumers)) or "-"
         return f"{self.status:<11} {shape:>10}  {left} -> {right}" + (f"  ({self.reason})" if self.reason else "")

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ._program import Program
 from .errors import PlanError
-from .groups import PRUNABLE, Group, Member, ranges
+from .groups import Group, Member, ranges
 
 if TYPE_CHECKING:
     from .analysis import Analysis
@@ -87,6 +87,7 @@ class PruningPlan:
         sparsity: the fraction removed of the counted weights.
         splits: fused weights that the result holds in parts.
         result: fingerprint of the model the plan makes, known once it was applied.
+        granularity, include: as given to :func:`fasp_fx.prune`.
     """
 
     fingerprint: str
@@ -94,6 +95,8 @@ class PruningPlan:
     sparsity: float
     splits: tuple[SplitWeight, ...] = ()
     result: str | None = None
+    granularity: tuple[str, ...] = ("channel",)
+    include: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         return "\n".join(map(str, self.groups)) or "nothing is removed"
@@ -130,7 +133,15 @@ class PruningPlan:
             )
             splits = tuple(SplitWeight(str(s["name"]), str(s["source"]), _int(s["dim"]), tuple(map(_int, s["rows"]))) for s in data["splits"])
             result = data.get("result")
-            return PruningPlan(str(data["fingerprint"]), groups, float(data["sparsity"]), splits, None if result is None else str(result))
+            return PruningPlan(
+                str(data["fingerprint"]),
+                groups,
+                float(data["sparsity"]),
+                splits,
+                None if result is None else str(result),
+                tuple(map(str, data["granularity"])),
+                tuple(map(str, data["include"])),
+            )
         except (KeyError, TypeError, ValueError) as error:
             raise PlanError(f"the plan is damaged: {type(error).__name__}: {error}") from error
 
@@ -192,7 +203,7 @@ class PruningPlan:
                     consumers,
                 )
             )
-        return PruningPlan(earlier.result, tuple(groups), self.sparsity)
+        return PruningPlan(earlier.result, tuple(groups), self.sparsity, granularity=self.granularity, include=self.include)
 
 
 def _renumber(removed: Iterable[int], before: Iterable[int]) -> tuple[int, ...]:
@@ -299,15 +310,12 @@ def gone_of(plan: PruningPlan, analysis: Analysis) -> np.ndarray:
         slot = numbering.slot_of(int(np.flatnonzero(analysis.labels == int(np.flatnonzero(cut)[0]))[0]))
         raise PlanError(f"the plan cuts through a channel set of {slot}: channels coupled with it stay; make the plan again")
     allowed = np.zeros(len(counted), dtype=bool)
-    for group in analysis.groups:
-        if group.status == PRUNABLE:
-            allowed[group.sets] = True
-            chosen = counted[group.sets] > 0
-            per_block = [int(chosen[group.block_of == b].sum()) for b in np.unique(group.block_of)]
-            if len(set(per_block)) > 1 or (per_block and per_block[0] >= group.width):
-                raise PlanError(
-                    f"the plan removes {per_block} channel sets from the blocks of group '{group.name}'; each must lose the same number and keep one"
-                )
+    for group in analysis.chosen:
+        allowed[group.sets] = True
+        chosen = counted[group.sets] > 0
+        per_block = [int(chosen[group.block_of == b].sum()) for b in np.unique(group.block_of)]
+        if len(set(per_block)) > 1 or (per_block and per_block[0] >= group.width):
+            raise PlanError(f"the plan removes {per_block} channel sets from the blocks of group '{group.name}'; each must lose the same number and keep one")
     if (~allowed & (counted > 0)).any():
         slot = numbering.slot_of(int(np.flatnonzero(analysis.labels == int(np.flatnonzero(~allowed & (counted > 0))[0]))[0]))
         raise PlanError(f"the plan removes channels of {slot}, which cannot be pruned in this model")

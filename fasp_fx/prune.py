@@ -13,14 +13,16 @@ from torch.export import ExportedProgram
 
 from . import plan as plans
 from ._calibration import read_batches
+from ._calls import unchanged
 from ._observe import Decision, Observer
+from ._parts import Stages, apply_in_parts, prune_in_parts
 from ._program import Program
 from ._result import Result, finish
 from ._runner import Runner
 from .allocation import Budget, uniform
 from .analysis import Analysis, analyze_program
 from .capture import capture
-from .errors import ArgumentError, NothingPrunableError, PlanError, SparsityError
+from .errors import ArgumentError, CaptureError, NothingPrunableError, PlanError, SparsityError
 from .passes import PadValueHeads, Pass, PinAttentionScale, Pipeline, RemoveChannels, RestoreWeights, SplitFusedProducers
 from .plan import PruningPlan
 from .report import make_report
@@ -36,7 +38,16 @@ def split_fused(program: Program, analysis: Analysis) -> Program | None:
     return None if rewritten is program else replace(rewritten, numbers={})
 
 
-def analyze(model: Model, args: Any = (), kwargs: dict[str, Any] | None = None, *, dynamic_shapes: Any = None, state: tuple[str, ...] = ()) -> Analysis:
+def analyze(
+    model: Model,
+    args: Any = (),
+    kwargs: dict[str, Any] | None = None,
+    *,
+    dynamic_shapes: Any = None,
+    state: tuple[str, ...] = (),
+    granularity: Iterable[str] = ("channel",),
+    include: Iterable[str] = (),
+) -> Analysis:
     """Find the coupled groups of a model. Weights are not read: a model on the meta device will do.
 
     Args:
@@ -44,11 +55,13 @@ def analyze(model: Model, args: Any = (), kwargs: dict[str, Any] | None = None, 
         args, kwargs: example inputs.
         dynamic_shapes: as for ``torch.export.export``; inferred if ``None``.
         state: names of arguments and outputs that may become narrower (caches are found by themselves).
+        granularity, include: as for :func:`prune`; ``max_sparsity`` speaks of what they allow.
 
     Raises:
         ArgumentError, CaptureError: see :func:`fasp_fx.capture.capture`.
     """
-    return analyze_program(capture(model, args, kwargs, dynamic_shapes=dynamic_shapes, state=state), split_fused)
+    granularity, include = _check_choice(granularity, include)
+    return analyze_program(_capture(model, args, kwargs, dynamic_shapes=dynamic_shapes, state=state), split_fused, granularity, include)
 
 
 def prune(
@@ -62,7 +75,7 @@ def prune(
     restore: Literal["least-squares"] | None = "least-squares",
     allocation: Literal["uniform"] = "uniform",
     propagate: bool = True,
-    granularity: tuple[str, ...] = ("channel",),
+    granularity: Iterable[str] = ("channel",),
     include: Iterable[str] = (),
     state: tuple[str, ...] = (),
     round_to: int = 1,
@@ -82,8 +95,11 @@ def prune(
         restore: ``"least-squares"`` or ``None``.
         allocation: ``"uniform"``: every prunable group loses the same fraction.
         propagate: later layers are observed behind the already pruned earlier ones.
-        granularity: ``("channel",)``.
-        include: reserved for approximate and exempt groups, which this version leaves whole.
+        granularity: what goes together: ``"channel"``, single channels; ``"head"``, whole attention heads with their rows of W_Q, W_K and W_V and
+            columns of W_O (a KV head takes its query heads along). With ``("head",)`` nothing but heads goes; with both, heads in attention and
+            channels elsewhere.
+        include: ``"approximate"`` prunes also groups that cross a norm (the residual stream of a transformer). Norms by mean squares, and layer norms,
+            go on to divide by the dense count, so that the result is that of the dense model whose producers are zero there.
         state: names of arguments and outputs that may become narrower.
         round_to: kept widths (per block) are multiples of this.
         dynamic_shapes: as for ``torch.export.export``; inferred if ``None``.
@@ -97,24 +113,49 @@ def prune(
         NothingPrunableError: no group can be pruned.
         ArgumentError, CaptureError: see :func:`fasp_fx.capture.capture`.
     """
-    _check_arguments(sparsity, restore, allocation, granularity, include, round_to)
+    _check_arguments(sparsity, restore, allocation, round_to)
+    granularity, include = _check_choice(granularity, include)
     score_function, needs_data = resolve(score)
     clock = _Clock()
-    program = capture(model, args, kwargs, dynamic_shapes=dynamic_shapes, state=state, device=device)
+
+    def observe(analysis: Analysis, lost: list[int], batches: list[list[Any]] | None, advance: Callable[[float], None]) -> Decision:
+        runner = None if batches is None else Runner(analysis.program, batches)
+        with torch.no_grad():
+            return Observer(analysis, lost, score_function, least_squares if restore is not None else None, propagate).run(runner, advance)
+
+    try:
+        program = _capture(model, args, kwargs, dynamic_shapes=dynamic_shapes, state=state, device=device)
+    except CaptureError as error:
+        if dynamic_shapes is not None:
+            raise
+        return prune_in_parts(
+            error,
+            model,
+            args,
+            kwargs,
+            _stages(granularity, include),
+            allocate=lambda budget: uniform(budget, sparsity, round_to),
+            observe=observe,
+            calibration=calibration,
+            needs_data=needs_data or restore is not None,
+            requested=sparsity,
+            propagate=propagate,
+            device=device,
+            progress=progress or (lambda fraction: None),
+            on_analysis=on_analysis,
+        )
     _check_weights(program)
     clock.lap("capture")
-    analysis = analyze_program(program, split_fused)
+    analysis = analyze_program(program, split_fused, granularity, include)
     lost = _allocate(analysis, sparsity, round_to)
     clock.lap("analysis")
     if on_analysis is not None:
         on_analysis(analysis)
-    with torch.no_grad():
-        runner = None
-        if needs_data or restore is not None:
-            runner = Runner(analysis.program, read_batches(program, calibration, None if device is None else torch.device(device)))
-        observer = Observer(analysis, lost, score_function, least_squares if restore is not None else None, propagate)
-        decision = observer.run(runner, progress or (lambda fraction: None))
-    del runner, observer
+    batches = None
+    if needs_data or restore is not None:
+        batches = read_batches(program, calibration, None if device is None else torch.device(device))
+    decision = observe(analysis, lost, batches, progress or (lambda fraction: None))
+    del batches
     clock.lap("calibration")
     return _rewrite(program, analysis, decision, sparsity, clock)
 
@@ -134,17 +175,15 @@ def apply(
         PlanError: the plan is for another model (or for this one before it was pruned).
     """
     clock = _Clock()
-    program = capture(model, args, kwargs, dynamic_shapes=dynamic_shapes, state=state)
-    found = plans.program_fingerprint(program)
-    if found != plan.fingerprint:
-        own = found == plan.result
-        raise PlanError(
-            "the plan was already applied to this model: it is the plan's own result"
-            if own
-            else f"the plan is for another model: its fingerprint is {plan.fingerprint[:12]}…, this model's is {found[:12]}…; make a plan for this model"
-        )
+    try:
+        program = _capture(model, args, kwargs, dynamic_shapes=dynamic_shapes, state=state)
+    except CaptureError as error:
+        if dynamic_shapes is not None:
+            raise
+        return apply_in_parts(error, model, plan, args, kwargs, _stages(plan.granularity, plan.include), lambda found: _check_fingerprint(plan, found))
+    _check_fingerprint(plan, plans.program_fingerprint(program))
     clock.lap("capture")
-    analysis = analyze_program(program, split_fused)
+    analysis = analyze_program(program, split_fused, plan.granularity, plan.include)
     decision = Decision(plans.gone_of(plan, analysis))
     clock.lap("analysis")
     return _rewrite(program, analysis, decision, None, clock)
@@ -163,19 +202,49 @@ class _Clock:
         self._last = now
 
 
-def _check_arguments(sparsity: float, restore: object, allocation: object, granularity: object, include: Iterable[str], round_to: int) -> None:
+def _check_arguments(sparsity: float, restore: object, allocation: object, round_to: int) -> None:
     if not isinstance(sparsity, (int, float)) or not 0 < sparsity < 1:
         raise SparsityError(f"sparsity={sparsity!r} is not in (0, 1); 0.2 removes a fifth")
     if restore not in ("least-squares", None):
         raise ArgumentError(f"restore={restore!r} is not known; use 'least-squares' or None")
     if allocation != "uniform":
         raise ArgumentError(f"allocation={allocation!r} is not known; use 'uniform'")
-    if tuple(granularity) != ("channel",):  # type: ignore[arg-type]
-        raise ArgumentError(f"granularity={granularity!r} is not supported by this version; use ('channel',)")
-    if tuple(include):
-        raise ArgumentError(f"include={tuple(include)!r} is not supported by this version; approximate and exempt groups stay whole")
     if not isinstance(round_to, int) or round_to < 1:
         raise ArgumentError(f"round_to={round_to!r} is not a positive integer")
+
+
+def _capture(model: Model, args: Any, kwargs: dict[str, Any] | None, **options: Any) -> Program:
+    """Capture, and leave no attribute behind that the forward sets while it is traced."""
+    with unchanged(model) as changed:
+        program = capture(model, args, kwargs, **options)
+    sets = changed.names(model) if isinstance(model, nn.Module) else []
+    return replace(program, notes=(*program.notes, *(f"forward sets the attribute '{name}', which a graph does not" for name in sets)))
+
+
+def _check_choice(granularity: Iterable[str], include: Iterable[str]) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    for name, given, known in (("granularity", granularity, ("channel", "head")), ("include", include, ("approximate",))):
+        if isinstance(given, str) or not isinstance(given, Iterable) or not set(given) <= set(known) or (name == "granularity" and not tuple(given)):
+            raise ArgumentError(f"{name}={given!r} is not known; pass a tuple of {', '.join(map(repr, known))}")
+    return tuple(granularity), tuple(include)
+
+
+def _check_fingerprint(plan: PruningPlan, found: str) -> None:
+    if found != plan.fingerprint:
+        own = found == plan.result
+        raise PlanError(
+            "the plan was already applied to this model: it is the plan's own result"
+            if own
+            else f"the plan is for another model: its fingerprint is {plan.fingerprint[:12]}…, this model's is {found[:12]}…; make a plan for this model"
+        )
+
+
+def _stages(granularity: tuple[str, ...], include: tuple[str, ...]) -> Stages:
+    """What each part goes through where a model is pruned by its submodules."""
+    return Stages(
+        capture,
+        lambda program: analyze_program(program, split_fused, granularity, include),
+        lambda program, analysis, decision: _rewrite(program, analysis, decision, None, _Clock()),
+    )
 
 
 def _check_weights(program: Program) -> None:
@@ -198,7 +267,14 @@ def _rewrite(program: Program, analysis: Analysis, decision: Decision, requested
     reached = budget.sparsity([entry.removed_sets for entry in entries])
     groups = [entry for entry in entries if entry.removed_sets]
     splits = tuple(plans.SplitWeight(name, part.name, part.dim, part.rows) for name, part in analysis.program.parts.items())
-    plan = PruningPlan(plans.program_fingerprint(program), tuple(groups), reached, splits if groups else ())
+    plan = PruningPlan(
+        plans.program_fingerprint(program),
+        tuple(groups),
+        reached,
+        splits if groups else (),
+        granularity=tuple(sorted(analysis.granularity)),
+        include=tuple(sorted(analysis.include)),
+    )
     # Without anything to remove the program stays as it was captured, fused producers included.
     start = analysis.program if groups else program
     passes: list[Pass] = [

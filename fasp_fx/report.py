@@ -9,7 +9,6 @@ from torch import Tensor
 
 from ._observe import Decision
 from .analysis import Analysis
-from .groups import PRUNABLE
 from .plan import PruningPlan
 
 
@@ -84,7 +83,7 @@ def make_report(
     removed = {group.name: group.removed_sets for group in plan.groups}
     lines = []
     for group in analysis.groups:
-        outcomes = [decision.outcomes[use.weight] for use in group.uses if use.weight in decision.outcomes] if group.status == PRUNABLE else []
+        outcomes = [decision.outcomes[use.weight] for use in group.uses if use.weight in decision.outcomes] if group.name in removed else []
         lines.append(
             Line(
                 group.name,

@@ -48,6 +48,10 @@ class RemoveChannels:
 def _cut_weights(program: Program, analysis: Analysis, gone: np.ndarray) -> None:
     by_name: dict[str, list[Slot]] = {}
     for slot in analysis.numbering.slots:
+        if slot.kind == "created" and gone[slot.base : slot.base + slot.size].any():
+            left = program.numbers.setdefault(slot.name, [])
+            left.extend([None] * (slot.dim + 1 - len(left)))
+            left[slot.dim] = torch.from_numpy(np.flatnonzero(~gone[slot.base : slot.base + slot.size])) + slot.base
         if slot.kind == "weight" and gone[slot.base : slot.base + slot.size].any():
             by_name.setdefault(slot.name, []).append(slot)
     aliases = program.aliases()
@@ -59,10 +63,15 @@ def _cut_weights(program: Program, analysis: Analysis, gone: np.ndarray) -> None
             for slot in sorted(slots, key=lambda slot: slot.block_dim is None):  # blocks are those of the whole weight: they are cut first
                 keep = torch.from_numpy(~gone[slot.base : slot.base + slot.size])
                 if slot.block_dim is None:
-                    left = keep.nonzero()[:, 0]
-                    cut, numbers[slot.dim] = cut.index_select(slot.dim, left.to(cut.device)), left + slot.base
+                    kept = keep.nonzero()[:, 0]
+                    cut, numbers[slot.dim] = cut.index_select(slot.dim, kept.to(cut.device)), kept + slot.base
                 else:
                     cut, numbers[slot.dim] = _cut_blocks(cut, slot, keep)
+        for dim, own in enumerate(numbers):
+            divided = analysis.numbering.get(name, dim)
+            divider = next((slot for slot in slots if divided is not None and slot.dim == divided.block_dim), None)
+            if own is not None and divided is not None and divider is not None and divided.blocks == divider.size:  # blocks that went as a whole
+                numbers[dim] = own[torch.from_numpy(~gone[divider.base : divider.base + divider.size])]
         program.replace_weight(aliases.get(name, [name]), cut)
         program.numbers[name] = numbers
 
@@ -94,6 +103,8 @@ def _resize(module: fx.GraphModule, analysis: Analysis, kept: Kept, name: str) -
         results = walk.values.get(old)
         outputs = [value for value in (results if isinstance(results, tuple) else [results]) if isinstance(value, Value)]
         source = next((walk.values.get(n) for n in old.all_input_nodes if isinstance(walk.values.get(n), Value)), None)
+        if _creates(node):
+            source = outputs[0] if outputs else None
         if not isinstance(source, Value) or not (kept.touches(source) or any(kept.touches(output) for output in outputs)):
             continue
         if node.target in _VIEWS:
@@ -104,6 +115,11 @@ def _resize(module: fx.GraphModule, analysis: Analysis, kept: Kept, name: str) -
             rewrite = _REWRITES.get(clause.keyword)
             if rewrite is not None and rewrite(node, clause, source, outputs, kept):
                 stamp(node, name)
+
+
+def _creates(node: fx.Node) -> bool:
+    rule = lookup(node.target)
+    return rule is not None and rule.creates
 
 
 def _clauses(node: fx.Node) -> tuple[Clause, ...]:

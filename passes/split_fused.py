@@ -138,7 +138,10 @@ class SplitFusedProducers:
         rule = lookup(node.target)
         if rule is None or rule.moves != "self" or not isinstance(label, Tensor):
             return None
-        return run_on_numbers(node, label, self.analysis.walk.values)
+        try:
+            return run_on_numbers(node, label, self.analysis.walk.values)
+        except ValueError:
+            return None
 
     # --- rewriting
 
@@ -178,7 +181,8 @@ class SplitFusedProducers:
     def _row_dim(self, name: str, use: Use) -> int:
         if name != use.weight:
             return 0  # a bias
-        return 1 - self.analysis.numbering.slot_of(int(use.columns.flat[0])).dim
+        ((_, contracted),) = use.slots
+        return 1 - contracted
 
     def _lay_out(self, graph: fx.Graph, product: fx.Node, part: _Part) -> fx.Node:
         """Bring the product of one part into the shape that the original took out."""

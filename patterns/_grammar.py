@@ -4,7 +4,8 @@
 
     rule        :=  body (";" clause)*
     body        :=  "move" NAME                          the operator only moves elements of NAME
-                 |  "check"                              the operator returns nothing that carries channels
+                 |  "check"                              the operator reads shapes or types alone; nothing it returns carries channels
+                 |  "create"                             the operator makes a tensor whose elements are all alike
                  |  alternative ("|" alternative)*       dimensions by letter, first alternative that fits
     alternative :=  operand ("," operand)* "->" result ("," result)* ["if" NAME]
     operand     :=  NAME "[" dims "]"                    NAME is an argument of the operator's schema
@@ -25,7 +26,7 @@
                  |  "pick" NAME NAME                     arguments: dimension, index of a selection
                  |  "sizes" NAME NAME                    arguments: sizes of the results along a dimension, that dimension
                  |  "chunk" NAME NAME                    arguments: size of each result along a dimension, that dimension
-    WHERE       :=  LETTER | LETTER "*" | "@" NAME       "@" NAME: the dimensions named by an argument
+    WHERE       :=  LETTER | LETTER "*" | "..." | "@" NAME   "@" NAME: the dimensions named by an argument
 
 A letter that stands in two operands and in no result is *contracted*. Letters shared by an operand and a result are the same
 dimension. ``...`` stands for leading dimensions that broadcast.
@@ -123,9 +124,10 @@ class Rule:
     moves: str | None
     alternatives: tuple[Alternative, ...]
     clauses: tuple[Clause, ...]
+    creates: bool = False
 
     def __str__(self) -> str:
-        body = f"move {self.moves}" if self.moves else " | ".join(map(str, self.alternatives)) or "check"
+        body = f"move {self.moves}" if self.moves else " | ".join(map(str, self.alternatives)) or ("create" if self.creates else "check")
         return "; ".join((body, *map(str, self.clauses)))
 
     def all(self, keyword: str) -> list[Clause]:
@@ -244,7 +246,8 @@ class _Parser:
 
     def rule(self) -> Rule:
         moves, alternatives = None, []
-        if self.peek() == "check":
+        creates = self.peek() == "create"
+        if self.peek() in ("check", "create"):
             self.take()
         elif self.peek() == "move":
             self.take()
@@ -258,7 +261,7 @@ class _Parser:
             clauses.append(self.clause())
         if self.peek() is not None:
             self.fail("expected ';' or the end")
-        return Rule(moves, tuple(alternatives), tuple(clauses))
+        return Rule(moves, tuple(alternatives), tuple(clauses), creates)
 
 
 @cache

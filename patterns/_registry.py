@@ -11,7 +11,7 @@ from ._grammar import Rule, parse
 from .contractions import CONTRACTIONS
 from .mixing import MIXING
 from .movement import MOVEMENT
-from .pointwise import ALONG_CHANNELS, CHECKS, UNTAGGED, pointwise_rule
+from .pointwise import CHECKS, CREATIONS, UNLIKE_OPERANDS, UNTAGGED, pointwise_rule
 
 _USER: dict[OpOverload, Rule] = {}
 
@@ -55,7 +55,7 @@ def lookup(operator: object) -> Rule | None:
     if operator in _USER:
         return _USER[operator]
     name = str(operator)
-    text = CONTRACTIONS.get(name) or MOVEMENT.get(name) or MIXING.get(name) or ALONG_CHANNELS.get(name) or CHECKS.get(name)
+    text = CONTRACTIONS.get(name) or MOVEMENT.get(name) or MIXING.get(name) or UNLIKE_OPERANDS.get(name) or CREATIONS.get(name) or CHECKS.get(name)
     if text is None and (torch.Tag.pointwise in operator.tags or name in UNTAGGED):
         text = pointwise_rule(operator)
     return parse(text) if text is not None else None
@@ -63,4 +63,4 @@ def lookup(operator: object) -> Rule | None:
 
 def builtin() -> dict[str, str]:
     """Every built-in rule that is written out (not derived), by operator name."""
-    return {**CONTRACTIONS, **MOVEMENT, **MIXING, **ALONG_CHANNELS, **CHECKS}
+    return {**CONTRACTIONS, **MOVEMENT, **MIXING, **UNLIKE_OPERANDS, **CREATIONS, **CHECKS}

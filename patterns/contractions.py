@@ -35,7 +35,6 @@ CONTRACTIONS: dict[str, str] = {
     "aten.conv_transpose1d.default": _transposed(1),
     "aten.conv_transpose2d.input": _transposed(2),
     "aten.conv_transpose3d.input": _transposed(3),
-    "transformers.grouped_mm_fallback.default": "input[t k], weight[e k n], offs[e] -> [t n]; route t e",
-    "aten._grouped_mm.default": "self[t k], mat2[e k n], offs[e] -> [t n]; route t e",
+    "transformers.grouped_mm_fallback.default": "input[t k], weight[e k n], offs[e] -> [t n]; route t e; freeze t",
     "aten.embedding.default": "weight[v c], indices[...] -> [... c]; freeze v",
 }

@@ -19,7 +19,7 @@ _REDUCTIONS = (
     "any.dim",
     "all.dim",
 )
-_SCANS = ("diff.default", "cumsum.default", "cumprod.default", "logcumsumexp.default")
+_SCANS = ("cumsum.default", "cumprod.default", "logcumsumexp.default")
 
 _POSITIONS = {1: "x", 2: "y x", 3: "z y x"}
 
@@ -48,15 +48,16 @@ _STATISTICS = "running_mean[c], running_var[c]"
 MIXING: dict[str, str] = {
     "aten.layer_norm.default": "input[... n*], weight[n*], bias[n*] -> [... n*]; mix n*; shape normalized_shape=n*",
     "aten.rms_norm.default": "input[... n*], weight[n*] -> [... n*]; mix n*; shape normalized_shape=n*",
-    "aten._fused_rms_norm.default": "input[... n*], weight[n*] -> [... n*]; mix n*; shape normalized_shape=n*",
     "aten.softmax.int": "self[...] -> [...]; mix @dim",
     "aten._softmax.default": "self[...] -> [...]; mix @dim",
     "aten.log_softmax.int": "self[...] -> [...]; mix @dim",
     "aten._log_softmax.default": "self[...] -> [...]; mix @dim",
     # norms that keep channels apart
-    "aten.batch_norm.default": f"{_BATCH_NORM}, {_STATISTICS} -> [n c x*]; mix x*",
-    "aten._native_batch_norm_legit_no_training.default": f"{_BATCH_NORM}, {_STATISTICS} -> [n c x*], [], []; mix x*",
-    "aten._native_batch_norm_legit.no_stats": f"{_BATCH_NORM} -> [n c x*], [c], [c]; mix x*",
+    "aten.batch_norm.default": (
+        f"input[m c z*], weight[c], bias[c], running_mean[c], running_var[c] -> [m c z*] if training | {_BATCH_NORM}, {_STATISTICS} -> [n c x*]; mix m; mix z*"
+    ),
+    "aten._native_batch_norm_legit_no_training.default": f"{_BATCH_NORM}, {_STATISTICS} -> [n c x*], [], []",
+    "aten._native_batch_norm_legit.no_stats": f"{_BATCH_NORM} -> [n c x*], [c], [c]; mix n; mix x*",
     "aten.instance_norm.default": f"{_BATCH_NORM}, {_STATISTICS} -> [n c x*]; mix x*",
     "aten.group_norm.default": "input[n (g c) x*], weight[(g c)], bias[(g c)] -> [n (g c) x*]; mix c; mix x*; factor g num_groups",
     **{f"aten.{name}": "self[...] -> [...]; reduce @dim" for name in _REDUCTIONS},

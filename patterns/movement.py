@@ -5,14 +5,30 @@ The clauses name the arguments that speak of sizes, so that one rewriter can ada
 
 from __future__ import annotations
 
+#: operators that place or choose elements one by one: understood, but no channel can be taken out of them
+_ONE_BY_ONE = (
+    "gather.default",
+    "scatter.src",
+    "scatter.value",
+    "scatter_add.default",
+    "index_put.default",
+    "index_add.default",
+    "index_copy.default",
+    "masked_scatter.default",
+    "slice_scatter.default",
+    "select_scatter.default",
+    "view_as_complex.default",
+    "view_as_real.default",
+)
+
 MOVEMENT: dict[str, str] = {
     # the same elements under another shape
     "aten.view.default": "move self; shape size",
     "aten._unsafe_view.default": "move self; shape size",
     "aten.reshape.default": "move self; shape shape",
     "aten.flatten.using_ints": "move self",
-    "aten.squeeze.dim": "move self",
-    "aten.squeeze.dims": "move self",
+    "aten.squeeze.dim": "move self; freeze @dim",
+    "aten.squeeze.dims": "move self; freeze @dim",
     "aten.unsqueeze.default": "move self",
     "aten.t.default": "move self",
     "aten.transpose.int": "move self",
@@ -45,6 +61,7 @@ MOVEMENT: dict[str, str] = {
     # joins
     "aten.cat.default": "move tensors",
     "aten.stack.default": "move tensors",
+    **{f"aten.{name}": "self[...] -> [...]; window ..." for name in _ONE_BY_ONE},
     # borders: what is added is not a channel
     "aten.constant_pad_nd.default": "move self",
     "aten.pad.default": "move self",

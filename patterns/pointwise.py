@@ -10,12 +10,12 @@ import torch
 #: pointwise operators that torch does not tag
 UNTAGGED: tuple[str, ...] = (
     "aten._to_copy.default",
+    "aten.copy.default",
     "aten.to.dtype",
     "aten.to.device",
     "aten.__and__.Tensor",
     "aten.__or__.Tensor",
     "aten.to.dtype_layout",
-    "aten.type_as.default",
     "aten.dropout.default",
     "aten.hardswish.default",
     "aten.hardsigmoid.default",
@@ -30,10 +30,19 @@ UNTAGGED: tuple[str, ...] = (
     "aten.full_like.default",
 )
 
-#: pointwise operators whose second operand lies along the channels
-ALONG_CHANNELS: dict[str, str] = {"aten.prelu.default": "self[n c x*], weight[c] -> [n c x*]"}
+#: pointwise operators whose second operand does not broadcast against the first
+UNLIKE_OPERANDS: dict[str, str] = {
+    "aten.prelu.default": "self[n c x*], weight[c] -> [n c x*]",
+    "aten.type_as.default": "self[...] -> [...]",
+}
 
-#: operators that only assert something and return nothing
+#: operators that make a tensor whose elements are all alike, so that any of them can go
+CREATIONS: dict[str, str] = {
+    **{f"aten.{name}.default": "create; shape size" for name in ("full", "zeros", "ones", "new_empty", "new_zeros", "new_ones", "new_full")},
+    "aten.empty.memory_format": "create; shape size",
+}
+
+#: operators that only assert something, or read a size
 CHECKS: dict[str, str] = {
     "aten._assert_tensor_metadata.default": "check",
     "aten._assert_scalar.default": "check",

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 
 from fasp_fx.patterns import Clause
 
@@ -132,8 +131,10 @@ def make_use(relation: Relation, weight: Operand, activation: Operand) -> Use:
     route = None
     if routed:
         route = next(o.node for o in relation.operands if o is not weight and any(letter in o.letters for letter in relation.routes))
-    numbers = [_columns(axis, weight, [*blocks, *columns, *windows], len(blocks)) for letter in columns for axis in weight.at(letter)]
-    return Use(relation.node, weight.value.origin, weight.node, activation.node, np.stack(numbers, axis=-1), weight_layout, activation_layout, route)
+    axes = [axis for letter in columns for axis in weight.at(letter)]
+    numbers = np.stack([_columns(axis, weight, [*blocks, *columns, *windows], len(blocks)) for axis in axes], axis=-1)
+    slots = frozenset(axis.slot for axis in axes if axis.slot is not None)
+    return Use(relation.node, weight.value.origin, weight.node, activation.node, numbers, slots, weight_layout, activation_layout, route)
 
 
 def _columns(axis: Axis, weight: Operand, letters: list[str], blocks: int) -> np.ndarray:
@@ -151,10 +152,9 @@ def _columns(axis: Axis, weight: Operand, letters: list[str], blocks: int) -> np
 def want_blocks(facts: Facts, numbering: Numbering, weight: Operand, axis: Axis, letter: str) -> None:
     """Ask that the dimension of the weight which ``axis`` numbers be numbered apart for every position of ``letter``."""
     dim = weight.letters.index(letter)
-    own = numbering.slot_of(int(axis.numbers.reshape(-1)[0]))
     divider = next((other for other in weight.value.axes if other is not axis and other.numbers.shape[dim] > 1), None)
-    if divider is None or own.block_dim is not None or own.name != weight.value.origin:
+    if divider is None or axis.slot is None or divider.slot is None or axis.slot[0] != weight.value.origin or axis.slot == divider.slot:
         return
-    slot = numbering.slot_of(int(torch.flatten(divider.numbers)[0]))
-    if slot.name == own.name and slot.dim != own.dim and slot.block_dim is None:
-        facts.blocks.setdefault((own.name, own.dim), (slot.dim, weight.size(letter)))
+    own, slot = numbering.get(*axis.slot), numbering.get(*divider.slot)
+    if own is not None and own.block_dim is None and slot is not None and slot.block_dim is None:
+        facts.blocks.setdefault(axis.slot, (slot.dim, weight.size(letter)))

@@ -55,7 +55,7 @@ def _split(value: Value, dim: int, leading: int) -> Value:
         if axis.dim == dim:
             varying = [d for d in (dim, dim + 1) if numbers.shape[d] > 1]
             at = min(varying or [dim], key=lambda d: (smallest_step(numbers.numpy(), d), -d))
-        axes.append(Axis(numbers, at))
+        axes.append(Axis(numbers, at, axis.slot))
     return Value(shape, tuple(axes), value.constant, value.origin)
 
 

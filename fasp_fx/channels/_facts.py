@@ -44,6 +44,7 @@ class Use:
         operand: the node whose value is the weight, perhaps moved.
         activation: the node whose value is contracted with it.
         columns: channel numbers, shape ``[blocks, columns, axes]``, in the order of both layouts; a column goes with any of its numbers.
+        slots: the weight and dimensions that its columns lie along.
         weight_layout, activation_layout: how either is read as matrices.
         route: the node that tells where in the tokens each block ends, if blocks are chosen at run time.
     """
@@ -53,6 +54,7 @@ class Use:
     operand: fx.Node
     activation: fx.Node
     columns: np.ndarray
+    slots: frozenset[tuple[str, int]]
     weight_layout: Layout
     activation_layout: Layout
     route: fx.Node | None = None
@@ -72,18 +74,19 @@ class Facts:
     """Couplings, and remarks on channel numbers, in the order found.
 
     ``matrices`` names the weights of linear and convolution operators; ``blocks`` the weights' dimensions that would better be numbered
-    block by block, with the dimension that divides them and into how many.
+    block by block, with the dimension that divides them and into how many; ``heads`` pairs the channels that belong to one head.
     """
 
     pairs: list[tuple[np.ndarray, np.ndarray, fx.Node]] = field(default_factory=list)
     frozen: list[Remark] = field(default_factory=list)
     mixed: list[Remark] = field(default_factory=list)
     exempt: list[Remark] = field(default_factory=list)
-    produced: list[np.ndarray] = field(default_factory=list)
+    produced: list[tuple[np.ndarray, tuple[str, int] | None]] = field(default_factory=list)
     uses: list[Use] = field(default_factory=list)
     boxes: dict[bytes, tuple[np.ndarray, fx.Node]] = field(default_factory=dict)
     matrices: set[str] = field(default_factory=set)
     blocks: dict[tuple[str, int], tuple[int, int]] = field(default_factory=dict)
+    heads: list[tuple[np.ndarray, np.ndarray, fx.Node]] = field(default_factory=list)
 
     def couple(self, a: Tensor, b: Tensor, node: fx.Node) -> None:
         """Channels at equal positions of two broadcastable tensors of numbers go together; one that meets a non-channel stays."""

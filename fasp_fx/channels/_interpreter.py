@@ -55,6 +55,7 @@ class Interpreter:
         canonical: for each name of a weight, the name under which its storage is known (tied weights share one).
         state: placeholders and output positions that may become narrower.
         overrides: for weights already rewritten, the original numbers along each dimension.
+        heads: note which channels belong to one head, wherever two activations are contracted head by head.
     """
 
     def __init__(
@@ -66,10 +67,11 @@ class Interpreter:
         state_outputs: frozenset[int] = frozenset(),
         overrides: dict[str, list[Tensor | None]] | None = None,
         strict: bool = False,
+        heads: bool = False,
     ) -> None:
         self.module, self.numbering, self.canonical = module, numbering, canonical
         self.state_inputs, self.state_outputs = state_inputs, state_outputs
-        self.overrides, self.strict = overrides or {}, strict
+        self.overrides, self.strict, self.heads = overrides or {}, strict, heads
 
     def run(self, small: bool | None = None) -> Walk:
         """Walk the graph once.
@@ -105,14 +107,16 @@ class Interpreter:
         for dim in dims:
             if shape[dim] <= 1:
                 continue
-            given = self.overrides[name][dim] if name in self.overrides else None
+            given = self.overrides[name][dim] if name in self.overrides and dim < len(self.overrides[name]) else None
             if given is None:
                 slot = self.numbering.get(name, dim)
                 if slot is None and self.strict:
                     raise VerificationError(f"'{name}' has {shape[dim]} channels along dimension {dim} that were not there before")
                 slot = slot or self.numbering.add(name, dim, shape[dim], kind)
                 given = slot.numbers()
-            axes.append(Axis(self._laid(given, name, dim, shape), dim))
+            axis = Axis(self._laid(self.numbering.speaking(given), name, dim, shape), dim, (name, dim))
+            if bool((axis.numbers != axis.numbers.reshape(-1)[0]).any()):  # one number for all is no axis
+                axes.append(axis)
         return axes
 
     def _laid(self, given: Tensor, name: str, dim: int, shape: tuple[int, ...]) -> Tensor:
@@ -208,10 +212,15 @@ class Interpreter:
         constant = bool(given) and all(value.constant for value in given)
         rule = lookup(node.target)
         blank = [Value(shape, (), constant) for shape in shapes]
+        if rule is not None and rule.creates:
+            return [self._created(node, rule, shapes[0])]
         if not any(value.axes for value in given) and not (rule is not None and rule.moves):
             return blank
+        if rule is not None and not rule.moves and not rule.alternatives:
+            return blank
         values = None if rule is None else self._by_rule(node, rule, named, nodes, shapes, walk.facts)
-        if values is not None:
+        if values is not None and rule is not None:
+            self._freeze_unnamed(node, rule, named, walk.facts)
             return values
         for value in given:
             for axis in value.axes:
@@ -219,6 +228,19 @@ class Interpreter:
         if any(value.axes for value in given):
             walk.without_rule.setdefault(str(node.target), []).append(node)
         return blank
+
+    def _created(self, node: fx.Node, rule: Rule, shape: tuple[int, ...]) -> Value:
+        """A tensor of equal elements has channels of its own wherever its size is fixed: what it meets decides whether they can go."""
+        sizes = arguments(node)[rule.all("shape")[0].words[0]]
+        fixed = [dim for dim, size in enumerate(sizes) if isinstance(size, int)] if isinstance(sizes, (list, tuple)) else []
+        return Value(shape, tuple(self._axes(node.name, shape, "created", fixed)), True)
+
+    def _freeze_unnamed(self, node: fx.Node, rule: Rule, named: dict[str, Any], facts: Facts) -> None:
+        """Channels of an operand that the rule does not name would be lost."""
+        known = {rule.moves, *(operand.name for alternative in rule.alternatives for operand in alternative.operands)}
+        for value in _tensors({name: value for name, value in named.items() if name not in known}):
+            for axis in value.axes:
+                facts.say(facts.frozen, axis.numbers, f"decides by position in {node.target}", node)
 
     def _by_rule(
         self,
@@ -229,13 +251,15 @@ class Interpreter:
         shapes: list[tuple[int, ...]],
         facts: Facts,
     ) -> list[Value] | None:
-        if rule.moves:
-            return move(node, rule, named, nodes, shapes, facts)
-        if not rule.alternatives:
-            return None
         try:
-            results = Relation(node, rule, named, nodes, facts, self.numbering).run()
-        except NotDivisible as error:
+            if rule.moves:
+                return move(node, rule, named, nodes, shapes, facts)
+            relation = Relation(node, rule, named, nodes, facts, self.numbering)
+            if self.heads:
+                relation.couple_heads()
+            results = relation.run()
+        except (NotDivisible, RuntimeError, ValueError, IndexError, TypeError) as error:
+            # Numbers do not fit (sizes known only at run time, say): the operator freezes what it touches, as one without a rule.
             if self.strict:
                 raise VerificationError(f"node '{node.name}' ({node.target}): {error}") from error
             return None

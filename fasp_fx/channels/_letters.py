@@ -46,7 +46,7 @@ def choose(rule: Rule, arguments: dict[str, Any]) -> Alternative:
         if alternative.condition and not arguments.get(alternative.condition):
             continue
         given = [(operand, arguments.get(operand.name)) for operand in alternative.operands]
-        if all(value is None or _fits(operand.dims, len(value.shape)) for operand, value in given):
+        if alternative.condition or all(value is None or _fits(operand.dims, len(value.shape)) for operand, value in given):
             return alternative
     return rule.alternatives[-1]
 
@@ -136,17 +136,27 @@ class Relation:
         for index, operand in enumerate(self.operands):
             for dim, _ in operand.splits:
                 first, second = operand.letters[dim], operand.letters[dim + 1]
-                if operand.at(first) or not any(other.at(first) for other in self.operands if other is not operand and first in other.letters):
+                if operand.at(first) or not any(self._leads(other, first, operand) for other in self.operands if other is not operand):
                     continue
                 axes = []
                 for axis in operand.value.axes:
                     if axis.dim == dim + 1 and axis.numbers.shape[dim] > 1 and second in self.kept:
                         leader = axis.numbers.narrow(dim + 1, 0, 1)
                         self.facts.couple(leader, axis.numbers, self.node)
-                        axis = Axis(leader, dim)
+                        axis = Axis(leader, dim, axis.slot)
                     axes.append(axis)
                 value = Value(operand.value.shape, tuple(axes), operand.value.constant, operand.value.origin)
                 self.operands[index] = replace(operand, value=value)
+
+    def _leads(self, other: Operand, first: str, operand: Operand) -> bool:
+        """Whether ``other`` shrinks a factor as such: its partner there never had more than one position (a depthwise convolution)."""
+        if first not in other.letters or not other.at(first):
+            return False
+        partner = other.letters[other.letters.index(first) + 1]
+        if partner not in operand.letters or operand.value.origin is None or not other.splits:
+            return True
+        dim = operand.letters.index(partner) - sum(at < operand.letters.index(partner) for at, _ in operand.splits)
+        return self.numbering.get(operand.value.origin, dim) is None
 
     def _repeat(self) -> None:
         for clause in self.rule.all("repeat"):
@@ -174,6 +184,8 @@ class Relation:
             if clause.argument:
                 letters = self.operands[0].letters
                 found |= {letters[dim] for dim in _dims_argument(arguments.get(word), len(letters))}
+            elif word == "...":
+                found |= {letter for operand in self.operands for letter in operand.letters if letter.startswith(".")}
             elif word in runs:
                 found |= {f"{word}{index}" for index in range(runs[word])}
             else:
@@ -211,6 +223,22 @@ class Relation:
                     axes.append(axis)
             outcome.append((axes, constant))
         return outcome
+
+    def couple_heads(self) -> None:
+        """Where two activations are contracted, note which channels share a position of the dimensions that neither sums over."""
+        activations = [operand for operand in self.operands if not operand.value.constant]
+        if not any(self._contracted(letter) and sum(letter in operand.letters for operand in activations) > 1 for letter in self.size):
+            return
+        for operand in activations:
+            shared = [sum(letter in other.letters for other in activations) > 1 and letter in self.kept for letter in operand.letters]
+            for axis in operand.value.axes:
+                if shared[axis.dim] or not any(shared[dim] for dim in axis.varying()):
+                    continue
+                leader = axis.numbers
+                for dim in axis.varying():
+                    leader = leader if shared[dim] else leader.narrow(dim, 0, 1)
+                spread = leader.expand(axis.numbers.shape)
+                self.facts.heads.append((spread.reshape(-1).numpy(), axis.numbers.reshape(-1).numpy(), self.node))
 
     def _note_matrices(self, constant: bool) -> None:
         for operand in self.operands:
@@ -257,7 +285,7 @@ class Relation:
         if not constant:
             for operand, axis, _ in found:
                 if operand.value.constant:
-                    self.facts.produced.append(axis.numbers.reshape(-1).numpy())
+                    self.facts.produced.append((axis.numbers.reshape(-1).numpy(), axis.slot))
         return surviving
 
     def _couple(self, holders: list[Operand], found: list[tuple[Operand, Axis, Tensor]], order: list[str]) -> list[Tensor]:

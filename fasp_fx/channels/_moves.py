@@ -27,8 +27,14 @@ def _run(operator: Any, numbers: Any, others: dict[str, Any]) -> Any:
 
 
 def run_on_numbers(node: fx.Node, numbers: Tensor, values: dict[fx.Node, Any]) -> Any:
-    """Move a tensor of numbers the way ``node`` moves its ``self``; sizes and indices are those of the interpretation."""
+    """Move a tensor of numbers the way ``node`` moves its ``self``; sizes and indices are those of the interpretation.
+
+    Raises:
+        ValueError: an index is known only at run time.
+    """
     others = {name: _known(fx.map_arg(value, lambda n: values[n])) for name, value in arguments_of(node).items() if name != "self"}
+    if any(value is _UNKNOWN for value in others.values()):
+        raise ValueError(f"the indices of '{node.name}' ({node.target}) are known only at run time")
     return _run(node.target, numbers, others)
 
 
@@ -45,7 +51,9 @@ def _touched_dims(rule: Rule, arguments: dict[str, Any], rank: int) -> set[int]:
     touched: set[int] = set()
     for clause in rule.all("freeze"):
         argument = arguments.get(clause.words[0])
-        if isinstance(argument, (list, tuple)):  # a list of index tensors, one per leading dimension
+        if isinstance(argument, (list, tuple)) and all(isinstance(item, int) for item in argument):
+            touched |= {dim % rank for dim in argument}
+        elif isinstance(argument, (list, tuple)):  # a list of index tensors, one per leading dimension
             touched |= {dim for dim, index in enumerate(argument) if index is not None}
         elif argument is not None:
             touched.add(int(argument) % rank)
@@ -128,7 +136,7 @@ def _alike_along(source: Value, dims: set[int], node: fx.Node, facts: Facts) -> 
             if numbers.shape[dim] > 1:
                 facts.couple(numbers.narrow(dim, 0, 1), numbers, node)
                 numbers = numbers.narrow(dim, 0, 1)
-        axes.append(Axis(numbers, axis.dim))
+        axes.append(Axis(numbers, axis.dim, axis.slot))
     return replace(source, axes=tuple(axes))
 
 
@@ -168,7 +176,7 @@ def _numel(shape: tuple[int, ...]) -> int:
 
 
 def _keep(axes: list[Axis], moved: Tensor, facts: Facts, node: fx.Node, source: Axis | None = None) -> None:
-    axis = Axis.of(moved)
+    axis = Axis.of(moved, source.slot if source is not None else None)
     if axis is not None and (source is None or not _one_of_each(axis, source)):
         axes.append(axis)
     elif moved.numel() and int(collapse(moved).reshape(-1)[0]) != NONE:

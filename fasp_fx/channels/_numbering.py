@@ -12,7 +12,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Slot:
-    """One dimension of one weight or graph input; its channels are numbered ``base … base + size - 1``.
+    """One dimension of one weight, graph input or created tensor; its channels are numbered ``base … base + size - 1``.
 
     Where a weight is used block by block (experts, the groups of a convolution) each block has channels of its own: ``block_dim`` is
     divided evenly into ``blocks``, and ``size`` counts the channels of all of them.
@@ -22,7 +22,7 @@ class Slot:
     dim: int
     base: int
     size: int
-    kind: str  # "weight" or "input"
+    kind: str  # "weight", "input", or "created" for a tensor of equal elements that a node makes
     block_dim: int | None = None
     blocks: int = 1
 
@@ -41,6 +41,8 @@ class Numbering:
     def __init__(self, blocked: Mapping[tuple[str, int], tuple[int, int]] | None = None) -> None:
         """``blocked`` says for a weight and a dimension which dimension divides it into blocks, and into how many."""
         self.blocked = dict(blocked or {})
+        #: for every number the one that speaks for it, where numbers were coupled beforehand
+        self.representative: Tensor | None = None
         self.slots: list[Slot] = []
         self.total = 0
         self._index: dict[tuple[str, int], Slot] = {}
@@ -64,6 +66,10 @@ class Numbering:
         """The numbers along one dimension (see :meth:`Slot.numbers`), or ``None`` for a dimension without channels."""
         slot = self.get(name, dim)
         return None if slot is None else slot.numbers()
+
+    def speaking(self, numbers: Tensor) -> Tensor:
+        """The numbers that speak for these."""
+        return numbers if self.representative is None else self.representative[numbers]
 
     def slot_ids(self, numbers: np.ndarray) -> np.ndarray:
         """The index in ``slots`` of each number."""

@@ -48,18 +48,19 @@ class Axis:
     """One independent axis of channels of a tensor.
 
     ``numbers`` has the tensor's rank, with size 1 along dimensions where it does not vary; ``dim`` is the dimension that shrinks
-    when channels go.
+    when channels go. ``slot`` is the weight and dimension whose channels these are, as long as they are merely moved.
     """
 
     numbers: Tensor
     dim: int
+    slot: tuple[str, int] | None = field(default=None, compare=False)
 
     @staticmethod
-    def of(numbers: Tensor) -> Axis | None:
+    def of(numbers: Tensor, slot: tuple[str, int] | None = None) -> Axis | None:
         """The axis of these numbers, or ``None`` if they do not vary."""
         numbers = collapse(numbers)
         dim = innermost(numbers)
-        return None if dim is None else Axis(numbers, dim)
+        return None if dim is None else Axis(numbers, dim, slot)
 
     def varying(self) -> list[int]:
         """The dimensions along which the numbers vary."""

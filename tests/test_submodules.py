@@ -1,0 +1,622 @@
+"""Models that cannot be captured as a whole: their largest submodules that can are pruned and put back."""
+
+from __future__ import annotations
+
+import copy
+import math
+from typing import Any
+
+import pytest
+import torch
+from oracle import error, floats
+from refusal import BATCH, Vectors, X, untouched
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils import _pytree as pytree
+
+import fasp_fx
+
+pytestmark = [pytest.mark.filterwarnings("ignore::fasp_fx.CalibrationWarning"), pytest.mark.usefixtures("no_files")]
+
+
+def _zeroed(model: nn.Module, plan: fasp_fx.PruningPlan) -> nn.Module:
+    """A copy of the dense model whose consumers' removed columns are zero."""
+    copied = copy.deepcopy(model)
+    weights = dict(copied.named_parameters(remove_duplicate=False))
+    with torch.no_grad():
+        for part in [part for group in plan.groups for part in group.consumers]:
+            blocks = part.by_block()
+            pieces = [weights[part.name]] if part.block_dim is None else weights[part.name].chunk(len(blocks), part.block_dim)
+            for piece, removed in zip(pieces, blocks, strict=True):
+                piece.index_fill_(part.dim, torch.tensor(removed, dtype=torch.long), 0)
+    return copied
+
+
+def _prune(model: nn.Module, args: Any = (X,), calibration: Any = None, **options: Any) -> Any:
+    options = {"restore": None, "score": "random", "sparsity": 0.3, **options}
+    with untouched(model):
+        return fasp_fx.prune(model, args, calibration=[BATCH] if calibration is None else calibration, **options)
+
+
+def _exact(model: nn.Module, parts: set[str], *calls: tuple[Any, ...], args: tuple[Any, ...] = (X,), **options: Any) -> Any:
+    """Prune; these are the parts, and the result is what the dense model with zeros computes, on every call in a row."""
+    result = _prune(model, args, **options)
+    assert set(result.parts) == parts, result.report
+    assert result.plan.groups
+    zeroed, dense = _zeroed(model, result.plan), copy.deepcopy(model)
+    differs = 0.0
+    with torch.no_grad():
+        for call in calls or (args,):
+            found, expected, full = result.module(*copy.deepcopy(call)), zeroed(*copy.deepcopy(call)), dense(*copy.deepcopy(call))
+            assert pytree.tree_structure(found) == pytree.tree_structure(expected)
+            assert error(found, expected) < 1e-5
+            differs = max([differs, *(float((a - b).abs().max()) for a, b in zip(floats(expected), floats(full)) if a.shape == b.shape)])
+    assert differs > 1e-3, "masking changes nothing that can be seen"
+    sizes, shrunk = ({**dict(m.named_parameters(remove_duplicate=False)), **dict(m.named_buffers())} for m in (model, result.module))
+    for part in [part for group in result.plan.groups for part in (*group.producers, *group.consumers)]:
+        assert shrunk[part.name].shape[part.dim] < sizes[part.name].shape[part.dim]
+    mine = {id(tensor.untyped_storage()) for tensor in (*result.module.parameters(), *result.module.buffers())}
+    assert not mine & {id(tensor.untyped_storage()) for tensor in (*model.parameters(), *model.buffers())}
+    return result
+
+
+class Forks(nn.Module):
+    """The second block runs if the first one says so; the outputs are lists whose lengths depend on the data."""
+
+    def __init__(self, first: nn.Module | None = None, second: nn.Module | None = None) -> None:
+        super().__init__()
+        self.first, self.second, self.out = first or Vectors(), second or Vectors(), nn.Linear(6, 3)
+
+    def forward(self, x: Tensor, scale: float = 1.0) -> dict[str, Any]:
+        x = self.first(x) * scale
+        if x.sum() < 1e6:
+            x = x + self.second(x)
+        return {"out": self.out(x), "kept": [row for row in x if row[0] > -10]}
+
+
+# --- what is found
+
+
+def test_blocks_around_a_branch() -> None:
+    result = _exact(Forks().eval(), {"first", "second"}, (X,), (X[:2],), (X, 2.0))
+    assert set(result.left) == {"out"}
+    assert "nothing to be coupled" in result.left["out"]
+    assert abs(result.report.sparsity - 0.3) < 0.02
+    assert result.report.requested == 0.3
+    assert any("cannot be captured as a whole" in note for note in result.report.notes)
+    assert any("part 'second' (1 call seen)" in note for note in result.report.notes)
+    assert any("left 'out' whole" in note for note in result.report.notes)
+    assert {line.name.partition(".")[0] for line in result.report.lines} == {"first", "second"}
+
+
+class Convolutions(nn.Module):
+    """A convolutional backbone, and one head that sees each of a pyramid's levels."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = nn.Sequential(nn.Conv2d(3, 12, 3, padding=1), nn.BatchNorm2d(12), nn.ReLU(), nn.Conv2d(12, 8, 3, padding=1))
+        self.head = nn.Sequential(nn.Conv2d(8, 16, 3, padding=1), nn.ReLU(), nn.Conv2d(16, 4, 1))
+
+    def forward(self, images: list[Tensor]) -> list[Tensor]:
+        found = []
+        for image in images:
+            level = self.body(image[None])
+            while min(level.shape[-2:]) > 4 and level.mean() < 1e6:
+                found.append(self.head(level)[0])
+                level = F.max_pool2d(level, 2)
+        return found
+
+
+def test_convolutions_called_with_many_shapes() -> None:
+    images = [torch.rand(3, 20, 24), torch.rand(3, 16, 16), torch.rand(3, 36, 18)]
+    result = _exact(Convolutions().eval(), {"body", "head"}, (images,), (images[:1],), args=(images[:2],), calibration=[(images,)])
+    assert any("part 'head' (5 calls seen)" in note for note in result.report.notes)
+
+
+class Nested(nn.Module):
+    """Control flow at two levels, around containers that are never called themselves."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stages = nn.ModuleList([Forks(), nn.ModuleDict({"a": Vectors(), "b": Vectors()})])  # type: ignore[dict-item]
+        self.unused = Vectors()
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stages[0](x)["kept"][0]
+        for name, block in self.stages[1].items():
+            x = block(x) if x.sum() < 1e6 else x * len(name)
+        return x
+
+
+class Late(nn.Module):
+    """What stands deeper is called first."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.last, self.inner = Vectors(), Forks()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(self.inner(x)["kept"][0]) if x.sum() < 1e6 else x
+
+
+def test_parts_are_pruned_in_the_order_of_their_calls() -> None:
+    assert list(_prune(Late().eval()).parts) == ["inner.first", "inner.second", "last"]
+
+
+def test_containers_and_inner_control_flow_are_descended() -> None:
+    result = _exact(Nested().eval(), {"stages.0.first", "stages.0.second", "stages.1.a", "stages.1.b"})
+    assert any("'stages.0' is pruned only by its submodules: it cannot be captured" in note for note in result.report.notes)
+    assert "unused" not in {path for group in result.plan.groups for path in group.name}
+
+
+class Shared(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        block = Vectors()
+        self.first, self.second = block, nn.ModuleDict({"again": block})
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.first(x)
+        return self.second["again"](x) if x.sum() < 1e6 else x
+
+
+def test_a_module_at_two_paths_is_pruned_once_and_put_back_at_both() -> None:
+    model = Shared().eval()
+    result = _exact(model, {"first"})
+    assert result.module.first is result.module.second["again"]
+    assert any("also at 'second.again'" in note for note in result.report.notes)
+    assert set(dict(result.module.named_parameters())) == set(dict(model.named_parameters()))
+
+
+# --- what is refused, and why
+
+
+def test_tied_weights_across_the_boundary_stay() -> None:
+    model = Forks().eval()
+    model.second.up.weight = model.first.up.weight
+    with pytest.raises(fasp_fx.CaptureError, match=r"'first': its weight 'first\.up\.weight' is tied to 'second\.up\.weight'"):
+        _prune(model)
+    model.third = Vectors()
+    model.register_forward_hook(lambda module, args, output: {**output, "third": module.third(output["out"].new_ones(2, 6))})
+    result = _exact(model.eval(), {"third"})
+    assert "is tied to" in result.left["second"]
+
+
+def test_a_module_shared_across_the_boundary_stays() -> None:
+    model = Forks(nn.Sequential(Vectors(), Vectors()), nn.Sequential(Vectors(), Vectors())).eval()
+    model.second[1] = model.first[0]
+    result = _exact(model, {"first.0", "first.1", "second.0"})
+    assert "its submodule 'first.0' is also used as 'second.1'" in result.left["first"]
+    assert result.module.second[1] is result.module.first[0]
+
+
+class Reads(nn.Module):
+    """A parent that reads attributes of its children besides calling them."""
+
+    def __init__(self, what: str) -> None:
+        super().__init__()
+        self.what = what
+        self.block, self.other = Vectors(), Vectors()
+        self.block.width, self.block.config = 6, {"scale": 2.0, "names": ["a"]}
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.block(x)
+        if self.what == "numbers":
+            x = x * self.block.width + self.block.config["scale"]
+        elif self.what == "weight":
+            x = x + self.block.up.weight.abs().mean()
+        elif self.what == "method":
+            x = x + self.block.forward(x)
+        elif self.what == "device":
+            x = x.to(next(self.block.parameters()).dtype)
+        elif self.what == "layer":
+            x = self.block.down(torch.relu(self.block.up(x)))
+        return self.other(x) if x.sum() < 1e6 else x
+
+
+def test_simple_attributes_of_a_part_can_be_read() -> None:
+    result = _exact(Reads("numbers").eval(), {"block", "other"})
+    assert copy.deepcopy(result.module).block.config == {"scale": 2.0, "names": ["a"]}
+    _exact(Reads("device").eval(), {"block", "other"})
+    _exact(Reads("method").eval(), {"block", "other"})
+
+
+@pytest.mark.parametrize("what", ["weight", "layer"])
+def test_a_parent_that_reads_inside_a_part_keeps_it_whole(what: str) -> None:
+    result = _exact(Reads(what).eval(), {"other"})
+    assert "AttributeError" in result.left["block"]
+
+
+class Hidden(Forks):
+    """A reference that the module tree does not know."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.references = [self.first]
+
+    def forward(self, x: Tensor, scale: float = 1.0) -> dict[str, Any]:
+        return super().forward(self.references[0](x), scale)
+
+
+class Sets(Vectors):
+    """A forward that leaves something behind."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.seen = x.shape[0]
+        return super().forward(x)
+
+
+class Times(Vectors):
+    def forward(self, x: Tensor, factor: float) -> Tensor:
+        return super().forward(x) * factor
+
+
+class CallsDifferently(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.block, self.other = Times(), Vectors()
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.block(self.block(x, 1.0), 2.0)
+        return self.other(x) if x.sum() < 1e6 else x
+
+
+class Box:
+    def __init__(self, tensor: Tensor) -> None:
+        self.tensor = tensor
+
+
+class Unboxes(Vectors):
+    def forward(self, box: Box, x: Tensor) -> Tensor:
+        return super().forward(box.tensor) + x
+
+
+class HandsOverABox(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.block, self.other = Unboxes(), Vectors()
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.block(Box(x), x)
+        return self.other(x) if x.sum() < 1e6 else x
+
+
+class Squares(Vectors):
+    """Rows and columns must be equal in number: no dimension may vary freely."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.reshape(3, 6))
+
+
+class CallsWithTwoShapes(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.block, self.other = Squares(), Vectors()
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.block(self.block(x).reshape(6, 3)).reshape(3, 6)
+        return self.other(x) if x.sum() < 1e6 else x
+
+
+def test_other_reasons_to_stay_whole() -> None:
+    assert "reference outside of the module tree" in _exact(Hidden().eval(), {"second"}).left["first"]
+    assert "sets the attribute 'first.seen'" in _exact(Forks(Sets()).eval(), {"second"}).left["first"]
+    assert "does not take all its calls" in _exact(CallsDifferently().eval(), {"other"}).left["block"]
+    assert "takes a Box" in _exact(HandsOverABox().eval(), {"other"}).left["block"]
+
+
+def test_calls_with_shapes_that_one_graph_does_not_take() -> None:
+    result = _exact(CallsWithTwoShapes().eval(), {"other"})
+    assert "does not take all its calls" in result.left["block"]
+
+
+def test_hooks_of_the_user_stay_and_run() -> None:
+    model, seen = Forks().eval(), []
+    model.first.down.register_forward_hook(lambda module, args, output: seen.append(type(output)))
+    model.register_forward_pre_hook(lambda module, args: (args[0] * 2, *args[1:]))
+    result = _exact(model, {"second"})
+    assert "its submodule 'down' has hooks" in result.left["first"]
+    seen.clear()
+    result.module(X)
+    assert seen == [Tensor]
+
+
+def test_weights_computed_by_torchs_own_hooks_are_no_hooks_of_the_user() -> None:
+    model = Forks().eval()
+    nn.utils.parametrizations.spectral_norm(model.first.up)
+    model.eval()
+    result = _prune(model)
+    assert "second" in result.parts
+    assert "hooks" not in result.left.get("first", "")
+
+
+def test_submodules_that_no_exporter_takes() -> None:
+    quantised = torch.ao.quantization.quantize_dynamic(Vectors().eval(), {nn.Linear}, dtype=torch.qint8).eval()
+    for other in (torch.jit.script(Vectors().eval()), quantised):
+        result = _prune(Forks(second=other).eval())
+        assert set(result.parts) == {"first"}
+        assert torch.isfinite(result.module(X)["out"]).all()
+
+
+class Alone(Vectors):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) if x.sum() < 1e6 else x
+
+
+def test_nothing_to_capture() -> None:
+    with pytest.raises(fasp_fx.CaptureError, match=r"Alone cannot be captured.*No submodule.*'up': one weight alone.*'down': one weight alone"):
+        _prune(Alone().eval())
+
+
+def test_submodules_are_no_way_around_other_errors() -> None:
+    with pytest.raises(fasp_fx.CaptureError, match="training mode"):
+        _prune(Forks())
+    with pytest.raises(fasp_fx.CaptureError, match="does not run on the example inputs"):
+        _prune(Forks().eval(), (X[:, :4],))
+    with pytest.raises(fasp_fx.ArgumentError, match="do not fit"):
+        _prune(Forks().eval(), (X, 1.0, 2.0))
+    with pytest.raises(fasp_fx.CaptureError, match="data-dependent"):
+        _prune(Forks().eval(), dynamic_shapes={"x": {0: torch.export.Dim("batch")}, "scale": None})
+    lazy = nn.Sequential(nn.LazyLinear(4), Forks()).eval()
+    with pytest.raises(fasp_fx.CaptureError, match="uninitialized"):
+        fasp_fx.prune(lazy, (X,), calibration=[BATCH])
+    assert nn.parameter.is_lazy(lazy[0].weight)
+    with torch.device("meta"):
+        meta = Forks().eval()
+    with pytest.raises(fasp_fx.FaspError):
+        _prune(meta)
+
+
+# --- sparsity, calibration, restoration
+
+
+class Uneven(nn.Module):
+    """The second block cannot lose as much as the first."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.wide = nn.Sequential(nn.Linear(6, 64), nn.Tanh(), nn.Linear(64, 64), nn.Tanh(), nn.Linear(64, 6))
+        self.narrow = nn.Sequential(nn.Linear(6, 4), nn.Tanh(), nn.Linear(4, 6))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.wide(x)
+        return self.narrow(x) if x.sum() < 1e6 else x
+
+
+@pytest.mark.parametrize("sparsity", [0.2, 0.5, 0.8])
+def test_the_sparsity_is_that_of_all_parts_together(sparsity: float) -> None:
+    result = _prune(Uneven().eval(), sparsity=sparsity)
+    assert set(result.parts) | set(result.left) == {"wide", "narrow"}  # at a low sparsity, four channels lose none
+    assert abs(result.report.sparsity - sparsity) < 0.02
+    dense = sum(p.numel() for n, p in Uneven().named_parameters() if p.dim() > 1)
+    left = sum(p.numel() for n, p in result.module.named_parameters() if p.dim() > 1)
+    assert math.isclose(1 - left / dense, result.report.sparsity, abs_tol=1e-9)
+
+
+def test_sparsity_out_of_reach() -> None:
+    with pytest.raises(fasp_fx.SparsityError, match="at most 0"):
+        _prune(Uneven().eval(), sparsity=0.999)
+
+
+def test_restoration_on_the_inputs_that_the_parts_get() -> None:
+    torch.manual_seed(0)
+    model = Forks(nn.Sequential(Vectors(), nn.Tanh(), Vectors())).eval()
+    batches = [torch.randn(200, 6) for _ in range(3)]
+    data = torch.cat(batches)
+    errors = {}
+    for restore, propagate in (("least-squares", True), ("least-squares", False), (None, True)):
+        result = _prune(model, calibration=batches, restore=restore, score="fasp", propagate=propagate)
+        assert set(result.parts) == {"first", "second"}
+        with torch.no_grad():
+            errors[restore, propagate] = float((result.module(data)["out"] - model(data)["out"]).square().mean())
+        restored = [line.error_restored for line in result.report.lines if line.error_restored is not None]
+        assert bool(restored) == (restore is not None)
+    assert errors["least-squares", True] < 0.7 * errors[None, True]
+    assert errors["least-squares", False] < errors[None, True]
+    assert errors["least-squares", True] != errors["least-squares", False]
+
+
+def test_bad_calibration_data() -> None:
+    model = Forks().eval()
+    for calibration, match in (
+        ([], "empty"),
+        (BATCH, "single|is a Tensor"),
+        ([BATCH[:, :3]], "batch 0 fails in the model"),
+        ([BATCH, "text"], "batch 1 is a str"),
+        ([BATCH * float("nan")], "not finite"),
+    ):
+        with pytest.raises(fasp_fx.CalibrationError, match=match):
+            _prune(model, calibration=calibration, restore="least-squares")
+    with untouched(model), pytest.raises(fasp_fx.CalibrationError, match="no calibration data"):
+        fasp_fx.prune(model, (X,))
+    assert fasp_fx.prune(model, (X,), score="magnitude", restore=None).plan.groups
+
+
+class Seldom(Forks):
+    """The second block runs only for batches of more than ten."""
+
+    def forward(self, x: Tensor, scale: float = 1.0) -> dict[str, Any]:
+        y = self.first(x)
+        if y.shape[0] > 10 and y.sum() < 1e6:
+            y = self.second(y)
+        return {"out": self.out(y), "sum": y.sum().item()}
+
+
+def test_a_part_that_the_calibration_never_reaches_stays() -> None:
+    model = Seldom().eval()
+    result = _exact(model, {"first"}, (BATCH,), args=(BATCH,), calibration=[X, X], restore=None, score="fasp")
+    assert "never reaches" in result.left["second"]
+    assert result.report.sparsity < 0.2 < result.report.requested
+
+
+def test_progress_and_analyses_are_reported() -> None:
+    fractions: list[float] = []
+    names: list[str] = []
+    _prune(Forks().eval(), progress=fractions.append, on_analysis=lambda analysis: names.extend(group.name for group in analysis.groups))
+    assert fractions == sorted(fractions)
+    assert fractions[-1] == 1
+    assert names.count("down.weight") == 2
+
+
+# --- state
+
+
+class Remembers(nn.Module):
+    """Buffers written outside of the parts and inside of one, and a list that grows."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.block, self.counted = Vectors(), Counted()
+        self.register_buffer("mean", torch.zeros(6))
+        self.log: list[int] = []
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.mean = 0.9 * self.mean + 0.1 * x.mean(0)
+        self.log.append(len(x))
+        x = self.block(x - self.mean)
+        return self.counted(x) if x.sum() < 1e6 else x
+
+
+class Counted(Vectors):
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("count", torch.zeros(1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.count.add_(1)
+        return super().forward(x) * self.count
+
+
+def test_state_is_that_of_the_callers_model_and_evolves_like_it() -> None:
+    model = Remembers().eval()
+    model.mean.fill_(0.5)
+    result = _prune(model, calibration=[BATCH, 2 * BATCH], restore="least-squares")
+    assert torch.equal(result.module.mean, model.mean)
+    assert result.module.log == model.log == []
+    result = _exact(model, {"block", "counted"}, (X,), (2 * X,), (X - 1,))
+    assert float(result.module.counted.count) == 3
+    assert result.module.log == [3, 3, 3]
+
+
+class Draws(Forks):
+    def forward(self, x: Tensor, scale: float = 1.0) -> dict[str, Any]:
+        return super().forward(x + torch.rand_like(x), scale)
+
+
+def test_random_models_leave_the_random_numbers_alone() -> None:
+    state = torch.random.get_rng_state()
+    result = _prune(Draws().eval(), score="magnitude")
+    assert set(result.parts) == {"first", "second"}
+    torch.random.set_rng_state(state)
+    assert torch.equal(torch.random.get_rng_state(), state)
+
+
+# --- the result
+
+
+@pytest.fixture(scope="module")
+def forks() -> tuple[nn.Module, Any]:
+    torch.manual_seed(0)
+    model = Forks(nn.Sequential(Vectors(), nn.Tanh(), Vectors())).eval()
+    return model, fasp_fx.prune(model, (X,), calibration=[BATCH], sparsity=0.3)
+
+
+def test_the_plan_is_replayed(forks: tuple[nn.Module, Any]) -> None:
+    model, result = forks
+    plan = fasp_fx.PruningPlan.from_json(result.plan.to_json())
+    assert plan == result.plan
+    with untouched(model):
+        again = fasp_fx.apply(model, plan, (X,))
+    assert again.plan.groups == result.plan.groups
+    again.module.load_state_dict(result.module.state_dict())
+    assert torch.equal(again.module(X)["out"], result.module(X)["out"])
+    with pytest.raises(fasp_fx.PlanError, match="another model"):
+        fasp_fx.apply(Forks().eval(), plan, (X,))
+    with pytest.raises(fasp_fx.PlanError, match="already applied"):
+        fasp_fx.apply(result.module, plan, (X,))
+
+
+def test_no_single_program_and_no_save(forks: tuple[nn.Module, Any]) -> None:
+    _, result = forks
+    with pytest.raises(fasp_fx.CaptureError, match=r"result\.parts"):
+        _ = result.program
+    with pytest.raises(fasp_fx.StoreError, match="load_state_dict"):
+        result.save("out")
+    assert isinstance(result, fasp_fx.Result)
+    assert "first" in repr(result)
+    for path, part in result.parts.items():
+        assert part.program.state_dict.keys() == dict(part.module.named_parameters()).keys()
+        assert result.module.get_submodule(path) is part.module
+
+
+def test_the_result_trains_copies_and_moves(forks: tuple[nn.Module, Any]) -> None:
+    _, result = forks
+    copied = copy.deepcopy(result.module)
+    assert torch.equal(copied(X)["out"], result.module(X)["out"])
+    copied.train()
+    copied.eval()
+    copied(X)["out"].sum().backward()
+    assert all(parameter.grad is not None for parameter in copied.parameters())
+    assert all(parameter.grad is None for parameter in result.module.parameters())
+    moved = copied.double()
+    assert moved(X.double())["out"].dtype is torch.float64
+
+
+def test_one_plan_after_another() -> None:
+    model = Forks().eval()
+    first, second = (_prune(model, score=score).plan for score in ("random", "magnitude"))
+    once = fasp_fx.apply(model, first, (X,))
+    twice = fasp_fx.apply(once.module, second.after(once.plan), (X,))
+    with torch.no_grad():
+        assert error(twice.module(X), _zeroed(_zeroed(model, first), second)(X)) < 1e-5
+    assert twice.report.parameters[1] < once.report.parameters[1]
+
+
+def test_a_result_is_pruned_again(forks: tuple[nn.Module, Any]) -> None:
+    _, result = forks
+    again = fasp_fx.prune(result.module, (X,), calibration=[BATCH], sparsity=0.3)
+    assert set(again.parts) == set(result.parts)
+    assert again.report.parameters[1] < result.report.parameters[1]
+
+
+# --- detection models
+
+
+def _detector() -> nn.Module:
+    detection = pytest.importorskip("torchvision.models.detection")
+    torch.manual_seed(0)
+    backbone = nn.Sequential(nn.Conv2d(3, 12, 3, stride=4, padding=1), nn.BatchNorm2d(12), nn.ReLU(), nn.Conv2d(12, 8, 3, stride=2, padding=1))
+    backbone.out_channels = 8
+    anchors = detection.rpn.AnchorGenerator(sizes=((8, 16),), aspect_ratios=((0.5, 1.0),))
+    pool = pytest.importorskip("torchvision.ops").MultiScaleRoIAlign(featmap_names=["0"], output_size=2, sampling_ratio=1)
+    sizes = {"min_size": 32, "max_size": 64, "rpn_post_nms_top_n_test": 40, "box_score_thresh": 0.0, "box_detections_per_img": 10}
+    model = detection.FasterRCNN(backbone, num_classes=3, rpn_anchor_generator=anchors, box_roi_pool=pool, **sizes)
+    return model.eval().double()  # in float32, rounding reorders boxes with nearly the same score
+
+
+def _images(*sizes: tuple[int, int]) -> tuple[list[Tensor]]:
+    return ([torch.rand(3, *size, dtype=torch.float64) for size in sizes],)
+
+
+def test_a_faster_rcnn() -> None:
+    images = _images((32, 32), (32, 40))
+    parts = {"backbone", "rpn.head", "roi_heads.box_head"}
+    result = _exact(_detector(), parts, images, _images((32, 48)), args=images, calibration=[images], sparsity=0.2)
+    assert abs(result.report.sparsity - 0.2) < 0.01
+    assert result.left.keys() >= {"rpn", "roi_heads", "roi_heads.box_predictor"}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["ssdlite320_mobilenet_v3_large", "fasterrcnn_mobilenet_v3_large_320_fpn", "retinanet_resnet50_fpn", "fcos_resnet50_fpn"])
+def test_torchvision_detection_models(name: str) -> None:
+    models = pytest.importorskip("torchvision.models")
+    torch.manual_seed(0)
+    model = models.get_model(name, weights=None, weights_backbone=None, num_classes=5).eval().double()
+    images = _images((128, 128), (128, 160))
+    result = fasp_fx.prune(model, images, sparsity=0.2, score="magnitude", restore=None)
+    assert "backbone" in result.parts
+    assert abs(result.report.sparsity - 0.2) < 0.01
+    for place in (model, result.module):
+        getattr(place, "roi_heads", place).score_thresh = 0.0  # untrained models are sure of nothing
+    with torch.no_grad():
+        assert error(result.module(*images), _zeroed(model, result.plan)(*images)) < 1e-9
