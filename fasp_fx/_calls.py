@@ -157,7 +157,8 @@ def _put_back(own: dict[str, Any], attributes: dict[str, Any], contents: dict[st
         del own[name]
     for name, value in attributes.items():
         if name not in own or own[name] is not value:
-            changed.add(name)
+            if name not in own or not _same_plain(own[name], value):
+                changed.add(name)
             own[name] = value
     for name, content in contents.items():
         value = attributes[name]
@@ -166,6 +167,13 @@ def _put_back(own: dict[str, Any], attributes: dict[str, Any], contents: dict[st
             value.clear()
             (value.extend if isinstance(value, list) else value.update)(content)
     return changed
+
+
+def _same_plain(a: Any, b: Any) -> bool:
+    """Whether two constants are equal; exporters put back tuples as equal copies."""
+    if type(a) is tuple and type(b) is tuple:
+        return len(a) == len(b) and all(map(_same_plain, a, b))
+    return is_plain(a) and type(a) is type(b) and a == b
 
 
 def _items(container: Any) -> list[Any]:

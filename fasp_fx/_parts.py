@@ -187,11 +187,11 @@ class _Assembly:
         parameters = dict(self.model.named_parameters(remove_duplicate=False))
         renamed = [_renamed(path, result.plan) for path, result in self.results.items()]
         plan = PruningPlan(
-            plans.fingerprint(self.before),
+            _fingerprint(self.before),
             tuple(group for own in renamed for group in own.groups),
             reached,
             tuple(split for own in renamed for split in own.splits),
-            plans.fingerprint(parameters),
+            _fingerprint(parameters),
             granularity=tuple(sorted(self.parts[0].analysis.granularity)),
             include=tuple(sorted(self.parts[0].analysis.include)),
         )
@@ -296,7 +296,7 @@ def apply_in_parts(
         PlanError: the plan is for another model, or names weights outside of the parts found here.
     """
     _check_can_help(error, model)
-    check(plans.fingerprint(dict(model.named_parameters(remove_duplicate=False))))
+    check(_fingerprint(dict(model.named_parameters(remove_duplicate=False))))
     assembly = _Assembly(error, model, args, kwargs, stages, None)
     owned = [_part_of(plan, part.path) for part in assembly.parts]
     if sum(len(own.groups) for own in owned) != len(plan.groups):
@@ -307,6 +307,11 @@ def apply_in_parts(
         if own.groups and not assembly.place(part, Decision(plans.gone_of(own, part.analysis)), []):
             raise PlanError(f"part '{part.path}' of the plan cannot be put back: {assembly.left[part.path]}")
     return assembly.result(None)
+
+
+def _fingerprint(parameters: Mapping[str, Tensor]) -> str:
+    """The fingerprint of a model; sparse weights, which no part holds, do not enter."""
+    return plans.fingerprint({name: tensor for name, tensor in parameters.items() if tensor.layout == torch.strided})
 
 
 def _check_can_help(error: CaptureError, model: Any) -> None:

@@ -64,6 +64,9 @@ def own_storage(program: Program) -> Program:
 def wrap(exported: ExportedProgram, signature: CallSignature) -> fx.GraphModule:
     """The module of an exported program behind the caller's signature."""
     lifted = exported.module(check_guards=True)
+    for node in lifted.graph.find_nodes(op="call_function", target=torch.ops.aten.view.default):
+        # Strides were settled without gradients; with them attention can pick another kernel, whose result a view does not fit.
+        node.target = torch.ops.aten.reshape.default
     module = graph_module(lifted, lifted.graph, lifted.meta)
     generated: Any = lifted.graph._codegen
     module.graph._codegen = CallerCodeGen(signature, generated.pytree_info)

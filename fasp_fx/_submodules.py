@@ -92,14 +92,12 @@ class Search:
         """
         with rewound(self.model) as self.changed:
             self.expected = self.call.run(self.model)
-        with rewound(self.model):
-            self.reproducible = same_output(self.call.run(self.model), self.expected)
         parts: list[Part] = []
         visited: set[int] = set()
         frontier = _children(self.model)
         while frontier:
             visited |= {id(module) for module in frontier}
-            seen = self._watch(frontier)
+            seen = self._watch(frontier, parts)
             following: list[nn.Module] = []
             for module in frontier:
                 outcome = self._try(module, seen.get(id(module)))
@@ -113,21 +111,24 @@ class Search:
                 if outcome.descend:
                     following += _children(module)
             frontier = [module for module in dict.fromkeys(following) if id(module) not in visited]
-        return self._in_order(parts)
+        return sorted(parts, key=lambda part: self.order.index(part.module))
 
-    def _watch(self, modules: list[nn.Module]) -> dict[int, Seen]:
+    def _watch(self, modules: list[nn.Module], parts: list[Part]) -> dict[int, Seen]:
+        """Run the model and note the calls of some modules, and the order in which these and the parts found so far are called."""
         seen: dict[int, Seen] = {}
-        candidates = [module for module in modules if _matrices(module) > 1 and not isinstance(module, torch.jit.ScriptModule)]
-        with rewound(self.model), watching(candidates, lambda module, call: seen.setdefault(id(module), Seen()).add(call)):
-            self.call.run(self.model)
-        return seen
-
-    def _in_order(self, parts: list[Part]) -> list[Part]:
         first: dict[nn.Module, None] = {}
-        with rewound(self.model), watching([part.module for part in parts], lambda module, call: first.setdefault(module)):
-            self.call.run(self.model)
-        order = list(first)
-        return sorted(parts, key=lambda part: order.index(part.module))
+        candidates = [module for module in modules if _matrices(module) > 1 and not isinstance(module, torch.jit.ScriptModule)]
+
+        def note(module: nn.Module, call: Call) -> None:
+            first.setdefault(module)
+            if module in candidates:
+                seen.setdefault(id(module), Seen()).add(call)
+
+        with rewound(self.model), watching([*candidates, *(part.module for part in parts)], note):
+            output = self.call.run(self.model)
+        self.reproducible = same_output(output, self.expected)
+        self.order = list(first)
+        return seen
 
     def _try(self, module: nn.Module, seen: Seen | None) -> Part | _Refusal:
         if isinstance(module, torch.jit.ScriptModule):

@@ -159,8 +159,11 @@ def analyze_program(
     return replace(analysis, granularity=frozenset(granularity), include=frozenset(include))
 
 
+Pairs = list[tuple[np.ndarray, np.ndarray, fx.Node]]
+
+
 def _walk(program: Program, heads: bool) -> tuple[Numbering, Walk]:
-    """Interpret the program, again where a weight is better numbered block by block or the channels of a head go together."""
+    """Interpret the program, again where a weight is better numbered block by block or some channels go together."""
     blocked: dict[tuple[str, int], tuple[int, int]] = {}
     while True:
         numbering = Numbering(blocked)
@@ -168,22 +171,33 @@ def _walk(program: Program, heads: bool) -> tuple[Numbering, Walk]:
         if walk.facts.blocks.keys() <= blocked.keys():
             break
         blocked = {**walk.facts.blocks, **blocked}
-    heads_found = [pair for pair in walk.facts.heads if (pair[0] >= 0).all() and (pair[1] >= 0).all()]
-    if not heads_found:
-        return numbering, walk
-    headed = np.unique(np.concatenate([numbers for _, numbers, _ in heads_found]))
-    labels = _label(numbering.total, heads_found)
-    for _ in range(2):  # first the channels that meet in attention, then those of biases and other weights coupled with them
-        within = np.isin(labels, np.unique(labels[headed]))
-        everyone = np.arange(numbering.total)
-        speaking = np.where(within, np.unique(labels, return_index=True)[1][labels], everyone)
-        numbering.representative = torch.from_numpy(speaking)
-        walk = _interpret(program, numbering, heads=False)
-        spoken_for = np.flatnonzero(speaking != everyone)
-        walk.facts.pairs.append((spoken_for, speaking[spoken_for], heads_found[0][2]))
-        labels = _label(numbering.total, walk.facts.pairs)
-    walk.facts.heads = heads_found
+    in_heads, coupled = _numbered(walk.facts.heads), _numbered(walk.facts.heads + walk.facts.together)
+    more = coupled
+    while more:  # what goes together along one dimension may still have to along the next
+        walk = _walk_together(program, numbering, coupled, coupled)
+        more = _numbered(walk.facts.together)
+        coupled = coupled + more
+    if coupled:
+        walk = _walk_together(program, numbering, coupled, walk.facts.pairs)
+    walk.facts.heads = in_heads
     return numbering, walk
+
+
+def _numbered(pairs: Pairs) -> Pairs:
+    return [(a[both], b[both], node) for a, b, node in pairs if (both := (a >= 0) & (b >= 0)).any()]
+
+
+def _walk_together(program: Program, numbering: Numbering, coupled: Pairs, pairs: Pairs) -> Walk:
+    """Interpret with one number for all channels that ``coupled`` puts together, and those that ``pairs`` couples with them."""
+    everyone = np.arange(numbering.total)
+    labels = _label(numbering.total, pairs)
+    within = np.isin(labels, np.unique(labels[np.concatenate([numbers for _, numbers, _ in coupled])]))
+    speaking = np.where(within, np.unique(labels, return_index=True)[1][labels], everyone)
+    numbering.representative = torch.from_numpy(speaking)
+    walk = _interpret(program, numbering, heads=False)
+    spoken_for = np.flatnonzero(speaking != everyone)
+    walk.facts.pairs.append((spoken_for, speaking[spoken_for], coupled[0][2]))
+    return walk
 
 
 def _interpret(program: Program, numbering: Numbering, heads: bool) -> Walk:
@@ -215,7 +229,7 @@ _CODE = {PRUNABLE: 0, APPROXIMATE: 1, FROZEN: 2, EXEMPT: 3}
 _STATUS = {code: name for name, code in _CODE.items()}
 
 
-def _label(total: int, pairs: list[tuple[np.ndarray, np.ndarray, fx.Node]]) -> np.ndarray:
+def _label(total: int, pairs: Pairs) -> np.ndarray:
     first = np.concatenate([a for a, _, _ in pairs]) if pairs else np.zeros(0, dtype=np.int64)
     second = np.concatenate([b for _, b, _ in pairs]) if pairs else np.zeros(0, dtype=np.int64)
     graph = coo_matrix((np.ones(len(first), dtype=np.int8), (first, second)), shape=(total, total))

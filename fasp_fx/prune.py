@@ -23,7 +23,7 @@ from .allocation import Budget, uniform
 from .analysis import Analysis, analyze_program
 from .capture import capture
 from .errors import ArgumentError, CaptureError, NothingPrunableError, PlanError, SparsityError
-from .passes import PadValueHeads, Pass, PinAttentionScale, Pipeline, RemoveChannels, RestoreWeights, SplitFusedProducers
+from .passes import KeepDenseCount, PadValueHeads, Pass, PinAttentionScale, Pipeline, RemoveChannels, RestoreWeights, SplitFusedProducers
 from .plan import PruningPlan
 from .report import make_report
 from .restoration import least_squares
@@ -280,6 +280,7 @@ def _rewrite(program: Program, analysis: Analysis, decision: Decision, requested
     passes: list[Pass] = [
         PinAttentionScale(analysis),
         RestoreWeights(decision.weights),
+        KeepDenseCount(analysis, decision.gone),
         RemoveChannels(analysis, decision.gone),
         PadValueHeads(analysis),
     ]

@@ -18,6 +18,7 @@
                  |  "window" WHERE                       the same, and positions of the result there are others than those of the operand
                  |  "slide" DIM DIM NAME NAME NAME       a window of the second letter's size slides over the first; arguments: stride, padding, dilation
                  |  "route" LETTER LETTER                each position of the first letter uses one position of the second, chosen at run time
+                 |  "ignore" NAME                        of argument NAME nothing but type and device are read
                  |  "factor" LETTER NAME                 argument NAME is the size of a letter in brackets
                  |  "repeat" LETTER LETTER               the first letter is repeated in blocks to the size of the second
                  |  "shape" NAME                         argument NAME is the shape of the result
@@ -57,6 +58,7 @@ _CLAUSES = {
     "slide": (5,),
     "route": (2,),
     "factor": (2,),
+    "ignore": (1,),
     "repeat": (2,),
     "shape": (1, 3),
     "span": (3,),
@@ -145,7 +147,7 @@ class Rule:
                 found.add(clause.words[0])
             elif clause.keyword in ("span", "pick", "sizes", "chunk"):
                 found |= set(clause.words)
-            elif clause.keyword == "shape":
+            elif clause.keyword in ("shape", "ignore"):
                 found.add(clause.words[0])
             elif clause.keyword == "slide":
                 found |= set(clause.words[2:])

@@ -33,7 +33,7 @@ UNTAGGED: tuple[str, ...] = (
 #: pointwise operators whose second operand does not broadcast against the first
 UNLIKE_OPERANDS: dict[str, str] = {
     "aten.prelu.default": "self[n c x*], weight[c] -> [n c x*]",
-    "aten.type_as.default": "self[...] -> [...]",
+    "aten.type_as.default": "self[...] -> [...]; ignore other",
 }
 
 #: operators that make a tensor whose elements are all alike, so that any of them can go

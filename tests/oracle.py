@@ -67,12 +67,15 @@ def zeroed(model: nn.Module, plan: Any) -> nn.Module:
     with torch.no_grad():
         for group in plan.groups:
             for part in group.consumers:
-                weights[part.name].index_fill_(part.dim, torch.tensor(part.removed, dtype=torch.long), 0)
+                pieces = [weights[part.name]] if part.block_dim is None else weights[part.name].chunk(len(part.removed), part.block_dim)
+                for piece, removed in zip(pieces, [part.removed] if part.block_dim is None else part.removed, strict=True):
+                    piece.index_fill_(part.dim, torch.tensor(removed, dtype=torch.long), 0)
     return copied
 
 
 def floats(output: Any) -> list[Tensor]:
     """The floating-point tensors of an output, in order."""
+    output = dict(output) if isinstance(output, Mapping) else output  # outputs of transformers are known to pytree only once exported
     return [leaf.detach() for leaf in pytree.tree_leaves(output) if isinstance(leaf, Tensor) and leaf.is_floating_point()]
 
 

@@ -74,7 +74,8 @@ class Facts:
     """Couplings, and remarks on channel numbers, in the order found.
 
     ``matrices`` names the weights of linear and convolution operators; ``blocks`` the weights' dimensions that would better be numbered
-    block by block, with the dimension that divides them and into how many; ``heads`` pairs the channels that belong to one head.
+    block by block, with the dimension that divides them and into how many; ``heads`` pairs the channels that belong to one head,
+    ``together`` those that would be free if they went together.
     """
 
     pairs: list[tuple[np.ndarray, np.ndarray, fx.Node]] = field(default_factory=list)
@@ -87,6 +88,7 @@ class Facts:
     matrices: set[str] = field(default_factory=set)
     blocks: dict[tuple[str, int], tuple[int, int]] = field(default_factory=dict)
     heads: list[tuple[np.ndarray, np.ndarray, fx.Node]] = field(default_factory=list)
+    together: list[tuple[np.ndarray, np.ndarray, fx.Node]] = field(default_factory=list)
 
     def couple(self, a: Tensor, b: Tensor, node: fx.Node) -> None:
         """Channels at equal positions of two broadcastable tensors of numbers go together; one that meets a non-channel stays."""

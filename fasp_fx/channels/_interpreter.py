@@ -237,7 +237,11 @@ class Interpreter:
 
     def _freeze_unnamed(self, node: fx.Node, rule: Rule, named: dict[str, Any], facts: Facts) -> None:
         """Channels of an operand that the rule does not name would be lost."""
-        known = {rule.moves, *(operand.name for alternative in rule.alternatives for operand in alternative.operands)}
+        known = {
+            rule.moves,
+            *(clause.words[0] for clause in rule.all("ignore")),
+            *(operand.name for alternative in rule.alternatives for operand in alternative.operands),
+        }
         for value in _tensors({name: value for name, value in named.items() if name not in known}):
             for axis in value.axes:
                 facts.say(facts.frozen, axis.numbers, f"decides by position in {node.target}", node)

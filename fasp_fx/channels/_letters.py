@@ -136,7 +136,8 @@ class Relation:
         for index, operand in enumerate(self.operands):
             for dim, _ in operand.splits:
                 first, second = operand.letters[dim], operand.letters[dim + 1]
-                if operand.at(first) or not any(self._leads(other, first, operand) for other in self.operands if other is not operand):
+                leaders = [other for other in self.operands if other is not operand and first in other.letters and other.at(first)]
+                if operand.at(first) or not any(self._alone(other.letters[other.letters.index(first) + 1]) for other in leaders):
                     continue
                 axes = []
                 for axis in operand.value.axes:
@@ -148,15 +149,13 @@ class Relation:
                 value = Value(operand.value.shape, tuple(axes), operand.value.constant, operand.value.origin)
                 self.operands[index] = replace(operand, value=value)
 
-    def _leads(self, other: Operand, first: str, operand: Operand) -> bool:
-        """Whether ``other`` shrinks a factor as such: its partner there never had more than one position (a depthwise convolution)."""
-        if first not in other.letters or not other.at(first):
-            return False
-        partner = other.letters[other.letters.index(first) + 1]
-        if partner not in operand.letters or operand.value.origin is None or not other.splits:
-            return True
-        dim = operand.letters.index(partner) - sum(at < operand.letters.index(partner) for at, _ in operand.splits)
-        return self.numbering.get(operand.value.origin, dim) is None
+    def _alone(self, partner: str) -> bool:
+        """Whether a factor's partner never had more than one position, as in a depthwise convolution."""
+        for operand in self.operands:
+            if partner in operand.letters and operand.value.origin is not None:
+                dim = operand.letters.index(partner)
+                return self.numbering.get(operand.value.origin, dim - sum(at < dim for at, _ in operand.splits)) is None
+        return True
 
     def _repeat(self) -> None:
         for clause in self.rule.all("repeat"):
@@ -277,6 +276,8 @@ class Relation:
         surviving = everything if len(holders) == 1 else self._couple(holders, found, order)
         if letter in self.frozen | self.windowed:
             self._say(self.facts.frozen, everything, f"{self.node.target} cannot lose positions along this dimension")
+            for numbers in everything:
+                self._want_together(letter, numbers, order)
         elif letter in self.mixed | self.reduced or (letter not in self.kept and not self._contracted(letter)):
             self._say(self.facts.mixed, everything, f"mixed by {self.node.target}")
         if self._contracted(letter):
@@ -305,6 +306,13 @@ class Relation:
                 self.facts.couple(leaders[int(match or 0)], numbers, self.node)
                 leaders[int(match or 0)] = max(leaders[int(match or 0)], numbers, key=_freedom)
         return leaders
+
+    def _want_together(self, letter: str, numbers: Tensor, order: list[str]) -> None:
+        """Channels that cannot go along this dimension can perhaps go along another one that they also vary along, those of a position together."""
+        fixed = self.frozen | self.windowed | self.mixed | self.reduced
+        if any(size > 1 and other not in fixed | self.inside for other, size in zip(order, numbers.shape, strict=True)):
+            leader = numbers.narrow(order.index(letter), 0, 1).expand(numbers.shape)
+            self.facts.together.append((leader.reshape(-1).numpy(), numbers.reshape(-1).numpy(), self.node))
 
     def _want_blocks(self, found: list[tuple[Operand, Axis, Tensor]], order: list[str]) -> None:
         """A weight met by channels that differ from block to block had better be numbered block by block."""

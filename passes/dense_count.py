@@ -1,0 +1,129 @@
+"""Keep means over channels what they were once some of the channels are gone.
+
+In the dense model whose producers are zero there, a mean divides by the dense count, and so does the variance of a layer norm, to which
+each zero contributes the square of the mean.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import fx
+
+from fasp_fx.channels import Value, arguments
+
+from ._base import stamp
+from ._kept import Kept
+
+if TYPE_CHECKING:
+    from fasp_fx._program import Program
+    from fasp_fx.analysis import Analysis
+
+_ATEN = torch.ops.aten
+
+
+class KeepDenseCount:
+    """Precondition: the program is the one that ``analysis`` was made of, before channels are removed.
+
+    Postcondition: with the channels of ``gone`` removed, means, layer norms and norms by mean squares over them divide by the dense count. Other
+    operators that mix channels (softmax, group norm) work on what is left.
+
+    Args:
+        analysis: the analysis of the program.
+        gone: boolean, one entry per channel number.
+    """
+
+    name = "keep_dense_count"
+
+    def __init__(self, analysis: Analysis, gone: np.ndarray) -> None:
+        self.analysis, self.kept = analysis, Kept(gone)
+
+    def __call__(self, program: Program) -> Program:
+        shares = {node.name: share for node in self.analysis.program.module.graph.nodes if (share := self._share(node)) != 1.0}
+        if not shares:
+            return program
+        program = program.copy()
+        for node in list(program.module.graph.nodes):
+            if node.name in shares:
+                _REWRITES[node.target](program.module.graph, node, shares[node.name], self.name)
+        return program
+
+    def _share(self, node: fx.Node) -> float:
+        """The share of positions that stay, of those over which the node takes a mean; 1 for other nodes."""
+        if node.op != "call_function" or node.target not in _REWRITES:
+            return 1.0
+        given = arguments(node)
+        source = self.analysis.walk.values.get(next(iter(given.values())))
+        if not isinstance(source, Value):
+            return 1.0
+        rank = len(source.shape)
+        if node.target is _ATEN.mean.dim:
+            dims = [dim % rank for dim in given["dim"]] if given["dim"] else list(range(rank))
+        else:
+            dims = list(range(rank - len(given["normalized_shape"]), rank))
+        share = 1.0
+        for dim in dims:
+            share *= self.kept.size(source, dim) / source.shape[dim]
+        return share
+
+
+def _mean(graph: fx.Graph, node: fx.Node, share: float, name: str) -> None:
+    with graph.inserting_after(node):
+        scaled = stamp(graph.call_function(_ATEN.mul.Tensor, (node, share)), name, node)
+    node.replace_all_uses_with(scaled, delete_user_cb=lambda user: user is not scaled)
+
+
+class _Writer:
+    """Writes nodes before another one."""
+
+    def __init__(self, graph: fx.Graph, before: fx.Node, name: str) -> None:
+        self.graph, self.before, self.name = graph, before, name
+
+    def __call__(self, operator: Any, *args: Any) -> fx.Node:
+        with self.graph.inserting_before(self.before):
+            return stamp(self.graph.call_function(operator, args), self.name, self.before)
+
+
+def _layer_norm(graph: fx.Graph, node: fx.Node, share: float, name: str) -> None:
+    given, write = arguments(node), _Writer(graph, node, name)
+    dims = list(range(-len(given["normalized_shape"]), 0))
+    wide, narrow = _widened(write, given["input"])
+    mean = write(_ATEN.mul.Tensor, write(_ATEN.mean.dim, wide, dims, True), share)
+    centred = write(_ATEN.sub.Tensor, wide, mean)
+    square = write(_ATEN.mul.Tensor, write(_ATEN.mean.dim, write(_ATEN.mul.Tensor, centred, centred), dims, True), share)
+    variance = write(_ATEN.add.Tensor, square, write(_ATEN.mul.Tensor, write(_ATEN.mul.Tensor, mean, mean), 1.0 - share))
+    result = write(_ATEN.mul.Tensor, centred, write(_ATEN.rsqrt.default, write(_ATEN.add.Tensor, variance, given["eps"])))
+    _finish(write, node, result, given, narrow)
+
+
+def _rms_norm(graph: fx.Graph, node: fx.Node, share: float, name: str) -> None:
+    given, write = arguments(node), _Writer(graph, node, name)
+    dims = list(range(-len(given["normalized_shape"]), 0))
+    eps = given["eps"] if given["eps"] is not None else torch.finfo(given["input"].meta["val"].dtype).eps
+    wide, narrow = _widened(write, given["input"])
+    square = write(_ATEN.mul.Tensor, write(_ATEN.mean.dim, write(_ATEN.mul.Tensor, wide, wide), dims, True), share)
+    result = write(_ATEN.mul.Tensor, wide, write(_ATEN.rsqrt.default, write(_ATEN.add.Tensor, square, eps)))
+    _finish(write, node, result, given, narrow)
+
+
+def _widened(write: _Writer, source: fx.Node) -> tuple[fx.Node, torch.dtype | None]:
+    """The input in at least float32, as the fused operators compute, and its own type if that is narrower."""
+    dtype = source.meta["val"].dtype
+    if dtype not in (torch.float16, torch.bfloat16):
+        return source, None
+    return write(_ATEN.to.dtype, source, torch.float32), dtype
+
+
+def _finish(write: _Writer, node: fx.Node, result: fx.Node, given: dict[str, Any], narrow: torch.dtype | None) -> None:
+    if narrow is not None:
+        result = write(_ATEN.to.dtype, result, narrow)
+    for operator, name in ((_ATEN.mul.Tensor, "weight"), (_ATEN.add.Tensor, "bias")):
+        if given.get(name) is not None:
+            result = write(operator, result, given[name])
+    node.replace_all_uses_with(result)
+    write.graph.erase_node(node)
+
+
+_REWRITES = {_ATEN.mean.dim: _mean, _ATEN.layer_norm.default: _layer_norm, _ATEN.rms_norm.default: _rms_norm}

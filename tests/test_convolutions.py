@@ -1,0 +1,156 @@
+"""Convolutions, norms that keep channels apart, and what stands between them: pruned exactly, scored and restored by their windows."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from conftest import one_capture
+from oracle import TOLERANCE, error, zeroed
+from torch import Tensor, nn
+from zoo import randomise
+
+import fasp_fx
+
+
+class ChannelShuffle(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.channel_shuffle(x, 2)
+
+
+class SqueezeExcite(nn.Module):
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.down, self.up = nn.Conv2d(channels, 3, 1), nn.Conv2d(3, channels, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.up(self.down(nn.functional.adaptive_avg_pool2d(x, 1)).relu()).sigmoid()
+
+
+class Dense(nn.Module):
+    """Concatenates what it computes to what it is given."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(8, 6, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.cat([x, self.conv(x)], dim=1)
+
+
+class Residual(nn.Module):
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.inner(x)
+
+
+class ExcitedDepthwise(nn.Sequential):
+    """A depthwise convolution with two outputs for each input."""
+
+    def __init__(self) -> None:
+        super().__init__(nn.Conv2d(8, 16, 3, padding=1, groups=8), nn.BatchNorm2d(16), nn.Hardswish(), SqueezeExcite(16))
+
+
+def _chain(*middle: nn.Module, channels: int = 8, out: int | None = None) -> nn.Module:
+    return nn.Sequential(nn.Conv2d(3, channels, 3, padding=1), *middle, nn.Conv2d(out or channels, 5, 1))
+
+
+MODELS: dict[str, Callable[[], nn.Module]] = {
+    "batch norm": lambda: _chain(nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 8, 3, stride=2, padding=1, dilation=2)),
+    "instance norm": lambda: _chain(nn.InstanceNorm2d(8, affine=True), nn.PReLU(8)),
+    "grouped": lambda: _chain(nn.ReLU(), nn.Conv2d(8, 12, 3, groups=4), nn.GELU(), out=12),
+    "depthwise": lambda: _chain(nn.ReLU(), nn.Conv2d(8, 8, 3, groups=8), nn.BatchNorm2d(8)),
+    "depthwise with a multiplier": lambda: _chain(ExcitedDepthwise(), out=16),
+    "transposed": lambda: _chain(nn.ReLU(), nn.ConvTranspose2d(8, 6, 3, stride=2, padding=1), nn.ReLU(), out=6),
+    "transposed grouped": lambda: _chain(nn.ReLU(), nn.ConvTranspose2d(8, 6, 2, stride=2, groups=2), nn.ReLU(), out=6),
+    "pools": lambda: _chain(nn.MaxPool2d(2), nn.AvgPool2d(2), nn.Upsample(scale_factor=2, mode="bilinear"), nn.Upsample(scale_factor=2)),
+    "channel shuffle": lambda: _chain(ChannelShuffle(), nn.ReLU()),
+    "pixel shuffle": lambda: _chain(nn.PixelShuffle(2), nn.ReLU(), channels=24, out=6),
+    "pixel unshuffle": lambda: _chain(nn.PixelUnshuffle(2), nn.ReLU(), out=32),
+    "squeeze and excite": lambda: _chain(nn.BatchNorm2d(8), SqueezeExcite(8)),
+    "concatenation": lambda: _chain(Dense(), nn.ReLU(), out=14),
+    "residual": lambda: _chain(Residual(nn.Sequential(nn.Conv2d(8, 4, 3, padding=1), nn.ReLU(), nn.Conv2d(4, 8, 1))), nn.BatchNorm2d(8)),
+    "gated": lambda: _chain(nn.GLU(dim=1), out=4),
+    "flattened into a linear layer": lambda: nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.MaxPool2d(2), nn.Flatten(), nn.Linear(8 * 25, 5)),
+}
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_mask_exact(name: str) -> None:
+    model = randomise(MODELS[name](), std=0.4)
+    example, unseen = (torch.randn(batch, 3, 12, 12, generator=torch.Generator().manual_seed(batch)) for batch in (2, 3))
+    with one_capture():
+        most = fasp_fx.analyze(model, (example,)).max_sparsity
+        for share in (0.4, 0.8, 1.0):
+            result = fasp_fx.prune(model, (example,), sparsity=share * most, score="random", restore=None)
+            with torch.no_grad():
+                expected = zeroed(model, result.plan)(unseen)
+                assert error(result.module(unseen), expected) <= TOLERANCE
+                assert error(expected, model(unseen)) > 100 * TOLERANCE
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: nn.Sequential(nn.Conv1d(3, 8, 3, padding="same", dilation=2), nn.Tanh(), nn.Conv1d(8, 5, 2, stride=2)),
+        lambda: nn.Sequential(nn.Conv3d(3, 8, 3), nn.ReLU(), nn.Conv3d(8, 5, 2)),
+    ],
+    ids=["1d", "3d"],
+)
+def test_other_dimensions(make: Callable[[], nn.Module]) -> None:
+    model = randomise(make(), std=0.4)
+    rank = 1 if isinstance(model[0], nn.Conv1d) else 3
+    example = torch.randn(2, 3, *([8] * rank))
+    result = fasp_fx.prune(model, (example,), sparsity=0.4, score="random", restore=None)
+    with torch.no_grad():
+        expected = zeroed(model, result.plan)(example)
+        assert error(result.module(example), expected) <= TOLERANCE
+        assert error(expected, model(example)) > 100 * TOLERANCE
+
+
+@pytest.mark.parametrize("name", ["batch norm", "grouped", "transposed", "transposed grouped", "flattened into a linear layer"])
+def test_restoration_solves_the_layer(name: str) -> None:
+    """The restored last consumer is the least-squares solution of the layer itself, found here with a dense solve on its own outputs."""
+    model = randomise(MODELS[name](), std=0.4)
+    batches = [torch.randn(90, 3, 12, 12, generator=torch.Generator().manual_seed(seed)) for seed in range(3)]
+    with one_capture():
+        cut = fasp_fx.prune(model, (batches[0],), calibration=batches, sparsity=0.3, restore=None)
+        repaired = fasp_fx.prune(model, (batches[0],), calibration=batches, sparsity=0.3)
+    with torch.no_grad():
+        dense = torch.cat([model(batch) for batch in batches])
+        errors = [float((torch.cat([result.module(batch) for batch in batches]) - dense).norm() / dense.norm()) for result in (cut, repaired)]
+    assert errors[1] < errors[0]
+    for line in repaired.report.lines:
+        if line.error_restored is not None and line.error_cut is not None:
+            assert line.error_restored <= line.error_cut
+
+
+def test_a_grouped_convolution_scores_each_group_by_itself() -> None:
+    """Of each group the input channel with the least influence goes, whatever the other groups hold."""
+    first, second = nn.Conv2d(3, 8, 1), nn.Conv2d(8, 8, 1, groups=4)
+    with torch.no_grad():
+        for weight in (first.weight, second.weight):
+            weight.fill_(1.0)
+        second.weight[0:2, 1] = 0.01  # group 0: its second input
+        second.weight[2:4, 0] = 0.01  # group 1: its first
+        second.weight[4:6, 1] = 0.01
+        second.weight[6:8, 0] = 0.01
+    model = nn.Sequential(first, second, nn.Conv2d(8, 5, 1)).eval()
+    result = fasp_fx.prune(model, (torch.randn(2, 3, 4, 4),), sparsity=0.5, score="magnitude", restore=None)
+    (part,) = [part for group in result.plan.groups for part in group.consumers if part.name == "1.weight"]
+    assert part.block_dim == 0
+    assert part.removed == ((1,), (0,), (1,), (0,))
+    assert result.module.get_parameter("1.weight").shape[1] == 1
+
+
+def test_the_residual_stream_of_a_convolutional_network_goes_as_a_whole() -> None:
+    model = randomise(MODELS["residual"](), std=0.4)
+    groups = fasp_fx.analyze(model, (torch.randn(2, 3, 12, 12),)).groups
+    stream = next(group for group in groups if any(member.name == "0.weight" for member in group.producers))
+    assert stream.status == "prunable"
+    assert {member.name for member in stream.producers} >= {"0.weight", "1.inner.2.weight", "2.weight", "2.bias"}
+    assert {member.name for member in stream.consumers} == {"1.inner.0.weight", "3.weight"}

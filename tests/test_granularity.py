@@ -1,0 +1,166 @@
+"""Whole heads, and groups that cross a norm: pruned only when asked, and then exactly as said."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import transformers as hf
+from conftest import one_capture
+from oracle import TOLERANCE, error, zeroed
+from torch import Tensor, nn
+from zoo import VOCABULARY, ZOO, TwoLayers, randomise
+
+import fasp_fx
+
+_SMALL = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
+
+
+def _t5() -> nn.Module:
+    return hf.T5ForConditionalGeneration(hf.T5Config(vocab_size=VOCABULARY, d_model=32, d_kv=8, d_ff=64, num_layers=2, num_heads=4, decoder_start_token_id=0))
+
+
+def _vit() -> nn.Module:
+    return hf.ViTModel(hf.ViTConfig(image_size=16, patch_size=4, **_SMALL))
+
+
+def _tokens(batch: int, length: int) -> Tensor:
+    return torch.randint(0, VOCABULARY, (batch, length), generator=torch.Generator().manual_seed(batch))
+
+
+MODELS: dict[str, tuple[Callable[[], nn.Module], Callable[[int], dict[str, Any]]]] = {
+    **{name: (ZOO[name].build, lambda batch, name=name: ZOO[name].example(batch)) for name in ("llama_gqa", "gpt2", "bert")},
+    "vit": (
+        lambda: randomise(_vit()),
+        lambda batch: {"pixel_values": torch.randn(batch, 3, 16, 16, generator=torch.Generator().manual_seed(batch))},
+    ),
+    "t5": (lambda: randomise(_t5()), lambda batch: {"input_ids": _tokens(batch, 7), "decoder_input_ids": _tokens(batch, 5), "use_cache": False}),
+}
+
+
+def _main(output: Any) -> Tensor:
+    """The first output; an exported encoder-decoder returns its cache as well."""
+    return output["logits"] if "logits" in output else output["last_hidden_state"]
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_whole_heads_are_mask_exact(name: str) -> None:
+    build, inputs = MODELS[name]
+    model = build()
+    with one_capture():
+        analysis = fasp_fx.analyze(model, (), inputs(2), granularity=("head",))
+        result = fasp_fx.prune(model, (), inputs(2), granularity=("head",), sparsity=analysis.max_sparsity, score="random", restore=None)
+    heads = analysis.chosen
+    assert heads
+    assert all(group.granularity == "head" and group.size in (2, 4) for group in heads)
+    before, after = dict(model.named_parameters()), dict(result.module.named_parameters())
+    for group in heads:
+        assert len(group.producers) >= 1
+        for member in (*group.producers, *group.consumers):
+            if member.name in before:
+                assert after[member.name].shape[member.dim] < before[member.name].shape[member.dim], f"{member.name} keeps its heads"
+    with torch.no_grad():
+        found, expected, dense = (_main(called(**inputs(3))) for called in (result.module, zeroed(model, result.plan), model))
+    assert error(found, expected) <= TOLERANCE
+    assert error(expected, dense) > 100 * TOLERANCE
+
+
+def test_a_key_value_head_takes_its_query_heads_along() -> None:
+    entry = ZOO["llama_gqa"]
+    analysis = fasp_fx.analyze(entry.build(), (), entry.example(), granularity=("head",))
+    group = analysis.chosen[0]
+    rows = {member.name.rsplit(".", 2)[1]: len(member.indices) for member in group.producers}
+    assert group.size == 2
+    assert rows == {"q_proj": 64, "k_proj": 32, "v_proj": 32}
+    assert not analysis.select("exempt"), "no row of W_Q or W_K is left to exempt"
+
+
+def test_heads_and_channels_in_one_plan() -> None:
+    entry = ZOO["gpt2"]
+    model = entry.build()
+    with one_capture():
+        result = fasp_fx.prune(model, (), entry.example(), granularity=("head", "channel"), sparsity=0.3, score="random", restore=None)
+        replayed = fasp_fx.apply(model, fasp_fx.PruningPlan.from_json(result.plan.to_json()), (), entry.example())
+    names = {part.name.rsplit(".", 2)[-2] for group in result.plan.groups for part in group.consumers}
+    assert names == {"c_proj"}
+    assert {group.size for group in result.plan.groups} == {4, 256}
+    assert result.plan.granularity == ("channel", "head")
+    with torch.no_grad():
+        expected = zeroed(model, result.plan)(**entry.example(3))
+        assert error(result.module(**entry.example(3)), expected) <= TOLERANCE
+        assert torch.equal(replayed.module(**entry.example(3)).logits, result.module(**entry.example(3)).logits)
+
+
+def _without_producers(model: nn.Module, plan: fasp_fx.PruningPlan) -> nn.Module:
+    """A copy of the model in which what the plan removes produces zero."""
+    copied = copy.deepcopy(model)
+    weights = dict(copied.named_parameters(remove_duplicate=False))
+    with torch.no_grad():
+        for group in plan.groups:
+            for part in (*group.producers, *group.consumers):
+                if part.name in weights:
+                    weights[part.name].index_fill_(part.dim, torch.tensor(part.removed, dtype=torch.long), 0)
+    return copied
+
+
+@pytest.mark.parametrize("name", ["llama_gqa", "gpt2", "opt", "gemma2"])
+def test_the_residual_stream_when_asked(name: str) -> None:
+    """Layer norms and norms by mean squares go on to divide by the dense count."""
+    entry = ZOO[name]
+    model = entry.build()
+    with one_capture():
+        stream = [group for group in fasp_fx.analyze(model, (), entry.example(), include=("approximate",)).chosen if group.status == "approximate"]
+        result = fasp_fx.prune(model, (), entry.example(), include=("approximate",), sparsity=0.4, score="random", restore=None)
+    assert stream
+    removed = {group.name for group in result.plan.groups}
+    assert {group.name for group in stream} <= removed
+    with torch.no_grad():
+        expected = _without_producers(model, result.plan)(**entry.example(3))
+        assert error(result.module(**entry.example(3)), expected) <= TOLERANCE
+        assert error(expected, model(**entry.example(3))) > 100 * TOLERANCE
+
+
+@pytest.mark.parametrize("norm", [nn.LayerNorm(20), nn.RMSNorm(20), nn.RMSNorm(20, eps=1e-3)], ids=["layer", "rms", "rms with eps"])
+def test_fused_norms_keep_the_dense_count(norm: nn.Module) -> None:
+    model = randomise(nn.Sequential(nn.Linear(12, 20), copy.deepcopy(norm), nn.Linear(20, 5)), std=0.5)
+    x = torch.randn(4, 12)
+    result = fasp_fx.prune(model, (x,), include=("approximate",), sparsity=0.5, score="random", restore=None)
+    with torch.no_grad():
+        expected = _without_producers(model, result.plan)(x)
+        assert error(result.module(x), expected) <= TOLERANCE
+        assert error(expected, model(x)) > 100 * TOLERANCE
+
+
+def test_included_groups_are_restored() -> None:
+    entry = ZOO["llama_gqa"]
+    model, batches = entry.build(), [entry.inputs(8, 16, seed) for seed in range(4)]
+    errors = []
+    with one_capture():
+        for restore in (None, "least-squares"):
+            result = fasp_fx.prune(model, (), entry.example(), calibration=batches, include=("approximate",), sparsity=0.15, restore=restore)
+            with torch.no_grad():
+                dense = model(**batches[0]).logits
+                errors.append(float((result.module(**entry.example(8, 16) | batches[0]).logits - dense).norm() / dense.norm()))
+    assert errors[1] < errors[0]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"granularity": ("expert",)}, "'channel', 'head'"),
+        ({"granularity": ()}, "granularity"),
+        ({"include": ("exempt",)}, "'approximate'"),
+        ({"include": "approximate"}, "include"),
+    ],
+)
+def test_unknown_choices_name_what_there_is(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(fasp_fx.ArgumentError, match=message):
+        fasp_fx.analyze(TwoLayers().eval(), (torch.randn(2, 12),), **options)
+
+
+def test_a_model_without_heads_says_so() -> None:
+    with pytest.raises(fasp_fx.NothingPrunableError):
+        fasp_fx.prune(TwoLayers().eval(), (torch.randn(2, 12),), granularity=("head",), score="random", restore=None)
