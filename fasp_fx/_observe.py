@@ -171,7 +171,8 @@ class Observer:
         weight = self._weight(consumer)
         read = consumer.matrices.read(weight)
         kept = kept.to(weight.device)
-        if self.restore is not None and consumer.grams is not None:
+        # The Gram matrix holds no imaginary part, which the solution for a complex weight would need.
+        if self.restore is not None and consumer.grams is not None and not weight.is_complex():
             parts = [self.restore(matrix, gram.symmetric(), left.nonzero()[:, 0]) for matrix, gram, left in zip(read, consumer.grams, kept, strict=True)]
             outcome = together(parts)
             self.decision.outcomes[consumer.weight] = outcome

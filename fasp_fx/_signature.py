@@ -14,7 +14,7 @@ import torch
 from torch.fx.graph import _PyTreeCodeGen, _PyTreeInfo
 from torch.utils import _pytree as pytree
 
-from .errors import ArgumentError, CallError
+from .errors import ArgumentError, CallError, CaptureError
 
 #: defaults that generated code spells out; others must stay the same object, by which an argument left out is recognised
 _LITERAL = (type(None), bool)
@@ -53,8 +53,12 @@ class CallSignature:
 
         Raises:
             ArgumentError: the example inputs do not fit the signature.
+            CaptureError: ``forward`` has no signature (a traced module).
         """
-        signature = inspect.signature(forward)
+        try:
+            signature = inspect.signature(forward)
+        except ValueError as error:  # a compiled method of TorchScript
+            raise CaptureError(f"the model's forward has no signature ({error}); pass the Python module it was made of") from error
         given = _bind(signature, args, kwargs)
         captured = tuple(name for name, value in given.items() if has_tensor(value))
         constants = {name: value for name, value in given.items() if name not in captured}

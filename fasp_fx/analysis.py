@@ -172,11 +172,11 @@ def _walk(program: Program, heads: bool) -> tuple[Numbering, Walk]:
             break
         blocked = {**walk.facts.blocks, **blocked}
     in_heads, coupled = _numbered(walk.facts.heads), _numbered(walk.facts.heads + walk.facts.together)
-    more = coupled
-    while more:  # what goes together along one dimension may still have to along the next
+    sets, before = numbering.total, numbering.total + 1
+    while coupled and sets < before:  # what goes together along one dimension may still have to along the next
         walk = _walk_together(program, numbering, coupled, coupled)
-        more = _numbered(walk.facts.together)
-        coupled = coupled + more
+        coupled = coupled + _numbered(walk.facts.together)
+        sets, before = int(_label(numbering.total, coupled).max()) + 1, sets
     if coupled:
         walk = _walk_together(program, numbering, coupled, walk.facts.pairs)
     walk.facts.heads = in_heads

@@ -7,7 +7,7 @@ import functools
 import inspect
 import logging
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import sympy
@@ -43,7 +43,8 @@ def capture(
     Args:
         model: a module in evaluation mode, a graph module, or an exported program.
         args, kwargs: example inputs; an exported program brings its own.
-        dynamic_shapes: as for ``torch.export.export``; ``None`` keeps every dimension dynamic that the model lets vary.
+        dynamic_shapes: as for ``torch.export.export``; ``None`` keeps every dimension dynamic that the model lets vary, of images (floating-point
+            tensors of four dimensions and more) only the first.
         state: names of arguments and outputs that hold state (a cache) and may become narrower.
         device: move the captured copy there; ``None`` leaves it where the model is.
 
@@ -180,6 +181,8 @@ def _export(model: nn.Module, signature: CallSignature, given: dict[str, Any], d
         try:
             with _quiet(), _without_grad():
                 exported = _export_once(model, signature, names, inputs, shapes)
+            if dynamic_shapes is None and shapes is _all_dims and _images(inputs.values()):
+                note = "; ".join(filter(None, (note, "the sizes of images are fixed to those of the example; dynamic_shapes= lets them vary")))
             return exported, ((note,) if note else ())
         except Exception as error:
             failures.append(error)
@@ -243,7 +246,7 @@ def _register_caches(model: Any) -> None:
 def _export_transformers(model: Any, kwargs: dict[str, Any], shapes: Any) -> ExportedProgram:
     from transformers.exporters.exporter_dynamo import DynamoConfig, DynamoExporter
 
-    automatic = shapes is _all_dims
+    automatic = shapes is _all_dims and not _images(kwargs.values())
     if callable(shapes) and not automatic:
         shapes = shapes((), kwargs).dynamic_shapes(model, (), kwargs)
     config = DynamoConfig(dynamic=automatic or shapes is not None, dynamic_shapes=None if automatic else shapes)
@@ -259,11 +262,23 @@ def _widened(given: dict[str, Any]) -> dict[str, Any] | None:
     return pytree.tree_map(lambda leaf: torch.cat([leaf, leaf]) if isinstance(leaf, Tensor) else leaf, given)
 
 
+def _images(arguments: Iterable[Any]) -> set[int]:
+    """The arguments that are images or films, by identity: floating-point tensors of four dimensions and more, as wide as no tensor of integers is long.
+
+    They vary in number only: conditions on every height and width can take an exporter minutes to simplify. A mask over tokens is as wide as they are
+    many; a cache is no argument by itself.
+    """
+    tensors = [value for value in arguments if isinstance(value, Tensor)]
+    lengths = {size for tensor in tensors if not tensor.is_floating_point() for size in tensor.shape}
+    return {id(tensor) for tensor in tensors if tensor.is_floating_point() and tensor.dim() >= 4 and tensor.shape[-1] not in lengths}
+
+
 def _collection(args: tuple[Any, ...], kwargs: dict[str, Any], dims: int | None) -> ShapesCollection:
-    collection = ShapesCollection()
+    collection, images = ShapesCollection(), _images((*args, *kwargs.values()))
     for leaf in pytree.tree_leaves((args, kwargs)):
         if isinstance(leaf, Tensor):
             count = leaf.dim() if dims is None else min(dims, leaf.dim())
+            count = min(count, 1) if id(leaf) in images else count
             collection[leaf] = {dim: Dim.AUTO if dim < count else Dim.STATIC for dim in range(leaf.dim())}
     return collection
 

@@ -27,8 +27,11 @@ class Gram:
         Args:
             activation: any shape; ``dim`` holds the columns, all other dimensions are tokens.
         """
-        flat = activation.movedim(dim, -1).reshape(-1, activation.shape[dim]).to(torch.float32)
+        flat = activation.movedim(dim, -1).reshape(-1, activation.shape[dim])
         self.tokens += flat.shape[0]
+        if flat.is_complex():  # the real part of XᴴX, whose diagonal holds the norms
+            flat = torch.cat([flat.real, flat.imag])
+        flat = flat.to(torch.float32)
         for start in range(0, flat.shape[1], _BLOCK):
             stop = min(start + _BLOCK, flat.shape[1])
             # A symmetric product needs only the blocks up to the diagonal: just over half of the work.

@@ -62,6 +62,8 @@ MOVEMENT: dict[str, str] = {
     "aten.cat.default": "move tensors",
     "aten.stack.default": "move tensors",
     **{f"aten.{name}": "self[...] -> [...]; window ..." for name in _ONE_BY_ONE},
+    # a weight computed from its direction and length: every element depends on all of a slice
+    "aten._weight_norm_interface.default": "v[...], g[...] -> [...], [...]; window ...",
     # borders: what is added is not a channel
     "aten.constant_pad_nd.default": "move self",
     "aten.pad.default": "move self",

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
+from torch._ops import OpOverload
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from fasp_fx.errors import VerificationError
@@ -222,10 +223,11 @@ class Interpreter:
         if values is not None and rule is not None:
             self._freeze_unnamed(node, rule, named, walk.facts)
             return values
+        written = _writes(node)
         for value in given:
             for axis in value.axes:
-                walk.facts.say(walk.facts.frozen, axis.numbers, f"no rule for {node.target}", node)
-        if any(value.axes for value in given):
+                walk.facts.say(walk.facts.frozen, axis.numbers, f"{'written by' if written else 'no rule for'} {node.target}", node)
+        if any(value.axes for value in given) and not written:
             walk.without_rule.setdefault(str(node.target), []).append(node)
         return blank
 
@@ -277,6 +279,11 @@ class Interpreter:
             for axis in value.axes:
                 if len(axis.varying()) > 1:
                     facts.box(axis.numbers, axis.dim, node)
+
+
+def _writes(node: fx.Node) -> bool:
+    """Whether a node writes into one of its arguments: a buffer or an input that the model changes, which nothing can make smaller."""
+    return isinstance(node.target, OpOverload) and node.target._schema.is_mutable
 
 
 def _shapes(executed: Any) -> list[tuple[int, ...]]:
