@@ -37,8 +37,8 @@ _POOLS = {
     **{f"max_pool{rank}d_with_indices.default": _windowed("self", rank, results=2) for rank in _POSITIONS},
 }
 _RESAMPLERS = {"nearest1d": 1, "nearest2d": 2, "nearest3d": 3, "linear1d": 1, "bilinear2d": 2, "bicubic2d": 2, "trilinear3d": 3}
-_UPSAMPLE = {f"{kind}{name}.vec": _windowed("input", rank) for name, rank in _RESAMPLERS.items() for kind in ("upsample_", "_upsample_")}
-_UPSAMPLE |= {f"{kind}{name}.default": _windowed("self", rank) for name, rank in _RESAMPLERS.items() for kind in ("upsample_", "_upsample_")}
+_UPSAMPLE = {f"upsample_{name}.vec": _windowed("input", rank) for name, rank in _RESAMPLERS.items()}
+_UPSAMPLE |= {f"upsample_{name}.default": _windowed("self", rank) for name, rank in _RESAMPLERS.items()}
 _UPSAMPLE |= {f"_upsample_{name}_aa.vec": _windowed("input", 2) for name in ("bilinear2d", "bicubic2d")}
 _UPSAMPLE |= {f"_upsample_nearest_exact{rank}d.vec": _windowed("input", rank) for rank in _POSITIONS}
 

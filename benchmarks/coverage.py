@@ -1,0 +1,189 @@
+"""Coverage of model zoos: what is captured, prunable, frozen and why, how exact the pruned models are, and how long it takes.
+
+    python benchmarks/coverage.py transformers|torchvision|timm [--only NAME ...] [--out FILE.jsonl] [--redo] [--analyze-only]
+    python benchmarks/coverage.py transformers --table
+
+Each model's record is appended to the file as soon as it is known; models that are in it already are skipped, so an interrupted run goes on where it
+stopped. A worker process measures one model after the other; one that crashes, hangs or runs out of memory is recorded as such, and the next model gets a
+fresh worker.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import pathlib
+import resource
+import select
+import signal
+import subprocess
+import sys
+import time
+from typing import IO, Any
+
+ZOOS = ("transformers", "torchvision", "timm")
+#: models after which a worker is replaced, so that what the exporters keep does not pile up
+MODELS_PER_WORKER = 25
+
+Record = dict[str, Any]
+
+
+def main() -> None:
+    options = _arguments()
+    if options.worker:
+        _serve(options)
+        return
+    out = options.out or pathlib.Path(f"coverage-{options.zoo}.jsonl")
+    if options.table:
+        from zoos._table import table
+
+        print(table(_read(out)))
+        return
+    _run(options, out)
+
+
+def _arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("zoo", choices=ZOOS)
+    parser.add_argument("--only", nargs="+", metavar="NAME", help="names or kinds of models")
+    parser.add_argument("--out", type=pathlib.Path, help="records, one JSON object a line (default: coverage-ZOO.jsonl)")
+    parser.add_argument("--redo", action="store_true", help="measure again what the file holds already")
+    parser.add_argument("--analyze-only", action="store_true", help="capture and analyse, without pruning")
+    parser.add_argument("--table", action="store_true", help="print the table of the records in the file, and a summary")
+    parser.add_argument("--timeout", type=float, default=600, help="seconds for one model")
+    parser.add_argument("--memory", type=float, default=12, help="GiB for the worker")
+    parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
+    return parser.parse_args()
+
+
+def _read(path: pathlib.Path) -> dict[str, Record]:
+    """The last record of each model; a line cut short by an interruption is passed over."""
+    records: dict[str, Record] = {}
+    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
+        try:
+            record = json.loads(line)
+        except ValueError:
+            continue
+        records[record["name"]] = record
+    return records
+
+
+# --- the parent
+
+
+def _run(options: argparse.Namespace, out: pathlib.Path) -> None:
+    signal.signal(signal.SIGTERM, lambda *received: sys.exit(143))  # so that the worker ends too
+    done = {} if options.redo else _read(out)
+    worker = Worker(options)
+    try:
+        wanted = [
+            model
+            for model in worker.models
+            if (not options.only or model["name"] in options.only or model["kind"] in options.only) and model["name"] not in done
+        ]
+        for index, model in enumerate(wanted):
+            if worker.measured >= MODELS_PER_WORKER:
+                worker.stop()
+                worker = Worker(options)
+            record = worker.measure(model)
+            with out.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(record) + "\n")
+            print(f"{index + 1}/{len(wanted)} {_line(record)}", flush=True)
+            if not worker.alive():
+                worker = Worker(options)
+    finally:
+        worker.stop()
+
+
+def _line(record: Record) -> str:
+    seconds = " ".join(f"{stage} {value:.1f}" for stage, value in record["seconds"].items())
+    mask = f"mask error {record['mask_error']:.1e}" if "mask_error" in record else ""
+    reached = f"{record.get('sparsity', 0):.2f}/{record.get('max_sparsity', 0):.2f}"
+    trouble = f"{record['stage']}: {record['error'][:150]!r}" if record.get("error") else ""
+    return f"{record['name']}: ok={record['ok']} {reached} {mask} [{seconds}] {trouble}"
+
+
+class Worker:
+    """A process that measures models; started once, replaced when it dies."""
+
+    def __init__(self, options: argparse.Namespace) -> None:
+        flags = ["--analyze-only"] if options.analyze_only else []
+        command = [sys.executable, __file__, options.zoo, "--worker", "--memory", str(options.memory), *flags]
+        self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+        self._timeout = options.timeout
+        self.measured = 0
+        models = self._receive(300)
+        if not isinstance(models, list):
+            self.stop()
+            raise SystemExit(f"the worker does not start; see: {' '.join(command)} < /dev/null")
+        self.models: list[dict[str, str]] = models
+
+    def measure(self, model: dict[str, str]) -> Record:
+        """The record of one model, or that there is none."""
+        self._stdin.write(model["name"] + "\n")
+        self._stdin.flush()
+        self.measured += 1
+        start = time.monotonic()
+        answer = self._receive(self._timeout)
+        if isinstance(answer, dict):
+            return answer
+        late = time.monotonic() - start >= self._timeout
+        self.stop()
+        error = f"no answer in {self._timeout:.0f} s" if late else f"the worker ended with exit status {self._process.returncode}"
+        return {**model, "captured": False, "ok": False, "stage": "worker", "error": error, "seconds": {"worker": round(time.monotonic() - start, 1)}}
+
+    def alive(self) -> bool:
+        """Whether it can measure another model."""
+        return self._process.poll() is None
+
+    def stop(self) -> None:
+        """End the process."""
+        self._process.kill()
+        self._process.wait()
+
+    @property
+    def _stdin(self) -> IO[str]:
+        assert self._process.stdin is not None
+        return self._process.stdin
+
+    def _receive(self, seconds: float) -> Any:
+        assert self._process.stdout is not None
+        ready, _, _ = select.select([self._process.stdout], [], [], seconds)
+        line = self._process.stdout.readline() if ready else ""
+        return json.loads(line) if line.endswith("\n") else None
+
+
+# --- the worker
+
+
+def _serve(options: argparse.Namespace) -> None:
+    """Answer each name on the standard input with one record on the standard output; what models print goes elsewhere."""
+    answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
+    os.dup2(2, 1)
+    limit = int(options.memory * 2**30)
+    resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
+    import gc
+    import importlib
+    import warnings
+
+    warnings.simplefilter("ignore")
+    import torch
+    from transformers.utils import logging
+    from zoos._measure import measure
+
+    logging.set_verbosity_error()
+    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
+    entries = {entry.name: entry for entry in importlib.import_module(f"zoos._{options.zoo}").entries()}
+    answers.write(json.dumps([{"name": entry.name, "kind": entry.kind} for entry in entries.values()]) + "\n")
+    answers.flush()
+    for name in sys.stdin:
+        record = measure(entries[name.strip()], options.analyze_only)
+        answers.write(json.dumps(record) + "\n")
+        answers.flush()
+        torch._dynamo.reset()
+        gc.collect()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""Model zoos: what the coverage benchmark runs over."""

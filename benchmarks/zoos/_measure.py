@@ -1,0 +1,162 @@
+"""Everything that is measured of one model of a zoo: a record that goes into the table."""
+
+from __future__ import annotations
+
+import time
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from _masked import error, find_called, masked
+from torch import Tensor, nn
+
+import fasp_fx
+from fasp_fx.analysis import analyze_program
+from fasp_fx.capture import capture
+from fasp_fx.errors import CaptureError, NothingPrunableError, SparsityError
+from fasp_fx.prune import split_fused
+
+from ._entry import Entry
+from ._shares import shares
+from ._weights import centring, randomise
+
+SPARSITY = 0.30
+#: tried in turn on models pruned in parts, which do not say beforehand how much they allow
+LESS = (0.2, 0.1, 0.05, 0.02)
+TOLERANCE, TOLERANCE_DOUBLE = 1e-3, 1e-6
+
+Record = dict[str, Any]
+
+
+def measure(entry: Entry, analyze_only: bool = False) -> Record:
+    """Build, run, capture, analyse, prune and compare; what fails is recorded with its stage and its message."""
+    record: Record = {
+        "name": entry.name,
+        "kind": entry.kind,
+        "captured": False,
+        "ok": None,
+        "seconds": {},
+        "tolerance": TOLERANCE_DOUBLE if entry.double else TOLERANCE,
+        "parts": None,
+    }
+    try:
+        _measure(entry, analyze_only, record)
+    except Exception as failure:
+        record["ok"] = False
+        record["error"] = f"{type(failure).__name__}: {failure}"[:2000]
+        record["where"] = [f"{frame.filename.rpartition('site-packages/')[2]}:{frame.lineno}" for frame in traceback.extract_tb(failure.__traceback__)[-4:]]
+    return record
+
+
+def _measure(entry: Entry, analyze_only: bool, record: Record) -> None:
+    with _stage(record, "build"):
+        model = randomise(entry.make())
+        record["layers"] = sum(any(True for _ in module.parameters(recurse=False)) for module in model.modules())
+        record["parameters"] = record["parameters_before"] = _parameters(model)
+    with _stage(record, "warm up"), centring(model):
+        _call(model, entry, entry.batches[0])
+    with _stage(record, "forward"), find_called(model):
+        dense = _call(model, entry, entry.batches[0])
+    unseen = _analyse(model, entry, record)
+    if analyze_only:
+        if not record["captured"]:
+            raise record.pop("refusal")
+        return
+    refusal = record.pop("refusal", None)
+    with _stage(record, "prune"):
+        result = _prune(model, entry, record, refusal)
+    if result is None:
+        record["error"], record["stage"] = "nothing to prune", None
+        return
+    record |= {"sparsity": result.plan.sparsity, "parameters_after": _parameters(result.module)}
+    with _stage(record, "compare"):
+        record["mask_error"], record["difference"] = _compare(model, result, entry, entry.batches[0], dense)
+        if unseen and entry.batches[1] != entry.batches[0]:
+            record["mask_error_unseen"], _ = _compare(model, result, entry, entry.batches[1], None)
+    worst = max(record["mask_error"], record.get("mask_error_unseen", 0.0))
+    record |= {"ok": worst <= record["tolerance"], "visible": record["difference"] > 100 * record["tolerance"], "stage": None}
+
+
+def _analyse(model: nn.Module, entry: Entry, record: Record) -> bool:
+    """Capture and analysis, timed; whether the capture takes another batch size."""
+    args, kwargs = entry.inputs(entry.batches[0])
+    try:
+        with _stage(record, "capture"):
+            program = capture(model, args, kwargs)
+    except CaptureError as refusal:
+        record |= {"refusal": refusal, "not_captured": str(refusal)[:1000]}
+        return False
+    record["captured"], record["notes"] = True, list(program.notes)
+    with _stage(record, "analysis"):
+        analysis = analyze_program(program, split_fused)
+    record |= shares(program, analysis)
+    record |= {
+        "without_rule": analysis.without_rule,
+        "max_sparsity": analysis.max_sparsity,
+        "requested": min(SPARSITY, analysis.max_sparsity),
+        "parameters_before": _parameters(program.module),
+        "stage": None,
+    }
+    return _batch_is_dynamic(program)
+
+
+def _prune(model: nn.Module, entry: Entry, record: Record, refusal: CaptureError | None) -> Any:
+    """The pruned model, or ``None`` if nothing can be pruned; one that cannot be captured whole is pruned in parts, by less if they cannot reach as much."""
+    if record.get("max_sparsity") == 0:
+        return None
+    args, kwargs = entry.inputs(entry.batches[0])
+    for sparsity in (record.get("requested", SPARSITY), *(LESS if refusal else ())):
+        try:
+            result = fasp_fx.prune(model, args, kwargs, sparsity=sparsity, score="random", restore=None)
+        except NothingPrunableError:
+            record["max_sparsity"] = 0.0
+            return None
+        except SparsityError:
+            if refusal is None or sparsity == LESS[-1]:
+                raise
+            continue
+        record["requested"] = sparsity
+        if refusal is not None:
+            record["parts"] = {path: part.plan.sparsity for path, part in result.parts.items()}
+            record["left"] = dict(result.left)
+        return result
+    return None
+
+
+@contextmanager
+def _stage(record: Record, name: str) -> Iterator[None]:
+    record["stage"] = name
+    start = time.perf_counter()
+    try:
+        yield
+    finally:
+        record["seconds"][name] = round(time.perf_counter() - start, 3)
+
+
+def _parameters(module: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())
+
+
+def _call(model: nn.Module, entry: Entry, batch: int) -> Any:
+    args, kwargs = entry.inputs(batch)
+    torch.manual_seed(0)
+    with torch.no_grad():
+        return model(*args, **kwargs)
+
+
+def _compare(model: nn.Module, result: Any, entry: Entry, batch: int, dense: Any) -> tuple[float, float]:
+    """The pruned module's error against the masked dense model, and how far that is from the dense one."""
+    if dense is None:
+        dense = _call(model, entry, batch)
+    with masked(model, result.plan):
+        expected = _call(model, entry, batch)
+    found = _call(result.module, entry, batch)
+    return error(found, expected), error(expected, dense)
+
+
+def _batch_is_dynamic(program: Any) -> bool:
+    """Whether the capture leaves the first dimension of every tensor input free."""
+    tensors = [node.meta.get("val") for node in program.placeholders()]
+    return all(isinstance(value.shape[0], torch.SymInt) for value in tensors if isinstance(value, Tensor) and value.dim())

@@ -1,0 +1,100 @@
+"""Invariants 9 and 10: ties stay, and the result is a model of its own."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.export import ExportedProgram
+from torch.utils import _pytree as pytree
+
+from ._case import Case
+from ._verdict import Skipped, Violation, hold
+from .oracle import error, floats, tensors_of
+
+
+def ties_stay(case: Case) -> None:
+    """Parameters that were one are one, under all their names."""
+    names: dict[int, list[str]] = {}
+    for name, parameter in case.dense.named_parameters(remove_duplicate=False):
+        names.setdefault(id(parameter), []).append(name)
+    tied = [group for group in names.values() if len(group) > 1]
+    if not tied:
+        raise Skipped("no weights are tied")
+    for result in (case.result, case.untouched):
+        found = dict(result.module.named_parameters(remove_duplicate=False))
+        for group in tied:
+            present = [name for name in group if name in found]
+            hold(len({id(found[name]) for name in present}) <= 1, f"{', '.join(present)} were one parameter and are several")
+            hold(not present or present == group, f"of the tied {', '.join(group)} only {', '.join(present)} are left")
+
+
+def alone(case: Case) -> None:
+    """The result shares no storage with the caller's model; it trains, changes mode and type, copies, exports again and, if asked, compiles."""
+    result, call = case.result, (case.args, case.kwargs)
+    expected = case.run(result.module, call)
+    for module in (result.module, case.untouched.module):
+        shared = _storages(tensors_of(module)) & _storages(tensors_of(case.dense))
+        hold(not shared, f"{len(shared)} storages are shared with the caller's model")
+    for mode in (True, False):
+        hold(error(case.run(result.module.train(mode), call), expected) == 0.0, f"train({mode}) changes the output")
+    _trains(result.module, call)
+    _copies(case, result.module, expected)
+    args, kwargs = call
+    if isinstance(case.model, nn.Module) and not isinstance(case.model, ExportedProgram):
+        keep = [leaf for leaf in pytree.tree_leaves(call) if not isinstance(leaf, (Tensor, bool, int, float, str, type(None)))]
+        if not keep:
+            again = torch.export.export(result.module, args, kwargs, strict=False)
+            hold(error(case.run(again.module(), call), expected) <= case.tolerance, "exported again it computes something else")
+    if case.compile:
+        hold(error(case.run(torch.compile(result.module), call), expected) <= case.tolerance, "compiled it computes something else")
+    for name, tensor in tensors_of(case.dense).items():
+        hold(torch.equal(tensor.detach().nan_to_num(), case.before[name].nan_to_num()), f"'{name}' of the caller's model changed")
+
+
+def _storages(tensors: dict[str, Tensor]) -> set[int]:
+    return {tensor.untyped_storage().data_ptr() for tensor in tensors.values() if tensor.numel()}
+
+
+def _trains(module: nn.Module, call: Any) -> None:
+    if not any(parameter.requires_grad for parameter in module.parameters()):
+        return
+    module.zero_grad()
+    outputs = floats_with_grad(module(*call[0], **call[1]))
+    if not outputs:
+        return
+    sum(output.pow(2).sum() for output in outputs).backward()  # type: ignore[union-attr]
+    gradients = [parameter.grad for parameter in module.parameters() if parameter.grad is not None]
+    hold(bool(gradients), "no parameter gets a gradient")
+    hold(all(bool(torch.isfinite(g).all()) for g in gradients), "a gradient is not finite")
+    module.zero_grad()
+
+
+def floats_with_grad(output: Any) -> list[Tensor]:
+    """The outputs that carry a gradient."""
+    return [leaf for leaf in pytree.tree_leaves(output) if isinstance(leaf, Tensor) and leaf.requires_grad]
+
+
+def _copies(case: Case, module: nn.Module, expected: Any) -> None:
+    copied = copy.deepcopy(module)
+    hold(error(case.run(copied, (case.args, case.kwargs)), expected) == 0.0, "a deep copy computes something else")
+    kinds = {parameter.dtype for parameter in module.parameters() if parameter.is_floating_point()}
+    if len(kinds) != 1:
+        return
+    other = torch.float64 if kinds == {torch.float32} else torch.float32
+    (own,) = kinds
+    moved = pytree.tree_map(lambda leaf: leaf.to(other) if isinstance(leaf, Tensor) and leaf.dtype == own else leaf, (case.args, case.kwargs))
+    try:
+        dense = case.run(copy.deepcopy(case.dense).to(other), moved)
+    except Exception:
+        return  # the model itself does not take another type
+    if not all(leaf.dtype == other for leaf in floats(dense)):
+        return
+    try:
+        found = case.run(copied.to(other), moved)
+    except Exception as problem:
+        raise Violation(f"in {other} it does not run: {problem}") from problem
+    as_before = [leaf.to(own) for leaf in floats(found)]
+    hold(error(as_before, floats(expected)) <= 1e-3, f"in {other} it computes something else")

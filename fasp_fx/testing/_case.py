@@ -1,0 +1,201 @@
+"""One model under check: its analysis, a plan drawn for it, the pruned result and the calls they are compared on, each made once."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.export import ExportedProgram
+from torch.utils import _pytree as pytree
+
+import fasp_fx
+from fasp_fx.analysis import Analysis
+from fasp_fx.errors import NothingPrunableError
+from fasp_fx.plan import PruningPlan, gone_of, planned, program_fingerprint
+
+from ._sets import draw_sets
+from ._verdict import Skipped
+from .oracle import Masked, callable_of, tensors_of
+
+Call = tuple[tuple[Any, ...], dict[str, Any]]
+
+
+@dataclass
+class Case:
+    """One model under check.
+
+    Attributes:
+        model: the caller's model, which no check changes.
+        args, kwargs: its example inputs.
+        sparsity: what to prune by; ``None`` draws how many channels each group loses.
+        others: further calls, of other shapes, to compare on.
+        options: further arguments of :func:`fasp_fx.prune`.
+        tolerance: the largest relative error that counts as equal.
+        seed: which channels go.
+    """
+
+    model: nn.Module | ExportedProgram
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    sparsity: float | None
+    others: Sequence[Call]
+    options: dict[str, Any]
+    tolerance: float
+    seed: int
+    compile: bool = False
+
+    def __post_init__(self) -> None:
+        self.worst, self.seen, self.compared = 0.0, float("inf"), 0
+        self.before = {name: tensor.detach().clone() for name, tensor in tensors_of(self.dense).items()}
+
+    @cached_property
+    def dense(self) -> nn.Module:
+        """The model as a callable module."""
+        return callable_of(self.model)
+
+    @cached_property
+    def exact(self) -> float:
+        """What counts as equal between two programs that hold the same weights: rounding."""
+        return 1e-3 * self.tolerance if self.tolerance >= 1e-5 else self.tolerance
+
+    @cached_property
+    def analysis(self) -> Analysis:
+        """The analysis of the model."""
+        return fasp_fx.analyze(self.model, self.args, self.kwargs, **self.capture_options, **self.choice)
+
+    @property
+    def capture_options(self) -> dict[str, Any]:
+        """The options that speak of the capture."""
+        return {name: self.options[name] for name in ("dynamic_shapes", "state") if name in self.options}
+
+    @property
+    def choice(self) -> dict[str, Any]:
+        """The options that say what may go: granularity and included groups."""
+        return {name: tuple(self.options[name]) for name in ("granularity", "include") if name in self.options}
+
+    def apply(self, plan: PruningPlan, model: Any = None) -> fasp_fx.Result:
+        """Replay a plan on the model, or on another."""
+        return fasp_fx.apply(self.model if model is None else model, plan, self.args, self.kwargs, **self.capture_options)
+
+    @cached_property
+    def captured(self) -> Any:
+        """The program as captured, before anything is split or removed."""
+        return _captured(self.model, self.args, self.kwargs, self.capture_options)
+
+    @cached_property
+    def empty(self) -> PruningPlan:
+        """The plan that removes nothing."""
+        return PruningPlan(program_fingerprint(self.captured), (), 0.0, **self.choice)
+
+    @cached_property
+    def untouched(self) -> fasp_fx.Result:
+        """The result of removing nothing."""
+        return self.apply(self.empty)
+
+    @cached_property
+    def plan(self) -> PruningPlan:
+        """The plan the checks are made with: the one of the sparsity asked for, or a drawn one.
+
+        Raises:
+            Skipped: nothing of the model can be pruned.
+        """
+        if self.sparsity is not None:
+            return self._pruned.plan
+        chosen = draw_sets(self.analysis, self.random)
+        if not chosen.any():
+            raise Skipped("nothing of this model can be pruned")
+        return self.plan_of(chosen)
+
+    @cached_property
+    def _pruned(self) -> fasp_fx.Result:
+        assert self.sparsity is not None
+        options = {"score": "random", "restore": None, **self.options}
+        try:
+            return fasp_fx.prune(self.model, self.args, self.kwargs, sparsity=self.sparsity, **options)
+        except NothingPrunableError as error:
+            raise Skipped(str(error)) from error
+
+    @cached_property
+    def result(self) -> fasp_fx.Result:
+        """The pruned model."""
+        return self._pruned if self.sparsity is not None else self.apply(self.plan)
+
+    @cached_property
+    def masked(self) -> Masked:
+        """The dense model with what the plan removes multiplied by zero."""
+        return Masked(self.model, self.plan)
+
+    # --- drawing what goes
+
+    @cached_property
+    def random(self) -> np.random.Generator:
+        """The source of everything drawn for this case."""
+        return np.random.default_rng(self.seed)
+
+    def plan_of(self, chosen: np.ndarray) -> PruningPlan:
+        """The plan that removes these channel sets."""
+        gone = chosen[self.analysis.labels]
+        entries = planned(self.analysis.chosen, gone, self.analysis)
+        return replace(self.empty, groups=tuple(entry for entry in entries if entry.removed_sets))
+
+    def chosen(self) -> np.ndarray:
+        """The channel sets that the plan removes."""
+        gone = gone_of(self.plan, self.analysis)
+        chosen = np.zeros(int(self.analysis.labels.max(initial=-1)) + 1, dtype=bool)
+        chosen[self.analysis.labels[gone]] = True
+        return chosen
+
+    # --- calls
+
+    @cached_property
+    def calls(self) -> list[Call]:
+        """The example, and calls of other shapes that the dense model takes."""
+        found: list[Call] = [(self.args, self.kwargs)]
+        for call in [*self.others, *_resized((self.args, self.kwargs))]:
+            try:
+                with torch.no_grad():
+                    self.dense(*call[0], **call[1])
+            except Exception:
+                continue
+            found.append(call)
+        return found
+
+    def run(self, module: Callable[..., Any], call: Call) -> Any:
+        """One call, without gradients."""
+        with torch.no_grad():
+            return module(*call[0], **call[1])
+
+
+def _captured(model: Any, args: Any, kwargs: Any, options: dict[str, Any]) -> Any:
+    module: Any = sys.modules["fasp_fx.prune"]
+    return module.capture(model, args, kwargs, dynamic_shapes=options.get("dynamic_shapes"), state=options.get("state", ()))
+
+
+def _resized(call: Call) -> list[Call]:
+    """The example with another batch, and with another batch and another second dimension: its own entries, repeated in turn."""
+    leaves = [leaf for leaf in pytree.tree_leaves(call) if isinstance(leaf, Tensor) and leaf.dim()]
+    batches = {leaf.shape[0] for leaf in leaves}
+    lengths = {leaf.shape[1] for leaf in leaves if leaf.dim() > 1}
+    if len(batches) != 1:
+        return []
+    (batch,) = batches
+    found = [_resize(call, {0: (batch, batch + 1)})]
+    return [*found, _resize(call, {0: (batch, batch + 2), 1: (min(lengths), min(lengths) + 1)})] if len(lengths) == 1 else found
+
+
+def _resize(call: Call, changes: dict[int, tuple[int, int]]) -> Call:
+    def change(leaf: Any) -> Any:
+        if not isinstance(leaf, Tensor):
+            return leaf
+        for dim, (old, new) in changes.items():
+            if dim < leaf.dim() and leaf.shape[dim] == old:
+                leaf = leaf.index_select(dim, torch.arange(new, device=leaf.device) % old)
+        return leaf
+
+    return pytree.tree_map(change, call)

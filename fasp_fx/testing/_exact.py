@@ -1,0 +1,165 @@
+"""Invariants 1, 2 and 4: what is computed, that nothing happens where nothing is removed, and that the plan tells the truth."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+import fasp_fx
+from fasp_fx.plan import PruningPlan
+
+from ._case import Call, Case
+from ._sets import draw_part
+from ._verdict import Violation, hold
+from .oracle import callable_of, error, kept, tensors_of
+
+
+def mask_exact(case: Case) -> None:
+    """The pruned program equals the dense one with the removed entries of every consumer's input at zero."""
+    hold(bool(case.plan.groups), "the plan removes nothing, although channels were chosen")
+    for call in case.calls:
+        found = call_result(case, case.result, call)
+        if found is None:
+            continue
+        expected, dense = case.masked(*call[0], **call[1]), case.run(case.dense, call)
+        wrong = error(found, expected)
+        case.worst, case.compared = max(case.worst, wrong), case.compared + 1
+        case.seen = min(case.seen, error(expected, dense))
+        hold(wrong <= case.tolerance, f"on inputs {shapes(call)} the error against the masked dense model is {wrong:.2e}; plan:\n{case.plan}")
+
+
+def call_result(case: Case, result: fasp_fx.Result, call: Call) -> object | None:
+    """The result's output, or ``None`` where the capture itself has fixed a size that this call changes."""
+    try:
+        return case.run(result.module, call)
+    except Exception as problem:
+        try:
+            case.run(case.untouched.module, call)
+        except Exception:
+            return None
+        raise Violation(f"inputs {shapes(call)} are refused, though the captured program takes them: {type(problem).__name__}: {problem}") from problem
+
+
+def shapes(call: Call) -> str:
+    """The shapes of the tensors of a call."""
+    return ", ".join(str(tuple(leaf.shape)) for leaf in pytree.tree_leaves(call) if isinstance(leaf, Tensor))
+
+
+def nothing_removed(case: Case) -> None:
+    """Removing nothing returns a program bit-equal to the captured one, with the caller's weights."""
+    result, program = case.untouched, case.captured
+    found = pytree.tree_leaves(case.run(result.module, (case.args, case.kwargs)))
+    with torch.no_grad():
+        expected = pytree.tree_leaves(program.module(*program.flat_inputs(case.args, case.kwargs)))
+    for index, (a, b) in enumerate(zip(found, expected, strict=True)):
+        same = torch.equal(a, b) or bool(((a == b) | (a.isnan() & b.isnan())).all()) if isinstance(a, Tensor) else a == b
+        hold(same, f"output {index} differs from that of the captured program")
+    dense = case.run(case.dense, (case.args, case.kwargs))
+    hold(error(case.run(result.module, (case.args, case.kwargs)), dense) <= case.tolerance, "the captured program does not compute what the model computes")
+    weights = tensors_of(callable_of(result.module))
+    for name, parameter in case.dense.named_parameters(remove_duplicate=False):
+        if name in weights:
+            hold(torch.equal(weights[name], parameter), f"'{name}' changed though nothing was removed")
+
+
+def plan_is_true(case: Case) -> None:
+    """Channel sets partition the channels, indices are in range, the plan says what happened, and it is for this model alone."""
+    _partition(case)
+    _weights_are_slices(case)
+    hold(case.result.plan.slices() == case.plan.slices(), f"the result says that it lost\n{case.result.plan}\nbut the plan was\n{case.plan}")
+    read = PruningPlan.from_json(case.plan.to_json())
+    hold(read == case.plan, "the plan does not survive JSON")
+    again = case.apply(read)
+    hold(same_weights(again, case.result), "replaying the plan gives other weights")
+    _refused(lambda: case.apply(case.plan, case.result.module), "the plan was applied to its own result")
+    other = Nudged(case)
+    _refused(lambda: case.apply(case.plan, other.model), "the plan was applied to another model")
+
+
+def _partition(case: Case) -> None:
+    tensors = tensors_of(case.dense)
+    seen: dict[tuple[str, int], set[int]] = {}
+    for group in case.analysis.groups:
+        hold(len(np.unique(group.sets)) == group.size, f"group '{group.name}' counts {group.size} channel sets but holds {len(np.unique(group.sets))}")
+    for planned in case.plan.groups:
+        for part in (*planned.producers, *planned.consumers):
+            hold(part.name in tensors, f"the plan names '{part.name}', which the model does not have")
+            size = tensors[part.name].shape[part.dim]
+            for removed in part.by_block():
+                listed = list(removed)
+                hold(listed == sorted(set(listed)), f"{part} lists an index twice or out of order")
+                hold(all(0 <= index < size for index in listed), f"{part} is out of range: the dimension has {size}")
+        own = {(part.name, part.dim): set(part.by_block()[0]) for part in (*planned.producers, *planned.consumers) if part.block_dim is None}
+        for place, indices in own.items():
+            taken = seen.setdefault(place, set())
+            hold(not taken & indices, f"two groups remove the same index of {place}")
+            taken |= indices
+
+
+def _weights_are_slices(case: Case) -> None:
+    """Every weight of the result is the model's without what the plan lists."""
+    tensors, found = tensors_of(case.dense), tensors_of(case.result.module)
+    masks = {name: torch.ones(tensor.shape, dtype=torch.bool) for name, tensor in tensors.items()}
+    names = _tied_names(tensors)
+    for part in (part for group in case.plan.groups for part in (*group.producers, *group.consumers)):
+        for name in names[part.name]:
+            masks[name] &= kept(tensors[part.name].detach().cpu(), part)
+    pieces = {split.name: split for split in case.result.plan.splits}
+    for name, tensor in found.items():
+        if name in pieces:
+            rows = torch.tensor(pieces[name].rows)
+            source, mask = (t.index_select(pieces[name].dim, rows) for t in (tensors[pieces[name].source].detach().cpu(), masks[pieces[name].source]))
+        elif name in tensors:
+            source, mask = tensors[name].detach().cpu(), masks[name]
+        else:
+            continue
+        hold(int(mask.sum()) == tensor.numel(), f"'{name}' has shape {tuple(tensor.shape)}, but the plan leaves {int(mask.sum())} of its elements")
+        hold(torch.equal(source[mask].reshape(tensor.shape), tensor.detach().cpu()), f"'{name}' is not the model's without what the plan removes")
+
+
+def _tied_names(tensors: dict[str, Tensor]) -> dict[str, list[str]]:
+    return {name: [other for other, t in tensors.items() if t is tensor] for name, tensor in tensors.items()}
+
+
+def same_weights(first: fasp_fx.Result, second: fasp_fx.Result) -> bool:
+    """Whether two results hold the same weights under the same names."""
+    a, b = tensors_of(first.module), tensors_of(second.module)
+    return a.keys() == b.keys() and all(a[name].shape == b[name].shape and torch.equal(a[name], b[name]) for name in a)
+
+
+def _refused(call: Callable[[], object], message: str) -> None:
+    try:
+        call()
+    except fasp_fx.PlanError:
+        return
+    raise Violation(message)
+
+
+class Nudged:
+    """A copy of the model with one weight changed."""
+
+    def __init__(self, case: Case) -> None:
+        self.model = copy.deepcopy(case.dense)
+        parameter = next(p for p in self.model.parameters() if p.is_floating_point() and p.numel())
+        with torch.no_grad():
+            parameter.view(-1)[0] += 1.0
+
+
+def two_steps(case: Case) -> None:
+    """Pruning by one plan and then by another, renumbered, equals pruning by both at once."""
+    whole = case.chosen()
+    part = draw_part(case.analysis, whole, case.random)
+    rest = whole if bool(case.random.integers(2)) else whole & ~part
+    first = case.apply(case.plan_of(part))
+    second = case.apply(case.plan_of(rest).after(first.plan), first.module)
+    at_once = case.apply(case.plan_of(whole))
+    hold(same_weights(second, at_once), f"two steps lead to other weights than one; first\n{first.plan}\nthen\n{case.plan_of(rest)}")
+    call = case.calls[-1]
+    found, expected = call_result(case, second, call), call_result(case, at_once, call)
+    if found is not None and expected is not None:
+        hold(error(found, expected) <= case.tolerance, f"two steps compute something else than one: {error(found, expected):.2e}")

@@ -1,0 +1,91 @@
+"""Restoration: it changes consumers alone, and brings each closer to what it computed on the calibration data."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import fasp_fx
+
+from ._case import Case
+from ._verdict import Skipped, hold
+from .oracle import tensors_of
+
+
+def restored(case: Case) -> None:
+    """Weights that are no consumers are those of the plan alone; the output of a restored linear layer is no further from the dense one than without."""
+    sparsity = case.sparsity if case.sparsity is not None else 0.6 * case.analysis.max_sparsity
+    if sparsity <= 0:
+        raise Skipped("nothing of this model can be pruned")
+    batch = {**dict(zip(_positional(case), case.args, strict=False)), **case.kwargs} if case.kwargs else case.args
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        found = fasp_fx.prune(case.model, case.args, case.kwargs, sparsity=sparsity, score="magnitude", propagate=False, calibration=[batch], **case.options)
+    if not found.plan.groups:
+        raise Skipped("the sparsity removes nothing")
+    plain = case.apply(found.plan)
+    consumers = {part.name for group in found.plan.groups for part in group.consumers}
+    pieces = {split.name: split.source for split in found.plan.splits}
+    cut, repaired = tensors_of(plain.module), tensors_of(found.module)
+    for name, tensor in cut.items():
+        hold(repaired[name].shape == tensor.shape, f"restoring '{name}' changed its shape")
+        hold(bool(torch.isfinite(repaired[name]).all()) or not bool(torch.isfinite(tensor).all()), f"'{name}' is no longer finite")
+        if name not in consumers and pieces.get(name) not in consumers and not _tied_to(case, name, consumers):
+            hold(torch.equal(repaired[name], tensor), f"'{name}' is no consumer, but restoring changed it")
+    _closer(case, found, cut, repaired)
+
+
+def _positional(case: Case) -> list[str]:
+    import inspect
+
+    return list(inspect.signature(case.dense.forward).parameters)
+
+
+def _tied_to(case: Case, name: str, consumers: set[str]) -> bool:
+    tensors = tensors_of(case.dense)
+    return any(name in tensors and other in tensors and tensors[other] is tensors[name] for other in consumers)
+
+
+def _closer(case: Case, found: fasp_fx.Result, cut: dict[str, Tensor], repaired: dict[str, Tensor]) -> None:
+    inputs = _linear_inputs(case)
+    for part in (part for group in found.plan.groups for part in group.consumers):
+        owner = part.name.rpartition(".")[0]
+        if owner not in inputs or part.name != f"{owner}.weight" or part.dim != 1 or part.block_dim is not None or cut[part.name].shape[1] == 0:
+            continue
+        x = inputs[owner]
+        gone = {index for group in found.plan.groups for p in group.consumers if (p.name, p.dim) == (part.name, 1) for index in p.removed}
+        keep = torch.tensor([index for index in range(x.shape[1]) if index not in gone])
+        rows = cut[part.name].shape[0]
+        weight = dict(case.dense.named_parameters(remove_duplicate=False))[part.name]
+        if rows != weight.shape[0]:
+            continue  # it loses rows as well
+        dense, left = x @ weight.detach().double().t(), x[:, keep]
+        before, after = ((left @ w[part.name].detach().double().t() - dense).norm() for w in (cut, repaired))
+        hold(
+            bool(after <= before * (1 + 1e-3) + 1e-9),
+            f"restoring '{part.name}' moves its output away from the dense one: {float(before):.3e} to {float(after):.3e}",
+        )
+
+
+def _linear_inputs(case: Case) -> dict[str, Tensor]:
+    """What each linear layer that is used once is given, as a matrix."""
+    seen: dict[str, list[Tensor]] = {}
+    handles = []
+    for name, module in case.dense.named_modules():
+        if isinstance(module, nn.Linear):
+
+            def hook(module: nn.Module, args: tuple[Any, ...], name: str = name) -> None:
+                seen.setdefault(name, []).append(args[0].detach().double().reshape(-1, args[0].shape[-1]))
+
+            handles.append(module.register_forward_pre_hook(hook))
+    try:
+        case.run(case.dense, (case.args, case.kwargs))
+    finally:
+        for handle in handles:
+            handle.remove()
+    parameters = [parameter for _, parameter in case.dense.named_parameters(remove_duplicate=False)]
+    weights = dict(case.dense.named_modules())
+    return {name: found[0] for name, found in seen.items() if len(found) == 1 and sum(p is weights[name].weight for p in parameters) == 1}

@@ -1,0 +1,102 @@
+"""The dense model with what a plan removes multiplied by zero: what a pruned model has to equal.
+
+It reads nothing of the plan but its slices and shares no code with the analysis or the passes. To multiply the removed entries of a consumer's input
+by zero is to zero the columns of its weight; a lookup in the same weight (a tied embedding) still finds the whole one. Where a plan includes groups that
+cross a norm, their producers' outputs are zero: the rows of their weights and biases.
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.export import ExportedProgram
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from fasp_fx.plan import ParameterSlice, PruningPlan
+
+_LOOKUPS = {torch.ops.aten.embedding.default, torch.ops.aten.index_select.default}
+
+
+class Masked:
+    """A copy of a model with the consumers' removed columns at zero; called like the model.
+
+    Args:
+        model: the dense model, which is not touched.
+        plan: what is removed from it.
+    """
+
+    def __init__(self, model: nn.Module | ExportedProgram, plan: PruningPlan) -> None:
+        self.module = copy.deepcopy(callable_of(model))
+        tensors = tensors_of(self.module)
+        whole: dict[int, tuple[Tensor, Tensor]] = {}
+        with torch.no_grad():
+            for part in (part for group in plan.groups for part in (*group.consumers, *(group.producers if plan.include else ()))):
+                tensor = tensors[part.name]
+                whole.setdefault(id(tensor), (tensor, tensor.detach().clone()))
+                tensor.mul_(kept(tensor, part).to(tensor.dtype))
+        self._lookups = _WholeLookups({} if plan.include else {key: original for key, (_, original) in whole.items()})
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        with torch.no_grad(), self._lookups:
+            return self.module(*args, **kwargs)
+
+
+class _WholeLookups(TorchDispatchMode):
+    """Lookups in a zeroed weight find the weight as it was."""
+
+    def __init__(self, whole: dict[int, Tensor]) -> None:
+        super().__init__()
+        self.whole = whole
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any:
+        if func in _LOOKUPS and id(args[0]) in self.whole:
+            args = (self.whole[id(args[0])], *args[1:])
+        return func(*args, **(kwargs or {}))
+
+
+def kept(tensor: Tensor, part: ParameterSlice) -> Tensor:
+    """Which elements of a parameter one slice leaves: boolean, of the parameter's shape."""
+    mask = torch.ones(tensor.shape, dtype=torch.bool, device=tensor.device)
+    if part.block_dim is None:
+        return mask.index_fill_(part.dim, _indices(part.removed, tensor), False)
+    step = tensor.shape[part.block_dim] // len(part.removed)
+    for block, removed in enumerate(part.removed):
+        mask.narrow(part.block_dim, block * step, step).index_fill_(part.dim, _indices(removed, tensor), False)
+    return mask
+
+
+def _indices(removed: Any, tensor: Tensor) -> Tensor:
+    return torch.tensor(removed, dtype=torch.long, device=tensor.device)
+
+
+def callable_of(model: nn.Module | ExportedProgram) -> nn.Module:
+    """The module to call: the model itself, or that of an exported program."""
+    return model.module(check_guards=False) if isinstance(model, ExportedProgram) else model
+
+
+def tensors_of(module: nn.Module) -> dict[str, Tensor]:
+    """Every parameter and buffer by name; tied ones under each of their names."""
+    return dict([*module.named_parameters(remove_duplicate=False), *module.named_buffers(remove_duplicate=False)])
+
+
+def floats(output: Any) -> list[Tensor]:
+    """The floating-point tensors of an output, in order."""
+    return [leaf.detach() for leaf in pytree.tree_leaves(output) if isinstance(leaf, Tensor) and leaf.is_floating_point()]
+
+
+def error(found: Any, expected: Any) -> float:
+    """``max|a−b| / max|b|`` of the worst floating-point output; infinite where shapes differ or one alone is not finite."""
+    worst = 0.0
+    pairs = list(zip(floats(found), floats(expected), strict=True))
+    for a, b in pairs:
+        if a.shape != b.shape or bool((torch.isfinite(a) != torch.isfinite(b)).any()):
+            return float("inf")
+        finite = torch.isfinite(b)
+        difference = (a - b)[finite].abs().max() if bool(finite.any()) else torch.zeros(())
+        scale = b[finite].abs().max() if bool(finite.any()) else torch.ones(())
+        worst = max(worst, float(difference / scale) if scale > 0 else float(difference))
+    return worst

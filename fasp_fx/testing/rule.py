@@ -1,0 +1,316 @@
+"""Hold a rule against the operator it describes, by brute force over small shapes and arguments."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+from torch._ops import OpOverload
+
+from fasp_fx import patterns
+from fasp_fx.errors import ArgumentError, RuleError
+from fasp_fx.patterns import Rule
+
+from ._tally import TALLY
+from ._verdict import CheckFailed
+from .rules._calls import Call, repeatable
+from .rules._claims import Lie, Modesty, lies
+from .rules._created import creates
+from .rules._draw import KINDS, Draw
+from .rules._moved import moves
+from .rules._reading import Mismatch, read
+from .rules._rewritten import rewritten
+from .rules._samples import FIXED, SAMPLES
+from .rules._schema import filled, lettered, moving
+
+RIGHT, TOO_MUCH, TOO_LITTLE = "right", "claims too much", "claims too little"
+
+#: how often a clause must have been tried before it is called needless
+_LEAST = 8
+#: how many calls are drawn for one that the operator takes
+_PATIENCE = 60
+#: how many calls are drawn in search of a smaller counter-example
+_SEARCH = 120
+
+
+@dataclass(frozen=True)
+class CounterExample:
+    """The smallest call found that shows what is wrong with a rule.
+
+    Attributes:
+        call: the operator and its arguments; tensors print as their shapes.
+        arguments: the arguments themselves, by name.
+        claim: what the rule says of this call.
+        fact: what is the case, with the positions that show it.
+    """
+
+    call: str
+    arguments: dict[str, Any]
+    claim: str
+    fact: str
+
+    def __str__(self) -> str:
+        return f"{self.call}\n  claim: {self.claim}\n  fact:  {self.fact}"
+
+
+@dataclass(frozen=True)
+class RuleVerdict:
+    """What was found out about one rule.
+
+    Attributes:
+        operator: the operator's name.
+        rule: the rule as one line.
+        kind: ``"right"``, ``"claims too much"`` (it would prune wrongly) or ``"claims too little"`` (it freezes what could be pruned).
+        examples: how many calls the rule was held against.
+        pruned: in how many of them something was prunable, and was pruned and compared.
+        counter: the smallest call that shows that it claims too much.
+        needless: clauses that the operator does not need, if it claims too little.
+        seed: what the calls were drawn with.
+        refused: calls around which the library's verifier refused a pruned program that was right. That is no fault of the rule.
+    """
+
+    operator: str
+    rule: str
+    kind: str
+    examples: int
+    pruned: int
+    counter: CounterExample | None = None
+    needless: tuple[str, ...] = ()
+    seed: int = 0
+    refused: tuple[str, ...] = ()
+
+    @property
+    def ok(self) -> bool:
+        """Whether the rule is right."""
+        return self.kind == RIGHT
+
+    def __str__(self) -> str:
+        head = f"{self.operator}: '{self.rule}' {'is' if self.ok else ''}{' ' if self.ok else ''}{self.kind} ({self.examples} calls, seed {self.seed})"
+        if self.counter is not None:
+            return f"{head}\n{self.counter}"
+        return f"{head}: the operator does not need '{'; '.join(self.needless)}'" if self.needless else head
+
+
+def check_rule(
+    operator: OpOverload,
+    rule: str | Rule | None = None,
+    *,
+    examples: int = 100,
+    seed: int = 0,
+    samples: Sequence[tuple[Sequence[Any], dict[str, Any]]] | None = None,
+    programs: float = 1.0,
+) -> RuleVerdict:
+    """Hold a rule against the real operator.
+
+    Three things are done with every call that is made up: the claims of the letters are tested (positions taken out of the operands go out of the
+    result, contracted positions may be zeros instead), data movement is compared with where unique numbers went, and a program of the one operator is
+    pruned and compared with the masked one.
+
+    Args:
+        operator: an exact overload, such as ``torch.ops.aten.linear.default``.
+        rule: the rule to check; ``None`` checks the one in force.
+        examples: how many calls to make up.
+        seed: what they are drawn with.
+        samples: calls ``(args, kwargs)`` to use instead, for operators with arguments of their own kind.
+        programs: around which share of the calls to prune a program; the rest of a check takes a tenth of the time.
+
+    Returns:
+        The verdict; it is not raised (see :func:`assert_rule`).
+
+    Raises:
+        RuleError: the rule does not parse (with a caret under the place), names an argument that the operator lacks, or there is none.
+        ArgumentError: no call could be made up; give some as ``samples``.
+    """
+    if not isinstance(operator, OpOverload):
+        raise RuleError(f"{operator!r} is not an exact overload; pass for example torch.ops.aten.linear.default")
+    if examples < 1:
+        raise ArgumentError(f"examples={examples} must be at least 1")
+    with _in_force(operator, rule) as found, _quiet():
+        verdict = _Check(operator, found, seed, samples, programs).run(examples)
+    TALLY.rules += 1
+    TALLY.examples += verdict.examples
+    return verdict
+
+
+def assert_rule(operator: OpOverload, rule: str | Rule | None = None, **options: Any) -> RuleVerdict:
+    """:func:`check_rule`, but a rule that is not right is an error.
+
+    Raises:
+        CheckFailed: the rule claims too much or too little; carries the verdict.
+    """
+    verdict = check_rule(operator, rule, **options)
+    if not verdict.ok:
+        raise CheckFailed(verdict)
+    return verdict
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Calls that an operator refuses are drawn anew; torch need not speak of them."""
+    logger = logging.getLogger("torch._subclasses.fake_tensor")
+    level = logger.level
+    logger.setLevel(logging.CRITICAL)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logger.setLevel(level)
+
+
+@contextmanager
+def _in_force(operator: OpOverload, rule: str | Rule | None) -> Iterator[Rule]:
+    """Inside, this is the operator's rule."""
+    before = patterns.lookup(operator)
+    if rule is None:
+        if before is None:
+            raise RuleError(f"there is no rule for {operator}; pass one, or register it first")
+        yield before
+        return
+    users = patterns._registry._USER
+    registered = users.get(operator)
+    try:
+        yield patterns.register(operator, str(rule))
+    finally:
+        patterns.unregister(operator)
+        if registered is not None:
+            patterns.register(operator, str(registered))
+
+
+class _Check:
+    """One rule held against one operator."""
+
+    def __init__(self, operator: OpOverload, rule: Rule, seed: int, samples: Sequence[tuple[Sequence[Any], dict[str, Any]]] | None, programs: float) -> None:
+        self.operator, self.rule, self.seed, self.programs = operator, rule, seed, programs
+        self.given = [self._named(args, kwargs) for args, kwargs in samples] if samples is not None else None
+        self.kinds: list[str] = []
+        self.modesty = Modesty()
+        self.misfit: Lie | None = None
+        self.refused: list[str] = []
+        self.tried = self.pruned = 0
+
+    def _named(self, args: Sequence[Any], kwargs: dict[str, Any]) -> Call:
+        names = [argument.name for argument in self.operator._schema.arguments]
+        if len(args) > len(names) or any(name not in names for name in kwargs):
+            raise ArgumentError(f"the sample {tuple(args)!r}, {kwargs!r} does not fit {self.operator._schema}")
+        return filled(self.operator, {**dict(zip(names, args, strict=False)), **kwargs}, Draw(self.seed))
+
+    def run(self, examples: int) -> RuleVerdict:
+        """Try calls, smaller ones first; of what shows a fault, look for the smallest."""
+        if not self.rule.moves and not self.rule.alternatives and not self.rule.creates:
+            return self._silent()
+        worst: Lie | None = None
+        for index in range(len(self.given) if self.given is not None else examples):
+            worst = self._try(index, most=2 + (3 * index) // max(examples, 1))
+            if worst is not None:
+                break
+        if worst is not None:
+            return self._verdict(TOO_MUCH, self._smaller(worst))
+        needless = self.modesty.needless(_LEAST)
+        return self._verdict(TOO_LITTLE if needless or self.misfit else RIGHT, self.misfit, tuple(needless))
+
+    def _silent(self) -> RuleVerdict:
+        """``check`` says that nothing comes back that could carry channels."""
+        returned = [str(result.type) for result in self.operator._schema.returns if "Tensor" in str(result.type)]
+        self.tried = 1
+        if not returned:
+            return self._verdict(RIGHT, None)
+        return self._verdict(TOO_MUCH, Lie(Call(self.operator, {}), "the operator returns nothing that carries channels", f"it returns {', '.join(returned)}"))
+
+    def _verdict(self, kind: str, lie: Lie | None, needless: tuple[str, ...] = ()) -> RuleVerdict:
+        counter = None if lie is None else CounterExample(str(lie.call), dict(lie.call.arguments), lie.claim, lie.fact)
+        return RuleVerdict(str(self.operator), str(self.rule), kind, self.tried, self.pruned, counter, needless, self.seed, tuple(self.refused))
+
+    def _smaller(self, worst: Lie) -> Lie:
+        """Look for a smaller call with a fault."""
+        if self.given is not None:
+            found = [lie for index in range(len(self.given)) if (lie := self._try(index, 2)) is not None]
+            return min(found, key=lambda lie: lie.weight, default=worst)
+        since = 0
+        for attempt in range(_SEARCH):
+            lie = self._try(1_000_000 + attempt, most=2 + (2 * attempt) // _SEARCH, no_larger_than=worst.call.size)
+            since += 1
+            if lie is not None and lie.weight < worst.weight:
+                worst, since = lie, 0
+            if since > _SEARCH // 3:
+                break
+        return worst
+
+    def _try(self, index: int, most: int, no_larger_than: tuple[int, int, int] | None = None) -> Lie | None:
+        """One call: what the rule says of it, and a program around it."""
+        draw = Draw((self.seed * 7_919 + index) % 2**31, min(most, 4))
+        call = self.given[index] if self.given is not None else self._draw(draw, index, _PATIENCE if no_larger_than is None else 3)
+        if call is None or (no_larger_than is not None and call.size > no_larger_than):
+            return None
+        try:
+            results = call.run()
+        except Exception as problem:
+            raise ArgumentError(f"the operator refuses {call}: {problem}") from problem
+        self.tried += 1
+        lie = self._claims(call, results, draw)
+        if lie is not None or not draw.flag(self.programs):
+            return lie
+        outcome = rewritten(self.rule, call, results, draw)
+        self.pruned += outcome.pruned
+        if outcome.refusal is not None:
+            self.refused.append(outcome.refusal)
+        return outcome.lie
+
+    def _claims(self, call: Call, results: list[Tensor], draw: Draw) -> Lie | None:
+        if self.rule.moves:
+            return moves(self.rule, call, draw, self.modesty)
+        if self.rule.creates:
+            return creates(call, results)
+        try:
+            reading = read(self.rule, call, results)
+        except Mismatch as problem:
+            # The analysis does not use such a rule for this call and freezes what the operator touches: too little, not too much.
+            if self.misfit is None or call.size < self.misfit.call.size:
+                self.misfit = Lie(call, "the letters spell the dimensions of operands and results", f"{problem}; the rule is not used for such a call")
+            return None
+        return next(lies(reading, results, draw, self.modesty), None)
+
+    def _draw(self, draw: Draw, index: int, patience: int) -> Call | None:
+        """A call that the operator takes, and to which it gives the same result twice."""
+        if not self.kinds:
+            self.kinds = self._usable()
+        draw.kind = self.kinds[index % len(self.kinds)]
+        for _ in range(patience):
+            call = self._made_up(draw)
+            if call is not None:
+                return call
+        return None
+
+    def _made_up(self, draw: Draw) -> Call | None:
+        name = str(self.operator)
+        try:
+            if name in SAMPLES:
+                call = filled(self.operator, {**SAMPLES[name](draw), **FIXED.get(name, {})}, draw)
+            else:
+                call = moving(self.operator, self.rule, draw) if self.rule.moves else lettered(self.operator, self.rule, draw)
+                call = call.with_(**FIXED.get(name, {}))
+            results = call.run()
+            numbers = [result for result in results if result.numel()]
+            return call if numbers and not all(bool(result.isnan().all()) for result in numbers) and repeatable(call) else None
+        except Exception:
+            return None
+
+    def _usable(self) -> list[str]:
+        """The kinds of numbers that the operator takes."""
+        found = []
+        for number, kind in enumerate(KINDS):
+            draw = Draw(self.seed + number, 3, kind)
+            if any(self._made_up(draw) is not None for _ in range(_PATIENCE)):
+                found.append(kind)
+            if kind == "above" and found:
+                break  # real numbers will do
+        if not found:
+            raise ArgumentError(
+                f"no call of {self.operator} could be made up from its schema {self.operator._schema}; give some as samples=[(args, kwargs), …]"
+            )
+        return found

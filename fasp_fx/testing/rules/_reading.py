@@ -1,0 +1,262 @@
+"""What a rule says of one call: which letter each dimension has, and what it claims of each letter.
+
+This reads the grammar on its own, without the interpreter that the analysis uses.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fasp_fx.patterns import Alternative, Rule
+
+from ._calls import Call
+
+
+class Mismatch(Exception):
+    """The rule does not fit what the operator takes or returns."""
+
+
+@dataclass(frozen=True)
+class Spelled:
+    """A tensor with one dimension for each letter; ``merged`` lists how many letters each real dimension is made of."""
+
+    letters: tuple[str, ...]
+    merged: tuple[int, ...]
+
+    def unfold(self, tensor: Tensor, sizes: dict[str, int]) -> Tensor:
+        """The tensor with one dimension for each letter."""
+        if all(count == 1 for count in self.merged):
+            return tensor
+        shape: list[int] = []
+        at = 0
+        for dim, count in enumerate(self.merged):
+            shape += [tensor.shape[dim]] if count == 1 else [sizes[letter] for letter in self.letters[at : at + count]]
+            at += count
+        return tensor.reshape(shape)
+
+    def fold(self, tensor: Tensor) -> Tensor:
+        """Back to the real dimensions."""
+        shape, at = [], 0
+        for count in self.merged:
+            shape.append(int(torch.Size(tensor.shape[at : at + count]).numel()))
+            at += count
+        return tensor.reshape(shape)
+
+
+@dataclass
+class Reading:
+    """A rule applied to one call.
+
+    Attributes:
+        operands: how each tensor argument that the rule names is spelled.
+        results: how each result is spelled; ``None`` for one of which the rule says nothing.
+        sizes: the size of each letter.
+        special: letters of which the rule makes no claim, and the clause that says so.
+        reduced: letters that the operator reduces.
+        factors: arguments that hold the size of a letter.
+        runs: arguments that hold the sizes of a run of letters.
+        repeats: a letter that is repeated in blocks to the size of another.
+    """
+
+    call: Call
+    operands: dict[str, Spelled] = field(default_factory=dict)
+    results: list[Spelled | None] = field(default_factory=list)
+    sizes: dict[str, int] = field(default_factory=dict)
+    special: dict[str, str] = field(default_factory=dict)
+    reduced: set[str] = field(default_factory=set)
+    factors: dict[str, str] = field(default_factory=dict)
+    runs: dict[str, list[str]] = field(default_factory=dict)
+    repeats: dict[str, str] = field(default_factory=dict)
+    keepdim: bool = False
+
+    def kept(self) -> set[str]:
+        """Letters that a result has."""
+        return {letter for result in self.results if result is not None for letter in result.letters}
+
+    def holders(self, letter: str) -> list[str]:
+        """Operands that have more than one position along a letter (or the only one there is)."""
+        found = []
+        for name, spelled in self.operands.items():
+            if letter in spelled.letters:
+                size = spelled.unfold(self.call.tensors()[name], self.sizes).shape[spelled.letters.index(letter)]
+                if size == self.sizes[letter]:
+                    found.append(name)
+        return found
+
+    def blocks(self, letter: str) -> int:
+        """How many positions of a letter have to go together, because another letter is repeated to its size."""
+        few = next((few for few, many in self.repeats.items() if many == letter), None)
+        return self.sizes[letter] // self.sizes[few] if few is not None and few in self.sizes else 1
+
+
+def read(rule: Rule, call: Call, results: list[Tensor]) -> Reading:
+    """Read a lettered rule for one call.
+
+    Raises:
+        Mismatch: an operand or a result has other dimensions than the rule says.
+    """
+    alternative = _choose(rule, call)
+    given = call.tensors()
+    reading = Reading(call)
+    runs = {letter: _run_length(rule, alternative, call, letter) for letter in _letters(alternative) if letter.endswith("*")}
+    for operand in alternative.operands:
+        if operand.name in given:
+            reading.operands[operand.name] = _spell(operand.dims, given[operand.name].dim(), runs, right=True)
+    dots = max((sum(letter.startswith(".") for letter in spelled.letters) for spelled in reading.operands.values()), default=0)
+    first = next(iter(reading.operands.values()), Spelled((), ()))
+    _read_clauses(rule, call, reading, runs, first)
+    _solve_sizes(reading, given)
+    if len(alternative.results) != len(results):
+        raise Mismatch(f"the operator returns {len(results)} tensors, the rule speaks of {len(alternative.results)}")
+    for index, (dims, result) in enumerate(zip(alternative.results, results, strict=True)):
+        rank = _fixed(dims, runs) + (dots if "..." in dims else 0)
+        spelled = _without(_spell(dims, rank, runs), set() if reading.keepdim else reading.reduced)
+        silent = all(_free(reading, letter) for letter in spelled.letters)  # of such a result the rule says nothing
+        reading.results.append(None if silent else spelled)
+        if not silent:
+            _fits(reading, spelled, result, index)
+    return reading
+
+
+def _choose(rule: Rule, call: Call) -> Alternative:
+    given = call.tensors()
+    for alternative in rule.alternatives[:-1]:
+        if alternative.condition and not call.arguments.get(alternative.condition):
+            continue
+        if all(operand.name not in given or _takes(operand.dims, given[operand.name].dim()) for operand in alternative.operands):
+            return alternative
+    return rule.alternatives[-1]
+
+
+def _takes(dims: tuple[Any, ...], rank: int) -> bool:
+    fixed = sum(dim != "..." for dim in dims)
+    flexible = any(dim == "..." or (isinstance(dim, str) and dim.endswith("*")) for dim in dims)
+    return rank >= fixed if flexible else rank == fixed
+
+
+def _flat(dims: Iterable[Any]) -> list[str]:
+    return [letter for dim in dims for letter in ((dim,) if isinstance(dim, str) else dim)]
+
+
+def _letters(alternative: Alternative) -> set[str]:
+    return set(_flat(dim for operand in alternative.operands for dim in operand.dims))
+
+
+def _run_length(rule: Rule, alternative: Alternative, call: Call, letter: str) -> int:
+    given = call.tensors()
+    for operand in alternative.operands:
+        if letter in operand.dims and operand.name in given and "..." not in operand.dims:
+            return given[operand.name].dim() - sum(dim != letter for dim in operand.dims)
+    for clause in rule.all("shape"):
+        if len(clause.words) == 2 and clause.words[1] == letter:
+            return len(call.arguments[clause.words[0]])
+    return 1
+
+
+def _fixed(dims: tuple[Any, ...], runs: dict[str, int]) -> int:
+    return sum(runs.get(dim, 1) if isinstance(dim, str) else 1 for dim in dims if dim != "...")
+
+
+def _spell(dims: tuple[Any, ...], rank: int, runs: dict[str, int], right: bool = False) -> Spelled:
+    """One entry per real dimension; an operand with fewer dimensions than letters has the last of them."""
+    real: list[tuple[str, ...]] = []
+    for dim in dims:
+        if dim == "...":
+            real += [(f".{index}",) for index in reversed(range(max(rank - _fixed(dims, runs), 0)))]
+        elif dim in runs:
+            real += [(f"{dim}{index}",) for index in range(runs[dim])]
+        else:
+            real.append((dim,) if isinstance(dim, str) else tuple(dim))
+    if right and len(real) > rank:
+        real = real[len(real) - rank :]
+    if len(real) != rank:
+        raise Mismatch(f"[{' '.join(map(str, dims))}] does not spell {rank} dimensions")
+    return Spelled(tuple(letter for letters in real for letter in letters), tuple(map(len, real)))
+
+
+def _without(spelled: Spelled, gone: set[str]) -> Spelled:
+    left = [(letter, count) for letter, count in zip(spelled.letters, spelled.merged, strict=False) if letter not in gone] if gone else None
+    return spelled if left is None else Spelled(tuple(letter for letter, _ in left), tuple(count for _, count in left))
+
+
+def _read_clauses(rule: Rule, call: Call, reading: Reading, runs: dict[str, int], first: Spelled) -> None:
+    reading.keepdim = bool(call.arguments.get("keepdim", False))
+    for clause in rule.clauses:
+        words = clause.words
+        if clause.keyword in ("mix", "freeze", "window", "reduce"):
+            for letter in _where(clause.words[0], clause.argument, call, runs, reading, first):
+                reading.special[letter] = str(clause)
+                if clause.keyword == "reduce":
+                    reading.reduced.add(letter)
+        elif clause.keyword in ("slide", "route"):
+            for word in words[:2]:
+                for letter in [f"{word}{index}" for index in range(runs[word])] if word in runs else [word]:
+                    reading.special[letter] = f"!{clause}"  # never too little: what slides or is chosen moves with other arguments
+        elif clause.keyword == "factor":
+            reading.factors[words[0]] = words[1]
+        elif clause.keyword == "repeat":
+            reading.repeats[words[0]] = words[1]
+        elif clause.keyword == "shape" and len(words) == 2:
+            reading.runs[words[0]] = [f"{words[1]}{index}" for index in range(runs.get(words[1], 0))]
+
+
+def _where(word: str, argument: bool, call: Call, runs: dict[str, int], reading: Reading, first: Spelled) -> list[str]:
+    if word == "...":
+        return sorted({letter for spelled in reading.operands.values() for letter in spelled.letters if letter.startswith(".")})
+    if not argument:
+        return [f"{word}{index}" for index in range(runs[word])] if word in runs else [word]
+    value = call.arguments.get(word)
+    rank = len(first.letters)
+    if value is None or value == []:
+        return list(first.letters)
+    return [first.letters[int(dim) % rank] for dim in (value if isinstance(value, (list, tuple)) else [value])] if rank else []
+
+
+def _solve_sizes(reading: Reading, given: dict[str, Tensor]) -> None:
+    """Sizes of single letters first, then those that divide a dimension with another."""
+    for letter, argument in reading.factors.items():
+        reading.sizes[letter] = int(reading.call.arguments[argument])
+    pending: list[tuple[tuple[str, ...], int]] = []
+    for name, spelled in reading.operands.items():
+        at = 0
+        for dim, count in enumerate(spelled.merged):
+            letters = spelled.letters[at : at + count]
+            at += count
+            size = given[name].shape[dim]
+            if count > 1:
+                pending.append((letters, size))
+                continue
+            known = reading.sizes.get(letters[0], 1)
+            if size != 1 and known != 1 and size != known:
+                raise Mismatch(f"letter {letters[0]!r} has {known} positions in one tensor and {size} in '{name}'")
+            reading.sizes[letters[0]] = max(known, size)
+    for letters, size in pending:
+        unknown = [letter for letter in letters if letter not in reading.sizes]
+        rest = int(torch.Size([reading.sizes[letter] for letter in letters if letter in reading.sizes]).numel())
+        if len(unknown) > 1 or rest == 0 or size % rest or (not unknown and rest != size):
+            raise Mismatch(f"a dimension of {size} does not divide into ({' '.join(letters)})")
+        if unknown:
+            reading.sizes[unknown[0]] = size // rest
+
+
+def _free(reading: Reading, letter: str) -> bool:
+    """Whether a result may have other positions along a letter than the operands."""
+    return reading.special.get(letter, "-").startswith(("window", "!"))
+
+
+def _fits(reading: Reading, spelled: Spelled, result: Tensor, index: int) -> None:
+    if len(spelled.merged) != result.dim():
+        raise Mismatch(f"result {index} has {result.dim()} dimensions, the rule spells {len(spelled.merged)}")
+    at = 0
+    for dim, count in enumerate(spelled.merged):
+        letters = spelled.letters[at : at + count]
+        at += count
+        free = any(_free(reading, letter) for letter in letters)
+        expected = int(torch.Size([1 if letter in reading.reduced else reading.sizes[letter] for letter in letters]).numel())
+        if not free and expected != result.shape[dim]:
+            raise Mismatch(f"result {index} has shape {tuple(result.shape)}; by the rule dimension {dim} ({' '.join(letters)}) has {expected} positions")

@@ -1,0 +1,170 @@
+"""A program of one operator, pruned by the library and held against the masked dense one.
+
+Every operand is a weight, or a weight plus an input (an activation that has channels along every dimension); a matrix consumes the result along one
+dimension. What the analysis, reading the rule, then takes to be prunable must be mask-exact once the rewriter has adapted every argument.
+"""
+
+from __future__ import annotations
+
+import operator as operators
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, fx, nn
+
+from fasp_fx._program import Program
+from fasp_fx._signature import CallSignature
+from fasp_fx.analysis import analyze_program
+from fasp_fx.errors import FaspError
+from fasp_fx.passes import RemoveChannels, verify
+from fasp_fx.patterns import Rule
+from fasp_fx.plan import PruningPlan, planned
+
+from .._sets import draw_sets
+from ..oracle import Masked, error, floats
+from ._calls import Call
+from ._claims import Lie
+from ._draw import Draw
+from ._samples import STEPS
+
+_ATEN = torch.ops.aten
+CLAIM = "what the rule makes prunable can be removed"
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """Whether there was anything to remove; what went wrong; and why the verifier refused a program that was right."""
+
+    pruned: bool = False
+    lie: Lie | None = None
+    refusal: str | None = None
+
+
+def rewritten(rule: Rule, call: Call, results: list[Tensor], draw: Draw) -> Outcome:
+    """Prune a program around one call."""
+    program = one_operator(rule, call, results, draw) if str(call.operator) not in STEPS else None
+    if program is None:
+        return Outcome()
+    inputs = [torch.tensor(value, dtype=torch.float64) for value in (0.0, 0.37)]
+    try:
+        analysis = analyze_program(program)
+    except Exception as problem:
+        return Outcome(True, Lie(call, CLAIM, f"the analysis fails: {type(problem).__name__}: {problem}", direct=False))
+    chosen = draw_sets(analysis, np.random.default_rng(draw.integer(0, 2**31)))
+    if not chosen.any():
+        return Outcome()
+    gone = chosen[analysis.labels]
+    plan = PruningPlan("", tuple(entry for entry in planned(analysis.chosen, gone, analysis) if entry.removed_sets), 0.0)
+    try:
+        small = RemoveChannels(analysis, gone)(program)
+        with torch.no_grad():
+            found = [fx.Interpreter(small.module).run(x) for x in inputs]
+    except FaspError as problem:
+        return Outcome(True, Lie(call, CLAIM, f"removing {_line(plan)} is refused: {str(problem).strip()}", direct=False))
+    except Exception as problem:
+        reason = next((line for line in str(problem).strip().splitlines() if line.strip()), type(problem).__name__)
+        return Outcome(True, Lie(call, CLAIM, f"after removing {_line(plan)} the program does not run: {reason}", direct=False))
+    masked = Masked(program.module, plan)
+    for x, after in zip(inputs, found, strict=True):
+        expected = masked(x)
+        if not all(bool(torch.isfinite(t).all()) for t in floats(expected)):
+            return Outcome()
+        wrong = error(after, expected)
+        if wrong > (1e-8 if all(tensor.dtype != torch.float32 for tensor in call.tensors().values()) else 1e-4):
+            return Outcome(True, Lie(call, CLAIM, f"after removing {_line(plan)} the error against the masked program is {wrong:.1e}", direct=False))
+    try:
+        verify(small, analysis)
+    except FaspError as problem:
+        return Outcome(True, None, f"{call}: after removing {_line(plan)}: {str(problem).strip()}")
+    return Outcome(True)
+
+
+def _line(plan: PruningPlan) -> str:
+    return "; ".join(map(str, plan.groups))
+
+
+def one_operator(rule: Rule, call: Call, results: list[Tensor], draw: Draw) -> Program | None:
+    """A program around one call, or ``None`` if it has no result that a matrix could consume."""
+    usable = [index for index, result in enumerate(results) if result.numel()]
+    if not usable:
+        return None
+    which = draw.choice(usable)
+    result = results[which]
+    root, graph = nn.Module(), fx.Graph()
+    x = graph.placeholder("x")
+    x.meta["val"] = torch.zeros((), dtype=torch.float64)
+    operands = [name for name, tensor in call.tensors().items() if _varies(name, tensor)]
+    creates = bool(rule.creates)
+    if not operands and not creates:
+        return None
+    moving = set(draw.some(operands, least=1))
+    made = {name: _operand(root, graph, x, name, tensor, name in moving, draw) for name, tensor in call.tensors().items()}
+    arguments = {name: _argument(name, value, made) for name, value in call.arguments.items()}
+    node: Any = graph.call_function(call.operator, (), arguments)
+    node = _positional(call, node)
+    if creates:  # what is created meets an activation; what memory happens to hold is not compared
+        node = graph.call_function(_ATEN.zeros_like.default, (node,)) if "empty" in str(call.operator) else node
+        node = graph.call_function(_ATEN.add.Tensor, (_operand(root, graph, x, "met", draw.tensor(list(result.shape), "real"), True, draw), node))
+    if len(call.operator._schema.returns) > 1 or "List" in str(call.operator._schema.returns[0].type):
+        node = graph.call_function(operators.getitem, (node, which))
+    if result.is_complex():
+        node = graph.call_function(_ATEN.abs.default, (node,))
+    if not result.is_floating_point():
+        node = graph.call_function(_ATEN._to_copy.default, (node,), {"dtype": torch.float64})
+    if result.dim():
+        dim = draw.integer(0, result.dim() - 1)
+        root.register_parameter("consumer", nn.Parameter(draw.tensor([result.shape[dim], 2], "real").to(torch.float64)))
+        node = graph.call_function(_ATEN.transpose.int, (node, dim, -1))
+        if result.is_floating_point() and result.dtype != torch.float64:
+            node = graph.call_function(_ATEN._to_copy.default, (node,), {"dtype": torch.float64})
+        node = graph.call_function(_ATEN.matmul.default, (node, graph.get_attr("consumer")))
+    graph.output((node,))
+    example = (torch.zeros((), dtype=torch.float64),)
+    return Program(fx.GraphModule(root, graph), CallSignature.of(_forward, example, {}), (example, {}))
+
+
+def _forward(x: Tensor) -> Tensor:
+    return x
+
+
+def _varies(name: str, tensor: Tensor) -> bool:
+    """Whether a tensor holds numbers of the model, rather than positions."""
+    return tensor.is_floating_point() and tensor.dim() > 0
+
+
+def _operand(root: nn.Module, graph: fx.Graph, x: fx.Node, name: str, tensor: Tensor, moving: bool, draw: Draw) -> fx.Node:
+    """A tensor as a weight: as it is, with two dimensions stored as one, or with its dimensions in another order."""
+    attribute = "operand_" + name.replace("[", "_").replace("]", "")
+    if not _varies(name, tensor):
+        root.register_buffer(attribute, tensor)
+        return graph.get_attr(attribute)
+    stored, steps = tensor.clone(), []
+    if tensor.dim() > 1 and draw.flag(0.3):
+        dim = draw.integer(0, tensor.dim() - 2)
+        stored = stored.flatten(dim, dim + 1)
+        steps.append((_ATEN.view.default, list(tensor.shape)))
+    elif tensor.dim() > 1 and draw.flag(0.2):
+        order = draw.order(range(tensor.dim()))
+        stored = stored.permute([order.index(dim) for dim in range(tensor.dim())]).contiguous()
+        steps.append((_ATEN.permute.default, order))
+    root.register_parameter(attribute, nn.Parameter(stored))
+    node = graph.get_attr(attribute)
+    for operator, argument in steps:
+        node = graph.call_function(operator, (node, argument))
+    return graph.call_function(_ATEN.add.Tensor, (node, x)) if moving else node
+
+
+def _argument(name: str, value: Any, made: dict[str, fx.Node]) -> Any:
+    if isinstance(value, (list, tuple)):
+        return [made.get(f"{name}[{index}]", item) for index, item in enumerate(value)]
+    return made.get(name, value)
+
+
+def _positional(call: Call, node: fx.Node) -> fx.Node:
+    """Arguments as a captured graph has them: by position up to the keyword-only ones."""
+    first = [argument.name for argument in call.operator._schema.arguments if not argument.kwarg_only]
+    node.args = tuple(node.kwargs[name] for name in first)
+    node.kwargs = {name: value for name, value in node.kwargs.items() if name not in first}
+    return node

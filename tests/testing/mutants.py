@@ -1,0 +1,257 @@
+"""Seeded faults in rules and passes, each with a model or a rule on which it shows.
+
+A fault is applied by monkeypatching and must be caught by the harness: by :func:`fasp_fx.testing.check_program` on the net, or by
+:func:`fasp_fx.testing.check_rule` on the operator. The nets are healthy without the fault.
+"""
+
+from __future__ import annotations
+
+import types
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+import fasp_fx._program
+import fasp_fx._result
+import fasp_fx.analysis
+import fasp_fx.channels._facts
+import fasp_fx.channels._interpreter
+import fasp_fx.channels._moves
+import fasp_fx.passes._kept
+import fasp_fx.passes.attention
+import fasp_fx.passes.remove_channels
+import fasp_fx.passes.restore_weights
+import fasp_fx.plan
+from fasp_fx import patterns
+from fasp_fx.testing.specs import Activation, Attention, Branches, Collapse, Conv, Images, Linear, Move, Net, Norm, Residual, Sequences, Split, Tied
+
+Patch = Callable[[pytest.MonkeyPatch], None]
+ATEN = torch.ops.aten
+
+
+@dataclass(frozen=True)
+class Mutant:
+    """One fault.
+
+    Attributes:
+        name: what is wrong.
+        patch: puts it into the library.
+        net: the model on which it shows, or ``None``.
+        invariants: the ones it is held against; ``mask-exact`` where nothing else is said.
+        operator: the operator whose rule shows it, where no net does.
+        seed: with what the channels to remove are drawn.
+    """
+
+    name: str
+    patch: Patch
+    net: Net | None = None
+    invariants: tuple[str, ...] = ("mask-exact",)
+    operator: Any = None
+    seed: int = 0
+
+    def __str__(self) -> str:
+        return self.name
+
+
+CHAIN = Net((Linear(6), Activation(), Linear(4)))
+SQUARE = Net((Linear(4), Activation("tanh"), Linear(4)))
+SLICED = Net((Linear(8), Split(((Activation("tanh"),), (Activation("silu"),)), "slice"), Linear(3)))
+CHUNKED = Net((Linear(8), Split(((Activation("tanh"),), ()), "chunk", "cat"), Linear(3)))
+HEADS = Net((Attention(kv_heads=2, head_dim=4), Linear(2)), (Sequences(4),))
+GROUPED = Net((Attention(kv_heads=2, repeat=2, head_dim=4, sharing="interleave"), Linear(2)), (Sequences(4),))
+STREAM = Net((Linear(6), Residual((Linear(6), Activation())), Linear(2)))
+IMAGES = Net((Conv(4), Norm("batch"), Activation(), Conv(4, groups=2), Collapse("mean"), Linear(2)), (Images(),))
+JOINED = Net((Linear(3), Branches(((Linear(4), Activation("tanh")), (Linear(4), Activation("silu")))), Linear(2)))
+
+
+def rule(operator: Any, text: str) -> Patch:
+    """Another rule for an operator."""
+
+    def patch(monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setitem(patterns._registry._USER, operator, patterns.parse(text))
+
+    return patch
+
+
+def without_clause(operator: Any, keyword: str) -> Patch:
+    """The operator's rule without its clauses of one kind."""
+
+    def patch(monkeypatch: pytest.MonkeyPatch) -> None:
+        found = patterns.lookup(operator)
+        assert found is not None
+        left = patterns.Rule(found.moves, found.alternatives, tuple(clause for clause in found.clauses if clause.keyword != keyword))
+        monkeypatch.setitem(patterns._registry._USER, operator, left)
+
+    return patch
+
+
+def attribute(owner: Any, name: str, make: Callable[[Any], Any]) -> Patch:
+    """Another function in the place of one, made from it."""
+    return lambda monkeypatch: monkeypatch.setattr(owner, name, make(getattr(owner, name)))
+
+
+def _off_by_one(before: Any) -> Any:
+    def wrong(self: Any, value: Any, dim: int, position: int) -> int:
+        found = before(self, value, dim, position)
+        return found + 1 if 0 < position < value.shape[dim] and 0 < found < position else found
+
+    return wrong
+
+
+def _rolled_rows(replace_weight: Any) -> Any:
+    return lambda self, names, value: replace_weight(self, names, value.roll(1, 0))
+
+
+def _no_bias(replace_weight: Any) -> Any:
+    return lambda self, names, value: None if names[0].endswith("bias") else replace_weight(self, names, value)
+
+
+def _one_name(replace_weight: Any) -> Any:
+    return lambda self, names, value: replace_weight(self, names[:1], value)
+
+
+def _wrong_channels(cut_weights: Any) -> Any:
+    def wrong(program: Any, analysis: Any, gone: np.ndarray) -> None:
+        shifted = gone.copy()
+        for slot in analysis.numbering.slots:
+            if slot.dim == 0:
+                shifted[slot.base : slot.base + slot.size] = np.roll(gone[slot.base : slot.base + slot.size], 1)
+        cut_weights(program, analysis, shifted)
+
+    return wrong
+
+
+def _tiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Repeated heads are taken to come in the order a b a b instead of a a b b."""
+
+    def wrong(numbers: torch.Tensor, repeats: int, dim: int, **_: Any) -> torch.Tensor:
+        return torch.cat([numbers] * repeats, dim)
+
+    monkeypatch.setitem(fasp_fx.channels._moves._ON_NUMBERS, ATEN.repeat_interleave.self_int, wrong)
+    # The capture writes the repetition as an expansion and a view.
+    view = ATEN.view.default
+
+    def wrong_view(numbers: torch.Tensor, *size: Any) -> torch.Tensor:
+        (shape,) = size
+        return numbers.transpose(1, 2).reshape(shape) if numbers.dim() == 5 and len(shape) == 4 else numbers.reshape(shape)
+
+    monkeypatch.setattr(fasp_fx.channels._moves, "_run", _with_view(fasp_fx.channels._moves._run, view, wrong_view))
+
+
+def _with_view(run: Any, view: Any, wrong_view: Any) -> Any:
+    views = {view, ATEN._unsafe_view.default, ATEN.reshape.default}
+    return lambda operator, numbers, others: wrong_view(numbers, *others.values()) if operator in views else run(operator, numbers, others)
+
+
+def _reversed_join(monkeypatch: pytest.MonkeyPatch) -> None:
+    def wrong(tensors: list[torch.Tensor], dim: int = 0) -> torch.Tensor:
+        return torch.cat(list(reversed(tensors)), dim)
+
+    monkeypatch.setitem(fasp_fx.channels._moves._ON_NUMBERS, ATEN.cat.default, wrong)
+
+
+def _never_couples_sums(couple: Any) -> Any:
+    return lambda self, a, b, node: None if node is not None and node.target is ATEN.add.Tensor else couple(self, a, b, node)
+
+
+def _same_sizes(monkeypatch: pytest.MonkeyPatch) -> None:
+    for keyword in ("shape", "chunk"):
+        monkeypatch.setitem(fasp_fx.passes.remove_channels._REWRITES, keyword, lambda *_: False)
+
+
+def _one_block(find_blocks: Any) -> Any:
+    return lambda boxes, labels, group_of: (np.zeros_like(find_blocks(boxes, labels, group_of)[0]), [])
+
+
+def _transposed(call: Any) -> Any:
+    def wrong(self: Any, program: Any) -> Any:
+        self.restored = {
+            name: value.t().contiguous() if value.dim() == 2 and value.shape[0] == value.shape[1] else value for name, value in self.restored.items()
+        }
+        return call(self, program)
+
+    return wrong
+
+
+def _scale_of_next_width(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fasp_fx.passes.attention, "math", types.SimpleNamespace(sqrt=lambda width: (width + 1) ** 0.5))
+
+
+def _shifted(renumber: Any) -> Any:
+    def wrong(removed: Any, before: Any) -> tuple[int, ...]:
+        gone = list(before)
+        found = renumber(removed, gone)
+        return tuple(index + 1 for index in found) if gone else found
+
+    return wrong
+
+
+def _short_plan(planned: Any) -> Any:
+    """A plan that forgets the first index of every consumer."""
+    from dataclasses import replace
+
+    def wrong(groups: Any, gone: Any, analysis: Any, *rest: Any) -> Any:
+        found = planned(groups, gone, analysis, *rest)
+        return [replace(g, consumers=tuple(replace(c, removed=c.removed[1:]) if c.block_dim is None else c for c in g.consumers)) for g in found]
+
+    return wrong
+
+
+def _everything_pointwise(lookup: Any) -> Any:
+    def wrong(operator: Any) -> Any:
+        found = lookup(operator)
+        if found is None and "fasp_fx_testing" in str(operator):
+            return patterns.parse("x[...] -> [...]")
+        return found
+
+    return wrong
+
+
+MUTANTS: tuple[Mutant, ...] = (
+    # rules that claim too much
+    Mutant("softmax is pointwise", rule(ATEN.softmax.int, "self[...] -> [...]"), operator=ATEN.softmax.int),
+    Mutant("a scan is pointwise", rule(ATEN.cumsum.default, "self[...] -> [...]"), operator=ATEN.cumsum.default),
+    Mutant("a product with swapped letters", rule(ATEN.mm.default, "self[m k], mat2[n k] -> [m n]"), operator=ATEN.mm.default),
+    Mutant("lookups can lose rows", rule(ATEN.index_select.default, "move self"), operator=ATEN.index_select.default),
+    Mutant("layer norm mixes nothing", without_clause(ATEN.layer_norm.default, "mix"), Net((Linear(6), Norm(), Linear(2)))),
+    Mutant("a flip is pointwise", rule(ATEN.flip.default, "self[...] -> [...]"), Net((Linear(6), Move("flip"), Linear(2)))),
+    Mutant("a slice without its span", rule(ATEN.slice.Tensor, "move self"), SLICED, seed=1),
+    Mutant("a view without its size", rule(ATEN.view.default, "move self"), HEADS),
+    Mutant("batch norm forgets its statistics", rule(ATEN.batch_norm.default, "input[n c x*], weight[c], bias[c] -> [n c x*]"), IMAGES),
+    Mutant("a convolution forgets its groups", without_clause(ATEN.conv1d.default, "factor"), operator=ATEN.conv1d.default),
+    # analysis
+    Mutant("heads repeated in the wrong order", _tiled, GROUPED, seed=1),
+    Mutant("a join in the wrong order", _reversed_join, JOINED),
+    Mutant("a sum couples nothing", attribute(fasp_fx.channels._facts.Facts, "couple", _never_couples_sums), STREAM),
+    Mutant(
+        "a missed tie",
+        attribute(fasp_fx._program.Program, "canonical", lambda _: lambda self: {name: name for name in self.weights()}),
+        Net((Tied(4, "pair"),), (Sequences(3),)),
+        ("ties", "mask-exact"),
+    ),
+    Mutant("boxes without blocks", attribute(fasp_fx.analysis, "find_blocks", _one_block), HEADS, seed=1),
+    Mutant("an unseen operator is pointwise", attribute(fasp_fx.channels._interpreter, "lookup", _everything_pointwise), CHAIN, ("unseen",)),
+    # passes
+    Mutant("a slice off by one", attribute(fasp_fx.passes._kept.Kept, "before", _off_by_one), SLICED, seed=1),
+    Mutant("sizes that are not updated", _same_sizes, HEADS),
+    Mutant("weights cut at the wrong rows", attribute(fasp_fx.passes.remove_channels, "_cut_weights", _wrong_channels), CHAIN),
+    Mutant("rows written in another order", attribute(fasp_fx._program.Program, "replace_weight", _rolled_rows), CHAIN),
+    Mutant("a forgotten bias", attribute(fasp_fx._program.Program, "replace_weight", _no_bias), CHAIN),
+    Mutant(
+        "one name of a tied weight",
+        attribute(fasp_fx._program.Program, "replace_weight", _one_name),
+        Net((Tied(4, "pair"),), (Sequences(3),)),
+        ("ties", "mask-exact"),
+    ),
+    Mutant("a scale pinned at the wrong width", _scale_of_next_width, HEADS),
+    Mutant("restored weights transposed", attribute(fasp_fx.passes.RestoreWeights, "__call__", _transposed), SQUARE, ("restored",)),
+    # plans and results
+    Mutant("plans renumbered off by one", attribute(fasp_fx.plan, "_renumber", _shifted), Net((Linear(12), Activation(), Linear(2))), ("steps",), seed=3),
+    Mutant("a plan that says less than was done", attribute(fasp_fx.plan, "planned", _short_plan), CHAIN, ("plan",)),
+    Mutant("a plan for every model", attribute(fasp_fx.plan, "fingerprint", lambda _: lambda weights: "same"), CHAIN, ("plan",)),
+    Mutant("storage shared with the caller", attribute(fasp_fx._result, "own_storage", lambda _: lambda program: program), CHAIN, ("alone",)),
+)

@@ -1,0 +1,141 @@
+"""Checking one model: what is held against it, what is said of it, and how a user adds it to a test run."""
+
+from __future__ import annotations
+
+from importlib.metadata import entry_points
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import fasp_fx
+from fasp_fx.errors import ArgumentError, CaptureError
+from fasp_fx.testing import INVARIANTS, CheckFailed, build, check_program, example, program_test
+from fasp_fx.testing.specs import Activation, Conv, Images, Linear, Net, Norm, Scale, Sequences, Tied
+
+pytest_plugins = ["pytester"]
+
+CHAIN = Net((Linear(6), Activation(), Linear(4)))
+
+
+class Optional(nn.Module):
+    """Keyword arguments, an optional input, a constant, a dict and an integer among the outputs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(4, 6), nn.Linear(6, 3)
+
+    def forward(self, x: Tensor, *, shift: Tensor | None = None, scaled: bool = False) -> dict[str, Tensor]:
+        hidden = torch.relu(self.up(x if shift is None else x + shift))
+        found = self.down(hidden * 2 if scaled else hidden)
+        return {"logits": found, "best": found.argmax(-1)}
+
+
+def test_everything_holds_for_a_chain() -> None:
+    verdict = check_program(build(CHAIN), example(CHAIN))
+    assert verdict.ok
+    assert set(verdict.checked) | {name for name, _ in verdict.skipped} == set(INVARIANTS)
+    assert dict(verdict.skipped) == {"ties": "no weights are tied"}
+    assert 0 < verdict.removed < 6
+    assert verdict.calls >= 2
+    assert verdict.error < 1e-4 < verdict.seen
+    assert "mask-exact" in str(verdict)
+
+
+def test_keyword_arguments_and_other_calls() -> None:
+    model = Optional().eval()
+    others = [((torch.randn(7, 4),), {"shift": torch.randn(7, 4), "scaled": True})]
+    verdict = check_program(
+        model,
+        (torch.randn(3, 4),),
+        {"shift": torch.randn(3, 4), "scaled": True},
+        sparsity=0.4,
+        others=others,
+        invariants=("mask-exact", "signature", "nothing"),
+    )
+    assert verdict.ok
+    assert verdict.sparsity == pytest.approx(0.4, abs=0.15)
+    assert verdict.calls >= 3
+
+
+def test_the_seed_chooses_what_goes() -> None:
+    removed = {check_program(build(CHAIN), example(CHAIN), seed=seed, invariants=("mask-exact",)).removed for seed in range(4)}
+    assert len(removed) > 1
+
+
+def test_what_has_nothing_to_prune_is_said() -> None:
+    net = Net((Linear(4), Norm("layer"), Scale(), Linear(2)))
+    verdict = check_program(build(net), example(net), invariants=("mask-exact", "nothing"))
+    assert verdict.checked == ("nothing",)
+    assert dict(verdict.skipped)["mask-exact"] == "nothing of this model can be pruned"
+    with_sparsity = check_program(build(net), example(net), sparsity=0.3, invariants=("mask-exact",))
+    assert "no group of this model can be pruned" in dict(with_sparsity.skipped)["mask-exact"]
+
+
+def test_exported_programs_are_checked_too() -> None:
+    exported = torch.export.export(build(CHAIN), example(CHAIN), strict=False)
+    verdict = check_program(exported, example(CHAIN), invariants=("mask-exact", "plan", "shapes"))
+    assert verdict.checked == ("mask-exact", "plan", "shapes")
+
+
+@pytest.mark.parametrize("net", [Net((Tied(4, "pair"),), (Sequences(3),)), Net((Conv(4, 3), Activation(), Conv(3)), (Images(2, (4, 3)),))], ids=str)
+def test_other_kinds(net: Net) -> None:
+    assert check_program(build(net), example(net), invariants=("mask-exact", "steps", "ties", "plan")).ok
+
+
+def test_a_broken_invariant_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    original = fasp_fx._program.Program.replace_weight
+    monkeypatch.setattr(fasp_fx._program.Program, "replace_weight", lambda self, names, value: original(self, names, value.roll(1, 0)))
+    with pytest.raises(CheckFailed, match="NetModule \\(seed 0\\) breaks mask-exact: on inputs") as caught:
+        check_program(build(CHAIN), example(CHAIN), invariants=("mask-exact", "signature"))
+    verdict: Any = caught.value.verdict
+    assert isinstance(caught.value, (AssertionError, fasp_fx.FaspError))
+    assert not verdict.ok
+    assert [broken.invariant for broken in verdict.broken] == ["mask-exact"]
+    assert verdict.checked == ("signature",)
+
+
+def test_a_wrong_rule_is_found_through_a_model() -> None:
+    softmax = torch.ops.aten.softmax.int
+    fasp_fx.patterns.register(softmax, "self[...] -> [...]")
+    try:
+        model = nn.Sequential(nn.Linear(4, 6), nn.Softmax(-1), nn.Linear(6, 2)).eval()
+        with pytest.raises(CheckFailed, match=r"(?s)breaks mask-exact.*rules: aten\.softmax\.int.*claims too much"):
+            check_program(model, (torch.randn(3, 4),), invariants=("mask-exact", "rules"))
+    finally:
+        fasp_fx.patterns.unregister(softmax)
+
+
+def test_what_cannot_be_checked_is_an_error_of_its_own() -> None:
+    with pytest.raises(ArgumentError, match=r"invariants \['speed'\] are not known"):
+        check_program(build(CHAIN), example(CHAIN), invariants=("speed",))
+    with pytest.raises(CaptureError, match="training mode"):
+        check_program(build(CHAIN).train(), example(CHAIN))
+    with pytest.raises(ArgumentError):
+        check_program(build(CHAIN), ())
+
+
+test_one_line = program_test(lambda: (build(CHAIN), example(CHAIN)), invariants=("mask-exact",))
+
+
+def test_the_fixture_and_the_last_line(pytester: pytest.Pytester) -> None:
+    pytester.makepyfile(
+        """
+        import torch
+        from torch import nn
+        from fasp_fx.testing import program_test
+
+        def model():
+            return nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 2)).eval()
+
+        test_prunes = program_test(lambda: (model(), (torch.randn(2, 4),)), invariants=("mask-exact",))
+
+        def test_with_the_fixture(fasp_fx_check):
+            assert fasp_fx_check(model(), (torch.randn(2, 4),), seed=3, invariants=("mask-exact",)).ok
+        """
+    )
+    installed = any(point.value == "fasp_fx.testing.pytest_plugin" for point in entry_points(group="pytest11"))
+    found = pytester.runpytest_inprocess("-p", "no:cacheprovider", *(() if installed else ("-p", "fasp_fx.testing.pytest_plugin")))
+    found.assert_outcomes(passed=2)
+    found.stdout.fnmatch_lines(["fasp_fx.testing: * programs and * examples of * rules were tried*"])

@@ -1,0 +1,180 @@
+"""Every rule is right, wrong ones are told apart, and the counter-example is small and says where."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from conftest import PROFILE
+from operators import derived, operator, written
+from torch import Tensor
+
+from fasp_fx import patterns
+from fasp_fx.errors import ArgumentError, RuleError
+from fasp_fx.testing import CheckFailed, assert_rule, check_rule
+from fasp_fx.testing._tally import TALLY
+
+SLOW = PROFILE == "slow"
+#: calls per rule; in the slow profile all rules together are held against more than 100,000
+EXAMPLES = 260 if SLOW else 2
+#: around which share of them a program is pruned
+PROGRAMS = 0.25 if SLOW else 1.0
+ATEN = torch.ops.aten
+
+
+@pytest.mark.parametrize("name", written())
+def test_every_written_rule_is_right(name: str) -> None:
+    verdict = check_rule(operator(name), examples=EXAMPLES, seed=EXAMPLES, programs=PROGRAMS)
+    assert verdict.ok, str(verdict)
+    assert not verdict.refused, verdict.refused[0]
+    assert verdict.examples >= min(EXAMPLES, 1)
+
+
+@pytest.mark.parametrize("name", derived() if SLOW else derived()[::16])
+def test_every_derived_rule_is_right(name: str) -> None:
+    verdict = check_rule(operator(name), examples=EXAMPLES, seed=EXAMPLES, programs=PROGRAMS)
+    assert verdict.ok, str(verdict)
+    assert not verdict.refused, verdict.refused[0]
+
+
+WRONG: list[tuple[Any, str, str]] = [
+    # what mixes is said to keep apart
+    (ATEN.softmax.int, "self[...] -> [...]", "depends on position"),
+    (ATEN.cumsum.default, "self[...] -> [...]", "depends on position"),
+    (ATEN.sort.default, "self[...] -> [...], [...]", "depends on position"),
+    (ATEN.layer_norm.default, "input[... n*], weight[n*], bias[n*] -> [... n*]; shape normalized_shape=n*", "without positions"),
+    # dimensions are confused
+    (ATEN.mm.default, "self[m k], mat2[k n] -> [n m]", "has shape"),
+    (ATEN.mm.default, "self[k m], mat2[k n] -> [m n]", "contracted|refuses"),
+    (ATEN.linear.default, "input[... i], weight[i o], bias[o] -> [... o]", "contracted|refuses"),
+    (ATEN.transpose.int, "self[... a b] -> [... b a]", "has shape|depends"),
+    (ATEN.flip.default, "self[...] -> [...]", "instead of"),
+    # an operand is forgotten
+    (ATEN.add.Tensor, "self[...] -> [...]", "has shape"),
+    (ATEN.linear.default, "input[... i], weight[o i] -> [... o]", "refuses"),
+    # an argument is forgotten
+    (ATEN.layer_norm.default, "input[... n*], weight[n*], bias[n*] -> [... n*]; mix n*", "refuses|without positions"),
+    (ATEN.view.default, "move self", "does not run|refused"),
+    (ATEN.split_with_sizes.default, "move self", "does not run|refused"),
+    (ATEN.index_select.default, "move self", "does not run|refused|error against"),
+    # what computes is said to move
+    (ATEN.gelu.default, "move self", "integers"),
+    (ATEN.neg.default, "move self", "no element of 'self'"),
+    (ATEN.mul.Tensor, "check", "it returns Tensor"),
+]
+
+
+@pytest.mark.parametrize(("op", "rule", "fact"), WRONG, ids=lambda value: str(value)[:40])
+def test_what_claims_too_much_is_told(op: Any, rule: str, fact: str) -> None:
+    before = patterns.lookup(op)
+    verdict = check_rule(op, rule, examples=60)
+    assert verdict.kind == "claims too much"
+    assert verdict.counter is not None
+    assert re.search(fact, verdict.counter.fact), verdict.counter.fact
+    assert sum(value.numel() for value in verdict.counter.arguments.values() if isinstance(value, Tensor)) <= 16
+    assert str(verdict.counter) in str(verdict)
+    assert patterns.lookup(op) == before, "the rule in force is what it was"
+
+
+@pytest.mark.parametrize(
+    ("op", "rule", "needless"),
+    [
+        (ATEN.relu.default, "self[... c] -> [... c]; mix c", "mix c"),
+        (ATEN.relu.default, "self[... c] -> [... c]; freeze c", "freeze c"),
+        (ATEN.bmm.default, "self[b m k], mat2[b k n] -> [b m n]; mix b", "mix b"),
+        (ATEN.bmm.default, "self[b m k], mat2[b k n] -> [b m n]; freeze n", "freeze n"),
+    ],
+)
+def test_what_claims_too_little_is_told(op: Any, rule: str, needless: str) -> None:
+    verdict = check_rule(op, rule, examples=40)
+    assert (verdict.kind, verdict.needless, verdict.counter) == ("claims too little", (needless,), None)
+    assert f"does not need '{needless}'" in str(verdict)
+
+
+def test_a_rule_that_does_not_fit_is_too_little() -> None:
+    """The analysis does not use it, and freezes."""
+    verdict = check_rule(ATEN.max.dim, "self[...] -> [...]; reduce @dim", examples=20)
+    assert verdict.kind == "claims too little"
+    assert verdict.counter is not None
+    assert "returns 2 tensors, the rule speaks of 1" in verdict.counter.fact
+
+
+def test_the_smallest_counter_example_says_where() -> None:
+    verdict = check_rule(ATEN.softmax.int, "self[...] -> [...]", examples=60)
+    assert verdict.counter is not None
+    assert verdict.counter.call == "aten.softmax.int(self=<2>, dim=0)"
+    assert verdict.counter.arguments["self"].shape == (2,)
+    assert "result 0 at (1,) depends on position 0" in verdict.counter.fact
+
+
+def test_equal_seeds_give_equal_verdicts() -> None:
+    first, again = (check_rule(ATEN.softmax.int, "self[...] -> [...]", examples=30, seed=5) for _ in range(2))
+    assert (first.examples, str(first)) == (again.examples, str(again))
+
+
+def test_assert_rule_raises_the_verdict() -> None:
+    assert assert_rule(ATEN.linear.default, examples=10).ok
+    with pytest.raises(CheckFailed, match="claims too much") as caught:
+        assert_rule(ATEN.softmax.int, "self[...] -> [...]", examples=30)
+    assert isinstance(caught.value, AssertionError)
+    assert caught.value.verdict.operator == "aten.softmax.int"  # type: ignore[attr-defined]
+
+
+def test_a_rule_that_does_not_parse_names_the_place() -> None:
+    with pytest.raises(RuleError, match=r"(?s)self\[\.\.\. c -> \[c\].*\^"):
+        check_rule(ATEN.relu.default, "self[... c -> [c]")
+    with pytest.raises(RuleError, match="names \\['x'\\]"):
+        check_rule(ATEN.relu.default, "x[...] -> [...]")
+    with pytest.raises(RuleError, match="exact overload"):
+        check_rule(ATEN.relu, "self[...] -> [...]")
+    with pytest.raises(RuleError, match=r"there is no rule for aten\.nonzero\.default"):
+        check_rule(ATEN.nonzero.default)
+    with pytest.raises(ArgumentError, match="examples=0"):
+        check_rule(ATEN.relu.default, examples=0)
+
+
+@torch.library.custom_op("fasp_fx_testing_tests::blend", mutates_args=())
+def blend(x: Tensor, weight: Tensor, mode: str) -> Tensor:
+    if mode != "soft":
+        raise ValueError(f"mode {mode} is not known")
+    return torch.sigmoid(x) * weight
+
+
+@blend.register_fake
+def _(x: Tensor, weight: Tensor, mode: str) -> Tensor:
+    return x.new_empty(x.shape)
+
+
+@pytest.fixture
+def taught() -> Iterator[Any]:
+    op = torch.ops.fasp_fx_testing_tests.blend.default
+    patterns.register(op, "x[... c], weight[c] -> [... c]")
+    yield op
+    patterns.unregister(op)
+
+
+def test_operators_of_the_users_own(taught: Any) -> None:
+    with pytest.raises(ArgumentError, match="give some as samples="):
+        check_rule(taught)
+    samples = [((torch.randn(*lead, size), torch.randn(size)), {"mode": "soft"}) for size in (2, 3, 4) for lead in ((), (2,), (3, 2))]
+    verdict = check_rule(taught, samples=samples)
+    assert verdict.ok, str(verdict)
+    assert (verdict.examples, verdict.rule) == (9, "x[... c], weight[c] -> [... c]")
+    wrong = check_rule(taught, "x[... c] -> [... c]", samples=samples)
+    assert wrong.kind == "claims too much"
+    assert wrong.counter is not None
+    assert wrong.counter.arguments["x"].numel() == 2
+    assert str(patterns.lookup(taught)) == "x[... c], weight[c] -> [... c]"
+    with pytest.raises(ArgumentError, match="does not fit"):
+        check_rule(taught, samples=[((), {"y": 1})])
+
+
+def test_examples_are_counted() -> None:
+    before = TALLY.examples
+    verdict = check_rule(ATEN.relu.default, examples=7)
+    assert verdict.examples == 7
+    assert TALLY.examples == before + 7
+    assert 0 < verdict.pruned <= 7

@@ -1,0 +1,70 @@
+"""The oracle itself, against models masked by hand."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from fasp_fx.plan import ParameterSlice, PlannedGroup, PruningPlan
+from fasp_fx.testing import Masked
+from fasp_fx.testing.oracle import error, kept
+
+
+def plan(*consumers: ParameterSlice) -> PruningPlan:
+    return PruningPlan("", (PlannedGroup("group", 4, 1, 1, (), consumers),), 0.0)
+
+
+def test_columns_of_a_consumer_are_zero_and_the_model_is_untouched() -> None:
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.Linear(3, 5), nn.Tanh(), nn.Linear(5, 2)), torch.randn(4, 3)
+    before = [parameter.clone() for parameter in model.parameters()]
+    masked = Masked(model, plan(ParameterSlice("2.weight", 1, (0, 3))))
+    hidden = torch.tanh(model[0](x)) * torch.tensor([0.0, 1, 1, 0, 1])
+    assert error(masked(x), model[2](hidden)) < 1e-6
+    assert error(masked(x), model(x)) > 1e-2
+    assert all(torch.equal(parameter, old) for parameter, old in zip(model.parameters(), before, strict=True))
+
+
+class Tied(nn.Module):
+    """Embedding and head share a weight, whose columns the head consumes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.head = nn.Embedding(7, 4), nn.Linear(4, 7, bias=False)
+        self.head.weight = self.embed.weight
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        embedded = self.embed(tokens)
+        return self.head(torch.tanh(embedded)) + embedded.sum(-1, keepdim=True)
+
+
+def test_a_lookup_finds_the_whole_weight() -> None:
+    torch.manual_seed(0)
+    model, tokens = Tied(), torch.arange(6).reshape(2, 3)
+    weight = model.embed.weight
+    masked = Masked(model, plan(ParameterSlice("embed.weight", 1, (1,))))
+    embedded = F.embedding(tokens, weight)
+    expected = F.linear(torch.tanh(embedded) * torch.tensor([1.0, 0, 1, 1]), weight) + embedded.sum(-1, keepdim=True)
+    assert error(masked(tokens), expected) < 1e-6
+    exported = torch.export.export(model, (tokens,), strict=False)
+    assert error(Masked(exported, plan(ParameterSlice("embed.weight", 1, (1,))))(tokens), expected) < 1e-6
+
+
+def test_blocks_lose_their_own_positions() -> None:
+    weight = torch.ones(2, 3, 4)
+    mask = kept(weight, ParameterSlice("experts", 1, ((0,), (2,)), 0))  # type: ignore[arg-type]
+    assert mask[0, :, 0].tolist() == [False, True, True]
+    assert mask[1, :, 0].tolist() == [True, True, False]
+    rows = kept(torch.ones(4, 2), ParameterSlice("grouped", 1, ((0,), (1,)), 0))  # type: ignore[arg-type]
+    assert rows.tolist() == [[False, True], [False, True], [True, False], [True, False]]
+
+
+def test_errors() -> None:
+    a = torch.tensor([1.0, 2.0])
+    assert error(a, a) == 0
+    assert error(a, torch.tensor([1.0, 4.0])) == 0.5
+    assert error(a, torch.tensor([1.0])) == float("inf")
+    assert error(torch.tensor([1.0, float("nan")]), a) == float("inf")
+    assert error(torch.tensor([1.0, float("inf")]), torch.tensor([1.0, float("inf")])) == 0
+    assert error({"a": a, "n": torch.tensor(1)}, {"a": a, "n": torch.tensor(2)}) == 0

@@ -1,0 +1,231 @@
+"""The strategies reach everything they promise, and shrink to two linear layers."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from functools import cache
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, Phase, find, given, settings
+from hypothesis import strategies as st
+
+from fasp_fx import testing
+from fasp_fx.errors import ArgumentError, FaspError
+from fasp_fx.testing import build, example, specs, strategies
+from fasp_fx.testing._channel_blocks import ACTIVATIONS, GATES, JOINS, MOVES, NORMS, PARTS, TIES
+from fasp_fx.testing._image_blocks import COLLAPSES, POOLS, RESIZES
+from fasp_fx.testing._large_blocks import EXPERTS, KERNELS, POSITIONS, PROJECTIONS, ROUTES, SHARING
+from fasp_fx.testing._net import blocks_of
+from fasp_fx.testing.specs import (
+    Activation,
+    Attention,
+    Branches,
+    Collapse,
+    Conv,
+    Experts,
+    Gated,
+    Images,
+    Linear,
+    MixTokens,
+    Move,
+    Net,
+    Norm,
+    Pool,
+    Residual,
+    Resize,
+    Scale,
+    Sequences,
+    Split,
+    SqueezeExcite,
+    Tied,
+    Tokens,
+)
+
+PUBLIC = {name: getattr(specs, name) for name in specs.__all__}
+SEARCH = settings(max_examples=4000, database=None, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+REACH = settings(SEARCH, phases=[Phase.generate])
+TWO_LAYERS = Net((Linear(2), Linear(2)))
+
+
+def minimal(strategy: st.SearchStrategy[Net], condition: Callable[[Net], bool] = lambda net: True) -> Net:
+    """The smallest net of a strategy that meets a condition."""
+    return find(strategy, condition, settings=SEARCH)
+
+
+def has(kind: type, /, **options: Any) -> Callable[[Net], bool]:
+    """Whether a net has a block of a kind with these options."""
+    return lambda net: any(isinstance(block, kind) and all(getattr(block, k) == v for k, v in options.items()) for block in blocks_of(net))
+
+
+@pytest.mark.parametrize("name", [*strategies.FAMILIES, "programs"])
+@settings(max_examples=12)
+@given(data=st.data())
+def test_drawn_nets_print_build_and_run(name: str, data: st.DataObject) -> None:
+    net = data.draw(strategies.FAMILIES[name]() if name in strategies.FAMILIES else strategies.programs())
+    assert eval(repr(net), dict(PUBLIC)) == net
+    build(net)(*example(net))
+
+
+def test_programs_shrink_to_two_linear_layers() -> None:
+    assert minimal(testing.programs()) == TWO_LAYERS
+    assert minimal(testing.chains()) == TWO_LAYERS
+
+
+@pytest.mark.parametrize(
+    ("strategy", "expected"),
+    [
+        (strategies.residual, Net((Linear(2), Residual((Linear(2),)), Linear(2)))),
+        (strategies.gated, Net((Linear(2), Gated(2), Linear(2)))),
+        (strategies.convolutional, Net((Conv(2), Conv(2), Collapse(), Linear(2)), (Images(),))),
+        (strategies.attention_nets, Net((Linear(2), Attention(), Linear(2)), (Sequences(),))),
+        (strategies.concatenating, Net((Linear(2), Branches(((), (Linear(2),))), Linear(2)))),
+        (strategies.splitting, Net((Linear(2), Split(((), ())), Linear(2)))),
+        (strategies.mixing, Net((Linear(2), MixTokens(2), Linear(2)), (Sequences(),))),
+        (strategies.tied, Net((Linear(2), Tied(2), Linear(2)))),
+        (strategies.multi_input, Net((Linear(2), Linear(2)), (specs.Vectors(), specs.Vectors()))),
+        (strategies.multi_output, Net((Linear(2),), heads=((Linear(2),), (Linear(2),)))),
+        (strategies.experts, Net((Linear(2), Experts(2), Linear(2)))),
+    ],
+)
+def test_families_shrink_to_two_linear_layers_around_their_block(strategy: Any, expected: Net) -> None:
+    assert minimal(strategy()) == expected
+
+
+@pytest.mark.parametrize(
+    ("condition", "expected"),
+    [
+        (has(Residual), Net((Linear(2), Residual((Linear(2),)), Linear(2)))),
+        (has(Activation, kind="gelu"), Net((Linear(2), Activation("gelu"), Linear(2)))),
+        (has(Linear, width=6), Net((Linear(2), Linear(6)))),
+        (lambda net: len(net.blocks) > 3, Net((Linear(2), Linear(2), Linear(2), Linear(2)))),
+        (lambda net: net.tied, Net((Linear(2), Linear(2)), (Tokens(),), tied=True)),
+        (lambda net: bool(net.heads), Net((Linear(2),), heads=((Linear(2),), (Linear(2),)))),
+    ],
+)
+def test_programs_shrink_to_what_matters(condition: Callable[[Net], bool], expected: Net) -> None:
+    assert minimal(testing.programs(), condition) == expected
+
+
+@cache
+def drawn(name: str, count: int) -> list[Net]:
+    """Nets as a strategy draws them."""
+    found: list[Net] = []
+
+    @settings(REACH, max_examples=count)
+    @given(strategies.FAMILIES[name]() if name in strategies.FAMILIES else strategies.programs())
+    def collect(net: Net) -> None:
+        found.append(net)
+
+    collect()
+    return found
+
+
+def reached(name: str, count: int, condition: Callable[[Net], bool]) -> bool:
+    """Whether a strategy draws a net that meets a condition."""
+    return any(condition(net) for net in drawn(name, count))
+
+
+OPTIONS: list[tuple[type, str, tuple[Any, ...]]] = [
+    (Linear, "bias", (True, False)),
+    (Activation, "kind", ACTIVATIONS),
+    (Norm, "kind", NORMS),
+    (Scale, "shift", (True, False)),
+    (Move, "kind", MOVES),
+    (Gated, "form", GATES),
+    (Branches, "join", JOINS),
+    (Split, "how", PARTS),
+    (Split, "join", JOINS),
+    (Tied, "form", TIES),
+    (Collapse, "kind", COLLAPSES),
+    (Experts, "route", ROUTES),
+    (Experts, "form", EXPERTS),
+]
+CONVOLUTIONS: list[tuple[type, str, tuple[Any, ...]]] = [
+    (Conv, "depthwise", (True, False)),
+    (Conv, "transposed", (True, False)),
+    (Conv, "stride", (1, 2)),
+    (Conv, "kernel", (1, 3)),
+    (Conv, "groups", (1, 2, 3)),
+    (Pool, "kind", POOLS),
+    (Resize, "kind", RESIZES),
+    (SqueezeExcite, "width", (2, 3)),
+]
+ATTENTION: list[tuple[type, str, tuple[Any, ...]]] = [
+    (Attention, "projection", PROJECTIONS),
+    (Attention, "positions", POSITIONS),
+    (Attention, "kernel", KERNELS),
+    (Attention, "sharing", SHARING),
+    (Attention, "bias", (True, False)),
+    (Attention, "kv_heads", (1, 2, 3)),
+    (Attention, "repeat", (1, 2, 3)),
+    (Attention, "head_dim", (2, 4, 6, 8)),
+]
+
+
+@pytest.mark.parametrize(("name", "count", "options"), [("programs", 700, OPTIONS), ("convolutional", 400, CONVOLUTIONS), ("decoders", 250, ATTENTION)])
+def test_every_option_is_reached(name: str, count: int, options: list[tuple[type, str, tuple[Any, ...]]]) -> None:
+    wanted = [(kind, option, value) for kind, option, values in options for value in values]
+    missing = [(kind.__name__, option, value) for kind, option, value in wanted if not reached(name, count, has(kind, **{option: value}))]
+    assert not missing
+
+
+@pytest.mark.parametrize(
+    "condition",
+    [
+        lambda net: net.tied,
+        lambda net: not net.tied,
+        lambda net: len(net.blocks) > 4,
+        has(Branches, join="add"),
+        has(Gated, form="chunk"),
+        has(Gated, form="separate"),
+        has(Attention, projection="interleaved", repeat=3),
+        lambda net: any(isinstance(source, Tokens) and source.positions for source in net.inputs),
+        *[has(Norm, kind=kind) for kind in ("layer", "rms", "plain_rms")],
+        *[lambda net, width=width: net.inputs[0].first().channels == width for width in (4, 6, 8)],  # type: ignore[misc]
+    ],
+)
+def test_decoders_reach_the_rest(condition: Callable[[Net], bool]) -> None:
+    assert reached("decoders", 250, condition)
+
+
+@pytest.mark.parametrize(
+    "condition",
+    [
+        lambda net: len(net.inputs) == 3,
+        lambda net: len(net.inputs) == 2 and net.join == "cat",
+        lambda net: len(net.inputs) == 2 and net.join == "mul",
+        lambda net: any(getattr(source, "blocks", ()) for source in net.inputs),
+        lambda net: len(net.heads) == 2 and net.named,
+        lambda net: has(Residual)(net) and has(Split)(net),
+        lambda net: has(Attention)(net) and has(Branches)(net),
+        lambda net: any(isinstance(source, Images) and len(source.sizes) == 2 for source in net.inputs),
+        lambda net: has(Residual)(net) and has(MixTokens)(net),
+    ],
+)
+def test_programs_reach_combinations(condition: Callable[[Net], bool]) -> None:
+    assert reached("programs", 700, condition)
+
+
+def test_kinds_and_bounds() -> None:
+    only = testing.programs(kinds=("Activation",), max_blocks=1)
+    assert minimal(only, lambda net: len(net.blocks) == 3 and has(Activation)(net)) == Net((Linear(2), Activation(), Linear(2)))
+    with pytest.raises(Exception, match=r"NoSuchExample|No examples"):
+        find(only, has(Residual), settings=settings(REACH, max_examples=100))
+    with pytest.raises(ArgumentError, match="kinds \\['Recurrent'\\] are not known"):
+        testing.programs(kinds=("Recurrent",))
+    with pytest.raises(ArgumentError, match="must not be negative"):
+        testing.programs(max_blocks=-1)
+
+
+def test_without_hypothesis_the_error_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delitem(sys.modules, "fasp_fx.testing.strategies")
+    monkeypatch.delitem(sys.modules, "fasp_fx.testing._draw_blocks")
+    monkeypatch.delattr(testing, "strategies")
+    monkeypatch.setitem(sys.modules, "hypothesis", None)
+    with pytest.raises(testing.MissingExtraError, match=r"install fasp_fx\[testing\]") as caught:
+        testing.programs()
+    assert isinstance(caught.value, FaspError)
+    with pytest.raises(AttributeError, match="no attribute 'architectures'"):
+        testing.architectures()
