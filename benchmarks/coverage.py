@@ -1,6 +1,6 @@
 """Coverage of model zoos: what is captured, prunable, frozen and why, how exact the pruned models are, and how long it takes.
 
-    python benchmarks/coverage.py transformers|torchvision|timm [--only NAME ...] [--out FILE.jsonl] [--redo] [--analyze-only]
+    python benchmarks/coverage.py transformers|torchvision|timm [--only NAME ...] [--out FILE.jsonl] [--redo | --redo-failed] [--analyze-only]
     python benchmarks/coverage.py transformers --table
 
 Each model's record is appended to the file as soon as it is known; models that are in it already are skipped, so an interrupted run goes on where it
@@ -49,6 +49,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--only", nargs="+", metavar="NAME", help="names or kinds of models")
     parser.add_argument("--out", type=pathlib.Path, help="records, one JSON object a line (default: coverage-ZOO.jsonl)")
     parser.add_argument("--redo", action="store_true", help="measure again what the file holds already")
+    parser.add_argument("--redo-failed", action="store_true", help="measure again what failed")
     parser.add_argument("--analyze-only", action="store_true", help="capture and analyse, without pruning")
     parser.add_argument("--table", action="store_true", help="print the table of the records in the file, and a summary")
     parser.add_argument("--timeout", type=float, default=600, help="seconds for one model")
@@ -74,7 +75,7 @@ def _read(path: pathlib.Path) -> dict[str, Record]:
 
 def _run(options: argparse.Namespace, out: pathlib.Path) -> None:
     signal.signal(signal.SIGTERM, lambda *received: sys.exit(143))  # so that the worker ends too
-    done = {} if options.redo else _read(out)
+    done = set() if options.redo else {name for name, record in _read(out).items() if _is_done(record, options)}
     worker = Worker(options)
     try:
         wanted = [
@@ -94,6 +95,12 @@ def _run(options: argparse.Namespace, out: pathlib.Path) -> None:
                 worker = Worker(options)
     finally:
         worker.stop()
+
+
+def _is_done(record: Record, options: argparse.Namespace) -> bool:
+    """Whether a record answers what is asked for; one of an analysis alone does not say how exact a pruned model is."""
+    failed = record["ok"] is False
+    return not (failed and options.redo_failed) and (options.analyze_only or not record.get("only_analysed", False))
 
 
 def _line(record: Record) -> str:

@@ -40,6 +40,7 @@ def measure(entry: Entry, analyze_only: bool = False) -> Record:
         "seconds": {},
         "tolerance": TOLERANCE_DOUBLE if entry.double else TOLERANCE,
         "parts": None,
+        "only_analysed": analyze_only,
     }
     try:
         _measure(entry, analyze_only, record)

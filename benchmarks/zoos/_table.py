@@ -57,7 +57,8 @@ def _row(record: Record) -> list[str]:
 def verdict(record: Record) -> str:
     """How a model fared, in a word or a line."""
     if record["ok"]:
-        return "exact" if record.get("visible", True) else "exact, invisible"
+        parts = f" in {len(record['parts'])} part{'s' if len(record['parts']) > 1 else ''}" if record.get("parts") else ""
+        return f"exact{parts}{'' if record.get('visible', True) else ', invisible'}"
     if record["ok"] is None:
         return record.get("error") or "analysed"
     if record.get("error"):
@@ -71,9 +72,13 @@ def summary(records: dict[str, Record]) -> list[str]:
     everything = list(records.values())
     captured = [record for record in everything if record["captured"]]
     pruned = [record for record in captured if "mask_error" in record]
+    parts = [record for record in everything if record.get("parts")]
     analysed = [record for record in captured if "shares" in record]
     weights = sum(record["weights"] for record in analysed)
     lines = [f"* {len(captured)} of {len(everything)} captured", f"* {len(pruned)} pruned, {sum(record['ok'] is True for record in pruned)} of them exact"]
+    lines.append(
+        f"* {len(parts)} of the other {len(everything) - len(captured)} pruned in parts, {sum(record['ok'] is True for record in parts)} of them exact"
+    )
     if captured:
         enough = [record for record in captured if record.get("sparsity", 0.0) >= 0.2]
         lines.append(f"* {len(enough)} of {len(captured)} lose 20 % or more of the counted weights")
@@ -86,10 +91,11 @@ def summary(records: dict[str, Record]) -> list[str]:
     slow = [record["name"] for record in deep if record["seconds"]["analysis"] > record["seconds"]["capture"]]
     lines.append(f"* {len(deep)} models of 100 or more layers; analysis slower than capture: {', '.join(slow) or 'none'}")
     for title, chosen in (
-        ("not captured", [record for record in everything if not record["captured"]]),
+        ("neither captured nor pruned in parts", [record for record in everything if not record["captured"] and not record.get("parts")]),
         ("captured and failed", [record for record in captured if record["ok"] is False]),
+        ("pruned in parts and failed", [record for record in parts if record["ok"] is False]),
         ("nothing to prune", [record for record in captured if record.get("max_sparsity") == 0]),
-        ("masking changes nothing that can be seen", [record for record in pruned if not record.get("visible", True)]),
+        ("masking changes nothing that can be seen", [record for record in [*pruned, *parts] if not record.get("visible", True)]),
     ):
         lines += [f"* {title}: {len(chosen)}", *(f"    * {record['name']}: {verdict(record)}" for record in chosen)]
     return [*lines, *without_rule(analysed)]

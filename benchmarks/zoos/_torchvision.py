@@ -13,15 +13,17 @@ from ._entry import Draw, Entry, constant, image, noise
 
 #: the side of the images, where 64 does not do
 SIZES = {"inception_v3": 96, "vit_h_14": 56, "maxvit_t": 224, "ssd300_vgg16": 300, "ssdlite320_mobilenet_v3_large": 320}
+#: no detection would reach the usual score under random weights
+_RCNN = {"min_size": 96, "max_size": 96, "box_score_thresh": 0.0}
 #: builder arguments, by the beginning of a model's name
 OPTIONS: dict[str, dict[str, Any]] = {
     "googlenet": {"aux_logits": False, "init_weights": False},
     "inception_v3": {"aux_logits": False, "init_weights": False},
     "vit_": {"image_size": 64},
     "vit_h_14": {"image_size": 56},
-    "fasterrcnn": {"min_size": 96, "max_size": 96},
-    "maskrcnn": {"min_size": 96, "max_size": 96},
-    "keypointrcnn": {"min_size": 96, "max_size": 96},
+    "fasterrcnn": _RCNN,
+    "maskrcnn": _RCNN,
+    "keypointrcnn": _RCNN,
     "retinanet": {"min_size": 96, "max_size": 96},
     "fcos": {"min_size": 96, "max_size": 96},
 }
@@ -58,11 +60,13 @@ def _entry(name: str) -> Entry:
         positional = (image(size),)
     known = {"detection", "segmentation", "video", "optical_flow"}
     kind = family.replace("_", " ") if family in known else "classification"
-    return Entry(name, kind, _maker(builder, options), positional, keywords, batches=(1, 2) if name in CLIPS else (2, 3))
+    batches = (1, 2) if name in CLIPS else (2, 3)
+    # a rounding error can change which boxes a detection model keeps
+    return Entry(name, kind, _maker(builder, options, family == "detection"), positional, keywords, family == "detection", batches)
 
 
-def _maker(builder: Callable[..., nn.Module], options: dict[str, Any]) -> Callable[[], nn.Module]:
-    return lambda: builder(**options)
+def _maker(builder: Callable[..., nn.Module], options: dict[str, Any], double: bool) -> Callable[[], nn.Module]:
+    return lambda: builder(**options).to(torch.float64 if double else torch.float32)
 
 
 def _list(side: int) -> Draw:

@@ -205,7 +205,7 @@ def test_decoders_reach_the_rest(condition: Callable[[Net], bool]) -> None:
     ],
 )
 def test_programs_reach_combinations(condition: Callable[[Net], bool]) -> None:
-    assert reached("programs", 700, condition)
+    assert reached("programs", 3000, condition)
 
 
 def test_kinds_and_bounds() -> None:

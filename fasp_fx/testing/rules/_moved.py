@@ -91,6 +91,6 @@ def _needed(call: Call, name: str, source: Tensor, argument: str, moved: list[Te
     for before, after in zip(moved, found, strict=True):
         flat = before.reshape(-1)
         expected = flat[torch.isin(flat, kept)]
-        if after.numel() != expected.numel() or not torch.equal(after.reshape(-1), expected):
+        if after.dim() != before.dim() or after.numel() != expected.numel() or not torch.equal(after.reshape(-1), expected):
             return True
     return False
