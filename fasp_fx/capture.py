@@ -37,6 +37,7 @@ def capture(
     dynamic_shapes: Any = None,
     state: tuple[str, ...] = (),
     device: torch.device | str | None = None,
+    image_sizes: bool = False,
 ) -> Program:
     """Capture ``model`` as it behaves on the example inputs.
 
@@ -47,6 +48,7 @@ def capture(
             tensors of four dimensions and more) only the first.
         state: names of arguments and outputs that hold state (a cache) and may become narrower.
         device: move the captured copy there; ``None`` leaves it where the model is.
+        image_sizes: let heights and widths of images vary as well.
 
     Raises:
         ArgumentError: the inputs do not fit the model.
@@ -67,7 +69,7 @@ def capture(
             _register_caches(model)
         signature = CallSignature.of(model.forward, args, kwargs)
         given = pytree.tree_map(lambda leaf: leaf.detach() if isinstance(leaf, Tensor) else leaf, signature.graph_inputs(args, kwargs))
-        exported, notes = _export(model, signature, given, dynamic_shapes)
+        exported, notes = _export(model, signature, given, dynamic_shapes, _every_dim if image_sizes else _all_dims)
     else:
         raise ArgumentError(f"model must be an nn.Module, fx.GraphModule or ExportedProgram, not {type(model).__name__}")
     if target is not None:
@@ -161,7 +163,7 @@ def _exported_signature(exported: ExportedProgram, args: tuple[Any, ...], kwargs
     return CallSignature.of(forward, args or example_args, kwargs or example_kwargs)
 
 
-def _export(model: nn.Module, signature: CallSignature, given: dict[str, Any], dynamic_shapes: Any) -> tuple[ExportedProgram, tuple[str, ...]]:
+def _export(model: nn.Module, signature: CallSignature, given: dict[str, Any], dynamic_shapes: Any, free: Any) -> tuple[ExportedProgram, tuple[str, ...]]:
     names = _by_position(model, signature)
     meta = any(parameter.device.type == "meta" for parameter in model.parameters())
     if meta:
@@ -172,8 +174,8 @@ def _export(model: nn.Module, signature: CallSignature, given: dict[str, Any], d
     else:
         wide = _widened(given)
         if wide is not None:
-            attempts.append(("", wide, _all_dims))
-        attempts.append(("the batch size of 1 seen at capture is fixed" if wide is not None else "", given, _all_dims))
+            attempts.append(("", wide, free))
+        attempts.append(("the batch size of 1 seen at capture is fixed" if wide is not None else "", given, free))
         attempts.append(("only the first dimension of each input is dynamic", wide or given, _first_dim))
         attempts.append(("the shapes of the inputs are fixed to those of the example", given, None))
     failures: list[Exception] = []
@@ -246,7 +248,7 @@ def _register_caches(model: Any) -> None:
 def _export_transformers(model: Any, kwargs: dict[str, Any], shapes: Any) -> ExportedProgram:
     from transformers.exporters.exporter_dynamo import DynamoConfig, DynamoExporter
 
-    automatic = shapes is _all_dims and not _images(kwargs.values())
+    automatic = shapes is _every_dim or (shapes is _all_dims and not _images(kwargs.values()))
     if callable(shapes) and not automatic:
         shapes = shapes((), kwargs).dynamic_shapes(model, (), kwargs)
     config = DynamoConfig(dynamic=automatic or shapes is not None, dynamic_shapes=None if automatic else shapes)
@@ -273,8 +275,8 @@ def _images(arguments: Iterable[Any]) -> set[int]:
     return {id(tensor) for tensor in tensors if tensor.is_floating_point() and tensor.dim() >= 4 and tensor.shape[-1] not in lengths}
 
 
-def _collection(args: tuple[Any, ...], kwargs: dict[str, Any], dims: int | None) -> ShapesCollection:
-    collection, images = ShapesCollection(), _images((*args, *kwargs.values()))
+def _collection(args: tuple[Any, ...], kwargs: dict[str, Any], dims: int | None, images: set[int]) -> ShapesCollection:
+    collection = ShapesCollection()
     for leaf in pytree.tree_leaves((args, kwargs)):
         if isinstance(leaf, Tensor):
             count = leaf.dim() if dims is None else min(dims, leaf.dim())
@@ -284,11 +286,15 @@ def _collection(args: tuple[Any, ...], kwargs: dict[str, Any], dims: int | None)
 
 
 def _all_dims(args: tuple[Any, ...], kwargs: dict[str, Any]) -> ShapesCollection:
-    return _collection(args, kwargs, None)
+    return _collection(args, kwargs, None, _images((*args, *kwargs.values())))
+
+
+def _every_dim(args: tuple[Any, ...], kwargs: dict[str, Any]) -> ShapesCollection:
+    return _collection(args, kwargs, None, set())
 
 
 def _first_dim(args: tuple[Any, ...], kwargs: dict[str, Any]) -> ShapesCollection:
-    return _collection(args, kwargs, 1)
+    return _collection(args, kwargs, 1, set())
 
 
 def upper_bound(size: torch.SymInt) -> int | None:

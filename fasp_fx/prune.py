@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import replace
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -241,7 +242,7 @@ def _check_fingerprint(plan: PruningPlan, found: str) -> None:
 def _stages(granularity: tuple[str, ...], include: tuple[str, ...]) -> Stages:
     """What each part goes through where a model is pruned by its submodules."""
     return Stages(
-        capture,
+        partial(capture, image_sizes=True),  # a part can be called with features of many sizes
         lambda program: analyze_program(program, split_fused, granularity, include),
         lambda program, analysis, decision: _rewrite(program, analysis, decision, None, _Clock()),
     )

@@ -8,7 +8,10 @@ from fasp_fx.analysis import Analysis
 
 
 def draw_sets(analysis: Analysis, random: np.random.Generator) -> np.ndarray:
-    """Of every block of each group that is pruned a random number of channel sets, the same in all its blocks, and at least one in all; shape ``[sets]``, boolean."""
+    """Of every block of each group that is pruned a random number of channel sets, the same in all its blocks, and at least one in all.
+
+    Shape ``[sets]``, boolean.
+    """
     chosen = np.zeros(int(analysis.labels.max(initial=-1)) + 1, dtype=bool)
     groups = [group for group in analysis.chosen if group.width > 1]
     sure = int(random.integers(len(groups))) if groups else -1
