@@ -16,6 +16,7 @@ from torch import Tensor, fx, nn
 from torch._decomp import decomposition_table
 from torch._ops import HigherOrderOperator, OpOverload
 from torch.export import Dim, ExportedProgram, ShapesCollection
+from torch.export.graph_signature import InputKind, TensorArgument
 from torch.export.passes import move_to_device_pass
 from torch.fx.graph import _PyTreeCodeGen
 from torch.utils import _pytree as pytree
@@ -182,6 +183,9 @@ def _export(model: nn.Module, signature: CallSignature, given: dict[str, Any], d
         try:
             with _quiet(), _without_grad():
                 exported = _export_once(model, signature, names, inputs, shapes)
+                features = _of_fixed_total(exported) if dynamic_shapes is None and callable(shapes) else frozenset()
+                if features:
+                    exported = _export_once(model, signature, names, inputs, functools.partial(_with_static, shapes, features))
             if dynamic_shapes is None and shapes is _all_dims and _images(inputs.values()):
                 note = "; ".join(filter(None, (note, "the sizes of images are fixed to those of the example; dynamic_shapes= lets them vary")))
             return exported, ((note,) if note else ())
@@ -294,6 +298,39 @@ def _every_dim(args: tuple[Any, ...], kwargs: dict[str, Any]) -> ShapesCollectio
 
 def _first_dim(args: tuple[Any, ...], kwargs: dict[str, Any]) -> ShapesCollection:
     return _collection(args, kwargs, 1, set())
+
+
+def _of_fixed_total(exported: ExportedProgram) -> frozenset[tuple[int, int]]:
+    """Dimensions of inputs, as (position, dimension), whose sizes may vary only against each other because their sum is fixed.
+
+    These are features side by side, not batches or lengths: where one ends decides which weights meet the next.
+    """
+    given = [spec.arg for spec in exported.graph_signature.input_specs if spec.kind is InputKind.USER_INPUT]
+    recorded = {node.name: node.meta["val"].shape for node in exported.graph.find_nodes(op="placeholder") if isinstance(node.meta.get("val"), Tensor)}
+    sizes = {
+        (index, dim): size.node.expr
+        for index, argument in enumerate(given)
+        if isinstance(argument, TensorArgument)
+        for dim, size in enumerate(recorded[argument.name])
+        if isinstance(size, torch.SymInt)
+    }
+    tied: set[Any] = set()
+    for expression in sizes.values():
+        constant, rest = expression.as_coeff_Add()
+        if constant > 0 and rest and all(part.as_coeff_Mul()[0] < 0 for part in sympy.Add.make_args(rest)):
+            tied |= expression.free_symbols
+    return frozenset(place for place, expression in sizes.items() if expression.free_symbols & tied)
+
+
+def _with_static(
+    shapes: Callable[..., ShapesCollection], fixed: frozenset[tuple[int, int]], args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> ShapesCollection:
+    """What ``shapes`` lets vary, but for these dimensions."""
+    collection = shapes(args, kwargs)
+    for index, leaf in enumerate(pytree.tree_leaves((args, kwargs))):
+        for dim in [dim for position, dim in fixed if position == index]:
+            collection[leaf][dim] = Dim.STATIC
+    return collection
 
 
 def upper_bound(size: torch.SymInt) -> int | None:

@@ -190,6 +190,13 @@ def _one_of_each(axis: Axis, source: Axis) -> bool:
     return smallest_step(axis.numbers.numpy(), axis.dim) > smallest_step(source.numbers.numpy(), source.dim)
 
 
+def _at_run_time(node: fx.Node, rule: Rule, joined: int) -> bool:
+    """Whether some of the joined tensors vary in length along the joined dimension, which decides where the others lie."""
+    assert rule.moves is not None
+    recorded = [part.meta.get("val") for part in arguments_of(node)[rule.moves] if isinstance(part, fx.Node)]
+    return any(isinstance(val, Tensor) and isinstance(val.shape[joined], torch.SymInt) for val in recorded)
+
+
 def _join(node: fx.Node, rule: Rule, sources: list[Value], others: dict[str, Any], shapes: list[tuple[int, ...]], facts: Facts) -> list[Value]:
     """Concatenation or stacking: axes that shrink the joined dimension are joined, all others must agree."""
     sources = [source for source in sources if _numel(source.shape) or len(source.shape) > 1]
@@ -205,6 +212,10 @@ def _join(node: fx.Node, rule: Rule, sources: list[Value], others: dict[str, Any
             for source_axes in per_source:
                 for axis in source_axes:
                     facts.say(facts.frozen, axis.numbers, f"meets a part of {node.target} that has no channels there", node)
+            continue
+        if not stacked and any(joined in axis.varying() for found in per_source for axis in found) and _at_run_time(node, rule, joined):
+            for axis in (axis for found in per_source for axis in found):
+                facts.say(facts.frozen, axis.numbers, f"{node.target} puts it behind something of a length known only at run time", node)
             continue
         parts = [_full(found[0], s.shape) if found else torch.full(s.shape, NONE) for found, s in zip(per_source, sources, strict=True)]
         alike = (stacked or dim != joined) and all(found[0].numbers.shape == per_source[0][0].numbers.shape for found in per_source)

@@ -1,0 +1,46 @@
+"""Inputs joined side by side: where one ends decides which weights meet the next."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from oracle import assert_mask_exact
+from torch import Tensor, nn
+from torch.export import Dim
+
+import fasp_fx
+
+
+class Joined(nn.Module):
+    """A projected input between two others."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.middle, self.out = nn.Linear(4, 6), nn.Sequential(nn.Linear(14, 8), nn.ReLU(), nn.Linear(8, 2))
+
+    def forward(self, before: Tensor, x: Tensor, after: Tensor) -> Tensor:
+        return self.out(torch.cat([before, self.middle(x), after], dim=-1))
+
+
+ARGS = (torch.randn(3, 4), torch.randn(3, 4), torch.randn(3, 4))
+
+
+def test_their_widths_are_fixed_and_what_lies_between_is_pruned() -> None:
+    torch.manual_seed(0)
+    model = Joined().eval()
+    result = fasp_fx.prune(model, ARGS, sparsity=0.4, score="random", restore=None)
+    assert {part.name for group in result.plan.groups for part in group.producers} == {"middle.weight", "middle.bias", "out.0.weight", "out.0.bias"}
+    assert_mask_exact(model, result, lambda module: module(*ARGS))
+    others = tuple(torch.randn(5, 4) for _ in ARGS)
+    assert_mask_exact(model, result, lambda module: module(*others))
+    with pytest.raises((AssertionError, RuntimeError), match=r"size\(\)\[1\] == 4"):
+        result.module(torch.randn(3, 5), torch.randn(3, 4), torch.randn(3, 3))
+
+
+def test_what_the_caller_lets_vary_freezes_what_lies_between() -> None:
+    """Widths that may trade with each other leave no fixed place for what lies between."""
+    shapes = ({1: Dim.AUTO}, None, {1: Dim.AUTO})
+    analysis = fasp_fx.analyze(Joined().eval(), ARGS, dynamic_shapes=shapes)
+    reasons = {group.producers[0].name: group.reason for group in analysis.groups if group.producers}
+    assert "a length known only at run time" in reasons["middle.weight"]
+    assert [group.producers[0].name for group in analysis.select("prunable")] == ["out.0.weight"]
