@@ -135,11 +135,9 @@ def _decompositions(graph: fx.Graph) -> dict[OpOverload, Callable[..., Any]]:
     """How to take apart the operators of a graph that have no rule: what they are made of may have one."""
     known = torch.export.default_decompositions()
     found: dict[OpOverload, Callable[..., Any]] = {}
-    for operator in {node.target for node in graph.nodes if isinstance(node.target, OpOverload)}:
-        if lookup(operator) is not None or operator._schema.is_mutable or operator._schema.name.rpartition("::")[2] in _RECURRENT:
+    for operator in {node.target for node in graph.nodes if isinstance(node.target, OpOverload) and not _is_plain(node)}:
+        if operator._schema.is_mutable or operator._schema.name.rpartition("::")[2] in _RECURRENT:
             continue
-        if not any("Tensor" in str(argument.type) for argument in operator._schema.arguments):
-            continue  # it makes a tensor of nothing, and touches no channel
         if operator in known:
             found[operator] = known[operator]
         elif operator in decomposition_table:
@@ -152,7 +150,11 @@ def _is_plain(node: fx.Node) -> bool:
         return node.op != "get_attr"  # a submodule: a region with its own gradient or autocast mode
     if not isinstance(node.target, OpOverload):
         return not isinstance(node.target, HigherOrderOperator)
-    return not node.target._schema.is_mutable and lookup(node.target) is not None
+    if node.target._schema.is_mutable:
+        return False
+    # what computes positions and indices of nothing, or of one another, touches no channel: it may stay whole without a rule
+    given = [argument.meta.get("val") for argument in node.all_input_nodes]
+    return lookup(node.target) is not None or not any(isinstance(value, Tensor) and (value.is_floating_point() or value.is_complex()) for value in given)
 
 
 def _exported_signature(exported: ExportedProgram, args: tuple[Any, ...], kwargs: dict[str, Any]) -> CallSignature:
