@@ -6,14 +6,15 @@ Exporters drop arguments that hold no tensors and flatten the rest; a pruned mod
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import Any, NoReturn
 
 import torch
 from torch.fx.graph import _PyTreeCodeGen, _PyTreeInfo
 from torch.utils import _pytree as pytree
 
+from ._outline import check_outline, outline_of
 from .errors import ArgumentError, CallError, CaptureError
 
 #: defaults that generated code spells out; others must stay the same object, by which an argument left out is recognised
@@ -41,11 +42,13 @@ class CallSignature:
         parameters: the signature of ``forward``, without ``self``.
         captured: names of the arguments that the graph takes.
         constants: the arguments given at capture that hold no tensor; they are part of the program.
+        outlines: for captured arguments that are lists or dicts, what they are built of.
     """
 
     parameters: inspect.Signature
     captured: tuple[str, ...]
     constants: dict[str, Any]
+    outlines: dict[str, Any] = field(default_factory=dict)
 
     @staticmethod
     def of(forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> CallSignature:
@@ -64,7 +67,8 @@ class CallSignature:
         constants = {name: value for name, value in given.items() if name not in captured}
         if not captured:
             raise ArgumentError("the example inputs hold no tensor; pass at least one tensor in args or kwargs")
-        return CallSignature(signature, captured, constants)
+        outlines = {name: outline_of(given[name]) for name in captured if isinstance(given[name], (Mapping, list, tuple))}
+        return CallSignature(signature, captured, constants, outlines)
 
     def graph_inputs(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
         """The captured arguments of one call, by name.
@@ -82,6 +86,8 @@ class CallSignature:
         missing = [name for name in self.captured if name not in given]
         if missing:
             refuse_missing(missing[0])
+        for name, outline in self.outlines.items():
+            check_outline(name, given[name], outline)
         return {name: given[name] for name in self.captured}
 
     def given(self) -> list[str]:
@@ -157,9 +163,9 @@ def check_constant(name: str, value: Any, expected: Any, default: Any) -> None:
 class _Checks:
     """What generated code refers to: fx keys globals by value, so that constants must hide behind one object."""
 
-    def __init__(self, captured: dict[str, Any], defaults: dict[str, Any]) -> None:
-        self.captured, self.defaults = captured, defaults
-        self.constant, self.missing, self.count = check_constant, refuse_missing, refuse_count
+    def __init__(self, captured: dict[str, Any], defaults: dict[str, Any], outlines: dict[str, Any]) -> None:
+        self.captured, self.defaults, self.outlines = captured, defaults, outlines
+        self.constant, self.missing, self.count, self.outline = check_constant, refuse_missing, refuse_count, check_outline
 
 
 class CallerCodeGen(_PyTreeCodeGen):
@@ -170,7 +176,7 @@ class CallerCodeGen(_PyTreeCodeGen):
         self.signature = signature
         parameters = signature.parameters.parameters
         defaults = {name: p.default for name, p in parameters.items() if p.default is not inspect.Parameter.empty}
-        self.checks = _Checks(self._expected(), defaults)
+        self.checks = _Checks(self._expected(), defaults, signature.outlines)
 
     def additional_globals(self) -> list[tuple[str, Any]]:
         return [*super().additional_globals(), ("_call", self.checks)]
@@ -226,6 +232,9 @@ class CallerCodeGen(_PyTreeCodeGen):
         variadic = self.signature.variadic()
         if rest is not None:
             lines.append(f"    if len({rest}) != {len(variadic)}: _call.count({rest!r}, len({rest}), {len(variadic)})")
+        for name in self.signature.outlines:
+            where = f"{rest}[{variadic.index(name)}]" if name in variadic else self._keyword(name, named, extra)
+            lines.append(f"    _call.outline({name!r}, {where}, _call.outlines[{name!r}])")
         by_position = self.signature.given()[: in_spec.child(0).num_children]
         first = [f"*{rest}" if name in variadic else f"_call.captured[{name!r}]" if name in self.signature.constants else name for name in by_position]
         keywords = [f"{key!r}: {self._keyword(key, named, extra)}" for key in in_spec.child(1).context or []]

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from ._outline import HELD
 from ._signature import CallSignature
 from .errors import StoreError
 
@@ -43,7 +44,8 @@ def signature_to_json(signature: CallSignature) -> dict[str, Any]:
         except TypeError as error:
             plain = "None, bool, int, float, str, list, tuple, dict"
             raise StoreError(f"argument '{name}' was captured as {value!r}: {error}; capture the model with plain data ({plain})") from error
-    return {"parameters": parameters, "captured": list(signature.captured), "constants": constants}
+    outlines = {name: value_to_json(outline) for name, outline in signature.outlines.items()}
+    return {"parameters": parameters, "captured": list(signature.captured), "constants": constants, "outlines": outlines}
 
 
 def signature_from_json(data: Mapping[str, Any]) -> CallSignature:
@@ -59,7 +61,8 @@ def signature_from_json(data: Mapping[str, Any]) -> CallSignature:
             parameters.append(inspect.Parameter(entry["name"], inspect._ParameterKind[entry["kind"]], default=default))
         captured = tuple(str(name) for name in data["captured"])
         constants = {str(name): value_from_json(value) for name, value in data["constants"].items()}
-        return CallSignature(inspect.Signature(parameters), captured, constants)
+        outlines = {str(name): value_from_json(value) for name, value in data["outlines"].items()}
+        return CallSignature(inspect.Signature(parameters), captured, constants, outlines)
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise StoreError(f"signature.json is damaged: {type(error).__name__}: {error}; save the result again") from error
 
@@ -81,6 +84,8 @@ def value_to_json(value: Any) -> Any:
         return {"float": repr(value)}
     if type(value) in (type(None), bool, int, float, str):
         return value
+    if value is HELD:
+        return {"held": None}
     if type(value) is list:
         return [value_to_json(item) for item in value]
     if type(value) is tuple:
@@ -114,6 +119,8 @@ def value_from_json(value: Any) -> Any:
             return torch.device(content)
         if tag == "dtype" and isinstance(getattr(torch, content, None), torch.dtype):
             return getattr(torch, content)
+        if tag == "held":
+            return HELD
         if tag == "not_stored":
             return NotStored(str(content))
     raise ValueError(f"{value!r} is not a stored value")
