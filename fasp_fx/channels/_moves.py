@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -109,12 +110,41 @@ def move(
                 continue  # the remaining positions are those of a sequence, not channels
         if "pad" in others and _border_moves(axis, others):
             facts.say(facts.frozen, axis.numbers, f"is cut at the border, or continued there, by {node.target}", node)
+        if "pad" not in others:
+            axis = _aligned(axis, source.shape, lambda numbers: _outputs(_run(node.target, numbers, _rest(others))), node, facts)
         moved = _pad(axis, others["pad"]) if "pad" in others else _run(node.target, _full(axis, source.shape), _rest(others))
         for index, numbers in enumerate(_outputs(moved)):
             _keep(axes[index], numbers, facts, node, axis)
     whole = source.origin if len(shapes) == 1 and _numel(shapes[0]) == _numel(source.shape) else None
     data = [None] * len(shapes) if source.data is None else _outputs(_run(node.target, source.data, _rest(others)))
     return [Value(shape, tuple(axes[i]), source.constant, whole, data[i]) for i, shape in enumerate(shapes)]
+
+
+def _aligned(axis: Axis, shape: tuple[int, ...], run: Callable[[Tensor], list[Tensor]], node: fx.Node, facts: Facts) -> Axis:
+    """Couple channels at one place of several rows where the move deals the rows out in turn, as a channel shuffle does.
+
+    Rows may lose different channels only as long as each stays in one piece: of rows that alternate, the order of what is left would change.
+    """
+    numbers = axis.numbers
+    for dim in axis.varying():
+        if dim <= axis.dim:
+            continue
+        rows = torch.arange(shape[dim]).reshape([-1 if d == dim else 1 for d in range(len(shape))]).expand(shape)
+        moved = zip(run(_full(axis, shape)), run(rows), strict=True)
+        if any(_alternate(Axis.of(laid), row) for laid, row in moved):
+            facts.couple(numbers.narrow(dim, 0, 1), numbers, node)
+            numbers = numbers.narrow(dim, 0, 1)
+    return axis if numbers is axis.numbers else replace(axis, numbers=numbers.contiguous())
+
+
+def _alternate(axis: Axis | None, rows: Tensor) -> bool:
+    """Whether along the dimension of an axis the same row comes again after another."""
+    if axis is None:
+        return False
+    lines = rows.movedim(axis.dim, -1).reshape(-1, rows.shape[axis.dim])
+    changes = (lines[:, 1:] != lines[:, :-1]).sum(-1)
+    kinds = (lines.sort(-1).values.diff(dim=-1) != 0).sum(-1)
+    return bool((changes > kinds).any())
 
 
 def _some_index(value: Any, given: Any) -> Any:
