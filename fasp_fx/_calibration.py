@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -23,17 +23,8 @@ def read_batches(program: Program, calibration: Iterable[Any] | None, device: to
     Raises:
         CalibrationError: no batch at all, or one that does not fit; names the batch, the argument and what was expected.
     """
-    if calibration is None:
-        raise CalibrationError(
-            "no calibration data: pass calibration=, an iterable of batches, or use score='magnitude' or 'random' with restore=None, which need none"
-        )
-    if isinstance(calibration, (Tensor, Mapping, str)):
-        raise CalibrationError(f"calibration is a single {type(calibration).__name__}; pass an iterable of batches, for example [batch]")
-    if not isinstance(calibration, Iterable) and not hasattr(calibration, "__getitem__"):
-        raise CalibrationError(f"calibration is a {type(calibration).__name__}; pass an iterable of batches, for example [batch]")
     batches = []
-    for index, batch in enumerate(calibration):
-        args, kwargs = _as_call(batch, index)
+    for index, (args, kwargs) in enumerate(calibration_calls(calibration)):
         try:
             flat = program.flat_inputs(args, kwargs)
         except CallError as error:
@@ -42,9 +33,28 @@ def read_batches(program: Program, calibration: Iterable[Any] | None, device: to
             flat = [leaf.to(device) if isinstance(leaf, Tensor) else leaf for leaf in flat]
         _check(program, flat, index)
         batches.append(flat)
-    if not batches:
-        raise CalibrationError("the calibration data is empty: it yielded no batch")
     return batches
+
+
+def calibration_calls(calibration: Iterable[Any] | None) -> Iterator[tuple[tuple[Any, ...], dict[str, Any]]]:
+    """Positional and keyword arguments of every batch.
+
+    Raises:
+        CalibrationError: what was given is no iterable of batches, or yields none.
+    """
+    if calibration is None:
+        raise CalibrationError(
+            "no calibration data: pass calibration=, an iterable of batches, or use score='magnitude' or 'random' with restore=None, which need none"
+        )
+    if isinstance(calibration, (Tensor, Mapping, str)):
+        raise CalibrationError(f"calibration is a single {type(calibration).__name__}; pass an iterable of batches, for example [batch]")
+    if not isinstance(calibration, Iterable) and not hasattr(calibration, "__getitem__"):
+        raise CalibrationError(f"calibration is a {type(calibration).__name__}; pass an iterable of batches, for example [batch]")
+    index = -1
+    for index, batch in enumerate(calibration):
+        yield _as_call(batch, index)
+    if index < 0:
+        raise CalibrationError("the calibration data is empty: it yielded no batch")
 
 
 def _as_call(batch: Any, index: int) -> tuple[tuple[Any, ...], dict[str, Any]]:

@@ -17,7 +17,7 @@ from ._signature_json import value_from_json, value_to_json
 from ._tensors import to_device
 from ._untrusted import check_program, walk
 from .capture import _quiet
-from .errors import StoreError
+from .errors import StoreError, first_line
 
 
 def program_to_json(program: ExportedProgram) -> dict[str, Any]:
@@ -31,8 +31,7 @@ def program_to_json(program: ExportedProgram) -> dict[str, Any]:
         with _quiet():
             stored = serde.ExportedProgramSerializer().serialize(program, serialize_state_dict=False, serialize_constants=False, serialize_example_inputs=False)
     except Exception as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise StoreError(f"the program cannot be written as JSON: {reason}") from error
+        raise StoreError(f"the program cannot be written as JSON: {first_line(error)}") from error
     check_program(stored.exported_program)  # what is refused on loading is refused now
     fields = serde._dataclass_to_dict(stored.exported_program)
     return {"program": json.loads(json.dumps(fields, cls=serde.EnumEncoder, allow_nan=False)), "example": _example_to_json(program)}
@@ -60,8 +59,7 @@ def program_from_json(data: Mapping[str, Any], weights: dict[str, Tensor], const
     except StoreError:
         raise
     except Exception as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise StoreError(f"graph.json holds no program that torch {torch.__version__} can read: {reason}; save the result again") from error
+        raise StoreError(f"graph.json holds no program that torch {torch.__version__} can read: {first_line(error)}; save the result again") from error
 
 
 def _check_weights(program: ExportedProgram) -> None:

@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
-from .errors import ArgumentError
+from .errors import ArgumentError, first_line
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -121,7 +121,7 @@ def find_device(name: str | None) -> torch.device:
         device = torch.device(name)
         torch.empty(1, device=device)
     except Exception as error:  # each backend raises what it likes
-        raise ArgumentError(f"the device '{name}' cannot be used: {_first_line(error)}; try cpu") from error
+        raise ArgumentError(f"the device '{name}' cannot be used: {first_line(error)}; try cpu") from error
     return device
 
 
@@ -140,14 +140,9 @@ def _load(what: str, load: Callable[[], T]) -> T:
         with _without_gguf_bar():
             return load()
     except ImportError as error:
-        raise ArgumentError(f"{what} needs a package that is not installed: {_first_line(error)}") from error
+        raise ArgumentError(f"{what} needs a package that is not installed: {first_line(error)}") from error
     except Exception as error:  # loaders raise whatever the files make them trip over
-        raise ArgumentError(f"{what} cannot be loaded as a causal language model: {_first_line(error)}") from error
-
-
-def _first_line(error: Exception) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[0] if lines else type(error).__name__
+        raise ArgumentError(f"{what} cannot be loaded as a causal language model: {first_line(error)}") from error
 
 
 @contextlib.contextmanager

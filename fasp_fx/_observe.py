@@ -42,10 +42,6 @@ class _Consumer:
         self.uses: list[Use] = []
         self.grams: list[Gram] | None = None
 
-    @property
-    def key(self) -> tuple[Any, ...]:
-        return self.matrices.key
-
     def gone(self, gone: np.ndarray) -> np.ndarray:
         """Which columns go, shape ``[blocks, columns]``."""
         return np.append(gone, False)[self.matrices.columns].any(-1)  # the last entry serves NONE (-1)
@@ -76,7 +72,7 @@ class Observer:
 
     def _consumer(self, use: Use) -> _Consumer:
         made = _Consumer(self.analysis, use)
-        consumer = self.consumers.setdefault(made.key, made)
+        consumer = self.consumers.setdefault(made.matrices.key, made)
         if use not in consumer.uses:
             consumer.uses.append(use)
         return consumer
@@ -103,12 +99,13 @@ class Observer:
     def _observe(self, runner: Runner, uses: list[Use]) -> None:
         for use in uses:
             consumer = self._consumer(use)
+            matrices = ConsumerMatrices(use, self.analysis.walk.values)
             blocks, columns = use.columns.shape[:2]
             ends = list(runner.read(use.route)) if use.route is not None else None
             for batch, activation in enumerate(runner.read(use.activation)):
                 if consumer.grams is None:
                     consumer.grams = [Gram(columns, activation.device) for _ in range(blocks)]
-                for block, tokens in ConsumerMatrices(use, self.analysis.walk.values).tokens(activation, None if ends is None else ends[batch]):
+                for block, tokens in matrices.tokens(activation, None if ends is None else ends[batch]):
                     consumer.grams[block].update(tokens, 1)
             assert consumer.grams is not None
             if not all(bool(torch.isfinite(gram.matrix.diagonal()).all()) for gram in consumer.grams):
@@ -134,7 +131,7 @@ class Observer:
         labels = self.analysis.labels
         total = np.zeros(group.size)
         order = np.argsort(group.sets)
-        for consumer in {c.key: c for c in self.of_group[group.name]}.values():
+        for consumer in dict.fromkeys(self.of_group[group.name]):
             read = consumer.matrices.read(self._weight(consumer))
             for block, matrix in enumerate(read):
                 values = self._score(matrix, consumer.grams[block] if consumer.grams is not None else None)
@@ -158,7 +155,7 @@ class Observer:
 
     def _finish(self, ready: list[Group], runner: Runner | None) -> None:
         """Restore (or cut) the consumers all of whose groups are decided."""
-        for consumer in {c.key: c for group in ready for c in self.of_group[group.name]}.values():
+        for consumer in dict.fromkeys(c for group in ready for c in self.of_group[group.name]):
             touching = [group.name for group in self.groups if consumer in self.of_group[group.name]]
             if any(name in self._undecided for name in touching):
                 continue

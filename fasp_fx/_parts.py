@@ -16,18 +16,18 @@ from torch import Tensor, nn
 from torch.export import ExportedProgram
 
 from . import plan as plans
-from ._calibration import _as_call
+from ._calibration import calibration_calls
 from ._calls import Call, rewound, watching
 from ._observe import Decision
 from ._program import Program
 from ._result import Result
 from ._signature import CallSignature
 from ._stand_in import dressed, put, replaced
-from ._submodules import Analyze, Capture, Part, Search, first_line, why_unfit
+from ._submodules import Analyze, Capture, Part, Search, why_unfit
 from .allocation import Budget
 from .analysis import Analysis
 from .capture import _is_transformers, _register_caches
-from .errors import CalibrationError, CaptureError, FaspError, PlanError, StoreError
+from .errors import CalibrationError, CaptureError, FaspError, PlanError, StoreError, first_line
 from .plan import PruningPlan
 from .report import Report, weight_size
 
@@ -337,23 +337,15 @@ def _copy(model: nn.Module, error: CaptureError) -> nn.Module:
 
 
 def _user_batches(calibration: Iterable[Any] | None, device: torch.device | None) -> list[Call]:
-    if calibration is None:
-        raise CalibrationError(
-            "no calibration data: pass calibration=, an iterable of batches, or use score='magnitude' or 'random' with restore=None, which need none"
-        )
-    if isinstance(calibration, (Tensor, Mapping, str)) or not (isinstance(calibration, Iterable) or hasattr(calibration, "__getitem__")):
-        raise CalibrationError(f"calibration is a {type(calibration).__name__}; pass an iterable of batches, for example [batch]")
     batches = []
-    for index, batch in enumerate(calibration):
-        call = Call(*_as_call(batch, index))
+    for index, (args, kwargs) in enumerate(calibration_calls(calibration)):
+        call = Call(args, kwargs)
         if device is not None:
             call = call.map(lambda tensor: tensor.to(device))
         for tensor in call.tensors():
             if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
                 raise CalibrationError(f"calibration batch {index} holds values that are not finite; remove or repair them")
         batches.append(call)
-    if not batches:
-        raise CalibrationError("the calibration data is empty: it yielded no batch")
     return batches
 
 

@@ -16,7 +16,7 @@ from ._program import Program
 from ._result import finish
 from ._stand_in import StandIn, replaced, same_output
 from .analysis import Analysis
-from .errors import FaspError
+from .errors import FaspError, first_line
 
 Capture = Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], Program]
 Analyze = Callable[[Program], Analysis]
@@ -53,11 +53,6 @@ class _Refusal:
 
     reason: str
     descend: bool = True
-
-
-def first_line(error: BaseException) -> str:
-    """The first line of an error's message, or its class if it has none."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
 
 
 class Search:
@@ -282,4 +277,4 @@ def _within(path: str, top: str) -> bool:
     return path == top or path.startswith(f"{top}.")
 
 
-__all__ = ["Part", "Search", "first_line", "why_unfit"]
+__all__ = ["Part", "Search", "why_unfit"]

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from .errors import StoreError
+from .errors import StoreError, first_line
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
@@ -91,8 +91,7 @@ def to_device(tensor: Tensor, device: torch.device) -> Tensor:
     try:
         return tensor.to(device)
     except (RuntimeError, AssertionError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise StoreError(f"the save needs the device '{device}', which cannot be used here ({reason}); pass device='cpu' to load()") from error
+        raise StoreError(f"the save needs the device '{device}', which cannot be used here ({first_line(error)}); pass device='cpu' to load()") from error
 
 
 def _inverse(order: list[int]) -> list[int]:

@@ -172,11 +172,10 @@ def _walk(program: Program, heads: bool) -> tuple[Numbering, Walk]:
             break
         blocked = {**walk.facts.blocks, **blocked}
     in_heads, coupled = _numbered(walk.facts.heads), _numbered(walk.facts.heads + walk.facts.together)
-    sets, before = numbering.total, numbering.total + 1
-    while coupled and sets < before:  # what goes together along one dimension may still have to along the next
-        walk = _walk_together(program, numbering, coupled, coupled)
+    before = -1
+    while coupled and (sets := int(_label(numbering.total, coupled).max())) != before:  # what goes together along one dimension may have to along the next
+        walk, before = _walk_together(program, numbering, coupled, coupled), sets
         coupled = coupled + _numbered(walk.facts.together)
-        sets, before = int(_label(numbering.total, coupled).max()) + 1, sets
     if coupled:
         walk = _walk_together(program, numbering, coupled, walk.facts.pairs)
     walk.facts.heads = in_heads

@@ -23,7 +23,7 @@ from torch.utils._sympy.numbers import int_oo
 
 from ._program import Program, graph_module
 from ._signature import CallerCodeGen, CallSignature, is_plain
-from .errors import ArgumentError, CaptureError
+from .errors import ArgumentError, CaptureError, first_line
 from .patterns import lookup
 
 _log = logging.getLogger("fasp_fx")
@@ -93,8 +93,7 @@ def _usable(device: torch.device | str) -> torch.device:
         found = torch.device(device)
         torch.empty(0, device=found)
     except (RuntimeError, AssertionError, TypeError) as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise ArgumentError(f"device={device!r} cannot be used here: {reason}; leave it out to stay on the model's device") from error
+        raise ArgumentError(f"device={device!r} cannot be used here: {first_line(error)}; leave it out to stay on the model's device") from error
     return found
 
 

@@ -52,3 +52,8 @@ class StoreError(FaspError):
 
 class CalibrationWarning(UserWarning):
     """The calibration data is usable, but weaker than the method wants."""
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an error's message, to stand inside a sentence, or its class if it has none."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(". ")

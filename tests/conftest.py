@@ -5,9 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import random
-import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 
@@ -16,10 +14,10 @@ import torch
 from hypothesis import HealthCheck, Phase, settings
 from saved import small_result
 from torch import nn
-from torch.utils._pytree import tree_leaves
 from zoo import ZOO
 
 import fasp_fx
+from fasp_fx.testing._captures import one_capture as one_capture
 
 _COMMON = {"deadline": None, "suppress_health_check": [HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.filter_too_much]}
 settings.register_profile("fast", max_examples=15, derandomize=True, database=None, phases=[Phase.explicit, Phase.generate, Phase.shrink], **_COMMON)
@@ -93,24 +91,3 @@ def result() -> fasp_fx.Result:
 def saved(result: fasp_fx.Result, tmp_path: Path) -> Path:
     """That result on disk."""
     return result.save(tmp_path / "out")
-
-
-@contextmanager
-def one_capture() -> Iterator[None]:
-    """Capture each model once inside. A capture must survive any number of prunings unchanged, so this only adds to what is tested."""
-    module = sys.modules["fasp_fx.prune"]
-    original = module.capture
-    seen: dict[tuple[int, str], tuple[object, object]] = {}
-
-    def capture(model: nn.Module, args: object = (), kwargs: object = None, **options: object) -> object:
-        shapes = [(tuple(leaf.shape) if isinstance(leaf, torch.Tensor) else repr(leaf)) for leaf in tree_leaves((args, kwargs))]
-        key = (id(model), f"{shapes} {options}")
-        if key not in seen:
-            seen[key] = (model, original(model, args, kwargs, **options))
-        return seen[key][1]
-
-    module.capture = capture
-    try:
-        yield
-    finally:
-        module.capture = original

@@ -15,6 +15,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from zoo import randomise
 
+from fasp_fx.testing._channel_modules import PlainRMSNorm
+from fasp_fx.testing._large_modules import AttentionModule
+from fasp_fx.testing.specs import Attention
+
 VOCABULARY = 11
 MAX_TOKENS = 16
 
@@ -49,84 +53,12 @@ class Spec:
         return self.kv_heads * self.repeat
 
 
-class PlainRMSNorm(nn.Module):
-    """RMS norm as most model code writes it: pow, mean, rsqrt, mul."""
-
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(width))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.weight * (x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-6))
-
-
 _NORMS: dict[str, Any] = {"layer": nn.LayerNorm, "rms": nn.RMSNorm, "plain_rms": PlainRMSNorm}
 
 
-def rotate(x: Tensor, cos: Tensor, sin: Tensor, pairs: bool) -> Tensor:
-    if pairs:  # neighbours turn together
-        even, odd = x[..., ::2], x[..., 1::2]
-        turned = torch.stack([-odd, even], dim=-1).flatten(-2)
-    else:  # the halves turn together
-        first, second = x.chunk(2, dim=-1)
-        turned = torch.cat([-second, first], dim=-1)
-    return x * cos + turned * sin
-
-
-class Attention(nn.Module):
-    def __init__(self, spec: Spec) -> None:
-        super().__init__()
-        self.spec = spec
-        q, kv = spec.heads * spec.head_dim, spec.kv_heads * spec.head_dim
-        if spec.projection == "separate":
-            self.q, self.k, self.v = (nn.Linear(spec.hidden, width, bias=spec.bias) for width in (q, kv, kv))
-        else:
-            self.qkv = nn.Linear(spec.hidden, q + 2 * kv, bias=spec.bias)
-        self.out = nn.Linear(q, spec.hidden, bias=spec.bias)
-        frequencies = 1.0 / (10.0 ** (torch.arange(0, spec.head_dim, 2) / spec.head_dim))
-        self.register_buffer("frequencies", frequencies, persistent=False)
-
-    def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries, keys and values, each [batch, heads, tokens, head_dim]."""
-        spec, (batch, tokens, _) = self.spec, x.shape
-        q, kv, d = spec.heads * spec.head_dim, spec.kv_heads * spec.head_dim, spec.head_dim
-        if spec.projection == "interleaved":
-            parts = self.qkv(x).view(batch, tokens, spec.kv_heads, spec.repeat + 2, d)
-            found = (parts[..., :-2, :].reshape(batch, tokens, spec.heads, d), parts[..., -2, :], parts[..., -1, :])
-        elif spec.projection == "stacked":
-            parts = self.qkv(x).view(batch, tokens, 3, spec.heads, d).permute(2, 0, 3, 1, 4)
-            return parts[0], parts[1], parts[2]
-        else:
-            flat = (self.q(x), self.k(x), self.v(x)) if spec.projection == "separate" else self.qkv(x).split([q, kv, kv], dim=-1)
-            found = tuple(part.view(batch, tokens, -1, d) for part in flat)
-        return tuple(part.transpose(1, 2) for part in found)
-
-    def share(self, x: Tensor) -> Tensor:
-        """Give every query head its key or value head."""
-        repeat = self.spec.repeat
-        if self.spec.sharing == "interleave":
-            return x.repeat_interleave(repeat, dim=1)
-        batch, heads, tokens, d = x.shape
-        return x[:, :, None].expand(batch, heads, repeat, tokens, d).reshape(batch, heads * repeat, tokens, d)
-
-    def forward(self, x: Tensor) -> Tensor:
-        spec, (batch, tokens, _) = self.spec, x.shape
-        q, k, v = self.project(x)
-        if spec.positions.startswith("rope"):
-            angles = torch.arange(tokens, device=x.device)[:, None] * self.frequencies
-            pairs = spec.positions == "rope_pairs"
-            angles = angles.repeat_interleave(2, dim=-1) if pairs else torch.cat([angles, angles], dim=-1)
-            q, k = (rotate(part, angles.cos(), angles.sin(), pairs) for part in (q, k))
-        native = spec.attention == "sdpa" and spec.sharing == "native"
-        if spec.repeat > 1 and not native:
-            k, v = self.share(k), self.share(v)
-        if spec.attention == "sdpa":
-            mixed = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=native and spec.repeat > 1)
-        else:
-            later = torch.ones(tokens, tokens, dtype=torch.bool, device=x.device).triu(1)
-            scores = (q @ k.transpose(-2, -1)) / spec.head_dim**0.5
-            mixed = scores.masked_fill(later, float("-inf")).softmax(-1) @ v
-        return self.out(mixed.transpose(1, 2).reshape(batch, tokens, spec.heads * spec.head_dim))
+def _attention(spec: Spec) -> Attention:
+    positions = spec.positions if spec.positions.startswith("rope") else "none"
+    return Attention(spec.kv_heads, spec.repeat, spec.head_dim, spec.bias, spec.projection, positions, spec.attention, spec.sharing)
 
 
 class FeedForward(nn.Module):
@@ -150,7 +82,7 @@ class Block(nn.Module):
         super().__init__()
         self.parallel = spec.parallel
         self.norm_attention, self.norm_ffn = _NORMS[spec.norm](spec.hidden), _NORMS[spec.norm](spec.hidden)
-        self.attention, self.ffn = Attention(spec), FeedForward(spec)
+        self.attention, self.ffn = AttentionModule(_attention(spec), spec.hidden), FeedForward(spec)
 
     def forward(self, x: Tensor) -> Tensor:
         if self.parallel:

@@ -60,16 +60,21 @@ def removed_columns(plan: Any, model: nn.Module) -> dict[str, set[int]]:
     return found
 
 
-def zeroed(model: nn.Module, plan: Any) -> nn.Module:
-    """A copy of the model whose consumers' removed columns are zero: the same function, also where no module's hook sees the input."""
+def zeroed(model: nn.Module, plan: Any, producers: bool = False) -> nn.Module:
+    """A copy of the model whose consumers' removed columns are zero: the same function, also where no module's hook sees the input.
+
+    With ``producers``, their removed rows are zero as well.
+    """
     copied = copy.deepcopy(model)
     weights = dict(copied.named_parameters(remove_duplicate=False))
+    buffers = dict(copied.named_buffers(remove_duplicate=False))
     with torch.no_grad():
-        for group in plan.groups:
-            for part in group.consumers:
-                pieces = [weights[part.name]] if part.block_dim is None else weights[part.name].chunk(len(part.removed), part.block_dim)
-                for piece, removed in zip(pieces, [part.removed] if part.block_dim is None else part.removed, strict=True):
-                    piece.index_fill_(part.dim, torch.tensor(removed, dtype=torch.long), 0)
+        for part in (part for group in plan.groups for part in (*group.consumers, *(group.producers if producers else ()))):
+            if part.name in buffers:
+                continue
+            pieces = [weights[part.name]] if part.block_dim is None else weights[part.name].chunk(len(part.removed), part.block_dim)
+            for piece, removed in zip(pieces, [part.removed] if part.block_dim is None else part.removed, strict=True):
+                piece.index_fill_(part.dim, torch.tensor(removed, dtype=torch.long), 0)
     return copied
 
 

@@ -94,18 +94,6 @@ def test_heads_and_channels_in_one_plan() -> None:
         assert torch.equal(replayed.module(**entry.example(3)).logits, result.module(**entry.example(3)).logits)
 
 
-def _without_producers(model: nn.Module, plan: fasp_fx.PruningPlan) -> nn.Module:
-    """A copy of the model in which what the plan removes produces zero."""
-    copied = copy.deepcopy(model)
-    weights = dict(copied.named_parameters(remove_duplicate=False))
-    with torch.no_grad():
-        for group in plan.groups:
-            for part in (*group.producers, *group.consumers):
-                if part.name in weights:
-                    weights[part.name].index_fill_(part.dim, torch.tensor(part.removed, dtype=torch.long), 0)
-    return copied
-
-
 @pytest.mark.parametrize("name", ["llama_gqa", "gpt2", "opt", "gemma2"])
 def test_the_residual_stream_when_asked(name: str) -> None:
     """Layer norms and norms by mean squares go on to divide by the dense count."""
@@ -118,7 +106,7 @@ def test_the_residual_stream_when_asked(name: str) -> None:
     removed = {group.name for group in result.plan.groups}
     assert {group.name for group in stream} <= removed
     with torch.no_grad():
-        expected = _without_producers(model, result.plan)(**entry.example(3))
+        expected = zeroed(model, result.plan, producers=True)(**entry.example(3))
         assert error(result.module(**entry.example(3)), expected) <= TOLERANCE
         assert error(expected, model(**entry.example(3))) > 100 * TOLERANCE
 
@@ -129,7 +117,7 @@ def test_fused_norms_keep_the_dense_count(norm: nn.Module) -> None:
     x = torch.randn(4, 12)
     result = fasp_fx.prune(model, (x,), include=("approximate",), sparsity=0.5, score="random", restore=None)
     with torch.no_grad():
-        expected = _without_producers(model, result.plan)(x)
+        expected = zeroed(model, result.plan, producers=True)(x)
         assert error(result.module(x), expected) <= TOLERANCE
         assert error(expected, model(x)) > 100 * TOLERANCE
 

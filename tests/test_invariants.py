@@ -16,10 +16,10 @@ from hypothesis import strategies as st
 from oracle import TOLERANCE, error
 from torch import Tensor, fx, nn
 from torch.export import ExportedProgram
-from torch.export.graph_signature import InputKind
 
 import fasp_fx
 from fasp_fx.capture import capture
+from fasp_fx.testing._calling import flat_inputs
 
 #: each example here captures and exports several times, so it gets a third of a property's examples
 few = settings(max_examples=max(5, EXAMPLES // 3))
@@ -194,17 +194,6 @@ class _Shapes(fx.Interpreter):
                 assert expected == actual, f"{node.name}: recorded {tuple(recorded.shape)}, executed {tuple(found.shape)}"
             assert recorded.dtype == found.dtype
             self.checked += 1
-
-
-def flat_inputs(program: ExportedProgram, user: list[Tensor]) -> list[Any]:
-    remaining, found = iter(user), []
-    for spec in program.graph_signature.input_specs:
-        if spec.kind == InputKind.USER_INPUT:
-            found.append(next(remaining))
-        else:
-            target = str(spec.target)
-            found.append(program.state_dict[target] if target in program.state_dict else program.constants[target])
-    return found
 
 
 @few

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 import numpy as np
 from torch import Tensor, fx
 
-from ._value import NONE
+from ._value import NONE, Value
 
 
 @dataclass(frozen=True)
@@ -107,6 +107,12 @@ class Facts:
         """Append a remark on these numbers."""
         flat = np.unique(numbers.reshape(-1).numpy())
         remarks.append(Remark(flat[flat != NONE], reason, node))
+
+    def boxes_of(self, value: Value, node: fx.Node) -> None:
+        """Record a box for each axis that varies along several dimensions."""
+        for axis in value.axes:
+            if len(axis.varying()) > 1:
+                self.box(axis.numbers, axis.dim, node)
 
     def box(self, numbers: Tensor, dim: int, node: fx.Node) -> None:
         """Record that removing channels must leave equal counts in every row of these numbers along ``dim``."""

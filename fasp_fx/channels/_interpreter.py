@@ -184,7 +184,8 @@ class Interpreter:
             walk.values[node] = executed
             return
         values = self._apply(node, walk, shapes)
-        self._note_boxes(values, node, walk.facts)
+        for value in values:
+            walk.facts.boxes_of(value, node)
         walk.values[node] = values[0] if isinstance(executed, Tensor) else tuple(values)
 
     _call_module = _call_method = _call_function
@@ -273,12 +274,6 @@ class Interpreter:
             return None
         values = [Value(shape, tuple(axes), constant) for shape, (axes, constant) in zip(shapes, results, strict=True)]
         return values if result_shapes_ok(values, [torch.Size(shape) for shape in shapes]) else None
-
-    def _note_boxes(self, values: list[Value], node: fx.Node, facts: Facts) -> None:
-        for value in values:
-            for axis in value.axes:
-                if len(axis.varying()) > 1:
-                    facts.box(axis.numbers, axis.dim, node)
 
 
 def _writes(node: fx.Node) -> bool:

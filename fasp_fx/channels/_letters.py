@@ -105,7 +105,7 @@ class Relation:
                 value, letters, splits = divide(value, spell(declared.dims, len(value.shape), runs), factors)
                 self.operands.append(Operand(declared.name, value, letters, nodes.get(declared.name), splits))
                 if splits:
-                    self._note_boxes(value)
+                    facts.boxes_of(value, node)
         self._repeat()
         self.size: dict[str, int] = {}
         for operand in self.operands:
@@ -125,11 +125,6 @@ class Relation:
         self.routes = {clause.words[1] for clause in rule.all("route")}
         self.keepdim = bool(arguments.get("keepdim", False))
         self._lift()
-
-    def _note_boxes(self, value: Value) -> None:
-        for axis in value.axes:
-            if len(axis.varying()) > 1:
-                self.facts.box(axis.numbers, axis.dim, self.node)
 
     def _lift(self) -> None:
         """Where one operand shrinks a factor that another holds only together with its partner, the partner's positions go as one."""

@@ -72,7 +72,7 @@ def recorded_shapes(case: Case) -> None:
     leaves = pytree.tree_leaves(case.captured.flat_inputs(case.args, case.kwargs))
     runner = _Runner(program)
     with torch.no_grad():
-        runner.run(*_flat_inputs(program, leaves))
+        runner.run(*flat_inputs(program, leaves))
     hold(runner.checked > 0, "no node of the program records a shape")
 
 
@@ -109,7 +109,8 @@ class _Runner(fx.Interpreter):
         return int(value) if isinstance(value, int) or value.is_number else actual
 
 
-def _flat_inputs(program: ExportedProgram, user: list[Any]) -> list[Any]:
+def flat_inputs(program: ExportedProgram, user: list[Any]) -> list[Any]:
+    """Everything that the graph of a program takes, in order: weights and constants, and the caller's flat inputs among them."""
     remaining = iter(user)
     found = []
     for spec in program.graph_signature.input_specs:

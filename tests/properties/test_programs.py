@@ -26,7 +26,6 @@ def mask_exact(net: Net, seed: int, dtype: torch.dtype, share: float | None, als
     event(f"masking {'shows' if verdict.seen > 1e-4 else 'does not show'}")
 
 
-@pytest.mark.slow
 @settings(max_examples=COMBINED)
 @given(net=programs(), seed=st.integers(0, 999), dtype=DTYPES)
 def test_mask_exact(net: Net, seed: int, dtype: torch.dtype) -> None:

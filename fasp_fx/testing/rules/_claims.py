@@ -13,6 +13,8 @@ from typing import Any
 
 from torch import Tensor
 
+from fasp_fx.errors import first_line
+
 from ._calls import Call, close, same
 from ._deleting import cut_result, without, zeroed
 from ._draw import Draw
@@ -89,7 +91,7 @@ def _kept(reading: Reading, results: list[Tensor], letter: str, gone: list[int],
     try:
         found = call.run()
     except Exception as problem:
-        return Lie(reading.call, claim, f"without positions {gone} the operator refuses {call}: {_first_line(problem)}")
+        return Lie(reading.call, claim, f"without positions {gone} the operator refuses {call}: {first_line(problem)}")
     for index, (spelled, before, after) in enumerate(zip(reading.results, results, found, strict=True)):
         if spelled is None:
             continue
@@ -110,7 +112,7 @@ def _contracted(reading: Reading, letter: str, gone: list[int]) -> Iterator[Lie]
     try:
         found = call.run()
     except Exception as problem:
-        yield Lie(reading.call, claim, f"without positions {gone} the operator refuses {call}: {_first_line(problem)}")
+        yield Lie(reading.call, claim, f"without positions {gone} the operator refuses {call}: {first_line(problem)}")
         return
     for operand in holders:
         masked = zeroed(reading, operand, letter, gone).run()
@@ -188,7 +190,3 @@ def _name(letter: str) -> str:
 def _at(tensor: Tensor, where: tuple[int, ...]) -> str:
     value = tensor[where]
     return f"{float(value):.6g}" if tensor.is_floating_point() else str(value.item())
-
-
-def _first_line(problem: Exception) -> str:
-    return (str(problem).strip().splitlines() or [type(problem).__name__])[0]

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fasp_fx.errors import first_line
 from fasp_fx.patterns import Rule
 
 from ._calls import Call
@@ -27,7 +28,7 @@ def moves(rule: Rule, call: Call, draw: Draw, modesty: Modesty) -> Lie | None:
     try:
         moved = _filled(call, rule.moves, numbers).run()
     except Exception as problem:
-        return Lie(call, claim, f"it does not take integers, on which it has to be run: {str(problem).strip().splitlines()[0]}")
+        return Lie(call, claim, f"it does not take integers, on which it has to be run: {first_line(problem)}")
     again = _filled(call, rule.moves, other).run()
     for index, (first, second) in enumerate(zip(moved, again, strict=True)):
         if first.shape != second.shape:
