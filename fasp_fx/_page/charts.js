@@ -54,7 +54,7 @@ function columnsChart(chart, wide) {
 function singlesChart(chart) {
   const rows = chart.bars.map((bar) => {
     const group = data.groups[bar.group];
-    const gauge = el("span", { class: "gauge-box" }, el("span"));
+    const gauge = el("span", { class: data.pruned ? "gauge-box" : "" }, el("span"));
     gauge.firstChild.style.width = `${100 * (1 - removedShare(group))}%`;
     const row = el("div", { class: `single ${colour(group.status)}`, role: "img", "aria-label": `${group.name}: ${changed(group)}`, "data-bar": bar.group },
       sign(group.status), el("span", { class: "chip-name" }, bar.label), gauge, el("span", { class: "number" }, widths([group])));
@@ -64,14 +64,14 @@ function singlesChart(chart) {
   return el("div", { class: "singles" }, ...rows);
 }
 
-document.getElementById("charts").append(...data.charts.map((chart) => {
+for (const chart of data.charts) {
   const space = el("div", { class: "plot" });
   const card = el("figure", { class: `chart card ${chart.status ? colour(chart.status) : ""}` },
     el("figcaption", {}, chart.status ? sign(chart.status) : null, el("b", {}, chart.label || "Single groups"), chart.status ? ` ${chart.status}` : null), space);
-  if (chart.status) requestAnimationFrame(() => drawn(space, (wide) => wide > 0 && space.replaceChildren(columnsChart(chart, wide))));
+  document.getElementById("charts").append(card);
+  if (chart.status) drawn(space, (wide) => wide > 0 && space.replaceChildren(columnsChart(chart, wide)));
   else space.append(singlesChart(chart));
-  return card;
-}));
+}
 document.getElementById("chart-legend").append(
   el("li", {}, el("span", { class: "swatch was" }), el("b", {}, "before")),
   data.pruned ? el("li", {}, el("span", { class: "swatch is" }), el("b", {}, "after")) : "",

@@ -96,13 +96,15 @@ function nodeOf(item, index) {
 function drawNode(item, index, m, columns, wide) {
   const { node, say, numbers } = nodeOf(item, index);
   const x = columns.starts[node.x], y = heightOf(node.y);
-  const alone = !item.layers[0].edges.some(([at]) => at === index);
+  const own = item.layers[0].edges.filter(([at]) => at === index);
+  const alone = !own.length;
   const chip = alone ? Math.max(columns.chip, Math.min(node.label.length * m.letter + 10, columns.end - x)) : columns.chip;
   const behind = svg("g");
   const port = (side, numbersThere) =>
     numbersThere.forEach((group, at) => {
       const shared = sharedOf.get(group);
-      const py = y + (at - (numbersThere.length - 1) / 2) * 8;
+      const beside = own.some(([, , way]) => way === (side === "left" ? 1 : 0)) ? 8 : 0; // not on top of the node's own line
+      const py = y + beside + (at - (numbersThere.length - 1) / 2) * 8;
       const lane = laneX(m, side, shared[side], wide), edge = side === "left" ? x : x + chip;
       behind.append(link(Math.min(lane, edge), py, Math.max(lane, edge), py, group), svg("g", { "data-group": group, class: "join" }, glyph(data.groups[group].status, lane, py, 3.5)));
     });
