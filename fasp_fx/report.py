@@ -88,6 +88,7 @@ class Report:
         ]
         if self.seconds:
             out.append("seconds     " + ", ".join(f"{stage} {spent:.1f}" for stage, spent in self.seconds.items()))
+        out += [f"{row.what}  {row.dense:,.{row.digits}f} -> {row.pruned:,.{row.digits}f}" for row in self.figures]
         out += ["", f"{'status':<12}{'channels':>22}  {'error cut':>9}  {'restored':>9}  group"]
         for line in self.lines:
             per = f" ({line.blocks} blocks)" if line.blocks > 1 else ""

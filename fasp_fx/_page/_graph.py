@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 import networkx as nx
 
+from ..groups import ranges
 from ..report import Line
 
 
@@ -284,8 +285,6 @@ def _span(labels: Sequence[str]) -> str:
     """One label for layers that differ in their number: ``model.layers.0-29``."""
     if len(labels) == 1:
         return labels[0]
-    from ..groups import ranges
-
     stem = labels[0].rpartition(".")[0]
     numbers = ranges(tuple(int(label.rpartition(".")[2]) for label in labels))
     return f"{stem}.{numbers}" if stem else numbers

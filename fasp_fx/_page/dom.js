@@ -53,7 +53,7 @@ const sign = (status) => svg("svg", { class: "sign", viewBox: "0 0 16 16", width
 
 // Draws again whenever the width that is there for an element changes, and for paper.
 const drawings = [];
-const PAPER = 690;
+const PAPER = 690; // pixels between the margins of a page
 function drawn(element, draw) {
   let last = 0;
   const update = (wide) => {
@@ -61,9 +61,11 @@ function drawn(element, draw) {
     last = wide;
     draw(wide);
   };
-  drawings.push(update);
-  new ResizeObserver(([entry]) => update(Math.floor(entry.contentRect.width))).observe(element);
-  update(Math.floor(element.clientWidth));
+  const screen = () => update(Math.floor(element.clientWidth));
+  drawings.push({ paper: () => update(PAPER), screen });
+  new ResizeObserver(screen).observe(element);
+  screen();
   return () => draw(last);
 }
-window.addEventListener("beforeprint", () => drawings.forEach((update) => update(PAPER)));
+window.addEventListener("beforeprint", () => drawings.forEach(({ paper }) => paper()));
+window.addEventListener("afterprint", () => drawings.forEach(({ screen }) => screen()));

@@ -51,7 +51,7 @@ function columnsOf(layer, m) {
   return { chip, starts, end: x - m.gap - spread };
 }
 
-const laneX = (m, side, lane, wide) => (side === "left" ? 10 + lane * LANE : wide - 10 - lane * LANE);
+const laneX = (side, lane, wide) => (side === "left" ? 10 + lane * LANE : wide - 10 - lane * LANE);
 const heightOf = (y) => TOP + LINE / 2 + y * LINE;
 
 // As much of the end of a name as fits.
@@ -77,6 +77,13 @@ function light(groups) {
 }
 const lit = (element, say, groups) => withTip(element, say, () => light(groups), () => light([]));
 
+// Where a node's line to a shared group runs: beside its own line if it has one at that side, and beside those of other shared groups.
+function joinHeight(layer, index, side, group) {
+  const groups = layer.nodes[index][side === "left" ? "consumes" : "produces"];
+  const own = layer.edges.some(([at, , way]) => at === index && way === (side === "left" ? 1 : 0));
+  return heightOf(layer.nodes[index].y) + (own ? 8 : 0) + (groups.indexOf(group) - (groups.length - 1) / 2) * 8;
+}
+
 // The weights of a node in every layer that the item stands for.
 function nodeOf(item, index) {
   const layers = item.layers;
@@ -96,16 +103,13 @@ function nodeOf(item, index) {
 function drawNode(item, index, m, columns, wide) {
   const { node, say, numbers } = nodeOf(item, index);
   const x = columns.starts[node.x], y = heightOf(node.y);
-  const own = item.layers[0].edges.filter(([at]) => at === index);
-  const alone = !own.length;
+  const alone = !item.layers[0].edges.some(([at]) => at === index);
   const chip = alone ? Math.max(columns.chip, Math.min(node.label.length * m.letter + 10, columns.end - x)) : columns.chip;
   const behind = svg("g");
   const port = (side, numbersThere) =>
-    numbersThere.forEach((group, at) => {
-      const shared = sharedOf.get(group);
-      const beside = own.some(([, , way]) => way === (side === "left" ? 1 : 0)) ? 8 : 0; // not on top of the node's own line
-      const py = y + beside + (at - (numbersThere.length - 1) / 2) * 8;
-      const lane = laneX(m, side, shared[side], wide), edge = side === "left" ? x : x + chip;
+    numbersThere.forEach((group) => {
+      const py = joinHeight(item.layers[0], index, side, group);
+      const lane = laneX(side, sharedOf.get(group)[side], wide), edge = side === "left" ? x : x + chip;
       behind.append(link(Math.min(lane, edge), py, Math.max(lane, edge), py, group), svg("g", { "data-group": group, class: "join" }, glyph(data.groups[group].status, lane, py, 3.5)));
     });
   port("left", node.consumes);
@@ -135,18 +139,17 @@ function drawHub(item, index, m, columns) {
 }
 
 // The lanes beside one item, drawn first so that everything else lies on top.
-function drawLanes(target, spans, side, index, m, wide, tall, joinsAt) {
+function drawLanes(target, spans, side, index, wide, tall, joinsAt) {
   for (const { shared, first, last, joins } of spans) {
     if (first === undefined || index < first || index > last) continue;
-    const x = laneX(m, side, shared[side], wide);
+    const x = laneX(side, shared[side], wide);
     const at = joinsAt(shared.group, side);
     const from = index === first ? Math.min(...at) : 0, to = index === last ? Math.max(...at) : tall;
-    target.append(svg("path", { d: `M${x} ${from}V${to}`, class: `lane ${colour(data.groups[shared.group].status)}`, "data-group": shared.group }));
-    if (index === first) {
-      const name = svg("text", { x, y: Math.max(12, from - 10), "text-anchor": "middle", class: "lane-name" }, shared.tag);
-      target.append(name);
-    }
-    if (joins.has(index) && at.compact) target.append(svg("g", { "data-group": shared.group, class: "join" }, glyph(data.groups[shared.group].status, x, tall / 2, 3.5)));
+    const group = data.groups[shared.group];
+    const lane = svg("path", { d: `M${x} ${from}V${to}`, class: `lane ${colour(group.status)}`, "data-group": shared.group });
+    target.append(lit(lane, () => groupLines([group], shared.tag), [shared.group]));
+    if (index === first) target.append(svg("text", { x, y: Math.max(12, from - 10), "text-anchor": "middle", class: "lane-name" }, shared.tag));
+    if (joins.has(index) && at.compact) target.append(svg("g", { "data-group": shared.group, class: "join" }, glyph(group.status, x, tall / 2, 3.5)));
   }
 }
 
@@ -170,8 +173,8 @@ function drawDiagram(item, index, spans, m) {
   const wide = Math.max(m.wide, columns.end + m.right + 8);
   const tall = heightOf(layer.height - 1) + LINE / 2 + 10;
   const picture = svg("svg", { class: "layer", width: wide, height: tall, viewBox: `0 0 ${wide} ${tall}`, role: "group", "aria-label": item.label });
-  const joinsAt = (group, side) => layer.nodes.filter((node) => node[side === "left" ? "consumes" : "produces"].includes(group)).map((node) => heightOf(node.y));
-  for (const side of ["left", "right"]) drawLanes(picture, spans[side], side, index, m, wide, tall, joinsAt);
+  const joinsAt = (group, side) => layer.nodes.flatMap((node, at) => (node[side === "left" ? "consumes" : "produces"].includes(group) ? [joinHeight(layer, at, side, group)] : []));
+  for (const side of ["left", "right"]) drawLanes(picture, spans[side], side, index, wide, tall, joinsAt);
   const nodes = layer.nodes.map((_, at) => drawNode(item, at, m, columns, wide));
   picture.append(...nodes.map((node) => node.behind));
   for (const [node, hub, way] of layer.edges) {
@@ -188,7 +191,7 @@ function drawDiagram(item, index, spans, m) {
 function drawCompact(item, index, spans, m) {
   const picture = svg("svg", { class: "layer", width: m.wide, height: COMPACT, viewBox: `0 0 ${m.wide} ${COMPACT}`, "aria-hidden": "true" });
   const joinsAt = () => Object.assign([COMPACT / 2], { compact: true });
-  for (const side of ["left", "right"]) drawLanes(picture, spans[side], side, index, m, m.wide, COMPACT, joinsAt);
+  for (const side of ["left", "right"]) drawLanes(picture, spans[side], side, index, m.wide, COMPACT, joinsAt);
   if (item.kind === "head") return [picture, headOf(item, m)];
   const key = `${item.row}/${item.at}`;
   const marks = item.layers[0].hubs.map((hub) => {

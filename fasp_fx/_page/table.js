@@ -11,8 +11,8 @@ const numeric = (value, text) => el("td", { class: "number" }, value === null ? 
 const COLUMNS = [
   { name: "Status", value: (group) => Math.max(0, Object.keys(STATUSES).indexOf(group.status)), cell: (group) => el("td", { class: "status" }, sign(group.status), group.status) },
   { name: "Group", value: (group) => group.name, cell: (group) => el("th", { scope: "row", class: "names" }, ...breakable(group.name)) },
-  { name: "Lose rows", value: (group) => group.producers.length, cell: (group) => members(group.producers) },
-  { name: "Lose columns", value: (group) => group.consumers.length, cell: (group) => members(group.consumers) },
+  { name: "Lose rows", value: (group) => group.producers[0] ?? null, cell: (group) => members(group.producers) },
+  { name: "Lose columns", value: (group) => group.consumers[0] ?? null, cell: (group) => members(group.consumers) },
   { name: data.pruned ? "Before" : "Channels", value: (group) => group.before, number: true, cell: (group) => numeric(group.before, count(group.before)) },
   { name: "After", value: (group) => group.after, number: true, after: true, cell: (group) => numeric(group.after, count(group.after)) },
   { name: "Removed", value: removedShare, number: true, after: true, cell: (group) => numeric(group.before, percent(removedShare(group))) },
