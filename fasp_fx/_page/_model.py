@@ -11,7 +11,8 @@ from .. import __version__
 from ..analysis import Analysis
 from ..groups import PRUNABLE
 from ..report import Line, Report, line_of, notes_of, weight_size
-from ._graph import lay_out, star
+from ._graph import lay_out
+from ._layer import star
 
 UNITS = ("B", "KiB", "MiB", "GiB", "TiB")
 
