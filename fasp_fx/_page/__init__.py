@@ -1,7 +1,7 @@
 """A report to look at: one page of HTML, CSS and JavaScript that needs no network and loads from a file.
 
-Data (:mod:`._model`), layout (:mod:`._graph`, :mod:`._layer`) and drawing (``page.html``, ``page.css``, ``*.js``) are apart.
-Names of the model reach the page only as JSON and are shown only as text; the page's content security policy lets no script run but its own, and no request go out.
+Data (:mod:`._model`), layout (:mod:`._graph`, :mod:`._layer`) and drawing (``page.html``, ``page.css``, ``*.js``) are apart. Names of the model reach
+the page only as JSON and are shown only as text; the page's content security policy lets no script run but its own, and no request go out.
 """
 
 from __future__ import annotations
