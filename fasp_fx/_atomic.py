@@ -1,4 +1,4 @@
-"""Folders that appear whole or not at all."""
+"""Folders and files that appear whole or not at all."""
 
 from __future__ import annotations
 
@@ -45,10 +45,48 @@ def new_folder(path: Path, *, overwrite: bool, replaceable: Callable[[Path], boo
         raise StoreError(f"'{path}' cannot be written: {error}; free space or choose another path") from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-        if not done:
-            for parent in reversed(made):
-                with contextlib.suppress(OSError):
-                    parent.rmdir()
+        _remove(made if not done else [])
+
+
+@contextlib.contextmanager
+def new_file(path: Path, *, replaceable: Callable[[Path], bool], keep: bool = True) -> Iterator[Path]:
+    """Give a temporary sibling of ``path`` to write; it takes the name ``path`` when the block ends, and is removed when the block raises.
+
+    Args:
+        path: the file to make; missing folders are made.
+        replaceable: whether a file of that name may be replaced.
+        keep: ``False`` leaves nothing behind: it only finds out whether the file could be written.
+
+    Raises:
+        StoreError: the path is taken or cannot be written.
+    """
+    path = path.absolute()
+    made = _make_parents(path.parent)
+    temporary = path.parent / f".{path.name}.{secrets.token_hex(6)}.partial"
+    done = False
+    try:
+        if os.path.lexists(path) and (path.is_symlink() or not path.is_file() or not replaceable(path)):
+            raise StoreError(f"'{path}' holds something that fasp_fx did not write, so it is not replaced; choose another file or remove it yourself")
+        temporary.touch()
+        yield temporary
+        if keep:
+            _sync(temporary)
+            temporary.replace(path)
+            _sync(path.parent)
+            done = True
+    except OSError as error:
+        raise StoreError(f"'{path}' cannot be written: {error}; free space or choose another path") from error
+    finally:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+        _remove(made if not done else [])
+
+
+def _remove(made: list[Path]) -> None:
+    """Remove the folders that :func:`_make_parents` made, as far as they are empty."""
+    for parent in reversed(made):
+        with contextlib.suppress(OSError):
+            parent.rmdir()
 
 
 def _refuse_taken(path: Path, overwrite: bool, replaceable: Callable[[Path], bool]) -> None:

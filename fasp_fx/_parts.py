@@ -29,7 +29,7 @@ from .analysis import Analysis
 from .capture import _is_transformers, _register_caches
 from .errors import CalibrationError, CaptureError, FaspError, PlanError, StoreError, first_line
 from .plan import PruningPlan
-from .report import Report, weight_size
+from .report import Line, Report, weight_size
 
 Observe = Callable[[Analysis, list[int], list[list[Any]] | None, Callable[[float], None]], Decision]
 Rewrite = Callable[[Program, Analysis, Decision], Result]
@@ -196,8 +196,10 @@ class _Assembly:
             include=tuple(sorted(self.parts[0].analysis.include)),
         )
         old, new = weight_size(self.before), weight_size(parameters)
-        lines = tuple(replace(line, name=f"{path}.{line.name}") for path, result in self.results.items() for line in result.report.lines)
-        report = Report(reached, requested, (old[0], new[0]), (old[1], new[1]), lines, dict(self.seconds), tuple(self._notes()))
+        lines = tuple(_line_within(path, line) for path, result in self.results.items() for line in result.report.lines)
+        without_rule = sum((Counter(result.report.without_rule) for result in self.results.values()), Counter[str]())
+        sizes = (old[0], new[0]), (old[1], new[1])
+        report = Report(reached, requested, *sizes, lines, dict(self.seconds), tuple(self._notes()), without_rule=dict(without_rule))
         return PartsResult(self.model, plan, report, self.signature, self.results, self.left)
 
     def _notes(self) -> Iterator[str]:
@@ -382,6 +384,12 @@ def _inputs(part: Part, calls: list[Call]) -> tuple[list[list[Any]], str | None]
 def _renamed(path: str, plan: PruningPlan) -> PruningPlan:
     """The plan of a part in the names of the whole model."""
     return _mapped(plan, lambda name: f"{path}.{name}")
+
+
+def _line_within(path: str, line: Line) -> Line:
+    """The line of a part's report in the names of the whole model."""
+    producers, consumers = (tuple((f"{path}.{name}", dim) for name, dim in members) for members in (line.producers, line.consumers))
+    return replace(line, name=f"{path}.{line.name}", producers=producers, consumers=consumers)
 
 
 def _part_of(plan: PruningPlan, path: str) -> PruningPlan:

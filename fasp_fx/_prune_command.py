@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, cast
@@ -14,11 +14,13 @@ from torch import Tensor
 
 from . import _models, _saved, _tables, _text
 from ._console import Stages, say
+from ._page import check_page, write_page
 from ._result import Result
 from .analysis import Analysis
 from .errors import ArgumentError, CalibrationError, SparsityError
 from .evaluation import latency, perplexity
 from .prune import prune
+from .report import Figure
 
 
 @dataclass(frozen=True)
@@ -40,6 +42,7 @@ class Request:
     dtype: str
     overwrite: bool
     seed: int
+    html: Path | None = None
 
     def check(self) -> None:
         """Refuse what cannot work before anything is loaded.
@@ -61,6 +64,8 @@ class Request:
             if file is not None and not file.is_file():
                 raise CalibrationError(f"{option} '{file}' is not a file; give a text file" + (", or 'self'" if option == "--calibration" else ""))
         _saved.check_target(self.out, overwrite=self.overwrite)
+        if self.html is not None:
+            check_page(self.html)
 
 
 class Texts:
@@ -149,12 +154,11 @@ class Job:
             on_analysis=self.show_groups,
         )
 
-    def measure(self, result: Result) -> list[tuple[str, float, float, str]]:
+    def measure(self, result: Result) -> tuple[Figure, ...]:
         if self.texts.evaluation is None:
             self.texts.write(self.model, self.stages)
         chunks = self.texts.evaluation
         assert chunks is not None
-        report = result.report
         self.stages.begin("measuring latency", measured=True)
         times = latency([self.model, result.module], chunks[:1], progress=self.stages.update)
         values = []
@@ -162,12 +166,10 @@ class Job:
             self.stages.begin(f"measuring perplexity of the {name} model", measured=True)
             values.append(perplexity(module, chunks, progress=self.stages.update))
         self.stages.end()
-        return [
-            ("parameters", *report.parameters, ",d"),
-            ("bytes", *report.bytes, ",d"),
-            (f"milliseconds for one chunk of {self.request.length} tokens", times[0] * 1e3, times[1] * 1e3, ",.1f"),
-            (self.texts.label, values[0], values[1], ",.3f"),
-        ]
+        return (
+            Figure(f"milliseconds for one chunk of {self.request.length} tokens", times[0] * 1e3, times[1] * 1e3, 1),
+            Figure(self.texts.label, values[0], values[1], 3),
+        )
 
 
 def run(request: Request, stages: Stages, console: Console) -> None:
@@ -190,12 +192,18 @@ def run(request: Request, stages: Stages, console: Console) -> None:
         _text.start_token(model, texts.tokenizer)
     job = Job(request, stages, console, model, texts)
     result = job.prune()
-    stages.begin("saving")
-    _saved.save(result, texts.tokenizer, request.out, overwrite=request.overwrite)
-    rows = job.measure(result)
-    console.print(_tables.figures_table(rows))
-    say(console, f"removed {result.report.sparsity:.2%} of the linear weights of prunable and exempt groups (asked for {request.sparsity:.2%})")
-    for note in result.report.notes:
+    try:
+        result = replace(result, report=replace(result.report, figures=job.measure(result)))
+    finally:  # what was pruned is kept even if it could not be measured
+        stages.begin("saving")
+        _saved.save(result, texts.tokenizer, request.out, overwrite=request.overwrite)
+    stages.end()
+    report = result.report
+    if request.html is not None:
+        write_page(report, f"{source}, {report.sparsity:.0%} removed", request.html)
+    console.print(_tables.figures_table([Figure("parameters", *report.parameters), Figure("bytes", *report.bytes), *report.figures]))
+    say(console, f"removed {report.sparsity:.2%} of the linear weights of prunable and exempt groups (asked for {request.sparsity:.2%})")
+    for note in report.notes:
         say(console, f"note: {note}")
     say(console, f"saved in {request.out}; load it with")
     say(console, f'  fasp_fx.load("{request.out}").module(input_ids=ids, use_cache=False).logits')

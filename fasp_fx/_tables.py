@@ -12,6 +12,7 @@ from rich.table import Table
 
 from .analysis import Analysis
 from .groups import PRUNABLE, Group, Member
+from .report import Figure
 
 SHOWN = 6
 
@@ -135,18 +136,15 @@ def _member(member: Member) -> dict[str, Any]:
     return {"name": member.name, "dim": member.dim, "size": member.size, "ranges": [[int(run[0]), int(run[-1]) + 1] for run in runs]}
 
 
-def figures_table(rows: Sequence[tuple[str, float, float, str]]) -> Table:
-    """Before and after.
-
-    Args:
-        rows: what, before, after, and the format of the figures.
-    """
+def figures_table(rows: Sequence[Figure]) -> Table:
+    """Before and after."""
     table = Table()
     table.add_column("")
     for heading in ("dense", "pruned", "change"):
         table.add_column(heading, justify="right", no_wrap=True)
-    for what, before, after, form in rows:
-        table.add_row(what, format(before, form), format(after, form), f"{after / before - 1:+.1%}" if before else "")
+    for row in rows:
+        shown = [f"{value:,.{row.digits}f}" for value in (row.dense, row.pruned)]
+        table.add_row(row.what, *shown, f"{row.pruned / row.dense - 1:+.1%}" if row.dense else "")
     return table
 
 

@@ -25,6 +25,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
+HTML_HELP = "Also write a page to look at: one file, no network. An earlier page there is replaced, anything else is not."
 MODEL_HELP = "A model folder, a hub id or a .gguf file; anything AutoModelForCausalLM loads."
 
 
@@ -75,6 +76,7 @@ def prune(
     dtype: Dtype = DtypeName.auto,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an earlier result at --out, and nothing else.")] = False,
     seed: Annotated[int, typer.Option(help="Seed of the text that the model writes.")] = 0,
+    html: Annotated[Path | None, typer.Option("--html", metavar="FILE", help=HTML_HELP, show_default=False)] = None,
 ) -> None:
     """Prune a language model, measure what it cost, and save it.
 
@@ -111,6 +113,7 @@ def prune(
                 dtype=dtype.value,
                 overwrite=overwrite,
                 seed=seed,
+                html=html,
             ),
             stages,
             results(),
@@ -119,9 +122,10 @@ def prune(
 
 @app.command()
 def inspect(
-    model: Annotated[str, typer.Argument(help=MODEL_HELP)],
+    model: Annotated[str, typer.Argument(help=f"{MODEL_HELP[:-1]}, or a folder that `fasp-fx prune` wrote.")],
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON: names, dimensions and index ranges [first, last + 1] of every group.")] = False,
     every: Annotated[bool, typer.Option("--all", help="One row for every group, with full names, instead of one for all identical layers.")] = False,
+    html: Annotated[Path | None, typer.Option("--html", metavar="FILE", help=HTML_HELP, show_default=False)] = None,
 ) -> None:
     """Show the coupled groups of a language model: what can be pruned, what cannot, and why.
 
@@ -129,12 +133,22 @@ def inspect(
     channels, which meet in a product of two activations; approximate ones cross an operator that mixes their channels, such as a norm; frozen
     ones cannot be removed, for the reason shown.
 
+    Of a folder that `prune` wrote, the report of that pruning is shown. With `--html FILE` the same goes to a page with a graph of the groups,
+    a chart of the widths and a table that sorts.
+
     Example: `fasp-fx inspect HuggingFaceTB/SmolLM2-135M`
     """
     with session() as stages:
         from . import _models
+        from ._page import check_page, write_page
+        from ._saved import is_saved
         from .prune import analyze
 
+        if html is not None:
+            check_page(html)
+        if is_saved(model):
+            _inspect_saved(Path(model), as_json=as_json, html=html)
+            return
         _models.quieten()
         source = _models.Source.of(model)
         stages.begin("reading the configuration")
@@ -142,6 +156,8 @@ def inspect(
         stages.begin("capturing and analysing the model")
         analysis = analyze(empty, (), {"input_ids": torch.zeros(1, 16, dtype=torch.long), "use_cache": False})
         stages.end()
+        if html is not None:
+            write_page(analysis, str(source), html)
         if as_json:
             typer.echo(json.dumps(_tables.groups_json(str(source), analysis)))
             return
@@ -153,6 +169,18 @@ def inspect(
             say(console, f"{name} has no rule and froze what it touches ({count} times)")
         for note in analysis.program.notes:
             say(console, f"note: {note}")
+
+
+def _inspect_saved(folder: Path, *, as_json: bool, html: Path | None) -> None:
+    """Show the report of a pruning."""
+    from ._page import write_page
+    from ._report_json import report_to_json
+    from .store import read_report
+
+    report = read_report(folder)
+    if html is not None:
+        write_page(report, f"{folder.resolve().name}, {report.sparsity:.0%} removed", html)
+    typer.echo(json.dumps(report_to_json(report)) if as_json else str(report))
 
 
 @app.command("eval")

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from torch import Tensor
 
 from ._observe import Decision
 from .analysis import Analysis
+from .groups import Group
 from .plan import PruningPlan
 
 
@@ -20,7 +21,12 @@ def weight_size(weights: Mapping[str, Tensor]) -> tuple[int, int]:
 
 @dataclass(frozen=True)
 class Line:
-    """One group: what it had, what it has, and the relative output error of its consumers without and with restoration."""
+    """One group: what it had, what it has, and the relative output error of its consumers without and with restoration.
+
+    Attributes:
+        before, after: channel sets, in ``blocks`` blocks of equal size.
+        producers, consumers: names and dimensions of the weights that lose rows and columns with it.
+    """
 
     name: str
     status: str
@@ -30,6 +36,18 @@ class Line:
     reason: str
     error_cut: float | None = None
     error_restored: float | None = None
+    producers: tuple[tuple[str, int], ...] = ()
+    consumers: tuple[tuple[str, int], ...] = ()
+
+
+@dataclass(frozen=True)
+class Figure:
+    """Something measured of the dense and of the pruned model, such as perplexity; ``digits`` are those worth showing after the point."""
+
+    what: str
+    dense: float
+    pruned: float
+    digits: int = 0
 
 
 @dataclass(frozen=True)
@@ -41,6 +59,8 @@ class Report:
         parameters, bytes: before and after.
         seconds: time spent by stage.
         notes: remarks on the capture and on operators without a rule.
+        figures: what was measured afterwards; the command line fills it.
+        without_rule: operators that had no rule and froze what they touched, with the number of times.
     """
 
     sparsity: float
@@ -50,6 +70,14 @@ class Report:
     lines: tuple[Line, ...]
     seconds: Mapping[str, float] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
+    figures: tuple[Figure, ...] = ()
+    without_rule: Mapping[str, int] = field(default_factory=dict)
+
+    def to_html(self, title: str = "Pruned model") -> str:
+        """The report as one page of HTML that needs nothing else: graph of the groups, widths, table and figures."""
+        from ._page import page
+
+        return page(self, title)
 
     def __str__(self) -> str:
         asked = f" (asked for {self.requested:.2%})" if self.requested is not None else ""
@@ -60,6 +88,7 @@ class Report:
         ]
         if self.seconds:
             out.append("seconds     " + ", ".join(f"{stage} {spent:.1f}" for stage, spent in self.seconds.items()))
+        out += [f"{row.what}  {row.dense:,.{row.digits}f} -> {row.pruned:,.{row.digits}f}" for row in self.figures]
         out += ["", f"{'status':<12}{'channels':>22}  {'error cut':>9}  {'restored':>9}  group"]
         for line in self.lines:
             per = f" ({line.blocks} blocks)" if line.blocks > 1 else ""
@@ -85,25 +114,41 @@ def make_report(
     for group in analysis.groups:
         outcomes = [decision.outcomes[use.weight] for use in group.uses if use.weight in decision.outcomes] if group.name in removed else []
         lines.append(
-            Line(
-                group.name,
-                group.status,
-                group.size,
-                group.size - removed.get(group.name, 0),
-                group.blocks,
-                group.reason,
-                max((o.error_before for o in outcomes), default=None),
-                max((o.error_after for o in outcomes), default=None),
+            replace(
+                line_of(group),
+                after=group.size - removed.get(group.name, 0),
+                error_cut=max((o.error_before for o in outcomes), default=None),
+                error_restored=max((o.error_after for o in outcomes), default=None),
             )
         )
     old, new = weight_size(before), weight_size(after)
+    return Report(
+        plan.sparsity,
+        requested,
+        (old[0], new[0]),
+        (old[1], new[1]),
+        tuple(lines),
+        dict(seconds),
+        notes_of(analysis),
+        without_rule=dict(analysis.without_rule),
+    )
+
+
+def line_of(group: Group) -> Line:
+    """The line of a group that nothing was removed from."""
+    producers, consumers = (tuple((member.name, member.dim) for member in members) for members in (group.producers, group.consumers))
+    return Line(group.name, group.status, group.size, group.size, group.blocks, group.reason, producers=producers, consumers=consumers)
+
+
+def notes_of(analysis: Analysis) -> tuple[str, ...]:
+    """Remarks on the capture, and what to do about operators without a rule."""
     notes = list(analysis.program.notes)
     for name, count in analysis.without_rule.items():
         notes.append(
             f"{name} has no rule and froze what it touches ({count} times); if it is pointwise, "
             f'fasp_fx.patterns.register({_python_name(name)}, "self[...] -> [...]") teaches it'
         )
-    return Report(plan.sparsity, requested, (old[0], new[0]), (old[1], new[1]), tuple(lines), dict(seconds), tuple(notes))
+    return tuple(notes)
 
 
 def _python_name(operator: str) -> str:

@@ -10,8 +10,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
-from dataclasses import asdict, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,11 +17,12 @@ import torch
 
 from ._atomic import new_folder
 from ._graph_json import program_from_json, program_to_json
+from ._report_json import report_from_json, report_to_json
 from ._signature_json import signature_from_json, signature_to_json
 from ._tensors import read_tensors, write_tensors
 from .errors import PlanError, StoreError
 from .plan import PruningPlan
-from .report import Line, Report
+from .report import Report
 
 if TYPE_CHECKING:
     from ._result import Result
@@ -52,7 +51,7 @@ def save(result: Result, path: str | Path, *, overwrite: bool = False) -> Path:
     signature, graph = signature_to_json(result.signature), program_to_json(program)
     with new_folder(path, overwrite=overwrite, replaceable=_is_save) as folder:
         _write_json(folder / "plan.json", json.loads(result.plan.to_json()))
-        _write_json(folder / "report.json", asdict(result.report))
+        _write_json(folder / "report.json", report_to_json(result.report))
         _write_json(folder / "signature.json", signature)
         mode = (folder / "plan.json").stat().st_mode
         tensors = {}
@@ -83,7 +82,7 @@ def load(path: str | Path, *, device: torch.device | str | None = None) -> Resul
     verify(folder)
     graph = _read_json(folder / "graph.json")
     signature = signature_from_json(_read_json(folder / "signature.json"))
-    report = _report(_read_json(folder / "report.json"))
+    report = read_report(folder)
     try:
         plan = PruningPlan.from_json((folder / "plan.json").read_text())
     except PlanError as error:
@@ -94,6 +93,15 @@ def load(path: str | Path, *, device: torch.device | str | None = None) -> Resul
         raise StoreError(f"graph.json does not list the tensors: {type(error).__name__}: {error}; save the result again") from error
     program = program_from_json(graph, tensors["weights"], tensors["constants"], target)
     return Result(wrap(program, signature), program, plan, report, signature)
+
+
+def read_report(folder: Path) -> Report:
+    """The report of a save, without loading anything else.
+
+    Raises:
+        StoreError: it is missing or damaged.
+    """
+    return report_from_json(_read_json(folder / "report.json"))
 
 
 def verify(folder: Path) -> None:
@@ -159,14 +167,4 @@ def _read_json(file: Path) -> dict[str, Any]:
     return data
 
 
-def _report(data: Mapping[str, Any]) -> Report:
-    try:
-        known = {field.name: data[field.name] for field in fields(Report)}
-        lines = tuple(Line(**{field.name: line[field.name] for field in fields(Line)}) for line in known["lines"])
-        pairs = {name: tuple(known[name]) for name in ("parameters", "bytes", "notes")}
-        return Report(**{**known, **pairs, "lines": lines, "seconds": dict(known["seconds"])})
-    except (KeyError, TypeError, ValueError) as error:
-        raise StoreError(f"report.json is damaged: {type(error).__name__}: {error}; save the result again") from error
-
-
-__all__ = ["load", "save", "verify"]
+__all__ = ["load", "read_report", "save", "verify"]

@@ -62,7 +62,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def from_file(folder: Path) -> tuple[Path, Result]:
     """A model pruned with a calibration file, and what the command printed."""
     out = folder / "from_file"
-    return out, _invoke("prune", folder / "model", "--calibration", folder / "text.txt", "--text", folder / "text.txt", "--out", out, *SMALL)
+    page = folder / "pages" / "pruned.html"
+    return out, _invoke("prune", folder / "model", "--calibration", folder / "text.txt", "--text", folder / "text.txt", "--out", out, "--html", page, *SMALL)
 
 
 def _chunks(folder: Path) -> torch.Tensor:
@@ -105,7 +106,11 @@ def test_prune_from_file(from_file: tuple[Path, Result], folder: Path) -> None:
     row = next(line for line in done.stdout.splitlines() if "perplexity on" in line)
     shown = [float(cell) for cell in row.replace("│", "|").split("|")[2:4]]
     held_out = _chunks(folder)[4:7]
-    assert shown == pytest.approx([_perplexity(dense, held_out), _perplexity(pruned.module, held_out)], rel=1e-3, abs=1e-3)
+    expected = [_perplexity(dense, held_out), _perplexity(pruned.module, held_out)]
+    assert shown == pytest.approx(expected, rel=1e-3, abs=1e-3)
+    milliseconds, measured = pruned.report.figures
+    assert "milliseconds" in milliseconds.what
+    assert [measured.dense, measured.pruned] == pytest.approx(expected, rel=1e-4)
 
 
 def test_prune_by_itself(folder: Path, tmp_path: Path) -> None:
@@ -155,6 +160,39 @@ def test_inspect_table(folder: Path) -> None:
     every = _invoke("inspect", folder / "model", "--all")
     assert every.exit_code == 0, every.output
     assert "model.layers.1.mlp.down_proj" in every.stdout
+
+
+def _on_page(file: Path) -> dict[str, Any]:
+    return json.loads(file.read_text(encoding="utf-8").split('id="data">')[1].split("</script>")[0])
+
+
+def test_inspect_page(folder: Path, tmp_path: Path) -> None:
+    done = _invoke("inspect", folder / "model", "--html", tmp_path / "dense.html")
+    assert done.exit_code == 0, done.output
+    assert "prunable" in done.stdout
+    data = _on_page(tmp_path / "dense.html")
+    assert data["title"] == str(folder / "model")
+    assert not data["pruned"]
+    assert {group["name"] for group in data["groups"]} >= {"model.layers.0.mlp.down_proj.weight", "model.layers.1.mlp.down_proj.weight"}
+
+
+def test_inspect_a_pruned_folder(from_file: tuple[Path, Result], folder: Path, tmp_path: Path) -> None:
+    out, _ = from_file
+    done = _invoke("inspect", out, "--html", tmp_path / "pruned.html")
+    assert done.exit_code == 0, done.output
+    report = fasp_fx.load(out).report
+    assert str(report) in done.stdout
+    assert json.loads(_invoke("inspect", out, "--json").stdout)["parameters"] == list(report.parameters)
+    data = _on_page(tmp_path / "pruned.html")
+    assert data["groups"] == _on_page(folder / "pages" / "pruned.html")["groups"]
+    shown = [(group["name"], group["before"], group["after"]) for group in data["groups"]]
+    assert shown == [(line.name, line.before, line.after) for line in report.lines]
+    assert any("Perplexity on chunks 4 to 6 of text.txt" in tile["label"] for tile in data["tiles"])
+    taken = tmp_path / "taken.html"
+    taken.write_text("mine")
+    for model in (out, folder / "model"):
+        assert "did not write" in _refused(_invoke("inspect", model, "--html", taken))
+    assert taken.read_text() == "mine"
 
 
 # --- eval
@@ -217,6 +255,20 @@ def test_prune_refuses_a_taken_folder_before_any_work(folder: Path, tmp_path: Pa
         assert "exists" in _refused(done) or "never replaces" in _refused(done)
         assert len(done.stderr.splitlines()) == 1
     assert [child.name for child in (tmp_path / "out").iterdir()] == ["precious.txt"]
+
+
+@pytest.mark.filterwarnings("ignore::fasp_fx.CalibrationWarning")
+def test_a_result_is_kept_when_measuring_is_interrupted(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, result: fasp_fx.Result) -> None:
+    def interrupt(*args: object, **kwargs: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("fasp_fx._prune_command.Job.prune", lambda job: result)
+    monkeypatch.setattr("fasp_fx._prune_command.latency", interrupt)
+    text = folder / "text.txt"
+    done = _invoke("prune", folder / "model", "--calibration", text, "--text", text, "--out", tmp_path / "out", "--html", tmp_path / "page.html", *SMALL)
+    assert done.exit_code == 130
+    assert fasp_fx.load(tmp_path / "out").report == result.report
+    assert [child.name for child in tmp_path.iterdir()] == ["out"]
 
 
 @pytest.mark.parametrize("command", ["prune", "inspect", "eval"])

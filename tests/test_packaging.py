@@ -65,6 +65,12 @@ def test_wheel_is_typed(wheel: list[str]) -> None:
     assert "fasp_fx/py.typed" in wheel
 
 
+def test_wheel_holds_the_parts_of_the_page(wheel: list[str]) -> None:
+    parts = {f"fasp_fx/_page/{path.name}" for path in (ROOT / "fasp_fx" / "_page").iterdir() if path.suffix in (".html", ".css", ".js")}
+    assert len(parts) >= 3
+    assert parts <= set(wheel)
+
+
 def test_wheel_has_the_command(wheel: list[str]) -> None:
     assert any(name.endswith(".dist-info/entry_points.txt") for name in wheel)
 
