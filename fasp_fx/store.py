@@ -164,7 +164,8 @@ def _report(data: Mapping[str, Any]) -> Report:
         known = {field.name: data[field.name] for field in fields(Report)}
         lines = tuple(Line(**{field.name: line[field.name] for field in fields(Line)}) for line in known["lines"])
         pairs = {name: tuple(known[name]) for name in ("parameters", "bytes", "notes")}
-        return Report(**{**known, **pairs, "lines": lines, "seconds": dict(known["seconds"])})
+        cache = None if known["cache"] is None else tuple(known["cache"])
+        return Report(**{**known, **pairs, "lines": lines, "seconds": dict(known["seconds"]), "cache": cache})
     except (KeyError, TypeError, ValueError) as error:
         raise StoreError(f"report.json is damaged: {type(error).__name__}: {error}; save the result again") from error
 

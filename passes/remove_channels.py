@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 from torch import Tensor, fx
+from torch.utils import _pytree as pytree
 
 from fasp_fx.channels import Slot, Value, arguments, attribute, set_argument
 from fasp_fx.errors import VerificationError
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
 class RemoveChannels:
     """Precondition: the program is the one that ``analysis`` was made of, up to passes that keep every weight.
 
-    Postcondition: no weight holds a channel of ``gone``; every node executes at the new sizes.
+    Postcondition: no weight and no input that holds state holds a channel of ``gone``; every node executes at the new sizes.
 
     Args:
         analysis: the analysis of the program.
@@ -42,7 +43,26 @@ class RemoveChannels:
         program = program.copy()
         _resize(program.module, self.analysis, Kept(self.gone), self.name)
         _cut_weights(program, self.analysis, self.gone)
+        _cut_inputs(program, self.analysis, self.gone)
         return program
+
+
+def _cut_inputs(program: Program, analysis: Analysis, gone: np.ndarray) -> None:
+    """Inputs that hold state become narrower: what is recorded of them, and their examples."""
+    leaves, structure = pytree.tree_flatten(program.example)
+    at = {node.name: (index, node) for index, node in enumerate(program.placeholders())}
+    for slot in analysis.numbering.slots:
+        taken = gone[slot.base : slot.base + slot.size]
+        if slot.kind != "input" or not taken.any():
+            continue
+        index, node = at[slot.name]
+        kept = torch.from_numpy(np.flatnonzero(~taken))
+        leaves[index] = leaves[index].index_select(slot.dim, kept.to(leaves[index].device))
+        recorded = node.meta["val"]
+        node.meta["val"] = recorded.new_empty([len(kept) if dim == slot.dim else size for dim, size in enumerate(recorded.shape)])
+        numbers = program.numbers.setdefault(slot.name, [None] * recorded.dim())
+        numbers[slot.dim] = kept + slot.base
+    program.example = pytree.tree_unflatten(leaves, structure)
 
 
 def _cut_weights(program: Program, analysis: Analysis, gone: np.ndarray) -> None:
