@@ -6,7 +6,7 @@ import functools
 import json
 from typing import Any
 
-from transformers import CONFIG_MAPPING, PreTrainedConfig
+from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
 
 #: what would let transformers build a cache that the programs do not take: theirs holds every token of every layer
 _HIDDEN = ("layer_types", "sliding_window", "attention_chunk_size", "kv_sharing_modes", "auto_map", "quantization_config")
@@ -31,6 +31,10 @@ class PrunedConfig(PreTrainedConfig):
     position_limit: int | None = None
     fasp_fx_version: str | None = None
 
+    def __post_init__(self, **kwargs: Any) -> None:
+        super().__post_init__(**kwargs)
+        _register_models()
+
     def __getattr__(self, name: str) -> Any:
         original = self.__dict__.get("original")
         if original and not name.startswith(("_", "rope_")) and name not in _HIDDEN:
@@ -40,6 +44,18 @@ class PrunedConfig(PreTrainedConfig):
         raise AttributeError(f"'{type(self).__name__}' has no attribute '{name}'")
 
 
+@functools.cache
+def _register_models() -> None:
+    """Let the Auto classes find the models of a configuration; here, because importing them takes long and only who has one needs them."""
+    from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
+
+    from ._causal import PrunedForCausalLM
+    from ._seq2seq import PrunedForSeq2SeqLM
+
+    AutoModelForCausalLM.register(PrunedConfig, PrunedForCausalLM, exist_ok=True)
+    AutoModelForSeq2SeqLM.register(PrunedConfig, PrunedForSeq2SeqLM, exist_ok=True)
+
+
 @functools.lru_cache(maxsize=8)
 def _config_of(text: str) -> PreTrainedConfig:
     data = json.loads(text)
@@ -47,5 +63,7 @@ def _config_of(text: str) -> PreTrainedConfig:
     known = CONFIG_MAPPING[kind] if kind in CONFIG_MAPPING else PreTrainedConfig
     return known.from_dict(data)
 
+
+AutoConfig.register(PrunedConfig.model_type, PrunedConfig, exist_ok=True)
 
 __all__ = ["PrunedConfig"]
