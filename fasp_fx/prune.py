@@ -299,21 +299,25 @@ def _allocate(analysis: Analysis, sparsity: float, round_to: int) -> list[int]:
     return uniform(budget, sparsity, round_to)
 
 
-def rewrite(program: Program, analysis: Analysis, decision: Decision, requested: float | None, clock: Clock) -> Result:
-    """Take out of a program what was decided for its analysis, and report it."""
+def plan_of(program: Program, analysis: Analysis, decision: Decision) -> PruningPlan:
+    """What was decided, as data; its result is not known yet."""
     budget = Budget(analysis)
     entries = plans.planned(budget.groups, decision.gone, analysis)
-    reached = budget.sparsity([entry.removed_sets for entry in entries])
-    groups = [entry for entry in entries if entry.removed_sets]
-    splits = tuple(plans.SplitWeight(name, part.name, part.dim, part.rows) for name, part in analysis.program.parts.items())
-    plan = PruningPlan(
+    groups = tuple(entry for entry in entries if entry.removed_sets)
+    return PruningPlan(
         plans.program_fingerprint(program),
-        tuple(groups),
-        reached,
-        splits if groups else (),
+        groups,
+        budget.sparsity([entry.removed_sets for entry in entries]),
+        tuple(plans.SplitWeight(name, part.name, part.dim, part.rows) for name, part in analysis.program.parts.items()) if groups else (),
         granularity=tuple(sorted(analysis.granularity)),
         include=tuple(sorted(analysis.include)),
     )
+
+
+def rewrite(program: Program, analysis: Analysis, decision: Decision, requested: float | None, clock: Clock) -> Result:
+    """Take out of a program what was decided for its analysis, and report it."""
+    plan = plan_of(program, analysis, decision)
+    groups = plan.groups
     # Without anything to remove the program stays as it was captured, fused producers included.
     start = analysis.program if groups else program
     passes: list[Pass] = [

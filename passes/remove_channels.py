@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -56,13 +57,22 @@ def _cut_inputs(program: Program, analysis: Analysis, gone: np.ndarray) -> None:
         if slot.kind != "input" or not taken.any():
             continue
         index, node = at[slot.name]
-        kept = torch.from_numpy(np.flatnonzero(~taken))
-        leaves[index] = leaves[index].index_select(slot.dim, kept.to(leaves[index].device))
-        recorded = node.meta["val"]
-        node.meta["val"] = recorded.new_empty([len(kept) if dim == slot.dim else size for dim, size in enumerate(recorded.shape)])
-        numbers = program.numbers.setdefault(slot.name, [None] * recorded.dim())
-        numbers[slot.dim] = kept + slot.base
+        numbers = program.numbers.setdefault(slot.name, [None] * leaves[index].dim())
+        leaves[index], numbers[slot.dim] = _cut_input(leaves[index], slot, torch.from_numpy(~taken))
+        recorded, cut = node.meta["val"], leaves[index].shape
+        node.meta["val"] = recorded.new_empty([new if isinstance(old, int) else old for old, new in zip(recorded.shape, cut, strict=True)])
     program.example = pytree.tree_unflatten(leaves, structure)
+
+
+def _cut_input(example: Tensor, slot: Slot, keep: Tensor) -> tuple[Tensor, Tensor]:
+    if slot.block_dim is None:
+        kept = keep.nonzero()[:, 0]
+        return example.index_select(slot.dim, kept.to(example.device)), kept + slot.base
+    whole = keep.reshape(slot.blocks, -1).any(1).nonzero()[:, 0]  # heads of which something is left
+    width = slot.size // slot.blocks
+    left = replace(slot, size=len(whole) * width, blocks=len(whole), base=0)
+    cut, within = _cut_blocks(example.index_select(slot.block_dim, whole.to(example.device)), left, keep.reshape(slot.blocks, -1)[whole].flatten())
+    return cut, within % width + whole[:, None] * width + slot.base
 
 
 def _cut_weights(program: Program, analysis: Analysis, gone: np.ndarray) -> None:

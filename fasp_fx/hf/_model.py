@@ -51,6 +51,12 @@ class Parts:
     report: Report
 
 
+class Branch(nn.Module):
+    """A part of the tree of weights; nothing is computed by it."""
+
+    main_input_name = "input_ids"  # generate() asks an encoder for it
+
+
 class PrunedModel(PreTrainedModel, GenerationMixin):
     """A model whose forward is a captured and pruned program with a cache; made by :func:`fasp_fx.hf.prune` or ``from_pretrained``.
 
@@ -205,7 +211,7 @@ def _place(root: nn.Module, name: str, tensor: Tensor, *, persistent: bool) -> N
     owner = root
     for part in path.split(".") if path else ():
         if part not in owner._modules:
-            owner.add_module(part, nn.Module())
+            owner.add_module(part, Branch())
         owner = owner._modules[part]  # type: ignore[assignment]
     if isinstance(tensor, nn.Parameter):
         owner.register_parameter(leaf, tensor)

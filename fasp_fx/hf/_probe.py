@@ -63,6 +63,7 @@ def positions_of(stages: CausalStages | Seq2SeqStages, program: Program) -> tupl
         except (RuntimeError, AssertionError, IndexError):
             found = None  # a check of the capture, which the served program does not have; the served one is held against the model below
         if found is not None and _far(_shown(found, arguments), _shown(expected.logits, arguments)):
+            print(float((_shown(found, arguments)- _shown(expected.logits, arguments)).abs().max()))
             raise CaptureError(f"the program captured of {type(stages.model).__name__} computes something else than the model for {size}; it cannot be served")
     if "position_ids" not in flat.inputs:
         return None, None

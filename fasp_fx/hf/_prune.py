@@ -21,8 +21,8 @@ from ..analysis import Analysis, analyze_program
 from ..channels import attribute
 from ..errors import ArgumentError, PlanError
 from ..plan import PruningPlan
-from ..prune import Clock, Options, _capture, decide, rewrite, split_fused
-from ..report import Report
+from ..prune import Clock, Options, _capture, decide, plan_of, rewrite, split_fused
+from ..report import Report, make_report
 from ._config import PrunedConfig
 from ._flat import FlatProgram
 from ._model import Parts, PrunedModel, StoredProgram
@@ -119,19 +119,22 @@ def prune(
         flat = FlatProgram.of(program.module)
         batches = stages.batches(calibration, {name: flat.shape(name) for name in flat.inputs if name.startswith("cache.")})
     analysis, decision = decide(program, chosen, batches, device=where, progress=progress, on_analysis=on_analysis, clock=clock)
-    planned = rewrite(program, analysis, decision, sparsity, clock)
-    results = {other.name: _carried_out(other, device, planned.plan, program, decision, chosen) for other in stages.served()} or {stage.name: planned}
-    report = replace(planned.report, cache=next((found.report.cache for found in results.values() if found.report.cache is not None), None))
-    parts = Parts(
-        {name: _stored(result.program) for name, result in results.items()},
-        _one_set(model, results),
-        {name: dict(_constants(result.program)) for name, result in results.items()},
-        planned.plan,
-        report,
-    )
+    if stages.served():
+        plan = plan_of(program, analysis, decision)
+        results = {other.name: _carried_out(other, device, plan, program, decision, chosen) for other in stages.served()}
+        weights = _one_set(model, results)
+        plan = replace(plan, result=plans.fingerprint({name: tensor for name, tensor in weights.items() if isinstance(tensor, nn.Parameter)}))
+        before = dict(program.module.named_parameters())
+        report = make_report(analysis, plan, decision, before, weights, sparsity, clock.seconds)
+        report = replace(report, cache=next((found.report.cache for found in results.values() if found.report.cache is not None), None))
+    else:
+        planned = rewrite(program, analysis, decision, sparsity, clock)
+        results, plan, report, weights = {stage.name: planned}, planned.plan, planned.report, _one_set(model, {stage.name: planned})
+    programs = {name: _stored(result.program) for name, result in results.items()}
+    parts = Parts(programs, weights, {name: _constants(result.program) for name, result in results.items()}, plan, report)
     made = _model(model, parts, positions)
     check_served(made, stages)
-    return Pruned(made, planned.plan, report, tokenizer)
+    return Pruned(made, plan, report, tokenizer)
 
 
 def _captured(stage: Stage, device: torch.device | str | None) -> Program:
@@ -142,6 +145,10 @@ def _carried_out(stage: Stage, device: torch.device | str | None, plan: PruningP
     """Take out of one more program what the plan says, with the same repaired weights."""
     clock = Clock()
     program = _captured(stage, device)
+    for node in program.module.graph.find_nodes(op="get_attr"):
+        if not node.users:  # weights of the other programs
+            program.module.graph.erase_node(node)
+    program = program.copy()  # holds what the graph looks up, and nothing else
     clock.lap("capture")
     analysis = analyze_program(program, split_fused, options.granularity, options.include)
     try:
@@ -164,7 +171,7 @@ def _stored(program: ExportedProgram) -> StoredProgram:
 def _used(program: ExportedProgram) -> dict[str, Tensor]:
     """The tensors that a program's graph looks up, by name."""
     module = program.module(check_guards=False)
-    return {str(node.target): attribute(module, str(node.target)) for node in module.graph.find_nodes(op="get_attr")}
+    return {str(node.target): attribute(module, str(node.target)) for node in module.graph.find_nodes(op="get_attr") if node.users}
 
 
 def _constants(program: ExportedProgram) -> dict[str, Tensor]:
