@@ -10,10 +10,9 @@ from typing import Any
 import networkx as nx
 import numpy as np
 import torch
-from torch import Tensor
 from scipy.sparse import coo_matrix
 from scipy.sparse.csgraph import connected_components
-from torch import fx
+from torch import Tensor, fx
 
 from ._layout import Conflict, find_blocks
 from ._program import Program
@@ -185,7 +184,7 @@ def _walk(program: Program, heads: bool) -> tuple[Numbering, Walk]:
 
 def _cached_heads(program: Program) -> dict[tuple[str, int], tuple[int, int]]:
     """A cache ``[batch, heads, length, width]`` may lose other channels in each head, as the weights that fill it may."""
-    found = {}
+    found: dict[tuple[str, int], tuple[int, int]] = {}
     for node in program.placeholders():
         value = node.meta.get("val")
         if node.name in program.state_inputs and isinstance(value, Tensor) and value.dim() == 4:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -38,12 +38,11 @@ def check(cache: Any, encoder_decoder: bool) -> None:
                 )
 
 
-def read(cache: Cache, names: Iterable[str], shapes: dict[str, tuple[Any, ...]], batch: int, like: Tensor) -> dict[str, Tensor]:
+def read(cache: Cache, sizes: Mapping[str, tuple[int, int]], batch: int, like: Tensor) -> dict[str, Tensor]:
     """The tensors that a program takes, by name; those of a layer that holds nothing yet are empty.
 
     Args:
-        names: such as ``cache.0.keys`` or ``cache.cross.1.values``.
-        shapes: what the program recorded of each, ``[batch, heads, length, width]``.
+        sizes: heads and width of each, by names such as ``cache.0.keys`` or ``cache.cross.1.values``.
         batch: the number of sequences of this call.
         like: a tensor of the model's dtype and device.
 
@@ -51,9 +50,8 @@ def read(cache: Cache, names: Iterable[str], shapes: dict[str, tuple[Any, ...]],
         ArgumentError: the cache holds another number of sequences or heads, another width, dtype or device.
     """
     found = {}
-    for name in names:
+    for name, (heads, width) in sizes.items():
         part, number, kind = _place(cache, name)
-        heads, width = shapes[name][1], shapes[name][3]
         layer = part.layers[number] if number < len(part.layers) else None
         held = getattr(layer, kind) if layer is not None and layer.is_initialized else None
         if held is None or held.dim() != 4:  # a layer that was made and never written holds a tensor without dimensions

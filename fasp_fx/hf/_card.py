@@ -11,7 +11,11 @@ def card(model: Any) -> str:
     """A README.md for the hub: what was pruned from what, what it cost, and how to load it."""
     seq2seq = model.config.is_encoder_decoder
     source = str(model.config.original.get("_name_or_path") or model.name_or_path or "")
-    header: dict[str, Any] = {"library_name": "transformers", "tags": ["fasp_fx", "pruned"], "pipeline_tag": "text2text-generation" if seq2seq else "text-generation"}
+    header: dict[str, Any] = {
+        "library_name": "transformers",
+        "tags": ["fasp_fx", "pruned"],
+        "pipeline_tag": "text2text-generation" if seq2seq else "text-generation",
+    }
     if source.count("/") == 1 and not os.path.exists(source) and not source.startswith((".", "/", "~")):
         header["base_model"] = source
     report, plan = model.report, model.plan

@@ -67,7 +67,9 @@ class PrunedForCausalLM(PrunedModel):
         loss = None
         if labels is not None:
             if labels.shape != logits.shape[:2]:
-                raise ArgumentError(f"labels have the shape {list(labels.shape)}, the logits speak of {list(logits.shape[:2])} tokens; give one label per token")
+                raise ArgumentError(
+                    f"labels have the shape {list(labels.shape)}, the logits speak of {list(logits.shape[:2])} tokens; give one label per token"
+                )
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=logits.shape[-1], **kwargs)
         if use_cache or (use_cache is None and getattr(self.config, "use_cache", True)):
             _caches.write(cache, {name: tensor for name, tensor in found.items() if name.startswith("cache.")})
@@ -87,7 +89,9 @@ class PrunedForCausalLM(PrunedModel):
         else:
             positions = torch.arange(past, past + new, device=ids.device).expand(batch, new)
         if limit is not None and past + new > limit and int(positions.max()) >= limit:
-            raise ArgumentError(f"position {int(positions.max())} lies outside of the model's table of {limit} positions; shorten the prompt or generate fewer tokens")
+            raise ArgumentError(
+                f"position {int(positions.max())} lies outside of the model's table of {limit} positions; shorten the prompt or generate fewer tokens"
+            )
         return positions
 
     def prepare_inputs_for_generation(self, input_ids: Tensor, *args: Any, **kwargs: Any) -> dict[str, Any]:

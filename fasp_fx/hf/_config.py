@@ -59,9 +59,9 @@ def _register_models() -> None:
 @functools.lru_cache(maxsize=8)
 def _config_of(text: str) -> PreTrainedConfig:
     data = json.loads(text)
-    kind = data.get("model_type")
-    known = CONFIG_MAPPING[kind] if kind in CONFIG_MAPPING else PreTrainedConfig
-    return known.from_dict(data)
+    known: Any = CONFIG_MAPPING.get(data.get("model_type"), PreTrainedConfig)
+    found: PreTrainedConfig = known.from_dict(data)
+    return found
 
 
 AutoConfig.register(PrunedConfig.model_type, PrunedConfig, exist_ok=True)

@@ -13,7 +13,6 @@ from torch import Tensor, fx, nn
 from torch.fx.graph import CodeGen
 from torch.utils import _pytree as pytree
 
-from ..channels import results
 from ..errors import CaptureError
 
 _numbers = itertools.count()
@@ -55,7 +54,7 @@ class FlatProgram:
         for spec in (generated.pytree_info.in_spec, generated.pytree_info.out_spec):
             tree = pytree.tree_unflatten(list(range(spec.num_leaves)), spec)
             names.append(_names(tree[1] if spec is generated.pytree_info.in_spec else tree, spec.num_leaves))
-        return FlatProgram(graph, *names)
+        return FlatProgram(graph, names[0], names[1])
 
     def __call__(self, weights: nn.Module, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Run the graph over the tensors of ``weights``."""
@@ -80,15 +79,20 @@ class FlatProgram:
             node.args, node.kwargs = fx.node.map_aggregate((node.args, node.kwargs), lambda item: device if isinstance(item, torch.device) else item)
         self._function = None
 
-    def shape(self, name: str) -> tuple[Any, ...]:
-        """The recorded shape of an input or output; sizes that vary are symbols."""
-        nodes = self.graph.find_nodes(op="placeholder")
-        node = nodes[self.inputs.index(name)] if name in self.inputs else results(self.graph)[self.outputs.index(name)]
-        return tuple(node.meta["val"].shape)
+    def cache_sizes(self) -> dict[str, tuple[int, int]]:
+        """Heads and width of each cache tensor that the program takes, ``[batch, heads, length, width]``.
 
-    def weights(self) -> Iterator[fx.Node]:
-        """The nodes that look up weights."""
-        yield from self.graph.find_nodes(op="get_attr")
+        Raises:
+            CaptureError: a cache of another layout.
+        """
+        found = {}
+        for node, name in zip(self.graph.find_nodes(op="placeholder"), self.inputs, strict=True):
+            if name.startswith("cache."):
+                shape = tuple(node.meta["val"].shape)
+                if len(shape) != 4 or not isinstance(shape[1], int) or not isinstance(shape[3], int):
+                    raise CaptureError(f"{name} was captured as {list(shape)}; only caches [batch, heads, length, width] of fixed heads and width are served")
+                found[name] = (shape[1], shape[3])
+        return found
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_function": None}  # made anew: code cannot be pickled
@@ -103,7 +107,9 @@ def _names(tree: Any, count: int) -> tuple[str, ...]:
     found = {index: name for name, index in _walk(tree, "")}
     missing = next((index for index in range(count) if index not in found), None)
     if missing is not None:
-        raise CaptureError(f"leaf {missing} of the program's inputs or outputs is neither a named tensor nor keys or values of a cache; such state is not served")
+        raise CaptureError(
+            f"leaf {missing} of the program's inputs or outputs is neither a named tensor nor keys or values of a cache; such state is not served"
+        )
     return tuple(found[index] for index in range(count))
 
 

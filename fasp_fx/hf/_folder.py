@@ -35,7 +35,17 @@ FORMAT = "fasp_fx.hf/1"
 FILES = ("config.json", "model.safetensors", "constants.safetensors", "programs.json", "plan.json", "report.json")
 _HUB = ("cache_dir", "force_download", "local_files_only", "revision", "token")
 #: arguments of transformers' loaders that change nothing here
-_WITHOUT_EFFECT = ("trust_remote_code", "low_cpu_mem_usage", "use_safetensors", "adapter_kwargs", "_from_auto", "_from_pipeline", "weights_only", "proxies", "use_kernels")
+_WITHOUT_EFFECT = (
+    "trust_remote_code",
+    "low_cpu_mem_usage",
+    "use_safetensors",
+    "adapter_kwargs",
+    "_from_auto",
+    "_from_pipeline",
+    "weights_only",
+    "proxies",
+    "use_kernels",
+)
 
 
 def save(model: PrunedModel, path: Path, tokenizer: Any, *, overwrite: bool) -> Path:
@@ -120,7 +130,7 @@ def _fill(folder: Path, model: PrunedModel, state_dict: Mapping[str, Tensor] | N
 
 def _weights(model: PrunedModel, state_dict: Mapping[str, Tensor] | None) -> dict[str, Tensor]:
     """The weights to write, held against those that the programs need."""
-    own = {name: tensor for name, tensor in model.named_parameters(remove_duplicate=False)}
+    own: dict[str, Tensor] = dict(model.named_parameters(remove_duplicate=False))
     own |= {name: tensor for name, tensor in model.named_buffers(remove_duplicate=False) if name in model.state_dict()}
     if state_dict is None:
         return own
@@ -199,7 +209,9 @@ def _folder(where: Any, hub: dict[str, Any]) -> Path:
     try:
         return Path(snapshot_download(str(where), **{name: value for name, value in hub.items() if value is not None}))
     except Exception as error:  # the hub's client raises what its transport does
-        raise StoreError(f"'{where}' is neither a folder nor a repository that can be read: {first_line(error)}; give the folder that save_pretrained wrote") from error
+        raise StoreError(
+            f"'{where}' is neither a folder nor a repository that can be read: {first_line(error)}; give the folder that save_pretrained wrote"
+        ) from error
 
 
 def _config(folder: Path, kind: type[PrunedModel]) -> PrunedConfig:
@@ -235,7 +247,9 @@ def _device(device_map: Any) -> torch.device:
         device = torch.device(device_map)
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError, TypeError) as error:
-        raise ArgumentError(f"device_map={device_map!r} cannot be honoured: a pruned model lies on one device; pass 'auto' or a device such as 'cpu'") from error
+        raise ArgumentError(
+            f"device_map={device_map!r} cannot be honoured: a pruned model lies on one device; pass 'auto' or a device such as 'cpu'"
+        ) from error
     return device
 
 

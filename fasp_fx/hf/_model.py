@@ -79,6 +79,7 @@ class PrunedModel(PreTrainedModel, GenerationMixin):
         self._constant_names = _adopt_constants(self, parts)
         self._programs = {name: _served(program.flat, parts.constants[name], self._constant_names[name]) for name, program in parts.programs.items()}
         self._steps = {name: _step(program) for name, program in self._programs.items()}
+        self._cache_sizes = {name: program.cache_sizes() for name, program in self._programs.items()}
         self.eval()
 
     def _run(self, name: str, values: dict[str, Tensor], one: bool = False) -> dict[str, Tensor]:
@@ -87,15 +88,17 @@ class PrunedModel(PreTrainedModel, GenerationMixin):
         try:
             return program(self, values)
         except IndexError as error:
-            raise ArgumentError(f"a token number or position lies outside of the model's tables: {error}; shorten the input, or check its token numbers") from error
+            raise ArgumentError(
+                f"a token number or position lies outside of the model's tables: {error}; shorten the input, or check its token numbers"
+            ) from error
 
     def _like(self) -> Tensor:
         """A parameter that shows dtype and device."""
         return next(parameter for parameter in self.parameters() if parameter.is_floating_point())
 
     def _cached(self, program: str, cache: Any, batch: int) -> dict[str, Tensor]:
-        names, flat = [name for name in self._programs[program].inputs if name.startswith("cache.")], self._programs[program]
-        return _caches.read(cache, names, {name: flat.shape(name) for name in names}, batch, self._like())
+        """The cache tensors that a program takes."""
+        return _caches.read(cache, self._cache_sizes[program], batch, self._like())
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         held = self._like()
@@ -226,7 +229,9 @@ def _adopt_constants(model: nn.Module, parts: Parts) -> dict[str, dict[str, str]
     for program, constants in parts.constants.items():
         names[program] = {}
         for name, tensor in constants.items():
-            index = next((i for i, known in enumerate(held) if known.shape == tensor.shape and known.dtype == tensor.dtype and torch.equal(known, tensor)), None)
+            index = next(
+                (i for i, known in enumerate(held) if known.shape == tensor.shape and known.dtype == tensor.dtype and torch.equal(known, tensor)), None
+            )
             if index is None:
                 index = len(held)
                 held.append(tensor)

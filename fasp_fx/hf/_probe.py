@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
+from torch.utils import _pytree as pytree
 
 from .._program import Program
 from ..errors import CaptureError
@@ -64,7 +65,8 @@ def positions_of(stages: CausalStages | Seq2SeqStages, program: Program) -> tupl
         expected = stages.run(arguments)  # extends the cache, whose tensors it leaves
         try:
             with torch.no_grad():
-                found = flat(program.module, values)["logits"]
+                moved = {name: tensor.to(program.device()) for name, tensor in values.items()}
+                found = flat(program.module, moved)["logits"].to(expected.logits.device)
         except (RuntimeError, AssertionError, IndexError):
             found = None  # a check of the capture, which the served program does not have; the served one is held against the model below
         if found is not None and _far(_shown(found, arguments), _shown(expected.logits, arguments)):
@@ -76,15 +78,9 @@ def positions_of(stages: CausalStages | Seq2SeqStages, program: Program) -> tupl
 
 def _values(flat: FlatProgram, arguments: dict[str, Any]) -> dict[str, Tensor]:
     values = {name: value for name, value in arguments.items() if isinstance(value, Tensor)}
-    names = [name for name in flat.inputs if name.startswith("cache.")]
-    like = next(tensor for tensor in _cache_likes(flat))
-    return values | _caches.read(arguments["cache"], names, {name: flat.shape(name) for name in names}, len(arguments["input_ids"]), like)
-
-
-def _cache_likes(flat: FlatProgram) -> Iterator[Tensor]:
-    for node, name in zip(flat.graph.find_nodes(op="placeholder"), flat.inputs, strict=True):
-        if name.startswith("cache."):
-            yield torch.empty(0, dtype=node.meta["val"].dtype, device=node.meta["val"].device)
+    recorded = next(node.meta["val"] for node, name in zip(flat.graph.find_nodes(op="placeholder"), flat.inputs, strict=True) if name.startswith("cache."))
+    like = torch.empty(0, dtype=recorded.dtype, device=recorded.device)
+    return values | _caches.read(arguments["cache"], flat.cache_sizes(), len(arguments["input_ids"]), like)
 
 
 def _counting(stages: CausalStages) -> str:
@@ -147,11 +143,14 @@ def _served_calls(model: Any, stages: CausalStages | Seq2SeqStages) -> Iterator[
     for batch, padding in ((1, 0), (3, 2)):
         if isinstance(stages, CausalStages):
             whole = stages.arguments(batch=batch, new=6, past=0, padding=padding)
-            whole = {name: whole[name].to(model.device) for name in ("input_ids", "attention_mask", "position_ids") if name in whole and name in stages.accepts}
-            mask = whole.get("attention_mask")
+            whole = {name: whole[name] for name in ("input_ids", "attention_mask", "position_ids") if name in whole and name in stages.accepts}
         else:
-            whole = stages.arguments(batch=batch, new=6, past=0, padding=padding)
-            whole.pop("cache")
+            given = stages.arguments(batch=batch, new=6, past=0, padding=padding)
+            shown = stages.optional(decoder_attention_mask=given.get("decoder_attention_mask"))
+            source = stages.tokens(given["attention_mask"].shape[1], batch)
+            whole = {"input_ids": source, "attention_mask": given["attention_mask"], "decoder_input_ids": given["decoder_input_ids"], **shown}
+        whole = pytree.tree_map(lambda leaf: leaf.to(model.device) if isinstance(leaf, Tensor) else leaf, whole)
+        mask = whole.get("attention_mask")
         name = "input_ids" if isinstance(stages, CausalStages) else "decoder_input_ids"
         pieces = []
         for start, end in ((0, 3), (3, 4), (4, 6)):

@@ -101,9 +101,7 @@ def prune(
     if plain:
         from ._plain import prune_plain
 
-        return prune_plain(
-            model, tokenizer, calibration=calibration, sparsity=sparsity, device=device, progress=progress, on_analysis=on_analysis, **options
-        )
+        return prune_plain(model, tokenizer, calibration=calibration, sparsity=sparsity, device=device, progress=progress, on_analysis=on_analysis, **options)
     try:
         chosen = Options(sparsity, **options)
     except TypeError as error:
@@ -116,8 +114,7 @@ def prune(
     where = None if device is None else torch.device(device)
     batches = None
     if calibration is not None:
-        flat = FlatProgram.of(program.module)
-        batches = stages.batches(calibration, {name: flat.shape(name) for name in flat.inputs if name.startswith("cache.")})
+        batches = stages.batches(calibration, FlatProgram.of(program.module).cache_sizes())
     analysis, decision = decide(program, chosen, batches, device=where, progress=progress, on_analysis=on_analysis, clock=clock)
     if stages.served():
         plan = plan_of(program, analysis, decision)
@@ -175,7 +172,7 @@ def _used(program: ExportedProgram) -> dict[str, Tensor]:
 
 
 def _constants(program: ExportedProgram) -> dict[str, Tensor]:
-    return {name: tensor.detach().clone() for name, tensor in _used(program).items() if name not in program.state_dict}
+    return {name: value.detach().clone() for name, value in program.constants.items() if isinstance(value, Tensor)}
 
 
 def _one_set(model: nn.Module, results: dict[str, Result]) -> dict[str, Tensor]:

@@ -14,6 +14,7 @@ from transformers import BatchEncoding
 from transformers.modeling_outputs import BaseModelOutput
 
 from ..errors import ArgumentError, CalibrationError, CaptureError, first_line
+from . import _caches
 from ._caches import fresh
 
 #: example sizes: sequences, source tokens, tokens that are already cached, new tokens; all different, and none of them 1, which would be taken for a constant
@@ -45,7 +46,9 @@ class Stages:
     def __post_init__(self) -> None:
         self.accepts = frozenset(inspect.signature(self.model.forward).parameters)
         if "cache" not in self.accepts:
-            raise CaptureError(f"{type(self.model).__name__}.forward takes no 'cache' of keys and values, so it cannot be served step by step; use fasp_fx.prune")
+            raise CaptureError(
+                f"{type(self.model).__name__}.forward takes no 'cache' of keys and values, so it cannot be served step by step; use fasp_fx.prune"
+            )
 
     def tokens(self, count: int, batch: int = BATCH, seed: int = 0) -> Tensor:
         """Random token numbers ``[batch, count]``."""
@@ -97,11 +100,11 @@ class CausalStages(Stages):
     def served(self) -> list[Stage]:
         return []
 
-    def batches(self, calibration: Any, caches: dict[str, tuple[Any, ...]]) -> Iterator[dict[str, Any]]:
+    def batches(self, calibration: Any, caches: dict[str, tuple[int, int]]) -> Iterator[dict[str, Any]]:
         """Calibration batches as the program takes them: a whole text after an empty cache.
 
         Args:
-            caches: what the program recorded of each cache tensor, ``[batch, heads, length, width]``.
+            caches: heads and width of each cache tensor.
         """
         for ids, given in _calls(calibration, {"input_ids", "attention_mask", "position_ids", "use_cache"}):
             mask = given.get("attention_mask")
@@ -109,13 +112,8 @@ class CausalStages(Stages):
             positions = given.get("position_ids")
             positions = (mask.cumsum(-1) - 1).clamp(min=0) if positions is None else positions
             cache = fresh(encoder_decoder=False)
-            for name, shape in caches.items():
-                _, number, kind = name.split(".")
-                empty = torch.empty((len(ids), shape[1], 0, shape[3]), dtype=self.model.dtype, device=ids.device)
-                if kind == "keys":
-                    cache.update(empty, empty, int(number))
-                else:
-                    cache.layers[int(number)].values = empty
+            empty = _caches.read(cache, caches, len(ids), torch.empty(0, dtype=self.model.dtype, device=ids.device))
+            _caches.write(cache, empty)
             extra = self.optional(attention_mask=mask, position_ids=positions, logits_to_keep=torch.arange(ids.shape[1], device=ids.device))
             yield {"input_ids": ids, **extra, "cache": cache, "use_cache": True}
 
@@ -161,7 +159,7 @@ class Seq2SeqStages(Stages):
             Stage("decode", self.model, {**later, "use_cache": True}, ("encoder_outputs", "encoder_last_hidden_state")),
         ]
 
-    def batches(self, calibration: Any, caches: dict[str, tuple[Any, ...]]) -> Iterator[dict[str, Any]]:
+    def batches(self, calibration: Any, caches: dict[str, tuple[int, int]]) -> Iterator[dict[str, Any]]:
         """Calibration batches as the whole program takes them."""
         for ids, given in _calls(calibration, {"input_ids", "attention_mask", "decoder_input_ids", "use_cache"}):
             if "decoder_input_ids" not in given:
@@ -199,7 +197,9 @@ def _calls(calibration: Any, known: set[str]) -> Iterator[tuple[Tensor, dict[str
             raise CalibrationError(f"calibration batch {index} {what}; a batch holds {', '.join(sorted(known - {'use_cache'}))}")
         ids = given["input_ids"]
         if ids.dim() != 2 or ids.is_floating_point():
-            raise CalibrationError(f"calibration batch {index}: input_ids is {ids.dtype} of shape {tuple(ids.shape)}; it must hold token numbers [batch, tokens]")
+            raise CalibrationError(
+                f"calibration batch {index}: input_ids is {ids.dtype} of shape {tuple(ids.shape)}; it must hold token numbers [batch, tokens]"
+            )
         yield ids, {name: value for name, value in given.items() if value is not None}
 
 

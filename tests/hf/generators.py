@@ -27,6 +27,10 @@ def _t5() -> Any:
 
 def _zoo(name: str) -> Any:
     model: Any = ZOO[name].make()
+    if name == "llama_gqa":  # with room for the byte-level tokenizer of the tests of folders
+        config = copy.deepcopy(model.config)
+        config.vocab_size = 258
+        model = type(model)(config)
     return model
 
 

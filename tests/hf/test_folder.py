@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -23,15 +25,12 @@ CHAT = "{% for message in messages %}{{ message['role'] }}: {{ message['content'
 
 @pytest.fixture(scope="module")
 def bytes_model(tmp_path_factory: pytest.TempPathFactory) -> hf.Pruned:
-    """A Llama with a byte-level tokenizer that has a chat template, pruned with calibration."""
+    """A pruned Llama with a byte-level tokenizer that has a chat template."""
     folder = tmp_path_factory.mktemp("bytes")
     _make_model(folder)
     tokenizer = AutoTokenizer.from_pretrained(folder)
     tokenizer.chat_template = CHAT
-    model = AutoModelForCausalLM.from_pretrained(folder).eval()
-    calibration = [{"input_ids": torch.randint(2, 250, (4, 32), generator=torch.Generator().manual_seed(seed))} for seed in range(3)]
-    made: hf.Pruned = hf.prune(model, tokenizer, calibration=calibration, sparsity=0.2)
-    return made
+    return dataclasses.replace(pruned("llama_gqa"), tokenizer=tokenizer)
 
 
 @pytest.fixture(scope="module")
@@ -107,7 +106,9 @@ def test_fine_tuned_model_keeps_its_weights(folder: Path, tmp_path: Path) -> Non
     model = AutoModelForCausalLM.from_pretrained(folder)
     before = _logits(model)
     rows = [{"input_ids": list(range(20 + shift, 36 + shift)), "labels": list(range(20 + shift, 36 + shift))} for shift in range(8)]
-    settings = TrainingArguments(str(tmp_path / "run"), max_steps=2, per_device_train_batch_size=4, learning_rate=0.01, report_to=[], use_cpu=True, save_steps=1)
+    settings = TrainingArguments(
+        str(tmp_path / "run"), max_steps=2, per_device_train_batch_size=4, learning_rate=0.01, report_to=[], use_cpu=True, save_steps=1
+    )
     Trainer(model, settings, train_dataset=rows).train()
     trained = _logits(model)
     assert not torch.equal(before, trained)
@@ -141,8 +142,6 @@ def test_nothing_half_written(bytes_model: hf.Pruned, tmp_path: Path) -> None:
 
 @pytest.fixture
 def copied(folder: Path, tmp_path: Path) -> Path:
-    import shutil
-
     return Path(shutil.copytree(folder, tmp_path / "copy"))
 
 
@@ -160,7 +159,7 @@ def test_damage_is_found(copied: Path, name: str) -> None:
 def test_another_version_is_refused(copied: Path) -> None:
     manifest = json.loads((copied / "manifest.json").read_text())
     (copied / "manifest.json").write_text(json.dumps({**manifest, "format": "fasp_fx.hf/99"}))
-    with pytest.raises(fasp_fx.StoreError, match="fasp_fx.hf/99"):
+    with pytest.raises(fasp_fx.StoreError, match=r"fasp_fx\.hf/99"):
         AutoModelForCausalLM.from_pretrained(copied)
 
 
@@ -195,8 +194,8 @@ def test_what_cannot_be_honoured_is_refused(folder: Path, options: dict[str, Any
 
 
 def test_what_can_be_honoured(folder: Path) -> None:
-    for options in ({"dtype": "auto"}, {"dtype": torch.float32}, {"device_map": "cpu"}, {"device_map": {"": "cpu"}}):
-        assert AutoModelForCausalLM.from_pretrained(folder, **options).dtype == torch.float32
+    for options in ({"dtype": "auto"}, {"dtype": torch.float64}, {"device_map": "cpu"}, {"device_map": {"": "cpu"}}):
+        assert AutoModelForCausalLM.from_pretrained(folder, **options).dtype == torch.float64
 
 
 def test_the_wrong_auto_class_is_told(folder: Path, tmp_path: Path) -> None:

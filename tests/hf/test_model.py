@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import pickle
 from collections.abc import Callable
 from typing import Any
 
@@ -80,7 +79,7 @@ def test_training_step(model: Any) -> None:
         loss.backward()
         assert all(parameter.grad is not None for parameter in trained.parameters())
         optimizer.step()
-        losses.append(float(loss))
+        losses.append(float(loss.detach()))
     assert losses[-1] < losses[0]
     with torch.no_grad():
         step = trained(input_ids=ids[:, -1:], cache=trained(input_ids=ids[:, :-1]).cache).logits  # the step sees the trained weights
@@ -93,19 +92,18 @@ def test_names_of_weights_are_those_of_the_original(model: Any) -> None:
     assert model.num_parameters() == pruned("llama_gqa").report.parameters[1]
 
 
-def test_copies_and_pickles_are_models_of_their_own(model: Any) -> None:
-    ids = _ids()
-    for made in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
-        assert torch.equal(made(input_ids=ids).logits, model(input_ids=ids).logits)
-        with torch.no_grad():
-            next(iter(made.parameters())).zero_()
-        assert not torch.equal(made(input_ids=ids).logits, model(input_ids=ids).logits)
+def test_copies_are_models_of_their_own(model: Any) -> None:
+    ids, made = _ids(), copy.deepcopy(model)
+    assert torch.equal(made(input_ids=ids).logits, model(input_ids=ids).logits)
+    with torch.no_grad():
+        next(iter(made.parameters())).zero_()
+    assert not torch.equal(made(input_ids=ids).logits, model(input_ids=ids).logits)
 
 
 def test_moves_with_its_programs(model: Any) -> None:
     moved = copy.deepcopy(model).to("meta")
     assert moved(input_ids=_ids().to("meta")).logits.device.type == "meta"
-    assert moved(input_ids=_ids(2, 1).to("meta")).logits.shape == (2, 1, 96)
+    assert moved(input_ids=_ids(2, 1).to("meta")).logits.shape == (2, 1, 258)
 
 
 def test_streams(model: Any) -> None:
@@ -202,7 +200,7 @@ def test_a_configuration_alone_is_no_model(model: Any) -> None:
 
 def test_configuration_speaks_for_the_original(model: Any) -> None:
     config = model.config
-    assert (config.vocab_size, config.num_hidden_layers, config.hidden_size) == (96, 2, 64)
+    assert (config.vocab_size, config.num_hidden_layers, config.hidden_size) == (258, 2, 64)
     assert pruned("gpt2").model.config.hidden_size == 64  # a name that GPT-2 maps to another
     with pytest.raises(AttributeError, match="no_such_thing"):
         _ = config.no_such_thing
