@@ -64,7 +64,6 @@ __all__ = [
     "VerificationError",
     "analyze",
     "apply",
-    "hf",
     "load",
     "passes",
     "patterns",

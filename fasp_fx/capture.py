@@ -248,7 +248,8 @@ def _export_transformers(model: Any, kwargs: dict[str, Any], shapes: Any) -> Exp
     from transformers.exporters.exporter_dynamo import DynamoConfig, DynamoExporter
     from transformers.exporters.utils import prepare_for_export
 
-    model, kwargs, flags = prepare_for_export(model, dict(kwargs))  # so that the shapes speak of what the exporter will see
+    model, prepared, flags = prepare_for_export(model, dict(kwargs))  # so that the shapes speak of what the exporter will see
+    kwargs = dict(prepared)
     if shapes is _every_dim or (shapes is _all_dims and not _images(kwargs.values())):
         shapes = _cached_dims(kwargs)
     elif callable(shapes):

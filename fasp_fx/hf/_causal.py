@@ -46,10 +46,11 @@ class PrunedForCausalLM(PrunedModel):
         check_tokens("input_ids", input_ids)
         assert input_ids is not None
         batch, new = input_ids.shape
-        if cache is None:
-            cache = _caches.fresh(encoder_decoder=False)
-        else:
+        given = cache is not None
+        if given:
             _caches.check(cache, encoder_decoder=False)
+        else:
+            cache = _caches.fresh(encoder_decoder=False)
         values = self._cached("decode", cache, batch)
         past = next(iter(values.values())).shape[2] if values else 0
         values["input_ids"] = input_ids
@@ -71,11 +72,10 @@ class PrunedForCausalLM(PrunedModel):
                     f"labels have the shape {list(labels.shape)}, the logits speak of {list(logits.shape[:2])} tokens; give one label per token"
                 )
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=logits.shape[-1], **kwargs)
-        if use_cache or (use_cache is None and getattr(self.config, "use_cache", True)):
+        wanted = getattr(self.config, "use_cache", True) if use_cache is None else use_cache
+        if wanted or given:
             _caches.write(cache, {name: tensor for name, tensor in found.items() if name.startswith("cache.")})
-        else:
-            cache = None
-        output = CausalLMOutputWithPast(loss=loss, logits=logits, cache=cache)
+        output = CausalLMOutputWithPast(loss=loss, logits=logits, cache=cache if wanted else None)
         return output if return_dict is not False else output.to_tuple()
 
     def _positions(self, given: Tensor | None, mask: Tensor | None, batch: int, new: int, past: int, ids: Tensor) -> Tensor:

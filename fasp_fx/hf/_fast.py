@@ -31,14 +31,15 @@ def without_checks(graph: fx.Graph) -> None:
 
 
 def _takes_all(node: fx.Node) -> bool:
-    start, end, step = [*node.args[2:], *[None, None, 1][len(node.args) - 2 :]]
-    return start in (0, None) and (end is None or (isinstance(end, int) and end >= _WHOLE)) and step == 1
+    given: list[Any] = [*node.args[2:], *[None, None, 1][len(node.args) - 2 :]]
+    start, end, step = given
+    return start in (0, None) and step == 1 and (end is None or (isinstance(end, int) and end >= _WHOLE))
 
 
 def grouped(graph: fx.Graph) -> None:
     """Let attention read each key and value head once, where the model repeats it for the query heads that share it."""
     for node in graph.find_nodes(op="call_function", target=_ATTENTION):
-        padding = node.args[2] if _pads_width(node.args[2]) else None
+        padding: Any = node.args[2] if _pads_width(node.args[2]) else None
         key, times = _repeated(node.args[1])
         value, same = _repeated(node.args[2] if padding is None else padding.args[0])
         if times == 1 or same != times or node.kwargs.get("enable_gqa"):
@@ -52,16 +53,20 @@ def grouped(graph: fx.Graph) -> None:
     graph.eliminate_dead_code()
 
 
-def _pads_width(node: fx.Node) -> bool:
-    return node.target is aten.constant_pad_nd.default and len(node.args[1]) == 2 and node.args[1][0] == 0  # type: ignore[arg-type, index]
+def _pads_width(node: Any) -> bool:
+    """Whether a node adds columns at the end of the last dimension, and nothing else."""
+    if node.target is not aten.constant_pad_nd.default:
+        return False
+    borders = node.args[1]
+    return len(borders) == 2 and bool(borders[0] == 0)
 
 
-def _repeated(node: fx.Node) -> tuple[fx.Node, int]:
+def _repeated(node: Any) -> tuple[Any, int]:
     """What is repeated and how often, if the node is ``[b, heads, l, d]`` repeated along a new dimension after the heads; else itself and 1."""
     inner = node
     for targets in (_RESHAPES, {aten.clone.default}):
         if inner.target in targets:
-            inner = inner.args[0]  # type: ignore[assignment]
+            inner = inner.args[0]
     if inner.target is not aten.expand.default:
         return node, 1
     opened: Any = inner.args[0]
@@ -71,7 +76,7 @@ def _repeated(node: fx.Node) -> tuple[fx.Node, int]:
     if len(before) != 4 or len(after) != 4 or not all(isinstance(size, int) for size in (before[1], after[1], before[3], after[3])):
         return node, 1
     times = after[1] // before[1]
-    return (opened.args[0], times) if times * before[1] == after[1] and before[3] == after[3] else (node, 1)
+    return (opened.args[0], int(times)) if times * before[1] == after[1] and before[3] == after[3] else (node, 1)
 
 
 def _shape(node: Any) -> tuple[Any, ...]:
@@ -92,7 +97,7 @@ def one_token(graph: fx.Graph) -> None:
 
 
 def _write_out(graph: fx.Graph, node: fx.Node, masks: dict[fx.Node, fx.Node]) -> None:
-    named = dict(zip(("query", "key", "value", "attn_mask", "dropout_p", "is_causal"), node.args), **node.kwargs)
+    named: dict[str, Any] = dict(zip(("query", "key", "value", "attn_mask", "dropout_p", "is_causal"), node.args), **node.kwargs)
     query, key, value, mask, scale = named["query"], named["key"], named["value"], named.get("attn_mask"), named.get("scale")
     cut = _cut_after(node) if _pads_width(value) else None
     value = value.args[0] if cut is not None else value

@@ -130,8 +130,10 @@ def _fill(folder: Path, model: PrunedModel, state_dict: Mapping[str, Tensor] | N
 
 def _weights(model: PrunedModel, state_dict: Mapping[str, Tensor] | None) -> dict[str, Tensor]:
     """The weights to write, held against those that the programs need."""
-    own: dict[str, Tensor] = dict(model.named_parameters(remove_duplicate=False))
-    own |= {name: tensor for name, tensor in model.named_buffers(remove_duplicate=False) if name in model.state_dict()}
+    kept = model.state_dict().keys()
+    own: dict[str, Tensor] = {
+        name: tensor for name, tensor in (*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)) if name in kept
+    }
     if state_dict is None:
         return own
     found: dict[int, Tensor] = {}

@@ -113,7 +113,9 @@ class PrunedModel(PreTrainedModel, GenerationMixin):
                 program.to_device(moved.device)
         return self
 
-    def _prepare_cache_for_generation(self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any) -> None:
+    def _prepare_cache_for_generation(  # type: ignore[override]
+        self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
+    ) -> None:
         """A cache that holds every token of every layer, as the programs take it."""
         kind = generation_config.cache_implementation
         if kind not in (None, "dynamic"):
@@ -135,7 +137,9 @@ class PrunedModel(PreTrainedModel, GenerationMixin):
         """
         raise ArgumentError("the vocabulary of a pruned model is fixed by its programs; resize the embeddings of the dense model and prune it again")
 
-    def save_pretrained(self, save_directory: Any, is_main_process: bool = True, state_dict: Any = None, push_to_hub: bool = False, **kwargs: Any) -> None:
+    def save_pretrained(  # type: ignore[override]
+        self, save_directory: Any, is_main_process: bool = True, state_dict: Any = None, push_to_hub: bool = False, **kwargs: Any
+    ) -> None:
         """Write the model as it is now to a folder, which may exist already, as transformers' models do.
 
         The files are complete before the first of them takes its place. See :meth:`fasp_fx.hf.Pruned.save_pretrained` for a folder that appears

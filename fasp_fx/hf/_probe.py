@@ -104,9 +104,16 @@ def _table(module: fx.GraphModule, flat: FlatProgram) -> int | None:
         if chain is not None:
             value: Any = torch.zeros((1, 1), dtype=torch.long)
             for step in chain:
-                value = step.target(*fx.map_arg(step.args, lambda argument, value=value: value), **step.kwargs)
+                value = _applied(step, value)
             limits.append(node.args[0].meta["val"].shape[0] - int(value))
     return min(limits, default=None)
+
+
+def _applied(step: fx.Node, value: Any) -> Any:
+    """An operation with one input, on another value than the graph's."""
+    target: Any = step.target
+    args: Any = fx.map_arg(step.args, lambda argument: value)
+    return target(*args, **step.kwargs)
 
 
 def _chain(node: Any, source: fx.Node) -> list[fx.Node] | None:

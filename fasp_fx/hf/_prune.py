@@ -116,9 +116,10 @@ def prune(
     if calibration is not None:
         batches = stages.batches(calibration, FlatProgram.of(program.module).cache_sizes())
     analysis, decision = decide(program, chosen, batches, device=where, progress=progress, on_analysis=on_analysis, clock=clock)
-    if stages.served():
+    others = stages.served()
+    if others:
         plan = plan_of(program, analysis, decision)
-        results = {other.name: _carried_out(other, device, plan, program, decision, chosen) for other in stages.served()}
+        results = {other.name: _carried_out(other, device, plan, program, decision, chosen) for other in others}
         weights = _one_set(model, results)
         plan = replace(plan, result=plans.fingerprint({name: tensor for name, tensor in weights.items() if isinstance(tensor, nn.Parameter)}))
         before = dict(program.module.named_parameters())

@@ -27,7 +27,7 @@ class Encoder(nn.Module):
         check_tokens("input_ids", input_ids)
         assert input_ids is not None
         (model,) = vars(self)["_model"]
-        mask = mask_of("attention_mask", attention_mask, *input_ids.shape, input_ids)
+        mask = mask_of("attention_mask", attention_mask, input_ids.shape[0], input_ids.shape[1], input_ids)
         output = BaseModelOutput(last_hidden_state=model._run("encode", {"input_ids": input_ids, "attention_mask": mask})["last_hidden_state"])
         return output if return_dict is not False else output.to_tuple()
 
@@ -76,10 +76,11 @@ class PrunedForSeq2SeqLM(PrunedModel):
         check_tokens("decoder_input_ids", decoder_input_ids)
         assert decoder_input_ids is not None
         batch, new = decoder_input_ids.shape
-        if cache is None:
-            cache = _caches.fresh(encoder_decoder=True)
-        else:
+        given = cache is not None
+        if given:
             _caches.check(cache, encoder_decoder=True)
+        else:
+            cache = _caches.fresh(encoder_decoder=True)
         known = bool(cache.is_updated) and all(cache.is_updated.values())
         if not known and cache.get_seq_length():
             raise ArgumentError("the cache holds tokens of the output, but nothing of the source; begin with an empty one")
@@ -89,16 +90,17 @@ class PrunedForSeq2SeqLM(PrunedModel):
         values["encoder_outputs.last_hidden_state"] = hidden
         values["attention_mask"] = mask_of("attention_mask", attention_mask, batch, hidden.shape[1], hidden)
         values["decoder_input_ids"] = decoder_input_ids
+        if decoder_attention_mask is not None and "decoder_attention_mask" not in self._programs[program].inputs:
+            raise ArgumentError("decoder_attention_mask: the original model takes none; leave it out")
         values["decoder_attention_mask"] = mask_of("decoder_attention_mask", decoder_attention_mask, batch, past + new, decoder_input_ids)
         found = self._run(program, values, one=new == 1)
         loss = None
         if labels is not None:
             loss = _loss(found["logits"], labels, kwargs.get("num_items_in_batch"))
-        if use_cache or (use_cache is None and getattr(self.config, "use_cache", True)):
+        wanted = getattr(self.config, "use_cache", True) if use_cache is None else use_cache
+        if wanted or given:
             _caches.write(cache, {name: tensor for name, tensor in found.items() if name.startswith("cache.")})
-        else:
-            cache = None
-        output = Seq2SeqLMOutput(loss=loss, logits=found["logits"], cache=cache, encoder_last_hidden_state=hidden)
+        output = Seq2SeqLMOutput(loss=loss, logits=found["logits"], cache=cache if wanted else None, encoder_last_hidden_state=hidden)
         return output if return_dict is not False else output.to_tuple()
 
     def _moved_on(self, labels: Tensor) -> Tensor:
