@@ -5,7 +5,11 @@ A declarative structured-pruning compiler pass over ``torch.fx``, after FASP (ar
 
 from __future__ import annotations
 
+from importlib import import_module
+from typing import Any
+
 from . import passes, patterns
+from ._auto import register_when_needed
 from ._result import Result
 from .analysis import Analysis
 from .errors import (
@@ -29,6 +33,15 @@ from .report import Report
 from .store import load
 
 __version__ = "0.1.0"
+
+register_when_needed()
+
+
+def __getattr__(name: str) -> Any:
+    if name == "hf":  # needs transformers, which takes a second to import
+        return import_module(".hf", __name__)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
 
 __all__ = [
     "Analysis",

@@ -87,7 +87,7 @@ def _check(program: Program, flat: list[Any], index: int) -> None:
         if leaf.device != expected.device:
             raise CalibrationError(f"{where} is on {leaf.device}, the model on {expected.device}; move the batch, or pass device=")
         _check_shape(leaf, expected, where)
-        if leaf.numel() == 0:
+        if leaf.numel() == 0 and node.name not in program.state_inputs:  # a cache may be empty
             raise CalibrationError(f"{where} is empty (shape {tuple(leaf.shape)}); give it at least one token")
         if leaf.is_floating_point() and not bool(torch.isfinite(leaf).all()):
             raise CalibrationError(f"{where} holds values that are not finite; remove or repair them")

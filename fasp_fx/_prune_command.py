@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, cast
@@ -15,11 +15,10 @@ from torch import Tensor
 from . import _models, _saved, _tables, _text
 from ._console import Stages, say
 from ._page import check_page, write_page
-from ._result import Result
 from .analysis import Analysis
 from .errors import ArgumentError, CalibrationError, SparsityError
 from .evaluation import latency, perplexity
-from .prune import prune
+from .hf import Pruned, prune
 from .report import Figure
 
 
@@ -122,7 +121,7 @@ class Job:
         assert self.texts.calibration is not None
         self.stages.begin(f"calibrating on {len(self.texts.calibration)} x {self.request.length} tokens", measured=True)
         for chunk in self.texts.calibration:
-            yield {"input_ids": chunk[None].to(self.device), "use_cache": False}
+            yield {"input_ids": chunk[None].to(self.device)}
 
     @cached_property
     def device(self) -> torch.device:
@@ -138,13 +137,12 @@ class Job:
         if fraction >= 1:
             self.stages.begin("rewriting the model")
 
-    def prune(self) -> Result:
+    def prune(self) -> Pruned:
         request = self.request
         self.stages.begin("capturing and analysing the model")
-        return prune(
+        pruned: Pruned = prune(
             self.model,
-            (),
-            {"input_ids": torch.zeros(1, request.length, dtype=torch.long, device=self.device), "use_cache": False},
+            self.texts.tokenizer,
             calibration=self.batches(),
             sparsity=request.sparsity,
             score=cast(Literal["fasp", "magnitude", "random"], request.score),
@@ -153,16 +151,17 @@ class Job:
             progress=self.calibrated,
             on_analysis=self.show_groups,
         )
+        return pruned
 
-    def measure(self, result: Result) -> tuple[Figure, ...]:
+    def measure(self, result: Pruned) -> tuple[Figure, ...]:
         if self.texts.evaluation is None:
             self.texts.write(self.model, self.stages)
         chunks = self.texts.evaluation
         assert chunks is not None
         self.stages.begin("measuring latency", measured=True)
-        times = latency([self.model, result.module], chunks[:1], progress=self.stages.update)
+        times = latency([self.model, result.model], chunks[:1], progress=self.stages.update)
         values = []
-        for name, module in (("dense", self.model), ("pruned", result.module)):
+        for name, module in (("dense", self.model), ("pruned", result.model)):
             self.stages.begin(f"measuring perplexity of the {name} model", measured=True)
             values.append(perplexity(module, chunks, progress=self.stages.update))
         self.stages.end()
@@ -193,20 +192,21 @@ def run(request: Request, stages: Stages, console: Console) -> None:
     job = Job(request, stages, console, model, texts)
     result = job.prune()
     try:
-        result = replace(result, report=replace(result.report, figures=job.measure(result)))
+        result = result.measured(job.measure(result))
     finally:  # what was pruned is kept even if it could not be measured
         stages.begin("saving")
-        _saved.save(result, texts.tokenizer, request.out, overwrite=request.overwrite)
+        result.save_pretrained(request.out, overwrite=request.overwrite)
     stages.end()
     report = result.report
     if request.html is not None:
         write_page(report, f"{source}, {report.sparsity:.0%} removed", request.html)
-    console.print(_tables.figures_table([Figure("parameters", *report.parameters), Figure("bytes", *report.bytes), *report.figures]))
+    cache = [] if report.cache is None else [Figure("bytes of cache per token of one sequence", *report.cache)]
+    console.print(_tables.figures_table([Figure("parameters", *report.parameters), Figure("bytes", *report.bytes), *cache, *report.figures]))
     say(console, f"removed {report.sparsity:.2%} of the linear weights of prunable and exempt groups (asked for {request.sparsity:.2%})")
     for note in report.notes:
         say(console, f"note: {note}")
-    say(console, f"saved in {request.out}; load it with")
-    say(console, f'  fasp_fx.load("{request.out}").module(input_ids=ids, use_cache=False).logits')
+    say(console, f"saved in {request.out}; import fasp_fx, then load it with")
+    say(console, f'  AutoModelForCausalLM.from_pretrained("{request.out}")')
 
 
 __all__ = ["Request", "run"]

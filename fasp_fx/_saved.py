@@ -1,12 +1,8 @@
-"""Results on disk as the command line writes them: what :mod:`fasp_fx.store` saves, with the tokenizer in a subfolder."""
+"""Pruned models on disk as the command line writes and reads them: folders of :mod:`fasp_fx.hf`."""
 
 from __future__ import annotations
 
-import contextlib
 import os
-import shutil
-import tempfile
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,14 +11,11 @@ from torch import nn
 
 from . import store
 from ._models import Source, load_tokenizer
-from ._result import Result
-from .errors import ArgumentError, StoreError
-
-TOKENIZER = "tokenizer"
+from .errors import StoreError
 
 
 def is_saved(model: str) -> bool:
-    """Whether a command line argument is a folder that :func:`save` wrote, rather than a model."""
+    """Whether a command line argument is a folder that fasp_fx wrote, rather than a model of transformers."""
     return (Path(model) / store.MANIFEST).is_file()
 
 
@@ -32,11 +25,12 @@ def check_target(out: Path, *, overwrite: bool) -> None:
     Raises:
         StoreError: something is there that must not be replaced, or the folder cannot be made.
     """
+    from .hf import _folder
+
     if os.path.lexists(out):
         if not overwrite:
             raise StoreError(f"'{out}' exists; choose another --out, or pass --overwrite to replace an earlier result")
-        known = {store.MANIFEST, *store.FILES, TOKENIZER}
-        if out.is_symlink() or not is_saved(str(out)) or any(child.name not in known for child in out.iterdir()):
+        if out.is_symlink() or not _folder.is_saved(out):
             raise StoreError(
                 f"'{out}' holds something other than an earlier result, which --overwrite never replaces; choose another --out or remove it yourself"
             )
@@ -45,48 +39,17 @@ def check_target(out: Path, *, overwrite: bool) -> None:
         raise StoreError(f"'{out}' cannot be made: '{above}' is not a folder that you may write to; choose another --out")
 
 
-def save(result: Result, tokenizer: Any, out: Path, *, overwrite: bool) -> None:
-    """Write a result and its tokenizer.
-
-    Raises:
-        StoreError: see :func:`fasp_fx.store.save`.
-    """
-    with _without_tokenizer(out) if overwrite else contextlib.nullcontext():
-        result.save(out, overwrite=overwrite)
-    try:
-        tokenizer.save_pretrained(str(out / TOKENIZER))
-    except OSError as error:
-        raise StoreError(f"the model was saved at '{out}', but not its tokenizer: {error}") from error
-
-
-@contextlib.contextmanager
-def _without_tokenizer(out: Path) -> Iterator[None]:
-    """The store replaces only what it wrote, so an earlier tokenizer steps aside; it comes back if the save fails."""
-    held = out / TOKENIZER
-    if not held.is_dir():
-        yield
-        return
-    aside = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.absolute().parent))
-    held.rename(aside / TOKENIZER)
-    try:
-        yield
-    except BaseException:
-        (aside / TOKENIZER).rename(held)
-        raise
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
-
-
 def load_saved(folder: Path, device: torch.device) -> tuple[nn.Module, Any]:
-    """A saved module and its tokenizer.
+    """A saved model and its tokenizer.
 
     Raises:
-        StoreError: see :func:`fasp_fx.store.load`.
+        StoreError: a file is missing, damaged or of another version.
         ArgumentError: there is no tokenizer with it.
     """
-    if not (folder / TOKENIZER).is_dir():
-        raise ArgumentError(f"'{folder}' holds no tokenizer; save the model's with tokenizer.save_pretrained('{folder / TOKENIZER}')")
-    return store.load(folder, device=device).module, load_tokenizer(Source(str(folder / TOKENIZER)))
+    from .hf import PrunedForCausalLM
+
+    model = PrunedForCausalLM.from_pretrained(folder, device_map=device)
+    return model, load_tokenizer(Source(str(folder)))
 
 
-__all__ = ["TOKENIZER", "check_target", "is_saved", "load_saved", "save"]
+__all__ = ["check_target", "is_saved", "load_saved"]

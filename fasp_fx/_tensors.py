@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from .errors import StoreError, first_line
 
 
-def write_tensors(path: Path, tensors: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+def write_tensors(path: Path, tensors: Mapping[str, Any], metadata: dict[str, str] | None = None) -> dict[str, dict[str, Any]]:
     """Write tensors to one file and return what the file does not hold, by name: ties, kind, device and order of dimensions.
 
     Raises:
@@ -51,7 +51,7 @@ def write_tensors(path: Path, tensors: Mapping[str, Any]) -> dict[str, dict[str,
             "device": str(tensor.device),
         }
     try:
-        save_file(stored, path)
+        save_file(stored, path, metadata)
     except (safetensors.SafetensorError, ValueError, RuntimeError, KeyError) as error:
         raise StoreError(f"the tensors cannot be written to '{path.name}': {error}") from error
     return entries

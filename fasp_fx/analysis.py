@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from scipy.sparse import coo_matrix
 from scipy.sparse.csgraph import connected_components
-from torch import fx
+from torch import Tensor, fx
 
 from ._layout import Conflict, find_blocks
 from ._program import Program
@@ -170,7 +170,7 @@ Pairs = list[tuple[np.ndarray, np.ndarray, fx.Node]]
 
 def _walk(program: Program, heads: bool) -> tuple[Numbering, Walk]:
     """Interpret the program, again where a weight is better numbered block by block or some channels go together."""
-    blocked: dict[tuple[str, int], tuple[int, int]] = {}
+    blocked = _cached_heads(program)
     while True:
         numbering = Numbering(blocked)
         walk = _interpret(program, numbering, heads)
@@ -186,6 +186,18 @@ def _walk(program: Program, heads: bool) -> tuple[Numbering, Walk]:
         walk = _walk_together(program, numbering, coupled, walk.facts.pairs)
     walk.facts.heads = in_heads
     return numbering, walk
+
+
+def _cached_heads(program: Program) -> dict[tuple[str, int], tuple[int, int]]:
+    """A cache ``[batch, heads, length, width]`` may lose other channels in each head, as the weights that fill it may."""
+    found: dict[tuple[str, int], tuple[int, int]] = {}
+    for node in program.placeholders():
+        value = node.meta.get("val")
+        if node.name in program.state_inputs and isinstance(value, Tensor) and value.dim() == 4:
+            heads, width = value.shape[1], value.shape[3]
+            if isinstance(heads, int) and isinstance(width, int) and not isinstance(value.shape[2], int) and heads > 1:
+                found[(node.name, 3)] = (1, heads)
+    return found
 
 
 def _numbered(pairs: Pairs) -> Pairs:

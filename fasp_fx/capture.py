@@ -252,13 +252,39 @@ def _register_caches(model: Any) -> None:
 
 def _export_transformers(model: Any, kwargs: dict[str, Any], shapes: Any) -> ExportedProgram:
     from transformers.exporters.exporter_dynamo import DynamoConfig, DynamoExporter
+    from transformers.exporters.utils import prepare_for_export
 
-    automatic = shapes is _every_dim or (shapes is _all_dims and not _images(kwargs.values()))
-    if callable(shapes) and not automatic:
+    model, prepared, flags = prepare_for_export(model, dict(kwargs))  # so that the shapes speak of what the exporter will see
+    kwargs = dict(prepared)
+    if shapes is _every_dim or (shapes is _all_dims and not _images(kwargs.values())):
+        shapes = _cached_dims(kwargs)
+    elif callable(shapes):
         shapes = shapes((), kwargs).dynamic_shapes(model, (), kwargs)
-    config = DynamoConfig(dynamic=automatic or shapes is not None, dynamic_shapes=None if automatic else shapes)
-    exported, _ = DynamoExporter().export_program(model, kwargs, config)
+    config = DynamoConfig(dynamic=shapes is not None, dynamic_shapes=shapes)
+    own = vars(model).get("forward")
+    try:
+        exported, _ = DynamoExporter().export_program(model, {**kwargs, **flags}, config)
+    finally:
+        if own is None:
+            vars(model).pop("forward", None)  # the exporter puts the method back as an attribute
     return exported
+
+
+def _cached_dims(kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Every dimension dynamic, but in caches the number of heads and the width: a size that varies between calls is no channel that could go."""
+    from transformers.exporters.exporter_dynamo import get_auto_dynamic_shapes
+
+    found = {}
+    for name, value in kwargs.items():
+        found[name] = get_auto_dynamic_shapes(value)
+        if _is_cache(type(value)):
+            found[name] = [_cache_dims(leaf) if isinstance(leaf, Tensor) else spec for leaf, spec in zip(pytree.tree_leaves(value), found[name], strict=True)]
+    return found
+
+
+def _cache_dims(tensor: Tensor) -> dict[int, Any]:
+    fixed = {tensor.dim() - 1} | ({1} if tensor.dim() == 4 else set())  # [batch, heads, length, width], or states without a length
+    return {dim: Dim.STATIC if dim in fixed and tensor.dim() > 1 else Dim.AUTO for dim in range(tensor.dim())}
 
 
 def _widened(given: dict[str, Any]) -> dict[str, Any] | None:

@@ -81,7 +81,7 @@ def prune(
     """Prune a language model, measure what it cost, and save it.
 
     Finds the coupled channels of the model by itself, values them by activation statistics of the calibration text, removes the least
-    valuable ones, repairs the weights that stay, and writes a smaller program with the same call signature.
+    valuable ones, repairs the weights that stay, and writes a smaller model that generates like the original, with its tokenizer.
 
     With `--calibration self` (the default) nothing but the model is needed: it writes 32 texts of 256 tokens itself, which is quick and enough
     for a small model. The protocol behind published figures is real text at full length: 32 chunks of 1024 tokens of WikiText-2 to calibrate,
@@ -91,7 +91,8 @@ def prune(
 
     `fasp-fx eval small --text wiki.txt --length 1024 --chunks 100:140`
 
-    Example: `fasp-fx prune model.gguf --sparsity 0.2 --out small`, and in Python `fasp_fx.load("small").module(input_ids=ids, use_cache=False).logits`
+    Example: `fasp-fx prune model.gguf --sparsity 0.2 --out small`, and in Python, after
+    `import fasp_fx`, `AutoModelForCausalLM.from_pretrained("small")`.
     """
     with session() as stages:
         from ._prune_command import Request, run

@@ -275,8 +275,11 @@ def _planned(group: Group, gone: np.ndarray, removed: int, analysis: Analysis) -
     return PlannedGroup(group.name, group.size, group.blocks, removed, cut(group.producers), cut(group.consumers))
 
 
-def gone_of(plan: PruningPlan, analysis: Analysis) -> np.ndarray:
+def gone_of(plan: PruningPlan, analysis: Analysis, *, partial: bool = False) -> np.ndarray:
     """For every channel number of the analysis, whether the plan removes it.
+
+    Args:
+        partial: the program is a part of the plan's model, and weights that it does not use are none of its business.
 
     Raises:
         PlanError: the plan names a weight or index that the model lacks, cuts through a channel set, or takes channels that cannot go.
@@ -298,13 +301,18 @@ def gone_of(plan: PruningPlan, analysis: Analysis) -> np.ndarray:
             gone[slot.base : slot.base + slot.size] |= np.isin(rows, np.array([block * width + index for block, index in taken], dtype=np.int64))
     for (name, dim), removed in wanted.items():
         blocks, size = known.get((name, dim), (0, 0))
+        if partial and not blocks:
+            continue
         outside = [index for block, index in removed if not (0 <= index < size and 0 <= block < blocks)]
         if outside:
             raise PlanError(
                 f"the plan removes index {max(outside)} along dimension {dim} of '{name}', which the model does not have; it is a plan for another model"
             )
-    counted = np.bincount(analysis.labels, weights=gone, minlength=int(analysis.labels.max(initial=-1)) + 1)
-    whole = np.bincount(analysis.labels, minlength=len(counted))
+    weights = np.zeros(numbering.total, dtype=bool)  # inputs that hold state, and tensors that the graph makes, follow
+    for slot in numbering.slots:
+        weights[slot.base : slot.base + slot.size] = slot.kind == "weight"
+    counted = np.bincount(analysis.labels, weights=gone & weights, minlength=int(analysis.labels.max(initial=-1)) + 1)
+    whole = np.bincount(analysis.labels, weights=weights, minlength=len(counted))
     cut = (counted > 0) & (counted < whole)
     if cut.any():
         slot = numbering.slot_of(int(np.flatnonzero(analysis.labels == int(np.flatnonzero(cut)[0]))[0]))
@@ -319,4 +327,4 @@ def gone_of(plan: PruningPlan, analysis: Analysis) -> np.ndarray:
     if (~allowed & (counted > 0)).any():
         slot = numbering.slot_of(int(np.flatnonzero(analysis.labels == int(np.flatnonzero(~allowed & (counted > 0))[0]))[0]))
         raise PlanError(f"the plan removes channels of {slot}, which cannot be pruned in this model")
-    return gone
+    return gone | (counted > 0)[analysis.labels]

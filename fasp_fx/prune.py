@@ -26,7 +26,7 @@ from .capture import capture
 from .errors import ArgumentError, CaptureError, NothingPrunableError, PlanError, SparsityError
 from .passes import KeepDenseCount, PadValueHeads, Pass, PinAttentionScale, Pipeline, RemoveChannels, RestoreWeights, SplitFusedProducers
 from .plan import PruningPlan
-from .report import make_report
+from .report import cache_bytes, make_report
 from .restoration import least_squares
 from .scoring import Score, resolve
 
@@ -114,16 +114,9 @@ def prune(
         NothingPrunableError: no group can be pruned.
         ArgumentError, CaptureError: see :func:`fasp_fx.capture.capture`.
     """
-    _check_arguments(sparsity, restore, allocation, round_to)
-    granularity, include = _check_choice(granularity, include)
-    score_function, needs_data = resolve(score)
-    clock = _Clock()
-
-    def observe(analysis: Analysis, lost: list[int], batches: list[list[Any]] | None, advance: Callable[[float], None]) -> Decision:
-        runner = None if batches is None else Runner(analysis.program, batches)
-        with torch.no_grad():
-            return Observer(analysis, lost, score_function, least_squares if restore is not None else None, propagate).run(runner, advance)
-
+    options = Options(sparsity, score, restore, allocation, propagate, granularity, include, round_to)
+    granularity, include = options.granularity, options.include
+    clock = Clock()
     try:
         program = _capture(model, args, kwargs, dynamic_shapes=dynamic_shapes, state=state, device=device)
     except CaptureError as error:
@@ -136,29 +129,73 @@ def prune(
             kwargs,
             _stages(granularity, include),
             allocate=lambda budget: uniform(budget, sparsity, round_to),
-            observe=observe,
+            observe=options.observe,
             calibration=calibration,
-            needs_data=needs_data or restore is not None,
+            needs_data=options.needs_data,
             requested=sparsity,
             propagate=propagate,
             device=device,
             progress=progress or (lambda fraction: None),
             on_analysis=on_analysis,
         )
+    analysis, decision = decide(program, options, calibration, device=device, progress=progress, on_analysis=on_analysis, clock=clock)
+    return rewrite(program, analysis, decision, sparsity, clock)
+
+
+class Options:
+    """The checked options of one pruning, and what follows from them.
+
+    Raises:
+        ArgumentError, SparsityError: an option is out of range or not known.
+    """
+
+    def __init__(
+        self,
+        sparsity: float = 0.2,
+        score: Literal["fasp", "magnitude", "random"] | Score = "fasp",
+        restore: Literal["least-squares"] | None = "least-squares",
+        allocation: Literal["uniform"] = "uniform",
+        propagate: bool = True,
+        granularity: Iterable[str] = ("channel",),
+        include: Iterable[str] = (),
+        round_to: int = 1,
+    ) -> None:
+        _check_arguments(sparsity, restore, allocation, round_to)
+        self.granularity, self.include = _check_choice(granularity, include)
+        self.sparsity, self.round_to, self.propagate = sparsity, round_to, propagate
+        self.score, scores_data = resolve(score)
+        self.restore = least_squares if restore is not None else None
+        self.needs_data = scores_data or restore is not None
+
+    def observe(self, analysis: Analysis, lost: list[int], batches: list[list[Any]] | None, advance: Callable[[float], None]) -> Decision:
+        """Run the calibration batches, choose what goes and repair what stays."""
+        runner = None if batches is None else Runner(analysis.program, batches)
+        with torch.no_grad():
+            return Observer(analysis, lost, self.score, self.restore, self.propagate).run(runner, advance)
+
+
+def decide(
+    program: Program,
+    options: Options,
+    calibration: Iterable[Any] | None,
+    *,
+    device: torch.device | str | None = None,
+    progress: Callable[[float], None] | None = None,
+    on_analysis: Callable[[Analysis], None] | None = None,
+    clock: Clock,
+) -> tuple[Analysis, Decision]:
+    """Analyse a captured program, calibrate it and choose what goes; see :func:`prune`."""
     _check_weights(program)
     clock.lap("capture")
-    analysis = analyze_program(program, split_fused, granularity, include)
-    lost = _allocate(analysis, sparsity, round_to)
+    analysis = analyze_program(program, split_fused, options.granularity, options.include)
+    lost = _allocate(analysis, options.sparsity, options.round_to)
     clock.lap("analysis")
     if on_analysis is not None:
         on_analysis(analysis)
-    batches = None
-    if needs_data or restore is not None:
-        batches = read_batches(program, calibration, None if device is None else torch.device(device))
-    decision = observe(analysis, lost, batches, progress or (lambda fraction: None))
-    del batches
+    batches = read_batches(program, calibration, None if device is None else torch.device(device)) if options.needs_data else None
+    decision = options.observe(analysis, lost, batches, progress or (lambda fraction: None))
     clock.lap("calibration")
-    return _rewrite(program, analysis, decision, sparsity, clock)
+    return analysis, decision
 
 
 def apply(
@@ -175,7 +212,7 @@ def apply(
     Raises:
         PlanError: the plan is for another model (or for this one before it was pruned).
     """
-    clock = _Clock()
+    clock = Clock()
     try:
         program = _capture(model, args, kwargs, dynamic_shapes=dynamic_shapes, state=state)
     except CaptureError as error:
@@ -187,10 +224,10 @@ def apply(
     analysis = analyze_program(program, split_fused, plan.granularity, plan.include)
     decision = Decision(plans.gone_of(plan, analysis))
     clock.lap("analysis")
-    return _rewrite(program, analysis, decision, None, clock)
+    return rewrite(program, analysis, decision, None, clock)
 
 
-class _Clock:
+class Clock:
     """Seconds between laps, by name."""
 
     def __init__(self) -> None:
@@ -244,7 +281,7 @@ def _stages(granularity: tuple[str, ...], include: tuple[str, ...]) -> Stages:
     return Stages(
         partial(capture, image_sizes=True),  # a part can be called with features of many sizes
         lambda program: analyze_program(program, split_fused, granularity, include),
-        lambda program, analysis, decision: _rewrite(program, analysis, decision, None, _Clock()),
+        lambda program, analysis, decision: rewrite(program, analysis, decision, None, Clock()),
     )
 
 
@@ -262,20 +299,25 @@ def _allocate(analysis: Analysis, sparsity: float, round_to: int) -> list[int]:
     return uniform(budget, sparsity, round_to)
 
 
-def _rewrite(program: Program, analysis: Analysis, decision: Decision, requested: float | None, clock: _Clock) -> Result:
+def plan_of(program: Program, analysis: Analysis, decision: Decision) -> PruningPlan:
+    """What was decided, as data; its result is not known yet."""
     budget = Budget(analysis)
     entries = plans.planned(budget.groups, decision.gone, analysis)
-    reached = budget.sparsity([entry.removed_sets for entry in entries])
-    groups = [entry for entry in entries if entry.removed_sets]
-    splits = tuple(plans.SplitWeight(name, part.name, part.dim, part.rows) for name, part in analysis.program.parts.items())
-    plan = PruningPlan(
+    groups = tuple(entry for entry in entries if entry.removed_sets)
+    return PruningPlan(
         plans.program_fingerprint(program),
-        tuple(groups),
-        reached,
-        splits if groups else (),
+        groups,
+        budget.sparsity([entry.removed_sets for entry in entries]),
+        tuple(plans.SplitWeight(name, part.name, part.dim, part.rows) for name, part in analysis.program.parts.items()) if groups else (),
         granularity=tuple(sorted(analysis.granularity)),
         include=tuple(sorted(analysis.include)),
     )
+
+
+def rewrite(program: Program, analysis: Analysis, decision: Decision, requested: float | None, clock: Clock) -> Result:
+    """Take out of a program what was decided for its analysis, and report it."""
+    plan = plan_of(program, analysis, decision)
+    groups = plan.groups
     # Without anything to remove the program stays as it was captured, fused producers included.
     start = analysis.program if groups else program
     passes: list[Pass] = [
@@ -291,4 +333,5 @@ def _rewrite(program: Program, analysis: Analysis, decision: Decision, requested
     clock.lap("export")
     plan = replace(plan, result=plans.fingerprint(dict(module.named_parameters(remove_duplicate=False))))
     report = make_report(analysis, plan, decision, dict(program.module.named_parameters()), dict(module.named_parameters()), requested, clock.seconds)
+    report = replace(report, cache=cache_bytes(program.module.graph, module.graph, program.state_outputs))
     return Result(module, exported, plan, report, rewritten.signature)

@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
-from torch import Tensor
+from torch import Tensor, fx
 
 from ._observe import Decision
 from .analysis import Analysis
+from .channels import results
 from .groups import Group
 from .plan import PruningPlan
 
@@ -17,6 +18,20 @@ def weight_size(weights: Mapping[str, Tensor]) -> tuple[int, int]:
     """Number of parameters and their bytes; tied weights count once."""
     unique = {id(tensor): tensor for tensor in weights.values()}.values()
     return sum(t.numel() for t in unique), sum(t.numel() * t.element_size() for t in unique)
+
+
+def cache_bytes(before: fx.Graph, after: fx.Graph, state: frozenset[int]) -> tuple[int, int] | None:
+    """Bytes per token of one sequence that the caches among two programs' outputs take: ``[batch, heads, length, width]``, the outputs ``state``."""
+    sizes = [sum(_token_bytes(node) for index, node in enumerate(results(graph)) if index in state) for graph in (before, after)]
+    return (sizes[0], sizes[1]) if sizes[0] else None
+
+
+def _token_bytes(node: object) -> int:
+    value = node.meta.get("val") if isinstance(node, fx.Node) else None
+    if not isinstance(value, Tensor) or value.dim() != 4:
+        return 0
+    heads, width = value.shape[1], value.shape[3]
+    return heads * width * value.element_size() if isinstance(heads, int) and isinstance(width, int) else 0
 
 
 @dataclass(frozen=True)
@@ -61,6 +76,8 @@ class Report:
         notes: remarks on the capture and on operators without a rule.
         figures: what was measured afterwards; the command line fills it.
         without_rule: operators that had no rule and froze what they touched, with the number of times.
+        cache: bytes of the key-value cache per token of one sequence, before and after; ``None`` where the program holds no cache. Of an
+            encoder-decoder model: per token of the output, and per token of the input, together.
     """
 
     sparsity: float
@@ -78,6 +95,7 @@ class Report:
         from ._page import page
 
         return page(self, title)
+    cache: tuple[int, int] | None = None
 
     def __str__(self) -> str:
         asked = f" (asked for {self.requested:.2%})" if self.requested is not None else ""
@@ -86,6 +104,9 @@ class Report:
             f"parameters  {self.parameters[0]:,} -> {self.parameters[1]:,}  ({self.parameters[1] / max(self.parameters[0], 1) - 1:+.2%})",
             f"bytes       {self.bytes[0]:,} -> {self.bytes[1]:,}",
         ]
+        if self.cache is not None:
+            change = f"{self.cache[1] / max(self.cache[0], 1) - 1:+.2%}"
+            out.append(f"cache       {self.cache[0]:,} -> {self.cache[1]:,} bytes per token of one sequence  ({change})")
         if self.seconds:
             out.append("seconds     " + ", ".join(f"{stage} {spent:.1f}" for stage, spent in self.seconds.items()))
         out += [f"{row.what}  {row.dense:,.{row.digits}f} -> {row.pruned:,.{row.digits}f}" for row in self.figures]

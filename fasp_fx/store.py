@@ -27,7 +27,7 @@ from .report import Report
 if TYPE_CHECKING:
     from ._result import Result
 
-FORMAT = "fasp_fx.store/1"
+FORMAT = "fasp_fx.store/2"
 MANIFEST = "manifest.json"
 FILES = ("graph.json", "weights.safetensors", "constants.safetensors", "plan.json", "report.json", "signature.json")
 
@@ -50,18 +50,17 @@ def save(result: Result, path: str | Path, *, overwrite: bool = False) -> Path:
     program = result.program
     signature, graph = signature_to_json(result.signature), program_to_json(program)
     with new_folder(path, overwrite=overwrite, replaceable=_is_save) as folder:
-        _write_json(folder / "plan.json", json.loads(result.plan.to_json()))
-        _write_json(folder / "report.json", report_to_json(result.report))
-        _write_json(folder / "signature.json", signature)
+        write_json(folder / "plan.json", json.loads(result.plan.to_json()))
+        write_json(folder / "report.json", report_to_json(result.report))
+        write_json(folder / "signature.json", signature)
         mode = (folder / "plan.json").stat().st_mode
         tensors = {}
         for name, held in (("weights", program.state_dict), ("constants", program.constants)):
             file = folder / f"{name}.safetensors"
             tensors[name] = write_tensors(file, held)
             file.chmod(mode)
-        _write_json(folder / "graph.json", {**graph, "tensors": tensors})
-        listed = {name: {"size": (folder / name).stat().st_size, "sha256": _sha256(folder / name)} for name in FILES}
-        _write_json(folder / MANIFEST, {"format": FORMAT, "fasp_fx": _version(), "torch": torch.__version__, "files": listed})
+        write_json(folder / "graph.json", {**graph, "tensors": tensors})
+        write_json(folder / MANIFEST, {"format": FORMAT, **versions(), "files": {name: listed(folder / name) for name in FILES}})
     return path
 
 
@@ -80,8 +79,8 @@ def load(path: str | Path, *, device: torch.device | str | None = None) -> Resul
     folder = Path(path)
     target = None if device is None else torch.device(device)
     verify(folder)
-    graph = _read_json(folder / "graph.json")
-    signature = signature_from_json(_read_json(folder / "signature.json"))
+    graph = read_json(folder / "graph.json")
+    signature = signature_from_json(read_json(folder / "signature.json"))
     report = read_report(folder)
     try:
         plan = PruningPlan.from_json((folder / "plan.json").read_text())
@@ -101,25 +100,29 @@ def read_report(folder: Path) -> Report:
     Raises:
         StoreError: it is missing or damaged.
     """
-    return report_from_json(_read_json(folder / "report.json"))
+    return report_from_json(read_json(folder / "report.json"))
 
 
-def verify(folder: Path) -> None:
+def verify(folder: Path, expected: str = FORMAT, files: tuple[str, ...] = FILES) -> None:
     """Hold every file of a save against its manifest.
+
+    Args:
+        expected: the format that can be read.
+        files: what must be there.
 
     Raises:
         StoreError: names the file and what is wrong.
     """
     if not folder.is_dir():
         raise StoreError(f"'{folder}' is not a folder; give the folder that save() wrote")
-    manifest = _read_json(folder / MANIFEST)
-    if manifest.get("format") != FORMAT:
+    manifest = read_json(folder / MANIFEST)
+    if manifest.get("format") != expected:
         written = manifest.get("fasp_fx")
-        raise StoreError(f"{MANIFEST} has the format {manifest.get('format')!r}, this version reads {FORMAT!r}; save again, or load with fasp_fx {written}")
-    listed = manifest.get("files")
-    for name in FILES:
+        raise StoreError(f"{MANIFEST} has the format {manifest.get('format')!r}, this version reads {expected!r}; save again, or load with fasp_fx {written}")
+    entries = manifest.get("files")
+    for name in files:
         file = folder / name
-        entry = listed.get(name) if isinstance(listed, dict) else None
+        entry = entries.get(name) if isinstance(entries, dict) else None
         if not isinstance(entry, dict):
             raise StoreError(f"{MANIFEST} does not list {name}; save the result again")
         if not file.is_file():
@@ -133,17 +136,23 @@ def verify(folder: Path) -> None:
 
 def _is_save(folder: Path) -> bool:
     try:
-        manifest = _read_json(folder / MANIFEST)
+        manifest = read_json(folder / MANIFEST)
     except StoreError:
         return False
     known = {MANIFEST, *FILES}
     return str(manifest.get("format")).startswith("fasp_fx.store/") and all(child.name in known for child in folder.iterdir())
 
 
-def _version() -> str:
+def versions() -> dict[str, str]:
+    """The versions that a save is made with."""
     from . import __version__
 
-    return __version__
+    return {"fasp_fx": __version__, "torch": torch.__version__}
+
+
+def listed(file: Path) -> dict[str, Any]:
+    """What a manifest says of a file."""
+    return {"size": file.stat().st_size, "sha256": _sha256(file)}
 
 
 def _sha256(file: Path) -> str:
@@ -151,11 +160,17 @@ def _sha256(file: Path) -> str:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
-def _write_json(file: Path, data: Any) -> None:
+def write_json(file: Path, data: Any) -> None:
+    """Write data as JSON."""
     file.write_text(json.dumps(data), encoding="utf-8")
 
 
-def _read_json(file: Path) -> dict[str, Any]:
+def read_json(file: Path) -> dict[str, Any]:
+    """Read a JSON object.
+
+    Raises:
+        StoreError: there is none.
+    """
     try:
         data = json.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError as error:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from torch import Tensor, fx
+from torch.utils import _pytree as pytree
 
 from fasp_fx.channels import Slot, Value, arguments, attribute, set_argument
 from fasp_fx.errors import VerificationError
@@ -24,7 +26,7 @@ if TYPE_CHECKING:
 class RemoveChannels:
     """Precondition: the program is the one that ``analysis`` was made of, up to passes that keep every weight.
 
-    Postcondition: no weight holds a channel of ``gone``; every node executes at the new sizes.
+    Postcondition: no weight and no input that holds state holds a channel of ``gone``; every node executes at the new sizes.
 
     Args:
         analysis: the analysis of the program.
@@ -42,7 +44,35 @@ class RemoveChannels:
         program = program.copy()
         _resize(program.module, self.analysis, Kept(self.gone), self.name)
         _cut_weights(program, self.analysis, self.gone)
+        _cut_inputs(program, self.analysis, self.gone)
         return program
+
+
+def _cut_inputs(program: Program, analysis: Analysis, gone: np.ndarray) -> None:
+    """Inputs that hold state become narrower: what is recorded of them, and their examples."""
+    leaves, structure = pytree.tree_flatten(program.example)
+    at = {node.name: (index, node) for index, node in enumerate(program.placeholders())}
+    for slot in analysis.numbering.slots:
+        taken = gone[slot.base : slot.base + slot.size]
+        if slot.kind != "input" or not taken.any():
+            continue
+        index, node = at[slot.name]
+        numbers = program.numbers.setdefault(slot.name, [None] * leaves[index].dim())
+        leaves[index], numbers[slot.dim] = _cut_input(leaves[index], slot, torch.from_numpy(~taken))
+        recorded, cut = node.meta["val"], leaves[index].shape
+        node.meta["val"] = recorded.new_empty([new if isinstance(old, int) else old for old, new in zip(recorded.shape, cut, strict=True)])
+    program.example = pytree.tree_unflatten(leaves, structure)
+
+
+def _cut_input(example: Tensor, slot: Slot, keep: Tensor) -> tuple[Tensor, Tensor]:
+    if slot.block_dim is None:
+        kept = keep.nonzero()[:, 0]
+        return example.index_select(slot.dim, kept.to(example.device)), kept + slot.base
+    whole = keep.reshape(slot.blocks, -1).any(1).nonzero()[:, 0]  # heads of which something is left
+    width = slot.size // slot.blocks
+    left = replace(slot, size=len(whole) * width, blocks=len(whole), base=0)
+    cut, within = _cut_blocks(example.index_select(slot.block_dim, whole.to(example.device)), left, keep.reshape(slot.blocks, -1)[whole].flatten())
+    return cut, within % width + whole[:, None] * width + slot.base
 
 
 def _cut_weights(program: Program, analysis: Analysis, gone: np.ndarray) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -98,15 +99,16 @@ def test_prune_from_file(from_file: tuple[Path, Result], folder: Path) -> None:
     assert "gate_proj, up_proj -> down_proj" in done.stdout
     for row in ("parameters", "bytes", "milliseconds", "perplexity on chunks 4 to 6 of text.txt"):
         assert row in done.stdout
-    assert f'fasp_fx.load("{out}")' in done.stdout
+    assert f'AutoModelForCausalLM.from_pretrained("{out}")' in done.stdout
+    assert "bytes of cache per token" in done.stdout
     dense = AutoModelForCausalLM.from_pretrained(folder / "model").eval()
-    pruned = fasp_fx.load(out)
-    assert pruned.report.parameters == (dense.num_parameters(), sum(p.numel() for p in pruned.module.parameters()))
+    pruned = AutoModelForCausalLM.from_pretrained(out)
+    assert pruned.report.parameters == (dense.num_parameters(), sum(p.numel() for p in pruned.parameters()))
     assert abs(pruned.report.sparsity - 0.2) < 0.02
     row = next(line for line in done.stdout.splitlines() if "perplexity on" in line)
     shown = [float(cell) for cell in row.replace("│", "|").split("|")[2:4]]
     held_out = _chunks(folder)[4:7]
-    expected = [_perplexity(dense, held_out), _perplexity(pruned.module, held_out)]
+    expected = [_perplexity(dense, held_out), _perplexity(pruned, held_out)]
     assert shown == pytest.approx(expected, rel=1e-3, abs=1e-3)
     milliseconds, measured = pruned.report.figures
     assert "milliseconds" in milliseconds.what
@@ -122,14 +124,14 @@ def test_prune_by_itself(folder: Path, tmp_path: Path) -> None:
     # The width of a column follows the measured latencies, so only the words are compared.
     rows = [[line.split() for line in done.stdout.splitlines() if "perplexity" in line] for done in (first, again)]
     assert rows[0] == rows[1]  # the same seed writes the same text
-    assert (tmp_path / "out" / "tokenizer" / "tokenizer.json").is_file()
+    assert (tmp_path / "out" / "tokenizer.json").is_file()
     assert [child.name for child in tmp_path.iterdir()] == ["out"]
 
 
 def test_prune_without_repair_by_magnitude(folder: Path, tmp_path: Path) -> None:
     done = _invoke("prune", folder / "model", "--out", tmp_path / "out", *SMALL, "--score", "magnitude", "--no-restore", "--sparsity", "0.3")
     assert done.exit_code == 0, done.output
-    assert all(line.error_restored is None for line in fasp_fx.load(tmp_path / "out").report.lines)
+    assert all(line.error_restored is None for line in AutoModelForCausalLM.from_pretrained(tmp_path / "out").report.lines)
 
 
 # --- inspect
@@ -201,7 +203,7 @@ def test_inspect_a_pruned_folder(from_file: tuple[Path, Result], folder: Path, t
 def test_eval_dense_and_pruned(from_file: tuple[Path, Result], folder: Path) -> None:
     chunks = _chunks(folder)
     dense = AutoModelForCausalLM.from_pretrained(folder / "model").eval()
-    for name, model in ((folder / "model", dense), (from_file[0], fasp_fx.load(from_file[0]).module)):
+    for name, model in ((folder / "model", dense), (from_file[0], AutoModelForCausalLM.from_pretrained(from_file[0]))):
         whole = _invoke("eval", name, "--text", folder / "text.txt", "--length", str(LENGTH), "--device", "cpu")
         assert whole.exit_code == 0, whole.output
         assert float(whole.stdout.split()[1]) == pytest.approx(_perplexity(model, chunks), rel=1e-4)
@@ -286,9 +288,12 @@ def test_damaged_results_are_refused(from_file: tuple[Path, Result], folder: Pat
     broken = tmp_path / "broken"
     broken.mkdir()
     (broken / "manifest.json").write_bytes((from_file[0] / "manifest.json").read_bytes())
-    assert "no tokenizer" in _refused(_invoke("eval", broken, "--text", folder / "text.txt"))
-    (broken / "tokenizer").mkdir()
     assert "missing" in _refused(_invoke("eval", broken, "--text", folder / "text.txt"))
+    without = tmp_path / "without"
+    shutil.copytree(from_file[0], without)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (without / name).unlink()
+    assert "tokenizer" in _refused(_invoke("eval", without, "--text", folder / "text.txt"))
 
 
 def test_ctrl_c_exits_with_130_and_leaves_nothing(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

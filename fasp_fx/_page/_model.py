@@ -47,6 +47,8 @@ def _tiles_of_report(report: Report) -> list[dict[str, str]]:
         _change("Parameters", *report.parameters, f"{report.parameters[0]:,}", f"{report.parameters[1]:,}"),
         _change("Size of the weights", *report.bytes, _bytes(report.bytes[0]), _bytes(report.bytes[1])),
     ]
+    if report.cache is not None:
+        tiles.append(_change("Cache for a token of one sequence", *report.cache, _bytes(report.cache[0]), _bytes(report.cache[1])))
     for figure in report.figures:
         shown = [f"{value:,.{figure.digits}f}" for value in (figure.dense, figure.pruned)]
         tiles.append(_change(figure.what[:1].upper() + figure.what[1:], figure.dense, figure.pruned, *shown))

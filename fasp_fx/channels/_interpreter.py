@@ -141,7 +141,8 @@ class Interpreter:
         if not isinstance(recorded, Tensor):
             walk.values[node] = executed
             return
-        static = [dim for dim, size in enumerate(recorded.shape) if not isinstance(size, torch.SymInt)]
+        inside = {self.numbering.blocked.get((node.name, dim), (None, 1))[0] for dim in range(recorded.dim())}  # part of other dimensions' numbers
+        static = [dim for dim, size in enumerate(recorded.shape) if not isinstance(size, torch.SymInt) and dim not in inside]
         axes = self._axes(node.name, tuple(executed.shape), "input", static)
         walk.values[node] = Value(tuple(executed.shape), tuple(axes))
         if node.name not in self.state_inputs:

@@ -1,0 +1,27 @@
+"""Pruned language models that generate, are saved and are fine-tuned as those of transformers.
+
+:func:`prune` makes one; importing fasp_fx lets ``AutoModelForCausalLM`` and ``AutoModelForSeq2SeqLM`` load it.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from ._config import PrunedConfig
+
+if TYPE_CHECKING:
+    from ._causal import PrunedForCausalLM
+    from ._prune import Pruned, prune
+    from ._seq2seq import PrunedForSeq2SeqLM
+
+_HOMES = {"Pruned": "._prune", "prune": "._prune", "PrunedForCausalLM": "._causal", "PrunedForSeq2SeqLM": "._seq2seq"}
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOMES:  # the configuration alone is needed to register; the models take transformers' larger half along
+        return getattr(import_module(_HOMES[name], __name__), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+__all__ = ["Pruned", "PrunedConfig", "PrunedForCausalLM", "PrunedForSeq2SeqLM", "prune"]

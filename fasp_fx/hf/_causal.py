@@ -1,0 +1,113 @@
+"""Pruned decoders."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.modeling_outputs import CausalLMOutputWithPast
+
+from ..errors import ArgumentError
+from . import _caches
+from ._model import PrunedModel, check_tokens, mask_of, refuse
+
+
+class PrunedForCausalLM(PrunedModel):
+    """A pruned decoder that generates as its original does."""
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        cache: Any = None,
+        labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | Tensor = 0,
+        return_dict: bool | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """Logits of the next tokens.
+
+        Args:
+            input_ids: token numbers ``[batch, new]``.
+            attention_mask: ``[batch, cached + new]``, zero where a token is padding; ``None``: no padding.
+            position_ids: ``[batch, new]``; ``None``: as the original model counts.
+            cache: a ``DynamicCache`` of this model, extended in place; ``None``: an empty one.
+            labels: ``[batch, new]``; the loss is that of predicting each from the tokens before it, -100 is left out.
+            use_cache: whether the output holds the cache; ``None``: as the configuration says.
+            logits_to_keep: logits of so many last positions, 0 for all, or of the positions in a tensor ``[count]``.
+
+        Raises:
+            ArgumentError: an argument has the wrong shape or is not served, or a position lies outside of the model's table.
+        """
+        refuse(kwargs, known=("num_items_in_batch",))
+        check_tokens("input_ids", input_ids)
+        assert input_ids is not None
+        batch, new = input_ids.shape
+        given = cache is not None
+        if given:
+            _caches.check(cache, encoder_decoder=False)
+        else:
+            cache = _caches.fresh(encoder_decoder=False)
+        values = self._cached("decode", cache, batch)
+        past = next(iter(values.values())).shape[2] if values else 0
+        values["input_ids"] = input_ids
+        values["attention_mask"] = mask_of("attention_mask", attention_mask, batch, past + new, input_ids)
+        if self.config.positions is not None:
+            values["position_ids"] = self._positions(position_ids, attention_mask, batch, new, past, input_ids)
+        elif position_ids is not None:
+            raise ArgumentError("position_ids: the original model takes none; leave them out")
+        inside = "logits_to_keep" in self._programs["decode"].inputs
+        kept = _kept(logits_to_keep, new, input_ids.device)
+        if inside:
+            values["logits_to_keep"] = kept
+        found = self._run("decode", values, one=new == 1)
+        logits = found["logits"] if inside or kept.numel() == new else found["logits"].index_select(1, kept)
+        loss = None
+        if labels is not None:
+            if labels.shape != logits.shape[:2]:
+                raise ArgumentError(
+                    f"labels have the shape {list(labels.shape)}, the logits speak of {list(logits.shape[:2])} tokens; give one label per token"
+                )
+            loss = self.loss_function(logits=logits, labels=labels, vocab_size=logits.shape[-1], **kwargs)
+        wanted = getattr(self.config, "use_cache", True) if use_cache is None else use_cache
+        if wanted or given:
+            _caches.write(cache, {name: tensor for name, tensor in found.items() if name.startswith("cache.")})
+        output = CausalLMOutputWithPast(loss=loss, logits=logits, cache=cache if wanted else None)
+        return output if return_dict is not False else output.to_tuple()
+
+    def _positions(self, given: Tensor | None, mask: Tensor | None, batch: int, new: int, past: int, ids: Tensor) -> Tensor:
+        limit = self.config.position_limit
+        if given is not None:
+            if given.shape not in ((batch, new), (1, new)):
+                raise ArgumentError(f"position_ids have the shape {list(given.shape)}; give one for each new token: [{batch}, {new}]")
+            positions = given.expand(batch, new)
+        elif mask is not None and self.config.positions == "mask":
+            positions = (mask.long().cumsum(-1) - 1).clamp(min=0)[:, past:]
+        else:
+            positions = torch.arange(past, past + new, device=ids.device).expand(batch, new)
+        if limit is not None and past + new > limit and int(positions.max()) >= limit:
+            raise ArgumentError(
+                f"position {int(positions.max())} lies outside of the model's table of {limit} positions; shorten the prompt or generate fewer tokens"
+            )
+        return positions
+
+    def prepare_inputs_for_generation(self, input_ids: Tensor, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """As transformers' own; positions are left out where the original model takes none."""
+        inputs: dict[str, Any] = super().prepare_inputs_for_generation(input_ids, *args, **kwargs)
+        if self.config.positions is None:
+            inputs.pop("position_ids", None)
+        return inputs
+
+
+def _kept(logits_to_keep: int | Tensor, new: int, device: torch.device) -> Tensor:
+    if isinstance(logits_to_keep, Tensor):
+        if logits_to_keep.dim() != 1 or logits_to_keep.is_floating_point():
+            raise ArgumentError(f"logits_to_keep has the shape {list(logits_to_keep.shape)}; pass a number, or positions [count] for all sequences alike")
+        return logits_to_keep.nonzero()[:, 0] if logits_to_keep.dtype == torch.bool else logits_to_keep
+    return torch.arange(max(new - logits_to_keep, 0) if logits_to_keep else 0, new, device=device)
+
+
+__all__ = ["PrunedForCausalLM"]

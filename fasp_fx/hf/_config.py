@@ -1,0 +1,69 @@
+"""The configuration of a pruned model: that of the original, and how the programs are called."""
+
+from __future__ import annotations
+
+import functools
+import json
+from typing import Any
+
+from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
+
+#: what would let transformers build a cache that the programs do not take: theirs holds every token of every layer
+_HIDDEN = ("layer_types", "sliding_window", "attention_chunk_size", "kv_sharing_modes", "auto_map", "quantization_config")
+
+
+class PrunedConfig(PreTrainedConfig):
+    """Configuration of :class:`PrunedForCausalLM` and :class:`PrunedForSeq2SeqLM`.
+
+    Attributes:
+        original: the configuration of the model that was pruned; its attributes can be read on this one, such as ``vocab_size``. Widths are
+            those of the dense model.
+        positions: how positions follow where a caller gives none: ``"count"``, one after the other, ``"mask"``, counting tokens that the
+            attention mask shows, or ``None`` where the model takes none.
+        position_limit: the rows of the model's table of positions, or ``None`` where it has no table.
+    """
+
+    model_type = "fasp_fx"
+    has_no_defaults_at_init = True
+
+    original: dict[str, Any] | None = None
+    positions: str | None = None
+    position_limit: int | None = None
+    fasp_fx_version: str | None = None
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        super().__post_init__(**kwargs)
+        _register_models()
+
+    def __getattr__(self, name: str) -> Any:
+        original = self.__dict__.get("original")
+        if original and not name.startswith(("_", "rope_")) and name not in _HIDDEN:
+            value = getattr(_config_of(json.dumps(original, sort_keys=True)), name)
+            if not isinstance(value, PreTrainedConfig):
+                return value
+        raise AttributeError(f"'{type(self).__name__}' has no attribute '{name}'")
+
+
+@functools.cache
+def _register_models() -> None:
+    """Let the Auto classes find the models of a configuration; here, because importing them takes long and only who has one needs them."""
+    from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
+
+    from ._causal import PrunedForCausalLM
+    from ._seq2seq import PrunedForSeq2SeqLM
+
+    AutoModelForCausalLM.register(PrunedConfig, PrunedForCausalLM, exist_ok=True)
+    AutoModelForSeq2SeqLM.register(PrunedConfig, PrunedForSeq2SeqLM, exist_ok=True)
+
+
+@functools.lru_cache(maxsize=8)
+def _config_of(text: str) -> PreTrainedConfig:
+    data = json.loads(text)
+    known: Any = CONFIG_MAPPING.get(data.get("model_type"), PreTrainedConfig)
+    found: PreTrainedConfig = known.from_dict(data)
+    return found
+
+
+AutoConfig.register(PrunedConfig.model_type, PrunedConfig, exist_ok=True)
+
+__all__ = ["PrunedConfig"]

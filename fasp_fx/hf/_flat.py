@@ -1,0 +1,141 @@
+"""A captured program as one Python function of flat, named tensors over a tree of weights that several programs share."""
+
+from __future__ import annotations
+
+import itertools
+import linecache
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.fx.graph import CodeGen
+from torch.utils import _pytree as pytree
+
+from ..errors import CaptureError
+
+_numbers = itertools.count()
+
+
+@dataclass
+class FlatProgram:
+    """One graph behind flat names.
+
+    Weights are looked up in the module that is passed to a call, so that programs of one model share its weights, and whatever moves or
+    trains them is seen by all.
+
+    Attributes:
+        graph: placeholders in the order of ``inputs``, results in that of ``outputs``.
+        inputs: names such as ``input_ids`` or ``cache.0.keys``.
+        outputs: names such as ``logits`` or ``cache.0.keys``.
+    """
+
+    graph: fx.Graph
+    inputs: tuple[str, ...]
+    outputs: tuple[str, ...]
+    _function: Callable[..., Any] | None = field(default=None, repr=False)
+
+    @staticmethod
+    def of(module: fx.GraphModule) -> FlatProgram:
+        """The flat form of the graph module of an exported program.
+
+        Raises:
+            CaptureError: it takes or returns a structure that is neither a tensor, a dict of tensors nor a cache of keys and values.
+        """
+        generated: Any = module.graph._codegen
+        graph = fx.Graph()
+        returned: Any = graph.graph_copy(module.graph, {})
+        graph.output(tuple(returned))
+        graph._codegen = CodeGen()
+        for node in graph.nodes:
+            node.type = None
+        names = []
+        for spec in (generated.pytree_info.in_spec, generated.pytree_info.out_spec):
+            tree = pytree.tree_unflatten(list(range(spec.num_leaves)), spec)
+            names.append(_names(tree[1] if spec is generated.pytree_info.in_spec else tree, spec.num_leaves))
+        return FlatProgram(graph, names[0], names[1])
+
+    def __call__(self, weights: nn.Module, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Run the graph over the tensors of ``weights``."""
+        if self._function is None:
+            self._function = _compile(self.graph)
+        found = self._function(weights, *[values[name] for name in self.inputs])
+        return dict(zip(self.outputs, found, strict=True))
+
+    def rewritten(self, graph: fx.Graph) -> FlatProgram:
+        """The same inputs and outputs over another graph."""
+        return FlatProgram(graph, self.inputs, self.outputs)
+
+    def copy_graph(self) -> fx.Graph:
+        """A copy of the graph, to be changed."""
+        graph = fx.Graph()
+        graph.output(graph.graph_copy(self.graph, {}))
+        return graph
+
+    def to_device(self, device: torch.device) -> None:
+        """Let the graph make its tensors on another device."""
+        for node in self.graph.nodes:
+            node.args, node.kwargs = fx.node.map_aggregate((node.args, node.kwargs), lambda item: device if isinstance(item, torch.device) else item)
+        self._function = None
+
+    def cache_sizes(self) -> dict[str, tuple[int, int]]:
+        """Heads and width of each cache tensor that the program takes, ``[batch, heads, length, width]``.
+
+        Raises:
+            CaptureError: a cache of another layout.
+        """
+        found = {}
+        for node, name in zip(self.graph.find_nodes(op="placeholder"), self.inputs, strict=True):
+            if name.startswith("cache."):
+                shape = tuple(node.meta["val"].shape)
+                if len(shape) != 4 or not isinstance(shape[1], int) or not isinstance(shape[3], int):
+                    raise CaptureError(f"{name} was captured as {list(shape)}; only caches [batch, heads, length, width] of fixed heads and width are served")
+                found[name] = (shape[1], shape[3])
+        return found
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_function": None}  # made anew: code cannot be pickled
+
+    def __deepcopy__(self, memo: Any) -> FlatProgram:
+        copied = self.rewritten(self.copy_graph())
+        memo[id(self)] = copied
+        return copied
+
+
+def _names(tree: Any, count: int) -> tuple[str, ...]:
+    found = {index: name for name, index in _walk(tree, "")}
+    missing = next((index for index in range(count) if index not in found), None)
+    if missing is not None:
+        raise CaptureError(
+            f"leaf {missing} of the program's inputs or outputs is neither a named tensor nor keys or values of a cache; such state is not served"
+        )
+    return tuple(found[index] for index in range(count))
+
+
+def _walk(tree: Any, path: str) -> Iterator[tuple[str, int]]:
+    from transformers import Cache, EncoderDecoderCache
+
+    if isinstance(tree, int) and not isinstance(tree, bool):
+        yield path, tree
+    elif isinstance(tree, EncoderDecoderCache):
+        yield from _walk(tree.self_attention_cache, f"{path}.self")
+        yield from _walk(tree.cross_attention_cache, f"{path}.cross")
+    elif isinstance(tree, Cache):
+        for number, layer in enumerate(tree.layers):
+            for part in ("keys", "values"):
+                yield from _walk(getattr(layer, part, None), f"{path}.{number}.{part}")
+    elif isinstance(tree, Mapping):
+        for name, value in tree.items():
+            yield from _walk(value, f"{path}.{name}" if path else str(name))
+
+
+def _compile(graph: fx.Graph) -> Callable[..., Any]:
+    """The graph as a function whose first argument is the module that holds the weights."""
+    code = graph.python_code("self")
+    name = f"<fasp_fx.hf.program.{next(_numbers)}>"
+    linecache.cache[name] = (len(code.src), None, code.src.splitlines(keepends=True), name)  # tracebacks and compilers read it
+    names = dict(code.globals)
+    exec(compile(code.src, name, "exec"), names)
+    made: Callable[..., Any] = names["forward"]
+    return made

@@ -1,0 +1,243 @@
+"""Prune a generating model of transformers: one plan, carried out in every program that generation needs."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.export import ExportedProgram
+
+from .. import plan as plans
+from .._graph_json import program_to_json
+from .._observe import Decision
+from .._program import Program
+from .._result import Result
+from ..analysis import Analysis, analyze_program
+from ..channels import attribute
+from ..errors import ArgumentError, PlanError
+from ..plan import PruningPlan
+from ..prune import Clock, Options, _capture, decide, plan_of, rewrite, split_fused
+from ..report import Figure, Report, make_report
+from ._config import PrunedConfig
+from ._flat import FlatProgram
+from ._model import Parts, PrunedModel, StoredProgram
+from ._probe import check_served, positions_of
+from ._stages import Stage, stages_of
+
+
+@dataclass(frozen=True)
+class Pruned:
+    """What :func:`fasp_fx.hf.prune` returns.
+
+    Attributes:
+        model: the smaller model; generates, trains and saves like the original.
+        plan: what was removed.
+        report: what it cost; ``report.cache`` says how much narrower the key-value cache became.
+        tokenizer: the tokenizer that was given, saved along with the model.
+    """
+
+    model: Any
+    plan: PruningPlan
+    report: Report
+    tokenizer: Any = None
+
+    def measured(self, figures: tuple[Figure, ...]) -> Pruned:
+        """The same with what was measured in its report, which is saved along."""
+        self.model.report = replace(self.report, figures=figures)
+        return replace(self, report=self.model.report)
+
+    def save_pretrained(self, folder: str | Path, overwrite: bool = False) -> Path:
+        """Write model and tokenizer to a new folder, whole or not at all.
+
+        Args:
+            folder: the folder to make.
+            overwrite: replace an earlier save (and nothing else) of that name.
+
+        Returns:
+            The folder, as ``AutoModelForCausalLM.from_pretrained`` reads it once fasp_fx is imported.
+
+        Raises:
+            StoreError: the path is taken or cannot be written.
+        """
+        from ._folder import save
+
+        return save(self.model, Path(folder), self.tokenizer, overwrite=overwrite)
+
+
+def prune(
+    model: Any,
+    tokenizer: Any = None,
+    *,
+    calibration: Iterable[Any] | None = None,
+    sparsity: float = 0.2,
+    plain: bool = False,
+    device: torch.device | str | None = None,
+    progress: Callable[[float], None] | None = None,
+    on_analysis: Callable[[Analysis], None] | None = None,
+    **options: Any,
+) -> Any:
+    """Make a generating model of transformers smaller, so that it still generates; the caller's model is not touched.
+
+    Args:
+        model: a causal language model or an encoder-decoder, in evaluation mode.
+        tokenizer: kept and saved with the result.
+        calibration: an iterable of batches: token numbers ``[batch, tokens]``, or dicts with ``input_ids`` and, where needed, ``attention_mask``;
+            for an encoder-decoder also ``decoder_input_ids``.
+        sparsity: fraction to remove of the weights of linear operators in prunable and exempt groups, in (0, 1).
+        plain: keep to what the architecture's own configuration can say, and return a model of the original class.
+        device: where to capture and calibrate; ``None``: the model's device.
+        progress, on_analysis: as for :func:`fasp_fx.prune`.
+        options: ``score``, ``restore``, ``allocation``, ``propagate``, ``granularity``, ``include`` and ``round_to`` of :func:`fasp_fx.prune`.
+
+    Returns:
+        A :class:`Pruned`.
+
+    Raises:
+        ArgumentError: the model does not generate, or an option is not known.
+        CaptureError: the model cannot be captured, or its program does not compute what the model does at some size.
+        PlanError: the plan cannot be carried out in one of the programs.
+        FaspError: see :func:`fasp_fx.prune`.
+    """
+    if plain:
+        from ._plain import prune_plain
+
+        return prune_plain(model, tokenizer, calibration=calibration, sparsity=sparsity, device=device, progress=progress, on_analysis=on_analysis, **options)
+    try:
+        chosen = Options(sparsity, **options)
+    except TypeError as error:
+        raise ArgumentError(f"an option of fasp_fx.hf.prune is not known: {error}") from error
+    stages = stages_of(model)
+    clock = Clock()
+    stage = stages.planned()
+    program = _captured(stage, device)
+    positions = positions_of(stages, program)
+    where = None if device is None else torch.device(device)
+    batches = None
+    if calibration is not None:
+        batches = stages.batches(calibration, FlatProgram.of(program.module).cache_sizes())
+    analysis, decision = decide(program, chosen, batches, device=where, progress=progress, on_analysis=on_analysis, clock=clock)
+    others = stages.served()
+    if others:
+        plan = plan_of(program, analysis, decision)
+        results = {other.name: _carried_out(other, device, plan, program, decision, chosen) for other in others}
+        weights = _one_set(model, results)
+        plan = replace(plan, result=plans.fingerprint({name: tensor for name, tensor in weights.items() if isinstance(tensor, nn.Parameter)}))
+        before = dict(program.module.named_parameters())
+        report = make_report(analysis, plan, decision, before, weights, sparsity, clock.seconds)
+        report = replace(report, cache=next((found.report.cache for found in results.values() if found.report.cache is not None), None))
+    else:
+        planned = rewrite(program, analysis, decision, sparsity, clock)
+        results, plan, report, weights = {stage.name: planned}, planned.plan, planned.report, _one_set(model, {stage.name: planned})
+    programs = {name: _stored(result.program) for name, result in results.items()}
+    parts = Parts(programs, weights, {name: _constants(result.program) for name, result in results.items()}, plan, report)
+    made = _model(model, parts, positions)
+    check_served(made, stages)
+    return Pruned(made, plan, report, tokenizer)
+
+
+def _captured(stage: Stage, device: torch.device | str | None) -> Program:
+    return _capture(stage.model, (), dict(stage.example), state=stage.state, device=device)
+
+
+def _carried_out(stage: Stage, device: torch.device | str | None, plan: PruningPlan, planned: Program, decision: Decision, options: Options) -> Result:
+    """Take out of one more program what the plan says, with the same repaired weights."""
+    clock = Clock()
+    program = _captured(stage, device)
+    for node in program.module.graph.find_nodes(op="get_attr"):
+        if not node.users:  # weights of the other programs
+            program.module.graph.erase_node(node)
+    program = program.copy()  # holds what the graph looks up, and nothing else
+    clock.lap("capture")
+    analysis = analyze_program(program, split_fused, options.granularity, options.include)
+    try:
+        gone = plans.gone_of(plan, analysis, partial=True)
+    except PlanError as error:
+        raise PlanError(f"the program '{stage.name}' of the model cannot lose what the plan removes: {error}") from error
+    canonical, names = planned.canonical(), analysis.program.aliases()
+    weights = {}
+    for own, aliases in names.items():
+        same = {canonical.get(alias, alias) for alias in aliases} & decision.weights.keys()
+        if same:
+            weights[own] = decision.weights[same.pop()]
+    return rewrite(program, analysis, Decision(gone, weights), None, clock)
+
+
+def _stored(program: ExportedProgram) -> StoredProgram:
+    return StoredProgram(program_to_json(program), FlatProgram.of(program.module(check_guards=False)))
+
+
+def _used(program: ExportedProgram) -> dict[str, Tensor]:
+    """The tensors that a program's graph looks up, by name."""
+    module = program.module(check_guards=False)
+    return {str(node.target): attribute(module, str(node.target)) for node in module.graph.find_nodes(op="get_attr") if node.users}
+
+
+def _constants(program: ExportedProgram) -> dict[str, Tensor]:
+    return {name: value.detach().clone() for name, value in program.constants.items() if isinstance(value, Tensor)}
+
+
+def _one_set(model: nn.Module, results: dict[str, Result]) -> dict[str, Tensor]:
+    """The weights of all programs, one tensor for all names that were tied in the original model.
+
+    Raises:
+        PlanError: two programs would need different weights of one name.
+    """
+    ties: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        ties.setdefault(id(parameter), []).append(name)
+    tied = {name: names for names in ties.values() for name in names}
+    found: dict[str, Tensor] = {}
+    for program, result in results.items():
+        for name, tensor in _used(result.program).items():
+            if name not in result.program.state_dict:
+                continue
+            held = found.get(name)
+            if held is None:
+                made: Any = tensor.detach()
+                made = nn.Parameter(made, requires_grad=tensor.requires_grad) if isinstance(tensor, nn.Parameter) else made
+                for alias in tied.get(name, [name]):
+                    found[alias] = made
+            elif held.shape != tensor.shape or not torch.equal(held, tensor):
+                raise PlanError(f"the program '{program}' needs another '{name}' than those before it; such a model cannot be served")
+    order = {name: index for index, name in enumerate(dict(model.state_dict()))}
+    return dict(sorted(found.items(), key=lambda item: (order.get(item[0], len(order)), item[0])))
+
+
+def _model(original: Any, parts: Parts, positions: tuple[str | None, int | None]) -> PrunedModel:
+    from .. import __version__
+    from . import PrunedForCausalLM, PrunedForSeq2SeqLM
+
+    config = original.config
+    kind: Any = PrunedForSeq2SeqLM if config.is_encoder_decoder else PrunedForCausalLM
+    made = kind(
+        PrunedConfig(
+            original=_plain(config.to_dict()),
+            positions=positions[0],
+            position_limit=positions[1],
+            fasp_fx_version=__version__,
+            is_encoder_decoder=bool(config.is_encoder_decoder),
+            architectures=[kind.__name__],
+            dtype=original.dtype,
+        ),
+        parts,
+    )
+    made.generation_config = copy.deepcopy(original.generation_config)
+    made.name_or_path = original.name_or_path
+    return cast(PrunedModel, made)
+
+
+def _plain(value: Any) -> Any:
+    """A configuration as JSON takes it."""
+    if isinstance(value, dict):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    return str(value).removeprefix("torch.") if isinstance(value, torch.dtype) else value
+
+
+__all__ = ["Pruned", "prune"]

@@ -1,0 +1,126 @@
+"""Pruned encoder-decoders."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from transformers.modeling_outputs import BaseModelOutput, Seq2SeqLMOutput
+
+from ..errors import ArgumentError
+from . import _caches
+from ._model import PrunedModel, check_tokens, mask_of, refuse
+
+
+class Encoder(nn.Module):
+    """The encoder of a pruned model, as ``generate()`` calls it; its weights are those of the model."""
+
+    def __init__(self, model: PrunedForSeq2SeqLM) -> None:
+        super().__init__()
+        vars(self)["_model"] = (model,)  # in a tuple, so that it is no submodule
+
+    def forward(self, input_ids: Tensor | None = None, attention_mask: Tensor | None = None, return_dict: bool | None = None, **kwargs: Any) -> Any:
+        """Hidden states ``[batch, source, width]`` of token numbers ``[batch, source]``."""
+        refuse(kwargs)
+        check_tokens("input_ids", input_ids)
+        assert input_ids is not None
+        (model,) = vars(self)["_model"]
+        mask = mask_of("attention_mask", attention_mask, input_ids.shape[0], input_ids.shape[1], input_ids)
+        output = BaseModelOutput(last_hidden_state=model._run("encode", {"input_ids": input_ids, "attention_mask": mask})["last_hidden_state"])
+        return output if return_dict is not False else output.to_tuple()
+
+
+class PrunedForSeq2SeqLM(PrunedModel):
+    """A pruned encoder-decoder that generates as its original does."""
+
+    def get_encoder(self, *args: Any, **kwargs: Any) -> Any:
+        """The encoder, called with ``input_ids`` and ``attention_mask``."""
+        return Encoder(self)
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        decoder_input_ids: Tensor | None = None,
+        decoder_attention_mask: Tensor | None = None,
+        encoder_outputs: Any = None,
+        cache: Any = None,
+        labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        return_dict: bool | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """Logits of the next tokens of the output.
+
+        Args:
+            input_ids: token numbers of the source ``[batch, source]``; not needed with ``encoder_outputs``.
+            attention_mask: ``[batch, source]``, zero where the source is padding.
+            decoder_input_ids: ``[batch, new]``; ``None`` with ``labels``: the labels moved on by one.
+            decoder_attention_mask: ``[batch, cached + new]``.
+            encoder_outputs: what ``get_encoder()`` returned, or a tuple that begins with the hidden states.
+            cache: an ``EncoderDecoderCache`` of this model, extended in place; ``None``: an empty one.
+            labels: ``[batch, new]``; -100 is left out of the loss.
+            use_cache: whether the output holds the cache; ``None``: as the configuration says.
+
+        Raises:
+            ArgumentError: an argument has the wrong shape or is not served.
+        """
+        refuse(kwargs, known=("num_items_in_batch",))
+        if encoder_outputs is None:
+            encoder_outputs = self.get_encoder()(input_ids=input_ids, attention_mask=attention_mask)
+        hidden = encoder_outputs[0]
+        if decoder_input_ids is None and labels is not None:
+            decoder_input_ids = self._moved_on(labels)
+        check_tokens("decoder_input_ids", decoder_input_ids)
+        assert decoder_input_ids is not None
+        batch, new = decoder_input_ids.shape
+        given = cache is not None
+        if given:
+            _caches.check(cache, encoder_decoder=True)
+        else:
+            cache = _caches.fresh(encoder_decoder=True)
+        known = bool(cache.is_updated) and all(cache.is_updated.values())
+        if not known and cache.get_seq_length():
+            raise ArgumentError("the cache holds tokens of the output, but nothing of the source; begin with an empty one")
+        program = "decode" if known else "first"
+        values = self._cached(program, cache, batch)
+        past = cache.get_seq_length()
+        values["encoder_outputs.last_hidden_state"] = hidden
+        values["attention_mask"] = mask_of("attention_mask", attention_mask, batch, hidden.shape[1], hidden)
+        values["decoder_input_ids"] = decoder_input_ids
+        if decoder_attention_mask is not None and "decoder_attention_mask" not in self._programs[program].inputs:
+            raise ArgumentError("decoder_attention_mask: the original model takes none; leave it out")
+        values["decoder_attention_mask"] = mask_of("decoder_attention_mask", decoder_attention_mask, batch, past + new, decoder_input_ids)
+        found = self._run(program, values, one=new == 1)
+        loss = None
+        if labels is not None:
+            loss = _loss(found["logits"], labels, kwargs.get("num_items_in_batch"))
+        wanted = getattr(self.config, "use_cache", True) if use_cache is None else use_cache
+        if wanted or given:
+            _caches.write(cache, {name: tensor for name, tensor in found.items() if name.startswith("cache.")})
+        output = Seq2SeqLMOutput(loss=loss, logits=found["logits"], cache=cache if wanted else None, encoder_last_hidden_state=hidden)
+        return output if return_dict is not False else output.to_tuple()
+
+    def _moved_on(self, labels: Tensor) -> Tensor:
+        """Labels behind the token that begins an output, as inputs of the decoder; what the loss leaves out becomes padding."""
+        start, padding = self.config.decoder_start_token_id, self.config.pad_token_id
+        if start is None or padding is None:
+            raise ArgumentError("the configuration names no decoder_start_token_id and pad_token_id, so labels cannot be moved on; pass decoder_input_ids")
+        moved = torch.cat([torch.full_like(labels[:, :1], start), labels[:, :-1]], 1)
+        return moved.masked_fill(moved == -100, padding)
+
+    def prepare_decoder_input_ids_from_labels(self, labels: Tensor) -> Tensor:
+        """What a data collator puts in front of the decoder."""
+        return self._moved_on(labels)
+
+
+def _loss(logits: Tensor, labels: Tensor, items: Any) -> Tensor:
+    if labels.shape != logits.shape[:2]:
+        raise ArgumentError(f"labels have the shape {list(labels.shape)}, the logits speak of {list(logits.shape[:2])} tokens; give one label per token")
+    total = functional.cross_entropy(logits.flatten(0, 1).float(), labels.flatten(), ignore_index=-100, reduction="mean" if items is None else "sum")
+    return total if items is None else total / items
+
+
+__all__ = ["Encoder", "PrunedForSeq2SeqLM"]

@@ -1,0 +1,219 @@
+"""Pruned models on disk, and what transformers makes of them."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from generators import Case, pruned
+from saved import forge
+from test_cli import _make_model
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer, Trainer, TrainingArguments, pipeline
+
+import fasp_fx
+from fasp_fx import hf
+
+CHAT = "{% for message in messages %}{{ message['role'] }}: {{ message['content'] }}\n{% endfor %}{% if add_generation_prompt %}assistant: {% endif %}"
+
+
+@pytest.fixture(scope="module")
+def bytes_model(tmp_path_factory: pytest.TempPathFactory) -> hf.Pruned:
+    """A pruned Llama with a byte-level tokenizer that has a chat template."""
+    folder = tmp_path_factory.mktemp("bytes")
+    _make_model(folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.chat_template = CHAT
+    return dataclasses.replace(pruned("llama_gqa"), tokenizer=tokenizer)
+
+
+@pytest.fixture(scope="module")
+def folder(bytes_model: hf.Pruned, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return bytes_model.save_pretrained(tmp_path_factory.mktemp("saved") / "out")
+
+
+def _logits(model: Any) -> torch.Tensor:
+    with torch.no_grad():
+        found: torch.Tensor = model(input_ids=torch.arange(40, 60)[None]).logits
+    return found
+
+
+def test_loaded_model_is_the_saved_one(bytes_model: hf.Pruned, folder: Path) -> None:
+    loaded = AutoModelForCausalLM.from_pretrained(folder)
+    assert type(loaded) is hf.PrunedForCausalLM
+    assert torch.equal(_logits(loaded), _logits(bytes_model.model))
+    assert (loaded.plan, loaded.report) == (bytes_model.plan, bytes_model.report)
+    assert loaded.state_dict().keys() == bytes_model.model.state_dict().keys()
+    assert not loaded.training
+    assert loaded.generation_config.to_diff_dict() == bytes_model.model.generation_config.to_diff_dict()
+    ids = torch.arange(40, 50)[None]
+    assert torch.equal(loaded.generate(ids, max_new_tokens=8, do_sample=False), bytes_model.model.generate(ids, max_new_tokens=8, do_sample=False))
+
+
+def test_folder_is_one_of_transformers(folder: Path) -> None:
+    names = {file.name for file in folder.iterdir()}
+    assert {"config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "README.md", "plan.json"} <= names
+    assert isinstance(AutoConfig.from_pretrained(folder), hf.PrunedConfig)
+    text = (folder / "README.md").read_text(encoding="utf-8")
+    header = text.split("---")[1].strip().splitlines()
+    assert {key: json.loads(value) for key, value in (line.split(": ", 1) for line in header)}["pipeline_tag"] == "text-generation"
+    assert "mlp.down_proj.weight" in text
+
+
+def test_weights_are_stored_once(tmp_path: Path) -> None:
+    from safetensors import safe_open
+
+    result = pruned("gpt2")
+    result.save_pretrained(tmp_path / "out")
+    with safe_open(tmp_path / "out" / "model.safetensors", "pt") as stored:
+        names = set(stored.keys())
+    assert "transformer.wte.weight" in names
+    assert "lm_head.weight" not in names  # tied
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert loaded.lm_head.weight is loaded.transformer.wte.weight
+    assert torch.equal(Case(1, 1).run(loaded, "gpt2"), Case(1, 1).run(result.model, "gpt2"))
+
+
+def test_in_a_new_process(folder: Path) -> None:
+    code = (
+        "import fasp_fx, sys; assert 'transformers' not in sys.modules; from transformers import AutoModelForCausalLM\n"
+        f"print(type(AutoModelForCausalLM.from_pretrained({str(folder)!r})).__name__)"
+    )
+    done = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == "PrunedForCausalLM"
+
+
+def test_pipeline_and_chat_template(bytes_model: hf.Pruned, folder: Path) -> None:
+    made = pipeline("text-generation", model=str(folder))
+    chat = [{"role": "user", "content": "hello"}]
+    answer = made(chat, max_new_tokens=6, do_sample=False)[0]["generated_text"]
+    assert answer[-1]["role"] == "assistant"
+    ids = bytes_model.tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_tensors="pt", return_dict=True)["input_ids"]
+    found = bytes_model.model.generate(ids, max_new_tokens=6, do_sample=False)
+    assert answer[-1]["content"] == bytes_model.tokenizer.decode(found[0, ids.shape[1] :], skip_special_tokens=True)
+    both = made(["a", "a longer text"], batch_size=1, max_new_tokens=3, do_sample=False)
+    assert len(both) == 2
+
+
+def test_fine_tuned_model_keeps_its_weights(folder: Path, tmp_path: Path) -> None:
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    before = _logits(model)
+    rows = [{"input_ids": list(range(20 + shift, 36 + shift)), "labels": list(range(20 + shift, 36 + shift))} for shift in range(8)]
+    settings = TrainingArguments(
+        str(tmp_path / "run"), max_steps=2, per_device_train_batch_size=4, learning_rate=0.01, report_to=[], use_cpu=True, save_steps=1
+    )
+    Trainer(model, settings, train_dataset=rows).train()
+    trained = _logits(model)
+    assert not torch.equal(before, trained)
+    checkpoint = AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "checkpoint-2")
+    assert torch.equal(_logits(checkpoint), trained)
+    model.save_pretrained(tmp_path / "again")
+    assert torch.equal(_logits(AutoModelForCausalLM.from_pretrained(tmp_path / "again")), trained)
+
+
+def test_overwrites_only_earlier_saves(bytes_model: hf.Pruned, tmp_path: Path) -> None:
+    out = bytes_model.save_pretrained(tmp_path / "out")
+    with pytest.raises(fasp_fx.StoreError, match="exists"):
+        bytes_model.save_pretrained(out)
+    bytes_model.save_pretrained(out, overwrite=True)
+    (out / "precious.txt").write_text("mine")
+    with pytest.raises(fasp_fx.StoreError, match="not a folder that save"):
+        bytes_model.save_pretrained(out, overwrite=True)
+    assert (out / "precious.txt").read_text() == "mine"
+    assert [child.name for child in tmp_path.iterdir()] == ["out"]
+
+
+def test_nothing_half_written(bytes_model: hf.Pruned, tmp_path: Path) -> None:
+    class Broken:
+        def save_pretrained(self, folder: str) -> None:
+            raise OSError("no space")
+
+    with pytest.raises(fasp_fx.StoreError, match="no space"):
+        hf.Pruned(bytes_model.model, bytes_model.plan, bytes_model.report, Broken()).save_pretrained(tmp_path / "deep" / "out")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.fixture
+def copied(folder: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(folder, tmp_path / "copy"))
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "programs.json", "plan.json", "config.json", "report.json", "constants.safetensors"])
+def test_damage_is_found(copied: Path, name: str) -> None:
+    content = (copied / name).read_bytes()
+    (copied / name).write_bytes(content[:-1])
+    with pytest.raises(fasp_fx.StoreError, match=name.replace(".", r"\.")):
+        hf.PrunedForCausalLM.from_pretrained(copied)
+    (copied / name).unlink()
+    with pytest.raises(fasp_fx.StoreError, match=name.replace(".", r"\.")):
+        hf.PrunedForCausalLM.from_pretrained(copied)
+
+
+def test_another_version_is_refused(copied: Path) -> None:
+    manifest = json.loads((copied / "manifest.json").read_text())
+    (copied / "manifest.json").write_text(json.dumps({**manifest, "format": "fasp_fx.hf/99"}))
+    with pytest.raises(fasp_fx.StoreError, match=r"fasp_fx\.hf/99"):
+        AutoModelForCausalLM.from_pretrained(copied)
+
+
+def test_forged_programs_are_refused(copied: Path) -> None:
+    def change(data: dict[str, Any]) -> None:
+        nodes = data["programs"]["decode"]["program"]["graph_module"]["graph"]["nodes"]
+        nodes[0]["target"] = "torch.ops.os.system.default"
+
+    forge(copied, "programs.json", change)
+    with pytest.raises(fasp_fx.StoreError, match=r"os\.system"):
+        AutoModelForCausalLM.from_pretrained(copied)
+    forge(copied, "programs.json", lambda data: data.pop("programs"))
+    with pytest.raises(fasp_fx.StoreError, match="programs"):
+        AutoModelForCausalLM.from_pretrained(copied)
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({"dtype": torch.float16}, "float16"),
+        ({"torch_dtype": "bfloat16"}, "bfloat16"),
+        ({"device_map": {"model": 0, "lm_head": "cpu"}}, "device_map"),
+        ({"device_map": "sequential"}, "device_map"),
+        ({"attn_implementation": "eager"}, "attn_implementation"),
+        ({"quantization_config": {"bits": 4}}, "quantization_config"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_what_cannot_be_honoured_is_refused(folder: Path, options: dict[str, Any], says: str) -> None:
+    with pytest.raises(fasp_fx.ArgumentError, match=says):
+        hf.PrunedForCausalLM.from_pretrained(folder, **options)
+
+
+def test_what_can_be_honoured(folder: Path) -> None:
+    for options in ({"dtype": "auto"}, {"dtype": torch.float64}, {"device_map": "cpu"}, {"device_map": {"": "cpu"}}):
+        assert AutoModelForCausalLM.from_pretrained(folder, **options).dtype == torch.float64
+
+
+def test_the_wrong_auto_class_is_told(folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(fasp_fx.ArgumentError, match="AutoModelForCausalLM"):
+        AutoModelForSeq2SeqLM.from_pretrained(folder)
+    with pytest.raises(fasp_fx.StoreError, match="neither a folder nor a repository"):
+        hf.PrunedForCausalLM.from_pretrained(tmp_path / "nowhere", local_files_only=True)
+
+
+@pytest.mark.slow
+def test_encoder_decoder_saved_trained_and_loaded(tmp_path: Path) -> None:
+    model = pruned("t5").model
+    pruned("t5").save_pretrained(tmp_path / "out")
+    loaded = AutoModelForSeq2SeqLM.from_pretrained(tmp_path / "out")
+    for case in (Case(4, 1), Case(1, 3)):
+        assert torch.equal(case.run(loaded, "t5"), case.run(model, "t5"))
+    ids = Case(2, 1).inputs("t5")["input_ids"]
+    loss = loaded(input_ids=ids, labels=ids).loss
+    loss.backward()
+    assert all(parameter.grad is not None for parameter in loaded.parameters())
+    assert loaded.shared.weight is loaded.lm_head.weight

@@ -1,0 +1,47 @@
+"""Token for token what the masked dense Hugging Face model generates.
+
+Every model of the issue in every way of generating: ``FASP_FX_PROFILE=slow pytest tests/hf/test_generation.py``.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from generators import TOKENS, Case, dense, expected, pruned
+
+CASES = [Case(batch, beams) for batch in (1, 4) for beams in (1, 3)]
+NAMES = ("llama_gqa", "gpt2", "opt", "qwen3", "gemma2", "t5")
+#: what runs in every profile
+FAST = {*(("llama_gqa", case) for case in CASES), ("gpt2", Case(4, 1))}
+
+
+def _marked(name: str, case: Case) -> Any:
+    return pytest.param(name, case, marks=() if (name, case) in FAST else pytest.mark.slow, id=f"{name}-batch{case.batch}-beams{case.beams}")
+
+
+@pytest.mark.parametrize(("name", "case"), [_marked(name, case) for name in NAMES for case in CASES])
+def test_same_tokens_as_the_masked_dense_model(name: str, case: Case) -> None:
+    wanted = expected(name, case)
+    assert torch.equal(case.run(pruned(name).model, name), wanted)
+    if case.beams == 1:
+        assert wanted.shape[1] >= TOKENS
+        assert not torch.equal(wanted, case.run(dense(name), name)), "pruning changes nothing that can be seen"
+
+
+@pytest.mark.parametrize("name", ["llama_gqa", "gpt2", *[pytest.param(name, marks=pytest.mark.slow) for name in NAMES[2:]]])
+def test_cache_is_narrower_by_what_the_report_says(name: str) -> None:
+    result = pruned(name)
+    assert result.report.cache is not None
+    sizes = []
+    for model in (dense(name), result.model):
+        inputs = Case(1, 1).inputs(name)
+        if name == "t5":
+            inputs["decoder_input_ids"] = inputs["input_ids"]
+        cache = model(**inputs, use_cache=True).cache
+        parts = [cache.self_attention_cache, cache.cross_attention_cache] if name == "t5" else [cache]
+        sizes.append(sum(tensor[0, :, 0].nbytes for part in parts for layer in part.layers for tensor in (layer.keys, layer.values)))
+    assert result.report.cache == tuple(sizes)
+    assert sizes[1] < sizes[0]
+    assert f"{sizes[0]:,} -> {sizes[1]:,} bytes per token" in str(result.report)

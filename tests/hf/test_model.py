@@ -1,0 +1,206 @@
+"""A pruned model beside ``generate()``: arguments, training, moving, and what it refuses."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from generators import Case, dense, pruned
+from oracle import masked, removed_columns
+from transformers import DynamicCache, StaticCache, TextIteratorStreamer
+
+import fasp_fx
+from fasp_fx import hf
+
+
+@pytest.fixture(scope="module")
+def model() -> Any:
+    return pruned("llama_gqa").model
+
+
+def _ids(batch: int = 2, tokens: int = 7) -> torch.Tensor:
+    return torch.randint(2, 96, (batch, tokens), generator=torch.Generator().manual_seed(1))
+
+
+def test_sampling_with_a_seed_is_that_of_the_masked_dense_model(model: Any) -> None:
+    inputs = Case(4, 1).inputs("llama_gqa")
+    options = {"do_sample": True, "temperature": 0.8, "top_k": 20, "top_p": 0.9, "max_new_tokens": 20, "num_return_sequences": 2}
+    original = dense("llama_gqa")
+    torch.manual_seed(7)
+    found = model.generate(**inputs, **options)
+    torch.manual_seed(7)
+    with masked(original, removed_columns(pruned("llama_gqa").plan, original)):
+        assert torch.equal(found, original.generate(**inputs, **options))
+
+
+def test_forward_without_a_cache_is_the_masked_dense_forward(model: Any) -> None:
+    original, ids = dense("llama_gqa"), _ids()
+    with masked(original, removed_columns(pruned("llama_gqa").plan, original)), torch.no_grad():
+        wanted = original(input_ids=ids, labels=ids)
+    found = model(input_ids=ids, labels=ids)
+    assert torch.allclose(found.logits, wanted.logits, rtol=1e-9, atol=1e-9)
+    assert torch.allclose(found.loss, wanted.loss)
+    assert torch.allclose(model(input_ids=ids, logits_to_keep=2).logits, wanted.logits[:, -2:], rtol=1e-9, atol=1e-9)
+    assert torch.allclose(model(input_ids=ids, logits_to_keep=torch.tensor([1, 4])).logits, wanted.logits[:, [1, 4]], rtol=1e-9, atol=1e-9)
+    assert model(input_ids=ids, use_cache=False).cache is None
+    assert isinstance(model(input_ids=ids, return_dict=False), tuple)
+
+
+def test_continued_with_a_cache_of_any_length(model: Any) -> None:
+    ids = _ids(1, 9)
+    with torch.no_grad():
+        whole = model(input_ids=ids).logits
+        for cut in ([9], [1, 8], [4, 1, 4], [8, 1]):
+            cache, found = DynamicCache(), []
+            for piece in ids.split(cut, 1):
+                found.append(model(input_ids=piece, cache=cache).logits)
+            assert torch.allclose(torch.cat(found, 1), whole, rtol=1e-9, atol=1e-9), cut
+            assert cache.get_seq_length() == 9
+
+
+def test_generation_goes_on_from_a_given_cache(model: Any) -> None:
+    ids, cache = _ids(1, 6), DynamicCache()
+    first = model.generate(ids, cache=cache, max_new_tokens=5, do_sample=False)
+    again = model.generate(first, cache=cache, max_new_tokens=5, do_sample=False)
+    assert torch.equal(again, model.generate(ids, max_new_tokens=10, do_sample=False))
+
+
+def test_training_step(model: Any) -> None:
+    trained = copy.deepcopy(model).train()
+    ids = _ids(2, 12)
+    optimizer = torch.optim.SGD(trained.parameters(), lr=0.05)
+    losses = []
+    for _ in range(3):
+        optimizer.zero_grad()
+        loss = trained(input_ids=ids, labels=ids).loss
+        loss.backward()
+        assert all(parameter.grad is not None for parameter in trained.parameters())
+        optimizer.step()
+        losses.append(float(loss.detach()))
+    assert losses[-1] < losses[0]
+    with torch.no_grad():
+        step = trained(input_ids=ids[:, -1:], cache=trained(input_ids=ids[:, :-1]).cache).logits  # the step sees the trained weights
+        assert torch.allclose(step, trained(input_ids=ids).logits[:, -1:], rtol=1e-9, atol=1e-9)
+        assert not torch.allclose(step, model(input_ids=ids).logits[:, -1:])
+
+
+def test_names_of_weights_are_those_of_the_original(model: Any) -> None:
+    assert list(model.state_dict()) == list(dense("llama_gqa").state_dict())
+    assert model.num_parameters() == pruned("llama_gqa").report.parameters[1]
+
+
+def test_copies_are_models_of_their_own(model: Any) -> None:
+    ids, made = _ids(), copy.deepcopy(model)
+    assert torch.equal(made(input_ids=ids).logits, model(input_ids=ids).logits)
+    with torch.no_grad():
+        next(iter(made.parameters())).zero_()
+    assert not torch.equal(made(input_ids=ids).logits, model(input_ids=ids).logits)
+
+
+def test_moves_with_its_programs(model: Any) -> None:
+    moved = copy.deepcopy(model).to("meta")
+    assert moved(input_ids=_ids().to("meta")).logits.device.type == "meta"
+    assert moved(input_ids=_ids(2, 1).to("meta")).logits.shape == (2, 1, 258)
+
+
+def test_streams(model: Any) -> None:
+    class Words:
+        def decode(self, ids: Any, **options: Any) -> str:
+            return "".join(f"{int(number)} " for number in ids)
+
+    streamer = TextIteratorStreamer(Words(), skip_prompt=True, timeout=60)  # type: ignore[arg-type]
+    ids = _ids(1)
+    found = model.generate(ids, streamer=streamer, max_new_tokens=6, do_sample=False)
+    assert "".join(streamer).split() == [str(int(number)) for number in found[0, 7:]]
+
+
+def test_compiles(model: Any) -> None:
+    ids, cache = _ids(), DynamicCache()
+    compiled = torch.compile(model.forward, backend="eager", dynamic=True)
+    with torch.no_grad():
+        first = compiled(input_ids=ids[:, :-1], cache=cache)
+        found = compiled(input_ids=ids[:, -1:], cache=first.cache).logits
+        assert torch.allclose(found, model(input_ids=ids).logits[:, -1:], rtol=1e-9, atol=1e-9)
+
+
+def _narrow() -> DynamicCache:
+    cache = DynamicCache()
+    for layer in range(2):
+        cache.update(torch.zeros(2, 2, 3, 16, dtype=torch.float64), torch.zeros(2, 2, 3, 16, dtype=torch.float64), layer)
+    return cache
+
+
+BAD: dict[str, tuple[Callable[[], dict[str, Any]], str]] = {
+    "attentions": (lambda: {"input_ids": _ids(), "output_attentions": True}, "output_attentions"),
+    "embeddings": (lambda: {"inputs_embeds": torch.zeros(1, 2, 64)}, "inputs_embeds"),
+    "old name of the cache": (lambda: {"input_ids": _ids(), "past_key_values": DynamicCache()}, "pass 'cache'"),
+    "nothing": (lambda: {}, "input_ids"),
+    "no tokens": (lambda: {"input_ids": _ids()[:, :0]}, "at least one token"),
+    "numbers that are none": (lambda: {"input_ids": torch.zeros(2, 3)}, "token numbers"),
+    "token outside of the table": (lambda: {"input_ids": torch.full((1, 2), 999)}, "outside"),
+    "short mask": (lambda: {"input_ids": _ids(), "attention_mask": torch.ones(2, 3)}, r"\[2, 7\]"),
+    "positions": (lambda: {"input_ids": _ids(), "position_ids": torch.zeros(2, 3, dtype=torch.long)}, "position_ids"),
+    "cache of the dense width": (lambda: {"input_ids": _ids(), "cache": _narrow()}, r"cache.0.values .* 12\]"),
+    "cache of another batch": (lambda: {"input_ids": _ids(3), "cache": _narrow()}, r"\[3, 2, any"),
+    "static cache": (lambda: {"input_ids": _ids(), "cache": StaticCache(config=dense("llama_gqa").config, max_cache_len=20)}, "StaticCache"),
+    "labels": (lambda: {"input_ids": _ids(), "labels": _ids(2, 3)}, "labels"),
+}
+
+
+@pytest.mark.parametrize("case", BAD, ids=str)
+def test_bad_calls_are_refused(model: Any, case: str) -> None:
+    arguments, says = BAD[case]
+    with pytest.raises(fasp_fx.ArgumentError, match=says):
+        model(**arguments())
+
+
+def test_bad_generation_is_refused(model: Any) -> None:
+    with pytest.raises(fasp_fx.ArgumentError, match="static"):
+        model.generate(_ids(), cache_implementation="static", max_new_tokens=2)
+    with pytest.raises(fasp_fx.ArgumentError, match="table of 128 positions"):
+        pruned("gpt2").model.generate(_ids(1, 129), max_new_tokens=2)
+    with pytest.raises(fasp_fx.ArgumentError, match="float16"):
+        copy.deepcopy(model).half()
+    with pytest.raises(fasp_fx.ArgumentError, match="embeddings"):
+        model.resize_token_embeddings(100)
+    assert model.dtype == torch.float64
+
+
+def test_a_padded_prompt_may_be_as_long_as_the_table(model: Any) -> None:
+    gpt2 = pruned("gpt2").model
+    mask = torch.ones(1, 130, dtype=torch.long)
+    mask[0, :4] = 0
+    assert gpt2.generate(_ids(1, 130), attention_mask=mask, max_new_tokens=2, do_sample=False).shape == (1, 132)
+
+
+BAD_PRUNING: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
+    "not a model that generates": (lambda: hf.prune(torch.nn.Linear(2, 2)), fasp_fx.ArgumentError, "Linear"),
+    "unknown option": (lambda: hf.prune(dense("llama_gqa"), state=("x",)), fasp_fx.ArgumentError, "option"),
+    "no calibration": (lambda: hf.prune(dense("llama_gqa")), fasp_fx.CalibrationError, "calibration"),
+    "one batch": (lambda: hf.prune(dense("llama_gqa"), calibration=_ids()), fasp_fx.CalibrationError, "iterable of batches"),
+    "strange batch": (lambda: hf.prune(dense("llama_gqa"), calibration=[{"input_ids": _ids(), "pixels": 1}]), fasp_fx.CalibrationError, "pixels"),
+    "sparsity": (lambda: hf.prune(dense("llama_gqa"), sparsity=2), fasp_fx.SparsityError, "sparsity"),
+}
+
+
+@pytest.mark.parametrize("case", [*list(BAD_PRUNING)[:2], "sparsity", *[pytest.param(name, marks=pytest.mark.slow) for name in list(BAD_PRUNING)[2:5]]])
+def test_bad_pruning_is_refused(case: str) -> None:
+    call, kind, says = BAD_PRUNING[case]
+    with pytest.raises(kind, match=says):
+        call()
+
+
+def test_a_configuration_alone_is_no_model(model: Any) -> None:
+    with pytest.raises(fasp_fx.ArgumentError, match="from_pretrained"):
+        hf.PrunedForCausalLM(model.config)
+
+
+def test_configuration_speaks_for_the_original(model: Any) -> None:
+    config = model.config
+    assert (config.vocab_size, config.num_hidden_layers, config.hidden_size) == (258, 2, 64)
+    assert pruned("gpt2").model.config.hidden_size == 64  # a name that GPT-2 maps to another
+    with pytest.raises(AttributeError, match="no_such_thing"):
+        _ = config.no_such_thing
