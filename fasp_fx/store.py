@@ -117,6 +117,8 @@ def verify(folder: Path, expected: str = FORMAT, files: tuple[str, ...] = FILES)
         raise StoreError(f"'{folder}' is not a folder; give the folder that save() wrote")
     manifest = read_json(folder / MANIFEST)
     if manifest.get("format") != expected:
+        if expected == FORMAT and str(manifest.get("format")).startswith("fasp_fx.hf/"):
+            raise StoreError(f"'{folder}' holds a language model of transformers; load it with AutoModelForCausalLM.from_pretrained('{folder}')")
         written = manifest.get("fasp_fx")
         raise StoreError(f"{MANIFEST} has the format {manifest.get('format')!r}, this version reads {expected!r}; save again, or load with fasp_fx {written}")
     entries = manifest.get("files")

@@ -182,7 +182,7 @@ def test_inspect_a_pruned_folder(from_file: tuple[Path, Result], folder: Path, t
     out, _ = from_file
     done = _invoke("inspect", out, "--html", tmp_path / "pruned.html")
     assert done.exit_code == 0, done.output
-    report = fasp_fx.load(out).report
+    report = AutoModelForCausalLM.from_pretrained(out).report
     assert str(report) in done.stdout
     assert json.loads(_invoke("inspect", out, "--json").stdout)["parameters"] == list(report.parameters)
     data = _on_page(tmp_path / "pruned.html")
