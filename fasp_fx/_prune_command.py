@@ -2,23 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any
 
 import torch
 from rich.console import Console
-from torch import Tensor
+from torch import Tensor, nn
 
 from . import _models, _saved, _tables, _text
 from ._console import Stages, say
-from ._result import Result
 from .analysis import Analysis
 from .errors import ArgumentError, CalibrationError, SparsityError
 from .evaluation import latency, perplexity
 from .prune import prune
+from .report import Report
 
 
 @dataclass(frozen=True)
@@ -38,6 +38,7 @@ class Request:
     eval_batches: int
     device: str | None
     dtype: str
+    plain: bool
     overwrite: bool
     seed: int
 
@@ -60,7 +61,7 @@ class Request:
         for option, file in (("--calibration", self.calibration), ("--text", self.text)):
             if file is not None and not file.is_file():
                 raise CalibrationError(f"{option} '{file}' is not a file; give a text file" + (", or 'self'" if option == "--calibration" else ""))
-        _saved.check_target(self.out, overwrite=self.overwrite)
+        _saved.check_target(self.out, overwrite=self.overwrite, plain=self.plain)
 
 
 class Texts:
@@ -101,6 +102,16 @@ class Texts:
             self.evaluation = written[wanted[0] :]
 
 
+@dataclass(frozen=True)
+class Outcome:
+    """The smaller model, its report, how to save it, and lines of Python that load it then."""
+
+    module: nn.Module
+    report: Report
+    save: Callable[[], Any]
+    loading: list[str]
+
+
 @dataclass
 class Job:
     """One pruning under way."""
@@ -133,23 +144,39 @@ class Job:
         if fraction >= 1:
             self.stages.begin("rewriting the model")
 
-    def prune(self) -> Result:
+    def prune(self) -> Outcome:
         request = self.request
         self.stages.begin("capturing and analysing the model")
-        return prune(
-            self.model,
-            (),
-            {"input_ids": torch.zeros(1, request.length, dtype=torch.long, device=self.device), "use_cache": False},
-            calibration=self.batches(),
-            sparsity=request.sparsity,
-            score=cast(Literal["fasp", "magnitude", "random"], request.score),
-            restore="least-squares" if request.restore else None,
-            round_to=request.round_to,
-            progress=self.calibrated,
-            on_analysis=self.show_groups,
+        example = {"input_ids": torch.zeros(1, request.length, dtype=torch.long, device=self.device), "use_cache": False}
+        options: dict[str, Any] = {
+            "calibration": self.batches(),
+            "sparsity": request.sparsity,
+            "score": request.score,
+            "restore": "least-squares" if request.restore else None,
+            "round_to": request.round_to,
+            "progress": self.calibrated,
+            "on_analysis": self.show_groups,
+        }
+        if request.plain:
+            return self._plain(example, options)
+        result = prune(self.model, (), example, **options)
+        load = f'fasp_fx.load("{request.out}").module(input_ids=ids, use_cache=False).logits'
+        return Outcome(result.module, result.report, lambda: _saved.save(result, self.texts.tokenizer, request.out, overwrite=request.overwrite), [load])
+
+    def _plain(self, example: dict[str, Any], options: dict[str, Any]) -> Outcome:
+        from .hf._plain import prune_plain
+        from .hf._plain_folder import loading, save_plain
+
+        model, plan, report = prune_plain(self.model, example=example, **options)
+        request = self.request
+        return Outcome(
+            model,
+            report,
+            lambda: save_plain(model, self.texts.tokenizer, plan, report, request.out, overwrite=request.overwrite),
+            loading(model, str(request.out)),
         )
 
-    def measure(self, result: Result) -> list[tuple[str, float, float, str]]:
+    def measure(self, result: Outcome) -> list[tuple[str, float, float, str]]:
         if self.texts.evaluation is None:
             self.texts.write(self.model, self.stages)
         chunks = self.texts.evaluation
@@ -191,14 +218,15 @@ def run(request: Request, stages: Stages, console: Console) -> None:
     job = Job(request, stages, console, model, texts)
     result = job.prune()
     stages.begin("saving")
-    _saved.save(result, texts.tokenizer, request.out, overwrite=request.overwrite)
+    result.save()
     rows = job.measure(result)
     console.print(_tables.figures_table(rows))
     say(console, f"removed {result.report.sparsity:.2%} of the linear weights of prunable and exempt groups (asked for {request.sparsity:.2%})")
     for note in result.report.notes:
         say(console, f"note: {note}")
     say(console, f"saved in {request.out}; load it with")
-    say(console, f'  fasp_fx.load("{request.out}").module(input_ids=ids, use_cache=False).logits')
+    for line in result.loading:
+        say(console, f"  {line}")
 
 
 __all__ = ["Request", "run"]

@@ -26,8 +26,11 @@ def is_saved(model: str) -> bool:
     return (Path(model) / store.MANIFEST).is_file()
 
 
-def check_target(out: Path, *, overwrite: bool) -> None:
+def check_target(out: Path, *, overwrite: bool, plain: bool = False) -> None:
     """Refuse a folder that could not be written later, before any work is done.
+
+    Args:
+        plain: a plain checkpoint will be written, which replaces only such.
 
     Raises:
         StoreError: something is there that must not be replaced, or the folder cannot be made.
@@ -35,14 +38,24 @@ def check_target(out: Path, *, overwrite: bool) -> None:
     if os.path.lexists(out):
         if not overwrite:
             raise StoreError(f"'{out}' exists; choose another --out, or pass --overwrite to replace an earlier result")
-        known = {store.MANIFEST, *store.FILES, TOKENIZER}
-        if out.is_symlink() or not is_saved(str(out)) or any(child.name not in known for child in out.iterdir()):
+        if out.is_symlink() or not (_is_plain(out) if plain else _is_result(out)):
             raise StoreError(
                 f"'{out}' holds something other than an earlier result, which --overwrite never replaces; choose another --out or remove it yourself"
             )
     above = next(parent for parent in out.absolute().parents if parent.exists())
     if not above.is_dir() or not os.access(above, os.W_OK):
         raise StoreError(f"'{out}' cannot be made: '{above}' is not a folder that you may write to; choose another --out")
+
+
+def _is_result(out: Path) -> bool:
+    known = {store.MANIFEST, *store.FILES, TOKENIZER}
+    return is_saved(str(out)) and all(child.name in known for child in out.iterdir())
+
+
+def _is_plain(out: Path) -> bool:
+    from .hf._plain_folder import is_plain
+
+    return is_plain(out)
 
 
 def save(result: Result, tokenizer: Any, out: Path, *, overwrite: bool) -> None:
