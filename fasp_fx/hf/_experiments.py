@@ -59,6 +59,7 @@ class Experiments:
         self._config = config
         self.base: dict[str, Any] = _as_stored(config)
         self._found: dict[str, Shapes | str] = {}
+        self._absent: list[Path] = []
         found = self.build({})
         if isinstance(found, str):
             raise ArgumentError(f"{self._class.__name__} cannot be built from its own config: {found}; a plain checkpoint needs that")
@@ -69,6 +70,7 @@ class Experiments:
                 f"the config does not describe the model: '{odd[0]}' has the shape {own[odd[0]]}, a model built from the config "
                 f"{found.get(odd[0], 'has no such weight')}; a plain checkpoint needs a model of its config's sizes"
             )
+        self._absent = self._missing()
         self.pins = dict(self._find_pins())
         self.base = self.changed(self.pins)
 
@@ -82,10 +84,10 @@ class Experiments:
         return {path: value for path, value in _leaves(self.base) if type(value) is int and value > 0}
 
     def changed(self, assignment: Assignment) -> dict[str, Any]:
-        """The base config with other values in some places."""
+        """The base config with other values in some places; ``None`` takes a field away that the config does not have by itself."""
         made = copy.deepcopy(self.base)
         for path, value in assignment.items():
-            _put(made, path, value)
+            _put(made, path, value, drop=value is None and path in self._absent)
         return made
 
     def config(self, assignment: Assignment) -> PreTrainedConfig:
@@ -128,7 +130,7 @@ class Experiments:
         return self.config(assignment).to_dict()
 
     def _find_pins(self) -> Iterator[tuple[Path, int]]:
-        for path in [path for path, value in _leaves(self.base) if value is None] + self._missing():
+        for path in [path for path, value in _leaves(self.base) if value is None] + self._absent:
             value = self._effective(path)
             if value is not None:
                 yield path, value
@@ -209,7 +211,10 @@ def _leaves(value: Any, path: Path = ()) -> Iterator[tuple[Path, Any]]:
         yield path, value
 
 
-def _put(held: Any, path: Path, value: Any) -> None:
+def _put(held: Any, path: Path, value: Any, drop: bool) -> None:
     for step in path[:-1]:
         held = held.setdefault(step, {}) if isinstance(held, dict) else held[step]
-    held[path[-1]] = value
+    if drop:
+        held.pop(path[-1], None)
+    else:
+        held[path[-1]] = copy.deepcopy(value)  # a list may be changed by the next assignment

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import itertools
 import math
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -34,7 +35,32 @@ _EXAMPLE = (2, 8)
 _EQUAL = 0.6
 
 
-def prune_plain(
+@dataclass(frozen=True)
+class Plain:
+    """What pruning to a config gives.
+
+    Attributes:
+        model: the smaller model, of the caller's class.
+        result: the pruned program that it computes.
+        report: that of the result, with what the config says and why groups were left whole.
+    """
+
+    model: PreTrainedModel
+    result: Result
+    report: Report
+
+
+def prune_plain(model: nn.Module, **options: Any) -> tuple[PreTrainedModel, PruningPlan, Report]:
+    """The smaller model, the plan and the report; options and errors are those of :func:`prune_both`."""
+    try:
+        inspect.signature(prune_both).bind(model, **options)
+    except TypeError as error:
+        raise ArgumentError(f"a plain checkpoint: {error}; the config cannot say what other options of fasp_fx.prune ask for") from error
+    found = prune_both(model, **options)
+    return found.model, found.result.plan, found.report
+
+
+def prune_both(
     model: nn.Module,
     *,
     calibration: Iterable[Any] | None = None,
@@ -49,7 +75,7 @@ def prune_plain(
     device: torch.device | str | None = None,
     progress: Callable[[float], None] | None = None,
     on_analysis: Callable[[Analysis], None] | None = None,
-) -> tuple[PreTrainedModel, PruningPlan, Report]:
+) -> Plain:
     """Prune a transformers model by what its config can say: the result is a smaller model of the same class.
 
     Which fields of the config shrink which groups is found by building the class at other sizes on the meta device. Groups that no field shrinks alone
@@ -63,9 +89,6 @@ def prune_plain(
         granularity: ``("channel",)``: neurons only; ``("channel", "head")``: whole heads lose the same fraction, to the nearest head, and neurons carry the
             rest; ``("head",)``: heads only. ``None``: neurons, and as few heads as it takes where neurons alone cannot reach the sparsity.
         round_to: kept widths of channels are multiples of this; whole heads are not rounded.
-
-    Returns:
-        The smaller model, the plan and the report.
 
     Raises:
         ArgumentError: the model is not one of transformers', or its config does not describe it.
@@ -99,7 +122,7 @@ def prune_plain(
     )
     weights = smaller_weights(model, result)
     smaller, assignment = _first_equal(model, experiments, settings, weights, result, example)
-    return smaller, result.plan, _explained(result.report, experiments, settings, assignment)
+    return Plain(smaller, result, _explained(result.report, experiments, settings, assignment))
 
 
 def _example(model: PreTrainedModel, calibration: Iterable[Any] | None) -> tuple[Iterable[Any] | None, dict[str, Any]]:
@@ -213,4 +236,4 @@ def _said(assignment: Assignment, before: Mapping[Path, int] | None = None) -> s
     return ", ".join(f"{written(path)}{was[path]} {value}" for path, value in assignment.items())
 
 
-__all__ = ["prune_plain"]
+__all__ = ["Plain", "prune_both", "prune_plain"]
