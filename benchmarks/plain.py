@@ -68,8 +68,9 @@ def main() -> None:
         pruned = prune_both(model, calibration=batches, sparsity=options.sparsity, round_to=options.round_to, granularity=granularity)
         spent = time.perf_counter() - start
         found = elsewhere(pruned, tokenizer, measured, options.device)
+        here = perplexity(pruned.result.module, measured)
         print(
-            f"{label:<22}program {perplexity(pruned.result.module, measured):.4f}   plain checkpoint {found['perplexity']:.4f}   sparsity {pruned.report.sparsity:.4f}, "
+            f"{label:<22}program {here:.4f}   plain checkpoint {found['perplexity']:.4f}   sparsity {pruned.report.sparsity:.4f}, "
             f"parameters {found['parameters']:,}; {pruned.report.notes[0]}; {spent:.0f} s",
             flush=True,
         )

@@ -42,6 +42,12 @@ def qwen2() -> nn.Module:
     return hf.Qwen2ForCausalLM(hf.Qwen2Config(**SMALL, intermediate_size=64, num_key_value_heads=2, tie_word_embeddings=True))
 
 
+def opt() -> nn.Module:
+    """The size of a head is what the heads leave of the width."""
+    sizes = {"hidden_size": 32, "word_embed_proj_dim": 32, "num_hidden_layers": 1, "num_attention_heads": 4, "ffn_dim": 64}
+    return hf.OPTForCausalLM(hf.OPTConfig(**sizes, vocab_size=VOCABULARY, max_position_embeddings=64))
+
+
 def mixtral() -> nn.Module:
     """Experts in one stacked weight."""
     return hf.MixtralForCausalLM(hf.MixtralConfig(**SMALL, intermediate_size=48, num_key_value_heads=2, num_local_experts=2))
@@ -64,12 +70,12 @@ HEADS = {"num_attention_heads": (4, 2), "num_key_value_heads": (2, 1)}
 NARROWER = {"intermediate_size": (64, 40)}
 CASES: dict[str, Case] = {
     "llama": Case(ZOO["llama_gqa"].make, {**HEADS, "head_dim": (16, 16), "intermediate_size": (128, 80)}, 0.4, BOTH),
-    "qwen3": Case(lambda: hf.Qwen3ForCausalLM(hf.Qwen3Config(**FEED, **SIXTEEN)), {**HEADS, "head_dim": (16, 16), **NARROWER}, 0.4, BOTH),
+    "qwen3": Case(lambda: hf.Qwen3ForCausalLM(hf.Qwen3Config(**FEED, **SIXTEEN)), {**HEADS, "head_dim": (16, 16), "intermediate_size": (64, 48)}, 0.4, BOTH),
     "gpt2": Case(
         lambda: hf.GPT2LMHeadModel(hf.GPT2Config(n_embd=32, n_layer=1, n_head=4, vocab_size=VOCABULARY, n_positions=64)),
         {"n_inner": (None, 80), "n_head": (4, 4)},
     ),
-    "opt": Case(ZOO["opt"].make, {"ffn_dim": (128, 64), "num_attention_heads": (4, 4)}),
+    "opt": Case(opt, {"ffn_dim": (64, 32), "num_attention_heads": (4, 4)}),
     "mistral": Case(lambda: hf.MistralForCausalLM(hf.MistralConfig(**FEED, num_key_value_heads=2)), {**NARROWER, "num_key_value_heads": (2, 2)}),
     "gemma2": Case(lambda: hf.Gemma2ForCausalLM(hf.Gemma2Config(**FEED, **SIXTEEN)), {"intermediate_size": (64, 32)}),
 }

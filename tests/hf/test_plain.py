@@ -138,18 +138,10 @@ def test_groups_that_cannot_be_said_stay_whole_with_the_reason() -> None:
     assert lines["transformer.h.0.mlp.c_proj.weight"].reason == ""
 
 
-def test_the_plan_replays() -> None:
-    model, pruned = dense("llama"), plain("llama")
-    plan = fasp_fx.PruningPlan.from_json(pruned.plan.to_json())
-    module = fasp_fx.apply(model, plan, (), {"input_ids": tokens(), "use_cache": False}).module
-    with torch.no_grad():
-        assert error(module(input_ids=tokens(), use_cache=False).logits, pruned.model(input_ids=tokens(), use_cache=False).logits) <= TOLERANCE
-
-
 @pytest.mark.parametrize(
     ("name", "options", "message"),
     [
-        ("llama", {"sparsity": 0.9, "granularity": ("channel",)}, r"LlamaConfig can say at most 0\.6615; ask for less"),
+        ("llama", {"sparsity": 0.9, "granularity": ("channel",)}, r"LlamaConfig can say at most 0\.6614; ask for less"),
         ("llama", {"sparsity": 0.9, "granularity": ("channel",), "round_to": 64}, r"at most 0\.3333 with round_to=64"),
         ("llama", {"sparsity": 0.2, "granularity": ("head",)}, r"at most 0\.1666"),
         ("llama", {"sparsity": 0.001, "granularity": ("channel",)}, "less than half a step"),
@@ -183,6 +175,22 @@ def test_neurons_carry_what_heads_do_not(options: dict[str, Any], heads: int, ne
     assert settled(**options) == {"num_attention_heads": heads, "num_key_value_heads": heads // 2, "intermediate_size": neurons}
 
 
+class Stop(Exception):
+    """Ends a pruning once the analysis is known."""
+
+
+def _analysis(name: str, granularity: tuple[str, ...]) -> fasp_fx.Analysis:
+    found: list[fasp_fx.Analysis] = []
+
+    def stop(analysis: fasp_fx.Analysis) -> None:
+        found.append(analysis)
+        raise Stop
+
+    with pytest.raises(Stop):
+        prune(dense(name), **UNREPAIRED, sparsity=0.15, granularity=granularity, on_analysis=stop)
+    return found[0]
+
+
 @pytest.fixture
 def settled() -> Any:
     """What the fields of a Llama would be, without pruning it."""
@@ -190,8 +198,7 @@ def settled() -> Any:
     def find(sparsity: float, granularity: Any = None, round_to: int = 1) -> dict[str, int]:
         experiments = Experiments(dense("llama"))
         settings = Settings(experiments, granularity is not None)
-        example = {"input_ids": torch.zeros(2, 8, dtype=torch.long), "use_cache": False}
-        settings(Budget(fasp_fx.analyze(dense("llama"), (), example, granularity=granularity or BOTH)), sparsity, round_to)
+        settings(Budget(_analysis("llama", granularity or BOTH)), sparsity, round_to)
         (assignment,) = settings.assignments()
         return {field: assignment.get((field,), before) for field, before in HELD.items()}
 
@@ -224,14 +231,15 @@ def test_a_wrong_model_is_never_handed_out(monkeypatch: pytest.MonkeyPatch) -> N
 
     def swapped(*args: Any) -> dict[str, torch.Tensor]:
         found = original(*args)
-        name = "model.layers.0.mlp.down_proj.weight"
-        return {**found, name: found[name].flip(1)}
+        name = "transformer.h.0.mlp.c_proj.weight"
+        return {**found, name: found[name].flip(0)}
 
     monkeypatch.setattr(plain_module, "smaller_weights", swapped)
-    with pytest.raises(fasp_fx.VerificationError, match=r"intermediate_size = 112: its outputs differ by .*nothing is returned"):
-        prune(dense("llama"), **UNREPAIRED, sparsity=0.1, round_to=16)
+    with pytest.raises(fasp_fx.VerificationError, match=r"n_inner = 112: its outputs differ by .*nothing is returned"):
+        prune(dense("gpt2"), **UNREPAIRED, sparsity=0.1, round_to=16)
 
 
+@pytest.mark.filterwarnings("ignore:Converting a tensor with requires_grad:UserWarning")
 def test_lora_attaches_and_trains(folders: Path) -> None:
     peft = pytest.importorskip("peft")
     model = hf.AutoModelForCausalLM.from_pretrained(folders / "llama")
@@ -241,7 +249,7 @@ def test_lora_attaches_and_trains(folders: Path) -> None:
     losses = []
     for _ in range(2):
         loss: Any = tuned(input_ids=tokens(), labels=tokens()).loss
-        losses.append(float(loss))
+        losses.append(float(loss.detach()))
         optimiser.zero_grad()
         loss.backward()
         optimiser.step()
