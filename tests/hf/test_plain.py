@@ -210,8 +210,8 @@ HELD = {"num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size":
 
 def test_a_model_that_its_config_does_not_describe_is_refused() -> None:
     model = copy.deepcopy(dense("opt"))
-    model.model.decoder.layers[0].fc1 = torch.nn.Linear(64, 100)
-    with pytest.raises(fasp_fx.ArgumentError, match=r"'model.decoder.layers.0.fc1.bias' has the shape \(100,\), a model built from the config \(128,\)"):
+    model.model.decoder.layers[0].fc1 = torch.nn.Linear(32, 100)
+    with pytest.raises(fasp_fx.ArgumentError, match=r"'model.decoder.layers.0.fc1.bias' has the shape \(100,\), a model built from the config \(64,\)"):
         prune(model, **UNREPAIRED)
 
 
