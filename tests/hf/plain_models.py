@@ -83,8 +83,8 @@ CASES: dict[str, Case] = {
 MORE: dict[str, Case] = {
     "qwen2": Case(qwen2, {**HEADS, "head_dim": (None, 8), **NARROWER}, 0.4, BOTH),
     "phi3": Case(ZOO["phi3"].make, {"intermediate_size": (128, 96)}),
-    "gemma3n": Case(gemma3n, {"intermediate_size": ([48, 64], [32, 40])}),
-    "mixtral": Case(mixtral, {"intermediate_size": (48, 24)}, 0.5),
+    "gemma3n": Case(gemma3n, {"intermediate_size": ([48, 64], [24, 40])}),
+    "mixtral": Case(mixtral, {"intermediate_size": (48, 16)}, 0.5),
 }
 
 

@@ -239,6 +239,19 @@ def test_a_wrong_model_is_never_handed_out(monkeypatch: pytest.MonkeyPatch) -> N
         prune(dense("gpt2"), **UNREPAIRED, sparsity=0.1, round_to=16)
 
 
+@pytest.mark.slow
+def test_layers_differ_where_the_config_has_a_list() -> None:
+    def allocate(budget: Budget, sparsity: float, round_to: int) -> list[int]:
+        return [32 if group.name == "model.layers.1.mlp.down_proj.weight" else 0 for group in budget.groups]
+
+    model = dense("gemma3n")
+    pruned = prune(model, **UNREPAIRED, allocation=allocate)
+    assert pruned.model.config.intermediate_size == [48, 32]
+    with torch.no_grad():
+        expected = zeroed(model, pruned.plan)(input_ids=tokens(), use_cache=False).logits
+        assert error(pruned.model(input_ids=tokens(), use_cache=False).logits, expected) <= TOLERANCE
+
+
 @pytest.mark.filterwarnings("ignore:Converting a tensor with requires_grad:UserWarning")
 def test_lora_attaches_and_trains(folders: Path) -> None:
     peft = pytest.importorskip("peft")
