@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -39,6 +39,7 @@ class Request:
     eval_batches: int
     device: str | None
     dtype: str
+    plain: bool
     overwrite: bool
     seed: int
     html: Path | None = None
@@ -62,7 +63,7 @@ class Request:
         for option, file in (("--calibration", self.calibration), ("--text", self.text)):
             if file is not None and not file.is_file():
                 raise CalibrationError(f"{option} '{file}' is not a file; give a text file" + (", or 'self'" if option == "--calibration" else ""))
-        _saved.check_target(self.out, overwrite=self.overwrite)
+        _saved.check_target(self.out, overwrite=self.overwrite, plain=self.plain)
         if self.html is not None:
             check_page(self.html)
 
@@ -140,18 +141,18 @@ class Job:
     def prune(self) -> Pruned:
         request = self.request
         self.stages.begin("capturing and analysing the model")
-        pruned: Pruned = prune(
+        return prune(
             self.model,
             self.texts.tokenizer,
             calibration=self.batches(),
             sparsity=request.sparsity,
-            score=cast(Literal["fasp", "magnitude", "random"], request.score),
+            plain=request.plain,
+            score=request.score,
             restore="least-squares" if request.restore else None,
             round_to=request.round_to,
             progress=self.calibrated,
             on_analysis=self.show_groups,
         )
-        return pruned
 
     def measure(self, result: Pruned) -> tuple[Figure, ...]:
         if self.texts.evaluation is None:
@@ -205,8 +206,9 @@ def run(request: Request, stages: Stages, console: Console) -> None:
     say(console, f"removed {report.sparsity:.2%} of the linear weights of prunable and exempt groups (asked for {request.sparsity:.2%})")
     for note in report.notes:
         say(console, f"note: {note}")
-    say(console, f"saved in {request.out}; import fasp_fx, then load it with")
-    say(console, f'  AutoModelForCausalLM.from_pretrained("{request.out}")')
+    say(console, f"saved in {request.out}; load it with")
+    for line in result.loading(request.out):
+        say(console, f"  {line}")
 
 
 __all__ = ["Request", "run"]

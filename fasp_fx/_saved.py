@@ -19,18 +19,22 @@ def is_saved(model: str) -> bool:
     return (Path(model) / store.MANIFEST).is_file()
 
 
-def check_target(out: Path, *, overwrite: bool) -> None:
+def check_target(out: Path, *, overwrite: bool, plain: bool = False) -> None:
     """Refuse a folder that could not be written later, before any work is done.
+
+    Args:
+        plain: a plain checkpoint will be written, which replaces only such.
 
     Raises:
         StoreError: something is there that must not be replaced, or the folder cannot be made.
     """
-    from .hf import _folder
+    from .hf._folder import is_saved as is_saved_model
+    from .hf._plain_folder import is_plain
 
     if os.path.lexists(out):
         if not overwrite:
             raise StoreError(f"'{out}' exists; choose another --out, or pass --overwrite to replace an earlier result")
-        if out.is_symlink() or not _folder.is_saved(out):
+        if out.is_symlink() or not (is_plain(out) if plain else is_saved_model(out)):
             raise StoreError(
                 f"'{out}' holds something other than an earlier result, which --overwrite never replaces; choose another --out or remove it yourself"
             )

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from .channels import attribute
-from .errors import SparsityError
+from .errors import ArgumentError, SparsityError
 from .groups import EXEMPT, PRUNABLE, Group
 
 if TYPE_CHECKING:
@@ -62,6 +63,25 @@ class Budget:
     def reach(self, round_to: int) -> float:
         """The highest sparsity in reach."""
         return self.sparsity([self.most(group, round_to) * group.blocks for group in self.groups])
+
+
+#: an allocation maps a budget, a sparsity and ``round_to`` to the channel sets that each block of each of the budget's groups loses
+Allocation = Callable[[Budget, float, int], list[int]]
+
+
+def checked(lost: Any, budget: Budget) -> list[int]:
+    """What an allocation returned, if it can be done.
+
+    Raises:
+        ArgumentError: not one number for each group, or one that is not below the group's width.
+    """
+    found = list(lost)
+    if len(found) != len(budget.groups):
+        raise ArgumentError(f"the allocation returned {len(found)} numbers for {len(budget.groups)} groups; it must return one for each")
+    for group, sets in zip(budget.groups, found, strict=True):
+        if isinstance(sets, bool) or not isinstance(sets, (int, np.integer)) or not 0 <= sets < group.width:
+            raise ArgumentError(f"the allocation takes {sets!r} channel sets from a block of '{group.name}'; give a whole number from 0 to {group.width - 1}")
+    return [int(sets) for sets in found]
 
 
 def lost_per_block(width: int, fraction: float, round_to: int) -> int:

@@ -74,6 +74,9 @@ def prune(
     eval_batches: Annotated[int, typer.Option(help="Chunks of text to measure perplexity on.")] = 8,
     device: Device = None,
     dtype: Dtype = DtypeName.auto,
+    plain: Annotated[
+        bool, typer.Option("--plain", help="Keep to what the model's own config can say, and write a standard checkpoint that needs no fasp_fx.")
+    ] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an earlier result at --out, and nothing else.")] = False,
     seed: Annotated[int, typer.Option(help="Seed of the text that the model writes.")] = 0,
     html: Annotated[Path | None, typer.Option("--html", metavar="FILE", help=HTML_HELP, show_default=False)] = None,
@@ -90,6 +93,9 @@ def prune(
     `fasp-fx prune MODEL --calibration wiki.txt --batches 32 --length 1024 --out small`
 
     `fasp-fx eval small --text wiki.txt --length 1024 --chunks 100:140`
+
+    With `--plain` the result is an ordinary checkpoint of the same architecture, for `AutoModelForCausalLM.from_pretrained` and whatever else reads those:
+    feed-forward layers become narrower, and whole attention heads go where that is not enough.
 
     Example: `fasp-fx prune model.gguf --sparsity 0.2 --out small`, and in Python, after
     `import fasp_fx`, `AutoModelForCausalLM.from_pretrained("small")`.
@@ -112,6 +118,7 @@ def prune(
                 eval_batches=eval_batches,
                 device=device,
                 dtype=dtype.value,
+                plain=plain,
                 overwrite=overwrite,
                 seed=seed,
                 html=html,

@@ -20,7 +20,7 @@ from ._parts import Stages, apply_in_parts, prune_in_parts
 from ._program import Program
 from ._result import Result, finish
 from ._runner import Runner
-from .allocation import Budget, uniform
+from .allocation import Allocation, Budget, checked, uniform
 from .analysis import Analysis, analyze_program
 from .capture import capture
 from .errors import ArgumentError, CaptureError, NothingPrunableError, PlanError, SparsityError
@@ -74,7 +74,7 @@ def prune(
     sparsity: float = 0.2,
     score: Literal["fasp", "magnitude", "random"] | Score = "fasp",
     restore: Literal["least-squares"] | None = "least-squares",
-    allocation: Literal["uniform"] = "uniform",
+    allocation: Literal["uniform"] | Allocation = "uniform",
     propagate: bool = True,
     granularity: Iterable[str] = ("channel",),
     include: Iterable[str] = (),
@@ -94,7 +94,7 @@ def prune(
         sparsity: fraction to remove of the weights of linear operators in prunable and exempt groups, in (0, 1).
         score: ``"fasp"``, ``"magnitude"``, ``"random"``, or a callable (:mod:`fasp_fx.scoring`).
         restore: ``"least-squares"`` or ``None``.
-        allocation: ``"uniform"``: every prunable group loses the same fraction.
+        allocation: ``"uniform"``: every prunable group loses the same fraction; or a callable (:data:`fasp_fx.allocation.Allocation`).
         propagate: later layers are observed behind the already pruned earlier ones.
         granularity: what goes together: ``"channel"``, single channels; ``"head"``, whole attention heads with their rows of W_Q, W_K and W_V and
             columns of W_O (a KV head takes its query heads along). With ``("head",)`` nothing but heads goes; with both, heads in attention and
@@ -128,7 +128,7 @@ def prune(
             args,
             kwargs,
             _stages(granularity, include),
-            allocate=lambda budget: uniform(budget, sparsity, round_to),
+            allocate=options.allocate,
             observe=options.observe,
             calibration=calibration,
             needs_data=options.needs_data,
@@ -154,18 +154,22 @@ class Options:
         sparsity: float = 0.2,
         score: Literal["fasp", "magnitude", "random"] | Score = "fasp",
         restore: Literal["least-squares"] | None = "least-squares",
-        allocation: Literal["uniform"] = "uniform",
+        allocation: Literal["uniform"] | Allocation = "uniform",
         propagate: bool = True,
         granularity: Iterable[str] = ("channel",),
         include: Iterable[str] = (),
         round_to: int = 1,
     ) -> None:
-        _check_arguments(sparsity, restore, allocation, round_to)
+        self._allocation = _check_arguments(sparsity, restore, allocation, round_to)
         self.granularity, self.include = _check_choice(granularity, include)
         self.sparsity, self.round_to, self.propagate = sparsity, round_to, propagate
         self.score, scores_data = resolve(score)
         self.restore = least_squares if restore is not None else None
         self.needs_data = scores_data or restore is not None
+
+    def allocate(self, budget: Budget) -> list[int]:
+        """How many channel sets each group of the budget loses."""
+        return checked(self._allocation(budget, self.sparsity, self.round_to), budget)
 
     def observe(self, analysis: Analysis, lost: list[int], batches: list[list[Any]] | None, advance: Callable[[float], None]) -> Decision:
         """Run the calibration batches, choose what goes and repair what stays."""
@@ -188,7 +192,7 @@ def decide(
     _check_weights(program)
     clock.lap("capture")
     analysis = analyze_program(program, split_fused, options.granularity, options.include)
-    lost = _allocate(analysis, options.sparsity, options.round_to)
+    lost = _allocate(analysis, options)
     clock.lap("analysis")
     if on_analysis is not None:
         on_analysis(analysis)
@@ -240,15 +244,16 @@ class Clock:
         self._last = now
 
 
-def _check_arguments(sparsity: float, restore: object, allocation: object, round_to: int) -> None:
+def _check_arguments(sparsity: float, restore: object, allocation: Literal["uniform"] | Allocation, round_to: int) -> Allocation:
     if not isinstance(sparsity, (int, float)) or not 0 < sparsity < 1:
         raise SparsityError(f"sparsity={sparsity!r} is not in (0, 1); 0.2 removes a fifth")
     if restore not in ("least-squares", None):
         raise ArgumentError(f"restore={restore!r} is not known; use 'least-squares' or None")
-    if allocation != "uniform":
-        raise ArgumentError(f"allocation={allocation!r} is not known; use 'uniform'")
+    if allocation != "uniform" and not callable(allocation):
+        raise ArgumentError(f"allocation={allocation!r} is not known; use 'uniform' or a callable (fasp_fx.allocation.Allocation)")
     if not isinstance(round_to, int) or round_to < 1:
         raise ArgumentError(f"round_to={round_to!r} is not a positive integer")
+    return allocation if callable(allocation) else uniform
 
 
 def _capture(model: Model, args: Any, kwargs: dict[str, Any] | None, **options: Any) -> Program:
@@ -291,12 +296,12 @@ def _check_weights(program: Program) -> None:
             raise ArgumentError(f"'{name}' is on the meta device and has no values; analyze() works without weights, prune() needs them")
 
 
-def _allocate(analysis: Analysis, sparsity: float, round_to: int) -> list[int]:
+def _allocate(analysis: Analysis, options: Options) -> list[int]:
     budget = Budget(analysis)
     if not budget.groups:
         reasons = sorted({group.reason for group in analysis.groups if group.reason})
         raise NothingPrunableError("no group of this model can be pruned: " + ("; ".join(reasons) if reasons else "it has no coupled weights"))
-    return uniform(budget, sparsity, round_to)
+    return options.allocate(budget)
 
 
 def plan_of(program: Program, analysis: Analysis, decision: Decision) -> PruningPlan:

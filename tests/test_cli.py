@@ -134,6 +134,26 @@ def test_prune_without_repair_by_magnitude(folder: Path, tmp_path: Path) -> None
     assert all(line.error_restored is None for line in AutoModelForCausalLM.from_pretrained(tmp_path / "out").report.lines)
 
 
+def test_prune_to_a_plain_checkpoint(folder: Path, from_file: tuple[Path, Result], tmp_path: Path) -> None:
+    text = folder / "text.txt"
+    command = ("prune", folder / "model", "--plain", "--calibration", text, "--text", text, *SMALL)
+    done = _invoke(*command, "--out", tmp_path / "out")
+    assert done.exit_code == 0, done.output
+    assert f'AutoModelForCausalLM.from_pretrained("{tmp_path / "out"}")' in "".join(done.stdout.splitlines()[-2:])
+    assert "the config says it with intermediate_size 48 ->" in " ".join(done.stdout.split())
+    plain, dense = (AutoModelForCausalLM.from_pretrained(where).eval() for where in (tmp_path / "out", folder / "model"))
+    assert type(plain) is type(dense)
+    assert plain.config.intermediate_size < 48
+    assert AutoTokenizer.from_pretrained(tmp_path / "out")("a")["input_ids"] == AutoTokenizer.from_pretrained(folder / "model")("a")["input_ids"]
+    row = next(line for line in done.stdout.splitlines() if "perplexity on" in line)
+    shown = float(row.replace("│", "|").split("|")[3])
+    assert shown == pytest.approx(_perplexity(plain, _chunks(folder)[4:7]), rel=1e-3, abs=1e-3)
+    measured = _invoke("eval", tmp_path / "out", "--text", text, "--length", str(LENGTH), "--chunks", "4:7", "--device", "cpu")
+    assert float(measured.stdout.split()[1]) == pytest.approx(_perplexity(plain, _chunks(folder)[4:7]), rel=1e-4)
+    assert "never replaces" in _refused(_invoke(*command, "--out", from_file[0], "--overwrite"))
+    assert "never replaces" in _refused(_invoke("prune", folder / "model", *SMALL, "--out", tmp_path / "out", "--overwrite"))
+
+
 # --- inspect
 
 

@@ -23,7 +23,6 @@ def card(model: Any) -> str:
     rows = [("parameters", *report.parameters), ("bytes of weights", *report.bytes)]
     if report.cache is not None:
         rows.append(("bytes of cache per token of one sequence", *report.cache))
-    auto = "AutoModelForSeq2SeqLM" if seq2seq else "AutoModelForCausalLM"
     groups = [f"| {_code(group.name)} | {group.size} | {group.size - group.removed_sets} |" for group in plan.groups]
     return "\n".join(
         [
@@ -41,10 +40,7 @@ def card(model: Any) -> str:
             *(f"| {name} | {before:,} | {after:,} |" for name, before, after in rows),
             "",
             "```python",
-            "import fasp_fx",
-            f"from transformers import {auto}",
-            "",
-            f'model = {auto}.from_pretrained("this folder")',
+            *loading(model, "this/folder"),
             "```",
             "",
             "## What was removed",
@@ -57,6 +53,12 @@ def card(model: Any) -> str:
             "",
         ]
     )
+
+
+def loading(model: Any, folder: str) -> list[str]:
+    """Lines of Python that load the model."""
+    auto = "AutoModelForSeq2SeqLM" if model.config.is_encoder_decoder else "AutoModelForCausalLM"
+    return ["import fasp_fx", f"from transformers import {auto}", f'model = {auto}.from_pretrained("{folder}")']
 
 
 def _code(name: str) -> str:

@@ -48,8 +48,17 @@ class Pruned:
 
     def measured(self, figures: tuple[Figure, ...]) -> Pruned:
         """The same with what was measured in its report, which is saved along."""
-        self.model.report = replace(self.report, figures=figures)
-        return replace(self, report=self.model.report)
+        report = replace(self.report, figures=figures)
+        if isinstance(self.model, PrunedModel):
+            self.model.report = report
+        return replace(self, report=report)
+
+    def loading(self, folder: str | Path) -> list[str]:
+        """Lines of Python that load the model from the folder it was saved in."""
+        from ._card import loading as loading_pruned
+        from ._plain_folder import loading
+
+        return loading_pruned(self.model, str(folder)) if isinstance(self.model, PrunedModel) else loading(self.model, str(folder))
 
     def save_pretrained(self, folder: str | Path, overwrite: bool = False) -> Path:
         """Write model and tokenizer to a new folder, whole or not at all.
@@ -65,7 +74,10 @@ class Pruned:
             StoreError: the path is taken or cannot be written.
         """
         from ._folder import save
+        from ._plain_folder import save_plain
 
+        if not isinstance(self.model, PrunedModel):
+            return save_plain(self.model, self.tokenizer, self.plan, self.report, folder, overwrite=overwrite)
         return save(self.model, Path(folder), self.tokenizer, overwrite=overwrite)
 
 
@@ -80,7 +92,7 @@ def prune(
     progress: Callable[[float], None] | None = None,
     on_analysis: Callable[[Analysis], None] | None = None,
     **options: Any,
-) -> Any:
+) -> Pruned:
     """Make a generating model of transformers smaller, so that it still generates; the caller's model is not touched.
 
     Args:
@@ -106,7 +118,8 @@ def prune(
     if plain:
         from ._plain import prune_plain
 
-        return prune_plain(model, tokenizer, calibration=calibration, sparsity=sparsity, device=device, progress=progress, on_analysis=on_analysis, **options)
+        common: dict[str, Any] = {"device": device, "progress": progress, "on_analysis": on_analysis}
+        return Pruned(*prune_plain(model, calibration=calibration, sparsity=sparsity, **common, **options), tokenizer)
     try:
         chosen = Options(sparsity, **options)
     except TypeError as error:

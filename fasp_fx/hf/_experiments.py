@@ -1,0 +1,223 @@
+"""What a model's class makes of its config, found by building it: nothing is known beforehand about any field."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import json
+import warnings
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedConfig
+from transformers.utils import logging
+
+from ..errors import ArgumentError, first_line
+
+#: where a value stands in a config: keys of nested configs, positions of lists
+Path = tuple[str | int, ...]
+#: values to put in places of a config
+Assignment = Mapping[Path, Any]
+Shapes = dict[str, tuple[int, ...]]
+
+#: longer lists hold no sizes of layers
+_LONGEST = 512
+#: values tried for a field that is not set
+_PROBES = (16, 8)
+
+
+def written(path: Path) -> str:
+    """A place as text: ``text_config.intermediate_size[3]``."""
+    return "".join(f"[{step}]" if isinstance(step, int) else f".{step}" for step in path).removeprefix(".")
+
+
+class Experiments:
+    """Builds a model's class from changed configs on the meta device and compares shapes.
+
+    Buffers count: half as many heads and heads of half the size have the same weights, but not the same table of positions. Every config goes
+    through its own text form on the way, as it will when it is loaded from a file.
+
+    Args:
+        model: the model; its config must build a model of the same shapes.
+
+    Attributes:
+        base: the config as a dictionary, with fields that were not set pinned to the values that leave every shape as it is.
+        pins: those fields and values.
+        shapes: of the parameters and buffers that the class makes of the config, under all their names.
+
+    Raises:
+        ArgumentError: the config does not describe the model.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        config = getattr(model, "config", None)
+        if not isinstance(config, PreTrainedConfig):
+            raise ArgumentError(f"a plain checkpoint needs a model with a transformers config; {type(model).__name__} has none")
+        self._class: Any = type(model)
+        self._config = config
+        self.base: dict[str, Any] = _as_stored(config)
+        self._found: dict[str, Shapes | str] = {}
+        self._absent: list[Path] = []
+        found = self.build({})
+        if isinstance(found, str):
+            raise ArgumentError(f"{self._class.__name__} cannot be built from its own config: {found}; a plain checkpoint needs that")
+        self.shapes = found
+        own = {name: tuple(parameter.shape) for name, parameter in model.named_parameters(remove_duplicate=False)}
+        if odd := sorted(name for name in own if own[name] != found.get(name)):
+            raise ArgumentError(
+                f"the config does not describe the model: '{odd[0]}' has the shape {own[odd[0]]}, a model built from the config "
+                f"{found.get(odd[0], 'has no such weight')}; a plain checkpoint needs a model of its config's sizes"
+            )
+        self._absent = self._missing()
+        self.pins = dict(self._find_pins())
+        if self.build(self.pins) != self.shapes:
+            self.pins = {}  # each changes nothing, but all together do
+        self.base = self.changed(self.pins)
+        self._found.clear()
+
+    @property
+    def name(self) -> str:
+        """The name of the config's class."""
+        return type(self._config).__name__
+
+    def numbers(self) -> dict[Path, int]:
+        """The integers of the config that may be sizes: positive ones, those in nested configs and lists included."""
+        return {path: value for path, value in _leaves(self.base) if type(value) is int and value > 0}
+
+    def changed(self, assignment: Assignment) -> dict[str, Any]:
+        """The base config with other values in some places; ``None`` takes a field away that the config does not have by itself."""
+        made = copy.deepcopy(self.base)
+        for path, value in assignment.items():
+            _put(made, path, value, drop=value is None and path in self._absent)
+        return made
+
+    def config(self, assignment: Assignment) -> PreTrainedConfig:
+        """The config of an assignment, as it will come back from a file."""
+        first = type(self._config).from_dict(self.changed(assignment))
+        return type(self._config).from_dict(json.loads(first.to_json_string()))
+
+    def build(self, assignment: Assignment) -> Shapes | str:
+        """The shapes that the class gives its parameters and buffers, or why it cannot be built."""
+        key = repr(sorted(assignment.items(), key=repr))
+        if key not in self._found:
+            with quiet(), torch.random.fork_rng(devices=[]):
+                try:
+                    with torch.device("meta"):
+                        self._found[key] = _shapes(self._class(self.config(assignment)))
+                except Exception as error:  # a class raises what it likes about sizes it does not take
+                    self._found[key] = first_line(error)
+        return self._found[key]
+
+    def losses(self, assignment: Assignment) -> dict[tuple[str, int], int] | str:
+        """By how much each dimension of each parameter and buffer shrinks, where it does; or why that cannot be said."""
+        found = self.build(assignment)
+        if isinstance(found, str):
+            return found
+        if other := sorted(found.keys() ^ self.shapes.keys()):
+            return f"the model has another set of weights, '{other[0]}' for one"
+        lost = {}
+        for name, shape in self.shapes.items():
+            if len(found[name]) != len(shape):
+                return f"'{name}' has another number of dimensions"
+            lost.update({(name, dim): old - new for dim, (old, new) in enumerate(zip(shape, found[name], strict=True)) if old != new})
+        return lost
+
+    def without_idle_pins(self, assignment: Assignment) -> dict[str, Any]:
+        """The config of an assignment as a dictionary, without the pins that change nothing."""
+        wanted = self.build(assignment)
+        for path in self.pins:
+            if path not in assignment and self.build({**assignment, path: None}) == wanted:
+                assignment = {**assignment, path: None}
+        return self.config(assignment).to_dict()
+
+    def _find_pins(self) -> Iterator[tuple[Path, int]]:
+        for path in [path for path, value in _leaves(self.base) if value is None] + self._absent:
+            value = self._effective(path)
+            if value is not None:
+                yield path, value
+
+    def _effective(self, path: Path) -> int | None:
+        """The value of a field that is not set, at which all shapes are as they are without it; ``None`` if it is no size."""
+        sizes = []
+        for probe in _PROBES:
+            lost = self.losses({path: probe})
+            if isinstance(lost, str):
+                return None
+            sizes.append(lost)
+        for place in sorted(sizes[0].keys() | sizes[1].keys()):
+            first, second = (lost.get(place, 0) for lost in sizes)
+            if first != second:  # the loss is linear in the field; where is it zero?
+                value = round(_PROBES[0] + first * (_PROBES[0] - _PROBES[1]) / (second - first))
+                return value if value > 0 and self.build({path: value}) == self.shapes else None
+        return None
+
+    def _missing(self) -> list[Path]:
+        """Fields that the class asks for and the config does not have."""
+        asked: list[Path] = []
+        with quiet(), torch.random.fork_rng(devices=[]), torch.device("meta"):
+            config = self.config({})
+            owners = {id(config): ()} | {id(inner): (name,) for name, inner in vars(config).items() if isinstance(inner, PreTrainedConfig)}
+
+            def absent(owner: Any, name: str) -> Any:
+                if id(owner) in owners and not name.startswith("_") and name.isidentifier():
+                    asked.append((*owners[id(owner)], name))
+                raise AttributeError(f"'{type(owner).__name__}' object has no attribute '{name}'")
+
+            with contextlib.ExitStack() as undo:
+                kinds: set[Any] = {type(config), *(type(inner) for inner in vars(config).values() if isinstance(inner, PreTrainedConfig))}
+                for kind in kinds:
+                    if not hasattr(kind, "__getattr__"):
+                        kind.__getattr__ = absent
+                        undo.callback(delattr, kind, "__getattr__")
+                self._class(config)
+        return list(dict.fromkeys(asked))
+
+
+def _shapes(model: nn.Module) -> Shapes:
+    named = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
+    return {name: tuple(tensor.shape) for name, tensor in named}
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Keep transformers from remarking on configs that are only tried, and from drawing bars."""
+    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity(logging.CRITICAL)
+    logging.disable_progress_bar()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if bars:
+            logging.enable_progress_bar()
+
+
+def _as_stored(config: PreTrainedConfig) -> dict[str, Any]:
+    """A config as it is written to a file, with the default values."""
+    stored: dict[str, Any] = json.loads(config.to_json_string(use_diff=False))
+    return stored
+
+
+def _leaves(value: Any, path: Path = ()) -> Iterator[tuple[Path, Any]]:
+    if isinstance(value, Mapping):
+        for key, inner in value.items():
+            yield from _leaves(inner, (*path, str(key)))
+    elif isinstance(value, list):
+        if len(value) <= _LONGEST:
+            for index, inner in enumerate(value):
+                yield from _leaves(inner, (*path, index))
+    else:
+        yield path, value
+
+
+def _put(held: Any, path: Path, value: Any, drop: bool) -> None:
+    for step in path[:-1]:
+        held = held.setdefault(step, {}) if isinstance(held, dict) else held[step]
+    if drop:
+        held.pop(path[-1], None)
+    else:
+        held[path[-1]] = copy.deepcopy(value)  # a list may be changed by the next assignment

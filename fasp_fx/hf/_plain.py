@@ -1,0 +1,239 @@
+"""Prune to what a model's own config can say, so that the result is an ordinary checkpoint."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import itertools
+import math
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from .._calibration import calibration_calls
+from .._result import Result
+from ..allocation import Allocation, uniform
+from ..analysis import Analysis
+from ..errors import ArgumentError, VerificationError, first_line
+from ..evaluation import device_of
+from ..groups import PRUNABLE
+from ..plan import PruningPlan
+from ..prune import prune
+from ..report import Report
+from ..scoring import Score
+from ._experiments import Assignment, Experiments, Path, quiet, written
+from ._settings import Settings
+from ._weights import smaller_weights
+
+#: tokens of an example where there is no calibration data to take one from
+_EXAMPLE = (2, 8)
+#: ‖a − b‖ / ‖b‖ of outputs that count as equal is the dtype's precision to this power, 7e-5 for float32 and 5e-2 for bfloat16: kernels sum in other orders
+_EQUAL = 0.6
+
+
+@dataclass(frozen=True)
+class Plain:
+    """What pruning to a config gives.
+
+    Attributes:
+        model: the smaller model, of the caller's class.
+        result: the pruned program that it computes.
+        report: that of the result, with what the config says and why groups were left whole.
+    """
+
+    model: PreTrainedModel
+    result: Result
+    report: Report
+
+
+def prune_plain(model: nn.Module, **options: Any) -> tuple[PreTrainedModel, PruningPlan, Report]:
+    """The smaller model, the plan and the report; options and errors are those of :func:`prune_both`."""
+    try:
+        inspect.signature(prune_both).bind(model, **options)
+    except TypeError as error:
+        raise ArgumentError(f"a plain checkpoint: {error}; the config cannot say what other options of fasp_fx.prune ask for") from error
+    found = prune_both(model, **options)
+    return found.model, found.result.plan, found.report
+
+
+def prune_both(
+    model: nn.Module,
+    *,
+    calibration: Iterable[Any] | None = None,
+    sparsity: float = 0.2,
+    example: Mapping[str, Any] | None = None,
+    score: Literal["fasp", "magnitude", "random"] | Score = "fasp",
+    restore: Literal["least-squares"] | None = "least-squares",
+    allocation: Literal["uniform"] | Allocation = "uniform",
+    propagate: bool = True,
+    granularity: Iterable[str] | None = None,
+    round_to: int = 1,
+    device: torch.device | str | None = None,
+    progress: Callable[[float], None] | None = None,
+    on_analysis: Callable[[Analysis], None] | None = None,
+) -> Plain:
+    """Prune a transformers model by what its config can say: the result is a smaller model of the same class.
+
+    Which fields of the config shrink which groups is found by building the class at other sizes on the meta device. Groups that no field shrinks alone
+    are left whole; the report says why. The result is compared with the pruned program before it is handed out.
+
+    Args:
+        model: a transformers model in evaluation mode; it is left as it was.
+        calibration, sparsity, score, restore, propagate, device, progress, on_analysis: as for :func:`fasp_fx.prune`.
+        example: keyword arguments to capture with; ``None``: the first calibration batch, or some tokens, without a cache.
+        allocation: ``"uniform"``, or a callable that sees one group for each field (for each layer, where the class takes values by layer).
+        granularity: ``("channel",)``: neurons only; ``("channel", "head")``: whole heads lose the same fraction, to the nearest head, and neurons carry the
+            rest; ``("head",)``: heads only. ``None``: neurons, and as few heads as it takes where neurons alone cannot reach the sparsity.
+        round_to: kept widths of channels are multiples of this; whole heads are not rounded.
+
+    Raises:
+        ArgumentError: the model is not one of transformers', or its config does not describe it.
+        NothingPrunableError: its config can say nothing; the message says what stands in the way.
+        SparsityError: its config cannot say enough; the message says how much it can.
+        VerificationError: no model built from the smaller config computes what the pruned program computes.
+        CalibrationError, CaptureError: as for :func:`fasp_fx.prune`.
+    """
+    if not isinstance(model, PreTrainedModel):
+        raise ArgumentError(f"a plain checkpoint is made of a transformers model, not of a {type(model).__name__}; prune it without plain")
+    experiments = Experiments(model)
+    chosen = ("channel", "head") if granularity is None else granularity
+    settings = Settings(experiments, granularity is not None, allocation if callable(allocation) else uniform)
+    if example is None:
+        calibration, example = _example(model, calibration)
+    result = prune(
+        model,
+        (),
+        dict(example),
+        calibration=calibration,
+        sparsity=sparsity,
+        score=score,
+        restore=restore,
+        allocation=settings if callable(allocation) or allocation == "uniform" else allocation,
+        propagate=propagate,
+        granularity=chosen,
+        round_to=round_to,
+        device=device,
+        progress=progress,
+        on_analysis=on_analysis,
+    )
+    weights = smaller_weights(model, result)
+    smaller, assignment = _first_equal(model, experiments, settings, weights, result, example)
+    return Plain(smaller, result, _explained(result.report, experiments, settings, assignment))
+
+
+def _example(model: PreTrainedModel, calibration: Iterable[Any] | None) -> tuple[Iterable[Any] | None, dict[str, Any]]:
+    """The calibration data, and keyword arguments like its first batch."""
+    if calibration is None:
+        return None, {"input_ids": torch.zeros(_EXAMPLE, dtype=torch.long, device=device_of(model)), "use_cache": False}
+    if isinstance(calibration, (Tensor, Mapping, str)) or not (isinstance(calibration, Iterable) or hasattr(calibration, "__getitem__")):
+        next(calibration_calls(calibration))  # says what is wrong
+    batches = iter(calibration)
+    first = list(itertools.islice(batches, 1))
+    args, kwargs = next(calibration_calls(first))
+    if len(args) > 1:
+        raise ArgumentError("a calibration batch for a plain checkpoint is a tensor of tokens or a dict of keyword arguments, not a tuple; or pass example=")
+    named = {"input_ids": args[0]} if args else kwargs
+    return itertools.chain(first, batches), {**named, "use_cache": False}
+
+
+def _first_equal(
+    model: PreTrainedModel, experiments: Experiments, settings: Settings, weights: dict[str, Tensor], result: Result, example: Mapping[str, Any]
+) -> tuple[PreTrainedModel, Assignment]:
+    """The first model that a config can build of the weights and that computes what the program computes."""
+    inputs = _compared_on(model, example, device_of(result.module))
+    expected = _outputs(result.module, inputs)
+    failures = []
+    for assignment in settings.assignments():
+        try:
+            smaller = _built(model, experiments, assignment, weights)
+            deviation = _deviation(_outputs(smaller, inputs), expected)
+            if deviation <= max((torch.finfo(output.dtype).eps ** _EQUAL for output in expected), default=0.0):
+                return _moved(smaller, device_of(model)), assignment
+            failures.append(f"{_said(assignment)}: its outputs differ by {deviation:.1e}")
+        except _NotBuiltError as error:
+            failures.append(f"{_said(assignment)}: {error}")
+    raise VerificationError(
+        f"{type(model).__name__} built from a smaller config is not the pruned program ({'; '.join(failures)}); nothing is returned; prune it without plain"
+    )
+
+
+class _NotBuiltError(Exception):
+    """No model of the caller's class can be made; says why."""
+
+
+def _built(model: PreTrainedModel, experiments: Experiments, assignment: Assignment, weights: dict[str, Tensor]) -> PreTrainedModel:
+    """A model of the caller's class with a smaller config and the smaller weights."""
+    shapes = experiments.build(assignment)
+    if isinstance(shapes, str):
+        raise _NotBuiltError(f"refused, {shapes}")
+    parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+    wrong = [name for name in sorted(parameters) if shapes.get(name) != tuple(weights[name].shape)]
+    if wrong:
+        raise _NotBuiltError(f"'{wrong[0]}' would have the shape {shapes.get(wrong[0])}, the pruned one has {tuple(weights[wrong[0]].shape)}")
+    config: PreTrainedConfig = type(model.config).from_dict(experiments.without_idle_pins(assignment))
+    config._name_or_path = ""
+    attention = getattr(model.config, "_attn_implementation", None)
+    options = {} if attention is None else {"attn_implementation": attention}
+    kind: Any = type(model)
+    try:
+        with quiet():
+            made, info = kind.from_pretrained(None, config=config, state_dict=dict(weights), dtype=model.dtype, output_loading_info=True, **options)
+    except Exception as error:  # a class raises what it likes
+        raise _NotBuiltError(f"its weights cannot be loaded: {first_line(error)}") from error
+    for problem in ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs"):
+        if info.get(problem):
+            raise _NotBuiltError(f"{problem.replace('_', ' ')}: {sorted(map(str, info[problem]))[0]}")
+    made.generation_config = copy.deepcopy(getattr(model, "generation_config", None))
+    return _moved(made.eval(), next(iter(weights.values())).device)
+
+
+def _moved(model: Any, device: torch.device) -> Any:
+    return model.to(device)
+
+
+def _compared_on(model: PreTrainedModel, example: Mapping[str, Any], device: torch.device) -> dict[str, Any]:
+    """The example with random tokens in place of its own: zeros, say, would look alike wherever they stand."""
+    moved = {name: value.to(device) if isinstance(value, Tensor) else value for name, value in example.items()}
+    ids, table = moved.get("input_ids"), model.get_input_embeddings()
+    if isinstance(ids, Tensor) and isinstance(table, nn.Embedding):
+        drawn = torch.randint(0, table.num_embeddings, tuple(ids.shape), generator=torch.Generator().manual_seed(0))
+        moved["input_ids"] = drawn.to(ids)
+    return moved
+
+
+def _outputs(module: nn.Module, inputs: Mapping[str, Any]) -> list[Tensor]:
+    """The floating-point outputs of a call."""
+    with torch.no_grad():
+        output = module(**inputs)
+    values = output.values() if isinstance(output, Mapping) else output if isinstance(output, (list, tuple)) else [output]
+    return [value for value in values if isinstance(value, Tensor) and value.is_floating_point()]
+
+
+def _deviation(found: list[Tensor], expected: list[Tensor]) -> float:
+    """‖a − b‖ / ‖b‖ of the output where it is largest; infinite where outputs cannot be compared."""
+    if not expected or len(found) != len(expected) or any(a.shape != b.shape for a, b in zip(found, expected, strict=True)):
+        return math.inf
+    worst = max(float((a.double() - b.double()).norm() / b.double().norm()) for a, b in zip(found, expected, strict=True))
+    return worst if math.isfinite(worst) else math.inf
+
+
+def _explained(report: Report, experiments: Experiments, settings: Settings, assignment: Assignment) -> Report:
+    """The report with what the config says now, and why groups were left whole."""
+    lines = tuple(
+        replace(line, reason=f"left whole: {settings.unsaid[line.name]}") if line.status == PRUNABLE and line.name in settings.unsaid else line
+        for line in report.lines
+    )
+    return replace(report, lines=lines, notes=(f"the config says it with {_said(assignment, experiments.numbers())}", *report.notes))
+
+
+def _said(assignment: Assignment, before: Mapping[Path, int] | None = None) -> str:
+    """``intermediate_size 1536 -> 1126``, for each field."""
+    was = {path: f" {before[path]} ->" if before and path in before else " =" for path in assignment}
+    return ", ".join(f"{written(path)}{was[path]} {value}" for path, value in assignment.items())
+
+
+__all__ = ["Plain", "prune_both", "prune_plain"]

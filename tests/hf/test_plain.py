@@ -1,0 +1,269 @@
+"""Plain checkpoints compute what the masked dense model computes, and load where fasp_fx cannot be imported."""
+
+from __future__ import annotations
+
+import copy
+import json
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers as hf
+from conftest import PROFILE, one_capture
+from oracle import TOLERANCE, error, zeroed
+from plain_models import BOTH, CASES, MORE, dense, plain, tokens
+
+import fasp_fx
+from fasp_fx.allocation import Budget
+from fasp_fx.hf import _plain as plain_module
+from fasp_fx.hf import prune
+from fasp_fx.hf._experiments import Experiments
+from fasp_fx.hf._settings import Settings
+
+NAMES = [*CASES, *(MORE if PROFILE == "slow" else ())]
+UNREPAIRED: dict[str, Any] = {"plain": True, "score": "random", "restore": None}
+
+STRANGER = """
+import json, sys
+
+class Blocked:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] == "fasp_fx":
+            raise ImportError("fasp_fx is not to be had here")
+
+sys.meta_path.insert(0, Blocked())
+import torch
+from transformers import AutoModelForCausalLM
+
+folder = sys.argv[1]
+tokens = torch.load(folder + "/tokens.pt")
+found = {}
+for name, options in json.loads(sys.argv[2]).items():
+    model, info = AutoModelForCausalLM.from_pretrained(folder + "/" + name, output_loading_info=True, **options)
+    assert not any(info.values()), info
+    with torch.no_grad():
+        found[name] = model.eval()(input_ids=tokens, use_cache=False).logits
+        if name == "llama":
+            found["generated"] = model.generate(tokens, max_new_tokens=4, do_sample=False)
+assert not [name for name in sys.modules if name.split(".")[0] == "fasp_fx"]
+torch.save(found, folder + "/found.pt")
+"""
+
+
+@pytest.fixture(scope="module", autouse=True)
+def captures() -> Iterator[None]:
+    """Each model is captured once."""
+    with one_capture():
+        yield
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """All plain checkpoints, saved."""
+    made = tmp_path_factory.mktemp("plain")
+    for name in NAMES:
+        plain(name).save_pretrained(made / name)
+    return made
+
+
+@pytest.fixture(scope="module")
+def elsewhere(folders: Path) -> dict[str, torch.Tensor]:
+    """Their logits in a process that cannot import fasp_fx; some are loaded by accelerate."""
+    torch.save(tokens(), folders / "tokens.pt")
+    options = {name: {"device_map": "cpu"} if name in ("llama", "opt") else {} for name in NAMES}
+    done = subprocess.run(
+        [sys.executable, "-I", "-c", STRANGER, str(folders), json.dumps(options)], capture_output=True, text=True, timeout=300, check=False, cwd=folders
+    )
+    assert done.returncode == 0, done.stderr
+    return torch.load(folders / "found.pt")
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_stranger_gets_the_logits_of_the_masked_dense_model(name: str, elsewhere: dict[str, torch.Tensor]) -> None:
+    model, pruned = dense(name), plain(name)
+    with torch.no_grad():
+        expected = zeroed(model, pruned.plan)(input_ids=tokens(), use_cache=False).logits
+        assert error(expected, model(input_ids=tokens(), use_cache=False).logits) > 100 * TOLERANCE
+        assert error(pruned.model(input_ids=tokens(), use_cache=False).logits, expected) <= TOLERANCE
+    assert error(elsewhere[name], expected) <= TOLERANCE
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_config_says_it(name: str, folders: Path) -> None:
+    case, pruned = {**CASES, **MORE}[name], plain(name)
+    stored = json.loads((folders / name / "config.json").read_text(encoding="utf-8"))
+    for field, (before, after) in case.fields.items():
+        assert getattr(dense(name).config, field, None) == before, f"{field} of the dense model"
+        assert getattr(pruned.model.config, field) == after
+        assert stored[field] == after
+    assert type(pruned.model) is type(dense(name))
+    assert abs(pruned.report.sparsity - case.sparsity) < 0.06  # a step of eight neurons
+    assert any(f"{field}" in pruned.report.notes[0] for field in case.fields)
+
+
+def test_generation_goes_on(elsewhere: dict[str, torch.Tensor]) -> None:
+    with torch.no_grad():
+        expected = plain("llama").model.generate(tokens(), max_new_tokens=4, do_sample=False)
+    assert torch.equal(elsewhere["generated"], expected)
+
+
+def test_whole_heads_go_with_their_query_heads() -> None:
+    before, after = dense("llama"), plain("llama").model
+    rows = {name: [dict(model.named_parameters())[f"model.layers.1.self_attn.{name}.weight"] for model in (before, after)] for name in ("q_proj", "k_proj")}
+    kept = 0 if torch.equal(rows["k_proj"][0][:16], rows["k_proj"][1]) else 1
+    assert torch.equal(rows["k_proj"][0][16 * kept : 16 * kept + 16], rows["k_proj"][1])
+    assert torch.equal(rows["q_proj"][0][32 * kept : 32 * kept + 32], rows["q_proj"][1])
+
+
+def test_what_belongs_to_the_model_stays() -> None:
+    model, pruned = dense("gemma2"), plain("gemma2")
+    assert pruned.model.lm_head.weight is pruned.model.model.embed_tokens.weight
+    assert pruned.model.generation_config.to_dict() == model.generation_config.to_dict()
+    assert pruned.model.dtype == model.dtype
+    assert not pruned.model.training
+    own = {tensor.untyped_storage().data_ptr() for tensor in model.state_dict().values()}
+    assert not own & {tensor.untyped_storage().data_ptr() for tensor in pruned.model.state_dict().values()}
+
+
+def test_groups_that_cannot_be_said_stay_whole_with_the_reason() -> None:
+    lines = {line.name: line for line in plain("gpt2").report.lines}
+    heads = lines["transformer.h.0.attn.c_proj.weight"]
+    assert heads.before == heads.after == 4
+    assert "left whole: no field of GPT2Config can say it: n_embd changes" in heads.reason
+    assert "lm_head.weight" in heads.reason or "wte.weight" in heads.reason
+    assert lines["transformer.h.0.mlp.c_proj.weight"].reason == ""
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "message"),
+    [
+        ("llama", {"sparsity": 0.9, "granularity": ("channel",)}, r"LlamaConfig can say at most 0\.6614; ask for less"),
+        ("llama", {"sparsity": 0.9, "granularity": ("channel",), "round_to": 64}, r"at most 0\.3333 with round_to=64"),
+        ("llama", {"sparsity": 0.2, "granularity": ("head",)}, r"at most 0\.1666"),
+        ("llama", {"sparsity": 0.001, "granularity": ("channel",)}, "less than half a step"),
+        ("llama", {"sparsity": 1.5}, r"not in \(0, 1\)"),
+    ],
+)
+def test_a_sparsity_out_of_reach_says_what_is_in_reach(name: str, options: dict[str, Any], message: str) -> None:
+    with pytest.raises(fasp_fx.SparsityError, match=message):
+        prune(dense(name), **UNREPAIRED, **options)
+
+
+def test_what_no_field_says_is_refused_with_the_reason() -> None:
+    with pytest.raises(fasp_fx.NothingPrunableError, match=r"no field of GPT2Config can say it: n_embd changes .*weight as well"):
+        prune(dense("gpt2"), **UNREPAIRED, granularity=("head",))
+
+
+@pytest.mark.parametrize(
+    ("options", "heads", "neurons"),
+    [
+        ({"sparsity": 0.2, "granularity": ("channel",)}, 4, 90),  # neurons alone
+        ({"sparsity": 0.2}, 4, 90),  # heads go only if they must
+        ({"sparsity": 0.7}, 2, 26),
+        ({"sparsity": 0.45, "granularity": BOTH}, 2, 74),
+        ({"sparsity": 0.1666, "granularity": ("head",)}, 2, 128),
+        ({"sparsity": 0.2, "round_to": 32}, 4, 96),
+    ],
+    ids=lambda value: str(value),
+)
+def test_neurons_carry_what_heads_do_not(options: dict[str, Any], heads: int, neurons: int, settled: Any) -> None:
+    """A layer holds 12,288 weights of attention, half of them in each of two key-value heads, and 192 for each of 128 neurons."""
+    assert settled(**options) == {"num_attention_heads": heads, "num_key_value_heads": heads // 2, "intermediate_size": neurons}
+
+
+class Stop(Exception):
+    """Ends a pruning once the analysis is known."""
+
+
+def _analysis(name: str, granularity: tuple[str, ...]) -> fasp_fx.Analysis:
+    found: list[fasp_fx.Analysis] = []
+
+    def stop(analysis: fasp_fx.Analysis) -> None:
+        found.append(analysis)
+        raise Stop
+
+    with pytest.raises(Stop):
+        prune(dense(name), **UNREPAIRED, sparsity=0.15, granularity=granularity, on_analysis=stop)
+    return found[0]
+
+
+@pytest.fixture
+def settled() -> Any:
+    """What the fields of a Llama would be, without pruning it."""
+
+    def find(sparsity: float, granularity: Any = None, round_to: int = 1) -> dict[str, int]:
+        experiments = Experiments(dense("llama"))
+        settings = Settings(experiments, granularity is not None)
+        settings(Budget(_analysis("llama", granularity or BOTH)), sparsity, round_to)
+        (assignment,) = settings.assignments()
+        return {field: assignment.get((field,), before) for field, before in HELD.items()}
+
+    return find
+
+
+HELD = {"num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 128}
+
+
+def test_a_model_that_its_config_does_not_describe_is_refused() -> None:
+    model = copy.deepcopy(dense("opt"))
+    model.model.decoder.layers[0].fc1 = torch.nn.Linear(32, 100)
+    with pytest.raises(fasp_fx.ArgumentError, match=r"'model.decoder.layers.0.fc1.bias' has the shape \(100,\), a model built from the config \(64,\)"):
+        prune(model, **UNREPAIRED)
+
+
+def test_what_a_config_cannot_be_asked_is_refused() -> None:
+    with pytest.raises(fasp_fx.ArgumentError, match="'include'"):
+        prune(dense("llama"), **UNREPAIRED, include=("approximate",))
+
+
+def test_what_is_no_model_of_transformers_is_refused() -> None:
+    with pytest.raises(fasp_fx.ArgumentError, match="a transformers model, not of a Linear"):
+        prune(torch.nn.Linear(4, 4), **UNREPAIRED)
+
+
+def test_a_wrong_model_is_never_handed_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The weights are swapped on the way to the smaller model; shapes do not tell."""
+    original = plain_module.smaller_weights
+
+    def swapped(*args: Any) -> dict[str, torch.Tensor]:
+        found = original(*args)
+        name = "transformer.h.0.mlp.c_proj.weight"
+        return {**found, name: found[name].flip(0)}
+
+    monkeypatch.setattr(plain_module, "smaller_weights", swapped)
+    with pytest.raises(fasp_fx.VerificationError, match=r"n_inner = 112: its outputs differ by .*nothing is returned"):
+        prune(dense("gpt2"), **UNREPAIRED, sparsity=0.1, round_to=16)
+
+
+@pytest.mark.slow
+def test_layers_differ_where_the_config_has_a_list() -> None:
+    def allocate(budget: Budget, sparsity: float, round_to: int) -> list[int]:
+        return [32 if group.name == "model.layers.1.mlp.down_proj.weight" else 0 for group in budget.groups]
+
+    model = dense("gemma3n")
+    pruned = prune(model, **UNREPAIRED, allocation=allocate)
+    assert pruned.model.config.intermediate_size == [48, 32]
+    with torch.no_grad():
+        expected = zeroed(model, pruned.plan)(input_ids=tokens(), use_cache=False).logits
+        assert error(pruned.model(input_ids=tokens(), use_cache=False).logits, expected) <= TOLERANCE
+
+
+@pytest.mark.filterwarnings("ignore:Converting a tensor with requires_grad:UserWarning")
+def test_lora_attaches_and_trains(folders: Path) -> None:
+    peft = pytest.importorskip("peft")
+    model = hf.AutoModelForCausalLM.from_pretrained(folders / "llama")
+    torch.manual_seed(0)
+    tuned = peft.get_peft_model(model, peft.LoraConfig(r=4, target_modules=["q_proj", "down_proj"], task_type="CAUSAL_LM"))
+    optimiser = torch.optim.SGD([weight for weight in tuned.parameters() if weight.requires_grad], lr=1e-2)
+    losses = []
+    for _ in range(2):
+        loss: Any = tuned(input_ids=tokens(), labels=tokens()).loss
+        losses.append(float(loss.detach()))
+        optimiser.zero_grad()
+        loss.backward()
+        optimiser.step()
+    assert losses[1] < losses[0]

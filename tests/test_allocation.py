@@ -1,0 +1,38 @@
+"""An allocation of one's own: a callable from a budget to what each group loses."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from zoo import TwoLayers
+
+import fasp_fx
+from fasp_fx.allocation import Budget
+
+
+def test_a_callable_decides() -> None:
+    seen: list[tuple[int, float, int]] = []
+
+    def allocate(budget: Budget, sparsity: float, round_to: int) -> list[int]:
+        seen.append((budget.groups[0].width, sparsity, round_to))
+        return [7 for _ in budget.groups]
+
+    result = fasp_fx.prune(TwoLayers().eval(), (torch.randn(2, 12),), allocation=allocate, sparsity=0.4, round_to=2, score="magnitude", restore=None)
+    assert seen == [(20, 0.4, 2)]
+    assert result.plan.groups[0].removed_sets == 7
+
+
+@pytest.mark.parametrize(
+    ("returned", "message"),
+    [([1, 1], "2 numbers for 1 groups"), ([20], "takes 20 channel sets.*from 0 to 19"), ([-1], "takes -1"), ([0.5], "takes 0.5")],
+)
+def test_what_cannot_be_done_is_refused(returned: list[Any], message: str) -> None:
+    with pytest.raises(fasp_fx.ArgumentError, match=message):
+        fasp_fx.prune(TwoLayers().eval(), (torch.randn(2, 12),), allocation=lambda *_: returned, score="magnitude", restore=None)
+
+
+def test_an_unknown_name_says_what_there_is() -> None:
+    with pytest.raises(fasp_fx.ArgumentError, match="use 'uniform' or a callable"):
+        fasp_fx.prune(TwoLayers().eval(), (torch.randn(2, 12),), allocation="global")  # type: ignore[arg-type]
