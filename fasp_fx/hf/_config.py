@@ -59,7 +59,8 @@ def _register_models() -> None:
 @functools.lru_cache(maxsize=8)
 def _config_of(text: str) -> PreTrainedConfig:
     data = json.loads(text)
-    known: Any = CONFIG_MAPPING.get(data.get("model_type"), PreTrainedConfig)
+    kind = data.get("model_type")
+    known: Any = CONFIG_MAPPING[kind] if kind in CONFIG_MAPPING else PreTrainedConfig  # noqa: SIM401 - get() of this mapping loads nothing
     found: PreTrainedConfig = known.from_dict(data)
     return found
 
