@@ -280,16 +280,20 @@ def test_prune_refuses_a_taken_folder_before_any_work(folder: Path, tmp_path: Pa
 
 
 @pytest.mark.filterwarnings("ignore::fasp_fx.CalibrationWarning")
-def test_a_result_is_kept_when_measuring_is_interrupted(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, result: fasp_fx.Result) -> None:
+def test_a_result_is_kept_when_measuring_is_interrupted(
+    from_file: tuple[Path, Result], folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def interrupt(*args: object, **kwargs: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("fasp_fx._prune_command.Job.prune", lambda job: result)
+    model = AutoModelForCausalLM.from_pretrained(from_file[0])
+    pruned = fasp_fx.hf.Pruned(model, model.plan, model.report)
+    monkeypatch.setattr("fasp_fx._prune_command.Job.prune", lambda job: pruned)
     monkeypatch.setattr("fasp_fx._prune_command.latency", interrupt)
     text = folder / "text.txt"
     done = _invoke("prune", folder / "model", "--calibration", text, "--text", text, "--out", tmp_path / "out", "--html", tmp_path / "page.html", *SMALL)
     assert done.exit_code == 130
-    assert fasp_fx.load(tmp_path / "out").report == result.report
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "out").report == pruned.report
     assert [child.name for child in tmp_path.iterdir()] == ["out"]
 
 
