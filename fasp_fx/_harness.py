@@ -130,9 +130,10 @@ def _lm(model: nn.Module, tokenizer: Any, batch_size: int) -> Any:
                 raise ArgumentError("the task lets the model generate text, which a pruned program without a cache does not; leave it out")
             return super().generate_until(requests, disable_tqdm)
 
-    held = model if isinstance(model, PreTrainedModel) else _Program(model)
+    held: Any = model if isinstance(model, PreTrainedModel) else _Program(model)
+    kind = "seq2seq" if getattr(held.config, "is_encoder_decoder", False) else "causal"
     try:
-        return Scorer(pretrained=held, tokenizer=copy.deepcopy(tokenizer), batch_size=batch_size)  # the harness may add a padding token
+        return Scorer(held, backend=kind, tokenizer=copy.deepcopy(tokenizer), batch_size=batch_size)  # the harness may add a padding token
     except AssertionError as error:
         raise ArgumentError(f"lm-eval takes no {type(tokenizer).__name__}; give the tokenizer that AutoTokenizer loads") from error
 

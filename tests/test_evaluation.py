@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import json
-import math
 from pathlib import Path
-from typing import Any
 
 import pytest
+import questions
 import torch
 from tiny_llama import make_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.modeling_outputs import CausalLMOutput
 from typer.testing import CliRunner, Result
 
 import fasp_fx
@@ -19,67 +19,18 @@ from fasp_fx.cli import app
 
 pytest.importorskip("lm_eval")
 
-QUESTIONS: list[dict[str, Any]] = [
-    {"query": "Question: what is ice?", "choices": ["water", "a stone that is very cold", "är"], "gold": 0, "id": 7},
-    {"query": "Größe ", "choices": ["ß", "matters a lot", "no"], "gold": 1, "id": "seven"},
-    {"query": "Question: which?", "choices": ["this one", "that"], "gold": 1},
-    {"query": "Does it?", "choices": ["yes", "no", "perhaps it does, perhaps not"], "gold": 2},
-    {"query": "One more:", "choices": ["ééé", "aaaaaa"], "gold": 0},
-    {"query": "And more:", "choices": ["ééééééé", "aaaaaaaaa", "ö"], "gold": 1},
-]
-
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     made = tmp_path_factory.mktemp("evaluation")
-    make_model(made / "model")
+    make_model(made / "model", layers=1)
     (made / "text.txt").write_text("Größe matters: a smaller model answers sooner. " * 12, encoding="utf-8")
-    (made / "own.jsonl").write_text("\n".join(json.dumps(question) for question in QUESTIONS) + "\n\n", encoding="utf-8")
+    questions.write(made / "own.jsonl")
     return made
-
-
-@pytest.fixture(scope="module")
-def pruned(folder: Path) -> Path:
-    """The folder of a pruned model as the command line writes it."""
-    options = ["--length", "32", "--batches", "4", "--eval-batches", "3", "--round-to", "1", "--device", "cpu", "--sparsity", "0.3"]
-    done = _invoke("prune", folder / "model", "--out", folder / "small", *options)
-    assert done.exit_code == 0, done.output
-    return folder / "small"
 
 
 def _invoke(*arguments: str | Path) -> Result:
     return CliRunner().invoke(app, [str(argument) for argument in arguments])
-
-
-def _by_hand(logits_of: Any, tokenizer: Any) -> dict[str, list[float]]:
-    """Whether each question is answered rightly, from one call per choice."""
-    right: dict[str, list[float]] = {"acc": [], "acc_norm": [], "acc_bytes": []}
-    for question in QUESTIONS:
-        query = question["query"].rstrip()
-        space = question["query"][len(query) :]
-        start = tokenizer(query)["input_ids"]
-        totals = []
-        for choice in question["choices"]:
-            ids = torch.tensor(tokenizer(f"{query}{space} {choice}")["input_ids"])
-            with torch.no_grad():
-                likelihoods = torch.log_softmax(logits_of(ids[None])[0, :-1].double(), dim=-1)
-            totals.append(sum(float(likelihoods[index - 1, ids[index]]) for index in range(len(start), len(ids))))
-        sizes = {"acc": [1] * len(totals), "acc_norm": map(len, question["choices"]), "acc_bytes": [len(choice.encode()) for choice in question["choices"]]}
-        for name, divisors in sizes.items():
-            each = [total / divisor for total, divisor in zip(totals, divisors)]
-            right[name].append(float(each.index(max(each)) == question["gold"]))
-    return right
-
-
-def _check(scores: list[evaluation.TaskScore], right: dict[str, list[float]], examples: int) -> None:
-    assert {(score.task, score.metric) for score in scores} == {("own.jsonl", metric) for metric in right}
-    for score in scores:
-        answers = right[score.metric][:examples]
-        mean = sum(answers) / examples
-        assert score.value == pytest.approx(mean)
-        assert score.examples == examples
-        # The error of a mean of independent answers, by the textbook.
-        assert score.stderr == pytest.approx(math.sqrt(sum((answer - mean) ** 2 for answer in answers) / (examples - 1) / examples))
 
 
 def test_own_questions_of_a_dense_model(folder: Path) -> None:
@@ -89,37 +40,36 @@ def test_own_questions_of_a_dense_model(folder: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(folder / "model")
     fractions: list[float] = []
     scores = evaluation.tasks(model, tokenizer, [str(folder / "own.jsonl")], batch_size=3, progress=fractions.append)
-    right = _by_hand(lambda ids: model(input_ids=ids).logits, tokenizer)
+    right = questions.by_hand(lambda ids: model(input_ids=ids).logits, tokenizer)
     assert len({tuple(answers) for answers in right.values()}) == 3  # the three metrics are told apart
-    _check(scores, right, len(QUESTIONS))
+    questions.check(scores, right)
     assert fractions == sorted(fractions)
     assert fractions[-1] == 1.0
     assert [module.training for module in model.modules()] == modes
     assert tokenizer.pad_token is None
 
 
-def test_own_questions_of_dense_and_pruned_side_by_side(folder: Path, pruned: Path) -> None:
-    arguments = ["eval", folder / "model", pruned, "--task", folder / "own.jsonl", "--text", folder / "text.txt", "--length", "32", "--device", "cpu"]
-    done = _invoke(*arguments, "--limit", "4", "--json")
-    assert done.exit_code == 0, done.output
-    found = json.loads(done.stdout)
-    tokenizer = AutoTokenizer.from_pretrained(folder / "model")
-    dense, small = AutoModelForCausalLM.from_pretrained(folder / "model").eval(), fasp_fx.load(pruned).module
-    assert [entry["model"] for entry in found["models"]] == [str(folder / "model"), str(pruned)]
-    for entry, model in zip(found["models"], (dense, small)):
-        right = _by_hand(lambda ids, model=model: model(input_ids=ids, use_cache=False).logits, tokenizer)
-        _check([evaluation.TaskScore(**score) for score in entry["tasks"]], right, 4)
-        alone = _invoke("eval", entry["model"], "--text", folder / "text.txt", "--length", "32", "--device", "cpu")
-        assert float(alone.stdout.split()[1]) == pytest.approx(entry["perplexity"], rel=1e-4)
-    table = _invoke(*arguments)
-    assert table.exit_code == 0, table.output
-    for words in ("model", "small", "change", "perplexity on chunks 0 to", "own.jsonl: acc_bytes of 6 examples", " ± "):
-        assert words in table.stdout
+class Logits(torch.nn.Module):
+    """Called as a pruned program is; nothing else of transformers."""
+
+    def __init__(self, model: torch.nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, input_ids: torch.Tensor, use_cache: bool) -> CausalLMOutput:
+        assert not use_cache
+        return CausalLMOutput(logits=self.model(input_ids=input_ids).logits)
+
+
+def test_own_questions_of_a_module(folder: Path) -> None:
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(folder / "model").eval(), AutoTokenizer.from_pretrained(folder / "model")
+    scores = evaluation.tasks(Logits(model), tokenizer, [str(folder / "own.jsonl")])
+    questions.check(scores, questions.by_hand(lambda ids: model(input_ids=ids).logits, tokenizer))
 
 
 def test_limit_beyond_the_file_takes_all(folder: Path) -> None:
     model, tokenizer = AutoModelForCausalLM.from_pretrained(folder / "model"), AutoTokenizer.from_pretrained(folder / "model")
-    assert {score.examples for score in evaluation.tasks(model, tokenizer, [str(folder / "own.jsonl")], limit=99)} == {len(QUESTIONS)}
+    assert {score.examples for score in evaluation.tasks(model, tokenizer, [str(folder / "own.jsonl")], limit=99)} == {len(questions.QUESTIONS)}
 
 
 # --- refusals

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import runpy
 import sys
 import warnings
@@ -15,6 +16,7 @@ from tiny_llama import make_model
 import fasp_fx
 
 Run = Callable[..., str]
+TEXT = "A smaller model answers sooner, and says much the same. " * 30
 
 ROOT = Path(__file__).resolve().parents[1]
 EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
@@ -25,7 +27,7 @@ def run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureF
     """Runs an example in this process, which has everything imported, in an empty folder; returns what it printed."""
     monkeypatch.chdir(tmp_path)
 
-    def call(name: str, *arguments: str | Path) -> str:
+    def call(name: str, *arguments: object) -> str:
         monkeypatch.setattr(sys, "argv", [name, *map(str, arguments)])
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # as in a program: a warning does not end it
@@ -68,10 +70,31 @@ def test_rule_writer(run: Run) -> None:
     assert "48 -> 36" in out
 
 
-def test_finetune(run: Run, tmp_path: Path) -> None:
-    make_model(tmp_path / "model")
-    (tmp_path / "text.txt").write_text("A smaller model answers sooner, and says much the same. " * 30, encoding="utf-8")
-    sizes = {"--steps": 30, "--length": 32, "--calibrate": 16, "--measure": 4, "--round": 1, "--rate": 0.01}
+@pytest.fixture
+def language_model(tmp_path: Path) -> None:
+    """A model and a text in the folder where examples run."""
+    make_model(tmp_path / "model", layers=1)
+    (tmp_path / "text.txt").write_text(TEXT, encoding="utf-8")
+
+
+@pytest.mark.skipif(not hasattr(fasp_fx, "backend"), reason="needs fasp_fx.backend")
+def test_compiler(run: Run) -> None:
+    out = run("compiler.py", "--package", "", "--inner", "eager")  # packaging is tested with the integrations
+    assert out.index("3 linear operators") < out.index("2 linear operators")
+    assert "'up.weight': (58, 16)" in out
+    assert float(out.split()[-1]) < 1e-5
+
+
+@pytest.mark.skipif(importlib.util.find_spec("fasp_fx.hf") is None, reason="needs fasp_fx.hf")
+def test_language_model(run: Run, language_model: None, tmp_path: Path) -> None:
+    out = run("language_model.py", "model", "text.txt", "--length", 32, "--round", 1, "--tokens", 8, "--prompt", TEXT[:20])
+    assert "parameters" in out
+    assert TEXT[:20] in out
+    assert (tmp_path / "small" / "tokenizer.json").is_file()
+
+
+def test_finetune(run: Run, language_model: None) -> None:
+    sizes = {"--steps": 20, "--length": 32, "--calibrate": 16, "--measure": 4, "--round": 1, "--rate": 0.01}
     out = run("finetune.py", "model", "text.txt", *(str(part) for option in sizes.items() for part in option))
     found = {line.split()[0]: float(line.split()[1]) for line in out.splitlines()}
     assert list(found) == ["dense", "pruned", "recovered"]

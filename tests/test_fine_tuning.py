@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -27,7 +28,7 @@ VOCABULARY, STEPS, RATE = 40, 6, 0.1
 def dense() -> nn.Module:
     """A Llama with grouped queries and tied embeddings, which makes no cache."""
     torch.manual_seed(0)
-    shape = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
+    shape = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 4, "num_key_value_heads": 2}
     config = LlamaConfig(vocab_size=VOCABULARY, **shape, tie_word_embeddings=True, use_cache=False, initializer_range=0.2)
     return LlamaForCausalLM(config).eval()
 
@@ -147,15 +148,16 @@ def test_accelerate_in_mixed_precision(pruned: nn.Module, accelerator: Callable[
 def test_trainer(pruned: nn.Module, accelerator: object, tmp_path: Path) -> None:
     alone = copy.deepcopy(pruned)
     expected = _train(alone)
-    examples = [{"input_ids": row, "labels": row} for seed in range(STEPS) for row in _batch(seed)]
+    examples = [{"input_ids": row[:-1], "labels": row[1:]} for seed in range(STEPS) for row in _batch(seed)]
     optimizer = torch.optim.SGD(pruned.parameters(), lr=RATE)
 
-    def loss(outputs: Any, labels: Tensor, **rest: Any) -> Tensor:
-        return _loss(outputs["logits"], labels)
+    def loss(outputs: Any, labels: Tensor, num_items_in_batch: Tensor | None = None) -> Tensor:
+        total = functional.cross_entropy(outputs["logits"].flatten(0, 1), labels.flatten(), reduction="sum")
+        return total / (labels.numel() if num_items_in_batch is None else num_items_in_batch)
 
     settings = TrainingArguments(
-        tmp_path / "out", per_device_train_batch_size=4, num_train_epochs=1, use_cpu=True, max_grad_norm=0.0, disable_tqdm=True, report_to=[],
-        logging_steps=1, save_strategy="no", train_sampling_strategy="sequential",
+        tmp_path / "out", per_device_train_batch_size=2, gradient_accumulation_steps=2, num_train_epochs=1, use_cpu=True, max_grad_norm=0.0,
+        disable_tqdm=True, report_to=[], logging_steps=1, save_strategy="no", train_sampling_strategy="sequential",
     )  # fmt: skip
     constant = torch.optim.lr_scheduler.ConstantLR(optimizer, factor=1.0)
     trainer = Trainer(pruned, settings, train_dataset=examples, eval_dataset=examples, compute_loss_func=loss, optimizers=(optimizer, constant))
@@ -164,6 +166,23 @@ def test_trainer(pruned: nn.Module, accelerator: object, tmp_path: Path) -> None
     assert logged == pytest.approx(expected, abs=1e-3)
     _assert_same(pruned, alone)
     assert trainer.evaluate()["eval_loss"] < expected[0]
+
+
+def test_documentation_runs_as_printed(trained_in_place: fasp_fx.Result, accelerator: object, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    text = (Path(__file__).resolve().parents[1] / "docs" / "fine-tuning.md").read_text(encoding="utf-8")
+    loop, _, trainer = re.findall(r"^```python\n(.*?)^```$", text, flags=re.MULTILINE | re.DOTALL)
+    examples = [{"input_ids": row[:-1], "labels": row[1:]} for row in _batch(0)]
+    names = {"torch": torch, "result": trained_in_place, "batches": [_batch(0)] * 3, "examples": examples, "Trainer": Trainer}
+    before = _loss(trained_in_place.module(input_ids=_batch(0)).logits, _batch(0))
+    for part in (loop, trainer):
+        folder = tmp_path / ("loop" if part is loop else "trainer")
+        folder.mkdir()
+        monkeypatch.chdir(folder)
+        exec(part, names | {"TrainingArguments": lambda *args, **options: TrainingArguments(*args, use_cpu=True, report_to=[], **options)})
+        logits = fasp_fx.load(folder / "tuned").module(input_ids=_batch(0)).logits
+        after = _loss(logits, _batch(0))
+        assert after < before
+        before = after
 
 
 def test_signature_is_the_callers(dense: nn.Module, pruned: nn.Module) -> None:

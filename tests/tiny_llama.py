@@ -9,7 +9,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 
-def make_model(folder: Path) -> None:
+def make_model(folder: Path, *, layers: int = 2) -> None:
     """Write both to a new folder; the model has 128 positions."""
     vocabulary = {"<s>": 0, "</s>": 1, **{letter: index + 2 for index, letter in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}}
     bytes_ = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
@@ -21,7 +21,7 @@ def make_model(folder: Path) -> None:
         vocab_size=len(vocabulary),
         hidden_size=32,
         intermediate_size=48,
-        num_hidden_layers=2,
+        num_hidden_layers=layers,
         num_attention_heads=4,
         num_key_value_heads=2,
         max_position_embeddings=128,
