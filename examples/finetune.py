@@ -16,7 +16,7 @@ from fasp_fx.evaluation import perplexity
 parser = argparse.ArgumentParser(description=__doc__)
 parser.add_argument("model", type=Path)
 parser.add_argument("text", type=Path)
-for name, default in {"sparsity": 0.3, "steps": 150, "batch": 2, "length": 256, "calibrate": 128, "measure": 80, "round": 16, "rate": 5e-5}.items():
+for name, default in {"sparsity": 0.3, "steps": 200, "batch": 1, "length": 256, "calibrate": 64, "measure": 40, "round": 16, "rate": 5e-5}.items():
     parser.add_argument(f"--{name}", type=type(default), default=default)
 options = parser.parse_args()
 where, gguf = (options.model.parent, {"gguf_file": options.model.name}) if options.model.suffix == ".gguf" else (options.model, {})

@@ -44,6 +44,10 @@ def _question(line: str, where: str) -> dict[str, Any]:
         raise ArgumentError(f"query in {where} is not a text, or blank; write the question there")
     if not isinstance(choices, list) or len(choices) < 2 or not all(isinstance(choice, str) and choice.strip() for choice in choices):
         raise ArgumentError(f"choices in {where} is not a list of two or more texts that are not blank")
+    try:
+        "".join([query, *choices]).encode()
+    except UnicodeEncodeError as error:
+        raise ArgumentError(f"{where} holds half of a character ({error.object[error.start]!r}); write it whole") from error
     if isinstance(gold, bool) or not isinstance(gold, int) or not 0 <= gold < len(choices):
         raise ArgumentError(f"gold in {where} is {json.dumps(gold)}, not the index of one of the {len(choices)} choices; the first is 0")
     return {"query": query, "choices": choices, "gold": gold}

@@ -72,6 +72,11 @@ def test_limit_beyond_the_file_takes_all(folder: Path) -> None:
     assert {score.examples for score in evaluation.tasks(model, tokenizer, [str(folder / "own.jsonl")], limit=99)} == {len(questions.QUESTIONS)}
 
 
+def test_one_example_has_no_error(folder: Path) -> None:
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(folder / "model"), AutoTokenizer.from_pretrained(folder / "model")
+    assert {(score.examples, score.stderr) for score in evaluation.tasks(model, tokenizer, [str(folder / "own.jsonl")], limit=1)} == {(1, None)}
+
+
 # --- refusals
 
 
@@ -95,6 +100,7 @@ def _refused(done: Result) -> str:
         ('{"query": "a?", "choices": ["b", ""], "gold": 0}', "choices in line 1"),
         ('{"query": "a?", "choices": "bc", "gold": 0}', "choices in line 1"),
         ('{"query": "a?", "choices": ["b", 3], "gold": 0}', "choices in line 1"),
+        ('{"query": "a?", "choices": ["b", "\\ud800"], "gold": 0}', "half of a character"),
         ('{"query": " ", "choices": ["b", "c"], "gold": 0}', "query in line 1"),
         ('\n{"query": "a?", "choices": ["b", "c"], "gold": 2}', "gold in line 2"),
         ('{"query": "a?", "choices": ["b", "c"], "gold": -1}', "gold in line 1"),
