@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 from torch.export import ExportedProgram
+from torch.fx.graph_module import _USER_PRESERVED_ATTRIBUTES_KEY
 
 from ._program import Program, graph_module
 from ._signature import CallerCodeGen, CallSignature
@@ -71,6 +72,10 @@ def wrap(exported: ExportedProgram, signature: CallSignature) -> fx.GraphModule:
     generated: Any = lifted.graph._codegen
     module.graph._codegen = CallerCodeGen(signature, generated.pytree_info)
     module.recompile()
+    # transformers' Trainer gives the loss's own arguments to a model that takes **kwargs, unless it says this. Copies keep what is noted in ``meta``.
+    module.meta[_USER_PRESERVED_ATTRIBUTES_KEY] = {"accepts_loss_kwargs": False}
+    marked: Any = module
+    marked.accepts_loss_kwargs = False
     return module.eval()
 
 

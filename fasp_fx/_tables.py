@@ -148,4 +148,21 @@ def figures_table(rows: Sequence[Figure]) -> Table:
     return table
 
 
-__all__ = ["figures_table", "groups_json", "groups_table", "kinds", "summary"]
+def scores_table(models: Sequence[str], rows: Sequence[tuple[str, Sequence[str], str]]) -> Table:
+    """Models side by side.
+
+    Args:
+        rows: what, its value for each model, and how the last differs from the first.
+    """
+    table = Table()
+    table.add_column("", overflow="fold")
+    for model in models:
+        table.add_column(model, justify="right", overflow="fold")
+    if len(models) > 1:
+        table.add_column("change" if len(models) == 2 else "first to last", justify="right", no_wrap=True)
+    for what, values, change in rows:
+        table.add_row(what, *values, *([change] if len(models) > 1 else []))
+    return table
+
+
+__all__ = ["figures_table", "groups_json", "groups_table", "kinds", "scores_table", "summary"]

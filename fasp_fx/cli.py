@@ -12,7 +12,6 @@ import typer
 
 from . import __version__, _tables
 from ._console import results, say, session
-from .errors import ArgumentError
 
 app = typer.Typer(
     name="fasp-fx",
@@ -193,45 +192,51 @@ def _inspect_saved(folder: Path, *, as_json: bool, html: Path | None) -> None:
 
 @app.command("eval")
 def evaluate(
-    model: Annotated[str, typer.Argument(help="A model folder, a hub id, a .gguf file, or a folder that `fasp-fx prune` wrote.")],
-    text: Annotated[Path, typer.Option(metavar="FILE", help="The text file to measure on.", show_default=False)],
-    length: Annotated[int, typer.Option(help="Tokens per chunk.")] = 1024,
+    models: Annotated[list[str], typer.Argument(metavar="MODEL [OTHER ...]", help=f"{MODEL_HELP} Also a folder that `fasp-fx prune` wrote.")],
+    text: Annotated[Path | None, typer.Option(metavar="FILE", help="Measure perplexity on this text file.", show_default=False)] = None,
+    task: Annotated[
+        list[str] | None, typer.Option(metavar="NAME|FILE.jsonl", help="A task of lm-eval, or a file of questions; may be given again.", show_default=False)
+    ] = None,
+    length: Annotated[int, typer.Option(help="Tokens per chunk of text.")] = 1024,
     chunks: Annotated[str | None, typer.Option(metavar="A:B", help="Only chunks A to B - 1 of the text. Default: all.", show_default=False)] = None,
+    limit: Annotated[int | None, typer.Option(help="Only so many examples of each task. Default: all.", show_default=False)] = None,
+    batch_size: Annotated[int, typer.Option(help="Texts per call of the model in tasks.")] = 8,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
     device: Device = None,
     dtype: Dtype = DtypeName.auto,
 ) -> None:
-    """Measure the perplexity of a dense or a pruned language model on a text file.
+    """Measure perplexity and zero-shot tasks of dense and pruned language models, side by side.
 
-    The file is tokenised whole, without special tokens, and cut into consecutive chunks; each chunk's predictions count alike. Prints the perplexity.
+    Perplexity: the file is tokenised whole, without special tokens, and cut into consecutive chunks; each chunk's predictions count alike.
 
-    Example: `fasp-fx eval small --text wiki.txt --chunks 100:140`
+    Tasks run through EleutherAI's lm-evaluation-harness (`pip install "fasp_fx[eval]"`). Those it knows by name take their data from the Hugging Face hub. A
+    file of your own needs no network; it holds one multiple-choice question per line:
+
+    `{"query": "Question: What is ice?", "choices": ["water", "stone"], "gold": 0}`
+
+    Of each choice counts the summed log-likelihood after the query: as it is (acc), per character (acc_norm), per byte of UTF-8 (acc_bytes).
+
+    Example: `fasp-fx eval model.gguf small --text wiki.txt --chunks 100:140 --task arc_challenge.jsonl --limit 200`
     """
     with session() as stages:
-        from . import _models, _text
-        from ._saved import is_saved, load_saved
-        from .evaluation import perplexity
+        from ._eval_command import Request, run
 
-        _models.quieten()
-        if length < 2:
-            raise ArgumentError(f"--length {length} leaves nothing to predict; use at least 2")
-        where = _models.find_device(device)
-        stages.begin("loading the model")
-        if is_saved(model):
-            if dtype is not DtypeName.auto:
-                raise ArgumentError("--dtype does not apply to a pruned model: it was chosen when the model was pruned")
-            module, tokenizer = load_saved(Path(model), where)
-        else:
-            source = _models.Source.of(model)
-            tokenizer = _models.load_tokenizer(source)
-            module = _models.load_model(source, dtype=dtype.value, device=where)
-        stages.begin("reading the text")
-        ids = _text.read_chunks(text, tokenizer, length)
-        chosen = _text.parse_range(chunks, len(ids))
-        _models.check_length(module, length)
-        stages.begin(f"measuring perplexity on {len(chosen)} chunks", measured=True)
-        value = perplexity(module, ids[chosen.start : chosen.stop], progress=stages.update)
-        stages.end()
-        typer.echo(f"perplexity {value:.4f} on chunks {chosen.start} to {chosen.stop - 1} of {text.name} ({len(chosen)} x {length} tokens)")
+        run(
+            Request(
+                models=tuple(models),
+                text=text,
+                tasks=tuple(task or ()),
+                length=length,
+                chunks=chunks,
+                limit=limit,
+                batch_size=batch_size,
+                as_json=as_json,
+                device=device,
+                dtype=dtype.value,
+            ),
+            stages,
+            results(),
+        )
 
 
 def main() -> None:

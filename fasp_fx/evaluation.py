@@ -1,4 +1,4 @@
-"""What a language model is worth and what it costs: perplexity and latency, of a dense or a pruned model alike."""
+"""What a language model is worth and what it costs: perplexity, zero-shot tasks and latency, of a dense or a pruned model alike."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import math
 import statistics
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from itertools import chain
 from typing import Any
 
@@ -40,6 +41,78 @@ def perplexity(model: nn.Module, chunks: Tensor, *, progress: Callable[[float], 
             progress((index + 1) / len(chunks))
     mean = total / (len(chunks) * (chunks.shape[1] - 1))
     return math.exp(mean) if mean < 700 else math.inf
+
+
+@dataclass(frozen=True)
+class TaskScore:
+    """One metric of one task.
+
+    Attributes:
+        task: its name; of a file, the file's.
+        metric: as lm-eval names it, with the filter in brackets where a task has several.
+        value: the mean over the examples.
+        stderr: its standard error, or ``None`` where the harness has none.
+        examples: how many were scored.
+    """
+
+    task: str
+    metric: str
+    value: float
+    stderr: float | None
+    examples: int
+
+
+def tasks(
+    model: nn.Module,
+    tokenizer: Any,
+    names: Sequence[str],
+    *,
+    limit: int | None = None,
+    batch_size: int = 8,
+    progress: Callable[[float], None] | None = None,
+) -> list[TaskScore]:
+    """Scores of zero-shot tasks, computed by EleutherAI's lm-evaluation-harness (``pip install "fasp_fx[eval]"``).
+
+    A name is that of a task, group or tag of the harness, whose data comes from the Hugging Face hub, or a file ending in ``.jsonl`` with one
+    multiple-choice question per line: ``{"query": text, "choices": [text, ...], "gold": index of the right one}``. Of each choice counts the summed
+    log-likelihood of ``" " + choice`` after the query: as it is (``acc``), divided by the choice's length in characters (``acc_norm``), or in bytes of
+    UTF-8 (``acc_bytes``).
+
+    Args:
+        model: a Hugging Face causal language model, or a module called with ``input_ids`` and ``use_cache=False`` that returns logits.
+        tokenizer: the model's, as ``AutoTokenizer`` loads it.
+        limit: only the first so many examples of each task.
+        batch_size: texts per call of the model.
+        progress: called with the fraction done.
+
+    Raises:
+        ArgumentError: lm-eval is missing, a task is unknown, its data cannot be had or is malformed, or a text is longer than the model takes.
+    """
+    from . import _harness
+
+    return score_loaded(model, tokenizer, _harness.load_tasks(names), limit=limit, batch_size=batch_size, progress=progress)
+
+
+def score_loaded(
+    model: nn.Module, tokenizer: Any, loaded: Any, *, limit: int | None = None, batch_size: int = 8, progress: Callable[[float], None] | None = None
+) -> list[TaskScore]:
+    """:func:`tasks` with tasks that are loaded already, which several models can share."""
+    from . import _harness
+
+    for name, value in (("limit", limit), ("batch_size", batch_size)):
+        if value is not None and value < 1:
+            raise ArgumentError(f"{name} is {value}; use at least 1")
+    found = _harness.run(model, tokenizer, loaded, limit=limit, batch_size=batch_size, progress=progress)
+    scores = []
+    for task, figures in found["results"].items():
+        for key, value in figures.items():
+            metric, comma, chosen = key.partition(",")
+            if not comma or metric.endswith("_stderr") or not isinstance(value, (int, float)):
+                continue
+            error = figures.get(f"{metric}_stderr,{chosen}")
+            shown = metric if chosen == "none" else f"{metric} ({chosen})"
+            scores.append(TaskScore(task, shown, float(value), float(error) if isinstance(error, (int, float)) else None, int(figures["sample_len"])))
+    return scores
 
 
 def latency(models: Sequence[nn.Module], ids: Tensor, *, repeats: int = 5, progress: Callable[[float], None] | None = None) -> list[float]:
@@ -88,4 +161,4 @@ def _logits(output: Any) -> Tensor:
     return output["logits"] if isinstance(output, dict) else output[0]
 
 
-__all__ = ["device_of", "latency", "perplexity"]
+__all__ = ["TaskScore", "device_of", "latency", "perplexity", "tasks"]

@@ -1,4 +1,4 @@
-"""The command line on a tiny Llama with a byte-level tokenizer, both made here."""
+"""The command line on a tiny Llama with a byte-level tokenizer."""
 
 from __future__ import annotations
 
@@ -12,14 +12,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import questions
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from tiny_llama import make_model
 from torch.nn import functional
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, AutoTokenizer
 from typer.testing import CliRunner, Result
 
 import fasp_fx
+from fasp_fx._saved import load_saved
 from fasp_fx.cli import app
+from fasp_fx.evaluation import TaskScore
 
 LENGTH = 32
 SMALL = ["--length", str(LENGTH), "--batches", "4", "--eval-batches", "3", "--round-to", "1", "--device", "cpu"]
@@ -29,32 +32,10 @@ def _invoke(*arguments: str | Path) -> Result:
     return CliRunner().invoke(app, [str(argument) for argument in arguments])
 
 
-def _make_model(folder: Path) -> None:
-    vocabulary = {"<s>": 0, "</s>": 1, **{letter: index + 2 for index, letter in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}}
-    bytes_ = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
-    bytes_.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    bytes_.decoder = decoders.ByteLevel()
-    PreTrainedTokenizerFast(tokenizer_object=bytes_, bos_token="<s>", eos_token="</s>").save_pretrained(folder)
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=len(vocabulary),
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=128,
-        initializer_range=0.2,
-        bos_token_id=0,
-        eos_token_id=1,
-    )
-    LlamaForCausalLM(config).save_pretrained(folder)
-
-
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     made = tmp_path_factory.mktemp("cli")
-    _make_model(made / "model")
+    make_model(made / "model")
     (made / "text.txt").write_text("Größe matters: a smaller model answers sooner. " * 12, encoding="utf-8")
     return made
 
@@ -230,6 +211,26 @@ def test_eval_dense_and_pruned(from_file: tuple[Path, Result], folder: Path) -> 
         part = _invoke("eval", name, "--text", folder / "text.txt", "--length", str(LENGTH), "--chunks", "2:5", "--device", "cpu")
         assert "on chunks 2 to 4 of text.txt (3 x 32 tokens)" in part.stdout
         assert float(part.stdout.split()[1]) == pytest.approx(_perplexity(model, chunks[2:5]), rel=1e-4)
+
+
+def test_eval_compares_dense_and_pruned(from_file: tuple[Path, Result], folder: Path) -> None:
+    pytest.importorskip("lm_eval")
+    questions.write(folder / "own.jsonl")
+    arguments = ["eval", folder / "model", from_file[0], "--task", folder / "own.jsonl", "--text", folder / "text.txt", "--length", str(LENGTH)]
+    done = _invoke(*arguments, "--device", "cpu", "--limit", "4", "--json")
+    assert done.exit_code == 0, done.output
+    found = json.loads(done.stdout)
+    assert [entry["model"] for entry in found["models"]] == [str(folder / "model"), str(from_file[0])]
+    tokenizer = AutoTokenizer.from_pretrained(folder / "model")
+    dense, small = AutoModelForCausalLM.from_pretrained(folder / "model").eval(), load_saved(from_file[0], torch.device("cpu"))[0]
+    for entry, model in zip(found["models"], (dense, small)):
+        right = questions.by_hand(lambda ids, model=model: model(input_ids=ids, use_cache=False).logits, tokenizer)
+        questions.check([TaskScore(**score) for score in entry["tasks"]], right, 4)
+        assert entry["perplexity"] == pytest.approx(_perplexity(model, _chunks(folder)), rel=1e-4)
+    table = _invoke(*arguments, "--device", "cpu", "--chunks", "0:2", "--limit", "2")
+    assert table.exit_code == 0, table.output
+    for words in ("model", "from_file", "change", "perplexity on chunks 0 to 1", "own.jsonl: acc_bytes of 2 examples", " ± "):
+        assert words in table.stdout
 
 
 @pytest.mark.parametrize("chunks", ["5", "a:b", "900:901", "3:3"])

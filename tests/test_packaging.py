@@ -107,12 +107,26 @@ def test_top_level_folders_are_never_imported_bare() -> None:
     assert not guilty
 
 
+def _named(dependencies: list[str]) -> set[str]:
+    """The modules of requirements."""
+    return {dependency.split(">")[0].split("=")[0].split("<")[0].replace("-", "_") for dependency in dependencies}
+
+
+def _imported_at_once(tree: ast.Module) -> set[str]:
+    """Top-level names of absolute imports outside functions, which run when the module is imported."""
+    inside = {id(node) for function in ast.walk(tree) if isinstance(function, ast.FunctionDef) for node in ast.walk(function)}
+    return _imported(ast.Module([node for node in ast.walk(tree) if isinstance(node, (ast.Import, ast.ImportFrom)) and id(node) not in inside], []))
+
+
 def test_what_is_imported_is_required() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-    required = {dependency.split(">")[0].split("=")[0].split("<")[0] for dependency in project["dependencies"]}
-    comes_with = {"sympy": "torch", "huggingface_hub": "transformers", "hypothesis": None}
+    required = _named(project["dependencies"])
+    optional = _named(project["optional-dependencies"]["eval"])
+    comes_with = {"sympy": "torch", "huggingface_hub": "transformers", "datasets": "lm_eval"}
     for name, path in _sources().items():
         if name.startswith("fasp_fx/testing/"):
             continue  # used with the test extra
-        outside = _imported(ast.parse(path.read_text(encoding="utf-8"))) - set(sys.stdlib_module_names) - {"fasp_fx"}
-        assert {comes_with.get(module, module) for module in outside} <= required, name
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        for found, allowed in ((_imported(tree), required | optional), (_imported_at_once(tree), required)):
+            outside = found - set(sys.stdlib_module_names) - {"fasp_fx"}
+            assert {comes_with.get(module, module) for module in outside} <= allowed, name

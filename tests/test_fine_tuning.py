@@ -1,0 +1,191 @@
+"""A pruned module trains like any other: in a loop of one's own, under accelerate and under transformers' Trainer."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import re
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState, GradientState, PartialState
+from oracle import masked, removed_columns
+from torch import Tensor, nn
+from torch.nn import functional
+from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
+
+import fasp_fx
+from fasp_fx.testing.oracle import kept
+
+VOCABULARY, STEPS, RATE = 40, 6, 0.1
+
+
+@pytest.fixture(scope="module")
+def dense() -> nn.Module:
+    """A Llama with grouped queries and tied embeddings, which makes no cache."""
+    torch.manual_seed(0)
+    shape = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 4, "num_key_value_heads": 2}
+    config = LlamaConfig(vocab_size=VOCABULARY, **shape, tie_word_embeddings=True, use_cache=False, initializer_range=0.2)
+    return LlamaForCausalLM(config).eval()
+
+
+@pytest.fixture(scope="module")
+def once(dense: nn.Module) -> fasp_fx.Result:
+    """Shared; tests train copies."""
+    return fasp_fx.prune(dense, (), {"input_ids": _batch(0)}, score="random", restore=None, sparsity=0.3)
+
+
+@pytest.fixture
+def pruned(once: fasp_fx.Result) -> nn.Module:
+    return copy.deepcopy(once.module)
+
+
+@pytest.fixture
+def accelerator() -> Iterator[Callable[..., Accelerator]]:
+    """Makes accelerators on the CPU and forgets what they share afterwards."""
+    yield lambda **options: Accelerator(cpu=True, **options)
+    for state in (AcceleratorState, GradientState, PartialState):
+        state._reset_state()
+
+
+def _batch(seed: int) -> Tensor:
+    return torch.randint(0, VOCABULARY, (4, 10), generator=torch.Generator().manual_seed(seed))
+
+
+def _loss(logits: Tensor, ids: Tensor) -> Tensor:
+    return functional.cross_entropy(logits[:, :-1].flatten(0, 1).float(), ids[:, 1:].flatten())
+
+
+def _step(model: nn.Module, ids: Tensor, optimizer: torch.optim.Optimizer, backward: Callable[[Tensor], object] = Tensor.backward) -> float:
+    loss = _loss(model(input_ids=ids).logits, ids)
+    backward(loss)
+    optimizer.step()
+    optimizer.zero_grad()
+    return loss.item()
+
+
+def _train(model: nn.Module) -> list[float]:
+    optimizer = torch.optim.SGD(model.parameters(), lr=RATE)
+    return [_step(model, _batch(seed), optimizer) for seed in range(STEPS)]
+
+
+def _assert_same(found: nn.Module, expected: nn.Module, tolerance: float = 1e-5) -> None:
+    weights = dict(found.named_parameters())
+    for name, weight in expected.named_parameters():
+        torch.testing.assert_close(weights[name], weight, rtol=tolerance, atol=tolerance)
+
+
+def test_steps_equal_those_of_the_masked_dense_model(dense: nn.Module, once: fasp_fx.Result, pruned: nn.Module) -> None:
+    whole = copy.deepcopy(dense)
+    with masked(whole, removed_columns(once.plan, dense)):
+        expected_losses = _train(whole)
+    assert _train(pruned) == pytest.approx(expected_losses, rel=1e-4)
+    trained = dict(pruned.named_parameters())
+    masks = {name: torch.ones(weight.shape, dtype=torch.bool) for name, weight in whole.named_parameters()}
+    for part in (part for group in once.plan.groups for part in (*group.consumers, *group.producers)):
+        masks[part.name] &= kept(masks[part.name], part)
+    assert trained.keys() == masks.keys()
+    for name, weight in whole.named_parameters():
+        assert not torch.equal(weight, dense.get_parameter(name)), f"{name} was not trained"
+        torch.testing.assert_close(trained[name], weight[masks[name]].reshape(trained[name].shape), rtol=1e-4, atol=1e-5)
+
+
+@pytest.fixture
+def trained_in_place(once: fasp_fx.Result) -> Iterator[fasp_fx.Result]:
+    """The shared result itself, whose weights are put back."""
+    weights = {name: weight.detach().clone() for name, weight in once.module.named_parameters()}
+    yield once
+    with torch.no_grad():
+        for name, weight in once.module.named_parameters():
+            weight.copy_(weights[name])
+
+
+def test_what_was_trained_is_saved(trained_in_place: fasp_fx.Result, tmp_path: Path) -> None:
+    result, ids = trained_in_place, _batch(9)
+    before = result.module(input_ids=ids).logits.detach()
+    optimizer = torch.optim.SGD(result.module.parameters(), lr=RATE)
+    losses = [_step(result.module.train(), ids, optimizer) for _ in range(STEPS)]
+    assert losses == sorted(losses, reverse=True)
+    expected = result.module(input_ids=ids).logits
+    assert not torch.equal(before, expected)
+    result.save(tmp_path / "tuned")
+    loaded = fasp_fx.load(tmp_path / "tuned").module
+    assert torch.equal(loaded(input_ids=ids).logits, expected)
+    _assert_same(loaded, result.module, 0.0)
+    torch.testing.assert_close(result.program.module()(input_ids=ids).logits, expected)
+
+
+def test_accelerate(pruned: nn.Module, accelerator: Callable[..., Accelerator], tmp_path: Path) -> None:
+    alone = copy.deepcopy(pruned)
+    expected = _train(alone)
+    runner = accelerator()
+    model, optimizer = runner.prepare(pruned, torch.optim.SGD(pruned.parameters(), lr=RATE))
+    losses = [_step(model, _batch(seed), optimizer, runner.backward) for seed in range(STEPS)]
+    assert losses == pytest.approx(expected)
+    _assert_same(runner.unwrap_model(model), alone)
+    runner.save_state(tmp_path / "state")
+    with torch.no_grad():
+        for weight in model.parameters():
+            weight.zero_()
+    runner.load_state(tmp_path / "state")
+    _assert_same(model, alone)
+
+
+def test_accelerate_in_mixed_precision(pruned: nn.Module, accelerator: Callable[..., Accelerator]) -> None:
+    expected = _train(copy.deepcopy(pruned))
+    runner = accelerator(mixed_precision="bf16")
+    model, optimizer = runner.prepare(pruned, torch.optim.SGD(pruned.parameters(), lr=RATE))
+    losses = [_step(model, _batch(seed), optimizer, runner.backward) for seed in range(STEPS)]
+    assert losses == pytest.approx(expected, rel=0.05)
+    assert losses != expected
+    assert all(weight.dtype == torch.float32 for weight in model.parameters())
+
+
+def test_trainer(pruned: nn.Module, accelerator: object, tmp_path: Path) -> None:
+    alone = copy.deepcopy(pruned)
+    expected = _train(alone)
+    examples = [{"input_ids": row[:-1], "labels": row[1:]} for seed in range(STEPS) for row in _batch(seed)]
+    optimizer = torch.optim.SGD(pruned.parameters(), lr=RATE)
+
+    def loss(outputs: Any, labels: Tensor, num_items_in_batch: Tensor | None = None) -> Tensor:
+        total = functional.cross_entropy(outputs["logits"].flatten(0, 1), labels.flatten(), reduction="sum")
+        return total / (labels.numel() if num_items_in_batch is None else num_items_in_batch)
+
+    settings = TrainingArguments(
+        tmp_path / "out", per_device_train_batch_size=2, gradient_accumulation_steps=2, num_train_epochs=1, use_cpu=True, max_grad_norm=0.0,
+        disable_tqdm=True, report_to=[], logging_steps=1, save_strategy="no", train_sampling_strategy="sequential",
+    )  # fmt: skip
+    constant = torch.optim.lr_scheduler.ConstantLR(optimizer, factor=1.0)
+    trainer = Trainer(pruned, settings, train_dataset=examples, eval_dataset=examples, compute_loss_func=loss, optimizers=(optimizer, constant))
+    trainer.train()
+    logged = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    assert logged == pytest.approx(expected, abs=1e-3)
+    _assert_same(pruned, alone)
+    assert trainer.evaluate()["eval_loss"] < expected[0]
+
+
+def test_documentation_runs_as_printed(trained_in_place: fasp_fx.Result, accelerator: object, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    text = (Path(__file__).resolve().parents[1] / "docs" / "fine-tuning.md").read_text(encoding="utf-8")
+    loop, _, trainer = re.findall(r"^```python\n(.*?)^```$", text, flags=re.MULTILINE | re.DOTALL)
+    examples = [{"input_ids": row[:-1], "labels": row[1:]} for row in _batch(0)]
+    names = {"torch": torch, "result": trained_in_place, "batches": [_batch(0)] * 3, "examples": examples, "Trainer": Trainer}
+    before = _loss(trained_in_place.module(input_ids=_batch(0)).logits, _batch(0))
+    for part in (loop, trainer):
+        folder = tmp_path / ("loop" if part is loop else "trainer")
+        folder.mkdir()
+        monkeypatch.chdir(folder)
+        exec(part, names | {"TrainingArguments": lambda *args, **options: TrainingArguments(*args, use_cpu=True, report_to=[], **options)})
+        logits = fasp_fx.load(folder / "tuned").module(input_ids=_batch(0)).logits
+        after = _loss(logits, _batch(0))
+        assert after < before
+        before = after
+
+
+def test_signature_is_the_callers(dense: nn.Module, pruned: nn.Module) -> None:
+    """Trainers read it to find the columns of a data set that the model takes."""
+    names = list(inspect.signature(pruned.forward).parameters)
+    assert {"input_ids", "attention_mask", "labels"} <= set(names)
