@@ -6,6 +6,7 @@ A declarative structured-pruning compiler pass over ``torch.fx``, after FASP (ar
 from __future__ import annotations
 
 from . import passes, patterns
+from ._backend import backend
 from ._result import Result
 from .analysis import Analysis
 from .errors import (
@@ -16,6 +17,7 @@ from .errors import (
     CaptureError,
     FaspError,
     NothingPrunableError,
+    PartialPlanWarning,
     PlanError,
     RuleError,
     SparsityError,
@@ -41,6 +43,7 @@ __all__ = [
     "Group",
     "NothingPrunableError",
     "ParameterSlice",
+    "PartialPlanWarning",
     "PlanError",
     "PruningPlan",
     "Report",
@@ -51,6 +54,7 @@ __all__ = [
     "VerificationError",
     "analyze",
     "apply",
+    "backend",
     "load",
     "passes",
     "patterns",

@@ -8,6 +8,7 @@ import inspect
 import logging
 import warnings
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import sympy
@@ -23,6 +24,8 @@ from torch.utils._sympy.numbers import int_oo
 
 from ._program import Program, graph_module
 from ._signature import CallerCodeGen, CallSignature, is_plain
+from ._stamps import read_stamps
+from .channels import results
 from .errors import ArgumentError, CaptureError, first_line
 from .patterns import lookup
 
@@ -331,6 +334,37 @@ def export_again(module: fx.GraphModule, example: tuple[tuple[Any, ...], dict[st
     shapes = recorded_shapes(module, example).dynamic_shapes(module, args, kwargs)
     with _quiet(), _without_grad():
         return _functional(torch.export.export(module, args, kwargs, dynamic_shapes=shapes, strict=False))
+
+
+def is_plain_graph(graph: fx.Graph) -> bool:
+    """Whether a graph with its weights as attributes has no calls but of operators and what an exporter leaves beside them."""
+    return all(node.op in ("placeholder", "output", "get_attr") or (node.op == "call_function" and _is_exported(node.target)) for node in graph.nodes)
+
+
+def _is_exported(target: Any) -> bool:
+    """Operators, and what takes their items or computes with sizes."""
+    if isinstance(target, (OpOverload, HigherOrderOperator)):
+        return True
+    return getattr(target, "__module__", None) in ("_operator", "math") or getattr(target, "__name__", "").startswith("sym_")
+
+
+def recapture(program: Program, exported: ExportedProgram) -> Program:
+    """The same model after ``exported`` was made of it; inputs keep their names, weights are known by theirs.
+
+    Raises:
+        CaptureError: the exported program is not called as the model is.
+    """
+    exported = _functional(exported)
+    read_stamps(exported.graph)
+    module = _plain(exported.module(check_guards=False))
+    inputs, before = module.graph.find_nodes(op="placeholder"), program.placeholders()
+    if len(inputs) != len(before) or len(results(module.graph)) != len(results(program.module.graph)):
+        raise CaptureError("it changed the number of the program's inputs or outputs")
+    for node, old in zip(inputs, before, strict=True):
+        if node.name != old.name:
+            node._rename(old.name)
+    module.recompile()
+    return replace(program, module=module)
 
 
 # --- state
