@@ -7,15 +7,16 @@ import warnings
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
 from torch import Tensor, fx, nn
 from torch._dynamo.backends.registry import lookup_backend
 from torch._guards import TracingContext
+from torch._subclasses.fake_tensor import FakeTensorMode
 
-from ._dynamo import as_program, holders, trace, weight_names
+from ._dynamo import as_program, free_sizes, holders, trace, weight_names
 from ._program import Program
 from .analysis import Analysis, analyze_program
 from .channels import Slot
@@ -91,13 +92,13 @@ class _Backend:
         for name, tensor in named.items():
             aliases.setdefault(names[id(tensor)], []).append(name)
         program = as_program(trace(module, grad), weights, tuple(named), aliases)
-        rewritten, cuts = self._rewritten(program, {name for name, _ in weights.values()})
+        rewritten, cuts = self._rewritten(program)
         if not cuts and rewritten is program:
             return self.inner(module, example)
         lifted, order = _lift(rewritten)
         slices = [_Slice.of(name, cuts, {known: position for position, (known, _) in weights.items()}, rewritten) for name in order]
         rest = [position for position in range(len(example)) if position not in weights]
-        mode = TracingContext.get().fake_mode
+        mode = cast(FakeTensorMode, TracingContext.get().fake_mode)
         values = [node.meta["example_value"] for node in module.graph.find_nodes(op="placeholder")]
         with torch.no_grad():
             fakes = [mode.from_tensor(piece.cut(example), static_shapes=True) for piece in slices]
@@ -123,10 +124,20 @@ class _Backend:
         self.checked.add(owner)
         return owner
 
-    def _rewritten(self, program: Program, present: set[str]) -> tuple[Program, dict[str, _Cut]]:
-        analysis = analyze_program(program, split_fused if self.plan.splits else None, self.plan.granularity, self.plan.include)
-        whole = self.named <= present | set(program.canonical())
-        plan, gone = (self.plan, gone_of(self.plan, analysis)) if whole else self._part(analysis, set(program.canonical()))
+    def _analysis(self, program: Program) -> Analysis:
+        return analyze_program(program, split_fused if self.plan.splits else None, self.plan.granularity, self.plan.include)
+
+    def _rewritten(self, program: Program) -> tuple[Program, dict[str, _Cut]]:
+        present = set(program.canonical())
+        analysis = self._analysis(program)
+        if not self.named <= present:
+            plan, gone = self._part(analysis, present)
+        else:
+            try:
+                plan, gone = self.plan, gone_of(self.plan, analysis)
+            except PlanError:
+                analysis = self._analysis(free_sizes(program))  # the plan may have been made with sizes free that are fixed here
+                plan, gone = self.plan, gone_of(self.plan, analysis)
         if not plan.groups:
             return program, {}
         cuts: dict[str, _Cut] = {}
@@ -210,14 +221,14 @@ class _Slice:
         """The slice; made anew if its weight is another or has changed since."""
         if self.position is None or (self.rows is None and self.lost is None):
             return self.cut(args)
-        weight = args[self.position]
+        weight: Tensor = args[self.position]
         if (torch.is_grad_enabled() and weight.requires_grad) or weight.is_inference():  # for autograd; and a tensor that does not count its versions
             return self.cut(args)
         if self._made is not None:
             made, owner, held, version = self._made
             if owner() is weight and held.data_ptr() == weight.data_ptr() and held.dtype is weight.dtype and weight._version == version:
                 return made
-        held = weight.detach()  # keeps the storage, so that no other can come to lie at its address
+        held: Tensor = weight.detach()  # keeps the storage, so that no other can come to lie at its address
         with torch.no_grad():
             self._made = (self.cut(args), weakref.ref(weight), held, weight._version)
         return self._made[0]
@@ -249,5 +260,6 @@ def _lift(program: Program) -> tuple[fx.GraphModule, list[str]]:
             order.append(name)
         node.replace_all_uses_with(by_name[name])
         graph.erase_node(node)
-    lifted = fx.GraphModule(program.module, graph)
-    return lifted, order
+    for node in graph.nodes:
+        node.meta.pop("val", None)  # of the sizes before
+    return fx.GraphModule(program.module, graph), order

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, fx, nn
+from torch._dynamo.source import ConstantSource
 from torch._dynamo.symbolic_convert import InstructionTranslator
 from torch._functorch.aot_autograd import aot_export_module
 from torch._guards import TracingContext, tracing
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv
 
 from ._program import Program, graph_module
 from ._signature import CallSignature
@@ -70,11 +73,12 @@ def trace(module: fx.GraphModule, grad: bool) -> fx.GraphModule:
     given = [node.meta.get("example_value") for node in module.graph.find_nodes(op="placeholder")]
     try:
         with tracing(TracingContext(TracingContext.get().fake_mode)), torch.no_grad():
-            traced, signature = aot_export_module(module, given, trace_joint=False, pre_dispatch=True, decompositions={})
+            made, signature = aot_export_module(module, given, trace_joint=False, pre_dispatch=True, decompositions={})
     except Exception as error:
         raise CaptureError(f"the graph cannot be traced: {first_line(error)}") from error
     if signature.buffers_to_mutate or signature.parameters_to_mutate or signature.user_inputs_to_mutate:
         raise CaptureError("the graph writes into its inputs or buffers")
+    traced = cast(fx.GraphModule, made)
     _without_modes(traced.graph, grad)
     if not is_plain_graph(traced.graph):
         strange = next(node for node in traced.graph.nodes if not is_plain_graph(_alone(node)))
@@ -146,6 +150,39 @@ def as_program(traced: fx.GraphModule, weights: dict[int, tuple[str, Tensor]], o
             if value is not None and not hasattr(root, name):
                 setattr(root, name, value)
     return Program(graph_module(root, graph, traced.meta), CallSignature(inspect.Signature(), (), {}), ((), {}), order=order)
+
+
+def free_sizes(program: Program) -> Program:
+    """The program with the fixed sizes of its inputs taken for dynamic ones: batch and time, of which dynamo fixes the first it sees, are no channels."""
+    program = program.copy()
+    shapes = ShapeEnv()
+    taken = {str(s) for node in program.placeholders() for size in _sizes(node) if isinstance(size, torch.SymInt) for s in size.node.expr.free_symbols}
+    mode = FakeTensorMode(shape_env=shapes)
+    for node in program.placeholders():
+        value = node.meta.get("val")
+        if isinstance(value, Tensor):
+            sizes = [
+                size if isinstance(size, torch.SymInt) or size < 2 else _symbol(shapes, size, f"{node.name}_{dim}", taken)
+                for dim, size in enumerate(value.shape)
+            ]
+            with mode:
+                node.meta["val"] = torch.empty(sizes, dtype=value.dtype, device=value.device)
+    return program
+
+
+def _sizes(node: fx.Node) -> tuple[Any, ...]:
+    value = node.meta.get("val")
+    return tuple(value.shape) if isinstance(value, Tensor) else (value,)
+
+
+def _symbol(shapes: ShapeEnv, size: int, name: str, taken: set[str]) -> torch.SymInt:
+    """A symbolic size of that value, with a name that dynamo has not given."""
+    while True:
+        source = ConstantSource(name)
+        symbol = shapes.create_symbol(size, source, DimDynamic.DYNAMIC)
+        if str(symbol) not in taken:
+            return cast(torch.SymInt, shapes.create_symintnode(symbol, hint=size, source=source))
+        name += "_"
 
 
 def _nested(root: nn.Module, path: str) -> nn.Module:

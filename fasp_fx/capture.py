@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import inspect
+import itertools
 import logging
 import warnings
 from collections.abc import Callable, Iterable, Iterator
@@ -72,7 +73,7 @@ def capture(
             _register_caches(model)
         signature = CallSignature.of(model.forward, args, kwargs)
         given = pytree.tree_map(lambda leaf: leaf.detach() if isinstance(leaf, Tensor) else leaf, signature.graph_inputs(args, kwargs))
-        exported, notes = _export(model, signature, given, dynamic_shapes, _every_dim if image_sizes else _all_dims)
+        exported, notes = _export(model, signature, given, dynamic_shapes, _every_dim if image_sizes else _all_dims, len(args))
     else:
         raise ArgumentError(f"model must be an nn.Module, fx.GraphModule or ExportedProgram, not {type(model).__name__}")
     if target is not None:
@@ -165,8 +166,10 @@ def _exported_signature(exported: ExportedProgram, args: tuple[Any, ...], kwargs
     return CallSignature.of(forward, args or example_args, kwargs or example_kwargs)
 
 
-def _export(model: nn.Module, signature: CallSignature, given: dict[str, Any], dynamic_shapes: Any, free: Any) -> tuple[ExportedProgram, tuple[str, ...]]:
-    names = _by_position(model, signature)
+def _export(
+    model: nn.Module, signature: CallSignature, given: dict[str, Any], dynamic_shapes: Any, free: Any, leading: int
+) -> tuple[ExportedProgram, tuple[str, ...]]:
+    names = _by_position(model, signature, leading)
     meta = any(parameter.device.type == "meta" for parameter in model.parameters())
     if meta:
         given = pytree.tree_map(lambda leaf: leaf.to("meta") if isinstance(leaf, Tensor) else leaf, given)
@@ -197,12 +200,16 @@ def _export(model: nn.Module, signature: CallSignature, given: dict[str, Any], d
     ) from failures[0]
 
 
-def _by_position(model: nn.Module, signature: CallSignature) -> list[str]:
-    """The arguments to pass by position: those that must be, and those that an exported module has fixed there."""
+def _by_position(model: nn.Module, signature: CallSignature, leading: int) -> list[str]:
+    """The arguments to pass by position: those that must be, those that an exported module has fixed there, and the ``leading`` ones given so."""
     codegen = model.graph._codegen if isinstance(model, fx.GraphModule) else None
     if isinstance(codegen, _PyTreeCodeGen) and not isinstance(codegen, CallerCodeGen):
         return signature.given()[: codegen.pytree_info.in_spec.child(0).num_children]
-    return signature.by_position()
+    must = signature.by_position()
+    if _is_transformers(model):
+        return must  # its exporter takes keywords
+    first = list(itertools.takewhile(lambda name: name not in signature.constants or is_plain(signature.constants[name]), signature.given()[:leading]))
+    return max(must, first, key=len)
 
 
 def _export_once(model: nn.Module, signature: CallSignature, names: list[str], inputs: dict[str, Any], shapes: Any) -> ExportedProgram:

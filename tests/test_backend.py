@@ -82,7 +82,9 @@ def test_smaller_graphs_at_several_sizes(perceptron: Any) -> None:
     assert all(size < sum(p.numel() for p in model.parameters()) for size in spy.weights)
 
 
-@pytest.mark.parametrize("spec", [SPEC, Spec(hidden=8, kv_heads=2, repeat=1, head_dim=6, ffn=12, bias=True, projection="interleaved")], ids=["rope", "interleaved"])
+@pytest.mark.parametrize(
+    "spec", [SPEC, Spec(hidden=8, kv_heads=2, repeat=1, head_dim=6, ffn=12, bias=True, projection="interleaved")], ids=["rope", "interleaved"]
+)
 def test_decoders(spec: Spec) -> None:
     """With one fused projection the plan splits a weight, and the slices are those of its parts."""
     model = build(spec)
@@ -213,8 +215,8 @@ def test_refusals(perceptron: Any) -> None:
     torch._dynamo.reset()
     masked_exact(other, torch.compile(other, backend=fasp_fx.backend(plan, inner="eager", check=False)), plan, example)
     torch._dynamo.reset()
+    result = fasp_fx.apply(model, plan, (example,))
     with pytest.raises(fasp_fx.PlanError, match="already applied"):
-        result = fasp_fx.apply(model, plan, (example,))
         torch.compile(result.module, backend=fasp_fx.backend(result.plan, inner="eager"))(example)
     with pytest.raises(fasp_fx.ArgumentError, match="list_backends"):
         fasp_fx.backend(plan, inner="nowhere")
