@@ -19,7 +19,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from ._dynamo import as_program, free_sizes, holders, trace, weight_names
 from ._program import Program
 from .analysis import Analysis, analyze_program
-from .channels import Slot
+from .channels import Numbering, Slot
 from .errors import ArgumentError, CaptureError, FaspError, PartialPlanWarning, PlanError, VerificationError
 from .passes import Prune, split_fused
 from .passes.remove_channels import cut_weight
@@ -61,7 +61,7 @@ def backend(
         compiler = lookup_backend(inner) if isinstance(inner, str) else inner
     except Exception as error:
         raise ArgumentError(f"inner={inner!r} is not a backend of torch.compile; torch.compiler.list_backends() lists them") from error
-    return functools.partial(_Backend(plan, compiler, model, check).compile)
+    return _Backend(plan, compiler, model, check).compile
 
 
 class _Backend:
@@ -143,7 +143,7 @@ class _Backend:
         cuts: dict[str, _Cut] = {}
         for slot in analysis.numbering.slots:
             if slot.kind == "weight" and gone[slot.base : slot.base + slot.size].any():
-                cuts.setdefault(slot.name, _Cut(slot.name, [], analysis, gone)).slots.append(slot)
+                cuts.setdefault(slot.name, _Cut(slot.name, [], analysis.numbering, gone)).slots.append(slot)
         return Prune(gone, None, analysis)(analysis.program), cuts
 
     def _part(self, analysis: Analysis, present: set[str]) -> tuple[PruningPlan, np.ndarray]:
@@ -180,7 +180,7 @@ class _Cut:
 
     name: str
     slots: list[Slot]
-    analysis: Analysis
+    numbering: Numbering
     gone: np.ndarray
 
 
@@ -211,7 +211,7 @@ class _Slice:
         weight = args[self.position]
         if self.rows is not None:
             weight = weight.index_select(self.rows[0], torch.tensor(self.rows[1], device=weight.device))
-        return weight if self.lost is None else cut_weight(self.lost.name, weight, self.lost.slots, self.lost.analysis, self.lost.gone)[0]
+        return weight if self.lost is None else cut_weight(self.lost.name, weight, self.lost.slots, self.lost.numbering, self.lost.gone)[0]
 
     def trains(self, args: Any) -> bool:
         """Whether its weight wants gradients."""
@@ -228,9 +228,9 @@ class _Slice:
             made, owner, held, version = self._made
             if owner() is weight and held.data_ptr() == weight.data_ptr() and held.dtype is weight.dtype and weight._version == version:
                 return made
-        held: Tensor = weight.detach()  # keeps the storage, so that no other can come to lie at its address
-        with torch.no_grad():
-            self._made = (self.cut(args), weakref.ref(weight), held, weight._version)
+        storage = weight.detach()  # keeps the storage, so that no other can come to lie at its address
+        with torch.inference_mode(False), torch.no_grad():  # a slice outlives the call
+            self._made = (self.cut(args), weakref.ref(weight), storage, weight._version)
         return self._made[0]
 
 

@@ -32,6 +32,7 @@ def extend(program: Program, reference: Analysis) -> Analysis:
     known = len(reference.labels) if reference.known is None else reference.known
     extended = replace(reference, numbering=numbering, labels=_labels(program, reference, numbering, walk), known=known)
     hold(walk, program, extended)
+    program.walked = (program.module, extended, walk)
     return extended
 
 

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor, fx
 
-from fasp_fx.channels import Slot, Value, Walk, arguments, attribute, set_argument
+from fasp_fx.channels import Numbering, Slot, Value, Walk, arguments, attribute, set_argument
 from fasp_fx.errors import VerificationError
 from fasp_fx.patterns import Clause, lookup
 
@@ -66,14 +66,14 @@ def _cut_weights(program: Program, analysis: Analysis, gone: np.ndarray) -> None
             by_name.setdefault(slot.name, []).append(slot)
     aliases = program.aliases()
     for name, slots in by_name.items():
-        cut, numbers = cut_weight(name, attribute(program.module, name).detach(), slots, analysis, gone)
+        cut, numbers = cut_weight(name, attribute(program.module, name).detach(), slots, analysis.numbering, gone)
         program.replace_weight(aliases.get(name, [name]), cut)
         program.numbers[name] = numbers
 
 
-def cut_weight(name: str, weight: Tensor, slots: list[Slot], analysis: Analysis, gone: np.ndarray) -> tuple[Tensor, list[Tensor | None]]:
+def cut_weight(name: str, weight: Tensor, slots: list[Slot], numbering: Numbering, gone: np.ndarray) -> tuple[Tensor, list[Tensor | None]]:
     """What is left of one weight (differentiably), and of the numbers along each of its dimensions; ``slots``: its dimensions that lose channels."""
-    cut, numbers = weight, [analysis.numbering.numbers(name, dim) for dim in range(weight.dim())]
+    cut, numbers = weight, [numbering.numbers(name, dim) for dim in range(weight.dim())]
     for slot in sorted(slots, key=lambda slot: slot.block_dim is None):  # blocks are those of the whole weight: they are cut first
         keep = torch.from_numpy(~gone[slot.base : slot.base + slot.size])
         if slot.block_dim is None:
@@ -82,7 +82,7 @@ def cut_weight(name: str, weight: Tensor, slots: list[Slot], analysis: Analysis,
         else:
             cut, numbers[slot.dim] = _cut_blocks(cut, slot, keep)
     for dim, own in enumerate(numbers):
-        divided = analysis.numbering.get(name, dim)
+        divided = numbering.get(name, dim)
         divider = next((slot for slot in slots if divided is not None and slot.dim == divided.block_dim), None)
         if own is not None and divided is not None and divider is not None and divided.blocks == divider.size:  # blocks that went as a whole
             numbers[dim] = own[torch.from_numpy(~gone[divider.base : divider.base + divider.size])]
