@@ -84,6 +84,8 @@ class _Backend:
         owner = self._owner(module.graph)
         names = {} if owner is None else weight_names(owner)
         weights = {position: (names[id(value)], value) for position, value in enumerate(example) if id(value) in names}
+        if owner is None and any(isinstance(value, nn.Parameter) for value in example):
+            raise CaptureError("it holds weights of no module that the compiled function names; pass fasp_fx.backend(plan, model=model)")
         if owner is None or not weights:
             return self.inner(module, example)  # a graph without weights has nothing to lose
         grad = torch.is_grad_enabled() and any(isinstance(value, Tensor) and value.requires_grad for value in example)
