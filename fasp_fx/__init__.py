@@ -10,6 +10,7 @@ from typing import Any
 
 from . import passes, patterns
 from ._auto import register_when_needed
+from ._backend import backend
 from ._result import Result
 from .analysis import Analysis
 from .errors import (
@@ -20,6 +21,7 @@ from .errors import (
     CaptureError,
     FaspError,
     NothingPrunableError,
+    PartialPlanWarning,
     PlanError,
     RuleError,
     SparsityError,
@@ -54,6 +56,7 @@ __all__ = [
     "Group",
     "NothingPrunableError",
     "ParameterSlice",
+    "PartialPlanWarning",
     "PlanError",
     "PruningPlan",
     "Report",
@@ -64,6 +67,7 @@ __all__ = [
     "VerificationError",
     "analyze",
     "apply",
+    "backend",
     "load",
     "passes",
     "patterns",

@@ -38,6 +38,7 @@ class Program:
         numbers: for weights that a pass has rewritten, the channel numbers of the analysed program along each dimension.
         notes: what a user should know of the capture, for the report.
         order: the names of the caller's weights in their order; the first name of a tied weight stands for all.
+        walked: the module, the analysis and the interpretation of the last verification.
     """
 
     module: fx.GraphModule
@@ -49,6 +50,7 @@ class Program:
     numbers: dict[str, list[Tensor | None]] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
     order: tuple[str, ...] = ()
+    walked: tuple[Any, ...] | None = field(default=None, repr=False, compare=False)
 
     def weights(self) -> dict[str, Tensor]:
         """Every parameter and buffer by name; tied ones under each of their names."""
@@ -103,7 +105,7 @@ class Program:
         graph.output(outputs).meta.update(old_output.meta)
         graph._codegen = self.module.graph._codegen
         module = graph_module(_tree_copy(self.module), graph, self.module.meta)
-        return replace(self, module=module, parts=dict(self.parts), numbers=dict(self.numbers))
+        return replace(self, module=module, parts=dict(self.parts), numbers=dict(self.numbers), walked=None)
 
     def placeholders(self) -> list[fx.Node]:
         """The graph's inputs in order."""

@@ -13,6 +13,7 @@ from torch.fx.graph_module import _USER_PRESERVED_ATTRIBUTES_KEY
 
 from ._program import Program, graph_module
 from ._signature import CallerCodeGen, CallSignature
+from ._stamps import read_stamps
 from .capture import export_again
 from .plan import PruningPlan
 from .report import Report
@@ -83,6 +84,7 @@ def finish(program: Program) -> tuple[fx.GraphModule, ExportedProgram]:
     """Export a rewritten program again and wrap it."""
     program = own_storage(program)
     exported = export_again(program.module, program.example)
+    read_stamps(exported.graph)
     return wrap(exported, program.signature), exported
 
 

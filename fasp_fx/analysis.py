@@ -34,6 +34,7 @@ class Analysis:
         conflicts: tensors whose layout stands in the way (their groups are frozen with reason ``layout``).
         labels: the channel set of each channel number.
         granularity, include: as for :func:`fasp_fx.prune`.
+        known: how many of the channel numbers are those of ``program``, where a pass has brought weights with numbers of their own; ``None``: all.
     """
 
     program: Program
@@ -44,6 +45,11 @@ class Analysis:
     walk: Walk
     granularity: frozenset[str] = frozenset({"channel"})
     include: frozenset[str] = frozenset()
+    known: int | None = None
+
+    def fresh(self) -> np.ndarray:
+        """The channel sets that only weights brought by a pass have."""
+        return np.setdiff1d(self.labels[self.known :], self.labels[: self.known]) if self.known is not None else np.zeros(0, dtype=np.int64)
 
     @property
     def chosen(self) -> list[Group]:

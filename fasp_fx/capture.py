@@ -5,9 +5,11 @@ from __future__ import annotations
 import contextlib
 import functools
 import inspect
+import itertools
 import logging
 import warnings
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import sympy
@@ -24,6 +26,8 @@ from torch.utils._sympy.numbers import int_oo
 
 from ._program import Program, graph_module
 from ._signature import CallerCodeGen, CallSignature, is_plain
+from ._stamps import read_stamps
+from .channels import results
 from .errors import ArgumentError, CaptureError, first_line
 from .patterns import lookup
 
@@ -70,7 +74,7 @@ def capture(
             _register_caches(model)
         signature = CallSignature.of(model.forward, args, kwargs)
         given = pytree.tree_map(lambda leaf: leaf.detach() if isinstance(leaf, Tensor) else leaf, signature.graph_inputs(args, kwargs))
-        exported, notes = _export(model, signature, given, dynamic_shapes, _every_dim if image_sizes else _all_dims)
+        exported, notes = _export(model, signature, given, dynamic_shapes, _every_dim if image_sizes else _all_dims, len(args))
     else:
         raise ArgumentError(f"model must be an nn.Module, fx.GraphModule or ExportedProgram, not {type(model).__name__}")
     if target is not None:
@@ -165,8 +169,10 @@ def _exported_signature(exported: ExportedProgram, args: tuple[Any, ...], kwargs
     return CallSignature.of(forward, args or example_args, kwargs or example_kwargs)
 
 
-def _export(model: nn.Module, signature: CallSignature, given: dict[str, Any], dynamic_shapes: Any, free: Any) -> tuple[ExportedProgram, tuple[str, ...]]:
-    names = _by_position(model, signature)
+def _export(
+    model: nn.Module, signature: CallSignature, given: dict[str, Any], dynamic_shapes: Any, free: Any, leading: int
+) -> tuple[ExportedProgram, tuple[str, ...]]:
+    names = _by_position(model, signature, leading)
     meta = any(parameter.device.type == "meta" for parameter in model.parameters())
     if meta:
         given = pytree.tree_map(lambda leaf: leaf.to("meta") if isinstance(leaf, Tensor) else leaf, given)
@@ -200,12 +206,16 @@ def _export(model: nn.Module, signature: CallSignature, given: dict[str, Any], d
     ) from failures[0]
 
 
-def _by_position(model: nn.Module, signature: CallSignature) -> list[str]:
-    """The arguments to pass by position: those that must be, and those that an exported module has fixed there."""
+def _by_position(model: nn.Module, signature: CallSignature, leading: int) -> list[str]:
+    """The arguments to pass by position: those that must be, those that an exported module has fixed there, and the ``leading`` ones given so."""
     codegen = model.graph._codegen if isinstance(model, fx.GraphModule) else None
     if isinstance(codegen, _PyTreeCodeGen) and not isinstance(codegen, CallerCodeGen):
         return signature.given()[: codegen.pytree_info.in_spec.child(0).num_children]
-    return signature.by_position()
+    must = signature.by_position()
+    if _is_transformers(model):
+        return must  # its exporter takes keywords
+    first = list(itertools.takewhile(lambda name: name not in signature.constants or is_plain(signature.constants[name]), signature.given()[:leading]))
+    return max(must, first, key=len)
 
 
 def _export_once(model: nn.Module, signature: CallSignature, names: list[str], inputs: dict[str, Any], shapes: Any) -> ExportedProgram:
@@ -396,6 +406,37 @@ def export_again(module: fx.GraphModule, example: tuple[tuple[Any, ...], dict[st
     shapes = recorded_shapes(module, example).dynamic_shapes(module, args, kwargs)
     with _quiet(), _without_grad():
         return _functional(torch.export.export(module, args, kwargs, dynamic_shapes=shapes, strict=False))
+
+
+def is_plain_graph(graph: fx.Graph) -> bool:
+    """Whether a graph with its weights as attributes has no calls but of operators and what an exporter leaves beside them."""
+    return all(node.op in ("placeholder", "output", "get_attr") or (node.op == "call_function" and _is_exported(node.target)) for node in graph.nodes)
+
+
+def _is_exported(target: Any) -> bool:
+    """Operators, and what takes their items or computes with sizes."""
+    if isinstance(target, (OpOverload, HigherOrderOperator)):
+        return True
+    return getattr(target, "__module__", None) in ("_operator", "math") or getattr(target, "__name__", "").startswith("sym_")
+
+
+def recapture(program: Program, exported: ExportedProgram) -> Program:
+    """The same model after ``exported`` was made of it; inputs keep their names, weights are known by theirs.
+
+    Raises:
+        CaptureError: the exported program is not called as the model is.
+    """
+    exported = _functional(exported)
+    read_stamps(exported.graph)
+    module = _plain(exported.module(check_guards=False))
+    inputs, before = module.graph.find_nodes(op="placeholder"), program.placeholders()
+    if len(inputs) != len(before) or len(results(module.graph)) != len(results(program.module.graph)):
+        raise CaptureError("it changed the number of the program's inputs or outputs")
+    for node, old in zip(inputs, before, strict=True):
+        if node.name != old.name:
+            node._rename(old.name)
+    module.recompile()
+    return replace(program, module=module)
 
 
 # --- state

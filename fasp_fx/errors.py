@@ -54,6 +54,10 @@ class CalibrationWarning(UserWarning):
     """The calibration data is usable, but weaker than the method wants."""
 
 
+class PartialPlanWarning(UserWarning):
+    """A part of a plan cannot be applied where a model is compiled; what it would remove stays."""
+
+
 def first_line(error: BaseException) -> str:
     """The first line of an error's message, to stand inside a sentence, or its class if it has none."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(". ")

@@ -252,6 +252,25 @@ def program_fingerprint(program: Program) -> str:
     return fingerprint(parameters)
 
 
+def check_fingerprint(plan: PruningPlan, found: str) -> None:
+    """Refuse a model that the plan was not made for.
+
+    Args:
+        plan: the plan.
+        found: the model's fingerprint.
+
+    Raises:
+        PlanError: says whether the plan was applied to the model already.
+    """
+    if found != plan.fingerprint:
+        own = found == plan.result
+        raise PlanError(
+            "the plan was already applied to this model: it is the plan's own result"
+            if own
+            else f"the plan is for another model: its fingerprint is {plan.fingerprint[:12]}…, this model's is {found[:12]}…; make a plan for this model"
+        )
+
+
 def planned(groups: Iterable[Group], gone: np.ndarray, analysis: Analysis) -> list[PlannedGroup]:
     """One entry per group; ``gone`` says for each channel number whether it is removed."""
     gone_sets = np.zeros(int(analysis.labels.max(initial=-1)) + 1, dtype=bool)
@@ -290,9 +309,13 @@ def gone_of(plan: PruningPlan, analysis: Analysis, *, partial: bool = False) -> 
     for (name, dim), removed in plan.slices().items():
         place = (canonical.get(name, name), dim)
         wanted[place] = wanted.get(place, frozenset()) | removed
-    gone = np.zeros(numbering.total, dtype=bool)
+    total = numbering.total if analysis.known is None else analysis.known
+    labels = analysis.labels[:total]
+    gone = np.zeros(total, dtype=bool)
     known: dict[tuple[str, int], tuple[int, int]] = {}
     for slot in numbering.slots:
+        if slot.base >= total:
+            break  # of a weight that a pass has brought
         name, rows = program.origin(slot)
         width = slot.size // slot.blocks
         known[(name, slot.dim)] = (slot.blocks, max(known.get((name, slot.dim), (0, 0))[1], width if slot.blocks > 1 else int(rows.max()) + 1))
@@ -308,14 +331,14 @@ def gone_of(plan: PruningPlan, analysis: Analysis, *, partial: bool = False) -> 
             raise PlanError(
                 f"the plan removes index {max(outside)} along dimension {dim} of '{name}', which the model does not have; it is a plan for another model"
             )
-    weights = np.zeros(numbering.total, dtype=bool)  # inputs that hold state, and tensors that the graph makes, follow
-    for slot in numbering.slots:
+    weights = np.zeros(total, dtype=bool)  # inputs that hold state, and tensors that the graph makes, follow
+    for slot in (slot for slot in numbering.slots if slot.base < total):
         weights[slot.base : slot.base + slot.size] = slot.kind == "weight"
-    counted = np.bincount(analysis.labels, weights=gone & weights, minlength=int(analysis.labels.max(initial=-1)) + 1)
-    whole = np.bincount(analysis.labels, weights=weights, minlength=len(counted))
+    counted = np.bincount(labels, weights=gone & weights, minlength=int(labels.max(initial=-1)) + 1)
+    whole = np.bincount(labels, weights=weights, minlength=len(counted))
     cut = (counted > 0) & (counted < whole)
     if cut.any():
-        slot = numbering.slot_of(int(np.flatnonzero(analysis.labels == int(np.flatnonzero(cut)[0]))[0]))
+        slot = numbering.slot_of(int(np.flatnonzero(labels == int(np.flatnonzero(cut)[0]))[0]))
         raise PlanError(f"the plan cuts through a channel set of {slot}: channels coupled with it stay; make the plan again")
     allowed = np.zeros(len(counted), dtype=bool)
     for group in analysis.chosen:
@@ -325,6 +348,6 @@ def gone_of(plan: PruningPlan, analysis: Analysis, *, partial: bool = False) -> 
         if len(set(per_block)) > 1 or (per_block and per_block[0] >= group.width):
             raise PlanError(f"the plan removes {per_block} channel sets from the blocks of group '{group.name}'; each must lose the same number and keep one")
     if (~allowed & (counted > 0)).any():
-        slot = numbering.slot_of(int(np.flatnonzero(analysis.labels == int(np.flatnonzero(~allowed & (counted > 0))[0]))[0]))
+        slot = numbering.slot_of(int(np.flatnonzero(labels == int(np.flatnonzero(~allowed & (counted > 0))[0]))[0]))
         raise PlanError(f"the plan removes channels of {slot}, which cannot be pruned in this model")
-    return gone | (counted > 0)[analysis.labels]
+    return gone | (counted > 0)[labels]

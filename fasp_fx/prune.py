@@ -23,20 +23,14 @@ from ._runner import Runner
 from .allocation import Allocation, Budget, checked, uniform
 from .analysis import Analysis, analyze_program
 from .capture import capture
-from .errors import ArgumentError, CaptureError, NothingPrunableError, PlanError, SparsityError
-from .passes import KeepDenseCount, PadValueHeads, Pass, PinAttentionScale, Pipeline, RemoveChannels, RestoreWeights, SplitFusedProducers
+from .errors import ArgumentError, CaptureError, NothingPrunableError, SparsityError
+from .passes import Prune, split_fused
 from .plan import PruningPlan
 from .report import cache_bytes, make_report
 from .restoration import least_squares
 from .scoring import Score, resolve
 
 Model = nn.Module | fx.GraphModule | ExportedProgram
-
-
-def split_fused(program: Program, analysis: Analysis) -> Program | None:
-    """Split the fused producers that stand in the way, or ``None`` if none can be."""
-    rewritten = Pipeline([SplitFusedProducers(analysis)], analysis)(program)
-    return None if rewritten is program else replace(rewritten, numbers={})
 
 
 def analyze(
@@ -222,8 +216,8 @@ def apply(
     except CaptureError as error:
         if dynamic_shapes is not None:
             raise
-        return apply_in_parts(error, model, plan, args, kwargs, _stages(plan.granularity, plan.include), lambda found: _check_fingerprint(plan, found))
-    _check_fingerprint(plan, plans.program_fingerprint(program))
+        return apply_in_parts(error, model, plan, args, kwargs, _stages(plan.granularity, plan.include), lambda found: plans.check_fingerprint(plan, found))
+    plans.check_fingerprint(plan, plans.program_fingerprint(program))
     clock.lap("capture")
     analysis = analyze_program(program, split_fused, plan.granularity, plan.include)
     decision = Decision(plans.gone_of(plan, analysis))
@@ -271,16 +265,6 @@ def _check_choice(granularity: Iterable[str], include: Iterable[str]) -> tuple[t
     return tuple(granularity), tuple(include)
 
 
-def _check_fingerprint(plan: PruningPlan, found: str) -> None:
-    if found != plan.fingerprint:
-        own = found == plan.result
-        raise PlanError(
-            "the plan was already applied to this model: it is the plan's own result"
-            if own
-            else f"the plan is for another model: its fingerprint is {plan.fingerprint[:12]}…, this model's is {found[:12]}…; make a plan for this model"
-        )
-
-
 def _stages(granularity: tuple[str, ...], include: tuple[str, ...]) -> Stages:
     """What each part goes through where a model is pruned by its submodules."""
     return Stages(
@@ -325,14 +309,7 @@ def rewrite(program: Program, analysis: Analysis, decision: Decision, requested:
     groups = plan.groups
     # Without anything to remove the program stays as it was captured, fused producers included.
     start = analysis.program if groups else program
-    passes: list[Pass] = [
-        PinAttentionScale(analysis),
-        RestoreWeights(decision.weights),
-        KeepDenseCount(analysis, decision.gone),
-        RemoveChannels(analysis, decision.gone),
-        PadValueHeads(analysis),
-    ]
-    rewritten = Pipeline(passes, analysis)(start) if groups else start
+    rewritten = Prune(decision.gone, decision.weights, analysis)(start) if groups else start
     clock.lap("passes")
     module, exported = finish(rewritten)
     clock.lap("export")

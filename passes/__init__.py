@@ -1,8 +1,15 @@
-"""The only code that changes a program: small passes and the pipeline that verifies after each."""
+"""The only code that changes a program: small passes and the pipeline that verifies after each.
+
+Every pass is a function ``ExportedProgram -> ExportedProgram``; those that touch no weight (``PinAttentionScale``, ``KeepDenseCount``,
+``PadValueHeads``) are ``torch.fx`` ``PassBase`` too. ``Prune(plan)`` is all of them in order.
+"""
 
 from __future__ import annotations
 
-from ._base import WRITTEN_BY, Pass, Pipeline, stamp
+from ._base import WRITTEN_BY, GraphPass, Pass, stamp
+from ._foreign import Foreign
+from ._pipeline import Pipeline, split_fused
+from ._prune import Prune
 from ._verify import verify
 from .attention import PadValueHeads, PinAttentionScale
 from .dense_count import KeepDenseCount
@@ -12,14 +19,18 @@ from .split_fused import SplitFusedProducers
 
 __all__ = [
     "WRITTEN_BY",
+    "Foreign",
+    "GraphPass",
     "KeepDenseCount",
     "PadValueHeads",
     "Pass",
     "PinAttentionScale",
     "Pipeline",
+    "Prune",
     "RemoveChannels",
     "RestoreWeights",
     "SplitFusedProducers",
+    "split_fused",
     "stamp",
     "verify",
 ]

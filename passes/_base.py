@@ -1,71 +1,107 @@
-"""What a pass is, and the pipeline that runs passes one after another with the verifier after each."""
+"""What a pass is, and how one is used alone: in a chain of exported programs, and in torch's own pass manager where it only touches the graph."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Protocol
+import inspect
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, overload
 
 from torch import fx
+from torch.export import ExportedProgram
+from torch.fx.passes.infra.pass_base import PassBase, PassResult
 
+from fasp_fx._program import Program
+from fasp_fx._signature import CallSignature
+from fasp_fx._stamps import WRITTEN_BY, stamp
+from fasp_fx.analysis import Analysis, analyze_program
 from fasp_fx.errors import FaspError, VerificationError
 
-from ._verify import verify
-
 if TYPE_CHECKING:
-    from fasp_fx._program import Program
-    from fasp_fx.analysis import Analysis
+    import numpy as np
 
-#: key of ``node.meta`` under which a node that a pass wrote carries the pass's name
-WRITTEN_BY = "fasp_fx_pass"
+    from fasp_fx.plan import PruningPlan
 
 
-class Pass(Protocol):
+class Pass(ABC):
     """A rewrite of a program.
 
-    ``name`` appears in error messages and in ``node.meta["fasp_fx_pass"]`` of the nodes it wrote. A pass does not change its input:
-    it returns a new program, or the same object if there was nothing to do.
+    Called with an ``ExportedProgram`` it returns another, verified (see :class:`~fasp_fx.passes.Pipeline`), and so stands in any chain of
+    such functions.
+
+    Attributes:
+        name: appears in error messages and in ``node.meta["fasp_fx_pass"]`` of the nodes it wrote.
+        removal: what it removes: a plan, or for every channel number of the analysis whether it goes; ``None`` if that is nothing to it.
+        renumbers: whether the rewritten program has weights of its own, so that what follows needs a new analysis.
     """
 
     name: str
+    removal: PruningPlan | np.ndarray | None = None
+    renumbers: bool = False
 
-    def __call__(self, program: Program) -> Program: ...
+    @abstractmethod
+    def rewrite(self, program: Program, analysis: Analysis) -> Program:
+        """A new program, or the same object if there was nothing to do; its input stays as it was.
 
+        Args:
+            program: the program to rewrite.
+            analysis: of the program that the pipeline started from.
+        """
 
-def stamp(node: fx.Node, name: str, like: fx.Node | None = None) -> fx.Node:
-    """Mark a node as written by the pass ``name``; provenance such as the module stack is taken from ``like``."""
-    if like is not None:
-        for key in ("nn_module_stack", "stack_trace", "source_fn_stack"):
-            if key in like.meta:
-                node.meta[key] = like.meta[key]
-    node.meta[WRITTEN_BY] = name
-    return node
-
-
-class Pipeline:
-    """Runs passes in order and verifies the program after each.
-
-    Args:
-        passes: the passes, first to last.
-        reference: the analysis of the program the pipeline starts from; the verifier holds every intermediate program against it.
-    """
-
-    def __init__(self, passes: Sequence[Pass], reference: Analysis) -> None:
-        self.passes, self.reference = list(passes), reference
-
-    def __call__(self, program: Program) -> Program:
-        """Run all passes.
+    def __call__(self, exported: ExportedProgram) -> ExportedProgram:
+        """Rewrite and verify one exported program; the same object if there was nothing to do.
 
         Raises:
-            VerificationError: a pass failed or left a program that does not compute what the analysis says; names the pass and the node.
+            VerificationError: names the pass and the node.
+            PlanError: the pass follows a plan for another model.
         """
-        for step in self.passes:
-            try:
-                rewritten = step(program)
-                if rewritten is not program:
-                    rewritten.module.graph.lint()
-                    rewritten.module.recompile()
-                    verify(rewritten, self.reference)
-                program = rewritten
-            except FaspError as error:
-                raise VerificationError(f"pass '{step.name}' failed: {error}") from error
-        return program
+        from ._pipeline import Pipeline
+
+        return Pipeline([self])(exported)
+
+
+class GraphPass(Pass, PassBase):
+    """A pass that touches no weight: usable in ``torch.fx.passes.infra.pass_manager.PassManager`` as well.
+
+    There its precondition is a graph of ATen operators whose placeholders carry ``node.meta["val"]``, as ``torch.export`` makes them.
+    """
+
+    @overload
+    def __call__(self, given: ExportedProgram) -> ExportedProgram: ...
+    @overload
+    def __call__(self, given: fx.GraphModule) -> PassResult: ...
+    def __call__(self, given: Any) -> Any:
+        """Rewrite an exported program, or a graph module into a ``PassResult``.
+
+        Raises:
+            VerificationError: names the pass and the node.
+        """
+        return Pass.__call__(self, given) if isinstance(given, ExportedProgram) else PassBase.__call__(self, given)
+
+    def requires(self, graph_module: fx.GraphModule) -> None:
+        for node in graph_module.graph.nodes:
+            if node.op in ("call_module", "call_method"):
+                raise VerificationError(f"pass '{self.name}' failed: node '{node.name}' is a {node.op}; pass a graph of operators, as torch.export makes it")
+            if node.op == "placeholder" and "val" not in node.meta:
+                raise VerificationError(f"pass '{self.name}' failed: node '{node.name}' has no recorded value in node.meta['val']; export the model first")
+
+    def call(self, graph_module: fx.GraphModule) -> PassResult:
+        program = Program(graph_module, CallSignature(inspect.Signature(), (), {}), ((), {}))
+        try:
+            rewritten = self.rewrite(program, analysis_for(program, self.removal))
+        except FaspError as error:
+            raise VerificationError(f"pass '{self.name}' failed: {error}") from error
+        rewritten.module.recompile()
+        return PassResult(rewritten.module, rewritten is not program)
+
+
+def analysis_for(program: Program, removal: PruningPlan | np.ndarray | None, split: Callable[[Program, Analysis], Program | None] | None = None) -> Analysis:
+    """The analysis under which a removal speaks of a program; ``split`` as for :func:`~fasp_fx.analysis.analyze_program`."""
+    from fasp_fx.plan import PruningPlan
+
+    if isinstance(removal, PruningPlan):
+        return analyze_program(program, split, removal.granularity, removal.include)
+    return analyze_program(program, split)
+
+
+__all__ = ["WRITTEN_BY", "GraphPass", "Pass", "analysis_for", "stamp"]

@@ -2,11 +2,35 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import numpy as np
 import torch
 
 from fasp_fx.channels import Value
 from fasp_fx.errors import VerificationError
+from fasp_fx.plan import PruningPlan, gone_of
+
+if TYPE_CHECKING:
+    from fasp_fx._program import Program
+    from fasp_fx.analysis import Analysis
+
+
+def gone_from(removal: PruningPlan | np.ndarray, program: Program, analysis: Analysis) -> np.ndarray:
+    """For every channel number of the analysis, whether the removal takes it; weights that a foreign pass brought go with the channels they met.
+
+    Raises:
+        VerificationError: channels of the program are gone already.
+        PlanError: the plan does not fit (see :func:`fasp_fx.plan.gone_of`).
+    """
+    for name, numbers in program.numbers.items():
+        for dim, own in enumerate(numbers):
+            slot = analysis.numbering.get(name, dim)
+            if own is not None and slot is not None and own.numel() < slot.size:
+                raise VerificationError(f"channels of '{name}' are gone already; this pass comes before any removal, and a removal comes once")
+    gone = gone_of(removal, analysis) if isinstance(removal, PruningPlan) else removal
+    sets = analysis.labels[: len(gone)][gone]
+    return np.concatenate([gone, np.isin(analysis.labels[len(gone) :], sets)])
 
 
 class Kept:

@@ -8,17 +8,17 @@ were never coupled.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import numpy as np
 from torch import Tensor, fx
 
-from fasp_fx.channels import Interpreter, Remark, Walk, results
+from fasp_fx.channels import Interpreter, Numbering, Remark, Walk, results
 from fasp_fx.errors import VerificationError
 
 if TYPE_CHECKING:
     from fasp_fx._program import Program
-    from fasp_fx.analysis import Analysis
+    from fasp_fx.analysis import Analysis, Pairs
 
 
 def verify(program: Program, reference: Analysis) -> Walk:
@@ -30,25 +30,44 @@ def verify(program: Program, reference: Analysis) -> Walk:
     Raises:
         VerificationError: names the node and what differs.
     """
+    walk = walk_strictly(program, reference, reference.numbering)
+    hold(walk, program, reference)
+    program.walked = (program.module, reference, walk)
+    return walk
+
+
+def walk_of(program: Program, reference: Analysis) -> Walk:
+    """The interpretation of a program on the numbers of ``reference``, which it is held against."""
+    if program.module is reference.program.module and reference.known is None:
+        return reference.walk
+    if program.walked is not None and program.walked[0] is program.module and program.walked[1] is reference:
+        return cast(Walk, program.walked[2])
+    return verify(program, reference)
+
+
+def walk_strictly(program: Program, reference: Analysis, numbering: Numbering, grows: bool = False) -> Walk:
+    """Interpret a rewritten program; ``grows``: weights that were not there before get numbers of their own, else they are refused."""
     before = reference.program
-    walk = Interpreter(
+    return Interpreter(
         program.module,
-        reference.numbering,
+        numbering,
         program.canonical(),
         before.state_inputs,
         before.state_outputs,
         overrides=program.numbers,
         strict=True,
+        grows=grows,
     ).run(reference.walk.sizes.small)
-    labels, last = reference.labels, _last_ones(program, reference)
-    for first, second, node in walk.facts.pairs:
-        wrong = np.nonzero((labels[first] != labels[second]) & ~np.isin(labels[first], last) & ~np.isin(labels[second], last))[0]
-        if wrong.size:
-            a, b = reference.numbering.slot_of(int(first[wrong[0]])), reference.numbering.slot_of(int(second[wrong[0]]))
-            raise VerificationError(
-                f"node '{node.name}' ({node.target}) brings together channel {int(first[wrong[0]]) - a.base} of {a} and channel "
-                f"{int(second[wrong[0]]) - b.base} of {b}, which were not coupled before"
-            )
+
+
+def hold(walk: Walk, program: Program, reference: Analysis) -> None:
+    """Compare what a rewritten program does with what its origin did.
+
+    Raises:
+        VerificationError: names the node and what differs.
+    """
+    labels, last = reference.labels, np.concatenate([last_ones(program, reference), reference.fresh()])
+    meet(walk.facts.pairs, labels, last, reference.numbering)
     known = reference.walk.facts
     for kind, found, allowed in (
         ("froze", walk.facts.frozen, known.frozen),
@@ -57,10 +76,25 @@ def verify(program: Program, reference: Analysis) -> Walk:
     ):
         _subset(kind, found, allowed, labels, last)
     _same_outputs(walk, reference, program)
-    return walk
 
 
-def _last_ones(program: Program, reference: Analysis) -> np.ndarray:
+def meet(pairs: Pairs, labels: np.ndarray, last: np.ndarray, numbering: Numbering) -> None:
+    """Only channels of one set may meet.
+
+    Raises:
+        VerificationError: names the node and the channels.
+    """
+    for first, second, node in pairs:
+        wrong = np.nonzero((labels[first] != labels[second]) & ~np.isin(labels[first], last) & ~np.isin(labels[second], last))[0]
+        if wrong.size:
+            a, b = numbering.slot_of(int(first[wrong[0]])), numbering.slot_of(int(second[wrong[0]]))
+            raise VerificationError(
+                f"node '{node.name}' ({node.target}) brings together channel {int(first[wrong[0]]) - a.base} of {a} and channel "
+                f"{int(second[wrong[0]]) - b.base} of {b}, which were not coupled before"
+            )
+
+
+def last_ones(program: Program, reference: Analysis) -> np.ndarray:
     """The channel sets that are the only ones left of their block.
 
     A dimension of one position, or of one channel repeated, looks like a dimension without channels, and what is left of a box of which one

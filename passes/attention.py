@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from ._base import stamp
-from ._verify import verify
+from ._base import GraphPass, stamp
+from ._verify import walk_of
 
 if TYPE_CHECKING:
     from fasp_fx._program import Program
@@ -18,46 +18,43 @@ if TYPE_CHECKING:
 _ATTENTION = torch.ops.aten.scaled_dot_product_attention.default
 
 
-class PinAttentionScale:
+class PinAttentionScale(GraphPass):
     """Write out attention's implicit scale, 1/√(head width), before the width changes.
 
-    Postcondition: every fused attention has an explicit ``scale``.
+    Precondition: query heads have the width that the scale is meant for; :class:`RemoveChannels` refuses to narrow those without an explicit scale.
+    Postcondition: every fused attention has an explicit ``scale``; the results are the same.
     """
 
     name = "pin_attention_scale"
 
-    def __init__(self, analysis: Analysis) -> None:
-        self.analysis = analysis
-
-    def __call__(self, program: Program) -> Program:
-        if not any(node.kwargs.get("scale") is None for node in program.module.graph.find_nodes(op="call_function", target=_ATTENTION)):
+    def rewrite(self, program: Program, analysis: Analysis) -> Program:
+        implicit = [node for node in program.module.graph.find_nodes(op="call_function", target=_ATTENTION) if node.kwargs.get("scale") is None]
+        if not implicit:
             return program
-        widths = {
-            n.name: self.analysis.walk.executed[n.args[0]].shape[-1]
-            for n in self.analysis.program.module.graph.find_nodes(op="call_function", target=_ATTENTION)
-        }
+        walk = walk_of(program, analysis)
+        widths = {node.name: _width(walk.executed[node.args[0]]) for node in implicit}
         program = program.copy()
         for node in program.module.graph.find_nodes(op="call_function", target=_ATTENTION):
-            if node.kwargs.get("scale") is None and node.name in widths:
+            if node.name in widths:
                 node.update_kwarg("scale", 1.0 / math.sqrt(widths[node.name]))
                 stamp(node, self.name)
         return program
 
 
-class PadValueHeads:
+class PadValueHeads(GraphPass):
     """Pad value heads with zeros to the width of the query heads, and slice the result.
 
     Fused attention kernels want query, key and value heads of one width; a narrower value leaves them for a slower path.
+    Precondition: none; it comes last, once the widths are settled.
     Postcondition: every fused attention has equal widths; the results are those of the unpadded program.
     """
 
     name = "pad_value_heads"
 
-    def __init__(self, analysis: Analysis) -> None:
-        self.analysis = analysis
-
-    def __call__(self, program: Program) -> Program:
-        walk = verify(program, self.analysis)
+    def rewrite(self, program: Program, analysis: Analysis) -> Program:
+        if not program.module.graph.find_nodes(op="call_function", target=_ATTENTION):
+            return program
+        walk = walk_of(program, analysis)
         narrow = {
             node.name: (_width(walk.executed[node.args[0]]), _width(walk.executed[node.args[2]]))
             for node in program.module.graph.find_nodes(op="call_function", target=_ATTENTION)

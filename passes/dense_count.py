@@ -12,64 +12,68 @@ import numpy as np
 import torch
 from torch import fx
 
-from fasp_fx.channels import Value, arguments
+from fasp_fx.channels import Value, Walk, arguments
 
-from ._base import stamp
-from ._kept import Kept
+from ._base import GraphPass, stamp
+from ._kept import Kept, gone_from
+from ._verify import walk_of
 
 if TYPE_CHECKING:
     from fasp_fx._program import Program
     from fasp_fx.analysis import Analysis
+    from fasp_fx.plan import PruningPlan
 
 _ATEN = torch.ops.aten
 
 
-class KeepDenseCount:
-    """Precondition: the program is the one that ``analysis`` was made of, before channels are removed.
+class KeepDenseCount(GraphPass):
+    """Precondition: no channel has been removed yet.
 
-    Postcondition: with the channels of ``gone`` removed, means, layer norms and norms by mean squares over them divide by the dense count. Other
+    Postcondition: with the channels of ``removal`` removed, means, layer norms and norms by mean squares over them divide by the dense count. Other
     operators that mix channels (softmax, group norm) work on what is left.
 
     Args:
-        analysis: the analysis of the program.
-        gone: boolean, one entry per channel number.
+        removal: a plan, or a boolean for each channel number of the analysis.
     """
 
     name = "keep_dense_count"
 
-    def __init__(self, analysis: Analysis, gone: np.ndarray) -> None:
-        self.analysis, self.kept = analysis, Kept(gone)
+    def __init__(self, removal: PruningPlan | np.ndarray) -> None:
+        self.removal: PruningPlan | np.ndarray = removal
 
-    def __call__(self, program: Program) -> Program:
-        shares = {node.name: share for node in self.analysis.program.module.graph.nodes if (share := self._share(node)) != 1.0}
+    def rewrite(self, program: Program, analysis: Analysis) -> Program:
+        kept, walk = Kept(gone_from(self.removal, program, analysis)), walk_of(program, analysis)
+        shares = {node.name: share for node in program.module.graph.nodes if (share := _share(node, kept, walk)) != 1.0}
         if not shares:
             return program
+        dtypes = {node.name: walk.executed[node.all_input_nodes[0]].dtype for node in program.module.graph.nodes if node.name in shares}
         program = program.copy()
         for node in list(program.module.graph.nodes):
             if node.name in shares:
-                _REWRITES[node.target](program.module.graph, node, shares[node.name], self.name)
+                _REWRITES[node.target](program.module.graph, node, shares[node.name], dtypes[node.name], self.name)
         return program
 
-    def _share(self, node: fx.Node) -> float:
-        """The share of positions that stay, of those over which the node takes a mean; 1 for other nodes."""
-        if node.op != "call_function" or node.target not in _REWRITES:
-            return 1.0
-        given = arguments(node)
-        source = self.analysis.walk.values.get(next(iter(given.values())))
-        if not isinstance(source, Value):
-            return 1.0
-        rank = len(source.shape)
-        if node.target is _ATEN.mean.dim:
-            dims = [dim % rank for dim in given["dim"]] if given["dim"] else list(range(rank))
-        else:
-            dims = list(range(rank - len(given["normalized_shape"]), rank))
-        share = 1.0
-        for dim in dims:
-            share *= self.kept.size(source, dim) / source.shape[dim]
-        return share
+
+def _share(node: fx.Node, kept: Kept, walk: Walk) -> float:
+    """The share of positions that stay, of those over which the node takes a mean; 1 for other nodes."""
+    if node.op != "call_function" or node.target not in _REWRITES:
+        return 1.0
+    given = arguments(node)
+    source = walk.values.get(next(iter(given.values())))
+    if not isinstance(source, Value):
+        return 1.0
+    rank = len(source.shape)
+    if node.target is _ATEN.mean.dim:
+        dims = [dim % rank for dim in given["dim"]] if given["dim"] else list(range(rank))
+    else:
+        dims = list(range(rank - len(given["normalized_shape"]), rank))
+    share = 1.0
+    for dim in dims:
+        share *= kept.size(source, dim) / source.shape[dim]
+    return share
 
 
-def _mean(graph: fx.Graph, node: fx.Node, share: float, name: str) -> None:
+def _mean(graph: fx.Graph, node: fx.Node, share: float, dtype: torch.dtype, name: str) -> None:
     with graph.inserting_after(node):
         scaled = stamp(graph.call_function(_ATEN.mul.Tensor, (node, share)), name, node)
     node.replace_all_uses_with(scaled, delete_user_cb=lambda user: user is not scaled)
@@ -86,10 +90,10 @@ class _Writer:
             return stamp(self.graph.call_function(operator, args), self.name, self.before)
 
 
-def _layer_norm(graph: fx.Graph, node: fx.Node, share: float, name: str) -> None:
+def _layer_norm(graph: fx.Graph, node: fx.Node, share: float, dtype: torch.dtype, name: str) -> None:
     given, write = arguments(node), _Writer(graph, node, name)
     dims = list(range(-len(given["normalized_shape"]), 0))
-    wide, narrow = _widened(write, given["input"])
+    wide, narrow = _widened(write, given["input"], dtype)
     mean = write(_ATEN.mul.Tensor, write(_ATEN.mean.dim, wide, dims, True), share)
     centred = write(_ATEN.sub.Tensor, wide, mean)
     square = write(_ATEN.mul.Tensor, write(_ATEN.mean.dim, write(_ATEN.mul.Tensor, centred, centred), dims, True), share)
@@ -98,19 +102,18 @@ def _layer_norm(graph: fx.Graph, node: fx.Node, share: float, name: str) -> None
     _finish(write, node, result, given, narrow)
 
 
-def _rms_norm(graph: fx.Graph, node: fx.Node, share: float, name: str) -> None:
+def _rms_norm(graph: fx.Graph, node: fx.Node, share: float, dtype: torch.dtype, name: str) -> None:
     given, write = arguments(node), _Writer(graph, node, name)
     dims = list(range(-len(given["normalized_shape"]), 0))
-    eps = given["eps"] if given["eps"] is not None else torch.finfo(given["input"].meta["val"].dtype).eps
-    wide, narrow = _widened(write, given["input"])
+    eps = given["eps"] if given["eps"] is not None else torch.finfo(dtype).eps
+    wide, narrow = _widened(write, given["input"], dtype)
     square = write(_ATEN.mul.Tensor, write(_ATEN.mean.dim, write(_ATEN.mul.Tensor, wide, wide), dims, True), share)
     result = write(_ATEN.mul.Tensor, wide, write(_ATEN.rsqrt.default, write(_ATEN.add.Tensor, square, eps)))
     _finish(write, node, result, given, narrow)
 
 
-def _widened(write: _Writer, source: fx.Node) -> tuple[fx.Node, torch.dtype | None]:
+def _widened(write: _Writer, source: fx.Node, dtype: torch.dtype) -> tuple[fx.Node, torch.dtype | None]:
     """The input in at least float32, as the fused operators compute, and its own type if that is narrower."""
-    dtype = source.meta["val"].dtype
     if dtype not in (torch.float16, torch.bfloat16):
         return source, None
     return write(_ATEN.to.dtype, source, torch.float32), dtype

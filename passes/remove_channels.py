@@ -11,40 +11,47 @@ import torch
 from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
-from fasp_fx.channels import Slot, Value, arguments, attribute, set_argument
+from fasp_fx.channels import Numbering, Slot, Value, Walk, arguments, attribute, set_argument
 from fasp_fx.errors import VerificationError
 from fasp_fx.patterns import Clause, lookup
 
-from ._base import stamp
-from ._kept import Kept
+from ._base import Pass, stamp
+from ._kept import Kept, gone_from
+from ._verify import walk_of
 
 if TYPE_CHECKING:
     from fasp_fx._program import Program
     from fasp_fx.analysis import Analysis
+    from fasp_fx.plan import PruningPlan
+
+_ATTENTION = torch.ops.aten.scaled_dot_product_attention.default
 
 
-class RemoveChannels:
-    """Precondition: the program is the one that ``analysis`` was made of, up to passes that keep every weight.
+class RemoveChannels(Pass):
+    """Precondition: no channel has been removed yet; attention whose query heads get narrower has its scale pinned (:class:`PinAttentionScale`). Where
+    the removal mixes channels (``include=("approximate",)``), :class:`KeepDenseCount` has run, or means are taken over what is left.
 
-    Postcondition: no weight and no input that holds state holds a channel of ``gone``; every node executes at the new sizes.
+    Postcondition: no weight and no input that holds state holds a channel of ``removal``; every node executes at the new sizes.
 
     Args:
-        analysis: the analysis of the program.
-        gone: boolean, one entry per channel number, constant within each channel set.
+        removal: a plan, or a boolean for each channel number of the analysis, constant within each channel set.
     """
 
     name = "remove_channels"
 
-    def __init__(self, analysis: Analysis, gone: np.ndarray) -> None:
-        self.analysis, self.gone = analysis, gone
+    def __init__(self, removal: PruningPlan | np.ndarray) -> None:
+        self.removal: PruningPlan | np.ndarray = removal
 
-    def __call__(self, program: Program) -> Program:
-        if not self.gone.any():
+    def rewrite(self, program: Program, analysis: Analysis) -> Program:
+        gone = gone_from(self.removal, program, analysis)
+        if not gone.any():
             return program
+        walk, old = walk_of(program, analysis), program.module.graph
         program = program.copy()
-        _resize(program.module, self.analysis, Kept(self.gone), self.name)
-        _cut_weights(program, self.analysis, self.gone)
-        _cut_inputs(program, self.analysis, self.gone)
+        originals = dict(zip(program.module.graph.nodes, old.nodes, strict=True))
+        _resize(program.module, originals, walk, Kept(gone), self.name)
+        _cut_weights(program, analysis, gone)
+        _cut_inputs(program, analysis, gone)
         return program
 
 
@@ -77,33 +84,39 @@ def _cut_input(example: Tensor, slot: Slot, keep: Tensor) -> tuple[Tensor, Tenso
 
 def _cut_weights(program: Program, analysis: Analysis, gone: np.ndarray) -> None:
     by_name: dict[str, list[Slot]] = {}
+    held = program.weights()
     for slot in analysis.numbering.slots:
+        if analysis.numbering.get(slot.name, slot.dim) is not slot:
+            continue  # of a node that a foreign pass has replaced
         if slot.kind == "created" and gone[slot.base : slot.base + slot.size].any():
             left = program.numbers.setdefault(slot.name, [])
             left.extend([None] * (slot.dim + 1 - len(left)))
             left[slot.dim] = torch.from_numpy(np.flatnonzero(~gone[slot.base : slot.base + slot.size])) + slot.base
-        if slot.kind == "weight" and gone[slot.base : slot.base + slot.size].any():
+        if slot.kind == "weight" and slot.name in held and gone[slot.base : slot.base + slot.size].any():
             by_name.setdefault(slot.name, []).append(slot)
     aliases = program.aliases()
     for name, slots in by_name.items():
-        weight = attribute(program.module, name)
-        numbers: list[Tensor | None] = [analysis.numbering.numbers(name, dim) for dim in range(weight.dim())]
-        with torch.no_grad():
-            cut = weight.detach()
-            for slot in sorted(slots, key=lambda slot: slot.block_dim is None):  # blocks are those of the whole weight: they are cut first
-                keep = torch.from_numpy(~gone[slot.base : slot.base + slot.size])
-                if slot.block_dim is None:
-                    kept = keep.nonzero()[:, 0]
-                    cut, numbers[slot.dim] = cut.index_select(slot.dim, kept.to(cut.device)), kept + slot.base
-                else:
-                    cut, numbers[slot.dim] = _cut_blocks(cut, slot, keep)
-        for dim, own in enumerate(numbers):
-            divided = analysis.numbering.get(name, dim)
-            divider = next((slot for slot in slots if divided is not None and slot.dim == divided.block_dim), None)
-            if own is not None and divided is not None and divider is not None and divided.blocks == divider.size:  # blocks that went as a whole
-                numbers[dim] = own[torch.from_numpy(~gone[divider.base : divider.base + divider.size])]
+        cut, numbers = cut_weight(name, attribute(program.module, name).detach(), slots, analysis.numbering, gone)
         program.replace_weight(aliases.get(name, [name]), cut)
         program.numbers[name] = numbers
+
+
+def cut_weight(name: str, weight: Tensor, slots: list[Slot], numbering: Numbering, gone: np.ndarray) -> tuple[Tensor, list[Tensor | None]]:
+    """What is left of one weight (differentiably), and of the numbers along each of its dimensions; ``slots``: its dimensions that lose channels."""
+    cut, numbers = weight, [numbering.numbers(name, dim) for dim in range(weight.dim())]
+    for slot in sorted(slots, key=lambda slot: slot.block_dim is None):  # blocks are those of the whole weight: they are cut first
+        keep = torch.from_numpy(~gone[slot.base : slot.base + slot.size])
+        if slot.block_dim is None:
+            kept = keep.nonzero()[:, 0]
+            cut, numbers[slot.dim] = cut.index_select(slot.dim, kept.to(cut.device)), kept + slot.base
+        else:
+            cut, numbers[slot.dim] = _cut_blocks(cut, slot, keep)
+    for dim, own in enumerate(numbers):
+        divided = numbering.get(name, dim)
+        divider = next((slot for slot in slots if divided is not None and slot.dim == divided.block_dim), None)
+        if own is not None and divided is not None and divider is not None and divided.blocks == divider.size:  # blocks that went as a whole
+            numbers[dim] = own[torch.from_numpy(~gone[divider.base : divider.base + divider.size])]
+    return cut, numbers
 
 
 def _cut_blocks(weight: Tensor, slot: Slot, keep: Tensor) -> tuple[Tensor, Tensor]:
@@ -121,13 +134,12 @@ def _cut_blocks(weight: Tensor, slot: Slot, keep: Tensor) -> tuple[Tensor, Tenso
     return cut, left + slot.base + torch.arange(slot.blocks)[:, None] * rows.shape[1]
 
 
-def _resize(module: fx.GraphModule, analysis: Analysis, kept: Kept, name: str) -> None:
-    walk = analysis.walk
-    originals = dict(zip((node.name for node in analysis.program.module.graph.nodes), analysis.program.module.graph.nodes, strict=True))
-    for node in list(module.graph.nodes):
-        old = originals.get(node.name)
-        if old is None or node.op != "call_function":
+def _resize(module: fx.GraphModule, originals: dict[fx.Node, fx.Node], walk: Walk, kept: Kept, name: str) -> None:
+    for node, old in originals.items():
+        if node.op != "call_function":
             continue
+        if node.target is _ATTENTION and node.kwargs.get("scale") is None:
+            _keep_scale(node, walk.values.get(old.all_input_nodes[0]), kept)
         if not _clauses(node):
             continue
         results = walk.values.get(old)
@@ -145,6 +157,12 @@ def _resize(module: fx.GraphModule, analysis: Analysis, kept: Kept, name: str) -
             rewrite = _REWRITES.get(clause.keyword)
             if rewrite is not None and rewrite(node, clause, source, outputs, kept):
                 stamp(node, name)
+
+
+def _keep_scale(node: fx.Node, query: object, kept: Kept) -> None:
+    """Refuse to change an implicit scale."""
+    if isinstance(query, Value) and kept.size(query, len(query.shape) - 1) != query.shape[-1]:
+        raise VerificationError(f"the query heads of '{node.name}' would get narrower, and its implicit scale larger; run PinAttentionScale before")
 
 
 def _creates(node: fx.Node) -> bool:

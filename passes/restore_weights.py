@@ -6,11 +6,16 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
+from fasp_fx.errors import VerificationError
+
+from ._base import Pass
+
 if TYPE_CHECKING:
     from fasp_fx._program import Program
+    from fasp_fx.analysis import Analysis
 
 
-class RestoreWeights:
+class RestoreWeights(Pass):
     """Precondition: the restored weights have the captured shapes; columns to be removed may hold anything.
 
     Postcondition: the graph is unchanged; the named weights hold the given values, under all their names.
@@ -24,11 +29,14 @@ class RestoreWeights:
     def __init__(self, restored: dict[str, Tensor]) -> None:
         self.restored = restored
 
-    def __call__(self, program: Program) -> Program:
+    def rewrite(self, program: Program, analysis: Analysis) -> Program:
         if not self.restored:
             return program
         program = program.copy()
-        aliases = program.aliases()
+        aliases, weights = program.aliases(), program.weights()
         for name, value in self.restored.items():
+            if name not in aliases or value.shape != weights[name].shape:
+                found = f"has shape {tuple(weights[name].shape)} there" if name in weights else "is not a weight of the program"
+                raise VerificationError(f"the restored weight '{name}' of shape {tuple(value.shape)} {found}; restored weights have the dense shapes")
             program.replace_weight(aliases[name], value)
         return program

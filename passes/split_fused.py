@@ -18,7 +18,7 @@ from fasp_fx._program import Program, RowPart, set_weight
 from fasp_fx.channels import Axis, Use, Value, arguments, attribute, run_on_numbers, target_name
 from fasp_fx.patterns import lookup
 
-from ._base import stamp
+from ._base import Pass, stamp
 
 if TYPE_CHECKING:
     from fasp_fx.analysis import Analysis
@@ -35,26 +35,27 @@ class _Part:
     sources: tuple[int | None, ...]  # per dimension: a leading dimension of the product, -1 for channels, None for size 1
 
 
-class SplitFusedProducers:
-    """Precondition: ``analysis`` is that of the program.
+class SplitFusedProducers(Pass):
+    """Precondition: the analysis is that of the program: no pass has run before.
 
     Postcondition: the split weights are gone; their parts, named ``<weight>_0``, ``<weight>_1`` …, are recorded in ``program.parts``. A
     product whose parts cannot be told apart is left alone, and its groups stay frozen.
     """
 
     name = "split_fused_producers"
+    renumbers = True
 
-    def __init__(self, analysis: Analysis) -> None:
-        self.analysis = analysis
-
-    def __call__(self, program: Program) -> Program:
-        plans = [plan for plan in (self._plan(use) for use in self._fused()) if plan is not None]
+    def rewrite(self, program: Program, analysis: Analysis) -> Program:
+        if not analysis.conflicts:
+            return program
+        splitter = _Splitter(analysis, self.name)
+        plans = [plan for plan in (splitter.plan(use) for use in splitter.fused()) if plan is not None]
         if not plans:
             return program
         program = program.copy()
         nodes = {node.name: node for node in program.module.graph.nodes}
         for use, chain, parts in plans:
-            self._split(program, nodes, use, chain, parts)
+            splitter.split(program, nodes, use, chain, parts)
         split = {name for use, chain, _ in plans for name in _weights_of(chain, use)}
         # A node without users can be a second name of a tied weight, which must stay.
         program.module.graph.eliminate_dead_code(lambda node: node.is_impure() or (node.op == "get_attr" and node.target not in split))
@@ -62,9 +63,21 @@ class SplitFusedProducers:
             _delete_unused(program, name)
         return program
 
+
+class _Splitter:
+    """Finds the products that can be split, and splits them.
+
+    Args:
+        analysis: of the program.
+        name: of the pass.
+    """
+
+    def __init__(self, analysis: Analysis, name: str) -> None:
+        self.analysis, self.name = analysis, name
+
     # --- finding
 
-    def _fused(self) -> list[Use]:
+    def fused(self) -> list[Use]:
         """The products whose rows are part of a conflict."""
         stuck = np.unique(np.concatenate([conflict.classes for conflict in self.analysis.conflicts]))
         found = []
@@ -75,7 +88,7 @@ class SplitFusedProducers:
                 found.append(use)
         return found
 
-    def _plan(self, use: Use) -> tuple[Use, list[fx.Node], list[_Part]] | None:
+    def plan(self, use: Use) -> tuple[Use, list[fx.Node], list[_Part]] | None:
         canonical = self.analysis.program.canonical()
         users = [n for n in self.analysis.program.module.graph.find_nodes(op="get_attr") if canonical[n.target] == use.weight]
         value = self.analysis.walk.values[use.node]
@@ -145,7 +158,7 @@ class SplitFusedProducers:
 
     # --- rewriting
 
-    def _split(self, program: Program, nodes: dict[str, fx.Node], use: Use, chain: list[fx.Node], parts: list[_Part]) -> None:
+    def split(self, program: Program, nodes: dict[str, fx.Node], use: Use, chain: list[fx.Node], parts: list[_Part]) -> None:
         graph = program.module.graph
         base_of_weight = self.analysis.numbering.slot_of(int(parts[0].rows.min())).base
         for index, part in enumerate(parts):

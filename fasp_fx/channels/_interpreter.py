@@ -56,6 +56,8 @@ class Interpreter:
         canonical: for each name of a weight, the name under which its storage is known (tied weights share one).
         state: placeholders and output positions that may become narrower.
         overrides: for weights already rewritten, the original numbers along each dimension.
+        strict: whatever does not execute, has no numbers or does not fit its rule is an error.
+        grows: weights without numbers get numbers of their own even so.
         heads: note which channels belong to one head, wherever two activations are contracted head by head.
     """
 
@@ -69,10 +71,11 @@ class Interpreter:
         overrides: dict[str, list[Tensor | None]] | None = None,
         strict: bool = False,
         heads: bool = False,
+        grows: bool = False,
     ) -> None:
         self.module, self.numbering, self.canonical = module, numbering, canonical
         self.state_inputs, self.state_outputs = state_inputs, state_outputs
-        self.overrides, self.strict, self.heads = overrides or {}, strict, heads
+        self.overrides, self.strict, self.heads, self.grows = overrides or {}, strict, heads, grows
 
     def run(self, small: bool | None = None) -> Walk:
         """Walk the graph once.
@@ -111,7 +114,7 @@ class Interpreter:
             given = self.overrides[name][dim] if name in self.overrides and dim < len(self.overrides[name]) else None
             if given is None:
                 slot = self.numbering.get(name, dim)
-                if slot is None and self.strict:
+                if slot is None and self.strict and not self.grows:
                     raise VerificationError(f"'{name}' has {shape[dim]} channels along dimension {dim} that were not there before")
                 slot = slot or self.numbering.add(name, dim, shape[dim], kind)
                 given = slot.numbers()

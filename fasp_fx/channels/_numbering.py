@@ -69,7 +69,18 @@ class Numbering:
 
     def speaking(self, numbers: Tensor) -> Tensor:
         """The numbers that speak for these."""
-        return numbers if self.representative is None else self.representative[numbers]
+        if self.representative is None:
+            return numbers
+        if len(self.representative) < self.total:  # numbers handed out later speak for themselves
+            self.representative = torch.cat([self.representative, torch.arange(len(self.representative), self.total)])
+        return self.representative[numbers]
+
+    def open(self, blocked: Mapping[tuple[str, int], tuple[int, int]] | None = None) -> Numbering:
+        """A copy that can grow without changing this one; what nodes create is numbered anew, since a rewritten graph has other nodes."""
+        copy = Numbering({**self.blocked, **(blocked or {})})
+        copy.representative, copy.slots, copy.total = self.representative, list(self.slots), self.total
+        copy._index = {place: slot for place, slot in self._index.items() if slot.kind != "created"}
+        return copy
 
     def slot_ids(self, numbers: np.ndarray) -> np.ndarray:
         """The index in ``slots`` of each number."""

@@ -168,11 +168,11 @@ def _one_block(find_blocks: Any) -> Any:
 
 
 def _transposed(call: Any) -> Any:
-    def wrong(self: Any, program: Any) -> Any:
+    def wrong(self: Any, program: Any, analysis: Any) -> Any:
         self.restored = {
             name: value.t().contiguous() if value.dim() == 2 and value.shape[0] == value.shape[1] else value for name, value in self.restored.items()
         }
-        return call(self, program)
+        return call(self, program, analysis)
 
     return wrong
 
@@ -248,7 +248,7 @@ MUTANTS: tuple[Mutant, ...] = (
         ("ties", "mask-exact"),
     ),
     Mutant("a scale pinned at the wrong width", _scale_of_next_width, HEADS),
-    Mutant("restored weights transposed", attribute(fasp_fx.passes.RestoreWeights, "__call__", _transposed), SQUARE, ("restored",)),
+    Mutant("restored weights transposed", attribute(fasp_fx.passes.RestoreWeights, "rewrite", _transposed), SQUARE, ("restored",)),
     # plans and results
     Mutant("plans renumbered off by one", attribute(fasp_fx.plan, "_renumber", _shifted), Net((Linear(12), Activation(), Linear(2))), ("steps",), seed=3),
     Mutant("a plan that says less than was done", attribute(fasp_fx.plan, "planned", _short_plan), CHAIN, ("plan",)),

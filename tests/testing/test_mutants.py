@@ -10,8 +10,8 @@ import torch
 from conftest import PROFILE
 from mutants import MUTANTS, Mutant
 
-import fasp_fx.passes._base
-import fasp_fx.passes.attention
+import fasp_fx.passes._pipeline
+import fasp_fx.passes._verify
 from fasp_fx.channels import Interpreter
 from fasp_fx.testing import CheckFailed, build, check_program, check_rule, example
 
@@ -60,8 +60,8 @@ def test_caught(mutant: Mutant, monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("mutant", ORACLE if PROFILE == "slow" else ORACLE[::2], ids=str)
 def test_caught_without_the_verifier(mutant: Mutant, monkeypatch: pytest.MonkeyPatch) -> None:
     mutant.patch(monkeypatch)
-    monkeypatch.setattr(fasp_fx.passes._base, "verify", _unverified)
-    monkeypatch.setattr(fasp_fx.passes.attention, "verify", _unverified)
+    monkeypatch.setattr(fasp_fx.passes._pipeline, "verify", _unverified)
+    monkeypatch.setattr(fasp_fx.passes._verify, "verify", _unverified)
     found = fault(mutant)
     assert found is not None
     assert "VerificationError" not in found

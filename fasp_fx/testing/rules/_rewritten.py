@@ -58,7 +58,7 @@ def rewritten(rule: Rule, call: Call, results: list[Tensor], draw: Draw) -> Outc
     gone = chosen[analysis.labels]
     plan = PruningPlan("", tuple(entry for entry in planned(analysis.chosen, gone, analysis) if entry.removed_sets), 0.0)
     try:
-        small = RemoveChannels(analysis, gone)(program)
+        small = RemoveChannels(gone).rewrite(program, analysis)
         with torch.no_grad():
             found = [fx.Interpreter(small.module).run(x) for x in inputs]
     except FaspError as problem:

@@ -1,0 +1,168 @@
+"""A pass of somebody else's as a step of our pipeline."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch.export import ExportedProgram
+from torch.fx.passes.infra.pass_base import PassResult
+from torch.utils import _pytree as pytree
+
+from fasp_fx._program import Program, graph_module
+from fasp_fx._result import finish
+from fasp_fx.analysis import Analysis
+from fasp_fx.capture import export_again, is_plain_graph, recapture
+from fasp_fx.errors import ArgumentError, FaspError, VerificationError, first_line
+
+from ._base import WRITTEN_BY, stamp
+from ._extend import extend
+from ._record import record
+
+
+@dataclass(frozen=True)
+class Foreign:
+    """A foreign pass: a ``PassBase``, or a function of a ``GraphModule`` or of an ``ExportedProgram``.
+
+    A graph pass is given a copy of the program as a graph of ATen operators, with weights as ``get_attr`` nodes and up-to-date ``node.meta["val"]``; it
+    changes the copy, or returns a ``GraphModule`` or a ``PassResult``.
+
+    Precondition of what it does: a weight that keeps its name keeps its shape and the meaning of its rows and columns (new values are its own affair); a
+    weight laid out otherwise gets another name. Postcondition: see :class:`~fasp_fx.passes.Pipeline`.
+
+    Attributes:
+        call: the pass.
+        exported: whether it takes an ``ExportedProgram``; ``None``: if its first parameter is annotated so.
+        title: its name; ``None``: its own.
+    """
+
+    call: Callable[[Any], Any]
+    exported: bool | None = None
+    title: str | None = None
+
+    def __post_init__(self) -> None:
+        if not callable(self.call):
+            raise ArgumentError(f"{self.call!r} is not a pass; pass one of fasp_fx.passes, a PassBase, or a function of a GraphModule or of an ExportedProgram")
+
+    @property
+    def name(self) -> str:
+        """The name in messages and stamps."""
+        call = self.call
+        while isinstance(call, functools.partial):
+            call = call.func
+        return self.title or getattr(call, "__name__", None) or type(call).__name__
+
+    def run(self, program: Program, analysis: Analysis, tolerance: float | None) -> tuple[Program, Analysis]:
+        """The rewritten program, and the analysis with the weights it brought.
+
+        Raises:
+            VerificationError: the pass failed, or its program is not the one it was given; names the node.
+        """
+        rewritten = self._on_exported(program) if self._takes_exported() else self._on_graph(program)
+        rewritten.numbers.update({name: numbers for name, numbers in program.numbers.items() if name in rewritten.weights()})
+        extended = extend(rewritten, analysis)
+        if tolerance != 0:
+            _same_values(program, rewritten, tolerance)
+        return rewritten, extended
+
+    def _takes_exported(self) -> bool:
+        if self.exported is not None:
+            return self.exported
+        try:
+            first = next(iter(inspect.signature(self.call).parameters.values()), None)
+        except (TypeError, ValueError):
+            return False
+        return first is not None and (first.annotation is ExportedProgram or str(first.annotation).rpartition(".")[2] == "ExportedProgram")
+
+    def _called(self, given: Any) -> Any:
+        try:
+            return self.call(given)
+        except FaspError:
+            raise
+        except Exception as error:
+            raise VerificationError(f"{type(error).__name__}: {first_line(error)}") from error
+
+    def _on_graph(self, program: Program) -> Program:
+        copy = program.copy()
+        record(copy.module)
+        before = {node.name: node.target for node in copy.module.graph.nodes}
+        returned = self._called(copy.module)
+        module = returned.graph_module if isinstance(returned, PassResult) else copy.module if returned is None else returned
+        if not isinstance(module, fx.GraphModule):
+            raise VerificationError(f"it returned {type(module).__name__}; a graph pass returns a GraphModule, a PassResult or None")
+        module.graph.lint()
+        self._stamp(module.graph, before)
+        copy.numbers.clear()
+        copy.module = graph_module(module, module.graph, module.meta)
+        _same_shapes(program, copy)
+        if is_plain_graph(module.graph):
+            record(copy.module)
+            return copy
+        return recapture(copy, export_again(copy.module, copy.example))  # operators of another dialect: torch.add, a call of a module
+
+    def _on_exported(self, program: Program) -> Program:
+        _, exported = finish(program)
+        before = {node.name: node.target for node in exported.graph.nodes}
+        returned = self._called(exported)
+        if not isinstance(returned, ExportedProgram):
+            raise VerificationError(f"it returned {type(returned).__name__}; a pass of an ExportedProgram returns an ExportedProgram")
+        self._stamp(returned.graph, before)
+        rewritten = recapture(replace(program, numbers={}), returned)
+        _same_shapes(program, rewritten)
+        return rewritten
+
+    def _stamp(self, graph: fx.Graph, before: dict[str, Any]) -> None:
+        for node in graph.nodes:
+            if node.op == "call_function" and (node.name not in before or before[node.name] != node.target):
+                stamp(node, self.name)
+            elif WRITTEN_BY in node.meta:
+                stamp(node, node.meta[WRITTEN_BY])
+
+
+def _same_shapes(before: Program, after: Program) -> None:
+    weights = after.weights()
+    for name, tensor in before.weights().items():
+        if name in weights and weights[name].shape != tensor.shape:
+            raise VerificationError(
+                f"weight '{name}' had shape {tuple(tensor.shape)} and now has {tuple(weights[name].shape)}; a weight laid out otherwise needs another name"
+            )
+
+
+def _outputs(program: Program) -> list[Any]:
+    args, kwargs = program.example
+    with torch.no_grad(), torch.random.fork_rng():
+        torch.manual_seed(0)
+        return pytree.tree_leaves(program.module(*args, **kwargs))
+
+
+def _same_values(before: Program, after: Program, tolerance: float | None) -> None:
+    """Run both programs on the example inputs."""
+    if any(tensor.is_meta for tensor in before.weights().values()):
+        return
+    try:
+        found, expected = _outputs(after), _outputs(before)
+    except (RuntimeError, IndexError, TypeError) as error:
+        raise VerificationError(f"the program no longer runs on its example inputs: {first_line(error)}") from error
+    for index, (a, b) in enumerate(zip(found, expected, strict=True)):
+        if not isinstance(b, Tensor):
+            continue
+        if not isinstance(a, Tensor) or a.shape != b.shape or a.dtype != b.dtype:
+            raise VerificationError(f"output {index} was {_described(b)} and is now {_described(a)}")
+        if not b.is_floating_point() or not b.numel():
+            continue
+        allowed = float(torch.finfo(b.dtype).eps) ** 0.5 if tolerance is None else tolerance
+        scale = b.abs().nan_to_num(0, 0, 0).max().clamp_min(torch.finfo(b.dtype).tiny)
+        if not bool(torch.isclose(a, b, rtol=0, atol=allowed * float(scale), equal_nan=True).all()):
+            raise VerificationError(
+                f"output {index} differs by {float((a - b).abs().max() / scale):.1e} of its largest value on the example inputs, more than {allowed:.1e}; "
+                "a pass that changes values on purpose needs Pipeline(tolerance=…)"
+            )
+
+
+def _described(value: Any) -> str:
+    return f"{value.dtype} of shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__

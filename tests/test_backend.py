@@ -1,0 +1,233 @@
+"""``torch.compile(model, backend=fasp_fx.backend(plan))`` against the masked dense model."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from decoders import Spec, build, tokens
+from oracle import TOLERANCE, error
+from torch import Tensor, fx, nn
+from transformers import LlamaConfig, LlamaForCausalLM
+from zoo import randomise
+
+import fasp_fx
+from fasp_fx.testing import Masked
+
+SPEC = Spec(hidden=8, kv_heads=2, repeat=2, head_dim=6, ffn=12, bias=True, gated=True, positions="rope")
+
+
+@pytest.fixture(autouse=True)
+def _fresh() -> Iterator[None]:
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+def plan_for(model: nn.Module, example: Tensor, **options: Any) -> fasp_fx.PruningPlan:
+    return fasp_fx.prune(model, (example,), score="magnitude", restore=None, **{"sparsity": 0.2, **options}).plan
+
+
+class Spy:
+    """An inner backend that runs the graph as it is and remembers the sizes of what it was given."""
+
+    def __init__(self) -> None:
+        self.weights: list[int] = []
+
+    def __call__(self, module: fx.GraphModule, example: list[Any]) -> Callable[..., Any]:
+        self.weights.append(sum(value.numel() for value in example if isinstance(value, Tensor) and value.is_floating_point()))
+        return module
+
+
+class Perceptron(nn.Module):
+    """Two hidden layers; ``divided`` breaks the graph between the first and the second."""
+
+    def __init__(self, divided: bool = False) -> None:
+        super().__init__()
+        self.first, self.second, self.third, self.last = nn.Linear(6, 16), nn.Linear(16, 16), nn.Linear(16, 16), nn.Linear(16, 4)
+        self.divided = divided
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.relu(self.first(x))
+        x = self.second(x)
+        if self.divided:
+            torch._dynamo.graph_break()
+        return self.last(torch.relu(self.third(x)))
+
+
+@pytest.fixture(scope="module")
+def perceptron() -> tuple[nn.Module, Tensor, fasp_fx.PruningPlan]:
+    torch.manual_seed(0)
+    model, example = Perceptron().eval(), torch.randn(5, 6)
+    return model, example, plan_for(model, example, sparsity=0.3)
+
+
+def masked_exact(model: nn.Module, compiled: Any, plan: fasp_fx.PruningPlan, *inputs: Tensor) -> None:
+    masked = Masked(model, plan)
+    with torch.no_grad():
+        for x in inputs:
+            assert error(compiled(x), masked(x)) <= TOLERANCE
+            assert error(masked(x), model(x)) > 100 * TOLERANCE
+
+
+def test_smaller_graphs_at_several_sizes(perceptron: Any) -> None:
+    model, example, plan = perceptron
+    spy = Spy()
+    compiled = torch.compile(model, backend=fasp_fx.backend(plan, inner=spy))
+    masked_exact(model, compiled, plan, example, torch.randn(7, 6), torch.randn(9, 6))
+    assert len(spy.weights) == 2, "one graph for the first size, one for all"
+    assert all(size < sum(p.numel() for p in model.parameters()) for size in spy.weights)
+
+
+@pytest.mark.parametrize(
+    "spec", [SPEC, Spec(hidden=8, kv_heads=2, repeat=1, head_dim=6, ffn=12, bias=True, projection="interleaved")], ids=["rope", "interleaved"]
+)
+def test_decoders(spec: Spec) -> None:
+    """With one fused projection the plan splits a weight, and the slices are those of its parts."""
+    model = build(spec)
+    plan = plan_for(model, tokens(2, 4))
+    masked_exact(model, torch.compile(model, backend=fasp_fx.backend(plan, inner="aot_eager")), plan, tokens(2, 4))
+
+
+def test_a_transformer_with_tied_weights() -> None:
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 4, "vocab_size": 48}
+    model = randomise(LlamaForCausalLM(LlamaConfig(tie_word_embeddings=True, **sizes)))
+    calls = [{"input_ids": torch.randint(0, 48, size), "use_cache": False} for size in ((2, 7), (3, 9))]
+    plan = fasp_fx.prune(model, (), calls[0], score="magnitude", restore=None, sparsity=0.2).plan
+    compiled, masked = torch.compile(model, backend=fasp_fx.backend(plan, inner="eager")), Masked(model, plan)
+    with torch.no_grad():
+        for inputs in calls:
+            assert error(compiled(**inputs).logits, masked(**inputs).logits) <= TOLERANCE
+
+
+def test_inductor(perceptron: Any) -> None:
+    model, example, plan = perceptron
+    masked_exact(model, torch.compile(model, backend=fasp_fx.backend(plan)), plan, example)
+
+
+def test_changed_weights_are_seen(perceptron: Any) -> None:
+    model, example, plan = perceptron
+    model = copy.deepcopy(model)
+    compiled = torch.compile(model, backend=fasp_fx.backend(plan, inner="eager"))
+    masked_exact(model, compiled, plan, example)
+    with torch.no_grad():
+        model.second.weight.mul_(-1)
+    masked_exact(model, compiled, plan, example)
+    model.load_state_dict({name: torch.randn_like(tensor) for name, tensor in model.state_dict().items()})
+    masked_exact(model, compiled, plan, example)
+    model.third.weight.data = torch.randn(16, 16)
+    masked_exact(model, compiled, plan, example)
+    model.third.weight = nn.Parameter(torch.randn(16, 16))
+    masked_exact(model, compiled, plan, example)
+
+
+@pytest.mark.parametrize("inner", ["eager", "aot_eager"])
+def test_gradients_reach_the_full_weights(perceptron: Any, inner: str) -> None:
+    model, example, plan = perceptron
+    model, reference = copy.deepcopy(model), copy.deepcopy(model)
+    compiled = torch.compile(model, backend=fasp_fx.backend(plan, inner=inner))
+    compiled(example).square().sum().backward()
+    masked = Masked(reference, plan).module
+    masked(example).square().sum().backward()
+    removed = plan.slices()
+    for (name, parameter), expected in zip(model.named_parameters(), masked.parameters(), strict=True):
+        mask = torch.ones_like(parameter)
+        for (other, dim), gone in removed.items():
+            if other == name:
+                mask.index_fill_(dim, torch.tensor(sorted(index for _, index in gone)), 0)
+        assert error(parameter.grad, expected.grad * mask) <= TOLERANCE, name
+
+
+def test_regions_without_gradients() -> None:
+    class Gated(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.up, self.gate, self.down = nn.Linear(6, 16), nn.Linear(6, 16), nn.Linear(16, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            with torch.no_grad():
+                gate = torch.sigmoid(self.gate(x))
+            return self.down(self.up(x) * gate)
+
+    torch.manual_seed(0)
+    model, example = Gated().eval(), torch.randn(3, 6)
+    plan = plan_for(model, example)
+    torch.compile(model, backend=fasp_fx.backend(plan, inner="eager"))(example).sum().backward()
+    assert model.gate.weight.grad is None
+    masked = Masked(model, plan).module
+    masked.zero_grad()
+    masked(example).sum().backward()
+    assert error(model.down.bias.grad, masked.down.bias.grad) <= TOLERANCE
+    assert error(model.up.bias.grad.sum(), masked.up.bias.grad.sum()) <= TOLERANCE
+
+
+def test_graph_breaks_leave_divided_groups_whole(perceptron: Any) -> None:
+    model, example, plan = perceptron
+    divided = Perceptron(divided=True).eval()
+    divided.load_state_dict(model.state_dict())
+    compiled = torch.compile(divided, backend=fasp_fx.backend(plan, inner="eager"))
+    with pytest.warns(fasp_fx.PartialPlanWarning, match="in another graph"), torch.no_grad():
+        found = compiled(example)
+    inside = tuple(group for group in plan.groups if {p.name.split(".")[0] for p in (*group.producers, *group.consumers)} != {"second", "third"})
+    assert 0 < len(inside) < len(plan.groups)
+    part = fasp_fx.PruningPlan(plan.fingerprint, inside, plan.sparsity)
+    assert error(found, Masked(model, part)(example)) <= TOLERANCE
+
+
+def test_a_model_inside_another(perceptron: Any) -> None:
+    model, example, plan = perceptron
+    outer = nn.Sequential(model, nn.Tanh())
+    with pytest.raises(fasp_fx.PlanError, match="model=model"):
+        torch.compile(outer, backend=fasp_fx.backend(plan, inner="eager"))(example)
+    torch._dynamo.reset()
+    compiled = torch.compile(outer, backend=fasp_fx.backend(plan, inner="eager", model=model))
+    with torch.no_grad():
+        assert error(compiled(example), torch.tanh(Masked(model, plan)(example))) <= TOLERANCE
+
+
+def test_a_function_that_calls_the_model(perceptron: Any) -> None:
+    model, example, plan = perceptron
+    compiled = torch.compile(lambda x: model(x) * 2, backend=fasp_fx.backend(plan, inner="eager"))
+    with torch.no_grad():
+        assert error(compiled(example), 2 * Masked(model, plan)(example)) <= TOLERANCE
+
+
+def test_writes_leave_the_graph_whole() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 4, 3)).eval()
+    example = torch.randn(2, 3, 8, 8)
+    plan = plan_for(model, example)
+    compiled = torch.compile(model, backend=fasp_fx.backend(plan, inner="eager"))
+    masked_exact(model, compiled, plan, example)
+    other = copy.deepcopy(model).train()
+    expected = copy.deepcopy(other)(example)
+    with pytest.warns(fasp_fx.PartialPlanWarning, match="writes into"):
+        assert error(torch.compile(other, backend=fasp_fx.backend(plan, inner="eager"))(example), expected) <= 1e-6
+
+
+def test_refusals(perceptron: Any) -> None:
+    model, example, plan = perceptron
+    other = Perceptron().eval()
+    with pytest.raises(fasp_fx.PlanError, match="another model"):
+        torch.compile(other, backend=fasp_fx.backend(plan, inner="eager"))(example)
+    torch._dynamo.reset()
+    masked_exact(other, torch.compile(other, backend=fasp_fx.backend(plan, inner="eager", check=False)), plan, example)
+    torch._dynamo.reset()
+    result = fasp_fx.apply(model, plan, (example,))
+    with pytest.raises(fasp_fx.PlanError, match="already applied"):
+        torch.compile(result.module, backend=fasp_fx.backend(result.plan, inner="eager"))(example)
+    with pytest.raises(fasp_fx.ArgumentError, match="list_backends"):
+        fasp_fx.backend(plan, inner="nowhere")
+    with pytest.raises(fasp_fx.ArgumentError, match="PruningPlan"):
+        fasp_fx.backend("plan.json")  # type: ignore[arg-type]
+
+
+def test_no_warning_for_a_whole_graph(perceptron: Any) -> None:
+    model, example, plan = perceptron
+    with warnings.catch_warnings(), torch.no_grad():
+        warnings.simplefilter("error", fasp_fx.PartialPlanWarning)
+        torch.compile(model, backend=fasp_fx.backend(plan, inner="eager"))(example)

@@ -1,0 +1,291 @@
+"""Our passes in other people's pipelines, and other people's passes in ours."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from decoders import Spec, build, tokens
+from oracle import TOLERANCE, error, zeroed
+from torch import Tensor, fx, nn
+from torch.export import ExportedProgram
+from torch.fx.passes.infra.pass_base import PassBase, PassResult
+from torch.fx.passes.infra.pass_manager import PassManager
+from torch.nn.utils.fusion import fuse_conv_bn_weights
+
+import fasp_fx
+from fasp_fx.channels import attribute
+from fasp_fx.passes import WRITTEN_BY, Foreign, KeepDenseCount, PadValueHeads, PinAttentionScale, Pipeline, Prune, RemoveChannels, RestoreWeights
+
+ATEN = torch.ops.aten
+SPEC = Spec(hidden=8, kv_heads=1, repeat=2, head_dim=6, ffn=12, bias=True, gated=True)
+
+
+class Case:
+    """A model, its export and a plan for it."""
+
+    def __init__(self, model: nn.Module, example: Tensor, other: Tensor, dynamic: Any) -> None:
+        self.model, self.example, self.other = model, example, other
+        self.exported = torch.export.export(model, (example,), dynamic_shapes=dynamic, strict=False)
+        self.plan = fasp_fx.prune(self.exported, score="magnitude", restore=None, sparsity=0.2).plan
+
+    def check(self, program: ExportedProgram) -> None:
+        """Hold a program against the masked dense model, at the example's sizes and at others."""
+        masked, module = zeroed(self.model, self.plan), program.module()
+        smaller = sum(tensor.numel() for tensor in program.state_dict.values()) < sum(tensor.numel() for tensor in self.model.parameters())
+        assert smaller, "nothing was removed"
+        with torch.no_grad():
+            for inputs in (self.example, self.other):
+                assert error(module(inputs), masked(inputs)) <= TOLERANCE
+
+
+@pytest.fixture(scope="module")
+def decoder() -> Case:
+    return Case(build(SPEC), tokens(2, 4), tokens(3, 4), ({0: torch.export.Dim.AUTO},))
+
+
+@pytest.fixture(scope="module")
+def images() -> Case:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 8, 3, bias=False), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.ReLU(), nn.Conv2d(8, 4, 3)).eval()
+    with torch.no_grad():
+        for tensor in (model[1].weight, model[1].bias, model[1].running_mean):
+            tensor.copy_(torch.randn(8))
+        model[1].running_var.copy_(torch.rand(8) + 0.5)
+    return Case(model, torch.randn(2, 3, 9, 9), torch.randn(5, 3, 9, 9), ({0: torch.export.Dim.AUTO},))
+
+
+def nodes(graph: fx.Graph, target: Any) -> list[fx.Node]:
+    return graph.find_nodes(op="call_function", target=target)
+
+
+def written(program: ExportedProgram) -> set[str]:
+    return {node.meta[WRITTEN_BY] for node in program.graph.nodes if WRITTEN_BY in node.meta}
+
+
+# --- foreign passes
+
+
+class UnfoldLinear(PassBase):
+    """``linear`` as a product with a transposed weight and an addition."""
+
+    def call(self, graph_module: fx.GraphModule) -> PassResult:
+        for node in nodes(graph_module.graph, ATEN.linear.default):
+            with graph_module.graph.inserting_before(node):
+                swapped = graph_module.graph.call_function(ATEN.t.default, (node.args[1],))
+                made = graph_module.graph.call_function(ATEN.matmul.default, (node.args[0], swapped))
+                if len(node.args) > 2:
+                    made = graph_module.graph.call_function(ATEN.add.Tensor, (made, node.args[2]))
+            node.replace_all_uses_with(made)
+            graph_module.graph.erase_node(node)
+        return PassResult(graph_module, True)
+
+
+def silu_in_torch(module: fx.GraphModule) -> None:
+    """Write ``silu`` out, in functions of torch rather than operators."""
+    for node in nodes(module.graph, ATEN.silu.default):
+        with module.graph.inserting_before(node):
+            gate = module.graph.call_function(torch.sigmoid, (node.args[0],))
+            product = module.graph.call_function(torch.mul, (node.args[0], gate))
+        node.replace_all_uses_with(product)
+        module.graph.erase_node(node)
+
+
+def decompose(program: ExportedProgram) -> ExportedProgram:
+    """Silu by torch's own decomposition."""
+    return program.run_decompositions({ATEN.silu.default: lambda x: x * torch.sigmoid(x)})
+
+
+def fold_batch_norm(module: fx.GraphModule) -> fx.GraphModule:
+    """Fold batch norms into the convolutions before them; their weights get new names."""
+    for norm in [node for node in module.graph.nodes if "batch_norm" in str(node.target)]:
+        conv = norm.args[0]
+        weight, scale, shift, mean, variance = (attribute(module, str(n.target)) for n in (conv.args[1], *norm.args[1:5]))
+        made = fuse_conv_bn_weights(weight.detach(), None, mean, variance, 1e-5, scale.detach(), shift.detach())
+        for name, value in zip(("folded_weight", "folded_bias"), made, strict=True):
+            module.register_parameter(name, nn.Parameter(value))
+        with module.graph.inserting_before(conv):
+            args = (conv.args[0], *(module.graph.get_attr(name) for name in ("folded_weight", "folded_bias")), *conv.args[3:])
+            folded = module.graph.call_function(conv.target, args)
+        users = [user for user in norm.users if "getitem" in str(user.target)] or [norm]
+        users[0].replace_all_uses_with(folded)
+    module.graph.eliminate_dead_code()
+    module.delete_all_unused_submodules()
+    return module
+
+
+# --- foreign passes between ours
+
+
+def test_ours_between_foreign_ones(decoder: Case) -> None:
+    smaller = Pipeline([UnfoldLinear(), PinAttentionScale(), RemoveChannels(decoder.plan), silu_in_torch, PadValueHeads(), decompose])(decoder.exported)
+    decoder.check(smaller)
+    assert not nodes(smaller.graph, ATEN.linear.default)
+    assert not nodes(smaller.graph, ATEN.silu.default)
+    assert {"UnfoldLinear", "silu_in_torch", "remove_channels", "pin_attention_scale", "pad_value_heads"} <= written(smaller)
+    assert all(node.meta[WRITTEN_BY] == "UnfoldLinear" for node in nodes(smaller.graph, ATEN.matmul.default))
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_weights_that_a_foreign_pass_brings(images: Case, first: bool) -> None:
+    """A folded batch norm leaves a weight and a bias that no plan names; they go with the channels they meet."""
+    steps = [fold_batch_norm, Prune(images.plan)] if first else [Prune(images.plan), fold_batch_norm]
+    smaller = Pipeline(steps)(images.exported)
+    images.check(smaller)
+    assert not any("batch_norm" in str(node.target) for node in smaller.graph.nodes)
+    assert smaller.state_dict["folded_weight"].shape[0] == smaller.state_dict["folded_bias"].shape[0] < 8
+    assert "fold_batch_norm" in written(smaller)
+
+
+def test_each_pass_of_a_chain_alone(decoder: Case) -> None:
+    program = PinAttentionScale()(decoder.exported)
+    assert PinAttentionScale()(program) is program, "nothing to do returns what was given"
+    program = RestoreWeights({})(program)
+    program = KeepDenseCount(decoder.plan)(program)
+    program = RemoveChannels(decoder.plan)(program)
+    program = PadValueHeads()(program)
+    decoder.check(program)
+
+
+def test_a_plan_as_one_pass(images: Case) -> None:
+    before = {name: tensor.clone() for name, tensor in images.exported.state_dict.items()}
+    smaller = Prune(images.plan)(images.exported.run_decompositions({}))
+    images.check(smaller)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in images.exported.state_dict.items()), "the pass changed its input"
+
+
+def test_graph_passes_in_torchs_pass_manager(decoder: Case) -> None:
+    module = decoder.exported.module(check_guards=False)
+    with torch.no_grad():
+        expected = module(decoder.other)
+    done = PassManager([UnfoldLinear(), PinAttentionScale(), PadValueHeads()])(module)
+    assert done.modified
+    assert all("scale" in node.kwargs and node.meta[WRITTEN_BY] == "pin_attention_scale" for node in nodes(done.graph_module.graph, _ATTENTION))
+    with torch.no_grad():
+        assert error(done.graph_module(decoder.other), expected) <= 1e-6
+    assert not PinAttentionScale()(done.graph_module).modified
+
+
+_ATTENTION = ATEN.scaled_dot_product_attention.default
+
+
+# --- faults
+
+
+def flip_between(module: fx.GraphModule) -> None:
+    product = next(node for node in nodes(module.graph, ATEN.mul.Tensor) if any("silu" in str(n.target) for n in node.all_input_nodes))
+    (user,) = product.users
+    with module.graph.inserting_before(user):
+        user.replace_input_with(product, module.graph.call_function(ATEN.flip.default, (product, [-1])))
+
+
+def unknown_between(module: fx.GraphModule) -> None:
+    product = next(node for node in nodes(module.graph, ATEN.mul.Tensor) if any("silu" in str(n.target) for n in node.all_input_nodes))
+    (user,) = product.users
+    with module.graph.inserting_before(user):
+        user.replace_input_with(product, module.graph.call_function(ATEN.renorm.default, (product, 2, 0, 1e9)))
+
+
+def joined_by_a_new_weight(module: fx.GraphModule) -> None:
+    """A new bias added to gate and, the other way round, to up: channels of one neuron meet those of another. It is zero: no value shows it."""
+    module.register_parameter("joint", nn.Parameter(torch.zeros(12)))
+    gate, up = (next(n for n in module.graph.nodes if n.target is ATEN.linear.default and f"ffn_{part}" in str(n.args[1])) for part in ("gate", "up"))
+    for node, turned in ((gate, False), (up, True)):
+        users = list(node.users)
+        with module.graph.inserting_after(node):
+            weight = module.graph.get_attr("joint")
+        last = weight
+        if turned:
+            with module.graph.inserting_after(weight):
+                last = module.graph.call_function(ATEN.flip.default, (weight, [0]))
+        with module.graph.inserting_after(last):
+            added = module.graph.call_function(ATEN.add.Tensor, (node, last))
+        for user in users:
+            user.replace_input_with(node, added)
+
+
+def other_values(module: fx.GraphModule) -> None:
+    with torch.no_grad():
+        for name, parameter in list(module.named_parameters()):
+            if "ffn" in name or name == "3.weight":
+                path, _, leaf = name.rpartition(".")
+                setattr(module.get_submodule(path), leaf, nn.Parameter(parameter + 0.1))
+
+
+def fewer_rows(module: fx.GraphModule) -> None:
+    owner = module.get_submodule("blocks.0.ffn.up")
+    owner.weight = nn.Parameter(owner.weight.detach()[1:])
+
+
+def not_executing(module: fx.GraphModule) -> None:
+    node = nodes(module.graph, ATEN.linear.default)[0]
+    node.update_arg(1, next(n for n in module.graph.nodes if n.op == "get_attr" and "ffn" in str(n.target)))
+
+
+def raising(module: fx.GraphModule) -> None:
+    raise KeyError("whatever")
+
+
+def returning_a_string(module: fx.GraphModule) -> Any:
+    return "done"
+
+
+def returning_none(program: ExportedProgram) -> Any:
+    return None
+
+
+FAULTS: dict[Callable[[Any], Any], str] = {
+    flip_between: "node 'linear.*not coupled before",
+    unknown_between: "node 'renorm.*no rule",
+    joined_by_a_new_weight: "node '.*not coupled before",
+    other_values: "output 0 differs",
+    fewer_rows: r"'blocks.0.ffn.up.weight' had shape \(12, 8\)",
+    not_executing: "node 'linear' .*does not execute",
+    raising: "KeyError: 'whatever'",
+    returning_a_string: "returned str",
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: fault.__name__)
+def test_a_foreign_fault_is_caught_with_its_name(decoder: Case, fault: Callable[[Any], Any]) -> None:
+    with pytest.raises(fasp_fx.VerificationError, match=rf"pass '{fault.__name__}' failed: (?s:.*){FAULTS[fault]}"):
+        Pipeline([fault])(decoder.exported)
+
+
+def test_a_pass_of_exported_programs_that_returns_none(images: Case) -> None:
+    with pytest.raises(fasp_fx.VerificationError, match="pass 'returning_none' failed: it returned NoneType"):
+        Pipeline([returning_none])(images.exported)
+
+
+def test_new_values_on_purpose(images: Case) -> None:
+    with pytest.raises(fasp_fx.VerificationError, match="pass 'noise' failed: output 0 differs"):
+        Pipeline([Foreign(other_values, title="noise")])(images.exported)
+    changed = Pipeline([Foreign(other_values, title="noise")], tolerance=0)(images.exported)
+    assert error(changed.module()(images.example), images.model(images.example)) > 1e-3
+
+
+def test_passes_out_of_order_are_refused(images: Case) -> None:
+    for step in (RemoveChannels(images.plan), KeepDenseCount(images.plan)):
+        with pytest.raises(fasp_fx.VerificationError, match=rf"pass '{step.name}' failed.*gone already"):
+            Pipeline([RemoveChannels(images.plan), step])(images.exported)
+
+
+def test_another_plan_is_refused(decoder: Case, images: Case) -> None:
+    with pytest.raises(fasp_fx.PlanError, match="another model"):
+        Prune(images.plan)(decoder.exported)
+    with pytest.raises(fasp_fx.PlanError, match="already applied"):
+        Prune(images.plan)(Prune(images.plan)(images.exported))
+    with pytest.raises(fasp_fx.ArgumentError, match="one plan"):
+        Pipeline([Prune(decoder.plan), Prune(images.plan)])(decoder.exported)
+
+
+def test_a_graph_that_a_graph_pass_cannot_read(decoder: Case) -> None:
+    traced = fx.symbolic_trace(nn.Sequential(nn.Linear(2, 2)))
+    with pytest.raises(fasp_fx.VerificationError, match=r"pin_attention_scale.*node 'input_1' has no recorded value"):
+        PinAttentionScale()(traced)
+    with pytest.raises(fasp_fx.ArgumentError, match="is not a pass"):
+        Pipeline([3])
+    with pytest.raises(fasp_fx.VerificationError, match=r"pass 'restore_weights' failed: .*'nowhere'.*not a weight"):
+        RestoreWeights({"nowhere": torch.zeros(1)})(decoder.exported)

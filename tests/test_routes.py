@@ -1,0 +1,187 @@
+"""Where a pruned program goes: every route gives what the eager pruned module gives, at the example's sizes and at others."""
+
+from __future__ import annotations
+
+import copy
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from oracle import error
+from torch import Tensor, nn
+from torch.export import ExportedProgram
+from transformers import LlamaConfig, LlamaForCausalLM
+from zoo import randomise
+
+import fasp_fx
+from fasp_fx.quantise import linear_weights, quantise, weight_bytes
+
+#: for the same arithmetic in another order
+CLOSE = 1e-5
+
+
+@dataclass
+class Pruned:
+    """A small pruned model, and calls of it at two sizes, as the caller's arguments."""
+
+    result: fasp_fx.Result
+    calls: tuple[dict[str, Tensor], ...]
+    keyword: bool
+
+    def call(self, function: Callable[..., Any], inputs: dict[str, Tensor]) -> Any:
+        with torch.no_grad():
+            return function(**inputs) if self.keyword else function(*inputs.values())
+
+    def hold(self, function: Callable[..., Any], tolerance: float = CLOSE) -> None:
+        """Compare a route with the eager pruned module."""
+        for inputs in self.calls:
+            assert error(self.call(function, inputs), self.call(self.result.module, inputs)) <= tolerance
+
+
+class Residual(nn.Module):
+    """A convolution net with a residual block."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.norm = nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8)
+        self.inner, self.outer, self.head = nn.Conv2d(8, 16, 3, padding=1), nn.Conv2d(16, 8, 3, padding=1), nn.Linear(8, 5)
+
+    def forward(self, images: Tensor) -> Tensor:
+        x = torch.relu(self.norm(self.stem(images)))
+        x = torch.relu(x + self.outer(torch.relu(self.inner(x))))
+        return self.head(x.mean((2, 3)))
+
+
+def _llama() -> Pruned:
+    config = LlamaConfig(
+        hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=4, num_key_value_heads=2, vocab_size=48, max_position_embeddings=32
+    )
+    model = randomise(LlamaForCausalLM(config))
+    calls = tuple({"input_ids": torch.randint(0, 48, size)} for size in ((2, 7), (3, 11)))
+    result = fasp_fx.prune(model, (), {**calls[0], "use_cache": False}, score="magnitude", restore=None, sparsity=0.2)
+    return Pruned(result, calls, keyword=True)
+
+
+def _images() -> Pruned:
+    calls = tuple({"images": torch.randn(count, 3, 8, 8)} for count in (2, 5))
+    result = fasp_fx.prune(randomise(Residual()), (calls[0]["images"],), score="magnitude", restore=None, sparsity=0.3)
+    return Pruned(result, calls, keyword=False)
+
+
+@pytest.fixture(scope="module", params=[_llama, _images], ids=["llama", "images"])
+def pruned(request: pytest.FixtureRequest) -> Pruned:
+    torch.manual_seed(0)
+    return request.param()
+
+
+@pytest.fixture(scope="module")
+def images() -> Pruned:
+    torch.manual_seed(0)
+    return _images()
+
+
+@pytest.fixture(scope="module")
+def llama() -> Pruned:
+    torch.manual_seed(0)
+    return _llama()
+
+
+def test_the_program_is_called_like_the_model(pruned: Pruned) -> None:
+    pruned.hold(pruned.result.program.module(), 0)
+
+
+def test_unflatten(pruned: Pruned) -> None:
+    module = torch.export.unflatten(pruned.result.program)
+    pruned.hold(module, 0)
+    assert dict(module.named_parameters()).keys() == dict(pruned.result.module.named_parameters()).keys()
+
+
+def test_run_decompositions(pruned: Pruned) -> None:
+    program: ExportedProgram = pruned.result.program.run_decompositions()
+    assert not program.graph.find_nodes(op="call_function", target=torch.ops.aten.linear.default)
+    pruned.hold(program.module())
+
+
+def test_export_save_and_load(pruned: Pruned, tmp_path: Path) -> None:
+    torch.export.save(pruned.result.program, tmp_path / "program.pt2")
+    loaded = torch.export.load(tmp_path / "program.pt2")
+    pruned.hold(loaded.module(), 0)
+    written = {node.meta.get("custom", {}).get(fasp_fx.passes.WRITTEN_BY) for node in loaded.graph.nodes}
+    assert not pruned.keyword or {"remove_channels", "pad_value_heads"} <= written, "a file keeps which pass wrote a node"
+
+
+def test_onnx(pruned: Pruned, tmp_path: Path) -> None:
+    pytest.importorskip("onnxscript")
+    runtime = pytest.importorskip("onnxruntime")
+    torch.onnx.export(pruned.result.program, dynamo=True, verbose=False).save(tmp_path / "program.onnx")
+    session = runtime.InferenceSession(tmp_path / "program.onnx", providers=["CPUExecutionProvider"])
+    (name,) = (given.name for given in session.get_inputs())
+    for inputs in pruned.calls:
+        (values,) = inputs.values()
+        found = [torch.from_numpy(value) for value in session.run(None, {name: values.numpy()})]
+        assert error(found, pruned.call(pruned.result.module, inputs)) <= CLOSE
+
+
+def test_weight_only_quantisation(pruned: Pruned) -> None:
+    torchao = pytest.importorskip("torchao.quantization")
+    module = copy.deepcopy(pruned.result.module)
+    before, weights = weight_bytes(module), linear_weights(module)
+    assert weights
+    assert quantise(module, torchao.Int8WeightOnlyConfig()) is module
+    assert weight_bytes(module) < before
+    plain, worst = copy.deepcopy(pruned.result.module), 0.0
+    with torch.no_grad():
+        for names in weights:
+            parameter, original = (holder.get_parameter(names[0]) for holder in (module, plain))
+            assert type(parameter) is not nn.Parameter
+            worst = max(worst, float((parameter.dequantize() - original).abs().max() / original.abs().max()))
+            original.copy_(parameter.dequantize())
+    assert 0 < worst <= 1 / 127, "eight bits"
+    for inputs in pruned.calls:
+        assert error(pruned.call(module, inputs), pruned.call(plain, inputs)) <= CLOSE
+
+
+def test_quantisation_refuses(images: Pruned, monkeypatch: pytest.MonkeyPatch) -> None:
+    torchao = pytest.importorskip("torchao.quantization")
+    module = copy.deepcopy(images.result.module)
+    before = {name: tensor.clone() for name, tensor in module.state_dict().items()}
+    with pytest.raises(fasp_fx.ArgumentError, match=r"does not quantise 'head\.weight'"):
+        quantise(module, torchao.Int4WeightOnlyConfig(group_size=128))
+    assert all(torch.equal(tensor, before[name]) for name, tensor in module.state_dict().items())
+    with pytest.raises(fasp_fx.ArgumentError, match="graph module of a result"):
+        quantise(nn.Linear(2, 2), torchao.Int8WeightOnlyConfig())  # type: ignore[arg-type]
+    monkeypatch.setitem(sys.modules, "torchao.quantization", None)
+    with pytest.raises(fasp_fx.ArgumentError, match=r"fasp_fx\[quantise\]"):
+        quantise(module, None)
+
+
+def _compiled(pruned: Pruned) -> None:
+    torch._dynamo.reset()
+    pruned.hold(torch.compile(pruned.result.module, dynamic=True))
+
+
+def _packaged(pruned: Pruned, folder: Path) -> None:
+    path = torch._inductor.aoti_compile_and_package(pruned.result.program, package_path=str(folder / "program.pt2"))
+    pruned.hold(torch._inductor.aoti_load_package(path))
+
+
+def test_compile(images: Pruned) -> None:
+    _compiled(images)
+
+
+def test_ahead_of_time(images: Pruned, tmp_path: Path) -> None:
+    _packaged(images, tmp_path)
+
+
+@pytest.mark.slow
+def test_compile_a_transformer(llama: Pruned) -> None:
+    _compiled(llama)
+
+
+@pytest.mark.slow
+def test_ahead_of_time_a_transformer(llama: Pruned, tmp_path: Path) -> None:
+    _packaged(llama, tmp_path)
