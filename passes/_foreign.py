@@ -98,6 +98,7 @@ class Foreign:
         module.graph.lint()
         self._stamp(module.graph, before)
         copy.numbers.clear()
+        module.graph.set_codegen(program.module.graph._codegen)  # a pass that copies the graph forgets how inputs and outputs are nested
         copy.module = graph_module(module, module.graph, module.meta)
         _same_shapes(program, copy)
         if is_plain_graph(module.graph):

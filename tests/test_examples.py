@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import runpy
 import sys
 import warnings
@@ -77,7 +76,6 @@ def language_model(tmp_path: Path) -> None:
     (tmp_path / "text.txt").write_text(TEXT, encoding="utf-8")
 
 
-@pytest.mark.skipif(not hasattr(fasp_fx, "backend"), reason="needs fasp_fx.backend")
 def test_compiler(run: Run) -> None:
     out = run("compiler.py", "--package", "", "--inner", "eager")  # packaging is tested with the integrations
     assert out.index("3 linear operators") < out.index("2 linear operators")
@@ -85,7 +83,6 @@ def test_compiler(run: Run) -> None:
     assert float(out.split()[-1]) < 1e-5
 
 
-@pytest.mark.skipif(importlib.util.find_spec("fasp_fx.hf") is None, reason="needs fasp_fx.hf")
 def test_language_model(run: Run, language_model: None, tmp_path: Path) -> None:
     out = run("language_model.py", "model", "text.txt", "--length", 32, "--round", 1, "--tokens", 8, "--prompt", TEXT[:20])
     assert "parameters" in out
