@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -149,16 +149,32 @@ def _shape(node: fx.Node, clause: Clause, source: Value, outputs: list[Value], k
 
 def _span(node: fx.Node, clause: Clause, source: Value, outputs: list[Value], kept: Kept) -> bool:
     along, start_name, end_name = clause.words
-    dim = int(arguments(node)[along]) % len(source.shape)
+    given = arguments(node)
+    dim, step = int(given[along]) % len(source.shape), int(given.get("step", 1))
     length, changed = source.shape[dim], False
-    for name in (start_name, end_name):
-        position = arguments(node)[name]
-        if position is None or isinstance(position, fx.Node):
-            continue
-        absolute = position + length if position < 0 else position
-        if 0 < absolute < length:
-            changed |= set_argument(node, name, kept.before(source, dim, absolute)) if kept.size(source, dim) != length else False
+    start, end = (_absolute(given[name], default, length) for name, default in ((start_name, 0), (end_name, length)))
+    if not (0 < start < length or 0 < end < length) or kept.size(source, dim) == length:
+        return False
+    if 0 < start < length:  # with a step, the analysis lets runs of that many neighbours go as a whole
+        changed |= set_argument(node, start_name, kept.before(source, dim, start - start % step) + start % step)
+    if 0 < end < length:
+        changed |= set_argument(node, end_name, kept.before(source, dim, min(_past(start, end, step), length)))
     return changed
+
+
+def _absolute(position: Any, default: int, length: int) -> int:
+    """A position counted from the front; one known only at run time is left to the graph, which counts as the default."""
+    if position is None or isinstance(position, fx.Node):
+        return default
+    return min(max(int(position) + length if position < 0 else int(position), 0), length)
+
+
+def _past(start: int, end: int, step: int) -> int:
+    """Where the run of ``step`` neighbours ends that holds the last position taken."""
+    if step == 1 or end <= start:
+        return end
+    last = start + (end - 1 - start) // step * step
+    return last - last % step + step
 
 
 def _pick(node: fx.Node, clause: Clause, source: Value, outputs: list[Value], kept: Kept) -> bool:
