@@ -57,19 +57,21 @@ class Budget:
 
     def most(self, group: Group, round_to: int) -> int:
         """The most channel sets that one block of a group can lose."""
-        return group.width - round_to if group.width > round_to else 0
+        least = -(-group.needed // round_to) * round_to
+        return group.width - least if group.width > least else 0
 
     def reach(self, round_to: int) -> float:
         """The highest sparsity in reach."""
         return self.sparsity([self.most(group, round_to) * group.blocks for group in self.groups])
 
 
-def lost_per_block(width: int, fraction: float, round_to: int) -> int:
-    """The removal nearest to ``fraction`` of a block that leaves a multiple of ``round_to``, and at least one."""
-    if width <= round_to:
+def lost_per_block(width: int, fraction: float, round_to: int, needed: int = 1) -> int:
+    """The removal nearest to ``fraction`` of a block that leaves a multiple of ``round_to``, and at least as many as are needed."""
+    least = -(-needed // round_to) * round_to
+    if width <= least:
         return 0
     kept = round(width * (1 - fraction) / round_to) * round_to
-    return width - min(max(kept, round_to), width)
+    return width - min(max(kept, least), width)
 
 
 def uniform(budget: Budget, sparsity: float, round_to: int) -> list[int]:
@@ -87,7 +89,7 @@ def uniform(budget: Budget, sparsity: float, round_to: int) -> list[int]:
         )
 
     def lost(fraction: float) -> list[int]:
-        return [lost_per_block(group.width, fraction, round_to) for group in budget.groups]
+        return [lost_per_block(group.width, fraction, round_to, group.needed) for group in budget.groups]
 
     def reached(fraction: float) -> float:
         return budget.sparsity([n * group.blocks for n, group in zip(lost(fraction), budget.groups, strict=True)])

@@ -39,6 +39,7 @@ def verify(program: Program, reference: Analysis) -> Walk:
         before.state_outputs,
         overrides=program.numbers,
         strict=True,
+        experts=reference.experts,
     ).run(reference.walk.sizes.small)
     labels, last = reference.labels, _last_ones(program, reference)
     for first, second, node in walk.facts.pairs:

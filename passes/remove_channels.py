@@ -103,7 +103,7 @@ def _resize(module: fx.GraphModule, analysis: Analysis, kept: Kept, name: str) -
         results = walk.values.get(old)
         outputs = [value for value in (results if isinstance(results, tuple) else [results]) if isinstance(value, Value)]
         source = next((walk.values.get(n) for n in old.all_input_nodes if isinstance(walk.values.get(n), Value)), None)
-        if _creates(node):
+        if _made_anew(node):
             source = outputs[0] if outputs else None
         if not isinstance(source, Value) or not (kept.touches(source) or any(kept.touches(output) for output in outputs)):
             continue
@@ -117,9 +117,9 @@ def _resize(module: fx.GraphModule, analysis: Analysis, kept: Kept, name: str) -
                 stamp(node, name)
 
 
-def _creates(node: fx.Node) -> bool:
+def _made_anew(node: fx.Node) -> bool:
     rule = lookup(node.target)
-    return rule is not None and rule.creates
+    return rule is not None and (rule.creates or rule.tallies is not None)
 
 
 def _clauses(node: fx.Node) -> tuple[Clause, ...]:
@@ -217,6 +217,14 @@ def _factor(node: fx.Node, clause: Clause, source: Value, outputs: list[Value], 
     return set_argument(node, name, kept.factors(source, at % len(source.shape), old, first=pair[0] == letter))
 
 
+def _count(node: fx.Node, clause: Clause, source: Value, outputs: list[Value], kept: Kept) -> bool:
+    return set_argument(node, clause.words[0], kept.size(outputs[0], len(outputs[0].shape) - 1))
+
+
+def _last(node: fx.Node, clause: Clause, source: Value, outputs: list[Value], kept: Kept) -> bool:
+    return set_argument(node, clause.words[0], kept.size(outputs[0], len(outputs[0].shape) - 1) - 1)
+
+
 _REWRITES: dict[str, Callable[[fx.Node, Clause, Value, list[Value], Kept], bool]] = {
     "shape": _shape,
     "span": _span,
@@ -224,4 +232,6 @@ _REWRITES: dict[str, Callable[[fx.Node, Clause, Value, list[Value], Kept], bool]
     "sizes": _sizes,
     "chunk": _chunk,
     "factor": _factor,
+    "count": _count,
+    "last": _last,
 }

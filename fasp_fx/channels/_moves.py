@@ -12,6 +12,7 @@ from fasp_fx.patterns import Rule
 
 from ._facts import Facts
 from ._fx import arguments as arguments_of
+from ._named import look_up
 from ._value import NONE, Axis, Value, collapse, smallest_step
 
 #: numbers are stride-0 broadcasts, on which a view may need a copy
@@ -98,6 +99,10 @@ def move(
         source = _alike_along(source, touched, node, facts)
     axes: list[list[Axis]] = [[] for _ in shapes]
     for axis in source.axes:
+        if unknown and axis.dim in touched and look_up(node, axis, _index_at(arguments, axis.dim), facts):
+            if source.constant and len(source.shape) > 2:
+                facts.stacked.append(axis.numbers.reshape(-1).numpy())
+            continue
         if axis.dim in touched:
             facts.say(facts.frozen, axis.numbers, f"{node.target} names positions along this dimension one by one", node)
             if unknown:
@@ -114,6 +119,12 @@ def move(
     whole = source.origin if len(shapes) == 1 and _numel(shapes[0]) == _numel(source.shape) else None
     data = [None] * len(shapes) if source.data is None else _outputs(_run(node.target, source.data, _rest(others)))
     return [Value(shape, tuple(axes[i]), source.constant, whole, data[i]) for i, shape in enumerate(shapes)]
+
+
+def _index_at(arguments: dict[str, Any], dim: int) -> Any:
+    """The indices along one dimension of an operator that takes a list of them."""
+    indices = arguments.get("indices")
+    return indices[dim] if isinstance(indices, (list, tuple)) and dim < len(indices) else None
 
 
 def _some_index(value: Any, given: Any) -> Any:

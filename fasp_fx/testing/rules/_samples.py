@@ -352,7 +352,18 @@ def _grouped(name: str, weight: str) -> Sample:
     return sample
 
 
+def _tallied(count: str, last: str | None) -> Sample:
+    def sample(draw: Draw) -> dict[str, Any]:
+        many = draw.integer(2, 5)
+        numbers = torch.randint(0, many, (draw.size(), draw.size()), generator=draw.generator)
+        return {"self": numbers, count: many} if last is None else {"self": numbers.double(), count: many, "min": 0, last: many - 1}
+
+    return sample
+
+
 SAMPLES: dict[str, Sample] = {
+    "aten.histc.default": _tallied("bins", "max"),
+    "aten.one_hot.default": _tallied("num_classes", None),
     "aten.view.default": _view("size"),
     "aten._unsafe_view.default": _view("size"),
     "aten.reshape.default": _view("shape"),
