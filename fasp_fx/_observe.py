@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ._matrices import ConsumerMatrices
+from ._products import ObservedProducts, dataless, row_scores
 from ._runner import Runner
 from .analysis import Analysis
 from .channels import Use, attribute
@@ -73,8 +74,10 @@ class Observer:
         self.of_group: dict[str, list[_Consumer]] = {}
         for group in self.groups:
             self.of_group[group.name] = [self._consumer(use) for use in group.uses]
+        self.products = ObservedProducts(analysis, self.groups)
+        self._observed = False
         self._undecided = {group.name for group in self.groups}
-        self._waiting = {group.name: {use.node for use in group.uses} for group in self.groups}
+        self._waiting = {g.name: {use.node for use in g.uses} | {product.node for product in self.products.of(g)} for g in self.groups}
 
     def _consumer(self, use: Use) -> _Consumer:
         made = _Consumer(self.analysis, use)
@@ -85,12 +88,15 @@ class Observer:
 
     def run(self, runner: Runner | None, progress: Callable[[float], None]) -> Decision:
         """Visit all consumers in graph order; without a runner nothing is observed."""
+        self._observed = runner is not None
         position = {node: index for index, node in enumerate(self.analysis.program.module.graph.nodes)}
-        stops = sorted({use.node for group in self.groups for use in group.uses}, key=position.__getitem__)
+        stops = sorted({node for waiting in self._waiting.values() for node in waiting}, key=position.__getitem__)
         for count, node in enumerate(stops):
             if runner is not None:
                 runner.advance(runner.index(node))
                 self._observe(runner, [use for consumer in self.consumers.values() for use in consumer.uses if use.node is node])
+                products = [product for group in self.groups for product in self.products.of(group) if product.node is node]
+                self.products.observe(runner, list(dict.fromkeys(products)))
             ready = []
             for group in self.groups:
                 self._waiting[group.name].discard(node)
@@ -99,6 +105,9 @@ class Observer:
             for group in ready:
                 self._choose(group)
             self._finish(ready, runner)
+            if runner is not None and self.propagate:
+                here = [product for group in ready for product in self.products.of(group) if product.node is node]
+                self.products.cut(runner, list(dict.fromkeys(here)), self.decision.gone)
             progress((count + 1) / len(stops))
         return self.decision
 
@@ -146,6 +155,9 @@ class Observer:
                     member = np.isin(sets, group.sets)
                     at = order[np.searchsorted(group.sets[order], sets[member])]
                     np.add.at(total, at, worth[member])
+        if self.products.of(group):
+            seen = not dataless(self.score) and self._observed
+            total = self.products.scores(group) if seen else row_scores(self.analysis, group, self.score)
         if not np.isfinite(total).all():
             raise CalibrationError(f"the scores of group '{group.name}' are not finite; check the weights and the calibration data")
         removed = np.concatenate([members[np.argsort(total[members], kind="stable")[:lost]] for members in _by_block(group)])

@@ -152,13 +152,13 @@ def analyze_program(
     include: Iterable[str] = (),
 ) -> Analysis:
     """Analyse a captured program; if ``split`` is given, let it split fused producers that a layout ties together, and analyse again."""
-    heads, experts = "head" in granularity, "expert" in granularity
-    analysis = _analyze(program, heads, experts)
+    heads, experts, exempt = "head" in granularity, "expert" in granularity, EXEMPT in include
+    analysis = _analyze(program, heads, experts, exempt)
     while split is not None and analysis.conflicts:
-        rewritten = split(program, _analyze(program, False, experts) if heads else analysis)  # rows are told apart one by one
+        rewritten = split(program, _analyze(program, False, experts, exempt) if heads else analysis)  # rows are told apart one by one
         if rewritten is None:
             break
-        program, analysis = rewritten, _analyze(rewritten, heads, experts)
+        program, analysis = rewritten, _analyze(rewritten, heads, experts, exempt)
     return replace(analysis, granularity=frozenset(granularity), include=frozenset(include))
 
 
@@ -208,25 +208,26 @@ def _interpret(program: Program, numbering: Numbering, heads: bool, experts: boo
     return Interpreter(program.module, numbering, program.canonical(), program.state_inputs, program.state_outputs, heads=heads, experts=experts).run()
 
 
-def _analyze(program: Program, heads: bool, experts: bool) -> Analysis:
+def _analyze(program: Program, heads: bool, experts: bool, exempt: bool) -> Analysis:
     numbering, walk = _walk(program, heads, experts)
     labels = _label(numbering.total, walk.facts.pairs)
     labels.setflags(write=False)
     count = int(labels.max(initial=-1)) + 1
     expert = needed_experts(labels, count, walk) if experts else np.zeros(count, dtype=np.int64)
-    status, reason = _status(labels, count, expert, walk, program)
+    status, reason = _status(labels, count, expert, exempt, walk, program)
+    spared = np.full(count, not exempt) & (status == _CODE[EXEMPT])
     group_of, keys = _grouping(labels, count, status, reason, numbering, walk)
     block, conflicts = find_blocks(list(walk.facts.boxes.values()), labels, np.where(status == _CODE[FROZEN], -1, group_of))
     for conflict in conflicts:
-        # An exempt group is not pruned unless asked, and then through the same check; its status says more than its layout.
-        stuck = conflict.classes[status[conflict.classes] != _CODE[EXEMPT]]
+        # An exempt group is not pruned unless asked; its status says more than its layout.
+        stuck = conflict.classes[~spared[conflict.classes]]
         status[stuck] = _CODE[FROZEN]
         for chosen in stuck:
             reason[chosen] = f"{LAYOUT}: equal counts cannot be kept in {conflict.node.name} = {conflict.node.target}"
     if conflicts:
         group_of, keys = _grouping(labels, count, status, reason, numbering, walk)
-    groups = _build(labels, group_of, keys, block, status, reason, expert, numbering, walk, program)
-    real = [c for c in conflicts if (status[c.classes] != _CODE[EXEMPT]).any()]
+    groups = _build(labels, group_of, keys, block, status, reason, expert, exempt, numbering, walk, program)
+    real = [c for c in conflicts if not spared[c.classes].all()]
     return Analysis(program, groups, real, labels, numbering, walk, experts=experts)
 
 
@@ -241,8 +242,8 @@ def _label(total: int, pairs: Pairs) -> np.ndarray:
     return connected_components(graph, directed=False)[1].astype(np.int64)
 
 
-def _status(labels: np.ndarray, count: int, expert: np.ndarray, walk: Walk, program: Program) -> tuple[np.ndarray, np.ndarray]:
-    """A status code and a reason for each channel set; an exemption outweighs freezing, freezing outweighs mixing.
+def _status(labels: np.ndarray, count: int, expert: np.ndarray, exempt: bool, walk: Walk, program: Program) -> tuple[np.ndarray, np.ndarray]:
+    """A status code and a reason for each channel set; an exemption outweighs freezing (unless what is exempt is to be pruned), freezing outweighs mixing.
 
     What a router does to experts, and sums in which those that it never chooses are zero, leaves those that stay as they are.
     """
@@ -258,9 +259,12 @@ def _status(labels: np.ndarray, count: int, expert: np.ndarray, walk: Walk, prog
             inside = composites.get(remark.node) if remark.node is not None else None
             reason[sets] = f"{remark.reason} of {inside}" if inside else remark.reason
 
+    if exempt:
+        mark(walk.facts.exempt, EXEMPT)
     mark(walk.facts.mixed, APPROXIMATE)
     mark(walk.facts.frozen, FROZEN)
-    mark(walk.facts.exempt, EXEMPT)
+    if not exempt:
+        mark(walk.facts.exempt, EXEMPT)
     return status, reason
 
 
@@ -297,6 +301,7 @@ def _build(
     status: np.ndarray,
     reason: np.ndarray,
     expert: np.ndarray,
+    exempt: bool,
     numbering: Numbering,
     walk: Walk,
     program: Program,
@@ -314,6 +319,8 @@ def _build(
     numbers_by_label = np.argsort(labels, kind="stable")
     label_bounds = np.searchsorted(labels[numbers_by_label], np.arange(len(group_of) + 1))
     headed = np.unique(labels[np.concatenate([numbers for _, numbers, _ in walk.facts.heads])]) if walk.facts.heads else np.zeros(0, dtype=np.int64)
+    products = [product.numbers for product in walk.facts.products] if exempt else []
+    multiplied = np.unique(labels[np.concatenate(products)]) if products else np.zeros(0, dtype=np.int64)
     parameters = {program.parts[name].name if name in program.parts else name for name, _ in program.module.named_parameters(remove_duplicate=False)}
     found: list[tuple[Any, Group]] = []
     for index, (slot_ids, use_ids) in keys.items():
@@ -338,11 +345,11 @@ def _build(
                 rows = _members([item for item in held if item[0].name not in taking], program)
                 columns = _members([item for item in held if item[0].name in taking], program)
             code, why = _STATUS[int(status[sets[0]])], str(reason[sets[0]])
-            if not uses and code in (PRUNABLE, APPROXIMATE):
+            if not uses and code in (PRUNABLE, APPROXIMATE) and not np.isin(sets, multiplied).all():
                 if not any(i in produces for i in slot_ids):
                     continue  # a dimension that nothing in the graph speaks of
                 code, why = FROZEN, "no weight consumes these channels"
-            if size == 1 and code in (PRUNABLE, APPROXIMATE):
+            if size == 1 and (code in (PRUNABLE, APPROXIMATE) or (exempt and code == EXEMPT)):
                 code, why = FROZEN, f"{LAYOUT}: one channel set takes the whole of a dimension"
             if not any(member.name in parameters for member in (*rows, *columns)):
                 continue  # positions of buffers alone

@@ -62,6 +62,15 @@ class Use:
     block_numbers: np.ndarray | None = None
 
 
+@dataclass(frozen=True, eq=False)
+class Product:
+    """Activations contracted with each other along a dimension that holds the channels ``numbers``."""
+
+    node: fx.Node
+    operands: tuple[fx.Node, ...]
+    numbers: np.ndarray
+
+
 @dataclass(frozen=True)
 class Remark:
     """Something said of a set of channel numbers, by a node; ``routing`` remarks do not hold for experts, which the router never chooses once gone."""
@@ -88,6 +97,7 @@ class Facts:
     exempt: list[Remark] = field(default_factory=list)
     produced: list[tuple[np.ndarray, tuple[str, int] | None]] = field(default_factory=list)
     uses: list[Use] = field(default_factory=list)
+    products: list[Product] = field(default_factory=list)
     boxes: dict[bytes, tuple[np.ndarray, fx.Node]] = field(default_factory=dict)
     matrices: set[str] = field(default_factory=set)
     blocks: dict[tuple[str, int], tuple[int, int]] = field(default_factory=dict)

@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, fx
 
@@ -16,7 +17,7 @@ from fasp_fx.patterns import Alternative, Dims, Rule
 
 from ._consume import make_use, note_stacked, slides, want_blocks, why_no_consumer
 from ._factors import divide, fixed_rank, join, singles, spell
-from ._facts import Facts, Remark
+from ._facts import Facts, Product, Remark
 from ._fx import arguments as arguments_of
 from ._named import look_up
 from ._numbering import Numbering
@@ -374,6 +375,9 @@ class Relation:
         activations = [operand for operand in holders if not operand.value.constant]
         if len(activations) > 1:
             self._say(self.facts.exempt, everything, f"contracted between two activations by {self.node.target}", vanishing)
+            numbers = np.unique(np.concatenate([n.reshape(-1).numpy() for n in everything]))
+            operands = tuple(operand.node for operand in activations if operand.node is not None)
+            self.facts.products.append(Product(self.node, operands, numbers[numbers >= 0]))
         elif len(weights) != 1 or len(activations) != 1:
             self._say(self.facts.frozen, everything, f"weights are multiplied with each other by {self.node.target}")
         else:
