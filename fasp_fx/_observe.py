@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ._matrices import ConsumerMatrices
+from ._products import ObservedProducts, dataless, row_scores
 from ._runner import Runner
 from .analysis import Analysis
 from .channels import Use, attribute
@@ -47,6 +48,12 @@ class _Consumer:
         return np.append(gone, False)[self.matrices.columns].any(-1)  # the last entry serves NONE (-1)
 
 
+    def blocks_gone(self, gone: np.ndarray) -> np.ndarray:
+        """Which blocks go whole, shape ``[blocks]``."""
+        own = self.matrices.use.block_numbers
+        return np.zeros(len(self.matrices.columns), dtype=bool) if own is None else gone[own]
+
+
 class Observer:
     """Decides all groups of one analysis.
 
@@ -67,8 +74,10 @@ class Observer:
         self.of_group: dict[str, list[_Consumer]] = {}
         for group in self.groups:
             self.of_group[group.name] = [self._consumer(use) for use in group.uses]
+        self.products = ObservedProducts(analysis, self.groups)
+        self._observed = False
         self._undecided = {group.name for group in self.groups}
-        self._waiting = {group.name: {use.node for use in group.uses} for group in self.groups}
+        self._waiting = {g.name: {use.node for use in g.uses} | {product.node for product in self.products.of(g)} for g in self.groups}
 
     def _consumer(self, use: Use) -> _Consumer:
         made = _Consumer(self.analysis, use)
@@ -79,12 +88,15 @@ class Observer:
 
     def run(self, runner: Runner | None, progress: Callable[[float], None]) -> Decision:
         """Visit all consumers in graph order; without a runner nothing is observed."""
+        self._observed = runner is not None
         position = {node: index for index, node in enumerate(self.analysis.program.module.graph.nodes)}
-        stops = sorted({use.node for group in self.groups for use in group.uses}, key=position.__getitem__)
+        stops = sorted({node for waiting in self._waiting.values() for node in waiting}, key=position.__getitem__)
         for count, node in enumerate(stops):
             if runner is not None:
                 runner.advance(runner.index(node))
                 self._observe(runner, [use for consumer in self.consumers.values() for use in consumer.uses if use.node is node])
+                products = [product for group in self.groups for product in self.products.of(group) if product.node is node]
+                self.products.observe(runner, list(dict.fromkeys(products)))
             ready = []
             for group in self.groups:
                 self._waiting[group.name].discard(node)
@@ -93,6 +105,9 @@ class Observer:
             for group in ready:
                 self._choose(group)
             self._finish(ready, runner)
+            if runner is not None and self.propagate:
+                here = [product for group in ready for product in self.products.of(group) if product.node is node]
+                self.products.cut(runner, list(dict.fromkeys(here)), self.decision.gone)
             progress((count + 1) / len(stops))
         return self.decision
 
@@ -135,15 +150,25 @@ class Observer:
             read = consumer.matrices.read(self._weight(consumer))
             for block, matrix in enumerate(read):
                 values = self._score(matrix, consumer.grams[block] if consumer.grams is not None else None)
-                for numbers in consumer.matrices.columns[block].T:
+                for numbers, worth in self._worth(group, consumer, block, values):
                     sets = np.where(numbers >= 0, labels[np.maximum(numbers, 0)], -1)
                     member = np.isin(sets, group.sets)
                     at = order[np.searchsorted(group.sets[order], sets[member])]
-                    np.add.at(total, at, values[member])
+                    np.add.at(total, at, worth[member])
+        if self.products.of(group):
+            seen = not dataless(self.score) and self._observed
+            total = self.products.scores(group) if seen else row_scores(self.analysis, group, self.score)
         if not np.isfinite(total).all():
             raise CalibrationError(f"the scores of group '{group.name}' are not finite; check the weights and the calibration data")
         removed = np.concatenate([members[np.argsort(total[members], kind="stable")[:lost]] for members in _by_block(group)])
         self.decision.gone |= np.isin(labels, group.sets[removed])
+
+    def _worth(self, group: Group, consumer: _Consumer, block: int, values: np.ndarray) -> list[tuple[np.ndarray, np.ndarray]]:
+        """Channel numbers, and what each is worth to one block of a consumer: the score of its column, or of all columns for a whole block."""
+        own = consumer.matrices.use.block_numbers
+        if group.granularity == "expert" and own is not None and np.isin(self.analysis.labels[own], group.sets).all():
+            return [(own[block : block + 1], values.sum(keepdims=True))]
+        return [(numbers, values) for numbers in consumer.matrices.columns[block].T]
 
     def _score(self, matrix: Tensor, gram: Gram | None) -> np.ndarray:
         values = self.score(Columns(matrix, gram.norms() if gram is not None else None, gram.symmetric if gram is not None else None))
@@ -160,7 +185,7 @@ class Observer:
             if any(name in self._undecided for name in touching):
                 continue
             gone = consumer.gone(self.decision.gone)
-            if gone.any():
+            if gone.any() or consumer.blocks_gone(self.decision.gone).any():
                 self._repair(consumer, torch.from_numpy(~gone), runner)
             consumer.grams = None
 
@@ -168,8 +193,9 @@ class Observer:
         weight = self._weight(consumer)
         read = consumer.matrices.read(weight)
         kept = kept.to(weight.device)
+        whole = torch.from_numpy(~consumer.blocks_gone(self.decision.gone)).to(weight.device)
         # The Gram matrix holds no imaginary part, which the solution for a complex weight would need.
-        if self.restore is not None and consumer.grams is not None and not weight.is_complex():
+        if self.restore is not None and consumer.grams is not None and not weight.is_complex() and not bool(kept.all()):
             parts = [self.restore(matrix, gram.symmetric(), left.nonzero()[:, 0]) for matrix, gram, left in zip(read, consumer.grams, kept, strict=True)]
             outcome = together(parts)
             self.decision.outcomes[consumer.weight] = outcome
@@ -178,6 +204,8 @@ class Observer:
         else:
             pruned = consumer.matrices.write(read * kept[:, None], weight)
         if self.propagate and runner is not None:
+            if not bool(whole.all()):  # tokens of an expert that goes were sent to it already: it gives them nothing, and no other takes its place
+                pruned = consumer.matrices.write(consumer.matrices.read(pruned) * whole[:, None, None], weight)
             runner.overrides[consumer.weight] = pruned
 
 

@@ -58,6 +58,11 @@ class Runner:
         for memory in self._memory:
             yield memory[node]
 
+    def multiply(self, node: fx.Node, factor: Tensor) -> None:
+        """Multiply the value of a live node, for all batches."""
+        for memory in self._memory:
+            memory[node] = memory[node] * factor.to(memory[node])
+
     def _execute(self, node: fx.Node, memory: dict[fx.Node, Any], number: int) -> Any:
         def load(argument: fx.Node) -> Any:
             if argument.op != "get_attr":

@@ -58,7 +58,8 @@ class Budget:
 
     def most(self, group: Group, round_to: int) -> int:
         """The most channel sets that one block of a group can lose."""
-        return group.width - round_to if group.width > round_to else 0
+        least = -(-group.needed // round_to) * round_to
+        return group.width - least if group.width > least else 0
 
     def reach(self, round_to: int) -> float:
         """The highest sparsity in reach."""
@@ -73,23 +74,25 @@ def checked(lost: Any, budget: Budget) -> list[int]:
     """What an allocation returned, if it can be done.
 
     Raises:
-        ArgumentError: not one number for each group, or one that is not below the group's width.
+        ArgumentError: not one number for each group, or one that leaves less than the group needs.
     """
     found = list(lost)
     if len(found) != len(budget.groups):
         raise ArgumentError(f"the allocation returned {len(found)} numbers for {len(budget.groups)} groups; it must return one for each")
     for group, sets in zip(budget.groups, found, strict=True):
-        if isinstance(sets, bool) or not isinstance(sets, (int, np.integer)) or not 0 <= sets < group.width:
-            raise ArgumentError(f"the allocation takes {sets!r} channel sets from a block of '{group.name}'; give a whole number from 0 to {group.width - 1}")
+        most = max(group.width - group.needed, 0)
+        if isinstance(sets, bool) or not isinstance(sets, (int, np.integer)) or not 0 <= sets <= most:
+            raise ArgumentError(f"the allocation takes {sets!r} channel sets from a block of '{group.name}'; give a whole number from 0 to {most}")
     return [int(sets) for sets in found]
 
 
-def lost_per_block(width: int, fraction: float, round_to: int) -> int:
-    """The removal nearest to ``fraction`` of a block that leaves a multiple of ``round_to``, and at least one."""
-    if width <= round_to:
+def lost_per_block(width: int, fraction: float, round_to: int, needed: int = 1) -> int:
+    """The removal nearest to ``fraction`` of a block that leaves a multiple of ``round_to``, and at least as many as are needed."""
+    least = -(-needed // round_to) * round_to
+    if width <= least:
         return 0
     kept = round(width * (1 - fraction) / round_to) * round_to
-    return width - min(max(kept, round_to), width)
+    return width - min(max(kept, least), width)
 
 
 def uniform(budget: Budget, sparsity: float, round_to: int) -> list[int]:
@@ -107,7 +110,7 @@ def uniform(budget: Budget, sparsity: float, round_to: int) -> list[int]:
         )
 
     def lost(fraction: float) -> list[int]:
-        return [lost_per_block(group.width, fraction, round_to) for group in budget.groups]
+        return [lost_per_block(group.width, fraction, round_to, group.needed) for group in budget.groups]
 
     def reached(fraction: float) -> float:
         return budget.sparsity([n * group.blocks for n, group in zip(lost(fraction), budget.groups, strict=True)])

@@ -14,6 +14,7 @@ from scipy.sparse import coo_matrix
 from scipy.sparse.csgraph import connected_components
 from torch import Tensor, fx
 
+from ._experts import last_products, needed_experts
 from ._layout import Conflict, find_blocks
 from ._program import Program
 from .channels import Axis, Interpreter, Numbering, Remark, Slot, Value, Walk, attribute, target_name
@@ -35,6 +36,7 @@ class Analysis:
         labels: the channel set of each channel number.
         granularity, include: as for :func:`fasp_fx.prune`.
         known: how many of the channel numbers are those of ``program``, where a pass has brought weights with numbers of their own; ``None``: all.
+        experts: whether the numbers by which routers name experts were followed.
     """
 
     program: Program
@@ -46,6 +48,7 @@ class Analysis:
     granularity: frozenset[str] = frozenset({"channel"})
     include: frozenset[str] = frozenset()
     known: int | None = None
+    experts: bool = False
 
     def fresh(self) -> np.ndarray:
         """The channel sets that only weights brought by a pass have."""
@@ -161,35 +164,37 @@ def analyze_program(
     include: Iterable[str] = (),
 ) -> Analysis:
     """Analyse a captured program; if ``split`` is given, let it split fused producers that a layout ties together, and analyse again."""
-    heads = "head" in granularity
-    analysis = _analyze(program, heads)
+    heads, experts, exempt = "head" in granularity, "expert" in granularity, EXEMPT in include
+    analysis = _analyze(program, heads, experts, exempt)
     while split is not None and analysis.conflicts:
-        rewritten = split(program, _analyze(program, heads=False) if heads else analysis)  # rows are told apart one by one
+        rewritten = split(program, _analyze(program, False, experts, exempt) if heads else analysis)  # rows are told apart one by one
         if rewritten is None:
             break
-        program, analysis = rewritten, _analyze(rewritten, heads)
+        program, analysis = rewritten, _analyze(rewritten, heads, experts, exempt)
     return replace(analysis, granularity=frozenset(granularity), include=frozenset(include))
 
 
 Pairs = list[tuple[np.ndarray, np.ndarray, fx.Node]]
 
 
-def _walk(program: Program, heads: bool) -> tuple[Numbering, Walk]:
+def _walk(program: Program, heads: bool, experts: bool) -> tuple[Numbering, Walk]:
     """Interpret the program, again where a weight is better numbered block by block or some channels go together."""
     blocked = _cached_heads(program)
+    stretched: set[tuple[str, int]] = set()
     while True:
-        numbering = Numbering(blocked)
-        walk = _interpret(program, numbering, heads)
-        if walk.facts.blocks.keys() <= blocked.keys():
+        numbering = Numbering(blocked, stretched)
+        walk = _interpret(program, numbering, heads, experts)
+        if walk.facts.blocks.keys() <= blocked.keys() and walk.facts.stretched <= stretched:
             break
         blocked = {**walk.facts.blocks, **blocked}
+        stretched |= walk.facts.stretched
     in_heads, coupled = _numbered(walk.facts.heads), _numbered(walk.facts.heads + walk.facts.together)
     before = -1
     while coupled and (sets := int(_label(numbering.total, coupled).max())) != before:  # what goes together along one dimension may have to along the next
-        walk, before = _walk_together(program, numbering, coupled, coupled), sets
+        walk, before = _walk_together(program, numbering, coupled, coupled, experts), sets
         coupled = coupled + _numbered(walk.facts.together)
     if coupled:
-        walk = _walk_together(program, numbering, coupled, walk.facts.pairs)
+        walk = _walk_together(program, numbering, coupled, walk.facts.pairs, experts)
     walk.facts.heads = in_heads
     return numbering, walk
 
@@ -210,42 +215,44 @@ def _numbered(pairs: Pairs) -> Pairs:
     return [(a[both], b[both], node) for a, b, node in pairs if (both := (a >= 0) & (b >= 0)).any()]
 
 
-def _walk_together(program: Program, numbering: Numbering, coupled: Pairs, pairs: Pairs) -> Walk:
+def _walk_together(program: Program, numbering: Numbering, coupled: Pairs, pairs: Pairs, experts: bool) -> Walk:
     """Interpret with one number for all channels that ``coupled`` puts together, and those that ``pairs`` couples with them."""
     everyone = np.arange(numbering.total)
     labels = _label(numbering.total, pairs)
     within = np.isin(labels, np.unique(labels[np.concatenate([numbers for _, numbers, _ in coupled])]))
     speaking = np.where(within, np.unique(labels, return_index=True)[1][labels], everyone)
     numbering.representative = torch.from_numpy(speaking)
-    walk = _interpret(program, numbering, heads=False)
+    walk = _interpret(program, numbering, False, experts)
     spoken_for = np.flatnonzero(speaking != everyone)
     walk.facts.pairs.append((spoken_for, speaking[spoken_for], coupled[0][2]))
     return walk
 
 
-def _interpret(program: Program, numbering: Numbering, heads: bool) -> Walk:
-    return Interpreter(program.module, numbering, program.canonical(), program.state_inputs, program.state_outputs, heads=heads).run()
+def _interpret(program: Program, numbering: Numbering, heads: bool, experts: bool) -> Walk:
+    return Interpreter(program.module, numbering, program.canonical(), program.state_inputs, program.state_outputs, heads=heads, experts=experts).run()
 
 
-def _analyze(program: Program, heads: bool) -> Analysis:
-    numbering, walk = _walk(program, heads)
+def _analyze(program: Program, heads: bool, experts: bool, exempt: bool) -> Analysis:
+    numbering, walk = _walk(program, heads, experts)
     labels = _label(numbering.total, walk.facts.pairs)
     labels.setflags(write=False)
     count = int(labels.max(initial=-1)) + 1
-    status, reason = _status(labels, count, walk, program)
+    expert = needed_experts(labels, count, walk) if experts else np.zeros(count, dtype=np.int64)
+    status, reason = _status(labels, count, expert, exempt, walk, program)
+    spared = np.full(count, not exempt) & (status == _CODE[EXEMPT])
     group_of, keys = _grouping(labels, count, status, reason, numbering, walk)
     block, conflicts = find_blocks(list(walk.facts.boxes.values()), labels, np.where(status == _CODE[FROZEN], -1, group_of))
     for conflict in conflicts:
-        # An exempt group is not pruned unless asked, and then through the same check; its status says more than its layout.
-        stuck = conflict.classes[status[conflict.classes] != _CODE[EXEMPT]]
+        # An exempt group is not pruned unless asked; its status says more than its layout.
+        stuck = conflict.classes[~spared[conflict.classes]]
         status[stuck] = _CODE[FROZEN]
         for chosen in stuck:
             reason[chosen] = f"{LAYOUT}: equal counts cannot be kept in {conflict.node.name} = {conflict.node.target}"
     if conflicts:
         group_of, keys = _grouping(labels, count, status, reason, numbering, walk)
-    groups = _build(labels, group_of, keys, block, status, reason, numbering, walk, program)
-    real = [c for c in conflicts if (status[c.classes] != _CODE[EXEMPT]).any()]
-    return Analysis(program, groups, real, labels, numbering, walk)
+    groups = _build(labels, group_of, keys, block, status, reason, expert, exempt, numbering, walk, program)
+    real = [c for c in conflicts if not spared[c.classes].all()]
+    return Analysis(program, groups, real, labels, numbering, walk, experts=experts)
 
 
 _CODE = {PRUNABLE: 0, APPROXIMATE: 1, FROZEN: 2, EXEMPT: 3}
@@ -259,8 +266,11 @@ def _label(total: int, pairs: Pairs) -> np.ndarray:
     return connected_components(graph, directed=False)[1].astype(np.int64)
 
 
-def _status(labels: np.ndarray, count: int, walk: Walk, program: Program) -> tuple[np.ndarray, np.ndarray]:
-    """A status code and a reason for each channel set; an exemption outweighs freezing, freezing outweighs mixing."""
+def _status(labels: np.ndarray, count: int, expert: np.ndarray, exempt: bool, walk: Walk, program: Program) -> tuple[np.ndarray, np.ndarray]:
+    """A status code and a reason for each channel set; an exemption outweighs freezing (unless what is exempt is to be pruned), freezing outweighs mixing.
+
+    What a router does to experts, and sums in which those that it never chooses are zero, leaves those that stay as they are.
+    """
     composites = find_composites(program.module.graph)
     status = np.full(count, _CODE[PRUNABLE], dtype=np.int8)
     reason = np.full(count, "", dtype=object)
@@ -268,13 +278,17 @@ def _status(labels: np.ndarray, count: int, walk: Walk, program: Program) -> tup
     def mark(remarks: list[Remark], code: str) -> None:
         for remark in reversed(remarks):  # the first remark in graph order is the one shown
             sets = np.unique(labels[remark.numbers])
+            sets = sets[expert[sets] == 0] if remark.routing else sets
             status[sets] = _CODE[code]
             inside = composites.get(remark.node) if remark.node is not None else None
             reason[sets] = f"{remark.reason} of {inside}" if inside else remark.reason
 
+    if exempt:
+        mark(walk.facts.exempt, EXEMPT)
     mark(walk.facts.mixed, APPROXIMATE)
     mark(walk.facts.frozen, FROZEN)
-    mark(walk.facts.exempt, EXEMPT)
+    if not exempt:
+        mark(walk.facts.exempt, EXEMPT)
     return status, reason
 
 
@@ -310,6 +324,8 @@ def _build(
     block: np.ndarray,
     status: np.ndarray,
     reason: np.ndarray,
+    expert: np.ndarray,
+    exempt: bool,
     numbering: Numbering,
     walk: Walk,
     program: Program,
@@ -327,6 +343,8 @@ def _build(
     numbers_by_label = np.argsort(labels, kind="stable")
     label_bounds = np.searchsorted(labels[numbers_by_label], np.arange(len(group_of) + 1))
     headed = np.unique(labels[np.concatenate([numbers for _, numbers, _ in walk.facts.heads])]) if walk.facts.heads else np.zeros(0, dtype=np.int64)
+    products = [product.numbers for product in walk.facts.products] if exempt else []
+    multiplied = np.unique(labels[np.concatenate(products)]) if products else np.zeros(0, dtype=np.int64)
     parameters = {program.parts[name].name if name in program.parts else name for name, _ in program.module.named_parameters(remove_duplicate=False)}
     found: list[tuple[Any, Group]] = []
     for index, (slot_ids, use_ids) in keys.items():
@@ -344,19 +362,28 @@ def _build(
             )
             columns = _members([(s, numbers[own == i]) for i, s in zip(sorted(slot_ids), slots) if i in consumes], program)
             uses = tuple(walk.facts.uses[i] for i in sorted(use_ids))
+            if expert[sets].all():
+                uses = (*uses, *last_products(labels, sets, walk))
+                taking = {use.weight for use in uses}
+                held = [(s, numbers[own == i]) for i, s in zip(sorted(slot_ids), slots) if s.kind == "weight"]
+                rows = _members([item for item in held if item[0].name not in taking], program)
+                columns = _members([item for item in held if item[0].name in taking], program)
             code, why = _STATUS[int(status[sets[0]])], str(reason[sets[0]])
-            if not uses and code in (PRUNABLE, APPROXIMATE):
+            if not uses and code in (PRUNABLE, APPROXIMATE) and not np.isin(sets, multiplied).all():
                 if not any(i in produces for i in slot_ids):
                     continue  # a dimension that nothing in the graph speaks of
                 code, why = FROZEN, "no weight consumes these channels"
-            if size == 1 and code in (PRUNABLE, APPROXIMATE):
+            if size == 1 and (code in (PRUNABLE, APPROXIMATE) or (exempt and code == EXEMPT)):
                 code, why = FROZEN, f"{LAYOUT}: one channel set takes the whole of a dimension"
             if not any(member.name in parameters for member in (*rows, *columns)):
                 continue  # positions of buffers alone
             # Frozen channels need no layout: they are shown as one block.
             own_blocks = len(np.unique(block[sets])) if code != FROZEN else 1
-            granularity = "head" if np.isin(sets, headed).all() else "channel"
-            group = Group("", len(sets), own_blocks, code, why, tuple(rows), tuple(columns), sets, block[sets], granularity, uses, tuple(slots))
+            granularity = "expert" if expert[sets].all() else "head" if np.isin(sets, headed).all() else "channel"
+            needed = int(expert[sets].max()) if granularity == "expert" else 1
+            if code == PRUNABLE and size <= needed:
+                code, why = FROZEN, f"each token is sent to {needed} of them"
+            group = Group("", len(sets), own_blocks, code, why, tuple(rows), tuple(columns), sets, block[sets], granularity, needed, uses, tuple(slots))
             at = min((positions[use.node] for use in uses), default=len(positions))
             found.append(((at, int(numbers.min())), group))
     return _named([group for _, group in sorted(found, key=lambda item: item[0])])

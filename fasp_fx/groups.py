@@ -52,7 +52,8 @@ class Group:
         reason: why it has that status; empty for prunable groups.
         producers: weights that lose rows with it.
         consumers: weights that lose columns with it.
-        granularity: what one channel set is: ``"channel"`` or ``"head"``, all channels of an attention head.
+        granularity: what one channel set is: ``"channel"``, ``"head"`` (all channels of an attention head) or ``"expert"`` (of a mixture).
+        needed: how many channel sets of each block have to stay.
     """
 
     name: str
@@ -65,6 +66,7 @@ class Group:
     sets: np.ndarray = field(repr=False, compare=False, default_factory=lambda: np.zeros(0, dtype=np.int64))
     block_of: np.ndarray = field(repr=False, compare=False, default_factory=lambda: np.zeros(0, dtype=np.int64))
     granularity: str = "channel"
+    needed: int = 1
     uses: tuple[Use, ...] = field(repr=False, compare=False, default=())
     slots: tuple[Slot, ...] = field(repr=False, compare=False, default=())
 
@@ -75,7 +77,7 @@ class Group:
 
     def __str__(self) -> str:
         shape = f"{self.blocks} x {self.width}" if self.blocks > 1 else str(self.size)
-        shape += " heads" if self.granularity == "head" else ""
+        shape += f" {self.granularity}s" if self.granularity != "channel" else ""
         left = ", ".join(map(str, self.producers)) or "-"
         right = ", ".join(map(str, self.consumers)) or "-"
         return f"{self.status:<11} {shape:>10}  {left} -> {right}" + (f"  ({self.reason})" if self.reason else "")

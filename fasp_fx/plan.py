@@ -53,7 +53,7 @@ class ParameterSlice:
 
 @dataclass(frozen=True)
 class PlannedGroup:
-    """What one coupled group loses."""
+    """What one coupled group loses; ``granularity`` says what a channel set of it is."""
 
     name: str
     size: int
@@ -61,6 +61,7 @@ class PlannedGroup:
     removed_sets: int
     producers: tuple[ParameterSlice, ...]
     consumers: tuple[ParameterSlice, ...]
+    granularity: str = "channel"
 
     def __str__(self) -> str:
         left, right = ", ".join(map(str, self.producers)), ", ".join(map(str, self.consumers))
@@ -128,6 +129,7 @@ class PruningPlan:
                     _int(g["removed_sets"]),
                     _slices(g["producers"]),
                     _slices(g["consumers"]),
+                    str(g.get("granularity", "channel")),
                 )
                 for g in data["groups"]
             )
@@ -167,11 +169,20 @@ class PruningPlan:
         if earlier.result is None:
             raise PlanError("the earlier plan was never applied, so its result is not known; take the plan of a result")
         gone = earlier.slices()
+        experts = {
+            (part.name, part.dim): set(part.by_block()[0])
+            for group in earlier.groups
+            if group.granularity == "expert"
+            for part in (*group.producers, *group.consumers)
+        }
 
         def renumber(part: ParameterSlice) -> list[ParameterSlice]:
             before = gone.get((part.name, part.dim), frozenset())
             pieces = [split for split in earlier.splits if split.source == part.name]
             blocks = tuple(_renumber(indices, (index for block, index in before if block == own)) for own, indices in enumerate(part.by_block()))
+            if part.block_dim is not None:  # one block for each expert, some of which are gone
+                lost = experts.get((part.name, part.block_dim), set())
+                blocks = tuple(block for own, block in enumerate(blocks) if own not in lost)
             if not pieces:
                 return [_slice(part.name, part.dim, blocks, part.block_dim)]
             if pieces[0].dim != part.dim:
@@ -201,6 +212,7 @@ class PruningPlan:
                     round(group.removed_sets * lost / max(before, 1)),
                     producers,
                     consumers,
+                    group.granularity,
                 )
             )
         return PruningPlan(earlier.result, tuple(groups), self.sparsity, granularity=self.granularity, include=self.include)
@@ -291,7 +303,7 @@ def _planned(group: Group, gone: np.ndarray, removed: int, analysis: Analysis) -
     def cut(members: Iterable[Member]) -> tuple[ParameterSlice, ...]:
         return tuple(_slice(m.name, m.dim, tuple(tuple(sorted(block)) for block in lost[(m.name, m.dim)]), m.block_dim) for m in members)
 
-    return PlannedGroup(group.name, group.size, group.blocks, removed, cut(group.producers), cut(group.consumers))
+    return PlannedGroup(group.name, group.size, group.blocks, removed, cut(group.producers), cut(group.consumers), group.granularity)
 
 
 def gone_of(plan: PruningPlan, analysis: Analysis, *, partial: bool = False) -> np.ndarray:
@@ -331,7 +343,7 @@ def gone_of(plan: PruningPlan, analysis: Analysis, *, partial: bool = False) -> 
             raise PlanError(
                 f"the plan removes index {max(outside)} along dimension {dim} of '{name}', which the model does not have; it is a plan for another model"
             )
-    weights = np.zeros(total, dtype=bool)  # inputs that hold state, and tensors that the graph makes, follow
+    weights = np.zeros(total, dtype=bool)  # a plan names weights; inputs that hold state, and tensors that the graph makes, go with them
     for slot in (slot for slot in numbering.slots if slot.base < total):
         weights[slot.base : slot.base + slot.size] = slot.kind == "weight"
     counted = np.bincount(labels, weights=gone & weights, minlength=int(labels.max(initial=-1)) + 1)
@@ -345,9 +357,10 @@ def gone_of(plan: PruningPlan, analysis: Analysis, *, partial: bool = False) -> 
         allowed[group.sets] = True
         chosen = counted[group.sets] > 0
         per_block = [int(chosen[group.block_of == b].sum()) for b in np.unique(group.block_of)]
-        if len(set(per_block)) > 1 or (per_block and per_block[0] >= group.width):
-            raise PlanError(f"the plan removes {per_block} channel sets from the blocks of group '{group.name}'; each must lose the same number and keep one")
+        if len(set(per_block)) > 1 or (per_block and per_block[0] and group.width - per_block[0] < group.needed):
+            least = "one" if group.needed == 1 else str(group.needed)
+            raise PlanError(f"the plan removes {per_block} channel sets from blocks of group '{group.name}'; each must lose the same number and keep {least}")
     if (~allowed & (counted > 0)).any():
         slot = numbering.slot_of(int(np.flatnonzero(labels == int(np.flatnonzero(~allowed & (counted > 0))[0]))[0]))
         raise PlanError(f"the plan removes channels of {slot}, which cannot be pruned in this model")
-    return gone | (counted > 0)[labels]
+    return counted[labels] > 0

@@ -91,10 +91,11 @@ def prune(
         allocation: ``"uniform"``: every prunable group loses the same fraction; or a callable (:data:`fasp_fx.allocation.Allocation`).
         propagate: later layers are observed behind the already pruned earlier ones.
         granularity: what goes together: ``"channel"``, single channels; ``"head"``, whole attention heads with their rows of W_Q, W_K and W_V and
-            columns of W_O (a KV head takes its query heads along). With ``("head",)`` nothing but heads goes; with both, heads in attention and
-            channels elsewhere.
+            columns of W_O (a KV head takes its query heads along); ``"expert"``, whole experts of a mixture with their rows of the router, as if they
+            were never chosen. With ``("head",)`` nothing but heads goes; with both, heads in attention and channels elsewhere.
         include: ``"approximate"`` prunes also groups that cross a norm (the residual stream of a transformer). Norms by mean squares, and layer norms,
-            go on to divide by the dense count, so that the result is that of the dense model whose producers are zero there.
+            go on to divide by the dense count, so that the result is that of the dense model whose producers are zero there. ``"exempt"`` prunes also
+            channels contracted between two activations (rows of W_Q and W_K), by the norms of both.
         state: names of arguments and outputs that may become narrower.
         round_to: kept widths (per block) are multiples of this.
         dynamic_shapes: as for ``torch.export.export``; inferred if ``None``.
@@ -259,7 +260,7 @@ def _capture(model: Model, args: Any, kwargs: dict[str, Any] | None, **options: 
 
 
 def _check_choice(granularity: Iterable[str], include: Iterable[str]) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    for name, given, known in (("granularity", granularity, ("channel", "head")), ("include", include, ("approximate",))):
+    for name, given, known in (("granularity", granularity, ("channel", "head", "expert")), ("include", include, ("approximate", "exempt"))):
         if isinstance(given, str) or not isinstance(given, Iterable) or not set(given) <= set(known) or (name == "granularity" and not tuple(given)):
             raise ArgumentError(f"{name}={given!r} is not known; pass a tuple of {', '.join(map(repr, known))}")
     return tuple(granularity), tuple(include)

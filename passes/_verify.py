@@ -57,6 +57,7 @@ def walk_strictly(program: Program, reference: Analysis, numbering: Numbering, g
         overrides=program.numbers,
         strict=True,
         grows=grows,
+        experts=reference.experts,
     ).run(reference.walk.sizes.small)
 
 

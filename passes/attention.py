@@ -42,9 +42,9 @@ class PinAttentionScale(GraphPass):
 
 
 class PadValueHeads(GraphPass):
-    """Pad value heads with zeros to the width of the query heads, and slice the result.
+    """Pad value heads with zeros to the width of the query heads, and slice the result; or query and key heads to that of the value heads.
 
-    Fused attention kernels want query, key and value heads of one width; a narrower value leaves them for a slower path.
+    Fused attention kernels want query, key and value heads of one width; a narrower one leaves them for a slower path.
     Precondition: none; it comes last, once the widths are settled.
     Postcondition: every fused attention has equal widths; the results are those of the unpadded program.
     """
@@ -58,7 +58,7 @@ class PadValueHeads(GraphPass):
         narrow = {
             node.name: (_width(walk.executed[node.args[0]]), _width(walk.executed[node.args[2]]))
             for node in program.module.graph.find_nodes(op="call_function", target=_ATTENTION)
-            if _width(walk.executed[node.args[2]]) < _width(walk.executed[node.args[0]])
+            if _width(walk.executed[node.args[2]]) != _width(walk.executed[node.args[0]])
         }
         if not narrow:
             return program
@@ -69,6 +69,12 @@ class PadValueHeads(GraphPass):
             if node.name not in narrow:
                 continue
             query, value = narrow[node.name]
+            if query < value:
+                for index in (0, 1):
+                    with graph.inserting_before(node):
+                        wide = graph.call_function(torch.ops.aten.constant_pad_nd.default, (node.args[index], [0, value - query], 0.0))
+                        node.update_arg(index, stamp(wide, self.name, node))
+                continue
             with graph.inserting_before(node):
                 padded = stamp(graph.call_function(torch.ops.aten.constant_pad_nd.default, (node.args[2], [0, query - value], 0.0)), self.name, node)
             with graph.inserting_after(node):

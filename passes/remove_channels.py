@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -145,7 +145,7 @@ def _resize(module: fx.GraphModule, originals: dict[fx.Node, fx.Node], walk: Wal
         results = walk.values.get(old)
         outputs = [value for value in (results if isinstance(results, tuple) else [results]) if isinstance(value, Value)]
         source = next((walk.values.get(n) for n in old.all_input_nodes if isinstance(walk.values.get(n), Value)), None)
-        if _creates(node):
+        if _made_anew(node):
             source = outputs[0] if outputs else None
         if not isinstance(source, Value) or not (kept.touches(source) or any(kept.touches(output) for output in outputs)):
             continue
@@ -165,9 +165,9 @@ def _keep_scale(node: fx.Node, query: object, kept: Kept) -> None:
         raise VerificationError(f"the query heads of '{node.name}' would get narrower, and its implicit scale larger; run PinAttentionScale before")
 
 
-def _creates(node: fx.Node) -> bool:
+def _made_anew(node: fx.Node) -> bool:
     rule = lookup(node.target)
-    return rule is not None and rule.creates
+    return rule is not None and (rule.creates or rule.tallies is not None)
 
 
 def _clauses(node: fx.Node) -> tuple[Clause, ...]:
@@ -197,16 +197,32 @@ def _shape(node: fx.Node, clause: Clause, source: Value, outputs: list[Value], k
 
 def _span(node: fx.Node, clause: Clause, source: Value, outputs: list[Value], kept: Kept) -> bool:
     along, start_name, end_name = clause.words
-    dim = int(arguments(node)[along]) % len(source.shape)
+    given = arguments(node)
+    dim, step = int(given[along]) % len(source.shape), int(given.get("step", 1))
     length, changed = source.shape[dim], False
-    for name in (start_name, end_name):
-        position = arguments(node)[name]
-        if position is None or isinstance(position, fx.Node):
-            continue
-        absolute = position + length if position < 0 else position
-        if 0 < absolute < length:
-            changed |= set_argument(node, name, kept.before(source, dim, absolute)) if kept.size(source, dim) != length else False
+    start, end = (_absolute(given[name], default, length) for name, default in ((start_name, 0), (end_name, length)))
+    if not (0 < start < length or 0 < end < length) or kept.size(source, dim) == length:
+        return False
+    if 0 < start < length:  # with a step, the analysis lets runs of that many neighbours go as a whole
+        changed |= set_argument(node, start_name, kept.before(source, dim, start - start % step) + start % step)
+    if 0 < end < length:
+        changed |= set_argument(node, end_name, kept.before(source, dim, min(_past(start, end, step), length)))
     return changed
+
+
+def _absolute(position: Any, default: int, length: int) -> int:
+    """A position counted from the front; one known only at run time is left to the graph, which counts as the default."""
+    if position is None or isinstance(position, fx.Node):
+        return default
+    return min(max(int(position) + length if position < 0 else int(position), 0), length)
+
+
+def _past(start: int, end: int, step: int) -> int:
+    """Where the run of ``step`` neighbours ends that holds the last position taken."""
+    if step == 1 or end <= start:
+        return end
+    last = start + (end - 1 - start) // step * step
+    return last - last % step + step
 
 
 def _pick(node: fx.Node, clause: Clause, source: Value, outputs: list[Value], kept: Kept) -> bool:
@@ -249,6 +265,14 @@ def _factor(node: fx.Node, clause: Clause, source: Value, outputs: list[Value], 
     return set_argument(node, name, kept.factors(source, at % len(source.shape), old, first=pair[0] == letter))
 
 
+def _count(node: fx.Node, clause: Clause, source: Value, outputs: list[Value], kept: Kept) -> bool:
+    return set_argument(node, clause.words[0], kept.size(outputs[0], len(outputs[0].shape) - 1))
+
+
+def _last(node: fx.Node, clause: Clause, source: Value, outputs: list[Value], kept: Kept) -> bool:
+    return set_argument(node, clause.words[0], kept.size(outputs[0], len(outputs[0].shape) - 1) - 1)
+
+
 _REWRITES: dict[str, Callable[[fx.Node, Clause, Value, list[Value], Kept], bool]] = {
     "shape": _shape,
     "span": _span,
@@ -256,4 +280,6 @@ _REWRITES: dict[str, Callable[[fx.Node, Clause, Value, list[Value], Kept], bool]
     "sizes": _sizes,
     "chunk": _chunk,
     "factor": _factor,
+    "count": _count,
+    "last": _last,
 }

@@ -6,8 +6,24 @@ compositions of operators. The grammar is described in ``_grammar`` and in the d
 
 from __future__ import annotations
 
-from ._grammar import Alternative, Clause, Dims, Operand, Rule, parse
+from ._grammar import ORDINALS, Alternative, Clause, Dims, Operand, Rule, parse
 from ._registry import builtin, lookup, register, unregister
 from .composites import COMPOSITES, find_composites
+from .pointwise import VANISHING
 
-__all__ = ["COMPOSITES", "Alternative", "Clause", "Dims", "Operand", "Rule", "builtin", "find_composites", "lookup", "parse", "register", "unregister"]
+__all__ = [
+    "COMPOSITES",
+    "ORDINALS",
+    "VANISHING",
+    "Alternative",
+    "Clause",
+    "Dims",
+    "Operand",
+    "Rule",
+    "builtin",
+    "find_composites",
+    "lookup",
+    "parse",
+    "register",
+    "unregister",
+]

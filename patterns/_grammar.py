@@ -6,6 +6,7 @@
     body        :=  "move" NAME                          the operator only moves elements of NAME
                  |  "check"                              the operator reads shapes or types alone; nothing it returns carries channels
                  |  "create"                             the operator makes a tensor whose elements are all alike
+             |  "tally" NAME                         one position, in a new last dimension, for each number that the integers of NAME may hold
                  |  alternative ("|" alternative)*       dimensions by letter, first alternative that fits
     alternative :=  operand ("," operand)* "->" result ("," result)* ["if" NAME]
     operand     :=  NAME "[" dims "]"                    NAME is an argument of the operator's schema
@@ -18,7 +19,14 @@
                  |  "window" WHERE                       the same, and positions of the result there are others than those of the operand
                  |  "slide" DIM DIM NAME NAME NAME       a window of the second letter's size slides over the first; arguments: stride, padding, dilation
                  |  "route" LETTER LETTER                each position of the first letter uses one position of the second, chosen at run time
-                 |  "ignore" NAME                        of argument NAME nothing but type and device are read
+                 |  "choose" WHERE NAME*                 positions along WHERE compete by their values, and one whose value is lowest takes no part;
+                                                     number NAME (first, second) of the results names those chosen
+             |  "add" WHERE                          positions along WHERE are added up: zeros make no difference
+             |  "look" NAME NAME                     arguments: dimension, integers that name positions along it
+             |  "pass" NAME NAME                     the integers of the argument come back, perhaps moved, as result number (first, second)
+             |  "last" NAME                          argument NAME is the highest of the numbers that are tallied
+             |  "count" NAME                         argument NAME is how many numbers are tallied
+             |  "ignore" NAME                        of argument NAME nothing but type and device are read
                  |  "factor" LETTER NAME                 argument NAME is the size of a letter in brackets
                  |  "repeat" LETTER LETTER               the first letter is repeated in blocks to the size of the second
                  |  "shape" NAME                         argument NAME is the shape of the result
@@ -59,6 +67,12 @@ _CLAUSES = {
     "route": (2,),
     "factor": (2,),
     "ignore": (1,),
+    "choose": (1, 2),
+    "add": (1,),
+    "look": (2,),
+    "pass": (2,),
+    "last": (1,),
+    "count": (1,),
     "repeat": (2,),
     "shape": (1, 3),
     "span": (3,),
@@ -66,7 +80,9 @@ _CLAUSES = {
     "sizes": (2,),
     "chunk": (2,),
 }
-_WITH_ARGUMENT = {"mix", "reduce", "freeze", "window"}
+_WITH_ARGUMENT = {"mix", "reduce", "freeze", "window", "choose", "add"}
+#: how a clause counts results
+ORDINALS = {"first": 0, "second": 1}
 
 
 def letters_of(dims: Dims) -> tuple[str, ...]:
@@ -127,9 +143,11 @@ class Rule:
     alternatives: tuple[Alternative, ...]
     clauses: tuple[Clause, ...]
     creates: bool = False
+    tallies: str | None = None
 
     def __str__(self) -> str:
-        body = f"move {self.moves}" if self.moves else " | ".join(map(str, self.alternatives)) or ("create" if self.creates else "check")
+        single = f"move {self.moves}" if self.moves else f"tally {self.tallies}" if self.tallies else "create" if self.creates else "check"
+        body = " | ".join(map(str, self.alternatives)) or single
         return "; ".join((body, *map(str, self.clauses)))
 
     def all(self, keyword: str) -> list[Clause]:
@@ -138,16 +156,16 @@ class Rule:
 
     def names(self) -> set[str]:
         """Every argument name the rule mentions; all must be in the operator's schema."""
-        found = {self.moves} if self.moves else set()
+        found = {name for name in (self.moves, self.tallies) if name}
         for alternative in self.alternatives:
             found |= {operand.name for operand in alternative.operands}
             found |= {alternative.condition} if alternative.condition else set()
         for clause in self.clauses:
             if clause.argument:
                 found.add(clause.words[0])
-            elif clause.keyword in ("span", "pick", "sizes", "chunk"):
+            elif clause.keyword in ("span", "pick", "sizes", "chunk", "look"):
                 found |= set(clause.words)
-            elif clause.keyword in ("shape", "ignore"):
+            elif clause.keyword in ("shape", "ignore", "pass", "last", "count"):
                 found.add(clause.words[0])
             elif clause.keyword == "slide":
                 found |= set(clause.words[2:])
@@ -242,18 +260,24 @@ class _Parser:
         words = [self.take()]
         while self.peek() not in (None, ";"):
             words.append(self.take())
+        numbered = {"choose": words[1:], "pass": words[1:]}.get(str(keyword), [])
+        if any(word not in ORDINALS for word in numbered):
+            self.fail(f"{keyword!r} counts results as {' or '.join(ORDINALS)}")
         if len(words) not in _CLAUSES[str(keyword)]:
             self.fail(f"{keyword!r} takes {' or '.join(map(str, _CLAUSES[str(keyword)]))} word(s), not {len(words)}")
         return Clause(str(keyword), tuple(word for word in words if word != "="), argument)
 
     def rule(self) -> Rule:
-        moves, alternatives = None, []
+        moves, tallies, alternatives = None, None, []
         creates = self.peek() == "create"
         if self.peek() in ("check", "create"):
             self.take()
         elif self.peek() == "move":
             self.take()
             moves = self.name()
+        elif self.peek() == "tally":
+            self.take()
+            tallies = self.name()
         else:
             alternatives.append(self.alternative())
             while self.accept("|"):
@@ -263,7 +287,7 @@ class _Parser:
             clauses.append(self.clause())
         if self.peek() is not None:
             self.fail("expected ';' or the end")
-        return Rule(moves, tuple(alternatives), tuple(clauses), creates)
+        return Rule(moves, tuple(alternatives), tuple(clauses), creates, tallies)
 
 
 @cache

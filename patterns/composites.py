@@ -81,7 +81,7 @@ def _transparent(node: fx.Node) -> bool:
     rule = lookup(node.target)
     if rule is None:
         return False
-    pointwise = not rule.clauses and all(o.dims == ("...",) for a in rule.alternatives for o in a.operands)
+    pointwise = all(clause.keyword == "pass" for clause in rule.clauses) and all(o.dims == ("...",) for a in rule.alternatives for o in a.operands)
     return rule.moves == "self" or (bool(rule.alternatives) and pointwise)
 
 

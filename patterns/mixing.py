@@ -4,11 +4,9 @@ from __future__ import annotations
 
 _REDUCTIONS = (
     "mean.dim",
-    "sum.dim_IntList",
     "prod.dim_int",
     "amax.default",
     "amin.default",
-    "argmax.default",
     "argmin.default",
     "logsumexp.default",
     "linalg_vector_norm.default",
@@ -19,7 +17,7 @@ _REDUCTIONS = (
     "any.dim",
     "all.dim",
 )
-_SCANS = ("cumsum.default", "cumprod.default", "logcumsumexp.default")
+_SCANS = ("cumprod.default", "logcumsumexp.default")
 
 _POSITIONS = {1: "x", 2: "y x", 3: "z y x"}
 
@@ -48,8 +46,8 @@ _STATISTICS = "running_mean[c], running_var[c]"
 MIXING: dict[str, str] = {
     "aten.layer_norm.default": "input[... n*], weight[n*], bias[n*] -> [... n*]; mix n*; shape normalized_shape=n*",
     "aten.rms_norm.default": "input[... n*], weight[n*] -> [... n*]; mix n*; shape normalized_shape=n*",
-    "aten.softmax.int": "self[...] -> [...]; mix @dim",
-    "aten._softmax.default": "self[...] -> [...]; mix @dim",
+    "aten.softmax.int": "self[...] -> [...]; mix @dim; choose @dim",
+    "aten._softmax.default": "self[...] -> [...]; mix @dim; choose @dim",
     "aten.log_softmax.int": "self[...] -> [...]; mix @dim",
     "aten._log_softmax.default": "self[...] -> [...]; mix @dim",
     # norms that keep channels apart
@@ -61,13 +59,19 @@ MIXING: dict[str, str] = {
     "aten.instance_norm.default": f"{_BATCH_NORM}, {_STATISTICS} -> [n c x*]; mix x*",
     "aten.group_norm.default": "input[n (g c) x*], weight[(g c)], bias[(g c)] -> [n (g c) x*]; mix c; mix x*; factor g num_groups",
     **{f"aten.{name}": "self[...] -> [...]; reduce @dim" for name in _REDUCTIONS},
-    **{f"aten.{name}": "self[...] -> [...], [...]; reduce @dim" for name in ("max.dim", "min.dim", "var_mean.correction", "std_mean.correction")},
+    "aten.sum.dim_IntList": "self[...] -> [...]; reduce @dim; add @dim",
+    "aten.argmax.default": "self[...] -> [...]; reduce @dim; choose @dim first",
+    "aten.max.dim": "self[...] -> [...], [...]; reduce @dim; choose @dim second",
+    **{f"aten.{name}": "self[...] -> [...], [...]; reduce @dim" for name in ("min.dim", "var_mean.correction", "std_mean.correction")},
+    "aten.cumsum.default": "self[...] -> [...]; freeze @dim; add @dim",
     **{f"aten.{name}": "self[...] -> [...]; freeze @dim" for name in _SCANS},
     # order and choice
-    "aten.sort.default": "self[...] -> [...], [...]; freeze @dim",
-    "aten.sort.stable": "self[...] -> [...], [...]; freeze @dim",
+    "aten.sort.default": "self[...] -> [...], [...]; freeze @dim; pass self first",
+    "aten.sort.stable": "self[...] -> [...], [...]; freeze @dim; pass self first",
     "aten.argsort.default": "self[...] -> [...]; freeze @dim",
-    "aten.topk.default": "self[...] -> [...], [...]; window @dim",
+    "aten.topk.default": "self[...] -> [...], [...]; window @dim; choose @dim second",
+    "aten.histc.default": "tally self; count bins; last max",
+    "aten.one_hot.default": "tally self; count num_classes",
     "aten.roll.default": "self[...] -> [...]; freeze @dims",
     "aten.tril.default": "self[... i j] -> [... i j]; freeze i; freeze j",
     "aten.triu.default": "self[... i j] -> [... i j]; freeze i; freeze j",

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 #: operators that place or choose elements one by one: understood, but no channel can be taken out of them
 _ONE_BY_ONE = (
-    "gather.default",
     "scatter.src",
     "scatter.value",
     "scatter_add.default",
@@ -62,6 +61,7 @@ MOVEMENT: dict[str, str] = {
     "aten.cat.default": "move tensors",
     "aten.stack.default": "move tensors",
     **{f"aten.{name}": "self[...] -> [...]; window ..." for name in _ONE_BY_ONE},
+    "aten.gather.default": "self[...] -> [...]; window ...; look dim index",
     # a weight computed from its direction and length: every element depends on all of a slice
     "aten._weight_norm_interface.default": "v[...], g[...] -> [...], [...]; window ...",
     # borders: what is added is not a channel

@@ -9,9 +9,7 @@ import torch
 
 #: pointwise operators that torch does not tag
 UNTAGGED: tuple[str, ...] = (
-    "aten._to_copy.default",
     "aten.copy.default",
-    "aten.to.dtype",
     "aten.to.device",
     "aten.__and__.Tensor",
     "aten.__or__.Tensor",
@@ -33,7 +31,17 @@ UNTAGGED: tuple[str, ...] = (
 #: pointwise operators whose second operand does not broadcast against the first
 UNLIKE_OPERANDS: dict[str, str] = {
     "aten.prelu.default": "self[n c x*], weight[c] -> [n c x*]",
-    "aten.type_as.default": "self[...] -> [...]; ignore other",
+    "aten.type_as.default": "self[...] -> [...]; ignore other; pass self first",
+    "aten._to_copy.default": "self[...] -> [...]; pass self first",
+    "aten.to.dtype": "self[...] -> [...]; pass self first",
+}
+
+#: pointwise operators whose result is zero wherever one of these arguments is (and the others are finite)
+VANISHING: dict[str, tuple[str, ...]] = {
+    "aten.mul.Tensor": ("self", "other"),
+    "aten.mul.Scalar": ("self",),
+    "aten.div.Tensor": ("self",),
+    "aten.div.Scalar": ("self",),
 }
 
 #: operators that make a tensor whose elements are all alike, so that any of them can go

@@ -138,9 +138,9 @@ def test_included_groups_are_restored() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"granularity": ("expert",)}, "'channel', 'head'"),
+        ({"granularity": ("layer",)}, "'channel', 'head', 'expert'"),
         ({"granularity": ()}, "granularity"),
-        ({"include": ("exempt",)}, "'approximate'"),
+        ({"include": ("frozen",)}, "'approximate', 'exempt'"),
         ({"include": "approximate"}, "include"),
     ],
 )

@@ -219,9 +219,9 @@ class Flip(Base):
 
 
 class Step(Base):
-    """What a slice with a step takes cannot be named after channels went."""
+    """Runs of as many neighbours as the step go as a whole, those that nothing reads among them."""
 
-    expected = Expected([], {"up.bias": "step"})
+    expected = Expected([(UP, {"short.weight": None}, 1)])
 
     def extra(self) -> None:
         del self.down
@@ -229,6 +229,35 @@ class Step(Base):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.short(self.up(x)[:, ::2])
+
+
+class Interleaved(Base):
+    """Gate and up as even and odd rows of one weight, some of them left out: each pair goes as a whole."""
+
+    expected = Expected([(linear("fused", list(range(2, 12))), {"short.weight": None}, 1)])
+
+    def extra(self) -> None:
+        del self.up, self.down
+        self.fused = nn.Linear(6, 14)
+        self.short = nn.Linear(5, 6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        both = self.fused(x)
+        return self.short(torch.sigmoid(both[:, 2:11:2]) * both[:, 3:13:2])
+
+
+class StepInHeads(Base):
+    """Every third column of two rows of six: equal numbers of runs of three in each row."""
+
+    expected = Expected([(linear("wide", list(range(12))), {"short.weight": None}, 2)])
+
+    def extra(self) -> None:
+        del self.up, self.down
+        self.wide = nn.Linear(6, 12)
+        self.short = nn.Linear(4, 6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.short(self.wide(x).unflatten(-1, (2, 6))[:, :, 1::3].flatten(1).relu())
 
 
 class Slice(Base):
@@ -429,6 +458,8 @@ MODULES = [
     PadHeads,
     Flip,
     Step,
+    Interleaved,
+    StepInHeads,
     Slice,
     TwoConsumers,
     OverlappingConsumers,

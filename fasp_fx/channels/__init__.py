@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ._facts import Facts, Layout, Remark, Use
+from ._facts import Facts, Layout, Product, Remark, Use
 from ._fx import arguments, attribute, results, set_argument, target_name
 from ._interpreter import Interpreter, Walk
 from ._moves import run_on_numbers
@@ -16,6 +16,7 @@ __all__ = [
     "Interpreter",
     "Layout",
     "Numbering",
+    "Product",
     "Remark",
     "Slot",
     "Use",

@@ -92,6 +92,15 @@ def why_no_consumer(relation: Relation, weight: Operand, activation: Operand) ->
     return None
 
 
+def note_stacked(relation: Relation, weight: Operand, activation: Operand) -> None:
+    """Note the positions of a weight at each of which it holds a whole matrix, of rows and columns."""
+    roles = _roles(relation, weight, activation)
+    for letter in weight.letters:
+        others = {role for other, role in roles.items() if other != letter}
+        if {"row", "column"} <= others and roles[letter] in ("block", "row", "column"):
+            relation.facts.stacked += [axis.numbers.reshape(-1).numpy() for axis in weight.at(letter) if axis.varying() == [axis.dim]]
+
+
 def make_use(relation: Relation, weight: Operand, activation: Operand) -> Use:
     """The record of a consumer; asks for block-wise numbers where blocks would share them."""
     assert weight.node is not None
@@ -134,7 +143,9 @@ def make_use(relation: Relation, weight: Operand, activation: Operand) -> Use:
     axes = [axis for letter in columns for axis in weight.at(letter)]
     numbers = np.stack([_columns(axis, weight, [*blocks, *columns, *windows], len(blocks)) for axis in axes], axis=-1)
     slots = frozenset(axis.slot for axis in axes if axis.slot is not None)
-    return Use(relation.node, weight.value.origin, weight.node, activation.node, numbers, slots, weight_layout, activation_layout, route)
+    single = weight.at(blocks[0]) if len(blocks) == 1 else []
+    own = single[0].numbers.reshape(-1).numpy() if len(single) == 1 and len(single[0].varying()) == 1 else None
+    return Use(relation.node, weight.value.origin, weight.node, activation.node, numbers, slots, weight_layout, activation_layout, route, own)
 
 
 def _columns(axis: Axis, weight: Operand, letters: list[str], blocks: int) -> np.ndarray:

@@ -47,6 +47,7 @@ class Use:
         slots: the weight and dimensions that its columns lie along.
         weight_layout, activation_layout: how either is read as matrices.
         route: the node that tells where in the tokens each block ends, if blocks are chosen at run time.
+        block_numbers: channel numbers of the blocks, shape ``[blocks]``, where these are channels along one dimension of the weight.
     """
 
     node: fx.Node
@@ -58,15 +59,26 @@ class Use:
     weight_layout: Layout
     activation_layout: Layout
     route: fx.Node | None = None
+    block_numbers: np.ndarray | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class Product:
+    """Activations contracted with each other along a dimension that holds the channels ``numbers``."""
+
+    node: fx.Node
+    operands: tuple[fx.Node, ...]
+    numbers: np.ndarray
 
 
 @dataclass(frozen=True)
 class Remark:
-    """Something said of a set of channel numbers, by a node."""
+    """Something said of a set of channel numbers, by a node; ``routing`` remarks do not hold for experts, which the router never chooses once gone."""
 
     numbers: np.ndarray
     reason: str
     node: fx.Node | None
+    routing: bool = False
 
 
 @dataclass
@@ -75,7 +87,8 @@ class Facts:
 
     ``matrices`` names the weights of linear and convolution operators; ``blocks`` the weights' dimensions that would better be numbered
     block by block, with the dimension that divides them and into how many; ``heads`` pairs the channels that belong to one head,
-    ``together`` those that would be free if they went together.
+    ``together`` those that would be free if they went together. ``chosen`` are numbers of positions that compete in a softmax or top-k, with how
+    many of them are needed; ``stacked`` numbers of matrices in a stacked weight; ``stretched`` dimensions of expanded tensors that meet channels.
     """
 
     pairs: list[tuple[np.ndarray, np.ndarray, fx.Node]] = field(default_factory=list)
@@ -84,11 +97,15 @@ class Facts:
     exempt: list[Remark] = field(default_factory=list)
     produced: list[tuple[np.ndarray, tuple[str, int] | None]] = field(default_factory=list)
     uses: list[Use] = field(default_factory=list)
+    products: list[Product] = field(default_factory=list)
     boxes: dict[bytes, tuple[np.ndarray, fx.Node]] = field(default_factory=dict)
     matrices: set[str] = field(default_factory=set)
     blocks: dict[tuple[str, int], tuple[int, int]] = field(default_factory=dict)
     heads: list[tuple[np.ndarray, np.ndarray, fx.Node]] = field(default_factory=list)
     together: list[tuple[np.ndarray, np.ndarray, fx.Node]] = field(default_factory=list)
+    chosen: list[tuple[np.ndarray, int]] = field(default_factory=list)
+    stacked: list[np.ndarray] = field(default_factory=list)
+    stretched: set[tuple[str, int]] = field(default_factory=set)
 
     def couple(self, a: Tensor, b: Tensor, node: fx.Node) -> None:
         """Channels at equal positions of two broadcastable tensors of numbers go together; one that meets a non-channel stays."""
@@ -103,10 +120,10 @@ class Facts:
         if differ.any():
             self.pairs.append((first[differ], second[differ], node))
 
-    def say(self, remarks: list[Remark], numbers: Tensor, reason: str, node: fx.Node | None) -> None:
+    def say(self, remarks: list[Remark], numbers: Tensor, reason: str, node: fx.Node | None, routing: bool = False) -> None:
         """Append a remark on these numbers."""
         flat = np.unique(numbers.reshape(-1).numpy())
-        remarks.append(Remark(flat[flat != NONE], reason, node))
+        remarks.append(Remark(flat[flat != NONE], reason, node, routing))
 
     def boxes_of(self, value: Value, node: fx.Node) -> None:
         """Record a box for each axis that varies along several dimensions."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import operator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -24,6 +24,7 @@ from ._facts import Facts
 from ._fx import arguments, attribute, results, target_name
 from ._letters import Relation, result_shapes_ok
 from ._moves import move
+from ._named import name_results, tallied
 from ._numbering import Numbering
 from ._sizes import Sizes
 from ._value import Axis, Value
@@ -59,6 +60,7 @@ class Interpreter:
         strict: whatever does not execute, has no numbers or does not fit its rule is an error.
         grows: weights without numbers get numbers of their own even so.
         heads: note which channels belong to one head, wherever two activations are contracted head by head.
+        experts: follow the numbers by which a router names experts.
     """
 
     def __init__(
@@ -72,10 +74,11 @@ class Interpreter:
         strict: bool = False,
         heads: bool = False,
         grows: bool = False,
+        experts: bool = False,
     ) -> None:
         self.module, self.numbering, self.canonical = module, numbering, canonical
         self.state_inputs, self.state_outputs = state_inputs, state_outputs
-        self.overrides, self.strict, self.heads, self.grows = overrides or {}, strict, heads, grows
+        self.overrides, self.strict, self.heads, self.grows, self.experts = overrides or {}, strict, heads, grows, experts
 
     def run(self, small: bool | None = None) -> Walk:
         """Walk the graph once.
@@ -169,6 +172,8 @@ class Interpreter:
     def _output(self, node: fx.Node, walk: Walk, small: bool) -> None:
         for index, result in enumerate(results(self.module.graph)):
             value = walk.values.get(result) if isinstance(result, fx.Node) else None
+            if isinstance(value, Value) and value.names is not None:
+                walk.facts.say(walk.facts.frozen, value.names, f"named by number in output {index}", node)
             if isinstance(value, Value) and index not in self.state_outputs:
                 for axis in value.axes:
                     walk.facts.say(walk.facts.frozen, axis.numbers, f"reaches output {index}", node)
@@ -220,11 +225,35 @@ class Interpreter:
         blank = [Value(shape, (), constant) for shape in shapes]
         if rule is not None and rule.creates:
             return [self._created(node, rule, shapes[0])]
+        values = self._values(node, walk, rule, named, nodes, given, shapes, blank)
+        if not self.experts:
+            return values
+        for name, dim in self.numbering.stretched:
+            if name == node.name:
+                values = [replace(values[0], axes=(*values[0].axes, *self._axes(name, shapes[0], "created", [dim])))]
+        return name_results(node, rule, named, values, walk.facts)
+
+    def _values(
+        self,
+        node: fx.Node,
+        walk: Walk,
+        rule: Rule | None,
+        named: dict[str, Any],
+        nodes: dict[str, fx.Node | None],
+        given: list[Value],
+        shapes: list[tuple[int, ...]],
+        blank: list[Value],
+    ) -> list[Value]:
+        """The results by the operator's rule; without one, what it touches is frozen."""
+        if rule is not None and rule.tallies and self.experts:
+            found = tallied(node, rule, named, shapes[0])
+            if found is not None:
+                return found
         if not any(value.axes for value in given) and not (rule is not None and rule.moves):
             return blank
-        if rule is not None and not rule.moves and not rule.alternatives:
+        if rule is not None and not rule.moves and not rule.alternatives and not rule.tallies:
             return blank
-        values = None if rule is None else self._by_rule(node, rule, named, nodes, shapes, walk.facts)
+        values = None if rule is None or rule.tallies else self._by_rule(node, rule, named, nodes, shapes, walk.facts)
         if values is not None and rule is not None:
             self._freeze_unnamed(node, rule, named, walk.facts)
             return values
@@ -265,7 +294,7 @@ class Interpreter:
         try:
             if rule.moves:
                 return move(node, rule, named, nodes, shapes, facts)
-            relation = Relation(node, rule, named, nodes, facts, self.numbering)
+            relation = Relation(node, rule, named, nodes, facts, self.numbering, self.experts)
             if self.heads:
                 relation.couple_heads()
             results = relation.run()

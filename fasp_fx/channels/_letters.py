@@ -9,14 +9,17 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, fx
 
 from fasp_fx.patterns import Alternative, Dims, Rule
 
-from ._consume import make_use, slides, want_blocks, why_no_consumer
+from ._consume import make_use, note_stacked, slides, want_blocks, why_no_consumer
 from ._factors import divide, fixed_rank, join, singles, spell
-from ._facts import Facts, Remark
+from ._facts import Facts, Product, Remark
+from ._fx import arguments as arguments_of
+from ._named import look_up
 from ._numbering import Numbering
 from ._value import Axis, Value
 
@@ -93,7 +96,16 @@ class Relation:
         NotDivisible: a dimension in brackets is no multiple of its factor.
     """
 
-    def __init__(self, node: fx.Node, rule: Rule, arguments: dict[str, Any], nodes: dict[str, fx.Node | None], facts: Facts, numbering: Numbering) -> None:
+    def __init__(
+        self,
+        node: fx.Node,
+        rule: Rule,
+        arguments: dict[str, Any],
+        nodes: dict[str, fx.Node | None],
+        facts: Facts,
+        numbering: Numbering,
+        experts: bool = False,
+    ) -> None:
         self.node, self.rule, self.facts, self.numbering = node, rule, facts, numbering
         alternative = choose(rule, arguments)
         runs = _runs(alternative, rule, arguments)
@@ -123,6 +135,12 @@ class Relation:
         #: letters of a weight's window: part of its columns where the window slides, of its rows where it is laid out
         self.inside = {slide.within for slide in self.slides} | {letter for letter in self.windowed if letter not in self.kept}
         self.routes = {clause.words[1] for clause in rule.all("route")}
+        fixed = isinstance(arguments.get("k", 1), int) and nodes.get("k") is None and arguments.get("largest") is not False
+        self.chosen = self._where("choose", arguments, runs) if fixed else set()
+        self.added = self._where("add", arguments, runs)
+        self.needed = int(arguments.get("k", 1)) if fixed else 1
+        self.looks = [(int(arguments[dim]), arguments[index]) for dim, index in (clause.words for clause in rule.all("look"))]
+        self.experts = experts
         self.keepdim = bool(arguments.get("keepdim", False))
         self._lift()
 
@@ -250,10 +268,11 @@ class Relation:
         if not found or letter in self.inside:
             return []
         if letter in self.routes:
-            self._say(self.facts.frozen, [numbers for _, _, numbers in found], f"chosen at run time by {self.node.target}")
+            self._route(holders, found)
             return []
         for operand in holders:
             if not operand.at(letter):
+                self._want_stretched(operand, letter)
                 for _, _, numbers in found:
                     self.facts.say(self.facts.frozen, numbers, f"meets '{operand.name}' of {self.node.target}, which has no channels there", self.node)
         if not all(operand.at(letter) for operand in holders) and not constant and letter in self.kept:
@@ -268,15 +287,19 @@ class Relation:
                     if numbers.shape[dim] > 1:
                         self.facts.couple(numbers.narrow(dim, 0, 1), numbers, self.node)
         everything = [numbers for _, _, numbers in found]
+        vanishing = any(operand.value.vanishes for operand in holders)
+        routing = letter in self.chosen or (letter in self.added and vanishing) or self._looked_up(letter, found)
+        if letter in self.chosen:
+            self.facts.chosen += [(numbers.reshape(-1).numpy(), self.needed) for numbers in everything]
         surviving = everything if len(holders) == 1 else self._couple(holders, found, order)
         if letter in self.frozen | self.windowed:
-            self._say(self.facts.frozen, everything, f"{self.node.target} cannot lose positions along this dimension")
+            self._say(self.facts.frozen, everything, f"{self.node.target} cannot lose positions along this dimension", routing)
             for numbers in everything:
                 self._want_together(letter, numbers, order)
         elif letter in self.mixed | self.reduced or (letter not in self.kept and not self._contracted(letter)):
-            self._say(self.facts.mixed, everything, f"mixed by {self.node.target}")
+            self._say(self.facts.mixed, everything, f"mixed by {self.node.target}", routing)
         if self._contracted(letter):
-            self._contract(holders, everything)
+            self._contract(holders, everything, vanishing)
             return []
         if not constant:
             for operand, axis, _ in found:
@@ -317,15 +340,44 @@ class Relation:
                 if operand.size(letter) > 1 and numbers.shape[dim] == 1 and any(other.shape[dim] > 1 for _, _, other in found):
                     want_blocks(self.facts, self.numbering, operand, axis, letter)
 
-    def _say(self, remarks: list[Remark], everything: list[Tensor], reason: str) -> None:
+    def _say(self, remarks: list[Remark], everything: list[Tensor], reason: str, routing: bool = False) -> None:
         for numbers in everything:
-            self.facts.say(remarks, numbers, reason, self.node)
+            self.facts.say(remarks, numbers, reason, self.node, routing)
 
-    def _contract(self, holders: list[Operand], everything: list[Tensor]) -> None:
+    def _route(self, holders: list[Operand], found: list[tuple[Operand, Axis, Tensor]]) -> None:
+        """Blocks chosen at run time go with the numbers by which they are chosen."""
+        everything = [numbers for _, _, numbers in found]
+        for numbers in everything[1:]:
+            self.facts.couple(everything[0], numbers, self.node)
+        known = all(operand.at(letter) for operand in holders for letter in self.routes if letter in operand.letters)
+        self._say(self.facts.frozen, everything, f"chosen at run time by {self.node.target}", routing=known)
+
+    def _looked_up(self, letter: str, found: list[tuple[Operand, Axis, Tensor]]) -> bool:
+        """Whether the positions along a letter are looked up by integers that name them."""
+        operand = self.operands[0]
+        along = [index for dim, index in self.looks if operand.letters[dim % len(operand.letters)] == letter]
+        return bool(along) and all(look_up(self.node, axis, along[0], self.facts) for _, axis, _ in found)
+
+    def _want_stretched(self, operand: Operand, letter: str) -> None:
+        """What an expansion repeats can be repeated less often: it gets channels of its own along that dimension."""
+        node, dim = operand.node, operand.letters.index(letter)
+        if not self.experts or node is None or node.target is not torch.ops.aten.expand.default or operand.splits:
+            return
+        recorded, size = node.all_input_nodes[0].meta.get("val"), arguments_of(node)["size"][dim]
+        if not isinstance(recorded, Tensor) or not isinstance(size, int) or size < 2:
+            return
+        before = dim - (len(operand.letters) - recorded.dim())
+        if before < 0 or recorded.shape[before] == 1:
+            self.facts.stretched.add((node.name, dim))
+
+    def _contract(self, holders: list[Operand], everything: list[Tensor], vanishing: bool) -> None:
         weights = [operand for operand in holders if operand.value.constant]
         activations = [operand for operand in holders if not operand.value.constant]
         if len(activations) > 1:
-            self._say(self.facts.exempt, everything, f"contracted between two activations by {self.node.target}")
+            self._say(self.facts.exempt, everything, f"contracted between two activations by {self.node.target}", vanishing)
+            numbers = np.unique(np.concatenate([n.reshape(-1).numpy() for n in everything]))
+            operands = tuple(operand.node for operand in activations if operand.node is not None)
+            self.facts.products.append(Product(self.node, operands, numbers[numbers >= 0]))
         elif len(weights) != 1 or len(activations) != 1:
             self._say(self.facts.frozen, everything, f"weights are multiplied with each other by {self.node.target}")
         else:
@@ -340,6 +392,8 @@ class Relation:
                 if not weight.value.constant or activation.value.constant:
                     continue
                 shared = [letter for letter in weight.letters if letter in activation.letters and self._contracted(letter)]
+                if shared:
+                    note_stacked(self, weight, activation)
                 if any(weight.at(letter) for letter in shared) and why_no_consumer(self, weight, activation) is None:
                     self.facts.uses.append(make_use(self, weight, activation))
 

@@ -13,6 +13,7 @@ from fasp_fx.patterns import Rule
 
 from ._facts import Facts
 from ._fx import arguments as arguments_of
+from ._named import look_up
 from ._value import NONE, Axis, Value, collapse, smallest_step
 
 #: numbers are stride-0 broadcasts, on which a view may need a copy
@@ -61,20 +62,20 @@ def _touched_dims(rule: Rule, arguments: dict[str, Any], rank: int) -> set[int]:
     return touched
 
 
-_AT_RUN_TIME = "is cut at a length known only at run time"
+def _cut_at_run_time(rule: Rule, arguments: dict[str, Any], nodes: dict[str, fx.Node | None], dim: int, rank: int) -> bool:
+    """Whether a slice along ``dim`` begins or ends at a length known only at run time."""
+    spans = [clause.words for clause in rule.all("span") if int(arguments[clause.words[0]]) % rank == dim]
+    return any(nodes.get(start) is not None or nodes.get(end) is not None for _, start, end in spans)
 
 
-def _cut_unevenly(rule: Rule, arguments: dict[str, Any], nodes: dict[str, fx.Node | None], dim: int, rank: int) -> str | None:
-    """Why a slice along ``dim`` cannot follow the removal of channels, if it cannot."""
-    for clause in rule.all("span"):
-        along, start, end = clause.words
-        if int(arguments[along]) % rank != dim:
-            continue
-        if arguments.get("step", 1) != 1:
-            return "is taken apart with a step"
-        if nodes.get(start) is not None or nodes.get(end) is not None:
-            return _AT_RUN_TIME
-    return None
+def _couple_strides(rule: Rule, arguments: dict[str, Any], axis: Axis, facts: Facts, node: fx.Node) -> None:
+    """A slice with step k takes one position out of every k; it goes on to do so as long as each run of k neighbours goes as a whole."""
+    step, rank = int(arguments.get("step", 1)), axis.numbers.dim()
+    if step == 1 or not any(int(arguments[clause.words[0]]) % rank == axis.dim for clause in rule.all("span")):
+        return
+    size = axis.numbers.shape[axis.dim]
+    positions = torch.arange(size)
+    facts.couple(axis.numbers.index_select(axis.dim, positions - positions % step), axis.numbers, node)
 
 
 def move(
@@ -99,15 +100,18 @@ def move(
         source = _alike_along(source, touched, node, facts)
     axes: list[list[Axis]] = [[] for _ in shapes]
     for axis in source.axes:
+        if unknown and axis.dim in touched and look_up(node, axis, _index_at(arguments, axis.dim), facts):
+            if source.constant and len(source.shape) > 2:
+                facts.stacked.append(axis.numbers.reshape(-1).numpy())
+            continue
         if axis.dim in touched:
             facts.say(facts.frozen, axis.numbers, f"{node.target} names positions along this dimension one by one", node)
             if unknown:
                 continue
-        problem = _cut_unevenly(rule, others, nodes, axis.dim, len(source.shape))
-        if problem:
-            facts.say(facts.frozen, axis.numbers, f"{problem} by {node.target}", node)
-            if problem == _AT_RUN_TIME:
-                continue  # the remaining positions are those of a sequence, not channels
+        if _cut_at_run_time(rule, others, nodes, axis.dim, len(source.shape)):
+            facts.say(facts.frozen, axis.numbers, f"is cut at a length known only at run time by {node.target}", node)
+            continue  # the remaining positions are those of a sequence, not channels
+        _couple_strides(rule, others, axis, facts, node)
         if "pad" in others and _border_moves(axis, others):
             facts.say(facts.frozen, axis.numbers, f"is cut at the border, or continued there, by {node.target}", node)
         if "pad" not in others:
@@ -145,6 +149,12 @@ def _alternate(axis: Axis | None, rows: Tensor) -> bool:
     changes = (lines[:, 1:] != lines[:, :-1]).sum(-1)
     kinds = (lines.sort(-1).values.diff(dim=-1) != 0).sum(-1)
     return bool((changes > kinds).any())
+
+
+def _index_at(arguments: dict[str, Any], dim: int) -> Any:
+    """The indices along one dimension of an operator that takes a list of them."""
+    indices = arguments.get("indices")
+    return indices[dim] if isinstance(indices, (list, tuple)) and dim < len(indices) else None
 
 
 def _some_index(value: Any, given: Any) -> Any:

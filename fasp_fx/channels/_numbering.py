@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -38,9 +38,11 @@ class Slot:
 class Numbering:
     """Hands out numbers and finds the slot that a number belongs to."""
 
-    def __init__(self, blocked: Mapping[tuple[str, int], tuple[int, int]] | None = None) -> None:
+    def __init__(self, blocked: Mapping[tuple[str, int], tuple[int, int]] | None = None, stretched: Iterable[tuple[str, int]] = ()) -> None:
         """``blocked`` says for a weight and a dimension which dimension divides it into blocks, and into how many."""
         self.blocked = dict(blocked or {})
+        #: dimensions of expanded tensors, by node, that have channels of their own
+        self.stretched = frozenset(stretched)
         #: for every number the one that speaks for it, where numbers were coupled beforehand
         self.representative: Tensor | None = None
         self.slots: list[Slot] = []

@@ -72,7 +72,8 @@ class Value:
     """What is known of one tensor: its shape at the sizes chosen for the interpretation, and its channel axes.
 
     ``constant`` says that it is computed from weights alone; ``origin`` names the weight whose elements it holds, all of them, merely moved.
-    ``data`` is its content where that is a known integer tensor (indices).
+    ``data`` is its content where that is a known integer tensor (indices); ``names`` the channels at the positions that its integers, chosen at run
+    time, number; ``vanishes`` says that it is zero at positions that a router never chooses.
     """
 
     shape: tuple[int, ...]
@@ -80,6 +81,8 @@ class Value:
     constant: bool = False
     origin: str | None = None
     data: Tensor | None = field(default=None, compare=False)
+    names: Tensor | None = field(default=None, compare=False)
+    vanishes: bool = field(default=False, compare=False)
 
     def at(self, dim: int) -> list[Axis]:
         """The axes that shrink ``dim``."""

@@ -2,7 +2,7 @@
 
 It reads nothing of the plan but its slices and shares no code with the analysis or the passes. To multiply the removed entries of a consumer's input
 by zero is to zero the columns of its weight; a lookup in the same weight (a tied embedding) still finds the whole one. Where a plan includes groups that
-cross a norm, their producers' outputs are zero: the rows of their weights and biases.
+cross a norm, their producers' outputs are zero: the rows of their weights and biases. An expert that is gone is never chosen: its router's logit is -inf.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from fasp_fx.plan import ParameterSlice, PruningPlan
 
+_PRODUCTS = {torch.ops.aten.mm.default, torch.ops.aten.addmm.default, torch.ops.aten.linear.default}
 _LOOKUPS = {torch.ops.aten.embedding.default, torch.ops.aten.index_select.default}
 
 
@@ -38,10 +39,14 @@ class Masked:
                 tensor = tensors[part.name]
                 whole.setdefault(id(tensor), (tensor, tensor.detach().clone()))
                 tensor.mul_(kept(tensor, part).to(tensor.dtype))
+        routers: dict[int, tuple[Tensor, list[int]]] = {}
+        for part in (part for group in plan.groups if group.granularity == "expert" for part in group.producers if part.dim == 0):
+            routers.setdefault(id(tensors[part.name]), (tensors[part.name], []))[1].extend(part.by_block()[0])
+        self._unchosen = _Unchosen(list(routers.values()))
         self._lookups = _WholeLookups({} if plan.include else {key: original for key, (_, original) in whole.items()})
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        with torch.no_grad(), self._lookups:
+        with torch.no_grad(), self._lookups, self._unchosen:
             return self.module(*args, **kwargs)
 
 
@@ -56,6 +61,21 @@ class _WholeLookups(TorchDispatchMode):
         if func in _LOOKUPS and id(args[0]) in self.whole:
             args = (self.whole[id(args[0])], *args[1:])
         return func(*args, **(kwargs or {}))
+
+
+class _Unchosen(TorchDispatchMode):
+    """Products with the rows of a router give -inf for the experts that are gone; a weight is known by itself or turned."""
+
+    def __init__(self, routers: list[tuple[Tensor, list[int]]]) -> None:
+        super().__init__()
+        self.routers = [item for item in routers if item[0].dim() == 2]
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for weight, gone in self.routers if func in _PRODUCTS else ():
+            if any(isinstance(a, Tensor) and a.data_ptr() == weight.data_ptr() and a.numel() == weight.numel() for a in args):
+                result.index_fill_(-1, torch.tensor(gone, device=result.device), float("-inf"))
+        return result
 
 
 def kept(tensor: Tensor, part: ParameterSlice) -> Tensor:

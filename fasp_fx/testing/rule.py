@@ -25,6 +25,7 @@ from .rules._draw import KINDS, Draw
 from .rules._moved import moves
 from .rules._reading import Mismatch, read
 from .rules._rewritten import rewritten
+from .rules._routed import routed, tallies
 from .rules._samples import FIXED, SAMPLES
 from .rules._schema import filled, lettered, moving
 
@@ -202,7 +203,7 @@ class _Check:
 
     def run(self, examples: int) -> RuleVerdict:
         """Try calls, smaller ones first; of what shows a fault, look for the smallest."""
-        if not self.rule.moves and not self.rule.alternatives and not self.rule.creates:
+        if not self.rule.moves and not self.rule.alternatives and not self.rule.creates and not self.rule.tallies:
             return self._silent()
         worst: Lie | None = None
         for index in range(len(self.given) if self.given is not None else examples):
@@ -266,6 +267,8 @@ class _Check:
             return moves(self.rule, call, draw, self.modesty)
         if self.rule.creates:
             return creates(call, results)
+        if self.rule.tallies:
+            return tallies(self.rule, call, results, draw)
         try:
             reading = read(self.rule, call, results)
         except Mismatch as problem:
@@ -273,7 +276,7 @@ class _Check:
             if self.misfit is None or call.size < self.misfit.call.size:
                 self.misfit = Lie(call, "the letters spell the dimensions of operands and results", f"{problem}; the rule is not used for such a call")
             return None
-        return next(lies(reading, results, draw, self.modesty), None)
+        return next(lies(reading, results, draw, self.modesty), None) or routed(self.rule, call, draw)
 
     def _draw(self, draw: Draw, index: int, patience: int) -> Call | None:
         """A call that the operator takes, and to which it gives the same result twice."""

@@ -68,7 +68,7 @@ def _slice(draw: Draw) -> dict[str, Any]:
     dim = draw.dim(len(shape))
     size = shape[dim]
     start, end = draw.choice([None, draw.integer(-size, size - 1)]), draw.choice([None, 9223372036854775807, draw.integer(-size + 1, size)])
-    return {"self": draw.tensor(shape), "dim": dim, "start": start, "end": end, "step": draw.choice([1, 1, 1, 2])}
+    return {"self": draw.tensor(shape), "dim": dim, "start": start, "end": end, "step": draw.choice([1, 1, 2, 3])}
 
 
 def _select(draw: Draw) -> dict[str, Any]:
@@ -352,7 +352,18 @@ def _grouped(name: str, weight: str) -> Sample:
     return sample
 
 
+def _tallied(count: str, last: str | None) -> Sample:
+    def sample(draw: Draw) -> dict[str, Any]:
+        many = draw.integer(2, 5)
+        numbers = torch.randint(0, many, (draw.size(), draw.size()), generator=draw.generator)
+        return {"self": numbers, count: many} if last is None else {"self": numbers.double(), count: many, "min": 0, last: many - 1}
+
+    return sample
+
+
 SAMPLES: dict[str, Sample] = {
+    "aten.histc.default": _tallied("bins", "max"),
+    "aten.one_hot.default": _tallied("num_classes", None),
     "aten.view.default": _view("size"),
     "aten._unsafe_view.default": _view("size"),
     "aten.reshape.default": _view("shape"),

@@ -1,0 +1,102 @@
+"""Query and key channels, pruned when asked: the dense model with the rows of W_Q and W_K at zero."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from conftest import one_capture
+from oracle import TOLERANCE, error, zeroed
+from torch import Tensor, nn
+from torch.nn import functional as F
+from zoo import ZOO, randomise
+
+import fasp_fx
+
+
+@pytest.mark.parametrize(
+    ("name", "include"),
+    [
+        ("llama_gqa", ("exempt",)),
+        pytest.param("gpt2", ("exempt",), marks=pytest.mark.slow),
+        pytest.param("opt", ("exempt",), marks=pytest.mark.slow),
+        pytest.param("qwen3", ("exempt", "approximate"), marks=pytest.mark.slow),
+    ],
+)
+def test_query_and_key_channels_when_asked(name: str, include: tuple[str, ...]) -> None:
+    entry = ZOO[name]
+    model = entry.build()
+    options: dict[str, Any] = {"include": include, "score": "random", "restore": None}
+    with one_capture():
+        usual = fasp_fx.analyze(model, (), entry.example())
+        analysis = fasp_fx.analyze(model, (), entry.example(), include=include)
+        result = fasp_fx.prune(model, (), entry.example(), sparsity=0.4, **options)
+        replayed = fasp_fx.apply(model, fasp_fx.PruningPlan.from_json(result.plan.to_json()), (), entry.example())
+    assert analysis.max_sparsity > usual.max_sparsity
+    assert result.plan.sparsity == pytest.approx(0.4, abs=0.06)
+    queries = ("q_proj", "k_proj", "c_attn")
+    lost = [group for group in result.plan.groups if not group.consumers and any(part.name.split(".")[-2] in queries for part in group.producers)]
+    assert lost or name == "qwen3"
+    with torch.no_grad():
+        found, expected, dense = (called(**entry.example(3)).logits for called in (result.module, zeroed(model, result.plan, producers=True), model))
+        assert error(found, expected) <= TOLERANCE
+        assert error(expected, dense) > 100 * TOLERANCE
+        assert torch.equal(replayed.module(**entry.example(3)).logits, found)
+    for group in lost if name == "llama_gqa" else ():  # what the rotation turns into each other goes together
+        rows = {part.name: {row % 16 for row in part.removed} for part in group.producers if "proj" in part.name}
+        assert all({row % 8 for row in own} == {row for row in own if row < 8} == {row - 8 for row in own if row >= 8} for own in rows.values())
+
+
+class Heads(nn.Module):
+    """Attention of two heads, its scale left implicit; or with normalised queries."""
+
+    def __init__(self, normalised: bool = False) -> None:
+        super().__init__()
+        self.q, self.k, self.v, self.out, self.normalised = nn.Linear(6, 12), nn.Linear(6, 12), nn.Linear(6, 12), nn.Linear(12, 5), normalised
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = (part(x).unflatten(-1, (2, 6)).transpose(1, 2) for part in (self.q, self.k, self.v))
+        q = F.normalize(q, dim=-1) if self.normalised else q
+        return self.out(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+
+
+def test_the_channel_whose_product_is_least_goes_first() -> None:
+    model = randomise(Heads(), std=0.7)
+    x = torch.randn(4, 7, 6, generator=torch.Generator().manual_seed(0))
+    with one_capture():
+        for score in ("fasp", "magnitude"):
+            result = fasp_fx.prune(model, (x,), calibration=[x], include=("exempt",), sparsity=0.2, score=score)
+            (group,) = [group for group in result.plan.groups if not group.consumers]
+            removed = next(part.removed for part in group.producers if part.name == "q.weight")
+            with torch.no_grad():
+                q, k = (part(x).reshape(-1, 2, 6).norm(dim=0) for part in (model.q, model.k))
+                rows = (part.weight.norm(dim=1).reshape(2, 6) for part in (model.q, model.k))
+                worth = q * k if score == "fasp" else sum(rows)
+            count = len(removed) // 2
+            expected = {head * 6 + int(channel) for head in range(2) for channel in worth[head].argsort()[:count]}
+            assert count
+            assert set(removed) == expected
+    assert result.module.get_parameter("q.weight").shape == (12 - 2 * count, 6)
+
+
+def test_a_norm_between_makes_them_approximate() -> None:
+    x = torch.randn(4, 7, 6)
+    model = randomise(Heads(normalised=True), std=0.7)
+    with one_capture():
+        assert not any("q.weight" in group.name for group in fasp_fx.analyze(model, (x,), include=("exempt",)).chosen)
+        assert any(group.status == "exempt" for group in fasp_fx.analyze(model, (x,)).groups)
+
+
+class Shown(Heads):
+    """The same, with its keys returned as well."""
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+        return super().forward(x), self.k(x)
+
+
+def test_what_is_also_returned_stays() -> None:
+    analysis = fasp_fx.analyze(randomise(Shown()), (torch.randn(4, 7, 6),), include=("exempt",))
+    group = next(group for group in analysis.groups if any(member.name == "k.weight" and member.dim == 0 for member in group.producers))
+    assert group.status == "frozen"
+    assert "reaches output 1" in group.reason
