@@ -79,7 +79,7 @@ class Numbering:
 
     def open(self, blocked: Mapping[tuple[str, int], tuple[int, int]] | None = None) -> Numbering:
         """A copy that can grow without changing this one; what nodes create is numbered anew, since a rewritten graph has other nodes."""
-        copy = Numbering({**self.blocked, **(blocked or {})})
+        copy = Numbering({**self.blocked, **(blocked or {})}, self.stretched)
         copy.representative, copy.slots, copy.total = self.representative, list(self.slots), self.total
         copy._index = {place: slot for place, slot in self._index.items() if slot.kind != "created"}
         return copy
