@@ -42,7 +42,7 @@ class ObservedProducts:
                     for index, axis in enumerate(axes):
                         rest = [dim for dim, size in enumerate(axis.numbers.shape) if size == 1]
                         key = (id(product), operand, index)
-                        square = batch.detach().abs().to(precise(batch.device)).square().sum(rest, keepdim=True)
+                        square = batch.detach().abs().to(torch.float32).square().sum(rest, keepdim=True).to(precise(batch.device))
                         self._squares[key] = self._squares[key] + square if key in self._squares else square
 
     def scores(self, group: Group) -> np.ndarray:

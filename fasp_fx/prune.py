@@ -56,7 +56,13 @@ def analyze(
         ArgumentError, CaptureError: see :func:`fasp_fx.capture.capture`.
     """
     granularity, include = _check_choice(granularity, include)
-    return analyze_program(_capture(model, args, kwargs, dynamic_shapes=dynamic_shapes, state=state), split_fused, granularity, include)
+    try:
+        program = _capture(model, args, kwargs, dynamic_shapes=dynamic_shapes, state=state)
+    except CaptureError as error:
+        if error.__cause__ is None:  # not the exporter's, but something to put right
+            raise
+        raise CaptureError(f"{error} prune() does so by itself (docs/submodules.md); analyze() takes one submodule at a time.") from error.__cause__
+    return analyze_program(program, split_fused, granularity, include)
 
 
 def prune(

@@ -12,12 +12,20 @@ import fasp_fx
 pytestmark = [pytest.mark.filterwarnings("ignore::fasp_fx.CalibrationWarning"), pytest.mark.usefixtures("no_files")]
 
 
-def test_data_dependent_control_flow() -> None:
-    class Branch(Vectors):
-        def forward(self, x: Tensor) -> Tensor:
-            return super().forward(x) if x.sum() > 0 else x
+class Branch(Vectors):
+    """Its inputs decide what it does."""
 
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) if x.sum() > 0 else x
+
+
+def test_data_dependent_control_flow() -> None:
     refused(fasp_fx.CaptureError, r"Branch cannot be captured.*largest submodule", Branch().eval())
+
+
+def test_analyze_says_that_prune_takes_parts() -> None:
+    with pytest.raises(fasp_fx.CaptureError, match=r"prune\(\) does so by itself \(docs/submodules.md\)"):
+        fasp_fx.analyze(Branch().eval(), (torch.randn(2, 6),))
 
 
 def test_nothing_prunable() -> None:
