@@ -174,7 +174,6 @@ def test_hooks_are_part_of_what_the_model_computes(hook: str) -> None:
     _exact(model)
 
 
-@pytest.mark.xfail(strict=True, raises=fasp_fx.CaptureError, reason="the exporter is called with keywords, so the hook finds no positional argument")
 @pytest.mark.parametrize("with_kwargs", [False, True])
 def test_hook_before_the_model(with_kwargs: bool) -> None:
     model = Vectors().eval()
