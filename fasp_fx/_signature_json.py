@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import keyword
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -37,6 +38,9 @@ def signature_to_json(signature: CallSignature) -> dict[str, Any]:
         if parameter.default is not inspect.Parameter.empty:
             entry["default"] = _default_to_json(parameter.default)
         parameters.append(entry)
+    for name in (*signature.captured, *signature.constants):
+        if not name.isidentifier() or keyword.iskeyword(name):
+            raise StoreError(f"argument {name!r} has a name that Python code cannot spell, which is not stored; rename it")
     constants = {}
     for name, value in signature.constants.items():
         try:
@@ -59,12 +63,19 @@ def signature_from_json(data: Mapping[str, Any]) -> CallSignature:
         for entry in data["parameters"]:
             default = value_from_json(entry["default"]) if "default" in entry else inspect.Parameter.empty
             parameters.append(inspect.Parameter(entry["name"], inspect._ParameterKind[entry["kind"]], default=default))
-        captured = tuple(str(name) for name in data["captured"])
-        constants = {str(name): value_from_json(value) for name, value in data["constants"].items()}
-        outlines = {str(name): value_from_json(value) for name, value in data["outlines"].items()}
+        captured = tuple(_name(name) for name in data["captured"])
+        constants = {_name(name): value_from_json(value) for name, value in data["constants"].items()}
+        outlines = {_name(name): value_from_json(value) for name, value in data["outlines"].items()}
         return CallSignature(inspect.Signature(parameters), captured, constants, outlines)
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise StoreError(f"signature.json is damaged: {type(error).__name__}: {error}; save the result again") from error
+
+
+def _name(name: Any) -> str:
+    """The name of an argument; it becomes part of generated code, and so must be nothing but a name."""
+    if not isinstance(name, str) or not name.isidentifier() or keyword.iskeyword(name):
+        raise ValueError(f"{name!r} is not the name of an argument")
+    return name
 
 
 def _default_to_json(value: Any) -> Any:
