@@ -14,7 +14,7 @@ import pytest
 import torch
 from generators import Case, pruned
 from saved import forge
-from test_cli import _make_model
+from tiny_llama import make_model
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer, Trainer, TrainingArguments, pipeline
 
 import fasp_fx
@@ -27,7 +27,7 @@ CHAT = "{% for message in messages %}{{ message['role'] }}: {{ message['content'
 def bytes_model(tmp_path_factory: pytest.TempPathFactory) -> hf.Pruned:
     """A pruned Llama with a byte-level tokenizer that has a chat template."""
     folder = tmp_path_factory.mktemp("bytes")
-    _make_model(folder)
+    make_model(folder)
     tokenizer = AutoTokenizer.from_pretrained(folder)
     tokenizer.chat_template = CHAT
     return dataclasses.replace(pruned("llama_gqa"), tokenizer=tokenizer)
