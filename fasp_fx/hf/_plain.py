@@ -176,6 +176,8 @@ def _built(model: PreTrainedModel, experiments: Experiments, assignment: Assignm
         raise _NotBuiltError(f"'{wrong[0]}' would have the shape {shapes.get(wrong[0])}, the pruned one has {tuple(weights[wrong[0]].shape)}")
     config: PreTrainedConfig = type(model.config).from_dict(experiments.without_idle_pins(assignment))
     config._name_or_path = ""
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config  # of the file that the model came from: what is pruned are the weights it was expanded to
     attention = getattr(model.config, "_attn_implementation", None)
     options = {} if attention is None else {"attn_implementation": attention}
     kind: Any = type(model)

@@ -16,6 +16,7 @@ import transformers as hf
 from conftest import PROFILE, one_capture
 from oracle import TOLERANCE, error, zeroed
 from plain_models import BOTH, CASES, MORE, dense, plain, tokens
+from transformers.utils.quantization_config import GgufConfig
 
 import fasp_fx
 from fasp_fx.allocation import Budget
@@ -267,3 +268,11 @@ def test_lora_attaches_and_trains(folders: Path) -> None:
         loss.backward()
         optimiser.step()
     assert losses[1] < losses[0]
+
+
+def test_a_model_expanded_from_a_quantised_file_is_saved_as_what_it_is(tmp_path: Path) -> None:
+    model = copy.deepcopy(dense("opt"))
+    model.config.quantization_config = GgufConfig()
+    prune(model, sparsity=0.2, **UNREPAIRED).save_pretrained(tmp_path / "out")
+    assert "quantization_config" not in json.loads((tmp_path / "out" / "config.json").read_text())
+    assert isinstance(model.config.quantization_config, GgufConfig)
