@@ -12,8 +12,7 @@ from torch import Tensor
 from .. import store
 from .._graph_json import program_from_json
 from .._tensors import read_tensors
-from ..errors import ArgumentError, PlanError, StoreError, first_line
-from ..plan import PruningPlan
+from ..errors import ArgumentError, StoreError, first_line
 from ._config import PrunedConfig
 from ._flat import FlatProgram
 from ._folder import FILES, FORMAT
@@ -62,11 +61,7 @@ def load(kind: type[PrunedModel], where: Any, *, config: Any = None, dtype: Any 
 
 
 def _parts(folder: Path, programs: dict[str, Any], device: torch.device) -> Parts:
-    try:
-        plan = PruningPlan.from_json((folder / "plan.json").read_text(encoding="utf-8"))
-    except PlanError as error:
-        raise StoreError(f"plan.json is damaged: {error}; save the model again") from error
-    report = store.read_report(folder)
+    plan, report = store.read_plan(folder), store.read_report(folder)
     try:
         weights = read_tensors(folder / "model.safetensors", programs["tensors"]["model"], device)
         held = read_tensors(folder / "constants.safetensors", programs["tensors"]["constants"], device)
