@@ -689,12 +689,15 @@ def _images(*sizes: tuple[int, int]) -> tuple[list[Tensor]]:
     return ([torch.rand(3, *size, dtype=torch.float64) for size in sizes],)
 
 
-def test_a_faster_rcnn() -> None:
+def test_a_faster_rcnn(folder: Path) -> None:
     images = _images((32, 32), (32, 40))
     parts = {"backbone", "rpn.head", "roi_heads.box_head"}
     result = _exact(_detector(), parts, images, _images((32, 48)), args=images, calibration=[images], sparsity=0.2)
     assert abs(result.report.sparsity - 0.2) < 0.01
     assert result.left.keys() >= {"rpn", "roi_heads", "roi_heads.box_predictor"}
+    loaded = fasp_fx.load(result.save(folder / "out"), model=_detector())
+    with torch.no_grad():
+        assert all(map(torch.equal, pytree.tree_leaves(loaded.module(*images)), pytree.tree_leaves(result.module(*images))))
 
 
 @pytest.mark.slow
