@@ -27,6 +27,7 @@ def walk_program(program: Program, heads: bool, experts: bool) -> tuple[Numberin
         blocked = {**walk.facts.blocks, **blocked}
         stretched |= walk.facts.stretched
     in_heads, coupled = _numbered(walk.facts.heads), _numbered(walk.facts.heads + walk.facts.together)
+    coupled += _same_elsewhere(coupled, walk.facts.pairs) if coupled else []
     before = -1
     while coupled and (sets := int(label_sets(numbering.total, coupled).max())) != before:  # what goes together along one dimension may have to along the next
         walk, before = _walk_together(program, numbering, coupled, coupled, experts), sets
@@ -51,6 +52,21 @@ def _cached_heads(program: Program) -> dict[tuple[str, int], tuple[int, int]]:
 
 def _numbered(pairs: Pairs) -> Pairs:
     return [(a[both], b[both], node) for a, b, node in pairs if (both := (a >= 0) & (b >= 0)).any()]
+
+
+def _same_elsewhere(coupled: Pairs, pairs: Pairs) -> Pairs:
+    """The pairs that couple one to one what goes together with what has other numbers, such as the keys of a cache with those that join them.
+
+    Positions that several channels share, such as the angles by which all heads are turned, need not go with a whole head.
+    """
+    together = np.unique(np.concatenate([numbers for pair in coupled for numbers in pair[:2]]))
+    found = []
+    for a, b, node in _numbered(pairs):
+        both = np.unique(np.stack([a, b]), axis=1)
+        one_to_one = all(len(np.unique(side)) == both.shape[1] for side in both)
+        if one_to_one and not np.array_equal(both[0], both[1]) and np.isin(both, together).any():
+            found.append((both[0], both[1], node))
+    return found
 
 
 def _walk_together(program: Program, numbering: Numbering, coupled: Pairs, pairs: Pairs, experts: bool) -> Walk:
