@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import pathlib
-import subprocess
-import sys
 import tempfile
 import time
 from typing import Any
@@ -16,17 +14,11 @@ from _protocol import EVALUATION, arguments, chunks, smollm2
 from fasp_fx.evaluation import perplexity
 from fasp_fx.hf._plain import Plain, prune_both
 from fasp_fx.hf._plain_folder import save_plain
+from fasp_fx.testing._stranger import run_without_fasp_fx
 
 #: a program that knows nothing of this one
 STRANGER = """
 import json, math, sys
-
-class Blocked:
-    def find_spec(self, name, path=None, target=None):
-        if name.split(".")[0] == "fasp_fx":
-            raise ImportError("fasp_fx is not to be had here")
-
-sys.meta_path.insert(0, Blocked())
 import torch
 from transformers import AutoModelForCausalLM
 
@@ -47,8 +39,8 @@ def elsewhere(pruned: Plain, tokenizer: Any, data: torch.Tensor, device: str) ->
     with tempfile.TemporaryDirectory() as above:
         folder = save_plain(pruned.model, tokenizer, pruned.result.plan, pruned.report, pathlib.Path(above) / "plain")
         torch.save(data.cpu(), folder / "chunks.pt")
-        done = subprocess.run([sys.executable, "-I", "-c", STRANGER, str(folder), device], stdout=subprocess.PIPE, text=True, check=True, cwd=above)
-        found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+        printed = run_without_fasp_fx(STRANGER, str(folder), device, folder=pathlib.Path(above))
+        found: dict[str, Any] = json.loads(printed.splitlines()[-1])
         return found
 
 

@@ -43,6 +43,8 @@ class Request:
     overwrite: bool
     seed: int
     html: Path | None = None
+    granularity: tuple[str, ...] = ()
+    include: tuple[str, ...] = ()
 
     def check(self) -> None:
         """Refuse what cannot work before anything is loaded.
@@ -63,6 +65,8 @@ class Request:
         for option, file in (("--calibration", self.calibration), ("--text", self.text)):
             if file is not None and not file.is_file():
                 raise CalibrationError(f"{option} '{file}' is not a file; give a text file" + (", or 'self'" if option == "--calibration" else ""))
+        if self.plain and self.include:
+            raise ArgumentError(f"--include {self.include[0]} cannot go with --plain: no config says what is left of such groups; leave one of them out")
         _saved.check_target(self.out, overwrite=self.overwrite, plain=self.plain)
         if self.html is not None:
             check_page(self.html)
@@ -141,6 +145,7 @@ class Job:
     def prune(self) -> Pruned:
         request = self.request
         self.stages.begin("capturing and analysing the model")
+        asked: dict[str, Any] = {name: value for name, value in (("granularity", request.granularity), ("include", request.include)) if value}
         return prune(
             self.model,
             self.texts.tokenizer,
@@ -152,6 +157,7 @@ class Job:
             round_to=request.round_to,
             progress=self.calibrated,
             on_analysis=self.show_groups,
+            **asked,
         )
 
     def measure(self, result: Pruned) -> tuple[Figure, ...]:
@@ -203,7 +209,7 @@ def run(request: Request, stages: Stages, console: Console) -> None:
         write_page(report, f"{source}, {report.sparsity:.0%} removed", request.html)
     cache = [] if report.cache is None else [Figure("bytes of cache per token of one sequence", *report.cache)]
     console.print(_tables.figures_table([Figure("parameters", *report.parameters), Figure("bytes", *report.bytes), *cache, *report.figures]))
-    say(console, f"removed {report.sparsity:.2%} of the linear weights of prunable and exempt groups (asked for {request.sparsity:.2%})")
+    say(console, f"removed {report.sparsity:.2%} of the linear weights of {_tables.counted(request.include)} (asked for {request.sparsity:.2%})")
     for note in report.notes:
         say(console, f"note: {note}")
     say(console, f"saved in {request.out}; load it with")

@@ -11,6 +11,7 @@ from torch import Tensor, fx, nn
 from torch.export import ExportedProgram
 from torch.fx.graph_module import _USER_PRESERVED_ATTRIBUTES_KEY
 
+from ._guards import guard_calls
 from ._program import Program, graph_module
 from ._signature import CallerCodeGen, CallSignature
 from ._stamps import read_stamps
@@ -66,6 +67,7 @@ def own_storage(program: Program) -> Program:
 def wrap(exported: ExportedProgram, signature: CallSignature) -> fx.GraphModule:
     """The module of an exported program behind the caller's signature."""
     lifted = exported.module(check_guards=True)
+    guard_calls(lifted, exported)
     for node in lifted.graph.find_nodes(op="call_function", target=torch.ops.aten.view.default):
         # Strides were settled without gradients; with them attention can pick another kernel, whose result a view does not fit.
         node.target = torch.ops.aten.reshape.default

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
@@ -12,6 +13,7 @@ import typer
 
 from . import __version__, _tables
 from ._console import results, say, session
+from .errors import ArgumentError
 
 app = typer.Typer(
     name="fasp-fx",
@@ -36,6 +38,21 @@ class ScoreName(StrEnum):
     random = "random"
 
 
+class GranularityName(StrEnum):
+    """What can go as one."""
+
+    channel = "channel"
+    head = "head"
+    expert = "expert"
+
+
+class IncludeName(StrEnum):
+    """The groups that stay unless they are asked for."""
+
+    approximate = "approximate"
+    exempt = "exempt"
+
+
 class DtypeName(StrEnum):
     """The dtypes that can be asked for."""
 
@@ -47,6 +64,14 @@ class DtypeName(StrEnum):
 
 Device = Annotated[str | None, typer.Option(help="Where to work, such as cpu or cuda:1. Default: the accelerator if there is one.", show_default=False)]
 Dtype = Annotated[DtypeName, typer.Option(help="auto: the dtype that the model was stored in.")]
+Granularity = Annotated[
+    list[GranularityName] | None,
+    typer.Option(help="What goes as one: channels, whole attention heads, whole experts; may be given again. Default: channel.", show_default=False),
+]
+Include = Annotated[
+    list[IncludeName] | None,
+    typer.Option(help="Also prune what crosses a norm, or query and key channels, which otherwise stay; may be given again.", show_default=False),
+]
 
 
 @app.callback(invoke_without_command=True)
@@ -68,6 +93,8 @@ def prune(
     round_to: Annotated[int, typer.Option(help="Keep widths that are multiples of this, which hardware likes.")] = 16,
     score: Annotated[ScoreName, typer.Option(help="How channels are valued; magnitude and random are baselines.")] = ScoreName.fasp,
     restore: Annotated[bool, typer.Option("--restore/--no-restore", help="Repair the weights that stay, by least squares.")] = True,
+    granularity: Granularity = None,
+    include: Include = None,
     batches: Annotated[int, typer.Option(help="Chunks of text to calibrate on.")] = 32,
     length: Annotated[int | None, typer.Option(help="Tokens per chunk. Default: 1024 with a calibration file, 256 with 'self'.", show_default=False)] = None,
     eval_batches: Annotated[int, typer.Option(help="Chunks of text to measure perplexity on.")] = 8,
@@ -112,6 +139,8 @@ def prune(
                 round_to=round_to,
                 score=score.value,
                 restore=restore,
+                granularity=_values(granularity),
+                include=_values(include),
                 batches=batches,
                 length=length if length is not None else 256 if calibration == "self" else 1024,
                 eval_batches=eval_batches,
@@ -132,6 +161,8 @@ def inspect(
     model: Annotated[str, typer.Argument(help=f"{MODEL_HELP[:-1]}, or a folder that `fasp-fx prune` wrote.")],
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON: names, dimensions and index ranges [first, last + 1] of every group.")] = False,
     every: Annotated[bool, typer.Option("--all", help="One row for every group, with full names, instead of one for all identical layers.")] = False,
+    granularity: Granularity = None,
+    include: Include = None,
     html: Annotated[Path | None, typer.Option("--html", metavar="FILE", help=HTML_HELP, show_default=False)] = None,
 ) -> None:
     """Show the coupled groups of a language model: what can be pruned, what cannot, and why.
@@ -154,6 +185,8 @@ def inspect(
         if html is not None:
             check_page(html)
         if is_saved(model):
+            if granularity or include:
+                raise ArgumentError(f"'{model}' was pruned already, so --granularity and --include change nothing in its report; leave them out")
             _inspect_saved(Path(model), as_json=as_json, html=html)
             return
         _models.quieten()
@@ -161,7 +194,8 @@ def inspect(
         stages.begin("reading the configuration")
         empty = _models.load_empty(source)
         stages.begin("capturing and analysing the model")
-        analysis = analyze(empty, (), {"input_ids": torch.zeros(1, 16, dtype=torch.long), "use_cache": False})
+        example = {"input_ids": torch.zeros(1, 16, dtype=torch.long), "use_cache": False}
+        analysis = analyze(empty, (), example, granularity=_values(granularity) or ("channel",), include=_values(include))
         stages.end()
         if html is not None:
             write_page(analysis, str(source), html)
@@ -170,12 +204,15 @@ def inspect(
             return
         console = results()
         console.print(_tables.groups_table(analysis, every=every))
-        reach = analysis.max_sparsity if analysis.select("prunable") else 0.0
-        say(console, f"at most {reach:.1%} of the linear weights of prunable and exempt groups can be removed")
+        say(console, f"at most {analysis.max_sparsity:.1%} of the linear weights of {_tables.counted(analysis.include)} can be removed")
         for name, count in analysis.without_rule.items():
             say(console, f"{name} has no rule and froze what it touches ({count} times)")
         for note in analysis.program.notes:
             say(console, f"note: {note}")
+
+
+def _values(names: Iterable[StrEnum] | None) -> tuple[str, ...]:
+    return tuple(dict.fromkeys(name.value for name in names or ()))
 
 
 def _inspect_saved(folder: Path, *, as_json: bool, html: Path | None) -> None:

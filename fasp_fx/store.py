@@ -14,13 +14,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import nn
 
 from ._atomic import new_folder
 from ._graph_json import program_from_json, program_to_json
 from ._report_json import report_from_json, report_to_json
 from ._signature_json import signature_from_json, signature_to_json
 from ._tensors import read_tensors, write_tensors
-from .errors import PlanError, StoreError
+from .errors import ArgumentError, PlanError, StoreError
 from .plan import PruningPlan
 from .report import Report
 
@@ -49,7 +50,7 @@ def save(result: Result, path: str | Path, *, overwrite: bool = False) -> Path:
     path = Path(path).absolute()
     program = result.program
     signature, graph = signature_to_json(result.signature), program_to_json(program)
-    with new_folder(path, overwrite=overwrite, replaceable=_is_save) as folder:
+    with new_folder(path, overwrite=overwrite, replaceable=is_save) as folder:
         write_json(folder / "plan.json", json.loads(result.plan.to_json()))
         write_json(folder / "report.json", report_to_json(result.report))
         write_json(folder / "signature.json", signature)
@@ -64,34 +65,49 @@ def save(result: Result, path: str | Path, *, overwrite: bool = False) -> Path:
     return path
 
 
-def load(path: str | Path, *, device: torch.device | str | None = None) -> Result:
+def load(path: str | Path, *, model: nn.Module | None = None, device: torch.device | str | None = None) -> Result:
     """Read a result that :func:`save` wrote.
 
     Args:
         path: the folder.
-        device: where the model shall be; ``None``: where it was.
+        model: for a model that was pruned in parts, the dense one, whose code runs between them; its weights do not matter, and it is left as it was.
+        device: where the model shall be; ``None``: where it was, or where ``model`` is.
 
     Raises:
         StoreError: a file is missing, damaged, or of another format; names the file and what to do.
+        ArgumentError: ``model`` is missing, or not needed.
     """
+    from ._parts_store import is_parts, load_parts
     from ._result import Result, wrap
 
     folder = Path(path)
     target = None if device is None else torch.device(device)
+    if is_parts(folder):
+        return load_parts(folder, model, target)
+    if model is not None:
+        raise ArgumentError(f"'{folder}' is no result that was pruned in parts, so it needs no model; leave model= out")
     verify(folder)
     graph = read_json(folder / "graph.json")
     signature = signature_from_json(read_json(folder / "signature.json"))
     report = read_report(folder)
     try:
-        plan = PruningPlan.from_json((folder / "plan.json").read_text())
-    except PlanError as error:
-        raise StoreError(f"plan.json is damaged: {error}; save the result again") from error
-    try:
         tensors = {name: read_tensors(folder / f"{name}.safetensors", graph["tensors"][name], target) for name in ("weights", "constants")}
     except (KeyError, TypeError, AttributeError) as error:
         raise StoreError(f"graph.json does not list the tensors: {type(error).__name__}: {error}; save the result again") from error
     program = program_from_json(graph, tensors["weights"], tensors["constants"], target)
-    return Result(wrap(program, signature), program, plan, report, signature)
+    return Result(wrap(program, signature), program, read_plan(folder), report, signature)
+
+
+def read_plan(folder: Path) -> PruningPlan:
+    """The plan of a save.
+
+    Raises:
+        StoreError: it is missing or damaged.
+    """
+    try:
+        return PruningPlan.from_json((folder / "plan.json").read_text(encoding="utf-8"))
+    except PlanError as error:
+        raise StoreError(f"plan.json is damaged: {error}; save the result again") from error
 
 
 def read_report(folder: Path) -> Report:
@@ -136,7 +152,8 @@ def verify(folder: Path, expected: str = FORMAT, files: tuple[str, ...] = FILES)
             raise StoreError(f"{name} was changed after it was saved (its SHA-256 differs from {MANIFEST}); copy the folder again, or save the result again")
 
 
-def _is_save(folder: Path) -> bool:
+def is_save(folder: Path) -> bool:
+    """Whether a folder holds a save and nothing besides."""
     try:
         manifest = read_json(folder / MANIFEST)
     except StoreError:
@@ -184,4 +201,4 @@ def read_json(file: Path) -> dict[str, Any]:
     return data
 
 
-__all__ = ["load", "read_report", "save", "verify"]
+__all__ = ["is_save", "load", "read_plan", "read_report", "save", "verify"]

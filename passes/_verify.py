@@ -18,7 +18,8 @@ from fasp_fx.errors import VerificationError
 
 if TYPE_CHECKING:
     from fasp_fx._program import Program
-    from fasp_fx.analysis import Analysis, Pairs
+    from fasp_fx._walks import Pairs
+    from fasp_fx.analysis import Analysis
 
 
 def verify(program: Program, reference: Analysis) -> Walk:

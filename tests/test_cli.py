@@ -135,6 +135,19 @@ def test_prune_to_a_plain_checkpoint(folder: Path, from_file: tuple[Path, Result
     assert "never replaces" in _refused(_invoke("prune", folder / "model", *SMALL, "--out", tmp_path / "out", "--overwrite"))
 
 
+def test_prune_heads_and_what_crosses_a_norm(folder: Path, tmp_path: Path) -> None:
+    chosen = ("--granularity", "head", "--granularity", "channel", "--include", "approximate", "--include", "approximate")
+    text = folder / "text.txt"
+    done = _invoke("prune", folder / "model", "--out", tmp_path / "out", *SMALL, "--calibration", text, "--text", text, "--sparsity", "0.5", *chosen)
+    assert done.exit_code == 0, done.output
+    assert "prunable, exempt and approximate groups" in " ".join(done.stdout.split())
+    pruned = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert (set(pruned.plan.granularity), set(pruned.plan.include)) == ({"channel", "head"}, {"approximate"})
+    own = dict(pruned.named_parameters())
+    assert own["model.layers.0.self_attn.q_proj.weight"].shape[0] == 16  # one of two key-value heads, with its two query heads of 8
+    assert own["model.layers.0.mlp.down_proj.weight"].shape[0] < 32  # the residual stream
+
+
 # --- inspect
 
 
@@ -165,6 +178,22 @@ def test_inspect_table(folder: Path) -> None:
     assert "model.layers.1.mlp.down_proj" in every.stdout
 
 
+def test_inspect_as_it_would_be_pruned(folder: Path) -> None:
+    chosen = ("--granularity", "head", "--granularity", "channel", "--include", "exempt", "--include", "approximate")
+    done = _invoke("inspect", folder / "model", "--json", *chosen)
+    assert done.exit_code == 0, done.output
+    found = json.loads(done.stdout)
+    model = AutoModelForCausalLM.from_pretrained(folder / "model").eval()
+    example = {"input_ids": torch.zeros(1, 16, dtype=torch.long), "use_cache": False}
+    analysis = fasp_fx.analyze(model, (), example, granularity=("head", "channel"), include=("exempt", "approximate"))
+    assert [(group["name"], group["granularity"]) for group in found["groups"]] == [(group.name, group.granularity) for group in analysis.groups]
+    assert {group["granularity"] for group in found["groups"]} == {"head", "channel"}
+    assert found["max_sparsity"] == pytest.approx(analysis.max_sparsity)
+    assert found["max_sparsity"] > json.loads(_invoke("inspect", folder / "model", "--json").stdout)["max_sparsity"]
+    experts = _invoke("inspect", folder / "model", "--granularity", "expert")
+    assert "at most 0.0% of the linear weights of prunable and exempt groups" in " ".join(experts.stdout.split())
+
+
 def _on_page(file: Path) -> dict[str, Any]:
     return json.loads(file.read_text(encoding="utf-8").split('id="data">')[1].split("</script>")[0])
 
@@ -191,6 +220,7 @@ def test_inspect_a_pruned_folder(from_file: tuple[Path, Result], folder: Path, t
     shown = [(group["name"], group["before"], group["after"]) for group in data["groups"]]
     assert shown == [(line.name, line.before, line.after) for line in report.lines]
     assert any("Perplexity on chunks 4 to 6 of text.txt" in tile["label"] for tile in data["tiles"])
+    assert "pruned already" in _refused(_invoke("inspect", out, "--granularity", "head"))
     taken = tmp_path / "taken.html"
     taken.write_text("mine")
     for model in (out, folder / "model"):
@@ -255,6 +285,7 @@ def test_eval_refuses_a_bad_range(folder: Path, chunks: str) -> None:
         (["--calibration", "nowhere.txt"], "nowhere.txt"),
         (["--text", "nowhere.txt"], "nowhere.txt"),
         (["--device", "toaster"], "toaster"),
+        (["--plain", "--include", "exempt"], "--include exempt"),
     ],
 )
 def test_prune_refuses_bad_options(folder: Path, tmp_path: Path, options: list[str], says: str) -> None:
@@ -345,6 +376,7 @@ def test_help_has_an_example(command: str) -> None:
 def test_usage_errors_exit_with_2() -> None:
     assert _invoke("prune").exit_code == 2
     assert _invoke("nonsense").exit_code == 2
+    assert _invoke("inspect", "model", "--granularity", "neuron").exit_code == 2
 
 
 def test_installed_as_a_module() -> None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
@@ -179,3 +181,59 @@ def test_an_exported_program_with_constants() -> None:
         assert result.module(X, None, 2.0, mask=MASK).scaled.shape == X.shape
         with pytest.raises(fasp_fx.CallError):
             result.module(X, None, 3.0, mask=MASK)
+
+
+class Tables(nn.Module):
+    """A length with an upper bound, fixed widths, and sizes that must agree."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = TwoLayers()
+        self.register_buffer("table", torch.randn(10, 12))
+
+    def forward(self, x: Tensor, rest: dict[str, Tensor]) -> Tensor:
+        return self.inner(x + self.table[: x.shape[0]]) + rest["same"]
+
+
+@pytest.fixture(scope="module")
+def tables() -> fasp_fx.Result:
+    torch.manual_seed(0)
+    example = (torch.randn(3, 12), {"same": torch.randn(3, 12)})
+    return fasp_fx.prune(Tables().eval(), example, sparsity=0.3, score="random", restore=None)
+
+
+@pytest.mark.parametrize(
+    ("x", "same", "message"),
+    [
+        pytest.param(X[:, :7], X, "argument 'x': dimension 1 is 7, the program was captured for 12", id="width"),
+        pytest.param(X, torch.randn(3, 5), r"argument 'rest\['same'\]': dimension 1 is 5, the program was captured for 12", id="inside_a_dict"),
+        pytest.param(torch.randn(11, 12), torch.randn(11, 12), "argument 'x': dimension 0 is 11, the program was captured for at most 10", id="at_most"),
+        pytest.param(X, torch.randn(4, 12), r"do not fit together.*'x' of shape \(3, 12\), 'rest\['same'\]' of shape \(4, 12\)", id="agree"),
+        pytest.param(X[0], X, r"argument 'x' has 1 dimensions, its shape is \(12,\), but the program was captured for 2", id="rank"),
+        pytest.param([1.0], X, "argument 'x' is a list, but the program was captured with a tensor", id="no_tensor"),
+    ],
+)
+def test_other_sizes_are_refused_by_argument_and_dimension(tables: fasp_fx.Result, x: Any, same: Tensor, message: str) -> None:
+    for module in (tables.module, copy.deepcopy(tables.module)):
+        with pytest.raises(fasp_fx.CallError, match=message):
+            module(x, {"same": same})
+
+
+def test_a_loaded_module_refuses_the_same_sizes(tables: fasp_fx.Result, tmp_path: Path) -> None:
+    loaded = fasp_fx.load(tables.save(tmp_path / "out"))
+    with pytest.raises(fasp_fx.CallError, match="argument 'x': dimension 1 is 7, the program was captured for 12"):
+        loaded.module(X[:, :7], {"same": X})
+
+
+def test_compilers_and_exporters_take_the_checks_over(tables: fasp_fx.Result) -> None:
+    call = (torch.randn(5, 12), {"same": torch.randn(5, 12)})
+    expected = tables.module(*call)
+    compiled = torch.compile(tables.module, fullgraph=True, backend="eager")
+    torch.testing.assert_close(compiled(*call), expected)
+    for strict in (False, True):
+        shapes = ({0: torch.export.Dim.AUTO}, {"same": {0: torch.export.Dim.AUTO}})
+        again = torch.export.export(tables.module, call, dynamic_shapes=shapes, strict=strict)
+        torch.testing.assert_close(again.module()(*call), expected)
+        assert max(int(bounds.upper) for bounds in again.range_constraints.values()) == 10  # known only to the guards: the slice is in the graph
+        with pytest.raises(AssertionError):
+            again.module()(torch.randn(11, 12), {"same": torch.randn(11, 12)})

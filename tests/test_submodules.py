@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,6 +16,7 @@ from torch.nn import functional as F
 from torch.utils import _pytree as pytree
 
 import fasp_fx
+from fasp_fx._parts_result import PartsResult
 
 pytestmark = [pytest.mark.filterwarnings("ignore::fasp_fx.CalibrationWarning"), pytest.mark.usefixtures("no_files")]
 
@@ -536,17 +538,106 @@ def test_the_plan_is_replayed(forks: tuple[nn.Module, Any]) -> None:
         fasp_fx.apply(result.module, plan, (X,))
 
 
-def test_no_single_program_and_no_save(forks: tuple[nn.Module, Any]) -> None:
+def test_no_single_program(forks: tuple[nn.Module, Any]) -> None:
     _, result = forks
     with pytest.raises(fasp_fx.CaptureError, match=r"result\.parts"):
         _ = result.program
-    with pytest.raises(fasp_fx.StoreError, match="load_state_dict"):
-        result.save("out")
     assert isinstance(result, fasp_fx.Result)
     assert "first" in repr(result)
     for path, part in result.parts.items():
         assert part.program.state_dict.keys() == dict(part.module.named_parameters()).keys()
         assert result.module.get_submodule(path) is part.module
+
+
+@pytest.fixture
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("parts")
+
+
+def _same_block() -> nn.Module:
+    return nn.Sequential(Vectors(), nn.Tanh(), Vectors())
+
+
+def test_a_result_is_saved_and_loaded_around_the_code_of_the_model(forks: tuple[nn.Module, Any], folder: Path) -> None:
+    _, result = forks
+    other = Forks(_same_block()).train()  # other weights everywhere, and not ready to run
+    with untouched(other):
+        loaded = fasp_fx.load(result.save(folder / "out"), model=other)
+    assert not loaded.module.training
+    assert torch.equal(loaded.module(X, 2.0)["out"], result.module(X, 2.0)["out"])
+    assert loaded.plan == result.plan
+    assert loaded.report == result.report
+    assert loaded.left == result.left
+    assert list(loaded.parts) == list(result.parts)
+    for path, part in loaded.parts.items():
+        assert loaded.module.get_submodule(path) is part.module
+        assert torch.equal(part.program.module()(X), result.parts[path].program.module()(X))
+    loaded.module(X)["out"].sum().backward()
+    with torch.no_grad():
+        for parameter in loaded.module.parameters():
+            parameter -= 0.1 * parameter.grad
+    again = fasp_fx.load(loaded.save(folder / "out", overwrite=True), model=other)
+    assert torch.equal(again.module(X)["out"], loaded.module(X)["out"])
+    assert not torch.equal(again.module(X)["out"], result.module(X)["out"])
+    assert [child.name for child in folder.iterdir()] == ["out"]
+
+
+def test_buffers_and_shared_parts_are_saved(folder: Path) -> None:
+    shared = Vectors()
+    model = Forks(shared, shared).eval()
+    model.register_buffer("seen", torch.arange(3.0))
+    result = _prune(model)
+    assert len({id(result.module.first), id(result.module.second)}) == 1
+    other = Forks().eval()
+    other.register_buffer("seen", torch.zeros(3))
+    loaded = fasp_fx.load(result.save(folder / "out"), model=other)
+    assert loaded.module.first is loaded.module.second
+    assert torch.equal(loaded.module.seen, torch.arange(3.0))
+    assert torch.equal(loaded.module(X)["out"], result.module(X)["out"])
+
+
+class Renamed(Forks):
+    def forward(self, y: Tensor, scale: float = 1.0) -> dict[str, Any]:
+        return super().forward(y, scale)
+
+
+def test_what_cannot_be_loaded(forks: tuple[nn.Module, Any], folder: Path) -> None:
+    model, result = forks
+    path = result.save(folder / "out")
+    with pytest.raises(fasp_fx.ArgumentError, match=r"give the dense model: fasp_fx\.load"):
+        fasp_fx.load(path)
+    wider = Forks(_same_block())
+    wider.out = nn.Linear(6, 4)
+    deeper, shallower = Forks(_same_block()), Forks(_same_block())
+    deeper.more = nn.Linear(2, 2)
+    del shallower.second
+    for other, message in (
+        (Renamed(_same_block()), r"takes \['y', 'scale'\]"),
+        (nn.Sequential(Vectors()), "takes"),
+        (shallower, "has no submodule 'second'"),
+        (wider, "weights around the parts"),
+        (deeper, r"'more\.weight'"),
+    ):
+        with pytest.raises(fasp_fx.StoreError, match=message):
+            fasp_fx.load(path, model=other)
+    plain = fasp_fx.prune(Vectors().eval(), (X,), sparsity=0.3, score="random", restore=None).save(folder / "plain")
+    with pytest.raises(fasp_fx.ArgumentError, match="leave model= out"):
+        fasp_fx.load(plain, model=model)
+    for taken in (plain, path):
+        with pytest.raises(fasp_fx.StoreError):
+            result.save(taken, overwrite=taken == plain)
+    moved = copy.copy(result.module)
+    moved._modules = {**result.module._modules, "second": Vectors()}
+    with pytest.raises(fasp_fx.StoreError, match="no longer stands"):
+        PartsResult(moved, result.plan, result.report, result.signature, result.parts, result.left).save(folder / "moved")
+    weights = next(path.glob("parts/*/weights.safetensors"))
+    weights.write_bytes(weights.read_bytes()[:-1])
+    with pytest.raises(fasp_fx.StoreError, match="truncated"):
+        fasp_fx.load(path, model=model)
+    (path / "parts" / "0" / "manifest.json").unlink()
+    with pytest.raises(fasp_fx.StoreError, match="missing"):
+        fasp_fx.load(path, model=model)
+    assert sorted(child.name for child in folder.iterdir()) == ["out", "plain"]
 
 
 def test_the_result_trains_copies_and_moves(forks: tuple[nn.Module, Any]) -> None:
@@ -598,12 +689,15 @@ def _images(*sizes: tuple[int, int]) -> tuple[list[Tensor]]:
     return ([torch.rand(3, *size, dtype=torch.float64) for size in sizes],)
 
 
-def test_a_faster_rcnn() -> None:
+def test_a_faster_rcnn(folder: Path) -> None:
     images = _images((32, 32), (32, 40))
     parts = {"backbone", "rpn.head", "roi_heads.box_head"}
     result = _exact(_detector(), parts, images, _images((32, 48)), args=images, calibration=[images], sparsity=0.2)
     assert abs(result.report.sparsity - 0.2) < 0.01
     assert result.left.keys() >= {"rpn", "roi_heads", "roi_heads.box_predictor"}
+    loaded = fasp_fx.load(result.save(folder / "out"), model=_detector())
+    with torch.no_grad():
+        assert all(map(torch.equal, pytree.tree_leaves(loaded.module(*images)), pytree.tree_leaves(result.module(*images))))
 
 
 @pytest.mark.slow

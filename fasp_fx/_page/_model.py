@@ -57,9 +57,8 @@ def _tiles_of_report(report: Report) -> list[dict[str, str]]:
 
 def _tiles_of_analysis(analysis: Analysis) -> list[dict[str, str]]:
     count, size = weight_size(analysis.program.weights())
-    reach = analysis.max_sparsity if analysis.select(PRUNABLE) else 0.0
     return [
-        {"label": "Can be removed", "value": f"{reach:.1%}", "more": "at most", "help": "Of the linear and convolution weights in prunable and exempt groups"},
+        {"label": "Can be removed", "value": f"{analysis.max_sparsity:.1%}", "more": "at most", "help": "Of the linear and convolution weights counted"},
         {"label": "Parameters", "value": f"{count:,}", "more": ""},
         {"label": "Size of the weights", "value": _bytes(size), "more": ""},
         {"label": "Coupled groups", "value": f"{len(analysis.groups):,}", "more": f"{len(analysis.select(PRUNABLE)):,} prunable"},

@@ -15,7 +15,8 @@ from ._numbering import Numbering
 from ._value import Axis
 
 if TYPE_CHECKING:
-    from ._letters import Operand, Relation
+    from ._lettered import Lettered
+    from ._operands import Operand
 
 
 @dataclass(frozen=True)
@@ -54,7 +55,7 @@ def _padding(slide: Slide, size: int) -> tuple[int, int]:
     return int(slide.padding), int(slide.padding)
 
 
-def _roles(relation: Relation, weight: Operand, activation: Operand) -> dict[str, str]:
+def _roles(relation: Lettered, weight: Operand, activation: Operand) -> dict[str, str]:
     """What each letter of the weight is: block, column, window or row; ``none`` where it has one position, ``lost`` where it is summed."""
     within = {slide.within for slide in relation.slides}
     roles = {}
@@ -74,7 +75,7 @@ def _roles(relation: Relation, weight: Operand, activation: Operand) -> dict[str
     return roles
 
 
-def why_no_consumer(relation: Relation, weight: Operand, activation: Operand) -> str | None:
+def why_no_consumer(relation: Lettered, weight: Operand, activation: Operand) -> str | None:
     """Why this weight cannot lose columns here, or ``None`` if it can."""
     target = relation.node.target
     if weight.value.origin is None:
@@ -92,7 +93,7 @@ def why_no_consumer(relation: Relation, weight: Operand, activation: Operand) ->
     return None
 
 
-def note_stacked(relation: Relation, weight: Operand, activation: Operand) -> None:
+def note_stacked(relation: Lettered, weight: Operand, activation: Operand) -> None:
     """Note the positions of a weight at each of which it holds a whole matrix, of rows and columns."""
     roles = _roles(relation, weight, activation)
     for letter in weight.letters:
@@ -101,7 +102,7 @@ def note_stacked(relation: Relation, weight: Operand, activation: Operand) -> No
             relation.facts.stacked += [axis.numbers.reshape(-1).numpy() for axis in weight.at(letter) if axis.varying() == [axis.dim]]
 
 
-def make_use(relation: Relation, weight: Operand, activation: Operand) -> Use:
+def make_use(relation: Lettered, weight: Operand, activation: Operand) -> Use:
     """The record of a consumer; asks for block-wise numbers where blocks would share them."""
     assert weight.node is not None
     assert activation.node is not None

@@ -121,7 +121,11 @@ class Interpreter:
                     raise VerificationError(f"'{name}' has {shape[dim]} channels along dimension {dim} that were not there before")
                 slot = slot or self.numbering.add(name, dim, shape[dim], kind)
                 given = slot.numbers()
-            axis = Axis(self._laid(self.numbering.speaking(given), name, dim, shape), dim, (name, dim))
+            numbers, along = self._laid(self.numbering.speaking(given), name, dim, shape), dim
+            if kind == "input" and bool((numbers == numbers.narrow(dim, 0, 1)).all()):  # whole heads of a cache
+                numbers = numbers.narrow(dim, 0, 1)
+                along = next((d for d, size in enumerate(numbers.shape) if size > 1), dim)
+            axis = Axis(numbers, along, (name, dim))
             if bool((axis.numbers != axis.numbers.reshape(-1)[0]).any()):  # one number for all is no axis
                 axes.append(axis)
         return axes

@@ -44,7 +44,7 @@ def _fits(axis: Axis, names: Tensor) -> bool:
 
 def _looked_up(rule: Rule, name: str, arguments: dict[str, Any], names: Tensor) -> bool:
     """Whether an argument only names positions of channels, with which its own are then coupled."""
-    source = arguments.get("self")
+    source = arguments.get(rule.moves or (rule.alternatives[0].operands[0].name if rule.alternatives else ""))
     if not isinstance(source, Value):
         return False
     dims = [int(arguments[clause.words[0]]) % len(source.shape) for clause in rule.all("look") if clause.words[1] == name]

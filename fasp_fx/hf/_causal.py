@@ -9,8 +9,8 @@ from torch import Tensor
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from ..errors import ArgumentError
-from . import _caches
-from ._model import PrunedModel, check_tokens, mask_of, refuse
+from ._arguments import check_labels, check_tokens, mask_of, refuse
+from ._model import PrunedModel
 
 
 class PrunedForCausalLM(PrunedModel):
@@ -46,11 +46,7 @@ class PrunedForCausalLM(PrunedModel):
         check_tokens("input_ids", input_ids)
         assert input_ids is not None
         batch, new = input_ids.shape
-        given = cache is not None
-        if given:
-            _caches.check(cache, encoder_decoder=False)
-        else:
-            cache = _caches.fresh(encoder_decoder=False)
+        given, cache = cache is not None, self._opened(cache)
         values = self._cached("decode", cache, batch)
         past = next(iter(values.values())).shape[2] if values else 0
         values["input_ids"] = input_ids
@@ -67,15 +63,9 @@ class PrunedForCausalLM(PrunedModel):
         logits = found["logits"] if inside or kept.numel() == new else found["logits"].index_select(1, kept)
         loss = None
         if labels is not None:
-            if labels.shape != logits.shape[:2]:
-                raise ArgumentError(
-                    f"labels have the shape {list(labels.shape)}, the logits speak of {list(logits.shape[:2])} tokens; give one label per token"
-                )
+            check_labels(labels, logits)
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=logits.shape[-1], **kwargs)
-        wanted = getattr(self.config, "use_cache", True) if use_cache is None else use_cache
-        if wanted or given:
-            _caches.write(cache, {name: tensor for name, tensor in found.items() if name.startswith("cache.")})
-        output = CausalLMOutputWithPast(loss=loss, logits=logits, cache=cache if wanted else None)
+        output = CausalLMOutputWithPast(loss=loss, logits=logits, cache=self._extended(cache, given, found, use_cache))
         return output if return_dict is not False else output.to_tuple()
 
     def _positions(self, given: Tensor | None, mask: Tensor | None, batch: int, new: int, past: int, ids: Tensor) -> Tensor:

@@ -16,36 +16,18 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from .. import store
 from .._atomic import new_folder
-from .._graph_json import program_from_json
 from .._report_json import report_to_json
-from .._tensors import read_tensors, write_tensors
-from ..errors import ArgumentError, PlanError, StoreError, first_line
-from ..plan import PruningPlan
+from .._tensors import write_tensors
+from ..errors import StoreError
 from ._card import card
-from ._config import PrunedConfig
-from ._flat import FlatProgram
-from ._model import Parts, PrunedModel, StoredProgram
+from ._model import PrunedModel
 
 FORMAT = "fasp_fx.hf/1"
 FILES = ("config.json", "model.safetensors", "constants.safetensors", "programs.json", "plan.json", "report.json")
-_HUB = ("cache_dir", "force_download", "local_files_only", "revision", "token")
-#: arguments of transformers' loaders that change nothing here
-_WITHOUT_EFFECT = (
-    "trust_remote_code",
-    "low_cpu_mem_usage",
-    "use_safetensors",
-    "adapter_kwargs",
-    "_from_auto",
-    "_from_pipeline",
-    "weights_only",
-    "proxies",
-    "use_kernels",
-)
 
 
 def save(model: PrunedModel, path: Path, tokenizer: Any, *, overwrite: bool) -> Path:
@@ -153,106 +135,4 @@ def _write_manifest(folder: Path) -> None:
     store.write_json(folder / store.MANIFEST, {"format": FORMAT, **store.versions(), "files": listed, "written": written})
 
 
-def load(kind: type[PrunedModel], where: Any, *, config: Any = None, dtype: Any = None, torch_dtype: Any = None, device_map: Any = None, **options: Any) -> Any:
-    """Read a model; see :meth:`PrunedModel.from_pretrained`.
-
-    Raises:
-        StoreError: a file is missing, damaged or of another version.
-        ArgumentError: an argument cannot be honoured.
-    """
-    hub = {name: options.pop(name) for name in _HUB if name in options}
-    subfolder = options.pop("subfolder", "") or ""
-    for name, value in options.items():
-        if value is not None and name not in _WITHOUT_EFFECT:
-            raise ArgumentError(f"argument '{name}' is not served when a pruned model is loaded; leave it out")
-    folder = _folder(where, hub) / subfolder
-    store.verify(folder, FORMAT, FILES)
-    device = _device(device_map)
-    programs = store.read_json(folder / "programs.json")
-    found = _config(folder, kind)
-    _check_dtype(found, dtype if dtype is not None else torch_dtype)
-    model = kind(found, _parts(folder, programs, device))
-    generation = folder / "generation_config.json"
-    if generation.is_file():
-        model.generation_config = _read(lambda: model.generation_config_class.from_pretrained(folder), "generation_config.json")
-    model.name_or_path = str(where)
-    return model
-
-
-def _parts(folder: Path, programs: dict[str, Any], device: torch.device) -> Parts:
-    try:
-        plan = PruningPlan.from_json((folder / "plan.json").read_text(encoding="utf-8"))
-    except PlanError as error:
-        raise StoreError(f"plan.json is damaged: {error}; save the model again") from error
-    report = store.read_report(folder)
-    try:
-        weights = read_tensors(folder / "model.safetensors", programs["tensors"]["model"], device)
-        held = read_tensors(folder / "constants.safetensors", programs["tensors"]["constants"], device)
-        stored, constants = {}, {}
-        for name, data in programs["programs"].items():
-            constants[name] = {inside: held[outside] for inside, outside in data["constants"].items()}
-            stored[name] = StoredProgram(*_program(data, weights, constants[name], device))
-    except (KeyError, TypeError, AttributeError) as error:
-        raise StoreError(f"programs.json does not fit the folder: {type(error).__name__}: {error}; save the model again") from error
-    return Parts(stored, weights, constants, plan, report)
-
-
-def _program(data: dict[str, Any], weights: dict[str, Tensor], constants: dict[str, Tensor], device: torch.device) -> tuple[dict[str, Any], FlatProgram]:
-    kept = {"program": data["program"], "example": data["example"]}
-    program = program_from_json(kept, weights, constants, device)
-    return kept, FlatProgram.of(program.module(check_guards=False))
-
-
-def _folder(where: Any, hub: dict[str, Any]) -> Path:
-    if os.path.isdir(where):
-        return Path(where)
-    from huggingface_hub import snapshot_download
-
-    try:
-        return Path(snapshot_download(str(where), **{name: value for name, value in hub.items() if value is not None}))
-    except Exception as error:  # the hub's client raises what its transport does
-        raise StoreError(
-            f"'{where}' is neither a folder nor a repository that can be read: {first_line(error)}; give the folder that save_pretrained wrote"
-        ) from error
-
-
-def _config(folder: Path, kind: type[PrunedModel]) -> PrunedConfig:
-    config = _read(lambda: PrunedConfig.from_pretrained(folder), "config.json")
-    expected = (config.architectures or [None])[0]
-    if kind.__name__ != expected:
-        auto = "AutoModelForSeq2SeqLM" if config.is_encoder_decoder else "AutoModelForCausalLM"
-        raise ArgumentError(f"'{folder}' holds a {expected}, not a {kind.__name__}; load it with {auto}")
-    return config
-
-
-def _read(read: Any, name: str) -> Any:
-    try:
-        return read()
-    except Exception as error:  # transformers' readers raise whatever the file makes them trip over
-        raise StoreError(f"{name} cannot be read: {first_line(error)}; save the model again") from error
-
-
-def _check_dtype(config: PrunedConfig, asked: Any) -> None:
-    asked = getattr(torch, asked, asked) if isinstance(asked, str) and asked != "auto" else asked
-    if asked not in (None, "auto", config.dtype):
-        raise ArgumentError(f"dtype={asked} cannot be had: the programs were captured in {config.dtype}; load the dense model in that dtype and prune it again")
-
-
-def _device(device_map: Any) -> torch.device:
-    if isinstance(device_map, dict) and set(device_map) == {""}:
-        device_map = device_map[""]
-    if device_map is None:
-        return torch.get_default_device()
-    if device_map == "auto":
-        return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
-    try:
-        device = torch.device(device_map)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError, TypeError) as error:
-        raise ArgumentError(
-            f"device_map={device_map!r} cannot be honoured: a pruned model lies on one device; pass 'auto' or a device such as 'cpu'"
-        ) from error
-    return device
-
-
-__all__ = ["FILES", "FORMAT", "holds_model", "is_saved", "load", "save", "save_into"]
+__all__ = ["FILES", "FORMAT", "holds_model", "is_saved", "save", "save_into"]

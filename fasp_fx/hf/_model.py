@@ -2,59 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import GenerationMixin, PreTrainedModel
 
 from ..errors import ArgumentError
-from ..plan import PruningPlan
-from ..report import Report
 from . import _caches
 from ._config import PrunedConfig
-from ._fast import grouped, one_token, without_checks
-from ._flat import FlatProgram
-
-#: arguments of transformers' models that a program does not take, and the values that ask for nothing
-_IDLE = {"output_attentions": False, "output_hidden_states": False, "inputs_embeds": None, "token_type_ids": None, "decoder_inputs_embeds": None}
-CONSTANTS = "_constants"
-
-
-@dataclass(frozen=True)
-class StoredProgram:
-    """One program: as it is written to disk, and as it runs, with its weights under the model's names."""
-
-    data: Mapping[str, Any]
-    flat: FlatProgram
-
-
-@dataclass(frozen=True)
-class Parts:
-    """What a pruned model is made of.
-
-    Attributes:
-        programs: by name.
-        weights: parameters and persistent buffers by the names of the original model; tied ones are one object.
-        constants: for each program, its constants and other buffers by the names in its graph.
-        plan: what was removed.
-        report: what it cost.
-    """
-
-    programs: Mapping[str, StoredProgram]
-    weights: Mapping[str, Tensor]
-    constants: Mapping[str, Mapping[str, Tensor]]
-    plan: PruningPlan
-    report: Report
-
-
-class Branch(nn.Module):
-    """A part of the tree of weights; nothing is computed by it."""
-
-    main_input_name = "input_ids"  # generate() asks an encoder for it
+from ._held import Parts, adopt_constants, place, served, step
 
 
 class PrunedModel(PreTrainedModel, GenerationMixin):
@@ -74,11 +32,11 @@ class PrunedModel(PreTrainedModel, GenerationMixin):
         super().__init__(config)
         self.plan, self.report = parts.plan, parts.report
         for name, tensor in parts.weights.items():
-            _place(self, name, tensor, persistent=True)
+            place(self, name, tensor, persistent=True)
         self._parts = {name: program.data for name, program in parts.programs.items()}
-        self._constant_names = _adopt_constants(self, parts)
-        self._programs = {name: _served(program.flat, parts.constants[name], self._constant_names[name]) for name, program in parts.programs.items()}
-        self._steps = {name: _step(program) for name, program in self._programs.items()}
+        self._constant_names = adopt_constants(self, parts)
+        self._programs = {name: served(program.flat, self._constant_names[name]) for name, program in parts.programs.items()}
+        self._steps = {name: step(program) for name, program in self._programs.items()}
         self._cache_sizes = {name: program.cache_sizes() for name, program in self._programs.items()}
         self.eval()
 
@@ -99,6 +57,20 @@ class PrunedModel(PreTrainedModel, GenerationMixin):
     def _cached(self, program: str, cache: Any, batch: int) -> dict[str, Tensor]:
         """The cache tensors that a program takes."""
         return _caches.read(cache, self._cache_sizes[program], batch, self._like())
+
+    def _opened(self, cache: Any) -> Any:
+        """The caller's cache, or an empty one."""
+        if cache is None:
+            return _caches.fresh(self.config.is_encoder_decoder)
+        _caches.check(cache, self.config.is_encoder_decoder)
+        return cache
+
+    def _extended(self, cache: Any, given: bool, found: dict[str, Tensor], use_cache: bool | None) -> Any:
+        """Write what a program returned into the cache; ``None`` if the output shall not hold it."""
+        wanted = getattr(self.config, "use_cache", True) if use_cache is None else use_cache
+        if wanted or given:
+            _caches.write(cache, {name: tensor for name, tensor in found.items() if name.startswith("cache.")})
+        return cache if wanted else None
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         held = self._like()
@@ -171,92 +143,9 @@ class PrunedModel(PreTrainedModel, GenerationMixin):
             StoreError: a file is missing, damaged or of another version.
             ArgumentError: an argument cannot be honoured.
         """
-        from ._folder import load
+        from ._load import load
 
         return load(cls, pretrained_model_name_or_path, **kwargs)
 
 
-def refuse(arguments: dict[str, Any], known: tuple[str, ...] = ()) -> None:
-    """Refuse arguments that the programs do not take, unless they ask for nothing.
-
-    Raises:
-        ArgumentError: names the first.
-    """
-    for name, value in arguments.items():
-        if name in known or value is None or (name in _IDLE and value == _IDLE[name]):
-            continue
-        remedy = "pass 'cache'" if name == "past_key_values" else "leave it out, or use the dense model"
-        raise ArgumentError(f"argument '{name}' is not served by a pruned model, whose forward is a captured program; {remedy}")
-
-
-def check_tokens(name: str, ids: Any) -> None:
-    """Refuse anything but token numbers ``[batch, tokens]``.
-
-    Raises:
-        ArgumentError: names the argument.
-    """
-    if not isinstance(ids, Tensor) or ids.dim() != 2 or ids.is_floating_point() or 0 in ids.shape:
-        shown = f"{ids.dtype} {list(ids.shape)}" if isinstance(ids, Tensor) else type(ids).__name__
-        raise ArgumentError(f"{name} is {shown}; pass token numbers [batch, tokens], at least one token")
-
-
-def mask_of(name: str, mask: Tensor | None, batch: int, length: int, like: Tensor) -> Tensor:
-    """A mask over ``length`` tokens, all shown by default.
-
-    Raises:
-        ArgumentError: it has another shape.
-    """
-    if mask is None:
-        return torch.ones((batch, length), dtype=torch.long, device=like.device)
-    if mask.shape != (batch, length):
-        raise ArgumentError(f"{name} has the shape {list(mask.shape)}; it must cover every token, cached ones included: [{batch}, {length}]")
-    return mask.to(torch.long)
-
-
-def _place(root: nn.Module, name: str, tensor: Tensor, *, persistent: bool) -> None:
-    path, _, leaf = name.rpartition(".")
-    owner = root
-    for part in path.split(".") if path else ():
-        if part not in owner._modules:
-            owner.add_module(part, Branch())
-        owner = owner._modules[part]  # type: ignore[assignment]
-    if isinstance(tensor, nn.Parameter):
-        owner.register_parameter(leaf, tensor)
-    else:
-        owner.register_buffer(leaf, tensor, persistent=persistent)
-
-
-def _adopt_constants(model: nn.Module, parts: Parts) -> dict[str, dict[str, str]]:
-    """Hold constants as buffers outside of the state dict, equal ones once; returns their names in the model, for each program."""
-    held: list[Tensor] = []
-    names: dict[str, dict[str, str]] = {}
-    for program, constants in parts.constants.items():
-        names[program] = {}
-        for name, tensor in constants.items():
-            index = next(
-                (i for i, known in enumerate(held) if known.shape == tensor.shape and known.dtype == tensor.dtype and torch.equal(known, tensor)), None
-            )
-            if index is None:
-                index = len(held)
-                held.append(tensor)
-                _place(model, f"{CONSTANTS}.c{index}", tensor, persistent=False)
-            names[program][name] = f"{CONSTANTS}.c{index}"
-    return names
-
-
-def _served(flat: FlatProgram, constants: Mapping[str, Tensor], names: dict[str, str]) -> FlatProgram:
-    graph = flat.copy_graph()
-    for node in graph.find_nodes(op="get_attr"):
-        node.target = names.get(str(node.target), node.target)
-    without_checks(graph)
-    grouped(graph)
-    return flat.rewritten(graph)
-
-
-def _step(program: FlatProgram) -> FlatProgram:
-    graph = program.copy_graph()
-    one_token(graph)
-    return program.rewritten(graph)
-
-
-__all__ = ["Parts", "PrunedModel", "StoredProgram", "check_tokens", "mask_of", "refuse"]
+__all__ = ["PrunedModel"]

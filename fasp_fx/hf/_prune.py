@@ -25,7 +25,8 @@ from ..prune import Clock, Options, _capture, decide, plan_of, rewrite, split_fu
 from ..report import Figure, Report, make_report
 from ._config import PrunedConfig
 from ._flat import FlatProgram
-from ._model import Parts, PrunedModel, StoredProgram
+from ._held import Parts, StoredProgram
+from ._model import PrunedModel
 from ._probe import check_served, positions_of
 from ._stages import Stage, stages_of
 

@@ -10,8 +10,8 @@ from torch.nn import functional
 from transformers.modeling_outputs import BaseModelOutput, Seq2SeqLMOutput
 
 from ..errors import ArgumentError
-from . import _caches
-from ._model import PrunedModel, check_tokens, mask_of, refuse
+from ._arguments import check_labels, check_tokens, mask_of, refuse
+from ._model import PrunedModel
 
 
 class Encoder(nn.Module):
@@ -76,11 +76,7 @@ class PrunedForSeq2SeqLM(PrunedModel):
         check_tokens("decoder_input_ids", decoder_input_ids)
         assert decoder_input_ids is not None
         batch, new = decoder_input_ids.shape
-        given = cache is not None
-        if given:
-            _caches.check(cache, encoder_decoder=True)
-        else:
-            cache = _caches.fresh(encoder_decoder=True)
+        given, cache = cache is not None, self._opened(cache)
         known = bool(cache.is_updated) and all(cache.is_updated.values())
         if not known and cache.get_seq_length():
             raise ArgumentError("the cache holds tokens of the output, but nothing of the source; begin with an empty one")
@@ -97,10 +93,8 @@ class PrunedForSeq2SeqLM(PrunedModel):
         loss = None
         if labels is not None:
             loss = _loss(found["logits"], labels, kwargs.get("num_items_in_batch"))
-        wanted = getattr(self.config, "use_cache", True) if use_cache is None else use_cache
-        if wanted or given:
-            _caches.write(cache, {name: tensor for name, tensor in found.items() if name.startswith("cache.")})
-        output = Seq2SeqLMOutput(loss=loss, logits=found["logits"], cache=cache if wanted else None, encoder_last_hidden_state=hidden)
+        cache = self._extended(cache, given, found, use_cache)
+        output = Seq2SeqLMOutput(loss=loss, logits=found["logits"], cache=cache, encoder_last_hidden_state=hidden)
         return output if return_dict is not False else output.to_tuple()
 
     def _moved_on(self, labels: Tensor) -> Tensor:
@@ -117,8 +111,7 @@ class PrunedForSeq2SeqLM(PrunedModel):
 
 
 def _loss(logits: Tensor, labels: Tensor, items: Any) -> Tensor:
-    if labels.shape != logits.shape[:2]:
-        raise ArgumentError(f"labels have the shape {list(labels.shape)}, the logits speak of {list(logits.shape[:2])} tokens; give one label per token")
+    check_labels(labels, logits)
     total = functional.cross_entropy(logits.flatten(0, 1).float(), labels.flatten(), ignore_index=-100, reduction="mean" if items is None else "sum")
     return total if items is None else total / items
 

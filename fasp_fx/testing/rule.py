@@ -22,6 +22,7 @@ from .rules._calls import Call, repeatable
 from .rules._claims import Lie, Modesty, lies
 from .rules._created import creates
 from .rules._draw import KINDS, Draw
+from .rules._looked import looked
 from .rules._moved import moves
 from .rules._reading import Mismatch, read
 from .rules._rewritten import rewritten
@@ -71,6 +72,7 @@ class RuleVerdict:
         pruned: in how many of them something was prunable, and was pruned and compared.
         counter: the smallest call that shows that it claims too much.
         needless: clauses that the operator does not need, if it claims too little.
+        missing: clauses ``look`` that the operator keeps and the rule lacks, if it claims too little.
         seed: what the calls were drawn with.
         refused: calls around which the library's verifier refused a pruned program that was right. That is no fault of the rule.
     """
@@ -82,6 +84,7 @@ class RuleVerdict:
     pruned: int
     counter: CounterExample | None = None
     needless: tuple[str, ...] = ()
+    missing: tuple[str, ...] = ()
     seed: int = 0
     refused: tuple[str, ...] = ()
 
@@ -94,7 +97,8 @@ class RuleVerdict:
         head = f"{self.operator}: '{self.rule}' {'is' if self.ok else ''}{' ' if self.ok else ''}{self.kind} ({self.examples} calls, seed {self.seed})"
         if self.counter is not None:
             return f"{head}\n{self.counter}"
-        return f"{head}: the operator does not need '{'; '.join(self.needless)}'" if self.needless else head
+        reasons = [f"the operator {what} '{'; '.join(found)}'" for what, found in (("does not need", self.needless), ("keeps", self.missing)) if found]
+        return f"{head}: {'; '.join(reasons)}" if reasons else head
 
 
 def check_rule(
@@ -190,7 +194,7 @@ class _Check:
         self.operator, self.rule, self.seed, self.programs = operator, rule, seed, programs
         self.given = [self._named(args, kwargs) for args, kwargs in samples] if samples is not None else None
         self.kinds: list[str] = []
-        self.modesty = Modesty()
+        self.modesty, self.missing = Modesty(), Modesty()
         self.misfit: Lie | None = None
         self.refused: list[str] = []
         self.tried = self.pruned = 0
@@ -212,8 +216,8 @@ class _Check:
                 break
         if worst is not None:
             return self._verdict(TOO_MUCH, self._smaller(worst))
-        needless = self.modesty.needless(_LEAST)
-        return self._verdict(TOO_LITTLE if needless or self.misfit else RIGHT, self.misfit, tuple(needless))
+        needless, missing = tuple(self.modesty.needless(_LEAST)), tuple(self.missing.needless(_LEAST))
+        return self._verdict(TOO_LITTLE if needless or missing or self.misfit else RIGHT, self.misfit, needless, missing)
 
     def _silent(self) -> RuleVerdict:
         """``check`` says that nothing comes back that could carry channels."""
@@ -223,9 +227,9 @@ class _Check:
             return self._verdict(RIGHT, None)
         return self._verdict(TOO_MUCH, Lie(Call(self.operator, {}), "the operator returns nothing that carries channels", f"it returns {', '.join(returned)}"))
 
-    def _verdict(self, kind: str, lie: Lie | None, needless: tuple[str, ...] = ()) -> RuleVerdict:
+    def _verdict(self, kind: str, lie: Lie | None, needless: tuple[str, ...] = (), missing: tuple[str, ...] = ()) -> RuleVerdict:
         counter = None if lie is None else CounterExample(str(lie.call), dict(lie.call.arguments), lie.claim, lie.fact)
-        return RuleVerdict(str(self.operator), str(self.rule), kind, self.tried, self.pruned, counter, needless, self.seed, tuple(self.refused))
+        return RuleVerdict(str(self.operator), str(self.rule), kind, self.tried, self.pruned, counter, needless, missing, self.seed, tuple(self.refused))
 
     def _smaller(self, worst: Lie) -> Lie:
         """Look for a smaller call with a fault."""
@@ -276,7 +280,7 @@ class _Check:
             if self.misfit is None or call.size < self.misfit.call.size:
                 self.misfit = Lie(call, "the letters spell the dimensions of operands and results", f"{problem}; the rule is not used for such a call")
             return None
-        return next(lies(reading, results, draw, self.modesty), None) or routed(self.rule, call, draw)
+        return next(lies(reading, results, draw, self.modesty), None) or routed(self.rule, call, draw) or looked(self.rule, call, draw, self.missing)
 
     def _draw(self, draw: Draw, index: int, patience: int) -> Call | None:
         """A call that the operator takes, and to which it gives the same result twice."""

@@ -10,6 +10,9 @@ from typing import Any
 import pytest
 import torch
 from generators import TOKENS, Case, dense, expected, pruned
+from oracle import masked, removed_columns
+
+from fasp_fx import hf
 
 CASES = [Case(batch, beams) for batch in (1, 4) for beams in (1, 3)]
 NAMES = ("llama_gqa", "gpt2", "opt", "qwen3", "gemma2", "t5")
@@ -45,3 +48,21 @@ def test_cache_is_narrower_by_what_the_report_says(name: str) -> None:
     assert result.report.cache == tuple(sizes)
     assert sizes[1] < sizes[0]
     assert f"{sizes[0]:,} -> {sizes[1]:,} bytes per token" in str(result.report)
+
+
+@pytest.mark.parametrize("name", ["llama_gqa", *[pytest.param(name, marks=pytest.mark.slow) for name in ("gpt2", "t5")]])
+def test_whole_heads_go_from_weights_and_cache(name: str) -> None:
+    """Rotary angles come from an input here, so that they are channels too, which all heads share."""
+    made = hf.prune(dense(name), granularity=("head",), sparsity=0.1, score="random", restore=None)
+    assert {group.granularity for group in made.plan.groups} == {"head"}
+    assert made.report.cache is not None
+    assert made.report.cache[1] < made.report.cache[0]
+    model = dense(name)
+    with masked(model, removed_columns(made.plan, model)):
+        wanted = Case(4, 1).run(model, name)
+    assert torch.equal(Case(4, 1).run(made.model, name), wanted)
+    assert not torch.equal(wanted, Case(4, 1).run(model, name)), "pruning changes nothing that can be seen"
+    if name == "llama_gqa":
+        cache = made.model(**Case(1, 1).inputs(name), use_cache=True).cache
+        width = model.config.hidden_size // model.config.num_attention_heads
+        assert {tuple(tensor.shape[1::2]) for layer in cache.layers for tensor in (layer.keys, layer.values)} == {(1, width)}

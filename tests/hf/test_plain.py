@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import copy
 import json
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -24,19 +22,13 @@ from fasp_fx.hf import _plain as plain_module
 from fasp_fx.hf import prune
 from fasp_fx.hf._experiments import Experiments
 from fasp_fx.hf._settings import Settings
+from fasp_fx.testing._stranger import run_without_fasp_fx
 
 NAMES = [*CASES, *(MORE if PROFILE == "slow" else ())]
 UNREPAIRED: dict[str, Any] = {"plain": True, "score": "random", "restore": None}
 
 STRANGER = """
 import json, sys
-
-class Blocked:
-    def find_spec(self, name, path=None, target=None):
-        if name.split(".")[0] == "fasp_fx":
-            raise ImportError("fasp_fx is not to be had here")
-
-sys.meta_path.insert(0, Blocked())
 import torch
 from transformers import AutoModelForCausalLM
 
@@ -76,10 +68,7 @@ def elsewhere(folders: Path) -> dict[str, torch.Tensor]:
     """Their logits in a process that cannot import fasp_fx; some are loaded by accelerate."""
     torch.save(tokens(), folders / "tokens.pt")
     options = {name: {"device_map": "cpu"} if name in ("llama", "opt") else {} for name in NAMES}
-    done = subprocess.run(
-        [sys.executable, "-I", "-c", STRANGER, str(folders), json.dumps(options)], capture_output=True, text=True, timeout=300, check=False, cwd=folders
-    )
-    assert done.returncode == 0, done.stderr
+    run_without_fasp_fx(STRANGER, str(folders), json.dumps(options), folder=folders)
     return torch.load(folders / "found.pt")
 
 

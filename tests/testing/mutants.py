@@ -217,6 +217,11 @@ MUTANTS: tuple[Mutant, ...] = (
     Mutant("a scan is pointwise", rule(ATEN.cumsum.default, "self[...] -> [...]"), operator=ATEN.cumsum.default),
     Mutant("a product with swapped letters", rule(ATEN.mm.default, "self[m k], mat2[n k] -> [m n]"), operator=ATEN.mm.default),
     Mutant("lookups can lose rows", rule(ATEN.index_select.default, "move self"), operator=ATEN.index_select.default),
+    Mutant(
+        "a sum into positions is a lookup",
+        rule(ATEN.scatter_add.default, "self[...] -> [...]; window ...; look dim index"),
+        operator=ATEN.scatter_add.default,
+    ),
     Mutant("layer norm mixes nothing", without_clause(ATEN.layer_norm.default, "mix"), Net((Linear(6), Norm(), Linear(2)))),
     Mutant("a flip is pointwise", rule(ATEN.flip.default, "self[...] -> [...]"), Net((Linear(6), Move("flip"), Linear(2)))),
     Mutant("a slice without its span", rule(ATEN.slice.Tensor, "move self"), SLICED, seed=1),

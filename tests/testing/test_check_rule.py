@@ -94,6 +94,35 @@ def test_what_claims_too_little_is_told(op: Any, rule: str, needless: str) -> No
     assert f"does not need '{needless}'" in str(verdict)
 
 
+LOOKS = "self[...] -> [...]; window ...; look dim index"
+
+
+def test_positions_that_integers_name() -> None:
+    """Too much: the positions come back. Too little: what a router names would be frozen."""
+    assert check_rule(ATEN.gather.default, examples=40).ok
+    for op in (ATEN.scatter_add.default, ATEN.index_add.default, ATEN.index_copy.default):
+        verdict = check_rule(op, LOOKS, examples=40)
+        assert verdict.kind == "claims too much"
+        assert verdict.counter is not None
+        assert verdict.counter.claim == "look dim index"
+        assert "which no integer names" in verdict.counter.fact
+        assert verdict.counter.arguments["self"].numel() == 2
+    verdict = check_rule(ATEN.gather.default, LOOKS.removesuffix("; look dim index"), examples=40)
+    assert (verdict.kind, verdict.missing, verdict.needless) == ("claims too little", ("look dim index",), ())
+    assert "the operator keeps 'look dim index'" in str(verdict)
+
+
+def test_integers_that_name_the_next_position() -> None:
+    """A lookup that is off by one, as only the numbers show."""
+
+    def shifted(x: Tensor, dim: int, index: Tensor) -> Tensor:
+        return x.gather(dim, (index + 1) % x.shape[dim])
+
+    op = torch.library.custom_op("fasp_fx_test::shifted", mutates_args=())(shifted)._opoverload
+    verdict = check_rule(op, LOOKS.replace("self", "x"), samples=[((torch.randn(3), 0, torch.tensor([0, 1])), {})] * 8, programs=0.0)
+    assert (verdict.kind, verdict.counter and verdict.counter.claim) == ("claims too much", "look dim index")
+
+
 def test_a_rule_that_does_not_fit_is_too_little() -> None:
     """The analysis does not use it, and freezes."""
     verdict = check_rule(ATEN.max.dim, "self[...] -> [...]; reduce @dim", examples=20)

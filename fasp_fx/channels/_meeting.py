@@ -1,0 +1,57 @@
+"""Couple the axes of several operands that shrink the same letter."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ._consume import want_blocks
+from ._lettered import Lettered
+from ._operands import Operand
+from ._value import Axis
+
+#: an operand, one of its axes, and the axis's numbers with one dimension per letter of the node
+Found = tuple[Operand, Axis, Tensor]
+
+
+def couple(relation: Lettered, holders: list[Operand], found: list[Found], order: list[str]) -> list[Tensor]:
+    """Couple the axes of different operands, each with the one that divides the positions alike; return one of each."""
+    per_holder = [[numbers for operand, _, numbers in found if operand is holder] for holder in holders]
+    per_holder = sorted((axes for axes in per_holder if axes), key=len, reverse=True)
+    _want_blocks(relation, found, order)
+    leaders = list(per_holder[0])
+    for axes in per_holder[1:]:
+        matches = [0] * len(axes) if len(leaders) == 1 else [_alike(numbers, leaders) for numbers in axes]
+        if len(leaders) > 1 and (None in matches or len(set(matches)) < len(matches)):
+            for numbers in (*leaders[1:], *axes):
+                relation.facts.couple(leaders[0], numbers, relation.node)
+            leaders = [max((*leaders, *axes), key=_freedom)]
+            continue
+        for numbers, match in zip(axes, matches, strict=True):
+            relation.facts.couple(leaders[int(match or 0)], numbers, relation.node)
+            leaders[int(match or 0)] = max(leaders[int(match or 0)], numbers, key=_freedom)
+    return leaders
+
+
+def _want_blocks(relation: Lettered, found: list[Found], order: list[str]) -> None:
+    """A weight met by channels that differ from block to block had better be numbered block by block."""
+    for operand, axis, numbers in found:
+        for letter in operand.letters if operand.value.constant and operand.value.origin is not None else ():
+            dim = order.index(letter)
+            if operand.size(letter) > 1 and numbers.shape[dim] == 1 and any(other.shape[dim] > 1 for _, _, other in found):
+                want_blocks(relation.facts, relation.numbering, operand, axis, letter)
+
+
+def _freedom(numbers: Tensor) -> int:
+    return sum(size > 1 for size in numbers.shape)
+
+
+def _alike(numbers: Tensor, leaders: list[Tensor]) -> int | None:
+    """The leader that puts the same positions together as ``numbers`` does."""
+    for index, leader in enumerate(leaders):
+        shape = torch.broadcast_shapes(numbers.shape, leader.shape)
+        parts = [torch.unique(part.expand(shape), return_inverse=True)[1].reshape(-1) for part in (numbers, leader)]
+        together = torch.unique(torch.stack(parts), dim=1).shape[1]
+        if together == int(parts[0].max()) + 1 == int(parts[1].max()) + 1:
+            return index
+    return None

@@ -1,0 +1,102 @@
+"""What a pruned model holds: weights in a tree of modules, programs that look them up, and the programs' constants."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..plan import PruningPlan
+from ..report import Report
+from ._fast import grouped, one_token, without_checks
+from ._flat import FlatProgram
+
+CONSTANTS = "_constants"
+
+
+@dataclass(frozen=True)
+class StoredProgram:
+    """One program: as it is written to disk, and as it runs, with its weights under the model's names."""
+
+    data: Mapping[str, Any]
+    flat: FlatProgram
+
+
+@dataclass(frozen=True)
+class Parts:
+    """What a pruned model is made of.
+
+    Attributes:
+        programs: by name.
+        weights: parameters and persistent buffers by the names of the original model; tied ones are one object.
+        constants: for each program, its constants and other buffers by the names in its graph.
+        plan: what was removed.
+        report: what it cost.
+    """
+
+    programs: Mapping[str, StoredProgram]
+    weights: Mapping[str, Tensor]
+    constants: Mapping[str, Mapping[str, Tensor]]
+    plan: PruningPlan
+    report: Report
+
+
+class Branch(nn.Module):
+    """A part of the tree of weights; nothing is computed by it."""
+
+    main_input_name = "input_ids"  # generate() asks an encoder for it
+
+
+def place(root: nn.Module, name: str, tensor: Tensor, *, persistent: bool) -> None:
+    """Put a parameter or buffer where its dotted name says, making the modules on the way."""
+    path, _, leaf = name.rpartition(".")
+    owner = root
+    for part in path.split(".") if path else ():
+        if part not in owner._modules:
+            owner.add_module(part, Branch())
+        owner = owner._modules[part]  # type: ignore[assignment]
+    if isinstance(tensor, nn.Parameter):
+        owner.register_parameter(leaf, tensor)
+    else:
+        owner.register_buffer(leaf, tensor, persistent=persistent)
+
+
+def adopt_constants(model: nn.Module, parts: Parts) -> dict[str, dict[str, str]]:
+    """Hold constants as buffers outside of the state dict, equal ones once; returns their names in the model, for each program."""
+    held: list[Tensor] = []
+    names: dict[str, dict[str, str]] = {}
+    for program, constants in parts.constants.items():
+        names[program] = {}
+        for name, tensor in constants.items():
+            index = next(
+                (i for i, known in enumerate(held) if known.shape == tensor.shape and known.dtype == tensor.dtype and torch.equal(known, tensor)), None
+            )
+            if index is None:
+                index = len(held)
+                held.append(tensor)
+                place(model, f"{CONSTANTS}.c{index}", tensor, persistent=False)
+            names[program][name] = f"{CONSTANTS}.c{index}"
+    return names
+
+
+def served(flat: FlatProgram, names: Mapping[str, str]) -> FlatProgram:
+    """A program as it runs, with its constants under their names in the model."""
+    graph = flat.copy_graph()
+    for node in graph.find_nodes(op="get_attr"):
+        node.target = names.get(str(node.target), node.target)
+    without_checks(graph)
+    grouped(graph)
+    return flat.rewritten(graph)
+
+
+def step(program: FlatProgram) -> FlatProgram:
+    """The program for a query of one token."""
+    graph = program.copy_graph()
+    one_token(graph)
+    return program.rewritten(graph)
+
+
+__all__ = ["Parts", "StoredProgram", "adopt_constants", "place", "served", "step"]
