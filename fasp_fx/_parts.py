@@ -24,9 +24,9 @@ from ._result import Result
 from ._signature import CallSignature
 from ._stand_in import dressed, put, replaced
 from ._submodules import Analyze, Capture, Part, Search, why_unfit
+from ._transformers import is_transformers, register_caches
 from .allocation import Budget
 from .analysis import Analysis
-from .capture import _is_transformers, _register_caches
 from .errors import CalibrationError, CaptureError, FaspError, PlanError, StoreError, first_line
 from .plan import PruningPlan
 from .report import Line, Report, weight_size
@@ -127,8 +127,8 @@ class _Assembly:
         self.device = None if device is None else torch.device(device)
         self.model = _copy(model, error)
         for module in self.model.modules():
-            if _is_transformers(module):
-                _register_caches(module)  # before calls are recorded, so that what they hold is copied
+            if is_transformers(module):
+                register_caches(module)  # before calls are recorded, so that what they hold is copied
         self.call = call
         if self.device is not None:
             self.model, self.call = self.model.to(self.device), call.map(lambda tensor: tensor.to(self.device))
