@@ -194,6 +194,7 @@ class _Assembly:
             _fingerprint(parameters),
             granularity=tuple(sorted(self.parts[0].analysis.granularity)),
             include=tuple(sorted(self.parts[0].analysis.include)),
+            folds=tuple(weight for own in renamed for weight in own.folds),
         )
         old, new = weight_size(self.before), weight_size(parameters)
         lines = tuple(_line_within(path, line) for path, result in self.results.items() for line in result.report.lines)
@@ -396,7 +397,7 @@ def _part_of(plan: PruningPlan, path: str) -> PruningPlan:
     """The groups of a whole plan that lie in a part, in the names of the part."""
     start = f"{path}."
     groups = tuple(group for group in plan.groups if group.name.startswith(start))
-    return _mapped(replace(plan, groups=groups, splits=()), lambda name: name.removeprefix(start))
+    return _mapped(replace(plan, groups=groups, splits=(), folds=()), lambda name: name.removeprefix(start))
 
 
 def _mapped(plan: PruningPlan, change: Callable[[str], str]) -> PruningPlan:
@@ -410,7 +411,8 @@ def _mapped(plan: PruningPlan, change: Callable[[str], str]) -> PruningPlan:
         for group in plan.groups
     )
     splits = tuple(replace(split, name=change(split.name), source=change(split.source)) for split in plan.splits)
-    return replace(plan, groups=groups, splits=splits)
+    folds = tuple(replace(weight, name=change(weight.name), sources=tuple(map(change, weight.sources))) for weight in plan.folds)
+    return replace(plan, groups=groups, splits=splits, folds=folds)
 
 
 __all__ = ["PartsResult", "Stages", "apply_in_parts", "prune_in_parts"]

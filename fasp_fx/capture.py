@@ -14,6 +14,8 @@ from torch.utils import _pytree as pytree
 
 from ._dynamic import all_dims, every_dim, recorded_shapes, upper_bound
 from ._export import export, export_again
+from ._fold import Folding
+from ._fold import fold as fold_weights
 from ._functional import functional, is_plain_graph
 from ._program import Program, graph_module
 from ._signature import CallSignature
@@ -35,6 +37,7 @@ def capture(
     state: tuple[str, ...] = (),
     device: torch.device | str | None = None,
     image_sizes: bool = False,
+    fold: bool = True,
 ) -> Program:
     """Capture ``model`` as it behaves on the example inputs.
 
@@ -46,6 +49,7 @@ def capture(
         state: names of arguments and outputs that hold state (a cache) and may become narrower.
         device: move the captured copy there; ``None`` leaves it where the model is.
         image_sizes: let heights and widths of images vary as well.
+        fold: put parameters in the place of weights that the model computes from others (see :mod:`fasp_fx._fold`).
 
     Raises:
         ArgumentError: the inputs do not fit the model.
@@ -76,7 +80,10 @@ def capture(
     if example is None:
         raise ArgumentError("the exported program carries no example inputs; pass them as args and kwargs")
     inputs, outputs = state_positions(module, exported, example, state)
-    return Program(_plain(module), signature, example, inputs, outputs, notes=notes, order=_order(model))
+    order = _order(model)
+    folding = fold_weights(module, order) if fold else Folding()
+    notes = (*notes, *folding.notes)
+    return Program(_plain(module), signature, example, inputs, outputs, notes=notes, order=order, folds=folding.folds, replaced=folding.replaced)
 
 
 def _order(model: nn.Module | ExportedProgram) -> tuple[str, ...]:
