@@ -75,7 +75,7 @@ def fold(module: fx.GraphModule, order: Iterable[str]) -> Folding:
 
 
 def _told(folds: list[FoldedWeight]) -> str:
-    shown = ", ".join(map(str, folds[:8])) + (f" and {len(folds) - 8} more (plan.folds)" if len(folds) > 8 else "")
+    shown = ", ".join(map(str, folds[:4])) + (f" and {len(folds) - 4} more (plan.folds)" if len(folds) > 4 else "")
     return f"weights that the model computes from others were folded, and training now trains the folded weight: {shown}"
 
 

@@ -364,19 +364,19 @@ def test_one_computed_weight_used_both_ways() -> None:
     class Autoencoder(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.code, self.bias = parametrizations.weight_norm(nn.Linear(6, 16, bias=False)), nn.Parameter(torch.randn(16))
+            self.layer, self.bias = parametrizations.weight_norm(nn.Linear(6, 16)), nn.Parameter(torch.randn(6))
 
         def forward(self, x: Tensor) -> Tensor:
-            weight = self.code.weight
-            return F.linear(F.linear(x, weight, self.bias).tanh(), weight.t())
+            weight = self.layer.weight
+            return F.linear(F.linear(x, weight, self.layer.bias).tanh(), weight.t(), self.bias)
 
     model = Autoencoder().eval()
     result = _prune(model, ROWS)
-    removed = torch.tensor([index for _, index in result.plan.slices()["code.weight", 0]])
+    removed = torch.tensor([index for _, index in result.plan.slices()["layer.weight", 0]])
     with torch.no_grad():
-        hidden = F.linear(ROWS, model.code.weight, model.bias).tanh().index_fill(1, removed, 0)
-        assert error(result.module(ROWS), hidden @ model.code.weight) <= TOLERANCE
-    assert result.module.get_parameter("code.weight").shape == (16 - len(removed), 6)
+        hidden = F.linear(ROWS, model.layer.weight, model.layer.bias).tanh().index_fill(1, removed, 0)
+        assert error(result.module(ROWS), hidden @ model.layer.weight + model.bias) <= TOLERANCE
+    assert result.module.get_parameter("layer.weight").shape == (16 - len(removed), 6)
 
 
 def test_names_do_not_collide() -> None:
