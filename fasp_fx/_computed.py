@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 from torch._ops import OpOverload
+from torch.utils import _pytree as pytree
 
 from ._program import region
 from .channels import arguments, attribute, target_name
@@ -95,8 +96,10 @@ def _constant(module: fx.GraphModule) -> set[fx.Node]:
     written = set()
     for node in module.graph.nodes:
         if isinstance(node.target, OpOverload) and node.target._schema.is_mutable:
-            for argument, value in zip(node.target._schema.arguments, node.args, strict=False):
-                if argument.alias_info is not None and argument.alias_info.is_write and isinstance(value, fx.Node) and value.op == "get_attr":
+            given = arguments(node)
+            taken = [given.get(argument.name) for argument in node.target._schema.arguments if argument.is_write]
+            for value in pytree.tree_leaves(taken):
+                if isinstance(value, fx.Node) and value.op == "get_attr":
                     written.add(region(attribute(module, target_name(value)), target_name(value)))
     found: set[fx.Node] = set()
     for node in module.graph.nodes:

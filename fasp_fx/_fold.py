@@ -52,7 +52,12 @@ def fold(module: fx.GraphModule, order: Iterable[str]) -> Folding:
     notes = tuple(_refused(module, entry) for entry in found if entry not in chosen)
     if not chosen:
         return Folding(notes=notes)
-    freed = {key for key, nodes in _looked_up(module).items() if all(node in dead for node in nodes)}
+    freed = set()
+    for key, nodes in _looked_up(module).items():
+        if all(node in dead for node in nodes):
+            freed.add(key)
+        else:
+            dead.difference_update(node for node in nodes if not node.users)  # another name of a weight that stays
     weights = dict([*module.named_parameters(remove_duplicate=False), *module.named_buffers(remove_duplicate=False)])
     gone = {name for name, tensor in weights.items() if region(tensor, name) in freed}
     replaced = {name: weights[name] for name in gone if isinstance(weights[name], nn.Parameter)}
@@ -162,15 +167,16 @@ def _name(entry: Computed, weights: dict[str, Tensor], gone: set[str]) -> str:
     """The name of the attribute that is parametrised; else that of the one parameter it replaces, or one made of the largest's."""
     names = list(entry.sources.values())
     for name in names:
-        owner, found, rest = name.partition(_PARAMETRIZED)
+        owner, found, rest = f".{name}".partition(_PARAMETRIZED)
         if found:
-            return f"{owner}.{rest.partition('.')[0]}"
+            return f"{owner}.{rest.partition('.')[0]}".lstrip(".")
     main = max(names, key=lambda name: (name in gone, isinstance(weights.get(name), nn.Parameter), _numel(weights.get(name))))
     owner, dot, leaf = main.rpartition(".")
     if leaf.startswith(f"{entry.role}_"):  # weight_v, weight_orig: what a hook makes a weight of
         return f"{owner}{dot}{entry.role}"
     parameters = [name for name in names if isinstance(weights.get(name), nn.Parameter)]
-    return main if parameters == [main] and weights[main].shape == entry.value.shape else f"{main}{_SUFFIX}"
+    alike = weights[main].shape == entry.value.shape and (leaf == entry.role or parameters == [main]) if main in weights else False
+    return main if alike else f"{main}{_SUFFIX}"
 
 
 def _numel(tensor: Tensor | None) -> int:
