@@ -13,9 +13,12 @@ from oracle import TOLERANCE, error
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils import parametrizations, parametrize
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 from transformers.models.bit.modeling_bit import WeightStandardizedConv2d
 
 import fasp_fx
+import fasp_fx.hf
+import fasp_fx.testing
 from fasp_fx.capture import capture
 
 pytestmark = [pytest.mark.filterwarnings("ignore::fasp_fx.CalibrationWarning"), pytest.mark.filterwarnings("ignore::FutureWarning")]
@@ -416,3 +419,49 @@ def test_a_name_of_a_tied_weight_that_stays_is_kept() -> None:
 def test_a_parametrised_layer_by_itself() -> None:
     analysis = fasp_fx.analyze(parametrizations.weight_norm(nn.Linear(6, 16)).eval(), (ROWS,))
     assert [weight.name for weight in analysis.program.folds] == ["weight"]
+
+
+# --- elsewhere
+
+
+@pytest.mark.slow
+def test_the_harness_checks_folded_models() -> None:
+    model = nn.Sequential(WeightStandardizedConv2d(3, 12, 3), nn.ReLU(), parametrizations.weight_norm(nn.Conv2d(12, 4, 3))).eval()
+    fasp_fx.testing.check_program(model, (torch.randn(2, 3, 8, 8),))
+
+
+@pytest.mark.slow
+def test_a_part_of_a_model_is_folded() -> None:
+    class Branching(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.body = _rows(parametrizations.weight_norm(nn.Linear(6, 16)), nn.Linear(16, 6))
+
+        def forward(self, x: Tensor) -> Tensor:
+            hidden = self.body(x)
+            return hidden * 2 if float(hidden.sum()) > 0 else hidden
+
+    model = Branching().eval()
+    result = _prune(model, ROWS)
+    assert [weight.name for weight in result.plan.folds] == ["body.0.weight"]
+    again = fasp_fx.apply(model, result.plan, (ROWS,))
+    with torch.no_grad():
+        assert torch.equal(again.module(ROWS), result.module(ROWS))
+
+
+@pytest.mark.slow
+def test_generating_models_are_folded(tmp_path: Any) -> None:
+    torch.manual_seed(0)
+    config = LlamaConfig(vocab_size=40, hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=2)
+    model = LlamaForCausalLM(config)
+    parametrizations.weight_norm(model.model.layers[0].mlp.down_proj)
+    model.eval()
+    ids = torch.randint(0, 40, (4, 10))
+    pruned = fasp_fx.hf.prune(model, calibration=[ids], sparsity=0.2)
+    assert [weight.name for weight in pruned.plan.folds] == ["model.layers.0.mlp.down_proj.weight"]
+    again = AutoModelForCausalLM.from_pretrained(pruned.save_pretrained(tmp_path / "pruned"))
+    with torch.no_grad():
+        assert torch.equal(again(ids).logits, pruned.model(ids).logits)
+    assert pruned.model.generate(ids[:, :3], attention_mask=torch.ones(4, 3, dtype=torch.long), max_new_tokens=3, pad_token_id=0).shape == (4, 6)
+    with pytest.raises(fasp_fx.FaspError, match="down_proj"):
+        fasp_fx.hf.prune(model, calibration=[ids], sparsity=0.2, plain=True)
