@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
 from torch._ops import OpOverload
 from torch.utils import _pytree as pytree
 
@@ -50,7 +50,8 @@ class Computed:
 def computed_weights(module: fx.GraphModule) -> list[Computed]:
     """All values computed from weights alone that an operator contracts with an activation, or adds to the product, in graph order.
 
-    Mere movements and casts of a weight are none: the analysis follows the weight through them. Nodes that compute the same of the same are one.
+    At least one of the weights is a parameter: what is made of buffers and constants alone is a fixed transform. Mere movements and casts of a weight
+    are none: the analysis follows the weight through them. Nodes that compute the same of the same are one.
     """
     graph = module.graph
     constant = _constant(module)
@@ -74,7 +75,7 @@ def computed_weights(module: fx.GraphModule) -> list[Computed]:
                     entry = found[keys[part]] = Computed(twins[keys[part]], role, sorted(_cone(part), key=positions.__getitem__))
                     for leaf in (node for node in entry.cone if node.op == "get_attr"):
                         entry.sources.setdefault(region(attribute(module, target_name(leaf)), target_name(leaf)), target_name(leaf))
-    return [entry for entry in found.values() if entry.sources]
+    return [entry for entry in found.values() if any(isinstance(attribute(module, name), nn.Parameter) for name in entry.sources.values())]
 
 
 def _moved_on(node: fx.Node, keys: dict[fx.Node, int], twins: dict[int, list[fx.Node]]) -> fx.Node:

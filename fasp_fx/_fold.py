@@ -68,7 +68,7 @@ def fold(module: fx.GraphModule, order: Iterable[str]) -> Folding:
         taken.add(name)
         trained = any(attribute(module, source).requires_grad for source in entry.sources.values())
         made.append((entry, name, nn.Parameter(_evaluate(module, entry), requires_grad=trained)))
-        folds.append(FoldedWeight(name, tuple(source for source in entry.sources.values() if source in weights)))
+        folds.append(FoldedWeight(name, tuple(entry.sources.values())))
     for name in gone:
         _delete(module, name)
     for entry, name, parameter in made:

@@ -323,7 +323,7 @@ def test_what_would_make_the_model_larger_is_not_folded(name: str) -> None:
         assert any(reason in group.reason for group in analysis.groups)
 
 
-def test_chance_inputs_and_buffers_that_change_are_not_folded() -> None:
+def test_chance_inputs_buffers_that_change_and_fixed_transforms_are_not_folded() -> None:
     class Changing(Functional):
         def __init__(self, compute: Callable[[Any, Tensor], Tensor]) -> None:
             super().__init__(lambda m: m.w, w=SQUARE)
@@ -337,7 +337,10 @@ def test_chance_inputs_and_buffers_that_change_are_not_folded() -> None:
         model.count.add_(1)
         return model.w * model.count
 
-    for compute in (counting, lambda m, x: m.w * torch.rand(16, 16), lambda m, x: m.w * x.mean()):
+    def fixed(model: Any, x: Tensor) -> Tensor:
+        return torch.outer(model.count.expand(16), torch.ones(16)).cos()
+
+    for compute in (counting, fixed, lambda m, x: m.w * torch.rand(16, 16), lambda m, x: m.w * x.mean()):
         assert not fasp_fx.analyze(Changing(compute).eval(), (ROWS,)).program.folds
 
 

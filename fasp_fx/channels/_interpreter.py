@@ -269,8 +269,8 @@ class Interpreter:
 
     def _cast(self, node: fx.Node, walk: Walk, source: Value) -> Value:
         """The same channels; and the same weight, unless it is one of integers, which mean something else than what they are cast to."""
-        exact = walk.executed[node].is_floating_point() == walk.executed[node.all_input_nodes[0]].is_floating_point()
-        return Value(source.shape, source.axes, source.constant, source.origin if exact else None)
+        floats = all(walk.executed[tensor].is_floating_point() for tensor in (node, node.all_input_nodes[0]))
+        return Value(source.shape, source.axes, source.constant, source.origin if floats else None)
 
     def _created(self, node: fx.Node, rule: Rule, shape: tuple[int, ...]) -> Value:
         """A tensor of equal elements has channels of its own wherever its size is fixed: what it meets decides whether they can go."""
