@@ -34,6 +34,14 @@ def masked(model: nn.Module, plan: Any) -> Iterator[None]:
 
     with contextlib.ExitStack() as undo, torch.no_grad():
         for name, cuts in _consumers(plan).items():
+            if name not in weights:  # folded at capture: the module computes it in every call
+                module = model.get_submodule(name.rpartition(".")[0])
+                for cut in cuts:
+                    mask = _input_mask(module, cut)
+                    if mask is None:
+                        raise ValueError(f"'{name}' is computed, and {type(module).__name__} is not known to contract its input with it")
+                    undo.callback(module.register_forward_pre_hook(_multiply(module, mask), with_kwargs=True).remove)
+                continue
             users = owners[id(weights[name])]
             consuming = [user for user in users if not isinstance(user[0], nn.Embedding)] or users
             for owner, attribute in consuming:

@@ -24,9 +24,9 @@ from ._result import Result
 from ._signature import CallSignature
 from ._stand_in import dressed, put, replaced
 from ._submodules import Analyze, Capture, Part, Search
+from ._transformers import is_transformers, register_caches
 from .allocation import Budget
 from .analysis import Analysis
-from .capture import _is_transformers, _register_caches
 from .errors import CaptureError, FaspError, first_line
 from .plan import PruningPlan
 from .report import Report, weight_size
@@ -57,8 +57,8 @@ class Assembly:
         except Exception as failure:
             raise CaptureError(f"{error} It cannot be pruned by its submodules either, because it cannot be copied: {first_line(failure)}") from failure
         for module in self.model.modules():
-            if _is_transformers(module):
-                _register_caches(module)  # before calls are recorded, so that what they hold is copied
+            if is_transformers(module):
+                register_caches(module)  # before calls are recorded, so that what they hold is copied
         self.call = call
         if self.device is not None:
             self.model, self.call = self.model.to(self.device), call.map(lambda tensor: tensor.to(self.device))
@@ -124,6 +124,7 @@ class Assembly:
             whole_fingerprint(parameters),
             granularity=tuple(sorted(self.parts[0].analysis.granularity)),
             include=tuple(sorted(self.parts[0].analysis.include)),
+            folds=tuple(weight for own in renamed for weight in own.folds),
         )
         old, new = weight_size(self.before), weight_size(parameters)
         lines = tuple(line_within(path, line) for path, result in self.results.items() for line in result.report.lines)

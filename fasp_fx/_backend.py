@@ -53,10 +53,15 @@ def backend(
 
     Raises:
         ArgumentError: ``inner`` is not known.
-        PlanError: (in the call) the plan is for another model.
+        PlanError: the plan names weights that were folded at capture, which the model does not have; (in the call) the plan is for another model.
     """
     if not isinstance(plan, PruningPlan):
         raise ArgumentError(f"plan must be a PruningPlan, such as result.plan, not {type(plan).__name__}")
+    if plan.folds:
+        raise PlanError(
+            f"the plan is for a model that computes {plan.folds[0]} in every call: it names a weight folded at capture, which a compiled model does not have; "
+            "use fasp_fx.apply(model, plan, args), or fold the weight in the model and plan again"
+        )
     try:
         compiler = lookup_backend(inner) if isinstance(inner, str) else inner
     except Exception as error:

@@ -13,10 +13,10 @@ from torch._export.serde import serialize as serde
 from torch.export import ExportedProgram
 from torch.utils import _pytree as pytree
 
+from ._quiet import quiet
 from ._signature_json import value_from_json, value_to_json
 from ._tensors import to_device
 from ._untrusted import check_program, walk
-from .capture import _quiet
 from .errors import StoreError, first_line
 
 
@@ -28,7 +28,7 @@ def program_to_json(program: ExportedProgram) -> dict[str, Any]:
     """
     _check_weights(program)
     try:
-        with _quiet():
+        with quiet():
             stored = serde.ExportedProgramSerializer().serialize(program, serialize_state_dict=False, serialize_constants=False, serialize_example_inputs=False)
     except Exception as error:
         raise StoreError(f"the program cannot be written as JSON: {first_line(error)}") from error
@@ -54,7 +54,7 @@ def program_from_json(data: Mapping[str, Any], weights: dict[str, Tensor], const
         if device is not None:
             _move(parsed, device)
         example = _example_from_json(data["example"], parsed.graph_module.module_call_graph[0].signature.in_spec, device)
-        with _quiet():
+        with quiet():
             return serde.ExportedProgramDeserializer().deserialize(parsed, weights, constants, example)
     except StoreError:
         raise

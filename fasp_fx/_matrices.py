@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, fx
 
 from .channels import Layout, Use, run_on_numbers
+from .patterns import CASTS
 
 
 class ConsumerMatrices:
@@ -27,7 +28,8 @@ class ConsumerMatrices:
         self._moves: list[fx.Node] = []
         node = use.operand
         while node.op != "get_attr":
-            self._moves.insert(0, node)
+            if str(node.target) not in CASTS:
+                self._moves.insert(0, node)
             node = node.args[0]  # type: ignore[assignment]
 
     @property

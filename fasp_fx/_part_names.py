@@ -24,7 +24,7 @@ def plan_of_part(plan: PruningPlan, path: str) -> PruningPlan:
     """The groups of a whole plan that lie in a part, in the names of the part."""
     start = f"{path}."
     groups = tuple(group for group in plan.groups if group.name.startswith(start))
-    return _mapped(replace(plan, groups=groups, splits=()), lambda name: name.removeprefix(start))
+    return _mapped(replace(plan, groups=groups, splits=(), folds=()), lambda name: name.removeprefix(start))
 
 
 def _mapped(plan: PruningPlan, change: Callable[[str], str]) -> PruningPlan:
@@ -38,7 +38,8 @@ def _mapped(plan: PruningPlan, change: Callable[[str], str]) -> PruningPlan:
         for group in plan.groups
     )
     splits = tuple(replace(split, name=change(split.name), source=change(split.source)) for split in plan.splits)
-    return replace(plan, groups=groups, splits=splits)
+    folds = tuple(replace(weight, name=change(weight.name), sources=tuple(map(change, weight.sources))) for weight in plan.folds)
+    return replace(plan, groups=groups, splits=splits, folds=folds)
 
 
 __all__ = ["line_within", "plan_of_part", "plan_within"]

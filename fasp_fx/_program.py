@@ -24,6 +24,17 @@ class RowPart:
     dim: int
 
 
+@dataclass(frozen=True)
+class FoldedWeight:
+    """A weight that the model computes from ``sources`` in every call, and that the program holds as a parameter of its own."""
+
+    name: str
+    sources: tuple[str, ...]
+
+    def __str__(self) -> str:
+        return f"'{self.name}' (of {', '.join(map(repr, self.sources))})"
+
+
 @dataclass
 class Program:
     """One model between capture and result.
@@ -38,6 +49,8 @@ class Program:
         numbers: for weights that a pass has rewritten, the channel numbers of the analysed program along each dimension.
         notes: what a user should know of the capture, for the report.
         order: the names of the caller's weights in their order; the first name of a tied weight stands for all.
+        folds: weights that the model computes from others and that the program holds as parameters.
+        replaced: the caller's parameters that are gone with that, by name.
         walked: the module, the analysis and the interpretation of the last verification.
     """
 
@@ -50,11 +63,19 @@ class Program:
     numbers: dict[str, list[Tensor | None]] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
     order: tuple[str, ...] = ()
+    folds: tuple[FoldedWeight, ...] = ()
+    replaced: dict[str, Tensor] = field(default_factory=dict)
     walked: tuple[Any, ...] | None = field(default=None, repr=False, compare=False)
 
     def weights(self) -> dict[str, Tensor]:
         """Every parameter and buffer by name; tied ones under each of their names."""
         return dict([*self.module.named_parameters(remove_duplicate=False), *self.module.named_buffers(remove_duplicate=False)])
+
+    def parameters(self) -> dict[str, Tensor]:
+        """The parameters of the caller's model that the program was captured with: those of the graph, but what folded weights are computed of for these."""
+        folded = {weight.name for weight in self.folds}
+        own = self.module.named_parameters(remove_duplicate=False)
+        return {**{name: tensor for name, tensor in own if name not in folded}, **self.replaced}
 
     def canonical(self) -> dict[str, str]:
         """For each weight's name, the first of the names of the same storage region, in the order of the caller's model."""
@@ -62,18 +83,7 @@ class Program:
         names = {}
         rank = {name: index for index, name in enumerate(self.order)}
         for name, tensor in sorted(self.weights().items(), key=lambda item: (rank.get(item[0], len(rank)), item[0])):
-            key = (
-                (id(tensor),)
-                if tensor.device.type == "meta"
-                else (
-                    tensor.untyped_storage().data_ptr(),
-                    tensor.storage_offset(),
-                    tuple(tensor.shape),
-                    tensor.stride(),
-                    tensor.numel() or name,
-                )
-            )
-            names[name] = first.setdefault(key, name)
+            names[name] = first.setdefault(region(tensor, name), name)
         return names
 
     def aliases(self) -> dict[str, list[str]]:
@@ -124,6 +134,13 @@ class Program:
         """The device of the weights, or of the inputs if there are none."""
         tensors: Iterator[Any] = iter([*self.weights().values(), *pytree.tree_leaves(self.example)])
         return next((tensor.device for tensor in tensors if isinstance(tensor, Tensor)), torch.device("cpu"))
+
+
+def region(tensor: Tensor, name: str) -> tuple[Any, ...]:
+    """What tells the storage of a weight from that of others; tied weights share it. ``name`` stands for a tensor without elements."""
+    if tensor.device.type == "meta":
+        return (id(tensor),)
+    return (tensor.untyped_storage().data_ptr(), tensor.storage_offset(), tuple(tensor.shape), tensor.stride(), tensor.numel() or name)
 
 
 def graph_module(root: nn.Module, graph: fx.Graph, meta: dict[str, Any]) -> fx.GraphModule:

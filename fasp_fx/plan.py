@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ._program import Program
+from ._program import FoldedWeight, Program
 from .errors import PlanError
 from .groups import Group, Member, ranges
 
@@ -89,6 +89,7 @@ class PruningPlan:
         splits: fused weights that the result holds in parts.
         result: fingerprint of the model the plan makes, known once it was applied.
         granularity, include: as given to :func:`fasp_fx.prune`.
+        folds: weights that the model computes from others, and that the result holds as parameters; the groups name them so.
     """
 
     fingerprint: str
@@ -98,6 +99,7 @@ class PruningPlan:
     result: str | None = None
     granularity: tuple[str, ...] = ("channel",)
     include: tuple[str, ...] = ()
+    folds: tuple[FoldedWeight, ...] = ()
 
     def __str__(self) -> str:
         return "\n".join(map(str, self.groups)) or "nothing is removed"
@@ -134,6 +136,7 @@ class PruningPlan:
                 for g in data["groups"]
             )
             splits = tuple(SplitWeight(str(s["name"]), str(s["source"]), _int(s["dim"]), tuple(map(_int, s["rows"]))) for s in data["splits"])
+            folds = tuple(FoldedWeight(str(f["name"]), tuple(map(str, f["sources"]))) for f in data.get("folds", ()))
             result = data.get("result")
             return PruningPlan(
                 str(data["fingerprint"]),
@@ -143,6 +146,7 @@ class PruningPlan:
                 None if result is None else str(result),
                 tuple(map(str, data["granularity"])),
                 tuple(map(str, data["include"])),
+                folds,
             )
         except (KeyError, TypeError, ValueError) as error:
             raise PlanError(f"the plan is damaged: {type(error).__name__}: {error}") from error
@@ -259,9 +263,8 @@ def fingerprint(weights: Mapping[str, Tensor]) -> str:
 
 
 def program_fingerprint(program: Program) -> str:
-    """The fingerprint of a captured program (before its producers are split)."""
-    parameters = dict(program.module.named_parameters(remove_duplicate=False))
-    return fingerprint(parameters)
+    """The fingerprint of a captured program (before its producers are split): that of the model's parameters, of which some may be folded there."""
+    return fingerprint(program.parameters())
 
 
 def check_fingerprint(plan: PruningPlan, found: str) -> None:

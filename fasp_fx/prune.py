@@ -307,6 +307,7 @@ def plan_of(program: Program, analysis: Analysis, decision: Decision) -> Pruning
         tuple(plans.SplitWeight(name, part.name, part.dim, part.rows) for name, part in analysis.program.parts.items()) if groups else (),
         granularity=tuple(sorted(analysis.granularity)),
         include=tuple(sorted(analysis.include)),
+        folds=program.folds,
     )
 
 
@@ -321,6 +322,6 @@ def rewrite(program: Program, analysis: Analysis, decision: Decision, requested:
     module, exported = finish(rewritten)
     clock.lap("export")
     plan = replace(plan, result=plans.fingerprint(dict(module.named_parameters(remove_duplicate=False))))
-    report = make_report(analysis, plan, decision, dict(program.module.named_parameters()), dict(module.named_parameters()), requested, clock.seconds)
+    report = make_report(analysis, plan, decision, program.parameters(), dict(module.named_parameters()), requested, clock.seconds)
     report = replace(report, cache=cache_bytes(program.module.graph, module.graph, program.state_outputs))
     return Result(module, exported, plan, report, rewritten.signature)

@@ -60,7 +60,7 @@ class Pipeline:
             ArgumentError, CaptureError: the exported program cannot be read (it carries no example inputs, say).
         """
         if isinstance(program, ExportedProgram):
-            start = self._start(capture(program))
+            start = self._start(capture(program, fold=self._plan() is not None))  # without a plan, no weight becomes another
             rewritten = self._run(start.program, start)
             return program if rewritten is start.program else finish(rewritten)[1]
         if self.reference is None:
@@ -69,13 +69,17 @@ class Pipeline:
 
     def _start(self, program: Program) -> Analysis:
         """Analyse the program that the pipeline starts from, as the plan it follows was made."""
-        plans = {id(step.removal): step.removal for step in self.passes if isinstance(step, Pass) and isinstance(step.removal, PruningPlan)}
-        if len(plans) > 1:
-            raise ArgumentError("the passes of one pipeline follow one plan; use a pipeline for each, one after the other")
-        plan = next(iter(plans.values()), None)
+        plan = self._plan()
         if plan is not None:
             check_fingerprint(plan, program_fingerprint(program))
         return analysis_for(program, plan, split=split_fused if plan is not None and plan.splits else None)
+
+    def _plan(self) -> PruningPlan | None:
+        """The plan that the passes follow."""
+        plans = {id(step.removal): step.removal for step in self.passes if isinstance(step, Pass) and isinstance(step.removal, PruningPlan)}
+        if len(plans) > 1:
+            raise ArgumentError("the passes of one pipeline follow one plan; use a pipeline for each, one after the other")
+        return next(iter(plans.values()), None)
 
     def _run(self, program: Program, analysis: Analysis) -> Program:
         for step in self.passes:

@@ -6,12 +6,13 @@ compositions of operators. The grammar is described in ``_grammar`` and in the d
 
 from __future__ import annotations
 
-from ._grammar import ORDINALS, Alternative, Clause, Dims, Operand, Rule, parse
+from ._grammar import ORDINALS, Alternative, Clause, Dims, Operand, Rule, letters_of, parse
 from ._registry import builtin, lookup, register, unregister
 from .composites import COMPOSITES, find_composites
-from .pointwise import VANISHING
+from .pointwise import CASTS, VANISHING
 
 __all__ = [
+    "CASTS",
     "COMPOSITES",
     "ORDINALS",
     "VANISHING",
@@ -22,6 +23,7 @@ __all__ = [
     "Rule",
     "builtin",
     "find_composites",
+    "letters_of",
     "lookup",
     "parse",
     "register",

@@ -36,6 +36,9 @@ UNLIKE_OPERANDS: dict[str, str] = {
     "aten.to.dtype": "self[...] -> [...]; pass self first",
 }
 
+#: pointwise operators that change the type or the place of ``self`` and nothing else: a weight that is cast stays the weight it was
+CASTS: frozenset[str] = frozenset({"aten._to_copy.default", "aten.to.dtype", "aten.to.device", "aten.to.dtype_layout", "aten.type_as.default"})
+
 #: pointwise operators whose result is zero wherever one of these arguments is (and the others are finite)
 VANISHING: dict[str, tuple[str, ...]] = {
     "aten.mul.Tensor": ("self", "other"),

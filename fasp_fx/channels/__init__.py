@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from ._consume import WHY_NOT_FOLDED
 from ._facts import Facts, Layout, Product, Remark, Use
 from ._fx import arguments, attribute, results, set_argument, target_name
 from ._interpreter import Interpreter, Walk
@@ -11,6 +12,7 @@ from ._value import NONE, Axis, Value
 
 __all__ = [
     "NONE",
+    "WHY_NOT_FOLDED",
     "Axis",
     "Facts",
     "Interpreter",

@@ -19,6 +19,10 @@ if TYPE_CHECKING:
     from ._operands import Operand
 
 
+#: key of ``node.meta`` under which a node that computes a weight says why no parameter stands in its place
+WHY_NOT_FOLDED = "fasp_fx_not_folded"
+
+
 @dataclass(frozen=True)
 class Slide:
     """A window along letter ``within`` of the weight slides over letter ``over`` of the activation; ``padding`` as the operator takes it."""
@@ -79,7 +83,8 @@ def why_no_consumer(relation: Lettered, weight: Operand, activation: Operand) ->
     """Why this weight cannot lose columns here, or ``None`` if it can."""
     target = relation.node.target
     if weight.value.origin is None:
-        return f"'{weight.name}' of {target} is computed from weights, not a weight itself"
+        why = weight.node.meta.get(WHY_NOT_FOLDED) if weight.node is not None else None
+        return f"'{weight.name}' of {target} is computed from weights, not a weight itself{f'; {why}' if why else ''}"
     if activation.node is None or weight.node is None:
         return f"an operand of {target} is not a tensor of the graph"
     roles = _roles(relation, weight, activation)

@@ -17,7 +17,7 @@ from torch._ops import OpOverload
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from fasp_fx.errors import VerificationError
-from fasp_fx.patterns import Rule, lookup
+from fasp_fx.patterns import CASTS, Rule, lookup
 
 from ._factors import NotDivisible
 from ._facts import Facts
@@ -257,6 +257,8 @@ class Interpreter:
             return blank
         if rule is not None and not rule.moves and not rule.alternatives and not rule.tallies:
             return blank
+        if str(node.target) in CASTS:
+            return [self._cast(node, walk, named["self"])]
         values = None if rule is None or rule.tallies else self._by_rule(node, rule, named, nodes, shapes, walk.facts)
         if values is not None and rule is not None:
             self._freeze_unnamed(node, rule, named, walk.facts)
@@ -268,6 +270,11 @@ class Interpreter:
         if any(value.axes for value in given) and not written:
             walk.without_rule.setdefault(str(node.target), []).append(node)
         return blank
+
+    def _cast(self, node: fx.Node, walk: Walk, source: Value) -> Value:
+        """The same channels; and the same weight, unless it is one of integers, which mean something else than what they are cast to."""
+        floats = all(walk.executed[tensor].is_floating_point() for tensor in (node, node.all_input_nodes[0]))
+        return Value(source.shape, source.axes, source.constant, source.origin if floats else None)
 
     def _created(self, node: fx.Node, rule: Rule, shape: tuple[int, ...]) -> Value:
         """A tensor of equal elements has channels of its own wherever its size is fixed: what it meets decides whether they can go."""

@@ -141,7 +141,7 @@ def prune(
         results = {other.name: _carried_out(other, device, plan, program, decision, chosen) for other in others}
         weights = _one_set(model, results)
         plan = replace(plan, result=plans.fingerprint({name: tensor for name, tensor in weights.items() if isinstance(tensor, nn.Parameter)}))
-        before = dict(program.module.named_parameters())
+        before = program.parameters()
         report = make_report(analysis, plan, decision, before, weights, sparsity, clock.seconds)
         report = replace(report, cache=next((found.report.cache for found in results.values() if found.report.cache is not None), None))
     else:

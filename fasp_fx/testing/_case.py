@@ -60,6 +60,14 @@ class Case:
         return callable_of(self.model)
 
     @cached_property
+    def reference(self) -> nn.Module:
+        """The model that has the weights a plan names: the model itself, or what removing nothing makes of it where weights were folded.
+
+        That the latter computes what the model does is a check of its own.
+        """
+        return callable_of(self.untouched.module) if self.captured.folds else self.dense
+
+    @cached_property
     def exact(self) -> float:
         """What counts as equal between two programs that hold the same weights: rounding."""
         return 1e-3 * self.tolerance if self.tolerance >= 1e-5 else self.tolerance
@@ -129,7 +137,7 @@ class Case:
     @cached_property
     def masked(self) -> Masked:
         """The dense model with what the plan removes multiplied by zero."""
-        return Masked(self.model, self.plan)
+        return Masked(self.reference, self.plan)
 
     # --- drawing what goes
 

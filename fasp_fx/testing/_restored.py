@@ -45,7 +45,7 @@ def _positional(case: Case) -> list[str]:
 
 
 def _tied_to(case: Case, name: str, consumers: set[str]) -> bool:
-    tensors = tensors_of(case.dense)
+    tensors = tensors_of(case.reference)
     return any(name in tensors and other in tensors and tensors[other] is tensors[name] for other in consumers)
 
 
@@ -59,7 +59,7 @@ def _closer(case: Case, found: fasp_fx.Result, cut: dict[str, Tensor], repaired:
         gone = {index for group in found.plan.groups for p in group.consumers if (p.name, p.dim) == (part.name, 1) for index in p.removed}
         keep = torch.tensor([index for index in range(x.shape[1]) if index not in gone])
         rows = cut[part.name].shape[0]
-        weight = dict(case.dense.named_parameters(remove_duplicate=False))[part.name]
+        weight = tensors_of(case.reference)[part.name]
         if rows != weight.shape[0]:
             continue  # it loses rows as well
         dense, left = x @ weight.detach().double().t(), x[:, keep]

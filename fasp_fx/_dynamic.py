@@ -1,0 +1,117 @@
+"""Which dimensions of the inputs vary from call to call."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import sympy
+import torch
+from torch import Tensor, fx
+from torch.export import Dim, ExportedProgram, ShapesCollection
+from torch.export.graph_signature import InputKind, TensorArgument
+from torch.utils import _pytree as pytree
+from torch.utils._sympy.numbers import int_oo
+
+
+def widened(given: dict[str, Any]) -> dict[str, Any] | None:
+    """Inputs of batch size 1 doubled, since the exporter takes a size of 1 for a constant."""
+    tensors = [leaf for leaf in pytree.tree_leaves(given) if isinstance(leaf, Tensor)]
+    if not all(tensor.dim() and tensor.shape[0] == 1 for tensor in tensors):
+        return None
+    return pytree.tree_map(lambda leaf: torch.cat([leaf, leaf]) if isinstance(leaf, Tensor) else leaf, given)
+
+
+def images_of(arguments: Iterable[Any]) -> set[int]:
+    """The arguments that are images or films, by identity: floating-point tensors of four dimensions and more, as wide as no tensor of integers is long.
+
+    They vary in number only: conditions on every height and width can take an exporter minutes to simplify. A mask over tokens is as wide as they are
+    many; a cache is no argument by itself.
+    """
+    tensors = [value for value in arguments if isinstance(value, Tensor)]
+    lengths = {size for tensor in tensors if not tensor.is_floating_point() for size in tensor.shape}
+    return {id(tensor) for tensor in tensors if tensor.is_floating_point() and tensor.dim() >= 4 and tensor.shape[-1] not in lengths}
+
+
+def _collection(args: tuple[Any, ...], kwargs: dict[str, Any], dims: int | None, images: set[int]) -> ShapesCollection:
+    collection = ShapesCollection()
+    for leaf in pytree.tree_leaves((args, kwargs)):
+        if isinstance(leaf, Tensor):
+            count = leaf.dim() if dims is None else min(dims, leaf.dim())
+            count = min(count, 1) if id(leaf) in images else count
+            collection[leaf] = {dim: Dim.AUTO if dim < count else Dim.STATIC for dim in range(leaf.dim())}
+    return collection
+
+
+def all_dims(args: tuple[Any, ...], kwargs: dict[str, Any]) -> ShapesCollection:
+    return _collection(args, kwargs, None, images_of((*args, *kwargs.values())))
+
+
+def every_dim(args: tuple[Any, ...], kwargs: dict[str, Any]) -> ShapesCollection:
+    return _collection(args, kwargs, None, set())
+
+
+def first_dim(args: tuple[Any, ...], kwargs: dict[str, Any]) -> ShapesCollection:
+    return _collection(args, kwargs, 1, set())
+
+
+def of_fixed_total(exported: ExportedProgram) -> frozenset[tuple[int, int]]:
+    """Dimensions of inputs, as (position, dimension), whose sizes may vary only against each other because their sum is fixed.
+
+    These are features side by side, not batches or lengths: where one ends decides which weights meet the next.
+    """
+    given = [spec.arg for spec in exported.graph_signature.input_specs if spec.kind is InputKind.USER_INPUT]
+    recorded = {node.name: node.meta["val"].shape for node in exported.graph.find_nodes(op="placeholder") if isinstance(node.meta.get("val"), Tensor)}
+    sizes = {
+        (index, dim): size.node.expr
+        for index, argument in enumerate(given)
+        if isinstance(argument, TensorArgument)
+        for dim, size in enumerate(recorded[argument.name])
+        if isinstance(size, torch.SymInt)
+    }
+    tied: set[Any] = set()
+    for expression in sizes.values():
+        constant, rest = expression.as_coeff_Add()
+        if constant > 0 and rest and all(part.as_coeff_Mul()[0] < 0 for part in sympy.Add.make_args(rest)):
+            tied |= expression.free_symbols
+    return frozenset(place for place, expression in sizes.items() if expression.free_symbols & tied)
+
+
+def with_static(
+    shapes: Callable[..., ShapesCollection], fixed: frozenset[tuple[int, int]], args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> ShapesCollection:
+    """What ``shapes`` lets vary, but for these dimensions."""
+    collection = shapes(args, kwargs)
+    for index, leaf in enumerate(pytree.tree_leaves((args, kwargs))):
+        for dim in [dim for position, dim in fixed if position == index]:
+            collection[leaf][dim] = Dim.STATIC
+    return collection
+
+
+def upper_bound(size: torch.SymInt) -> int | None:
+    """The largest value that the capture allows for a dynamic size, or ``None`` if there is no limit."""
+    expression, environment = size.node.expr, size.node.shape_env
+    bounds = environment.var_to_range.get(expression) if expression.is_Symbol else None
+    if bounds is None or bounds.upper in (int_oo, sympy.oo):
+        return None
+    return int(bounds.upper) if int(bounds.upper) < torch.iinfo(torch.int32).max else None
+
+
+def recorded_shapes(module: fx.GraphModule, example: tuple[tuple[Any, ...], dict[str, Any]]) -> ShapesCollection:
+    """The dynamic dimensions of a captured program and their ranges, to export it again with the same freedom."""
+    collection = ShapesCollection()
+    leaves = pytree.tree_leaves(example)
+    for node, leaf in zip(module.graph.find_nodes(op="placeholder"), leaves, strict=True):
+        if not isinstance(leaf, Tensor):
+            continue
+        spec: dict[int, Any] = {}
+        for dim, size in enumerate(node.meta["val"].shape):
+            if not isinstance(size, torch.SymInt):
+                spec[dim] = Dim.STATIC
+                continue
+            spec[dim] = Dim.AUTO
+            upper = upper_bound(size)
+            if upper is not None:
+                spec[dim] = Dim.AUTO(max=upper)
+        collection[leaf] = spec
+    return collection

@@ -1,0 +1,33 @@
+"""Exporting without the exporters' own logging."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import warnings
+from collections.abc import Iterator
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Exporters log what the library itself reports; errors still arrive as exceptions."""
+    from transformers.exporters import exporter_dynamo
+
+    names = (
+        "torch.export",
+        "torch._export",
+        "torch.fx.experimental.symbolic_shapes",
+        "torch._export.non_strict_utils",
+        "transformers",
+        exporter_dynamo.logger.name,
+    )
+    levels = {name: logging.getLogger(name).level for name in names}
+    try:
+        for name in names:
+            logging.getLogger(name).setLevel(logging.ERROR)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        for name, level in levels.items():
+            logging.getLogger(name).setLevel(level)

@@ -1,0 +1,68 @@
+"""Models of transformers: their own exporter, and their caches."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+from torch import Tensor, nn
+from torch.export import Dim, ExportedProgram
+from torch.utils import _pytree as pytree
+
+from ._dynamic import all_dims, every_dim, images_of
+
+
+def is_transformers(model: nn.Module) -> bool:
+    from transformers import PreTrainedModel
+
+    return isinstance(model, PreTrainedModel)
+
+
+def register_caches(model: Any) -> None:
+    """Make torch see the tensors inside caches before arguments are told from constants; the exporter does so only later."""
+    from transformers.exporters.exporter_dynamo import register_cache_pytrees_for_model
+
+    register_cache_pytrees_for_model(model)
+
+
+def is_cache(kind: Any) -> bool:
+    from transformers import Cache
+
+    return inspect.isclass(kind) and issubclass(kind, Cache)
+
+
+def export_transformers(model: Any, kwargs: dict[str, Any], shapes: Any) -> ExportedProgram:
+    from transformers.exporters.exporter_dynamo import DynamoConfig, DynamoExporter
+    from transformers.exporters.utils import prepare_for_export
+
+    model, prepared, flags = prepare_for_export(model, dict(kwargs))  # so that the shapes speak of what the exporter will see
+    kwargs = dict(prepared)
+    if shapes is every_dim or (shapes is all_dims and not images_of(kwargs.values())):
+        shapes = cached_dims(kwargs)
+    elif callable(shapes):
+        shapes = shapes((), kwargs).dynamic_shapes(model, (), kwargs)
+    config = DynamoConfig(dynamic=shapes is not None, dynamic_shapes=shapes)
+    own = vars(model).get("forward")
+    try:
+        exported, _ = DynamoExporter().export_program(model, {**kwargs, **flags}, config)
+    finally:
+        if own is None:
+            vars(model).pop("forward", None)  # the exporter puts the method back as an attribute
+    return exported
+
+
+def cached_dims(kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Every dimension dynamic, but in caches the number of heads and the width: a size that varies between calls is no channel that could go."""
+    from transformers.exporters.exporter_dynamo import get_auto_dynamic_shapes
+
+    found = {}
+    for name, value in kwargs.items():
+        found[name] = get_auto_dynamic_shapes(value)
+        if is_cache(type(value)):
+            found[name] = [_cache_dims(leaf) if isinstance(leaf, Tensor) else spec for leaf, spec in zip(pytree.tree_leaves(value), found[name], strict=True)]
+    return found
+
+
+def _cache_dims(tensor: Tensor) -> dict[int, Any]:
+    fixed = {tensor.dim() - 1} | ({1} if tensor.dim() == 4 else set())  # [batch, heads, length, width], or states without a length
+    return {dim: Dim.STATIC if dim in fixed and tensor.dim() > 1 else Dim.AUTO for dim in range(tensor.dim())}

@@ -1,0 +1,470 @@
+"""Weights that a model computes from parameters: folded into parameters and pruned, held against the dense model with the consumers' inputs masked."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import pytest
+import torch
+from oracle import TOLERANCE, error
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.nn.utils import parametrizations, parametrize
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+from transformers.models.bit.modeling_bit import WeightStandardizedConv2d
+
+import fasp_fx
+import fasp_fx.hf
+import fasp_fx.testing
+from fasp_fx.capture import capture
+
+pytestmark = [pytest.mark.filterwarnings("ignore::fasp_fx.CalibrationWarning"), pytest.mark.filterwarnings("ignore::FutureWarning")]
+
+ROWS, IMAGES, SOUNDS = torch.randn(5, 6), torch.randn(3, 3, 9, 9), torch.randn(3, 4, 20)
+
+
+class Square(nn.Module):
+    def forward(self, weight: Tensor) -> Tensor:
+        return weight * weight
+
+
+class Symmetric(nn.Module):
+    def forward(self, weight: Tensor) -> Tensor:
+        return weight.triu() + weight.triu(1).transpose(-1, -2)
+
+
+class Twice(nn.Module):
+    """One parametrised layer used two times."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.middle, self.down = nn.Linear(6, 16), parametrizations.weight_norm(nn.Linear(16, 16)), nn.Linear(16, 6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down(self.middle(self.middle(self.up(x).tanh()).tanh()).tanh())
+
+
+class Adapted(nn.Linear):
+    """A linear layer with a low-rank correction of its weight."""
+
+    def __init__(self, inputs: int, outputs: int) -> None:
+        super().__init__(inputs, outputs)
+        self.a, self.b = nn.Linear(inputs, 2, bias=False), nn.Linear(2, outputs, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight + self.b.weight @ self.a.weight, self.bias)
+
+
+def _parametrised(layer: nn.Module, kind: nn.Module) -> nn.Module:
+    parametrize.register_parametrization(layer, "weight", kind)
+    return layer
+
+
+def _sounds(first: Callable[[nn.Module], nn.Module], second: Callable[[nn.Module], nn.Module]) -> nn.Module:
+    layers = (first(nn.Conv1d(4, 16, 3, padding=1)), nn.GELU(), second(nn.Conv1d(16, 16, 4, padding=2, groups=2)), nn.GELU(), nn.Conv1d(16, 5, 1))
+    return nn.Sequential(*layers)
+
+
+def _rows(up: nn.Module, down: nn.Module) -> nn.Module:
+    return nn.Sequential(up, nn.Tanh(), nn.Linear(16, 16), nn.Tanh(), down)
+
+
+MODELS: dict[str, tuple[Callable[[], nn.Module], Tensor, set[str]]] = {
+    "weight norm by rows and by positions": (
+        lambda: _sounds(parametrizations.weight_norm, lambda layer: parametrizations.weight_norm(layer, dim=2)),
+        SOUNDS,
+        {"0.weight", "2.weight"},
+    ),
+    "weight and spectral norm by hooks": (lambda: _sounds(nn.utils.weight_norm, nn.utils.spectral_norm), SOUNDS, {"0.weight", "2.weight"}),
+    "weight standardisation": (
+        lambda: nn.Sequential(WeightStandardizedConv2d(3, 12, 3), nn.ReLU(), WeightStandardizedConv2d(12, 10, 3), nn.ReLU(), nn.Conv2d(10, 4, 1)),
+        IMAGES,
+        {"0.weight", "2.weight"},
+    ),
+    "a parametrisation": (lambda: _rows(_parametrised(nn.Linear(6, 16), Square()), _parametrised(nn.Linear(16, 6), Square())), ROWS, {"0.weight", "4.weight"}),
+    "symmetric": (
+        lambda: nn.Sequential(nn.Linear(6, 16), nn.Tanh(), _parametrised(nn.Linear(16, 16), Symmetric()), nn.Tanh(), nn.Linear(16, 6)),
+        ROWS,
+        {"2.weight"},
+    ),
+    "spectral norm": (
+        lambda: _rows(parametrizations.spectral_norm(nn.Linear(6, 16)), parametrizations.spectral_norm(nn.Linear(16, 6))),
+        ROWS,
+        {"0.weight", "4.weight"},
+    ),
+    "adapters": (lambda: _rows(Adapted(6, 16), Adapted(16, 6)), ROWS, {"0.weight", "4.weight"}),
+    "used twice": (Twice, ROWS, {"middle.weight"}),
+}
+
+
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    torch.manual_seed(0)
+
+
+@contextlib.contextmanager
+def _masked(model: nn.Module, plan: fasp_fx.PruningPlan) -> Iterator[None]:
+    """Multiply the removed channels of every consumer's input by zero, wherever the module takes its weight from."""
+    handles = []
+    for part in (part for group in plan.groups for part in group.consumers):
+        layer = model.get_submodule(part.name.rpartition(".")[0])
+        size = getattr(layer, "in_channels", None) or layer.in_features
+        groups, dim = getattr(layer, "groups", 1), 1 if hasattr(layer, "in_channels") else -1
+        keep = torch.ones(size)
+        blocks = part.by_block() if part.block_dim is not None else part.by_block() * groups
+        for block, removed in enumerate(blocks):
+            keep[[block * (size // groups) + index for index in removed]] = 0
+        keep = keep.reshape(-1, *[1] * (3 if isinstance(layer, nn.Conv2d) else 2))[..., 0] if dim == 1 else keep
+        handles.append(layer.register_forward_pre_hook(lambda module, args, keep=keep: (args[0] * keep,)))
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _prune(model: nn.Module, x: Tensor, **options: Any) -> fasp_fx.Result:
+    options = {"restore": None, "score": "random", **options}
+    return fasp_fx.prune(model, (x,), calibration=[x], sparsity=0.3, **options)
+
+
+def _assert_exact(model: nn.Module, result: fasp_fx.Result, x: Tensor) -> None:
+    with torch.no_grad():
+        dense = model(x)
+        with _masked(model, result.plan):
+            expected = model(x)
+        found = result.module(x)
+    assert error(expected, dense) > 100 * TOLERANCE
+    assert error(found, expected) <= TOLERANCE
+
+
+def _names(plan: fasp_fx.PruningPlan) -> set[str]:
+    return {name for name, _ in plan.slices()}
+
+
+def _values(model: nn.Module) -> Mapping[str, Tensor]:
+    return {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
+
+
+@pytest.fixture(scope="module")
+def pruned() -> Callable[[str], tuple[nn.Module, fasp_fx.Result, Tensor]]:
+    made: dict[str, tuple[nn.Module, fasp_fx.Result, Tensor]] = {}
+
+    def get(name: str) -> tuple[nn.Module, fasp_fx.Result, Tensor]:
+        if name not in made:
+            torch.manual_seed(0)
+            make, x, _ = MODELS[name]
+            model = make().eval()
+            made[name] = model, _prune(model, x), x
+        return made[name]
+
+    return get
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_folded_weights_are_pruned_exactly(name: str, pruned: Any) -> None:
+    model, result, x = pruned(name)
+    expected = MODELS[name][2]
+    assert {weight.name for weight in result.plan.folds} == expected
+    assert expected <= _names(result.plan)
+    _assert_exact(model, result, x)
+    own = dict(result.module.named_parameters())
+    sources = {source for weight in result.plan.folds for source in weight.sources} - expected
+    assert not sources & own.keys()
+    assert not any(sources & {name for name, _ in module.named_buffers()} for module in (result.module,))
+    assert all(own[weight].requires_grad for weight in expected)
+
+
+@pytest.mark.parametrize("name", ["weight standardisation", "spectral norm"])
+def test_removing_nothing_is_bit_equal(name: str, pruned: Any) -> None:
+    model, result, x = pruned(name)
+    before = _values(model)
+    same = fasp_fx.apply(model, fasp_fx.PruningPlan(result.plan.fingerprint, (), 0.0), (x,))
+    with torch.no_grad():
+        assert torch.equal(same.module(x), capture(model, (x,), fold=False).module(x))
+    after = _values(model)
+    assert before.keys() == after.keys()
+    assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
+    storages = {tensor.untyped_storage().data_ptr() for tensor in (*model.parameters(), *model.buffers())}
+    assert not storages & {tensor.untyped_storage().data_ptr() for tensor in (*same.module.parameters(), *same.module.buffers())}
+
+
+def test_the_notes_and_the_plan_say_what_was_folded(pruned: Any, tmp_path: Any) -> None:
+    model, result, x = pruned("weight norm by rows and by positions")
+    note = next(note for note in result.report.notes if "folded" in note)
+    for word in ("'0.weight'", "'2.parametrizations.weight.original1'", "training"):
+        assert word in note
+    assert result.report.parameters[0] == sum(parameter.numel() for parameter in model.parameters())
+    read = fasp_fx.PruningPlan.from_json(result.plan.to_json())
+    assert read == result.plan
+    loaded = fasp_fx.load(result.save(tmp_path / "saved"))
+    assert loaded.plan == result.plan
+    with torch.no_grad():
+        assert torch.equal(loaded.module(x), result.module(x))
+
+
+def test_apply_folds_again(pruned: Any) -> None:
+    model, result, x = pruned("a parametrisation")
+    again = fasp_fx.apply(model, result.plan, (x,))
+    assert again.plan.folds == result.plan.folds
+    with torch.no_grad():
+        assert torch.equal(again.module(x), result.module(x))
+    with pytest.raises(fasp_fx.PlanError, match="already applied"):
+        fasp_fx.apply(result.module, result.plan, (x,))
+    other = _prune(model, x, score="magnitude")
+    both = fasp_fx.apply(result.module, other.plan.after(result.plan), (x,))
+    with torch.no_grad(), _masked(model, result.plan), _masked(model, other.plan):
+        assert error(both.module(x), model(x)) <= TOLERANCE
+
+
+def test_exported_programs_fold_alike(pruned: Any) -> None:
+    model, result, x = pruned("a parametrisation")
+    exported = torch.export.export(model, (x,))
+    from_program = fasp_fx.apply(exported, result.plan)
+    with torch.no_grad():
+        assert torch.equal(from_program.module(x), result.module(x))
+    pipeline = fasp_fx.passes.Prune(result.plan)
+    with torch.no_grad():
+        assert torch.equal(pipeline(exported).module()(x), result.module(x))
+    assert set(fasp_fx.passes.Pipeline([lambda module: None])(exported).state_dict) == set(exported.state_dict)
+
+
+def test_backend_refuses_folded_weights(pruned: Any) -> None:
+    _, result, _ = pruned("used twice")
+    with pytest.raises(fasp_fx.PlanError, match=r"middle\.weight"):
+        fasp_fx.backend(result.plan)
+
+
+def test_the_result_trains(pruned: Any) -> None:
+    _, result, x = pruned("weight standardisation")
+    loss = result.module(x).square().mean()
+    (gradient,) = torch.autograd.grad(loss, [result.module.get_parameter("2.weight")])
+    assert gradient.abs().sum() > 0
+
+
+def test_frozen_sources_give_a_frozen_weight() -> None:
+    model = _rows(parametrizations.weight_norm(nn.Linear(6, 16)), nn.Linear(16, 6)).eval()
+    for parameter in model[0].parametrizations.parameters():
+        parameter.requires_grad_(False)
+    analysis = fasp_fx.analyze(model, (ROWS,))
+    assert {name for name, parameter in analysis.program.module.named_parameters() if not parameter.requires_grad} == {"0.weight"}
+
+
+# --- what is not folded
+
+
+class Functional(nn.Module):
+    """Two linear layers, the second with a weight that is computed."""
+
+    def __init__(self, compute: Callable[[Any], Tensor], **weights: Tensor) -> None:
+        super().__init__()
+        self.up, self.down, self.compute = nn.Linear(6, 16), nn.Linear(16, 6), compute
+        for name, tensor in weights.items():
+            if tensor.is_floating_point():
+                self.register_parameter(name, nn.Parameter(tensor.clone()))
+            else:
+                self.register_buffer(name, tensor)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down(F.linear(self.up(x).tanh(), self.compute(self)).tanh())
+
+
+SQUARE = torch.randn(16, 16) / 4
+
+
+@pytest.mark.parametrize(
+    "compute",
+    [lambda m: m.w.t(), lambda m: m.w.double().float(), lambda m: m.w.flip(0).reshape(4, 4, 16).reshape(16, 16), lambda m: m.w.bfloat16().float()],
+    ids=["transposed", "cast", "moved", "rounded"],
+)
+def test_moved_and_cast_weights_stay_the_parameters_they_were(compute: Callable[[Any], Tensor]) -> None:
+    model = Functional(compute, w=SQUARE).eval()
+    result = _prune(model, ROWS)
+    assert not result.plan.folds
+    assert {("w", 0), ("w", 1)} <= result.plan.slices().keys()
+    reference = Functional(compute, w=SQUARE).eval()
+    reference.load_state_dict(model.state_dict())
+    with torch.no_grad():
+        for part in (part for group in result.plan.groups for part in group.consumers):
+            reference.get_parameter(part.name).index_fill_(part.dim, torch.tensor(part.removed), 0)
+        assert error(result.module(ROWS), reference(ROWS)) <= TOLERANCE
+    repaired = _prune(model, torch.randn(200, 6), restore="least-squares", score="fasp")
+    assert max(line.error_restored or 0 for line in repaired.report.lines) < max(line.error_cut or 0 for line in repaired.report.lines)
+
+
+NOT_FOLDED: dict[str, tuple[Callable[[], nn.Module], str]] = {
+    "low rank": (lambda: Functional(lambda m: m.u @ m.v, u=torch.randn(16, 2), v=torch.randn(2, 16)), "1,024 bytes instead of 256"),
+    "integers": (
+        lambda: Functional(lambda m: m.q.float() * m.scale, q=torch.randint(-9, 9, (16, 16), dtype=torch.int8), scale=torch.rand(16, 1)),
+        "1,024 bytes instead of 320",
+    ),
+    "needed elsewhere": (lambda: Elsewhere(), "needed elsewhere"),
+}
+
+
+class Elsewhere(Functional):
+    def __init__(self) -> None:
+        super().__init__(lambda m: F.normalize(m.w), w=SQUARE)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down(F.linear(F.linear(self.up(x).tanh(), self.compute(self)).tanh(), self.w).tanh())
+
+
+@pytest.mark.parametrize("name", NOT_FOLDED)
+def test_what_would_make_the_model_larger_is_not_folded(name: str) -> None:
+    make, reason = NOT_FOLDED[name]
+    analysis = fasp_fx.analyze(make().eval(), (ROWS,))
+    assert not analysis.program.folds
+    assert any(reason in note for note in analysis.program.notes)
+    if name != "needed elsewhere":
+        assert any(reason in group.reason for group in analysis.groups)
+
+
+def test_chance_inputs_buffers_that_change_and_fixed_transforms_are_not_folded() -> None:
+    class Changing(Functional):
+        def __init__(self, compute: Callable[[Any, Tensor], Tensor]) -> None:
+            super().__init__(lambda m: m.w, w=SQUARE)
+            self.how = compute
+            self.register_buffer("count", torch.ones(()))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.down(F.linear(self.up(x).tanh(), self.how(self, x)).tanh())
+
+    def counting(model: Any, x: Tensor) -> Tensor:
+        model.count.add_(1)
+        return model.w * model.count
+
+    def fixed(model: Any, x: Tensor) -> Tensor:
+        return torch.outer(model.count.expand(16), torch.ones(16)).cos()
+
+    for compute in (counting, fixed, lambda m, x: m.w * torch.rand(16, 16), lambda m, x: m.w * x.mean()):
+        assert not fasp_fx.analyze(Changing(compute).eval(), (ROWS,)).program.folds
+
+
+# --- ties
+
+
+def test_tied_sources_give_one_weight() -> None:
+    first, second = _parametrised(nn.Linear(16, 16), Square()), _parametrised(nn.Linear(16, 16), Square())
+    second.parametrizations.weight.original = first.parametrizations.weight.original
+    model = nn.Sequential(nn.Linear(6, 16), nn.Tanh(), first, nn.Tanh(), second, nn.Tanh(), nn.Linear(16, 6)).eval()
+    result = _prune(model, ROWS)
+    assert len(result.plan.folds) == 1
+    assert len([name for name, _ in result.module.named_parameters() if name.endswith("weight")]) == 3
+    with torch.no_grad():
+        weight = first.weight.clone()
+        removed = result.plan.slices()[result.plan.folds[0].name, 1]
+        reference = nn.Sequential(*(nn.Linear(16, 16) if index in (2, 4) else layer for index, layer in enumerate(model)))
+        for index in (2, 4):
+            reference[index].weight.copy_(weight.index_fill(1, torch.tensor([at for _, at in removed]), 0))
+            reference[index].bias.copy_(model[index].bias)
+        reference[6] = copy.deepcopy(reference[6])
+        reference[6].weight.index_fill_(1, torch.tensor([at for _, at in result.plan.slices()["6.weight", 1]]), 0)
+        assert error(result.module(ROWS), reference(ROWS)) <= TOLERANCE
+
+
+def test_one_computed_weight_used_both_ways() -> None:
+    class Autoencoder(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer, self.bias = parametrizations.weight_norm(nn.Linear(6, 16)), nn.Parameter(torch.randn(6))
+
+        def forward(self, x: Tensor) -> Tensor:
+            weight = self.layer.weight
+            return F.linear(F.linear(x, weight, self.layer.bias).tanh(), weight.t(), self.bias)
+
+    model = Autoencoder().eval()
+    result = _prune(model, ROWS)
+    removed = torch.tensor([index for _, index in result.plan.slices()["layer.weight", 0]])
+    with torch.no_grad():
+        hidden = F.linear(ROWS, model.layer.weight, model.layer.bias).tanh().index_fill(1, removed, 0)
+        assert error(result.module(ROWS), hidden @ model.layer.weight + model.bias) <= TOLERANCE
+    assert result.module.get_parameter("layer.weight").shape == (16 - len(removed), 6)
+
+
+def test_names_do_not_collide() -> None:
+    class Both(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.up, self.down = nn.Linear(6, 16), nn.Linear(16, 6)
+            self.weight, self.weight_v = nn.Parameter(torch.rand(16)), nn.Parameter(SQUARE.clone())
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.down(F.linear(self.up(x).tanh() * self.weight, F.normalize(self.weight_v)).tanh())
+
+    result = _prune(Both().eval(), ROWS)
+    assert [weight.name for weight in result.plan.folds] == ["weight_folded"]
+    assert {"weight", "weight_folded"} <= dict(result.module.named_parameters()).keys()
+
+
+def test_a_name_of_a_tied_weight_that_stays_is_kept() -> None:
+    class Shared(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.up, self.middle, self.down = nn.Linear(6, 16), nn.Linear(16, 16), nn.Linear(16, 6)
+            self.gain = nn.Parameter(torch.rand(16))
+            self.again = self.gain
+
+        def forward(self, x: Tensor) -> Tensor:
+            hidden = F.linear((self.up(x) * self.again).tanh(), self.middle.weight * self.gain[:, None], self.middle.bias)
+            return self.down(hidden.tanh())
+
+    model = Shared().eval()
+    result = _prune(model, ROWS)
+    assert [weight.name for weight in result.plan.folds] == ["middle.weight"]
+    own = dict(result.module.named_parameters(remove_duplicate=False))
+    assert own["gain"] is own["again"]
+
+
+def test_a_parametrised_layer_by_itself() -> None:
+    analysis = fasp_fx.analyze(parametrizations.weight_norm(nn.Linear(6, 16)).eval(), (ROWS,))
+    assert [weight.name for weight in analysis.program.folds] == ["weight"]
+
+
+# --- elsewhere
+
+
+@pytest.mark.slow
+def test_the_harness_checks_folded_models() -> None:
+    model = nn.Sequential(WeightStandardizedConv2d(3, 12, 3), nn.ReLU(), parametrizations.weight_norm(nn.Conv2d(12, 4, 3))).eval()
+    fasp_fx.testing.check_program(model, (torch.randn(2, 3, 8, 8),))
+
+
+@pytest.mark.slow
+def test_a_part_of_a_model_is_folded() -> None:
+    class Branching(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.body = _rows(parametrizations.weight_norm(nn.Linear(6, 16)), nn.Linear(16, 6))
+
+        def forward(self, x: Tensor) -> Tensor:
+            hidden = self.body(x)
+            return hidden * 2 if float(hidden.sum()) > 0 else hidden
+
+    model = Branching().eval()
+    result = _prune(model, ROWS)
+    assert [weight.name for weight in result.plan.folds] == ["body.0.weight"]
+    again = fasp_fx.apply(model, result.plan, (ROWS,))
+    with torch.no_grad():
+        assert torch.equal(again.module(ROWS), result.module(ROWS))
+
+
+@pytest.mark.slow
+def test_generating_models_are_folded(tmp_path: Any) -> None:
+    torch.manual_seed(0)
+    config = LlamaConfig(vocab_size=40, hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=2)
+    model = LlamaForCausalLM(config)
+    parametrizations.weight_norm(model.model.layers[0].mlp.down_proj)
+    model.eval()
+    ids = torch.randint(0, 40, (4, 10))
+    pruned = fasp_fx.hf.prune(model, calibration=[ids], sparsity=0.2)
+    assert [weight.name for weight in pruned.plan.folds] == ["model.layers.0.mlp.down_proj.weight"]
+    again = AutoModelForCausalLM.from_pretrained(pruned.save_pretrained(tmp_path / "pruned"))
+    with torch.no_grad():
+        assert torch.equal(again(ids).logits, pruned.model(ids).logits)
+    assert pruned.model.generate(ids[:, :3], attention_mask=torch.ones(4, 3, dtype=torch.long), max_new_tokens=3, pad_token_id=0).shape == (4, 6)
+    with pytest.raises(fasp_fx.FaspError, match="down_proj"):
+        fasp_fx.hf.prune(model, calibration=[ids], sparsity=0.2, plain=True)
