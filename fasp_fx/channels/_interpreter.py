@@ -226,6 +226,8 @@ class Interpreter:
         if rule is not None and rule.creates:
             return [self._created(node, rule, shapes[0])]
         values = self._values(node, walk, rule, named, nodes, given, shapes, blank)
+        if given and all(value.created for value in given):
+            values = [replace(value, created=True) for value in values]
         if not self.experts:
             return values
         for name, dim in self.numbering.stretched:
@@ -269,7 +271,7 @@ class Interpreter:
         """A tensor of equal elements has channels of its own wherever its size is fixed: what it meets decides whether they can go."""
         sizes = arguments(node)[rule.all("shape")[0].words[0]]
         fixed = [dim for dim, size in enumerate(sizes) if isinstance(size, int)] if isinstance(sizes, (list, tuple)) else []
-        return Value(shape, tuple(self._axes(node.name, shape, "created", fixed)), True)
+        return Value(shape, tuple(self._axes(node.name, shape, "created", fixed)), True, created=True)
 
     def _freeze_unnamed(self, node: fx.Node, rule: Rule, named: dict[str, Any], facts: Facts) -> None:
         """Channels of an operand that the rule does not name would be lost."""

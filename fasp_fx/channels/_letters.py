@@ -143,6 +143,13 @@ class Relation:
         self.experts = experts
         self.keepdim = bool(arguments.get("keepdim", False))
         self._lift()
+        self._activate()
+
+    def _activate(self) -> None:
+        """What no weight had a part in (a state of zeros before the first step) meets a weight as an activation does."""
+        for index, operand in enumerate(self.operands):
+            if operand.value.created and any(self._contracted(letter) for letter in operand.letters):
+                self.operands[index] = replace(operand, value=replace(operand.value, constant=False))
 
     def _lift(self) -> None:
         """Where one operand shrinks a factor that another holds only together with its partner, the partner's positions go as one."""

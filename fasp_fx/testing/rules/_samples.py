@@ -377,6 +377,7 @@ SAMPLES: dict[str, Sample] = {
     "aten.split_with_sizes.default": _sizes,
     "aten.split.sizes": lambda draw: {("split_size" if name == "split_sizes" else name): value for name, value in _sizes(draw).items()},
     "aten.split.Tensor": _split("split_size"),
+    "aten.unsafe_split.Tensor": _split("split_size"),
     "aten.chunk.default": _split("chunks"),
     "aten.tensor_split.sections": _split("sections"),
     "aten.permute.default": _permute,
