@@ -25,6 +25,7 @@ from torch.utils import _pytree as pytree
 from torch.utils._sympy.numbers import int_oo
 
 from ._program import Program, graph_module
+from ._recurrent import single_layers
 from ._signature import CallerCodeGen, CallSignature, is_plain
 from ._stamps import read_stamps
 from .channels import results
@@ -80,6 +81,7 @@ def capture(
     if target is not None:
         exported = move_to_device_pass(exported, target)
     module = exported.module(check_guards=False)
+    single_layers(module.graph)
     example = exported.example_inputs
     if example is None:
         raise ArgumentError("the exported program carries no example inputs; pass them as args and kwargs")
@@ -429,6 +431,7 @@ def recapture(program: Program, exported: ExportedProgram) -> Program:
     exported = _functional(exported)
     read_stamps(exported.graph)
     module = _plain(exported.module(check_guards=False))
+    single_layers(module.graph)
     inputs, before = module.graph.find_nodes(op="placeholder"), program.placeholders()
     if len(inputs) != len(before) or len(results(module.graph)) != len(results(program.module.graph)):
         raise CaptureError("it changed the number of the program's inputs or outputs")

@@ -35,6 +35,14 @@ class Layout:
 
 
 @dataclass(frozen=True)
+class Recurrence:
+    """What an operator takes from its own step before: of the first step ``start``, ``[1, batch, channels]``; steps lie along dimension ``steps``."""
+
+    start: fx.Node
+    steps: int
+
+
+@dataclass(frozen=True)
 class Use:
     """One use of a weight that contracts its columns with an activation.
 
@@ -47,6 +55,7 @@ class Use:
         slots: the weight and dimensions that its columns lie along.
         weight_layout, activation_layout: how either is read as matrices.
         route: the node that tells where in the tokens each block ends, if blocks are chosen at run time.
+        recurrence: where the activation is the first result of ``node`` itself, one step before.
         block_numbers: channel numbers of the blocks, shape ``[blocks]``, where these are channels along one dimension of the weight.
     """
 
@@ -59,6 +68,7 @@ class Use:
     weight_layout: Layout
     activation_layout: Layout
     route: fx.Node | None = None
+    recurrence: Recurrence | None = None
     block_numbers: np.ndarray | None = None
 
 

@@ -21,7 +21,7 @@ from fasp_fx.patterns import Rule, lookup
 
 from ._factors import NotDivisible
 from ._facts import Facts
-from ._fx import arguments, attribute, results, target_name
+from ._fx import arguments, attribute, elements, results, target_name
 from ._letters import Relation, result_shapes_ok
 from ._moves import move
 from ._named import name_results, tallied
@@ -280,7 +280,8 @@ class Interpreter:
             *(clause.words[0] for clause in rule.all("ignore")),
             *(operand.name for alternative in rule.alternatives for operand in alternative.operands),
         }
-        for value in _tensors({name: value for name, value in named.items() if name not in known}):
+        unnamed = elements({name: value for name, value in named.items() if name not in known})
+        for value in _tensors({name: value for name, value in unnamed.items() if name not in known}):
             for axis in value.axes:
                 facts.say(facts.frozen, axis.numbers, f"decides by position in {node.target}", node)
 
@@ -296,7 +297,9 @@ class Interpreter:
         try:
             if rule.moves:
                 return move(node, rule, named, nodes, shapes, facts)
-            relation = Relation(node, rule, named, nodes, facts, self.numbering, self.experts)
+            if any(named.get(name) != int(value) for name, value in (clause.words for clause in rule.all("only"))):
+                return None
+            relation = Relation(node, rule, {**named, **elements(named)}, nodes, facts, self.numbering, self.experts)
             if self.heads:
                 relation.couple_heads()
             results = relation.run()
@@ -335,5 +338,5 @@ def _tensors(named: dict[str, Any]) -> list[Value]:
 def _arguments(node: fx.Node, values: dict[fx.Node, Any]) -> tuple[dict[str, Any], dict[str, fx.Node | None]]:
     """Arguments by schema name, with values for nodes; and the node behind each argument that is one."""
     given = arguments(node)
-    nodes = {name: value if isinstance(value, fx.Node) else None for name, value in given.items()}
+    nodes = {name: value if isinstance(value, fx.Node) else None for name, value in {**given, **elements(given)}.items()}
     return {name: fx.map_arg(value, lambda n: values.get(n)) for name, value in given.items()}, nodes

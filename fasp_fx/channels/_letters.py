@@ -21,6 +21,7 @@ from ._facts import Facts, Product, Remark
 from ._fx import arguments as arguments_of
 from ._named import look_up
 from ._numbering import Numbering
+from ._recurring import consume_recurring, meet_recurring, recurring
 from ._value import Axis, Value
 
 
@@ -110,6 +111,7 @@ class Relation:
         alternative = choose(rule, arguments)
         runs = _runs(alternative, rule, arguments)
         factors = {clause.words[0]: int(arguments[clause.words[1]]) for clause in rule.all("factor")}
+        factors |= {clause.words[0]: int(clause.words[1]) for clause in rule.all("gates")}
         self.operands: list[Operand] = []
         for declared in alternative.operands:
             value = arguments.get(declared.name)
@@ -134,6 +136,11 @@ class Relation:
         self.windowed |= {slide.over for slide in self.slides}
         #: letters of a weight's window: part of its columns where the window slides, of its rows where it is laid out
         self.inside = {slide.within for slide in self.slides} | {letter for letter in self.windowed if letter not in self.kept}
+        #: letters along which rows do other things: the same channels in each
+        self.gates = {clause.words[0] for clause in rule.all("gates")}
+        self.inside |= self.gates
+        #: letters of a weight that are contracted with a letter of the first result, one step before
+        self.recurs = recurring(rule, arguments, nodes)
         self.routes = {clause.words[1] for clause in rule.all("route")}
         fixed = isinstance(arguments.get("k", 1), int) and nodes.get("k") is None and arguments.get("largest") is not False
         self.chosen = self._where("choose", arguments, runs) if fixed else set()
@@ -261,9 +268,14 @@ class Relation:
 
     def _note_matrices(self, constant: bool) -> None:
         for operand in self.operands:
-            contracted = any(self._contracted(letter) for letter in operand.letters)
+            contracted = any(self._contracted(letter) or letter in self.recurs for letter in operand.letters)
             if contracted and operand.value.constant and operand.value.origin is not None and not constant:
                 self.facts.matrices.add(operand.value.origin)
+
+    def before(self, letter: str) -> Operand | None:
+        """The first result one step before, as a weight's recurring letter meets it; ``None`` if nothing is known of the first step."""
+        of, start = self.recurs[letter].of, self.recurs[letter].start
+        return None if start is None else Operand("state", Value(()), tuple(letter if own == of else str(own) for own in self.results[0]), self.node)
 
     def _contracted(self, letter: str) -> bool:
         return letter not in self.kept and letter not in self.routes and sum(letter in operand.letters for operand in self.operands) > 1
@@ -272,7 +284,15 @@ class Relation:
         """Couple all axes that shrink ``letter``; return those that survive, aligned to ``order``."""
         holders = self._holders(letter)
         found = [(operand, axis, _align(axis, operand.letters, order)) for operand in holders for axis in operand.at(letter)]
+        if letter in self.gates:
+            self._say(self.facts.frozen, [numbers for _, _, numbers in found], f"these are gates of {self.node.target}")
         if not found or letter in self.inside:
+            return []
+        if letter in self.recurs:
+            of = self.recurs[letter].of
+            channels = [_align(axis, operand.letters, order) for operand in self._holders(of) for axis in operand.at(of)]
+            columns = [(operand, numbers) for operand, _, numbers in found]
+            meet_recurring(self, letter, columns, channels, (order.index(letter), order.index(of)))
             return []
         if letter in self.routes:
             self._route(holders, found)
@@ -403,6 +423,7 @@ class Relation:
                     note_stacked(self, weight, activation)
                 if any(weight.at(letter) for letter in shared) and why_no_consumer(self, weight, activation) is None:
                     self.facts.uses.append(make_use(self, weight, activation))
+        consume_recurring(self)
 
 
 def _freedom(numbers: Tensor) -> int:
