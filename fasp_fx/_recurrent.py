@@ -60,8 +60,9 @@ class _Rewriter:
                 if drops and layer + 1 < self.layers:
                     source = self._call(self.recorded[0], _ATEN.dropout.default, source, drops, True)
             states = [self._joined([one.states[index] for one in made], 0, self.recorded[1 + index]) for index in range(len(self.states))]
+        results = dict(enumerate([source, *states]))
         for user in list(self.node.users):
-            user.replace_all_uses_with([source, *states][user.args[1]])
+            user.replace_all_uses_with(results[arguments(user)["1"]])
             self.graph.erase_node(user)
         self.graph.erase_node(self.node)
         for node in dict.fromkeys([*states, *(state for one in made for state in one.states), *self.states]):

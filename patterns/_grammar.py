@@ -92,11 +92,6 @@ _WITH_ARGUMENT = {"mix", "reduce", "freeze", "window", "choose", "add"}
 ORDINALS = {"first": 0, "second": 1}
 
 
-def argument_of(name: str) -> str:
-    """The argument of the schema that an operand's name speaks of: the list, of one of its tensors."""
-    return name.partition(".")[0]
-
-
 def letters_of(dims: Dims) -> tuple[str, ...]:
     """All letters of a tensor, those in brackets included."""
     return tuple(letter for dim in dims for letter in ((dim,) if isinstance(dim, str) else dim))
@@ -183,7 +178,7 @@ class Rule:
                 found |= set(clause.words[2:])
             elif clause.keyword == "factor":
                 found.add(clause.words[1])
-        return found
+        return {name.partition(".")[0] for name in found}
 
 
 class _Parser:

@@ -55,8 +55,8 @@ class Use:
         slots: the weight and dimensions that its columns lie along.
         weight_layout, activation_layout: how either is read as matrices.
         route: the node that tells where in the tokens each block ends, if blocks are chosen at run time.
-        recurrence: where the activation is the first result of ``node`` itself, one step before.
         block_numbers: channel numbers of the blocks, shape ``[blocks]``, where these are channels along one dimension of the weight.
+        recurrence: where the activation is the first result of ``node`` itself, one step before.
     """
 
     node: fx.Node
@@ -68,8 +68,8 @@ class Use:
     weight_layout: Layout
     activation_layout: Layout
     route: fx.Node | None = None
-    recurrence: Recurrence | None = None
     block_numbers: np.ndarray | None = None
+    recurrence: Recurrence | None = None
 
 
 @dataclass(frozen=True, eq=False)

@@ -278,7 +278,7 @@ class Relation:
         return None if start is None else Operand("state", Value(()), tuple(letter if own == of else str(own) for own in self.results[0]), self.node)
 
     def _contracted(self, letter: str) -> bool:
-        return letter not in self.kept and letter not in self.routes and sum(letter in operand.letters for operand in self.operands) > 1
+        return letter not in self.kept | self.routes | self.gates and sum(letter in operand.letters for operand in self.operands) > 1
 
     def _meet(self, letter: str, order: list[str], constant: bool) -> list[Tensor]:
         """Couple all axes that shrink ``letter``; return those that survive, aligned to ``order``."""
@@ -297,6 +297,7 @@ class Relation:
         if letter in self.routes:
             self._route(holders, found)
             return []
+        self._couple_along(self.gates, [numbers for _, _, numbers in found], letter, order)
         for operand in holders:
             if not operand.at(letter):
                 self._want_stretched(operand, letter)
@@ -307,13 +308,8 @@ class Relation:
             found = [item for item in found if not item[0].value.constant]
             if not found:
                 return []
-        for influenced in self.mixed | self.reduced | self.windowed | (set(order) - self.kept):
-            if influenced != letter and influenced in order:
-                for _, _, numbers in found:
-                    dim = order.index(influenced)
-                    if numbers.shape[dim] > 1:
-                        self.facts.couple(numbers.narrow(dim, 0, 1), numbers, self.node)
         everything = [numbers for _, _, numbers in found]
+        self._couple_along(self.mixed | self.reduced | self.windowed | (set(order) - self.kept), everything, letter, order)
         vanishing = any(operand.value.vanishes for operand in holders)
         routing = letter in self.chosen or (letter in self.added and vanishing) or self._looked_up(letter, found)
         if letter in self.chosen:
@@ -333,6 +329,13 @@ class Relation:
                 if operand.value.constant:
                     self.facts.produced.append((axis.numbers.reshape(-1).numpy(), axis.slot))
         return surviving
+
+    def _couple_along(self, letters: set[str], everything: list[Tensor], besides: str, order: list[str]) -> None:
+        """Channels of one position go together, wherever they are found along these letters."""
+        for dim in [order.index(letter) for letter in letters if letter != besides and letter in order]:
+            for numbers in everything:
+                if numbers.shape[dim] > 1:
+                    self.facts.couple(numbers.narrow(dim, 0, 1), numbers, self.node)
 
     def _couple(self, holders: list[Operand], found: list[tuple[Operand, Axis, Tensor]], order: list[str]) -> list[Tensor]:
         """Couple the axes of different operands, each with the one that divides the positions alike; return one of each."""
