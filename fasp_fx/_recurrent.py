@@ -83,7 +83,12 @@ class _Rewriter:
         return _Layer(self._call(values[0], _ATEN.flip.default, output, [self.steps]) if reverse else output, after)
 
     def _state(self, state: fx.Node, recorded: Tensor, index: int) -> fx.Node:
-        """The initial state of one layer and direction; what is merely zeros is made for it alone, so that no layers are coupled by it."""
+        """The initial state of one layer and direction; what is merely zeros is made for it alone, so that no layers are coupled by it.
+
+        Zeros are made like the input, so that they go with the module to another device or type.
+        """
+        if state.target is _ATEN.zeros.default:
+            return self._call(_first(recorded), _ATEN.new_zeros.default, self.given["input"], [1, *arguments(state)["size"][1:]])
         rule = lookup(state.target)
         if rule is not None and rule.creates:
             (name,) = (clause.words[0] for clause in rule.all("shape"))
