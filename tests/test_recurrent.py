@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from zoo import randomise
 
 import fasp_fx
+import fasp_fx.testing
 
 HIDDEN = 6
 
@@ -255,3 +256,10 @@ def test_layers_are_restored(kind: str) -> None:
     with torch.no_grad():
         dense = model(data(200))
         assert (result.module(data(200)) - dense).norm() < (cut.module(data(200)) - dense).norm()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("kind", "options"), LAYERS.values(), ids=LAYERS)
+def test_every_invariant(kind: str, options: dict[str, Any]) -> None:
+    model = randomise(Sequence(kind, **options), std=0.6)
+    fasp_fx.testing.check_program(model, (laid(model, 2),))
