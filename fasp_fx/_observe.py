@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -117,7 +117,7 @@ class Observer:
             matrices = ConsumerMatrices(use, self.analysis.walk.values)
             blocks, columns = use.columns.shape[:2]
             ends = list(runner.read(use.route)) if use.route is not None else None
-            for batch, activation in enumerate(runner.read(use.activation)):
+            for batch, activation in enumerate(_inputs(runner, use)):
                 if consumer.grams is None:
                     consumer.grams = [Gram(columns, activation.device) for _ in range(blocks)]
                 for block, tokens in matrices.tokens(activation, None if ends is None else ends[batch]):
@@ -207,6 +207,17 @@ class Observer:
             if not bool(whole.all()):  # tokens of an expert that goes were sent to it already: it gives them nothing, and no other takes its place
                 pruned = consumer.matrices.write(consumer.matrices.read(pruned) * whole[:, None, None], weight)
             runner.overrides[consumer.weight] = pruned
+
+
+def _inputs(runner: Runner, use: Use) -> Iterator[Tensor]:
+    """What a consumer about to be executed is contracted with, for each batch."""
+    if use.recurrence is None:
+        yield from runner.read(use.activation)
+        return
+    steps = use.recurrence.steps
+    for results, start in zip(runner.ahead(use.node), runner.read(use.recurrence.start), strict=True):
+        states = results[0]
+        yield torch.cat([start.movedim(0, steps).expand(states.narrow(steps, 0, 1).shape), states.narrow(steps, 0, states.shape[steps] - 1)], steps)
 
 
 def _by_block(group: Group) -> list[np.ndarray]:

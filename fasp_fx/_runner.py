@@ -56,21 +56,26 @@ class Runner:
     def read(self, node: fx.Node) -> Iterator[Tensor]:
         """The value of a live node for each batch."""
         for memory in self._memory:
-            yield memory[node]
+            yield self._load(node, memory)
+
+    def ahead(self, node: fx.Node) -> Iterator[Any]:
+        """What the node that is next in order will give, for each batch, with nothing kept of it."""
+        for number, memory in enumerate(self._memory):
+            yield self._execute(node, memory, number)
 
     def multiply(self, node: fx.Node, factor: Tensor) -> None:
         """Multiply the value of a live node, for all batches."""
         for memory in self._memory:
             memory[node] = memory[node] * factor.to(memory[node])
 
-    def _execute(self, node: fx.Node, memory: dict[fx.Node, Any], number: int) -> Any:
-        def load(argument: fx.Node) -> Any:
-            if argument.op != "get_attr":
-                return memory[argument]
-            name = self.canonical.get(str(argument.target), str(argument.target))
-            return self.overrides[name] if name in self.overrides else attribute(self.module, str(argument.target))
+    def _load(self, argument: fx.Node, memory: dict[fx.Node, Any]) -> Any:
+        if argument.op != "get_attr":
+            return memory[argument]
+        name = self.canonical.get(str(argument.target), str(argument.target))
+        return self.overrides[name] if name in self.overrides else attribute(self.module, str(argument.target))
 
-        args, kwargs = fx.map_arg((node.args, node.kwargs), load)
+    def _execute(self, node: fx.Node, memory: dict[fx.Node, Any], number: int) -> Any:
+        args, kwargs = fx.map_arg((node.args, node.kwargs), lambda argument: self._load(argument, memory))
         try:
             return node.target(*args, **kwargs)  # type: ignore[operator]
         except (RuntimeError, IndexError, AssertionError) as error:

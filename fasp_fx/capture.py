@@ -18,6 +18,7 @@ from ._fold import Folding
 from ._fold import fold as fold_weights
 from ._functional import functional, is_plain_graph
 from ._program import Program, graph_module
+from ._recurrent import single_layers
 from ._signature import CallSignature
 from ._stamps import read_stamps
 from ._state import state_positions
@@ -76,6 +77,7 @@ def capture(
     if target is not None:
         exported = move_to_device_pass(exported, target)
     module = exported.module(check_guards=False)
+    single_layers(module.graph)
     example = exported.example_inputs
     if example is None:
         raise ArgumentError("the exported program carries no example inputs; pass them as args and kwargs")
@@ -133,6 +135,7 @@ def recapture(program: Program, exported: ExportedProgram) -> Program:
     exported = functional(exported)
     read_stamps(exported.graph)
     module = _plain(exported.module(check_guards=False))
+    single_layers(module.graph)
     inputs, before = module.graph.find_nodes(op="placeholder"), program.placeholders()
     if len(inputs) != len(before) or len(results(module.graph)) != len(results(program.module.graph)):
         raise CaptureError("it changed the number of the program's inputs or outputs")

@@ -83,6 +83,8 @@ class _Splitter:
         found = []
         for use in self.analysis.walk.facts.uses:
             value = self.analysis.walk.values[use.node]
+            if not isinstance(value, Value):
+                continue  # an operator with several results has no rows that could be told apart
             numbers = np.concatenate([axis.numbers.reshape(-1).numpy() for axis in value.axes]) if value.axes else np.zeros(0, dtype=np.int64)
             if np.isin(self.analysis.labels[numbers[numbers >= 0]], stuck).any():
                 found.append(use)

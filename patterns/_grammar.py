@@ -9,7 +9,7 @@
              |  "tally" NAME                         one position, in a new last dimension, for each number that the integers of NAME may hold
                  |  alternative ("|" alternative)*       dimensions by letter, first alternative that fits
     alternative :=  operand ("," operand)* "->" result ("," result)* ["if" NAME]
-    operand     :=  NAME "[" dims "]"                    NAME is an argument of the operator's schema
+    operand     :=  NAME "[" dims "]"                    NAME is an argument of the operator's schema; NAME.0 the first tensor of a list
     result      :=  "[" dims "]"
     dims        :=  (DIM | "(" LETTER LETTER ")" | "...")*   in brackets: one dimension that is the product of two letters
     DIM         :=  LETTER | LETTER "*"                  LETTER "*" is a run of dimensions
@@ -28,6 +28,10 @@
              |  "count" NAME                         argument NAME is how many numbers are tallied
              |  "ignore" NAME                        of argument NAME nothing but type and device are read
                  |  "factor" LETTER NAME                 argument NAME is the size of a letter in brackets
+                 |  "gates" LETTER NUMBER                a letter in brackets has NUMBER positions, rows of weights of which each does other things
+                 |  "recur" LETTER LETTER NAME NAME      the first letter, of a weight, is contracted with the second, of the first result one step before;
+                                                     arguments: the state before the first step, whether steps lie along the second dimension
+                 |  "only" NAME NUMBER                   the rule speaks of calls with that value of argument NAME; in others the operator has no rule
                  |  "repeat" LETTER LETTER               the first letter is repeated in blocks to the size of the second
                  |  "shape" NAME                         argument NAME is the shape of the result
                  |  "shape" NAME "=" LETTER "*"          argument NAME holds the sizes of a run of dimensions
@@ -55,7 +59,7 @@ ELLIPSIS = "..."
 #: the dimensions of one tensor; two letters in brackets are a tuple
 Dims = tuple[str | tuple[str, str], ...]
 
-_TOKEN = re.compile(r"\s*(\.\.\.|->|[A-Za-z_][A-Za-z_0-9]*\*?|[\[\](),;|@=])")
+_TOKEN = re.compile(r"\s*(\.\.\.|->|[A-Za-z_][A-Za-z_0-9]*(?:\.\d+)?\*?|\d+|[\[\](),;|@=])")
 
 #: clause keyword -> how many words follow it
 _CLAUSES = {
@@ -66,6 +70,9 @@ _CLAUSES = {
     "slide": (5,),
     "route": (2,),
     "factor": (2,),
+    "gates": (2,),
+    "recur": (4,),
+    "only": (2,),
     "ignore": (1,),
     "choose": (1, 2),
     "add": (1,),
@@ -165,13 +172,13 @@ class Rule:
                 found.add(clause.words[0])
             elif clause.keyword in ("span", "pick", "sizes", "chunk", "look"):
                 found |= set(clause.words)
-            elif clause.keyword in ("shape", "ignore", "pass", "last", "count"):
+            elif clause.keyword in ("shape", "ignore", "pass", "last", "count", "only"):
                 found.add(clause.words[0])
-            elif clause.keyword == "slide":
+            elif clause.keyword in ("slide", "recur"):
                 found |= set(clause.words[2:])
             elif clause.keyword == "factor":
                 found.add(clause.words[1])
-        return found
+        return {name.partition(".")[0] for name in found}
 
 
 class _Parser:
@@ -211,7 +218,7 @@ class _Parser:
 
     def name(self) -> str:
         token = self.peek()
-        if token is None or not re.fullmatch(r"[A-Za-z_]\w*", token):
+        if token is None or not re.fullmatch(r"[A-Za-z_]\w*(\.\d+)?", token):
             self.fail("expected a name")
         return self.take()
 
@@ -263,6 +270,8 @@ class _Parser:
         numbered = {"choose": words[1:], "pass": words[1:]}.get(str(keyword), [])
         if any(word not in ORDINALS for word in numbered):
             self.fail(f"{keyword!r} counts results as {' or '.join(ORDINALS)}")
+        if keyword in ("gates", "only") and not words[-1].isdecimal():
+            self.fail(f"{keyword!r} ends in a number")
         if len(words) not in _CLAUSES[str(keyword)]:
             self.fail(f"{keyword!r} takes {' or '.join(map(str, _CLAUSES[str(keyword)]))} word(s), not {len(words)}")
         return Clause(str(keyword), tuple(word for word in words if word != "="), argument)

@@ -12,8 +12,10 @@ from .contractions import CONTRACTIONS
 from .mixing import MIXING
 from .movement import MOVEMENT
 from .pointwise import CHECKS, CREATIONS, UNLIKE_OPERANDS, UNTAGGED, pointwise_rule
+from .recurrent import RECURRENT
 
 _USER: dict[OpOverload, Rule] = {}
+_WRITTEN: dict[str, str] = {**CONTRACTIONS, **RECURRENT, **MOVEMENT, **MIXING, **UNLIKE_OPERANDS, **CREATIONS, **CHECKS}
 
 
 def _check(operator: OpOverload, rule: Rule) -> Rule:
@@ -55,7 +57,7 @@ def lookup(operator: object) -> Rule | None:
     if operator in _USER:
         return _USER[operator]
     name = str(operator)
-    text = CONTRACTIONS.get(name) or MOVEMENT.get(name) or MIXING.get(name) or UNLIKE_OPERANDS.get(name) or CREATIONS.get(name) or CHECKS.get(name)
+    text = _WRITTEN.get(name)
     if text is None and (torch.Tag.pointwise in operator.tags or name in UNTAGGED):
         text = pointwise_rule(operator)
     return parse(text) if text is not None else None
@@ -63,4 +65,4 @@ def lookup(operator: object) -> Rule | None:
 
 def builtin() -> dict[str, str]:
     """Every built-in rule that is written out (not derived), by operator name."""
-    return {**CONTRACTIONS, **MOVEMENT, **MIXING, **UNLIKE_OPERANDS, **CREATIONS, **CHECKS}
+    return dict(_WRITTEN)

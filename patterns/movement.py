@@ -53,6 +53,7 @@ MOVEMENT: dict[str, str] = {
     "aten.select.int": "move self; pick dim index",
     "aten.unbind.int": "move self",
     "aten.split.Tensor": "move self; chunk split_size dim",
+    "aten.unsafe_split.Tensor": "move self; chunk split_size dim",
     "aten.split_with_sizes.default": "move self; sizes split_sizes dim",
     "aten.chunk.default": "move self; chunk chunks dim",
     "aten.index.Tensor": "move self; freeze @indices",

@@ -18,6 +18,8 @@ VALID = {
     "argument": ("self[...] -> [...]; reduce @dim", "self[...] -> [...]; reduce @dim"),
     "several_results": ("self[a b] -> [a], [b]", "self[a b] -> [a], [b]"),
     "check": ("check", "check"),
+    "tensor_of_a_list": ("ws.0[a b] -> [a] if ws.1; only count 1", "ws.0[a b] -> [a] if ws.1; only count 1"),
+    "recurrence": ("x[t i], w[(g h) i], u[(g h) k] -> [t h]; gates g 4; recur k h s second", None),
 }
 
 INVALID = {
@@ -31,12 +33,14 @@ INVALID = {
     "stray_character": ("x[a] -> [a] ?", 12),
     "argument_where_none_goes": ("move self; shape @size", 18),
     "left_over": ("move self self", 10),
+    "no_number": ("x[(g h)] -> [h]; gates g four", 29),
+    "letter_of_a_list": ("x[a.0] -> [a]", 2),
 }
 
 
 @pytest.mark.parametrize("name", VALID)
 def test_valid_rules_print_normalised(name: str) -> None:
-    text, printed = VALID[name]
+    text, printed = VALID[name][0], VALID[name][1] or VALID[name][0]
     rule = patterns.parse(text)
     assert str(rule) == printed
     assert patterns.parse(printed) == rule

@@ -68,7 +68,7 @@ def _roles(relation: Lettered, weight: Operand, activation: Operand) -> dict[str
             roles[letter] = "window"
         elif letter in relation.routes:
             roles[letter] = "block"
-        elif letter in activation.letters and letter not in relation.kept:
+        elif letter in relation.recurs or (letter in activation.letters and letter not in relation.kept):
             roles[letter] = "column"
         elif weight.size(letter) == 1:
             roles[letter] = "none"

@@ -56,7 +56,7 @@ def _split(value: Value, dim: int, leading: int) -> Value:
             varying = [d for d in (dim, dim + 1) if numbers.shape[d] > 1]
             at = min(varying or [dim], key=lambda d: (smallest_step(numbers.numpy(), d), -d))
         axes.append(Axis(numbers, at, axis.slot))
-    return Value(shape, tuple(axes), value.constant, value.origin)
+    return Value(shape, tuple(axes), value.constant, value.origin, created=value.created)
 
 
 def join(numbers: Tensor, letters: Spelled, sizes: dict[str, int]) -> Tensor:

@@ -35,6 +35,14 @@ class Layout:
 
 
 @dataclass(frozen=True)
+class Recurrence:
+    """What an operator takes from its own step before: of the first step ``start``, ``[1, batch, channels]``; steps lie along dimension ``steps``."""
+
+    start: fx.Node
+    steps: int
+
+
+@dataclass(frozen=True)
 class Use:
     """One use of a weight that contracts its columns with an activation.
 
@@ -48,6 +56,7 @@ class Use:
         weight_layout, activation_layout: how either is read as matrices.
         route: the node that tells where in the tokens each block ends, if blocks are chosen at run time.
         block_numbers: channel numbers of the blocks, shape ``[blocks]``, where these are channels along one dimension of the weight.
+        recurrence: where the activation is the first result of ``node`` itself, one step before.
     """
 
     node: fx.Node
@@ -60,6 +69,7 @@ class Use:
     activation_layout: Layout
     route: fx.Node | None = None
     block_numbers: np.ndarray | None = None
+    recurrence: Recurrence | None = None
 
 
 @dataclass(frozen=True, eq=False)

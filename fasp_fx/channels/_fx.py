@@ -35,6 +35,15 @@ def arguments(node: fx.Node) -> dict[str, Any]:
     return given
 
 
+def elements(given: dict[str, Any]) -> dict[str, Any]:
+    """Arguments with those that are lists taken apart, ``name.0``, ``name.1`` …, as rules name them."""
+    return {
+        key: item
+        for name, value in given.items()
+        for key, item in ([(f"{name}.{index}", item) for index, item in enumerate(value)] if isinstance(value, (list, tuple)) else [(name, value)])
+    }
+
+
 def set_argument(node: fx.Node, name: str, value: Any) -> bool:
     """Set an argument by its schema name; whether that changed it."""
     if arguments(node)[name] == value:

@@ -21,7 +21,7 @@ from fasp_fx.patterns import CASTS, Rule, lookup
 
 from ._factors import NotDivisible
 from ._facts import Facts
-from ._fx import arguments, attribute, results, target_name
+from ._fx import arguments, attribute, elements, results, target_name
 from ._letters import Relation, result_shapes_ok
 from ._moves import move
 from ._named import name_results, tallied
@@ -230,6 +230,8 @@ class Interpreter:
         if rule is not None and rule.creates:
             return [self._created(node, rule, shapes[0])]
         values = self._values(node, walk, rule, named, nodes, given, shapes, blank)
+        if given and all(value.created for value in given):
+            values = [replace(value, created=True) for value in values]
         if not self.experts:
             return values
         for name, dim in self.numbering.stretched:
@@ -280,7 +282,7 @@ class Interpreter:
         """A tensor of equal elements has channels of its own wherever its size is fixed: what it meets decides whether they can go."""
         sizes = arguments(node)[rule.all("shape")[0].words[0]]
         fixed = [dim for dim, size in enumerate(sizes) if isinstance(size, int)] if isinstance(sizes, (list, tuple)) else []
-        return Value(shape, tuple(self._axes(node.name, shape, "created", fixed)), True)
+        return Value(shape, tuple(self._axes(node.name, shape, "created", fixed)), True, created=True)
 
     def _freeze_unnamed(self, node: fx.Node, rule: Rule, named: dict[str, Any], facts: Facts) -> None:
         """Channels of an operand that the rule does not name would be lost."""
@@ -289,7 +291,8 @@ class Interpreter:
             *(clause.words[0] for clause in rule.all("ignore")),
             *(operand.name for alternative in rule.alternatives for operand in alternative.operands),
         }
-        for value in _tensors({name: value for name, value in named.items() if name not in known}):
+        unnamed = elements({name: value for name, value in named.items() if name not in known})
+        for value in _tensors({name: value for name, value in unnamed.items() if name not in known}):
             for axis in value.axes:
                 facts.say(facts.frozen, axis.numbers, f"decides by position in {node.target}", node)
 
@@ -305,7 +308,9 @@ class Interpreter:
         try:
             if rule.moves:
                 return move(node, rule, named, nodes, shapes, facts)
-            relation = Relation(node, rule, named, nodes, facts, self.numbering, self.experts)
+            if any(named.get(name) != int(value) for name, value in (clause.words for clause in rule.all("only"))):
+                return None
+            relation = Relation(node, rule, {**named, **elements(named)}, nodes, facts, self.numbering, self.experts)
             if self.heads:
                 relation.couple_heads()
             results = relation.run()
@@ -344,5 +349,5 @@ def _tensors(named: dict[str, Any]) -> list[Value]:
 def _arguments(node: fx.Node, values: dict[fx.Node, Any]) -> tuple[dict[str, Any], dict[str, fx.Node | None]]:
     """Arguments by schema name, with values for nodes; and the node behind each argument that is one."""
     given = arguments(node)
-    nodes = {name: value if isinstance(value, fx.Node) else None for name, value in given.items()}
+    nodes = {name: value if isinstance(value, fx.Node) else None for name, value in {**given, **elements(given)}.items()}
     return {name: fx.map_arg(value, lambda n: values.get(n)) for name, value in given.items()}, nodes

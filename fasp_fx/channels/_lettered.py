@@ -14,6 +14,7 @@ from ._factors import divide, fixed_rank, singles, spell
 from ._facts import Facts
 from ._numbering import Numbering
 from ._operands import Operand, choose, run_lengths
+from ._recurring import recurring
 from ._value import Axis, Value
 
 
@@ -38,6 +39,7 @@ class Lettered:
         alternative = choose(rule, arguments)
         runs = run_lengths(alternative, rule, arguments)
         factors = {clause.words[0]: int(arguments[clause.words[1]]) for clause in rule.all("factor")}
+        factors |= {clause.words[0]: int(clause.words[1]) for clause in rule.all("gates")}
         self.operands: list[Operand] = []
         for declared in alternative.operands:
             value = arguments.get(declared.name)
@@ -62,6 +64,11 @@ class Lettered:
         self.windowed |= {slide.over for slide in self.slides}
         #: letters of a weight's window: part of its columns where the window slides, of its rows where it is laid out
         self.inside = {slide.within for slide in self.slides} | {letter for letter in self.windowed if letter not in self.kept}
+        #: letters along which rows do other things: the same channels in each
+        self.gates = {clause.words[0] for clause in rule.all("gates")}
+        self.inside |= self.gates
+        #: letters of a weight that are contracted with a letter of the first result, one step before
+        self.recurs = recurring(rule, arguments, nodes)
         self.routes = {clause.words[1] for clause in rule.all("route")}
         fixed = isinstance(arguments.get("k", 1), int) and nodes.get("k") is None and arguments.get("largest") is not False
         self.chosen = self._where("choose", arguments, runs) if fixed else set()
@@ -71,6 +78,13 @@ class Lettered:
         self.experts = experts
         self.keepdim = bool(arguments.get("keepdim", False))
         self._lift()
+        self._activate()
+
+    def _activate(self) -> None:
+        """What no weight had a part in (a state of zeros before the first step) meets a weight as an activation does."""
+        for index, operand in enumerate(self.operands):
+            if operand.value.created and any(self.contracted(letter) for letter in operand.letters):
+                self.operands[index] = replace(operand, value=replace(operand.value, constant=False))
 
     def _lift(self) -> None:
         """Where one operand shrinks a factor that another holds only together with its partner, the partner's positions go as one."""
@@ -132,13 +146,18 @@ class Lettered:
                 found.add(word)
         return found
 
+    def before(self, letter: str) -> Operand | None:
+        """The first result one step before, as a weight's recurring letter meets it; ``None`` if nothing is known of the first step."""
+        of, start = self.recurs[letter].of, self.recurs[letter].start
+        return None if start is None else Operand("state", Value(()), tuple(letter if own == of else str(own) for own in self.results[0]), self.node)
+
     def holders(self, letter: str) -> list[Operand]:
         """The operands that have positions along a letter, not one for all."""
         return [o for o in self.operands if letter in o.letters and (o.size(letter) > 1 or self.size[letter] == 1)]
 
     def contracted(self, letter: str) -> bool:
         """Whether operands meet in a letter that is summed over."""
-        return letter not in self.kept and letter not in self.routes and sum(letter in operand.letters for operand in self.operands) > 1
+        return letter not in self.kept | self.routes | self.gates and sum(letter in operand.letters for operand in self.operands) > 1
 
 
 def _dims_argument(value: Any, rank: int) -> list[int]:

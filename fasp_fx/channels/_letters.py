@@ -18,6 +18,7 @@ from ._lettered import Lettered
 from ._meeting import Found, couple
 from ._named import look_up
 from ._operands import Operand, align
+from ._recurring import consume_recurring, meet_recurring
 from ._value import Axis, Value
 
 
@@ -71,7 +72,7 @@ class Relation(Lettered):
 
     def _note_matrices(self, constant: bool) -> None:
         for operand in self.operands:
-            contracted = any(self.contracted(letter) for letter in operand.letters)
+            contracted = any(self.contracted(letter) or letter in self.recurs for letter in operand.letters)
             if contracted and operand.value.constant and operand.value.origin is not None and not constant:
                 self.facts.matrices.add(operand.value.origin)
 
@@ -79,11 +80,20 @@ class Relation(Lettered):
         """Couple all axes that shrink ``letter``; return those that survive, aligned to ``order``."""
         holders = self.holders(letter)
         found = [(operand, axis, align(axis, operand.letters, order)) for operand in holders for axis in operand.at(letter)]
+        if letter in self.gates:
+            self._say(self.facts.frozen, [numbers for _, _, numbers in found], f"these are gates of {self.node.target}")
         if not found or letter in self.inside:
+            return []
+        if letter in self.recurs:
+            of = self.recurs[letter].of
+            channels = [align(axis, operand.letters, order) for operand in self.holders(of) for axis in operand.at(of)]
+            columns = [(operand, numbers) for operand, _, numbers in found]
+            meet_recurring(self, letter, columns, channels, (order.index(letter), order.index(of)))
             return []
         if letter in self.routes:
             self._route(holders, found)
             return []
+        self._couple_along(self.gates, [numbers for _, _, numbers in found], letter, order)
         for operand in holders:
             if not operand.at(letter):
                 self._want_stretched(operand, letter)
@@ -94,13 +104,8 @@ class Relation(Lettered):
             found = [item for item in found if not item[0].value.constant]
             if not found:
                 return []
-        for influenced in self.mixed | self.reduced | self.windowed | (set(order) - self.kept):
-            if influenced != letter and influenced in order:
-                for _, _, numbers in found:
-                    dim = order.index(influenced)
-                    if numbers.shape[dim] > 1:
-                        self.facts.couple(numbers.narrow(dim, 0, 1), numbers, self.node)
         everything = [numbers for _, _, numbers in found]
+        self._couple_along(self.mixed | self.reduced | self.windowed | (set(order) - self.kept), everything, letter, order)
         vanishing = any(operand.value.vanishes for operand in holders)
         routing = letter in self.chosen or (letter in self.added and vanishing) or self._looked_up(letter, found)
         if letter in self.chosen:
@@ -120,6 +125,13 @@ class Relation(Lettered):
                 if operand.value.constant:
                     self.facts.produced.append((axis.numbers.reshape(-1).numpy(), axis.slot))
         return surviving
+
+    def _couple_along(self, letters: set[str], everything: list[Tensor], besides: str, order: list[str]) -> None:
+        """Channels of one position go together, wherever they are found along these letters."""
+        for dim in [order.index(letter) for letter in letters if letter != besides and letter in order]:
+            for numbers in everything:
+                if numbers.shape[dim] > 1:
+                    self.facts.couple(numbers.narrow(dim, 0, 1), numbers, self.node)
 
     def _want_together(self, letter: str, numbers: Tensor, order: list[str]) -> None:
         """Channels that cannot go along this dimension can perhaps go along another one that they also vary along, those of a position together."""
@@ -184,6 +196,7 @@ class Relation(Lettered):
                     note_stacked(self, weight, activation)
                 if any(weight.at(letter) for letter in shared) and why_no_consumer(self, weight, activation) is None:
                     self.facts.uses.append(make_use(self, weight, activation))
+        consume_recurring(self)
 
 
 def result_shapes_ok(values: list[Value], shapes: list[torch.Size]) -> bool:

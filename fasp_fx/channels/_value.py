@@ -73,7 +73,8 @@ class Value:
 
     ``constant`` says that it is computed from weights alone; ``origin`` names the weight whose elements it holds, all of them, merely moved or cast.
     ``data`` is its content where that is a known integer tensor (indices); ``names`` the channels at the positions that its integers, chosen at run
-    time, number; ``vanishes`` says that it is zero at positions that a router never chooses.
+    time, number; ``vanishes`` says that it is zero at positions that a router never chooses; ``created`` that it is constant without any weight (an initial
+    state of zeros, say).
     """
 
     shape: tuple[int, ...]
@@ -83,6 +84,7 @@ class Value:
     data: Tensor | None = field(default=None, compare=False)
     names: Tensor | None = field(default=None, compare=False)
     vanishes: bool = field(default=False, compare=False)
+    created: bool = field(default=False, compare=False)
 
     def at(self, dim: int) -> list[Axis]:
         """The axes that shrink ``dim``."""

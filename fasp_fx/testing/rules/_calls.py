@@ -19,8 +19,12 @@ class Call:
     arguments: Mapping[str, Any]
 
     def with_(self, /, **changed: Any) -> Call:
-        """The same call with other arguments."""
-        return Call(self.operator, {**self.arguments, **changed})
+        """The same call with other arguments, or other tensors of a list (``name.index``)."""
+        arguments = dict(self.arguments)
+        for name, value in changed.items():
+            whole, _, index = name.partition(".")
+            arguments[whole] = value if not index else [value if at == int(index) else item for at, item in enumerate(arguments[whole])]
+        return Call(self.operator, arguments)
 
     def run(self) -> list[Tensor]:
         """The tensors the operator returns, in order.
@@ -33,13 +37,13 @@ class Call:
         return tensors(found)
 
     def tensors(self) -> dict[str, Tensor]:
-        """The tensor arguments; those of a list are named ``name[index]``."""
+        """The tensor arguments; those of a list are named ``name.index``, as rules name them."""
         found: dict[str, Tensor] = {}
         for name, value in self.arguments.items():
             if isinstance(value, Tensor):
                 found[name] = value
             elif isinstance(value, (list, tuple)):
-                found |= {f"{name}[{index}]": item for index, item in enumerate(value) if isinstance(item, Tensor)}
+                found |= {f"{name}.{index}": item for index, item in enumerate(value) if isinstance(item, Tensor)}
         return found
 
     @property

@@ -87,6 +87,11 @@ def _positions(reading: Reading, letter: str, draw: Draw) -> list[int]:
 
 def _kept(reading: Reading, results: list[Tensor], letter: str, gone: list[int], draw: Draw) -> Lie | None:
     claim = f"positions along {_name(letter)} go from the result as they go from {', '.join(reading.holders(letter))}"
+    if letter in reading.recurs:
+        columns = reading.recurs[letter]
+        claim = f"{claim} once zeros are in the columns {_name(columns)}"
+        for operand in reading.holders(columns):
+            results = zeroed(reading, operand, columns, gone).run()
     call = without(reading, letter, gone)
     try:
         found = call.run()

@@ -12,7 +12,10 @@ from ._reading import Reading, Spelled
 def without(reading: Reading, letter: str, gone: list[int]) -> Call:
     """The call after these positions of a letter went."""
     given = reading.call.tensors()
-    changed: dict[str, object] = {name: _cut(reading, spelled, given[name], letter, gone) for name, spelled in reading.operands.items()}
+    changed: dict[str, object] = {}
+    for name, spelled in reading.operands.items():
+        cut = _cut(reading, spelled, given[name], letter, gone)
+        changed[name] = _cut_columns(spelled, cut, reading.recurs[letter], gone) if letter in reading.recurs else cut
     left = reading.sizes[letter] - len(gone)
     for factor, argument in reading.factors.items():
         if factor == letter:
@@ -34,6 +37,15 @@ def zeroed(reading: Reading, operand: str, letter: str, gone: list[int]) -> Call
 def cut_result(reading: Reading, spelled: Spelled, result: Tensor, letter: str, gone: list[int]) -> Tensor:
     """A result without these positions."""
     return _cut(reading, spelled, result, letter, gone)
+
+
+def _cut_columns(spelled: Spelled, tensor: Tensor, letter: str, gone: list[int]) -> Tensor:
+    """A tensor without positions of a letter that has a dimension to itself."""
+    if letter not in spelled.letters:
+        return tensor
+    at = spelled.letters.index(letter)
+    dim = next(dim for dim in range(len(spelled.merged)) if sum(spelled.merged[:dim]) == at)
+    return tensor.index_select(dim, torch.tensor([index for index in range(tensor.shape[dim]) if index not in set(gone)], dtype=torch.long))
 
 
 def _own(reading: Reading, spelled: Spelled, letter: str, gone: list[int]) -> tuple[str, list[int]]:

@@ -61,6 +61,7 @@ class Reading:
         factors: arguments that hold the size of a letter.
         runs: arguments that hold the sizes of a run of letters.
         repeats: a letter that is repeated in blocks to the size of another.
+        recurs: a letter of the result, and the letter of a weight's columns that meet it one step later.
     """
 
     call: Call
@@ -72,6 +73,7 @@ class Reading:
     factors: dict[str, str] = field(default_factory=dict)
     runs: dict[str, list[str]] = field(default_factory=dict)
     repeats: dict[str, str] = field(default_factory=dict)
+    recurs: dict[str, str] = field(default_factory=dict)
     keepdim: bool = False
 
     def kept(self) -> set[str]:
@@ -126,7 +128,7 @@ def read(rule: Rule, call: Call, results: list[Tensor]) -> Reading:
 def _choose(rule: Rule, call: Call) -> Alternative:
     given = call.tensors()
     for alternative in rule.alternatives[:-1]:
-        if alternative.condition and not call.arguments.get(alternative.condition):
+        if alternative.condition and alternative.condition not in given and not call.arguments.get(alternative.condition):
             continue
         if all(operand.name not in given or _takes(operand.dims, given[operand.name].dim()) for operand in alternative.operands):
             return alternative
@@ -197,6 +199,14 @@ def _read_clauses(rule: Rule, call: Call, reading: Reading, runs: dict[str, int]
             for word in words[:2]:
                 for letter in [f"{word}{index}" for index in range(runs[word])] if word in runs else [word]:
                     reading.special[letter] = f"!{clause}"  # never too little: what slides or is chosen moves with other arguments
+        elif clause.keyword == "gates":
+            reading.sizes[words[0]] = int(words[1])
+            reading.special[words[0]] = f"!{clause}"
+        elif clause.keyword == "recur":
+            reading.recurs[words[1]] = words[0]
+            reading.special[words[0]] = f"!{clause}"  # said of the letter that it meets
+        elif clause.keyword == "only" and call.arguments[words[0]] != int(words[1]):
+            raise Mismatch(f"argument '{words[0]}' is {call.arguments[words[0]]}")
         elif clause.keyword == "factor":
             reading.factors[words[0]] = words[1]
         elif clause.keyword == "repeat":

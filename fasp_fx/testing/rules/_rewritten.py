@@ -136,7 +136,7 @@ def _varies(name: str, tensor: Tensor) -> bool:
 
 def _operand(root: nn.Module, graph: fx.Graph, x: fx.Node, name: str, tensor: Tensor, moving: bool, draw: Draw) -> fx.Node:
     """A tensor as a weight: as it is, with two dimensions stored as one, or with its dimensions in another order."""
-    attribute = "operand_" + name.replace("[", "_").replace("]", "")
+    attribute = "operand_" + name.replace(".", "_")
     if not _varies(name, tensor):
         root.register_buffer(attribute, tensor)
         return graph.get_attr(attribute)
@@ -158,7 +158,7 @@ def _operand(root: nn.Module, graph: fx.Graph, x: fx.Node, name: str, tensor: Te
 
 def _argument(name: str, value: Any, made: dict[str, fx.Node]) -> Any:
     if isinstance(value, (list, tuple)):
-        return [made.get(f"{name}[{index}]", item) for index, item in enumerate(value)]
+        return [made.get(f"{name}.{index}", item) for index, item in enumerate(value)]
     return made.get(name, value)
 
 

@@ -352,6 +352,28 @@ def _grouped(name: str, weight: str) -> Sample:
     return sample
 
 
+def _recurrent(gates: int, listed: bool) -> Sample:
+    """One layer in one direction, with or without biases and (an LSTM) projections."""
+
+    def sample(draw: Draw) -> dict[str, Any]:
+        steps, batch, width, hidden = (draw.size() for _ in range(4))
+        second, biases = draw.flag(), draw.flag()
+        projected = draw.integer(1, hidden - 1) if listed and hidden > 1 and draw.flag(0.4) else None
+        own = projected or hidden
+        params = [draw.tensor([gates * hidden, width], "real"), draw.tensor([gates * hidden, own], "real")]
+        params += [draw.tensor([gates * hidden], "real") for _ in range(2 * biases)]
+        params += [draw.tensor([own, hidden], "real")] if projected else []
+        states = [draw.tensor([1, batch, size], "real") for size in ((own, hidden) if listed else (hidden,))]
+        return {
+            "input": draw.tensor([batch, steps, width] if second else [steps, batch, width], "real"),
+            "hx": states if listed else states[0],
+            "params": params,
+            **{"has_biases": biases, "num_layers": 1, "dropout": 0.0, "train": False, "bidirectional": False, "batch_first": second},
+        }
+
+    return sample
+
+
 def _tallied(count: str, last: str | None) -> Sample:
     def sample(draw: Draw) -> dict[str, Any]:
         many = draw.integer(2, 5)
@@ -362,6 +384,9 @@ def _tallied(count: str, last: str | None) -> Sample:
 
 
 SAMPLES: dict[str, Sample] = {
+    "aten.lstm.input": _recurrent(4, True),
+    "aten.gru.input": _recurrent(3, False),
+    **{f"aten.rnn_{kind}.input": _recurrent(1, False) for kind in ("tanh", "relu")},
     "aten.histc.default": _tallied("bins", "max"),
     "aten.one_hot.default": _tallied("num_classes", None),
     "aten.view.default": _view("size"),
@@ -377,6 +402,7 @@ SAMPLES: dict[str, Sample] = {
     "aten.split_with_sizes.default": _sizes,
     "aten.split.sizes": lambda draw: {("split_size" if name == "split_sizes" else name): value for name, value in _sizes(draw).items()},
     "aten.split.Tensor": _split("split_size"),
+    "aten.unsafe_split.Tensor": _split("split_size"),
     "aten.chunk.default": _split("chunks"),
     "aten.tensor_split.sections": _split("sections"),
     "aten.permute.default": _permute,

@@ -1,0 +1,265 @@
+"""Recurrent layers: cells in a loop of Python, and whole layers, pruned mask-exactly."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from conftest import one_capture
+from oracle import error, zeroed
+from torch import Tensor, nn
+from zoo import randomise
+
+import fasp_fx
+import fasp_fx.testing
+
+HIDDEN = 6
+
+
+class Looped(nn.Module):
+    """A cell called step by step; its state is zero at first, or made of the first step."""
+
+    def __init__(self, kind: str, given: bool, **options: Any) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(3, 5), nn.Linear(HIDDEN, 2)
+        self.start = nn.Linear(3, HIDDEN) if given else None
+        self.cell = getattr(nn, kind)(5, HIDDEN, **options)
+
+    def forward(self, x: Tensor) -> Tensor:
+        state = x.new_zeros(x.shape[0], HIDDEN) if self.start is None else self.start(x[:, 0]).tanh()
+        long = isinstance(self.cell, nn.LSTMCell)
+        state = (state, state) if long else state
+        for step in range(x.shape[1]):
+            state = self.cell(self.up(x[:, step]), state)
+        return self.down(state[0] if long else state)
+
+
+def data(batch: int, steps: int = 4) -> Tensor:
+    return torch.randn(batch, steps, 3, generator=torch.Generator().manual_seed(batch))
+
+
+def held(model: nn.Module, result: fasp_fx.Result, *inputs: Tensor) -> None:
+    """The result equals the dense model in which the consumers' removed columns are zero, and that differs from the dense one."""
+    with torch.no_grad():
+        found, expected, dense = result.module(*inputs), zeroed(model, result.plan)(*inputs), model(*inputs)
+    assert error(found, expected) < 1e-5
+    assert error(expected, dense) > 1e-3
+
+
+@pytest.mark.parametrize(
+    ("kind", "options", "gates", "given"),
+    [
+        ("LSTMCell", {}, 4, False),
+        ("GRUCell", {"bias": False}, 3, False),
+        ("RNNCell", {"nonlinearity": "relu"}, 1, True),
+        pytest.param("LSTMCell", {}, 4, True, marks=pytest.mark.slow),
+        pytest.param("GRUCell", {"bias": False}, 3, True, marks=pytest.mark.slow),
+    ],
+    ids=["LSTM", "GRU", "RNN from the first step", "LSTM from the first step", "GRU from the first step"],
+)
+def test_cells_in_a_loop(kind: str, options: dict[str, Any], gates: int, given: bool) -> None:
+    model = randomise(Looped(kind, given, **options), std=0.8)
+    result = fasp_fx.prune(model, (data(2),), sparsity=0.4, score="random", restore=None)
+    held(model, result, data(5))
+    (group,) = [group for group in result.plan.groups if any(part.name == "cell.weight_hh" for part in group.consumers)]
+    removed = next(part.removed for part in group.consumers if part.name == "cell.weight_hh")
+    assert {part.name for part in group.consumers} == {"cell.weight_hh", "down.weight"}
+    left = HIDDEN - len(removed)
+    assert len(removed) > 0
+    with pytest.raises(AssertionError, match="Guard failed"):  # the loop was captured with as many steps as the example has
+        result.module(data(2, 5))
+    assert result.module.cell.weight_hh.shape == (gates * left, left)
+    rows = next(part.removed for part in group.producers if part.name == "cell.weight_ih")
+    assert list(rows) == [gate * HIDDEN + channel for gate in range(gates) for channel in removed]
+
+
+def test_a_cell_is_restored() -> None:
+    model = randomise(Looped("GRUCell", False), std=0.8)
+    result = fasp_fx.prune(model, (data(2),), calibration=[data(64)], sparsity=0.4)
+    cut = fasp_fx.apply(model, result.plan, (data(2),))
+    with torch.no_grad():
+        dense = model(data(64))
+        assert (result.module(data(64)) - dense).norm() < (cut.module(data(64)) - dense).norm()
+
+
+class Sequence(nn.Module):
+    """A recurrent layer between two linear ones; it ends on every step's output and on the last states."""
+
+    def __init__(self, kind: str, start: str = "none", **options: Any) -> None:
+        super().__init__()
+        self.layer = getattr(nn, kind)(5, HIDDEN, **options)
+        self.start, self.batch = start, 0 if self.layer.batch_first else 1
+        rows = self.layer.num_layers * (2 if self.layer.bidirectional else 1)
+        self.up, self.down = nn.Linear(3, 5), nn.Linear((self.layer.proj_size or HIDDEN) * (2 if self.layer.bidirectional else 1), 2)
+        self.first = nn.ModuleList(nn.Linear(3, HIDDEN) for _ in range(rows)) if start == "computed" else None
+        self.learned = nn.Parameter(torch.zeros(rows, 1, HIDDEN)) if start == "learned" else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        state = self.state(x)
+        output, _ = self.layer(self.up(x), (state, state) if state is not None and isinstance(self.layer, nn.LSTM) else state)
+        return self.down(output)
+
+    def state(self, x: Tensor) -> Tensor | None:
+        if self.learned is not None:
+            return self.learned.expand(-1, x.shape[self.batch], -1).contiguous()
+        if self.first is not None:
+            return torch.stack([linear(x.select(1 - self.batch, 0)).tanh() for linear in self.first])
+        return None
+
+
+def laid(model: Sequence, batch: int) -> Tensor:
+    """Inputs as the layer takes them; the exporter fixes the number of steps."""
+    return data(batch).transpose(0, model.batch).contiguous()
+
+
+LAYERS = {
+    "LSTM both ways": ("LSTM", {"num_layers": 2, "bidirectional": True, "dropout": 0.5}),
+    "LSTM with projections": ("LSTM", {"num_layers": 2, "proj_size": 4}),
+    "GRU without biases": ("GRU", {"batch_first": True, "bias": False}),
+    "RNN of rectified units, both ways": ("RNN", {"nonlinearity": "relu", "bidirectional": True, "num_layers": 2, "batch_first": True}),
+}
+MORE_LAYERS = {
+    "LSTM": ("LSTM", {"batch_first": True}),
+    "LSTM of three layers without biases": ("LSTM", {"num_layers": 3, "bias": False}),
+    "LSTM with projections without biases": ("LSTM", {"proj_size": 4, "bias": False, "batch_first": True, "bidirectional": True}),
+    "GRU": ("GRU", {}),
+    "GRU both ways": ("GRU", {"num_layers": 2, "bidirectional": True, "batch_first": True, "bias": False}),
+    "RNN": ("RNN", {"num_layers": 2}),
+}
+
+
+@pytest.mark.filterwarnings("ignore:LSTM with projections is not supported with oneDNN")
+@pytest.mark.parametrize(
+    ("kind", "options"),
+    [*LAYERS.values(), *(pytest.param(*layer, marks=pytest.mark.slow) for layer in MORE_LAYERS.values())],
+    ids=[*LAYERS, *MORE_LAYERS],
+)
+def test_whole_layers(kind: str, options: dict[str, Any]) -> None:
+    model = randomise(Sequence(kind, **options), std=0.6)
+    with one_capture():
+        most = fasp_fx.analyze(model, (laid(model, 2),)).max_sparsity
+        for share in (0.4, 1.0):
+            result = fasp_fx.prune(model, (laid(model, 2),), sparsity=share * most, score="random", restore=None)
+            for batch in (2, 5):
+                held(model, result, laid(model, batch))
+    for name, weight in model.layer.named_parameters():
+        found = result.module.layer.get_parameter(name)
+        if name.startswith("weight_hh"):
+            assert found.shape[1] == 1 if "proj" not in str(options) else found.shape[1] < weight.shape[1]
+
+
+@pytest.mark.parametrize(
+    ("kind", "start"),
+    [("LSTM", "computed"), ("GRU", "learned"), *(pytest.param(*pair, marks=pytest.mark.slow) for pair in [("LSTM", "learned"), ("RNN", "computed")])],
+)
+def test_initial_states_of_the_graph(kind: str, start: str) -> None:
+    model = randomise(Sequence(kind, start, num_layers=2, bidirectional=True), std=0.6)
+    result = fasp_fx.prune(model, (laid(model, 2),), sparsity=0.4, score="random", restore=None)
+    held(model, result, laid(model, 5))
+    assert result.module.layer.weight_hh_l1_reverse.shape[1] < HIDDEN
+
+
+class Translator(nn.Module):
+    """An encoder whose last states start a decoder; the answer is read from outputs and last states."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.encoder = getattr(nn, kind)(3, HIDDEN, num_layers=2, batch_first=True)
+        self.decoder = getattr(nn, kind)(3, HIDDEN, num_layers=2, batch_first=True)
+        self.read, self.sum = nn.Linear(HIDDEN, 2), nn.Linear(2 * HIDDEN, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        output, state = self.decoder(x, self.encoder(x)[1])
+        last = state[1] if isinstance(state, tuple) else state
+        return self.read(output) + self.sum(torch.cat([last[-1], last[0]], -1))[:, None]
+
+
+@pytest.mark.parametrize("kind", ["LSTM", pytest.param("GRU", marks=pytest.mark.slow)])
+def test_states_handed_on(kind: str) -> None:
+    model = randomise(Translator(kind), std=0.6)
+    result = fasp_fx.prune(model, (data(2),), sparsity=0.4, score="random", restore=None)
+    held(model, result, data(5))
+    for layer in (0, 1):
+        encoder, decoder = (module.get_parameter(f"weight_hh_l{layer}").shape[1] for module in (result.module.encoder, result.module.decoder))
+        assert encoder == decoder < HIDDEN
+
+
+def test_states_at_the_boundary_stay() -> None:
+    class Open(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.given, self.returned = nn.GRU(3, HIDDEN, batch_first=True), nn.GRU(HIDDEN, HIDDEN, batch_first=True)
+            self.down = nn.Linear(HIDDEN, 2)
+
+        def forward(self, x: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
+            output, last = self.returned(self.given(x, state)[0])
+            return self.down(output), last
+
+    model = randomise(Open(), std=0.6)
+    groups = fasp_fx.analyze(model, (data(2), torch.zeros(1, 2, HIDDEN))).groups
+    found = {member.name: (group.status, group.reason) for group in groups for member in group.producers}
+    assert found["given.weight_hh_l0"] == ("frozen", "meets 'hx' of aten.gru.input, which has no channels there")
+    assert found["returned.weight_hh_l0"] == ("frozen", "reaches output 1")
+
+
+def by_hand(layer: nn.Module, kind: str, x: Tensor, left: Tensor) -> list[Tensor]:
+    """The states of one layer before and after every step, ``[batch, hidden]``, from the definition; what W_hh meets is multiplied with ``left``."""
+    h = c = torch.zeros(len(x), HIDDEN)
+    states = [h]
+    for step in x.unbind(1):
+        a, b = step @ layer.weight_ih_l0.T + layer.bias_ih_l0, (h * left) @ layer.weight_hh_l0.T + layer.bias_hh_l0
+        if kind == "LSTM":
+            i, f, g, o = (a + b).chunk(4, 1)
+            c = f.sigmoid() * c + i.sigmoid() * g.tanh()
+            h = o.sigmoid() * c.tanh()
+        elif kind == "GRU":
+            (ra, za, na), (rb, zb, nb) = a.chunk(3, 1), b.chunk(3, 1)
+            z = (za + zb).sigmoid()
+            h = (1 - z) * (na + (ra + rb).sigmoid() * nb).tanh() + z * h
+        else:
+            h = (a + b).tanh()
+        states.append(h)
+    return states
+
+
+@pytest.mark.parametrize("kind", ["LSTM", "GRU", "RNN"])
+def test_against_the_definition(kind: str) -> None:
+    """Scores see the states one step before, zero states first, and what is pruned is the recurrence with masked states."""
+    model = randomise(Sequence(kind, batch_first=True), std=0.6)
+    seen: list[tuple[Tensor, Tensor]] = []
+
+    def score(columns: fasp_fx.scoring.Columns) -> Tensor:
+        seen.append((columns.weight, columns.norms))
+        return columns.weight.abs().sum(0) * columns.norms
+
+    x = data(40)
+    result = fasp_fx.prune(model, (data(2),), calibration=[x], sparsity=0.4, score=score, restore=None)
+    with torch.no_grad():
+        before = torch.stack(by_hand(model.layer, kind, model.up(x), torch.ones(HIDDEN))[:-1])
+        (norms,) = [norms for weight, norms in seen if torch.equal(weight, model.layer.weight_hh_l0)]
+        assert torch.allclose(norms.float(), before.flatten(0, 1).norm(dim=0), rtol=1e-4)
+        (gone,) = [part.removed for group in result.plan.groups for part in group.consumers if part.name == "layer.weight_hh_l0"]
+        into = [part.removed for group in result.plan.groups for part in group.consumers if part.name == "layer.weight_ih_l0"]
+        left = torch.ones(HIDDEN).index_fill(0, torch.tensor(gone), 0)
+        inputs = torch.ones(5).index_fill(0, torch.tensor(into[0] if into else [], dtype=torch.long), 0)
+        expected = model.down(torch.stack(by_hand(model.layer, kind, model.up(x) * inputs, left)[1:], 1) * left)
+        assert error(result.module(x), expected) < 1e-5
+        assert error(expected, model(x)) > 1e-3
+
+
+@pytest.mark.parametrize("kind", ["LSTM", pytest.param("GRU", marks=pytest.mark.slow)])
+def test_layers_are_restored(kind: str) -> None:
+    model = randomise(Sequence(kind, num_layers=2, bidirectional=True, batch_first=True), std=0.6)
+    result = fasp_fx.prune(model, (data(2),), calibration=[data(200)], sparsity=0.3)
+    cut = fasp_fx.apply(model, result.plan, (data(2),))
+    with torch.no_grad():
+        dense = model(data(200))
+        assert (result.module(data(200)) - dense).norm() < (cut.module(data(200)) - dense).norm()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("kind", "options"), LAYERS.values(), ids=LAYERS)
+def test_every_invariant(kind: str, options: dict[str, Any]) -> None:
+    model = randomise(Sequence(kind, **options), std=0.6)
+    fasp_fx.testing.check_program(model, (laid(model, 2),))
