@@ -23,8 +23,11 @@ _OPERATORS = (_ATEN.lstm.input, _ATEN.gru.input, _ATEN.rnn_tanh.input, _ATEN.rnn
 def single_layers(graph: fx.Graph) -> None:
     """Rewrite a functional graph so that each recurrent operator has one layer and one direction, and initial states of zeros of its own."""
     for node in list(graph.nodes):
-        if node.op == "call_function" and node.target in _OPERATORS and all(user.target is operator.getitem for user in node.users):
-            _Rewriter(graph, node).run()
+        if node.op != "call_function" or node.target not in _OPERATORS or any(user.target is not operator.getitem for user in node.users):
+            continue
+        rewriter = _Rewriter(graph, node)
+        if not rewriter.settled():
+            rewriter.run()
 
 
 @dataclass(frozen=True)
@@ -48,6 +51,11 @@ class _Rewriter:
         self.steps = 1 if self.given["batch_first"] else 0
         #: what the operator returns, recorded at capture
         self.recorded: list[Tensor] = list(node.meta["val"])
+
+    def settled(self) -> bool:
+        """Whether there is nothing to rewrite, as in a program captured before."""
+        own = [state.target is not _ATEN.zeros.default and (len(state.users) == 1 or not _created(state)) for state in self.states]
+        return self.layers * self.directions == 1 and all(own)
 
     def run(self) -> None:
         drops = self.given["dropout"] if self.given["train"] else 0.0
@@ -107,6 +115,11 @@ class _Rewriter:
         node = self.graph.call_function(target, args)
         node.meta["val"] = recorded
         return node
+
+
+def _created(state: fx.Node) -> bool:
+    rule = lookup(state.target)
+    return rule is not None and rule.creates
 
 
 def _first(states: Tensor) -> Tensor:
