@@ -17,9 +17,6 @@ from .patterns import lookup
 
 _log = logging.getLogger("fasp_fx")
 
-#: composites that stay whole though they have no rule: taken apart, they would fix the length of their input
-_RECURRENT = ("lstm", "gru", "rnn_tanh", "rnn_relu")
-
 
 def functional(exported: ExportedProgram) -> ExportedProgram:
     """Functionalise, and decompose composite operators without a rule; most programs are exported functional and keep as they are."""
@@ -40,7 +37,7 @@ def _decompositions(graph: fx.Graph) -> dict[OpOverload, Callable[..., Any]]:
     known = torch.export.default_decompositions()
     found: dict[OpOverload, Callable[..., Any]] = {}
     for operator in {node.target for node in graph.nodes if isinstance(node.target, OpOverload) and not _is_plain(node)}:
-        if operator._schema.is_mutable or operator._schema.name.rpartition("::")[2] in _RECURRENT:
+        if operator._schema.is_mutable:
             continue
         if operator in known:
             found[operator] = known[operator]
