@@ -9,7 +9,7 @@ from scipy.sparse.csgraph import connected_components
 from torch import Tensor, fx
 
 from ._program import Program
-from .channels import Interpreter, Numbering, Walk
+from .channels import Execution, Interpreter, Numbering, Walk
 
 #: channel numbers that are coupled, entry by entry, and the node that couples them
 Pairs = list[tuple[np.ndarray, np.ndarray, fx.Node]]
@@ -19,9 +19,10 @@ def walk_program(program: Program, heads: bool, experts: bool) -> tuple[Numberin
     """Interpret the program, again where a weight is better numbered block by block or some channels go together."""
     blocked = _cached_heads(program)
     stretched: set[tuple[str, int]] = set()
+    execution = Execution()
     while True:
         numbering = Numbering(blocked, stretched)
-        walk = _interpret(program, numbering, heads, experts)
+        walk = _interpret(program, numbering, heads, experts, execution)
         if walk.facts.blocks.keys() <= blocked.keys() and walk.facts.stretched <= stretched:
             break
         blocked = {**walk.facts.blocks, **blocked}
@@ -30,10 +31,10 @@ def walk_program(program: Program, heads: bool, experts: bool) -> tuple[Numberin
     coupled += _same_elsewhere(coupled, walk.facts.pairs) if coupled else []
     before = -1
     while coupled and (sets := int(label_sets(numbering.total, coupled).max())) != before:  # what goes together along one dimension may have to along the next
-        walk, before = _walk_together(program, numbering, coupled, coupled, experts), sets
+        walk, before = _walk_together(program, numbering, coupled, coupled, experts, execution), sets
         coupled = coupled + _numbered(walk.facts.together)
     if coupled:
-        walk = _walk_together(program, numbering, coupled, walk.facts.pairs, experts)
+        walk = _walk_together(program, numbering, coupled, walk.facts.pairs, experts, execution)
     walk.facts.heads = in_heads
     return numbering, walk
 
@@ -69,21 +70,23 @@ def _same_elsewhere(coupled: Pairs, pairs: Pairs) -> Pairs:
     return found
 
 
-def _walk_together(program: Program, numbering: Numbering, coupled: Pairs, pairs: Pairs, experts: bool) -> Walk:
+def _walk_together(program: Program, numbering: Numbering, coupled: Pairs, pairs: Pairs, experts: bool, execution: Execution) -> Walk:
     """Interpret with one number for all channels that ``coupled`` puts together, and those that ``pairs`` couples with them."""
     everyone = np.arange(numbering.total)
     labels = label_sets(numbering.total, pairs)
     within = np.isin(labels, np.unique(labels[np.concatenate([numbers for _, numbers, _ in coupled])]))
     speaking = np.where(within, np.unique(labels, return_index=True)[1][labels], everyone)
     numbering.representative = torch.from_numpy(speaking)
-    walk = _interpret(program, numbering, False, experts)
+    walk = _interpret(program, numbering, False, experts, execution)
     spoken_for = np.flatnonzero(speaking != everyone)
     walk.facts.pairs.append((spoken_for, speaking[spoken_for], coupled[0][2]))
     return walk
 
 
-def _interpret(program: Program, numbering: Numbering, heads: bool, experts: bool) -> Walk:
-    return Interpreter(program.module, numbering, program.canonical(), program.state_inputs, program.state_outputs, heads=heads, experts=experts).run()
+def _interpret(program: Program, numbering: Numbering, heads: bool, experts: bool, execution: Execution) -> Walk:
+    return Interpreter(
+        program.module, numbering, program.canonical(), program.state_inputs, program.state_outputs, heads=heads, experts=experts, execution=execution
+    ).run()
 
 
 def label_sets(total: int, pairs: Pairs) -> np.ndarray:

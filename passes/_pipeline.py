@@ -82,8 +82,11 @@ class Pipeline:
         return next(iter(plans.values()), None)
 
     def _run(self, program: Program, analysis: Analysis) -> Program:
+        stale = False
         for step in self.passes:
             try:
+                if stale:
+                    analysis, stale = analyze_program(program, None, analysis.granularity, analysis.include), False
                 if isinstance(step, Foreign):
                     program, analysis = step.run(program, analysis, self.tolerance)
                     continue
@@ -95,8 +98,7 @@ class Pipeline:
                 verify(rewritten, analysis)
                 program = rewritten
                 if step.renumbers:
-                    program = replace(rewritten, numbers={})
-                    analysis = analyze_program(program, None, analysis.granularity, analysis.include)
+                    program, stale = replace(rewritten, numbers={}), True
             except FaspError as error:
                 raise VerificationError(f"pass '{step.name}' failed: {error}") from error
             except (RuntimeError, AttributeError) as error:  # what fx says of a broken graph

@@ -59,6 +59,7 @@ def walk_strictly(program: Program, reference: Analysis, numbering: Numbering, g
         strict=True,
         grows=grows,
         experts=reference.experts,
+        execution=reference.walk.execution,
     ).run(reference.walk.sizes.small)
 
 

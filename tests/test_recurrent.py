@@ -67,7 +67,8 @@ def test_cells_in_a_loop(kind: str, options: dict[str, Any], gates: int, given: 
     assert {part.name for part in group.consumers} == {"cell.weight_hh", "down.weight"}
     left = HIDDEN - len(removed)
     assert len(removed) > 0
-    with pytest.raises(fasp_fx.CallError, match="dimension 1 is 5, the program was captured for 4"):  # the loop was captured with as many steps as the example has
+    # the loop was captured with as many steps as the example has
+    with pytest.raises(fasp_fx.CallError, match="dimension 1 is 5, the program was captured for 4"):
         result.module(data(2, 5))
     assert result.module.cell.weight_hh.shape == (gates * left, left)
     rows = next(part.removed for part in group.producers if part.name == "cell.weight_ih")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from ._consume import WHY_NOT_FOLDED
+from ._execution import Execution
 from ._facts import Facts, Layout, Product, Remark, Use
 from ._fx import arguments, attribute, results, set_argument, target_name
 from ._interpreter import Interpreter, Walk
@@ -14,6 +15,7 @@ __all__ = [
     "NONE",
     "WHY_NOT_FOLDED",
     "Axis",
+    "Execution",
     "Facts",
     "Interpreter",
     "Layout",

@@ -14,11 +14,12 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 from torch._ops import OpOverload
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensor
 
 from fasp_fx.errors import VerificationError
 from fasp_fx.patterns import CASTS, Rule, lookup
 
+from ._execution import Execution
 from ._factors import NotDivisible
 from ._facts import Facts
 from ._fx import arguments, attribute, elements, results, target_name
@@ -42,6 +43,7 @@ class Walk:
     executed: dict[fx.Node, Any] = field(default_factory=dict)
     facts: Facts = field(default_factory=Facts)
     without_rule: dict[str, list[fx.Node]] = field(default_factory=dict)
+    execution: Execution = field(default_factory=Execution)
 
 
 class _Degenerate(Exception):
@@ -61,6 +63,7 @@ class Interpreter:
         grows: weights without numbers get numbers of their own even so.
         heads: note which channels belong to one head, wherever two activations are contracted head by head.
         experts: follow the numbers by which a router names experts.
+        execution: of a walk through a program much like this one, so that its operators need not be executed again.
     """
 
     def __init__(
@@ -75,10 +78,12 @@ class Interpreter:
         heads: bool = False,
         grows: bool = False,
         experts: bool = False,
+        execution: Execution | None = None,
     ) -> None:
         self.module, self.numbering, self.canonical = module, numbering, canonical
         self.state_inputs, self.state_outputs = state_inputs, state_outputs
         self.overrides, self.strict, self.heads, self.grows, self.experts = overrides or {}, strict, heads, grows, experts
+        self.execution = execution or Execution()
 
     def run(self, small: bool | None = None) -> Walk:
         """Walk the graph once.
@@ -101,8 +106,7 @@ class Interpreter:
             logger.setLevel(level)
 
     def _run(self, small: bool) -> Walk:
-        walk = Walk(Sizes(self.module, small))
-        self._mode = FakeTensorMode(allow_non_fake_inputs=True)
+        walk = Walk(Sizes(self.module, small), execution=self.execution)
         for node in self.module.graph.nodes:
             getattr(self, f"_{node.op}")(node, walk, small)
         return walk
@@ -145,12 +149,12 @@ class Interpreter:
 
     def _placeholder(self, node: fx.Node, walk: Walk, small: bool) -> None:
         recorded = node.meta.get("val")
-        with self._mode:
+        with self.execution.mode:
             executed = walk.sizes.concrete(recorded)
-        walk.executed[node] = executed
         if not isinstance(recorded, Tensor):
-            walk.values[node] = executed
+            walk.executed[node] = walk.values[node] = executed
             return
+        walk.executed[node] = executed = self.execution.like(executed)
         inside = {self.numbering.blocked.get((node.name, dim), (None, 1))[0] for dim in range(recorded.dim())}  # part of other dimensions' numbers
         static = [dim for dim, size in enumerate(recorded.shape) if not isinstance(size, torch.SymInt) and dim not in inside]
         axes = self._axes(node.name, tuple(executed.shape), "input", static)
@@ -166,8 +170,7 @@ class Interpreter:
             return
         name = self.canonical.get(target_name(node), target_name(node))
         shape = tuple(tensor.shape)
-        with self._mode:
-            walk.executed[node] = torch.empty_strided(shape, tensor.stride(), dtype=tensor.dtype, device=tensor.device)
+        walk.executed[node] = self.execution.like(tensor)
         data = None
         if not tensor.is_floating_point() and tensor.numel() <= _DATA_LIMIT and tensor.device.type != "meta" and not isinstance(tensor, FakeTensor):
             data = tensor.detach().cpu()
@@ -208,14 +211,13 @@ class Interpreter:
         try:
             if node.op != "call_function" or not callable(node.target):
                 raise NotImplementedError(f"{node.op} is not executed while analysing")
-            with self._mode:
-                executed = node.target(*args, **kwargs)
+            executed = self.execution.call(node.target, args, kwargs)
         except Exception as error:
             if self.strict:
                 raise VerificationError(f"node '{node.name}' ({node.target}) no longer executes: {error}") from error
             if small and walk.sizes.assigned:
                 raise _Degenerate from error
-            with self._mode:
+            with self.execution.mode:
                 executed = walk.sizes.concrete(node.meta.get("val"))  # data-dependent or higher-order: the recorded shape serves
         if small and walk.sizes.assigned and any(0 in shape for shape in _shapes(executed)) and not self.strict:
             raise _Degenerate
