@@ -40,9 +40,7 @@ class GroupBuilder:
         self.label_bounds = np.searchsorted(labels[self.numbers_by_label], np.arange(found.count + 1))
         self.headed = self._sets_of([numbers for _, numbers, _ in facts.heads])
         self.multiplied = self._sets_of([product.numbers for product in facts.products] if found.exempt else [])
-        self.parameters = {
-            program.parts[name].name if name in program.parts else name for name, _ in program.module.named_parameters(remove_duplicate=False)
-        }
+        self.parameters = {program.parts[name].name if name in program.parts else name for name, _ in program.module.named_parameters(remove_duplicate=False)}
 
     def _sets_of(self, numbers: list[np.ndarray]) -> np.ndarray:
         return np.unique(self.found.labels[np.concatenate(numbers)]) if numbers else np.zeros(0, dtype=np.int64)

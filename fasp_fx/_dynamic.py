@@ -77,9 +77,7 @@ def of_fixed_total(exported: ExportedProgram) -> frozenset[tuple[int, int]]:
     return frozenset(place for place, expression in sizes.items() if expression.free_symbols & tied)
 
 
-def with_static(
-    shapes: Callable[..., ShapesCollection], fixed: frozenset[tuple[int, int]], args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> ShapesCollection:
+def with_static(shapes: Callable[..., ShapesCollection], fixed: frozenset[tuple[int, int]], args: tuple[Any, ...], kwargs: dict[str, Any]) -> ShapesCollection:
     """What ``shapes`` lets vary, but for these dimensions."""
     collection = shapes(args, kwargs)
     for index, leaf in enumerate(pytree.tree_leaves((args, kwargs))):

@@ -47,7 +47,6 @@ class _Consumer:
         """Which columns go, shape ``[blocks, columns]``."""
         return np.append(gone, False)[self.matrices.columns].any(-1)  # the last entry serves NONE (-1)
 
-
     def blocks_gone(self, gone: np.ndarray) -> np.ndarray:
         """Which blocks go whole, shape ``[blocks]``."""
         own = self.matrices.use.block_numbers

@@ -95,6 +95,7 @@ class Report:
         from ._page import page
 
         return page(self, title)
+
     cache: tuple[int, int] | None = None
 
     def __str__(self) -> str:

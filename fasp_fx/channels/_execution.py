@@ -33,10 +33,11 @@ class Execution:
         return self._tensors[layout]
 
     def call(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """What an operator returns. What is no operator, or writes into an argument (then another one), is executed each time."""
+        """What an operator returns. What is no operator, or writes into an argument (into a copy, here), is executed each time."""
         if not isinstance(target, OpOverload) or target._schema.is_mutable:
             with self.mode:
-                args, kwargs = tree_map_only(Tensor, Tensor.detach, (args, kwargs))
+                if isinstance(target, OpOverload):
+                    args, kwargs = tree_map_only(Tensor, Tensor.detach, (args, kwargs))
                 return target(*args, **kwargs)
         key = (target, _key(args), _key(kwargs))
         if key not in self._known:

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 from torch._ops import OpOverload
-from torch._subclasses.fake_tensor import FakeTensor
+from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensor
 
 from fasp_fx.errors import VerificationError
 from fasp_fx.patterns import CASTS, Rule, lookup
@@ -32,6 +32,9 @@ from ._value import Axis, Value
 
 #: integer constants up to this many elements are known to the analysis as data (index tensors)
 _DATA_LIMIT = 1 << 20
+
+#: what fake tensors say of an operator whose result, or its shape, depends on data: the recorded shape serves, for no channel of its arguments can go
+_AT_RUN_TIME = (DataDependentOutputException, DynamicOutputShapeException)
 
 
 @dataclass
@@ -212,13 +215,16 @@ class Interpreter:
             if node.op != "call_function" or not callable(node.target):
                 raise NotImplementedError(f"{node.op} is not executed while analysing")
             executed = self.execution.call(node.target, args, kwargs)
+        except _AT_RUN_TIME:
+            with self.execution.mode:
+                executed = walk.sizes.concrete(node.meta.get("val"))
         except Exception as error:
             if self.strict:
                 raise VerificationError(f"node '{node.name}' ({node.target}) no longer executes: {error}") from error
             if small and walk.sizes.assigned:
                 raise _Degenerate from error
             with self.execution.mode:
-                executed = walk.sizes.concrete(node.meta.get("val"))  # data-dependent or higher-order: the recorded shape serves
+                executed = walk.sizes.concrete(node.meta.get("val"))  # higher-order, say: the recorded shape serves
         if small and walk.sizes.assigned and any(0 in shape for shape in _shapes(executed)) and not self.strict:
             raise _Degenerate
         return executed

@@ -95,6 +95,8 @@ def move(
             if known is None or not rule.all("freeze"):
                 return None
         others[name] = known
+    if _parts_at_run_time(rule, others, source.shape):
+        return _part_at_run_time(node, rule, source, others, shapes, facts)
     touched = _touched_dims(rule, others, len(source.shape))
     if unknown:
         source = _alike_along(source, touched, node, facts)
@@ -122,6 +124,22 @@ def move(
     whole = source.origin if len(shapes) == 1 and _numel(shapes[0]) == _numel(source.shape) else None
     data = [None] * len(shapes) if source.data is None else _outputs(_run(node.target, source.data, _rest(others)))
     return [Value(shape, tuple(axes[i]), source.constant, whole, data[i]) for i, shape in enumerate(shapes)]
+
+
+def _parts_at_run_time(rule: Rule, arguments: dict[str, Any], shape: tuple[int, ...]) -> bool:
+    """Whether the sizes of parts, known only at run time, are stood in for by numbers that do not add up."""
+    return any(sum(arguments[sizes]) != shape[int(arguments[dim])] for sizes, dim in (clause.words for clause in rule.all("sizes")))
+
+
+def _part_at_run_time(node: fx.Node, rule: Rule, source: Value, arguments: dict[str, Any], shapes: list[tuple[int, ...]], facts: Facts) -> list[Value]:
+    """Parts of unknown length, such as the tokens of each expert: what does not vary along the dimension is the same in each."""
+    axes: list[Axis] = []
+    for axis in source.axes:
+        if any(axis.numbers.shape[int(arguments[clause.words[1]])] > 1 for clause in rule.all("sizes")):
+            facts.say(facts.frozen, axis.numbers, f"is cut at a length known only at run time by {node.target}", node)
+        else:
+            axes.append(axis)
+    return [Value(shape, tuple(axes), source.constant) for shape in shapes]
 
 
 def _aligned(axis: Axis, shape: tuple[int, ...], run: Callable[[Tensor], list[Tensor]], node: fx.Node, facts: Facts) -> Axis:

@@ -31,10 +31,28 @@ class Sizes:
     def __init__(self, module: fx.GraphModule, small: bool) -> None:
         self.small = small
         self.assigned: dict[sympy.Symbol, int] = {}
+        counted: dict[int, Any] = {}
         for node in module.graph.nodes:
+            recorded = node.meta.get("val")
             if node.op == "placeholder":
-                for size in _symints(node.meta.get("val")):
+                for size in _symints(recorded):
                     self._assign(size)
+            elif isinstance(recorded, torch.SymInt):
+                counted[id(recorded.node.shape_env)] = recorded.node.shape_env
+        for environment in counted.values():
+            self._share_out(environment)
+
+    def _share_out(self, environment: Any) -> None:
+        """Numbers known only at run time that the program says add up to a size, such as how many tokens each expert gets, share it."""
+        for asserted in [item.expr for items in environment.deferred_runtime_asserts.values() for item in items]:
+            if not isinstance(asserted, sympy.Eq):
+                continue
+            difference = sympy.expand((asserted.lhs - asserted.rhs).xreplace(self.assigned))
+            parts = sorted(difference.free_symbols, key=str)
+            for total in (sympy.Add(*parts) - difference, sympy.Add(*parts) + difference):
+                if parts and total.is_Integer and total >= 0:
+                    each, over = divmod(int(total), len(parts))
+                    self.assigned |= {symbol: each + (index < over) for index, symbol in enumerate(parts)}
 
     def _assign(self, size: torch.SymInt) -> None:
         environment = size.node.shape_env
