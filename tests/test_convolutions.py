@@ -65,6 +65,9 @@ MODELS: dict[str, Callable[[], nn.Module]] = {
     "grouped": lambda: _chain(nn.ReLU(), nn.Conv2d(8, 12, 3, groups=4), nn.GELU(), out=12),
     "depthwise": lambda: _chain(nn.ReLU(), nn.Conv2d(8, 8, 3, groups=8), nn.BatchNorm2d(8)),
     "depthwise with a multiplier": lambda: _chain(ExcitedDepthwise(), out=16),
+    "depthwise with multipliers one after another": lambda: _chain(
+        Residual(nn.Conv2d(8, 8, 3, padding=1, groups=8)), nn.Conv2d(8, 16, 3, groups=8), nn.ReLU(), nn.Conv2d(16, 32, 3, groups=16), nn.ReLU(), out=32
+    ),
     "transposed": lambda: _chain(nn.ReLU(), nn.ConvTranspose2d(8, 6, 3, stride=2, padding=1), nn.ReLU(), out=6),
     "transposed grouped": lambda: _chain(nn.ReLU(), nn.ConvTranspose2d(8, 6, 2, stride=2, groups=2), nn.ReLU(), out=6),
     "pools": lambda: _chain(nn.MaxPool2d(2), nn.AvgPool2d(2), nn.Upsample(scale_factor=2, mode="bilinear"), nn.Upsample(scale_factor=2)),
@@ -154,3 +157,10 @@ def test_the_residual_stream_of_a_convolutional_network_goes_as_a_whole() -> Non
     assert stream.status == "prunable"
     assert {member.name for member in stream.producers} >= {"0.weight", "1.inner.2.weight", "2.weight", "2.bias"}
     assert {member.name for member in stream.consumers} == {"1.inner.0.weight", "3.weight"}
+
+
+def test_a_depthwise_multiplier_leaves_whole_runs_of_outputs() -> None:
+    model = MODELS["depthwise with multipliers one after another"]()
+    analysis = fasp_fx.analyze(model.eval(), (torch.randn(2, 3, 12, 12),))
+    group = next(group for group in analysis.groups if group.status == "prunable")
+    assert (group.size, len(group.producers) > 2) == (8, True), "each of the eight channels takes its two, and their four, along"
