@@ -27,7 +27,8 @@ def without_tuples(program: ExportedProgram) -> ExportedProgram:
     """The same program with dicts in the place of those tuples, for writing only; the same object if it has none. Tensors are shared."""
     if not any(node.target in _TUPLES for node in program.graph.nodes):
         return program
-    graph, copies = fx.Graph(), {}
+    graph = fx.Graph()
+    copies: dict[fx.Node, fx.Node] = {}
     returned = graph.graph_copy(program.graph, copies)
     graph.output(returned).meta.update(next(iter(program.graph.find_nodes(op="output"))).meta)
     module = fx.GraphModule(program.graph_module, graph)
