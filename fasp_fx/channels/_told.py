@@ -5,13 +5,15 @@ from __future__ import annotations
 from typing import Any
 
 from torch import fx
+from torch.utils import _pytree as pytree
 
 from fasp_fx.patterns import ORDINALS, Rule, lookup
 
+from ._fx import arguments
 from ._value import Value
 
 
-def told(rule: Rule, arguments: dict[str, Any], target: object) -> dict[str, str]:
+def told(rule: Rule, given: dict[str, Any], target: object) -> dict[str, str]:
     """The letters along which a call tells positions apart, each with the reason why none of them can go.
 
     A graph is told the number of a position; with another position gone it would be told another number. Only where nothing that it gives depends on that
@@ -19,7 +21,7 @@ def told(rule: Rule, arguments: dict[str, Any], target: object) -> dict[str, str
     """
     found: dict[str, str] = {}
     for letter, name, ordinal in (clause.words for clause in rule.all("told")):
-        why = _tells_apart(arguments.get(name), ORDINALS[ordinal])
+        why = _tells_apart(given.get(name), ORDINALS[ordinal])
         if why is not None:
             found.setdefault(letter, f"'{name}' of {target} {why}")
     return found
@@ -41,14 +43,17 @@ def _depends(graph: fx.Graph, place: int) -> bool:
     """Whether anything that a graph gives, or any write of its, depends on the value of an input."""
     reached = {graph.find_nodes(op="placeholder")[place]}
     for node in graph.nodes:  # in topological order
-        if _reads_values(node) and not reached.isdisjoint(node.all_input_nodes):
+        if not reached.isdisjoint(_values_read(node)):
             if node.op == "output" or node.is_impure():
                 return True
             reached.add(node)
     return False
 
 
-def _reads_values(node: fx.Node) -> bool:
-    """Whether a node's result can depend on the values of its inputs, and not on their types and shapes alone."""
+def _values_read(node: fx.Node) -> list[fx.Node]:
+    """The nodes whose values a node's result can depend on; of a tensor that one is made like (``new_zeros``), only type and device are read."""
     rule = lookup(node.target)
-    return rule is None or not rule.creates
+    if rule is None or not rule.creates:
+        return node.all_input_nodes
+    others = [value for name, value in arguments(node).items() if name != "self"]
+    return [leaf for leaf in pytree.tree_leaves(others) if isinstance(leaf, fx.Node)]
