@@ -5,7 +5,8 @@ from __future__ import annotations
 import contextlib
 import functools
 import itertools
-from collections.abc import Iterator
+import traceback
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -55,7 +56,7 @@ def export(
     for note, inputs, shapes in attempts:
         try:
             with quiet(), torch.no_grad():
-                exported = _export_once(model, signature, names, inputs, shapes)
+                exported = _with_or_without_cache(functools.partial(_export_once, model, signature, names, inputs, shapes))
                 features = of_fixed_total(exported) if dynamic_shapes is None and callable(shapes) else frozenset()
                 if features:
                     exported = _export_once(model, signature, names, inputs, functools.partial(with_static, shapes, features))
@@ -95,6 +96,21 @@ def _export_once(model: nn.Module, signature: CallSignature, names: list[str], i
         return functional(torch.export.export(model, args, kwargs, dynamic_shapes=spec, strict=False))
 
 
+def _with_or_without_cache(make: Callable[[], ExportedProgram]) -> ExportedProgram:
+    """Export; once more without torch's cache of fake results if that is what failed.
+
+    The cache compares sizes while operators are traced, and cannot do so for some products of three symbols (the table of a block mask over dynamic
+    lengths has such); the operators themselves trace well.
+    """
+    try:
+        return make()
+    except TypeError as error:
+        if not any(frame.name == "_make_cache_entry" for frame in traceback.extract_tb(error.__traceback__)):
+            raise
+    with torch._dynamo.config.patch(fake_tensor_cache_enabled=False):
+        return make()
+
+
 @contextlib.contextmanager
 def _holding(model: nn.Module, constants: dict[str, Any]) -> Iterator[None]:
     """Give ``forward`` arguments that the exporter does not take, such as members of an enum."""
@@ -117,4 +133,4 @@ def export_again(module: fx.GraphModule, example: tuple[tuple[Any, ...], dict[st
     args, kwargs = example
     shapes = recorded_shapes(module, example).dynamic_shapes(module, args, kwargs)
     with quiet(), torch.no_grad():
-        return functional(torch.export.export(module, args, kwargs, dynamic_shapes=shapes, strict=False))
+        return _with_or_without_cache(lambda: functional(torch.export.export(module, args, kwargs, dynamic_shapes=shapes, strict=False)))

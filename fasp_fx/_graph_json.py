@@ -13,6 +13,7 @@ from torch._export.serde import serialize as serde
 from torch.export import ExportedProgram
 from torch.utils import _pytree as pytree
 
+from ._nested import with_tuples, without_tuples
 from ._quiet import quiet
 from ._signature_json import value_from_json, value_to_json
 from ._tensors import to_device
@@ -29,7 +30,9 @@ def program_to_json(program: ExportedProgram) -> dict[str, Any]:
     _check_weights(program)
     try:
         with quiet():
-            stored = serde.ExportedProgramSerializer().serialize(program, serialize_state_dict=False, serialize_constants=False, serialize_example_inputs=False)
+            stored = serde.ExportedProgramSerializer().serialize(
+                without_tuples(program), serialize_state_dict=False, serialize_constants=False, serialize_example_inputs=False
+            )
     except Exception as error:
         raise StoreError(f"the program cannot be written as JSON: {first_line(error)}") from error
     check_program(stored.exported_program)  # what is refused on loading is refused now
@@ -55,7 +58,9 @@ def program_from_json(data: Mapping[str, Any], weights: dict[str, Tensor], const
             _move(parsed, device)
         example = _example_from_json(data["example"], parsed.graph_module.module_call_graph[0].signature.in_spec, device)
         with quiet():
-            return serde.ExportedProgramDeserializer().deserialize(parsed, weights, constants, example)
+            program = serde.ExportedProgramDeserializer().deserialize(parsed, weights, constants, example)
+        with_tuples(program)
+        return program
     except StoreError:
         raise
     except Exception as error:

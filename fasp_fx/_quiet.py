@@ -21,10 +21,12 @@ def quiet() -> Iterator[None]:
         "transformers",
         exporter_dynamo.logger.name,
     )
-    levels = {name: logging.getLogger(name).level for name in names}
+    fake = "torch._subclasses.fake_tensor"  # logs as errors what it goes on to raise
+    levels = {name: logging.getLogger(name).level for name in (*names, fake)}
     try:
         for name in names:
             logging.getLogger(name).setLevel(logging.ERROR)
+        logging.getLogger(fake).setLevel(logging.CRITICAL)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             yield

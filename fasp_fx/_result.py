@@ -11,6 +11,7 @@ from torch import Tensor, fx, nn
 from torch.export import ExportedProgram
 from torch.fx.graph_module import _USER_PRESERVED_ATTRIBUTES_KEY
 
+from ._flex import make_traceable
 from ._guards import guard_calls
 from ._program import Program, graph_module
 from ._signature import CallerCodeGen, CallSignature
@@ -71,6 +72,7 @@ def wrap(exported: ExportedProgram, signature: CallSignature) -> fx.GraphModule:
     for node in lifted.graph.find_nodes(op="call_function", target=torch.ops.aten.view.default):
         # Strides were settled without gradients; with them attention can pick another kernel, whose result a view does not fit.
         node.target = torch.ops.aten.reshape.default
+    make_traceable(lifted.graph)
     module = graph_module(lifted, lifted.graph, lifted.meta)
     generated: Any = lifted.graph._codegen
     module.graph._codegen = CallerCodeGen(signature, generated.pytree_info)

@@ -22,7 +22,10 @@ from torch.utils import _pytree as pytree
 from .errors import StoreError
 
 _OPERATOR = re.compile(r"torch\.ops\.(\w+)\.(\w+)\.(\w+)")
-_HIGHER_ORDER = {f"torch.ops.higher_order.{name}" for name in ("cond", "while_loop", "scan", "map_impl", "wrap_with_set_grad_enabled", "wrap_with_autocast")}
+_HIGHER_ORDER = {
+    f"torch.ops.higher_order.{name}"
+    for name in ("cond", "while_loop", "scan", "map_impl", "wrap_with_set_grad_enabled", "wrap_with_autocast", "flex_attention")
+}
 _ON_SIZES = {f"{target.__module__}.{target.__name__}" for target in serde._SYM_OPS}
 #: constructors that sympy.srepr writes for sizes, with torch's own
 _EXPRESSIONS = {
@@ -104,6 +107,8 @@ def check_program(program: schema.ExportedProgram) -> None:
             item.metadata.clear()
         elif isinstance(item, schema.Argument) and item.type == "as_operator":
             check_operator(item.value)
+        elif isinstance(item, schema.Argument) and item.type == "as_string_to_argument":
+            _check_options(item.value)
         elif isinstance(item, (schema.CustomObjArgument, schema.InputToCustomObjSpec)):
             raise StoreError("the program holds a custom object, which cannot be stored without pickle; keep it outside of the captured model")
         elif isinstance(item, schema.Graph):
@@ -145,6 +150,14 @@ def _check_names(*names: Any) -> None:
     for name in names:
         if not isinstance(name, str) or not name.isidentifier():
             raise StoreError(f"the stored graph uses {name!r} as a name, which save() never writes; save the result again")
+
+
+def _check_options(options: dict[str, Any]) -> None:
+    """Refuse options of an operator that are more than words and numbers: compilers write them into the code of kernels."""
+    for key, value in options.items():
+        for text in (key, value.value) if value.type == "as_string" else (key,):
+            if not isinstance(text, str) or re.fullmatch(r"\w+", text) is None:
+                raise StoreError(f"the stored graph has {text!r} among the options of an operator, which save() never writes; save the result again")
 
 
 def _check_path(path: Any) -> None:

@@ -7,7 +7,7 @@ compositions of operators. The grammar is described in ``_grammar`` and in the d
 from __future__ import annotations
 
 from ._grammar import ORDINALS, Alternative, Clause, Dims, Operand, Rule, letters_of, parse
-from ._registry import builtin, lookup, register, unregister
+from ._registry import Operator, argument_names, builtin, lookup, register, unregister
 from .composites import COMPOSITES, find_composites
 from .pointwise import CASTS, VANISHING
 
@@ -20,7 +20,9 @@ __all__ = [
     "Clause",
     "Dims",
     "Operand",
+    "Operator",
     "Rule",
+    "argument_names",
     "builtin",
     "find_composites",
     "letters_of",

@@ -31,6 +31,8 @@
                  |  "gates" LETTER NUMBER                a letter in brackets has NUMBER positions, rows of weights of which each does other things
                  |  "recur" LETTER LETTER NAME NAME      the first letter, of a weight, is contracted with the second, of the first result one step before;
                                                      arguments: the state before the first step, whether steps lie along the second dimension
+                 |  "told" LETTER NAME NAME              the graph in an argument is told positions along LETTER by its input number NAME (second, third), and
+                                                     tables beside it in a list have them along that dimension: they stay where its result depends on it
                  |  "only" NAME NUMBER                   the rule speaks of calls with that value of argument NAME; in others the operator has no rule
                  |  "repeat" LETTER LETTER               the first letter is repeated in blocks to the size of the second
                  |  "shape" NAME                         argument NAME is the shape of the result
@@ -72,6 +74,7 @@ _CLAUSES = {
     "factor": (2,),
     "gates": (2,),
     "recur": (4,),
+    "told": (3,),
     "only": (2,),
     "ignore": (1,),
     "choose": (1, 2),
@@ -88,8 +91,8 @@ _CLAUSES = {
     "chunk": (2,),
 }
 _WITH_ARGUMENT = {"mix", "reduce", "freeze", "window", "choose", "add"}
-#: how a clause counts results
-ORDINALS = {"first": 0, "second": 1}
+#: how a clause counts results, or the inputs of a graph
+ORDINALS = {"first": 0, "second": 1, "third": 2}
 
 
 def letters_of(dims: Dims) -> tuple[str, ...]:
@@ -176,7 +179,7 @@ class Rule:
                 found.add(clause.words[0])
             elif clause.keyword in ("slide", "recur"):
                 found |= set(clause.words[2:])
-            elif clause.keyword == "factor":
+            elif clause.keyword in ("factor", "told"):
                 found.add(clause.words[1])
         return {name.partition(".")[0] for name in found}
 
@@ -267,9 +270,9 @@ class _Parser:
         words = [self.take()]
         while self.peek() not in (None, ";"):
             words.append(self.take())
-        numbered = {"choose": words[1:], "pass": words[1:]}.get(str(keyword), [])
+        numbered = {"choose": words[1:], "pass": words[1:], "told": words[2:]}.get(str(keyword), [])
         if any(word not in ORDINALS for word in numbered):
-            self.fail(f"{keyword!r} counts results as {' or '.join(ORDINALS)}")
+            self.fail(f"{keyword!r} counts as {' or '.join(ORDINALS)}")
         if keyword in ("gates", "only") and not words[-1].isdecimal():
             self.fail(f"{keyword!r} ends in a number")
         if len(words) not in _CLAUSES[str(keyword)]:

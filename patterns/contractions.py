@@ -31,6 +31,10 @@ CONTRACTIONS: dict[str, str] = {
         " | query[... q d], key[... k d], value[... k c], attn_mask[... q k] -> [... q c]"
         "; mix k; repeat g h"
     ),
+    "higher_order.flex_attention": (
+        "query[b h q d], key[b g k d], value[b g k c] -> [b h q c], [b h q], [b h q]"
+        "; mix k; repeat g h; freeze b; freeze q; freeze k; told h score_mod third; told h block_mask second"
+    ),
     **{f"aten.conv{rank}d.{overload}": _convolution(rank) for rank in _SPATIAL for overload in ("default", "padding")},
     "aten.conv_transpose1d.default": _transposed(1),
     "aten.conv_transpose2d.input": _transposed(2),

@@ -56,6 +56,7 @@ DECODERS = sharing(
         "HunYuanDenseV1ForCausalLM": {},
         "JetMoeForCausalLM": {"kv_channels": 16},
         "LlamaForCausalLM": {},
+        "LlamaForCausalLM with flex attention": {"model": "LlamaForCausalLM", "name": "llama-flex", "attn_implementation": "flex_attention"},
         "MinistralForCausalLM": {},
         "MistralForCausalLM": {},
         "ModernBertDecoderForCausalLM": {},

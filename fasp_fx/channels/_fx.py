@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 import torch
 from torch import fx
-from torch._ops import OpOverload
+
+from fasp_fx.patterns import argument_names
 
 
 def attribute(module: torch.nn.Module, target: str) -> Any:
@@ -23,16 +25,12 @@ def target_name(node: fx.Node) -> str:
 
 
 def arguments(node: fx.Node) -> dict[str, Any]:
-    """The arguments of a call by their schema names, defaults included; by position where the target has no schema."""
-    if not isinstance(node.target, OpOverload):
+    """The arguments of a call by their declared names, defaults included; by position where the target declares none."""
+    declared = argument_names(node.target)
+    if not declared:
         return {str(index): value for index, value in enumerate(node.args)} | dict(node.kwargs)
-    schema = node.target._schema.arguments
-    given: dict[str, Any] = {argument.name: value for argument, value in zip(schema, node.args, strict=False)}
-    given.update(node.kwargs)
-    for argument in schema:
-        if argument.name not in given and argument.has_default_value():
-            given[argument.name] = argument.default_value
-    return given
+    given: dict[str, Any] = {**dict(zip(declared, node.args, strict=False)), **node.kwargs}
+    return given | {name: default for name, default in declared.items() if name not in given and default is not inspect.Parameter.empty}
 
 
 def elements(given: dict[str, Any]) -> dict[str, Any]:
@@ -45,11 +43,10 @@ def elements(given: dict[str, Any]) -> dict[str, Any]:
 
 
 def set_argument(node: fx.Node, name: str, value: Any) -> bool:
-    """Set an argument by its schema name; whether that changed it."""
+    """Set an argument by its declared name; whether that changed it."""
     if arguments(node)[name] == value:
         return False
-    assert isinstance(node.target, OpOverload)
-    index = next(i for i, argument in enumerate(node.target._schema.arguments) if argument.name == name)
+    index = list(argument_names(node.target)).index(name)
     if index < len(node.args):
         node.update_arg(index, value)
     else:

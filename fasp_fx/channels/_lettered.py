@@ -15,6 +15,7 @@ from ._facts import Facts
 from ._numbering import Numbering
 from ._operands import Operand, choose, run_lengths
 from ._recurring import recurring
+from ._told import told
 from ._value import Axis, Value
 
 
@@ -58,7 +59,9 @@ class Lettered:
         self.kept = {letter for letters in self.results for letter in singles(letters)}
         self.mixed = self._where("mix", arguments, runs)
         self.reduced = self._where("reduce", arguments, runs)
-        self.frozen = self._where("freeze", arguments, runs)
+        #: letters along which graphs that the operator is given tell positions apart, with the reason
+        self.told = told(rule, arguments, node.target)
+        self.frozen = self._where("freeze", arguments, runs) | self.told.keys()
         self.windowed = self._where("window", arguments, runs)
         self.slides = slides(rule.all("slide"), arguments)
         self.windowed |= {slide.over for slide in self.slides}

@@ -112,7 +112,8 @@ class Relation(Lettered):
             self.facts.chosen += [(numbers.reshape(-1).numpy(), self.needed) for numbers in everything]
         surviving = everything if len(holders) == 1 else couple(self, holders, found, order)
         if letter in self.frozen | self.windowed:
-            self._say(self.facts.frozen, everything, f"{self.node.target} cannot lose positions along this dimension", routing)
+            why = self.told.get(letter, f"{self.node.target} cannot lose positions along this dimension")
+            self._say(self.facts.frozen, everything, why, routing)
             for numbers in everything:
                 self._want_together(letter, numbers, order)
         elif letter in self.mixed | self.reduced or (letter not in self.kept and not self.contracted(letter)):

@@ -20,15 +20,18 @@ _shapes: list[tuple[int, ...]] | None = None
 
 @torch.library.custom_op("fasp_fx_testing::opaque", mutates_args=())
 def opaque(x: Tensor) -> Tensor:
-    """Mixes the last dimension in a way that no rule describes, and notes the shapes it sees while :func:`_noted` listens."""
+    """Mixes the last dimension in a way that no rule describes, and notes the shapes it sees while :func:`_noted` listens.
+
+    The strides stay, since a view behind it may depend on them.
+    """
     if _shapes is not None:
         _shapes.append(tuple(x.shape))
-    return (x + 0.5 * x.flip(-1)).contiguous() if x.dim() else x.clone()
+    return torch.empty_like(x).copy_(x + 0.5 * x.flip(-1)) if x.dim() else x.clone()
 
 
 @opaque.register_fake
 def _(x: Tensor) -> Tensor:
-    return x.new_empty(x.shape)
+    return torch.empty_like(x)
 
 
 @contextmanager

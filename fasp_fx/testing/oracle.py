@@ -46,12 +46,15 @@ class Masked:
         self._lookups = _WholeLookups({} if plan.include else {key: original for key, (_, original) in whole.items()})
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        with torch.no_grad(), self._lookups, self._unchosen:
+        # what a model compiles for itself (flex attention, say) cannot be compiled under a mode
+        with torch.no_grad(), torch.compiler.set_stance("force_eager"), self._lookups, self._unchosen:
             return self.module(*args, **kwargs)
 
 
 class _WholeLookups(TorchDispatchMode):
     """Lookups in a zeroed weight find the weight as it was."""
+
+    supports_higher_order_operators = True
 
     def __init__(self, whole: dict[int, Tensor]) -> None:
         super().__init__()
@@ -65,6 +68,8 @@ class _WholeLookups(TorchDispatchMode):
 
 class _Unchosen(TorchDispatchMode):
     """Products with the rows of a router give -inf for the experts that are gone; a weight is known by itself or turned."""
+
+    supports_higher_order_operators = True
 
     def __init__(self, routers: list[tuple[Tensor, list[int]]]) -> None:
         super().__init__()

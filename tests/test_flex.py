@@ -1,0 +1,359 @@
+"""Flex attention: value channels and whole heads go, mask-exactly, unless the functions it is given tell the heads apart."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import one_capture
+from oracle import TOLERANCE, assert_mask_exact, error, zeroed
+from saved import forge
+from torch import Tensor, nn
+from torch.nn.attention.flex_attention import AuxRequest, create_block_mask, flex_attention
+from transformers import LlamaConfig, LlamaForCausalLM
+
+import fasp_fx
+from fasp_fx.patterns import argument_names, lookup, register, unregister
+from fasp_fx.testing import check_program
+
+OPERATOR = torch.ops.higher_order.flex_attention
+HEADS, SHARED, WIDTH = 4, 2, 8
+Function = Callable[..., Tensor]
+
+
+def causal(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+    return query >= key
+
+
+def local_but_first(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+    return (head == 0) | (query - key < 2)
+
+
+class Attention(nn.Module):
+    """Grouped-query attention with one of the usual functions.
+
+    Args:
+        score: ``None``, ``"same"`` (scores as they are), ``"cap"`` (every head alike) or ``"bias"`` (a table of relative positions for each head).
+        mask: ``None``, or what is masked.
+        mask_heads: whether the block mask has an entry for each head.
+        more: return the log-sum-exp as well.
+    """
+
+    def __init__(self, score: str | None = None, mask: Function | None = None, mask_heads: bool = False, more: bool = False) -> None:
+        super().__init__()
+        self.q, self.k, self.v = nn.Linear(12, HEADS * WIDTH), nn.Linear(12, SHARED * WIDTH), nn.Linear(12, SHARED * WIDTH)
+        self.out = nn.Linear(HEADS * WIDTH, 12)
+        self.register_buffer("bias", torch.randn(HEADS, 64))
+        self.score, self.mask, self.mask_heads, self.more = score, mask, mask_heads, more
+
+    def _scored(self) -> Function | None:
+        if self.score == "bias":
+            return lambda score, batch, head, query, key: score + self.bias[head, query - key + 32]
+        if self.score == "cap":
+            return lambda score, batch, head, query, key: 3.0 * torch.tanh(score / 3.0) + 0.1 * (query - key)
+        return (lambda score, batch, head, query, key: score) if self.score == "same" else None
+
+    def forward(self, x: Tensor) -> Any:
+        batch, length, _ = x.shape
+        q, k, v = (layer(x).view(batch, length, -1, WIDTH).transpose(1, 2) for layer in (self.q, self.k, self.v))
+        blocks = None
+        if self.mask is not None:
+            blocks = create_block_mask(self.mask, None, HEADS if self.mask_heads else None, length, length, device="cpu")
+        wanted = AuxRequest(lse=True) if self.more else None
+        attended = flex_attention(q, k, v, score_mod=self._scored(), block_mask=blocks, enable_gqa=True, return_aux=wanted)
+        attended, more = attended if self.more else (attended, None)
+        result = self.out(attended.transpose(1, 2).reshape(batch, length, -1))
+        return result if more is None else (result, more.lse)
+
+
+MODELS: dict[str, Callable[[], nn.Module]] = {
+    "plain": Attention,
+    "same scores": lambda: Attention("same"),
+    "capped": lambda: Attention("cap"),
+    "bias by head": lambda: Attention("bias"),
+    "causal": lambda: Attention(mask=causal),
+    "mask by head": lambda: Attention(mask=local_but_first),
+    "a block mask for each head": lambda: Attention(mask=causal, mask_heads=True),
+    "capped and causal": lambda: Attention("cap", causal),
+}
+#: why whole heads stay
+TOLD = {
+    "bias by head": "'score_mod' of flex_attention tells positions along this dimension apart",
+    "mask by head": "'block_mask' of flex_attention tells positions along this dimension apart",
+    "a block mask for each head": "'block_mask' of flex_attention has an entry for each position along this dimension",
+}
+
+
+def built(name: str) -> nn.Module:
+    torch.manual_seed(0)
+    return MODELS[name]().eval()
+
+
+def example(batch: int = 2, length: int = 6) -> Tensor:
+    return torch.randn(batch, length, 12, generator=torch.Generator().manual_seed(batch))
+
+
+def shown(analysis: fasp_fx.Analysis) -> set[str]:
+    """The groups that the projections of attention take part in, as they print."""
+    return {" ".join(str(group).split()) for group in analysis.groups if any(slice_.dim == 0 and slice_.name[0] in "qkv" for slice_ in group.producers)}
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_value_channels_are_prunable_and_heads_where_they_are_alike(name: str) -> None:
+    model, x = built(name), example()
+    with one_capture():
+        channels, heads = (fasp_fx.analyze(model, (x,), granularity=(kind,)) for kind in ("channel", "head"))
+    assert shown(channels) == {
+        "prunable 2 x 8 v.weight[0], v.bias[0] -> out.weight[1]",
+        "exempt 2 x 8 q.weight[0], q.bias[0], k.weight[0], k.bias[0] -> - (contracted between two activations by flex_attention)",
+    }
+    everything = "q.weight[0], q.bias[0], k.weight[0], k.bias[0], v.weight[0], v.bias[0] -> out.weight[1]"
+    assert shown(heads) == {f"frozen 2 heads {everything} ({TOLD[name]})" if name in TOLD else f"prunable 2 heads {everything}"}
+    if name in TOLD:
+        with pytest.raises(fasp_fx.errors.NothingPrunableError, match=TOLD[name]):
+            fasp_fx.prune(model, (x,), granularity=("head",), score="random", restore=None)
+
+
+@pytest.mark.parametrize("name", ["plain", "bias by head", "capped and causal", "a block mask for each head"])
+def test_narrower_values_are_mask_exact(name: str, tmp_path: Path) -> None:
+    model, x = built(name), example()
+    result = fasp_fx.prune(model, (x,), sparsity=0.2, score="random", restore=None)
+    (node,) = result.program.graph.find_nodes(op="call_function", target=OPERATOR)
+    query, _, value = (argument.meta["val"].shape for argument in node.args[:3])
+    assert value[-1] < query[-1] == WIDTH
+    assert node.args[5] == pytest.approx(1 / math.sqrt(WIDTH))
+    loaded = fasp_fx.load(result.save(tmp_path / "out")).module
+    for given in (example(), example(3, 9)):  # the lengths of a causal mask vary as others do
+        assert_mask_exact(model, result, lambda module, given=given: module(given))
+        with torch.no_grad():
+            assert torch.equal(loaded(given), result.module(given))
+
+
+@pytest.mark.parametrize("name", ["same scores", "capped and causal"])
+def test_whole_heads_are_mask_exact(name: str, tmp_path: Path) -> None:
+    model, x = built(name), example()
+    result = fasp_fx.prune(model, (x,), granularity=("head",), sparsity=0.5, score="random", restore=None)
+    sizes = {name: tuple(parameter.shape) for name, parameter in result.module.named_parameters()}
+    assert (sizes["q.weight"], sizes["k.weight"], sizes["v.weight"], sizes["out.weight"]) == ((16, 12), (8, 12), (8, 12), (12, 16))
+    loaded = fasp_fx.load(result.save(tmp_path / "out")).module
+    for given in (example(), example(3, 9)):
+        assert_mask_exact(model, result, lambda module, given=given: module(given))
+        with torch.no_grad():
+            assert torch.equal(loaded(given), result.module(given))
+
+
+def test_query_and_key_channels_when_asked() -> None:
+    model, x = built("capped and causal"), example()
+    result = fasp_fx.prune(model, (x,), include=("exempt",), sparsity=0.4, score="random", restore=None)
+    assert any(part.name == "q.weight" for group in result.plan.groups for part in group.producers)
+    (node,) = result.program.graph.find_nodes(op="call_function", target=OPERATOR)
+    assert node.args[0].meta["val"].shape[-1] < WIDTH
+    assert node.args[5] == pytest.approx(1 / math.sqrt(WIDTH)), "the scale is that of the dense head"
+    with torch.no_grad():
+        expected = zeroed(model, result.plan, producers=True)(x)
+        assert error(result.module(x), expected) <= TOLERANCE
+        assert error(model(x), expected) > 100 * TOLERANCE
+
+
+def test_what_attention_returns_besides() -> None:
+    """The log-sum-exp depends on no value channel; being an output, it holds on to the heads."""
+    torch.manual_seed(0)
+    model, x = Attention("cap", causal, more=True).eval(), example()
+    with one_capture():
+        result = fasp_fx.prune(model, (x,), sparsity=0.2, score="random", restore=None)
+        heads = fasp_fx.analyze(model, (x,), granularity=("head",))
+    assert_mask_exact(model, result, lambda module: module(x)[0])
+    with torch.no_grad():
+        found, expected = result.module(x)[1], model(x)[1]
+    assert found.shape == (2, HEADS, 6)
+    assert error(found, expected) <= TOLERANCE
+    (group,) = [group for group in heads.groups if group.granularity == "head"]
+    assert group.status == "frozen"
+    assert group.reason is not None
+    assert "reaches output" in group.reason
+
+
+@pytest.mark.parametrize(("name", "granularity"), [("bias by head", "channel"), ("capped and causal", "head")])
+def test_every_invariant(name: str, granularity: str) -> None:
+    torch.manual_seed(0)
+    verdict = check_program(built(name), (example(),), granularity=(granularity,))
+    assert {"mask-exact", "nothing", "signature", "plan", "steps", "shapes", "unseen", "alone"} <= set(verdict.checked)
+
+
+class Turned(Attention):
+    """Something stands between projections and attention, as rotary embeddings do: inductor fails where nothing does, of the dense model as well."""
+
+    def __init__(self) -> None:
+        super().__init__("bias")
+
+    def forward(self, x: Tensor) -> Tensor:
+        batch, length, _ = x.shape
+        q, k, v = (torch.tanh(layer(x).view(batch, length, -1, WIDTH).transpose(1, 2)) for layer in (self.q, self.k, self.v))
+        attended = flex_attention(q, k, v, score_mod=self._scored(), enable_gqa=True)
+        return self.out(attended.transpose(1, 2).reshape(batch, length, -1))
+
+
+def test_narrower_values_compile() -> None:
+    """Inductor's kernel takes values narrower than queries, so nothing need be padded."""
+    torch.manual_seed(0)
+    model, x = Turned().eval(), example()
+    result = fasp_fx.prune(model, (x,), sparsity=0.2, score="random", restore=None)
+    assert not result.program.graph.find_nodes(op="call_function", target=torch.ops.aten.constant_pad_nd.default)
+    with torch.no_grad():
+        compiled = torch.compile(result.module, fullgraph=True)(x)
+        assert error(compiled, result.module(x)) <= TOLERANCE
+
+
+def test_pruned_twice() -> None:
+    model, x = built("capped and causal"), example()
+    first = fasp_fx.prune(model, (x,), sparsity=0.2, score="random", restore=None)
+    second = fasp_fx.prune(first.module, (x,), granularity=("head",), sparsity=0.5, score="random", restore=None)
+    assert_mask_exact(_like(model, first), second, lambda module: module(x))
+
+
+def _like(model: nn.Module, result: fasp_fx.Result) -> nn.Module:
+    """The model's own code over the result's smaller weights: ``forward`` has the width of values from nowhere but them."""
+
+    class Narrow(Attention):
+        def forward(self, x: Tensor) -> Tensor:
+            batch, length, _ = x.shape
+            q, k = (layer(x).view(batch, length, -1, WIDTH).transpose(1, 2) for layer in (self.q, self.k))
+            v = self.v(x).view(batch, length, SHARED, -1).transpose(1, 2)
+            blocks = create_block_mask(causal, None, None, length, length, device="cpu")
+            attended = flex_attention(q, k, v, score_mod=self._scored(), block_mask=blocks, enable_gqa=True)
+            return self.out(attended.transpose(1, 2).reshape(batch, length, -1))
+
+    narrow = Narrow("cap", causal).eval()
+    weights = dict(result.module.named_parameters())
+    width = weights["v.weight"].shape[0]
+    narrow.v, narrow.out = nn.Linear(12, width), nn.Linear(weights["out.weight"].shape[1], 12)
+    narrow.load_state_dict({name: value.detach().clone() for name, value in weights.items()}, strict=False)
+    return narrow
+
+
+# --- transformers
+
+
+def llama() -> nn.Module:
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 50, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 4, "num_key_value_heads": 2}
+    return LlamaForCausalLM(LlamaConfig(**sizes, initializer_range=0.2, attn_implementation="flex_attention")).eval()
+
+
+@pytest.mark.parametrize("granularity", ["channel", "head"])
+def test_llama(granularity: str, tmp_path: Path) -> None:
+    model = llama()
+    ids = torch.randint(0, 50, (2, 10))
+    options: dict[str, Any] = {"granularity": tuple({granularity, "channel"}), "score": "random", "restore": None}
+    result = fasp_fx.prune(model, (), {"input_ids": ids, "use_cache": False}, sparsity=0.4, **options)
+    (attention,) = [group for group in result.plan.groups if group.consumers[0].name == "model.layers.0.self_attn.o_proj.weight"]
+    producers = {part.name.split(".")[-2] for part in attention.producers}
+    assert producers >= ({"q_proj", "k_proj", "v_proj"} if granularity == "head" else {"v_proj"})
+    assert (attention.granularity, "q_proj" in producers) == (granularity, granularity == "head")
+    assert OPERATOR in {node.target for node in result.program.graph.nodes}
+    loaded = fasp_fx.load(result.save(tmp_path / "out")).module
+    for shape in ((2, 10), (3, 7)):
+        given = torch.randint(0, 50, shape)
+        with torch.compiler.set_stance("force_eager"):  # transformers compiles attention whenever the dense model is called
+            assert_mask_exact(model, result, lambda module, given=given: module(input_ids=given, use_cache=False)["logits"])
+        with torch.no_grad():
+            assert torch.equal(loaded(input_ids=given)["logits"], result.module(input_ids=given)["logits"])
+
+
+# --- the rule
+
+
+def test_the_rule_says_what_the_operator_does() -> None:
+    """By brute force: positions along each letter that the rule lets go are taken out of the operands, or are zeros there."""
+    rule = lookup(OPERATOR)
+    assert rule is not None
+    assert str(rule).startswith("query[b h q d], key[b g k d], value[b g k c] -> [b h q c], [b h q], [b h q]")
+    assert list(argument_names(OPERATOR))[:5] == ["query", "key", "value", "score_mod", "block_mask"]
+    (node,) = fasp_fx.analyze(built("capped and causal"), (example(),)).program.module.graph.find_nodes(op="call_function", target=OPERATOR)
+    query, key, value = torch.randn(2, HEADS, 6, WIDTH), torch.randn(2, SHARED, 6, WIDTH), torch.randn(2, SHARED, 6, 5)
+    module = node.graph.owning_module
+    assert module is not None
+    blocks = create_block_mask(causal, None, None, 6, 6, device="cpu").as_tuple()
+    mask = getattr(module, node.args[4][-1].target)
+    offsets = tuple(getattr(module, buffer.target) for buffer in node.args[8])
+    score = getattr(module, node.args[3].target)
+
+    def call(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        with torch.no_grad():
+            return OPERATOR(query, key, value, score, (*blocks[:-1], mask), 0.3, {}, (), offsets)
+
+    def close(found: tuple[Tensor, ...], expected: tuple[Tensor, ...]) -> bool:
+        return all(torch.allclose(a, b, atol=1e-5) for a, b in zip(found, expected, strict=True))
+
+    dense = call(query, key, value)
+    kept = [0, 2, 4]
+    assert close(call(query, key, value[..., kept]), (dense[0][..., kept], *dense[1:]))
+    assert close(call(query[:, 2:], key[:, 1:], value[:, 1:]), tuple(result[:, 2:] for result in dense))
+    silent = query * torch.tensor([1.0, 0, 1, 0, 1, 0, 1, 0])
+    assert close(call(silent[..., ::2], key[..., ::2], value), call(silent, key, value))
+    assert not close(call(silent, key, value), dense)
+
+
+def test_rules_of_higher_order_operators_are_written_and_forgotten() -> None:
+    before = lookup(OPERATOR)
+    try:
+        register(OPERATOR, "query[b h q d], key[b g k d], value[b g k c] -> [b h q c], [b h q], [b h q]; mix k; repeat g h; freeze h; freeze c")
+        groups = fasp_fx.analyze(built("plain"), (example(),)).groups
+        assert all(group.status != "prunable" for group in groups)
+    finally:
+        unregister(OPERATOR)
+    assert lookup(OPERATOR) == before
+    with pytest.raises(fasp_fx.RuleError, match=r"names \['attn_mask'\]"):
+        register(OPERATOR, "query[b h q d], attn_mask[q k] -> [b h q d]")
+
+
+# --- saves that were tampered with
+
+
+def _attention(data: dict[str, Any]) -> Any:
+    return next(node for node in data["program"]["graph_module"]["graph"]["nodes"] if node["target"] == "torch.ops.higher_order.flex_attention")
+
+
+def _options(data: dict[str, Any]) -> dict[str, Any]:
+    return _attention(data)["inputs"][6]["arg"]["as_string_to_argument"]
+
+
+CODE = "x; import os"
+FORGERIES: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
+    "an option's value": (lambda data: _options(data).update(BACKEND={"as_string": CODE}), "among the options of an operator"),
+    "an option's name": (lambda data: _options(data).update({CODE: {"as_int": 1}}), "among the options of an operator"),
+    "a block mask that is none": (lambda data: _attention(data)["inputs"][4].update(arg={"as_int": 3}), "argument 'block_mask' of node"),
+    "a part of the block mask gone": (
+        lambda data: _attention(data)["inputs"][4]["arg"]["as_string_to_argument"].pop("3"),
+        "argument 'block_mask' of node",
+    ),
+    "what the score function calls": (
+        lambda data: _attention(data)["inputs"][3]["arg"]["as_graph"]["graph"]["nodes"][0].update(target="os.system"),
+        "which is not a torch operator",
+    ),
+}
+
+
+@pytest.fixture(scope="module")
+def saved_attention(tmp_path_factory: pytest.TempPathFactory) -> fasp_fx.Result:
+    return fasp_fx.prune(built("capped and causal"), (example(),), sparsity=0.2, score="random", restore=None)
+
+
+@pytest.mark.parametrize("name", FORGERIES)
+def test_forged_saves_are_refused(name: str, saved_attention: fasp_fx.Result, tmp_path: Path) -> None:
+    change, message = FORGERIES[name]
+    folder = saved_attention.save(tmp_path / "out")
+    forge(folder, "graph.json", change)
+    with pytest.raises(fasp_fx.StoreError, match=message):
+        fasp_fx.load(folder)
+
+
+def test_saving_leaves_the_program_as_it_is(saved_attention: fasp_fx.Result, tmp_path: Path) -> None:
+    before = copy.copy([str(node.args) for node in saved_attention.program.graph.nodes])
+    saved_attention.save(tmp_path / "out")
+    assert [str(node.args) for node in saved_attention.program.graph.nodes] == before
