@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
-from oracle import masked
+from oracle import masked, zeroed
 from refusal import BATCH, Vectors, X
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -659,3 +659,42 @@ def test_forward_of_the_instance() -> None:
     result = _prune(model)
     with torch.no_grad(), masked(model, _columns(result.plan)):
         _assert_same(result.module(X), model(X))
+
+
+# --- weights that no module multiplies
+
+
+def _zeroed(model: nn.Module, *calls: tuple[Any, ...], **options: Any) -> fasp_fx.Result:
+    """Prune and compare with the dense model whose consumers' removed columns are zero (with ``include``: whose producers' rows are, too)."""
+    result = _prune(model, calls[0], **options)
+    assert result.plan.groups
+    reference = zeroed(model, result.plan, producers=bool(options.get("include")))
+    differs = False
+    with torch.no_grad():
+        for call in calls:
+            _assert_same(result.module(*call), reference(*call))
+            differs |= any(not torch.allclose(a, b, atol=100 * TOLERANCE) for a, b in zip(_leaves(reference(*call)), _leaves(model(*call)), strict=True))
+    assert differs, "masking changes nothing that can be seen"
+    return result
+
+
+class Splines(nn.Module):
+    """Layers of splines: one dimension of a product is an input's channels times the points of a grid."""
+
+    def __init__(self, *widths: int, points: int = 5) -> None:
+        super().__init__()
+        self.layers = nn.ParameterList([nn.Parameter(torch.randn(o, i, points)) for i, o in zip(widths, widths[1:])])
+        self.register_buffer("grid", torch.linspace(-2, 2, points))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for weight in self.layers:
+            x = torch.einsum("big,oig->bo", torch.exp(-((x[..., None] - self.grid) ** 2)), weight)
+        return x
+
+
+def test_a_dimension_merged_of_channels_and_what_has_none() -> None:
+    model = Splines(6, 10, 3).eval()
+    result = _zeroed(model, (X,), (torch.randn(7, 6),))
+    assert {(part.name, part.dim) for group in result.plan.groups for part in group.consumers} >= {("layers.1", 1)}
+    inputs = [group for group in fasp_fx.analyze(model, (X,)).groups if any((part.name, part.dim) == ("layers.0", 1) for part in group.consumers)]
+    assert [group.status for group in inputs] == ["frozen"]  # the input's own channels stay
