@@ -49,9 +49,9 @@ def _untouched(model: nn.Module) -> Iterator[None]:
 
 
 def _prune(model: nn.Module, args: tuple[Any, ...] = (X,), calibration: Any = None, **options: Any) -> fasp_fx.Result:
-    options = {"restore": None, "score": "random", **options}  # the score would take channels that are always zero, and show nothing
+    options = {"restore": None, "score": "random", "sparsity": 0.3, **options}  # the score would take channels that are always zero, and show nothing
     with _untouched(model):
-        return fasp_fx.prune(model, args, calibration=[BATCH] if calibration is None else calibration, sparsity=0.3, **options)
+        return fasp_fx.prune(model, args, calibration=[BATCH] if calibration is None else calibration, **options)
 
 
 def _columns(plan: Any) -> dict[str, set[int]]:
@@ -698,3 +698,44 @@ def test_a_dimension_merged_of_channels_and_what_has_none() -> None:
     assert {(part.name, part.dim) for group in result.plan.groups for part in group.consumers} >= {("layers.1", 1)}
     inputs = [group for group in fasp_fx.analyze(model, (X,)).groups if any((part.name, part.dim) == ("layers.0", 1) for part in group.consumers)]
     assert [group.status for group in inputs] == ["frozen"]  # the input's own channels stay
+
+
+class OnePerSample(nn.Module):
+    """A convolution with a weight of its own for every sample: mixed of several (CondConv), or scaled by a style (StyleGAN 2)."""
+
+    def __init__(self, styled: bool) -> None:
+        super().__init__()
+        self.first, self.last, self.styled = nn.Conv2d(3, 6, 1), nn.Conv2d(8, 2, 1), styled
+        self.gate = nn.Linear(6, 6 if styled else 3)
+        self.weight = nn.Parameter(torch.randn(8, 6, 3, 3) if styled else torch.randn(3, 8, 6, 3, 3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.relu(self.first(x))
+        batch, channels, height, width = x.shape
+        gate = torch.sigmoid(self.gate(x.mean((2, 3))))
+        weight = self.weight * gate[:, None, :, None, None] if self.styled else torch.einsum("be,eoihw->boihw", gate, self.weight)
+        x = F.conv2d(x.reshape(1, batch * channels, height, width), weight.reshape(batch * 8, channels, 3, 3), padding=1, groups=batch)
+        return self.last(torch.relu(x.view(batch, 8, height, width)))
+
+
+@pytest.mark.parametrize("styled", [False, True], ids=["mixed", "styled"])
+def test_a_convolution_with_a_weight_for_every_sample(styled: bool) -> None:
+    model = OnePerSample(styled).eval()
+    result = _zeroed(model, (torch.randn(2, 3, 5, 5),), (torch.randn(3, 3, 5, 5),), sparsity=0.1)
+    assert any(part.name == "last.weight" for group in result.plan.groups for part in group.consumers)
+
+
+class OnePerPosition(nn.Module):
+    """Channels mixed by a matrix of its own at every position of a plane, as Fourier operators mix modes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Conv2d(3, 6, 1), nn.Conv2d(8, 2, 1)
+        self.weight = nn.Parameter(torch.randn(6, 8, 3, 3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(torch.relu(torch.einsum("bixy,ioxy->boxy", torch.relu(self.first(x)), self.weight)))
+
+
+def test_a_matrix_for_every_position_of_a_plane() -> None:
+    _zeroed(OnePerPosition().eval(), (torch.randn(2, 3, 3, 3),), (torch.randn(4, 3, 3, 3),))
