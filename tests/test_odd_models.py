@@ -6,6 +6,7 @@ import contextlib
 import copy
 import dataclasses
 import enum
+import itertools
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
@@ -683,7 +684,7 @@ class Splines(nn.Module):
 
     def __init__(self, *widths: int, points: int = 5) -> None:
         super().__init__()
-        self.layers = nn.ParameterList([nn.Parameter(torch.randn(o, i, points)) for i, o in zip(widths, widths[1:])])
+        self.layers = nn.ParameterList([nn.Parameter(torch.randn(o, i, points)) for i, o in itertools.pairwise(widths)])
         self.register_buffer("grid", torch.linspace(-2, 2, points))
 
     def forward(self, x: Tensor) -> Tensor:
@@ -739,3 +740,74 @@ class OnePerPosition(nn.Module):
 
 def test_a_matrix_for_every_position_of_a_plane() -> None:
     _zeroed(OnePerPosition().eval(), (torch.randn(2, 3, 3, 3),), (torch.randn(4, 3, 3, 3),))
+
+
+# --- parts of a dimension
+
+
+class Apart(nn.Module):
+    """The first of the hidden channels go another way than the rest."""
+
+    def __init__(self, by: str) -> None:
+        super().__init__()
+        self.up, self.down, self.by = nn.Linear(6, 24), nn.Linear(24, 6), by
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = self.up(x)
+        first, rest = (hidden[:, :3], hidden[:, 3:]) if self.by == "slice" else hidden.split([3, 21], 1)
+        return self.down(torch.cat([first.tanh(), rest.relu()], 1))
+
+
+@pytest.mark.parametrize("left", [1, 0])
+@pytest.mark.parametrize("by", ["slice", "split"])
+def test_a_part_of_which_one_channel_or_none_is_left(by: str, left: int) -> None:
+    model = Apart(by).eval()
+    with torch.no_grad():
+        model.down.weight[:, left:3] *= 0.2
+    result = _zeroed(model, (X,), (torch.randn(7, 6),), score="magnitude", sparsity=(3 - left) / 24)
+    assert [part.removed for group in result.plan.groups for part in group.consumers] == [tuple(range(left, 3))]
+
+
+class Assigns(nn.Module):
+    """Values are assigned to positions of a sequence, and to channels of an empty tensor."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.mix, self.down = nn.Linear(6, 12), nn.Linear(12, 12), nn.Linear(12, 6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = self.up(x).clone()
+        hidden[:, 1:] += self.mix(hidden[:, :-1])
+        hidden[:, 0] = hidden[:, 0] * 2
+        hidden[:, -1] = 0
+        shifted = torch.zeros_like(hidden)
+        shifted[:, 1:, :4] = hidden[:, :-1, :4]
+        shifted[:, :, 4:] = hidden[:, :, 4:]
+        return self.down(torch.relu(shifted))
+
+
+def test_assignments_to_slices() -> None:
+    result = _zeroed(Assigns().eval(), (torch.randn(3, 5, 6),), (torch.randn(2, 7, 6),))
+    assert {part.name for group in result.plan.groups for part in group.consumers} == {"mix.weight", "down.weight"}
+
+
+class Modes(nn.Module):
+    """A Fourier layer: the lowest frequencies are mixed by complex weights and assigned to an empty spectrum."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(6, 8), nn.Linear(8, 6)
+        self.weight = nn.Parameter(torch.randn(8, 8, 3, dtype=torch.complex64) / 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        spectrum = torch.fft.rfft(self.first(x).transpose(1, 2))
+        out = torch.zeros_like(spectrum)
+        out[..., :3] = torch.einsum("bim,iom->bom", spectrum[..., :3], self.weight)
+        return self.last(F.gelu(torch.fft.irfft(out, n=x.shape[1]).transpose(1, 2)))
+
+
+def test_a_fourier_layer_is_pruned_and_trains() -> None:
+    result = _zeroed(Modes().eval(), (torch.randn(3, 8, 6),), (torch.randn(2, 8, 6),))
+    assert {part.name for group in result.plan.groups for part in group.consumers} >= {"last.weight"}
+    result.module(torch.randn(3, 8, 6)).square().mean().backward()
+    assert all(parameter.grad is not None and bool(parameter.grad.abs().sum() > 0) for parameter in result.module.parameters())
