@@ -73,6 +73,7 @@ def hold(walk: Walk, program: Program, reference: Analysis) -> None:
         VerificationError: names the node and what differs.
     """
     labels, last = reference.labels, np.concatenate([last_ones(program, reference), reference.fresh()])
+    last = np.union1d(last, _mistaken(walk.facts.pairs, labels, last))
     meet(walk.facts.pairs, labels, last, reference.numbering)
     known = reference.walk.facts
     for kind, found, allowed in (
@@ -82,6 +83,13 @@ def hold(walk: Walk, program: Program, reference: Analysis) -> None:
     ):
         _subset(kind, found, allowed, labels, last)
     _same_outputs(walk, reference, program)
+
+
+def _mistaken(pairs: Pairs, labels: np.ndarray, last: np.ndarray) -> np.ndarray:
+    """The channel sets that the last ones are taken for: they stand for these from then on, and prove nothing either."""
+    met = [np.stack([labels[first], labels[second]]) for first, second, _ in pairs]
+    both = np.concatenate(met, axis=1) if met else np.zeros((2, 0), dtype=np.int64)
+    return np.unique(both[:, (both[0] != both[1]) & np.isin(both, last).any(0)])
 
 
 def meet(pairs: Pairs, labels: np.ndarray, last: np.ndarray, numbering: Numbering) -> None:
