@@ -811,3 +811,31 @@ def test_a_fourier_layer_is_pruned_and_trains() -> None:
     assert {part.name for group in result.plan.groups for part in group.consumers} >= {"last.weight"}
     result.module(torch.randn(3, 8, 6)).square().mean().backward()
     assert all(parameter.grad is not None and bool(parameter.grad.abs().sum() > 0) for parameter in result.module.parameters())
+
+
+class MixedByHead(nn.Module):
+    """Tokens mixed by a matrix for every head, each scaled by a factor."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(6, 12), nn.Linear(12, 6)
+        self.mix, self.scale = nn.Parameter(torch.randn(3, 5, 5)), nn.Parameter(torch.randn(3, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        heads = self.up(x).unflatten(-1, (3, 4))
+        return self.down((torch.einsum("hts,bshd->bthd", self.mix, heads) * self.scale).flatten(-2))
+
+
+@pytest.mark.parametrize("sparsity", [0.75, 0.5])
+def test_heads_of_which_one_channel_is_left(sparsity: float) -> None:
+    result = _zeroed(MixedByHead().eval(), (torch.randn(3, 5, 6),), (torch.randn(2, 5, 6),), sparsity=sparsity)
+    assert result.plan.sparsity == pytest.approx(sparsity)
+
+
+@pytest.mark.parametrize("again", [False, True], ids=["to_all", "to_its_own"])
+def test_a_depthwise_convolution_with_several_outputs_for_each_channel(again: bool) -> None:
+    after = [nn.Conv1d(18, 6, 1, groups=6), nn.Conv1d(6, 2, 1)] if again else [nn.Conv1d(18, 2, 1)]
+    model = _stack(nn.Conv1d(4, 6, 1), nn.Conv1d(6, 18, 3, padding=1, groups=6), nn.ReLU(), *after)
+    result = _zeroed(model, (torch.randn(2, 4, 8),), (torch.randn(3, 4, 8),))
+    removed = {part.name: part.removed for group in result.plan.groups for part in group.producers}
+    assert removed["1.weight"] == tuple(3 * channel + output for channel in removed["0.weight"] for output in range(3))
