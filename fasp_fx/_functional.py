@@ -12,6 +12,7 @@ from torch._decomp import decomposition_table
 from torch._ops import HigherOrderOperator, OpOverload
 from torch.export import ExportedProgram
 
+from ._assigned import ASSIGNMENTS
 from ._quiet import quiet
 from .patterns import lookup
 
@@ -19,14 +20,14 @@ _log = logging.getLogger("fasp_fx")
 
 
 def functional(exported: ExportedProgram) -> ExportedProgram:
-    """Functionalise, and decompose composite operators without a rule; most programs are exported functional and keep as they are."""
+    """Functionalise, and decompose composite operators without a rule and assignments to slices; most programs are exported functional and keep as they are."""
     if all(_is_plain(node) for node in exported.graph.nodes):
         return exported
     table = _decompositions(exported.graph)
     with quiet():
-        if table:
+        for decompositions in ({**table, **ASSIGNMENTS}, table):
             try:
-                return exported.run_decompositions(table)
+                return exported.run_decompositions(decompositions)
             except (AssertionError, RuntimeError) as error:  # a decomposition need not be functional, or take symbolic sizes
                 _log.info("some operators without a rule stay whole: %s", error)
         return exported.run_decompositions({})

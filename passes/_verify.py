@@ -13,13 +13,17 @@ from typing import TYPE_CHECKING, cast
 import numpy as np
 from torch import Tensor, fx
 
-from fasp_fx.channels import Interpreter, Numbering, Remark, Walk, results
+from fasp_fx.channels import NONE, Interpreter, Numbering, Remark, Value, Walk, results
 from fasp_fx.errors import VerificationError
+from fasp_fx.patterns import lookup
 
 if TYPE_CHECKING:
     from fasp_fx._program import Program
     from fasp_fx._walks import Pairs
     from fasp_fx.analysis import Analysis
+
+#: clauses of operators that take parts out of a dimension
+_PARTS = ("span", "sizes", "chunk")
 
 
 def verify(program: Program, reference: Analysis) -> Walk:
@@ -70,6 +74,7 @@ def hold(walk: Walk, program: Program, reference: Analysis) -> None:
         VerificationError: names the node and what differs.
     """
     labels, last = reference.labels, np.concatenate([last_ones(program, reference), reference.fresh()])
+    last = np.union1d(last, _mistaken(walk.facts.pairs, labels, last))
     meet(walk.facts.pairs, labels, last, reference.numbering)
     known = reference.walk.facts
     for kind, found, allowed in (
@@ -79,6 +84,13 @@ def hold(walk: Walk, program: Program, reference: Analysis) -> None:
     ):
         _subset(kind, found, allowed, labels, last)
     _same_outputs(walk, reference, program)
+
+
+def _mistaken(pairs: Pairs, labels: np.ndarray, last: np.ndarray) -> np.ndarray:
+    """The channel sets that the last ones are taken for: they stand for these from then on, and prove nothing either."""
+    met = [np.stack([labels[first], labels[second]]) for first, second, _ in pairs]
+    both = np.concatenate(met, axis=1) if met else np.zeros((2, 0), dtype=np.int64)
+    return np.unique(both[:, (both[0] != both[1]) & np.isin(both, last).any(0)])
 
 
 def meet(pairs: Pairs, labels: np.ndarray, last: np.ndarray, numbering: Numbering) -> None:
@@ -98,7 +110,7 @@ def meet(pairs: Pairs, labels: np.ndarray, last: np.ndarray, numbering: Numberin
 
 
 def last_ones(program: Program, reference: Analysis) -> np.ndarray:
-    """The channel sets that are the only ones left of their block.
+    """The channel sets that are the only ones left of their block, or of a part of it that the graph takes out (a slice, a split).
 
     A dimension of one position, or of one channel repeated, looks like a dimension without channels, and what is left of a box of which one
     dimension became 1 looks like channels of another dimension, so that what they meet proves nothing.
@@ -115,7 +127,24 @@ def last_ones(program: Program, reference: Analysis) -> np.ndarray:
             members = group.sets[group.block_of == block]
             if gone[members].sum() == len(members) - 1:
                 found += members[~gone[members]].tolist()
-    return np.array(found, dtype=np.int64)
+    parts = _alone_in_parts(reference, gone) if gone.any() else []
+    return np.concatenate([np.array(found, dtype=np.int64), *parts])
+
+
+def _alone_in_parts(reference: Analysis, gone: np.ndarray) -> list[np.ndarray]:
+    """The channel sets of which one position is all that is left of what a node takes out."""
+    found = []
+    for node, value in reference.walk.values.items():
+        rule = lookup(node.target)
+        if rule is None or not any(clause.keyword in _PARTS for clause in rule.clauses):
+            continue
+        for part in value if isinstance(value, tuple) else (value,):
+            for axis in part.axes if isinstance(part, Value) else ():
+                rows = axis.numbers.movedim(axis.dim, -1).reshape(-1, axis.numbers.shape[axis.dim]).numpy()
+                left = (rows != NONE) & ~gone[reference.labels[rows]]
+                alone = left & (left.sum(1, keepdims=True) == 1)
+                found.append(np.unique(reference.labels[rows[alone]]))
+    return found
 
 
 def _subset(kind: str, found: list[Remark], allowed: list[Remark], labels: np.ndarray, also: np.ndarray) -> None:

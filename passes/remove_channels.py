@@ -256,7 +256,10 @@ def _chunk(node: fx.Node, clause: Clause, source: Value, outputs: list[Value], k
 
 def _factor(node: fx.Node, clause: Clause, source: Value, outputs: list[Value], kept: Kept) -> bool:
     letter, name = clause.words
-    old = int(arguments(node)[name])
+    given = arguments(node)[name]
+    if isinstance(given, fx.Node):
+        return False  # known only at run time, as the groups of a convolution with one weight for each sample: it follows the samples
+    old = int(given)
     rule = lookup(node.target)
     assert rule is not None
     dims = rule.alternatives[0].operands[0].dims

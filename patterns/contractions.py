@@ -19,6 +19,7 @@ def _transposed(rank: int) -> str:
 
 CONTRACTIONS: dict[str, str] = {
     "aten.linear.default": "input[... i], weight[o i], bias[o] -> [... o]",
+    "aten.bilinear.default": "input1[... i], input2[... j], weight[o i j], bias[o] -> [... o]",
     "aten.mm.default": "self[m k], mat2[k n] -> [m n]",
     "aten.bmm.default": "self[b m k], mat2[b k n] -> [b m n]",
     "aten.addmm.default": "self[m n], mat1[m k], mat2[k n] -> [m n]",

@@ -6,12 +6,13 @@ import contextlib
 import copy
 import dataclasses
 import enum
+import itertools
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import pytest
 import torch
-from oracle import masked
+from oracle import masked, zeroed
 from refusal import BATCH, Vectors, X
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -49,9 +50,9 @@ def _untouched(model: nn.Module) -> Iterator[None]:
 
 
 def _prune(model: nn.Module, args: tuple[Any, ...] = (X,), calibration: Any = None, **options: Any) -> fasp_fx.Result:
-    options = {"restore": None, "score": "random", **options}  # the score would take channels that are always zero, and show nothing
+    options = {"restore": None, "score": "random", "sparsity": 0.3, **options}  # the score would take channels that are always zero, and show nothing
     with _untouched(model):
-        return fasp_fx.prune(model, args, calibration=[BATCH] if calibration is None else calibration, sparsity=0.3, **options)
+        return fasp_fx.prune(model, args, calibration=[BATCH] if calibration is None else calibration, **options)
 
 
 def _columns(plan: Any) -> dict[str, set[int]]:
@@ -659,3 +660,182 @@ def test_forward_of_the_instance() -> None:
     result = _prune(model)
     with torch.no_grad(), masked(model, _columns(result.plan)):
         _assert_same(result.module(X), model(X))
+
+
+# --- weights that no module multiplies
+
+
+def _zeroed(model: nn.Module, *calls: tuple[Any, ...], **options: Any) -> fasp_fx.Result:
+    """Prune and compare with the dense model whose consumers' removed columns are zero (with ``include``: whose producers' rows are, too)."""
+    result = _prune(model, calls[0], **options)
+    assert result.plan.groups
+    reference = zeroed(model, result.plan, producers=bool(options.get("include")))
+    differs = False
+    with torch.no_grad():
+        for call in calls:
+            _assert_same(result.module(*call), reference(*call))
+            differs |= any(not torch.allclose(a, b, atol=100 * TOLERANCE) for a, b in zip(_leaves(reference(*call)), _leaves(model(*call)), strict=True))
+    assert differs, "masking changes nothing that can be seen"
+    return result
+
+
+class Splines(nn.Module):
+    """Layers of splines: one dimension of a product is an input's channels times the points of a grid."""
+
+    def __init__(self, *widths: int, points: int = 5) -> None:
+        super().__init__()
+        self.layers = nn.ParameterList([nn.Parameter(torch.randn(o, i, points)) for i, o in itertools.pairwise(widths)])
+        self.register_buffer("grid", torch.linspace(-2, 2, points))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for weight in self.layers:
+            x = torch.einsum("big,oig->bo", torch.exp(-((x[..., None] - self.grid) ** 2)), weight)
+        return x
+
+
+def test_a_dimension_merged_of_channels_and_what_has_none() -> None:
+    model = Splines(6, 10, 3).eval()
+    result = _zeroed(model, (X,), (torch.randn(7, 6),))
+    assert {(part.name, part.dim) for group in result.plan.groups for part in group.consumers} >= {("layers.1", 1)}
+    inputs = [group for group in fasp_fx.analyze(model, (X,)).groups if any((part.name, part.dim) == ("layers.0", 1) for part in group.consumers)]
+    assert [group.status for group in inputs] == ["frozen"]  # the input's own channels stay
+
+
+class OnePerSample(nn.Module):
+    """A convolution with a weight of its own for every sample: mixed of several (CondConv), or scaled by a style (StyleGAN 2)."""
+
+    def __init__(self, styled: bool) -> None:
+        super().__init__()
+        self.first, self.last, self.styled = nn.Conv2d(3, 6, 1), nn.Conv2d(8, 2, 1), styled
+        self.gate = nn.Linear(6, 6 if styled else 3)
+        self.weight = nn.Parameter(torch.randn(8, 6, 3, 3) if styled else torch.randn(3, 8, 6, 3, 3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.relu(self.first(x))
+        batch, channels, height, width = x.shape
+        gate = torch.sigmoid(self.gate(x.mean((2, 3))))
+        weight = self.weight * gate[:, None, :, None, None] if self.styled else torch.einsum("be,eoihw->boihw", gate, self.weight)
+        x = F.conv2d(x.reshape(1, batch * channels, height, width), weight.reshape(batch * 8, channels, 3, 3), padding=1, groups=batch)
+        return self.last(torch.relu(x.view(batch, 8, height, width)))
+
+
+@pytest.mark.parametrize("styled", [False, True], ids=["mixed", "styled"])
+def test_a_convolution_with_a_weight_for_every_sample(styled: bool) -> None:
+    model = OnePerSample(styled).eval()
+    result = _zeroed(model, (torch.randn(2, 3, 5, 5),), (torch.randn(3, 3, 5, 5),), sparsity=0.1)
+    assert any(part.name == "last.weight" for group in result.plan.groups for part in group.consumers)
+
+
+class OnePerPosition(nn.Module):
+    """Channels mixed by a matrix of its own at every position of a plane, as Fourier operators mix modes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Conv2d(3, 6, 1), nn.Conv2d(8, 2, 1)
+        self.weight = nn.Parameter(torch.randn(6, 8, 3, 3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(torch.relu(torch.einsum("bixy,ioxy->boxy", torch.relu(self.first(x)), self.weight)))
+
+
+def test_a_matrix_for_every_position_of_a_plane() -> None:
+    _zeroed(OnePerPosition().eval(), (torch.randn(2, 3, 3, 3),), (torch.randn(4, 3, 3, 3),))
+
+
+# --- parts of a dimension
+
+
+class Apart(nn.Module):
+    """The first of the hidden channels go another way than the rest."""
+
+    def __init__(self, by: str) -> None:
+        super().__init__()
+        self.up, self.down, self.by = nn.Linear(6, 24), nn.Linear(24, 6), by
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = self.up(x)
+        first, rest = (hidden[:, :3], hidden[:, 3:]) if self.by == "slice" else hidden.split([3, 21], 1)
+        return self.down(torch.cat([first.tanh(), rest.relu()], 1))
+
+
+@pytest.mark.parametrize("left", [1, 0])
+@pytest.mark.parametrize("by", ["slice", "split"])
+def test_a_part_of_which_one_channel_or_none_is_left(by: str, left: int) -> None:
+    model = Apart(by).eval()
+    with torch.no_grad():
+        model.down.weight[:, left:3] *= 0.2
+    result = _zeroed(model, (X,), (torch.randn(7, 6),), score="magnitude", sparsity=(3 - left) / 24)
+    assert [part.removed for group in result.plan.groups for part in group.consumers] == [tuple(range(left, 3))]
+
+
+class Assigns(nn.Module):
+    """Values are assigned to positions of a sequence, and to channels of an empty tensor."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.mix, self.down = nn.Linear(6, 12), nn.Linear(12, 12), nn.Linear(12, 6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = self.up(x).clone()
+        hidden[:, 1:] += self.mix(hidden[:, :-1])
+        hidden[:, 0] = hidden[:, 0] * 2
+        hidden[:, -1] = 0
+        shifted = torch.zeros_like(hidden)
+        shifted[:, 1:, :4] = hidden[:, :-1, :4]
+        shifted[:, :, 4:] = hidden[:, :, 4:]
+        return self.down(torch.relu(shifted))
+
+
+def test_assignments_to_slices() -> None:
+    result = _zeroed(Assigns().eval(), (torch.randn(3, 5, 6),), (torch.randn(2, 7, 6),))
+    assert {part.name for group in result.plan.groups for part in group.consumers} == {"mix.weight", "down.weight"}
+
+
+class Modes(nn.Module):
+    """A Fourier layer: the lowest frequencies are mixed by complex weights and assigned to an empty spectrum."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(6, 8), nn.Linear(8, 6)
+        self.weight = nn.Parameter(torch.randn(8, 8, 3, dtype=torch.complex64) / 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        spectrum = torch.fft.rfft(self.first(x).transpose(1, 2))
+        out = torch.zeros_like(spectrum)
+        out[..., :3] = torch.einsum("bim,iom->bom", spectrum[..., :3], self.weight)
+        return self.last(F.gelu(torch.fft.irfft(out, n=x.shape[1]).transpose(1, 2)))
+
+
+def test_a_fourier_layer_is_pruned_and_trains() -> None:
+    result = _zeroed(Modes().eval(), (torch.randn(3, 8, 6),), (torch.randn(2, 8, 6),))
+    assert {part.name for group in result.plan.groups for part in group.consumers} >= {"last.weight"}
+    result.module(torch.randn(3, 8, 6)).square().mean().backward()
+    assert all(parameter.grad is not None and bool(parameter.grad.abs().sum() > 0) for parameter in result.module.parameters())
+
+
+class MixedByHead(nn.Module):
+    """Tokens mixed by a matrix for every head, each scaled by a factor."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(6, 12), nn.Linear(12, 6)
+        self.mix, self.scale = nn.Parameter(torch.randn(3, 5, 5)), nn.Parameter(torch.randn(3, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        heads = self.up(x).unflatten(-1, (3, 4))
+        return self.down((torch.einsum("hts,bshd->bthd", self.mix, heads) * self.scale).flatten(-2))
+
+
+@pytest.mark.parametrize("sparsity", [0.75, 0.5])
+def test_heads_of_which_one_channel_is_left(sparsity: float) -> None:
+    result = _zeroed(MixedByHead().eval(), (torch.randn(3, 5, 6),), (torch.randn(2, 5, 6),), sparsity=sparsity)
+    assert result.plan.sparsity == pytest.approx(sparsity)
+
+
+@pytest.mark.parametrize("again", [False, True], ids=["to_all", "to_its_own"])
+def test_a_depthwise_convolution_with_several_outputs_for_each_channel(again: bool) -> None:
+    after = [nn.Conv1d(18, 6, 1, groups=6), nn.Conv1d(6, 2, 1)] if again else [nn.Conv1d(18, 2, 1)]
+    model = _stack(nn.Conv1d(4, 6, 1), nn.Conv1d(6, 18, 3, padding=1, groups=6), nn.ReLU(), *after)
+    result = _zeroed(model, (torch.randn(2, 4, 8),), (torch.randn(3, 4, 8),))
+    removed = {part.name: part.removed for group in result.plan.groups for part in group.producers}
+    assert removed["1.weight"] == tuple(3 * channel + output for channel in removed["0.weight"] for output in range(3))

@@ -173,5 +173,7 @@ def want_blocks(facts: Facts, numbering: Numbering, weight: Operand, axis: Axis,
     if divider is None or axis.slot is None or divider.slot is None or axis.slot[0] != weight.value.origin or axis.slot == divider.slot:
         return
     own, slot = numbering.get(*axis.slot), numbering.get(*divider.slot)
-    if own is not None and own.block_dim is None and slot is not None and slot.block_dim is None:
+    if slot is None or slot.size % weight.size(letter):
+        return  # the letter is several dimensions of the weight merged, which cannot be told apart as the blocks of one
+    if own is not None and own.block_dim is None and slot.block_dim is None:
         facts.blocks.setdefault(axis.slot, (slot.dim, weight.size(letter)))

@@ -102,6 +102,8 @@ class Lettered:
                     if axis.dim == dim + 1 and axis.numbers.shape[dim] > 1 and second in self.kept:
                         leader = axis.numbers.narrow(dim + 1, 0, 1)
                         self.facts.couple(leader, axis.numbers, self.node)
+                        spread = leader.expand(axis.numbers.shape)
+                        self.facts.together.append((spread.reshape(-1).numpy(), axis.numbers.reshape(-1).numpy(), self.node))
                         axis = Axis(leader, dim, axis.slot)
                     axes.append(axis)
                 value = Value(operand.value.shape, tuple(axes), operand.value.constant, operand.value.origin)

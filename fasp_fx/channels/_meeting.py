@@ -16,11 +16,11 @@ Found = tuple[Operand, Axis, Tensor]
 
 def couple(relation: Lettered, holders: list[Operand], found: list[Found], order: list[str]) -> list[Tensor]:
     """Couple the axes of different operands, each with the one that divides the positions alike; return one of each."""
-    per_holder = [[numbers for operand, _, numbers in found if operand is holder] for holder in holders]
-    per_holder = sorted((axes for axes in per_holder if axes), key=len, reverse=True)
+    held = [(holder, [numbers for operand, _, numbers in found if operand is holder]) for holder in holders]
+    per_holder = sorted((item for item in held if item[1]), key=lambda item: len(item[1]), reverse=True)
     _want_blocks(relation, found, order)
-    leaders = list(per_holder[0])
-    for axes in per_holder[1:]:
+    leaders = list(per_holder[0][1])
+    for holder, axes in per_holder[1:]:
         matches = [0] * len(axes) if len(leaders) == 1 else [_alike(numbers, leaders) for numbers in axes]
         if len(leaders) > 1 and (None in matches or len(set(matches)) < len(matches)):
             for numbers in (*leaders[1:], *axes):
@@ -30,6 +30,10 @@ def couple(relation: Lettered, holders: list[Operand], found: list[Found], order
         for numbers, match in zip(axes, matches, strict=True):
             relation.facts.couple(leaders[int(match or 0)], numbers, relation.node)
             leaders[int(match or 0)] = max(leaders[int(match or 0)], numbers, key=_freedom)
+        for index in set(range(len(leaders))) - set(matches):
+            # One dimension of several merged ones: this operand has positions there, but no channels to lose them with.
+            reason = f"meets '{holder.name}' of {relation.node.target}, which has no channels there"
+            relation.facts.say(relation.facts.frozen, leaders[index], reason, relation.node)
     return leaders
 
 

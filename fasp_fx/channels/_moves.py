@@ -189,13 +189,17 @@ def _alike_along(source: Value, dims: set[int], node: fx.Node, facts: Facts) -> 
     """Couple what differs along dimensions whose positions are chosen at run time."""
     axes = []
     for axis in source.axes:
-        numbers = axis.numbers
         for dim in dims - {axis.dim}:
-            if numbers.shape[dim] > 1:
-                facts.couple(numbers.narrow(dim, 0, 1), numbers, node)
-                numbers = numbers.narrow(dim, 0, 1)
-        axes.append(Axis(numbers, axis.dim, axis.slot))
+            axis = _alike(axis, dim, node, facts)
+        axes.append(axis)
     return replace(source, axes=tuple(axes))
+
+
+def _alike(axis: Axis, dim: int, node: fx.Node, facts: Facts) -> Axis:
+    """Couple the channels of an axis that lie behind one another along another dimension; what is left does not vary there."""
+    leader = axis.numbers.narrow(dim, 0, 1)
+    facts.couple(leader, axis.numbers, node)
+    return Axis(leader, axis.dim, axis.slot)
 
 
 def _border_moves(axis: Axis, others: dict[str, Any]) -> bool:
@@ -272,9 +276,11 @@ def _join(node: fx.Node, rule: Rule, sources: list[Value], others: dict[str, Any
                     facts.say(facts.frozen, axis.numbers, f"meets a part of {node.target} that has no channels there", node)
             continue
         if not stacked and any(joined in axis.varying() for found in per_source for axis in found) and _at_run_time(node, rule, joined):
-            for axis in (axis for found in per_source for axis in found):
-                facts.say(facts.frozen, axis.numbers, f"{node.target} puts it behind something of a length known only at run time", node)
-            continue
+            if dim == joined:
+                for axis in (axis for found in per_source for axis in found):
+                    facts.say(facts.frozen, axis.numbers, f"{node.target} puts it behind something of a length known only at run time", node)
+                continue
+            per_source = [[_alike(axis, joined, node, facts) for axis in found] for found in per_source]
         parts = [_full(found[0], s.shape) if found else torch.full(s.shape, NONE) for found, s in zip(per_source, sources, strict=True)]
         alike = (stacked or dim != joined) and all(found[0].numbers.shape == per_source[0][0].numbers.shape for found in per_source)
         if alike and (stacked or per_source[0][0].numbers.shape[joined] == 1):
