@@ -47,6 +47,21 @@ def held(model: nn.Module, result: fasp_fx.Result, *inputs: Tensor) -> None:
     assert error(expected, dense) > 1e-3
 
 
+@pytest.mark.parametrize("kind", [nn.GRU, nn.LSTM, nn.RNN])
+def test_what_torch_keeps_for_itself_is_no_remark(kind: type[nn.RNNBase]) -> None:
+    class Layer(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer, self.down = kind(5, HIDDEN, batch_first=True), nn.Linear(HIDDEN, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.layer.seen = x.shape  # type: ignore[assignment]
+            return self.down(self.layer(x)[0])
+
+    notes = fasp_fx.analyze(Layer().eval(), (torch.randn(2, 4, 5),)).program.notes
+    assert notes == ("forward sets the attribute 'layer.seen', which a graph does not",)
+
+
 @pytest.mark.parametrize(
     ("kind", "options", "gates", "given"),
     [
@@ -67,7 +82,8 @@ def test_cells_in_a_loop(kind: str, options: dict[str, Any], gates: int, given: 
     assert {part.name for part in group.consumers} == {"cell.weight_hh", "down.weight"}
     left = HIDDEN - len(removed)
     assert len(removed) > 0
-    with pytest.raises(fasp_fx.CallError, match="dimension 1 is 5, the program was captured for 4"):  # the loop was captured with as many steps as the example has
+    # the loop was captured with as many steps as the example has
+    with pytest.raises(fasp_fx.CallError, match="dimension 1 is 5, the program was captured for 4"):
         result.module(data(2, 5))
     assert result.module.cell.weight_hh.shape == (gates * left, left)
     rows = next(part.removed for part in group.producers if part.name == "cell.weight_ih")
