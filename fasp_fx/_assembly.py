@@ -130,7 +130,7 @@ class Assembly:
         lines = tuple(line_within(path, line) for path, result in self.results.items() for line in result.report.lines)
         without_rule = sum((Counter(result.report.without_rule) for result in self.results.values()), Counter[str]())
         sizes = (old[0], new[0]), (old[1], new[1])
-        report = Report(reached, requested, *sizes, lines, dict(self.seconds), tuple(self._notes()), without_rule=dict(without_rule))
+        report = Report(reached, requested, *sizes, lines, dict(self.seconds), tuple(self._notes()), without_rule=dict(without_rule), include=plan.include)
         return PartsResult(self.model, plan, report, self.signature, self.results, self.left)
 
     def _notes(self) -> Iterator[str]:

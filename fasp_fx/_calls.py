@@ -112,10 +112,16 @@ _CONTAINERS = (list, dict, set)
 
 
 class Changed(dict[nn.Module, set[str]]):
-    """The attributes of each module that its forward has set, without those of torch's own hooks, which compute a weight."""
+    """The attributes of each module that its forward has set.
+
+    Left out are those of torch's own hooks, which compute a weight, and the lists in which torch's recurrent modules keep their parameters: they
+    are made anew where an exporter has put stand-ins for the parameters.
+    """
 
     def note(self, module: nn.Module, names: set[str]) -> None:
         """Add the changed attributes of one module."""
+        if isinstance(module, nn.RNNBase):
+            names = names - {"_flat_weights", "_flat_weight_refs"}
         hooks = [hook for hook in module._forward_pre_hooks.values() if of_torch(hook)]
         names = {name for name in names if not any(name in (getattr(hook, "name", None), getattr(hook, "_tensor_name", None)) for hook in hooks)}
         if names:

@@ -52,6 +52,7 @@ class Request:
                 raise ArgumentError(f"{option} {value} is too small; use at least 1")
         if self.text is not None and not self.text.is_file():
             raise CalibrationError(f"--text '{self.text}' is not a file; give a text file")
+        _text.parse_slice(self.chunks)
         for index, model in enumerate(self.models):
             if model in self.models[:index]:
                 raise ArgumentError(f"the model '{model}' is named twice; name each once")

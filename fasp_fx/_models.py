@@ -17,6 +17,8 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 T = TypeVar("T")
 
+_CAUSAL = "give a causal language model: anything that AutoModelForCausalLM loads"
+
 
 @dataclass(frozen=True)
 class Source:
@@ -64,7 +66,9 @@ def load_tokenizer(source: Source) -> Any:
     """
     from transformers import AutoTokenizer
 
-    return _load(f"the tokenizer of '{source}'", lambda: AutoTokenizer.from_pretrained(source.where, **source.options))
+    return _load(
+        f"the tokenizer of '{source}'", "give a model with the files of its tokenizer", lambda: AutoTokenizer.from_pretrained(source.where, **source.options)
+    )
 
 
 def load_model(source: Source, *, dtype: str = "auto", device: torch.device | str = "cpu") -> Any:
@@ -78,7 +82,7 @@ def load_model(source: Source, *, dtype: str = "auto", device: torch.device | st
     """
     from transformers import AutoModelForCausalLM
 
-    model = _load(f"'{source}'", lambda: AutoModelForCausalLM.from_pretrained(source.where, dtype=DTYPES.get(dtype, "auto"), **source.options))
+    model = _load(f"'{source}'", _CAUSAL, lambda: AutoModelForCausalLM.from_pretrained(source.where, dtype=DTYPES.get(dtype, "auto"), **source.options))
     return model.eval().to(device)
 
 
@@ -95,7 +99,7 @@ def load_empty(source: Source) -> nn.Module:
         with torch.device("meta"):
             return AutoModelForCausalLM.from_config(config)
 
-    return _load(f"'{source}'", build).eval()
+    return _load(f"'{source}'", _CAUSAL, build).eval()
 
 
 def check_length(model: Any, length: int) -> None:
@@ -135,14 +139,14 @@ def quieten() -> None:
     huggingface_hub.utils.disable_progress_bars()
 
 
-def _load(what: str, load: Callable[[], T]) -> T:
+def _load(what: str, remedy: str, load: Callable[[], T]) -> T:
     try:
         with _without_gguf_bar():
             return load()
     except ImportError as error:
         raise ArgumentError(f"{what} needs a package that is not installed: {first_line(error)}") from error
     except Exception as error:  # loaders raise whatever the files make them trip over
-        raise ArgumentError(f"{what} cannot be loaded as a causal language model: {first_line(error)}") from error
+        raise ArgumentError(f"{what} cannot be loaded: {first_line(error)}; {remedy}") from error
 
 
 @contextlib.contextmanager

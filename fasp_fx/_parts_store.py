@@ -29,7 +29,7 @@ from ._stand_in import dressed, put
 from ._tensors import read_tensors, write_tensors
 from .errors import ArgumentError, StoreError, first_line
 
-FORMAT = "fasp_fx.parts/1"
+FORMAT = "fasp_fx.parts/2"
 FILES = ("parts.json", "rest.safetensors", "plan.json", "report.json", "signature.json")
 _PARTS = "parts"
 

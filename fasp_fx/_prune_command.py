@@ -19,7 +19,7 @@ from .analysis import Analysis
 from .errors import ArgumentError, CalibrationError, SparsityError
 from .evaluation import latency, perplexity
 from .hf import Pruned, prune
-from .report import Figure
+from .report import Figure, counted
 
 
 @dataclass(frozen=True)
@@ -209,7 +209,7 @@ def run(request: Request, stages: Stages, console: Console) -> None:
         write_page(report, f"{source}, {report.sparsity:.0%} removed", request.html)
     cache = [] if report.cache is None else [Figure("bytes of cache per token of one sequence", *report.cache)]
     console.print(_tables.figures_table([Figure("parameters", *report.parameters), Figure("bytes", *report.bytes), *cache, *report.figures]))
-    say(console, f"removed {report.sparsity:.2%} of the linear weights of {_tables.counted(request.include)} (asked for {request.sparsity:.2%})")
+    say(console, f"removed {report.sparsity:.2%} of the linear weights of {counted(report.include)} (asked for {request.sparsity:.2%})")
     for note in report.notes:
         say(console, f"note: {note}")
     say(console, f"saved in {request.out}; load it with")

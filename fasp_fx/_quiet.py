@@ -6,6 +6,9 @@ import contextlib
 import logging
 import warnings
 from collections.abc import Iterator
+from unittest import mock
+
+import torch.export._trace
 
 
 @contextlib.contextmanager
@@ -27,7 +30,8 @@ def quiet() -> Iterator[None]:
         for name in names:
             logging.getLogger(name).setLevel(logging.ERROR)
         logging.getLogger(fake).setLevel(logging.CRITICAL)
-        with warnings.catch_warnings():
+        # torch.export prints the graph it had when it failed, once for each attempt
+        with warnings.catch_warnings(), mock.patch.object(torch.export._trace, "print", create=True):
             warnings.simplefilter("ignore")
             yield
     finally:

@@ -37,6 +37,7 @@ def report_from_json(data: Mapping[str, Any]) -> Report:
             "figures": _many(_figure),
             "without_rule": _mapping(_count),
             "cache": _optional(_pair),
+            "include": _many(_text),
         }
         return Report(**{field.name: read[field.name](data[field.name]) for field in fields(Report)})
     except (KeyError, TypeError, ValueError) as error:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,7 +11,7 @@ import numpy as np
 from rich.table import Table
 
 from .analysis import Analysis
-from .groups import APPROXIMATE, PRUNABLE, Group, Member
+from .groups import PRUNABLE, Group, Member
 from .report import Figure
 
 SHOWN = 6
@@ -108,11 +108,6 @@ def _coloured(status: str) -> str:
     return f"[{_COLOURS.get(status, 'default')}]{status}[/]"
 
 
-def counted(include: Collection[str]) -> str:
-    """The groups whose linear weights sparsity is a fraction of."""
-    return "prunable, exempt and approximate groups" if APPROXIMATE in include else "prunable and exempt groups"
-
-
 def groups_json(model: str, analysis: Analysis) -> dict[str, Any]:
     """Everything about the groups as plain data; index ranges are ``[first, last + 1]``."""
     return {
@@ -171,4 +166,4 @@ def scores_table(models: Sequence[str], rows: Sequence[tuple[str, Sequence[str],
     return table
 
 
-__all__ = ["counted", "figures_table", "groups_json", "groups_table", "kinds", "scores_table", "summary"]
+__all__ = ["figures_table", "groups_json", "groups_table", "kinds", "scores_table", "summary"]

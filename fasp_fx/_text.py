@@ -101,24 +101,33 @@ def _settings(model: Any, settings: Any) -> Iterator[None]:
         model.generation_config = original
 
 
+def parse_slice(text: str | None) -> slice:
+    """What :func:`parse_range` chooses, of however many chunks.
+
+    Raises:
+        ArgumentError: it does not parse.
+    """
+    if text is None:
+        return slice(None)
+    first, colon, last = text.partition(":")
+    try:
+        if not colon:
+            raise ValueError("there is no colon")
+        return slice(int(first) if first else None, int(last) if last else None)
+    except ValueError as error:
+        raise ArgumentError(f"'{text}' is not a range of chunks; write first:last+1, for example 100:140") from error
+
+
 def parse_range(text: str | None, count: int) -> range:
     """``"a:b"``, ``"a:"``, ``":b"`` or ``None`` as a range of chunks.
 
     Raises:
         ArgumentError: it does not parse, or names no chunk there is.
     """
-    if text is None:
-        return range(count)
-    first, colon, last = text.partition(":")
-    try:
-        chosen = range(count)[int(first) if first else None : int(last) if last else None]
-    except ValueError:
-        colon = ""
-    if not colon:
-        raise ArgumentError(f"'{text}' is not a range of chunks; write first:last+1, for example 100:140")
-    if not chosen:
+    chosen = range(count)[parse_slice(text)]
+    if text is not None and not chosen:
         raise ArgumentError(f"the range {text} holds none of the {count} chunks of the text; chunks are 0 to {count - 1}")
     return chosen
 
 
-__all__ = ["parse_range", "read_chunks", "sample", "start_token"]
+__all__ = ["parse_range", "parse_slice", "read_chunks", "sample", "start_token"]

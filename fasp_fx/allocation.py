@@ -27,7 +27,7 @@ class _Cut:
 class Budget:
     """Sparsity as a function of the number of channel sets that each group loses.
 
-    Sparsity is the fraction removed of all weights of linear and convolution operators that a prunable, exempt or included group touches, each
+    Sparsity is the fraction removed of all weights of linear, convolution and recurrent operators that a prunable, exempt or included group touches, each
     counted once and whole.
 
     Args:

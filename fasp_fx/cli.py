@@ -181,6 +181,7 @@ def inspect(
         from ._page import check_page, write_page
         from ._saved import is_saved
         from .prune import analyze
+        from .report import counted
 
         if html is not None:
             check_page(html)
@@ -204,7 +205,7 @@ def inspect(
             return
         console = results()
         console.print(_tables.groups_table(analysis, every=every))
-        say(console, f"at most {analysis.max_sparsity:.1%} of the linear weights of {_tables.counted(analysis.include)} can be removed")
+        say(console, f"at most {analysis.max_sparsity:.1%} of the linear weights of {counted(analysis.include)} can be removed")
         for name, count in analysis.without_rule.items():
             say(console, f"{name} has no rule and froze what it touches ({count} times)")
         for note in analysis.program.notes:

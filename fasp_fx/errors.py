@@ -60,4 +60,4 @@ class PartialPlanWarning(UserWarning):
 
 def first_line(error: BaseException) -> str:
     """The first line of an error's message, to stand inside a sentence, or its class if it has none."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(". ")
+    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".: ")

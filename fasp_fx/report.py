@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, replace
 
 from torch import Tensor, fx
@@ -10,8 +10,11 @@ from torch import Tensor, fx
 from ._observe import Decision
 from .analysis import Analysis
 from .channels import results
-from .groups import Group
+from .groups import APPROXIMATE, Group
 from .plan import PruningPlan
+
+#: the operators whose weights sparsity counts
+COUNTED = "linear, convolution and recurrent operators"
 
 
 def weight_size(weights: Mapping[str, Tensor]) -> tuple[int, int]:
@@ -78,6 +81,7 @@ class Report:
         without_rule: operators that had no rule and froze what they touched, with the number of times.
         cache: bytes of the key-value cache per token of one sequence, before and after; ``None`` where the program holds no cache. Of an
             encoder-decoder model: per token of the output, and per token of the input, together.
+        include: the statuses that were pruned besides ``"prunable"``, as given to :func:`fasp_fx.prune`.
     """
 
     sparsity: float
@@ -89,6 +93,8 @@ class Report:
     notes: tuple[str, ...] = ()
     figures: tuple[Figure, ...] = ()
     without_rule: Mapping[str, int] = field(default_factory=dict)
+    cache: tuple[int, int] | None = None
+    include: tuple[str, ...] = ()
 
     def to_html(self, title: str = "Pruned model") -> str:
         """The report as one page of HTML that needs nothing else: graph of the groups, widths, table and figures."""
@@ -96,12 +102,10 @@ class Report:
 
         return page(self, title)
 
-    cache: tuple[int, int] | None = None
-
     def __str__(self) -> str:
         asked = f" (asked for {self.requested:.2%})" if self.requested is not None else ""
         out = [
-            f"sparsity    {self.sparsity:.2%}{asked} of the weights of linear and convolution operators in prunable and exempt groups",
+            f"sparsity    {self.sparsity:.2%}{asked} of the weights of {COUNTED} in {counted(self.include)}",
             f"parameters  {self.parameters[0]:,} -> {self.parameters[1]:,}  ({self.parameters[1] / max(self.parameters[0], 1) - 1:+.2%})",
             f"bytes       {self.bytes[0]:,} -> {self.bytes[1]:,}",
         ]
@@ -153,7 +157,13 @@ def make_report(
         dict(seconds),
         notes_of(analysis),
         without_rule=dict(analysis.without_rule),
+        include=tuple(sorted(analysis.include)),
     )
+
+
+def counted(include: Collection[str]) -> str:
+    """The groups whose weights sparsity is a fraction of."""
+    return "prunable, exempt and approximate groups" if APPROXIMATE in include else "prunable and exempt groups"
 
 
 def line_of(group: Group) -> Line:

@@ -28,7 +28,7 @@ from .report import Report
 if TYPE_CHECKING:
     from ._result import Result
 
-FORMAT = "fasp_fx.store/2"
+FORMAT = "fasp_fx.store/3"
 MANIFEST = "manifest.json"
 FILES = ("graph.json", "weights.safetensors", "constants.safetensors", "plan.json", "report.json", "signature.json")
 

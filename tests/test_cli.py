@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import shutil
 import subprocess
 import sys
@@ -265,10 +266,22 @@ def test_eval_compares_dense_and_pruned(from_file: tuple[Path, Result], folder: 
 
 @pytest.mark.parametrize("chunks", ["5", "a:b", "900:901", "3:3"])
 def test_eval_refuses_a_bad_range(folder: Path, chunks: str) -> None:
-    assert "chunks" in _refused(_invoke("eval", folder / "model", "--text", folder / "text.txt", "--length", str(LENGTH), "--chunks", chunks))
+    done = _invoke("eval", folder / "model", "--text", folder / "text.txt", "--length", str(LENGTH), "--chunks", chunks)
+    assert "chunks" in _refused(done)
+    assert ("loading" in done.stderr) == (chunks in ("900:901", "3:3"))  # what cannot be a range is refused before any work
 
 
 # --- refusals
+
+
+@pytest.mark.parametrize("command", [("inspect",), ("prune", "--out", "small"), ("eval", "--text", "text.txt")])
+def test_a_folder_without_a_model_is_refused(tmp_path: Path, command: tuple[str, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "text.txt").write_text("some text", encoding="utf-8")
+    monkeypatch.chdir(tmp_path)
+    said = _refused(_invoke(command[0], "empty", *command[1:]))
+    assert re.search("'empty' cannot be loaded: [^;]*[^;:]; give a ", said), said
+    assert sorted(child.name for child in tmp_path.iterdir()) == ["empty", "text.txt"]
 
 
 @pytest.mark.parametrize(

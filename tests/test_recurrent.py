@@ -47,6 +47,21 @@ def held(model: nn.Module, result: fasp_fx.Result, *inputs: Tensor) -> None:
     assert error(expected, dense) > 1e-3
 
 
+@pytest.mark.parametrize("kind", [nn.GRU, nn.LSTM, nn.RNN])
+def test_what_torch_keeps_for_itself_is_no_remark(kind: type[nn.RNNBase]) -> None:
+    class Layer(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer, self.down = kind(5, HIDDEN, batch_first=True), nn.Linear(HIDDEN, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.layer.seen = x.shape  # type: ignore[assignment]
+            return self.down(self.layer(x)[0])
+
+    notes = fasp_fx.analyze(Layer().eval(), (torch.randn(2, 4, 5),)).program.notes
+    assert notes == ("forward sets the attribute 'layer.seen', which a graph does not",)
+
+
 @pytest.mark.parametrize(
     ("kind", "options", "gates", "given"),
     [

@@ -95,7 +95,7 @@ class Remark:
 class Facts:
     """Couplings, and remarks on channel numbers, in the order found.
 
-    ``matrices`` names the weights of linear and convolution operators; ``blocks`` the weights' dimensions that would better be numbered
+    ``matrices`` names the weights of linear, convolution and recurrent operators; ``blocks`` the weights' dimensions that would better be numbered
     block by block, with the dimension that divides them and into how many; ``heads`` pairs the channels that belong to one head,
     ``together`` those that would be free if they went together. ``chosen`` are numbers of positions that compete in a softmax or top-k, with how
     many of them are needed; ``stacked`` numbers of matrices in a stacked weight; ``stretched`` dimensions of expanded tensors that meet channels.

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..errors import ArgumentError
+from ..errors import ArgumentError, first_line
 
+_NUMBERS = (torch.int32, torch.int64)
 #: arguments of transformers' models that a program does not take, and the values that ask for nothing
 _IDLE = {"output_attentions": False, "output_hidden_states": False, "inputs_embeds": None, "token_type_ids": None, "decoder_inputs_embeds": None}
 
@@ -32,9 +34,23 @@ def check_tokens(name: str, ids: Any) -> None:
     Raises:
         ArgumentError: names the argument.
     """
-    if not isinstance(ids, Tensor) or ids.dim() != 2 or ids.is_floating_point() or 0 in ids.shape:
-        shown = f"{ids.dtype} {list(ids.shape)}" if isinstance(ids, Tensor) else type(ids).__name__
-        raise ArgumentError(f"{name} is {shown}; pass token numbers [batch, tokens], at least one token")
+    if not isinstance(ids, Tensor) or ids.dim() != 2 or ids.dtype not in _NUMBERS or 0 in ids.shape:
+        raise ArgumentError(f"{name} is {shown(ids)}; pass token numbers [batch, tokens], torch.int64, at least one token")
+
+
+def check_numbers(name: str, numbers: Any) -> None:
+    """Refuse anything but a tensor of integers.
+
+    Raises:
+        ArgumentError: names the argument.
+    """
+    if not isinstance(numbers, Tensor) or numbers.dtype not in _NUMBERS:
+        raise ArgumentError(f"{name} is {shown(numbers)}; pass a tensor of integers, torch.int64")
+
+
+def shown(value: Any) -> str:
+    """What was given, in few words."""
+    return f"{value.dtype} {list(value.shape)}" if isinstance(value, Tensor) else "missing" if value is None else f"a {type(value).__name__}"
 
 
 def mask_of(name: str, mask: Tensor | None, batch: int, length: int, like: Tensor) -> Tensor:
@@ -45,6 +61,8 @@ def mask_of(name: str, mask: Tensor | None, batch: int, length: int, like: Tenso
     """
     if mask is None:
         return torch.ones((batch, length), dtype=torch.long, device=like.device)
+    if not isinstance(mask, Tensor):
+        raise ArgumentError(f"{name} is {shown(mask)}; pass a tensor [{batch}, {length}], zero where a token is padding")
     if mask.shape != (batch, length):
         raise ArgumentError(f"{name} has the shape {list(mask.shape)}; it must cover every token, cached ones included: [{batch}, {length}]")
     return mask.to(torch.long)
@@ -56,8 +74,32 @@ def check_labels(labels: Tensor, logits: Tensor) -> None:
     Raises:
         ArgumentError: gives both shapes.
     """
+    check_numbers("labels", labels)
     if labels.shape != logits.shape[:2]:
         raise ArgumentError(f"labels have the shape {list(labels.shape)}, the logits speak of {list(logits.shape[:2])} tokens; give one label per token")
 
 
-__all__ = ["check_labels", "check_tokens", "mask_of", "refuse"]
+def loss_of(compute: Callable[[], Tensor]) -> Tensor:
+    """The loss; a label that is no token of the vocabulary is refused where the device says so.
+
+    Raises:
+        ArgumentError: a label is neither a token number nor -100.
+    """
+    try:
+        return compute()
+    except IndexError as error:
+        raise ArgumentError(f"labels hold a number that is no token: {first_line(error)}; -100 leaves a token out") from error
+
+
+def check_outputs(config: Any) -> None:
+    """Refuse a configuration that asks for outputs which the programs do not have.
+
+    Raises:
+        ArgumentError: names the first.
+    """
+    for name in ("output_attentions", "output_hidden_states"):
+        if getattr(config, name, False):
+            raise ArgumentError(f"config.{name} is set, but a pruned model's program returns none; set model.config.{name} = False, or use the dense model")
+
+
+__all__ = ["check_labels", "check_numbers", "check_outputs", "check_tokens", "loss_of", "mask_of", "refuse", "shown"]

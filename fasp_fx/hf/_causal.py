@@ -9,7 +9,7 @@ from torch import Tensor
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from ..errors import ArgumentError
-from ._arguments import check_labels, check_tokens, mask_of, refuse
+from ._arguments import check_labels, check_numbers, check_outputs, check_tokens, loss_of, mask_of, refuse, shown
 from ._model import PrunedModel
 
 
@@ -43,6 +43,7 @@ class PrunedForCausalLM(PrunedModel):
             ArgumentError: an argument has the wrong shape or is not served, or a position lies outside of the model's table.
         """
         refuse(kwargs, known=("num_items_in_batch",))
+        check_outputs(self.config)
         check_tokens("input_ids", input_ids)
         assert input_ids is not None
         batch, new = input_ids.shape
@@ -64,13 +65,14 @@ class PrunedForCausalLM(PrunedModel):
         loss = None
         if labels is not None:
             check_labels(labels, logits)
-            loss = self.loss_function(logits=logits, labels=labels, vocab_size=logits.shape[-1], **kwargs)
+            loss = loss_of(lambda: self.loss_function(logits=logits, labels=labels, vocab_size=logits.shape[-1], **kwargs))
         output = CausalLMOutputWithPast(loss=loss, logits=logits, cache=self._extended(cache, given, found, use_cache))
         return output if return_dict is not False else output.to_tuple()
 
     def _positions(self, given: Tensor | None, mask: Tensor | None, batch: int, new: int, past: int, ids: Tensor) -> Tensor:
         limit = self.config.position_limit
         if given is not None:
+            check_numbers("position_ids", given)
             if given.shape not in ((batch, new), (1, new)):
                 raise ArgumentError(f"position_ids have the shape {list(given.shape)}; give one for each new token: [{batch}, {new}]")
             positions = given.expand(batch, new)
@@ -93,10 +95,17 @@ class PrunedForCausalLM(PrunedModel):
 
 
 def _kept(logits_to_keep: int | Tensor, new: int, device: torch.device) -> Tensor:
+    wrong = f"logits_to_keep is {shown(logits_to_keep)}; pass how many last positions, or positions [count] among the {new} new ones, for all sequences alike"
     if isinstance(logits_to_keep, Tensor):
-        if logits_to_keep.dim() != 1 or logits_to_keep.is_floating_point():
-            raise ArgumentError(f"logits_to_keep has the shape {list(logits_to_keep.shape)}; pass a number, or positions [count] for all sequences alike")
-        return logits_to_keep.nonzero()[:, 0] if logits_to_keep.dtype == torch.bool else logits_to_keep
+        if logits_to_keep.dtype == torch.bool and logits_to_keep.shape == (new,):
+            return logits_to_keep.nonzero()[:, 0]
+        if logits_to_keep.dim() != 1 or logits_to_keep.dtype not in (torch.int32, torch.int64):
+            raise ArgumentError(wrong)
+        if bool(((logits_to_keep < -new) | (logits_to_keep >= new)).any()):
+            raise ArgumentError(f"{wrong}; one of them lies outside")
+        return torch.where(logits_to_keep < 0, logits_to_keep + new, logits_to_keep)
+    if not isinstance(logits_to_keep, int) or logits_to_keep < 0:
+        raise ArgumentError(wrong if not isinstance(logits_to_keep, int) else f"logits_to_keep is {logits_to_keep}; pass how many last positions, 0 for all")
     return torch.arange(max(new - logits_to_keep, 0) if logits_to_keep else 0, new, device=device)
 
 

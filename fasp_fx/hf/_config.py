@@ -35,6 +35,10 @@ class PrunedConfig(PreTrainedConfig):
         super().__post_init__(**kwargs)
         _register_models()
 
+    def _get_generation_parameters(self) -> dict[str, Any]:
+        """What transformers refuses to find in a configuration: here only what was set on this one, since a field of the original may have such a name."""
+        return {name: value for name, value in super()._get_generation_parameters().items() if name in vars(self)}
+
     def __getattr__(self, name: str) -> Any:
         original = self.__dict__.get("original")
         if original and not name.startswith(("_", "rope_")) and name not in _HIDDEN:

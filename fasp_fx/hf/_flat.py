@@ -79,6 +79,11 @@ class FlatProgram:
             node.args, node.kwargs = fx.node.map_aggregate((node.args, node.kwargs), lambda item: device if isinstance(item, torch.device) else item)
         self._function = None
 
+    def width(self, name: str) -> int:
+        """The last dimension of an input, which no call changes."""
+        placeholder = self.graph.find_nodes(op="placeholder")[self.inputs.index(name)]
+        return int(placeholder.meta["val"].shape[-1])
+
     def cache_sizes(self) -> dict[str, tuple[int, int]]:
         """Heads and width of each cache tensor that the program takes, ``[batch, heads, length, width]``.
 

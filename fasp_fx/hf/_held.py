@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from ..plan import PruningPlan
 from ..report import Report
@@ -65,21 +65,40 @@ def place(root: nn.Module, name: str, tensor: Tensor, *, persistent: bool) -> No
 
 
 def adopt_constants(model: nn.Module, parts: Parts) -> dict[str, dict[str, str]]:
-    """Hold constants as buffers outside of the state dict, equal ones once; returns their names in the model, for each program."""
-    held: list[Tensor] = []
+    """Hold constants as buffers outside of the state dict, equal ones once; returns their names in the model, for each program.
+
+    A constant that a program writes into is shared with none that is only equal now: it is the buffer of its own name.
+    """
+    changing = {name for program in parts.programs.values() for name in written(program.flat.graph)}
+    held: list[tuple[str | None, Tensor]] = []  # the name of one that is written into, and what it holds
     names: dict[str, dict[str, str]] = {}
     for program, constants in parts.constants.items():
         names[program] = {}
         for name, tensor in constants.items():
-            index = next(
-                (i for i, known in enumerate(held) if known.shape == tensor.shape and known.dtype == tensor.dtype and torch.equal(known, tensor)), None
-            )
+            own = name if name in changing else None
+            index = next((i for i, (other, known) in enumerate(held) if other == own and _equal(known, tensor)), None)
             if index is None:
                 index = len(held)
-                held.append(tensor)
-                place(model, f"{CONSTANTS}.c{index}", tensor, persistent=False)
+                held.append((own, tensor))
+                place(model, f"{CONSTANTS}.c{index}", tensor.clone(), persistent=False)
             names[program][name] = f"{CONSTANTS}.c{index}"
     return names
+
+
+def written(graph: fx.Graph) -> set[str]:
+    """The names that a graph looks up and writes into."""
+    found = set()
+    for node in graph.find_nodes(op="get_attr"):
+        for user in node.users:
+            schema = getattr(user.target, "_schema", None)
+            given = zip(user.args, schema.arguments) if schema is not None else ()
+            if any(value is node and argument.alias_info is not None and argument.alias_info.is_write for value, argument in given):
+                found.add(str(node.target))
+    return found
+
+
+def _equal(a: Tensor, b: Tensor) -> bool:
+    return a.shape == b.shape and a.dtype == b.dtype and torch.equal(a, b)
 
 
 def served(flat: FlatProgram, names: Mapping[str, str]) -> FlatProgram:

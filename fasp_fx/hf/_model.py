@@ -92,6 +92,8 @@ class PrunedModel(PreTrainedModel, GenerationMixin):
         kind = generation_config.cache_implementation
         if kind not in (None, "dynamic"):
             raise ArgumentError(f"cache_implementation={kind!r} is not served: the programs take a cache that grows; leave it out")
+        if generation_config.assistant_early_exit is not None:
+            raise ArgumentError("assistant_early_exit is not served: a program runs whole; leave it out, or pass another model as assistant_model")
         given = model_kwargs.get("cache")
         if given is not None:
             _caches.check(given, self.config.is_encoder_decoder)
@@ -100,6 +102,22 @@ class PrunedModel(PreTrainedModel, GenerationMixin):
             model_kwargs["cache"] = _caches.fresh(self.config.is_encoder_decoder)
             if generation_config.is_assistant:
                 model_kwargs["cache"].activate_past_recording()
+
+    def set_attn_implementation(self, *args: Any, **kwargs: Any) -> None:
+        """Not possible: the programs fix how attention is computed.
+
+        Raises:
+            ArgumentError: always.
+        """
+        raise ArgumentError("the attention of a pruned model is fixed by its programs; choose it for the dense model and prune it again")
+
+    def init_continuous_batching(self, *args: Any, **kwargs: Any) -> Any:
+        """Not possible: it needs a cache in pages, which the programs do not take.
+
+        Raises:
+            ArgumentError: always.
+        """
+        raise ArgumentError("continuous batching needs a paged cache, which a pruned model's programs do not take; call generate() on padded batches")
 
     def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> Any:
         """Not possible: the programs fix the vocabulary.

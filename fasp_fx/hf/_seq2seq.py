@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -10,7 +11,7 @@ from torch.nn import functional
 from transformers.modeling_outputs import BaseModelOutput, Seq2SeqLMOutput
 
 from ..errors import ArgumentError
-from ._arguments import check_labels, check_tokens, mask_of, refuse
+from ._arguments import check_labels, check_outputs, check_tokens, loss_of, mask_of, refuse, shown
 from ._model import PrunedModel
 
 
@@ -68,18 +69,24 @@ class PrunedForSeq2SeqLM(PrunedModel):
             ArgumentError: an argument has the wrong shape or is not served.
         """
         refuse(kwargs, known=("num_items_in_batch",))
+        check_outputs(self.config)
         if encoder_outputs is None:
             encoder_outputs = self.get_encoder()(input_ids=input_ids, attention_mask=attention_mask)
-        hidden = encoder_outputs[0]
         if decoder_input_ids is None and labels is not None:
             decoder_input_ids = self._moved_on(labels)
         check_tokens("decoder_input_ids", decoder_input_ids)
         assert decoder_input_ids is not None
         batch, new = decoder_input_ids.shape
+        hidden = self._hidden(encoder_outputs, batch)
         given, cache = cache is not None, self._opened(cache)
         known = bool(cache.is_updated) and all(cache.is_updated.values())
         if not known and cache.get_seq_length():
             raise ArgumentError("the cache holds tokens of the output, but nothing of the source; begin with an empty one")
+        source = cache.cross_attention_cache.get_seq_length()
+        if known and source != hidden.shape[1]:
+            raise ArgumentError(
+                f"the cache holds {source} tokens of the source, encoder_outputs {hidden.shape[1]}; begin with an empty cache for another source"
+            )
         program = "decode" if known else "first"
         values = self._cached(program, cache, batch)
         past = cache.get_seq_length()
@@ -92,13 +99,34 @@ class PrunedForSeq2SeqLM(PrunedModel):
         found = self._run(program, values, one=new == 1)
         loss = None
         if labels is not None:
-            loss = _loss(found["logits"], labels, kwargs.get("num_items_in_batch"))
+            logits, targets, items = found["logits"], labels, kwargs.get("num_items_in_batch")
+            loss = loss_of(lambda: _loss(logits, targets, items))
         cache = self._extended(cache, given, found, use_cache)
         output = Seq2SeqLMOutput(loss=loss, logits=found["logits"], cache=cache, encoder_last_hidden_state=hidden)
         return output if return_dict is not False else output.to_tuple()
 
+    def _hidden(self, outputs: Any, batch: int) -> Tensor:
+        """The hidden states among an encoder's outputs.
+
+        Raises:
+            ArgumentError: there are none, or not those of this model for so many sequences.
+        """
+        hidden = outputs[0] if isinstance(outputs, (tuple, list, Mapping)) and len(outputs) else None
+        like, width = self._like(), self._programs["first"].width("encoder_outputs.last_hidden_state")
+        if (
+            not isinstance(hidden, Tensor)
+            or hidden.dim() != 3
+            or (hidden.shape[0], hidden.shape[2], hidden.dtype, hidden.device) != (batch, width, like.dtype, like.device)
+        ):
+            given = f"hold {shown(hidden)}" if hidden is not None else f"are {shown(outputs)}, without hidden states"
+            raise ArgumentError(
+                f"encoder_outputs {given}; pass what get_encoder() returns for {batch} sequences: {like.dtype} [{batch}, source, {width}] on {like.device}"
+            )
+        return hidden
+
     def _moved_on(self, labels: Tensor) -> Tensor:
         """Labels behind the token that begins an output, as inputs of the decoder; what the loss leaves out becomes padding."""
+        check_tokens("labels", labels)
         start, padding = self.config.decoder_start_token_id, self.config.pad_token_id
         if start is None or padding is None:
             raise ArgumentError("the configuration names no decoder_start_token_id and pad_token_id, so labels cannot be moved on; pass decoder_input_ids")

@@ -179,6 +179,10 @@ def stages_of(model: Any) -> CausalStages | Seq2SeqStages:
 
     if not isinstance(model, PreTrainedModel) or not model.can_generate():
         raise ArgumentError(f"model is a {type(model).__name__}; fasp_fx.hf prunes models of transformers that generate, fasp_fx.prune any other")
+    if model.main_input_name != "input_ids":
+        raise ArgumentError(
+            f"{type(model).__name__} takes '{model.main_input_name}'; fasp_fx.hf prunes models that take token numbers, fasp_fx.prune any other"
+        )
     if model.device.type == "meta":
         raise ArgumentError("the model is on the meta device and has no values; load its weights first")
     return Seq2SeqStages(model) if model.config.is_encoder_decoder else CausalStages(model)

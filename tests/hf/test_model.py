@@ -4,13 +4,27 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from generators import Case, dense, pruned
 from oracle import masked, removed_columns
-from transformers import DynamicCache, StaticCache, TextIteratorStreamer
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
+    BartConfig,
+    BartForConditionalGeneration,
+    DynamicCache,
+    Phi3Config,
+    Phi3ForCausalLM,
+    StaticCache,
+    TextIteratorStreamer,
+    WhisperConfig,
+    WhisperForConditionalGeneration,
+)
+from zoo import randomise
 
 import fasp_fx
 from fasp_fx import hf
@@ -133,6 +147,13 @@ def _narrow() -> DynamicCache:
     return cache
 
 
+def _ragged() -> DynamicCache:
+    cache: DynamicCache = pruned("llama_gqa").model(input_ids=_ids()).cache
+    layer: Any = cache.layers[1]
+    layer.keys, layer.values = layer.keys[:, :, :3], layer.values[:, :, :3]
+    return cache
+
+
 BAD: dict[str, tuple[Callable[[], dict[str, Any]], str]] = {
     "attentions": (lambda: {"input_ids": _ids(), "output_attentions": True}, "output_attentions"),
     "embeddings": (lambda: {"inputs_embeds": torch.zeros(1, 2, 64)}, "inputs_embeds"),
@@ -146,7 +167,19 @@ BAD: dict[str, tuple[Callable[[], dict[str, Any]], str]] = {
     "cache of the dense width": (lambda: {"input_ids": _ids(), "cache": _narrow()}, r"cache.0.values .* 12\]"),
     "cache of another batch": (lambda: {"input_ids": _ids(3), "cache": _narrow()}, r"\[3, 2, any"),
     "static cache": (lambda: {"input_ids": _ids(), "cache": StaticCache(config=dense("llama_gqa").config, max_cache_len=20)}, "StaticCache"),
+    "cache whose layers differ": (lambda: {"input_ids": _ids(), "cache": _ragged()}, "cache.1.keys of the cache holds 3 tokens and cache.0.keys 7"),
+    "numbers of another type": (lambda: {"input_ids": _ids().short()}, "torch.int16"),
+    "a list as mask": (lambda: {"input_ids": _ids(), "attention_mask": [[1] * 7] * 2}, "attention_mask is a list"),
+    "positions with a fraction": (lambda: {"input_ids": _ids(), "position_ids": torch.arange(7.0)[None]}, "position_ids is torch.float32"),
+    "positions in a list": (lambda: {"input_ids": _ids(), "position_ids": [[1] * 7]}, "position_ids is a list"),
     "labels": (lambda: {"input_ids": _ids(), "labels": _ids(2, 3)}, "labels"),
+    "labels in a list": (lambda: {"input_ids": _ids(), "labels": _ids().tolist()}, "labels is a list"),
+    "labels with a fraction": (lambda: {"input_ids": _ids(), "labels": _ids().double()}, "labels is torch.float64"),
+    "labels outside of the vocabulary": (lambda: {"input_ids": _ids(), "labels": _ids() + 999}, "labels hold a number that is no token"),
+    "fewer than no logits": (lambda: {"input_ids": _ids(), "logits_to_keep": -2}, "logits_to_keep is -2"),
+    "logits of a list": (lambda: {"input_ids": _ids(), "logits_to_keep": [1]}, "logits_to_keep is a list"),
+    "logits of what is not there": (lambda: {"input_ids": _ids(), "logits_to_keep": torch.tensor([7])}, "among the 7 new ones.*outside"),
+    "logits of a longer mask": (lambda: {"input_ids": _ids(), "logits_to_keep": torch.ones(9, dtype=torch.bool)}, r"logits_to_keep is torch.bool \[9\]"),
 }
 
 
@@ -164,9 +197,93 @@ def test_bad_generation_is_refused(model: Any) -> None:
         pruned("gpt2").model.generate(_ids(1, 129), max_new_tokens=2)
     with pytest.raises(fasp_fx.ArgumentError, match="float16"):
         copy.deepcopy(model).half()
+    with pytest.raises(fasp_fx.ArgumentError, match="attention of a pruned model is fixed"):
+        model.set_attn_implementation("eager")
+    with pytest.raises(fasp_fx.ArgumentError, match="paged cache"):
+        model.generate_batch([[1, 2]])
+    with pytest.raises(fasp_fx.ArgumentError, match="assistant_early_exit"):
+        model.generate(_ids(1), assistant_early_exit=1, max_new_tokens=2)
     with pytest.raises(fasp_fx.ArgumentError, match="embeddings"):
         model.resize_token_embeddings(100)
     assert model.dtype == torch.float64
+
+
+def test_a_configuration_that_asks_for_more_outputs_is_refused(model: Any) -> None:
+    asking = copy.deepcopy(model)
+    asking.config.output_hidden_states = True
+    with pytest.raises(fasp_fx.ArgumentError, match=r"set model\.config\.output_hidden_states = False"):
+        asking(input_ids=_ids())
+
+
+def test_logits_counted_from_the_end(model: Any) -> None:
+    ids = _ids()
+    found, whole = model(input_ids=ids, logits_to_keep=torch.tensor([-1, 0])).logits, model(input_ids=ids).logits
+    assert torch.allclose(found, whole[:, [-1, 0]], rtol=1e-9, atol=1e-9)
+
+
+@pytest.fixture(scope="module")
+def bart() -> tuple[Any, hf.Pruned]:
+    """An encoder-decoder whose configuration has a field with the name of a parameter of generation, ``forced_eos_token_id``."""
+    layers = {f"{part}_{name}": value for part in ("encoder", "decoder") for name, value in (("layers", 1), ("attention_heads", 4), ("ffn_dim", 64))}
+    config = BartConfig(vocab_size=96, d_model=32, max_position_embeddings=64, pad_token_id=0, bos_token_id=1, decoder_start_token_id=2, **layers)
+    original = randomise(BartForConditionalGeneration(config), seed=3).double()
+    return original, hf.prune(original, sparsity=0.2, score="magnitude", restore=None)
+
+
+def test_fields_of_the_original_may_be_named_like_parameters_of_generation(bart: tuple[Any, hf.Pruned], tmp_path: Path) -> None:
+    original, result = bart
+    assert original.config.forced_eos_token_id == 2
+    ids = _ids()
+    with masked(original, removed_columns(result.plan, original)):
+        wanted = original.generate(ids, max_new_tokens=12, do_sample=False)
+    assert torch.equal(result.model.generate(ids, max_new_tokens=12, do_sample=False), wanted)
+    loaded = AutoModelForSeq2SeqLM.from_pretrained(result.save_pretrained(tmp_path / "bart"))
+    assert torch.equal(loaded.generate(ids, max_new_tokens=12, do_sample=False), wanted)
+    loaded.config.temperature = 0.5  # set by a user, which transformers refuses
+    with pytest.raises(ValueError, match="temperature"):
+        loaded.generate(ids, max_new_tokens=2)
+
+
+BAD_ENCODED: dict[str, tuple[Callable[[Any], Any], str]] = {
+    "nothing": (lambda model: (), "without hidden states"),
+    "a tensor": (lambda model: torch.zeros(2, 7, 32, dtype=torch.float64), "without hidden states"),
+    "another width": (lambda model: (torch.zeros(2, 7, 5, dtype=torch.float64),), r"\[2, source, 32\]"),
+    "another batch": (lambda model: (torch.zeros(3, 7, 32, dtype=torch.float64),), "for 2 sequences"),
+    "another type": (lambda model: (torch.zeros(2, 7, 32),), "torch.float64"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_ENCODED, ids=str)
+def test_bad_encoder_outputs_are_refused(bart: tuple[Any, hf.Pruned], case: str) -> None:
+    encoded, says = BAD_ENCODED[case]
+    model = bart[1].model
+    with pytest.raises(fasp_fx.ArgumentError, match=says):
+        model(encoder_outputs=encoded(model), decoder_input_ids=_ids(2, 3))
+
+
+def test_a_cache_of_another_source_is_refused(bart: tuple[Any, hf.Pruned]) -> None:
+    model = bart[1].model
+    cache = model(input_ids=_ids(), decoder_input_ids=_ids(2, 3)).cache
+    with pytest.raises(fasp_fx.ArgumentError, match="7 tokens of the source, encoder_outputs 4"):
+        model(input_ids=_ids(2, 4), decoder_input_ids=_ids(2, 1), cache=cache)
+    with pytest.raises(fasp_fx.ArgumentError, match="labels is"):
+        model(input_ids=_ids(), labels=_ids()[0])
+
+
+def test_a_buffer_that_a_program_writes_is_no_other(tmp_path: Path) -> None:
+    """LongRoPE keeps the angles in use in a buffer, which begins as a copy of those for short texts."""
+    angles = {"rope_type": "longrope", "rope_theta": 1e4, "short_factor": [1.0] * 4, "long_factor": [3.0] * 4, "original_max_position_embeddings": 16}
+    sizes = {"vocab_size": 96, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 4, "num_key_value_heads": 2}
+    config = Phi3Config(**sizes, max_position_embeddings=64, original_max_position_embeddings=16, pad_token_id=0, rope_parameters=angles)
+    original = randomise(Phi3ForCausalLM(config), seed=3).double()
+    result = hf.prune(original, sparsity=0.2, score="magnitude", restore=None)
+    loaded = AutoModelForCausalLM.from_pretrained(result.save_pretrained(tmp_path / "long"))
+    for model in (result.model, loaded):
+        for length in (10, 40, 10):
+            ids = _ids(2, length)
+            with torch.no_grad(), masked(original, removed_columns(result.plan, original)):
+                wanted = original(input_ids=ids, use_cache=False).logits
+            assert torch.allclose(model(input_ids=ids).logits, wanted, rtol=1e-9, atol=1e-9), length
 
 
 def test_a_padded_prompt_may_be_as_long_as_the_table(model: Any) -> None:
@@ -176,8 +293,14 @@ def test_a_padded_prompt_may_be_as_long_as_the_table(model: Any) -> None:
     assert gpt2.generate(_ids(1, 130), attention_mask=mask, max_new_tokens=2, do_sample=False).shape == (1, 132)
 
 
+def _whisper() -> Any:
+    heads = {"encoder_attention_heads": 2, "decoder_attention_heads": 2, "encoder_layers": 1, "decoder_layers": 1}
+    return WhisperForConditionalGeneration(WhisperConfig(vocab_size=96, d_model=16, num_mel_bins=8, max_source_positions=20, pad_token_id=0, **heads)).eval()
+
+
 BAD_PRUNING: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     "not a model that generates": (lambda: hf.prune(torch.nn.Linear(2, 2)), fasp_fx.ArgumentError, "Linear"),
+    "not one that reads tokens": (lambda: hf.prune(_whisper()), fasp_fx.ArgumentError, "input_features"),
     "unknown option": (lambda: hf.prune(dense("llama_gqa"), state=("x",)), fasp_fx.ArgumentError, "option"),
     "no calibration": (lambda: hf.prune(dense("llama_gqa")), fasp_fx.CalibrationError, "calibration"),
     "one batch": (lambda: hf.prune(dense("llama_gqa"), calibration=_ids()), fasp_fx.CalibrationError, "iterable of batches"),
@@ -186,7 +309,7 @@ BAD_PRUNING: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
 }
 
 
-@pytest.mark.parametrize("case", [*list(BAD_PRUNING)[:2], "sparsity", *[pytest.param(name, marks=pytest.mark.slow) for name in list(BAD_PRUNING)[2:5]]])
+@pytest.mark.parametrize("case", [*list(BAD_PRUNING)[:3], "sparsity", *[pytest.param(name, marks=pytest.mark.slow) for name in list(BAD_PRUNING)[3:6]]])
 def test_bad_pruning_is_refused(case: str) -> None:
     call, kind, says = BAD_PRUNING[case]
     with pytest.raises(kind, match=says):
