@@ -21,6 +21,7 @@ from .capture import is_plain_graph
 from .errors import CaptureError, first_line
 
 _SET_GRAD = torch._C._set_grad_enabled
+_FLEX = torch.ops.higher_order.flex_attention
 
 
 def holders(graph: fx.Graph) -> list[nn.Module]:
@@ -70,6 +71,8 @@ def trace(module: fx.GraphModule, grad: bool) -> fx.GraphModule:
     Raises:
         CaptureError: it writes into its inputs, changes modes that cannot be carried over, or cannot be traced.
     """
+    if module.graph.find_nodes(op="call_function", target=_FLEX):  # the attempt would leave torch in a state in which nothing compiles
+        raise CaptureError(f"it calls {_FLEX}, whose graphs cannot be traced here; compile the module of fasp_fx.apply(model, plan, args) instead")
     given = [node.meta.get("example_value") for node in module.graph.find_nodes(op="placeholder")]
     try:
         with tracing(TracingContext(TracingContext.get().fake_mode)), torch.no_grad():

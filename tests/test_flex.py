@@ -119,7 +119,7 @@ def test_value_channels_are_prunable_and_heads_where_they_are_alike(name: str) -
             fasp_fx.prune(model, (x,), granularity=("head",), score="random", restore=None)
 
 
-@pytest.mark.parametrize("name", ["plain", "bias by head", "capped and causal", "a block mask for each head"])
+@pytest.mark.parametrize("name", ["plain", "bias by head", "capped and causal", pytest.param("a block mask for each head", marks=pytest.mark.slow)])
 def test_narrower_values_are_mask_exact(name: str, tmp_path: Path) -> None:
     model, x = built(name), example()
     result = fasp_fx.prune(model, (x,), sparsity=0.2, score="random", restore=None)
@@ -178,7 +178,7 @@ def test_what_attention_returns_besides() -> None:
     assert "reaches output" in group.reason
 
 
-@pytest.mark.parametrize(("name", "granularity"), [("bias by head", "channel"), ("capped and causal", "head")])
+@pytest.mark.parametrize(("name", "granularity"), [("bias by head", "channel"), pytest.param("capped and causal", "head", marks=pytest.mark.slow)])
 def test_every_invariant(name: str, granularity: str) -> None:
     torch.manual_seed(0)
     verdict = check_program(built(name), (example(),), granularity=(granularity,))
@@ -207,6 +207,17 @@ def test_narrower_values_compile() -> None:
     with torch.no_grad():
         compiled = torch.compile(result.module, fullgraph=True)(x)
         assert error(compiled, result.module(x)) <= TOLERANCE
+
+
+def test_a_plan_as_a_backend_leaves_it_whole_and_says_so() -> None:
+    torch.manual_seed(0)
+    model, x = Turned().eval(), example()
+    plan = fasp_fx.prune(model, (x,), sparsity=0.2, score="random", restore=None).plan
+    compiled = torch.compile(model, backend=fasp_fx.backend(plan, inner="aot_eager"))
+    with torch.no_grad(), pytest.warns(fasp_fx.errors.PartialPlanWarning, match="calls flex_attention"):
+        found = compiled(x)
+    with torch.no_grad():
+        assert error(found, model(x)) <= TOLERANCE
 
 
 def test_pruned_twice() -> None:
