@@ -66,7 +66,9 @@ def load_tokenizer(source: Source) -> Any:
     """
     from transformers import AutoTokenizer
 
-    return _load(f"the tokenizer of '{source}'", "give a model with the files of its tokenizer", lambda: AutoTokenizer.from_pretrained(source.where, **source.options))
+    return _load(
+        f"the tokenizer of '{source}'", "give a model with the files of its tokenizer", lambda: AutoTokenizer.from_pretrained(source.where, **source.options)
+    )
 
 
 def load_model(source: Source, *, dtype: str = "auto", device: torch.device | str = "cpu") -> Any:
