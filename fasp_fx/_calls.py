@@ -109,6 +109,7 @@ def watching(modules: Iterable[nn.Module], seen: Callable[[nn.Module, Call], Non
 
 
 _CONTAINERS = (list, dict, set)
+_HOOKS = ("_forward_hooks", "_forward_hooks_with_kwargs", "_forward_hooks_always_called", "_forward_pre_hooks", "_forward_pre_hooks_with_kwargs")
 
 
 class Changed(dict[nn.Module, set[str]]):
@@ -139,21 +140,26 @@ def of_torch(hook: Any) -> bool:
 
 @contextlib.contextmanager
 def unchanged(model: Any) -> Iterator[Changed]:
-    """Put the attributes of a model and its submodules back as they were; afterwards, what is yielded names those that had changed."""
+    """Put attributes and hooks of a model and its submodules back as they were; afterwards, what is yielded names the attributes that had changed."""
     saved = []
     for module in model.modules() if isinstance(model, nn.Module) else ():
         if isinstance(module, torch.jit.ScriptModule):
             continue  # cannot be captured, and keeps its attributes elsewhere
         contents = {name: copy.copy(value) for name, value in vars(module).items() if not name.startswith("_") and type(value) in _CONTAINERS}
-        saved.append((module, dict(vars(module)), dict(module._buffers), contents))
+        hooks = {name: dict(vars(module)[name]) for name in _HOOKS if name in vars(module)}
+        saved.append((module, dict(vars(module)), dict(module._buffers), contents, hooks))
     changed = Changed()
     try:
         yield changed
     finally:
-        for module, attributes, buffers, contents in saved:
+        for module, attributes, buffers, contents, hooks in saved:
             changed.note(module, _put_back(vars(module), attributes, contents))
             module._buffers.clear()
             module._buffers.update(buffers)
+            for name, held in hooks.items():  # some models hook themselves when they are first asked for hidden states
+                if vars(module)[name].keys() != held.keys():
+                    vars(module)[name].clear()
+                    vars(module)[name].update(held)
 
 
 def _put_back(own: dict[str, Any], attributes: dict[str, Any], contents: dict[str, Any]) -> set[str]:

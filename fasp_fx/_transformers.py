@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
+from collections.abc import Iterator
 from typing import Any
 
 from torch import Tensor, nn
@@ -44,11 +46,32 @@ def export_transformers(model: Any, kwargs: dict[str, Any], shapes: Any) -> Expo
     config = DynamoConfig(dynamic=shapes is not None, dynamic_shapes=shapes)
     own = vars(model).get("forward")
     try:
-        exported, _ = DynamoExporter().export_program(model, {**kwargs, **flags}, config)
+        with _told_to_parts(model, flags):
+            exported, _ = DynamoExporter().export_program(model, {**kwargs, **flags}, config)
     finally:
         if own is None:
             vars(model).pop("forward", None)  # the exporter puts the method back as an attribute
     return exported
+
+
+@contextlib.contextmanager
+def _told_to_parts(model: nn.Module, flags: dict[str, Any]) -> Iterator[None]:
+    """Let submodules with a configuration of their own return what the model is asked for: the exporter writes that into the model's alone."""
+    own = getattr(model, "config", None)
+    configs = {id(config): config for module in model.modules() if (config := getattr(module, "config", None)) is not None and config is not own}
+    asked = {name: flags[name] for name in ("use_cache", "output_attentions", "output_hidden_states") if flags.get(name) is not None}
+    before: list[tuple[Any, str, Any]] = []
+    try:
+        for config in configs.values():
+            for name, value in asked.items():
+                caches = name != "use_cache" or not value or getattr(config, "is_decoder", False)  # an encoder keeps no cache, whoever asks
+                if caches and hasattr(config, name):
+                    before.append((config, name, getattr(config, name)))
+                    setattr(config, name, value)
+        yield
+    finally:
+        for config, name, value in before:
+            setattr(config, name, value)
 
 
 def cached_dims(kwargs: dict[str, Any]) -> dict[str, Any]:

@@ -28,6 +28,8 @@ def perplexity(model: nn.Module, chunks: Tensor, *, progress: Callable[[float], 
     Raises:
         ArgumentError: there is nothing to predict.
     """
+    if not isinstance(chunks, Tensor):
+        raise ArgumentError(f"chunks is a {type(chunks).__name__}; perplexity needs a tensor of token numbers [chunks, length]")
     if chunks.dim() != 2 or not len(chunks) or chunks.shape[1] < 2:
         raise ArgumentError(f"chunks has the shape {tuple(chunks.shape)}; perplexity needs [chunks, length] with at least one chunk of two tokens")
     device = device_of(model)

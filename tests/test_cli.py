@@ -325,9 +325,7 @@ def test_prune_refuses_a_taken_folder_before_any_work(folder: Path, tmp_path: Pa
 
 
 @pytest.mark.filterwarnings("ignore::fasp_fx.CalibrationWarning")
-def test_a_result_is_kept_when_measuring_is_interrupted(
-    from_file: tuple[Path, Result], folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_result_is_kept_when_measuring_is_interrupted(from_file: tuple[Path, Result], folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def interrupt(*args: object, **kwargs: object) -> None:
         raise KeyboardInterrupt
 

@@ -10,8 +10,10 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
+import transformers
+from oracle import TOLERANCE, error, zeroed
 from torch import Tensor, nn
-from zoo import ZOO, TwoLayers
+from zoo import ZOO, TwoLayers, randomise
 
 import fasp_fx
 
@@ -136,6 +138,32 @@ def test_variable_arguments() -> None:
         result.module(X, Y)
     with pytest.raises(fasp_fx.CallError, match="other"):
         result.module(X, Y, extra=MASK, other=MASK)
+
+
+class Asked(NamedTuple):
+    """Arguments that choose outputs."""
+
+    use_cache: bool
+    output_hidden_states: bool = False
+
+
+@pytest.mark.parametrize("asked", [Asked(False), Asked(True), Asked(False, True)], ids=str)
+def test_parts_with_a_configuration_of_their_own_return_what_the_model_is_asked_for(asked: Asked) -> None:
+    """T5 gives its encoder and its decoder a copy of its configuration each."""
+    config = transformers.T5Config(vocab_size=96, d_model=16, d_kv=4, d_ff=32, num_layers=1, num_heads=4, decoder_start_token_id=0)
+    model = randomise(transformers.T5ForConditionalGeneration(config))
+    ids = torch.arange(12).reshape(2, 6)
+    given = {"input_ids": ids, "decoder_input_ids": ids[:, :4], **asked._asdict()}
+    configs = [part.config.to_dict() for part in (model, model.encoder, model.decoder)]  # type: ignore[union-attr]
+    result = fasp_fx.prune(model, (), given, sparsity=0.2, score="random", restore=None)
+    found, expected = result.module(**given), zeroed(model, result.plan)(**given)
+    assert list(found) == list(expected)
+    if asked.output_hidden_states:
+        assert len(model(**given).encoder_hidden_states) == len(expected.encoder_hidden_states) == 2  # the caller's model has no hook of the capture
+    assert ("cache" in found) == asked.use_cache
+    assert (result.report.cache is not None) == asked.use_cache
+    assert error({name: found[name] for name in found if name != "cache"}, {name: expected[name] for name in expected if name != "cache"}) < TOLERANCE
+    assert [part.config.to_dict() for part in (model, model.encoder, model.decoder)] == configs  # type: ignore[union-attr]
 
 
 @pytest.mark.parametrize("name", ["opt"])

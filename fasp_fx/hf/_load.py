@@ -46,6 +46,9 @@ def load(kind: type[PrunedModel], where: Any, *, config: Any = None, dtype: Any 
     for name, value in options.items():
         if value is not None and name not in _WITHOUT_EFFECT:
             raise ArgumentError(f"argument '{name}' is not served when a pruned model is loaded; leave it out")
+    asked = getattr(config, "_attn_implementation", None)  # where the Auto classes put it
+    if asked not in (None, "sdpa"):  # what a pruned model says of itself
+        raise ArgumentError(f"attn_implementation={asked!r} cannot be had: the programs fix attention; choose it for the dense model and prune it again")
     folder = _folder(where, hub) / subfolder
     store.verify(folder, FORMAT, FILES)
     device = _device(device_map)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -116,6 +117,8 @@ def prune(
         PlanError: the plan cannot be carried out in one of the programs.
         FaspError: see :func:`fasp_fx.prune`.
     """
+    if tokenizer is not None and not hasattr(tokenizer, "save_pretrained"):
+        raise ArgumentError(f"tokenizer is a {type(tokenizer).__name__}; pass one of transformers, and batches as calibration=")
     if plain:
         from ._plain import prune_plain
 
@@ -124,7 +127,9 @@ def prune(
     try:
         chosen = Options(sparsity, **options)
     except TypeError as error:
-        raise ArgumentError(f"an option of fasp_fx.hf.prune is not known: {error}") from error
+        known = ", ".join(list(inspect.signature(Options).parameters)[1:])
+        unknown = ", ".join(name for name in options if name not in known.split(", "))
+        raise ArgumentError(f"fasp_fx.hf.prune knows no option '{unknown}'; besides calibration, sparsity, plain and device it takes {known}") from error
     stages = stages_of(model)
     clock = Clock()
     stage = stages.planned()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -190,7 +190,7 @@ def stages_of(model: Any) -> CausalStages | Seq2SeqStages:
 
 def _calls(calibration: Any, known: set[str]) -> Iterator[tuple[Tensor, dict[str, Any]]]:
     """Each batch as its token numbers and other arguments."""
-    if isinstance(calibration, (Tensor, dict, str, BatchEncoding)):
+    if isinstance(calibration, (Tensor, dict, str, BatchEncoding)) or not isinstance(calibration, Iterable):
         raise CalibrationError(f"calibration is a single {type(calibration).__name__}; pass an iterable of batches, for example [batch]")
     for index, batch in enumerate(calibration):
         given = {"input_ids": batch} if isinstance(batch, Tensor) else dict(batch) if isinstance(batch, (dict, BatchEncoding)) else None

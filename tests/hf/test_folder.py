@@ -189,8 +189,9 @@ def test_forged_programs_are_refused(copied: Path) -> None:
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )
 def test_what_cannot_be_honoured_is_refused(folder: Path, options: dict[str, Any], says: str) -> None:
-    with pytest.raises(fasp_fx.ArgumentError, match=says):
-        hf.PrunedForCausalLM.from_pretrained(folder, **options)
+    for kind in (hf.PrunedForCausalLM, AutoModelForCausalLM):
+        with pytest.raises(fasp_fx.ArgumentError, match=says):
+            kind.from_pretrained(folder, **options)
 
 
 def test_what_can_be_honoured(folder: Path) -> None:

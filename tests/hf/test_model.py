@@ -302,6 +302,8 @@ BAD_PRUNING: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     "not a model that generates": (lambda: hf.prune(torch.nn.Linear(2, 2)), fasp_fx.ArgumentError, "Linear"),
     "not one that reads tokens": (lambda: hf.prune(_whisper()), fasp_fx.ArgumentError, "input_features"),
     "unknown option": (lambda: hf.prune(dense("llama_gqa"), state=("x",)), fasp_fx.ArgumentError, "option"),
+    "batches in the tokenizer's place": (lambda: hf.prune(dense("llama_gqa"), [_ids()]), fasp_fx.ArgumentError, "tokenizer is a list.*calibration="),
+    "calibration that is none": (lambda: hf.prune(dense("llama_gqa"), calibration=5), fasp_fx.CalibrationError, "a single int|is a int"),
     "no calibration": (lambda: hf.prune(dense("llama_gqa")), fasp_fx.CalibrationError, "calibration"),
     "one batch": (lambda: hf.prune(dense("llama_gqa"), calibration=_ids()), fasp_fx.CalibrationError, "iterable of batches"),
     "strange batch": (lambda: hf.prune(dense("llama_gqa"), calibration=[{"input_ids": _ids(), "pixels": 1}]), fasp_fx.CalibrationError, "pixels"),
@@ -309,7 +311,7 @@ BAD_PRUNING: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
 }
 
 
-@pytest.mark.parametrize("case", [*list(BAD_PRUNING)[:3], "sparsity", *[pytest.param(name, marks=pytest.mark.slow) for name in list(BAD_PRUNING)[3:6]]])
+@pytest.mark.parametrize("case", [*list(BAD_PRUNING)[:4], "sparsity", *[pytest.param(name, marks=pytest.mark.slow) for name in list(BAD_PRUNING)[4:8]]])
 def test_bad_pruning_is_refused(case: str) -> None:
     call, kind, says = BAD_PRUNING[case]
     with pytest.raises(kind, match=says):
