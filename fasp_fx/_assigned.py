@@ -1,7 +1,7 @@
-"""Assignments to a slice (``x[:, 1:] += y``), written as what they are to channels: a concatenation of what stays and what is new.
+"""Assignments to a slice (``x[:, 1:] += y``), written as what they are to channels: a concatenation of what stays and what is new; and to a mask, a choice.
 
-Functionalised they are ``slice_scatter`` and ``select_scatter`` of a ``copy``. Nothing can go along the dimension of the former, which have no gradient
-for complex tensors, and the latter has none at all.
+Functionalised the former are ``slice_scatter`` and ``select_scatter`` of a ``copy``. Nothing can go along the dimension of a scatter, which has no gradient
+for complex tensors, and a copy has none at all.
 """
 
 from __future__ import annotations
@@ -36,6 +36,17 @@ def _select_scatter(self: Tensor, src: Tensor, dim: int, index: Any) -> Any:
     return _slice_scatter(self, _ATEN.unsqueeze.default(src, dim % rank), dim % rank, index, None if index == -1 else index + 1)
 
 
+def _index_put(self: Tensor, indices: list[Tensor | None], values: Tensor, accumulate: bool = False) -> Any:
+    """One value wherever a mask is true (``x[x > 1] = 1``)."""
+    mask = indices[0] if len(indices) == 1 else None
+    one = all(isinstance(size, int) and size == 1 for size in values.shape)
+    if mask is None or mask.dtype != torch.bool or not one or accumulate:
+        return NotImplemented
+    for _ in range(self.dim() - mask.dim()):
+        mask = _ATEN.unsqueeze.default(mask, -1)
+    return _ATEN.where.self(mask, _ATEN.view.default(values, []), self)
+
+
 def _copy(self: Tensor, src: Tensor, non_blocking: bool = False) -> Any:
     if src.device != self.device:
         return NotImplemented
@@ -46,6 +57,7 @@ def _copy(self: Tensor, src: Tensor, non_blocking: bool = False) -> Any:
 #: for :meth:`torch.export.ExportedProgram.run_decompositions`
 ASSIGNMENTS: dict[OpOverload, Callable[..., Any]] = {
     _ATEN.copy.default: _copy,
+    _ATEN.index_put.default: _index_put,
     _ATEN.slice_scatter.default: _slice_scatter,
     _ATEN.select_scatter.default: _select_scatter,
 }

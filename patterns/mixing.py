@@ -62,10 +62,7 @@ MIXING: dict[str, str] = {
     "aten.sum.dim_IntList": "self[...] -> [...]; reduce @dim; add @dim",
     "aten.argmax.default": "self[...] -> [...]; reduce @dim; choose @dim first",
     "aten.max.dim": "self[...] -> [...], [...]; reduce @dim; choose @dim second",
-    **{
-        f"aten.{name}": "self[...] -> [...], [...]; reduce @dim"
-        for name in ("min.dim", "median.dim", "kthvalue.default", "var_mean.correction", "std_mean.correction")
-    },
+    **{f"aten.{name}": "self[...] -> [...], [...]; reduce @dim" for name in ("min.dim", "median.dim", "var_mean.correction", "std_mean.correction")},
     "aten.cumsum.default": "self[...] -> [...]; freeze @dim; add @dim",
     **{f"aten.{name}": "self[...] -> [...]; freeze @dim" for name in _SCANS},
     **{f"aten.{name}.default": "self[...] -> [...], [...]; freeze @dim" for name in ("cummax", "cummin")},

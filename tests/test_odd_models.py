@@ -769,7 +769,7 @@ def test_a_part_of_which_one_channel_or_none_is_left(by: str, left: int) -> None
 
 
 class Assigns(nn.Module):
-    """Values are assigned to positions of a sequence, and to channels of an empty tensor."""
+    """Values are assigned to positions of a sequence, wherever a mask is true, and to channels of an empty tensor."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -780,6 +780,8 @@ class Assigns(nn.Module):
         hidden[:, 1:] += self.mix(hidden[:, :-1])
         hidden[:, 0] = hidden[:, 0] * 2
         hidden[:, -1] = 0
+        hidden[hidden > 1] = 0.5
+        hidden[x.sum(-1) > 3] = 1
         shifted = torch.zeros_like(hidden)
         shifted[:, 1:, :4] = hidden[:, :-1, :4]
         shifted[:, :, 4:] = hidden[:, :, 4:]
@@ -789,6 +791,22 @@ class Assigns(nn.Module):
 def test_assignments_to_slices() -> None:
     result = _zeroed(Assigns().eval(), (torch.randn(3, 5, 6),), (torch.randn(2, 7, 6),))
     assert {part.name for group in result.plan.groups for part in group.consumers} == {"mix.weight", "down.weight"}
+
+
+class Pairs(nn.Module):
+    """A bilinear layer of two branches."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.both, self.down = nn.Bilinear(6, 6, 12), nn.Linear(12, 6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down(torch.relu(self.both(x, x.tanh())))
+
+
+def test_the_outputs_of_a_bilinear_layer_go() -> None:
+    result = _zeroed(Pairs().eval(), (X,), (torch.randn(7, 6),))
+    assert {part.name for group in result.plan.groups for part in group.producers} == {"both.weight", "both.bias"}
 
 
 class Modes(nn.Module):
