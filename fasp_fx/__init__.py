@@ -10,7 +10,7 @@ from typing import Any
 
 from . import passes, patterns
 from ._auto import register_when_needed
-from ._backend import backend
+from ._compile._backend import backend
 from ._result import Result
 from .analysis import Analysis
 from .errors import (

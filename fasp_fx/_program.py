@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
-from ._signature import CallSignature
+from ._calling._signature import CallSignature
 from .channels import Slot, attribute
 
 

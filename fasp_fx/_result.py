@@ -11,10 +11,10 @@ from torch import Tensor, fx, nn
 from torch.export import ExportedProgram
 from torch.fx.graph_module import _USER_PRESERVED_ATTRIBUTES_KEY
 
-from ._flex import make_traceable
-from ._guards import guard_calls
+from ._calling._guards import guard_calls
+from ._calling._signature import CallerCodeGen, CallSignature
+from ._compile._flex import make_traceable
 from ._program import Program, graph_module
-from ._signature import CallerCodeGen, CallSignature
 from ._stamps import read_stamps
 from .capture import export_again
 from .plan import PruningPlan

@@ -9,13 +9,13 @@ from functools import cached_property
 import networkx as nx
 import numpy as np
 
-from ._build_groups import GroupBuilder
-from ._experts import needed_experts
-from ._explain import coupling_path
-from ._grouping import CODE, ChannelSets, group_sets
-from ._layout import Conflict, find_blocks
+from ._analysis._build_groups import GroupBuilder
+from ._analysis._experts import needed_experts
+from ._analysis._explain import coupling_path
+from ._analysis._grouping import CODE, ChannelSets, group_sets
+from ._analysis._layout import Conflict, find_blocks
+from ._analysis._walks import label_sets, walk_program
 from ._program import Program
-from ._walks import label_sets, walk_program
 from .channels import Numbering, Walk
 from .groups import EXEMPT, FROZEN, PRUNABLE, Group
 

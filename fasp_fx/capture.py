@@ -12,17 +12,17 @@ from torch.export import ExportedProgram
 from torch.export.passes import move_to_device_pass
 from torch.utils import _pytree as pytree
 
-from ._dynamic import all_dims, every_dim, recorded_shapes, upper_bound
-from ._export import export, export_again
-from ._fold import Folding
-from ._fold import fold as fold_weights
-from ._functional import functional, is_plain_graph
+from ._calling._signature import CallSignature
+from ._capture._dynamic import all_dims, every_dim, recorded_shapes, upper_bound
+from ._capture._export import export, export_again
+from ._capture._fold import Folding
+from ._capture._fold import fold as fold_weights
+from ._capture._functional import functional, is_plain_graph
+from ._capture._recurrent import single_layers
+from ._capture._state import state_positions
+from ._capture._transformers import is_transformers, register_caches
 from ._program import Program, graph_module
-from ._recurrent import single_layers
-from ._signature import CallSignature
 from ._stamps import read_stamps
-from ._state import state_positions
-from ._transformers import is_transformers, register_caches
 from .channels import results
 from .errors import ArgumentError, CaptureError, first_line
 
@@ -50,7 +50,7 @@ def capture(
         state: names of arguments and outputs that hold state (a cache) and may become narrower.
         device: move the captured copy there; ``None`` leaves it where the model is.
         image_sizes: let heights and widths of images vary as well.
-        fold: put parameters in the place of weights that the model computes from others (see :mod:`fasp_fx._fold`).
+        fold: put parameters in the place of weights that the model computes from others (see :mod:`fasp_fx._capture._fold`).
 
     Raises:
         ArgumentError: the inputs do not fit the model.

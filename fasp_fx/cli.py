@@ -11,8 +11,9 @@ from typing import Annotated
 import torch
 import typer
 
-from . import __version__, _tables
-from ._console import results, say, session
+from . import __version__
+from ._cli import _tables
+from ._cli._console import results, say, session
 from .errors import ArgumentError
 
 app = typer.Typer(
@@ -127,7 +128,7 @@ def prune(
     `import fasp_fx`, `AutoModelForCausalLM.from_pretrained("small")`.
     """
     with session() as stages:
-        from ._prune_command import Request, run
+        from ._cli._prune_command import Request, run
 
         run(
             Request(
@@ -177,9 +178,9 @@ def inspect(
     Example: `fasp-fx inspect HuggingFaceTB/SmolLM2-135M`
     """
     with session() as stages:
-        from . import _models
+        from ._cli import _models
+        from ._cli._saved import is_saved
         from ._page import check_page, write_page
-        from ._saved import is_saved
         from .prune import analyze
         from .report import counted
 
@@ -219,7 +220,7 @@ def _values(names: Iterable[StrEnum] | None) -> tuple[str, ...]:
 def _inspect_saved(folder: Path, *, as_json: bool, html: Path | None) -> None:
     """Show the report of a pruning."""
     from ._page import write_page
-    from ._report_json import report_to_json
+    from ._store._report_json import report_to_json
     from .store import read_report
 
     report = read_report(folder)
@@ -257,7 +258,7 @@ def evaluate(
     Example: `fasp-fx eval model.gguf small --text wiki.txt --chunks 100:140 --task arc_challenge.jsonl --limit 200`
     """
     with session() as stages:
-        from ._eval_command import Request, run
+        from ._cli._eval_command import Request, run
 
         run(
             Request(

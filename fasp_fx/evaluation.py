@@ -90,7 +90,7 @@ def tasks(
     Raises:
         ArgumentError: lm-eval is missing, a task is unknown, its data cannot be had or is malformed, or a text is longer than the model takes.
     """
-    from . import _harness
+    from ._evaluation import _harness
 
     return score_loaded(model, tokenizer, _harness.load_tasks(names), limit=limit, batch_size=batch_size, progress=progress)
 
@@ -99,7 +99,7 @@ def score_loaded(
     model: nn.Module, tokenizer: Any, loaded: Any, *, limit: int | None = None, batch_size: int = 8, progress: Callable[[float], None] | None = None
 ) -> list[TaskScore]:
     """:func:`tasks` with tasks that are loaded already, which several models can share."""
-    from . import _harness
+    from ._evaluation import _harness
 
     for name, value in (("limit", limit), ("batch_size", batch_size)):
         if value is not None and value < 1:

@@ -13,13 +13,13 @@ from torch import fx, nn
 from torch.export import ExportedProgram
 
 from . import plan as plans
-from ._calibration import read_batches
-from ._calls import unchanged
-from ._observe import Decision, Observer
-from ._parts import Stages, apply_in_parts, prune_in_parts
+from ._observe._calibration import read_batches
+from ._observe._runner import Runner
+from ._observe._visit import Decision, Observer
+from ._parts._calls import unchanged
+from ._parts._prune import Stages, apply_in_parts, prune_in_parts
 from ._program import Program
 from ._result import Result, finish
-from ._runner import Runner
 from .allocation import Allocation, Budget, checked, uniform
 from .analysis import Analysis, analyze_program
 from .capture import capture

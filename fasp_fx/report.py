@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 
 from torch import Tensor, fx
 
-from ._observe import Decision
+from ._observe._visit import Decision
 from .analysis import Analysis
 from .channels import results
 from .groups import APPROXIMATE, Group

@@ -16,11 +16,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from ._atomic import new_folder
-from ._graph_json import program_from_json, program_to_json
-from ._report_json import report_from_json, report_to_json
-from ._signature_json import signature_from_json, signature_to_json
-from ._tensors import read_tensors, write_tensors
+from ._store._atomic import new_folder
+from ._store._graph_json import program_from_json, program_to_json
+from ._store._report_json import report_from_json, report_to_json
+from ._store._signature_json import signature_from_json, signature_to_json
+from ._store._tensors import read_tensors, write_tensors
 from .errors import ArgumentError, PlanError, StoreError
 from .plan import PruningPlan
 from .report import Report
@@ -77,7 +77,7 @@ def load(path: str | Path, *, model: nn.Module | None = None, device: torch.devi
         StoreError: a file is missing, damaged, or of another format; names the file and what to do.
         ArgumentError: ``model`` is missing, or not needed.
     """
-    from ._parts_store import is_parts, load_parts
+    from ._parts._store import is_parts, load_parts
     from ._result import Result, wrap
 
     folder = Path(path)

@@ -11,8 +11,8 @@ from torch import fx
 from torch.export import ExportedProgram
 from torch.fx.passes.infra.pass_base import PassBase, PassResult
 
+from fasp_fx._calling._signature import CallSignature
 from fasp_fx._program import Program
-from fasp_fx._signature import CallSignature
 from fasp_fx._stamps import WRITTEN_BY, stamp
 from fasp_fx.analysis import Analysis, analyze_program
 from fasp_fx.errors import FaspError, VerificationError

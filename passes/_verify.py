@@ -18,8 +18,8 @@ from fasp_fx.errors import VerificationError
 from fasp_fx.patterns import lookup
 
 if TYPE_CHECKING:
+    from fasp_fx._analysis._walks import Pairs
     from fasp_fx._program import Program
-    from fasp_fx._walks import Pairs
     from fasp_fx.analysis import Analysis
 
 #: clauses of operators that take parts out of a dimension

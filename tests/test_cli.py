@@ -21,7 +21,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from typer.testing import CliRunner, Result
 
 import fasp_fx
-from fasp_fx._saved import load_saved
+from fasp_fx._cli._saved import load_saved
 from fasp_fx.cli import app
 from fasp_fx.evaluation import TaskScore
 
@@ -331,8 +331,8 @@ def test_a_result_is_kept_when_measuring_is_interrupted(from_file: tuple[Path, R
 
     model = AutoModelForCausalLM.from_pretrained(from_file[0])
     pruned = fasp_fx.hf.Pruned(model, model.plan, model.report)
-    monkeypatch.setattr("fasp_fx._prune_command.Job.prune", lambda job: pruned)
-    monkeypatch.setattr("fasp_fx._prune_command.latency", interrupt)
+    monkeypatch.setattr("fasp_fx._cli._prune_command.Job.prune", lambda job: pruned)
+    monkeypatch.setattr("fasp_fx._cli._prune_command.latency", interrupt)
     text = folder / "text.txt"
     done = _invoke("prune", folder / "model", "--calibration", text, "--text", text, "--out", tmp_path / "out", "--html", tmp_path / "page.html", *SMALL)
     assert done.exit_code == 130
@@ -367,7 +367,7 @@ def test_ctrl_c_exits_with_130_and_leaves_nothing(folder: Path, tmp_path: Path, 
     def interrupt(*args: object, **kwargs: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("fasp_fx._text.sample", interrupt)
+    monkeypatch.setattr("fasp_fx._cli._text.sample", interrupt)
     done = _invoke("prune", folder / "model", "--out", tmp_path / "out", *SMALL)
     assert done.exit_code == 130
     assert done.stderr.splitlines()[-1].startswith("fasp-fx: interrupted")

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from zoo import randomise
 
 import fasp_fx
-from fasp_fx._layout import find_blocks
+from fasp_fx._analysis._layout import find_blocks
 
 NODE = Graph().placeholder("x")
 

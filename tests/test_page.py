@@ -15,7 +15,7 @@ import pytest
 import fasp_fx
 from fasp_fx._page import check_page, page, write_page
 from fasp_fx._page._graph import lay_out, layer_of
-from fasp_fx._report_json import report_from_json, report_to_json
+from fasp_fx._store._report_json import report_from_json, report_to_json
 from fasp_fx.report import Figure, Line, Report
 
 LAYERS = 30

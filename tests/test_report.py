@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from zoo import randomise
 
 import fasp_fx
-from fasp_fx._report_json import report_from_json, report_to_json
+from fasp_fx._store._report_json import report_from_json, report_to_json
 from fasp_fx.report import Report
 
 

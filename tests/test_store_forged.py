@@ -13,7 +13,7 @@ import torch
 from saved import forge
 
 import fasp_fx
-from fasp_fx._untrusted import check_expression, check_guard, check_operator, check_structure
+from fasp_fx._store._untrusted import check_expression, check_guard, check_operator, check_structure
 
 pytestmark = pytest.mark.filterwarnings("ignore::fasp_fx.CalibrationWarning")
 

@@ -10,7 +10,7 @@ from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from fasp_fx import ArgumentError
-from fasp_fx._text import parse_range, sample
+from fasp_fx._cli._text import parse_range, sample
 from fasp_fx.evaluation import latency, perplexity
 
 

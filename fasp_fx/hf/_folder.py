@@ -19,9 +19,9 @@ from typing import Any
 from torch import Tensor, nn
 
 from .. import store
-from .._atomic import new_folder
-from .._report_json import report_to_json
-from .._tensors import write_tensors
+from .._store._atomic import new_folder
+from .._store._report_json import report_to_json
+from .._store._tensors import write_tensors
 from ..errors import StoreError
 from ._card import card
 from ._model import PrunedModel

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from .. import store
-from .._graph_json import program_from_json
-from .._tensors import read_tensors
+from .._store._graph_json import program_from_json
+from .._store._tensors import read_tensors
 from ..errors import ArgumentError, StoreError, first_line
 from ._config import PrunedConfig
 from ._flat import FlatProgram

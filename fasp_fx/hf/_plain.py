@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from .._calibration import calibration_calls
+from .._observe._calibration import calibration_calls
 from .._result import Result
 from ..allocation import Allocation, uniform
 from ..analysis import Analysis

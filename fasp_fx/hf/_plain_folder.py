@@ -9,7 +9,7 @@ from typing import Any
 
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, PreTrainedModel
 
-from .._atomic import new_folder
+from .._store._atomic import new_folder
 from ..errors import StoreError, first_line
 from ..plan import PruningPlan
 from ..report import Report

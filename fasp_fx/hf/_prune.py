@@ -14,10 +14,10 @@ from torch import Tensor, nn
 from torch.export import ExportedProgram
 
 from .. import plan as plans
-from .._graph_json import program_to_json
-from .._observe import Decision
+from .._observe._visit import Decision
 from .._program import Program
 from .._result import Result
+from .._store._graph_json import program_to_json
 from ..analysis import Analysis, analyze_program
 from ..channels import attribute
 from ..errors import ArgumentError, PlanError

@@ -8,7 +8,7 @@ from itertools import product
 
 import numpy as np
 
-from .._joined_budget import JoinedBudget
+from .._parts._budget import JoinedBudget
 from ..allocation import Allocation, Budget, checked, lost_per_block, uniform
 from ..errors import CaptureError, NothingPrunableError, SparsityError
 from ..groups import Group

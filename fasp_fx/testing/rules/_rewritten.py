@@ -14,8 +14,8 @@ import numpy as np
 import torch
 from torch import Tensor, fx, nn
 
+from fasp_fx._calling._signature import CallSignature
 from fasp_fx._program import Program
-from fasp_fx._signature import CallSignature
 from fasp_fx.analysis import analyze_program
 from fasp_fx.errors import FaspError
 from fasp_fx.passes import RemoveChannels, verify

@@ -1,0 +1,1 @@
+"""From channel numbers to coupled groups (mechanism of :mod:`fasp_fx.analysis`)."""

@@ -1,0 +1,1 @@
+"""The caller's calling convention around a captured graph."""

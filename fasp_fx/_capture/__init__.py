@@ -1,0 +1,1 @@
+"""How a model becomes a functional graph (mechanism of :mod:`fasp_fx.capture`)."""

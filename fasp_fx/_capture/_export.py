@@ -1,0 +1,136 @@
+"""Export a module, with as much freedom in its sizes as it allows."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import itertools
+import traceback
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.export import ExportedProgram
+from torch.fx.graph import _PyTreeCodeGen
+from torch.utils import _pytree as pytree
+
+from .._calling._signature import CallerCodeGen, CallSignature, is_plain
+from ..errors import CaptureError
+from ._dynamic import all_dims, first_dim, images_of, of_fixed_total, recorded_shapes, widened, with_static
+from ._functional import functional
+from ._quiet import quiet
+from ._transformers import export_transformers, is_transformers
+
+
+def export(
+    model: nn.Module, signature: CallSignature, given: dict[str, Any], dynamic_shapes: Any, free: Any, leading: int
+) -> tuple[ExportedProgram, tuple[str, ...]]:
+    """The program of a module, and what a user should know of it.
+
+    Args:
+        model, signature: the module and its calling convention.
+        given: the example inputs by name.
+        dynamic_shapes: as for ``torch.export.export``; ``None`` tries one freedom after the other, the greatest first.
+        free: which dimensions may vary at most.
+        leading: how many arguments were given by position.
+
+    Raises:
+        CaptureError: no attempt succeeded; the message carries the reason of the first.
+    """
+    names = _by_position(model, signature, leading)
+    meta = any(parameter.device.type == "meta" for parameter in model.parameters())
+    if meta:
+        given = pytree.tree_map(lambda leaf: leaf.to("meta") if isinstance(leaf, Tensor) else leaf, given)
+    attempts: list[tuple[str, dict[str, Any], Any]] = []
+    if dynamic_shapes is not None:
+        attempts.append(("", given, dynamic_shapes))
+    else:
+        wide = widened(given)
+        if wide is not None:
+            attempts.append(("", wide, free))
+        attempts.append(("the batch size of 1 seen at capture is fixed" if wide is not None else "", given, free))
+        attempts.append(("only the first dimension of each input is dynamic", wide or given, first_dim))
+        attempts.append(("the shapes of the inputs are fixed to those of the example", given, None))
+    failures: list[Exception] = []
+    for note, inputs, shapes in attempts:
+        try:
+            with quiet(), torch.no_grad():
+                exported = _with_or_without_cache(functools.partial(_export_once, model, signature, names, inputs, shapes))
+                features = of_fixed_total(exported) if dynamic_shapes is None and callable(shapes) else frozenset()
+                if features:
+                    exported = _export_once(model, signature, names, inputs, functools.partial(with_static, shapes, features))
+            if dynamic_shapes is None and shapes is all_dims and images_of(inputs.values()):
+                note = "; ".join(filter(None, (note, "the sizes of images are fixed to those of the example; dynamic_shapes= lets them vary")))
+            return exported, ((note,) if note else ())
+        except Exception as error:
+            failures.append(error)
+    reason = str(failures[0]).strip().splitlines() or [type(failures[0]).__name__]
+    raise CaptureError(
+        f"{type(model).__name__} cannot be captured by torch.export: {reason[0]}. Try the inputs on the model itself, "
+        "then capture the largest submodule without data-dependent control flow."
+    ) from failures[0]
+
+
+def _by_position(model: nn.Module, signature: CallSignature, leading: int) -> list[str]:
+    """The arguments to pass by position: those that must be, those that an exported module has fixed there, and the ``leading`` ones given so."""
+    codegen = model.graph._codegen if isinstance(model, fx.GraphModule) else None
+    if isinstance(codegen, _PyTreeCodeGen) and not isinstance(codegen, CallerCodeGen):
+        return signature.given()[: codegen.pytree_info.in_spec.child(0).num_children]
+    must = signature.by_position()
+    if is_transformers(model):
+        return must  # its exporter takes keywords
+    first = list(itertools.takewhile(lambda name: name not in signature.constants or is_plain(signature.constants[name]), signature.given()[:leading]))
+    return max(must, first, key=len)
+
+
+def _export_once(model: nn.Module, signature: CallSignature, names: list[str], inputs: dict[str, Any], shapes: Any) -> ExportedProgram:
+    args = tuple(inputs[name] if name in inputs else signature.constants[name] for name in names)
+    kwargs = {name: value for name, value in inputs.items() if name not in names}
+    if is_transformers(model) and not args:
+        return functional(export_transformers(model, {**kwargs, **signature.constants}, shapes))
+    constants = {name: value for name, value in signature.constants.items() if name not in names}
+    kwargs |= {name: value for name, value in constants.items() if is_plain(value)}
+    with _holding(model, {name: value for name, value in constants.items() if not is_plain(value)}):
+        spec = shapes(args, kwargs).dynamic_shapes(model, args, kwargs) if callable(shapes) else shapes
+        return functional(torch.export.export(model, args, kwargs, dynamic_shapes=spec, strict=False))
+
+
+def _with_or_without_cache(make: Callable[[], ExportedProgram]) -> ExportedProgram:
+    """Export; once more without torch's cache of fake results if that is what failed.
+
+    The cache compares sizes while operators are traced, and cannot do so for some products of three symbols (the table of a block mask over dynamic
+    lengths has such); the operators themselves trace well.
+    """
+    try:
+        return make()
+    except TypeError as error:
+        if not any(frame.name == "_make_cache_entry" for frame in traceback.extract_tb(error.__traceback__)):
+            raise
+    with torch._dynamo.config.patch(fake_tensor_cache_enabled=False):
+        return make()
+
+
+@contextlib.contextmanager
+def _holding(model: nn.Module, constants: dict[str, Any]) -> Iterator[None]:
+    """Give ``forward`` arguments that the exporter does not take, such as members of an enum."""
+    if not constants:
+        yield
+        return
+    own = vars(model).get("forward")
+    model.forward = functools.partial(model.forward, **constants)
+    try:
+        yield
+    finally:
+        if own is None:
+            del model.forward
+        else:
+            model.forward = own
+
+
+def export_again(module: fx.GraphModule, example: tuple[tuple[Any, ...], dict[str, Any]]) -> ExportedProgram:
+    """Export a rewritten graph module; guards, ranges and recorded shapes are made anew."""
+    args, kwargs = example
+    shapes = recorded_shapes(module, example).dynamic_shapes(module, args, kwargs)
+    with quiet(), torch.no_grad():
+        return _with_or_without_cache(lambda: functional(torch.export.export(module, args, kwargs, dynamic_shapes=shapes, strict=False)))

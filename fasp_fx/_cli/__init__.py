@@ -1,0 +1,1 @@
+"""What the commands do, and how they speak (mechanism of :mod:`fasp_fx.cli`)."""

@@ -1,0 +1,108 @@
+"""What the command line writes besides its results: progress, warnings and errors, all on the error stream."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+import time
+import warnings
+from collections.abc import Iterator
+from typing import Any
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, Progress, SpinnerColumn, TaskID, TaskProgressColumn, TextColumn, TimeRemainingColumn
+
+from ..errors import CalibrationWarning, FaspError
+
+USAGE, INTERRUPTED = 2, 130
+
+
+class Stages:
+    """One stage of work after another: a bar with the time left while it runs, a line with the time it took when it is done."""
+
+    def __init__(self) -> None:
+        self.console = Console(stderr=True, highlight=False)
+        self._progress: Progress | None = None
+        self._task: TaskID | None = None
+        self._name = ""
+        self._began = 0.0
+
+    def begin(self, name: str, *, measured: bool = False) -> None:
+        """Start a stage, ending the one before.
+
+        Args:
+            measured: the stage will report the fraction done.
+        """
+        self.end()
+        columns: list[Any] = [SpinnerColumn(), TextColumn("{task.description}")]
+        if measured:
+            columns += [BarColumn(), TaskProgressColumn(), TimeRemainingColumn()]
+        silent = not self.console.is_terminal
+        self._progress = Progress(*columns, console=self.console, transient=True, redirect_stdout=False, redirect_stderr=False, disable=silent)
+        self._task = self._progress.add_task(name, total=1.0 if measured else None)
+        self._name, self._began = name, time.perf_counter()
+        self._progress.start()
+
+    def update(self, fraction: float) -> None:
+        """Report the fraction of the stage that is done."""
+        if self._progress is not None and self._task is not None:
+            self._progress.update(self._task, completed=fraction)
+
+    def end(self, *, done: bool = True) -> None:
+        """End the stage that runs, if any."""
+        if self._progress is None:
+            return
+        self._progress.stop()
+        self._progress = None
+        if done:
+            self.console.print(f"{self._name} [dim]{time.perf_counter() - self._began:.1f} s[/dim]", soft_wrap=True)
+
+
+@contextlib.contextmanager
+def session() -> Iterator[Stages]:
+    """Stages for one command. Errors of the library become one line and exit code 2, Ctrl-C exit code 130."""
+    stages = Stages()
+    held: list[str] = []
+
+    def show(message: Warning | str, category: type[Warning], *rest: Any, **more: Any) -> None:
+        if issubclass(category, CalibrationWarning):
+            held.append(str(message))
+
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            warnings.simplefilter("always", CalibrationWarning)
+            warnings.showwarning = show
+            yield stages
+        stages.end()
+        if held:
+            _complain("warning", held[0] + (f" (and {len(held) - 1} more like it)" if len(held) > 1 else ""))
+    except FaspError as error:
+        stages.end(done=False)
+        _complain("error", str(error))
+        raise typer.Exit(USAGE) from None
+    except KeyboardInterrupt:
+        stages.end(done=False)
+        _complain("interrupted", "nothing more was written")
+        raise typer.Exit(INTERRUPTED) from None
+    finally:
+        stages.end(done=False)
+
+
+def results() -> Console:
+    """The console for results, wide enough for tables when its output goes to a file."""
+    probe = Console()
+    return probe if probe.is_terminal else Console(width=160, highlight=False)
+
+
+def say(console: Console, line: str) -> None:
+    """Print a line as it is, however long."""
+    console.print(line, highlight=False, markup=False, soft_wrap=True)
+
+
+def _complain(kind: str, message: str) -> None:
+    print(f"fasp-fx: {kind}: {' '.join(message.split())}", file=sys.stderr)
+
+
+__all__ = ["Stages", "results", "say", "session"]

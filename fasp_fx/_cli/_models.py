@@ -1,0 +1,168 @@
+"""Causal language models and their tokenizers, from a folder, the hub or a GGUF file."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from torch import nn
+
+from ..errors import ArgumentError, first_line
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+T = TypeVar("T")
+
+_CAUSAL = "give a causal language model: anything that AutoModelForCausalLM loads"
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where a model comes from.
+
+    Attributes:
+        where: a folder, or the name of a repository on the hub.
+        gguf: the name of a GGUF file in it, or ``None``.
+    """
+
+    where: str
+    gguf: str | None = None
+
+    @staticmethod
+    def of(model: str) -> Source:
+        """Read a command line argument.
+
+        Raises:
+            ArgumentError: it is a path, and nothing is there.
+        """
+        path = Path(model).expanduser()
+        if path.is_file():
+            if path.suffix.lower() != ".gguf":
+                raise ArgumentError(f"'{model}' is a file, but not a .gguf file; give a model folder, a hub id or a .gguf file")
+            return Source(str(path.parent), path.name)
+        if path.is_dir():
+            return Source(str(path))
+        if path.is_absolute() or model.startswith((".", "~")) or model.count("/") > 1 or path.suffix.lower() == ".gguf":
+            raise ArgumentError(f"there is no model at '{model}'; give a model folder, a hub id or a .gguf file")
+        return Source(model)
+
+    @property
+    def options(self) -> dict[str, str]:
+        return {} if self.gguf is None else {"gguf_file": self.gguf}
+
+    def __str__(self) -> str:
+        return self.where if self.gguf is None else str(Path(self.where) / self.gguf)
+
+
+def load_tokenizer(source: Source) -> Any:
+    """The tokenizer that belongs to a model.
+
+    Raises:
+        ArgumentError: it cannot be loaded.
+    """
+    from transformers import AutoTokenizer
+
+    return _load(
+        f"the tokenizer of '{source}'", "give a model with the files of its tokenizer", lambda: AutoTokenizer.from_pretrained(source.where, **source.options)
+    )
+
+
+def load_model(source: Source, *, dtype: str = "auto", device: torch.device | str = "cpu") -> Any:
+    """The model in evaluation mode, with its weights on ``device``.
+
+    Args:
+        dtype: ``"auto"`` for the one it was stored in, or a name of :data:`DTYPES`.
+
+    Raises:
+        ArgumentError: it cannot be loaded.
+    """
+    from transformers import AutoModelForCausalLM
+
+    model = _load(f"'{source}'", _CAUSAL, lambda: AutoModelForCausalLM.from_pretrained(source.where, dtype=DTYPES.get(dtype, "auto"), **source.options))
+    return model.eval().to(device)
+
+
+def load_empty(source: Source) -> nn.Module:
+    """The model on the meta device: its structure, without any weight in memory.
+
+    Raises:
+        ArgumentError: its configuration cannot be loaded.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    def build() -> nn.Module:
+        config = AutoConfig.from_pretrained(source.where, **source.options)
+        with torch.device("meta"):
+            return AutoModelForCausalLM.from_config(config)
+
+    return _load(f"'{source}'", _CAUSAL, build).eval()
+
+
+def check_length(model: Any, length: int) -> None:
+    """Refuse chunks longer than the model has positions for, if it says how many that is.
+
+    Raises:
+        ArgumentError: names both.
+    """
+    limit = getattr(getattr(model, "config", None), "max_position_embeddings", None)
+    if isinstance(limit, int) and 0 < limit < length:
+        raise ArgumentError(f"--length {length} is more than the {limit} positions of the model; use a smaller --length")
+
+
+def find_device(name: str | None) -> torch.device:
+    """The device of that name; ``None``: the accelerator if there is one.
+
+    Raises:
+        ArgumentError: there is no such device here.
+    """
+    if name is None:
+        return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+    except Exception as error:  # each backend raises what it likes
+        raise ArgumentError(f"the device '{name}' cannot be used: {first_line(error)}; try cpu") from error
+    return device
+
+
+def quieten() -> None:
+    """Keep transformers and the hub from writing to the terminal."""
+    import huggingface_hub.utils
+    import transformers
+
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    huggingface_hub.utils.disable_progress_bars()
+
+
+def _load(what: str, remedy: str, load: Callable[[], T]) -> T:
+    try:
+        with _without_gguf_bar():
+            return load()
+    except ImportError as error:
+        raise ArgumentError(f"{what} needs a package that is not installed: {first_line(error)}") from error
+    except Exception as error:  # loaders raise whatever the files make them trip over
+        raise ArgumentError(f"{what} cannot be loaded: {first_line(error)}; {remedy}") from error
+
+
+@contextlib.contextmanager
+def _without_gguf_bar() -> Iterator[None]:
+    """The GGUF reader draws a bar of its own, which no setting turns off."""
+    from transformers import modeling_gguf_pytorch_utils as reader
+
+    original = getattr(reader, "tqdm", None)
+    if original is None:
+        yield
+        return
+    reader.tqdm = lambda items, **options: items
+    try:
+        yield
+    finally:
+        reader.tqdm = original
+
+
+__all__ = ["DTYPES", "Source", "check_length", "find_device", "load_empty", "load_model", "load_tokenizer", "quieten"]

@@ -1,0 +1,59 @@
+"""Pruned models on disk as the command line writes and reads them: folders of :mod:`fasp_fx.hf`."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from .. import store
+from ..errors import StoreError
+from ._models import Source, load_tokenizer
+
+
+def is_saved(model: str) -> bool:
+    """Whether a command line argument is a folder that fasp_fx wrote, rather than a model of transformers."""
+    return (Path(model) / store.MANIFEST).is_file()
+
+
+def check_target(out: Path, *, overwrite: bool, plain: bool = False) -> None:
+    """Refuse a folder that could not be written later, before any work is done.
+
+    Args:
+        plain: a plain checkpoint will be written, which replaces only such.
+
+    Raises:
+        StoreError: something is there that must not be replaced, or the folder cannot be made.
+    """
+    from ..hf._folder import is_saved as is_saved_model
+    from ..hf._plain_folder import is_plain
+
+    if os.path.lexists(out):
+        if not overwrite:
+            raise StoreError(f"'{out}' exists; choose another --out, or pass --overwrite to replace an earlier result")
+        if out.is_symlink() or not (is_plain(out) if plain else is_saved_model(out)):
+            raise StoreError(
+                f"'{out}' holds something other than an earlier result, which --overwrite never replaces; choose another --out or remove it yourself"
+            )
+    above = next(parent for parent in out.absolute().parents if parent.exists())
+    if not above.is_dir() or not os.access(above, os.W_OK):
+        raise StoreError(f"'{out}' cannot be made: '{above}' is not a folder that you may write to; choose another --out")
+
+
+def load_saved(folder: Path, device: torch.device) -> tuple[nn.Module, Any]:
+    """A saved model and its tokenizer.
+
+    Raises:
+        StoreError: a file is missing, damaged or of another version.
+        ArgumentError: there is no tokenizer with it.
+    """
+    from ..hf import PrunedForCausalLM
+
+    model = PrunedForCausalLM.from_pretrained(folder, device_map=device)
+    return model, load_tokenizer(Source(str(folder)))
+
+
+__all__ = ["check_target", "is_saved", "load_saved"]

@@ -1,0 +1,197 @@
+"""Read a graph that dynamo hands to a backend: which of its inputs are weights of the model, and what it computes, in operators that the library reads."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterable
+from typing import Any, cast
+
+import torch
+from torch import Tensor, fx, nn
+from torch._dynamo.source import ConstantSource
+from torch._dynamo.symbolic_convert import InstructionTranslator
+from torch._functorch.aot_autograd import aot_export_module
+from torch._guards import TracingContext, tracing
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv
+
+from .._calling._signature import CallSignature
+from .._program import Program, graph_module
+from ..capture import is_plain_graph
+from ..errors import CaptureError, first_line
+
+_SET_GRAD = torch._C._set_grad_enabled
+_FLEX = torch.ops.higher_order.flex_attention
+
+
+def holders(graph: fx.Graph) -> list[nn.Module]:
+    """The modules whose weights the graph takes, as the compiled function names them: usually the compiled module alone."""
+    found: dict[int, nn.Module] = {}
+    frame = InstructionTranslator.current_tx()
+    for node in graph.find_nodes(op="placeholder"):
+        source = getattr(node.meta.get("grapharg"), "source", None)
+        chain = []
+        while source is not None:
+            chain.append(source)
+            source = getattr(source, "base", None)
+        for outer in reversed(chain):
+            value = _value(outer, frame)
+            if isinstance(value, nn.Module):
+                found.setdefault(id(value), value)
+                break
+    return list(found.values())
+
+
+def _value(source: Any, frame: Any) -> Any:
+    try:
+        return source.get_value({"G": frame.f_globals}, {"L": frame.f_locals, "G": frame.f_globals}, {})
+    except (KeyError, AttributeError, NameError, TypeError, NotImplementedError):  # not a place in the frame: a temporary, a global of another module
+        return None
+
+
+def weight_names(module: nn.Module) -> dict[int, str]:
+    """The first name of each weight, by identity."""
+    names: dict[int, str] = {}
+    for name, tensor in _named(module):
+        names.setdefault(id(tensor), name)
+    return names
+
+
+def _named(module: nn.Module) -> Iterable[tuple[str, Tensor]]:
+    return [*module.named_parameters(remove_duplicate=False), *module.named_buffers(remove_duplicate=False)]
+
+
+def trace(module: fx.GraphModule, grad: bool) -> fx.GraphModule:
+    """The functional graph of operators behind a graph of dynamo's, under dynamo's symbolic sizes; inputs and outputs as they were.
+
+    Args:
+        module: the graph module that dynamo made.
+        grad: whether gradients flow: regions without them then hand on detached values.
+
+    Raises:
+        CaptureError: it writes into its inputs, changes modes that cannot be carried over, or cannot be traced.
+    """
+    if module.graph.find_nodes(op="call_function", target=_FLEX):  # the attempt would leave torch in a state in which nothing compiles
+        raise CaptureError(f"it calls {_FLEX}, whose graphs cannot be traced here; compile the module of fasp_fx.apply(model, plan, args) instead")
+    given = [node.meta.get("example_value") for node in module.graph.find_nodes(op="placeholder")]
+    try:
+        with tracing(TracingContext(TracingContext.get().fake_mode)), torch.no_grad():
+            made, signature = aot_export_module(module, given, trace_joint=False, pre_dispatch=True, decompositions={})
+    except Exception as error:
+        raise CaptureError(f"the graph cannot be traced: {first_line(error)}") from error
+    if signature.buffers_to_mutate or signature.parameters_to_mutate or signature.user_inputs_to_mutate:
+        raise CaptureError("the graph writes into its inputs or buffers")
+    traced = cast(fx.GraphModule, made)
+    _without_modes(traced.graph, grad)
+    if not is_plain_graph(traced.graph):
+        strange = next(node for node in traced.graph.nodes if not is_plain_graph(_alone(node)))
+        raise CaptureError(f"the graph calls {strange.target}")
+    traced.recompile()
+    return traced
+
+
+def _alone(node: fx.Node) -> fx.Graph:
+    graph = fx.Graph()
+    graph.node_copy(node, lambda argument: graph.placeholder(argument.name))
+    return graph
+
+
+def _without_modes(graph: fx.Graph, grad: bool) -> None:
+    """Take out the switches of the gradient mode; what a region without gradients hands on is detached."""
+    start = enabled = torch.is_grad_enabled()
+    inside: dict[fx.Node, bool] = {}
+    for node in list(graph.nodes):
+        if node.target is _SET_GRAD:
+            enabled = bool(node.args[0])
+            if enabled and not start:
+                raise CaptureError("the graph switches gradients on")
+            graph.erase_node(node)
+        elif node.op == "call_function":
+            inside[node] = enabled
+    for node, tracked in inside.items():
+        outside = [user for user in node.users if inside.get(user, start)]
+        if not grad or tracked or not outside or not isinstance(node.meta.get("val"), Tensor):
+            continue
+        with graph.inserting_after(node):
+            detached = graph.call_function(torch.ops.aten.detach.default, (node,))
+        detached.meta["val"] = node.meta["val"]
+        for user in outside:
+            user.replace_input_with(node, detached)
+
+
+def as_program(traced: fx.GraphModule, weights: dict[int, tuple[str, Tensor]], order: tuple[str, ...], aliases: dict[str, list[str]]) -> Program:
+    """A program of a traced graph.
+
+    Args:
+        traced: the graph; all weights are inputs.
+        weights: name and tensor of each input that is a weight, by its position.
+        order: the names of the model's weights in their order.
+        aliases: all names of each weight, by its first.
+    """
+    root = nn.Module()
+    for name, tensor in weights.values():
+        for alias in aliases[name]:
+            path, _, leaf = alias.rpartition(".")
+            owner = _nested(root, path)
+            if isinstance(tensor, nn.Parameter):
+                owner.register_parameter(leaf, tensor)
+            else:
+                owner.register_buffer(leaf, tensor)
+    graph = traced.graph
+    for position, node in enumerate(graph.find_nodes(op="placeholder")):
+        if position in weights:
+            with graph.inserting_before(node):
+                read = graph.create_node("get_attr", weights[position][0])
+            read.meta.update(node.meta)
+            node.replace_all_uses_with(read)
+            graph.erase_node(node)
+    for name, value in vars(traced).items():  # constants that tracing has lifted
+        if isinstance(value, Tensor):
+            setattr(root, name, value)
+    for kind in ("_buffers", "_parameters", "_modules"):
+        for name, value in getattr(traced, kind).items():
+            if value is not None and not hasattr(root, name):
+                setattr(root, name, value)
+    return Program(graph_module(root, graph, traced.meta), CallSignature(inspect.Signature(), (), {}), ((), {}), order=order)
+
+
+def free_sizes(program: Program) -> Program:
+    """The program with the fixed sizes of its inputs taken for dynamic ones: batch and time, of which dynamo fixes the first it sees, are no channels."""
+    program = program.copy()
+    shapes = ShapeEnv()
+    taken = {str(s) for node in program.placeholders() for size in _sizes(node) if isinstance(size, torch.SymInt) for s in size.node.expr.free_symbols}
+    mode = FakeTensorMode(shape_env=shapes)
+    for node in program.placeholders():
+        value = node.meta.get("val")
+        if isinstance(value, Tensor):
+            sizes = [
+                size if isinstance(size, torch.SymInt) or size < 2 else _symbol(shapes, size, f"{node.name}_{dim}", taken)
+                for dim, size in enumerate(value.shape)
+            ]
+            with mode:
+                node.meta["val"] = torch.empty(sizes, dtype=value.dtype, device=value.device)
+    return program
+
+
+def _sizes(node: fx.Node) -> tuple[Any, ...]:
+    value = node.meta.get("val")
+    return tuple(value.shape) if isinstance(value, Tensor) else (value,)
+
+
+def _symbol(shapes: ShapeEnv, size: int, name: str, taken: set[str]) -> torch.SymInt:
+    """A symbolic size of that value, with a name that dynamo has not given."""
+    while True:
+        source = ConstantSource(name)
+        symbol = shapes.create_symbol(size, source, DimDynamic.DYNAMIC)
+        if str(symbol) not in taken:
+            return cast(torch.SymInt, shapes.create_symintnode(symbol, hint=size, source=source))
+        name += "_"
+
+
+def _nested(root: nn.Module, path: str) -> nn.Module:
+    owner = root
+    for part in filter(None, path.split(".")):
+        if part not in owner._modules:
+            owner.add_module(part, nn.Module())
+        owner = getattr(owner, part)
+    return owner

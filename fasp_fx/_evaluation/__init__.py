@@ -1,0 +1,1 @@
+"""Zero-shot tasks (mechanism of :mod:`fasp_fx.evaluation`)."""

@@ -1,0 +1,107 @@
+"""Calibration batches, checked before anything is run."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .._program import Program
+from ..capture import upper_bound
+from ..errors import CalibrationError, CallError
+
+
+def read_batches(program: Program, calibration: Iterable[Any] | None, device: torch.device | None) -> list[list[Any]]:
+    """The graph inputs of every batch.
+
+    Args:
+        calibration: an iterable of tensors (one positional argument), tuples (positional arguments) or mappings (keyword arguments).
+        device: move batches there; ``None`` takes them as they are.
+
+    Raises:
+        CalibrationError: no batch at all, or one that does not fit; names the batch, the argument and what was expected.
+    """
+    batches = []
+    for index, (args, kwargs) in enumerate(calibration_calls(calibration)):
+        try:
+            flat = program.flat_inputs(args, kwargs)
+        except CallError as error:
+            raise CalibrationError(f"calibration batch {index}: {error}") from error
+        if device is not None:
+            flat = [leaf.to(device) if isinstance(leaf, Tensor) else leaf for leaf in flat]
+        _check(program, flat, index)
+        batches.append(flat)
+    return batches
+
+
+def calibration_calls(calibration: Iterable[Any] | None) -> Iterator[tuple[tuple[Any, ...], dict[str, Any]]]:
+    """Positional and keyword arguments of every batch.
+
+    Raises:
+        CalibrationError: what was given is no iterable of batches, or yields none.
+    """
+    if calibration is None:
+        raise CalibrationError(
+            "no calibration data: pass calibration=, an iterable of batches, or use score='magnitude' or 'random' with restore=None, which need none"
+        )
+    if isinstance(calibration, (Tensor, Mapping, str)):
+        raise CalibrationError(f"calibration is a single {type(calibration).__name__}; pass an iterable of batches, for example [batch]")
+    if not isinstance(calibration, Iterable) and not hasattr(calibration, "__getitem__"):
+        raise CalibrationError(f"calibration is a {type(calibration).__name__}; pass an iterable of batches, for example [batch]")
+    index = -1
+    for index, batch in enumerate(calibration):
+        yield _as_call(batch, index)
+    if index < 0:
+        raise CalibrationError("the calibration data is empty: it yielded no batch")
+
+
+def _as_call(batch: Any, index: int) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    if isinstance(batch, Tensor):
+        return (batch,), {}
+    if isinstance(batch, Mapping):
+        return (), dict(batch)
+    if isinstance(batch, (tuple, list)):
+        return tuple(batch), {}
+    raise CalibrationError(
+        f"calibration batch {index} is a {type(batch).__name__}; a batch is a tensor, a tuple of positional arguments or a dict of keyword arguments"
+    )
+
+
+def _check(program: Program, flat: list[Any], index: int) -> None:
+    nodes = program.placeholders()
+    if len(nodes) != len(flat):
+        raise CalibrationError(
+            f"calibration batch {index} holds {len(flat)} values, the captured program takes {len(nodes)}; give it the structure of the example inputs"
+        )
+    for node, leaf in zip(nodes, flat, strict=True):
+        expected = node.meta.get("val")
+        if not isinstance(expected, Tensor):
+            continue
+        where = f"calibration batch {index}, input '{node.name}'"
+        if not isinstance(leaf, Tensor):
+            raise CalibrationError(f"{where}: expected a tensor, found {type(leaf).__name__}")
+        if leaf.dtype != expected.dtype:
+            raise CalibrationError(f"{where}: dtype {leaf.dtype}, expected {expected.dtype}; convert the batch")
+        if leaf.device != expected.device:
+            raise CalibrationError(f"{where} is on {leaf.device}, the model on {expected.device}; move the batch, or pass device=")
+        _check_shape(leaf, expected, where)
+        if leaf.numel() == 0 and node.name not in program.state_inputs:  # a cache may be empty
+            raise CalibrationError(f"{where} is empty (shape {tuple(leaf.shape)}); give it at least one token")
+        if leaf.is_floating_point() and not bool(torch.isfinite(leaf).all()):
+            raise CalibrationError(f"{where} holds values that are not finite; remove or repair them")
+
+
+def _check_shape(leaf: Tensor, expected: Tensor, where: str) -> None:
+    if leaf.dim() != expected.dim():
+        raise CalibrationError(f"{where}: shape {tuple(leaf.shape)} has {leaf.dim()} dimensions, expected {expected.dim()}")
+    for dim, (size, wanted) in enumerate(zip(leaf.shape, expected.shape, strict=True)):
+        if isinstance(wanted, torch.SymInt) and wanted.node.maybe_as_int() is None:
+            upper = upper_bound(wanted)
+            if upper is not None and size > upper:
+                raise CalibrationError(f"{where}: dimension {dim} is {size}, the captured program takes at most {upper}")
+        elif size != wanted:
+            raise CalibrationError(
+                f"{where}: dimension {dim} is {size}, the captured program has it fixed at {wanted}; reshape the batch or capture with dynamic_shapes"
+            )

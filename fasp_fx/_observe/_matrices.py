@@ -1,0 +1,115 @@
+"""Read a consumer as matrices: the weight as ``[blocks, rows, columns]``, its input as tokens by columns for every block."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, fx
+
+from ..channels import Layout, Use, run_on_numbers
+from ..patterns import CASTS
+
+
+class ConsumerMatrices:
+    """One use of a weight, read as one matrix per block (one block unless the weight is stacked or a convolution grouped).
+
+    A convolution's columns are its input channels times the positions of its window; its tokens are the positions of its output.
+
+    Args:
+        use: the use.
+        values: the values of the analysis, by node.
+    """
+
+    def __init__(self, use: Use, values: dict[fx.Node, Any]) -> None:
+        self.use, self.values = use, values
+        self._moves: list[fx.Node] = []
+        node = use.operand
+        while node.op != "get_attr":
+            if str(node.target) not in CASTS:
+                self._moves.insert(0, node)
+            node = node.args[0]  # type: ignore[assignment]
+
+    @property
+    def columns(self) -> np.ndarray:
+        """Channel numbers, shape ``[blocks, columns, axes]``."""
+        return self.use.columns
+
+    @property
+    def key(self) -> tuple[Any, ...]:
+        """Uses with equal keys read the same weight in the same way."""
+        moves = tuple((str(node.target), str(node.args[1:]), str(node.kwargs)) for node in self._moves)
+        return self.use.weight, self.use.columns.tobytes(), self.use.weight_layout, moves
+
+    def _moved(self, tensor: Tensor) -> Tensor:
+        for node in self._moves:
+            tensor = run_on_numbers(node, tensor, self.values)
+        return tensor
+
+    def read(self, weight: Tensor) -> Tensor:
+        """The weight as ``[blocks, rows, columns]``."""
+        operand = _divided(self._moved(weight), self.use.weight_layout)
+        order = _order(operand.dim(), self.use.weight_layout)
+        blocks, columns = self.use.columns.shape[:2]
+        return operand.permute(order).reshape(blocks, -1, columns)
+
+    def write(self, matrices: Tensor, like: Tensor) -> Tensor:
+        """The inverse of :meth:`read`: a tensor of the shape of the weight ``like``."""
+        moved = self._moved(like)
+        operand = _divided(moved, self.use.weight_layout)
+        order = _order(operand.dim(), self.use.weight_layout)
+        laid = matrices.reshape([operand.shape[dim] for dim in order]).permute([order.index(dim) for dim in range(len(order))]).reshape(moved.shape)
+        if not self._moves:
+            return laid.contiguous()
+        places = self._moved(torch.arange(like.numel(), device=like.device).reshape(like.shape)).reshape(-1)
+        flat = torch.empty_like(like, memory_format=torch.contiguous_format).reshape(-1)
+        flat[places] = laid.reshape(-1)
+        return flat.reshape(like.shape)
+
+    def tokens(self, activation: Tensor, ends: Tensor | None) -> Iterator[tuple[int, Tensor]]:
+        """The input's tokens for each block, piece by piece: (block, ``[tokens, columns]``).
+
+        Args:
+            activation: the value of the use's activation.
+            ends: for a routed use, where each block's tokens end.
+        """
+        layout = self.use.activation_layout
+        blocks, columns = self.use.columns.shape[:2]
+        if ends is not None:
+            flat = activation.movedim(layout.columns[0], -1).reshape(-1, columns)
+            start = 0
+            for block, end in enumerate(ends.tolist()):
+                yield block, flat[start:end]
+                start = end
+            return
+        # Windows overlap, so that their tokens are many times the input: one sample at a time.
+        whole = not layout.windows or any(split[0] == 0 for split in layout.splits) or 0 in (*layout.blocks, *layout.columns, *(w.dim for w in layout.windows))
+        for piece in [activation] if whole else activation.split(1):
+            operand = _divided(piece, layout)
+            for window in layout.windows:
+                operand = torch.nn.functional.pad(operand, [*([0, 0] * (operand.dim() - 1 - window.dim)), *window.padding])
+                operand = operand.unfold(window.dim, (window.size - 1) * window.dilation + 1, window.stride)[..., :: window.dilation]
+            rank = operand.dim() - len(layout.windows)
+            rest = [dim for dim in range(rank) if dim not in (*layout.blocks, *layout.columns)]
+            laid = (
+                operand.permute([*layout.blocks, *rest, *layout.columns, *range(rank, operand.dim())]).flatten(0, len(layout.blocks) - 1)
+                if layout.blocks
+                else None
+            )
+            if laid is None:
+                laid = operand.permute([*rest, *layout.columns, *range(rank, operand.dim())])[None]
+            matrix = laid.reshape(laid.shape[0], -1, columns).expand(blocks, -1, -1)
+            yield from enumerate(matrix)
+
+
+def _divided(tensor: Tensor, layout: Layout) -> Tensor:
+    for dim, first in layout.splits:
+        tensor = tensor.unflatten(dim, (first, -1))
+    return tensor
+
+
+def _order(rank: int, layout: Layout) -> list[int]:
+    rows = [dim for dim in range(rank) if dim not in (*layout.blocks, *layout.columns)]
+    return [*layout.blocks, *rows, *layout.columns]

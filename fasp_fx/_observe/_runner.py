@@ -1,0 +1,84 @@
+"""Run a graph over several batches in step, stopping where a consumer's input is to be observed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from .._program import Program
+from ..channels import attribute
+from ..errors import CalibrationError
+
+
+class Runner:
+    """Executes nodes in graph order for all batches; a value lives until its last use.
+
+    Together with the stops this costs one forward pass per batch, however many consumers are observed.
+
+    Attributes:
+        overrides: tensors to use for weights instead of the program's, by canonical name.
+    """
+
+    def __init__(self, program: Program, batches: list[list[Any]], on_node: Callable[[int], None] = lambda done: None) -> None:
+        self.module = program.module
+        self.canonical = program.canonical()
+        self.nodes = list(program.module.graph.nodes)
+        self.position = 0
+        self.overrides: dict[str, Tensor] = {}
+        self.on_node = on_node
+        self._order = {node: index for index, node in enumerate(self.nodes)}
+        self._dies_at: dict[int, list[fx.Node]] = {}
+        for node in self.nodes:
+            last = max((self._order[user] for user in node.users), default=self._order[node])
+            self._dies_at.setdefault(last, []).append(node)
+        placeholders = program.placeholders()
+        self._memory = [dict(zip(placeholders, batch, strict=True)) for batch in batches]
+
+    def index(self, node: fx.Node) -> int:
+        """The position of a node in graph order."""
+        return self._order[node]
+
+    def advance(self, stop: int) -> None:
+        """Execute everything before position ``stop``, for all batches."""
+        for number, memory in enumerate(self._memory):
+            for index in range(self.position, stop):
+                node = self.nodes[index]
+                if node.op == "call_function":
+                    memory[node] = self._execute(node, memory, number)
+                for dead in self._dies_at.get(index, ()):
+                    memory.pop(dead, None)
+            self.on_node(number)
+        self.position = max(self.position, stop)
+
+    def read(self, node: fx.Node) -> Iterator[Tensor]:
+        """The value of a live node for each batch."""
+        for memory in self._memory:
+            yield self._load(node, memory)
+
+    def ahead(self, node: fx.Node) -> Iterator[Any]:
+        """What the node that is next in order will give, for each batch, with nothing kept of it."""
+        for number, memory in enumerate(self._memory):
+            yield self._execute(node, memory, number)
+
+    def multiply(self, node: fx.Node, factor: Tensor) -> None:
+        """Multiply the value of a live node, for all batches."""
+        for memory in self._memory:
+            memory[node] = memory[node] * factor.to(memory[node])
+
+    def _load(self, argument: fx.Node, memory: dict[fx.Node, Any]) -> Any:
+        if argument.op != "get_attr":
+            return memory[argument]
+        name = self.canonical.get(str(argument.target), str(argument.target))
+        return self.overrides[name] if name in self.overrides else attribute(self.module, str(argument.target))
+
+    def _execute(self, node: fx.Node, memory: dict[fx.Node, Any], number: int) -> Any:
+        args, kwargs = fx.map_arg((node.args, node.kwargs), lambda argument: self._load(argument, memory))
+        try:
+            return node.target(*args, **kwargs)  # type: ignore[operator]
+        except (RuntimeError, IndexError, AssertionError) as error:
+            if isinstance(error, torch.OutOfMemoryError):
+                raise
+            raise CalibrationError(f"calibration batch {number} fails in the model at node '{node.name}' ({node.target}): {error}") from error

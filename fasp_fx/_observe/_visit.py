@@ -1,0 +1,223 @@
+"""Calibrate, choose, restore: visit the consumers in graph order and decide each group once all its consumers were seen."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..analysis import Analysis
+from ..channels import Use, attribute
+from ..errors import ArgumentError, CalibrationError, CalibrationWarning
+from ..groups import Group
+from ..restoration import Restored, together
+from ..scoring import Columns, Score
+from ..statistics import Gram
+from ._matrices import ConsumerMatrices
+from ._products import ObservedProducts, dataless, row_scores
+from ._runner import Runner
+
+Restore = Callable[[Tensor, Tensor, Tensor], Restored]
+
+
+@dataclass
+class Decision:
+    """What was chosen: removed channel numbers, restored weights by canonical name, and the outcome of each restoration."""
+
+    gone: np.ndarray
+    weights: dict[str, Tensor] = field(default_factory=dict)
+    outcomes: dict[str, Restored] = field(default_factory=dict)
+
+
+class _Consumer:
+    """One weight read as matrices, with all uses that read it so, and a Gram matrix for each block."""
+
+    def __init__(self, analysis: Analysis, use: Use) -> None:
+        self.matrices = ConsumerMatrices(use, analysis.walk.values)
+        self.weight = use.weight
+        self.uses: list[Use] = []
+        self.grams: list[Gram] | None = None
+
+    def gone(self, gone: np.ndarray) -> np.ndarray:
+        """Which columns go, shape ``[blocks, columns]``."""
+        return np.append(gone, False)[self.matrices.columns].any(-1)  # the last entry serves NONE (-1)
+
+    def blocks_gone(self, gone: np.ndarray) -> np.ndarray:
+        """Which blocks go whole, shape ``[blocks]``."""
+        own = self.matrices.use.block_numbers
+        return np.zeros(len(self.matrices.columns), dtype=bool) if own is None else gone[own]
+
+
+class Observer:
+    """Decides all groups of one analysis.
+
+    Args:
+        analysis: the analysis; its chosen groups are decided.
+        lost: channel sets that each block of each chosen group loses.
+        score: value of a consumer's columns; the lowest go.
+        restore: repairs a consumer, or ``None``.
+        propagate: whether later consumers see the outputs of consumers already pruned.
+    """
+
+    def __init__(self, analysis: Analysis, lost: list[int], score: Score, restore: Restore | None, propagate: bool) -> None:
+        self.analysis, self.score, self.restore, self.propagate = analysis, score, restore, propagate
+        self.groups = analysis.chosen
+        self.lost = lost
+        self.decision = Decision(np.zeros(analysis.numbering.total, dtype=bool))
+        self.consumers: dict[tuple[Any, ...], _Consumer] = {}
+        self.of_group: dict[str, list[_Consumer]] = {}
+        for group in self.groups:
+            self.of_group[group.name] = [self._consumer(use) for use in group.uses]
+        self.products = ObservedProducts(analysis, self.groups)
+        self._observed = False
+        self._undecided = {group.name for group in self.groups}
+        self._waiting = {g.name: {use.node for use in g.uses} | {product.node for product in self.products.of(g)} for g in self.groups}
+
+    def _consumer(self, use: Use) -> _Consumer:
+        made = _Consumer(self.analysis, use)
+        consumer = self.consumers.setdefault(made.matrices.key, made)
+        if use not in consumer.uses:
+            consumer.uses.append(use)
+        return consumer
+
+    def run(self, runner: Runner | None, progress: Callable[[float], None]) -> Decision:
+        """Visit all consumers in graph order; without a runner nothing is observed."""
+        self._observed = runner is not None
+        position = {node: index for index, node in enumerate(self.analysis.program.module.graph.nodes)}
+        stops = sorted({node for waiting in self._waiting.values() for node in waiting}, key=position.__getitem__)
+        for count, node in enumerate(stops):
+            if runner is not None:
+                runner.advance(runner.index(node))
+                self._observe(runner, [use for consumer in self.consumers.values() for use in consumer.uses if use.node is node])
+                products = [product for group in self.groups for product in self.products.of(group) if product.node is node]
+                self.products.observe(runner, list(dict.fromkeys(products)))
+            ready = []
+            for group in self.groups:
+                self._waiting[group.name].discard(node)
+                if not self._waiting[group.name] and group.name in self._undecided:
+                    ready.append(group)
+            for group in ready:
+                self._choose(group)
+            self._finish(ready, runner)
+            if runner is not None and self.propagate:
+                here = [product for group in ready for product in self.products.of(group) if product.node is node]
+                self.products.cut(runner, list(dict.fromkeys(here)), self.decision.gone)
+            progress((count + 1) / len(stops))
+        return self.decision
+
+    def _observe(self, runner: Runner, uses: list[Use]) -> None:
+        for use in uses:
+            consumer = self._consumer(use)
+            matrices = ConsumerMatrices(use, self.analysis.walk.values)
+            blocks, columns = use.columns.shape[:2]
+            ends = list(runner.read(use.route)) if use.route is not None else None
+            for batch, activation in enumerate(_inputs(runner, use)):
+                if consumer.grams is None:
+                    consumer.grams = [Gram(columns, activation.device) for _ in range(blocks)]
+                for block, tokens in matrices.tokens(activation, None if ends is None else ends[batch]):
+                    consumer.grams[block].update(tokens, 1)
+            assert consumer.grams is not None
+            if not all(bool(torch.isfinite(gram.matrix.diagonal()).all()) for gram in consumer.grams):
+                raise CalibrationError(f"the input of '{use.weight}' is not finite on the calibration data; check the batches and the model's dtype")
+            fewest = min(gram.tokens for gram in consumer.grams)
+            if fewest < columns:
+                per = " in one of its blocks" if blocks > 1 else ""
+                warnings.warn(
+                    f"'{use.weight}' has {columns} columns but saw {fewest} calibration tokens{per}; the restoration is regularised, but more data is better",
+                    CalibrationWarning,
+                    stacklevel=2,
+                )
+
+    def _weight(self, consumer: _Consumer) -> Tensor:
+        held = self.decision.weights.get(consumer.weight)
+        return held if held is not None else attribute(self.analysis.program.module, consumer.weight).detach()
+
+    def _choose(self, group: Group) -> None:
+        self._undecided.discard(group.name)
+        lost = self.lost[self.groups.index(group)]
+        if not lost:
+            return
+        labels = self.analysis.labels
+        total = np.zeros(group.size)
+        order = np.argsort(group.sets)
+        for consumer in dict.fromkeys(self.of_group[group.name]):
+            read = consumer.matrices.read(self._weight(consumer))
+            for block, matrix in enumerate(read):
+                values = self._score(matrix, consumer.grams[block] if consumer.grams is not None else None)
+                for numbers, worth in self._worth(group, consumer, block, values):
+                    sets = np.where(numbers >= 0, labels[np.maximum(numbers, 0)], -1)
+                    member = np.isin(sets, group.sets)
+                    at = order[np.searchsorted(group.sets[order], sets[member])]
+                    np.add.at(total, at, worth[member])
+        if self.products.of(group):
+            seen = not dataless(self.score) and self._observed
+            total = self.products.scores(group) if seen else row_scores(self.analysis, group, self.score)
+        if not np.isfinite(total).all():
+            raise CalibrationError(f"the scores of group '{group.name}' are not finite; check the weights and the calibration data")
+        removed = np.concatenate([members[np.argsort(total[members], kind="stable")[:lost]] for members in _by_block(group)])
+        self.decision.gone |= np.isin(labels, group.sets[removed])
+
+    def _worth(self, group: Group, consumer: _Consumer, block: int, values: np.ndarray) -> list[tuple[np.ndarray, np.ndarray]]:
+        """Channel numbers, and what each is worth to one block of a consumer: the score of its column, or of all columns for a whole block."""
+        own = consumer.matrices.use.block_numbers
+        if group.granularity == "expert" and own is not None and np.isin(self.analysis.labels[own], group.sets).all():
+            return [(own[block : block + 1], values.sum(keepdims=True))]
+        return [(numbers, values) for numbers in consumer.matrices.columns[block].T]
+
+    def _score(self, matrix: Tensor, gram: Gram | None) -> np.ndarray:
+        values = self.score(Columns(matrix, gram.norms() if gram is not None else None, gram.symmetric if gram is not None else None))
+        if tuple(values.shape) != (matrix.shape[1],):
+            raise ArgumentError(
+                f"the score returned shape {tuple(values.shape)} for a consumer with {matrix.shape[1]} columns; it must return one value per column"
+            )
+        return values.detach().to("cpu", torch.float64).numpy()
+
+    def _finish(self, ready: list[Group], runner: Runner | None) -> None:
+        """Restore (or cut) the consumers all of whose groups are decided."""
+        for consumer in dict.fromkeys(c for group in ready for c in self.of_group[group.name]):
+            touching = [group.name for group in self.groups if consumer in self.of_group[group.name]]
+            if any(name in self._undecided for name in touching):
+                continue
+            gone = consumer.gone(self.decision.gone)
+            if gone.any() or consumer.blocks_gone(self.decision.gone).any():
+                self._repair(consumer, torch.from_numpy(~gone), runner)
+            consumer.grams = None
+
+    def _repair(self, consumer: _Consumer, kept: Tensor, runner: Runner | None) -> None:
+        weight = self._weight(consumer)
+        read = consumer.matrices.read(weight)
+        kept = kept.to(weight.device)
+        whole = torch.from_numpy(~consumer.blocks_gone(self.decision.gone)).to(weight.device)
+        # The Gram matrix holds no imaginary part, which the solution for a complex weight would need.
+        if self.restore is not None and consumer.grams is not None and not weight.is_complex() and not bool(kept.all()):
+            parts = [self.restore(matrix, gram.symmetric(), left.nonzero()[:, 0]) for matrix, gram, left in zip(read, consumer.grams, kept, strict=True)]
+            outcome = together(parts)
+            self.decision.outcomes[consumer.weight] = outcome
+            pruned = consumer.matrices.write(outcome.weight, weight)
+            self.decision.weights[consumer.weight] = pruned
+        else:
+            pruned = consumer.matrices.write(read * kept[:, None], weight)
+        if self.propagate and runner is not None:
+            if not bool(whole.all()):  # tokens of an expert that goes were sent to it already: it gives them nothing, and no other takes its place
+                pruned = consumer.matrices.write(consumer.matrices.read(pruned) * whole[:, None, None], weight)
+            runner.overrides[consumer.weight] = pruned
+
+
+def _inputs(runner: Runner, use: Use) -> Iterator[Tensor]:
+    """What a consumer about to be executed is contracted with, for each batch."""
+    if use.recurrence is None:
+        yield from runner.read(use.activation)
+        return
+    steps = use.recurrence.steps
+    for results, start in zip(runner.ahead(use.node), runner.read(use.recurrence.start), strict=True):
+        states = results[0]
+        yield torch.cat([start.movedim(0, steps).expand(states.narrow(steps, 0, 1).shape), states.narrow(steps, 0, states.shape[steps] - 1)], steps)
+
+
+def _by_block(group: Group) -> list[np.ndarray]:
+    return [np.flatnonzero(group.block_of == block) for block in np.unique(group.block_of)]

@@ -1,0 +1,1 @@
+"""Models that cannot be captured whole, pruned by the submodules that can."""

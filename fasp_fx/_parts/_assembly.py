@@ -1,0 +1,167 @@
+"""Put pruned parts together: a copy of the model in which they take the places of the submodules that were captured."""
+
+from __future__ import annotations
+
+import copy
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .. import plan as plans
+from .._calling._signature import CallSignature
+from .._capture._transformers import is_transformers, register_caches
+from .._observe._visit import Decision
+from .._program import Program
+from .._result import Result
+from ..allocation import Budget
+from ..analysis import Analysis
+from ..errors import CaptureError, FaspError, first_line
+from ..plan import PruningPlan
+from ..report import Report, weight_size
+from ._budget import JoinedBudget
+from ._calls import Call, rewound
+from ._names import line_within, plan_within
+from ._result import PartsResult
+from ._stand_in import dressed, put, replaced
+from ._submodules import Analyze, Capture, Part, Search
+
+Rewrite = Callable[[Program, Analysis, Decision], Result]
+
+
+@dataclass(frozen=True)
+class Stages:
+    """The stages of the pipeline that every part goes through, with the caller's options bound in."""
+
+    capture: Capture
+    analyze: Analyze
+    rewrite: Rewrite
+
+
+class Assembly:
+    """A copy of the model in which the parts are exchanged one by one."""
+
+    def __init__(self, error: CaptureError, model: Any, args: Any, kwargs: dict[str, Any] | None, stages: Stages, device: torch.device | str | None) -> None:
+        self.error, self.stages, self.seconds = error, stages, dict[str, float]()
+        call = Call(args if isinstance(args, tuple) else (args,), dict(kwargs or {}))
+        self.signature = CallSignature.of(model.forward, call.args, call.kwargs)
+        self.before = dict(model.named_parameters(remove_duplicate=False))
+        self.device = None if device is None else torch.device(device)
+        try:
+            self.model = copied(model)
+        except Exception as failure:
+            raise CaptureError(f"{error} It cannot be pruned by its submodules either, because it cannot be copied: {first_line(failure)}") from failure
+        for module in self.model.modules():
+            if is_transformers(module):
+                register_caches(module)  # before calls are recorded, so that what they hold is copied
+        self.call = call
+        if self.device is not None:
+            self.model, self.call = self.model.to(self.device), call.map(lambda tensor: tensor.to(self.device))
+        with self.timed("capture"):
+            search = Search(self.model, self.call, stages.capture, stages.analyze)
+            try:
+                self.parts = search.run()
+            except (FaspError, torch.OutOfMemoryError):
+                raise
+            except Exception as failure:
+                raise CaptureError(
+                    f"{error} It cannot be pruned by its submodules either, because it does not run on the example inputs: "
+                    f"{type(failure).__name__}: {first_line(failure)}"
+                ) from failure
+        self.left = search.left
+        if not self.parts:
+            reasons = "; ".join(f"'{path}': {reason}" for path, reason in self.left.items())
+            raise CaptureError(f"{error} No submodule can be pruned by itself either{f': {reasons}' if reasons else ''}.") from error.__cause__
+        self.budget = JoinedBudget([Budget(part.analysis) for part in self.parts])
+        self.results: dict[str, Result] = {}
+
+    @contextmanager
+    def timed(self, stage: str) -> Iterator[None]:
+        start = time.perf_counter()
+        yield
+        self._spend(stage, time.perf_counter() - start)
+
+    def _spend(self, stage: str, seconds: float) -> None:
+        self.seconds[stage] = self.seconds.get(stage, 0.0) + seconds
+
+    def place(self, part: Part, decision: Decision, calls: list[Call]) -> bool:
+        """Prune a part and put it in its place; if the model does not run with it, the part stays whole."""
+        result = self.stages.rewrite(part.program, part.analysis, decision)
+        for stage in ("passes", "export"):
+            self._spend(stage, result.report.seconds.get(stage, 0.0))
+        module = dressed(result.module, part.module)  # in place, so that the result of the part holds it
+        try:
+            with replaced(self.model, part.paths, part.module, module), rewound(self.model):
+                for call in {call.key(): call for call in calls}.values():
+                    with rewound(module):
+                        call.run(module)
+                self.call.run(self.model)
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as failure:
+            self.left[part.path] = f"the model does not run with the smaller part in its place: {type(failure).__name__}: {first_line(failure)}"
+            return False
+        put(self.model, part.paths, module)
+        self.results[part.path] = result
+        return True
+
+    def result(self, requested: float | None) -> PartsResult:
+        """Everything put together."""
+        sparsities = [self.results[part.path].plan.sparsity if part.path in self.results else 0.0 for part in self.parts]
+        reached = self.budget.average(sparsities)
+        parameters = dict(self.model.named_parameters(remove_duplicate=False))
+        renamed = [plan_within(path, result.plan) for path, result in self.results.items()]
+        plan = PruningPlan(
+            whole_fingerprint(self.before),
+            tuple(group for own in renamed for group in own.groups),
+            reached,
+            tuple(split for own in renamed for split in own.splits),
+            whole_fingerprint(parameters),
+            granularity=tuple(sorted(self.parts[0].analysis.granularity)),
+            include=tuple(sorted(self.parts[0].analysis.include)),
+            folds=tuple(weight for own in renamed for weight in own.folds),
+        )
+        old, new = weight_size(self.before), weight_size(parameters)
+        lines = tuple(line_within(path, line) for path, result in self.results.items() for line in result.report.lines)
+        without_rule = sum((Counter(result.report.without_rule) for result in self.results.values()), Counter[str]())
+        sizes = (old[0], new[0]), (old[1], new[1])
+        report = Report(reached, requested, *sizes, lines, dict(self.seconds), tuple(self._notes()), without_rule=dict(without_rule), include=plan.include)
+        return PartsResult(self.model, plan, report, self.signature, self.results, self.left)
+
+    def _notes(self) -> Iterator[str]:
+        reason = first_line(self.error.__cause__ or self.error)
+        yield f"pruned in parts, because the model cannot be captured as a whole: {reason}"
+        for part in self.parts:
+            if part.path in self.results:
+                others = f", also at {', '.join(map(repr, part.paths[1:]))}" if len(part.paths) > 1 else ""
+                yield f"part '{part.path}' ({part.calls} {'call' if part.calls == 1 else 'calls'} seen{others})"
+        for path, why in self.left.items():
+            inside = any(other.startswith(f"{path}.") for other in self.results)
+            yield f"'{path}' is pruned only by its submodules: {why}" if inside else f"left '{path}' whole: {why}"
+        notes = [(path, note) for path, result in self.results.items() for note in result.report.notes]
+        for note, count in Counter(note for _, note in notes).items():
+            paths = [path for path, other in notes if other == note]
+            yield f"in '{paths[0]}'{f' and {count - 1} more' if count > 1 else ''}: {note}"
+
+
+def whole_fingerprint(parameters: Mapping[str, Tensor]) -> str:
+    """The fingerprint of a model; sparse weights, which no part holds, do not enter."""
+    return plans.fingerprint({name: tensor for name, tensor in parameters.items() if tensor.layout == torch.strided})
+
+
+def copied(model: nn.Module) -> nn.Module:
+    """A copy that shares no storage. Python cannot copy weights that a hook computes, and sparse ones; those are cloned."""
+    computed = [value for module in model.modules() for value in vars(module).values() if isinstance(value, Tensor) and not value.is_leaf]
+    clones: dict[int, Any] = {id(value): value.detach().clone() for value in computed}
+    for parameter in model.parameters():
+        if parameter.layout != torch.strided:
+            clones[id(parameter)] = nn.Parameter(parameter.detach().clone(), requires_grad=parameter.requires_grad)
+    return copy.deepcopy(model, clones)
+
+
+__all__ = ["Assembly", "Stages", "copied", "whole_fingerprint"]

@@ -1,0 +1,65 @@
+"""The calls that a part of a model gets while the model runs on calibration data."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import nn
+
+from .._observe._calibration import calibration_calls
+from ..errors import CalibrationError, first_line
+from ._calls import Call, rewound, watching
+from ._submodules import Part, why_unfit
+
+
+def user_batches(calibration: Iterable[Any] | None, device: torch.device | None) -> list[Call]:
+    """The calibration data as calls of the whole model.
+
+    Raises:
+        CalibrationError: a batch is no call, or holds values that are not finite.
+    """
+    batches = []
+    for index, (args, kwargs) in enumerate(calibration_calls(calibration)):
+        call = Call(args, kwargs)
+        if device is not None:
+            call = call.map(lambda tensor: tensor.to(device))
+        for tensor in call.tensors():
+            if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+                raise CalibrationError(f"calibration batch {index} holds values that are not finite; remove or repair them")
+        batches.append(call)
+    return batches
+
+
+def recorded(model: nn.Module, module: nn.Module, batches: list[Call]) -> list[Call]:
+    """The calls that one submodule gets while the model runs on the batches."""
+    calls: list[Call] = []
+    for index, batch in enumerate(batches):
+        try:
+            with rewound(model), watching([module], lambda _, call: calls.append(call.held())):
+                batch.run(model)
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as failure:
+            raise CalibrationError(
+                f"calibration batch {index} fails in the model: {type(failure).__name__}: {first_line(failure)}; a batch is a tensor, a tuple of positional "
+                "arguments or a dict of keyword arguments, so a model that takes a list takes it as (list,)"
+            ) from failure
+    return calls
+
+
+def graph_inputs(part: Part, calls: list[Call]) -> tuple[list[list[Any]], str | None]:
+    """The graph inputs of the calls that bring any data, or why there are none."""
+    flat = []
+    for call in calls:
+        if any(not tensor.numel() for tensor in call.tensors()):
+            continue
+        misfit = why_unfit(part.program, call)
+        if misfit:
+            return [], f"a call on the calibration data does not fit its graph: {misfit}"
+        flat.append(part.program.flat_inputs(call.args, call.kwargs))
+    return flat, None
+
+
+__all__ = ["graph_inputs", "recorded", "user_batches"]

@@ -1,0 +1,128 @@
+"""Prune a model that cannot be captured as a whole by the submodules that can."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import nn
+
+from .. import plan as plans
+from .._observe._visit import Decision
+from ..allocation import Budget
+from ..analysis import Analysis
+from ..errors import CaptureError, PlanError
+from ..plan import PruningPlan
+from ._assembly import Assembly, Stages, whole_fingerprint
+from ._inputs import graph_inputs, recorded, user_batches
+from ._names import plan_of_part
+from ._result import PartsResult
+from ._stand_in import put
+
+Observe = Callable[[Analysis, list[int], list[list[Any]] | None, Callable[[float], None]], Decision]
+
+
+def prune_in_parts(
+    error: CaptureError,
+    model: Any,
+    args: Any,
+    kwargs: dict[str, Any] | None,
+    stages: Stages,
+    *,
+    allocate: Callable[[Budget], list[int]],
+    observe: Observe,
+    calibration: Iterable[Any] | None,
+    needs_data: bool,
+    requested: float,
+    propagate: bool,
+    device: torch.device | str | None,
+    progress: Callable[[float], None],
+    on_analysis: Callable[[Analysis], None] | None,
+) -> PartsResult:
+    """Prune the largest submodules that can be captured, and put them back into a copy of the model.
+
+    Args:
+        error: why the model cannot be captured as a whole.
+        allocate: how many channel sets each block of each group loses.
+        observe: decides what goes, from the inputs of a part.
+        needs_data: whether score or restoration use calibration data.
+        propagate: whether a part is observed behind the parts already pruned.
+
+    Raises:
+        CaptureError: ``error``, if submodules cannot help or none can be pruned.
+        SparsityError: the parts cannot reach the sparsity together.
+        CalibrationError: the calibration data does not fit.
+    """
+    _check_can_help(error, model)
+    assembly = Assembly(error, model, args, kwargs, stages, device)
+    shares = assembly.budget.split(allocate(assembly.budget))
+    if on_analysis is not None:
+        for part in assembly.parts:
+            on_analysis(part.analysis)
+    with assembly.timed("calibration"):
+        batches = user_batches(calibration, assembly.device) if needs_data else None
+    modules: dict[str, nn.Module] = {}
+    for index, (part, lost) in enumerate(zip(assembly.parts, shares, strict=True)):
+        progress(index / len(assembly.parts))
+        if not any(lost):
+            assembly.left[part.path] = "a sparsity this low takes nothing from it"
+            continue
+        with assembly.timed("calibration"):
+            calls = [] if batches is None else recorded(assembly.model, part.module, batches)
+            flat, misfit = graph_inputs(part, calls)
+            if batches is not None and not flat:
+                assembly.left[part.path] = misfit or "the calibration data never reaches it"
+                continue
+
+            def advance(fraction: float, done: int = index) -> None:
+                progress((done + fraction) / len(assembly.parts))
+
+            decision = observe(part.analysis, lost, flat if batches is not None else None, advance)
+            del flat
+        if assembly.place(part, decision, calls) and not propagate:
+            modules[part.path] = assembly.results[part.path].module
+            put(assembly.model, part.paths, part.module)
+    progress(1.0)
+    for part in assembly.parts:
+        if part.path in modules:
+            put(assembly.model, part.paths, modules[part.path])
+    return assembly.result(requested)
+
+
+def apply_in_parts(
+    error: CaptureError, model: Any, plan: PruningPlan, args: Any, kwargs: dict[str, Any] | None, stages: Stages, check: Callable[[str], None]
+) -> PartsResult:
+    """Replay a plan that was made in parts.
+
+    Args:
+        check: refuses a plan for another model, given the fingerprint of this one.
+
+    Raises:
+        CaptureError: ``error``, if submodules cannot help or none can be pruned.
+        PlanError: the plan is for another model, or names weights outside of the parts found here.
+    """
+    _check_can_help(error, model)
+    check(whole_fingerprint(dict(model.named_parameters(remove_duplicate=False))))
+    assembly = Assembly(error, model, args, kwargs, stages, None)
+    owned = [plan_of_part(plan, part.path) for part in assembly.parts]
+    if sum(len(own.groups) for own in owned) != len(plan.groups):
+        known = {f"{part.path}.{group.name}" for part, own in zip(assembly.parts, owned, strict=True) for group in own.groups}
+        stray = next(group.name for group in plan.groups if group.name not in known)
+        raise PlanError(f"group '{stray}' of the plan is in no part that was captured here; use the example inputs that the plan was made with")
+    for part, own in zip(assembly.parts, owned, strict=True):
+        if own.groups and not assembly.place(part, Decision(plans.gone_of(own, part.analysis)), []):
+            raise PlanError(f"part '{part.path}' of the plan cannot be put back: {assembly.left[part.path]}")
+    return assembly.result(None)
+
+
+def _check_can_help(error: CaptureError, model: Any) -> None:
+    """Submodules help where the exporter failed on the code of a model whose weights are there."""
+    if error.__cause__ is None or not isinstance(model, nn.Module):
+        raise error
+    tensors = [*model.parameters(), *model.buffers()]
+    if any(nn.parameter.is_lazy(tensor) or tensor.device.type == "meta" for tensor in tensors):
+        raise error
+
+
+__all__ = ["Stages", "apply_in_parts", "prune_in_parts"]

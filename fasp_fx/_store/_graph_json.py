@@ -1,0 +1,135 @@
+"""An exported program as JSON, and back."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._export.serde import schema
+from torch._export.serde import serialize as serde
+from torch.export import ExportedProgram
+from torch.utils import _pytree as pytree
+
+from .._capture._quiet import quiet
+from ..errors import StoreError, first_line
+from ._nested import with_tuples, without_tuples
+from ._signature_json import value_from_json, value_to_json
+from ._tensors import to_device
+from ._untrusted import check_program, walk
+
+
+def program_to_json(program: ExportedProgram) -> dict[str, Any]:
+    """The graph, its signature, ranges and guards, and the shapes of the example inputs; no tensor.
+
+    Raises:
+        StoreError: the program holds something that JSON cannot.
+    """
+    _check_weights(program)
+    try:
+        with quiet():
+            stored = serde.ExportedProgramSerializer().serialize(
+                without_tuples(program), serialize_state_dict=False, serialize_constants=False, serialize_example_inputs=False
+            )
+    except Exception as error:
+        raise StoreError(f"the program cannot be written as JSON: {first_line(error)}") from error
+    check_program(stored.exported_program)  # what is refused on loading is refused now
+    fields = serde._dataclass_to_dict(stored.exported_program)
+    return {"program": json.loads(json.dumps(fields, cls=serde.EnumEncoder, allow_nan=False)), "example": _example_to_json(program)}
+
+
+def program_from_json(data: Mapping[str, Any], weights: dict[str, Tensor], constants: dict[str, Tensor], device: torch.device | None) -> ExportedProgram:
+    """The program over the given tensors.
+
+    Args:
+        data: what :func:`program_to_json` returned.
+        weights, constants: tensors by name.
+        device: where the program shall run; ``None`` keeps the devices of the save.
+
+    Raises:
+        StoreError: the data holds anything that :func:`program_to_json` does not write.
+    """
+    try:
+        parsed = serde._dict_to_dataclass(schema.ExportedProgram, data["program"])
+        check_program(parsed)
+        if device is not None:
+            _move(parsed, device)
+        example = _example_from_json(data["example"], parsed.graph_module.module_call_graph[0].signature.in_spec, device)
+        with quiet():
+            program = serde.ExportedProgramDeserializer().deserialize(parsed, weights, constants, example)
+        with_tuples(program)
+        return program
+    except StoreError:
+        raise
+    except Exception as error:
+        raise StoreError(f"graph.json holds no program that torch {torch.__version__} can read: {first_line(error)}; save the result again") from error
+
+
+def _check_weights(program: ExportedProgram) -> None:
+    """Refuse weights that no longer fit the graph, as after ``module.half()``."""
+    signature = program.graph_signature
+    names = {**signature.inputs_to_parameters, **signature.inputs_to_buffers, **signature.inputs_to_lifted_tensor_constants}
+    for node in program.graph.find_nodes(op="placeholder"):
+        name = names.get(node.name)
+        if name is None:
+            continue
+        tensor = program.state_dict.get(name, program.constants.get(name))
+        expected = node.meta["val"]
+        for what in ("shape", "dtype", "device"):
+            found, wanted = getattr(tensor, what, None), getattr(expected, what)
+            if found != wanted:
+                raise StoreError(f"'{name}' has {what} {found}, the program was captured with {wanted}; undo the change, or export the module again")
+
+
+def _move(item: Any, device: torch.device) -> None:
+    """Put every device that a parsed program names on ``device``."""
+    for part in walk(item):
+        if isinstance(part, schema.Device):
+            part.type, part.index = device.type, device.index
+        elif isinstance(part, schema.ModuleCallSignature):
+            part.in_spec, part.out_spec = _moved(part.in_spec, device), _moved(part.out_spec, device)
+
+
+def _moved(text: str, device: torch.device) -> str:
+    def move(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {**value, "s": str(device)} if value.get("_t") == "device" else {key: move(item) for key, item in value.items()}
+        return [move(item) for item in value] if isinstance(value, list) else value
+
+    def visit(tree: dict[str, Any]) -> dict[str, Any]:
+        context = tree["context"]
+        if isinstance(context, str) and '"_t"' in context:
+            context = json.dumps(move(json.loads(context)))
+        return {**tree, "context": context, "children_spec": [visit(child) for child in tree["children_spec"]]}
+
+    protocol, tree = json.loads(text)
+    return json.dumps([protocol, visit(tree)])
+
+
+def _example_to_json(program: ExportedProgram) -> list[dict[str, Any]]:
+    leaves = []
+    for leaf in pytree.tree_leaves(program.example_inputs):
+        if isinstance(leaf, Tensor):
+            leaves.append({"shape": list(leaf.shape), "dtype": str(leaf.dtype).removeprefix("torch."), "device": str(leaf.device)})
+            continue
+        try:
+            leaves.append({"value": value_to_json(leaf)})
+        except TypeError as error:
+            raise StoreError(f"an example input is {leaf!r}: {error}; capture the model with tensors and plain data") from error
+    return leaves
+
+
+def _example_from_json(leaves: list[dict[str, Any]], structure: str, device: torch.device | None) -> Any:
+    """Example inputs of the stored shapes, all zero."""
+    values = []
+    for leaf in leaves:
+        if "value" in leaf:
+            values.append(value_from_json(leaf["value"]))
+            continue
+        dtype = getattr(torch, leaf["dtype"])
+        if not isinstance(dtype, torch.dtype):
+            raise StoreError(f"graph.json names {leaf['dtype']!r} as a dtype; save the result again")
+        values.append(to_device(torch.zeros(leaf["shape"], dtype=dtype), device or torch.device(leaf["device"])))
+    return pytree.tree_unflatten(values, pytree.treespec_loads(structure))
