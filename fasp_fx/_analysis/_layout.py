@@ -37,8 +37,8 @@ def find_blocks(boxes: list[tuple[np.ndarray, fx.Node]], labels: np.ndarray, gro
     for numbers, node in boxes:
         sets = np.where(numbers >= 0, labels[np.maximum(numbers, 0)], -1)
         candidate = (sets >= 0) & (group_of[np.maximum(sets, 0)] >= 0)
-        if not candidate.any() or (candidate.all() and (sets == sets[:, :1]).all()):
-            continue  # of rows that are one channel set each, whole rows go
+        if not candidate.any():
+            continue
         rows, columns = np.nonzero(candidate)
         tables.append((rows, sets[rows, columns], numbers.shape[0], node))
         members, first = np.unique(sets[rows, columns], return_index=True)
