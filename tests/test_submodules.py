@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 import torch
-from fasp_fx._parts._prune._result import PartsResult
 from oracle import error, floats
 from refusal import BATCH, Vectors, X, untouched
 from torch import Tensor, nn
@@ -17,6 +16,7 @@ from torch.nn import functional as F
 from torch.utils import _pytree as pytree
 
 import fasp_fx
+from fasp_fx._parts._result import PartsResult
 
 pytestmark = [pytest.mark.filterwarnings("ignore::fasp_fx.CalibrationWarning"), pytest.mark.usefixtures("no_files")]
 
