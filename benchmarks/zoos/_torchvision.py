@@ -11,6 +11,8 @@ from torch import nn
 
 from ._entry import Draw, Entry, constant, image, noise
 
+#: measured in float64: with random weights their own float32 outputs are 0.4 % and 1.3 % from their float64 outputs
+CHAOTIC = frozenset({"efficientnet_v2_m", "efficientnet_v2_l"})
 #: the side of the images, where 64 does not do
 SIZES = {"inception_v3": 96, "vit_h_14": 56, "maxvit_t": 224, "ssd300_vgg16": 300, "ssdlite320_mobilenet_v3_large": 320}
 #: no detection would reach the usual score under random weights
@@ -61,8 +63,8 @@ def _entry(name: str) -> Entry:
     known = {"detection", "segmentation", "video", "optical_flow"}
     kind = family.replace("_", " ") if family in known else "classification"
     batches = (1, 2) if name in CLIPS else (2, 3)
-    # a rounding error can change which boxes a detection model keeps
-    return Entry(name, kind, _maker(builder, options, family == "detection"), positional, keywords, family == "detection", batches)
+    double = family == "detection" or name in CHAOTIC  # a rounding error can change which boxes a detection model keeps
+    return Entry(name, kind, _maker(builder, options, double), positional, keywords, double, batches)
 
 
 def _maker(builder: Callable[..., nn.Module], options: dict[str, Any], double: bool) -> Callable[[], nn.Module]:
