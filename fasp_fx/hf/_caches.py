@@ -50,7 +50,7 @@ def read(cache: Cache, sizes: Mapping[str, tuple[int, int]], batch: int, like: T
         ArgumentError: the cache holds another number of sequences or heads, another width, dtype or device.
     """
     found: dict[str, Tensor] = {}
-    first: dict[Any, str] = {}  # of each part of the cache, which grows as one
+    first: dict[str, str] = {}  # by the part of the cache, which grows as one
     for name, (heads, width) in sizes.items():
         part, number, kind = _place(cache, name)
         layer = part.layers[number] if number < len(part.layers) else None
@@ -63,7 +63,7 @@ def read(cache: Cache, sizes: Mapping[str, tuple[int, int]], batch: int, like: T
                 f"on {like.device}; give it a cache that it has written itself"
             )
         found[name] = held
-        other = first.setdefault(id(part), name)
+        other = first.setdefault(name.rsplit(".", 2)[0], name)
         if held.shape[2] != found[other].shape[2]:
             raise ArgumentError(
                 f"{name} of the cache holds {held.shape[2]} tokens and {other} {found[other].shape[2]}; every layer must hold the same: give the model a cache "

@@ -95,18 +95,24 @@ class PrunedForCausalLM(PrunedModel):
 
 
 def _kept(logits_to_keep: int | Tensor, new: int, device: torch.device) -> Tensor:
-    wrong = f"logits_to_keep is {shown(logits_to_keep)}; pass how many last positions, or positions [count] among the {new} new ones, for all sequences alike"
     if isinstance(logits_to_keep, Tensor):
         if logits_to_keep.dtype == torch.bool and logits_to_keep.shape == (new,):
             return logits_to_keep.nonzero()[:, 0]
         if logits_to_keep.dim() != 1 or logits_to_keep.dtype not in (torch.int32, torch.int64):
-            raise ArgumentError(wrong)
+            raise ArgumentError(_misread(logits_to_keep, new))
         if bool(((logits_to_keep < -new) | (logits_to_keep >= new)).any()):
-            raise ArgumentError(f"{wrong}; one of them lies outside")
+            raise ArgumentError(f"{_misread(logits_to_keep, new)}; one of them lies outside")
         return torch.where(logits_to_keep < 0, logits_to_keep + new, logits_to_keep)
-    if not isinstance(logits_to_keep, int) or logits_to_keep < 0:
-        raise ArgumentError(wrong if not isinstance(logits_to_keep, int) else f"logits_to_keep is {logits_to_keep}; pass how many last positions, 0 for all")
+    if not isinstance(logits_to_keep, int):
+        raise ArgumentError(_misread(logits_to_keep, new))
+    if logits_to_keep < 0:
+        raise ArgumentError(f"logits_to_keep is {logits_to_keep}; pass how many last positions, 0 for all")
     return torch.arange(max(new - logits_to_keep, 0) if logits_to_keep else 0, new, device=device)
+
+
+def _misread(logits_to_keep: object, new: int) -> str:
+    """Written only when raised: text with a size in it would fix that size for a compiler."""
+    return f"logits_to_keep is {shown(logits_to_keep)}; pass how many last positions, or positions [count] among the {new} new ones, for all sequences alike"
 
 
 __all__ = ["PrunedForCausalLM"]

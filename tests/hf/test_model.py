@@ -11,6 +11,7 @@ import pytest
 import torch
 from generators import Case, dense, pruned
 from oracle import masked, removed_columns
+from torch._dynamo.testing import CompileCounter
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForSeq2SeqLM,
@@ -138,6 +139,19 @@ def test_compiles(model: Any) -> None:
         first = compiled(input_ids=ids[:, :-1], cache=cache)
         found = compiled(input_ids=ids[:, -1:], cache=first.cache).logits
         assert torch.allclose(found, model(input_ids=ids).logits[:, -1:], rtol=1e-9, atol=1e-9)
+
+
+def test_another_text_compiles_nothing_anew(model: Any) -> None:
+    counter = CompileCounter()
+    compiled = torch.compile(model.forward, backend=counter, dynamic=True)
+    seen = []
+    with torch.no_grad():
+        for length in (5, 7, 6):
+            cache = compiled(input_ids=_ids(1)[:, :length], cache=DynamicCache()).cache
+            for step in range(3):
+                cache = compiled(input_ids=_ids(1)[:, step : step + 1], cache=cache).cache
+            seen.append(counter.frame_count)
+    assert seen[1] == seen[2], "a compiled forward holds for every cache, not for the one it first saw"
 
 
 def _narrow() -> DynamicCache:
