@@ -10,10 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 from torch._ops import OpOverload
-from torch.utils import _pytree as pytree
 
 from .._program import region
-from ..channels import arguments, attribute, target_name
+from ..channels import arguments, attribute, target_name, written_names
 from ..patterns import CASTS, letters_of, lookup
 
 Region = tuple[Any, ...]
@@ -94,14 +93,7 @@ def _moved_on(node: fx.Node, keys: dict[fx.Node, int], twins: dict[int, list[fx.
 
 def _constant(module: fx.GraphModule) -> set[fx.Node]:
     """The nodes whose values are the same in every call: no input, no chance, and nothing that the graph writes to takes part."""
-    written = set()
-    for node in module.graph.nodes:
-        if isinstance(node.target, OpOverload) and node.target._schema.is_mutable:
-            given = arguments(node)
-            taken = [given.get(argument.name) for argument in node.target._schema.arguments if argument.is_write]
-            for value in pytree.tree_leaves(taken):
-                if isinstance(value, fx.Node) and value.op == "get_attr":
-                    written.add(region(attribute(module, target_name(value)), target_name(value)))
+    written = {region(attribute(module, name), name) for name in written_names(module.graph)}
     found: set[fx.Node] = set()
     for node in module.graph.nodes:
         if node.op == "get_attr":

@@ -7,6 +7,8 @@ from typing import Any
 
 import torch
 from torch import fx
+from torch._ops import OpOverload
+from torch.utils import _pytree as pytree
 
 from fasp_fx.patterns import argument_names
 
@@ -52,6 +54,17 @@ def set_argument(node: fx.Node, name: str, value: Any) -> bool:
     else:
         node.update_kwarg(name, value)
     return True
+
+
+def written_names(graph: fx.Graph) -> set[str]:
+    """The names of the tensors that a graph looks up and writes into."""
+    found: set[str] = set()
+    for node in graph.nodes:
+        if isinstance(node.target, OpOverload) and node.target._schema.is_mutable:
+            given = arguments(node)
+            taken = [given.get(argument.name) for argument in node.target._schema.arguments if argument.is_write]
+            found |= {target_name(value) for value in pytree.tree_leaves(taken) if isinstance(value, fx.Node) and value.op == "get_attr"}
+    return found
 
 
 def results(graph: fx.Graph) -> list[Any]:

@@ -7,8 +7,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 
+from ..channels import written_names
 from ..plan import PruningPlan
 from ..report import Report
 from ._fast import grouped, one_token, without_checks
@@ -69,7 +70,7 @@ def adopt_constants(model: nn.Module, parts: Parts) -> dict[str, dict[str, str]]
 
     A constant that a program writes into is shared with none that is only equal now: it is the buffer of its own name.
     """
-    changing = {name for program in parts.programs.values() for name in written(program.flat.graph)}
+    changing = {name for program in parts.programs.values() for name in written_names(program.flat.graph)}
     held: list[tuple[str | None, Tensor]] = []  # the name of one that is written into, and what it holds
     names: dict[str, dict[str, str]] = {}
     for program, constants in parts.constants.items():
@@ -83,18 +84,6 @@ def adopt_constants(model: nn.Module, parts: Parts) -> dict[str, dict[str, str]]
                 place(model, f"{CONSTANTS}.c{index}", tensor.clone(), persistent=False)
             names[program][name] = f"{CONSTANTS}.c{index}"
     return names
-
-
-def written(graph: fx.Graph) -> set[str]:
-    """The names that a graph looks up and writes into."""
-    found = set()
-    for node in graph.find_nodes(op="get_attr"):
-        for user in node.users:
-            schema = getattr(user.target, "_schema", None)
-            given = zip(user.args, schema.arguments) if schema is not None else ()
-            if any(value is node and argument.alias_info is not None and argument.alias_info.is_write for value, argument in given):
-                found.add(str(node.target))
-    return found
 
 
 def _equal(a: Tensor, b: Tensor) -> bool:
