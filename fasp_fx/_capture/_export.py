@@ -7,7 +7,7 @@ import functools
 import itertools
 import traceback
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, ParamSpec
 
 import torch
 from torch import Tensor, fx, nn
@@ -56,7 +56,7 @@ def export(
     for note, inputs, shapes in attempts:
         try:
             with quiet(), torch.no_grad():
-                exported = _with_or_without_cache(functools.partial(_export_once, model, signature, names, inputs, shapes))
+                exported = _export_once(model, signature, names, inputs, shapes)
                 features = of_fixed_total(exported) if dynamic_shapes is None and callable(shapes) else frozenset()
                 if features:
                     exported = _export_once(model, signature, names, inputs, functools.partial(with_static, shapes, features))
@@ -84,6 +84,30 @@ def _by_position(model: nn.Module, signature: CallSignature, leading: int) -> li
     return max(must, first, key=len)
 
 
+_P = ParamSpec("_P")
+
+
+def _with_or_without_cache(make: Callable[_P, ExportedProgram]) -> Callable[_P, ExportedProgram]:
+    """Export; once more without torch's cache of fake results if that is what failed.
+
+    The cache compares sizes while operators are traced, and cannot do so for some products of three symbols (the table of a block mask over dynamic
+    lengths has such); the operators themselves trace well.
+    """
+
+    @functools.wraps(make)
+    def export_once(*args: _P.args, **kwargs: _P.kwargs) -> ExportedProgram:
+        try:
+            return make(*args, **kwargs)
+        except TypeError as error:
+            if not any(frame.name == "_make_cache_entry" for frame in traceback.extract_tb(error.__traceback__)):
+                raise
+        with torch._dynamo.config.patch(fake_tensor_cache_enabled=False):
+            return make(*args, **kwargs)
+
+    return export_once
+
+
+@_with_or_without_cache
 def _export_once(model: nn.Module, signature: CallSignature, names: list[str], inputs: dict[str, Any], shapes: Any) -> ExportedProgram:
     args = tuple(inputs[name] if name in inputs else signature.constants[name] for name in names)
     kwargs = {name: value for name, value in inputs.items() if name not in names}
@@ -94,21 +118,6 @@ def _export_once(model: nn.Module, signature: CallSignature, names: list[str], i
     with _holding(model, {name: value for name, value in constants.items() if not is_plain(value)}):
         spec = shapes(args, kwargs).dynamic_shapes(model, args, kwargs) if callable(shapes) else shapes
         return functional(torch.export.export(model, args, kwargs, dynamic_shapes=spec, strict=False))
-
-
-def _with_or_without_cache(make: Callable[[], ExportedProgram]) -> ExportedProgram:
-    """Export; once more without torch's cache of fake results if that is what failed.
-
-    The cache compares sizes while operators are traced, and cannot do so for some products of three symbols (the table of a block mask over dynamic
-    lengths has such); the operators themselves trace well.
-    """
-    try:
-        return make()
-    except TypeError as error:
-        if not any(frame.name == "_make_cache_entry" for frame in traceback.extract_tb(error.__traceback__)):
-            raise
-    with torch._dynamo.config.patch(fake_tensor_cache_enabled=False):
-        return make()
 
 
 @contextlib.contextmanager
@@ -128,9 +137,10 @@ def _holding(model: nn.Module, constants: dict[str, Any]) -> Iterator[None]:
             model.forward = own
 
 
+@_with_or_without_cache
 def export_again(module: fx.GraphModule, example: tuple[tuple[Any, ...], dict[str, Any]]) -> ExportedProgram:
     """Export a rewritten graph module; guards, ranges and recorded shapes are made anew."""
     args, kwargs = example
     shapes = recorded_shapes(module, example).dynamic_shapes(module, args, kwargs)
     with quiet(), torch.no_grad():
-        return _with_or_without_cache(lambda: functional(torch.export.export(module, args, kwargs, dynamic_shapes=shapes, strict=False)))
+        return functional(torch.export.export(module, args, kwargs, dynamic_shapes=shapes, strict=False))
