@@ -215,16 +215,14 @@ class Interpreter:
             if node.op != "call_function" or not callable(node.target):
                 raise NotImplementedError(f"{node.op} is not executed while analysing")
             executed = self.execution.call(node.target, args, kwargs)
-        except _AT_RUN_TIME:
-            with self.execution.mode:
-                executed = walk.sizes.concrete(node.meta.get("val"))
         except Exception as error:
-            if self.strict:
-                raise VerificationError(f"node '{node.name}' ({node.target}) no longer executes: {error}") from error
-            if small and walk.sizes.assigned:
-                raise _Degenerate from error
+            if not isinstance(error, _AT_RUN_TIME):
+                if self.strict:
+                    raise VerificationError(f"node '{node.name}' ({node.target}) no longer executes: {error}") from error
+                if small and walk.sizes.assigned:
+                    raise _Degenerate from error
             with self.execution.mode:
-                executed = walk.sizes.concrete(node.meta.get("val"))  # higher-order, say: the recorded shape serves
+                executed = walk.sizes.concrete(node.meta.get("val"))  # decided by data, or higher-order, say: the recorded shape serves
         if small and walk.sizes.assigned and any(0 in shape for shape in _shapes(executed)) and not self.strict:
             raise _Degenerate
         return executed
