@@ -108,11 +108,7 @@ class Program:
 
     def copy(self) -> Program:
         """A program whose graph and module tree can be changed; tensors are shared."""
-        graph = fx.Graph()
-        mapping: dict[fx.Node, fx.Node] = {}
-        outputs = graph.graph_copy(self.module.graph, mapping)
-        old_output = next(iter(self.module.graph.find_nodes(op="output")))
-        graph.output(outputs).meta.update(old_output.meta)
+        graph = copy_graph(self.module.graph)
         graph._codegen = self.module.graph._codegen
         module = graph_module(_tree_copy(self.module), graph, self.module.meta)
         return replace(self, module=module, parts=dict(self.parts), numbers=dict(self.numbers), walked=None)
@@ -141,6 +137,14 @@ def region(tensor: Tensor, name: str) -> tuple[Any, ...]:
     if tensor.device.type == "meta":
         return (id(tensor),)
     return (tensor.untyped_storage().data_ptr(), tensor.storage_offset(), tuple(tensor.shape), tensor.stride(), tensor.numel() or name)
+
+
+def copy_graph(graph: fx.Graph) -> fx.Graph:
+    """A copy of a graph, to be changed; what is recorded of its output stays with it."""
+    copied = fx.Graph()
+    returned = copied.graph_copy(graph, {})
+    copied.output(returned).meta.update(graph.find_nodes(op="output")[0].meta)
+    return copied
 
 
 def graph_module(root: nn.Module, graph: fx.Graph, meta: dict[str, Any]) -> fx.GraphModule:

@@ -14,6 +14,7 @@ from torch import fx
 from torch._ops import HigherOrderOperator
 from torch.export import ExportedProgram
 
+from .._program import copy_graph
 from ..channels import arguments
 from ..errors import StoreError
 
@@ -27,11 +28,7 @@ def without_tuples(program: ExportedProgram) -> ExportedProgram:
     """The same program with dicts in the place of those tuples, for writing only; the same object if it has none. Tensors are shared."""
     if not any(node.target in _TUPLES for node in program.graph.nodes):
         return program
-    graph = fx.Graph()
-    copies: dict[fx.Node, fx.Node] = {}
-    returned = graph.graph_copy(program.graph, copies)
-    graph.output(returned).meta.update(next(iter(program.graph.find_nodes(op="output"))).meta)
-    module = fx.GraphModule(program.graph_module, graph)
+    module = fx.GraphModule(program.graph_module, copy_graph(program.graph))
     module.meta.update(program.graph_module.meta)
     _replace(module.graph, lambda node, name, value: {str(index): item for index, item in enumerate(value)})
     return program._update(module, program.graph_signature)

@@ -13,6 +13,7 @@ from torch import Tensor, fx, nn
 from torch.fx.graph import CodeGen
 from torch.utils import _pytree as pytree
 
+from .._program import copy_graph
 from ..errors import CaptureError
 
 _numbers = itertools.count()
@@ -67,12 +68,6 @@ class FlatProgram:
         """The same inputs and outputs over another graph."""
         return FlatProgram(graph, self.inputs, self.outputs)
 
-    def copy_graph(self) -> fx.Graph:
-        """A copy of the graph, to be changed."""
-        graph = fx.Graph()
-        graph.output(graph.graph_copy(self.graph, {}))
-        return graph
-
     def to_device(self, device: torch.device) -> None:
         """Let the graph make its tensors on another device."""
         for node in self.graph.nodes:
@@ -103,7 +98,7 @@ class FlatProgram:
         return {**self.__dict__, "_function": None}  # made anew: code cannot be pickled
 
     def __deepcopy__(self, memo: Any) -> FlatProgram:
-        copied = self.rewritten(self.copy_graph())
+        copied = self.rewritten(copy_graph(self.graph))
         memo[id(self)] = copied
         return copied
 

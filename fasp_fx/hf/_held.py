@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .._program import copy_graph
 from ..channels import written_names
 from ..plan import PruningPlan
 from ..report import Report
@@ -92,7 +93,7 @@ def _equal(a: Tensor, b: Tensor) -> bool:
 
 def served(flat: FlatProgram, names: Mapping[str, str]) -> FlatProgram:
     """A program as it runs, with its constants under their names in the model."""
-    graph = flat.copy_graph()
+    graph = copy_graph(flat.graph)
     for node in graph.find_nodes(op="get_attr"):
         node.target = names.get(str(node.target), node.target)
     without_checks(graph)
@@ -102,7 +103,7 @@ def served(flat: FlatProgram, names: Mapping[str, str]) -> FlatProgram:
 
 def step(program: FlatProgram) -> FlatProgram:
     """The program for a query of one token."""
-    graph = program.copy_graph()
+    graph = copy_graph(program.graph)
     one_token(graph)
     return program.rewritten(graph)
 
