@@ -19,9 +19,9 @@ from .._calling._signature import CallSignature
 from .._program import Program, graph_module
 from ..capture import is_plain_graph
 from ..errors import CaptureError, first_line
+from ._flex import FLEX
 
 _SET_GRAD = torch._C._set_grad_enabled
-_FLEX = torch.ops.higher_order.flex_attention
 
 
 def holders(graph: fx.Graph) -> list[nn.Module]:
@@ -71,8 +71,8 @@ def trace(module: fx.GraphModule, grad: bool) -> fx.GraphModule:
     Raises:
         CaptureError: it writes into its inputs, changes modes that cannot be carried over, or cannot be traced.
     """
-    if module.graph.find_nodes(op="call_function", target=_FLEX):  # the attempt would leave torch in a state in which nothing compiles
-        raise CaptureError(f"it calls {_FLEX}, whose graphs cannot be traced here; compile the module of fasp_fx.apply(model, plan, args) instead")
+    if module.graph.find_nodes(op="call_function", target=FLEX):  # the attempt would leave torch in a state in which nothing compiles
+        raise CaptureError(f"it calls {FLEX}, whose graphs cannot be traced here; compile the module of fasp_fx.apply(model, plan, args) instead")
     given = [node.meta.get("example_value") for node in module.graph.find_nodes(op="placeholder")]
     try:
         with tracing(TracingContext(TracingContext.get().fake_mode)), torch.no_grad():

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-_OPERATOR = torch.ops.higher_order.flex_attention
+FLEX = torch.ops.higher_order.flex_attention
 
 
 def attend(
@@ -28,7 +28,7 @@ def attend(
     graphs are functions that hold what they read, as it finds them in a model.
     """
     if not torch.compiler.is_dynamo_compiling():
-        plain: tuple[Tensor, Tensor, Tensor] = _OPERATOR(
+        plain: tuple[Tensor, Tensor, Tensor] = FLEX(
             query, key, value, score_mod, block_mask, scale, kernel_options, score_mod_other_buffers, mask_mod_other_buffers
         )
         return plain
@@ -40,14 +40,14 @@ def attend(
         found: Tensor = block_mask[-1](*given, *mask_mod_other_buffers)
         return found
 
-    attended: tuple[Tensor, Tensor, Tensor] = _OPERATOR(query, key, value, score, (*block_mask[:-1], mask), scale, kernel_options)
+    attended: tuple[Tensor, Tensor, Tensor] = FLEX(query, key, value, score, (*block_mask[:-1], mask), scale, kernel_options)
     return attended
 
 
 def make_traceable(graph: fx.Graph) -> None:
     """Let a compiler trace the flex attention of an exported graph; changes the graph."""
-    for node in graph.find_nodes(op="call_function", target=_OPERATOR):
+    for node in graph.find_nodes(op="call_function", target=FLEX):
         node.target = attend
 
 
-__all__ = ["attend", "make_traceable"]
+__all__ = ["FLEX", "attend", "make_traceable"]

@@ -127,9 +127,11 @@ def prune(
     try:
         chosen = Options(sparsity, **options)
     except TypeError as error:
-        known = ", ".join(list(inspect.signature(Options).parameters)[1:])
-        unknown = ", ".join(name for name in options if name not in known.split(", "))
-        raise ArgumentError(f"fasp_fx.hf.prune knows no option '{unknown}'; besides calibration, sparsity, plain and device it takes {known}") from error
+        known = list(inspect.signature(Options).parameters)[1:]
+        unknown = ", ".join(name for name in options if name not in known)
+        raise ArgumentError(
+            f"fasp_fx.hf.prune knows no option '{unknown}'; besides calibration, sparsity, plain and device it takes {', '.join(known)}"
+        ) from error
     stages = stages_of(model)
     clock = Clock()
     stage = stages.planned()
