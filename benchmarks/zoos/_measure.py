@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 import traceback
 from collections.abc import Iterator
@@ -9,7 +10,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from _masked import error, find_called, masked
+from _masked import error, find_called, leaves, masked
 from torch import Tensor, nn
 
 import fasp_fx
@@ -154,10 +155,13 @@ def _compare(model: nn.Module, result: Any, entry: Entry, batch: int, dense: Any
     with masked(model, result.plan):
         expected = _call(model, entry, batch)
     found = _call(result.module, entry, batch)
-    return error(found, expected), error(expected, dense)
+    shapes, before = ([leaf.shape for leaf, _ in leaves(output)] for output in (expected, dense))
+    # how much a model finds (keypoints, say) can itself depend on what is masked
+    return error(found, expected), error(expected, dense) if shapes == before else math.inf
 
 
 def _batch_is_dynamic(program: Any) -> bool:
     """Whether the capture leaves the first dimension of every tensor input free."""
     tensors = [node.meta.get("val") for node in program.placeholders()]
-    return all(isinstance(value.shape[0], torch.SymInt) for value in tensors if isinstance(value, Tensor) and value.dim())
+    first = [value.shape[0] for value in tensors if isinstance(value, Tensor) and value.dim()]
+    return all(isinstance(size, torch.SymInt) and size.node.maybe_as_int() is None for size in first)  # a symbol that the capture settled is one still
