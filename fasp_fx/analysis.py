@@ -121,14 +121,19 @@ def analyze_program(
 
 def _analyze(program: Program, heads: bool, experts: bool, exempt: bool) -> Analysis:
     numbering, walk = walk_program(program, heads, experts)
-    labels = label_sets(numbering.total, walk.facts.pairs)
-    labels.setflags(write=False)
-    count = int(labels.max(initial=-1)) + 1
-    expert = needed_experts(labels, count, walk) if experts else np.zeros(count, dtype=np.int64)
-    found = ChannelSets.of(labels, expert, exempt, walk, program)
-    spared = np.full(count, not exempt) & (found.status == CODE[EXEMPT])
-    group_of, keys = group_sets(found, numbering, walk)
-    block, conflicts = find_blocks(list(walk.facts.boxes.values()), labels, np.where(found.status == CODE[FROZEN], -1, group_of))
+    while True:
+        labels = label_sets(numbering.total, walk.facts.pairs)
+        labels.setflags(write=False)
+        count = int(labels.max(initial=-1)) + 1
+        expert = needed_experts(labels, count, walk) if experts else np.zeros(count, dtype=np.int64)
+        found = ChannelSets.of(labels, expert, exempt, walk, program)
+        spared = np.full(count, not exempt) & (found.status == CODE[EXEMPT])
+        group_of, keys = group_sets(found, numbering, walk)
+        block, conflicts = find_blocks(list(walk.facts.boxes.values()), labels, np.where(found.status == CODE[FROZEN], -1, group_of))
+        uneven = [pair for conflict in conflicts for pair in walk.facts.stacks.pop(conflict.node, ())]
+        if not uneven:
+            break
+        walk.facts.pairs += uneven  # a stack whose positions cannot lose equal counts loses the same channels of all
     for conflict in conflicts:
         # An exempt group is not pruned unless asked; its status says more than its layout.
         found.freeze(conflict.classes[~spared[conflict.classes]], f"equal counts cannot be kept in {conflict.node.name} = {conflict.node.target}")

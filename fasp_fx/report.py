@@ -138,7 +138,7 @@ def make_report(
     removed = {group.name: group.removed_sets for group in plan.groups}
     lines = []
     for group in analysis.groups:
-        outcomes = [decision.outcomes[use.weight] for use in group.uses if use.weight in decision.outcomes] if group.name in removed else []
+        outcomes = [outcome for use in group.uses for outcome in decision.outcomes.get(use.weight, ())] if group.name in removed else []
         lines.append(
             replace(
                 line_of(group),

@@ -54,7 +54,7 @@ DECODERS = sharing(
         "GraniteForCausalLM": {},
         "HeliumForCausalLM": {},
         "HunYuanDenseV1ForCausalLM": {},
-        "JetMoeForCausalLM": {"kv_channels": 16},
+        "JetMoeForCausalLM": {"kv_channels": 16, "double": True},
         "LlamaForCausalLM": {},
         "LlamaForCausalLM with flex attention": {"model": "LlamaForCausalLM", "name": "llama-flex", "attn_implementation": "flex_attention"},
         "MinistralForCausalLM": {},

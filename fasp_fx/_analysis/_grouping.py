@@ -85,7 +85,8 @@ def group_sets(found: ChannelSets, numbering: Numbering, walk: Walk) -> tuple[np
     group_of = np.unique(np.stack([found.status, stuck]), axis=1, return_inverse=True)[1].reshape(-1).astype(np.int64)
     offset = len(numbering.slots)
     items = [np.unique(labels[slot.base : slot.base + slot.size]) for slot in numbering.slots]
-    items += [np.unique(labels[use.columns[use.columns >= 0]]) for use in walk.facts.uses]
+    uses = _uses(walk, numbering)
+    items += [np.unique(np.concatenate([labels[walk.facts.uses[i].columns[walk.facts.uses[i].columns >= 0]] for i in together])) for together in uses]
     fresh = int(group_of.max(initial=-1)) + 1
     for sets in items:  # partition refinement: two sets stay together as long as every item holds both or neither
         _, finer = np.unique(group_of[sets], return_inverse=True)
@@ -99,8 +100,21 @@ def group_sets(found: ChannelSets, numbering: Numbering, walk: Walk) -> tuple[np
         held = representative[sets]
         for index in held[held >= 0]:
             touching[int(index)].append(item)
-    keys = {index: (frozenset(i for i in held_by if i < offset), frozenset(i - offset for i in held_by if i >= offset)) for index, held_by in touching.items()}
+    keys = {
+        index: (frozenset(i for i in held_by if i < offset), frozenset(use for i in held_by if i >= offset for use in uses[i - offset]))
+        for index, held_by in touching.items()
+    }
     return group_of, keys
+
+
+def _uses(walk: Walk, numbering: Numbering) -> list[list[int]]:
+    """The uses of weights, by index; those that each take a matrix of one stack, numbered apart, are one use of the stack."""
+    found: dict[object, list[int]] = {}
+    for index, use in enumerate(walk.facts.uses):
+        slots = [numbering.get(*slot) for slot in use.slots]
+        stacked = any(slot is not None and slot.block_dim is not None and use.columns.size < slot.size for slot in slots)
+        found.setdefault((use.weight, use.slots) if stacked else index, []).append(index)
+    return list(found.values())
 
 
 __all__ = ["CODE", "LAYOUT", "STATUS", "ChannelSets", "Keys", "group_sets"]

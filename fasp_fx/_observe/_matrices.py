@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Iterator
 from typing import Any
 
@@ -45,7 +46,7 @@ class ConsumerMatrices:
 
     def _moved(self, tensor: Tensor) -> Tensor:
         for node in self._moves:
-            tensor = run_on_numbers(node, tensor, self.values)
+            tensor = tensor[node.args[1]] if node.target is operator.getitem else run_on_numbers(node, tensor, self.values)  # type: ignore[index]
         return tensor
 
     def read(self, weight: Tensor) -> Tensor:
@@ -56,7 +57,7 @@ class ConsumerMatrices:
         return operand.permute(order).reshape(blocks, -1, columns)
 
     def write(self, matrices: Tensor, like: Tensor) -> Tensor:
-        """The inverse of :meth:`read`: a tensor of the shape of the weight ``like``."""
+        """The inverse of :meth:`read`: the weight ``like`` with these matrices in it; of a stack, the others stay as they are."""
         moved = self._moved(like)
         operand = _divided(moved, self.use.weight_layout)
         order = _order(operand.dim(), self.use.weight_layout)
@@ -64,7 +65,7 @@ class ConsumerMatrices:
         if not self._moves:
             return laid.contiguous()
         places = self._moved(torch.arange(like.numel(), device=like.device).reshape(like.shape)).reshape(-1)
-        flat = torch.empty_like(like, memory_format=torch.contiguous_format).reshape(-1)
+        flat = like.clone(memory_format=torch.contiguous_format).reshape(-1)
         flat[places] = laid.reshape(-1)
         return flat.reshape(like.shape)
 

@@ -27,11 +27,11 @@ Restore = Callable[[Tensor, Tensor, Tensor], Restored]
 
 @dataclass
 class Decision:
-    """What was chosen: removed channel numbers, restored weights by canonical name, and the outcome of each restoration."""
+    """What was chosen: removed channel numbers, restored weights by canonical name, and the outcomes of their restorations."""
 
     gone: np.ndarray
     weights: dict[str, Tensor] = field(default_factory=dict)
-    outcomes: dict[str, Restored] = field(default_factory=dict)
+    outcomes: dict[str, list[Restored]] = field(default_factory=dict)
 
 
 class _Consumer:
@@ -197,7 +197,7 @@ class Observer:
         if self.restore is not None and consumer.grams is not None and not weight.is_complex() and not bool(kept.all()):
             parts = [self.restore(matrix, gram.symmetric(), left.nonzero()[:, 0]) for matrix, gram, left in zip(read, consumer.grams, kept, strict=True)]
             outcome = together(parts)
-            self.decision.outcomes[consumer.weight] = outcome
+            self.decision.outcomes.setdefault(consumer.weight, []).append(outcome)
             pruned = consumer.matrices.write(outcome.weight, weight)
             self.decision.weights[consumer.weight] = pruned
         else:

@@ -98,7 +98,8 @@ class Facts:
     ``matrices`` names the weights of linear, convolution and recurrent operators; ``blocks`` the weights' dimensions that would better be numbered
     block by block, with the dimension that divides them and into how many; ``heads`` pairs the channels that belong to one head,
     ``together`` those that would be free if they went together. ``chosen`` are numbers of positions that compete in a softmax or top-k, with how
-    many of them are needed; ``stacked`` numbers of matrices in a stacked weight; ``stretched`` dimensions of expanded tensors that meet channels.
+    many of them are needed; ``stacked`` numbers of matrices in a stacked weight; ``stretched`` dimensions of expanded tensors that meet channels. ``stacks``
+    pairs, for each node that takes one of a stack, the channels at one place of all in it.
     """
 
     pairs: list[tuple[np.ndarray, np.ndarray, fx.Node]] = field(default_factory=list)
@@ -116,6 +117,7 @@ class Facts:
     chosen: list[tuple[np.ndarray, int]] = field(default_factory=list)
     stacked: list[np.ndarray] = field(default_factory=list)
     stretched: set[tuple[str, int]] = field(default_factory=set)
+    stacks: dict[fx.Node, list[tuple[np.ndarray, np.ndarray, fx.Node]]] = field(default_factory=dict)
 
     def couple(self, a: Tensor, b: Tensor, node: fx.Node) -> None:
         """Channels at equal positions of two broadcastable tensors of numbers go together; one that meets a non-channel stays."""

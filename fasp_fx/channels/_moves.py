@@ -121,9 +121,57 @@ def move(
         moved = _pad(axis, others["pad"]) if "pad" in others else _run(node.target, _full(axis, source.shape), _rest(others))
         for index, numbers in enumerate(_outputs(moved)):
             _keep(axes[index], numbers, facts, node, axis)
-    whole = source.origin if len(shapes) == 1 and _numel(shapes[0]) == _numel(source.shape) else None
+    stacked = _taken_along(others, source.shape, shapes[0]) if source.origin is not None else None
+    if stacked is not None:
+        _stay_together(node, source, stacked, facts)
+        _want_positions(node, source, stacked, facts)
+    origin = source.origin if stacked is not None or (len(shapes) == 1 and _numel(shapes[0]) == _numel(source.shape)) else None
     data = [None] * len(shapes) if source.data is None else _outputs(_run(node.target, source.data, _rest(others)))
-    return [Value(shape, tuple(axes[i]), source.constant, whole, data[i]) for i, shape in enumerate(shapes)]
+    return [Value(shape, tuple(axes[i]), source.constant, origin, data[i]) for i, shape in enumerate(shapes)]
+
+
+def _taken_along(arguments: dict[str, Any], shape: tuple[int, ...], result: tuple[int, ...]) -> int | None:
+    """The dimension of which an operator takes single positions."""
+    dim = arguments.get("dim")
+    if not isinstance(dim, int) or not shape:
+        return None
+    dim %= len(shape)
+    return dim if result == shape[:dim] + shape[dim + 1 :] else None
+
+
+def _stay_together(node: fx.Node, source: Value, dim: int, facts: Facts) -> None:
+    """A stack stays one tensor: what is numbered apart for each of its positions loses equal counts or, where that cannot be, the same channels."""
+    facts.boxes_of(source, node)
+    for axis in source.axes:
+        if axis.dim != dim and axis.numbers.shape[dim] > 1:
+            first = axis.numbers.narrow(dim, 0, 1).expand(axis.numbers.shape)
+            facts.stacks.setdefault(node, []).append((first.reshape(-1).numpy(), axis.numbers.reshape(-1).numpy(), node))
+
+
+def _want_positions(node: fx.Node, source: Value, dim: int, facts: Facts) -> None:
+    """Ask that a stack of weights of which nothing but each single one is taken be numbered apart for each of them."""
+    stack = node.all_input_nodes[0]
+    if stack.op != "get_attr" or not _all_taken(stack, dim, source.shape):
+        return
+    for axis in source.axes:
+        if axis.slot is not None and axis.dim != dim and axis.numbers.shape[dim] == 1:
+            facts.blocks.setdefault(axis.slot, (dim, source.shape[dim]))
+
+
+def _all_taken(stack: fx.Node, dim: int, shape: tuple[int, ...]) -> bool:
+    """Whether every position of a weight along a dimension is taken by itself, and no node takes anything else of it."""
+    taken: set[int] = set()
+    for user in stack.users:
+        given = arguments_of(user)
+        if "dim" not in given or int(given["dim"]) % len(shape) != dim:
+            return False
+        if user.target is torch.ops.aten.select.int:
+            taken.add(int(given["index"]) % shape[dim])
+        elif user.target is torch.ops.aten.unbind.int:
+            taken |= {int(arguments_of(item)["1"]) for item in user.users}
+        else:
+            return False
+    return len(taken) == shape[dim]
 
 
 def _parts_at_run_time(rule: Rule, arguments: dict[str, Any], shape: tuple[int, ...]) -> bool:

@@ -71,7 +71,8 @@ class Axis:
 class Value:
     """What is known of one tensor: its shape at the sizes chosen for the interpretation, and its channel axes.
 
-    ``constant`` says that it is computed from weights alone; ``origin`` names the weight whose elements it holds, all of them, merely moved or cast.
+    ``constant`` says that it is computed from weights alone; ``origin`` names the weight whose elements it holds, merely moved or cast: all of
+    them, or those at one position of a stack.
     ``data`` is its content where that is a known integer tensor (indices); ``names`` the channels at the positions that its integers, chosen at run
     time, number; ``vanishes`` says that it is zero at positions that a router never chooses; ``created`` that it is constant without any weight (an initial
     state of zeros, say).
