@@ -304,7 +304,7 @@ def _planned(group: Group, gone: np.ndarray, removed: int, analysis: Analysis) -
             indices.extend((rows[own[own // width == block]] - block * width if slot.blocks > 1 else rows[own]).tolist())
 
     def cut(members: Iterable[Member]) -> tuple[ParameterSlice, ...]:
-        return tuple(_slice(m.name, m.dim, tuple(tuple(sorted(block)) for block in lost[(m.name, m.dim)]), m.block_dim) for m in members)
+        return tuple(_slice(m.name, m.dim, tuple(tuple(sorted(set(block))) for block in lost[(m.name, m.dim)]), m.block_dim) for m in members)
 
     return PlannedGroup(group.name, group.size, group.blocks, removed, cut(group.producers), cut(group.consumers), group.granularity)
 

@@ -1,7 +1,8 @@
 """Split a fused producer by rows, where a layout ties prunable channels to others.
 
 ``linear(x, W)`` viewed as ``[heads, 3, d]`` cannot lose rows of the third part alone. Where every path from the product takes out one
-part by mere movement, each part gets a product of its own with the rows it takes, in the order it takes them.
+part by mere movement, each part gets a product of its own with the rows it takes, in the order it takes them. A weight of which the model takes
+ranges of rows apart by itself becomes several weights first.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from fasp_fx.channels import Axis, Use, Value, arguments, attribute, run_on_numb
 from fasp_fx.patterns import lookup
 
 from ._base import Pass, stamp
+from ._pieces import take_apart
 
 if TYPE_CHECKING:
     from fasp_fx.analysis import Analysis
@@ -48,6 +50,9 @@ class SplitFusedProducers(Pass):
     def rewrite(self, program: Program, analysis: Analysis) -> Program:
         if not analysis.conflicts:
             return program
+        apart = take_apart(program, analysis, stuck_sets(analysis), self.name)
+        if apart is not program:
+            return apart  # what is fused in them is split next, when they are weights
         splitter = _Splitter(analysis, self.name)
         plans = [plan for plan in (splitter.plan(use) for use in splitter.fused()) if plan is not None]
         if not plans:
@@ -79,7 +84,7 @@ class _Splitter:
 
     def fused(self) -> list[Use]:
         """The products whose rows are part of a conflict."""
-        stuck = np.unique(np.concatenate([conflict.classes for conflict in self.analysis.conflicts]))
+        stuck = stuck_sets(self.analysis)
         found = []
         for use in self.analysis.walk.facts.uses:
             value = self.analysis.walk.values[use.node]
@@ -187,7 +192,11 @@ class _Splitter:
         with torch.no_grad():
             piece = weight.detach().index_select(dim, torch.from_numpy(rows).to(weight.device))
         set_weight(program.module, new, nn.Parameter(piece, requires_grad=weight.requires_grad))
-        program.parts[new] = RowPart(name, tuple(rows.tolist()), dim)
+        whole = program.parts.get(name)
+        if whole is None:
+            program.parts[new] = RowPart(name, tuple(rows.tolist()), dim)
+        else:
+            program.parts[new] = RowPart(whole.name, tuple(whole.rows[row] for row in rows.tolist()), dim)
         numbers = [self.analysis.numbering.numbers(name, d) for d in range(weight.dim())]
         original = numbers[dim]
         numbers[dim] = original[torch.from_numpy(rows)] if original is not None else None
@@ -221,6 +230,11 @@ class _Splitter:
             if source is None:
                 node = stamp(graph.call_function(torch.ops.aten.unsqueeze.default, (node, dim)), self.name)
         return node
+
+
+def stuck_sets(analysis: Analysis) -> np.ndarray:
+    """The channel sets that the conflicts of a layout concern."""
+    return np.unique(np.concatenate([conflict.classes for conflict in analysis.conflicts]))
 
 
 def _copy(graph: fx.Graph, node: fx.Node, copies: dict[fx.Node, fx.Node], name: str) -> fx.Node:
@@ -290,5 +304,6 @@ def _weights_of(chain: list[fx.Node], use: Use) -> list[str]:
 def _delete_unused(program: Program, name: str) -> None:
     if any(node.target == name for node in program.module.graph.find_nodes(op="get_attr")):
         return
+    program.parts.pop(name, None)
     path, _, leaf = name.rpartition(".")
     delattr(attribute(program.module, path) if path else program.module, leaf)

@@ -9,7 +9,7 @@ from scipy.sparse.csgraph import connected_components
 from torch import Tensor, fx
 
 from .._program import Program
-from ..channels import Execution, Interpreter, Numbering, Walk
+from ..channels import Execution, Interpreter, Numbering, Slot, Walk, attribute
 
 #: channel numbers that are coupled, entry by entry, and the node that couples them
 Pairs = list[tuple[np.ndarray, np.ndarray, fx.Node]]
@@ -27,6 +27,7 @@ def walk_program(program: Program, heads: bool, experts: bool) -> tuple[Numberin
             break
         blocked = {**walk.facts.blocks, **blocked}
         stretched |= walk.facts.stretched
+    walk.facts.pairs += _columns_of_parts(program, numbering)
     in_heads, coupled = _numbered(walk.facts.heads), _numbered(walk.facts.heads + walk.facts.together)
     coupled += _same_elsewhere(coupled, walk.facts.pairs) if coupled else []
     before = -1
@@ -48,6 +49,20 @@ def _cached_heads(program: Program) -> dict[tuple[str, int], tuple[int, int]]:
             heads, width = value.shape[1], value.shape[3]
             if isinstance(heads, int) and isinstance(width, int) and not isinstance(value.shape[2], int) and heads > 1:
                 found[(node.name, 3)] = (1, heads)
+    return found
+
+
+def _columns_of_parts(program: Program, numbering: Numbering) -> Pairs:
+    """The columns of weights that are rows of one go together, as the plan names them by that one."""
+    nodes = {node.target: node for node in program.module.graph.find_nodes(op="get_attr")}
+    first: dict[tuple[str, int], Slot] = {}
+    found: Pairs = []
+    for name, part in program.parts.items():
+        for dim in (dim for dim in range(attribute(program.module, name).dim()) if dim != part.dim):
+            slot = numbering.get(name, dim)
+            if slot is not None and name in nodes:
+                leader = first.setdefault((part.name, dim), slot)
+                found.append((leader.numbers().reshape(-1).numpy(), slot.numbers().reshape(-1).numpy(), nodes[name]))
     return found
 
 

@@ -1,0 +1,100 @@
+"""Weights of which a model takes ranges of rows apart before it uses them (``w_q, w_kv = weight.split([d, 2 * d])``): each range becomes a weight."""
+
+from __future__ import annotations
+
+import operator
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch import fx, nn
+
+from fasp_fx._program import Program, RowPart, set_weight
+from fasp_fx.channels import Value, attribute, target_name
+from fasp_fx.patterns import lookup
+
+from ._base import stamp
+
+if TYPE_CHECKING:
+    from fasp_fx.analysis import Analysis
+
+#: a node that takes a range of a weight, and the range
+_Piece = tuple[fx.Node, range]
+
+
+def take_apart(program: Program, analysis: Analysis, stuck: np.ndarray, by: str) -> Program:
+    """Give each range of rows a weight of its own, where all of a weight is used so and its rows are among the channel sets ``stuck``.
+
+    The new weights, named ``<weight>_0``, ``<weight>_1`` …, are recorded in ``program.parts``; returns the same program if there is nothing to do.
+    """
+    aliases = program.aliases()
+    found = {}
+    for node in program.module.graph.find_nodes(op="get_attr"):
+        name = target_name(node)
+        tied = len(aliases.get(name, ())) != 1 or len([n for n in program.module.graph.find_nodes(op="get_attr") if n.target == name]) != 1
+        for dim in range(attribute(program.module, name).dim()) if not tied and name not in program.parts and node.users else ():
+            slot = analysis.numbering.get(name, dim)
+            if slot is not None and slot.block_dim is None and np.isin(analysis.labels[slot.base : slot.base + slot.size], stuck).any():
+                pieces = _pieces(node, dim, slot.base, analysis)
+                if pieces is not None:
+                    found[node.name] = (name, dim, pieces)
+    if not found:
+        return program
+    program = program.copy()
+    nodes = {node.name: node for node in program.module.graph.nodes}
+    for name, dim, pieces in found.values():
+        weight = attribute(program.module, name)
+        for index, (piece, rows) in enumerate(pieces):
+            new = f"{name}_{index}"
+            with torch.no_grad():
+                held = weight.detach().narrow(dim, rows.start, len(rows)).clone()
+            set_weight(program.module, new, nn.Parameter(held, requires_grad=weight.requires_grad))
+            program.parts[new] = RowPart(name, tuple(rows), dim)
+            numbers = [analysis.numbering.numbers(name, d) for d in range(weight.dim())]
+            own = numbers[dim]
+            numbers[dim] = None if own is None else own[rows.start : rows.stop]
+            program.numbers[new] = numbers
+            at = nodes[piece.name]
+            with program.module.graph.inserting_before(at):
+                at.replace_all_uses_with(stamp(program.module.graph.get_attr(new), by))
+    gone = {name for name, _, _ in found.values()}
+    program.module.graph.eliminate_dead_code(lambda node: node.is_impure() or (node.op == "get_attr" and node.target not in gone))
+    for name in gone:
+        path, _, leaf = name.rpartition(".")
+        delattr(attribute(program.module, path) if path else program.module, leaf)
+    return program
+
+
+def _pieces(weight: fx.Node, dim: int, base: int, analysis: Analysis) -> list[_Piece] | None:
+    """The nodes that take ranges along ``dim``, in order, if they take all of it, none of it twice, and nothing else is made of the weight."""
+    shape = tuple(weight.meta["val"].shape)
+    pieces: list[_Piece] = []
+    for taken in _taken(weight):
+        value = analysis.walk.values.get(taken)
+        if not isinstance(value, Value) or len(value.shape) != len(shape):
+            return None
+        along = value.at(dim)
+        if any(a != b for d, (a, b) in enumerate(zip(value.shape, shape, strict=True)) if d != dim) or len(along) != 1 or along[0].varying() != [dim]:
+            return None
+        numbers = along[0].numbers.reshape(-1).numpy() - base
+        rows = range(int(numbers[0]), int(numbers[0]) + len(numbers))
+        if len(rows) == shape[dim] or not np.array_equal(numbers, np.array(rows)):
+            return None
+        pieces.append((taken, rows))
+    pieces.sort(key=lambda piece: piece[1].start)
+    covered = [position for _, rows in pieces for position in rows]
+    return pieces if covered == list(range(shape[dim])) else None
+
+
+def _taken(weight: fx.Node) -> list[fx.Node]:
+    """What mere movement takes of a weight, as single tensors; nothing if anything else is done with it."""
+    found: list[fx.Node] = []
+    for user in weight.users:
+        rule = lookup(user.target)
+        if rule is None or rule.moves != "self":
+            return []
+        several = isinstance(user.meta.get("val"), (list, tuple))
+        if several and any(item.target is not operator.getitem for item in user.users):
+            return []
+        found += list(user.users) if several else [user]
+    return found
