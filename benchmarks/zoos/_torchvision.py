@@ -15,8 +15,8 @@ from ._entry import Draw, Entry, constant, image, noise
 CHAOTIC = frozenset({"efficientnet_v2_m", "efficientnet_v2_l"})
 #: the side of the images, where 64 does not do
 SIZES = {"inception_v3": 96, "vit_h_14": 56, "maxvit_t": 224, "ssd300_vgg16": 300, "ssdlite320_mobilenet_v3_large": 320}
-#: no detection would reach the usual score under random weights
-_RCNN = {"min_size": 96, "max_size": 96, "box_score_thresh": 0.0}
+#: no detection would reach the usual score under random weights, and each of a thousand proposals costs a pass through the heads
+_RCNN = {"min_size": 96, "max_size": 96, "box_score_thresh": 0.0, "rpn_post_nms_top_n_test": 100, "box_detections_per_img": 20}
 #: builder arguments, by the beginning of a model's name
 OPTIONS: dict[str, dict[str, Any]] = {
     "googlenet": {"aux_logits": False, "init_weights": False},
