@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+from collections import Counter
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -27,22 +28,12 @@ def take_apart(program: Program, analysis: Analysis, stuck: np.ndarray, by: str)
 
     The new weights, named ``<weight>_0``, ``<weight>_1`` …, are recorded in ``program.parts``; returns the same program if there is nothing to do.
     """
-    aliases = program.aliases()
-    found = {}
-    for node in program.module.graph.find_nodes(op="get_attr"):
-        name = target_name(node)
-        tied = len(aliases.get(name, ())) != 1 or len([n for n in program.module.graph.find_nodes(op="get_attr") if n.target == name]) != 1
-        for dim in range(attribute(program.module, name).dim()) if not tied and name not in program.parts and node.users else ():
-            slot = analysis.numbering.get(name, dim)
-            if slot is not None and slot.block_dim is None and np.isin(analysis.labels[slot.base : slot.base + slot.size], stuck).any():
-                pieces = _pieces(node, dim, slot.base, analysis)
-                if pieces is not None:
-                    found[node.name] = (name, dim, pieces)
+    found = _packed(program, analysis, stuck)
     if not found:
         return program
     program = program.copy()
     nodes = {node.name: node for node in program.module.graph.nodes}
-    for name, dim, pieces in found.values():
+    for name, dim, pieces in found:
         weight = attribute(program.module, name)
         for index, (piece, rows) in enumerate(pieces):
             new = f"{name}_{index}"
@@ -57,12 +48,36 @@ def take_apart(program: Program, analysis: Analysis, stuck: np.ndarray, by: str)
             at = nodes[piece.name]
             with program.module.graph.inserting_before(at):
                 at.replace_all_uses_with(stamp(program.module.graph.get_attr(new), by))
-    gone = {name for name, _, _ in found.values()}
+    gone = {name for name, _, _ in found}
     program.module.graph.eliminate_dead_code(lambda node: node.is_impure() or (node.op == "get_attr" and node.target not in gone))
     for name in gone:
-        path, _, leaf = name.rpartition(".")
-        delattr(attribute(program.module, path) if path else program.module, leaf)
+        delete_weight(program, name)
     return program
+
+
+def delete_weight(program: Program, name: str) -> None:
+    """Take a weight, or a part of one, out of the program."""
+    program.parts.pop(name, None)
+    path, _, leaf = name.rpartition(".")
+    delattr(attribute(program.module, path) if path else program.module, leaf)
+
+
+def _packed(program: Program, analysis: Analysis, stuck: np.ndarray) -> list[tuple[str, int, list[_Piece]]]:
+    """The weights to be taken apart, along which dimension, and the ranges; each is used in one place, by one name."""
+    looked_up = program.module.graph.find_nodes(op="get_attr")
+    aliases, uses = program.aliases(), Counter(node.target for node in looked_up)
+    found = []
+    for node in looked_up:
+        name = target_name(node)
+        weight = attribute(program.module, name)
+        alone = uses[node.target] == 1 and len(aliases.get(name, ())) == 1 and name not in program.parts
+        for dim in range(weight.dim()) if alone and isinstance(weight, nn.Parameter) and _taken(node) else ():
+            slot = analysis.numbering.get(name, dim)
+            if slot is not None and slot.block_dim is None and np.isin(analysis.labels[slot.base : slot.base + slot.size], stuck).any():
+                pieces = _pieces(node, dim, slot.base, analysis)
+                if pieces is not None:
+                    found.append((name, dim, pieces))
+    return found
 
 
 def _pieces(weight: fx.Node, dim: int, base: int, analysis: Analysis) -> list[_Piece] | None:

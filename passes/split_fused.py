@@ -20,7 +20,7 @@ from fasp_fx.channels import Axis, Use, Value, arguments, attribute, run_on_numb
 from fasp_fx.patterns import lookup
 
 from ._base import Pass, stamp
-from ._pieces import take_apart
+from ._pieces import delete_weight, take_apart
 
 if TYPE_CHECKING:
     from fasp_fx.analysis import Analysis
@@ -302,8 +302,5 @@ def _weights_of(chain: list[fx.Node], use: Use) -> list[str]:
 
 
 def _delete_unused(program: Program, name: str) -> None:
-    if any(node.target == name for node in program.module.graph.find_nodes(op="get_attr")):
-        return
-    program.parts.pop(name, None)
-    path, _, leaf = name.rpartition(".")
-    delattr(attribute(program.module, path) if path else program.module, leaf)
+    if not any(node.target == name for node in program.module.graph.find_nodes(op="get_attr")):
+        delete_weight(program, name)
