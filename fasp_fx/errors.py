@@ -50,6 +50,10 @@ class StoreError(FaspError):
     """A saved result is missing, truncated, tampered with, or would be overwritten."""
 
 
+class CaptureWarning(UserWarning):
+    """The captured program does not compute what the model computes when it is called."""
+
+
 class CalibrationWarning(UserWarning):
     """The calibration data is usable, but weaker than the method wants."""
 

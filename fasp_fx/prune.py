@@ -17,6 +17,7 @@ from ._observe._calibration import read_batches
 from ._observe._runner import Runner
 from ._observe._visit import Decision, Observer
 from ._parts._calls import unchanged
+from ._parts._faithful import compared
 from ._parts._prune import Stages, apply_in_parts, prune_in_parts
 from ._program import Program
 from ._result import Result, finish
@@ -119,7 +120,7 @@ def prune(
     granularity, include = options.granularity, options.include
     clock = Clock()
     try:
-        program = _capture(model, args, kwargs, dynamic_shapes=dynamic_shapes, state=state, device=device)
+        program = _compared(model, args, kwargs, dynamic_shapes=dynamic_shapes, state=state, device=device)
     except CaptureError as error:
         if dynamic_shapes is not None:
             raise
@@ -219,7 +220,7 @@ def apply(
     """
     clock = Clock()
     try:
-        program = _capture(model, args, kwargs, dynamic_shapes=dynamic_shapes, state=state)
+        program = _compared(model, args, kwargs, dynamic_shapes=dynamic_shapes, state=state)
     except CaptureError as error:
         if dynamic_shapes is not None:
             raise
@@ -263,6 +264,11 @@ def _capture(model: Model, args: Any, kwargs: dict[str, Any] | None, **options: 
         program = capture(model, args, kwargs, **options)
     sets = changed.names(model) if isinstance(model, nn.Module) else []
     return replace(program, notes=(*program.notes, *(f"forward sets the attribute '{name}', which a graph does not" for name in sets)))
+
+
+def _compared(model: Model, args: Any, kwargs: dict[str, Any] | None, **options: Any) -> Program:
+    """Capture, and hold the program against the model."""
+    return compared(_capture(model, args, kwargs, **options), model, args, kwargs)
 
 
 def _check_choice(granularity: Iterable[str], include: Iterable[str]) -> tuple[tuple[str, ...], tuple[str, ...]]:

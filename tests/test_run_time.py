@@ -64,6 +64,24 @@ class DealtOut(nn.Module):
         return self.down(torch.cat([expert(part) for expert, part in zip(self.experts, parts)]).relu())
 
 
+class PickedAndDealtOut(nn.Module):
+    """Of all tokens some are kept, never more than there are rows in a table; those are dealt out to two experts."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(6, 10), nn.Linear(8, 4)
+        self.experts = nn.ModuleList(nn.Linear(10, 8) for _ in range(2))
+
+    def forward(self, x: Tensor, keep: Tensor, counts: Tensor) -> Tensor:
+        kept = x[keep]
+        torch._check(kept.shape[0] <= 2)
+        torch._check(kept.shape[0] != 0)
+        sizes = counts.tolist()
+        torch._check(sum(sizes) == kept.shape[0])
+        parts = self.up(kept).relu().split(sizes)
+        return self.down(torch.cat([expert(part) for expert, part in zip(self.experts, parts)]).relu())
+
+
 def tokens(count: int) -> Tensor:
     return torch.randn(count, 6, generator=torch.Generator().manual_seed(count))
 
@@ -72,6 +90,11 @@ CASES: dict[str, tuple[type[nn.Module], Callable[[int], tuple[Tensor, ...]], set
     "nonzero": (Routed, lambda n: (tokens(n),), {"down.weight", "expert_down.weight"}),
     "mask": (Picked, lambda n: (tokens(n), torch.arange(n) % 3 == 0), {"down.weight"}),
     "item": (Counted, lambda n: (tokens(n), torch.tensor(n - 2)), {"down.weight"}),
+    "total": (
+        PickedAndDealtOut,
+        lambda n: (tokens(n), torch.arange(n) < 2, torch.tensor([1, 1])),
+        {"experts.0.weight", "experts.1.weight", "down.weight"},
+    ),
     "split": (DealtOut, lambda n: (tokens(n), torch.tensor([1, n - 3, 2])), {f"experts.{i}.weight" for i in range(3)} | {"down.weight"}),
 }
 

@@ -99,7 +99,7 @@ MULTIMODAL = sharing(
             "image_token_id": IMAGE_TOKEN,
             "text_config": {"model_type": "gemma"},
             "vision_config": {"model_type": "siglip_vision_model"},
-            "inputs": {"input_ids": prompt(16), "pixel_values": image(32), "attention_mask": ones(22)},
+            "inputs": {"input_ids": prompt(16), "pixel_values": image(32), "attention_mask": ones(22), "token_type_ids": rows([0] * 22)},
         },
         "SiglipModel": {},
         "Siglip2Model": {

@@ -13,7 +13,7 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TaskID, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
-from ..errors import CalibrationWarning, FaspError
+from ..errors import CalibrationWarning, CaptureWarning, FaspError
 
 USAGE, INTERRUPTED = 2, 130
 
@@ -63,21 +63,23 @@ class Stages:
 def session() -> Iterator[Stages]:
     """Stages for one command. Errors of the library become one line and exit code 2, Ctrl-C exit code 130."""
     stages = Stages()
-    held: list[str] = []
+    held: dict[type[Warning], list[str]] = {CaptureWarning: [], CalibrationWarning: []}
 
     def show(message: Warning | str, category: type[Warning], *rest: Any, **more: Any) -> None:
-        if issubclass(category, CalibrationWarning):
-            held.append(str(message))
+        for kind in held:
+            if issubclass(category, kind):
+                held[kind].append(str(message))
 
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            warnings.simplefilter("always", CalibrationWarning)
+            for kind in held:
+                warnings.simplefilter("always", kind)
             warnings.showwarning = show
             yield stages
         stages.end()
-        if held:
-            _complain("warning", held[0] + (f" (and {len(held) - 1} more like it)" if len(held) > 1 else ""))
+        for messages in filter(None, held.values()):
+            _complain("warning", messages[0] + (f" (and {len(messages) - 1} more like it)" if len(messages) > 1 else ""))
     except FaspError as error:
         stages.end(done=False)
         _complain("error", str(error))

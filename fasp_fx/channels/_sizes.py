@@ -47,22 +47,35 @@ class Sizes:
         for asserted in [item.expr for items in environment.deferred_runtime_asserts.values() for item in items]:
             if not isinstance(asserted, sympy.Eq):
                 continue
-            difference = sympy.expand((asserted.lhs - asserted.rhs).xreplace(self.assigned))
+            difference = sympy.expand(asserted.lhs - asserted.rhs)
+            self._choose_total(difference, environment)
+            difference = sympy.expand(difference.xreplace(self.assigned))
             parts = sorted(difference.free_symbols, key=str)
             for total in (sympy.Add(*parts) - difference, sympy.Add(*parts) + difference):
                 if parts and total.is_Integer and total >= 0:
                     each, over = divmod(int(total), len(parts))
                     self.assigned |= {symbol: each + (index < over) for index, symbol in enumerate(parts)}
 
+    def _choose_total(self, difference: sympy.Expr, environment: Any) -> None:
+        """A total that is itself known only at run time is chosen before its parts: the one symbol that stands against all the others."""
+        signs = {symbol: difference.coeff(symbol) for symbol in difference.free_symbols}
+        for symbol, sign in signs.items():
+            others = [other for name, other in signs.items() if name != symbol]
+            if symbol not in self.assigned and len(others) > 1 and all(other == -sign for other in others):
+                self._choose(symbol, environment)
+
     def _assign(self, size: torch.SymInt) -> None:
-        environment = size.node.shape_env
         for symbol in sorted(size.node.expr.free_symbols - self.assigned.keys(), key=str):
-            hint = environment.backed_var_to_val.get(symbol)
-            lower = environment.var_to_range[symbol].lower if symbol in environment.var_to_range else 2
-            wanted = _PRIMES[len(self.assigned) % len(_PRIMES)]
-            if hint is not None and not self.small:
-                wanted = int(hint)
-            self.assigned[symbol] = max(wanted, int(lower)) if lower not in (-int_oo, -sympy.oo) else wanted
+            self._choose(symbol, size.node.shape_env)
+
+    def _choose(self, symbol: sympy.Symbol, environment: Any) -> None:
+        hint = environment.backed_var_to_val.get(symbol)
+        wanted = _PRIMES[len(self.assigned) % len(_PRIMES)] if hint is None or self.small else int(hint)
+        bounds = environment.var_to_range.get(symbol)
+        lower, upper = (bounds.lower, bounds.upper) if bounds is not None else (2, int_oo)
+        if upper not in (int_oo, sympy.oo):
+            wanted = min(wanted, int(upper))
+        self.assigned[symbol] = max(wanted, int(lower)) if lower not in (-int_oo, -sympy.oo) else wanted
 
     def integer(self, size: int | torch.SymInt) -> int:
         """One size as an integer."""

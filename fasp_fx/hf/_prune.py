@@ -22,7 +22,7 @@ from ..analysis import Analysis, analyze_program
 from ..channels import attribute
 from ..errors import ArgumentError, PlanError
 from ..plan import PruningPlan
-from ..prune import Clock, Options, _capture, decide, plan_of, rewrite, split_fused
+from ..prune import Clock, Options, _compared, decide, plan_of, rewrite, split_fused
 from ..report import Figure, Report, make_report
 from ._config import PrunedConfig
 from ._flat import FlatProgram
@@ -162,7 +162,7 @@ def prune(
 
 
 def _captured(stage: Stage, device: torch.device | str | None) -> Program:
-    return _capture(stage.model, (), dict(stage.example), state=stage.state, device=device)
+    return _compared(stage.model, (), dict(stage.example), state=stage.state, device=device)
 
 
 def _carried_out(stage: Stage, device: torch.device | str | None, plan: PruningPlan, planned: Program, decision: Decision, options: Options) -> Result:

@@ -52,6 +52,8 @@ def _tied_to(case: Case, name: str, consumers: set[str]) -> bool:
 def _closer(case: Case, found: fasp_fx.Result, cut: dict[str, Tensor], repaired: dict[str, Tensor]) -> None:
     inputs = _linear_inputs(case)
     for part in (part for group in found.plan.groups for part in group.consumers):
+        if part.name not in cut:
+            continue  # a pass has split it
         owner = part.name.rpartition(".")[0]
         if owner not in inputs or part.name != f"{owner}.weight" or part.dim != 1 or part.block_dim is not None or cut[part.name].shape[1] == 0:
             continue

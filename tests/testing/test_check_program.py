@@ -12,7 +12,7 @@ from torch import Tensor, nn
 import fasp_fx
 from fasp_fx.errors import ArgumentError, CaptureError
 from fasp_fx.testing import INVARIANTS, CheckFailed, build, check_program, example, program_test
-from fasp_fx.testing.specs import Activation, Conv, Images, Linear, Net, Norm, Scale, Sequences, Tied
+from fasp_fx.testing.specs import Activation, Attention, Conv, Images, Linear, Net, Norm, Scale, Sequences, Tied
 
 pytest_plugins = ["pytester"]
 
@@ -71,6 +71,14 @@ def test_what_has_nothing_to_prune_is_said() -> None:
     assert dict(verdict.skipped)["mask-exact"] == "nothing of this model can be pruned"
     with_sparsity = check_program(build(net), example(net), sparsity=0.3, invariants=("mask-exact",))
     assert "no group of this model can be pruned" in dict(with_sparsity.skipped)["mask-exact"]
+
+
+def test_consumers_that_a_pass_has_split() -> None:
+    """Rows of a fused projection that is a consumer too: restoration is held where the plan's names still are those of the weights."""
+    net = Net((Linear(8), Activation(), Attention(kv_heads=2, head_dim=4, projection="interleaved"), Linear(4)), (Sequences(width=4, tokens=8),))
+    verdict = check_program(build(net), example(net), invariants=("restored", "mask-exact"))
+    assert verdict.ok
+    assert "mask-exact" in verdict.checked
 
 
 def test_exported_programs_are_checked_too() -> None:

@@ -1,0 +1,80 @@
+"""A model that does something else while it is traced: the captured program is not the model, and that is said."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import fasp_fx
+
+
+class Sly(nn.Module):
+    """Computes something else once somebody looks: the result is scaled only when the model is merely called."""
+
+    def __init__(self, scale: float) -> None:
+        super().__init__()
+        self.up, self.down, self.scale = nn.Linear(6, 12), nn.Linear(12, 4), scale
+        self.register_buffer("calls", torch.zeros(()))
+
+    def forward(self, x: Tensor, shift: Tensor | None = None) -> Tensor:
+        self.calls.add_(1)
+        x.add_(1)
+        found = self.down(self.up(x).relu())
+        return found if torch.compiler.is_exporting() else found * self.scale
+
+
+@pytest.fixture
+def strict() -> Iterator[None]:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", fasp_fx.CaptureWarning)
+        yield
+
+
+def example() -> tuple[Tensor]:
+    torch.manual_seed(1)
+    return (torch.randn(5, 6),)
+
+
+@pytest.mark.parametrize(("scale", "percent"), [(2.0, "50%"), (0.9, "11%")])
+def test_another_result_is_said(scale: float, percent: str) -> None:
+    model, args = Sly(scale).eval(), example()
+    before = args[0].clone()
+    with pytest.warns(fasp_fx.CaptureWarning, match=f"an output differs by {percent}"):
+        result = fasp_fx.prune(model, args, score="magnitude", restore=None)
+    assert any("does not compute what the model does" in note for note in result.report.notes)
+    assert float(model.calls) == 0  # neither the model nor its inputs are touched
+    assert torch.equal(args[0], before)
+    with pytest.warns(fasp_fx.CaptureWarning):
+        fasp_fx.apply(model, result.plan, args)
+
+
+@pytest.mark.usefixtures("strict")
+def test_the_same_result_is_not() -> None:
+    result = fasp_fx.prune(Sly(1.0).eval(), example(), score="magnitude", restore=None)
+    assert not any("does not compute" in note for note in result.report.notes)
+
+
+@pytest.mark.usefixtures("strict")
+def test_programs_without_a_model_have_nothing_to_be_held_against() -> None:
+    exported = torch.export.export(Sly(2.0).eval(), example(), strict=False)
+    fasp_fx.prune(exported, score="magnitude", restore=None)
+    fasp_fx.analyze(Sly(2.0).eval(), example())
+
+
+@pytest.mark.usefixtures("strict")
+def test_random_numbers_are_not_compared() -> None:
+    class Noisy(Sly):
+        def forward(self, x: Tensor, shift: Tensor | None = None) -> Tensor:
+            return super().forward(x.clone()) + torch.rand_like(x[:, :4])
+
+    fasp_fx.prune(Noisy(1.0).eval(), example(), score="magnitude", restore=None)
+
+
+@pytest.mark.usefixtures("strict")
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
+def test_rounding_is_no_other_result(dtype: torch.dtype) -> None:
+    fasp_fx.prune(Sly(1.0 + 1e-3).eval().to(dtype), (example()[0].to(dtype),), score="magnitude", restore=None)
