@@ -18,6 +18,8 @@
                  |  "freeze" WHERE                       positions along WHERE cannot be removed
                  |  "window" WHERE                       the same, and positions of the result there are others than those of the operand
                  |  "slide" DIM DIM NAME NAME NAME       a window of the second letter's size slides over the first; arguments: stride, padding, dilation
+                 |  "place" DIM NAME                     positions of all operands but the first come to places of the first that are known only at run
+                                                         time, along that dimension of a run that the argument names
                  |  "route" LETTER LETTER                each position of the first letter uses one position of the second, chosen at run time
                  |  "choose" WHERE NAME*                 positions along WHERE compete by their values, and one whose value is lowest takes no part;
                                                      number NAME (first, second) of the results names those chosen
@@ -70,6 +72,7 @@ _CLAUSES = {
     "freeze": (1,),
     "window": (1,),
     "slide": (5,),
+    "place": (2,),
     "route": (2,),
     "factor": (2,),
     "gates": (2,),
@@ -179,7 +182,7 @@ class Rule:
                 found.add(clause.words[0])
             elif clause.keyword in ("slide", "recur"):
                 found |= set(clause.words[2:])
-            elif clause.keyword in ("factor", "told"):
+            elif clause.keyword in ("factor", "told", "place"):
                 found.add(clause.words[1])
         return {name.partition(".")[0] for name in found}
 

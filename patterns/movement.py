@@ -11,8 +11,6 @@ _ONE_BY_ONE = (
     "scatter.value",
     "scatter_add.default",
     "index_put.default",
-    "index_add.default",
-    "index_copy.default",
     "masked_scatter.default",
     "slice_scatter.default",
     "select_scatter.default",
@@ -62,6 +60,9 @@ MOVEMENT: dict[str, str] = {
     "aten.cat.default": "move tensors",
     "aten.stack.default": "move tensors",
     **{f"aten.{name}": "self[...] -> [...]; window ..." for name in _ONE_BY_ONE},
+    # rows come to places of others that integers name
+    "aten.index_add.default": "self[a*], source[a*] -> [a*]; place a* dim",
+    "aten.index_copy.default": "self[a*], source[a*] -> [a*]; place a* dim",
     "aten.gather.default": "self[...] -> [...]; window ...; look dim index",
     # a weight computed from its direction and length: every element depends on all of a slice
     "aten._weight_norm_interface.default": "v[...], g[...] -> [...], [...]; window ...",

@@ -49,6 +49,8 @@ class Lettered:
                 self.operands.append(Operand(declared.name, value, letters, nodes.get(declared.name), splits))
                 if splits:
                     facts.boxes_of(value, node)
+        #: letters along which other operands' positions come to places of the first that are known only at run time
+        self.placed = self._place(arguments, runs)
         self._repeat()
         self.size: dict[str, int] = {}
         for operand in self.operands:
@@ -61,7 +63,7 @@ class Lettered:
         self.reduced = self._where("reduce", arguments, runs)
         #: letters along which graphs that the operator is given tell positions apart, with the reason
         self.told = told(rule, arguments, node.target)
-        self.frozen = self._where("freeze", arguments, runs) | self.told.keys()
+        self.frozen = self._where("freeze", arguments, runs) | self.told.keys() | self.placed
         self.windowed = self._where("window", arguments, runs)
         self.slides = slides(rule.all("slide"), arguments)
         self.windowed |= {slide.over for slide in self.slides}
@@ -116,6 +118,19 @@ class Lettered:
                 dim = operand.letters.index(partner)
                 return self.numbering.get(operand.value.origin, dim - sum(at < dim for at, _ in operand.splits)) is None
         return True
+
+    def _place(self, arguments: dict[str, Any], runs: dict[str, int]) -> set[str]:
+        """Give positions that are placed a letter of their own: they are others than those of the first operand."""
+        found: set[str] = set()
+        for run, dim in (clause.words for clause in self.rule.all("place")):
+            if not runs[run]:
+                continue
+            letter = f"{run}{int(arguments[dim]) % runs[run]}"
+            own = f"{letter}'"
+            for index, operand in enumerate(self.operands[1:], 1):
+                self.operands[index] = replace(operand, letters=tuple(own if other == letter else other for other in operand.letters))
+            found |= {letter, own}
+        return found
 
     def _repeat(self) -> None:
         for clause in self.rule.all("repeat"):

@@ -6,7 +6,7 @@ This reads the grammar on its own, without the interpreter that the analysis use
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -199,6 +199,8 @@ def _read_clauses(rule: Rule, call: Call, reading: Reading, runs: dict[str, int]
             for word in words[:2]:
                 for letter in [f"{word}{index}" for index in range(runs[word])] if word in runs else [word]:
                     reading.special[letter] = f"!{clause}"  # never too little: what slides or is chosen moves with other arguments
+        elif clause.keyword == "place" and runs[words[0]]:
+            _place(reading, str(clause), f"{words[0]}{int(call.arguments[words[1]]) % runs[words[0]]}")
         elif clause.keyword == "gates":
             reading.sizes[words[0]] = int(words[1])
             reading.special[words[0]] = f"!{clause}"
@@ -213,6 +215,15 @@ def _read_clauses(rule: Rule, call: Call, reading: Reading, runs: dict[str, int]
             reading.repeats[words[0]] = words[1]
         elif clause.keyword == "shape" and len(words) == 2:
             reading.runs[words[0]] = [f"{words[1]}{index}" for index in range(runs.get(words[1], 0))]
+
+
+def _place(reading: Reading, clause: str, letter: str) -> None:
+    """What is placed among the positions of the first operand has others than that."""
+    own = f"{letter} placed"
+    for name in list(reading.operands)[1:]:
+        spelled = reading.operands[name]
+        reading.operands[name] = replace(spelled, letters=tuple(own if other == letter else other for other in spelled.letters))
+    reading.special[letter] = reading.special[own] = clause
 
 
 def _where(word: str, argument: bool, call: Call, runs: dict[str, int], reading: Reading, first: Spelled) -> list[str]:

@@ -1,0 +1,99 @@
+"""Messages along the edges of a graph, and tokens put back where they came from: rows added at places that integers name."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import fasp_fx
+from fasp_fx.testing import check_program
+from fasp_fx.testing.oracle import Masked, error
+
+NODES, EDGES = 5, 9
+
+
+class Messages(nn.Module):
+    """Every node adds up what its neighbours say, in a tensor made by ``start``, and goes on with all channels of that."""
+
+    def __init__(self, start: Callable[[Tensor], Tensor], add: str = "index_add") -> None:
+        super().__init__()
+        self.start, self.add = start, add
+        self.say, self.own, self.out = nn.Linear(6, 12), nn.Linear(6, 12), nn.Linear(12, 3)
+
+    def forward(self, x: Tensor, source: Tensor, target: Tensor) -> Tensor:
+        said = self.say(x).tanh()[source]
+        own = self.own(x)
+        heard = getattr(self.start(own), self.add)(0, target, said)
+        return self.out((heard + own).relu())
+
+
+class Along(nn.Module):
+    """Rows are added along the channels: those stay."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.more, self.down = nn.Linear(6, 12), nn.Linear(6, 4), nn.Linear(12, 3)
+
+    def forward(self, x: Tensor, source: Tensor, target: Tensor) -> Tensor:
+        return self.down(self.up(x).index_add(1, target[:4], self.more(x)).relu())
+
+
+STARTS: dict[str, Callable[[Tensor], Tensor]] = {
+    "zeros": lambda x: torch.zeros(x.shape[0], 12),
+    "new_zeros": lambda x: x.new_zeros(x.shape[0], 12),
+    "zeros_like": lambda x: torch.zeros_like(x),
+}
+
+
+def graph(nodes: int = NODES, edges: int = EDGES) -> tuple[Tensor, Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(nodes)
+    return (torch.randn(nodes, 6, generator=generator), *(torch.randint(0, nodes, (edges,), generator=generator) for _ in range(2)))
+
+
+@pytest.mark.parametrize("add", ["index_add", "index_copy"])
+@pytest.mark.parametrize("start", STARTS)
+def test_channels_of_messages_go(start: str, add: str) -> None:
+    torch.manual_seed(0)
+    model = Messages(STARTS[start], add).eval()
+    result = fasp_fx.prune(model, graph(), score="magnitude", restore=None, sparsity=0.3)
+    (group,) = result.plan.groups
+    assert {part.name for part in group.producers if part.dim == 0} == {"say.weight", "say.bias", "own.weight", "own.bias"}
+    assert [part.name for part in group.consumers] == ["out.weight"]
+    masked = Masked(model, result.plan)
+    for inputs in (graph(), graph(7, 4)):
+        assert error(result.module(*inputs), masked(*inputs)) < 1e-6
+
+
+@pytest.mark.parametrize("start", STARTS)
+def test_every_invariant_holds(start: str) -> None:
+    torch.manual_seed(1)
+    check_program(Messages(STARTS[start]).eval(), graph(), others=[(graph(6, 10), {})])
+
+
+def test_what_is_added_along_the_channels_stays() -> None:
+    analysis = fasp_fx.analyze(Along().eval(), graph(4))
+    assert {group.status for group in analysis.groups} == {"frozen"}
+    assert any("aten.index_add.default cannot lose positions along this dimension" in group.reason for group in analysis.groups)
+
+
+def test_a_table_that_is_added_to_varies_along_its_rows() -> None:
+    """A weight's rows are places: its columns go with the messages' channels, its rows stay."""
+
+    class Table(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.say, self.out = nn.Linear(6, 12), nn.Linear(12, 3)
+            self.table = nn.Parameter(torch.randn(NODES, 12))
+
+        def forward(self, x: Tensor, source: Tensor, target: Tensor) -> Tensor:
+            return self.out(self.table.index_add(0, target, self.say(x).tanh()[source]).relu())
+
+    torch.manual_seed(2)
+    model = Table().eval()
+    result = fasp_fx.prune(model, graph(), score="magnitude", restore=None, sparsity=0.3)
+    (group,) = result.plan.groups
+    assert {(part.name, part.dim) for part in group.producers} == {("say.weight", 0), ("say.bias", 0), ("table", 1)}
+    assert error(result.module(*graph(5, 12)), Masked(model, result.plan)(*graph(5, 12))) < 1e-6
