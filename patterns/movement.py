@@ -7,9 +7,6 @@ from __future__ import annotations
 
 #: operators that place or choose elements one by one: understood, but no channel can be taken out of them
 _ONE_BY_ONE = (
-    "scatter.src",
-    "scatter.value",
-    "scatter_add.default",
     "index_put.default",
     "masked_scatter.default",
     "slice_scatter.default",
@@ -60,7 +57,9 @@ MOVEMENT: dict[str, str] = {
     "aten.cat.default": "move tensors",
     "aten.stack.default": "move tensors",
     **{f"aten.{name}": "self[...] -> [...]; window ..." for name in _ONE_BY_ONE},
-    # rows come to places of others that integers name
+    # positions come to places of others that integers name
+    **{f"aten.{name}": "self[a*], index[a*], src[a*] -> [a*]; place a* dim" for name in ("scatter.src", "scatter_add.default", "scatter_reduce.two")},
+    "aten.scatter.value": "self[a*], index[a*] -> [a*]; place a* dim",
     "aten.index_add.default": "self[a*], source[a*] -> [a*]; place a* dim",
     "aten.index_copy.default": "self[a*], source[a*] -> [a*]; place a* dim",
     "aten.gather.default": "self[...] -> [...]; window ...; look dim index",

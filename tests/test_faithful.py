@@ -43,9 +43,10 @@ def example() -> tuple[Tensor]:
 def test_another_result_is_said(scale: float, percent: str) -> None:
     model, args = Sly(scale).eval(), example()
     before = args[0].clone()
-    with pytest.warns(fasp_fx.CaptureWarning, match=f"an output differs by {percent}"):
+    with pytest.warns(fasp_fx.CaptureWarning, match=f"an output differs by {percent}") as told:
         result = fasp_fx.prune(model, args, score="magnitude", restore=None)
     assert any("does not compute what the model does" in note for note in result.report.notes)
+    assert told[0].filename == __file__  # the caller's line, not one of the library
     assert float(model.calls) == 0  # neither the model nor its inputs are touched
     assert torch.equal(args[0], before)
     with pytest.warns(fasp_fx.CaptureWarning):

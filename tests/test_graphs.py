@@ -48,6 +48,29 @@ STARTS: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
+class Scattered(nn.Module):
+    """The same with scatters, whose index has a number for each element: one for all channels, spread out, or, with ``each``, its own for every one."""
+
+    def __init__(self, scatter: Callable[..., Tensor], each: bool = False) -> None:
+        super().__init__()
+        self.scatter, self.each = scatter, each
+        self.say, self.own, self.out = nn.Linear(6, 12), nn.Linear(6, 12), nn.Linear(12, 3)
+
+    def forward(self, x: Tensor, source: Tensor, target: Tensor) -> Tensor:
+        said, own = self.say(x).tanh()[source], self.own(x)
+        index = target[:, None].expand_as(said) if not self.each else target[:, None].repeat(1, 12)
+        return self.out((self.scatter(torch.zeros_like(own), index, said) + own).relu())
+
+
+SCATTERS: dict[str, Callable[..., Tensor]] = {
+    "scatter_add": lambda start, index, said: start.scatter_add(0, index, said),
+    "scatter": lambda start, index, said: start.scatter(0, index, said),
+    "of a value": lambda start, index, said: start.scatter(0, index, 0.5) + said.sum(0),
+    "mean": lambda start, index, said: start.scatter_reduce(0, index, said, "mean", include_self=False),
+    "most": lambda start, index, said: start.scatter_reduce(0, index, said, "amax"),
+}
+
+
 def graph(nodes: int = NODES, edges: int = EDGES) -> tuple[Tensor, Tensor, Tensor]:
     generator = torch.Generator().manual_seed(nodes)
     return (torch.randn(nodes, 6, generator=generator), *(torch.randint(0, nodes, (edges,), generator=generator) for _ in range(2)))
@@ -71,6 +94,35 @@ def test_channels_of_messages_go(start: str, add: str) -> None:
 def test_every_invariant_holds(start: str) -> None:
     torch.manual_seed(1)
     check_program(Messages(STARTS[start]).eval(), graph(), others=[(graph(6, 10), {})])
+
+
+@pytest.mark.parametrize("name", SCATTERS)
+def test_an_index_that_is_spread_out_narrows_with_the_channels(name: str) -> None:
+    torch.manual_seed(3)
+    model = Scattered(SCATTERS[name]).eval()
+    # several rows that come to one place: which one stays is not determined, so each comes to its own
+    inputs = [(x, source, torch.randperm(len(x))[: len(source)]) for x, source, _ in (graph(5, 4), graph(7, 6))]
+    result = fasp_fx.prune(model, inputs[0], score="magnitude", restore=None, sparsity=0.3)
+    (group,) = result.plan.groups
+    assert {part.name for part in group.producers if part.dim == 0} == {"say.weight", "say.bias", "own.weight", "own.bias"}
+    masked = Masked(model, result.plan)
+    for call in inputs:
+        assert error(result.module(*call), masked(*call)) < 1e-6
+    check_program(model, inputs[0], others=[(inputs[1], {})])
+
+
+def test_an_index_with_a_number_for_each_channel_keeps_them() -> None:
+    torch.manual_seed(4)
+    model = Scattered(lambda start, index, said: start.scatter_add(0, index.flip(1), said), each=True).eval()
+    check_program(model, graph())
+
+
+def test_a_scatter_of_some_channels_alone_keeps_them() -> None:
+    """An index that is narrower than the rows leaves the other channels as they are."""
+    model = Scattered(lambda start, index, said: start.scatter_add(0, index[:, :7], said)).eval()
+    analysis = fasp_fx.analyze(model, graph())
+    assert {group.status for group in analysis.groups} == {"frozen"}
+    assert analysis.without_rule
 
 
 def test_what_is_added_along_the_channels_stays() -> None:

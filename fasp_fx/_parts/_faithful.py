@@ -47,7 +47,7 @@ def compared(program: Program, model: Any, args: Any, kwargs: dict[str, Any] | N
 
 def _noted(program: Program, trouble: str) -> Program:
     note = f"the captured program {trouble}: the model does something else while it is traced, often for want of an optional input"
-    warnings.warn(f"{note}; the pruned model follows the program", CaptureWarning, stacklevel=4)
+    warnings.warn(f"{note}; the pruned model follows the program", CaptureWarning, stacklevel=5)
     return replace(program, notes=(*program.notes, note))
 
 

@@ -238,12 +238,10 @@ class Interpreter:
         values = self._values(node, walk, rule, named, nodes, given, shapes, blank)
         if given and all(value.created for value in given):
             values = [replace(value, created=True) for value in values]
-        if not self.experts:
-            return values
         for name, dim in self.numbering.stretched:
             if name == node.name:
                 values = [replace(values[0], axes=(*values[0].axes, *self._axes(name, shapes[0], "created", [dim])))]
-        return name_results(node, rule, named, values, walk.facts)
+        return values if not self.experts else name_results(node, rule, named, values, walk.facts)
 
     def _values(
         self,

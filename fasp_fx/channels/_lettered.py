@@ -120,16 +120,23 @@ class Lettered:
         return True
 
     def _place(self, arguments: dict[str, Any], runs: dict[str, int]) -> set[str]:
-        """Give positions that are placed a letter of their own: they are others than those of the first operand."""
+        """Give positions that are placed letters of their own: they are others than those of the first operand.
+
+        Raises:
+            ValueError: operands differ along other dimensions, where the operator leaves some positions alone.
+        """
         found: set[str] = set()
         for run, dim in (clause.words for clause in self.rule.all("place")):
             if not runs[run]:
                 continue
             letter = f"{run}{int(arguments[dim]) % runs[run]}"
-            own = f"{letter}'"
+            found.add(letter)
             for index, operand in enumerate(self.operands[1:], 1):
+                own = f"{letter} of {operand.name}"
+                found.add(own)
                 self.operands[index] = replace(operand, letters=tuple(own if other == letter else other for other in operand.letters))
-            found |= {letter, own}
+            if len({tuple((item, size) for item, size in zip(o.letters, o.value.shape, strict=True) if item not in found) for o in self.operands}) > 1:
+                raise ValueError(f"the operands of {self.node.target} differ in size")
         return found
 
     def _repeat(self) -> None:

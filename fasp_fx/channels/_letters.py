@@ -162,7 +162,7 @@ class Relation(Lettered):
     def _want_stretched(self, operand: Operand, letter: str) -> None:
         """What an expansion repeats can be repeated less often: it gets channels of its own along that dimension."""
         node, dim = operand.node, operand.letters.index(letter)
-        if not self.experts or node is None or node.target is not torch.ops.aten.expand.default or operand.splits:
+        if not (self.experts or self.placed) or node is None or node.target is not torch.ops.aten.expand.default or operand.splits:
             return
         recorded, size = node.all_input_nodes[0].meta.get("val"), arguments_of(node)["size"][dim]
         if not isinstance(recorded, Tensor) or not isinstance(size, int) or size < 2:

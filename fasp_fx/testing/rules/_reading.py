@@ -219,11 +219,18 @@ def _read_clauses(rule: Rule, call: Call, reading: Reading, runs: dict[str, int]
 
 def _place(reading: Reading, clause: str, letter: str) -> None:
     """What is placed among the positions of the first operand has others than that."""
-    own = f"{letter} placed"
+    reading.special[letter] = clause
     for name in list(reading.operands)[1:]:
-        spelled = reading.operands[name]
+        spelled, own = reading.operands[name], f"{letter} of {name}"
         reading.operands[name] = replace(spelled, letters=tuple(own if other == letter else other for other in spelled.letters))
-    reading.special[letter] = reading.special[own] = clause
+        reading.special[own] = clause
+    given = reading.call.tensors()
+    others = [
+        [(item, size) for item, size in zip(spelled.letters, given[name].shape, strict=True) if item not in reading.special]
+        for name, spelled in reading.operands.items()
+    ]
+    if any(sizes != others[0] for sizes in others):
+        raise Mismatch("operands differ in size along dimensions where nothing is placed")
 
 
 def _where(word: str, argument: bool, call: Call, runs: dict[str, int], reading: Reading, first: Spelled) -> list[str]:

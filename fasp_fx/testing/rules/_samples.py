@@ -168,6 +168,10 @@ def _scatter(value: str | None) -> Sample:
     return sample
 
 
+def _scatter_reduce(draw: Draw) -> dict[str, Any]:
+    return {**_scatter("src")(draw), "reduce": draw.choice(["sum", "prod", "mean", "amax", "amin"]), "include_self": draw.flag()}
+
+
 def _index_put(draw: Draw) -> dict[str, Any]:
     shape = draw.shape(most=3)
     many = draw.integer(1, 3)
@@ -420,6 +424,7 @@ SAMPLES: dict[str, Sample] = {
     "aten.scatter.src": _scatter("src"),
     "aten.scatter.value": _scatter(None),
     "aten.scatter_add.default": _scatter("src"),
+    "aten.scatter_reduce.two": _scatter_reduce,
     "aten.index_put.default": _index_put,
     "aten.index_add.default": _index_add,
     "aten.index_copy.default": _index_add,
