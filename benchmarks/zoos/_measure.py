@@ -14,10 +14,11 @@ from _masked import error, find_called, leaves, masked
 from torch import Tensor, nn
 
 import fasp_fx
+from fasp_fx._program import Program
 from fasp_fx.analysis import analyze_program
 from fasp_fx.capture import capture
 from fasp_fx.errors import CaptureError, NothingPrunableError, SparsityError
-from fasp_fx.prune import split_fused
+from fasp_fx.prune import Clock, Options, decide, rewrite, split_fused
 
 from ._entry import Entry
 from ._shares import shares
@@ -61,35 +62,35 @@ def _measure(entry: Entry, analyze_only: bool, record: Record) -> None:
         _call(model, entry, entry.batches[0])
     with _stage(record, "forward"), find_called(model):
         dense = _call(model, entry, entry.batches[0])
-    unseen = _analyse(model, entry, record)
+    program = _analyse(model, entry, record)
     if analyze_only:
         if not record["captured"]:
             raise record.pop("refusal")
         return
     refusal = record.pop("refusal", None)
     with _stage(record, "prune"):
-        result = _prune(model, entry, record, refusal)
+        result = _prune(program, record) if program is not None else _prune_in_parts(model, entry, record, refusal)
     if result is None:
         record["error"], record["stage"] = "nothing to prune", None
         return
     record |= {"sparsity": result.plan.sparsity, "parameters_after": _parameters(result.module)}
     with _stage(record, "compare"):
         record["mask_error"], record["difference"] = _compare(model, result, entry, entry.batches[0], dense)
-        if unseen and entry.batches[1] != entry.batches[0]:
+        if program is not None and _batch_is_dynamic(program) and entry.batches[1] != entry.batches[0]:
             record["mask_error_unseen"], _ = _compare(model, result, entry, entry.batches[1], None)
     worst = max(record["mask_error"], record.get("mask_error_unseen", 0.0))
     record |= {"ok": worst <= record["tolerance"], "visible": record["difference"] > 100 * record["tolerance"], "stage": None}
 
 
-def _analyse(model: nn.Module, entry: Entry, record: Record) -> bool:
-    """Capture and analysis, timed; whether the capture takes another batch size."""
+def _analyse(model: nn.Module, entry: Entry, record: Record) -> Program | None:
+    """Capture and analysis, timed; ``None`` if the model cannot be captured as a whole."""
     args, kwargs = entry.inputs(entry.batches[0])
     try:
         with _stage(record, "capture"):
             program = capture(model, args, kwargs)
     except CaptureError as refusal:
         record |= {"refusal": refusal, "not_captured": str(refusal)[:1000]}
-        return False
+        return None
     record["captured"], record["notes"] = True, list(program.notes)
     with _stage(record, "analysis"):
         analysis = analyze_program(program, split_fused)
@@ -101,28 +102,37 @@ def _analyse(model: nn.Module, entry: Entry, record: Record) -> bool:
         "parameters_before": _parameters(program.module),
         "stage": None,
     }
-    return _batch_is_dynamic(program)
+    return program
 
 
-def _prune(model: nn.Module, entry: Entry, record: Record, refusal: CaptureError | None) -> Any:
-    """The pruned model, or ``None`` if nothing can be pruned; one that cannot be captured whole is pruned in parts, by less if they cannot reach as much."""
-    if record.get("max_sparsity") == 0:
+def _prune(program: Program, record: Record) -> Any:
+    """What :func:`fasp_fx.prune` makes of the program, which is captured already; ``None`` if nothing can be pruned."""
+    if record["max_sparsity"] == 0:
         return None
+    clock = Clock()
+    options = Options(record["requested"], score="random", restore=None)
+    analysis, decision = decide(program, options, None, clock=clock)
+    return rewrite(program, analysis, decision, record["requested"], clock)
+
+
+def _prune_in_parts(model: nn.Module, entry: Entry, record: Record, refusal: CaptureError) -> Any:
+    """The model pruned by its submodules, by less if they cannot lose as much; ``None`` if nothing of them can be pruned."""
     args, kwargs = entry.inputs(entry.batches[0])
-    for sparsity in (record.get("requested", SPARSITY), *(LESS if refusal else ())):
+    for sparsity in (SPARSITY, *LESS):
         try:
             result = fasp_fx.prune(model, args, kwargs, sparsity=sparsity, score="random", restore=None)
         except NothingPrunableError:
             record["max_sparsity"] = 0.0
             return None
         except SparsityError:
-            if refusal is None or sparsity == LESS[-1]:
+            if sparsity == LESS[-1]:
                 raise
             continue
-        record["requested"] = sparsity
-        if refusal is not None:
-            record["parts"] = {path: part.plan.sparsity for path, part in result.parts.items()}
-            record["left"] = dict(result.left)
+        record |= {
+            "requested": sparsity,
+            "parts": {path: part.plan.sparsity for path, part in result.parts.items()},
+            "left": dict(result.left),
+        }
         return result
     return None
 
