@@ -31,7 +31,8 @@ def compared(program: Program, model: Any, args: Any, kwargs: dict[str, Any] | N
     if not isinstance(model, nn.Module) or _is_elsewhere(program, model) or any(map(_is_random, program.module.graph.nodes)):
         return program
     args = args if isinstance(args, tuple) else (args,)
-    with torch.no_grad(), unchanged(model), _buffers_kept(model, program.module):
+    # what a model compiles for itself (flex attention, say) runs uncompiled, as in the program
+    with torch.no_grad(), torch.compiler.set_stance("force_eager"), unchanged(model), _buffers_kept(model, program.module):
         expected = pytree.tree_leaves(model(*_copied(args), **_copied(kwargs or {})))
         try:
             found = _outputs(program, _copied(program.flat_inputs(args, kwargs or {})))
