@@ -60,6 +60,18 @@ def test_the_same_result_is_not() -> None:
 
 
 @pytest.mark.usefixtures("strict")
+def test_a_result_that_depends_on_what_earlier_calls_wrote() -> None:
+    class Counting(Sly):
+        def forward(self, x: Tensor, shift: Tensor | None = None) -> tuple[Tensor, Tensor]:
+            found = super().forward(x.clone())
+            return found * self.calls, self.calls
+
+    model = Counting(1.0).eval()
+    fasp_fx.prune(model, example(), score="magnitude", restore=None)
+    assert float(model.calls) == 0
+
+
+@pytest.mark.usefixtures("strict")
 def test_programs_without_a_model_have_nothing_to_be_held_against() -> None:
     exported = torch.export.export(Sly(2.0).eval(), example(), strict=False)
     fasp_fx.prune(exported, score="magnitude", restore=None)

@@ -32,12 +32,13 @@ def compared(program: Program, model: Any, args: Any, kwargs: dict[str, Any] | N
         return program
     args = args if isinstance(args, tuple) else (args,)
     # what a model compiles for itself (flex attention, say) runs uncompiled, as in the program
-    with torch.no_grad(), torch.compiler.set_stance("force_eager"), unchanged(model), _buffers_kept(model, program.module):
-        expected = pytree.tree_leaves(model(*_copied(args), **_copied(kwargs or {})))
-        try:
-            found = _outputs(program, _copied(program.flat_inputs(args, kwargs or {})))
-        except CalibrationError as error:
-            return _noted(program, f"cannot be executed on the example inputs ({error})")
+    with _as_before(model, program.module), unchanged(model), torch.compiler.set_stance("force_eager"):
+        expected = pytree.tree_map(_apart, pytree.tree_leaves(model(*_copied(args), **_copied(kwargs or {}))))
+    try:
+        with _as_before(model, program.module):
+            found = pytree.tree_map(_apart, _outputs(program, _copied(program.flat_inputs(args, kwargs or {}))))
+    except CalibrationError as error:
+        return _noted(program, f"cannot be executed on the example inputs ({error})")
     pairs = list(zip(_floats(found), _floats(expected)))
     worst = max((_deviation(*pair) / (_ALLOWED_HALF if pair[1].dtype.itemsize == 2 else _ALLOWED) for pair in pairs), default=0.0)
     if worst <= 1:
@@ -62,14 +63,20 @@ def _is_random(node: fx.Node) -> bool:
 
 
 @contextmanager
-def _buffers_kept(*modules: nn.Module) -> Iterator[None]:
-    """What a call writes into buffers is undone."""
-    held = [(buffer, buffer.clone()) for module in modules for buffer in module.buffers()]
-    try:
-        yield
-    finally:
-        for buffer, value in held:
-            buffer.copy_(value)
+def _as_before(*modules: nn.Module) -> Iterator[None]:
+    """A call without gradients, of which nothing stays in the buffers."""
+    with torch.no_grad():
+        held = [(buffer, buffer.clone()) for module in modules for buffer in module.buffers()]
+        try:
+            yield
+        finally:
+            for buffer, value in held:
+                buffer.copy_(value)
+
+
+def _apart(value: Any) -> Any:
+    """An output that can be a buffer, as it is now."""
+    return value.detach().clone() if isinstance(value, Tensor) else value
 
 
 def _copied(value: Any) -> Any:
