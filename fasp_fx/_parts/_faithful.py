@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -16,7 +14,7 @@ from .._observe._runner import Runner
 from .._program import Program
 from ..channels import results
 from ..errors import CalibrationError, CaptureWarning
-from ._calls import unchanged
+from ._calls import rewound
 
 #: relative deviation in the 2-norm from which on two outputs are not the same up to rounding
 _ALLOWED, _ALLOWED_HALF = 1e-2, 1e-1
@@ -32,19 +30,18 @@ def compared(program: Program, model: Any, args: Any, kwargs: dict[str, Any] | N
         return program
     args = args if isinstance(args, tuple) else (args,)
     # what a model compiles for itself (flex attention, say) runs uncompiled, as in the program
-    with _as_before(model, program.module), unchanged(model), torch.compiler.set_stance("force_eager"):
-        expected = pytree.tree_map(_apart, pytree.tree_leaves(model(*_copied(args), **_copied(kwargs or {}))))
+    with torch.no_grad(), rewound(model), torch.compiler.set_stance("force_eager"):
+        expected = _copied(pytree.tree_leaves(model(*_copied(args), **_copied(kwargs or {}))))
     try:
-        with _as_before(model, program.module):
-            found = pytree.tree_map(_apart, _outputs(program, _copied(program.flat_inputs(args, kwargs or {}))))
+        with torch.no_grad(), rewound(program.module):
+            found = _copied(_outputs(program, _copied(program.flat_inputs(args, kwargs or {}))))
     except CalibrationError as error:
         return _noted(program, f"cannot be executed on the example inputs ({error})")
-    pairs = list(zip(_floats(found), _floats(expected)))
-    worst = max((_deviation(*pair) / (_ALLOWED_HALF if pair[1].dtype.itemsize == 2 else _ALLOWED) for pair in pairs), default=0.0)
-    if worst <= 1:
+    apart = [(_deviation(a, b), _ALLOWED_HALF if b.dtype.itemsize == 2 else _ALLOWED) for a, b in zip(_floats(found), _floats(expected))]
+    if all(deviation <= allowed for deviation, allowed in apart):
         return program
-    deviation = max(_deviation(*pair) for pair in pairs)
-    return _noted(program, f"does not compute what the model does on the example inputs (an output differs by {deviation:.0%})")
+    worst = max(deviation for deviation, _ in apart)
+    return _noted(program, f"does not compute what the model does on the example inputs (an output differs by {worst:.0%})")
 
 
 def _noted(program: Program, trouble: str) -> Program:
@@ -62,25 +59,8 @@ def _is_random(node: fx.Node) -> bool:
     return isinstance(node.target, torch._ops.OpOverload) and torch.Tag.nondeterministic_seeded in node.target.tags
 
 
-@contextmanager
-def _as_before(*modules: nn.Module) -> Iterator[None]:
-    """A call without gradients, of which nothing stays in the buffers."""
-    with torch.no_grad():
-        held = [(buffer, buffer.clone()) for module in modules for buffer in module.buffers()]
-        try:
-            yield
-        finally:
-            for buffer, value in held:
-                buffer.copy_(value)
-
-
-def _apart(value: Any) -> Any:
-    """An output that can be a buffer, as it is now."""
-    return value.detach().clone() if isinstance(value, Tensor) else value
-
-
 def _copied(value: Any) -> Any:
-    """Arguments that a call may write into."""
+    """Arguments that a call may write into, or outputs that can be buffers, as they are now."""
     return pytree.tree_map(lambda leaf: leaf.detach().clone() if isinstance(leaf, Tensor) else leaf, value)
 
 
@@ -92,7 +72,7 @@ def _outputs(program: Program, inputs: list[Any]) -> list[Any]:
 
 
 def _floats(leaves: list[Any]) -> list[Tensor]:
-    return [leaf.detach() for leaf in leaves if isinstance(leaf, Tensor) and leaf.is_floating_point()]
+    return [leaf for leaf in leaves if isinstance(leaf, Tensor) and leaf.is_floating_point()]
 
 
 def _deviation(found: Tensor, expected: Tensor) -> float:
