@@ -107,8 +107,18 @@ def note_stacked(relation: Lettered, weight: Operand, activation: Operand) -> No
             relation.facts.stacked += [axis.numbers.reshape(-1).numpy() for axis in weight.at(letter) if axis.varying() == [axis.dim]]
 
 
+def part_blocks(relation: Lettered, weight: Operand, activation: Operand) -> None:
+    """Ask for numbers of their own for the rows and columns of every block of a weight, where blocks would share them."""
+    roles = _roles(relation, weight, activation)
+    for letter, role in roles.items():
+        if role == "block" and letter not in relation.routes and weight.size(letter) > 1:
+            for axis in weight.value.axes:
+                if roles[weight.letters[axis.dim]] in ("column", "row") and axis.numbers.shape[weight.letters.index(letter)] == 1:
+                    want_blocks(relation.facts, relation.numbering, weight, axis, letter)
+
+
 def make_use(relation: Lettered, weight: Operand, activation: Operand) -> Use:
-    """The record of a consumer; asks for block-wise numbers where blocks would share them."""
+    """The record of a consumer."""
     assert weight.node is not None
     assert activation.node is not None
     assert weight.value.origin is not None
@@ -116,11 +126,6 @@ def make_use(relation: Lettered, weight: Operand, activation: Operand) -> Use:
     blocks = [letter for letter, role in roles.items() if role == "block"]
     columns = [letter for letter, role in roles.items() if role == "column"]
     windows = [letter for letter, role in roles.items() if role == "window"]
-    for letter in blocks:
-        if letter not in relation.routes and weight.size(letter) > 1:
-            for axis in weight.value.axes:
-                if roles[weight.letters[axis.dim]] in ("column", "row") and axis.numbers.shape[weight.letters.index(letter)] == 1:
-                    want_blocks(relation.facts, relation.numbering, weight, axis, letter)
     by_letter = {slide.within: slide for slide in relation.slides}
     routed = any(letter in relation.routes for letter in blocks)
     activation_layout = Layout(

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ._consume import make_use, note_stacked, why_no_consumer
+from ._consume import make_use, note_stacked, part_blocks, why_no_consumer
 from ._factors import join, singles
 from ._facts import Product, Remark
 from ._fx import arguments as arguments_of
@@ -193,9 +193,13 @@ class Relation(Lettered):
                 if not weight.value.constant or activation.value.constant:
                     continue
                 shared = [letter for letter in weight.letters if letter in activation.letters and self.contracted(letter)]
-                if shared:
-                    note_stacked(self, weight, activation)
-                if any(weight.at(letter) for letter in shared) and why_no_consumer(self, weight, activation) is None:
+                if not shared:
+                    continue
+                note_stacked(self, weight, activation)
+                if why_no_consumer(self, weight, activation) is not None:
+                    continue
+                part_blocks(self, weight, activation)
+                if any(weight.at(letter) for letter in shared):
                     self.facts.uses.append(make_use(self, weight, activation))
         consume_recurring(self)
 

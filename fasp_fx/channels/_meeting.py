@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from functools import reduce
+
 import torch
 from torch import Tensor
 
 from ._consume import want_blocks
 from ._lettered import Lettered
 from ._operands import Operand
-from ._value import Axis
+from ._value import NONE, Axis
 
 #: an operand, one of its axes, and the axis's numbers with one dimension per letter of the node
 Found = tuple[Operand, Axis, Tensor]
@@ -25,11 +27,11 @@ def couple(relation: Lettered, holders: list[Operand], found: list[Found], order
         if len(leaders) > 1 and (None in matches or len(set(matches)) < len(matches)):
             for numbers in (*leaders[1:], *axes):
                 relation.facts.couple(leaders[0], numbers, relation.node)
-            leaders = [max((*leaders, *axes), key=_freedom)]
+            leaders = [reduce(_either, (*leaders, *axes))]
             continue
         for numbers, match in zip(axes, matches, strict=True):
             relation.facts.couple(leaders[int(match or 0)], numbers, relation.node)
-            leaders[int(match or 0)] = max(leaders[int(match or 0)], numbers, key=_freedom)
+            leaders[int(match or 0)] = _either(leaders[int(match or 0)], numbers)
         for index in set(range(len(leaders))) - set(matches):
             # One dimension of several merged ones: this operand has positions there, but no channels to lose them with.
             reason = f"meets '{holder.name}' of {relation.node.target}, which has no channels there"
@@ -44,6 +46,17 @@ def _want_blocks(relation: Lettered, found: list[Found], order: list[str]) -> No
             dim = order.index(letter)
             if operand.size(letter) > 1 and numbers.shape[dim] == 1 and any(other.shape[dim] > 1 for _, _, other in found):
                 want_blocks(relation.facts, relation.numbering, operand, axis, letter)
+
+
+def _either(first: Tensor, second: Tensor) -> Tensor:
+    """The numbers that vary along more dimensions, and the others' where they have none: what is fixed there, consumers of the result share."""
+    first, second = sorted((first, second), key=_freedom, reverse=True)
+    holes = first == NONE
+    return torch.where(holes, second.expand(first.shape), first) if holes.any() and _fits(second, first) else first
+
+
+def _fits(numbers: Tensor, other: Tensor) -> bool:
+    return torch.broadcast_shapes(numbers.shape, other.shape) == other.shape
 
 
 def _freedom(numbers: Tensor) -> int:
