@@ -68,6 +68,7 @@ CHECKS: dict[str, str] = {
 
 
 def pointwise_rule(operator: torch._ops.OpOverload) -> str:
-    """The rule of a pointwise operator, derived from its schema: every tensor argument broadcasts into the result."""
+    """The rule of a pointwise operator, derived from its schema: every tensor argument broadcasts into every result."""
     tensors = [argument.name for argument in operator._schema.arguments if "Tensor" in str(argument.type)]
-    return f"{', '.join(f'{name}[...]' for name in tensors)} -> [...]"
+    results = max(1, sum("Tensor" in str(result.type) for result in operator._schema.returns))
+    return f"{', '.join(f'{name}[...]' for name in tensors)} -> {', '.join(['[...]'] * results)}"

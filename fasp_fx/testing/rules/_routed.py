@@ -35,6 +35,8 @@ def _without_one(rule: Rule, clause: Clause, call: Call, draw: Draw) -> Lie | No
     if not isinstance(dim, int) or not shape or shape[dim] < 2 or call.arguments.get("largest") is False:
         return None
     plain = {key: None if key == "dtype" else value for key, value in call.arguments.items()}
+    if "sorted" in plain:  # unsorted, the order of what is chosen is nobody's promise
+        plain["sorted"] = True
     distinct = torch.randperm(shape.numel(), generator=draw.generator).reshape(shape).to(torch.float64) / shape.numel() + 0.5
     gone = draw.integer(0, shape[dim] - 1)
     left = torch.tensor([at for at in range(shape[dim]) if at != gone])

@@ -317,6 +317,13 @@ def _batch_statistics(draw: Draw) -> dict[str, Any]:
     return {"input": draw.tensor(shape, "real"), **weights, "training": True, "momentum": 0.1, "eps": 1e-5}
 
 
+def _weight_norm(draw: Draw) -> dict[str, Any]:
+    """The kernel trusts the sizes: with a norm of another shape it reads and writes where nothing is."""
+    shape = draw.shape(least=2)
+    dim = draw.choice([0, len(shape) - 1])
+    return {"v": draw.tensor(shape, "real"), "g": draw.tensor([size if at == dim else 1 for at, size in enumerate(shape)], "unit"), "dim": dim}
+
+
 def _any(draw: Draw) -> dict[str, Any]:
     shape = draw.shape(most=3)
     return {"self": draw.tensor(shape, "bool"), "dim": draw.dim(len(shape)), "keepdim": draw.flag()}
@@ -451,6 +458,7 @@ SAMPLES: dict[str, Sample] = {
     "aten.fake_quantize_per_tensor_affine.default": _fake_quantised,
     "aten.grid_sampler.default": _grid,
     "aten._native_batch_norm_legit.no_stats": _batch_statistics,
+    "aten._weight_norm_interface.default": _weight_norm,
     "aten.any.dim": _any,
     "aten.all.dim": _any,
     "aten._grouped_mm.default": _grouped("self", "mat2"),
