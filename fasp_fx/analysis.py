@@ -13,7 +13,7 @@ from ._analysis._build_groups import GroupBuilder
 from ._analysis._experts import needed_experts
 from ._analysis._explain import coupling_path
 from ._analysis._grouping import CODE, ChannelSets, group_sets
-from ._analysis._layout import Conflict, find_blocks
+from ._analysis._layout import Conflict, find_blocks, torn_blocks
 from ._analysis._walks import label_sets, walk_program
 from ._program import Program
 from .channels import Numbering, Walk
@@ -128,6 +128,8 @@ def _analyze(program: Program, heads: bool, experts: bool, exempt: bool) -> Anal
         expert = needed_experts(labels, count, walk) if experts else np.zeros(count, dtype=np.int64)
         found = ChannelSets.of(labels, expert, exempt, walk, program)
         spared = np.full(count, not exempt) & (found.status == CODE[EXEMPT])
+        for slot, sets in torn_blocks(numbering, labels):
+            found.freeze(sets[~spared[sets]], f"they are whole blocks of {slot}, which keep equal counts")
         group_of, keys = group_sets(found, numbering, walk)
         block, conflicts = find_blocks(list(walk.facts.boxes.values()), labels, np.where(found.status == CODE[FROZEN], -1, group_of))
         uneven = [pair for conflict in conflicts for pair in walk.facts.stacks.pop(conflict.node, ())]

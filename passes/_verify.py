@@ -115,12 +115,7 @@ def last_ones(program: Program, reference: Analysis) -> np.ndarray:
     A dimension of one position, or of one channel repeated, looks like a dimension without channels, and what is left of a box of which one
     dimension became 1 looks like channels of another dimension, so that what they meet proves nothing.
     """
-    gone = np.zeros(int(reference.labels.max(initial=-1)) + 1, dtype=bool)
-    for name, numbers in program.numbers.items():
-        for dim, left in enumerate(numbers):
-            slot = reference.numbering.get(name, dim)
-            if slot is not None and left is not None:
-                gone[reference.labels[np.setdiff1d(slot.numbers().numpy(), left.numpy())]] = True
+    gone = _gone(program, reference)
     found: list[int] = []
     for group in reference.groups:
         for block in np.unique(group.block_of) if gone[group.sets].any() else ():
@@ -129,6 +124,26 @@ def last_ones(program: Program, reference: Analysis) -> np.ndarray:
                 found += members[~gone[members]].tolist()
     parts = _alone_in_parts(reference, gone) if gone.any() else []
     return np.concatenate([np.array(found, dtype=np.int64), *parts])
+
+
+def _gone(program: Program, reference: Analysis) -> np.ndarray:
+    """Whether each channel set is gone. A block that went as a whole takes numbers of sets along of which other blocks may still hold the rest."""
+    cut, with_blocks, kept = [], [], []
+    for name, numbers in program.numbers.items():
+        for dim, left in enumerate(numbers):
+            slot = reference.numbering.get(name, dim)
+            if slot is not None and left is not None:
+                rows = slot.numbers().reshape(slot.blocks, -1).numpy()
+                stays = np.isin(rows, left.numpy())
+                kept.append(rows[stays])
+                cut.append(rows[~stays & stays.any(1, keepdims=True)])
+                with_blocks.append(rows[~stays.any(1)].reshape(-1))
+    gone = np.zeros(int(reference.labels.max(initial=-1)) + 1, dtype=bool)
+    if cut:
+        cut_sets, block_sets, kept_sets = (reference.labels[np.concatenate(found)] for found in (cut, with_blocks, kept))
+        gone[cut_sets] = True
+        gone[np.setdiff1d(block_sets, kept_sets)] = True
+    return gone
 
 
 def _alone_in_parts(reference: Analysis, gone: np.ndarray) -> list[np.ndarray]:

@@ -29,6 +29,7 @@ CONTRACTIONS: dict[str, str] = {
     ),
     "aten.scaled_dot_product_attention.default": (
         "query[... h q d], key[... g k d], value[... g k c], attn_mask[... h q k] -> [... h q c] if enable_gqa"
+        " | query[... h q d], key[... g k d], value[... g k c], attn_mask[q k] -> [... h q c] if enable_gqa"
         " | query[... q d], key[... k d], value[... k c], attn_mask[... q k] -> [... q c]"
         "; mix k; repeat g h"
     ),

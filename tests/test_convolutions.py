@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from zoo import randomise
 
 import fasp_fx
+from fasp_fx.testing import check_program
 
 
 class ChannelShuffle(nn.Module):
@@ -164,3 +165,25 @@ def test_a_depthwise_multiplier_leaves_whole_runs_of_outputs() -> None:
     analysis = fasp_fx.analyze(model.eval(), (torch.randn(2, 3, 12, 12),))
     group = next(group for group in analysis.groups if group.status == "prunable")
     assert (group.size, len(group.producers) > 2) == (8, True), "each of the eight channels takes its two, and their four, along"
+
+
+class OverImage(nn.Module):
+    """The weight of a grouped convolution depends on the input, its image is a parameter whose first two dimensions of size are stored as one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.image, self.weight, self.out = (nn.Parameter(torch.randn(shape)) for shape in ((4, 4, 2), (2, 2, 2, 2, 2), (2, 2)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = nn.functional.conv3d(self.image.view(4, 2, 2, 2), self.weight * x, stride=(1, 2, 2), groups=2)
+        return y.movedim(0, -1) @ self.out
+
+
+def test_no_channel_takes_the_whole_of_one_block_of_an_image() -> None:
+    torch.manual_seed(0)
+    model, x = OverImage().double().eval(), torch.randn((), dtype=torch.float64)
+    groups = fasp_fx.analyze(model, (x,)).groups
+    assert [str(group) for group in groups if group.status == "prunable"] == ["prunable             2  weight[1] -> image[0]"]
+    (kept,) = [group for group in groups if any(member.name == "out" and member.dim == 0 for member in group.consumers)]
+    assert kept.reason == "layout: they are whole blocks of image[1], which keep equal counts"
+    check_program(model, (x,), sparsity=None, invariants=("mask-exact", "steps"))

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from zoo import ZOO, Entry, randomise
 
 import fasp_fx
+from fasp_fx.testing import check_program
 
 #: batch and length, none of them that of the capture (2, 7); batch 1 among them
 SHAPES = ((1, 5), (3, 11))
@@ -112,3 +113,27 @@ def test_layers_of_torch(make: Callable[[], nn.Module], consumers: set[str]) -> 
                 expected = zeroed(model, result.plan)(unseen)
                 assert error(result.module(unseen), expected) <= TOLERANCE
                 assert error(expected, model(unseen)) > 100 * TOLERANCE
+
+
+class SharedMask(nn.Module):
+    """Four heads of queries over two of keys and values, with one mask for all heads and the whole batch."""
+
+    def __init__(self, dims: int) -> None:
+        super().__init__()
+        self.query, self.key, self.value, self.out = nn.Linear(6, 16), nn.Linear(6, 8), nn.Linear(6, 8), nn.Linear(16, 3)
+        self.register_buffer("mask", torch.ones(5, 5).tril().bool()[(None,) * (dims - 2)])
+
+    def forward(self, x: Tensor) -> Tensor:
+        query, key, value = (layer(x).unflatten(-1, (-1, 4)).transpose(1, 2) for layer in (self.query, self.key, self.value))
+        attended = nn.functional.scaled_dot_product_attention(query, key, value, self.mask, enable_gqa=True)
+        return self.out(attended.transpose(1, 2).flatten(2))
+
+
+@pytest.mark.parametrize("dims", [2, 3, 4])
+def test_grouped_queries_under_a_mask_of_any_dimensions(dims: int) -> None:
+    torch.manual_seed(0)
+    model, x = SharedMask(dims).double().eval(), torch.randn(2, 5, 6, dtype=torch.float64)
+    (values,) = [group for group in fasp_fx.analyze(model, (x,)).groups if group.status == "prunable"]
+    assert str(values) == "prunable         2 x 4  value.weight[0], value.bias[0] -> out.weight[1]"
+    for granularity in (("channel",), ("channel", "head")):
+        check_program(model, (x,), granularity=granularity, invariants=("mask-exact", "steps"))

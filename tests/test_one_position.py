@@ -37,6 +37,18 @@ class Stacked(nn.Module):
         return self.out(torch.bmm(told, self.down).sum(0))
 
 
+class Batched(nn.Module):
+    """Two matrices stored side by side are contracted with what depends on the input, and added to two others."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.add, self.out = nn.Parameter(torch.randn(2, 2, 2)), nn.Parameter(torch.randn(2, 2))
+        self.first, self.second = nn.Parameter(torch.randn(2, 4)), nn.Parameter(torch.randn(2, 2, 2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.baddbmm(self.add, self.first.view(2, 2, 2), self.second + x).transpose(0, -1) @ self.out
+
+
 def test_a_position_without_channel_hides_no_channel_that_it_is_added_to() -> None:
     for last in (False, True):
         model, x = Appended(last).eval(), torch.randn(2, 4)
@@ -65,3 +77,11 @@ def test_a_plan_made_before_experts_read_one_channel_goes_on_after() -> None:
     model, x = Stacked(2).double().eval(), torch.randn(6, 5, dtype=torch.float64)
     for seed in (1, 2):
         check_program(model, (x,), seed=seed, invariants=("mask-exact", "steps"))
+
+
+def test_the_last_channel_of_the_only_matrix_left_proves_nothing() -> None:
+    torch.manual_seed(0)
+    model, x = Batched().double().eval(), torch.randn((), dtype=torch.float64)
+    for seed in range(4):
+        verdict = check_program(model, (x,), seed=seed, sparsity=fasp_fx.analyze(model, (x,)).max_sparsity, invariants=("mask-exact",))
+        assert verdict.removed == 2

@@ -6,10 +6,13 @@ derives the blocks of every group, and finds the boxes that no choice of blocks 
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
 from torch import fx
+
+from ..channels import Numbering, Slot
 
 
 @dataclass(frozen=True)
@@ -54,6 +57,19 @@ def find_blocks(boxes: list[tuple[np.ndarray, fx.Node]], labels: np.ndarray, gro
         if bad.size:
             conflicts.append(Conflict(node, bad))
     return block, conflicts
+
+
+def torn_blocks(numbering: Numbering, labels: np.ndarray) -> Iterator[tuple[Slot, np.ndarray]]:
+    """The channel sets that take all channels of a block of a weight, but not the block's part of the dimension that is divided into blocks."""
+    for slot in numbering.slots:
+        divider = None if slot.block_dim is None else numbering.get(slot.name, slot.block_dim)
+        if divider is None:
+            continue
+        rows, parts = (labels[own.base : own.base + own.size].reshape(slot.blocks, -1) for own in (slot, divider))
+        first = rows[:, :1]
+        torn = first[(rows == first).all(1) & (parts != first).any(1)]
+        if torn.size:
+            yield slot, np.unique(torn)
 
 
 def _uneven(rows: np.ndarray, sets: np.ndarray, count: int, block: np.ndarray, sizes: np.ndarray, group_of: np.ndarray) -> np.ndarray:

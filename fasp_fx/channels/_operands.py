@@ -38,7 +38,7 @@ def choose(rule: Rule, arguments: dict[str, Any]) -> Alternative:
         if alternative.condition and not arguments.get(alternative.condition):
             continue
         given = [(operand, arguments.get(operand.name)) for operand in alternative.operands]
-        if alternative.condition or all(value is None or _fits(operand.dims, len(value.shape)) for operand, value in given):
+        if all(value is None or _fits(operand.dims, len(value.shape)) for operand, value in given):
             return alternative
     return rule.alternatives[-1]
 
