@@ -168,7 +168,7 @@ def test_a_depthwise_multiplier_leaves_whole_runs_of_outputs() -> None:
 
 
 class OverImage(nn.Module):
-    """The weight of a grouped convolution depends on the input, its image is a parameter whose first two dimensions of size are stored as one."""
+    """The weight of a grouped convolution depends on the input; its image is a parameter that stores two of three sides as one dimension."""
 
     def __init__(self) -> None:
         super().__init__()
