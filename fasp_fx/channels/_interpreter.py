@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import operator
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -15,14 +16,15 @@ import torch
 from torch import Tensor, fx
 from torch._ops import OpOverload
 from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensor
+from torch.utils import _pytree as pytree
 
-from fasp_fx.errors import VerificationError
+from fasp_fx.errors import VerificationError, first_line
 from fasp_fx.patterns import CASTS, Rule, lookup
 
 from ._execution import Execution
 from ._factors import NotDivisible
 from ._facts import Facts
-from ._fx import arguments, attribute, elements, results, target_name
+from ._fx import arguments, attribute, elements, results, target_name, written_names
 from ._letters import Relation, result_shapes_ok
 from ._moves import move
 from ._named import name_results, tallied
@@ -87,6 +89,8 @@ class Interpreter:
         self.state_inputs, self.state_outputs = state_inputs, state_outputs
         self.overrides, self.strict, self.heads, self.grows, self.experts = overrides or {}, strict, heads, grows, experts
         self.execution = execution or Execution()
+        #: weights whose content changes from call to call
+        self.written = {canonical.get(name, name) for name in written_names(module.graph)}
 
     def run(self, small: bool | None = None) -> Walk:
         """Walk the graph once.
@@ -175,7 +179,8 @@ class Interpreter:
         shape = tuple(tensor.shape)
         walk.executed[node] = self.execution.like(tensor)
         data = None
-        if not tensor.is_floating_point() and tensor.numel() <= _DATA_LIMIT and tensor.device.type != "meta" and not isinstance(tensor, FakeTensor):
+        settled = name not in self.written and tensor.device.type != "meta" and not isinstance(tensor, FakeTensor)
+        if settled and not tensor.is_floating_point() and tensor.numel() <= _DATA_LIMIT:
             data = tensor.detach().cpu()
         walk.values[node] = Value(shape, tuple(self._axes(name, shape, "weight", list(range(len(shape))))), True, name, data)
 
@@ -200,14 +205,25 @@ class Interpreter:
                 return
         shapes = _shapes(executed)
         if not shapes:
+            self._read(node, walk)
             walk.values[node] = executed
             return
         values = self._apply(node, walk, shapes)
         for value in values:
             walk.facts.boxes_of(value, node)
-        walk.values[node] = values[0] if isinstance(executed, Tensor) else tuple(values)
+        walk.values[node] = _in_place_of_tensors(executed, iter(values))
 
     _call_module = _call_method = _call_function
+
+    def _read(self, node: fx.Node, walk: Walk) -> None:
+        """What an operator returns no tensor of, it has read all the same."""
+        named, _ = _arguments(node, walk.values)
+        if node.target is torch.ops.aten.sym_size.int:
+            counted = [axis for axis in named["self"].axes if axis.dim == named["dim"] % len(named["self"].shape)]
+            for axis in counted:
+                walk.facts.say(walk.facts.frozen, axis.numbers, f"their number is read by {node.target}", node)
+        elif lookup(node.target) is None:
+            self._freeze_given(node, walk, _tensors(named))
 
     def _execute(self, node: fx.Node, walk: Walk, small: bool) -> Any:
         args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: walk.executed[n])
@@ -265,17 +281,26 @@ class Interpreter:
             return blank
         if str(node.target) in CASTS:
             return [self._cast(node, walk, named["self"])]
-        values = None if rule is None or rule.tallies else self._by_rule(node, rule, named, nodes, shapes, walk.facts)
-        if values is not None and rule is not None:
-            self._freeze_unnamed(node, rule, named, walk.facts)
-            return values
-        written = _writes(node)
+        if rule is None or rule.tallies or any(named.get(name) != int(value) for name, value in (clause.words for clause in rule.all("only"))):
+            self._freeze_given(node, walk, given)
+            return blank
+        found_or_why = self._by_rule(node, rule, named, nodes, shapes, walk)
+        if isinstance(found_or_why, str):
+            # Numbers do not fit (sizes known only at run time, say): the operator freezes what it touches, as one without a rule.
+            self._freeze_given(node, walk, given, f"{node.target} is called in a way that its rule does not speak of ({found_or_why})")
+            return blank
+        self._freeze_unnamed(node, rule, named, walk.facts)
+        return found_or_why
+
+    def _freeze_given(self, node: fx.Node, walk: Walk, given: list[Value], why: str | None = None) -> None:
+        """Freeze all channels that a node is given; unless there is a reason why its rule does not serve, for want of one."""
+        if why is None:
+            why = f"written by {node.target}" if _writes(node) else f"no rule for {node.target}"
+            if any(value.axes for value in given) and not _writes(node):
+                walk.without_rule.setdefault(str(node.target), []).append(node)
         for value in given:
             for axis in value.axes:
-                walk.facts.say(walk.facts.frozen, axis.numbers, f"{'written by' if written else 'no rule for'} {node.target}", node)
-        if any(value.axes for value in given) and not written:
-            walk.without_rule.setdefault(str(node.target), []).append(node)
-        return blank
+                walk.facts.say(walk.facts.frozen, axis.numbers, why, node)
 
     def _cast(self, node: fx.Node, walk: Walk, source: Value) -> Value:
         """The same channels; and the same weight, unless it is one of integers, which mean something else than what they are cast to."""
@@ -307,26 +332,23 @@ class Interpreter:
         named: dict[str, Any],
         nodes: dict[str, fx.Node | None],
         shapes: list[tuple[int, ...]],
-        facts: Facts,
-    ) -> list[Value] | None:
+        walk: Walk,
+    ) -> list[Value] | str:
+        """The results as the rule gives them, or why it does not serve for this call."""
         try:
             if rule.moves:
-                return move(node, rule, named, nodes, shapes, facts)
-            if any(named.get(name) != int(value) for name, value in (clause.words for clause in rule.all("only"))):
-                return None
-            relation = Relation(node, rule, {**named, **elements(named)}, nodes, facts, self.numbering, self.experts)
+                moved = move(node, rule, named, nodes, shapes, walk.facts, walk.sizes)
+                return "an index or a mask is known only at run time" if moved is None else moved
+            relation = Relation(node, rule, {**named, **elements(named)}, nodes, walk.facts, self.numbering, self.experts)
             if self.heads:
                 relation.couple_heads()
             results = relation.run()
         except (NotDivisible, RuntimeError, ValueError, IndexError, TypeError) as error:
-            # Numbers do not fit (sizes known only at run time, say): the operator freezes what it touches, as one without a rule.
-            if self.strict:
-                raise VerificationError(f"node '{node.name}' ({node.target}): {error}") from error
-            return None
-        if len(results) != len(shapes):
-            return None
-        values = [Value(shape, tuple(axes), constant) for shape, (axes, constant) in zip(shapes, results, strict=True)]
-        return values if result_shapes_ok(values, [torch.Size(shape) for shape in shapes]) else None
+            return first_line(error)
+        values = [Value(shape, tuple(axes), constant) for shape, (axes, constant) in zip(shapes, results, strict=False)]
+        if len(results) != len(shapes) or not result_shapes_ok(values, [torch.Size(shape) for shape in shapes]):
+            return "its results have other dimensions"
+        return values
 
 
 def _writes(node: fx.Node) -> bool:
@@ -335,11 +357,14 @@ def _writes(node: fx.Node) -> bool:
 
 
 def _shapes(executed: Any) -> list[tuple[int, ...]]:
-    if isinstance(executed, Tensor):
-        return [tuple(executed.shape)]
+    return [tuple(leaf.shape) for leaf in pytree.tree_leaves(executed) if isinstance(leaf, Tensor)]
+
+
+def _in_place_of_tensors(executed: Any, values: Iterator[Value]) -> Any:
+    """What a node returned, with what is known of each tensor in its place."""
     if isinstance(executed, (list, tuple)):
-        return [tuple(item.shape) for item in executed if isinstance(item, Tensor)]
-    return []
+        return tuple(_in_place_of_tensors(item, values) for item in executed)
+    return next(values) if isinstance(executed, Tensor) else executed
 
 
 def _tensors(named: dict[str, Any]) -> list[Value]:

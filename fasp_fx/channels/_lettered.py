@@ -63,10 +63,13 @@ class Lettered:
         self.reduced = self._where("reduce", arguments, runs)
         #: letters along which graphs that the operator is given tell positions apart, with the reason
         self.told = told(rule, arguments, node.target)
-        self.frozen = self._where("freeze", arguments, runs) | self.told.keys() | self.placed
+        fixed_positions = self._where("freeze", arguments, runs) | self.placed
+        self.frozen = fixed_positions | self.told.keys()
         self.windowed = self._where("window", arguments, runs)
         self.slides = slides(rule.all("slide"), arguments)
         self.windowed |= {slide.over for slide in self.slides}
+        #: letters along which positions are combined, ordered or shifted: what lies behind one another there are the same channels
+        self.crossed = self.mixed | self.reduced | self.windowed | fixed_positions
         #: letters of a weight's window: part of its columns where the window slides, of its rows where it is laid out
         self.inside = {slide.within for slide in self.slides} | {letter for letter in self.windowed if letter not in self.kept}
         #: letters along which rows do other things: the same channels in each

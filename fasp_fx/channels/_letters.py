@@ -105,7 +105,7 @@ class Relation(Lettered):
             if not found:
                 return []
         everything = [numbers for _, _, numbers in found]
-        self._couple_along(self.mixed | self.reduced | self.windowed | self.placed | (set(order) - self.kept), everything, letter, order)
+        self._couple_along(self.crossed | (set(order) - self.kept), everything, letter, order)
         vanishing = any(operand.value.vanishes for operand in holders)
         routing = letter in self.chosen or (letter in self.added and vanishing) or self._looked_up(letter, found)
         if letter in self.chosen:

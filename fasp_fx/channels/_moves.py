@@ -8,12 +8,15 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
+from torch.utils import _pytree as pytree
 
 from fasp_fx.patterns import Rule
 
 from ._facts import Facts
 from ._fx import arguments as arguments_of
 from ._named import look_up
+from ._regroup import Segment, regroup, segments
+from ._sizes import Sizes, is_dynamic
 from ._value import NONE, Axis, Value, collapse, smallest_step
 
 #: numbers are stride-0 broadcasts, on which a view may need a copy
@@ -21,6 +24,9 @@ _ON_NUMBERS = {
     torch.ops.aten.view.default: torch.ops.aten.reshape.default,
     torch.ops.aten._unsafe_view.default: torch.ops.aten.reshape.default,
 }
+
+#: operators that give the same elements in the same order another shape
+_RESHAPES = (*_ON_NUMBERS, torch.ops.aten.reshape.default, torch.ops.aten.flatten.using_ints)
 
 
 def _run(operator: Any, numbers: Any, others: dict[str, Any]) -> Any:
@@ -38,10 +44,6 @@ def run_on_numbers(node: fx.Node, numbers: Tensor, values: dict[fx.Node, Any]) -
     if any(value is _UNKNOWN for value in others.values()):
         raise ValueError(f"the indices of '{node.name}' ({node.target}) are known only at run time")
     return _run(node.target, numbers, others)
-
-
-def _full(axis: Axis, shape: tuple[int, ...]) -> Tensor:
-    return axis.numbers.expand(shape)
 
 
 def _outputs(moved: Any) -> list[Tensor]:
@@ -62,10 +64,61 @@ def _touched_dims(rule: Rule, arguments: dict[str, Any], rank: int) -> set[int]:
     return touched
 
 
-def _cut_at_run_time(rule: Rule, arguments: dict[str, Any], nodes: dict[str, fx.Node | None], dim: int, rank: int) -> bool:
-    """Whether a slice along ``dim`` begins or ends at a length known only at run time."""
-    spans = [clause.words for clause in rule.all("span") if int(arguments[clause.words[0]]) % rank == dim]
-    return any(nodes.get(start) is not None or nodes.get(end) is not None for _, start, end in spans)
+def _unsettled(
+    node: fx.Node, rule: Rule, arguments: dict[str, Any], shape: tuple[int, ...], shapes: list[tuple[int, ...]]
+) -> dict[int, str]:
+    """The dimensions of which what is taken, or where it lies, depends on a size that varies from call to call; each with what happens there."""
+    given, rank = arguments_of(node), len(shape)
+    found: dict[int, str] = {}
+    for clause in rule.clauses:
+        if clause.keyword not in ("span", "pick", "sizes", "chunk"):
+            continue
+        along, *bounds = clause.words if clause.keyword in ("span", "pick") else reversed(clause.words)
+        dim = int(arguments[along]) % rank
+        whole = clause.keyword == "span" and shapes[0] == shape
+        decided = any(isinstance(leaf, fx.Node) for name in bounds for leaf in pytree.tree_leaves(given[name]))
+        if decided or (dim in _dynamic_dims(node, rule, rank) and not whole):
+            found[dim] = "is cut at a length known only at run time by"
+    for index, amount in enumerate(given.get("pad", ())):
+        if isinstance(amount, fx.Node):
+            found[rank - 1 - index // 2] = "is put behind something of a length known only at run time by"
+    return found
+
+
+def _decided_by_sizes(node: fx.Node, rule: Rule) -> bool:
+    """Whether sizes that vary from call to call are among the arguments beside what is moved."""
+    others = [value for name, value in arguments_of(node).items() if name != rule.moves]
+    return any(isinstance(leaf, fx.Node) and isinstance(leaf.meta.get("val"), torch.SymInt) for leaf in pytree.tree_leaves(others))
+
+
+def _keeps_all(node: fx.Node) -> bool:
+    """Whether an operator only gives all elements another shape, or repeats them along new dimensions."""
+    return node.target in (*_RESHAPES, torch.ops.aten.expand.default, torch.ops.aten.broadcast_to.default)
+
+
+def _dynamic_dims(node: fx.Node, rule: Rule, rank: int) -> set[int]:
+    """The dimensions of what a node moves whose sizes vary from call to call."""
+    source = arguments_of(node)[str(rule.moves)]
+    recorded = source.meta.get("val") if isinstance(source, fx.Node) else None
+    return {dim for dim, size in enumerate(recorded.shape) if is_dynamic(size)} if isinstance(recorded, Tensor) and recorded.dim() == rank else set()
+
+
+def _shift(
+    node: fx.Node, shape: tuple[int, ...], shapes: list[tuple[int, ...]], others: dict[str, Any], facts: Facts, sizes: Sizes
+) -> Callable[[Tensor], list[Tensor]]:
+    """What moves numbers of the source's rank, of size 1 where they do not vary, as the operator moves elements."""
+    if node.target not in _RESHAPES or not _numel(shape):
+        return lambda numbers: _outputs(_run(node.target, numbers.expand(shape), _rest(others)))
+    found = _segments(node, shape, shapes[0], sizes)
+    return lambda numbers: [regroup(numbers, shapes[0], found, lambda first, all_of_them: facts.couple(first, all_of_them, node))]
+
+
+def _segments(node: fx.Node, before: tuple[int, ...], after: tuple[int, ...], sizes: Sizes) -> list[Segment]:
+    """How the shapes of a reshape correspond at every size; where a pass has recorded none, at those of the interpretation."""
+    recorded = [item.meta.get("val") for item in (node.all_input_nodes[0], node)]
+    known = all(isinstance(val, Tensor) and val.dim() == len(shape) for val, shape in zip(recorded, (before, after), strict=True))
+    symbolic = [val.shape for val in recorded] if known else [before, after]
+    return segments(*([sizes.factored(*pair) for pair in zip(own, shape, strict=True)] for own, shape in zip(symbolic, (before, after), strict=True)))
 
 
 def _couple_strides(rule: Rule, arguments: dict[str, Any], axis: Axis, facts: Facts, node: fx.Node) -> None:
@@ -79,7 +132,13 @@ def _couple_strides(rule: Rule, arguments: dict[str, Any], axis: Axis, facts: Fa
 
 
 def move(
-    node: fx.Node, rule: Rule, arguments: dict[str, Any], nodes: dict[str, fx.Node | None], shapes: list[tuple[int, ...]], facts: Facts
+    node: fx.Node,
+    rule: Rule,
+    arguments: dict[str, Any],
+    nodes: dict[str, fx.Node | None],
+    shapes: list[tuple[int, ...]],
+    facts: Facts,
+    sizes: Sizes,
 ) -> list[Value] | None:
     """The values of the results of a moving operator, or ``None`` if its other arguments are not known while analysing."""
     assert rule.moves is not None
@@ -98,8 +157,9 @@ def move(
     if _parts_at_run_time(rule, others, source.shape):
         return _part_at_run_time(node, rule, source, others, shapes, facts)
     touched = _touched_dims(rule, others, len(source.shape))
-    if unknown:
-        source = _alike_along(source, touched, node, facts)
+    unsettled = _unsettled(node, rule, others, source.shape, shapes)
+    source = _alike_along(source, (touched if unknown else set()) | unsettled.keys(), node, facts)
+    shift = _shift(node, source.shape, shapes, others, facts, sizes)
     axes: list[list[Axis]] = [[] for _ in shapes]
     for axis in source.axes:
         if unknown and axis.dim in touched and look_up(node, axis, _index_at(arguments, axis.dim), facts):
@@ -110,23 +170,27 @@ def move(
             facts.say(facts.frozen, axis.numbers, f"{node.target} names positions along this dimension one by one", node)
             if unknown:
                 continue
-        if _cut_at_run_time(rule, others, nodes, axis.dim, len(source.shape)):
-            facts.say(facts.frozen, axis.numbers, f"is cut at a length known only at run time by {node.target}", node)
+        if axis.dim in unsettled:
+            facts.say(facts.frozen, axis.numbers, f"{unsettled[axis.dim]} {node.target}", node)
             continue  # the remaining positions are those of a sequence, not channels
         _couple_strides(rule, others, axis, facts, node)
         if "pad" in others and _border_moves(axis, others):
             facts.say(facts.frozen, axis.numbers, f"is cut at the border, or continued there, by {node.target}", node)
-        if "pad" not in others:
-            axis = _aligned(axis, source.shape, lambda numbers: _outputs(_run(node.target, numbers, _rest(others))), node, facts)
-        moved = _pad(axis, others["pad"]) if "pad" in others else _run(node.target, _full(axis, source.shape), _rest(others))
-        for index, numbers in enumerate(_outputs(moved)):
-            _keep(axes[index], numbers, facts, node, axis)
+        if "pad" in others:
+            moved = [_pad(axis, others["pad"])]
+        else:
+            axis = _aligned(axis, source.shape, shift, node, facts)
+            moved = shift(axis.numbers)
+        why = "deals these channels out by a size that varies from call to call" if node.target in _RESHAPES else "takes channels out one by one"
+        for index, numbers in enumerate(moved):
+            _keep(axes[index], numbers, facts, node, axis, why)
     stacked = _taken_along(others, source.shape, shapes[0]) if source.origin is not None else None
     if stacked is not None:
         _stay_together(node, source, stacked, facts)
         _want_positions(node, source, stacked, facts)
     origin = source.origin if stacked is not None or (len(shapes) == 1 and _numel(shapes[0]) == _numel(source.shape)) else None
-    data = [None] * len(shapes) if source.data is None else _outputs(_run(node.target, source.data, _rest(others)))
+    settled = source.data is not None and not (_decided_by_sizes(node, rule) and not _keeps_all(node))
+    data = _outputs(_run(node.target, source.data, _rest(others))) if settled else [None] * len(shapes)
     return [Value(shape, tuple(axes[i]), source.constant, origin, data[i]) for i, shape in enumerate(shapes)]
 
 
@@ -165,7 +229,7 @@ def _all_taken(stack: fx.Node, dim: int, shape: tuple[int, ...]) -> bool:
         given = arguments_of(user)
         if "dim" not in given or int(given["dim"]) % len(shape) != dim:
             return False
-        if user.target is torch.ops.aten.select.int:
+        if user.target is torch.ops.aten.select.int and isinstance(given["index"], int):
             taken.add(int(given["index"]) % shape[dim])
         elif user.target is torch.ops.aten.unbind.int:
             taken |= {int(arguments_of(item)["1"]) for item in user.users}
@@ -199,8 +263,8 @@ def _aligned(axis: Axis, shape: tuple[int, ...], run: Callable[[Tensor], list[Te
     for dim in axis.varying():
         if dim <= axis.dim:
             continue
-        rows = torch.arange(shape[dim]).reshape([-1 if d == dim else 1 for d in range(len(shape))]).expand(shape)
-        moved = zip(run(_full(axis, shape)), run(rows), strict=True)
+        rows = torch.arange(shape[dim]).reshape([-1 if d == dim else 1 for d in range(len(shape))])
+        moved = zip(run(axis.numbers), run(rows), strict=True)
         if any(_alternate(Axis.of(laid), row) for laid, row in moved):
             facts.couple(numbers.narrow(dim, 0, 1), numbers, node)
             numbers = numbers.narrow(dim, 0, 1)
@@ -285,12 +349,14 @@ def _numel(shape: tuple[int, ...]) -> int:
     return int(torch.Size(shape).numel())
 
 
-def _keep(axes: list[Axis], moved: Tensor, facts: Facts, node: fx.Node, source: Axis | None = None) -> None:
+def _keep(
+    axes: list[Axis], moved: Tensor, facts: Facts, node: fx.Node, source: Axis | None = None, why: str = "takes channels out one by one"
+) -> None:
     axis = Axis.of(moved, source.slot if source is not None else None)
     if axis is not None and (source is None or not _one_of_each(axis, source)):
         axes.append(axis)
     elif moved.numel() and int(collapse(moved).reshape(-1)[0]) != NONE:
-        facts.say(facts.frozen, collapse(moved), f"{node.target} takes channels out one by one", node)
+        facts.say(facts.frozen, collapse(moved), f"{node.target} {why}", node)
 
 
 def _one_of_each(axis: Axis, source: Axis) -> bool:
@@ -329,12 +395,12 @@ def _join(node: fx.Node, rule: Rule, sources: list[Value], others: dict[str, Any
                     facts.say(facts.frozen, axis.numbers, f"{node.target} puts it behind something of a length known only at run time", node)
                 continue
             per_source = [[_alike(axis, joined, node, facts) for axis in found] for found in per_source]
-        parts = [_full(found[0], s.shape) if found else torch.full(s.shape, NONE) for found, s in zip(per_source, sources, strict=True)]
+        parts = [found[0].numbers.expand(s.shape) if found else torch.full(s.shape, NONE) for found, s in zip(per_source, sources, strict=True)]
         alike = (stacked or dim != joined) and all(found[0].numbers.shape == per_source[0][0].numbers.shape for found in per_source)
         if alike and (stacked or per_source[0][0].numbers.shape[joined] == 1):
             for found in per_source[1:]:
                 facts.couple(per_source[0][0].numbers, found[0].numbers, node)
-            parts = [parts[0] if stacked else _full(per_source[0][0], s.shape) for s in sources]
+            parts = [parts[0] if stacked else per_source[0][0].numbers.expand(s.shape) for s in sources]
         _keep(axes, _run(node.target, parts, others), facts, node)
     constant = all(source.constant for source in sources)
     data = _run(node.target, [s.data for s in sources], others) if all(s.data is not None for s in sources) else None

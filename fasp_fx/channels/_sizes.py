@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections import Counter
 from collections.abc import Iterator
 from typing import Any
 
@@ -9,6 +11,8 @@ import sympy
 import torch
 from torch import fx
 from torch.utils._sympy.numbers import int_oo
+
+from ._regroup import Size
 
 _PRIMES = (2, 3, 5, 7, 11, 13, 17, 19, 23, 29, 31, 37)
 
@@ -23,6 +27,11 @@ def _symints(value: Any) -> Iterator[torch.SymInt]:
     elif isinstance(value, (list, tuple)):
         for item in value:
             yield from _symints(item)
+
+
+def is_dynamic(size: int | torch.SymInt) -> bool:
+    """Whether a recorded size varies from call to call; a symbol that the capture has settled does not."""
+    return isinstance(size, torch.SymInt) and size.node.maybe_as_int() is None
 
 
 class Sizes:
@@ -83,6 +92,20 @@ class Sizes:
             return int(size)
         self._assign(size)
         return int(size.node.expr.xreplace(self.assigned))
+
+    def factored(self, recorded: int | torch.SymInt, value: int) -> Size:
+        """A size as a product; ``value`` is what it is here, which in a rewritten graph can be less than what was recorded."""
+        if not is_dynamic(recorded):
+            return Size.fixed(value)
+        self._assign(recorded)
+        times: Counter[sympy.Expr] = Counter()
+        for factor in recorded.node.expr.as_coeff_mul()[1]:
+            base, power = factor.as_base_exp()
+            times[base if power.is_Integer and power > 0 else factor] += int(power) if power.is_Integer and power > 0 else 1
+        symbols = math.prod(int(factor.xreplace(self.assigned)) ** power for factor, power in times.items())
+        if not symbols or value % symbols:
+            return Size(1, frozenset({(recorded.node.expr, 1)}), value)
+        return Size(value // symbols, frozenset(times.items()), value)
 
     def concrete(self, value: Any) -> Any:
         """The recorded value of a node with every symbolic size replaced; tensors become empty ones of that shape."""
