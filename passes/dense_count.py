@@ -63,8 +63,8 @@ def _share(node: fx.Node, kept: Kept, walk: Walk) -> float:
     if not isinstance(source, Value):
         return 1.0
     rank = len(source.shape)
-    if node.target is _ATEN.mean.dim:
-        dims = [dim % rank for dim in given["dim"]] if given["dim"] else list(range(rank))
+    if node.target in (_ATEN.mean.dim, _ATEN.mean.default):
+        dims = [dim % rank for dim in given["dim"]] if given.get("dim") else list(range(rank))
     else:
         dims = list(range(rank - len(given["normalized_shape"]), rank))
     share = 1.0
@@ -129,4 +129,4 @@ def _finish(write: _Writer, node: fx.Node, result: fx.Node, given: dict[str, Any
     write.graph.erase_node(node)
 
 
-_REWRITES = {_ATEN.mean.dim: _mean, _ATEN.layer_norm.default: _layer_norm, _ATEN.rms_norm.default: _rms_norm}
+_REWRITES = {_ATEN.mean.dim: _mean, _ATEN.mean.default: _mean, _ATEN.layer_norm.default: _layer_norm, _ATEN.rms_norm.default: _rms_norm}

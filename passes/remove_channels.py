@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import operator
 from collections.abc import Callable
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
@@ -187,12 +189,18 @@ def _shape(node: fx.Node, clause: Clause, source: Value, outputs: list[Value], k
         if new == value.shape[first + index] or size == -1:
             continue
         if isinstance(size, fx.Node):
-            if -1 in sizes:
-                raise VerificationError(f"two sizes of '{node.name}' ({node.target}) are known only at run time; it cannot be resized")
-            sizes[index] = -1
+            sizes[index] = _scaled(node, size, new, value.shape[first + index]) if -1 in sizes else -1
         else:
             sizes[index] = new
     return set_argument(node, clause.words[0], sizes)
+
+
+def _scaled(node: fx.Node, size: fx.Node, new: int, old: int) -> fx.Node:
+    """A size known only at run time, of which the share ``new / old`` stays."""
+    common = math.gcd(new, old)
+    with node.graph.inserting_before(node):
+        times = node.graph.call_function(operator.mul, (size, new // common))
+        return node.graph.call_function(operator.floordiv, (times, old // common))
 
 
 def _span(node: fx.Node, clause: Clause, source: Value, outputs: list[Value], kept: Kept) -> bool:
@@ -272,6 +280,14 @@ def _count(node: fx.Node, clause: Clause, source: Value, outputs: list[Value], k
     return set_argument(node, clause.words[0], kept.size(outputs[0], len(outputs[0].shape) - 1))
 
 
+def _length(node: fx.Node, clause: Clause, source: Value, outputs: list[Value], kept: Kept) -> bool:
+    length, along = (arguments(node)[word] for word in clause.words)
+    dim = 0 if along is None else int(along) % len(outputs[0].shape)
+    if length is None or isinstance(length, fx.Node) or kept.size(outputs[0], dim) == outputs[0].shape[dim]:
+        return False
+    return set_argument(node, clause.words[0], kept.size(outputs[0], dim))
+
+
 def _last(node: fx.Node, clause: Clause, source: Value, outputs: list[Value], kept: Kept) -> bool:
     return set_argument(node, clause.words[0], kept.size(outputs[0], len(outputs[0].shape) - 1) - 1)
 
@@ -284,5 +300,6 @@ _REWRITES: dict[str, Callable[[fx.Node, Clause, Value, list[Value], Kept], bool]
     "chunk": _chunk,
     "factor": _factor,
     "count": _count,
+    "length": _length,
     "last": _last,
 }

@@ -6,7 +6,7 @@
     body        :=  "move" NAME                          the operator only moves elements of NAME
                  |  "check"                              the operator reads shapes or types alone; nothing it returns carries channels
                  |  "create"                             the operator makes a tensor whose elements are all alike
-             |  "tally" NAME                         one position, in a new last dimension, for each number that the integers of NAME may hold
+                 |  "tally" NAME                         one position, in a new last dimension, for each number that the integers of NAME may hold
                  |  alternative ("|" alternative)*       dimensions by letter, first alternative that fits
     alternative :=  operand ("," operand)* "->" result ("," result)* ["if" NAME]
     operand     :=  NAME "[" dims "]"                    NAME is an argument of the operator's schema; NAME.0 the first tensor of a list
@@ -23,12 +23,13 @@
                  |  "route" LETTER LETTER                each position of the first letter uses one position of the second, chosen at run time
                  |  "choose" WHERE NAME*                 positions along WHERE compete by their values, and one whose value is lowest takes no part;
                                                      number NAME (first, second) of the results names those chosen
-             |  "add" WHERE                          positions along WHERE are added up: zeros make no difference
-             |  "look" NAME NAME                     arguments: dimension, integers that name positions along it
-             |  "pass" NAME NAME                     the integers of the argument come back, perhaps moved, as result number (first, second)
-             |  "last" NAME                          argument NAME is the highest of the numbers that are tallied
-             |  "count" NAME                         argument NAME is how many numbers are tallied
-             |  "ignore" NAME                        of argument NAME nothing but type and device are read
+                 |  "index" WHERE NAME                   the integers of result number NAME (first, second) number positions along WHERE
+                 |  "add" WHERE                          positions along WHERE are added up: zeros make no difference
+                 |  "look" NAME NAME                     arguments: dimension, integers that name positions along it
+                 |  "pass" NAME NAME                     the integers of the argument come back, perhaps moved, as result number (first, second)
+                 |  "last" NAME                          argument NAME is the highest of the numbers that are tallied
+                 |  "count" NAME                         argument NAME is how many numbers are tallied
+                 |  "ignore" NAME                        of argument NAME nothing but type and device are read
                  |  "factor" LETTER NAME                 argument NAME is the size of a letter in brackets
                  |  "gates" LETTER NUMBER                a letter in brackets has NUMBER positions, rows of weights of which each does other things
                  |  "recur" LETTER LETTER NAME NAME      the first letter, of a weight, is contracted with the second, of the first result one step before;
@@ -43,6 +44,7 @@
                  |  "pick" NAME NAME                     arguments: dimension, index of a selection
                  |  "sizes" NAME NAME                    arguments: sizes of the results along a dimension, that dimension
                  |  "chunk" NAME NAME                    arguments: size of each result along a dimension, that dimension
+                 |  "length" NAME NAME                   arguments: size of the result along a dimension (if given), that dimension (none: the only one)
     WHERE       :=  LETTER | LETTER "*" | "..." | "@" NAME   "@" NAME: the dimensions named by an argument
 
 A letter that stands in two operands and in no result is *contracted*. Letters shared by an operand and a result are the same
@@ -81,6 +83,7 @@ _CLAUSES = {
     "only": (2,),
     "ignore": (1,),
     "choose": (1, 2),
+    "index": (2,),
     "add": (1,),
     "look": (2,),
     "pass": (2,),
@@ -92,8 +95,9 @@ _CLAUSES = {
     "pick": (2,),
     "sizes": (2,),
     "chunk": (2,),
+    "length": (2,),
 }
-_WITH_ARGUMENT = {"mix", "reduce", "freeze", "window", "choose", "add"}
+_WITH_ARGUMENT = {"mix", "reduce", "freeze", "window", "choose", "index", "add"}
 #: how a clause counts results, or the inputs of a graph
 ORDINALS = {"first": 0, "second": 1, "third": 2}
 
@@ -176,7 +180,7 @@ class Rule:
         for clause in self.clauses:
             if clause.argument:
                 found.add(clause.words[0])
-            elif clause.keyword in ("span", "pick", "sizes", "chunk", "look"):
+            elif clause.keyword in ("span", "pick", "sizes", "chunk", "length", "look"):
                 found |= set(clause.words)
             elif clause.keyword in ("shape", "ignore", "pass", "last", "count", "only"):
                 found.add(clause.words[0])

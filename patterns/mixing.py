@@ -7,7 +7,6 @@ _REDUCTIONS = (
     "prod.dim_int",
     "amax.default",
     "amin.default",
-    "argmin.default",
     "logsumexp.default",
     "linalg_vector_norm.default",
     "var.correction",
@@ -17,6 +16,8 @@ _REDUCTIONS = (
     "any.dim",
     "all.dim",
 )
+#: of a whole tensor one number
+_TOTALS = ("mean.default", "sum.default", "prod.default", "max.default", "min.default", "median.default", "any.default", "all.default")
 _SCANS = ("cumprod.default", "logcumsumexp.default")
 
 _POSITIONS = {1: "x", 2: "y x", 3: "z y x"}
@@ -60,9 +61,12 @@ MIXING: dict[str, str] = {
     "aten.group_norm.default": "input[n (g c) x*], weight[(g c)], bias[(g c)] -> [n (g c) x*]; mix c; mix x*; factor g num_groups",
     **{f"aten.{name}": "self[...] -> [...]; reduce @dim" for name in _REDUCTIONS},
     "aten.sum.dim_IntList": "self[...] -> [...]; reduce @dim; add @dim",
+    **{f"aten.{name}": "self[...] -> []" for name in _TOTALS},
+    "aten.argmin.default": "self[...] -> [...]; reduce @dim; index @dim first",
     "aten.argmax.default": "self[...] -> [...]; reduce @dim; choose @dim first",
     "aten.max.dim": "self[...] -> [...], [...]; reduce @dim; choose @dim second",
-    **{f"aten.{name}": "self[...] -> [...], [...]; reduce @dim" for name in ("min.dim", "median.dim", "var_mean.correction", "std_mean.correction")},
+    **{f"aten.{name}.dim": "self[...] -> [...], [...]; reduce @dim; index @dim second" for name in ("min", "median")},
+    **{f"aten.{name}.correction": "self[...] -> [...], [...]; reduce @dim" for name in ("var_mean", "std_mean")},
     "aten.cumsum.default": "self[...] -> [...]; freeze @dim; add @dim",
     **{f"aten.{name}": "self[...] -> [...]; freeze @dim" for name in _SCANS},
     **{f"aten.{name}.default": "self[...] -> [...], [...]; freeze @dim" for name in ("cummax", "cummin")},

@@ -41,7 +41,7 @@ MOVEMENT: dict[str, str] = {
     "aten.expand.default": "move self; shape size",
     "aten.broadcast_to.default": "move self; shape size",
     "aten.repeat.default": "move self",
-    "aten.repeat_interleave.self_int": "move self",
+    "aten.repeat_interleave.self_int": "move self; length output_size dim",
     "aten.flip.default": "move self",
     # parts
     "aten.slice.Tensor": "move self; span dim start end",

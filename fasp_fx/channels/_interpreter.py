@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, fx
 from torch._ops import OpOverload
@@ -27,10 +28,10 @@ from ._facts import Facts
 from ._fx import arguments, attribute, elements, results, target_name, written_names
 from ._letters import Relation, result_shapes_ok
 from ._moves import move
-from ._named import name_results, tallied
+from ._named import keep_numbered, name_results, tallied
 from ._numbering import Numbering
-from ._sizes import Sizes
-from ._value import Axis, Value
+from ._sizes import Sizes, is_dynamic
+from ._value import Axis, Value, counted_by
 
 #: integer constants up to this many elements are known to the analysis as data (index tensors)
 _DATA_LIMIT = 1 << 20
@@ -98,8 +99,22 @@ class Interpreter:
         Args:
             small: at small sizes or at those of the example inputs; ``None``: small if the program runs at them.
         """
-        if small is not None:
-            return self._run(small)
+        with counted_by(self._staying()):
+            return self._run(small) if small is not None else self._run_small_if_it_can()
+
+    def _staying(self) -> np.ndarray | None:
+        """How many channels of its weight stay before each channel, where some are gone."""
+        if not self.overrides:
+            return None
+        found = np.arange(self.numbering.total)
+        for name, numbers in self.overrides.items():
+            for dim, own in enumerate(numbers):
+                slot = self.numbering.get(name, dim)
+                if own is not None and slot is not None:
+                    found[own.reshape(-1).numpy()] = slot.base + np.arange(own.numel())
+        return found
+
+    def _run_small_if_it_can(self) -> Walk:
         # That a program does not run at small sizes is no error, but the fake tensors would log it as one.
         logger = logging.getLogger("torch._subclasses.fake_tensor")
         level = logger.level
@@ -163,7 +178,7 @@ class Interpreter:
             return
         walk.executed[node] = executed = self.execution.like(executed)
         inside = {self.numbering.blocked.get((node.name, dim), (None, 1))[0] for dim in range(recorded.dim())}  # part of other dimensions' numbers
-        static = [dim for dim, size in enumerate(recorded.shape) if not isinstance(size, torch.SymInt) and dim not in inside]
+        static = [dim for dim, size in enumerate(recorded.shape) if not is_dynamic(size) and dim not in inside]
         axes = self._axes(node.name, tuple(executed.shape), "input", static)
         walk.values[node] = Value(tuple(executed.shape), tuple(axes))
         if node.name not in self.state_inputs:
@@ -239,7 +254,7 @@ class Interpreter:
                     raise _Degenerate from error
             with self.execution.mode:
                 executed = walk.sizes.concrete(node.meta.get("val"))  # decided by data, or higher-order, say: the recorded shape serves
-        if small and walk.sizes.assigned and any(0 in shape for shape in _shapes(executed)) and not self.strict:
+        if small and walk.sizes.assigned and not self.strict and (any(0 in shape for shape in _shapes(executed)) or not walk.sizes.fit(node.meta.get("val"), executed)):
             raise _Degenerate
         return executed
 
@@ -290,6 +305,8 @@ class Interpreter:
             self._freeze_given(node, walk, given, f"{node.target} is called in a way that its rule does not speak of ({found_or_why})")
             return blank
         self._freeze_unnamed(node, rule, named, walk.facts)
+        if rule.alternatives:
+            keep_numbered(node, rule, named, walk.facts, self.experts)
         return found_or_why
 
     def _freeze_given(self, node: fx.Node, walk: Walk, given: list[Value], why: str | None = None) -> None:

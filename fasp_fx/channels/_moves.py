@@ -188,10 +188,19 @@ def move(
     if stacked is not None:
         _stay_together(node, source, stacked, facts)
         _want_positions(node, source, stacked, facts)
-    origin = source.origin if stacked is not None or (len(shapes) == 1 and _numel(shapes[0]) == _numel(source.shape)) else None
+    whole = len(shapes) == 1 and _numel(shapes[0]) == _numel(source.shape) and not unknown and _each_once(node, rule, source, others)
+    origin = source.origin if stacked is not None or whole else None
     settled = source.data is not None and not (_decided_by_sizes(node, rule) and not _keeps_all(node))
     data = _outputs(_run(node.target, source.data, _rest(others))) if settled else [None] * len(shapes)
     return [Value(shape, tuple(axes[i]), source.constant, origin, data[i]) for i, shape in enumerate(shapes)]
+
+
+def _each_once(node: fx.Node, rule: Rule, source: Value, others: dict[str, Any]) -> bool:
+    """Whether an operator whose result is as large as its source takes every element once; one that takes them by their indices may take some twice."""
+    if source.origin is None or not rule.all("freeze"):
+        return True
+    (places,) = _outputs(_run(node.target, torch.arange(_numel(source.shape)).reshape(source.shape), _rest(others)))
+    return bool(places.unique().numel() == places.numel())
 
 
 def _taken_along(arguments: dict[str, Any], shape: tuple[int, ...], result: tuple[int, ...]) -> int | None:
@@ -370,7 +379,7 @@ def _at_run_time(node: fx.Node, rule: Rule, joined: int) -> bool:
     """Whether some of the joined tensors vary in length along the joined dimension, which decides where the others lie."""
     assert rule.moves is not None
     recorded = [part.meta.get("val") for part in arguments_of(node)[rule.moves] if isinstance(part, fx.Node)]
-    return any(isinstance(val, Tensor) and isinstance(val.shape[joined], torch.SymInt) for val in recorded)
+    return any(isinstance(val, Tensor) and is_dynamic(val.shape[joined]) for val in recorded)
 
 
 def _join(node: fx.Node, rule: Rule, sources: list[Value], others: dict[str, Any], shapes: list[tuple[int, ...]], facts: Facts) -> list[Value]:

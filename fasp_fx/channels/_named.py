@@ -6,6 +6,7 @@ weight, or met by an operator that makes something else of them, which freezes t
 
 from __future__ import annotations
 
+import operator
 from dataclasses import replace
 from typing import Any
 
@@ -69,6 +70,29 @@ def name_results(node: fx.Node, rule: Rule | None, arguments: dict[str, Any], va
             if rule is None or truth or not _passed(rule, name, item.names, arguments, values):
                 facts.say(facts.frozen, item.names, f"named by number to {node.target}", node)
     return values
+
+
+def keep_numbered(node: fx.Node, rule: Rule, arguments: dict[str, Any], facts: Facts, followed: bool) -> None:
+    """Positions that a result numbers stay: with one gone, others would have other numbers.
+
+    Args:
+        followed: whether the numbers of those chosen are followed to where they are used (:func:`name_results`).
+    """
+    named = [*rule.all("index"), *(clause for clause in rule.all("choose") if len(clause.words) == 2 and not followed)]
+    for clause in named:
+        source = arguments[rule.alternatives[0].operands[0].name]
+        if not isinstance(source, Value) or not source.shape or not _is_used(node, ORDINALS[clause.words[1]]):
+            continue
+        given = arguments[clause.words[0]]
+        for axis in source.axes if given is None else source.at(int(given) % len(source.shape)):
+            facts.say(facts.frozen, axis.numbers, f"{node.target} numbers positions along this dimension", node)
+
+
+def _is_used(node: fx.Node, result: int) -> bool:
+    """Whether anything is made of a result, which a node of several gives through ``getitem``."""
+    if isinstance(node.meta.get("val"), Tensor):
+        return bool(node.users)
+    return any(bool(user.users) and user.args[1] == result if user.target is operator.getitem else True for user in node.users)
 
 
 def vanish(node: fx.Node, rule: Rule, arguments: dict[str, Any], values: list[Value]) -> list[Value]:

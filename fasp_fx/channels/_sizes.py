@@ -40,6 +40,7 @@ class Sizes:
     def __init__(self, module: fx.GraphModule, small: bool) -> None:
         self.small = small
         self.assigned: dict[sympy.Symbol, int] = {}
+        self._known: dict[sympy.Expr, int] = {}
         counted: dict[int, Any] = {}
         for node in module.graph.nodes:
             recorded = node.meta.get("val")
@@ -90,8 +91,22 @@ class Sizes:
         """One size as an integer."""
         if not isinstance(size, torch.SymInt):
             return int(size)
-        self._assign(size)
-        return int(size.node.expr.xreplace(self.assigned))
+        expression = size.node.expr
+        if expression not in self._known:
+            self._assign(size)
+            self._known[expression] = int(expression.xreplace(self.assigned))
+        return self._known[expression]
+
+    def fit(self, recorded: Any, executed: Any) -> bool:
+        """Whether tensors have the shapes that were recorded of them; sizes that a program cannot be called with give others."""
+        if isinstance(recorded, torch.Tensor) and isinstance(executed, torch.Tensor):
+            return len(recorded.shape) != len(executed.shape) or all(map(self._fits, recorded.shape, executed.shape))
+        if isinstance(recorded, (list, tuple)) and isinstance(executed, (list, tuple)):
+            return all(map(self.fit, recorded, executed))
+        return True
+
+    def _fits(self, recorded: int | torch.SymInt, executed: int) -> bool:
+        return not isinstance(recorded, torch.SymInt) or self.integer(recorded) == executed
 
     def factored(self, recorded: int | torch.SymInt, value: int) -> Size:
         """A size as a product; ``value`` is what it is here, which in a rewritten graph can be less than what was recorded."""

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -10,6 +13,20 @@ from torch import Tensor
 
 #: the number of a position that is not a channel
 NONE = -1
+
+
+#: in a rewritten program, how many channels of its weight stay before each channel
+_STAYING: ContextVar[np.ndarray | None] = ContextVar("staying", default=None)
+
+
+@contextmanager
+def counted_by(staying: np.ndarray | None) -> Iterator[None]:
+    """Inside the block, steps between channel numbers are counted in channels that stay: what is gone leaves gaps, by which no two dimensions compare."""
+    token = _STAYING.set(staying)
+    try:
+        yield
+    finally:
+        _STAYING.reset(token)
 
 
 def collapse(numbers: Tensor) -> Tensor:
@@ -41,7 +58,9 @@ def smallest_step(numbers: np.ndarray, dim: int) -> int:
     """The smallest difference between neighbours along a dimension, apart from none."""
     moved = np.moveaxis(numbers, dim, 0)
     after, before = moved[1:], moved[:-1]
-    steps = np.abs(after - before)[(after != before) & (after != NONE) & (before != NONE)]
+    apart = (after != before) & (after != NONE) & (before != NONE)
+    after, before, staying = after[apart], before[apart], _STAYING.get()
+    steps = np.abs(after - before if staying is None else staying[after] - staying[before])
     return int(steps.min()) if steps.size else np.iinfo(np.int64).max
 
 
