@@ -254,7 +254,8 @@ class Interpreter:
                     raise _Degenerate from error
             with self.execution.mode:
                 executed = walk.sizes.concrete(node.meta.get("val"))  # decided by data, or higher-order, say: the recorded shape serves
-        if small and walk.sizes.assigned and not self.strict and (any(0 in shape for shape in _shapes(executed)) or not walk.sizes.fit(node.meta.get("val"), executed)):
+        fits = all(0 not in shape for shape in _shapes(executed)) and walk.sizes.fit(node.meta.get("val"), executed)
+        if small and walk.sizes.assigned and not self.strict and not fits:
             raise _Degenerate
         return executed
 

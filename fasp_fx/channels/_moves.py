@@ -116,8 +116,8 @@ def _shift(
 def _segments(node: fx.Node, before: tuple[int, ...], after: tuple[int, ...], sizes: Sizes) -> list[Segment]:
     """How the shapes of a reshape correspond at every size; where a pass has recorded none, at those of the interpretation."""
     recorded = [item.meta.get("val") for item in (node.all_input_nodes[0], node)]
-    known = all(isinstance(val, Tensor) and val.dim() == len(shape) for val, shape in zip(recorded, (before, after), strict=True))
-    symbolic = [val.shape for val in recorded] if known else [before, after]
+    known = [tuple(val.shape) for val in recorded if isinstance(val, Tensor)]
+    symbolic = known if [len(shape) for shape in known] == [len(before), len(after)] else [before, after]
     return segments(*([sizes.factored(*pair) for pair in zip(own, shape, strict=True)] for own, shape in zip(symbolic, (before, after), strict=True)))
 
 

@@ -110,7 +110,7 @@ class Sizes:
 
     def factored(self, recorded: int | torch.SymInt, value: int) -> Size:
         """A size as a product; ``value`` is what it is here, which in a rewritten graph can be less than what was recorded."""
-        if not is_dynamic(recorded):
+        if not isinstance(recorded, torch.SymInt) or not is_dynamic(recorded):
             return Size.fixed(value)
         self._assign(recorded)
         times: Counter[sympy.Expr] = Counter()
