@@ -28,6 +28,7 @@ from .errors import (
     SparsityError,
     StoreError,
     VerificationError,
+    VerificationWarning,
 )
 from .groups import Group
 from .plan import ParameterSlice, PruningPlan
@@ -67,6 +68,7 @@ __all__ = [
     "SparsityError",
     "StoreError",
     "VerificationError",
+    "VerificationWarning",
     "analyze",
     "apply",
     "backend",

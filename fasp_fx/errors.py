@@ -58,6 +58,10 @@ class CalibrationWarning(UserWarning):
     """The calibration data is usable, but weaker than the method wants."""
 
 
+class VerificationWarning(UserWarning):
+    """A group stays whole, because the program without its channels does not compute what the dense one does with them masked."""
+
+
 class PartialPlanWarning(UserWarning):
     """A part of a plan cannot be applied where a model is compiled; what it would remove stays."""
 

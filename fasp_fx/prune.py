@@ -13,6 +13,7 @@ from torch import fx, nn
 from torch.export import ExportedProgram
 
 from . import plan as plans
+from ._exactness import carry_out
 from ._observe._calibration import read_batches
 from ._observe._runner import Runner
 from ._observe._visit import Decision, Observer
@@ -20,12 +21,12 @@ from ._parts._calls import unchanged
 from ._parts._faithful import compared
 from ._parts._prune import Stages, apply_in_parts, prune_in_parts
 from ._program import Program
-from ._result import Result, finish
+from ._result import Result
 from .allocation import Allocation, Budget, checked, uniform
 from .analysis import Analysis, analyze_program
 from .capture import capture
 from .errors import ArgumentError, CaptureError, NothingPrunableError, SparsityError
-from .passes import Prune, split_fused
+from .passes import split_fused
 from .plan import PruningPlan
 from .report import cache_bytes, make_report
 from .restoration import least_squares
@@ -317,17 +318,19 @@ def plan_of(program: Program, analysis: Analysis, decision: Decision) -> Pruning
     )
 
 
-def rewrite(program: Program, analysis: Analysis, decision: Decision, requested: float | None, clock: Clock) -> Result:
-    """Take out of a program what was decided for its analysis, and report it."""
-    plan = plan_of(program, analysis, decision)
-    groups = plan.groups
-    # Without anything to remove the program stays as it was captured, fused producers included.
-    start = analysis.program if groups else program
-    rewritten = Prune(decision.gone, decision.weights, analysis)(start) if groups else start
-    clock.lap("passes")
-    module, exported = finish(rewritten)
-    clock.lap("export")
-    plan = replace(plan, result=plans.fingerprint(dict(module.named_parameters(remove_duplicate=False))))
-    report = make_report(analysis, plan, decision, program.parameters(), dict(module.named_parameters()), requested, clock.seconds)
-    report = replace(report, cache=cache_bytes(program.module.graph, module.graph, program.state_outputs))
-    return Result(module, exported, plan, report, rewritten.signature)
+def rewrite(program: Program, analysis: Analysis, decision: Decision, requested: float | None, clock: Clock, whole: bool = False) -> Result:
+    """Take out of a program what was decided for its analysis, hold the result against the masked dense program, and report it.
+
+    Args:
+        whole: raise where not all of what was decided holds, rather than leave some groups whole.
+
+    Raises:
+        VerificationError: nothing of what was decided holds.
+    """
+    held = carry_out(program, analysis, decision, clock.lap, whole)
+    plan = plan_of(program, analysis, held.decision)
+    plan = replace(plan, result=plans.fingerprint(dict(held.module.named_parameters(remove_duplicate=False))))
+    report = make_report(analysis, plan, held.decision, program.parameters(), dict(held.module.named_parameters()), requested, clock.seconds, held.left)
+    cache = cache_bytes(program.module.graph, held.module.graph, program.state_outputs)
+    report = replace(report, cache=cache, notes=(*report.notes, *held.notes))
+    return Result(held.module, held.exported, plan, report, held.rewritten.signature)

@@ -133,8 +133,9 @@ def make_report(
     after: Mapping[str, Tensor],
     requested: float | None,
     seconds: Mapping[str, float],
+    left: Mapping[str, str] | None = None,
 ) -> Report:
-    """Assemble the report of one pruning."""
+    """Assemble the report of one pruning; ``left``: the groups that were to be pruned and stay whole, with what was seen."""
     removed = {group.name: group.removed_sets for group in plan.groups}
     lines = []
     for group in analysis.groups:
@@ -143,6 +144,7 @@ def make_report(
             replace(
                 line_of(group),
                 after=group.size - removed.get(group.name, 0),
+                reason=f"left whole: {left[group.name]}" if left and group.name in left else group.reason,
                 error_cut=max((o.error_before for o in outcomes), default=None),
                 error_restored=max((o.error_after for o in outcomes), default=None),
             )

@@ -1,0 +1,143 @@
+"""Whether two programs compute the same: in their own precision, and in double precision where that leaves a doubt."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch.utils import _pytree as pytree
+
+from .._program import Program
+from ._execution import Ran, remembers, run
+from ._inputs import Inputs
+
+#: max|a − b| / max|b| from which on double precision decides, as a multiple of the precision of the coarsest type in the program
+_DOUBT = {torch.float16: 4.0, torch.bfloat16: 4.0}
+#: for other types: 2e-5 in float32, where sums of thousands of addends in another order stay below
+_DOUBT_WIDE = 160.0
+#: what double precision lets pass
+_EQUAL = 1e-6
+#: what passes where a program does not run in double precision: a power of the precision of its coarsest type, 1e-3 in float32 and 1e-1 in bfloat16
+_LENIENT = 0.45
+#: elements compared at once
+_CHUNK = 1 << 22
+
+
+@dataclass(frozen=True)
+class Seen:
+    """What one comparison came to.
+
+    Attributes:
+        deviation: max|a − b| / max|b| of the worst output, infinite where integers, shapes or the places of NaN and infinities differ.
+        equal: whether the two compute the same but for rounding.
+        compared: whether they could be compared.
+        call: which of the calls in a row differs most, from 0.
+    """
+
+    deviation: float
+    equal: bool
+    compared: bool = True
+    call: int = 0
+
+
+class ReferenceFailedError(Exception):
+    """The masked dense program does not run on these inputs."""
+
+
+def compare(reference: Program, module: fx.GraphModule, pruned: Program, inputs: Inputs) -> Seen:
+    """Run the masked dense program and the pruned one on the same inputs.
+
+    Args:
+        module: the graph to run of the pruned program, whose example is that of ``pruned``.
+
+    Raises:
+        ReferenceFailedError: the dense program does not run on these inputs.
+        Exception: what the pruned program raises.
+    """
+    coarse = _coarsest(reference)
+    seen = _compare(reference, module, pruned, inputs, precise=False)
+    if not seen.compared or seen.deviation <= _DOUBT.get(coarse, _DOUBT_WIDE) * torch.finfo(coarse).eps:
+        return seen
+    try:
+        precise = _compare(reference, module, pruned, inputs, precise=True)
+    except torch.OutOfMemoryError:
+        raise
+    except Exception:  # an operator that has no double precision
+        return Seen(seen.deviation, seen.deviation <= torch.finfo(coarse).eps ** _LENIENT, True, seen.call)
+    return Seen(precise.deviation, precise.deviation <= _EQUAL, True, precise.call)
+
+
+def _compare(reference: Program, module: fx.GraphModule, pruned: Program, inputs: Inputs, precise: bool) -> Seen:
+    calls = 2 if remembers(reference.module) or remembers(module) else 1
+    try:
+        expected = run(reference.module, inputs.of(reference), calls, precise)
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # a program raises what it likes
+        raise ReferenceFailedError(str(error)) from error
+    found = run(module, inputs.of(pruned), calls, precise)
+    if found.drawn != expected.drawn:
+        return Seen(0.0, True, compared=False)
+    worst, at = 0.0, 0
+    for call, found_deviation in _deviations(found, expected, reference.state_outputs):
+        if found_deviation > worst:
+            worst, at = found_deviation, call
+    return Seen(worst, True, call=at)
+
+
+def _deviations(found: Ran, expected: Ran, state: frozenset[int]) -> Iterable[tuple[int, float]]:
+    """The deviation of every output, with the call that it is of; outputs that hold state may be narrower, and are not compared then."""
+    for call, (ours, theirs) in enumerate(zip(found.outputs, expected.outputs, strict=True)):
+        if len(ours) != len(theirs):
+            yield call, math.inf
+            return
+        for index, (a, b) in enumerate(zip(ours, theirs)):
+            if index in state and isinstance(a, Tensor) and isinstance(b, Tensor) and a.shape != b.shape:
+                continue
+            yield call, deviation(a, b)
+
+
+def deviation(found: Any, expected: Any) -> float:
+    """``max|a − b| / max|b|`` of two outputs; infinite where they cannot be compared, or are integers that differ."""
+    if not (isinstance(found, Tensor) and isinstance(expected, Tensor)):
+        return 0.0 if type(found) is type(expected) and found == expected else math.inf
+    if found.shape != expected.shape or found.dtype != expected.dtype:
+        return math.inf
+    if found.layout != torch.strided or found.is_quantized:
+        found, expected = (value.to_dense() if value.layout != torch.strided else value.dequantize() for value in (found, expected))
+    if not (expected.is_floating_point() or expected.is_complex()):
+        return 0.0 if torch.equal(found, expected) else math.inf
+    difference = scale = 0.0
+    for a, b in zip(found.reshape(-1).split(_CHUNK), expected.reshape(-1).split(_CHUNK)):
+        odd = ~torch.isfinite(b)
+        if bool(odd.any()):
+            if not _same_oddities(a[odd], b[odd]):
+                return math.inf
+            a, b = a[~odd], b[~odd]
+        if not bool(torch.isfinite(a).all()):
+            return math.inf
+        if b.numel():
+            a, b = (value if value.dtype.itemsize > 2 else value.float() for value in (a, b))
+            difference, scale = max(difference, float((a - b).abs().max())), max(scale, float(b.abs().max()))
+    return difference / scale if scale else difference
+
+
+def _same_oddities(a: Tensor, b: Tensor) -> bool:
+    """Whether NaN and infinities stand at the same places."""
+    if a.is_complex():
+        a, b = torch.view_as_real(a), torch.view_as_real(b)
+    return bool(((a == b) | (a.isnan() & b.isnan())).all())
+
+
+def _coarsest(program: Program) -> torch.dtype:
+    """The floating-point type of the lowest precision among all that the program computes."""
+    recorded = [value for node in program.module.graph.nodes for value in pytree.tree_leaves(node.meta.get("val"))]
+    types = {value.dtype.to_real() for value in recorded if isinstance(value, Tensor) and (value.is_floating_point() or value.is_complex())}
+    return max(types, key=lambda dtype: torch.finfo(dtype).eps, default=torch.float32)
+
+
+__all__ = ["ReferenceFailedError", "Seen", "compare", "deviation"]

@@ -1,0 +1,275 @@
+"""The reference: the dense program in which what was removed is masked where it is consumed.
+
+To multiply the removed entries of a consumer's input by zero is to zero the columns of its weight, in that use and no other. The operators that lead from
+the weight to the use are repeated on the masked weight, so that nothing is believed of how they move it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch import Tensor, fx
+
+from .._observe._matrices import ConsumerMatrices
+from .._program import Program
+from .._stamps import WRITTEN_BY
+from ..channels import Slot, Use, Value, arguments, attribute
+from ..groups import APPROXIMATE, EXEMPT
+from ..patterns import lookup
+
+if TYPE_CHECKING:
+    from .._observe._visit import Decision
+    from ..analysis import Analysis
+
+_WHERE = torch.ops.aten.where.ScalarOther
+
+
+def masked_program(program: Program, analysis: Analysis, decision: Decision) -> Program:
+    """The captured program with the decided weights in place of its own and what was removed masked; tensors are shared.
+
+    Args:
+        program: as it was captured; where a pass has taken weights apart in a way that cannot be put back, the analysed program serves.
+        analysis: of the program, perhaps with fused weights split.
+        decision: what is removed, and the repaired weights.
+    """
+    whole = _whole_weights(program, analysis)
+    made = _Masking(analysis.program if whole is None else program, analysis, decision, whole or {})
+    made.restore()
+    made.mask_uses()
+    if EXEMPT in analysis.include:
+        made.mask_products()
+    made.mask_routers()
+    made.silence_producers()
+    made.program.module.graph.lint()
+    return made.program
+
+
+@dataclass(frozen=True)
+class _Piece:
+    """Where the elements of a weight made by splitting lie in the weight it was split from."""
+
+    source: str
+    dim: int
+    rows: Tensor
+
+    def put(self, values: Tensor, into: Tensor) -> None:
+        """Write the values of this piece into a tensor of the shape of the whole."""
+        into.index_copy_(self.dim, self.rows.to(into.device), values.to(into))
+
+
+def _whole_weights(program: Program, analysis: Analysis) -> dict[str, _Piece] | None:
+    """How pieces of weights make up those of the captured program, or ``None`` if the captured program cannot serve."""
+    if analysis.program is program:
+        return {}
+    pieces = {name: _Piece(part.name, part.dim, torch.tensor(part.rows)) for name, part in analysis.program.parts.items()}
+    known = program.weights()
+    if any(piece.source not in known for piece in pieces.values()):
+        return None
+    nodes = {node.name: node for node in program.module.graph.nodes}
+    allowed: dict[fx.Node, set[fx.Node]] = {}
+    for use in analysis.walk.facts.uses:
+        if use.weight in pieces:
+            path = [*_path(use.operand), use.node]
+            for node, user in pairwise(path):
+                allowed.setdefault(node, set()).add(user)
+        elif not all(_same(nodes.get(node.name), node) for node in (use.node, *_path(use.operand))):
+            return None
+    if any(set(node.users) != users for node, users in allowed.items()):
+        return None  # a piece is used in other ways as well, in which its columns stay
+    others = [product.node for product in analysis.walk.facts.products] + [node for node, _ in _choosing(analysis)]
+    return pieces if all(_same(nodes.get(node.name), node) for node in others) else None
+
+
+def _same(found: fx.Node | None, node: fx.Node) -> bool:
+    """Whether a node of the captured program is that of the analysed one which has its name."""
+    return found is not None and WRITTEN_BY not in node.meta and (found.op, found.target) == (node.op, node.target)
+
+
+def _path(operand: fx.Node) -> list[fx.Node]:
+    """The nodes that lead from a weight to an operand, both included."""
+    path = [operand]
+    while path[0].op != "get_attr":
+        source = path[0].args[0]
+        assert isinstance(source, fx.Node)
+        path.insert(0, source)
+    return path
+
+
+def _choosing(analysis: Analysis) -> list[tuple[fx.Node, fx.Node]]:
+    """The nodes in which positions compete by their values, and what holds the values."""
+    found = []
+    for node in analysis.walk.values:
+        rule = lookup(node.target) if node.op == "call_function" else None
+        if rule is not None and rule.all("choose"):
+            source = arguments(node)[rule.alternatives[0].operands[0].name]
+            if isinstance(source, fx.Node):
+                found.append((node, source))
+    return found
+
+
+class _Masking:
+    """Writes masks into a copy of a program."""
+
+    def __init__(self, program: Program, analysis: Analysis, decision: Decision, pieces: dict[str, _Piece]) -> None:
+        self.program, self.analysis, self.decision, self.pieces = program.copy(), analysis, decision, pieces
+        self.gone = np.append(decision.gone, False)  # the last entry serves NONE (-1): never removed
+        self.graph = self.program.module.graph
+        self.nodes = {node.name: node for node in self.graph.nodes}
+        self.weights, self.canonical, self.aliases = program.weights(), program.canonical(), program.aliases()
+        self._count = 0
+
+    def restore(self) -> None:
+        """Put repaired weights in place of the captured ones."""
+        values: dict[str, Tensor] = {}
+        for name, value in self.decision.weights.items():
+            piece = self.pieces.get(name)
+            if piece is None:
+                values[self.canonical[name]] = value
+                continue
+            source = self.canonical[piece.source]
+            if source not in values:
+                values[source] = self.weights[source].detach().clone()
+            piece.put(value.detach(), values[source])
+        for name, value in values.items():
+            self.program.replace_weight(self.aliases[name], value.detach())
+
+    def mask_uses(self) -> None:
+        """Zero the removed columns of every use of a weight."""
+        masks: dict[tuple[str, str], tuple[fx.Node, fx.Node, Tensor]] = {}
+        whole: dict[str, Tensor] = {}
+        for use in self.analysis.walk.facts.uses:
+            mask = self._columns(use)
+            if mask is None:
+                continue
+            piece = self.pieces.get(use.weight)
+            if piece is not None:
+                name = self.canonical[piece.source]
+                into = whole.setdefault(name, torch.ones(self.weights[name].shape, dtype=torch.bool))
+                piece.put(mask & into.index_select(piece.dim, piece.rows), into)
+                continue
+            key = (use.node.name, use.operand.name)
+            node, operand = self.nodes[use.node.name], self.nodes[use.operand.name]
+            masks[key] = (node, operand, mask & masks[key][2] if key in masks else mask)
+        for node, operand, mask in masks.values():
+            self._mask_operand(node, operand, mask)
+        for name, mask in whole.items():
+            self._mask_weight(name, mask)
+
+    def mask_products(self) -> None:
+        """Take the removed channels out of products of activations: zeros in the first operand of each."""
+        for product in self.analysis.walk.facts.products:
+            axes = self.analysis.walk.values[product.operands[0]].axes
+            for axis in axes:
+                gone = self.gone[axis.numbers.numpy()] & np.isin(axis.numbers.numpy(), product.numbers)
+                if gone.any():
+                    self._mask_argument(self.nodes[product.node.name], self.nodes[product.operands[0].name], torch.from_numpy(~gone), 0.0)
+
+    def mask_routers(self) -> None:
+        """Let no router choose an expert that is gone: its logit is -inf wherever experts compete."""
+        experts = [group.sets for group in self.analysis.chosen if group.granularity == "expert"]
+        if not experts:
+            return
+        numbers = np.append(np.isin(self.analysis.labels, np.concatenate(experts)) & self.gone[:-1], False)
+        for node, source in _choosing(self.analysis):
+            value = self.analysis.walk.values[source]
+            for axis in value.axes if isinstance(value, Value) else ():
+                gone = numbers[axis.numbers.numpy()]
+                if gone.any():
+                    self._mask_argument(self.nodes[node.name], self.nodes[source.name], torch.from_numpy(~gone), float("-inf"))
+
+    def silence_producers(self) -> None:
+        """Let the producers of groups that cross a norm give zero: all that holds a removed channel of theirs is zero there."""
+        masks: dict[str, Tensor] = {}
+        for group in self.analysis.chosen if APPROXIMATE in self.analysis.include else ():
+            if group.status != APPROXIMATE:
+                continue
+            own = np.isin(self.analysis.labels, group.sets) & self.gone[:-1]
+            for slot in (slot for slot in group.slots if own[slot.base : slot.base + slot.size].any()):
+                if slot.kind != "weight":
+                    node = self.nodes.get(slot.name)
+                    if node is not None and slot.block_dim is None:
+                        rank = len(node.meta["val"].shape)
+                        self._mask_value(node, torch.from_numpy(~own[slot.base : slot.base + slot.size]).reshape([-1] + [1] * (rank - 1 - slot.dim)))
+                    continue
+                shape = attribute(self.analysis.program.module, slot.name).shape
+                mask, piece = _along(slot, shape, own), self.pieces.get(slot.name)
+                name = self.canonical[slot.name if piece is None else piece.source]
+                into = masks.setdefault(name, torch.ones(self.weights[name].shape, dtype=torch.bool))
+                if piece is None:
+                    into &= mask
+                else:
+                    piece.put(mask & into.index_select(piece.dim, piece.rows), into)
+        for name, mask in masks.items():
+            self._mask_weight(name, mask)
+
+    def _columns(self, use: Use) -> Tensor | None:
+        """Which elements of a weight stay in one use of it; ``None`` if all do."""
+        shape = attribute(self.analysis.program.module, use.weight).shape
+        mask = torch.ones(shape, dtype=torch.bool)
+        for name, dim in use.slots:
+            slot = self.analysis.numbering.get(name, dim)
+            if slot is not None and name == use.weight:
+                mask &= _along(slot, shape, self.gone)
+        removed = self.gone[use.columns].any(-1)
+        if bool(mask.all()) and removed.any():  # its columns lie along no single dimension of the weight
+            matrices = ConsumerMatrices(use, self.analysis.walk.values)
+            ones = torch.ones(shape)
+            mask = matrices.write(matrices.read(ones) * torch.from_numpy(~removed)[:, None], ones).bool()
+        return None if bool(mask.all()) else mask
+
+    def _hold(self, mask: Tensor, like: fx.Node) -> fx.Node:
+        """A node that gives a mask, on the device of the node that it will meet."""
+        recorded = like.meta.get("val")
+        device = recorded.device if isinstance(recorded, Tensor) else self.program.device()
+        name = f"fasp_fx_mask_{self._count}"
+        self._count += 1
+        self.program.module.register_buffer(name, mask.to(device), persistent=False)
+        return self.graph.get_attr(name)
+
+    def _mask_operand(self, node: fx.Node, operand: fx.Node, mask: Tensor) -> None:
+        """Repeat the way from a weight to one node on the masked weight."""
+        weight, *moves = _path(operand)
+        with self.graph.inserting_before(node):
+            made = {weight: self._where(weight, mask, 0.0)}
+            for move in moves:
+                made[move] = self.graph.node_copy(move, lambda argument: made.get(argument, argument))
+        node.replace_input_with(operand, made[operand])
+
+    def _mask_argument(self, node: fx.Node, source: fx.Node, mask: Tensor, value: float) -> None:
+        with self.graph.inserting_before(node):
+            masked = self._where(source, mask, value)
+        node.replace_input_with(source, masked)
+
+    def _mask_weight(self, name: str, mask: Tensor) -> None:
+        for node in self.graph.find_nodes(op="get_attr"):
+            if self.canonical.get(str(node.target)) == name:
+                self._mask_value(node, mask)
+
+    def _mask_value(self, node: fx.Node, mask: Tensor) -> None:
+        with self.graph.inserting_after(node):
+            held = self._hold(mask, node)
+        with self.graph.inserting_after(held):
+            masked = self.graph.call_function(_WHERE, (held, node, 0.0))
+        node.replace_all_uses_with(masked, delete_user_cb=lambda user: user is not masked)
+
+    def _where(self, source: fx.Node, mask: Tensor, value: float) -> fx.Node:
+        return self.graph.call_function(_WHERE, (self._hold(mask, source), source, value))
+
+
+def _along(slot: Slot, shape: torch.Size, gone: np.ndarray) -> Tensor:
+    """Which elements of a weight stay if these of its channels along one dimension go."""
+    mask = torch.ones(shape, dtype=torch.bool)
+    rows = torch.from_numpy(gone[slot.base : slot.base + slot.size]).reshape(slot.blocks, -1)
+    if slot.block_dim is None:
+        return mask.index_fill_(slot.dim, rows[0].nonzero()[:, 0], False)
+    step = shape[slot.block_dim] // slot.blocks
+    for block, row in enumerate(rows):
+        mask.narrow(slot.block_dim, block * step, step).index_fill_(slot.dim, row.nonzero()[:, 0], False)
+    return mask
+
+
+__all__ = ["masked_program"]

@@ -1,0 +1,37 @@
+"""A decision without some of its groups."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+
+import numpy as np
+
+from .._observe._visit import Decision
+from ..analysis import Analysis
+from ..groups import Group
+
+
+def decided(analysis: Analysis, decision: Decision) -> list[Group]:
+    """The groups that lose anything, in graph order."""
+    return [group for group in analysis.chosen if decision.gone[np.isin(analysis.labels, group.sets)].any()]
+
+
+def restricted(analysis: Analysis, decision: Decision, kept: Collection[Group]) -> Decision:
+    """The decision for the groups ``kept`` alone.
+
+    A weight that was repaired for a group which stays whole now is as it was captured.
+    """
+    names = {group.name for group in kept}
+    dropped = [group for group in decided(analysis, decision) if group.name not in names]
+    if not dropped:
+        return decision
+    stay = np.concatenate([group.sets for group in dropped])
+    unrepaired = {use.weight for group in dropped for use in group.uses}
+    return Decision(
+        decision.gone & ~np.isin(analysis.labels, stay),
+        {name: value for name, value in decision.weights.items() if name not in unrepaired},
+        {name: outcome for name, outcome in decision.outcomes.items() if name not in unrepaired},
+    )
+
+
+__all__ = ["decided", "restricted"]
