@@ -185,5 +185,10 @@ def notes_of(analysis: Analysis) -> tuple[str, ...]:
     return tuple(notes)
 
 
+def said_whole(name: str, seen: str) -> str:
+    """What is said of a group that was to be pruned and stays whole, because of what was seen when it went."""
+    return f"group '{name}' stays whole, because pruning it is not exact: {seen}"
+
+
 def _python_name(operator: str) -> str:
     return f"torch.ops.{operator}"

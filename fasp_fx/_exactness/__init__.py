@@ -6,7 +6,7 @@ rule, a layout or a pass gets wrong shows in the numbers.
 
 from __future__ import annotations
 
-from ._held import Held, carry_out
-from ._restrict import restricted
+from ._held import Held, UnsoundError, carry_out
+from ._restrict import decided, restricted
 
-__all__ = ["Held", "carry_out", "restricted"]
+__all__ = ["Held", "UnsoundError", "carry_out", "decided", "restricted"]

@@ -1,8 +1,8 @@
-"""Run a program as it is, or in double precision, and leave no trace."""
+"""Run a program as it is, or in a higher precision, and leave no trace."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -16,13 +16,6 @@ from .._calling._guards import Guards
 from .._program import set_weight
 from ..channels import attribute, written_names
 
-_WIDE = {
-    torch.float16: torch.float64,
-    torch.bfloat16: torch.float64,
-    torch.float32: torch.float64,
-    torch.complex32: torch.complex128,
-    torch.complex64: torch.complex128,
-}
 #: reads the bits of a number as those of another type, which a wider number does not have
 _BITS = torch.ops.aten.view.dtype
 
@@ -40,7 +33,7 @@ class Ran:
     drawn: list[tuple[int, ...]] = field(default_factory=list)
 
 
-def run(module: fx.GraphModule, inputs: list[Any], calls: int, precise: bool = False) -> Ran:
+def run(module: fx.GraphModule, inputs: list[Any], calls: int, precision: torch.dtype | None = None) -> Ran:
     """Call a graph module several times in a row, with random numbers that start from zero.
 
     Inputs may be written into; buffers of the module are as before afterwards.
@@ -48,9 +41,9 @@ def run(module: fx.GraphModule, inputs: list[Any], calls: int, precise: bool = F
     Args:
         inputs: the values of its placeholders.
         calls: how often.
-        precise: in double precision throughout; weights are widened one by one as they are used.
+        precision: nothing is computed in a lower one; weights are widened one by one as they are used. ``None``: as the program says.
     """
-    given = [widened(value) for value in inputs] if precise else inputs
+    given = [widened(value, precision) for value in inputs]
     devices = {value.device for value in [*given, *module.parameters(), *module.buffers()] if isinstance(value, Tensor) and value.device.type == "cuda"}
     ran = Ran()
     # what a model compiles for itself (flex attention, say) runs uncompiled
@@ -58,12 +51,12 @@ def run(module: fx.GraphModule, inputs: list[Any], calls: int, precise: bool = F
         torch.no_grad(),
         torch.random.fork_rng(devices=list(devices)),
         torch.compiler.set_stance("force_eager"),
-        _own_buffers(module, precise),
-        _default_type(torch.float64 if precise else torch.get_default_dtype()),
+        _own_buffers(module, precision),
+        _default_type(wide(torch.get_default_dtype(), precision)),
     ):
         torch.manual_seed(0)
         for _ in range(calls):
-            execution = _Execution(module, precise, ran.drawn)
+            execution = _Execution(module, precision, ran.drawn)
             outputs = list(execution.run(*given, enable_io_processing=False))
             ran.outputs.append(pytree.tree_map(_copied, outputs) if calls > 1 else outputs)
     return ran
@@ -74,28 +67,35 @@ def remembers(module: fx.GraphModule) -> bool:
     return any(isinstance(node.target, OpOverload) and node.target._schema.is_mutable for node in module.graph.nodes)
 
 
-def widened(value: Any) -> Any:
-    """A number or tensor of numbers in double precision."""
-    return value.to(_WIDE[value.dtype]) if isinstance(value, Tensor) and value.dtype in _WIDE else value
+def wide(dtype: torch.dtype, precision: torch.dtype | None) -> torch.dtype:
+    """A type of real or complex numbers, or the one of this precision in its place if it has a lower one."""
+    if precision is None or not (dtype.is_floating_point or dtype.is_complex) or torch.finfo(dtype).eps <= torch.finfo(precision).eps:
+        return dtype
+    return precision.to_complex() if dtype.is_complex else precision
+
+
+def widened(value: Any, precision: torch.dtype | None) -> Any:
+    """A tensor of numbers in this precision, if its own is lower; anything else as it is."""
+    return value.to(wide(value.dtype, precision)) if isinstance(value, Tensor) else value
 
 
 class _Execution(fx.Interpreter):
-    def __init__(self, module: fx.GraphModule, precise: bool, drawn: list[tuple[int, ...]]) -> None:
+    def __init__(self, module: fx.GraphModule, precision: torch.dtype | None, drawn: list[tuple[int, ...]]) -> None:
         super().__init__(module, garbage_collect_values=True)
-        self.precise, self.drawn, self.extra_traceback = precise, drawn, False
+        self.precision, self.drawn, self.extra_traceback = precision, drawn, False
 
     def get_attr(self, target: Any, args: Any, kwargs: Any) -> Any:
         value = super().get_attr(target, args, kwargs)
-        if self.precise and isinstance(value, fx.GraphModule):
-            return _widened_graph(value)
-        return widened(value) if self.precise else value
+        if self.precision is not None and isinstance(value, fx.GraphModule):
+            return _widened_graph(value, self.precision)
+        return widened(value, self.precision)
 
     def call_module(self, target: Any, args: Any, kwargs: Any) -> Any:
-        return None if self.precise and isinstance(self.fetch_attr(target), Guards) else super().call_module(target, args, kwargs)
+        return None if self.precision is not None and isinstance(self.fetch_attr(target), Guards) else super().call_module(target, args, kwargs)
 
     def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
-        if self.precise and target is not _BITS:
-            args, kwargs = _widened_types(args), _widened_types(kwargs)
+        if self.precision is not None and target is not _BITS:
+            args, kwargs = _widened_types(args, self.precision), _widened_types(kwargs, self.precision)
         if not (isinstance(target, OpOverload) and torch.Tag.nondeterministic_seeded in target.tags):
             return super().call_function(target, args, kwargs)
         device = next((value.device for value in pytree.tree_leaves((args, kwargs)) if isinstance(value, Tensor)), torch.device("cpu"))
@@ -110,18 +110,18 @@ def _random_state(device: torch.device) -> Tensor:
     return torch.cuda.get_rng_state(device) if device.type == "cuda" else torch.get_rng_state()
 
 
-def _widened_types(value: Any) -> Any:
-    return pytree.tree_map(lambda leaf: _WIDE.get(leaf, leaf) if isinstance(leaf, torch.dtype) else leaf, value)
+def _widened_types(value: Any, precision: torch.dtype) -> Any:
+    return pytree.tree_map(lambda leaf: wide(leaf, precision) if isinstance(leaf, torch.dtype) else leaf, value)
 
 
-def _widened_graph(module: fx.GraphModule) -> fx.GraphModule:
-    """A region of a graph, such as a mask function, in double precision."""
+def _widened_graph(module: fx.GraphModule, precision: torch.dtype) -> fx.GraphModule:
+    """A region of a graph, such as a mask function, in a higher precision."""
     graph = fx.Graph()
     graph.output(graph.graph_copy(module.graph, {}))
     graph.set_codegen(module.graph._codegen)
     for node in graph.nodes:
         if node.op == "call_function" and node.target is not _BITS:
-            node.args, node.kwargs = _widened_types(node.args), _widened_types(node.kwargs)
+            node.args, node.kwargs = _widened_types(node.args, precision), _widened_types(node.kwargs, precision)
     return fx.GraphModule(module, graph)
 
 
@@ -140,11 +140,10 @@ def _default_type(dtype: torch.dtype) -> Iterator[None]:
 
 
 @contextmanager
-def _own_buffers(module: fx.GraphModule, precise: bool) -> Iterator[None]:
+def _own_buffers(module: fx.GraphModule, precision: torch.dtype | None) -> Iterator[None]:
     """Inside, the tensors that a module writes into are copies."""
     held = {name: attribute(module, name) for name in written_names(module.graph)}
-    change: Callable[[Tensor], Tensor] = (lambda tensor: widened(tensor.detach().clone())) if precise else (lambda tensor: tensor.detach().clone())
-    copies = {id(tensor): change(tensor) for tensor in held.values()}
+    copies = {id(tensor): widened(tensor.detach().clone(), precision) for tensor in held.values()}
     try:
         for name, tensor in held.items():
             set_weight(module, name, copies[id(tensor)])
@@ -154,4 +153,4 @@ def _own_buffers(module: fx.GraphModule, precise: bool) -> Iterator[None]:
             set_weight(module, name, tensor)
 
 
-__all__ = ["Ran", "remembers", "run", "widened"]
+__all__ = ["Ran", "remembers", "run"]

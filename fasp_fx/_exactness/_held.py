@@ -16,12 +16,13 @@ from .._observe._visit import Decision
 from .._program import Program
 from .._result import finish
 from ..analysis import Analysis
-from ..errors import VerificationError, VerificationWarning, first_line
+from ..errors import CallError, VerificationError, VerificationWarning, first_line
 from ..groups import APPROXIMATE, Group
 from ..passes import Prune
+from ..report import said_whole
 from ._blame import sound_part
 from ._compare import ReferenceFailedError, Seen, compare
-from ._inputs import Inputs, other_inputs
+from ._inputs import Inputs, example_inputs, other_inputs
 from ._reference import masked_program
 from ._restrict import decided, restricted
 
@@ -114,7 +115,7 @@ class _Net:
         assert made is not None
         assert made.exported is not None
         left = dict(sorted(self.left.items(), key=lambda item: self.order[item[0]]))
-        said = [f"group '{name}' stays whole, because pruning it is not exact: {seen}" for name, seen in left.items()]
+        said = [said_whole(name, seen) for name, seen in left.items()]
         for text in said:
             warnings.warn(text, VerificationWarning, stacklevel=4)
         self.lap("check")
@@ -192,29 +193,46 @@ class _Net:
         """How a program differs from the masked dense one, on the inputs where that shows first."""
         reference = masked_program(self.program, self.analysis, decision)
         if self.inputs is not None:
-            return next((fault for inputs in self.inputs if (fault := self._on(inputs, reference, made)) is not None), None)
-        self.inputs = []
-        try:
-            fault = self._on(Inputs(), reference, made)
-        except ReferenceFailedError as error:
-            self.notes.append(f"the result was not run beside the dense program, which does not run on the example inputs: {first_line(error)}")
+            try:
+                return next((fault for inputs in self.inputs if (fault := self._on(inputs, reference, made)) is not None), None)
+            except CallError as error:
+                return _Fault(first_line(error), exporting=True)
+        self.inputs, fault = [], None
+        for inputs in example_inputs(self.program):
+            try:
+                fault = self._on(inputs, reference, made)
+            except (ReferenceFailedError, CallError) as error:
+                failure = error
+                continue  # the next one is the whole example
+            self.inputs = [inputs]
+            break
+        if not self.inputs:
+            if isinstance(failure, CallError):
+                return _Fault(f"the pruned program refuses the example inputs: {first_line(failure)}", exporting=True)
+            self.notes.append(f"the result was not run beside the dense program, which does not run on the example inputs: {first_line(failure)}")
             return None
-        self.inputs = [Inputs()]
         if fault is not None:
             return fault
+        refused: tuple[Inputs, _Fault] | None = None
         for inputs in other_inputs(self.program):
             try:
                 fault = self._on(inputs, reference, made)
             except ReferenceFailedError:
                 continue  # the dense program does not take these sizes
+            except CallError as error:  # an exporter can rule out some sizes for no good reason: others are tried
+                refused = refused or (inputs, _Fault(f"{inputs.said} the pruned program fails, where the dense one runs: {first_line(error)}", exporting=True))
+                continue
             self.inputs = [inputs] if fault is not None else [*self.inputs, inputs]
             return fault
-        return None
+        if refused is None:
+            return None
+        self.inputs = [refused[0]]
+        return refused[1]
 
     def _on(self, inputs: Inputs, reference: Program, made: _Made) -> _Fault | None:
         try:
             seen = compare(reference, made.module, made.rewritten, inputs)
-        except (torch.OutOfMemoryError, ReferenceFailedError):
+        except (torch.OutOfMemoryError, ReferenceFailedError, CallError):
             raise
         except Exception as error:  # a program raises what it likes
             return _Fault(f"{inputs.said} the pruned program fails, where the dense one runs: {type(error).__name__}: {first_line(error)}")

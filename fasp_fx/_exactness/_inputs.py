@@ -15,8 +15,12 @@ from torch.utils._sympy.numbers import int_oo
 
 from .._program import Program
 
-#: sizes of a small run, all different so that none can stand for another
-_SMALL = (3, 5, 7, 4, 6, 11, 13, 9)
+#: sizes of a small run, all different so that none can stand for another; multiples of the usual divisors among them
+_SMALL = (3, 5, 7, 4, 6, 8, 9, 12, 16)
+#: how many other inputs are offered at most
+_OFFERED = 4
+#: elements from which on an example is long
+_LONG = 1 << 12
 
 
 @dataclass(frozen=True)
@@ -27,15 +31,17 @@ class Inputs:
         said: the inputs in words.
         sizes: new sizes, by position of the input and dimension; ``None`` as dimension: the value of an input that is a size itself.
         drawn: inputs to be filled with random numbers in [0, 1), because the example holds a single number everywhere.
+        long: whether a run takes long and a shorter one follows, in which small deviations can be looked into.
     """
 
     said: str = "on the example inputs"
     sizes: dict[tuple[int, int | None], int] = field(default_factory=dict)
     drawn: frozenset[int] = frozenset()
+    long: bool = False
 
     def of(self, program: Program) -> list[Any]:
         """The values of the placeholders of a program; tensors are copies, of which the entries of the example are repeated where a size grew."""
-        return [self._made(index, leaf) for index, leaf in enumerate(pytree.tree_leaves(program.example))]
+        return [self._made(index, leaf) for index, leaf in enumerate(_leaves(program))]
 
     def _made(self, index: int, leaf: Any) -> Any:
         if not isinstance(leaf, Tensor):
@@ -51,30 +57,48 @@ class Inputs:
         return made.clone() if made.data_ptr() == leaf.data_ptr() else made
 
 
+def example_inputs(program: Program) -> Iterator[Inputs]:
+    """The example: one of its two samples if they are alike, as where a capture has doubled a single one, and the whole."""
+    leaves, dynamic = _leaves(program), _dynamic(program)
+    long = bool(dynamic) and sum(leaf.numel() for leaf in leaves if isinstance(leaf, Tensor)) > _LONG
+    tensors = {index: leaf for index, leaf in enumerate(leaves) if isinstance(leaf, Tensor)}
+    if long and all((index, 0) in dynamic and len(leaf) == 2 and torch.equal(leaf[0], leaf[1]) for index, leaf in tensors.items()):
+        yield Inputs(sizes={(index, 0): 1 for index in tensors}, long=True)
+    yield Inputs(long=long)
+
+
 def other_inputs(program: Program) -> Iterator[Inputs]:
     """Inputs besides the example, the best ones first; none if no size can vary and no input holds a single number.
 
     The first are small, so that a second run costs little beside a long example; the next are for programs that do not run on those.
     """
-    leaves = pytree.tree_leaves(program.example)
-    recorded = [node.meta.get("val") for node in program.placeholders()]
+    leaves, dynamic, nodes = _leaves(program), _dynamic(program), program.placeholders()
     drawn = frozenset(
         index
-        for index, (node, leaf) in enumerate(zip(program.placeholders(), leaves))
+        for index, (node, leaf) in enumerate(zip(nodes, leaves))
         if isinstance(leaf, Tensor) and node.name not in program.state_inputs and _holds_one_number(leaf)
     )
-    dynamic: dict[tuple[int, int | None], torch.SymInt] = {}
-    for index, value in enumerate(recorded):
-        for dim, size in enumerate(value.shape) if isinstance(value, Tensor) else [(None, value)]:
-            if isinstance(size, torch.SymInt) and size.node.maybe_as_int() is None:
-                dynamic[(index, dim)] = size
-    names = [node.name for node in program.placeholders()]
-    for assigned in _assignments(dynamic, leaves, grow=program.device().type != "cpu"):
+    for assigned in _assignments(dynamic, grow=program.device().type != "cpu"):
         sizes = {place: int(size.node.expr.xreplace(assigned)) for place, size in dynamic.items()}
-        shown = ", ".join(f"{names[index]}{'' if dim is None else f'[{dim}]'} = {size}" for (index, dim), size in sizes.items())
+        shown = ", ".join(f"{nodes[index].name}{'' if dim is None else f'[{dim}]'} = {size}" for (index, dim), size in sizes.items())
         yield Inputs(f"on inputs of other sizes ({shown})", sizes, drawn)
     if drawn:
         yield Inputs("on random inputs of the example's sizes", {}, drawn)
+
+
+def _leaves(program: Program) -> list[Any]:
+    return pytree.tree_leaves(program.example)
+
+
+def _dynamic(program: Program) -> dict[tuple[int, int | None], torch.SymInt]:
+    """The sizes that can vary, by position of the input and dimension."""
+    found: dict[tuple[int, int | None], torch.SymInt] = {}
+    for index, node in enumerate(program.placeholders()):
+        value = node.meta.get("val")
+        for dim, size in enumerate(value.shape) if isinstance(value, Tensor) else [(None, value)]:
+            if isinstance(size, torch.SymInt) and size.node.maybe_as_int() is None:
+                found[(index, dim)] = size
+    return found
 
 
 def _holds_one_number(leaf: Tensor) -> bool:
@@ -82,31 +106,35 @@ def _holds_one_number(leaf: Tensor) -> bool:
     return leaf.is_floating_point() and leaf.numel() > 1 and leaf.layout == torch.strided and bool((leaf == leaf.reshape(-1)[0]).all())
 
 
-def _assignments(dynamic: dict[tuple[int, int | None], torch.SymInt], leaves: list[Any], grow: bool) -> Iterator[dict[sympy.Symbol, int]]:
-    """Values for the symbols of the sizes; ``grow``: larger ones only, where an index out of range cannot be caught."""
-    symbols: dict[sympy.Symbol, tuple[int, int, int]] = {}
+def _assignments(dynamic: dict[tuple[int, int | None], torch.SymInt], grow: bool) -> Iterator[dict[sympy.Symbol, int]]:
+    """Values for the symbols of the sizes, as the capture allows; ``grow``: larger ones only, where an index out of range cannot be caught."""
+    ranges: dict[sympy.Symbol, tuple[int, int, int]] = {}
+    guards: set[Any] = set()
     for size in dynamic.values():
         environment = size.node.shape_env
-        for symbol in sorted(size.node.expr.free_symbols - symbols.keys(), key=str):
-            hint = environment.backed_var_to_val.get(symbol)
-            bounds = environment.var_to_range.get(symbol)
+        guards |= {guard.expr for guard in environment.guards}
+        for symbol in sorted(size.node.expr.free_symbols - ranges.keys(), key=str):
+            hint, bounds = environment.backed_var_to_val.get(symbol), environment.var_to_range.get(symbol)
             lower = int(bounds.lower) if bounds is not None and bounds.lower not in (-int_oo, -sympy.oo) else 2
             upper = int(bounds.upper) if bounds is not None and bounds.upper not in (int_oo, sympy.oo) else 1 << 31
             if hint is not None and lower < upper:
-                symbols[symbol] = (int(hint), max(lower, 1), upper)
-    if not symbols:
-        return
-    small: dict[sympy.Symbol, int] = {}
-    for symbol, (hint, lower, upper) in symbols.items():
-        others = itertools.chain(_SMALL, range(lower, lower + len(symbols) + 2))
-        free = [size for size in others if lower <= size <= upper and size != hint]
-        small[symbol] = next((size for size in free if size not in small.values()), next(iter(free), hint))
-    larger = {symbol: min(hint + 1 + index, upper) for index, (symbol, (hint, _, upper)) in enumerate(symbols.items())}
-    smaller = {symbol: max(hint - 1, lower) for symbol, (hint, lower, _) in symbols.items()}
-    doubled = {symbol: min(2 * hint, upper) for symbol, (hint, _, upper) in symbols.items()}
-    for assigned in [larger, doubled] if grow else [small, larger, smaller, doubled]:
-        if any(assigned[symbol] != hint for symbol, (hint, _, _) in symbols.items()):
+                ranges[symbol] = (int(hint), max(lower, 1), upper)
+    offered = (assigned for assigned in _candidates(ranges, grow) if not any(guard.xreplace(assigned) is sympy.false for guard in guards))
+    yield from itertools.islice(offered, _OFFERED)
+
+
+def _candidates(ranges: dict[sympy.Symbol, tuple[int, int, int]], grow: bool) -> Iterator[dict[sympy.Symbol, int]]:
+    """Values for symbols, each given by its value in the example and its bounds; small ones first, none twice, and never the example's own."""
+    hints = {symbol: hint for symbol, (hint, _, _) in ranges.items()}
+    grown = [{symbol: hint + step * (1 + index) for index, (symbol, hint) in enumerate(hints.items())} for step in (1, 2, 3)]
+    grown += [{symbol: times * hint for symbol, hint in hints.items()} for times in (2, 3)]
+    small = [{symbol: _SMALL[(index + start) % len(_SMALL)] for index, symbol in enumerate(hints)} for start in range(len(_SMALL))]
+    seen = [hints]
+    for wanted in grown if grow else [*small, *grown]:
+        assigned = {symbol: min(max(size, ranges[symbol][1]), ranges[symbol][2]) for symbol, size in wanted.items()}
+        if assigned not in seen:
+            seen.append(assigned)
             yield assigned
 
 
-__all__ = ["Inputs", "other_inputs"]
+__all__ = ["Inputs", "example_inputs", "other_inputs"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import time
+import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -21,7 +22,7 @@ from .._program import Program
 from .._result import Result
 from ..allocation import Budget
 from ..analysis import Analysis
-from ..errors import CaptureError, FaspError, first_line
+from ..errors import CaptureError, FaspError, VerificationError, VerificationWarning, first_line
 from ..plan import PruningPlan
 from ..report import Report, weight_size
 from ._budget import JoinedBudget
@@ -79,6 +80,7 @@ class Assembly:
             raise CaptureError(f"{error} No submodule can be pruned by itself either{f': {reasons}' if reasons else ''}.") from error.__cause__
         self.budget = JoinedBudget([Budget(part.analysis) for part in self.parts])
         self.results: dict[str, Result] = {}
+        self.unsound: dict[str, str] = {}
 
     @contextmanager
     def timed(self, stage: str) -> Iterator[None]:
@@ -90,9 +92,14 @@ class Assembly:
         self.seconds[stage] = self.seconds.get(stage, 0.0) + seconds
 
     def place(self, part: Part, decision: Decision, calls: list[Call]) -> bool:
-        """Prune a part and put it in its place; if the model does not run with it, the part stays whole."""
-        result = self.stages.rewrite(part.program, part.analysis, decision)
-        for stage in ("passes", "export"):
+        """Prune a part and put it in its place; if nothing of it can go, or the model does not run with it, the part stays whole."""
+        try:
+            result = self.stages.rewrite(part.program, part.analysis, decision)
+        except VerificationError as failure:
+            self.unsound[part.path] = self.left[part.path] = first_line(failure)
+            warnings.warn(f"part '{part.path}' stays whole: {first_line(failure)}", VerificationWarning, stacklevel=4)
+            return False
+        for stage in ("passes", "export", "check"):
             self._spend(stage, result.report.seconds.get(stage, 0.0))
         module = dressed(result.module, part.module)  # in place, so that the result of the part holds it
         try:
@@ -111,7 +118,13 @@ class Assembly:
         return True
 
     def result(self, requested: float | None) -> PartsResult:
-        """Everything put together."""
+        """Everything put together.
+
+        Raises:
+            VerificationError: nothing is left of what was decided.
+        """
+        if self.unsound and not self.results:
+            raise VerificationError("; ".join(f"part '{path}': {reason}" for path, reason in self.unsound.items()))
         sparsities = [self.results[part.path].plan.sparsity if part.path in self.results else 0.0 for part in self.parts]
         reached = self.budget.average(sparsities)
         parameters = dict(self.model.named_parameters(remove_duplicate=False))

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Callable, Iterable
+import warnings
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
@@ -14,16 +15,17 @@ from torch import Tensor, nn
 from torch.export import ExportedProgram
 
 from .. import plan as plans
+from .._exactness import UnsoundError, decided, restricted
 from .._observe._visit import Decision
 from .._program import Program
 from .._result import Result
 from .._store._graph_json import program_to_json
 from ..analysis import Analysis, analyze_program
 from ..channels import attribute
-from ..errors import ArgumentError, PlanError
-from ..plan import PruningPlan
+from ..errors import ArgumentError, PlanError, VerificationError, VerificationWarning
+from ..plan import PlannedGroup, PruningPlan
 from ..prune import Clock, Options, _compared, decide, plan_of, rewrite, split_fused
-from ..report import Figure, Report, make_report
+from ..report import Figure, Report, make_report, notes_of, said_whole
 from ._config import PrunedConfig
 from ._flat import FlatProgram
 from ._held import Parts, StoredProgram
@@ -144,12 +146,15 @@ def prune(
     analysis, decision = decide(program, chosen, batches, device=where, progress=progress, on_analysis=on_analysis, clock=clock)
     others = stages.served()
     if others:
+        served = [_served(other, device, chosen) for other in others]
+        decision, results, left = _in_all(served, _Planned(program, analysis, decision))
         plan = plan_of(program, analysis, decision)
-        results = {other.name: _carried_out(other, device, plan, program, decision, chosen) for other in others}
         weights = _one_set(model, results)
         plan = replace(plan, result=plans.fingerprint({name: tensor for name, tensor in weights.items() if isinstance(tensor, nn.Parameter)}))
         before = program.parameters()
-        report = make_report(analysis, plan, decision, before, weights, sparsity, clock.seconds)
+        report = make_report(analysis, plan, decision, before, weights, sparsity, clock.seconds, left)
+        found_out = [note for other in served for note in results[other.name].report.notes[len(notes_of(other.analysis)) :]]
+        report = replace(report, notes=tuple(dict.fromkeys([*report.notes, *found_out, *(said_whole(name, seen) for name, seen in left.items())])))
         report = replace(report, cache=next((found.report.cache for found in results.values() if found.report.cache is not None), None))
     else:
         planned = rewrite(program, analysis, decision, sparsity, clock)
@@ -165,27 +170,93 @@ def _captured(stage: Stage, device: torch.device | str | None) -> Program:
     return _compared(stage.model, (), dict(stage.example), state=stage.state, device=device)
 
 
-def _carried_out(stage: Stage, device: torch.device | str | None, plan: PruningPlan, planned: Program, decision: Decision, options: Options) -> Result:
-    """Take out of one more program what the plan says, with the same repaired weights."""
-    clock = Clock()
+@dataclass(frozen=True)
+class _Planned:
+    """The program that a plan is made for, and what was decided for it."""
+
+    program: Program
+    analysis: Analysis
+    decision: Decision
+
+
+@dataclass(frozen=True)
+class _Served:
+    """One more program of the model, in which the plan is carried out."""
+
+    name: str
+    program: Program
+    analysis: Analysis
+
+
+def _served(stage: Stage, device: torch.device | str | None, options: Options) -> _Served:
     program = _captured(stage, device)
     for node in program.module.graph.find_nodes(op="get_attr"):
         if not node.users:  # weights of the other programs
             program.module.graph.erase_node(node)
     program = program.copy()  # holds what the graph looks up, and nothing else
-    clock.lap("capture")
-    analysis = analyze_program(program, split_fused, options.granularity, options.include)
+    return _Served(stage.name, program, analyze_program(program, split_fused, options.granularity, options.include))
+
+
+def _in_all(others: list[_Served], planned: _Planned) -> tuple[Decision, dict[str, Result], dict[str, str]]:
+    """Carry a plan out in every program; a group that one of them cannot lose stays whole in all, since they share their weights.
+
+    Returns:
+        What really went, the results by name, and the groups left whole with what was seen.
+
+    Raises:
+        VerificationError: nothing that was planned can go.
+    """
+    left: dict[str, str] = {}
+    while True:
+        plan = plan_of(planned.program, planned.analysis, planned.decision)
+        results: dict[str, Result] = {}
+        try:
+            for other in others:
+                results[other.name] = _carried_out(other, plan, planned)
+        except UnsoundError as error:
+            faulty = _same_groups(error.left, other, plan, planned)
+            kept = [group for group in decided(planned.analysis, planned.decision) if group.name not in faulty]
+            if not faulty or not kept:
+                raise VerificationError(f"the program '{other.name}' of the model cannot lose what the plan removes: {error}") from error
+            left |= {name: f"in the program '{other.name}' {seen}" for name, seen in faulty.items()}
+            planned = replace(planned, decision=restricted(planned.analysis, planned.decision, kept))
+            continue
+        for name, seen in left.items():
+            warnings.warn(said_whole(name, seen), VerificationWarning, stacklevel=3)
+        return planned.decision, results, left
+
+
+def _carried_out(other: _Served, plan: PruningPlan, planned: _Planned) -> Result:
+    """Take out of one more program what the plan says, with the same repaired weights.
+
+    Raises:
+        UnsoundError: the program is not exact without all of it.
+    """
     try:
-        gone = plans.gone_of(plan, analysis, partial=True)
+        gone = plans.gone_of(plan, other.analysis, partial=True)
     except PlanError as error:
-        raise PlanError(f"the program '{stage.name}' of the model cannot lose what the plan removes: {error}") from error
-    canonical, names = planned.canonical(), analysis.program.aliases()
+        raise PlanError(f"the program '{other.name}' of the model cannot lose what the plan removes: {error}") from error
+    canonical, names = planned.program.canonical(), other.analysis.program.aliases()
     weights = {}
     for own, aliases in names.items():
-        same = {canonical.get(alias, alias) for alias in aliases} & decision.weights.keys()
+        same = {canonical.get(alias, alias) for alias in aliases} & planned.decision.weights.keys()
         if same:
-            weights[own] = decision.weights[same.pop()]
-    return rewrite(program, analysis, Decision(gone, weights), None, clock)
+            weights[own] = planned.decision.weights[same.pop()]
+    return rewrite(other.program, other.analysis, Decision(gone, weights), None, Clock(), whole=True)
+
+
+def _same_groups(faulty: Mapping[str, str], other: _Served, plan: PruningPlan, planned: _Planned) -> dict[str, str]:
+    """The groups of the plan that share a channel with groups of another program, given by name with what was seen of them."""
+    canonical = planned.program.canonical()
+
+    def channels(group: PlannedGroup) -> set[tuple[str, int, int, int]]:
+        parts = [*group.producers, *group.consumers]
+        return {(canonical.get(p.name, p.name), p.dim, block, index) for p in parts for block, indices in enumerate(p.by_block()) for index in indices}
+
+    gone = plans.gone_of(plan, other.analysis, partial=True)
+    theirs = plans.planned([group for group in other.analysis.groups if group.name in faulty], gone, other.analysis)
+    seen = {channel: faulty[group.name] for group in theirs for channel in channels(group)}
+    return {group.name: seen[next(iter(both))] for group in plan.groups if (both := channels(group) & seen.keys())}
 
 
 def _stored(program: ExportedProgram) -> StoredProgram:

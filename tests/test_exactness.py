@@ -1,0 +1,435 @@
+"""What the analysis gets wrong shows when the result is run beside the masked dense program, and is left whole."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from oracle import error
+from refusal import untouched
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import fasp_fx
+import fasp_fx.passes._pipeline
+import fasp_fx.passes._verify
+import fasp_fx.passes.remove_channels
+import fasp_fx.prune
+from fasp_fx._exactness import _compare, _held
+from fasp_fx._exactness._blame import sound_part
+from fasp_fx._observe._visit import Decision
+from fasp_fx.channels import Interpreter
+from fasp_fx.testing import Masked
+
+MAGNITUDE: dict[str, Any] = {"score": "magnitude", "restore": None}
+
+
+_LIBRARY = torch.library.Library("fasp_fx_exactness", "FRAGMENT")
+_LIBRARY.define("turn(Tensor x, Tensor by) -> Tensor")
+_LIBRARY.define("turn_others(Tensor x) -> Tensor")
+_LIBRARY.define("reverse(Tensor x) -> Tensor")
+_LIBRARY.impl("turn", lambda x, by: x.roll(int(by), -1), "CPU")
+_LIBRARY.impl("turn_others", lambda x: x.roll(int(x.shape[0] != 2), -1), "CPU")
+_LIBRARY.impl("reverse", lambda x: x.flip(-1), "CPU")
+for name in ("turn", "turn_others", "reverse"):
+    _LIBRARY.impl(name, lambda x, *_: torch.empty_like(x), "Meta")
+
+OPERATORS = torch.ops.fasp_fx_exactness
+#: operators that move channels, and rules that say of them that they are pointwise
+LIES = {
+    OPERATORS.turn.default: "x[...], by[] -> [...]",
+    OPERATORS.turn_others.default: "x[...] -> [...]",
+    OPERATORS.reverse.default: "x[...] -> [...]",
+}
+
+
+def turn(x: Tensor, by: Tensor) -> Tensor:
+    """Moves the last dimension round by a number known only at run time."""
+    return OPERATORS.turn(x, by)
+
+
+def turn_others(x: Tensor) -> Tensor:
+    """Does nothing to batches of two, and moves the last dimension of all others."""
+    return OPERATORS.turn_others(x)
+
+
+def reverse(x: Tensor) -> Tensor:
+    """Turns the last dimension round."""
+    return OPERATORS.reverse(x)
+
+
+@pytest.fixture(autouse=True)
+def lies() -> Iterator[None]:
+    """Rules that say of operators that they are pointwise."""
+    for operator, rule in LIES.items():
+        fasp_fx.patterns.register(operator, rule)
+    yield
+    for operator in LIES:
+        fasp_fx.patterns.unregister(operator)
+
+
+class Blocks(nn.Module):
+    """Feed-forward blocks in a row; in block i ``between[i]`` stands between its two layers."""
+
+    def __init__(self, *between: Any, width: int = 12) -> None:
+        super().__init__()
+        torch.manual_seed(3)
+        self.up = nn.ModuleList([nn.Linear(6, width) for _ in between])
+        self.down = nn.ModuleList([nn.Linear(width, 6) for _ in between])
+        self.between = between
+
+    def forward(self, x: Tensor) -> Tensor:
+        for up, down, between in zip(self.up, self.down, self.between, strict=True):
+            x = down(between(up(x).relu()))
+        return x
+
+
+def same(x: Tensor) -> Tensor:
+    return x
+
+
+X = torch.randn(2, 5, 6, generator=torch.Generator().manual_seed(0))
+Y = torch.randn(3, 4, 6, generator=torch.Generator().manual_seed(1))
+BATCHES = [torch.randn(4, 16, 6, generator=torch.Generator().manual_seed(seed)) for seed in range(2)]
+
+
+def _exact(model: nn.Module, result: Any, *inputs: Tensor) -> None:
+    masked = Masked(model, result.plan)
+    with torch.no_grad():
+        for x in inputs:
+            assert error(result.module(x), masked(x)) < 1e-5
+            assert error(masked(x), model(x)) > 1e-3, "masking changes nothing that can be seen"
+
+
+def _pruned(model: nn.Module, *args: Tensor, **options: Any) -> Any:
+    with untouched(model):
+        return fasp_fx.prune(model, args or (X,), sparsity=0.3, **{**MAGNITUDE, **options})
+
+
+@pytest.mark.filterwarnings("ignore::fasp_fx.CalibrationWarning")
+@pytest.mark.parametrize("options", [MAGNITUDE, {"score": "fasp", "restore": "least-squares", "calibration": BATCHES}], ids=["cut", "restored"])
+def test_a_good_group_survives_beside_bad_ones(options: dict[str, Any]) -> None:
+    model = Blocks(reverse, same, same, reverse, same).eval()
+    with pytest.warns(fasp_fx.VerificationWarning) as caught:
+        result = _pruned(model, **options)
+    assert {name for warning in caught for name in ("down.0.weight", "down.3.weight") if f"'{name}'" in str(warning.message)} == {
+        "down.0.weight",
+        "down.3.weight",
+    }
+    assert len(caught) == 2
+    assert all("on the example inputs an output differs" in str(warning.message) for warning in caught)
+    assert {"down.1.weight", "down.2.weight", "down.4.weight"} <= {group.name for group in result.plan.groups}
+    assert not {"down.0.weight", "down.3.weight"} & {group.name for group in result.plan.groups}
+    lines = {line.name: line for line in result.report.lines}
+    assert lines["down.0.weight"].after == lines["down.0.weight"].before
+    assert lines["down.0.weight"].reason.startswith("left whole: on the example inputs")
+    assert lines["down.1.weight"].reason == ""
+    assert sum("stays whole" in note for note in result.report.notes) == 2
+    weights = dict(result.module.named_parameters())
+    for name in ("down.0.weight", "down.3.weight"):
+        gone = {index for group in result.plan.groups for part in group.producers if part.name == name for index in part.removed}
+        rows = [index for index in range(6) if index not in gone]
+        assert torch.equal(weights[name], model.get_parameter(name)[rows]), "a weight of a group left whole was repaired"
+    counted = [name for name in weights if name.endswith("weight")]
+    left = sum(weights[name].numel() for name in counted) / sum(model.get_parameter(name).numel() for name in counted)
+    assert result.report.sparsity == result.plan.sparsity == pytest.approx(1 - left)
+    assert 0.1 < result.report.sparsity < 0.25
+    if options is MAGNITUDE:
+        _exact(model, result, X, Y)
+        again = fasp_fx.apply(model, fasp_fx.PruningPlan.from_json(result.plan.to_json()), (X,))
+        assert torch.equal(again.module(Y), result.module(Y))
+
+
+def test_nothing_left() -> None:
+    with pytest.raises(fasp_fx.VerificationError, match="cannot be removed: on the example inputs an output differs"):
+        _pruned(Blocks(reverse).eval())
+
+
+def test_a_plan_is_held_too() -> None:
+    model = Blocks(reverse, same).eval()
+    program = fasp_fx.prune.__globals__["capture"](model, (X,))
+    analysis = fasp_fx.analyze(model, (X,))
+    gone = sum((analysis.labels == group.sets[0] for group in analysis.select("prunable")), start=analysis.labels < 0)
+    plan = fasp_fx.prune.__globals__["plan_of"](program, analysis, Decision(gone))
+    assert {"down.0.weight", "down.1.weight"} <= {group.name for group in plan.groups}
+    with pytest.warns(fasp_fx.VerificationWarning, match="'down.0.weight'"):
+        result = fasp_fx.apply(model, plan, (X,))
+    assert {group.name for group in result.plan.groups} == {group.name for group in plan.groups} - {"down.0.weight"}
+    _exact(model, result, X, Y)
+
+
+def test_wrong_at_other_sizes_only() -> None:
+    model = Blocks(turn_others, same).eval()
+    with pytest.warns(fasp_fx.VerificationWarning, match=r"'down.0.weight' stays whole.* on inputs of other sizes \(x\[0\] = "):
+        result = _pruned(model)
+    _exact(model, result, X, Y)
+
+
+class Counting(nn.Module):
+    """Moves its channels round by the number of calls so far."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks, self.up, self.down = Blocks(same), nn.Linear(6, 12), nn.Linear(12, 6)
+        self.register_buffer("calls", torch.zeros((), dtype=torch.long))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.down(turn(self.up(self.blocks(x)).relu(), self.calls))
+        self.calls.add_(1)
+        return x
+
+
+def test_wrong_in_the_second_call_only() -> None:
+    model = Counting().eval()
+    with pytest.warns(fasp_fx.VerificationWarning, match="'down.weight' stays whole.* in the second of two calls"):
+        result = _pruned(model)
+    assert {"blocks.down.0.weight"} <= {group.name for group in result.plan.groups}
+    assert model.calls == 0
+    assert result.module.calls == 0, "the result has counted the calls of its check"
+    masked = Masked(model, result.plan)
+    for _ in range(3):
+        assert error(result.module(X), masked(X)) < 1e-5
+
+
+class Writing(nn.Module):
+    """Writes into its input."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = Blocks(same)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x.mul_(0.5)
+        return self.blocks(x)
+
+
+def test_inputs_are_not_written_into() -> None:
+    x = X.clone()
+    _pruned(Writing().eval(), x)
+    assert torch.equal(x, X)
+
+
+def test_an_example_that_is_the_same_everywhere() -> None:
+    """All channels of an example of zeros are alike where they only depend on the input; other numbers tell them apart."""
+    model = Blocks(same, reverse).eval()
+    for layer in (*model.up, *model.down):
+        nn.init.zeros_(layer.bias)
+    with pytest.warns(fasp_fx.VerificationWarning, match="'down.1.weight' stays whole"):
+        _pruned(model, torch.zeros(2, 5, 6))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_is_no_fault(dtype: torch.dtype) -> None:
+    model = Blocks(*[same] * 6, width=64).to(dtype).eval()
+    result = _pruned(model, torch.randn(4, 64, 6).to(dtype))
+    assert not any("whole" in line.reason for line in result.report.lines)
+    wrong = Blocks(*[same] * 3, reverse, *[same] * 2, width=64).to(dtype).eval()
+    with pytest.warns(fasp_fx.VerificationWarning, match="'down.3.weight'"):
+        _pruned(wrong, torch.randn(4, 64, 6).to(dtype))
+
+
+class Amplified(nn.Module):
+    """All that is left of its values is how they were rounded."""
+
+    def __init__(self, between: Any = same) -> None:
+        super().__init__()
+        self.blocks = Blocks(same, between, width=300)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        x = (self.blocks(x) * 1e6).sin()
+        return x, x.argsort(-1)
+
+
+def test_amplified_rounding_is_no_fault(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[tuple[bool, float]] = []
+    original = _compare._compare
+
+    def watched(*args: Any) -> Any:
+        found = original(*args)
+        seen.append((args[-1] is torch.float64, found.deviation))
+        return found
+
+    monkeypatch.setattr(_compare, "_compare", watched)
+    _pruned(Amplified().eval(), torch.randn(8, 40, 6, generator=torch.Generator().manual_seed(2)))
+    assert max(deviation for precise, deviation in seen if not precise) > 1e-3, "rounding does not show, and nothing is tested"
+    assert all(deviation < 1e-7 for precise, deviation in seen if precise)
+    with pytest.warns(fasp_fx.VerificationWarning, match=r"'blocks.down.1.weight'"):
+        _pruned(Amplified(reverse).eval())
+
+
+class Drawing(nn.Module):
+    """Drops some of its input at random, or some of its channels."""
+
+    def __init__(self, channels: bool) -> None:
+        super().__init__()
+        self.blocks, self.channels = Blocks(lambda x: F.dropout(x, 0.3, True) if channels else x), channels
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.blocks(x if self.channels else F.dropout(x, 0.3, True))
+
+
+def test_random_numbers() -> None:
+    """The same numbers are drawn for both programs, unless fewer are drawn for the pruned one."""
+    model = Drawing(channels=False).eval()
+    state = torch.get_rng_state()
+    result = _pruned(model)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert not any("random" in note for note in result.report.notes)
+    result = _pruned(Drawing(channels=True).eval())
+    assert any("was not compared with the dense program, because the random numbers that it draws are fewer" in note for note in result.report.notes)
+
+
+class Strange(nn.Module):
+    """Gives numbers that are not finite, integers and truth."""
+
+    def __init__(self, between: Any = same) -> None:
+        super().__init__()
+        self.blocks = Blocks(same, between)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        x = self.blocks(x)
+        return x.log(), x.argmax(-1), x > 0
+
+
+def test_outputs_of_all_kinds() -> None:
+    _pruned(Strange().eval())
+    with pytest.warns(fasp_fx.VerificationWarning, match="where it is not finite"):
+        _pruned(Strange(reverse).eval())
+
+
+class Opaque(nn.Module):
+    """Two parts that can be captured, in a model that cannot."""
+
+    def __init__(self, *between: Any) -> None:
+        super().__init__()
+        self.parts = nn.ModuleList([Blocks(*[kind, kind]) for kind in between])
+
+    def forward(self, x: Tensor) -> Tensor:
+        for part in self.parts:
+            x = part(x)
+            if float(x.detach().sum()) > 1e9:
+                x = -x
+        return x
+
+
+@pytest.mark.filterwarnings("ignore::fasp_fx.CalibrationWarning")
+def test_parts_are_held() -> None:
+    model = Opaque(same, reverse).eval()
+    with pytest.warns(fasp_fx.VerificationWarning, match="'parts.1'|'down.[01].weight'"):
+        result = fasp_fx.prune(model, (X,), sparsity=0.3, **MAGNITUDE)
+    assert "parts.0.down.1.weight" in {group.name for group in result.plan.groups}
+    assert not {"parts.1.down.0.weight", "parts.1.down.1.weight"} & {group.name for group in result.plan.groups}
+    masked = Masked(model, result.plan)
+    assert error(result.module(Y), masked(Y)) < 1e-5
+
+
+def _unverified(program: Any, reference: Any) -> Any:
+    before = reference.program
+    walk = Interpreter(program.module, reference.numbering, program.canonical(), before.state_inputs, before.state_outputs, overrides=program.numbers)
+    return walk.run(small=False)
+
+
+def _cut_elsewhere(cut_weights: Any) -> Any:
+    """Cuts the rows of one weight at the wrong places."""
+
+    def wrong(program: Any, analysis: Any, gone: Any) -> None:
+        slot = analysis.numbering.get("up.1.weight", 0)
+        shifted = gone.copy()
+        shifted[slot.base : slot.base + slot.size] = gone[slot.base : slot.base + slot.size][::-1]
+        cut_weights(program, analysis, shifted)
+
+    return wrong
+
+
+@pytest.mark.parametrize("verified", [True, False])
+def test_a_pass_that_cuts_the_wrong_rows(verified: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whether the verifier refuses the program or its outputs tell: the group is found, and the others go."""
+    monkeypatch.setattr(fasp_fx.passes.remove_channels, "_cut_weights", _cut_elsewhere(fasp_fx.passes.remove_channels._cut_weights))
+    if not verified:
+        monkeypatch.setattr(fasp_fx.passes._pipeline, "verify", _unverified)
+        monkeypatch.setattr(fasp_fx.passes._verify, "verify", _unverified)
+    model = Blocks(same, same, same).eval()
+    with pytest.warns(fasp_fx.VerificationWarning, match="'down.1.weight' stays whole.*(remove_channels|an output differs)") as caught:
+        result = _pruned(model)
+    assert len(caught) == 1
+    assert ("remove_channels" in str(caught[0].message)) is verified
+    assert {"down.0.weight", "down.2.weight"} <= {group.name for group in result.plan.groups}
+    _exact(model, result, X, Y)
+
+
+class Softened(nn.Module):
+    """A softmax over channels, which nothing can make exact."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = Blocks(lambda x: x.softmax(-1)), Blocks(same)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.second(self.first(x))
+
+
+def test_approximate_groups_go_and_their_deviation_is_noted() -> None:
+    model = Softened().eval()
+    result = _pruned(model, include=("approximate",))
+    assert {"first.down.0.weight", "second.down.0.weight"} <= {group.name for group in result.plan.groups}
+    (note,) = [note for note in result.report.notes if "approximate groups were asked for" in note]
+    assert "'first.down.0.weight'" in note
+    assert "of its largest value" in note
+
+
+def test_blame_takes_few_trials() -> None:
+    for bad in ({7}, {0, 63}, set(), {5, 6, 40}):
+        trials = 0
+
+        def fault(items: list[int], bad: set[int] = bad) -> str | None:
+            nonlocal trials
+            trials += 1
+            return f"{sorted(bad & set(items))}" if bad & set(items) else None
+
+        kept, left = sound_part(list(range(64)), fault)
+        assert {item for item, _ in left} == bad
+        assert kept == [item for item in range(64) if item not in bad]
+        assert trials <= 1 + 2 * 6 * len(bad)
+
+
+def test_blame_of_two_that_go_ill_together() -> None:
+    kept, left = sound_part([1, 2, 3, 4], lambda items: "both" if {2, 3} <= set(items) else None)
+    assert (kept, left) == ([1, 2, 4], [(3, "both")])
+
+
+def test_a_second_size_that_the_dense_program_does_not_take() -> None:
+    """A table that ends there, or a size that the capture has settled, is nobody's fault."""
+
+    class Table(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.table, self.blocks = nn.Embedding(5, 6), Blocks(same)
+
+        def forward(self, x: Tensor, at: Tensor) -> Tensor:
+            return self.blocks(x.index_select(0, at) + self.table(at))
+
+    _pruned(Table().eval(), torch.randn(5, 6), torch.arange(5))
+
+
+def test_the_check_can_be_seen_in_the_report() -> None:
+    assert "check" in _pruned(Blocks(same).eval()).report.seconds
+
+
+def test_no_copy_of_a_model_is_made(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The reference shares the weights of the captured program."""
+    model = Blocks(same, same).eval()
+    held: list[Any] = []
+    original = _held.masked_program
+    monkeypatch.setattr(_held, "masked_program", lambda *args: held.append(original(*args)) or held[-1])
+    _pruned(model)
+    pointers = {parameter.data_ptr() for parameter in model.parameters()}
+    assert {parameter.data_ptr() for parameter in held[0].module.parameters()} == pointers
+
+
+def test_warnings_can_be_errors() -> None:
+    warnings.simplefilter("error")
+    with pytest.raises(fasp_fx.VerificationWarning):
+        _pruned(Blocks(same, reverse).eval())
