@@ -236,10 +236,10 @@ class Amplified(nn.Module):
 
     def __init__(self, between: Any = same) -> None:
         super().__init__()
-        self.blocks = Blocks(same, between, width=300)
+        self.blocks = Blocks(same, between, width=1000)  # wide enough for kernels to sum in another order without some of it
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        x = (self.blocks(x) * 1e6).sin()
+        x = (self.blocks(x) * 1e5).sin()
         return x, x.argsort(-1)
 
 

@@ -117,7 +117,7 @@ class _Net:
         left = dict(sorted(self.left.items(), key=lambda item: self.order[item[0]]))
         said = [said_whole(name, seen) for name, seen in left.items()]
         for text in said:
-            warnings.warn(text, VerificationWarning, stacklevel=4)
+            warnings.warn(text, VerificationWarning, stacklevel=5)
         self.lap("check")
         decision = restricted(self.analysis, self.decision, groups)
         return Held(decision, made.rewritten, made.module, made.exported, left, tuple(dict.fromkeys([*self.notes, *said])))

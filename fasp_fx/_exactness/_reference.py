@@ -57,8 +57,10 @@ class _Piece:
     rows: Tensor
 
     def put(self, values: Tensor, into: Tensor) -> None:
-        """Write the values of this piece into a tensor of the shape of the whole."""
-        into.index_copy_(self.dim, self.rows.to(into.device), values.to(into))
+        """Write the values of this piece into a tensor of the shape of the whole; values may be broadcast."""
+        rows = self.rows.to(into.device)
+        shape = [*into.shape[: self.dim], len(rows), *into.shape[self.dim + 1 :]]
+        into.index_copy_(self.dim, rows, values.to(into).expand(shape))
 
 
 def _whole_weights(program: Program, analysis: Analysis) -> dict[str, _Piece] | None:
@@ -198,22 +200,22 @@ class _Masking:
                 shape = attribute(self.analysis.program.module, slot.name).shape
                 mask, piece = _along(slot, shape, own), self.pieces.get(slot.name)
                 name = self.canonical[slot.name if piece is None else piece.source]
-                into = masks.setdefault(name, torch.ones(self.weights[name].shape, dtype=torch.bool))
                 if piece is None:
-                    into &= mask
+                    masks[name] = mask & masks[name] if name in masks else mask
                 else:
+                    into = masks.setdefault(name, torch.ones(self.weights[name].shape, dtype=torch.bool))
                     piece.put(mask & into.index_select(piece.dim, piece.rows), into)
         for name, mask in masks.items():
             self._mask_weight(name, mask)
 
     def _columns(self, use: Use) -> Tensor | None:
-        """Which elements of a weight stay in one use of it; ``None`` if all do."""
+        """Which elements of a weight stay in one use of it (see :func:`_along`); ``None`` if all do."""
         shape = attribute(self.analysis.program.module, use.weight).shape
-        mask = torch.ones(shape, dtype=torch.bool)
+        mask = torch.ones([1] * len(shape), dtype=torch.bool)
         for name, dim in use.slots:
             slot = self.analysis.numbering.get(name, dim)
             if slot is not None and name == use.weight:
-                mask &= _along(slot, shape, self.gone)
+                mask = mask & _along(slot, shape, self.gone)
         removed = self.gone[use.columns].any(-1)
         if bool(mask.all()) and removed.any():  # its columns lie along no single dimension of the weight
             matrices = ConsumerMatrices(use, self.analysis.walk.values)
@@ -261,15 +263,15 @@ class _Masking:
 
 
 def _along(slot: Slot, shape: torch.Size, gone: np.ndarray) -> Tensor:
-    """Which elements of a weight stay if these of its channels along one dimension go."""
-    mask = torch.ones(shape, dtype=torch.bool)
-    rows = torch.from_numpy(gone[slot.base : slot.base + slot.size]).reshape(slot.blocks, -1)
+    """Which elements of a weight stay if these of its channels along one dimension go; of size 1 along dimensions where that makes no difference."""
+    stays = ~torch.from_numpy(gone[slot.base : slot.base + slot.size]).reshape(slot.blocks, -1)
+    sizes = [1] * len(shape)
+    sizes[slot.dim] = shape[slot.dim]
     if slot.block_dim is None:
-        return mask.index_fill_(slot.dim, rows[0].nonzero()[:, 0], False)
-    step = shape[slot.block_dim] // slot.blocks
-    for block, row in enumerate(rows):
-        mask.narrow(slot.block_dim, block * step, step).index_fill_(slot.dim, row.nonzero()[:, 0], False)
-    return mask
+        return stays.reshape(sizes)
+    sizes[slot.block_dim] = shape[slot.block_dim]
+    by_position = stays.repeat_interleave(shape[slot.block_dim] // slot.blocks, 0)  # [positions along block_dim, positions along dim]
+    return (by_position if slot.block_dim < slot.dim else by_position.T).reshape(sizes)
 
 
 __all__ = ["masked_program"]

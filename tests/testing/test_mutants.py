@@ -1,7 +1,8 @@
-"""The harness catches every seeded fault, most of them without the library's own verifier."""
+"""Every seeded fault is caught: by the harness, most of them without the library's own checks, and by the run-time check of the library alone."""
 
 from __future__ import annotations
 
+import sys
 from functools import cache
 from typing import Any
 
@@ -12,12 +13,18 @@ from mutants import MUTANTS, Mutant
 
 import fasp_fx.passes._pipeline
 import fasp_fx.passes._verify
+from fasp_fx._exactness import Held
+from fasp_fx._result import finish
 from fasp_fx.channels import Interpreter
+from fasp_fx.passes import Prune
 from fasp_fx.testing import CheckFailed, build, check_program, check_rule, example
 
 #: faults that only the library's own checks notice, because what they do cannot be written down at all
 UNSEEN_BY_THE_ORACLE = {"boxes without blocks"}
 
+
+#: what a fault must concern for the outputs of a pruned program to be wrong
+OUTPUTS = {"mask-exact", "restored"}
 
 ORACLE = [mutant for mutant in MUTANTS if mutant.name not in UNSEEN_BY_THE_ORACLE]
 
@@ -57,14 +64,38 @@ def test_caught(mutant: Mutant, monkeypatch: pytest.MonkeyPatch) -> None:
     assert fault(mutant) is not None
 
 
-@pytest.mark.parametrize("mutant", ORACLE if PROFILE == "slow" else ORACLE[::2], ids=str)
-def test_caught_without_the_verifier(mutant: Mutant, monkeypatch: pytest.MonkeyPatch) -> None:
-    mutant.patch(monkeypatch)
+def _without_verifier(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(fasp_fx.passes._pipeline, "verify", _unverified)
     monkeypatch.setattr(fasp_fx.passes._verify, "verify", _unverified)
+
+
+def _unheld(program: Any, analysis: Any, decision: Any, lap: Any, whole: bool = False) -> Held:
+    """What is decided is carried out, and nothing is compared."""
+    rewritten = Prune(decision.gone, decision.weights, analysis)(analysis.program) if decision.gone.any() else program
+    for stage in ("passes", "export"):
+        lap(stage)
+    return Held(decision, rewritten, *finish(rewritten))
+
+
+@pytest.mark.parametrize("mutant", ORACLE if PROFILE == "slow" else ORACLE[::2], ids=str)
+def test_caught_without_the_checks_of_the_library(mutant: Mutant, monkeypatch: pytest.MonkeyPatch) -> None:
+    mutant.patch(monkeypatch)
+    _without_verifier(monkeypatch)
+    monkeypatch.setattr(sys.modules["fasp_fx.prune"], "carry_out", _unheld)
     found = fault(mutant)
     assert found is not None
-    assert "VerificationError" not in found
+    assert "Verification" not in found
+    assert "UnsoundError" not in found
+
+
+@pytest.mark.parametrize("mutant", [mutant for mutant in MUTANTS if mutant.net is not None and set(mutant.invariants) & OUTPUTS], ids=str)
+def test_caught_by_running_the_result(mutant: Mutant, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without the verifier, no fault that changes an output gets past the comparison with the masked dense program."""
+    mutant.patch(monkeypatch)
+    _without_verifier(monkeypatch)
+    found = fault(mutant)
+    assert found is not None
+    assert "VerificationWarning: group" in found or "UnsoundError: what was decided cannot be removed" in found
 
 
 def test_there_are_enough() -> None:

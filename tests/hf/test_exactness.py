@@ -1,0 +1,72 @@
+"""The programs of one model share their weights: what one of them cannot lose, none loses."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from generators import Case, dense
+from oracle import masked, removed_columns
+
+import fasp_fx
+from fasp_fx import hf
+from fasp_fx._exactness import _held
+from fasp_fx._exactness._compare import Seen
+
+OPTIONS: dict[str, Any] = {"sparsity": 0.2, "score": "magnitude", "restore": None}
+
+
+def _fault_in(monkeypatch: pytest.MonkeyPatch, weight: str, program: Any) -> None:
+    """Let the comparison fail where ``weight`` is smaller, in the programs of which ``program`` is true."""
+    original = _held.compare
+
+    def compare(reference: Any, module: Any, pruned: Any, inputs: Any) -> Seen:
+        found = original(reference, module, pruned, inputs)
+        ours, theirs = pruned.weights().get(weight), reference.weights().get(weight)
+        lost = ours is not None and theirs is not None and ours.shape != theirs.shape
+        return Seen(0.5, False) if lost and program(reference) else found
+
+    monkeypatch.setattr(_held, "compare", compare)
+
+
+def _takes_a_cache(program: Any) -> bool:
+    return bool(program.state_inputs) and any(node.meta["val"].dim() == 4 and node.name in program.state_inputs for node in program.placeholders())
+
+
+def test_a_group_that_one_program_cannot_lose_stays_whole_in_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    weight = "decoder.block.0.layer.2.DenseReluDense.wo.weight"
+    _fault_in(monkeypatch, weight, _takes_a_cache)
+    model = dense("t5")
+    with pytest.warns(fasp_fx.VerificationWarning, match=f"'{weight}' stays whole.*in the program 'decode' on the example inputs"):
+        made = hf.prune(model, **OPTIONS)
+    groups = {group.name for group in made.plan.groups}
+    assert weight not in groups
+    assert weight.replace("decoder.block.0", "decoder.block.1") in groups
+    lines = {line.name: line for line in made.report.lines}
+    assert lines[weight].before == lines[weight].after
+    assert lines[weight].reason.startswith("left whole: in the program 'decode'")
+    assert any(weight in note for note in made.report.notes)
+    assert made.model.get_parameter(weight).shape == model.get_parameter(weight).shape
+    inputs = Case(2, 1).inputs("t5")
+    found = made.model.generate(**inputs, max_new_tokens=8, do_sample=False)
+    with masked(model, removed_columns(made.plan, model)):
+        assert torch.equal(found, model.generate(**inputs, max_new_tokens=8, do_sample=False))
+
+
+def test_nothing_left_in_one_of_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    original = _held.compare
+    monkeypatch.setattr(_held, "compare", lambda reference, *rest: Seen(0.5, False) if _takes_a_cache(reference) else original(reference, *rest))
+    with pytest.raises(fasp_fx.VerificationError, match="the program 'decode' of the model cannot lose what the plan removes"):
+        hf.prune(dense("t5"), **OPTIONS)
+
+
+def test_one_program_leaves_a_group_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = dense("llama_gqa")
+    weight = "model.layers.0.mlp.down_proj.weight"
+    _fault_in(monkeypatch, weight, lambda program: True)
+    with pytest.warns(fasp_fx.VerificationWarning, match=f"'{weight}' stays whole"):
+        made = hf.prune(model, **OPTIONS)
+    assert weight not in {group.name for group in made.plan.groups}
+    assert made.plan.groups
+    assert made.model.get_parameter(weight).shape == model.get_parameter(weight).shape
