@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import importlib
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
 import torch
+from conftest import one_capture
 from oracle import error
 from refusal import untouched
 from torch import Tensor, nn
 from torch.nn import functional as F
+from zoo import ZOO
 
 import fasp_fx
 import fasp_fx.passes._pipeline
@@ -24,6 +27,7 @@ from fasp_fx._observe._visit import Decision
 from fasp_fx.channels import Interpreter
 from fasp_fx.testing import Masked
 
+split_fused = importlib.import_module("fasp_fx.passes.split_fused")
 MAGNITUDE: dict[str, Any] = {"score": "magnitude", "restore": None}
 
 
@@ -433,3 +437,26 @@ def test_warnings_can_be_errors() -> None:
     warnings.simplefilter("error")
     with pytest.raises(fasp_fx.VerificationWarning):
         _pruned(Blocks(same, reverse).eval())
+
+
+def _rows_elsewhere(add_part: Any) -> Any:
+    """Gives each part of a fused weight the right numbers and the wrong rows."""
+
+    def wrong(self: Any, program: Any, name: str, new: str, rows: Any, use: Any) -> None:
+        add_part(self, program, name, new, rows, use)
+        with torch.no_grad():
+            part = program.weights()[new]
+            part.copy_(part.roll(1, 0))
+
+    return wrong
+
+
+def test_fused_weights_are_compared_whole(zoo_model: Callable[[str], nn.Module], monkeypatch: pytest.MonkeyPatch) -> None:
+    """The reference is the program as it was captured, so that a wrong split shows as well."""
+    entry, model = ZOO["bloom"], zoo_model("bloom")
+    with one_capture():
+        result = fasp_fx.prune(model, (), entry.example(), sparsity=0.2, **MAGNITUDE)
+        assert result.plan.splits
+        monkeypatch.setattr(split_fused._Splitter, "_add_part", _rows_elsewhere(split_fused._Splitter._add_part))
+        with pytest.raises(fasp_fx.VerificationError, match="cannot be removed: on the example inputs an output differs"):
+            fasp_fx.prune(model, (), entry.example(), sparsity=0.2, **MAGNITUDE)

@@ -23,8 +23,13 @@ from fasp_fx.testing import CheckFailed, build, check_program, check_rule, examp
 UNSEEN_BY_THE_ORACLE = {"boxes without blocks"}
 
 
-#: what a fault must concern for the outputs of a pruned program to be wrong
+#: faults of which no output of a pruned program shows anything: two copies compute what one weight did
+UNSEEN_IN_OUTPUTS = {"a missed tie"}
+
+#: what the others must concern for the outputs to be wrong
 OUTPUTS = {"mask-exact", "restored"}
+
+SHOWING = {mutant.name for mutant in MUTANTS if mutant.net is not None and set(mutant.invariants) & OUTPUTS} - UNSEEN_IN_OUTPUTS
 
 ORACLE = [mutant for mutant in MUTANTS if mutant.name not in UNSEEN_BY_THE_ORACLE]
 
@@ -88,7 +93,7 @@ def test_caught_without_the_checks_of_the_library(mutant: Mutant, monkeypatch: p
     assert "UnsoundError" not in found
 
 
-@pytest.mark.parametrize("mutant", [mutant for mutant in MUTANTS if mutant.net is not None and set(mutant.invariants) & OUTPUTS], ids=str)
+@pytest.mark.parametrize("mutant", [mutant for mutant in MUTANTS if mutant.name in SHOWING], ids=str)
 def test_caught_by_running_the_result(mutant: Mutant, monkeypatch: pytest.MonkeyPatch) -> None:
     """Without the verifier, no fault that changes an output gets past the comparison with the masked dense program."""
     mutant.patch(monkeypatch)
@@ -102,3 +107,4 @@ def test_there_are_enough() -> None:
     assert len(MUTANTS) >= 20
     assert len({mutant.name for mutant in MUTANTS}) == len(MUTANTS)
     assert len(ORACLE) >= 10
+    assert len(SHOWING) >= 15
