@@ -21,6 +21,7 @@ import fasp_fx.passes._pipeline
 import fasp_fx.passes._verify
 import fasp_fx.passes.remove_channels
 import fasp_fx.prune
+from fasp_fx._cli._console import session
 from fasp_fx._exactness import _compare, _held
 from fasp_fx._exactness._blame import sound_part
 from fasp_fx._observe._visit import Decision
@@ -460,3 +461,10 @@ def test_fused_weights_are_compared_whole(zoo_model: Callable[[str], nn.Module],
         monkeypatch.setattr(split_fused._Splitter, "_add_part", _rows_elsewhere(split_fused._Splitter._add_part))
         with pytest.raises(fasp_fx.VerificationError, match="cannot be removed: on the example inputs an output differs"):
             fasp_fx.prune(model, (), entry.example(), sparsity=0.2, **MAGNITUDE)
+
+
+def test_the_command_line_names_every_group(capsys: pytest.CaptureFixture[str]) -> None:
+    with session():
+        for name in ("first", "second"):
+            warnings.warn(f"group '{name}' stays whole", fasp_fx.VerificationWarning, stacklevel=1)
+    assert capsys.readouterr().err.splitlines() == ["fasp-fx: warning: group 'first' stays whole", "fasp-fx: warning: group 'second' stays whole"]

@@ -13,7 +13,7 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TaskID, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
-from ..errors import CalibrationWarning, CaptureWarning, FaspError
+from ..errors import CalibrationWarning, CaptureWarning, FaspError, VerificationWarning
 
 USAGE, INTERRUPTED = 2, 130
 
@@ -63,7 +63,7 @@ class Stages:
 def session() -> Iterator[Stages]:
     """Stages for one command. Errors of the library become one line and exit code 2, Ctrl-C exit code 130."""
     stages = Stages()
-    held: dict[type[Warning], list[str]] = {CaptureWarning: [], CalibrationWarning: []}
+    held: dict[type[Warning], list[str]] = {CaptureWarning: [], VerificationWarning: [], CalibrationWarning: []}
 
     def show(message: Warning | str, category: type[Warning], *rest: Any, **more: Any) -> None:
         for kind in held:
@@ -78,6 +78,8 @@ def session() -> Iterator[Stages]:
             warnings.showwarning = show
             yield stages
         stages.end()
+        for message in held.pop(VerificationWarning):  # each names a group
+            _complain("warning", message)
         for messages in filter(None, held.values()):
             _complain("warning", messages[0] + (f" (and {len(messages) - 1} more like it)" if len(messages) > 1 else ""))
     except FaspError as error:
