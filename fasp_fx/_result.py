@@ -17,6 +17,7 @@ from ._compile._flex import make_traceable
 from ._program import Program, graph_module
 from ._stamps import read_stamps
 from .capture import export_again
+from .channels import attribute, target_name
 from .plan import PruningPlan
 from .report import Report
 
@@ -72,6 +73,12 @@ def wrap(exported: ExportedProgram, signature: CallSignature) -> fx.GraphModule:
     for node in lifted.graph.find_nodes(op="call_function", target=torch.ops.aten.view.default):
         # Strides were settled without gradients; with them attention can pick another kernel, whose result a view does not fit.
         node.target = torch.ops.aten.reshape.default
+    for node in lifted.graph.find_nodes(op="call_function", target=torch.ops.aten.copy_.default):
+        written: Any = node.args[0]
+        if written.op == "get_attr" and isinstance(attribute(lifted, target_name(written)), nn.Parameter):
+            # An embedding with a largest norm writes into its parameter, without gradients, which no exporter keeps.
+            with lifted.graph.inserting_before(node):
+                node.update_arg(0, lifted.graph.call_function(torch.ops.aten.detach.default, (written,)))
     make_traceable(lifted.graph)
     module = graph_module(lifted, lifted.graph, lifted.meta)
     generated: Any = lifted.graph._codegen

@@ -17,7 +17,6 @@ from ._exactness import carry_out
 from ._observe._calibration import read_batches
 from ._observe._runner import Runner
 from ._observe._visit import Decision, Observer
-from ._parts._calls import unchanged
 from ._parts._faithful import compared
 from ._parts._prune import Stages, apply_in_parts, prune_in_parts
 from ._program import Program
@@ -59,7 +58,7 @@ def analyze(
     """
     granularity, include = _check_choice(granularity, include)
     try:
-        program = _capture(model, args, kwargs, dynamic_shapes=dynamic_shapes, state=state)
+        program = capture(model, args, kwargs, dynamic_shapes=dynamic_shapes, state=state)
     except CaptureError as error:
         if error.__cause__ is None:  # not the exporter's, but something to put right
             raise
@@ -259,17 +258,9 @@ def _check_arguments(sparsity: float, restore: object, allocation: Literal["unif
     return allocation if callable(allocation) else uniform
 
 
-def _capture(model: Model, args: Any, kwargs: dict[str, Any] | None, **options: Any) -> Program:
-    """Capture, and leave no attribute behind that the forward sets while it is traced."""
-    with unchanged(model) as changed:
-        program = capture(model, args, kwargs, **options)
-    sets = changed.names(model) if isinstance(model, nn.Module) else []
-    return replace(program, notes=(*program.notes, *(f"forward sets the attribute '{name}', which a graph does not" for name in sets)))
-
-
 def _compared(model: Model, args: Any, kwargs: dict[str, Any] | None, **options: Any) -> Program:
     """Capture, and hold the program against the model."""
-    return compared(_capture(model, args, kwargs, **options), model, args, kwargs)
+    return compared(capture(model, args, kwargs, **options), model, args, kwargs)
 
 
 def _check_choice(granularity: Iterable[str], include: Iterable[str]) -> tuple[tuple[str, ...], tuple[str, ...]]:

@@ -21,6 +21,7 @@ from ._dynamic import all_dims, first_dim, images_of, of_fixed_total, recorded_s
 from ._functional import functional
 from ._quiet import quiet
 from ._transformers import export_transformers, is_transformers
+from ._unchanged import unchanged
 
 
 def export(
@@ -55,14 +56,13 @@ def export(
     failures: list[Exception] = []
     for note, inputs, shapes in attempts:
         try:
-            with quiet(), torch.no_grad():
-                exported = _export_once(model, signature, names, inputs, shapes)
-                features = of_fixed_total(exported) if dynamic_shapes is None and callable(shapes) else frozenset()
-                if features:
-                    exported = _export_once(model, signature, names, inputs, functools.partial(with_static, shapes, features))
+            exported, sets = _undisturbed(model, signature, names, inputs, shapes)
+            features = of_fixed_total(exported) if dynamic_shapes is None and callable(shapes) else frozenset()
+            if features:
+                exported, sets = _undisturbed(model, signature, names, inputs, functools.partial(with_static, shapes, features))
             if dynamic_shapes is None and shapes is all_dims and images_of(inputs.values()):
                 note = "; ".join(filter(None, (note, "the sizes of images are fixed to those of the example; dynamic_shapes= lets them vary")))
-            return exported, ((note,) if note else ())
+            return exported, (*((note,) if note else ()), *(f"forward sets the attribute '{name}', which a graph does not" for name in sets))
         except Exception as error:
             failures.append(error)
     reason = str(failures[0]).strip().splitlines() or [type(failures[0]).__name__]
@@ -70,6 +70,15 @@ def export(
         f"{type(model).__name__} cannot be captured by torch.export: {reason[0]}. Try the inputs on the model itself, "
         "then capture the largest submodule without data-dependent control flow."
     ) from failures[0]
+
+
+def _undisturbed(
+    model: nn.Module, signature: CallSignature, names: list[str], inputs: dict[str, Any], shapes: Any
+) -> tuple[ExportedProgram, list[str]]:
+    """One attempt, which finds the model as it was and leaves it so, and the names of the attributes that its forward sets."""
+    with quiet(), torch.no_grad(), unchanged(model) as changed:
+        exported = _export_once(model, signature, names, inputs, shapes)
+    return exported, changed.names(model)
 
 
 def _by_position(model: nn.Module, signature: CallSignature, leading: int) -> list[str]:

@@ -9,14 +9,15 @@ import torch
 from torch import Tensor, fx
 
 from .._program import Program
-from ..channels import attribute
+from ..channels import attribute, written_names
 from ..errors import CalibrationError
 
 
 class Runner:
     """Executes nodes in graph order for all batches; a value lives until its last use.
 
-    Together with the stops this costs one forward pass per batch, however many consumers are observed.
+    Together with the stops this costs one forward pass per batch, however many consumers are observed. Every batch finds the tensors that the graph
+    writes into (counts, running statistics) as they are in the program, and writes into copies of its own.
 
     Attributes:
         overrides: tensors to use for weights instead of the program's, by canonical name.
@@ -35,7 +36,9 @@ class Runner:
             last = max((self._order[user] for user in node.users), default=self._order[node])
             self._dies_at.setdefault(last, []).append(node)
         placeholders = program.placeholders()
-        self._memory = [dict(zip(placeholders, batch, strict=True)) for batch in batches]
+        self._memory: list[dict[fx.Node, Any]] = [dict(zip(placeholders, batch, strict=True)) for batch in batches]
+        written = {self.canonical.get(name, name): attribute(self.module, name) for name in written_names(program.module.graph)}
+        self._written: list[dict[str, Tensor]] = [{name: tensor.detach().clone() for name, tensor in written.items()} for _ in batches]
 
     def index(self, node: fx.Node) -> int:
         """The position of a node in graph order."""
@@ -47,7 +50,7 @@ class Runner:
             for index in range(self.position, stop):
                 node = self.nodes[index]
                 if node.op == "call_function":
-                    memory[node] = self._execute(node, memory, number)
+                    memory[node] = self._execute(node, number)
                 for dead in self._dies_at.get(index, ()):
                     memory.pop(dead, None)
             self.on_node(number)
@@ -55,27 +58,30 @@ class Runner:
 
     def read(self, node: fx.Node) -> Iterator[Tensor]:
         """The value of a live node for each batch."""
-        for memory in self._memory:
-            yield self._load(node, memory)
+        for number in range(len(self._memory)):
+            yield self._load(node, number)
 
     def ahead(self, node: fx.Node) -> Iterator[Any]:
         """What the node that is next in order will give, for each batch, with nothing kept of it."""
-        for number, memory in enumerate(self._memory):
-            yield self._execute(node, memory, number)
+        for number in range(len(self._memory)):
+            yield self._execute(node, number)
 
     def multiply(self, node: fx.Node, factor: Tensor) -> None:
         """Multiply the value of a live node, for all batches."""
         for memory in self._memory:
             memory[node] = memory[node] * factor.to(memory[node])
 
-    def _load(self, argument: fx.Node, memory: dict[fx.Node, Any]) -> Any:
+    def _load(self, argument: fx.Node, number: int) -> Any:
         if argument.op != "get_attr":
-            return memory[argument]
+            return self._memory[number][argument]
         name = self.canonical.get(str(argument.target), str(argument.target))
-        return self.overrides[name] if name in self.overrides else attribute(self.module, str(argument.target))
+        for held in (self.overrides, self._written[number]):
+            if name in held:
+                return held[name]
+        return attribute(self.module, str(argument.target))
 
-    def _execute(self, node: fx.Node, memory: dict[fx.Node, Any], number: int) -> Any:
-        args, kwargs = fx.map_arg((node.args, node.kwargs), lambda argument: self._load(argument, memory))
+    def _execute(self, node: fx.Node, number: int) -> Any:
+        args, kwargs = fx.map_arg((node.args, node.kwargs), lambda argument: self._load(argument, number))
         try:
             return node.target(*args, **kwargs)  # type: ignore[operator]
         except (RuntimeError, IndexError, AssertionError) as error:

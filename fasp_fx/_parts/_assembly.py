@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from .. import plan as plans
 from .._calling._signature import CallSignature
 from .._capture._transformers import is_transformers, register_caches
+from .._capture._unchanged import rewound
 from .._observe._visit import Decision
 from .._program import Program
 from .._result import Result
@@ -26,7 +27,7 @@ from ..errors import CaptureError, FaspError, VerificationError, VerificationWar
 from ..plan import PruningPlan
 from ..report import Report, weight_size
 from ._budget import JoinedBudget
-from ._calls import Call, rewound
+from ._calls import Call
 from ._names import line_within, plan_within
 from ._result import PartsResult
 from ._stand_in import dressed, put, replaced

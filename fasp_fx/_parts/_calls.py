@@ -1,9 +1,8 @@
-"""The calls that submodules get while a model runs, and running a model without leaving a trace in it."""
+"""The calls that submodules get while a model runs."""
 
 from __future__ import annotations
 
 import contextlib
-import copy
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -106,110 +105,3 @@ def watching(modules: Iterable[nn.Module], seen: Callable[[nn.Module, Call], Non
     finally:
         for handle in handles:
             handle.remove()
-
-
-_CONTAINERS = (list, dict, set)
-_HOOKS = ("_forward_hooks", "_forward_hooks_with_kwargs", "_forward_hooks_always_called", "_forward_pre_hooks", "_forward_pre_hooks_with_kwargs")
-
-
-class Changed(dict[nn.Module, set[str]]):
-    """The attributes of each module that its forward has set.
-
-    Left out are those of torch's own hooks, which compute a weight, and the lists in which torch's recurrent modules keep their parameters: they
-    are made anew where an exporter has put stand-ins for the parameters.
-    """
-
-    def note(self, module: nn.Module, names: set[str]) -> None:
-        """Add the changed attributes of one module."""
-        if isinstance(module, nn.RNNBase):
-            names = names - {"_flat_weights", "_flat_weight_refs"}
-        hooks = [hook for hook in module._forward_pre_hooks.values() if of_torch(hook)]
-        names = {name for name in names if not any(name in (getattr(hook, "name", None), getattr(hook, "_tensor_name", None)) for hook in hooks)}
-        if names:
-            self[module] = names
-
-    def names(self, model: nn.Module) -> list[str]:
-        """The dotted names of the attributes."""
-        return [f"{path}.{name}" if path else name for path, module in model.named_modules() for name in sorted(self.get(module, ()))]
-
-
-def of_torch(hook: Any) -> bool:
-    """Whether a hook computes a weight from others (``torch.nn.utils.weight_norm`` and its like), which a capture sees."""
-    return str(getattr(hook, "__module__", "")).startswith("torch.nn.utils.")
-
-
-@contextlib.contextmanager
-def unchanged(model: Any) -> Iterator[Changed]:
-    """Put attributes and hooks of a model and its submodules back as they were; afterwards, what is yielded names the attributes that had changed."""
-    saved = []
-    for module in model.modules() if isinstance(model, nn.Module) else ():
-        if isinstance(module, torch.jit.ScriptModule):
-            continue  # cannot be captured, and keeps its attributes elsewhere
-        contents = {name: copy.copy(value) for name, value in vars(module).items() if not name.startswith("_") and type(value) in _CONTAINERS}
-        hooks = {name: dict(vars(module)[name]) for name in _HOOKS if name in vars(module)}
-        saved.append((module, dict(vars(module)), dict(module._buffers), contents, hooks))
-    changed = Changed()
-    try:
-        yield changed
-    finally:
-        for module, attributes, buffers, contents, hooks in saved:
-            changed.note(module, _put_back(vars(module), attributes, contents))
-            module._buffers.clear()
-            module._buffers.update(buffers)
-            for name, held in hooks.items():  # some models hook themselves when they are first asked for hidden states
-                if vars(module)[name].keys() != held.keys():
-                    vars(module)[name].clear()
-                    vars(module)[name].update(held)
-
-
-def _put_back(own: dict[str, Any], attributes: dict[str, Any], contents: dict[str, Any]) -> set[str]:
-    """Restore attributes, and what is in the plain containers among them."""
-    changed = {name for name in own if name not in attributes}
-    for name in changed:
-        del own[name]
-    for name, value in attributes.items():
-        if name not in own or own[name] is not value:
-            if name not in own or not _same_plain(own[name], value):
-                changed.add(name)
-            own[name] = value
-    for name, content in contents.items():
-        value = attributes[name]
-        if len(value) != len(content) or any(a is not b for a, b in zip(_items(value), _items(content))):
-            changed.add(name)
-            value.clear()
-            (value.extend if isinstance(value, list) else value.update)(content)
-    return changed
-
-
-def _same_plain(a: Any, b: Any) -> bool:
-    """Whether two constants are equal; exporters put back tuples as equal copies."""
-    if type(a) is tuple and type(b) is tuple:
-        return len(a) == len(b) and all(map(_same_plain, a, b))
-    return is_plain(a) and type(a) is type(b) and a == b
-
-
-def _items(container: Any) -> list[Any]:
-    return [*container, *container.values()] if isinstance(container, dict) else list(container)
-
-
-@contextlib.contextmanager
-def rewound(model: nn.Module) -> Iterator[Changed]:
-    """As :func:`unchanged`, and put back the values of buffers and the state of the random numbers, which start from zero inside."""
-    values = [(buffer, buffer.detach().clone()) for buffer in model.buffers()]
-    devices = {tensor.device for tensor in (*model.parameters(), *model.buffers()) if tensor.device.type == "cuda"}
-    try:
-        with unchanged(model) as changed, torch.random.fork_rng(devices=list(devices)):
-            torch.manual_seed(0)
-            yield changed
-    finally:
-        with torch.no_grad():
-            for buffer, value in values:
-                if not _same_bits(buffer, value):
-                    buffer.copy_(value)
-
-
-def _same_bits(a: Tensor, b: Tensor) -> bool:
-    """Whether nothing was written; buffers of other layouts are left as they are."""
-    if a.layout != torch.strided or a.is_quantized:
-        return True
-    return torch.equal(a, b)

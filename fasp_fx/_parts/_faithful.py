@@ -10,11 +10,11 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
+from .._capture._unchanged import rewound
 from .._observe._runner import Runner
 from .._program import Program
-from ..channels import results
+from ..channels import results, written_names
 from ..errors import CalibrationError, CaptureWarning
-from ._calls import rewound
 
 #: relative deviation in the 2-norm from which on two outputs are not the same up to rounding
 _ALLOWED, _ALLOWED_HALF = 1e-2, 1e-1
@@ -30,10 +30,10 @@ def compared(program: Program, model: Any, args: Any, kwargs: dict[str, Any] | N
         return program
     args = args if isinstance(args, tuple) else (args,)
     # what a model compiles for itself (flex attention, say) runs uncompiled, as in the program
-    with torch.no_grad(), rewound(model), torch.compiler.set_stance("force_eager"):
+    with torch.no_grad(), rewound(model, written_names(program.module.graph)), torch.compiler.set_stance("force_eager"):
         expected = _copied(pytree.tree_leaves(model(*_copied(args), **_copied(kwargs or {}))))
     try:
-        with torch.no_grad(), rewound(program.module):
+        with torch.no_grad():
             found = _copied(_outputs(program, _copied(program.flat_inputs(args, kwargs or {}))))
     except CalibrationError as error:
         return _noted(program, f"cannot be executed on the example inputs ({error})")

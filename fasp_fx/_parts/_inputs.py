@@ -8,9 +8,10 @@ from typing import Any
 import torch
 from torch import nn
 
+from .._capture._unchanged import rewound
 from .._observe._calibration import calibration_calls
 from ..errors import CalibrationError, first_line
-from ._calls import Call, rewound, watching
+from ._calls import Call, watching
 from ._submodules import Part, why_unfit
 
 

@@ -10,12 +10,13 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from .._capture._unchanged import of_torch, rewound
 from .._observe._calibration import _check_shape
 from .._program import Program
 from .._result import finish
 from ..analysis import Analysis
 from ..errors import FaspError, first_line
-from ._calls import Call, Seen, of_torch, rewound, watching
+from ._calls import Call, Seen, watching
 from ._stand_in import StandIn, replaced, same_output
 
 Capture = Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], Program]

@@ -56,13 +56,19 @@ def set_argument(node: fx.Node, name: str, value: Any) -> bool:
     return True
 
 
+#: flags with which a norm writes into its running statistics, which its schema does not say
+_WRITES_STATISTICS = ("training", "use_input_stats")
+
+
 def written_names(graph: fx.Graph) -> set[str]:
     """The names of the tensors that a graph looks up and writes into."""
     found: set[str] = set()
     for node in graph.nodes:
-        if isinstance(node.target, OpOverload) and node.target._schema.is_mutable:
+        if isinstance(node.target, OpOverload):
             given = arguments(node)
             taken = [given.get(argument.name) for argument in node.target._schema.arguments if argument.is_write]
+            if any(given.get(flag) for flag in _WRITES_STATISTICS):
+                taken += [given.get("running_mean"), given.get("running_var")]
             found |= {target_name(value) for value in pytree.tree_leaves(taken) if isinstance(value, fx.Node) and value.op == "get_attr"}
     return found
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
+from .._capture._unchanged import rewound
 from .._program import Program
 from ..errors import CaptureError
 from . import _caches
@@ -64,7 +65,7 @@ def positions_of(stages: CausalStages | Seq2SeqStages, program: Program) -> tupl
         values = _values(flat, arguments)
         expected = stages.run(arguments)  # extends the cache, whose tensors it leaves
         try:
-            with torch.no_grad():
+            with torch.no_grad(), rewound(program.module):
                 moved = {name: tensor.to(program.device()) for name, tensor in values.items()}
                 found = flat(program.module, moved)["logits"].to(expected.logits.device)
         except (RuntimeError, AssertionError, IndexError):
@@ -135,7 +136,7 @@ def check_served(model: Any, stages: CausalStages | Seq2SeqStages) -> None:
     """
     for size, arguments in _served_calls(model, stages):
         whole, pieces = arguments
-        with torch.no_grad():
+        with torch.no_grad(), rewound(model):
             expected = model(**whole, use_cache=False).logits
             cache, found = None, []
             for piece in pieces:

@@ -13,6 +13,7 @@ from torch import Tensor
 from transformers import BatchEncoding
 from transformers.modeling_outputs import BaseModelOutput
 
+from .._capture._unchanged import rewound
 from ..errors import ArgumentError, CalibrationError, CaptureError, first_line
 from . import _caches
 from ._caches import fresh
@@ -71,7 +72,7 @@ class Stages:
             CaptureError: it fails on these arguments.
         """
         try:
-            with torch.no_grad():
+            with torch.no_grad(), rewound(self.model):
                 return self.model(**arguments, use_cache=True, return_dict=True)
         except Exception as error:
             shown = ", ".join(arguments)
@@ -124,7 +125,7 @@ class Seq2SeqStages(Stages):
 
     def encoded(self, source: Tensor, mask: Tensor) -> Any:
         """What the encoder makes of source tokens ``[batch, source]``."""
-        with torch.no_grad():
+        with torch.no_grad(), rewound(self.model):
             return BaseModelOutput(last_hidden_state=self.model.get_encoder()(input_ids=source, attention_mask=mask, return_dict=True).last_hidden_state)
 
     def arguments(self, batch: int = BATCH, source: int = SOURCE, new: int = NEW, past: int = PAST, padding: int = 0) -> dict[str, Any]:

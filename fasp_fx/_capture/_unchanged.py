@@ -1,0 +1,138 @@
+"""Run or trace a model without leaving a trace in it."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from .._calling._signature import is_plain
+
+_CONTAINERS = (list, dict, set)
+_HOOKS = ("_forward_hooks", "_forward_hooks_with_kwargs", "_forward_hooks_always_called", "_forward_pre_hooks", "_forward_pre_hooks_with_kwargs")
+
+
+class Changed(dict[nn.Module, set[str]]):
+    """The attributes of each module that its forward has set.
+
+    Left out are those of torch's own hooks, which compute a weight, and the lists in which torch's recurrent modules keep their parameters: they
+    are made anew where an exporter has put stand-ins for the parameters.
+    """
+
+    def note(self, module: nn.Module, names: set[str]) -> None:
+        """Add the changed attributes of one module."""
+        if isinstance(module, nn.RNNBase):
+            names = names - {"_flat_weights", "_flat_weight_refs"}
+        hooks = [hook for hook in module._forward_pre_hooks.values() if of_torch(hook)]
+        names = {name for name in names if not any(name in (getattr(hook, "name", None), getattr(hook, "_tensor_name", None)) for hook in hooks)}
+        if names:
+            self[module] = names
+
+    def names(self, model: nn.Module) -> list[str]:
+        """The dotted names of the attributes."""
+        return [f"{path}.{name}" if path else name for path, module in model.named_modules() for name in sorted(self.get(module, ()))]
+
+
+def of_torch(hook: Any) -> bool:
+    """Whether a hook computes a weight from others (``torch.nn.utils.weight_norm`` and its like), which a capture sees."""
+    return str(getattr(hook, "__module__", "")).startswith("torch.nn.utils.")
+
+
+@contextlib.contextmanager
+def unchanged(model: Any) -> Iterator[Changed]:
+    """Put attributes and hooks of a model and its submodules back as they were, and the values of tensors that are plain attributes.
+
+    Afterwards, what is yielded names the attributes that had changed.
+    """
+    saved = []
+    for module in model.modules() if isinstance(model, nn.Module) else ():
+        if isinstance(module, torch.jit.ScriptModule):
+            continue  # cannot be captured, and keeps its attributes elsewhere
+        own = {name: value for name, value in vars(module).items() if not name.startswith("_")}
+        contents = {name: copy.copy(value) for name, value in own.items() if type(value) in _CONTAINERS}
+        values = _values(leaf for leaf in pytree.tree_leaves(own) if isinstance(leaf, Tensor))
+        hooks = {name: dict(vars(module)[name]) for name in _HOOKS if name in vars(module)}
+        saved.append((module, dict(vars(module)), dict(module._buffers), contents, values, hooks))
+    changed = Changed()
+    try:
+        yield changed
+    finally:
+        for module, attributes, buffers, contents, values, hooks in saved:
+            changed.note(module, _put_back(vars(module), attributes, contents))
+            _write_back(values)
+            module._buffers.clear()
+            module._buffers.update(buffers)
+            for name, held in hooks.items():  # some models hook themselves when they are first asked for hidden states
+                if vars(module)[name].keys() != held.keys():
+                    vars(module)[name].clear()
+                    vars(module)[name].update(held)
+
+
+def _put_back(own: dict[str, Any], attributes: dict[str, Any], contents: dict[str, Any]) -> set[str]:
+    """Restore attributes, and what is in the plain containers among them."""
+    changed = {name for name in own if name not in attributes}
+    for name in changed:
+        del own[name]
+    for name, value in attributes.items():
+        if name not in own or own[name] is not value:
+            if name not in own or not _same_plain(own[name], value):
+                changed.add(name)
+            own[name] = value
+    for name, content in contents.items():
+        value = attributes[name]
+        if len(value) != len(content) or any(a is not b for a, b in zip(_items(value), _items(content))):
+            changed.add(name)
+            value.clear()
+            (value.extend if isinstance(value, list) else value.update)(content)
+    return changed
+
+
+def _same_plain(a: Any, b: Any) -> bool:
+    """Whether two constants are equal; exporters put back tuples as equal copies."""
+    if type(a) is tuple and type(b) is tuple:
+        return len(a) == len(b) and all(map(_same_plain, a, b))
+    return is_plain(a) and type(a) is type(b) and a == b
+
+
+def _items(container: Any) -> list[Any]:
+    return [*container, *container.values()] if isinstance(container, dict) else list(container)
+
+
+@contextlib.contextmanager
+def rewound(model: nn.Module, written: Iterable[str] = ()) -> Iterator[Changed]:
+    """As :func:`unchanged`, and put back the values of buffers and the state of the random numbers, which start from zero inside.
+
+    Args:
+        model: the module that runs inside.
+        written: the names of parameters that its forward writes into (an embedding with ``max_norm``, say), whose values are put back too.
+    """
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    values = _values([*model.buffers(), *(parameters[name] for name in written if name in parameters)])
+    devices = {tensor.device for tensor in (*model.parameters(), *model.buffers()) if tensor.device.type == "cuda"}
+    try:
+        with unchanged(model) as changed, torch.random.fork_rng(devices=list(devices)):
+            torch.manual_seed(0)
+            yield changed
+    finally:
+        _write_back(values)
+
+
+def _values(tensors: Iterable[Tensor]) -> list[tuple[Tensor, Tensor]]:
+    """Tensors with copies of what they hold; those without values, and those of other layouts, are left as they are."""
+    plain = [tensor for tensor in tensors if tensor.layout == torch.strided and not tensor.is_quantized and tensor.device.type != "meta"]
+    return [(tensor, tensor.detach().clone()) for tensor in plain]
+
+
+def _write_back(values: list[tuple[Tensor, Tensor]]) -> None:
+    with torch.no_grad():
+        for tensor, value in values:
+            if not torch.equal(tensor, value):
+                tensor.copy_(value)
+
+
+__all__ = ["Changed", "of_torch", "rewound", "unchanged"]
