@@ -93,6 +93,16 @@ class Program:
             found.setdefault(canonical, []).append(name)
         return found
 
+    def free_name(self, wanted: str) -> str:
+        """The dotted name itself, or with a suffix if the program or the caller's model has something else by that name."""
+        owner, dot, leaf = wanted.rpartition(".")
+        inside = attribute(self.module, owner) if owner else self.module
+        taken = {part for name in self.order if (part := _within(name, owner)) is not None}
+        count, free = 1, leaf
+        while hasattr(inside, free) or free in taken:
+            count, free = count + 1, f"{leaf}_{count + 1}"
+        return f"{owner}{dot}{free}"
+
     def replace_weight(self, names: list[str], value: Tensor) -> None:
         """Put one tensor under several names; a parameter stays one parameter, so that tied weights stay tied."""
         first: Any = value
@@ -130,6 +140,13 @@ class Program:
         """The device of the weights, or of the inputs if there are none."""
         tensors: Iterator[Any] = iter([*self.weights().values(), *pytree.tree_leaves(self.example)])
         return next((tensor.device for tensor in tensors if isinstance(tensor, Tensor)), torch.device("cpu"))
+
+
+def _within(name: str, owner: str) -> str | None:
+    """What ``owner`` calls the thing that ``name`` is or is part of, if it is inside."""
+    if owner and not name.startswith(f"{owner}."):
+        return None
+    return name.removeprefix(f"{owner}." if owner else "").partition(".")[0]
 
 
 def region(tensor: Tensor, name: str) -> tuple[Any, ...]:

@@ -13,6 +13,7 @@ from torch.fx.graph_module import _USER_PRESERVED_ATTRIBUTES_KEY
 
 from ._calling._guards import guard_calls
 from ._calling._signature import CallerCodeGen, CallSignature
+from ._capture._names import own_names
 from ._compile._flex import make_traceable
 from ._program import Program, graph_module
 from ._stamps import read_stamps
@@ -70,6 +71,7 @@ def wrap(exported: ExportedProgram, signature: CallSignature) -> fx.GraphModule:
     """The module of an exported program behind the caller's signature."""
     lifted = exported.module(check_guards=True)
     guard_calls(lifted, exported)
+    own_names(lifted)
     for node in lifted.graph.find_nodes(op="call_function", target=torch.ops.aten.view.default):
         # Strides were settled without gradients; with them attention can pick another kernel, whose result a view does not fit.
         node.target = torch.ops.aten.reshape.default

@@ -18,6 +18,7 @@ from ._capture._export import export, export_again
 from ._capture._fold import Folding
 from ._capture._fold import fold as fold_weights
 from ._capture._functional import functional, is_plain_graph
+from ._capture._names import own_names
 from ._capture._recurrent import single_layers
 from ._capture._state import state_positions
 from ._capture._transformers import is_transformers, register_caches
@@ -77,6 +78,7 @@ def capture(
     if target is not None:
         exported = move_to_device_pass(exported, target)
     module = exported.module(check_guards=False)
+    own_names(module)
     single_layers(module.graph)
     example = exported.example_inputs
     if example is None:
@@ -142,5 +144,6 @@ def recapture(program: Program, exported: ExportedProgram) -> Program:
     for node, old in zip(inputs, before, strict=True):
         if node.name != old.name:
             node._rename(old.name)
+    own_names(module)
     module.recompile()
     return replace(program, module=module)

@@ -26,7 +26,8 @@ _Piece = tuple[fx.Node, range]
 def take_apart(program: Program, analysis: Analysis, stuck: np.ndarray, by: str) -> Program:
     """Give each range of rows a weight of its own, where all of a weight is used so and its rows are among the channel sets ``stuck``.
 
-    The new weights, named ``<weight>_0``, ``<weight>_1`` …, are recorded in ``program.parts``; returns the same program if there is nothing to do.
+    The new weights, named ``<weight>_0``, ``<weight>_1`` … where these names are free, are recorded in ``program.parts``. Returns the same program if
+    there is nothing to do.
     """
     found = _packed(program, analysis, stuck)
     if not found:
@@ -36,7 +37,7 @@ def take_apart(program: Program, analysis: Analysis, stuck: np.ndarray, by: str)
     for name, dim, pieces in found:
         weight = attribute(program.module, name)
         for index, (piece, rows) in enumerate(pieces):
-            new = f"{name}_{index}"
+            new = program.free_name(f"{name}_{index}")
             with torch.no_grad():
                 held = weight.detach().narrow(dim, rows.start, len(rows)).clone()
             set_weight(program.module, new, nn.Parameter(held, requires_grad=weight.requires_grad))

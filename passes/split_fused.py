@@ -40,8 +40,8 @@ class _Part:
 class SplitFusedProducers(Pass):
     """Precondition: the analysis is that of the program: no pass has run before.
 
-    Postcondition: the split weights are gone; their parts, named ``<weight>_0``, ``<weight>_1`` …, are recorded in ``program.parts``. A
-    product whose parts cannot be told apart is left alone, and its groups stay frozen.
+    Postcondition: the split weights are gone; their parts, named ``<weight>_0``, ``<weight>_1`` … where these names are free, are recorded in
+    ``program.parts``. A product whose parts cannot be told apart is left alone, and its groups stay frozen.
     """
 
     name = "split_fused_producers"
@@ -174,8 +174,8 @@ class _Splitter:
             copies: dict[fx.Node, fx.Node] = {}
             with graph.inserting_before(anchor):
                 for original in _weights_nodes(chain, use):
-                    name = f"{original.target}_{index}"
                     if original.op == "get_attr":
+                        name = program.free_name(f"{original.target}_{index}")
                         self._add_part(program, str(original.target), name, rows, use)
                         copies[nodes[original.name]] = stamp(graph.get_attr(name), self.name)
                     else:
