@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -151,7 +151,7 @@ def _within(name: str, owner: str) -> str | None:
 
 def region(tensor: Tensor, name: str) -> tuple[Any, ...]:
     """What tells the storage of a weight from that of others; tied weights share it. ``name`` stands for a tensor without elements."""
-    if tensor.device.type == "meta":
+    if tensor.device.type == "meta" or tensor.layout != torch.strided:  # which have no storage
         return (id(tensor),)
     return (tensor.untyped_storage().data_ptr(), tensor.storage_offset(), tuple(tensor.shape), tensor.stride(), tensor.numel() or name)
 
@@ -164,13 +164,16 @@ def copy_graph(graph: fx.Graph) -> fx.Graph:
     return copied
 
 
-def graph_module(root: nn.Module, graph: fx.Graph, meta: dict[str, Any]) -> fx.GraphModule:
-    """A graph module over the tensors of ``root``.
+_Kind = TypeVar("_Kind", bound=fx.GraphModule)
+
+
+def graph_module(root: nn.Module, graph: fx.Graph, meta: dict[str, Any], kind: type[_Kind] = fx.GraphModule) -> _Kind:  # type: ignore[assignment]
+    """A graph module over the tensors of ``root``, of the class ``kind``.
 
     ``fx.GraphModule`` registers every tensor that is not a parameter as a persistent buffer; here a buffer stays out of the state dict if it
     was, and so does a constant, which must still move with the module.
     """
-    made = fx.GraphModule(root, graph)
+    made = kind(root, graph)
     made.meta.update(meta)
     for path, module in made.named_modules():
         try:

@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from ._store._atomic import new_folder
-from ._store._graph_json import program_from_json, program_to_json
+from ._store._graph_json import check_weights, program_from_json, program_to_json
 from ._store._report_json import report_from_json, report_to_json
 from ._store._signature_json import signature_from_json, signature_to_json
 from ._store._tensors import read_tensors, write_tensors
@@ -49,6 +49,7 @@ def save(result: Result, path: str | Path, *, overwrite: bool = False) -> Path:
     """
     path = Path(path).absolute()
     program = result.program
+    check_weights(program)
     signature, graph = signature_to_json(result.signature), program_to_json(program)
     with new_folder(path, overwrite=overwrite, replaceable=is_save) as folder:
         write_json(folder / "plan.json", json.loads(result.plan.to_json()))

@@ -106,7 +106,8 @@ def test_example_inputs_that_do_not_fit(args: Any, kwargs: dict[str, Any], match
         ([BATCH, torch.full((3, 6), float("inf"))], "batch 1, input 'x' holds values that are not finite"),
         ([{"y": BATCH}], r"batch 0.*'x'"),
         ([{"x": BATCH, "unheard": 1}], r"batch 0.*unheard"),
-        ([(BATCH, BATCH)], r"batch 0.*too many positional"),
+        ([(BATCH, BATCH)], r"batch 0.*too many positional.*labels.*calibration=\(batch\[0\] for batch in loader\)"),
+        ([[BATCH, torch.zeros(len(BATCH))]], r"batch 0.*labels.*leave them out"),
         ([()], r"batch 0.*'x'"),
         ([{"x": [BATCH, BATCH]}], r"batch 0.*"),
         ([{"x": "text"}], r"batch 0.*input 'x'.*str"),
@@ -122,7 +123,7 @@ def test_token_numbers_out_of_range_name_the_batch_and_the_node(wrong: int) -> N
 
 
 def test_an_argument_that_was_not_captured() -> None:
-    refused(fasp_fx.CalibrationError, r"batch 0: argument 'bias'.*capture it", Net().eval(), (IDS,), calibration=[(IDS, torch.zeros(6))])
+    refused(fasp_fx.CalibrationError, r"batch 0: argument 'bias'.*capture it.*labels.*batch\[0\]", Net().eval(), (IDS,), calibration=[(IDS, torch.zeros(6))])
 
 
 def test_longer_than_the_positions() -> None:

@@ -178,6 +178,9 @@ class CallerCodeGen(_PyTreeCodeGen):
         defaults = {name: p.default for name, p in parameters.items() if p.default is not inspect.Parameter.empty}
         self.checks = _Checks(self._expected(), defaults, signature.outlines)
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> CallerCodeGen:
+        return CallerCodeGen(self.signature, self.pytree_info)  # neither ever changes
+
     def additional_globals(self) -> list[tuple[str, Any]]:
         return [*super().additional_globals(), ("_call", self.checks)]
 

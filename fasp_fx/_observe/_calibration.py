@@ -16,6 +16,9 @@ from ..errors import CalibrationError, CallError
 def read_batches(program: Program, calibration: Iterable[Any] | None, device: torch.device | None) -> list[list[Any]]:
     """The graph inputs of every batch.
 
+    Batches of inputs and labels, as most data loaders give them, are refused with the line that takes the inputs out. To drop by itself what the model does
+    not take would serve a model of one argument; one with a further, optional argument (a mask) would take the labels for it.
+
     Args:
         calibration: an iterable of tensors (one positional argument), tuples (positional arguments) or mappings (keyword arguments).
         device: move batches there; ``None`` takes them as they are.
@@ -28,12 +31,21 @@ def read_batches(program: Program, calibration: Iterable[Any] | None, device: to
         try:
             flat = program.flat_inputs(args, kwargs)
         except CallError as error:
-            raise CalibrationError(f"calibration batch {index}: {error}") from error
+            raise CalibrationError(f"calibration batch {index}: {error}{_without_labels(program, args)}") from error
         if device is not None:
             flat = [leaf.to(device) if isinstance(leaf, Tensor) else leaf for leaf in flat]
         _check(program, flat, index)
         batches.append(flat)
     return batches
+
+
+def _without_labels(program: Program, args: tuple[Any, ...]) -> str:
+    """What to do about a batch that brings more than the program takes."""
+    taken = len(program.signature.captured)
+    if len(args) <= taken:
+        return ""
+    pick = "batch[0]" if taken == 1 else f"batch[:{taken}]"
+    return f". A batch is given to the model whole; if labels follow its inputs, leave them out: calibration=({pick} for batch in loader)"
 
 
 def calibration_calls(calibration: Iterable[Any] | None) -> Iterator[tuple[tuple[Any, ...], dict[str, Any]]]:

@@ -72,7 +72,7 @@ def _outputs(program: Program, inputs: list[Any]) -> list[Any]:
 
 
 def _floats(leaves: list[Any]) -> list[Tensor]:
-    return [leaf for leaf in leaves if isinstance(leaf, Tensor) and leaf.is_floating_point()]
+    return [leaf.to_dense() for leaf in leaves if isinstance(leaf, Tensor) and leaf.is_floating_point()]
 
 
 def _deviation(found: Tensor, expected: Tensor) -> float:

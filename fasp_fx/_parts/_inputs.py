@@ -45,7 +45,8 @@ def recorded(model: nn.Module, module: nn.Module, batches: list[Call]) -> list[C
         except Exception as failure:
             raise CalibrationError(
                 f"calibration batch {index} fails in the model: {type(failure).__name__}: {first_line(failure)}; a batch is a tensor, a tuple of positional "
-                "arguments or a dict of keyword arguments, so a model that takes a list takes it as (list,)"
+                "arguments or a dict of keyword arguments, so a model that takes a list takes it as (list,), and one that takes no labels is given none: "
+                "calibration=(batch[0] for batch in loader)"
             ) from failure
     return calls
 

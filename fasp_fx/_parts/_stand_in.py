@@ -105,6 +105,9 @@ def _same_leaf(found: Any, expected: Any) -> bool:
 
 
 def _close(found: Tensor, expected: Tensor) -> bool:
+    if found.layout != expected.layout:
+        return False
+    found, expected = _dense(found), _dense(expected)
     if not (expected.is_floating_point() or expected.is_complex()):
         return torch.equal(found, expected)
     if not expected.numel():
@@ -115,3 +118,8 @@ def _close(found: Tensor, expected: Tensor) -> bool:
     finite = b[torch.isfinite(b)]
     scale = float(finite.abs().max()) if finite.numel() else 1.0
     return torch.allclose(a, b, rtol=tolerance, atol=tolerance * scale, equal_nan=True)
+
+
+def _dense(tensor: Tensor) -> Tensor:
+    """The same values in a layout that can be compared."""
+    return tensor if tensor.layout == torch.strided else tensor.to_dense()

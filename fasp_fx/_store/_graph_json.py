@@ -27,7 +27,6 @@ def program_to_json(program: ExportedProgram) -> dict[str, Any]:
     Raises:
         StoreError: the program holds something that JSON cannot.
     """
-    _check_weights(program)
     try:
         with quiet():
             stored = serde.ExportedProgramSerializer().serialize(
@@ -67,7 +66,7 @@ def program_from_json(data: Mapping[str, Any], weights: dict[str, Tensor], const
         raise StoreError(f"graph.json holds no program that torch {torch.__version__} can read: {first_line(error)}; save the result again") from error
 
 
-def _check_weights(program: ExportedProgram) -> None:
+def check_weights(program: ExportedProgram) -> None:
     """Refuse weights that no longer fit the graph, as after ``module.half()``."""
     signature = program.graph_signature
     names = {**signature.inputs_to_parameters, **signature.inputs_to_buffers, **signature.inputs_to_lifted_tensor_constants}

@@ -18,6 +18,11 @@ def fresh(encoder_decoder: bool) -> Cache:
     return EncoderDecoderCache(DynamicCache(), DynamicCache()) if encoder_decoder else DynamicCache()
 
 
+def holds_states(config: Any) -> bool:
+    """Whether the cache that transformers makes for a model has layers that sum up the tokens seen in states, as Mamba's have."""
+    return any(hasattr(layer, "conv_states") for layer in DynamicCache(config=config.get_text_config(decoder=True)).layers)
+
+
 def check(cache: Any, encoder_decoder: bool) -> None:
     """Refuse a cache of another kind than :func:`fresh` makes.
 

@@ -16,7 +16,7 @@ from transformers.modeling_outputs import BaseModelOutput
 from .._capture._unchanged import rewound
 from ..errors import ArgumentError, CalibrationError, CaptureError, first_line
 from . import _caches
-from ._caches import fresh
+from ._caches import fresh, holds_states
 
 #: example sizes: sequences, source tokens, tokens that are already cached, new tokens; all different, and none of them 1, which would be taken for a constant
 BATCH, SOURCE, PAST, NEW = 2, 4, 5, 3
@@ -49,6 +49,11 @@ class Stages:
         if "cache" not in self.accepts:
             raise CaptureError(
                 f"{type(self.model).__name__}.forward takes no 'cache' of keys and values, so it cannot be served step by step; use fasp_fx.prune"
+            )
+        if holds_states(self.model.config):
+            raise CaptureError(
+                f"{type(self.model).__name__} generates from states (of a convolution, of a recurrence) in the place of the tokens seen, and fasp_fx.hf serves "
+                "caches of keys and values only; use fasp_fx.prune(model, (), {'input_ids': ids, 'use_cache': False}, …), whose result reads whole texts"
             )
 
     def tokens(self, count: int, batch: int = BATCH, seed: int = 0) -> Tensor:

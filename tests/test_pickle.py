@@ -1,0 +1,93 @@
+"""Results in pickles: what ``pickle`` and ``torch.save`` write is the same module in a process that knows nothing of the model."""
+
+from __future__ import annotations
+
+import copy
+import os
+import pickle
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import fasp_fx
+
+_READ = """
+import pickle, sys, torch
+args, kwargs, expected = torch.load("call.pt")
+with open("module.pkl", "rb") as file:
+    modules = [pickle.load(file), torch.load("module.pt", weights_only=False)]
+for module in modules:
+    found = module(*args, **kwargs)
+    assert list(found) == ["y", "both"] and torch.equal(found["y"], expected["y"]) and torch.equal(found["both"][1], expected["both"][1])
+    assert module.first.weight is module.again.weight and not module.first.weight.requires_grad and "fixed" not in module.state_dict()
+    assert len(pickle.dumps(module)) > 1000
+    import fasp_fx
+    assert fasp_fx.analyze(module.eval(), args, kwargs).select("prunable")
+"""
+
+
+class Model(nn.Module):
+    """Tied layers, buffers of both kinds, a constant, a nested argument, a constant argument, and a nested output."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(8, 24), nn.Linear(24, 4)
+        self.again = self.first
+        self.register_buffer("calls", torch.zeros(1))
+        self.register_buffer("fixed", torch.ones(4), persistent=False)
+
+    def forward(self, x: Tensor, *, extra: dict[str, Tensor], wide: bool = False) -> dict[str, Any]:
+        self.calls += 1
+        y = self.second(F.gelu(self.again(x))) * self.fixed + torch.tensor([1.0, 2.0, 3.0, 4.0]) + extra["bias"].sum()
+        return {"y": y, "both": (y, y * self.calls)}
+
+
+@pytest.fixture(scope="module")
+def module() -> nn.Module:
+    torch.manual_seed(0)
+    call = {"extra": {"bias": torch.randn(3)}, "wide": True}
+    return fasp_fx.prune(Model().eval(), (torch.randn(3, 8),), call, score="magnitude", restore=None, sparsity=0.3).module
+
+
+@pytest.mark.parametrize("state", ["as it is", "copied", "another dtype"])
+def test_a_pickle_is_read_in_another_process(module: nn.Module, state: str, tmp_path: Path) -> None:
+    module = copy.deepcopy(module)
+    if state == "copied":
+        module = copy.deepcopy(module).train()
+    if state == "another dtype":
+        module = module.double()
+    module.first.weight.requires_grad_(False)
+    with torch.no_grad():
+        module.second.bias.fill_(0.5)  # what is written are the weights as they are now
+    dtype = module.second.weight.dtype
+    args, kwargs = (torch.randn(7, 8, dtype=dtype),), {"extra": {"bias": torch.randn(3, dtype=dtype)}, "wide": True}
+    (tmp_path / "module.pkl").write_bytes(pickle.dumps(module))
+    torch.save(module, tmp_path / "module.pt")
+    with torch.no_grad():
+        torch.save((args, kwargs, module(*args, **kwargs)), tmp_path / "call.pt")
+    found = {**os.environ, "PYTHONPATH": str(Path(fasp_fx.__file__).parents[1])}
+    ran = subprocess.run([sys.executable, "-W", "error::FutureWarning", "-c", _READ], cwd=tmp_path, env=found, capture_output=True, text=True, check=False)
+    assert ran.returncode == 0, ran.stderr[-2000:]
+
+
+def test_what_was_captured_is_still_checked(module: nn.Module) -> None:
+    again = pickle.loads(pickle.dumps(module))
+    with pytest.raises(fasp_fx.CallError, match="keys"):
+        again(torch.randn(3, 8), extra={"other": torch.zeros(3)})
+    with pytest.raises(fasp_fx.CallError, match="dimension 1 is 9"):
+        again(torch.randn(3, 9), extra={"bias": torch.zeros(3)})
+
+
+def test_copies_warn_of_nothing(module: nn.Module) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        copied = copy.deepcopy(copy.deepcopy(module))
+        pickle.loads(pickle.dumps(copied))
+    assert copied(torch.randn(3, 8), extra={"bias": torch.zeros(3)})["y"].shape == (3, 4)
