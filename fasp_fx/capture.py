@@ -18,7 +18,7 @@ from ._capture._export import export, export_again
 from ._capture._fold import Folding
 from ._capture._fold import fold as fold_weights
 from ._capture._functional import functional, is_plain_graph
-from ._capture._names import own_names
+from ._capture._names import check_names, own_names
 from ._capture._recurrent import single_layers
 from ._capture._state import state_positions
 from ._capture._transformers import is_transformers, register_caches
@@ -77,6 +77,7 @@ def capture(
         raise ArgumentError(f"model must be an nn.Module, fx.GraphModule or ExportedProgram, not {type(model).__name__}")
     if target is not None:
         exported = move_to_device_pass(exported, target)
+    check_names((*exported.state_dict, *exported.constants))
     module = exported.module(check_guards=False)
     own_names(module)
     single_layers(module.graph)

@@ -101,3 +101,26 @@ def test_parts_of_a_split_weight_take_names_that_are_free(model: nn.Module) -> N
     assert plan.splits
     assert not names & {part.name for part in plan.splits}
     check_program(model, (x,), invariants=("mask-exact", "plan", "steps"), sparsity=0.1)
+
+
+class Taken(nn.Module):
+    """A submodule or buffer whose name is an attribute of every graph module."""
+
+    def __init__(self, name: str, kind: str) -> None:
+        super().__init__()
+        self.up, self.down, self.called = nn.Linear(6, 24), nn.Linear(24, 6), name
+        if kind == "buffer":
+            self.register_buffer(name, torch.randn(6))
+        else:
+            self.add_module(name, nn.Linear(6, 6))
+
+    def forward(self, x: Tensor) -> Tensor:
+        held = getattr(self, self.called)
+        return self.down(F.relu(self.up(held(x) if isinstance(held, nn.Module) else x + held)))
+
+
+@pytest.mark.parametrize("name", ["graph", "code", "meta"])
+@pytest.mark.parametrize("kind", ["buffer", "submodule"])
+def test_names_that_a_graph_cannot_hold_are_refused(name: str, kind: str) -> None:
+    with pytest.raises(fasp_fx.CaptureError, match=f"the model holds '{name}.*rename '{name}'"):
+        fasp_fx.analyze(Taken(name, kind).eval(), (torch.randn(3, 6),))

@@ -21,12 +21,12 @@ class Sparse(nn.Module):
     def __init__(self, what: str) -> None:
         super().__init__()
         self.block, self.what = Vectors(), what
-        self.register_buffer("graph", torch.eye(3).to_sparse())
+        self.register_buffer("edges", torch.eye(3).to_sparse())
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         out = self.block(x)
         if self.what == "buffer":
-            return out, self.graph
+            return out, self.edges
         return out, out.to_sparse() if self.what == "coo" else out.to_sparse_csr()
 
 

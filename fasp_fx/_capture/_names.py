@@ -2,7 +2,26 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 from torch import fx
+
+from ..errors import CaptureError
+
+#: attributes that every graph module has
+_OF_GRAPH_MODULES = frozenset(dir(fx.GraphModule)) | {"meta"}
+
+
+def check_names(weights: Iterable[str]) -> None:
+    """Refuse weights under names that a graph module has for something else, such as a submodule ``graph``: torch cannot hold them there.
+
+    Raises:
+        CaptureError: names the attribute.
+    """
+    for name in weights:
+        first = name.partition(".")[0]
+        if first in _OF_GRAPH_MODULES:
+            raise CaptureError(f"the model holds '{name}', but torch.fx has '{first}' for an attribute of every graph; rename '{first}' in the model")
 
 
 def own_names(module: fx.GraphModule) -> None:
@@ -18,4 +37,4 @@ def own_names(module: fx.GraphModule) -> None:
             node._rename(wanted)
 
 
-__all__ = ["own_names"]
+__all__ = ["check_names", "own_names"]
