@@ -13,7 +13,8 @@ import typer
 
 from . import __version__
 from ._cli import _tables
-from ._cli._console import results, say, session
+from ._cli._console import USAGE, results, say, session
+from ._cli._plain_text import printable
 from .errors import ArgumentError
 
 app = typer.Typer(
@@ -76,10 +77,13 @@ Include = Annotated[
 
 
 @app.callback(invoke_without_command=True)
-def _root(version: Annotated[bool, typer.Option("--version", help="Print the version and leave.", is_eager=True)] = False) -> None:
+def _root(context: typer.Context, version: Annotated[bool, typer.Option("--version", help="Print the version and leave.", is_eager=True)] = False) -> None:
     if version:
         typer.echo(f"fasp-fx {__version__}")
         raise typer.Exit(0)
+    if context.invoked_subcommand is None:
+        typer.echo(context.get_help())
+        raise typer.Exit(USAGE)
 
 
 @app.command()
@@ -179,12 +183,15 @@ def inspect(
     """
     with session() as stages:
         from ._cli import _models
+        from ._cli._arguments import check_path
         from ._cli._saved import is_saved
         from ._page import check_page, write_page
         from .prune import analyze
         from .report import counted
 
+        check_path("the model", model)
         if html is not None:
+            check_path("--html", html)
             check_page(html)
         if is_saved(model):
             if granularity or include:
@@ -226,7 +233,7 @@ def _inspect_saved(folder: Path, *, as_json: bool, html: Path | None) -> None:
     report = read_report(folder)
     if html is not None:
         write_page(report, f"{folder.resolve().name}, {report.sparsity:.0%} removed", html)
-    typer.echo(json.dumps(report_to_json(report)) if as_json else str(report))
+    typer.echo(json.dumps(report_to_json(report)) if as_json else printable(str(report), keep="\n"))
 
 
 @app.command("eval")

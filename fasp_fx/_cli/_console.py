@@ -11,9 +11,11 @@ from typing import Any
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, Progress, SpinnerColumn, TaskID, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
 from ..errors import CalibrationWarning, CaptureWarning, FaspError, VerificationWarning
+from ._plain_text import printable
 
 USAGE, INTERRUPTED = 2, 130
 
@@ -40,7 +42,7 @@ class Stages:
             columns += [BarColumn(), TaskProgressColumn(), TimeRemainingColumn()]
         silent = not self.console.is_terminal
         self._progress = Progress(*columns, console=self.console, transient=True, redirect_stdout=False, redirect_stderr=False, disable=silent)
-        self._task = self._progress.add_task(name, total=1.0 if measured else None)
+        self._task = self._progress.add_task(escape(printable(name)), total=1.0 if measured else None)
         self._name, self._began = name, time.perf_counter()
         self._progress.start()
 
@@ -56,7 +58,7 @@ class Stages:
         self._progress.stop()
         self._progress = None
         if done:
-            self.console.print(f"{self._name} [dim]{time.perf_counter() - self._began:.1f} s[/dim]", soft_wrap=True)
+            self.console.print(f"{escape(printable(self._name))} [dim]{time.perf_counter() - self._began:.1f} s[/dim]", soft_wrap=True)
 
 
 @contextlib.contextmanager
@@ -86,6 +88,11 @@ def session() -> Iterator[Stages]:
         stages.end(done=False)
         _complain("error", str(error))
         raise typer.Exit(USAGE) from None
+    except OSError as error:  # the machine's: a full disk, a file that went away
+        stages.end(done=False)
+        named = f"'{error.filename}': " if error.filename is not None else ""
+        _complain("error", f"{named}{error.strerror or error}; mend that, or choose another place")
+        raise typer.Exit(USAGE) from None
     except KeyboardInterrupt:
         stages.end(done=False)
         _complain("interrupted", "nothing more was written")
@@ -102,11 +109,11 @@ def results() -> Console:
 
 def say(console: Console, line: str) -> None:
     """Print a line as it is, however long."""
-    console.print(line, highlight=False, markup=False, soft_wrap=True)
+    console.print(printable(line), highlight=False, markup=False, soft_wrap=True)
 
 
 def _complain(kind: str, message: str) -> None:
-    print(f"fasp-fx: {kind}: {' '.join(message.split())}", file=sys.stderr)
+    print(f"fasp-fx: {kind}: {printable(' '.join(message.split()))}", file=sys.stderr)
 
 
 __all__ = ["Stages", "results", "say", "session"]

@@ -16,9 +16,11 @@ from rich.console import Console
 from torch import Tensor, nn
 
 from .._evaluation import _harness
-from ..errors import ArgumentError, CalibrationError
+from ..errors import ArgumentError
 from ..evaluation import TaskScore, perplexity, score_loaded
 from . import _models, _tables, _text
+from ._arguments import check_path, check_text
+from ._checkpoint import check_tokens
 from ._console import Stages, say
 from ._saved import is_saved, load_saved
 
@@ -51,12 +53,14 @@ class Request:
         for option, value in (("--limit", self.limit), ("--batch-size", self.batch_size)):
             if value is not None and value < 1:
                 raise ArgumentError(f"{option} {value} is too small; use at least 1")
-        if self.text is not None and not self.text.is_file():
-            raise CalibrationError(f"--text '{self.text}' is not a file; give a text file")
+        check_text("--text", self.text)
+        for task in self.tasks:
+            check_path("--task", task)
         _text.parse_slice(self.chunks)
         for index, model in enumerate(self.models):
             if model in self.models[:index]:
                 raise ArgumentError(f"the model '{model}' is named twice; name each once")
+            check_path("the model", model)
             if is_saved(model):
                 if self.dtype != "auto":
                     raise ArgumentError("--dtype does not apply to a pruned model: it was chosen when the model was pruned")
@@ -112,6 +116,7 @@ def _measure(request: Request, name: str, loaded: Any, device: torch.device, sta
         chunks = _text.read_chunks(request.text, tokenizer, request.length)
         chosen = _text.parse_range(request.chunks, len(chunks))
         _models.check_length(module, request.length)
+        check_tokens(module, chunks, f"'{request.text}'")
         found.chunks, found.first = chunks[chosen.start : chosen.stop], chosen.start
         stages.begin(f"measuring perplexity{of} on {len(chosen)} chunks", measured=True)
         found.perplexity = perplexity(module, found.chunks, progress=stages.update)

@@ -11,7 +11,9 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
-from ..errors import ArgumentError, first_line
+from ..errors import ArgumentError, FaspError, first_line
+from ._arguments import check_path
+from ._checkpoint import check_config, check_folder, check_loaded, check_values, check_weights_fit
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -37,15 +39,23 @@ class Source:
         """Read a command line argument.
 
         Raises:
-            ArgumentError: it is a path, and nothing is there.
+            ArgumentError: it is a path, and nothing usable is there.
         """
-        path = Path(model).expanduser()
+        check_path("the model", model)
+        try:
+            path = Path(model).expanduser()
+        except RuntimeError as error:  # no such user
+            raise ArgumentError(f"there is no model at '{model}': {first_line(error)}; give a model folder, a hub id or a .gguf file") from error
+        check_path("the model", path)
         if path.is_file():
             if path.suffix.lower() != ".gguf":
                 raise ArgumentError(f"'{model}' is a file, but not a .gguf file; give a model folder, a hub id or a .gguf file")
             return Source(str(path.parent), path.name)
         if path.is_dir():
+            check_folder(path)
             return Source(str(path))
+        if path.exists():
+            raise ArgumentError(f"'{model}' is neither a file nor a folder; give a model folder, a hub id or a .gguf file")
         if path.is_absolute() or model.startswith((".", "~")) or model.count("/") > 1 or path.suffix.lower() == ".gguf":
             raise ArgumentError(f"there is no model at '{model}'; give a model folder, a hub id or a .gguf file")
         return Source(model)
@@ -82,7 +92,16 @@ def load_model(source: Source, *, dtype: str = "auto", device: torch.device | st
     """
     from transformers import AutoModelForCausalLM
 
-    model = _load(f"'{source}'", _CAUSAL, lambda: AutoModelForCausalLM.from_pretrained(source.where, dtype=DTYPES.get(dtype, "auto"), **source.options))
+    if source.gguf is None and (Path(source.where) / "config.json").is_file():
+        check_weights_fit(sum(weight.numel() for weight in load_empty(source).parameters()), Path(source.where))
+
+    def build() -> Any:
+        return AutoModelForCausalLM.from_pretrained(source.where, dtype=DTYPES.get(dtype, "auto"), output_loading_info=True, **source.options)
+
+    model, info = _load(f"'{source}'", _CAUSAL, build)
+    check_config(model.config, str(source))
+    check_loaded(model, info, str(source))
+    check_values(model, str(source))
     return model.eval().to(device)
 
 
@@ -96,6 +115,7 @@ def load_empty(source: Source) -> nn.Module:
 
     def build() -> nn.Module:
         config = AutoConfig.from_pretrained(source.where, **source.options)
+        check_config(config, str(source))
         with torch.device("meta"):
             return AutoModelForCausalLM.from_config(config)
 
@@ -123,7 +143,7 @@ def find_device(name: str | None) -> torch.device:
         return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
     try:
         device = torch.device(name)
-        torch.empty(1, device=device)
+        torch.empty(1, device=device).tolist()  # the meta device holds nothing
     except Exception as error:  # each backend raises what it likes
         raise ArgumentError(f"the device '{name}' cannot be used: {first_line(error)}; try cpu") from error
     return device
@@ -143,6 +163,8 @@ def _load(what: str, remedy: str, load: Callable[[], T]) -> T:
     try:
         with _without_gguf_bar():
             return load()
+    except FaspError:
+        raise
     except ImportError as error:
         raise ArgumentError(f"{what} needs a package that is not installed: {first_line(error)}") from error
     except Exception as error:  # loaders raise whatever the files make them trip over

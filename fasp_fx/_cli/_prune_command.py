@@ -19,6 +19,8 @@ from ..evaluation import latency, perplexity
 from ..hf import Pruned, prune
 from ..report import Figure, counted
 from . import _models, _saved, _tables, _text
+from ._arguments import check_path, check_seed, check_text
+from ._checkpoint import check_tokens
 from ._console import Stages, say
 
 
@@ -62,13 +64,16 @@ class Request:
         ):
             if value < least:
                 raise ArgumentError(f"{option} {value} is too small; use at least {least}")
-        for option, file in (("--calibration", self.calibration), ("--text", self.text)):
-            if file is not None and not file.is_file():
-                raise CalibrationError(f"{option} '{file}' is not a file; give a text file" + (", or 'self'" if option == "--calibration" else ""))
+        check_seed(self.seed)
+        check_text("--calibration", self.calibration, "give a text file, or 'self'")
+        check_text("--text", self.text)
+        own = (self.batches if self.calibration is None else 0, self.eval_batches if self.text is None else 0)
+        _text.check_amount(own, self.length)
         if self.plain and self.include:
             raise ArgumentError(f"--include {self.include[0]} cannot go with --plain: no config says what is left of such groups; leave one of them out")
         _saved.check_target(self.out, overwrite=self.overwrite, plain=self.plain)
         if self.html is not None:
+            check_path("--html", self.html)
             check_page(self.html)
 
 
@@ -125,6 +130,7 @@ class Job:
         self.texts.write(self.model, self.stages)
         assert self.texts.calibration is not None
         self.stages.begin(f"calibrating on {len(self.texts.calibration)} x {self.request.length} tokens", measured=True)
+        _text.check_output(self.model, self.texts.calibration[0])
         for chunk in self.texts.calibration:
             yield {"input_ids": chunk[None].to(self.device)}
 
@@ -196,6 +202,9 @@ def run(request: Request, stages: Stages, console: Console) -> None:
     _models.check_length(model, request.length)
     if texts.calibration is None or texts.evaluation is None:
         _text.start_token(model, texts.tokenizer)
+    for name, chunks in (("the calibration text", texts.calibration), ("the text to measure on", texts.evaluation)):
+        if chunks is not None:
+            check_tokens(model, chunks, name)
     job = Job(request, stages, console, model, texts)
     result = job.prune()
     try:

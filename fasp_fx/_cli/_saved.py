@@ -10,13 +10,18 @@ import torch
 from torch import nn
 
 from .. import store
+from .._store._atomic import MARK
 from ..errors import StoreError
+from ._arguments import check_path
 from ._models import Source, load_tokenizer
 
 
 def is_saved(model: str) -> bool:
     """Whether a command line argument is a folder that fasp_fx wrote, rather than a model of transformers."""
-    return (Path(model) / store.MANIFEST).is_file()
+    try:
+        return (Path(model) / store.MANIFEST).is_file()
+    except OSError:  # no such path can be
+        return False
 
 
 def check_target(out: Path, *, overwrite: bool, plain: bool = False) -> None:
@@ -31,6 +36,7 @@ def check_target(out: Path, *, overwrite: bool, plain: bool = False) -> None:
     from ..hf._folder import is_saved as is_saved_model
     from ..hf._plain_folder import is_plain
 
+    check_path("--out", out)
     if os.path.lexists(out):
         if not overwrite:
             raise StoreError(f"'{out}' exists; choose another --out, or pass --overwrite to replace an earlier result")
@@ -41,6 +47,9 @@ def check_target(out: Path, *, overwrite: bool, plain: bool = False) -> None:
     above = next(parent for parent in out.absolute().parents if parent.exists())
     if not above.is_dir() or not os.access(above, os.W_OK):
         raise StoreError(f"'{out}' cannot be made: '{above}' is not a folder that you may write to; choose another --out")
+    longest = os.pathconf(above, "PC_NAME_MAX") if hasattr(os, "pathconf") else 255
+    if len(os.fsencode(out.absolute().name)) + MARK > longest:
+        raise StoreError(f"the name of --out '{out}' is too long: it may have {longest - MARK} bytes; choose a shorter one")
 
 
 def load_saved(folder: Path, device: torch.device) -> tuple[nn.Module, Any]:

@@ -8,11 +8,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from rich.markup import escape
 from rich.table import Table
 
 from ..analysis import Analysis
 from ..groups import PRUNABLE, Group, Member
 from ..report import Figure
+from ._plain_text import printable
 
 SHOWN = 6
 
@@ -87,25 +89,32 @@ def groups_table(analysis: Analysis, *, every: bool) -> Table:
     table.add_column("why", ratio=1, overflow="fold")
     if every:
         for group in analysis.groups:
-            table.add_row(_coloured(group.status), channels(group), _full(group.producers), _full(group.consumers), group.reason)
+            table.add_row(_coloured(group.status), channels(group), _full(group.producers), _full(group.consumers), _shown(group.reason))
     else:
         for kind in kinds(analysis.groups):
             one = kind.one
-            table.add_row(str(len(kind.groups)), _coloured(one.status), channels(one), short(one.producers), short(one.consumers), one.reason)
+            table.add_row(
+                str(len(kind.groups)), _coloured(one.status), channels(one), _shown(short(one.producers)), _shown(short(one.consumers)), _shown(one.reason)
+            )
     return table
 
 
 def _full(members: Sequence[Member]) -> str:
-    shown = "\n".join(str(member).replace("[", "\\[") for member in members[:SHOWN])
+    shown = "\n".join(_shown(str(member)) for member in members[:SHOWN])
     rest = len(members) - SHOWN
     return shown + (f"\nand {rest} more" if rest > 0 else "") if members else "-"
+
+
+def _shown(text: str) -> str:
+    """A name or a reason as it is: no markup, and nothing that a terminal would obey."""
+    return escape(printable(text))
 
 
 _COLOURS = {"prunable": "green", "approximate": "yellow", "exempt": "cyan", "frozen": "red"}
 
 
 def _coloured(status: str) -> str:
-    return f"[{_COLOURS.get(status, 'default')}]{status}[/]"
+    return f"[{_COLOURS.get(status, 'default')}]{_shown(status)}[/]"
 
 
 def groups_json(model: str, analysis: Analysis) -> dict[str, Any]:
@@ -145,7 +154,7 @@ def figures_table(rows: Sequence[Figure]) -> Table:
         table.add_column(heading, justify="right", no_wrap=True)
     for row in rows:
         shown = [f"{value:,.{row.digits}f}" for value in (row.dense, row.pruned)]
-        table.add_row(row.what, *shown, f"{row.pruned / row.dense - 1:+.1%}" if row.dense else "")
+        table.add_row(_shown(row.what), *shown, f"{row.pruned / row.dense - 1:+.1%}" if row.dense else "")
     return table
 
 
@@ -158,11 +167,11 @@ def scores_table(models: Sequence[str], rows: Sequence[tuple[str, Sequence[str],
     table = Table()
     table.add_column("", overflow="fold")
     for model in models:
-        table.add_column(model, justify="right", overflow="fold")
+        table.add_column(_shown(model), justify="right", overflow="fold")
     if len(models) > 1:
         table.add_column("change" if len(models) == 2 else "first to last", justify="right", no_wrap=True)
     for what, values, change in rows:
-        table.add_row(what, *values, *([change] if len(models) > 1 else []))
+        table.add_row(_shown(what), *values, *([change] if len(models) > 1 else []))
     return table
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +11,46 @@ import torch
 from torch import Tensor
 
 from ..errors import ArgumentError, CalibrationError
+from ._checkpoint import vocabulary
 
 SAMPLED_TOGETHER = 64
+#: tokens that a model may be asked to write: more than eight times WikiText-2, days of work for a small one
+WRITTEN = 2**24
+
+
+def check_amount(chunks: Sequence[int], length: int) -> None:
+    """Refuse to let a model write without end.
+
+    Args:
+        chunks: to calibrate on and to measure on, as far as the model shall write them.
+
+    Raises:
+        ArgumentError: names what is possible.
+    """
+    if sum(chunks) * length > WRITTEN:
+        if length > WRITTEN // 2:
+            raise ArgumentError(f"--length {length} is more than a model is let write: use at most {WRITTEN // 2}, or a text file")
+        most = WRITTEN // length
+        option, other = ("--batches", chunks[1]) if chunks[0] >= chunks[1] else ("--eval-batches", chunks[0])
+        raise ArgumentError(
+            f"{option} {max(chunks)} texts of {length} tokens are more than a model is let write ({WRITTEN:,} tokens); "
+            f"use at most {option} {max(most - other, most // 2)}, or a text file"
+        )
+
+
+def check_output(model: Any, chunk: Tensor) -> None:
+    """Refuse a model that does not compute: one whose predictions for a text are not finite.
+
+    Args:
+        chunk: tokens ``[length]``.
+
+    Raises:
+        CalibrationError: says so.
+    """
+    with torch.no_grad():
+        logits = model(input_ids=chunk[None].to(next(model.parameters()).device), use_cache=False).logits
+    if not torch.isfinite(logits).all():
+        raise CalibrationError("what the model predicts for the calibration text is not finite; give an undamaged model, or another --dtype")
 
 
 def read_chunks(file: Path, tokenizer: Any, length: int) -> Tensor:
@@ -41,14 +79,22 @@ def start_token(model: Any, tokenizer: Any) -> int:
     """The token a text begins with.
 
     Raises:
-        CalibrationError: neither model nor tokenizer names one.
+        CalibrationError: neither model nor tokenizer names one that the model knows.
     """
+    size = vocabulary(model)
+    unknown = None
     for holder in (tokenizer, getattr(model, "generation_config", None), getattr(model, "config", None)):
         for name in ("bos_token_id", "eos_token_id"):
             token = getattr(holder, name, None)
             token = token[0] if isinstance(token, (list, tuple)) and token else token
-            if isinstance(token, int):
+            if isinstance(token, int) and (size is None or 0 <= token < size):
                 return token
+            unknown = token if isinstance(token, int) and unknown is None else unknown
+    if unknown is not None:
+        raise CalibrationError(
+            f"a text of this model begins with the token {unknown}, and it knows those from 0 to {(size or 0) - 1}; "
+            "give the tokenizer that belongs to the model, or calibrate on a file with --calibration FILE"
+        )
     raise CalibrationError("the model names no token that begins a text, so it cannot write its own; calibrate on a file with --calibration FILE")
 
 
@@ -62,6 +108,9 @@ def sample(model: Any, start: int, count: int, length: int, *, seed: int = 0, pr
 
     Returns:
         Tokens ``[count, length]``.
+
+    Raises:
+        CalibrationError: the model predicts nothing finite.
     """
     from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaList
 
@@ -85,6 +134,7 @@ def sample(model: Any, start: int, count: int, length: int, *, seed: int = 0, pr
         torch.manual_seed(seed)
         for size in groups:
             prompt = torch.full((size, 1), start, dtype=torch.long, device=device)
+            check_output(model, prompt[0])  # sampling from what is no distribution fails in words of its own
             texts.append(model.generate(prompt, attention_mask=torch.ones_like(prompt), stopping_criteria=StoppingCriteriaList([Progress()])))
             written += size
     return torch.cat(texts)
@@ -130,4 +180,4 @@ def parse_range(text: str | None, count: int) -> range:
     return chosen
 
 
-__all__ = ["parse_range", "parse_slice", "read_chunks", "sample", "start_token"]
+__all__ = ["check_amount", "check_output", "parse_range", "parse_slice", "read_chunks", "sample", "start_token"]

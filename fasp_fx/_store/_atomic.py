@@ -14,6 +14,8 @@ from pathlib import Path
 from ..errors import StoreError
 
 _EXCHANGE, _NO_REPLACE = 2, 1
+#: bytes by which the name of what is not yet whole is longer than the name it will take
+MARK = len("..0123456789ab.partial")
 
 
 @contextlib.contextmanager
