@@ -10,6 +10,8 @@ from ..errors import ArgumentError, CalibrationError
 
 #: a text is read and tokenised as a whole; the largest of the usual benchmarks, WikiText-103, has half of it
 TEXT_BYTES = 2**30
+#: characters of a path that a message quotes
+SHOWN = 200
 #: what torch takes
 _SEEDS = range(-(2**63), 2**64)
 
@@ -23,20 +25,21 @@ def check_path(option: str, given: str | os.PathLike[str] | None) -> None:
     if given is None:
         return
     text = os.fspath(given)
+    shown = text if len(text) <= SHOWN else f"{text[:SHOWN]}…"
     if not text or text.isspace():
-        raise ArgumentError(f"{option} '{text}' is empty; give a name")
+        raise ArgumentError(f"{option} '{shown}' is empty; give a name")
     if "\0" in text:
-        raise ArgumentError(f"{option} '{text}' holds a null character, which no path can; give another name")
+        raise ArgumentError(f"{option} '{shown}' holds a null character, which no path can; give another name")
     try:
         text.encode("utf-8")
     except UnicodeEncodeError as error:
-        raise ArgumentError(f"{option} '{text}' is not UTF-8; rename the file or folder, or give another one") from error
+        raise ArgumentError(f"{option} '{shown}' is not UTF-8; rename the file or folder, or give another one") from error
     try:
         os.lstat(text)
     except (FileNotFoundError, NotADirectoryError):
         pass  # said later, in words that fit
     except OSError as error:  # too long, in a folder that may not be looked into, or in a circle of links
-        raise ArgumentError(f"{option} '{text}' cannot be used: {error.strerror}; give another name") from error
+        raise ArgumentError(f"{option} '{shown}' cannot be used: {error.strerror}; give another name") from error
 
 
 def check_text(option: str, file: Path | None, remedy: str = "give a text file") -> None:
@@ -72,4 +75,4 @@ def check_seed(seed: int) -> None:
         raise ArgumentError(f"--seed {seed} does not fit into 64 bits; use a smaller number, {nearest} at the outside")
 
 
-__all__ = ["TEXT_BYTES", "check_path", "check_seed", "check_text"]
+__all__ = ["SHOWN", "TEXT_BYTES", "check_path", "check_seed", "check_text"]

@@ -15,6 +15,8 @@ from ..errors import ArgumentError
 
 #: far more than any published model has, far fewer than takes forever to build
 LAYERS = 4096
+#: the largest vocabularies have a million
+WIDTH = 2**24
 #: a configuration takes some thousand bytes; an index of shards some hundred for each weight
 _JSON_BYTES = 2**26
 _WEIGHTS = (".safetensors", ".bin", ".gguf", ".pt", ".pth")
@@ -53,7 +55,7 @@ def _check_layers(config: Path) -> None:
         return  # the loader says what is wrong with it
     for name, value in _counts(data):
         if not 1 <= value <= LAYERS:
-            raise ArgumentError(f"'{config}' says \"{name}\": {value}, and a model has 1 to {LAYERS} layers; correct it")
+            raise ArgumentError(f"'{config}' says \"{name}\": {str(value)[:40]}, and a model has 1 to {LAYERS} layers; correct it")
 
 
 def _counts(data: Any) -> Iterator[tuple[str, int]]:
@@ -77,6 +79,19 @@ def check_config(config: Any, where: str) -> None:
     layers = getattr(config.get_text_config(), "num_hidden_layers", None)
     if type(layers) is int and not 1 <= layers <= LAYERS:
         raise ArgumentError(f"the configuration of '{where}' says that it has {layers} layers, and a model has 1 to {LAYERS}; correct it")
+
+
+def check_sizes(model: Any, where: str) -> None:
+    """Refuse a configuration of widths that no weight has: the analysis numbers every channel.
+
+    Raises:
+        ArgumentError: names the weight.
+    """
+    for name, tensor in model.named_parameters():
+        if max(tensor.shape, default=0) > WIDTH:
+            raise ArgumentError(
+                f"by its configuration the weight '{name}' of '{where}' has the shape {list(tensor.shape)}, and at most {WIDTH} are served; correct it"
+            )
 
 
 def check_weights_fit(elements: int, folder: Path) -> None:
@@ -159,4 +174,4 @@ def vocabulary(model: Any) -> int | None:
     return int(weight.shape[0]) if isinstance(weight, torch.Tensor) else None
 
 
-__all__ = ["LAYERS", "check_config", "check_folder", "check_loaded", "check_tokens", "check_values", "check_weights_fit", "vocabulary"]
+__all__ = ["LAYERS", "check_config", "check_folder", "check_loaded", "check_sizes", "check_tokens", "check_values", "check_weights_fit", "vocabulary"]

@@ -13,7 +13,7 @@ from torch import nn
 
 from ..errors import ArgumentError, FaspError, first_line
 from ._arguments import check_path
-from ._checkpoint import check_config, check_folder, check_loaded, check_values, check_weights_fit
+from ._checkpoint import check_config, check_folder, check_loaded, check_sizes, check_values, check_weights_fit
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -96,7 +96,13 @@ def load_model(source: Source, *, dtype: str = "auto", device: torch.device | st
         check_weights_fit(sum(weight.numel() for weight in load_empty(source).parameters()), Path(source.where))
 
     def build() -> Any:
-        return AutoModelForCausalLM.from_pretrained(source.where, dtype=DTYPES.get(dtype, "auto"), output_loading_info=True, **source.options)
+        return AutoModelForCausalLM.from_pretrained(
+            source.where,
+            dtype=DTYPES.get(dtype, "auto"),
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # refused below, by name
+            **source.options,
+        )
 
     model, info = _load(f"'{source}'", _CAUSAL, build)
     check_config(model.config, str(source))
@@ -119,7 +125,9 @@ def load_empty(source: Source) -> nn.Module:
         with torch.device("meta"):
             return AutoModelForCausalLM.from_config(config)
 
-    return _load(f"'{source}'", _CAUSAL, build).eval()
+    empty = _load(f"'{source}'", _CAUSAL, build).eval()
+    check_sizes(empty, str(source))
+    return empty
 
 
 def check_length(model: Any, length: int) -> None:

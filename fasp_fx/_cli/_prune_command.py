@@ -130,7 +130,6 @@ class Job:
         self.texts.write(self.model, self.stages)
         assert self.texts.calibration is not None
         self.stages.begin(f"calibrating on {len(self.texts.calibration)} x {self.request.length} tokens", measured=True)
-        _text.check_output(self.model, self.texts.calibration[0])
         for chunk in self.texts.calibration:
             yield {"input_ids": chunk[None].to(self.device)}
 
@@ -200,11 +199,13 @@ def run(request: Request, stages: Stages, console: Console) -> None:
     stages.begin("loading the model")
     model = _models.load_model(source, dtype=request.dtype, device=device)
     _models.check_length(model, request.length)
-    if texts.calibration is None or texts.evaluation is None:
-        _text.start_token(model, texts.tokenizer)
-    for name, chunks in (("the calibration text", texts.calibration), ("the text to measure on", texts.evaluation)):
-        if chunks is not None:
+    given = (("the calibration text", texts.calibration), ("the text to measure on", texts.evaluation))
+    for name, chunks in given:
+        if chunks is None:
+            _text.check_output(model, torch.tensor([_text.start_token(model, texts.tokenizer)]))
+        else:
             check_tokens(model, chunks, name)
+            _text.check_output(model, chunks[0])
     job = Job(request, stages, console, model, texts)
     result = job.prune()
     try:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from torch import nn
 from .. import store
 from .._store._atomic import MARK
 from ..errors import StoreError
-from ._arguments import check_path
+from ._arguments import SHOWN, check_path
 from ._models import Source, load_tokenizer
 
 
@@ -47,9 +48,13 @@ def check_target(out: Path, *, overwrite: bool, plain: bool = False) -> None:
     above = next(parent for parent in out.absolute().parents if parent.exists())
     if not above.is_dir() or not os.access(above, os.W_OK):
         raise StoreError(f"'{out}' cannot be made: '{above}' is not a folder that you may write to; choose another --out")
+    try:  # some file systems refuse what their permissions allow
+        os.rmdir(tempfile.mkdtemp(prefix=f".{store.MANIFEST}.", suffix=".partial", dir=above))
+    except OSError as error:
+        raise StoreError(f"'{out}' cannot be made: nothing can be written to '{above}' ({error.strerror}); choose another --out") from error
     longest = os.pathconf(above, "PC_NAME_MAX") if hasattr(os, "pathconf") else 255
     if len(os.fsencode(out.absolute().name)) + MARK > longest:
-        raise StoreError(f"the name of --out '{out}' is too long: it may have {longest - MARK} bytes; choose a shorter one")
+        raise StoreError(f"the name of --out '{str(out)[:SHOWN]}…' is too long: it may have {longest - MARK} bytes; choose a shorter one")
 
 
 def load_saved(folder: Path, device: torch.device) -> tuple[nn.Module, Any]:

@@ -50,7 +50,7 @@ def check_output(model: Any, chunk: Tensor) -> None:
     with torch.no_grad():
         logits = model(input_ids=chunk[None].to(next(model.parameters()).device), use_cache=False).logits
     if not torch.isfinite(logits).all():
-        raise CalibrationError("what the model predicts for the calibration text is not finite; give an undamaged model, or another --dtype")
+        raise CalibrationError("what the model predicts is not finite; give an undamaged model, or another --dtype")
 
 
 def read_chunks(file: Path, tokenizer: Any, length: int) -> Tensor:

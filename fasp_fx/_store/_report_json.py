@@ -12,6 +12,8 @@ from ..report import Figure, Line, Report
 
 T = TypeVar("T")
 DIGITS = 12
+#: bytes of all the memory there is, and more than can be counted of anything else
+LARGEST = 2**63 - 1
 
 
 def report_to_json(report: Report) -> dict[str, Any]:
@@ -86,11 +88,13 @@ def _text(data: Any) -> str:
 def _number(data: Any) -> float:
     if isinstance(data, bool) or not isinstance(data, (int, float)):
         raise TypeError(f"{data!r} is not a number")
+    if isinstance(data, int) and abs(data) > LARGEST:
+        raise ValueError(f"a number has {len(str(data))} digits, which is too many")
     return data
 
 
 def _count(data: Any) -> int:
-    if _number(data) < 0 or not math.isfinite(data) or int(data) != data:
+    if _number(data) < 0 or not math.isfinite(data) or int(data) != data or data > LARGEST:
         raise ValueError(f"{data!r} is not a count")
     return int(data)
 
