@@ -117,11 +117,11 @@ class PruningPlan:
         """
         try:
             data = json.loads(text)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise PlanError(f"the plan is not JSON: {error}") from error
         if not isinstance(data, dict) or data.get("format") != FORMAT:
             found = data.get("format") if isinstance(data, dict) else type(data).__name__
-            raise PlanError(f"the plan's format is {found!r}, this version reads {FORMAT!r}; make the plan again")
+            raise PlanError(f"the plan's format is {found!r:.80}, this version reads {FORMAT!r}; make the plan again")
         try:
             groups = tuple(
                 PlannedGroup(
@@ -148,7 +148,7 @@ class PruningPlan:
                 tuple(map(str, data["include"])),
                 folds,
             )
-        except (KeyError, TypeError, ValueError) as error:
+        except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
             raise PlanError(f"the plan is damaged: {type(error).__name__}: {error}") from error
 
     def slices(self) -> dict[tuple[str, int], frozenset[tuple[int, int]]]:
@@ -232,6 +232,8 @@ def _renumber(removed: Iterable[int], before: Iterable[int]) -> tuple[int, ...]:
 def _int(value: Any) -> int:
     if type(value) is not int:
         raise TypeError(f"{value!r} is not an integer")
+    if abs(value) >= 2**63:
+        raise ValueError(f"a number of {len(str(abs(value)))} digits is no index")
     return value
 
 

@@ -3,7 +3,7 @@
 ``graph.json`` holds the program, ``weights.safetensors`` the parameters and persistent buffers (tied ones once), ``constants.safetensors`` the
 constants and other buffers, ``plan.json``, ``report.json`` and ``signature.json`` what their names say, and ``manifest.json`` the size and SHA-256
 of each file. The sums find damage, not forgery; against a forged folder, everything that torch would evaluate, import or turn into code is checked
-first (see ``fasp_fx/_untrusted.py``). Operators run as they are named, so load only what you would also run.
+first, as is how much of it there is (see ``fasp_fx/_store/_untrusted.py``). Operators run as they are named, so load only what you would also run.
 """
 
 from __future__ import annotations
@@ -17,9 +17,10 @@ import torch
 from torch import nn
 
 from ._store._atomic import new_folder
+from ._store._files import check_length, opened, parsing, read_text, size_of, tensors_of
 from ._store._graph_json import check_weights, program_from_json, program_to_json
 from ._store._report_json import report_from_json, report_to_json
-from ._store._signature_json import signature_from_json, signature_to_json
+from ._store._signature_json import check_fit, signature_from_json, signature_to_json
 from ._store._tensors import read_tensors, write_tensors
 from .errors import ArgumentError, PlanError, StoreError
 from .plan import PruningPlan
@@ -90,13 +91,15 @@ def load(path: str | Path, *, model: nn.Module | None = None, device: torch.devi
     verify(folder)
     graph = read_json(folder / "graph.json")
     signature = signature_from_json(read_json(folder / "signature.json"))
-    report = read_report(folder)
+    report, plan = read_report(folder), read_plan(folder)
     try:
         tensors = {name: read_tensors(folder / f"{name}.safetensors", graph["tensors"][name], target) for name in ("weights", "constants")}
     except (KeyError, TypeError, AttributeError) as error:
         raise StoreError(f"graph.json does not list the tensors: {type(error).__name__}: {error}; save the result again") from error
     program = program_from_json(graph, tensors["weights"], tensors["constants"], target)
-    return Result(wrap(program, signature), program, read_plan(folder), report, signature)
+    with parsing("graph.json or signature.json"):  # each may be well-formed, and not fit the other
+        check_fit(program, signature)
+        return Result(wrap(program, signature), program, plan, report, signature)
 
 
 def read_plan(folder: Path) -> PruningPlan:
@@ -106,7 +109,7 @@ def read_plan(folder: Path) -> PruningPlan:
         StoreError: it is missing or damaged.
     """
     try:
-        return PruningPlan.from_json((folder / "plan.json").read_text(encoding="utf-8"))
+        return PruningPlan.from_json(read_text(folder / "plan.json"))
     except PlanError as error:
         raise StoreError(f"plan.json is damaged: {error}; save the result again") from error
 
@@ -136,19 +139,27 @@ def verify(folder: Path, expected: str = FORMAT, files: tuple[str, ...] = FILES)
     if manifest.get("format") != expected:
         if expected == FORMAT and str(manifest.get("format")).startswith("fasp_fx.hf/"):
             raise StoreError(f"'{folder}' holds a language model of transformers; load it with AutoModelForCausalLM.from_pretrained('{folder}')")
-        written = manifest.get("fasp_fx")
-        raise StoreError(f"{MANIFEST} has the format {manifest.get('format')!r}, this version reads {expected!r}; save again, or load with fasp_fx {written}")
+        written = str(manifest.get("fasp_fx"))[:40]
+        raise StoreError(
+            f"{MANIFEST} has the format {manifest.get('format')!r:.80}, this version reads {expected!r}; save again, or load with fasp_fx {written}"
+        )
     entries = manifest.get("files")
-    for name in files:
+    for name in files:  # all sizes are looked at before the first file is read
         file = folder / name
         entry = entries.get(name) if isinstance(entries, dict) else None
         if not isinstance(entry, dict):
             raise StoreError(f"{MANIFEST} does not list {name}; save the result again")
-        if not file.is_file():
-            raise StoreError(f"{name} is missing from '{folder}'; copy the whole folder, or save the result again")
-        size = file.stat().st_size
+        size = size_of(file)
         if size != entry.get("size"):
-            raise StoreError(f"{name} has {size} bytes, {MANIFEST} says {entry.get('size')}: it is truncated or was changed; copy the folder or save again")
+            raise StoreError(
+                f"{name} has {size} bytes, {MANIFEST} says {entry.get('size')!r:.80}: it is truncated or was changed; copy the folder or save again"
+            )
+        if file.suffix == ".json":
+            check_length(file, size)
+        if file.suffix == ".safetensors":
+            tensors_of(file)
+    for name in files:
+        file, entry = folder / name, entries[name]  # type: ignore[index]
         if _sha256(file) != entry.get("sha256"):
             raise StoreError(f"{name} was changed after it was saved (its SHA-256 differs from {MANIFEST}); copy the folder again, or save the result again")
 
@@ -176,7 +187,7 @@ def listed(file: Path) -> dict[str, Any]:
 
 
 def _sha256(file: Path) -> str:
-    with file.open("rb") as stream:
+    with opened(file) as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
@@ -191,11 +202,10 @@ def read_json(file: Path) -> dict[str, Any]:
     Raises:
         StoreError: there is none.
     """
+    text = read_text(file)
     try:
-        data = json.loads(file.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise StoreError(f"{file.name} is missing from '{file.parent}'; give the folder that save() wrote, complete") from error
-    except (OSError, ValueError, RecursionError) as error:
+        data = json.loads(text)
+    except (ValueError, RecursionError) as error:
         raise StoreError(f"{file.name} cannot be read: {error}; save the result again") from error
     if not isinstance(data, dict):
         raise StoreError(f"{file.name} does not hold an object; save the result again")

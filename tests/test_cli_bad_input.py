@@ -415,7 +415,7 @@ def test_damaged_models(base: Path, tmp_path: Path, name: str) -> None:
     refused(["prune", folder, "--out", tmp_path / "out", *SMALL])
     if name in LOADED:
         refused(["prune", folder, "--out", tmp_path / "out", *SMALL, "--calibration", text, "--text", text])
-    if name in LOADED and name != "weights of 1e18":  # eval says of these that their perplexity is no number
+    if name in LOADED and name != "weights of 1e18":  # eval says of these that their perplexity is infinite
         refused(["eval", folder, "--text", text, "--length", "16", "--device", "cpu"])
     assert [child.name for child in tmp_path.iterdir()] == ["model"]
 

@@ -5,16 +5,14 @@ from __future__ import annotations
 import json
 import os
 import stat
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from .._store._config_json import LAYERS, layer_counts
 from ..errors import ArgumentError
 
-#: far more than any published model has, far fewer than takes forever to build
-LAYERS = 4096
 #: the largest vocabularies have a million
 WIDTH = 2**24
 #: a configuration takes some thousand bytes; an index of shards some hundred for each weight
@@ -53,21 +51,9 @@ def _check_layers(config: Path) -> None:
         raise ArgumentError(f"'{config}' is nested too deep to be a configuration; replace it by the model's own") from error
     except (OSError, ValueError):
         return  # the loader says what is wrong with it
-    for name, value in _counts(data):
+    for name, value in layer_counts(data):
         if not 1 <= value <= LAYERS:
             raise ArgumentError(f"'{config}' says \"{name}\": {str(value)[:40]}, and a model has 1 to {LAYERS} layers; correct it")
-
-
-def _counts(data: Any) -> Iterator[tuple[str, int]]:
-    """The numbers of layers in a configuration and those within it, by the names that configurations of transformers give them."""
-    if isinstance(data, dict):
-        for name, value in data.items():
-            if name in ("num_hidden_layers", "n_layer", "n_layers", "num_layers", "encoder_layers", "decoder_layers") and type(value) is int:
-                yield name, value
-            yield from _counts(value)
-    elif isinstance(data, list):
-        for item in data:
-            yield from _counts(item)
 
 
 def check_config(config: Any, where: str) -> None:
@@ -174,4 +160,4 @@ def vocabulary(model: Any) -> int | None:
     return int(weight.shape[0]) if isinstance(weight, torch.Tensor) else None
 
 
-__all__ = ["LAYERS", "check_config", "check_folder", "check_loaded", "check_sizes", "check_tokens", "check_values", "check_weights_fit", "vocabulary"]
+__all__ = ["check_config", "check_folder", "check_loaded", "check_sizes", "check_tokens", "check_values", "check_weights_fit", "vocabulary"]

@@ -21,6 +21,7 @@ from .. import store
 from .._calling._signature import CallSignature
 from .._result import Result
 from .._store._atomic import new_folder
+from .._store._files import parsing
 from .._store._report_json import report_to_json
 from .._store._signature_json import signature_from_json, signature_to_json
 from .._store._tensors import read_tensors, write_tensors
@@ -71,7 +72,9 @@ def load_parts(folder: Path, model: nn.Module | None, device: torch.device | Non
     store.verify(folder, FORMAT, FILES)
     data = store.read_json(folder / "parts.json")
     try:
-        places, left, entries = [[str(path) for path in paths] for paths in data["parts"]], dict(data["left"]), data["tensors"]
+        places, left, entries = [[_text(path) for path in paths] for paths in data["parts"]], dict(data["left"]), data["tensors"]
+        if not all(places) or not all(isinstance(text, str) for pair in left.items() for text in pair):
+            raise ValueError("a part has no place, or its reason is no text")
     except (KeyError, TypeError, ValueError) as error:
         raise StoreError(f"parts.json is damaged: {type(error).__name__}: {error}; save the result again") from error
     store.verify(folder, FORMAT, _manifests(len(places)))
@@ -86,7 +89,8 @@ def load_parts(folder: Path, model: nn.Module | None, device: torch.device | Non
     parts: dict[str, Result] = {}
     for index, paths in enumerate(places):
         part = store.load(folder / _PARTS / str(index), device=target)
-        put(made, paths, dressed(part.module, made.get_submodule(paths[0])))
+        with parsing(f"parts.json or {_PARTS}/{index}"):
+            put(made, paths, dressed(part.module, made.get_submodule(paths[0])))
         parts[paths[0]] = part
     try:
         rest = read_tensors(folder / "rest.safetensors", entries, target)
@@ -94,6 +98,12 @@ def load_parts(folder: Path, model: nn.Module | None, device: torch.device | Non
         raise StoreError(f"parts.json does not list the tensors: {type(error).__name__}: {error}; save the result again") from error
     _fill(made, rest, list(chain(*places)))
     return PartsResult(made, store.read_plan(folder), store.read_report(folder), signature, parts, left)
+
+
+def _text(path: Any) -> str:
+    if not isinstance(path, str) or not path:
+        raise TypeError(f"{path!r:.200} is no place in a model")
+    return path
 
 
 def is_parts(folder: Path) -> bool:
@@ -132,7 +142,11 @@ def _check_code(model: nn.Module, signature: CallSignature, places: list[list[st
     if own != pruned:
         raise StoreError(f"forward of this {type(model).__name__} takes {own}, that of the pruned model {pruned}; give the model that was pruned")
     modules = dict(model.named_modules(remove_duplicate=False))
+    seen: set[str] = set()
     for path in chain(*places):
+        if path in seen or _inside(path, seen):
+            raise StoreError(f"parts.json names '{path}' twice, or inside of another part; save the result again")
+        seen.add(path)
         if path not in modules:
             raise StoreError(f"this {type(model).__name__} has no submodule '{path}', which was pruned; give the model that was pruned")
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+import math
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -15,10 +16,14 @@ from torch.utils import _pytree as pytree
 
 from .._capture._quiet import quiet
 from ..errors import StoreError, first_line
+from ._files import DIMENSIONS
 from ._nested import with_tuples, without_tuples
 from ._signature_json import value_from_json, value_to_json
-from ._tensors import to_device
-from ._untrusted import check_program, walk
+from ._tensors import device_of, to_device
+from ._untrusted import check_amount, check_program, walk
+
+#: elements of all example inputs of a program together
+EXAMPLE = 2**28
 
 
 def program_to_json(program: ExportedProgram) -> dict[str, Any]:
@@ -34,9 +39,11 @@ def program_to_json(program: ExportedProgram) -> dict[str, Any]:
             )
     except Exception as error:
         raise StoreError(f"the program cannot be written as JSON: {first_line(error)}") from error
-    check_program(stored.exported_program)  # what is refused on loading is refused now
-    fields = serde._dataclass_to_dict(stored.exported_program)
-    return {"program": json.loads(json.dumps(fields, cls=serde.EnumEncoder, allow_nan=False)), "example": _example_to_json(program)}
+    tensors = len(program.state_dict) + len(program.constants)
+    check_program(stored.exported_program, tensors)  # what is refused on loading is refused now
+    fields = json.loads(json.dumps(serde._dataclass_to_dict(stored.exported_program), cls=serde.EnumEncoder, allow_nan=False))
+    check_amount(fields, tensors)
+    return {"program": fields, "example": _example_to_json(program)}
 
 
 def program_from_json(data: Mapping[str, Any], weights: dict[str, Tensor], constants: dict[str, Tensor], device: torch.device | None) -> ExportedProgram:
@@ -50,36 +57,51 @@ def program_from_json(data: Mapping[str, Any], weights: dict[str, Tensor], const
     Raises:
         StoreError: the data holds anything that :func:`program_to_json` does not write.
     """
+    tensors = len(weights) + len(constants)
     try:
+        check_amount(data["program"], tensors)
         parsed = serde._dict_to_dataclass(schema.ExportedProgram, data["program"])
-        check_program(parsed)
+        check_program(parsed, tensors)
         if device is not None:
             _move(parsed, device)
         example = _example_from_json(data["example"], parsed.graph_module.module_call_graph[0].signature.in_spec, device)
         with quiet():
             program = serde.ExportedProgramDeserializer().deserialize(parsed, weights, constants, example)
         with_tuples(program)
+        _check_stored(program)
         return program
     except StoreError:
         raise
-    except Exception as error:
+    except Exception as error:  # torch's reader raises whatever it trips over
         raise StoreError(f"graph.json holds no program that torch {torch.__version__} can read: {first_line(error)}; save the result again") from error
 
 
 def check_weights(program: ExportedProgram) -> None:
     """Refuse weights that no longer fit the graph, as after ``module.half()``."""
-    signature = program.graph_signature
-    names = {**signature.inputs_to_parameters, **signature.inputs_to_buffers, **signature.inputs_to_lifted_tensor_constants}
-    for node in program.graph.find_nodes(op="placeholder"):
-        name = names.get(node.name)
-        if name is None:
-            continue
+    for name, expected in _expected(program):
         tensor = program.state_dict.get(name, program.constants.get(name))
-        expected = node.meta["val"]
         for what in ("shape", "dtype", "device"):
             found, wanted = getattr(tensor, what, None), getattr(expected, what)
             if found != wanted:
                 raise StoreError(f"'{name}' has {what} {found}, the program was captured with {wanted}; undo the change, or export the module again")
+
+
+def _check_stored(program: ExportedProgram) -> None:
+    """Refuse tensors that are not what the graph takes them for."""
+    for name, expected in _expected(program):
+        tensor = program.state_dict.get(name, program.constants.get(name))
+        if not isinstance(tensor, Tensor) or tensor.shape != expected.shape or tensor.dtype != expected.dtype:
+            found = f"{tensor.dtype} {list(tensor.shape)}" if isinstance(tensor, Tensor) else "not stored"
+            raise StoreError(f"'{name}' is {found}, the stored graph takes {expected.dtype} {list(expected.shape)}; save the result again")
+
+
+def _expected(program: ExportedProgram) -> Iterator[tuple[str, Tensor]]:
+    """The names of the tensors that a graph takes besides its inputs, and what it takes them for."""
+    signature = program.graph_signature
+    names = {**signature.inputs_to_parameters, **signature.inputs_to_buffers, **signature.inputs_to_lifted_tensor_constants}
+    for node in program.graph.find_nodes(op="placeholder"):
+        if node.name in names:
+            yield names[node.name], node.meta["val"]
 
 
 def _move(item: Any, device: torch.device) -> None:
@@ -123,6 +145,7 @@ def _example_to_json(program: ExportedProgram) -> list[dict[str, Any]]:
 def _example_from_json(leaves: list[dict[str, Any]], structure: str, device: torch.device | None) -> Any:
     """Example inputs of the stored shapes, all zero."""
     values = []
+    elements = 0
     for leaf in leaves:
         if "value" in leaf:
             values.append(value_from_json(leaf["value"]))
@@ -130,5 +153,11 @@ def _example_from_json(leaves: list[dict[str, Any]], structure: str, device: tor
         dtype = getattr(torch, leaf["dtype"])
         if not isinstance(dtype, torch.dtype):
             raise StoreError(f"graph.json names {leaf['dtype']!r} as a dtype; save the result again")
-        values.append(to_device(torch.zeros(leaf["shape"], dtype=dtype), device or torch.device(leaf["device"])))
+        shape = leaf["shape"]
+        if len(shape) > DIMENSIONS or not all(type(size) is int and size >= 0 for size in shape):
+            raise StoreError(f"graph.json gives an example input the shape {shape!r:.200}; save the result again")
+        elements += math.prod(shape)
+        if elements > EXAMPLE:
+            raise StoreError(f"the example inputs in graph.json have {elements:,} elements, and at most {EXAMPLE:,} are made; save with smaller ones")
+        values.append(to_device(torch.zeros(shape, dtype=dtype), device or device_of(leaf["device"])))
     return pytree.tree_unflatten(values, pytree.treespec_loads(structure))

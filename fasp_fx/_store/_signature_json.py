@@ -10,10 +10,17 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch.export import ExportedProgram
 
 from .._calling._outline import HELD
-from .._calling._signature import CallSignature
-from ..errors import StoreError
+from .._calling._signature import CallSignature, has_tensor
+from ..errors import StoreError, first_line
+from ._tensors import device_of
+
+#: Python compiles some thousand quickly, and models take some dozen
+ARGUMENTS = 4096
+#: what generated code calls its own
+_TAKEN = {"self", "_call", "_name", "_value", "fx_pytree", "torch", "True", "False", "None"}
 
 
 @dataclass(frozen=True)
@@ -59,22 +66,51 @@ def signature_from_json(data: Mapping[str, Any]) -> CallSignature:
         StoreError: the data is not a signature.
     """
     try:
+        if max(len(data[part]) for part in ("parameters", "captured", "constants", "outlines")) > ARGUMENTS:
+            raise ValueError(f"no function takes more than {ARGUMENTS} arguments")
         parameters = []
         for entry in data["parameters"]:
             default = value_from_json(entry["default"]) if "default" in entry else inspect.Parameter.empty
-            parameters.append(inspect.Parameter(entry["name"], inspect._ParameterKind[entry["kind"]], default=default))
+            parameters.append(inspect.Parameter(_name(entry["name"]), inspect._ParameterKind[entry["kind"]], default=default))
         captured = tuple(_name(name) for name in data["captured"])
         constants = {_name(name): value_from_json(value) for name, value in data["constants"].items()}
         outlines = {_name(name): value_from_json(value) for name, value in data["outlines"].items()}
         return CallSignature(inspect.Signature(parameters), captured, constants, outlines)
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise StoreError(f"signature.json is damaged: {type(error).__name__}: {error}; save the result again") from error
+    except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:  # a RecursionError is a RuntimeError
+        raise StoreError(f"signature.json is damaged: {type(error).__name__}: {first_line(error)}; save the result again") from error
+
+
+def check_fit(program: ExportedProgram, signature: CallSignature) -> None:
+    """Refuse a signature that is not that of the program: the code of a call is made of both.
+
+    Raises:
+        StoreError: names the argument.
+    """
+    in_spec = program.call_spec.in_spec
+    by_position, by_name = in_spec.child(0).num_children, list(in_spec.child(1).context or [])
+    given = signature.given()
+    passed = {*given[:by_position], *by_name}
+    parameters = signature.parameters.parameters.values()
+    takes_any = any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters)
+    args, kwargs = program.example_inputs or ((), {})
+    known = {*signature.captured, *signature.constants}
+    wrong = [
+        *(f"argument {index}" for index in range(len(given), by_position)),
+        *(name for name in by_name if name not in known),
+        *(name for name in signature.captured if name not in passed),
+        *(name for name, value in zip(given, args) if has_tensor(value) != (name in signature.captured)),
+        *(name for name, value in kwargs.items() if has_tensor(value) != (name in signature.captured)),
+        *(name for name in signature.outlines if name not in signature.captured),
+        *(name for name in given if name not in signature.parameters.parameters and not takes_any and name not in signature.variadic()),
+    ]
+    if wrong:
+        raise StoreError(f"signature.json is not that of the stored graph: they differ in '{wrong[0]}'; save the result again")
 
 
 def _name(name: Any) -> str:
     """The name of an argument; it becomes part of generated code, and so must be nothing but a name."""
-    if not isinstance(name, str) or not name.isidentifier() or keyword.iskeyword(name):
-        raise ValueError(f"{name!r} is not the name of an argument")
+    if not isinstance(name, str) or not name.isidentifier() or keyword.iskeyword(name) or name in _TAKEN or len(name) > 1000:
+        raise ValueError(f"{name!r:.200} is not the name of an argument")
     return name
 
 
@@ -127,7 +163,7 @@ def value_from_json(value: Any) -> Any:
         if tag == "float" and content in ("inf", "-inf", "nan"):
             return float(content)
         if tag == "device":
-            return torch.device(content)
+            return device_of(content)
         if tag == "dtype" and isinstance(getattr(torch, content, None), torch.dtype):
             return getattr(torch, content)
         if tag == "held":

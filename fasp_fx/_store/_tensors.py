@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from ..errors import StoreError, first_line
+from ._files import TENSORS, tensors_of
+from ._untrusted import check_weight_name
+
+_DEVICE = re.compile(r"(?!meta)[a-z]{1,20}(:\d{1,4})?")
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Any], metadata: dict[str, str] | None = None) -> dict[str, dict[str, Any]]:
@@ -63,6 +68,9 @@ def read_tensors(path: Path, entries: Mapping[str, Mapping[str, Any]], device: t
     Raises:
         StoreError: the file does not hold what the entries name, or a device is missing.
     """
+    tensors_of(path)
+    if not isinstance(entries, Mapping) or len(entries) > TENSORS:
+        raise StoreError(f"'{path.name}' is listed as no tensors, or as too many; save the result again")
     try:
         stored = load_file(path)
     except (safetensors.SafetensorError, OSError, ValueError) as error:
@@ -70,16 +78,33 @@ def read_tensors(path: Path, entries: Mapping[str, Mapping[str, Any]], device: t
     made: dict[tuple[Any, ...], Tensor] = {}
     found: dict[str, Tensor] = {}
     for name, entry in entries.items():
-        source, order = entry["stored_as"], entry["order"]
-        if source not in stored or sorted(order) != list(range(stored[source].dim())):
+        check_weight_name(name)
+        source, order, parameter = entry["stored_as"], entry["order"], entry["parameter"]
+        if source not in stored or sorted(order) != list(range(stored[source].dim())) or type(parameter) is not bool:
             raise StoreError(f"'{path.name}' does not hold '{name}' as the graph needs it; save the result again")
-        key = (source, entry["parameter"])
+        if parameter and entry["requires_grad"] and not (stored[source].is_floating_point() or stored[source].is_complex()):
+            raise StoreError(f"'{name}' is said to be trained and holds {stored[source].dtype}, which cannot be; save the result again")
+        key = (source, parameter)
         if key not in made:
             # The file is mapped into memory: a copy keeps the tensor when the file goes.
-            data = to_device(stored[source].clone(), device or torch.device(entry["device"])).permute(_inverse(order))
-            made[key] = nn.Parameter(data, requires_grad=bool(entry["requires_grad"])) if entry["parameter"] else data
+            data = to_device(stored[source].clone(), device or device_of(entry["device"])).permute(_inverse(order))
+            made[key] = nn.Parameter(data, requires_grad=bool(entry["requires_grad"])) if parameter else data
         found[name] = made[key]
     return found
+
+
+def device_of(name: Any) -> torch.device:
+    """The device of that name.
+
+    Raises:
+        StoreError: it is no name of a device that can hold values.
+    """
+    try:
+        if not isinstance(name, str) or _DEVICE.fullmatch(name) is None:
+            raise ValueError("it is no name of a device")
+        return torch.device(name)
+    except (RuntimeError, ValueError) as error:
+        raise StoreError(f"the save names the device {name!r:.80}: {first_line(error)}; pass device='cpu' to load()") from error
 
 
 def to_device(tensor: Tensor, device: torch.device) -> Tensor:
@@ -90,7 +115,7 @@ def to_device(tensor: Tensor, device: torch.device) -> Tensor:
     """
     try:
         return tensor.to(device)
-    except (RuntimeError, AssertionError) as error:
+    except (RuntimeError, AssertionError, ImportError) as error:
         raise StoreError(f"the save needs the device '{device}', which cannot be used here ({first_line(error)}); pass device='cpu' to load()") from error
 
 

@@ -6,20 +6,23 @@ against what save() writes, before torch sees it: a damaged or forged file is re
 
 from __future__ import annotations
 
-import ast
 import dataclasses
 import importlib
 import json
+import keyword
 import re
 from collections.abc import Iterator
 from typing import Any
 
 import torch
+from torch import fx, nn
 from torch._export.serde import schema
 from torch._export.serde import serialize as serde
 from torch.utils import _pytree as pytree
 
 from ..errors import StoreError
+from ._expressions import check_expression, check_guard, is_key, refuse
+from ._files import DIMENSIONS
 
 _OPERATOR = re.compile(r"torch\.ops\.(\w+)\.(\w+)\.(\w+)")
 _HIGHER_ORDER = {
@@ -27,80 +30,61 @@ _HIGHER_ORDER = {
     for name in ("cond", "while_loop", "scan", "map_impl", "wrap_with_set_grad_enabled", "wrap_with_autocast", "flex_attention")
 }
 _ON_SIZES = {f"{target.__module__}.{target.__name__}" for target in serde._SYM_OPS}
-#: constructors that sympy.srepr writes for sizes, with torch's own
-_EXPRESSIONS = {
-    *(
-        "Symbol",
-        "Integer",
-        "Rational",
-        "Float",
-        "Add",
-        "Mul",
-        "Pow",
-        "Mod",
-        "Max",
-        "Min",
-        "floor",
-        "ceiling",
-        "Abs",
-        "Piecewise",
-        "ExprCondPair",
-        "Tuple",
-    ),
-    *(
-        "Equality",
-        "Unequality",
-        "StrictLessThan",
-        "LessThan",
-        "StrictGreaterThan",
-        "GreaterThan",
-        "And",
-        "Or",
-        "Not",
-        "FloorDiv",
-        "ModularIndexing",
-        "Where",
-    ),
-    *(
-        "PythonMod",
-        "CleanDiv",
-        "CeilToInt",
-        "FloorToInt",
-        "CeilDiv",
-        "LShift",
-        "RShift",
-        "PowByNatural",
-        "FloatPow",
-        "FloatTrueDiv",
-        "IntTrueDiv",
-    ),
-    *("IsNonOverlappingAndDenseIndicator", "TruncToFloat", "TruncToInt", "RoundToInt", "RoundDecimal", "ToFloat", "Identity"),
-}
-_CONSTANTS = {"true", "false"}
-#: names of symbols and digits of numbers
-_WORD = re.compile(r"-?\w+(\.\d+)?([eE][+-]?\d+)?")
-_GUARD_CALLS = {"max", "min", "abs", "int", "float", "bool", "IsNonOverlappingAndDenseIndicator", "cast_symbool_to_symint_guardless"}
-_GUARD_MODULES = {
-    "math": {"floor", "ceil", "trunc", "sqrt", "pow"},
-    "torch": {"sym_float", "sym_int", "sym_max", "sym_min", "sym_not", "sym_ite", "_sym_sqrt"},
-}
-_GUARD_METHODS = {"size", "stride", "storage_offset", "numel"}
-_OPERATIONS = (ast.BoolOp, ast.BinOp, ast.UnaryOp, ast.Compare, ast.operator, ast.unaryop, ast.boolop, ast.cmpop, ast.Load)
+#: items of JSON for each node, and terms of sizes: five times what models have
+ITEMS, EXPRESSIONS = 200, 100
+#: a size, or an expression of sizes; torch counts up to the number of one that only the data say
+_SIZE = re.compile(r"(?!(u|zuf)\d{5,})[\w +*/()%,.-]{1,500}")
+_MODULE, _GRAPH_MODULE = nn.Module(), fx.GraphModule({}, fx.Graph())
 _TRANSFORMERS = re.compile(r"transformers\.(cache_utils|modeling_outputs|configuration_utils|utils\.generic|models\.\w+(\.\w+)?)[.:]\w+")
 _PLAIN_CLASSES = {"builtins:tuple", "builtins:list", "builtins:set", "builtins:frozenset", "collections:OrderedDict"}
 
 
-def check_program(program: schema.ExportedProgram) -> None:
+def room(tensors: int) -> int:
+    """How many nodes a graph over so many stored tensors may have: some ten times what models need, so that reading ends in the time that theirs takes."""
+    return 2048 + 128 * tensors
+
+
+def check_amount(data: Any, tensors: int) -> None:
+    """Refuse a program, as parsed JSON, of more than could belong to the stored tensors.
+
+    Raises:
+        StoreError: says how much there is.
+    """
+    most = room(tensors)
+    nodes = items = 0
+    waiting = [data]
+    while waiting:
+        item = waiting.pop()
+        items += 1
+        if isinstance(item, dict):
+            nodes += "target" in item
+            waiting.extend(item.values())
+        elif isinstance(item, list):
+            waiting.extend(item)
+    if nodes > most or items > ITEMS * most:
+        raise StoreError(
+            f"the stored graph has {nodes:,} nodes in {items:,} items, and one over {tensors} tensors may have {most:,} in {ITEMS * most:,}; "
+            "save a model with fewer steps, such as one whose loops are operators"
+        )
+
+
+def check_program(program: schema.ExportedProgram, tensors: int) -> None:
     """Refuse a program with anything in it that save() does not write.
+
+    Args:
+        tensors: how many tensors are stored with it.
 
     Raises:
         StoreError: names the expression, operator, name or type.
     """
+    length = 0
     for guard in program.guards_code:
-        check_guard(guard)
+        length += check_guard(guard)
+    for name, limits in program.range_constraints.items():
+        _check_range(name, limits)
     for item in walk(program):
         if isinstance(item, schema.SymExpr):
-            check_expression(item.expr_str)
+            length += check_expression(item.expr_str)
         elif isinstance(item, schema.Node):
             check_operator(item.target)
             _check_names(item.name if item.name is not None else "_")
@@ -127,7 +111,18 @@ def check_program(program: schema.ExportedProgram) -> None:
             _check_path(item.buffer_name)
         elif isinstance(item, schema.InputToTensorConstantSpec):
             _check_path(item.tensor_constant_name)
+        elif isinstance(item, schema.TensorMeta) and len(item.sizes) > DIMENSIONS:
+            raise StoreError(f"the stored graph has a tensor of {len(item.sizes)} dimensions, and torch's have at most {DIMENSIONS}; save the result again")
+    if length > EXPRESSIONS * room(tensors):
+        raise StoreError(f"the sizes in the stored graph are written in {length:,} terms, too many for {tensors} tensors; save the result again")
     program.graph_module.metadata.clear()
+
+
+def _check_range(name: Any, limits: schema.RangeConstraint) -> None:
+    match = _SIZE.fullmatch(name) if isinstance(name, str) else None
+    numbers = (limits.min_val, limits.max_val)
+    if match is None or any(number is not None and (type(number) is not int or abs(number) > 2**64) for number in numbers):
+        raise StoreError(f"the stored graph gives the size {name!r:.80} the range {numbers!r:.80}, which save() never writes; save the result again")
 
 
 def walk(item: Any) -> Iterator[Any]:
@@ -148,8 +143,8 @@ def walk(item: Any) -> Iterator[Any]:
 
 def _check_names(*names: Any) -> None:
     for name in names:
-        if not isinstance(name, str) or not name.isidentifier():
-            raise StoreError(f"the stored graph uses {name!r} as a name, which save() never writes; save the result again")
+        if not isinstance(name, str) or not name.isidentifier() or keyword.iskeyword(name) or name == "self" or name.startswith("__") or len(name) > 1000:
+            raise StoreError(f"the stored graph uses {name!r:.200} as a name, which save() never writes; save the result again")
 
 
 def _check_options(options: dict[str, Any]) -> None:
@@ -161,8 +156,20 @@ def _check_options(options: dict[str, Any]) -> None:
 
 
 def _check_path(path: Any) -> None:
-    if not isinstance(path, str) or not path or set(path) & set("\"'\\\n\r{}"):
-        raise StoreError(f"the stored graph names a weight {path!r}, which save() never writes; save the result again")
+    check_weight_name(path)
+    if hasattr(_GRAPH_MODULE, path.partition(".")[0]):
+        raise StoreError(f"the stored graph names a weight {path!r}, which would take the place of an attribute of graph modules; rename that submodule")
+
+
+def check_weight_name(path: Any) -> None:
+    """Refuse the name of a weight that is no path of submodules, or that would take the place of what every module has, such as ``training``.
+
+    Raises:
+        StoreError: quotes the name.
+    """
+    parts = path.split(".") if isinstance(path, str) and is_key(path) and len(path) < 1000 else [""]
+    if len(parts) > 64 or not all(parts) or any(hasattr(_MODULE, part) for part in parts):
+        raise StoreError(f"a weight is stored as {path!r:.200}, which is the name of none; save the result again")
 
 
 def check_operator(target: Any) -> None:
@@ -187,85 +194,6 @@ def check_operator(target: Any) -> None:
             raise StoreError(f"the stored graph calls {target}, which reaches outside of the model; such a program is not loaded")
 
 
-def _refuse(kind: str, text: Any) -> StoreError:
-    return StoreError(f"graph.json holds the {kind} {text!r}, which save() never writes; the file is damaged or forged: save the result again")
-
-
-def check_expression(text: Any) -> None:
-    """Refuse a size expression that is more than constructors of symbols, numbers and arithmetic.
-
-    Raises:
-        StoreError: quotes the expression.
-    """
-    try:
-        nodes = list(ast.walk(ast.parse(text, mode="eval").body))
-    except (SyntaxError, TypeError, ValueError, RecursionError, MemoryError) as error:
-        raise _refuse("expression", text) from error
-    called = {id(node.func) for node in nodes if isinstance(node, ast.Call)}
-    for node in nodes:
-        if isinstance(node, ast.Name):
-            allowed = node.id in _EXPRESSIONS if id(node) in called else node.id in _CONSTANTS
-        elif isinstance(node, ast.Constant):
-            allowed = type(node.value) in (int, float, bool) or (isinstance(node.value, str) and _WORD.fullmatch(node.value) is not None)
-        elif isinstance(node, ast.Call):
-            allowed = isinstance(node.func, ast.Name)
-        else:
-            allowed = isinstance(node, (ast.keyword, ast.UnaryOp, ast.USub, ast.Load, ast.Tuple))
-        if not allowed:
-            raise _refuse("expression", text)
-
-
-def check_guard(text: Any) -> None:
-    """Refuse a guard that is more than arithmetic on the sizes of inputs.
-
-    Raises:
-        StoreError: quotes the guard.
-    """
-    try:
-        tree = ast.parse(text, mode="eval").body
-        allowed = _is_guard(tree)
-    except (SyntaxError, TypeError, ValueError, RecursionError, MemoryError) as error:
-        raise _refuse("guard", text) from error
-    if not allowed:
-        raise _refuse("guard", text)
-
-
-def _is_guard(node: ast.AST) -> bool:
-    if isinstance(node, ast.Constant):
-        return type(node.value) in (int, float, bool)
-    if isinstance(node, ast.Subscript):
-        called = node.value
-        if isinstance(called, ast.Call):
-            return isinstance(node.slice, ast.Constant) and type(node.slice.value) is int and _is_guard(called)
-        return _is_input(node)
-    if isinstance(node, ast.Call):
-        if node.keywords:
-            return False
-        function = node.func
-        if isinstance(function, ast.Name):
-            return function.id in _GUARD_CALLS and all(map(_is_guard, node.args))
-        if not isinstance(function, ast.Attribute):
-            return False
-        if isinstance(function.value, ast.Name):
-            return function.attr in _GUARD_MODULES.get(function.value.id, set()) and all(map(_is_guard, node.args))
-        return function.attr in _GUARD_METHODS and _is_input(function.value) and all(isinstance(a, ast.Constant) and type(a.value) is int for a in node.args)
-    return isinstance(node, _OPERATIONS) and all(map(_is_guard, ast.iter_child_nodes(node)))
-
-
-def _is_input(node: ast.AST) -> bool:
-    """Whether the node is ``L[...]...[...]`` with constant keys."""
-    if isinstance(node, ast.Name):
-        return node.id == "L"
-    if not isinstance(node, ast.Subscript) or not isinstance(node.slice, ast.Constant):
-        return False
-    key = node.slice.value
-    return _is_input(node.value) and (type(key) is int or (isinstance(key, str) and _is_key(key)))
-
-
-def _is_key(key: Any) -> bool:
-    return isinstance(key, str) and not set(key) & set("\"'\\\n\r{}")
-
-
 def check_structure(text: Any, *, keywords: bool = False) -> None:
     """Refuse a container structure that names classes other than plain containers, outputs and caches of transformers, and registered types.
 
@@ -280,7 +208,7 @@ def check_structure(text: Any, *, keywords: bool = False) -> None:
         if keywords:
             _check_names(*json.loads(tree["children_spec"][1]["context"]))
     except (ValueError, TypeError, KeyError, IndexError, RecursionError) as error:
-        raise _refuse("structure", text) from error
+        raise refuse("structure", text) from error
 
 
 def _unregistered(kind: Any) -> StoreError:
@@ -315,17 +243,17 @@ def _check_context(value: Any) -> None:
         names_class = tag is not None and path is not None
         known = not names_class or (isinstance(path, str) and (path in _PLAIN_CLASSES or _TRANSFORMERS.fullmatch(path) is not None))
         if "__enum__" in value or not known:
-            raise _refuse("context", value)
+            raise refuse("context", value)
         if tag in ("dtype", "layout") and not isinstance(getattr(torch, str(value.get("n")), None), (torch.dtype, torch.layout)):
-            raise _refuse("context", value)
+            raise refuse("context", value)
         if names_class and path not in _PLAIN_CLASSES:
             _transformers_class(str(path))
         for key, item in value.items():
-            if not _is_key(key):
-                raise _refuse("key", key)
+            if not is_key(key):
+                raise refuse("key", key)
             _check_context(item)
-    elif isinstance(value, str) and not _is_key(value):
-        raise _refuse("key", value)
+    elif isinstance(value, str) and not is_key(value):
+        raise refuse("key", value)
 
 
 def _transformers_class(path: str) -> type:
@@ -335,7 +263,7 @@ def _transformers_class(path: str) -> type:
     except (ImportError, AttributeError) as error:
         raise StoreError(f"the class {path} cannot be found: {error}; install the transformers version that the result was saved with") from error
     if not isinstance(found, type) or not found.__module__.startswith("transformers."):
-        raise _refuse("class", path)
+        raise refuse("class", path)
     return found
 
 

@@ -16,6 +16,8 @@ from ._model import PrunedModel
 class PrunedForCausalLM(PrunedModel):
     """A pruned decoder that generates as its original does."""
 
+    program_names = frozenset({"decode"})
+
     def forward(
         self,
         input_ids: Tensor | None = None,

@@ -8,6 +8,10 @@ from typing import Any
 
 from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
 
+from .._store._config_json import LAYERS, layer_counts
+from .._store._files import parsing
+from ..errors import StoreError
+
 #: what would let transformers build a cache that the programs do not take: theirs holds every token of every layer
 _HIDDEN = ("layer_types", "sliding_window", "attention_chunk_size", "kv_sharing_modes", "auto_map", "quantization_config")
 
@@ -35,6 +39,16 @@ class PrunedConfig(PreTrainedConfig):
         super().__post_init__(**kwargs)
         _register_models()
 
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        """The configuration of a file, which may be damaged: the Auto classes read it before anything else.
+
+        Raises:
+            StoreError: it is no configuration of a pruned model.
+        """
+        with parsing("config.json"):
+            return super().from_dict(config_dict, **kwargs)
+
     def _get_generation_parameters(self) -> dict[str, Any]:
         """What transformers refuses to find in a configuration: here only what was set on this one, since a field of the original may have such a name."""
         return {name: value for name, value in super()._get_generation_parameters().items() if name in vars(self)}
@@ -42,10 +56,32 @@ class PrunedConfig(PreTrainedConfig):
     def __getattr__(self, name: str) -> Any:
         original = self.__dict__.get("original")
         if original and not name.startswith(("_", "rope_")) and name not in _HIDDEN:
-            value = getattr(_config_of(json.dumps(original, sort_keys=True)), name)
+            value = getattr(original_of(self), name)
             if not isinstance(value, PreTrainedConfig):
                 return value
         raise AttributeError(f"'{type(self).__name__}' has no attribute '{name}'")
+
+
+def original_of(config: PrunedConfig) -> PreTrainedConfig:
+    """The configuration of the model that was pruned.
+
+    Raises:
+        StoreError: it cannot be made of what was stored.
+    """
+    with parsing("config.json"):
+        check_layers(config.original, LAYERS)
+        return _config_of(json.dumps(config.original, sort_keys=True))
+
+
+def check_layers(data: Any, most: int) -> None:
+    """Refuse a configuration of more layers than ``most``: transformers makes lists as long as that.
+
+    Raises:
+        StoreError: says how many.
+    """
+    for name, value in layer_counts(data):
+        if not 0 <= value <= most:
+            raise StoreError(f'config.json says "{name}": {str(value)[:40]}, and the model has at most {most} layers; save the model again')
 
 
 @functools.cache

@@ -79,7 +79,8 @@ def is_saved(folder: Path) -> bool:
         manifest = store.read_json(folder / store.MANIFEST)
     except StoreError:
         return False
-    known = {store.MANIFEST, *FILES, *manifest.get("written", ())}
+    written = manifest.get("written", ())
+    known = {store.MANIFEST, *FILES, *(name for name in written if isinstance(name, str))} if isinstance(written, list) else set()
     return holds_model(folder) and all(child.name in known for child in folder.iterdir())
 
 

@@ -10,10 +10,11 @@ import torch
 from torch import Tensor
 
 from .. import store
+from .._store._files import parsing, read_text, tensors_of
 from .._store._graph_json import program_from_json
 from .._store._tensors import read_tensors
-from ..errors import ArgumentError, StoreError, first_line
-from ._config import PrunedConfig
+from ..errors import ArgumentError, CaptureError, FaspError, StoreError, first_line
+from ._config import PrunedConfig, check_layers, original_of
 from ._flat import FlatProgram
 from ._folder import FILES, FORMAT
 from ._held import Parts, StoredProgram
@@ -55,9 +56,14 @@ def load(kind: type[PrunedModel], where: Any, *, config: Any = None, dtype: Any 
     programs = store.read_json(folder / "programs.json")
     found = _config(folder, kind)
     _check_dtype(found, dtype if dtype is not None else torch_dtype)
-    model = kind(found, _parts(folder, programs, device))
+    parts = _parts(folder, programs, device)
+    if set(parts.programs) != kind.program_names:
+        raise StoreError(f"programs.json holds the programs {sorted(parts.programs)!r:.200}, not {sorted(kind.program_names)}; save the model again")
+    with parsing("programs.json or config.json"):
+        model = kind(found, parts)
     generation = folder / "generation_config.json"
-    if generation.is_file():
+    if os.path.lexists(generation):
+        read_text(generation)
         model.generation_config = _read(lambda: model.generation_config_class.from_pretrained(folder), "generation_config.json")
     model.name_or_path = str(where)
     return model
@@ -72,7 +78,7 @@ def _parts(folder: Path, programs: dict[str, Any], device: torch.device) -> Part
         for name, data in programs["programs"].items():
             constants[name] = {inside: held[outside] for inside, outside in data["constants"].items()}
             stored[name] = StoredProgram(*_program(data, weights, constants[name], device))
-    except (KeyError, TypeError, AttributeError) as error:
+    except (KeyError, TypeError, AttributeError, ValueError, CaptureError) as error:
         raise StoreError(f"programs.json does not fit the folder: {type(error).__name__}: {error}; save the model again") from error
     return Parts(stored, weights, constants, plan, report)
 
@@ -98,7 +104,14 @@ def _folder(where: Any, hub: dict[str, Any]) -> Path:
 
 def _config(folder: Path, kind: type[PrunedModel]) -> PrunedConfig:
     config = _read(lambda: PrunedConfig.from_pretrained(folder), "config.json")
-    expected = (config.architectures or [None])[0]
+    if not isinstance(config.original, dict):
+        raise StoreError("config.json does not hold the configuration of the model that was pruned; save the model again")
+    with parsing("config.json"):
+        check_layers(config.original, len(tensors_of(folder / "model.safetensors")))
+    original_of(config)
+    if config.positions not in (None, "count", "mask") or type(config.position_limit) not in (int, type(None)):
+        raise StoreError("config.json does not say how positions are counted; save the model again")
+    expected = config.architectures[0] if isinstance(config.architectures, list) and config.architectures else None
     if kind.__name__ != expected:
         auto = "AutoModelForSeq2SeqLM" if config.is_encoder_decoder else "AutoModelForCausalLM"
         raise ArgumentError(f"'{folder}' holds a {expected}, not a {kind.__name__}; load it with {auto}")
@@ -108,6 +121,8 @@ def _config(folder: Path, kind: type[PrunedModel]) -> PrunedConfig:
 def _read(read: Any, name: str) -> Any:
     try:
         return read()
+    except FaspError:
+        raise
     except Exception as error:  # transformers' readers raise whatever the file makes them trip over
         raise StoreError(f"{name} cannot be read: {first_line(error)}; save the model again") from error
 

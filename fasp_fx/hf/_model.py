@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor
 from transformers import GenerationMixin, PreTrainedModel
@@ -23,6 +23,7 @@ class PrunedModel(PreTrainedModel, GenerationMixin):
     """
 
     config_class = PrunedConfig
+    program_names: ClassVar[frozenset[str]] = frozenset()
     _supports_sdpa = True
     _supports_flash_attn = False
 

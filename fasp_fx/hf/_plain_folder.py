@@ -10,6 +10,7 @@ from typing import Any
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, PreTrainedModel
 
 from .._store._atomic import new_folder
+from .._store._files import read_text
 from ..errors import StoreError, first_line
 from ..plan import PruningPlan
 from ..report import Report
@@ -59,9 +60,9 @@ def save_plain(model: PreTrainedModel, tokenizer: Any, plan: PruningPlan, report
 def is_plain(folder: Path) -> bool:
     """Whether a folder holds a plain checkpoint and nothing else."""
     try:
-        held = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+        held = json.loads(read_text(folder / MANIFEST))
         return str(held["format"]).startswith("fasp_fx.plain/") and {file.name for file in folder.iterdir()} <= {MANIFEST, *held["files"]}
-    except (OSError, ValueError, KeyError, TypeError):
+    except (StoreError, OSError, ValueError, KeyError, TypeError, RecursionError):
         return False
 
 

@@ -36,6 +36,8 @@ class Encoder(nn.Module):
 class PrunedForSeq2SeqLM(PrunedModel):
     """A pruned encoder-decoder that generates as its original does."""
 
+    program_names = frozenset({"encode", "first", "decode"})
+
     def get_encoder(self, *args: Any, **kwargs: Any) -> Any:
         """The encoder, called with ``input_ids`` and ``attention_mask``."""
         return Encoder(self)
