@@ -2,21 +2,17 @@
 
 from __future__ import annotations
 
-import sys
 from functools import cache
 from typing import Any
 
 import pytest
 import torch
 from conftest import PROFILE
-from mutants import MUTANTS, Mutant
+from mutants import MUTANTS, Mutant, not_run
 
 import fasp_fx.passes._pipeline
 import fasp_fx.passes._verify
-from fasp_fx._exactness import Held
-from fasp_fx._result import finish
 from fasp_fx.channels import Interpreter
-from fasp_fx.passes import Prune
 from fasp_fx.testing import CheckFailed, build, check_program, check_rule, example
 
 #: faults that only the library's own checks notice, because what they do cannot be written down at all
@@ -74,19 +70,11 @@ def _without_verifier(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(fasp_fx.passes._verify, "verify", _unverified)
 
 
-def _unheld(program: Any, analysis: Any, decision: Any, lap: Any, whole: bool = False) -> Held:
-    """What is decided is carried out, and nothing is compared."""
-    rewritten = Prune(decision.gone, decision.weights, analysis)(analysis.program) if decision.gone.any() else program
-    for stage in ("passes", "export"):
-        lap(stage)
-    return Held(decision, rewritten, *finish(rewritten))
-
-
 @pytest.mark.parametrize("mutant", ORACLE if PROFILE == "slow" else ORACLE[::2], ids=str)
 def test_caught_without_the_checks_of_the_library(mutant: Mutant, monkeypatch: pytest.MonkeyPatch) -> None:
     mutant.patch(monkeypatch)
     _without_verifier(monkeypatch)
-    monkeypatch.setattr(sys.modules["fasp_fx.prune"], "carry_out", _unheld)
+    not_run(monkeypatch)
     found = fault(mutant)
     assert found is not None
     assert "Verification" not in found
