@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 import torch
@@ -164,10 +164,7 @@ def copy_graph(graph: fx.Graph) -> fx.Graph:
     return copied
 
 
-_Kind = TypeVar("_Kind", bound=fx.GraphModule)
-
-
-def graph_module(root: nn.Module, graph: fx.Graph, meta: dict[str, Any], kind: type[_Kind] = fx.GraphModule) -> _Kind:  # type: ignore[assignment]
+def graph_module(root: nn.Module, graph: fx.Graph, meta: dict[str, Any], kind: type[fx.GraphModule] = fx.GraphModule) -> fx.GraphModule:
     """A graph module over the tensors of ``root``, of the class ``kind``.
 
     ``fx.GraphModule`` registers every tensor that is not a parameter as a persistent buffer; here a buffer stays out of the state dict if it

@@ -46,18 +46,19 @@ class PrunedModule(fx.GraphModule):
         # The structure of arguments and outputs never changes, and torch warns where a leaf of one is copied.
         for spec in (getattr(self, name, None) for name in ("_in_spec", "_out_spec")):
             memo.update({id(part): part for part in _specs(spec)})
-        copied: Any = super().__deepcopy__(memo)
+        copied = super().__deepcopy__(memo)
+        assert isinstance(copied, PrunedModule)
         copied.origin = self.origin
-        return copied  # type: ignore[no-any-return]
+        return copied
 
 
-def remembered(module: PrunedModule, exported: ExportedProgram, signature: CallSignature) -> PrunedModule:
-    """The module, with what it is made of."""
+def remember(module: fx.GraphModule, exported: ExportedProgram, signature: CallSignature) -> None:
+    """Let a :class:`PrunedModule` know what it is made of."""
+    assert isinstance(module, PrunedModule)
     program = copy.copy(exported)
     program._state_dict = {name: _without_values(tensor) for name, tensor in exported.state_dict.items()}
     program._constants = {name: _without_values(value) for name, value in exported.constants.items()}
     module.origin = (program, signature)
-    return module
 
 
 def _now(module: nn.Module, name: str, value: Any) -> Any:
@@ -95,4 +96,4 @@ def _rebuilt(
     return module.train(training)
 
 
-__all__ = ["PrunedModule", "remembered"]
+__all__ = ["PrunedModule", "remember"]

@@ -16,7 +16,7 @@ from ._calling._signature import CallerCodeGen, CallSignature
 from ._capture._names import own_names
 from ._compile._flex import make_traceable
 from ._program import Program, graph_module
-from ._pruned_module import PrunedModule, remembered
+from ._pruned_module import PrunedModule, remember
 from ._stamps import read_stamps
 from .capture import export_again
 from .channels import attribute, target_name
@@ -83,7 +83,8 @@ def wrap(exported: ExportedProgram, signature: CallSignature) -> fx.GraphModule:
             with lifted.graph.inserting_before(node):
                 node.update_arg(0, lifted.graph.call_function(torch.ops.aten.detach.default, (written,)))
     make_traceable(lifted.graph)
-    module = remembered(graph_module(lifted, lifted.graph, lifted.meta, PrunedModule), exported, signature)
+    module = graph_module(lifted, lifted.graph, lifted.meta, PrunedModule)
+    remember(module, exported, signature)
     generated: Any = lifted.graph._codegen
     module.graph._codegen = CallerCodeGen(signature, generated.pytree_info)
     module.recompile()

@@ -18,7 +18,7 @@ from ._observe._calibration import read_batches
 from ._observe._runner import Runner
 from ._observe._visit import Decision, Observer
 from ._parts._faithful import compared
-from ._parts._prune import Stages, apply_in_parts, prune_in_parts
+from ._parts._prune import Stages, analyze_in_parts, apply_in_parts, prune_in_parts
 from ._program import Program
 from ._result import Result
 from .allocation import Allocation, Budget, checked, uniform
@@ -46,6 +46,9 @@ def analyze(
 ) -> Analysis:
     """Find the coupled groups of a model. Weights are not read: a model on the meta device will do.
 
+    A model that cannot be captured whole is analysed in the parts in which :func:`prune` would prune it (docs/submodules.md): what comes back has the groups
+    of all of them, and ``parts`` and ``left``. Such a model runs on the example inputs, and so needs its weights.
+
     Args:
         model: module in evaluation mode, graph module or exported program.
         args, kwargs: example inputs.
@@ -60,9 +63,9 @@ def analyze(
     try:
         program = capture(model, args, kwargs, dynamic_shapes=dynamic_shapes, state=state)
     except CaptureError as error:
-        if error.__cause__ is None:  # not the exporter's, but something to put right
+        if dynamic_shapes is not None:
             raise
-        raise CaptureError(f"{error} prune() does so by itself (docs/submodules.md); analyze() takes one submodule at a time.") from error.__cause__
+        return analyze_in_parts(error, model, args, kwargs, _stages(granularity, include))
     return analyze_program(program, split_fused, granularity, include)
 
 

@@ -125,7 +125,7 @@ class Sequence(nn.Module):
 
 
 def laid(model: Sequence, batch: int) -> Tensor:
-    """Inputs as the layer takes them; the exporter fixes the number of steps."""
+    """Inputs as the layer takes them."""
     return data(batch).transpose(0, model.batch).contiguous()
 
 
@@ -159,6 +159,9 @@ def test_whole_layers(kind: str, options: dict[str, Any]) -> None:
             result = fasp_fx.prune(model, (laid(model, 2),), sparsity=share * most, score="random", restore=None)
             for batch in (2, 5):
                 held(model, result, laid(model, batch))
+    steps = 1 - model.batch
+    held(model, result, laid(model, 3).narrow(steps, 0, 2))  # other numbers of steps than the example's
+    held(model, result, torch.cat([laid(model, 3)] * 3, steps))
     for name, weight in model.layer.named_parameters():
         found = result.module.layer.get_parameter(name)
         if name.startswith("weight_hh"):

@@ -49,5 +49,5 @@ class Alone(Vectors):
 
 
 def test_a_sparse_output_with_no_dense_part_before_it_is_refused_in_words() -> None:
-    with pytest.raises(fasp_fx.CaptureError, match="_to_sparse.*No submodule can be pruned by itself"):
+    with pytest.raises(fasp_fx.CaptureError, match=r"_to_sparse.*No submodule can be pruned by itself"):
         fasp_fx.prune(Alone().eval(), (X,), score="magnitude", restore=None)

@@ -538,6 +538,30 @@ def test_the_plan_is_replayed(forks: tuple[nn.Module, Any]) -> None:
         fasp_fx.apply(result.module, plan, (X,))
 
 
+def test_an_analysis_finds_the_same_parts(forks: tuple[nn.Module, Any]) -> None:
+    model, result = forks
+    with untouched(model):
+        analysis = fasp_fx.analyze(model, (X,))
+    assert isinstance(analysis, fasp_fx.Analysis)
+    assert (list(analysis.parts), analysis.left) == (list(result.parts), result.left)
+    assert {(group.name, group.status) for group in analysis.groups} == {(line.name, line.status) for line in result.report.lines}
+    assert {name for group in result.plan.groups for name in (group.name,)} <= {group.name for group in analysis.select("prunable")}
+    names = {name for name, _ in model.named_parameters()}
+    assert {member.name for group in analysis.groups for member in (*group.producers, *group.consumers)} <= names
+    most = analysis.max_sparsity
+    assert fasp_fx.prune(model, (X,), sparsity=most, score="magnitude", restore=None).report.sparsity == pytest.approx(most)
+    with pytest.raises(fasp_fx.SparsityError):
+        fasp_fx.prune(model, (X,), sparsity=most + 0.01, score="magnitude", restore=None)
+    assert analysis.explain("second.up.weight", "second.down.weight")
+    assert analysis.explain("first.0.up.weight", "second.down.weight") == []
+    assert ("group", "second.down.weight") in analysis.graph()
+    for ask in (lambda: analysis.program, analysis.to_html):
+        with pytest.raises(fasp_fx.CaptureError, match=r"analysis\.parts holds the analysis of each part"):
+            ask()
+    with pytest.raises(fasp_fx.ArgumentError, match="not a weight of a part"):
+        analysis.explain("out.weight", "second.up.weight")
+
+
 def test_no_single_program(forks: tuple[nn.Module, Any]) -> None:
     _, result = forks
     with pytest.raises(fasp_fx.CaptureError, match=r"result\.parts"):

@@ -20,6 +20,7 @@ from ..errors import CaptureError
 from ._dynamic import all_dims, first_dim, images_of, of_fixed_total, recorded_shapes, widened, with_static
 from ._functional import functional
 from ._quiet import quiet
+from ._steps import any_number_of_steps
 from ._transformers import export_transformers, is_transformers
 from ._unchanged import unchanged
 
@@ -76,7 +77,7 @@ def _undisturbed(
     model: nn.Module, signature: CallSignature, names: list[str], inputs: dict[str, Any], shapes: Any
 ) -> tuple[ExportedProgram, list[str]]:
     """One attempt, which finds the model as it was and leaves it so, and the names of the attributes that its forward sets."""
-    with quiet(), torch.no_grad(), unchanged(model) as changed:
+    with quiet(), torch.no_grad(), any_number_of_steps(), unchanged(model) as changed:
         exported = _export_once(model, signature, names, inputs, shapes)
     return exported, changed.names(model)
 
@@ -151,5 +152,5 @@ def export_again(module: fx.GraphModule, example: tuple[tuple[Any, ...], dict[st
     """Export a rewritten graph module; guards, ranges and recorded shapes are made anew."""
     args, kwargs = example
     shapes = recorded_shapes(module, example).dynamic_shapes(module, args, kwargs)
-    with quiet(), torch.no_grad():
+    with quiet(), torch.no_grad(), any_number_of_steps():
         return functional(torch.export.export(module, args, kwargs, dynamic_shapes=shapes, strict=False))

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 
+from ..groups import Group
 from ..plan import PruningPlan
 from ..report import Line
 
@@ -12,6 +13,12 @@ from ..report import Line
 def plan_within(path: str, plan: PruningPlan) -> PruningPlan:
     """The plan of a part in the names of the whole model."""
     return _mapped(plan, lambda name: f"{path}.{name}")
+
+
+def group_within(path: str, group: Group) -> Group:
+    """The group of a part in the names of the whole model."""
+    producers, consumers = (tuple(replace(member, name=f"{path}.{member.name}") for member in members) for members in (group.producers, group.consumers))
+    return replace(group, name=f"{path}.{group.name}", producers=producers, consumers=consumers)
 
 
 def line_within(path: str, line: Line) -> Line:
@@ -42,4 +49,4 @@ def _mapped(plan: PruningPlan, change: Callable[[str], str]) -> PruningPlan:
     return replace(plan, groups=groups, splits=splits, folds=folds)
 
 
-__all__ = ["line_within", "plan_of_part", "plan_within"]
+__all__ = ["group_within", "line_within", "plan_of_part", "plan_within"]

@@ -14,6 +14,7 @@ from ..allocation import Budget
 from ..analysis import Analysis
 from ..errors import CaptureError, PlanError
 from ..plan import PruningPlan
+from ._analysis import PartsAnalysis
 from ._assembly import Assembly, Stages, whole_fingerprint
 from ._inputs import graph_inputs, recorded, user_batches
 from ._names import plan_of_part
@@ -90,6 +91,20 @@ def prune_in_parts(
     return assembly.result(requested)
 
 
+def analyze_in_parts(error: CaptureError, model: Any, args: Any, kwargs: dict[str, Any] | None, stages: Stages) -> PartsAnalysis:
+    """The analyses of the parts that :func:`prune_in_parts` would prune.
+
+    Args:
+        error: why the model cannot be captured as a whole.
+
+    Raises:
+        CaptureError: ``error``, if submodules cannot help or none can be pruned.
+    """
+    _check_can_help(error, model)
+    assembly = Assembly(error, model, args, kwargs, stages, None)
+    return PartsAnalysis({part.path: part.analysis for part in assembly.parts}, assembly.left)
+
+
 def apply_in_parts(
     error: CaptureError, model: Any, plan: PruningPlan, args: Any, kwargs: dict[str, Any] | None, stages: Stages, check: Callable[[str], None]
 ) -> PartsResult:
@@ -125,4 +140,4 @@ def _check_can_help(error: CaptureError, model: Any) -> None:
         raise error
 
 
-__all__ = ["Stages", "apply_in_parts", "prune_in_parts"]
+__all__ = ["Stages", "analyze_in_parts", "apply_in_parts", "prune_in_parts"]

@@ -18,6 +18,8 @@ from transformers import (
     BartConfig,
     BartForConditionalGeneration,
     DynamicCache,
+    MambaConfig,
+    MambaForCausalLM,
     Phi3Config,
     Phi3ForCausalLM,
     StaticCache,
@@ -343,3 +345,9 @@ def test_configuration_speaks_for_the_original(model: Any) -> None:
     assert pruned("gpt2").model.config.hidden_size == 64  # a name that GPT-2 maps to another
     with pytest.raises(AttributeError, match="no_such_thing"):
         _ = config.no_such_thing
+
+
+def test_a_model_that_generates_from_states_is_refused_in_words() -> None:
+    config = MambaConfig(hidden_size=16, num_hidden_layers=1, vocab_size=32, state_size=4)
+    with pytest.raises(fasp_fx.CaptureError, match=r"MambaForCausalLM generates from states.*use fasp_fx\.prune"):
+        hf.prune(MambaForCausalLM(config).eval(), calibration=[torch.randint(0, 32, (2, 8))])
