@@ -103,3 +103,10 @@ def test_a_result_is_pruned_again(name: str) -> None:
         model = result.module
         sizes.append(sum(parameter.numel() for parameter in model.parameters()))
     assert sizes == sorted(set(sizes), reverse=True)
+
+
+def test_the_oracle_says_that_a_folded_weight_is_not_in_the_dense_model() -> None:
+    model = LowRank().eval()
+    plan = fasp_fx.prune(model, (torch.randn(3, 8),), score="magnitude", restore=None, sparsity=0.2).plan
+    with pytest.raises(fasp_fx.ArgumentError, match="'v_folded', which this model does not hold: it computes it"):
+        Masked(model, plan)

@@ -16,6 +16,7 @@ from torch.export import ExportedProgram
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from fasp_fx.errors import ArgumentError
 from fasp_fx.plan import ParameterSlice, PruningPlan
 
 _PRODUCTS = {torch.ops.aten.mm.default, torch.ops.aten.addmm.default, torch.ops.aten.linear.default}
@@ -28,6 +29,9 @@ class Masked:
     Args:
         model: the dense model, which is not touched.
         plan: what is removed from it.
+
+    Raises:
+        ArgumentError: the plan names a weight that the model does not hold, one that it computes from others, say.
     """
 
     def __init__(self, model: nn.Module | ExportedProgram, plan: PruningPlan) -> None:
@@ -36,6 +40,10 @@ class Masked:
         whole: dict[int, tuple[Tensor, Tensor]] = {}
         with torch.no_grad():
             for part in (part for group in plan.groups for part in (*group.consumers, *(group.producers if plan.include else ()))):
+                if part.name not in tensors:
+                    why = "it computes it in every call; mask a result from which next to nothing was removed, which holds it folded"
+                    why = why if plan.folds else "the plan is for another model"
+                    raise ArgumentError(f"the plan names '{part.name}', which this model does not hold: {why}")
                 tensor = tensors[part.name]
                 whole.setdefault(id(tensor), (tensor, tensor.detach().clone()))
                 tensor.mul_(kept(tensor, part).to(tensor.dtype))
