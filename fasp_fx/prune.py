@@ -15,6 +15,7 @@ from torch.export import ExportedProgram
 from . import plan as plans
 from ._exactness import carry_out
 from ._observe._calibration import read_batches
+from ._observe._marks import Marks
 from ._observe._runner import Runner
 from ._observe._visit import Decision, Observer
 from ._parts._faithful import compared
@@ -28,7 +29,7 @@ from .errors import ArgumentError, CaptureError, NothingPrunableError, SparsityE
 from .passes import split_fused
 from .plan import PruningPlan
 from .report import cache_bytes, make_report
-from .restoration import least_squares
+from .restoration import ridge
 from .scoring import Score, resolve
 
 Model = nn.Module | fx.GraphModule | ExportedProgram
@@ -84,6 +85,7 @@ def prune(
     include: Iterable[str] = (),
     state: tuple[str, ...] = (),
     round_to: int = 1,
+    padding_mask: str | None = None,
     dynamic_shapes: Any = None,
     device: torch.device | str | None = None,
     progress: Callable[[float], None] | None = None,
@@ -108,6 +110,8 @@ def prune(
             channels contracted between two activations (rows of W_Q and W_K), by the norms of both.
         state: names of arguments and outputs that may become narrower.
         round_to: kept widths (per block) are multiples of this.
+        padding_mask: name of the input ``[batch, tokens]`` (``"attention_mask"``, say) that is zero where a token of the first input is padding; such
+            tokens of the calibration data enter neither scores nor repairs. ``None``: every token counts.
         dynamic_shapes: as for ``torch.export.export``; inferred if ``None``.
         device: where to capture and calibrate; batches are moved there. ``None``: the model's device.
         progress: called with the fraction of the calibration done.
@@ -119,7 +123,7 @@ def prune(
         NothingPrunableError: no group can be pruned.
         ArgumentError, CaptureError: see :func:`fasp_fx.capture.capture`.
     """
-    options = Options(sparsity, score, restore, allocation, propagate, granularity, include, round_to)
+    options = Options(sparsity, score, restore, allocation, propagate, granularity, include, round_to, padding_mask)
     granularity, include = options.granularity, options.include
     clock = Clock()
     try:
@@ -127,6 +131,10 @@ def prune(
     except CaptureError as error:
         if dynamic_shapes is not None:
             raise
+        if padding_mask is not None:
+            raise ArgumentError(
+                f"padding_mask='{padding_mask}' needs a model that is captured as a whole; leave it out and calibrate on batches without padding"
+            ) from error
         return prune_in_parts(
             error,
             model,
@@ -164,12 +172,13 @@ class Options:
         granularity: Iterable[str] = ("channel",),
         include: Iterable[str] = (),
         round_to: int = 1,
+        padding_mask: str | None = None,
     ) -> None:
         self._allocation = _check_arguments(sparsity, restore, allocation, round_to)
         self.granularity, self.include = _check_choice(granularity, include)
-        self.sparsity, self.round_to, self.propagate = sparsity, round_to, propagate
+        self.sparsity, self.round_to, self.propagate, self.padding_mask = sparsity, round_to, propagate, padding_mask
         self.score, scores_data = resolve(score)
-        self.restore = least_squares if restore is not None else None
+        self.restore = ridge if restore is not None else None
         self.needs_data = scores_data or restore is not None
 
     def allocate(self, budget: Budget) -> list[int]:
@@ -179,8 +188,9 @@ class Options:
     def observe(self, analysis: Analysis, lost: list[int], batches: list[list[Any]] | None, advance: Callable[[float], None]) -> Decision:
         """Run the calibration batches, choose what goes and repair what stays."""
         runner = None if batches is None else Runner(analysis.program, batches)
+        marks = None if batches is None else Marks(analysis.program, batches, self.padding_mask, hold_out=self.restore is not None)
         with torch.no_grad():
-            return Observer(analysis, lost, self.score, self.restore, self.propagate).run(runner, advance)
+            return Observer(analysis, lost, self.score, self.restore, self.propagate).run(runner, marks, advance)
 
 
 def decide(

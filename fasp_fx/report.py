@@ -39,10 +39,12 @@ def _token_bytes(node: object) -> int:
 
 @dataclass(frozen=True)
 class Line:
-    """One group: what it had, what it has, and the relative output error of its consumers without and with restoration.
+    """One group: what it had, what it has, and the relative output error of its consumers, ‖X(W − V)ᵀ‖²_F / ‖XWᵀ‖²_F, the worst of them.
 
     Attributes:
         before, after: channel sets, in ``blocks`` blocks of equal size.
+        error_cut, error_restored: without and with restoration, over the calibration tokens.
+        held_cut, held_restored: the same over tokens held out of them, *restored* by a restoration that was fitted without them: what to expect of other data.
         producers, consumers: names and dimensions of the weights that lose rows and columns with it.
     """
 
@@ -54,6 +56,8 @@ class Line:
     reason: str
     error_cut: float | None = None
     error_restored: float | None = None
+    held_cut: float | None = None
+    held_restored: float | None = None
     producers: tuple[tuple[str, int], ...] = ()
     consumers: tuple[tuple[str, int], ...] = ()
 
@@ -115,13 +119,12 @@ class Report:
         if self.seconds:
             out.append("seconds     " + ", ".join(f"{stage} {spent:.1f}" for stage, spent in self.seconds.items()))
         out += [f"{row.what}  {row.dense:,.{row.digits}f} -> {row.pruned:,.{row.digits}f}" for row in self.figures]
-        out += ["", f"{'status':<12}{'channels':>22}  {'error cut':>9}  {'restored':>9}  group"]
+        out += ["", f"{'status':<12}{'channels':>22}  {'error cut':>9}  {'restored':>9}  {'held out':>9}  group"]
         for line in self.lines:
             per = f" ({line.blocks} blocks)" if line.blocks > 1 else ""
             change = f"{line.before} -> {line.after}{per}" if line.before != line.after else f"{line.before}{per}"
-            cut = f"{line.error_cut:9.2e}" if line.error_cut is not None else " " * 9
-            restored = f"{line.error_restored:9.2e}" if line.error_restored is not None else " " * 9
-            out.append(f"{line.status:<12}{change:>22}  {cut}  {restored}  {line.name}" + (f"  ({line.reason})" if line.reason else ""))
+            errors = [f"{error:9.2e}" if error is not None else " " * 9 for error in (line.error_cut, line.error_restored, line.held_restored)]
+            out.append(f"{line.status:<12}{change:>22}  {'  '.join(errors)}  {line.name}" + (f"  ({line.reason})" if line.reason else ""))
         return "\n".join([*out, *(f"note: {note}" for note in self.notes)])
 
 
@@ -147,6 +150,8 @@ def make_report(
                 reason=f"left whole: {left[group.name]}" if left and group.name in left else group.reason,
                 error_cut=max((o.error_before for o in outcomes), default=None),
                 error_restored=max((o.error_after for o in outcomes), default=None),
+                held_cut=max((o.held_before for o in outcomes if o.held_before is not None), default=None),
+                held_restored=max((o.held_after for o in outcomes if o.held_after is not None), default=None),
             )
         )
     old, new = weight_size(before), weight_size(after)
@@ -157,7 +162,7 @@ def make_report(
         (old[1], new[1]),
         tuple(lines),
         dict(seconds),
-        notes_of(analysis),
+        (*notes_of(analysis), *decision.notes),
         without_rule=dict(analysis.without_rule),
         include=tuple(sorted(analysis.include)),
     )

@@ -1,7 +1,8 @@
-"""Least-squares restoration of a consumer on the columns that are kept."""
+"""Restoration of a consumer on the columns that are kept: a ridge regression whose strength is chosen on tokens held out."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -10,71 +11,175 @@ from torch import Tensor
 
 from .statistics import precise
 
-#: δ relative to the mean of the Gram matrix's diagonal
-DAMPING = 1e-4
+#: strengths to choose from, relative to the mean of the Gram matrix's diagonal; beside them stands infinity, which leaves the kept columns as they are
+GRID = (1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0, 100.0)
+_START = 1
+#: combinations of the weight's rows on which strengths are compared
+SKETCHED = 64
 
 
 @dataclass(frozen=True)
 class Restored:
-    """The outcome for one consumer.
+    """The outcome for one consumer. Errors are ‖X(W − V)ᵀ‖²_F / ‖XWᵀ‖²_F; *before*, V is W with the removed columns zero, *after*, it is the restored one.
 
     Attributes:
         weight: shape ``[rows, columns]``, zero in the removed columns.
-        error_before: ‖X(W − W₀)ᵀ‖²_F / ‖XWᵀ‖²_F where W₀ is W with the removed columns zero.
-        error_after: the same for ``weight``.
-        used: whether the solve was better than leaving the kept columns as they are.
+        error_before, error_after: over all tokens.
+        held_before, held_after: over the tokens held out, *after* for the V that was fitted without them; ``None`` where none were.
+        used: whether anything was repaired; otherwise ``weight`` holds the kept columns as they were.
+        strength: δ relative to the mean of the Gram matrix's diagonal, infinite where nothing was repaired; of several blocks the least.
     """
 
     weight: Tensor
     error_before: float
     error_after: float
+    held_before: float | None
+    held_after: float | None
     used: bool
+    strength: float
 
 
 def together(blocks: Sequence[Restored]) -> Restored:
     """The outcome for a consumer of several blocks: weight ``[blocks, rows, columns]``, errors averaged over the blocks."""
-    count = len(blocks)
+    held = [(block.held_before, block.held_after) for block in blocks if block.held_before is not None and block.held_after is not None]
     return Restored(
         torch.stack([block.weight for block in blocks]),
-        sum(block.error_before for block in blocks) / count,
-        sum(block.error_after for block in blocks) / count,
+        _mean([block.error_before for block in blocks]),
+        _mean([block.error_after for block in blocks]),
+        _mean([before for before, _ in held]) if held else None,
+        _mean([after for _, after in held]) if held else None,
         any(block.used for block in blocks),
+        min(block.strength for block in blocks),
     )
 
 
-def relative_error(weight: Tensor, changed: Tensor, gram: Tensor) -> float:
-    """‖X(W − V)ᵀ‖²_F / ‖XWᵀ‖²_F from the Gram matrix alone."""
-    difference = changed - weight
-    total = float(((weight @ gram) * weight).sum())
-    return float(((difference @ gram) * difference).sum().clamp_min(0)) / total if total > 0 else 0.0
+def ridge(weight: Tensor, fitted: Tensor, held: Tensor | None, kept: Tensor) -> Restored:
+    """``V = W (G + δI)[:, M] (G[M, M] + δI)⁻¹``, which minimises ``‖X(W − V)ᵀ‖²_F + δ‖V − W[:, M]‖²_F`` over weights V on the columns M.
 
-
-def least_squares(weight: Tensor, gram: Tensor, kept: Tensor) -> Restored:
-    """``W* = W G[:, M] (G[M, M] + δI)⁻¹`` with δ = 1e-4 · mean(diag G) (FASP, arXiv 2501.09412, the restoration of section 3).
-
-    One Cholesky factorisation in float64. If the result has a larger error on the calibration data than the kept columns left as they
-    are, those are returned.
+    This is the least-squares restoration of FASP (arXiv 2501.09412, section 3) with a ridge toward the kept weights instead of toward zero: δ → 0 is least
+    squares, δ → ∞ leaves W[:, M] as it is. δ is the one of :data:`GRID`, or ∞, whose solution on the fitted tokens has the least error on those held out, which
+    follows from their Gram matrix. With it V is solved once more on all tokens. Nothing is repaired where that would raise the error over all tokens or
+    over those held out, where none were held out, and where the system cannot be solved.
 
     Args:
         weight: shape ``[rows, columns]``.
-        gram: XᵀX, shape ``[columns, columns]``, symmetric.
+        fitted, held: XᵀX over the fitted tokens and over those held out, shape ``[columns, columns]``, symmetric; ``None``: none were held out.
         kept: M, the indices of kept columns, shape ``[kept]``.
     """
-    dtype = precise(weight.device)
-    full, gram = weight.to(dtype), gram.to(dtype)
-    plain = torch.zeros_like(full)
-    plain[:, kept] = full[:, kept]
-    before = relative_error(full, plain, gram)
-    damping = DAMPING * gram.diagonal().mean()
-    inner = gram[kept][:, kept]
-    inner.diagonal().add_(damping)
-    factor, failed = torch.linalg.cholesky_ex(inner)
-    if int(failed) or not bool(torch.isfinite(factor).all()):
-        return Restored(plain.to(weight.dtype), before, before, False)
-    solved = torch.zeros_like(full)
-    solved[:, kept] = torch.cholesky_solve((full @ gram[:, kept]).T, factor).T
-    solved = solved.to(weight.dtype).to(dtype)  # judged as it will be stored
-    after = relative_error(full, solved, gram)
-    if not after < before:
-        return Restored(plain.to(weight.dtype), before, before, False)
-    return Restored(solved.to(weight.dtype), before, after, True)
+    problem = _Problem(weight, fitted, held, kept)
+    strength, held_factor = problem.choose()
+    return problem.unchanged() if math.isinf(strength) else problem.refit(strength, held_factor)
+
+
+def left_alone(weight: Tensor, fitted: Tensor, held: Tensor | None, kept: Tensor) -> Restored:
+    """The outcome where nothing is repaired; arguments as for :func:`ridge`."""
+    return _Problem(weight, fitted, held, kept).unchanged()
+
+
+class _Problem:
+    """One consumer with its columns in the order [M, P], kept and removed, and Gram matrices scaled so that their mean diagonal over all tokens is one.
+
+    V = W_M + Z with Z = W_P G[P, M] (G[M, M] + δI)⁻¹, so that W − V is −Z on M and W_P on P.
+    """
+
+    def __init__(self, weight: Tensor, fitted: Tensor, held: Tensor | None, kept: Tensor) -> None:
+        self.weight, self.kept, self.count = weight, kept, len(kept)
+        removed = torch.ones(weight.shape[1], dtype=torch.bool, device=weight.device)
+        removed[kept] = False
+        order = torch.cat([kept, removed.nonzero()[:, 0]])
+        dtype = precise(weight.device)
+        mean = float(fitted.diagonal().mean()) + (float(held.diagonal().mean()) if held is not None else 0.0)
+        scale = mean if mean > 0 else 1.0
+        self.fitted = fitted[order][:, order] / scale
+        self.held = None if held is None else held[order][:, order] / scale
+        self.whole = self.fitted.to(dtype) if self.held is None else self.fitted.to(dtype) + self.held
+        self.rows = weight[:, order].to(dtype)
+        rough = self.rows.to(torch.float32)
+        own = rough.T @ rough  # for what is only divided by
+        self.total = _sum(own, self.whole)
+        self.before = self._relative(self._removed(self.rows, self.whole), self.total)
+        self.total_held = None if self.held is None else _sum(own, self.held)
+        self.held_before = None if self.held is None else self._relative(self._removed(self.rows, self.held), self.total_held)
+
+    def choose(self) -> tuple[float, float]:
+        """The best strength, and by what factor its solution changes the error on the tokens held out; infinity and 1 where none is better than no repair."""
+        if self.held is None or not 0 < self.count < len(self.whole):
+            return math.inf, 1.0
+        # Strengths are compared in float32; what comes of the best is solved and judged anew.
+        rows, fitted, held = (tensor.to(torch.float32) for tensor in (_sketch(self.rows), self.fitted, self.held))
+        before = self._removed(rows, held)
+        best, least = math.inf, before
+        for outward in (GRID[_START:], GRID[:_START][::-1]):  # the error has one valley: outward from a usual strength, until it rises
+            last = math.inf
+            for strength in outward:
+                added = self._solve(rows, fitted, strength)
+                error = math.inf if added is None else self._errors(rows, added, held)[0]
+                if error < least:
+                    best, least = strength, error
+                if not error < last:
+                    break
+                last = error
+        return best, least / before if before > 0 else 1.0
+
+    def refit(self, strength: float, held_factor: float) -> Restored:
+        """The solution on all tokens, if as it will be stored it is better than no repair."""
+        added = self._solve(self.rows, self.whole, strength)
+        if added is None or self.held is None or self.held_before is None:
+            return self.unchanged()
+        start = self.rows[:, : self.count]
+        stored = (start + added).to(self.weight.dtype)
+        after, held_after = self._errors(self.rows, stored.to(start.dtype) - start, self.whole, self.held)
+        if not (self._relative(after, self.total) < self.before and self._relative(held_after, self.total_held) < self.held_before):
+            return self.unchanged()
+        weight = torch.zeros_like(self.weight)
+        weight[:, self.kept] = stored
+        return Restored(weight, self.before, self._relative(after, self.total), self.held_before, self.held_before * held_factor, True, strength)
+
+    def unchanged(self) -> Restored:
+        """The kept columns as they are."""
+        weight = torch.zeros_like(self.weight)
+        weight[:, self.kept] = self.weight[:, self.kept]
+        return Restored(weight, self.before, self.before, self.held_before, self.held_before, False, math.inf)
+
+    def _solve(self, rows: Tensor, gram: Tensor, strength: float) -> Tensor | None:
+        """Z for some rows of W; ``None`` if the system is singular to rounding."""
+        inner = gram[: self.count, : self.count].clone()
+        inner.diagonal().add_(strength * gram.diagonal().mean())
+        factor, failed = torch.linalg.cholesky_ex(inner)
+        if int(failed):
+            return None
+        found = torch.cholesky_solve(gram[: self.count, self.count :] @ rows[:, self.count :].T, factor).T
+        return found if bool(torch.isfinite(found).all()) else None
+
+    def _errors(self, rows: Tensor, added: Tensor, *grams: Tensor) -> list[float]:
+        """tr((W − V) G (W − V)ᵀ) for each Gram matrix."""
+        difference = torch.cat([-added, rows[:, self.count :]], 1)
+        if len(grams) == 1:
+            return [max(_sum(difference @ gram, difference), 0.0) for gram in grams]
+        own = difference.T @ difference
+        return [max(_sum(own, gram), 0.0) for gram in grams]
+
+    def _removed(self, rows: Tensor, gram: Tensor) -> float:
+        """The error of no repair."""
+        gone = rows[:, self.count :]
+        return max(_sum(gone @ gram[self.count :, self.count :].to(gone.dtype), gone), 0.0)
+
+    @staticmethod
+    def _relative(error: float, total: float | None) -> float:
+        return error / total if total else 0.0
+
+
+def _sum(first: Tensor, second: Tensor) -> float:
+    return float((first * second).sum())
+
+
+def _sketch(rows: Tensor) -> Tensor:
+    """Random combinations of the rows whose errors are those of all rows in expectation; always the same ones."""
+    if len(rows) <= SKETCHED:
+        return rows
+    mix = torch.randn(SKETCHED, len(rows), generator=torch.Generator().manual_seed(0), dtype=torch.float32)
+    return mix.to(rows) @ rows
+
+
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values)

@@ -9,6 +9,10 @@ from torch import Tensor
 _BLOCK = 384
 
 
+#: what a token is for: nothing (padding), fitting a restoration, or judging it
+PADDING, FITTED, HELD = 0, 1, 2
+
+
 class Gram:
     """Accumulates ``G = XᵀX`` over tokens, in float32 on the device of the activations (FASP, section 3; DESIGN: sums, so they can be all-reduced).
 
@@ -41,11 +45,52 @@ class Gram:
         """‖X_j‖₂ per column, shape ``[columns]``, float64."""
         return self.matrix.diagonal().to(torch.float64).clamp_min(0).sqrt()
 
+    def symmetric(self, dtype: torch.dtype | None = None) -> Tensor:
+        """The whole matrix, shape ``[columns, columns]``; ``dtype=None``: float64 (float32 on devices without it)."""
+        lower = self.matrix.tril()
+        return (lower + lower.tril(-1).T).to(dtype or precise(self.matrix.device))
+
+
+class SplitGram:
+    """Gram matrices of the tokens that a restoration is fitted on and of those held out to judge it.
+
+    Attributes:
+        fitted: of the tokens marked :data:`FITTED`.
+        held: of the tokens marked :data:`HELD`; ``None`` until there is one.
+    """
+
+    def __init__(self, columns: int, device: torch.device) -> None:
+        self.fitted = Gram(columns, device)
+        self.held: Gram | None = None
+
+    def update(self, tokens: Tensor, marks: Tensor) -> None:
+        """Add tokens ``[tokens, columns]``, each as its mark ``[tokens]`` says."""
+        for mark in (FITTED, HELD):
+            chosen = marks == mark
+            if not bool(chosen.any()):
+                continue
+            if mark == HELD and self.held is None:
+                self.held = Gram(tokens.shape[1], tokens.device)
+            gram = self.held if mark == HELD and self.held is not None else self.fitted
+            gram.update(tokens if bool(chosen.all()) else tokens[chosen], 1)
+
+    @property
+    def parts(self) -> list[Gram]:
+        """The matrices there are."""
+        return [self.fitted] if self.held is None else [self.fitted, self.held]
+
+    @property
+    def tokens(self) -> int:
+        """Tokens seen, held out or not."""
+        return sum(part.tokens for part in self.parts)
+
+    def norms(self) -> Tensor:
+        """‖X_j‖₂ per column over all tokens, shape ``[columns]``, float64."""
+        return torch.stack([part.norms().square() for part in self.parts]).sum(0).sqrt()
+
     def symmetric(self) -> Tensor:
-        """The whole matrix, shape ``[columns, columns]``, float64 (float32 on devices without it)."""
-        wide = self.matrix.to(precise(self.matrix.device))
-        lower = wide.tril()
-        return lower + lower.tril(-1).T
+        """XᵀX over all tokens, shape ``[columns, columns]``, float64 (float32 on devices without it)."""
+        return torch.stack([part.symmetric() for part in self.parts]).sum(0)
 
 
 def precise(device: torch.device) -> torch.dtype:

@@ -33,7 +33,8 @@ def decoder(layers: int = LAYERS) -> Report:
         read += [(f"{at}.attn.{name}.weight", 1) for name in "qkv"] + [(f"{at}.mlp.{name}.weight", 1) for name in ("gate", "up")]
         turned += [(f"{at}.attn.{name}.weight", 0) for name in "qk"]
         values = Line(f"{at}.attn.o.weight", "prunable", 192, 192 - 3 * (number * 7 % 40), 3, "")
-        neurons = Line(f"{at}.mlp.down.weight", "prunable", 1536, 1536 - 16 * (number * 11 % 50), 1, "", 0.01 * (number * 13 % 30), 0.001 * number)
+        errors = 0.01 * (number * 13 % 30), 0.001 * number, 0.02, 0.002 * number
+        neurons = Line(f"{at}.mlp.down.weight", "prunable", 1536, 1536 - 16 * (number * 11 % 50), 1, "", *errors)
         own.append(replace(values, producers=((f"{at}.attn.v.weight", 0),), consumers=((f"{at}.attn.o.weight", 1),)))
         both = (f"{at}.mlp.gate.weight", 0), (f"{at}.mlp.up.weight", 0)
         own.append(replace(neurons, producers=both, consumers=((f"{at}.mlp.down.weight", 1),)))
@@ -141,6 +142,7 @@ def test_a_page_replaces_a_page_and_nothing_else(tmp_path: Path) -> None:
 
 def test_a_report_comes_back_from_json() -> None:
     report = decoder(2)
+    assert any(line.held_restored for line in report.lines)
     assert report_from_json(json.loads(json.dumps(report_to_json(report)))) == report
 
 
@@ -265,6 +267,8 @@ def test_reasons_show_on_hover_and_focus(show: Open) -> None:
     assert "contracted between two activations" in tip.inner_text()
     tab.locator(".chip.st-approximate").focus()
     assert "mixed by aten.mean.dim" in tip.inner_text()
+    tab.locator(".node", has_text="mlp.down").first.focus()
+    assert "on tokens held out: cut 2.00e-2, restored 5.80e-2" in tip.inner_text()
     assert frozen.locator(".cross").count() == 1  # a shape of its own beside the colour
 
 

@@ -6,6 +6,7 @@ import copy
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import pytest
@@ -18,7 +19,8 @@ from torch import Tensor, nn
 from zoo import TwoLayers, randomise
 
 import fasp_fx
-from fasp_fx.restoration import least_squares, relative_error
+from fasp_fx import restoration
+from fasp_fx.restoration import GRID, left_alone, ridge
 from fasp_fx.scoring import Columns
 from fasp_fx.statistics import Gram
 
@@ -55,11 +57,27 @@ def removed(result: fasp_fx.Result) -> dict[str, list[int]]:
     return {part.name: list(part.removed) for group in result.plan.groups for part in group.consumers}
 
 
-def solve(weight: np.ndarray, activations: np.ndarray, kept: np.ndarray) -> np.ndarray:
-    """W* = W G[:, M] (G[M, M] + δI)⁻¹ with δ = 1e-4 · mean(diag G), by a general solver."""
+def solve(weight: np.ndarray, activations: np.ndarray, kept: np.ndarray, strength: float) -> np.ndarray:
+    """W (G + δI)[:, M] (G[M, M] + δI)⁻¹ with δ = strength · mean(diag G), by a general solver; of infinite strength the kept columns."""
+    if np.isinf(strength):
+        return weight[:, kept]
     gram = activations.T @ activations
-    inner = gram[np.ix_(kept, kept)] + 1e-4 * np.mean(np.diag(gram)) * np.eye(len(kept))
-    return np.linalg.solve(inner.T, (weight @ gram[:, kept]).T).T
+    damped = gram + strength * np.mean(np.diag(gram)) * np.eye(len(gram))
+    return np.linalg.solve(damped[np.ix_(kept, kept)], damped[kept] @ weight.T).T
+
+
+def error_of(weight: np.ndarray, activations: np.ndarray, kept: np.ndarray, found: np.ndarray) -> float:
+    """‖XWᵀ − X_M Vᵀ‖²_F."""
+    return float(np.linalg.norm(activations @ weight.T - activations[:, kept] @ found.T) ** 2)
+
+
+def repaired(weight: np.ndarray, activations: np.ndarray, kept: np.ndarray, sequences: int) -> np.ndarray:
+    """What the library should make of a weight: every fourth sequence judges what the others fit, all strengths are tried, all tokens fit the best."""
+    parts = activations.reshape(-1, len(activations) // sequences, activations.shape[1])
+    held = np.arange(len(parts)) % 4 == 3
+    fitted, judged = (part.reshape(-1, activations.shape[1]) for part in (parts[~held], parts[held]))
+    strength = min([*GRID, np.inf], key=lambda each: error_of(weight, judged, kept, solve(weight, fitted, kept, each)))
+    return solve(weight, activations, kept, strength)
 
 
 def closeness(found: np.ndarray, expected: np.ndarray) -> float:
@@ -82,7 +100,7 @@ def test_gram_accumulates_in_float32_over_any_dimension(dtype: torch.dtype, dim:
     torch.testing.assert_close(gram.symmetric(), 3 * rows.T @ rows, rtol=1e-5, atol=1e-4)
 
 
-def test_restoration_equals_a_dense_solve() -> None:
+def test_restoration_equals_a_dense_solve_with_the_best_strength() -> None:
     model = build(SPEC)
     result = fasp_fx.prune(model, (BATCHES[0],), calibration=BATCHES, sparsity=0.3, propagate=False)
     activations = inputs_of(model, CONSUMERS, BATCHES)
@@ -90,7 +108,7 @@ def test_restoration_equals_a_dense_solve() -> None:
     assert set(gone) == set(CONSUMERS)
     for name in CONSUMERS:
         kept = np.setdiff1d(np.arange(activations[name].shape[1]), gone[name])
-        expected = solve(weight_of(model, name), activations[name], kept)
+        expected = repaired(weight_of(model, name), activations[name], kept, sequences=16)
         found = weight_of(result.module, name)
         assert closeness(found, expected) <= 1e-3, name
         assert closeness(weight_of(model, name)[:, kept], expected) > 1e-2, f"the restoration of {name} changes nothing that can be seen"
@@ -104,7 +122,7 @@ def test_propagation_sees_what_pruned_layers_make() -> None:
     for name in CONSUMERS:  # in the order in which the data reaches them
         activations = inputs_of(staged, [name], BATCHES)[name]
         kept = np.setdiff1d(np.arange(activations.shape[1]), gone[name])
-        assert closeness(weight_of(result.module, name), solve(weight_of(model, name), activations, kept)) <= 1e-3, name
+        assert closeness(weight_of(result.module, name), repaired(weight_of(model, name), activations, kept, sequences=16)) <= 1e-3, name
         with torch.no_grad():
             weight = dict(staged.named_parameters())[name]
             weight.zero_()
@@ -128,31 +146,80 @@ def test_restoration_never_makes_a_consumer_worse(propagate: bool) -> None:
 
 
 @given(
-    rows=st.integers(1, 6),
+    rows=st.sampled_from([1, 5, 90]),
     columns=st.integers(2, 12),
-    samples=st.integers(1, 30),
+    samples=st.tuples(st.integers(1, 30), st.integers(1, 30)),
     rank=st.integers(1, 12),
     scale=st.sampled_from([1e-6, 1.0, 1e6]),
     seed=st.integers(0, 999),
 )
-def test_least_squares_never_raises_the_error(rows: int, columns: int, samples: int, rank: int, scale: float, seed: int) -> None:
+def test_a_repair_never_raises_the_error_nor_that_on_tokens_held_out(
+    rows: int, columns: int, samples: tuple[int, int], rank: int, scale: float, seed: int
+) -> None:
     random = np.random.default_rng(seed)
     weight = random.normal(size=(rows, columns)).astype(np.float32)
-    x = random.normal(size=(samples, min(rank, columns))) @ random.normal(size=(min(rank, columns), columns)) * scale
+    mix = random.normal(size=(min(rank, columns), columns)) * scale
+    x, held = (random.normal(size=(count, min(rank, columns))) @ mix for count in samples)
     x[:, random.integers(columns)] = 0  # a channel that is never active
     kept = np.sort(random.permutation(columns)[: random.integers(1, columns)])
-    gram = torch.from_numpy(x.T @ x)
-    outcome = least_squares(torch.from_numpy(weight), gram, torch.from_numpy(kept))
+    outcome = ridge(torch.from_numpy(weight), torch.from_numpy(x.T @ x), torch.from_numpy(held.T @ held), torch.from_numpy(kept))
     found = outcome.weight.double().numpy()
     assert np.isfinite(found).all()
     assert not np.delete(found, kept, axis=1).any(), "a removed column holds a value"
-    target = x @ weight.T
-    cut, restored = (np.linalg.norm(target - x[:, kept] @ w[:, kept].T) for w in (weight, found))
-    assert restored <= cut * 1.001 + 1e-9 * scale
-    if np.linalg.norm(target) > 0:
-        assert relative_error(torch.from_numpy(weight).double(), outcome.weight.double(), gram) == pytest.approx(outcome.error_after, rel=1e-3, abs=1e-9)
+    both = np.concatenate([x, held])
+    for seen, before, after in ((both, outcome.error_before, outcome.error_after), (held, outcome.held_before, None)):
+        cut, left = (error_of(weight, seen, kept, other) for other in (weight[:, kept], found[:, kept]))
+        total = float(np.linalg.norm(seen @ weight.T) ** 2)
+        assert left <= cut * (1 + 1e-6) + 1e-12 * total
+        assert before == pytest.approx(cut / total, rel=1e-3, abs=1e-9)
+        assert after is None or after == pytest.approx(left / total, rel=1e-3, abs=1e-9)
+    assert outcome.held_before is not None
+    assert outcome.held_after is not None
+    assert outcome.held_after <= outcome.held_before
     if outcome.used:
-        assert closeness(found[:, kept], solve(weight.astype(np.float64), x, kept)) <= 1e-3
+        assert outcome.strength in GRID
+        assert closeness(found[:, kept], solve(weight.astype(np.float64), both, kept, outcome.strength)) <= 1e-3
+    else:
+        assert (found[:, kept] == weight[:, kept]).all()
+        assert outcome.error_after == outcome.error_before
+
+
+@given(columns=st.integers(3, 12), seed=st.integers(0, 999))
+def test_strength_leads_from_least_squares_to_no_repair(columns: int, seed: int) -> None:
+    random = np.random.default_rng(seed)
+    weight = random.normal(size=(4, columns))
+    x = random.normal(size=(200, columns)) @ random.normal(size=(columns, columns))
+    kept = np.sort(random.permutation(columns)[: random.integers(1, columns)])
+    gram = torch.from_numpy(x.T @ x)
+    ends = {}
+    for strength in (1e-12, 1e9):
+        with patch.object(restoration, "GRID", (strength,)):
+            ends[strength] = ridge(torch.from_numpy(weight), gram / 2, gram / 2, torch.from_numpy(kept)).weight.numpy()[:, kept]
+    least = np.linalg.lstsq(x[:, kept], x @ weight.T, rcond=None)[0].T
+    assert error_of(weight, x, kept, ends[1e-12]) <= error_of(weight, x, kept, least) * (1 + 1e-6)
+    assert closeness(ends[1e9], weight[:, kept]) < 1e-6
+
+
+def test_held_out_error_is_that_of_a_repair_that_did_not_see_the_tokens() -> None:
+    random = np.random.default_rng(0)
+    mix = random.normal(size=(20, 20))
+    weight, x, held = random.normal(size=(300, 20)), random.normal(size=(60, 20)) @ mix, random.normal(size=(20, 20)) @ mix
+    kept = np.arange(15)
+    outcome = ridge(torch.from_numpy(weight), torch.from_numpy(x.T @ x), torch.from_numpy(held.T @ held), torch.from_numpy(kept))
+    assert outcome.used
+    expected = error_of(weight, held, kept, solve(weight, x, kept, outcome.strength)) / np.linalg.norm(held @ weight.T) ** 2
+    assert outcome.held_after == pytest.approx(expected, rel=0.2)  # of 64 combinations of 300 rows
+    assert outcome.held_after > outcome.error_after
+
+
+def test_without_tokens_held_out_nothing_is_repaired() -> None:
+    weight, x = torch.randn(3, 5, generator=torch.Generator().manual_seed(0)), torch.randn(9, 5, generator=torch.Generator().manual_seed(1))
+    kept = torch.tensor([0, 2, 3])
+    outcome = ridge(weight, x.T @ x, None, kept)
+    assert not outcome.used
+    assert outcome.held_before is None
+    assert torch.equal(outcome.weight, left_alone(weight, x.T @ x, None, kept).weight)
+    assert torch.equal(outcome.weight[:, kept], weight[:, kept])
 
 
 @pytest.mark.parametrize("score", ["fasp", "magnitude"])
@@ -256,4 +323,4 @@ def test_a_weight_used_twice_is_restored_on_both_inputs() -> None:
     h = inputs_of(model, ["down.weight"], [x])["down.weight"]  # the hook sees both uses
     assert len(h) == 120
     kept = np.setdiff1d(np.arange(10), removed(result)["down.weight"])
-    assert closeness(weight_of(result.module, "down.weight"), solve(weight_of(model, "down.weight"), h, kept)) <= 1e-3
+    assert closeness(weight_of(result.module, "down.weight"), repaired(weight_of(model, "down.weight"), h, kept, sequences=120)) <= 1e-3

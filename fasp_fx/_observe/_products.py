@@ -11,7 +11,8 @@ from ..channels import Axis, Product, Slot, attribute
 from ..groups import Group
 from ..scoring import Columns, Score, magnitude
 from ..scoring import Random as RandomScore
-from ..statistics import precise
+from ..statistics import PADDING, precise
+from ._marks import Marks
 from ._runner import Runner
 
 
@@ -34,15 +35,17 @@ class ObservedProducts:
         """The products that decide a group: those of one without consumers."""
         return self.of_group.get(group.name, [])
 
-    def observe(self, runner: Runner, products: list[Product]) -> None:
-        """Add the squares of the operands of products about to be executed."""
+    def observe(self, runner: Runner, marks: Marks, products: list[Product]) -> None:
+        """Add the squares of the operands of products about to be executed, without padding."""
         for product in products:
             for operand, axes in enumerate(self._axes(product)):
-                for batch in runner.read(product.operands[operand]):
+                node = product.operands[operand]
+                for number, batch in enumerate(runner.read(node)):
                     for index, axis in enumerate(axes):
                         rest = [dim for dim, size in enumerate(axis.numbers.shape) if size == 1]
+                        counts = marks.of(number, node, batch, rest) != PADDING
                         key = (id(product), operand, index)
-                        square = batch.detach().abs().to(torch.float32).square().sum(rest, keepdim=True).to(precise(batch.device))
+                        square = (batch.detach().abs().to(torch.float32).square() * counts).sum(rest, keepdim=True).to(precise(batch.device))
                         self._squares[key] = self._squares[key] + square if key in self._squares else square
 
     def scores(self, group: Group) -> np.ndarray:

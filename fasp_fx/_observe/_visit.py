@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -13,25 +12,30 @@ from torch import Tensor
 
 from ..analysis import Analysis
 from ..channels import Use, attribute
-from ..errors import ArgumentError, CalibrationError, CalibrationWarning
+from ..errors import ArgumentError, CalibrationError
 from ..groups import Group
-from ..restoration import Restored, together
+from ..restoration import Restored, left_alone, together
 from ..scoring import Columns, Score
-from ..statistics import Gram
-from ._matrices import ConsumerMatrices
+from ..statistics import SplitGram
+from ._gains import warn_of_few
+from ._marks import Marks
+from ._matrices import ConsumerMatrices, token_dims
 from ._products import ObservedProducts, dataless, row_scores
+from ._readings import read_otherwise
 from ._runner import Runner
 
-Restore = Callable[[Tensor, Tensor, Tensor], Restored]
+#: repairs a matrix ``[rows, columns]``, from XᵀX over fitted tokens and over those held out, on the kept columns
+Restore = Callable[[Tensor, Tensor, Tensor | None, Tensor], Restored]
 
 
 @dataclass
 class Decision:
-    """What was chosen: removed channel numbers, restored weights by canonical name, and the outcomes of their restorations."""
+    """What was chosen: removed channel numbers, restored weights by canonical name, the outcomes of their restorations, and remarks for the report."""
 
     gone: np.ndarray
     weights: dict[str, Tensor] = field(default_factory=dict)
     outcomes: dict[str, list[Restored]] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
 
 
 class _Consumer:
@@ -41,7 +45,7 @@ class _Consumer:
         self.matrices = ConsumerMatrices(use, analysis.walk.values)
         self.weight = use.weight
         self.uses: list[Use] = []
-        self.grams: list[Gram] | None = None
+        self.grams: list[SplitGram] | None = None
 
     def gone(self, gone: np.ndarray) -> np.ndarray:
         """Which columns go, shape ``[blocks, columns]``."""
@@ -75,6 +79,7 @@ class Observer:
             self.of_group[group.name] = [self._consumer(use) for use in group.uses]
         self.products = ObservedProducts(analysis, self.groups)
         self._observed = False
+        self._tokens: dict[str, int] = {}  # the fewest that a block of a weight saw; of weights that may be repaired
         self._undecided = {group.name for group in self.groups}
         self._waiting = {g.name: {use.node for use in g.uses} | {product.node for product in self.products.of(g)} for g in self.groups}
 
@@ -85,17 +90,21 @@ class Observer:
             consumer.uses.append(use)
         return consumer
 
-    def run(self, runner: Runner | None, progress: Callable[[float], None]) -> Decision:
-        """Visit all consumers in graph order; without a runner nothing is observed."""
+    def run(self, runner: Runner | None, marks: Marks | None, progress: Callable[[float], None]) -> Decision:
+        """Visit all consumers in graph order; without a runner and marks of its tokens nothing is observed.
+
+        Warns:
+            CalibrationWarning: the data are too few to repair with; once for all consumers.
+        """
         self._observed = runner is not None
         position = {node: index for index, node in enumerate(self.analysis.program.module.graph.nodes)}
         stops = sorted({node for waiting in self._waiting.values() for node in waiting}, key=position.__getitem__)
         for count, node in enumerate(stops):
-            if runner is not None:
+            if runner is not None and marks is not None:
                 runner.advance(runner.index(node))
-                self._observe(runner, [use for consumer in self.consumers.values() for use in consumer.uses if use.node is node])
+                self._observe(runner, marks, [use for consumer in self.consumers.values() for use in consumer.uses if use.node is node])
                 products = [product for group in self.groups for product in self.products.of(group) if product.node is node]
-                self.products.observe(runner, list(dict.fromkeys(products)))
+                self.products.observe(runner, marks, list(dict.fromkeys(products)))
             ready = []
             for group in self.groups:
                 self._waiting[group.name].discard(node)
@@ -108,9 +117,12 @@ class Observer:
                 here = [product for group in ready for product in self.products.of(group) if product.node is node]
                 self.products.cut(runner, list(dict.fromkeys(here)), self.decision.gone)
             progress((count + 1) / len(stops))
+        if marks is not None and marks.unmatched:
+            self.decision.notes.append(marks.remark())
+        warn_of_few(self.decision.outcomes, self._tokens)
         return self.decision
 
-    def _observe(self, runner: Runner, uses: list[Use]) -> None:
+    def _observe(self, runner: Runner, marks: Marks, uses: list[Use]) -> None:
         for use in uses:
             consumer = self._consumer(use)
             matrices = ConsumerMatrices(use, self.analysis.walk.values)
@@ -118,20 +130,15 @@ class Observer:
             ends = list(runner.read(use.route)) if use.route is not None else None
             for batch, activation in enumerate(_inputs(runner, use)):
                 if consumer.grams is None:
-                    consumer.grams = [Gram(columns, activation.device) for _ in range(blocks)]
-                for block, tokens in matrices.tokens(activation, None if ends is None else ends[batch]):
-                    consumer.grams[block].update(tokens, 1)
+                    consumer.grams = [SplitGram(columns, activation.device) for _ in range(blocks)]
+                dims = token_dims(activation.dim(), use.activation_layout)
+                own = marks.of(batch, use.activation, activation, dims) if ends is None else marks.routed(batch, use.activation, ends[batch])
+                for block, tokens, kinds in matrices.tokens(activation, own, None if ends is None else ends[batch]):
+                    consumer.grams[block].update(tokens, kinds)
             assert consumer.grams is not None
-            if not all(bool(torch.isfinite(gram.matrix.diagonal()).all()) for gram in consumer.grams):
+            if not all(bool(torch.isfinite(part.matrix.diagonal()).all()) for gram in consumer.grams for part in gram.parts):
                 raise CalibrationError(f"the input of '{use.weight}' is not finite on the calibration data; check the batches and the model's dtype")
-            fewest = min(gram.tokens for gram in consumer.grams)
-            if fewest < columns:
-                per = " in one of its blocks" if blocks > 1 else ""
-                warnings.warn(
-                    f"'{use.weight}' has {columns} columns but saw {fewest} calibration tokens{per}; the restoration is regularised, but more data is better",
-                    CalibrationWarning,
-                    stacklevel=2,
-                )
+            self._tokens[use.weight] = min(self._tokens.get(use.weight, 1 << 62), min(gram.tokens for gram in consumer.grams))
 
     def _weight(self, consumer: _Consumer) -> Tensor:
         held = self.decision.weights.get(consumer.weight)
@@ -169,7 +176,7 @@ class Observer:
             return [(own[block : block + 1], values.sum(keepdims=True))]
         return [(numbers, values) for numbers in consumer.matrices.columns[block].T]
 
-    def _score(self, matrix: Tensor, gram: Gram | None) -> np.ndarray:
+    def _score(self, matrix: Tensor, gram: SplitGram | None) -> np.ndarray:
         values = self.score(Columns(matrix, gram.norms() if gram is not None else None, gram.symmetric if gram is not None else None))
         if tuple(values.shape) != (matrix.shape[1],):
             raise ArgumentError(
@@ -195,7 +202,15 @@ class Observer:
         whole = torch.from_numpy(~consumer.blocks_gone(self.decision.gone)).to(weight.device)
         # The Gram matrix holds no imaginary part, which the solution for a complex weight would need.
         if self.restore is not None and consumer.grams is not None and not weight.is_complex() and not bool(kept.all()):
-            parts = [self.restore(matrix, gram.symmetric(), left.nonzero()[:, 0]) for matrix, gram, left in zip(read, consumer.grams, kept, strict=True)]
+            otherwise = read_otherwise(self.analysis, consumer.matrices)
+            restore = self.restore if otherwise is None else left_alone
+            if otherwise is not None:
+                self._tokens.pop(consumer.weight, None)
+                self.decision.notes.append(f"'{consumer.weight}' is not repaired, because {otherwise}")
+            parts = [
+                restore(matrix, gram.fitted.symmetric(torch.float32), None if gram.held is None else gram.held.symmetric(torch.float32), left.nonzero()[:, 0])
+                for matrix, gram, left in zip(read, consumer.grams, kept, strict=True)
+            ]
             outcome = together(parts)
             self.decision.outcomes.setdefault(consumer.weight, []).append(outcome)
             pruned = consumer.matrices.write(outcome.weight, weight)

@@ -86,6 +86,8 @@ def _group(line: Line) -> dict[str, Any]:
         "blocks": line.blocks,
         "cut": _number(line.error_cut),
         "restored": _number(line.error_restored),
+        "heldCut": _number(line.held_cut),
+        "heldRestored": _number(line.held_restored),
         "producers": [f"{name}[{dim}]" for name, dim in line.producers],
         "consumers": [f"{name}[{dim}]" for name, dim in line.consumers],
     }

@@ -19,6 +19,7 @@ const COLUMNS = [
   { name: "Blocks", value: (group) => group.blocks, number: true, cell: (group) => numeric(group.blocks, count(group.blocks)) },
   { name: "Error cut", value: (group) => group.cut, number: true, after: true, cell: (group) => numeric(group.cut, error(group.cut)) },
   { name: "Restored", value: (group) => group.restored, number: true, after: true, cell: (group) => numeric(group.restored, error(group.restored)) },
+  { name: "Held out", value: (group) => group.heldRestored, number: true, after: true, cell: (group) => numeric(group.heldRestored, error(group.heldRestored)) },
   { name: "Why", value: (group) => group.reason, cell: (group) => el("td", { class: "why" }, ...breakable(group.reason)) },
 ].filter((column) => data.pruned || !column.after);
 

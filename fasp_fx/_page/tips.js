@@ -59,14 +59,18 @@ function groupLines(groups, tag = "") {
   const share = groups.map(removedShare);
   const [low, high] = [Math.min(...share), Math.max(...share)];
   const gone = low === high ? percent(low) : `${percent(low)} to ${percent(high)}`;
-  const cuts = groups.map((group) => group.cut).filter((value) => typeof value === "number");
-  const kept = groups.map((group) => group.restored).filter((value) => typeof value === "number");
+  const most = (field) => {
+    const known = groups.map((group) => group[field]).filter((value) => typeof value === "number");
+    return known.length ? error(Math.max(...known)) : "";
+  };
+  const errors = (cut, restored) => `cut ${most(cut)}${most(restored) ? `, restored ${most(restored)}` : ""}`;
   return [
     `${tag ? `${tag}: ` : ""}${one.name}${many ? ` and ${count(groups.length - 1)} alike` : ""}`,
     `${one.status}${one.reason ? `: ${one.reason}` : `: ${STATUSES[one.status] ?? ""}`}`,
     `${widths(groups).replace("→", " → ")} channels${data.pruned ? `, ${gone} removed` : ""}${one.blocks > 1 ? `; ${count(one.blocks)} blocks lose equal counts` : ""}`,
     one.producers.length ? `lose rows: ${some(one.producers)}` : "",
     one.consumers.length ? `lose columns: ${some(one.consumers)}` : "no weight loses columns",
-    cuts.length ? `relative error of the consumers: cut ${error(Math.max(...cuts))}${kept.length ? `, restored ${error(Math.max(...kept))}` : ""}` : "",
+    most("cut") ? `relative error of the consumers: ${errors("cut", "restored")}` : "",
+    most("heldCut") ? `on tokens held out: ${errors("heldCut", "heldRestored")}` : "",
   ];
 }

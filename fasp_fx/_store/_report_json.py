@@ -56,6 +56,8 @@ def _line(data: Any) -> Line:
         "reason": _text,
         "error_cut": _optional(_number),
         "error_restored": _optional(_number),
+        "held_cut": _optional(_number),
+        "held_restored": _optional(_number),
         "producers": _many(_member),
         "consumers": _many(_member),
     }

@@ -116,6 +116,7 @@ def prune_both(
         propagate=propagate,
         granularity=chosen,
         round_to=round_to,
+        padding_mask="attention_mask" if isinstance(example.get("attention_mask"), Tensor) and example["attention_mask"].dim() == 2 else None,
         device=device,
         progress=progress,
         on_analysis=on_analysis,

@@ -103,7 +103,7 @@ def prune(
         model: a causal language model or an encoder-decoder, in evaluation mode.
         tokenizer: kept and saved with the result.
         calibration: an iterable of batches: token numbers ``[batch, tokens]``, or dicts with ``input_ids`` and, where needed, ``attention_mask``;
-            for an encoder-decoder also ``decoder_input_ids``.
+            for an encoder-decoder also ``decoder_input_ids``. Tokens that the mask hides enter neither scores nor repairs.
         sparsity: fraction to remove of the weights of linear operators in prunable and exempt groups, in (0, 1).
         plain: keep to what the architecture's own configuration can say, and return a model of the original class.
         device: where to capture and calibrate; ``None``: the model's device.
@@ -126,15 +126,15 @@ def prune(
 
         common: dict[str, Any] = {"device": device, "progress": progress, "on_analysis": on_analysis}
         return Pruned(*prune_plain(model, calibration=calibration, sparsity=sparsity, **common, **options), tokenizer)
+    stages = stages_of(model)
     try:
-        chosen = Options(sparsity, **options)
+        chosen = Options(sparsity, **options, padding_mask="attention_mask" if "attention_mask" in stages.accepts else None)
     except TypeError as error:
-        known = list(inspect.signature(Options).parameters)[1:]
+        known = [name for name in inspect.signature(Options).parameters if name not in ("sparsity", "padding_mask")]
         unknown = ", ".join(name for name in options if name not in known)
         raise ArgumentError(
             f"fasp_fx.hf.prune knows no option '{unknown}'; besides calibration, sparsity, plain and device it takes {', '.join(known)}"
         ) from error
-    stages = stages_of(model)
     clock = Clock()
     stage = stages.planned()
     program = _captured(stage, device)

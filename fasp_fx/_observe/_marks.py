@@ -1,0 +1,174 @@
+"""What each calibration token is for: to fit a restoration, to judge it, or, as padding, for nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import accumulate
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from .._program import Program
+from ..errors import ArgumentError, CalibrationError
+from ..statistics import FITTED, HELD, PADDING
+
+#: one in so many sequences is held out, and where there are fewer, this part of each
+_ONE_IN = 4
+
+
+class Marks:
+    """Marks of the tokens of every batch, as tensors that broadcast to an activation.
+
+    Tokens of one sequence resemble each other, so whole sequences are held out: every fourth, counted through all batches. Of fewer than four, the last
+    quarter of each is. A sequence is one index of the first dimension of the first input.
+
+    Args:
+        program: the program that the batches are for.
+        batches: its flat inputs.
+        padding_mask: name of an input ``[batch, tokens]``, zero where a token is padding; ``None``: every token counts.
+        hold_out: whether to hold out any.
+
+    Attributes:
+        unmatched: nodes whose tokens could not be matched with the mask, so that padding among them counts.
+
+    Raises:
+        ArgumentError, CalibrationError: there is no such mask, or it does not fit.
+    """
+
+    def __init__(self, program: Program, batches: Sequence[Sequence[Any]], padding_mask: str | None = None, hold_out: bool = True) -> None:
+        self.hold_out, self._name = hold_out, padding_mask
+        self.unmatched: dict[fx.Node, None] = {}
+        nodes = program.placeholders()
+        self._reference = next((i for i, node in enumerate(nodes) if _rank(node) > 0), None)
+        self._shape: tuple[Any, ...] = tuple(nodes[self._reference].meta["val"].shape) if self._reference is not None else ()
+        sizes = [batch[self._reference].shape[0] if self._reference is not None else 1 for batch in batches]
+        self._sizes, self._firsts = sizes, [0, *accumulate(sizes)]
+        self._many_batches = len(sizes) >= _ONE_IN
+        self._masks = [_mask(nodes, batch, padding_mask, self._reference, index) for index, batch in enumerate(batches)] if padding_mask is not None else None
+
+    def of(self, index: int, node: fx.Node, activation: Tensor, dims: list[int]) -> Tensor:
+        """Marks of one batch's activation, with as many dimensions, of its size or 1.
+
+        Args:
+            index: the batch.
+            node: the node that the activation is the value of.
+            dims: the dimensions along which tokens lie.
+        """
+        marks = torch.full([1] * activation.dim(), FITTED, dtype=torch.uint8, device=activation.device)
+        if self.hold_out:
+            dim, held = self._held(index, activation, dims)
+            marks = torch.where(_along(held.to(activation.device), dim, activation.dim()), HELD, marks)
+        padding = self._padding(index, node, activation, dims)
+        return marks if padding is None else torch.where(padding, PADDING, marks)
+
+    def routed(self, index: int, node: fx.Node, ends: Tensor) -> Tensor:
+        """Marks of tokens that were sorted by the block they go to, ``[tokens]``: of each block the last quarter is held out, or every fourth batch."""
+        if self._masks is not None:
+            self.unmatched[node] = None
+        sizes = torch.diff(ends, prepend=ends.new_zeros(1)).tolist()
+        parts = [torch.full((size,), self._batch_held(index)) if self._many_batches else _last(size) for size in sizes]
+        held = torch.cat(parts).to(ends.device) & self.hold_out
+        return torch.where(held, HELD, FITTED).to(torch.uint8)
+
+    def remark(self) -> str:
+        """What to say of the nodes whose padding could not be told."""
+        names = [node.name for node in self.unmatched]
+        more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+        return f"'{self._name}' could not be matched with the tokens of '{names[0]}'{more}, so that all of them count in scores and repairs, padding included"
+
+    def _batch_held(self, index: int) -> bool:
+        """Whether all of a batch is held out, where its tokens cannot be told apart."""
+        return index % _ONE_IN == _ONE_IN - 1 if self._many_batches else 0 < index == len(self._sizes) - 1
+
+    def _held(self, index: int, activation: Tensor, dims: list[int]) -> tuple[int, Tensor]:
+        """A dimension, and which of its positions are held out."""
+        if not dims:
+            return 0, torch.tensor([self._batch_held(index)])
+        size, first, total = self._sizes[index], self._firsts[index], self._firsts[-1]
+        along = activation.shape[dims[0]]
+        longer = next((dim for dim in dims[1:] if activation.shape[dim] > 1), None)
+        if size and along % size == 0:  # sequences, or all their tokens one after the other
+            each = along // size
+            number = first + torch.arange(along) // max(each, 1)
+            if total >= _ONE_IN:
+                return dims[0], number % _ONE_IN == _ONE_IN - 1
+            if each > 1:
+                return dims[0], _last(each).repeat(size)
+            if longer is None:
+                return dims[0], (number == total - 1) & (total > 1)
+        elif self._many_batches:
+            return dims[0], torch.full((along,), self._batch_held(index))
+        dim = dims[0] if longer is None else longer
+        return dim, _last(activation.shape[dim])
+
+    def _padding(self, index: int, node: fx.Node, activation: Tensor, dims: list[int]) -> Tensor | None:
+        """Which positions are padding, or ``None`` where all count."""
+        if self._masks is None:
+            return None
+        mask = self._masks[index].to(activation.device)
+        recorded = node.meta["val"]
+        shape = (recorded[0] if isinstance(recorded, (tuple, list)) else recorded).shape
+        batches = [dim for dim in dims if activation.shape[dim] == mask.shape[0] and _same(shape[dim], self._shape[0])][:1]
+        if batches:
+            rest = [dim for dim in dims if dim not in batches]
+            found = [dim for dim in rest if activation.shape[dim] == mask.shape[1] and _same(shape[dim], self._shape[1])]
+            if len(found) == 1:
+                padding = mask if batches[0] < found[0] else mask.T
+                return padding.reshape([activation.shape[dim] if dim in (batches[0], found[0]) else 1 for dim in range(activation.dim())])
+            if not rest:  # one token a sequence
+                return None
+        elif len(dims) == 1 and activation.shape[dims[0]] == mask.numel() and _symbols(self._shape[0]) | _symbols(self._shape[1]) <= _symbols(shape[dims[0]]):
+            return _along(mask.reshape(-1), dims[0], activation.dim())  # all tokens one after the other
+        self.unmatched[node] = None
+        return None
+
+
+def _mask(nodes: list[fx.Node], batch: Sequence[Any], name: str, reference: int | None, index: int) -> Tensor:
+    """Where a batch is padding, ``[batch, tokens]``."""
+    inputs = {node.name: leaf for node, leaf in zip(nodes, batch, strict=True)}
+    if name not in inputs:
+        raise ArgumentError(f"padding_mask='{name}' is no input of the model as it was captured; its inputs are {', '.join(map(repr, inputs))}")
+    mask = inputs[name]
+    first = batch[reference] if reference is not None else None
+    if not isinstance(mask, Tensor) or mask.dim() != 2 or first is None or first.dim() < 2 or mask.shape != first.shape[:2]:
+        raise CalibrationError(
+            f"calibration batch {index}: padding_mask='{name}' is {_said(mask)}, but the first input is {_said(first)}; "
+            "a mask of padding has one value for each token of it, [batch, tokens]"
+        )
+    padding = mask == 0
+    if bool(padding.all()):
+        raise CalibrationError(f"calibration batch {index}: '{name}' marks every token as padding; leave the batch out, or give it tokens")
+    return padding
+
+
+def _last(size: int) -> Tensor:
+    """The last quarter of so many positions, but never all."""
+    return torch.arange(size) >= max(size - max(size // _ONE_IN, 1), 1)
+
+
+def _along(values: Tensor, dim: int, rank: int) -> Tensor:
+    return values.reshape([-1 if other == dim else 1 for other in range(rank)])
+
+
+def _same(size: Any, wanted: Any) -> bool:
+    """Whether a recorded size is that of the tokens: the same number, or one that grows with it (a cache may stand before them)."""
+    if isinstance(wanted, int) or isinstance(size, int):
+        return isinstance(wanted, int) and isinstance(size, int) and size == wanted
+    return bool(_symbols(wanted) <= _symbols(size))
+
+
+def _symbols(size: Any) -> set[Any]:
+    return set() if isinstance(size, int) else set(size.node.expr.free_symbols)
+
+
+def _rank(node: fx.Node) -> int:
+    value = node.meta.get("val")
+    return value.dim() if isinstance(value, Tensor) else 0
+
+
+def _said(value: Any) -> str:
+    return f"of shape {tuple(value.shape)}" if isinstance(value, Tensor) else f"a {type(value).__name__}"
+
+
+__all__ = ["Marks"]

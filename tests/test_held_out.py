@@ -1,0 +1,235 @@
+"""Which tokens are held out to judge a repair, which are padding, and weights that a repair must not touch."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from conftest import one_capture
+from torch import Tensor, nn
+from torch.nn import functional
+from zoo import VOCABULARY, randomise
+
+import fasp_fx
+from fasp_fx import hf
+from fasp_fx._observe._marks import Marks
+from fasp_fx.statistics import FITTED, HELD, PADDING
+
+
+class Encoder(nn.Module):
+    """Two pairs of linear layers over tokens, between them the mean over a sequence; the second pair sees no padding."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down, self.wide, self.narrow = nn.Linear(6, 16), nn.Linear(16, 6), nn.Linear(6, 12), nn.Linear(12, 3)
+
+    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+        tokens = self.down(self.up(x).relu())
+        pooled = (tokens * mask[..., None]).sum(1) / mask.sum(1, keepdim=True)
+        return self.narrow(self.wide(pooled).tanh())
+
+
+def padded(lengths: list[int], size: int, seed: int = 0) -> tuple[Tensor, Tensor]:
+    """Sequences of these lengths in a batch, and their mask; what is padding is large."""
+    generator = torch.Generator().manual_seed(seed)
+    mask = torch.arange(size) < torch.tensor(lengths)[:, None]
+    x = torch.where(mask[..., None], torch.randn(len(lengths), size, 6, generator=generator), 100.0)
+    return x, mask.float()
+
+
+def marks_of(model: nn.Module, batches: list[Any], shape: tuple[int, ...] | None = None, **options: Any) -> list[Tensor]:
+    """The marks of the first consumer's input, for each batch, in full."""
+    analysis = fasp_fx.analyze(model, batches[0])
+    node = analysis.chosen[0].uses[0].activation
+    marks = Marks(analysis.program, [list(batch) for batch in batches], **options)
+    found = []
+    for index, batch in enumerate(batches):
+        activation = torch.zeros(shape or (*batch[0].shape[:-1], 16))
+        dims = list(range(activation.dim() - 1))
+        found.append(marks.of(index, node, activation, dims).expand(activation.shape)[..., 0])
+    return found
+
+
+def test_whole_sequences_are_held_out_however_they_are_batched() -> None:
+    one = padded([5] * 8, 5)
+    (found,) = marks_of(Encoder().eval(), [one])
+    assert (found == torch.tensor([FITTED, FITTED, FITTED, HELD] * 2)[:, None]).all()
+    halves = [tuple(part[i : i + 2] for part in one) for i in range(0, 8, 2)]
+    assert torch.equal(torch.cat(marks_of(Encoder().eval(), halves)), found)
+
+
+@pytest.mark.parametrize("sequences", [2, 3])
+def test_of_few_sequences_the_last_quarter_is_held_out(sequences: int) -> None:
+    (found,) = marks_of(Encoder().eval(), [padded([8] * sequences, 8)])
+    assert (found == torch.tensor([FITTED] * 6 + [HELD] * 2)).all()
+
+
+def test_of_tokens_one_after_the_other_the_same_are_held_out() -> None:
+    batch = padded([5] * 8, 5)
+    (found,) = marks_of(Encoder().eval(), [batch], shape=(40, 16))
+    (expected,) = marks_of(Encoder().eval(), [batch])
+    assert torch.equal(found, expected.reshape(-1))
+
+
+def test_padding_is_neither_fitted_nor_held_out() -> None:
+    x, mask = padded([5, 2, 4, 3], 5)
+    (found,) = marks_of(Encoder().eval(), [(x, mask)], padding_mask="mask")
+    assert torch.equal(found == PADDING, mask == 0)
+    assert (found[3, :3] == HELD).all()
+    (free,) = marks_of(Encoder().eval(), [(x, mask)])
+    assert (free != PADDING).all()
+
+
+LENGTHS = [7, 3, 5, 6, 2, 7, 4, 6, 5, 7, 3, 4]
+
+
+def alone(x: Tensor, mask: Tensor) -> list[tuple[Tensor, Tensor]]:
+    """The sequences of a padded batch, each in a batch of its own without padding."""
+    return [(row[None, own.bool()], own[None, own.bool()]) for row, own in zip(x, mask, strict=True)]
+
+
+@pytest.mark.parametrize("restore", ["least-squares", None])
+@pytest.mark.filterwarnings("ignore::fasp_fx.CalibrationWarning")
+def test_padding_weighs_nothing(restore: Any) -> None:
+    model = randomise(Encoder())
+    batch = padded(LENGTHS, 7)
+    with one_capture():
+        options = {"sparsity": 0.3, "restore": restore}
+        found = fasp_fx.prune(model, batch, calibration=[batch], padding_mask="mask", **options)
+        expected = fasp_fx.prune(model, batch, calibration=alone(*batch), **options)
+        counted = fasp_fx.prune(model, batch, calibration=[batch], **options)
+    assert found.plan.groups == expected.plan.groups
+    for name, weight in expected.module.named_parameters():
+        torch.testing.assert_close(found.module.get_parameter(name), weight, rtol=1e-2, atol=1e-3)
+    assert counted.plan.groups != expected.plan.groups, "padding changes nothing that can be seen"
+    assert not any("padding" in note for note in found.report.notes)
+
+
+def generating(name: str) -> Any:
+    if name == "t5":
+        config: Any = transformers.T5Config(vocab_size=VOCABULARY, d_model=16, d_kv=4, d_ff=32, num_layers=1, num_heads=4, decoder_start_token_id=0)
+        return randomise(transformers.T5ForConditionalGeneration(config), seed=3).eval()
+    config = transformers.LlamaConfig(
+        vocab_size=VOCABULARY, hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=4, num_key_value_heads=2
+    )
+    return randomise(transformers.LlamaForCausalLM(config), seed=3).eval()
+
+
+@pytest.mark.parametrize("name", ["llama", "t5"])
+@pytest.mark.filterwarnings("ignore::fasp_fx.CalibrationWarning")
+def test_padding_weighs_nothing_where_a_model_generates(name: str) -> None:
+    model = generating(name)
+    generator = torch.Generator().manual_seed(0)
+    texts = [torch.randint(2, VOCABULARY, (1, length), generator=generator) for length in LENGTHS]
+    ids, mask = torch.zeros(len(texts), 7, dtype=torch.long), torch.zeros(len(texts), 7, dtype=torch.long)
+    for row, text in enumerate(texts):
+        place = slice(7 - text.shape[1], 7) if name == "llama" else slice(0, text.shape[1])
+        ids[row, place], mask[row, place] = text[0], 1
+    outputs = {"decoder_input_ids": torch.randint(2, VOCABULARY, (len(texts), 7), generator=generator)} if name == "t5" else {}
+    together = [{"input_ids": ids, "attention_mask": mask, **outputs}]
+    single = [{"input_ids": text, **{key: value[row : row + 1] for key, value in outputs.items()}} for row, text in enumerate(texts)]
+    options = {"sparsity": 0.2, "include": ("exempt",)}
+    found, expected = (hf.prune(model, calibration=batches, **options) for batches in (together, single))
+    assert found.plan.groups == expected.plan.groups
+    for key, weight in expected.model.named_parameters():
+        torch.testing.assert_close(found.model.get_parameter(key), weight, rtol=2e-3, atol=2e-3)
+    told = [note for note in found.report.notes if "could not be matched" in note]
+    assert len(told) == (name == "t5"), "of the decoder's tokens the mask says nothing"
+
+
+class Halved(nn.Module):
+    """Every second token, so that no mask matches."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(6, 16), nn.Linear(16, 6)
+
+    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+        return self.down(self.up(x[:, :4] + x[:, 4:8]).relu()) * mask[:, :4, None]
+
+
+@pytest.mark.filterwarnings("ignore::fasp_fx.CalibrationWarning")
+def test_what_cannot_be_matched_is_said() -> None:
+    batch = padded([8, 5, 6, 7], 8)
+    result = fasp_fx.prune(randomise(Halved()), batch, calibration=[batch], padding_mask="mask", sparsity=0.3)
+    (note,) = [note for note in result.report.notes if "padding" in note]
+    assert note.startswith("'mask' could not be matched with the tokens of")
+    assert f"note: {note}" in str(result.report)
+
+
+def test_masks_that_do_not_fit_are_refused() -> None:
+    model = Encoder().eval()
+    x, mask = padded([5, 2, 4, 3], 5)
+    with pytest.raises(fasp_fx.ArgumentError, match=r"padding_mask='tokens' is no input of the model as it was captured; its inputs are 'x', 'mask'"):
+        fasp_fx.prune(model, (x, mask), calibration=[(x, mask)], padding_mask="tokens")
+    with pytest.raises(fasp_fx.CalibrationError, match=r"batch 0: padding_mask='x' is of shape \(4, 5, 6\), but the first input is of shape \(4, 5, 6\)"):
+        fasp_fx.prune(model, (x, mask), calibration=[(x, mask)], padding_mask="x")
+    with pytest.raises(fasp_fx.CalibrationError, match=r"batch 1: 'mask' marks every token as padding"):
+        fasp_fx.prune(model, (x, mask), calibration=[(x, mask), (x, 0 * mask)], padding_mask="mask")
+
+
+class TiedAutoencoder(nn.Module):
+    """One weight that encodes and, transposed, decodes; ``normalised``: its rows have length one where it encodes."""
+
+    def __init__(self, normalised: bool) -> None:
+        super().__init__()
+        self.weight, self.normalised = nn.Parameter(torch.randn(12, 8, generator=torch.Generator().manual_seed(2))), normalised
+
+    def forward(self, x: Tensor) -> Tensor:
+        encoder = functional.normalize(self.weight, dim=1) if self.normalised else self.weight
+        return functional.linear(functional.linear(x, encoder).relu(), self.weight.t())
+
+
+@pytest.mark.parametrize("normalised", [False, True])
+def test_a_weight_that_encodes_and_decodes_is_not_repaired(normalised: bool) -> None:
+    model = TiedAutoencoder(normalised).eval()
+    x = torch.randn(400, 8, generator=torch.Generator().manual_seed(0)) @ torch.randn(8, 8, generator=torch.Generator().manual_seed(1))
+    result = fasp_fx.prune(model, (x[:3],), calibration=[x], sparsity=0.3)
+    (group,) = result.plan.groups
+    gone = sorted({index for part in group.consumers for index in part.removed})
+    kept = [index for index in range(12) if index not in gone]
+    with torch.no_grad():
+        cut = copy.deepcopy(model)
+        cut.weight = nn.Parameter(model.weight[kept])
+        torch.testing.assert_close(result.module(x), cut(x))
+    (note,) = [note for note in result.report.notes if "not repaired" in note]
+    assert "'weight' is not repaired, because" in note
+    (line,) = [line for line in result.report.lines if line.status == "prunable"]
+    assert line.error_restored == line.error_cut
+    assert line.error_cut is not None
+    hidden = functional.linear(x, functional.normalize(model.weight, dim=1) if normalised else model.weight).relu().double().detach()
+    weight = model.weight.double().detach()
+    expected = (hidden[:, gone] @ weight[gone]).norm() ** 2 / (hidden @ weight).norm() ** 2
+    assert line.error_cut == pytest.approx(float(expected), rel=1e-4)
+
+
+def test_a_weight_that_is_only_looked_at_is_repaired() -> None:
+    class Typed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.up, self.down = nn.Linear(6, 16), nn.Linear(16, 6)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return functional.linear(self.up(x).relu(), self.down.weight.to(x.dtype))
+
+    x = torch.randn(200, 6, generator=torch.Generator().manual_seed(0))
+    result = fasp_fx.prune(randomise(Typed()), (x[:3],), calibration=[x], sparsity=0.3)
+    (line,) = [line for line in result.report.lines if line.status == "prunable"]
+    assert line.error_restored is not None
+    assert line.error_cut is not None
+    assert line.error_restored < line.error_cut
+
+
+def test_one_warning_sums_up_where_data_are_too_few() -> None:
+    model = randomise(Encoder())
+    generator = torch.Generator().manual_seed(0)
+    noise = torch.randn(1, 4, 6, generator=generator), torch.ones(1, 4)
+    with pytest.warns(fasp_fx.CalibrationWarning) as caught:
+        result = fasp_fx.prune(model, noise, calibration=[noise], sparsity=0.3)
+    (warning,) = caught
+    assert "too little calibration data to repair" in str(warning.message)
+    assert "'narrow.weight' has 12 columns and saw 1 tokens" in str(warning.message) or "'down.weight' has 16 columns and saw 4 tokens" in str(warning.message)
+    assert all(line.held_restored <= line.held_cut for line in result.report.lines if line.held_restored is not None and line.held_cut is not None)
