@@ -4,8 +4,8 @@ Mean cosine similarity between the dense and the pruned embedding of each senten
 pairs of sentences. Embeddings are those of sentence-transformers: the mean over the attention mask, of length one. Calibration sentences come from the first
 half of the text, those measured from the second.
 
-Every token of a batch enters the Gram matrices, padding included, because a graph does not say which positions a mask hides. Calibration batches therefore hold
-sentences of one length and need no padding; ``--padded`` shows what padding costs. The measured batches are padded, which the mask makes harmless.
+Calibration batches hold sentences of one length and need no padding; with ``--padded`` they are padded, and the attention mask keeps the padding out of
+scores and repairs. The measured batches are padded.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import pathlib
+import warnings
 from collections import defaultdict
 from typing import Any
 
@@ -30,7 +31,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--text", type=pathlib.Path, required=True, help="WikiText-2 validation text (wikitext2-valid.txt)")
     parser.add_argument("--sparsity", type=float, default=0.2)
-    parser.add_argument("--calibration", type=int, default=512, help="sentences that calibrate")
+    parser.add_argument("--calibration", type=int, nargs="*", default=[512], help="sentences that calibrate; several numbers are measured one after the other")
     parser.add_argument("--sentences", type=int, default=1000, help="sentences that are measured")
     parser.add_argument("--batch", type=int, default=32, help="most sentences in a batch")
     parser.add_argument("--padded", action="store_true", help="calibrate on padded batches, in the order of the text")
@@ -39,23 +40,26 @@ def main() -> None:
     model, tokenizer = minilm(options.device)
     text = sentences(options.text)
     half = len(text) // 2
-    calibrating, measured = spread(text[:half], options.calibration), spread(text[half:], options.sentences)
-    assert not set(calibrating) & set(measured)
-    batching = padded if options.padded else unpadded
-    calibration = batching(tokenizer, calibrating, options.batch, options.device)
+    measured = spread(text[half:], options.sentences)
     data = padded(tokenizer, measured, options.batch, options.device)
-    tokens, real = (sum(int(count(batch["attention_mask"])) for batch in calibration) for count in (torch.numel, torch.sum))
-    print(
-        f"{len(text):,} sentences; calibration: {len(calibrating)}, {tokens:,} tokens, {1 - real / tokens:.0%} of them padding, in {len(calibration)} batches; "
-        f"measured: {len(measured)}\n",
-        flush=True,
-    )
     dense = embed(model, data)
+    print(f"{len(text):,} sentences; measured: {len(measured)}\n", flush=True)
     print("| | mean cosine | rank correlation | parameters | sparsity |\n|---|---|---|---|---|", flush=True)
     print(row("dense", dense, dense, sum(weight.numel() for weight in model.parameters()), 0.0), flush=True)
-    for label, restore in (("pruned, with restoration", "least-squares"), ("pruned, without restoration", None)):
-        result = fasp_fx.prune(model, (), data[0], calibration=calibration, sparsity=options.sparsity, restore=restore)  # type: ignore[arg-type]
-        print(row(label, dense, embed(result.module, data), result.report.parameters[1], result.report.sparsity), flush=True)
+    warnings.simplefilter("ignore", fasp_fx.CalibrationWarning)
+    for number in options.calibration:
+        calibrating = spread(text[:half], number)
+        assert not set(calibrating) & set(measured)
+        calibration = (padded if options.padded else unpadded)(tokenizer, calibrating, options.batch, options.device)
+        tokens, real = (sum(int(count(batch["attention_mask"])) for batch in calibration) for count in (torch.numel, torch.sum))
+        given = f"{number} sentences, {real:,} tokens" + (f" and {tokens - real:,} of padding" if tokens > real else "")
+        common: dict[str, Any] = {"calibration": calibration, "sparsity": options.sparsity, "padding_mask": "attention_mask"}
+        for label, restore in (("with", "least-squares"), ("without", None)):
+            result = fasp_fx.prune(model, (), data[0], restore=restore, **common)
+            print(
+                row(f"{given}, {label} restoration", dense, embed(result.module, data), result.report.parameters[1], result.report.sparsity),
+                flush=True,
+            )
 
 
 def minilm(device: str) -> tuple[nn.Module, Any]:
