@@ -65,7 +65,7 @@ def _touched_dims(rule: Rule, arguments: dict[str, Any], rank: int) -> set[int]:
 
 
 def _unsettled(
-    node: fx.Node, rule: Rule, arguments: dict[str, Any], shape: tuple[int, ...], shapes: list[tuple[int, ...]]
+    node: fx.Node, rule: Rule, arguments: dict[str, Any], shape: tuple[int, ...], shapes: list[tuple[int, ...]], sizes: Sizes
 ) -> dict[int, str]:
     """The dimensions of which what is taken, or where it lies, depends on a size that varies from call to call; each with what happens there."""
     given, rank = arguments_of(node), len(shape)
@@ -77,7 +77,7 @@ def _unsettled(
         dim = int(arguments[along]) % rank
         whole = clause.keyword == "span" and shapes[0] == shape
         decided = any(isinstance(leaf, fx.Node) for name in bounds for leaf in pytree.tree_leaves(given[name]))
-        if decided or (dim in _dynamic_dims(node, rule, rank) and not whole):
+        if decided or (dim in _dynamic_dims(node, rule, rank, sizes) and not whole):
             found[dim] = "is cut at a length known only at run time by"
     for index, amount in enumerate(given.get("pad", ())):
         if isinstance(amount, fx.Node):
@@ -96,11 +96,11 @@ def _keeps_all(node: fx.Node) -> bool:
     return node.target in (*_RESHAPES, torch.ops.aten.expand.default, torch.ops.aten.broadcast_to.default)
 
 
-def _dynamic_dims(node: fx.Node, rule: Rule, rank: int) -> set[int]:
+def _dynamic_dims(node: fx.Node, rule: Rule, rank: int, sizes: Sizes) -> set[int]:
     """The dimensions of what a node moves whose sizes vary from call to call."""
     source = arguments_of(node)[str(rule.moves)]
     recorded = source.meta.get("val") if isinstance(source, fx.Node) else None
-    return {dim for dim, size in enumerate(recorded.shape) if is_dynamic(size)} if isinstance(recorded, Tensor) and recorded.dim() == rank else set()
+    return {dim for dim, size in enumerate(recorded.shape) if sizes.varies(size)} if isinstance(recorded, Tensor) and recorded.dim() == rank else set()
 
 
 def _shift(
@@ -118,6 +118,10 @@ def _segments(node: fx.Node, before: tuple[int, ...], after: tuple[int, ...], si
     recorded = [item.meta.get("val") for item in (node.all_input_nodes[0], node)]
     known = [tuple(val.shape) for val in recorded if isinstance(val, Tensor)]
     symbolic = known if [len(shape) for shape in known] == [len(before), len(after)] else [before, after]
+    given = arguments_of(node)
+    for size, wanted in zip(symbolic[1], given.get("size") or given.get("shape") or ()):
+        if isinstance(wanted, int) and wanted != -1:
+            sizes.settle(size)
     return segments(*([sizes.factored(*pair) for pair in zip(own, shape, strict=True)] for own, shape in zip(symbolic, (before, after), strict=True)))
 
 
@@ -157,7 +161,7 @@ def move(
     if _parts_at_run_time(rule, others, source.shape):
         return _part_at_run_time(node, rule, source, others, shapes, facts)
     touched = _touched_dims(rule, others, len(source.shape))
-    unsettled = _unsettled(node, rule, others, source.shape, shapes)
+    unsettled = _unsettled(node, rule, others, source.shape, shapes, sizes)
     source = _alike_along(source, (touched if unknown else set()) | unsettled.keys(), node, facts)
     shift = _shift(node, source.shape, shapes, others, facts, sizes)
     axes: list[list[Axis]] = [[] for _ in shapes]

@@ -41,6 +41,7 @@ class Sizes:
         self.small = small
         self.assigned: dict[sympy.Symbol, int] = {}
         self._known: dict[sympy.Expr, int] = {}
+        self._settled: set[sympy.Expr] = set()
         counted: dict[int, Any] = {}
         for node in module.graph.nodes:
             recorded = node.meta.get("val")
@@ -108,9 +109,18 @@ class Sizes:
     def _fits(self, recorded: int | torch.SymInt, executed: int) -> bool:
         return not isinstance(recorded, torch.SymInt) or self.integer(recorded) == executed
 
+    def settle(self, size: int | torch.SymInt) -> None:
+        """Note that a recorded size is always the same, which its expression does not show: the graph reads it as a given number."""
+        if isinstance(size, torch.SymInt):
+            self._settled.add(size.node.expr)
+
+    def varies(self, size: int | torch.SymInt) -> bool:
+        """Whether a recorded size varies from call to call."""
+        return isinstance(size, torch.SymInt) and is_dynamic(size) and size.node.expr not in self._settled
+
     def factored(self, recorded: int | torch.SymInt, value: int) -> Size:
         """A size as a product; ``value`` is what it is here, which in a rewritten graph can be less than what was recorded."""
-        if not isinstance(recorded, torch.SymInt) or not is_dynamic(recorded):
+        if not isinstance(recorded, torch.SymInt) or not self.varies(recorded):
             return Size.fixed(value)
         self._assign(recorded)
         times: Counter[sympy.Expr] = Counter()
