@@ -46,6 +46,7 @@ class PrunedModule(fx.GraphModule):
         # The structure of arguments and outputs never changes, and torch warns where a leaf of one is copied.
         for spec in (getattr(self, name, None) for name in ("_in_spec", "_out_spec")):
             memo.update({id(part): part for part in _specs(spec)})
+        memo[id(self.origin)] = self.origin  # never written into, and holds fake tensors that cannot be copied
         copied = super().__deepcopy__(memo)
         assert isinstance(copied, PrunedModule)
         copied.origin = self.origin
@@ -89,7 +90,7 @@ def _rebuilt(
     from ._result import wrap
     from ._store._graph_json import program_from_json
 
-    module = wrap(program_from_json(program, weights, constants, None), signature)
+    module = wrap(program_from_json(program, weights, constants, None, cast=True), signature)
     module.meta[PRESERVED] = preserved
     for name, value in preserved.items():
         setattr(module, name, value)

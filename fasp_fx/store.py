@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from ._store._atomic import new_folder
-from ._store._files import check_length, opened, parsing, read_text, size_of, tensors_of
+from ._store._files import check_depth, check_length, opened, parsing, read_text, size_of, tensors_of
 from ._store._graph_json import check_weights, program_from_json, program_to_json
 from ._store._report_json import report_from_json, report_to_json
 from ._store._signature_json import check_fit, signature_from_json, signature_to_json
@@ -209,6 +209,7 @@ def read_json(file: Path) -> dict[str, Any]:
         raise StoreError(f"{file.name} cannot be read: {error}; save the result again") from error
     if not isinstance(data, dict):
         raise StoreError(f"{file.name} does not hold an object; save the result again")
+    check_depth(data, file.name)
     return data
 
 

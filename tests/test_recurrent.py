@@ -218,7 +218,7 @@ def test_states_at_the_boundary_stay() -> None:
     model = randomise(Open(), std=0.6)
     groups = fasp_fx.analyze(model, (data(2), torch.zeros(1, 2, HIDDEN))).groups
     found = {member.name: (group.status, group.reason) for group in groups for member in group.producers}
-    assert found["given.weight_hh_l0"] == ("frozen", "meets 'hx' of aten.gru.input, which has no channels there")
+    assert found["given.weight_hh_l0"] == ("frozen", "reaches the input 'state'")
     assert found["returned.weight_hh_l0"] == ("frozen", "reaches output 1")
 
 

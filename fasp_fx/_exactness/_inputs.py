@@ -54,7 +54,16 @@ class Inputs:
                 made = made.index_select(dim, at) if size else made.new_zeros([*made.shape[:dim], wanted, *made.shape[dim + 1 :]])
         if index in self.drawn:
             return torch.rand(made.shape, generator=torch.Generator().manual_seed(index), dtype=torch.float32).to(made)
-        return made.clone() if made.data_ptr() == leaf.data_ptr() else made
+        return _laid_like(leaf, made)
+
+
+def _laid_like(leaf: Tensor, made: Tensor) -> Tensor:
+    """A copy that is part of a larger tensor where the example is: a capture can ask for that."""
+    if leaf.layout != torch.strided or not leaf.dim() or leaf.is_contiguous():
+        return made.clone()
+    if made.shape == leaf.shape and all(leaf.stride()):
+        return torch.empty_strided(leaf.shape, leaf.stride(), dtype=leaf.dtype, device=leaf.device).copy_(made)
+    return made.new_empty([*made.shape[:-1], made.shape[-1] + 1])[..., :-1].copy_(made)
 
 
 def example_inputs(program: Program) -> Iterator[Inputs]:

@@ -82,7 +82,8 @@ def _whole_weights(program: Program, analysis: Analysis) -> dict[str, _Piece] | 
             return None
     if any(set(node.users) != users for node, users in allowed.items()):
         return None  # a piece is used in other ways as well, in which its columns stay
-    others = [product.node for product in analysis.walk.facts.products] + [node for node, _ in _choosing(analysis)]
+    others = [node for product in analysis.walk.facts.products for node in (product.node, *product.operands[:1])]
+    others += [item for pair in _choosing(analysis) for item in pair]
     return pieces if all(_same(nodes.get(node.name), node) for node in others) else None
 
 

@@ -139,12 +139,28 @@ def tensors_of(file: Path) -> dict[str, StoredTensor]:
     return found
 
 
+#: what is written is nested a few dozen levels deep at most
+DEPTH = 200
 #: torch has no more
 DIMENSIONS = 64
 
 
 def _unreadable(file: Path, why: str) -> StoreError:
     return StoreError(f"'{file.name}' is not a readable safetensors file: {why}; save the result again")
+
+
+def check_depth(data: Any, name: str) -> None:
+    """Refuse lists and objects within one another deeper than any that is written, which would exhaust the stack of whoever reads them.
+
+    Raises:
+        StoreError: they are.
+    """
+    level = [data]
+    for _ in range(DEPTH):
+        level = [item for value in level if isinstance(value, (list, dict)) for item in (value.values() if isinstance(value, dict) else value)]
+        if not level:
+            return
+    raise StoreError(f"{name} is nested deeper than {DEPTH} levels; save the result again")
 
 
 @contextlib.contextmanager
@@ -165,4 +181,4 @@ def parsing(name: str) -> Iterator[None]:
         raise StoreError(f"{name} is damaged or forged, it holds what save() never writes ({shown:.300}); save the result again") from error
 
 
-__all__ = ["DIMENSIONS", "TENSORS", "StoredTensor", "check_length", "opened", "parsing", "read_text", "size_of", "tensors_of"]
+__all__ = ["DIMENSIONS", "TENSORS", "StoredTensor", "check_depth", "check_length", "opened", "parsing", "read_text", "size_of", "tensors_of"]

@@ -46,13 +46,16 @@ def program_to_json(program: ExportedProgram) -> dict[str, Any]:
     return {"program": fields, "example": _example_to_json(program)}
 
 
-def program_from_json(data: Mapping[str, Any], weights: dict[str, Tensor], constants: dict[str, Tensor], device: torch.device | None) -> ExportedProgram:
+def program_from_json(
+    data: Mapping[str, Any], weights: dict[str, Tensor], constants: dict[str, Tensor], device: torch.device | None, cast: bool = False
+) -> ExportedProgram:
     """The program over the given tensors.
 
     Args:
         data: what :func:`program_to_json` returned.
         weights, constants: tensors by name.
         device: where the program shall run; ``None`` keeps the devices of the save.
+        cast: whether the tensors may be of other types than the graph was captured with, as those of a module after ``double()``.
 
     Raises:
         StoreError: the data holds anything that :func:`program_to_json` does not write.
@@ -68,7 +71,7 @@ def program_from_json(data: Mapping[str, Any], weights: dict[str, Tensor], const
         with quiet():
             program = serde.ExportedProgramDeserializer().deserialize(parsed, weights, constants, example)
         with_tuples(program)
-        _check_stored(program)
+        _check_stored(program, cast)
         return program
     except StoreError:
         raise
@@ -86,11 +89,11 @@ def check_weights(program: ExportedProgram) -> None:
                 raise StoreError(f"'{name}' has {what} {found}, the program was captured with {wanted}; undo the change, or export the module again")
 
 
-def _check_stored(program: ExportedProgram) -> None:
+def _check_stored(program: ExportedProgram, cast: bool) -> None:
     """Refuse tensors that are not what the graph takes them for."""
     for name, expected in _expected(program):
         tensor = program.state_dict.get(name, program.constants.get(name))
-        if not isinstance(tensor, Tensor) or tensor.shape != expected.shape or tensor.dtype != expected.dtype:
+        if not isinstance(tensor, Tensor) or tensor.shape != expected.shape or (tensor.dtype != expected.dtype and not cast):
             found = f"{tensor.dtype} {list(tensor.shape)}" if isinstance(tensor, Tensor) else "not stored"
             raise StoreError(f"'{name}' is {found}, the stored graph takes {expected.dtype} {list(expected.shape)}; save the result again")
 

@@ -69,8 +69,18 @@ def written_names(graph: fx.Graph) -> set[str]:
             taken = [given.get(argument.name) for argument in node.target._schema.arguments if argument.is_write]
             if any(given.get(flag) for flag in _WRITES_STATISTICS):
                 taken += [given.get("running_mean"), given.get("running_var")]
-            found |= {target_name(value) for value in pytree.tree_leaves(taken) if isinstance(value, fx.Node) and value.op == "get_attr"}
+            looked_up = (_viewed(value) for value in pytree.tree_leaves(taken) if isinstance(value, fx.Node))
+            found |= {target_name(value) for value in looked_up if value.op == "get_attr"}
     return found
+
+
+def _viewed(node: fx.Node) -> fx.Node:
+    """The node whose storage a node shows: to write into a view, or into what is detached, is to write into that."""
+    while isinstance(node.target, OpOverload) and node.args and isinstance(node.args[0], fx.Node):
+        if not any(result.alias_info is not None for result in node.target._schema.returns):
+            break
+        node = node.args[0]
+    return node
 
 
 def results(graph: fx.Graph) -> list[Any]:

@@ -60,7 +60,9 @@ def smallest_step(numbers: np.ndarray, dim: int) -> int:
     after, before = moved[1:], moved[:-1]
     apart = (after != before) & (after != NONE) & (before != NONE)
     after, before, staying = after[apart], before[apart], _STAYING.get()
-    steps = np.abs(after - before if staying is None else staying[after] - staying[before])
+    if staying is not None:  # numbers handed out since are all there
+        after, before = (np.where(own < len(staying), staying[np.minimum(own, len(staying) - 1)], own) for own in (after, before))
+    steps = np.abs(after - before)
     return int(steps.min()) if steps.size else np.iinfo(np.int64).max
 
 

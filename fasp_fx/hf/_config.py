@@ -9,7 +9,7 @@ from typing import Any
 from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
 
 from .._store._config_json import LAYERS, layer_counts
-from .._store._files import parsing
+from .._store._files import check_depth, parsing
 from ..errors import StoreError
 
 #: what would let transformers build a cache that the programs do not take: theirs holds every token of every layer
@@ -46,6 +46,7 @@ class PrunedConfig(PreTrainedConfig):
         Raises:
             StoreError: it is no configuration of a pruned model.
         """
+        check_depth(config_dict, "config.json")
         with parsing("config.json"):
             return super().from_dict(config_dict, **kwargs)
 
