@@ -11,6 +11,7 @@ from torch.export import ExportedProgram
 from torch.utils import _pytree as pytree
 
 from ._case import Case
+from ._in_a_row import rewinding
 from ._verdict import Skipped, Violation, hold
 from .oracle import error, floats, tensors_of
 
@@ -40,7 +41,8 @@ def alone(case: Case) -> None:
         hold(not shared, f"{len(shared)} storages are shared with the caller's model")
     for mode in (True, False):
         hold(error(case.run(result.module.train(mode), call), expected) == 0.0, f"train({mode}) changes the output")
-    _trains(result.module, call)
+    with rewinding(result.module):
+        _trains(result.module, call)
     _copies(case, result.module, expected)
     args, kwargs = call
     if isinstance(case.model, nn.Module) and not isinstance(case.model, ExportedProgram):

@@ -14,6 +14,8 @@ from ._image_blocks import Collapse, Conv, Pool, Resize, SqueezeExcite
 from ._large_blocks import Attention, Experts
 from ._large_modules import AttentionModule, ExpertsModule
 from ._net import Images, Net, Sequences, Source, Tokens, Vectors
+from ._odd_blocks import Odd
+from ._odd_modules import odd
 from ._spec import Block, Shape
 
 
@@ -115,6 +117,11 @@ def _(block: Attention, shape: Shape) -> nn.Module:
 @module_of.register
 def _(block: Experts, shape: Shape) -> nn.Module:
     return ExpertsModule(block, shape.channels)
+
+
+@module_of.register
+def _(block: Odd, shape: Shape) -> nn.Module:
+    return odd(block, shape)
 
 
 def projection(shape: Shape, channels: int) -> nn.Module:

@@ -19,6 +19,7 @@ from fasp_fx.analysis import Analysis
 from fasp_fx.errors import NothingPrunableError
 from fasp_fx.plan import PruningPlan, gone_of, planned, program_fingerprint
 
+from ._in_a_row import in_a_row, remembers
 from ._sets import draw_sets
 from ._verdict import Skipped
 from .oracle import Masked, callable_of, tensors_of
@@ -167,17 +168,22 @@ class Case:
         found: list[Call] = [(self.args, self.kwargs)]
         for call in [*self.others, *_resized((self.args, self.kwargs))]:
             try:
-                with torch.no_grad():
-                    self.dense(*call[0], **call[1])
+                self.run(self.dense, call)
             except Exception:
                 continue
             found.append(call)
         return found
 
-    def run(self, module: Callable[..., Any], call: Call) -> Any:
-        """One call, without gradients."""
+    @cached_property
+    def times(self) -> int:
+        """How often each call is repeated: a model that writes into its buffers is called twice in a row, from the same buffers each time."""
         with torch.no_grad():
-            return module(*call[0], **call[1])
+            return 2 if remembers(self.dense, self.args, self.kwargs) else 1
+
+    def run(self, called: Callable[..., Any], call: Call) -> Any:
+        """The outputs of one call, without gradients; of a model that remembers, those of two calls in a row."""
+        with torch.no_grad():
+            return in_a_row(called, *call, self.times)
 
 
 def _captured(model: Any, args: Any, kwargs: Any, options: dict[str, Any]) -> Any:

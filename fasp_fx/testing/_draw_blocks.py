@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from hypothesis import strategies as st
 
 from ._channel_blocks import ACTIVATIONS, GATES, JOINS, PARTS, TIES, Activation, Branches, Gated, Linear, MixTokens, Move, Norm, Residual, Scale, Split, Tied
+from ._draw_odd import draw_odd
 from ._image_blocks import COLLAPSES, POOLS, Collapse, Conv, Pool, Resize, SqueezeExcite
 from ._large_blocks import EXPERTS, KERNELS, POSITIONS, PROJECTIONS, ROUTES, SHARING, Attention, Experts
 from ._spec import Block, Shape, after
@@ -230,6 +231,10 @@ def _collapse(draw: st.DrawFn, shape: Shape, limits: Limits) -> Block:
     return Collapse(draw(st.sampled_from(COLLAPSES)))
 
 
+def _odd(draw: st.DrawFn, shape: Shape, limits: Limits) -> Block:
+    return draw_odd(draw, shape, width(draw))
+
+
 #: how each kind is drawn, simplest first
 DRAWERS: dict[str, Drawer] = {
     "Dense": _dense,
@@ -250,4 +255,5 @@ DRAWERS: dict[str, Drawer] = {
     "Attention": attention,
     "Experts": _experts,
     "Collapse": _collapse,
+    "Odd": _odd,
 }

@@ -66,12 +66,12 @@ def unseen_operator(case: Case) -> None:
         return
     except fasp_fx.SparsityError:
         return
-    with torch.no_grad(), _noted() as before:
-        module(*inputs)
-    with torch.no_grad(), _noted() as after:
-        found = result.module(*inputs)
+    with _noted() as before:
+        case.run(module, (inputs, {}))
+    with _noted() as after:
+        found = case.run(result.module, (inputs, {}))
     hold(before == after, f"the operator saw {before} in the dense program and sees {after}")
-    wrong = error(found, Masked(module, result.plan)(*inputs))
+    wrong = error(found, case.run(Masked(module, result.plan), (inputs, {})))
     hold(wrong <= case.tolerance, f"behind an unseen operator the error against the masked dense model is {wrong:.2e}; plan:\n{result.plan}")
 
 

@@ -13,9 +13,11 @@ from ._channel_blocks import Activation, Branches, Gated, Linear, MixTokens, Mov
 from ._image_blocks import Collapse, Conv, Pool, Resize, SqueezeExcite
 from ._large_blocks import Attention, Experts
 from ._net import Images, Net, Sequences, Source, Tokens, Vectors
+from ._odd_blocks import Across, Foreign, Odd, Pick, Regroup, Remember, Reuse, Sized
 from ._spec import Block, Shape, Spec
 
 __all__ = [
+    "Across",
     "Activation",
     "Attention",
     "Block",
@@ -23,6 +25,7 @@ __all__ = [
     "Collapse",
     "Conv",
     "Experts",
+    "Foreign",
     "Gated",
     "Images",
     "Linear",
@@ -30,12 +33,18 @@ __all__ = [
     "Move",
     "Net",
     "Norm",
+    "Odd",
+    "Pick",
     "Pool",
+    "Regroup",
+    "Remember",
     "Residual",
     "Resize",
+    "Reuse",
     "Scale",
     "Sequences",
     "Shape",
+    "Sized",
     "Source",
     "Spec",
     "Split",

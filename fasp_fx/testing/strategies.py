@@ -20,6 +20,8 @@ from ._spec import Block, Shape
 
 ALL = tuple(DRAWERS)
 _PLAIN = ("Dense", "Activation", "Scale", "Norm", "Move")
+#: of so many nets of all kinds, one has odd blocks
+_ONE_IN = 5
 _LAYOUTS = ("vectors", "sequences", "tokens", "images")
 
 
@@ -42,8 +44,13 @@ def programs(*, kinds: Sequence[str] = ALL, max_blocks: int = 3, max_depth: int 
         raise ArgumentError(f"kinds {unknown} are not known; use some of {list(ALL)}")
     if max_blocks < 0 or max_depth < 0:
         raise ArgumentError(f"max_blocks={max_blocks} and max_depth={max_depth} must not be negative")
-    limits = Limits(tuple(dict.fromkeys(("Dense", *kinds))), max_depth, longest=max_blocks)
-    return _nets(limits, None, _LAYOUTS, st.sampled_from([1, 1, 2, 3]), st.sampled_from([0, 0, 2]))
+    limits = Limits(tuple(dict.fromkeys(("Dense", *(kind for kind in kinds if kind != "Odd")))), max_depth, longest=max_blocks)
+    shapes = (_LAYOUTS, st.sampled_from([1, 1, 2, 3]), st.sampled_from([0, 0, 2]))
+    plain = _nets(limits, None, *shapes)
+    if "Odd" not in kinds or not max_blocks:
+        return plain
+    odd = _nets(replace(limits, kinds=(*limits.kinds, "Odd")), "Odd", *shapes)
+    return st.integers(0, _ONE_IN - 1).flatmap(lambda drawn: odd if drawn == _ONE_IN - 1 else plain)
 
 
 @st.composite
@@ -186,6 +193,12 @@ def experts() -> st.SearchStrategy[Net]:
     return _family("Experts", ("Residual",), ("vectors", "sequences", "tokens"))
 
 
+def odd_nets() -> st.SearchStrategy[Net]:
+    """With at least one odd block: operators across blocks of channels, reshapes that read them in another order, buffers that calls write, foreign
+    operators, sizes used as numbers, weights read in two ways, positions that indices name."""
+    return _family("Odd", ("Residual",))
+
+
 @st.composite
 def decoders(draw: st.DrawFn) -> Net:
     """Decoders as language models build them; shrinks to one layer of a single head of two channels."""
@@ -219,5 +232,6 @@ FAMILIES: dict[str, Callable[[], st.SearchStrategy[Net]]] = {
     "multi_input": multi_input,
     "multi_output": multi_output,
     "experts": experts,
+    "odd": odd_nets,
     "decoders": decoders,
 }
