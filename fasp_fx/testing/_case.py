@@ -192,7 +192,7 @@ def _captured(model: Any, args: Any, kwargs: Any, options: dict[str, Any]) -> An
 
 
 def _resized(call: Call) -> list[Call]:
-    """The example with another batch, and with another batch and another second dimension: its own entries, repeated in turn."""
+    """The example with another batch, and with other batches and other second dimensions, multiples among them: its own entries, repeated in turn."""
     leaves = [leaf for leaf in pytree.tree_leaves(call) if isinstance(leaf, Tensor) and leaf.dim()]
     batches = {leaf.shape[0] for leaf in leaves}
     lengths = {leaf.shape[1] for leaf in leaves if leaf.dim() > 1}
@@ -200,7 +200,10 @@ def _resized(call: Call) -> list[Call]:
         return []
     (batch,) = batches
     found = [_resize(call, {0: (batch, batch + 1)})]
-    return [*found, _resize(call, {0: (batch, batch + 2), 1: (min(lengths), min(lengths) + 1)})] if len(lengths) == 1 else found
+    if len(lengths) == 1:
+        (length,) = lengths
+        found += [_resize(call, {0: (batch, batch + 2), 1: (length, length + 1)}), _resize(call, {1: (length, 2 * length)})]
+    return found
 
 
 def _resize(call: Call, changes: dict[int, tuple[int, int]]) -> Call:

@@ -10,21 +10,21 @@ from hypothesis import strategies as st
 from ._odd_blocks import ACROSS, FOREIGN, MEMORIES, PICKS, REGROUPS, REUSES, SIZED, Across, Foreign, Odd, Pick, Regroup, Remember, Reuse, Sized
 from ._spec import Shape
 
-#: by class: its kinds, and the layouts that it follows
+#: by class: its kinds, and the layouts that it follows; those that follow most come first, so that each stays what it is in a simpler layout
 _KINDS: dict[type[Odd], tuple[tuple[str, ...], tuple[str, ...]]] = {
     Across: (ACROSS, ("vector", "sequence", "image")),
-    Regroup: (REGROUPS, ("sequence",)),
-    Remember: (MEMORIES, ("vector", "sequence")),
     Foreign: (FOREIGN, ("vector", "sequence", "image")),
-    Sized: (SIZED, ("sequence",)),
+    Remember: (MEMORIES, ("vector", "sequence")),
     Reuse: (REUSES, ("vector", "sequence")),
     Pick: (PICKS, ("vector", "sequence")),
+    Regroup: (REGROUPS, ("sequence",)),
+    Sized: (SIZED, ("sequence",)),
 }
 
 
 def draw_odd(draw: st.DrawFn, shape: Shape, width: int) -> Odd:
     """An odd block behind a shape; ``width`` serves those that have channels of their own."""
-    fitting = [kind for kind, (_, layouts) in _KINDS.items() if shape.layout in layouts and (kind is not Across or shape.channels > 1)]
+    fitting = [kind for kind, (_, layouts) in _KINDS.items() if shape.layout in layouts]
     chosen = draw(st.sampled_from(fitting))
     kinds = [kind for kind in _KINDS[chosen][0] if (chosen, kind) != (Sized, "select") or shape.sizes[0] <= shape.channels]
     kind = draw(st.sampled_from(kinds))
@@ -36,7 +36,7 @@ def draw_odd(draw: st.DrawFn, shape: Shape, width: int) -> Odd:
     if chosen is Sized:
         return Sized(kind, blocks if kind == "blocks" else 2)
     if chosen is Remember:
-        return Remember(kind)
+        return Remember(kind, blocks if kind == "blocks" else 2)
     if chosen is Foreign:
         return Foreign(kind)
     return Reuse(width, kind) if chosen is Reuse else Pick(width, kind)

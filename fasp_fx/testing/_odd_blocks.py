@@ -8,9 +8,9 @@ from ._spec import Block, Shape, choice, positive
 
 ACROSS = ("roll", "flip", "cumsum", "cumprod", "cummax", "logcumsumexp", "sort", "argsort", "fourier", "softmax")
 REGROUPS = ("heads", "turned", "batch", "rows", "chunk", "flatten", "crosswise")
-MEMORIES = ("order", "beside", "counter", "trace")
+MEMORIES = ("order", "beside", "blocks", "counter", "trace")
 FOREIGN = ("number", "pair", "several", "fill")
-SIZED = ("select", "pad", "slice", "blocks", "last", "end", "time")
+SIZED = ("pad", "slice", "blocks", "last", "end", "time", "select")
 REUSES = ("autoencoder", "columns", "rows", "square", "gram")
 PICKS = ("gather", "largest", "table", "unbind", "one_by_one", "permuted", "twice", "computed", "chosen")
 
@@ -58,16 +58,21 @@ class Regroup(Odd):
 
 @dataclass(frozen=True, repr=False)
 class Remember(Odd):
-    """A buffer that every call writes: the ``order`` of the channels (also ``beside`` them as they were), a ``counter``, the ``trace`` of their means."""
+    """A buffer that every call writes.
+
+    The ``order`` of the channels (also ``beside`` them as they were) or of the ``blocks`` that they come in, a ``counter``, the ``trace`` of their means.
+    """
 
     kind: str = "order"
+    blocks: int = 2
 
     def __post_init__(self) -> None:
         choice(self.kind, MEMORIES, "kind")
+        positive(blocks=self.blocks)
 
     def result(self, shape: Shape) -> Shape:
         self.only(shape, "vector", "sequence")
-        return shape
+        return _divided(self, shape, self.blocks if self.kind == "blocks" else 1)
 
 
 @dataclass(frozen=True, repr=False)

@@ -21,7 +21,7 @@ _ACROSS: dict[str, Callable[[Tensor, int], Tensor]] = {
     "cummax": lambda h, dim: h.cummax(dim).values,
     "logcumsumexp": lambda h, dim: h.logcumsumexp(dim),
     "sort": lambda h, dim: h.sort(dim).values,
-    "argsort": lambda h, dim: h.argsort(dim).to(h.dtype),
+    "argsort": lambda h, dim: h + h.argsort(dim),
     "fourier": lambda h, dim: torch.fft.fft(h, dim=dim).abs(),
     "softmax": lambda h, dim: h.softmax(dim),
 }
@@ -69,8 +69,8 @@ class Remembering(nn.Module):
 
     def __init__(self, block: Remember, channels: int) -> None:
         super().__init__()
-        self.kind = block.kind
-        self.register_buffer("order", torch.arange(channels).flip(0))
+        self.kind, self.blocks = block.kind, block.blocks
+        self.register_buffer("order", torch.arange(block.blocks if block.kind == "blocks" else channels).flip(0))
         self.register_buffer("calls", torch.zeros((), dtype=torch.long))
         self.register_buffer("trace", torch.zeros(channels))
 
@@ -84,7 +84,7 @@ class Remembering(nn.Module):
             found = x + trace
             trace.copy_(x.detach().mean(tuple(range(x.dim() - 1))))
             return found
-        found = x[..., order]
+        found = x.unflatten(-1, (self.blocks, -1))[..., order, :].flatten(-2) if self.kind == "blocks" else x[..., order]
         order.copy_(order.roll(1))
         return x + found if self.kind == "beside" else found
 
@@ -185,7 +185,7 @@ class PickedChannels(nn.Module):
             return x - x.gather(-1, at)
         if self.kind == "table":
             return x + self.table[at[..., 0]]
-        return x - 0.5 * x[..., at.reshape(-1)[0]].unsqueeze(-1)
+        return x - 0.5 * x.index_select(-1, at.reshape(-1)[:1])
 
 
 @singledispatch

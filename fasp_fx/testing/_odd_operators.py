@@ -26,7 +26,7 @@ def _fill(into: Tensor, x: Tensor) -> None:
     into.copy_(x.cumsum(-1))
 
 
-_define("number(Tensor x) -> int", lambda x: x.shape[-1], lambda x: x.shape[-1])
+_define("number(Tensor x) -> SymInt", lambda x: int((x > 0).sum()), lambda x: torch.library.get_ctx().new_dynamic_size())
 _define("pair(Tensor x) -> (int, Tensor)", lambda x: (x.shape[-1], _mixed(x)), lambda x: (x.shape[-1], torch.empty_like(x)))
 _define(
     "several(Tensor x) -> (Tensor[], Tensor)",
@@ -40,7 +40,7 @@ def foreign(kind: str, x: Tensor) -> Tensor:
     """What becomes of a tensor whose channels are last, or along its second dimension."""
     operators = torch.ops.fasp_fx_odd
     if kind == "number":
-        return x / operators.number(x)
+        return x * (1 + operators.number(x))
     if kind == "pair":
         count, found = operators.pair(x)
         return found / count

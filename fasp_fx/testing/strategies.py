@@ -22,6 +22,8 @@ ALL = tuple(DRAWERS)
 _PLAIN = ("Dense", "Activation", "Scale", "Norm", "Move")
 #: of so many nets of all kinds, one has odd blocks
 _ONE_IN = 5
+#: channels of a layer right before an odd block; none is no such layer
+_MANY = (0, 6, 8, 12, 4)
 _LAYOUTS = ("vectors", "sequences", "tokens", "images")
 
 
@@ -45,12 +47,11 @@ def programs(*, kinds: Sequence[str] = ALL, max_blocks: int = 3, max_depth: int 
     if max_blocks < 0 or max_depth < 0:
         raise ArgumentError(f"max_blocks={max_blocks} and max_depth={max_depth} must not be negative")
     limits = Limits(tuple(dict.fromkeys(("Dense", *(kind for kind in kinds if kind != "Odd")))), max_depth, longest=max_blocks)
-    shapes = (_LAYOUTS, st.sampled_from([1, 1, 2, 3]), st.sampled_from([0, 0, 2]))
-    plain = _nets(limits, None, *shapes)
+    inputs, heads = st.sampled_from([1, 1, 2, 3]), st.sampled_from([0, 0, 2])
     if "Odd" not in kinds or not max_blocks:
-        return plain
-    odd = _nets(replace(limits, kinds=(*limits.kinds, "Odd")), "Odd", *shapes)
-    return st.integers(0, _ONE_IN - 1).flatmap(lambda drawn: odd if drawn == _ONE_IN - 1 else plain)
+        return _nets(limits, None, _LAYOUTS, inputs, heads)
+    odd = _nets(replace(limits, kinds=(*limits.kinds, "Odd")), "Odd", _LAYOUTS, inputs, heads)
+    return st.one_of(*(_nets(limits, None, _LAYOUTS, inputs, heads) for _ in range(_ONE_IN - 1)), odd)
 
 
 @st.composite
@@ -89,6 +90,8 @@ def _with(draw: st.DrawFn, kind: str, shape: Shape, limits: Limits) -> list[Bloc
     found: list[Block] = []
     if not fits(kind, shape, limits):
         found.append(dense(draw, shape, 2))
+    if kind == "Odd" and (wide := draw(st.sampled_from(_MANY))):  # what goes wrong there shows on several blocks of several channels
+        found.append(dense(draw, shape, wide))
     return [*found, DRAWERS[kind](draw, _behind(found, shape), limits)]
 
 
@@ -196,7 +199,7 @@ def experts() -> st.SearchStrategy[Net]:
 def odd_nets() -> st.SearchStrategy[Net]:
     """With at least one odd block: operators across blocks of channels, reshapes that read them in another order, buffers that calls write, foreign
     operators, sizes used as numbers, weights read in two ways, positions that indices name."""
-    return _family("Odd", ("Residual",))
+    return _family("Odd", ("Residual",), ("vectors", "sequences", "sequences", "tokens", "tokens", "images"))
 
 
 @st.composite

@@ -8,15 +8,19 @@ from typing import Any
 import pytest
 import torch
 from conftest import PROFILE
-from mutants import MUTANTS, Mutant, not_run
+from mutants import MUTANTS as ORDINARY
+from mutants import Mutant, not_run
+from odd_mutants import ODD, PICK
 
 import fasp_fx.passes._pipeline
 import fasp_fx.passes._verify
 from fasp_fx.channels import Interpreter
 from fasp_fx.testing import CheckFailed, build, check_program, check_rule, example
 
+MUTANTS = (*ORDINARY, *ODD)
+
 #: faults that only the library's own checks notice, because what they do cannot be written down at all
-UNSEEN_BY_THE_ORACLE = {"boxes without blocks"}
+UNSEEN_BY_THE_ORACLE = {"boxes without blocks", PICK.name}
 
 
 #: faults of which no output of a pruned program shows anything: two copies compute what one weight did

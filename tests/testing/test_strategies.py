@@ -18,13 +18,16 @@ from fasp_fx.testing._channel_blocks import ACTIVATIONS, GATES, JOINS, MOVES, NO
 from fasp_fx.testing._image_blocks import COLLAPSES, POOLS, RESIZES
 from fasp_fx.testing._large_blocks import EXPERTS, KERNELS, POSITIONS, PROJECTIONS, ROUTES, SHARING
 from fasp_fx.testing._net import blocks_of
+from fasp_fx.testing._odd_blocks import ACROSS, FOREIGN, MEMORIES, PICKS, REGROUPS, REUSES, SIZED
 from fasp_fx.testing.specs import (
+    Across,
     Activation,
     Attention,
     Branches,
     Collapse,
     Conv,
     Experts,
+    Foreign,
     Gated,
     Images,
     Linear,
@@ -32,11 +35,17 @@ from fasp_fx.testing.specs import (
     Move,
     Net,
     Norm,
+    Odd,
+    Pick,
     Pool,
+    Regroup,
+    Remember,
     Residual,
     Resize,
+    Reuse,
     Scale,
     Sequences,
+    Sized,
     Split,
     SqueezeExcite,
     Tied,
@@ -95,6 +104,7 @@ def test_programs_shrink_to_two_linear_layers() -> None:
         (strategies.multi_input, Net((Linear(2), Linear(2)), (specs.Vectors(), specs.Vectors()))),
         (strategies.multi_output, Net((Linear(2),), heads=((Linear(2),), (Linear(2),)))),
         (strategies.experts, Net((Linear(2), Experts(2), Linear(2)))),
+        (strategies.odd_nets, Net((Linear(2), Across(), Linear(2)))),
     ],
 )
 def test_families_shrink_to_two_linear_layers_around_their_block(strategy: Any, expected: Net) -> None:
@@ -172,7 +182,21 @@ ATTENTION: list[tuple[type, str, tuple[Any, ...]]] = [
 ]
 
 
-@pytest.mark.parametrize(("name", "count", "options"), [("programs", 700, OPTIONS), ("convolutional", 400, CONVOLUTIONS), ("decoders", 250, ATTENTION)])
+ODD: list[tuple[type, str, tuple[Any, ...]]] = [
+    (Across, "kind", ACROSS),
+    (Across, "blocks", (2, 3, 4)),
+    (Regroup, "kind", REGROUPS),
+    (Remember, "kind", MEMORIES),
+    (Foreign, "kind", FOREIGN),
+    (Sized, "kind", SIZED),
+    (Reuse, "kind", REUSES),
+    (Pick, "kind", PICKS),
+]
+
+
+@pytest.mark.parametrize(
+    ("name", "count", "options"), [("odd", 1500, ODD), ("programs", 900, OPTIONS), ("convolutional", 400, CONVOLUTIONS), ("decoders", 250, ATTENTION)]
+)
 def test_every_option_is_reached(name: str, count: int, options: list[tuple[type, str, tuple[Any, ...]]]) -> None:
     wanted = [(kind, option, value) for kind, option, values in options for value in values]
     missing = [(kind.__name__, option, value) for kind, option, value in wanted if not reached(name, count, has(kind, **{option: value}))]
@@ -216,6 +240,30 @@ def test_programs_reach_combinations(condition: Callable[[Net], bool]) -> None:
     assert reached("programs", 3000, condition)
 
 
+@pytest.mark.parametrize(
+    ("condition", "expected"),
+    [
+        (has(Across, kind="sort"), Net((Linear(2), Across("sort"), Linear(2)))),
+        (has(Remember), Net((Linear(2), Remember(), Linear(2)))),
+        (has(Foreign), Net((Linear(2), Foreign("number"), Linear(2)))),
+        (has(Reuse), Net((Linear(2), Reuse(2), Linear(2)))),
+        (has(Pick), Net((Linear(2), Pick(2), Linear(2)))),
+        (has(Regroup), Net((Linear(2), Regroup(), Linear(2)), (Sequences(),))),
+        (has(Sized, kind="pad"), Net((Linear(2), Sized("pad"), Linear(2)), (Sequences(),))),
+    ],
+)
+def test_odd_nets_shrink_to_two_linear_layers_around_each(condition: Callable[[Net], bool], expected: Net) -> None:
+    assert minimal(strategies.odd_nets(), condition) == expected
+
+
+def test_a_fifth_of_all_programs_is_odd_and_no_other_family_has_any() -> None:
+    nets = drawn("programs", 700)
+    assert 0.1 <= sum(map(has(Odd), nets)) / len(nets) <= 0.3
+    plain = [name for name in strategies.FAMILIES if name != "odd"]
+    assert not any(map(has(Odd), (net for name in plain for net in drawn(name, 30))))
+    assert all(map(has(Odd), drawn("odd", 1500)))
+
+
 def test_kinds_and_bounds() -> None:
     only = testing.programs(kinds=("Activation",), max_blocks=1)
     assert minimal(only, lambda net: len(net.blocks) == 3 and has(Activation)(net)) == Net((Linear(2), Activation(), Linear(2)))
@@ -230,6 +278,7 @@ def test_kinds_and_bounds() -> None:
 def test_without_hypothesis_the_error_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delitem(sys.modules, "fasp_fx.testing.strategies")
     monkeypatch.delitem(sys.modules, "fasp_fx.testing._draw_blocks")
+    monkeypatch.delitem(sys.modules, "fasp_fx.testing._draw_odd")
     monkeypatch.delattr(testing, "strategies")
     monkeypatch.setitem(sys.modules, "hypothesis", None)
     with pytest.raises(testing.MissingExtraError, match=r"install fasp_fx\[testing\]") as caught:
