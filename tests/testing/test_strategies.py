@@ -195,7 +195,7 @@ ODD: list[tuple[type, str, tuple[Any, ...]]] = [
 
 
 @pytest.mark.parametrize(
-    ("name", "count", "options"), [("odd", 1500, ODD), ("programs", 900, OPTIONS), ("convolutional", 400, CONVOLUTIONS), ("decoders", 250, ATTENTION)]
+    ("name", "count", "options"), [("odd", 1500, ODD), ("programs", 1200, OPTIONS), ("convolutional", 400, CONVOLUTIONS), ("decoders", 250, ATTENTION)]
 )
 def test_every_option_is_reached(name: str, count: int, options: list[tuple[type, str, tuple[Any, ...]]]) -> None:
     wanted = [(kind, option, value) for kind, option, values in options for value in values]
