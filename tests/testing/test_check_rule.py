@@ -9,12 +9,14 @@ from typing import Any
 import pytest
 import torch
 from conftest import PROFILE
+from odd_mutants import ACROSS
 from operators import derived, operator, written
 from torch import Tensor
 
 from fasp_fx import patterns
 from fasp_fx.errors import ArgumentError, RuleError
 from fasp_fx.testing import CheckFailed, assert_rule, check_rule
+from fasp_fx.testing import rule as rule_module
 from fasp_fx.testing._tally import TALLY
 
 SLOW = PROFILE == "slow"
@@ -92,6 +94,27 @@ def test_what_claims_too_little_is_told(op: Any, rule: str, needless: str) -> No
     verdict = check_rule(op, rule, examples=40)
     assert (verdict.kind, verdict.needless, verdict.counter) == ("claims too little", (needless,), None)
     assert f"does not need '{needless}'" in str(verdict)
+
+
+@pytest.mark.parametrize("op", [ATEN.roll.default, ATEN.cumsum.default, ATEN.sort.default], ids=str)
+def test_other_positions_in_every_block_are_tried(op: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A library that does not hold positions together across what an operator orders or shifts is found out by the programs around it."""
+    assert check_rule(op, examples=60).ok
+    ACROSS.patch(monkeypatch)
+    verdict = check_rule(op, examples=300)
+    assert verdict.kind == "claims too much"
+    assert verdict.counter is not None
+    assert "error against the masked program" in verdict.counter.fact
+
+
+@pytest.mark.parametrize("op", [ATEN.roll.default, ATEN.cumsum.default], ids=str)
+def test_a_rule_without_its_clause_is_found_out_by_programs_alone(op: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rule_module._Check, "_claims", lambda *_: None)
+    assert check_rule(op, examples=40).ok
+    verdict = check_rule(op, "self[...] -> [...]", examples=40)
+    assert verdict.kind == "claims too much"
+    assert verdict.counter is not None
+    assert "error against the masked program" in verdict.counter.fact
 
 
 LOOKS = "self[...] -> [...]; window ...; look dim index"

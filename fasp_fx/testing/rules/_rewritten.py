@@ -1,7 +1,8 @@
 """A program of one operator, pruned by the library and held against the masked dense one.
 
 Every operand is a weight, or a weight plus an input (an activation that has channels along every dimension); a matrix consumes the result along one
-dimension. What the analysis, reading the rule, then takes to be prunable must be mask-exact once the rewriter has adapted every argument.
+dimension, or along two laid out as one: different positions of the second can then go at each position of the first. What the analysis, reading the
+rule, then takes to be prunable must be mask-exact once the rewriter has adapted every argument.
 """
 
 from __future__ import annotations
@@ -99,14 +100,15 @@ def one_operator(rule: Rule, call: Call, results: list[Tensor], draw: Draw) -> P
     creates = bool(rule.creates)
     if not operands and not creates:
         return None
+    blocks = _blocks(rule, call, result.dim(), draw)
     moving = set(draw.some(operands, least=1))
-    made = {name: _operand(root, graph, x, name, tensor, name in moving, draw) for name, tensor in call.tensors().items()}
+    made = {name: _operand(root, graph, x, name, tensor, name in moving, draw, blocks) for name, tensor in call.tensors().items()}
     arguments = {name: _argument(name, value, made) for name, value in call.arguments.items()}
     node: Any = graph.call_function(call.operator, (), arguments)
     node = _positional(call, node)
     if creates:  # what is created meets an activation; what memory happens to hold is not compared
         node = graph.call_function(_ATEN.zeros_like.default, (node,)) if "empty" in str(call.operator) else node
-        node = graph.call_function(_ATEN.add.Tensor, (_operand(root, graph, x, "met", draw.tensor(list(result.shape), "real"), True, draw), node))
+        node = graph.call_function(_ATEN.add.Tensor, (_operand(root, graph, x, "met", draw.tensor(list(result.shape), "real"), True, draw, blocks), node))
     if len(call.operator._schema.returns) > 1 or "List" in str(call.operator._schema.returns[0].type):
         node = graph.call_function(operators.getitem, (node, which))
     if result.is_complex():
@@ -114,9 +116,16 @@ def one_operator(rule: Rule, call: Call, results: list[Tensor], draw: Draw) -> P
     if not result.is_floating_point():
         node = graph.call_function(_ATEN._to_copy.default, (node,), {"dtype": torch.float64})
     if result.dim():
-        dim = draw.integer(0, result.dim() - 1)
-        root.register_parameter("consumer", nn.Parameter(draw.tensor([result.shape[dim], 2], "real").to(torch.float64)))
-        node = graph.call_function(_ATEN.transpose.int, (node, dim, -1))
+        if blocks is None:
+            dim = draw.integer(0, result.dim() - 1)
+            columns = result.shape[dim]
+            node = graph.call_function(_ATEN.transpose.int, (node, dim, -1))
+        else:
+            laid = _last(blocks, result.dim())
+            columns = result.shape[blocks[0]] * result.shape[blocks[1]]
+            node = graph.call_function(_ATEN.permute.default, (node, laid))
+            node = graph.call_function(_ATEN.reshape.default, (node, [*(result.shape[dim] for dim in laid[:-2]), columns]))
+        root.register_parameter("consumer", nn.Parameter(draw.tensor([columns, 2], "real").to(torch.float64)))
         if result.is_floating_point() and result.dtype != torch.float64:
             node = graph.call_function(_ATEN._to_copy.default, (node,), {"dtype": torch.float64})
         node = graph.call_function(_ATEN.matmul.default, (node, graph.get_attr("consumer")))
@@ -134,21 +143,50 @@ def _varies(name: str, tensor: Tensor) -> bool:
     return tensor.is_floating_point() and tensor.dim() > 0
 
 
-def _operand(root: nn.Module, graph: fx.Graph, x: fx.Node, name: str, tensor: Tensor, moving: bool, draw: Draw) -> fx.Node:
-    """A tensor as a weight: as it is, with two dimensions stored as one, or with its dimensions in another order."""
+def _blocks(rule: Rule, call: Call, rank: int, draw: Draw) -> tuple[int, int] | None:
+    """Two dimensions of a result, counted from the right, along which the consumer has columns of its own for every position of the first; or none.
+
+    The first is often one that the rule makes no claim of: what the operator does along it must not meet other positions of the second.
+    """
+    if rank < 2 or rule.all("repeat") or draw.flag():
+        return None  # what is repeated can go as a whole block, of which the verifier then knows no number
+    outer, inner, *_ = draw.order(range(-rank, 0))
+    values = [call.arguments.get(clause.words[0]) for clause in rule.clauses if clause.argument]
+    named = [int(dim) % rank - rank for value in values if value is not None for dim in (value if isinstance(value, (list, tuple)) else [value])]
+    if named and draw.flag(0.7):
+        outer = draw.choice(named)
+        inner = draw.choice([dim for dim in range(-rank, 0) if dim != outer])
+    return outer, inner
+
+
+def _last(dims: tuple[int, int], rank: int) -> list[int]:
+    """All dimensions, these two (counted from the right) last."""
+    last = [dim + rank for dim in dims]
+    return [*(dim for dim in range(rank) if dim not in last), *last]
+
+
+def _operand(root: nn.Module, graph: fx.Graph, x: fx.Node, name: str, tensor: Tensor, moving: bool, draw: Draw, blocks: tuple[int, int] | None) -> fx.Node:
+    """A tensor as a weight: as it is, with its dimensions in another order, or with two of them stored as one, often those of the consumer's blocks.
+
+    Positions along the inner one of these are then others at each position of the outer one, and different ones are taken away there.
+    """
     attribute = "operand_" + name.replace(".", "_")
     if not _varies(name, tensor):
         root.register_buffer(attribute, tensor)
         return graph.get_attr(attribute)
     stored, steps = tensor.clone(), []
-    if tensor.dim() > 1 and draw.flag(0.3):
-        dim = draw.integer(0, tensor.dim() - 2)
-        stored = stored.flatten(dim, dim + 1)
-        steps.append((_ATEN.view.default, list(tensor.shape)))
-    elif tensor.dim() > 1 and draw.flag(0.2):
-        order = draw.order(range(tensor.dim()))
-        stored = stored.permute([order.index(dim) for dim in range(tensor.dim())]).contiguous()
-        steps.append((_ATEN.permute.default, order))
+    rank = tensor.dim()
+    if rank > 1 and draw.flag(0.6):
+        alike = blocks is not None and -min(blocks) <= rank and draw.flag(0.7)
+        merged = alike or draw.flag(0.7)
+        laid = _last(blocks, rank) if alike and blocks is not None else draw.order(range(rank)) if not merged or draw.flag(0.3) else list(range(rank))
+        stored = stored.permute(laid).contiguous()
+        if merged:
+            dim, shape = rank - 2 if alike else draw.integer(0, rank - 2), list(stored.shape)
+            stored = stored.flatten(dim, dim + 1)
+            steps.append((_ATEN.view.default, shape))
+        if laid != sorted(laid):
+            steps.append((_ATEN.permute.default, [laid.index(dim) for dim in range(rank)]))
     root.register_parameter(attribute, nn.Parameter(stored))
     node = graph.get_attr(attribute)
     for operator, argument in steps:
