@@ -100,15 +100,16 @@ def one_operator(rule: Rule, call: Call, results: list[Tensor], draw: Draw) -> P
     creates = bool(rule.creates)
     if not operands and not creates:
         return None
-    blocks = _blocks(rule, call, result.dim(), draw)
+    free = _in_blocks(rule, call)
+    blocks = _blocks(rule, call, result.dim(), draw) if free else None
     moving = set(draw.some(operands, least=1))
-    made = {name: _operand(root, graph, x, name, tensor, name in moving, draw, blocks) for name, tensor in call.tensors().items()}
+    made = {name: _operand(root, graph, x, name, tensor, name in moving, draw, blocks, free) for name, tensor in call.tensors().items()}
     arguments = {name: _argument(name, value, made) for name, value in call.arguments.items()}
     node: Any = graph.call_function(call.operator, (), arguments)
     node = _positional(call, node)
     if creates:  # what is created meets an activation; what memory happens to hold is not compared
         node = graph.call_function(_ATEN.zeros_like.default, (node,)) if "empty" in str(call.operator) else node
-        node = graph.call_function(_ATEN.add.Tensor, (_operand(root, graph, x, "met", draw.tensor(list(result.shape), "real"), True, draw, blocks), node))
+        node = graph.call_function(_ATEN.add.Tensor, (_operand(root, graph, x, "met", draw.tensor(list(result.shape), "real"), True, draw, blocks, free), node))
     if len(call.operator._schema.returns) > 1 or "List" in str(call.operator._schema.returns[0].type):
         node = graph.call_function(operators.getitem, (node, which))
     if result.is_complex():
@@ -148,15 +149,24 @@ def _blocks(rule: Rule, call: Call, rank: int, draw: Draw) -> tuple[int, int] | 
 
     The first is often one that the rule makes no claim of: what the operator does along it must not meet other positions of the second.
     """
-    if rank < 2 or rule.all("repeat") or draw.flag():
-        return None  # what is repeated can go as a whole block, of which the verifier then knows no number
+    if rank < 2 or draw.flag():
+        return None
     outer, inner, *_ = draw.order(range(-rank, 0))
     values = [call.arguments.get(clause.words[0]) for clause in rule.clauses if clause.argument]
-    named = [int(dim) % rank - rank for value in values if value is not None for dim in (value if isinstance(value, (list, tuple)) else [value])]
+    named = [dim % rank - rank for value in values for dim in (value if isinstance(value, (list, tuple)) else [value]) if isinstance(dim, int)]
     if named and draw.flag(0.7):
         outer = draw.choice(named)
         inner = draw.choice([dim for dim in range(-rank, 0) if dim != outer])
     return outer, inner
+
+
+def _in_blocks(rule: Rule, call: Call) -> bool:
+    """Whether other positions may go in every block of what an operator is given.
+
+    Not where the analysis is known to give up, with an error: what is repeated or stacked, of which the verifier does not know its numbers again, and a
+    recurrent weight whose rows and columns are stored as one.
+    """
+    return not rule.all("repeat") and not rule.all("recur") and not isinstance(call.arguments.get(rule.moves or ""), (list, tuple))
 
 
 def _last(dims: tuple[int, int], rank: int) -> list[int]:
@@ -165,7 +175,17 @@ def _last(dims: tuple[int, int], rank: int) -> list[int]:
     return [*(dim for dim in range(rank) if dim not in last), *last]
 
 
-def _operand(root: nn.Module, graph: fx.Graph, x: fx.Node, name: str, tensor: Tensor, moving: bool, draw: Draw, blocks: tuple[int, int] | None) -> fx.Node:
+def _operand(
+    root: nn.Module,
+    graph: fx.Graph,
+    x: fx.Node,
+    name: str,
+    tensor: Tensor,
+    moving: bool,
+    draw: Draw,
+    blocks: tuple[int, int] | None,
+    free: bool,
+) -> fx.Node:
     """A tensor as a weight: as it is, with its dimensions in another order, or with two of them stored as one, often those of the consumer's blocks.
 
     Positions along the inner one of these are then others at each position of the outer one, and different ones are taken away there.
@@ -174,12 +194,14 @@ def _operand(root: nn.Module, graph: fx.Graph, x: fx.Node, name: str, tensor: Te
     if not _varies(name, tensor):
         root.register_buffer(attribute, tensor)
         return graph.get_attr(attribute)
-    stored, steps = tensor.clone(), []
+    stored = tensor.clone()
+    steps: list[tuple[Any, list[int] | None]] = []
     rank = tensor.dim()
     if rank > 1 and draw.flag(0.6):
         alike = blocks is not None and -min(blocks) <= rank and draw.flag(0.7)
         merged = alike or draw.flag(0.7)
         laid = _last(blocks, rank) if alike and blocks is not None else draw.order(range(rank)) if not merged or draw.flag(0.3) else list(range(rank))
+        laid = sorted(laid) if merged and not free else laid
         stored = stored.permute(laid).contiguous()
         if merged:
             dim, shape = rank - 2 if alike else draw.integer(0, rank - 2), list(stored.shape)
@@ -187,10 +209,12 @@ def _operand(root: nn.Module, graph: fx.Graph, x: fx.Node, name: str, tensor: Te
             steps.append((_ATEN.view.default, shape))
         if laid != sorted(laid):
             steps.append((_ATEN.permute.default, [laid.index(dim) for dim in range(rank)]))
+            steps.append((_ATEN.clone.default, None))  # some kernels take no such strides
     root.register_parameter(attribute, nn.Parameter(stored))
     node = graph.get_attr(attribute)
     for operator, argument in steps:
-        node = graph.call_function(operator, (node, argument))
+        options: dict[str, Any] = {"memory_format": torch.contiguous_format} if argument is None else {}
+        node = graph.call_function(operator, (node,) if argument is None else (node, argument), options)
     return graph.call_function(_ATEN.add.Tensor, (node, x)) if moving else node
 
 
