@@ -22,6 +22,7 @@ EXACT: dict[str, Callable[[Tensor], Tensor]] = {
     "behind as many zeros as there are steps": lambda h: F.pad(h, (h.shape[1], 0))[..., :12],
     "as many channels as there are steps": lambda h: F.pad(h[..., : h.shape[1]], (0, 12))[..., :12],
     "as many heads as there are steps": lambda h: h + h.unflatten(-1, (6, 2))[:, :, : h.shape[1], :].sum(-2).repeat(1, 1, 6),
+    "the one of a pair that data picks": lambda h: h * h.unflatten(-1, (6, 2))[..., (h.sum() > 0).long()].repeat(1, 1, 2),
     "repeated by the length, read crosswise": lambda h: h.repeat(1, 1, h.shape[1]).view(*h.shape[:2], 12, h.shape[1]).sum(3),
 }
 

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, fx
 from torch._ops import OpOverload
 from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensor
+from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 from torch.utils import _pytree as pytree
 
 from fasp_fx.errors import VerificationError, first_line
@@ -247,7 +248,7 @@ class Interpreter:
                 raise NotImplementedError(f"{node.op} is not executed while analysing")
             executed = self.execution.call(node.target, args, kwargs)
         except Exception as error:
-            if not isinstance(error, _AT_RUN_TIME):
+            if not isinstance(error, _AT_RUN_TIME) and not (isinstance(error, IndexError) and _decided_by_data(node)):
                 if self.strict:
                     raise VerificationError(f"node '{node.name}' ({node.target}) no longer executes: {error}") from error
                 if small and walk.sizes.assigned:
@@ -367,6 +368,11 @@ class Interpreter:
         if len(results) != len(shapes) or not result_shapes_ok(values, [torch.Size(shape) for shape in shapes]):
             return "its results have other dimensions"
         return values
+
+
+def _decided_by_data(node: fx.Node) -> bool:
+    """Whether a node takes a number that only data decides: the one that stands for it here can be out of range."""
+    return any(free_unbacked_symbols(value) for source in node.all_input_nodes if isinstance(value := source.meta.get("val"), torch.SymInt))
 
 
 def _writes(node: fx.Node) -> bool:
