@@ -34,7 +34,7 @@ from torch.nn import functional as F
 import fasp_fx
 from fasp_fx.errors import FaspError, PlanError, StoreError
 
-#: seconds that a load may take, and a call of what was loaded
+#: seconds that a load may compute, and a call of what was loaded
 LIMIT = 10.0
 #: bytes that a load of a folder of some ten thousand bytes may take more than any before it
 MEMORY = 2**29
@@ -424,18 +424,21 @@ class TooLong(BaseException):
 
 @contextlib.contextmanager
 def limited(seconds: float) -> Iterator[None]:
-    """Raise :class:`TooLong` in the block when the time is up."""
+    """Raise :class:`TooLong` in the block once it has computed for so long, or waited for a dozen times that: other processes may be busy."""
 
     def stop(*args: object) -> None:
         raise TooLong
 
-    before = signal.signal(signal.SIGALRM, stop)
-    signal.setitimer(signal.ITIMER_REAL, seconds)
+    timers = [(signal.SIGPROF, signal.ITIMER_PROF, seconds), (signal.SIGALRM, signal.ITIMER_REAL, 12 * seconds)]
+    before = [signal.signal(number, stop) for number, _, _ in timers]
+    for _, timer, amount in timers:
+        signal.setitimer(timer, amount)
     try:
         yield
     finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, before)
+        for (number, timer, _), handler in zip(timers, before, strict=True):
+            signal.setitimer(timer, 0)
+            signal.signal(number, handler)
 
 
 _watching: list[str] | None = None
