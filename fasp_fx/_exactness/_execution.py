@@ -14,7 +14,7 @@ from torch.utils import _pytree as pytree
 
 from .._calling._guards import Guards
 from .._program import set_weight
-from ..channels import attribute, written_names
+from ..channels import attribute, written_by, written_names
 
 #: reads the bits of a number as those of another type, which a wider number does not have
 _BITS = torch.ops.aten.view.dtype
@@ -64,7 +64,7 @@ def run(module: fx.GraphModule, inputs: list[Any], calls: int, precision: torch.
 
 def remembers(module: fx.GraphModule) -> bool:
     """Whether a call leaves anything behind that the next one could see: it writes into a buffer or an input."""
-    return any(isinstance(node.target, OpOverload) and node.target._schema.is_mutable for node in module.graph.nodes)
+    return any(written_by(node) for node in module.graph.nodes)
 
 
 def wide(dtype: torch.dtype, precision: torch.dtype | None) -> torch.dtype:

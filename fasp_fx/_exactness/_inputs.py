@@ -14,6 +14,7 @@ from torch.utils import _pytree as pytree
 from torch.utils._sympy.numbers import int_oo
 
 from .._program import Program
+from ..channels import is_dynamic
 
 #: sizes of a small run, all different so that none can stand for another; multiples of the usual divisors among them
 _SMALL = (3, 5, 7, 4, 6, 8, 9, 12, 16)
@@ -105,7 +106,7 @@ def _dynamic(program: Program) -> dict[tuple[int, int | None], torch.SymInt]:
     for index, node in enumerate(program.placeholders()):
         value = node.meta.get("val")
         for dim, size in enumerate(value.shape) if isinstance(value, Tensor) else [(None, value)]:
-            if isinstance(size, torch.SymInt) and size.node.maybe_as_int() is None:
+            if is_dynamic(size):
                 found[(index, dim)] = size
     return found
 

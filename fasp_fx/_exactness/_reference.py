@@ -17,7 +17,7 @@ from torch import Tensor, fx
 from .._observe._matrices import ConsumerMatrices
 from .._program import Program
 from .._stamps import WRITTEN_BY
-from ..channels import Slot, Use, Value, arguments, attribute
+from ..channels import Slot, Use, Value, arguments, attribute, way_from_weight
 from ..groups import APPROXIMATE, EXEMPT
 from ..patterns import lookup
 
@@ -75,10 +75,10 @@ def _whole_weights(program: Program, analysis: Analysis) -> dict[str, _Piece] | 
     allowed: dict[fx.Node, set[fx.Node]] = {}
     for use in analysis.walk.facts.uses:
         if use.weight in pieces:
-            path = [*_path(use.operand), use.node]
+            path = [*way_from_weight(use.operand), use.node]
             for node, user in pairwise(path):
                 allowed.setdefault(node, set()).add(user)
-        elif not all(_same(nodes.get(node.name), node) for node in (use.node, *_path(use.operand))):
+        elif not all(_same(nodes.get(node.name), node) for node in (use.node, *way_from_weight(use.operand))):
             return None
     if any(set(node.users) != users for node, users in allowed.items()):
         return None  # a piece is used in other ways as well, in which its columns stay
@@ -90,16 +90,6 @@ def _whole_weights(program: Program, analysis: Analysis) -> dict[str, _Piece] | 
 def _same(found: fx.Node | None, node: fx.Node) -> bool:
     """Whether a node of the captured program is that of the analysed one which has its name."""
     return found is not None and WRITTEN_BY not in node.meta and (found.op, found.target) == (node.op, node.target)
-
-
-def _path(operand: fx.Node) -> list[fx.Node]:
-    """The nodes that lead from a weight to an operand, both included."""
-    path = [operand]
-    while path[0].op != "get_attr":
-        source = path[0].args[0]
-        assert isinstance(source, fx.Node)
-        path.insert(0, source)
-    return path
 
 
 def _choosing(analysis: Analysis) -> list[tuple[fx.Node, fx.Node]]:
@@ -235,7 +225,7 @@ class _Masking:
 
     def _mask_operand(self, node: fx.Node, operand: fx.Node, mask: Tensor) -> None:
         """Repeat the way from a weight to one node on the masked weight."""
-        weight, *moves = _path(operand)
+        weight, *moves = way_from_weight(operand)
         with self.graph.inserting_before(node):
             made = {weight: self._where(weight, mask, 0.0)}
             for move in moves:

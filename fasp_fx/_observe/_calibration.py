@@ -10,6 +10,7 @@ from torch import Tensor
 
 from .._program import Program
 from ..capture import upper_bound
+from ..channels import is_dynamic
 from ..errors import CalibrationError, CallError
 
 
@@ -109,7 +110,7 @@ def _check_shape(leaf: Tensor, expected: Tensor, where: str) -> None:
     if leaf.dim() != expected.dim():
         raise CalibrationError(f"{where}: shape {tuple(leaf.shape)} has {leaf.dim()} dimensions, expected {expected.dim()}")
     for dim, (size, wanted) in enumerate(zip(leaf.shape, expected.shape, strict=True)):
-        if isinstance(wanted, torch.SymInt) and wanted.node.maybe_as_int() is None:
+        if is_dynamic(wanted):
             upper = upper_bound(wanted)
             if upper is not None and size > upper:
                 raise CalibrationError(f"{where}: dimension {dim} is {size}, the captured program takes at most {upper}")

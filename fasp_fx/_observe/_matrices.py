@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor, fx
 
-from ..channels import Layout, Use, run_on_numbers
+from ..channels import Layout, Use, run_on_numbers, way_from_weight
 from ..patterns import CASTS
 
 
@@ -27,12 +27,7 @@ class ConsumerMatrices:
 
     def __init__(self, use: Use, values: dict[fx.Node, Any]) -> None:
         self.use, self.values = use, values
-        self._moves: list[fx.Node] = []
-        node = use.operand
-        while node.op != "get_attr":
-            if str(node.target) not in CASTS:
-                self._moves.insert(0, node)
-            node = node.args[0]  # type: ignore[assignment]
+        self._moves = [node for node in way_from_weight(use.operand)[1:] if str(node.target) not in CASTS]
 
     @property
     def columns(self) -> np.ndarray:

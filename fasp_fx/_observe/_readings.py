@@ -10,7 +10,7 @@ from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
 from ..analysis import Analysis
-from ..channels import Use, attribute
+from ..channels import attribute, way_from_weight
 from ._matrices import ConsumerMatrices
 
 
@@ -24,7 +24,7 @@ def read_otherwise(analysis: Analysis, matrices: ConsumerMatrices) -> str | None
     uses = [use for use in analysis.walk.facts.uses if use.weight == weight]
     canonical = analysis.program.canonical()
     names = [node for node in analysis.program.module.graph.find_nodes(op="get_attr") if canonical.get(str(node.target)) == weight]
-    inside = {*names, *(node for use in uses for node in _chain(use))}
+    inside = {*names, *(node for use in uses for node in way_from_weight(use.operand))}
     for node in inside:
         for user in node.users:
             if user not in inside and _computes(user) and not any(use.node is user and use.operand is node and use.activation is not node for use in uses):
@@ -38,14 +38,6 @@ def read_otherwise(analysis: Analysis, matrices: ConsumerMatrices) -> str | None
         if np.intersect1d(own, _places(other, shape)).size:
             return f"'{other.use.node.name}' reads the same entries in another way, which a repair would change"
     return None
-
-
-def _chain(use: Use) -> list[fx.Node]:
-    """The nodes from the weight to the operand of a use."""
-    nodes = [use.operand]
-    while nodes[-1].op != "get_attr":
-        nodes.append(nodes[-1].args[0])  # type: ignore[arg-type]
-    return nodes
 
 
 def _computes(node: fx.Node) -> bool:

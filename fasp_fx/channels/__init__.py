@@ -5,10 +5,11 @@ from __future__ import annotations
 from ._consume import WHY_NOT_FOLDED
 from ._execution import Execution
 from ._facts import Facts, Layout, Product, Remark, Use
-from ._fx import arguments, attribute, results, set_argument, target_name, written_names
+from ._fx import arguments, attribute, results, set_argument, target_name, way_from_weight, written_by, written_names
 from ._interpreter import Interpreter, Walk
 from ._moves import run_on_numbers
 from ._numbering import Numbering, Slot
+from ._sizes import is_dynamic
 from ._value import NONE, Axis, Value
 
 __all__ = [
@@ -28,9 +29,12 @@ __all__ = [
     "Walk",
     "arguments",
     "attribute",
+    "is_dynamic",
     "results",
     "run_on_numbers",
     "set_argument",
     "target_name",
+    "way_from_weight",
+    "written_by",
     "written_names",
 ]

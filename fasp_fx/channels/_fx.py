@@ -60,18 +60,20 @@ def set_argument(node: fx.Node, name: str, value: Any) -> bool:
 _WRITES_STATISTICS = ("training", "use_input_stats")
 
 
+def written_by(node: fx.Node) -> list[fx.Node]:
+    """The nodes whose storage a node writes into."""
+    if not isinstance(node.target, OpOverload):
+        return []
+    given = arguments(node)
+    taken = [given.get(argument.name) for argument in node.target._schema.arguments if argument.is_write]
+    if any(given.get(flag) for flag in _WRITES_STATISTICS):
+        taken += [given.get("running_mean"), given.get("running_var")]
+    return [_viewed(value) for value in pytree.tree_leaves(taken) if isinstance(value, fx.Node)]
+
+
 def written_names(graph: fx.Graph) -> set[str]:
     """The names of the tensors that a graph looks up and writes into."""
-    found: set[str] = set()
-    for node in graph.nodes:
-        if isinstance(node.target, OpOverload):
-            given = arguments(node)
-            taken = [given.get(argument.name) for argument in node.target._schema.arguments if argument.is_write]
-            if any(given.get(flag) for flag in _WRITES_STATISTICS):
-                taken += [given.get("running_mean"), given.get("running_var")]
-            looked_up = (_viewed(value) for value in pytree.tree_leaves(taken) if isinstance(value, fx.Node))
-            found |= {target_name(value) for value in looked_up if value.op == "get_attr"}
-    return found
+    return {target_name(written) for node in graph.nodes for written in written_by(node) if written.op == "get_attr"}
 
 
 def _viewed(node: fx.Node) -> fx.Node:
@@ -81,6 +83,16 @@ def _viewed(node: fx.Node) -> fx.Node:
             break
         node = node.args[0]
     return node
+
+
+def way_from_weight(operand: fx.Node) -> list[fx.Node]:
+    """The nodes that lead from a weight to an operand which holds it, moved or cast; both included."""
+    way = [operand]
+    while way[0].op != "get_attr":
+        source = way[0].args[0]
+        assert isinstance(source, fx.Node)
+        way.insert(0, source)
+    return way
 
 
 def results(graph: fx.Graph) -> list[Any]:

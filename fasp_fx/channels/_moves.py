@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -109,8 +110,17 @@ def _shift(
     """What moves numbers of the source's rank, of size 1 where they do not vary, as the operator moves elements."""
     if node.target not in _RESHAPES or not _numel(shape):
         return lambda numbers: _outputs(_run(node.target, numbers.expand(shape), _rest(others)))
-    found = _segments(node, shape, shapes[0], sizes)
-    return lambda numbers: [regroup(numbers, shapes[0], found, lambda first, all_of_them: facts.couple(first, all_of_them, node))]
+    found = cache(partial(_segments, node, shape, shapes[0], sizes))  # most of what is reshaped holds no channels
+    return lambda numbers: [regroup(numbers, shapes[0], found(), lambda first, all_of_them: facts.couple(first, all_of_them, node))]
+
+
+def _settle_given(node: fx.Node, sizes: Sizes) -> None:
+    """Where a reshape is given a number, the size is that number, whatever was recorded of it."""
+    given, recorded = arguments_of(node), node.meta.get("val")
+    wanted = given.get("size") or given.get("shape") or ()
+    for size, number in zip(recorded.shape, wanted) if isinstance(recorded, Tensor) and recorded.dim() == len(wanted) else ():
+        if isinstance(number, int) and number != -1:
+            sizes.settle(size)
 
 
 def _segments(node: fx.Node, before: tuple[int, ...], after: tuple[int, ...], sizes: Sizes) -> list[Segment]:
@@ -118,10 +128,6 @@ def _segments(node: fx.Node, before: tuple[int, ...], after: tuple[int, ...], si
     recorded = [item.meta.get("val") for item in (node.all_input_nodes[0], node)]
     known = [tuple(val.shape) for val in recorded if isinstance(val, Tensor)]
     symbolic = known if [len(shape) for shape in known] == [len(before), len(after)] else [before, after]
-    given = arguments_of(node)
-    for size, wanted in zip(symbolic[1], given.get("size") or given.get("shape") or ()):
-        if isinstance(wanted, int) and wanted != -1:
-            sizes.settle(size)
     return segments(*([sizes.factored(*pair) for pair in zip(own, shape, strict=True)] for own, shape in zip(symbolic, (before, after), strict=True)))
 
 
@@ -163,6 +169,8 @@ def move(
     touched = _touched_dims(rule, others, len(source.shape))
     unsettled = _unsettled(node, rule, others, source.shape, shapes, sizes)
     source = _alike_along(source, (touched if unknown else set()) | unsettled.keys(), node, facts)
+    if node.target in _RESHAPES:
+        _settle_given(node, sizes)
     shift = _shift(node, source.shape, shapes, others, facts, sizes)
     axes: list[list[Axis]] = [[] for _ in shapes]
     for axis in source.axes:

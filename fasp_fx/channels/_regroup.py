@@ -114,14 +114,15 @@ def regroup(numbers: Tensor, shape: Sequence[int], found: Sequence[Segment], ali
     """
     pieces = [piece for segment in found for piece in segment.before]
     laid = collapse(numbers.reshape([size.value if numbers.shape[dim] > 1 else 1 for dim, size in pieces]))
-    unsettled = {at for at, (segment, _) in enumerate((segment, piece) for segment in found for piece in segment.before) if segment.varies}
+    unsettled = [segment.varies for segment in found for _ in segment.before]
     for _, run in groupby(enumerate(pieces), key=lambda item: item[1][0]):
         own = list(run)
         # Of a dimension that several have been merged into, nothing is known but its numbers: divided, they must not depend on a size that varies.
         if len(own) > 1 and any(size.varying and laid.shape[at] > 1 for at, (_, size) in own):
-            unsettled |= {at for at, _ in own}
-    for at in sorted(unsettled):
-        if laid.shape[at] > 1:
+            for at, _ in own:
+                unsettled[at] = True
+    for at, free in enumerate(unsettled):
+        if free and laid.shape[at] > 1:
             alike(laid.narrow(at, 0, 1), laid)
             laid = laid.narrow(at, 0, 1)
     return _joined(_crossed(laid, found), found, shape)

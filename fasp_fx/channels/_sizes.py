@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, TypeGuard
 
 import sympy
 import torch
@@ -29,7 +29,7 @@ def _symints(value: Any) -> Iterator[torch.SymInt]:
             yield from _symints(item)
 
 
-def is_dynamic(size: int | torch.SymInt) -> bool:
+def is_dynamic(size: object) -> TypeGuard[torch.SymInt]:
     """Whether a recorded size varies from call to call; a symbol that the capture has settled does not."""
     return isinstance(size, torch.SymInt) and size.node.maybe_as_int() is None
 
@@ -116,7 +116,7 @@ class Sizes:
 
     def varies(self, size: int | torch.SymInt) -> bool:
         """Whether a recorded size varies from call to call."""
-        return isinstance(size, torch.SymInt) and is_dynamic(size) and size.node.expr not in self._settled
+        return is_dynamic(size) and size.node.expr not in self._settled
 
     def factored(self, recorded: int | torch.SymInt, value: int) -> Size:
         """A size as a product; ``value`` is what it is here, which in a rewritten graph can be less than what was recorded."""
