@@ -267,7 +267,7 @@ def test_reasons_show_on_hover_and_focus(show: Open) -> None:
     assert "contracted between two activations" in tip.inner_text()
     tab.locator(".chip.st-approximate").focus()
     assert "mixed by aten.mean.dim" in tip.inner_text()
-    tab.locator(".node", has_text="mlp.down").first.focus()
+    tab.locator(".hub", has_text="1536").focus()
     assert "on tokens held out: cut 2.00e-2, restored 5.80e-2" in tip.inner_text()
     assert frozen.locator(".cross").count() == 1  # a shape of its own beside the colour
 
