@@ -1,0 +1,146 @@
+"""Nets at random by the thousand: each is captured once, pruned twice at random, and held against the masked dense module at several sizes.
+
+Programs run as the passes leave them, without the export of a whole ``prune``. As a script it tries slices of 250 nets, which are the same wherever they run,
+leaves out those that are done, and prints what they came to::
+
+    python tests/drawing.py FIRST LAST FOLDER
+"""
+
+from __future__ import annotations
+
+import collections
+import gc
+import json
+import sys
+import time
+import traceback
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+from hypothesis import HealthCheck, Phase, given, seed, settings
+from hypothesis import strategies as st
+
+import fasp_fx
+from fasp_fx._observe._visit import Decision
+from fasp_fx.passes import Prune
+from fasp_fx.testing import build, example, programs
+from fasp_fx.testing._case import Case
+from fasp_fx.testing._odd_blocks import Odd
+from fasp_fx.testing._sets import draw_sets
+from fasp_fx.testing.oracle import Masked, error
+from fasp_fx.testing.specs import Net
+
+NETS = 250
+#: random choices of channels that each net is pruned by
+CHOICES = 2
+TOLERANCE = 1e-9
+
+
+class _AsCaptured:
+    """A program as the library works on it, called as the model is."""
+
+    def __init__(self, program: Any) -> None:
+        self.program, self.module = program, program.module
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self.module(*self.program.flat_inputs(args, kwargs))
+
+
+def _like(outputs: Any) -> list[torch.Tensor]:
+    """The tensors of real numbers, whatever holds them."""
+    return [leaf for leaf in torch.utils._pytree.tree_leaves(outputs) if isinstance(leaf, torch.Tensor) and leaf.is_floating_point()]
+
+
+def hold(net: Net, number: int) -> collections.Counter[str]:
+    """Prune what was drawn, and compare.
+
+    Returns:
+        How many prunings and comparisons were made, and in how many of these masking shows.
+
+    Raises:
+        AssertionError: an output differs.
+    """
+    count: collections.Counter[str] = collections.Counter()
+    case = Case(build(net, number, torch.float64), example(net, 2, number, torch.float64), {}, None, (), {}, TOLERANCE, number)
+    program = case.captured
+    analysis = fasp_fx.analysis.analyze_program(program, fasp_fx.passes.split_fused)
+    captured = _AsCaptured(program)
+    calls = []
+    for call in case.calls:
+        dense = case.run(case.dense, call)
+        try:
+            if error(_like(case.run(captured, call)), _like(dense)) <= TOLERANCE:
+                calls.append((call, dense))  # else the capture itself has fixed a size that this call changes
+        except Exception:
+            count["sizes fixed by the capture"] += 1
+    assert calls, "the capture does not compute what the model computes"
+    for _ in range(CHOICES):
+        chosen = draw_sets(analysis, case.random)
+        if not chosen.any():
+            count["nets without anything to prune"] += 1
+            break
+        gone = chosen[analysis.labels]
+        plan = sys.modules["fasp_fx.prune"].plan_of(program, analysis, Decision(gone))
+        smaller = _AsCaptured(Prune(gone, {}, analysis)(analysis.program))
+        masked = Masked(case.reference, plan)
+        count["prunings"] += 1
+        for call, dense in calls:
+            expected = case.run(masked, call)
+            wrong = error(_like(case.run(smaller, call)), _like(expected))
+            assert wrong <= TOLERANCE, f"off by {wrong:.1e} on {[tuple(leaf.shape) for leaf in _like(call)]}; plan:\n{plan}"
+            count["comparisons"] += 1
+            count["comparisons in which masking shows"] += error(_like(expected), _like(dense)) > 1e-4
+    return count
+
+
+def try_slice(number: int) -> dict[str, Any]:
+    """Draw and hold the nets of one slice.
+
+    Returns:
+        Counts, seconds, and the failures: the net, its number and what was raised.
+    """
+    total: collections.Counter[str] = collections.Counter()
+    failures: list[dict[str, Any]] = []
+
+    @seed(number)
+    @settings(max_examples=NETS, database=None, deadline=None, phases=[Phase.generate], suppress_health_check=list(HealthCheck))
+    @given(net=programs(), weights=st.integers(0, 999))
+    def draw(net: Net, weights: int) -> None:
+        total["nets"] += 1
+        total["nets with odd blocks"] += any(f"{kind.__name__}(" in repr(net) for kind in Odd.__subclasses__())
+        try:
+            total.update(hold(net, weights))
+        except Exception as problem:
+            failures.append({"net": repr(net), "weights": weights, "problem": f"{type(problem).__name__}: {problem}", "trace": traceback.format_exc()[-3000:]})
+
+    started = time.perf_counter()
+    draw()
+    return {"slice": number, "seconds": round(time.perf_counter() - started, 1), **total, "failures": failures}
+
+
+def main() -> None:
+    first, last, folder = int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3])
+    torch.set_num_threads(1)
+    warnings.simplefilter("ignore")
+    folder.mkdir(parents=True, exist_ok=True)
+    gc.freeze()  # what is imported stays; looking through it again and again takes a seventh of the time
+    gc.set_threshold(200_000, 20, 100)
+    total: collections.Counter[str] = collections.Counter()
+    for number in range(first, last):
+        file = folder / f"{number}.json"
+        if not file.exists():
+            file.write_text(json.dumps(try_slice(number), indent=1), encoding="utf-8")
+            gc.collect()
+        found = json.loads(file.read_text(encoding="utf-8"))
+        total.update({name: value for name, value in found.items() if isinstance(value, (int, float)) and name != "slice"})
+        total["failures"] += len(found["failures"])
+        for failure in found["failures"]:
+            print(f"slice {number}: {failure['net']}, weights {failure['weights']}: {failure['problem'][:300]}", flush=True)
+        print(f"slice {number}: {found['seconds']} s", flush=True)
+    print(dict(total))
+
+
+if __name__ == "__main__":
+    main()
