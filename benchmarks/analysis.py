@@ -10,9 +10,9 @@ import torch
 from _memory import Peak
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from fasp_fx._capture import capture
 from fasp_fx.analysis import analyze_program
-from fasp_fx.capture import capture
-from fasp_fx.prune import split_fused
+from fasp_fx.passes import split_fused
 
 SHAPES = {
     "SmolLM2-135M": LlamaConfig(

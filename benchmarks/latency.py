@@ -15,8 +15,8 @@ from _protocol import arguments, chunks, smollm2
 from torch.utils.flop_counter import FlopCounterMode
 
 import fasp_fx
-from fasp_fx.capture import capture
-from fasp_fx.prune import finish
+from fasp_fx._capture import capture
+from fasp_fx._result import finish
 
 
 def main() -> None:

@@ -12,7 +12,7 @@ import torch
 from _protocol import EVALUATION, arguments, chunks, smollm2
 
 from fasp_fx.evaluation import perplexity
-from fasp_fx.hf._plain import Plain, prune_both
+from fasp_fx.hf._plain import Plain, prune_plain
 from fasp_fx.hf._plain_folder import save_plain
 from fasp_fx.testing._stranger import run_without_fasp_fx
 
@@ -57,7 +57,7 @@ def main() -> None:
     print(f"{'dense':<22}{perplexity(model, measured):.4f}   parameters {model.num_parameters():,}", flush=True)
     for label, granularity in (("neurons", ("channel",)), ("neurons and heads", ("channel", "head"))):
         start = time.perf_counter()
-        pruned = prune_both(model, calibration=batches, sparsity=options.sparsity, round_to=options.round_to, granularity=granularity)
+        pruned = prune_plain(model, calibration=batches, sparsity=options.sparsity, round_to=options.round_to, granularity=granularity)
         spent = time.perf_counter() - start
         found = elsewhere(pruned, tokenizer, measured, options.device)
         here = perplexity(pruned.result.module, measured)

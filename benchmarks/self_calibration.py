@@ -34,7 +34,9 @@ def write(model: Any, tokenizer: Any, recipe: str, seed: int, folder: pathlib.Pa
     torch.manual_seed(seed)
     first = {"bos": tokenizer.bos_token_id, "eos": 0}.get(beginning)
     prompt = torch.full((count, 1), first) if first is not None else torch.randint(len(tokenizer), (count, 1))
-    settings = GenerationConfig(do_sample=True, temperature=float(temperature), top_k=0, top_p=float(top_p), max_length=length, eos_token_id=None, pad_token_id=0)
+    settings = GenerationConfig(
+        do_sample=True, temperature=float(temperature), top_k=0, top_p=float(top_p), max_length=length, eos_token_id=None, pad_token_id=0
+    )
     model.generation_config = settings
     started = time.perf_counter()
     with torch.no_grad():

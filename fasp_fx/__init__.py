@@ -10,9 +10,12 @@ from typing import Any
 
 from . import passes, patterns
 from ._auto import register_when_needed
+from ._captured import Captured, capture
 from ._compile._backend import backend
+from ._prune import analyze, apply, prune
 from ._result import Result
 from .analysis import Analysis
+from .config import PruningConfig
 from .errors import (
     ArgumentError,
     CalibrationError,
@@ -32,7 +35,6 @@ from .errors import (
 )
 from .groups import Group
 from .plan import ParameterSlice, PruningPlan
-from .prune import analyze, apply, prune
 from .report import Report
 from .store import load
 
@@ -55,12 +57,14 @@ __all__ = [
     "CallError",
     "CaptureError",
     "CaptureWarning",
+    "Captured",
     "FaspError",
     "Group",
     "NothingPrunableError",
     "ParameterSlice",
     "PartialPlanWarning",
     "PlanError",
+    "PruningConfig",
     "PruningPlan",
     "Report",
     "Result",
@@ -72,6 +76,7 @@ __all__ = [
     "analyze",
     "apply",
     "backend",
+    "capture",
     "load",
     "passes",
     "patterns",

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
+from ._calling._facts import ExportFacts
 from ._calling._signature import CallSignature
 from .channels import Slot, attribute
 
@@ -52,6 +53,7 @@ class Program:
         folds: weights that the model computes from others and that the program holds as parameters.
         replaced: the caller's parameters that are gone with that, by name.
         walked: the module, the analysis and the interpretation of the last verification.
+        facts: what the capture's exported program knows besides graph and weights; ``None`` for a graph that was not exported.
     """
 
     module: fx.GraphModule
@@ -66,6 +68,7 @@ class Program:
     folds: tuple[FoldedWeight, ...] = ()
     replaced: dict[str, Tensor] = field(default_factory=dict)
     walked: tuple[Any, ...] | None = field(default=None, repr=False, compare=False)
+    facts: ExportFacts | None = field(default=None, repr=False, compare=False)
 
     def weights(self) -> dict[str, Tensor]:
         """Every parameter and buffer by name; tied ones under each of their names."""

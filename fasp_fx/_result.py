@@ -13,13 +13,15 @@ from torch.fx.graph_module import _USER_PRESERVED_ATTRIBUTES_KEY
 
 from ._calling._guards import guard_calls
 from ._calling._signature import CallerCodeGen, CallSignature
+from ._capture import export_again
+from ._capture._assemble import assemble
 from ._capture._names import own_names
 from ._compile._flex import make_traceable
 from ._program import Program, graph_module
 from ._pruned_module import PrunedModule, remember
 from ._stamps import read_stamps
-from .capture import export_again
 from .channels import attribute, target_name
+from .config import PruningConfig
 from .plan import PruningPlan
 from .report import Report
 
@@ -33,6 +35,7 @@ class Result:
         program: the same as an exported program; shares its weights with ``module``.
         plan: what was removed.
         report: what it cost.
+        config: what was asked for; ``None`` for a plan that was replayed, and for what was loaded.
     """
 
     module: fx.GraphModule
@@ -40,6 +43,7 @@ class Result:
     plan: PruningPlan
     report: Report
     signature: CallSignature = field(repr=False)
+    config: PruningConfig | None = field(default=None, compare=False)
 
     def save(self, path: str | Path, *, overwrite: bool = False) -> Path:
         """Write the result to a new folder (see :mod:`fasp_fx.store`)."""
@@ -95,11 +99,17 @@ def wrap(exported: ExportedProgram, signature: CallSignature) -> fx.GraphModule:
     return module.eval()
 
 
-def finish(program: Program) -> tuple[fx.GraphModule, ExportedProgram]:
-    """Export a rewritten program again and wrap it."""
+def finish(program: Program, trace: bool = False) -> tuple[fx.GraphModule, ExportedProgram]:
+    """The module of a rewritten program and its exported program, put together where that can be and traced where not.
+
+    Args:
+        trace: trace in any case, which gives nodes the names that the exporter would.
+    """
     program = own_storage(program)
-    exported = export_again(program.module, program.example)
-    read_stamps(exported.graph)
+    exported = None if trace or program.facts is None else assemble(program.module, program.example, program.facts)
+    if exported is None:
+        exported = export_again(program.module, program.example)
+        read_stamps(exported.graph)
     return wrap(exported, program.signature), exported
 
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -24,37 +25,23 @@ class _Cut:
     per_set: float
 
 
-class Budget:
+class Budget(ABC):
     """Sparsity as a function of the number of channel sets that each group loses.
 
     Sparsity is the fraction removed of all weights of linear, convolution and recurrent operators that a prunable, exempt or included group touches, each
     counted once and whole.
 
     Args:
-        analysis: the analysis of the program.
+        groups: the groups that can lose channel sets.
+        total: how many elements the counted weights have.
     """
 
-    def __init__(self, analysis: Analysis) -> None:
-        self.groups = analysis.chosen
-        counted = {PRUNABLE, EXEMPT} | analysis.include
-        touched = {slot.name for group in analysis.groups if group.status in counted for slot in group.slots} & analysis.walk.facts.matrices
-        self.shapes = {name: tuple(int(size) for size in attribute(analysis.program.module, name).shape) for name in sorted(touched)}
-        self.total = sum(int(np.prod(shape)) for shape in self.shapes.values())
-        self.cuts: dict[tuple[str, int], list[_Cut]] = {}
-        for index, group in enumerate(self.groups):
-            for slot in group.slots:
-                if slot.name in self.shapes:
-                    own = analysis.labels[slot.base : slot.base + slot.size]
-                    count = int(np.isin(own, group.sets).sum())
-                    self.cuts.setdefault((slot.name, slot.dim), []).append(_Cut(index, count / group.size / slot.blocks))
+    def __init__(self, groups: Sequence[Group], total: int) -> None:
+        self.groups, self.total = list(groups), total
 
-    def sparsity(self, lost: list[int]) -> float:
-        """The sparsity when group ``i`` loses ``lost[i]`` channel sets in all."""
-        left = 0.0
-        for name, shape in self.shapes.items():
-            sizes = [size - sum(cut.per_set * lost[cut.group] for cut in self.cuts.get((name, dim), [])) for dim, size in enumerate(shape)]
-            left += float(np.prod(sizes))
-        return 1 - left / self.total if self.total else 0.0
+    @abstractmethod
+    def sparsity(self, lost: Sequence[int]) -> float:
+        """The sparsity when group ``i`` loses ``lost[i]`` channel sets in all its blocks together."""
 
     def most(self, group: Group, round_to: int) -> int:
         """The most channel sets that one block of a group can lose."""
@@ -66,11 +53,39 @@ class Budget:
         return self.sparsity([self.most(group, round_to) * group.blocks for group in self.groups])
 
 
+class ProgramBudget(Budget):
+    """The budget of one program.
+
+    Args:
+        analysis: the analysis of the program.
+    """
+
+    def __init__(self, analysis: Analysis) -> None:
+        counted = {PRUNABLE, EXEMPT} | analysis.include
+        touched = {slot.name for group in analysis.groups if group.status in counted for slot in group.slots} & analysis.walk.facts.matrices
+        self.shapes = {name: tuple(int(size) for size in attribute(analysis.program.module, name).shape) for name in sorted(touched)}
+        super().__init__(analysis.chosen, sum(int(np.prod(shape)) for shape in self.shapes.values()))
+        self.cuts: dict[tuple[str, int], list[_Cut]] = {}
+        for index, group in enumerate(self.groups):
+            for slot in group.slots:
+                if slot.name in self.shapes:
+                    own = analysis.labels[slot.base : slot.base + slot.size]
+                    count = int(np.isin(own, group.sets).sum())
+                    self.cuts.setdefault((slot.name, slot.dim), []).append(_Cut(index, count / group.size / slot.blocks))
+
+    def sparsity(self, lost: Sequence[int]) -> float:
+        left = 0.0
+        for name, shape in self.shapes.items():
+            sizes = [size - sum(cut.per_set * lost[cut.group] for cut in self.cuts.get((name, dim), [])) for dim, size in enumerate(shape)]
+            left += float(np.prod(sizes))
+        return 1 - left / self.total if self.total else 0.0
+
+
 #: an allocation maps a budget, a sparsity and ``round_to`` to the channel sets that each block of each of the budget's groups loses
 Allocation = Callable[[Budget, float, int], list[int]]
 
 
-def checked(lost: Any, budget: Budget) -> list[int]:
+def validate(lost: Any, budget: Budget) -> list[int]:
     """What an allocation returned, if it can be done.
 
     Raises:

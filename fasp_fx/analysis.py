@@ -61,9 +61,9 @@ class Analysis:
     @property
     def max_sparsity(self) -> float:
         """The highest sparsity that can be asked for with ``round_to=1`` (see :mod:`fasp_fx.allocation`)."""
-        from .allocation import Budget
+        from .allocation import ProgramBudget
 
-        return Budget(self).reach(1)
+        return ProgramBudget(self).reach(1)
 
     @cached_property
     def without_rule(self) -> dict[str, int]:

@@ -186,7 +186,7 @@ def inspect(
         from ._cli._arguments import check_path
         from ._cli._saved import is_saved
         from ._page import check_page, write_page
-        from .prune import analyze
+        from ._prune import analyze
         from .report import counted
 
         check_path("the model", model)

@@ -14,15 +14,15 @@ from torch.export import ExportedProgram
 from torch.fx.passes.infra.pass_base import PassResult
 from torch.utils import _pytree as pytree
 
+from fasp_fx._capture import export_again, is_plain_graph, recapture
+from fasp_fx._capture._record import record
 from fasp_fx._program import Program, graph_module
 from fasp_fx._result import finish
 from fasp_fx.analysis import Analysis
-from fasp_fx.capture import export_again, is_plain_graph, recapture
 from fasp_fx.errors import ArgumentError, FaspError, VerificationError, first_line
 
 from ._base import WRITTEN_BY, stamp
 from ._extend import extend
-from ._record import record
 
 
 @dataclass(frozen=True)
@@ -107,7 +107,7 @@ class Foreign:
         return recapture(copy, export_again(copy.module, copy.example))  # operators of another dialect: torch.add, a call of a module
 
     def _on_exported(self, program: Program) -> Program:
-        _, exported = finish(program)
+        _, exported = finish(program, trace=True)  # a pass that traces again changes no name then, and what it wrote is told by names
         before = {node.name: node.target for node in exported.graph.nodes}
         returned = self._called(exported)
         if not isinstance(returned, ExportedProgram):

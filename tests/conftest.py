@@ -17,7 +17,6 @@ from torch import nn
 from zoo import ZOO
 
 import fasp_fx
-from fasp_fx.testing._captures import one_capture as one_capture
 
 _COMMON = {"deadline": None, "suppress_health_check": [HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.filter_too_much]}
 settings.register_profile("fast", max_examples=15, derandomize=True, database=None, phases=[Phase.explicit, Phase.generate, Phase.shrink], **_COMMON)

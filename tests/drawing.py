@@ -24,6 +24,7 @@ from hypothesis import strategies as st
 
 import fasp_fx
 from fasp_fx._observe._visit import Decision
+from fasp_fx._prune import make_plan
 from fasp_fx.passes import Prune
 from fasp_fx.testing import build, example, programs
 from fasp_fx.testing._case import Case
@@ -82,7 +83,7 @@ def hold(net: Net, number: int) -> collections.Counter[str]:
             count["nets without anything to prune"] += 1
             break
         gone = chosen[analysis.labels]
-        plan = sys.modules["fasp_fx.prune"].plan_of(program, analysis, Decision(gone))
+        plan = make_plan(program, analysis, Decision(gone))
         smaller = _AsCaptured(Prune(gone, {}, analysis)(analysis.program))
         masked = Masked(case.reference, plan)
         count["prunings"] += 1

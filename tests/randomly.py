@@ -6,7 +6,6 @@ Nothing of the result's wrapping is tested here: programs run as the passes leav
 from __future__ import annotations
 
 import copy
-import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -17,9 +16,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils import _pytree as pytree
 
+from fasp_fx._capture import capture
 from fasp_fx._observe._visit import Decision
+from fasp_fx._prune import make_plan
 from fasp_fx.analysis import Analysis, analyze_program
-from fasp_fx.capture import capture
 from fasp_fx.passes import Prune, split_fused
 
 #: another batch and another length than the example's, shorter and longer
@@ -60,7 +60,7 @@ def hold(model: nn.Module, calls: Sequence[tuple[Any, ...]], seeds: int = 3, tim
     compared = 0
     for seed in range(seeds):
         gone = _choice(analysis, seed)
-        plan = sys.modules["fasp_fx.prune"].plan_of(program, analysis, Decision(gone))
+        plan = make_plan(program, analysis, Decision(gone))
         smaller, dense = Prune(gone, {}, analysis)(analysis.program).module, zeroed(model, plan)
         for call in calls:
             for _ in range(times):

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from conftest import one_capture
+from captures import one_capture
 from oracle import TOLERANCE, error, zeroed
 from torch import Tensor, nn
 from zoo import randomise

@@ -7,9 +7,10 @@ import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import fasp_fx.prune
 import pytest
 import torch
-from conftest import one_capture
+from captures import one_capture
 from oracle import error
 from refusal import untouched
 from torch import Tensor, nn
@@ -20,11 +21,11 @@ import fasp_fx
 import fasp_fx.passes._pipeline
 import fasp_fx.passes._verify
 import fasp_fx.passes.remove_channels
-import fasp_fx.prune
 from fasp_fx._cli._console import session
 from fasp_fx._exactness import _compare, _held
 from fasp_fx._exactness._blame import sound_part
 from fasp_fx._observe._visit import Decision
+from fasp_fx._prune import make_plan
 from fasp_fx.channels import Interpreter
 from fasp_fx.testing import Masked
 
@@ -158,7 +159,7 @@ def test_a_plan_is_held_too() -> None:
     program = fasp_fx.prune.__globals__["capture"](model, (X,))
     analysis = fasp_fx.analyze(model, (X,))
     gone = sum((analysis.labels == group.sets[0] for group in analysis.select("prunable")), start=analysis.labels < 0)
-    plan = fasp_fx.prune.__globals__["plan_of"](program, analysis, Decision(gone))
+    plan = make_plan(program, analysis, Decision(gone))
     assert {"down.0.weight", "down.1.weight"} <= {group.name for group in plan.groups}
     with pytest.warns(fasp_fx.VerificationWarning, match="'down.0.weight'"):
         result = fasp_fx.apply(model, plan, (X,))

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import one_capture
+from captures import one_capture
 from oracle import TOLERANCE, error, zeroed
 from torch import Tensor, nn
 from torch.nn import functional as F

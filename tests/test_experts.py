@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 import transformers as hf
-from conftest import one_capture
+from captures import one_capture
 from oracle import TOLERANCE, error, zeroed
 from torch import Tensor, nn
 from zoo import VOCABULARY, randomise

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import one_capture
+from captures import one_capture
 from oracle import TOLERANCE, assert_mask_exact, error, zeroed
 from saved import forge
 from torch import Tensor, nn

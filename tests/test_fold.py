@@ -19,7 +19,7 @@ from transformers.models.bit.modeling_bit import WeightStandardizedConv2d
 import fasp_fx
 import fasp_fx.hf
 import fasp_fx.testing
-from fasp_fx.capture import capture
+from fasp_fx._capture import capture
 
 pytestmark = [pytest.mark.filterwarnings("ignore::fasp_fx.CalibrationWarning"), pytest.mark.filterwarnings("ignore::FutureWarning")]
 

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from conftest import one_capture
+from captures import one_capture
 from torch import Tensor, nn
 from torch.nn import functional
 from zoo import VOCABULARY, randomise

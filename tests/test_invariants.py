@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import EXAMPLES, one_capture
+from captures import one_capture
+from conftest import EXAMPLES
 from decoders import Spec, build, specs, tokens
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -18,7 +19,7 @@ from torch import Tensor, fx, nn
 from torch.export import ExportedProgram
 
 import fasp_fx
-from fasp_fx.capture import capture
+from fasp_fx._capture import capture
 from fasp_fx.testing._calling import flat_inputs
 
 #: each example here captures and exports several times, so it gets a third of a property's examples

@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import PROFILE, one_capture
+from captures import one_capture
+from conftest import PROFILE
 from oracle import TOLERANCE, assert_mask_exact, error, floats, masked, zeroed
 from torch import Tensor, nn
 from zoo import ZOO, Entry, randomise

@@ -11,7 +11,7 @@ from unittest.mock import patch
 import numpy as np
 import pytest
 import torch
-from conftest import one_capture
+from captures import one_capture
 from decoders import Spec, build, tokens
 from hypothesis import given
 from hypothesis import strategies as st

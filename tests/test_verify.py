@@ -12,12 +12,11 @@ from decoders import Spec, build, tokens
 from torch import fx
 
 import fasp_fx
+from fasp_fx._capture import capture
 from fasp_fx._program import Program, set_weight
 from fasp_fx.analysis import Analysis, analyze_program
-from fasp_fx.capture import capture
 from fasp_fx.channels import attribute
-from fasp_fx.passes import PadValueHeads, Pass, PinAttentionScale, Pipeline, RemoveChannels, verify
-from fasp_fx.prune import split_fused
+from fasp_fx.passes import PadValueHeads, Pass, PinAttentionScale, Pipeline, RemoveChannels, split_fused, verify
 
 FUSED = Spec(hidden=8, kv_heads=2, repeat=2, head_dim=6, ffn=12, bias=True, gated=True, fused_gate=True, projection="fused", positions="rope")
 SEPARATE = Spec(hidden=8, kv_heads=2, repeat=2, head_dim=6, ffn=12, bias=True, gated=True, positions="rope", attention="eager")

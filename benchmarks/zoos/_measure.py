@@ -14,11 +14,12 @@ from _masked import error, find_called, leaves, masked
 from torch import Tensor, nn
 
 import fasp_fx
+from fasp_fx._capture import capture
 from fasp_fx._program import Program
+from fasp_fx._prune import Timings, choose, rewrite
 from fasp_fx.analysis import analyze_program
-from fasp_fx.capture import capture
 from fasp_fx.errors import CaptureError, NothingPrunableError, SparsityError
-from fasp_fx.prune import Clock, Options, decide, rewrite, split_fused
+from fasp_fx.passes import split_fused
 
 from ._entry import Entry
 from ._shares import shares
@@ -109,10 +110,9 @@ def _prune(program: Program, record: Record) -> Any:
     """What :func:`fasp_fx.prune` makes of the program, which is captured already; ``None`` if nothing can be pruned."""
     if record["max_sparsity"] == 0:
         return None
-    clock = Clock()
-    options = Options(record["requested"], score="random", restore=None)
-    analysis, decision = decide(program, options, None, clock=clock)
-    return rewrite(program, analysis, decision, record["requested"], clock)
+    clock, config = Timings(), fasp_fx.PruningConfig(sparsity=record["requested"], score="random", restore=None)
+    analysis, decision = choose(program, config, None, clock=clock)
+    return rewrite(program, analysis, decision, config, clock)
 
 
 def _prune_in_parts(model: nn.Module, entry: Entry, record: Record, refusal: CaptureError) -> Any:

@@ -73,9 +73,7 @@ def export(
     ) from failures[0]
 
 
-def _undisturbed(
-    model: nn.Module, signature: CallSignature, names: list[str], inputs: dict[str, Any], shapes: Any
-) -> tuple[ExportedProgram, list[str]]:
+def _undisturbed(model: nn.Module, signature: CallSignature, names: list[str], inputs: dict[str, Any], shapes: Any) -> tuple[ExportedProgram, list[str]]:
     """One attempt, which finds the model as it was and leaves it so, and the names of the attributes that its forward sets."""
     with quiet(), torch.no_grad(), any_number_of_steps(), unchanged(model) as changed:
         exported = _export_once(model, signature, names, inputs, shapes)

@@ -151,13 +151,13 @@ class Job:
         request = self.request
         self.stages.begin("capturing and analysing the model")
         asked: dict[str, Any] = {name: value for name, value in (("granularity", request.granularity), ("include", request.include)) if value}
+        asked["score"] = request.score
         return prune(
             self.model,
             self.texts.tokenizer,
             calibration=self.batches(),
             sparsity=request.sparsity,
             plain=request.plain,
-            score=request.score,
             restore="least-squares" if request.restore else None,
             round_to=request.round_to,
             progress=self.calibrated,

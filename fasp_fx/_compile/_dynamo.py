@@ -16,8 +16,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv
 
 from .._calling._signature import CallSignature
+from .._capture import is_plain_graph
 from .._program import Program, graph_module
-from ..capture import is_plain_graph
 from ..errors import CaptureError, first_line
 from ._flex import FLEX
 

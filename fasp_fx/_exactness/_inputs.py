@@ -122,7 +122,7 @@ def _assignments(dynamic: dict[tuple[int, int | None], torch.SymInt], grow: bool
     guards: set[Any] = set()
     for size in dynamic.values():
         environment = size.node.shape_env
-        guards |= {guard.expr for guard in environment.guards}
+        guards |= {environment.replace(guard.expr) for guard in environment.guards}
         for symbol in sorted(size.node.expr.free_symbols - ranges.keys(), key=str):
             hint, bounds = environment.backed_var_to_val.get(symbol), environment.var_to_range.get(symbol)
             lower = int(bounds.lower) if bounds is not None and bounds.lower not in (-int_oo, -sympy.oo) else 2

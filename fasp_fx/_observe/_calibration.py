@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .._capture import upper_bound
 from .._program import Program
-from ..capture import upper_bound
 from ..channels import is_dynamic
 from ..errors import CalibrationError, CallError
 
@@ -55,6 +55,19 @@ def calibration_calls(calibration: Iterable[Any] | None) -> Iterator[tuple[tuple
     Raises:
         CalibrationError: what was given is no iterable of batches, or yields none.
     """
+    index = -1
+    for index, batch in enumerate(check_calibration(calibration)):
+        yield _as_call(batch, index)
+    if index < 0:
+        raise CalibrationError("the calibration data is empty: it yielded no batch")
+
+
+def check_calibration(calibration: Iterable[Any] | None) -> Iterable[Any]:
+    """The calibration data, if it is an iterable of batches.
+
+    Raises:
+        CalibrationError: it is none; says what it is.
+    """
     if calibration is None:
         raise CalibrationError(
             "no calibration data: pass calibration=, an iterable of batches, or use score='magnitude' or 'random' with restore=None, which need none"
@@ -63,11 +76,7 @@ def calibration_calls(calibration: Iterable[Any] | None) -> Iterator[tuple[tuple
         raise CalibrationError(f"calibration is a single {type(calibration).__name__}; pass an iterable of batches, for example [batch]")
     if not isinstance(calibration, Iterable) and not hasattr(calibration, "__getitem__"):
         raise CalibrationError(f"calibration is a {type(calibration).__name__}; pass an iterable of batches, for example [batch]")
-    index = -1
-    for index, batch in enumerate(calibration):
-        yield _as_call(batch, index)
-    if index < 0:
-        raise CalibrationError("the calibration data is empty: it yielded no batch")
+    return calibration
 
 
 def _as_call(batch: Any, index: int) -> tuple[tuple[Any, ...], dict[str, Any]]:

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from functools import cached_property
 from typing import Any, NoReturn
 
-from ..allocation import Budget
+from ..allocation import ProgramBudget
 from ..analysis import Analysis
 from ..errors import ArgumentError, CaptureError
 from ._budget import JoinedBudget
@@ -37,7 +37,7 @@ class PartsAnalysis(Analysis):
     @property
     def max_sparsity(self) -> float:
         """The highest sparsity of all parts together that can be asked for with ``round_to=1``."""
-        return JoinedBudget([Budget(analysis) for analysis in self.parts.values()]).reach(1)
+        return JoinedBudget({path: ProgramBudget(analysis) for path, analysis in self.parts.items()}).reach(1)
 
     @cached_property
     def without_rule(self) -> dict[str, int]:

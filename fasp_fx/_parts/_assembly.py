@@ -21,8 +21,9 @@ from .._capture._unchanged import rewound
 from .._observe._visit import Decision
 from .._program import Program
 from .._result import Result
-from ..allocation import Budget
+from ..allocation import ProgramBudget
 from ..analysis import Analysis
+from ..config import PruningConfig
 from ..errors import CaptureError, FaspError, VerificationError, VerificationWarning, first_line
 from ..plan import PruningPlan
 from ..report import Report, weight_size
@@ -79,7 +80,7 @@ class Assembly:
         if not self.parts:
             reasons = "; ".join(f"'{path}': {reason}" for path, reason in self.left.items())
             raise CaptureError(f"{error} No submodule can be pruned by itself either{f': {reasons}' if reasons else ''}.") from error.__cause__
-        self.budget = JoinedBudget([Budget(part.analysis) for part in self.parts])
+        self.budget = JoinedBudget({part.path: ProgramBudget(part.analysis) for part in self.parts})
         self.results: dict[str, Result] = {}
         self.unsound: dict[str, str] = {}
 
@@ -118,7 +119,7 @@ class Assembly:
         self.results[part.path] = result
         return True
 
-    def result(self, requested: float | None) -> PartsResult:
+    def result(self, config: PruningConfig | None) -> PartsResult:
         """Everything put together.
 
         Raises:
@@ -144,8 +145,9 @@ class Assembly:
         lines = tuple(line_within(path, line) for path, result in self.results.items() for line in result.report.lines)
         without_rule = sum((Counter(result.report.without_rule) for result in self.results.values()), Counter[str]())
         sizes = (old[0], new[0]), (old[1], new[1])
+        requested = None if config is None else config.requested
         report = Report(reached, requested, *sizes, lines, dict(self.seconds), tuple(self._notes()), without_rule=dict(without_rule), include=plan.include)
-        return PartsResult(self.model, plan, report, self.signature, self.results, self.left)
+        return PartsResult(self.model, plan, report, self.signature, self.results, self.left, config)
 
     def _notes(self) -> Iterator[str]:
         reason = first_line(self.error.__cause__ or self.error)

@@ -9,19 +9,17 @@ import torch
 from torch import nn
 
 from .. import plan as plans
+from .._chooser import Chooser
 from .._observe._visit import Decision
-from ..allocation import Budget
 from ..analysis import Analysis
 from ..errors import CaptureError, PlanError
 from ..plan import PruningPlan
 from ._analysis import PartsAnalysis
 from ._assembly import Assembly, Stages, whole_fingerprint
 from ._inputs import graph_inputs, recorded, user_batches
-from ._names import plan_of_part
+from ._names import group_within, plan_of_part
 from ._result import PartsResult
 from ._stand_in import put
-
-Observe = Callable[[Analysis, list[int], list[list[Any]] | None, Callable[[float], None]], Decision]
 
 
 def prune_in_parts(
@@ -30,13 +28,9 @@ def prune_in_parts(
     args: Any,
     kwargs: dict[str, Any] | None,
     stages: Stages,
+    chooser: Chooser,
     *,
-    allocate: Callable[[Budget], list[int]],
-    observe: Observe,
     calibration: Iterable[Any] | None,
-    needs_data: bool,
-    requested: float,
-    propagate: bool,
     device: torch.device | str | None,
     progress: Callable[[float], None],
     on_analysis: Callable[[Analysis], None] | None,
@@ -45,10 +39,7 @@ def prune_in_parts(
 
     Args:
         error: why the model cannot be captured as a whole.
-        allocate: how many channel sets each block of each group loses.
-        observe: decides what goes, from the inputs of a part.
-        needs_data: whether score or restoration use calibration data.
-        propagate: whether a part is observed behind the parts already pruned.
+        chooser: how much goes of all parts, and what of each.
 
     Raises:
         CaptureError: ``error``, if submodules cannot help or none can be pruned.
@@ -57,12 +48,14 @@ def prune_in_parts(
     """
     _check_can_help(error, model)
     assembly = Assembly(error, model, args, kwargs, stages, device)
-    shares = assembly.budget.split(allocate(assembly.budget))
+    config = chooser.config
+    groups = [group_within(part.path, group) for part in assembly.parts for group in part.analysis.groups]
+    shares = assembly.budget.split(chooser.allocate(assembly.budget, groups))
     if on_analysis is not None:
         for part in assembly.parts:
             on_analysis(part.analysis)
     with assembly.timed("calibration"):
-        batches = user_batches(calibration, assembly.device) if needs_data else None
+        batches = user_batches(calibration, assembly.device) if config.needs_data else None
     modules: dict[str, nn.Module] = {}
     for index, (part, lost) in enumerate(zip(assembly.parts, shares, strict=True)):
         progress(index / len(assembly.parts))
@@ -79,16 +72,16 @@ def prune_in_parts(
             def advance(fraction: float, done: int = index) -> None:
                 progress((done + fraction) / len(assembly.parts))
 
-            decision = observe(part.analysis, lost, flat if batches is not None else None, advance)
+            decision = chooser.choose(part.analysis, lost, flat if batches is not None else None, advance)
             del flat
-        if assembly.place(part, decision, calls) and not propagate:
+        if assembly.place(part, decision, calls) and not config.propagate:
             modules[part.path] = assembly.results[part.path].module
             put(assembly.model, part.paths, part.module)
     progress(1.0)
     for part in assembly.parts:
         if part.path in modules:
             put(assembly.model, part.paths, modules[part.path])
-    return assembly.result(requested)
+    return assembly.result(config)
 
 
 def analyze_in_parts(error: CaptureError, model: Any, args: Any, kwargs: dict[str, Any] | None, stages: Stages) -> PartsAnalysis:

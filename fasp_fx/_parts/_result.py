@@ -10,6 +10,7 @@ from torch.export import ExportedProgram
 
 from .._calling._signature import CallSignature
 from .._result import Result
+from ..config import PruningConfig
 from ..errors import CaptureError
 from ..plan import PruningPlan
 from ..report import Report
@@ -30,9 +31,16 @@ class PartsResult(Result):
     left: Mapping[str, str]
 
     def __init__(
-        self, module: nn.Module, plan: PruningPlan, report: Report, signature: CallSignature, parts: Mapping[str, Result], left: Mapping[str, str]
+        self,
+        module: nn.Module,
+        plan: PruningPlan,
+        report: Report,
+        signature: CallSignature,
+        parts: Mapping[str, Result],
+        left: Mapping[str, str],
+        config: PruningConfig | None = None,
     ) -> None:
-        fields = {"module": module, "plan": plan, "report": report, "signature": signature, "parts": dict(parts), "left": dict(left)}
+        fields = {"module": module, "plan": plan, "report": report, "signature": signature, "parts": dict(parts), "left": dict(left), "config": config}
         for name, value in fields.items():
             object.__setattr__(self, name, value)
 

@@ -65,9 +65,7 @@ def _touched_dims(rule: Rule, arguments: dict[str, Any], rank: int) -> set[int]:
     return touched
 
 
-def _unsettled(
-    node: fx.Node, rule: Rule, arguments: dict[str, Any], shape: tuple[int, ...], shapes: list[tuple[int, ...]], sizes: Sizes
-) -> dict[int, str]:
+def _unsettled(node: fx.Node, rule: Rule, arguments: dict[str, Any], shape: tuple[int, ...], shapes: list[tuple[int, ...]], sizes: Sizes) -> dict[int, str]:
     """The dimensions of which what is taken, or where it lies, depends on a size that varies from call to call; each with what happens there."""
     given, rank = arguments_of(node), len(shape)
     found: dict[int, str] = {}
@@ -370,9 +368,7 @@ def _numel(shape: tuple[int, ...]) -> int:
     return int(torch.Size(shape).numel())
 
 
-def _keep(
-    axes: list[Axis], moved: Tensor, facts: Facts, node: fx.Node, source: Axis | None = None, why: str = "takes channels out one by one"
-) -> None:
+def _keep(axes: list[Axis], moved: Tensor, facts: Facts, node: fx.Node, source: Axis | None = None, why: str = "takes channels out one by one") -> None:
     axis = Axis.of(moved, source.slot if source is not None else None)
     if axis is not None and (source is None or not _one_of_each(axis, source)):
         axes.append(axis)

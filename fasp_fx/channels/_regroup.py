@@ -149,5 +149,4 @@ def _joined(laid: Tensor, found: Sequence[Segment], shape: Sequence[int]) -> Ten
     return laid.reshape([size if dim in spread else 1 for dim, size in enumerate(shape)])
 
 
-
 __all__ = ["Segment", "Size", "regroup", "segments"]

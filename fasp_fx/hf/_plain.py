@@ -3,28 +3,26 @@
 from __future__ import annotations
 
 import copy
-import inspect
 import itertools
 import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any, Unpack
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from .._observe._calibration import calibration_calls
+from .._observe._calibration import calibration_calls, check_calibration
+from .._prune import prune
 from .._result import Result
-from ..allocation import Allocation, uniform
+from ..allocation import uniform
 from ..analysis import Analysis
+from ..config import PruningConfig, PruningOptions
 from ..errors import ArgumentError, VerificationError, first_line
 from ..evaluation import device_of
 from ..groups import PRUNABLE
-from ..plan import PruningPlan
-from ..prune import prune
 from ..report import Report
-from ..scoring import Score
 from ._experiments import Assignment, Experiments, Path, quiet, written
 from ._settings import Settings
 from ._weights import smaller_weights
@@ -50,31 +48,16 @@ class Plain:
     report: Report
 
 
-def prune_plain(model: nn.Module, **options: Any) -> tuple[PreTrainedModel, PruningPlan, Report]:
-    """The smaller model, the plan and the report; options and errors are those of :func:`prune_both`."""
-    try:
-        inspect.signature(prune_both).bind(model, **options)
-    except TypeError as error:
-        raise ArgumentError(f"a plain checkpoint: {error}; the config cannot say what other options of fasp_fx.prune ask for") from error
-    found = prune_both(model, **options)
-    return found.model, found.result.plan, found.report
-
-
-def prune_both(
+def prune_plain(
     model: nn.Module,
     *,
     calibration: Iterable[Any] | None = None,
-    sparsity: float = 0.2,
+    config: PruningConfig | None = None,
     example: Mapping[str, Any] | None = None,
-    score: Literal["fasp", "magnitude", "random"] | Score = "fasp",
-    restore: Literal["least-squares"] | None = "least-squares",
-    allocation: Literal["uniform"] | Allocation = "uniform",
-    propagate: bool = True,
-    granularity: Iterable[str] | None = None,
-    round_to: int = 1,
     device: torch.device | str | None = None,
     progress: Callable[[float], None] | None = None,
     on_analysis: Callable[[Analysis], None] | None = None,
+    **options: Unpack[PruningOptions],
 ) -> Plain:
     """Prune a transformers model by what its config can say: the result is a smaller model of the same class.
 
@@ -83,40 +66,48 @@ def prune_both(
 
     Args:
         model: a transformers model in evaluation mode; it is left as it was.
-        calibration, sparsity, score, restore, propagate, device, progress, on_analysis: as for :func:`fasp_fx.prune`.
+        calibration, device, progress, on_analysis: as for :func:`fasp_fx.prune`.
+        config, options: as for :func:`fasp_fx.prune`, without ``include`` and ``exclude``, with one sparsity and no padding mask. An allocation sees one
+            group for each field (for each layer, where the class takes values by layer). ``granularity=("channel",)``: neurons only; ``("channel",
+            "head")``: whole heads lose the same fraction, to the nearest head, and neurons carry the rest; ``("head",)``: heads only; not given:
+            neurons, and as few heads as it takes where neurons alone cannot reach the sparsity. ``round_to`` is for channels; whole heads are not
+            rounded.
         example: keyword arguments to capture with; ``None``: the first calibration batch, or some tokens, without a cache.
-        allocation: ``"uniform"``, or a callable that sees one group for each field (for each layer, where the class takes values by layer).
-        granularity: ``("channel",)``: neurons only; ``("channel", "head")``: whole heads lose the same fraction, to the nearest head, and neurons carry the
-            rest; ``("head",)``: heads only. ``None``: neurons, and as few heads as it takes where neurons alone cannot reach the sparsity.
-        round_to: kept widths of channels are multiples of this; whole heads are not rounded.
 
     Raises:
-        ArgumentError: the model is not one of transformers', or its config does not describe it.
+        ArgumentError: the model is not one of transformers', or its config does not describe it or what the options ask for.
         NothingPrunableError: its config can say nothing; the message says what stands in the way.
         SparsityError: its config cannot say enough; the message says how much it can.
         VerificationError: no model built from the smaller config computes what the pruned program computes.
         CalibrationError, CaptureError: as for :func:`fasp_fx.prune`.
     """
+    asked = PruningConfig.of(config, options)
+    heads_asked = config is not None or "granularity" in options
+    for name in ("include", "exclude", "padding_mask"):
+        if getattr(asked, name):
+            raise ArgumentError(f"{name}={getattr(asked, name)!r} cannot be had in a plain checkpoint: its config does not say it; prune it without plain")
+    if isinstance(asked.sparsity, Mapping):
+        raise ArgumentError("a plain checkpoint has one sparsity: its config does not say which layers lose more; prune it without plain")
     if not isinstance(model, PreTrainedModel):
         raise ArgumentError(f"a plain checkpoint is made of a transformers model, not of a {type(model).__name__}; prune it without plain")
     experiments = Experiments(model)
-    chosen = ("channel", "head") if granularity is None else granularity
-    settings = Settings(experiments, granularity is not None, allocation if callable(allocation) else uniform)
+    settings = Settings(experiments, heads_asked, asked.allocation if callable(asked.allocation) else uniform)
+    if asked.needs_data:
+        check_calibration(calibration)
     if example is None:
         calibration, example = _example(model, calibration)
+    masked = isinstance(example.get("attention_mask"), Tensor) and example["attention_mask"].dim() == 2
     result = prune(
         model,
         (),
         dict(example),
         calibration=calibration,
-        sparsity=sparsity,
-        score=score,
-        restore=restore,
-        allocation=settings if callable(allocation) or allocation == "uniform" else allocation,
-        propagate=propagate,
-        granularity=chosen,
-        round_to=round_to,
-        padding_mask="attention_mask" if isinstance(example.get("attention_mask"), Tensor) and example["attention_mask"].dim() == 2 else None,
+        config=replace(
+            asked,
+            allocation=settings,
+            granularity=asked.granularity if heads_asked else ("channel", "head"),
+            padding_mask="attention_mask" if masked else None,
+        ),
         device=device,
         progress=progress,
         on_analysis=on_analysis,
@@ -239,4 +230,4 @@ def _said(assignment: Assignment, before: Mapping[Path, int] | None = None) -> s
     return ", ".join(f"{written(path)}{was[path]} {value}" for path, value in assignment.items())
 
 
-__all__ = ["Plain", "prune_both", "prune_plain"]
+__all__ = ["Plain", "prune_plain"]

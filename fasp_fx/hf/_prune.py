@@ -3,28 +3,31 @@
 from __future__ import annotations
 
 import copy
-import inspect
 import warnings
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Unpack, cast
 
 import torch
 from torch import Tensor, nn
 from torch.export import ExportedProgram
 
 from .. import plan as plans
+from .._captured import program_of
 from .._exactness import UnsoundError, decided, restricted
+from .._observe._calibration import check_calibration
 from .._observe._visit import Decision
 from .._program import Program
+from .._prune import Timings, choose, make_plan, rewrite
 from .._result import Result
 from .._store._graph_json import program_to_json
 from ..analysis import Analysis, analyze_program
 from ..channels import attribute
+from ..config import PruningConfig, PruningOptions
 from ..errors import ArgumentError, PlanError, VerificationError, VerificationWarning
+from ..passes import split_fused
 from ..plan import PlannedGroup, PruningPlan
-from ..prune import Clock, Options, _compared, decide, plan_of, rewrite, split_fused
 from ..report import Figure, Report, make_report, notes_of, said_whole
 from ._config import PrunedConfig
 from ._flat import FlatProgram
@@ -90,12 +93,12 @@ def prune(
     tokenizer: Any = None,
     *,
     calibration: Iterable[Any] | None = None,
-    sparsity: float = 0.2,
+    config: PruningConfig | None = None,
     plain: bool = False,
     device: torch.device | str | None = None,
     progress: Callable[[float], None] | None = None,
     on_analysis: Callable[[Analysis], None] | None = None,
-    **options: Any,
+    **options: Unpack[PruningOptions],
 ) -> Pruned:
     """Make a generating model of transformers smaller, so that it still generates; the caller's model is not touched.
 
@@ -104,11 +107,12 @@ def prune(
         tokenizer: kept and saved with the result.
         calibration: an iterable of batches: token numbers ``[batch, tokens]``, or dicts with ``input_ids`` and, where needed, ``attention_mask``;
             for an encoder-decoder also ``decoder_input_ids``. Tokens that the mask hides enter neither scores nor repairs.
-        sparsity: fraction to remove of the weights of linear operators in prunable and exempt groups, in (0, 1).
+        config: the options; ``None``: the defaults.
         plain: keep to what the architecture's own configuration can say, and return a model of the original class.
         device: where to capture and calibrate; ``None``: the model's device.
         progress, on_analysis: as for :func:`fasp_fx.prune`.
-        options: ``score``, ``restore``, ``allocation``, ``propagate``, ``granularity``, ``include`` and ``round_to`` of :func:`fasp_fx.prune`.
+        options: fields of :class:`fasp_fx.PruningConfig` (``sparsity=0.2``, ``score="fasp"``, …) in the place of those of ``config``; the padding mask is
+            that of the batches.
 
     Returns:
         A :class:`Pruned`.
@@ -124,18 +128,16 @@ def prune(
     if plain:
         from ._plain import prune_plain
 
-        common: dict[str, Any] = {"device": device, "progress": progress, "on_analysis": on_analysis}
-        return Pruned(*prune_plain(model, calibration=calibration, sparsity=sparsity, **common, **options), tokenizer)
+        found = prune_plain(model, calibration=calibration, config=config, device=device, progress=progress, on_analysis=on_analysis, **options)
+        return Pruned(found.model, found.result.plan, found.report, tokenizer)
     stages = stages_of(model)
-    try:
-        chosen = Options(sparsity, **options, padding_mask="attention_mask" if "attention_mask" in stages.accepts else None)
-    except TypeError as error:
-        known = [name for name in inspect.signature(Options).parameters if name not in ("sparsity", "padding_mask")]
-        unknown = ", ".join(name for name in options if name not in known)
-        raise ArgumentError(
-            f"fasp_fx.hf.prune knows no option '{unknown}'; besides calibration, sparsity, plain and device it takes {', '.join(known)}"
-        ) from error
-    clock = Clock()
+    if "padding_mask" in options:
+        raise ArgumentError("padding_mask= is not for fasp_fx.hf.prune, which takes the mask of the batches; leave it out")
+    masked = {"padding_mask": "attention_mask"} if "attention_mask" in stages.accepts else {}
+    asked = PruningConfig.of(config, {**options, **masked})
+    if asked.needs_data:
+        check_calibration(calibration)
+    clock = Timings()
     stage = stages.planned()
     program = _captured(stage, device)
     positions = positions_of(stages, program)
@@ -143,21 +145,21 @@ def prune(
     batches = None
     if calibration is not None:
         batches = stages.batches(calibration, FlatProgram.of(program.module).cache_sizes())
-    analysis, decision = decide(program, chosen, batches, device=where, progress=progress, on_analysis=on_analysis, clock=clock)
+    analysis, decision = choose(program, asked, batches, device=where, progress=progress, on_analysis=on_analysis, clock=clock)
     others = stages.served()
     if others:
-        served = [_served(other, device, chosen) for other in others]
+        served = [_served(other, device, asked) for other in others]
         decision, results, left = _in_all(served, _Planned(program, analysis, decision))
-        plan = plan_of(program, analysis, decision)
+        plan = make_plan(program, analysis, decision)
         weights = _one_set(model, results)
         plan = replace(plan, result=plans.fingerprint({name: tensor for name, tensor in weights.items() if isinstance(tensor, nn.Parameter)}))
         before = program.parameters()
-        report = make_report(analysis, plan, decision, before, weights, sparsity, clock.seconds, left)
+        report = make_report(analysis, plan, decision, before, weights, asked.requested, clock.seconds, left)
         found_out = [note for other in served for note in results[other.name].report.notes[len(notes_of(other.analysis)) :]]
         report = replace(report, notes=tuple(dict.fromkeys([*report.notes, *found_out, *(said_whole(name, seen) for name, seen in left.items())])))
         report = replace(report, cache=next((found.report.cache for found in results.values() if found.report.cache is not None), None))
     else:
-        planned = rewrite(program, analysis, decision, sparsity, clock)
+        planned = rewrite(program, analysis, decision, asked, clock)
         results, plan, report, weights = {stage.name: planned}, planned.plan, planned.report, _one_set(model, {stage.name: planned})
     programs = {name: _stored(result.program) for name, result in results.items()}
     parts = Parts(programs, weights, {name: _constants(result.program) for name, result in results.items()}, plan, report)
@@ -167,7 +169,7 @@ def prune(
 
 
 def _captured(stage: Stage, device: torch.device | str | None) -> Program:
-    return _compared(stage.model, (), dict(stage.example), state=stage.state, device=device)
+    return program_of(stage.model, (), dict(stage.example), state=stage.state, dynamic_shapes=None, device=device)
 
 
 @dataclass(frozen=True)
@@ -188,13 +190,13 @@ class _Served:
     analysis: Analysis
 
 
-def _served(stage: Stage, device: torch.device | str | None, options: Options) -> _Served:
+def _served(stage: Stage, device: torch.device | str | None, config: PruningConfig) -> _Served:
     program = _captured(stage, device)
     for node in program.module.graph.find_nodes(op="get_attr"):
         if not node.users:  # weights of the other programs
             program.module.graph.erase_node(node)
     program = program.copy()  # holds what the graph looks up, and nothing else
-    return _Served(stage.name, program, analyze_program(program, split_fused, options.granularity, options.include))
+    return _Served(stage.name, program, analyze_program(program, split_fused, config.granularity, config.include))
 
 
 def _in_all(others: list[_Served], planned: _Planned) -> tuple[Decision, dict[str, Result], dict[str, str]]:
@@ -208,7 +210,7 @@ def _in_all(others: list[_Served], planned: _Planned) -> tuple[Decision, dict[st
     """
     left: dict[str, str] = {}
     while True:
-        plan = plan_of(planned.program, planned.analysis, planned.decision)
+        plan = make_plan(planned.program, planned.analysis, planned.decision)
         results: dict[str, Result] = {}
         try:
             for other in others:
@@ -242,7 +244,7 @@ def _carried_out(other: _Served, plan: PruningPlan, planned: _Planned) -> Result
         same = {canonical.get(alias, alias) for alias in aliases} & planned.decision.weights.keys()
         if same:
             weights[own] = planned.decision.weights[same.pop()]
-    return rewrite(other.program, other.analysis, Decision(gone, weights), None, Clock(), whole=True)
+    return rewrite(other.program, other.analysis, Decision(gone, weights), None, Timings(), whole=True)
 
 
 def _same_groups(faulty: Mapping[str, str], other: _Served, plan: PruningPlan, planned: _Planned) -> dict[str, str]:

@@ -9,7 +9,7 @@ from itertools import product
 import numpy as np
 
 from .._parts._budget import JoinedBudget
-from ..allocation import Allocation, Budget, checked, lost_per_block, uniform
+from ..allocation import Allocation, Budget, lost_per_block, uniform, validate
 from ..errors import CaptureError, NothingPrunableError, SparsityError
 from ..groups import Group
 from ._dials import Dial, Family, Search
@@ -28,16 +28,15 @@ class _DialBudget(Budget):
     """
 
     def __init__(self, whole: Budget, dials: Sequence[Dial], settled: Mapping[str, int]) -> None:
-        self.whole, self.dials, self.settled = whole, dials, settled
         by_name = {group.name: group for group in whole.groups}
-        self.groups = [by_name[min(dial.groups, key=dial.groups.__getitem__)] for dial in dials]
-        self.total = whole.total
+        super().__init__([by_name[min(dial.groups, key=dial.groups.__getitem__)] for dial in dials], whole.total)
+        self.whole, self.dials, self.settled = whole, dials, settled
 
     def losses(self, turned: Sequence[int]) -> dict[str, int]:
         """Channel sets per block that each group loses."""
         return {**self.settled, **{name: times * turns for dial, turns in zip(self.dials, turned, strict=True) for name, times in dial.groups.items()}}
 
-    def sparsity(self, lost: list[int]) -> float:
+    def sparsity(self, lost: Sequence[int]) -> float:
         turned = [sets // group.blocks for sets, group in zip(lost, self.groups, strict=True)]
         losses = self.losses(turned)
         return self.whole.sparsity([losses.get(group.name, 0) * group.blocks for group in self.whole.groups])
@@ -91,7 +90,7 @@ class Settings:
         channels = [dial for dial in dials if dial not in heads]
         level = self._level(budget, heads, channels, sparsity, round_to)
         free = _DialBudget(budget, channels, _DialBudget(budget, heads, {}).losses(level.turned))
-        wanted = checked(self.allocate(free, sparsity, round_to), free) if channels else []
+        wanted = validate(self.allocate(free, sparsity, round_to), free) if channels else []
         turned = [_possible(dial, turns) for dial, turns in zip(channels, wanted, strict=True)]
         self.losses = {name: lost for name, lost in free.losses(turned).items() if lost}
         if not self.losses:

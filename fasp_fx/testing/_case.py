@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -76,12 +75,17 @@ class Case:
     @cached_property
     def analysis(self) -> Analysis:
         """The analysis of the model."""
-        return fasp_fx.analyze(self.model, self.args, self.kwargs, **self.capture_options, **self.choice)
+        return fasp_fx.analyze(self.once, **self.choice)
 
     @property
     def capture_options(self) -> dict[str, Any]:
         """The options that speak of the capture."""
         return {name: self.options[name] for name in ("dynamic_shapes", "state") if name in self.options}
+
+    @property
+    def prune_options(self) -> dict[str, Any]:
+        """The options that speak of the pruning."""
+        return {name: value for name, value in self.options.items() if name not in self.capture_options}
 
     @property
     def choice(self) -> dict[str, Any]:
@@ -90,12 +94,19 @@ class Case:
 
     def apply(self, plan: PruningPlan, model: Any = None) -> fasp_fx.Result:
         """Replay a plan on the model, or on another."""
-        return fasp_fx.apply(self.model if model is None else model, plan, self.args, self.kwargs, **self.capture_options)
+        if model is None:
+            return fasp_fx.apply(self.once, plan)
+        return fasp_fx.apply(model, plan, self.args, self.kwargs, **self.capture_options)
+
+    @cached_property
+    def once(self) -> fasp_fx.Captured:
+        """The model captured once, for all checks: a capture survives any number of prunings unchanged."""
+        return fasp_fx.capture(self.model, self.args, self.kwargs, **self.capture_options)
 
     @cached_property
     def captured(self) -> Any:
         """The program as captured, before anything is split or removed."""
-        return _captured(self.model, self.args, self.kwargs, self.capture_options)
+        return self.once.program
 
     @cached_property
     def empty(self) -> PruningPlan:
@@ -124,9 +135,9 @@ class Case:
     @cached_property
     def _pruned(self) -> fasp_fx.Result:
         assert self.sparsity is not None
-        options = {"score": "random", "restore": None, **self.options}
+        options = {"score": "random", "restore": None, **self.prune_options}
         try:
-            return fasp_fx.prune(self.model, self.args, self.kwargs, sparsity=self.sparsity, **options)
+            return fasp_fx.prune(self.once, sparsity=self.sparsity, **options)
         except NothingPrunableError as error:
             raise Skipped(str(error)) from error
 
@@ -184,11 +195,6 @@ class Case:
         """The outputs of one call, without gradients; of a model that remembers, those of two calls in a row."""
         with torch.no_grad():
             return in_a_row(called, *call, self.times)
-
-
-def _captured(model: Any, args: Any, kwargs: Any, options: dict[str, Any]) -> Any:
-    module: Any = sys.modules["fasp_fx.prune"]
-    return module.capture(model, args, kwargs, dynamic_shapes=options.get("dynamic_shapes"), state=options.get("state", ()))
 
 
 def _resized(call: Call) -> list[Call]:

@@ -20,7 +20,8 @@ def rewinding(module: nn.Module) -> Iterator[None]:
     finally:
         with torch.no_grad():
             for buffer, before in held:
-                buffer.copy_(before)
+                if not torch.equal(buffer.nan_to_num(), before.nan_to_num()):  # a write of the same is a write to those who count them
+                    buffer.copy_(before)
 
 
 def in_a_row(called: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], times: int) -> Any:

@@ -23,7 +23,7 @@ def restored(case: Case) -> None:
     batch = {**dict(zip(_positional(case), case.args, strict=False)), **case.kwargs} if case.kwargs else case.args
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        found = fasp_fx.prune(case.model, case.args, case.kwargs, sparsity=sparsity, score="magnitude", propagate=False, calibration=[batch], **case.options)
+        found = fasp_fx.prune(case.once, sparsity=sparsity, score="magnitude", propagate=False, calibration=[batch], **case.prune_options)
     if not found.plan.groups:
         raise Skipped("the sparsity removes nothing")
     plain = case.apply(found.plan)

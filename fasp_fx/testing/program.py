@@ -12,7 +12,6 @@ from torch.export import ExportedProgram
 from fasp_fx.errors import ArgumentError, CaptureError
 
 from . import _alone, _calling, _exact, _restored, _rules_held, _unseen
-from ._captures import one_capture
 from ._case import Call, Case
 from ._tally import TALLY
 from ._verdict import Broken, CheckFailed, ProgramVerdict, Skipped, Violation
@@ -77,20 +76,19 @@ def check_program(
     tolerance = tolerance if tolerance is not None else _tolerance(callable_of(model))
     case = Case(model, args, dict(kwargs or {}), sparsity, others, options, tolerance, seed, compile)
     checked, skipped, broken = [], [], []
-    with one_capture():
-        case.captured  # noqa: B018 - what cannot be captured is no broken invariant
-        for name in wanted:
-            try:
-                INVARIANTS[name](case)
-                checked.append(name)
-            except Skipped as reason:
-                skipped.append((name, str(reason)))
-            except Violation as problem:
-                broken.append(Broken(name, str(problem)))
-            except (CaptureError, KeyboardInterrupt):
-                raise
-            except Exception as problem:
-                broken.append(Broken(name, f"{type(problem).__name__}: {problem}"))
+    case.captured  # noqa: B018 - what cannot be captured is no broken invariant
+    for name in wanted:
+        try:
+            INVARIANTS[name](case)
+            checked.append(name)
+        except Skipped as reason:
+            skipped.append((name, str(reason)))
+        except Violation as problem:
+            broken.append(Broken(name, str(problem)))
+        except (CaptureError, KeyboardInterrupt):
+            raise
+        except Exception as problem:
+            broken.append(Broken(name, f"{type(problem).__name__}: {problem}"))
     TALLY.programs += 1
     plan = case.__dict__.get("plan")
     verdict = ProgramVerdict(

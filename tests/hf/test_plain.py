@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 import torch
 import transformers as hf
-from conftest import PROFILE, one_capture
+from captures import one_capture
+from conftest import PROFILE
 from oracle import TOLERANCE, error, zeroed
 from plain_models import BOTH, CASES, MORE, dense, plain, tokens
 from transformers.utils.quantization_config import GgufConfig

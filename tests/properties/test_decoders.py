@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from conftest import one_capture
+from captures import one_capture
 from decoders import Spec, build, specs, tokens
 from hypothesis import given
 from hypothesis import strategies as st

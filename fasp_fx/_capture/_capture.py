@@ -12,20 +12,21 @@ from torch.export import ExportedProgram
 from torch.export.passes import move_to_device_pass
 from torch.utils import _pytree as pytree
 
-from ._calling._signature import CallSignature
-from ._capture._dynamic import all_dims, every_dim, recorded_shapes, upper_bound
-from ._capture._export import export, export_again
-from ._capture._fold import Folding
-from ._capture._fold import fold as fold_weights
-from ._capture._functional import functional, is_plain_graph
-from ._capture._names import check_names, own_names
-from ._capture._recurrent import single_layers
-from ._capture._state import state_positions
-from ._capture._transformers import is_transformers, register_caches
-from ._program import Program, graph_module
-from ._stamps import read_stamps
-from .channels import results
-from .errors import ArgumentError, CaptureError, first_line
+from .._calling._facts import ExportFacts
+from .._calling._signature import CallSignature
+from .._program import Program, graph_module
+from .._stamps import read_stamps
+from ..channels import results
+from ..errors import ArgumentError, CaptureError, first_line
+from ._dynamic import all_dims, every_dim, recorded_shapes, upper_bound
+from ._export import export, export_again
+from ._fold import Folding
+from ._fold import fold as fold_weights
+from ._functional import functional, is_plain_graph
+from ._names import check_names, own_names
+from ._recurrent import single_layers
+from ._state import state_positions
+from ._transformers import is_transformers, register_caches
 
 __all__ = ["capture", "export_again", "is_plain_graph", "recapture", "recorded_shapes", "upper_bound"]
 
@@ -88,7 +89,18 @@ def capture(
     order = _order(model)
     folding = fold_weights(module, order) if fold else Folding()
     notes = (*notes, *folding.notes)
-    return Program(_plain(module), signature, example, inputs, outputs, notes=notes, order=order, folds=folding.folds, replaced=folding.replaced)
+    return Program(
+        _plain(module),
+        signature,
+        example,
+        inputs,
+        outputs,
+        notes=notes,
+        order=order,
+        folds=folding.folds,
+        replaced=folding.replaced,
+        facts=ExportFacts.of(exported),
+    )
 
 
 def _order(model: nn.Module | ExportedProgram) -> tuple[str, ...]:
@@ -147,4 +159,4 @@ def recapture(program: Program, exported: ExportedProgram) -> Program:
             node._rename(old.name)
     own_names(module)
     module.recompile()
-    return replace(program, module=module)
+    return replace(program, module=module, facts=ExportFacts.of(exported))

@@ -14,8 +14,8 @@ from torch.utils import _pytree as pytree
 @contextmanager
 def one_capture() -> Iterator[None]:
     """Inside, captures of one model object with inputs of one shape are made once."""
-    module: Any = sys.modules["fasp_fx.prune"]
-    original = module.capture
+    module: Any = sys.modules["fasp_fx._captured"]
+    original = module.capture_program
     seen: dict[tuple[int, str], tuple[object, object]] = {}
 
     def capture(model: object, args: object = (), kwargs: object = None, **options: object) -> object:
@@ -26,8 +26,8 @@ def one_capture() -> Iterator[None]:
             seen[key] = (model, original(model, args, kwargs, **options))
         return seen[key][1]
 
-    module.capture = capture
+    module.capture_program = capture
     try:
         yield
     finally:
-        module.capture = original
+        module.capture_program = original

@@ -6,9 +6,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
+from torch._dispatch.python import enable_python_dispatcher
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
-from fasp_fx.errors import VerificationError, first_line
+from ..errors import VerificationError, first_line
 
 
 class _Recorder(fx.Interpreter):
@@ -42,5 +43,6 @@ def record(module: fx.GraphModule) -> None:
         return
     recorder = _Recorder(module, mode)
     recorder.extra_traceback = False
-    with torch.no_grad(), mode:
+    # operators that are made of others take symbolic sizes only in Python
+    with torch.no_grad(), mode, enable_python_dispatcher():
         recorder.run(*given, enable_io_processing=False)

@@ -1,0 +1,102 @@
+"""A model that was captured once, for several analyses and prunings."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.export import ExportedProgram
+
+from ._capture import capture as capture_program
+from ._parts._faithful import compared
+from ._program import Program
+from .channels import written_names
+from .errors import ArgumentError
+
+Model = nn.Module | fx.GraphModule | ExportedProgram
+
+
+@dataclass(frozen=True)
+class Captured:
+    """A model as a graph over its own weights, which it shares.
+
+    :func:`fasp_fx.analyze`, :func:`fasp_fx.prune` and :func:`fasp_fx.apply` take it in the place of a model and its example inputs, any number of times.
+
+    Attributes:
+        program: the graph, and how it is called.
+    """
+
+    program: Program
+    _versions: dict[str, int | None]
+
+    def checked(self) -> Program:
+        """The program, if its weights are what they were.
+
+        Raises:
+            ArgumentError: one has been written into; names it.
+        """
+        for name, version in _versions(self.program).items():
+            if version != self._versions.get(name):
+                raise ArgumentError(f"'{name}' has changed since the model was captured; capture it again")
+        return self.program
+
+
+def capture(
+    model: Model,
+    args: Any = (),
+    kwargs: dict[str, Any] | None = None,
+    *,
+    state: tuple[str, ...] = (),
+    dynamic_shapes: Any = None,
+    device: torch.device | str | None = None,
+) -> Captured:
+    """Capture a model as it behaves on the example inputs, once for several prunings.
+
+    Args:
+        model: module in evaluation mode, graph module or exported program; it is not changed, and its weights are shared.
+        args, kwargs: example inputs.
+        state: names of arguments and outputs that hold state (a cache) and may become narrower.
+        dynamic_shapes: as for ``torch.export.export``; inferred if ``None``.
+        device: move the captured copy there; ``None`` leaves it where the model is.
+
+    Raises:
+        ArgumentError: the inputs do not fit the model.
+        CaptureError: the model is in training mode, or cannot be captured whole; :func:`fasp_fx.prune` takes such a model in parts.
+    """
+    program = compared(capture_program(model, args, kwargs, state=state, dynamic_shapes=dynamic_shapes, device=device), model, args, kwargs)
+    return Captured(program, _versions(program))
+
+
+def program_of(
+    model: Model | Captured, args: Any, kwargs: dict[str, Any] | None, *, state: tuple[str, ...], dynamic_shapes: Any, device: torch.device | str | None
+) -> Program:
+    """The program of a model, which is captured unless it was.
+
+    Raises:
+        ArgumentError: a captured model with what it was captured with already, or with weights that changed.
+    """
+    if not isinstance(model, Captured):
+        return compared(capture_program(model, args, kwargs, state=state, dynamic_shapes=dynamic_shapes, device=device), model, args, kwargs)
+    given = {"args": args != (), "kwargs": bool(kwargs), "state": bool(state), "dynamic_shapes": dynamic_shapes is not None}
+    for name, is_given in given.items():
+        if is_given:
+            raise ArgumentError(f"a captured model holds what {name}= says already; give {name}= to fasp_fx.capture")
+    program = model.checked()
+    if device is not None and torch.device(device).type != program.device().type:
+        raise ArgumentError(f"the model was captured on {program.device()}; give device={str(device)!r} to fasp_fx.capture")
+    return program
+
+
+def _versions(program: Program) -> dict[str, int | None]:
+    """How often each weight was written into, but for those that the model itself writes into; ``None`` where torch does not count."""
+    own = set(written_names(program.module.graph))
+    return {name: _version(tensor) for name, tensor in program.weights().items() if name not in own}
+
+
+def _version(tensor: Tensor) -> int | None:
+    return None if tensor.is_inference() else tensor._version
+
+
+__all__ = ["Captured", "Model", "capture", "program_of"]

@@ -1,0 +1,247 @@
+"""The main job: capture, analyse, observe, choose, restore, rewrite."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import replace
+from functools import partial
+from typing import Any, Unpack
+
+import torch
+
+from . import plan as plans
+from ._capture import capture as capture_program
+from ._captured import Captured, Model, program_of
+from ._chooser import Chooser
+from ._exactness import carry_out
+from ._observe._calibration import check_calibration, read_batches
+from ._observe._visit import Decision
+from ._parts._prune import Stages, analyze_in_parts, apply_in_parts, prune_in_parts
+from ._program import Program
+from ._result import Result
+from .allocation import ProgramBudget
+from .analysis import Analysis, analyze_program
+from .config import PruningConfig, PruningOptions
+from .errors import ArgumentError, CaptureError
+from .passes import split_fused
+from .plan import PruningPlan
+from .report import cache_bytes, make_report
+
+
+def analyze(
+    model: Model | Captured,
+    args: Any = (),
+    kwargs: dict[str, Any] | None = None,
+    *,
+    dynamic_shapes: Any = None,
+    state: tuple[str, ...] = (),
+    granularity: Iterable[str] = ("channel",),
+    include: Iterable[str] = (),
+) -> Analysis:
+    """Find the coupled groups of a model. Weights are not read: a model on the meta device will do.
+
+    A model that cannot be captured whole is analysed in the parts in which :func:`prune` would prune it (docs/submodules.md): what comes back has the groups
+    of all of them, and ``parts`` and ``left``. Such a model runs on the example inputs, and so needs its weights.
+
+    Args:
+        model: module in evaluation mode, graph module or exported program.
+        args, kwargs: example inputs.
+        dynamic_shapes: as for ``torch.export.export``; inferred if ``None``.
+        state: names of arguments and outputs that may become narrower (caches are found by themselves).
+        granularity, include: as for :func:`prune`; ``max_sparsity`` speaks of what they allow.
+
+    Raises:
+        ArgumentError, CaptureError: see :func:`fasp_fx.capture.capture`.
+    """
+    config = PruningConfig(granularity=granularity, include=include)
+    try:
+        program = program_of(model, args, kwargs, dynamic_shapes=dynamic_shapes, state=state, device=None)
+    except CaptureError as error:
+        if dynamic_shapes is not None:
+            raise
+        return analyze_in_parts(error, model, args, kwargs, _stages(config))
+    return analyze_program(program, split_fused, config.granularity, config.include)
+
+
+def prune(
+    model: Model | Captured,
+    args: Any = (),
+    kwargs: dict[str, Any] | None = None,
+    *,
+    calibration: Iterable[Any] | None = None,
+    config: PruningConfig | None = None,
+    state: tuple[str, ...] = (),
+    dynamic_shapes: Any = None,
+    device: torch.device | str | None = None,
+    progress: Callable[[float], None] | None = None,
+    on_analysis: Callable[[Analysis], None] | None = None,
+    **options: Unpack[PruningOptions],
+) -> Result:
+    """Make a model physically smaller; the caller's model is not touched.
+
+    Args:
+        model: module in evaluation mode, graph module or exported program; or what :func:`fasp_fx.capture` made of one.
+        args, kwargs: example inputs.
+        calibration: an iterable of batches: tensors, tuples of positional arguments or dicts of keyword arguments.
+        config: the options; ``None``: the defaults.
+        state: names of arguments and outputs that may become narrower.
+        dynamic_shapes: as for ``torch.export.export``; inferred if ``None``.
+        device: where to capture and calibrate; batches are moved there. ``None``: the model's device.
+        progress: called with the fraction of the calibration done.
+        on_analysis: called with the analysis, once the sparsity is known to be in reach and before the first calibration batch is asked for.
+        options: fields of :class:`fasp_fx.PruningConfig`, which describes them (``sparsity=0.2``, ``score="fasp"``, …), in the place of those of
+            ``config``.
+
+    Raises:
+        ArgumentError: an option is not known, or out of range.
+        SparsityError: outside (0, 1) or out of reach.
+        CalibrationError: the calibration data does not fit.
+        NothingPrunableError: no group can be pruned.
+        CaptureError: see :func:`fasp_fx.capture`.
+    """
+    config = PruningConfig.of(config, options)
+    if config.needs_data:
+        check_calibration(calibration)
+    clock = Timings()
+    try:
+        program = program_of(model, args, kwargs, dynamic_shapes=dynamic_shapes, state=state, device=device)
+    except CaptureError as error:
+        if dynamic_shapes is not None:
+            raise
+        if config.padding_mask is not None:
+            raise ArgumentError(
+                f"padding_mask='{config.padding_mask}' needs a model that is captured as a whole; leave it out and calibrate on batches without padding"
+            ) from error
+        return prune_in_parts(
+            error,
+            model,
+            args,
+            kwargs,
+            _stages(config),
+            Chooser(config),
+            calibration=calibration,
+            device=device,
+            progress=progress or (lambda fraction: None),
+            on_analysis=on_analysis,
+        )
+    analysis, decision = choose(program, config, calibration, device=device, progress=progress, on_analysis=on_analysis, clock=clock)
+    return rewrite(program, analysis, decision, config, clock)
+
+
+def choose(
+    program: Program,
+    config: PruningConfig,
+    calibration: Iterable[Any] | None,
+    *,
+    device: torch.device | str | None = None,
+    progress: Callable[[float], None] | None = None,
+    on_analysis: Callable[[Analysis], None] | None = None,
+    clock: Timings,
+) -> tuple[Analysis, Decision]:
+    """Analyse a captured program, calibrate it and choose what goes; see :func:`prune`."""
+    _check_weights(program)
+    clock.lap("capture")
+    analysis = analyze_program(program, split_fused, config.granularity, config.include)
+    chooser = Chooser(config)
+    lost = chooser.allocate(ProgramBudget(analysis), analysis.groups)
+    clock.lap("analysis")
+    if on_analysis is not None:
+        on_analysis(analysis)
+    batches = read_batches(program, calibration, None if device is None else torch.device(device)) if config.needs_data else None
+    decision = chooser.choose(analysis, lost, batches, progress or (lambda fraction: None))
+    clock.lap("calibration")
+    return analysis, decision
+
+
+def apply(
+    model: Model | Captured,
+    plan: PruningPlan,
+    args: Any = (),
+    kwargs: dict[str, Any] | None = None,
+    *,
+    dynamic_shapes: Any = None,
+    state: tuple[str, ...] = (),
+) -> Result:
+    """Replay a plan on the model it was made for; no calibration data, and so no restoration.
+
+    Raises:
+        PlanError: the plan is for another model (or for this one before it was pruned).
+    """
+    clock, config = Timings(), PruningConfig(granularity=plan.granularity, include=plan.include)
+    try:
+        program = program_of(model, args, kwargs, dynamic_shapes=dynamic_shapes, state=state, device=None)
+    except CaptureError as error:
+        if dynamic_shapes is not None:
+            raise
+        return apply_in_parts(error, model, plan, args, kwargs, _stages(config), lambda found: plans.check_fingerprint(plan, found))
+    plans.check_fingerprint(plan, plans.program_fingerprint(program))
+    clock.lap("capture")
+    analysis = analyze_program(program, split_fused, plan.granularity, plan.include)
+    decision = Decision(plans.gone_of(plan, analysis))
+    clock.lap("analysis")
+    return rewrite(program, analysis, decision, None, clock)
+
+
+class Timings:
+    """Seconds between laps, by name."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+        self._last = time.perf_counter()
+
+    def lap(self, name: str) -> None:
+        now = time.perf_counter()
+        self.seconds[name] = now - self._last
+        self._last = now
+
+
+def _stages(config: PruningConfig) -> Stages:
+    """What each part goes through where a model is pruned by its submodules."""
+    return Stages(
+        partial(capture_program, image_sizes=True),  # a part can be called with features of many sizes
+        lambda program: analyze_program(program, split_fused, config.granularity, config.include),
+        lambda program, analysis, decision: rewrite(program, analysis, decision, None, Timings()),
+    )
+
+
+def _check_weights(program: Program) -> None:
+    for name, tensor in program.weights().items():
+        if tensor.device.type == "meta":
+            raise ArgumentError(f"'{name}' is on the meta device and has no values; analyze() works without weights, prune() needs them")
+
+
+def make_plan(program: Program, analysis: Analysis, decision: Decision) -> PruningPlan:
+    """What was decided, as data; its result is not known yet."""
+    budget = ProgramBudget(analysis)
+    entries = plans.planned(budget.groups, decision.gone, analysis)
+    groups = tuple(entry for entry in entries if entry.removed_sets)
+    return PruningPlan(
+        plans.program_fingerprint(program),
+        groups,
+        budget.sparsity([entry.removed_sets for entry in entries]),
+        tuple(plans.SplitWeight(name, part.name, part.dim, part.rows) for name, part in analysis.program.parts.items()) if groups else (),
+        granularity=tuple(sorted(analysis.granularity)),
+        include=tuple(sorted(analysis.include)),
+        folds=program.folds,
+    )
+
+
+def rewrite(program: Program, analysis: Analysis, decision: Decision, config: PruningConfig | None, clock: Timings, whole: bool = False) -> Result:
+    """Take out of a program what was decided for its analysis, hold the result against the masked dense program, and report it.
+
+    Args:
+        config: what was asked for; ``None`` where a plan is replayed, or for a part of a model.
+        whole: raise where not all of what was decided holds, rather than leave some groups whole.
+
+    Raises:
+        VerificationError: nothing of what was decided holds.
+    """
+    requested = None if config is None else config.requested
+    held = carry_out(program, analysis, decision, clock.lap, whole)
+    plan = make_plan(program, analysis, held.decision)
+    plan = replace(plan, result=plans.fingerprint(dict(held.module.named_parameters(remove_duplicate=False))))
+    report = make_report(analysis, plan, held.decision, program.parameters(), dict(held.module.named_parameters()), requested, clock.seconds, held.left)
+    cache = cache_bytes(program.module.graph, held.module.graph, program.state_outputs)
+    report = replace(report, cache=cache, notes=(*report.notes, *held.notes))
+    return Result(held.module, held.exported, plan, report, held.rewritten.signature, config)

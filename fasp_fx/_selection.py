@@ -1,0 +1,75 @@
+"""Groups by the names of their weights: which stay whole, and which lose a fraction of their own."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from fnmatch import fnmatchcase
+
+from .allocation import Budget, lost_per_block
+from .errors import ArgumentError
+from .groups import Group
+
+
+def matches(pattern: str, name: str) -> bool:
+    """Whether a pattern names a weight, or a module that holds it."""
+    return fnmatchcase(name, pattern) or fnmatchcase(name, f"{pattern}.*")
+
+
+def held_by(group: Group) -> list[str]:
+    """The weights that a group takes rows or columns from."""
+    return [member.name for member in (*group.producers, *group.consumers)]
+
+
+def read_by(group: Group) -> list[str]:
+    """The weights that lose columns with a group, one of which gives it its name; those that lose rows where none does."""
+    return [member.name for member in group.consumers or group.producers]
+
+
+def check_patterns(option: str, patterns: Iterable[str], groups: Sequence[Group], names_of: Callable[[Group], list[str]]) -> None:
+    """Refuse patterns that name no weight of any group.
+
+    Args:
+        option: what the patterns were given as.
+        groups: all groups of a model, those that cannot be pruned among them.
+        names_of: the weights of a group that count.
+
+    Raises:
+        ArgumentError: names the pattern.
+    """
+    for pattern in patterns:
+        if not any(matches(pattern, name) for group in groups for name in names_of(group)):
+            what = "that loses columns with a group" if names_of is read_by else "of a coupled group"
+            raise ArgumentError(f"{option}: '{pattern}' matches no weight {what}; analyze(...).groups has their names")
+
+
+class PartialBudget(Budget):
+    """A budget in which some groups take no part.
+
+    Args:
+        whole: the budget of all groups.
+        taking_part: for each of its groups, whether it does.
+    """
+
+    def __init__(self, whole: Budget, taking_part: Sequence[bool]) -> None:
+        super().__init__([group for group, takes in zip(whole.groups, taking_part, strict=True) if takes], whole.total)
+        self.whole, self.taking_part = whole, taking_part
+
+    def spread(self, lost: Sequence[int]) -> list[int]:
+        """What all groups lose, of what those that take part lose."""
+        left = iter(lost)
+        return [next(left) if takes else 0 for takes in self.taking_part]
+
+    def sparsity(self, lost: Sequence[int]) -> float:
+        return self.whole.sparsity(self.spread(lost))
+
+
+def lost_by_pattern(budget: Budget, fractions: Mapping[str, float], round_to: int) -> list[int]:
+    """Channel sets lost per block of each group: the fraction of the first pattern that matches it, nothing if none does."""
+
+    def fraction_of(group: Group) -> float:
+        return next((fraction for pattern, fraction in fractions.items() if any(matches(pattern, name) for name in read_by(group))), 0.0)
+
+    return [lost_per_block(group.width, fraction_of(group), round_to, group.needed) if fraction_of(group) else 0 for group in budget.groups]
+
+
+__all__ = ["PartialBudget", "check_patterns", "held_by", "lost_by_pattern", "matches", "read_by"]

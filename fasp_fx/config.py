@@ -1,0 +1,177 @@
+"""What a pruning is asked for: every option with its default, checked."""
+
+from __future__ import annotations
+
+import difflib
+import json
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, fields, replace
+from typing import Any, Literal, TypedDict
+
+from .allocation import Allocation
+from .errors import ArgumentError, SparsityError
+from .scoring import Score, resolve
+
+#: of the JSON form
+VERSION = 1
+_GRANULARITIES, _INCLUDED = ("channel", "head", "expert"), ("approximate", "exempt")
+
+
+class PruningOptions(TypedDict, total=False):
+    """The fields of :class:`PruningConfig` as keyword arguments, for type checkers."""
+
+    sparsity: float | Mapping[str, float]
+    score: Literal["fasp", "magnitude", "random"] | Score
+    restore: Literal["least-squares"] | None
+    allocation: Literal["uniform"] | Allocation
+    propagate: bool
+    granularity: Iterable[str]
+    include: Iterable[str]
+    exclude: Iterable[str]
+    round_to: int
+    padding_mask: str | None
+
+
+@dataclass(frozen=True)
+class PruningConfig:
+    """The options of one pruning. :func:`fasp_fx.prune` takes each as a keyword, or all of them as ``config=``.
+
+    Attributes:
+        sparsity: the fraction to remove of the weights of linear operators in prunable and exempt groups, in (0, 1). Or a mapping from name patterns to
+            the fraction of channel sets that each group loses: the first pattern that matches a weight that loses columns with the group counts
+            (a group bears the name of one), and groups that no pattern matches stay whole.
+        score: ``"fasp"``, ``"magnitude"``, ``"random"``, or a callable (:mod:`fasp_fx.scoring`).
+        restore: ``"least-squares"`` or ``None``.
+        allocation: ``"uniform"``: every prunable group loses the same fraction; or a callable (:data:`fasp_fx.allocation.Allocation`).
+        propagate: later layers are observed behind the already pruned earlier ones.
+        granularity: what goes together: ``"channel"``, single channels; ``"head"``, whole attention heads with their rows of W_Q, W_K and W_V and
+            columns of W_O (a KV head takes its query heads along); ``"expert"``, whole experts of a mixture with their rows of the router, as if they
+            were never chosen. With ``("head",)`` nothing but heads goes; with both, heads in attention and channels elsewhere.
+        include: ``"approximate"`` prunes also groups that cross a norm (the residual stream of a transformer). Norms by mean squares, and layer norms,
+            go on to divide by the dense count, so that the result is that of the dense model whose producers are zero there. ``"exempt"`` prunes also
+            channels contracted between two activations (rows of W_Q and W_K), by the norms of both.
+        exclude: name patterns of weights; groups that hold one of them stay whole.
+        round_to: kept widths (per block) are multiples of this.
+        padding_mask: name of the input ``[batch, tokens]`` (``"attention_mask"``, say) that is zero where a token of the first input is padding; such
+            tokens of the calibration data enter neither scores nor repairs. ``None``: every token counts.
+
+    A name pattern is that of a weight (``"layers.0.mlp.up.weight"``) or of a module that holds it (``"layers.0"``), and may have the wildcards ``*``, ``?``
+    and ``[...]`` (``"layers.*.mlp"``). A pattern that matches nothing is an error.
+
+    Raises:
+        ArgumentError, SparsityError: an option is out of range or not known.
+    """
+
+    sparsity: float | Mapping[str, float] = 0.2
+    score: Literal["fasp", "magnitude", "random"] | Score = "fasp"
+    restore: Literal["least-squares"] | None = "least-squares"
+    allocation: Literal["uniform"] | Allocation = "uniform"
+    propagate: bool = True
+    granularity: Iterable[str] = ("channel",)
+    include: Iterable[str] = ()
+    exclude: Iterable[str] = ()
+    round_to: int = 1
+    padding_mask: str | None = None
+
+    def __post_init__(self) -> None:
+        _check_sparsity(self.sparsity)
+        resolve(self.score)
+        if self.restore not in ("least-squares", None):
+            raise ArgumentError(f"restore={self.restore!r} is not known; use 'least-squares' or None")
+        if self.allocation != "uniform" and not callable(self.allocation):
+            raise ArgumentError(f"allocation={self.allocation!r} is not known; use 'uniform' or a callable (fasp_fx.allocation.Allocation)")
+        if callable(self.allocation) and isinstance(self.sparsity, Mapping):
+            raise ArgumentError("a sparsity for each pattern is an allocation by itself; leave allocation= out, or give one sparsity")
+        if not isinstance(self.round_to, int) or isinstance(self.round_to, bool) or self.round_to < 1:
+            raise ArgumentError(f"round_to={self.round_to!r} is not a positive integer")
+        if not isinstance(self.propagate, bool):
+            raise ArgumentError(f"propagate={self.propagate!r} is neither True nor False")
+        for name, known in (("granularity", _GRANULARITIES), ("include", _INCLUDED), ("exclude", None)):
+            object.__setattr__(self, name, _names(name, getattr(self, name), known))
+        if not self.granularity:
+            raise ArgumentError(f"granularity={self.granularity!r} is not known; pass a tuple of {', '.join(map(repr, _GRANULARITIES))}")
+
+    @classmethod
+    def of(cls, config: PruningConfig | None, options: Mapping[str, Any]) -> PruningConfig:
+        """A configuration with some options in the place of its own; ``None`` stands for the defaults.
+
+        Raises:
+            ArgumentError: an option is not known, out of range, or ``config`` is no configuration.
+        """
+        if config is not None and not isinstance(config, PruningConfig):
+            raise ArgumentError(f"config is a {type(config).__name__}; pass a PruningConfig, or the options as keywords")
+        known = [field.name for field in fields(cls)]
+        for name in options:
+            if name not in known:
+                near = difflib.get_close_matches(name, known, 1)
+                guess = f"did you mean '{near[0]}'? There" if near else "there"
+                raise ArgumentError(f"the option '{name}' is not known; {guess} are {', '.join(known)}")
+        return replace(config or cls(), **options)
+
+    @property
+    def needs_data(self) -> bool:
+        """Whether calibration data is needed."""
+        return resolve(self.score)[1] or self.restore is not None
+
+    @property
+    def requested(self) -> float | None:
+        """The sparsity asked for, where one was."""
+        return None if isinstance(self.sparsity, Mapping) else float(self.sparsity)
+
+    def to_json(self) -> str:
+        """The configuration as text.
+
+        Raises:
+            ArgumentError: the score or the allocation is a function, which text cannot hold.
+        """
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        for name in ("score", "allocation"):
+            if callable(values[name]):
+                raise ArgumentError(f"{name}={values[name]!r} is a function, which cannot be stored; keep it in code and pass it again")
+        sparsity = dict(self.sparsity) if isinstance(self.sparsity, Mapping) else self.sparsity
+        return json.dumps({"fasp_fx_config": VERSION, **values, "sparsity": sparsity}, indent=1)
+
+    @classmethod
+    def from_json(cls, text: str) -> PruningConfig:
+        """The configuration that :meth:`to_json` wrote.
+
+        Raises:
+            ArgumentError: the text is none, or of a version that is not read here.
+        """
+        try:
+            values = json.loads(text)
+        except (ValueError, RecursionError) as error:
+            raise ArgumentError(f"this is no configuration: {error}; write it with PruningConfig.to_json()") from error
+        version = values.pop("fasp_fx_config", None) if isinstance(values, dict) else None
+        if version != VERSION:
+            said = "no configuration of fasp_fx" if version is None else f"a configuration of version {version!r}"
+            raise ArgumentError(f"this is {said}, and version {VERSION} is read here; write it again with PruningConfig.to_json()")
+        return cls.of(None, values)
+
+
+def _check_sparsity(sparsity: Any) -> None:
+    if isinstance(sparsity, Mapping):
+        if not sparsity or not all(isinstance(pattern, str) for pattern in sparsity):
+            raise SparsityError(f"sparsity={dict(sparsity)!r} is no mapping from name patterns to fractions; for example {{'layers.*.mlp': 0.3}}")
+        for pattern, fraction in sparsity.items():
+            if not _is_fraction(fraction):
+                raise SparsityError(f"sparsity={fraction!r} for '{pattern}' is not in (0, 1); 0.2 removes a fifth")
+    elif not _is_fraction(sparsity):
+        raise SparsityError(f"sparsity={sparsity!r} is not in (0, 1); 0.2 removes a fifth")
+
+
+def _is_fraction(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value) and 0 < value < 1
+
+
+def _names(option: str, given: Any, known: tuple[str, ...] | None) -> tuple[str, ...]:
+    """The names that an option was given, as a tuple."""
+    names = None if isinstance(given, str) or not isinstance(given, Iterable) else tuple(given)
+    if names is None or not all(isinstance(name, str) and (known is None or name in known) for name in names):
+        wanted = f"a tuple of {', '.join(map(repr, known))}" if known else "a tuple of name patterns, such as ('lm_head', 'layers.0.*')"
+        raise ArgumentError(f"{option}={given!r} is not known; pass {wanted}")
+    return names
+
+
+__all__ = ["PruningConfig", "PruningOptions"]

@@ -1,0 +1,214 @@
+"""A configuration says what every keyword says, refuses what it does not know, and survives JSON; groups are picked by the names of their weights."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import json
+import typing
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import fasp_fx
+from fasp_fx.config import PruningOptions
+
+X = torch.randn(4, 6, generator=torch.Generator().manual_seed(0))
+
+
+class Layers(nn.Module):
+    """Three hidden layers of their own width, one under another's name."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.layers = nn.ModuleList(nn.ModuleDict({"up": nn.Linear(6, 10), "down": nn.Linear(10, 6)}) for _ in range(3))
+        self.head = nn.Linear(6, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers:
+            x = x + layer["down"](F.relu(layer["up"](x)))  # type: ignore[index]
+        found: Tensor = self.head(x)
+        return found
+
+
+def widths(**options: Any) -> list[int]:
+    """What is left of the hidden layers."""
+    result = fasp_fx.prune(Layers().eval(), (X,), score="magnitude", restore=None, **options)
+    assert torch.isfinite(result.module(X)).all()
+    return [result.module.get_parameter(f"layers.{index}.up.weight").shape[0] for index in range(3)]
+
+
+CONFIGS = st.builds(
+    fasp_fx.PruningConfig,
+    sparsity=st.one_of(st.floats(0.01, 0.99), st.dictionaries(st.text(min_size=1), st.floats(0.01, 0.99), min_size=1)),
+    score=st.sampled_from(["fasp", "magnitude", "random"]),
+    restore=st.sampled_from(["least-squares", None]),
+    propagate=st.booleans(),
+    granularity=st.lists(st.sampled_from(["channel", "head", "expert"]), min_size=1).map(tuple),
+    include=st.lists(st.sampled_from(["approximate", "exempt"])).map(tuple),
+    exclude=st.lists(st.text()).map(tuple),
+    round_to=st.integers(1, 64),
+    padding_mask=st.none() | st.text(),
+)
+
+
+@given(config=CONFIGS)
+def test_a_configuration_survives_json(config: fasp_fx.PruningConfig) -> None:
+    assert fasp_fx.PruningConfig.from_json(config.to_json()) == config
+
+
+def test_keywords_are_the_fields() -> None:
+    fields = [field.name for field in dataclasses.fields(fasp_fx.PruningConfig)]
+    assert list(typing.get_type_hints(PruningOptions)) == fields
+    for function in (fasp_fx.prune, fasp_fx.hf.prune):
+        (options,) = [p for p in inspect.signature(function).parameters.values() if p.kind is p.VAR_KEYWORD]
+        assert options.annotation == "Unpack[PruningOptions]"
+        assert not set(fields) & set(inspect.signature(function).parameters)  # no default but those of the configuration
+
+
+def test_a_result_says_what_was_asked_for() -> None:
+    config = fasp_fx.PruningConfig(sparsity=0.3, score="magnitude", restore=None)
+    result = fasp_fx.prune(Layers().eval(), (X,), config=config, round_to=2)
+    assert result.config == dataclasses.replace(config, round_to=2)
+    assert result.report.requested == 0.3
+    again = fasp_fx.prune(Layers().eval(), (X,), config=result.config)
+    assert again.plan == result.plan
+    assert fasp_fx.apply(Layers().eval(), result.plan, (X,)).config is None
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"sparsty": 0.3}, "the option 'sparsty' is not known; did you mean 'sparsity'"),
+        ({"tidy": True}, "the option 'tidy' is not known; there are sparsity, score"),
+        ({"config": {"sparsity": 0.3}}, "config is a dict; pass a PruningConfig"),
+        ({"granularity": [["head"]]}, r"granularity=\[\['head'\]\] is not known"),
+        ({"granularity": ()}, r"granularity=\(\) is not known"),
+        ({"exclude": "head"}, "exclude='head' is not known; pass a tuple of name patterns"),
+        ({"exclude": (1,)}, r"exclude=\(1,\) is not known"),
+        ({"propagate": "yes"}, "propagate='yes' is neither True nor False"),
+        ({"exclude": ("layer.0",)}, "exclude: 'layer.0' matches no weight of a coupled group"),
+        ({"sparsity": {"layers.9.*": 0.3}}, r"sparsity: 'layers.9.\*' matches no weight that loses columns with a group"),
+        ({"sparsity": {"layers.0.up.bias": 0.3}}, "matches no weight that loses columns"),
+        ({"sparsity": {}}, "is no mapping from name patterns to fractions"),
+        ({"sparsity": {"layers.0": 1.5}}, r"sparsity=1.5 for 'layers.0' is not in \(0, 1\)"),
+        ({"sparsity": {"layers.0": 0.5}, "allocation": lambda budget, sparsity, round_to: []}, "is an allocation by itself"),
+        ({"exclude": ("layers",)}, "every group that can be pruned is excluded"),
+    ],
+)
+def test_bad_options(options: dict[str, Any], message: str) -> None:
+    kinds = (fasp_fx.ArgumentError, fasp_fx.NothingPrunableError)
+    with pytest.raises(kinds, match=message):
+        fasp_fx.prune(Layers().eval(), (X,), **{"score": "magnitude", "restore": None, **options})
+
+
+@pytest.mark.parametrize("options", [{}, {"score": "magnitude"}, {"restore": None}])
+def test_missing_calibration_is_found_before_the_capture(options: dict[str, Any]) -> None:
+    class Unseen(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            raise AssertionError("this was captured")
+
+    with pytest.raises(fasp_fx.CalibrationError, match="no calibration data"):
+        fasp_fx.prune(Unseen().eval(), (X,), **options)
+    with pytest.raises(fasp_fx.CalibrationError, match="calibration is a single Tensor"):
+        fasp_fx.prune(Unseen().eval(), (X,), calibration=X, **options)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("{", "this is no configuration"),
+        ("[]", "no configuration of fasp_fx"),
+        ('{"sparsity": 0.2}', "no configuration of fasp_fx"),
+        ('{"fasp_fx_config": 99}', "a configuration of version 99, and version 1 is read here"),
+        ('{"fasp_fx_config": 1, "sparsity": 2}', "is not in"),
+        ('{"fasp_fx_config": 1, "taste": 2}', "the option 'taste' is not known"),
+    ],
+)
+def test_other_configurations_are_refused(text: str, message: str) -> None:
+    with pytest.raises(fasp_fx.ArgumentError, match=message):
+        fasp_fx.PruningConfig.from_json(text)
+
+
+def test_functions_are_not_written() -> None:
+    with pytest.raises(fasp_fx.ArgumentError, match="is a function, which cannot be stored"):
+        fasp_fx.PruningConfig(score=lambda columns: columns.weight.sum(0)).to_json()
+    assert json.loads(fasp_fx.PruningConfig().to_json())["fasp_fx_config"] == 1
+
+
+# --- by name
+
+
+def test_excluded_groups_stay_whole_and_the_others_carry_the_sparsity() -> None:
+    assert widths(sparsity=0.3) == [7, 7, 7]
+    for pattern in ("layers.1", "layers.1.*", "layers.1.up.weight", "*.1.down*"):
+        assert widths(sparsity=0.3, exclude=(pattern,)) in ([6, 10, 6], [5, 10, 5])  # nine of thirty go from two layers
+    with pytest.raises(fasp_fx.SparsityError, match="out of reach"):
+        widths(sparsity=0.7, exclude=("layers.[12]",))
+
+
+def test_a_fraction_for_each_pattern() -> None:
+    assert widths(sparsity={"layers.0": 0.5, "layers.2": 0.2}) == [5, 10, 8]
+    assert widths(sparsity={"layers.0": 0.5, "layers.*": 0.2}) == [5, 8, 8]  # the first that matches counts
+    assert widths(sparsity={"layers.*": 0.3, "layers.0": 0.5}) == [7, 7, 7]
+    assert widths(sparsity={"layers.*": 0.5}, exclude=("layers.0.up",)) == [10, 5, 5]
+    assert widths(sparsity={"layers.*": 0.5}, round_to=4) == [4, 4, 4]
+
+
+def test_names_of_parts_are_those_of_the_model() -> None:
+    class Forked(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second = Layers(), nn.Sequential(nn.Linear(2, 12), nn.ReLU(), nn.Linear(12, 3))
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.first(x)
+            return self.second(x) if x.sum() < 1e6 else x
+
+    result = fasp_fx.prune(Forked().eval(), (X,), score="magnitude", restore=None, sparsity=0.3, exclude=("second", "first.layers.0"))
+    shapes = {name: tuple(tensor.shape) for name, tensor in result.module.named_parameters()}
+    assert shapes["second.0.weight"] == (12, 2)
+    assert shapes["first.layers.0.up.weight"] == (10, 6)
+    assert shapes["first.layers.1.up.weight"][0] < 10
+    with pytest.raises(fasp_fx.ArgumentError, match="'third' matches no weight"):
+        fasp_fx.prune(Forked().eval(), (X,), score="magnitude", restore=None, exclude=("third",))
+
+
+# --- captured once
+
+
+def test_one_capture_serves_many_prunings() -> None:
+    model = Layers().eval()
+    captured, many = fasp_fx.capture(model, (X,)), torch.randn(400, 6)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    assert list(map(str, fasp_fx.analyze(captured).groups)) == list(map(str, fasp_fx.analyze(model, (X,)).groups))
+    for sparsity in (0.1, 0.3, 0.5):
+        once = fasp_fx.prune(captured, calibration=[many], sparsity=sparsity)
+        anew = fasp_fx.prune(model, (X,), calibration=[many], sparsity=sparsity)
+        assert once.plan == anew.plan
+        assert torch.equal(once.module(X), anew.module(X))
+        assert torch.equal(fasp_fx.apply(captured, once.plan).module(X), fasp_fx.apply(model, once.plan, (X,)).module(X))
+    assert all(torch.equal(model.state_dict()[name], tensor) for name, tensor in before.items())
+
+
+def test_a_captured_model_that_changed_is_refused() -> None:
+    model = Layers().eval()
+    captured = fasp_fx.capture(model, (X,))
+    with torch.no_grad():
+        model.head.weight.mul_(2)
+    for call in (fasp_fx.analyze, fasp_fx.prune):
+        options: dict[str, Any] = {} if call is fasp_fx.analyze else {"score": "magnitude", "restore": None}
+        with pytest.raises(fasp_fx.ArgumentError, match=r"'head.weight' has changed since the model was captured; capture it again"):
+            call(captured, **options)  # type: ignore[operator]
+
+
+@pytest.mark.parametrize(("option", "value"), [("args", (X,)), ("kwargs", {"x": X}), ("state", ("past",)), ("dynamic_shapes", {"x": None})])
+def test_what_a_capture_holds_is_not_given_again(option: str, value: Any) -> None:
+    with pytest.raises(fasp_fx.ArgumentError, match=f"a captured model holds what {option}= says already"):
+        fasp_fx.analyze(fasp_fx.capture(Layers().eval(), (X,)), **{option: value})
