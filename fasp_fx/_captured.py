@@ -70,15 +70,26 @@ def capture(
 
 
 def program_of(
-    model: Model | Captured, args: Any, kwargs: dict[str, Any] | None, *, state: tuple[str, ...], dynamic_shapes: Any, device: torch.device | str | None
+    model: Model | Captured,
+    args: Any,
+    kwargs: dict[str, Any] | None,
+    *,
+    state: tuple[str, ...],
+    dynamic_shapes: Any,
+    device: torch.device | str | None,
+    run: bool = True,
 ) -> Program:
     """The program of a model, which is captured unless it was.
+
+    Args:
+        run: compare what is captured now with the model on the example inputs, which runs both.
 
     Raises:
         ArgumentError: a captured model with what it was captured with already, or with weights that changed.
     """
     if not isinstance(model, Captured):
-        return compared(capture_program(model, args, kwargs, state=state, dynamic_shapes=dynamic_shapes, device=device), model, args, kwargs)
+        program = capture_program(model, args, kwargs, state=state, dynamic_shapes=dynamic_shapes, device=device)
+        return compared(program, model, args, kwargs) if run else program
     given = {"args": args != (), "kwargs": bool(kwargs), "state": bool(state), "dynamic_shapes": dynamic_shapes is not None}
     for name, is_given in given.items():
         if is_given:

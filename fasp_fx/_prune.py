@@ -17,7 +17,7 @@ from ._chooser import Chooser
 from ._exactness import carry_out
 from ._observe._calibration import check_calibration, read_batches
 from ._observe._visit import Decision
-from ._parts._prune import Stages, analyze_in_parts, apply_in_parts, prune_in_parts
+from ._parts._prune import Stages, analyze_in_parts, apply_in_parts, check_whole, prune_in_parts
 from ._program import Program
 from ._result import Result
 from .allocation import ProgramBudget
@@ -52,14 +52,13 @@ def analyze(
         granularity, include: as for :func:`prune`; ``max_sparsity`` speaks of what they allow.
 
     Raises:
-        ArgumentError, CaptureError: see :func:`fasp_fx.capture.capture`.
+        ArgumentError, CaptureError: see :func:`fasp_fx.capture`.
     """
     config = PruningConfig(granularity=granularity, include=include)
     try:
-        program = program_of(model, args, kwargs, dynamic_shapes=dynamic_shapes, state=state, device=None)
+        program = program_of(model, args, kwargs, dynamic_shapes=dynamic_shapes, state=state, device=None, run=False)
     except CaptureError as error:
-        if dynamic_shapes is not None:
-            raise
+        check_whole(error, dynamic_shapes=dynamic_shapes, state=state)
         return analyze_in_parts(error, model, args, kwargs, _stages(config))
     return analyze_program(program, split_fused, config.granularity, config.include)
 
@@ -107,12 +106,7 @@ def prune(
     try:
         program = program_of(model, args, kwargs, dynamic_shapes=dynamic_shapes, state=state, device=device)
     except CaptureError as error:
-        if dynamic_shapes is not None:
-            raise
-        if config.padding_mask is not None:
-            raise ArgumentError(
-                f"padding_mask='{config.padding_mask}' needs a model that is captured as a whole; leave it out and calibrate on batches without padding"
-            ) from error
+        check_whole(error, dynamic_shapes=dynamic_shapes, state=state, padding_mask=config.padding_mask)
         return prune_in_parts(
             error,
             model,
@@ -172,8 +166,7 @@ def apply(
     try:
         program = program_of(model, args, kwargs, dynamic_shapes=dynamic_shapes, state=state, device=None)
     except CaptureError as error:
-        if dynamic_shapes is not None:
-            raise
+        check_whole(error, dynamic_shapes=dynamic_shapes, state=state)
         return apply_in_parts(error, model, plan, args, kwargs, _stages(config), lambda found: plans.check_fingerprint(plan, found))
     plans.check_fingerprint(plan, plans.program_fingerprint(program))
     clock.lap("capture")

@@ -18,6 +18,10 @@ class CaptureError(FaspError):
     """The model could not be captured as a graph."""
 
 
+class ExportError(CaptureError):
+    """``torch.export`` fails on the code of the model; its submodules may do better."""
+
+
 class CallError(FaspError, TypeError):
     """A pruned module was called with an argument that was not captured."""
 

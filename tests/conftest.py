@@ -54,14 +54,25 @@ def _model(name: str) -> nn.Module:
 
 
 @cache
+def _captured(name: str) -> fasp_fx.Captured:
+    return fasp_fx.capture(_model(name), (), ZOO[name].example())
+
+
+@cache
 def _analysis(name: str) -> fasp_fx.Analysis:
-    return fasp_fx.analyze(_model(name), (), ZOO[name].example())
+    return fasp_fx.analyze(_captured(name))
 
 
 @pytest.fixture(scope="session")
 def zoo_model() -> Callable[[str], nn.Module]:
     """The shared model of a zoo entry; tests must not change it."""
     return _model
+
+
+@pytest.fixture(scope="session")
+def zoo_captured() -> Callable[[str], fasp_fx.Captured]:
+    """The shared capture of a zoo entry."""
+    return _captured
 
 
 @pytest.fixture(scope="session")

@@ -7,7 +7,6 @@ import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
 
-import fasp_fx.prune
 import pytest
 import torch
 from captures import one_capture
@@ -18,6 +17,7 @@ from torch.nn import functional as F
 from zoo import ZOO
 
 import fasp_fx
+import fasp_fx._prune
 import fasp_fx.passes._pipeline
 import fasp_fx.passes._verify
 import fasp_fx.passes.remove_channels
@@ -156,7 +156,7 @@ def test_nothing_left() -> None:
 
 def test_a_plan_is_held_too() -> None:
     model = Blocks(reverse, same).eval()
-    program = fasp_fx.prune.__globals__["capture"](model, (X,))
+    program = fasp_fx.capture(model, (X,)).program
     analysis = fasp_fx.analyze(model, (X,))
     gone = sum((analysis.labels == group.sets[0] for group in analysis.select("prunable")), start=analysis.labels < 0)
     plan = make_plan(program, analysis, Decision(gone))

@@ -101,7 +101,7 @@ def test_the_expert_that_gives_least_goes_and_as_many_stay_as_a_token_needs(monk
     (group,) = analysis.chosen
     assert (group.granularity, group.size, group.needed) == ("expert", 4, 2)
     assert "4 experts" in str(group)
-    counted = fasp_fx.allocation.Budget(analysis)
+    counted = fasp_fx.allocation.ProgramBudget(analysis)
     assert analysis.max_sparsity == pytest.approx(counted.sparsity([2]))
     (removed,) = _experts(result.plan)
     assert all(part.removed == (1,) for part in (*removed.producers, *removed.consumers))

@@ -19,7 +19,6 @@ from torch import Tensor, fx, nn
 from torch.export import ExportedProgram
 
 import fasp_fx
-from fasp_fx._capture import capture
 from fasp_fx.testing._calling import flat_inputs
 
 #: each example here captures and exports several times, so it gets a third of a property's examples
@@ -43,15 +42,10 @@ def prune(model: nn.Module, sparsity: float = 0.3, **options: Any) -> fasp_fx.Re
 # --- removing nothing
 
 
-@few
-@given(spec=specs())
-def test_removing_nothing_changes_nothing(spec: Spec) -> None:
-    model = build(spec)
-    with one_capture():
-        analysis = fasp_fx.analyze(model, (tokens(2, 4),))
-        plan = prune(model, analysis.max_sparsity / 2).plan
-        result = fasp_fx.apply(model, replace(plan, groups=(), splits=()), (tokens(2, 4),))
-    captured = capture(model, (tokens(2, 4),))
+def removing_nothing_changes_nothing(model: nn.Module, most: float) -> None:
+    plan = prune(model, most / 2).plan
+    result = fasp_fx.apply(model, replace(plan, groups=(), splits=()), (tokens(2, 4),))
+    captured = fasp_fx.capture(model, (tokens(2, 4),)).program
     unseen = tokens(3, 6)
     with torch.no_grad():
         assert torch.equal(result.module(unseen), captured.module(unseen))
@@ -66,13 +60,9 @@ def test_removing_nothing_changes_nothing(spec: Spec) -> None:
 # --- channel sets
 
 
-@few
-@given(spec=specs(), share=st.floats(0.1, 1.0))
-def test_channel_sets_partition_the_channels(spec: Spec, share: float) -> None:
-    model = build(spec)
-    with one_capture():
-        analysis = fasp_fx.analyze(model, (tokens(2, 4),))
-        result = prune(model, share * analysis.max_sparsity)
+def channel_sets_partition_the_channels(model: nn.Module, share: float) -> None:
+    analysis = fasp_fx.analyze(model, (tokens(2, 4),))
+    result = prune(model, share * analysis.max_sparsity)
     seen: dict[tuple[str, int], list[int]] = {}
     weights = dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers())
     for group in analysis.groups:
@@ -138,17 +128,12 @@ def test_a_plan_must_keep_blocks_even() -> None:
 # --- one pruning after another
 
 
-@few
-@given(spec=specs(), shares=st.tuples(st.floats(0.1, 0.6), st.floats(0.6, 1.0)))
-def test_pruning_in_two_steps(spec: Spec, shares: tuple[float, float]) -> None:
-    model, example = build(spec), (tokens(2, 4),)
-    with one_capture():
-        most = fasp_fx.analyze(model, example).max_sparsity
-        less, more = (prune(model, share * most, score="magnitude") for share in shares)
-        if not less.plan.groups:
-            return
-        assert all(less.plan.slices()[place] <= more.plan.slices()[place] for place in less.plan.slices())
-        second = fasp_fx.apply(less.module, more.plan.after(less.plan), example)
+def pruning_in_two_steps_is_pruning_at_once(model: nn.Module, most: float, shares: tuple[float, float]) -> None:
+    less, more = (prune(model, share * most, score="magnitude") for share in shares)
+    if not less.plan.groups:
+        return
+    assert all(less.plan.slices()[place] <= more.plan.slices()[place] for place in less.plan.slices())
+    second = fasp_fx.apply(less.module, more.plan.after(less.plan), (tokens(2, 4),))
     unseen = tokens(3, 6)
     assert same_weights(second.module, more.module)
     assert error(second.module(unseen), more.module(unseen)) <= TOLERANCE
@@ -197,12 +182,8 @@ class _Shapes(fx.Interpreter):
             self.checked += 1
 
 
-@few
-@given(spec=specs(), share=st.floats(0.1, 1.0))
-def test_recorded_shapes_are_executed_ones(spec: Spec, share: float) -> None:
-    model = build(spec)
-    with one_capture():
-        result = prune(model, share * fasp_fx.analyze(model, (tokens(2, 4),)).max_sparsity)
+def recorded_shapes_are_executed_ones(model: nn.Module, sparsity: float) -> None:
+    result = prune(model, sparsity)
     runner = _Shapes(result.program)
     with torch.no_grad():
         (found,) = runner.run(*flat_inputs(result.program, [tokens(3, 6)]))
@@ -213,13 +194,9 @@ def test_recorded_shapes_are_executed_ones(spec: Spec, share: float) -> None:
 # --- the result is a model of its own
 
 
-@few
-@given(spec=specs(), share=st.floats(0.1, 0.9))
-def test_the_result_stands_alone(spec: Spec, share: float) -> None:
-    model = build(spec)
+def the_result_stands_alone(model: nn.Module, spec: Spec, sparsity: float) -> None:
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    with one_capture():
-        result = prune(model, share * fasp_fx.analyze(model, (tokens(2, 4),)).max_sparsity)
+    result = prune(model, sparsity)
     assert not storages(result.module) & storages(model)
     assert {p.untyped_storage().data_ptr() for p in result.program.parameters()} == {p.untyped_storage().data_ptr() for p in result.module.parameters()}
     data, expected = tokens(3, 6), result.module(tokens(3, 6))
@@ -322,15 +299,11 @@ def _tied_restored(model: nn.Module) -> None:
 # --- plans as data
 
 
-@few
-@given(spec=specs(), share=st.floats(0.1, 1.0))
-def test_a_plan_survives_json_and_replays(spec: Spec, share: float) -> None:
-    model, example = build(spec), (tokens(2, 4),)
-    with one_capture():
-        result = prune(model, share * fasp_fx.analyze(model, example).max_sparsity)
-        read = fasp_fx.PruningPlan.from_json(result.plan.to_json())
-        assert read == result.plan
-        replayed = fasp_fx.apply(model, read, example)
+def a_plan_survives_json_and_replays(model: nn.Module, sparsity: float) -> None:
+    result = prune(model, sparsity)
+    read = fasp_fx.PruningPlan.from_json(result.plan.to_json())
+    assert read == result.plan
+    replayed = fasp_fx.apply(model, read, (tokens(2, 4),))
     assert replayed.plan == result.plan
     assert same_weights(replayed.module, result.module)
     assert torch.equal(replayed.module(tokens(3, 6)), result.module(tokens(3, 6)))
@@ -414,3 +387,21 @@ def test_names_are_those_of_named_parameters(zoo_model: Any, zoo_analysis: Any) 
     """Also for tied weights, of which ``named_parameters`` gives the first name."""
     names = {name for name, _ in zoo_model("gpt2").named_parameters()} | {name for name, _ in zoo_model("gpt2").named_buffers()}
     assert {member.name for group in zoo_analysis("gpt2").groups for member in (*group.producers, *group.consumers)} <= names
+
+
+# --- all of the above, for decoders drawn at random
+
+
+@few
+@given(spec=specs(), share=st.floats(0.1, 0.9), shares=st.tuples(st.floats(0.1, 0.6), st.floats(0.6, 1.0)))
+def test_what_holds_for_every_decoder(spec: Spec, share: float, shares: tuple[float, float]) -> None:
+    """Each decoder is captured once; a capture survives all prunings."""
+    model = build(spec)
+    with one_capture():
+        most = fasp_fx.analyze(model, (tokens(2, 4),)).max_sparsity
+        removing_nothing_changes_nothing(model, most)
+        channel_sets_partition_the_channels(model, share)
+        pruning_in_two_steps_is_pruning_at_once(model, most, shares)
+        recorded_shapes_are_executed_ones(model, share * most)
+        the_result_stands_alone(model, spec, share * most)
+        a_plan_survives_json_and_replays(model, share * most)

@@ -31,24 +31,24 @@ def _check(entry: Entry, model: nn.Module, result: fasp_fx.Result, seed: int = 5
 
 
 @pytest.mark.parametrize("name", ZOO)
-def test_mask_exact(name: str, zoo_model: Callable[[str], nn.Module]) -> None:
-    entry, model = ZOO[name], zoo_model(name)
+def test_mask_exact(
+    name: str, zoo_model: Callable[[str], nn.Module], zoo_captured: Callable[[str], fasp_fx.Captured], zoo_analysis: Callable[[str], fasp_fx.Analysis]
+) -> None:
+    entry, model, prunable = ZOO[name], zoo_model(name), zoo_analysis(name)
     before = {key: value.clone() for key, value in model.state_dict().items()}
-    with one_capture():
-        prunable = fasp_fx.analyze(model, (), entry.example())
-        for sparsity, score in _ALL if PROFILE == "slow" else _FEW:
-            wanted = prunable.max_sparsity if sparsity == "most" else sparsity
-            result = fasp_fx.prune(model, (), entry.example(), sparsity=wanted, score=score, restore=None)
-            assert result.plan.sparsity == pytest.approx(wanted, abs=0.02)
-            assert {group.name for group in result.plan.groups} == {group.name for group in prunable.select("prunable")}
-            _check(entry, model, result)
+    for sparsity, score in _ALL if PROFILE == "slow" else _FEW:
+        wanted = prunable.max_sparsity if sparsity == "most" else sparsity
+        result = fasp_fx.prune(zoo_captured(name), sparsity=wanted, score=score, restore=None)
+        assert result.plan.sparsity == pytest.approx(wanted, abs=0.02)
+        assert {group.name for group in result.plan.groups} == {group.name for group in prunable.select("prunable")}
+        _check(entry, model, result)
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items()), "pruning changed the caller's model"
 
 
 @pytest.mark.parametrize(("name", "step", "sparsity"), [("opt", 8, 0.3), ("llama_gqa", 4, 0.25)])
-def test_rounded(name: str, step: int, sparsity: float, zoo_model: Callable[[str], nn.Module]) -> None:
+def test_rounded(name: str, step: int, sparsity: float, zoo_model: Callable[[str], nn.Module], zoo_captured: Callable[[str], fasp_fx.Captured]) -> None:
     entry, model = ZOO[name], zoo_model(name)
-    result = fasp_fx.prune(model, (), entry.example(), sparsity=sparsity, score="random", restore=None, round_to=step)
+    result = fasp_fx.prune(zoo_captured(name), sparsity=sparsity, score="random", restore=None, round_to=step)
     for group in result.plan.groups:
         kept = group.size - group.removed_sets
         assert kept % (step * group.blocks) == 0, f"{group.name} keeps {kept} in {group.blocks} blocks"

@@ -16,7 +16,7 @@ from torch.fx.graph import _PyTreeCodeGen
 from torch.utils import _pytree as pytree
 
 from .._calling._signature import CallerCodeGen, CallSignature, is_plain
-from ..errors import CaptureError
+from ..errors import ExportError
 from ._dynamic import all_dims, first_dim, images_of, of_fixed_total, recorded_shapes, widened, with_static
 from ._functional import functional
 from ._quiet import quiet
@@ -38,7 +38,7 @@ def export(
         leading: how many arguments were given by position.
 
     Raises:
-        CaptureError: no attempt succeeded; the message carries the reason of the first.
+        ExportError: no attempt succeeded; the message carries the reason of the first.
     """
     names = _by_position(model, signature, leading)
     meta = any(parameter.device.type == "meta" for parameter in model.parameters())
@@ -67,7 +67,7 @@ def export(
         except Exception as error:
             failures.append(error)
     reason = str(failures[0]).strip().splitlines() or [type(failures[0]).__name__]
-    raise CaptureError(
+    raise ExportError(
         f"{type(model).__name__} cannot be captured by torch.export: {reason[0]}. Try the inputs on the model itself, "
         "then capture the largest submodule without data-dependent control flow."
     ) from failures[0]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import warnings
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -17,6 +16,7 @@ from torch._guards import TracingContext
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from .._program import Program
+from .._warn import warn
 from ..analysis import Analysis, analyze_program
 from ..channels import Numbering, Slot
 from ..errors import ArgumentError, CaptureError, FaspError, PartialPlanWarning, PlanError, VerificationError
@@ -80,7 +80,7 @@ class _Backend:
         try:
             return self._compile(module, example)
         except CaptureError as reason:
-            warnings.warn(f"a graph of the model is not pruned: {reason}", PartialPlanWarning, stacklevel=2)
+            warn(f"a graph of the model is not pruned: {reason}", PartialPlanWarning)
             return self.inner(module, example)
         except FaspError as error:
             return functools.partial(_refuse, error)  # raised here it would reach the caller as an error of dynamo's
@@ -168,7 +168,7 @@ class _Backend:
             except PlanError as error:
                 left.append(f"'{group.name}': {error}")
         if left:
-            warnings.warn(f"graph breaks divide the model, and these groups stay whole: {'; '.join(left)}", PartialPlanWarning, stacklevel=2)
+            warn(f"graph breaks divide the model, and these groups stay whole: {'; '.join(left)}", PartialPlanWarning)
         plan = replace(self.plan, groups=tuple(groups))
         return plan, gone_of(plan, analysis)
 

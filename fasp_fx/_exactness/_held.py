@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -15,6 +14,7 @@ from torch.export import ExportedProgram
 from .._observe._visit import Decision
 from .._program import Program
 from .._result import finish
+from .._warn import warn
 from ..analysis import Analysis
 from ..errors import CallError, VerificationError, VerificationWarning, first_line
 from ..groups import APPROXIMATE, Group
@@ -117,7 +117,7 @@ class _Net:
         left = dict(sorted(self.left.items(), key=lambda item: self.order[item[0]]))
         said = [said_whole(name, seen) for name, seen in left.items()]
         for text in said:
-            warnings.warn(text, VerificationWarning, stacklevel=5)
+            warn(text, VerificationWarning)
         self.lap("check")
         decision = restricted(self.analysis, self.decision, groups)
         return Held(decision, made.rewritten, made.module, made.exported, left, tuple(dict.fromkeys([*self.notes, *said])))

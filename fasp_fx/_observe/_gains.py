@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Mapping, Sequence
 
+from .._warn import warn
 from ..errors import CalibrationWarning
 from ..restoration import Restored
 
@@ -26,12 +26,11 @@ def warn_of_few(outcomes: Mapping[str, Sequence[Restored]], tokens: Mapping[str,
     if not few or 2 * len(few) < len(able):
         return
     first = few[0]
-    warnings.warn(
+    warn(
         f"too little calibration data to repair {len(few)} of {len(able)} consumers: judged on tokens held out, a repair gains next to nothing, so that "
         f"their weights stay as they are, or nearly so; '{first}' has {outcomes[first][0].weight.shape[-1]:,} columns and saw {tokens[first]:,} tokens; "
         "calibrate on more",
         CalibrationWarning,
-        stacklevel=2,
     )
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import time
-import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -21,6 +20,7 @@ from .._capture._unchanged import rewound
 from .._observe._visit import Decision
 from .._program import Program
 from .._result import Result
+from .._warn import warn
 from ..allocation import ProgramBudget
 from ..analysis import Analysis
 from ..config import PruningConfig
@@ -99,7 +99,7 @@ class Assembly:
             result = self.stages.rewrite(part.program, part.analysis, decision)
         except VerificationError as failure:
             self.unsound[part.path] = self.left[part.path] = first_line(failure)
-            warnings.warn(f"part '{part.path}' stays whole: {first_line(failure)}", VerificationWarning, stacklevel=4)
+            warn(f"part '{part.path}' stays whole: {first_line(failure)}", VerificationWarning)
             return False
         for stage in ("passes", "export", "check"):
             self._spend(stage, result.report.seconds.get(stage, 0.0))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from dataclasses import replace
 from typing import Any
 
@@ -13,6 +12,7 @@ from torch.utils import _pytree as pytree
 from .._capture._unchanged import rewound
 from .._observe._runner import Runner
 from .._program import Program
+from .._warn import warn
 from ..channels import results, written_names
 from ..errors import CalibrationError, CaptureWarning
 
@@ -46,7 +46,7 @@ def compared(program: Program, model: Any, args: Any, kwargs: dict[str, Any] | N
 
 def _noted(program: Program, trouble: str) -> Program:
     note = f"the captured program {trouble}: the model does something else while it is traced, often for want of an optional input"
-    warnings.warn(f"{note}; the pruned model follows the program", CaptureWarning, stacklevel=5)
+    warn(f"{note}; the pruned model follows the program", CaptureWarning)
     return replace(program, notes=(*program.notes, note))
 
 

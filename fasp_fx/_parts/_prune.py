@@ -12,7 +12,7 @@ from .. import plan as plans
 from .._chooser import Chooser
 from .._observe._visit import Decision
 from ..analysis import Analysis
-from ..errors import CaptureError, PlanError
+from ..errors import ArgumentError, CaptureError, ExportError, PlanError
 from ..plan import PruningPlan
 from ._analysis import PartsAnalysis
 from ._assembly import Assembly, Stages, whole_fingerprint
@@ -124,13 +124,27 @@ def apply_in_parts(
     return assembly.result(None)
 
 
+def check_whole(error: CaptureError, **options: object) -> None:
+    """Refuse options that speak of a model captured as a whole, now that it cannot be.
+
+    Raises:
+        CaptureError: ``error``, with ``dynamic_shapes``, or if submodules cannot help.
+        ArgumentError: names the option.
+    """
+    if options.pop("dynamic_shapes", None) is not None or not isinstance(error, ExportError):
+        raise error
+    for name, value in options.items():
+        if value:
+            raise ArgumentError(f"{name}={value!r} needs a model that is captured as a whole; leave it out to prune this one by its submodules") from error
+
+
 def _check_can_help(error: CaptureError, model: Any) -> None:
     """Submodules help where the exporter failed on the code of a model whose weights are there."""
-    if error.__cause__ is None or not isinstance(model, nn.Module):
+    if not isinstance(error, ExportError) or not isinstance(model, nn.Module):
         raise error
     tensors = [*model.parameters(), *model.buffers()]
     if any(nn.parameter.is_lazy(tensor) or tensor.device.type == "meta" for tensor in tensors):
         raise error
 
 
-__all__ = ["Stages", "analyze_in_parts", "apply_in_parts", "prune_in_parts"]
+__all__ = ["Stages", "analyze_in_parts", "apply_in_parts", "check_whole", "prune_in_parts"]

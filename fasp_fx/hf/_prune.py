@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import warnings
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -22,6 +21,7 @@ from .._program import Program
 from .._prune import Timings, choose, make_plan, rewrite
 from .._result import Result
 from .._store._graph_json import program_to_json
+from .._warn import warn
 from ..analysis import Analysis, analyze_program
 from ..channels import attribute
 from ..config import PruningConfig, PruningOptions
@@ -224,7 +224,7 @@ def _in_all(others: list[_Served], planned: _Planned) -> tuple[Decision, dict[st
             planned = replace(planned, decision=restricted(planned.analysis, planned.decision, kept))
             continue
         for name, seen in left.items():
-            warnings.warn(said_whole(name, seen), VerificationWarning, stacklevel=3)
+            warn(said_whole(name, seen), VerificationWarning)
         return planned.decision, results, left
 
 

@@ -102,7 +102,7 @@ def plain(name: str) -> Pruned:
         dense(name),
         plain=True,
         sparsity=case.sparsity,
-        granularity=case.granularity,
+        **({} if case.granularity is None else {"granularity": case.granularity}),
         round_to=case.round_to,
         score="random",
         restore=None,

@@ -1,0 +1,70 @@
+"""Warnings point at the line of the caller, whichever way it came into the library."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+import pytest
+import torch
+from refusal import Vectors, X
+from torch import Tensor, nn
+
+import fasp_fx
+
+
+class Traced(nn.Module):
+    """Does something else while it is traced."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = Vectors()
+
+    def forward(self, x: Tensor) -> Tensor:
+        found: Tensor = self.inner(x)
+        return found if torch.compiler.is_exporting() else found + 1
+
+
+class Forked(nn.Module):
+    """Is taken in parts."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = Vectors()
+
+    def forward(self, x: Tensor) -> Tensor:
+        found: Tensor = self.inner(x)
+        return found if found.sum() > 1e6 else found + 1
+
+
+def places(call: Any, *args: Any, **options: Any) -> set[str]:
+    """The files that the library's warnings name."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        call(*args, **options)
+    return {warning.filename for warning in caught if issubclass(warning.category, (fasp_fx.CaptureWarning, fasp_fx.CalibrationWarning))}
+
+
+@pytest.mark.parametrize("call", [fasp_fx.capture, fasp_fx.prune], ids=lambda call: call.__name__)
+def test_a_capture_that_differs(call: Any) -> None:
+    options = {"score": "magnitude", "restore": None} if call is fasp_fx.prune else {}
+    assert places(call, Traced().eval(), (X,), **options) == {__file__}
+
+
+@pytest.mark.parametrize("model", [Vectors(), Forked()], ids=["whole", "in parts"])
+def test_too_little_data(model: nn.Module) -> None:
+    assert places(fasp_fx.prune, model.eval(), (X,), calibration=[X[:1]], sparsity=0.3) == {__file__}
+
+
+def test_options_of_a_whole_model_are_refused_where_it_is_taken_in_parts() -> None:
+    for options in ({"state": ("past",)}, {"padding_mask": "mask"}):
+        (name,) = options
+        with pytest.raises(fasp_fx.ArgumentError, match=f"{name}=.* needs a model that is captured as a whole; leave it out"):
+            fasp_fx.prune(Forked().eval(), (X,), score="magnitude", restore=None, **options)  # type: ignore[arg-type]
+    with pytest.raises(fasp_fx.ArgumentError, match=r"state=.* needs a model that is captured as a whole"):
+        fasp_fx.analyze(Forked().eval(), (X,), state=("past",))
+    with pytest.raises(fasp_fx.ExportError, match=r"cannot be captured by torch\.export"):
+        fasp_fx.capture(Forked().eval(), (X,))
+    with pytest.raises(fasp_fx.CaptureError, match="training mode") as caught:
+        fasp_fx.analyze(Forked(), (X,), state=("past",))
+    assert not isinstance(caught.value, fasp_fx.ExportError)
