@@ -19,6 +19,7 @@ from .._calling._signature import CallerCodeGen, CallSignature, is_plain
 from ..errors import ExportError
 from ._dynamic import all_dims, first_dim, images_of, of_fixed_total, recorded_shapes, widened, with_static
 from ._functional import functional
+from ._in_place import out_of_place
 from ._quiet import quiet
 from ._steps import any_number_of_steps
 from ._transformers import export_transformers, is_transformers
@@ -120,12 +121,12 @@ def _export_once(model: nn.Module, signature: CallSignature, names: list[str], i
     args = tuple(inputs[name] if name in inputs else signature.constants[name] for name in names)
     kwargs = {name: value for name, value in inputs.items() if name not in names}
     if is_transformers(model) and not args:
-        return functional(export_transformers(model, {**kwargs, **signature.constants}, shapes))
+        return functional(out_of_place(export_transformers(model, {**kwargs, **signature.constants}, shapes)))
     constants = {name: value for name, value in signature.constants.items() if name not in names}
     kwargs |= {name: value for name, value in constants.items() if is_plain(value)}
     with _holding(model, {name: value for name, value in constants.items() if not is_plain(value)}):
         spec = shapes(args, kwargs).dynamic_shapes(model, args, kwargs) if callable(shapes) else shapes
-        return functional(torch.export.export(model, args, kwargs, dynamic_shapes=spec, strict=False))
+        return functional(out_of_place(torch.export.export(model, args, kwargs, dynamic_shapes=spec, strict=False)))
 
 
 @contextlib.contextmanager
@@ -151,4 +152,4 @@ def export_again(module: fx.GraphModule, example: tuple[tuple[Any, ...], dict[st
     args, kwargs = example
     shapes = recorded_shapes(module, example).dynamic_shapes(module, args, kwargs)
     with quiet(), torch.no_grad(), any_number_of_steps():
-        return functional(torch.export.export(module, args, kwargs, dynamic_shapes=shapes, strict=False))
+        return functional(out_of_place(torch.export.export(module, args, kwargs, dynamic_shapes=shapes, strict=False)))
