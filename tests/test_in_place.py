@@ -71,6 +71,12 @@ def alias_without_a_word(h: Tensor) -> Tensor:
     return h * 2
 
 
+def alias_by_name(h: Tensor) -> Tensor:
+    h = torch.sin(h)
+    torch.feature_dropout(input=h, p=0.5, train=False).add_(1.0)
+    return torch.dropout(h, p=0.5, train=False) * 2
+
+
 def detached(h: Tensor) -> Tensor:
     return torch.sin(h).detach_() + h
 
@@ -80,7 +86,7 @@ def another_type(h: Tensor) -> Tensor:
 
 
 SIMPLE = (both_names, before_and_after, twice)
-ALL = (*SIMPLE, through_a_view, into_a_view, alias_without_a_word, detached, another_type)
+ALL = (*SIMPLE, through_a_view, into_a_view, alias_without_a_word, alias_by_name, detached, another_type)
 
 
 @pytest.mark.parametrize("function", ALL, ids=lambda function: function.__name__)

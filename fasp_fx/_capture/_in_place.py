@@ -12,6 +12,8 @@ from torch import Tensor, fx
 from torch._ops import OpOverload
 from torch.export import ExportedProgram
 
+from ..channels import arguments
+
 _DETACH, _DETACHED = torch.ops.aten.detach_.default, torch.ops.aten.detach.default
 #: return their input itself in evaluation mode, which functionalising them whole does not know
 _DROPOUTS = tuple(getattr(torch.ops.aten, name).default for name in ("dropout", "feature_dropout", "alpha_dropout", "feature_alpha_dropout"))
@@ -31,7 +33,7 @@ def out_of_place(exported: ExportedProgram) -> ExportedProgram:
             changed = True
             continue
         twin = _twin(node)
-        if twin is None or not _is_unshared(node.args[0], node) or _result_type(node, twin) != node.meta["val"].dtype:
+        if twin is None or not node.args or not _is_unshared(node.args[0], node) or _result_type(node, twin) != node.meta["val"].dtype:
             continue
         written: Any = node.args[0]
         node.target = twin
@@ -51,9 +53,9 @@ def _drop_identities(graph: fx.Graph) -> bool:
     found = False
     for operator in _DROPOUTS:
         for node in graph.find_nodes(op="call_function", target=operator):
-            given: Any = node.args[0]
-            if node.args[2] is False and not any(user.op == "output" for user in node.users):
-                node.replace_all_uses_with(given)
+            given = arguments(node)
+            if given["train"] is False and not any(user.op == "output" for user in node.users):
+                node.replace_all_uses_with(given["input"])
                 graph.erase_node(node)
                 found = True
     return found
