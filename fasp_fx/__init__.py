@@ -12,7 +12,7 @@ from . import passes, patterns
 from ._auto import register_when_needed
 from ._captured import Captured, capture
 from ._compile._backend import backend
-from ._prune import analyze, apply, prune
+from ._prune import analyze, apply, plan_from_sets, prune
 from ._result import Result
 from .analysis import Analysis
 from .config import PruningConfig
@@ -82,5 +82,6 @@ __all__ = [
     "load",
     "passes",
     "patterns",
+    "plan_from_sets",
     "prune",
 ]

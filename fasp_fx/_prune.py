@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import difflib
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from functools import partial
 from typing import Any, Unpack
 
+import numpy as np
 import torch
 
 from . import plan as plans
@@ -23,7 +25,7 @@ from ._result import Result
 from .allocation import ProgramBudget
 from .analysis import Analysis, analyze_program
 from .config import PruningConfig, PruningOptions
-from .errors import ArgumentError, CaptureError
+from .errors import ArgumentError, CaptureError, PlanError
 from .passes import split_fused
 from .plan import PruningPlan
 from .report import cache_bytes, make_report
@@ -218,6 +220,39 @@ def make_plan(program: Program, analysis: Analysis, decision: Decision) -> Pruni
         include=tuple(sorted(analysis.include)),
         folds=program.folds,
     )
+
+
+def plan_from_sets(
+    captured: Captured, removed: Mapping[str, Iterable[int]], *, granularity: Iterable[str] = ("channel",), include: Iterable[str] = ()
+) -> PruningPlan:
+    """The plan that removes given channel sets, however they were chosen; :func:`apply` carries it out.
+
+    Args:
+        captured: what :func:`fasp_fx.capture` returned.
+        removed: for groups by their names, which channel sets go, counted from zero (``Member.sets`` says which set an index of a weight belongs to).
+        granularity, include: as for :func:`analyze`, which gives the groups.
+
+    Raises:
+        PlanError: a group is not known or cannot be pruned, or a set is not there; or the blocks of a group would lose unequal counts, or too many.
+    """
+    config = PruningConfig(granularity=granularity, include=include)
+    analysis = analyze_program(captured.checked(), split_fused, config.granularity, config.include)
+    groups = {group.name: group for group in analysis.chosen}
+    gone = np.zeros(int(analysis.labels.max(initial=-1)) + 1, dtype=bool)
+    for name, positions in removed.items():
+        if name not in groups:
+            near = difflib.get_close_matches(name, groups, 1)
+            raise PlanError(f"'{name}' is no group that can be pruned{f'; did you mean {near[0]!r}?' if near else ''}; analyze(...).groups has their names")
+        group, wanted = groups[name], np.unique(np.fromiter(positions, dtype=np.int64))
+        if len(wanted) and not (wanted[0] >= 0 and wanted[-1] < group.size):
+            raise PlanError(f"'{name}' has the channel sets 0 to {group.size - 1}, not {wanted[0] if wanted[0] < 0 else wanted[-1]}")
+        lost = {int(block): int((group.block_of[wanted] == block).sum()) for block in np.unique(group.block_of)}
+        if len(set(lost.values())) > 1:
+            raise PlanError(f"the {group.blocks} blocks of '{name}' must lose equally many channel sets, not {', '.join(map(str, lost.values()))}")
+        if group.width - max(lost.values()) < group.needed:
+            raise PlanError(f"'{name}' keeps at least {group.needed} of the {group.width} channel sets of a block; remove fewer")
+        gone[group.sets[wanted]] = True
+    return make_plan(captured.program, analysis, Decision(gone[analysis.labels]))
 
 
 def rewrite(program: Program, analysis: Analysis, decision: Decision, config: PruningConfig | None, clock: Timings, whole: bool = False) -> Result:

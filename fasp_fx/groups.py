@@ -25,6 +25,7 @@ class Member:
     """One weight of a group: the channels ``indices`` along ``dim`` of the weight ``name`` belong to it.
 
     Where ``block_dim`` divides the weight into ``blocks`` with channels of their own, ``indices`` and ``size`` count those of all blocks in order.
+    ``sets`` says for each index which of the group's channel sets it belongs to, counted from zero.
     """
 
     name: str
@@ -33,6 +34,7 @@ class Member:
     size: int
     block_dim: int | None = None
     blocks: int = 1
+    sets: tuple[int, ...] = field(repr=False, compare=False, default=())
 
     def __str__(self) -> str:
         part = "" if len(self.indices) == self.size else f" {ranges(self.indices)}"

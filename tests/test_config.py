@@ -10,7 +10,8 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given
+from decoders import Spec, build, tokens
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -18,6 +19,7 @@ from torch.nn import functional as F
 import fasp_fx
 from fasp_fx.config import PruningOptions
 
+SPEC = Spec(layers=2, hidden=8, kv_heads=2, repeat=2, head_dim=4, ffn=12, bias=True, gated=True, positions="rope")
 X = torch.randn(4, 6, generator=torch.Generator().manual_seed(0))
 
 
@@ -212,3 +214,59 @@ def test_a_captured_model_that_changed_is_refused() -> None:
 def test_what_a_capture_holds_is_not_given_again(option: str, value: Any) -> None:
     with pytest.raises(fasp_fx.ArgumentError, match=f"a captured model holds what {option}= says already"):
         fasp_fx.analyze(fasp_fx.capture(Layers().eval(), (X,)), **{option: value})
+
+
+# --- plans from channel sets
+
+
+def test_every_index_says_its_channel_set() -> None:
+    captured = fasp_fx.capture(Layers().eval(), (X,))
+    for group in fasp_fx.analyze(captured).groups:
+        for member in (*group.producers, *group.consumers):
+            assert len(member.sets) == len(member.indices)
+            assert set(member.sets) <= set(range(group.size))
+
+
+@settings(max_examples=5)
+@given(seed=st.integers(0, 99))
+def test_a_plan_from_sets_removes_their_indices(seed: int) -> None:
+    model = build(SPEC)
+    captured = fasp_fx.capture(model, (tokens(2, 4),))
+    analysis = fasp_fx.analyze(captured)
+    random = torch.Generator().manual_seed(seed)
+    removed = {}
+    for group in analysis.select("prunable"):
+        width = group.size // group.blocks
+        count = int(torch.randint(width, (), generator=random))
+        sets = [[at for at in range(group.size) if group.block_of[at] == block] for block in sorted(set(group.block_of.tolist()))]
+        removed[group.name] = [own[at] for own in sets for at in torch.randperm(width, generator=random)[:count].tolist()]
+    plan = fasp_fx.plan_from_sets(captured, removed)
+    lost = plan.slices()
+    for group in analysis.select("prunable"):
+        for member in (*group.producers, *group.consumers):
+            wanted = {index for index, own in zip(member.indices, member.sets) if own in removed[group.name]}
+            assert {index for _, index in lost.get((member.name, member.dim), frozenset())} == wanted
+    if plan.groups:
+        result = fasp_fx.apply(captured, plan)
+        assert result.plan.slices() == lost
+
+
+@pytest.mark.parametrize(
+    ("removed", "message"),
+    [
+        ({"layers.0.down.wieght": [1]}, "'layers.0.down.wieght' is no group that can be pruned; did you mean 'layers.0.down.weight'"),
+        ({"layers.0.down.weight": [10]}, "has the channel sets 0 to 9, not 10"),
+        ({"layers.0.down.weight": [-1]}, "has the channel sets 0 to 9, not -1"),
+        ({"layers.0.down.weight": range(10)}, "keeps at least 1 of the 10 channel sets"),
+    ],
+)
+def test_sets_that_cannot_go(removed: dict[str, Any], message: str) -> None:
+    with pytest.raises(fasp_fx.PlanError, match=message):
+        fasp_fx.plan_from_sets(fasp_fx.capture(Layers().eval(), (X,)), removed)
+
+
+def test_blocks_lose_equally_many() -> None:
+    captured = fasp_fx.capture(build(SPEC), (tokens(2, 4),))
+    (values, *_) = [group for group in fasp_fx.analyze(captured).select("prunable") if group.blocks > 1]
+    with pytest.raises(fasp_fx.PlanError, match=r"blocks of '.*' must lose equally many channel sets, not 1, 0"):
+        fasp_fx.plan_from_sets(captured, {values.name: [0]})

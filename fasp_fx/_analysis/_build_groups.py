@@ -74,7 +74,7 @@ class GroupBuilder:
         experts = bool(found.expert[sets].all())
         if experts:
             uses = (*uses, *last_products(found.labels, sets, self.walk))
-        rows, columns = self._members(numbers, slot_ids, {use.weight for use in uses} if experts else None)
+        rows, columns = self._members(numbers, sets, slot_ids, {use.weight for use in uses} if experts else None)
         blocks = len(np.unique(self.block[sets]))
         size = len(sets) // blocks
         code, why = STATUS[int(found.status[sets[0]])], str(found.reason[sets[0]])
@@ -97,13 +97,13 @@ class GroupBuilder:
         at = min((self.positions[use.node] for use in uses), default=len(self.positions))
         return [((at, int(numbers.min())), group)]
 
-    def _members(self, numbers: np.ndarray, slot_ids: list[int], taking: set[str] | None) -> tuple[list[Member], list[Member]]:
+    def _members(self, numbers: np.ndarray, sets: np.ndarray, slot_ids: list[int], taking: set[str] | None) -> tuple[list[Member], list[Member]]:
         """The weights that lose rows and those that lose columns; of experts, ``taking`` names the weights that lose columns."""
         own = self.numbering.slot_ids(numbers)
         held = [(i, self.numbering.slots[i], numbers[own == i]) for i in slot_ids]
 
         def members(chosen: Iterable[tuple[int, Slot, np.ndarray]]) -> list[Member]:
-            return members_of([(slot, inside) for _, slot, inside in chosen], self.program)
+            return members_of([(slot, inside) for _, slot, inside in chosen], self.program, self.found.labels, sets)
 
         weights = [item for item in held if item[1].kind == "weight"]
         if taking is not None:
