@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 from torch._ops import OpOverload
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.export import ExportedProgram
 
 from ..channels import arguments
@@ -33,7 +34,7 @@ def out_of_place(exported: ExportedProgram) -> ExportedProgram:
             changed = True
             continue
         twin = _twin(node)
-        if twin is None or not node.args or not _is_unshared(node.args[0], node) or _result_type(node, twin) != node.meta["val"].dtype:
+        if twin is None or not node.args or not _is_unshared(node.args[0], node) or _result_type(node, twin) != _dtype(node):
             continue
         written: Any = node.args[0]
         node.target = twin
@@ -98,12 +99,22 @@ def _returns_alias(operator: OpOverload) -> bool:
     return composite or any(result.alias_info is not None for result in operator._schema.returns)
 
 
+def _dtype(node: fx.Node) -> object:
+    """The type of what a node makes; no type where that is not recorded."""
+    return getattr(node.meta.get("val"), "dtype", "none")
+
+
 def _result_type(node: fx.Node, twin: OpOverload) -> torch.dtype | None:
     """The type of what an operator returns; one that writes keeps the type of what it writes into."""
-    args, kwargs = fx.map_arg((node.args, dict(node.kwargs)), lambda argument: argument.meta["val"])
-    mode = node.meta["val"].fake_mode
-    with mode, torch.no_grad():
-        made = twin(*args, **kwargs)
+    args, kwargs = fx.map_arg((node.args, dict(node.kwargs)), lambda argument: argument.meta.get("val"))
+    recorded = node.meta.get("val")
+    if not isinstance(recorded, FakeTensor):
+        return None
+    try:
+        with recorded.fake_mode, torch.no_grad():
+            made = twin(*args, **kwargs)
+    except Exception:  # an operator raises what it likes; the write stays one, and the graph is traced again
+        return None
     return made.dtype if isinstance(made, Tensor) else None
 
 
