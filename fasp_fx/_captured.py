@@ -65,8 +65,14 @@ def capture(
         ArgumentError: the inputs do not fit the model.
         CaptureError: the model is in training mode, or cannot be captured whole; :func:`fasp_fx.prune` takes such a model in parts.
     """
-    program = compared(capture_program(model, args, kwargs, state=state, dynamic_shapes=dynamic_shapes, device=device), model, args, kwargs)
+    program = _captured(model, args, kwargs, state=state, dynamic_shapes=dynamic_shapes, device=device)
     return Captured(program, _versions(program))
+
+
+def _captured(model: Model, args: Any, kwargs: dict[str, Any] | None, *, run: bool = True, **options: Any) -> Program:
+    """Capture, and if ``run``, hold the program against the model."""
+    program = capture_program(model, args, kwargs, **options)
+    return compared(program, model, args, kwargs) if run else program
 
 
 def program_of(
@@ -88,8 +94,7 @@ def program_of(
         ArgumentError: a captured model with what it was captured with already, or with weights that changed.
     """
     if not isinstance(model, Captured):
-        program = capture_program(model, args, kwargs, state=state, dynamic_shapes=dynamic_shapes, device=device)
-        return compared(program, model, args, kwargs) if run else program
+        return _captured(model, args, kwargs, run=run, state=state, dynamic_shapes=dynamic_shapes, device=device)
     given = {"args": args != (), "kwargs": bool(kwargs), "state": bool(state), "dynamic_shapes": dynamic_shapes is not None}
     for name, is_given in given.items():
         if is_given:

@@ -19,7 +19,7 @@ from ._chooser import Chooser
 from ._exactness import carry_out
 from ._observe._calibration import check_calibration, read_batches
 from ._observe._visit import Decision
-from ._parts._prune import Stages, analyze_in_parts, apply_in_parts, check_whole, prune_in_parts
+from ._parts._prune import Stages, analyze_in_parts, apply_in_parts, check_parts_help, prune_in_parts
 from ._program import Program
 from ._result import Result
 from .allocation import ProgramBudget
@@ -60,7 +60,7 @@ def analyze(
     try:
         program = program_of(model, args, kwargs, dynamic_shapes=dynamic_shapes, state=state, device=None, run=False)
     except CaptureError as error:
-        check_whole(error, dynamic_shapes=dynamic_shapes, state=state)
+        check_parts_help(error, model, dynamic_shapes=dynamic_shapes, state=state)
         return analyze_in_parts(error, model, args, kwargs, _stages(config))
     return analyze_program(program, split_fused, config.granularity, config.include)
 
@@ -108,7 +108,7 @@ def prune(
     try:
         program = program_of(model, args, kwargs, dynamic_shapes=dynamic_shapes, state=state, device=device)
     except CaptureError as error:
-        check_whole(error, dynamic_shapes=dynamic_shapes, state=state, padding_mask=config.padding_mask)
+        check_parts_help(error, model, dynamic_shapes=dynamic_shapes, state=state, padding_mask=config.padding_mask)
         return prune_in_parts(
             error,
             model,
@@ -168,7 +168,7 @@ def apply(
     try:
         program = program_of(model, args, kwargs, dynamic_shapes=dynamic_shapes, state=state, device=None)
     except CaptureError as error:
-        check_whole(error, dynamic_shapes=dynamic_shapes, state=state)
+        check_parts_help(error, model, dynamic_shapes=dynamic_shapes, state=state)
         return apply_in_parts(error, model, plan, args, kwargs, _stages(config), lambda found: plans.check_fingerprint(plan, found))
     plans.check_fingerprint(plan, plans.program_fingerprint(program))
     clock.lap("capture")

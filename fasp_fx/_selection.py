@@ -69,7 +69,8 @@ def lost_by_pattern(budget: Budget, fractions: Mapping[str, float], round_to: in
     def fraction_of(group: Group) -> float:
         return next((fraction for pattern, fraction in fractions.items() if any(matches(pattern, name) for name in read_by(group))), 0.0)
 
-    return [lost_per_block(group.width, fraction_of(group), round_to, group.needed) if fraction_of(group) else 0 for group in budget.groups]
+    fractions_of = [(group, fraction_of(group)) for group in budget.groups]
+    return [lost_per_block(group.width, fraction, round_to, group.needed) if fraction else 0 for group, fraction in fractions_of]
 
 
 __all__ = ["PartialBudget", "check_patterns", "held_by", "lost_by_pattern", "matches", "read_by"]

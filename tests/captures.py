@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -10,11 +9,13 @@ from typing import Any
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from fasp_fx import _captured
+
 
 @contextmanager
 def one_capture() -> Iterator[None]:
     """Inside, captures of one model object with inputs of one shape are made once."""
-    module: Any = sys.modules["fasp_fx._captured"]
+    module: Any = _captured
     original = module.capture_program
     seen: dict[tuple[int, str], tuple[object, object]] = {}
 

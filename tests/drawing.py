@@ -30,7 +30,7 @@ from fasp_fx.testing import build, example, programs
 from fasp_fx.testing._case import Case
 from fasp_fx.testing._odd_blocks import Odd
 from fasp_fx.testing._sets import draw_sets
-from fasp_fx.testing.oracle import Masked, error
+from fasp_fx.testing.oracle import Masked, error, floats
 from fasp_fx.testing.specs import Net
 
 NETS = 250
@@ -47,11 +47,6 @@ class _AsCaptured:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self.module(*self.program.flat_inputs(args, kwargs))
-
-
-def _like(outputs: Any) -> list[torch.Tensor]:
-    """The tensors of real numbers, whatever holds them."""
-    return [leaf for leaf in torch.utils._pytree.tree_leaves(outputs) if isinstance(leaf, torch.Tensor) and leaf.is_floating_point()]
 
 
 def hold(net: Net, number: int) -> collections.Counter[str]:
@@ -72,7 +67,7 @@ def hold(net: Net, number: int) -> collections.Counter[str]:
     for call in case.calls:
         dense = case.run(case.dense, call)
         try:
-            if error(_like(case.run(captured, call)), _like(dense)) <= TOLERANCE:
+            if error(case.run(captured, call), dense) <= TOLERANCE:
                 calls.append((call, dense))  # else the capture itself has fixed a size that this call changes
         except Exception:
             count["sizes fixed by the capture"] += 1
@@ -89,10 +84,10 @@ def hold(net: Net, number: int) -> collections.Counter[str]:
         count["prunings"] += 1
         for call, dense in calls:
             expected = case.run(masked, call)
-            wrong = error(_like(case.run(smaller, call)), _like(expected))
-            assert wrong <= TOLERANCE, f"off by {wrong:.1e} on {[tuple(leaf.shape) for leaf in _like(call)]}; plan:\n{plan}"
+            wrong = error(case.run(smaller, call), expected)
+            assert wrong <= TOLERANCE, f"off by {wrong:.1e} on {[tuple(leaf.shape) for leaf in floats(call)]}; plan:\n{plan}"
             count["comparisons"] += 1
-            count["comparisons in which masking shows"] += error(_like(expected), _like(dense)) > 1e-4
+            count["comparisons in which masking shows"] += error(expected, dense) > 1e-4
     return count
 
 

@@ -34,7 +34,7 @@ def out_of_place(exported: ExportedProgram) -> ExportedProgram:
             changed = True
             continue
         twin = _twin(node)
-        if twin is None or not node.args or not _is_unshared(node.args[0], node) or _result_type(node, twin) != _dtype(node):
+        if twin is None or not node.args or not _is_unshared(node.args[0], node) or not _keeps_type(node, twin):
             continue
         written: Any = node.args[0]
         node.target = twin
@@ -99,23 +99,18 @@ def _returns_alias(operator: OpOverload) -> bool:
     return composite or any(result.alias_info is not None for result in operator._schema.returns)
 
 
-def _dtype(node: fx.Node) -> object:
-    """The type of what a node makes; no type where that is not recorded."""
-    return getattr(node.meta.get("val"), "dtype", "none")
-
-
-def _result_type(node: fx.Node, twin: OpOverload) -> torch.dtype | None:
-    """The type of what an operator returns; one that writes keeps the type of what it writes into."""
-    args, kwargs = fx.map_arg((node.args, dict(node.kwargs)), lambda argument: argument.meta.get("val"))
+def _keeps_type(node: fx.Node, twin: OpOverload) -> bool:
+    """Whether an operator returns the type of what the one in its place writes into, as far as that can be told."""
     recorded = node.meta.get("val")
     if not isinstance(recorded, FakeTensor):
-        return None
+        return False
+    args, kwargs = fx.map_arg((node.args, dict(node.kwargs)), lambda argument: argument.meta.get("val"))
     try:
         with recorded.fake_mode, torch.no_grad():
             made = twin(*args, **kwargs)
     except Exception:  # an operator raises what it likes; the write stays one, and the graph is traced again
-        return None
-    return made.dtype if isinstance(made, Tensor) else None
+        return False
+    return isinstance(made, Tensor) and made.dtype == recorded.dtype
 
 
 __all__ = ["out_of_place"]

@@ -42,11 +42,10 @@ def prune_in_parts(
         chooser: how much goes of all parts, and what of each.
 
     Raises:
-        CaptureError: ``error``, if submodules cannot help or none can be pruned.
+        CaptureError: none of its submodules can be pruned.
         SparsityError: the parts cannot reach the sparsity together.
         CalibrationError: the calibration data does not fit.
     """
-    _check_can_help(error, model)
     assembly = Assembly(error, model, args, kwargs, stages, device)
     config = chooser.config
     groups = [group_within(part.path, group) for part in assembly.parts for group in part.analysis.groups]
@@ -91,9 +90,8 @@ def analyze_in_parts(error: CaptureError, model: Any, args: Any, kwargs: dict[st
         error: why the model cannot be captured as a whole.
 
     Raises:
-        CaptureError: ``error``, if submodules cannot help or none can be pruned.
+        CaptureError: none of its submodules can be pruned.
     """
-    _check_can_help(error, model)
     assembly = Assembly(error, model, args, kwargs, stages, None)
     return PartsAnalysis({part.path: part.analysis for part in assembly.parts}, assembly.left)
 
@@ -107,10 +105,9 @@ def apply_in_parts(
         check: refuses a plan for another model, given the fingerprint of this one.
 
     Raises:
-        CaptureError: ``error``, if submodules cannot help or none can be pruned.
+        CaptureError: none of its submodules can be pruned.
         PlanError: the plan is for another model, or names weights outside of the parts found here.
     """
-    _check_can_help(error, model)
     check(whole_fingerprint(dict(model.named_parameters(remove_duplicate=False))))
     assembly = Assembly(error, model, args, kwargs, stages, None)
     owned = [plan_of_part(plan, part.path) for part in assembly.parts]
@@ -124,27 +121,21 @@ def apply_in_parts(
     return assembly.result(None)
 
 
-def check_whole(error: CaptureError, **options: object) -> None:
-    """Refuse options that speak of a model captured as a whole, now that it cannot be.
+def check_parts_help(error: CaptureError, model: Any, **options: object) -> None:
+    """Go on only where submodules can help: the exporter failed on the code of a model whose weights are there, and no option asks for the whole of it.
 
     Raises:
-        CaptureError: ``error``, with ``dynamic_shapes``, or if submodules cannot help.
-        ArgumentError: names the option.
+        CaptureError: ``error``, where they cannot, or with ``dynamic_shapes``.
+        ArgumentError: another option speaks of a model captured as a whole; names it.
     """
-    if options.pop("dynamic_shapes", None) is not None or not isinstance(error, ExportError):
+    if options.pop("dynamic_shapes", None) is not None or not isinstance(error, ExportError) or not isinstance(model, nn.Module):
         raise error
     for name, value in options.items():
         if value:
             raise ArgumentError(f"{name}={value!r} needs a model that is captured as a whole; leave it out to prune this one by its submodules") from error
-
-
-def _check_can_help(error: CaptureError, model: Any) -> None:
-    """Submodules help where the exporter failed on the code of a model whose weights are there."""
-    if not isinstance(error, ExportError) or not isinstance(model, nn.Module):
-        raise error
     tensors = [*model.parameters(), *model.buffers()]
     if any(nn.parameter.is_lazy(tensor) or tensor.device.type == "meta" for tensor in tensors):
         raise error
 
 
-__all__ = ["Stages", "analyze_in_parts", "apply_in_parts", "check_whole", "prune_in_parts"]
+__all__ = ["Stages", "analyze_in_parts", "apply_in_parts", "check_parts_help", "prune_in_parts"]

@@ -121,8 +121,7 @@ def _example(model: PreTrainedModel, calibration: Iterable[Any] | None) -> tuple
     """The calibration data, and keyword arguments like its first batch."""
     if calibration is None:
         return None, {"input_ids": torch.zeros(_EXAMPLE, dtype=torch.long, device=device_of(model)), "use_cache": False}
-    if isinstance(calibration, (Tensor, Mapping, str)) or not (isinstance(calibration, Iterable) or hasattr(calibration, "__getitem__")):
-        next(calibration_calls(calibration))  # says what is wrong
+    check_calibration(calibration)
     batches = iter(calibration)
     first = list(itertools.islice(batches, 1))
     args, kwargs = next(calibration_calls(first))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
@@ -14,9 +14,11 @@ from torch.export import ExportedProgram
 from torch.utils import _pytree as pytree
 
 import fasp_fx
+from fasp_fx._observe._visit import Decision
+from fasp_fx._prune import make_plan
 from fasp_fx.analysis import Analysis
 from fasp_fx.errors import NothingPrunableError
-from fasp_fx.plan import PruningPlan, gone_of, planned, program_fingerprint
+from fasp_fx.plan import PruningPlan, gone_of, program_fingerprint
 
 from ._in_a_row import in_a_row, remembers
 from ._sets import draw_sets
@@ -160,9 +162,7 @@ class Case:
 
     def plan_of(self, chosen: np.ndarray) -> PruningPlan:
         """The plan that removes these channel sets."""
-        gone = chosen[self.analysis.labels]
-        entries = planned(self.analysis.chosen, gone, self.analysis)
-        return replace(self.empty, groups=tuple(entry for entry in entries if entry.removed_sets))
+        return make_plan(self.captured, self.analysis, Decision(chosen[self.analysis.labels]))
 
     def chosen(self) -> np.ndarray:
         """The channel sets that the plan removes."""
