@@ -18,6 +18,7 @@ from ._captured import Captured, Model, program_of
 from ._chooser import Chooser
 from ._exactness import carry_out
 from ._observe._calibration import check_calibration, read_batches
+from ._observe._consumers import Consumers
 from ._observe._visit import Decision
 from ._parts._prune import Stages, analyze_in_parts, apply_in_parts, check_parts_help, prune_in_parts
 from ._program import Program
@@ -25,6 +26,7 @@ from ._result import Result
 from .allocation import ProgramBudget
 from .analysis import Analysis, analyze_program
 from .config import PruningConfig, PruningOptions
+from .costs import Costs
 from .errors import ArgumentError, CaptureError, PlanError
 from .passes import split_fused
 from .plan import PruningPlan
@@ -133,19 +135,25 @@ def choose(
     device: torch.device | str | None = None,
     progress: Callable[[float], None] | None = None,
     on_analysis: Callable[[Analysis], None] | None = None,
+    costs: Costs | None = None,
     clock: Timings,
 ) -> tuple[Analysis, Decision]:
     """Analyse a captured program, calibrate it and choose what goes; see :func:`prune`."""
     _check_weights(program)
     clock.lap("capture")
     analysis = analyze_program(program, split_fused, config.granularity, config.include)
-    chooser = Chooser(config)
-    lost = chooser.allocate(ProgramBudget(analysis), analysis.groups)
+    chooser, budget, consumers = Chooser(config), ProgramBudget(analysis), Consumers(analysis)
+    chooser.check(budget, analysis.groups)
     clock.lap("analysis")
     if on_analysis is not None:
         on_analysis(analysis)
+    advance = progress or (lambda fraction: None)
     batches = read_batches(program, calibration, None if device is None else torch.device(device)) if config.needs_data else None
-    decision = chooser.choose(analysis, lost, batches, progress or (lambda fraction: None))
+    if batches is not None:
+        costs = chooser.measure(analysis, batches, plans.program_fingerprint(program), consumers, advance) if costs is None else costs
+        clock.lap("measuring")
+    lost = chooser.allocate(budget, analysis.groups, costs)
+    decision = chooser.choose(consumers, lost, batches, advance)
     clock.lap("calibration")
     return analysis, decision
 

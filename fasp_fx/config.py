@@ -9,8 +9,9 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields, replace
 from typing import Any, Literal, TypedDict
 
-from .allocation import Allocation
+from .allocation import Allocation, CostAllocation, Global, uniform
 from .errors import ArgumentError, SparsityError
+from .losses import Loss, resolve_loss
 from .scoring import Score, resolve
 
 #: of the JSON form
@@ -22,9 +23,10 @@ class PruningOptions(TypedDict, total=False):
     """The fields of :class:`PruningConfig` as keyword arguments, for type checkers."""
 
     sparsity: float | Mapping[str, float]
-    score: Literal["fasp", "magnitude", "random"] | Score
+    score: Literal["fasp", "obs", "magnitude", "random"] | Score
     restore: Literal["least-squares"] | None
-    allocation: Literal["uniform"] | Allocation
+    allocation: Literal["uniform", "global"] | Allocation
+    loss: Literal["auto", "outputs", "next-token"] | Loss | None
     propagate: bool
     granularity: Iterable[str]
     include: Iterable[str]
@@ -41,9 +43,14 @@ class PruningConfig:
         sparsity: the fraction to remove of the weights of linear operators in prunable and exempt groups, in (0, 1). Or a mapping from name patterns to
             the fraction of channel sets that each group loses: the first pattern that matches a weight that loses columns with the group counts
             (a group bears the name of one), and groups that no pattern matches stay whole.
-        score: ``"fasp"``, ``"magnitude"``, ``"random"``, or a callable (:mod:`fasp_fx.scoring`).
+        score: what goes first. ``"fasp"``: the paper's score; ``"obs"``: the least loss once what stays was repaired (:class:`fasp_fx.obs.OBS`);
+            ``"magnitude"``, ``"random"``: without data; or a callable or :class:`fasp_fx.scoring.GroupScore` of your own.
         restore: ``"least-squares"`` or ``None``.
-        allocation: ``"uniform"``: every prunable group loses the same fraction; or a callable (:data:`fasp_fx.allocation.Allocation`).
+        allocation: ``"uniform"``: every prunable group loses the same fraction; ``"global"``: one threshold for all, by predicted losses that are measured
+            first (:class:`fasp_fx.allocation.Global`); or one of your own (:data:`fasp_fx.allocation.Allocation`).
+        loss: what ``score="obs"`` and ``allocation="global"`` predict the rise of, by its gradients on some of the calibration batches: ``"next-token"``,
+            ``"outputs"``: the squared error of all outputs; or a function of outputs and arguments (:mod:`fasp_fx.losses`). ``"auto"``: next tokens in
+            :func:`fasp_fx.hf.prune`, else outputs. ``None``: no gradients; each consumer counts by the relative error of its own output.
         propagate: later layers are observed behind the already pruned earlier ones.
         granularity: what goes together: ``"channel"``, single channels; ``"head"``, whole attention heads with their rows of W_Q, W_K and W_V and
             columns of W_O (a KV head takes its query heads along); ``"expert"``, whole experts of a mixture with their rows of the router, as if they
@@ -64,9 +71,10 @@ class PruningConfig:
     """
 
     sparsity: float | Mapping[str, float] = 0.2
-    score: Literal["fasp", "magnitude", "random"] | Score = "fasp"
+    score: Literal["fasp", "obs", "magnitude", "random"] | Score = "fasp"
     restore: Literal["least-squares"] | None = "least-squares"
-    allocation: Literal["uniform"] | Allocation = "uniform"
+    allocation: Literal["uniform", "global"] | Allocation = "uniform"
+    loss: Literal["auto", "outputs", "next-token"] | Loss | None = "auto"
     propagate: bool = True
     granularity: Iterable[str] = ("channel",)
     include: Iterable[str] = ()
@@ -79,9 +87,11 @@ class PruningConfig:
         resolve(self.score)
         if self.restore not in ("least-squares", None):
             raise ArgumentError(f"restore={self.restore!r} is not known; use 'least-squares' or None")
-        if self.allocation != "uniform" and not callable(self.allocation):
-            raise ArgumentError(f"allocation={self.allocation!r} is not known; use 'uniform' or a callable (fasp_fx.allocation.Allocation)")
-        if callable(self.allocation) and isinstance(self.sparsity, Mapping):
+        if self.loss is not None:
+            resolve_loss(self.loss)
+        if self.allocation not in ("uniform", "global") and not callable(self.allocation):
+            raise ArgumentError(f"allocation={self.allocation!r} is not known; use 'uniform', 'global' or a callable (fasp_fx.allocation.Allocation)")
+        if self.allocation != "uniform" and isinstance(self.sparsity, Mapping):
             raise ArgumentError("a sparsity for each pattern is an allocation by itself; leave allocation= out, or give one sparsity")
         if not isinstance(self.round_to, int) or isinstance(self.round_to, bool) or self.round_to < 1:
             raise ArgumentError(f"round_to={self.round_to!r} is not a positive integer")
@@ -112,7 +122,19 @@ class PruningConfig:
     @property
     def needs_data(self) -> bool:
         """Whether calibration data is needed."""
-        return resolve(self.score)[1] or self.restore is not None
+        return resolve(self.score).needs_data or self.restore is not None or self.needs_costs
+
+    @property
+    def needs_costs(self) -> bool:
+        """Whether the allocation wants cost curves."""
+        return isinstance(self.allocator, CostAllocation)
+
+    @property
+    def allocator(self) -> Allocation:
+        """The function that the allocation stands for."""
+        if callable(self.allocation):
+            return self.allocation
+        return Global() if self.allocation == "global" else uniform
 
     @property
     def requested(self) -> float | None:
@@ -126,7 +148,7 @@ class PruningConfig:
             ArgumentError: the score or the allocation is a function, which text cannot hold.
         """
         values = {field.name: getattr(self, field.name) for field in fields(self)}
-        for name in ("score", "allocation"):
+        for name in ("score", "allocation", "loss"):
             if callable(values[name]):
                 raise ArgumentError(f"{name}={values[name]!r} is a function, which cannot be stored; keep it in code and pass it again")
         sparsity = dict(self.sparsity) if isinstance(self.sparsity, Mapping) else self.sparsity

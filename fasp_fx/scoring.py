@@ -1,34 +1,95 @@
-"""Scores of channel sets. A score knows weights and norms, nothing of graphs."""
+"""Scores: in which order the channel sets of a group go. A score knows weights and statistics, nothing of graphs."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Literal
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import ClassVar, Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from .errors import ArgumentError
+from .errors import ArgumentError, CalibrationError
+from .statistics import MakeStatistic, Statistic
 
 
 @dataclass(frozen=True)
 class Columns:
-    """One consumer's columns as a score sees them.
+    """One block of one consumer as a score sees it.
 
     Attributes:
         weight: the consumer as a matrix, shape ``[rows, columns]``.
         norms: ‖X_j‖₂ of each column's input over the calibration tokens, shape ``[columns]``; ``None`` if nothing was observed.
         gram: a function that returns XᵀX, shape ``[columns, columns]``; ``None`` if nothing was observed.
+        sets: which of the group's channel sets takes a column along, shape ``[columns, axes]``; -1 where none does. A column with several goes with any.
+        seen: the statistics that the score asked for, by name.
     """
 
     weight: Tensor
     norms: Tensor | None
     gram: Callable[[], Tensor] | None
+    sets: np.ndarray = field(default_factory=lambda: np.zeros((0, 1), dtype=np.int64))
+    seen: Mapping[str, Statistic] = field(default_factory=dict)
 
 
-#: a score maps one consumer to a value per column, shape ``[columns]``; values of coupled columns and of several consumers are added
-Score = Callable[[Columns], Tensor]
+@dataclass(frozen=True)
+class GroupColumns:
+    """One coupled group as a score sees it.
+
+    Attributes:
+        name: the group's name.
+        block_of: for each channel set, the block that it belongs to, shape ``[sets]``.
+        consumers: what loses columns with it, block by block.
+        deepest: how many channel sets of a block may go at most; an order need not be longer.
+    """
+
+    name: str
+    block_of: np.ndarray
+    consumers: Sequence[Columns]
+    deepest: int
+
+    @property
+    def members(self) -> list[np.ndarray]:
+        """The channel sets of each block."""
+        return [np.flatnonzero(self.block_of == block) for block in np.unique(self.block_of)]
+
+
+@dataclass(frozen=True)
+class Order:
+    """In which order channel sets go.
+
+    Attributes:
+        sets: for each block, its channel sets from the first that goes on, shape ``[blocks, steps]``.
+        losses: the predicted rise of the loss once each block lost 0, 1, 2, … of them, shape ``[steps + 1]``; ``None``: the score does not predict it.
+    """
+
+    sets: np.ndarray
+    losses: np.ndarray | None = None
+
+
+class GroupScore(ABC):
+    """A score of whole groups; derive from it what a function of single columns cannot say.
+
+    Attributes:
+        statistics: what has to be observed beside the Gram matrix, by name; each is made for a block of a consumer with its number of columns.
+        needs_data: whether calibration data is needed.
+        predicts: whether its orders come with losses.
+    """
+
+    statistics: ClassVar[Mapping[str, MakeStatistic]] = {}
+    needs_data: ClassVar[bool] = True
+    predicts: ClassVar[bool] = False
+
+    @abstractmethod
+    def __call__(self, group: GroupColumns) -> Order:
+        """The order in which a group's channel sets go, at least ``group.deepest`` for each block."""
+
+
+#: the simple kind of score maps one consumer to a value per column, shape ``[columns]``; values of coupled columns and of several consumers are added
+ColumnScore = Callable[[Columns], Tensor]
+Score = ColumnScore | GroupScore
 
 
 def fasp(columns: Columns) -> Tensor:
@@ -52,18 +113,74 @@ class Random:
         return torch.rand(columns.weight.shape[1], generator=self.generator, dtype=torch.float64).to(columns.weight.device)
 
 
-def resolve(score: Literal["fasp", "magnitude", "random"] | Score) -> tuple[Score, bool]:
-    """The score function and whether it needs calibration data (a callable is taken to need it).
+class ByColumns(GroupScore):
+    """The order by a score of single columns, the lowest first.
+
+    Args:
+        score: the value of each column.
+        needs_data: whether it looks at more than weights.
+    """
+
+    def __init__(self, score: ColumnScore, needs_data: bool = True) -> None:
+        self.score = score
+        self.needs_data = needs_data  # type: ignore[misc]
+
+    def __call__(self, group: GroupColumns) -> Order:
+        total = np.zeros(len(group.block_of))
+        for columns in group.consumers:
+            values = self.values(columns)
+            for sets in columns.sets.T:
+                np.add.at(total, sets[sets >= 0], values[sets >= 0])
+        return by_value(group, total)
+
+    def values(self, columns: Columns) -> np.ndarray:
+        """The value of each column.
+
+        Raises:
+            ArgumentError: the score returned something of another shape.
+        """
+        values = self.score(columns)
+        if tuple(values.shape) != (columns.weight.shape[1],):
+            raise ArgumentError(
+                f"the score returned shape {tuple(values.shape)} for a consumer with {columns.weight.shape[1]} columns; it must return one value per column"
+            )
+        return values.detach().to("cpu", torch.float64).numpy()
+
+
+def by_value(group: GroupColumns, values: np.ndarray) -> Order:
+    """The order in which the lowest go first.
+
+    Args:
+        values: of each channel set, shape ``[sets]``.
+
+    Raises:
+        CalibrationError: they are not finite.
+    """
+    if not np.isfinite(values).all():
+        raise CalibrationError(f"the scores of group '{group.name}' are not finite; check the weights and the calibration data")
+    return Order(np.stack([members[np.argsort(values[members], kind="stable")] for members in group.members]))
+
+
+def resolve(score: Literal["fasp", "magnitude", "random", "obs"] | Score) -> GroupScore:
+    """The score of groups that a name, or a score of columns, stands for (a function is taken to need calibration data).
 
     Raises:
         ArgumentError: an unknown name.
     """
+    from .obs import OBS
+
+    if isinstance(score, GroupScore):
+        return score
+    if score == "obs":
+        return OBS()
     if callable(score):
-        return score, True
+        return ByColumns(score)
     if score == "fasp":
-        return fasp, True
+        return ByColumns(fasp)
     if score == "magnitude":
-        return magnitude, False
+        return ByColumns(magnitude, needs_data=False)
     if score == "random":
-        return Random(), False
-    raise ArgumentError(f"score={score!r} is not known; use 'fasp', 'magnitude', 'random' or a callable from fasp_fx.scoring.Columns to a tensor")
+        return ByColumns(Random(), needs_data=False)
+    raise ArgumentError(
+        f"score={score!r} is not known; use 'fasp', 'obs', 'magnitude', 'random', a callable from fasp_fx.scoring.Columns to a tensor, or a GroupScore"
+    )

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import ClassVar, Protocol
+
 import torch
 from torch import Tensor
 
@@ -11,6 +14,30 @@ _BLOCK = 384
 
 #: what a token is for: nothing (padding), fitting a restoration, or judging it
 PADDING, FITTED, HELD = 0, 1, 2
+
+
+class Statistic(Protocol):
+    """A sum over the tokens of one block of a consumer, so that batches add up.
+
+    Attributes:
+        needs_gradient: whether the gradient of the loss (:mod:`fasp_fx.losses`) with respect to the tokens is needed.
+    """
+
+    needs_gradient: ClassVar[bool]
+
+    def update(self, tokens: Tensor, gradient: Tensor | None, weight: Tensor) -> None:
+        """Add some tokens.
+
+        Args:
+            tokens: the consumer's input, shape ``[tokens, columns]``.
+            gradient: of the summed loss with respect to the tokens as this consumer reads them, of the same shape; ``None`` where it was not asked for
+                or cannot be told (a window that slides, an input that several blocks share).
+            weight: one for each token that counts, zero for padding, shape ``[tokens]``.
+        """
+
+
+#: makes a statistic for one block of a consumer, from its number of columns and the device
+MakeStatistic = Callable[[int, torch.device], Statistic]
 
 
 class Gram:
@@ -91,6 +118,52 @@ class SplitGram:
     def symmetric(self) -> Tensor:
         """XᵀX over all tokens, shape ``[columns, columns]``, float64 (float32 on devices without it)."""
         return torch.stack([part.symmetric() for part in self.parts]).sum(0)
+
+
+class InputGradients:
+    """Accumulates ``HᵀH`` of the gradients H = gW of a loss with respect to a consumer's input, for WᵀSW with the covariance S of the gradients g at its output.
+
+    Where the gradient with respect to the input cannot be told consumer by consumer, the mean square of the gradients at its output is kept alone.
+
+    Attributes:
+        tokens: how many gradients were seen.
+        terms: of how many terms the loss was the sum.
+    """
+
+    needs_gradient: ClassVar[bool] = True
+
+    def __init__(self, columns: int, device: torch.device) -> None:
+        self._gram: Gram | None = None
+        self._columns, self._device = columns, device
+        self.squares, self.tokens, self.terms = 0.0, 0, 0
+
+    def update(self, tokens: Tensor, gradient: Tensor | None, weight: Tensor) -> None:
+        """Add gradients; see :class:`Statistic`."""
+        if gradient is None:
+            return
+        if self._gram is None:
+            self._gram = Gram(self._columns, self._device)
+        counts = weight > 0
+        chosen = gradient if bool(counts.all()) else gradient[counts]
+        self._gram.update(chosen, 1)
+        self.tokens += len(chosen)
+
+    def update_output(self, gradient: Tensor) -> None:
+        """Add gradients at the output, of any shape."""
+        self.squares += float(gradient.detach().abs().float().square().sum())
+        self.tokens += gradient.numel()
+
+    def diagonal(self) -> Tensor:
+        """Sums of squared gradients, by column where they are known so, shape ``[columns]`` or ``[1]``."""
+        return torch.tensor([self.squares]) if self._gram is None else self._gram.matrix.diagonal()
+
+    def mean(self) -> Tensor | None:
+        """The mean of ``hᵀh`` over tokens, for one term of the loss; ``None`` where gradients were seen at the output alone."""
+        return None if self._gram is None else self._gram.symmetric() / max(self.tokens * self.terms, 1)
+
+    def mean_square(self) -> float:
+        """The mean square of the gradients at the output, for one term of the loss."""
+        return self.squares / max(self.tokens * self.terms, 1)
 
 
 def precise(device: torch.device) -> torch.dtype:

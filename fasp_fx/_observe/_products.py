@@ -9,8 +9,7 @@ from torch import Tensor
 from ..analysis import Analysis
 from ..channels import Axis, Product, Slot, attribute
 from ..groups import Group
-from ..scoring import Columns, Score, magnitude
-from ..scoring import Random as RandomScore
+from ..scoring import ByColumns, Columns
 from ..statistics import PADDING, precise
 from ._marks import Marks
 from ._runner import Runner
@@ -74,7 +73,7 @@ class ObservedProducts:
         return [[axis for axis in values[node].axes if np.isin(axis.numbers.numpy(), product.numbers).any()] for node in product.operands]
 
 
-def row_scores(analysis: Analysis, group: Group, score: Score) -> np.ndarray:
+def row_scores(analysis: Analysis, group: Group, score: ByColumns) -> np.ndarray:
     """Without data, one value for each channel set: the score of the producers' rows, added up."""
     total = np.zeros(group.size)
     for slot in group.slots:
@@ -82,13 +81,8 @@ def row_scores(analysis: Analysis, group: Group, score: Score) -> np.ndarray:
         if isinstance(weight, Tensor) and weight.dim() > 1 and weight.is_floating_point():
             for numbers, piece in _blocks(slot, weight.detach()):
                 rows = piece.movedim(slot.dim, -1).reshape(-1, piece.shape[slot.dim])
-                _add(total, group, analysis, numbers, score(Columns(rows, None, None)).detach().to("cpu", torch.float64).numpy())
+                _add(total, group, analysis, numbers, score.values(Columns(rows, None, None)))
     return total
-
-
-def dataless(score: Score) -> bool:
-    """Whether a score looks at weights alone."""
-    return score is magnitude or isinstance(score, RandomScore)
 
 
 def _blocks(slot: Slot, weight: Tensor) -> list[tuple[np.ndarray, Tensor]]:

@@ -11,16 +11,18 @@ import torch
 from torch import Tensor
 
 from ..analysis import Analysis
-from ..channels import Use, attribute
-from ..errors import ArgumentError, CalibrationError
+from ..channels import Use
+from ..errors import CalibrationError
 from ..groups import Group
 from ..restoration import Restored, left_alone, together
-from ..scoring import Columns, Score
-from ..statistics import SplitGram
+from ..scoring import GroupScore
+from ..statistics import PADDING, SplitGram
+from ._consumers import Consumer, Consumers
 from ._gains import warn_of_few
 from ._marks import Marks
 from ._matrices import ConsumerMatrices, token_dims
-from ._products import ObservedProducts, dataless, row_scores
+from ._order import order_of
+from ._products import ObservedProducts
 from ._readings import read_otherwise
 from ._runner import Runner
 
@@ -38,57 +40,29 @@ class Decision:
     notes: list[str] = field(default_factory=list)
 
 
-class _Consumer:
-    """One weight read as matrices, with all uses that read it so, and a Gram matrix for each block."""
-
-    def __init__(self, analysis: Analysis, use: Use) -> None:
-        self.matrices = ConsumerMatrices(use, analysis.walk.values)
-        self.weight = use.weight
-        self.uses: list[Use] = []
-        self.grams: list[SplitGram] | None = None
-
-    def gone(self, gone: np.ndarray) -> np.ndarray:
-        """Which columns go, shape ``[blocks, columns]``."""
-        return np.append(gone, False)[self.matrices.columns].any(-1)  # the last entry serves NONE (-1)
-
-    def blocks_gone(self, gone: np.ndarray) -> np.ndarray:
-        """Which blocks go whole, shape ``[blocks]``."""
-        own = self.matrices.use.block_numbers
-        return np.zeros(len(self.matrices.columns), dtype=bool) if own is None else gone[own]
-
-
 class Observer:
     """Decides all groups of one analysis.
 
     Args:
-        analysis: the analysis; its chosen groups are decided.
+        consumers: those of the analysis whose chosen groups are decided, with what was seen at them before.
         lost: channel sets that each block of each chosen group loses.
-        score: value of a consumer's columns; the lowest go.
+        score: the order in which they go.
         restore: repairs a consumer, or ``None``.
         propagate: whether later consumers see the outputs of consumers already pruned.
     """
 
-    def __init__(self, analysis: Analysis, lost: list[int], score: Score, restore: Restore | None, propagate: bool) -> None:
-        self.analysis, self.score, self.restore, self.propagate = analysis, score, restore, propagate
+    def __init__(self, consumers: Consumers, lost: list[int], score: GroupScore, restore: Restore | None, propagate: bool) -> None:
+        analysis = consumers.analysis
+        self.analysis, self.consumers = analysis, consumers
+        self.score, self.restore, self.propagate = score, restore, propagate
         self.groups = analysis.chosen
         self.lost = lost
         self.decision = Decision(np.zeros(analysis.numbering.total, dtype=bool))
-        self.consumers: dict[tuple[Any, ...], _Consumer] = {}
-        self.of_group: dict[str, list[_Consumer]] = {}
-        for group in self.groups:
-            self.of_group[group.name] = [self._consumer(use) for use in group.uses]
         self.products = ObservedProducts(analysis, self.groups)
         self._observed = False
         self._tokens: dict[str, int] = {}  # the fewest that a block of a weight saw; of weights that may be repaired
         self._undecided = {group.name for group in self.groups}
         self._waiting = {g.name: {use.node for use in g.uses} | {product.node for product in self.products.of(g)} for g in self.groups}
-
-    def _consumer(self, use: Use) -> _Consumer:
-        made = _Consumer(self.analysis, use)
-        consumer = self.consumers.setdefault(made.matrices.key, made)
-        if use not in consumer.uses:
-            consumer.uses.append(use)
-        return consumer
 
     def run(self, runner: Runner | None, marks: Marks | None, progress: Callable[[float], None]) -> Decision:
         """Visit all consumers in graph order; without a runner and marks of its tokens nothing is observed.
@@ -102,7 +76,7 @@ class Observer:
         for count, node in enumerate(stops):
             if runner is not None and marks is not None:
                 runner.advance(runner.index(node))
-                self._observe(runner, marks, [use for consumer in self.consumers.values() for use in consumer.uses if use.node is node])
+                self._observe(runner, marks, [use for consumer in self.consumers.by_key.values() for use in consumer.uses if use.node is node])
                 products = [product for group in self.groups for product in self.products.of(group) if product.node is node]
                 self.products.observe(runner, marks, list(dict.fromkeys(products)))
             ready = []
@@ -124,70 +98,43 @@ class Observer:
 
     def _observe(self, runner: Runner, marks: Marks, uses: list[Use]) -> None:
         for use in uses:
-            consumer = self._consumer(use)
+            consumer = self.consumers.of(use)
             matrices = ConsumerMatrices(use, self.analysis.walk.values)
             blocks, columns = use.columns.shape[:2]
             ends = list(runner.read(use.route)) if use.route is not None else None
             for batch, activation in enumerate(_inputs(runner, use)):
                 if consumer.grams is None:
                     consumer.grams = [SplitGram(columns, activation.device) for _ in range(blocks)]
+                seen = consumer.observe(self.score.statistics, activation.device)
                 dims = token_dims(activation.dim(), use.activation_layout)
                 own = marks.of(batch, use.activation, activation, dims) if ends is None else marks.routed(batch, use.activation, ends[batch])
                 for block, tokens, kinds in matrices.tokens(activation, own, None if ends is None else ends[batch]):
                     consumer.grams[block].update(tokens, kinds)
+                    for statistic in seen[block].values():
+                        if not statistic.needs_gradient:  # those that do were shown the dense model's before
+                            statistic.update(tokens, None, (kinds != PADDING).to(tokens.dtype))
             assert consumer.grams is not None
             if not all(bool(torch.isfinite(part.matrix.diagonal()).all()) for gram in consumer.grams for part in gram.parts):
                 raise CalibrationError(f"the input of '{use.weight}' is not finite on the calibration data; check the batches and the model's dtype")
             self._tokens[use.weight] = min(self._tokens.get(use.weight, 1 << 62), min(gram.tokens for gram in consumer.grams))
 
-    def _weight(self, consumer: _Consumer) -> Tensor:
+    def _weight(self, consumer: Consumer) -> Tensor:
         held = self.decision.weights.get(consumer.weight)
-        return held if held is not None else attribute(self.analysis.program.module, consumer.weight).detach()
+        return held if held is not None else self.consumers.weight(consumer)
 
     def _choose(self, group: Group) -> None:
         self._undecided.discard(group.name)
         lost = self.lost[self.groups.index(group)]
         if not lost:
             return
-        labels = self.analysis.labels
-        total = np.zeros(group.size)
-        order = np.argsort(group.sets)
-        for consumer in dict.fromkeys(self.of_group[group.name]):
-            read = consumer.matrices.read(self._weight(consumer))
-            for block, matrix in enumerate(read):
-                values = self._score(matrix, consumer.grams[block] if consumer.grams is not None else None)
-                for numbers, worth in self._worth(group, consumer, block, values):
-                    sets = np.where(numbers >= 0, labels[np.maximum(numbers, 0)], -1)
-                    member = np.isin(sets, group.sets)
-                    at = order[np.searchsorted(group.sets[order], sets[member])]
-                    np.add.at(total, at, worth[member])
-        if self.products.of(group):
-            seen = not dataless(self.score) and self._observed
-            total = self.products.scores(group) if seen else row_scores(self.analysis, group, self.score)
-        if not np.isfinite(total).all():
-            raise CalibrationError(f"the scores of group '{group.name}' are not finite; check the weights and the calibration data")
-        removed = np.concatenate([members[np.argsort(total[members], kind="stable")[:lost]] for members in _by_block(group)])
-        self.decision.gone |= np.isin(labels, group.sets[removed])
-
-    def _worth(self, group: Group, consumer: _Consumer, block: int, values: np.ndarray) -> list[tuple[np.ndarray, np.ndarray]]:
-        """Channel numbers, and what each is worth to one block of a consumer: the score of its column, or of all columns for a whole block."""
-        own = consumer.matrices.use.block_numbers
-        if group.granularity == "expert" and own is not None and np.isin(self.analysis.labels[own], group.sets).all():
-            return [(own[block : block + 1], values.sum(keepdims=True))]
-        return [(numbers, values) for numbers in consumer.matrices.columns[block].T]
-
-    def _score(self, matrix: Tensor, gram: SplitGram | None) -> np.ndarray:
-        values = self.score(Columns(matrix, gram.norms() if gram is not None else None, gram.symmetric if gram is not None else None))
-        if tuple(values.shape) != (matrix.shape[1],):
-            raise ArgumentError(
-                f"the score returned shape {tuple(values.shape)} for a consumer with {matrix.shape[1]} columns; it must return one value per column"
-            )
-        return values.detach().to("cpu", torch.float64).numpy()
+        order = order_of(self.consumers, group, self.score, self.products, self._observed, lost, self._weight)
+        removed = np.concatenate([sets[:lost] for sets in order.sets])
+        self.decision.gone |= np.isin(self.analysis.labels, group.sets[removed])
 
     def _finish(self, ready: list[Group], runner: Runner | None) -> None:
         """Restore (or cut) the consumers all of whose groups are decided."""
-        for consumer in dict.fromkeys(c for group in ready for c in self.of_group[group.name]):
-            touching = [group.name for group in self.groups if consumer in self.of_group[group.name]]
+        for consumer in dict.fromkeys(c for group in ready for c in self.consumers.of_group[group.name]):
+            touching = [group.name for group in self.groups if consumer in self.consumers.of_group[group.name]]
             if any(name in self._undecided for name in touching):
                 continue
             gone = consumer.gone(self.decision.gone)
@@ -195,7 +142,7 @@ class Observer:
                 self._repair(consumer, torch.from_numpy(~gone), runner)
             consumer.grams = None
 
-    def _repair(self, consumer: _Consumer, kept: Tensor, runner: Runner | None) -> None:
+    def _repair(self, consumer: Consumer, kept: Tensor, runner: Runner | None) -> None:
         weight = self._weight(consumer)
         read = consumer.matrices.read(weight)
         kept = kept.to(weight.device)
@@ -232,7 +179,3 @@ def _inputs(runner: Runner, use: Use) -> Iterator[Tensor]:
     for results, start in zip(runner.ahead(use.node), runner.read(use.recurrence.start), strict=True):
         states = results[0]
         yield torch.cat([start.movedim(0, steps).expand(states.narrow(steps, 0, 1).shape), states.narrow(steps, 0, states.shape[steps] - 1)], steps)
-
-
-def _by_block(group: Group) -> list[np.ndarray]:
-    return [np.flatnonzero(group.block_of == block) for block in np.unique(group.block_of)]

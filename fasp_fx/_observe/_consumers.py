@@ -1,0 +1,123 @@
+"""The consumers of an analysis' groups, and what is seen at them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..analysis import Analysis
+from ..channels import Use, attribute
+from ..groups import Group
+from ..scoring import Columns
+from ..statistics import MakeStatistic, SplitGram, Statistic
+from ._matrices import ConsumerMatrices
+
+
+class Consumer:
+    """One weight read as matrices, with all uses that read it so, and for each block a Gram matrix and what a score asked for.
+
+    Attributes:
+        grams: one for each block, once its input was seen.
+        seen: for each block, the statistics that a score asked for, by name.
+    """
+
+    def __init__(self, analysis: Analysis, use: Use) -> None:
+        self.matrices = ConsumerMatrices(use, analysis.walk.values)
+        self.weight = use.weight
+        self.uses: list[Use] = []
+        self.grams: list[SplitGram] | None = None
+        self.seen: list[dict[str, Statistic]] = []
+
+    @property
+    def blocks(self) -> int:
+        """How many blocks it is read as."""
+        return len(self.matrices.columns)
+
+    def observe(self, wanted: Mapping[str, MakeStatistic], device: torch.device) -> list[dict[str, Statistic]]:
+        """The statistics of each block, made where they are not there yet."""
+        if not self.seen:
+            self.seen = [{} for _ in range(self.blocks)]
+        for seen in self.seen:
+            for name, make in wanted.items():
+                if name not in seen:
+                    seen[name] = make(self.matrices.columns.shape[1], device)
+        return self.seen
+
+    def gone(self, gone: np.ndarray) -> np.ndarray:
+        """Which columns go, shape ``[blocks, columns]``."""
+        return np.append(gone, False)[self.matrices.columns].any(-1)  # the last entry serves NONE (-1)
+
+    def blocks_gone(self, gone: np.ndarray) -> np.ndarray:
+        """Which blocks go whole, shape ``[blocks]``."""
+        own = self.matrices.use.block_numbers
+        return np.zeros(len(self.matrices.columns), dtype=bool) if own is None else gone[own]
+
+
+class Consumers:
+    """All consumers of the groups that can be pruned."""
+
+    def __init__(self, analysis: Analysis) -> None:
+        self.analysis = analysis
+        self.by_key: dict[tuple[Any, ...], Consumer] = {}
+        self.of_group = {group.name: list(dict.fromkeys(self.of(use) for use in group.uses)) for group in analysis.chosen}
+
+    def of(self, use: Use) -> Consumer:
+        """The consumer that a use belongs to."""
+        made = Consumer(self.analysis, use)
+        consumer = self.by_key.setdefault(made.matrices.key, made)
+        if use not in consumer.uses:
+            consumer.uses.append(use)
+        return consumer
+
+    def weight(self, consumer: Consumer) -> Tensor:
+        """A consumer's weight as the program has it."""
+        found: Tensor = attribute(self.analysis.program.module, consumer.weight).detach()
+        return found
+
+    def forget_activations(self) -> None:
+        """Keep nothing of what was seen but what needs gradients: later passes see other activations."""
+        for consumer in self.by_key.values():
+            consumer.grams = None
+            consumer.seen = [{name: statistic for name, statistic in seen.items() if statistic.needs_gradient} for seen in consumer.seen]
+
+    def columns(self, group: Group, consumer: Consumer, weight: Tensor) -> list[Columns]:
+        """A consumer as a score sees it, block by block.
+
+        Args:
+            weight: what the consumer's weight is now.
+        """
+        labels = self.analysis.labels
+        order = np.argsort(group.sets)
+
+        def sets_of(numbers: np.ndarray) -> np.ndarray:
+            sets = np.where(numbers >= 0, labels[np.maximum(numbers, 0)], -1)
+            member = np.isin(sets, group.sets)
+            found = np.full(numbers.shape, -1)
+            found[member] = order[np.searchsorted(group.sets[order], sets[member])]
+            return found
+
+        own = consumer.matrices.use.block_numbers
+        whole = group.granularity == "expert" and own is not None and bool(np.isin(labels[own], group.sets).all())
+        found = []
+        for block, matrix in enumerate(consumer.matrices.read(weight)):
+            gram = None if consumer.grams is None else consumer.grams[block]
+            numbers = consumer.matrices.columns[block]
+            if whole and own is not None:  # a block that goes takes all of its columns along
+                numbers = np.broadcast_to(own[block], (len(numbers), 1))
+            found.append(
+                Columns(
+                    matrix,
+                    None if gram is None else gram.norms(),
+                    None if gram is None else gram.symmetric,
+                    sets_of(numbers),
+                    consumer.seen[block] if consumer.seen else {},
+                )
+            )
+        return found
+
+
+__all__ = ["Consumer", "Consumers"]

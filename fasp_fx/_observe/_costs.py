@@ -1,0 +1,55 @@
+"""Cost curves of a program's groups, from what was seen of the dense model."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from ..allocation import deepest_loss
+from ..costs import CostCurve
+from ..groups import Group
+from ..obs import OBS, Elimination
+from ..scoring import GroupColumns, GroupScore, Order
+from ._consumers import Consumers
+from ._order import order_of
+from ._products import ObservedProducts
+
+
+def curves_of(consumers: Consumers, groups: Sequence[Group], score: GroupScore) -> dict[str, CostCurve]:
+    """The cost curve of each group; those whose channels no weight reads have none.
+
+    A score that predicts losses gives its own. Of another, the order is taken, and the losses are those after repair (:class:`fasp_fx.obs.OBS`).
+
+    Args:
+        consumers: those of the groups, with Gram matrices and, where a loss was given, gradients.
+    """
+    found = {}
+    products = ObservedProducts(consumers.analysis, list(groups))
+    for group in groups:
+        if not group.uses:
+            if not products.of(group):  # nothing reads it
+                found[group.name] = CostCurve(np.zeros(deepest_loss(group) + 1))
+            continue
+        order = order_of(consumers, group, score, products, True, deepest_loss(group), consumers.weight)
+        losses = order.losses if order.losses is not None else _losses(consumers, group, order)
+        found[group.name] = CostCurve(losses)
+    return found
+
+
+def _losses(consumers: Consumers, group: Group, order: Order) -> np.ndarray:
+    """The losses after repair in an order that is given."""
+    own = [columns for consumer in consumers.of_group[group.name] for columns in consumers.columns(group, consumer, consumers.weight(consumer))]
+    view = GroupColumns(group.name, np.asarray(group.block_of), own, order.sets.shape[1])
+    obs = OBS()
+    problems = [Elimination(columns, group.size, obs.curvature(columns), obs.damping) for columns in view.consumers]
+    each = max(1, -(-group.width // obs.rounds))
+    losses = [0.0]
+    for start in range(0, order.sets.shape[1], each):
+        going = order.sets[:, start : start + each]
+        added = sum(problem.remove(going.reshape(-1)) for problem in problems)
+        losses += (losses[-1] + added * np.arange(1, going.shape[1] + 1) / going.shape[1]).tolist()
+    return np.array(losses)
+
+
+__all__ = ["curves_of"]

@@ -1,0 +1,212 @@
+"""Run batches forward and back through a graph, and show scores what they asked for at every consumer's input."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch.utils import _pytree as pytree
+
+from .._program import Program
+from ..channels import Use, results
+from ..errors import CalibrationError, first_line
+from ..losses import Loss
+from ..statistics import PADDING, InputGradients, MakeStatistic, SplitGram
+from ._consumers import Consumer, Consumers
+from ._marks import Marks
+from ._matrices import ConsumerMatrices, token_dims
+from ._runner import Runner
+
+
+def observe_batches(
+    consumers: Consumers,
+    batches: list[list[Any]],
+    wanted: Mapping[str, MakeStatistic],
+    loss: Loss | None,
+    marks: Marks,
+    progress: Callable[[float], None],
+) -> None:
+    """Show every consumer the dense model's activations, and where a loss is given, its gradients with respect to them.
+
+    The gradient of no weight is computed. What autograd keeps of one batch has to fit the device.
+
+    Args:
+        wanted: what to observe beside the Gram matrix.
+        loss: what gradients are of; ``None``: none are taken.
+        marks: which tokens are padding.
+
+    Raises:
+        CalibrationError: the batches do not run forward or back, the loss fails or does not depend on the consumers, or something is not finite.
+    """
+    program = consumers.analysis.program
+    terms = 0
+    for index, batch in enumerate(batches):
+        run = _Run(consumers, batch, index, wanted, marks, loss is not None)
+        with torch.set_grad_enabled(loss is not None):
+            run.advance(len(run.nodes) - 1)
+            if loss is not None:
+                terms += run.back(_terms(program, run, batch, loss, index))
+        progress((index + 1) / len(batches))
+    _check(consumers, loss is not None)
+    for consumer in consumers.by_key.values():
+        for seen in consumer.seen:
+            for statistic in seen.values():
+                if isinstance(statistic, InputGradients):
+                    statistic.terms = terms
+
+
+class _Run(Runner):
+    """One batch on its way, with a view of the activation at each consumer through which its gradient can be told from that of other readers."""
+
+    def __init__(self, consumers: Consumers, batch: list[Any], number: int, wanted: Mapping[str, MakeStatistic], marks: Marks, back: bool) -> None:
+        super().__init__(consumers.analysis.program, [batch])
+        self.consumers, self.number, self.wanted, self.marks, self.is_back = consumers, number, wanted, marks, back
+        self.leaves: list[Tensor] = []
+        self._uses: dict[fx.Node, list[tuple[Consumer, Use]]] = {}
+        for consumer in consumers.by_key.values():
+            for use in consumer.uses:
+                self._uses.setdefault(use.node, []).append((consumer, use))
+
+    def _load(self, argument: fx.Node, number: int) -> Any:
+        value = super()._load(argument, number)
+        return value.detach() if argument.op == "get_attr" and isinstance(value, Tensor) else value
+
+    def _execute(self, node: fx.Node, number: int) -> Any:
+        uses = self._uses.get(node, [])
+        held = self._memory[number]
+        kept = {use.activation: held[use.activation] for _, use in uses if use.activation in held}
+        probes = {activation: self._probe(value) for activation, value in kept.items()} if self.is_back else {}
+        held.update(probes)
+        try:
+            output = super()._execute(node, number)
+        finally:
+            held.update(kept)
+        for consumer, use in uses:
+            activation = self._load(use.activation, number) if use.recurrence is None else self._states(use, output)
+            alone = sum(other.activation is use.activation for _, other in uses) == 1
+            probe = probes.get(use.activation) if alone and use.recurrence is None and _told(use) else None
+            self._see(consumer, use, activation.detach(), probe, output)
+        return output
+
+    def _probe(self, value: Tensor) -> Tensor:
+        if not value.is_floating_point() and not value.is_complex():
+            return value
+        if value.requires_grad:
+            return value.view_as(value)
+        leaf = value.detach().requires_grad_(True)
+        self.leaves.append(leaf)
+        return leaf
+
+    def _states(self, use: Use, output: Any) -> Tensor:
+        """What a recurrent weight is contracted with: the states of the step before."""
+        recurrence = use.recurrence
+        assert recurrence is not None
+        states, start, steps = output[0].detach(), self._load(recurrence.start, 0), recurrence.steps
+        first = start.detach().movedim(0, steps).expand(states.narrow(steps, 0, 1).shape)
+        return torch.cat([first, states.narrow(steps, 0, states.shape[steps] - 1)], steps)
+
+    def _see(self, consumer: Consumer, use: Use, activation: Tensor, probe: Tensor | None, output: Any) -> None:
+        matrices = ConsumerMatrices(use, self.consumers.analysis.walk.values)
+        ends = None if use.route is None else self._load(use.route, 0)
+        dims = token_dims(activation.dim(), use.activation_layout)
+        own = self.marks.of(self.number, use.activation, activation, dims) if ends is None else self.marks.routed(self.number, use.activation, ends)
+        columns = use.columns.shape[1]
+        if consumer.grams is None:
+            consumer.grams = [SplitGram(columns, activation.device) for _ in range(consumer.blocks)]
+        seen = consumer.observe(self.wanted, activation.device)
+        told_apart = probe is not None and probe.requires_grad
+        for block, tokens, kinds in matrices.tokens(activation, own, ends):
+            consumer.grams[block].update(tokens, kinds)
+            for statistic in seen[block].values():
+                if not (statistic.needs_gradient and told_apart):
+                    statistic.update(tokens, None, (kinds != PADDING).to(tokens.dtype))
+        if not self.is_back:
+            return
+        if probe is not None and told_apart:
+
+            def told(gradient: Tensor) -> None:
+                pieces = zip(matrices.tokens(activation, own, ends), matrices.tokens(gradient.detach(), own, ends), strict=True)
+                for (block, tokens, kinds), (_, gradients, _) in pieces:
+                    for statistic in seen[block].values():
+                        if statistic.needs_gradient:
+                            statistic.update(tokens, gradients, (kinds != PADDING).to(tokens.dtype))
+
+            probe.register_hook(told)
+            return
+        result = output[0] if isinstance(output, (tuple, list)) else output
+        if isinstance(result, Tensor) and result.requires_grad:
+
+            def at_output(gradient: Tensor) -> None:
+                for block in seen:
+                    for statistic in block.values():
+                        if isinstance(statistic, InputGradients):
+                            statistic.update_output(gradient)
+
+            result.register_hook(at_output)
+
+    def back(self, terms: Tensor) -> int:
+        """Take the gradients; how many terms the loss has."""
+        if not terms.requires_grad or not self.leaves:
+            raise CalibrationError("the loss does not depend on the input of any weight that can be pruned; pass another loss=, or loss=None")
+        try:
+            torch.autograd.backward(terms.sum(), inputs=self.leaves)
+        except (RuntimeError, NotImplementedError) as error:
+            if isinstance(error, torch.OutOfMemoryError):
+                raise
+            raise CalibrationError(f"the model cannot be run backwards on calibration batch {self.number}: {first_line(error)}; pass loss=None") from error
+        self.leaves.clear()
+        return terms.numel()
+
+
+def _told(use: Use) -> bool:
+    """Whether the gradient with respect to a use's activation is laid out as its tokens are: no position is read twice, and each block reads its own."""
+    layout = use.activation_layout
+    return all(window.size == 1 for window in layout.windows) and (len(use.columns) == 1 or bool(layout.blocks) or use.route is not None)
+
+
+def _terms(program: Program, run: Runner, batch: list[Any], loss: Loss, index: int) -> Tensor:
+    """The terms of the loss on one batch."""
+    outputs, inputs = called(program, [next(run.read(node)) if isinstance(node, fx.Node) else node for node in results(program.module.graph)], batch)
+    try:
+        terms = loss(outputs, inputs)
+    except CalibrationError:
+        raise
+    except Exception as error:  # a loss of the user's raises what it likes
+        raise CalibrationError(f"the loss fails on calibration batch {index}: {type(error).__name__}: {first_line(error)}") from error
+    if not isinstance(terms, Tensor) or not terms.is_floating_point() or not terms.numel():
+        found = f"a tensor of {terms.dtype} of shape {tuple(terms.shape)}" if isinstance(terms, Tensor) else f"a {type(terms).__name__}"
+        raise CalibrationError(f"the loss returned {found}; it must return floating-point terms, or their sum as a tensor")
+    if not bool(torch.isfinite(terms.detach()).all()):
+        raise CalibrationError(f"the loss is not finite on calibration batch {index}; check the batches and the model's dtype")
+    return terms
+
+
+def called(program: Program, leaves: list[Any], batch: list[Any]) -> tuple[Any, dict[str, Any]]:
+    """What the model returned in its own structure, without caches, and the arguments of the call by name."""
+    shown = [None if index in program.state_outputs else leaf for index, leaf in enumerate(leaves)]
+    info: Any = getattr(program.module.graph._codegen, "pytree_info", None)
+    if info is None or info.out_spec is None or info.in_spec is None:
+        return shown, {node.name: value for node, value in zip(program.placeholders(), batch, strict=True)}
+    args, kwargs = pytree.tree_unflatten(batch, info.in_spec)
+    return pytree.tree_unflatten(shown, info.out_spec), {**dict(zip(program.signature.given(), args, strict=False)), **kwargs}
+
+
+def _check(consumers: Consumers, back: bool) -> None:
+    vanished = True
+    for consumer in consumers.by_key.values():
+        finite = all(bool(torch.isfinite(part.matrix.diagonal()).all()) for gram in consumer.grams or () for part in gram.parts)
+        for seen in consumer.seen:
+            for statistic in seen.values():
+                if isinstance(statistic, InputGradients):
+                    found = statistic.diagonal()
+                    finite = finite and bool(torch.isfinite(found).all())
+                    vanished = vanished and not bool((found > 0).any())
+        if not finite:
+            raise CalibrationError(f"what is seen at '{consumer.weight}' is not finite on the calibration data; check the batches and the model's dtype")
+    if back and vanished and any(seen for consumer in consumers.by_key.values() for seen in consumer.seen if "gradients" in seen):
+        raise CalibrationError("the gradients of the loss vanish at every weight that can be pruned; pass another loss=, or loss=None")
+
+
+__all__ = ["observe_batches"]

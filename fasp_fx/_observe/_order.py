@@ -1,0 +1,70 @@
+"""The order in which the channel sets of a group go, whatever decides it: its consumers, a product of activations, or its producers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+from torch import Tensor
+
+from ..errors import ArgumentError
+from ..groups import Group
+from ..scoring import ByColumns, GroupColumns, GroupScore, Order, by_value
+from ._consumers import Consumer, Consumers
+from ._products import ObservedProducts, row_scores
+
+
+def order_of(
+    consumers: Consumers,
+    group: Group,
+    score: GroupScore,
+    products: ObservedProducts,
+    observed: bool,
+    deepest: int,
+    weight_of: Callable[[Consumer], Tensor],
+) -> Order:
+    """The order of one group.
+
+    Args:
+        products: what was seen of products of activations, if anything was ``observed``.
+        deepest: how many channel sets of a block may go at most.
+        weight_of: what a consumer's weight is now.
+
+    Raises:
+        ArgumentError: the score returned an order that is none, or cannot say one for a group without consumers.
+        CalibrationError: a score is not finite.
+    """
+    own = [columns for consumer in consumers.of_group[group.name] for columns in consumers.columns(group, consumer, weight_of(consumer))]
+    view = GroupColumns(group.name, np.asarray(group.block_of), own, deepest)
+    if not own:
+        if not products.of(group):
+            return by_value(view, np.zeros(group.size))  # nothing reads it
+        if observed and score.needs_data:
+            return by_value(view, products.scores(group))
+        if isinstance(score, ByColumns):
+            return by_value(view, row_scores(consumers.analysis, group, score))
+        raise ArgumentError(f"no weight reads the channels of '{view.name}', and {type(score).__name__} orders those of weights alone; exclude it")
+    return checked(score(view), view)
+
+
+def checked(order: Order, view: GroupColumns) -> Order:
+    """What a score returned, if it is an order of the group.
+
+    Raises:
+        ArgumentError: channel sets of each block do not stand in it once, or not as many as may go, or losses do not fit.
+    """
+    sets = np.asarray(order.sets)
+    members = view.members
+    fits = sets.ndim == 2 and len(sets) == len(members) and sets.shape[1] >= view.deepest
+    if not fits or any(len(np.unique(row)) != len(row) or not np.isin(row, own).all() for row, own in zip(sets, members, strict=True)):
+        raise ArgumentError(
+            f"the score's order for '{view.name}' is none of its channel sets: give for each of its {len(members)} blocks at least {view.deepest} of the "
+            "block's own, each once"
+        )
+    losses = order.losses
+    if losses is not None and (len(losses) != sets.shape[1] + 1 or not np.isfinite(losses).all()):
+        raise ArgumentError(f"the score's losses for '{view.name}' are not one finite number for each number of channel sets from 0 to {sets.shape[1]}")
+    return order
+
+
+__all__ = ["order_of"]

@@ -1,0 +1,100 @@
+"""Cost curves: for each group, in which order its channel sets go and what that is predicted to cost."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from .errors import ArgumentError
+
+#: of the JSON form
+FORMAT = "fasp_fx.costs/1"
+
+
+@dataclass(frozen=True)
+class CostCurve:
+    """What one group costs.
+
+    Attributes:
+        losses: the predicted rise of the loss once each block of the group lost 0, 1, 2, … channel sets; begins with 0 and never falls.
+    """
+
+    losses: np.ndarray
+
+    def __post_init__(self) -> None:
+        losses = np.asarray(self.losses, dtype=np.float64)
+        if losses.ndim != 1 or not len(losses) or losses[0] != 0 or not np.isfinite(losses).all() or (np.diff(losses) < 0).any():
+            raise ArgumentError("a cost curve holds finite numbers that begin with 0 and never fall, one for each number of channel sets lost")
+        object.__setattr__(self, "losses", losses)
+
+
+class Costs(Mapping[str, CostCurve]):
+    """The cost curves of a model's groups by their names, measured once (:func:`fasp_fx.measure`) for several prunings.
+
+    Args:
+        curves: those of the groups.
+        fingerprint: of the model that was measured (:func:`fasp_fx.plan.fingerprint`).
+    """
+
+    def __init__(self, curves: Mapping[str, CostCurve], fingerprint: str) -> None:
+        self._curves, self.fingerprint = dict(curves), fingerprint
+
+    def __getitem__(self, name: str) -> CostCurve:
+        return self._curves[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._curves)
+
+    def __len__(self) -> int:
+        return len(self._curves)
+
+    def predicted(self, lost: Mapping[str, int]) -> float:
+        """The predicted rise of the loss when blocks of these groups lose so many channel sets: the sum over the groups.
+
+        Args:
+            lost: channel sets per block.
+        """
+        return float(sum(self[name].losses[count] for name, count in lost.items()))
+
+    def to_json(self) -> str:
+        """The curves as text."""
+        return json.dumps({"format": FORMAT, "fingerprint": self.fingerprint, "losses": {name: curve.losses.tolist() for name, curve in self.items()}})
+
+    @staticmethod
+    def from_json(text: str) -> Costs:
+        """The curves that :meth:`to_json` wrote.
+
+        Raises:
+            ArgumentError: the text holds none.
+        """
+        try:
+            data: Any = json.loads(text)
+            if not isinstance(data, dict) or data.get("format") != FORMAT:
+                raise ValueError(f"its format is not {FORMAT!r}")
+            return Costs({str(name): CostCurve(np.array(losses, dtype=np.float64)) for name, losses in data["losses"].items()}, str(data["fingerprint"]))
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+            raise ArgumentError(f"these are no cost curves: {error}; write them with Costs.to_json()") from error
+
+    def save(self, file: str | Path) -> None:
+        """Write the curves to a file of JSON."""
+        Path(file).write_text(self.to_json(), encoding="utf-8")
+
+    @staticmethod
+    def load(file: str | Path) -> Costs:
+        """The curves that :meth:`save` wrote.
+
+        Raises:
+            ArgumentError: the file holds none, or cannot be read.
+        """
+        try:
+            return Costs.from_json(Path(file).read_text(encoding="utf-8"))
+        except (OSError, UnicodeDecodeError) as error:
+            raise ArgumentError(f"cost curves cannot be read from {str(file)!r}: {error}") from error
+
+
+__all__ = ["CostCurve", "Costs"]
