@@ -12,10 +12,12 @@ from . import passes, patterns
 from ._auto import register_when_needed
 from ._captured import Captured, capture
 from ._compile._backend import backend
+from ._measure import measure
 from ._prune import analyze, apply, plan_from_sets, prune
 from ._result import Result
 from .analysis import Analysis
 from .config import PruningConfig
+from .costs import CostCurve, Costs
 from .errors import (
     ArgumentError,
     CalibrationError,
@@ -59,6 +61,8 @@ __all__ = [
     "CaptureError",
     "CaptureWarning",
     "Captured",
+    "CostCurve",
+    "Costs",
     "ExportError",
     "FaspError",
     "Group",
@@ -80,6 +84,7 @@ __all__ = [
     "backend",
     "capture",
     "load",
+    "measure",
     "passes",
     "patterns",
     "plan_from_sets",

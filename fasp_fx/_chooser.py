@@ -13,17 +13,17 @@ from ._observe._gradients import observe_batches
 from ._observe._marks import Marks
 from ._observe._runner import Runner
 from ._observe._visit import Decision, Observer
+from ._scores import resolve_score
 from ._selection import PartialBudget, check_patterns, held_by, lost_by_pattern, matches, read_by
-from .allocation import Budget, CostAllocation, check_reach, validate
-from .analysis import Analysis
+from ._warn import warn
+from .allocation import Budget, CostAllocation, check_reach, uniform, validate
 from .config import PruningConfig
 from .costs import Costs
-from .errors import NothingPrunableError
+from .errors import CalibrationError, CalibrationWarning, NothingPrunableError
 from .groups import Group
 from .losses import resolve_loss
 from .obs import OBS
 from .restoration import ridge
-from .scoring import resolve
 
 #: one in so many calibration batches is run back for gradients, and shows the dense model's activations to cost curves
 MEASURED = 8
@@ -34,35 +34,66 @@ class Chooser:
 
     def __init__(self, config: PruningConfig) -> None:
         self.config = config
-        self._score = resolve(config.score)
+        self._score, self._allocate = resolve_score(config.named_score), config.allocator
         self._restore = ridge if config.restore is not None else None
         self._gradients = {name: make for name, make in self._score.statistics.items() if getattr(make, "needs_gradient", False)}
 
+    @property
+    def measures(self) -> bool:
+        """Whether the dense model is observed before anything is chosen."""
+        return self.needs_costs or (bool(self._gradients) and self.config.loss is not None)
+
+    @property
+    def needs_costs(self) -> bool:
+        """Whether the allocation wants cost curves."""
+        return isinstance(self._allocate, CostAllocation)
+
     def check(self, budget: Budget, groups: Sequence[Group]) -> None:
         """Refuse what can be known to be in vain before the costs are measured; arguments and errors as for :meth:`allocate`."""
-        if not self.config.needs_costs or not budget.groups:
+        if self.config.allocation is None and any(not group.uses for group in budget.groups):
+            self._allocate = uniform  # what no weight reads has no predicted loss
+        if not self.needs_costs or not budget.groups:
             self.allocate(budget, groups, None)
         else:
             check_patterns("exclude", self.config.exclude, groups, held_by)
             check_reach(self._part(budget), float(self.config.sparsity), self.config.round_to)  # type: ignore[arg-type]
 
-    def measure(self, analysis: Analysis, batches: list[list[Any]], fingerprint: str, consumers: Consumers, advance: Callable[[float], None]) -> Costs | None:
+    def measure(
+        self,
+        consumers: Consumers,
+        batches: list[list[Any]],
+        fingerprint: str,
+        advance: Callable[[float], None],
+        costs: Costs | None = None,
+        part: int = MEASURED,
+    ) -> Costs | None:
         """Observe the dense model, forward and, where there is a loss, back: the cost curves if the allocation wants them, and gradients for the score.
 
         Args:
-            batches: of calibration; the first eighth of them serves.
-            consumers: those of the analysis; what needs gradients stays with them.
+            consumers: of the analysis to measure; what needs gradients stays with them.
+            batches: of calibration.
+            fingerprint: of the model.
+            costs: the cost curves, where they were measured before.
+            part: one in so many batches is run, the first ones, and more of them where tokens are few.
         """
         config = self.config
-        wanted = {**self._score.statistics, **OBS.statistics} if config.needs_costs else self._gradients
-        if not config.needs_costs and (not self._gradients or config.loss is None):
-            return None
-        some = batches[: max(1, len(batches) // MEASURED)]
-        marks = Marks(analysis.program, some, config.padding_mask, hold_out=False)
-        loss = None if config.loss is None else resolve_loss(config.loss)
-        observe_batches(consumers, some, wanted, loss, marks, advance)
-        with torch.no_grad():
-            costs = Costs(curves_of(consumers, analysis.chosen, self._score), fingerprint) if config.needs_costs else None
+        is_wanted = self.needs_costs and costs is None
+        wanted = {**self._score.statistics, **OBS.statistics} if is_wanted else self._gradients
+        if not self.measures or (not is_wanted and not self._gradients):
+            return costs
+        marks = Marks(consumers.analysis.program, batches, config.padding_mask, hold_out=False)
+        at_least = -(-len(batches) // part)
+        try:
+            observe_batches(consumers, batches, wanted, None if config.loss is None else resolve_loss(config.loss), marks, advance, at_least)
+        except CalibrationError as error:
+            if config.loss != "auto":
+                raise
+            consumers.forget()
+            observe_batches(consumers, batches, wanted, None, marks, advance, at_least)
+            warn(f"{error} Each consumer counts by the relative error of its own output.", CalibrationWarning)
+        if is_wanted:
+            with torch.no_grad():
+                costs = Costs(curves_of(consumers, consumers.analysis.chosen, self._score), fingerprint)
         consumers.forget_activations()
         return costs
 
@@ -102,11 +133,10 @@ class Chooser:
         config = self.config
         if isinstance(config.sparsity, Mapping):
             return lost_by_pattern(budget, config.sparsity, config.round_to)
-        allocate = config.allocator
-        if isinstance(allocate, CostAllocation):
+        if isinstance(self._allocate, CostAllocation):
             assert costs is not None
-            return validate(allocate(budget, config.sparsity, config.round_to, costs), budget)
-        return validate(allocate(budget, config.sparsity, config.round_to), budget)
+            return validate(self._allocate(budget, config.sparsity, config.round_to, costs), budget)
+        return validate(self._allocate(budget, config.sparsity, config.round_to), budget)
 
     def choose(self, consumers: Consumers, lost: list[int], batches: list[list[Any]] | None, advance: Callable[[float], None]) -> Decision:
         """Run the calibration batches, choose what goes and repair what stays."""

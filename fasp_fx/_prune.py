@@ -20,17 +20,20 @@ from ._exactness import carry_out
 from ._observe._calibration import check_calibration, read_batches
 from ._observe._consumers import Consumers
 from ._observe._visit import Decision
-from ._parts._prune import Stages, analyze_in_parts, apply_in_parts, check_parts_help, prune_in_parts
+from ._parts._prune import PARTIAL_LOSSES, Stages, analyze_in_parts, apply_in_parts, check_parts_help, prune_in_parts
 from ._program import Program
 from ._result import Result
 from .allocation import ProgramBudget
 from .analysis import Analysis, analyze_program
 from .config import PruningConfig, PruningOptions
-from .costs import Costs
+from .costs import Costs, check_costs
 from .errors import ArgumentError, CaptureError, PlanError
 from .passes import split_fused
 from .plan import PruningPlan
 from .report import cache_bytes, make_report
+
+#: the part of the progress shown that measuring costs takes, where they are measured
+MEASURING = 0.35
 
 
 def analyze(
@@ -74,6 +77,7 @@ def prune(
     *,
     calibration: Iterable[Any] | None = None,
     config: PruningConfig | None = None,
+    costs: Costs | None = None,
     state: tuple[str, ...] = (),
     dynamic_shapes: Any = None,
     device: torch.device | str | None = None,
@@ -88,6 +92,7 @@ def prune(
         args, kwargs: example inputs.
         calibration: an iterable of batches: tensors, tuples of positional arguments or dicts of keyword arguments.
         config: the options; ``None``: the defaults.
+        costs: cost curves that :func:`fasp_fx.measure` gave, for an allocation that wants them; ``None``: they are measured.
         state: names of arguments and outputs that may become narrower.
         dynamic_shapes: as for ``torch.export.export``; inferred if ``None``.
         device: where to capture and calibrate; batches are moved there. ``None``: the model's device.
@@ -110,7 +115,8 @@ def prune(
     try:
         program = program_of(model, args, kwargs, dynamic_shapes=dynamic_shapes, state=state, device=device)
     except CaptureError as error:
-        check_parts_help(error, model, dynamic_shapes=dynamic_shapes, state=state, padding_mask=config.padding_mask)
+        whole = {} if config.loss in PARTIAL_LOSSES else {"loss": config.loss}
+        check_parts_help(error, model, dynamic_shapes=dynamic_shapes, state=state, padding_mask=config.padding_mask, costs=costs is not None, **whole)
         return prune_in_parts(
             error,
             model,
@@ -123,7 +129,7 @@ def prune(
             progress=progress or (lambda fraction: None),
             on_analysis=on_analysis,
         )
-    analysis, decision = choose(program, config, calibration, device=device, progress=progress, on_analysis=on_analysis, clock=clock)
+    analysis, decision = choose(program, config, calibration, device=device, progress=progress, on_analysis=on_analysis, costs=costs, clock=clock)
     return rewrite(program, analysis, decision, config, clock)
 
 
@@ -140,6 +146,8 @@ def choose(
 ) -> tuple[Analysis, Decision]:
     """Analyse a captured program, calibrate it and choose what goes; see :func:`prune`."""
     _check_weights(program)
+    if costs is not None:
+        check_costs(costs, plans.program_fingerprint(program))
     clock.lap("capture")
     analysis = analyze_program(program, split_fused, config.granularity, config.include)
     chooser, budget, consumers = Chooser(config), ProgramBudget(analysis), Consumers(analysis)
@@ -149,11 +157,13 @@ def choose(
         on_analysis(analysis)
     advance = progress or (lambda fraction: None)
     batches = read_batches(program, calibration, None if device is None else torch.device(device)) if config.needs_data else None
-    if batches is not None:
-        costs = chooser.measure(analysis, batches, plans.program_fingerprint(program), consumers, advance) if costs is None else costs
+    share = 0.0
+    if batches is not None and chooser.measures:
+        share = MEASURING
+        costs = chooser.measure(consumers, batches, plans.program_fingerprint(program), lambda fraction: advance(share * fraction), costs)
         clock.lap("measuring")
     lost = chooser.allocate(budget, analysis.groups, costs)
-    decision = chooser.choose(consumers, lost, batches, advance)
+    decision = chooser.choose(consumers, lost, batches, lambda fraction: advance(share + (1 - share) * fraction))
     clock.lap("calibration")
     return analysis, decision
 

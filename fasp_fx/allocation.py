@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -211,7 +212,7 @@ def _hull(counts: np.ndarray, losses: np.ndarray) -> list[tuple[float, int, int]
         while len(hull) > 1 and _slope(counts, losses, hull[-2], hull[-1]) >= _slope(counts, losses, hull[-1], place):
             hull.pop()
         hull.append(place)
-    return [(_slope(counts, losses, first, last), first, last) for first, last in zip(hull, hull[1:], strict=False)]
+    return [(_slope(counts, losses, first, last), first, last) for first, last in pairwise(hull)]
 
 
 def _slope(counts: np.ndarray, losses: np.ndarray, first: int, last: int) -> float:

@@ -9,10 +9,11 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields, replace
 from typing import Any, Literal, TypedDict
 
+from ._scores import resolve_score
 from .allocation import Allocation, CostAllocation, Global, uniform
 from .errors import ArgumentError, SparsityError
 from .losses import Loss, resolve_loss
-from .scoring import Score, resolve
+from .scoring import Score
 
 #: of the JSON form
 VERSION = 1
@@ -23,9 +24,10 @@ class PruningOptions(TypedDict, total=False):
     """The fields of :class:`PruningConfig` as keyword arguments, for type checkers."""
 
     sparsity: float | Mapping[str, float]
-    score: Literal["fasp", "obs", "magnitude", "random"] | Score
+    quality: Literal["fast", "balanced"]
+    score: Literal["fasp", "obs", "magnitude", "random"] | Score | None
     restore: Literal["least-squares"] | None
-    allocation: Literal["uniform", "global"] | Allocation
+    allocation: Literal["uniform", "global"] | Allocation | None
     loss: Literal["auto", "outputs", "next-token"] | Loss | None
     propagate: bool
     granularity: Iterable[str]
@@ -43,11 +45,14 @@ class PruningConfig:
         sparsity: the fraction to remove of the weights of linear operators in prunable and exempt groups, in (0, 1). Or a mapping from name patterns to
             the fraction of channel sets that each group loses: the first pattern that matches a weight that loses columns with the group counts
             (a group bears the name of one), and groups that no pattern matches stay whole.
+        quality: what stands for ``score=None`` and ``allocation=None``. ``"fast"``: ``"fasp"`` and ``"uniform"``, the paper's method; ``"balanced"``: ``"obs"``
+            and ``"global"``, in about twice the time (docs/choosing.md has figures). Without ``restore``, which ``"obs"`` counts on, as ``"fast"``.
         score: what goes first. ``"fasp"``: the paper's score; ``"obs"``: the least loss once what stays was repaired (:class:`fasp_fx.obs.OBS`);
             ``"magnitude"``, ``"random"``: without data; or a callable or :class:`fasp_fx.scoring.GroupScore` of your own.
         restore: ``"least-squares"`` or ``None``.
         allocation: ``"uniform"``: every prunable group loses the same fraction; ``"global"``: one threshold for all, by predicted losses that are measured
-            first (:class:`fasp_fx.allocation.Global`); or one of your own (:data:`fasp_fx.allocation.Allocation`).
+            first (:class:`fasp_fx.allocation.Global`); or one of your own (:data:`fasp_fx.allocation.Allocation`). ``None``: ``"global"`` with the score
+            ``"obs"``, where every group has a predicted loss, and ``"uniform"`` otherwise.
         loss: what ``score="obs"`` and ``allocation="global"`` predict the rise of, by its gradients on some of the calibration batches: ``"next-token"``,
             ``"outputs"``: the squared error of all outputs; or a function of outputs and arguments (:mod:`fasp_fx.losses`). ``"auto"``: next tokens in
             :func:`fasp_fx.hf.prune`, else outputs. ``None``: no gradients; each consumer counts by the relative error of its own output.
@@ -71,9 +76,10 @@ class PruningConfig:
     """
 
     sparsity: float | Mapping[str, float] = 0.2
-    score: Literal["fasp", "obs", "magnitude", "random"] | Score = "fasp"
+    quality: Literal["fast", "balanced"] = "balanced"
+    score: Literal["fasp", "obs", "magnitude", "random"] | Score | None = None
     restore: Literal["least-squares"] | None = "least-squares"
-    allocation: Literal["uniform", "global"] | Allocation = "uniform"
+    allocation: Literal["uniform", "global"] | Allocation | None = None
     loss: Literal["auto", "outputs", "next-token"] | Loss | None = "auto"
     propagate: bool = True
     granularity: Iterable[str] = ("channel",)
@@ -84,14 +90,16 @@ class PruningConfig:
 
     def __post_init__(self) -> None:
         _check_sparsity(self.sparsity)
-        resolve(self.score)
+        if self.quality not in ("fast", "balanced"):
+            raise ArgumentError(f"quality={self.quality!r} is not known; use 'fast' or 'balanced'")
+        resolve_score(self.named_score)
         if self.restore not in ("least-squares", None):
             raise ArgumentError(f"restore={self.restore!r} is not known; use 'least-squares' or None")
         if self.loss is not None:
             resolve_loss(self.loss)
-        if self.allocation not in ("uniform", "global") and not callable(self.allocation):
+        if self.allocation not in (None, "uniform", "global") and not callable(self.allocation):
             raise ArgumentError(f"allocation={self.allocation!r} is not known; use 'uniform', 'global' or a callable (fasp_fx.allocation.Allocation)")
-        if self.allocation != "uniform" and isinstance(self.sparsity, Mapping):
+        if self.allocation not in (None, "uniform") and isinstance(self.sparsity, Mapping):
             raise ArgumentError("a sparsity for each pattern is an allocation by itself; leave allocation= out, or give one sparsity")
         if not isinstance(self.round_to, int) or isinstance(self.round_to, bool) or self.round_to < 1:
             raise ArgumentError(f"round_to={self.round_to!r} is not a positive integer")
@@ -122,19 +130,22 @@ class PruningConfig:
     @property
     def needs_data(self) -> bool:
         """Whether calibration data is needed."""
-        return resolve(self.score).needs_data or self.restore is not None or self.needs_costs
+        return resolve_score(self.named_score).needs_data or self.restore is not None or isinstance(self.allocator, CostAllocation)
 
     @property
-    def needs_costs(self) -> bool:
-        """Whether the allocation wants cost curves."""
-        return isinstance(self.allocator, CostAllocation)
+    def named_score(self) -> Literal["fasp", "obs", "magnitude", "random"] | Score:
+        """The score, or what stands for it where none is given."""
+        if self.score is not None:
+            return self.score
+        return "obs" if self.quality == "balanced" and self.restore is not None else "fasp"
 
     @property
     def allocator(self) -> Allocation:
         """The function that the allocation stands for."""
         if callable(self.allocation):
             return self.allocation
-        return Global() if self.allocation == "global" else uniform
+        is_global = self.named_score == "obs" and not isinstance(self.sparsity, Mapping) if self.allocation is None else self.allocation == "global"
+        return Global() if is_global else uniform
 
     @property
     def requested(self) -> float | None:

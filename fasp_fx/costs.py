@@ -97,4 +97,21 @@ class Costs(Mapping[str, CostCurve]):
             raise ArgumentError(f"cost curves cannot be read from {str(file)!r}: {error}") from error
 
 
-__all__ = ["CostCurve", "Costs"]
+def check_costs(costs: Costs, fingerprint: str) -> None:
+    """Refuse cost curves of another model.
+
+    Args:
+        fingerprint: of the model that is to be pruned.
+
+    Raises:
+        ArgumentError: they are of another, or none.
+    """
+    if not isinstance(costs, Costs):
+        raise ArgumentError(f"costs is a {type(costs).__name__}; pass what fasp_fx.measure returned")
+    if costs.fingerprint != fingerprint:
+        raise ArgumentError(
+            f"the cost curves are of another model: its fingerprint is {costs.fingerprint[:12]}…, this model's is {fingerprint[:12]}…; measure this one"
+        )
+
+
+__all__ = ["CostCurve", "Costs", "check_costs"]

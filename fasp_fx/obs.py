@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import ClassVar
+
 import numpy as np
 import torch
 from torch import Tensor
 
 from .scoring import Columns, GroupColumns, GroupScore, Order
-from .statistics import InputGradients, precise
+from .statistics import InputGradients, MakeStatistic, precise
 
 #: the diagonal of the Gram matrix is raised by this part of its mean, as OSSCAR (arXiv 2403.12983) and ZipLM (2302.04089) do
 DAMPING = 1e-2
@@ -20,10 +23,11 @@ SHRINKAGE = 0.1
 class OBS(GroupScore):
     """Removes what is cheapest once all that stays was repaired to make up for it.
 
-    With G = XᵀX of a consumer W and Q = WᵀSW, where S is the covariance of the gradients at its output, removing the columns P and repairing the others costs
-    ``½ tr(([G⁻¹]_PP)⁻¹ Q_PP)`` (ZipLM, arXiv 2302.04089, equation 4; OSSCAR, 2403.12983; with output gradients LLM Surgeon, 2312.17244). A column that others can
-    stand in for is cheap, however large it is. Costs of all consumers of a group are added. Without gradients S is the unit matrix, divided by ‖XWᵀ‖²_F, and
-    the loss is the relative squared error of the outputs.
+    With G = XᵀX of a consumer W and Q = WᵀSW, where S is the covariance of the gradients at its output, removing
+    the columns P and repairing the others costs ``½ tr(([G⁻¹]_PP)⁻¹ Q_PP)`` (ZipLM, arXiv 2302.04089; OSSCAR,
+    2403.12983; with output gradients LLM Surgeon, 2312.17244). A column that others can stand in for is cheap,
+    however large it is. Costs of all consumers of a group are added. Without gradients S is the unit matrix, divided
+    by ‖XWᵀ‖²_F, and the loss is the relative squared error of the outputs.
 
     Args:
         damping: raises the diagonal of G by this part of its mean.
@@ -31,8 +35,8 @@ class OBS(GroupScore):
         shrinkage: the part of Q that comes from a multiple of the unit matrix in the place of S.
     """
 
-    statistics = {"gradients": InputGradients}
-    predicts = True
+    statistics: ClassVar[Mapping[str, MakeStatistic]] = {"gradients": InputGradients}
+    predicts: ClassVar[bool] = True
 
     def __init__(self, damping: float = DAMPING, rounds: int = ROUNDS, shrinkage: float = SHRINKAGE) -> None:
         self.damping, self.rounds, self.shrinkage = damping, rounds, shrinkage

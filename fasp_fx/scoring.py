@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import ClassVar, Literal
+from typing import ClassVar
 
 import numpy as np
 import torch
@@ -159,28 +159,3 @@ def by_value(group: GroupColumns, values: np.ndarray) -> Order:
     if not np.isfinite(values).all():
         raise CalibrationError(f"the scores of group '{group.name}' are not finite; check the weights and the calibration data")
     return Order(np.stack([members[np.argsort(values[members], kind="stable")] for members in group.members]))
-
-
-def resolve(score: Literal["fasp", "magnitude", "random", "obs"] | Score) -> GroupScore:
-    """The score of groups that a name, or a score of columns, stands for (a function is taken to need calibration data).
-
-    Raises:
-        ArgumentError: an unknown name.
-    """
-    from .obs import OBS
-
-    if isinstance(score, GroupScore):
-        return score
-    if score == "obs":
-        return OBS()
-    if callable(score):
-        return ByColumns(score)
-    if score == "fasp":
-        return ByColumns(fasp)
-    if score == "magnitude":
-        return ByColumns(magnitude, needs_data=False)
-    if score == "random":
-        return ByColumns(Random(), needs_data=False)
-    raise ArgumentError(
-        f"score={score!r} is not known; use 'fasp', 'obs', 'magnitude', 'random', a callable from fasp_fx.scoring.Columns to a tensor, or a GroupScore"
-    )

@@ -121,7 +121,9 @@ class SplitGram:
 
 
 class InputGradients:
-    """Accumulates ``HᵀH`` of the gradients H = gW of a loss with respect to a consumer's input, for WᵀSW with the covariance S of the gradients g at its output.
+    """Accumulates ``HᵀH`` of the gradients of a loss with respect to a consumer's input.
+
+    Since H = gW, the mean is WᵀSW with the covariance S of the gradients g at the consumer's output.
 
     Where the gradient with respect to the input cannot be told consumer by consumer, the mean square of the gradients at its output is kept alone.
 

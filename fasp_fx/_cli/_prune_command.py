@@ -34,7 +34,9 @@ class Request:
     calibration: Path | None
     text: Path | None
     round_to: int
-    score: str
+    quality: str
+    score: str | None
+    allocation: str | None
     restore: bool
     batches: int
     length: int
@@ -151,7 +153,7 @@ class Job:
         request = self.request
         self.stages.begin("capturing and analysing the model")
         asked: dict[str, Any] = {name: value for name, value in (("granularity", request.granularity), ("include", request.include)) if value}
-        asked["score"] = request.score
+        asked |= {"quality": request.quality, "score": request.score, "allocation": request.allocation}
         return prune(
             self.model,
             self.texts.tokenizer,

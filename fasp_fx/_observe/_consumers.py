@@ -84,6 +84,11 @@ class Consumers:
             consumer.grams = None
             consumer.seen = [{name: statistic for name, statistic in seen.items() if statistic.needs_gradient} for seen in consumer.seen]
 
+    def forget(self) -> None:
+        """Keep nothing of what was seen."""
+        for consumer in self.by_key.values():
+            consumer.grams, consumer.seen = None, []
+
     def columns(self, group: Group, consumer: Consumer, weight: Tensor) -> list[Columns]:
         """A consumer as a score sees it, block by block.
 

@@ -19,6 +19,9 @@ from ._marks import Marks
 from ._matrices import ConsumerMatrices, token_dims
 from ._runner import Runner
 
+#: tokens for each column of a consumer from which its Gram matrix says enough to predict losses
+ENOUGH = 2.5
+
 
 def observe_batches(
     consumers: Consumers,
@@ -27,6 +30,7 @@ def observe_batches(
     loss: Loss | None,
     marks: Marks,
     progress: Callable[[float], None],
+    at_least: int,
 ) -> None:
     """Show every consumer the dense model's activations, and where a loss is given, its gradients with respect to them.
 
@@ -36,6 +40,7 @@ def observe_batches(
         wanted: what to observe beside the Gram matrix.
         loss: what gradients are of; ``None``: none are taken.
         marks: which tokens are padding.
+        at_least: so many batches are run, and more where a consumer saw few tokens for its columns, if there are.
 
     Raises:
         CalibrationError: the batches do not run forward or back, the loss fails or does not depend on the consumers, or something is not finite.
@@ -48,13 +53,26 @@ def observe_batches(
             run.advance(len(run.nodes) - 1)
             if loss is not None:
                 terms += run.back(_terms(program, run, batch, loss, index))
-        progress((index + 1) / len(batches))
+        done = index + 1 >= at_least and _saw_enough(consumers)
+        progress(1.0 if done else min(index + 1, at_least) / max(at_least, index + 2))
+        if done:
+            break
     _check(consumers, loss is not None)
     for consumer in consumers.by_key.values():
         for seen in consumer.seen:
             for statistic in seen.values():
                 if isinstance(statistic, InputGradients):
                     statistic.terms = terms
+
+
+def _saw_enough(consumers: Consumers) -> bool:
+    """Whether all consumers whose tokens are not routed saw enough of them for their columns."""
+    return all(
+        gram.tokens >= ENOUGH * len(gram.fitted.matrix)
+        for consumer in consumers.by_key.values()
+        if all(use.route is None for use in consumer.uses)
+        for gram in consumer.grams or ()
+    )
 
 
 class _Run(Runner):

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from ..analysis import Analysis
 from ..channels import Use
 from ..errors import CalibrationError
 from ..groups import Group

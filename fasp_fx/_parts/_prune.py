@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -10,16 +10,23 @@ from torch import nn
 
 from .. import plan as plans
 from .._chooser import Chooser
+from .._observe._consumers import Consumers
 from .._observe._visit import Decision
+from .._selection import PartialBudget
 from ..analysis import Analysis
+from ..costs import CostCurve, Costs
 from ..errors import ArgumentError, CaptureError, ExportError, PlanError
 from ..plan import PruningPlan
 from ._analysis import PartsAnalysis
 from ._assembly import Assembly, Stages, whole_fingerprint
+from ._calls import Call
 from ._inputs import graph_inputs, recorded, user_batches
 from ._names import group_within, plan_of_part
 from ._result import PartsResult
 from ._stand_in import put
+
+#: losses that make sense for a part of a model by itself
+PARTIAL_LOSSES = ("auto", "outputs", None)
 
 
 def prune_in_parts(
@@ -49,12 +56,17 @@ def prune_in_parts(
     assembly = Assembly(error, model, args, kwargs, stages, device)
     config = chooser.config
     groups = [group_within(part.path, group) for part in assembly.parts for group in part.analysis.groups]
-    shares = assembly.budget.split(chooser.allocate(assembly.budget, groups))
+    chooser.check(assembly.budget, groups)
     if on_analysis is not None:
         for part in assembly.parts:
             on_analysis(part.analysis)
     with assembly.timed("calibration"):
         batches = user_batches(calibration, assembly.device) if config.needs_data else None
+    consumers = {part.path: Consumers(part.analysis) for part in assembly.parts}
+    with assembly.timed("measuring"):
+        costs, reached = _measured(assembly, chooser, batches, consumers)
+    budget = PartialBudget(assembly.budget, reached)
+    shares = assembly.budget.split(budget.spread(chooser.allocate(budget, groups, costs)))
     modules: dict[str, nn.Module] = {}
     for index, (part, lost) in enumerate(zip(assembly.parts, shares, strict=True)):
         progress(index / len(assembly.parts))
@@ -71,7 +83,7 @@ def prune_in_parts(
             def advance(fraction: float, done: int = index) -> None:
                 progress((done + fraction) / len(assembly.parts))
 
-            decision = chooser.choose(part.analysis, lost, flat if batches is not None else None, advance)
+            decision = chooser.choose(consumers[part.path], lost, flat if batches is not None else None, advance)
             del flat
         if assembly.place(part, decision, calls) and not config.propagate:
             modules[part.path] = assembly.results[part.path].module
@@ -81,6 +93,21 @@ def prune_in_parts(
         if part.path in modules:
             put(assembly.model, part.paths, modules[part.path])
     return assembly.result(config)
+
+
+def _measured(
+    assembly: Assembly, chooser: Chooser, batches: list[Call] | None, consumers: Mapping[str, Consumers]
+) -> tuple[Costs | None, list[bool]]:
+    """What every part costs, each by its own outputs, and which groups the calibration data reach."""
+    curves: dict[str, CostCurve] = {}
+    reached: list[bool] = []
+    for part, budget in zip(assembly.parts, assembly.budget.budgets, strict=True):
+        calls = [] if batches is None or not chooser.measures else recorded(assembly.model, part.module, batches)
+        flat = graph_inputs(part, calls)[0]
+        found = chooser.measure(consumers[part.path], flat, "", lambda fraction: None) if flat else None
+        curves |= {group_within(part.path, group).name: found[group.name] for group in budget.groups if found is not None and group.name in found}
+        reached += [found is not None or not chooser.needs_costs] * len(budget.groups)
+    return Costs(curves, "") if chooser.needs_costs else None, reached
 
 
 def analyze_in_parts(error: CaptureError, model: Any, args: Any, kwargs: dict[str, Any] | None, stages: Stages) -> PartsAnalysis:

@@ -16,7 +16,6 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from .._observe._calibration import calibration_calls, check_calibration
 from .._prune import prune
 from .._result import Result
-from ..allocation import uniform
 from ..analysis import Analysis
 from ..config import PruningConfig, PruningOptions
 from ..errors import ArgumentError, VerificationError, first_line
@@ -24,7 +23,7 @@ from ..evaluation import device_of
 from ..groups import PRUNABLE
 from ..report import Report
 from ._experiments import Assignment, Experiments, Path, quiet, written
-from ._settings import Settings
+from ._settings import Settings, settings_of
 from ._weights import smaller_weights
 
 #: tokens of an example where there is no calibration data to take one from
@@ -91,7 +90,7 @@ def prune_plain(
     if not isinstance(model, PreTrainedModel):
         raise ArgumentError(f"a plain checkpoint is made of a transformers model, not of a {type(model).__name__}; prune it without plain")
     experiments = Experiments(model)
-    settings = Settings(experiments, heads_asked, asked.allocation if callable(asked.allocation) else uniform)
+    settings = settings_of(experiments, heads_asked, asked.allocator)
     if asked.needs_data:
         check_calibration(calibration)
     if example is None:
@@ -105,6 +104,7 @@ def prune_plain(
         config=replace(
             asked,
             allocation=settings,
+            loss="next-token" if asked.loss == "auto" and model.can_generate() else asked.loss,
             granularity=asked.granularity if heads_asked else ("channel", "head"),
             padding_mask="attention_mask" if masked else None,
         ),

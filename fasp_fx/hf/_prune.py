@@ -25,6 +25,7 @@ from .._warn import warn
 from ..analysis import Analysis, analyze_program
 from ..channels import attribute
 from ..config import PruningConfig, PruningOptions
+from ..costs import Costs
 from ..errors import ArgumentError, PlanError, VerificationError, VerificationWarning
 from ..passes import split_fused
 from ..plan import PlannedGroup, PruningPlan
@@ -94,6 +95,7 @@ def prune(
     *,
     calibration: Iterable[Any] | None = None,
     config: PruningConfig | None = None,
+    costs: Costs | None = None,
     plain: bool = False,
     device: torch.device | str | None = None,
     progress: Callable[[float], None] | None = None,
@@ -108,6 +110,7 @@ def prune(
         calibration: an iterable of batches: token numbers ``[batch, tokens]``, or dicts with ``input_ids`` and, where needed, ``attention_mask``;
             for an encoder-decoder also ``decoder_input_ids``. Tokens that the mask hides enter neither scores nor repairs.
         config: the options; ``None``: the defaults.
+        costs: as for :func:`fasp_fx.prune`; not with ``plain``.
         plain: keep to what the architecture's own configuration can say, and return a model of the original class.
         device: where to capture and calibrate; ``None``: the model's device.
         progress, on_analysis: as for :func:`fasp_fx.prune`.
@@ -128,6 +131,8 @@ def prune(
     if plain:
         from ._plain import prune_plain
 
+        if costs is not None:
+            raise ArgumentError("a plain checkpoint measures its own costs, field by field of its config; leave costs= out")
         found = prune_plain(model, calibration=calibration, config=config, device=device, progress=progress, on_analysis=on_analysis, **options)
         return Pruned(found.model, found.result.plan, found.report, tokenizer)
     stages = stages_of(model)
@@ -135,6 +140,8 @@ def prune(
         raise ArgumentError("padding_mask= is not for fasp_fx.hf.prune, which takes the mask of the batches; leave it out")
     masked = {"padding_mask": "attention_mask"} if "attention_mask" in stages.accepts else {}
     asked = PruningConfig.of(config, {**options, **masked})
+    if asked.loss == "auto":
+        asked = replace(asked, loss="next-token")
     if asked.needs_data:
         check_calibration(calibration)
     clock = Timings()
@@ -145,7 +152,7 @@ def prune(
     batches = None
     if calibration is not None:
         batches = stages.batches(calibration, FlatProgram.of(program.module).cache_sizes())
-    analysis, decision = choose(program, asked, batches, device=where, progress=progress, on_analysis=on_analysis, clock=clock)
+    analysis, decision = choose(program, asked, batches, device=where, progress=progress, on_analysis=on_analysis, costs=costs, clock=clock)
     others = stages.served()
     if others:
         served = [_served(other, device, asked) for other in others]

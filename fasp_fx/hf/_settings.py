@@ -9,7 +9,8 @@ from itertools import product
 import numpy as np
 
 from .._parts._budget import JoinedBudget
-from ..allocation import Allocation, Budget, lost_per_block, uniform, validate
+from ..allocation import Allocation, Budget, CostAllocation, lost_per_block, uniform, validate
+from ..costs import CostCurve, Costs
 from ..errors import CaptureError, NothingPrunableError, SparsityError
 from ..groups import Group
 from ._dials import Dial, Family, Search
@@ -35,6 +36,14 @@ class _DialBudget(Budget):
     def losses(self, turned: Sequence[int]) -> dict[str, int]:
         """Channel sets per block that each group loses."""
         return {**self.settled, **{name: times * turns for dial, turns in zip(self.dials, turned, strict=True) for name, times in dial.groups.items()}}
+
+    def joined(self, costs: Costs) -> Costs:
+        """The cost curve of each dial, by the name of the group that stands for it: of all groups that it turns."""
+        curves = {}
+        for dial, group in zip(self.dials, self.groups, strict=True):
+            own = [costs[name].losses[::times] for name, times in dial.groups.items()]
+            curves[group.name] = CostCurve(np.sum([losses[: min(map(len, own))] for losses in own], 0))
+        return Costs(curves, costs.fingerprint)
 
     def sparsity(self, lost: Sequence[int]) -> float:
         turned = [sets // group.blocks for sets, group in zip(lost, self.groups, strict=True)]
@@ -71,7 +80,7 @@ class Settings:
         self.losses: dict[str, int] = {}
         self._families: list[Family] = []
 
-    def __call__(self, budget: Budget, sparsity: float, round_to: int) -> list[int]:
+    def __call__(self, budget: Budget, sparsity: float, round_to: int, costs: Costs | None = None) -> list[int]:
         """Channel sets lost per block of each group.
 
         Raises:
@@ -90,7 +99,7 @@ class Settings:
         channels = [dial for dial in dials if dial not in heads]
         level = self._level(budget, heads, channels, sparsity, round_to)
         free = _DialBudget(budget, channels, _DialBudget(budget, heads, {}).losses(level.turned))
-        wanted = validate(self.allocate(free, sparsity, round_to), free) if channels else []
+        wanted = validate(self._shared(free, sparsity, round_to, costs), free) if channels else []
         turned = [_possible(dial, turns) for dial, turns in zip(channels, wanted, strict=True)]
         self.losses = {name: lost for name, lost in free.losses(turned).items() if lost}
         if not self.losses:
@@ -108,6 +117,13 @@ class Settings:
             choices.append([assignment if any(wanted.values()) else {} for assignment in said])
         for chosen in product(*choices):
             yield {path: value for assignment in chosen for path, value in assignment.items()}
+
+    def _shared(self, free: _DialBudget, sparsity: float, round_to: int, costs: Costs | None) -> list[int]:
+        """How far the dials of channels are turned."""
+        if not isinstance(self.allocate, CostAllocation):
+            return self.allocate(free, sparsity, round_to)
+        assert costs is not None
+        return self.allocate(free, sparsity, round_to, free.joined(costs))
 
     def _level(self, budget: Budget, heads: Sequence[Dial], channels: Sequence[Dial], sparsity: float, round_to: int) -> _Level:
         """How many heads go."""
@@ -138,6 +154,15 @@ class Settings:
         """The sparsity when channels lose the same fraction as heads."""
         free = _DialBudget(budget, channels, _DialBudget(budget, heads, {}).losses(level.turned))
         return free.sparsity([lost_per_block(group.width, level.fraction, round_to) * group.blocks for group in free.groups])
+
+
+class CostSettings(Settings, CostAllocation):
+    """Settings whose channels are shared out by what they cost."""
+
+
+def settings_of(experiments: Experiments, heads_asked: bool, allocate: Allocation) -> Settings:
+    """An allocation that stays within what a config can say, and shares out channels as another does."""
+    return (CostSettings if isinstance(allocate, CostAllocation) else Settings)(experiments, heads_asked, allocate)
 
 
 def _of_heads(dial: Dial, groups: Mapping[str, Group]) -> bool:

@@ -1,0 +1,92 @@
+"""What each score and allocation costs and brings, on SmolLM2-135M and on the encoder MiniLM-L6. Resumes where it was stopped.
+
+SmolLM2: perplexity on chunks 100-139 after calibration on chunks 0-31, and accuracies of tasks where files are given. MiniLM: mean cosine of 1,000 sentences
+with the dense model's embeddings after calibration on 512 others.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import pathlib
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import sentences
+import torch
+from _protocol import CALIBRATION, EVALUATION, chunks, smollm2
+
+import fasp_fx
+from fasp_fx.evaluation import perplexity, tasks
+
+METHODS = ("fasp,uniform", "fasp,global", "obs,uniform", "obs,global")
+Measure = Callable[[Any], dict[str, float]]
+
+
+def language(options: argparse.Namespace) -> tuple[Any, dict[str, Any], list[Any], Measure, dict[str, Any]]:
+    """SmolLM2: model, example, calibration, what is measured, and options of its own."""
+    model, tokenizer = smollm2(options.device)
+    data = chunks(tokenizer, options.text, options.device)
+    batches = [{"input_ids": row[None]} for row in data[:CALIBRATION]]
+
+    def measure(module: Any) -> dict[str, float]:
+        found = {"perplexity": perplexity(module, data[EVALUATION][: options.evaluation])}
+        for score in tasks(module, tokenizer, options.tasks, limit=options.limit) if options.tasks else ():
+            found[score.task] = score.value
+        return found
+
+    return model, {"input_ids": data[:1], "use_cache": False}, batches, measure, {"loss": "next-token"}
+
+
+def encoder(options: argparse.Namespace) -> tuple[Any, dict[str, Any], list[Any], Measure, dict[str, Any]]:
+    """MiniLM, likewise."""
+    model, tokenizer = sentences.minilm(options.device)
+    text = sentences.sentences(options.text)
+    half = len(text) // 2
+    data = sentences.padded(tokenizer, sentences.spread(text[half:], 1000), 32, options.device)
+    calibration = sentences.unpadded(tokenizer, sentences.spread(text[:half], 512), 32, options.device)
+    dense = sentences.embed(model, data)
+
+    def measure(module: Any) -> dict[str, float]:
+        return {"cosine": float(torch.nn.functional.cosine_similarity(dense, sentences.embed(module, data)).mean())}
+
+    return model, dict(data[0]), calibration, measure, {"padding_mask": "attention_mask"}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--text", type=pathlib.Path, required=True, help="WikiText-2 validation text (wikitext2-valid.txt)")
+    parser.add_argument("--out", type=pathlib.Path, required=True, help="results, a line of JSON each; what is there is not measured again")
+    parser.add_argument("--models", nargs="*", choices=["smollm2", "minilm"], default=["smollm2", "minilm"])
+    parser.add_argument("--methods", nargs="*", default=list(METHODS), help="SCORE,ALLOCATION")
+    parser.add_argument("--sparsity", type=float, nargs="*", default=[0.1, 0.2, 0.3, 0.5])
+    parser.add_argument("--evaluation", type=int, default=40, help="chunks of WikiText-2 that are measured, from the 100th on")
+    parser.add_argument("--tasks", nargs="*", default=[], help="files of tasks to measure SmolLM2 on")
+    parser.add_argument("--limit", type=int, help="examples of each task")
+    parser.add_argument("--device", default="cpu")
+    options = parser.parse_args()
+    warnings.simplefilter("ignore", fasp_fx.CalibrationWarning)
+    done = [json.loads(line) for line in options.out.read_text().splitlines()] if options.out.exists() else []
+    for name in options.models:
+        model, example, calibration, measure, own = (language if name == "smollm2" else encoder)(options)
+        captured = fasp_fx.capture(model, (), example)
+        for method, sparsity in [("dense", 0.0), *((method, sparsity) for sparsity in options.sparsity for method in options.methods)]:
+            key = {"model": name, "method": method, "sparsity": sparsity, "evaluation": options.evaluation, "tasks": sorted(map(str, options.tasks))}
+            if any(key.items() <= found.items() for found in done):
+                continue
+            found: dict[str, Any] = dict(key)
+            if method == "dense":
+                found |= measure(model)
+            else:
+                score, allocation = method.split(",")
+                result = fasp_fx.prune(captured, calibration=calibration, sparsity=sparsity, score=score, allocation=allocation, **own)  # type: ignore[arg-type]
+                found |= measure(result.module)
+                found |= {"seconds": {stage: round(spent, 1) for stage, spent in result.report.seconds.items()}, "reached": result.report.sparsity}
+            with options.out.open("a") as out:
+                out.write(json.dumps(found) + "\n")
+            print(found, flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,65 @@
+"""Measure what the groups of a model cost, once for several prunings."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import replace
+from typing import Any, Unpack
+
+import torch
+
+from . import plan as plans
+from ._captured import Captured, Model, capture
+from ._chooser import Chooser
+from ._observe._calibration import check_calibration, read_batches
+from ._observe._consumers import Consumers
+from ._prune import analyze
+from .allocation import CostAllocation
+from .config import PruningConfig, PruningOptions
+from .costs import Costs
+
+
+def measure(
+    model: Model | Captured,
+    args: Any = (),
+    kwargs: dict[str, Any] | None = None,
+    *,
+    calibration: Iterable[Any],
+    config: PruningConfig | None = None,
+    state: tuple[str, ...] = (),
+    dynamic_shapes: Any = None,
+    device: torch.device | str | None = None,
+    progress: Callable[[float], None] | None = None,
+    **options: Unpack[PruningOptions],
+) -> Costs:
+    """Predict what each coupled group costs, channel set by channel set.
+
+    The dense model runs on the batches, forward and, unless ``loss=None``, back. The curves serve :func:`fasp_fx.prune` for any number of sparsities, with the
+    same ``score``, ``granularity`` and ``include``.
+
+    Args:
+        model, args, kwargs, state, dynamic_shapes, device: as for :func:`fasp_fx.prune`; a model that cannot be captured whole is not measured by itself.
+        calibration: an iterable of batches; all of them are run, and what autograd keeps of one has to fit the device. Some thousand tokens do.
+        config, options: as for :func:`fasp_fx.prune`; ``score``, ``loss``, ``granularity``, ``include`` and ``padding_mask`` count.
+        progress: called with the fraction of the batches done.
+
+    Raises:
+        ArgumentError: an option is not known or out of range.
+        CalibrationError: the batches do not fit, the loss fails or does not depend on the weights, or its gradients vanish or are not finite.
+        CaptureError: see :func:`fasp_fx.capture`.
+    """
+    asked = PruningConfig.of(config, options)
+    if not isinstance(asked.allocator, CostAllocation):
+        asked = replace(asked, sparsity=asked.requested or 0.2, allocation="global")
+    check_calibration(calibration)
+    captured = model if isinstance(model, Captured) else capture(model, args, kwargs, dynamic_shapes=dynamic_shapes, state=state, device=device)
+    program = captured.program
+    analysis = analyze(captured, granularity=asked.granularity, include=asked.include)
+    batches = read_batches(program, calibration, None if device is None else torch.device(device))
+    advance = progress or (lambda fraction: None)
+    costs = Chooser(asked).measure(Consumers(analysis), batches, plans.program_fingerprint(program), advance, part=1)
+    assert costs is not None
+    return costs
+
+
+__all__ = ["measure"]

@@ -1,0 +1,258 @@
+"""Cost curves and one threshold for all groups; scores, allocations and statistics of one's own, as a user writes them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from itertools import product
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+import pytest
+import torch
+from captures import one_capture
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from test_submodules import Forks, X
+from torch import Tensor, nn
+from zoo import ZOO
+
+import fasp_fx
+from fasp_fx.allocation import Budget, CostAllocation, Global, deepest_loss
+from fasp_fx.groups import Group
+from fasp_fx.scoring import GroupColumns, GroupScore, Order
+from fasp_fx.statistics import InputGradients, MakeStatistic
+
+DATA = [torch.randn(30, 8, generator=torch.Generator().manual_seed(index)) for index in range(8)]
+
+
+class Deep(nn.Module):
+    """Three hidden layers, of which the second matters least: a small factor follows it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.layers = nn.ModuleList(nn.Sequential(nn.Linear(8, 16), nn.GELU(), nn.Linear(16, 8)) for _ in range(3))
+        self.factors = (1.0, 0.01, 1.0)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer, factor in zip(self.layers, self.factors, strict=True):
+            x = x + factor * layer(x)
+        return x
+
+
+class Linear(Budget):
+    """Groups whose channel sets take a fixed share of the weights along."""
+
+    def __init__(self, widths: list[int], shares: list[int]) -> None:
+        groups = [Group(str(index), width, 1, "prunable", "", (), ()) for index, width in enumerate(widths)]
+        super().__init__(groups, sum(width * share for width, share in zip(widths, shares, strict=True)))
+        self.shares = shares
+
+    def sparsity(self, lost: Any) -> float:
+        return sum(count * share for count, share in zip(lost, self.shares, strict=True)) / self.total
+
+
+@given(st.data())
+@settings(max_examples=60, deadline=None)
+def test_no_other_allocation_of_convex_costs_is_better(data: st.DataObject) -> None:
+    count = data.draw(st.integers(1, 3))
+    widths = data.draw(st.lists(st.integers(2, 6), min_size=count, max_size=count))
+    shares = data.draw(st.lists(st.integers(1, 3), min_size=count, max_size=count))
+    budget = Linear(widths, shares)
+    steps = [sorted(data.draw(st.lists(st.floats(0.01, 10), min_size=width, max_size=width))) for width in widths]
+    curves = {str(index): fasp_fx.CostCurve(np.array([0.0, *np.cumsum(own)])) for index, own in enumerate(steps)}
+    costs = fasp_fx.Costs(curves, "")
+    sparsity = data.draw(st.floats(0.05, budget.reach(1)))
+    lost = Global()(budget, sparsity, 1, costs)
+    spent, reached = costs.predicted({str(index): one for index, one in enumerate(lost)}), budget.sparsity(lost)
+    assert abs(reached - sparsity) <= max(shares) / budget.total / 2 + 1e-9
+    for other in product(*(range(deepest_loss(group) + 1) for group in budget.groups)):
+        if budget.sparsity(other) >= reached - 1e-12:
+            step = max(curve.losses[lost[int(name)]] - curve.losses[max(lost[int(name)] - 1, 0)] for name, curve in curves.items())
+            least = costs.predicted({str(index): one for index, one in enumerate(other)})
+            assert spent <= least + step * max(shares) + 1e-9, "more than a last step that is not taken whole is lost"
+
+
+def test_what_matters_least_loses_most() -> None:
+    options: dict[str, Any] = {"calibration": DATA, "allocation": "global", "sparsity": 0.3}
+    with one_capture():
+        for score in ("obs", "fasp", "magnitude"):
+            result = fasp_fx.prune(Deep().eval(), (DATA[0],), score=score, **options)
+            removed = {group.name: group.removed_sets for group in result.plan.groups}
+            assert removed["layers.1.2.weight"] >= 12, score
+            assert abs(result.report.sparsity - 0.3) < 0.02
+
+
+def test_curves_serve_several_sparsities_and_are_saved(tmp_path: Path) -> None:
+    captured = fasp_fx.capture(Deep().eval(), (DATA[0],))
+    costs = fasp_fx.measure(captured, calibration=DATA[:2], score="obs")
+    costs.save(tmp_path / "costs.json")
+    again = fasp_fx.Costs.load(tmp_path / "costs.json")
+    assert {name: curve.losses.tolist() for name, curve in again.items()} == {name: curve.losses.tolist() for name, curve in costs.items()}
+    before: dict[str, int] = {}
+    for sparsity in (0.1, 0.3, 0.5):
+        options: dict[str, Any] = {"calibration": DATA, "score": "obs", "allocation": "global", "sparsity": sparsity}
+        given, own = fasp_fx.prune(captured, costs=again, **options), fasp_fx.prune(captured, **options)
+        assert given.plan == own.plan  # two of eight batches, of 60 tokens for 16 columns, are measured where nothing is given
+        removed = {group.name: group.removed_sets for group in given.plan.groups}
+        assert all(removed.get(name, 0) >= count for name, count in before.items())
+        before = removed
+
+
+@pytest.mark.parametrize("name", ["llama_gqa", "gpt2", "bert"])
+def test_every_architecture_is_measured(name: str) -> None:
+    entry = ZOO[name]
+    batches = [entry.example() for _ in range(4)]
+    captured = fasp_fx.capture(entry.build(), (), entry.example())
+    for loss in ("next-token", "outputs", None):
+        if loss == "next-token" and name == "bert":
+            continue
+        result = fasp_fx.prune(captured, calibration=batches, score="obs", allocation="global", loss=loss, sparsity=0.15)  # type: ignore[arg-type]
+        assert abs(result.report.sparsity - 0.15) < 0.02
+        assert len({line.after / line.before for line in result.report.lines if line.status == "prunable"}) > 1, "every group loses the same"
+
+
+def test_convolutions_are_measured() -> None:
+    torch.manual_seed(0)
+    body = (nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 12, 3, groups=2), nn.ReLU(), nn.Conv2d(12, 6, 1), nn.ReLU())
+    model = nn.Sequential(*body, nn.Flatten(), nn.Linear(96, 4))
+    images = [torch.randn(4, 3, 8, 8) for _ in range(4)]
+    result = fasp_fx.prune(model.eval(), (images[0],), calibration=images, score="obs", allocation="global", sparsity=0.3)
+    assert abs(result.report.sparsity - 0.3) < 0.05
+
+
+def test_parts_are_measured_by_their_own_outputs() -> None:
+    model = Forks().eval()
+    batches = [torch.randn(40, *X.shape[1:]) for _ in range(4)]
+    result = fasp_fx.prune(model, (X,), calibration=batches, score="obs", allocation="global", sparsity=0.2)
+    assert abs(result.report.sparsity - 0.2) < 0.05
+    with pytest.raises(fasp_fx.ArgumentError, match=r"loss=.* captured as a whole"):
+        fasp_fx.prune(model, (X,), calibration=[X], allocation="global", loss=lambda outputs, inputs: outputs["out"].sum())
+
+
+# What a user writes, from public names alone.
+
+
+def test_a_score_by_output_gradients() -> None:
+    class Taylor(GroupScore):
+        """The first-order change of the loss: ``√(Q_jj)·‖X_j‖``, of all consumers."""
+
+        statistics: ClassVar[Mapping[str, MakeStatistic]] = {"gradients": InputGradients}
+
+        def __call__(self, group: GroupColumns) -> Order:
+            total = np.zeros(len(group.block_of))
+            for columns in group.consumers:
+                gradients = columns.seen["gradients"]
+                assert isinstance(gradients, InputGradients)
+                assert columns.norms is not None
+                mean = gradients.mean()
+                assert mean is not None
+                values = (mean.diagonal().sqrt() * columns.norms).numpy()
+                np.add.at(total, columns.sets[:, 0], values)
+            return Order(np.stack([members[np.argsort(total[members])] for members in group.members]))
+
+    result = fasp_fx.prune(Deep().eval(), (DATA[0],), calibration=DATA, score=Taylor(), allocation="global", sparsity=0.3)
+    assert {group.name: group.removed_sets for group in result.plan.groups}["layers.1.2.weight"] >= 12
+
+
+def test_an_allocation_by_cost_curves() -> None:
+    class Alike(CostAllocation):
+        """Every group as deep as the same rise of its own cost allows."""
+
+        def __call__(self, budget: Budget, sparsity: float, round_to: int, costs: fasp_fx.Costs) -> list[int]:
+            low, high = 0.0, max(curve.losses[-1] for curve in costs.values())
+            for _ in range(50):
+                rise = (low + high) / 2
+                lost = [int((costs[group.name].losses <= rise).sum()) - 1 for group in budget.groups]
+                low, high = (rise, high) if budget.sparsity(lost) < sparsity else (low, rise)
+            return lost
+
+    result = fasp_fx.prune(Deep().eval(), (DATA[0],), calibration=DATA, allocation=Alike(), sparsity=0.3)
+    assert {group.name: group.removed_sets for group in result.plan.groups}["layers.1.2.weight"] >= 12
+
+
+def test_a_statistic_of_ones_own() -> None:
+    class Peaks:
+        """The largest input of each column."""
+
+        needs_gradient: ClassVar[bool] = False
+
+        def __init__(self, columns: int, device: torch.device) -> None:
+            self.largest = torch.zeros(columns, device=device)
+
+        def update(self, tokens: Tensor, gradient: Tensor | None, weight: Tensor) -> None:
+            self.largest = torch.maximum(self.largest, (tokens.abs() * weight[:, None]).amax(0))
+
+    class ByPeaks(GroupScore):
+        statistics: ClassVar[Mapping[str, MakeStatistic]] = {"peaks": Peaks}
+
+        def __call__(self, group: GroupColumns) -> Order:
+            (columns,) = group.consumers
+            peaks = columns.seen["peaks"]
+            assert isinstance(peaks, Peaks)
+            return Order(np.argsort(peaks.largest.numpy())[None])
+
+    model = nn.Sequential(nn.Linear(8, 10), nn.ReLU(), nn.Linear(10, 3)).eval()
+    result = fasp_fx.prune(model, (DATA[0],), calibration=DATA, score=ByPeaks(), propagate=False, sparsity=0.3)
+    peaks = torch.relu(model[0](torch.cat(DATA))).amax(0)
+    (group,) = result.plan.groups
+    assert set(group.consumers[0].removed) == set(peaks.argsort()[: group.removed_sets].tolist())
+
+
+# Bad input.
+
+
+@pytest.mark.parametrize(
+    ("loss", "error", "message"),
+    [
+        (lambda outputs, inputs: outputs.sum() * float("nan"), fasp_fx.CalibrationError, "the loss is not finite on calibration batch 0"),
+        (lambda outputs, inputs: torch.ones(3), fasp_fx.CalibrationError, "does not depend on"),
+        (lambda outputs, inputs: 0 * outputs.sum(), fasp_fx.CalibrationError, "vanish"),
+        (lambda outputs, inputs: 1.0, fasp_fx.CalibrationError, "returned a float"),
+        (lambda outputs, inputs: (outputs > 0).sum(), fasp_fx.CalibrationError, "returned a tensor of torch.int64"),
+        (lambda outputs, inputs: outputs["logits"], fasp_fx.CalibrationError, "the loss fails on calibration batch 0: "),
+        ("next-token", fasp_fx.CalibrationError, r"needs integers \[batch, tokens\]"),
+        ("next_token", fasp_fx.ArgumentError, "loss='next_token' is not known; use 'outputs'"),
+    ],
+)
+def test_a_loss_that_does_not_serve_is_refused(loss: Any, error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        fasp_fx.prune(Deep().eval(), (DATA[0],), calibration=DATA, allocation="global", loss=loss)
+
+
+def test_costs_that_do_not_serve_are_refused(tmp_path: Path) -> None:
+    captured = fasp_fx.capture(Deep().eval(), (DATA[0],))
+    costs = fasp_fx.measure(captured, calibration=DATA[:1])
+    other = Deep().eval()
+    with torch.no_grad():
+        other.layers[0][0].weight.mul_(2)  # type: ignore[index,union-attr]
+    with pytest.raises(fasp_fx.ArgumentError, match="curves are of another model"):
+        fasp_fx.prune(other, (DATA[0],), calibration=DATA, allocation="global", costs=costs)
+    with pytest.raises(fasp_fx.ArgumentError, match="costs is a dict"):
+        fasp_fx.prune(captured, calibration=DATA, allocation="global", costs={})  # type: ignore[arg-type]
+    with pytest.raises(fasp_fx.SparsityError, match="out of reach"):
+        fasp_fx.prune(captured, calibration=DATA, allocation="global", sparsity=0.99)
+    for text in ("", "[]", '{"format": "fasp_fx.costs/1"}', costs.to_json().replace("costs/1", "costs/0"), costs.to_json().replace("[0.0,", "[1.0,")):
+        (tmp_path / "costs.json").write_text(text)
+        with pytest.raises(fasp_fx.ArgumentError, match="no cost curves"):
+            fasp_fx.Costs.load(tmp_path / "costs.json")
+    with pytest.raises(fasp_fx.ArgumentError, match="cannot be read"):
+        fasp_fx.Costs.load(tmp_path / "nothing.json")
+
+
+def test_what_no_weight_reads_has_no_cost() -> None:
+    entry = ZOO["llama_gqa"]
+    with pytest.raises(fasp_fx.ArgumentError, match="no cost curve"):
+        fasp_fx.prune(entry.build(), (), entry.example(), calibration=[entry.example()], allocation="global", include=("exempt",))
+
+
+@pytest.mark.parametrize("order", [np.zeros((1, 10)), np.arange(10)[None, :3], np.arange(10), np.arange(10, 20)[None]])
+def test_an_order_that_is_none_is_refused(order: Any) -> None:
+    class Wrong(GroupScore):
+        def __call__(self, group: GroupColumns) -> Order:
+            return Order(order)
+
+    model = nn.Sequential(nn.Linear(8, 10), nn.ReLU(), nn.Linear(10, 3)).eval()
+    with pytest.raises(fasp_fx.ArgumentError, match=r"order for '2\.weight' is none of its channel sets"):
+        fasp_fx.prune(model, (DATA[0],), calibration=DATA, score=Wrong(), sparsity=0.5)

@@ -1,0 +1,186 @@
+"""Losses after repair, greedy orders by them, and the gradients that weigh them: against dense solves and gradients taken by hand."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+import fasp_fx
+from fasp_fx.obs import Elimination, greedy
+from fasp_fx.scoring import Columns, GroupColumns
+
+DAMPING = 1e-2
+
+
+def problem(seed: int, rows: int, sets: np.ndarray) -> tuple[Columns, Tensor, Tensor]:
+    """A consumer with correlated inputs, its curvature Q = WᵀSW, and S."""
+    generator = torch.Generator().manual_seed(seed)
+    columns = len(sets)
+    x = torch.randn(4 * columns, columns, generator=generator, dtype=torch.float64) @ torch.randn(columns, columns, generator=generator, dtype=torch.float64)
+    weight = torch.randn(rows, columns, generator=generator, dtype=torch.float64)
+    spread = torch.randn(rows, rows, generator=generator, dtype=torch.float64)
+    covariance = spread @ spread.T
+    return Columns(weight, None, lambda: x.T @ x, sets), weight.T @ covariance @ weight, covariance
+
+
+def least_loss(columns: Columns, covariance: Tensor, removed: list[int]) -> float:
+    """``½ min_V tr S (W − V) G (W − V)ᵀ`` over weights that are zero in the removed columns, solved densely."""
+    assert columns.gram is not None
+    gram = columns.gram()
+    gram = gram + DAMPING * gram.diagonal().mean() * torch.eye(len(gram), dtype=gram.dtype)
+    kept = [column for column in range(len(gram)) if column not in removed]
+    repaired = torch.zeros_like(columns.weight)
+    if kept:
+        repaired[:, kept] = torch.linalg.lstsq(gram[kept][:, kept], gram[kept] @ columns.weight.T).solution.T
+    difference = columns.weight - repaired
+    return 0.5 * float(torch.trace(covariance @ difference @ gram @ difference.T))
+
+
+@st.composite
+def layouts(draw: st.DrawFn) -> tuple[np.ndarray, int, int]:
+    """Channel sets of a consumer's columns, with their number and that of their blocks; some columns belong to none, some sets have several."""
+    blocks, width = draw(st.integers(1, 3)), draw(st.integers(1, 4))
+    size = blocks * width
+    extra = draw(st.lists(st.integers(-1, size - 1), max_size=6))
+    sets = draw(st.permutations([*range(size), *extra]))
+    return np.array(sets)[:, None], size, blocks
+
+
+@given(layouts(), st.integers(0, 1000), st.data())
+@settings(max_examples=60, deadline=None)
+def test_a_loss_is_that_of_the_best_repair(layout: tuple[np.ndarray, int, int], seed: int, data: st.DataObject) -> None:
+    sets, size, _ = layout
+    columns, curvature, covariance = problem(seed, 5, sets)
+    alone = Elimination(columns, size, curvature, DAMPING).losses(np.arange(size))
+    for one in range(size):
+        assert alone[one] == pytest.approx(least_loss(columns, covariance, np.flatnonzero(sets[:, 0] == one).tolist()), rel=1e-6)
+    order = data.draw(st.permutations(range(size)))
+    found, total = Elimination(columns, size, curvature, DAMPING), 0.0
+    for step, one in enumerate(order):
+        expected = least_loss(columns, covariance, np.flatnonzero(np.isin(sets[:, 0], order[: step + 1])).tolist())
+        total += found.remove(np.array([one]))
+        assert total == pytest.approx(expected, rel=1e-5, abs=1e-9)
+
+
+@given(layouts(), st.integers(0, 1000), st.integers(1, 6))
+@settings(max_examples=40, deadline=None)
+def test_orders_are_nested_and_their_steps_add_up(layout: tuple[np.ndarray, int, int], seed: int, rounds: int) -> None:
+    sets, size, blocks = layout
+    width = size // blocks
+    problems = [problem(seed + index, 4, sets) for index in range(2)]
+
+    def ordered(deepest: int) -> Any:
+        view = GroupColumns("group", np.arange(size) // width, [columns for columns, _, _ in problems], deepest)
+        return greedy(view, [Elimination(columns, size, curvature, DAMPING) for columns, curvature, _ in problems], rounds)
+
+    whole = ordered(width)
+    for deepest in range(1, width + 1):
+        part = ordered(deepest)
+        steps = part.sets.shape[1]
+        assert steps >= deepest
+        assert (part.sets == whole.sets[:, :steps]).all()
+        np.testing.assert_allclose(part.losses, whole.losses[: steps + 1])
+        gone = np.flatnonzero(np.isin(sets[:, 0], part.sets)).tolist()
+        expected = sum(least_loss(columns, covariance, gone) for columns, _, covariance in problems)
+        assert part.losses[-1] == pytest.approx(expected, rel=1e-5, abs=1e-9)
+
+
+def test_a_column_that_another_can_stand_in_for_goes_first() -> None:
+    x = torch.randn(200, 5, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    x[:, 4] = 20 * x[:, 3]  # large, and told by its neighbour
+    columns = Columns(torch.ones(3, 5, dtype=torch.float64), None, lambda: x.T @ x, np.arange(5)[:, None])
+    losses = Elimination(columns, 5, columns.weight.T @ columns.weight, 1e-6).losses(np.arange(5))
+    assert set(np.argsort(losses)[:2]) == {3, 4}
+
+
+class Mixed(nn.Module):
+    """A value that two consumers read, beside a residual path."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.left, self.right, self.head = nn.Linear(6, 10), nn.Linear(10, 6), nn.Linear(10, 6), nn.Linear(6, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = torch.relu(self.up(x))
+        return self.head(x + torch.tanh(self.left(h)) * self.right(h))
+
+
+def squares(outputs: Any, inputs: Any) -> Tensor:
+    """A loss of one's own."""
+    return outputs.square().sum(-1).flatten()
+
+
+def test_gradients_are_those_at_each_consumer_alone() -> None:
+    from fasp_fx._observe._consumers import Consumers
+    from fasp_fx._observe._gradients import observe_batches
+    from fasp_fx._observe._marks import Marks
+    from fasp_fx.statistics import InputGradients
+
+    torch.manual_seed(0)
+    model = Mixed().eval()
+    batches = [torch.randn(5, 3, 6) for _ in range(2)]
+    analysis = fasp_fx.analyze(model, (batches[0],))
+    consumers = Consumers(analysis)
+    observe_batches(
+        consumers,
+        [[x] for x in batches],
+        {"gradients": InputGradients},
+        squares,
+        Marks(analysis.program, [[x] for x in batches], None, hold_out=False),
+        lambda fraction: None,
+        at_least=2,
+    )
+    gradients: dict[str, list[Tensor]] = {}
+    inputs: dict[str, list[Tensor]] = {}
+    for name in ("left", "right", "head"):
+        layer = model.get_submodule(name)
+
+        def keep(module: nn.Module, args: tuple[Tensor], output: Tensor, name: str = name) -> None:
+            inputs.setdefault(name, []).append(args[0].detach().flatten(0, 1))
+            output.register_hook(lambda gradient: gradients.setdefault(name, []).append(gradient.flatten(0, 1)))
+
+        layer.register_forward_hook(keep)
+    for x in batches:
+        squares(model(x.requires_grad_(True)), {}).sum().backward()
+    terms, tokens = 2 * 5 * 3, 2 * 5 * 3
+    seen = {consumer.weight: consumer for consumer in consumers.by_key.values()}
+    assert set(seen) == {"left.weight", "right.weight"}
+    for name in ("left", "right"):
+        weight, g = model.get_submodule(name).weight.detach(), torch.cat(gradients[name])  # type: ignore[union-attr,operator]
+        statistic = seen[f"{name}.weight"].seen[0]["gradients"]
+        assert isinstance(statistic, InputGradients)
+        found = statistic.mean()
+        assert found is not None
+        torch.testing.assert_close(found.float(), weight.T @ (g.T @ g) @ weight / tokens / terms, rtol=1e-4, atol=1e-7)
+        grams = seen[f"{name}.weight"].grams
+        assert grams is not None
+        x = torch.cat(inputs[name])
+        torch.testing.assert_close(grams[0].symmetric().float(), x.T @ x, rtol=1e-4, atol=1e-5)
+    assert all(parameter.grad is not None for parameter in model.parameters()), "the oracle took no gradient"
+
+
+def test_no_gradient_of_a_weight_is_taken() -> None:
+    model = Mixed().eval()
+    fasp_fx.prune(model, (torch.randn(5, 6),), calibration=[torch.randn(40, 6) for _ in range(4)], score="obs", allocation="global", sparsity=0.2)
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def test_predicted_losses_come_true_where_the_loss_is_quadratic() -> None:
+    """Of one consumer, with as many random combinations as it takes to average them out, what is predicted is what repair leaves."""
+    torch.manual_seed(1)
+    model = nn.Sequential(nn.Linear(8, 12), nn.Tanh(), nn.Linear(12, 5)).eval()
+    data = [torch.randn(500, 8) for _ in range(8)]
+    captured = fasp_fx.capture(model, (data[0],))
+    costs = fasp_fx.measure(captured, calibration=data, score=fasp_fx.obs.OBS(rounds=12, shrinkage=0.0, damping=1e-6))
+    result = fasp_fx.prune(captured, calibration=data, score="obs", allocation=lambda budget, *_: [4], sparsity=0.3)
+    with torch.no_grad():
+        dense, pruned = model(torch.cat(data)), result.module(torch.cat(data))
+    error = 0.5 * float((dense - pruned).square().sum(-1).mean() / dense.square().mean()) / 5
+    (curve,) = costs.values()
+    assert curve.losses[4] == pytest.approx(error, rel=0.15)
