@@ -9,7 +9,7 @@ import torch
 
 from ._observe._consumers import Consumers
 from ._observe._costs import curves_of
-from ._observe._gradients import observe_batches
+from ._observe._gradients import in_pieces, observe_batches
 from ._observe._marks import Marks
 from ._observe._runner import Runner
 from ._observe._visit import Decision, Observer
@@ -25,7 +25,7 @@ from .losses import resolve_loss
 from .obs import OBS
 from .restoration import ridge
 
-#: one in so many calibration batches is run back for gradients, and shows the dense model's activations to cost curves
+#: one in so many calibration sequences is run back for gradients, and shows the dense model's activations to cost curves
 MEASURED = 8
 
 
@@ -74,23 +74,26 @@ class Chooser:
             batches: of calibration.
             fingerprint: of the model.
             costs: the cost curves, where they were measured before.
-            part: one in so many batches is run, the first ones, and more of them where tokens are few.
+            part: one in so many sequences is run, the first ones, and more of them where tokens are few.
         """
         config = self.config
         is_wanted = self.needs_costs and costs is None
         wanted = {**self._score.statistics, **OBS.statistics} if is_wanted else self._gradients
         if not self.measures or (not is_wanted and not self._gradients):
             return costs
-        marks = Marks(consumers.analysis.program, batches, config.padding_mask, hold_out=False)
-        at_least = -(-len(batches) // part)
+        program = consumers.analysis.program
+        Marks(program, batches, config.padding_mask, hold_out=False)  # refuses a mask that does not fit by the number of its batch
+        pieces = in_pieces(program, batches)
+        marks = Marks(program, [piece.inputs for piece in pieces], config.padding_mask, hold_out=False)
+        at_least = -(-len(pieces) // part)
         try:
-            observe_batches(consumers, batches, wanted, None if config.loss is None else resolve_loss(config.loss), marks, advance, at_least)
+            observe_batches(consumers, pieces, wanted, None if config.loss is None else resolve_loss(config.loss), marks, advance, at_least)
         except CalibrationError as error:
             if config.loss != "auto":
                 raise
             consumers.forget()
-            observe_batches(consumers, batches, wanted, None, marks, advance, at_least)
-            warn(f"{error} Each consumer counts by the relative error of its own output.", CalibrationWarning)
+            observe_batches(consumers, pieces, wanted, None, marks, advance, at_least)
+            warn(f"{error}, as is done now: each consumer counts by the relative error of its own output", CalibrationWarning)
         if is_wanted:
             with torch.no_grad():
                 costs = Costs(curves_of(consumers, consumers.analysis.chosen, self._score), fingerprint)

@@ -25,7 +25,7 @@ def next_token(outputs: Any, inputs: Mapping[str, Any]) -> Tensor:
     Args:
         outputs: what the model returned; the first floating-point tensor ``[batch, tokens, vocabulary]`` in it holds the logits.
         inputs: the arguments of the call; ``decoder_input_ids``, ``input_ids``, or the first integers ``[batch, tokens]`` among them are the tokens.
-            Tokens whose ``attention_mask`` is zero are not predicted.
+            Tokens whose ``attention_mask`` is zero are not predicted, nor is anything from them.
 
     Raises:
         CalibrationError: there are no such tensors.
@@ -42,22 +42,25 @@ def next_token(outputs: Any, inputs: Mapping[str, Any]) -> Tensor:
     terms = functional.cross_entropy(logits[:, :-1].flatten(0, 1).float(), tokens[:, 1:].flatten().long(), reduction="none")
     mask = inputs.get("decoder_attention_mask" if "decoder_input_ids" in inputs else "attention_mask")
     if isinstance(mask, Tensor) and mask.shape == tokens.shape:
-        terms = terms[(mask[:, 1:] != 0).flatten()]
+        terms = terms[((mask[:, 1:] != 0) & (mask[:, :-1] != 0)).flatten()]
     return terms
 
 
 class Outputs:
     """Random combinations of the outputs, whose squared gradients are in expectation the curvature of the squared error of all outputs.
 
-    Each floating-point output is divided by its root mean square. With v drawn from the normal distribution, ``E[(Jᵀv)(Jᵀv)ᵀ] = JᵀJ`` (the estimator of
-    Hutchinson, 1989), the Gauss-Newton matrix of ``½‖output − dense output‖²``.
+    Each floating-point output is divided by its root mean square on the first call. With v drawn from the normal
+    distribution, ``E[(Jᵀv)(Jᵀv)ᵀ] = JᵀJ`` (the estimator of Hutchinson, 1989), the Gauss-Newton matrix of
+    ``½‖output − dense output‖²``.
 
     Args:
         seed: of the combinations.
     """
 
     def __init__(self, seed: int = 0) -> None:
-        self.generator = torch.Generator().manual_seed(seed)
+        self.seed = seed
+        self._generators: dict[int, torch.Generator] = {}
+        self._sizes: dict[int, Tensor] = {}
 
     def __call__(self, outputs: Any, inputs: Mapping[str, Any]) -> Tensor:
         """One term for each element of the outputs, shape ``[elements]``.
@@ -69,11 +72,17 @@ class Outputs:
         if not found:
             raise CalibrationError("loss='outputs' needs a floating-point output; pass a loss of your own, or loss=None")
         terms = []
-        for leaf in found:
-            size = leaf.detach().float().square().mean().sqrt().clamp_min(torch.finfo(torch.float32).tiny)
-            drawn = torch.randn(leaf.shape, generator=self.generator).to(leaf.device)
-            terms.append((leaf.float() * drawn / size).flatten())
+        for index, leaf in enumerate(found):
+            if index not in self._sizes:
+                self._sizes[index] = leaf.detach().float().square().mean().sqrt().clamp_min(torch.finfo(torch.float32).tiny)
+            terms.append((leaf.float() * self._drawn(index, leaf) / self._sizes[index]).flatten())
         return torch.cat(terms)
+
+    def _drawn(self, index: int, leaf: Tensor) -> Tensor:
+        """Numbers for one output, row by row, so that it does not matter how many rows come at a time."""
+        generator = self._generators.setdefault(index, torch.Generator().manual_seed(self.seed + index))
+        rows = [torch.randn(leaf.shape[1:], generator=generator) for _ in range(leaf.shape[0] if leaf.dim() else 1)]
+        return torch.stack(rows).reshape(leaf.shape).to(leaf.device)
 
 
 def resolve_loss(loss: Literal["auto", "outputs", "next-token"] | Loss) -> Loss:

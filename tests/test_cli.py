@@ -137,7 +137,7 @@ def test_prune_to_a_plain_checkpoint(folder: Path, from_file: tuple[Path, Result
 
 
 def test_prune_heads_and_what_crosses_a_norm(folder: Path, tmp_path: Path) -> None:
-    chosen = ("--granularity", "head", "--granularity", "channel", "--include", "approximate", "--include", "approximate")
+    chosen = ("--granularity", "head", "--granularity", "channel", "--include", "approximate", "--include", "approximate", "--quality", "fast")
     text = folder / "text.txt"
     done = _invoke("prune", folder / "model", "--out", tmp_path / "out", *SMALL, "--calibration", text, "--text", text, "--sparsity", "0.5", *chosen)
     assert done.exit_code == 0, done.output

@@ -88,7 +88,7 @@ def test_a_result_says_what_was_asked_for() -> None:
     ("options", "message"),
     [
         ({"sparsty": 0.3}, "the option 'sparsty' is not known; did you mean 'sparsity'"),
-        ({"tidy": True}, "the option 'tidy' is not known; there are sparsity, score"),
+        ({"tidy": True}, "the option 'tidy' is not known; there are sparsity, quality, score"),
         ({"config": {"sparsity": 0.3}}, "config is a dict; pass a PruningConfig"),
         ({"granularity": [["head"]]}, r"granularity=\[\['head'\]\] is not known"),
         ({"granularity": ()}, r"granularity=\(\) is not known"),

@@ -118,7 +118,7 @@ def squares(outputs: Any, inputs: Any) -> Tensor:
 
 def test_gradients_are_those_at_each_consumer_alone() -> None:
     from fasp_fx._observe._consumers import Consumers
-    from fasp_fx._observe._gradients import observe_batches
+    from fasp_fx._observe._gradients import Piece, observe_batches
     from fasp_fx._observe._marks import Marks
     from fasp_fx.statistics import InputGradients
 
@@ -129,7 +129,7 @@ def test_gradients_are_those_at_each_consumer_alone() -> None:
     consumers = Consumers(analysis)
     observe_batches(
         consumers,
-        [[x] for x in batches],
+        [Piece([x], index) for index, x in enumerate(batches)],
         {"gradients": InputGradients},
         squares,
         Marks(analysis.program, [[x] for x in batches], None, hold_out=False),

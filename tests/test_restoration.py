@@ -102,7 +102,7 @@ def test_gram_accumulates_in_float32_over_any_dimension(dtype: torch.dtype, dim:
 
 def test_restoration_equals_a_dense_solve_with_the_best_strength() -> None:
     model = build(SPEC)
-    result = fasp_fx.prune(model, (BATCHES[0],), calibration=BATCHES, sparsity=0.3, propagate=False)
+    result = fasp_fx.prune(model, (BATCHES[0],), calibration=BATCHES, sparsity=0.3, propagate=False, quality="fast")
     activations = inputs_of(model, CONSUMERS, BATCHES)
     gone = removed(result)
     assert set(gone) == set(CONSUMERS)
@@ -116,7 +116,7 @@ def test_restoration_equals_a_dense_solve_with_the_best_strength() -> None:
 
 def test_propagation_sees_what_pruned_layers_make() -> None:
     model = build(SPEC)
-    result = fasp_fx.prune(model, (BATCHES[0],), calibration=BATCHES, sparsity=0.3)
+    result = fasp_fx.prune(model, (BATCHES[0],), calibration=BATCHES, sparsity=0.3, quality="fast")
     staged = copy.deepcopy(model)
     gone = removed(result)
     for name in CONSUMERS:  # in the order in which the data reaches them
@@ -132,7 +132,7 @@ def test_propagation_sees_what_pruned_layers_make() -> None:
 @pytest.mark.parametrize("propagate", [True, False])
 def test_restoration_never_makes_a_consumer_worse(propagate: bool) -> None:
     model = build(SPEC)
-    result = fasp_fx.prune(model, (BATCHES[0],), calibration=BATCHES, sparsity=0.4, propagate=propagate)
+    result = fasp_fx.prune(model, (BATCHES[0],), calibration=BATCHES, sparsity=0.4, propagate=propagate, quality="fast")
     lines = [line for line in result.report.lines if line.status == "prunable"]
     assert all(line.error_restored <= line.error_cut * 1.001 for line in lines)
     assert all(line.error_restored < line.error_cut for line in lines), "on this data every consumer can be improved"

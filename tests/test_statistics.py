@@ -108,7 +108,7 @@ def test_the_lowest_scores_go() -> None:
 
 def test_restoration_equals_a_float64_solve_and_lowers_the_error() -> None:
     model = Net().eval()
-    result = fasp_fx.prune(model, (data()[0],), calibration=data(), sparsity=0.3, propagate=False)
+    result = fasp_fx.prune(model, (data()[0],), calibration=data(), sparsity=0.3, propagate=False, quality="fast")
     rows = result.plan.slices()
     assert len(result.plan.groups) == 2
     for group in result.plan.groups:
@@ -140,7 +140,7 @@ def test_a_singular_gram_matrix_keeps_the_weight() -> None:
 def test_later_layers_see_the_pruned_earlier_ones() -> None:
     model = Net().eval()
     changed = [
-        fasp_fx.prune(model, (data()[0],), calibration=data(), sparsity=0.3, propagate=propagate).module.get_parameter("down.weight")
+        fasp_fx.prune(model, (data()[0],), calibration=data(), sparsity=0.3, propagate=propagate, quality="fast").module.get_parameter("down.weight")
         for propagate in (True, False)
     ]
     assert changed[0].shape == changed[1].shape

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
 from .._program import Program
-from ..channels import Use, results
+from ..channels import Use, is_dynamic, results
 from ..errors import CalibrationError, first_line
 from ..losses import Loss
 from ..statistics import PADDING, InputGradients, MakeStatistic, SplitGram
@@ -22,10 +23,21 @@ from ._runner import Runner
 #: tokens for each column of a consumer from which its Gram matrix says enough to predict losses
 ENOUGH = 2.5
 
+#: how many rows are run back at a time, where an input is a table of them
+ROWS = 512
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Some sequences of a calibration batch: the graph's inputs, and the number of the batch."""
+
+    inputs: list[Any]
+    batch: int
+
 
 def observe_batches(
     consumers: Consumers,
-    batches: list[list[Any]],
+    batches: Sequence[Piece],
     wanted: Mapping[str, MakeStatistic],
     loss: Loss | None,
     marks: Marks,
@@ -34,7 +46,7 @@ def observe_batches(
 ) -> None:
     """Show every consumer the dense model's activations, and where a loss is given, its gradients with respect to them.
 
-    The gradient of no weight is computed. What autograd keeps of one batch has to fit the device.
+    The gradient of no weight is computed. What autograd keeps of one batch has to fit the device (:func:`in_pieces`).
 
     Args:
         wanted: what to observe beside the Gram matrix.
@@ -47,12 +59,12 @@ def observe_batches(
     """
     program = consumers.analysis.program
     terms = 0
-    for index, batch in enumerate(batches):
-        run = _Run(consumers, batch, index, wanted, marks, loss is not None)
+    for index, piece in enumerate(batches):
+        run = _Run(consumers, piece, index, wanted, marks, loss is not None)
         with torch.set_grad_enabled(loss is not None):
             run.advance(len(run.nodes) - 1)
             if loss is not None:
-                terms += run.back(_terms(program, run, batch, loss, index))
+                terms += run.back(_terms(program, run, piece, loss))
         done = index + 1 >= at_least and _saw_enough(consumers)
         progress(1.0 if done else min(index + 1, at_least) / max(at_least, index + 2))
         if done:
@@ -63,6 +75,30 @@ def observe_batches(
             for statistic in seen.values():
                 if isinstance(statistic, InputGradients):
                     statistic.terms = terms
+
+
+def in_pieces(program: Program, batches: Sequence[list[Any]]) -> list[Piece]:
+    """Batches in pieces of one sequence (one image, or some rows), where the first dimension of the first input may have any size; others as they are.
+
+    So it does not matter how sequences were put together, and the memory does not grow with the batch.
+    """
+    whole = [Piece(batch, number) for number, batch in enumerate(batches)]
+    nodes = program.placeholders()
+    sizes = [value.shape[0] if isinstance(value := node.meta.get("val"), Tensor) and value.dim() else None for node in nodes]
+    first = next((size for size in sizes if size is not None), None)
+    if first is None or not is_dynamic(first):
+        return whole
+    along = [size is not None and str(size) == str(first) for size in sizes]
+    if any(str(first) in map(str, node.meta["val"].shape[1:]) for node in nodes if isinstance(node.meta.get("val"), Tensor) and node.meta["val"].dim()):
+        return whole
+    found = []
+    for piece in whole:
+        leaf = next(leaf for leaf, splits in zip(piece.inputs, along, strict=True) if splits)
+        each = ROWS if leaf.dim() <= 1 + leaf.is_floating_point() else 1
+        for start in range(0, leaf.shape[0], each):
+            inputs = [leaf[start : start + each] if splits else leaf for leaf, splits in zip(piece.inputs, along, strict=True)]
+            found.append(Piece(inputs, piece.batch))
+    return found
 
 
 def _saw_enough(consumers: Consumers) -> bool:
@@ -78,8 +114,8 @@ def _saw_enough(consumers: Consumers) -> bool:
 class _Run(Runner):
     """One batch on its way, with a view of the activation at each consumer through which its gradient can be told from that of other readers."""
 
-    def __init__(self, consumers: Consumers, batch: list[Any], number: int, wanted: Mapping[str, MakeStatistic], marks: Marks, back: bool) -> None:
-        super().__init__(consumers.analysis.program, [batch])
+    def __init__(self, consumers: Consumers, piece: Piece, number: int, wanted: Mapping[str, MakeStatistic], marks: Marks, back: bool) -> None:
+        super().__init__(consumers.analysis.program, [piece.inputs], first=piece.batch)
         self.consumers, self.number, self.wanted, self.marks, self.is_back = consumers, number, wanted, marks, back
         self.leaves: list[Tensor] = []
         self._uses: dict[fx.Node, list[tuple[Consumer, Use]]] = {}
@@ -173,7 +209,7 @@ class _Run(Runner):
         except (RuntimeError, NotImplementedError) as error:
             if isinstance(error, torch.OutOfMemoryError):
                 raise
-            raise CalibrationError(f"the model cannot be run backwards on calibration batch {self.number}: {first_line(error)}; pass loss=None") from error
+            raise CalibrationError(f"the model cannot be run backwards on calibration batch {self.first}: {first_line(error)}; pass loss=None") from error
         self.leaves.clear()
         return terms.numel()
 
@@ -184,20 +220,20 @@ def _told(use: Use) -> bool:
     return all(window.size == 1 for window in layout.windows) and (len(use.columns) == 1 or bool(layout.blocks) or use.route is not None)
 
 
-def _terms(program: Program, run: Runner, batch: list[Any], loss: Loss, index: int) -> Tensor:
+def _terms(program: Program, run: Runner, piece: Piece, loss: Loss) -> Tensor:
     """The terms of the loss on one batch."""
-    outputs, inputs = called(program, [next(run.read(node)) if isinstance(node, fx.Node) else node for node in results(program.module.graph)], batch)
+    outputs, inputs = called(program, [next(run.read(node)) if isinstance(node, fx.Node) else node for node in results(program.module.graph)], piece.inputs)
     try:
         terms = loss(outputs, inputs)
     except CalibrationError:
         raise
     except Exception as error:  # a loss of the user's raises what it likes
-        raise CalibrationError(f"the loss fails on calibration batch {index}: {type(error).__name__}: {first_line(error)}") from error
+        raise CalibrationError(f"the loss fails on calibration batch {piece.batch}: {type(error).__name__}: {first_line(error)}") from error
     if not isinstance(terms, Tensor) or not terms.is_floating_point() or not terms.numel():
         found = f"a tensor of {terms.dtype} of shape {tuple(terms.shape)}" if isinstance(terms, Tensor) else f"a {type(terms).__name__}"
         raise CalibrationError(f"the loss returned {found}; it must return floating-point terms, or their sum as a tensor")
     if not bool(torch.isfinite(terms.detach()).all()):
-        raise CalibrationError(f"the loss is not finite on calibration batch {index}; check the batches and the model's dtype")
+        raise CalibrationError(f"the loss is not finite on calibration batch {piece.batch}; check the batches and the model's dtype")
     return terms
 
 
@@ -227,4 +263,4 @@ def _check(consumers: Consumers, back: bool) -> None:
         raise CalibrationError("the gradients of the loss vanish at every weight that can be pruned; pass another loss=, or loss=None")
 
 
-__all__ = ["observe_batches"]
+__all__ = ["Piece", "in_pieces", "observe_batches"]

@@ -19,11 +19,15 @@ class Runner:
     Together with the stops this costs one forward pass per batch, however many consumers are observed. Every batch finds the tensors that the graph
     writes into (counts, running statistics) as they are in the program, and writes into copies of its own.
 
+    Args:
+        first: the number of the first batch, for errors.
+
     Attributes:
         overrides: tensors to use for weights instead of the program's, by canonical name.
     """
 
-    def __init__(self, program: Program, batches: list[list[Any]], on_node: Callable[[int], None] = lambda done: None) -> None:
+    def __init__(self, program: Program, batches: list[list[Any]], on_node: Callable[[int], None] = lambda done: None, first: int = 0) -> None:
+        self.first = first
         self.module = program.module
         self.canonical = program.canonical()
         self.nodes = list(program.module.graph.nodes)
@@ -87,4 +91,4 @@ class Runner:
         except (RuntimeError, IndexError, AssertionError) as error:
             if isinstance(error, torch.OutOfMemoryError):
                 raise
-            raise CalibrationError(f"calibration batch {number} fails in the model at node '{node.name}' ({node.target}): {error}") from error
+            raise CalibrationError(f"calibration batch {self.first + number} fails in the model at node '{node.name}' ({node.target}): {error}") from error
