@@ -36,7 +36,6 @@ class OBS(GroupScore):
     """
 
     statistics: ClassVar[Mapping[str, MakeStatistic]] = {"gradients": InputGradients}
-    predicts: ClassVar[bool] = True
 
     def __init__(self, damping: float = DAMPING, rounds: int = ROUNDS, shrinkage: float = SHRINKAGE) -> None:
         self.damping, self.rounds, self.shrinkage = damping, rounds, shrinkage

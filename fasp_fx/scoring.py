@@ -75,12 +75,10 @@ class GroupScore(ABC):
     Attributes:
         statistics: what has to be observed beside the Gram matrix, by name; each is made for a block of a consumer with its number of columns.
         needs_data: whether calibration data is needed.
-        predicts: whether its orders come with losses.
     """
 
     statistics: ClassVar[Mapping[str, MakeStatistic]] = {}
-    needs_data: ClassVar[bool] = True
-    predicts: ClassVar[bool] = False
+    needs_data: bool = True
 
     @abstractmethod
     def __call__(self, group: GroupColumns) -> Order:
@@ -123,7 +121,7 @@ class ByColumns(GroupScore):
 
     def __init__(self, score: ColumnScore, needs_data: bool = True) -> None:
         self.score = score
-        self.needs_data = needs_data  # type: ignore[misc]
+        self.needs_data = needs_data
 
     def __call__(self, group: GroupColumns) -> Order:
         total = np.zeros(len(group.block_of))

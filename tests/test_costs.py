@@ -11,17 +11,19 @@ import numpy as np
 import pytest
 import torch
 from captures import one_capture
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from test_submodules import Forks, X
 from torch import Tensor, nn
 from zoo import ZOO
 
 import fasp_fx
-from fasp_fx.allocation import Budget, CostAllocation, Global, deepest_loss
+from fasp_fx.allocation import Budget, CostAllocation, Global, ProgramBudget, deepest_loss
 from fasp_fx.groups import Group
 from fasp_fx.scoring import GroupColumns, GroupScore, Order
 from fasp_fx.statistics import InputGradients, MakeStatistic
+from fasp_fx.testing import build, example, programs
+from fasp_fx.testing.specs import Net
 
 DATA = [torch.randn(30, 8, generator=torch.Generator().manual_seed(index)) for index in range(8)]
 
@@ -256,3 +258,24 @@ def test_an_order_that_is_none_is_refused(order: Any) -> None:
     model = nn.Sequential(nn.Linear(8, 10), nn.ReLU(), nn.Linear(10, 3)).eval()
     with pytest.raises(fasp_fx.ArgumentError, match=r"order for '2\.weight' is none of its channel sets"):
         fasp_fx.prune(model, (DATA[0],), calibration=DATA, score=Wrong(), sparsity=0.5)
+
+
+@given(programs(), st.integers(0, 1000))
+@settings(max_examples=15, deadline=None)
+@pytest.mark.filterwarnings("ignore::fasp_fx.CalibrationWarning")
+def test_whatever_is_drawn_is_chosen_by_predicted_losses(net: Net, number: int) -> None:
+    """Warnings are errors here: nothing that was chosen may have to stay whole."""
+    args = example(net, 2, number, torch.float64)
+    captured = fasp_fx.capture(build(net, number, torch.float64), args)
+    analysis = fasp_fx.analyze(captured)
+    assume(analysis.max_sparsity > 0.01)
+    batches = [example(net, 3, number + index, torch.float64) for index in range(3)]
+    sparsity = 0.5 * analysis.max_sparsity
+    for loss in ("auto", None):
+        costs = fasp_fx.measure(captured, calibration=batches, loss=loss)  # type: ignore[arg-type]
+        lost = Global()(ProgramBudget(analysis), sparsity, 1, costs)
+        assert costs.predicted(dict(zip((group.name for group in analysis.chosen), lost, strict=True))) >= 0
+        result = fasp_fx.prune(captured, calibration=batches, sparsity=sparsity, loss=loss, costs=costs)  # type: ignore[arg-type]
+        removed = {group.name: group.removed_sets for group in result.plan.groups}
+        expected = {group.name: count * group.blocks for group, count in zip(analysis.chosen, lost, strict=True) if count}
+        assert removed == expected

@@ -243,6 +243,19 @@ def test_layers_differ_where_the_config_has_a_list() -> None:
         assert error(pruned.model(input_ids=tokens(), use_cache=False).logits, expected) <= TOLERANCE
 
 
+@pytest.mark.parametrize("name", ["llama", pytest.param("gemma3n", marks=pytest.mark.slow)])
+@pytest.mark.filterwarnings("ignore::fasp_fx.CalibrationWarning")
+def test_fields_of_a_config_are_turned_by_predicted_losses(name: str) -> None:
+    model = dense(name)
+    batches = [tokens(batch, 12) for batch in range(2, 8)]
+    pruned = prune(model, plain=True, calibration=batches, sparsity=0.15)
+    before, after = model.config.intermediate_size, pruned.model.config.intermediate_size
+    assert after < before if name == "llama" else len(set(after)) > 1
+    costs = fasp_fx.Costs({}, "")
+    with pytest.raises(fasp_fx.ArgumentError, match="leave costs= out"):
+        prune(model, plain=True, calibration=batches, costs=costs)
+
+
 @pytest.mark.filterwarnings("ignore:Converting a tensor with requires_grad:UserWarning")
 def test_lora_attaches_and_trains(folders: Path) -> None:
     peft = pytest.importorskip("peft")
