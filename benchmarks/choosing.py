@@ -20,7 +20,7 @@ from _protocol import CALIBRATION, EVALUATION, chunks, smollm2
 import fasp_fx
 from fasp_fx.evaluation import perplexity, tasks
 
-METHODS = ("fasp,uniform", "fasp,global", "obs,uniform", "obs,global")
+METHODS = ("fast", "balanced", "best", "fasp,global", "obs,uniform")
 Measure = Callable[[Any], dict[str, float]]
 
 
@@ -59,7 +59,7 @@ def main() -> None:
     parser.add_argument("--text", type=pathlib.Path, required=True, help="WikiText-2 validation text (wikitext2-valid.txt)")
     parser.add_argument("--out", type=pathlib.Path, required=True, help="results, a line of JSON each; what is there is not measured again")
     parser.add_argument("--models", nargs="*", choices=["smollm2", "minilm"], default=["smollm2", "minilm"])
-    parser.add_argument("--methods", nargs="*", default=list(METHODS), help="SCORE,ALLOCATION")
+    parser.add_argument("--methods", nargs="*", default=list(METHODS), help="a quality, or SCORE,ALLOCATION")
     parser.add_argument("--sparsity", type=float, nargs="*", default=[0.1, 0.2, 0.3, 0.5])
     parser.add_argument("--evaluation", type=int, default=40, help="chunks of WikiText-2 that are measured, from the 100th on")
     parser.add_argument("--tasks", nargs="*", default=[], help="files of tasks to measure SmolLM2 on")
@@ -79,8 +79,8 @@ def main() -> None:
             if method == "dense":
                 found |= measure(model)
             else:
-                score, allocation = method.split(",")
-                result = fasp_fx.prune(captured, calibration=calibration, sparsity=sparsity, score=score, allocation=allocation, **own)  # type: ignore[arg-type]
+                how: Any = dict(zip(("score", "allocation"), method.split(","), strict=True)) if "," in method else {"quality": method}
+                result = fasp_fx.prune(captured, calibration=calibration, sparsity=sparsity, **how, **own)
                 found |= measure(result.module)
                 found |= {"seconds": {stage: round(spent, 1) for stage, spent in result.report.seconds.items()}, "reached": result.report.sparsity}
             with options.out.open("a") as out:

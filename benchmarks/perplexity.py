@@ -1,6 +1,8 @@
-"""Perplexity of SmolLM2-135M after FASP at several sparsities, with and without restoration."""
+"""Perplexity of SmolLM2-135M after pruning at several sparsities, with and without restoration."""
 
 from __future__ import annotations
+
+from typing import Any
 
 from _protocol import EVALUATION, arguments, chunks, smollm2
 
@@ -13,6 +15,7 @@ def main() -> None:
     parser.add_argument("--sparsity", type=float, nargs="*", default=[0.1, 0.2, 0.3])
     parser.add_argument("--no-restore", type=float, nargs="*", default=[0.2], help="sparsities measured without restoration too")
     parser.add_argument("--round-to", type=int, default=1)
+    parser.add_argument("--quality", choices=["fast", "balanced", "best"], default="fast", help="fast: FASP")
     options = parser.parse_args()
     model, tokenizer = smollm2(options.device)
     data = chunks(tokenizer, options.text, options.device)
@@ -21,7 +24,8 @@ def main() -> None:
     print(f"dense                 {perplexity(model, data[EVALUATION]):.3f}", flush=True)
     runs = [(sparsity, "least-squares") for sparsity in options.sparsity] + [(sparsity, None) for sparsity in options.no_restore]
     for sparsity, restore in runs:
-        result = fasp_fx.prune(model, (), example, calibration=batches, sparsity=sparsity, restore=restore, round_to=options.round_to)  # type: ignore[arg-type]
+        how: Any = {"restore": restore, "round_to": options.round_to, "quality": options.quality, "loss": "next-token"}
+        result = fasp_fx.prune(model, (), example, calibration=batches, sparsity=sparsity, **how)
         value = perplexity(result.module, data[EVALUATION])
         label = f"{sparsity:.0%}" + ("" if restore else " without restoration")
         spent = ", ".join(f"{stage} {seconds:.1f}" for stage, seconds in result.report.seconds.items())

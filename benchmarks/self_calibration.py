@@ -54,6 +54,7 @@ def main() -> None:
     parser.add_argument("--measured", nargs="*", default=["16x256,1,1,bos"], help="texts of the model's own to measure on, besides WikiText-2")
     parser.add_argument("--evaluation", type=int, default=40, help="chunks of WikiText-2 that are measured, from the 100th on")
     parser.add_argument("--sparsity", type=float, default=0.2)
+    parser.add_argument("--quality", choices=["fast", "balanced", "best"], default="balanced")
     options = parser.parse_args()
     warnings.simplefilter("ignore", fasp_fx.CalibrationWarning)
     options.out.mkdir(exist_ok=True)
@@ -63,7 +64,7 @@ def main() -> None:
     wiki = chunks(tokenizer, options.text, "cpu")
     held = {"wiki": wiki[EVALUATION][: options.evaluation]} | {recipe: write(model, tokenizer, recipe, 99, options.out)[0] for recipe in options.measured}
     for recipe in ["dense", *options.recipes]:
-        key = {"recipe": recipe, "sparsity": options.sparsity, "evaluation": options.evaluation, "measured": sorted(held)}
+        key = {"recipe": recipe, "sparsity": options.sparsity, "evaluation": options.evaluation, "measured": sorted(held), "quality": options.quality}
         if any(key.items() <= found.items() for found in done):
             continue
         found: dict[str, Any] = dict(key)
@@ -75,7 +76,8 @@ def main() -> None:
             else:
                 tokens, found["writing"] = write(model, tokenizer, recipe, 0, options.out)
             batches = [{"input_ids": row[None]} for row in tokens]
-            result = fasp_fx.prune(model, (), {"input_ids": tokens[:1], "use_cache": False}, calibration=batches, sparsity=options.sparsity)
+            how: Any = {"sparsity": options.sparsity, "quality": options.quality, "loss": "next-token"}
+            result = fasp_fx.prune(model, (), {"input_ids": tokens[:1], "use_cache": False}, calibration=batches, **how)
             measured, found["seconds"] = result.module, dict(result.report.seconds)
         found["perplexity"] = {name: perplexity(measured, text) for name, text in held.items()}
         with results.open("a") as out:

@@ -31,6 +31,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--text", type=pathlib.Path, required=True, help="WikiText-2 validation text (wikitext2-valid.txt)")
     parser.add_argument("--sparsity", type=float, default=0.2)
+    parser.add_argument("--quality", choices=["fast", "balanced", "best"], default="balanced")
     parser.add_argument("--calibration", type=int, nargs="*", default=[512], help="sentences that calibrate; several numbers are measured one after the other")
     parser.add_argument("--sentences", type=int, default=1000, help="sentences that are measured")
     parser.add_argument("--batch", type=int, default=32, help="most sentences in a batch")
@@ -53,7 +54,7 @@ def main() -> None:
         calibration = (padded if options.padded else unpadded)(tokenizer, calibrating, options.batch, options.device)
         tokens, real = (sum(int(count(batch["attention_mask"])) for batch in calibration) for count in (torch.numel, torch.sum))
         given = f"{number} sentences, {real:,} tokens" + (f" and {tokens - real:,} of padding" if tokens > real else "")
-        common: dict[str, Any] = {"calibration": calibration, "sparsity": options.sparsity, "padding_mask": "attention_mask"}
+        common: dict[str, Any] = {"calibration": calibration, "sparsity": options.sparsity, "padding_mask": "attention_mask", "quality": options.quality}
         for label, restore in (("with", "least-squares"), ("without", None)):
             result = fasp_fx.prune(model, (), data[0], restore=restore, **common)
             print(

@@ -17,16 +17,13 @@ from ._scores import resolve_score
 from ._selection import PartialBudget, check_patterns, held_by, lost_by_pattern, matches, read_by
 from ._warn import warn
 from .allocation import Budget, CostAllocation, check_reach, uniform, validate
-from .config import PruningConfig
+from .config import MEASURED, PruningConfig
 from .costs import Costs
 from .errors import CalibrationError, CalibrationWarning, NothingPrunableError
 from .groups import Group
 from .losses import resolve_loss
 from .obs import OBS
 from .restoration import ridge
-
-#: one in so many calibration sequences is run back for gradients, and shows the dense model's activations to cost curves
-MEASURED = 8
 
 
 class Chooser:
@@ -65,7 +62,7 @@ class Chooser:
         fingerprint: str,
         advance: Callable[[float], None],
         costs: Costs | None = None,
-        part: int = MEASURED,
+        part: int | None = None,
     ) -> Costs | None:
         """Observe the dense model, forward and, where there is a loss, back: the cost curves if the allocation wants them, and gradients for the score.
 
@@ -74,7 +71,7 @@ class Chooser:
             batches: of calibration.
             fingerprint: of the model.
             costs: the cost curves, where they were measured before.
-            part: one in so many sequences is run, the first ones, and more of them where tokens are few.
+            part: one in so many sequences is run, the first ones, and more of them where tokens are few; ``None``: by the quality asked for.
         """
         config = self.config
         is_wanted = self.needs_costs and costs is None
@@ -85,7 +82,7 @@ class Chooser:
         Marks(program, batches, config.padding_mask, hold_out=False)  # refuses a mask that does not fit by the number of its batch
         pieces = in_pieces(program, batches)
         marks = Marks(program, [piece.inputs for piece in pieces], config.padding_mask, hold_out=False)
-        at_least = -(-len(pieces) // part)
+        at_least = -(-len(pieces) // (part or MEASURED[config.quality]))
         try:
             observe_batches(consumers, pieces, wanted, None if config.loss is None else resolve_loss(config.loss), marks, advance, at_least)
         except CalibrationError as error:

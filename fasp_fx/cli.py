@@ -37,6 +37,7 @@ class QualityName(StrEnum):
 
     fast = "fast"
     balanced = "balanced"
+    best = "best"
 
 
 class ScoreName(StrEnum):
@@ -112,7 +113,7 @@ def prune(
     ] = None,
     round_to: Annotated[int, typer.Option(help="Keep widths that are multiples of this, which hardware likes.")] = 16,
     quality: Annotated[
-        QualityName, typer.Option(help="fast: the method of FASP; balanced: by predicted losses, better and about twice as long.")
+        QualityName, typer.Option(help="fast: the method of FASP; balanced: by predicted losses, better and longer; best: by losses measured on more text.")
     ] = QualityName.balanced,
     score: Annotated[
         ScoreName | None,
