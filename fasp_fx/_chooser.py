@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
 from ._observe._consumers import Consumers
 from ._observe._costs import curves_of
-from ._observe._gradients import in_pieces, observe_batches
+from ._observe._gradients import Piece, in_pieces, observe_batches
 from ._observe._marks import Marks
 from ._observe._runner import Runner
 from ._observe._visit import Decision, Observer
@@ -24,13 +24,19 @@ from .groups import Group
 from .losses import resolve_loss
 from .obs import OBS
 from .restoration import ridge
+from .statistics import MakeStatistic
 
 
 class Chooser:
-    """Chooses by a configuration, for one program or for several after another."""
+    """Chooses by a configuration, for one program or for several after another.
 
-    def __init__(self, config: PruningConfig) -> None:
+    Args:
+        auto: the loss that ``loss="auto"`` stands for.
+    """
+
+    def __init__(self, config: PruningConfig, auto: Literal["outputs", "next-token"] = "outputs") -> None:
         self.config = config
+        self._loss = auto if config.loss == "auto" else config.loss
         self._score, self._allocate = resolve_score(config.named_score), config.allocator
         self._restore = ridge if config.restore is not None else None
         self._gradients = {name: make for name, make in self._score.statistics.items() if getattr(make, "needs_gradient", False)}
@@ -38,12 +44,21 @@ class Chooser:
     @property
     def measures(self) -> bool:
         """Whether the dense model is observed before anything is chosen."""
-        return self.needs_costs or (bool(self._gradients) and self.config.loss is not None)
+        return self.needs_costs or (bool(self._gradients) and self._loss is not None)
 
     @property
     def needs_costs(self) -> bool:
         """Whether the allocation wants cost curves."""
         return isinstance(self._allocate, CostAllocation)
+
+    @property
+    def said_loss(self) -> str:
+        """What costs are predictions of."""
+        if self._loss is None:
+            return "the relative squared errors of the consumers' outputs, added up"
+        if callable(self._loss):
+            return "the loss that was given"
+        return {"next-token": "the cross-entropy of the next token"}.get(self._loss, "half the squared error of the outputs, relative to their mean square")
 
     def check(self, budget: Budget, groups: Sequence[Group]) -> None:
         """Refuse what can be known to be in vain before the costs are measured; arguments and errors as for :meth:`allocate`."""
@@ -78,24 +93,45 @@ class Chooser:
         wanted = {**self._score.statistics, **OBS.statistics} if is_wanted else self._gradients
         if not self.measures or (not is_wanted and not self._gradients):
             return costs
-        program = consumers.analysis.program
-        Marks(program, batches, config.padding_mask, hold_out=False)  # refuses a mask that does not fit by the number of its batch
-        pieces = in_pieces(program, batches)
-        marks = Marks(program, [piece.inputs for piece in pieces], config.padding_mask, hold_out=False)
-        at_least = -(-len(pieces) // (part or MEASURED[config.quality]))
-        try:
-            observe_batches(consumers, pieces, wanted, None if config.loss is None else resolve_loss(config.loss), marks, advance, at_least)
-        except CalibrationError as error:
-            if config.loss != "auto":
-                raise
-            consumers.forget()
-            observe_batches(consumers, pieces, wanted, None, marks, advance, at_least)
-            warn(f"{error}, as is done now: each consumer counts by the relative error of its own output", CalibrationWarning)
+        self._observe(consumers, batches, wanted, advance, part or MEASURED[config.quality])
         if is_wanted:
             with torch.no_grad():
                 costs = Costs(curves_of(consumers, consumers.analysis.chosen, self._score), fingerprint)
         consumers.forget_activations()
         return costs
+
+    def _observe(
+        self, consumers: Consumers, batches: list[list[Any]], wanted: Mapping[str, MakeStatistic], advance: Callable[[float], None], part: int
+    ) -> None:
+        """Run one in ``part`` of the sequences; as they came where pieces of them do not serve, and only forward where nothing else does.
+
+        A loss of the user's sees whole batches, whose sequences it may compare.
+
+        Raises:
+            CalibrationError: see :func:`observe_batches`.
+        """
+        program, config = consumers.analysis.program, self.config
+        Marks(program, batches, config.padding_mask, hold_out=False)  # refuses a mask that does not fit by the number of its batch
+        whole = [Piece(batch, number) for number, batch in enumerate(batches)]
+        pieces = whole if callable(self._loss) else in_pieces(program, whole)
+        attempts = [(pieces, self._loss)]
+        if len(pieces) > len(whole):
+            attempts.append((whole, self._loss))
+        if config.loss == "auto":
+            attempts.append((whole, None))
+        for number, (given, loss) in enumerate(attempts):
+            marks = Marks(program, [piece.inputs for piece in given], config.padding_mask, hold_out=False)
+            try:
+                observe_batches(consumers, given, wanted, None if loss is None else resolve_loss(loss), marks, advance, -(-len(given) // part))
+                break
+            except CalibrationError as error:
+                if number + 1 == len(attempts):
+                    raise
+                failure = error
+                consumers.forget()
+        if loss is None and self._loss is not None:
+            self._loss = None
+            warn(f"{failure}, as is done now: each consumer counts by the relative error of its own output", CalibrationWarning)
 
     def allocate(self, budget: Budget, groups: Sequence[Group], costs: Costs | None) -> list[int]:
         """How many channel sets each block of each of the budget's groups loses.

@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from functools import partial
-from typing import Any, Unpack
+from typing import Any, Literal, Unpack
 
 import numpy as np
 import torch
@@ -142,15 +142,20 @@ def choose(
     progress: Callable[[float], None] | None = None,
     on_analysis: Callable[[Analysis], None] | None = None,
     costs: Costs | None = None,
+    loss: Literal["outputs", "next-token"] = "outputs",
     clock: Timings,
 ) -> tuple[Analysis, Decision]:
-    """Analyse a captured program, calibrate it and choose what goes; see :func:`prune`."""
+    """Analyse a captured program, calibrate it and choose what goes; see :func:`prune`.
+
+    Args:
+        loss: what ``loss="auto"`` stands for.
+    """
     _check_weights(program)
     if costs is not None:
         check_costs(costs, plans.program_fingerprint(program))
     clock.lap("capture")
     analysis = analyze_program(program, split_fused, config.granularity, config.include)
-    chooser, budget, consumers = Chooser(config), ProgramBudget(analysis), Consumers(analysis)
+    chooser, budget, consumers = Chooser(config, loss), ProgramBudget(analysis), Consumers(analysis)
     chooser.check(budget, analysis.groups)
     clock.lap("analysis")
     if on_analysis is not None:
@@ -164,6 +169,9 @@ def choose(
         clock.lap("measuring")
     lost = chooser.allocate(budget, analysis.groups, costs)
     decision = chooser.choose(consumers, lost, batches, lambda fraction: advance(share + (1 - share) * fraction))
+    if costs is not None and chooser.needs_costs:
+        rise = costs.predicted(dict(zip((group.name for group in budget.groups), lost, strict=True)))
+        decision.notes.append(f"predicted rise of {chooser.said_loss}: {rise:.3g}")
     clock.lap("calibration")
     return analysis, decision
 

@@ -47,7 +47,8 @@ class OBS(GroupScore):
     def curvature(self, columns: Columns) -> Tensor:
         """Q of one block of a consumer, shape ``[columns, columns]``."""
         assert columns.gram is not None
-        weight = columns.weight.to(precise(columns.weight.device))
+        parts = [columns.weight.real, columns.weight.imag] if columns.weight.is_complex() else [columns.weight]
+        weight = torch.cat(parts).to(precise(columns.weight.device))
         own = weight.T @ weight
         gram = columns.gram()
         energy = float((own * gram).sum())

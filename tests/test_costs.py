@@ -133,6 +133,33 @@ def test_parts_are_measured_by_their_own_outputs() -> None:
         fasp_fx.prune(model, (X,), calibration=[X], allocation="global", loss=lambda outputs, inputs: outputs["out"].sum())
 
 
+class Pairs(nn.Module):
+    """Compares samples of a batch with each other, so that one by one they have nothing to say."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(8, 16), nn.Linear(16, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.down(torch.relu(self.up(x)))
+        return h[0::2] - h[1::2]
+
+
+def test_a_model_that_compares_samples_is_measured_on_whole_batches() -> None:
+    torch.manual_seed(0)
+    model = Pairs().eval()
+    batches = [torch.randn(64, 8) for _ in range(4)]
+    result = fasp_fx.prune(model, (batches[0],), calibration=batches, sparsity=0.3)
+    assert any("predicted rise of half the squared error" in note for note in result.report.notes)
+
+    def told_apart(outputs: Tensor, inputs: Mapping[str, Any]) -> Tensor:
+        assert len(inputs["x"]) == 64, "a loss of one's own sees whole batches"
+        return outputs.square().mean(-1)
+
+    result = fasp_fx.prune(model, (batches[0],), calibration=batches, sparsity=0.3, loss=told_apart)
+    assert any("predicted rise of the loss that was given" in note for note in result.report.notes)
+
+
 # What a user writes, from public names alone.
 
 

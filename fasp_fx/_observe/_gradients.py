@@ -77,12 +77,11 @@ def observe_batches(
                     statistic.terms = terms
 
 
-def in_pieces(program: Program, batches: Sequence[list[Any]]) -> list[Piece]:
+def in_pieces(program: Program, whole: list[Piece]) -> list[Piece]:
     """Batches in pieces of one sequence (one image, or some rows), where the first dimension of the first input may have any size; others as they are.
 
     So it does not matter how sequences were put together, and the memory does not grow with the batch.
     """
-    whole = [Piece(batch, number) for number, batch in enumerate(batches)]
     nodes = program.placeholders()
     sizes = [value.shape[0] if isinstance(value := node.meta.get("val"), Tensor) and value.dim() else None for node in nodes]
     first = next((size for size in sizes if size is not None), None)

@@ -140,8 +140,6 @@ def prune(
         raise ArgumentError("padding_mask= is not for fasp_fx.hf.prune, which takes the mask of the batches; leave it out")
     masked = {"padding_mask": "attention_mask"} if "attention_mask" in stages.accepts else {}
     asked = PruningConfig.of(config, {**options, **masked})
-    if asked.loss == "auto":
-        asked = replace(asked, loss="next-token")
     if asked.needs_data:
         check_calibration(calibration)
     clock = Timings()
@@ -152,7 +150,7 @@ def prune(
     batches = None
     if calibration is not None:
         batches = stages.batches(calibration, FlatProgram.of(program.module).cache_sizes())
-    analysis, decision = choose(program, asked, batches, device=where, progress=progress, on_analysis=on_analysis, costs=costs, clock=clock)
+    analysis, decision = choose(program, asked, batches, device=where, progress=progress, on_analysis=on_analysis, costs=costs, loss="next-token", clock=clock)
     others = stages.served()
     if others:
         served = [_served(other, device, asked) for other in others]
