@@ -9,6 +9,7 @@ import torch
 
 from ._observe._consumers import Consumers
 from ._observe._costs import curves_of
+from ._observe._drift import Drift
 from ._observe._gradients import Piece, in_pieces, observe_batches
 from ._observe._marks import Marks
 from ._observe._runner import Runner
@@ -180,7 +181,10 @@ class Chooser:
         runner = None if batches is None else Runner(analysis.program, batches)
         marks = None if batches is None else Marks(analysis.program, batches, self.config.padding_mask, hold_out=self._restore is not None)
         with torch.no_grad():
-            return Observer(consumers, lost, self._score, self._restore, self.config.propagate).run(runner, marks, advance)
+            observer = Observer(consumers, lost, self._score, self._restore, self.config.propagate)
+            part = self.config.drift_part
+            drift = None if batches is None or not part else Drift(Runner(analysis.program, batches), part)
+            return observer.run(runner, marks, advance, drift)
 
 
 __all__ = ["Chooser"]

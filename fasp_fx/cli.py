@@ -19,7 +19,7 @@ from .errors import ArgumentError
 
 app = typer.Typer(
     name="fasp-fx",
-    help="Make language models physically smaller by structured pruning (FASP), without retraining.",
+    help="Make language models physically smaller by structured pruning, without retraining.",
     epilog="Exit codes: 0 done, 2 the request cannot be met (one line says why), 130 interrupted.",
     no_args_is_help=True,
     add_completion=False,
@@ -140,8 +140,8 @@ def prune(
 ) -> None:
     """Prune a language model, measure what it cost, and save it.
 
-    Finds the coupled channels of the model by itself, values them by activation statistics of the calibration text, removes the least
-    valuable ones, repairs the weights that stay, and writes a smaller model that generates like the original, with its tokenizer.
+    Finds the coupled channels of the model by itself, predicts from the calibration text what losing them would cost, removes those that cost
+    least, repairs the weights that stay, and writes a smaller model that generates like the original, with its tokenizer.
 
     With `--calibration self` (the default) nothing but the model is needed: it writes 32 texts of 256 tokens itself, which is quick and enough
     for a small model. The protocol behind published figures is real text at full length: 32 chunks of 1024 tokens of WikiText-2 to calibrate,

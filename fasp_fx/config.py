@@ -32,6 +32,7 @@ class PruningOptions(TypedDict, total=False):
     allocation: Literal["uniform", "global"] | Allocation | None
     loss: Literal["auto", "outputs", "next-token"] | Loss | None
     propagate: bool
+    drift: float | None
     granularity: Iterable[str]
     include: Iterable[str]
     exclude: Iterable[str]
@@ -60,6 +61,8 @@ class PruningConfig:
             ``"outputs"``: the squared error of all outputs; or a function of outputs and arguments (:mod:`fasp_fx.losses`). ``"auto"``: next tokens in
             :func:`fasp_fx.hf.prune`, else outputs. ``None``: no gradients; each consumer counts by the relative error of its own output.
         propagate: later layers are observed behind the already pruned earlier ones.
+        drift: how much of what earlier removals changed in the value that a consumer's output is added to (a residual stream) its repair makes up
+            for, from 0 to 1. The dense model runs beside the pruned one then. ``None``: 0.3 with ``quality="best"``, else 0.
         granularity: what goes together: ``"channel"``, single channels; ``"head"``, whole attention heads with their rows of W_Q, W_K and W_V and
             columns of W_O (a KV head takes its query heads along); ``"expert"``, whole experts of a mixture with their rows of the router, as if they
             were never chosen. With ``("head",)`` nothing but heads goes; with both, heads in attention and channels elsewhere.
@@ -85,6 +88,7 @@ class PruningConfig:
     allocation: Literal["uniform", "global"] | Allocation | None = None
     loss: Literal["auto", "outputs", "next-token"] | Loss | None = "auto"
     propagate: bool = True
+    drift: float | None = None
     granularity: Iterable[str] = ("channel",)
     include: Iterable[str] = ()
     exclude: Iterable[str] = ()
@@ -108,6 +112,10 @@ class PruningConfig:
             raise ArgumentError(f"round_to={self.round_to!r} is not a positive integer")
         if not isinstance(self.propagate, bool):
             raise ArgumentError(f"propagate={self.propagate!r} is neither True nor False")
+        if self.drift is not None and (isinstance(self.drift, bool) or not isinstance(self.drift, (int, float)) or not 0 <= self.drift <= 1):
+            raise ArgumentError(f"drift={self.drift!r} is not in [0, 1]; 0.3 makes up for a third")
+        if self.drift and not (self.propagate and self.restore is not None):
+            raise ArgumentError("drift= is for repairs behind earlier removals; leave it out without restore= or propagate=")
         for name, known in (("granularity", _GRANULARITIES), ("include", _INCLUDED), ("exclude", None)):
             object.__setattr__(self, name, _names(name, getattr(self, name), known))
         if not self.granularity:
@@ -141,6 +149,13 @@ class PruningConfig:
         if self.score is not None:
             return self.score
         return "obs" if self.quality != "fast" and self.restore is not None else "fasp"
+
+    @property
+    def drift_part(self) -> float:
+        """The drift, or what stands for it where none is given."""
+        if self.drift is not None:
+            return self.drift
+        return 0.3 if self.quality == "best" and self.propagate and self.restore is not None else 0.0
 
     @property
     def allocator(self) -> Allocation:

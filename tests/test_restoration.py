@@ -324,3 +324,45 @@ def test_a_weight_used_twice_is_restored_on_both_inputs() -> None:
     assert len(h) == 120
     kept = np.setdiff1d(np.arange(10), removed(result)["down.weight"])
     assert closeness(weight_of(result.module, "down.weight"), repaired(weight_of(model, "down.weight"), h, kept, sequences=120)) <= 1e-3
+
+
+class Residual(nn.Module):
+    """Blocks on a residual path."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(nn.Sequential(nn.Linear(8, 24), nn.GELU(), nn.Linear(24, 8)) for _ in range(2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for block in self.blocks:
+            x = x + block(x)
+        return x
+
+
+def test_a_repair_makes_up_for_what_earlier_removals_changed_beside_it() -> None:
+    model = randomise(Residual(), std=0.5)
+    x = torch.randn(4000, 8, generator=torch.Generator().manual_seed(0))
+    part, options = 0.7, {"calibration": list(x.split(500)), "sparsity": 0.4, "quality": "fast"}
+    captured = fasp_fx.capture(model, (x[:5],))
+    without, found = (fasp_fx.prune(captured, drift=drift, **options) for drift in (0.0, part))  # type: ignore[arg-type]
+    assert without.plan.groups == found.plan.groups
+    kept = [name for name in range(24) if name not in found.plan.groups[1].consumers[0].removed]
+    with torch.no_grad():
+        first, second = model.blocks
+        smaller = [found.module.get_parameter(f"blocks.0.{name}") for name in ("0.weight", "0.bias", "2.weight", "2.bias")]
+        pruned = x + nn.functional.linear(nn.functional.gelu(nn.functional.linear(x, *smaller[:2])), *smaller[2:])
+        drift = x + first(x) - pruned
+        inside = second[1](second[0](pruned))  # type: ignore[index]
+        target = inside @ second[2].weight.T + part * drift  # type: ignore[index]
+        solved = torch.linalg.lstsq(inside[:, kept].double(), target.double()).solution.T
+    torch.testing.assert_close(found.module.get_parameter("blocks.1.2.weight").double(), solved, rtol=0.02, atol=0.01)
+    assert torch.equal(found.module.get_parameter("blocks.0.2.weight"), without.module.get_parameter("blocks.0.2.weight"))
+    with torch.no_grad():
+        expected = model(x)
+        assert (found.module(x) - expected).norm() < (without.module(x) - expected).norm()
+
+
+@pytest.mark.parametrize("options", [{"drift": 1.5}, {"drift": True}, {"drift": 0.3, "propagate": False}, {"drift": 0.3, "restore": None}])
+def test_a_drift_that_cannot_be_is_refused(options: dict[str, Any]) -> None:
+    with pytest.raises(fasp_fx.ArgumentError, match="drift="):
+        fasp_fx.PruningConfig(**options)

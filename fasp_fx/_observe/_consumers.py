@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -21,7 +22,8 @@ class Consumer:
     """One weight read as matrices, with all uses that read it so, and for each block a Gram matrix and what a score asked for.
 
     Attributes:
-        grams: one for each block, once its input was seen.
+        grams: one for each block, once its input was seen; behind the columns come those of ``beside``.
+        beside: how many rows the consumer has where the drift of what its output is added to is seen as well; else 0.
         seen: for each block, the statistics that a score asked for, by name.
     """
 
@@ -30,6 +32,7 @@ class Consumer:
         self.weight = use.weight
         self.uses: list[Use] = []
         self.grams: list[SplitGram] | None = None
+        self.beside = 0
         self.seen: list[dict[str, Statistic]] = []
 
     @property
@@ -87,7 +90,7 @@ class Consumers:
     def forget(self) -> None:
         """Keep nothing of what was seen."""
         for consumer in self.by_key.values():
-            consumer.grams, consumer.seen = None, []
+            consumer.grams, consumer.seen, consumer.beside = None, [], 0
 
     def columns(self, group: Group, consumer: Consumer, weight: Tensor) -> list[Columns]:
         """A consumer as a score sees it, block by block.
@@ -116,13 +119,18 @@ class Consumers:
             found.append(
                 Columns(
                     matrix,
-                    None if gram is None else gram.norms(),
-                    None if gram is None else gram.symmetric,
+                    None if gram is None else gram.norms()[: matrix.shape[1]],
+                    None if gram is None else partial(_first, gram, matrix.shape[1]),
                     sets_of(numbers),
                     consumer.seen[block] if consumer.seen else {},
                 )
             )
         return found
+
+
+def _first(gram: SplitGram, columns: int) -> Tensor:
+    """The Gram matrix without what was seen beside the columns."""
+    return gram.symmetric()[:columns, :columns]
 
 
 __all__ = ["Consumer", "Consumers"]

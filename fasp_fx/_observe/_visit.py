@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
@@ -16,6 +16,7 @@ from ..restoration import Restored, left_alone, together
 from ..scoring import GroupScore
 from ..statistics import PADDING, SplitGram
 from ._consumers import Consumer, Consumers
+from ._drift import Drift
 from ._gains import warn_of_few
 from ._marks import Marks
 from ._matrices import ConsumerMatrices, token_dims
@@ -58,22 +59,28 @@ class Observer:
         self.decision = Decision(np.zeros(analysis.numbering.total, dtype=bool))
         self.products = ObservedProducts(analysis, self.groups)
         self._observed = False
+        self._drift: Drift | None = None
         self._tokens: dict[str, int] = {}  # the fewest that a block of a weight saw; of weights that may be repaired
         self._undecided = {group.name for group in self.groups}
         self._waiting = {g.name: {use.node for use in g.uses} | {product.node for product in self.products.of(g)} for g in self.groups}
 
-    def run(self, runner: Runner | None, marks: Marks | None, progress: Callable[[float], None]) -> Decision:
+    def run(self, runner: Runner | None, marks: Marks | None, progress: Callable[[float], None], drift: Drift | None = None) -> Decision:
         """Visit all consumers in graph order; without a runner and marks of its tokens nothing is observed.
+
+        Args:
+            drift: what repairs make up for besides.
 
         Warns:
             CalibrationWarning: the data are too few to repair with; once for all consumers.
         """
-        self._observed = runner is not None
+        self._observed, self._drift = runner is not None, drift
         position = {node: index for index, node in enumerate(self.analysis.program.module.graph.nodes)}
         stops = sorted({node for waiting in self._waiting.values() for node in waiting}, key=position.__getitem__)
         for count, node in enumerate(stops):
             if runner is not None and marks is not None:
                 runner.advance(runner.index(node))
+                if drift is not None:
+                    drift.dense.advance(runner.index(node))
                 self._observe(runner, marks, [use for consumer in self.consumers.by_key.values() for use in consumer.uses if use.node is node])
                 products = [product for group in self.groups for product in self.products.of(group) if product.node is node]
                 self.products.observe(runner, marks, list(dict.fromkeys(products)))
@@ -100,14 +107,16 @@ class Observer:
             matrices = ConsumerMatrices(use, self.analysis.walk.values)
             blocks, columns = use.columns.shape[:2]
             ends = list(runner.read(use.route)) if use.route is not None else None
+            beside = [] if self._drift is None or len(consumer.uses) > 1 else list(self._drift.at(use, runner))
+            consumer.beside = beside[0].shape[1] if beside else 0
             for batch, activation in enumerate(_inputs(runner, use)):
                 if consumer.grams is None:
-                    consumer.grams = [SplitGram(columns, activation.device) for _ in range(blocks)]
+                    consumer.grams = [SplitGram(columns + consumer.beside, activation.device) for _ in range(blocks)]
                 seen = consumer.observe(self.score.statistics, activation.device)
                 dims = token_dims(activation.dim(), use.activation_layout)
                 own = marks.of(batch, use.activation, activation, dims) if ends is None else marks.routed(batch, use.activation, ends[batch])
                 for block, tokens, kinds in matrices.tokens(activation, own, None if ends is None else ends[batch]):
-                    consumer.grams[block].update(tokens, kinds)
+                    consumer.grams[block].update(torch.cat([tokens, beside[batch]], 1) if beside else tokens, kinds)
                     for statistic in seen[block].values():
                         if not statistic.needs_gradient:  # those that do were shown the dense model's before
                             statistic.update(tokens, None, (kinds != PADDING).to(tokens.dtype))
@@ -152,11 +161,14 @@ class Observer:
             if otherwise is not None:
                 self._tokens.pop(consumer.weight, None)
                 self.decision.notes.append(f"'{consumer.weight}' is not repaired, because {otherwise}")
+            if self._drift is not None and consumer.beside:  # what is beside counts as columns of their own, which go
+                read = torch.cat([read, self._drift.part * torch.eye(consumer.beside, dtype=read.dtype, device=read.device)[None]], 2)
             parts = [
                 restore(matrix, gram.fitted.symmetric(torch.float32), None if gram.held is None else gram.held.symmetric(torch.float32), left.nonzero()[:, 0])
                 for matrix, gram, left in zip(read, consumer.grams, kept, strict=True)
             ]
             outcome = together(parts)
+            outcome = replace(outcome, weight=outcome.weight[:, :, : kept.shape[1]])
             self.decision.outcomes.setdefault(consumer.weight, []).append(outcome)
             pruned = consumer.matrices.write(outcome.weight, weight)
             self.decision.weights[consumer.weight] = pruned
