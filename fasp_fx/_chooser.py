@@ -121,8 +121,8 @@ class Chooser:
         if config.loss == "auto":
             attempts.append((whole, None))
         for number, (given, loss) in enumerate(attempts):
-            marks = Marks(program, [piece.inputs for piece in given], config.padding_mask, hold_out=False)
             try:
+                marks = Marks(program, [piece.inputs for piece in given], config.padding_mask, hold_out=False)
                 observe_batches(consumers, given, wanted, None if loss is None else resolve_loss(loss), marks, advance, -(-len(given) // part))
                 break
             except CalibrationError as error:

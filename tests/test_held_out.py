@@ -233,3 +233,18 @@ def test_one_warning_sums_up_where_data_are_too_few() -> None:
     assert "too little calibration data to repair" in str(warning.message)
     assert "'narrow.weight' has 12 columns and saw 1 tokens" in str(warning.message) or "'down.weight' has 16 columns and saw 4 tokens" in str(warning.message)
     assert all(line.held_restored <= line.held_cut for line in result.report.lines if line.held_restored is not None and line.held_cut is not None)
+
+
+@pytest.mark.parametrize("name", ["llama", "t5"])
+@pytest.mark.filterwarnings("ignore::fasp_fx.CalibrationWarning")
+def test_sequences_may_come_in_any_batches(name: str) -> None:
+    model = generating(name)
+    ids = torch.randint(2, VOCABULARY, (16, 7), generator=torch.Generator().manual_seed(0))
+    keys = ("input_ids", "decoder_input_ids") if name == "t5" else ("input_ids",)
+    plans = [
+        hf.prune(model, calibration=[dict.fromkeys(keys, part) for part in ids.split(size)], sparsity=0.2, quality=quality).plan.groups
+        for quality in ("balanced", "best")
+        for size in (16, 4)
+    ]
+    assert plans[0] == plans[1]
+    assert plans[2] == plans[3]

@@ -80,21 +80,23 @@ def observe_batches(
 def in_pieces(program: Program, whole: list[Piece]) -> list[Piece]:
     """Batches in pieces of one sequence (one image, or some rows), where the first dimension of the first input may have any size; others as they are.
 
-    So it does not matter how sequences were put together, and the memory does not grow with the batch.
+    So it does not matter how sequences were put together, and the memory does not grow with the batch. Inputs are divided along with the first whose first
+    dimension is the same size by the graph; or, from two dimensions on, whose first dimension is free and of the same size in the batch (a mask).
     """
-    nodes = program.placeholders()
-    sizes = [value.shape[0] if isinstance(value := node.meta.get("val"), Tensor) and value.dim() else None for node in nodes]
-    first = next((size for size in sizes if size is not None), None)
-    if first is None or not is_dynamic(first):
+    shapes = [tuple(value.shape) if isinstance(value := node.meta.get("val"), Tensor) else () for node in program.placeholders()]
+    first = next((shape[0] for shape in shapes if shape), None)
+    inner = {str(size) for shape in shapes for size in shape[1:]}
+    if first is None or not is_dynamic(first) or str(first) in inner:
         return whole
-    along = [size is not None and str(size) == str(first) for size in sizes]
-    if any(str(first) in map(str, node.meta["val"].shape[1:]) for node in nodes if isinstance(node.meta.get("val"), Tensor) and node.meta["val"].dim()):
-        return whole
+    same = [bool(shape) and str(shape[0]) == str(first) for shape in shapes]
+    free = [len(shape) > 1 and is_dynamic(shape[0]) and str(shape[0]) not in inner for shape in shapes]
     found = []
     for piece in whole:
-        leaf = next(leaf for leaf, splits in zip(piece.inputs, along, strict=True) if splits)
+        leaf = next(leaf for leaf, is_same in zip(piece.inputs, same, strict=True) if is_same)
+        count = leaf.shape[0]
+        along = [is_same or (is_free and leaf.shape[0] == count) for leaf, is_same, is_free in zip(piece.inputs, same, free, strict=True)]
         each = ROWS if leaf.dim() <= 1 + leaf.is_floating_point() else 1
-        for start in range(0, leaf.shape[0], each):
+        for start in range(0, count, each):
             inputs = [leaf[start : start + each] if splits else leaf for leaf, splits in zip(piece.inputs, along, strict=True)]
             found.append(Piece(inputs, piece.batch))
     return found
