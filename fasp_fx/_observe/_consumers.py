@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from typing import Any
 
@@ -13,8 +13,8 @@ from torch import Tensor
 from ..analysis import Analysis
 from ..channels import Use, attribute
 from ..groups import Group
-from ..scoring import Columns
-from ..statistics import MakeStatistic, SplitGram, Statistic
+from ..scoring import Columns, GroupColumns
+from ..statistics import PADDING, MakeStatistic, SplitGram, Statistic
 from ._matrices import ConsumerMatrices
 
 
@@ -40,15 +40,31 @@ class Consumer:
         """How many blocks it is read as."""
         return len(self.matrices.columns)
 
-    def observe(self, wanted: Mapping[str, MakeStatistic], device: torch.device) -> list[dict[str, Statistic]]:
-        """The statistics of each block, made where they are not there yet."""
+    def prepare(self, wanted: Mapping[str, MakeStatistic], device: torch.device) -> None:
+        """Make the Gram matrices and the statistics of each block, where they are not there yet."""
+        columns = self.matrices.columns.shape[1]
+        if self.grams is None:
+            self.grams = [SplitGram(columns + self.beside, device) for _ in range(self.blocks)]
         if not self.seen:
             self.seen = [{} for _ in range(self.blocks)]
         for seen in self.seen:
             for name, make in wanted.items():
                 if name not in seen:
-                    seen[name] = make(self.matrices.columns.shape[1], device)
-        return self.seen
+                    seen[name] = make(columns, device)
+
+    def see(self, pieces: Iterable[tuple[int, Tensor, Tensor]], takes: Callable[[Statistic], bool], beside: Tensor | None = None) -> None:
+        """Add tokens, without gradients.
+
+        Args:
+            pieces: block, tokens ``[tokens, columns]`` and their marks ``[tokens]``.
+            takes: which statistics they are for, besides the Gram matrices.
+            beside: the drift of what the output is added to, ``[tokens, rows]``.
+        """
+        assert self.grams is not None
+        for block, tokens, kinds in pieces:
+            self.grams[block].update(tokens if beside is None else torch.cat([tokens, beside], 1), kinds)
+            for statistic in filter(takes, self.seen[block].values()):
+                statistic.update(tokens, None, (kinds != PADDING).to(tokens.dtype))
 
     def gone(self, gone: np.ndarray) -> np.ndarray:
         """Which columns go, shape ``[blocks, columns]``."""
@@ -92,22 +108,19 @@ class Consumers:
         for consumer in self.by_key.values():
             consumer.grams, consumer.seen, consumer.beside = None, [], 0
 
-    def columns(self, group: Group, consumer: Consumer, weight: Tensor) -> list[Columns]:
-        """A consumer as a score sees it, block by block.
+    def view(self, group: Group, deepest: int, weight_of: Callable[[Consumer], Tensor]) -> GroupColumns:
+        """A group as a score sees it.
 
         Args:
-            weight: what the consumer's weight is now.
+            deepest: how many channel sets of a block may go at most.
+            weight_of: what a consumer's weight is now.
         """
+        own = [columns for consumer in self.of_group[group.name] for columns in self._columns(group, consumer, weight_of(consumer))]
+        return GroupColumns(group.name, np.asarray(group.block_of), own, deepest)
+
+    def _columns(self, group: Group, consumer: Consumer, weight: Tensor) -> list[Columns]:
+        """A consumer as a score sees it, block by block."""
         labels = self.analysis.labels
-        order = np.argsort(group.sets)
-
-        def sets_of(numbers: np.ndarray) -> np.ndarray:
-            sets = np.where(numbers >= 0, labels[np.maximum(numbers, 0)], -1)
-            member = np.isin(sets, group.sets)
-            found = np.full(numbers.shape, -1)
-            found[member] = order[np.searchsorted(group.sets[order], sets[member])]
-            return found
-
         own = consumer.matrices.use.block_numbers
         whole = group.granularity == "expert" and own is not None and bool(np.isin(labels[own], group.sets).all())
         found = []
@@ -121,11 +134,25 @@ class Consumers:
                     matrix,
                     None if gram is None else gram.norms()[: matrix.shape[1]],
                     None if gram is None else partial(_first, gram, matrix.shape[1]),
-                    sets_of(numbers),
+                    sets_in(group, labels, numbers),
                     consumer.seen[block] if consumer.seen else {},
                 )
             )
         return found
+
+
+def sets_in(group: Group, labels: np.ndarray, numbers: np.ndarray) -> np.ndarray:
+    """For channel numbers of any shape, which of a group's channel sets each belongs to, counted in the order of ``group.sets``; -1 where none.
+
+    Args:
+        labels: the channel set of each channel number.
+    """
+    sets = np.where(numbers >= 0, labels[np.maximum(numbers, 0)], -1)
+    member = np.isin(sets, group.sets)
+    order = np.argsort(group.sets)
+    found = np.full(numbers.shape, -1)
+    found[member] = order[np.searchsorted(group.sets[order], sets[member])]
+    return found
 
 
 def _first(gram: SplitGram, columns: int) -> Tensor:
@@ -133,4 +160,4 @@ def _first(gram: SplitGram, columns: int) -> Tensor:
     return gram.symmetric()[:columns, :columns]
 
 
-__all__ = ["Consumer", "Consumers"]
+__all__ = ["Consumer", "Consumers", "sets_in"]

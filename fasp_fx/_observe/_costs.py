@@ -10,7 +10,7 @@ from ..allocation import deepest_loss
 from ..costs import CostCurve
 from ..groups import Group
 from ..obs import OBS, Elimination
-from ..scoring import GroupColumns, GroupScore, Order
+from ..scoring import GroupScore, Order
 from ._consumers import Consumers
 from ._order import order_of
 from ._products import ObservedProducts
@@ -39,9 +39,7 @@ def curves_of(consumers: Consumers, groups: Sequence[Group], score: GroupScore) 
 
 def _losses(consumers: Consumers, group: Group, order: Order) -> np.ndarray:
     """The losses after repair in an order that is given."""
-    own = [columns for consumer in consumers.of_group[group.name] for columns in consumers.columns(group, consumer, consumers.weight(consumer))]
-    view = GroupColumns(group.name, np.asarray(group.block_of), own, order.sets.shape[1])
-    obs = OBS()
+    view, obs = consumers.view(group, order.sets.shape[1], consumers.weight), OBS()
     problems = [Elimination(columns, group.size, obs.curvature(columns), obs.damping) for columns in view.consumers]
     each = max(1, -(-group.width // obs.rounds))
     losses = [0.0]

@@ -27,14 +27,14 @@ class Drift:
     def at(self, use: Use, pruned: Runner) -> Iterator[Tensor]:
         """The difference at a consumer about to be executed, ``[tokens, rows]`` for each batch; nothing where its output is added to nothing."""
         beside = added_to(use)
-        if beside is None:
+        if beside is None or pruned.index(beside) > pruned.index(use.node):  # it is not there yet
             return
         for before, after in zip(self.dense.read(beside), pruned.read(beside), strict=True):
             yield (before - after).reshape(-1, after.shape[-1])
 
 
 def added_to(use: Use) -> fx.Node | None:
-    """The value that a consumer's output is added to, if it is there before the consumer runs and of the output's shape.
+    """The computed value that a consumer's output is added to, if it is of the output's shape.
 
     The output must be laid out as the tokens are: a product with the last dimension of its input, the rows in the last of its own.
     """
@@ -50,8 +50,7 @@ def added_to(use: Use) -> fx.Node | None:
     beside = others[0].meta.get("val")
     if not isinstance(beside, Tensor) or found.shape[:-1] != given.shape[:-1] or beside.shape != found.shape or not beside.is_floating_point():
         return None
-    order = {candidate: index for index, candidate in enumerate(node.graph.nodes)}
-    return others[0] if order[others[0]] < order[node] and others[0].op == "call_function" else None
+    return others[0] if others[0].op == "call_function" else None
 
 
 __all__ = ["Drift", "added_to"]

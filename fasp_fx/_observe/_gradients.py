@@ -14,10 +14,10 @@ from .._program import Program
 from ..channels import Use, is_dynamic, results
 from ..errors import CalibrationError, first_line
 from ..losses import Loss
-from ..statistics import PADDING, InputGradients, MakeStatistic, SplitGram
+from ..statistics import PADDING, InputGradients, MakeStatistic
 from ._consumers import Consumer, Consumers
 from ._marks import Marks
-from ._matrices import ConsumerMatrices, token_dims
+from ._matrices import ConsumerMatrices, states_before, token_dims
 from ._runner import Runner
 
 #: tokens for each column of a consumer from which its Gram matrix says enough to predict losses
@@ -139,7 +139,10 @@ class _Run(Runner):
         finally:
             held.update(kept)
         for consumer, use in uses:
-            activation = self._load(use.activation, number) if use.recurrence is None else self._states(use, output)
+            if use.recurrence is None:
+                activation = self._load(use.activation, number)
+            else:
+                activation = states_before(self._load(use.recurrence.start, number), output[0], use.recurrence.steps)
             alone = sum(other.activation is use.activation for _, other in uses) == 1
             probe = probes.get(use.activation) if alone and use.recurrence is None and _told(use) else None
             self._see(consumer, use, activation.detach(), probe, output)
@@ -154,29 +157,15 @@ class _Run(Runner):
         self.leaves.append(leaf)
         return leaf
 
-    def _states(self, use: Use, output: Any) -> Tensor:
-        """What a recurrent weight is contracted with: the states of the step before."""
-        recurrence = use.recurrence
-        assert recurrence is not None
-        states, start, steps = output[0].detach(), self._load(recurrence.start, 0), recurrence.steps
-        first = start.detach().movedim(0, steps).expand(states.narrow(steps, 0, 1).shape)
-        return torch.cat([first, states.narrow(steps, 0, states.shape[steps] - 1)], steps)
-
     def _see(self, consumer: Consumer, use: Use, activation: Tensor, probe: Tensor | None, output: Any) -> None:
         matrices = ConsumerMatrices(use, self.consumers.analysis.walk.values)
         ends = None if use.route is None else self._load(use.route, 0)
         dims = token_dims(activation.dim(), use.activation_layout)
         own = self.marks.of(self.number, use.activation, activation, dims) if ends is None else self.marks.routed(self.number, use.activation, ends)
-        columns = use.columns.shape[1]
-        if consumer.grams is None:
-            consumer.grams = [SplitGram(columns, activation.device) for _ in range(consumer.blocks)]
-        seen = consumer.observe(self.wanted, activation.device)
         told_apart = probe is not None and probe.requires_grad
-        for block, tokens, kinds in matrices.tokens(activation, own, ends):
-            consumer.grams[block].update(tokens, kinds)
-            for statistic in seen[block].values():
-                if not (statistic.needs_gradient and told_apart):
-                    statistic.update(tokens, None, (kinds != PADDING).to(tokens.dtype))
+        consumer.prepare(self.wanted, activation.device)
+        consumer.see(matrices.tokens(activation, own, ends), lambda statistic: not (statistic.needs_gradient and told_apart))
+        seen = consumer.seen
         if not self.is_back:
             return
         if probe is not None and told_apart:

@@ -97,6 +97,12 @@ class ConsumerMatrices:
             yield from zip(range(blocks), matrix.expand(blocks, -1, -1), kinds.expand(blocks, -1), strict=True)
 
 
+def states_before(start: Tensor, states: Tensor, steps: int) -> Tensor:
+    """What a recurrent weight is contracted with: the states of the step before, of the first step ``start``; steps lie along dimension ``steps``."""
+    first = start.movedim(0, steps).expand(states.narrow(steps, 0, 1).shape)
+    return torch.cat([first, states.narrow(steps, 0, states.shape[steps] - 1)], steps)
+
+
 def token_dims(rank: int, layout: Layout) -> list[int]:
     """The dimensions of an operand along which tokens lie, and neither blocks nor columns."""
     origin = list(range(rank))

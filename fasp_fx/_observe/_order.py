@@ -34,9 +34,8 @@ def order_of(
         ArgumentError: the score returned an order that is none, or cannot say one for a group without consumers.
         CalibrationError: a score is not finite.
     """
-    own = [columns for consumer in consumers.of_group[group.name] for columns in consumers.columns(group, consumer, weight_of(consumer))]
-    view = GroupColumns(group.name, np.asarray(group.block_of), own, deepest)
-    if not own:
+    view = consumers.view(group, deepest, weight_of)
+    if not view.consumers:
         if not products.of(group):
             return by_value(view, np.zeros(group.size))  # nothing reads it
         if observed and score.needs_data:

@@ -11,6 +11,7 @@ from ..channels import Axis, Product, Slot, attribute
 from ..groups import Group
 from ..scoring import ByColumns, Columns
 from ..statistics import PADDING, precise
+from ._consumers import sets_in
 from ._marks import Marks
 from ._runner import Runner
 
@@ -93,7 +94,5 @@ def _blocks(slot: Slot, weight: Tensor) -> list[tuple[np.ndarray, Tensor]]:
 
 
 def _add(total: np.ndarray, group: Group, analysis: Analysis, numbers: np.ndarray, values: np.ndarray) -> None:
-    order = np.argsort(group.sets)
-    sets = np.where(numbers >= 0, analysis.labels[np.maximum(numbers, 0)], -1)
-    member = np.isin(sets, group.sets)
-    np.add.at(total, order[np.searchsorted(group.sets[order], sets[member])], values[member])
+    sets = sets_in(group, analysis.labels, numbers)
+    np.add.at(total, sets[sets >= 0], values[sets >= 0])

@@ -14,12 +14,11 @@ from ..errors import CalibrationError
 from ..groups import Group
 from ..restoration import Restored, left_alone, together
 from ..scoring import GroupScore
-from ..statistics import PADDING, SplitGram
 from ._consumers import Consumer, Consumers
 from ._drift import Drift
 from ._gains import warn_of_few
 from ._marks import Marks
-from ._matrices import ConsumerMatrices, token_dims
+from ._matrices import ConsumerMatrices, states_before, token_dims
 from ._order import order_of
 from ._products import ObservedProducts
 from ._readings import read_otherwise
@@ -105,21 +104,16 @@ class Observer:
         for use in uses:
             consumer = self.consumers.of(use)
             matrices = ConsumerMatrices(use, self.analysis.walk.values)
-            blocks, columns = use.columns.shape[:2]
             ends = list(runner.read(use.route)) if use.route is not None else None
             beside = [] if self._drift is None or len(consumer.uses) > 1 else list(self._drift.at(use, runner))
             consumer.beside = beside[0].shape[1] if beside else 0
             for batch, activation in enumerate(_inputs(runner, use)):
-                if consumer.grams is None:
-                    consumer.grams = [SplitGram(columns + consumer.beside, activation.device) for _ in range(blocks)]
-                seen = consumer.observe(self.score.statistics, activation.device)
+                consumer.prepare(self.score.statistics, activation.device)
                 dims = token_dims(activation.dim(), use.activation_layout)
                 own = marks.of(batch, use.activation, activation, dims) if ends is None else marks.routed(batch, use.activation, ends[batch])
-                for block, tokens, kinds in matrices.tokens(activation, own, None if ends is None else ends[batch]):
-                    consumer.grams[block].update(torch.cat([tokens, beside[batch]], 1) if beside else tokens, kinds)
-                    for statistic in seen[block].values():
-                        if not statistic.needs_gradient:  # those that do were shown the dense model's before
-                            statistic.update(tokens, None, (kinds != PADDING).to(tokens.dtype))
+                pieces = matrices.tokens(activation, own, None if ends is None else ends[batch])
+                # Statistics that need gradients were shown the dense model's before.
+                consumer.see(pieces, lambda statistic: not statistic.needs_gradient, beside[batch] if beside else None)
             assert consumer.grams is not None
             if not all(bool(torch.isfinite(part.matrix.diagonal()).all()) for gram in consumer.grams for part in gram.parts):
                 raise CalibrationError(f"the input of '{use.weight}' is not finite on the calibration data; check the batches and the model's dtype")
@@ -185,7 +179,5 @@ def _inputs(runner: Runner, use: Use) -> Iterator[Tensor]:
     if use.recurrence is None:
         yield from runner.read(use.activation)
         return
-    steps = use.recurrence.steps
     for results, start in zip(runner.ahead(use.node), runner.read(use.recurrence.start), strict=True):
-        states = results[0]
-        yield torch.cat([start.movedim(0, steps).expand(states.narrow(steps, 0, 1).shape), states.narrow(steps, 0, states.shape[steps] - 1)], steps)
+        yield states_before(start, results[0], use.recurrence.steps)
