@@ -38,6 +38,7 @@ from .errors import (
 )
 from .groups import Group
 from .plan import ParameterSlice, PruningPlan
+from .recovery import distil
 from .report import Report
 from .store import load
 
@@ -83,6 +84,7 @@ __all__ = [
     "apply",
     "backend",
     "capture",
+    "distil",
     "load",
     "measure",
     "passes",

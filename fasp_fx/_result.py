@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+import copy
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor, fx, nn
@@ -44,6 +45,12 @@ class Result:
     report: Report
     signature: CallSignature = field(repr=False)
     config: PruningConfig | None = field(default=None, compare=False)
+
+    def with_report(self, **fields: Any) -> Self:
+        """The same, sharing its module, with some fields of its report replaced."""
+        found = copy.copy(self)
+        object.__setattr__(found, "report", replace(self.report, **fields))
+        return found
 
     def save(self, path: str | Path, *, overwrite: bool = False) -> Path:
         """Write the result to a new folder (see :mod:`fasp_fx.store`)."""

@@ -32,18 +32,16 @@ def next_token(outputs: Any, inputs: Mapping[str, Any]) -> Tensor:
     """
     tokens = next((inputs[name] for name in _TOKENS if isinstance(inputs.get(name), Tensor)), None)
     if tokens is None:
-        tokens = next((leaf for leaf in _tensors(inputs) if leaf.dim() == 2 and not leaf.is_floating_point() and leaf.dtype != torch.bool), None)
-    logits = next((leaf for leaf in _tensors(outputs) if leaf.dim() == 3 and leaf.is_floating_point()), None)
+        tokens = next((leaf for leaf in output_tensors(inputs) if leaf.dim() == 2 and not leaf.is_floating_point() and leaf.dtype != torch.bool), None)
+    logits = next((leaf for leaf in output_tensors(outputs) if leaf.dim() == 3 and leaf.is_floating_point()), None)
     if tokens is None or logits is None or logits.shape[:2] != tokens.shape or tokens.shape[1] < 2:
         raise CalibrationError(
             "loss='next-token' needs integers [batch, tokens] among the arguments, at least two tokens long, and logits [batch, tokens, vocabulary] among the "
             "outputs; pass a loss of your own, or loss='outputs'"
         )
     terms = functional.cross_entropy(logits[:, :-1].flatten(0, 1).float(), tokens[:, 1:].flatten().long(), reduction="none")
-    mask = inputs.get("decoder_attention_mask" if "decoder_input_ids" in inputs else "attention_mask")
-    if isinstance(mask, Tensor) and mask.shape == tokens.shape:
-        terms = terms[((mask[:, 1:] != 0) & (mask[:, :-1] != 0)).flatten()]
-    return terms
+    mask = token_mask(inputs, tokens.shape)
+    return terms if mask is None else terms[(mask[:, 1:] & mask[:, :-1]).flatten()]
 
 
 class Outputs:
@@ -68,7 +66,7 @@ class Outputs:
         Raises:
             CalibrationError: no output is a floating-point tensor.
         """
-        found = [leaf for leaf in _tensors(outputs) if leaf.is_floating_point() and leaf.numel()]
+        found = [leaf for leaf in output_tensors(outputs) if leaf.is_floating_point() and leaf.numel()]
         if not found:
             raise CalibrationError("loss='outputs' needs a floating-point output; pass a loss of your own, or loss=None")
         terms = []
@@ -100,8 +98,15 @@ def resolve_loss(loss: Literal["auto", "outputs", "next-token"] | Loss) -> Loss:
     raise ArgumentError(f"loss={loss!r} is not known; use 'outputs', 'next-token', None, or a callable from outputs and inputs to a tensor")
 
 
-def _tensors(values: Any) -> list[Tensor]:
-    return [leaf for leaf in pytree.tree_leaves(values) if isinstance(leaf, Tensor)]
+def token_mask(inputs: Mapping[str, Any], shape: tuple[int, ...]) -> Tensor | None:
+    """Where a token counts, ``[batch, tokens]``, by the mask among the arguments of a call; ``None`` if they hold none of that shape."""
+    mask = inputs.get("decoder_attention_mask" if "decoder_input_ids" in inputs else "attention_mask")
+    return mask != 0 if isinstance(mask, Tensor) and mask.shape == shape else None
 
 
-__all__ = ["Loss", "Outputs", "next_token", "resolve_loss"]
+def output_tensors(outputs: Any) -> list[Tensor]:
+    """The tensors among outputs or arguments, however these are nested."""
+    return [leaf for leaf in pytree.tree_leaves(outputs) if isinstance(leaf, Tensor)]
+
+
+__all__ = ["Loss", "Outputs", "next_token", "output_tensors", "resolve_loss", "token_mask"]

@@ -73,6 +73,44 @@ class Figure:
 
 
 @dataclass(frozen=True)
+class CurvePoint:
+    """One evaluation of a training: after how many steps, the loss of the last step's batches (``None`` before the first), and that of held-out batches."""
+
+    step: int
+    trained: float | None
+    held_out: float
+
+
+@dataclass(frozen=True)
+class Recovery:
+    """A training after pruning.
+
+    Attributes:
+        method: what was done.
+        criterion: what the losses of the curve are.
+        steps: how many steps were taken.
+        kept: the step after which the weights were as they are now; 0: they are those from before the training.
+        curve: the evaluations, the first before any step.
+        seconds: time spent, without running the dense model.
+        notes: why the training ended early, if it did.
+    """
+
+    method: str
+    criterion: str
+    steps: int
+    kept: int
+    curve: tuple[CurvePoint, ...]
+    seconds: float
+    notes: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        first = self.curve[0].held_out
+        kept = next((point.held_out for point in self.curve if point.step == self.kept), first)
+        where = f"kept: those after step {self.kept} of {self.steps}" if self.kept else f"none of {self.steps} steps did better: the weights are as before"
+        return f"{self.method}, {self.criterion} on held-out batches {first:.4g} -> {kept:.4g}; {where}; {self.seconds:.1f} s"
+
+
+@dataclass(frozen=True)
 class Report:
     """Figures of one pruning; ``str(report)`` is a table for people.
 
@@ -86,6 +124,7 @@ class Report:
         cache: bytes of the key-value cache per token of one sequence, before and after; ``None`` where the program holds no cache. Of an
             encoder-decoder model: per token of the output, and per token of the input, together.
         include: the statuses that were pruned besides ``"prunable"``, as given to :func:`fasp_fx.prune`.
+        recovery: the training that followed, if there was one.
     """
 
     sparsity: float
@@ -99,6 +138,7 @@ class Report:
     without_rule: Mapping[str, int] = field(default_factory=dict)
     cache: tuple[int, int] | None = None
     include: tuple[str, ...] = ()
+    recovery: Recovery | None = None
 
     def to_html(self, title: str = "Pruned model") -> str:
         """The report as one page of HTML that needs nothing else: graph of the groups, widths, table and figures."""
@@ -118,6 +158,8 @@ class Report:
             out.append(f"cache       {self.cache[0]:,} -> {self.cache[1]:,} bytes per token of one sequence  ({change})")
         if self.seconds:
             out.append("seconds     " + ", ".join(f"{stage} {spent:.1f}" for stage, spent in self.seconds.items()))
+        if self.recovery is not None:
+            out += [f"recovery    {line}" for line in (str(self.recovery), *self.recovery.notes)]
         out += [f"{row.what}  {row.dense:,.{row.digits}f} -> {row.pruned:,.{row.digits}f}" for row in self.figures]
         out += ["", f"{'status':<12}{'channels':>22}  {'error cut':>9}  {'restored':>9}  {'held out':>9}  group"]
         for line in self.lines:

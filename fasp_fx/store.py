@@ -29,7 +29,7 @@ from .report import Report
 if TYPE_CHECKING:
     from ._result import Result
 
-FORMAT = "fasp_fx.store/3"
+FORMAT = "fasp_fx.store/4"
 MANIFEST = "manifest.json"
 FILES = ("graph.json", "weights.safetensors", "constants.safetensors", "plan.json", "report.json", "signature.json")
 

@@ -211,7 +211,7 @@ def run(request: Request, stages: Stages, console: Console) -> None:
     job = Job(request, stages, console, model, texts)
     result = job.prune()
     try:
-        result = result.measured(job.measure(result))
+        result = result.with_report(figures=job.measure(result))
     finally:  # what was pruned is kept even if it could not be measured
         stages.begin("saving")
         result.save_pretrained(request.out, overwrite=request.overwrite)

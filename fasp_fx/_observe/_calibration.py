@@ -50,16 +50,28 @@ def _without_labels(program: Program, args: tuple[Any, ...]) -> str:
 
 
 def calibration_calls(calibration: Iterable[Any] | None) -> Iterator[tuple[tuple[Any, ...], dict[str, Any]]]:
+    """Positional and keyword arguments of every calibration batch.
+
+    Raises:
+        CalibrationError: what was given is no iterable of batches, or yields none.
+    """
+    return as_calls(check_calibration(calibration), "calibration")
+
+
+def as_calls(batches: Any, what: str) -> Iterator[tuple[tuple[Any, ...], dict[str, Any]]]:
     """Positional and keyword arguments of every batch.
+
+    Args:
+        what: the argument that the batches came in.
 
     Raises:
         CalibrationError: what was given is no iterable of batches, or yields none.
     """
     index = -1
-    for index, batch in enumerate(check_calibration(calibration)):
-        yield _as_call(batch, index)
+    for index, batch in enumerate(_check_batches(batches, what)):
+        yield _as_call(batch, index, what)
     if index < 0:
-        raise CalibrationError("the calibration data is empty: it yielded no batch")
+        raise CalibrationError(f"{what} is empty: it yielded no batch")
 
 
 def check_calibration(calibration: Iterable[Any] | None) -> Iterable[Any]:
@@ -72,14 +84,18 @@ def check_calibration(calibration: Iterable[Any] | None) -> Iterable[Any]:
         raise CalibrationError(
             "no calibration data: pass calibration=, an iterable of batches, or use score='magnitude' or 'random' with restore=None, which need none"
         )
-    if isinstance(calibration, (Tensor, Mapping, str)):
-        raise CalibrationError(f"calibration is a single {type(calibration).__name__}; pass an iterable of batches, for example [batch]")
-    if not isinstance(calibration, Iterable) and not hasattr(calibration, "__getitem__"):
-        raise CalibrationError(f"calibration is a {type(calibration).__name__}; pass an iterable of batches, for example [batch]")
-    return calibration
+    return _check_batches(calibration, "calibration")
 
 
-def _as_call(batch: Any, index: int) -> tuple[tuple[Any, ...], dict[str, Any]]:
+def _check_batches(batches: Any, what: str) -> Iterable[Any]:
+    if isinstance(batches, (Tensor, Mapping, str)):
+        raise CalibrationError(f"{what} is a single {type(batches).__name__}; pass an iterable of batches, for example [batch]")
+    if not isinstance(batches, Iterable) and not hasattr(batches, "__getitem__"):
+        raise CalibrationError(f"{what} is a {type(batches).__name__}; pass an iterable of batches, for example [batch]")
+    return batches
+
+
+def _as_call(batch: Any, index: int, what: str) -> tuple[tuple[Any, ...], dict[str, Any]]:
     if isinstance(batch, Tensor):
         return (batch,), {}
     if isinstance(batch, Mapping):
@@ -87,7 +103,7 @@ def _as_call(batch: Any, index: int) -> tuple[tuple[Any, ...], dict[str, Any]]:
     if isinstance(batch, (tuple, list)):
         return tuple(batch), {}
     raise CalibrationError(
-        f"calibration batch {index} is a {type(batch).__name__}; a batch is a tensor, a tuple of positional arguments or a dict of keyword arguments"
+        f"{what} batch {index} is a {type(batch).__name__}; a batch is a tensor, a tuple of positional arguments or a dict of keyword arguments"
     )
 
 

@@ -30,7 +30,7 @@ from ._assembly import copied
 from ._result import PartsResult
 from ._stand_in import dressed, put
 
-FORMAT = "fasp_fx.parts/2"
+FORMAT = "fasp_fx.parts/3"
 FILES = ("parts.json", "rest.safetensors", "plan.json", "report.json", "signature.json")
 _PARTS = "parts"
 

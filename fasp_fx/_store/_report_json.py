@@ -8,7 +8,7 @@ from dataclasses import asdict, fields
 from typing import Any, TypeVar
 
 from ..errors import StoreError
-from ..report import Figure, Line, Report
+from ..report import CurvePoint, Figure, Line, Recovery, Report
 
 T = TypeVar("T")
 DIGITS = 12
@@ -40,6 +40,7 @@ def report_from_json(data: Mapping[str, Any]) -> Report:
             "without_rule": _mapping(_count),
             "cache": _optional(_pair),
             "include": _many(_text),
+            "recovery": _optional(_recovery),
         }
         return Report(**{field.name: read[field.name](data[field.name]) for field in fields(Report)})
     except (KeyError, TypeError, ValueError) as error:
@@ -69,6 +70,26 @@ def _figure(data: Any) -> Figure:
     if digits > DIGITS:
         raise ValueError(f"{digits} digits are too many")
     return Figure(_text(data["what"]), _number(data["dense"]), _number(data["pruned"]), digits)
+
+
+def _recovery(data: Any) -> Recovery:
+    read: dict[str, Callable[[Any], Any]] = {
+        "method": _text,
+        "criterion": _text,
+        "steps": _count,
+        "kept": _count,
+        "curve": _many(_point),
+        "seconds": _number,
+        "notes": _many(_text),
+    }
+    found = Recovery(**{field.name: read[field.name](data[field.name]) for field in fields(Recovery)})
+    if not found.curve:
+        raise ValueError("a curve without points")
+    return found
+
+
+def _point(data: Any) -> CurvePoint:
+    return CurvePoint(_count(data["step"]), _optional(_number)(data["trained"]), _number(data["held_out"]))
 
 
 def _member(data: Any) -> tuple[str, int]:

@@ -26,7 +26,7 @@ from ..errors import StoreError
 from ._card import card
 from ._model import PrunedModel
 
-FORMAT = "fasp_fx.hf/2"
+FORMAT = "fasp_fx.hf/3"
 FILES = ("config.json", "model.safetensors", "constants.safetensors", "programs.json", "plan.json", "report.json")
 
 

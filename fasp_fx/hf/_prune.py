@@ -6,7 +6,7 @@ import copy
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Unpack, cast
+from typing import Any, Self, Unpack, cast
 
 import torch
 from torch import Tensor, nn
@@ -29,7 +29,7 @@ from ..costs import Costs
 from ..errors import ArgumentError, PlanError, VerificationError, VerificationWarning
 from ..passes import split_fused
 from ..plan import PlannedGroup, PruningPlan
-from ..report import Figure, Report, make_report, notes_of, said_whole
+from ..report import Report, make_report, notes_of, said_whole
 from ._config import PrunedConfig
 from ._flat import FlatProgram
 from ._held import Parts, StoredProgram
@@ -54,9 +54,9 @@ class Pruned:
     report: Report
     tokenizer: Any = None
 
-    def measured(self, figures: tuple[Figure, ...]) -> Pruned:
-        """The same with what was measured in its report, which is saved along."""
-        report = replace(self.report, figures=figures)
+    def with_report(self, **fields: Any) -> Self:
+        """The same, sharing its model, with some fields of its report replaced, which is saved along."""
+        report = replace(self.report, **fields)
         if isinstance(self.model, PrunedModel):
             self.model.report = report
         return replace(self, report=report)

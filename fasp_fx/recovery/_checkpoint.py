@@ -1,0 +1,122 @@
+"""A training under way on disk, so that it can be interrupted at any moment and goes on as if it had not been."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import safetensors.torch
+import torch
+from torch import Tensor
+
+from .._store._atomic import new_folder
+from ..errors import StoreError, first_line
+from ..report import CurvePoint
+
+RUN, PROGRESS = "run.json", "progress.json"
+
+
+@dataclass
+class State:
+    """Everything that the rest of a training depends on.
+
+    Attributes:
+        step: steps taken.
+        curve: what the evaluations so far came to.
+        current, best: what is trained, by name: as it is now, and at the best evaluation.
+        optimizer: the optimiser's ``state_dict``.
+        seconds: spent on training and evaluating so far.
+    """
+
+    step: int
+    curve: list[CurvePoint]
+    current: dict[str, Tensor]
+    best: dict[str, Tensor]
+    optimizer: dict[str, Any] = field(default_factory=dict)
+    seconds: float = 0.0
+
+
+class Checkpoint:
+    """A folder of one run: what it is of, the dense model's outputs, and the newest state.
+
+    Args:
+        folder: the folder, made if missing.
+        run: what the run is of; equal for runs that give the same result.
+
+    Raises:
+        StoreError: the folder holds another run or something else, or cannot be written.
+    """
+
+    def __init__(self, folder: Path, run: Mapping[str, Any]) -> None:
+        self._folder = folder
+        self.targets = folder / "dense"
+        try:
+            if folder.exists() and any(folder.iterdir()) and not (folder / RUN).is_file():
+                raise StoreError(f"'{folder}' holds something that is no checkpoint; choose another checkpoint=")
+            self.targets.mkdir(parents=True, exist_ok=True)
+            file = folder / RUN
+            if not file.exists():
+                partial = file.with_suffix(".partial")
+                partial.write_text(json.dumps(run), encoding="utf-8")
+                partial.replace(file)
+        except OSError as error:
+            raise StoreError(f"'{folder}' cannot be written: {first_line(error)}; choose another checkpoint=") from error
+        found = _read(file)
+        different = sorted(name for name in {*run, *found} if run.get(name) != found.get(name))
+        if different:
+            raise StoreError(f"'{folder}' is the checkpoint of another run: {', '.join(different)} differ; choose another checkpoint=, or remove the folder")
+
+    def save(self, state: State) -> None:
+        """Write a state in the place of the one before."""
+        old = self._states()
+        with new_folder(self._folder / f"step-{state.step}", overwrite=False, replaceable=lambda folder: False) as made:
+            for name in ("current", "best"):
+                safetensors.torch.save_file({key: tensor.cpu().contiguous() for key, tensor in getattr(state, name).items()}, made / f"{name}.safetensors")
+            torch.save(state.optimizer, made / "optimizer.pt")
+            points = [[point.step, point.trained, point.held_out] for point in state.curve]
+            (made / PROGRESS).write_text(json.dumps({"step": state.step, "curve": points, "seconds": state.seconds}), encoding="utf-8")
+        for folder in old:
+            shutil.rmtree(folder, ignore_errors=True)
+
+    def newest(self) -> State | None:
+        """The newest state, or ``None`` if none was saved.
+
+        Raises:
+            StoreError: it is damaged.
+        """
+        folders = self._states()
+        if not folders:
+            return None
+        folder = folders[-1]
+        try:
+            data = _read(folder / PROGRESS)
+            current, best = (safetensors.torch.load_file(folder / f"{name}.safetensors") for name in ("current", "best"))
+            optimizer = torch.load(folder / "optimizer.pt", weights_only=True, map_location="cpu")
+            curve = [CurvePoint(int(step), None if trained is None else float(trained), float(held)) for step, trained, held in data["curve"]]
+            return State(int(data["step"]), curve, current, best, optimizer, float(data["seconds"]))
+        except StoreError:
+            raise
+        except Exception as error:  # readers raise whatever the files make them trip over
+            raise StoreError(f"the checkpoint '{folder}' is damaged: {first_line(error)}; remove it") from error
+
+    def _states(self) -> list[Path]:
+        found = [folder for folder in self._folder.glob("step-*") if folder.name.removeprefix("step-").isdigit()]
+        return sorted(found, key=lambda folder: int(folder.name.removeprefix("step-")))
+
+
+def _read(file: Path) -> dict[str, Any]:
+    try:
+        data = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise StoreError(f"'{file}' cannot be read: {first_line(error)}; remove the folder") from error
+    if not isinstance(data, dict):
+        raise StoreError(f"'{file}' does not hold an object; remove the folder")
+    return data
+
+
+__all__ = ["Checkpoint", "State"]

@@ -1,0 +1,101 @@
+"""What the dense model returns for the batches: computed once, kept on disk, read back batch by batch."""
+
+from __future__ import annotations
+
+import inspect
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from ..errors import ArgumentError, CalibrationError, StoreError, first_line
+from ..evaluation import device_of
+from ._matching import Match
+
+
+@dataclass(frozen=True)
+class Call:
+    """The arguments of one call of a model: one batch."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+    def to(self, device: torch.device) -> Call:
+        """The same with its tensors on a device."""
+        args, kwargs = pytree.tree_map_only(Tensor, lambda leaf: leaf.to(device), (self.args, self.kwargs))
+        return Call(args, kwargs)
+
+    def named(self, model: nn.Module) -> Mapping[str, Any]:
+        """The arguments by their names in the model's forward."""
+        bound = inspect.signature(model.forward).bind(*self.args, **self.kwargs)
+        named = dict(bound.arguments)
+        for name, parameter in bound.signature.parameters.items():
+            if parameter.kind is inspect.Parameter.VAR_KEYWORD:
+                named.update(named.pop(name, {}))
+        return named
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Its tensors, numbered."""
+        leaves = pytree.tree_leaves((self.args, self.kwargs))
+        return {str(index): leaf for index, leaf in enumerate(leaves) if isinstance(leaf, Tensor)}
+
+
+class DenseOutputs:
+    """What a loss keeps of the dense model's outputs, one file for each batch.
+
+    Args:
+        folder: where the files are.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+
+    def write(self, model: nn.Module, calls: Sequence[Call], match: Match, progress: Callable[[float], None]) -> None:
+        """Run the dense model on the batches whose files are not there yet.
+
+        Raises:
+            CalibrationError: the model does not take a batch, or what it returns is not finite.
+            StoreError: the disk is full, or cannot be written to.
+        """
+        device = device_of(model)
+        for index, call in enumerate(calls):
+            if not self._file(index).exists():
+                held = call.to(device)
+                try:
+                    with torch.no_grad():
+                        outputs = model(*held.args, **held.kwargs)
+                except torch.OutOfMemoryError:
+                    raise
+                except Exception as error:  # a model raises what it likes
+                    raise CalibrationError(f"the dense model does not take batch {index}: {type(error).__name__}: {first_line(error)}") from error
+                self._save(index, match.targets(outputs))
+            progress((index + 1) / len(calls))
+
+    def read(self, index: int, device: torch.device) -> dict[str, Tensor]:
+        """What was kept for a batch."""
+        return safetensors.torch.load_file(self._file(index), device=str(device))
+
+    def _file(self, index: int) -> Path:
+        return self._folder / f"{index}.safetensors"
+
+    def _save(self, index: int, targets: Mapping[str, Tensor]) -> None:
+        if not targets:
+            raise ArgumentError("the loss keeps nothing of the dense model's outputs; use another loss=")
+        for tensor in targets.values():
+            if tensor.is_floating_point() and bool(tensor.isnan().any()):
+                raise CalibrationError(f"what the dense model returns for batch {index} is not finite; check the batch and the model's dtype")
+        partial = self._file(index).with_suffix(".partial")
+        try:
+            safetensors.torch.save_file({name: tensor.detach().cpu().contiguous().clone() for name, tensor in targets.items()}, partial)
+            os.replace(partial, self._file(index))
+        except (OSError, safetensors.SafetensorError) as error:
+            raise StoreError(f"'{self._folder}' cannot be written: {first_line(error)}; free space, or pass another checkpoint=") from error
+
+
+__all__ = ["Call", "DenseOutputs"]

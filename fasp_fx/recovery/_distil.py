@@ -1,0 +1,143 @@
+"""Distillation: the front door."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import tempfile
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar, Unpack, cast
+
+from torch import nn
+
+from .. import plan as plans
+from .._observe._calibration import as_calls
+from .._result import Result
+from ..errors import ArgumentError
+from ..report import Recovery
+from ._checkpoint import Checkpoint
+from ._config import DistillationConfig, DistillationOptions
+from ._dense import Call, DenseOutputs
+from ._matching import Divergence, Match, SquaredError
+from ._trained import trained_part
+from ._training import Training
+
+if TYPE_CHECKING:
+    from ..hf import Pruned
+
+R = TypeVar("R", bound="Result | Pruned")
+
+#: the part of the progress shown that running the dense model takes, for each time that a batch is trained on
+_DENSE = 0.33
+_CRITERIA = {Divergence: "Kullback-Leibler divergence from the dense model", SquaredError: "relative squared error of the outputs"}
+
+
+def distil(
+    result: R,
+    dense: nn.Module,
+    data: Iterable[Any],
+    *,
+    config: DistillationConfig | None = None,
+    checkpoint: str | Path | None = None,
+    progress: Callable[[float], None] | None = None,
+    **options: Unpack[DistillationOptions],
+) -> R:
+    """Train a pruned model towards the outputs of the dense one (Hinton et al., 2015, arXiv 1503.02531), and keep what does best on held-out batches.
+
+    The module of the result is trained where it is, and on its device; its weights are at the end those that did best, which are the ones it came with if
+    training brings nothing. An error or an interruption leaves the best so far. No labels are needed.
+
+    Args:
+        result: what :func:`fasp_fx.prune`, :func:`fasp_fx.apply`, :func:`fasp_fx.load` or :func:`fasp_fx.hf.prune` returned.
+        dense: the model that was pruned, in evaluation mode. It runs once over the data.
+        data: an iterable of batches, as for ``calibration=`` there. All are held in memory; what the dense model returns for them is kept on disk.
+        config: the options; ``None``: the defaults.
+        checkpoint: a folder for the state of the training, written after each evaluation; the same call with the same folder goes on from there, to the
+            same end. ``None``: nothing is kept.
+        progress: called with the fraction done.
+        options: fields of :class:`fasp_fx.recovery.DistillationConfig` (``epochs=2``, ``learning_rate=1e-4``, …) in the place of those of ``config``.
+
+    Returns:
+        The result with ``report.recovery`` filled: the curve of the held-out loss, and the step whose weights were kept.
+
+    Raises:
+        ArgumentError: an option is not known or out of range, or ``dense`` is not the model that was pruned.
+        CalibrationError: the data is no iterable of batches, or the dense model does not take one of them.
+        StoreError: the checkpoint is that of another run, or cannot be written.
+    """
+    asked = DistillationConfig.of(config, options)
+    pruned, more = _called(result)
+    _check_dense(dense, result)
+    calls = [Call(args, {**kwargs, **more}) for args, kwargs in as_calls(data, "data")]
+    match = _match(asked, result)
+    trained = trained_part(pruned, asked.train, asked.rank, asked.seed)
+    advance = progress or (lambda fraction: None)
+    share = _DENSE / (_DENSE + asked.epochs)
+    from accelerate import Accelerator, DistributedDataParallelKwargs
+
+    accelerator = Accelerator(device_placement=False, kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)])
+    with tempfile.TemporaryDirectory(prefix="fasp_fx-", ignore_cleanup_errors=True) as temporary:
+        kept = None
+        if checkpoint is not None:
+            with accelerator.main_process_first():
+                kept = Checkpoint(Path(checkpoint).absolute(), _run(asked, result, pruned, calls))
+        outputs = DenseOutputs(kept.targets if kept is not None else Path(temporary))
+        with accelerator.main_process_first() if kept is not None else accelerator.local_main_process_first():
+            outputs.write(dense, calls, match, lambda fraction: advance(share * fraction))
+        outcome = Training(trained, calls, outputs, match, asked, accelerator, kept).run(lambda fraction: advance(share + (1 - share) * fraction))
+    notes = () if outcome.note is None else (outcome.note,)
+    recovery = Recovery("distillation", _CRITERIA.get(type(match), type(match).__name__), outcome.steps, outcome.kept, outcome.curve, outcome.seconds, notes)
+    return cast(R, result.with_report(recovery=recovery))
+
+
+def _called(result: Any) -> tuple[nn.Module, dict[str, Any]]:
+    """The pruned module, and what every call of it and of the dense one is given besides."""
+    if isinstance(result, Result):
+        return result.module, {}
+    from ..hf import Pruned
+
+    if isinstance(result, Pruned):
+        return result.model, {"use_cache": False}
+    raise ArgumentError(f"result is a {type(result).__name__}; pass what fasp_fx.prune, apply, load or hf.prune returned")
+
+
+def _check_dense(dense: Any, result: Result | Pruned) -> None:
+    """Refuse a teacher that is not the model that was pruned."""
+    if not isinstance(dense, nn.Module):
+        raise ArgumentError(f"dense is a {type(dense).__name__}; pass the module that was pruned")
+    if dense.training:
+        raise ArgumentError("dense is in training mode, where dropout is at random; call dense.eval() first")
+    found = plans.fingerprint(dict(dense.named_parameters(remove_duplicate=False)))
+    if found != result.plan.fingerprint:
+        raise ArgumentError(
+            f"dense is not the model that was pruned: its fingerprint is {found[:12]}…, that of the plan {result.plan.fingerprint[:12]}…; "
+            "pass the model as it was given to prune"
+        )
+
+
+def _match(config: DistillationConfig, result: Any) -> Match:
+    if not isinstance(config.loss, str):
+        return config.loss
+    if config.loss == "auto":
+        predicts = not isinstance(result, Result) or (result.config is not None and result.config.loss == "next-token")
+        return Divergence(config.top_k) if predicts else SquaredError()
+    return Divergence(config.top_k) if config.loss == "divergence" else SquaredError()
+
+
+def _run(config: DistillationConfig, result: Result | Pruned, pruned: nn.Module, calls: list[Call]) -> dict[str, Any]:
+    """What two runs have in common that give the same result."""
+    tensors = {f"{index}.{name}": tensor for index, call in enumerate(calls) for name, tensor in call.tensors().items()}
+    digest = hashlib.sha256()
+    for name, tensor in tensors.items():
+        digest.update(f"{name} {tuple(tensor.shape)}".encode() + tensor.detach().cpu().contiguous().view(-1).numpy().tobytes())
+    return {
+        "format": "fasp_fx.distil/1",
+        "options": json.loads(config.to_json()),
+        "dense": result.plan.fingerprint,
+        "pruned": plans.fingerprint(dict(pruned.named_parameters(remove_duplicate=False))),
+        "data": digest.hexdigest(),
+    }
+
+
+__all__ = ["distil"]
