@@ -1,4 +1,4 @@
-"""The command line: ``fasp-fx prune | inspect | eval``."""
+"""The command line: ``fasp-fx prune | recover | inspect | eval``."""
 
 from __future__ import annotations
 
@@ -71,6 +71,14 @@ class IncludeName(StrEnum):
     exempt = "exempt"
 
 
+class TrainName(StrEnum):
+    """What can be trained."""
+
+    every = "all"
+    vectors = "vectors"
+    low_rank = "low-rank"
+
+
 class DtypeName(StrEnum):
     """The dtypes that can be asked for."""
 
@@ -123,6 +131,9 @@ def prune(
         AllocationName | None,
         typer.Option(help="uniform: all groups lose alike; global: those that matter least lose most. Default: by --quality.", show_default=False),
     ] = None,
+    recover: Annotated[
+        int, typer.Option(metavar="EPOCHS", help="Train what is left towards the dense model, so often over the calibration text.", show_default=False)
+    ] = 0,
     restore: Annotated[bool, typer.Option("--restore/--no-restore", help="Repair the weights that stay, by least squares.")] = True,
     granularity: Granularity = None,
     include: Include = None,
@@ -154,6 +165,9 @@ def prune(
     With `--plain` the result is an ordinary checkpoint of the same architecture, for `AutoModelForCausalLM.from_pretrained` and whatever else reads those:
     feed-forward layers become narrower, and whole attention heads go where that is not enough.
 
+    With `--recover 2` the weights that stay are then trained towards the dense model, twice over the same text; those that do best on a held-out
+    tenth of it are kept. `fasp-fx recover` does the same later, longer, and with other text.
+
     Example: `fasp-fx prune model.gguf --sparsity 0.2 --out small`, and in Python, after
     `import fasp_fx`, `AutoModelForCausalLM.from_pretrained("small")`.
     """
@@ -168,6 +182,7 @@ def prune(
                 calibration=None if calibration == "self" else Path(calibration),
                 text=text,
                 round_to=round_to,
+                recover=recover,
                 quality=quality.value,
                 score=score.value if score is not None else None,
                 allocation=allocation.value if allocation is not None else None,
@@ -183,6 +198,60 @@ def prune(
                 overwrite=overwrite,
                 seed=seed,
                 html=html,
+            ),
+            stages,
+            results(),
+        )
+
+
+@app.command()
+def recover(
+    folder: Annotated[str, typer.Argument(help="A folder that `fasp-fx prune` wrote.")],
+    dense: Annotated[str, typer.Option(help=f"The model that was pruned. {MODEL_HELP}", show_default=False)],
+    out: Annotated[Path, typer.Option(help="The folder to write; it must not exist yet.", show_default=False)],
+    data: Annotated[str, typer.Option(metavar="FILE|self", help="A text file to train on, or 'self': text that the dense model writes itself.")] = "self",
+    text: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Measure perplexity on this text file; chunks that train are left out.", show_default=False)
+    ] = None,
+    epochs: Annotated[int, typer.Option(help="How often the text is trained on.")] = 2,
+    learning_rate: Annotated[float, typer.Option(help="The highest; it rises at first and falls to zero.")] = 1e-4,
+    train: Annotated[TrainName, typer.Option(help="All weights; vectors: biases and gains of norms; low-rank: products of narrow matrices.")] = TrainName.every,
+    rank: Annotated[int, typer.Option(help="Columns of the matrices of --train low-rank.")] = 16,
+    batches: Annotated[int, typer.Option(help="Chunks of text to train on, of which a tenth is held out.")] = 32,
+    length: Annotated[int | None, typer.Option(help="Tokens per chunk. Default: 1024 with a file, 256 with 'self'.", show_default=False)] = None,
+    eval_batches: Annotated[int, typer.Option(help="Chunks of text to measure perplexity on.")] = 8,
+    checkpoint: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Keep the state of the training here; the same command goes on from it.", show_default=False)
+    ] = None,
+    device: Device = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an earlier result at --out, and nothing else.")] = False,
+    seed: Annotated[int, typer.Option(help="Seed of the text that the model writes, and of the order of the chunks.")] = 0,
+) -> None:
+    """Train a pruned language model towards the dense one it was made of.
+
+    The dense model runs once over the text, and what it predicts is kept on disk while the pruned model learns to predict the same (distillation; no
+    labels are needed). A tenth of the text judges: the weights that do best on it are saved, which are the old ones if training brings nothing.
+
+    Example: `fasp-fx recover small --dense model.gguf --data wiki.txt --batches 96 --out better`
+    """
+    with session() as stages:
+        from ._cli._recover_command import Request, run
+        from ._cli._texts import Wanted
+
+        own = data == "self"
+        run(
+            Request(
+                folder=folder,
+                dense=dense,
+                out=out,
+                texts=Wanted(None if own else Path(data), batches, text, eval_batches, length if length is not None else 256 if own else 1024, seed),
+                epochs=epochs,
+                learning_rate=learning_rate,
+                train=train.value,
+                rank=rank,
+                checkpoint=checkpoint,
+                device=device,
+                overwrite=overwrite,
             ),
             stages,
             results(),

@@ -10,18 +10,17 @@ from typing import Any
 
 import torch
 from rich.console import Console
-from torch import Tensor
 
 from .._page import check_page, write_page
 from ..analysis import Analysis
-from ..errors import ArgumentError, CalibrationError, SparsityError
-from ..evaluation import latency, perplexity
+from ..errors import ArgumentError, SparsityError
 from ..hf import Pruned, prune
-from ..report import Figure, counted
-from . import _models, _saved, _tables, _text
-from ._arguments import check_path, check_seed, check_text
-from ._checkpoint import check_tokens
+from ..recovery import DistillationConfig
+from . import _models, _saved, _tables
+from ._arguments import check_path
 from ._console import Stages, say
+from ._outcome import measure, recover, show
+from ._texts import Texts, Wanted
 
 
 @dataclass(frozen=True)
@@ -34,6 +33,7 @@ class Request:
     calibration: Path | None
     text: Path | None
     round_to: int
+    recover: int
     quality: str
     score: str | None
     allocation: str | None
@@ -58,19 +58,12 @@ class Request:
         """
         if not 0 < self.sparsity < 1:
             raise SparsityError(f"--sparsity {self.sparsity:g} is not between 0 and 1; 0.2 removes a fifth")
-        for option, value, least in (
-            ("--round-to", self.round_to, 1),
-            ("--batches", self.batches, 1),
-            ("--length", self.length, 2),
-            ("--eval-batches", self.eval_batches, 1),
-        ):
+        for option, value, least in (("--round-to", self.round_to, 1), ("--recover", self.recover, 0)):
             if value < least:
                 raise ArgumentError(f"{option} {value} is too small; use at least {least}")
-        check_seed(self.seed)
-        check_text("--calibration", self.calibration, "give a text file, or 'self'")
-        check_text("--text", self.text)
-        own = (self.batches if self.calibration is None else 0, self.eval_batches if self.text is None else 0)
-        _text.check_amount(own, self.length)
+        self.texts.check("--calibration")
+        if self.recover and self.batches < 2:
+            raise ArgumentError("--recover needs at least two --batches, of which one is held out")
         if self.plain and self.include:
             raise ArgumentError(f"--include {self.include[0]} cannot go with --plain: no config says what is left of such groups; leave one of them out")
         _saved.check_target(self.out, overwrite=self.overwrite, plain=self.plain)
@@ -78,43 +71,10 @@ class Request:
             check_path("--html", self.html)
             check_page(self.html)
 
-
-class Texts:
-    """The chunks to calibrate on and those to measure on, which calibration does not see."""
-
-    def __init__(self, request: Request, tokenizer: Any) -> None:
-        self.request, self.tokenizer = request, tokenizer
-        self.calibration: Tensor | None = None
-        self.evaluation: Tensor | None = None
-        self.label = f"perplexity on text that the model wrote itself, not seen by calibration ({request.eval_batches} x {request.length} tokens)"
-        used = 0
-        if request.calibration is not None:
-            chunks = _text.read_chunks(request.calibration, tokenizer, request.length)
-            self.calibration = chunks[: request.batches]
-            used = len(self.calibration)
-        if request.text is not None:
-            chunks = _text.read_chunks(request.text, tokenizer, request.length)
-            first = used if request.calibration is not None and request.text.samefile(request.calibration) else 0
-            self.evaluation = chunks[first : first + request.eval_batches]
-            if not len(self.evaluation):
-                raise CalibrationError(
-                    f"calibration takes all {len(chunks)} chunks of '{request.text}', leaving none to measure; use fewer --batches or a smaller --length"
-                )
-            last = first + len(self.evaluation) - 1
-            self.label = f"perplexity on chunks {first} to {last} of {request.text.name} ({len(self.evaluation)} x {request.length} tokens)"
-
-    def write(self, model: Any, stages: Stages) -> None:
-        """Let the model write what no file gives."""
-        wanted = (self.request.batches if self.calibration is None else 0, self.request.eval_batches if self.evaluation is None else 0)
-        if not sum(wanted):
-            return
-        stages.begin(f"letting the model write {sum(wanted)} texts of {self.request.length} tokens", measured=True)
-        start = _text.start_token(model, self.tokenizer)
-        written = _text.sample(model, start, sum(wanted), self.request.length, seed=self.request.seed, progress=stages.update)
-        if self.calibration is None:
-            self.calibration = written[: wanted[0]]
-        if self.evaluation is None:
-            self.evaluation = written[wanted[0] :]
+    @property
+    def texts(self) -> Wanted:
+        """The text that is needed."""
+        return Wanted(self.calibration, self.batches, self.text, self.eval_batches, self.length, self.seed)
 
 
 @dataclass
@@ -130,9 +90,9 @@ class Job:
     def batches(self) -> Iterator[dict[str, Any]]:
         """The calibration batches; text that the model must write first is written when the first is asked for."""
         self.texts.write(self.model, self.stages)
-        assert self.texts.calibration is not None
-        self.stages.begin(f"calibrating on {len(self.texts.calibration)} x {self.request.length} tokens", measured=True)
-        for chunk in self.texts.calibration:
+        assert self.texts.used is not None
+        self.stages.begin(f"calibrating on {len(self.texts.used)} x {self.request.length} tokens", measured=True)
+        for chunk in self.texts.used:
             yield {"input_ids": chunk[None].to(self.device)}
 
     @cached_property
@@ -167,22 +127,10 @@ class Job:
             **asked,
         )
 
-    def measure(self, result: Pruned) -> tuple[Figure, ...]:
-        if self.texts.evaluation is None:
-            self.texts.write(self.model, self.stages)
-        chunks = self.texts.evaluation
-        assert chunks is not None
-        self.stages.begin("measuring latency", measured=True)
-        times = latency([self.model, result.model], chunks[:1], progress=self.stages.update)
-        values = []
-        for name, module in (("dense", self.model), ("pruned", result.model)):
-            self.stages.begin(f"measuring perplexity of the {name} model", measured=True)
-            values.append(perplexity(module, chunks, progress=self.stages.update))
-        self.stages.end()
-        return (
-            Figure(f"milliseconds for one chunk of {self.request.length} tokens", times[0] * 1e3, times[1] * 1e3, 1),
-            Figure(self.texts.label, values[0], values[1], 3),
-        )
+    def recover(self, result: Pruned) -> Pruned:
+        """Train what was pruned on the text that calibrated it."""
+        assert self.texts.used is not None
+        return recover(result, self.model, self.texts.used, self.stages, DistillationConfig(epochs=self.request.recover, seed=self.request.seed))
 
 
 def run(request: Request, stages: Stages, console: Console) -> None:
@@ -197,36 +145,26 @@ def run(request: Request, stages: Stages, console: Console) -> None:
     torch.manual_seed(request.seed)
     source = _models.Source.of(request.model)
     stages.begin("loading the tokenizer and the text")
-    texts = Texts(request, _models.load_tokenizer(source))
+    texts = Texts(request.texts, _models.load_tokenizer(source))
     stages.begin("loading the model")
     model = _models.load_model(source, dtype=request.dtype, device=device)
     _models.check_length(model, request.length)
-    given = (("the calibration text", texts.calibration), ("the text to measure on", texts.evaluation))
-    for name, chunks in given:
-        if chunks is None:
-            _text.check_output(model, torch.tensor([_text.start_token(model, texts.tokenizer)]))
-        else:
-            check_tokens(model, chunks, name)
-            _text.check_output(model, chunks[0])
+    texts.check(model, "the calibration text")
     job = Job(request, stages, console, model, texts)
     result = job.prune()
     try:
-        result = result.with_report(figures=job.measure(result))
-    finally:  # what was pruned is kept even if it could not be measured
+        texts.write(model, stages)
+        if request.recover:
+            result = job.recover(result)
+        result = result.with_report(figures=measure(model, result, texts, stages))
+    finally:  # what was pruned is kept even if it could not be recovered or measured
         stages.begin("saving")
         result.save_pretrained(request.out, overwrite=request.overwrite)
     stages.end()
     report = result.report
     if request.html is not None:
         write_page(report, f"{source}, {report.sparsity:.0%} removed", request.html)
-    cache = [] if report.cache is None else [Figure("bytes of cache per token of one sequence", *report.cache)]
-    console.print(_tables.figures_table([Figure("parameters", *report.parameters), Figure("bytes", *report.bytes), *cache, *report.figures]))
-    say(console, f"removed {report.sparsity:.2%} of the linear weights of {counted(report.include)} (asked for {request.sparsity:.2%})")
-    for note in report.notes:
-        say(console, f"note: {note}")
-    say(console, f"saved in {request.out}; load it with")
-    for line in result.loading(request.out):
-        say(console, f"  {line}")
+    show(result, request.out, console)
 
 
 __all__ = ["Request", "run"]

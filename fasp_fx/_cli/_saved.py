@@ -5,16 +5,18 @@ from __future__ import annotations
 import os
 import tempfile
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
 
 from .. import store
 from .._store._atomic import MARK
 from ..errors import StoreError
 from ._arguments import SHOWN, check_path
-from ._models import Source, load_tokenizer
+from ._models import Source, load_model, load_tokenizer
+
+if TYPE_CHECKING:
+    from ..hf import Pruned
 
 
 def is_saved(model: str) -> bool:
@@ -57,7 +59,7 @@ def check_target(out: Path, *, overwrite: bool, plain: bool = False) -> None:
         raise StoreError(f"the name of --out '{str(out)[:SHOWN]}…' is too long: it may have {longest - MARK} bytes; choose a shorter one")
 
 
-def load_saved(folder: Path, device: torch.device) -> tuple[nn.Module, Any]:
+def load_saved(folder: Path, device: torch.device) -> tuple[Any, Any]:
     """A saved model and its tokenizer.
 
     Raises:
@@ -70,4 +72,24 @@ def load_saved(folder: Path, device: torch.device) -> tuple[nn.Module, Any]:
     return model, load_tokenizer(Source(str(folder)))
 
 
-__all__ = ["check_target", "is_saved", "load_saved"]
+def load_pruned(folder: Path, device: torch.device) -> Pruned:
+    """A pruned model as :func:`fasp_fx.hf.prune` returned it, of either kind of folder.
+
+    Raises:
+        StoreError: a file is missing, damaged or of another version, or the folder is no pruned model.
+        ArgumentError: there is no tokenizer with it.
+    """
+    from ..hf import Pruned
+    from ..hf._folder import holds_model
+    from ..hf._plain_folder import is_plain, read_plain
+
+    if is_plain(folder):
+        plan, report = read_plain(folder)
+        return Pruned(load_model(Source(str(folder)), device=device), plan, report, load_tokenizer(Source(str(folder))))
+    if not holds_model(folder):
+        raise StoreError(f"'{folder}' holds no pruned language model; give a folder that `fasp-fx prune` wrote")
+    model, tokenizer = load_saved(folder, device)
+    return Pruned(model, model.plan, model.report, tokenizer)
+
+
+__all__ = ["check_target", "is_saved", "load_pruned", "load_saved"]

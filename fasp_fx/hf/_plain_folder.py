@@ -11,9 +11,11 @@ from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, PreTrainedModel
 
 from .._store._atomic import new_folder
 from .._store._files import read_text
-from ..errors import StoreError, first_line
+from .._store._report_json import report_from_json
+from ..errors import PlanError, StoreError, first_line
 from ..plan import PruningPlan
 from ..report import Report
+from ..store import read_json
 from ._experiments import quiet
 
 #: says what was written with the folder
@@ -66,6 +68,22 @@ def is_plain(folder: Path) -> bool:
         return False
 
 
+def read_plain(folder: Path) -> tuple[PruningPlan, Report]:
+    """The plan and the report of a plain checkpoint.
+
+    Raises:
+        StoreError: a file is missing, damaged or of another version.
+    """
+    held = read_json(folder / MANIFEST)
+    if held.get("format") != FORMAT:
+        raise StoreError(f"'{folder}' is of the format {str(held.get('format'))[:40]!r}, this version reads {FORMAT!r}; prune the model again")
+    try:
+        plan = PruningPlan.from_json(read_text(folder / "plan.json"))
+    except PlanError as error:
+        raise StoreError(f"'{folder}': {error}") from error
+    return plan, report_from_json(held.get("report", {}))
+
+
 def card(model: PreTrainedModel, plan: PruningPlan, report: Report) -> str:
     """The model card: what was removed, what is left, how to load it."""
     changed = [line for line in report.lines if line.before != line.after]
@@ -97,4 +115,4 @@ def loading(model: PreTrainedModel, folder: str) -> list[str]:
     return [f"from transformers import {loader}", f'model = {loader}.from_pretrained("{folder}")']
 
 
-__all__ = ["MANIFEST", "card", "is_plain", "loading", "save_plain"]
+__all__ = ["MANIFEST", "card", "is_plain", "loading", "read_plain", "save_plain"]

@@ -1,0 +1,64 @@
+"""What follows the choice: recovering, measuring, and saying what came of it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from torch import Tensor
+
+from ..evaluation import latency, perplexity
+from ..hf import Pruned
+from ..recovery import DistillationConfig, distil
+from ..report import Figure, counted
+from . import _tables
+from ._console import Stages, say
+from ._texts import Texts
+
+#: tokens of a step of training, as far as whole chunks allow
+STEP = 512
+
+
+def recover(result: Pruned, dense: Any, chunks: Tensor, stages: Stages, config: DistillationConfig, checkpoint: Path | None = None) -> Pruned:
+    """Train a pruned model on chunks ``[chunks, length]`` towards the dense one."""
+    length = chunks.shape[1]
+    stages.begin(f"recovering on {len(chunks)} x {length} tokens", measured=True)
+    batches = [chunk[None] for chunk in chunks]
+    return distil(result, dense, batches, config=config, accumulate=max(1, round(STEP / length)), checkpoint=checkpoint, progress=stages.update)
+
+
+def measure(dense: Any, result: Pruned, texts: Texts, stages: Stages) -> tuple[Figure, ...]:
+    """Latency and perplexity of the dense and of the pruned model."""
+    chunks = texts.evaluation
+    assert chunks is not None
+    stages.begin("measuring latency", measured=True)
+    times = latency([dense, result.model], chunks[:1], progress=stages.update)
+    values = []
+    for name, module in (("dense", dense), ("pruned", result.model)):
+        stages.begin(f"measuring perplexity of the {name} model", measured=True)
+        values.append(perplexity(module, chunks, progress=stages.update))
+    stages.end()
+    return (
+        Figure(f"milliseconds for one chunk of {chunks.shape[1]} tokens", times[0] * 1e3, times[1] * 1e3, 1),
+        Figure(texts.label, values[0], values[1], 3),
+    )
+
+
+def show(result: Pruned, out: Path, console: Console) -> None:
+    """Print what was saved in a folder: figures, notes, and how to load it."""
+    report = result.report
+    cache = [] if report.cache is None else [Figure("bytes of cache per token of one sequence", *report.cache)]
+    console.print(_tables.figures_table([Figure("parameters", *report.parameters), Figure("bytes", *report.bytes), *cache, *report.figures]))
+    asked = "" if report.requested is None else f" (asked for {report.requested:.2%})"
+    say(console, f"removed {report.sparsity:.2%} of the linear weights of {counted(report.include)}{asked}")
+    if report.recovery is not None:
+        say(console, f"recovered: {report.recovery}")
+    for note in (*(report.recovery.notes if report.recovery is not None else ()), *report.notes):
+        say(console, f"note: {note}")
+    say(console, f"saved in {out}; load it with")
+    for line in result.loading(out):
+        say(console, f"  {line}")
+
+
+__all__ = ["measure", "recover", "show"]

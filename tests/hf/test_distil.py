@@ -1,0 +1,167 @@
+"""Distillation of models that generate: decoders, encoder-decoders, plain checkpoints, and from the command line."""
+
+from __future__ import annotations
+
+import copy
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from generators import dense
+from tiny_llama import make_model
+from torch import Tensor
+from torch.nn import functional as F
+from transformers import AutoModelForCausalLM
+from typer.testing import CliRunner, Result
+
+import fasp_fx
+from fasp_fx import hf
+from fasp_fx.cli import app
+from fasp_fx.errors import ArgumentError
+
+LENGTH = 32
+SMALL = ["--length", str(LENGTH), "--batches", "6", "--eval-batches", "3", "--device", "cpu"]
+CHEAP = ["--score", "magnitude", "--no-restore"]  # leaves something to learn
+
+
+def tokens(count: int, width: int = 12, seed: int = 0) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randint(2, 90, (2, width), generator=generator) for _ in range(count)]
+
+
+def divergence(model: Any, teacher: Any, batch: dict[str, Tensor]) -> float:
+    """The mean of KL(teacher ‖ model) over all tokens."""
+    with torch.no_grad():
+        found, wanted = (one(**batch, use_cache=False).logits.double().log_softmax(-1).flatten(0, 1) for one in (model, teacher))
+    return float(F.kl_div(found, wanted, log_target=True, reduction="batchmean"))
+
+
+@pytest.mark.parametrize("plain", [False, True])
+def test_a_decoder_learns_and_generates_and_is_saved(plain: bool, tmp_path: Path) -> None:
+    teacher, data = dense("llama_gqa"), tokens(10)
+    result = hf.prune(teacher, sparsity=0.2, score="magnitude", restore=None, plain=plain)
+    other = {"input_ids": data[0]}
+    before = divergence(result.model, teacher, other)
+    after = fasp_fx.distil(result, teacher, data, learning_rate=1e-3, epochs=6, top_k=64)
+    assert after.report.recovery is not None
+    assert "divergence" in after.report.recovery.criterion
+    assert divergence(after.model, teacher, other) < 0.9 * before
+    assert after.model.generate(other["input_ids"], max_new_tokens=3, do_sample=False, pad_token_id=0).shape == (2, 15)
+    after.save_pretrained(tmp_path / "saved")
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "saved", dtype="auto")
+    torch.testing.assert_close(loaded(**other).logits, after.model(**other).logits)
+    if not plain:
+        assert loaded.report.recovery == after.report.recovery
+
+
+def test_tokens_that_are_padding_teach_nothing() -> None:
+    teacher = dense("llama_gqa")
+    mask = torch.ones(2, 12, dtype=torch.long)
+    mask[0, :4] = 0
+    data, other = ([{"input_ids": ids.where(mask != 0, filler), "attention_mask": mask} for ids in tokens(6)] for filler in (0, 7))
+    result = hf.prune(teacher, sparsity=0.2, score="magnitude", restore=None)
+    models = [fasp_fx.distil(copy.deepcopy(result), teacher, batches, learning_rate=1e-3).model for batches in (data, other)]
+    assert all(torch.equal(a, b) for a, b in zip(*(model.parameters() for model in models), strict=True))
+
+
+def test_an_encoder_decoder() -> None:
+    teacher = dense("t5")
+    data = [{"input_ids": ids, "decoder_input_ids": ids[:, :5]} for ids in tokens(10)]
+    result = hf.prune(teacher, sparsity=0.2, score="magnitude", restore=None)
+    before = divergence(result.model, teacher, data[0])
+    after = fasp_fx.distil(result, teacher, data, learning_rate=1e-3, epochs=6, top_k=64)
+    assert divergence(after.model, teacher, data[0]) < 0.9 * before
+
+
+def test_another_model_teaches_nothing() -> None:
+    result = hf.prune(dense("llama_gqa"), sparsity=0.2, score="magnitude", restore=None)
+    with pytest.raises(ArgumentError, match="not the model that was pruned"):
+        fasp_fx.distil(result, transformers.LlamaForCausalLM(dense("llama_gqa").config).double().eval(), tokens(3))
+
+
+# --- the command line
+
+
+def invoke(*arguments: str | Path) -> Result:
+    return CliRunner().invoke(app, [str(argument) for argument in arguments])
+
+
+def refused(done: Result) -> str:
+    assert done.exit_code == 2, done.output
+    assert "Traceback" not in done.output
+    return next(line for line in done.stderr.splitlines() if "error:" in line)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    made = tmp_path_factory.mktemp("cli")
+    make_model(made / "model")
+    (made / "text.txt").write_text("Größe matters: a smaller model answers sooner. " * 12, encoding="utf-8")
+    for name, more in (("pruned", ()), ("plain", ("--plain",))):
+        text = made / "text.txt"
+        done = invoke("prune", made / "model", "--calibration", text, "--text", text, "--out", made / name, "--round-to", "8", *CHEAP, *more, *SMALL)
+        assert done.exit_code == 0, done.output
+    return made
+
+
+@pytest.mark.parametrize("kind", ["pruned", "plain"])
+def test_recover_what_was_pruned(folder: Path, kind: str, tmp_path: Path) -> None:
+    text = folder / "text.txt"
+    command = ["recover", folder / kind, "--dense", folder / "model", "--data", text, "--text", text, "--epochs", "4", "--learning-rate", "1e-3", *SMALL]
+    done = invoke(*command, "--checkpoint", tmp_path / "run", "--out", tmp_path / "out")
+    assert done.exit_code == 0, done.output
+    assert "recovered: distillation" in " ".join(done.stdout.split())
+    assert "perplexity on chunks 6 to 8 of text.txt" in done.stdout
+    models = [AutoModelForCausalLM.from_pretrained(where).eval() for where in (folder / kind, tmp_path / "out", folder / "model")]
+    assert type(models[0]) is type(models[1])
+    ids = {"input_ids": torch.arange(2, 34)[None]}
+    assert not torch.equal(models[0](**ids).logits, models[1](**ids).logits)
+    again = invoke(*command, "--checkpoint", tmp_path / "run", "--out", tmp_path / "again")
+    assert again.exit_code == 0, again.output
+    resumed = AutoModelForCausalLM.from_pretrained(tmp_path / "again").eval()
+    assert torch.equal(models[1](**ids).logits, resumed(**ids).logits)
+    other = invoke(*command, "--seed", "1", "--checkpoint", tmp_path / "run", "--out", tmp_path / "other")
+    assert "another run" in refused(other)
+    assert sorted(child.name for child in tmp_path.iterdir()) == ["again", "out", "run"]
+
+
+def test_prune_and_recover_in_one_command(folder: Path, tmp_path: Path) -> None:
+    done = invoke("prune", folder / "model", "--recover", "2", "--round-to", "8", "--out", tmp_path / "out", *SMALL)
+    assert done.exit_code == 0, done.output
+    assert "recovered: distillation" in " ".join(done.stdout.split())
+    said = invoke("inspect", tmp_path / "out", "--json")
+    assert json.loads(said.stdout)["recovery"]["steps"] > 0
+    assert "recovery" in invoke("inspect", tmp_path / "out").stdout
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--epochs", "0"], "--epochs"),
+        (["--rank", "0"], "--rank"),
+        (["--learning-rate", "0"], "--learning-rate"),
+        (["--learning-rate", "nan"], "--learning-rate"),
+        (["--batches", "1"], "--batches"),
+        (["--length", "4000"], "--length"),
+        (["--data", "nowhere.txt"], "--data"),
+        (["--dense", "./nowhere"], "nowhere"),
+        (["--train", "low-rank", "--rank", "4000"], "rank=4000"),
+    ],
+)
+def test_requests_that_make_no_sense(folder: Path, tmp_path: Path, options: list[str], said: str) -> None:
+    command = ["recover", folder / "pruned", "--dense", folder / "model", "--out", tmp_path / "out", *SMALL]
+    assert said in refused(invoke(*command, *options))
+    assert not list(tmp_path.iterdir())
+
+
+def test_folders_that_hold_nothing_to_recover(folder: Path, tmp_path: Path) -> None:
+    base = ["--dense", folder / "model", "--data", folder / "text.txt", *SMALL]
+    assert "no pruned language model" in refused(invoke("recover", folder / "model", "--out", tmp_path / "out", *base))
+    assert "nowhere" in refused(invoke("recover", folder / "nowhere", "--out", tmp_path / "out", *base))
+    assert "exists" in refused(invoke("recover", folder / "pruned", "--out", folder / "plain", *base))
+    make_model(tmp_path / "other", layers=1)
+    other = ["--dense", tmp_path / "other", "--data", folder / "text.txt", *SMALL]
+    assert "not the model that was pruned" in refused(invoke("recover", folder / "pruned", "--out", tmp_path / "out", *other))

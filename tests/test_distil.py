@@ -1,0 +1,446 @@
+"""Distillation: its losses against closed forms, its steps against a loop written out, its promises by property."""
+
+from __future__ import annotations
+
+import copy
+import math
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import EXAMPLES
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import fasp_fx
+from fasp_fx.errors import ArgumentError, FaspError, StoreError
+from fasp_fx.recovery import DistillationConfig, Divergence, SquaredError
+
+
+def net(seed: int = 0, dtype: torch.dtype = torch.float32) -> nn.Module:
+    torch.manual_seed(seed)
+    return nn.Sequential(nn.Linear(6, 24), nn.GELU(), nn.Linear(24, 24), nn.GELU(), nn.Linear(24, 5)).eval().to(dtype)
+
+
+def batches(count: int = 10, seed: int = 1, dtype: torch.dtype = torch.float32) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randn(16, 6, generator=generator).to(dtype) for _ in range(count)]
+
+
+def pruned(dense: nn.Module, data: list[Tensor], **options: Any) -> fasp_fx.Result:
+    return fasp_fx.prune(dense, (data[0],), calibration=data, **{"sparsity": 0.5, "quality": "fast", **options})
+
+
+@pytest.fixture(scope="module")
+def made() -> tuple[nn.Module, list[Tensor], fasp_fx.Result]:
+    dense, data = net(), batches()
+    return dense, data, pruned(dense, data)
+
+
+def relative_error(model: nn.Module, dense: nn.Module, data: list[Tensor]) -> float:
+    """The mean over batches of ‖a − b‖² / ‖b‖²."""
+    with torch.no_grad():
+        return sum(float((model(x) - dense(x)).square().sum() / dense(x).square().sum()) for x in data) / len(data)
+
+
+def weights_of(result: fasp_fx.Result) -> dict[str, Tensor]:
+    return {name: tensor.detach().clone() for name, tensor in result.module.named_parameters()}
+
+
+# --- losses
+
+
+@given(st.integers(0, 999), st.integers(2, 40), st.integers(1, 40))
+def test_divergence_is_that_of_distributions_where_all_are_kept_and_less_elsewhere(seed: int, vocabulary: int, top_k: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    dense, other = (torch.randn(2, 3, vocabulary, generator=generator) * 3 for _ in range(2))
+    whole = torch.distributions.kl_divergence(torch.distributions.Categorical(logits=dense), torch.distributions.Categorical(logits=other)).flatten()
+    match = Divergence(top_k)
+    found = match.terms(other, match.targets(dense), {})
+    assert found.shape == (6,)
+    if top_k >= vocabulary:
+        torch.testing.assert_close(found, whole, atol=5e-3, rtol=5e-3)
+    else:
+        assert bool((found <= whole * (1 + 5e-3) + 5e-3).all())
+    assert float(match.terms(dense, match.targets(dense), {}).abs().max()) < 1e-3
+
+
+def test_probabilities_of_zero_do_not_spoil_a_divergence() -> None:
+    dense = torch.tensor([[0.0, 1.0, -math.inf, -math.inf]]).repeat(3, 1)
+    other = torch.zeros(3, 4, requires_grad=True)
+    match = Divergence(3)
+    terms = match.terms(other, match.targets(dense), {})
+    terms.sum().backward()
+    assert bool(torch.isfinite(terms).all())
+    assert other.grad is not None
+    assert bool(torch.isfinite(other.grad).all())
+
+
+def test_squared_error_is_relative_and_takes_outputs_alike() -> None:
+    dense, other = {"a": torch.tensor([[3.0, 4.0]]), "b": torch.full((2, 2), 10.0), "n": torch.arange(2)}, {}
+    other = {"a": torch.tensor([[3.0, 5.0]]), "b": torch.full((2, 2), 9.0), "n": torch.arange(2)}
+    match = SquaredError()
+    torch.testing.assert_close(match.terms(other, match.targets(dense), {}), torch.tensor([1 / 25, 1 / 100]))
+
+
+@pytest.mark.parametrize("match", [Divergence(4), SquaredError()], ids=["divergence", "squared"])
+def test_tokens_that_the_mask_hides_do_not_count(match: Any) -> None:
+    dense, other = torch.randn(2, 5, 7), torch.randn(2, 5, 7)
+    mask = torch.tensor([[0, 0, 1, 1, 1], [1, 1, 1, 1, 1]])
+    changed = other.clone()
+    changed[0, :2] = 1e3
+    first, second = (match.terms(out, match.targets(dense), {"attention_mask": mask}).mean() for out in (other, changed))
+    torch.testing.assert_close(first, second)
+
+
+# --- steps
+
+
+def test_steps_are_those_of_a_loop_written_out(made: tuple[nn.Module, list[Tensor], fasp_fx.Result]) -> None:
+    dense, data, result = made
+    result = copy.deepcopy(result)
+    by_hand = copy.deepcopy(result.module)
+    fasp_fx.distil(result, dense, data, epochs=3, accumulate=2, learning_rate=2e-3, warmup=0.25, held_out=0.2, seed=7)
+    training = [index for index in range(10) if index not in (2, 7)]  # the middles of two halves are held out
+    steps, step = 12, 0
+    optimizer = torch.optim.AdamW(by_hand.parameters(), lr=2e-3, weight_decay=0.0)
+    for epoch in range(3):
+        order = torch.randperm(8, generator=torch.Generator().manual_seed(7 + epoch)).tolist()
+        for first in range(0, 8, 2):
+            optimizer.param_groups[0]["lr"] = 2e-3 * min(1.0, (step + 1) / 3, (steps - step) / 9)
+            for place in order[first : first + 2]:
+                x = data[training[place]]
+                with torch.no_grad():
+                    wanted = dense(x)
+                (((by_hand(x) - wanted).square().mean() / wanted.square().mean()) / 2).backward()
+            nn.utils.clip_grad_norm_(by_hand.parameters(), 1.0)
+            optimizer.step()
+            optimizer.zero_grad()
+            step += 1
+    for name, tensor in by_hand.named_parameters():
+        torch.testing.assert_close(dict(result.module.named_parameters())[name], tensor, atol=1e-6, rtol=1e-5)
+
+
+@settings(max_examples=min(EXAMPLES, 30))
+@given(
+    seed=st.integers(0, 99),
+    rate=st.sampled_from([1e-6, 1e-4, 3e-3, 0.1, 10.0, 1e6]),
+    train=st.sampled_from(["all", "vectors", "low-rank"]),
+    epochs=st.integers(1, 4),
+    accumulate=st.integers(1, 12),
+    held=st.sampled_from([0.1, 0.5, 0.99]),
+    evaluations=st.integers(1, 9),
+)
+def test_it_never_gets_worse(
+    made: tuple[nn.Module, list[Tensor], fasp_fx.Result], seed: int, rate: float, train: Any, epochs: int, accumulate: int, held: float, evaluations: int
+) -> None:
+    dense, data, result = made
+    result = copy.deepcopy(result)
+    before, count = weights_of(result), max(1, min(round(10 * held), 9))
+    held_out = [data[int((index + 0.5) * 10 / count)] for index in range(count)]
+    error = relative_error(result.module, dense, held_out)
+    options = {"learning_rate": rate, "train": train, "epochs": epochs, "accumulate": accumulate, "held_out": held, "evaluations": evaluations, "rank": 2}
+    after = fasp_fx.distil(result, dense, data, seed=seed, **options)
+    recovery = after.report.recovery
+    assert recovery is not None
+    kept = {point.step: point.held_out for point in recovery.curve}[recovery.kept]
+    assert recovery.curve[0].held_out == pytest.approx(error, rel=1e-4)
+    assert relative_error(after.module, dense, held_out) == pytest.approx(kept, rel=1e-3)
+    assert kept <= error * (1 + 1e-6)
+    assert all(torch.isfinite(tensor).all() for tensor in after.module.parameters())
+    if recovery.kept == 0:
+        assert all(torch.equal(before[name], tensor) for name, tensor in after.module.named_parameters())
+    changed = {name for name, tensor in after.module.named_parameters() if not torch.equal(before[name], tensor)}
+    if train == "vectors":
+        assert all(before[name].dim() == 1 for name in changed)
+    if train == "low-rank" and 1e-3 < rate < 1:  # smaller changes drown in rounding
+        assert all(torch.linalg.matrix_rank((dict(after.module.named_parameters())[name] - before[name]).double(), rtol=1e-4) <= 2 for name in changed)
+    assert all(tensor.grad is None and tensor.requires_grad for tensor in after.module.parameters())
+    torch.testing.assert_close(after.program.module()(data[0]), after.module(data[0]))  # they share their weights
+
+
+def test_training_that_diverges_stops_and_says_so(made: tuple[nn.Module, list[Tensor], fasp_fx.Result]) -> None:
+    dense, data, result = made
+    after = fasp_fx.distil(copy.deepcopy(result), dense, data, learning_rate=1e4, epochs=50, evaluations=50)
+    recovery = after.report.recovery
+    assert recovery is not None
+    assert recovery.kept == 0
+    assert recovery.steps < 450
+    assert "learning_rate" in recovery.notes[0]
+    assert recovery.notes[0] in str(after.report)
+
+
+def test_patience_ends_what_does_not_get_better(made: tuple[nn.Module, list[Tensor], fasp_fx.Result]) -> None:
+    dense, data, result = made
+    result = fasp_fx.distil(copy.deepcopy(result), dense, data, learning_rate=3e-3, epochs=40)
+    again = fasp_fx.distil(result, dense, data, learning_rate=0.03, epochs=40, evaluations=40, patience=3)
+    assert again.report.recovery is not None
+    assert again.report.recovery.steps < 9 * 40
+
+
+def test_weights_of_16_bits_learn_by_steps_that_they_could_not_hold() -> None:
+    dense, data = net(dtype=torch.bfloat16), batches(dtype=torch.bfloat16)
+    result = pruned(dense, data)
+    before = relative_error(result.module.float(), net().bfloat16().float(), batches())
+    result = pruned(dense, data)
+    after = fasp_fx.distil(result, dense, data, learning_rate=1e-4, epochs=60)
+    assert after.report.recovery is not None
+    assert after.report.recovery.kept > 0
+    assert {tensor.dtype for tensor in after.module.parameters()} == {torch.bfloat16}
+    assert relative_error(copy.deepcopy(after.module).float(), dense.float(), batches()) < before * 0.98
+
+
+def test_products_in_bfloat16_and_then_in_the_dtype_of_the_weights(made: tuple[nn.Module, list[Tensor], fasp_fx.Result]) -> None:
+    dense, data, result = made
+    for precision in ("bfloat16", "weights"):
+        after = fasp_fx.distil(copy.deepcopy(result), dense, data, learning_rate=3e-3, epochs=10, precision=precision)
+        assert after.report.recovery is not None
+        assert after.report.recovery.kept > 0
+
+
+# --- models
+
+
+class Residual(nn.Module):
+    """Convolutions, batch norms and an addition."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.norm = nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8)
+        self.inner = nn.Sequential(nn.Conv2d(8, 16, 3, padding=1), nn.BatchNorm2d(16), nn.ReLU(), nn.Conv2d(16, 8, 1))
+        self.head = nn.Linear(8, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.relu(self.norm(self.stem(x)))
+        return self.head((x + self.inner(x)).mean((2, 3)))
+
+
+def test_a_convolutional_network_by_the_same_call() -> None:
+    torch.manual_seed(0)
+    dense = Residual().eval()
+    data = [torch.randn(4, 3, 6, 6) for _ in range(12)]
+    result = fasp_fx.prune(dense, (data[0],), calibration=data, sparsity=0.5, score="magnitude", restore=None)
+    for loss in ("outputs", "divergence"):
+        after = fasp_fx.distil(copy.deepcopy(result), dense, data, learning_rate=3e-3, epochs=10, loss=loss)
+        recovery = after.report.recovery
+        assert recovery is not None
+        assert min(point.held_out for point in recovery.curve) < 0.8 * recovery.curve[0].held_out
+
+
+def test_an_encoder_with_a_mask_by_the_same_call() -> None:
+    from transformers import BertConfig, BertModel
+
+    torch.manual_seed(0)
+    config = BertConfig(vocab_size=50, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32, initializer_range=0.3)
+    dense = BertModel(config, add_pooling_layer=False).eval()
+    mask = torch.ones(2, 8, dtype=torch.long)
+    mask[0, 5:] = 0
+    data = [{"input_ids": torch.randint(0, 50, (2, 8)), "attention_mask": mask} for _ in range(10)]
+    result = fasp_fx.prune(dense, (), data[0], calibration=data, sparsity=0.4, score="magnitude", restore=None)
+    after = fasp_fx.distil(result, dense, data, learning_rate=1e-3, epochs=6)
+    recovery = after.report.recovery
+    assert recovery is not None
+    assert min(point.held_out for point in recovery.curve) < 0.9 * recovery.curve[0].held_out
+
+
+class Tied(nn.Module):
+    """An embedding that also predicts."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.up, self.down = nn.Embedding(20, 8), nn.Linear(8, 32), nn.Linear(32, 8)
+        self.head = nn.Linear(8, 20, bias=False)
+        self.head.weight = self.embed.weight
+
+    def forward(self, ids: Tensor) -> Tensor:
+        x = self.embed(ids)
+        return self.head(x + self.down(F.gelu(self.up(x))))
+
+
+@pytest.mark.parametrize("train", ["all", "low-rank"])
+def test_tied_weights_stay_tied(train: Any, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    dense = Tied().eval()
+    data = [torch.randint(0, 20, (4, 6)) for _ in range(10)]
+    result = fasp_fx.prune(dense, (data[0],), calibration=data, sparsity=0.5, quality="fast")
+    after = fasp_fx.distil(result, dense, data, loss="divergence", learning_rate=3e-3, epochs=4, train=train, rank=2)
+    assert after.report.recovery is not None
+    assert after.report.recovery.kept > 0
+    module: Any = after.module
+    assert module.embed.weight is module.head.weight
+    after.save(tmp_path / "saved")
+    loaded = fasp_fx.load(tmp_path / "saved")
+    torch.testing.assert_close(loaded.module(data[0]), after.module(data[0]))
+    assert loaded.report.recovery == after.report.recovery
+    again = fasp_fx.distil(loaded, dense, data, loss="divergence", epochs=1)
+    assert again.report.recovery is not None
+    assert again.report.recovery.curve[0].held_out == pytest.approx(min(p.held_out for p in after.report.recovery.curve), rel=1e-3)
+
+
+class Branching(nn.Module):
+    """Cannot be captured as a whole."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = net()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.body(x) if float(x.sum()) < 1e9 else x
+
+
+def test_a_model_pruned_in_parts() -> None:
+    dense, data = Branching().eval(), batches()
+    result = pruned(dense, data)
+    before = relative_error(result.module, dense, data)
+    after = fasp_fx.distil(result, dense, data, learning_rate=3e-3, epochs=10)
+    assert type(after) is type(result)
+    assert relative_error(after.module, dense, data) < 0.8 * before
+
+
+# --- interruption
+
+
+class Stop(Exception):
+    """Raised by the test's progress."""
+
+
+@pytest.mark.parametrize("train", ["all", "low-rank"])
+@pytest.mark.parametrize("at", [0.0, 0.2, 0.5, 0.9])
+def test_interrupted_it_goes_on_to_the_same_end(made: tuple[nn.Module, list[Tensor], fasp_fx.Result], at: float, train: Any, tmp_path: Path) -> None:
+    dense, data, result = made
+    options: dict[str, Any] = {"learning_rate": 3e-3, "epochs": 5, "evaluations": 6, "train": train, "rank": 3}
+    whole = fasp_fx.distil(copy.deepcopy(result), dense, data, **options)
+
+    def stop(fraction: float) -> None:
+        if fraction > at:
+            raise Stop
+
+    broken = copy.deepcopy(result)
+    error = relative_error(broken.module, dense, data[5:6])
+    with pytest.raises(Stop):
+        fasp_fx.distil(broken, dense, data, checkpoint=tmp_path / "run", progress=stop, **options)
+    assert relative_error(broken.module, dense, data[5:6]) <= error * (1 + 1e-6)  # the best so far
+    resumed = fasp_fx.distil(copy.deepcopy(result), dense, data, checkpoint=tmp_path / "run", **options)
+    assert whole.report.recovery is not None
+    assert resumed.report.recovery is not None
+    assert resumed.report.recovery.curve == whole.report.recovery.curve
+    assert all(torch.equal(a, b) for a, b in zip(whole.module.parameters(), resumed.module.parameters(), strict=True))
+    ended = fasp_fx.distil(copy.deepcopy(result), dense, data, checkpoint=tmp_path / "run", **options)  # nothing is left to do
+    assert ended.report.recovery is not None
+    assert ended.report.recovery.curve == whole.report.recovery.curve
+    assert all(torch.equal(a, b) for a, b in zip(whole.module.parameters(), ended.module.parameters(), strict=True))
+
+
+def test_checkpoints_of_other_runs_and_other_folders_are_refused(made: tuple[nn.Module, list[Tensor], fasp_fx.Result], tmp_path: Path) -> None:
+    dense, data, result = made
+    run = tmp_path / "run"
+    fasp_fx.distil(copy.deepcopy(result), dense, data, checkpoint=run, epochs=1)
+    with pytest.raises(StoreError, match="options differ"):
+        fasp_fx.distil(copy.deepcopy(result), dense, data, checkpoint=run, epochs=2)
+    with pytest.raises(StoreError, match="data differ"):
+        fasp_fx.distil(copy.deepcopy(result), dense, batches(seed=2), checkpoint=run, epochs=1)
+    with pytest.raises(StoreError, match="pruned differ"):
+        fasp_fx.distil(pruned(dense, data, sparsity=0.3), dense, data, checkpoint=run, epochs=1)
+    (tmp_path / "else").mkdir()
+    (tmp_path / "else" / "thesis.txt").write_text("mine")
+    with pytest.raises(StoreError, match="no checkpoint"):
+        fasp_fx.distil(copy.deepcopy(result), dense, data, checkpoint=tmp_path / "else")
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(StoreError):
+        fasp_fx.distil(copy.deepcopy(result), dense, data, checkpoint=tmp_path / "file")
+    state = next(run.glob("step-*"))
+    for damage in (lambda file: file.write_bytes(file.read_bytes()[: file.stat().st_size // 2]), lambda file: file.unlink()):
+        for name in ("best.safetensors", "optimizer.pt", "progress.json"):
+            shutil.copytree(run, tmp_path / "damaged")
+            damage(tmp_path / "damaged" / state.name / name)
+            with pytest.raises(StoreError):
+                fasp_fx.distil(copy.deepcopy(result), dense, data, checkpoint=tmp_path / "damaged", epochs=1)
+            shutil.rmtree(tmp_path / "damaged")
+
+
+# --- bad input
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"epochs": 0}, "epochs"),
+        ({"learning_rate": 0.0}, "learning_rate"),
+        ({"learning_rate": math.nan}, "learning_rate"),
+        ({"warmup": 2}, "warmup"),
+        ({"held_out": 1.0}, "held_out"),
+        ({"train": "some"}, "'low-rank'"),
+        ({"loss": "kl"}, "'divergence'"),
+        ({"loss": 3}, "Match"),
+        ({"precision": "fp16"}, "'bfloat16'"),
+        ({"seed": -1}, "seed"),
+        ({"epoch": 3}, "did you mean 'epochs'"),
+        ({"train": "low-rank", "rank": 500}, "rank=500"),
+        ({"config": {"epochs": 1}}, "DistillationConfig"),
+    ],
+)
+def test_options_that_make_no_sense(made: tuple[nn.Module, list[Tensor], fasp_fx.Result], options: dict[str, Any], said: str) -> None:
+    dense, data, result = made
+    with pytest.raises(ArgumentError, match=said):
+        fasp_fx.distil(result, dense, data, **options)
+
+
+def test_what_is_not_the_dense_model_is_refused(made: tuple[nn.Module, list[Tensor], fasp_fx.Result]) -> None:
+    dense, data, result = made
+    with pytest.raises(ArgumentError, match="not the model that was pruned"):
+        fasp_fx.distil(result, net(seed=1), data)
+    with pytest.raises(ArgumentError, match="not the model that was pruned"):
+        fasp_fx.distil(result, result.module, data)
+    with pytest.raises(ArgumentError, match="eval"):
+        fasp_fx.distil(result, copy.deepcopy(dense).train(), data)
+    with pytest.raises(ArgumentError, match="pass the module"):
+        fasp_fx.distil(result, "dense", data)  # type: ignore[arg-type]
+    with pytest.raises(ArgumentError, match=r"fasp_fx\.prune"):
+        fasp_fx.distil(result.module, dense, data)  # type: ignore[type-var]
+
+
+@pytest.mark.parametrize(
+    ("data", "said"),
+    [
+        ([], "no batch"),
+        (None, "NoneType"),
+        (torch.randn(4, 6), "single Tensor"),
+        ([torch.randn(4, 6)], "at least two"),
+        ([torch.randn(4, 5)] * 3, "batch 0"),
+        ([torch.randn(4, 6), "text"], "batch 1"),
+        ([torch.full((4, 6), math.nan)] * 3, "not finite"),
+    ],
+)
+def test_data_that_does_not_fit(made: tuple[nn.Module, list[Tensor], fasp_fx.Result], data: Any, said: str) -> None:
+    dense, _, result = made
+    before = weights_of(result)
+    with pytest.raises(FaspError, match=said):
+        fasp_fx.distil(result, dense, data)
+    assert all(torch.equal(before[name], tensor) for name, tensor in result.module.named_parameters())
+
+
+def test_a_loss_of_ones_own(made: tuple[nn.Module, list[Tensor], fasp_fx.Result]) -> None:
+    dense, data, result = made
+
+    class Absolute:
+        def targets(self, outputs: Tensor) -> dict[str, Tensor]:
+            return {"out": outputs}
+
+        def terms(self, outputs: Tensor, targets: Any, inputs: Any) -> Tensor:
+            assert set(inputs) == {"input"}
+            return (outputs - targets["out"]).abs().mean(-1)
+
+    after = fasp_fx.distil(copy.deepcopy(result), dense, data, loss=Absolute(), learning_rate=3e-3, epochs=10)
+    assert after.report.recovery is not None
+    assert after.report.recovery.criterion == "Absolute"
+    assert after.report.recovery.kept > 0
+    with pytest.raises(ArgumentError, match="two dimensions"):
+        fasp_fx.distil(result, dense, data, loss=type("Flat", (Divergence,), {"targets": lambda self, outputs: Divergence.targets(self, outputs.sum())})())
+
+
+def test_options_take_the_place_of_those_of_a_configuration() -> None:
+    assert DistillationConfig.of(DistillationConfig(epochs=3), {"rank": 4}) == DistillationConfig(epochs=3, rank=4)
