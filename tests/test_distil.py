@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import copy
 import math
+import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -444,3 +447,29 @@ def test_a_loss_of_ones_own(made: tuple[nn.Module, list[Tensor], fasp_fx.Result]
 
 def test_options_take_the_place_of_those_of_a_configuration() -> None:
     assert DistillationConfig.of(DistillationConfig(epochs=3), {"rank": 4}) == DistillationConfig(epochs=3, rank=4)
+
+
+ALONE = """
+import sys, warnings, torch, fasp_fx
+warnings.simplefilter("ignore")
+torch.set_num_threads(1)
+from test_distil import batches, net, pruned
+dense, data = net(), batches()
+after = fasp_fx.distil(pruned(dense, data), dense, data, epochs=3, learning_rate=3e-3, accumulate=2, checkpoint=sys.argv[1])
+if int(__import__("os").environ.get("RANK", 0)) == 0:
+    print([f"{point.held_out:.6f}" for point in after.report.recovery.curve])
+"""
+
+
+def test_two_processes_come_to_what_one_comes_to(tmp_path: Path) -> None:
+    script = tmp_path / "alone.py"
+    script.write_text(ALONE)
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), *sys.path]), "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
+    runs = [
+        subprocess.Popen([sys.executable, *how, str(script), str(tmp_path / name)], env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        for name, how in (("one", []), ("two", ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]))
+    ]
+    found = [run.communicate(timeout=300) for run in runs]
+    assert [run.returncode for run in runs] == [0, 0], found
+    assert found[0][0] == found[1][0]
+    assert found[0][0].startswith("['0.0")

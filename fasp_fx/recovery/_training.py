@@ -145,13 +145,15 @@ class Training:
         first = step % self._per_epoch * config.accumulate
         chosen = order[first : first + config.accumulate]
         own = chosen[self._accelerator.process_index :: self._accelerator.num_processes]
+        weight = self._accelerator.num_processes / len(chosen)  # the gradient of a step is the mean of those of the processes
+        if not own:  # the processes wait for one another's gradients, so that each has to bring some
+            own, weight = chosen[:1], 0.0
         for group in self._optimizer.param_groups:
             group["lr"] = config.learning_rate * _height(step, self._steps, config.warmup)
-        share = self._accelerator.num_processes / len(chosen)  # of a batch in the step, whose gradients are the mean of those of the processes
         total = torch.zeros(1, device=self._device)
         for place, index in enumerate(own):
             with contextlib.nullcontext() if place + 1 == len(own) else self._accelerator.no_sync(self._called):
-                loss = self._terms(index).mean() * share
+                loss = self._terms(self._called, index).mean() * weight
                 self._accelerator.backward(loss)
             total += loss.detach()
         mean = float(self._accelerator.reduce(total, "mean"))
@@ -168,10 +170,10 @@ class Training:
         generator = torch.Generator().manual_seed(self._config.seed + epoch)
         return [self._batches.training[place] for place in torch.randperm(len(self._batches.training), generator=generator).tolist()]
 
-    def _terms(self, index: int) -> Tensor:
+    def _terms(self, model: nn.Module, index: int) -> Tensor:
         call = self._calls[index].to(self._device)
         with self._precision():
-            outputs = self._called(*call.args, **call.kwargs)
+            outputs = model(*call.args, **call.kwargs)
         return self._match.terms(outputs, self._dense.read(index, self._device), call.named(self._trained.student))
 
     def _precision(self) -> contextlib.AbstractContextManager[Any]:
@@ -184,7 +186,7 @@ class Training:
         """The mean loss on the held-out batches, each term counting alike."""
         seen = torch.zeros(2, dtype=torch.float64, device=self._device)
         for index in self._batches.held_out[self._accelerator.process_index :: self._accelerator.num_processes]:
-            terms = self._terms(index)
+            terms = self._terms(self._trained, index)
             seen += torch.stack([terms.double().sum(), torch.tensor(float(terms.numel()), dtype=torch.float64, device=self._device)])
         total, count = self._accelerator.reduce(seen, "sum").tolist()
         return total / max(count, 1.0)
