@@ -15,6 +15,7 @@ from ._compile._backend import backend
 from ._measure import measure
 from ._prune import analyze, apply, plan_from_sets, prune
 from ._result import Result
+from ._version import __version__ as __version__
 from .analysis import Analysis
 from .config import PruningConfig
 from .costs import CostCurve, Costs
@@ -41,8 +42,6 @@ from .plan import ParameterSlice, PruningPlan
 from .recovery import distil
 from .report import Report
 from .store import load
-
-__version__ = "0.1.0"
 
 register_when_needed()
 

@@ -11,10 +11,10 @@ from typing import Annotated
 import torch
 import typer
 
-from . import __version__
 from ._cli import _tables
 from ._cli._console import USAGE, results, say, session
 from ._cli._plain_text import printable
+from ._version import __version__
 from .errors import ArgumentError
 
 app = typer.Typer(

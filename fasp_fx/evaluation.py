@@ -7,13 +7,13 @@ import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from itertools import chain
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from ._device import device_of
 from .errors import ArgumentError
 
 
@@ -145,11 +145,6 @@ def latency(models: Sequence[nn.Module], ids: Tensor, *, repeats: int = 5, progr
     return [statistics.median(measured) for measured in seconds]
 
 
-def device_of(model: nn.Module) -> torch.device:
-    """The device of a model's weights."""
-    return next((tensor.device for tensor in chain(model.parameters(), model.buffers())), torch.device("cpu"))
-
-
 def _wait(device: torch.device) -> None:
     if device.type != "cpu":
         torch.accelerator.synchronize(device)
@@ -163,4 +158,4 @@ def _logits(output: Any) -> Tensor:
     return output["logits"] if isinstance(output, dict) else output[0]
 
 
-__all__ = ["TaskScore", "device_of", "latency", "perplexity", "tasks"]
+__all__ = ["TaskScore", "latency", "perplexity", "tasks"]

@@ -22,6 +22,7 @@ from ._store._graph_json import check_weights, program_from_json, program_to_jso
 from ._store._report_json import report_from_json, report_to_json
 from ._store._signature_json import check_fit, signature_from_json, signature_to_json
 from ._store._tensors import read_tensors, write_tensors
+from ._version import __version__
 from .errors import ArgumentError, PlanError, StoreError
 from .plan import PruningPlan
 from .report import Report
@@ -176,8 +177,6 @@ def is_save(folder: Path) -> bool:
 
 def versions() -> dict[str, str]:
     """The versions that a save is made with."""
-    from . import __version__
-
     return {"fasp_fx": __version__, "torch": torch.__version__}
 
 

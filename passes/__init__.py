@@ -6,16 +6,19 @@ Every pass is a function ``ExportedProgram -> ExportedProgram``; those that touc
 
 from __future__ import annotations
 
-from ._base import WRITTEN_BY, GraphPass, Pass, stamp
+from fasp_fx._stamps import WRITTEN_BY, stamp
+
+from ._base import GraphPass, Pass
 from ._foreign import Foreign
-from ._pipeline import Pipeline, split_fused
+from ._pipeline import Pipeline
 from ._prune import Prune
+from ._run import split_fused
 from ._verify import verify
 from .attention import PadValueHeads, PinAttentionScale
 from .dense_count import KeepDenseCount
 from .remove_channels import RemoveChannels
 from .restore_weights import RestoreWeights
-from .split_fused import SplitFusedProducers
+from .split_producers import SplitFusedProducers
 
 __all__ = [
     "WRITTEN_BY",

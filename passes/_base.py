@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import inspect
 from abc import ABC, abstractmethod
-from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, overload
 
 from torch import fx
@@ -13,9 +12,10 @@ from torch.fx.passes.infra.pass_base import PassBase, PassResult
 
 from fasp_fx._calling._signature import CallSignature
 from fasp_fx._program import Program
-from fasp_fx._stamps import WRITTEN_BY, stamp
-from fasp_fx.analysis import Analysis, analyze_program
+from fasp_fx.analysis import Analysis
 from fasp_fx.errors import FaspError, VerificationError
+
+from ._run import analysis_for, run_exported
 
 if TYPE_CHECKING:
     import numpy as np
@@ -55,9 +55,7 @@ class Pass(ABC):
             VerificationError: names the pass and the node.
             PlanError: the pass follows a plan for another model.
         """
-        from ._pipeline import Pipeline
-
-        return Pipeline([self])(exported)
+        return run_exported([self], exported)
 
 
 class GraphPass(Pass, PassBase):
@@ -95,13 +93,4 @@ class GraphPass(Pass, PassBase):
         return PassResult(rewritten.module, rewritten is not program)
 
 
-def analysis_for(program: Program, removal: PruningPlan | np.ndarray | None, split: Callable[[Program, Analysis], Program | None] | None = None) -> Analysis:
-    """The analysis under which a removal speaks of a program; ``split`` as for :func:`~fasp_fx.analysis.analyze_program`."""
-    from fasp_fx.plan import PruningPlan
-
-    if isinstance(removal, PruningPlan):
-        return analyze_program(program, split, removal.granularity, removal.include)
-    return analyze_program(program, split)
-
-
-__all__ = ["WRITTEN_BY", "GraphPass", "Pass", "analysis_for", "stamp"]
+__all__ = ["GraphPass", "Pass"]

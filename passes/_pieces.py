@@ -11,10 +11,9 @@ import torch
 from torch import fx, nn
 
 from fasp_fx._program import Program, RowPart, set_weight
+from fasp_fx._stamps import stamp
 from fasp_fx.channels import Value, attribute, target_name
 from fasp_fx.patterns import lookup
-
-from ._base import stamp
 
 if TYPE_CHECKING:
     from fasp_fx.analysis import Analysis

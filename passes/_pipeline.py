@@ -3,22 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from typing import Any, overload
 
 from torch.export import ExportedProgram
 
-from fasp_fx._capture import capture
 from fasp_fx._program import Program
-from fasp_fx._result import finish
-from fasp_fx.analysis import Analysis, analyze_program
-from fasp_fx.errors import ArgumentError, FaspError, VerificationError, first_line
-from fasp_fx.plan import PruningPlan, check_fingerprint, program_fingerprint
+from fasp_fx.analysis import Analysis
+from fasp_fx.errors import ArgumentError
 
-from ._base import Pass, analysis_for
+from ._base import Pass
 from ._foreign import Foreign
-from ._verify import verify
-from .split_fused import SplitFusedProducers
+from ._run import run, run_exported
 
 Step = Pass | Foreign
 
@@ -60,53 +55,10 @@ class Pipeline:
             ArgumentError, CaptureError: the exported program cannot be read (it carries no example inputs, say).
         """
         if isinstance(program, ExportedProgram):
-            start = self._start(capture(program, fold=self._plan() is not None))  # without a plan, no weight becomes another
-            rewritten = self._run(start.program, start)
-            return program if rewritten is start.program else finish(rewritten)[1]
+            return run_exported(self.passes, program, self.tolerance)
         if self.reference is None:
             raise ArgumentError("Pipeline needs the analysis of the program it starts from: pass reference=, or call it with an ExportedProgram")
-        return self._run(program, self.reference)
-
-    def _start(self, program: Program) -> Analysis:
-        """Analyse the program that the pipeline starts from, as the plan it follows was made."""
-        plan = self._plan()
-        if plan is not None:
-            check_fingerprint(plan, program_fingerprint(program))
-        return analysis_for(program, plan, split=split_fused if plan is not None and plan.splits else None)
-
-    def _plan(self) -> PruningPlan | None:
-        """The plan that the passes follow."""
-        plans = {id(step.removal): step.removal for step in self.passes if isinstance(step, Pass) and isinstance(step.removal, PruningPlan)}
-        if len(plans) > 1:
-            raise ArgumentError("the passes of one pipeline follow one plan; use a pipeline for each, one after the other")
-        return next(iter(plans.values()), None)
-
-    def _run(self, program: Program, analysis: Analysis) -> Program:
-        stale = False
-        for step in self.passes:
-            try:
-                if stale:
-                    analysis, stale = analyze_program(program, None, analysis.granularity, analysis.include), False
-                if isinstance(step, Foreign):
-                    program, analysis = step.run(program, analysis, self.tolerance)
-                    continue
-                rewritten = step.rewrite(program, analysis)
-                if rewritten is program:
-                    continue
-                rewritten.module.graph.lint()
-                rewritten.module.recompile()
-                verify(rewritten, analysis)
-                program = rewritten
-                if step.renumbers:
-                    program, stale = replace(rewritten, numbers={}), True
-            except FaspError as error:
-                raise VerificationError(f"pass '{step.name}' failed: {error}") from error
-            except (RuntimeError, AttributeError) as error:  # what fx says of a broken graph
-                raise VerificationError(f"pass '{step.name}' failed: {first_line(error)}") from error
-        return program
+        return run(self.passes, program, self.reference, self.tolerance)
 
 
-def split_fused(program: Program, analysis: Analysis) -> Program | None:
-    """Split the fused producers that stand in the way, or ``None`` if none can be."""
-    rewritten = Pipeline([SplitFusedProducers()], analysis)(program)
-    return None if rewritten is program else replace(rewritten, numbers={})
+__all__ = ["Pipeline", "Step"]

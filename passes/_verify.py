@@ -162,8 +162,11 @@ def _alone_in_parts(reference: Analysis, gone: np.ndarray) -> list[np.ndarray]:
     return found
 
 
-def _subset(kind: str, found: list[Remark], allowed: list[Remark], labels: np.ndarray, also: np.ndarray) -> None:
-    before = np.unique(np.concatenate([also, *(labels[remark.numbers] for remark in allowed)]))
+def _subset(kind: str, found: list[Remark], allowed: list[Remark], labels: np.ndarray, last: np.ndarray) -> None:
+    # What a node says of the last ones it says of all that they meet there, and of neither for a reason of their own.
+    misled = {(remark.node, remark.reason) for remark in found if np.isin(labels[remark.numbers], last).any()}
+    also = [labels[remark.numbers] for remark in found if (remark.node, remark.reason) in misled]
+    before = np.unique(np.concatenate([last, *also, *(labels[remark.numbers] for remark in allowed)]))
     for remark in found:
         if np.setdiff1d(labels[remark.numbers], before).size:
             where = f"node '{remark.node.name}'" if remark.node is not None else "the graph"

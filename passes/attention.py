@@ -8,7 +8,9 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from ._base import GraphPass, stamp
+from fasp_fx._stamps import stamp
+
+from ._base import GraphPass
 from ._verify import walk_of
 
 if TYPE_CHECKING:

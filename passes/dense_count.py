@@ -12,9 +12,10 @@ import numpy as np
 import torch
 from torch import fx
 
+from fasp_fx._stamps import stamp
 from fasp_fx.channels import Value, Walk, arguments
 
-from ._base import GraphPass, stamp
+from ._base import GraphPass
 from ._kept import Kept, gone_from
 from ._verify import walk_of
 

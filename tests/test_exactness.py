@@ -18,7 +18,7 @@ from zoo import ZOO
 
 import fasp_fx
 import fasp_fx._prune
-import fasp_fx.passes._pipeline
+import fasp_fx.passes._run
 import fasp_fx.passes._verify
 import fasp_fx.passes.remove_channels
 from fasp_fx._cli._console import session
@@ -29,7 +29,7 @@ from fasp_fx._prune import make_plan
 from fasp_fx.channels import Interpreter
 from fasp_fx.testing import Masked
 
-split_fused = importlib.import_module("fasp_fx.passes.split_fused")
+splitting = importlib.import_module("fasp_fx.passes._split")
 MAGNITUDE: dict[str, Any] = {"score": "magnitude", "restore": None}
 
 
@@ -355,7 +355,7 @@ def test_a_pass_that_cuts_the_wrong_rows(verified: bool, monkeypatch: pytest.Mon
     """Whether the verifier refuses the program or its outputs tell: the group is found, and the others go."""
     monkeypatch.setattr(fasp_fx.passes.remove_channels, "_cut_weights", _cut_elsewhere(fasp_fx.passes.remove_channels._cut_weights))
     if not verified:
-        monkeypatch.setattr(fasp_fx.passes._pipeline, "verify", _unverified)
+        monkeypatch.setattr(fasp_fx.passes._run, "verify", _unverified)
         monkeypatch.setattr(fasp_fx.passes._verify, "verify", _unverified)
     model = Blocks(same, same, same).eval()
     with pytest.warns(fasp_fx.VerificationWarning, match="'down.1.weight' stays whole.*(remove_channels|an output differs)") as caught:
@@ -459,7 +459,7 @@ def test_fused_weights_are_compared_whole(zoo_model: Callable[[str], nn.Module],
     with one_capture():
         result = fasp_fx.prune(model, (), entry.example(), sparsity=0.2, **MAGNITUDE)
         assert result.plan.splits
-        monkeypatch.setattr(split_fused._Splitter, "_add_part", _rows_elsewhere(split_fused._Splitter._add_part))
+        monkeypatch.setattr(splitting._Splitter, "_add_part", _rows_elsewhere(splitting._Splitter._add_part))
         with pytest.raises(fasp_fx.VerificationError, match="cannot be removed: on the example inputs an output differs"):
             fasp_fx.prune(model, (), entry.example(), sparsity=0.2, **MAGNITUDE)
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from decoders import Spec, build, tokens
-from torch import fx
+from torch import fx, nn
 
 import fasp_fx
 from fasp_fx._capture import capture
@@ -329,3 +329,27 @@ def test_nodes_written_by_passes_are_marked(analysed: tuple[str, Analysis]) -> N
     assert "remove_channels" in marks
     if nodes(program, "scaled_dot_product_attention"):
         assert {"pin_attention_scale", "pad_value_heads"} <= marks
+
+
+class Joined(nn.Module):
+    """A grouped, transposed convolution beside another one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.side, self.up = nn.Conv1d(3, 4, 1), nn.Conv1d(3, 6, 1)
+        self.wide, self.out = nn.ConvTranspose1d(6, 6, 3, padding=1, groups=2), nn.Conv1d(10, 2, 1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.out(torch.cat([self.wide(self.up(x).relu()), self.side(x)], 1))
+
+
+def test_what_is_said_of_the_last_channel_of_a_block_is_not_held_against_those_beside_it() -> None:
+    model, x = Joined().double().eval(), torch.randn(2, 3, 8, dtype=torch.float64)
+    plan = fasp_fx.plan_from_sets(fasp_fx.capture(model, (x,)), {"wide.weight": [0, 1, 4, 5], "out.weight": [1]})
+    result = fasp_fx.apply(model, plan, (x,))
+    assert result.plan.groups == plan.groups  # nothing stays whole
+    inner = model.up(x).relu()
+    inner[:, [0, 1, 4, 5]] = 0
+    side = model.side(x)
+    side[:, 1] = 0
+    torch.testing.assert_close(result.module(x), model.out(torch.cat([model.wide(inner), side], 1)))

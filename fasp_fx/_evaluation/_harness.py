@@ -148,7 +148,7 @@ class _Program(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        from ..evaluation import device_of
+        from .._device import device_of
 
         return device_of(self.module)
 

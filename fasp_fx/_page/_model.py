@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
-from .. import __version__
+from .._version import __version__
 from ..analysis import Analysis
 from ..groups import PRUNABLE
 from ..report import Line, Report, line_of, notes_of, weight_size

@@ -8,7 +8,7 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from ._config import PrunedConfig
+from ._config import PrunedConfig, on_first_use
 
 if TYPE_CHECKING:
     from ._causal import PrunedForCausalLM
@@ -16,6 +16,16 @@ if TYPE_CHECKING:
     from ._seq2seq import PrunedForSeq2SeqLM
 
 _HOMES = {"Pruned": "._prune", "prune": "._prune", "PrunedForCausalLM": "._causal", "PrunedForSeq2SeqLM": "._seq2seq"}
+
+
+def _register_models() -> None:
+    """Here rather than at once, because importing the models takes long, and only who has a configuration of one needs them."""
+    from ._register import register_models
+
+    register_models()
+
+
+on_first_use(_register_models)
 
 
 def __getattr__(name: str) -> Any:

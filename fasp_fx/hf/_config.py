@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+from collections.abc import Callable
 from typing import Any
 
 from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
@@ -14,6 +15,9 @@ from ..errors import StoreError
 
 #: what would let transformers build a cache that the programs do not take: theirs holds every token of every layer
 _HIDDEN = ("layer_types", "sliding_window", "attention_chunk_size", "kv_sharing_modes", "auto_map", "quantization_config")
+
+
+_FIRST_USE: list[Callable[[], None]] = []
 
 
 class PrunedConfig(PreTrainedConfig):
@@ -37,7 +41,8 @@ class PrunedConfig(PreTrainedConfig):
 
     def __post_init__(self, **kwargs: Any) -> None:
         super().__post_init__(**kwargs)
-        _register_models()
+        while _FIRST_USE:
+            _FIRST_USE.pop()()
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
@@ -85,16 +90,9 @@ def check_layers(data: Any, most: int) -> None:
             raise StoreError(f'config.json says "{name}": {str(value)[:40]}, and the model has at most {most} layers; save the model again')
 
 
-@functools.cache
-def _register_models() -> None:
-    """Let the Auto classes find the models of a configuration; here, because importing them takes long and only who has one needs them."""
-    from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
-
-    from ._causal import PrunedForCausalLM
-    from ._seq2seq import PrunedForSeq2SeqLM
-
-    AutoModelForCausalLM.register(PrunedConfig, PrunedForCausalLM, exist_ok=True)
-    AutoModelForSeq2SeqLM.register(PrunedConfig, PrunedForSeq2SeqLM, exist_ok=True)
+def on_first_use(call: Callable[[], None]) -> None:
+    """Call a function once, when the first configuration is made."""
+    _FIRST_USE.append(call)
 
 
 @functools.lru_cache(maxsize=8)
@@ -108,4 +106,4 @@ def _config_of(text: str) -> PreTrainedConfig:
 
 AutoConfig.register(PrunedConfig.model_type, PrunedConfig, exist_ok=True)
 
-__all__ = ["PrunedConfig"]
+__all__ = ["PrunedConfig", "check_layers", "on_first_use", "original_of"]

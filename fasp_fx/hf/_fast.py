@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from ..passes._base import stamp
+from .._stamps import stamp
 
 aten = torch.ops.aten
 _ATTENTION = aten.scaled_dot_product_attention.default

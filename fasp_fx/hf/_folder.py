@@ -14,7 +14,7 @@ import shutil
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
@@ -24,7 +24,9 @@ from .._store._report_json import report_to_json
 from .._store._tensors import write_tensors
 from ..errors import StoreError
 from ._card import card
-from ._model import PrunedModel
+
+if TYPE_CHECKING:
+    from ._model import PrunedModel
 
 FORMAT = "fasp_fx.hf/3"
 FILES = ("config.json", "model.safetensors", "constants.safetensors", "programs.json", "plan.json", "report.json")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -18,7 +18,9 @@ from ._config import PrunedConfig, check_layers, original_of
 from ._flat import FlatProgram
 from ._folder import FILES, FORMAT
 from ._held import Parts, StoredProgram
-from ._model import PrunedModel
+
+if TYPE_CHECKING:
+    from ._model import PrunedModel
 
 _HUB = ("cache_dir", "force_download", "local_files_only", "revision", "token")
 #: arguments of transformers' loaders that change nothing here

@@ -13,13 +13,13 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from .._device import device_of
 from .._observe._calibration import calibration_calls, check_calibration
 from .._prune import prune
 from .._result import Result
 from ..analysis import Analysis
 from ..config import PruningConfig, PruningOptions
 from ..errors import ArgumentError, VerificationError, first_line
-from ..evaluation import device_of
 from ..groups import PRUNABLE
 from ..report import Report
 from ._experiments import Assignment, Experiments, Path, quiet, written

@@ -21,6 +21,7 @@ from .._program import Program
 from .._prune import Timings, choose, make_plan, rewrite
 from .._result import Result
 from .._store._graph_json import program_to_json
+from .._version import __version__
 from .._warn import warn
 from ..analysis import Analysis, analyze_program
 from ..channels import attribute
@@ -308,7 +309,6 @@ def _one_set(model: nn.Module, results: dict[str, Result]) -> dict[str, Tensor]:
 
 
 def _model(original: Any, parts: Parts, positions: tuple[str | None, int | None]) -> PrunedModel:
-    from .. import __version__
     from . import PrunedForCausalLM, PrunedForSeq2SeqLM
 
     config = original.config

@@ -28,7 +28,7 @@ class DistillationOptions(TypedDict, total=False):
     top_k: int
     held_out: float
     evaluations: int
-    patience: int
+    patience: int | None
     precision: Literal["weights", "bfloat16"]
     seed: int
 
@@ -53,7 +53,8 @@ class DistillationConfig:
             takes six bytes each, on disk.
         held_out: the fraction of the batches that is not trained on, at least one batch; the weights that do best on it are kept.
         evaluations: how often the held-out batches are looked at, evenly over the steps; the last time after the last step.
-        patience: so many evaluations in a row that are not better than the best end the training.
+        patience: so many evaluations in a row that are not better than the best end the training. ``None``: it goes on, since much is gained only when
+            the learning rate falls.
         precision: ``"weights"``: compute in the dtype of the weights; ``"bfloat16"``: products in bfloat16 by autocast. Weights of 16 bits are trained
             by way of copies in float32, in either case.
         seed: of the order of the batches, and of the first low-rank matrices.
@@ -72,13 +73,15 @@ class DistillationConfig:
     top_k: int = 256
     held_out: float = 0.1
     evaluations: int = 4
-    patience: int = 2
+    patience: int | None = None
     precision: Literal["weights", "bfloat16"] = "weights"
     seed: int = 0
 
     def __post_init__(self) -> None:
         for name in ("epochs", "accumulate", "rank", "top_k", "evaluations", "patience"):
             value = getattr(self, name)
+            if value is None and name == "patience":
+                continue
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise ArgumentError(f"{name}={value!r} is not a positive integer")
         if isinstance(self.seed, bool) or not isinstance(self.seed, int) or not 0 <= self.seed < 2**63:

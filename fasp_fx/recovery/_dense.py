@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from .._device import device_of
 from ..errors import ArgumentError, CalibrationError, StoreError, first_line
-from ..evaluation import device_of
 from ._matching import Match
 
 

@@ -207,7 +207,7 @@ class Training:
             return f"the training diverged: the held-out loss rose from {first:.3g} to {last:.3g}; a smaller learning_rate= may help"
         best = min(range(len(curve)), key=lambda place: curve[place].held_out)
         since = len(curve) - 1 - best
-        if since >= self._config.patience and curve[-1].step < self._steps:
+        if self._config.patience is not None and since >= self._config.patience and curve[-1].step < self._steps:
             return f"the held-out loss did not fall any more in {since} evaluations, so the training ended after step {curve[-1].step} of {self._steps}"
         return None
 

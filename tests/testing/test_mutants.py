@@ -12,7 +12,7 @@ from mutants import MUTANTS as ORDINARY
 from mutants import Mutant, not_run
 from odd_mutants import ODD, PICK
 
-import fasp_fx.passes._pipeline
+import fasp_fx.passes._run
 import fasp_fx.passes._verify
 from fasp_fx.channels import Interpreter
 from fasp_fx.testing import CheckFailed, build, check_program, check_rule, example
@@ -70,7 +70,7 @@ def test_caught(mutant: Mutant, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def _without_verifier(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(fasp_fx.passes._pipeline, "verify", _unverified)
+    monkeypatch.setattr(fasp_fx.passes._run, "verify", _unverified)
     monkeypatch.setattr(fasp_fx.passes._verify, "verify", _unverified)
 
 

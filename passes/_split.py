@@ -16,15 +16,17 @@ import torch
 from torch import Tensor, fx, nn
 
 from fasp_fx._program import Program, RowPart, set_weight
+from fasp_fx._stamps import stamp
 from fasp_fx.channels import Axis, Use, Value, arguments, attribute, run_on_numbers, target_name
 from fasp_fx.patterns import lookup
 
-from ._base import Pass, stamp
 from ._pieces import delete_weight, take_apart
 
 if TYPE_CHECKING:
     from fasp_fx.analysis import Analysis
 
+#: of the pass, in messages and stamps
+NAME = "split_fused_producers"
 _ADD = torch.ops.aten.add.Tensor
 
 
@@ -37,36 +39,27 @@ class _Part:
     sources: tuple[int | None, ...]  # per dimension: a leading dimension of the product, -1 for channels, None for size 1
 
 
-class SplitFusedProducers(Pass):
-    """Precondition: the analysis is that of the program: no pass has run before.
-
-    Postcondition: the split weights are gone; their parts, named ``<weight>_0``, ``<weight>_1`` … where these names are free, are recorded in
-    ``program.parts``. A product whose parts cannot be told apart is left alone, and its groups stay frozen.
-    """
-
-    name = "split_fused_producers"
-    renumbers = True
-
-    def rewrite(self, program: Program, analysis: Analysis) -> Program:
-        if not analysis.conflicts:
-            return program
-        apart = take_apart(program, analysis, stuck_sets(analysis), self.name)
-        if apart is not program:
-            return apart  # what is fused in them is split next, when they are weights
-        splitter = _Splitter(analysis, self.name)
-        plans = [plan for plan in (splitter.plan(use) for use in splitter.fused()) if plan is not None]
-        if not plans:
-            return program
-        program = program.copy()
-        nodes = {node.name: node for node in program.module.graph.nodes}
-        for use, chain, parts in plans:
-            splitter.split(program, nodes, use, chain, parts)
-        split = {name for use, chain, _ in plans for name in _weights_of(chain, use)}
-        # A node without users can be a second name of a tied weight, which must stay.
-        program.module.graph.eliminate_dead_code(lambda node: node.is_impure() or (node.op == "get_attr" and node.target not in split))
-        for name in split:
-            _delete_unused(program, name)
+def split(program: Program, analysis: Analysis) -> Program:
+    """Split the producers that stand in the way; see :class:`SplitFusedProducers`."""
+    if not analysis.conflicts:
         return program
+    apart = take_apart(program, analysis, stuck_sets(analysis), NAME)
+    if apart is not program:
+        return apart  # what is fused in them is split next, when they are weights
+    splitter = _Splitter(analysis, NAME)
+    plans = [plan for plan in (splitter.plan(use) for use in splitter.fused()) if plan is not None]
+    if not plans:
+        return program
+    program = program.copy()
+    nodes = {node.name: node for node in program.module.graph.nodes}
+    for use, chain, parts in plans:
+        splitter.split(program, nodes, use, chain, parts)
+    gone = {name for use, chain, _ in plans for name in _weights_of(chain, use)}
+    # A node without users can be a second name of a tied weight, which must stay.
+    program.module.graph.eliminate_dead_code(lambda node: node.is_impure() or (node.op == "get_attr" and node.target not in gone))
+    for name in gone:
+        _delete_unused(program, name)
+    return program
 
 
 class _Splitter:

@@ -1,0 +1,126 @@
+"""Run steps one after another on a program, with the verifier after each."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, Protocol
+
+import numpy as np
+from torch.export import ExportedProgram
+
+from fasp_fx._capture import capture
+from fasp_fx._program import Program
+from fasp_fx._result import finish
+from fasp_fx.analysis import Analysis, analyze_program
+from fasp_fx.errors import ArgumentError, FaspError, VerificationError, first_line
+from fasp_fx.plan import PruningPlan, check_fingerprint, program_fingerprint
+
+from ._foreign import Foreign
+from ._split import NAME, split
+from ._verify import verify
+
+if TYPE_CHECKING:
+    Removal = PruningPlan | np.ndarray | None
+
+
+class Rewriting(Protocol):
+    """A step of our own; :class:`~fasp_fx.passes.Pass` says what its parts are."""
+
+    name: str
+    removal: Removal
+    renumbers: bool
+
+    def rewrite(self, program: Program, analysis: Analysis) -> Program: ...
+
+
+Step = Rewriting | Foreign
+
+
+def run(steps: Sequence[Step], program: Program, analysis: Analysis, tolerance: float | None = None) -> Program:
+    """Run steps in order; the same program if there was nothing to do.
+
+    Args:
+        analysis: of the program that they start from.
+        tolerance: as for :class:`~fasp_fx.passes.Pipeline`.
+
+    Raises:
+        VerificationError: a step failed, or left a program that does not compute what the analysis says; names the step and the node.
+    """
+    stale = False
+    for step in steps:
+        with _named(step.name):
+            if stale:
+                analysis, stale = analyze_program(program, None, analysis.granularity, analysis.include), False
+            if isinstance(step, Foreign):
+                program, analysis = step.run(program, analysis, tolerance)
+                continue
+            rewritten = _verified(step.rewrite, program, analysis)
+            if rewritten is not program and step.renumbers:
+                rewritten, stale = replace(rewritten, numbers={}), True
+            program = rewritten
+    return program
+
+
+def run_exported(steps: Sequence[Step], exported: ExportedProgram, tolerance: float | None = None) -> ExportedProgram:
+    """Run steps on an exported program; the same object if there was nothing to do.
+
+    Raises:
+        VerificationError: see :func:`run`.
+        PlanError: a step follows a plan for another model.
+        ArgumentError, CaptureError: the exported program cannot be read (it carries no example inputs, say).
+    """
+    plan = _plan_of(steps)
+    program = capture(exported, fold=plan is not None)  # without a plan, no weight becomes another
+    if plan is not None:
+        check_fingerprint(plan, program_fingerprint(program))
+    start = analysis_for(program, plan, split=split_fused if plan is not None and plan.splits else None)
+    rewritten = run(steps, start.program, start, tolerance)
+    return exported if rewritten is start.program else finish(rewritten)[1]
+
+
+def analysis_for(program: Program, removal: Removal, split: Callable[[Program, Analysis], Program | None] | None = None) -> Analysis:
+    """The analysis under which a removal speaks of a program; ``split`` as for :func:`~fasp_fx.analysis.analyze_program`."""
+    if isinstance(removal, PruningPlan):
+        return analyze_program(program, split, removal.granularity, removal.include)
+    return analyze_program(program, split)
+
+
+def split_fused(program: Program, analysis: Analysis) -> Program | None:
+    """Split the fused producers that stand in the way, or ``None`` if none can be."""
+    with _named(NAME):
+        rewritten = _verified(split, program, analysis)
+    return None if rewritten is program else replace(rewritten, numbers={})
+
+
+def _plan_of(steps: Sequence[Step]) -> PruningPlan | None:
+    """The plan that the steps follow."""
+    removals = [step.removal for step in steps if not isinstance(step, Foreign)]
+    plans = {id(removal): removal for removal in removals if isinstance(removal, PruningPlan)}
+    if len(plans) > 1:
+        raise ArgumentError("the passes of one pipeline follow one plan; use a pipeline for each, one after the other")
+    return next(iter(plans.values()), None)
+
+
+def _verified(rewrite: Callable[[Program, Analysis], Program], program: Program, analysis: Analysis) -> Program:
+    rewritten = rewrite(program, analysis)
+    if rewritten is not program:
+        rewritten.module.graph.lint()
+        rewritten.module.recompile()
+        verify(rewritten, analysis)
+    return rewritten
+
+
+@contextlib.contextmanager
+def _named(name: str) -> Iterator[None]:
+    """Errors bear the name of the step."""
+    try:
+        yield
+    except FaspError as error:
+        raise VerificationError(f"pass '{name}' failed: {error}") from error
+    except (RuntimeError, AttributeError) as error:  # what fx says of a broken graph
+        raise VerificationError(f"pass '{name}' failed: {first_line(error)}") from error
+
+
+__all__ = ["Step", "analysis_for", "run", "run_exported", "split_fused"]
