@@ -62,6 +62,10 @@ class Marks:
         padding = self._padding(index, node, activation, dims)
         return marks if padding is None else torch.where(padding, PADDING, marks)
 
+    def padding(self, index: int) -> Tensor | None:
+        """Which tokens of a batch are padding, ``[batch, tokens]``; ``None`` where all count."""
+        return None if self._masks is None else self._masks[index]
+
     def routed(self, index: int, node: fx.Node, ends: Tensor) -> Tensor:
         """Marks of tokens that were sorted by the block they go to, ``[tokens]``: of each block the last quarter is held out, or every fourth batch."""
         if self._masks is not None:
