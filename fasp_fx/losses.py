@@ -16,6 +16,9 @@ from .errors import ArgumentError, CalibrationError
 #: a loss maps what the model returned, and the arguments of the call by name, to its terms: one value for each prediction, or their sum
 Loss = Callable[[Any, Mapping[str, Any]], Tensor]
 
+#: says of an output which of its tokens are padding, ``[batch, tokens]``; ``None``: it has no tokens that the mask is for
+Padding = Callable[[Tensor], Tensor | None]
+
 #: so many elements of an output tell how large it is
 SETTLED = 1024
 
@@ -23,14 +26,14 @@ SETTLED = 1024
 _TOKENS = ("decoder_input_ids", "input_ids")
 
 
-def next_token(outputs: Any, inputs: Mapping[str, Any], padding: Tensor | None = None) -> Tensor:
+def next_token(outputs: Any, inputs: Mapping[str, Any], padding: Padding = lambda leaf: None) -> Tensor:
     """Cross-entropy of each token given those before it, shape ``[predictions]``.
 
     Args:
         outputs: what the model returned; the first floating-point tensor ``[batch, tokens, vocabulary]`` in it holds the logits.
         inputs: the arguments of the call; ``decoder_input_ids``, ``input_ids``, or the first integers ``[batch, tokens]`` among them are the tokens.
             Tokens whose ``attention_mask`` is zero are not predicted, nor is anything from them.
-        padding: which tokens are padding besides, ``[batch, tokens]``.
+        padding: says of the logits which of their tokens are padding besides.
 
     Raises:
         CalibrationError: there are no such tensors.
@@ -49,8 +52,9 @@ def next_token(outputs: Any, inputs: Mapping[str, Any], padding: Tensor | None =
     mask = inputs.get("decoder_attention_mask" if "decoder_input_ids" in inputs else "attention_mask")
     if isinstance(mask, Tensor) and mask.shape == tokens.shape:
         counts &= mask != 0
-    if padding is not None and padding.shape == tokens.shape:
-        counts &= ~padding.to(counts.device)
+    filling = padding(logits)
+    if filling is not None:
+        counts &= ~filling.to(counts.device)
     return terms[(counts[:, 1:] & counts[:, :-1]).flatten()]
 
 
@@ -70,17 +74,17 @@ class Outputs:
         self._generators: dict[int, torch.Generator] = {}
         self._seen: dict[int, tuple[float, int]] = {}
 
-    def settle(self, outputs: Any, padding: Tensor | None = None) -> bool:
+    def settle(self, outputs: Any, padding: Padding = lambda leaf: None) -> bool:
         """Let outputs tell how large they are; whether enough of each was seen by now.
 
         Args:
-            padding: which tokens do not count, ``[batch, tokens]``, where an output has them in its first two dimensions.
+            padding: says of each output which tokens do not count.
 
         Raises:
             CalibrationError: no output is a floating-point tensor.
         """
         for index, leaf in enumerate(_numbers(outputs)):
-            counted = _counted(leaf.detach(), padding)[0]
+            counted = _counted(leaf.detach(), padding(leaf))[0]
             mean, count = self._seen.get(index, (0.0, 0))
             total = count + counted.numel()
             self._seen[index] = (mean * (count / total) + _mean_square(counted) * (counted.numel() / total) if counted.numel() else mean, total)
@@ -91,7 +95,7 @@ class Outputs:
         """Whether any output was more than zero by now."""
         return any(mean > 0 for mean, _ in self._seen.values())
 
-    def __call__(self, outputs: Any, inputs: Mapping[str, Any], padding: Tensor | None = None) -> Tensor:
+    def __call__(self, outputs: Any, inputs: Mapping[str, Any], padding: Padding = lambda leaf: None) -> Tensor:
         """One term for each element of the outputs, shape ``[elements]``.
 
         Args:
@@ -104,7 +108,7 @@ class Outputs:
             self.settle(outputs, padding)
         terms = []
         for index, leaf in enumerate(_numbers(outputs)):
-            counted, rows = _counted(leaf, padding)
+            counted, rows = _counted(leaf, padding(leaf))
             size = math.sqrt(self._seen.get(index, (0.0, 0))[0])
             wide = counted if counted.dtype == torch.float64 else counted.float()
             terms.append((wide / size * self._drawn(index, counted, rows) if size > 0 else wide * 0).flatten())
@@ -117,7 +121,7 @@ class Outputs:
         return torch.cat(drawn).reshape(counted.shape).to(counted.device)
 
 
-def evaluated(loss: Loss, outputs: Any, inputs: Mapping[str, Any], padding: Tensor | None) -> Tensor:
+def evaluated(loss: Loss, outputs: Any, inputs: Mapping[str, Any], padding: Padding) -> Tensor:
     """The terms of a loss; those of this module leave padding out, one of the user's sees to it by itself."""
     if isinstance(loss, Outputs) or loss is next_token:
         return loss(outputs, inputs, padding)
@@ -153,7 +157,7 @@ def _numbers(outputs: Any) -> list[Tensor]:
 
 def _counted(leaf: Tensor, padding: Tensor | None) -> tuple[Tensor, list[int]]:
     """What counts of an output, and how many elements of it each row holds; all of it where it has no tokens that could be padding."""
-    if padding is not None and leaf.shape[:2] == padding.shape:
+    if padding is not None:
         counts = ~padding.to(leaf.device)
         each = math.prod(leaf.shape[2:])
         return leaf[counts], [count * each for count in counts.sum(1).tolist()]

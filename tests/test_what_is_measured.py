@@ -204,6 +204,25 @@ def test_a_model_that_draws_is_pruned_alike_each_time_and_leaves_the_random_numb
     assert all(torch.equal(one, other) for one, other in zip(first.module.parameters(), second.module.parameters(), strict=True))
 
 
+class Turning(nn.Module):
+    """A complex weight between real ones."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.turn = nn.Linear(6, 16), nn.Linear(16, 8, dtype=torch.complex64)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = torch.relu(self.up(x))
+        return torch.view_as_real(self.turn(torch.complex(h, 0.5 * h)))
+
+
+def test_complex_weights_are_run_backwards() -> None:
+    batches = [numbers(40, 6, seed=seed).float() for seed in range(4)]
+    torch.manual_seed(0)
+    result = fasp_fx.prune(Turning().eval(), (batches[0],), calibration=batches, sparsity=0.3)
+    assert any("predicted rise of half the squared error" in note for note in result.report.notes)
+
+
 def test_inference_mode_takes_no_gradients_away() -> None:
     batches = [numbers(40, 6, seed=seed) for seed in range(4)]
     captured = fasp_fx.capture(made(lambda: nn.Sequential(nn.Linear(6, 12), nn.ReLU(), nn.Linear(12, 3))), (batches[0],))

@@ -13,9 +13,9 @@ from torch.utils import _pytree as pytree
 from .._program import Program
 from ..channels import Use, is_dynamic, results
 from ..errors import CalibrationError, first_line
-from ..losses import Loss, Outputs, evaluated, next_token
-from ..statistics import PADDING, InputGradients, MakeStatistic
-from ._consumers import Consumer, Consumers
+from ..losses import Loss, Outputs, Padding, evaluated, next_token
+from ..statistics import InputGradients, MakeStatistic
+from ._consumers import Consumer, Consumers, counting
 from ._marks import Marks
 from ._matrices import ConsumerMatrices, states_before, token_dims
 from ._runner import Runner
@@ -66,7 +66,7 @@ def observe_batches(
             run = _Run(consumers, _own(piece), index, wanted, marks, loss is not None)
             run.advance(len(run.nodes) - 1)
             if loss is not None:
-                found = _terms(program, run, piece, loss, marks.padding(index))
+                found = _terms(program, run, piece, loss, marks, index)
                 terms += run.back(found) if found.numel() else 0
         done = index + 1 >= at_least and _saw_enough(consumers) and not (loss is not None and _vanished(consumers))
         progress(1.0 if done else min(index + 1, at_least) / max(at_least, index + 2))
@@ -207,7 +207,7 @@ class _Run(Runner):
                 for (block, tokens, kinds), (_, gradients, _) in pieces:
                     for statistic in seen[block].values():
                         if statistic.needs_gradient:
-                            statistic.update(tokens, gradients, (kinds != PADDING).to(tokens.dtype))
+                            statistic.update(tokens, gradients, counting(kinds, tokens))
 
             probe.register_hook(told)
             return
@@ -259,19 +259,28 @@ def _returned(program: Program, run: Runner) -> list[Any]:
     return [next(run.read(node)) if isinstance(node, fx.Node) else node for node in results(program.module.graph)]
 
 
+def _padding(program: Program, leaves: list[Any], marks: Marks, index: int) -> Padding:
+    """What is padding in each of these outputs of a piece."""
+    pairs = zip(results(program.module.graph), leaves, strict=True)
+    found = {id(leaf): marks.of_output(index, node, leaf) for node, leaf in pairs if isinstance(node, fx.Node) and isinstance(leaf, Tensor)}
+    return lambda leaf: found.get(id(leaf))
+
+
 def _settle(program: Program, pieces: Sequence[Piece], loss: Outputs, marks: Marks, at_least: int) -> None:
     """Run the first pieces forward until it is known how large the outputs are: of one image alone, a number may come out as almost nothing."""
     for index, piece in enumerate(pieces):
-        enough = loss.settle(called(program, _ran(program, piece), piece.inputs)[0], marks.padding(index))
+        leaves = _ran(program, piece)
+        enough = loss.settle(called(program, leaves, piece.inputs)[0], _padding(program, leaves, marks, index))
         if enough or (index + 1 >= at_least and loss.has_size):
             return
 
 
-def _terms(program: Program, run: Runner, piece: Piece, loss: Loss, padding: Tensor | None) -> Tensor:
+def _terms(program: Program, run: Runner, piece: Piece, loss: Loss, marks: Marks, index: int) -> Tensor:
     """The terms of the loss on one batch; none where a loss of ours finds nothing to predict."""
-    outputs, inputs = called(program, _returned(program, run), piece.inputs)
+    leaves = _returned(program, run)
+    outputs, inputs = called(program, leaves, piece.inputs)
     try:
-        terms = evaluated(loss, outputs, inputs, padding)
+        terms = evaluated(loss, outputs, inputs, _padding(program, leaves, marks, index))
     except CalibrationError:
         raise
     except Exception as error:  # a loss of the user's raises what it likes
