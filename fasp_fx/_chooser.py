@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 import torch
@@ -14,14 +15,15 @@ from ._observe._gradients import Piece, in_pieces, observe_batches
 from ._observe._marks import Marks
 from ._observe._runner import Runner
 from ._observe._visit import Decision, Observer
+from ._program import Program
 from ._scores import resolve_score
 from ._selection import PartialBudget, check_patterns, held_by, lost_by_pattern, matches, read_by
 from ._warn import warn
-from .allocation import Budget, CostAllocation, check_reach, uniform, validate
+from .allocation import Budget, CostAllocation, Global, check_reach, uniform, validate, without_curve
 from .config import MEASURED, PruningConfig
 from .costs import Costs
 from .errors import CalibrationError, CalibrationWarning, NothingPrunableError
-from .groups import Group
+from .groups import EXEMPT, Group
 from .losses import resolve_loss
 from .obs import OBS
 from .restoration import ridge
@@ -61,15 +63,19 @@ class Chooser:
             return "the loss that was given"
         return {"next-token": "the cross-entropy of the next token"}.get(self._loss, "half the squared error of the outputs, relative to their mean square")
 
-    def check(self, budget: Budget, groups: Sequence[Group]) -> None:
+    def check(self, budget: Budget, groups: Sequence[Group], costs: Costs | None = None) -> None:
         """Refuse what can be known to be in vain before the costs are measured; arguments and errors as for :meth:`allocate`."""
-        if self.config.allocation is None and any(not group.uses for group in budget.groups):
+        check_patterns("exclude", self.config.exclude, groups, held_by)
+        part = self._part(budget)
+        if self.config.allocation is None and any(not group.uses for group in part.groups):
             self._allocate = uniform  # what no weight reads has no predicted loss
-        if not self.needs_costs or not budget.groups:
-            self.allocate(budget, groups, None)
-        else:
-            check_patterns("exclude", self.config.exclude, groups, held_by)
-            check_reach(self._part(budget), float(self.config.sparsity), self.config.round_to)  # type: ignore[arg-type]
+        if not self.needs_costs or not budget.groups or costs is not None:
+            self.allocate(budget, groups, costs)
+            return
+        check_reach(part, float(self.config.sparsity), self.config.round_to)  # type: ignore[arg-type]
+        unread = next((group for group in part.groups if not group.uses and group.status == EXEMPT), None)
+        if unread is not None and isinstance(self._allocate, Global):
+            raise without_curve(unread)
 
     def measure(
         self,
@@ -94,7 +100,8 @@ class Chooser:
         wanted = {**self._score.statistics, **OBS.statistics} if is_wanted else self._gradients
         if not self.measures or (not is_wanted and not self._gradients):
             return costs
-        self._observe(consumers, batches, wanted, advance, part or MEASURED[config.quality])
+        with _drawing_alike(consumers.analysis.program):
+            self._observe(consumers, batches, wanted, advance, part or MEASURED[config.quality])
         if is_wanted:
             with torch.no_grad():
                 costs = Costs(curves_of(consumers, consumers.analysis.chosen, self._score), fingerprint)
@@ -159,7 +166,7 @@ class Chooser:
 
     def _part(self, budget: Budget) -> Budget:
         """The budget of the groups that are not excluded."""
-        if not self.config.exclude:
+        if not self.config.exclude or not budget.groups:
             return budget
         excluded = [any(matches(pattern, name) for pattern in self.config.exclude for name in held_by(group)) for group in budget.groups]
         if all(excluded):
@@ -180,11 +187,23 @@ class Chooser:
         analysis = consumers.analysis
         runner = None if batches is None else Runner(analysis.program, batches)
         marks = None if batches is None else Marks(analysis.program, batches, self.config.padding_mask, hold_out=self._restore is not None)
-        with torch.no_grad():
+        with torch.no_grad(), _drawing_alike(analysis.program):
             observer = Observer(consumers, lost, self._score, self._restore, self.config.propagate)
             part = self.config.drift_part
             drift = None if batches is None or not part else Drift(Runner(analysis.program, batches), part)
             return observer.run(runner, marks, advance, drift)
+
+
+@contextlib.contextmanager
+def _drawing_alike(program: Program) -> Iterator[None]:
+    """Random numbers that a model draws (for dropout that is always on, say) start from zero inside, so that the same is chosen each time.
+
+    Those of the caller go on as if nothing had happened.
+    """
+    devices = {tensor.device for tensor in program.weights().values() if tensor.device.type == "cuda"}
+    with torch.random.fork_rng(devices=list(devices)):
+        torch.manual_seed(0)
+        yield
 
 
 __all__ = ["Chooser"]

@@ -156,7 +156,7 @@ def choose(
     clock.lap("capture")
     analysis = analyze_program(program, split_fused, config.granularity, config.include)
     chooser, budget, consumers = Chooser(config, loss), ProgramBudget(analysis), Consumers(analysis)
-    chooser.check(budget, analysis.groups)
+    chooser.check(budget, analysis.groups, costs)
     clock.lap("analysis")
     if on_analysis is not None:
         on_analysis(analysis)

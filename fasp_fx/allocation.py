@@ -198,11 +198,22 @@ class Global(CostAllocation):
 def _steps(group: Group, round_to: int, costs: Costs) -> tuple[np.ndarray, np.ndarray]:
     """How many channel sets of a block can go, and the loss of each."""
     if group.name not in costs:
-        raise ArgumentError(f"there is no cost curve for '{group.name}': what no weight reads has none; exclude it, or use allocation='uniform'")
-    losses = costs[group.name].losses
-    most = min(deepest_loss(group), len(losses) - 1)
+        raise without_curve(group)
+    losses, most = costs[group.name].losses, deepest_loss(group)
+    if not most < len(losses) <= max(group.width, most) + 1:  # a score may say what comes after the last one that may go
+        raise ArgumentError(
+            f"the cost curve of '{group.name}' goes up to {len(losses) - 1} channel sets of a block, of which {most} may go here; "
+            "measure with the granularity= and include= of the pruning"
+        )
     counts = np.array([0, *(count for count in range(1, most + 1) if (group.width - count) % round_to == 0)])
     return counts, losses[counts]
+
+
+def without_curve(group: Group) -> ArgumentError:
+    """The error that a group has no cost curve."""
+    if not group.uses:
+        return ArgumentError(f"there is no cost curve for '{group.name}': what no weight reads has none; exclude it, or use allocation='uniform'")
+    return ArgumentError(f"there is no cost curve for '{group.name}'; measure with the granularity= and include= of the pruning")
 
 
 def _hull(counts: np.ndarray, losses: np.ndarray) -> list[tuple[float, int, int]]:

@@ -57,9 +57,24 @@ class Costs(Mapping[str, CostCurve]):
         """The predicted rise of the loss when blocks of these groups lose so many channel sets: the sum over the groups.
 
         Args:
-            lost: channel sets per block.
+            lost: channel sets per block; where none go, nothing is lost, also of a group that has no curve.
+
+        Raises:
+            ArgumentError: a group has no curve, or its curve does not go as far.
         """
-        return float(sum(self[name].losses[count] for name, count in lost.items()))
+        return float(sum(self._after(name, count) for name, count in lost.items()))
+
+    def _after(self, name: str, count: int) -> float:
+        if isinstance(count, bool) or not isinstance(count, (int, np.integer)) or count < 0:
+            raise ArgumentError(f"'{name}' cannot lose {count!r} channel sets of a block; give a whole number from 0 on")
+        if not count:
+            return 0.0
+        if name not in self:
+            raise ArgumentError(f"there is no cost curve for '{name}'; there are those of {', '.join(map(repr, self)) or 'no group'}")
+        losses = self[name].losses
+        if count >= len(losses):
+            raise ArgumentError(f"the cost curve of '{name}' goes up to {len(losses) - 1} channel sets of a block, not to {count}")
+        return float(losses[count])
 
     def to_json(self) -> str:
         """The curves as text."""
@@ -81,8 +96,15 @@ class Costs(Mapping[str, CostCurve]):
             raise ArgumentError(f"these are no cost curves: {error}; write them with Costs.to_json()") from error
 
     def save(self, file: str | Path) -> None:
-        """Write the curves to a file of JSON."""
-        Path(file).write_text(self.to_json(), encoding="utf-8")
+        """Write the curves to a file of JSON.
+
+        Raises:
+            ArgumentError: the file cannot be written.
+        """
+        try:
+            Path(file).write_text(self.to_json(), encoding="utf-8")
+        except OSError as error:
+            raise ArgumentError(f"cost curves cannot be written to {str(file)!r}: {error}") from error
 
     @staticmethod
     def load(file: str | Path) -> Costs:

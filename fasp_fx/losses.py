@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
@@ -15,17 +16,24 @@ from .errors import ArgumentError, CalibrationError
 #: a loss maps what the model returned, and the arguments of the call by name, to its terms: one value for each prediction, or their sum
 Loss = Callable[[Any, Mapping[str, Any]], Tensor]
 
+#: says of an output which of its tokens are padding, ``[batch, tokens]``; ``None``: it has no tokens that the mask is for
+Padding = Callable[[Tensor], Tensor | None]
+
+#: so many elements of an output tell how large it is
+SETTLED = 1024
+
 #: what an argument with the tokens that a model predicts is called, most telling first
 _TOKENS = ("decoder_input_ids", "input_ids")
 
 
-def next_token(outputs: Any, inputs: Mapping[str, Any]) -> Tensor:
+def next_token(outputs: Any, inputs: Mapping[str, Any], padding: Padding = lambda leaf: None) -> Tensor:
     """Cross-entropy of each token given those before it, shape ``[predictions]``.
 
     Args:
         outputs: what the model returned; the first floating-point tensor ``[batch, tokens, vocabulary]`` in it holds the logits.
         inputs: the arguments of the call; ``decoder_input_ids``, ``input_ids``, or the first integers ``[batch, tokens]`` among them are the tokens.
             Tokens whose ``attention_mask`` is zero are not predicted, nor is anything from them.
+        padding: says of the logits which of their tokens are padding besides.
 
     Raises:
         CalibrationError: there are no such tensors.
@@ -40,16 +48,22 @@ def next_token(outputs: Any, inputs: Mapping[str, Any]) -> Tensor:
             "outputs; pass a loss of your own, or loss='outputs'"
         )
     terms = functional.cross_entropy(logits[:, :-1].flatten(0, 1).float(), tokens[:, 1:].flatten().long(), reduction="none")
+    counts = torch.ones_like(tokens, dtype=torch.bool)
     mask = token_mask(inputs, tokens.shape)
-    return terms if mask is None else terms[(mask[:, 1:] & mask[:, :-1]).flatten()]
+    if mask is not None:
+        counts &= mask
+    filling = padding(logits)
+    if filling is not None:
+        counts &= ~filling.to(counts.device)
+    return terms[(counts[:, 1:] & counts[:, :-1]).flatten()]
 
 
 class Outputs:
     """Random combinations of the outputs, whose squared gradients are in expectation the curvature of the squared error of all outputs.
 
-    Each floating-point output is divided by its root mean square on the first call. With v drawn from the normal
-    distribution, ``E[(Jᵀv)(Jᵀv)ᵀ] = JᵀJ`` (the estimator of Hutchinson, 1989), the Gauss-Newton matrix of
-    ``½‖output − dense output‖²``.
+    Each floating-point output is divided by its root mean square, on what :meth:`settle` was shown, or else on the first call; one that was zero there
+    throughout has no size, and no say. With v drawn from the normal distribution, ``E[(Jᵀv)(Jᵀv)ᵀ] = JᵀJ`` (the estimator of Hutchinson, 1989),
+    the Gauss-Newton matrix of ``½‖output − dense output‖²``.
 
     Args:
         seed: of the combinations.
@@ -58,29 +72,60 @@ class Outputs:
     def __init__(self, seed: int = 0) -> None:
         self.seed = seed
         self._generators: dict[int, torch.Generator] = {}
-        self._sizes: dict[int, Tensor] = {}
+        self._seen: dict[int, tuple[float, int]] = {}
 
-    def __call__(self, outputs: Any, inputs: Mapping[str, Any]) -> Tensor:
-        """One term for each element of the outputs, shape ``[elements]``.
+    def settle(self, outputs: Any, padding: Padding = lambda leaf: None) -> bool:
+        """Let outputs tell how large they are; whether enough of each was seen by now.
+
+        Args:
+            padding: says of each output which tokens do not count.
 
         Raises:
             CalibrationError: no output is a floating-point tensor.
         """
-        found = [leaf for leaf in output_tensors(outputs) if leaf.is_floating_point() and leaf.numel()]
-        if not found:
-            raise CalibrationError("loss='outputs' needs a floating-point output; pass a loss of your own, or loss=None")
+        for index, leaf in enumerate(_numbers(outputs)):
+            counted = _counted(leaf.detach(), padding(leaf))[0]
+            mean, count = self._seen.get(index, (0.0, 0))
+            total = count + counted.numel()
+            self._seen[index] = (mean * (count / total) + _mean_square(counted) * (counted.numel() / total) if counted.numel() else mean, total)
+        return all(count >= SETTLED and mean > 0 for mean, count in self._seen.values())
+
+    @property
+    def has_size(self) -> bool:
+        """Whether any output was more than zero by now."""
+        return any(mean > 0 for mean, _ in self._seen.values())
+
+    def __call__(self, outputs: Any, inputs: Mapping[str, Any], padding: Padding = lambda leaf: None) -> Tensor:
+        """One term for each element of the outputs, shape ``[elements]``.
+
+        Args:
+            padding: as for :meth:`settle`.
+
+        Raises:
+            CalibrationError: no output is a floating-point tensor.
+        """
+        if not self._seen:
+            self.settle(outputs, padding)
         terms = []
-        for index, leaf in enumerate(found):
-            if index not in self._sizes:
-                self._sizes[index] = leaf.detach().float().square().mean().sqrt().clamp_min(torch.finfo(torch.float32).tiny)
-            terms.append((leaf.float() * self._drawn(index, leaf) / self._sizes[index]).flatten())
+        for index, leaf in enumerate(_numbers(outputs)):
+            counted, rows = _counted(leaf, padding(leaf))
+            size = math.sqrt(self._seen.get(index, (0.0, 0))[0])
+            wide = counted if counted.dtype == torch.float64 else counted.float()
+            terms.append((wide / size * self._drawn(index, counted, rows) if size > 0 else wide * 0).flatten())
         return torch.cat(terms)
 
-    def _drawn(self, index: int, leaf: Tensor) -> Tensor:
-        """Numbers for one output, row by row, so that it does not matter how many rows come at a time."""
+    def _drawn(self, index: int, counted: Tensor, rows: list[int]) -> Tensor:
+        """Numbers for one output, row by row, so that it does not matter how many rows come at a time, nor how far they are padded."""
         generator = self._generators.setdefault(index, torch.Generator().manual_seed(self.seed + index))
-        rows = [torch.randn(leaf.shape[1:], generator=generator) for _ in range(leaf.shape[0] if leaf.dim() else 1)]
-        return torch.stack(rows).reshape(leaf.shape).to(leaf.device)
+        drawn = [torch.randn(size, generator=generator, dtype=torch.float32, device="cpu") for size in rows]
+        return torch.cat(drawn).reshape(counted.shape).to(counted.device)
+
+
+def evaluated(loss: Loss, outputs: Any, inputs: Mapping[str, Any], padding: Padding) -> Tensor:
+    """The terms of a loss; those of this module leave padding out, one of the user's sees to it by itself."""
+    if isinstance(loss, Outputs) or loss is next_token:
+        return loss(outputs, inputs, padding)
+    return loss(outputs, inputs)
 
 
 def resolve_loss(loss: Literal["auto", "outputs", "next-token"] | Loss) -> Loss:
@@ -98,6 +143,36 @@ def resolve_loss(loss: Literal["auto", "outputs", "next-token"] | Loss) -> Loss:
     raise ArgumentError(f"loss={loss!r} is not known; use 'outputs', 'next-token', None, or a callable from outputs and inputs to a tensor")
 
 
+def _numbers(outputs: Any) -> list[Tensor]:
+    """The outputs that have a squared error.
+
+    Raises:
+        CalibrationError: there are none.
+    """
+    found = [leaf for leaf in output_tensors(outputs) if leaf.is_floating_point() and leaf.numel()]
+    if not found:
+        raise CalibrationError("loss='outputs' needs a floating-point output; pass a loss of your own, or loss=None")
+    return found
+
+
+def _counted(leaf: Tensor, padding: Tensor | None) -> tuple[Tensor, list[int]]:
+    """What counts of an output, and how many elements of it each row holds; all of it where it has no tokens that could be padding."""
+    if padding is not None:
+        counts = ~padding.to(leaf.device)
+        each = math.prod(leaf.shape[2:])
+        return leaf[counts], [count * each for count in counts.sum(1).tolist()]
+    rows = leaf.shape[0] if leaf.dim() else 1
+    return leaf, [leaf.numel() // rows] * rows
+
+
+def _mean_square(values: Tensor) -> float:
+    """The mean square, also of values whose squares would be too large or too small to be held."""
+    largest = float(values.abs().max())
+    if not 0 < largest < math.inf:
+        return largest
+    return largest**2 * float((values / largest).float().square().mean())
+
+
 def token_mask(inputs: Mapping[str, Any], shape: tuple[int, ...]) -> Tensor | None:
     """Where a token counts, ``[batch, tokens]``, by the mask among the arguments of a call; ``None`` if they hold none of that shape."""
     mask = inputs.get("decoder_attention_mask" if "decoder_input_ids" in inputs else "attention_mask")
@@ -109,4 +184,4 @@ def output_tensors(outputs: Any) -> list[Tensor]:
     return [leaf for leaf in pytree.tree_leaves(outputs) if isinstance(leaf, Tensor)]
 
 
-__all__ = ["Loss", "Outputs", "next_token", "output_tensors", "resolve_loss", "token_mask"]
+__all__ = ["Loss", "Outputs", "evaluated", "next_token", "output_tensors", "resolve_loss", "token_mask"]

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from .errors import ArgumentError
 from .scoring import Columns, GroupColumns, GroupScore, Order
 from .statistics import InputGradients, MakeStatistic, precise
 
@@ -33,11 +35,20 @@ class OBS(GroupScore):
         damping: raises the diagonal of G by this part of its mean.
         rounds: about how many rounds the channel sets of a block go in.
         shrinkage: the part of Q that comes from a multiple of the unit matrix in the place of S.
+
+    Raises:
+        ArgumentError: one of them is out of range.
     """
 
     statistics: ClassVar[Mapping[str, MakeStatistic]] = {"gradients": InputGradients}
 
     def __init__(self, damping: float = DAMPING, rounds: int = ROUNDS, shrinkage: float = SHRINKAGE) -> None:
+        if isinstance(rounds, bool) or not isinstance(rounds, int) or rounds < 1:
+            raise ArgumentError(f"rounds={rounds!r} is not a positive integer")
+        if not _is_number(damping) or not 0 < damping < math.inf:
+            raise ArgumentError(f"damping={damping!r} is not a positive number; 0.01 raises the diagonal by a hundredth of its mean")
+        if not _is_number(shrinkage) or not 0 <= shrinkage <= 1:
+            raise ArgumentError(f"shrinkage={shrinkage!r} is not in [0, 1]")
         self.damping, self.rounds, self.shrinkage = damping, rounds, shrinkage
 
     def __call__(self, group: GroupColumns) -> Order:
@@ -47,10 +58,16 @@ class OBS(GroupScore):
     def curvature(self, columns: Columns) -> Tensor:
         """Q of one block of a consumer, shape ``[columns, columns]``."""
         assert columns.gram is not None
+        gram = columns.gram()
+        found = self._curvature(columns, gram)
+        # What is never anything but zero costs nothing, however large its weight; damping alone would have it vary.
+        alive = (gram.diagonal() > 0).to(found.dtype)
+        return found * alive * alive[:, None]
+
+    def _curvature(self, columns: Columns, gram: Tensor) -> Tensor:
         parts = [columns.weight.real, columns.weight.imag] if columns.weight.is_complex() else [columns.weight]
         weight = torch.cat(parts).to(precise(columns.weight.device))
         own = weight.T @ weight
-        gram = columns.gram()
         energy = float((own * gram).sum())
         gradients = columns.seen.get("gradients")
         if not isinstance(gradients, InputGradients) or not gradients.tokens:
@@ -92,6 +109,8 @@ class Elimination:
         """``½ tr(([G⁻¹]_PP)⁻¹ Q_PP)`` of each of these channel sets by itself, shape ``[sets]``."""
         columns = self.columns[sets]
         places = np.where(columns >= 0, self.place[columns], -1)
+        if not (places >= 0).any():  # they have no column here, and of an expert that went no column is left at all
+            return np.zeros(len(sets))
         used = torch.from_numpy(places >= 0).to(self.inverse.device)
         at = torch.from_numpy(np.maximum(places, 0)).to(self.inverse.device)
         if at.shape[1] == 1:
@@ -158,6 +177,10 @@ def greedy(group: GroupColumns, problems: list[Elimination], rounds: int) -> Ord
         shares = steps / steps[-1] if steps[-1] > 0 else np.arange(1, len(steps) + 1) / len(steps)
         losses += (losses[-1] + added * shares).tolist()
     return Order(np.array(order), np.maximum.accumulate(np.array(losses)))
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
 __all__ = ["OBS", "Elimination", "greedy"]

@@ -64,7 +64,7 @@ class Consumer:
         for block, tokens, kinds in pieces:
             self.grams[block].update(tokens if beside is None else torch.cat([tokens, beside], 1), kinds)
             for statistic in filter(takes, self.seen[block].values()):
-                statistic.update(tokens, None, (kinds != PADDING).to(tokens.dtype))
+                statistic.update(tokens, None, counting(kinds, tokens))
 
     def gone(self, gone: np.ndarray) -> np.ndarray:
         """Which columns go, shape ``[blocks, columns]``."""
@@ -141,6 +141,11 @@ class Consumers:
         return found
 
 
+def counting(kinds: Tensor, tokens: Tensor) -> Tensor:
+    """One for each token that counts and zero for padding, as real numbers also where tokens are complex."""
+    return (kinds != PADDING).to(tokens.dtype.to_real())
+
+
 def sets_in(group: Group, labels: np.ndarray, numbers: np.ndarray) -> np.ndarray:
     """For channel numbers of any shape, which of a group's channel sets each belongs to, counted in the order of ``group.sets``; -1 where none.
 
@@ -160,4 +165,4 @@ def _first(gram: SplitGram, columns: int) -> Tensor:
     return gram.symmetric()[:columns, :columns]
 
 
-__all__ = ["Consumer", "Consumers", "sets_in"]
+__all__ = ["Consumer", "Consumers", "counting", "sets_in"]

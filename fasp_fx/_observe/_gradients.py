@@ -13,9 +13,9 @@ from torch.utils import _pytree as pytree
 from .._program import Program
 from ..channels import Use, is_dynamic, results
 from ..errors import CalibrationError, first_line
-from ..losses import Loss
-from ..statistics import PADDING, InputGradients, MakeStatistic
-from ._consumers import Consumer, Consumers
+from ..losses import Loss, Outputs, Padding, evaluated, next_token
+from ..statistics import InputGradients, MakeStatistic
+from ._consumers import Consumer, Consumers, counting
 from ._marks import Marks
 from ._matrices import ConsumerMatrices, states_before, token_dims
 from ._runner import Runner
@@ -52,36 +52,38 @@ def observe_batches(
         wanted: what to observe beside the Gram matrix.
         loss: what gradients are of; ``None``: none are taken.
         marks: which tokens are padding.
-        at_least: so many batches are run, and more where a consumer saw few tokens for its columns, if there are.
+        at_least: so many batches are run, and more where a consumer saw few tokens for its columns, or all gradients were zero, if there are.
 
     Raises:
         CalibrationError: the batches do not run forward or back, the loss fails or does not depend on the consumers, or something is not finite.
     """
     program = consumers.analysis.program
+    if isinstance(loss, Outputs):
+        _settle(program, batches, loss, marks, at_least)
     terms = 0
     for index, piece in enumerate(batches):
-        run = _Run(consumers, piece, index, wanted, marks, loss is not None)
-        with torch.set_grad_enabled(loss is not None):
+        with torch.inference_mode(False), torch.set_grad_enabled(loss is not None):
+            run = _Run(consumers, _own(piece), index, wanted, marks, loss is not None)
             run.advance(len(run.nodes) - 1)
             if loss is not None:
-                terms += run.back(_terms(program, run, piece, loss))
-        done = index + 1 >= at_least and _saw_enough(consumers)
+                found = _terms(program, run, piece, loss, marks, index)
+                terms += run.back(found) if found.numel() else 0
+        done = index + 1 >= at_least and _saw_enough(consumers) and not (loss is not None and _vanished(consumers))
         progress(1.0 if done else min(index + 1, at_least) / max(at_least, index + 2))
         if done:
             break
     _check(consumers, loss is not None)
     for consumer in consumers.by_key.values():
-        for seen in consumer.seen:
-            for statistic in seen.values():
-                if isinstance(statistic, InputGradients):
-                    statistic.terms = terms
+        for statistic in _gradients(consumer):
+            statistic.terms = terms
 
 
 def in_pieces(program: Program, whole: list[Piece]) -> list[Piece]:
-    """Batches in pieces of one sequence (one image, or some rows), where the first dimension of the first input may have any size; others as they are.
+    """Batches in pieces of one sequence (one image, or some rows), where these do not see each other; others as they are.
 
-    So it does not matter how sequences were put together, and the memory does not grow with the batch. Inputs are divided along with the first whose first
-    dimension is the same size by the graph; or, from two dimensions on, whose first dimension is free and of the same size in the batch (a mask).
+    So it does not matter how sequences were put together, and the memory does not grow with the batch. The first dimension of the first input must be free;
+    inputs are divided along with it whose first dimension is the same size by the graph, or, from two dimensions on, whose first dimension is free and of the
+    same size in the batch (a mask). That no sequence sees another is tried on the first batch that is divided: a first dimension may as well be time, or nodes.
     """
     shapes = [tuple(value.shape) if isinstance(value := node.meta.get("val"), Tensor) else () for node in program.placeholders()]
     first = next((shape[0] for shape in shapes if shape), None)
@@ -91,15 +93,45 @@ def in_pieces(program: Program, whole: list[Piece]) -> list[Piece]:
     same = [bool(shape) and str(shape[0]) == str(first) for shape in shapes]
     free = [len(shape) > 1 and is_dynamic(shape[0]) and str(shape[0]) not in inner for shape in shapes]
     found = []
+    tried = False
     for piece in whole:
         leaf = next(leaf for leaf, is_same in zip(piece.inputs, same, strict=True) if is_same)
         count = leaf.shape[0]
         along = [is_same or (is_free and leaf.shape[0] == count) for leaf, is_same, is_free in zip(piece.inputs, same, free, strict=True)]
         each = ROWS if leaf.dim() <= 1 + leaf.is_floating_point() else 1
-        for start in range(0, count, each):
-            inputs = [leaf[start : start + each] if splits else leaf for leaf, splits in zip(piece.inputs, along, strict=True)]
-            found.append(Piece(inputs, piece.batch))
+        parts = [_part(piece, along, start, each) for start in range(0, count, each)]
+        if len(parts) > 1 and not tried:
+            tried = True
+            if not _is_divisible(program, piece, parts, count):
+                return whole
+        found += parts
     return found
+
+
+def _part(piece: Piece, along: list[bool], start: int, size: int) -> Piece:
+    """Some sequences of a piece."""
+    return Piece([leaf[start : start + size] if splits else leaf for leaf, splits in zip(piece.inputs, along, strict=True)], piece.batch)
+
+
+def _is_divisible(program: Program, piece: Piece, parts: list[Piece], count: int) -> bool:
+    """Whether the first and the last part of a piece give what they give within it, by the outputs that hold something for each of its ``count`` sequences."""
+    try:
+        within, first, last = (_ran(program, one) for one in (piece, parts[0], parts[-1]))
+    except CalibrationError:
+        return False
+    compared = []
+    for index, (whole, start, end) in enumerate(zip(within, first, last, strict=True)):
+        if index in program.state_outputs or not isinstance(whole, Tensor) or not whole.is_floating_point() or not whole.dim() or whole.shape[0] != count:
+            continue
+        for own, part in ((start, whole[: len(start)] if start.dim() else whole), (end, whole[count - len(end) :] if end.dim() else whole)):
+            compared.append(own.shape == part.shape and _are_alike(own, part))
+    return bool(compared) and all(compared)
+
+
+def _are_alike(found: Tensor, expected: Tensor) -> bool:
+    """Whether two outputs differ by no more than rounding."""
+    allowed = 1e-3 if found.dtype in (torch.float32, torch.float64) else 5e-2
+    return bool((found.float() - expected.float()).norm() <= allowed * expected.float().norm())
 
 
 def _saw_enough(consumers: Consumers) -> bool:
@@ -175,7 +207,7 @@ class _Run(Runner):
                 for (block, tokens, kinds), (_, gradients, _) in pieces:
                     for statistic in seen[block].values():
                         if statistic.needs_gradient:
-                            statistic.update(tokens, gradients, (kinds != PADDING).to(tokens.dtype))
+                            statistic.update(tokens, gradients, counting(kinds, tokens))
 
             probe.register_hook(told)
             return
@@ -210,16 +242,50 @@ def _told(use: Use) -> bool:
     return all(window.size == 1 for window in layout.windows) and (len(use.columns) == 1 or bool(layout.blocks) or use.route is not None)
 
 
-def _terms(program: Program, run: Runner, piece: Piece, loss: Loss) -> Tensor:
-    """The terms of the loss on one batch."""
-    outputs, inputs = called(program, [next(run.read(node)) if isinstance(node, fx.Node) else node for node in results(program.module.graph)], piece.inputs)
+def _own(piece: Piece) -> Piece:
+    """The piece with tensors that autograd may keep, which it may not of those made in inference mode."""
+    return Piece([leaf.clone() if isinstance(leaf, Tensor) and leaf.is_inference() else leaf for leaf in piece.inputs], piece.batch)
+
+
+@torch.no_grad()
+def _ran(program: Program, piece: Piece) -> list[Any]:
+    """What the dense model returns for one piece, as leaves."""
+    run = Runner(program, [piece.inputs], first=piece.batch)
+    run.advance(len(run.nodes) - 1)
+    return _returned(program, run)
+
+
+def _returned(program: Program, run: Runner) -> list[Any]:
+    return [next(run.read(node)) if isinstance(node, fx.Node) else node for node in results(program.module.graph)]
+
+
+def _padding(program: Program, leaves: list[Any], marks: Marks, index: int) -> Padding:
+    """What is padding in each of these outputs of a piece."""
+    pairs = zip(results(program.module.graph), leaves, strict=True)
+    found = {id(leaf): marks.of_output(index, node, leaf) for node, leaf in pairs if isinstance(node, fx.Node) and isinstance(leaf, Tensor)}
+    return lambda leaf: found.get(id(leaf))
+
+
+def _settle(program: Program, pieces: Sequence[Piece], loss: Outputs, marks: Marks, at_least: int) -> None:
+    """Run the first pieces forward until it is known how large the outputs are: of one image alone, a number may come out as almost nothing."""
+    for index, piece in enumerate(pieces):
+        leaves = _ran(program, piece)
+        enough = loss.settle(called(program, leaves, piece.inputs)[0], _padding(program, leaves, marks, index))
+        if enough or (index + 1 >= at_least and loss.has_size):
+            return
+
+
+def _terms(program: Program, run: Runner, piece: Piece, loss: Loss, marks: Marks, index: int) -> Tensor:
+    """The terms of the loss on one batch; none where a loss of ours finds nothing to predict."""
+    leaves = _returned(program, run)
+    outputs, inputs = called(program, leaves, piece.inputs)
     try:
-        terms = loss(outputs, inputs)
+        terms = evaluated(loss, outputs, inputs, _padding(program, leaves, marks, index))
     except CalibrationError:
         raise
     except Exception as error:  # a loss of the user's raises what it likes
         raise CalibrationError(f"the loss fails on calibration batch {piece.batch}: {type(error).__name__}: {first_line(error)}") from error
-    if not isinstance(terms, Tensor) or not terms.is_floating_point() or not terms.numel():
+    if not isinstance(terms, Tensor) or not terms.is_floating_point() or not (terms.numel() or loss is next_token):
         found = f"a tensor of {terms.dtype} of shape {tuple(terms.shape)}" if isinstance(terms, Tensor) else f"a {type(terms).__name__}"
         raise CalibrationError(f"the loss returned {found}; it must return floating-point terms, or their sum as a tensor")
     if not bool(torch.isfinite(terms.detach()).all()):
@@ -237,19 +303,23 @@ def called(program: Program, leaves: list[Any], batch: list[Any]) -> tuple[Any, 
     return pytree.tree_unflatten(shown, info.out_spec), {**dict(zip(program.signature.given(), args, strict=False)), **kwargs}
 
 
+def _gradients(consumer: Consumer) -> list[InputGradients]:
+    return [statistic for seen in consumer.seen for statistic in seen.values() if isinstance(statistic, InputGradients)]
+
+
+def _vanished(consumers: Consumers) -> bool:
+    """Whether gradients were asked for, and all of them were zero."""
+    found = [statistic for consumer in consumers.by_key.values() for statistic in _gradients(consumer)]
+    return bool(found) and not any(bool((statistic.diagonal() > 0).any()) for statistic in found)
+
+
 def _check(consumers: Consumers, back: bool) -> None:
-    vanished = True
     for consumer in consumers.by_key.values():
-        finite = all(bool(torch.isfinite(part.matrix.diagonal()).all()) for gram in consumer.grams or () for part in gram.parts)
-        for seen in consumer.seen:
-            for statistic in seen.values():
-                if isinstance(statistic, InputGradients):
-                    found = statistic.diagonal()
-                    finite = finite and bool(torch.isfinite(found).all())
-                    vanished = vanished and not bool((found > 0).any())
-        if not finite:
+        diagonals = [part.matrix.diagonal() for gram in consumer.grams or () for part in gram.parts]
+        diagonals += [statistic.diagonal() for statistic in _gradients(consumer)]
+        if not all(bool(torch.isfinite(diagonal).all()) for diagonal in diagonals):
             raise CalibrationError(f"what is seen at '{consumer.weight}' is not finite on the calibration data; check the batches and the model's dtype")
-    if back and vanished and any(seen for consumer in consumers.by_key.values() for seen in consumer.seen if "gradients" in seen):
+    if back and _vanished(consumers):
         raise CalibrationError("the gradients of the loss vanish at every weight that can be pruned; pass another loss=, or loss=None")
 
 

@@ -62,6 +62,14 @@ class Marks:
         padding = self._padding(index, node, activation, dims)
         return marks if padding is None else torch.where(padding, PADDING, marks)
 
+    def of_output(self, index: int, node: fx.Node, output: Tensor) -> Tensor | None:
+        """Which tokens of an output are padding, ``[batch, tokens]``; ``None`` where its first two dimensions are not those of the mask."""
+        recorded = node.meta.get("val")
+        if self._masks is None or not isinstance(recorded, Tensor) or output.dim() < 2 or output.shape[:2] != self._masks[index].shape:
+            return None
+        fits = all(_same(size, wanted) for size, wanted in zip(recorded.shape[:2], self._shape[:2], strict=True))
+        return self._masks[index] if fits else None
+
     def routed(self, index: int, node: fx.Node, ends: Tensor) -> Tensor:
         """Marks of tokens that were sorted by the block they go to, ``[tokens]``: of each block the last quarter is held out, or every fourth batch."""
         if self._masks is not None:
