@@ -1,0 +1,140 @@
+"""The attributes of a module that are sizes: which there are, and to read and write them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+#: longer tuples and lists hold no sizes
+_LONGEST = 16
+#: what every module has
+_COMMON = frozenset(vars(nn.Module()))
+
+
+@dataclass(frozen=True)
+class Size:
+    """Where an integer stands: in an attribute of a submodule, and if that is a tuple or list, at which position of it."""
+
+    path: str
+    name: str
+    position: int | None = None
+
+    def __str__(self) -> str:
+        at = "" if self.position is None else f"[{self.position}]"
+        return f"{self.path}.{self.name}{at}" if self.path else f"{self.name}{at}"
+
+
+Assignment = Mapping[Size, int]
+
+
+def sizes(module: nn.Module, path: str) -> dict[Size, int]:
+    """The integers among the attributes of one module, itself reached by ``path``, that may be sizes."""
+    found = {}
+    for name, value in vars(module).items():
+        if name in _COMMON:
+            continue
+        if type(value) is int and value > 0:
+            found[Size(path, name)] = value
+        elif isinstance(value, (tuple, list)) and len(value) <= _LONGEST:
+            found.update({Size(path, name, at): item for at, item in enumerate(value) if type(item) is int and item > 0})
+    return found
+
+
+def write(module: nn.Module, assignment: Assignment) -> None:
+    """Set attributes of the submodules of a module; tuples and lists are made anew."""
+    for size, value in assignment.items():
+        owner = module.get_submodule(size.path)
+        if size.position is None:
+            setattr(owner, size.name, value)
+        else:
+            old = getattr(owner, size.name)
+            items = list(old)
+            items[size.position] = value
+            setattr(owner, size.name, _like(old, items))
+
+
+def _like(old: Any, items: list[int]) -> Any:
+    """A sequence of the kind of ``old`` that holds ``items``."""
+    if isinstance(old, torch.Size):
+        return torch.Size(items)
+    return type(old)(*items) if hasattr(old, "_fields") else type(old)(items)
+
+
+class Cuts:
+    """Which dimensions of which tensors have become smaller, and the submodules that hold them.
+
+    Args:
+        module: the copy.
+        dense, now: the shapes of its tensors, as they were and as they are.
+
+    Attributes:
+        own: for each submodule that holds a cut tensor itself, the cut dimensions.
+    """
+
+    def __init__(self, module: nn.Module, dense: Mapping[str, tuple[int, ...]], now: Mapping[str, tuple[int, ...]]) -> None:
+        self.dense, self.now = dense, now
+        self.own: dict[str, list[Cut]] = {}
+        for name, before in dense.items():
+            after = now.get(name)
+            if after is not None and after != before and len(after) == len(before):
+                path = name.rpartition(".")[0]
+                self.own.setdefault(path, []).extend(Cut(name, dim, a, b) for dim, (a, b) in enumerate(zip(before, after, strict=True)) if a != b)
+        self.modules = dict(module.named_modules())
+
+    def within(self, path: str) -> list[Cut]:
+        """The cut dimensions of all tensors at or below a submodule."""
+        return [cut for owner, cuts in self.own.items() if is_within(owner, path) for cut in cuts]
+
+    def whole(self, path: str) -> set[int]:
+        """The dimensions that have stayed what they were, of all tensors at or below a submodule."""
+        return {
+            a
+            for name, before in self.dense.items()
+            if is_within(name.rpartition(".")[0], path)
+            for a, b in zip(before, self.now.get(name, ()))
+            if a == b
+        }
+
+    def enclosing(self) -> Iterator[str]:
+        """The submodules at or below which something was cut, inner ones first."""
+        paths = {outer for owner in self.own for outer in outward(owner)}
+        yield from sorted(paths & self.modules.keys(), key=lambda path: (-len(_steps(path)), path))
+
+
+@dataclass(frozen=True)
+class Cut:
+    """One dimension of one tensor, which was ``before`` long and is ``after`` now."""
+
+    name: str
+    dim: int
+    before: int
+    after: int
+
+    def scale(self, value: int) -> int | None:
+        """What becomes of a number that goes with this dimension in proportion, if that is a whole one."""
+        new, rest = divmod(value * self.after, self.before)
+        return None if rest or not new else new
+
+
+def outward(path: str) -> Iterator[str]:
+    """A submodule, the one that holds it, and so on to the whole module."""
+    while path:
+        yield path
+        path = path.rpartition(".")[0]
+    yield ""
+
+
+def is_within(path: str, outer: str) -> bool:
+    """Whether a path is that of a submodule or of one inside it."""
+    return not outer or path == outer or path.startswith(f"{outer}.")
+
+
+def _steps(path: str) -> list[str]:
+    return path.split(".") if path else []
+
+
+__all__ = ["Assignment", "Cut", "Cuts", "Size", "is_within", "outward", "sizes", "write"]
