@@ -38,7 +38,10 @@ class Question:
 
 
 def questions(program: Program, device: torch.device) -> Iterator[Question]:
-    """The example inputs, then inputs of other sizes if they can vary; what holds a single number everywhere, as the example of a loaded result does, is drawn."""
+    """The example inputs, then inputs of other sizes if they can vary.
+
+    What holds a single number everywhere, as the example of a loaded result does, is drawn at random.
+    """
     dull = frozenset(
         index for index, leaf in enumerate(pytree.tree_leaves(program.example)) if isinstance(leaf, Tensor) and leaf.is_floating_point() and _single(leaf)
     )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -24,15 +24,17 @@ class Copied:
         model: the caller's.
         module: the copy, of the same class; all attributes but tensors are those of the original.
         dense: the shapes that the tensors of the original have, by name; those of all names of a tied weight.
+        computed: the names of the weights that the model computes from others and that have become smaller.
     """
 
     model: nn.Module
     module: nn.Module
     dense: Mapping[str, tuple[int, ...]] = field(repr=False)
+    computed: tuple[str, ...] = ()
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """The shapes that the tensors of the copy have, by name."""
-        return {name: tuple(tensor.shape) for name, tensor in held(self.module)}
+        return {**{name: tuple(tensor.shape) for name, tensor in held(self.module)}, **_shapes(self.module, self.computed)}
 
 
 def copied(model: nn.Module, result: Result) -> Copied:
@@ -63,13 +65,17 @@ def copied(model: nn.Module, result: Result) -> Copied:
     except Exception as error:  # a module copies itself as it likes
         raise EagerError(f"{type(model).__name__} cannot be copied ({type(error).__name__}: {first_line(error)}); use result.module") from error
     lost = {name for name, _ in result.plan.slices()}
-    for weight in result.plan.folds:
-        if weight.name not in lost:
-            continue  # the model computes it as ever; should training have changed it, the copy differs from the program
+    cut = [weight for weight in result.plan.folds if weight.name in lost]  # the others are computed as ever; should training have changed one, it shows
+    for weight in cut:
         value = smaller.get(weight.name)
         assert value is not None
         _take_computed(module, weight.name, weight.sources, value)
-    return Copied(model, module, dense)
+    names = tuple(weight.name for weight in cut)
+    return Copied(model, module, {**dense, **_shapes(model, names)}, names)
+
+
+def _shapes(module: nn.Module, names: Iterable[str]) -> dict[str, tuple[int, ...]]:
+    return {name: tuple(attribute(module, name).shape) for name in names}
 
 
 def held(module: nn.Module) -> Iterator[tuple[str, Tensor]]:

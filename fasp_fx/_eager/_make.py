@@ -6,8 +6,10 @@ from torch import nn
 
 from .. import plan as plans
 from .._result import Result
+from .._stamps import WRITTEN_BY
 from ..errors import ArgumentError, EagerError
-from ..plan import PruningPlan
+from ..groups import APPROXIMATE, EXEMPT
+from ..passes import KeepDenseCount, PinAttentionScale
 from ._copy import copied
 from ._search import Search
 from ._sizes import Cuts
@@ -20,12 +22,12 @@ def eager(result: Result, model: nn.Module) -> nn.Module:
         raise ArgumentError(f"model must be the nn.Module that was pruned, not {type(model).__name__}")
     _check(result, model)
     made = copied(model, result)
-    cuts = Cuts(made.module, made.dense, made.shapes())
+    cuts = Cuts(made.module, made.dense, made.shapes(), made.computed)
     outcome = Search(cuts, Trial(made.module, result), result.plan).run()
     if not outcome.equal:
         raise EagerError(
             f"no copy of {type(model).__name__} computes what the pruned program does, whatever sizes its attributes are given: {outcome.said}; "
-            f"{_remedy(result.plan)}"
+            f"{_remedy(result)}"
         )
     return made.module
 
@@ -39,12 +41,20 @@ def _check(result: Result, model: nn.Module) -> None:
     plans.check_fingerprint(result.plan, result.plan.fingerprint if result.plan.fingerprint in found else found[0])
 
 
-def _remedy(plan: PruningPlan) -> str:
-    """What can be done instead."""
+def _remedy(result: Result) -> str:
+    """What can be done instead, and what of the program no module has where that can be told."""
+    plan, written = result.plan, {node.meta.get(WRITTEN_BY) for node in result.module.graph.nodes}
+    if KeepDenseCount.name in written:
+        why = "the program goes on to divide by the dense count of the channels that a norm or mean has lost, and no module of the model does"
+        return f"{why}; use result.module, or prune without '{APPROXIMATE}' in include="
+    if EXEMPT in plan.include and PinAttentionScale.name in written:
+        why = "the program keeps the scale of an attention whose heads have become narrower"
+        return f"{why}; use result.module, or prune without '{EXEMPT}' in include="
     parts = {group.name: (*group.producers, *group.consumers) for group in plan.groups if group.granularity == "channel" and group.blocks > 1}
     heads = next((name for name, own in parts.items() if all(part.block_dim is None for part in own)), None)
     if heads is not None:
-        return f"""use result.module, or prune whole heads (granularity=("head",) or ("channel", "head")), of which '{heads}' loses channels"""
+        whole = 'granularity=("head",) or ("channel", "head")'
+        return f"use result.module, or prune whole heads ({whole}) where the group '{heads}' has lost channels of each, or keep it and its like by exclude="
     return "use result.module"
 
 

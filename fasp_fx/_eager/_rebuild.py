@@ -1,7 +1,7 @@
 """What a module's attributes must be for the shapes that its tensors have, found by building its class anew at other sizes.
 
-The arguments of a constructor are mostly kept as attributes of their names. Where the class, built of these on the meta device, gives the tensors that the module
-had, other values show which of them stand for what has become smaller: a square matrix does not tell its two sizes apart by value, its class does.
+The arguments of a constructor are mostly kept as attributes of their names. Where the class, built of these on the meta device, gives the tensors that
+the module had, other values show which of them stand for what has become smaller: a square matrix does not tell its two sizes apart, its class does.
 """
 
 from __future__ import annotations
@@ -45,9 +45,10 @@ class Rebuilder:
         if recipe is None:
             return []
         build, given = recipe
-        key = (type(module), repr(sorted(given.items(), key=repr)), repr(sorted(before.items())), repr(sorted(after.items())))
+        kind = nn.utils.parametrize.type_before_parametrizations(module)
+        key = (kind, repr(sorted(given.items(), key=repr)), repr(sorted(before.items())), repr(sorted(after.items())))
         if key not in self._found:
-            self._found[key] = list(_fitting(build, type(module), given, before, after, cuts))
+            self._found[key] = list(_fitting(build, kind, given, before, after, cuts))
         return [{Size(path, name, position): value for (name, position), value in found.items()} for found in self._found[key]]
 
 
@@ -58,7 +59,8 @@ def _recipe(module: nn.Module) -> tuple[Any, dict[str, Any]] | None:
             return None
         if "__init__" not in vars(base):
             continue
-        parameters = list(inspect.signature(base.__init__).parameters.values())[1:]
+        build = vars(base)["__init__"]
+        parameters = list(inspect.signature(build).parameters.values())[1:]
         if not any(parameter.kind in _VARIADIC for parameter in parameters):
             break
     given = {}
@@ -73,7 +75,7 @@ def _recipe(module: nn.Module) -> tuple[Any, dict[str, Any]] | None:
         elif value is None and isinstance(parameter.default, bool):
             value = False
         given[parameter.name] = value
-    return base.__init__, given
+    return build, given
 
 
 def _fitting(build: Any, kind: type[nn.Module], given: dict[str, Any], before: Shapes, after: Shapes, cuts: Sequence[Cut]) -> Iterator[Any]:

@@ -46,21 +46,22 @@ class Search:
         self.dense = {size: value for path, inner in cuts.modules.items() for size, value in sizes(inner, path).items()}
         self.left = TRIALS
         self._tried: dict[frozenset[tuple[Size, int]], Outcome] = {}
-        self.best = Outcome(False, passed=-1)
+        self._written: dict[Size, int] = {}
 
     def run(self) -> Outcome:
         """Set the sizes by the natural guess, and if that does not do, by search; then those that nothing reads.
 
         Returns:
-            What came of it, or of the attempt that came furthest.
+            What came of it, or of the guess if nothing did.
         """
         sure, others = self._of_classes()
         guess = sure | {size: value for path in self.cuts.own for size, value in self._named(path).items() if size not in sure}
-        found = guess if self._try(guess).equal else self._from(guess, others, _DEPTH)
+        guessed = self._try(guess)
+        found = guess if guessed.equal else self._from(guess, others, _DEPTH)
         if found is None:
-            return self.best
+            return guessed
         needed = self._needed(found, sure)
-        write(self.module, {**self.dense, **needed, **self._unread(needed)})
+        self._write(needed | self._unread(needed))
         return self.trial.run()
 
     # --- the natural guess
@@ -74,9 +75,7 @@ class Search:
             inner = self.cuts.modules.get(path)
             if inner is None:
                 continue  # another name of a module that is held in several places
-            names = [name for name, tensor in [*inner._parameters.items(), *inner._buffers.items()] if tensor is not None]
-            prefix = f"{path}." if path else ""
-            before, after = ({name: shapes[prefix + name] for name in names} for shapes in (self.cuts.dense, self.cuts.now))
+            before, after = self.cuts.tensors(path, inner)
             for index, way in enumerate(rebuilder.fitting(inner, path, before, after, cuts)):
                 if index:
                     others.setdefault((type(inner), index), {}).update(way)
@@ -126,11 +125,15 @@ class Search:
         key = frozenset(assignment.items())
         if key not in self._tried:
             self.left -= 1
-            write(self.module, {**self.dense, **assignment})
-            self._tried[key] = outcome = self.trial.run()
-            if (outcome.equal, outcome.progress) > (self.best.equal, self.best.progress):
-                self.best = outcome
+            self._write(assignment)
+            self._tried[key] = self.trial.run()
         return self._tried[key]
+
+    def _write(self, assignment: Mapping[Size, int]) -> None:
+        """Set these sizes, and put back those that were set before."""
+        back = {size: self.dense[size] for size in self._written if size not in assignment}
+        write(self.module, {**back, **assignment})
+        self._written = dict(assignment)
 
     def _changes(self, start: Outcome, assignment: Assignment, others: list[Change]) -> list[Change]:
         """What can be changed, the most promising first: where the copy failed and around it, or if it ran, in all that holds a cut tensor."""
@@ -182,7 +185,10 @@ class Search:
         return found
 
     def _unread(self, needed: dict[Size, int]) -> dict[Size, int]:
-        """The attributes that name a size which is now another, where it is not in doubt and forward does not read them: it could mean something else by them."""
+        """The attributes that name a size which is now another, where that is not in doubt and forward does not read them.
+
+        What it reads without needing another value could mean something else, such as a greatest length.
+        """
         named = {size: value for path in self._homes() for size, value in self._named(path).items() if size not in needed} | self._heads(needed)
         named = {size: value for size, value in named.items() if not hasattr(type(self.cuts.modules[size.path]), size.name)}
         if not named or self._runs_without(needed, named):
@@ -194,14 +200,14 @@ class Search:
         self.left -= 1
         if self.left < 0:
             return False
-        write(self.module, {**self.dense, **needed})
+        self._write(needed)
         places = {(size.path, size.name) for size in absent}
-        held = {place: vars(self.cuts.modules[place[0]]).pop(place[1]) for place in places}
+        held = {(path, name): self.cuts.modules[path].__dict__.pop(name) for path, name in places}
         try:
             return self.trial.run().equal
         finally:
             for (path, name), value in held.items():
-                vars(self.cuts.modules[path])[name] = value
+                self.cuts.modules[path].__dict__[name] = value
 
     def _homes(self) -> list[str]:
         """The modules that hold cut tensors, and for each coupled group the innermost that holds all of it."""
@@ -209,7 +215,7 @@ class Search:
         return list(dict.fromkeys([*self.cuts.own, *(_holder(names) for names in groups)]))
 
     def _heads(self, needed: dict[Size, int]) -> dict[Size, int]:
-        """The one attribute that counts the heads, of the innermost module that holds the producers of whole heads, and of that which holds the consumers too."""
+        """The attributes that count heads of which some have gone, where a module that holds their producers has a single one of that value."""
         found = {}
         for group in (group for group in self.plan.groups if group.granularity == "head"):
             producers = [part.name for part in group.producers]

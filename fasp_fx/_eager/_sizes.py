@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import nn
@@ -39,7 +38,7 @@ def sizes(module: nn.Module, path: str) -> dict[Size, int]:
             continue
         if type(value) is int and value > 0:
             found[Size(path, name)] = value
-        elif isinstance(value, (tuple, list)) and len(value) <= _LONGEST:
+        elif type(value) in (tuple, list, torch.Size) and len(value) <= _LONGEST:
             found.update({Size(path, name, at): item for at, item in enumerate(value) if type(item) is int and item > 0})
     return found
 
@@ -54,14 +53,7 @@ def write(module: nn.Module, assignment: Assignment) -> None:
             old = getattr(owner, size.name)
             items = list(old)
             items[size.position] = value
-            setattr(owner, size.name, _like(old, items))
-
-
-def _like(old: Any, items: list[int]) -> Any:
-    """A sequence of the kind of ``old`` that holds ``items``."""
-    if isinstance(old, torch.Size):
-        return torch.Size(items)
-    return type(old)(*items) if hasattr(old, "_fields") else type(old)(items)
+            setattr(owner, size.name, type(old)(items))
 
 
 class Cuts:
@@ -70,13 +62,14 @@ class Cuts:
     Args:
         module: the copy.
         dense, now: the shapes of its tensors, as they were and as they are.
+        computed: the names of those that it computes from others.
 
     Attributes:
         own: for each submodule that holds a cut tensor itself, the cut dimensions.
     """
 
-    def __init__(self, module: nn.Module, dense: Mapping[str, tuple[int, ...]], now: Mapping[str, tuple[int, ...]]) -> None:
-        self.dense, self.now = dense, now
+    def __init__(self, module: nn.Module, dense: Mapping[str, tuple[int, ...]], now: Mapping[str, tuple[int, ...]], computed: Iterable[str] = ()) -> None:
+        self.dense, self.now, self.computed = dense, now, tuple(computed)
         self.own: dict[str, list[Cut]] = {}
         for name, before in dense.items():
             after = now.get(name)
@@ -85,19 +78,21 @@ class Cuts:
                 self.own.setdefault(path, []).extend(Cut(name, dim, a, b) for dim, (a, b) in enumerate(zip(before, after, strict=True)) if a != b)
         self.modules = dict(module.named_modules())
 
+    def tensors(self, path: str, inner: nn.Module) -> tuple[dict[str, tuple[int, ...]], dict[str, tuple[int, ...]]]:
+        """The shapes of a module's own parameters and buffers by their names there, as they were and as they are; what it computes from others counts."""
+        own = [name for name, tensor in [*inner._parameters.items(), *inner._buffers.items()] if tensor is not None]
+        start = f"{path}." if path else ""
+        own += [name.removeprefix(start) for name in self.computed if name.rpartition(".")[0] == path]
+        before, after = ({name: shapes[start + name] for name in own} for shapes in (self.dense, self.now))
+        return before, after
+
     def within(self, path: str) -> list[Cut]:
         """The cut dimensions of all tensors at or below a submodule."""
         return [cut for owner, cuts in self.own.items() if is_within(owner, path) for cut in cuts]
 
     def whole(self, path: str) -> set[int]:
         """The dimensions that have stayed what they were, of all tensors at or below a submodule."""
-        return {
-            a
-            for name, before in self.dense.items()
-            if is_within(name.rpartition(".")[0], path)
-            for a, b in zip(before, self.now.get(name, ()))
-            if a == b
-        }
+        return {a for name, before in self.dense.items() if is_within(name.rpartition(".")[0], path) for a, b in zip(before, self.now.get(name, ())) if a == b}
 
     def enclosing(self) -> Iterator[str]:
         """The submodules at or below which something was cut, inner ones first."""

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -84,7 +84,8 @@ class Trial:
             if len(self.questions) > OTHERS:
                 break
         if not self.questions:
-            raise EagerError(f"the pruned program does not run on its example inputs ({failure and first_line(failure)}), so that nothing can be held against it")
+            why = first_line(failure) if failure is not None else "it has none"
+            raise EagerError(f"the pruned program does not run on its example inputs ({why}), so that nothing can be held against it; use result.module")
 
     def run(self) -> Outcome:
         """Run the copy on all inputs, up to the first on which it fails or differs."""
