@@ -23,7 +23,7 @@ def eager(result: Result, model: nn.Module) -> nn.Module:
     _check(result, model)
     made = copied(model, result)
     cuts = Cuts(made.module, made.dense, made.shapes(), made.computed)
-    outcome = Search(cuts, Trial(made.module, result), result.plan).run()
+    outcome = Search(cuts, Trial(made.module, result), result.plan, model).run()
     if not outcome.equal:
         raise EagerError(
             f"no copy of {type(model).__name__} computes what the pruned program does, whatever sizes its attributes are given: {outcome.said}; "

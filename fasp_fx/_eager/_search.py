@@ -10,7 +10,7 @@ from torch import nn
 
 from ..plan import PruningPlan
 from ._rebuild import Rebuilder
-from ._sizes import Assignment, Cuts, Size, is_within, outward, sizes, write
+from ._sizes import Assignment, Cuts, Size, inner_sizes, is_within, outward, records, sizes, write
 from ._trial import Outcome, Trial
 
 #: how many times the copy is run at most in search of sizes
@@ -39,11 +39,15 @@ class Search:
         cuts: what has become smaller in it.
         trial: runs it.
         plan: says how many whole heads have gone, and of which weights.
+        model: the caller's; what the copy shares with it is not changed.
     """
 
-    def __init__(self, cuts: Cuts, trial: Trial, plan: PruningPlan) -> None:
+    def __init__(self, cuts: Cuts, trial: Trial, plan: PruningPlan, model: nn.Module) -> None:
         self.cuts, self.trial, self.plan, self.module = cuts, trial, plan, trial.module
-        self.dense = {size: value for path, inner in cuts.modules.items() for size, value in sizes(inner, path).items()}
+        shared = {id(record) for record in records(model)}
+        self.sizes = {path: sizes(inner, path) for path, inner in cuts.modules.items()}
+        self.inner = {path: inner_sizes(inner, path, shared) for path, inner in cuts.modules.items()}
+        self.dense = {size: value for found in (self.sizes, self.inner) for own in found.values() for size, value in own.items()}
         self.left = TRIALS
         self._tried: dict[frozenset[tuple[Size, int]], Outcome] = {}
         self._written: dict[Size, int] = {}
@@ -58,6 +62,10 @@ class Search:
         guess = sure | {size: value for path in self.cuts.own for size, value in self._named(path).items() if size not in sure}
         guessed = self._try(guess)
         found = guess if guessed.equal else self._from(guess, others, _DEPTH)
+        if found is None and any(self.inner.values()):  # a configuration is kept by many modules, so that it comes last
+            self.sizes = {path: {**own, **self.inner[path]} for path, own in self.sizes.items()}
+            self.left = TRIALS
+            found = self._from(guess, others, _DEPTH)
         if found is None:
             return guessed
         needed = self._needed(found, sure)
@@ -89,8 +97,7 @@ class Search:
         for cut in self.cuts.within(path):
             new.setdefault(cut.before, set()).add(cut.after)
         new = {before: after for before, after in new.items() if len(after) == 1 and before not in self.cuts.whole(path)}
-        inner = self.cuts.modules.get(path)
-        return {} if inner is None else {size: min(new[value]) for size, value in sizes(inner, path).items() if value in new}
+        return {size: min(new[value]) for size, value in self.sizes.get(path, {}).items() if value in new and size not in self.inner[path]}
 
     # --- the search
 
@@ -157,8 +164,7 @@ class Search:
             if scope is None:
                 continue
             cuts = self.cuts.within(scope)
-            for size, value in sizes(inner, path).items():
-                value = self.dense.get(size, value)
+            for size, value in self.sizes[path].items():
                 if assignment.get(size, value) != value:
                     back.setdefault((size.name, size.position), {})[size] = value
                 for cut in sorted(cuts, key=lambda cut: cut.before != value):
@@ -220,7 +226,7 @@ class Search:
         for group in (group for group in self.plan.groups if group.granularity == "head"):
             producers = [part.name for part in group.producers]
             for path in {_holder(producers), _holder([*producers, *(part.name for part in group.consumers)])} & self.cuts.modules.keys():
-                counts = [size for size, value in sizes(self.cuts.modules[path], path).items() if self.dense.get(size, value) == group.size]
+                counts = [size for size, value in self.sizes[path].items() if value == group.size and size not in self.inner[path]]
                 if len(counts) == 1 and counts[0] not in needed:
                     found[counts[0]] = group.size - group.removed_sets
         return found

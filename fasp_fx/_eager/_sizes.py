@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+import enum
+from collections.abc import Iterable, Iterator, Mapping, Set
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -16,7 +18,7 @@ _COMMON = frozenset(vars(nn.Module()))
 
 @dataclass(frozen=True)
 class Size:
-    """Where an integer stands: in an attribute of a submodule, and if that is a tuple or list, at which position of it."""
+    """Where an integer stands: in an attribute of a submodule (of a plain object there, if ``name`` has a dot), at which position if that is a sequence."""
 
     path: str
     name: str
@@ -32,28 +34,69 @@ Assignment = Mapping[Size, int]
 
 def sizes(module: nn.Module, path: str) -> dict[Size, int]:
     """The integers among the attributes of one module, itself reached by ``path``, that may be sizes."""
-    found = {}
+    return _integers(vars(module), path, "", _COMMON)
+
+
+def inner_sizes(module: nn.Module, path: str, shared: Set[int]) -> dict[Size, int]:
+    """The integers in the plain objects that a module has as attributes, such as a configuration, that may be sizes; their names are dotted.
+
+    Args:
+        shared: the ids of objects that must not be changed.
+    """
+    found: dict[Size, int] = {}
     for name, value in vars(module).items():
-        if name in _COMMON:
+        if name not in _COMMON and id(value) not in shared and _is_record(value):
+            found |= _integers(_fields(value), path, f"{name}.", frozenset())
+    return found
+
+
+def records(module: nn.Module) -> Iterator[object]:
+    """The plain objects that submodules have as attributes."""
+    for inner in module.modules():
+        yield from (value for name, value in vars(inner).items() if name not in _COMMON and _is_record(value))
+
+
+def _integers(held: Mapping[str, object], path: str, start: str, without: Set[str]) -> dict[Size, int]:
+    found = {}
+    for name, value in held.items():
+        if not isinstance(name, str) or name in without or "." in name:
             continue
         if type(value) is int and value > 0:
-            found[Size(path, name)] = value
-        elif type(value) in (tuple, list, torch.Size) and len(value) <= _LONGEST:
-            found.update({Size(path, name, at): item for at, item in enumerate(value) if type(item) is int and item > 0})
+            found[Size(path, start + name)] = value
+        elif isinstance(value, (tuple, list)) and type(value) in (tuple, list, torch.Size) and len(value) <= _LONGEST:
+            found.update({Size(path, start + name, at): item for at, item in enumerate(value) if type(item) is int and item > 0})
     return found
+
+
+def _is_record(value: object) -> bool:
+    """Whether a value is a dictionary, or an object of a class that somebody has written to hold data."""
+    if isinstance(value, dict):
+        return True
+    return hasattr(value, "__dict__") and not callable(value) and not isinstance(value, (torch.Tensor, enum.Enum)) and not _is_torchs(value)
+
+
+def _is_torchs(value: object) -> bool:
+    return type(value).__module__.partition(".")[0] in ("torch", "builtins")
+
+
+def _fields(value: object) -> dict[str, Any]:
+    return value if isinstance(value, dict) else vars(value)
 
 
 def write(module: nn.Module, assignment: Assignment) -> None:
     """Set attributes of the submodules of a module; tuples and lists are made anew."""
     for size, value in assignment.items():
-        owner = module.get_submodule(size.path)
+        held: dict[str, Any] = module.get_submodule(size.path).__dict__
+        *outer, name = size.name.split(".")
+        for step in outer:
+            held = _fields(held[step])
         if size.position is None:
-            setattr(owner, size.name, value)
+            held[name] = value
         else:
-            old = getattr(owner, size.name)
+            old = held[name]
             items = list(old)
             items[size.position] = value
-            setattr(owner, size.name, type(old)(items))
+            held[name] = type(old)(items)
 
 
 class Cuts:
@@ -132,4 +175,4 @@ def _steps(path: str) -> list[str]:
     return path.split(".") if path else []
 
 
-__all__ = ["Assignment", "Cut", "Cuts", "Size", "is_within", "outward", "sizes", "write"]
+__all__ = ["Assignment", "Cut", "Cuts", "Size", "inner_sizes", "is_within", "outward", "records", "sizes", "write"]
