@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from .._capture._unchanged import rewound
 from .._result import Result
 from .._weights import FusedWeights
 from ..channels import attribute
@@ -24,17 +25,17 @@ class Copied:
         model: the caller's.
         module: the copy, of the same class; all attributes but tensors are those of the original.
         dense: the shapes that the tensors of the original have, by name; those of all names of a tied weight.
-        computed: the names of the weights that the model computes from others and that have become smaller.
+        computed: the shapes of the weights that the copy computes from others and that have become smaller, by name.
     """
 
     model: nn.Module
     module: nn.Module
     dense: Mapping[str, tuple[int, ...]] = field(repr=False)
-    computed: tuple[str, ...] = ()
+    computed: Mapping[str, tuple[int, ...]] = field(default_factory=dict, repr=False)
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """The shapes that the tensors of the copy have, by name."""
-        return {**{name: tuple(tensor.shape) for name, tensor in held(self.module)}, **_shapes(self.module, self.computed)}
+        return {**{name: tuple(tensor.shape) for name, tensor in held(self.module)}, **self.computed}
 
 
 def copied(model: nn.Module, result: Result) -> Copied:
@@ -66,16 +67,15 @@ def copied(model: nn.Module, result: Result) -> Copied:
         raise EagerError(f"{type(model).__name__} cannot be copied ({type(error).__name__}: {first_line(error)}); use result.module") from error
     lost = {name for name, _ in result.plan.slices()}
     cut = [weight for weight in result.plan.folds if weight.name in lost]  # the others are computed as ever; should training have changed one, it shows
+    computed_now = {}
     for weight in cut:
         value = smaller.get(weight.name)
         assert value is not None
         _take_computed(module, weight.name, weight.sources, value)
-    names = tuple(weight.name for weight in cut)
-    return Copied(model, module, {**dense, **_shapes(model, names)}, names)
-
-
-def _shapes(module: nn.Module, names: Iterable[str]) -> dict[str, tuple[int, ...]]:
-    return {name: tuple(attribute(module, name).shape) for name in names}
+        computed_now[weight.name] = tuple(value.shape)
+    with torch.no_grad(), rewound(model):  # what computes a weight may write into its buffers
+        dense |= {name: tuple(attribute(model, name).shape) for name in computed_now}
+    return Copied(model, module, dense, computed_now)
 
 
 def held(module: nn.Module) -> Iterator[tuple[str, Tensor]]:

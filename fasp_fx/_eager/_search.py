@@ -51,6 +51,8 @@ class Search:
         self.left = TRIALS
         self._tried: dict[frozenset[tuple[Size, int]], Outcome] = {}
         self._written: dict[Size, int] = {}
+        #: the modules of which their classes say what their sizes are
+        self.known: set[str] = set()
 
     def run(self) -> Outcome:
         """Set the sizes by the natural guess, and if that does not do, by search; then those that nothing reads.
@@ -59,7 +61,7 @@ class Search:
             What came of it, or of the guess if nothing did.
         """
         sure, others = self._of_classes()
-        guess = sure | {size: value for path in self.cuts.own for size, value in self._named(path).items() if size not in sure}
+        guess = sure | {size: value for path in self.cuts.own for size, value in self._named(path).items()}
         guessed = self._try(guess)
         found = guess if guessed.equal else self._from(guess, others, _DEPTH)
         if found is None and any(self.inner.values()):  # a configuration is kept by many modules, so that it comes last
@@ -84,7 +86,10 @@ class Search:
             if inner is None:
                 continue  # another name of a module that is held in several places
             before, after = self.cuts.tensors(path, inner)
-            for index, way in enumerate(rebuilder.fitting(inner, path, before, after, cuts)):
+            ways = rebuilder.fitting(inner, path, before, after, cuts)
+            if ways:
+                self.known.add(path)
+            for index, way in enumerate(ways):
                 if index:
                     others.setdefault((type(inner), index), {}).update(way)
                 else:
@@ -92,7 +97,12 @@ class Search:
         return sure, [Change(kind, effect) for (kind, _), effect in others.items()]
 
     def _named(self, path: str) -> dict[Size, int]:
-        """The attributes of a module that have the value of a dimension at or below it that was cut, where no dimension that stays has had it."""
+        """The attributes of a module that have the value of a dimension at or below it that was cut, where no dimension that stays has had it.
+
+        None of a module whose class says what its sizes are.
+        """
+        if path in self.known:
+            return {}
         new: dict[int, set[int]] = {}
         for cut in self.cuts.within(path):
             new.setdefault(cut.before, set()).add(cut.after)
@@ -165,7 +175,7 @@ class Search:
                 continue
             cuts = self.cuts.within(scope)
             for size, value in self.sizes[path].items():
-                if assignment.get(size, value) != value:
+                if path not in self.known and assignment.get(size, value) != value:
                     back.setdefault((size.name, size.position), {})[size] = value
                 for cut in sorted(cuts, key=lambda cut: cut.before != value):
                     new = cut.scale(value)
