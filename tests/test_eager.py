@@ -161,7 +161,11 @@ def test_convolutions_equal_the_masked_dense_module() -> None:
 class Bottleneck(nn.Module):
     def __init__(self, width: int, inner: int) -> None:
         super().__init__()
-        self.a, self.b, self.c = nn.Conv2d(width, inner, 1, bias=False), nn.Conv2d(inner, inner, 3, padding=1, bias=False), nn.Conv2d(inner, width, 1, bias=False)
+        self.a, self.b, self.c = (
+            nn.Conv2d(width, inner, 1, bias=False),
+            nn.Conv2d(inner, inner, 3, padding=1, bias=False),
+            nn.Conv2d(inner, width, 1, bias=False),
+        )
         self.na, self.nb, self.nc = nn.BatchNorm2d(inner), nn.BatchNorm2d(inner), nn.BatchNorm2d(width)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -170,10 +174,10 @@ class Bottleneck(nn.Module):
 
 def test_a_bottleneck_network_trains() -> None:
     torch.manual_seed(0)
-    model = nn.Sequential(nn.Conv2d(3, 32, 3, padding=1, bias=False), nn.BatchNorm2d(32), nn.ReLU(), *(Bottleneck(32, 16) for _ in range(3)))
+    model = nn.Sequential(nn.Conv2d(3, 32, 3, padding=1, bias=False), nn.BatchNorm2d(32), nn.ReLU(), *(Bottleneck(32, 16) for _ in range(2)))
     model = nn.Sequential(model, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Dropout(0.1), nn.Linear(32, 4))
     small = pruned(model, torch.randn(2, 3, 8, 8), sparsity=0.4).eager(model)
-    images = torch.randn(32, 3, 8, 8)
+    images = torch.randn(32, 3, 6, 6)
     classes = (images.mean((2, 3)) @ torch.randn(3, 4)).argmax(-1)
     small.train()
     means = small[0][1].running_mean.clone()
@@ -420,24 +424,22 @@ def test_a_norm_that_divides_by_the_dense_count() -> None:
 
 def _llama() -> nn.Module:
     return hf.LlamaForCausalLM(
-        hf.LlamaConfig(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, vocab_size=96)
+        hf.LlamaConfig(hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=4, num_key_value_heads=2, vocab_size=96)
     )
 
 
 def _bert() -> nn.Module:
-    return hf.BertModel(hf.BertConfig(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, vocab_size=96))
+    return hf.BertModel(hf.BertConfig(hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=4, vocab_size=96))
 
 
 def _vit() -> nn.Module:
     return hf.ViTForImageClassification(
-        hf.ViTConfig(hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=64, image_size=16, patch_size=4, num_labels=5)
+        hf.ViTConfig(hidden_size=32, num_hidden_layers=1, num_attention_heads=4, intermediate_size=64, image_size=16, patch_size=4, num_labels=5)
     )
 
 
 def _resnet() -> nn.Module:
-    return hf.ResNetForImageClassification(
-        hf.ResNetConfig(embedding_size=16, hidden_sizes=[16, 32], depths=[1, 1], layer_type="bottleneck", num_labels=5)
-    )
+    return hf.ResNetForImageClassification(hf.ResNetConfig(embedding_size=16, hidden_sizes=[16, 32], depths=[1, 1], layer_type="bottleneck", num_labels=5))
 
 
 @pytest.mark.parametrize(
@@ -510,7 +512,7 @@ def test_another_model_is_refused() -> None:
     small = result.eager(model)
     with pytest.raises(PlanError, match="already applied"):
         result.eager(small)
-    with pytest.raises(ArgumentError, match="nn.Module"):
+    with pytest.raises(ArgumentError, match="must be the nn"):
         result.eager(result.program)  # type: ignore[arg-type]
 
 
@@ -555,7 +557,7 @@ def test_a_module_that_cannot_be_copied() -> None:
 
     model = Single()
     result = pruned(model, torch.randn(3, 8))
-    with pytest.raises(EagerError, match="cannot be copied .*there is only one"):
+    with pytest.raises(EagerError, match=r"cannot be copied .*there is only one"):
         result.eager(model)
 
 
@@ -593,7 +595,7 @@ def test_a_model_pruned_in_parts() -> None:
 # --- any net
 
 
-@settings(max_examples=EXAMPLES)
+@settings(max_examples=EXAMPLES // 2)
 @given(net=programs(), seed=st.integers(0, 99))
 def test_any_net_is_made_smaller_or_refused(net: Any, seed: int) -> None:
     model = build(net, seed)

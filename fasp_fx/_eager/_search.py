@@ -13,8 +13,8 @@ from ._rebuild import Rebuilder
 from ._sizes import Assignment, Cuts, Size, inner_sizes, is_within, outward, records, sizes, write
 from ._trial import Outcome, Trial
 
-#: how many times the copy is run at most in search of sizes
-TRIALS = 160
+#: how many times the copy is run at most in search of sizes, and half as often in search of those in a configuration
+TRIALS = 120
 #: how many kinds of changes are combined at most, one after the other
 _DEPTH = 4
 
@@ -66,7 +66,7 @@ class Search:
         found = guess if guessed.equal else self._from(guess, others, _DEPTH)
         if found is None and any(self.inner.values()):  # a configuration is kept by many modules, so that it comes last
             self.sizes = {path: {**own, **self.inner[path]} for path, own in self.sizes.items()}
-            self.left = TRIALS
+            self.left = TRIALS // 2
             found = self._from(guess, others, _DEPTH)
         if found is None:
             return guessed
@@ -143,7 +143,7 @@ class Search:
         if key not in self._tried:
             self.left -= 1
             self._write(assignment)
-            self._tried[key] = self.trial.run()
+            self._tried[key] = self.trial.run(counting=True)
         return self._tried[key]
 
     def _write(self, assignment: Mapping[Size, int]) -> None:
@@ -220,7 +220,7 @@ class Search:
         places = {(size.path, size.name) for size in absent}
         held = {(path, name): self.cuts.modules[path].__dict__.pop(name) for path, name in places}
         try:
-            return self.trial.run().equal
+            return self.trial.run(counting=True).equal
         finally:
             for (path, name), value in held.items():
                 self.cuts.modules[path].__dict__[name] = value

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -87,27 +87,33 @@ class Trial:
             why = first_line(failure) if failure is not None else "it has none"
             raise EagerError(f"the pruned program does not run on its example inputs ({why}), so that nothing can be held against it; use result.module")
 
-    def run(self) -> Outcome:
-        """Run the copy on all inputs, up to the first on which it fails or differs."""
+    def run(self, counting: bool = False) -> Outcome:
+        """Run the copy on all inputs, up to the first on which it fails or differs.
+
+        Args:
+            counting: see how far it comes if it fails, which takes watching every operator.
+        """
         for index, question in enumerate(self.questions):
+            count = _Counting() if counting else nullcontext()
             try:
-                seen = settled(lambda precision, index=index: self._seen(index, precision), self.precision)  # type: ignore[misc]
+                seen = settled(lambda precision, index=index, count=count: self._seen(index, precision, count), self.precision)  # type: ignore[misc]
             except torch.OutOfMemoryError:
                 raise
             except Exception as error:  # a module raises what it likes
                 stack = _stack(error, self.module)
                 where = _named(self.module, stack[0] if stack else "")
-                return Outcome(False, f"{question.said} {where} fails: {type(error).__name__}: {first_line(error)}", index, self._reached(question), stack)
+                return Outcome(False, f"{question.said} {where} fails: {type(error).__name__}: {first_line(error)}", index, getattr(count, "count", 0), stack)
             if not seen.equal:
                 size = "in its integers, its shape or where it is not finite" if math.isinf(seen.deviation) else f"by {seen.deviation:.1e} of its largest value"
                 return Outcome(False, f"{question.said} an output differs from that of the pruned program, {size}", index)
         return Outcome(True, passed=len(self.questions))
 
-    def _seen(self, index: int, precision: torch.dtype | None) -> Seen:
+    def _seen(self, index: int, precision: torch.dtype | None, watching: AbstractContextManager[object]) -> Seen:
         if (index, precision) not in self._answers:
             self._answers[(index, precision)] = run(self.pruned, self.questions[index].copied(), self.calls, precision)
         expected = self._answers[(index, precision)]
-        found = self._answer(self.questions[index], precision)
+        with watching:
+            found = self._answer(self.questions[index], precision)
         worst, at = 0.0, 0
         for call, deviation in deviations(found, Ran([_present(leaves) for leaves in expected.outputs])):
             if deviation > worst:
@@ -139,16 +145,6 @@ class Trial:
         finally:
             for inner, training in modes:
                 inner.training = training
-
-    def _reached(self, question: Question) -> int:
-        counting = _Counting()
-        try:
-            with self._running(None) as module, counting:
-                args, kwargs = call_of(self.program, question.copied())
-                module(*args, **kwargs)
-        except Exception:  # it fails as it did before; how far it comes is what counts
-            return counting.count
-        return counting.count
 
 
 def _example(result: Result) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -185,6 +181,8 @@ class _Widening(TorchDispatchMode):
 
 
 class _Counting(TorchDispatchMode):
+    """Counts the operators that run."""
+
     supports_higher_order_operators = True
 
     def __init__(self) -> None:
