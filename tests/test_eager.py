@@ -106,6 +106,26 @@ def test_attributes_that_nothing_reads_follow_and_others_that_merely_have_the_va
     assert small.longest == 32
 
 
+class Wrapped(nn.Module):
+    """Its constructor writes into the module that it is given."""
+
+    def __init__(self, inner: nn.Module, width: int) -> None:
+        super().__init__()
+        self.inner, self.width, self.shift = inner, width, nn.Parameter(torch.ones(width))
+        nn.init.zeros_(inner.weight)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.inner(x) + self.shift
+
+
+def test_constructors_are_not_given_parts_of_the_copy() -> None:
+    model, x = randomise(nn.Sequential(Wrapped(nn.Linear(8, 32), 32), nn.ReLU(), nn.Linear(32, 4))), torch.randn(3, 8)
+    result = pruned(model, x)
+    small = result.eager(model)
+    assert small[0].width == len(small[0].shift) < 32
+    assert apart(small, zeroed(model, result.plan), x) < TOLERANCE
+
+
 def test_square_layers_are_told_apart_by_their_class() -> None:
     model = nn.Sequential(nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 16))
     small = pruned(model, torch.randn(3, 16)).eager(model)
@@ -267,6 +287,35 @@ def test_whole_heads_equal_blocks_pruned_by_hand() -> None:
     for tokens in (5, 9):
         assert apart(small, by_hand, torch.randn(3, tokens, 32)) < TOLERANCE
     assert str(small) == str(by_hand)
+
+
+class Divide(nn.Module):
+    """Has a size, and no weight."""
+
+    def __init__(self, parts: int) -> None:
+        super().__init__()
+        self.parts = parts
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.view(*x.shape[:2], self.parts, -1).transpose(1, 2)
+
+
+class Divided(Attention):
+    def __init__(self) -> None:
+        super().__init__()
+        del self.num_heads
+        self.divide = Divide(4)
+
+    def heads(self, x: Tensor) -> Tensor:
+        return self.divide(x)
+
+
+def test_sizes_of_modules_without_weights() -> None:
+    model, x = randomise(nn.Sequential(Divided(), nn.LayerNorm(32))), torch.randn(2, 5, 32)
+    result = pruned(model, x, granularity=("head",))
+    small = result.eager(model)
+    assert small[0].divide.parts == 3
+    assert apart(small, zeroed(model, result.plan), torch.randn(3, 7, 32)) < TOLERANCE
 
 
 def test_value_channels_that_leave_heads_of_two_widths() -> None:

@@ -6,6 +6,7 @@ the module had, other values show which of them stand for what has become smalle
 
 from __future__ import annotations
 
+import copy
 import inspect
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
@@ -13,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.utils import _pytree as pytree
 
 from ._sizes import Cut, Size, sizes
 
@@ -74,6 +76,8 @@ def _recipe(module: nn.Module) -> tuple[Any, dict[str, Any]] | None:
             value = True  # whether there is one
         elif value is None and isinstance(parameter.default, bool):
             value = False
+        if any(isinstance(leaf, (nn.Module, torch.Tensor)) for leaf in pytree.tree_leaves(value)):
+            return None  # a constructor may write into what it is given
         given[parameter.name] = value
     return build, given
 
@@ -110,7 +114,7 @@ def _built(build: Any, kind: type[nn.Module], given: dict[str, Any]) -> nn.Modul
     module = kind.__new__(kind)
     with torch.random.fork_rng(devices=[]), torch.device("meta"):
         try:
-            build(module, **given)
+            build(module, **copy.deepcopy(given))
         except Exception:  # a class raises what it likes about sizes that do not fit together
             return None
     return module

@@ -15,6 +15,8 @@ from ._trial import Outcome, Trial
 
 #: how many times the copy is run at most in search of sizes, and half as often in search of those in a configuration
 TRIALS = 120
+#: how many runs are left at least to undo what was not needed, and to see what is not read
+_AFTERWARDS = 24
 #: how many kinds of changes are combined at most, one after the other
 _DEPTH = 4
 
@@ -70,6 +72,7 @@ class Search:
             found = self._from(guess, others, _DEPTH)
         if found is None:
             return guessed
+        self.left = max(self.left, _AFTERWARDS)
         needed = self._needed(found, sure)
         self._write(needed | self._unread(needed))
         return self.trial.run()
@@ -154,9 +157,10 @@ class Search:
 
     def _changes(self, start: Outcome, assignment: Assignment, others: list[Change]) -> list[Change]:
         """What can be changed, the most promising first: where the copy failed and around it, or if it ran, in all that holds a cut tensor."""
-        enclosing = list(self.cuts.enclosing())
-        places = list(dict.fromkeys([*start.stack, *enclosing]))
-        kinds = list(dict.fromkeys(type(self.cuts.modules[path]) for path in places))
+        elsewhere = [] if start.stack else [path for path, own in self.sizes.items() if own]
+        kinds = list(dict.fromkeys(type(self.cuts.modules[path]) for path in [*start.stack, *self.cuts.enclosing(), *elsewhere]))
+        known = {type(self.cuts.modules[path]) for path in self.known}
+        kinds.sort(key=lambda kind: kind in known)  # classes that say their sizes themselves come last
         found = {frozenset(change.effect.items()): change for kind in kinds for change in [*(o for o in others if o.kind is kind), *self._of(kind, assignment)]}
         return [change for change in found.values() if any(assignment.get(size, self.dense[size]) != value for size, value in change.effect.items())]
 
