@@ -50,6 +50,10 @@ class VerificationError(FaspError):
     """A pass produced a program that does not compute what its plan says; nothing is returned."""
 
 
+class EagerError(FaspError):
+    """No copy of the caller's module computes what the pruned program computes; nothing is returned."""
+
+
 class StoreError(FaspError):
     """A saved result is missing, truncated, tampered with, or would be overwritten."""
 

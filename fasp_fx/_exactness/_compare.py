@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -59,15 +59,26 @@ def compare(reference: Program, module: fx.GraphModule, pruned: Program, inputs:
         ReferenceFailedError: the dense program does not run on these inputs.
         Exception: what the pruned program raises.
     """
-    precision, single = torch.finfo(_coarsest(reference)).eps, torch.finfo(torch.float32).eps
-    half, factor = precision > single, _DOUBT_LONG if inputs.long else _DOUBT
-    seen = _compare(reference, module, pruned, inputs, None)
+    return settled(lambda dtype: _compare(reference, module, pruned, inputs, dtype), torch.finfo(coarsest(reference)).eps, inputs.long)
+
+
+def settled(look: Callable[[torch.dtype | None], Seen], precision: float, long: bool = False) -> Seen:
+    """Compare two computations in their own precision, and in a higher one where that leaves a doubt.
+
+    Args:
+        look: compares them in a precision, ``None`` being their own.
+        precision: that of the coarsest type in them.
+        long: a shorter comparison follows, in which small deviations can be looked into.
+    """
+    single = torch.finfo(torch.float32).eps
+    half, factor = precision > single, _DOUBT_LONG if long else _DOUBT
+    seen = look(None)
     within = seen.deviation <= (_DOUBT_HALF if half else factor) * precision
-    if not seen.compared or (within and (inputs.long or not half)):
+    if not seen.compared or (within and (long or not half)):
         return seen
     for dtype, allowed in [*([(torch.float32, factor * single)] if half else []), (torch.float64, _EQUAL)]:
         try:
-            found = _compare(reference, module, pruned, inputs, dtype)
+            found = look(dtype)
         except torch.OutOfMemoryError:
             raise
         except Exception:  # an operator that has no other precision: what was seen has to do
@@ -90,13 +101,13 @@ def _compare(reference: Program, module: fx.GraphModule, pruned: Program, inputs
     if found.drawn != expected.drawn:
         return Seen(0.0, True, compared=False)
     worst, at = 0.0, 0
-    for call, found_deviation in _deviations(found, expected, reference.state_outputs):
+    for call, found_deviation in deviations(found, expected, reference.state_outputs):
         if found_deviation > worst:
             worst, at = found_deviation, call
     return Seen(worst, True, call=at)
 
 
-def _deviations(found: Ran, expected: Ran, state: frozenset[int]) -> Iterable[tuple[int, float]]:
+def deviations(found: Ran, expected: Ran, state: frozenset[int] = frozenset()) -> Iterable[tuple[int, float]]:
     """The deviation of every output, with the call that it is of; outputs that hold state may be narrower, and are not compared then."""
     for call, (ours, theirs) in enumerate(zip(found.outputs, expected.outputs, strict=True)):
         if len(ours) != len(theirs):
@@ -140,11 +151,11 @@ def _same_oddities(a: Tensor, b: Tensor) -> bool:
     return bool(((a == b) | (a.isnan() & b.isnan())).all())
 
 
-def _coarsest(program: Program) -> torch.dtype:
+def coarsest(program: Program) -> torch.dtype:
     """The floating-point type of the lowest precision among all that the program computes."""
     recorded = [value for node in program.module.graph.nodes for value in pytree.tree_leaves(node.meta.get("val"))]
     types = {value.dtype.to_real() for value in recorded if isinstance(value, Tensor) and (value.is_floating_point() or value.is_complex())}
     return max(types, key=lambda dtype: torch.finfo(dtype).eps, default=torch.float32)
 
 
-__all__ = ["ReferenceFailedError", "Seen", "compare", "deviation"]
+__all__ = ["ReferenceFailedError", "Seen", "coarsest", "compare", "deviation", "deviations", "settled"]

@@ -52,13 +52,13 @@ def run(module: fx.GraphModule, inputs: list[Any], calls: int, precision: torch.
         torch.random.fork_rng(devices=list(devices)),
         torch.compiler.set_stance("force_eager"),
         _own_buffers(module, precision),
-        _default_type(wide(torch.get_default_dtype(), precision)),
+        default_type(wide(torch.get_default_dtype(), precision)),
     ):
         torch.manual_seed(0)
         for _ in range(calls):
             execution = _Execution(module, precision, ran.drawn)
             outputs = list(execution.run(*given, enable_io_processing=False))
-            ran.outputs.append(pytree.tree_map(_copied, outputs) if calls > 1 else outputs)
+            ran.outputs.append(pytree.tree_map(copied, outputs) if calls > 1 else outputs)
     return ran
 
 
@@ -95,7 +95,7 @@ class _Execution(fx.Interpreter):
 
     def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
         if self.precision is not None and target is not _BITS:
-            args, kwargs = _widened_types(args, self.precision), _widened_types(kwargs, self.precision)
+            args, kwargs = widened_types(args, self.precision), widened_types(kwargs, self.precision)
         if not (isinstance(target, OpOverload) and torch.Tag.nondeterministic_seeded in target.tags):
             return super().call_function(target, args, kwargs)
         device = next((value.device for value in pytree.tree_leaves((args, kwargs)) if isinstance(value, Tensor)), torch.device("cpu"))
@@ -110,7 +110,7 @@ def _random_state(device: torch.device) -> Tensor:
     return torch.cuda.get_rng_state(device) if device.type == "cuda" else torch.get_rng_state()
 
 
-def _widened_types(value: Any, precision: torch.dtype) -> Any:
+def widened_types(value: Any, precision: torch.dtype) -> Any:
     return pytree.tree_map(lambda leaf: wide(leaf, precision) if isinstance(leaf, torch.dtype) else leaf, value)
 
 
@@ -121,16 +121,16 @@ def _widened_graph(module: fx.GraphModule, precision: torch.dtype) -> fx.GraphMo
     graph.set_codegen(module.graph._codegen)
     for node in graph.nodes:
         if node.op == "call_function" and node.target is not _BITS:
-            node.args, node.kwargs = _widened_types(node.args, precision), _widened_types(node.kwargs, precision)
+            node.args, node.kwargs = widened_types(node.args, precision), widened_types(node.kwargs, precision)
     return fx.GraphModule(module, graph)
 
 
-def _copied(leaf: Any) -> Any:
+def copied(leaf: Any) -> Any:
     return leaf.detach().clone() if isinstance(leaf, Tensor) else leaf
 
 
 @contextmanager
-def _default_type(dtype: torch.dtype) -> Iterator[None]:
+def default_type(dtype: torch.dtype) -> Iterator[None]:
     before = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:
@@ -153,4 +153,4 @@ def _own_buffers(module: fx.GraphModule, precision: torch.dtype | None) -> Itera
             set_weight(module, name, tensor)
 
 
-__all__ = ["Ran", "remembers", "run"]
+__all__ = ["Ran", "copied", "default_type", "remembers", "run", "wide", "widened", "widened_types"]

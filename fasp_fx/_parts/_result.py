@@ -65,6 +65,17 @@ class PartsResult(Result):
 
         return save_parts(self, Path(path), overwrite=overwrite)
 
+    def eager(self, model: nn.Module) -> nn.Module:
+        """As :meth:`fasp_fx.Result.eager`; each part is held against its own program.
+
+        Raises:
+            EagerError: a part has no such copy, or shares a weight with what is around it; names the part.
+            PlanError: the model is not the one that the plan was made for.
+        """
+        from .._eager._parts import eager_in_parts
+
+        return eager_in_parts(self, model)
+
     def __repr__(self) -> str:
         return f"PartsResult(parts={list(self.parts)}, left={self.left}, sparsity={self.plan.sparsity:.4f})"
 

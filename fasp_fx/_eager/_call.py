@@ -1,0 +1,77 @@
+"""The inputs that copy and program are run on, as the program takes them and as the caller's module does."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from .._exactness._inputs import Inputs, example_inputs, other_inputs
+from .._program import Program
+
+#: inputs besides the example that are compared on
+OTHERS = 2
+#: integers that stand in for those of an example that holds a single one: any table has so many rows
+_FEW = 2
+
+
+@dataclass(frozen=True)
+class Question:
+    """The inputs of one call.
+
+    Attributes:
+        said: the inputs in words.
+        leaves: the values of the program's placeholders.
+    """
+
+    said: str
+    leaves: list[Any]
+
+    def copied(self) -> list[Any]:
+        """The values, which a call may write into."""
+        return [leaf.clone() if isinstance(leaf, Tensor) else leaf for leaf in self.leaves]
+
+
+def questions(program: Program, device: torch.device) -> Iterator[Question]:
+    """The example inputs, then inputs of other sizes if they can vary.
+
+    What holds a single number everywhere, as the example of a loaded result does, is drawn at random.
+    """
+    dull = frozenset(
+        index for index, leaf in enumerate(pytree.tree_leaves(program.example)) if isinstance(leaf, Tensor) and leaf.is_floating_point() and _single(leaf)
+    )
+    examples = list(example_inputs(program))
+    for inputs in itertools.chain([Inputs("on random inputs of the example's sizes", {}, dull)] if dull else examples[-1:], other_inputs(program)):
+        leaves = [leaf.to(device) if isinstance(leaf, Tensor) else leaf for leaf in inputs.of(program)]
+        drawn = [_drawn(leaf, index) for index, leaf in enumerate(leaves)]
+        if any(new is not old for new, old in zip(drawn, leaves)):
+            yield Question(f"{inputs.said} with integers drawn at random", drawn)
+        yield Question(inputs.said, leaves)
+
+
+def call_of(program: Program, leaves: list[Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The arguments of the caller's ``forward`` that give the program these values."""
+    signature = program.signature
+    args, kwargs = pytree.tree_unflatten(leaves, pytree.tree_structure(program.example))
+    named = {**signature.constants, **dict(zip(signature.given(), args)), **kwargs}
+    named = {name: named[name] for name in signature.given() if name in named}
+    return tuple(named.pop(name) for name in signature.by_position()), named
+
+
+def _drawn(leaf: Any, seed: int) -> Any:
+    """Integers or truth values at random in the place of a single one."""
+    if not isinstance(leaf, Tensor) or leaf.is_floating_point() or leaf.is_complex() or not _single(leaf):
+        return leaf
+    return torch.randint(0, _FEW, leaf.shape, generator=torch.Generator().manual_seed(seed)).to(leaf)
+
+
+def _single(leaf: Tensor) -> bool:
+    return leaf.numel() > 1 and leaf.layout == torch.strided and bool((leaf == leaf.reshape(-1)[0]).all())
+
+
+__all__ = ["OTHERS", "Question", "call_of", "questions"]

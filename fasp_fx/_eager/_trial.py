@@ -1,0 +1,215 @@
+"""Run a copy as its sizes are set now, beside the pruned program."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from .._capture._unchanged import rewound
+from .._exactness._compare import Seen, coarsest, deviations, settled
+from .._exactness._execution import Ran, default_type, remembers, run, wide, widened, widened_types
+from .._exactness._execution import copied as as_now
+from .._program import Program
+from .._result import Result
+from ..channels import written_names
+from ..errors import EagerError, first_line
+from ._call import OTHERS, Question, call_of, questions
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What came of one trial.
+
+    Attributes:
+        equal: whether the copy computes what the program does, on all inputs.
+        said: what is wrong, in words.
+        passed: how many inputs it computed what the program does on.
+        reached: how many operators ran before the copy failed on the next; infinite if it ran, and differed.
+        stack: the submodules that were running when it failed, the innermost first.
+    """
+
+    equal: bool
+    said: str = ""
+    passed: int = 0
+    reached: float = math.inf
+    stack: tuple[str, ...] = field(default=(), repr=False)
+
+    @property
+    def progress(self) -> tuple[int, float]:
+        """How far the copy came."""
+        return self.passed, self.reached
+
+
+class Trial:
+    """Holds a copy against the program of a result.
+
+    Args:
+        module: the copy; it is as before after every trial.
+        result: whose module is run on the same inputs.
+
+    Raises:
+        EagerError: the program runs on none of the inputs.
+    """
+
+    def __init__(self, module: nn.Module, result: Result) -> None:
+        self.module, self.pruned = module, result.module
+        self.program = Program(result.module, result.signature, _example(result))
+        self.calls = 2 if remembers(result.module) else 1
+        self.written = written_names(result.module.graph)
+        tensors = [*result.module.parameters(), *result.module.buffers()]
+        self.precision = max([torch.finfo(coarsest(self.program)).eps, *(torch.finfo(tensor.dtype).eps for tensor in tensors if tensor.is_floating_point())])
+        device = next((tensor.device for tensor in tensors), torch.device("cpu"))
+        self._answers: dict[tuple[int, torch.dtype | None], Ran] = {}
+        self.questions: list[Question] = []
+        failure: Exception | None = None
+        for question in questions(self.program, device):
+            try:
+                answer = run(self.pruned, question.copied(), self.calls)
+            except torch.OutOfMemoryError:
+                raise
+            except Exception as error:  # sizes that the program does not take are passed over
+                failure = failure or error
+                continue
+            self._answers[(len(self.questions), None)] = answer
+            self.questions.append(question)
+            if len(self.questions) > OTHERS:
+                break
+        if not self.questions:
+            why = first_line(failure) if failure is not None else "it has none"
+            raise EagerError(f"the pruned program does not run on its example inputs ({why}), so that nothing can be held against it; use result.module")
+
+    def run(self, counting: bool = False) -> Outcome:
+        """Run the copy on all inputs, up to the first on which it fails or differs.
+
+        Args:
+            counting: see how far it comes if it fails, which takes watching every operator.
+        """
+        for index, question in enumerate(self.questions):
+            count = _Counting() if counting else nullcontext()
+            try:
+                seen = settled(lambda precision, index=index, count=count: self._seen(index, precision, count), self.precision)  # type: ignore[misc]
+            except torch.OutOfMemoryError:
+                raise
+            except Exception as error:  # a module raises what it likes
+                stack = _stack(error, self.module)
+                where = _named(self.module, stack[0] if stack else "")
+                return Outcome(False, f"{question.said} {where} fails: {type(error).__name__}: {first_line(error)}", index, getattr(count, "count", 0), stack)
+            if not seen.equal:
+                size = "in its integers, its shape or where it is not finite" if math.isinf(seen.deviation) else f"by {seen.deviation:.1e} of its largest value"
+                return Outcome(False, f"{question.said} an output differs from that of the pruned program, {size}", index)
+        return Outcome(True, passed=len(self.questions))
+
+    def _seen(self, index: int, precision: torch.dtype | None, watching: AbstractContextManager[object]) -> Seen:
+        if (index, precision) not in self._answers:
+            self._answers[(index, precision)] = run(self.pruned, self.questions[index].copied(), self.calls, precision)
+        expected = self._answers[(index, precision)]
+        with watching:
+            found = self._answer(self.questions[index], precision)
+        worst, at = 0.0, 0
+        for call, deviation in deviations(found, Ran([_present(leaves) for leaves in expected.outputs])):
+            if deviation > worst:
+                worst, at = deviation, call
+        return Seen(worst, True, call=at)
+
+    def _answer(self, question: Question, precision: torch.dtype | None) -> Ran:
+        ran = Ran()
+        leaves = [widened(leaf, precision) for leaf in question.copied()]
+        with self._running(precision) as module:
+            for _ in range(self.calls):
+                args, kwargs = call_of(self.program, leaves)
+                ran.outputs.append(_present([as_now(leaf) for leaf in pytree.tree_leaves(module(*args, **kwargs))]))
+        return ran
+
+    @contextmanager
+    def _running(self, precision: torch.dtype | None) -> Iterator[nn.Module]:
+        """The copy in evaluation mode, without gradients, uncompiled and in a precision, as it was before afterwards."""
+        module = self.module if precision is None else _widened_copy(self.module, precision)
+        modes = [(inner, inner.training) for inner in module.modules()]
+        try:
+            with torch.no_grad(), rewound(module, self.written), torch.compiler.set_stance("force_eager"):
+                module.eval()
+                if precision is None:
+                    yield module
+                else:
+                    with default_type(wide(torch.get_default_dtype(), precision)), _Widening(precision):
+                        yield module
+        finally:
+            for inner, training in modes:
+                inner.training = training
+
+
+def _example(result: Result) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    example = result.program.example_inputs
+    if example is None:
+        raise EagerError("the program of the result holds no example inputs, so that nothing can be held against it; use result.module")
+    return example
+
+
+def _present(leaves: list[Any]) -> list[Any]:
+    """Without what is not there; exporters drop that in some structures."""
+    return [leaf for leaf in leaves if leaf is not None]
+
+
+def _widened_copy(module: nn.Module, precision: torch.dtype) -> nn.Module:
+    made = copy.deepcopy(module)
+    for tensor in [*made.parameters(), *made.buffers()]:
+        tensor.data = widened(tensor.data, precision)
+    return made
+
+
+class _Widening(TorchDispatchMode):
+    """Nothing is computed in a lower precision."""
+
+    supports_higher_order_operators = True
+
+    def __init__(self, precision: torch.dtype) -> None:
+        super().__init__()
+        self.precision = precision
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any:
+        args, kwargs = widened_types(args, self.precision), widened_types(kwargs or {}, self.precision)
+        return func(*args, **kwargs)
+
+
+class _Counting(TorchDispatchMode):
+    """Counts the operators that run."""
+
+    supports_higher_order_operators = True
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        self.count += 1
+        return result
+
+
+def _stack(error: BaseException, module: nn.Module) -> tuple[str, ...]:
+    """The submodules whose methods were running when an error was raised, the innermost first."""
+    paths = {id(inner): path for path, inner in module.named_modules()}
+    found, at = [], error.__traceback__
+    while at is not None:
+        owner = at.tb_frame.f_locals.get("self")
+        if id(owner) in paths:
+            found.append(paths[id(owner)])
+        at = at.tb_next
+    return tuple(dict.fromkeys(reversed(found)))
+
+
+def _named(module: nn.Module, path: str) -> str:
+    kind = type(module.get_submodule(path)).__name__
+    return f"'{path}' ({kind})" if path else kind
+
+
+__all__ = ["Outcome", "Trial"]
