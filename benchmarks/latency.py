@@ -16,7 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import fasp_fx
 from fasp_fx._capture import capture
-from fasp_fx._result import finish
+from fasp_fx._finish import finish
 
 
 def main() -> None:

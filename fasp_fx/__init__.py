@@ -13,6 +13,7 @@ from ._auto import register_when_needed
 from ._captured import Captured, capture
 from ._compile._backend import backend
 from ._measure import measure
+from ._page import to_html
 from ._prune import analyze, apply, plan_from_sets, prune
 from ._result import Result
 from ._version import __version__ as __version__
@@ -92,4 +93,5 @@ __all__ = [
     "patterns",
     "plan_from_sets",
     "prune",
+    "to_html",
 ]

@@ -7,13 +7,18 @@ import inspect
 from dataclasses import replace
 from typing import Any
 
+import torch
 from torch import Tensor, fx, nn
 from torch.export import ExportedProgram
 from torch.fx.graph_module import _USER_PRESERVED_ATTRIBUTES_KEY as PRESERVED
 from torch.utils import _pytree as pytree
 
-from ._calling._signature import CallSignature
-from .channels import attribute
+from ._calling._guards import guard_calls
+from ._calling._signature import CallerCodeGen, CallSignature
+from ._capture._names import own_names
+from ._compile._flex import make_traceable
+from ._program import graph_module
+from .channels import attribute, target_name
 
 
 class PrunedModule(fx.GraphModule):
@@ -53,7 +58,34 @@ class PrunedModule(fx.GraphModule):
         return copied
 
 
-def remember(module: fx.GraphModule, exported: ExportedProgram, signature: CallSignature) -> None:
+def wrap(exported: ExportedProgram, signature: CallSignature) -> fx.GraphModule:
+    """The module of an exported program behind the caller's signature."""
+    lifted = exported.module(check_guards=True)
+    guard_calls(lifted, exported)
+    own_names(lifted)
+    for node in lifted.graph.find_nodes(op="call_function", target=torch.ops.aten.view.default):
+        # Strides were settled without gradients; with them attention can pick another kernel, whose result a view does not fit.
+        node.target = torch.ops.aten.reshape.default
+    for node in lifted.graph.find_nodes(op="call_function", target=torch.ops.aten.copy_.default):
+        written: Any = node.args[0]
+        if written.op == "get_attr" and isinstance(attribute(lifted, target_name(written)), nn.Parameter):
+            # An embedding with a largest norm writes into its parameter, without gradients, which no exporter keeps.
+            with lifted.graph.inserting_before(node):
+                node.update_arg(0, lifted.graph.call_function(torch.ops.aten.detach.default, (written,)))
+    make_traceable(lifted.graph)
+    module = graph_module(lifted, lifted.graph, lifted.meta, PrunedModule)
+    _remember(module, exported, signature)
+    generated: Any = lifted.graph._codegen
+    module.graph._codegen = CallerCodeGen(signature, generated.pytree_info)
+    module.recompile()
+    # transformers' Trainer gives the loss's own arguments to a model that takes **kwargs, unless it says this. Copies keep what is noted in ``meta``.
+    module.meta[PRESERVED] = {"accepts_loss_kwargs": False}
+    marked: Any = module
+    marked.accepts_loss_kwargs = False
+    return module.eval()
+
+
+def _remember(module: fx.GraphModule, exported: ExportedProgram, signature: CallSignature) -> None:
     """Let a :class:`PrunedModule` know what it is made of."""
     assert isinstance(module, PrunedModule)
     program = copy.copy(exported)
@@ -87,7 +119,6 @@ def _without_annotations(signature: CallSignature) -> CallSignature:
 def _rebuilt(
     program: dict[str, Any], weights: dict[str, Tensor], constants: dict[str, Any], signature: CallSignature, preserved: dict[str, Any], training: bool
 ) -> fx.GraphModule:
-    from ._result import wrap
     from ._store._graph_json import program_from_json
 
     module = wrap(program_from_json(program, weights, constants, None, cast=True), signature)
@@ -97,4 +128,4 @@ def _rebuilt(
     return module.train(training)
 
 
-__all__ = ["PrunedModule", "remember"]
+__all__ = ["PrunedModule", "wrap"]

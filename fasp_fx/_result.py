@@ -7,21 +7,10 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Self
 
-import torch
-from torch import Tensor, fx, nn
+from torch import fx, nn
 from torch.export import ExportedProgram
-from torch.fx.graph_module import _USER_PRESERVED_ATTRIBUTES_KEY
 
-from ._calling._guards import guard_calls
-from ._calling._signature import CallerCodeGen, CallSignature
-from ._capture import export_again
-from ._capture._assemble import assemble
-from ._capture._names import own_names
-from ._compile._flex import make_traceable
-from ._program import Program, graph_module
-from ._pruned_module import PrunedModule, remember
-from ._stamps import read_stamps
-from .channels import attribute, target_name
+from ._calling._signature import CallSignature
 from .config import PruningConfig
 from .plan import PruningPlan
 from .report import Report
@@ -54,7 +43,7 @@ class Result:
 
     def save(self, path: str | Path, *, overwrite: bool = False) -> Path:
         """Write the result to a new folder (see :mod:`fasp_fx.store`)."""
-        from .store import save
+        from ._store._folder import save
 
         return save(self, path, overwrite=overwrite)
 
@@ -78,65 +67,4 @@ class Result:
         return eager(self, model)
 
 
-def own_storage(program: Program) -> Program:
-    """The same program with every tensor copied, tied ones together, so that nothing is shared with the caller's model."""
-    program = program.copy()
-    for name, names in program.aliases().items():
-        tensor = program.weights()[name]
-        if (
-            name in program.numbers
-            and isinstance(tensor, nn.Parameter)
-            and tensor._base is None
-            and tensor.untyped_storage().nbytes() == tensor.numel() * tensor.element_size()
-        ):
-            continue  # made by a pass
-        with torch.no_grad():
-            copy: Tensor = tensor.detach().clone()
-        if isinstance(tensor, nn.Parameter):
-            copy = nn.Parameter(copy, requires_grad=tensor.requires_grad)
-        program.replace_weight(names, copy)
-    return program
-
-
-def wrap(exported: ExportedProgram, signature: CallSignature) -> fx.GraphModule:
-    """The module of an exported program behind the caller's signature."""
-    lifted = exported.module(check_guards=True)
-    guard_calls(lifted, exported)
-    own_names(lifted)
-    for node in lifted.graph.find_nodes(op="call_function", target=torch.ops.aten.view.default):
-        # Strides were settled without gradients; with them attention can pick another kernel, whose result a view does not fit.
-        node.target = torch.ops.aten.reshape.default
-    for node in lifted.graph.find_nodes(op="call_function", target=torch.ops.aten.copy_.default):
-        written: Any = node.args[0]
-        if written.op == "get_attr" and isinstance(attribute(lifted, target_name(written)), nn.Parameter):
-            # An embedding with a largest norm writes into its parameter, without gradients, which no exporter keeps.
-            with lifted.graph.inserting_before(node):
-                node.update_arg(0, lifted.graph.call_function(torch.ops.aten.detach.default, (written,)))
-    make_traceable(lifted.graph)
-    module = graph_module(lifted, lifted.graph, lifted.meta, PrunedModule)
-    remember(module, exported, signature)
-    generated: Any = lifted.graph._codegen
-    module.graph._codegen = CallerCodeGen(signature, generated.pytree_info)
-    module.recompile()
-    # transformers' Trainer gives the loss's own arguments to a model that takes **kwargs, unless it says this. Copies keep what is noted in ``meta``.
-    module.meta[_USER_PRESERVED_ATTRIBUTES_KEY] = {"accepts_loss_kwargs": False}
-    marked: Any = module
-    marked.accepts_loss_kwargs = False
-    return module.eval()
-
-
-def finish(program: Program, trace: bool = False) -> tuple[fx.GraphModule, ExportedProgram]:
-    """The module of a rewritten program and its exported program, put together where that can be and traced where not.
-
-    Args:
-        trace: trace in any case, which gives nodes the names that the exporter would.
-    """
-    program = own_storage(program)
-    exported = None if trace or program.facts is None else assemble(program.module, program.example, program.facts)
-    if exported is None:
-        exported = export_again(program.module, program.example)
-        read_stamps(exported.graph)
-    return wrap(exported, program.signature), exported
-
-
-__all__ = ["Result", "finish", "own_storage", "wrap"]
+__all__ = ["Result"]

@@ -70,12 +70,6 @@ class Analysis:
         """Operators that had no rule and froze what they touched, with the number of times each stands in the graph."""
         return {name: len(nodes) for name, nodes in sorted(self.walk.without_rule.items())}
 
-    def to_html(self, title: str = "Model") -> str:
-        """The groups as one page of HTML that needs nothing else: what can be pruned, what cannot, and why (see :meth:`fasp_fx.Report.to_html`)."""
-        from ._page import page
-
-        return page(self, title)
-
     def graph(self) -> nx.DiGraph:
         """Weights and groups as a directed graph: producer → group → consumer; nodes carry ``kind`` and ``status``."""
         graph = nx.DiGraph()

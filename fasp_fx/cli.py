@@ -324,8 +324,8 @@ def _values(names: Iterable[StrEnum] | None) -> tuple[str, ...]:
 def _inspect_saved(folder: Path, *, as_json: bool, html: Path | None) -> None:
     """Show the report of a pruning."""
     from ._page import write_page
+    from ._store._folder import read_report
     from ._store._report_json import report_to_json
-    from .store import read_report
 
     report = read_report(folder)
     if html is not None:

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING
 
 from torch import Tensor, fx
 
-from ._observe._visit import Decision
-from .analysis import Analysis
 from .channels import results
 from .groups import APPROXIMATE, Group
 from .plan import PruningPlan
+
+if TYPE_CHECKING:
+    from ._observe._visit import Decision
+    from .analysis import Analysis
 
 #: the operators whose weights sparsity counts
 COUNTED = "linear, convolution and recurrent operators"
@@ -139,12 +142,6 @@ class Report:
     cache: tuple[int, int] | None = None
     include: tuple[str, ...] = ()
     recovery: Recovery | None = None
-
-    def to_html(self, title: str = "Pruned model") -> str:
-        """The report as one page of HTML that needs nothing else: graph of the groups, widths, table and figures."""
-        from ._page import page
-
-        return page(self, title)
 
     def __str__(self) -> str:
         asked = f" (asked for {self.requested:.2%})" if self.requested is not None else ""

@@ -8,64 +8,16 @@ first, as is how much of it there is (see ``fasp_fx/_store/_untrusted.py``). Ope
 
 from __future__ import annotations
 
-import hashlib
-import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
-from ._store._atomic import new_folder
-from ._store._files import check_depth, check_length, opened, parsing, read_text, size_of, tensors_of
-from ._store._graph_json import check_weights, program_from_json, program_to_json
-from ._store._report_json import report_from_json, report_to_json
-from ._store._signature_json import check_fit, signature_from_json, signature_to_json
-from ._store._tensors import read_tensors, write_tensors
-from ._version import __version__
-from .errors import ArgumentError, PlanError, StoreError
-from .plan import PruningPlan
-from .report import Report
-
-if TYPE_CHECKING:
-    from ._result import Result
-
-FORMAT = "fasp_fx.store/4"
-MANIFEST = "manifest.json"
-FILES = ("graph.json", "weights.safetensors", "constants.safetensors", "plan.json", "report.json", "signature.json")
-
-
-def save(result: Result, path: str | Path, *, overwrite: bool = False) -> Path:
-    """Write a result to a new folder, whole or not at all.
-
-    Args:
-        result: what :func:`fasp_fx.prune` returned; its module's weights are stored as they are now.
-        path: the folder to make.
-        overwrite: replace an earlier save (and nothing else) of that name.
-
-    Returns:
-        The folder.
-
-    Raises:
-        StoreError: the path is taken or cannot be written, or the result holds something that cannot be stored.
-    """
-    path = Path(path).absolute()
-    program = result.program
-    check_weights(program)
-    signature, graph = signature_to_json(result.signature), program_to_json(program)
-    with new_folder(path, overwrite=overwrite, replaceable=is_save) as folder:
-        write_json(folder / "plan.json", json.loads(result.plan.to_json()))
-        write_json(folder / "report.json", report_to_json(result.report))
-        write_json(folder / "signature.json", signature)
-        mode = (folder / "plan.json").stat().st_mode
-        tensors = {}
-        for name, held in (("weights", program.state_dict), ("constants", program.constants)):
-            file = folder / f"{name}.safetensors"
-            tensors[name] = write_tensors(file, held)
-            file.chmod(mode)
-        write_json(folder / "graph.json", {**graph, "tensors": tensors})
-        write_json(folder / MANIFEST, {"format": FORMAT, **versions(), "files": {name: listed(folder / name) for name in FILES}})
-    return path
+from ._parts._load import is_parts, load_parts
+from ._result import Result
+from ._store._folder import save
+from ._store._load import load_program
+from .errors import ArgumentError
 
 
 def load(path: str | Path, *, model: nn.Module | None = None, device: torch.device | str | None = None) -> Result:
@@ -80,136 +32,13 @@ def load(path: str | Path, *, model: nn.Module | None = None, device: torch.devi
         StoreError: a file is missing, damaged, or of another format; names the file and what to do.
         ArgumentError: ``model`` is missing, or not needed.
     """
-    from ._parts._store import is_parts, load_parts
-    from ._result import Result, wrap
-
     folder = Path(path)
     target = None if device is None else torch.device(device)
     if is_parts(folder):
         return load_parts(folder, model, target)
     if model is not None:
         raise ArgumentError(f"'{folder}' is no result that was pruned in parts, so it needs no model; leave model= out")
-    verify(folder)
-    graph = read_json(folder / "graph.json")
-    signature = signature_from_json(read_json(folder / "signature.json"))
-    report, plan = read_report(folder), read_plan(folder)
-    try:
-        tensors = {name: read_tensors(folder / f"{name}.safetensors", graph["tensors"][name], target) for name in ("weights", "constants")}
-    except (KeyError, TypeError, AttributeError) as error:
-        raise StoreError(f"graph.json does not list the tensors: {type(error).__name__}: {error}; save the result again") from error
-    program = program_from_json(graph, tensors["weights"], tensors["constants"], target)
-    with parsing("graph.json or signature.json"):  # each may be well-formed, and not fit the other
-        check_fit(program, signature)
-        return Result(wrap(program, signature), program, plan, report, signature)
+    return load_program(folder, target)
 
 
-def read_plan(folder: Path) -> PruningPlan:
-    """The plan of a save.
-
-    Raises:
-        StoreError: it is missing or damaged.
-    """
-    try:
-        return PruningPlan.from_json(read_text(folder / "plan.json"))
-    except PlanError as error:
-        raise StoreError(f"plan.json is damaged: {error}; save the result again") from error
-
-
-def read_report(folder: Path) -> Report:
-    """The report of a save, without loading anything else.
-
-    Raises:
-        StoreError: it is missing or damaged.
-    """
-    return report_from_json(read_json(folder / "report.json"))
-
-
-def verify(folder: Path, expected: str = FORMAT, files: tuple[str, ...] = FILES) -> None:
-    """Hold every file of a save against its manifest.
-
-    Args:
-        expected: the format that can be read.
-        files: what must be there.
-
-    Raises:
-        StoreError: names the file and what is wrong.
-    """
-    if not folder.is_dir():
-        raise StoreError(f"'{folder}' is not a folder; give the folder that save() wrote")
-    manifest = read_json(folder / MANIFEST)
-    if manifest.get("format") != expected:
-        if expected == FORMAT and str(manifest.get("format")).startswith("fasp_fx.hf/"):
-            raise StoreError(f"'{folder}' holds a language model of transformers; load it with AutoModelForCausalLM.from_pretrained('{folder}')")
-        written = str(manifest.get("fasp_fx"))[:40]
-        raise StoreError(
-            f"{MANIFEST} has the format {manifest.get('format')!r:.80}, this version reads {expected!r}; save again, or load with fasp_fx {written}"
-        )
-    entries = manifest.get("files")
-    for name in files:  # all sizes are looked at before the first file is read
-        file = folder / name
-        entry = entries.get(name) if isinstance(entries, dict) else None
-        if not isinstance(entry, dict):
-            raise StoreError(f"{MANIFEST} does not list {name}; save the result again")
-        size = size_of(file)
-        if size != entry.get("size"):
-            raise StoreError(
-                f"{name} has {size} bytes, {MANIFEST} says {entry.get('size')!r:.80}: it is truncated or was changed; copy the folder or save again"
-            )
-        if file.suffix == ".json":
-            check_length(file, size)
-        if file.suffix == ".safetensors":
-            tensors_of(file)
-    for name in files:
-        file, entry = folder / name, entries[name]  # type: ignore[index]
-        if _sha256(file) != entry.get("sha256"):
-            raise StoreError(f"{name} was changed after it was saved (its SHA-256 differs from {MANIFEST}); copy the folder again, or save the result again")
-
-
-def is_save(folder: Path) -> bool:
-    """Whether a folder holds a save and nothing besides."""
-    try:
-        manifest = read_json(folder / MANIFEST)
-    except StoreError:
-        return False
-    known = {MANIFEST, *FILES}
-    return str(manifest.get("format")).startswith("fasp_fx.store/") and all(child.name in known for child in folder.iterdir())
-
-
-def versions() -> dict[str, str]:
-    """The versions that a save is made with."""
-    return {"fasp_fx": __version__, "torch": torch.__version__}
-
-
-def listed(file: Path) -> dict[str, Any]:
-    """What a manifest says of a file."""
-    return {"size": file.stat().st_size, "sha256": _sha256(file)}
-
-
-def _sha256(file: Path) -> str:
-    with opened(file) as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
-
-
-def write_json(file: Path, data: Any) -> None:
-    """Write data as JSON."""
-    file.write_text(json.dumps(data), encoding="utf-8")
-
-
-def read_json(file: Path) -> dict[str, Any]:
-    """Read a JSON object.
-
-    Raises:
-        StoreError: there is none.
-    """
-    text = read_text(file)
-    try:
-        data = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise StoreError(f"{file.name} cannot be read: {error}; save the result again") from error
-    if not isinstance(data, dict):
-        raise StoreError(f"{file.name} does not hold an object; save the result again")
-    check_depth(data, file.name)
-    return data
-
-
-__all__ = ["is_save", "load", "read_plan", "read_report", "save", "verify"]
+__all__ = ["load", "save"]

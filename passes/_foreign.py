@@ -16,8 +16,8 @@ from torch.utils import _pytree as pytree
 
 from fasp_fx._capture import export_again, is_plain_graph, recapture
 from fasp_fx._capture._record import record
+from fasp_fx._finish import finish
 from fasp_fx._program import Program, graph_module
-from fasp_fx._result import finish
 from fasp_fx._stamps import WRITTEN_BY, stamp
 from fasp_fx.analysis import Analysis
 from fasp_fx.errors import ArgumentError, FaspError, VerificationError, first_line

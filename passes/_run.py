@@ -11,8 +11,8 @@ import numpy as np
 from torch.export import ExportedProgram
 
 from fasp_fx._capture import capture
+from fasp_fx._finish import finish
 from fasp_fx._program import Program
-from fasp_fx._result import finish
 from fasp_fx.analysis import Analysis, analyze_program
 from fasp_fx.errors import ArgumentError, FaspError, VerificationError, first_line
 from fasp_fx.plan import PruningPlan, check_fingerprint, program_fingerprint

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 import fasp_fx
-from fasp_fx._page import check_page, page, write_page
+from fasp_fx._page import check_page, to_html, write_page
 from fasp_fx._page._graph import lay_out, layer_of
 from fasp_fx._store._report_json import report_from_json, report_to_json
 from fasp_fx.report import Figure, Line, Report
@@ -69,7 +69,7 @@ def _drawn(lines: tuple[Line, ...]) -> set[tuple[str, str, str]]:
 
 def test_every_edge_of_the_graph_is_drawn(zoo_analysis: Callable[[str], fasp_fx.Analysis]) -> None:
     analysis = zoo_analysis("llama_gqa")
-    data = json.loads(re.search(r'id="data">(.*?)</script>', analysis.to_html("Llama"), re.S)[1])  # type: ignore[index]
+    data = json.loads(re.search(r'id="data">(.*?)</script>', to_html(analysis, "Llama"), re.S)[1])  # type: ignore[index]
     assert [group["name"] for group in data["groups"]] == [group.name for group in analysis.groups]
     assert not data["pruned"]
     shown = {(row["label"], len(row["layers"])) for row in data["graph"]["rows"]}
@@ -191,7 +191,7 @@ def show(browser: Any, tmp_path: Path) -> Iterator[Open]:
 
     def opened(report: Any, title: str = "A model", width: int = 1280, scheme: str = "light") -> Any:
         file = tmp_path / "page.html"
-        file.write_text(page(report, title), encoding="utf-8")
+        file.write_text(to_html(report, title), encoding="utf-8")
         contexts.append(browser.new_context(viewport={"width": width, "height": 900}, color_scheme=scheme))
         tab = contexts[-1].new_page()
         tab.set_default_timeout(10_000)

@@ -20,7 +20,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 import fasp_fx
-from fasp_fx import store
+from fasp_fx._store import _folder as folders
 
 pytestmark = pytest.mark.filterwarnings("ignore::fasp_fx.CalibrationWarning")
 
@@ -50,9 +50,9 @@ def test_plan_report_and_files(result: fasp_fx.Result, saved: Path) -> None:
     assert loaded.plan == result.plan
     assert loaded.report == result.report
     assert str(loaded.report) == str(result.report)
-    assert {file.name for file in saved.iterdir()} == {*store.FILES, store.MANIFEST}
-    manifest = json.loads((saved / store.MANIFEST).read_text())
-    assert manifest["format"] == store.FORMAT
+    assert {file.name for file in saved.iterdir()} == {*folders.FILES, folders.MANIFEST}
+    manifest = json.loads((saved / folders.MANIFEST).read_text())
+    assert manifest["format"] == folders.FORMAT
     assert manifest["torch"] == torch.__version__
     assert manifest["fasp_fx"] == fasp_fx.__version__
     assert len({file.stat().st_mode for file in saved.iterdir()}) == 1

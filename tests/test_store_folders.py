@@ -10,7 +10,7 @@ import pytest
 from saved import seal
 
 import fasp_fx
-from fasp_fx import store
+from fasp_fx._store import _folder as folders
 
 pytestmark = pytest.mark.filterwarnings("ignore::fasp_fx.CalibrationWarning")
 
@@ -30,7 +30,7 @@ def test_an_interrupted_save_leaves_nothing_behind(
 
     for place in ("write_tensors", "_sha256"):
         with monkeypatch.context() as patched:
-            patched.setattr(store, place, fail)
+            patched.setattr(folders, place, fail)
             with pytest.raises(error):
                 result.save(target, overwrite=existing)
         assert {file: file.read_bytes() for file in sorted(tmp_path.rglob("*")) if file.is_file()} == before
@@ -103,14 +103,14 @@ def test_parents_are_made(result: fasp_fx.Result, tmp_path: Path, monkeypatch: p
     fasp_fx.load("a/b")
 
 
-@pytest.mark.parametrize("name", [*store.FILES, store.MANIFEST])
+@pytest.mark.parametrize("name", [*folders.FILES, folders.MANIFEST])
 def test_a_missing_file_is_named(saved: Path, name: str) -> None:
     (saved / name).unlink()
     with pytest.raises(fasp_fx.StoreError, match=rf"{name} is missing.*"):
         fasp_fx.load(saved)
 
 
-@pytest.mark.parametrize("name", store.FILES)
+@pytest.mark.parametrize("name", folders.FILES)
 def test_a_truncated_or_changed_file_is_named(saved: Path, name: str) -> None:
     content = (saved / name).read_bytes()
     (saved / name).write_bytes(content[:-1])
@@ -130,15 +130,15 @@ def test_a_truncated_or_changed_file_is_named(saved: Path, name: str) -> None:
     ],
 )
 def test_a_manifest_of_another_kind(saved: Path, manifest: str, message: str) -> None:
-    (saved / store.MANIFEST).write_text(manifest)
+    (saved / folders.MANIFEST).write_text(manifest)
     with pytest.raises(fasp_fx.StoreError, match=message):
         fasp_fx.load(saved)
 
 
 def test_a_file_left_out_of_the_manifest(saved: Path) -> None:
-    manifest = json.loads((saved / store.MANIFEST).read_text())
+    manifest = json.loads((saved / folders.MANIFEST).read_text())
     del manifest["files"]["plan.json"]
-    (saved / store.MANIFEST).write_text(json.dumps(manifest))
+    (saved / folders.MANIFEST).write_text(json.dumps(manifest))
     with pytest.raises(fasp_fx.StoreError, match=r"does not list plan\.json"):
         fasp_fx.load(saved)
 
@@ -149,7 +149,7 @@ def test_not_a_save(tmp_path: Path) -> None:
             fasp_fx.load(path)
 
 
-@pytest.mark.parametrize("name", [*store.FILES])
+@pytest.mark.parametrize("name", [*folders.FILES])
 def test_nonsense_behind_a_right_checksum_is_a_store_error(saved: Path, name: str) -> None:
     for content in (b"{}", b"\x00nonsense"):
         (saved / name).write_bytes(content)

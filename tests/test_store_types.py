@@ -18,7 +18,7 @@ pytestmark = pytest.mark.filterwarnings("ignore::fasp_fx.CalibrationWarning")
 
 def test_caches_as_inputs_and_outputs(tmp_path: Path) -> None:
     from fasp_fx._capture import capture
-    from fasp_fx._result import finish
+    from fasp_fx._finish import finish
 
     config = LlamaConfig(hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=1, vocab_size=50)
     model = LlamaForCausalLM(config).eval()

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from .. import store
+from .._store import _folder as folders
 from .._store._atomic import MARK
 from ..errors import StoreError
 from ._arguments import SHOWN, check_path
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 def is_saved(model: str) -> bool:
     """Whether a command line argument is a folder that fasp_fx wrote, rather than a model of transformers."""
     try:
-        return (Path(model) / store.MANIFEST).is_file()
+        return (Path(model) / folders.MANIFEST).is_file()
     except OSError:  # no such path can be
         return False
 
@@ -51,7 +51,7 @@ def check_target(out: Path, *, overwrite: bool, plain: bool = False) -> None:
     if not above.is_dir() or not os.access(above, os.W_OK):
         raise StoreError(f"'{out}' cannot be made: '{above}' is not a folder that you may write to; choose another --out")
     try:  # some file systems refuse what their permissions allow
-        os.rmdir(tempfile.mkdtemp(prefix=f".{store.MANIFEST}.", suffix=".partial", dir=above))
+        os.rmdir(tempfile.mkdtemp(prefix=f".{folders.MANIFEST}.", suffix=".partial", dir=above))
     except OSError as error:
         raise StoreError(f"'{out}' cannot be made: nothing can be written to '{above}' ({error.strerror}); choose another --out") from error
     longest = os.pathconf(above, "PC_NAME_MAX") if hasattr(os, "pathconf") else 255

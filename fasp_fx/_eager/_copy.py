@@ -5,16 +5,18 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from .._capture._unchanged import rewound
-from .._result import Result
 from .._weights import FusedWeights
 from ..channels import attribute
 from ..errors import EagerError, first_line
+
+if TYPE_CHECKING:
+    from .._result import Result
 
 
 @dataclass(frozen=True)

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from torch import nn
 
 from .. import plan as plans
-from .._result import Result
 from .._stamps import WRITTEN_BY
 from ..errors import ArgumentError, EagerError
 from ..groups import APPROXIMATE, EXEMPT
@@ -14,6 +15,9 @@ from ._copy import copied
 from ._search import Search
 from ._sizes import Cuts
 from ._trial import Trial
+
+if TYPE_CHECKING:
+    from .._result import Result
 
 
 def eager(result: Result, model: nn.Module) -> nn.Module:

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 from torch import nn
 
 from .. import plan as plans
-from .._parts._assembly import copied, whole_fingerprint
 from .._parts._stand_in import put
+from .._parts._whole import copied, whole_fingerprint
 from ..channels import attribute
 from ..errors import ArgumentError, EagerError
 from ._copy import held

@@ -7,7 +7,7 @@ import math
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -19,10 +19,12 @@ from .._exactness._compare import Seen, coarsest, deviations, settled
 from .._exactness._execution import Ran, default_type, remembers, run, wide, widened, widened_types
 from .._exactness._execution import copied as as_now
 from .._program import Program
-from .._result import Result
 from ..channels import written_names
 from ..errors import EagerError, first_line
 from ._call import OTHERS, Question, call_of, questions
+
+if TYPE_CHECKING:
+    from .._result import Result
 
 
 @dataclass(frozen=True)

@@ -11,9 +11,9 @@ import torch
 from torch import fx
 from torch.export import ExportedProgram
 
+from .._finish import finish
 from .._observe._visit import Decision
 from .._program import Program
-from .._result import finish
 from .._warn import warn
 from ..analysis import Analysis
 from ..errors import CallError, VerificationError, VerificationWarning, first_line

@@ -23,12 +23,18 @@ SCRIPTS = ("dom.js", "tips.js", "summary.js", "graph.js", "charts.js", "table.js
 MARK = '<meta name="generator" content="fasp_fx report">'
 
 
-def page(source: Report | Analysis, title: str) -> str:
-    """The whole page as text, to be written as UTF-8.
+def to_html(source: Report | Analysis, title: str = "Model") -> str:
+    """Show a report or an analysis as one page of HTML that needs nothing else: graph of the groups, widths, table and figures (docs/report.md).
 
     Args:
-        source: what was pruned, or what could be.
+        source: what was pruned (``result.report``), or what could be (what :func:`fasp_fx.analyze` returned).
         title: what the page is about, such as the name of the model.
+
+    Returns:
+        The page as text, to be written as UTF-8.
+
+    Raises:
+        CaptureError: an analysis of several parts has no single page.
     """
     folder = files(__package__)
     style = folder.joinpath("page.css").read_text(encoding="utf-8")
@@ -56,7 +62,7 @@ def write_page(source: Report | Analysis, title: str, file: Path) -> None:
     Raises:
         StoreError: something else is there, or it cannot be written.
     """
-    text = page(source, title)
+    text = to_html(source, title)
     with new_file(file, replaceable=_is_page) as temporary:
         temporary.write_text(text, encoding="utf-8")
 
@@ -76,4 +82,4 @@ def _sum(text: str) -> str:
     return "sha256-" + base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
 
 
-__all__ = ["check_page", "page", "write_page"]
+__all__ = ["check_page", "to_html", "write_page"]

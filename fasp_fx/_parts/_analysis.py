@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping
 from functools import cached_property
-from typing import Any, NoReturn
+from typing import Any
 
 from ..allocation import ProgramBudget
 from ..analysis import Analysis
@@ -57,14 +57,6 @@ class PartsAnalysis(Analysis):
         path = paths[0]
         assert path is not None
         return self.parts[path].explain(first.removeprefix(f"{path}."), second.removeprefix(f"{path}.")) if path == paths[1] else []
-
-    def to_html(self, title: str = "Model") -> NoReturn:
-        """There is a page for each part, and none for all.
-
-        Raises:
-            CaptureError: always; says where the parts are.
-        """
-        raise CaptureError("a model analysed in parts has no single page; analysis.parts holds the analysis of each part, with to_html()")
 
     def __getattr__(self, name: str) -> Any:
         if name in _OF_ONE_PROGRAM:

@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import copy
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
 
-from .. import plan as plans
 from .._calling._signature import CallSignature
 from .._capture._transformers import is_transformers, register_caches
 from .._capture._unchanged import rewound
@@ -33,6 +30,7 @@ from ._names import line_within, plan_within
 from ._result import PartsResult
 from ._stand_in import dressed, put, replaced
 from ._submodules import Analyze, Capture, Part, Search
+from ._whole import copied, whole_fingerprint
 
 Rewrite = Callable[[Program, Analysis, Decision], Result]
 
@@ -165,19 +163,4 @@ class Assembly:
             yield f"in '{paths[0]}'{f' and {count - 1} more' if count > 1 else ''}: {note}"
 
 
-def whole_fingerprint(parameters: Mapping[str, Tensor]) -> str:
-    """The fingerprint of a model; sparse weights, which no part holds, do not enter."""
-    return plans.fingerprint({name: tensor for name, tensor in parameters.items() if tensor.layout == torch.strided})
-
-
-def copied(model: nn.Module) -> nn.Module:
-    """A copy that shares no storage. Python cannot copy weights that a hook computes, and sparse ones; those are cloned."""
-    computed = [value for module in model.modules() for value in vars(module).values() if isinstance(value, Tensor) and not value.is_leaf]
-    clones: dict[int, Any] = {id(value): value.detach().clone() for value in computed}
-    for parameter in model.parameters():
-        if parameter.layout != torch.strided:
-            clones[id(parameter)] = nn.Parameter(parameter.detach().clone(), requires_grad=parameter.requires_grad)
-    return copy.deepcopy(model, clones)
-
-
-__all__ = ["Assembly", "Stages", "copied", "whole_fingerprint"]
+__all__ = ["Assembly", "Stages"]

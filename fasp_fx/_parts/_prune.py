@@ -18,12 +18,13 @@ from ..costs import CostCurve, Costs
 from ..errors import ArgumentError, CaptureError, ExportError, PlanError
 from ..plan import PruningPlan
 from ._analysis import PartsAnalysis
-from ._assembly import Assembly, Stages, whole_fingerprint
+from ._assembly import Assembly, Stages
 from ._calls import Call
 from ._inputs import graph_inputs, recorded, user_batches
 from ._names import group_within, plan_of_part
 from ._result import PartsResult
 from ._stand_in import put
+from ._whole import whole_fingerprint
 
 #: losses that make sense for a part of a model by itself
 PARTIAL_LOSSES = ("auto", "outputs", None)

@@ -61,7 +61,7 @@ class PartsResult(Result):
         Raises:
             StoreError: the path is taken or cannot be written, or the result holds something that cannot be stored.
         """
-        from ._store import save_parts
+        from ._save import save_parts
 
         return save_parts(self, Path(path), overwrite=overwrite)
 

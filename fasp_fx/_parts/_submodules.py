@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from .._capture._unchanged import of_torch, rewound
+from .._finish import finish
 from .._observe._calibration import _check_shape
 from .._program import Program
-from .._result import finish
 from ..analysis import Analysis
 from ..errors import FaspError, first_line
 from ._calls import Call, Seen, watching

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
-from .. import store
+from .._store import _folder as folders
 from .._store._atomic import new_folder
 from .._store._report_json import report_to_json
 from .._store._tensors import write_tensors
@@ -67,7 +67,7 @@ def save_into(model: PrunedModel, path: Path, state_dict: Mapping[str, Tensor] |
         _fill(aside, model, state_dict)
         _write_manifest(aside)
         path.mkdir(exist_ok=True)
-        for file in sorted(aside.iterdir(), key=lambda file: file.name == store.MANIFEST):
+        for file in sorted(aside.iterdir(), key=lambda file: file.name == folders.MANIFEST):
             os.replace(file, path / file.name)
     except OSError as error:
         raise StoreError(f"'{path}' cannot be written: {error}; free space or choose another path") from error
@@ -78,18 +78,18 @@ def save_into(model: PrunedModel, path: Path, state_dict: Mapping[str, Tensor] |
 def is_saved(folder: Path) -> bool:
     """Whether a folder holds a pruned model and nothing besides."""
     try:
-        manifest = store.read_json(folder / store.MANIFEST)
+        manifest = folders.read_json(folder / folders.MANIFEST)
     except StoreError:
         return False
     written = manifest.get("written", ())
-    known = {store.MANIFEST, *FILES, *(name for name in written if isinstance(name, str))} if isinstance(written, list) else set()
+    known = {folders.MANIFEST, *FILES, *(name for name in written if isinstance(name, str))} if isinstance(written, list) else set()
     return holds_model(folder) and all(child.name in known for child in folder.iterdir())
 
 
 def holds_model(folder: Path) -> bool:
     """Whether a folder holds a pruned model, of whatever version."""
     try:
-        return str(store.read_json(folder / store.MANIFEST).get("format")).startswith("fasp_fx.hf/")
+        return str(folders.read_json(folder / folders.MANIFEST).get("format")).startswith("fasp_fx.hf/")
     except StoreError:
         return False
 
@@ -98,8 +98,8 @@ def _fill(folder: Path, model: PrunedModel, state_dict: Mapping[str, Tensor] | N
     weights = _weights(model, state_dict)
     model.config.save_pretrained(folder)
     model.generation_config.save_pretrained(folder)
-    store.write_json(folder / "plan.json", json.loads(model.plan.to_json()))
-    store.write_json(folder / "report.json", report_to_json(model.report))
+    folders.write_json(folder / "plan.json", json.loads(model.plan.to_json()))
+    folders.write_json(folder / "report.json", report_to_json(model.report))
     mode = (folder / "plan.json").stat().st_mode
     buffers = dict(model.named_buffers(remove_duplicate=False))
     held = {name: buffers[name] for names in model._constant_names.values() for name in names.values()}
@@ -109,7 +109,7 @@ def _fill(folder: Path, model: PrunedModel, state_dict: Mapping[str, Tensor] | N
         tensors[name] = write_tensors(file, tree, metadata={"format": "pt"})
         file.chmod(mode)
     programs = {name: {**data, "constants": model._constant_names[name]} for name, data in model._parts.items()}
-    store.write_json(folder / "programs.json", {"programs": programs, "tensors": tensors})
+    folders.write_json(folder / "programs.json", {"programs": programs, "tensors": tensors})
     (folder / "README.md").write_text(card(model), encoding="utf-8")
 
 
@@ -134,8 +134,8 @@ def _weights(model: PrunedModel, state_dict: Mapping[str, Tensor] | None) -> dic
 
 def _write_manifest(folder: Path) -> None:
     written = sorted(child.name for child in folder.iterdir())
-    listed = {name: store.listed(folder / name) for name in FILES}
-    store.write_json(folder / store.MANIFEST, {"format": FORMAT, **store.versions(), "files": listed, "written": written})
+    listed = {name: folders.listed(folder / name) for name in FILES}
+    folders.write_json(folder / folders.MANIFEST, {"format": FORMAT, **folders.versions(), "files": listed, "written": written})
 
 
 __all__ = ["FILES", "FORMAT", "holds_model", "is_saved", "save", "save_into"]

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from .. import store
+from .._store import _folder as folders
 from .._store._files import parsing, read_text, tensors_of
 from .._store._graph_json import program_from_json
 from .._store._tensors import read_tensors
@@ -53,9 +53,9 @@ def load(kind: type[PrunedModel], where: Any, *, config: Any = None, dtype: Any 
     if asked not in (None, "sdpa"):  # what a pruned model says of itself
         raise ArgumentError(f"attn_implementation={asked!r} cannot be had: the programs fix attention; choose it for the dense model and prune it again")
     folder = _folder(where, hub) / subfolder
-    store.verify(folder, FORMAT, FILES)
+    folders.verify(folder, FORMAT, FILES)
     device = _device(device_map)
-    programs = store.read_json(folder / "programs.json")
+    programs = folders.read_json(folder / "programs.json")
     found = _config(folder, kind)
     _check_dtype(found, dtype if dtype is not None else torch_dtype)
     parts = _parts(folder, programs, device)
@@ -72,7 +72,7 @@ def load(kind: type[PrunedModel], where: Any, *, config: Any = None, dtype: Any 
 
 
 def _parts(folder: Path, programs: dict[str, Any], device: torch.device) -> Parts:
-    plan, report = store.read_plan(folder), store.read_report(folder)
+    plan, report = folders.read_plan(folder), folders.read_report(folder)
     try:
         weights = read_tensors(folder / "model.safetensors", programs["tensors"]["model"], device)
         held = read_tensors(folder / "constants.safetensors", programs["tensors"]["constants"], device)

@@ -11,11 +11,11 @@ from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, PreTrainedModel
 
 from .._store._atomic import new_folder
 from .._store._files import read_text
+from .._store._folder import read_json
 from .._store._report_json import report_from_json
 from ..errors import PlanError, StoreError, first_line
 from ..plan import PruningPlan
 from ..report import Report
-from ..store import read_json
 from ._experiments import quiet
 
 #: says what was written with the folder

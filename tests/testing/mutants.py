@@ -29,7 +29,7 @@ import fasp_fx.passes.restore_weights
 import fasp_fx.plan
 from fasp_fx import patterns
 from fasp_fx._exactness import Held
-from fasp_fx._result import finish
+from fasp_fx._finish import finish
 from fasp_fx.passes import Prune
 from fasp_fx.testing.specs import Activation, Attention, Branches, Collapse, Conv, Images, Linear, Move, Net, Norm, Residual, Sequences, Split, Tied
 

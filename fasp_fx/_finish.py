@@ -1,0 +1,50 @@
+"""From a rewritten program to a module and an exported program of its own."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, fx, nn
+from torch.export import ExportedProgram
+
+from ._capture import export_again
+from ._capture._assemble import assemble
+from ._program import Program
+from ._pruned_module import wrap
+from ._stamps import read_stamps
+
+
+def own_storage(program: Program) -> Program:
+    """The same program with every tensor copied, tied ones together, so that nothing is shared with the caller's model."""
+    program = program.copy()
+    for name, names in program.aliases().items():
+        tensor = program.weights()[name]
+        if (
+            name in program.numbers
+            and isinstance(tensor, nn.Parameter)
+            and tensor._base is None
+            and tensor.untyped_storage().nbytes() == tensor.numel() * tensor.element_size()
+        ):
+            continue  # made by a pass
+        with torch.no_grad():
+            copy: Tensor = tensor.detach().clone()
+        if isinstance(tensor, nn.Parameter):
+            copy = nn.Parameter(copy, requires_grad=tensor.requires_grad)
+        program.replace_weight(names, copy)
+    return program
+
+
+def finish(program: Program, trace: bool = False) -> tuple[fx.GraphModule, ExportedProgram]:
+    """The module of a rewritten program and its exported program, put together where that can be and traced where not.
+
+    Args:
+        trace: trace in any case, which gives nodes the names that the exporter would.
+    """
+    program = own_storage(program)
+    exported = None if trace or program.facts is None else assemble(program.module, program.example, program.facts)
+    if exported is None:
+        exported = export_again(program.module, program.example)
+        read_stamps(exported.graph)
+    return wrap(exported, program.signature), exported
+
+
+__all__ = ["finish", "own_storage"]
