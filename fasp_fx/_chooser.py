@@ -17,13 +17,15 @@ from ._observe._visit import Decision, Observer
 from ._scores import resolve_score
 from ._selection import PartialBudget, check_patterns, held_by, lost_by_pattern, matches, read_by
 from ._warn import warn
-from .allocation import Budget, CostAllocation, check_reach, uniform, validate
+from .allocation import Budget, Ceiling, CostAllocation, Target, check_reach, uniform, validate
+from .analysis import Analysis
 from .config import MEASURED, PruningConfig
 from .costs import Costs
 from .errors import CalibrationError, CalibrationWarning, NothingPrunableError
 from .groups import Group
 from .losses import resolve_loss
 from .obs import OBS
+from .resources import Resource, Sparsity
 from .restoration import ridge
 from .statistics import MakeStatistic
 
@@ -61,6 +63,21 @@ class Chooser:
             return "the loss that was given"
         return {"next-token": "the cross-entropy of the next token"}.get(self._loss, "half the squared error of the outputs, relative to their mean square")
 
+    def budget(self, analysis: Analysis) -> Budget:
+        """How much of the resources asked for may stay of a program.
+
+        Raises:
+            BudgetError: a resource cannot be counted of it.
+        """
+        if not self.config.caps:
+            return self.budget_of(Sparsity(analysis))
+        return Budget(analysis.chosen, [Ceiling(cap, cap.resource(analysis)) for cap in self.config.caps])
+
+    def budget_of(self, counted: Resource) -> Budget:
+        """How much of the counted weights may stay by the sparsity asked for; without a limit where each pattern has its own."""
+        sparsity = self.config.requested
+        return Budget(counted.groups, [] if sparsity is None else [Target(counted, sparsity)])
+
     def check(self, budget: Budget, groups: Sequence[Group]) -> None:
         """Refuse what can be known to be in vain before the costs are measured; arguments and errors as for :meth:`allocate`."""
         if self.config.allocation is None and any(not group.uses for group in budget.groups):
@@ -69,7 +86,7 @@ class Chooser:
             self.allocate(budget, groups, None)
         else:
             check_patterns("exclude", self.config.exclude, groups, held_by)
-            check_reach(self._part(budget), float(self.config.sparsity), self.config.round_to)  # type: ignore[arg-type]
+            check_reach(self._part(budget), self.config.round_to)
 
     def measure(
         self,
@@ -144,7 +161,7 @@ class Chooser:
         Raises:
             NothingPrunableError: no group can be pruned.
             ArgumentError: a name pattern matches nothing, or the allocation returned what cannot be done.
-            SparsityError: the sparsity is out of reach.
+            SparsityError, BudgetError: the sparsity or a budget is out of reach.
         """
         config = self.config
         check_patterns("exclude", config.exclude, groups, held_by)
@@ -172,8 +189,8 @@ class Chooser:
             return lost_by_pattern(budget, config.sparsity, config.round_to)
         if isinstance(self._allocate, CostAllocation):
             assert costs is not None
-            return validate(self._allocate(budget, config.sparsity, config.round_to, costs), budget)
-        return validate(self._allocate(budget, config.sparsity, config.round_to), budget)
+            return validate(self._allocate(budget, config.round_to, costs), budget)
+        return validate(self._allocate(budget, config.round_to), budget)
 
     def choose(self, consumers: Consumers, lost: list[int], batches: list[list[Any]] | None, advance: Callable[[float], None]) -> Decision:
         """Run the calibration batches, choose what goes and repair what stays."""

@@ -9,7 +9,9 @@ from torch import Tensor, fx
 
 from ._observe._visit import Decision
 from .analysis import Analysis
+from .budgets import Cap
 from .channels import results
+from .config import PruningConfig
 from .groups import APPROXIMATE, Group
 from .plan import PruningPlan
 
@@ -73,6 +75,29 @@ class Figure:
 
 
 @dataclass(frozen=True)
+class Spent:
+    """One budget, and how it was kept.
+
+    Attributes:
+        resource: what is counted (:mod:`fasp_fx.budgets`); ``unit`` is what several of it are called.
+        allowed: how much may stay.
+        dense, used: how much the dense and the pruned model have.
+    """
+
+    resource: str
+    unit: str
+    allowed: float
+    dense: float
+    used: float
+
+    def __str__(self) -> str:
+        share = max(self.dense, 1)
+        spare = self.allowed - self.used
+        kept = f"{spare / max(self.allowed, 1):.2%} left over" if spare >= 0 else f"{-spare / max(self.allowed, 1):.2%} too much"
+        return f"{self.used:,} of {self.dense:,} {self.unit} stay ({self.used / share:.2%}), {self.allowed / share:.2%} may: {kept}"
+
+
+@dataclass(frozen=True)
 class Report:
     """Figures of one pruning; ``str(report)`` is a table for people.
 
@@ -86,6 +111,7 @@ class Report:
         cache: bytes of the key-value cache per token of one sequence, before and after; ``None`` where the program holds no cache. Of an
             encoder-decoder model: per token of the output, and per token of the input, together.
         include: the statuses that were pruned besides ``"prunable"``, as given to :func:`fasp_fx.prune`.
+        budgets: what was allowed, and what is used of it.
     """
 
     sparsity: float
@@ -99,6 +125,7 @@ class Report:
     without_rule: Mapping[str, int] = field(default_factory=dict)
     cache: tuple[int, int] | None = None
     include: tuple[str, ...] = ()
+    budgets: tuple[Spent, ...] = ()
 
     def to_html(self, title: str = "Pruned model") -> str:
         """The report as one page of HTML that needs nothing else: graph of the groups, widths, table and figures."""
@@ -116,6 +143,7 @@ class Report:
         if self.cache is not None:
             change = f"{self.cache[1] / max(self.cache[0], 1) - 1:+.2%}"
             out.append(f"cache       {self.cache[0]:,} -> {self.cache[1]:,} bytes per token of one sequence  ({change})")
+        out += [f"budget      {spent}" for spent in self.budgets]
         if self.seconds:
             out.append("seconds     " + ", ".join(f"{stage} {spent:.1f}" for stage, spent in self.seconds.items()))
         out += [f"{row.what}  {row.dense:,.{row.digits}f} -> {row.pruned:,.{row.digits}f}" for row in self.figures]
@@ -134,11 +162,16 @@ def make_report(
     decision: Decision,
     before: Mapping[str, Tensor],
     after: Mapping[str, Tensor],
-    requested: float | None,
+    config: PruningConfig | None,
     seconds: Mapping[str, float],
     left: Mapping[str, str] | None = None,
 ) -> Report:
-    """Assemble the report of one pruning; ``left``: the groups that were to be pruned and stay whole, with what was seen."""
+    """Assemble the report of one pruning.
+
+    Args:
+        config: what was asked for; ``None`` where a plan is replayed, or for a part of a model.
+        left: the groups that were to be pruned and stay whole, with what was seen.
+    """
     removed = {group.name: group.removed_sets for group in plan.groups}
     lines = []
     for group in analysis.groups:
@@ -157,7 +190,7 @@ def make_report(
     old, new = weight_size(before), weight_size(after)
     return Report(
         plan.sparsity,
-        requested,
+        None if config is None else config.requested,
         (old[0], new[0]),
         (old[1], new[1]),
         tuple(lines),
@@ -165,7 +198,14 @@ def make_report(
         (*notes_of(analysis), *decision.notes),
         without_rule=dict(analysis.without_rule),
         include=tuple(sorted(analysis.include)),
+        budgets=() if config is None else tuple(_spent(cap, analysis, removed) for cap in config.caps),
     )
+
+
+def _spent(cap: Cap, analysis: Analysis, removed: Mapping[str, int]) -> Spent:
+    resource = cap.resource(analysis)
+    used = resource.used([removed.get(group.name, 0) for group in resource.groups])
+    return Spent(cap.name, cap.unit, cap.allowed(resource.whole), resource.whole, used)
 
 
 def counted(include: Collection[str]) -> str:

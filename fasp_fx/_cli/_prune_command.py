@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -14,11 +14,13 @@ from torch import Tensor
 
 from .._page import check_page, write_page
 from ..analysis import Analysis
+from ..budgets import Cap
 from ..errors import ArgumentError, CalibrationError, SparsityError
 from ..evaluation import latency, perplexity
 from ..hf import Pruned, prune
 from ..report import Figure, counted
 from . import _models, _saved, _tables, _text
+from ._amounts import read_caps
 from ._arguments import check_path, check_seed, check_text
 from ._checkpoint import check_tokens
 from ._console import Stages, say
@@ -30,7 +32,7 @@ class Request:
 
     model: str
     out: Path
-    sparsity: float
+    sparsity: float | None
     calibration: Path | None
     text: Path | None
     round_to: int
@@ -47,8 +49,18 @@ class Request:
     overwrite: bool
     seed: int
     html: Path | None = None
+    budget: Mapping[str, str | None] = field(default_factory=dict)
     granularity: tuple[str, ...] = ()
     include: tuple[str, ...] = ()
+
+    @cached_property
+    def caps(self) -> tuple[Cap, ...]:
+        """The budgets.
+
+        Raises:
+            ArgumentError: an amount is none.
+        """
+        return read_caps(self.budget)
 
     def check(self) -> None:
         """Refuse what cannot work before anything is loaded.
@@ -56,7 +68,11 @@ class Request:
         Raises:
             FaspError: says which option and why.
         """
-        if not 0 < self.sparsity < 1:
+        if self.caps and self.sparsity is not None:
+            raise ArgumentError(f"--sparsity {self.sparsity:g} and --{self.caps[0].name} both say how much goes; leave one of them out")
+        if self.plain and self.caps:
+            raise ArgumentError(f"--{self.caps[0].name} cannot go with --plain, whose steps are coarse; give --sparsity, or leave out --plain")
+        if self.sparsity is not None and not 0 < self.sparsity < 1:
             raise SparsityError(f"--sparsity {self.sparsity:g} is not between 0 and 1; 0.2 removes a fifth")
         for option, value, least in (
             ("--round-to", self.round_to, 1),
@@ -159,6 +175,7 @@ class Job:
             self.texts.tokenizer,
             calibration=self.batches(),
             sparsity=request.sparsity,
+            budget=request.caps,
             plain=request.plain,
             restore="least-squares" if request.restore else None,
             round_to=request.round_to,
@@ -221,7 +238,10 @@ def run(request: Request, stages: Stages, console: Console) -> None:
         write_page(report, f"{source}, {report.sparsity:.0%} removed", request.html)
     cache = [] if report.cache is None else [Figure("bytes of cache per token of one sequence", *report.cache)]
     console.print(_tables.figures_table([Figure("parameters", *report.parameters), Figure("bytes", *report.bytes), *cache, *report.figures]))
-    say(console, f"removed {report.sparsity:.2%} of the linear weights of {counted(report.include)} (asked for {request.sparsity:.2%})")
+    asked = f" (asked for {report.requested:.2%})" if report.requested is not None else ""
+    say(console, f"removed {report.sparsity:.2%} of the linear weights of {counted(report.include)}{asked}")
+    for spent in report.budgets:
+        say(console, f"budget: {spent}")
     for note in report.notes:
         say(console, f"note: {note}")
     say(console, f"saved in {request.out}; load it with")

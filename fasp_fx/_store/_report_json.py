@@ -8,7 +8,7 @@ from dataclasses import asdict, fields
 from typing import Any, TypeVar
 
 from ..errors import StoreError
-from ..report import Figure, Line, Report
+from ..report import Figure, Line, Report, Spent
 
 T = TypeVar("T")
 DIGITS = 12
@@ -40,6 +40,7 @@ def report_from_json(data: Mapping[str, Any]) -> Report:
             "without_rule": _mapping(_count),
             "cache": _optional(_pair),
             "include": _many(_text),
+            "budgets": _many(_spent),
         }
         return Report(**{field.name: read[field.name](data[field.name]) for field in fields(Report)})
     except (KeyError, TypeError, ValueError) as error:
@@ -69,6 +70,13 @@ def _figure(data: Any) -> Figure:
     if digits > DIGITS:
         raise ValueError(f"{digits} digits are too many")
     return Figure(_text(data["what"]), _number(data["dense"]), _number(data["pruned"]), digits)
+
+
+def _spent(data: Any) -> Spent:
+    amounts = {name: _number(data[name]) for name in ("allowed", "dense", "used")}
+    if not all(math.isfinite(amount) and 0 <= amount <= LARGEST for amount in amounts.values()):
+        raise ValueError(f"a budget is not of what can be counted: {amounts!r}")
+    return Spent(_text(data["resource"]), _text(data["unit"]), **amounts)
 
 
 def _member(data: Any) -> tuple[str, int]:

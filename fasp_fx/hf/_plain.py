@@ -85,6 +85,8 @@ def prune_plain(
     for name in ("include", "exclude", "padding_mask"):
         if getattr(asked, name):
             raise ArgumentError(f"{name}={getattr(asked, name)!r} cannot be had in a plain checkpoint: its config does not say it; prune it without plain")
+    if asked.caps:
+        raise ArgumentError(f"budget={asked.budget!r} cannot be kept by a plain checkpoint, whose steps are coarse; give sparsity=, or prune it without plain")
     if isinstance(asked.sparsity, Mapping):
         raise ArgumentError("a plain checkpoint has one sparsity: its config does not say which layers lose more; prune it without plain")
     if not isinstance(model, PreTrainedModel):
