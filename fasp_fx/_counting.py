@@ -29,14 +29,25 @@ class Size:
         return left
 
 
+@dataclass(frozen=True)
+class Widest:
+    """The largest of several sizes, to which the others are padded."""
+
+    sizes: tuple[Size, ...]
+
+    def left(self, lost: Sequence[int]) -> float:
+        """What is left of it."""
+        return max(size.left(lost) for size in self.sizes)
+
+
 class Products:
     """A sum of products of sizes; those that many products share are worked out once."""
 
     def __init__(self) -> None:
-        self._places: dict[Size, int] = {}
+        self._places: dict[Size | Widest, int] = {}
         self._terms: list[tuple[int, tuple[int, ...]]] = []
 
-    def add(self, sizes: Iterable[Size], factor: int = 1) -> None:
+    def add(self, sizes: Iterable[Size | Widest], factor: int = 1) -> None:
         """Add a product of sizes, so many times."""
         self._terms.append((factor, tuple(self._places.setdefault(size, len(self._places)) for size in sizes)))
 
@@ -55,4 +66,4 @@ class Products:
         return found
 
 
-__all__ = ["Products", "Size"]
+__all__ = ["Products", "Size", "Widest"]

@@ -6,8 +6,9 @@ vector, in bilinear maps, and in the CPU's kernels for attention and recurrent l
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import fx
@@ -15,7 +16,7 @@ from torch._ops import HigherOrderOperator, OpOverload
 from torch.utils.flop_counter import flop_registry
 
 from ._capture._record import record
-from ._counting import Products
+from ._counting import Products, Size, Widest
 from .channels import arguments, attribute
 from .channels._sizes import Sizes
 from .errors import BudgetError
@@ -24,8 +25,19 @@ from .resources import Counted, ShrinkingSizes
 if TYPE_CHECKING:
     from .analysis import Analysis
 
-#: dimensions of what nodes make, whose sizes are multiplied; negative ones count from the last
-Term = list[tuple[fx.Node, int]]
+#: one dimension of what a node makes, negative ones from the last
+Dim = tuple[fx.Node, int]
+
+
+class Padded(NamedTuple):
+    """A dimension that the passes pad to the size of another, where that is larger (:class:`fasp_fx.passes.attention.PadValueHeads`)."""
+
+    own: Dim
+    other: Dim
+
+
+#: dimensions whose sizes are multiplied
+Term = list[Dim | Padded]
 #: the shape of what a node makes
 ShapeOf = Callable[[fx.Node], tuple[int, ...]]
 Formula = Callable[[fx.Node, dict[str, Any], ShapeOf], list[Term]]
@@ -37,11 +49,16 @@ def macs_of(analysis: Analysis) -> Counted:
     Raises:
         BudgetError: an operator multiplies in a way that is not counted; names it.
     """
-    left, shapes, sizes = Products(), _ExampleShapes(analysis), ShrinkingSizes(analysis)
+    left, shapes, sizes, dense = Products(), _ExampleShapes(analysis), ShrinkingSizes(analysis), 0
+
+    def size(dim: Dim) -> Size:
+        return sizes.of(dim[0], shapes(dim[0]), dim[1])
+
     for node in _calls(analysis.program.module.graph):
         for term in _terms(node, analysis.program.module, shapes):
-            left.add([sizes.of(source, shapes(source), dim) for source, dim in term])
-    return Counted(analysis, left)
+            left.add([Widest((size(item.own), size(item.other))) if isinstance(item, Padded) else size(item) for item in term])
+            dense += math.prod(size(item.own if isinstance(item, Padded) else item).whole for item in term)
+    return Counted(analysis, left, dense)
 
 
 class _ExampleShapes:
@@ -75,7 +92,7 @@ def _calls(graph: fx.Graph) -> Iterator[fx.Node]:
     return (node for node in graph.nodes if node.op == "call_function")
 
 
-def _every(node: fx.Node, shape: ShapeOf, *but: int) -> Term:
+def _every(node: fx.Node, shape: ShapeOf, *but: int) -> list[Dim]:
     """All dimensions of what a node makes, but for some."""
     rank = len(shape(node))
     return [(node, dim) for dim in range(rank) if dim - rank not in but]
@@ -108,9 +125,16 @@ def _convolution(rank: int, transposed: bool) -> Formula:
 
 
 def _attention(node: fx.Node, given: dict[str, Any], shape: ShapeOf) -> list[Term]:
-    query, key, value = given["query"], given["key"], given["value"]
-    scores = [*_every(query, shape, -1), (key, -2)]
-    return [[*scores, (query, -1)], [*scores, (value, -1)]]
+    """A product with the keys and one with the values, for each query and each key."""
+    scores = [*_every(given["query"], shape, -1), (given["key"], -2)]
+    return [[*scores, (given["query"], -1)], [*scores, (given["value"], -1)]]
+
+
+def _fused_attention(node: fx.Node, given: dict[str, Any], shape: ShapeOf) -> list[Term]:
+    """The same; heads of queries and of values are of one width once the passes have run."""
+    scores = [*_every(given["query"], shape, -1), (given["key"], -2)]
+    query, value = (given["query"], -1), (given["value"], -1)
+    return [[*scores, Padded(query, value)], [*scores, Padded(value, query)]]
 
 
 def _experts(node: fx.Node, given: dict[str, Any], shape: ShapeOf) -> list[Term]:
@@ -131,9 +155,9 @@ _FORMULAS: dict[str, Formula] = {
     "aten.bmm.default": _product("self", "mat2"),
     "aten.addmm.default": _product("mat1", "mat2"),
     "aten.baddbmm.default": _product("batch1", "batch2"),
-    "aten.mv.default": lambda node, given, shape: [_every(given["self"], shape)],
-    "aten.dot.default": lambda node, given, shape: [_every(given["self"], shape)],
-    "aten.scaled_dot_product_attention.default": _attention,
+    "aten.mv.default": lambda node, given, shape: [[*_every(given["self"], shape)]],
+    "aten.dot.default": lambda node, given, shape: [[*_every(given["self"], shape)]],
+    "aten.scaled_dot_product_attention.default": _fused_attention,
     "flex_attention": _attention,
     **{f"aten.conv{rank}d.{overload}": _convolution(rank, False) for rank in (1, 2, 3) for overload in ("default", "padding")},
     "aten.conv_transpose1d.default": _convolution(1, True),

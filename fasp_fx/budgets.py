@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -74,7 +74,8 @@ class Bytes(Cap):
 
 class Macs(Cap):
     """The multiply-accumulates of one forward pass on the example inputs: of linear, convolution and recurrent operators, products of matrices, and the two
-    products of attention, whole where a mask hides half of them. They are half of the operations that ``torch.utils.flop_counter`` counts.
+    products of attention, whole where a mask hides half of them, with heads padded to one width as the result has them. They are half of the operations that
+    ``torch.utils.flop_counter`` counts.
 
     :func:`fasp_fx.hf.prune` has example inputs of its own: 2 sequences of 3 tokens that follow 5 others.
     """
@@ -119,8 +120,15 @@ def read_budget(given: Any) -> tuple[Cap, ...]:
     return caps
 
 
-def budget_data(caps: Iterable[Cap]) -> list[dict[str, Any]]:
-    """Budgets as the plain data that :func:`budget_from_data` reads."""
+def budget_data(caps: Sequence[Cap]) -> list[dict[str, Any]]:
+    """Budgets as the plain data that :func:`budget_from_data` reads.
+
+    Raises:
+        ArgumentError: one is of a class that is not defined here.
+    """
+    for cap in caps:
+        if KINDS.get(cap.name) is not type(cap):
+            raise ArgumentError(f"{cap} is a budget of your own, which cannot be stored; keep it in code and pass it again")
     return [{"resource": cap.name, "amount": cap.amount} for cap in caps]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 
 from ..budgets import KINDS, Cap
 from ..errors import ArgumentError
@@ -26,7 +27,7 @@ def read_amount(option: str, text: str) -> float:
     return int(value) if is_whole else value
 
 
-def read_caps(given: dict[str, str | None]) -> tuple[Cap, ...]:
+def read_caps(given: Mapping[str, str | None]) -> tuple[Cap, ...]:
     """The budgets of the options that were given, by the names of their resources.
 
     Raises:
