@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 import torch
 
+from ._alike import AlikeBudget
 from ._observe._consumers import Consumers
 from ._observe._costs import curves_of
 from ._observe._drift import Drift
@@ -171,7 +172,11 @@ class Chooser:
         if isinstance(config.sparsity, Mapping):
             check_patterns("sparsity", config.sparsity, groups, read_by)
         part = self._part(budget)
-        lost = self._allocated(part, costs)
+        if config.uniform_layers:
+            alike = AlikeBudget(part)
+            lost = alike.spread(self._allocated(alike, None if costs is None else alike.joined(costs)))
+        else:
+            lost = self._allocated(part, costs)
         return part.spread(lost) if isinstance(part, PartialBudget) else lost
 
     def _part(self, budget: Budget) -> Budget:

@@ -41,6 +41,7 @@ class PruningOptions(TypedDict, total=False):
     include: Iterable[str]
     exclude: Iterable[str]
     round_to: int
+    uniform_layers: bool
     padding_mask: str | None
 
 
@@ -77,6 +78,7 @@ class PruningConfig:
             channels contracted between two activations (rows of W_Q and W_K), by the norms of both.
         exclude: name patterns of weights; groups that hold one of them stay whole.
         round_to: kept widths (per block) are multiples of this.
+        uniform_layers: groups of one shape lose equally many channel sets, so that layers that are alike stay alike, as some runtimes need it.
         padding_mask: name of the input ``[batch, tokens]`` (``"attention_mask"``, say) that is zero where a token of the first input is padding; such
             tokens of the calibration data enter neither scores nor repairs. ``None``: every token counts.
 
@@ -100,6 +102,7 @@ class PruningConfig:
     include: Iterable[str] = ()
     exclude: Iterable[str] = ()
     round_to: int = 1
+    uniform_layers: bool = False
     padding_mask: str | None = None
 
     def __post_init__(self) -> None:
@@ -121,8 +124,11 @@ class PruningConfig:
             raise ArgumentError("a sparsity for each pattern is an allocation by itself; leave allocation= out, or give one sparsity")
         if not isinstance(self.round_to, int) or isinstance(self.round_to, bool) or self.round_to < 1:
             raise ArgumentError(f"round_to={self.round_to!r} is not a positive integer")
-        if not isinstance(self.propagate, bool):
-            raise ArgumentError(f"propagate={self.propagate!r} is neither True nor False")
+        for name in ("propagate", "uniform_layers"):
+            if not isinstance(getattr(self, name), bool):
+                raise ArgumentError(f"{name}={getattr(self, name)!r} is neither True nor False")
+        if self.uniform_layers and isinstance(self.sparsity, Mapping):
+            raise ArgumentError("a sparsity for each pattern tells layers apart; leave uniform_layers= out, or give one sparsity")
         if self.drift is not None and (isinstance(self.drift, bool) or not isinstance(self.drift, (int, float)) or not 0 <= self.drift <= 1):
             raise ArgumentError(f"drift={self.drift!r} is not in [0, 1]; 0.3 makes up for a third")
         if self.drift and not (self.propagate and self.restore is not None):

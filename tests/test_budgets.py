@@ -262,6 +262,19 @@ def test_round_to_is_kept() -> None:
     assert spent.used <= spent.allowed < spent.used + 8 * 49
 
 
+@pytest.mark.parametrize("asked", [{"sparsity": 0.3}, {"budget": Parameters(0.7)}], ids=str)
+def test_layers_stay_alike_where_that_is_asked(asked: dict[str, Any]) -> None:
+    _, args, _, once = captured("wide")
+    costs = fasp_fx.measure(once, calibration=[args] * 4)
+    widths = {}
+    for alike in (True, False):
+        result = fasp_fx.prune(once, calibration=[args] * 4, costs=costs, uniform_layers=alike, **asked)
+        removed = {group.name: group.removed_sets for group in result.plan.groups}
+        widths[alike] = {removed.get(f"blocks.{index}.2.weight", 0) for index in range(3)}
+        assert all(0.97 * spent.allowed <= spent.used <= spent.allowed for spent in result.report.budgets)
+    assert len(widths[True]) == 1 < len(widths[False])
+
+
 def test_costs_are_measured_once_for_several_budgets() -> None:
     _, args, _, once = captured("wide")
     costs = fasp_fx.measure(once, calibration=[args] * 4, budget=Parameters(0.5))
@@ -305,6 +318,8 @@ def test_a_model_that_generates_keeps_its_budgets() -> None:
         ({"budget": (Parameters(0.5), Parameters(1000))}, "speaks of parameters twice"),
         ({"budget": Parameters(0.5), "sparsity": 0.5}, r"sparsity=0.5 and budget=.*leave one of them out"),
         ({"budget": Parameters(0.5), "sparsity": {"*": 0.5}}, "leave one of them out"),
+        ({"uniform_layers": True, "sparsity": {"*": 0.5}}, "a sparsity for each pattern tells layers apart"),
+        ({"uniform_layers": 1}, "uniform_layers=1 is neither True nor False"),
     ],
 )
 def test_budgets_that_make_no_sense_are_refused(options: dict[str, Any], message: str) -> None:

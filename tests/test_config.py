@@ -56,6 +56,7 @@ CONFIGS = st.builds(
     include=st.lists(st.sampled_from(["approximate", "exempt"])).map(tuple),
     exclude=st.lists(st.text()).map(tuple),
     round_to=st.integers(1, 64),
+    uniform_layers=st.just(False),
     padding_mask=st.none() | st.text(),
 )
 

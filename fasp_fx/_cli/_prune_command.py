@@ -50,6 +50,7 @@ class Request:
     seed: int
     html: Path | None = None
     budget: Mapping[str, str | None] = field(default_factory=dict)
+    uniform_layers: bool = False
     granularity: tuple[str, ...] = ()
     include: tuple[str, ...] = ()
 
@@ -179,6 +180,7 @@ class Job:
             plain=request.plain,
             restore="least-squares" if request.restore else None,
             round_to=request.round_to,
+            uniform_layers=request.uniform_layers,
             progress=self.calibrated,
             on_analysis=self.show_groups,
             **asked,

@@ -92,7 +92,7 @@ def prune_plain(
     if not isinstance(model, PreTrainedModel):
         raise ArgumentError(f"a plain checkpoint is made of a transformers model, not of a {type(model).__name__}; prune it without plain")
     experiments = Experiments(model)
-    settings = settings_of(experiments, heads_asked, asked.allocator)
+    settings = settings_of(experiments, heads_asked, asked.allocator, by_layer=not asked.uniform_layers)
     if asked.needs_data:
         check_calibration(calibration)
     if example is None:
@@ -106,6 +106,7 @@ def prune_plain(
         config=replace(
             asked,
             allocation=settings,
+            uniform_layers=False,  # the settings see to it
             loss="next-token" if asked.loss == "auto" and model.can_generate() else asked.loss,
             granularity=asked.granularity if heads_asked else ("channel", "head"),
             padding_mask="attention_mask" if masked else None,

@@ -72,14 +72,15 @@ class Settings:
         experiments: builds the model's class.
         heads_asked: whether whole heads shall go like all else, rather than only where nothing else is left.
         allocate: how the channels share what is to go; it sees one group for each dial.
+        by_layer: whether layers may differ, where the class takes values by layer.
 
     Attributes:
         unsaid: for each group that no field can shrink alone, why; known once the allocation was made.
         losses: channel sets per block that each group loses; likewise.
     """
 
-    def __init__(self, experiments: Experiments, heads_asked: bool, allocate: Allocation = uniform) -> None:
-        self.experiments, self.heads_asked, self.allocate = experiments, heads_asked, allocate
+    def __init__(self, experiments: Experiments, heads_asked: bool, allocate: Allocation = uniform, by_layer: bool = True) -> None:
+        self.experiments, self.heads_asked, self.allocate, self.by_layer = experiments, heads_asked, allocate, by_layer
         self.unsaid: dict[str, str] = {}
         self.losses: dict[str, int] = {}
         self._families: list[Family] = []
@@ -95,7 +96,7 @@ class Settings:
         assert isinstance(limit, Target)  # other budgets are refused before
         if isinstance(limit.resource, JoinedSparsity):
             raise CaptureError("the model cannot be captured as a whole, which a plain checkpoint needs; prune it without plain")
-        search = Search(self.experiments, budget.groups, by_layer=self.allocate is not uniform)
+        search = Search(self.experiments, budget.groups, by_layer=self.by_layer and self.allocate is not uniform)
         self._families, self.unsaid = search.families, search.unsaid
         if not search.families:
             raise NothingPrunableError("; ".join(dict.fromkeys(search.unsaid.values())))
@@ -167,9 +168,9 @@ class CostSettings(Settings, CostAllocation):
     """Settings whose channels are shared out by what they cost."""
 
 
-def settings_of(experiments: Experiments, heads_asked: bool, allocate: Allocation) -> Settings:
+def settings_of(experiments: Experiments, heads_asked: bool, allocate: Allocation, by_layer: bool) -> Settings:
     """An allocation that stays within what a config can say, and shares out channels as another does."""
-    return (CostSettings if isinstance(allocate, CostAllocation) else Settings)(experiments, heads_asked, allocate)
+    return (CostSettings if isinstance(allocate, CostAllocation) else Settings)(experiments, heads_asked, allocate, by_layer)
 
 
 def _of_heads(dial: Dial, groups: Mapping[str, Group]) -> bool:
