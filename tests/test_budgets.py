@@ -18,7 +18,6 @@ from test_submodules import Forks, X
 from tiny_llama import make_model
 from torch import Tensor, nn
 from torch._ops import HigherOrderOperator
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import relu
 from torch.utils.flop_counter import FlopCounterMode
 from typer.testing import CliRunner
@@ -54,11 +53,20 @@ def operations(call: Callable[[], object]) -> int:
     def bilinear(first: Any, weight: Any, *_: Any, **__: Any) -> int:
         return 2 * first[0] * math.prod(weight)
 
-    left_out: dict[Any, Any] = {torch.ops.aten.mv: rows, torch.ops.aten.dot: rows, torch.ops.aten._trilinear: bilinear, torch.ops.aten._grouped_mm: experts}
+    def attention(query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:
+        return 2 * math.prod(query[:-1]) * key[-2] * (query[-1] + value[-1])
+
+    left_out: dict[Any, Any] = {
+        torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: attention,
+        torch.ops.aten.mv: rows,
+        torch.ops.aten.dot: rows,
+        torch.ops.aten._trilinear: bilinear,
+        torch.ops.aten._grouped_mm: experts,
+    }
     if hasattr(torch.ops.transformers, "grouped_mm_fallback"):
         left_out[torch.ops.transformers.grouped_mm_fallback] = experts
     counter = FlopCounterMode(display=False, custom_mapping=left_out)
-    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), torch.backends.mkldnn.flags(enabled=False), counter:
+    with torch.no_grad(), torch.backends.mkldnn.flags(enabled=False), counter:
         call()
     return counter.get_total_flops() // 2
 
@@ -143,6 +151,13 @@ def captured(name: str) -> tuple[Any, tuple[Any, ...], dict[str, Any], fasp_fx.C
     return model, args, kwargs, fasp_fx.capture(model, args, kwargs)
 
 
+@cache
+def costs_of(name: str) -> fasp_fx.Costs:
+    """The cost curves of a model by two batches."""
+    _, args, _, once = captured(name)
+    return fasp_fx.measure(once, calibration=[args] * 2, budget=Parameters(0.5))
+
+
 def real(result: fasp_fx.Result, args: Any, kwargs: Any) -> dict[str, int]:
     """What a result has of each resource."""
     weights = list(result.module.parameters())
@@ -181,7 +196,7 @@ def test_what_is_predicted_is_what_the_result_has(name: str, options: dict[str, 
 
 
 @given(programs(), st.integers(0, 999))
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=12, deadline=None)
 def test_whatever_goes_of_whatever_is_drawn_is_counted(net: Net, number: int) -> None:
     args = example(net, 2, number, torch.float64)
     program = fasp_fx.capture(build(net, number, torch.float64), args).program
@@ -229,11 +244,13 @@ def test_budgets_of_drawn_costs_are_met_from_below(data: st.DataObject) -> None:
         assert all(budget.over(other) > 0 for other in fewer), "a step could have stayed"
 
 
-@pytest.mark.parametrize("quality", ["fast", "balanced"])
-@pytest.mark.parametrize("budget", [Parameters(0.7), Macs(0.6), Bytes(40_000), Parameters(15_000)], ids=str)
-def test_budgets_are_met_within_a_hundredth(budget: Cap, quality: Any) -> None:
+@pytest.mark.parametrize(
+    ("budget", "allocation"), [(Parameters(0.7), "uniform"), (Macs(0.6), "global"), (Bytes(40_000), "global"), (Parameters(15_000), "uniform")]
+)
+def test_budgets_are_met_within_a_hundredth(budget: Cap, allocation: Any) -> None:
     _, args, kwargs, once = captured("wide")
-    result = fasp_fx.prune(once, calibration=[args] * 8, budget=budget, quality=quality)
+    costs = costs_of("wide") if allocation == "global" else None
+    result = fasp_fx.prune(once, calibration=[args] * 2, budget=budget, allocation=allocation, score="magnitude", restore=None, costs=costs)
     (spent,) = result.report.budgets
     assert real(result, args, kwargs)[budget.name] == spent.used
     assert 0.99 * spent.allowed <= spent.used <= spent.allowed
@@ -243,13 +260,12 @@ def test_budgets_are_met_within_a_hundredth(budget: Cap, quality: Any) -> None:
 @pytest.mark.parametrize("allocation", ["uniform", "global"])
 def test_the_tightest_of_several_decides(allocation: Any) -> None:
     _, args, _, once = captured("pictures")
-    batches = [(args[0] + index,) for index in range(8)]
-    costs = fasp_fx.measure(once, calibration=batches)
-    several = fasp_fx.prune(once, calibration=batches, budget=(Macs(0.6), Parameters(0.8)), allocation=allocation, costs=costs)
+    options: dict[str, Any] = {"calibration": [args], "allocation": allocation, "costs": costs_of("pictures"), **FAST}
+    several = fasp_fx.prune(once, budget=(Macs(0.6), Parameters(0.8)), **options)
     macs, parameters = several.report.budgets
     assert macs.used <= macs.allowed
     assert parameters.used <= parameters.allowed
-    alone = fasp_fx.prune(once, calibration=batches, budget=Macs(0.6), allocation=allocation, costs=costs)
+    alone = fasp_fx.prune(once, budget=Macs(0.6), **options)
     if alone.report.parameters[1] <= parameters.allowed:
         assert alone.plan == several.plan
 
@@ -265,10 +281,10 @@ def test_round_to_is_kept() -> None:
 @pytest.mark.parametrize("asked", [{"sparsity": 0.3}, {"budget": Parameters(0.7)}], ids=str)
 def test_layers_stay_alike_where_that_is_asked(asked: dict[str, Any]) -> None:
     _, args, _, once = captured("wide")
-    costs = fasp_fx.measure(once, calibration=[args] * 4)
+    options: dict[str, Any] = {"calibration": [args], "costs": costs_of("wide"), "allocation": "global", **FAST, **asked}
     widths = {}
     for alike in (True, False):
-        result = fasp_fx.prune(once, calibration=[args] * 4, costs=costs, uniform_layers=alike, **asked)
+        result = fasp_fx.prune(once, uniform_layers=alike, **options)
         removed = {group.name: group.removed_sets for group in result.plan.groups}
         widths[alike] = {removed.get(f"blocks.{index}.2.weight", 0) for index in range(3)}
         assert all(0.97 * spent.allowed <= spent.used <= spent.allowed for spent in result.report.budgets)
@@ -277,10 +293,10 @@ def test_layers_stay_alike_where_that_is_asked(asked: dict[str, Any]) -> None:
 
 def test_costs_are_measured_once_for_several_budgets() -> None:
     _, args, _, once = captured("wide")
-    costs = fasp_fx.measure(once, calibration=[args] * 4, budget=Parameters(0.5))
+    costs = costs_of("wide")
     rises = []
-    for share in (0.9, 0.7, 0.5):
-        result = fasp_fx.prune(once, calibration=[args] * 4, budget=Parameters(share), costs=costs)
+    for share in (0.9, 0.5):
+        result = fasp_fx.prune(once, calibration=[args] * 2, budget=Parameters(share), costs=costs)
         rises.append(costs.predicted({group.name: group.removed_sets for group in result.plan.groups}))
     assert rises == sorted(rises)
 
@@ -423,7 +439,8 @@ def test_an_allocation_of_ones_own_keeps_a_budget() -> None:
             return lost
 
     _, args, _, once = captured("wide")
-    (spent,) = fasp_fx.prune(once, calibration=[args] * 4, budget=Parameters(0.6), allocation=Halves()).report.budgets
+    options: dict[str, Any] = {"calibration": [args], "costs": costs_of("wide"), **FAST}
+    (spent,) = fasp_fx.prune(once, budget=Parameters(0.6), allocation=Halves(), **options).report.budgets
     assert spent.used <= spent.allowed
 
 
@@ -470,7 +487,6 @@ def test_the_command_line_keeps_budgets(tmp_path: Path) -> None:
     for wrong, message in (
         (["--macs", "0.8", "--sparsity", "0.2"], "--sparsity 0.2 and --macs both say how much goes"),
         (["--bytes", "some"], "--bytes 'some' is no amount"),
-        (["--bytes", "1kB"], "Bytes(amount=1000) is out of reach"),
         (["--parameters", "0.8", "--plain"], "--parameters cannot go with --plain"),
     ):
         refused = CliRunner().invoke(app, [*command[:3], str(tmp_path / "other"), *small, *wrong])
