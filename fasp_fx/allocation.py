@@ -232,7 +232,8 @@ class Global(CostAllocation):
 
     Under several budgets a channel set is worth what it takes of each resource, as a part of what has to go of that, times a price of the resource (the
     generalised Lagrange multipliers of Everett, 1963). Prices are found by multiplicative weights (Plotkin, Shmoys and Tardos, 1995; Arora, Hazan and Kale,
-    2012): channel sets go until all budgets are met, and a resource of which more went than had to becomes cheaper. The least predicted loss counts.
+    2012): channel sets go until all budgets are met, and a resource of which more went than had to becomes cheaper. The least predicted loss counts. Where one
+    budget alone leads to all others, it is the only one with a price.
 
     What the last step took too much is given back, where it costs most; and where steps are so coarse that more than a hundredth of a budget is left over,
     steps are exchanged as long as that lowers the predicted loss.
@@ -256,14 +257,21 @@ class Global(CostAllocation):
             found = self._by_threshold(budget, curves, np.ones(1))
             return _polished(budget, round_to, costs, found) if budget.is_ceiling else found
         needs = np.array([max(limit.need, 1e-12) for limit in budget.limits])
-        prices = np.ones(len(needs))
         tried: list[list[int]] = []
-        for step in range(self.rounds):
+
+        def spare_at(prices: np.ndarray) -> np.ndarray:
+            """Try prices: how much more of each resource went than had to."""
             found = self._by_threshold(budget, curves, prices / needs)
             tried.append(_polished(budget, round_to, costs, found))
-            spare = (np.array(budget.removed(found)) - needs) / needs
+            return (np.array(budget.removed(found)) - needs) / needs
+
+        for index, price in enumerate(np.eye(len(needs))):
+            if int(np.argmin(spare_at(price))) == index:
+                return tried[-1]  # whoever keeps this budget keeps the others
+        prices = np.ones(len(needs))
+        for step in range(self.rounds):
+            spare = spare_at(prices)
             prices *= np.exp(-spare / max(spare.max(), 1e-12) * 2 / (step + 1))
-        tried += [_polished(budget, round_to, costs, self._by_threshold(budget, curves, price / needs)) for price in np.eye(len(needs))]
         met = [lost for lost in tried if budget.over(lost) <= 0] or tried
         return min(met, key=lambda lost: _predicted(budget, costs, lost))
 
