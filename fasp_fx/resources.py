@@ -116,7 +116,7 @@ def cache_of(analysis: Analysis) -> Counted:
             left.add([sizes.of(node, value.shape, 1), sizes.of(node, value.shape, 3)], value.element_size())
             found = True
     if not found:
-        raise BudgetError("the program that is pruned holds no cache of keys and values, so its bytes are no budget; use fasp_fx.hf.prune, or another budget")
+        raise BudgetError("the program that is pruned holds no cache of keys and values; give another budget, or prune a decoder by fasp_fx.hf.prune")
     return Counted(analysis, left)
 
 
