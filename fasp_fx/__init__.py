@@ -22,6 +22,7 @@ from .config import PruningConfig
 from .costs import CostCurve, Costs
 from .errors import (
     ArgumentError,
+    BudgetError,
     CalibrationError,
     CalibrationWarning,
     CallError,
@@ -57,6 +58,7 @@ def __getattr__(name: str) -> Any:
 __all__ = [
     "Analysis",
     "ArgumentError",
+    "BudgetError",
     "CalibrationError",
     "CalibrationWarning",
     "CallError",

@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 import torch
 
+from ._alike import AlikeBudget
 from ._observe._consumers import Consumers
 from ._observe._costs import curves_of
 from ._observe._drift import Drift
@@ -19,13 +20,15 @@ from ._program import Program
 from ._scores import resolve_score
 from ._selection import PartialBudget, check_patterns, held_by, lost_by_pattern, matches, read_by
 from ._warn import warn
-from .allocation import Budget, CostAllocation, Global, check_reach, uniform, validate, without_curve
+from .allocation import Budget, Ceiling, CostAllocation, Global, Target, check_reach, uniform, validate, without_curve
+from .analysis import Analysis
 from .config import MEASURED, PruningConfig
 from .costs import Costs
 from .errors import CalibrationError, CalibrationWarning, NothingPrunableError
 from .groups import EXEMPT, Group
 from .losses import resolve_loss
 from .obs import OBS
+from .resources import Resource, Sparsity
 from .restoration import ridge
 from .statistics import MakeStatistic
 
@@ -63,6 +66,21 @@ class Chooser:
             return "the loss that was given"
         return {"next-token": "the cross-entropy of the next token"}.get(self._loss, "half the squared error of the outputs, relative to their mean square")
 
+    def budget(self, analysis: Analysis) -> Budget:
+        """How much of the resources asked for may stay of a program.
+
+        Raises:
+            BudgetError: a resource cannot be counted of it.
+        """
+        if not self.config.caps:
+            return self.budget_of(Sparsity(analysis))
+        return Budget(analysis.chosen, [Ceiling(cap, cap.resource(analysis)) for cap in self.config.caps])
+
+    def budget_of(self, counted: Resource) -> Budget:
+        """How much of the counted weights may stay by the sparsity asked for; without a limit where each pattern has its own."""
+        sparsity = self.config.requested
+        return Budget(counted.groups, [] if sparsity is None else [Target(counted, sparsity)])
+
     def check(self, budget: Budget, groups: Sequence[Group], costs: Costs | None = None) -> None:
         """Refuse what can be known to be in vain before the costs are measured; arguments and errors as for :meth:`allocate`."""
         check_patterns("exclude", self.config.exclude, groups, held_by)
@@ -72,7 +90,7 @@ class Chooser:
         if not self.needs_costs or not budget.groups or costs is not None:
             self.allocate(budget, groups, costs)
             return
-        check_reach(part, float(self.config.sparsity), self.config.round_to)  # type: ignore[arg-type]
+        check_reach(part, self.config.round_to)
         unread = next((group for group in part.groups if not group.uses and group.status == EXEMPT), None)
         if unread is not None and isinstance(self._allocate, Global):
             raise without_curve(unread)
@@ -151,7 +169,7 @@ class Chooser:
         Raises:
             NothingPrunableError: no group can be pruned.
             ArgumentError: a name pattern matches nothing, or the allocation returned what cannot be done.
-            SparsityError: the sparsity is out of reach.
+            SparsityError, BudgetError: the sparsity or a budget is out of reach.
         """
         config = self.config
         check_patterns("exclude", config.exclude, groups, held_by)
@@ -161,7 +179,11 @@ class Chooser:
         if isinstance(config.sparsity, Mapping):
             check_patterns("sparsity", config.sparsity, groups, read_by)
         part = self._part(budget)
-        lost = self._allocated(part, costs)
+        if config.uniform_layers:
+            alike = AlikeBudget(part)
+            lost = alike.spread(self._allocated(alike, None if costs is None else alike.joined(costs)))
+        else:
+            lost = self._allocated(part, costs)
         return part.spread(lost) if isinstance(part, PartialBudget) else lost
 
     def _part(self, budget: Budget) -> Budget:
@@ -179,8 +201,8 @@ class Chooser:
             return lost_by_pattern(budget, config.sparsity, config.round_to)
         if isinstance(self._allocate, CostAllocation):
             assert costs is not None
-            return validate(self._allocate(budget, config.sparsity, config.round_to, costs), budget)
-        return validate(self._allocate(budget, config.sparsity, config.round_to), budget)
+            return validate(self._allocate(budget, config.round_to, costs), budget)
+        return validate(self._allocate(budget, config.round_to), budget)
 
     def choose(self, consumers: Consumers, lost: list[int], batches: list[list[Any]] | None, advance: Callable[[float], None]) -> Decision:
         """Run the calibration batches, choose what goes and repair what stays."""

@@ -34,8 +34,8 @@ def measure(
 ) -> Costs:
     """Predict what each coupled group costs, channel set by channel set.
 
-    The dense model runs on the batches, forward and, unless ``loss=None``, back. The curves serve :func:`fasp_fx.prune` for any number of sparsities, with the
-    same ``score``, ``granularity`` and ``include``.
+    The dense model runs on the batches, forward and, unless ``loss=None``, back. The curves serve :func:`fasp_fx.prune` for any number of sparsities and
+    budgets, with the same ``score``, ``granularity`` and ``include``.
 
     Args:
         model, args, kwargs, state, dynamic_shapes, device: as for :func:`fasp_fx.prune`; a model that cannot be captured whole is not measured by itself.
@@ -50,7 +50,7 @@ def measure(
     """
     asked = PruningConfig.of(config, options)
     if not isinstance(asked.allocator, CostAllocation):
-        asked = replace(asked, sparsity=asked.requested or 0.2, allocation="global")
+        asked = replace(asked, sparsity=None if asked.budget else asked.requested, allocation="global")
     check_calibration(calibration)
     captured = model if isinstance(model, Captured) else capture(model, args, kwargs, dynamic_shapes=dynamic_shapes, state=state, device=device)
     program = captured.program

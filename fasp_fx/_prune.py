@@ -23,7 +23,6 @@ from ._observe._visit import Decision
 from ._parts._prune import PARTIAL_LOSSES, Stages, analyze_in_parts, apply_in_parts, check_parts_help, prune_in_parts
 from ._program import Program
 from ._result import Result
-from .allocation import ProgramBudget
 from .analysis import Analysis, analyze_program
 from .config import PruningConfig, PruningOptions
 from .costs import Costs, check_costs
@@ -31,6 +30,7 @@ from .errors import ArgumentError, CaptureError, PlanError
 from .passes import split_fused
 from .plan import PruningPlan
 from .report import cache_bytes, make_report
+from .resources import Sparsity
 
 #: the part of the progress shown that measuring costs takes, where they are measured
 MEASURING = 0.35
@@ -97,13 +97,14 @@ def prune(
         dynamic_shapes: as for ``torch.export.export``; inferred if ``None``.
         device: where to capture and calibrate; batches are moved there. ``None``: the model's device.
         progress: called with the fraction of the calibration done.
-        on_analysis: called with the analysis, once the sparsity is known to be in reach and before the first calibration batch is asked for.
+        on_analysis: called with the analysis, once the sparsity or budget is known to be in reach and before the first calibration batch is asked for.
         options: fields of :class:`fasp_fx.PruningConfig`, which describes them (``sparsity=0.2``, ``score="fasp"``, …), in the place of those of
             ``config``.
 
     Raises:
         ArgumentError: an option is not known, or out of range.
         SparsityError: outside (0, 1) or out of reach.
+        BudgetError: a budget is out of reach, met already or cannot be counted of this model.
         CalibrationError: the calibration data does not fit.
         NothingPrunableError: no group can be pruned.
         CaptureError: see :func:`fasp_fx.capture`.
@@ -115,7 +116,7 @@ def prune(
     try:
         program = program_of(model, args, kwargs, dynamic_shapes=dynamic_shapes, state=state, device=device)
     except CaptureError as error:
-        whole = {} if config.loss in PARTIAL_LOSSES else {"loss": config.loss}
+        whole = {"budget": config.caps} | ({} if config.loss in PARTIAL_LOSSES else {"loss": config.loss})
         check_parts_help(error, model, dynamic_shapes=dynamic_shapes, state=state, padding_mask=config.padding_mask, costs=costs is not None, **whole)
         return prune_in_parts(
             error,
@@ -155,7 +156,8 @@ def choose(
         check_costs(costs, plans.program_fingerprint(program))
     clock.lap("capture")
     analysis = analyze_program(program, split_fused, config.granularity, config.include)
-    chooser, budget, consumers = Chooser(config, loss), ProgramBudget(analysis), Consumers(analysis)
+    chooser, consumers = Chooser(config, loss), Consumers(analysis)
+    budget = chooser.budget(analysis)
     chooser.check(budget, analysis.groups, costs)
     clock.lap("analysis")
     if on_analysis is not None:
@@ -234,13 +236,12 @@ def _check_weights(program: Program) -> None:
 
 def make_plan(program: Program, analysis: Analysis, decision: Decision) -> PruningPlan:
     """What was decided, as data; its result is not known yet."""
-    budget = ProgramBudget(analysis)
-    entries = plans.planned(budget.groups, decision.gone, analysis)
+    entries = plans.planned(analysis.chosen, decision.gone, analysis)
     groups = tuple(entry for entry in entries if entry.removed_sets)
     return PruningPlan(
         plans.program_fingerprint(program),
         groups,
-        budget.sparsity([entry.removed_sets for entry in entries]),
+        Sparsity(analysis).removed([entry.removed_sets for entry in entries]),
         tuple(plans.SplitWeight(name, part.name, part.dim, part.rows) for name, part in analysis.program.parts.items()) if groups else (),
         granularity=tuple(sorted(analysis.granularity)),
         include=tuple(sorted(analysis.include)),
@@ -291,11 +292,10 @@ def rewrite(program: Program, analysis: Analysis, decision: Decision, config: Pr
     Raises:
         VerificationError: nothing of what was decided holds.
     """
-    requested = None if config is None else config.requested
     held = carry_out(program, analysis, decision, clock.lap, whole)
     plan = make_plan(program, analysis, held.decision)
     plan = replace(plan, result=plans.fingerprint(dict(held.module.named_parameters(remove_duplicate=False))))
-    report = make_report(analysis, plan, held.decision, program.parameters(), dict(held.module.named_parameters()), requested, clock.seconds, held.left)
+    report = make_report(analysis, plan, held.decision, program.parameters(), dict(held.module.named_parameters()), config, clock.seconds, held.left)
     cache = cache_bytes(program.module.graph, held.module.graph, program.state_outputs)
     report = replace(report, cache=cache, notes=(*report.notes, *held.notes))
     return Result(held.module, held.exported, plan, report, held.rewritten.signature, config)

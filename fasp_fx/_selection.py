@@ -51,7 +51,7 @@ class PartialBudget(Budget):
     """
 
     def __init__(self, whole: Budget, taking_part: Sequence[bool]) -> None:
-        super().__init__([group for group, takes in zip(whole.groups, taking_part, strict=True) if takes], whole.total)
+        super().__init__([group for group, takes in zip(whole.groups, taking_part, strict=True) if takes], whole.limits)
         self.whole, self.taking_part = whole, taking_part
 
     def spread(self, lost: Sequence[int]) -> list[int]:
@@ -59,8 +59,8 @@ class PartialBudget(Budget):
         left = iter(lost)
         return [next(left) if takes else 0 for takes in self.taking_part]
 
-    def sparsity(self, lost: Sequence[int]) -> float:
-        return self.whole.sparsity(self.spread(lost))
+    def counts(self, lost: Sequence[int]) -> list[int]:
+        return self.whole.counts(self.spread(lost))
 
 
 def lost_by_pattern(budget: Budget, fractions: Mapping[str, float], round_to: int) -> list[int]:

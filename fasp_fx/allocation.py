@@ -1,98 +1,143 @@
-"""How many channel sets each group loses."""
+"""How many channel sets each group loses, so that no more of a resource stays than may."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from bisect import bisect_left
+from collections.abc import Callable, Iterable, Sequence
 from itertools import pairwise
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
-from .channels import attribute
+from .budgets import Cap
 from .costs import Costs
-from .errors import ArgumentError, SparsityError
-from .groups import EXEMPT, PRUNABLE, Group
+from .errors import ArgumentError, BudgetError, SparsityError
+from .groups import Group
+from .resources import Resource, most_lost
 
-if TYPE_CHECKING:
-    from .analysis import Analysis
-
-
-@dataclass(frozen=True)
-class _Cut:
-    """How one dimension of a counted weight shrinks with one group: positions lost per channel set."""
-
-    group: int
-    per_set: float
+#: the part of a budget that steps of channel sets may leave over
+FINE = 0.01
 
 
-class Budget(ABC):
-    """Sparsity as a function of the number of channel sets that each group loses.
+class Limit(ABC):
+    """How much of one resource may stay.
 
-    Sparsity is the fraction removed of all weights of linear, convolution and recurrent operators that a prunable, exempt or included group touches, each
-    counted once and whole.
+    Attributes:
+        resource: what is counted.
+    """
+
+    def __init__(self, resource: Resource) -> None:
+        self.resource = resource
+
+    @abstractmethod
+    def over(self, lost: Sequence[int]) -> float:
+        """By how much too much stays, as a fraction of what the dense model has; ``lost`` as for :meth:`fasp_fx.resources.Resource.used`."""
+
+    @property
+    @abstractmethod
+    def need(self) -> float:
+        """The fraction of what the dense model has that has to go."""
+
+
+class Target(Limit):
+    """A fraction of a resource that is to go, met as nearly as whole channel sets can.
+
+    Args:
+        resource: what is counted.
+        sparsity: the fraction.
+    """
+
+    def __init__(self, resource: Resource, sparsity: float) -> None:
+        super().__init__(resource)
+        self.sparsity = sparsity
+
+    def over(self, lost: Sequence[int]) -> float:
+        return self.sparsity - self.resource.removed(lost)
+
+    @property
+    def need(self) -> float:
+        return self.sparsity
+
+
+class Ceiling(Limit):
+    """The most of a resource that may stay; more never does.
+
+    Args:
+        cap: what was asked for.
+        resource: what is counted.
+    """
+
+    def __init__(self, cap: Cap, resource: Resource) -> None:
+        super().__init__(resource)
+        self.cap, self.allowed = cap, cap.allowed(resource.whole)
+
+    def over(self, lost: Sequence[int]) -> float:
+        return (self.resource.used(lost) - self.allowed) / max(self.resource.whole, 1)
+
+    @property
+    def need(self) -> float:
+        return 1 - self.allowed / max(self.resource.whole, 1)
+
+
+class Budget:
+    """How much of one or of several resources may stay, as an allocation sees it.
+
+    In all methods, ``lost[i]`` are the channel sets that each block of group ``i`` loses.
 
     Args:
         groups: the groups that can lose channel sets.
-        total: how many elements the counted weights have.
+        limits: for each resource, how much of it may stay; all over the same groups.
     """
 
-    def __init__(self, groups: Sequence[Group], total: int) -> None:
-        self.groups, self.total = list(groups), total
+    def __init__(self, groups: Sequence[Group], limits: Sequence[Limit]) -> None:
+        self.groups, self.limits = list(groups), tuple(limits)
 
-    @abstractmethod
-    def sparsity(self, lost: Sequence[int]) -> float:
-        """The sparsity when group ``i`` loses ``lost[i]`` channel sets in all its blocks together."""
+    def counts(self, lost: Sequence[int]) -> list[int]:
+        """Channel sets that the groups of the limits lose, in all their blocks together."""
+        return [count * group.blocks for count, group in zip(lost, self.groups, strict=True)]
 
-    def most(self, group: Group, round_to: int) -> int:
-        """The most channel sets that one block of a group can lose."""
-        least = -(-group.needed // round_to) * round_to
-        return group.width - least if group.width > least else 0
+    def over(self, lost: Sequence[int]) -> float:
+        """By how much too much stays of the resource of which most does, as a fraction of what the dense model has; negative where enough goes."""
+        return max(limit.over(self.counts(lost)) for limit in self.limits)
 
-    def reach(self, round_to: int) -> float:
-        """The highest sparsity in reach."""
-        return self.sparsity([self.most(group, round_to) * group.blocks for group in self.groups])
+    def removed(self, lost: Sequence[int]) -> list[float]:
+        """The fraction of each resource that goes."""
+        return [limit.resource.removed(self.counts(lost)) for limit in self.limits]
 
-
-class ProgramBudget(Budget):
-    """The budget of one program.
-
-    Args:
-        analysis: the analysis of the program.
-    """
-
-    def __init__(self, analysis: Analysis) -> None:
-        counted = {PRUNABLE, EXEMPT} | analysis.include
-        touched = {slot.name for group in analysis.groups if group.status in counted for slot in group.slots} & analysis.walk.facts.matrices
-        self.shapes = {name: tuple(int(size) for size in attribute(analysis.program.module, name).shape) for name in sorted(touched)}
-        super().__init__(analysis.chosen, sum(int(np.prod(shape)) for shape in self.shapes.values()))
-        self.cuts: dict[tuple[str, int], list[_Cut]] = {}
+    def effects(self, lost: Sequence[int]) -> np.ndarray:
+        """The fraction of each resource that one more channel set of each block of a group takes, ``[groups, resources]``."""
+        before = self.removed(lost)
+        found = np.zeros((len(self.groups), len(self.limits)))
         for index, group in enumerate(self.groups):
-            for slot in group.slots:
-                if slot.name in self.shapes:
-                    own = analysis.labels[slot.base : slot.base + slot.size]
-                    count = int(np.isin(own, group.sets).sum())
-                    self.cuts.setdefault((slot.name, slot.dim), []).append(_Cut(index, count / group.size / slot.blocks))
+            step = -1 if lost[index] >= deepest_loss(group) and lost[index] else 1
+            after = self.removed([*lost[:index], lost[index] + step, *lost[index + 1 :]])
+            found[index] = [abs(new - old) for new, old in zip(after, before, strict=True)]
+        return found
 
-    def sparsity(self, lost: Sequence[int]) -> float:
-        left = 0.0
-        for name, shape in self.shapes.items():
-            sizes = [size - sum(cut.per_set * lost[cut.group] for cut in self.cuts.get((name, dim), [])) for dim, size in enumerate(shape)]
-            left += float(np.prod(sizes))
-        return 1 - left / self.total if self.total else 0.0
+    @property
+    def is_ceiling(self) -> bool:
+        """Whether too much may never stay; else the nearest is wanted."""
+        return any(isinstance(limit, Ceiling) for limit in self.limits)
+
+    def closest(self, candidates: Iterable[list[int]]) -> list[int]:
+        """The candidate that meets the budget best: the nearest; with ceilings, of those under all of them, if there are any."""
+        measured = [(self.over(lost), lost) for lost in candidates]
+        if self.is_ceiling:
+            measured = [(over, lost) for over, lost in measured if over <= 0] or [min(measured, key=lambda pair: pair[0])]
+        return min(measured, key=lambda pair: abs(pair[0]))[1]
 
 
 class CostAllocation(ABC):
     """An allocation that wants to know what each group costs; the cost curves are measured before it is asked."""
 
     @abstractmethod
-    def __call__(self, budget: Budget, sparsity: float, round_to: int, costs: Costs) -> list[int]:
+    def __call__(self, budget: Budget, round_to: int, costs: Costs) -> list[int]:
         """The channel sets that each block of each of the budget's groups loses."""
 
 
-#: an allocation maps a budget, a sparsity and ``round_to`` to the channel sets that each block of each of the budget's groups loses
-Allocation = Callable[[Budget, float, int], list[int]] | CostAllocation
+#: an allocation maps a budget and ``round_to`` to the channel sets that each block of each of the budget's groups loses
+Allocation = Callable[[Budget, int], list[int]] | CostAllocation
 
 
 def deepest_loss(group: Group) -> int:
@@ -105,6 +150,7 @@ def validate(lost: Any, budget: Budget) -> list[int]:
 
     Raises:
         ArgumentError: not one number for each group, or one that leaves less than the group needs.
+        BudgetError: it leaves more than a budget allows.
     """
     found = list(lost)
     if len(found) != len(budget.groups):
@@ -113,6 +159,8 @@ def validate(lost: Any, budget: Budget) -> list[int]:
         most = deepest_loss(group)
         if isinstance(sets, bool) or not isinstance(sets, (int, np.integer)) or not 0 <= sets <= most:
             raise ArgumentError(f"the allocation takes {sets!r} channel sets from a block of '{group.name}'; give a whole number from 0 to {most}")
+    if budget.is_ceiling and (over := budget.over(found)) > 0:
+        raise BudgetError(f"the allocation leaves {over:.2%} of the dense model's more than the budget allows; it must bring budget.over(…) to 0")
     return [int(sets) for sets in found]
 
 
@@ -125,78 +173,130 @@ def lost_per_block(width: int, fraction: float, round_to: int, needed: int = 1) 
     return width - min(max(kept, least), width)
 
 
-def check_reach(budget: Budget, sparsity: float, round_to: int) -> None:
-    """Refuse a sparsity that the groups cannot reach together.
+def check_reach(budget: Budget, round_to: int) -> None:
+    """Refuse a budget that the groups cannot meet together.
 
     Raises:
-        SparsityError: the message says what is in reach.
+        SparsityError: the message says which sparsity is in reach.
+        BudgetError: likewise how much stays at least; or the dense model meets the budget.
     """
-    reach = budget.reach(round_to)
-    if sparsity > reach + 1e-12:
-        raise SparsityError(
-            f"sparsity={sparsity:.4g} is out of reach: the prunable groups allow at most {np.floor(reach * 1e4) / 1e4:.4f}"
-            + (f" with round_to={round_to}" if round_to > 1 else "")
-            + "; ask for less, or see analyze(...).groups for what is frozen and why"
-        )
+    deepest = budget.counts([most_lost(group, round_to) for group in budget.groups])
+    rounded = f" with round_to={round_to}" if round_to > 1 else ""
+    for limit in budget.limits:
+        if isinstance(limit, Ceiling) and limit.over(deepest) > 0:
+            least, whole = limit.resource.used(deepest), max(limit.resource.whole, 1)
+            share = np.ceil(least / whole * 1e4) / 1e4
+            raise BudgetError(
+                f"{limit.cap} is out of reach: at least {least:,} of {whole:,} {limit.cap.unit} stay{rounded}, a share of {share:.4f}"
+                "; allow more, or see analyze(...).groups for what is frozen and why"
+            )
+        if isinstance(limit, Target) and limit.over(deepest) > 1e-12:
+            reach = limit.resource.removed(deepest)
+            raise SparsityError(
+                f"sparsity={limit.sparsity:.4g} is out of reach: the prunable groups allow at most {np.floor(reach * 1e4) / 1e4:.4f}{rounded}"
+                "; ask for less, or see analyze(...).groups for what is frozen and why"
+            )
+    if budget.is_ceiling and budget.over([0] * len(budget.groups)) <= 0:
+        said = ", ".join(f"{limit.resource.whole:,} {limit.cap.unit}" for limit in budget.limits if isinstance(limit, Ceiling))
+        raise BudgetError(f"the model meets the budget as it is: it has {said}; allow less")
 
 
-def uniform(budget: Budget, sparsity: float, round_to: int) -> list[int]:
+def uniform(budget: Budget, round_to: int) -> list[int]:
     """Channel sets lost per block of each group: the same fraction of every group, found by bisection.
 
+    The nearest rounded widths serve. Under a ceiling, what the last steps took too much is given back, where the largest fraction is gone.
+
     Raises:
-        SparsityError: the target is out of reach; the message says what is in reach.
+        SparsityError, BudgetError: see :func:`check_reach`.
     """
-    check_reach(budget, sparsity, round_to)
+    check_reach(budget, round_to)
 
     def lost(fraction: float) -> list[int]:
         return [lost_per_block(group.width, fraction, round_to, group.needed) for group in budget.groups]
 
-    def reached(fraction: float) -> float:
-        return budget.sparsity([n * group.blocks for n, group in zip(lost(fraction), budget.groups, strict=True)])
-
     low, high = 0.0, 1.0
     for _ in range(60):
         middle = (low + high) / 2
-        low, high = (middle, high) if reached(middle) < sparsity else (low, middle)
-    return lost(min((low, high), key=lambda fraction: abs(reached(fraction) - sparsity)))
+        low, high = (middle, high) if budget.over(lost(middle)) > 0 else (low, middle)
+    found = budget.closest([lost(low), lost(high)])
+    if not budget.is_ceiling:
+        return found
+    return _given_back(budget, round_to, found, lambda index, count, _: count / budget.groups[index].width)
 
 
 class Global(CostAllocation):
     """One threshold for all groups: channel sets go where a weight removed costs least, by the lower convex hulls of the cost curves.
 
     Within what steps of whole channel sets allow, this is the least sum of predicted losses for the sparsity (Shoham and Gersho, 1988; for pruning ZipLM,
-    arXiv 2302.04089, section 3).
+    arXiv 2302.04089, section 3). A budget of another resource is met in the same way, by what a channel set takes of that one.
+
+    Under several budgets a channel set is worth what it takes of each resource, as a part of what has to go of that, times a price of the resource (the
+    generalised Lagrange multipliers of Everett, 1963). Prices are found by multiplicative weights (Plotkin, Shmoys and Tardos, 1995; Arora, Hazan and Kale,
+    2012): channel sets go until all budgets are met, and a resource of which more went than had to becomes cheaper. The least predicted loss counts. Where one
+    budget alone leads to all others, it is the only one with a price.
+
+    What the last step took too much is given back, where it costs most; and where steps are so coarse that more than a hundredth of a budget is left over,
+    steps are exchanged as long as that lowers the predicted loss.
     """
 
-    #: how often the weights that a channel set takes along are counted anew, where groups share weights
+    #: how often what a channel set takes along is counted anew, where groups share weights
     passes = 3
+    #: how often prices are found anew, where there are several budgets
+    rounds = 12
 
-    def __call__(self, budget: Budget, sparsity: float, round_to: int, costs: Costs) -> list[int]:
+    def __call__(self, budget: Budget, round_to: int, costs: Costs) -> list[int]:
         """Channel sets lost per block of each group.
 
         Raises:
-            SparsityError: the target is out of reach.
+            SparsityError, BudgetError: see :func:`check_reach`.
             ArgumentError: a group has no cost curve.
         """
-        check_reach(budget, sparsity, round_to)
+        check_reach(budget, round_to)
         curves = [_steps(group, round_to, costs) for group in budget.groups]
+        if len(budget.limits) == 1:
+            found = self._by_threshold(budget, curves, np.ones(1))
+            return _polished(budget, round_to, costs, found) if budget.is_ceiling else found
+        needs = np.array([max(limit.need, 1e-12) for limit in budget.limits])
+        tried: list[list[int]] = []
+
+        def spare_at(prices: np.ndarray) -> np.ndarray:
+            """Try prices: how much more of each resource went than had to."""
+            found = self._by_threshold(budget, curves, prices / needs)
+            tried.append(_polished(budget, round_to, costs, found))
+            return (np.array(budget.removed(found)) - needs) / needs
+
+        for index, price in enumerate(np.eye(len(needs))):
+            if int(np.argmin(spare_at(price))) == index:
+                return tried[-1]  # whoever keeps this budget keeps the others
+        prices = np.ones(len(needs))
+        for step in range(self.rounds):
+            spare = spare_at(prices)
+            prices *= np.exp(-spare / max(spare.max(), 1e-12) * 2 / (step + 1))
+        met = [lost for lost in tried if budget.over(lost) <= 0] or tried
+        return min(met, key=lambda lost: _predicted(budget, costs, lost))
+
+    def _by_threshold(self, budget: Budget, curves: Sequence[_Curve], prices: np.ndarray) -> list[int]:
+        """What goes when a channel set is worth what it takes of each resource, times its price."""
         lost = [0] * len(curves)
         for _ in range(self.passes):
-            worth = [_share(budget, lost, index) for index in range(len(curves))]
+            worth = budget.effects(lost) @ prices
             moves = sorted(
                 (slope / share if share > 0 else np.inf, index, first, last)
                 for index, (curve, share) in enumerate(zip(curves, worth, strict=True))
                 for slope, first, last in _hull(*curve)
             )
-            found = _down_to(budget, sparsity, curves, moves)
+            found = _down_to(budget, curves, moves)
             if found == lost:
                 break
             lost = found
         return lost
 
 
-def _steps(group: Group, round_to: int, costs: Costs) -> tuple[np.ndarray, np.ndarray]:
-    """How many channel sets of a block can go, and the loss of each."""
+#: how many channel sets of a block can go, and the loss of each
+_Curve = tuple[np.ndarray, np.ndarray]
+
+
+def _steps(group: Group, round_to: int, costs: Costs) -> _Curve:
     if group.name not in costs:
         raise without_curve(group)
     losses, most = costs[group.name].losses, deepest_loss(group)
@@ -205,7 +305,7 @@ def _steps(group: Group, round_to: int, costs: Costs) -> tuple[np.ndarray, np.nd
             f"the cost curve of '{group.name}' goes up to {len(losses) - 1} channel sets of a block, of which {most} may go here; "
             "measure with the granularity= and include= of the pruning"
         )
-    counts = np.array([0, *(count for count in range(1, most + 1) if (group.width - count) % round_to == 0)])
+    counts = np.array(_counts(group, round_to))
     return counts, losses[counts]
 
 
@@ -214,6 +314,11 @@ def without_curve(group: Group) -> ArgumentError:
     if not group.uses:
         return ArgumentError(f"there is no cost curve for '{group.name}': what no weight reads has none; exclude it, or use allocation='uniform'")
     return ArgumentError(f"there is no cost curve for '{group.name}'; measure with the granularity= and include= of the pruning")
+
+
+def _counts(group: Group, round_to: int) -> list[int]:
+    """How many channel sets of a block can go."""
+    return [0, *(count for count in range(1, deepest_loss(group) + 1) if (group.width - count) % round_to == 0)]
 
 
 def _hull(counts: np.ndarray, losses: np.ndarray) -> list[tuple[float, int, int]]:
@@ -230,17 +335,8 @@ def _slope(counts: np.ndarray, losses: np.ndarray, first: int, last: int) -> flo
     return float((losses[last] - losses[first]) / (counts[last] - counts[first]))
 
 
-def _share(budget: Budget, lost: Sequence[int], index: int) -> float:
-    """The sparsity that one more channel set of each block of a group brings."""
-    sets = [count * group.blocks for count, group in zip(lost, budget.groups, strict=True)]
-    group = budget.groups[index]
-    step = -group.blocks if lost[index] >= deepest_loss(group) and lost[index] else group.blocks
-    moved = [*sets[:index], sets[index] + step, *sets[index + 1 :]]
-    return abs(budget.sparsity(moved) - budget.sparsity(sets))
-
-
-def _down_to(budget: Budget, sparsity: float, curves: Sequence[tuple[np.ndarray, np.ndarray]], moves: Sequence[tuple[float, int, int, int]]) -> list[int]:
-    """Make the moves in their order until the sparsity is reached, the last of them as far as it takes."""
+def _down_to(budget: Budget, curves: Sequence[_Curve], moves: Sequence[tuple[float, int, int, int]]) -> list[int]:
+    """Make the moves in their order until the budget is met, the last of them as far as it takes."""
 
     def after(count: int, part: int | None = None) -> list[int]:
         places = [0] * len(curves)
@@ -250,14 +346,57 @@ def _down_to(budget: Budget, sparsity: float, curves: Sequence[tuple[np.ndarray,
             places[moves[count][1]] = part
         return [int(counts[place]) for (counts, _), place in zip(curves, places, strict=True)]
 
-    def reached(lost: list[int]) -> float:
-        return budget.sparsity([count * group.blocks for count, group in zip(lost, budget.groups, strict=True)])
-
     low, high = 0, len(moves)  # after `low` moves too little is gone, after `high` enough
     while high - low > 1:
         middle = (low + high) // 2
-        low, high = (middle, high) if reached(after(middle)) < sparsity else (low, middle)
+        low, high = (middle, high) if budget.over(after(middle)) > 0 else (low, middle)
     if not moves:
         return after(0)
     _, _, first, last = moves[low]
-    return min((after(low, place) for place in range(first, last + 1)), key=lambda lost: abs(reached(lost) - sparsity))
+    return budget.closest(after(low, place) for place in range(first, last + 1))
+
+
+def _given_back(budget: Budget, round_to: int, lost: Sequence[int], worth: Callable[[int, int, int], float]) -> list[int]:
+    """Leave channel sets where they are as long as the budget is met without, step by step.
+
+    Args:
+        worth: of giving back one step: the place of the group, and what it loses before and after; the largest goes first.
+    """
+    given, counts = list(lost), [_counts(group, round_to) for group in budget.groups]
+    waiting = {index: place for index, count in enumerate(given) if (place := bisect_left(counts[index], count))}
+    while waiting:
+        index = max(waiting, key=lambda index: worth(index, given[index], counts[index][waiting[index] - 1]))
+        place = waiting.pop(index) - 1
+        fewer = [*given[:index], counts[index][place], *given[index + 1 :]]
+        if budget.over(fewer) <= 0:
+            given = fewer
+            if place:
+                waiting[index] = place
+    return given
+
+
+def _polished(budget: Budget, round_to: int, costs: Costs, lost: list[int]) -> list[int]:
+    """Give back what need not go, and exchange steps where much is left over all the same."""
+
+    def saved(index: int, before: int, after: int) -> float:
+        losses = costs[budget.groups[index].name].losses
+        return float(losses[before] - losses[after])
+
+    best = _given_back(budget, round_to, lost, saved)
+    least = _predicted(budget, costs, best)
+    coarse = FINE * min(1 - limit.need for limit in budget.limits)
+    improved = True
+    while improved and budget.over(best) < -coarse:
+        improved = False
+        for index, group in enumerate(budget.groups):
+            counts = [count for count in _counts(group, round_to) if best[index] < count < len(costs[group.name].losses)]
+            if counts:
+                other = _given_back(budget, round_to, [*best[:index], counts[0], *best[index + 1 :]], saved)
+                predicted = _predicted(budget, costs, other)
+                if predicted < least and budget.over(other) <= 0:
+                    best, least, improved = other, predicted, True
+    return best
+
+
+def _predicted(budget: Budget, costs: Costs, lost: Sequence[int]) -> float:
+    return costs.predicted({group.name: count for group, count in zip(budget.groups, lost, strict=True)})

@@ -60,10 +60,10 @@ class Analysis:
 
     @property
     def max_sparsity(self) -> float:
-        """The highest sparsity that can be asked for with ``round_to=1`` (see :mod:`fasp_fx.allocation`)."""
-        from .allocation import ProgramBudget
+        """The highest sparsity that can be asked for with ``round_to=1`` (see :class:`fasp_fx.resources.Sparsity`)."""
+        from .resources import Sparsity
 
-        return ProgramBudget(self).reach(1)
+        return Sparsity(self).reach(1)
 
     @cached_property
     def without_rule(self) -> dict[str, int]:

@@ -29,6 +29,7 @@ app = typer.Typer(
 )
 
 HTML_HELP = "Also write a page to look at: one file, no network. An earlier page there is replaced, anything else is not."
+BUDGET_HELP = "A budget: how much may stay"
 MODEL_HELP = "A model folder, a hub id or a .gguf file; anything AutoModelForCausalLM loads."
 
 
@@ -114,7 +115,16 @@ def _root(context: typer.Context, version: Annotated[bool, typer.Option("--versi
 def prune(
     model: Annotated[str, typer.Argument(help=MODEL_HELP)],
     out: Annotated[Path, typer.Option(help="The folder to write; it must not exist yet.", show_default=False)],
-    sparsity: Annotated[float, typer.Option(help="Fraction to remove of the linear weights of the layers, between 0 and 1.")] = 0.2,
+    sparsity: Annotated[
+        float | None,
+        typer.Option(help="Fraction to remove of the linear weights of the layers, between 0 and 1. Default: 0.2 without a budget.", show_default=False),
+    ] = None,
+    parameters: Annotated[str | None, typer.Option(metavar="AMOUNT", help=f"{BUDGET_HELP} of the parameters: 0.8, 80%, 100M.", show_default=False)] = None,
+    macs: Annotated[str | None, typer.Option(metavar="AMOUNT", help=f"{BUDGET_HELP} of the multiply-accumulates: 0.7.", show_default=False)] = None,
+    size: Annotated[str | None, typer.Option("--bytes", metavar="AMOUNT", help=f"{BUDGET_HELP} of the weights' bytes: 400MB.", show_default=False)] = None,
+    cache_bytes: Annotated[
+        str | None, typer.Option(metavar="AMOUNT", help=f"{BUDGET_HELP} of the cache's bytes per token of one sequence: 0.5.", show_default=False)
+    ] = None,
     calibration: Annotated[str, typer.Option(metavar="FILE|self", help="A text file, or 'self': text that the model writes itself.")] = "self",
     text: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Measure perplexity on this text file; chunks that calibrated are left out.", show_default=False)
@@ -137,6 +147,7 @@ def prune(
     restore: Annotated[bool, typer.Option("--restore/--no-restore", help="Repair the weights that stay, by least squares.")] = True,
     granularity: Granularity = None,
     include: Include = None,
+    uniform_layers: Annotated[bool, typer.Option("--uniform-layers", help="Keep layers alike that are, as some runtimes need it.")] = False,
     batches: Annotated[int, typer.Option(help="Chunks of text to calibrate on.")] = 32,
     length: Annotated[int | None, typer.Option(help="Tokens per chunk. Default: 1024 with a calibration file, 256 with 'self'.", show_default=False)] = None,
     eval_batches: Annotated[int, typer.Option(help="Chunks of text to measure perplexity on.")] = 8,
@@ -162,6 +173,9 @@ def prune(
 
     `fasp-fx eval small --text wiki.txt --length 1024 --chunks 100:140`
 
+    Instead of `--sparsity`, one or several budgets say how much may stay: a share of the dense model's, or an amount. Shares of multiply-accumulates are those
+    of a few tokens.
+
     With `--plain` the result is an ordinary checkpoint of the same architecture, for `AutoModelForCausalLM.from_pretrained` and whatever else reads those:
     feed-forward layers become narrower, and whole attention heads go where that is not enough.
 
@@ -179,6 +193,7 @@ def prune(
                 model=model,
                 out=out,
                 sparsity=sparsity,
+                budget={"parameters": parameters, "macs": macs, "bytes": size, "cache-bytes": cache_bytes},
                 calibration=None if calibration == "self" else Path(calibration),
                 text=text,
                 round_to=round_to,
@@ -189,6 +204,7 @@ def prune(
                 restore=restore,
                 granularity=_values(granularity),
                 include=_values(include),
+                uniform_layers=uniform_layers,
                 batches=batches,
                 length=length if length is not None else 256 if calibration == "self" else 1024,
                 eval_batches=eval_batches,

@@ -11,12 +11,15 @@ from typing import Any, Literal, TypedDict
 
 from ._scores import resolve_score
 from .allocation import Allocation, CostAllocation, Global, uniform
+from .budgets import Cap, budget_data, budget_from_data, read_budget
 from .errors import ArgumentError, SparsityError
 from .losses import Loss, resolve_loss
 from .scoring import Score
 
 #: of the JSON form
 VERSION = 1
+#: what goes where nothing is asked for
+SPARSITY = 0.2
 #: one in so many calibration sequences shows gradients and the dense model's activations to predictions of losses, where they are wanted, by quality
 MEASURED = {"fast": 8, "balanced": 8, "best": 2}
 _GRANULARITIES, _INCLUDED = ("channel", "head", "expert"), ("approximate", "exempt")
@@ -25,7 +28,8 @@ _GRANULARITIES, _INCLUDED = ("channel", "head", "expert"), ("approximate", "exem
 class PruningOptions(TypedDict, total=False):
     """The fields of :class:`PruningConfig` as keyword arguments, for type checkers."""
 
-    sparsity: float | Mapping[str, float]
+    sparsity: float | Mapping[str, float] | None
+    budget: Cap | Iterable[Cap] | None
     quality: Literal["fast", "balanced", "best"]
     score: Literal["fasp", "obs", "magnitude", "random"] | Score | None
     restore: Literal["least-squares"] | None
@@ -37,6 +41,7 @@ class PruningOptions(TypedDict, total=False):
     include: Iterable[str]
     exclude: Iterable[str]
     round_to: int
+    uniform_layers: bool
     padding_mask: str | None
 
 
@@ -47,7 +52,9 @@ class PruningConfig:
     Attributes:
         sparsity: the fraction to remove of the weights of linear operators in prunable and exempt groups, in (0, 1). Or a mapping from name patterns to
             the fraction of channel sets that each group loses: the first pattern that matches a weight that loses columns with the group counts
-            (a group bears the name of one), and groups that no pattern matches stay whole.
+            (a group bears the name of one), and groups that no pattern matches stay whole. ``None``: 0.2, unless there is a ``budget``.
+        budget: how much may stay of something else, instead of ``sparsity``: one of :mod:`fasp_fx.budgets`, such as ``Parameters(0.8)``, or a tuple of several,
+            which are all met. As much stays as steps of whole channel sets allow, and never more than may.
         quality: what stands for ``score=None`` and ``allocation=None``. ``"fast"``: ``"fasp"`` and ``"uniform"``, the paper's method; ``"balanced"``: ``"obs"``
             and ``"global"``, measured on an eighth of the calibration data; ``"best"``: on half of it (docs/choosing.md has times and figures).
             Without ``restore``, which ``"obs"`` counts on, as ``"fast"``.
@@ -71,6 +78,7 @@ class PruningConfig:
             channels contracted between two activations (rows of W_Q and W_K), by the norms of both.
         exclude: name patterns of weights; groups that hold one of them stay whole.
         round_to: kept widths (per block) are multiples of this.
+        uniform_layers: groups of one shape lose equally many channel sets, so that layers that are alike stay alike, as some runtimes need it.
         padding_mask: name of the input ``[batch, tokens]`` (``"attention_mask"``, say) that is zero where a token of the first input is padding; such
             tokens of the calibration data enter neither scores nor repairs. ``None``: every token counts.
 
@@ -81,7 +89,8 @@ class PruningConfig:
         ArgumentError, SparsityError: an option is out of range or not known.
     """
 
-    sparsity: float | Mapping[str, float] = 0.2
+    sparsity: float | Mapping[str, float] | None = None
+    budget: Cap | Iterable[Cap] | None = ()
     quality: Literal["fast", "balanced", "best"] = "balanced"
     score: Literal["fasp", "obs", "magnitude", "random"] | Score | None = None
     restore: Literal["least-squares"] | None = "least-squares"
@@ -93,10 +102,15 @@ class PruningConfig:
     include: Iterable[str] = ()
     exclude: Iterable[str] = ()
     round_to: int = 1
+    uniform_layers: bool = False
     padding_mask: str | None = None
 
     def __post_init__(self) -> None:
-        _check_sparsity(self.sparsity)
+        object.__setattr__(self, "budget", () if self.budget is None else read_budget(self.budget))
+        if self.budget and self.sparsity is not None:
+            raise ArgumentError(f"sparsity={self.sparsity!r} and budget={self.budget!r} both say how much goes; leave one of them out (sparsity=None)")
+        if self.sparsity is not None:
+            _check_sparsity(self.sparsity)
         if self.quality not in MEASURED:
             raise ArgumentError(f"quality={self.quality!r} is not known; use {', '.join(map(repr, MEASURED))}")
         resolve_score(self.named_score)
@@ -110,8 +124,11 @@ class PruningConfig:
             raise ArgumentError("a sparsity for each pattern is an allocation by itself; leave allocation= out, or give one sparsity")
         if not isinstance(self.round_to, int) or isinstance(self.round_to, bool) or self.round_to < 1:
             raise ArgumentError(f"round_to={self.round_to!r} is not a positive integer")
-        if not isinstance(self.propagate, bool):
-            raise ArgumentError(f"propagate={self.propagate!r} is neither True nor False")
+        for name in ("propagate", "uniform_layers"):
+            if not isinstance(getattr(self, name), bool):
+                raise ArgumentError(f"{name}={getattr(self, name)!r} is neither True nor False")
+        if self.uniform_layers and isinstance(self.sparsity, Mapping):
+            raise ArgumentError("a sparsity for each pattern tells layers apart; leave uniform_layers= out, or give one sparsity")
         if self.drift is not None and (isinstance(self.drift, bool) or not isinstance(self.drift, (int, float)) or not 0 <= self.drift <= 1):
             raise ArgumentError(f"drift={self.drift!r} is not in [0, 1]; 0.3 makes up for a third")
         if self.drift and not (self.propagate and self.restore is not None):
@@ -166,9 +183,16 @@ class PruningConfig:
         return Global() if is_global else uniform
 
     @property
+    def caps(self) -> tuple[Cap, ...]:
+        """The budgets."""
+        return read_budget(self.budget)
+
+    @property
     def requested(self) -> float | None:
-        """The sparsity asked for, where one was."""
-        return None if isinstance(self.sparsity, Mapping) else float(self.sparsity)
+        """The sparsity asked for, or what stands for it where nothing else was."""
+        if self.budget or isinstance(self.sparsity, Mapping):
+            return None
+        return SPARSITY if self.sparsity is None else float(self.sparsity)
 
     def to_json(self) -> str:
         """The configuration as text.
@@ -181,7 +205,7 @@ class PruningConfig:
             if callable(values[name]):
                 raise ArgumentError(f"{name}={values[name]!r} is a function, which cannot be stored; keep it in code and pass it again")
         sparsity = dict(self.sparsity) if isinstance(self.sparsity, Mapping) else self.sparsity
-        return json.dumps({"fasp_fx_config": VERSION, **values, "sparsity": sparsity}, indent=1)
+        return json.dumps({"fasp_fx_config": VERSION, **values, "sparsity": sparsity, "budget": budget_data(self.caps)}, indent=1)
 
     @classmethod
     def from_json(cls, text: str) -> PruningConfig:
@@ -198,7 +222,7 @@ class PruningConfig:
         if version != VERSION:
             said = "no configuration of fasp_fx" if version is None else f"a configuration of version {version!r}"
             raise ArgumentError(f"this is {said}, and version {VERSION} is read here; write it again with PruningConfig.to_json()")
-        return cls.of(None, values)
+        return cls.of(None, {**values, "budget": budget_from_data(values.get("budget", []))})
 
 
 def _check_sparsity(sparsity: Any) -> None:

@@ -38,6 +38,10 @@ class SparsityError(ArgumentError):
     """The sparsity is outside (0, 1) or out of reach for this model."""
 
 
+class BudgetError(ArgumentError):
+    """A budget is out of reach for this model, is met by the dense one, or counts what cannot be counted of it."""
+
+
 class CalibrationError(FaspError, ValueError):
     """The calibration data is missing, empty, mis-shaped, non-finite or on the wrong device."""
 

@@ -9,12 +9,14 @@ from typing import TYPE_CHECKING
 from torch import Tensor, fx
 
 from .channels import results
+from .config import PruningConfig
 from .groups import APPROXIMATE, Group
 from .plan import PruningPlan
 
 if TYPE_CHECKING:
     from ._observe._visit import Decision
     from .analysis import Analysis
+    from .budgets import Cap
 
 #: the operators whose weights sparsity counts
 COUNTED = "linear, convolution and recurrent operators"
@@ -114,6 +116,29 @@ class Recovery:
 
 
 @dataclass(frozen=True)
+class Spent:
+    """One budget, and how it was kept.
+
+    Attributes:
+        resource: what is counted (:mod:`fasp_fx.budgets`); ``unit`` is what several of it are called.
+        allowed: how much may stay.
+        dense, used: how much the dense and the pruned model have.
+    """
+
+    resource: str
+    unit: str
+    allowed: float
+    dense: float
+    used: float
+
+    def __str__(self) -> str:
+        share = max(self.dense, 1)
+        spare = self.allowed - self.used
+        kept = f"{spare / max(self.allowed, 1):.2%} left over" if spare >= 0 else f"{-spare / max(self.allowed, 1):.2%} too much"
+        return f"{self.used:,} of {self.dense:,} {self.unit} stay ({self.used / share:.2%}), {self.allowed / share:.2%} may: {kept}"
+
+
+@dataclass(frozen=True)
 class Report:
     """Figures of one pruning; ``str(report)`` is a table for people.
 
@@ -128,6 +153,7 @@ class Report:
             encoder-decoder model: per token of the output, and per token of the input, together.
         include: the statuses that were pruned besides ``"prunable"``, as given to :func:`fasp_fx.prune`.
         recovery: the training that followed, if there was one.
+        budgets: what was allowed, and what is used of it.
     """
 
     sparsity: float
@@ -142,6 +168,7 @@ class Report:
     cache: tuple[int, int] | None = None
     include: tuple[str, ...] = ()
     recovery: Recovery | None = None
+    budgets: tuple[Spent, ...] = ()
 
     def __str__(self) -> str:
         asked = f" (asked for {self.requested:.2%})" if self.requested is not None else ""
@@ -153,6 +180,7 @@ class Report:
         if self.cache is not None:
             change = f"{self.cache[1] / max(self.cache[0], 1) - 1:+.2%}"
             out.append(f"cache       {self.cache[0]:,} -> {self.cache[1]:,} bytes per token of one sequence  ({change})")
+        out += [f"budget      {spent}" for spent in self.budgets]
         if self.seconds:
             out.append("seconds     " + ", ".join(f"{stage} {spent:.1f}" for stage, spent in self.seconds.items()))
         if self.recovery is not None:
@@ -173,11 +201,16 @@ def make_report(
     decision: Decision,
     before: Mapping[str, Tensor],
     after: Mapping[str, Tensor],
-    requested: float | None,
+    config: PruningConfig | None,
     seconds: Mapping[str, float],
     left: Mapping[str, str] | None = None,
 ) -> Report:
-    """Assemble the report of one pruning; ``left``: the groups that were to be pruned and stay whole, with what was seen."""
+    """Assemble the report of one pruning.
+
+    Args:
+        config: what was asked for; ``None`` where a plan is replayed, or for a part of a model.
+        left: the groups that were to be pruned and stay whole, with what was seen.
+    """
     removed = {group.name: group.removed_sets for group in plan.groups}
     lines = []
     for group in analysis.groups:
@@ -196,7 +229,7 @@ def make_report(
     old, new = weight_size(before), weight_size(after)
     return Report(
         plan.sparsity,
-        requested,
+        None if config is None else config.requested,
         (old[0], new[0]),
         (old[1], new[1]),
         tuple(lines),
@@ -204,7 +237,14 @@ def make_report(
         (*notes_of(analysis), *decision.notes),
         without_rule=dict(analysis.without_rule),
         include=tuple(sorted(analysis.include)),
+        budgets=() if config is None else tuple(_spent(cap, analysis, removed) for cap in config.caps),
     )
+
+
+def _spent(cap: Cap, analysis: Analysis, removed: Mapping[str, int]) -> Spent:
+    resource = cap.resource(analysis)
+    used = resource.used([removed.get(group.name, 0) for group in resource.groups])
+    return Spent(cap.name, cap.unit, cap.allowed(resource.whole), resource.whole, used)
 
 
 def counted(include: Collection[str]) -> str:

@@ -1,4 +1,4 @@
-"""An allocation of one's own: a callable from a budget to what each group loses."""
+"""An allocation of one's own: a callable from a budget and round_to to what each group loses."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from fasp_fx.allocation import Budget
 def test_a_callable_decides() -> None:
     seen: list[tuple[int, float, int]] = []
 
-    def allocate(budget: Budget, sparsity: float, round_to: int) -> list[int]:
-        seen.append((budget.groups[0].width, sparsity, round_to))
+    def allocate(budget: Budget, round_to: int) -> list[int]:
+        seen.append((budget.groups[0].width, budget.over([0]), round_to))
         return [7 for _ in budget.groups]
 
     result = fasp_fx.prune(TwoLayers().eval(), (torch.randn(2, 12),), allocation=allocate, sparsity=0.4, round_to=2, score="magnitude", restore=None)

@@ -56,6 +56,7 @@ CONFIGS = st.builds(
     include=st.lists(st.sampled_from(["approximate", "exempt"])).map(tuple),
     exclude=st.lists(st.text()).map(tuple),
     round_to=st.integers(1, 64),
+    uniform_layers=st.just(False),
     padding_mask=st.none() | st.text(),
 )
 
@@ -88,7 +89,7 @@ def test_a_result_says_what_was_asked_for() -> None:
     ("options", "message"),
     [
         ({"sparsty": 0.3}, "the option 'sparsty' is not known; did you mean 'sparsity'"),
-        ({"tidy": True}, "the option 'tidy' is not known; there are sparsity, quality, score"),
+        ({"tidy": True}, "the option 'tidy' is not known; there are sparsity, budget, quality, score"),
         ({"config": {"sparsity": 0.3}}, "config is a dict; pass a PruningConfig"),
         ({"granularity": [["head"]]}, r"granularity=\[\['head'\]\] is not known"),
         ({"granularity": ()}, r"granularity=\(\) is not known"),
@@ -100,7 +101,7 @@ def test_a_result_says_what_was_asked_for() -> None:
         ({"sparsity": {"layers.0.up.bias": 0.3}}, "matches no weight that loses columns"),
         ({"sparsity": {}}, "is no mapping from name patterns to fractions"),
         ({"sparsity": {"layers.0": 1.5}}, r"sparsity=1.5 for 'layers.0' is not in \(0, 1\)"),
-        ({"sparsity": {"layers.0": 0.5}, "allocation": lambda budget, sparsity, round_to: []}, "is an allocation by itself"),
+        ({"sparsity": {"layers.0": 0.5}, "allocation": lambda budget, round_to: []}, "is an allocation by itself"),
         ({"exclude": ("layers",)}, "every group that can be pruned is excluded"),
     ],
 )

@@ -18,8 +18,9 @@ from torch import Tensor, nn
 from zoo import ZOO
 
 import fasp_fx
-from fasp_fx.allocation import Budget, CostAllocation, Global, ProgramBudget, deepest_loss
+from fasp_fx.allocation import Budget, CostAllocation, Global, Target, deepest_loss
 from fasp_fx.groups import Group
+from fasp_fx.resources import Resource, Sparsity
 from fasp_fx.scoring import GroupColumns, GroupScore, Order
 from fasp_fx.statistics import InputGradients, MakeStatistic
 from fasp_fx.testing import build, example, programs
@@ -43,7 +44,7 @@ class Deep(nn.Module):
         return x
 
 
-class Linear(Budget):
+class Linear(Resource):
     """Groups whose channel sets take a fixed share of the weights along."""
 
     def __init__(self, widths: list[int], shares: list[int]) -> None:
@@ -51,8 +52,8 @@ class Linear(Budget):
         super().__init__(groups, sum(width * share for width, share in zip(widths, shares, strict=True)))
         self.shares = shares
 
-    def sparsity(self, lost: Any) -> float:
-        return sum(count * share for count, share in zip(lost, self.shares, strict=True)) / self.total
+    def used(self, lost: Any) -> float:
+        return self.whole - sum(count * share for count, share in zip(lost, self.shares, strict=True))
 
 
 @given(st.data())
@@ -61,16 +62,16 @@ def test_no_other_allocation_of_convex_costs_is_better(data: st.DataObject) -> N
     count = data.draw(st.integers(1, 3))
     widths = data.draw(st.lists(st.integers(2, 6), min_size=count, max_size=count))
     shares = data.draw(st.lists(st.integers(1, 3), min_size=count, max_size=count))
-    budget = Linear(widths, shares)
+    counted = Linear(widths, shares)
     steps = [sorted(data.draw(st.lists(st.floats(0.01, 10), min_size=width, max_size=width))) for width in widths]
     curves = {str(index): fasp_fx.CostCurve(np.array([0.0, *np.cumsum(own)])) for index, own in enumerate(steps)}
     costs = fasp_fx.Costs(curves, "")
-    sparsity = data.draw(st.floats(0.05, budget.reach(1)))
-    lost = Global()(budget, sparsity, 1, costs)
-    spent, reached = costs.predicted({str(index): one for index, one in enumerate(lost)}), budget.sparsity(lost)
-    assert abs(reached - sparsity) <= max(shares) / budget.total / 2 + 1e-9
-    for other in product(*(range(deepest_loss(group) + 1) for group in budget.groups)):
-        if budget.sparsity(other) >= reached - 1e-12:
+    sparsity = data.draw(st.floats(0.05, counted.reach(1)))
+    lost = Global()(Budget(counted.groups, [Target(counted, sparsity)]), 1, costs)
+    spent, reached = costs.predicted({str(index): one for index, one in enumerate(lost)}), counted.removed(lost)
+    assert abs(reached - sparsity) <= max(shares) / counted.whole / 2 + 1e-9
+    for other in product(*(range(deepest_loss(group) + 1) for group in counted.groups)):
+        if counted.removed(other) >= reached - 1e-12:
             step = max(curve.losses[lost[int(name)]] - curve.losses[max(lost[int(name)] - 1, 0)] for name, curve in curves.items())
             least = costs.predicted({str(index): one for index, one in enumerate(other)})
             assert spent <= least + step * max(shares) + 1e-9, "more than a last step that is not taken whole is lost"
@@ -189,12 +190,12 @@ def test_an_allocation_by_cost_curves() -> None:
     class Alike(CostAllocation):
         """Every group as deep as the same rise of its own cost allows."""
 
-        def __call__(self, budget: Budget, sparsity: float, round_to: int, costs: fasp_fx.Costs) -> list[int]:
+        def __call__(self, budget: Budget, round_to: int, costs: fasp_fx.Costs) -> list[int]:
             low, high = 0.0, max(curve.losses[-1] for curve in costs.values())
             for _ in range(50):
                 rise = (low + high) / 2
                 lost = [int((costs[group.name].losses <= rise).sum()) - 1 for group in budget.groups]
-                low, high = (rise, high) if budget.sparsity(lost) < sparsity else (low, rise)
+                low, high = (rise, high) if budget.over(lost) > 0 else (low, rise)
             return lost
 
     result = fasp_fx.prune(Deep().eval(), (DATA[0],), calibration=DATA, allocation=Alike(), sparsity=0.3)
@@ -300,7 +301,8 @@ def test_whatever_is_drawn_is_chosen_by_predicted_losses(net: Net, number: int) 
     sparsity = 0.5 * analysis.max_sparsity
     for loss in ("auto", None):
         costs = fasp_fx.measure(captured, calibration=batches, loss=loss)  # type: ignore[arg-type]
-        lost = Global()(ProgramBudget(analysis), sparsity, 1, costs)
+        counted = Sparsity(analysis)
+        lost = Global()(Budget(counted.groups, [Target(counted, sparsity)]), 1, costs)
         assert costs.predicted(dict(zip((group.name for group in analysis.chosen), lost, strict=True))) >= 0
         result = fasp_fx.prune(captured, calibration=batches, sparsity=sparsity, loss=loss, costs=costs)  # type: ignore[arg-type]
         removed = {group.name: group.removed_sets for group in result.plan.groups}

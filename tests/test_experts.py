@@ -101,8 +101,8 @@ def test_the_expert_that_gives_least_goes_and_as_many_stay_as_a_token_needs(monk
     (group,) = analysis.chosen
     assert (group.granularity, group.size, group.needed) == ("expert", 4, 2)
     assert "4 experts" in str(group)
-    counted = fasp_fx.allocation.ProgramBudget(analysis)
-    assert analysis.max_sparsity == pytest.approx(counted.sparsity([2]))
+    counted = fasp_fx.resources.Sparsity(analysis)
+    assert analysis.max_sparsity == pytest.approx(counted.removed([2]))
     (removed,) = _experts(result.plan)
     assert all(part.removed == (1,) for part in (*removed.producers, *removed.consumers))
     with _never_chosen(model, result.plan, monkeypatch) as masked:

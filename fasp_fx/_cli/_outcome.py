@@ -52,6 +52,8 @@ def show(result: Pruned, out: Path, console: Console) -> None:
     console.print(_tables.figures_table([Figure("parameters", *report.parameters), Figure("bytes", *report.bytes), *cache, *report.figures]))
     asked = "" if report.requested is None else f" (asked for {report.requested:.2%})"
     say(console, f"removed {report.sparsity:.2%} of the linear weights of {counted(report.include)}{asked}")
+    for spent in report.budgets:
+        say(console, f"budget: {spent}")
     if report.recovery is not None:
         say(console, f"recovered: {report.recovery}")
     for note in (*(report.recovery.notes if report.recovery is not None else ()), *report.notes):

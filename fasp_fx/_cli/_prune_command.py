@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -13,10 +13,12 @@ from rich.console import Console
 
 from .._page import check_page, write_page
 from ..analysis import Analysis
+from ..budgets import Cap
 from ..errors import ArgumentError, SparsityError
 from ..hf import Pruned, prune
 from ..recovery import DistillationConfig
 from . import _models, _saved, _tables
+from ._amounts import read_caps
 from ._arguments import check_path
 from ._console import Stages, say
 from ._outcome import measure, recover, show
@@ -29,7 +31,7 @@ class Request:
 
     model: str
     out: Path
-    sparsity: float
+    sparsity: float | None
     calibration: Path | None
     text: Path | None
     round_to: int
@@ -47,8 +49,19 @@ class Request:
     overwrite: bool
     seed: int
     html: Path | None = None
+    budget: Mapping[str, str | None] = field(default_factory=dict)
+    uniform_layers: bool = False
     granularity: tuple[str, ...] = ()
     include: tuple[str, ...] = ()
+
+    @cached_property
+    def caps(self) -> tuple[Cap, ...]:
+        """The budgets.
+
+        Raises:
+            ArgumentError: an amount is none.
+        """
+        return read_caps(self.budget)
 
     def check(self) -> None:
         """Refuse what cannot work before anything is loaded.
@@ -56,7 +69,11 @@ class Request:
         Raises:
             FaspError: says which option and why.
         """
-        if not 0 < self.sparsity < 1:
+        if self.caps and self.sparsity is not None:
+            raise ArgumentError(f"--sparsity {self.sparsity:g} and --{self.caps[0].name} both say how much goes; leave one of them out")
+        if self.plain and self.caps:
+            raise ArgumentError(f"--{self.caps[0].name} cannot go with --plain, whose steps are coarse; give --sparsity, or leave out --plain")
+        if self.sparsity is not None and not 0 < self.sparsity < 1:
             raise SparsityError(f"--sparsity {self.sparsity:g} is not between 0 and 1; 0.2 removes a fifth")
         for option, value, least in (("--round-to", self.round_to, 1), ("--recover", self.recover, 0)):
             if value < least:
@@ -119,9 +136,11 @@ class Job:
             self.texts.tokenizer,
             calibration=self.batches(),
             sparsity=request.sparsity,
+            budget=request.caps,
             plain=request.plain,
             restore="least-squares" if request.restore else None,
             round_to=request.round_to,
+            uniform_layers=request.uniform_layers,
             progress=self.calibrated,
             on_analysis=self.show_groups,
             **asked,

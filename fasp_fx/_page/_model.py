@@ -49,6 +49,9 @@ def _tiles_of_report(report: Report) -> list[dict[str, str]]:
     ]
     if report.cache is not None:
         tiles.append(_change("Cache for a token of one sequence", *report.cache, _bytes(report.cache[0]), _bytes(report.cache[1])))
+    for spent in report.budgets:
+        used, allowed = (f"{amount / max(spent.dense, 1):.2%}" for amount in (spent.used, spent.allowed))
+        tiles.append({"label": f"Budget of {spent.resource}", "value": used, "more": f"{allowed} allowed", "help": str(spent)})
     for figure in report.figures:
         shown = [f"{value:,.{figure.digits}f}" for value in (figure.dense, figure.pruned)]
         tiles.append(_change(figure.what[:1].upper() + figure.what[1:], figure.dense, figure.pruned, *shown))

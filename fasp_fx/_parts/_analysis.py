@@ -7,10 +7,10 @@ from collections.abc import Mapping
 from functools import cached_property
 from typing import Any
 
-from ..allocation import ProgramBudget
 from ..analysis import Analysis
 from ..errors import ArgumentError, CaptureError
-from ._budget import JoinedBudget
+from ..resources import Sparsity
+from ._budget import JoinedSparsity
 from ._names import group_within
 
 _OF_ONE_PROGRAM = frozenset({"program", "conflicts", "labels", "numbering", "walk"})
@@ -37,7 +37,7 @@ class PartsAnalysis(Analysis):
     @property
     def max_sparsity(self) -> float:
         """The highest sparsity of all parts together that can be asked for with ``round_to=1``."""
-        return JoinedBudget({path: ProgramBudget(analysis) for path, analysis in self.parts.items()}).reach(1)
+        return JoinedSparsity({path: Sparsity(analysis) for path, analysis in self.parts.items()}).reach(1)
 
     @cached_property
     def without_rule(self) -> dict[str, int]:

@@ -18,13 +18,13 @@ from .._observe._visit import Decision
 from .._program import Program
 from .._result import Result
 from .._warn import warn
-from ..allocation import ProgramBudget
 from ..analysis import Analysis
 from ..config import PruningConfig
 from ..errors import CaptureError, FaspError, VerificationError, VerificationWarning, first_line
 from ..plan import PruningPlan
 from ..report import Report, weight_size
-from ._budget import JoinedBudget
+from ..resources import Sparsity
+from ._budget import JoinedSparsity
 from ._calls import Call
 from ._names import line_within, plan_within
 from ._result import PartsResult
@@ -78,7 +78,7 @@ class Assembly:
         if not self.parts:
             reasons = "; ".join(f"'{path}': {reason}" for path, reason in self.left.items())
             raise CaptureError(f"{error} No submodule can be pruned by itself either{f': {reasons}' if reasons else ''}.") from error.__cause__
-        self.budget = JoinedBudget({part.path: ProgramBudget(part.analysis) for part in self.parts})
+        self.counted = JoinedSparsity({part.path: Sparsity(part.analysis) for part in self.parts})
         self.results: dict[str, Result] = {}
         self.unsound: dict[str, str] = {}
 
@@ -126,7 +126,7 @@ class Assembly:
         if self.unsound and not self.results:
             raise VerificationError("; ".join(f"part '{path}': {reason}" for path, reason in self.unsound.items()))
         sparsities = [self.results[part.path].plan.sparsity if part.path in self.results else 0.0 for part in self.parts]
-        reached = self.budget.average(sparsities)
+        reached = self.counted.average(sparsities)
         parameters = dict(self.model.named_parameters(remove_duplicate=False))
         renamed = [plan_within(path, result.plan) for path, result in self.results.items()]
         plan = PruningPlan(

@@ -1,39 +1,42 @@
-"""The budgets of several parts of a model as one."""
+"""The weights counted in several parts of a model as one."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from ..allocation import Budget
+from ..resources import Resource
 from ._names import group_within
 
 
-class JoinedBudget(Budget):
-    """The budgets of several parts as one: sparsity is the fraction removed of all their counted weights.
+class JoinedSparsity(Resource):
+    """The weights counted in several parts as one: sparsity is the fraction removed of all of them.
 
     Args:
-        budgets: those of the parts, by their paths; groups go by the names that they have in the whole model.
+        parts: those of the parts, by their paths; groups go by the names that they have in the whole model.
     """
 
-    def __init__(self, budgets: Mapping[str, Budget]) -> None:
-        groups = [group_within(path, group) for path, budget in budgets.items() for group in budget.groups]
-        super().__init__(groups, sum(budget.total for budget in budgets.values()))
-        self.budgets = list(budgets.values())
+    def __init__(self, parts: Mapping[str, Resource]) -> None:
+        groups = [group_within(path, group) for path, part in parts.items() for group in part.groups]
+        super().__init__(groups, sum(part.whole for part in parts.values()))
+        self.parts = list(parts.values())
 
     def split(self, lost: Sequence[int]) -> list[list[int]]:
         """One list for the groups of each part."""
         found, start = [], 0
-        for budget in self.budgets:
-            found.append(list(lost[start : start + len(budget.groups)]))
-            start += len(budget.groups)
+        for part in self.parts:
+            found.append(list(lost[start : start + len(part.groups)]))
+            start += len(part.groups)
         return found
 
-    def sparsity(self, lost: Sequence[int]) -> float:
-        return self.average([budget.sparsity(own) for budget, own in zip(self.budgets, self.split(lost), strict=True)])
+    def used(self, lost: Sequence[int]) -> float:
+        return sum(part.used(own) for part, own in zip(self.parts, self.split(lost), strict=True))
+
+    def removed(self, lost: Sequence[int]) -> float:
+        return self.average([part.removed(own) for part, own in zip(self.parts, self.split(lost), strict=True)])
 
     def average(self, sparsities: list[float]) -> float:
         """The sparsity of the whole, from those of the parts."""
-        return sum(budget.total * own for budget, own in zip(self.budgets, sparsities, strict=True)) / max(self.total, 1)
+        return sum(part.whole * own for part, own in zip(self.parts, sparsities, strict=True)) / max(self.whole, 1)
 
 
-__all__ = ["JoinedBudget"]
+__all__ = ["JoinedSparsity"]

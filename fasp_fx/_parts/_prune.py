@@ -57,7 +57,8 @@ def prune_in_parts(
     assembly = Assembly(error, model, args, kwargs, stages, device)
     config = chooser.config
     groups = [group_within(part.path, group) for part in assembly.parts for group in part.analysis.groups]
-    chooser.check(assembly.budget, groups)
+    whole = chooser.budget_of(assembly.counted)
+    chooser.check(whole, groups)
     if on_analysis is not None:
         for part in assembly.parts:
             on_analysis(part.analysis)
@@ -66,8 +67,8 @@ def prune_in_parts(
     consumers = {part.path: Consumers(part.analysis) for part in assembly.parts}
     with assembly.timed("measuring"):
         costs, reached = _measured(assembly, chooser, batches, consumers)
-    budget = PartialBudget(assembly.budget, reached)
-    shares = assembly.budget.split(budget.spread(chooser.allocate(budget, groups, costs)))
+    budget = PartialBudget(whole, reached)
+    shares = assembly.counted.split(budget.spread(chooser.allocate(budget, groups, costs)))
     modules: dict[str, nn.Module] = {}
     for index, (part, lost) in enumerate(zip(assembly.parts, shares, strict=True)):
         progress(index / len(assembly.parts))
@@ -96,18 +97,16 @@ def prune_in_parts(
     return assembly.result(config)
 
 
-def _measured(
-    assembly: Assembly, chooser: Chooser, batches: list[Call] | None, consumers: Mapping[str, Consumers]
-) -> tuple[Costs | None, list[bool]]:
+def _measured(assembly: Assembly, chooser: Chooser, batches: list[Call] | None, consumers: Mapping[str, Consumers]) -> tuple[Costs | None, list[bool]]:
     """What every part costs, each by its own outputs, and which groups the calibration data reach."""
     curves: dict[str, CostCurve] = {}
     reached: list[bool] = []
-    for part, budget in zip(assembly.parts, assembly.budget.budgets, strict=True):
+    for part in assembly.parts:
         calls = [] if batches is None or not chooser.measures else recorded(assembly.model, part.module, batches)
         flat = graph_inputs(part, calls)[0]
         found = chooser.measure(consumers[part.path], flat, "", lambda fraction: None) if flat else None
-        curves |= {group_within(part.path, group).name: found[group.name] for group in budget.groups if found is not None and group.name in found}
-        reached += [found is not None or not chooser.needs_costs] * len(budget.groups)
+        curves |= {group_within(part.path, group).name: found[group.name] for group in part.analysis.chosen if found is not None and group.name in found}
+        reached += [found is not None or not chooser.needs_costs] * len(part.analysis.chosen)
     return Costs(curves, "") if chooser.needs_costs else None, reached
 
 

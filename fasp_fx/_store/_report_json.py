@@ -8,7 +8,7 @@ from dataclasses import asdict, fields
 from typing import Any, TypeVar
 
 from ..errors import StoreError
-from ..report import CurvePoint, Figure, Line, Recovery, Report
+from ..report import CurvePoint, Figure, Line, Recovery, Report, Spent
 
 T = TypeVar("T")
 DIGITS = 12
@@ -41,6 +41,7 @@ def report_from_json(data: Mapping[str, Any]) -> Report:
             "cache": _optional(_pair),
             "include": _many(_text),
             "recovery": _optional(_recovery),
+            "budgets": _many(_spent),
         }
         return Report(**{field.name: read[field.name](data[field.name]) for field in fields(Report)})
     except (KeyError, TypeError, ValueError) as error:
@@ -90,6 +91,13 @@ def _recovery(data: Any) -> Recovery:
 
 def _point(data: Any) -> CurvePoint:
     return CurvePoint(_count(data["step"]), _optional(_number)(data["trained"]), _number(data["held_out"]))
+
+
+def _spent(data: Any) -> Spent:
+    amounts = {name: _number(data[name]) for name in ("allowed", "dense", "used")}
+    if not all(math.isfinite(amount) and 0 <= amount <= LARGEST for amount in amounts.values()):
+        raise ValueError(f"a budget is not of what can be counted: {amounts!r}")
+    return Spent(_text(data["resource"]), _text(data["unit"]), **amounts)
 
 
 def _member(data: Any) -> tuple[str, int]:

@@ -85,12 +85,14 @@ def prune_plain(
     for name in ("include", "exclude", "padding_mask"):
         if getattr(asked, name):
             raise ArgumentError(f"{name}={getattr(asked, name)!r} cannot be had in a plain checkpoint: its config does not say it; prune it without plain")
+    if asked.caps:
+        raise ArgumentError(f"budget={asked.budget!r} cannot be kept by a plain checkpoint, whose steps are coarse; give sparsity=, or prune it without plain")
     if isinstance(asked.sparsity, Mapping):
         raise ArgumentError("a plain checkpoint has one sparsity: its config does not say which layers lose more; prune it without plain")
     if not isinstance(model, PreTrainedModel):
         raise ArgumentError(f"a plain checkpoint is made of a transformers model, not of a {type(model).__name__}; prune it without plain")
     experiments = Experiments(model)
-    settings = settings_of(experiments, heads_asked, asked.allocator)
+    settings = settings_of(experiments, heads_asked, asked.allocator, by_layer=not asked.uniform_layers)
     if asked.needs_data:
         check_calibration(calibration)
     if example is None:
@@ -104,6 +106,7 @@ def prune_plain(
         config=replace(
             asked,
             allocation=settings,
+            uniform_layers=False,  # the settings see to it
             loss="next-token" if asked.loss == "auto" and model.can_generate() else asked.loss,
             granularity=asked.granularity if heads_asked else ("channel", "head"),
             padding_mask="attention_mask" if masked else None,

@@ -160,7 +160,7 @@ def prune(
         weights = _one_set(model, results)
         plan = replace(plan, result=plans.fingerprint({name: tensor for name, tensor in weights.items() if isinstance(tensor, nn.Parameter)}))
         before = program.parameters()
-        report = make_report(analysis, plan, decision, before, weights, asked.requested, clock.seconds, left)
+        report = make_report(analysis, plan, decision, before, weights, asked, clock.seconds, left)
         found_out = [note for other in served for note in results[other.name].report.notes[len(notes_of(other.analysis)) :]]
         report = replace(report, notes=tuple(dict.fromkeys([*report.notes, *found_out, *(said_whole(name, seen) for name, seen in left.items())])))
         report = replace(report, cache=next((found.report.cache for found in results.values() if found.report.cache is not None), None))

@@ -8,11 +8,12 @@ from itertools import product
 
 import numpy as np
 
-from .._parts._budget import JoinedBudget
-from ..allocation import Allocation, Budget, CostAllocation, lost_per_block, uniform, validate
+from .._parts._budget import JoinedSparsity
+from ..allocation import Allocation, Budget, CostAllocation, Target, lost_per_block, uniform, validate
 from ..costs import CostCurve, Costs
 from ..errors import CaptureError, NothingPrunableError, SparsityError
 from ..groups import Group
+from ..resources import most_lost
 from ._dials import Dial, Family, Search
 from ._experiments import Assignment, Experiments, Path
 
@@ -30,7 +31,7 @@ class _DialBudget(Budget):
 
     def __init__(self, whole: Budget, dials: Sequence[Dial], settled: Mapping[str, int]) -> None:
         by_name = {group.name: group for group in whole.groups}
-        super().__init__([by_name[min(dial.groups, key=dial.groups.__getitem__)] for dial in dials], whole.total)
+        super().__init__([by_name[min(dial.groups, key=dial.groups.__getitem__)] for dial in dials], whole.limits)
         self.whole, self.dials, self.settled = whole, dials, settled
 
     def losses(self, turned: Sequence[int]) -> dict[str, int]:
@@ -45,10 +46,13 @@ class _DialBudget(Budget):
             curves[group.name] = CostCurve(np.sum([losses[: min(map(len, own))] for losses in own], 0))
         return Costs(curves, costs.fingerprint)
 
+    def counts(self, lost: Sequence[int]) -> list[int]:
+        losses = self.losses(lost)
+        return self.whole.counts([losses.get(group.name, 0) for group in self.whole.groups])
+
     def sparsity(self, lost: Sequence[int]) -> float:
-        turned = [sets // group.blocks for sets, group in zip(lost, self.groups, strict=True)]
-        losses = self.losses(turned)
-        return self.whole.sparsity([losses.get(group.name, 0) * group.blocks for group in self.whole.groups])
+        """The sparsity when the dials are turned so far."""
+        return self.removed(lost)[0]
 
 
 @dataclass(frozen=True)
@@ -68,28 +72,31 @@ class Settings:
         experiments: builds the model's class.
         heads_asked: whether whole heads shall go like all else, rather than only where nothing else is left.
         allocate: how the channels share what is to go; it sees one group for each dial.
+        by_layer: whether layers may differ, where the class takes values by layer.
 
     Attributes:
         unsaid: for each group that no field can shrink alone, why; known once the allocation was made.
         losses: channel sets per block that each group loses; likewise.
     """
 
-    def __init__(self, experiments: Experiments, heads_asked: bool, allocate: Allocation = uniform) -> None:
-        self.experiments, self.heads_asked, self.allocate = experiments, heads_asked, allocate
+    def __init__(self, experiments: Experiments, heads_asked: bool, allocate: Allocation = uniform, by_layer: bool = True) -> None:
+        self.experiments, self.heads_asked, self.allocate, self.by_layer = experiments, heads_asked, allocate, by_layer
         self.unsaid: dict[str, str] = {}
         self.losses: dict[str, int] = {}
         self._families: list[Family] = []
 
-    def __call__(self, budget: Budget, sparsity: float, round_to: int, costs: Costs | None = None) -> list[int]:
+    def __call__(self, budget: Budget, round_to: int, costs: Costs | None = None) -> list[int]:
         """Channel sets lost per block of each group.
 
         Raises:
             NothingPrunableError: the config can say nothing.
             SparsityError: it cannot say enough, or its smallest step is too large.
         """
-        if isinstance(budget, JoinedBudget):
+        (limit,) = budget.limits
+        assert isinstance(limit, Target)  # other budgets are refused before
+        if isinstance(limit.resource, JoinedSparsity):
             raise CaptureError("the model cannot be captured as a whole, which a plain checkpoint needs; prune it without plain")
-        search = Search(self.experiments, budget.groups, by_layer=self.allocate is not uniform)
+        search = Search(self.experiments, budget.groups, by_layer=self.by_layer and self.allocate is not uniform)
         self._families, self.unsaid = search.families, search.unsaid
         if not search.families:
             raise NothingPrunableError("; ".join(dict.fromkeys(search.unsaid.values())))
@@ -97,9 +104,10 @@ class Settings:
         by_name = {group.name: group for group in budget.groups}
         heads = [dial for dial in dials if _of_heads(dial, by_name)]
         channels = [dial for dial in dials if dial not in heads]
+        sparsity = limit.sparsity
         level = self._level(budget, heads, channels, sparsity, round_to)
         free = _DialBudget(budget, channels, _DialBudget(budget, heads, {}).losses(level.turned))
-        wanted = validate(self._shared(free, sparsity, round_to, costs), free) if channels else []
+        wanted = validate(self._shared(free, round_to, costs), free) if channels else []
         turned = [_possible(dial, turns) for dial, turns in zip(channels, wanted, strict=True)]
         self.losses = {name: lost for name, lost in free.losses(turned).items() if lost}
         if not self.losses:
@@ -118,12 +126,12 @@ class Settings:
         for chosen in product(*choices):
             yield {path: value for assignment in chosen for path, value in assignment.items()}
 
-    def _shared(self, free: _DialBudget, sparsity: float, round_to: int, costs: Costs | None) -> list[int]:
+    def _shared(self, free: _DialBudget, round_to: int, costs: Costs | None) -> list[int]:
         """How far the dials of channels are turned."""
         if not isinstance(self.allocate, CostAllocation):
-            return self.allocate(free, sparsity, round_to)
+            return self.allocate(free, round_to)
         assert costs is not None
-        return self.allocate(free, sparsity, round_to, free.joined(costs))
+        return self.allocate(free, round_to, free.joined(costs))
 
     def _level(self, budget: Budget, heads: Sequence[Dial], channels: Sequence[Dial], sparsity: float, round_to: int) -> _Level:
         """How many heads go."""
@@ -148,21 +156,21 @@ class Settings:
     def _span(self, budget: Budget, heads: Sequence[Dial], channels: Sequence[Dial], level: _Level, round_to: int) -> tuple[float, float]:
         """The sparsities in reach when these heads go."""
         free = _DialBudget(budget, channels, _DialBudget(budget, heads, {}).losses(level.turned))
-        return free.sparsity([0] * len(channels)), free.reach(round_to)
+        return free.sparsity([0] * len(channels)), free.sparsity([most_lost(group, round_to) for group in free.groups])
 
     def _at(self, budget: Budget, heads: Sequence[Dial], channels: Sequence[Dial], level: _Level, round_to: int) -> float:
         """The sparsity when channels lose the same fraction as heads."""
         free = _DialBudget(budget, channels, _DialBudget(budget, heads, {}).losses(level.turned))
-        return free.sparsity([lost_per_block(group.width, level.fraction, round_to) * group.blocks for group in free.groups])
+        return free.sparsity([lost_per_block(group.width, level.fraction, round_to) for group in free.groups])
 
 
 class CostSettings(Settings, CostAllocation):
     """Settings whose channels are shared out by what they cost."""
 
 
-def settings_of(experiments: Experiments, heads_asked: bool, allocate: Allocation) -> Settings:
+def settings_of(experiments: Experiments, heads_asked: bool, allocate: Allocation, by_layer: bool) -> Settings:
     """An allocation that stays within what a config can say, and shares out channels as another does."""
-    return (CostSettings if isinstance(allocate, CostAllocation) else Settings)(experiments, heads_asked, allocate)
+    return (CostSettings if isinstance(allocate, CostAllocation) else Settings)(experiments, heads_asked, allocate, by_layer)
 
 
 def _of_heads(dial: Dial, groups: Mapping[str, Group]) -> bool:

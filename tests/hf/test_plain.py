@@ -18,11 +18,13 @@ from plain_models import BOTH, CASES, MORE, dense, plain, tokens
 from transformers.utils.quantization_config import GgufConfig
 
 import fasp_fx
-from fasp_fx.allocation import ProgramBudget
+from fasp_fx.allocation import Budget, Target
+from fasp_fx.budgets import Parameters
 from fasp_fx.hf import _plain as plain_module
 from fasp_fx.hf import prune
 from fasp_fx.hf._experiments import Experiments
 from fasp_fx.hf._settings import Settings
+from fasp_fx.resources import Sparsity
 from fasp_fx.testing._stranger import run_without_fasp_fx
 
 NAMES = [*CASES, *(MORE if PROFILE == "slow" else ())]
@@ -189,7 +191,8 @@ def settled() -> Any:
     def find(sparsity: float, granularity: Any = None, round_to: int = 1) -> dict[str, int]:
         experiments = Experiments(dense("llama"))
         settings = Settings(experiments, granularity is not None)
-        settings(ProgramBudget(_analysis("llama", granularity or BOTH)), sparsity, round_to)
+        counted = Sparsity(_analysis("llama", granularity or BOTH))
+        settings(Budget(counted.groups, [Target(counted, sparsity)]), round_to)
         (assignment,) = settings.assignments()
         return {field: assignment.get((field,), before) for field, before in HELD.items()}
 
@@ -209,6 +212,8 @@ def test_a_model_that_its_config_does_not_describe_is_refused() -> None:
 def test_what_a_config_cannot_be_asked_is_refused() -> None:
     with pytest.raises(fasp_fx.ArgumentError, match=r"include=.*cannot be had in a plain checkpoint"):
         prune(dense("llama"), **UNREPAIRED, include=("approximate",))
+    with pytest.raises(fasp_fx.ArgumentError, match=r"budget=.*cannot be kept by a plain checkpoint"):
+        prune(dense("llama"), plain=True, score="magnitude", restore=None, budget=Parameters(0.9))
 
 
 def test_what_is_no_model_of_transformers_is_refused() -> None:
@@ -232,7 +237,7 @@ def test_a_wrong_model_is_never_handed_out(monkeypatch: pytest.MonkeyPatch) -> N
 
 @pytest.mark.slow
 def test_layers_differ_where_the_config_has_a_list() -> None:
-    def allocate(budget: fasp_fx.allocation.Budget, sparsity: float, round_to: int) -> list[int]:
+    def allocate(budget: Budget, round_to: int) -> list[int]:
         return [32 if group.name == "model.layers.1.mlp.down_proj.weight" else 0 for group in budget.groups]
 
     model = dense("gemma3n")

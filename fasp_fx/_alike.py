@@ -1,0 +1,54 @@
+"""Groups of one shape that lose alike, for runtimes that take one width for all layers."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from .allocation import Budget
+from .costs import CostCurve, Costs
+from .groups import Group
+
+
+class AlikeBudget(Budget):
+    """A budget in which one group stands for all of its shape.
+
+    Args:
+        whole: the budget of all groups.
+    """
+
+    def __init__(self, whole: Budget) -> None:
+        classes: dict[Any, list[int]] = {}
+        for index, group in enumerate(whole.groups):
+            classes.setdefault(_shape(group), []).append(index)
+        self.whole, self.classes = whole, list(classes.values())
+        super().__init__([whole.groups[alike[0]] for alike in self.classes], whole.limits)
+
+    def spread(self, lost: Sequence[int]) -> list[int]:
+        """What all groups lose, of what those lose that stand for them."""
+        by_group = {index: count for alike, count in zip(self.classes, lost, strict=True) for index in alike}
+        return [by_group[index] for index in range(len(self.whole.groups))]
+
+    def counts(self, lost: Sequence[int]) -> list[int]:
+        return self.whole.counts(self.spread(lost))
+
+    def joined(self, costs: Costs) -> Costs:
+        """The cost curves of all groups of a shape, added up, by the name of the group that stands for them; none where one has none."""
+        curves = {}
+        for group, alike in zip(self.groups, self.classes, strict=True):
+            names = [self.whole.groups[index].name for index in alike]
+            if all(name in costs for name in names):
+                least = min(len(costs[name].losses) for name in names)
+                curves[group.name] = CostCurve(np.sum([costs[name].losses[:least] for name in names], 0))
+        return Costs(curves, costs.fingerprint)
+
+
+def _shape(group: Group) -> Any:
+    """What groups of layers that are alike have in common."""
+    members = [(member.dim, member.size, len(member.indices), member.block_dim, member.blocks) for member in (*group.producers, *group.consumers)]
+    return group.width, group.blocks, group.needed, group.granularity, group.status, len(group.producers), tuple(members)
+
+
+__all__ = ["AlikeBudget"]

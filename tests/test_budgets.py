@@ -1,0 +1,494 @@
+"""Budgets: what is predicted of a resource is what the result has of it, and as much stays as may."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import transformers as hf
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+from test_submodules import Forks, X
+from tiny_llama import make_model
+from torch import Tensor, nn
+from torch._ops import HigherOrderOperator
+from torch.nn.functional import relu
+from torch.utils.flop_counter import FlopCounterMode
+from typer.testing import CliRunner
+
+import fasp_fx
+from fasp_fx._cli._amounts import read_amount
+from fasp_fx._macs import macs_of
+from fasp_fx._observe._visit import Decision
+from fasp_fx._prune import make_plan
+from fasp_fx.allocation import Budget, Ceiling, CostAllocation, Global, uniform
+from fasp_fx.budgets import Bytes, CacheBytes, Cap, Macs, Parameters
+from fasp_fx.cli import app
+from fasp_fx.groups import Group
+from fasp_fx.hf._stages import stages_of
+from fasp_fx.passes import Prune
+from fasp_fx.resources import Resource, parameters_of
+from fasp_fx.testing import build, example, programs
+from fasp_fx.testing._sets import draw_sets
+from fasp_fx.testing.specs import Net
+
+FAST: dict[str, Any] = {"score": "magnitude", "restore": None}
+
+
+def operations(call: Callable[[], object]) -> int:
+    """Multiply-accumulates of a call as torch counts them, with what it leaves out."""
+
+    def rows(matrix: Any, *_: Any, **__: Any) -> int:
+        return 2 * math.prod(matrix)
+
+    def experts(tokens: Any, weight: Any, *_: Any, **__: Any) -> int:
+        return 2 * math.prod(tokens) * weight[2]
+
+    def bilinear(first: Any, weight: Any, *_: Any, **__: Any) -> int:
+        return 2 * first[0] * math.prod(weight)
+
+    def attention(query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:
+        return 2 * math.prod(query[:-1]) * key[-2] * (query[-1] + value[-1])
+
+    left_out: dict[Any, Any] = {
+        torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: attention,
+        torch.ops.aten.mv: rows,
+        torch.ops.aten.dot: rows,
+        torch.ops.aten._trilinear: bilinear,
+        torch.ops.aten._grouped_mm: experts,
+    }
+    if hasattr(torch.ops.transformers, "grouped_mm_fallback"):
+        left_out[torch.ops.transformers.grouped_mm_fallback] = experts
+    counter = FlopCounterMode(display=False, custom_mapping=left_out)
+    with torch.no_grad(), torch.backends.mkldnn.flags(enabled=False), counter:
+        call()
+    return counter.get_total_flops() // 2
+
+
+class Pictures(nn.Module):
+    """Convolutions in groups and transposed ones, beside a residual."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.into, self.norm, self.groups, self.one = (
+            nn.Conv2d(3, 32, 3, padding=1),
+            nn.BatchNorm2d(32),
+            nn.Conv2d(32, 32, 3, padding=1, groups=4),
+            nn.Conv2d(32, 32, 1),
+        )
+        self.down, self.up, self.head = nn.Conv2d(32, 40, 3, stride=2), nn.ConvTranspose2d(40, 24, 3), nn.Linear(24, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = relu(self.norm(self.into(x)))
+        x = x + self.one(relu(self.groups(x)))
+        found: Tensor = self.head(relu(self.up(relu(self.down(x)))).mean((2, 3)))
+        return found
+
+
+class Steps(nn.Module):
+    """Recurrent layers, both ways and of two kinds."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second, self.head = nn.LSTM(6, 20, 2, bidirectional=True, batch_first=True), nn.GRU(40, 24, batch_first=True), nn.Linear(24, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        found: Tensor = self.head(self.second(self.first(x)[0])[0])
+        return found
+
+
+class Wide(nn.Module):
+    """Layers wide enough for budgets to be met closely; the last shares its weight with the first."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table, self.blocks = nn.Embedding(50, 24), nn.ModuleList(nn.Sequential(nn.Linear(24, 150), nn.GELU(), nn.Linear(150, 24)) for _ in range(3))
+        self.head = nn.Linear(24, 50, bias=False)
+        self.head.weight = self.table.weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.table(x)
+        for block in self.blocks:
+            h = h + block(h)
+        found: Tensor = self.head(h)
+        return found
+
+
+def llama(kind: Any = hf.LlamaForCausalLM, **changed: Any) -> Any:
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "intermediate_size": 120, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 64}
+    return kind(kind.config_class(**sizes, **changed)).eval()
+
+
+def tokens(batch: int, length: int) -> dict[str, Any]:
+    return {"input_ids": torch.randint(0, 64, (batch, length), generator=torch.Generator().manual_seed(batch)), "use_cache": False}
+
+
+@cache
+def captured(name: str) -> tuple[Any, tuple[Any, ...], dict[str, Any], fasp_fx.Captured]:
+    """A model, what it is called with, and its capture."""
+    torch.manual_seed(0)
+    args: tuple[Any, ...] = ()
+    kwargs: dict[str, Any] = {}
+    if name == "pictures":
+        model, args = Pictures().eval(), (torch.randn(2, 3, 11, 9),)
+    elif name == "steps":
+        model, args = Steps().eval(), (torch.randn(2, 5, 6),)
+    elif name == "wide":
+        model, args = Wide().eval(), (torch.randint(0, 50, (2, 7)),)
+    elif name == "fused":
+        model, kwargs = llama(hf.Phi3ForCausalLM, pad_token_id=0), tokens(2, 7)
+    elif name == "experts":
+        model, kwargs = llama(hf.MixtralForCausalLM, num_local_experts=4), tokens(2, 7)
+    else:
+        model, kwargs = llama(), tokens(2, 7)
+    return model, args, kwargs, fasp_fx.capture(model, args, kwargs)
+
+
+@cache
+def costs_of(name: str) -> fasp_fx.Costs:
+    """The cost curves of a model by two batches."""
+    _, args, _, once = captured(name)
+    return fasp_fx.measure(once, calibration=[args] * 2, budget=Parameters(0.5))
+
+
+def real(result: fasp_fx.Result, args: Any, kwargs: Any) -> dict[str, int]:
+    """What a result has of each resource."""
+    weights = list(result.module.parameters())
+    return {
+        "parameters": sum(weight.numel() for weight in weights),
+        "bytes": sum(weight.numel() * weight.element_size() for weight in weights),
+        "macs": operations(lambda: result.module(*args, **kwargs)),
+    }
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("pictures", {"include": ("approximate",)}),
+        ("steps", {}),
+        ("wide", {"include": ("approximate",)}),
+        ("llama", {"include": ("approximate", "exempt")}),
+        ("llama", {"granularity": ("channel", "head")}),
+        ("fused", {}),
+        ("experts", {"granularity": ("channel", "expert")}),
+    ],
+)
+def test_what_is_predicted_is_what_the_result_has(name: str, options: dict[str, Any]) -> None:
+    model, args, kwargs, once = captured(name)
+    budget = (Parameters(0.8), Macs(0.8), Bytes(0.8))
+    result = fasp_fx.prune(once, budget=budget, **FAST, **options)
+    found, report = real(result, args, kwargs), result.report
+    assert {spent.resource: spent.used for spent in report.budgets} == found
+    assert {spent.resource: spent.allowed for spent in report.budgets} == {spent.resource: 0.8 * spent.dense for spent in report.budgets}
+    assert all(spent.used <= spent.allowed for spent in report.budgets)
+    assert [spent.dense for spent in report.budgets] == [report.parameters[0], operations(lambda: model(*args, **kwargs)), report.bytes[0]]
+    assert (found["parameters"], found["bytes"]) == (report.parameters[1], report.bytes[1])
+    assert result.config is not None
+    assert result.config.budget == budget
+    assert report.requested is None
+
+
+@given(programs(), st.integers(0, 999))
+@settings(max_examples=12, deadline=None)
+def test_whatever_goes_of_whatever_is_drawn_is_counted(net: Net, number: int) -> None:
+    args = example(net, 2, number, torch.float64)
+    program = fasp_fx.capture(build(net, number, torch.float64), args).program
+    assume(not any(isinstance(node.target, HigherOrderOperator) for node in program.module.graph.nodes))  # through which torch does not count
+    analysis = fasp_fx.analysis.analyze_program(program, fasp_fx.passes.split_fused)
+    chosen = draw_sets(analysis, np.random.default_rng(number))
+    assume(chosen.any())
+    gone = chosen[analysis.labels]
+    plan = make_plan(program, analysis, Decision(gone))
+    removed = {group.name: group.removed_sets for group in plan.groups}
+    lost = [removed.get(group.name, 0) for group in analysis.chosen]
+    smaller, none = Prune(gone, {}, analysis)(analysis.program), [0] * len(lost)
+    for count, before in ((lost, program), (none, program)):
+        assert parameters_of(analysis).used(count) == sum(weight.numel() for weight in (smaller if count is lost else before).module.parameters())
+        assert macs_of(analysis).used(count) == operations(lambda at=smaller if count is lost else before: at.module(*at.flat_inputs(args, {})))  # type: ignore[misc]
+
+
+class Drawn(Resource):
+    """A resource of which the channel sets of each group take so much."""
+
+    def __init__(self, groups: list[Group], shares: list[int]) -> None:
+        super().__init__(groups, sum(group.size * share for group, share in zip(groups, shares, strict=True)))
+        self.shares = shares
+
+    def used(self, lost: Any) -> float:
+        return self.whole - sum(count * share for count, share in zip(lost, self.shares, strict=True))
+
+
+@given(st.data())
+@settings(max_examples=60, deadline=None)
+def test_budgets_of_drawn_costs_are_met_from_below(data: st.DataObject) -> None:
+    count, resources = data.draw(st.integers(1, 4)), data.draw(st.integers(1, 3))
+    round_to = data.draw(st.sampled_from([1, 1, 2, 5]))
+    groups = [Group(str(index), data.draw(st.integers(30, 80)), 1, "prunable", "", (), ()) for index in range(count)]
+    counted = [Drawn(groups, [data.draw(st.integers(1, 4)) for _ in groups]) for _ in range(resources)]
+    steps = [np.sort(np.array(data.draw(st.lists(st.floats(0.01, 10), min_size=group.size, max_size=group.size)))) for group in groups]
+    costs = fasp_fx.Costs({group.name: fasp_fx.CostCurve(np.array([0.0, *np.cumsum(own)])) for group, own in zip(groups, steps, strict=True)}, "")
+    budget = Budget(groups, [Ceiling(Parameters(data.draw(st.floats(0.3, 0.9))), resource) for resource in counted])
+    for lost in (uniform(budget, round_to), Global()(budget, round_to, costs)):
+        over = budget.over(lost)
+        step = max(round_to * resource.shares[index] / resource.whole for resource in counted for index in range(count))
+        assert -max(step, 0.01) <= over <= 0 if resources == 1 else over <= 0
+        assert all(gone == 0 or (group.size - gone) % round_to == 0 for group, gone in zip(groups, lost, strict=True))
+        fewer = [[*lost[:i], gone - max(round_to, 1), *lost[i + 1 :]] for i, gone in enumerate(lost) if gone > round_to]
+        assert all(budget.over(other) > 0 for other in fewer), "a step could have stayed"
+
+
+@pytest.mark.parametrize(
+    ("budget", "allocation"), [(Parameters(0.7), "uniform"), (Macs(0.6), "global"), (Bytes(40_000), "global"), (Parameters(15_000), "uniform")]
+)
+def test_budgets_are_met_within_a_hundredth(budget: Cap, allocation: Any) -> None:
+    _, args, kwargs, once = captured("wide")
+    costs = costs_of("wide") if allocation == "global" else None
+    result = fasp_fx.prune(once, calibration=[args] * 2, budget=budget, allocation=allocation, score="magnitude", restore=None, costs=costs)
+    (spent,) = result.report.budgets
+    assert real(result, args, kwargs)[budget.name] == spent.used
+    assert 0.99 * spent.allowed <= spent.used <= spent.allowed
+    assert spent.allowed == (budget.amount * spent.dense if budget.amount < 1 else budget.amount)
+
+
+@pytest.mark.parametrize("allocation", ["uniform", "global"])
+def test_the_tightest_of_several_decides(allocation: Any) -> None:
+    _, args, _, once = captured("pictures")
+    options: dict[str, Any] = {"calibration": [args], "allocation": allocation, "costs": costs_of("pictures"), **FAST}
+    several = fasp_fx.prune(once, budget=(Macs(0.6), Parameters(0.8)), **options)
+    macs, parameters = several.report.budgets
+    assert macs.used <= macs.allowed
+    assert parameters.used <= parameters.allowed
+    alone = fasp_fx.prune(once, budget=Macs(0.6), **options)
+    if alone.report.parameters[1] <= parameters.allowed:
+        assert alone.plan == several.plan
+
+
+def test_round_to_is_kept() -> None:
+    _, _, _, once = captured("wide")
+    result = fasp_fx.prune(once, budget=Parameters(0.6), round_to=8, **FAST)
+    assert all((group.size - group.removed_sets) % 8 == 0 for group in result.plan.groups)
+    (spent,) = result.report.budgets
+    assert spent.used <= spent.allowed < spent.used + 8 * 49
+
+
+@pytest.mark.parametrize("asked", [{"sparsity": 0.3}, {"budget": Parameters(0.7)}], ids=str)
+def test_layers_stay_alike_where_that_is_asked(asked: dict[str, Any]) -> None:
+    _, args, _, once = captured("wide")
+    options: dict[str, Any] = {"calibration": [args], "costs": costs_of("wide"), "allocation": "global", **FAST, **asked}
+    widths = {}
+    for alike in (True, False):
+        result = fasp_fx.prune(once, uniform_layers=alike, **options)
+        removed = {group.name: group.removed_sets for group in result.plan.groups}
+        widths[alike] = {removed.get(f"blocks.{index}.2.weight", 0) for index in range(3)}
+        assert all(0.97 * spent.allowed <= spent.used <= spent.allowed for spent in result.report.budgets)
+    assert len(widths[True]) == 1 < len(widths[False])
+
+
+def test_costs_are_measured_once_for_several_budgets() -> None:
+    _, args, _, once = captured("wide")
+    costs = costs_of("wide")
+    rises = []
+    for share in (0.9, 0.5):
+        result = fasp_fx.prune(once, calibration=[args] * 2, budget=Parameters(share), costs=costs)
+        rises.append(costs.predicted({group.name: group.removed_sets for group in result.plan.groups}))
+    assert rises == sorted(rises)
+
+
+def test_a_model_that_generates_keeps_its_budgets() -> None:
+    model = llama()
+    budget = (CacheBytes(0.75), Macs(0.8))
+    pruned = fasp_fx.hf.prune(model, budget=budget, **FAST)
+    cache, macs = pruned.report.budgets
+    assert (cache.dense, cache.used) == pruned.report.cache
+    assert cache.used <= cache.allowed
+
+    def extend(served: Any) -> Callable[[], Any]:
+        """The call that is counted, of a dense or pruned model."""
+        arguments = stages_of(served).arguments() if served is model else stages_of(model).arguments()
+        past = hf.DynamicCache()
+        with torch.no_grad():
+            past = served(input_ids=arguments["input_ids"][:, :1].repeat(1, 5), use_cache=True).cache
+        given = {name: value for name, value in arguments.items() if name != "cache"}
+        return lambda: served(**given, cache=past, use_cache=True)
+
+    assert operations(extend(model)) == macs.dense
+    assert operations(extend(pruned.model)) == macs.used <= macs.allowed
+
+
+# What is refused, and when.
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"budget": 0.8}, "budget=0.8 is no budget; pass one of fasp_fx.budgets"),
+        ({"budget": "parameters"}, "is no budget"),
+        ({"budget": {"resource": "parameters", "amount": 0.5}}, "is no budget"),
+        ({"budget": (Parameters(0.5), Parameters(1000))}, "speaks of parameters twice"),
+        ({"budget": Parameters(0.5), "sparsity": 0.5}, r"sparsity=0.5 and budget=.*leave one of them out"),
+        ({"budget": Parameters(0.5), "sparsity": {"*": 0.5}}, "leave one of them out"),
+        ({"uniform_layers": True, "sparsity": {"*": 0.5}}, "a sparsity for each pattern tells layers apart"),
+        ({"uniform_layers": 1}, "uniform_layers=1 is neither True nor False"),
+    ],
+)
+def test_budgets_that_make_no_sense_are_refused(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(fasp_fx.ArgumentError, match=message):
+        fasp_fx.PruningConfig(**options)
+
+
+@pytest.mark.parametrize("amount", [0, 0.0, -1, -0.5, math.nan, math.inf, True, "0.5", None])
+def test_amounts_that_make_no_sense_are_refused(amount: Any) -> None:
+    with pytest.raises(fasp_fx.ArgumentError, match="is no budget; give a share"):
+        Parameters(amount)
+
+
+@pytest.mark.parametrize(
+    ("budget", "message"),
+    [
+        (Parameters(0.001), r"Parameters\(amount=0.001\) is out of reach: at least 62 of 23,322 parameters stay, a share of 0.0027; allow more"),
+        (Macs(100), r"Macs\(amount=100\) is out of reach: at least .* multiply-accumulates stay"),
+        ((Bytes(0.5), Parameters(60)), r"Parameters\(amount=60\) is out of reach"),
+        (Parameters(1.0), "the model meets the budget as it is: it has 23,322 parameters; allow less"),
+        (Parameters(10**9), "the model meets the budget as it is"),
+        (CacheBytes(0.5), "holds no cache of keys and values"),
+    ],
+)
+@pytest.mark.parametrize("quality", ["fast", "balanced"])
+def test_what_is_out_of_reach_is_said_before_anything_is_run(budget: Any, message: str, quality: Any) -> None:
+    def batches() -> Any:
+        raise AssertionError("data was asked for")
+        yield
+
+    _, _, _, once = captured("wide")
+    with pytest.raises(fasp_fx.errors.BudgetError, match=message):
+        fasp_fx.prune(once, calibration=batches(), budget=budget, quality=quality)
+
+
+def test_the_share_said_to_be_in_reach_is() -> None:
+    _, _, _, once = captured("wide")
+    with pytest.raises(fasp_fx.errors.BudgetError, match="a share of") as refused:
+        fasp_fx.prune(once, budget=Parameters(0.01), round_to=5, **FAST)
+    share = float(str(refused.value).partition("a share of ")[2].partition(";")[0])
+    (spent,) = fasp_fx.prune(once, budget=Parameters(share), round_to=5, **FAST).report.budgets
+    assert spent.used <= spent.allowed
+
+
+def test_an_allocation_that_leaves_too_much_is_refused() -> None:
+    _, _, _, once = captured("wide")
+    with pytest.raises(fasp_fx.errors.BudgetError, match=r"the allocation leaves 20\.00% of the dense model's more than the budget allows"):
+        fasp_fx.prune(once, budget=Parameters(0.8), allocation=lambda budget, round_to: [0 for _ in budget.groups], **FAST)
+
+
+def test_a_model_in_parts_has_no_budget() -> None:
+    with pytest.raises(fasp_fx.ArgumentError, match=r"budget=.* needs a model that is captured as a whole"):
+        fasp_fx.prune(Forks().eval(), (X,), budget=Parameters(0.8), **FAST)
+
+
+# What is kept.
+
+
+@given(st.lists(st.sampled_from([Parameters, Macs, Bytes, CacheBytes]), unique=True), st.one_of(st.floats(0.01, 1.0), st.integers(1, 2**60)))
+def test_budgets_survive_json(kinds: list[Any], amount: float) -> None:
+    config = fasp_fx.PruningConfig(budget=[kind(amount) for kind in kinds])
+    again = fasp_fx.PruningConfig.from_json(config.to_json())
+    assert again == config
+    assert [type(cap.amount) for cap in again.caps] == [type(amount)] * len(kinds)
+
+
+@pytest.mark.parametrize(
+    "text", ['{"resource": "time", "amount": 1}', '{"resource": "macs"}', '{"resource": "macs", "amount": "1"}', "3", '{"resource": [], "amount": 1}']
+)
+def test_a_damaged_budget_is_refused(text: str) -> None:
+    with pytest.raises(fasp_fx.ArgumentError, match="budget"):
+        fasp_fx.PruningConfig.from_json('{"fasp_fx_config": 1, "budget": [' + text + "]}")
+
+
+def test_a_saved_result_tells_its_budgets(tmp_path: Path) -> None:
+    _, _, _, once = captured("wide")
+    result = fasp_fx.prune(once, budget=(Parameters(0.8), Macs(0.9)), **FAST)
+    loaded = fasp_fx.load(result.save(tmp_path / "out"))
+    assert loaded.report.budgets == result.report.budgets
+    lines = [line for line in str(loaded.report).splitlines() if line.startswith("budget ")]
+    assert len(lines) == 2
+    assert f"of {result.report.parameters[0]:,} parameters stay" in lines[0]
+    assert "left over" in lines[0]
+    file = tmp_path / "out" / "report.json"
+    text = file.read_text(encoding="utf-8")
+    for damaged in ('"allowed": "much"', '"allowed": -1', '"allowed": 1e999', '"other": 1'):
+        file.write_text(text.replace(f'"allowed": {result.report.budgets[0].allowed}', damaged), encoding="utf-8")
+        with pytest.raises(fasp_fx.StoreError):
+            fasp_fx.load(tmp_path / "out")
+
+
+def test_an_allocation_of_ones_own_keeps_a_budget() -> None:
+    class Halves(CostAllocation):
+        """The group that costs least loses half of what it has, again and again."""
+
+        def __call__(self, budget: Budget, round_to: int, costs: fasp_fx.Costs) -> list[int]:
+            lost = [0] * len(budget.groups)
+            while budget.over(lost) > 0:
+                cheapest = min(range(len(lost)), key=lambda i: costs[budget.groups[i].name].losses[(lost[i] + budget.groups[i].width) // 2])
+                lost[cheapest] = (lost[cheapest] + budget.groups[cheapest].width) // 2
+            return lost
+
+    _, args, _, once = captured("wide")
+    options: dict[str, Any] = {"calibration": [args], "costs": costs_of("wide"), **FAST}
+    (spent,) = fasp_fx.prune(once, budget=Parameters(0.6), allocation=Halves(), **options).report.budgets
+    assert spent.used <= spent.allowed
+
+
+# The command line.
+
+
+@pytest.mark.parametrize(
+    ("text", "amount"),
+    [
+        ("0.8", 0.8),
+        ("80%", 0.8),
+        ("100M", 10**8),
+        ("1.5G", 1_500_000_000),
+        ("400MB", 4 * 10**8),
+        ("2KiB", 2048),
+        ("0.5k", 500),
+        ("1234", 1234),
+        ("1.0", 1.0),
+        ("12b", 12),
+    ],
+)
+def test_amounts_are_read(text: str, amount: float) -> None:
+    found = read_amount("--parameters", text)
+    assert (found, type(found)) == (amount, type(amount))
+
+
+@pytest.mark.parametrize("text", ["", "much", "-1", "0", "1.5", "120%", "1e9", "5X", "3iB", "0.0", "nan", "0.0001k"])
+def test_amounts_that_are_none_are_refused(text: str) -> None:
+    with pytest.raises(fasp_fx.ArgumentError, match=r"--bytes '.*' is no amount"):
+        read_amount("--bytes", text)
+
+
+def test_the_command_line_keeps_budgets(tmp_path: Path) -> None:
+    make_model(tmp_path / "model")
+    small = ["--length", "32", "--batches", "2", "--eval-batches", "1", "--round-to", "1", "--device", "cpu", "--quality", "fast"]
+    command = ["prune", str(tmp_path / "model"), "--out", str(tmp_path / "out"), *small]
+    done = CliRunner().invoke(app, [*command, "--parameters", "90%", "--cache-bytes", "0.9"])
+    assert done.exit_code == 0, done.output
+    report = hf.AutoModelForCausalLM.from_pretrained(tmp_path / "out").report
+    assert [spent.resource for spent in report.budgets] == ["parameters", "cache-bytes"]
+    for spent in report.budgets:
+        assert spent.used <= spent.allowed == 0.9 * spent.dense
+        assert f"budget: {spent}" in " ".join(done.stdout.split())
+    for wrong, message in (
+        (["--macs", "0.8", "--sparsity", "0.2"], "--sparsity 0.2 and --macs both say how much goes"),
+        (["--bytes", "some"], "--bytes 'some' is no amount"),
+        (["--parameters", "0.8", "--plain"], "--parameters cannot go with --plain"),
+    ):
+        refused = CliRunner().invoke(app, [*command[:3], str(tmp_path / "other"), *small, *wrong])
+        assert refused.exit_code == 2
+        assert message in refused.output
