@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import tempfile
@@ -21,7 +22,7 @@ from ._config import DistillationConfig, DistillationOptions
 from ._dense import Call, DenseOutputs
 from ._matching import Divergence, Match, SquaredError
 from ._trained import trained_part
-from ._training import Training
+from ._training import Batches, Training
 
 if TYPE_CHECKING:
     from ..hf import Pruned
@@ -70,6 +71,7 @@ def distil(
     pruned, more = _called(result)
     _check_dense(dense, result)
     calls = [Call(args, {**kwargs, **more}) for args, kwargs in as_calls(data, "data")]
+    batches = Batches.split(len(calls), asked.held_out)
     match = _match(asked, result)
     trained = trained_part(pruned, asked.train, asked.rank, asked.seed)
     advance = progress or (lambda fraction: None)
@@ -83,9 +85,9 @@ def distil(
             with accelerator.main_process_first():
                 kept = Checkpoint(Path(checkpoint).absolute(), _run(asked, result, pruned, calls))
         outputs = DenseOutputs(kept.targets if kept is not None else Path(temporary))
-        with accelerator.main_process_first() if kept is not None else accelerator.local_main_process_first():
+        with accelerator.main_process_first() if kept is not None else contextlib.nullcontext():
             outputs.write(dense, calls, match, lambda fraction: advance(share * fraction))
-        outcome = Training(trained, calls, outputs, match, asked, accelerator, kept).run(lambda fraction: advance(share + (1 - share) * fraction))
+        outcome = Training(trained, calls, batches, outputs, match, asked, accelerator, kept).run(lambda fraction: advance(share + (1 - share) * fraction))
     notes = () if outcome.note is None else (outcome.note,)
     recovery = Recovery("distillation", _CRITERIA.get(type(match), type(match).__name__), outcome.steps, outcome.kept, outcome.curve, outcome.seconds, notes)
     return cast(R, result.with_report(recovery=recovery))

@@ -69,6 +69,7 @@ class Training:
     Args:
         trained: the module, and what of it changes.
         calls: all batches.
+        batches: which of them are trained on, and which judge.
         dense: what the dense model returned for them.
         match: the loss.
         accelerator: the processes that share the batches of a step, one by itself or as ``accelerate launch`` started them.
@@ -79,6 +80,7 @@ class Training:
         self,
         trained: Trained,
         calls: Sequence[Call],
+        batches: Batches,
         dense: DenseOutputs,
         match: Match,
         config: DistillationConfig,
@@ -86,7 +88,7 @@ class Training:
         checkpoint: Checkpoint | None,
     ) -> None:
         self._trained, self._calls, self._dense, self._match, self._config, self._checkpoint = trained, calls, dense, match, config, checkpoint
-        self._batches = Batches.split(len(calls), config.held_out)
+        self._batches = batches
         self._device = trained.leaves[0].device
         self._accelerator = accelerator
         self._optimizer = torch.optim.AdamW(trained.leaves, lr=config.learning_rate, weight_decay=0.0)
