@@ -20,7 +20,7 @@ pytestmark = [pytest.mark.filterwarnings("ignore::fasp_fx.CalibrationWarning"), 
 # --- arguments
 
 
-@pytest.mark.parametrize("sparsity", [0, 1, -1, 1.5, "a", float("nan"), None, True])
+@pytest.mark.parametrize("sparsity", [0, 1, -1, 1.5, "a", float("nan"), True])
 def test_sparsity_outside_of_its_range(sparsity: Any) -> None:
     refused(fasp_fx.SparsityError, rf"sparsity={re.escape(repr(sparsity))} is not in \(0, 1\)", sparsity=sparsity)
 

@@ -332,7 +332,7 @@ def test_a_result_is_kept_when_measuring_is_interrupted(from_file: tuple[Path, R
     model = AutoModelForCausalLM.from_pretrained(from_file[0])
     pruned = fasp_fx.hf.Pruned(model, model.plan, model.report)
     monkeypatch.setattr("fasp_fx._cli._prune_command.Job.prune", lambda job: pruned)
-    monkeypatch.setattr("fasp_fx._cli._prune_command.latency", interrupt)
+    monkeypatch.setattr("fasp_fx._cli._outcome.latency", interrupt)
     text = folder / "text.txt"
     done = _invoke("prune", folder / "model", "--calibration", text, "--text", text, "--out", tmp_path / "out", "--html", tmp_path / "page.html", *SMALL)
     assert done.exit_code == 130

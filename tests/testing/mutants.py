@@ -16,8 +16,8 @@ import numpy as np
 import pytest
 import torch
 
+import fasp_fx._finish
 import fasp_fx._program
-import fasp_fx._result
 import fasp_fx.analysis
 import fasp_fx.channels._facts
 import fasp_fx.channels._interpreter
@@ -274,5 +274,5 @@ MUTANTS: tuple[Mutant, ...] = (
     Mutant("plans renumbered off by one", attribute(fasp_fx.plan, "_renumber", _shifted), Net((Linear(12), Activation(), Linear(2))), ("steps",), seed=3),
     Mutant("a plan that says less than was done", attribute(fasp_fx.plan, "planned", _short_plan), CHAIN, ("plan",)),
     Mutant("a plan for every model", attribute(fasp_fx.plan, "fingerprint", lambda _: lambda weights: "same"), CHAIN, ("plan",)),
-    Mutant("storage shared with the caller", attribute(fasp_fx._result, "own_storage", lambda _: lambda program: program), CHAIN, ("alone",)),
+    Mutant("storage shared with the caller", attribute(fasp_fx._finish, "own_storage", lambda _: lambda program: program), CHAIN, ("alone",)),
 )
