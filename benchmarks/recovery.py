@@ -18,7 +18,7 @@ from choosing import encoder, language
 
 import fasp_fx
 
-RECIPES = ("1,1e-4,32,512", "2,1e-4,32,512", "2,1e-4,32,1024", "2,1e-4,96,1024")
+RECIPES = ("1,3e-5,32,512", "2,3e-5,32,512", "2,3e-5,32,1024", "2,3e-5,96,1024")
 
 
 def pruned(captured: fasp_fx.Captured, calibration: list[Any], quality: str, sparsity: float, own: dict[str, Any], folder: pathlib.Path) -> fasp_fx.Result:

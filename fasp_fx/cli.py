@@ -230,7 +230,7 @@ def recover(
         Path | None, typer.Option(metavar="FILE", help="Measure perplexity on this text file; chunks that train are left out.", show_default=False)
     ] = None,
     epochs: Annotated[int, typer.Option(help="How often the text is trained on.")] = 2,
-    learning_rate: Annotated[float, typer.Option(help="The highest; it rises at first and falls to zero.")] = 1e-4,
+    learning_rate: Annotated[float, typer.Option(help="The highest; it rises at first and falls to zero.")] = 3e-5,
     train: Annotated[TrainName, typer.Option(help="All weights; vectors: biases and gains of norms; low-rank: products of narrow matrices.")] = TrainName.every,
     rank: Annotated[int, typer.Option(help="Columns of the matrices of --train low-rank.")] = 16,
     batches: Annotated[int, typer.Option(help="Chunks of text to train on, of which a tenth is held out.")] = 32,

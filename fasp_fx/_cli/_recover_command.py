@@ -52,7 +52,7 @@ class Request:
             if value < 1:
                 raise ArgumentError(f"{option} {value} is too small; use at least 1")
         if not 0 < self.learning_rate < float("inf"):
-            raise ArgumentError(f"--learning-rate {self.learning_rate:g} is no positive number; 1e-4 is a good start")
+            raise ArgumentError(f"--learning-rate {self.learning_rate:g} is no positive number; 3e-5 is a good start")
         check_path("the pruned model", self.folder)
         if self.checkpoint is not None:
             check_path("--checkpoint", self.checkpoint)

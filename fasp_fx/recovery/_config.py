@@ -39,7 +39,8 @@ class DistillationConfig:
 
     Attributes:
         epochs: how often each training batch is seen, in an order drawn anew each time.
-        learning_rate: the highest, of AdamW without weight decay; it rises over the first steps and falls to zero at the last, both linearly.
+        learning_rate: the highest, of AdamW without weight decay; it rises over the first steps and falls to zero at the last, both linearly. For a language
+            model and some dozen steps 1e-4 is too much: each step moves every weight about as far, and most of that is noise.
         warmup: the fraction of all steps over which the learning rate rises.
         accumulate: batches whose gradients make one step. A step on some 500 to 1,000 tokens does well.
         train: ``"all"``: every parameter that requires a gradient; ``"vectors"``: those of one dimension, the biases and the gains of norms; ``"low-rank"``:
@@ -64,7 +65,7 @@ class DistillationConfig:
     """
 
     epochs: int = 2
-    learning_rate: float = 1e-4
+    learning_rate: float = 3e-5
     warmup: float = 0.1
     accumulate: int = 1
     train: Literal["all", "vectors", "low-rank"] = "all"
@@ -87,7 +88,7 @@ class DistillationConfig:
         if isinstance(self.seed, bool) or not isinstance(self.seed, int) or not 0 <= self.seed < 2**63:
             raise ArgumentError(f"seed={self.seed!r} is not a whole number from 0 to 2**63 - 1")
         if not _is_number(self.learning_rate) or not self.learning_rate > 0:
-            raise ArgumentError(f"learning_rate={self.learning_rate!r} is not a positive number; 1e-4 is a good start")
+            raise ArgumentError(f"learning_rate={self.learning_rate!r} is not a positive number; 3e-5 is a good start")
         if not _is_number(self.warmup) or not 0 <= self.warmup <= 1:
             raise ArgumentError(f"warmup={self.warmup!r} is not in [0, 1]; it is a fraction of the steps")
         if not _is_number(self.held_out) or not 0 < self.held_out < 1:

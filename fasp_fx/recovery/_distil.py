@@ -57,7 +57,7 @@ def distil(
         checkpoint: a folder for the state of the training, written after each evaluation; the same call with the same folder goes on from there, to the
             same end. ``None``: nothing is kept.
         progress: called with the fraction done.
-        options: fields of :class:`fasp_fx.recovery.DistillationConfig` (``epochs=2``, ``learning_rate=1e-4``, …) in the place of those of ``config``.
+        options: fields of :class:`fasp_fx.recovery.DistillationConfig` (``epochs=2``, ``learning_rate=3e-5``, …) in the place of those of ``config``.
 
     Returns:
         The result with ``report.recovery`` filled: the curve of the held-out loss, and the step whose weights were kept.
