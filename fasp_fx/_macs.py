@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import fx
 from torch._ops import HigherOrderOperator, OpOverload
-from torch.utils.flop_counter import flop_registry
+from torch.utils.flop_counter import FlopCounterMode, flop_registry
 
 from ._capture._record import record
 from ._counting import Products, Size, Widest
@@ -173,7 +173,7 @@ def _terms(node: fx.Node, module: torch.nn.Module, shape: ShapeOf) -> list[Term]
     formula = _FORMULAS.get(str(node.target))
     if formula is not None:
         return formula(node, arguments(node), shape)
-    if isinstance(node.target, OpOverload) and node.target._overloadpacket in flop_registry:
+    if isinstance(node.target, OpOverload) and (node.target._overloadpacket in flop_registry or _is_made_of_products(node, shape)):
         raise BudgetError(f"the multiply-accumulates of '{node.name}' ({node.target}) are not counted, so macs are no budget here; use another")
     if isinstance(node.target, HigherOrderOperator):
         for source in node.all_input_nodes:
@@ -181,6 +181,25 @@ def _terms(node: fx.Node, module: torch.nn.Module, shape: ShapeOf) -> list[Term]
             if isinstance(inner, fx.GraphModule) and any(map(_multiplies, _calls(inner.graph))):
                 raise BudgetError(f"how often '{node.name}' ({node.target}) multiplies is decided at run time, so macs are no budget here; use another")
     return []
+
+
+def _is_made_of_products(node: fx.Node, shape: ShapeOf) -> bool:
+    """Whether an operator that stands for others has some that torch counts among them, such as ``aten.inner``."""
+    assert isinstance(node.target, OpOverload)
+    if not node.target._can_decompose():
+        return False
+
+    def empty(source: fx.Node) -> Any:
+        value = source.meta.get("val")
+        return torch.empty(shape(source), dtype=value.dtype, device="meta") if isinstance(value, torch.Tensor) else value
+
+    args, kwargs = fx.map_arg((node.args, dict(node.kwargs)), empty)
+    with FlopCounterMode(display=False) as counter:
+        try:
+            node.target(*args, **kwargs)
+        except Exception:  # it needs more than shapes, as no product of matrices does
+            return False
+    return counter.get_total_flops() > 0
 
 
 def _multiplies(node: fx.Node) -> bool:

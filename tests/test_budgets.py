@@ -380,6 +380,22 @@ def test_the_share_said_to_be_in_reach_is() -> None:
     assert spent.used <= spent.allowed
 
 
+class Inner(nn.Module):
+    """A product of matrices inside of an operator that stands for others."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down, self.weight = nn.Linear(6, 12), nn.Linear(12, 6), nn.Parameter(torch.randn(6, 6))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.inner(self.down(self.up(x).relu()), self.weight)
+
+
+def test_products_that_an_operator_hides_are_not_left_out() -> None:
+    with pytest.raises(fasp_fx.errors.BudgetError, match="are not counted, so macs are no budget here"):
+        fasp_fx.prune(Inner().eval(), (torch.randn(4, 6),), budget=Macs(0.8), score="magnitude", restore=None)
+
+
 def test_an_allocation_that_leaves_too_much_is_refused() -> None:
     _, _, _, once = captured("wide")
     with pytest.raises(fasp_fx.errors.BudgetError, match=r"the allocation leaves 20\.00% of the dense model's more than the budget allows"):
