@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from ._options import is_number
 from .errors import ArgumentError
 
 if TYPE_CHECKING:
@@ -33,8 +33,7 @@ class Cap(ABC):
     unit: ClassVar[str]
 
     def __post_init__(self) -> None:
-        number = isinstance(self.amount, (int, float)) and not isinstance(self.amount, bool)
-        if not number or not math.isfinite(self.amount) or self.amount <= 0:
+        if not is_number(self.amount) or self.amount <= 0:
             raise ArgumentError(f"{self} is no budget; give a share in (0, 1], such as 0.8, or how much may stay, such as 100_000_000")
 
     def allowed(self, dense: float) -> float:

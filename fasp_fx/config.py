@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import difflib
 import json
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
 from typing import Any, Literal, TypedDict
 
+from ._options import configured
 from ._scores import resolve_score
 from .allocation import Allocation, CostAllocation, Global, uniform
 from .budgets import Cap, budget_data, budget_from_data, read_budget
@@ -145,15 +145,7 @@ class PruningConfig:
         Raises:
             ArgumentError: an option is not known, out of range, or ``config`` is no configuration.
         """
-        if config is not None and not isinstance(config, PruningConfig):
-            raise ArgumentError(f"config is a {type(config).__name__}; pass a PruningConfig, or the options as keywords")
-        known = [field.name for field in fields(cls)]
-        for name in options:
-            if name not in known:
-                near = difflib.get_close_matches(name, known, 1)
-                guess = f"did you mean '{near[0]}'? There" if near else "there"
-                raise ArgumentError(f"the option '{name}' is not known; {guess} are {', '.join(known)}")
-        return replace(config or cls(), **options)
+        return configured(cls, config, options)
 
     @property
     def needs_data(self) -> bool:

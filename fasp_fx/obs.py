@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from ._options import is_number
 from .errors import ArgumentError
 from .scoring import Columns, GroupColumns, GroupScore, Order
 from .statistics import InputGradients, MakeStatistic, precise
@@ -45,9 +45,9 @@ class OBS(GroupScore):
     def __init__(self, damping: float = DAMPING, rounds: int = ROUNDS, shrinkage: float = SHRINKAGE) -> None:
         if isinstance(rounds, bool) or not isinstance(rounds, int) or rounds < 1:
             raise ArgumentError(f"rounds={rounds!r} is not a positive integer")
-        if not _is_number(damping) or not 0 < damping < math.inf:
+        if not is_number(damping) or not damping > 0:
             raise ArgumentError(f"damping={damping!r} is not a positive number; 0.01 raises the diagonal by a hundredth of its mean")
-        if not _is_number(shrinkage) or not 0 <= shrinkage <= 1:
+        if not is_number(shrinkage) or not 0 <= shrinkage <= 1:
             raise ArgumentError(f"shrinkage={shrinkage!r} is not in [0, 1]")
         self.damping, self.rounds, self.shrinkage = damping, rounds, shrinkage
 
@@ -177,10 +177,6 @@ def greedy(group: GroupColumns, problems: list[Elimination], rounds: int) -> Ord
         shares = steps / steps[-1] if steps[-1] > 0 else np.arange(1, len(steps) + 1) / len(steps)
         losses += (losses[-1] + added * shares).tolist()
     return Order(np.array(order), np.maximum.accumulate(np.array(losses)))
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
 __all__ = ["OBS", "Elimination", "greedy"]

@@ -13,9 +13,7 @@ from fasp_fx.errors import ArgumentError
 
 from ._base import Pass
 from ._foreign import Foreign
-from ._run import run, run_exported
-
-Step = Pass | Foreign
+from ._run import Step, run, run_exported
 
 
 class Pipeline:
@@ -61,4 +59,4 @@ class Pipeline:
         return run(self.passes, program, self.reference, self.tolerance)
 
 
-__all__ = ["Pipeline", "Step"]
+__all__ = ["Pipeline"]

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import difflib
 import json
-import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal, TypedDict
 
+from .._options import configured, is_number
 from ..errors import ArgumentError
 from ._matching import Match
 
@@ -87,11 +86,11 @@ class DistillationConfig:
                 raise ArgumentError(f"{name}={value!r} is not a positive integer")
         if isinstance(self.seed, bool) or not isinstance(self.seed, int) or not 0 <= self.seed < 2**63:
             raise ArgumentError(f"seed={self.seed!r} is not a whole number from 0 to 2**63 - 1")
-        if not _is_number(self.learning_rate) or not self.learning_rate > 0:
+        if not is_number(self.learning_rate) or not self.learning_rate > 0:
             raise ArgumentError(f"learning_rate={self.learning_rate!r} is not a positive number; 3e-5 is a good start")
-        if not _is_number(self.warmup) or not 0 <= self.warmup <= 1:
+        if not is_number(self.warmup) or not 0 <= self.warmup <= 1:
             raise ArgumentError(f"warmup={self.warmup!r} is not in [0, 1]; it is a fraction of the steps")
-        if not _is_number(self.held_out) or not 0 < self.held_out < 1:
+        if not is_number(self.held_out) or not 0 < self.held_out < 1:
             raise ArgumentError(f"held_out={self.held_out!r} is not in (0, 1); it is the fraction of the batches that judges")
         for name, known in (("train", _TRAINED), ("precision", _PRECISIONS), ("loss", _LOSSES)):
             value = getattr(self, name)
@@ -106,23 +105,11 @@ class DistillationConfig:
         Raises:
             ArgumentError: an option is not known, out of range, or ``config`` is no configuration.
         """
-        if config is not None and not isinstance(config, DistillationConfig):
-            raise ArgumentError(f"config is a {type(config).__name__}; pass a DistillationConfig, or the options as keywords")
-        known = [field.name for field in fields(cls)]
-        for name in options:
-            if name not in known:
-                near = difflib.get_close_matches(name, known, 1)
-                guess = f"did you mean '{near[0]}'? There" if near else "there"
-                raise ArgumentError(f"the option '{name}' is not known; {guess} are {', '.join(known)}")
-        return replace(config or cls(), **options)
+        return configured(cls, config, options)
 
     def to_json(self) -> str:
         """The options as JSON; a loss of the user's is named by its class."""
         return json.dumps({**asdict(replace(self, loss="auto")), "loss": self.loss if isinstance(self.loss, str) else type(self.loss).__name__})
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 
 __all__ = ["DistillationConfig", "DistillationOptions"]

@@ -1,0 +1,44 @@
+"""Options as keywords: those of a configuration replaced, unknown ones named."""
+
+from __future__ import annotations
+
+import difflib
+import math
+from collections.abc import Mapping
+from dataclasses import fields, replace
+from typing import Any, TypeVar
+
+from .errors import ArgumentError
+
+C = TypeVar("C")
+
+
+def configured(kind: type[C], config: C | None, options: Mapping[str, Any]) -> C:
+    """A configuration with some options in the place of its own.
+
+    Args:
+        kind: the class of the configuration, a frozen dataclass that checks itself.
+        config: ``None`` stands for the defaults.
+
+    Raises:
+        ArgumentError: an option is not known, out of range, or ``config`` is no such configuration.
+    """
+    if config is not None and not isinstance(config, kind):
+        raise ArgumentError(f"config is a {type(config).__name__}; pass a {kind.__name__}, or the options as keywords")
+    held: Any = config if config is not None else kind()
+    known = [field.name for field in fields(held)]
+    for name in options:
+        if name not in known:
+            near = difflib.get_close_matches(name, known, 1)
+            guess = f"did you mean '{near[0]}'? There" if near else "there"
+            raise ArgumentError(f"the option '{name}' is not known; {guess} are {', '.join(known)}")
+    found: C = replace(held, **options)
+    return found
+
+
+def is_number(value: Any) -> bool:
+    """Whether a value is a finite number, and no truth value."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
+__all__ = ["configured", "is_number"]
