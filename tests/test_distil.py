@@ -10,6 +10,7 @@ import subprocess
 import sys
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -72,6 +73,27 @@ def test_divergence_is_that_of_distributions_where_all_are_kept_and_less_elsewhe
     assert float(match.terms(dense, match.targets(dense), {}).abs().max()) < 1e-3
 
 
+@given(st.integers(0, 999), st.integers(2, 40), st.integers(1, 40), st.integers(1, 7))
+def test_gradients_of_a_divergence_are_those_of_its_formula_in_blocks_of_any_size(seed: int, vocabulary: int, top_k: int, rows: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    dense, other = (torch.randn(2, 3, vocabulary, generator=generator) * 3 for _ in range(2))
+    own, plain = other.clone().requires_grad_(), other.clone().requires_grad_()
+    match = Divergence(top_k)
+    with mock.patch("fasp_fx.recovery._matching._rows", return_value=rows):
+        kept = match.targets(dense)
+        terms = match.terms(own, kept, {})
+        terms.square().sum().backward()
+    q, p = kept["log_probabilities"].float(), plain.log_softmax(-1).gather(-1, kept["places"].long())
+    written = (q.exp() * (q - p)).sum(-1)
+    if top_k < vocabulary:
+        least = torch.finfo(torch.float32).eps
+        other_q, other_p = ((1 - part.exp().sum(-1)).clamp_min(least) for part in (q, p))
+        written = written + other_q * (other_q / other_p).log()
+    written.square().sum().backward()
+    torch.testing.assert_close(terms, written.flatten(), atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(own.grad, plain.grad, atol=1e-3, rtol=1e-3)
+
+
 def test_probabilities_of_zero_do_not_spoil_a_divergence() -> None:
     dense = torch.tensor([[0.0, 1.0, -math.inf, -math.inf]]).repeat(3, 1)
     other = torch.zeros(3, 4, requires_grad=True)
@@ -107,7 +129,7 @@ def test_steps_are_those_of_a_loop_written_out(made: tuple[nn.Module, list[Tenso
     dense, data, result = made
     result = copy.deepcopy(result)
     by_hand = copy.deepcopy(result.module)
-    fasp_fx.distil(result, dense, data, epochs=3, accumulate=2, learning_rate=2e-3, warmup=0.25, held_out=0.2, seed=7)
+    fasp_fx.distil(result, dense, data, epochs=3, accumulate=2, learning_rate=2e-3, warmup=0.25, held_out=0.2, seed=7, precision="weights")
     training = [index for index in range(10) if index not in (2, 7)]  # the middles of two halves are held out
     steps, step = 12, 0
     optimizer = torch.optim.AdamW(by_hand.parameters(), lr=2e-3, weight_decay=0.0)

@@ -17,15 +17,15 @@ from ._console import Stages, say
 from ._texts import Texts
 
 #: tokens of a step of training, as far as whole chunks allow
-STEP = 512
+STEP = 1024
 
 
 def recover(result: Pruned, dense: Any, chunks: Tensor, stages: Stages, config: DistillationConfig, checkpoint: Path | None = None) -> Pruned:
     """Train a pruned model on chunks ``[chunks, length]`` towards the dense one."""
-    length = chunks.shape[1]
-    stages.begin(f"recovering on {len(chunks)} x {length} tokens", measured=True)
-    batches = [chunk[None] for chunk in chunks]
-    return distil(result, dense, batches, config=config, accumulate=max(1, round(STEP / length)), checkpoint=checkpoint, progress=stages.update)
+    count, length = chunks.shape
+    stages.begin(f"recovering on {count} x {length} tokens", measured=True)
+    together = max(1, min(STEP // length, count // 2))  # of two batches at least, one is held out
+    return distil(result, dense, chunks.split(together), config=config, checkpoint=checkpoint, progress=stages.update)
 
 
 def measure(dense: Any, result: Pruned, texts: Texts, stages: Stages) -> tuple[Figure, ...]:

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .._device import multiplies_bfloat16, products_in_bfloat16
 from ..errors import ArgumentError, CalibrationError
 from ._checkpoint import vocabulary
 
@@ -103,7 +104,7 @@ def sample(model: Any, start: int, count: int, length: int, *, seed: int = 0, pr
 
     Args:
         start: the first token of each text, included in its length.
-        seed: the same seed gives the same texts on the same device; the global random state is left as it was.
+        seed: the same seed gives the same texts on the same machine; the global random state is left as it was.
         progress: called with the fraction done.
 
     Returns:
@@ -112,7 +113,7 @@ def sample(model: Any, start: int, count: int, length: int, *, seed: int = 0, pr
     Raises:
         CalibrationError: the model predicts nothing finite.
     """
-    from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaList
+    from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
 
     groups = [min(SAMPLED_TOGETHER, count - first) for first in range(0, count, SAMPLED_TOGETHER)]
     written = 0
@@ -125,17 +126,32 @@ def sample(model: Any, start: int, count: int, length: int, *, seed: int = 0, pr
                 progress((written + input_ids.shape[0] * input_ids.shape[1] / length) / count)
             return torch.zeros(input_ids.shape[0], dtype=torch.bool, device=input_ids.device)
 
+    class Draw(LogitsProcessor):
+        """Leaves the one token that is drawn: where the running sum of the probabilities passes a uniform number.
+
+        One number for each text is needed for this; ``torch.multinomial``, which ``generate`` would use, draws one for each word of the vocabulary.
+        """
+
+        def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+            passed = scores.softmax(-1, dtype=torch.float32).cumsum(-1)
+            drawn = torch.searchsorted(passed, torch.rand(len(scores), 1, device=scores.device) * passed[:, -1:], right=True)
+            return torch.full_like(scores, -torch.inf).scatter_(-1, drawn.clamp_max(scores.shape[-1] - 1), 0.0)
+
     device = next(model.parameters()).device
-    settings = GenerationConfig(
-        do_sample=True, temperature=1.0, top_k=0, top_p=1.0, max_length=length, bos_token_id=start, eos_token_id=None, pad_token_id=start
-    )
+    settings = GenerationConfig(do_sample=False, max_length=length, bos_token_id=start, eos_token_id=None, pad_token_id=start)
+    own: Any = {"logits_processor": LogitsProcessorList([Draw()]), "stopping_criteria": StoppingCriteriaList([Progress()])}
     texts = []
-    with _settings(model, settings), torch.no_grad(), torch.random.fork_rng([device] if device.type == "cuda" else []):
+    with (
+        _settings(model, settings),
+        torch.no_grad(),
+        products_in_bfloat16(device, multiplies_bfloat16(device)),
+        torch.random.fork_rng([device] if device.type == "cuda" else []),
+    ):
         torch.manual_seed(seed)
         for size in groups:
             prompt = torch.full((size, 1), start, dtype=torch.long, device=device)
             check_output(model, prompt[0])  # sampling from what is no distribution fails in words of its own
-            texts.append(model.generate(prompt, attention_mask=torch.ones_like(prompt), stopping_criteria=StoppingCriteriaList([Progress()])))
+            texts.append(model.generate(prompt, attention_mask=torch.ones_like(prompt), **own))
             written += size
     return torch.cat(texts)
 

@@ -11,7 +11,7 @@ from .._options import configured, is_number
 from ..errors import ArgumentError
 from ._matching import Match
 
-_TRAINED, _PRECISIONS, _LOSSES = ("all", "vectors", "low-rank"), ("weights", "bfloat16"), ("auto", "divergence", "outputs")
+_TRAINED, _PRECISIONS, _LOSSES = ("all", "vectors", "low-rank"), ("auto", "weights", "bfloat16"), ("auto", "divergence", "outputs")
 
 
 class DistillationOptions(TypedDict, total=False):
@@ -28,7 +28,7 @@ class DistillationOptions(TypedDict, total=False):
     held_out: float
     evaluations: int
     patience: int | None
-    precision: Literal["weights", "bfloat16"]
+    precision: Literal["auto", "weights", "bfloat16"]
     seed: int
 
 
@@ -55,8 +55,9 @@ class DistillationConfig:
         evaluations: how often the held-out batches are looked at, evenly over the steps; the last time after the last step.
         patience: so many evaluations in a row that are not better than the best end the training. ``None``: it goes on, since much is gained only when
             the learning rate falls.
-        precision: ``"weights"``: compute in the dtype of the weights; ``"bfloat16"``: products in bfloat16 by autocast. Weights of 16 bits are trained
-            by way of copies in float32, in either case.
+        precision: ``"weights"``: compute in the dtype of the weights; ``"bfloat16"``: products of both models in bfloat16 by autocast while training;
+            ``"auto"``: that where the device multiplies bfloat16 in hardware. Held-out batches are judged in the dtype of the weights, and weights of 16 bits
+            trained by way of copies in float32, in any case.
         seed: of the order of the batches, and of the first low-rank matrices.
 
     Raises:
@@ -74,7 +75,7 @@ class DistillationConfig:
     held_out: float = 0.1
     evaluations: int = 4
     patience: int | None = None
-    precision: Literal["weights", "bfloat16"] = "weights"
+    precision: Literal["auto", "weights", "bfloat16"] = "auto"
     seed: int = 0
 
     def __post_init__(self) -> None:

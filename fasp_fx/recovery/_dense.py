@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from .._device import device_of
+from .._device import device_of, products_in_bfloat16
 from ..errors import ArgumentError, CalibrationError, StoreError, first_line
 from ._matching import Match
 
@@ -56,8 +56,8 @@ class DenseOutputs:
     def __init__(self, folder: Path) -> None:
         self._folder = folder
 
-    def write(self, model: nn.Module, calls: Sequence[Call], match: Match, progress: Callable[[float], None]) -> None:
-        """Run the dense model on the batches whose files are not there yet.
+    def write(self, model: nn.Module, calls: Sequence[Call], match: Match, coarse: Collection[int], progress: Callable[[float], None]) -> None:
+        """Run the dense model on the batches whose files are not there yet, with products in bfloat16 for those whose numbers are in ``coarse``.
 
         Raises:
             CalibrationError: the model does not take a batch, or what it returns is not finite.
@@ -68,7 +68,7 @@ class DenseOutputs:
             if not self._file(index).exists():
                 held = call.to(device)
                 try:
-                    with torch.no_grad():
+                    with torch.no_grad(), products_in_bfloat16(device, index in coarse):
                         outputs = model(*held.args, **held.kwargs)
                 except torch.OutOfMemoryError:
                     raise

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, TypeVar, Unpack, cast
 from torch import nn
 
 from .. import plan as plans
+from .._device import device_of, multiplies_bfloat16
 from .._observe._calibration import as_calls
 from .._result import Result
 from ..errors import ArgumentError
@@ -74,6 +75,7 @@ def distil(
     batches = Batches.split(len(calls), asked.held_out)
     match = _match(asked, result)
     trained = trained_part(pruned, asked.train, asked.rank, asked.seed)
+    bfloat16 = asked.precision == "bfloat16" or (asked.precision == "auto" and multiplies_bfloat16(device_of(pruned)))
     advance = progress or (lambda fraction: None)
     share = _DENSE / (_DENSE + asked.epochs)
     from accelerate import Accelerator, DistributedDataParallelKwargs
@@ -83,11 +85,12 @@ def distil(
         kept = None
         if checkpoint is not None:
             with accelerator.main_process_first():
-                kept = Checkpoint(Path(checkpoint).absolute(), _run(asked, result, pruned, calls))
+                kept = Checkpoint(Path(checkpoint).absolute(), _run(asked, result, pruned, calls) | {"bfloat16": bfloat16})
         outputs = DenseOutputs(kept.targets if kept is not None else Path(temporary))
         with accelerator.main_process_first() if kept is not None else contextlib.nullcontext():
-            outputs.write(dense, calls, match, lambda fraction: advance(share * fraction))
-        outcome = Training(trained, calls, batches, outputs, match, asked, accelerator, kept).run(lambda fraction: advance(share + (1 - share) * fraction))
+            outputs.write(dense, calls, match, batches.training if bfloat16 else (), lambda fraction: advance(share * fraction))
+        training = Training(trained, calls, batches, outputs, match, asked, accelerator, bfloat16, kept)
+        outcome = training.run(lambda fraction: advance(share + (1 - share) * fraction))
     notes = () if outcome.note is None else (outcome.note,)
     recovery = Recovery("distillation", _CRITERIA.get(type(match), type(match).__name__), outcome.steps, outcome.kept, outcome.curve, outcome.seconds, notes)
     return cast(R, result.with_report(recovery=recovery))

@@ -46,16 +46,22 @@ class Divergence:
 
     def targets(self, outputs: Any) -> dict[str, Tensor]:
         """The largest log-probabilities, float16, and where they are, int32: ``[..., top_k]`` each."""
-        logits = _logits(outputs).float()
-        top = logits.log_softmax(-1).topk(min(self.top_k, logits.shape[-1]), -1)
-        return {"log_probabilities": top.values.half(), "places": top.indices.int()}
+        logits = _logits(outputs)
+        top_k = min(self.top_k, logits.shape[-1])
+        values, places = [], []
+        for rows in _blocks(logits):
+            top = rows.float().topk(top_k, -1)
+            values.append((top.values - rows.float().logsumexp(-1, keepdim=True)).half())
+            places.append(top.indices.int())
+        shape = (*logits.shape[:-1], top_k)
+        return {"log_probabilities": torch.cat(values).reshape(shape), "places": torch.cat(places).reshape(shape)}
 
     def terms(self, outputs: Any, targets: Mapping[str, Tensor], inputs: Mapping[str, Any]) -> Tensor:
         """One term for each prediction, ``[predictions]``."""
-        logits = _logits(outputs).float()
+        logits = _logits(outputs)
         dense, places = targets["log_probabilities"].float(), targets["places"].long()
         _check_shape(logits.shape[:-1], dense.shape[:-1], "the logits")
-        pruned = logits.log_softmax(-1).gather(-1, places)
+        pruned: Tensor = _LogProbabilities.apply(logits, places)
         likely = dense.exp()
         terms = functional.kl_div(pruned, dense, log_target=True, reduction="none").where(likely > 0, 0.0).sum(-1)
         if places.shape[-1] < logits.shape[-1]:
@@ -65,6 +71,40 @@ class Divergence:
             terms = terms + other * (other.log() - found.log())
         mask = token_mask(inputs, terms.shape)
         return terms.flatten() if mask is None else terms[mask]
+
+
+class _LogProbabilities(torch.autograd.Function):
+    """``logits.float().log_softmax(-1).gather(-1, places)`` block by block, without a tensor of the size of the logits but their gradient.
+
+    At vocabularies of 50,000 and more, memory for the whole softmax and its gradient takes longer to get than the rest of a step takes.
+    """
+
+    @staticmethod
+    def forward(context: Any, logits: Tensor, places: Tensor) -> Tensor:
+        total = torch.cat([rows.float().logsumexp(-1, keepdim=True) for rows in _blocks(logits)]).reshape(*logits.shape[:-1], 1)
+        context.save_for_backward(logits, total, places)
+        return logits.gather(-1, places).float() - total
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(context: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        logits, total, places = context.saved_tensors
+        found = torch.empty_like(logits, memory_format=torch.contiguous_format)
+        parts = (_blocks(found), _blocks(logits), total.flatten().split(_rows(logits)), *(_blocks(part, _rows(logits)) for part in (places, gradient)))
+        for into, rows, sums, where, own in zip(*parts):
+            likely = (rows.float() - sums[:, None]).exp_().mul_(-own.sum(-1, keepdim=True))
+            into.copy_(likely.scatter_add_(-1, where, own))
+        return found, None
+
+
+def _rows(logits: Tensor) -> int:
+    """How many predictions are looked at together: some 16 MB in float32."""
+    return max(1, 2**22 // logits.shape[-1])
+
+
+def _blocks(tensor: Tensor, rows: int | None = None) -> tuple[Tensor, ...]:
+    """``[..., width]`` as blocks ``[rows, width]``."""
+    return tensor.reshape(-1, tensor.shape[-1]).split(rows or _rows(tensor))
 
 
 class SquaredError:

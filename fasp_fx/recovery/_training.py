@@ -7,11 +7,12 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
+from .._device import products_in_bfloat16
 from ..errors import ArgumentError
 from ..report import CurvePoint
 from ._checkpoint import Checkpoint, State
@@ -73,6 +74,7 @@ class Training:
         dense: what the dense model returned for them.
         match: the loss.
         accelerator: the processes that share the batches of a step, one by itself or as ``accelerate launch`` started them.
+        bfloat16: whether products are computed in bfloat16 while training; held-out losses never are.
         checkpoint: where states are saved after each evaluation, and from where the training goes on.
     """
 
@@ -85,13 +87,15 @@ class Training:
         match: Match,
         config: DistillationConfig,
         accelerator: Accelerator,
+        bfloat16: bool,
         checkpoint: Checkpoint | None,
     ) -> None:
         self._trained, self._calls, self._dense, self._match, self._config, self._checkpoint = trained, calls, dense, match, config, checkpoint
         self._batches = batches
         self._device = trained.leaves[0].device
-        self._accelerator = accelerator
-        self._optimizer = torch.optim.AdamW(trained.leaves, lr=config.learning_rate, weight_decay=0.0)
+        self._accelerator, self._bfloat16 = accelerator, bfloat16
+        fused = all(leaf.device.type in ("cpu", "cuda") for leaf in trained.leaves)
+        self._optimizer = torch.optim.AdamW(trained.leaves, lr=config.learning_rate, weight_decay=0.0, fused=fused)
         self._per_epoch = math.ceil(len(self._batches.training) / config.accumulate)
         self._steps = config.epochs * self._per_epoch
         turns = min(config.evaluations, self._steps)
@@ -155,7 +159,7 @@ class Training:
         total = torch.zeros(1, device=self._device)
         for place, index in enumerate(own):
             with contextlib.nullcontext() if place + 1 == len(own) else self._accelerator.no_sync(self._called):
-                loss = self._terms(self._called, index).mean() * weight
+                loss = self._terms(self._called, index, self._bfloat16).mean() * weight
                 self._accelerator.backward(loss)
             total += loss.detach()
         mean = float(self._accelerator.reduce(total, "mean"))
@@ -172,23 +176,18 @@ class Training:
         generator = torch.Generator().manual_seed(self._config.seed + epoch)
         return [self._batches.training[place] for place in torch.randperm(len(self._batches.training), generator=generator).tolist()]
 
-    def _terms(self, model: nn.Module, index: int) -> Tensor:
+    def _terms(self, model: nn.Module, index: int, bfloat16: bool) -> Tensor:
         call = self._calls[index].to(self._device)
-        with self._precision():
+        with products_in_bfloat16(self._device, bfloat16):
             outputs = model(*call.args, **call.kwargs)
         return self._match.terms(outputs, self._dense.read(index, self._device), call.named(self._trained.student))
-
-    def _precision(self) -> contextlib.AbstractContextManager[Any]:
-        if self._config.precision == "weights":
-            return contextlib.nullcontext()
-        return torch.autocast(self._device.type, dtype=torch.bfloat16)
 
     @torch.no_grad()
     def _held_out(self) -> float:
         """The mean loss on the held-out batches, each term counting alike."""
         seen = torch.zeros(2, dtype=torch.float64, device=self._device)
         for index in self._batches.held_out[self._accelerator.process_index :: self._accelerator.num_processes]:
-            terms = self._terms(self._trained, index)
+            terms = self._terms(self._trained, index, bfloat16=False)
             seen += torch.stack([terms.double().sum(), torch.tensor(float(terms.numel()), dtype=torch.float64, device=self._device)])
         total, count = self._accelerator.reduce(seen, "sum").tolist()
         return total / max(count, 1.0)
