@@ -298,4 +298,4 @@ def rewrite(program: Program, analysis: Analysis, decision: Decision, config: Pr
     report = make_report(analysis, plan, held.decision, program.parameters(), dict(held.module.named_parameters()), config, clock.seconds, held.left)
     cache = cache_bytes(program.module.graph, held.module.graph, program.state_outputs)
     report = replace(report, cache=cache, notes=(*report.notes, *held.notes))
-    return Result(held.module, held.exported, plan, report, held.rewritten.signature, config)
+    return Result(held.module, held.exported, plan, report, held.rewritten.signature)

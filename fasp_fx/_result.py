@@ -24,8 +24,7 @@ class Result:
         module: the smaller model behind the caller's signature; trains, moves, compiles and exports again.
         program: the same as an exported program; shares its weights with ``module``.
         plan: what was removed.
-        report: what it cost.
-        config: what was asked for; ``None`` for a plan that was replayed, and for what was loaded.
+        report: what it cost, and what was asked for.
     """
 
     module: fx.GraphModule
@@ -33,7 +32,11 @@ class Result:
     plan: PruningPlan
     report: Report
     signature: CallSignature = field(repr=False)
-    config: PruningConfig | None = field(default=None, compare=False)
+
+    @property
+    def config(self) -> PruningConfig | None:
+        """What was asked for, as far as it is known (:class:`fasp_fx.report.Report`)."""
+        return self.report.config
 
     def with_report(self, **fields: Any) -> Self:
         """The same, sharing its module, with some fields of its report replaced."""

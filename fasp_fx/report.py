@@ -154,6 +154,8 @@ class Report:
         include: the statuses that were pruned besides ``"prunable"``, as given to :func:`fasp_fx.prune`.
         recovery: the training that followed, if there was one.
         budgets: what was allowed, and what is used of it.
+        config: what :func:`fasp_fx.prune` was asked for; ``None`` for a plan that was replayed, and for what was loaded if the score, the allocation or
+            the loss was a function, which no file holds.
     """
 
     sparsity: float
@@ -169,6 +171,7 @@ class Report:
     include: tuple[str, ...] = ()
     recovery: Recovery | None = None
     budgets: tuple[Spent, ...] = ()
+    config: PruningConfig | None = None
 
     def __str__(self) -> str:
         asked = f" (asked for {self.requested:.2%})" if self.requested is not None else ""
@@ -238,6 +241,7 @@ def make_report(
         without_rule=dict(analysis.without_rule),
         include=tuple(sorted(analysis.include)),
         budgets=() if config is None else tuple(_spent(cap, analysis, removed) for cap in config.caps),
+        config=config,
     )
 
 

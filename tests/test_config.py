@@ -6,6 +6,7 @@ import dataclasses
 import inspect
 import json
 import typing
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -17,7 +18,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import fasp_fx
+from fasp_fx._store._report_json import report_from_json, report_to_json
 from fasp_fx.config import PruningOptions
+from fasp_fx.report import Report
 
 SPEC = Spec(layers=2, hidden=8, kv_heads=2, repeat=2, head_dim=4, ffn=12, bias=True, gated=True, positions="rope")
 X = torch.randn(4, 6, generator=torch.Generator().manual_seed(0))
@@ -83,6 +86,30 @@ def test_a_result_says_what_was_asked_for() -> None:
     again = fasp_fx.prune(Layers().eval(), (X,), config=result.config)
     assert again.plan == result.plan
     assert fasp_fx.apply(Layers().eval(), result.plan, (X,)).config is None
+
+
+@given(config=CONFIGS)
+def test_a_report_keeps_what_was_asked_for(config: fasp_fx.PruningConfig) -> None:
+    report = Report(0.1, 0.1, (2, 1), (8, 4), (), config=config)
+    assert report_from_json(json.loads(json.dumps(report_to_json(report)))) == report
+
+
+def test_what_was_asked_for_is_saved(tmp_path: Path) -> None:
+    config = fasp_fx.PruningConfig(sparsity={"*": 0.3}, score="magnitude", restore=None)
+    model = Layers().eval()
+    fasp_fx.prune(model, (X,), config=config).save(tmp_path / "saved")
+    assert fasp_fx.load(tmp_path / "saved").config == config
+    own = fasp_fx.prune(model, (X,), calibration=[X], sparsity=0.3, score=fasp_fx.scoring.magnitude, restore=None)
+    assert own.config is not None
+    own.save(tmp_path / "own")
+    assert fasp_fx.load(tmp_path / "own").config is None  # no file holds a function
+
+
+@pytest.mark.parametrize("config", [3, {}, {"fasp_fx_config": 1, "sparsity": 7}, [], {"fasp_fx_config": 99}])
+def test_a_report_with_a_damaged_configuration_is_refused(config: object) -> None:
+    data = report_to_json(Report(0.1, 0.1, (2, 1), (8, 4), ()))
+    with pytest.raises(fasp_fx.StoreError, match="is damaged"):
+        report_from_json({**data, "config": config})
 
 
 @pytest.mark.parametrize(

@@ -144,8 +144,18 @@ class Assembly:
         without_rule = sum((Counter(result.report.without_rule) for result in self.results.values()), Counter[str]())
         sizes = (old[0], new[0]), (old[1], new[1])
         requested = None if config is None else config.requested
-        report = Report(reached, requested, *sizes, lines, dict(self.seconds), tuple(self._notes()), without_rule=dict(without_rule), include=plan.include)
-        return PartsResult(self.model, plan, report, self.signature, self.results, self.left, config)
+        report = Report(
+            reached,
+            requested,
+            *sizes,
+            lines,
+            dict(self.seconds),
+            tuple(self._notes()),
+            without_rule=dict(without_rule),
+            include=plan.include,
+            config=config,
+        )
+        return PartsResult(self.model, plan, report, self.signature, self.results, self.left)
 
     def _notes(self) -> Iterator[str]:
         reason = first_line(self.error.__cause__ or self.error)

@@ -10,7 +10,6 @@ from torch.export import ExportedProgram
 
 from .._calling._signature import CallSignature
 from .._result import Result
-from ..config import PruningConfig
 from ..errors import CaptureError
 from ..plan import PruningPlan
 from ..report import Report
@@ -38,9 +37,8 @@ class PartsResult(Result):
         signature: CallSignature,
         parts: Mapping[str, Result],
         left: Mapping[str, str],
-        config: PruningConfig | None = None,
     ) -> None:
-        fields = {"module": module, "plan": plan, "report": report, "signature": signature, "parts": dict(parts), "left": dict(left), "config": config}
+        fields = {"module": module, "plan": plan, "report": report, "signature": signature, "parts": dict(parts), "left": dict(left)}
         for name, value in fields.items():
             object.__setattr__(self, name, value)
 

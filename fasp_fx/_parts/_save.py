@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from .._result import Result
     from ._result import PartsResult
 
-FORMAT = "fasp_fx.parts/3"
+FORMAT = "fasp_fx.parts/4"
 FILES = ("parts.json", "rest.safetensors", "plan.json", "report.json", "signature.json")
 PARTS = "parts"
 

@@ -23,7 +23,7 @@ from ._tensors import write_tensors
 if TYPE_CHECKING:
     from .._result import Result
 
-FORMAT = "fasp_fx.store/4"
+FORMAT = "fasp_fx.store/5"
 MANIFEST = "manifest.json"
 FILES = ("graph.json", "weights.safetensors", "constants.safetensors", "plan.json", "report.json", "signature.json")
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, fields
+from dataclasses import asdict, fields, replace
 from typing import Any, TypeVar
 
-from ..errors import StoreError
+from ..config import PruningConfig
+from ..errors import ArgumentError, FaspError, StoreError
 from ..report import CurvePoint, Figure, Line, Recovery, Report, Spent
 
 T = TypeVar("T")
@@ -18,7 +20,11 @@ LARGEST = 2**63 - 1
 
 def report_to_json(report: Report) -> dict[str, Any]:
     """Plain data that :func:`report_from_json` reads."""
-    return asdict(report)
+    try:
+        config = None if report.config is None else json.loads(report.config.to_json())
+    except ArgumentError:  # it holds a function
+        config = None
+    return {**asdict(replace(report, config=None)), "config": config}
 
 
 def report_from_json(data: Mapping[str, Any]) -> Report:
@@ -42,9 +48,10 @@ def report_from_json(data: Mapping[str, Any]) -> Report:
             "include": _many(_text),
             "recovery": _optional(_recovery),
             "budgets": _many(_spent),
+            "config": _optional(lambda data: PruningConfig.from_json(json.dumps(data))),
         }
         return Report(**{field.name: read[field.name](data[field.name]) for field in fields(Report)})
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, FaspError) as error:
         raise StoreError(f"report.json is damaged: {type(error).__name__}: {error}; save the result again") from error
 
 

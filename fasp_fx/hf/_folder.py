@@ -28,7 +28,7 @@ from ._card import card
 if TYPE_CHECKING:
     from ._model import PrunedModel
 
-FORMAT = "fasp_fx.hf/3"
+FORMAT = "fasp_fx.hf/4"
 FILES = ("config.json", "model.safetensors", "constants.safetensors", "programs.json", "plan.json", "report.json")
 
 

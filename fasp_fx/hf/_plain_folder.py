@@ -20,7 +20,7 @@ from ._experiments import quiet
 
 #: says what was written with the folder
 MANIFEST = "fasp_fx.json"
-FORMAT = "fasp_fx.plain/3"
+FORMAT = "fasp_fx.plain/4"
 
 
 def save_plain(model: PreTrainedModel, tokenizer: Any, plan: PruningPlan, report: Report, folder: str | Path, *, overwrite: bool = False) -> Path:
