@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 
 import pytest
@@ -44,6 +45,18 @@ def test_sampling_goes_past_the_end_token_at_temperature_one(model: LlamaForCaus
     assert bool((counts > 0.1 * counts.sum()).all())  # an untrained model is near uniform; at its own temperature of 1e-4 it would not be
     after_end = [text[index + 1] for text in texts for index in range(1, 19) if text[index] == 1]
     assert len({int(token) for token in after_end}) == 5
+
+
+def test_tokens_are_drawn_as_often_as_the_model_says(model: LlamaForCausalLM) -> None:
+    sharp = copy.deepcopy(model)
+    with torch.no_grad():
+        sharp.lm_head.weight.mul_(20)
+        expected = sharp(input_ids=torch.tensor([[0]])).logits[0, -1].softmax(-1)
+    assert expected.max() > 0.4
+    count = 3200
+    found = torch.bincount(sample(sharp, 0, count, 2)[:, 1], minlength=5) / count
+    spread = (expected * (1 - expected) / count).sqrt()
+    assert bool(((found - expected).abs() <= 4 * spread + 2e-3).all())  # rounding of products adds to what chance does
 
 
 class _Uniform(nn.Module):

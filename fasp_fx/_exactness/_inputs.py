@@ -21,7 +21,7 @@ _SMALL = (3, 5, 7, 4, 6, 8, 9, 12, 16)
 #: how many other inputs are offered at most
 _OFFERED = 4
 #: elements from which on an example is long
-_LONG = 1 << 12
+_LONG = 1 << 10
 
 
 @dataclass(frozen=True)

@@ -117,7 +117,8 @@ def prune_plain(
     )
     weights = smaller_weights(model, result)
     smaller, assignment = _first_equal(model, experiments, settings, weights, result, example)
-    return Plain(smaller, result, _explained(result.report, experiments, settings, assignment))
+    report = replace(_explained(result.report, experiments, settings, assignment), config=asked)  # the settings are no allocation of the caller's
+    return Plain(smaller, result, report)
 
 
 def _example(model: PreTrainedModel, calibration: Iterable[Any] | None) -> tuple[Iterable[Any] | None, dict[str, Any]]:

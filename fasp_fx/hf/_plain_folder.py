@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +11,7 @@ from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, PreTrainedModel
 from .._store._atomic import new_folder
 from .._store._files import read_text
 from .._store._folder import read_json
-from .._store._report_json import report_from_json
+from .._store._report_json import report_from_json, report_to_json
 from ..errors import PlanError, StoreError, first_line
 from ..plan import PruningPlan
 from ..report import Report
@@ -51,7 +50,7 @@ def save_plain(model: PreTrainedModel, tokenizer: Any, plan: PruningPlan, report
             raise StoreError(f"{type(model).__name__}.save_pretrained failed: {first_line(error)}; nothing was written") from error
         (made / "README.md").write_text(card(model, plan, report), encoding="utf-8")
         files = sorted(file.name for file in made.iterdir())
-        (made / MANIFEST).write_text(json.dumps({"format": FORMAT, "files": files, "report": asdict(report)}), encoding="utf-8")
+        (made / MANIFEST).write_text(json.dumps({"format": FORMAT, "files": files, "report": report_to_json(report)}), encoding="utf-8")
         mode = plain.stat().st_mode
         for file in made.rglob("*"):
             if file.is_file():

@@ -133,7 +133,9 @@ def test_prune_and_recover_in_one_command(folder: Path, tmp_path: Path) -> None:
     assert done.exit_code == 0, done.output
     assert "recovered: distillation" in " ".join(done.stdout.split())
     said = invoke("inspect", tmp_path / "out", "--json")
-    assert json.loads(said.stdout)["recovery"]["steps"] > 0
+    report = json.loads(said.stdout)
+    assert report["recovery"]["steps"] > 0
+    assert report["config"]["round_to"] == 8
     assert "recovery" in invoke("inspect", tmp_path / "out").stdout
 
 
