@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from fasp_fx import ArgumentError
+from fasp_fx import ArgumentError, CalibrationError
 from fasp_fx._cli._text import parse_range, sample
 from fasp_fx.evaluation import latency, perplexity
 
@@ -57,6 +57,15 @@ def test_tokens_are_drawn_as_often_as_the_model_says(model: LlamaForCausalLM) ->
     found = torch.bincount(sample(sharp, 0, count, 2)[:, 1], minlength=5) / count
     spread = (expected * (1 - expected) / count).sqrt()
     assert bool(((found - expected).abs() <= 4 * spread + 2e-3).all())  # rounding of products adds to what chance does
+
+
+def test_a_model_that_breaks_down_on_its_own_text_is_refused(model: LlamaForCausalLM) -> None:
+    broken = copy.deepcopy(model)
+    broken.lm_head.register_forward_hook(lambda module, args, logits: logits * (float("nan") if broken.seen > 5 else 1.0))
+    broken.seen = 0
+    broken.register_forward_pre_hook(lambda module, args: setattr(module, "seen", module.seen + 1))
+    with pytest.raises(CalibrationError, match="not finite any more after 5 tokens"):
+        sample(broken, 0, 3, 12)
 
 
 class _Uniform(nn.Module):

@@ -134,7 +134,10 @@ def sample(model: Any, start: int, count: int, length: int, *, seed: int = 0, pr
 
         def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
             passed = scores.softmax(-1, dtype=torch.float32).cumsum(-1)
-            drawn = torch.searchsorted(passed, torch.rand(len(scores), 1, device=scores.device) * passed[:, -1:], right=True)
+            total = passed[:, -1:]
+            if not torch.isfinite(total).all():
+                raise CalibrationError(f"what the model predicts is not finite any more after {input_ids.shape[1]} tokens of its own; calibrate on a file")
+            drawn = torch.searchsorted(passed, torch.rand(len(scores), 1, device=scores.device) * total, right=True)
             return torch.full_like(scores, -torch.inf).scatter_(-1, drawn.clamp_max(scores.shape[-1] - 1), 0.0)
 
     device = next(model.parameters()).device

@@ -41,7 +41,7 @@ class DistillationConfig:
         learning_rate: the highest, of AdamW without weight decay; it rises over the first steps and falls to zero at the last, both linearly. For a language
             model and some dozen steps 1e-4 is too much: each step moves every weight about as far, and most of that is noise.
         warmup: the fraction of all steps over which the learning rate rises.
-        accumulate: batches whose gradients make one step. A step on some 500 to 1,000 tokens does well.
+        accumulate: batches whose gradients make one step. A step on some 1,000 tokens does well.
         train: ``"all"``: every parameter that requires a gradient; ``"vectors"``: those of one dimension, the biases and the gains of norms; ``"low-rank"``:
             a product of two matrices of ``rank`` columns is learned for each other parameter and added to it (LoRA, arXiv 2106.09685), which takes
             little memory for the optimiser.
