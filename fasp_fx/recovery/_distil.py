@@ -7,6 +7,7 @@ import hashlib
 import json
 import tempfile
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar, Unpack, cast
 
@@ -75,7 +76,8 @@ def distil(
     batches = Batches.split(len(calls), asked.held_out)
     match = _match(asked, result)
     trained = trained_part(pruned, asked.train, asked.rank, asked.seed)
-    bfloat16 = asked.precision == "bfloat16" or (asked.precision == "auto" and multiplies_bfloat16(device_of(pruned)))
+    if asked.precision == "auto":
+        asked = replace(asked, precision="bfloat16" if multiplies_bfloat16(device_of(pruned)) else "weights")
     advance = progress or (lambda fraction: None)
     share = _DENSE / (_DENSE + asked.epochs)
     from accelerate import Accelerator, DistributedDataParallelKwargs
@@ -85,11 +87,12 @@ def distil(
         kept = None
         if checkpoint is not None:
             with accelerator.main_process_first():
-                kept = Checkpoint(Path(checkpoint).absolute(), _run(asked, result, pruned, calls) | {"bfloat16": bfloat16})
+                kept = Checkpoint(Path(checkpoint).absolute(), _run(asked, result, pruned, calls))
         outputs = DenseOutputs(kept.targets if kept is not None else Path(temporary))
         with accelerator.main_process_first() if kept is not None else contextlib.nullcontext():
-            outputs.write(dense, calls, match, batches.training if bfloat16 else (), lambda fraction: advance(share * fraction))
-        training = Training(trained, calls, batches, outputs, match, asked, accelerator, bfloat16, kept)
+            coarse = batches.training if asked.precision == "bfloat16" else ()
+            outputs.write(dense, calls, match, coarse, lambda fraction: advance(share * fraction))
+        training = Training(trained, calls, batches, outputs, match, asked, accelerator, kept)
         outcome = training.run(lambda fraction: advance(share + (1 - share) * fraction))
     notes = () if outcome.note is None else (outcome.note,)
     recovery = Recovery("distillation", _CRITERIA.get(type(match), type(match).__name__), outcome.steps, outcome.kept, outcome.curve, outcome.seconds, notes)

@@ -73,8 +73,8 @@ class Training:
         batches: which of them are trained on, and which judge.
         dense: what the dense model returned for them.
         match: the loss.
+        config: the options, their precision settled.
         accelerator: the processes that share the batches of a step, one by itself or as ``accelerate launch`` started them.
-        bfloat16: whether products are computed in bfloat16 while training; held-out losses never are.
         checkpoint: where states are saved after each evaluation, and from where the training goes on.
     """
 
@@ -87,14 +87,13 @@ class Training:
         match: Match,
         config: DistillationConfig,
         accelerator: Accelerator,
-        bfloat16: bool,
         checkpoint: Checkpoint | None,
     ) -> None:
         self._trained, self._calls, self._dense, self._match, self._config, self._checkpoint = trained, calls, dense, match, config, checkpoint
         self._batches = batches
         self._device = trained.leaves[0].device
-        self._accelerator, self._bfloat16 = accelerator, bfloat16
-        fused = all(leaf.device.type in ("cpu", "cuda") for leaf in trained.leaves)
+        self._accelerator = accelerator
+        fused = self._device.type in ("cpu", "cuda")
         self._optimizer = torch.optim.AdamW(trained.leaves, lr=config.learning_rate, weight_decay=0.0, fused=fused)
         self._per_epoch = math.ceil(len(self._batches.training) / config.accumulate)
         self._steps = config.epochs * self._per_epoch
@@ -159,7 +158,7 @@ class Training:
         total = torch.zeros(1, device=self._device)
         for place, index in enumerate(own):
             with contextlib.nullcontext() if place + 1 == len(own) else self._accelerator.no_sync(self._called):
-                loss = self._terms(self._called, index, self._bfloat16).mean() * weight
+                loss = self._terms(self._called, index, bfloat16=self._config.precision == "bfloat16").mean() * weight
                 self._accelerator.backward(loss)
             total += loss.detach()
         mean = float(self._accelerator.reduce(total, "mean"))
