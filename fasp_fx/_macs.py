@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import fx
-from torch._ops import HigherOrderOperator, OpOverload
 from torch.utils.flop_counter import FlopCounterMode, flop_registry
 
 from ._capture._record import record
+from ._compat import HigherOrderOperator, OpOverload
 from ._counting import Products, Size, Widest
 from .channels import arguments, attribute
 from .channels._sizes import Sizes

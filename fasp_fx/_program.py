@@ -9,10 +9,10 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, fx, nn
-from torch.utils import _pytree as pytree
 
 from ._calling._facts import ExportFacts
 from ._calling._signature import CallSignature
+from ._compat import pytree
 from .channels import Slot, attribute
 
 

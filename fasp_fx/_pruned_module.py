@@ -10,12 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 from torch.export import ExportedProgram
-from torch.fx.graph_module import _USER_PRESERVED_ATTRIBUTES_KEY as PRESERVED
-from torch.utils import _pytree as pytree
 
 from ._calling._guards import guard_calls
 from ._calling._signature import CallerCodeGen, CallSignature
 from ._capture._names import own_names
+from ._compat import PRESERVED, pytree
 from ._compile._flex import make_traceable
 from ._program import graph_module
 from .channels import attribute, target_name

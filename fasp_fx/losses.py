@@ -9,8 +9,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 from torch.nn import functional
-from torch.utils import _pytree as pytree
 
+from ._compat import pytree
 from .errors import ArgumentError, CalibrationError
 
 #: a loss maps what the model returned, and the arguments of the call by name, to its terms: one value for each prediction, or their sum

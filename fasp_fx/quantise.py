@@ -6,8 +6,8 @@ from typing import Any
 
 import torch
 from torch import fx, nn
-from torch.utils import _pytree as pytree
 
+from ._compat import pytree
 from ._program import set_weight
 from .channels import attribute
 from .errors import ArgumentError, first_line

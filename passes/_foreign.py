@@ -12,7 +12,6 @@ import torch
 from torch import Tensor, fx
 from torch.export import ExportedProgram
 from torch.fx.passes.infra.pass_base import PassResult
-from torch.utils import _pytree as pytree
 
 from fasp_fx._capture import export_again, is_plain_graph, recapture
 from fasp_fx._capture._record import record
@@ -22,6 +21,7 @@ from fasp_fx._stamps import WRITTEN_BY, stamp
 from fasp_fx.analysis import Analysis
 from fasp_fx.errors import ArgumentError, FaspError, VerificationError, first_line
 
+from .._compat import pytree
 from ._extend import extend
 
 

@@ -11,13 +11,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from torch import Tensor, fx
-from torch.utils import _pytree as pytree
 
 from fasp_fx._stamps import stamp
 from fasp_fx.channels import Numbering, Slot, Value, Walk, arguments, attribute, set_argument
 from fasp_fx.errors import VerificationError
 from fasp_fx.patterns import Clause, lookup
 
+from .._compat import pytree
 from ._base import Pass
 from ._kept import Kept, gone_from
 from ._verify import walk_of

@@ -8,10 +8,10 @@ from functools import cache
 from typing import Any
 
 import torch
-from torch._ops import HigherOrderOperator, OpOverload
 
 from fasp_fx.errors import RuleError
 
+from .._compat import HigherOrderOperator, OpOverload
 from ._grammar import Rule, parse
 from .contractions import CONTRACTIONS
 from .mixing import MIXING

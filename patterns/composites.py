@@ -18,10 +18,10 @@ from functools import cache
 from itertools import permutations
 
 from torch import fx
-from torch._ops import OpOverload
 
 from fasp_fx.errors import RuleError
 
+from .._compat import OpOverload
 from ._registry import lookup
 
 COMPOSITES: dict[str, str] = {

@@ -5,7 +5,7 @@ Nearly all carry ``torch.Tag.pointwise``, from which the rule is derived; those 
 
 from __future__ import annotations
 
-import torch
+from .._compat import OpOverload
 
 #: pointwise operators that torch does not tag
 UNTAGGED: tuple[str, ...] = (
@@ -67,7 +67,7 @@ CHECKS: dict[str, str] = {
 }
 
 
-def pointwise_rule(operator: torch._ops.OpOverload) -> str:
+def pointwise_rule(operator: OpOverload) -> str:
     """The rule of a pointwise operator, derived from its schema: every tensor argument broadcasts into every result."""
     tensors = [argument.name for argument in operator._schema.arguments if "Tensor" in str(argument.type)]
     results = max(1, sum("Tensor" in str(result.type) for result in operator._schema.returns))

@@ -9,7 +9,8 @@ from torch import SymInt, fx
 from torch.export import ExportedProgram
 from torch.export.exported_program import ModuleCallEntry
 from torch.export.graph_signature import InputKind
-from torch.fx.experimental.symbolic_shapes import ShapeEnv
+
+from .._compat import ShapeEnv
 
 
 @dataclass(frozen=True)

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 from torch.export import ExportedProgram
-from torch.utils import _pytree as pytree
 
+from .._compat import pytree
 from ..errors import CallError
 
 _FAILED = "Guard failed: "

@@ -11,9 +11,8 @@ from dataclasses import dataclass, field
 from typing import Any, NoReturn
 
 import torch
-from torch.fx.graph import _PyTreeCodeGen, _PyTreeInfo
-from torch.utils import _pytree as pytree
 
+from .._compat import PyTreeCodeGen, PyTreeInfo, pytree
 from ..errors import ArgumentError, CallError, CaptureError
 from ._outline import check_outline, outline_of
 
@@ -168,10 +167,10 @@ class _Checks:
         self.constant, self.missing, self.count, self.outline = check_constant, refuse_missing, refuse_count, check_outline
 
 
-class CallerCodeGen(_PyTreeCodeGen):
+class CallerCodeGen(PyTreeCodeGen):
     """Generates a ``forward`` with the caller's signature that refuses what was not captured."""
 
-    def __init__(self, signature: CallSignature, pytree_info: _PyTreeInfo) -> None:
+    def __init__(self, signature: CallSignature, pytree_info: PyTreeInfo) -> None:
         super().__init__(pytree_info)
         self.signature = signature
         parameters = signature.parameters.parameters

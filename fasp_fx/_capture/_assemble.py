@@ -12,8 +12,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch._ops import HigherOrderOperator, OpOverload
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.export import ExportedProgram
 from torch.export.graph_signature import (
     ConstantArgument,
@@ -29,6 +27,7 @@ from torch.export.graph_signature import (
 )
 
 from .._calling._facts import ExportFacts, assumed, environment_of
+from .._compat import FakeTensor, FakeTensorMode, HigherOrderOperator, OpOverload, refuse_new_guards
 from ..channels import attribute, target_name
 from ..errors import VerificationError
 from ._quiet import quiet
@@ -131,7 +130,7 @@ def _is_functional(node: fx.Node) -> bool:
 def _recorded(module: fx.GraphModule) -> bool:
     """Record what every node makes; whether that can be, without assuming anything new of the sizes."""
     environment = environment_of(module.graph)
-    with quiet(), any_number_of_steps(), contextlib.nullcontext() if environment is None else environment.error_on_new_guards():
+    with quiet(), any_number_of_steps(), contextlib.nullcontext() if environment is None else refuse_new_guards(environment):
         try:
             record(module)
         except VerificationError as error:

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor, fx, nn
 from torch.export import ExportedProgram
 from torch.export.passes import move_to_device_pass
-from torch.utils import _pytree as pytree
 
 from .._calling._facts import ExportFacts
 from .._calling._signature import CallSignature
+from .._compat import pytree
 from .._program import Program, graph_module
 from .._stamps import read_stamps
 from ..channels import results

@@ -9,8 +9,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch._ops import OpOverload
 
+from .._compat import OpOverload
 from .._program import region
 from ..channels import arguments, attribute, target_name, written_names
 from ..patterns import CASTS, letters_of, lookup

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, fx
 from torch.export import Dim, ExportedProgram, ShapesCollection
 from torch.export.graph_signature import InputKind, TensorArgument
-from torch.utils import _pytree as pytree
-from torch.utils._sympy.numbers import int_oo
+
+from .._compat import int_oo, pytree
 
 
 def widened(given: dict[str, Any]) -> dict[str, Any] | None:

@@ -5,17 +5,15 @@ from __future__ import annotations
 import contextlib
 import functools
 import itertools
-import traceback
 from collections.abc import Callable, Iterator
 from typing import Any, ParamSpec
 
 import torch
 from torch import Tensor, fx, nn
 from torch.export import ExportedProgram
-from torch.fx.graph import _PyTreeCodeGen
-from torch.utils import _pytree as pytree
 
 from .._calling._signature import CallerCodeGen, CallSignature, is_plain
+from .._compat import PyTreeCodeGen, is_of_fake_cache, pytree, without_fake_cache
 from ..errors import ExportError
 from ._dynamic import all_dims, first_dim, images_of, of_fixed_total, recorded_shapes, widened, with_static
 from ._functional import functional
@@ -84,7 +82,7 @@ def _undisturbed(model: nn.Module, signature: CallSignature, names: list[str], i
 def _by_position(model: nn.Module, signature: CallSignature, leading: int) -> list[str]:
     """The arguments to pass by position: those that must be, those that an exported module has fixed there, and the ``leading`` ones given so."""
     codegen = model.graph._codegen if isinstance(model, fx.GraphModule) else None
-    if isinstance(codegen, _PyTreeCodeGen) and not isinstance(codegen, CallerCodeGen):
+    if isinstance(codegen, PyTreeCodeGen) and not isinstance(codegen, CallerCodeGen):
         return signature.given()[: codegen.pytree_info.in_spec.child(0).num_children]
     must = signature.by_position()
     if is_transformers(model):
@@ -108,9 +106,9 @@ def _with_or_without_cache(make: Callable[_P, ExportedProgram]) -> Callable[_P, 
         try:
             return make(*args, **kwargs)
         except TypeError as error:
-            if not any(frame.name == "_make_cache_entry" for frame in traceback.extract_tb(error.__traceback__)):
+            if not is_of_fake_cache(error):
                 raise
-        with torch._dynamo.config.patch(fake_tensor_cache_enabled=False):
+        with without_fake_cache():
             return make(*args, **kwargs)
 
     return export_once

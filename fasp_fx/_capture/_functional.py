@@ -8,10 +8,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
-from torch._decomp import decomposition_table
-from torch._ops import HigherOrderOperator, OpOverload
 from torch.export import ExportedProgram
 
+from .._compat import HigherOrderOperator, OpOverload, decomposition_table
 from ..patterns import lookup
 from ._assigned import ASSIGNMENTS
 from ._quiet import quiet

@@ -9,10 +9,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
-from torch._ops import OpOverload
-from torch._subclasses.fake_tensor import FakeTensor
 from torch.export import ExportedProgram
 
+from .._compat import FakeTensor, OpOverload, is_composite
 from ..channels import arguments
 
 _DETACH, _DETACHED = torch.ops.aten.detach_.default, torch.ops.aten.detach.default
@@ -95,7 +94,7 @@ def _shares(user: fx.Node) -> bool:
 
 def _returns_alias(operator: OpOverload) -> bool:
     """Whether an operator may return a view of an argument; one that is made of others need not say so."""
-    composite = torch._C._dispatch_has_kernel_for_dispatch_key(operator.name(), "CompositeImplicitAutograd")
+    composite = is_composite(operator)
     return composite or any(result.alias_info is not None for result in operator._schema.returns)
 
 

@@ -6,15 +6,14 @@ import contextlib
 import logging
 import warnings
 from collections.abc import Iterator
-from unittest import mock
 
-import torch.export._trace
+from .._compat import FAKE_LOGGER, silent_export
 
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
     """Exporters log what the library itself reports; errors still arrive as exceptions."""
-    from transformers.exporters import exporter_dynamo
+    from .._compat._transformers import EXPORTER_LOGGER
 
     names = (
         "torch.export",
@@ -22,16 +21,14 @@ def quiet() -> Iterator[None]:
         "torch.fx.experimental.symbolic_shapes",
         "torch._export.non_strict_utils",
         "transformers",
-        exporter_dynamo.logger.name,
+        EXPORTER_LOGGER,
     )
-    fake = "torch._subclasses.fake_tensor"  # logs as errors what it goes on to raise
-    levels = {name: logging.getLogger(name).level for name in (*names, fake)}
+    levels = {name: logging.getLogger(name).level for name in (*names, FAKE_LOGGER)}
     try:
         for name in names:
             logging.getLogger(name).setLevel(logging.ERROR)
-        logging.getLogger(fake).setLevel(logging.CRITICAL)
-        # torch.export prints the graph it had when it failed, once for each attempt
-        with warnings.catch_warnings(), mock.patch.object(torch.export._trace, "print", create=True):
+        logging.getLogger(FAKE_LOGGER).setLevel(logging.CRITICAL)  # logs as errors what it goes on to raise
+        with warnings.catch_warnings(), silent_export():
             warnings.simplefilter("ignore")
             yield
     finally:

@@ -6,9 +6,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
-from torch._dispatch.python import enable_python_dispatcher
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
+from .._compat import FakeTensor, FakeTensorMode, enable_python_dispatcher
 from ..errors import VerificationError, first_line
 
 

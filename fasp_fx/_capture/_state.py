@@ -7,8 +7,8 @@ from typing import Any
 
 from torch import fx
 from torch.export import ExportedProgram
-from torch.utils import _pytree as pytree
 
+from .._compat import pytree
 from ._transformers import is_cache
 
 

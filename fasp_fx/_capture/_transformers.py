@@ -9,8 +9,8 @@ from typing import Any
 
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
-from torch.utils import _pytree as pytree
 
+from .._compat import pytree
 from ._dynamic import all_dims, every_dim, images_of
 
 
@@ -22,7 +22,7 @@ def is_transformers(model: nn.Module) -> bool:
 
 def register_caches(model: Any) -> None:
     """Make torch see the tensors inside caches before arguments are told from constants; the exporter does so only later."""
-    from transformers.exporters.exporter_dynamo import register_cache_pytrees_for_model
+    from .._compat._transformers import register_cache_pytrees_for_model
 
     register_cache_pytrees_for_model(model)
 
@@ -34,8 +34,7 @@ def is_cache(kind: Any) -> bool:
 
 
 def export_transformers(model: Any, kwargs: dict[str, Any], shapes: Any) -> ExportedProgram:
-    from transformers.exporters.exporter_dynamo import DynamoConfig, DynamoExporter
-    from transformers.exporters.utils import prepare_for_export
+    from .._compat._transformers import export_program, prepare_for_export
 
     model, prepared, flags = prepare_for_export(model, dict(kwargs))  # so that the shapes speak of what the exporter will see
     kwargs = dict(prepared)
@@ -43,15 +42,13 @@ def export_transformers(model: Any, kwargs: dict[str, Any], shapes: Any) -> Expo
         shapes = cached_dims(kwargs)
     elif callable(shapes):
         shapes = shapes((), kwargs).dynamic_shapes(model, (), kwargs)
-    config = DynamoConfig(dynamic=shapes is not None, dynamic_shapes=shapes)
     own = vars(model).get("forward")
     try:
         with _told_to_parts(model, flags):
-            exported, _ = DynamoExporter().export_program(model, {**kwargs, **flags}, config)
+            return export_program(model, {**kwargs, **flags}, shapes)
     finally:
         if own is None:
             vars(model).pop("forward", None)  # the exporter puts the method back as an attribute
-    return exported
 
 
 @contextlib.contextmanager
@@ -76,7 +73,7 @@ def _told_to_parts(model: nn.Module, flags: dict[str, Any]) -> Iterator[None]:
 
 def cached_dims(kwargs: dict[str, Any]) -> dict[str, Any]:
     """Every dimension dynamic, but in caches the number of heads and the width: a size that varies between calls is no channel that could go."""
-    from transformers.exporters.exporter_dynamo import get_auto_dynamic_shapes
+    from .._compat._transformers import get_auto_dynamic_shapes
 
     found = {}
     for name, value in kwargs.items():

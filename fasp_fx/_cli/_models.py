@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -168,8 +167,10 @@ def quieten() -> None:
 
 
 def _load(what: str, remedy: str, load: Callable[[], T]) -> T:
+    from .._compat._transformers import without_gguf_bar
+
     try:
-        with _without_gguf_bar():
+        with without_gguf_bar():
             return load()
     except FaspError:
         raise
@@ -177,22 +178,6 @@ def _load(what: str, remedy: str, load: Callable[[], T]) -> T:
         raise ArgumentError(f"{what} needs a package that is not installed: {first_line(error)}") from error
     except Exception as error:  # loaders raise whatever the files make them trip over
         raise ArgumentError(f"{what} cannot be loaded: {first_line(error)}; {remedy}") from error
-
-
-@contextlib.contextmanager
-def _without_gguf_bar() -> Iterator[None]:
-    """The GGUF reader draws a bar of its own, which no setting turns off."""
-    from transformers import modeling_gguf_pytorch_utils as reader
-
-    original = getattr(reader, "tqdm", None)
-    if original is None:
-        yield
-        return
-    reader.tqdm = lambda items, **options: items
-    try:
-        yield
-    finally:
-        reader.tqdm = original
 
 
 __all__ = ["DTYPES", "Source", "check_length", "find_device", "load_empty", "load_model", "load_tokenizer", "quieten"]

@@ -11,10 +11,9 @@ from typing import Any, cast
 import numpy as np
 import torch
 from torch import Tensor, fx, nn
-from torch._dynamo.backends.registry import lookup_backend
-from torch._guards import TracingContext
-from torch._subclasses.fake_tensor import FakeTensorMode
 
+from .._compat import FakeTensorMode
+from .._compat._dynamo import TracingContext, lookup_backend
 from .._program import Program
 from .._warn import warn
 from ..analysis import Analysis, analyze_program

@@ -8,20 +8,14 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, fx, nn
-from torch._dynamo.source import ConstantSource
-from torch._dynamo.symbolic_convert import InstructionTranslator
-from torch._functorch.aot_autograd import aot_export_module
-from torch._guards import TracingContext, tracing
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv
 
 from .._calling._signature import CallSignature
 from .._capture import is_plain_graph
+from .._compat import FakeTensorMode, ShapeEnv
+from .._compat._dynamo import SET_GRAD, ConstantSource, DimDynamic, InstructionTranslator, TracingContext, aot_export_module, tracing
 from .._program import Program, graph_module
 from ..errors import CaptureError, first_line
 from ._flex import FLEX
-
-_SET_GRAD = torch._C._set_grad_enabled
 
 
 def holders(graph: fx.Graph) -> list[nn.Module]:
@@ -101,7 +95,7 @@ def _without_modes(graph: fx.Graph, grad: bool) -> None:
     start = enabled = torch.is_grad_enabled()
     inside: dict[fx.Node, bool] = {}
     for node in list(graph.nodes):
-        if node.target is _SET_GRAD:
+        if node.target is SET_GRAD:
             enabled = bool(node.args[0])
             if enabled and not start:
                 raise CaptureError("the graph switches gradients on")

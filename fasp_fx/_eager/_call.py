@@ -9,8 +9,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils import _pytree as pytree
 
+from .._compat import pytree
 from .._exactness._inputs import Inputs, example_inputs, other_inputs
 from .._program import Program
 

@@ -14,8 +14,8 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.utils import _pytree as pytree
 
+from .._compat import pytree
 from ._sizes import Cut, Size, sizes
 
 #: how many combinations of values are tried for one module

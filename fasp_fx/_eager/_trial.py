@@ -11,10 +11,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
-from torch.utils import _pytree as pytree
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from .._capture._unchanged import rewound
+from .._compat import TorchDispatchMode, pytree
 from .._exactness._compare import Seen, coarsest, deviations, settled
 from .._exactness._execution import Ran, default_type, remembers, run, wide, widened, widened_types
 from .._exactness._execution import copied as as_now

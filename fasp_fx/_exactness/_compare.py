@@ -9,8 +9,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
-from torch.utils import _pytree as pytree
 
+from .._compat import pytree
 from .._program import Program
 from ._execution import Ran, remembers, run
 from ._inputs import Inputs

@@ -9,10 +9,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
-from torch._ops import OpOverload
-from torch.utils import _pytree as pytree
 
 from .._calling._guards import Guards
+from .._compat import OpOverload, pytree
 from .._program import set_weight
 from ..channels import attribute, written_by, written_names
 

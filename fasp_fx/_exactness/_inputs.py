@@ -10,9 +10,8 @@ from typing import Any
 import sympy
 import torch
 from torch import Tensor
-from torch.utils import _pytree as pytree
-from torch.utils._sympy.numbers import int_oo
 
+from .._compat import int_oo, pytree
 from .._program import Program
 from ..channels import is_dynamic
 

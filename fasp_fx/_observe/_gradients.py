@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
-from torch.utils import _pytree as pytree
 
+from .._compat import pytree
 from .._program import Program
 from ..channels import Use, is_dynamic, results
 from ..errors import CalibrationError, first_line

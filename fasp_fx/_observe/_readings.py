@@ -7,8 +7,8 @@ from collections.abc import Iterable
 import numpy as np
 import torch
 from torch import Tensor, fx
-from torch.utils import _pytree as pytree
 
+from .._compat import pytree
 from ..analysis import Analysis
 from ..channels import attribute, way_from_weight
 from ._matrices import ConsumerMatrices

@@ -9,9 +9,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
 
 from .._calling._signature import is_plain
+from .._compat import pytree
 
 
 @dataclass(frozen=True)

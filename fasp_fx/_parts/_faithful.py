@@ -7,9 +7,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch.utils import _pytree as pytree
 
 from .._capture._unchanged import rewound
+from .._compat import OpOverload, pytree
 from .._observe._runner import Runner
 from .._program import Program
 from .._warn import warn
@@ -56,7 +56,7 @@ def _is_elsewhere(program: Program, model: nn.Module) -> bool:
 
 
 def _is_random(node: fx.Node) -> bool:
-    return isinstance(node.target, torch._ops.OpOverload) and torch.Tag.nondeterministic_seeded in node.target.tags
+    return isinstance(node.target, OpOverload) and torch.Tag.nondeterministic_seeded in node.target.tags
 
 
 def _copied(value: Any) -> Any:

@@ -11,8 +11,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch.fx.graph_module import _USER_PRESERVED_ATTRIBUTES_KEY as PRESERVED
-from torch.utils import _pytree as pytree
+
+from .._compat import PRESERVED, pytree
 
 _LEAVES = (type(None), bool, int, float, complex, str, bytes, enum.Enum, torch.dtype, torch.device, torch.memory_format, torch.layout)
 

@@ -8,9 +8,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
 
 from .._capture._unchanged import of_torch, rewound
+from .._compat import pytree
 from .._finish import finish
 from .._observe._calibration import _check_shape
 from .._program import Program

@@ -9,12 +9,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._export.serde import schema
-from torch._export.serde import serialize as serde
 from torch.export import ExportedProgram
-from torch.utils import _pytree as pytree
 
 from .._capture._quiet import quiet
+from .._compat import _serde, pytree
 from ..errors import StoreError, first_line
 from ._files import DIMENSIONS
 from ._nested import with_tuples, without_tuples
@@ -34,14 +32,12 @@ def program_to_json(program: ExportedProgram) -> dict[str, Any]:
     """
     try:
         with quiet():
-            stored = serde.ExportedProgramSerializer().serialize(
-                without_tuples(program), serialize_state_dict=False, serialize_constants=False, serialize_example_inputs=False
-            )
+            written = _serde.write(without_tuples(program))
     except Exception as error:
         raise StoreError(f"the program cannot be written as JSON: {first_line(error)}") from error
     tensors = len(program.state_dict) + len(program.constants)
-    check_program(stored.exported_program, tensors)  # what is refused on loading is refused now
-    fields = json.loads(json.dumps(serde._dataclass_to_dict(stored.exported_program), cls=serde.EnumEncoder, allow_nan=False))
+    check_program(written, tensors)  # what is refused on loading is refused now
+    fields = _serde.to_fields(written)
     check_amount(fields, tensors)
     return {"program": fields, "example": _example_to_json(program)}
 
@@ -63,13 +59,13 @@ def program_from_json(
     tensors = len(weights) + len(constants)
     try:
         check_amount(data["program"], tensors)
-        parsed = serde._dict_to_dataclass(schema.ExportedProgram, data["program"])
+        parsed = _serde.from_fields(data["program"])
         check_program(parsed, tensors)
         if device is not None:
             _move(parsed, device)
         example = _example_from_json(data["example"], parsed.graph_module.module_call_graph[0].signature.in_spec, device)
         with quiet():
-            program = serde.ExportedProgramDeserializer().deserialize(parsed, weights, constants, example)
+            program = _serde.read(parsed, weights, constants, example)
         with_tuples(program)
         _check_stored(program, cast)
         return program
@@ -110,9 +106,9 @@ def _expected(program: ExportedProgram) -> Iterator[tuple[str, Tensor]]:
 def _move(item: Any, device: torch.device) -> None:
     """Put every device that a parsed program names on ``device``."""
     for part in walk(item):
-        if isinstance(part, schema.Device):
+        if isinstance(part, _serde.schema.Device):
             part.type, part.index = device.type, device.index
-        elif isinstance(part, schema.ModuleCallSignature):
+        elif isinstance(part, _serde.schema.ModuleCallSignature):
             part.in_spec, part.out_spec = _moved(part.in_spec, device), _moved(part.out_spec, device)
 
 

@@ -11,9 +11,9 @@ from typing import Any
 
 import torch
 from torch import fx
-from torch._ops import HigherOrderOperator
 from torch.export import ExportedProgram
 
+from .._compat import HigherOrderOperator
 from .._program import copy_graph
 from ..channels import arguments
 from ..errors import StoreError

@@ -16,10 +16,9 @@ from typing import Any
 
 import torch
 from torch import fx, nn
-from torch._export.serde import schema
-from torch._export.serde import serialize as serde
-from torch.utils import _pytree as pytree
 
+from .._compat import OpOverload, pytree
+from .._compat._serde import ON_SIZES, Union, schema
 from ..errors import StoreError
 from ._expressions import check_expression, check_guard, is_key, refuse
 from ._files import DIMENSIONS
@@ -29,7 +28,6 @@ _HIGHER_ORDER = {
     f"torch.ops.higher_order.{name}"
     for name in ("cond", "while_loop", "scan", "map_impl", "wrap_with_set_grad_enabled", "wrap_with_autocast", "flex_attention")
 }
-_ON_SIZES = {f"{target.__module__}.{target.__name__}" for target in serde._SYM_OPS}
 #: items of JSON for each node, and terms of sizes: five times what models have
 ITEMS, EXPRESSIONS = 200, 100
 #: a size, or an expression of sizes; torch counts up to the number of one that only the data say
@@ -128,7 +126,7 @@ def _check_range(name: Any, limits: schema.RangeConstraint) -> None:
 def walk(item: Any) -> Iterator[Any]:
     """An object of the schema and all that it holds."""
     yield item
-    if isinstance(item, serde._Union):
+    if isinstance(item, Union):
         yield from walk(item.value)
     elif dataclasses.is_dataclass(item):
         for field in dataclasses.fields(item):
@@ -178,7 +176,7 @@ def check_operator(target: Any) -> None:
     Raises:
         StoreError: names the target.
     """
-    if target in _ON_SIZES or target in _HIGHER_ORDER:
+    if target in ON_SIZES or target in _HIGHER_ORDER:
         return
     match = _OPERATOR.fullmatch(target) if isinstance(target, str) else None
     if match is None:
@@ -187,7 +185,7 @@ def check_operator(target: Any) -> None:
         found = getattr(getattr(getattr(torch.ops, match[1]), match[2]), match[3])
     except (AttributeError, RuntimeError):
         found = None
-    if not isinstance(found, torch._ops.OpOverload):
+    if not isinstance(found, OpOverload):
         raise StoreError(f"the operator {target} is not known here; import the package that registers it before loading")
     for argument in found._schema.arguments:
         if "str" in str(argument.type) and re.search("file|path|name", argument.name):
@@ -269,8 +267,9 @@ def _transformers_class(path: str) -> type:
 
 def _register(path: str) -> None:
     """Make an output or cache class of transformers known to torch."""
-    from transformers.exporters.exporter_dynamo import is_cache_class, register_pytree_node
     from transformers.utils.generic import ModelOutput
+
+    from .._compat._transformers import is_cache_class, register_pytree_node
 
     found = _transformers_class(path)
     if issubclass(found, ModelOutput) and dataclasses.is_dataclass(found):

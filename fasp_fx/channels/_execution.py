@@ -6,9 +6,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._ops import OpOverload
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils._pytree import tree_map_only
+
+from .._compat import FakeTensorMode, OpOverload, pytree
 
 
 class Execution:
@@ -37,7 +36,7 @@ class Execution:
         if not isinstance(target, OpOverload) or target._schema.is_mutable:
             with self.mode:
                 if isinstance(target, OpOverload):
-                    args, kwargs = tree_map_only(Tensor, Tensor.detach, (args, kwargs))
+                    args, kwargs = pytree.tree_map_only(Tensor, Tensor.detach, (args, kwargs))
                 return target(*args, **kwargs)
         key = (target, _key(args), _key(kwargs))
         if key not in self._known:

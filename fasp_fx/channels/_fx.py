@@ -7,10 +7,10 @@ from typing import Any
 
 import torch
 from torch import fx
-from torch._ops import OpOverload
-from torch.utils import _pytree as pytree
 
 from fasp_fx.patterns import argument_names
+
+from .._compat import OpOverload, pytree
 
 
 def attribute(module: torch.nn.Module, target: str) -> Any:

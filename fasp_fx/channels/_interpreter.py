@@ -15,14 +15,11 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, fx
-from torch._ops import OpOverload
-from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensor
-from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
-from torch.utils import _pytree as pytree
 
 from fasp_fx.errors import VerificationError, first_line
 from fasp_fx.patterns import CASTS, Rule, lookup
 
+from .._compat import FAKE_LOGGER, DataDependentOutputException, DynamicOutputShapeException, FakeTensor, OpOverload, free_unbacked_symbols, pytree
 from ._execution import Execution
 from ._factors import NotDivisible
 from ._facts import Facts
@@ -117,7 +114,7 @@ class Interpreter:
 
     def _run_small_if_it_can(self) -> Walk:
         # That a program does not run at small sizes is no error, but the fake tensors would log it as one.
-        logger = logging.getLogger("torch._subclasses.fake_tensor")
+        logger = logging.getLogger(FAKE_LOGGER)
         level = logger.level
         try:
             logger.setLevel(logging.CRITICAL)

@@ -9,10 +9,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
-from torch.utils import _pytree as pytree
 
 from fasp_fx.patterns import Rule
 
+from .._compat import pytree
 from ._facts import Facts
 from ._fx import arguments as arguments_of
 from ._named import look_up

@@ -10,8 +10,8 @@ from typing import Any, TypeGuard
 import sympy
 import torch
 from torch import fx
-from torch.utils._sympy.numbers import int_oo
 
+from .._compat import int_oo
 from ._regroup import Size
 
 _PRIMES = (2, 3, 5, 7, 11, 13, 17, 19, 23, 29, 31, 37)

@@ -5,10 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 from torch import fx
-from torch.utils import _pytree as pytree
 
 from fasp_fx.patterns import ORDINALS, Rule, lookup
 
+from .._compat import pytree
 from ._fx import arguments
 from ._value import Value
 

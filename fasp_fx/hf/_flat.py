@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 from torch.fx.graph import CodeGen
-from torch.utils import _pytree as pytree
 
+from .._compat import pytree
 from .._program import copy_graph
 from ..errors import CaptureError
 

@@ -7,9 +7,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
-from torch.utils import _pytree as pytree
 
 from .._capture._unchanged import rewound
+from .._compat import pytree
 from .._program import Program
 from ..errors import CaptureError
 from . import _caches

@@ -12,8 +12,8 @@ from typing import Any
 import safetensors.torch
 import torch
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
 
+from .._compat import pytree
 from .._device import device_of, products_in_bfloat16
 from ..errors import ArgumentError, CalibrationError, StoreError, first_line
 from ._matching import Match

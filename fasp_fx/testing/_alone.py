@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.export import ExportedProgram
-from torch.utils import _pytree as pytree
 
+from .._compat import pytree
 from ._case import Case
 from ._in_a_row import rewinding
 from ._verdict import Skipped, Violation, hold

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, fx, nn
 from torch.export import ExportedProgram
 from torch.export.graph_signature import InputKind
-from torch.utils import _pytree as pytree
 
+from .._compat import pytree
 from ._case import Case
 from ._exact import call_result, shapes
 from ._verdict import Violation, hold

@@ -11,7 +11,6 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.export import ExportedProgram
-from torch.utils import _pytree as pytree
 
 import fasp_fx
 from fasp_fx._observe._visit import Decision
@@ -20,6 +19,7 @@ from fasp_fx.analysis import Analysis
 from fasp_fx.errors import NothingPrunableError
 from fasp_fx.plan import PruningPlan, gone_of, program_fingerprint
 
+from .._compat import pytree
 from ._in_a_row import in_a_row, remembers
 from ._sets import draw_sets
 from ._verdict import Skipped

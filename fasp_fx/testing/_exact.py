@@ -8,11 +8,11 @@ from collections.abc import Callable
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils import _pytree as pytree
 
 import fasp_fx
 from fasp_fx.plan import PruningPlan
 
+from .._compat import pytree
 from ._case import Call, Case
 from ._sets import draw_part
 from ._verdict import Violation, hold

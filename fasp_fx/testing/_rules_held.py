@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from functools import cache
 
-from torch._ops import OpOverload
-
 from fasp_fx import patterns
 from fasp_fx.errors import ArgumentError
 
+from .._compat import OpOverload
 from ._case import Case
 from ._verdict import Skipped, hold
 from .rule import RuleVerdict, check_rule

@@ -13,11 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.export import ExportedProgram
-from torch.utils import _pytree as pytree
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from fasp_fx.errors import ArgumentError
 from fasp_fx.plan import ParameterSlice, PruningPlan
+
+from .._compat import TorchDispatchMode, pytree
 
 _PRODUCTS = {torch.ops.aten.mm.default, torch.ops.aten.addmm.default, torch.ops.aten.linear.default}
 _LOOKUPS = {torch.ops.aten.embedding.default, torch.ops.aten.index_select.default}

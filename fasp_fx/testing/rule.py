@@ -10,12 +10,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
-from torch._ops import OpOverload
 
 from fasp_fx import patterns
 from fasp_fx.errors import ArgumentError, RuleError
 from fasp_fx.patterns import Rule
 
+from .._compat import FAKE_LOGGER, OpOverload
 from ._tally import TALLY
 from ._verdict import CheckFailed
 from .rules._calls import Call, repeatable
@@ -157,7 +157,7 @@ def assert_rule(operator: OpOverload, rule: str | Rule | None = None, **options:
 @contextmanager
 def _quiet() -> Iterator[None]:
     """Calls that an operator refuses are drawn anew; torch need not speak of them."""
-    logger = logging.getLogger("torch._subclasses.fake_tensor")
+    logger = logging.getLogger(FAKE_LOGGER)
     level = logger.level
     logger.setLevel(logging.CRITICAL)
     try:

@@ -8,7 +8,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._ops import OpOverload
+
+from ..._compat import OpOverload
 
 
 @dataclass(frozen=True)

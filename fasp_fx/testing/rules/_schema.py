@@ -8,10 +8,10 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch._ops import OpOverload
 
 from fasp_fx.patterns import Alternative, Rule
 
+from ..._compat import OpOverload
 from ._calls import Call
 from ._draw import Draw
 

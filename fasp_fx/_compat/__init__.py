@@ -1,0 +1,47 @@
+"""What the library uses of torch and transformers beyond their documented interfaces: every such name stands in this package and nowhere else.
+
+``tests/test_compat.py`` holds each name to what is expected of it, so that a release that moves one fails there, in words, and not in the midst of a model.
+The modules that import much (``_dynamo``, ``_serde``, ``_transformers``) are imported where they are needed.
+"""
+
+from torch.utils import _pytree as pytree
+
+from ._fake import (
+    FAKE_LOGGER,
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+    FakeTensor,
+    FakeTensorMode,
+    enable_python_dispatcher,
+    is_of_fake_cache,
+    without_fake_cache,
+)
+from ._graphs import PRESERVED, PyTreeCodeGen, PyTreeInfo, silent_export
+from ._operators import HigherOrderOperator, OpOverload, TorchDispatchMode, decomposition_table, is_composite, traced_by
+from ._sizes import ShapeEnv, free_unbacked_symbols, int_oo, refuse_new_guards
+
+__all__ = [
+    "FAKE_LOGGER",
+    "PRESERVED",
+    "DataDependentOutputException",
+    "DynamicOutputShapeException",
+    "FakeTensor",
+    "FakeTensorMode",
+    "HigherOrderOperator",
+    "OpOverload",
+    "PyTreeCodeGen",
+    "PyTreeInfo",
+    "ShapeEnv",
+    "TorchDispatchMode",
+    "decomposition_table",
+    "enable_python_dispatcher",
+    "free_unbacked_symbols",
+    "int_oo",
+    "is_composite",
+    "is_of_fake_cache",
+    "pytree",
+    "refuse_new_guards",
+    "silent_export",
+    "traced_by",
+    "without_fake_cache",
+]

@@ -1,0 +1,14 @@
+"""What a backend of ``torch.compile`` learns of the frame that is compiled."""
+
+import torch
+from torch._dynamo.backends.registry import lookup_backend
+from torch._dynamo.source import ConstantSource
+from torch._dynamo.symbolic_convert import InstructionTranslator
+from torch._functorch.aot_autograd import aot_export_module
+from torch._guards import TracingContext, tracing
+from torch.fx.experimental.symbolic_shapes import DimDynamic
+
+#: the function that a graph calls where gradients are switched on or off
+SET_GRAD = torch._C._set_grad_enabled
+
+__all__ = ["SET_GRAD", "ConstantSource", "DimDynamic", "InstructionTranslator", "TracingContext", "aot_export_module", "lookup_backend", "tracing"]

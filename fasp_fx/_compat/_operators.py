@@ -1,0 +1,35 @@
+"""Operators as graphs hold them, and what torch knows of them."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+from unittest import mock
+
+import torch
+from torch._C import DispatchKey
+from torch._decomp import decomposition_table
+from torch._ops import HigherOrderOperator, OpOverload
+from torch.utils._python_dispatch import TorchDispatchMode
+
+_TRACED = (DispatchKey.Autograd, DispatchKey.CompositeImplicitAutograd, DispatchKey.Meta)
+
+
+def is_composite(operator: OpOverload) -> bool:
+    """Whether an operator is made of others, so that its schema need not say that it returns a view."""
+    return bool(torch._C._dispatch_has_kernel_for_dispatch_key(operator.name(), "CompositeImplicitAutograd"))
+
+
+@contextlib.contextmanager
+def traced_by(kernels: Mapping[OpOverload, Callable[..., Any]]) -> Iterator[None]:
+    """Let exporters find what operators return by functions of ours."""
+    with contextlib.ExitStack() as stack:
+        for operator, kernel in kernels.items():
+            stack.callback(operator._dispatch_cache.clear)
+            stack.enter_context(mock.patch.dict(operator.py_kernels, dict.fromkeys(_TRACED, kernel)))
+            operator._dispatch_cache.clear()
+        yield
+
+
+__all__ = ["HigherOrderOperator", "OpOverload", "TorchDispatchMode", "decomposition_table", "is_composite", "traced_by"]

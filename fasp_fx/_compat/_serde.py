@@ -1,0 +1,47 @@
+"""The written form of exported programs: torch's own schema, and its reader and writer."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+from unittest import mock
+
+from torch import Tensor
+from torch._export.serde import schema
+from torch._export.serde import serialize as _serialize
+from torch.export import ExportedProgram
+
+#: operators on sizes, by the names that a written graph gives them
+ON_SIZES = frozenset(f"{target.__module__}.{target.__name__}" for target in _serialize._SYM_OPS)
+#: what an object of the schema is that is one of several things
+Union = _serialize._Union
+
+
+def write(program: ExportedProgram) -> schema.ExportedProgram:
+    """A program without its tensors, as objects of the schema."""
+    # until 2.12 the tensors are always written, into bytes that nobody reads
+    with mock.patch.object(_serialize, "serialize_torch_artifact", return_value=b""):
+        return _serialize.ExportedProgramSerializer().serialize(program).exported_program
+
+
+def to_fields(written: schema.ExportedProgram) -> dict[str, Any]:
+    """Such objects as what JSON holds.
+
+    Raises:
+        ValueError: a number is not finite.
+    """
+    fields: dict[str, Any] = json.loads(json.dumps(_serialize._dataclass_to_dict(written), cls=_serialize.EnumEncoder, allow_nan=False))
+    return fields
+
+
+def from_fields(fields: dict[str, Any]) -> Any:
+    """What :func:`to_fields` was given, as far as torch checks that."""
+    return _serialize._dict_to_dataclass(schema.ExportedProgram, fields)
+
+
+def read(written: schema.ExportedProgram, weights: dict[str, Tensor], constants: dict[str, Tensor], example: Any) -> ExportedProgram:
+    """The program over the given tensors."""
+    return _serialize.ExportedProgramDeserializer().deserialize(written, weights, constants, example)
+
+
+__all__ = ["ON_SIZES", "Union", "from_fields", "read", "schema", "to_fields", "write"]

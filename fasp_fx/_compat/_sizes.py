@@ -1,0 +1,37 @@
+"""Sizes that are symbols, and what a capture assumes of them."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from unittest import mock
+
+from torch.fx.experimental.symbolic_shapes import ShapeEnv, free_unbacked_symbols
+from torch.utils._sympy.numbers import int_oo
+
+from ..errors import VerificationError
+
+
+@contextlib.contextmanager
+def refuse_new_guards(environment: ShapeEnv) -> Iterator[None]:
+    """Raise where anything new would be assumed of the sizes.
+
+    Frozen, an environment drops such an assumption, says so in its log alone, and remembers the answer that depends on it; an error it does not remember.
+
+    Raises:
+        VerificationError: names the assumption.
+    """
+
+    def refuse(expression: object, value: object) -> None:
+        raise VerificationError(f"the sizes would have to fulfil {expression} == {value}")
+
+    frozen = environment.frozen
+    with mock.patch.object(environment, "_check_frozen", refuse):
+        environment.frozen = True
+        try:
+            yield
+        finally:
+            environment.frozen = frozen
+
+
+__all__ = ["ShapeEnv", "free_unbacked_symbols", "int_oo", "refuse_new_guards"]

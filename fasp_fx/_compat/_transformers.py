@@ -1,0 +1,57 @@
+"""The exporter of transformers, and what it knows of caches."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+from unittest import mock
+
+from torch.export import ExportedProgram
+from transformers import PreTrainedModel
+from transformers.exporters import exporter_dynamo
+from transformers.exporters.exporter_dynamo import (
+    DynamoConfig,
+    DynamoExporter,
+    get_auto_dynamic_shapes,
+    is_cache_class,
+    register_cache_pytrees_for_model,
+    register_pytree_node,
+)
+from transformers.exporters.utils import prepare_for_export
+
+#: the exporter's logger
+EXPORTER_LOGGER = exporter_dynamo.logger.name
+
+
+def export_program(model: PreTrainedModel, inputs: dict[str, Any], shapes: Any) -> ExportedProgram:
+    """The program of a model by the exporter of transformers; until 5.22 it was called otherwise and returned nothing else."""
+    exporter: Any = DynamoExporter()
+    config = DynamoConfig(dynamic=shapes is not None, dynamic_shapes=shapes)
+    found: ExportedProgram
+    if hasattr(exporter, "export_program"):
+        found, _ = exporter.export_program(model, inputs, config)
+    else:
+        found = exporter.export(model, inputs, config)
+    return found
+
+
+@contextlib.contextmanager
+def without_gguf_bar() -> Iterator[None]:
+    """Keep the reader of GGUF files from drawing a bar of its own, which no setting turns off."""
+    from transformers import modeling_gguf_pytorch_utils as reader
+
+    with mock.patch.object(reader, "tqdm", lambda items, **options: items, create=True):
+        yield
+
+
+__all__ = [
+    "EXPORTER_LOGGER",
+    "export_program",
+    "get_auto_dynamic_shapes",
+    "is_cache_class",
+    "prepare_for_export",
+    "register_cache_pytrees_for_model",
+    "register_pytree_node",
+    "without_gguf_bar",
+]

@@ -1,0 +1,233 @@
+"""Each private name of torch and transformers that the library uses does what is expected of it, and stands in one package."""
+
+from __future__ import annotations
+
+import ast
+import copy
+import logging
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, fx, nn
+from torch.export import Dim, export
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from fasp_fx import _compat
+from fasp_fx._compat import _dynamo, _serde, _transformers
+from fasp_fx.errors import VerificationError
+
+ATEN = torch.ops.aten
+ROOT = Path(__file__).resolve().parent.parent
+#: what of torch begins with an underscore, in an import or as an attribute of the module
+PRIVATE = re.compile(r"\btorch(?!\.ops\b)(\.\w+)*\._(?!_)\w+|\btransformers(\.\w+)*(\._(?!_)\w+|\.exporters\b)")
+
+
+def _used() -> Iterator[tuple[str, str]]:
+    """Every private name that a file outside of the package imports or looks up."""
+    for folder in ("fasp_fx", "passes", "patterns"):
+        for file in (ROOT / folder).rglob("*.py"):
+            if "_compat" in file.parts:
+                continue
+            for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+                names = []
+                if isinstance(node, ast.Import):
+                    names = [alias.name for alias in node.names]
+                elif isinstance(node, ast.ImportFrom) and not node.level:
+                    names = [f"{node.module}.{alias.name}" for alias in node.names]
+                elif isinstance(node, ast.Attribute):
+                    names = [ast.unparse(node)]
+                yield from ((str(file.relative_to(ROOT)), name) for name in names if PRIVATE.match(name))
+
+
+def test_private_names_stand_in_one_package() -> None:
+    assert PRIVATE.match("torch._ops.OpOverload")
+    assert PRIVATE.match("torch.utils._pytree")
+    assert PRIVATE.match("transformers.exporters.utils")
+    assert not PRIVATE.match("torch.__version__")
+    assert list(_used()) == []
+
+
+def test_structures_are_taken_apart_and_put_together() -> None:
+    value = {"a": [1, (2,)], "b": None}
+    leaves, spec = _compat.pytree.tree_flatten(value)
+    assert leaves == [1, 2, None]
+    assert _compat.pytree.tree_unflatten(leaves, spec) == value
+    assert _compat.pytree.treespec_loads(_compat.pytree.treespec_dumps(spec)) == spec
+
+
+def test_fake_tensors_have_shapes_and_no_data() -> None:
+    with _compat.FakeTensorMode() as mode:
+        made = mode.from_tensor(torch.ones(2, 3), static_shapes=True) @ torch.ones(3, 4)
+        assert isinstance(made, _compat.FakeTensor)
+        assert made.shape == (2, 4)
+        with _compat.enable_python_dispatcher():
+            assert (made + 1).shape == (2, 4)
+        with pytest.raises(_compat.DataDependentOutputException):
+            made.sum().item()
+        with pytest.raises(_compat.DynamicOutputShapeException):
+            made.nonzero()
+
+
+def test_what_fake_tensors_raise_they_log_there(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.DEBUG, _compat.FAKE_LOGGER), _compat.FakeTensorMode(), pytest.raises(Exception, match="reduction dim"):
+        torch.ones(2, 3) @ torch.ones(2, 3)
+    assert any(record.name == _compat.FAKE_LOGGER for record in caplog.records)
+
+
+def test_the_cache_of_fake_results_can_be_left_out() -> None:
+    assert torch._dynamo.config.fake_tensor_cache_enabled
+    with _compat.without_fake_cache():
+        assert not torch._dynamo.config.fake_tensor_cache_enabled
+        with _compat.FakeTensorMode() as mode:
+            assert not mode.cache_enabled
+
+
+def test_an_error_of_the_cache_is_told_from_one_of_an_operator(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*args: Any, **kwargs: Any) -> Any:
+        raise TypeError("cannot be compared")
+
+    monkeypatch.setattr(_compat.FakeTensorMode, "_make_cache_entry", _named("_make_cache_entry", fail))
+    with _compat.FakeTensorMode(), pytest.raises(TypeError) as caught:
+        torch.ones(2, 5) + torch.ones(2, 5)
+    assert _compat.is_of_fake_cache(caught.value)
+    assert not _compat.is_of_fake_cache(TypeError("another"))
+
+
+def _named(name: str, function: Any) -> Any:
+    """A function whose frame has a name."""
+    scope: dict[str, Any] = {"function": function}
+    exec(f"def {name}(*args, **kwargs):\n    return function(*args, **kwargs)", scope)
+    return scope[name]
+
+
+def test_new_guards_are_refused_each_time_they_are_asked_for() -> None:
+    class Sized(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x + 1
+
+    program = export(Sized(), (torch.ones(4, 3),), dynamic_shapes=((Dim.AUTO, None),))
+    symbol = next(node for node in program.graph.nodes if node.op == "placeholder").meta["val"].shape[0]
+    environment = symbol.node.shape_env
+    assert isinstance(environment, _compat.ShapeEnv)
+    before = len(environment.guards)
+    for _ in range(2):
+        with _compat.refuse_new_guards(environment), pytest.raises(VerificationError, match="would have to fulfil"):
+            bool(symbol == 7)
+    assert len(environment.guards) == before
+    with _compat.refuse_new_guards(environment):
+        assert bool(symbol + 1 > symbol), "what holds at every size is no new guard"
+    bool(symbol == 7)
+    assert len(environment.guards) > before, "and afterwards guards are taken again"
+    assert not _compat.free_unbacked_symbols(symbol)
+    assert _compat.int_oo > 10**30
+
+
+def test_operators() -> None:
+    assert isinstance(ATEN.relu.default, _compat.OpOverload)
+    assert isinstance(torch.ops.higher_order.cond, _compat.HigherOrderOperator)
+    assert _compat.is_composite(ATEN.reshape.default)
+    assert not _compat.is_composite(ATEN.relu.default)
+    assert ATEN.silu.default in _compat.decomposition_table
+
+
+def test_operators_are_traced_by_a_function_of_ours() -> None:
+    def kernel(x: Tensor) -> Tensor:
+        return x.new_empty(7)
+
+    with _compat.traced_by({ATEN.relu.default: kernel}), _compat.FakeTensorMode() as mode, _compat.enable_python_dispatcher():
+        assert torch.relu(mode.from_tensor(torch.ones(2))).shape == (7,)
+    with _compat.FakeTensorMode() as mode, _compat.enable_python_dispatcher():
+        assert torch.relu(mode.from_tensor(torch.ones(2))).shape == (2,)
+
+
+def test_every_operator_can_be_seen() -> None:
+    class Seen(_compat.TorchDispatchMode):
+        found: tuple[Any, ...] = ()
+
+        def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            self.found += (function,)
+            return function(*args, **(kwargs or {}))
+
+    with Seen() as seen:
+        torch.ones(2).relu()
+    assert ATEN.relu.default in seen.found
+
+
+def test_attributes_that_a_graph_module_is_told_to_keep_outlive_its_copies() -> None:
+    module = fx.symbolic_trace(nn.ReLU())
+    module.meta[_compat.PRESERVED] = {"kept": 3}
+    assert copy.deepcopy(module).kept == 3
+
+
+def test_exported_graphs_carry_the_structure_of_their_arguments() -> None:
+    codegen = export(nn.ReLU(), (torch.ones(2),)).module().graph._codegen
+    assert isinstance(codegen, _compat.PyTreeCodeGen)
+    assert isinstance(codegen.pytree_info, _compat.PyTreeInfo)
+
+
+def test_exporting_prints_nothing(capsys: pytest.CaptureFixture[str]) -> None:
+    class Fails(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x + 1 if x.sum() > 0 else x
+
+    with _compat.silent_export(), pytest.raises(Exception, match="data-dependent"):
+        export(Fails(), (torch.ones(3),), strict=False)
+    assert capsys.readouterr().out == ""
+
+
+def test_programs_are_written_without_their_tensors_and_read_again() -> None:
+    program = export(nn.Linear(3, 2), (torch.ones(1, 3),))
+    fields = _serde.to_fields(_serde.write(program))
+    again = _serde.read(_serde.from_fields(fields), dict(program.state_dict), dict(program.constants), program.example_inputs)
+    x = torch.randn(1, 3)
+    assert torch.equal(again.module()(x), program.module()(x))
+    assert isinstance(_serde.from_fields(fields), _serde.schema.ExportedProgram)
+    assert issubclass(_serde.schema.Argument, _serde.Union)
+    assert "_operator.add" in _serde.ON_SIZES
+
+
+def test_a_backend_sees_the_frame_that_is_compiled() -> None:
+    seen = []
+
+    def backend(graph: fx.GraphModule, example: list[Any]) -> Any:
+        frame = _dynamo.InstructionTranslator.current_tx()
+        source = next(node.meta["grapharg"].source for node in graph.graph.nodes if node.op == "placeholder")
+        seen.append((frame.f_globals["__name__"], _dynamo.TracingContext.try_get() is not None, isinstance(source, _dynamo.ConstantSource)))
+        return _dynamo.lookup_backend("eager")(graph, example)
+
+    torch.compile(nn.ReLU(), backend=backend)(torch.ones(2))
+    assert [part[1:] for part in seen] == [(True, False)]
+
+
+def test_models_are_exported_and_their_caches_known() -> None:
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2, "vocab_size": 32}
+    model: Any = LlamaForCausalLM(LlamaConfig(**sizes)).eval()
+    inputs = {"input_ids": torch.zeros(1, 5, dtype=torch.long)}
+    prepared, kwargs, flags = _transformers.prepare_for_export(model, {**inputs, "use_cache": False})
+    assert prepared is model
+    assert flags == {"use_cache": False}
+    program = _transformers.export_program(model, {**kwargs, **flags}, _transformers.get_auto_dynamic_shapes(dict(kwargs)))
+    length = next(node for node in program.graph.nodes if node.name == "input_ids").meta["val"].shape[1]
+    assert not isinstance(length, int)
+    torch.testing.assert_close(program.module()(**inputs).logits, model(**inputs, use_cache=False).logits)
+
+    _transformers.register_cache_pytrees_for_model(model)
+    cache = model(**inputs, use_cache=True).past_key_values
+    assert _transformers.is_cache_class(type(cache))
+    assert not _transformers.is_cache_class(dict)
+    assert any(isinstance(leaf, Tensor) for leaf in _compat.pytree.tree_leaves(cache))
+    assert _transformers.EXPORTER_LOGGER in logging.root.manager.loggerDict
+
+
+def test_the_reader_of_gguf_files_draws_no_bar() -> None:
+    from transformers import modeling_gguf_pytorch_utils as reader
+
+    before = reader.tqdm
+    with _transformers.without_gguf_bar():
+        assert list(reader.tqdm([1, 2], desc="x")) == [1, 2]
+        assert reader.tqdm is not before
+    assert reader.tqdm is before
