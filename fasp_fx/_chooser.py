@@ -9,6 +9,7 @@ from typing import Any, Literal
 import torch
 
 from ._alike import AlikeBudget
+from ._device import device_of, float32_products, multiplies_bfloat16
 from ._observe._consumers import Consumers
 from ._observe._costs import curves_of
 from ._observe._drift import Drift
@@ -118,7 +119,8 @@ class Chooser:
         wanted = {**self._score.statistics, **OBS.statistics} if is_wanted else self._gradients
         if not self.measures or (not is_wanted and not self._gradients):
             return costs
-        with _drawing_alike(consumers.analysis.program):
+        program = consumers.analysis.program
+        with _drawing_alike(program), float32_products(self._precision(program)):
             self._observe(consumers, batches, wanted, advance, part or MEASURED[config.quality])
         if is_wanted:
             with torch.no_grad():
@@ -158,6 +160,12 @@ class Chooser:
         if loss is None and self._loss is not None:
             self._loss = None
             warn(f"{failure}, as is done now: each consumer counts by the relative error of its own output", CalibrationWarning)
+
+    def _precision(self, program: Program) -> str:
+        """That of products of float32 while a program runs on calibration data."""
+        if self.config.precision != "auto":
+            return self.config.precision
+        return "medium" if multiplies_bfloat16(device_of(program.module)) else "highest"
 
     def allocate(self, budget: Budget, groups: Sequence[Group], costs: Costs | None) -> list[int]:
         """How many channel sets each block of each of the budget's groups loses.
@@ -210,7 +218,7 @@ class Chooser:
         runner = None if batches is None else Runner(analysis.program, batches)
         marks = None if batches is None else Marks(analysis.program, batches, self.config.padding_mask, hold_out=self._restore is not None)
         with torch.no_grad(), _drawing_alike(analysis.program):
-            observer = Observer(consumers, lost, self._score, self._restore, self.config.propagate)
+            observer = Observer(consumers, lost, self._score, self._restore, self.config.propagate, self._precision(analysis.program))
             part = self.config.drift_part
             drift = None if batches is None or not part else Drift(Runner(analysis.program, batches), part)
             return observer.run(runner, marks, advance, drift)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Iterator
 from itertools import chain
 from typing import Any
 
@@ -29,4 +30,25 @@ def products_in_bfloat16(device: torch.device, wanted: bool = True) -> contextli
     return torch.autocast(device.type, dtype=torch.bfloat16) if wanted else contextlib.nullcontext()
 
 
-__all__ = ["device_of", "multiplies_bfloat16", "products_in_bfloat16"]
+@contextlib.contextmanager
+def float32_products(precision: str) -> Iterator[None]:
+    """Within it, products of float32 have a precision by :func:`torch.set_float32_matmul_precision`, unless the caller asked torch for one before."""
+    try:
+        before = torch.get_float32_matmul_precision()
+    except RuntimeError:  # backends were given one each
+        before = None
+    if precision == before or before != "highest":
+        yield
+        return
+    backends = (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)  # type: ignore[attr-defined]
+    own = [backend.fp32_precision for backend in backends]
+    torch.set_float32_matmul_precision(precision)
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
+        for backend, value in zip(backends, own, strict=True):  # "highest" asks each of them for something, who were asked for nothing
+            backend.fp32_precision = value
+
+
+__all__ = ["device_of", "float32_products", "multiplies_bfloat16", "products_in_bfloat16"]

@@ -23,6 +23,7 @@ SPARSITY = 0.2
 #: one in so many calibration sequences shows gradients and the dense model's activations to predictions of losses, where they are wanted, by quality
 MEASURED = {"fast": 8, "balanced": 8, "best": 2}
 _GRANULARITIES, _INCLUDED = ("channel", "head", "expert"), ("approximate", "exempt")
+_PRECISIONS = ("auto", "highest", "medium")
 
 
 class PruningOptions(TypedDict, total=False):
@@ -43,6 +44,7 @@ class PruningOptions(TypedDict, total=False):
     round_to: int
     uniform_layers: bool
     padding_mask: str | None
+    precision: Literal["auto", "highest", "medium"]
 
 
 @dataclass(frozen=True)
@@ -81,6 +83,10 @@ class PruningConfig:
         uniform_layers: groups of one shape lose equally many channel sets, so that layers that are alike stay alike, as some runtimes need it.
         padding_mask: name of the input ``[batch, tokens]`` (``"attention_mask"``, say) that is zero where a token of the first input is padding; such
             tokens of the calibration data enter neither scores nor repairs. ``None``: every token counts.
+        precision: of products of float32 while calibration data run and their Gram matrices are added up, in the words of
+            :func:`torch.set_float32_matmul_precision`: ``"medium"`` rounds the factors to bfloat16 (TF32 on CUDA) and adds them up in float32; what is
+            solved is solved in full. ``"auto"``: ``"medium"`` where the device multiplies bfloat16 in hardware, which takes a fraction of the time; a
+            precision that torch was asked for before stays.
 
     A name pattern is that of a weight (``"layers.0.mlp.up.weight"``) or of a module that holds it (``"layers.0"``), and may have the wildcards ``*``, ``?``
     and ``[...]`` (``"layers.*.mlp"``). A pattern that matches nothing is an error.
@@ -104,6 +110,7 @@ class PruningConfig:
     round_to: int = 1
     uniform_layers: bool = False
     padding_mask: str | None = None
+    precision: Literal["auto", "highest", "medium"] = "auto"
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "budget", () if self.budget is None else read_budget(self.budget))
@@ -124,6 +131,8 @@ class PruningConfig:
             raise ArgumentError("a sparsity for each pattern is an allocation by itself; leave allocation= out, or give one sparsity")
         if not isinstance(self.round_to, int) or isinstance(self.round_to, bool) or self.round_to < 1:
             raise ArgumentError(f"round_to={self.round_to!r} is not a positive integer")
+        if self.precision not in _PRECISIONS:
+            raise ArgumentError(f"precision={self.precision!r} is not known; use {', '.join(map(repr, _PRECISIONS))}")
         for name in ("propagate", "uniform_layers"):
             if not isinstance(getattr(self, name), bool):
                 raise ArgumentError(f"{name}={getattr(self, name)!r} is neither True nor False")

@@ -9,6 +9,7 @@ import torch
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 
 import fasp_fx
+from fasp_fx._compat._transformers import CACHE
 
 
 @pytest.fixture(scope="module")
@@ -22,7 +23,7 @@ def _call(past: int, new: int, width: int = 8) -> dict[str, Any]:
     torch.manual_seed(past)
     cache = DynamicCache()
     cache.update(torch.randn(2, 2, past, 8, dtype=torch.float64), torch.randn(2, 2, past, width, dtype=torch.float64), 0)
-    return {"input_ids": torch.randint(0, 50, (2, new)), "attention_mask": torch.ones(2, past + new, dtype=torch.long), "cache": cache}
+    return {"input_ids": torch.randint(0, 50, (2, new)), "attention_mask": torch.ones(2, past + new, dtype=torch.long), CACHE: cache}
 
 
 def test_values_leave_weights_and_cache(model: Any) -> None:
@@ -37,13 +38,13 @@ def test_values_leave_weights_and_cache(model: Any) -> None:
 
     # The dense model whose cache and value rows are zero where channels went computes the same.
     given = _call(6, 2)
-    values = given["cache"].layers[0].values
+    values = given[CACHE].layers[0].values
     mask = torch.zeros(16, dtype=torch.float64).index_fill_(0, kept.flatten(), 1).reshape(1, 2, 1, 8)
-    given["cache"].layers[0].values = values * mask
-    narrow = {**_call(6, 2), "cache": DynamicCache()}
+    given[CACHE].layers[0].values = values * mask
+    narrow = {**_call(6, 2), CACHE: DynamicCache()}
     within = kept - torch.tensor([[0], [8]])
     taken = torch.stack([values[:, head].index_select(-1, within[head]) for head in range(2)], 1)
-    narrow["cache"].update(given["cache"].layers[0].keys, taken, 0)
+    narrow[CACHE].update(given[CACHE].layers[0].keys, taken, 0)
     layer = model.model.layers[0]
     rows = layer.self_attn.v_proj.weight.detach().clone()
     columns = layer.mlp.down_proj.weight.detach().clone()
@@ -58,4 +59,4 @@ def test_values_leave_weights_and_cache(model: Any) -> None:
             layer.self_attn.v_proj.weight.copy_(rows)
             layer.mlp.down_proj.weight.copy_(columns)
     assert torch.allclose(found.logits, expected.logits, rtol=1e-9, atol=1e-9)
-    assert found.cache.layers[0].values.shape == (2, 2, 8, int(heads))
+    assert found[CACHE].layers[0].values.shape == (2, 2, 8, int(heads))

@@ -19,7 +19,10 @@ from transformers.exporters.exporter_dynamo import (
     register_pytree_node,
 )
 from transformers.exporters.utils import prepare_for_export
+from transformers.modeling_outputs import CausalLMOutputWithPast
 
+#: the name of the argument and of the output that holds keys and values of the tokens seen; until 5.23 it was a longer one
+CACHE = "cache" if "cache" in CausalLMOutputWithPast.__annotations__ else "past_key_values"
 #: the exporter's logger
 EXPORTER_LOGGER = exporter_dynamo.logger.name
 
@@ -46,6 +49,7 @@ def without_gguf_bar() -> Iterator[None]:
 
 
 __all__ = [
+    "CACHE",
     "EXPORTER_LOGGER",
     "export_program",
     "get_auto_dynamic_shapes",

@@ -7,8 +7,9 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, fx
 
+from .._device import float32_products
 from ..channels import Use
 from ..errors import CalibrationError
 from ..groups import Group
@@ -47,12 +48,13 @@ class Observer:
         score: the order in which they go.
         restore: repairs a consumer, or ``None``.
         propagate: whether later consumers see the outputs of consumers already pruned.
+        precision: of products of float32 while batches run and are observed; scores and repairs are computed in full.
     """
 
-    def __init__(self, consumers: Consumers, lost: list[int], score: GroupScore, restore: Restore | None, propagate: bool) -> None:
+    def __init__(self, consumers: Consumers, lost: list[int], score: GroupScore, restore: Restore | None, propagate: bool, precision: str = "highest") -> None:
         analysis = consumers.analysis
         self.analysis, self.consumers = analysis, consumers
-        self.score, self.restore, self.propagate = score, restore, propagate
+        self.score, self.restore, self.propagate, self.precision = score, restore, propagate, precision
         self.groups = analysis.chosen
         self.lost = lost
         self.decision = Decision(np.zeros(analysis.numbering.total, dtype=bool))
@@ -77,12 +79,8 @@ class Observer:
         stops = sorted({node for waiting in self._waiting.values() for node in waiting}, key=position.__getitem__)
         for count, node in enumerate(stops):
             if runner is not None and marks is not None:
-                runner.advance(runner.index(node))
-                if drift is not None:
-                    drift.dense.advance(runner.index(node))
-                self._observe(runner, marks, [use for consumer in self.consumers.by_key.values() for use in consumer.uses if use.node is node])
-                products = [product for group in self.groups for product in self.products.of(group) if product.node is node]
-                self.products.observe(runner, marks, list(dict.fromkeys(products)))
+                with float32_products(self.precision):
+                    self._advance(runner, marks, node)
             ready = []
             for group in self.groups:
                 self._waiting[group.name].discard(node)
@@ -99,6 +97,15 @@ class Observer:
             self.decision.notes.append(marks.remark())
         warn_of_few(self.decision.outcomes, self._tokens)
         return self.decision
+
+    def _advance(self, runner: Runner, marks: Marks, stop: fx.Node) -> None:
+        """Run the batches up to a node, and observe what it is about to read."""
+        runner.advance(runner.index(stop))
+        if self._drift is not None:
+            self._drift.dense.advance(runner.index(stop))
+        self._observe(runner, marks, [use for consumer in self.consumers.by_key.values() for use in consumer.uses if use.node is stop])
+        products = [product for group in self.groups for product in self.products.of(group) if product.node is stop]
+        self.products.observe(runner, marks, list(dict.fromkeys(products)))
 
     def _observe(self, runner: Runner, marks: Marks, uses: list[Use]) -> None:
         for use in uses:

@@ -24,8 +24,7 @@ def refuse(arguments: dict[str, Any], known: tuple[str, ...] = ()) -> None:
     for name, value in arguments.items():
         if name in known or value is None or (name in _IDLE and value == _IDLE[name]):
             continue
-        remedy = "pass 'cache'" if name == "past_key_values" else "leave it out, or use the dense model"
-        raise ArgumentError(f"argument '{name}' is not served by a pruned model, whose forward is a captured program; {remedy}")
+        raise ArgumentError(f"argument '{name}' is not served by a pruned model, whose forward is a captured program; leave it out, or use the dense model")
 
 
 def check_tokens(name: str, ids: Any) -> None:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
+from .._compat._transformers import CACHE
 from ..errors import ArgumentError
 from ._arguments import check_labels, check_numbers, check_outputs, check_tokens, loss_of, mask_of, refuse, shown
 from ._model import PrunedModel
@@ -28,6 +29,7 @@ class PrunedForCausalLM(PrunedModel):
         use_cache: bool | None = None,
         logits_to_keep: int | Tensor = 0,
         return_dict: bool | None = None,
+        past_key_values: Any = None,
         **kwargs: Any,
     ) -> Any:
         """Logits of the next tokens.
@@ -40,10 +42,12 @@ class PrunedForCausalLM(PrunedModel):
             labels: ``[batch, new]``; the loss is that of predicting each from the tokens before it, -100 is left out.
             use_cache: whether the output holds the cache; ``None``: as the configuration says.
             logits_to_keep: logits of so many last positions, 0 for all, or of the positions in a tensor ``[count]``.
+            past_key_values: the cache, by its name in transformers until 5.23.
 
         Raises:
             ArgumentError: an argument has the wrong shape or is not served, or a position lies outside of the model's table.
         """
+        cache = past_key_values if cache is None else cache
         refuse(kwargs, known=("num_items_in_batch",))
         check_outputs(self.config)
         check_tokens("input_ids", input_ids)
@@ -68,7 +72,7 @@ class PrunedForCausalLM(PrunedModel):
         if labels is not None:
             check_labels(labels, logits)
             loss = loss_of(lambda: self.loss_function(logits=logits, labels=labels, vocab_size=logits.shape[-1], **kwargs))
-        output = CausalLMOutputWithPast(loss=loss, logits=logits, cache=self._extended(cache, given, found, use_cache))
+        output = CausalLMOutputWithPast(loss=loss, logits=logits, **{CACHE: self._extended(cache, given, found, use_cache)})
         return output if return_dict is not False else output.to_tuple()
 
     def _positions(self, given: Tensor | None, mask: Tensor | None, batch: int, new: int, past: int, ids: Tensor) -> Tensor:

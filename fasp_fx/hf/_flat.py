@@ -13,6 +13,7 @@ from torch import Tensor, fx, nn
 from torch.fx.graph import CodeGen
 
 from .._compat import pytree
+from .._compat._transformers import CACHE
 from .._program import copy_graph
 from ..errors import CaptureError
 
@@ -104,7 +105,8 @@ class FlatProgram:
 
 
 def _names(tree: Any, count: int) -> tuple[str, ...]:
-    found = {index: name for name, index in _walk(tree, "")}
+    named = {"cache" if name == CACHE else name: value for name, value in tree.items()} if isinstance(tree, Mapping) else tree
+    found = {index: name for name, index in _walk(named, "")}
     missing = next((index for index in range(count) if index not in found), None)
     if missing is not None:
         raise CaptureError(

@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 from torch import Tensor
 from transformers import GenerationMixin, PreTrainedModel
 
+from .._compat._transformers import CACHE
 from ..errors import ArgumentError
 from . import _caches
 from ._config import PrunedConfig
@@ -95,14 +96,14 @@ class PrunedModel(PreTrainedModel, GenerationMixin):
             raise ArgumentError(f"cache_implementation={kind!r} is not served: the programs take a cache that grows; leave it out")
         if generation_config.assistant_early_exit is not None:
             raise ArgumentError("assistant_early_exit is not served: a program runs whole; leave it out, or pass another model as assistant_model")
-        given = model_kwargs.get("cache")
+        given = model_kwargs.get(CACHE)
         if given is not None:
             _caches.check(given, self.config.is_encoder_decoder)
             given._is_user_defined = True
         elif generation_config.use_cache is not False:
-            model_kwargs["cache"] = _caches.fresh(self.config.is_encoder_decoder)
+            model_kwargs[CACHE] = _caches.fresh(self.config.is_encoder_decoder)
             if generation_config.is_assistant:
-                model_kwargs["cache"].activate_past_recording()
+                model_kwargs[CACHE].activate_past_recording()
 
     def set_attn_implementation(self, *args: Any, **kwargs: Any) -> None:
         """Not possible: the programs fix how attention is computed.

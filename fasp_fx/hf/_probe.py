@@ -10,6 +10,7 @@ from torch import Tensor, fx
 
 from .._capture._unchanged import rewound
 from .._compat import pytree
+from .._compat._transformers import CACHE
 from .._program import Program
 from ..errors import CaptureError
 from . import _caches
@@ -81,7 +82,7 @@ def _values(flat: FlatProgram, arguments: dict[str, Any]) -> dict[str, Tensor]:
     values = {name: value for name, value in arguments.items() if isinstance(value, Tensor)}
     recorded = next(node.meta["val"] for node, name in zip(flat.graph.find_nodes(op="placeholder"), flat.inputs, strict=True) if name.startswith("cache."))
     like = torch.empty(0, dtype=recorded.dtype, device=recorded.device)
-    return values | _caches.read(arguments["cache"], flat.cache_sizes(), len(arguments["input_ids"]), like)
+    return values | _caches.read(arguments[CACHE], flat.cache_sizes(), len(arguments["input_ids"]), like)
 
 
 def _counting(stages: CausalStages) -> str:
@@ -89,9 +90,9 @@ def _counting(stages: CausalStages) -> str:
     padded = stages.arguments(batch=2, new=6, past=0, padding=3)
     padded.pop("logits_to_keep", None)
     counted = torch.arange(6, device=padded["input_ids"].device).expand(2, 6)
-    own = stages.run({**padded, "position_ids": None, "cache": None})
+    own = stages.run({**padded, "position_ids": None, CACHE: None})
     for name, positions in (("count", counted), ("mask", padded["position_ids"])):
-        if not _far(_shown(stages.run({**padded, "position_ids": positions, "cache": None}).logits, padded), _shown(own.logits, padded)):
+        if not _far(_shown(stages.run({**padded, "position_ids": positions, CACHE: None}).logits, padded), _shown(own.logits, padded)):
             return name
     raise CaptureError(f"{type(stages.model).__name__} counts positions in a way that is neither one after the other nor along the mask; it cannot be served")
 
@@ -140,8 +141,8 @@ def check_served(model: Any, stages: CausalStages | Seq2SeqStages) -> None:
             expected = model(**whole, use_cache=False).logits
             cache, found = None, []
             for piece in pieces:
-                output = model(**piece, cache=cache, use_cache=True)
-                cache = output.cache
+                output = model(**piece, **{CACHE: cache}, use_cache=True)
+                cache = output[CACHE]
                 found.append(output.logits)
         if _far(_shown(torch.cat(found, 1), whole), _shown(expected, whole)):
             raise CaptureError(f"the pruned {type(stages.model).__name__} does not continue a sequence as it computes it at once ({size}); it cannot be served")

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers.modeling_outputs import BaseModelOutput, Seq2SeqLMOutput
 
+from .._compat._transformers import CACHE
 from ..errors import ArgumentError
 from ._arguments import check_labels, check_outputs, check_tokens, loss_of, mask_of, refuse, shown
 from ._model import PrunedModel
@@ -53,6 +54,7 @@ class PrunedForSeq2SeqLM(PrunedModel):
         labels: Tensor | None = None,
         use_cache: bool | None = None,
         return_dict: bool | None = None,
+        past_key_values: Any = None,
         **kwargs: Any,
     ) -> Any:
         """Logits of the next tokens of the output.
@@ -66,10 +68,12 @@ class PrunedForSeq2SeqLM(PrunedModel):
             cache: an ``EncoderDecoderCache`` of this model, extended in place; ``None``: an empty one.
             labels: ``[batch, new]``; -100 is left out of the loss.
             use_cache: whether the output holds the cache; ``None``: as the configuration says.
+            past_key_values: the cache, by its name in transformers until 5.23.
 
         Raises:
             ArgumentError: an argument has the wrong shape or is not served.
         """
+        cache = past_key_values if cache is None else cache
         refuse(kwargs, known=("num_items_in_batch",))
         check_outputs(self.config)
         if encoder_outputs is None:
@@ -104,7 +108,7 @@ class PrunedForSeq2SeqLM(PrunedModel):
             logits, targets, items = found["logits"], labels, kwargs.get("num_items_in_batch")
             loss = loss_of(lambda: _loss(logits, targets, items))
         cache = self._extended(cache, given, found, use_cache)
-        output = Seq2SeqLMOutput(loss=loss, logits=found["logits"], cache=cache, encoder_last_hidden_state=hidden)
+        output = Seq2SeqLMOutput(loss=loss, logits=found["logits"], encoder_last_hidden_state=hidden, **{CACHE: cache})
         return output if return_dict is not False else output.to_tuple()
 
     def _hidden(self, outputs: Any, batch: int) -> Tensor:

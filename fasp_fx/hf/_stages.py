@@ -14,6 +14,7 @@ from transformers import BatchEncoding
 from transformers.modeling_outputs import BaseModelOutput
 
 from .._capture._unchanged import rewound
+from .._compat._transformers import CACHE
 from ..errors import ArgumentError, CalibrationError, CaptureError, first_line
 from . import _caches
 from ._caches import fresh, holds_states
@@ -46,9 +47,9 @@ class Stages:
 
     def __post_init__(self) -> None:
         self.accepts = frozenset(inspect.signature(self.model.forward).parameters)
-        if "cache" not in self.accepts:
+        if CACHE not in self.accepts:
             raise CaptureError(
-                f"{type(self.model).__name__}.forward takes no 'cache' of keys and values, so it cannot be served step by step; use fasp_fx.prune"
+                f"{type(self.model).__name__}.forward takes no '{CACHE}' of keys and values, so it cannot be served step by step; use fasp_fx.prune"
             )
         if holds_states(self.model.config):
             raise CaptureError(
@@ -95,9 +96,9 @@ class CausalStages(Stages):
         cache = fresh(encoder_decoder=False)
         if past:
             given = self.optional(attention_mask=mask[:, :past], position_ids=positions[:, :past])
-            cache = self.run({"input_ids": self.tokens(past, batch), "cache": cache, **given}).cache
+            cache = self.run({"input_ids": self.tokens(past, batch), CACHE: cache, **given})[CACHE]
         given = self.optional(attention_mask=mask, position_ids=positions[:, past:].contiguous(), logits_to_keep=torch.arange(new, device=mask.device))
-        return {"input_ids": self.tokens(new, batch, seed=1), **given, "cache": cache}
+        return {"input_ids": self.tokens(new, batch, seed=1), **given, CACHE: cache}
 
     def planned(self) -> Stage:
         """The program that is calibrated and served."""
@@ -121,7 +122,7 @@ class CausalStages(Stages):
             empty = _caches.read(cache, caches, len(ids), torch.empty(0, dtype=self.model.dtype, device=ids.device))
             _caches.write(cache, empty)
             extra = self.optional(attention_mask=mask, position_ids=positions, logits_to_keep=torch.arange(ids.shape[1], device=ids.device))
-            yield {"input_ids": ids, **extra, "cache": cache, "use_cache": True}
+            yield {"input_ids": ids, **extra, CACHE: cache, "use_cache": True}
 
 
 class Seq2SeqStages(Stages):
@@ -142,9 +143,9 @@ class Seq2SeqStages(Stages):
         common = {"encoder_outputs": encoded, "attention_mask": mask}
         if past:
             shown = self.optional(decoder_attention_mask=self.ones(batch, past))
-            cache = self.run({**common, **shown, "decoder_input_ids": self.tokens(past, batch), "cache": cache}).cache
+            cache = self.run({**common, **shown, "decoder_input_ids": self.tokens(past, batch), CACHE: cache})[CACHE]
         shown = self.optional(decoder_attention_mask=self.ones(batch, past + new))
-        return {"decoder_input_ids": self.tokens(new, batch, seed=1), **common, **shown, "cache": cache}
+        return {"decoder_input_ids": self.tokens(new, batch, seed=1), **common, **shown, CACHE: cache}
 
     def planned(self) -> Stage:
         """Both parts together, without a cache."""

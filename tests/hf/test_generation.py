@@ -13,6 +13,7 @@ from generators import TOKENS, Case, dense, expected, pruned
 from oracle import masked, removed_columns
 
 from fasp_fx import hf
+from fasp_fx._compat._transformers import CACHE
 
 CASES = [Case(batch, beams) for batch in (1, 4) for beams in (1, 3)]
 NAMES = ("llama_gqa", "gpt2", "opt", "qwen3", "gemma2", "t5")
@@ -42,7 +43,7 @@ def test_cache_is_narrower_by_what_the_report_says(name: str) -> None:
         inputs = Case(1, 1).inputs(name)
         if name == "t5":
             inputs["decoder_input_ids"] = inputs["input_ids"]
-        cache = model(**inputs, use_cache=True).cache
+        cache = model(**inputs, use_cache=True)[CACHE]
         parts = [cache.self_attention_cache, cache.cross_attention_cache] if name == "t5" else [cache]
         sizes.append(sum(tensor[0, :, 0].nbytes for part in parts for layer in part.layers for tensor in (layer.keys, layer.values)))
     assert result.report.cache == tuple(sizes)
@@ -63,6 +64,6 @@ def test_whole_heads_go_from_weights_and_cache(name: str) -> None:
     assert torch.equal(Case(4, 1).run(made.model, name), wanted)
     assert not torch.equal(wanted, Case(4, 1).run(model, name)), "pruning changes nothing that can be seen"
     if name == "llama_gqa":
-        cache = made.model(**Case(1, 1).inputs(name), use_cache=True).cache
+        cache = made.model(**Case(1, 1).inputs(name), use_cache=True)[CACHE]
         width = model.config.hidden_size // model.config.num_attention_heads
         assert {tuple(tensor.shape[1::2]) for layer in cache.layers for tensor in (layer.keys, layer.values)} == {(1, width)}

@@ -1,0 +1,97 @@
+"""Products are rounded while calibration data run, where that is asked for, and nowhere else."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import fasp_fx
+from fasp_fx.errors import ArgumentError
+from fasp_fx.scoring import Columns
+
+BATCHES = [torch.randn(64, 8, generator=torch.Generator().manual_seed(seed)) for seed in range(4)]
+OWN = (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)
+
+
+@pytest.fixture(autouse=True)
+def _as_before() -> Iterator[None]:
+    """Nothing of torch's own settings is left changed."""
+    before = torch.get_float32_matmul_precision(), [backend.fp32_precision for backend in OWN]
+    yield
+    assert (torch.get_float32_matmul_precision(), [backend.fp32_precision for backend in OWN]) == before
+
+
+class Watched(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.up, self.down = nn.Linear(8, 24), nn.Linear(24, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down(torch.relu(self.up(x)))
+
+
+def precisions(**options: Any) -> dict[str, set[str]]:
+    """The precisions that torch was set to while a loss was taken and while a score was computed."""
+    seen: dict[str, set[str]] = {"loss": set(), "score": set()}
+
+    def loss(outputs: Any, *arguments: Any) -> Tensor:
+        seen["loss"].add(torch.get_float32_matmul_precision())
+        return outputs.square().sum(-1)
+
+    def score(columns: Columns) -> Tensor:
+        seen["score"].add(torch.get_float32_matmul_precision())
+        return columns.weight.square().sum(0)
+
+    result = fasp_fx.prune(Watched().eval(), (BATCHES[0],), calibration=BATCHES, sparsity=0.3, score=score, allocation="global", loss=loss, **options)
+    assert result.report.sparsity == pytest.approx(0.3, abs=0.05)
+    return seen
+
+
+@pytest.mark.parametrize("precision", ["highest", "medium"])
+def test_data_run_in_the_precision_asked_for_and_scores_are_computed_in_full(precision: str) -> None:
+    assert precisions(precision=precision) == {"loss": {precision}, "score": {"highest"}}
+
+
+def test_what_torch_was_asked_for_before_stays() -> None:
+    torch.set_float32_matmul_precision("high")
+    try:
+        assert precisions(precision="medium") == {"loss": {"high"}, "score": {"high"}}
+    finally:
+        torch.set_float32_matmul_precision("highest")
+        for backend in OWN:
+            backend.fp32_precision = "none"
+
+
+def test_by_default_the_hardware_decides(monkeypatch: pytest.MonkeyPatch) -> None:
+    for able, precision in ((True, "medium"), (False, "highest")):
+        monkeypatch.setattr("fasp_fx._chooser.multiplies_bfloat16", lambda device, able=able: able)
+        assert precisions()["loss"] == {precision}
+
+
+def test_an_error_leaves_nothing_changed() -> None:
+    def fails(outputs: Any, *arguments: Any) -> Tensor:
+        raise RuntimeError("no loss")
+
+    with pytest.raises(fasp_fx.errors.CalibrationError, match="no loss"):
+        fasp_fx.prune(Watched().eval(), (BATCHES[0],), calibration=BATCHES, sparsity=0.3, loss=fails, precision="medium")
+
+
+def test_rounded_products_choose_nearly_the_same() -> None:
+    model = Watched().eval()
+    results = [fasp_fx.prune(model, (BATCHES[0],), calibration=BATCHES, sparsity=0.3, precision=precision) for precision in ("highest", "medium")]
+    x = torch.randn(256, 8, generator=torch.Generator().manual_seed(9))
+    expected, errors = model(x), list[float]()
+    for result in results:
+        errors.append((result.module(x) - expected).square().mean().item())
+    assert errors[1] == pytest.approx(errors[0], rel=0.05)
+
+
+@pytest.mark.parametrize("value", ["high", "bfloat16", None, 3])
+def test_another_precision_is_refused(value: Any) -> None:
+    with pytest.raises(ArgumentError, match=r"precision=.*'auto', 'highest', 'medium'"):
+        fasp_fx.PruningConfig(precision=value)
