@@ -14,6 +14,8 @@ import fasp_fx
 def main() -> None:
     parser = arguments(__doc__ or "")
     parser.add_argument("--sparsity", type=float, default=0.2)
+    parser.add_argument("--quality", choices=["fast", "balanced", "best"], default="fast", help="fast: FASP")
+    parser.add_argument("--precision", choices=["auto", "highest", "medium"], default="auto")
     parser.add_argument("--rounds", type=int, default=2, help="forward, prune, forward, prune, …")
     options = parser.parse_args()
     model, tokenizer = smollm2(options.device)
@@ -40,6 +42,9 @@ def main() -> None:
                 {"input_ids": data[:1], "use_cache": False},
                 calibration=[{"input_ids": row[None]} for row in data],
                 sparsity=options.sparsity,
+                quality=options.quality,
+                precision=options.precision,
+                loss="next-token",
             )
             _wait(options.device)
             spent = time.perf_counter() - start

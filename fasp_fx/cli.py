@@ -148,7 +148,10 @@ def prune(
     granularity: Granularity = None,
     include: Include = None,
     uniform_layers: Annotated[bool, typer.Option("--uniform-layers", help="Keep layers alike that are, as some runtimes need it.")] = False,
-    batches: Annotated[int, typer.Option(help="Chunks of text to calibrate on.")] = 32,
+    batches: Annotated[
+        int | None,
+        typer.Option(help="Chunks of text to calibrate on. Default: 32 of a calibration file, 96 with 'self'.", show_default=False),
+    ] = None,
     length: Annotated[int | None, typer.Option(help="Tokens per chunk. Default: 1024 with a calibration file, 256 with 'self'.", show_default=False)] = None,
     eval_batches: Annotated[int, typer.Option(help="Chunks of text to measure perplexity on.")] = 8,
     device: Device = None,
@@ -165,7 +168,7 @@ def prune(
     Finds the coupled channels of the model by itself, predicts from the calibration text what losing them would cost, removes those that cost
     least, repairs the weights that stay, and writes a smaller model that generates like the original, with its tokenizer.
 
-    With `--calibration self` (the default) nothing but the model is needed: it writes 32 texts of 256 tokens itself, which is quick and enough
+    With `--calibration self` (the default) nothing but the model is needed: it writes 96 texts of 256 tokens itself, which is quick and enough
     for a small model. The protocol behind published figures is real text at full length: 32 chunks of 1024 tokens of WikiText-2 to calibrate,
     chunks 100 to 139 to measure:
 
@@ -205,7 +208,7 @@ def prune(
                 granularity=_values(granularity),
                 include=_values(include),
                 uniform_layers=uniform_layers,
-                batches=batches,
+                batches=batches if batches is not None else 96 if calibration == "self" else 32,
                 length=length if length is not None else 256 if calibration == "self" else 1024,
                 eval_batches=eval_batches,
                 device=device,
