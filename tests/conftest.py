@@ -17,6 +17,7 @@ from torch import nn
 from zoo import ZOO
 
 import fasp_fx
+from fasp_fx import _chooser
 
 _COMMON = {"deadline": None, "suppress_health_check": [HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.filter_too_much]}
 settings.register_profile("fast", max_examples=15, derandomize=True, database=None, phases=[Phase.explicit, Phase.generate, Phase.shrink], **_COMMON)
@@ -30,6 +31,8 @@ EXAMPLES = settings.default.max_examples
 def pytest_configure(config: pytest.Config) -> None:
     logging.getLogger("torch.__trace").propagate = False  # thousands of lines for every capture
     torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else 2)
+    # Calibration rounds no products on machines that would be faster so: oracles here are exact ones. test_precision.py holds the rounded ones.
+    _chooser.multiplies_bfloat16 = lambda device: False
     if PROFILE == "slow" and getattr(config.option, "hypothesis_seed", None) is None:
         config.option.hypothesis_seed = str(random.SystemRandom().randrange(2**32))
 
@@ -46,12 +49,6 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     for item in items:
         if item.get_closest_marker("slow"):
             item.add_marker(skip)
-
-
-@pytest.fixture(autouse=True)
-def _computes_alike_everywhere(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Calibration rounds no products on machines that would be faster so: oracles here are exact ones (test_precision.py holds the rounded ones)."""
-    monkeypatch.setattr("fasp_fx._chooser.multiplies_bfloat16", lambda device: False)
 
 
 @cache
