@@ -108,6 +108,9 @@ FORGERIES: dict[str, Callable[[dict[str, Any]], None]] = {
     "dtype": lambda data: data["example"][0].update(dtype="load"),
     "tensor that is not stored": lambda data: data["tensors"]["weights"]["up.weight"].update(stored_as="other"),
     "order of dimensions": lambda data: data["tensors"]["weights"]["up.weight"].update(order=[0, 0]),
+    "name of the model": lambda data: data["program"]["graph_module"]["module_call_graph"][0].update(fqn="__class__.x"),
+    "no call of the model": lambda data: data["program"]["graph_module"].update(module_call_graph=[]),
+    "call without a signature": lambda data: data["program"]["graph_module"]["module_call_graph"][0].update(signature=None),
     "verifier": lambda data: data["program"].update(verifiers=["MINE"]),
     "schema of the future": lambda data: data["program"]["schema_version"].update(major=99),
 }

@@ -111,6 +111,9 @@ def check_program(program: schema.ExportedProgram, tensors: int) -> None:
             _check_path(item.tensor_constant_name)
         elif isinstance(item, schema.TensorMeta) and len(item.sizes) > DIMENSIONS:
             raise StoreError(f"the stored graph has a tensor of {len(item.sizes)} dimensions, and torch's have at most {DIMENSIONS}; save the result again")
+    calls = program.graph_module.module_call_graph
+    if not calls or calls[0].fqn != "" or calls[0].signature is None:
+        raise StoreError("the stored graph does not say how the model itself is called; save the result again")
     if length > EXPRESSIONS * room(tensors):
         raise StoreError(f"the sizes in the stored graph are written in {length:,} terms, too many for {tensors} tensors; save the result again")
     program.graph_module.metadata.clear()

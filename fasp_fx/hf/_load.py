@@ -88,7 +88,11 @@ def _parts(folder: Path, programs: dict[str, Any], device: torch.device) -> Part
 def _program(data: dict[str, Any], weights: dict[str, Tensor], constants: dict[str, Tensor], device: torch.device) -> tuple[dict[str, Any], FlatProgram]:
     kept = {"program": data["program"], "example": data["example"]}
     program = program_from_json(kept, weights, constants, device)
-    return kept, FlatProgram.of(program.module(check_guards=False))
+    try:
+        module = program.module(check_guards=False)
+    except Exception as error:  # torch raises whatever it trips over
+        raise StoreError(f"programs.json holds a program that cannot be called: {first_line(error)}; save the model again") from error
+    return kept, FlatProgram.of(module)
 
 
 def _folder(where: Any, hub: dict[str, Any]) -> Path:
