@@ -96,7 +96,7 @@ class Elimination:
         gram.diagonal().add_(damping * (mean if mean > 0 else 1.0))
         self.inverse = torch.cholesky_inverse(torch.linalg.cholesky(gram))
         self.curvature = curvature.clone()
-        self.place = np.arange(len(gram))  # of each column among those left; -1: gone
+        self.place = np.arange(len(gram))  # of each column in the matrices; -1: gone
         belongs = [(set_, column) for column, row in enumerate(columns.sets) for set_ in row if set_ >= 0]
         counts = np.bincount([set_ for set_, _ in belongs], minlength=sets)
         self.columns = np.full((sets, max(int(counts.max(initial=0)), 1)), -1)
@@ -131,21 +131,27 @@ class Elimination:
         if not len(columns):
             return 0.0
         gone = torch.from_numpy(self.place[columns]).to(self.inverse.device)
-        stays = torch.ones(len(self.inverse), dtype=torch.bool, device=self.inverse.device)
-        stays[gone] = False
-        left = stays.nonzero()[:, 0]
-        inner, own = self.inverse[gone][:, gone], self.curvature[gone][:, gone]
+        across, crossed = self.inverse[gone], self.curvature[gone]
+        inner, own = across[:, gone], crossed[:, gone]
         factor = torch.linalg.cholesky(inner)
         loss = 0.5 * float(torch.cholesky_solve(own, factor).diagonal().sum())
-        across = self.inverse[gone][:, left]
-        share = torch.cholesky_solve(across, factor)  # what of each column left makes up for those that go
-        self.inverse = self.inverse[left][:, left].addmm_(across.T, share, alpha=-1)
-        crossed = self.curvature[gone][:, left].T @ share
-        self.curvature = self.curvature[left][:, left].sub_(crossed).sub_(crossed.T).addmm_(share.T, own @ share)
+        share = torch.cholesky_solve(across, factor)  # what of each column left makes up for those that go, R; of those, the identity
+        crossed = crossed - 0.5 * own @ share
+        # Rows and columns of what goes become zero in both, and are cut out once they are many: a copy costs more than the update.
+        self.inverse.addmm_(across.T, share, alpha=-1)
+        self.curvature.addmm_(torch.cat([crossed, share]).T, torch.cat([share, crossed]), alpha=-1)
         self.place[columns] = -1
-        alive = np.flatnonzero(self.place >= 0)
-        self.place[alive] = np.arange(len(alive))
+        self._cut_out()
         return max(loss, 0.0)
+
+    def _cut_out(self) -> None:
+        """Leave what went out of the matrices, if it is more than an eighth of them."""
+        alive = np.flatnonzero(self.place >= 0)
+        if len(alive) * 8 > len(self.inverse) * 7:
+            return
+        left = torch.from_numpy(self.place[alive]).to(self.inverse.device)
+        self.inverse, self.curvature = self.inverse[left][:, left], self.curvature[left][:, left]
+        self.place[alive] = np.arange(len(alive))
 
 
 def greedy(group: GroupColumns, problems: list[Elimination], rounds: int) -> Order:
