@@ -121,12 +121,10 @@ def test_short_sequences_run_together_and_long_ones_alone(loss: Any, monkeypatch
         sizes[rows] = [piece.count for piece in pieces]
         found[rows] = losses(captured, batches, loss=loss, padding_mask="mask")
     assert sizes == {8: [1] * 21, 36: [4, 3] * 3, 512: [7] * 3}
+    tolerance = 1e-2 if loss == "outputs" else 1e-4  # how large outputs are is told by the first pieces
     for rows in (36, 512):
-        # How large outputs are, by which all costs are divided, is told by the first pieces.
-        factor = found[rows]["down.weight"][-1] / found[8]["down.weight"][-1] if loss == "outputs" else 1.0
-        assert factor == pytest.approx(1, rel=0.1)
         for name, curve in found[8].items():
-            np.testing.assert_allclose(found[rows][name], factor * curve, rtol=1e-4)
+            np.testing.assert_allclose(found[rows][name], curve, rtol=tolerance)
 
 
 class TimeFirst(nn.Module):
