@@ -150,8 +150,7 @@ class Chooser:
         for number, (given, loss) in enumerate(attempts):
             try:
                 marks = Marks(program, [piece.inputs for piece in given], config.padding_mask, hold_out=False)
-                at_least = -(-sum(piece.count for piece in given) // part)
-                observe_batches(consumers, given, wanted, None if loss is None else resolve_loss(loss), marks, advance, at_least)
+                observe_batches(consumers, given, wanted, None if loss is None else resolve_loss(loss), marks, advance, -(-len(given) // part))
                 break
             except CalibrationError as error:
                 if number + 1 == len(attempts):

@@ -13,7 +13,6 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 import fasp_fx
-from fasp_fx._observe import _gradients
 
 WIDE = torch.float64
 
@@ -104,27 +103,6 @@ def test_padding_counts_nothing(loss: Any) -> None:
     assert expected.keys() == found.keys()
     for name, curve in expected.items():
         np.testing.assert_allclose(found[name], curve, rtol=1e-4)
-
-
-@pytest.mark.parametrize("loss", ["outputs", "next-token", None])
-def test_short_sequences_run_together_and_long_ones_alone(loss: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    generator = torch.Generator().manual_seed(1)
-    batches: list[Any] = [
-        {"ids": torch.randint(0, 16, (7, 9), generator=generator), "mask": torch.ones(7, 9, dtype=torch.long).index_fill_(1, torch.tensor([8]), batch % 2)}
-        for batch in range(3)
-    ]
-    captured = fasp_fx.capture(made(Attending), (), batches[0])
-    found, sizes = {}, {}
-    for rows in (8, 36, 512):
-        monkeypatch.setattr(_gradients, "ROWS", rows)
-        pieces = _gradients.in_pieces(captured.program, [_gradients.Piece(list(batch.values()), 0) for batch in batches])
-        sizes[rows] = [piece.count for piece in pieces]
-        found[rows] = losses(captured, batches, loss=loss, padding_mask="mask")
-    assert sizes == {8: [1] * 21, 36: [4, 3] * 3, 512: [7] * 3}
-    tolerance = 1e-2 if loss == "outputs" else 1e-4  # how large outputs are is told by the first pieces
-    for rows in (36, 512):
-        for name, curve in found[8].items():
-            np.testing.assert_allclose(found[rows][name], curve, rtol=tolerance)
 
 
 class TimeFirst(nn.Module):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -23,17 +23,16 @@ from ._runner import Runner
 #: tokens for each column of a consumer from which its Gram matrix says enough to predict losses
 ENOUGH = 2.5
 
-#: how many rows are run back at a time where an input is a table of them, and how many tokens as far as whole sequences allow
+#: how many rows are run back at a time, where an input is a table of them
 ROWS = 512
 
 
 @dataclass(frozen=True)
 class Piece:
-    """Some sequences of a calibration batch: the graph's inputs, the number of the batch, and how many sequences count; what is not divided counts once."""
+    """Some sequences of a calibration batch: the graph's inputs, and the number of the batch."""
 
     inputs: list[Any]
     batch: int
-    count: int = 1
 
 
 def observe_batches(
@@ -53,8 +52,7 @@ def observe_batches(
         wanted: what to observe beside the Gram matrix.
         loss: what gradients are of; ``None``: none are taken.
         marks: which tokens are padding.
-        at_least: so many sequences are run (batches, where they are not divided), and more where a consumer saw few tokens for its columns, or all
-            gradients were zero, if there are.
+        at_least: so many batches are run, and more where a consumer saw few tokens for its columns, or all gradients were zero, if there are.
 
     Raises:
         CalibrationError: the batches do not run forward or back, the loss fails or does not depend on the consumers, or something is not finite.
@@ -62,7 +60,7 @@ def observe_batches(
     program = consumers.analysis.program
     if isinstance(loss, Outputs):
         _settle(program, batches, loss, marks, at_least)
-    terms = seen = 0
+    terms = 0
     for index, piece in enumerate(batches):
         with torch.inference_mode(False), torch.set_grad_enabled(loss is not None):
             run = _Run(consumers, _own(piece), index, wanted, marks, loss is not None)
@@ -70,9 +68,8 @@ def observe_batches(
             if loss is not None:
                 found = _terms(program, run, piece, loss, marks, index)
                 terms += run.back(found) if found.numel() else 0
-        seen += piece.count
-        done = seen >= at_least and _saw_enough(consumers) and not (loss is not None and _vanished(consumers))
-        progress(1.0 if done else min(seen, at_least) / max(at_least, seen + 1))
+        done = index + 1 >= at_least and _saw_enough(consumers) and not (loss is not None and _vanished(consumers))
+        progress(1.0 if done else min(index + 1, at_least) / max(at_least, index + 2))
         if done:
             break
     _check(consumers, loss is not None)
@@ -82,9 +79,9 @@ def observe_batches(
 
 
 def in_pieces(program: Program, whole: list[Piece]) -> list[Piece]:
-    """Batches in pieces of one sequence (one image, some rows, or a few short texts), where these do not see each other; others as they are.
+    """Batches in pieces of one sequence (one image, or some rows), where these do not see each other; others as they are.
 
-    So it hardly matters how sequences were put together, and the memory does not grow with the batch. The first dimension of the first input must be free;
+    So it does not matter how sequences were put together, and the memory does not grow with the batch. The first dimension of the first input must be free;
     inputs are divided along with it whose first dimension is the same size by the graph, or, from two dimensions on, whose first dimension is free and of the
     same size in the batch (a mask). That no sequence sees another is tried on the first batch that is divided: a first dimension may as well be time, or nodes.
     """
@@ -101,9 +98,8 @@ def in_pieces(program: Program, whole: list[Piece]) -> list[Piece]:
         leaf = next(leaf for leaf, is_same in zip(piece.inputs, same, strict=True) if is_same)
         count = leaf.shape[0]
         along = [is_same or (is_free and leaf.shape[0] == count) for leaf, is_same, is_free in zip(piece.inputs, same, free, strict=True)]
-        is_table = leaf.dim() <= 1 + leaf.is_floating_point()
-        each = ROWS if is_table else max(1, ROWS // max(1, leaf[0].numel()))
-        parts = [_part(piece, along, start, each, is_table) for start in range(0, count, each)]
+        each = ROWS if leaf.dim() <= 1 + leaf.is_floating_point() else 1
+        parts = [_part(piece, along, start, each) for start in range(0, count, each)]
         if len(parts) > 1 and not tried:
             tried = True
             if not _is_divisible(program, piece, parts, count):
@@ -112,10 +108,9 @@ def in_pieces(program: Program, whole: list[Piece]) -> list[Piece]:
     return found
 
 
-def _part(piece: Piece, along: list[bool], start: int, size: int, is_table: bool) -> Piece:
-    """Some sequences of a piece, or rows of a table, which count as one."""
-    inputs = [leaf[start : start + size] if splits else leaf for leaf, splits in zip(piece.inputs, along, strict=True)]
-    return Piece(inputs, piece.batch, 1 if is_table else len(next(leaf for leaf, splits in zip(inputs, along, strict=True) if splits)))
+def _part(piece: Piece, along: list[bool], start: int, size: int) -> Piece:
+    """Some sequences of a piece."""
+    return Piece([leaf[start : start + size] if splits else leaf for leaf, splits in zip(piece.inputs, along, strict=True)], piece.batch)
 
 
 def _is_divisible(program: Program, piece: Piece, parts: list[Piece], count: int) -> bool:
@@ -249,7 +244,7 @@ def _told(use: Use) -> bool:
 
 def _own(piece: Piece) -> Piece:
     """The piece with tensors that autograd may keep, which it may not of those made in inference mode."""
-    return replace(piece, inputs=[leaf.clone() if isinstance(leaf, Tensor) and leaf.is_inference() else leaf for leaf in piece.inputs])
+    return Piece([leaf.clone() if isinstance(leaf, Tensor) and leaf.is_inference() else leaf for leaf in piece.inputs], piece.batch)
 
 
 @torch.no_grad()
@@ -273,12 +268,10 @@ def _padding(program: Program, leaves: list[Any], marks: Marks, index: int) -> P
 
 def _settle(program: Program, pieces: Sequence[Piece], loss: Outputs, marks: Marks, at_least: int) -> None:
     """Run the first pieces forward until it is known how large the outputs are: of one image alone, a number may come out as almost nothing."""
-    seen = 0
     for index, piece in enumerate(pieces):
-        seen += piece.count
         leaves = _ran(program, piece)
         enough = loss.settle(called(program, leaves, piece.inputs)[0], _padding(program, leaves, marks, index))
-        if enough or (seen >= at_least and loss.has_size):
+        if enough or (index + 1 >= at_least and loss.has_size):
             return
 
 
