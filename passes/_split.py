@@ -121,6 +121,7 @@ class _Splitter:
     def _parts(self, root: fx.Node, product: Value) -> list[_Part] | None:
         lead = len(product.shape) - 1
         labels = [_label(product.shape, dim) for dim in range(lead)]
+        sizes = root.meta["val"].shape[:lead]
         whole = set(self.analysis.walk.values[root].axes[0].numbers.reshape(-1).tolist())
         found: list[_Part] = []
         pending: list[tuple[fx.Node, list[Tensor]]] = [(root, labels)]
@@ -130,6 +131,8 @@ class _Splitter:
                 value = self.analysis.walk.values.get(user)
                 carried = [self._carry(user, label) for label in at_node]
                 if any(label is None for label in carried) or len({id(v) for v in user.all_input_nodes if _is_tensor(self.analysis, v)}) != 1:
+                    return None
+                if not all(_holds_at_every_size(user, label, size) for label, size in zip(carried, sizes, strict=True)):
                     return None
                 if isinstance(value, Value):
                     numbers = value.axes[0].numbers if len(value.axes) == 1 else None
@@ -241,6 +244,31 @@ def _label(shape: tuple[int, ...], dim: int) -> Tensor:
 def _is_tensor(analysis: Analysis, node: fx.Node) -> bool:
     value = analysis.walk.values.get(node)
     return (isinstance(value, Value) and not value.constant) or isinstance(value, tuple)
+
+
+def _holds_at_every_size(node: fx.Node, label: Any, size: Any) -> bool:
+    """Whether a leading dimension of the product lies, whole and in order, along one dimension of what a node gives, whatever its size.
+
+    Labels show where it lies at the small sizes of the analysis alone, at which a single window may hold all tokens, and a cut may leave them all.
+    """
+    recorded = node.meta.get("val")
+    if isinstance(label, (list, tuple)):
+        found = recorded if isinstance(recorded, (list, tuple)) else ()
+        return len(found) == len(label) and all(_lies_along(one, made, size) for one, made in zip(label, found, strict=True))
+    return _lies_along(label, recorded, size)
+
+
+def _lies_along(label: Any, recorded: Any, size: Any) -> bool:
+    if not (isinstance(label, Tensor) and isinstance(recorded, Tensor)):
+        return False
+    moved = Axis.of(label)
+    if moved is None:  # of one element, and nothing is left that could be cut or moved
+        return isinstance(size, int)
+    (dim, *others) = moved.varying()
+    # Written alike, and not merely equal by what the capture assumed: an exporter can take a number of windows for one.
+    if others or str(recorded.shape[dim]) != str(size):
+        return False
+    return torch.equal(moved.numbers.reshape(-1), torch.arange(label.shape[dim]))
 
 
 def _part(node: fx.Node, value: Value, labels: list[Tensor]) -> _Part | None:

@@ -23,7 +23,7 @@ from ..report import said_whole
 from ._blame import sound_part
 from ._compare import ReferenceFailedError, Seen, compare
 from ._inputs import Inputs, example_inputs, other_inputs
-from ._reference import masked_program
+from ._reference import is_of_the_captured, masked_program
 from ._restrict import decided, restricted
 
 
@@ -225,11 +225,32 @@ class _Net:
                 refused = refused or (inputs, _Fault(f"{inputs.said} the pruned program fails, where the dense one runs: {first_line(error)}", exporting=True))
                 continue
             self.inputs = [inputs] if fault is not None else [*self.inputs, inputs]
+            break
+        self._check_split(self.inputs)
+        if fault is not None or refused is None:
             return fault
-        if refused is None:
-            return None
         self.inputs = [refused[0]]
         return refused[1]
+
+    def _check_split(self, inputs: list[Inputs]) -> None:
+        """Refuse fused weights that were taken apart wrongly, where that would go unseen: the program in which they are apart serves as the reference.
+
+        Raises:
+            VerificationError: the two programs differ before anything is removed.
+        """
+        apart = self.analysis.program
+        if is_of_the_captured(self.program, self.analysis):
+            return
+        for one in inputs:
+            try:
+                seen = compare(self.program, apart.module, apart, one)
+            except ReferenceFailedError:
+                continue
+            if not seen.equal:
+                raise VerificationError(
+                    f"{one.said} the program whose fused weights were taken apart differs from the captured one before anything is removed; "
+                    "nothing is returned, because a pass is wrong"
+                )
 
     def _on(self, inputs: Inputs, reference: Program, made: _Made) -> _Fault | None:
         try:

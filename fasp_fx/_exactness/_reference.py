@@ -48,6 +48,11 @@ def masked_program(program: Program, analysis: Analysis, decision: Decision) -> 
     return made.program
 
 
+def is_of_the_captured(program: Program, analysis: Analysis) -> bool:
+    """Whether the reference is made of the captured program, and not of the analysed one."""
+    return _whole_weights(program, analysis) is not None
+
+
 @dataclass(frozen=True)
 class _Piece:
     """Where the elements of a weight made by splitting lie in the weight it was split from."""

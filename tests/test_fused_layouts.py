@@ -1,0 +1,108 @@
+"""Fused weights are taken apart only where every token stays in its place at every size: not across windows, cuts, or an order of tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from randomly import hold, inputs, sets_of
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import fasp_fx
+from fasp_fx.passes import _split
+
+Parts = tuple[Tensor, Tensor, Tensor]
+
+
+def _unbound(fused: Tensor) -> Parts:
+    """Queries, keys and values ``[batch, …, heads, tokens, width]`` of ``[batch, …, tokens, heads, 3, width]``."""
+    q, k, v = fused.view(*fused.shape[:-1], 2, 3, 8).transpose(-4, -3).unbind(-2)
+    return q, k, v
+
+
+def _windows(fused: Tensor) -> Parts:
+    return _unbound(fused.view(fused.shape[0], -1, 3, 48))
+
+
+def _windows_in_the_batch(fused: Tensor) -> Parts:
+    return _unbound(fused.view(-1, 3, 48))
+
+
+def _all_but_the_last(fused: Tensor) -> Parts:
+    return _unbound(fused[:, :-1])
+
+
+def _first_half(fused: Tensor) -> Parts:
+    return _unbound(fused[:, : fused.shape[1] // 2])
+
+
+def _across_windows(fused: Tensor) -> Parts:
+    return _unbound(fused.view(fused.shape[0], -1, 3, 48).transpose(1, 2).reshape(fused.shape))
+
+
+def _backwards(fused: Tensor) -> Parts:
+    return _unbound(fused.flip(1))
+
+
+def _whole(fused: Tensor) -> Parts:
+    return _unbound(fused)
+
+
+def _heads_last(fused: Tensor) -> Parts:
+    q, k, v = fused.unflatten(-1, (3, 2, 8)).permute(2, 0, 3, 1, 4)
+    return q, k, v
+
+
+class Fused(nn.Module):
+    """Attention over what a layout makes of a fused projection, beside two layers that nothing keeps from being pruned."""
+
+    def __init__(self, layout: Callable[[Tensor], Parts]) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.layout = layout
+        self.qkv, self.out = nn.Linear(8, 48), nn.Linear(16, 8)
+        self.up, self.down = nn.Linear(8, 20), nn.Linear(20, 8)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        attended = F.scaled_dot_product_attention(*self.layout(self.qkv(x))).transpose(-3, -2).flatten(-2)
+        return self.out(attended), self.down(torch.relu(self.up(x)))
+
+
+class Padded(Fused):
+    """Windows of 64 tokens, of which the example fills not one."""
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        padded = self.qkv(F.pad(x, (0, 0, 0, -x.shape[1] % 64)))
+        attended = F.scaled_dot_product_attention(*_unbound(padded.view(x.shape[0], -1, 64, 48))).transpose(-3, -2).flatten(-2)
+        return self.out(attended.flatten(1, 2)[:, : x.shape[1]]), self.down(torch.relu(self.up(x)))
+
+
+TORN = [_windows, _windows_in_the_batch, _all_but_the_last, _first_half, _across_windows, _backwards]
+
+
+@pytest.mark.parametrize("layout", TORN, ids=lambda layout: layout.__name__)
+def test_tokens_that_do_not_stay_in_their_places_keep_a_weight_together(layout: Callable[[Tensor], Parts]) -> None:
+    analysis = hold(Fused(layout), inputs([(2, 9), (3, 6), (1, 24)]))
+    assert ("prunable", 20, 1) in sets_of(analysis, "up.weight"), "the rest is pruned all the same"
+
+
+def test_windows_longer_than_the_example() -> None:
+    analysis = hold(Padded(_whole), inputs([(2, 9), (2, 63), (2, 65), (1, 130)]))
+    assert ("prunable", 20, 1) in sets_of(analysis, "up.weight")
+
+
+@pytest.mark.parametrize("layout", [_whole, _heads_last], ids=lambda layout: layout.__name__)
+def test_a_weight_whose_tokens_stay_is_taken_apart(layout: Callable[[Tensor], Parts]) -> None:
+    analysis = hold(Fused(layout), inputs([(2, 9), (3, 6), (1, 24)]))
+    assert len(analysis.program.parts) == 6
+    assert ("prunable", 16, 2) in sets_of(analysis, "out.weight", 1)
+
+
+@pytest.mark.parametrize("layout", [_windows, _all_but_the_last], ids=lambda layout: layout.__name__)
+def test_the_net_sees_a_weight_that_is_taken_apart_wrongly(layout: Callable[[Tensor], Parts], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_split, "_holds_at_every_size", lambda node, label, size: True)
+    model, batches = Fused(layout).double().eval(), inputs([(2, 9)])
+    with pytest.raises(fasp_fx.VerificationError):
+        fasp_fx.prune(model, batches[0], sparsity=0.3, score="random", restore=None)
