@@ -91,3 +91,67 @@ def test_random_numbers_are_not_compared() -> None:
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
 def test_rounding_is_no_other_result(dtype: torch.dtype) -> None:
     fasp_fx.prune(Sly(1.0 + 1e-3).eval().to(dtype), (example()[0].to(dtype),), score="magnitude", restore=None)
+
+
+class Remembering(nn.Module):
+    """Keeps something of each call in a plain attribute: a count, a tensor, or what happens to be the same each time."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.up, self.down, self.kind, self.kept = nn.Linear(6, 12), nn.Linear(12, 4), kind, 0.0
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = self.up(x).relu()
+        if self.kind == "count":
+            self.kept = self.kept + 1
+            return self.down(hidden * self.kept)
+        if self.kind == "tensor":
+            found = self.down(hidden + self.kept)
+            self.kept = x.detach().mean()
+            return found
+        self.kept = x.shape[-1]
+        return self.down(hidden * self.kept)
+
+
+@pytest.mark.parametrize("kind", ["count", "tensor"])
+def test_what_a_model_keeps_in_attributes_is_said(kind: str) -> None:
+    model = Remembering(kind).eval()
+    with pytest.warns(fasp_fx.CaptureWarning, match="in the second of two calls .*'kept'"):
+        result = fasp_fx.prune(model, example(), score="magnitude", restore=None)
+    assert any("second of two calls" in note for note in result.report.notes)
+    assert model.kept == 0.0
+
+
+def test_attributes_that_come_out_the_same_are_none_of_it(strict: None) -> None:
+    fasp_fx.prune(Remembering("same").eval(), example(), score="magnitude", restore=None)
+
+
+class Asking(nn.Module):
+    """Does otherwise for a single row (or column of steps), as where a model decodes one token at a time."""
+
+    def __init__(self, asks: bool) -> None:
+        super().__init__()
+        self.up, self.down, self.asks = nn.Linear(6, 12), nn.Linear(12, 4), asks
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = self.up(x).relu()
+        if self.asks and x.shape[0] == 1:
+            hidden = hidden.flip(-1)
+        return self.down(hidden)
+
+
+def test_what_a_model_does_at_a_size_of_one_is_said() -> None:
+    with pytest.warns(fasp_fx.CaptureWarning, match="where sizes are one"):
+        fasp_fx.prune(Asking(True).eval(), example(), score="magnitude", restore=None)
+
+
+def test_a_size_of_one_like_any_other_is_none_of_it(strict: None) -> None:
+    fasp_fx.prune(Asking(False).eval(), example(), score="magnitude", restore=None)
+
+
+def test_names_that_are_words_of_python_are_refused() -> None:
+    model = nn.Sequential()
+    model.add_module("class", nn.Linear(6, 12))
+    model.add_module("end", nn.Linear(12, 4))
+    with pytest.raises(fasp_fx.CaptureError, match=r"'class' is a word of Python.*rename"):
+        fasp_fx.capture(model.eval(), example())

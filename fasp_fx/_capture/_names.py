@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import keyword
 from collections.abc import Iterable
 
 from torch import fx
@@ -13,13 +14,16 @@ _OF_GRAPH_MODULES = frozenset(dir(fx.GraphModule)) | {"meta"}
 
 
 def check_names(weights: Iterable[str]) -> None:
-    """Refuse weights under names that a graph module has for something else, such as a submodule ``graph``: torch cannot hold them there.
+    """Refuse weights under names that a graph module has for something else, such as a submodule ``graph``, or that are words of Python, such as ``class``.
 
     Raises:
         CaptureError: names the attribute.
     """
     for name in weights:
         first = name.partition(".")[0]
+        reserved = next((part for part in name.split(".") if keyword.iskeyword(part)), None)
+        if reserved is not None:
+            raise CaptureError(f"the model holds '{name}', but '{reserved}' is a word of Python, which no graph can write; rename '{reserved}' in the model")
         if first in _OF_GRAPH_MODULES:
             raise CaptureError(f"the model holds '{name}', but torch.fx has '{first}' for an attribute of every graph; rename '{first}' in the model")
 

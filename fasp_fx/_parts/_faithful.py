@@ -13,39 +13,97 @@ from .._compat import OpOverload, pytree
 from .._observe._runner import Runner
 from .._program import Program
 from .._warn import warn
-from ..channels import results, written_names
+from ..channels import is_dynamic, results, written_names
 from ..errors import CalibrationError, CaptureWarning
 
 #: relative deviation in the 2-norm from which on two outputs are not the same up to rounding
 _ALLOWED, _ALLOWED_HALF = 1e-2, 1e-1
 
 
+_OTHERWISE = "does not compute what the model does"
+_TRACED = "the model does something else while it is traced, often for want of an optional input"
+
+
 def compared(program: Program, model: Any, args: Any, kwargs: dict[str, Any] | None) -> Program:
-    """The program, with a note and a :class:`CaptureWarning` if it does not compute what the model does on the example inputs.
+    """The program, with a note and a :class:`CaptureWarning` if it does not compute what the model does.
+
+    They are compared on the example inputs; where forward sets attributes, once more after a call; and with every size that varies at one, for which an
+    exporter takes the way of larger sizes.
 
     Nothing is compared where there is nothing to call or to compare: exported programs, weights without values, a program on another device than its
     model, and programs that draw random numbers.
     """
     if not isinstance(model, nn.Module) or _is_elsewhere(program, model) or any(map(_is_random, program.module.graph.nodes)):
         return program
-    args = args if isinstance(args, tuple) else (args,)
-    # what a model compiles for itself (flex attention, say) runs uncompiled, as in the program
-    with torch.no_grad(), rewound(model, written_names(program.module.graph)), torch.compiler.set_stance("force_eager"):
-        expected = _copied(pytree.tree_leaves(model(*_copied(args), **_copied(kwargs or {}))))
+    args, kwargs = args if isinstance(args, tuple) else (args,), kwargs or {}
+    expected, changed = _called(program, model, args, kwargs)
     try:
-        with torch.no_grad():
-            found = _copied(_outputs(program, _copied(program.flat_inputs(args, kwargs or {}))))
+        worst = _difference(program, expected, args, kwargs)
     except CalibrationError as error:
-        return _noted(program, f"cannot be executed on the example inputs ({error})")
+        return _noted(program, f"cannot be executed on the example inputs ({error}): {_TRACED}")
+    if worst:
+        return _noted(program, f"{_OTHERWISE} on the example inputs (an output differs by {worst:.0%}): {_TRACED}")
+    if changed and not written_names(program.module.graph):
+        again, _ = _called(program, model, args, kwargs, calls=2)
+        worst = _difference(program, again, args, kwargs)
+        if worst:
+            names = ", ".join(f"'{name}'" for name in changed[:3])
+            return _noted(
+                program,
+                f"{_OTHERWISE} in the second of two calls (an output differs by {worst:.0%}): forward keeps something in {names}, and a graph only in buffers",
+            )
+    least = _of_size_one(program, args, kwargs)
+    if least is not None:
+        try:
+            expected, _ = _called(program, model, *least)
+            worst = _difference(program, expected, *least)
+        except Exception:  # either may refuse such sizes as it likes, when it is called
+            return program
+        if worst:
+            return _noted(program, f"{_OTHERWISE} where sizes are one (an output differs by {worst:.0%}): forward asks for such a size, which no exporter sees")
+    return program
+
+
+def _called(program: Program, model: nn.Module, args: Any, kwargs: dict[str, Any], calls: int = 1) -> tuple[list[Any], list[str]]:
+    """What the last of some calls of the model returns, and which attributes they set; the model and its inputs are left as they were."""
+    # what a model compiles for itself (flex attention, say) runs uncompiled, as in the program
+    with torch.no_grad(), rewound(model, written_names(program.module.graph)) as changed, torch.compiler.set_stance("force_eager"):
+        for _ in range(calls):
+            expected = _copied(pytree.tree_leaves(model(*_copied(args), **_copied(kwargs))))
+    return expected, changed.names(model)
+
+
+def _difference(program: Program, expected: list[Any], args: Any, kwargs: dict[str, Any]) -> float:
+    """How far the outputs of the program are from those expected; zero if no further than rounding.
+
+    Raises:
+        CalibrationError: the program does not run on these inputs.
+    """
+    with torch.no_grad():
+        found = _copied(_outputs(program, _copied(program.flat_inputs(args, kwargs))))
     apart = [(_deviation(a, b), _ALLOWED_HALF if b.dtype.itemsize == 2 else _ALLOWED) for a, b in zip(_floats(found), _floats(expected))]
-    if all(deviation <= allowed for deviation, allowed in apart):
-        return program
-    worst = max(deviation for deviation, _ in apart)
-    return _noted(program, f"does not compute what the model does on the example inputs (an output differs by {worst:.0%})")
+    return max((deviation for deviation, allowed in apart if not deviation <= allowed), default=0.0)
+
+
+def _of_size_one(program: Program, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]] | None:
+    """The first entries of the example inputs along every dimension that varies; ``None`` if none does, or some vary together with others."""
+    cut: dict[int, Tensor] = {}
+    for node, leaf in zip(program.placeholders(), program.flat_inputs(args, kwargs), strict=True):
+        recorded = node.meta.get("val")
+        if not (isinstance(leaf, Tensor) and isinstance(recorded, Tensor)):
+            continue
+        for dim in (dim for dim, size in enumerate(recorded.shape) if is_dynamic(size)):
+            if not str(recorded.shape[dim]).isidentifier():
+                return None
+            cut[id(leaf)] = cut.get(id(leaf), leaf).narrow(dim, 0, 1)
+    if not cut:
+        return None
+    found: tuple[Any, dict[str, Any]] = pytree.tree_map(lambda leaf: cut.get(id(leaf), leaf), (args, kwargs))
+    return found
 
 
 def _noted(program: Program, trouble: str) -> Program:
-    note = f"the captured program {trouble}: the model does something else while it is traced, often for want of an optional input"
+    note = f"the captured program {trouble}"
     warn(f"{note}; the pruned model follows the program", CaptureWarning)
     return replace(program, notes=(*program.notes, note))
 
