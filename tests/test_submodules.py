@@ -211,6 +211,10 @@ class Reads(nn.Module):
             x = x + self.block.forward(x)
         elif self.what == "device":
             x = x.to(next(self.block.parameters()).dtype)
+        elif self.what == "penalty":
+            x = x + sum(parameter.square().sum() for parameter in self.block.parameters())
+        elif self.what == "count":
+            x = x * sum(parameter.numel() for _, parameter in self.block.named_parameters())
         elif self.what == "layer":
             x = self.block.down(torch.relu(self.block.up(x)))
         return self.other(x) if x.sum() < 1e6 else x
@@ -227,6 +231,12 @@ def test_simple_attributes_of_a_part_can_be_read() -> None:
 def test_a_parent_that_reads_inside_a_part_keeps_it_whole(what: str) -> None:
     result = _exact(Reads(what).eval(), {"other"})
     assert "AttributeError" in result.left["block"]
+
+
+@pytest.mark.parametrize("what", ["penalty", "count"])
+def test_a_parent_that_reads_values_or_sizes_of_parameters_keeps_the_part_whole(what: str) -> None:
+    result = _exact(Reads(what).eval(), {"other"})
+    assert "computes something else" in result.left["block"]
 
 
 class Hidden(Forks):

@@ -40,15 +40,17 @@ def _is_simple(value: Any, depth: int = 3) -> bool:
 
 
 class StandIn(nn.Module):
-    """A captured part that shows its parent nothing but a forward, simple attributes and a flat list of parameters.
+    """A captured part that shows its parent nothing but a forward, simple attributes and a flat list of parameters of other sizes and values.
 
-    A parent that reads more, such as a weight or a layer inside the part, fails: what it reads would change with the pruning.
+    A parent that reads more, such as a layer inside the part, fails, and one that reads more of a parameter than its device and dtype (its values for a
+    penalty, its size for a count) computes something else: what it reads would change with the pruning.
     """
 
     def __init__(self, original: nn.Module, module: nn.Module) -> None:
         super().__init__()
         for index, parameter in enumerate(original.parameters()):
-            self.register_parameter(f"weight_{index}", parameter)
+            other = torch.full([1] * parameter.dim(), 3, dtype=parameter.dtype, device=parameter.device)
+            self.register_parameter(f"weight_{index}", nn.Parameter(other, parameter.requires_grad))
         self.eval()
         vars(self).update(simple_attributes(original), _captured=(module,))
 
