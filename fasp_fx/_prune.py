@@ -190,8 +190,11 @@ def apply(
     """Replay a plan on the model it was made for; no calibration data, and so no restoration.
 
     Raises:
+        ArgumentError: the plan is none.
         PlanError: the plan is for another model (or for this one before it was pruned).
     """
+    if not isinstance(plan, PruningPlan):
+        raise ArgumentError(f"plan is a {type(plan).__name__}; pass a PruningPlan (PruningPlan.from_json reads one that was written as text)")
     clock, config = Timings(), PruningConfig(granularity=plan.granularity, include=plan.include)
     try:
         program = program_of(model, args, kwargs, dynamic_shapes=dynamic_shapes, state=state, device=None)

@@ -152,6 +152,8 @@ def validate(lost: Any, budget: Budget) -> list[int]:
         ArgumentError: not one number for each group, or one that leaves less than the group needs.
         BudgetError: it leaves more than a budget allows.
     """
+    if not isinstance(lost, Iterable):
+        raise ArgumentError(f"the allocation returned a {type(lost).__name__}; it must return a number of channel sets for each group")
     found = list(lost)
     if len(found) != len(budget.groups):
         raise ArgumentError(f"the allocation returned {len(found)} numbers for {len(budget.groups)} groups; it must return one for each")

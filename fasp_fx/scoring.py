@@ -135,9 +135,11 @@ class ByColumns(GroupScore):
         """The value of each column.
 
         Raises:
-            ArgumentError: the score returned something of another shape.
+            ArgumentError: the score returned no tensor, or one of another shape.
         """
         values = self.score(columns)
+        if not isinstance(values, Tensor):
+            raise ArgumentError(f"the score returned a {type(values).__name__}; it must return a tensor with one value per column")
         if tuple(values.shape) != (columns.weight.shape[1],):
             raise ArgumentError(
                 f"the score returned shape {tuple(values.shape)} for a consumer with {columns.weight.shape[1]} columns; it must return one value per column"

@@ -8,6 +8,7 @@ first, as is how much of it there is (see ``fasp_fx/_store/_untrusted.py``). Ope
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import torch
@@ -30,8 +31,10 @@ def load(path: str | Path, *, model: nn.Module | None = None, device: torch.devi
 
     Raises:
         StoreError: a file is missing, damaged, or of another format; names the file and what to do.
-        ArgumentError: ``model`` is missing, or not needed.
+        ArgumentError: the path is none, or ``model`` is missing, or not needed.
     """
+    if not isinstance(path, (str, os.PathLike)):
+        raise ArgumentError(f"path is a {type(path).__name__}; pass the folder that save() wrote")
     folder = Path(path)
     target = None if device is None else torch.device(device)
     if is_parts(folder):

@@ -182,3 +182,36 @@ def test_too_few_tokens_work_and_warn() -> None:
 def test_no_data_is_needed_without_score_and_restoration_from_data() -> None:
     for score in ("magnitude", "random"):
         assert fasp_fx.prune(Vectors().eval(), (X,), score=score, restore=None, sparsity=0.3).plan.groups
+
+
+# --- what is not of the kind that it should be
+
+
+@pytest.mark.parametrize("value", [None, 1.0, [0.0] * 12])
+def test_a_score_that_is_no_tensor(value: Any) -> None:
+    refused(fasp_fx.errors.ArgumentError, "the score returned a .*one value per column", score=lambda columns: value)
+
+
+@pytest.mark.parametrize("value", [None, 3])
+def test_an_allocation_that_is_no_list(value: Any) -> None:
+    refused(fasp_fx.errors.ArgumentError, "the allocation returned a .*for each group", allocation=lambda *given: value)
+
+
+def test_a_batch_of_another_layout() -> None:
+    refused(fasp_fx.CalibrationError, r"layout torch\.sparse_coo, expected torch\.strided.*to_dense", calibration=[BATCH.to_sparse()])
+
+
+def test_an_example_that_the_model_refuses() -> None:
+    with pytest.raises(fasp_fx.errors.ArgumentError, match="does not run on the example inputs: RuntimeError"):
+        fasp_fx.prune(Vectors().eval(), (X.double(),), calibration=[BATCH])
+
+
+def test_a_plan_that_is_text() -> None:
+    plan = fasp_fx.prune(Vectors().eval(), (X,), score="magnitude", restore=None).plan
+    with pytest.raises(fasp_fx.errors.ArgumentError, match=r"plan is a str; pass a PruningPlan"):
+        fasp_fx.apply(Vectors().eval(), plan.to_json(), (X,))  # type: ignore[arg-type]
+
+
+def test_a_path_that_is_none() -> None:
+    with pytest.raises(fasp_fx.errors.ArgumentError, match="path is a int"):
+        fasp_fx.load(3)  # type: ignore[arg-type]

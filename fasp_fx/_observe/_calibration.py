@@ -122,6 +122,8 @@ def _check(program: Program, flat: list[Any], index: int) -> None:
             raise CalibrationError(f"{where}: expected a tensor, found {type(leaf).__name__}")
         if leaf.dtype != expected.dtype:
             raise CalibrationError(f"{where}: dtype {leaf.dtype}, expected {expected.dtype}; convert the batch")
+        if leaf.layout != expected.layout:
+            raise CalibrationError(f"{where}: layout {leaf.layout}, expected {expected.layout}; convert the batch, for example with to_dense()")
         if leaf.device != expected.device:
             raise CalibrationError(f"{where} is on {leaf.device}, the model on {expected.device}; move the batch, or pass device=")
         _check_shape(leaf, expected, where)

@@ -14,7 +14,7 @@ from .._observe._runner import Runner
 from .._program import Program
 from .._warn import warn
 from ..channels import is_dynamic, results, written_names
-from ..errors import CalibrationError, CaptureWarning
+from ..errors import ArgumentError, CalibrationError, CaptureWarning, first_line
 
 #: relative deviation in the 2-norm from which on two outputs are not the same up to rounding
 _ALLOWED, _ALLOWED_HALF = 1e-2, 1e-1
@@ -36,7 +36,12 @@ def compared(program: Program, model: Any, args: Any, kwargs: dict[str, Any] | N
     if not isinstance(model, nn.Module) or _is_elsewhere(program, model) or any(map(_is_random, program.module.graph.nodes)):
         return program
     args, kwargs = args if isinstance(args, tuple) else (args,), kwargs or {}
-    expected, changed = _called(program, model, args, kwargs)
+    try:
+        expected, changed = _called(program, model, args, kwargs)
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # tensors without data let pass what the model itself refuses, such as another dtype
+        raise ArgumentError(f"the model does not run on the example inputs: {type(error).__name__}: {first_line(error)}; pass others") from error
     try:
         worst = _difference(program, expected, args, kwargs)
     except CalibrationError as error:
