@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import warnings
 from collections.abc import Iterator
 
@@ -155,3 +156,30 @@ def test_names_that_are_words_of_python_are_refused() -> None:
     model.add_module("end", nn.Linear(12, 4))
     with pytest.raises(fasp_fx.CaptureError, match=r"'class' is a word of Python.*rename"):
         fasp_fx.capture(model.eval(), example())
+
+
+@functools.cache
+def table(length: int) -> Tensor:
+    return torch.arange(length, dtype=torch.float32)[:, None].cos()
+
+
+class Tabled(nn.Module):
+    """Looks up what a function remembers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(6, 12), nn.Linear(12, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down(self.up(x).relu() * table(int(x.shape[0])))
+
+
+def test_a_tensor_that_a_function_remembers_from_the_capture() -> None:
+    table.cache_clear()
+    with pytest.raises(fasp_fx.CaptureError, match=r"has kept a tensor without values.*call the model once before"):
+        fasp_fx.prune(Tabled().eval(), example(), score="magnitude", restore=None)
+    table.cache_clear()
+    model = Tabled().eval()
+    model(*example())
+    fasp_fx.capture(model, example())
+    table.cache_clear()

@@ -9,12 +9,12 @@ import torch
 from torch import Tensor, fx, nn
 
 from .._capture._unchanged import rewound
-from .._compat import OpOverload, pytree
+from .._compat import FakeTensor, OpOverload, pytree
 from .._observe._runner import Runner
 from .._program import Program
 from .._warn import warn
 from ..channels import is_dynamic, results, written_names
-from ..errors import ArgumentError, CalibrationError, CaptureWarning, first_line
+from ..errors import ArgumentError, CalibrationError, CaptureError, CaptureWarning, first_line
 
 #: relative deviation in the 2-norm from which on two outputs are not the same up to rounding
 _ALLOWED, _ALLOWED_HALF = 1e-2, 1e-1
@@ -42,6 +42,11 @@ def compared(program: Program, model: Any, args: Any, kwargs: dict[str, Any] | N
         raise
     except Exception as error:  # tensors without data let pass what the model itself refuses, such as another dtype
         raise ArgumentError(f"the model does not run on the example inputs: {type(error).__name__}: {first_line(error)}; pass others") from error
+    if any(isinstance(leaf, FakeTensor) for leaf in expected):
+        raise CaptureError(
+            f"{type(model).__name__} has kept a tensor without values from its capture, in a function that remembers what it returned (functools.cache, say): "
+            "clear what it remembers, and call the model once before it is captured"
+        )
     try:
         worst = _difference(program, expected, args, kwargs)
     except CalibrationError as error:
