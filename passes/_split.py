@@ -262,8 +262,8 @@ def _lies_along(label: Any, recorded: Any, size: Any) -> bool:
     if not (isinstance(label, Tensor) and isinstance(recorded, Tensor)):
         return False
     moved = Axis.of(label)
-    if moved is None:  # of one element, and nothing is left that could be cut or moved
-        return isinstance(size, int)
+    if moved is None:  # one element, which nothing can move
+        return isinstance(size, int) and size == 1
     (dim, *others) = moved.varying()
     # Written alike, and not merely equal by what the capture assumed: an exporter can take a number of windows for one.
     if others or str(recorded.shape[dim]) != str(size):

@@ -225,6 +225,7 @@ class _Net:
                 refused = refused or (inputs, _Fault(f"{inputs.said} the pruned program fails, where the dense one runs: {first_line(error)}", exporting=True))
                 continue
             self.inputs = [inputs] if fault is not None else [*self.inputs, inputs]
+            refused = None
             break
         self._check_split(self.inputs)
         if fault is not None or refused is None:
