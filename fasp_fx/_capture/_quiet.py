@@ -7,7 +7,7 @@ import logging
 import warnings
 from collections.abc import Iterator
 
-from .._compat import FAKE_LOGGER, silent_export
+from .._compat import silent_export, silent_fake_tensors
 
 
 @contextlib.contextmanager
@@ -23,12 +23,11 @@ def quiet() -> Iterator[None]:
         "transformers",
         EXPORTER_LOGGER,
     )
-    levels = {name: logging.getLogger(name).level for name in (*names, FAKE_LOGGER)}
+    levels = {name: logging.getLogger(name).level for name in names}
     try:
         for name in names:
             logging.getLogger(name).setLevel(logging.ERROR)
-        logging.getLogger(FAKE_LOGGER).setLevel(logging.CRITICAL)  # logs as errors what it goes on to raise
-        with warnings.catch_warnings(), silent_export():
+        with warnings.catch_warnings(), silent_export(), silent_fake_tensors():
             warnings.simplefilter("ignore")
             yield
     finally:

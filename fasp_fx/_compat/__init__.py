@@ -14,6 +14,7 @@ from ._fake import (
     FakeTensorMode,
     enable_python_dispatcher,
     is_of_fake_cache,
+    silent_fake_tensors,
     without_fake_cache,
 )
 from ._graphs import PRESERVED, PyTreeCodeGen, PyTreeInfo, silent_export
@@ -42,6 +43,7 @@ __all__ = [
     "pytree",
     "refuse_new_guards",
     "silent_export",
+    "silent_fake_tensors",
     "traced_by",
     "without_fake_cache",
 ]

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import traceback
+from collections.abc import Iterator
 
 import torch
 from torch._dispatch.python import enable_python_dispatcher
@@ -11,6 +13,18 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicO
 
 #: the logger of what fake tensors go on to raise
 FAKE_LOGGER = "torch._subclasses.fake_tensor"
+
+
+@contextlib.contextmanager
+def silent_fake_tensors() -> Iterator[None]:
+    """Keep fake tensors from logging as an error what they go on to raise."""
+    logger = logging.getLogger(FAKE_LOGGER)
+    level = logger.level
+    logger.setLevel(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
 
 
 def without_fake_cache() -> contextlib.AbstractContextManager[None]:
@@ -31,5 +45,6 @@ __all__ = [
     "FakeTensorMode",
     "enable_python_dispatcher",
     "is_of_fake_cache",
+    "silent_fake_tensors",
     "without_fake_cache",
 ]

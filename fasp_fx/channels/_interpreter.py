@@ -6,7 +6,6 @@ freezes the channels it is given; it never fails and never guesses.
 
 from __future__ import annotations
 
-import logging
 import operator
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
@@ -19,7 +18,15 @@ from torch import Tensor, fx
 from fasp_fx.errors import VerificationError, first_line
 from fasp_fx.patterns import CASTS, Rule, lookup
 
-from .._compat import FAKE_LOGGER, DataDependentOutputException, DynamicOutputShapeException, FakeTensor, OpOverload, free_unbacked_symbols, pytree
+from .._compat import (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+    FakeTensor,
+    OpOverload,
+    free_unbacked_symbols,
+    pytree,
+    silent_fake_tensors,
+)
 from ._execution import Execution
 from ._factors import NotDivisible
 from ._facts import Facts
@@ -113,17 +120,11 @@ class Interpreter:
         return found
 
     def _run_small_if_it_can(self) -> Walk:
-        # That a program does not run at small sizes is no error, but the fake tensors would log it as one.
-        logger = logging.getLogger(FAKE_LOGGER)
-        level = logger.level
         try:
-            logger.setLevel(logging.CRITICAL)
-            return self._run(small=True)
+            with silent_fake_tensors():  # that a program does not run at small sizes is no error
+                return self._run(small=True)
         except _Degenerate:
-            logger.setLevel(level)
             return self._run(small=False)
-        finally:
-            logger.setLevel(level)
 
     def _run(self, small: bool) -> Walk:
         walk = Walk(Sizes(self.module, small), execution=self.execution)

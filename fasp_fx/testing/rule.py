@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -15,7 +14,7 @@ from fasp_fx import patterns
 from fasp_fx.errors import ArgumentError, RuleError
 from fasp_fx.patterns import Rule
 
-from .._compat import FAKE_LOGGER, OpOverload
+from .._compat import OpOverload, silent_fake_tensors
 from ._tally import TALLY
 from ._verdict import CheckFailed
 from .rules._calls import Call, repeatable
@@ -157,15 +156,9 @@ def assert_rule(operator: OpOverload, rule: str | Rule | None = None, **options:
 @contextmanager
 def _quiet() -> Iterator[None]:
     """Calls that an operator refuses are drawn anew; torch need not speak of them."""
-    logger = logging.getLogger(FAKE_LOGGER)
-    level = logger.level
-    logger.setLevel(logging.CRITICAL)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logger.setLevel(level)
+    with silent_fake_tensors(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
 
 
 @contextmanager
