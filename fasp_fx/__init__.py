@@ -13,6 +13,7 @@ from ._auto import register_when_needed
 from ._captured import Captured, capture
 from ._compile._backend import backend
 from ._measure import measure
+from ._offload._context import keep_weights, offload
 from ._page import to_html
 from ._prune import analyze, apply, plan_from_sets, prune
 from ._result import Result
@@ -32,6 +33,7 @@ from .errors import (
     ExportError,
     FaspError,
     NothingPrunableError,
+    OffloadError,
     PartialPlanWarning,
     PlanError,
     RuleError,
@@ -72,6 +74,7 @@ __all__ = [
     "FaspError",
     "Group",
     "NothingPrunableError",
+    "OffloadError",
     "ParameterSlice",
     "PartialPlanWarning",
     "PlanError",
@@ -89,8 +92,10 @@ __all__ = [
     "backend",
     "capture",
     "distil",
+    "keep_weights",
     "load",
     "measure",
+    "offload",
     "passes",
     "patterns",
     "plan_from_sets",

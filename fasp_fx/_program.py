@@ -13,6 +13,7 @@ from torch import Tensor, fx, nn
 from ._calling._facts import ExportFacts
 from ._calling._signature import CallSignature
 from ._compat import pytree
+from ._offload._current import keep
 from .channels import Slot, attribute
 
 
@@ -108,7 +109,7 @@ class Program:
 
     def replace_weight(self, names: list[str], value: Tensor) -> None:
         """Put one tensor under several names; a parameter stays one parameter, so that tied weights stay tied."""
-        first: Any = value
+        first: Any = keep(value)
         for name in names:
             set_weight(self.module, name, first)
             first = attribute(self.module, name)
@@ -201,6 +202,7 @@ def _tree_copy(module: nn.Module) -> nn.Module:
 
 def set_weight(module: nn.Module, name: str, value: Tensor) -> None:
     """Replace a parameter or buffer by its dotted name, keeping its kind, or add a parameter under a new name."""
+    value = keep(value)
     path, _, leaf = name.rpartition(".")
     owner = attribute(module, path) if path else module
     if leaf in owner._buffers:

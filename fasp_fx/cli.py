@@ -159,6 +159,12 @@ def prune(
     plain: Annotated[
         bool, typer.Option("--plain", help="Keep to what the model's own config can say, and write a standard checkpoint that needs no fasp_fx.")
     ] = False,
+    stream: Annotated[
+        bool, typer.Option("--stream", help="Keep the weights in files, and in memory those that are used: for models larger than the memory, on the CPU.")
+    ] = False,
+    scratch: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Where --stream keeps the weights. Default: beside the folder to write.", show_default=False)
+    ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an earlier result at --out, and nothing else.")] = False,
     seed: Annotated[int, typer.Option(help="Seed of the text that the model writes.")] = 0,
     html: Annotated[Path | None, typer.Option("--html", metavar="FILE", help=HTML_HELP, show_default=False)] = None,
@@ -217,6 +223,8 @@ def prune(
                 overwrite=overwrite,
                 seed=seed,
                 html=html,
+                stream=stream,
+                scratch=scratch,
             ),
             stages,
             results(),

@@ -62,6 +62,10 @@ class StoreError(FaspError):
     """A saved result is missing, truncated, tampered with, or would be overwritten."""
 
 
+class OffloadError(FaspError):
+    """Weights cannot be kept in files: a folder cannot be written, or its disk is full."""
+
+
 class CaptureWarning(UserWarning):
     """The captured program does not compute what the model computes when it is called."""
 

@@ -9,11 +9,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ._offload._current import keep
 from .statistics import precise
 
 #: strengths to choose from, relative to the mean of the Gram matrix's diagonal; beside them stands infinity, which leaves the kept columns as they are
 GRID = (1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0, 100.0)
 _START = 1
+#: rows of a product that is only summed up, formed at once
+_AT_ONCE = 1024
 #: combinations of the weight's rows on which strengths are compared
 SKETCHED = 64
 
@@ -87,23 +90,24 @@ class _Problem:
         removed = torch.ones(weight.shape[1], dtype=torch.bool, device=weight.device)
         removed[kept] = False
         order = torch.cat([kept, removed.nonzero()[:, 0]])
-        dtype = precise(weight.device)
         mean = float(fitted.diagonal().mean()) + (float(held.diagonal().mean()) if held is not None else 0.0)
         scale = mean if mean > 0 else 1.0
-        self.fitted = fitted[order][:, order] / scale
-        self.held = None if held is None else held[order][:, order] / scale
-        self.whole = self.fitted.to(dtype) if self.held is None else self.fitted.to(dtype) + self.held
-        self.rows = weight[:, order].to(dtype)
-        rough = self.rows.to(torch.float32)
-        own = rough.T @ rough  # for what is only divided by
-        self.total = _sum(own, self.whole)
-        self.before = self._relative(self._removed(self.rows, self.whole), self.total)
-        self.total_held = None if self.held is None else _sum(own, self.held)
-        self.held_before = None if self.held is None else self._relative(self._removed(self.rows, self.held), self.total_held)
+        self.fitted = keep(fitted[order[:, None], order].div_(scale))
+        self.held = None if held is None else keep(held[order[:, None], order].div_(scale))
+        self.rows = weight[:, order].to(precise(weight.device))
+        rough = self.rows.to(torch.float32)  # for what is only divided by
+        totals, removed_errors = _energies(rough, *self._grams()), [self._removed(self.rows, gram) for gram in self._grams()]
+        self.total = sum(totals)
+        self.before = self._relative(sum(removed_errors), self.total)
+        self.total_held = None if self.held is None else totals[1]
+        self.held_before = None if self.held is None else self._relative(removed_errors[1], self.total_held)
+
+    def _grams(self) -> list[Tensor]:
+        return [self.fitted] if self.held is None else [self.fitted, self.held]
 
     def choose(self) -> tuple[float, float]:
         """The best strength, and by what factor its solution changes the error on the tokens held out; infinity and 1 where none is better than no repair."""
-        if self.held is None or not 0 < self.count < len(self.whole):
+        if self.held is None or not 0 < self.count < len(self.fitted):
             return math.inf, 1.0
         # Strengths are compared in float32; what comes of the best is solved and judged anew.
         rows, fitted, held = (tensor.to(torch.float32) for tensor in (_sketch(self.rows), self.fitted, self.held))
@@ -123,12 +127,15 @@ class _Problem:
 
     def refit(self, strength: float, held_factor: float) -> Restored:
         """The solution on all tokens, if as it will be stored it is better than no repair."""
-        added = self._solve(self.rows, self.whole, strength)
-        if added is None or self.held is None or self.held_before is None:
+        if self.held is None or self.held_before is None:
+            return self.unchanged()
+        whole = self.fitted.to(self.rows.dtype).add_(self.held)
+        added = self._solve(self.rows, whole, strength)
+        if added is None:
             return self.unchanged()
         start = self.rows[:, : self.count]
         stored = (start + added).to(self.weight.dtype)
-        after, held_after = self._errors(self.rows, stored.to(start.dtype) - start, self.whole, self.held)
+        after, held_after = self._errors(self.rows, stored.to(start.dtype) - start, whole, self.held)
         if not (self._relative(after, self.total) < self.before and self._relative(held_after, self.total_held) < self.held_before):
             return self.unchanged()
         weight = torch.zeros_like(self.weight)
@@ -146,6 +153,7 @@ class _Problem:
         inner = gram[: self.count, : self.count].clone()
         inner.diagonal().add_(strength * gram.diagonal().mean())
         factor, failed = torch.linalg.cholesky_ex(inner)
+        del inner
         if int(failed):
             return None
         found = torch.cholesky_solve(gram[: self.count, self.count :] @ rows[:, self.count :].T, factor).T
@@ -156,8 +164,7 @@ class _Problem:
         difference = torch.cat([-added, rows[:, self.count :]], 1)
         if len(grams) == 1:
             return [max(_sum(difference @ gram, difference), 0.0) for gram in grams]
-        own = difference.T @ difference
-        return [max(_sum(own, gram), 0.0) for gram in grams]
+        return [max(energy, 0.0) for energy in _energies(difference, *grams)]
 
     def _removed(self, rows: Tensor, gram: Tensor) -> float:
         """The error of no repair."""
@@ -167,6 +174,16 @@ class _Problem:
     @staticmethod
     def _relative(error: float, total: float | None) -> float:
         return error / total if total else 0.0
+
+
+def _energies(rows: Tensor, *grams: Tensor) -> list[float]:
+    """``tr(R G Rᵀ)`` for each of some Gram matrices, with RᵀR formed once, and a part of it at a time."""
+    found = [0.0] * len(grams)
+    for start in range(0, rows.shape[1], _AT_ONCE):
+        own = rows[:, start : start + _AT_ONCE].T @ rows
+        for index, gram in enumerate(grams):
+            found[index] += _sum(own, gram[start : start + _AT_ONCE])
+    return found
 
 
 def _sum(first: Tensor, second: Tensor) -> float:

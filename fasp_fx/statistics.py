@@ -8,6 +8,8 @@ from typing import ClassVar, Protocol
 import torch
 from torch import Tensor
 
+from ._offload._current import keep
+
 #: columns per block of the Gram matrix; only blocks on and below the diagonal are computed
 _BLOCK = 384
 
@@ -49,7 +51,7 @@ class Gram:
     """
 
     def __init__(self, columns: int, device: torch.device) -> None:
-        self.matrix = torch.zeros(columns, columns, dtype=torch.float32, device=device)
+        self.matrix = keep(torch.zeros(columns, columns, dtype=torch.float32, device=device))
         self.tokens = 0
 
     def update(self, activation: Tensor, dim: int) -> None:

@@ -97,6 +97,17 @@ def test_prune_from_file(from_file: tuple[Path, Result], folder: Path) -> None:
     assert [measured.dense, measured.pruned] == pytest.approx(expected, rel=1e-4)
 
 
+def test_prune_with_the_weights_in_files(from_file: tuple[Path, Result], folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fasp_fx._offload._scratch.SMALLEST", 1)
+    text = ("--calibration", folder / "text.txt", "--text", folder / "text.txt")
+    done = _invoke("prune", folder / "model", *text, "--out", tmp_path / "out", *SMALL, "--stream", "--scratch", tmp_path / "scratch")
+    assert done.exit_code == 0, done.output
+    found, expected = (AutoModelForCausalLM.from_pretrained(where) for where in (tmp_path / "out", from_file[0]))
+    assert found.plan == expected.plan
+    assert all(torch.equal(found.get_parameter(name), parameter) for name, parameter in expected.named_parameters())
+    assert not list((tmp_path / "scratch").iterdir())
+
+
 def test_prune_by_itself(folder: Path, tmp_path: Path) -> None:
     first = _invoke("prune", folder / "model", "--out", tmp_path / "out", *SMALL)
     assert first.exit_code == 0, first.output

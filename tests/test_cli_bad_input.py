@@ -134,6 +134,9 @@ OPTIONS = [
     *([option, value] for option in ("--calibration", "--text") for value in FILES),
     *(["--html", value] for value in PAGES),
     ["--plain", "--include", "exempt"],
+    ["--scratch", "@folder"],
+    ["--stream", "--recover", "1"],
+    *(["--scratch", value, "--stream"] for value in ("@text.txt", "@text.txt/below", "@pipe", "@loop", f"@{UNDECODABLE}")),
 ]
 
 

@@ -10,6 +10,8 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
+from .._offload._context import keep_weights
+from .._offload._scratch import Scratch
 from ..errors import ArgumentError, FaspError, first_line
 from ._arguments import check_path
 from ._checkpoint import check_config, check_folder, check_loaded, check_sizes, check_values, check_weights_fit
@@ -80,11 +82,12 @@ def load_tokenizer(source: Source) -> Any:
     )
 
 
-def load_model(source: Source, *, dtype: str = "auto", device: torch.device | str = "cpu") -> Any:
+def load_model(source: Source, *, dtype: str = "auto", device: torch.device | str = "cpu", scratch: Scratch | None = None) -> Any:
     """The model in evaluation mode, with its weights on ``device``.
 
     Args:
         dtype: ``"auto"`` for the one it was stored in, or a name of :data:`DTYPES`.
+        scratch: files to hold the weights instead. Those of a folder are then never all in memory; others are, while they are loaded.
 
     Raises:
         ArgumentError: it cannot be loaded.
@@ -103,9 +106,16 @@ def load_model(source: Source, *, dtype: str = "auto", device: torch.device | st
             **source.options,
         )
 
-    model, info = _load(f"'{source}'", _CAUSAL, build)
+    if scratch is not None and Path(source.where).is_dir() and source.gguf is None:
+        from ..hf import load_offloaded
+
+        model = _load(f"'{source}'", _CAUSAL, lambda: load_offloaded(source.where, scratch, dtype=DTYPES.get(dtype)))
+    else:
+        model, info = _load(f"'{source}'", _CAUSAL, build)
+        check_loaded(model, info, str(source))
+        if scratch is not None:
+            keep_weights(model, scratch)
     check_config(model.config, str(source))
-    check_loaded(model, info, str(source))
     check_values(model, str(source))
     return model.eval().to(device)
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -11,6 +13,8 @@ from typing import Any
 import torch
 from rich.console import Console
 
+from .._offload._context import offload
+from .._offload._scratch import Scratch
 from .._page import check_page, write_page
 from ..analysis import Analysis
 from ..budgets import Cap
@@ -51,6 +55,8 @@ class Request:
     html: Path | None = None
     budget: Mapping[str, str | None] = field(default_factory=dict)
     uniform_layers: bool = False
+    stream: bool = False
+    scratch: Path | None = None
     granularity: tuple[str, ...] = ()
     include: tuple[str, ...] = ()
 
@@ -83,10 +89,27 @@ class Request:
             raise ArgumentError("--recover needs at least two --batches, of which one is held out")
         if self.plain and self.include:
             raise ArgumentError(f"--include {self.include[0]} cannot go with --plain: no config says what is left of such groups; leave one of them out")
+        self._check_stream()
         _saved.check_target(self.out, overwrite=self.overwrite, plain=self.plain)
         if self.html is not None:
             check_path("--html", self.html)
             check_page(self.html)
+
+    def _check_stream(self) -> None:
+        if self.scratch is not None:
+            check_path("--scratch", self.scratch)
+            if not self.stream:
+                raise ArgumentError(f"--scratch {self.scratch} says where --stream keeps the weights; pass --stream, or leave it out")
+            above = next(path for path in (self.scratch.absolute(), *self.scratch.absolute().parents) if os.path.lexists(path))
+            if not above.is_dir():
+                raise ArgumentError(f"--scratch {self.scratch} cannot be made: '{above}' is no folder; give another one")
+        if not self.stream:
+            return
+        device = _models.find_device(self.device)
+        if device.type != "cpu":
+            raise ArgumentError(f"--stream keeps weights in files that the CPU reads, and the device is '{device}'; pass --device cpu, or leave out --stream")
+        if self.recover:
+            raise ArgumentError("--recover trains all weights at once, which --stream avoids to hold; run fasp-fx recover afterwards, or leave one out")
 
     @property
     def texts(self) -> Wanted:
@@ -165,8 +188,14 @@ def run(request: Request, stages: Stages, console: Console) -> None:
     source = _models.Source.of(request.model)
     stages.begin("loading the tokenizer and the text")
     texts = Texts(request.texts, _models.load_tokenizer(source))
+    with offload(request.scratch or request.out.absolute().parent) if request.stream else nullcontext() as scratch:
+        _run(request, source, texts, device, scratch, stages, console)
+
+
+def _run(request: Request, source: _models.Source, texts: Texts, device: torch.device, scratch: Scratch | None, stages: Stages, console: Console) -> None:
+    """Prune, measure and save."""
     stages.begin("loading the model")
-    model = _models.load_model(source, dtype=request.dtype, device=device)
+    model = _models.load_model(source, dtype=request.dtype, device=device, scratch=scratch)
     _models.check_length(model, request.length)
     texts.check(model, "the calibration text")
     job = Job(request, stages, console, model, texts)

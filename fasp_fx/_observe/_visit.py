@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, fx
 
 from .._device import float32_products
+from .._offload._current import keep
 from ..channels import Use
 from ..errors import CalibrationError
 from ..groups import Group
@@ -165,20 +166,20 @@ class Observer:
             if self._drift is not None and consumer.beside:  # what is beside counts as columns of their own, which go
                 read = torch.cat([read, self._drift.part * torch.eye(consumer.beside, dtype=read.dtype, device=read.device)[None]], 2)
             parts = [
-                restore(matrix, gram.fitted.symmetric(torch.float32), None if gram.held is None else gram.held.symmetric(torch.float32), left.nonzero()[:, 0])
+                restore(matrix, *[None if part is None else keep(part.symmetric(torch.float32)) for part in (gram.fitted, gram.held)], left.nonzero()[:, 0])
                 for matrix, gram, left in zip(read, consumer.grams, kept, strict=True)
             ]
             outcome = together(parts)
             outcome = replace(outcome, weight=outcome.weight[:, :, : kept.shape[1]])
             self.decision.outcomes.setdefault(consumer.weight, []).append(outcome)
-            pruned = consumer.matrices.write(outcome.weight, weight)
+            pruned = keep(consumer.matrices.write(outcome.weight, weight))
             self.decision.weights[consumer.weight] = pruned
         else:
             pruned = consumer.matrices.write(read * kept[:, None], weight)
         if self.propagate and runner is not None:
             if not bool(whole.all()):  # tokens of an expert that goes were sent to it already: it gives them nothing, and no other takes its place
                 pruned = consumer.matrices.write(consumer.matrices.read(pruned) * whole[:, None, None], weight)
-            runner.overrides[consumer.weight] = pruned
+            runner.overrides[consumer.weight] = keep(pruned)
 
 
 def _inputs(runner: Runner, use: Use) -> Iterator[Tensor]:

@@ -12,10 +12,11 @@ from ._config import PrunedConfig, on_first_use
 
 if TYPE_CHECKING:
     from ._causal import PrunedForCausalLM
+    from ._offloaded import load_offloaded
     from ._prune import Pruned, prune
     from ._seq2seq import PrunedForSeq2SeqLM
 
-_HOMES = {"Pruned": "._prune", "prune": "._prune", "PrunedForCausalLM": "._causal", "PrunedForSeq2SeqLM": "._seq2seq"}
+_HOMES = {"Pruned": "._prune", "prune": "._prune", "PrunedForCausalLM": "._causal", "PrunedForSeq2SeqLM": "._seq2seq", "load_offloaded": "._offloaded"}
 
 
 def _register_models() -> None:
@@ -34,4 +35,4 @@ def __getattr__(name: str) -> Any:
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
-__all__ = ["Pruned", "PrunedConfig", "PrunedForCausalLM", "PrunedForSeq2SeqLM", "prune"]
+__all__ = ["Pruned", "PrunedConfig", "PrunedForCausalLM", "PrunedForSeq2SeqLM", "load_offloaded", "prune"]

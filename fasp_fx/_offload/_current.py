@@ -1,0 +1,37 @@
+"""Where tensors that are made on the way are kept: in memory, or wherever the caller asked for."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+
+from torch import Tensor
+
+from ._scratch import Scratch
+
+_SCRATCH: ContextVar[Scratch | None] = ContextVar("fasp_fx_scratch", default=None)
+
+
+def keep(tensor: Tensor) -> Tensor:
+    """A tensor as large as a weight that will be needed later: in a file inside of :func:`fasp_fx.offload`, as it is elsewhere."""
+    scratch = _SCRATCH.get()
+    return tensor if scratch is None else scratch.keep(tensor)
+
+
+def current() -> Scratch | None:
+    """The files that weights lie in here, if any."""
+    return _SCRATCH.get()
+
+
+@contextmanager
+def kept_in(scratch: Scratch) -> Iterator[None]:
+    """Let :func:`keep` put tensors there."""
+    token = _SCRATCH.set(scratch)
+    try:
+        yield
+    finally:
+        _SCRATCH.reset(token)
+
+
+__all__ = ["current", "keep", "kept_in"]

@@ -1,0 +1,220 @@
+"""Weights in files: what is pruned so is what is pruned in memory, and little of it is in memory at once."""
+
+from __future__ import annotations
+
+import gc
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from tiny_llama import make_model
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM
+
+import fasp_fx
+import fasp_fx.hf
+from fasp_fx._offload._context import keep_weights, offload
+from fasp_fx._offload._current import current, keep
+from fasp_fx._offload._scratch import FILE_BYTES, SMALLEST, Scratch
+from fasp_fx._offload._watch import mapped_bytes
+from fasp_fx.errors import ArgumentError, OffloadError
+
+BATCHES = [torch.arange(64).reshape(2, 32) * step % 97 for step in (3, 5, 7)]
+
+
+class Model(nn.Module):
+    """Wide enough for its weights to be kept in files, two of them one, and a buffer that calls write into."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.table, self.up, self.down = nn.Embedding(97, 256), nn.Linear(256, 640), nn.Linear(640, 256)
+        self.head = nn.Linear(256, 97, bias=False)
+        self.head.weight = self.table.weight
+        self.register_buffer("calls", torch.zeros((), dtype=torch.long))
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        self.calls += 1
+        hidden: Tensor = self.table(tokens)
+        return self.head(hidden + self.down(torch.relu(self.up(hidden))))
+
+
+def _prune(model: nn.Module) -> fasp_fx.Result:
+    return fasp_fx.prune(model, (BATCHES[0],), calibration=BATCHES, sparsity=0.3)
+
+
+@pytest.mark.parametrize("smallest", [SMALLEST, 1])
+def test_the_result_is_that_of_memory(tmp_path: Path, smallest: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    expected = _prune(Model().eval())
+    monkeypatch.setattr("fasp_fx._offload._scratch.SMALLEST", smallest)
+    with offload(tmp_path, resident=1) as scratch:  # so that everything is released again and again
+        model = Model().eval()
+        keep_weights(model, scratch)
+        assert model.head.weight is model.table.weight
+        found = _prune(model)
+    assert found.plan == expected.plan
+    for name, parameter in expected.module.named_parameters():
+        assert torch.equal(found.module.get_parameter(name), parameter)
+    saved = fasp_fx.load(found.save(tmp_path / "saved"))
+    assert torch.equal(saved.module(BATCHES[0]), expected.module(BATCHES[0]))
+    assert [path.name for path in tmp_path.iterdir()] == ["saved"], "the files have no names"
+
+
+def test_what_is_written_is_kept_when_it_is_released(tmp_path: Path) -> None:
+    scratch = Scratch(tmp_path)
+    held = scratch.keep(torch.arange(SMALLEST, dtype=torch.float32))
+    held.mul_(3)
+    scratch.release()
+    held.add_(1)
+    scratch.release()
+    assert torch.equal(held, torch.arange(SMALLEST) * 3.0 + 1)
+
+
+def test_what_no_tensor_uses_is_freed(tmp_path: Path) -> None:
+    scratch = Scratch(tmp_path)
+    first = scratch.empty((FILE_BYTES // 4,), torch.float32)
+    part = first[5:7]
+    descriptors = len(os.listdir("/proc/self/fd")) if Path("/proc/self/fd").is_dir() else 0
+    del first
+    part.fill_(2)  # still there, with the view
+    scratch.empty((FILE_BYTES // 4,), torch.float32)
+    del part
+    scratch.empty((FILE_BYTES // 4,), torch.float32)
+    gc.collect()
+    assert len(scratch) == 1
+    assert not descriptors or len(os.listdir("/proc/self/fd")) <= descriptors
+
+
+@pytest.mark.parametrize("tensor", [torch.ones(3), torch.ones(SMALLEST, device="meta"), torch.ones(SMALLEST).to_sparse()], ids=["small", "meta", "sparse"])
+def test_what_stays_where_it_is(tmp_path: Path, tensor: Tensor) -> None:
+    assert Scratch(tmp_path).keep(tensor) is tensor
+
+
+def test_a_tensor_is_kept_once_and_a_view_of_one_anew(tmp_path: Path) -> None:
+    scratch = Scratch(tmp_path)
+    held = scratch.keep(nn.Parameter(torch.ones(2, SMALLEST), requires_grad=False))
+    assert isinstance(held, nn.Parameter)
+    assert not held.requires_grad
+    assert scratch.keep(held) is held
+    row = held[0]
+    assert scratch.keep(row).data_ptr() != row.data_ptr()
+
+
+def test_nothing_is_kept_outside(tmp_path: Path) -> None:
+    tensor = torch.ones(SMALLEST)
+    with offload(tmp_path) as scratch:
+        assert current() is scratch
+        assert keep(tensor) is not tensor
+    assert current() is None
+    assert keep(tensor) is tensor
+
+
+def test_little_is_in_memory(tmp_path: Path) -> None:
+    """Several times what may be in memory is read, all of it again and again."""
+    before = mapped_bytes()
+    if before is None:
+        pytest.skip("the system does not say how much of mapped files is in memory")
+    resident, highest = 2**26, 0
+    with offload(tmp_path, resident=resident) as scratch:
+        tensors = [scratch.keep(torch.full((2**22,), float(index))) for index in range(32)]
+        for tensor in tensors * 3:
+            tensor.sum()
+            time.sleep(0.02)  # the watch looks from time to time
+            highest = max(highest, (mapped_bytes() or 0) - before)
+        assert [float(tensor[0]) for tensor in tensors] == list(range(32))
+    assert highest < 2 * resident
+
+
+@pytest.mark.parametrize("resident", [0, -1, 1.5, True, "1GiB"])
+def test_an_amount_that_is_none(resident: object) -> None:
+    with pytest.raises(ArgumentError, match="resident="), offload(resident=resident):  # type: ignore[arg-type]
+        raise AssertionError("not entered")
+
+
+def test_a_folder_that_cannot_be_written(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(OffloadError, match="give another folder"), offload(tmp_path / "file"):
+        raise AssertionError("not entered")
+
+
+def test_a_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(descriptor: int, start: int, size: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "posix_fallocate", full, raising=False)
+    with offload(tmp_path), pytest.raises(OffloadError, match=r"bytes of weights do not fit .*No space left"):
+        _prune(Model().eval())
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("offloaded") / "model"
+    make_model(folder)
+    return folder
+
+
+@pytest.mark.parametrize("sharded", [False, True], ids=["one file", "shards"])
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16], ids=str)
+def test_a_checkpoint_is_loaded_as_transformers_load_it(checkpoint: Path, tmp_path: Path, sharded: bool, dtype: torch.dtype | None) -> None:
+    expected = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=dtype or "auto").eval()
+    folder = checkpoint
+    if sharded:
+        folder = tmp_path / "shards"
+        AutoModelForCausalLM.from_pretrained(checkpoint).save_pretrained(folder, max_shard_size="50KB")
+        assert (folder / "model.safetensors.index.json").is_file()
+    with offload(tmp_path / "scratch") as scratch:
+        model = fasp_fx.hf.load_offloaded(folder, scratch, dtype=dtype)
+    found = dict(model.named_parameters(remove_duplicate=False))
+    assert found.keys() == dict(expected.named_parameters(remove_duplicate=False)).keys()
+    assert all(torch.equal(found[name], parameter) for name, parameter in expected.named_parameters())
+    assert model.generation_config.to_dict() == expected.generation_config.to_dict()
+    assert not model.training
+
+
+def test_a_checkpoint_is_pruned_as_in_memory(checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    options = {"calibration": BATCHES, "sparsity": 0.2}
+    expected = fasp_fx.hf.prune(AutoModelForCausalLM.from_pretrained(checkpoint).eval(), **options)
+    monkeypatch.setattr("fasp_fx._offload._scratch.SMALLEST", 1)
+    with offload(tmp_path / "scratch", resident=2**20) as scratch:
+        found = fasp_fx.hf.prune(fasp_fx.hf.load_offloaded(checkpoint, scratch), **options)
+        found.save_pretrained(tmp_path / "out")
+    assert found.plan == expected.plan
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    for name, parameter in expected.model.named_parameters():
+        assert torch.equal(loaded.get_parameter(name), parameter)
+
+
+@pytest.mark.parametrize(
+    ("damage", "said"),
+    [
+        (lambda folder: (folder / "model.safetensors").unlink(), "has no model.safetensors"),
+        (lambda folder: (folder / "model.safetensors").write_bytes(b"nothing"), "cannot be read"),
+        (lambda folder: (folder / "model.safetensors.index.json").write_text("{"), "is no index"),
+    ],
+    ids=["missing", "damaged", "no index"],
+)
+def test_a_damaged_checkpoint(checkpoint: Path, tmp_path: Path, damage: object, said: str) -> None:
+    import shutil
+
+    folder = tmp_path / "model"
+    shutil.copytree(checkpoint, folder)
+    damage(folder)  # type: ignore[operator]
+    with offload(tmp_path / "scratch") as scratch, pytest.raises(ArgumentError, match=said):
+        fasp_fx.hf.load_offloaded(folder, scratch)
+
+
+def test_the_files_go_with_the_process(tmp_path: Path) -> None:
+    """Nothing is left behind by a process that is killed."""
+    script = f"""
+import os, signal, torch
+from fasp_fx._offload._scratch import Scratch
+held = Scratch({str(tmp_path)!r}).keep(torch.ones(2**20))
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+    assert subprocess.run([sys.executable, "-c", script], check=False).returncode != 0
+    assert not list(tmp_path.iterdir())
