@@ -215,12 +215,12 @@ class Chooser:
     def choose(self, consumers: Consumers, lost: list[int], batches: list[list[Any]] | None, advance: Callable[[float], None]) -> Decision:
         """Run the calibration batches, choose what goes and repair what stays."""
         analysis = consumers.analysis
-        runner = None if batches is None else Runner(analysis.program, batches)
+        runner = None if batches is None else Runner(analysis.program, batches, returns=False)
         marks = None if batches is None else Marks(analysis.program, batches, self.config.padding_mask, hold_out=self._restore is not None)
         with torch.no_grad(), _drawing_alike(analysis.program):
             observer = Observer(consumers, lost, self._score, self._restore, self.config.propagate, self._precision(analysis.program))
             part = self.config.drift_part
-            drift = None if batches is None or not part else Drift(Runner(analysis.program, batches), part)
+            drift = None if batches is None or not part else Drift(Runner(analysis.program, batches, returns=False), part)
             return observer.run(runner, marks, advance, drift)
 
 

@@ -21,7 +21,7 @@ from ..budgets import Cap
 from ..errors import ArgumentError, SparsityError
 from ..hf import Pruned, prune
 from ..recovery import DistillationConfig
-from . import _models, _saved, _tables
+from . import _dry_run, _models, _saved, _tables
 from ._amounts import read_caps
 from ._arguments import check_path
 from ._console import Stages, say
@@ -55,6 +55,7 @@ class Request:
     html: Path | None = None
     budget: Mapping[str, str | None] = field(default_factory=dict)
     uniform_layers: bool = False
+    dry_run: bool = False
     stream: bool = False
     scratch: Path | None = None
     granularity: tuple[str, ...] = ()
@@ -186,6 +187,9 @@ def run(request: Request, stages: Stages, console: Console) -> None:
     device = _models.find_device(request.device)
     torch.manual_seed(request.seed)
     source = _models.Source.of(request.model)
+    if request.dry_run:
+        _dry_run.run(request, source, stages, console)
+        return
     stages.begin("loading the tokenizer and the text")
     texts = Texts(request.texts, _models.load_tokenizer(source))
     with offload(request.scratch or request.out.absolute().parent) if request.stream else nullcontext() as scratch:

@@ -21,12 +21,15 @@ class Runner:
 
     Args:
         first: the number of the first batch, for errors.
+        returns: whether what the program returns is kept to be read (a cache of every layer, say).
 
     Attributes:
         overrides: tensors to use for weights instead of the program's, by canonical name.
     """
 
-    def __init__(self, program: Program, batches: list[list[Any]], on_node: Callable[[int], None] = lambda done: None, first: int = 0) -> None:
+    def __init__(
+        self, program: Program, batches: list[list[Any]], on_node: Callable[[int], None] = lambda done: None, first: int = 0, returns: bool = True
+    ) -> None:
         self.first = first
         self.module = program.module
         self.canonical = program.canonical()
@@ -37,7 +40,7 @@ class Runner:
         self._order = {node: index for index, node in enumerate(self.nodes)}
         self._dies_at: dict[int, list[fx.Node]] = {}
         for node in self.nodes:
-            last = max((self._order[user] for user in node.users), default=self._order[node])
+            last = max((self._order[user] for user in node.users if returns or user.op != "output"), default=self._order[node])
             self._dies_at.setdefault(last, []).append(node)
         placeholders = program.placeholders()
         self._memory: list[dict[fx.Node, Any]] = [dict(zip(placeholders, batch, strict=True)) for batch in batches]

@@ -170,9 +170,9 @@ class Observer:
                 for matrix, gram, left in zip(read, consumer.grams, kept, strict=True)
             ]
             outcome = together(parts)
-            outcome = replace(outcome, weight=outcome.weight[:, :, : kept.shape[1]])
-            self.decision.outcomes.setdefault(consumer.weight, []).append(outcome)
-            pruned = keep(consumer.matrices.write(outcome.weight, weight))
+            restored = outcome.weight[:, :, : kept.shape[1]]
+            self.decision.outcomes.setdefault(consumer.weight, []).append(replace(outcome, weight=restored.to("meta")))  # the values are elsewhere
+            pruned = keep(consumer.matrices.write(restored, weight))
             self.decision.weights[consumer.weight] = pruned
         else:
             pruned = consumer.matrices.write(read * kept[:, None], weight)

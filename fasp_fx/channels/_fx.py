@@ -68,7 +68,7 @@ def written_by(node: fx.Node) -> list[fx.Node]:
     taken = [given.get(argument.name) for argument in node.target._schema.arguments if argument.is_write]
     if any(given.get(flag) for flag in _WRITES_STATISTICS):
         taken += [given.get("running_mean"), given.get("running_var")]
-    return [_viewed(value) for value in pytree.tree_leaves(taken) if isinstance(value, fx.Node)]
+    return [viewed(value) for value in pytree.tree_leaves(taken) if isinstance(value, fx.Node)]
 
 
 def written_names(graph: fx.Graph) -> set[str]:
@@ -76,7 +76,7 @@ def written_names(graph: fx.Graph) -> set[str]:
     return {target_name(written) for node in graph.nodes for written in written_by(node) if written.op == "get_attr"}
 
 
-def _viewed(node: fx.Node) -> fx.Node:
+def viewed(node: fx.Node) -> fx.Node:
     """The node whose storage a node shows: to write into a view, or into what is detached, is to write into that."""
     while isinstance(node.target, OpOverload) and node.args and isinstance(node.args[0], fx.Node):
         if not any(result.alias_info is not None for result in node.target._schema.returns):

@@ -1,0 +1,78 @@
+"""``fasp-fx prune --dry-run``: what it would take, with no weight loaded."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import psutil
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from .._forecast._forecast import Forecast, forecast
+from .._offload._context import RESIDENT
+from .._prune import analyze
+from ..config import PruningConfig
+from . import _models
+from ._console import Stages, say
+
+if TYPE_CHECKING:
+    from ._prune_command import Request
+
+_GIB = 2**30
+
+
+def run(request: Request, source: _models.Source, stages: Stages, console: Console) -> None:
+    """Say what the request would take.
+
+    Raises:
+        FaspError: the model cannot be analysed.
+    """
+    stages.begin("reading the configuration")
+    empty = _models.load_empty(source)
+    config = PruningConfig(
+        sparsity=request.sparsity if request.caps else request.sparsity or 0.2,
+        budget=request.caps or None,
+        quality=request.quality,  # type: ignore[arg-type]
+        score=request.score,  # type: ignore[arg-type]
+        allocation=request.allocation,  # type: ignore[arg-type]
+        restore="least-squares" if request.restore else None,
+    )
+    stages.begin("capturing and analysing the model")
+    example = {"input_ids": torch.zeros(1, request.length, dtype=torch.long), "use_cache": False}
+    analysis = analyze(empty, (), example, granularity=request.granularity or ("channel",), include=request.include)
+    stages.begin("measuring how fast this machine is")
+    named = _models.DTYPES.get(request.dtype) or getattr(getattr(empty, "config", None), "dtype", None)
+    found = forecast(analysis, config, request.batches, dtype=named if isinstance(named, torch.dtype) else torch.float32)
+    stages.end()
+    console.print(_table(found))
+    for line in _lines(found):
+        say(console, line)
+
+
+def _table(found: Forecast) -> Table:
+    table = Table("step", "floating-point operations", "minutes", title=None)
+    for step, count in found.operations.items():
+        table.add_row(step, f"{count:.2e}", f"{(found.seconds or {}).get(step, 0.0) / 60:.1f}")
+    return table
+
+
+def _lines(found: Forecast) -> list[str]:
+    there = psutil.virtual_memory().available + found.base
+    streamed = found.streamed(RESIDENT)
+    lines = [
+        f"memory: {found.peak / _GIB:.1f} GiB at most, or {streamed / _GIB:.1f} GiB with --stream and {found.disk / _GIB:.1f} GiB of disk; "
+        f"{there / _GIB:.1f} GiB can be had",
+        f"of that {found.weights / _GIB:.1f} GiB dense weights, {found.pruned / _GIB:.1f} pruned, {found.activations / _GIB:.1f} activations, "
+        f"{found.matrices / _GIB:.1f} Gram matrices, {found.solving / _GIB:.1f} for the repair of one weight",
+    ]
+    if found.seconds is not None:
+        lines.append(
+            f"time: about {sum(found.seconds.values()) / 60:.0f} minutes, at the rate of this machine just now; text that the model writes is not counted"
+        )
+    if found.peak > there:
+        lines.append("it does not fit: pass --stream" if streamed <= there else "it does not fit, with --stream either: use fewer or shorter --batches")
+    return lines
+
+
+__all__ = ["run"]

@@ -1,0 +1,192 @@
+"""Say what a pruning will take before anything of it runs."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import psutil
+import torch
+from torch import Tensor
+
+from .._chooser import Chooser
+from .._device import multiplies_bfloat16
+from .._macs import macs_of
+from .._observe._consumers import Consumer, Consumers
+from ..analysis import Analysis
+from ..channels import attribute
+from ..channels._sizes import Sizes
+from ..config import MEASURED, PruningConfig
+from ..errors import BudgetError
+from ._live import live_bytes
+from ._rates import product_rate, solve_rate
+
+#: strengths of the ridge that are compared for a consumer, as a rule
+_STRENGTHS = 4
+#: of a square matrix of inner products, which is symmetric, so much is computed
+_TRIANGLE = 0.6
+#: forward and backward passes in forward passes
+_BACK = 3.0
+#: forward passes of the example inputs that capture and check take in all
+_EXAMPLES = 10
+#: weights of float64 and of float32 take so many bytes
+_DOUBLE, _SINGLE = 8, 4
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """What a pruning will take. Memory is in bytes.
+
+    Attributes:
+        base: what this process takes without the model.
+        weights: of the dense model.
+        repaired: of the weights that are repaired, which are kept until the model is rewritten.
+        pruned: of what is left.
+        activations: of all calibration batches at the widest place between two consumers, and of one batch on the way between them.
+        matrices: of Gram matrices that are held at once.
+        solving: of what one consumer is repaired with.
+        operations: floating-point operations, by step.
+        seconds: predicted from what this machine did when it was measured, by step; ``None``: it was not.
+    """
+
+    base: int
+    weights: int
+    repaired: int
+    pruned: int
+    activations: int
+    matrices: int
+    solving: int
+    operations: dict[str, float]
+    seconds: dict[str, float] | None
+
+    @property
+    def peak(self) -> int:
+        """The most memory at once, with the weights in memory."""
+        calibrating = self.repaired + self.activations + self.matrices + self.solving
+        return self.base + self.weights + max(calibrating, self.repaired + self.pruned)
+
+    def streamed(self, resident: int) -> int:
+        """The most memory at once, with weights and matrices in files of which ``resident`` bytes are in memory (:func:`fasp_fx.offload`)."""
+        files = self.weights + self.repaired + self.pruned + self.matrices
+        return self.base + min(resident, files) + self.activations + self.solving
+
+    @property
+    def disk(self) -> int:
+        """Bytes of files, with the weights in files."""
+        return self.weights + self.repaired + self.pruned + self.matrices
+
+
+def forecast(analysis: Analysis, config: PruningConfig, batches: int, *, dtype: torch.dtype | None = None, measure: bool = True) -> Forecast:
+    """What it takes to prune an analysed model on calibration batches like its example.
+
+    Args:
+        analysis: of the model, which may lie on the meta device.
+        config: what is asked for.
+        batches: how many batches calibrate.
+        dtype: of the weights; ``None``: as they are.
+        measure: try for some seconds how fast this machine is, to predict times.
+    """
+    program = analysis.program
+    consumers = list(Consumers(analysis).by_key.values())
+    weights = program.weights()
+    largest = max(weights.values(), key=Tensor.numel, default=torch.empty(0))
+    kind = largest.dtype if dtype is None else dtype
+    total = _bytes(weights.values(), kind)
+    read = {consumer.weight: attribute(program.module, consumer.weight) for consumer in consumers}
+    linear = _bytes((tensor for name, tensor in weights.items() if name in analysis.walk.facts.matrices), kind)
+    sparsity = config.requested or 0.0
+    graph_sizes = Sizes(program.module, small=False)
+    live = live_bytes(program.module.graph, lambda shape: (graph_sizes.integer(size) for size in shape))
+    place = {node: index for index, node in enumerate(program.module.graph.nodes)}
+    stops = [live[place[use.node]] for consumer in consumers for use in consumer.uses]
+    until = max((place[use.node] for consumer in consumers for use in consumer.uses), default=0)
+    solving, operations = _solving(consumers, sparsity, read), _operations(analysis, config, consumers, batches, sparsity)
+    grams = [2 * _SINGLE * blocks * columns**2 for _, blocks, columns in map(_shape, consumers)]
+    chooser = Chooser(config)
+    pair = 3 * max(grams, default=0)  # as accumulated, made whole, and in the order of the system
+    found = Forecast(
+        base=psutil.Process().memory_info().rss,
+        weights=total,
+        repaired=_bytes(read.values(), kind),
+        pruned=round(total - sparsity * linear),
+        activations=round((batches * max(stops, default=0) + max(live[: until + 1], default=0)) * kind.itemsize / largest.dtype.itemsize),
+        matrices=round(max(pair, sum(grams) if chooser.measures else 0)),
+        solving=solving,
+        operations=operations,
+        seconds=None,
+    )
+    if not measure:
+        return found
+    return Forecast(**{**vars(found), "seconds": _seconds(chooser, consumers, operations, kind)})
+
+
+def _bytes(tensors: Iterable[Tensor], kind: torch.dtype) -> int:
+    """Of different tensors, if those of real numbers had a type."""
+    different = {id(tensor): tensor for tensor in tensors}.values()
+    return sum(tensor.numel() * (kind if tensor.is_floating_point() else tensor.dtype).itemsize for tensor in different)
+
+
+def _shape(consumer: Consumer) -> tuple[int, int, int]:
+    """Rows, blocks and columns of a consumer's matrices."""
+    blocks, columns = consumer.matrices.columns.shape[:2]
+    rows = math.prod(consumer.matrices.use.operand.meta["val"].shape) // (blocks * columns)
+    return int(rows), blocks, columns
+
+
+def _solving(consumers: list[Consumer], sparsity: float, read: dict[str, Tensor]) -> int:
+    """Bytes of the system of the widest consumer: its Gram matrix in float64, what is kept of it twice, and its rows."""
+    most = 0.0
+    for consumer in consumers:
+        rows, _, columns = _shape(consumer)
+        kept = (1 - sparsity) * columns
+        most = max(most, _DOUBLE * (columns**2 + 2 * kept**2 + rows * columns + 2 * rows * kept))
+    return round(most)
+
+
+def _operations(analysis: Analysis, config: PruningConfig, consumers: list[Consumer], batches: int, sparsity: float) -> dict[str, float]:
+    try:
+        forward = 2.0 * macs_of(analysis).whole
+    except BudgetError:  # an operator that is not counted: what weights do is most of it
+        forward = 2.0 * sum(math.prod(use.activation.meta["val"].shape) for consumer in consumers for use in consumer.uses)
+    sizes = Sizes(analysis.program.module, small=False)
+    gram = repair = exact = cut = 0.0
+    for consumer in consumers:
+        rows, blocks, columns = _shape(consumer)
+        tokens = sum(math.prod(sizes.integer(size) for size in use.activation.meta["val"].shape) // columns // blocks for use in consumer.uses)
+        kept = (1 - sparsity) * columns
+        gram += 2.0 * _TRIANGLE * blocks * tokens * columns**2
+        repair += blocks * (_STRENGTHS * kept**3 / 3 + 2.0 * rows * columns**2)
+        exact += blocks * (kept**3 / 3 + 2.0 * rows * kept * (columns - kept) + 2.0 * rows * kept**2 + 2.0 * rows * columns**2)
+        cut += blocks * (columns**3 / 3 + (columns - kept) * columns**2)
+    found = {"capture and check": _EXAMPLES * forward, "running the batches": batches * forward, "Gram matrices": batches * gram}
+    if config.restore is not None:
+        found |= {"choosing the ridge": repair, "repair": exact}
+    if Chooser(config).measures:
+        measured = max(1, -(-batches // MEASURED[config.quality]))
+        found["measuring costs"] = measured * (_BACK * forward + 2 * gram) + cut
+    return found
+
+
+def _seconds(chooser: Chooser, consumers: list[Consumer], operations: dict[str, float], kind: torch.dtype) -> dict[str, float]:
+    """Times at the rates that are measured now, on matrices like those of the widest consumer."""
+    shapes = [_shape(consumer) for consumer in consumers]
+    rows, _, columns = max(shapes, key=lambda shape: shape[0] * shape[2], default=(1, 1, 1))
+    device = torch.device("cpu")
+    precision = "medium" if chooser.config.precision == "auto" and multiplies_bfloat16(device) else "highest"
+    tokens = 1024
+    run, gram = product_rate(tokens, columns, rows, kind, precision, device), product_rate(columns, tokens, columns, torch.float32, precision, device)
+    full = product_rate(tokens, columns, rows, kind, "highest", device)
+    single, double = (solve_rate(columns, kind_of_solve, device) for kind_of_solve in (torch.float32, torch.float64))
+    rates = {
+        "capture and check": full,
+        "running the batches": run,
+        "Gram matrices": gram,
+        "measuring costs": run,
+        "choosing the ridge": single,
+        "repair": double,
+    }
+    return {step: count / rates[step] for step, count in operations.items()}
+
+
+__all__ = ["Forecast", "forecast"]

@@ -1,0 +1,132 @@
+"""What a pruning will take, held against what it took."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tiny_llama import make_model
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+from typer.testing import CliRunner
+
+import fasp_fx
+from fasp_fx._forecast._forecast import Forecast, forecast
+from fasp_fx._forecast._live import live_bytes
+from fasp_fx._observe._runner import Runner
+from fasp_fx._observe._visit import Observer
+from fasp_fx.cli import app
+from fasp_fx.config import PruningConfig
+
+
+class Model(nn.Module):
+    """A residual stream, a wide layer, and something for every layer that is returned."""
+
+    def __init__(self, width: int = 16, inner: int = 48, layers: int = 3) -> None:
+        super().__init__()
+        self.up = nn.ModuleList(nn.Linear(width, inner) for _ in range(layers))
+        self.down = nn.ModuleList(nn.Linear(inner, width) for _ in range(layers))
+
+    def forward(self, x: Tensor) -> tuple[Tensor, list[Tensor]]:
+        kept = []
+        for up, down in zip(self.up, self.down, strict=True):
+            x = x + down(torch.relu(up(x)))
+            kept.append(x.view(-1, x.shape[-1]))
+        return x, kept
+
+
+def _live_when_run(program: Any, batch: Tensor, returns: bool) -> list[int]:
+    """Bytes of the values that a runner holds after each node, those of one storage once."""
+    runner, found = Runner(program, [[batch]], returns=returns), []
+    for index in range(len(runner.nodes)):
+        runner.advance(index + 1)
+        found.append(sum({v.untyped_storage().data_ptr(): v.untyped_storage().nbytes() for v in runner._memory[0].values()}.values()))
+    return found
+
+
+def test_what_is_live_is_what_a_runner_holds() -> None:
+    x = torch.randn(2, 5, 16)
+    program = fasp_fx.capture(Model().eval(), (x,)).program
+    predicted = live_bytes(program.module.graph, lambda shape: (int(size) for size in shape))
+    held = _live_when_run(program, x, returns=False)
+    nodes = list(program.module.graph.nodes)
+    # a runner drops what a node was the last to read; while the node is executed it is there
+    for index, node in enumerate(nodes[:-1]):
+        if node.op == "call_function":
+            assert predicted[index] >= held[index]
+            assert predicted[index] <= held[index] + sum(v.meta["val"].numel() * 4 for v in node.all_input_nodes if v.op != "get_attr")
+    assert max(held) < max(_live_when_run(program, x, returns=True)), "what is returned is not kept"
+
+
+def test_operations_of_the_batches_are_those_that_torch_counts() -> None:
+    x = torch.randn(2, 5, 16)
+    model = Model().eval()
+    with FlopCounterMode(display=False) as counted:
+        model(x)
+    found = forecast(fasp_fx.analyze(model, (x,)), PruningConfig(quality="fast"), 7, measure=False)
+    assert found.operations["running the batches"] == 7 * counted.get_total_flops()
+    assert found.operations["Gram matrices"] == pytest.approx(7 * 3 * 2 * 0.6 * 10 * 48**2)
+    assert found.seconds is None
+    assert "measuring costs" not in found.operations
+
+
+def test_weights_and_what_is_left_of_them() -> None:
+    x, model = torch.randn(2, 5, 16), Model().eval()
+    found = forecast(fasp_fx.analyze(model, (x,)), PruningConfig(quality="fast", sparsity=0.25), 2, measure=False)
+    weights = sum(parameter.numel() for parameter in model.parameters())
+    assert found.weights == 4 * weights
+    assert found.repaired == 4 * 3 * 16 * 48
+    result = fasp_fx.prune(model, (x,), calibration=[x, x], sparsity=0.25, quality="fast")
+    assert found.pruned == pytest.approx(4 * sum(parameter.numel() for parameter in result.module.parameters()), rel=0.02)
+    half = forecast(fasp_fx.analyze(model, (x,)), PruningConfig(quality="fast"), 2, dtype=torch.bfloat16, measure=False)
+    assert (half.weights, half.activations) == (found.weights // 2, found.activations // 2)
+
+
+def test_in_files_the_weights_take_no_memory() -> None:
+    found = Forecast(base=1, weights=100, repaired=20, pruned=80, activations=5, matrices=30, solving=7, operations={}, seconds=None)
+    assert found.peak == 1 + 100 + 20 + 80
+    assert found.streamed(50) == 1 + 50 + 5 + 7
+    assert found.streamed(10**6) == 1 + 230 + 5 + 7
+    assert found.disk == 230
+
+
+def test_times_are_those_of_this_machine() -> None:
+    x, model = torch.randn(2, 5, 16), Model().eval()
+    found = forecast(fasp_fx.analyze(model, (x,)), PruningConfig(quality="balanced"), 2)
+    assert found.seconds is not None
+    assert found.seconds.keys() == found.operations.keys()
+    assert all(seconds > 0 for seconds in found.seconds.values())
+    assert {"measuring costs", "repair"} <= found.operations.keys()
+
+
+def test_dry_run_loads_no_weight_and_writes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    make_model(tmp_path / "model")
+    (tmp_path / "model" / "model.safetensors").write_bytes(b"not to be read" * 10_000)
+    monkeypatch.setattr("fasp_fx._forecast._rates._SECONDS", 0.0)
+    before = sorted(tmp_path.rglob("*"))
+    command = ["prune", str(tmp_path / "model"), "--out", str(tmp_path / "out"), "--dry-run", "--length", "32", "--batches", "4", "--device", "cpu"]
+    done = CliRunner().invoke(app, command)
+    assert done.exit_code == 0, done.output
+    assert "running the batches" in done.stdout
+    assert "with --stream" in " ".join(done.stdout.split())
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_a_runner_drops_what_nobody_reads_again() -> None:
+    """The results of every layer would otherwise be kept for all batches while these are observed."""
+    x = torch.randn(2, 5, 16)
+    captured = fasp_fx.capture(Model(layers=6).eval(), (x,))
+    held: list[int] = []
+    advance = Observer._advance
+
+    def noted(self: Any, runner: Runner, marks: Any, stop: Any) -> None:
+        advance(self, runner, marks, stop)
+        held.append(len(runner._memory[0]))
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Observer, "_advance", noted)
+        fasp_fx.prune(captured, calibration=[x], sparsity=0.3, quality="fast")
+    assert len(held) == 6
+    assert len(set(held[1:])) == 1, "as many values at the last layer as at the second"
