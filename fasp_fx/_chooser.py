@@ -13,8 +13,9 @@ from ._device import device_of, float32_products, multiplies_bfloat16
 from ._observe._consumers import Consumers
 from ._observe._costs import curves_of
 from ._observe._drift import Drift
-from ._observe._gradients import Piece, in_pieces, observe_batches
+from ._observe._gradients import in_pieces, observe_batches, whole_batches
 from ._observe._marks import Marks
+from ._observe._ranks import Ranks
 from ._observe._runner import Runner
 from ._observe._visit import Decision, Observer
 from ._program import Program
@@ -39,10 +40,11 @@ class Chooser:
 
     Args:
         auto: the loss that ``loss="auto"`` stands for.
+        ranks: the processes that share the calibration batches.
     """
 
-    def __init__(self, config: PruningConfig, auto: Literal["outputs", "next-token"] = "outputs") -> None:
-        self.config = config
+    def __init__(self, config: PruningConfig, auto: Literal["outputs", "next-token"] = "outputs", ranks: Ranks | None = None) -> None:
+        self.config, self.ranks = config, ranks or Ranks()
         self._loss = auto if config.loss == "auto" else config.loss
         self._score, self._allocate = resolve_score(config.named_score), config.allocator
         self._restore = ridge if config.restore is not None else None
@@ -140,7 +142,7 @@ class Chooser:
         """
         program, config = consumers.analysis.program, self.config
         Marks(program, batches, config.padding_mask, hold_out=False)  # refuses a mask that does not fit by the number of its batch
-        whole = [Piece(batch, number) for number, batch in enumerate(batches)]
+        whole = whole_batches(program, batches)
         pieces = whole if callable(self._loss) else in_pieces(program, whole)
         attempts = [(pieces, self._loss)]
         if len(pieces) > len(whole):
@@ -150,7 +152,7 @@ class Chooser:
         for number, (given, loss) in enumerate(attempts):
             try:
                 marks = Marks(program, [piece.inputs for piece in given], config.padding_mask, hold_out=False)
-                observe_batches(consumers, given, wanted, None if loss is None else resolve_loss(loss), marks, advance, -(-len(given) // part))
+                observe_batches(consumers, given, wanted, None if loss is None else resolve_loss(loss), marks, advance, -(-len(given) // part), self.ranks)
                 break
             except CalibrationError as error:
                 if number + 1 == len(attempts):
@@ -215,13 +217,14 @@ class Chooser:
     def choose(self, consumers: Consumers, lost: list[int], batches: list[list[Any]] | None, advance: Callable[[float], None]) -> Decision:
         """Run the calibration batches, choose what goes and repair what stays."""
         analysis = consumers.analysis
-        runner = None if batches is None else Runner(analysis.program, batches, returns=False)
+        part = self.config.drift_part
+        own = () if batches is None else self.ranks.own(len(batches))
+        runners = [Runner(analysis.program, [batches[index] for index in own], numbers=own, returns=False) for _ in range(2 if part else 1)] if batches else []
         marks = None if batches is None else Marks(analysis.program, batches, self.config.padding_mask, hold_out=self._restore is not None)
         with torch.no_grad(), _drawing_alike(analysis.program):
-            observer = Observer(consumers, lost, self._score, self._restore, self.config.propagate, self._precision(analysis.program))
-            part = self.config.drift_part
-            drift = None if batches is None or not part else Drift(Runner(analysis.program, batches, returns=False), part)
-            return observer.run(runner, marks, advance, drift)
+            observer = Observer(consumers, lost, self._score, self._restore, self.config.propagate, self._precision(analysis.program), self.ranks)
+            drift = Drift(runners[1], part) if runners and part else None
+            return observer.run(runners[0] if runners else None, marks, advance, drift)
 
 
 @contextlib.contextmanager

@@ -7,12 +7,14 @@ from dataclasses import replace
 from typing import Any, Unpack
 
 import torch
+import torch.distributed as dist
 
 from . import plan as plans
 from ._captured import Captured, Model, capture
 from ._chooser import Chooser
 from ._observe._calibration import check_calibration, read_batches
 from ._observe._consumers import Consumers
+from ._observe._ranks import Ranks
 from ._prune import analyze
 from .allocation import CostAllocation
 from .config import PruningConfig, PruningOptions
@@ -30,6 +32,7 @@ def measure(
     dynamic_shapes: Any = None,
     device: torch.device | str | None = None,
     progress: Callable[[float], None] | None = None,
+    group: dist.ProcessGroup | None = None,
     **options: Unpack[PruningOptions],
 ) -> Costs:
     """Predict what each coupled group costs, channel set by channel set.
@@ -42,6 +45,7 @@ def measure(
         calibration: an iterable of batches; all of them are run, and what autograd keeps of one has to fit the device. Some thousand tokens do.
         config, options: as for :func:`fasp_fx.prune`; ``score``, ``loss``, ``granularity``, ``include`` and ``padding_mask`` count.
         progress: called with the fraction of the batches done.
+        group: as for :func:`fasp_fx.prune`.
 
     Raises:
         ArgumentError: an option is not known or out of range.
@@ -57,7 +61,9 @@ def measure(
     analysis = analyze(captured, granularity=asked.granularity, include=asked.include)
     batches = read_batches(program, calibration, None if device is None else torch.device(device))
     advance = progress or (lambda fraction: None)
-    costs = Chooser(asked).measure(Consumers(analysis), batches, plans.program_fingerprint(program), advance, part=1)
+    ranks = Ranks(group)
+    ranks.check_alike(plans.program_fingerprint(program), batches)
+    costs = Chooser(asked, ranks=ranks).measure(Consumers(analysis), batches, plans.program_fingerprint(program), advance, part=1)
     assert costs is not None
     return costs
 

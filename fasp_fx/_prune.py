@@ -11,6 +11,7 @@ from typing import Any, Literal, Unpack
 
 import numpy as np
 import torch
+import torch.distributed as dist
 
 from . import plan as plans
 from ._capture import capture as capture_program
@@ -19,6 +20,7 @@ from ._chooser import Chooser
 from ._exactness import carry_out
 from ._observe._calibration import check_calibration, read_batches
 from ._observe._consumers import Consumers
+from ._observe._ranks import Ranks
 from ._observe._visit import Decision
 from ._parts._prune import PARTIAL_LOSSES, Stages, analyze_in_parts, apply_in_parts, check_parts_help, prune_in_parts
 from ._program import Program
@@ -83,6 +85,7 @@ def prune(
     device: torch.device | str | None = None,
     progress: Callable[[float], None] | None = None,
     on_analysis: Callable[[Analysis], None] | None = None,
+    group: dist.ProcessGroup | None = None,
     **options: Unpack[PruningOptions],
 ) -> Result:
     """Make a model physically smaller; the caller's model is not touched.
@@ -98,6 +101,8 @@ def prune(
         device: where to capture and calibrate; batches are moved there. ``None``: the model's device.
         progress: called with the fraction of the calibration done.
         on_analysis: called with the analysis, once the sparsity or budget is known to be in reach and before the first calibration batch is asked for.
+        group: processes of ``torch.distributed`` that call this together, with the same arguments: each runs some of the batches, and all get the same
+            result (docs/processes.md).
         options: fields of :class:`fasp_fx.PruningConfig`, which describes them (``sparsity=0.2``, ``score="fasp"``, …), in the place of those of
             ``config``.
 
@@ -108,11 +113,12 @@ def prune(
         CalibrationError: the calibration data does not fit.
         NothingPrunableError: no group can be pruned.
         CaptureError: see :func:`fasp_fx.capture`.
+        RankError: another process of the group is gone.
     """
     config = PruningConfig.of(config, options)
     if config.needs_data:
         check_calibration(calibration)
-    clock = Timings()
+    ranks, clock = Ranks(group), Timings()
     try:
         program = program_of(model, args, kwargs, dynamic_shapes=dynamic_shapes, state=state, device=device)
     except CaptureError as error:
@@ -124,13 +130,13 @@ def prune(
             args,
             kwargs,
             _stages(config),
-            Chooser(config),
+            Chooser(config, ranks=ranks),
             calibration=calibration,
             device=device,
             progress=progress or (lambda fraction: None),
             on_analysis=on_analysis,
         )
-    analysis, decision = choose(program, config, calibration, device=device, progress=progress, on_analysis=on_analysis, costs=costs, clock=clock)
+    analysis, decision = choose(program, config, calibration, device=device, progress=progress, on_analysis=on_analysis, costs=costs, ranks=ranks, clock=clock)
     return rewrite(program, analysis, decision, config, clock)
 
 
@@ -144,19 +150,21 @@ def choose(
     on_analysis: Callable[[Analysis], None] | None = None,
     costs: Costs | None = None,
     loss: Literal["outputs", "next-token"] = "outputs",
+    ranks: Ranks,
     clock: Timings,
 ) -> tuple[Analysis, Decision]:
     """Analyse a captured program, calibrate it and choose what goes; see :func:`prune`.
 
     Args:
         loss: what ``loss="auto"`` stands for.
+        ranks: the processes that share the batches.
     """
     _check_weights(program)
     if costs is not None:
         check_costs(costs, plans.program_fingerprint(program))
     clock.lap("capture")
     analysis = analyze_program(program, split_fused, config.granularity, config.include)
-    chooser, consumers = Chooser(config, loss), Consumers(analysis)
+    chooser, consumers = Chooser(config, loss, ranks), Consumers(analysis)
     budget = chooser.budget(analysis)
     chooser.check(budget, analysis.groups, costs)
     clock.lap("analysis")
@@ -164,6 +172,7 @@ def choose(
         on_analysis(analysis)
     advance = progress or (lambda fraction: None)
     batches = read_batches(program, calibration, None if device is None else torch.device(device)) if config.needs_data else None
+    ranks.check_alike(plans.program_fingerprint(program), batches or ())
     share = 0.0
     if batches is not None and chooser.measures:
         share = MEASURING

@@ -66,6 +66,10 @@ class OffloadError(FaspError):
     """Weights cannot be kept in files: a folder cannot be written, or its disk is full."""
 
 
+class RankError(FaspError):
+    """Processes that prune together lost one another."""
+
+
 class CaptureWarning(UserWarning):
     """The captured program does not compute what the model computes when it is called."""
 

@@ -21,6 +21,8 @@ Padding = Callable[[Tensor], Tensor | None]
 
 #: so many elements of an output tell how large it is
 SETTLED = 1024
+#: seeds of the numbers drawn for different outputs, and for pieces whose rows are no sequences, are so far apart
+_APART = 2**20
 
 #: what an argument with the tokens that a model predicts is called, most telling first
 _TOKENS = ("decoder_input_ids", "input_ids")
@@ -71,7 +73,7 @@ class Outputs:
 
     def __init__(self, seed: int = 0) -> None:
         self.seed = seed
-        self._generators: dict[int, torch.Generator] = {}
+        self._first, self._rows = 0, 0
         self._seen: dict[int, tuple[float, int]] = {}
 
     def settle(self, outputs: Any, padding: Padding = lambda leaf: None) -> bool:
@@ -89,6 +91,15 @@ class Outputs:
             total = count + counted.numel()
             self._seen[index] = (mean * (count / total) + _mean_square(counted) * (counted.numel() / total) if counted.numel() else mean, total)
         return all(count >= SETTLED and mean > 0 for mean, count in self._seen.values())
+
+    def begin(self, first: int, rows: int) -> None:
+        """Say which sequences the next outputs are of: what is drawn for one does not depend on what comes before it, nor on which process sees it.
+
+        Args:
+            first: the number of the first.
+            rows: how many there are.
+        """
+        self._first, self._rows = first, rows
 
     @property
     def has_size(self) -> bool:
@@ -116,8 +127,11 @@ class Outputs:
 
     def _drawn(self, index: int, counted: Tensor, rows: list[int]) -> Tensor:
         """Numbers for one output, row by row, so that it does not matter how many rows come at a time, nor how far they are padded."""
-        generator = self._generators.setdefault(index, torch.Generator().manual_seed(self.seed + index))
-        drawn = [torch.randn(size, generator=generator, dtype=torch.float32, device="cpu") for size in rows]
+        within = 0 if len(rows) == self._rows else 1 + self._first * _APART  # rows that are no sequences are counted in each piece anew
+        drawn = []
+        for row, size in enumerate(rows):
+            generator = torch.Generator().manual_seed((self.seed + index) * _APART**2 + within + (row if within else self._first + row))
+            drawn.append(torch.randn(size, generator=generator, dtype=torch.float32, device="cpu"))
         return torch.cat(drawn).reshape(counted.shape).to(counted.device)
 
 

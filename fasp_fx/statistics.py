@@ -21,6 +21,8 @@ PADDING, FITTED, HELD = 0, 1, 2
 class Statistic(Protocol):
     """A sum over the tokens of one block of a consumer, so that batches add up.
 
+    Where processes share the batches it also needs ``reduce(add)``, which replaces each of its sums by what ``add`` makes of it (:data:`Add`).
+
     Attributes:
         needs_gradient: whether the gradient of the loss (:mod:`fasp_fx.losses`) with respect to the tokens is needed.
     """
@@ -37,6 +39,9 @@ class Statistic(Protocol):
             weight: one for each token that counts, zero for padding, shape ``[tokens]``.
         """
 
+
+#: what a sum becomes where several processes see some tokens each: the sum over all of them
+Add = Callable[[Tensor], Tensor]
 
 #: makes a statistic for one block of a consumer, from its number of columns and the device
 MakeStatistic = Callable[[int, torch.device], Statistic]
@@ -70,6 +75,10 @@ class Gram:
             # A symmetric product needs only the blocks up to the diagonal: just over half of the work.
             self.matrix[start:stop, :stop].addmm_(flat[:, start:stop].T, flat[:, :stop])
 
+    def reduce(self, add: Add) -> None:
+        """Add what other processes have seen."""
+        self.matrix, self.tokens = add(self.matrix), _added(add, self.tokens)
+
     def norms(self) -> Tensor:
         """‖X_j‖₂ per column, shape ``[columns]``, float64."""
         return self.matrix.diagonal().to(torch.float64).clamp_min(0).sqrt()
@@ -102,6 +111,13 @@ class SplitGram:
                 self.held = Gram(tokens.shape[1], tokens.device)
             gram = self.held if mark == HELD and self.held is not None else self.fitted
             gram.update(tokens if bool(chosen.all()) else tokens[chosen], 1)
+
+    def reduce(self, add: Add) -> None:
+        """Add what other processes have seen."""
+        if _added(add, self.held is not None) and self.held is None:
+            self.held = Gram(len(self.fitted.matrix), self.fitted.matrix.device)
+        for part in self.parts:
+            part.reduce(add)
 
     @property
     def parts(self) -> list[Gram]:
@@ -157,6 +173,15 @@ class InputGradients:
         self.squares += float(gradient.detach().abs().float().square().sum())
         self.tokens += gradient.numel()
 
+    def reduce(self, add: Add) -> None:
+        """Add what other processes have seen; the number of terms is theirs already."""
+        if _added(add, self._gram is not None) and self._gram is None:
+            self._gram = Gram(self._columns, self._device)
+        if self._gram is not None:
+            self._gram.reduce(add)
+        self.squares = float(add(torch.tensor(self.squares, dtype=torch.float64)))
+        self.tokens = _added(add, self.tokens)
+
     def diagonal(self) -> Tensor:
         """Sums of squared gradients, by column where they are known so, shape ``[columns]`` or ``[1]``."""
         return torch.tensor([self.squares]) if self._gram is None else self._gram.matrix.diagonal()
@@ -168,6 +193,10 @@ class InputGradients:
     def mean_square(self) -> float:
         """The mean square of the gradients at the output, for one term of the loss."""
         return self.squares / max(self.tokens * self.terms, 1)
+
+
+def _added(add: Add, number: int) -> int:
+    return int(add(torch.tensor(int(number), dtype=torch.int64)))
 
 
 def precise(device: torch.device) -> torch.dtype:

@@ -12,6 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import questions
 import torch
@@ -21,8 +22,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from typer.testing import CliRunner, Result
 
 import fasp_fx
+from fasp_fx._cli import _models
 from fasp_fx._cli._saved import load_saved
 from fasp_fx.cli import app
+from fasp_fx.errors import ArgumentError
 from fasp_fx.evaluation import TaskScore
 
 LENGTH = 32
@@ -106,6 +109,23 @@ def test_prune_with_the_weights_in_files(from_file: tuple[Path, Result], folder:
     assert found.plan == expected.plan
     assert all(torch.equal(found.get_parameter(name), parameter) for name, parameter in expected.named_parameters())
     assert not list((tmp_path / "scratch").iterdir())
+
+
+def test_a_model_that_does_not_fit_is_kept_in_files_by_itself(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    there = psutil.virtual_memory()._replace(available=100_000)
+    monkeypatch.setattr("fasp_fx._cli._prune_command.psutil.virtual_memory", lambda: there)
+    kept: list[bool] = []
+
+    def noted(source: Any, **options: Any) -> Any:
+        kept.append(options["scratch"] is not None)
+        raise ArgumentError("enough")
+
+    monkeypatch.setattr(_models, "load_model", noted)
+    for option, is_kept in (([], True), (["--recover", "1"], False)):
+        done = _invoke("prune", folder / "model", "--out", tmp_path / "out", *SMALL, *option)
+        assert done.exit_code == 2
+        assert ("weights are kept in files" in done.stderr) is is_kept
+    assert kept == [True, False]
 
 
 def test_prune_by_itself(folder: Path, tmp_path: Path) -> None:

@@ -118,8 +118,9 @@ def squares(outputs: Any, inputs: Any) -> Tensor:
 
 def test_gradients_are_those_at_each_consumer_alone() -> None:
     from fasp_fx._observe._consumers import Consumers
-    from fasp_fx._observe._gradients import Piece, observe_batches
+    from fasp_fx._observe._gradients import observe_batches, whole_batches
     from fasp_fx._observe._marks import Marks
+    from fasp_fx._observe._ranks import Ranks
     from fasp_fx.statistics import InputGradients
 
     torch.manual_seed(0)
@@ -129,12 +130,13 @@ def test_gradients_are_those_at_each_consumer_alone() -> None:
     consumers = Consumers(analysis)
     observe_batches(
         consumers,
-        [Piece([x], index) for index, x in enumerate(batches)],
+        whole_batches(consumers.analysis.program, [[x] for x in batches]),
         {"gradients": InputGradients},
         squares,
         Marks(analysis.program, [[x] for x in batches], None, hold_out=False),
         lambda fraction: None,
         at_least=2,
+        ranks=Ranks(),
     )
     gradients: dict[str, list[Tensor]] = {}
     inputs: dict[str, list[Tensor]] = {}

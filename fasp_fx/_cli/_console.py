@@ -14,8 +14,9 @@ from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, Progress, SpinnerColumn, TaskID, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
-from ..errors import CalibrationWarning, CaptureWarning, FaspError, VerificationWarning
+from ..errors import CalibrationWarning, CaptureWarning, FaspError, RankError, VerificationWarning
 from ._plain_text import printable
+from ._processes import rank
 
 USAGE, INTERRUPTED = 2, 130
 
@@ -24,7 +25,7 @@ class Stages:
     """One stage of work after another: a bar with the time left while it runs, a line with the time it took when it is done."""
 
     def __init__(self) -> None:
-        self.console = Console(stderr=True, highlight=False)
+        self.console = Console(stderr=True, highlight=False, quiet=rank() > 0)  # of several processes the first speaks
         self._progress: Progress | None = None
         self._task: TaskID | None = None
         self._name = ""
@@ -80,13 +81,16 @@ def session() -> Iterator[Stages]:
             warnings.showwarning = show
             yield stages
         stages.end()
+        if rank() > 0:
+            held = {VerificationWarning: []}
         for message in held.pop(VerificationWarning):  # each names a group
             _complain("warning", message)
         for messages in filter(None, held.values()):
             _complain("warning", messages[0] + (f" (and {len(messages) - 1} more like it)" if len(messages) > 1 else ""))
     except FaspError as error:
         stages.end(done=False)
-        _complain("error", str(error))
+        if not (isinstance(error, RankError) and rank() > 0):
+            _complain("error", str(error))
         raise typer.Exit(USAGE) from None
     except OSError as error:  # the machine's: a full disk, a file that went away
         stages.end(done=False)
@@ -103,8 +107,8 @@ def session() -> Iterator[Stages]:
 
 def results() -> Console:
     """The console for results, wide enough for tables when its output goes to a file."""
-    probe = Console()
-    return probe if probe.is_terminal else Console(width=160, highlight=False)
+    probe = Console(quiet=rank() > 0)
+    return probe if probe.is_terminal else Console(width=160, highlight=False, quiet=rank() > 0)
 
 
 def say(console: Console, line: str) -> None:

@@ -120,6 +120,19 @@ def load_model(source: Source, *, dtype: str = "auto", device: torch.device | st
     return model.eval().to(device)
 
 
+def weight_bytes(source: Source, dtype: str) -> int:
+    """Bytes of the weights of a model folder in memory, in the dtype asked for; 0 where no folder says it.
+
+    Raises:
+        ArgumentError: its configuration cannot be loaded.
+    """
+    if source.gguf is not None or not (Path(source.where) / "config.json").is_file():
+        return 0
+    empty = load_empty(source)
+    kind = DTYPES.get(dtype) or getattr(getattr(empty, "config", None), "dtype", None) or torch.float32
+    return sum(parameter.numel() for parameter in empty.parameters()) * kind.itemsize
+
+
 def load_empty(source: Source) -> nn.Module:
     """The model on the meta device: its structure, without any weight in memory.
 
@@ -190,4 +203,4 @@ def _load(what: str, remedy: str, load: Callable[[], T]) -> T:
         raise ArgumentError(f"{what} cannot be loaded: {first_line(error)}; {remedy}") from error
 
 
-__all__ = ["DTYPES", "Source", "check_length", "find_device", "load_empty", "load_model", "load_tokenizer", "quieten"]
+__all__ = ["DTYPES", "Source", "check_length", "find_device", "load_empty", "load_model", "load_tokenizer", "quieten", "weight_bytes"]

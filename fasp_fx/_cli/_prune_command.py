@@ -10,23 +10,27 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
+import torch.distributed as dist
 from rich.console import Console
 
 from .._offload._context import offload
-from .._offload._scratch import Scratch
 from .._page import check_page, write_page
 from ..analysis import Analysis
 from ..budgets import Cap
 from ..errors import ArgumentError, SparsityError
 from ..hf import Pruned, prune
 from ..recovery import DistillationConfig
-from . import _dry_run, _models, _saved, _tables
+from . import _dry_run, _models, _processes, _saved, _tables
 from ._amounts import read_caps
 from ._arguments import check_path
 from ._console import Stages, say
 from ._outcome import measure, recover, show
 from ._texts import Texts, Wanted
+
+#: the weights, what is repaired of them, and what is left of them
+_COPIES = 2.2
 
 
 @dataclass(frozen=True)
@@ -127,6 +131,7 @@ class Job:
     console: Console
     model: Any
     texts: Texts
+    group: dist.ProcessGroup | None = None
 
     def batches(self) -> Iterator[dict[str, Any]]:
         """The calibration batches; text that the model must write first is written when the first is asked for."""
@@ -167,6 +172,7 @@ class Job:
             uniform_layers=request.uniform_layers,
             progress=self.calibrated,
             on_analysis=self.show_groups,
+            group=self.group,
             **asked,
         )
 
@@ -184,7 +190,7 @@ def run(request: Request, stages: Stages, console: Console) -> None:
     """
     request.check()
     _models.quieten()
-    device = _models.find_device(request.device)
+    device = _models.find_device(_processes.own_device(request.device))
     torch.manual_seed(request.seed)
     source = _models.Source.of(request.model)
     if request.dry_run:
@@ -192,18 +198,35 @@ def run(request: Request, stages: Stages, console: Console) -> None:
         return
     stages.begin("loading the tokenizer and the text")
     texts = Texts(request.texts, _models.load_tokenizer(source))
-    with offload(request.scratch or request.out.absolute().parent) if request.stream else nullcontext() as scratch:
-        _run(request, source, texts, device, scratch, stages, console)
+    stream = request.stream or _is_too_large(request, source, device, stages)
+    with offload(request.scratch or request.out.absolute().parent) if stream else nullcontext() as scratch:
+        stages.begin("loading the model")
+        model = _models.load_model(source, dtype=request.dtype, device=device, scratch=scratch)
+        _models.check_length(model, request.length)
+        texts.check(model, "the calibration text")
+        with _processes.together(device) as group:
+            job = Job(request, stages, console, model, texts, group)
+            result = job.prune()
+        if _processes.rank() == 0:  # all processes have the same
+            _finish(job, result, source)
 
 
-def _run(request: Request, source: _models.Source, texts: Texts, device: torch.device, scratch: Scratch | None, stages: Stages, console: Console) -> None:
-    """Prune, measure and save."""
-    stages.begin("loading the model")
-    model = _models.load_model(source, dtype=request.dtype, device=device, scratch=scratch)
-    _models.check_length(model, request.length)
-    texts.check(model, "the calibration text")
-    job = Job(request, stages, console, model, texts)
-    result = job.prune()
+def _is_too_large(request: Request, source: _models.Source, device: torch.device, stages: Stages) -> bool:
+    """Whether the weights have to be kept in files; says so."""
+    if device.type != "cpu" or request.recover:
+        return False
+    needed, there = _COPIES * _models.weight_bytes(source, request.dtype), psutil.virtual_memory().available
+    if needed <= there:
+        return False
+    stages.console.print(
+        f"the model takes some {needed / 2**30:.1f} GiB, of {there / 2**30:.1f} that can be had: its weights are kept in files, as with --stream"
+    )
+    return True
+
+
+def _finish(job: Job, result: Pruned, source: _models.Source) -> None:
+    """Recover, measure and save what was pruned, and show it."""
+    request, stages, model, texts = job.request, job.stages, job.model, job.texts
     try:
         texts.write(model, stages)
         if request.recover:
@@ -216,7 +239,7 @@ def _run(request: Request, source: _models.Source, texts: Texts, device: torch.d
     report = result.report
     if request.html is not None:
         write_page(report, f"{source}, {report.sparsity:.0%} removed", request.html)
-    show(result, request.out, console)
+    show(result, request.out, job.console)
 
 
 __all__ = ["Request", "run"]

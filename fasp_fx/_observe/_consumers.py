@@ -66,6 +66,10 @@ class Consumer:
             for statistic in filter(takes, self.seen[block].values()):
                 statistic.update(tokens, None, counting(kinds, tokens))
 
+    def sums(self) -> tuple[list[SplitGram], list[dict[str, Statistic]]]:
+        """What is seen of activations as the batches pass: Gram matrices and, for each block, statistics that need no gradient."""
+        return self.grams or [], [{name: one for name, one in seen.items() if not one.needs_gradient} for seen in self.seen]
+
     def gone(self, gone: np.ndarray) -> np.ndarray:
         """Which columns go, shape ``[blocks, columns]``."""
         return np.append(gone, False)[self.matrices.columns].any(-1)  # the last entry serves NONE (-1)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, fx
 
 from .._compat import pytree
+from .._device import device_of
 from .._program import Program
 from ..channels import Use, is_dynamic, results
 from ..errors import CalibrationError, first_line
@@ -18,6 +19,7 @@ from ..statistics import InputGradients, MakeStatistic
 from ._consumers import Consumer, Consumers, counting
 from ._marks import Marks
 from ._matrices import ConsumerMatrices, states_before, token_dims
+from ._ranks import Ranks
 from ._runner import Runner
 
 #: tokens for each column of a consumer from which its Gram matrix says enough to predict losses
@@ -29,10 +31,28 @@ ROWS = 512
 
 @dataclass(frozen=True)
 class Piece:
-    """Some sequences of a calibration batch: the graph's inputs, and the number of the batch."""
+    """Some sequences of a calibration batch: the graph's inputs, and the number of the batch.
+
+    Attributes:
+        first, rows: the number of the first sequence, counted through all batches, and how many there are.
+    """
 
     inputs: list[Any]
     batch: int
+    first: int = 0
+    rows: int = 1
+
+
+def whole_batches(program: Program, batches: Sequence[list[Any]]) -> list[Piece]:
+    """Batches as they came. A sequence is one index of the first dimension of the first input that has one."""
+    at = next((index for index, node in enumerate(program.placeholders()) if isinstance(v := node.meta.get("val"), Tensor) and v.dim()), None)
+    found: list[Piece] = []
+    first = 0
+    for number, batch in enumerate(batches):
+        rows = 1 if at is None else batch[at].shape[0]
+        found.append(Piece(batch, number, first, rows))
+        first += rows
+    return found
 
 
 def observe_batches(
@@ -43,6 +63,7 @@ def observe_batches(
     marks: Marks,
     progress: Callable[[float], None],
     at_least: int,
+    ranks: Ranks,
 ) -> None:
     """Show every consumer the dense model's activations, and where a loss is given, its gradients with respect to them.
 
@@ -53,6 +74,7 @@ def observe_batches(
         loss: what gradients are of; ``None``: none are taken.
         marks: which tokens are padding.
         at_least: so many batches are run, and more where a consumer saw few tokens for its columns, or all gradients were zero, if there are.
+        ranks: the processes that share them: each runs its own, and in the end all have the sums.
 
     Raises:
         CalibrationError: the batches do not run forward or back, the loss fails or does not depend on the consumers, or something is not finite.
@@ -61,21 +83,43 @@ def observe_batches(
     if isinstance(loss, Outputs):
         _settle(program, batches, loss, marks, at_least)
     terms = 0
+    failure: CalibrationError | None = None
     for index, piece in enumerate(batches):
-        with torch.inference_mode(False), torch.set_grad_enabled(loss is not None):
-            run = _Run(consumers, _own(piece), index, wanted, marks, loss is not None)
-            run.advance(len(run.nodes) - 1)
-            if loss is not None:
-                found = _terms(program, run, piece, loss, marks, index)
-                terms += run.back(found) if found.numel() else 0
-        done = index + 1 >= at_least and _saw_enough(consumers) and not (loss is not None and _vanished(consumers))
+        if index % ranks.size == ranks.rank and failure is None:
+            try:
+                terms += _observe_one(consumers, piece, index, wanted, loss, marks)
+            except CalibrationError as error:
+                if ranks.size == 1:
+                    raise
+                failure = error
+        done = False
+        if index + 1 >= at_least:
+            ranks.check_all(failure)
+            done = _saw_enough(consumers, ranks) and not (loss is not None and _vanished(consumers, ranks))
         progress(1.0 if done else min(index + 1, at_least) / max(at_least, index + 2))
         if done:
             break
+    ranks.check_all(failure)
+    for consumer in consumers.by_key.values() if ranks.size > 1 else ():
+        consumer.prepare(wanted, device_of(program.module))  # where no batch was of this process
+        assert consumer.grams is not None
+        ranks.add_up(consumer.grams, consumer.seen)
+    terms = round(ranks.total(terms))
     _check(consumers, loss is not None)
     for consumer in consumers.by_key.values():
         for statistic in _gradients(consumer):
             statistic.terms = terms
+
+
+def _observe_one(consumers: Consumers, piece: Piece, index: int, wanted: Mapping[str, MakeStatistic], loss: Loss | None, marks: Marks) -> int:
+    """Show one piece to the consumers; how many terms the loss has."""
+    with torch.inference_mode(False), torch.set_grad_enabled(loss is not None):
+        run = _Run(consumers, _own(piece), index, wanted, marks, loss is not None)
+        run.advance(len(run.nodes) - 1)
+        if loss is None:
+            return 0
+        found = _terms(consumers.analysis.program, run, piece, loss, marks, index)
+        return run.back(found) if found.numel() else 0
 
 
 def in_pieces(program: Program, whole: list[Piece]) -> list[Piece]:
@@ -110,7 +154,8 @@ def in_pieces(program: Program, whole: list[Piece]) -> list[Piece]:
 
 def _part(piece: Piece, along: list[bool], start: int, size: int) -> Piece:
     """Some sequences of a piece."""
-    return Piece([leaf[start : start + size] if splits else leaf for leaf, splits in zip(piece.inputs, along, strict=True)], piece.batch)
+    inputs = [leaf[start : start + size] if splits else leaf for leaf, splits in zip(piece.inputs, along, strict=True)]
+    return Piece(inputs, piece.batch, piece.first + start, min(size, piece.rows - start))
 
 
 def _is_divisible(program: Program, piece: Piece, parts: list[Piece], count: int) -> bool:
@@ -134,21 +179,20 @@ def _are_alike(found: Tensor, expected: Tensor) -> bool:
     return bool((found.float() - expected.float()).norm() <= allowed * expected.float().norm())
 
 
-def _saw_enough(consumers: Consumers) -> bool:
-    """Whether all consumers whose tokens are not routed saw enough of them for their columns."""
-    return all(
-        gram.tokens >= ENOUGH * len(gram.fitted.matrix)
-        for consumer in consumers.by_key.values()
-        if all(use.route is None for use in consumer.uses)
-        for gram in consumer.grams or ()
-    )
+def _saw_enough(consumers: Consumers, ranks: Ranks) -> bool:
+    """Whether all consumers whose tokens are not routed saw enough of them for their columns, in all processes together."""
+    steady = [consumer for consumer in consumers.by_key.values() if all(use.route is None for use in consumer.uses)]
+    seen = [[gram.tokens for gram in consumer.grams] if consumer.grams else [0] * consumer.blocks for consumer in steady]
+    totals = ranks.add(torch.tensor([tokens for of_blocks in seen for tokens in of_blocks], dtype=torch.float64)).tolist()
+    wanted = [ENOUGH * (consumer.matrices.columns.shape[1] + consumer.beside) for consumer, of_blocks in zip(steady, seen, strict=True) for _ in of_blocks]
+    return all(tokens >= least for tokens, least in zip(totals, wanted, strict=True))
 
 
 class _Run(Runner):
     """One batch on its way, with a view of the activation at each consumer through which its gradient can be told from that of other readers."""
 
     def __init__(self, consumers: Consumers, piece: Piece, number: int, wanted: Mapping[str, MakeStatistic], marks: Marks, back: bool) -> None:
-        super().__init__(consumers.analysis.program, [piece.inputs], first=piece.batch)
+        super().__init__(consumers.analysis.program, [piece.inputs], numbers=[piece.batch])
         self.consumers, self.number, self.wanted, self.marks, self.is_back = consumers, number, wanted, marks, back
         self.leaves: list[Tensor] = []
         self._uses: dict[fx.Node, list[tuple[Consumer, Use]]] = {}
@@ -231,7 +275,7 @@ class _Run(Runner):
         except (RuntimeError, NotImplementedError) as error:
             if isinstance(error, torch.OutOfMemoryError):
                 raise
-            raise CalibrationError(f"the model cannot be run backwards on calibration batch {self.first}: {first_line(error)}; pass loss=None") from error
+            raise CalibrationError(f"the model cannot be run backwards on calibration batch {self.numbers[0]}: {first_line(error)}; pass loss=None") from error
         self.leaves.clear()
         return terms.numel()
 
@@ -244,13 +288,13 @@ def _told(use: Use) -> bool:
 
 def _own(piece: Piece) -> Piece:
     """The piece with tensors that autograd may keep, which it may not of those made in inference mode."""
-    return Piece([leaf.clone() if isinstance(leaf, Tensor) and leaf.is_inference() else leaf for leaf in piece.inputs], piece.batch)
+    return replace(piece, inputs=[leaf.clone() if isinstance(leaf, Tensor) and leaf.is_inference() else leaf for leaf in piece.inputs])
 
 
 @torch.no_grad()
 def _ran(program: Program, piece: Piece) -> list[Any]:
     """What the dense model returns for one piece, as leaves."""
-    run = Runner(program, [piece.inputs], first=piece.batch)
+    run = Runner(program, [piece.inputs], numbers=[piece.batch])
     run.advance(len(run.nodes) - 1)
     return _returned(program, run)
 
@@ -279,6 +323,8 @@ def _terms(program: Program, run: Runner, piece: Piece, loss: Loss, marks: Marks
     """The terms of the loss on one batch; none where a loss of ours finds nothing to predict."""
     leaves = _returned(program, run)
     outputs, inputs = called(program, leaves, piece.inputs)
+    if isinstance(loss, Outputs):
+        loss.begin(piece.first, piece.rows)
     try:
         terms = evaluated(loss, outputs, inputs, _padding(program, leaves, marks, index))
     except CalibrationError:
@@ -307,10 +353,10 @@ def _gradients(consumer: Consumer) -> list[InputGradients]:
     return [statistic for seen in consumer.seen for statistic in seen.values() if isinstance(statistic, InputGradients)]
 
 
-def _vanished(consumers: Consumers) -> bool:
-    """Whether gradients were asked for, and all of them were zero."""
+def _vanished(consumers: Consumers, ranks: Ranks) -> bool:
+    """Whether gradients were asked for, and all of them were zero, in all processes."""
     found = [statistic for consumer in consumers.by_key.values() for statistic in _gradients(consumer)]
-    return bool(found) and not any(bool((statistic.diagonal() > 0).any()) for statistic in found)
+    return not ranks.total(not found or any(bool((statistic.diagonal() > 0).any()) for statistic in found))
 
 
 def _check(consumers: Consumers, back: bool) -> None:
@@ -319,8 +365,8 @@ def _check(consumers: Consumers, back: bool) -> None:
         diagonals += [statistic.diagonal() for statistic in _gradients(consumer)]
         if not all(bool(torch.isfinite(diagonal).all()) for diagonal in diagonals):
             raise CalibrationError(f"what is seen at '{consumer.weight}' is not finite on the calibration data; check the batches and the model's dtype")
-    if back and _vanished(consumers):
+    if back and _vanished(consumers, Ranks()):
         raise CalibrationError("the gradients of the loss vanish at every weight that can be pruned; pass another loss=, or loss=None")
 
 
-__all__ = ["Piece", "in_pieces", "observe_batches"]
+__all__ = ["Piece", "in_pieces", "observe_batches", "whole_batches"]

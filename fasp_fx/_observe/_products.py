@@ -13,6 +13,7 @@ from ..scoring import ByColumns, Columns
 from ..statistics import PADDING, precise
 from ._consumers import sets_in
 from ._marks import Marks
+from ._ranks import Ranks
 from ._runner import Runner
 
 
@@ -35,18 +36,20 @@ class ObservedProducts:
         """The products that decide a group: those of one without consumers."""
         return self.of_group.get(group.name, [])
 
-    def observe(self, runner: Runner, marks: Marks, products: list[Product]) -> None:
-        """Add the squares of the operands of products about to be executed, without padding."""
+    def observe(self, runner: Runner, marks: Marks, products: list[Product], ranks: Ranks) -> None:
+        """Add the squares of the operands of products about to be executed, without padding, over the batches of all processes."""
         for product in products:
             for operand, axes in enumerate(self._axes(product)):
                 node = product.operands[operand]
-                for number, batch in enumerate(runner.read(node)):
+                for number, batch in zip(runner.numbers, runner.read(node), strict=True):
                     for index, axis in enumerate(axes):
                         rest = [dim for dim, size in enumerate(axis.numbers.shape) if size == 1]
                         counts = marks.of(number, node, batch, rest) != PADDING
                         key = (id(product), operand, index)
                         square = (batch.detach().abs().to(torch.float32).square() * counts).sum(rest, keepdim=True).to(precise(batch.device))
                         self._squares[key] = self._squares[key] + square if key in self._squares else square
+                for index in range(len(axes)):
+                    ranks.add(self._squares[id(product), operand, index])
 
     def scores(self, group: Group) -> np.ndarray:
         """One value for each channel set of a group, in the order of ``group.sets``."""

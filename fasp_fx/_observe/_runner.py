@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -20,7 +20,7 @@ class Runner:
     writes into (counts, running statistics) as they are in the program, and writes into copies of its own.
 
     Args:
-        first: the number of the first batch, for errors.
+        numbers: those of the batches; ``None``: from zero on.
         returns: whether what the program returns is kept to be read (a cache of every layer, say).
 
     Attributes:
@@ -28,9 +28,14 @@ class Runner:
     """
 
     def __init__(
-        self, program: Program, batches: list[list[Any]], on_node: Callable[[int], None] = lambda done: None, first: int = 0, returns: bool = True
+        self,
+        program: Program,
+        batches: list[list[Any]],
+        on_node: Callable[[int], None] = lambda done: None,
+        numbers: Sequence[int] | None = None,
+        returns: bool = True,
     ) -> None:
-        self.first = first
+        self.numbers = range(len(batches)) if numbers is None else numbers
         self.module = program.module
         self.canonical = program.canonical()
         self.nodes = list(program.module.graph.nodes)
@@ -94,4 +99,4 @@ class Runner:
         except (RuntimeError, IndexError, AssertionError) as error:
             if isinstance(error, torch.OutOfMemoryError):
                 raise
-            raise CalibrationError(f"calibration batch {self.first + number} fails in the model at node '{node.name}' ({node.target}): {error}") from error
+            raise CalibrationError(f"calibration batch {self.numbers[number]} fails in the model at node '{node.name}' ({node.target}): {error}") from error

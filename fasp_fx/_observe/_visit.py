@@ -16,6 +16,7 @@ from ..errors import CalibrationError
 from ..groups import Group
 from ..restoration import Restored, left_alone, together
 from ..scoring import GroupScore
+from ..statistics import SplitGram
 from ._consumers import Consumer, Consumers
 from ._drift import Drift
 from ._gains import warn_of_few
@@ -23,6 +24,7 @@ from ._marks import Marks
 from ._matrices import ConsumerMatrices, states_before, token_dims
 from ._order import order_of
 from ._products import ObservedProducts
+from ._ranks import Ranks
 from ._readings import read_otherwise
 from ._runner import Runner
 
@@ -50,9 +52,20 @@ class Observer:
         restore: repairs a consumer, or ``None``.
         propagate: whether later consumers see the outputs of consumers already pruned.
         precision: of products of float32 while batches run and are observed; scores and repairs are computed in full.
+        ranks: the processes that share the batches.
     """
 
-    def __init__(self, consumers: Consumers, lost: list[int], score: GroupScore, restore: Restore | None, propagate: bool, precision: str = "highest") -> None:
+    def __init__(
+        self,
+        consumers: Consumers,
+        lost: list[int],
+        score: GroupScore,
+        restore: Restore | None,
+        propagate: bool,
+        precision: str = "highest",
+        ranks: Ranks | None = None,
+    ) -> None:
+        self.ranks = ranks or Ranks()
         analysis = consumers.analysis
         self.analysis, self.consumers = analysis, consumers
         self.score, self.restore, self.propagate, self.precision = score, restore, propagate, precision
@@ -61,6 +74,7 @@ class Observer:
         self.decision = Decision(np.zeros(analysis.numbering.total, dtype=bool))
         self.products = ObservedProducts(analysis, self.groups)
         self._observed = False
+        self._repairs = 0
         self._drift: Drift | None = None
         self._tokens: dict[str, int] = {}  # the fewest that a block of a weight saw; of weights that may be repaired
         self._undecided = {group.name for group in self.groups}
@@ -101,12 +115,17 @@ class Observer:
 
     def _advance(self, runner: Runner, marks: Marks, stop: fx.Node) -> None:
         """Run the batches up to a node, and observe what it is about to read."""
-        runner.advance(runner.index(stop))
-        if self._drift is not None:
-            self._drift.dense.advance(runner.index(stop))
+        failure = None
+        try:
+            runner.advance(runner.index(stop))
+            if self._drift is not None:
+                self._drift.dense.advance(runner.index(stop))
+        except CalibrationError as error:
+            failure = error
+        self.ranks.check_all(failure)
         self._observe(runner, marks, [use for consumer in self.consumers.by_key.values() for use in consumer.uses if use.node is stop])
         products = [product for group in self.groups for product in self.products.of(group) if product.node is stop]
-        self.products.observe(runner, marks, list(dict.fromkeys(products)))
+        self.products.observe(runner, marks, list(dict.fromkeys(products)), self.ranks)
 
     def _observe(self, runner: Runner, marks: Marks, uses: list[Use]) -> None:
         for use in uses:
@@ -115,13 +134,15 @@ class Observer:
             ends = list(runner.read(use.route)) if use.route is not None else None
             beside = [] if self._drift is None or len(consumer.uses) > 1 else list(self._drift.at(use, runner))
             consumer.beside = beside[0].shape[1] if beside else 0
-            for batch, activation in enumerate(_inputs(runner, use)):
+            self.ranks.once(*consumer.sums())
+            for index, (batch, activation) in enumerate(zip(runner.numbers, _inputs(runner, use), strict=True)):
                 consumer.prepare(self.score.statistics, activation.device)
                 dims = token_dims(activation.dim(), use.activation_layout)
-                own = marks.of(batch, use.activation, activation, dims) if ends is None else marks.routed(batch, use.activation, ends[batch])
-                pieces = matrices.tokens(activation, own, None if ends is None else ends[batch])
+                own = marks.of(batch, use.activation, activation, dims) if ends is None else marks.routed(batch, use.activation, ends[index])
+                pieces = matrices.tokens(activation, own, None if ends is None else ends[index])
                 # Statistics that need gradients were shown the dense model's before.
-                consumer.see(pieces, lambda statistic: not statistic.needs_gradient, beside[batch] if beside else None)
+                consumer.see(pieces, lambda statistic: not statistic.needs_gradient, beside[index] if beside else None)
+            self.ranks.add_up(*consumer.sums())
             assert consumer.grams is not None
             if not all(bool(torch.isfinite(part.matrix.diagonal()).all()) for gram in consumer.grams for part in gram.parts):
                 raise CalibrationError(f"the input of '{use.weight}' is not finite on the calibration data; check the batches and the model's dtype")
@@ -137,7 +158,7 @@ class Observer:
         if not lost:
             return
         order = order_of(self.consumers, group, self.score, self.products, self._observed, lost, self._weight)
-        removed = np.concatenate([sets[:lost] for sets in order.sets])
+        removed = self.ranks.first(np.concatenate([sets[:lost] for sets in order.sets]))
         self.decision.gone |= np.isin(self.analysis.labels, group.sets[removed])
 
     def _finish(self, ready: list[Group], runner: Runner | None) -> None:
@@ -165,11 +186,8 @@ class Observer:
                 self.decision.notes.append(f"'{consumer.weight}' is not repaired, because {otherwise}")
             if self._drift is not None and consumer.beside:  # what is beside counts as columns of their own, which go
                 read = torch.cat([read, self._drift.part * torch.eye(consumer.beside, dtype=read.dtype, device=read.device)[None]], 2)
-            parts = [
-                restore(matrix, *[None if part is None else keep(part.symmetric(torch.float32)) for part in (gram.fitted, gram.held)], left.nonzero()[:, 0])
-                for matrix, gram, left in zip(read, consumer.grams, kept, strict=True)
-            ]
-            outcome = together(parts)
+            owner, self._repairs = self.ranks.owner(self._repairs), self._repairs + 1
+            outcome = self.ranks.share(owner, _restored(restore, read, consumer.grams, kept) if owner == self.ranks.rank else None)
             restored = outcome.weight[:, :, : kept.shape[1]]
             self.decision.outcomes.setdefault(consumer.weight, []).append(replace(outcome, weight=restored.to("meta")))  # the values are elsewhere
             pruned = keep(consumer.matrices.write(restored, weight))
@@ -180,6 +198,16 @@ class Observer:
             if not bool(whole.all()):  # tokens of an expert that goes were sent to it already: it gives them nothing, and no other takes its place
                 pruned = consumer.matrices.write(consumer.matrices.read(pruned) * whole[:, None, None], weight)
             runner.overrides[consumer.weight] = keep(pruned)
+
+
+def _restored(restore: Restore, matrices: Tensor, grams: list[SplitGram], kept: Tensor) -> Restored:
+    """The outcome of a repair, block by block."""
+    parts = []
+    for matrix, gram, left in zip(matrices, grams, kept, strict=True):
+        fitted, held = (None if part is None else keep(part.symmetric(torch.float32)) for part in (gram.fitted, gram.held))
+        assert fitted is not None
+        parts.append(restore(matrix, fitted, held, left.nonzero()[:, 0]))
+    return together(parts)
 
 
 def _inputs(runner: Runner, use: Use) -> Iterator[Tensor]:

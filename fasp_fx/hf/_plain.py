@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Unpack
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
@@ -56,6 +57,7 @@ def prune_plain(
     device: torch.device | str | None = None,
     progress: Callable[[float], None] | None = None,
     on_analysis: Callable[[Analysis], None] | None = None,
+    group: dist.ProcessGroup | None = None,
     **options: Unpack[PruningOptions],
 ) -> Plain:
     """Prune a transformers model by what its config can say: the result is a smaller model of the same class.
@@ -65,7 +67,7 @@ def prune_plain(
 
     Args:
         model: a transformers model in evaluation mode; it is left as it was.
-        calibration, device, progress, on_analysis: as for :func:`fasp_fx.prune`.
+        calibration, device, progress, on_analysis, group: as for :func:`fasp_fx.prune`.
         config, options: as for :func:`fasp_fx.prune`, without ``include`` and ``exclude``, with one sparsity and no padding mask. An allocation sees one
             group for each field (for each layer, where the class takes values by layer). ``granularity=("channel",)``: neurons only; ``("channel",
             "head")``: whole heads lose the same fraction, to the nearest head, and neurons carry the rest; ``("head",)``: heads only; not given:
@@ -114,6 +116,7 @@ def prune_plain(
         device=device,
         progress=progress,
         on_analysis=on_analysis,
+        group=group,
     )
     weights = smaller_weights(model, result)
     smaller, assignment = _first_equal(model, experiments, settings, weights, result, example)

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Self, Unpack, cast
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.export import ExportedProgram
 
@@ -16,6 +17,7 @@ from .. import plan as plans
 from .._captured import program_of
 from .._exactness import UnsoundError, decided, restricted
 from .._observe._calibration import check_calibration
+from .._observe._ranks import Ranks
 from .._observe._visit import Decision
 from .._program import Program
 from .._prune import Timings, choose, make_plan, rewrite
@@ -101,6 +103,7 @@ def prune(
     device: torch.device | str | None = None,
     progress: Callable[[float], None] | None = None,
     on_analysis: Callable[[Analysis], None] | None = None,
+    group: dist.ProcessGroup | None = None,
     **options: Unpack[PruningOptions],
 ) -> Pruned:
     """Make a generating model of transformers smaller, so that it still generates; the caller's model is not touched.
@@ -114,7 +117,7 @@ def prune(
         costs: as for :func:`fasp_fx.prune`; not with ``plain``.
         plain: keep to what the architecture's own configuration can say, and return a model of the original class.
         device: where to capture and calibrate; ``None``: the model's device.
-        progress, on_analysis: as for :func:`fasp_fx.prune`.
+        progress, on_analysis, group: as for :func:`fasp_fx.prune`.
         options: fields of :class:`fasp_fx.PruningConfig` (``sparsity=0.2``, ``score="fasp"``, …) in the place of those of ``config``; the padding mask is
             that of the batches.
 
@@ -134,7 +137,7 @@ def prune(
 
         if costs is not None:
             raise ArgumentError("a plain checkpoint measures its own costs, field by field of its config; leave costs= out")
-        found = prune_plain(model, calibration=calibration, config=config, device=device, progress=progress, on_analysis=on_analysis, **options)
+        found = prune_plain(model, calibration=calibration, config=config, device=device, progress=progress, on_analysis=on_analysis, group=group, **options)
         return Pruned(found.model, found.result.plan, found.report, tokenizer)
     stages = stages_of(model)
     if "padding_mask" in options:
@@ -143,7 +146,7 @@ def prune(
     asked = PruningConfig.of(config, {**options, **masked})
     if asked.needs_data:
         check_calibration(calibration)
-    clock = Timings()
+    ranks, clock = Ranks(group), Timings()
     stage = stages.planned()
     program = _captured(stage, device)
     positions = positions_of(stages, program)
@@ -151,7 +154,9 @@ def prune(
     batches = None
     if calibration is not None:
         batches = stages.batches(calibration, FlatProgram.of(program.module).cache_sizes())
-    analysis, decision = choose(program, asked, batches, device=where, progress=progress, on_analysis=on_analysis, costs=costs, loss="next-token", clock=clock)
+    analysis, decision = choose(
+        program, asked, batches, device=where, progress=progress, on_analysis=on_analysis, costs=costs, loss="next-token", ranks=ranks, clock=clock
+    )
     others = stages.served()
     if others:
         served = [_served(other, device, asked) for other in others]

@@ -1,0 +1,112 @@
+"""A Llama of 1.3 billion parameters, pruned with its weights in files and in memory: peak memory, time, and whether both come to the same. Resumes.
+
+The checkpoint is made of random numbers, in bfloat16; it is pruned in float32. Each pruning is a process of its own.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import pathlib
+import resource
+import subprocess
+import sys
+import time
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+
+import fasp_fx
+import fasp_fx.hf
+from fasp_fx._forecast._forecast import forecast
+
+VOCABULARY = 32000
+
+
+def make(folder: pathlib.Path, layers: int) -> None:
+    """Write the checkpoint, unless it is there."""
+    if (folder / "config.json").exists():
+        return
+    torch.manual_seed(0)
+    shape = {"hidden_size": 2048, "intermediate_size": 5504, "num_attention_heads": 16, "num_key_value_heads": 16}
+    config = LlamaConfig(num_hidden_layers=layers, vocab_size=VOCABULARY, max_position_embeddings=2048, dtype=torch.bfloat16, **shape)
+    torch.set_default_dtype(torch.bfloat16)
+    LlamaForCausalLM(config).save_pretrained(folder, max_shard_size="500MB")
+
+
+def batches(count: int, length: int) -> list[torch.Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    return [torch.randint(VOCABULARY, (1, length), generator=generator) for _ in range(count)]
+
+
+def run(options: argparse.Namespace) -> None:
+    """Prune once, and print what it took."""
+    how: dict[str, Any] = {"calibration": batches(options.batches, options.length), "sparsity": 0.2, "quality": options.quality}
+    started = time.perf_counter()
+    if options.run == "files":
+        with fasp_fx.offload(options.folder / "scratch", resident=round(options.resident * 2**30)) as scratch:
+            model = fasp_fx.hf.load_offloaded(options.folder / "dense", scratch, dtype=torch.float32)
+            result = fasp_fx.hf.prune(model, **how)
+            result.save_pretrained(options.folder / "files", overwrite=True)
+    else:
+        model = AutoModelForCausalLM.from_pretrained(options.folder / "dense", dtype=torch.float32).eval()
+        result = fasp_fx.hf.prune(model, **how)
+        result.save_pretrained(options.folder / "memory", overwrite=True)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    weights = 4 * sum(parameter.numel() for parameter in model.parameters())
+    seconds = {step: round(spent, 1) for step, spent in result.report.seconds.items()}
+    print(json.dumps({"how": options.run, "peak": peak, "of the weights": peak / weights, "seconds": time.perf_counter() - started, "steps": seconds}))
+
+
+def predict(options: argparse.Namespace) -> dict[str, Any]:
+    """What a dry run says."""
+    config = LlamaConfig.from_pretrained(options.folder / "dense")
+    with torch.device("meta"):
+        model = LlamaForCausalLM(config).eval()
+    analysis = fasp_fx.analyze(model, (), {"input_ids": batches(1, options.length)[0], "use_cache": False})
+    found = forecast(analysis, fasp_fx.PruningConfig(sparsity=0.2, quality=options.quality), options.batches, dtype=torch.float32)
+    seconds = found.seconds or {}
+    streamed = found.streamed(round(options.resident * 2**30))
+    return {"how": "predicted", "files": streamed, "memory": found.peak, "seconds": sum(seconds.values()), "steps": seconds}
+
+
+def compare(folder: pathlib.Path) -> dict[str, Any]:
+    """Whether the two results are the same."""
+    first, second = (AutoModelForCausalLM.from_pretrained(folder / name) for name in ("files", "memory"))
+    other = dict(second.named_parameters())
+    worst = max(float((parameter - other[name]).abs().max()) for name, parameter in first.named_parameters())
+    return {"how": "compared", "same plan": first.plan.groups == second.plan.groups, "largest difference of a weight": worst}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--folder", type=pathlib.Path, required=True, help="where everything goes; 25 GB")
+    parser.add_argument("--layers", type=int, default=24)
+    parser.add_argument("--batches", type=int, default=4)
+    parser.add_argument("--length", type=int, default=512)
+    parser.add_argument("--resident", type=float, default=0.2, help="GiB of weights that may be in memory")
+    parser.add_argument("--quality", choices=["fast", "balanced", "best"], default="fast")
+    parser.add_argument("--run", choices=["files", "memory", "predicted"], help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.run:
+        print(json.dumps(predict(options))) if options.run == "predicted" else run(options)
+        return
+    options.folder.mkdir(parents=True, exist_ok=True)
+    make(options.folder / "dense", options.layers)
+    results = options.folder / "results.jsonl"
+    done = [json.loads(line) for line in results.read_text().splitlines()] if results.exists() else []
+    for how in ("predicted", "files", "memory"):
+        if any(found["how"] == how for found in done):
+            continue
+        shared = [f"--{name}={getattr(options, name)}" for name in ("folder", "batches", "length", "resident", "quality")]
+        printed = subprocess.run([sys.executable, __file__, *shared, "--run", how], check=True, stdout=subprocess.PIPE, text=True).stdout
+        line = printed.strip().splitlines()[-1]
+        print(line, flush=True)
+        with results.open("a") as out:
+            out.write(line + "\n")
+    print(json.dumps(compare(options.folder)))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,162 @@
+"""Processes that share the calibration batches: each runs some of them, and what they see is added up."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from .._version import __version__
+from ..errors import ArgumentError, CalibrationError, RankError, first_line
+from ..statistics import SplitGram, Statistic
+
+T = TypeVar("T")
+
+
+class Ranks:
+    """The processes of a group; without one, this process alone.
+
+    All of them do the same work but for the batches, and so decide alike. Every method is called by all of them, in the same order.
+
+    Args:
+        group: of ``torch.distributed``; ``None``: this process works alone.
+
+    Attributes:
+        rank: the number of this process.
+        size: how many there are.
+    """
+
+    def __init__(self, group: dist.ProcessGroup | None = None) -> None:
+        self._group = group
+        self.rank, self.size = (0, 1) if group is None else (dist.get_rank(group), dist.get_world_size(group))
+        if self.rank < 0:
+            raise ArgumentError("this process is not of the group that was given; call with it in the processes that are")
+
+    def own(self, count: int) -> range:
+        """Which of so many batches this process runs.
+
+        Raises:
+            CalibrationError: there are fewer than processes.
+        """
+        if count < self.size:
+            raise CalibrationError(f"{count} calibration batches are too few for {self.size} processes, each of which runs some; give more, or start fewer")
+        return range(self.rank, count, self.size)
+
+    def check_alike(self, fingerprint: str, batches: Sequence[Sequence[Any]]) -> None:
+        """Refuse to work together on different things.
+
+        Raises:
+            ArgumentError: another process has another model, other batches or another release.
+        """
+        if self.size == 1:
+            return
+        own = {"model": fingerprint, "calibration data": [_said(leaf) for batch in batches for leaf in batch], "release of fasp_fx": __version__}
+        own["release of torch"] = torch.__version__
+        for rank, other in enumerate(self._gathered(own)):
+            for what, value in own.items():
+                if other[what] != value:
+                    raise ArgumentError(f"process {rank} was given another {what} than process {self.rank}; all processes are given the same, and divide it")
+
+    def add(self, tensor: Tensor) -> Tensor:
+        """The sum of the tensors of all processes, which takes the place of this one's."""
+        if self.size > 1:
+            with self._connected():
+                dist.all_reduce(tensor, group=self._group)
+        return tensor
+
+    def add_up(self, grams: Sequence[SplitGram], seen: Sequence[dict[str, Statistic]] = ()) -> None:
+        """Add up what the processes have seen.
+
+        Raises:
+            ArgumentError: a statistic cannot be added up.
+        """
+        if self.size == 1:
+            return
+        for gram in grams:
+            gram.reduce(self.add)
+        for by_name in seen:
+            for name, statistic in sorted(by_name.items()):
+                reduce = getattr(statistic, "reduce", None)
+                if reduce is None:
+                    raise ArgumentError(f"the statistic '{name}' cannot be added up over processes; give {type(statistic).__name__} a method reduce(add)")
+                reduce(self.add)
+
+    def once(self, grams: Sequence[SplitGram], seen: Sequence[dict[str, Statistic]] = ()) -> None:
+        """Before more is added to sums over all processes: let the first process alone hold them."""
+        if self.rank == 0:
+            return
+        for gram in grams:
+            gram.reduce(torch.zeros_like)
+        for statistic in (statistic for by_name in seen for statistic in by_name.values()):
+            statistic.reduce(torch.zeros_like)  # type: ignore[attr-defined]  # it was added up before
+
+    def total(self, number: float) -> float:
+        """The sum of the numbers of all processes."""
+        return float(self.add(torch.tensor(float(number), dtype=torch.float64))) if self.size > 1 else number
+
+    def first(self, value: T) -> T:
+        """What the first process has."""
+        return self._from(0, value)
+
+    def owner(self, number: int) -> int:
+        """Which process does the work of this number."""
+        return number % self.size
+
+    def share(self, owner: int, value: T | None) -> T:
+        """What the owner has made; others give ``None``."""
+        found = self._from(owner, value)
+        assert found is not None
+        return found
+
+    def check_all(self, error: CalibrationError | None) -> None:
+        """Raise if any process has failed, in all of them.
+
+        Raises:
+            CalibrationError: of this process, or else of the first that failed.
+        """
+        if error is not None and self.size == 1:
+            raise error
+        if self.size == 1:
+            return
+        failures = self._gathered(None if error is None else str(error))
+        if error is not None:
+            raise error
+        failed = next((failure for failure in failures if failure is not None), None)
+        if failed is not None:
+            raise CalibrationError(failed)
+
+    def _from(self, owner: int, value: T | None) -> Any:
+        if self.size == 1:
+            return value
+        held = [value]
+        with self._connected():
+            dist.broadcast_object_list(held, group=self._group, group_src=owner)
+        return held[0]
+
+    def _gathered(self, value: Any) -> list[Any]:
+        found: list[Any] = [None] * self.size
+        with self._connected():
+            dist.all_gather_object(found, value, group=self._group)
+        return found
+
+    @contextlib.contextmanager
+    def _connected(self) -> Iterator[None]:
+        """Turn what a backend says of a process that is gone into one error."""
+        try:
+            yield
+        except RuntimeError as error:
+            raise RankError(f"process {self.rank} of {self.size} lost the others: {first_line(error)}; start all of them again") from error
+
+
+def _said(leaf: Any) -> Any:
+    """What tells a batch from another."""
+    if not isinstance(leaf, Tensor):
+        return repr(leaf)
+    return str(leaf.dtype), tuple(leaf.shape), float(leaf.detach().double().sum()) if not leaf.is_complex() else str(leaf.detach().sum())
+
+
+__all__ = ["Ranks"]

@@ -1,0 +1,144 @@
+"""One of several processes that prune together; ``python rank.py RANK SIZE FOLDER SCENARIO`` (tests/test_ranks.py)."""
+
+from __future__ import annotations
+
+import datetime
+import os
+import sys
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from transformers import LlamaConfig, LlamaForCausalLM
+from typer.testing import CliRunner
+
+import fasp_fx
+import fasp_fx.hf
+from fasp_fx.cli import app
+from fasp_fx.errors import ArgumentError, CalibrationError, RankError
+
+TOKENS = 100
+
+warnings.simplefilter("ignore")
+
+
+class Twice(nn.Module):
+    """Two layers that are used twice, and a product of activations."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down, self.query, self.key = nn.Linear(12, 24), nn.Linear(24, 12), nn.Linear(12, 8), nn.Linear(12, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.down(torch.relu(self.up(x)))
+        x = x + self.down(torch.tanh(self.up(x)))
+        return (self.query(x) @ self.key(x).transpose(1, 2)).softmax(-1) @ x
+
+
+def llama() -> nn.Module:
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=TOKENS,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=128,
+        initializer_range=0.2,
+    )
+    return LlamaForCausalLM(config).eval()
+
+
+def twice() -> nn.Module:
+    torch.manual_seed(0)
+    return Twice().eval()
+
+
+def tokens(seed: int = 1) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randint(TOKENS, (2, 24), generator=generator) for _ in range(7)]
+
+
+def numbers() -> list[Tensor]:
+    generator = torch.Generator().manual_seed(2)
+    return [torch.randn(3, 9, 12, generator=generator) for _ in range(5)]
+
+
+def cases(group: dist.ProcessGroup | None) -> dict[str, tuple[Any, dict[str, Tensor]]]:
+    """Prunings with their plans and weights."""
+    found = {}
+    for quality in ("fast", "best"):
+        pruned = fasp_fx.hf.prune(llama(), calibration=tokens(), sparsity=0.3, quality=quality, group=group)  # type: ignore[arg-type]
+        found[f"a Llama, {quality}"] = (pruned.plan, pruned.model.state_dict())
+    captured = fasp_fx.capture(twice(), (numbers()[0],))
+    for options in ({"quality": "balanced"}, {"quality": "fast", "include": ("exempt",)}):
+        result = fasp_fx.prune(captured, calibration=numbers(), sparsity=0.3, group=group, **options)  # type: ignore[arg-type]
+        found[f"used twice, {options}"] = (result.plan, result.module.state_dict())
+    return found
+
+
+def refusals(group: dist.ProcessGroup, rank: int) -> None:
+    """What all processes refuse, if one of them is given something else."""
+
+    captured = fasp_fx.capture(twice(), (numbers()[0],))
+
+    def refused(kind: type[Exception], said: str, model: fasp_fx.Captured = captured, **other: Any) -> None:
+        options: dict[str, Any] = {"calibration": numbers(), "sparsity": 0.3, "quality": "fast", "group": group} | other
+        with pytest.raises(kind, match=said):
+            fasp_fx.prune(model, **options)
+
+    refused(ArgumentError, "another calibration data", calibration=[batch * (1 + rank) for batch in numbers()])
+    changed = twice()
+    with torch.no_grad():
+        changed.get_parameter("up.weight").mul_(1 + rank)
+    refused(ArgumentError, "another model", model=fasp_fx.capture(changed, (numbers()[0],)))
+    refused(CalibrationError, "too few for", calibration=numbers()[:1])
+    broken = numbers()
+    broken[-1][:] = 1e30  # of one process alone; what it sees is not finite
+    for quality in ("fast", "balanced"):
+        refused(CalibrationError, "not finite", calibration=broken, quality=quality)
+
+
+def command_line(rank: int, size: int, folder: Path) -> None:
+    """The command, as torchrun starts it."""
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1"}
+    arguments = ["prune", str(folder / "model"), "--calibration", str(folder / "text.txt"), "--text", str(folder / "text.txt"), "--out", str(folder / "out")]
+    arguments += ["--length", "32", "--batches", "4", "--eval-batches", "2", "--round-to", "1", "--device", "cpu", "--quality", "fast"]
+    done = CliRunner().invoke(app, arguments)
+    assert done.exit_code == 0, done.output
+    assert bool(done.output) == (rank == 0), "the first speaks for all"
+
+
+def dies(group: dist.ProcessGroup, rank: int) -> None:
+    """One process ends in the middle; what becomes of the others."""
+    from fasp_fx._observe._runner import Runner
+
+    if rank == 1:
+        Runner.advance = lambda self, stop: os._exit(3)  # type: ignore[method-assign, assignment]
+    with pytest.raises(RankError, match="lost the others"):
+        fasp_fx.prune(twice(), (numbers()[0],), calibration=numbers(), sparsity=0.3, quality="fast", group=group)
+    os._exit(7)  # as a process does that ends in an error, without waiting for the others
+
+
+def main(rank: int, size: int, folder: Path, scenario: str) -> None:
+    torch.set_num_threads(1)
+    store = f"file://{folder / 'store'}"
+    dist.init_process_group("gloo", init_method=store, rank=rank, world_size=size, timeout=datetime.timedelta(seconds=120))
+    group = dist.group.WORLD
+    assert group is not None
+    if scenario == "dies":
+        dies(group, rank)
+    found = cases(group)
+    torch.save({name: (plan.to_json(), weights) for name, (plan, weights) in found.items()}, folder / f"rank{rank}.pt")
+    refusals(group, rank)
+    dist.destroy_process_group()
+    command_line(rank, size, folder)
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3]), sys.argv[4])
