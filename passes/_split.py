@@ -15,10 +15,11 @@ import numpy as np
 import torch
 from torch import Tensor, fx, nn
 
+from fasp_fx._compat import pytree
 from fasp_fx._program import Program, RowPart, set_weight
 from fasp_fx._stamps import stamp
-from fasp_fx.channels import Axis, Use, Value, arguments, attribute, run_on_numbers, target_name
-from fasp_fx.patterns import lookup
+from fasp_fx.channels import Axis, Use, Value, arguments, attribute, is_dynamic, run_on_numbers, target_name
+from fasp_fx.patterns import Rule, lookup
 
 from ._pieces import delete_weight, take_apart
 
@@ -148,11 +149,11 @@ class _Splitter:
         return found
 
     def _carry(self, node: fx.Node, label: Any) -> Any:
-        """A label tensor moved the way ``node`` moves its input, or ``None`` if the node does anything but move."""
+        """A label tensor moved the way ``node`` moves its input at every size, or ``None`` if the node does anything but move."""
         if node.target is operator.getitem and isinstance(label, (list, tuple)):
             return label[arguments(node)["1"]]
         rule = lookup(node.target)
-        if rule is None or rule.moves != "self" or not isinstance(label, Tensor):
+        if rule is None or rule.moves != "self" or not isinstance(label, Tensor) or not _moves_alike(node, rule):
             return None
         try:
             return run_on_numbers(node, label, self.analysis.walk.values)
@@ -244,6 +245,17 @@ def _label(shape: tuple[int, ...], dim: int) -> Tensor:
 def _is_tensor(analysis: Analysis, node: fx.Node) -> bool:
     value = analysis.walk.values.get(node)
     return (isinstance(value, Value) and not value.constant) or isinstance(value, tuple)
+
+
+def _moves_alike(node: fx.Node, rule: Rule) -> bool:
+    """Whether a node moves what it is given in the same way at every size, or its shape tells how it does, as that of a view or a cut.
+
+    What is padded on one side by an amount that a size decides, and cut by as much on the other, keeps its shape and is shifted.
+    """
+    if any(rule.all(keyword) for keyword in ("shape", "span")):
+        return True
+    others = [value for name, value in arguments(node).items() if name != rule.moves]
+    return not any(isinstance(leaf, fx.Node) and is_dynamic(leaf.meta.get("val")) for leaf in pytree.tree_leaves(others))
 
 
 def _holds_at_every_size(node: fx.Node, label: Any, size: Any) -> bool:
