@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from hypothesis import strategies as st
 
-from ._odd_blocks import ACROSS, FOREIGN, MEMORIES, PICKS, REGROUPS, REUSES, SIZED, Across, Foreign, Odd, Pick, Regroup, Remember, Reuse, Sized
+from ._odd_blocks import ACROSS, FOREIGN, FUSED, MEMORIES, PICKS, REGROUPS, REUSES, SIZED, Across, Foreign, Fused, Odd, Pick, Regroup, Remember, Reuse, Sized
 from ._spec import Shape
 
 #: by class: its kinds, and the layouts that it follows; those that follow most come first, so that each stays what it is in a simpler layout
@@ -19,6 +19,7 @@ _KINDS: dict[type[Odd], tuple[tuple[str, ...], tuple[str, ...]]] = {
     Pick: (PICKS, ("vector", "sequence")),
     Regroup: (REGROUPS, ("sequence",)),
     Sized: (SIZED, ("sequence",)),
+    Fused: (FUSED, ("sequence",)),
 }
 
 
@@ -39,4 +40,6 @@ def draw_odd(draw: st.DrawFn, shape: Shape, width: int) -> Odd:
         return Remember(kind, blocks if kind == "blocks" else 2)
     if chosen is Foreign:
         return Foreign(kind)
+    if chosen is Fused:
+        return Fused(width, kind, blocks)
     return Reuse(width, kind) if chosen is Reuse else Pick(width, kind)

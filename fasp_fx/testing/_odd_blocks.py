@@ -13,6 +13,7 @@ FOREIGN = ("number", "pair", "several", "fill")
 SIZED = ("pad", "slice", "blocks", "last", "end", "time", "select")
 REUSES = ("autoencoder", "columns", "rows", "square", "gram")
 PICKS = ("gather", "largest", "table", "unbind", "one_by_one", "permuted", "twice", "computed", "chosen")
+FUSED = ("whole", "stacked", "turned", "flat", "windows", "batch", "across", "cut", "half", "shifted", "backwards")
 
 
 @dataclass(frozen=True, repr=False)
@@ -152,6 +153,28 @@ class Pick(Odd):
 
     def result(self, shape: Shape) -> Shape:
         self.only(shape, "vector", "sequence")
+        return shape
+
+
+@dataclass(frozen=True, repr=False)
+class Fused(Odd):
+    """Attention of ``heads`` of ``width`` channels, with queries, keys and values in one weight, whose tokens are moved before the three are taken apart.
+
+    They stay where they are in the ``whole`` sequence, where the three are ``stacked`` before the heads, where tokens are ``turned`` to the
+    front, or made ``flat`` with the samples and put back. They come in ``windows`` of three, in windows that join the ``batch``, or go
+    ``across`` windows. The last quarter is ``cut`` off, or the second ``half``; they are ``shifted`` by a quarter, or go ``backwards``.
+    """
+
+    width: int
+    kind: str = "whole"
+    heads: int = 2
+
+    def __post_init__(self) -> None:
+        positive(width=self.width, heads=self.heads)
+        choice(self.kind, FUSED, "kind")
+
+    def result(self, shape: Shape) -> Shape:
+        self.only(shape, "sequence")
         return shape
 
 

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ._odd_blocks import Across, Foreign, Odd, Pick, Regroup, Remember, Reuse, Sized
+from ._fused_module import FusedAttention
+from ._odd_blocks import Across, Foreign, Fused, Odd, Pick, Regroup, Remember, Reuse, Sized
 from ._odd_operators import foreign
 from ._spec import Shape
 
@@ -227,3 +228,8 @@ def _(block: Reuse, shape: Shape) -> nn.Module:
 @odd.register
 def _(block: Pick, shape: Shape) -> nn.Module:
     return (PickedChannels if block.kind in ("gather", "largest", "table") else PickedStack)(block, shape.channels)
+
+
+@odd.register
+def _(block: Fused, shape: Shape) -> nn.Module:
+    return FusedAttention(block, shape.channels)

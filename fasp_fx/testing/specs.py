@@ -13,7 +13,7 @@ from ._channel_blocks import Activation, Branches, Gated, Linear, MixTokens, Mov
 from ._image_blocks import Collapse, Conv, Pool, Resize, SqueezeExcite
 from ._large_blocks import Attention, Experts
 from ._net import Images, Net, Sequences, Source, Tokens, Vectors
-from ._odd_blocks import Across, Foreign, Odd, Pick, Regroup, Remember, Reuse, Sized
+from ._odd_blocks import Across, Foreign, Fused, Odd, Pick, Regroup, Remember, Reuse, Sized
 from ._spec import Block, Shape, Spec
 
 __all__ = [
@@ -26,6 +26,7 @@ __all__ = [
     "Conv",
     "Experts",
     "Foreign",
+    "Fused",
     "Gated",
     "Images",
     "Linear",

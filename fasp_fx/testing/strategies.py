@@ -198,7 +198,7 @@ def experts() -> st.SearchStrategy[Net]:
 
 def odd_nets() -> st.SearchStrategy[Net]:
     """With at least one odd block: operators across blocks of channels, reshapes that read them in another order, buffers that calls write, foreign
-    operators, sizes used as numbers, weights read in two ways, positions that indices name."""
+    operators, sizes used as numbers, weights read in two ways, positions that indices name, fused projections whose tokens are moved."""
     return _family("Odd", ("Residual",), ("vectors", "sequences", "sequences", "tokens", "tokens", "images"))
 
 

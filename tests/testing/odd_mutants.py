@@ -1,7 +1,7 @@
-"""What the analysis once did not see, put back: faults that show on odd programs alone (:mod:`fasp_fx.testing._odd_blocks`), one for each class of them.
+"""What the analysis once did not see, put back: faults that show on odd programs alone (:mod:`fasp_fx.testing._odd_blocks`).
 
-To each belong a net on which it shows and the kinds of blocks among which drawing has to find another. Weights that are read in two ways have no fault
-of their own: what makes them right is that a weight has its channels once, whoever reads them ("a missed tie").
+There is at least one for each class of them. To each belong a net on which it shows and the kinds of blocks among which drawing has to find another.
+Weights that are read in two ways have no fault of their own: what makes them right is that a weight has its channels once, whoever reads them ("a missed tie").
 """
 
 from __future__ import annotations
@@ -13,9 +13,10 @@ from mutants import Mutant, attribute
 import fasp_fx.channels._interpreter
 import fasp_fx.channels._lettered
 import fasp_fx.channels._moves
-from fasp_fx.testing.specs import Across, Activation, Foreign, Linear, Net, Odd, Pick, Regroup, Remember, Sequences, Sized
+import fasp_fx.passes._split
+from fasp_fx.testing.specs import Across, Activation, Foreign, Fused, Linear, Net, Odd, Pick, Regroup, Remember, Sequences, Sized
 
-_MOVES, _INTERPRETER = fasp_fx.channels._moves, fasp_fx.channels._interpreter
+_MOVES, _INTERPRETER, _SPLIT = fasp_fx.channels._moves, fasp_fx.channels._interpreter, fasp_fx.passes._split
 
 
 def _around(block: Odd, width: int = 6, tokens: int = 3) -> Net:
@@ -53,6 +54,16 @@ SIZED = Mutant("a cut by a size is the same at every size", attribute(_MOVES, "_
 PICK = Mutant(
     "what is taken of a stack loses what it likes", attribute(_MOVES, "_stay_together", lambda _: lambda *_: None), _around(Pick(4, "unbind")), seed=1
 )
+FUSED = Mutant(
+    "tokens of a fused weight stay where they are at every size",
+    attribute(_SPLIT, "_holds_at_every_size", lambda _: lambda node, label, size: True),
+    _around(Fused(2, "cut"), tokens=4),
+)
+SHIFTED = Mutant(
+    "tokens of a fused weight are shifted by the same number at every size",
+    attribute(_SPLIT, "_moves_alike", lambda _: lambda node, rule: True),
+    _around(Fused(2, "shifted"), tokens=4),
+)
 
 #: each fault with the class of blocks on which it shows and, where it is not all, their kinds
 SHOWING_ON: dict[Mutant, tuple[type[Odd], tuple[str, ...]]] = {
@@ -62,5 +73,7 @@ SHOWING_ON: dict[Mutant, tuple[type[Odd], tuple[str, ...]]] = {
     FOREIGN: (Foreign, ("number",)),
     SIZED: (Sized, ()),
     PICK: (Pick, ("unbind", "one_by_one")),
+    FUSED: (Fused, ("batch", "cut")),  # in others the small sizes of the analysis show it
+    SHIFTED: (Fused, ("shifted",)),
 }
 ODD = tuple(SHOWING_ON)

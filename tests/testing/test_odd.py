@@ -20,7 +20,7 @@ from fasp_fx.testing._net import blocks_of
 from fasp_fx.testing.specs import Foreign, Linear, Net, Odd, Remember, Vectors
 
 #: draws from the family among which each fault has to be found
-DRAWS = 200
+DRAWS = 2000
 
 
 @cache

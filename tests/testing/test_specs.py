@@ -9,6 +9,7 @@ import torch
 
 from fasp_fx.errors import ArgumentError
 from fasp_fx.testing import build, example, specs
+from fasp_fx.testing._odd_blocks import FUSED
 from fasp_fx.testing.oracle import floats
 from fasp_fx.testing.specs import (
     Across,
@@ -19,6 +20,7 @@ from fasp_fx.testing.specs import (
     Conv,
     Experts,
     Foreign,
+    Fused,
     Gated,
     Images,
     Linear,
@@ -57,6 +59,7 @@ NETS = [
     Net((Attention(3, projection="stacked"), MixTokens(5), Experts(3, 2, form="einsum")), (Sequences(4, 3),), heads=((Linear(2),), (Norm("rms"),)), named=True),
     Net((Across("sort", 2), Foreign("fill"), Remember("blocks"), Reuse(3, "gram"), Pick(3, "twice")), (Vectors(4),)),
     Net((Regroup("heads"), Sized("end"), Across("fourier", 4), Pick(2, "table"), Linear(2)), (Sequences(4),)),
+    *[Net((Linear(4), Fused(3, kind), Linear(2)), (Sequences(4, 5),)) for kind in FUSED],
     Net((Linear(2),), (Vectors(2), Vectors(3, (Linear(2),)), Vectors(2)), "mul", ((), (Linear(4),))),
 ]
 
@@ -124,6 +127,9 @@ def test_other_lengths() -> None:
         (lambda: Net((Across("roll", 3),), (Vectors(4),)), "do not divide into 3 blocks"),
         (lambda: Net((Sized("select"),), (Sequences(2, 3),)), "more tokens than channels"),
         (lambda: Net((Regroup(),), (Vectors(4),)), "takes sequence input"),
+        (lambda: Net((Fused(2),), (Vectors(4),)), "takes sequence input"),
+        (lambda: Fused(2, "doors"), "kind='doors' is not known; use one of 'whole'"),
+        (lambda: Fused(2, heads=0), "heads=0"),
         (lambda: Linear(0), "width=0"),
         (lambda: Activation("softplus"), "kind='softplus' is not known; use one of 'relu'"),
         (lambda: Attention(repeat=2, projection="stacked"), "does not go with projection='stacked'"),

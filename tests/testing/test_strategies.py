@@ -18,7 +18,7 @@ from fasp_fx.testing._channel_blocks import ACTIVATIONS, GATES, JOINS, MOVES, NO
 from fasp_fx.testing._image_blocks import COLLAPSES, POOLS, RESIZES
 from fasp_fx.testing._large_blocks import EXPERTS, KERNELS, POSITIONS, PROJECTIONS, ROUTES, SHARING
 from fasp_fx.testing._net import blocks_of
-from fasp_fx.testing._odd_blocks import ACROSS, FOREIGN, MEMORIES, PICKS, REGROUPS, REUSES, SIZED
+from fasp_fx.testing._odd_blocks import ACROSS, FOREIGN, FUSED, MEMORIES, PICKS, REGROUPS, REUSES, SIZED
 from fasp_fx.testing.specs import (
     Across,
     Activation,
@@ -28,6 +28,7 @@ from fasp_fx.testing.specs import (
     Conv,
     Experts,
     Foreign,
+    Fused,
     Gated,
     Images,
     Linear,
@@ -191,6 +192,8 @@ ODD: list[tuple[type, str, tuple[Any, ...]]] = [
     (Sized, "kind", SIZED),
     (Reuse, "kind", REUSES),
     (Pick, "kind", PICKS),
+    (Fused, "kind", FUSED),
+    (Fused, "heads", (1, 2, 3)),
 ]
 
 
@@ -250,6 +253,8 @@ def test_programs_reach_combinations(condition: Callable[[Net], bool]) -> None:
         (has(Pick), Net((Linear(2), Pick(2), Linear(2)))),
         (has(Regroup), Net((Linear(2), Regroup(), Linear(2)), (Sequences(),))),
         (has(Sized, kind="pad"), Net((Linear(2), Sized("pad"), Linear(2)), (Sequences(),))),
+        (has(Fused), Net((Linear(2), Fused(2), Linear(2)), (Sequences(),))),
+        (has(Fused, kind="windows"), Net((Linear(2), Fused(2, "windows"), Linear(2)), (Sequences(),))),
     ],
 )
 def test_odd_nets_shrink_to_two_linear_layers_around_each(condition: Callable[[Net], bool], expected: Net) -> None:
