@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import types
+import typing
 from typing import Any
 from unittest import mock
 
@@ -34,9 +36,24 @@ def to_fields(written: schema.ExportedProgram) -> dict[str, Any]:
     return fields
 
 
+_HINTS: dict[type, dict[str, Any]] = {}
+
+
+def _hints_of(kind: type, globalns: dict[str, Any] | None = None, **options: Any) -> dict[str, Any]:
+    if kind not in _HINTS:
+        _HINTS[kind] = typing.get_type_hints(kind, globalns, **options)
+    return _HINTS[kind]
+
+
+#: what torch's reader asks for the types of a class, anew for each of a program's thousands of objects
+_TYPING = types.ModuleType(typing.__name__)
+vars(_TYPING).update({**vars(typing), "get_type_hints": _hints_of})
+
+
 def from_fields(fields: dict[str, Any]) -> Any:
     """What :func:`to_fields` was given, as far as torch checks that."""
-    return _serialize._dict_to_dataclass(schema.ExportedProgram, fields)
+    with mock.patch.object(_serialize, "typing", _TYPING, create=True):
+        return _serialize._dict_to_dataclass(schema.ExportedProgram, fields)
 
 
 def read(written: schema.ExportedProgram, weights: dict[str, Tensor], constants: dict[str, Tensor], example: Any) -> ExportedProgram:
