@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import hashlib
+import io
+import pickle
+import types
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from torch import Tensor
+import torch
+from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
-from fasp_fx import _captured
+from fasp_fx import _captured, _prune
+from fasp_fx._program import Program
+
+Capture = Callable[..., Program]
 
 
 @contextmanager
@@ -32,3 +40,108 @@ def one_capture() -> Iterator[None]:
         yield
     finally:
         module.capture_program = original
+
+
+class _Unknown(Exception):
+    """What a model holds cannot be written down."""
+
+
+class _Content(pickle.Pickler):
+    """Writes down what a model is: classes by name, attributes, values of tensors and which share storage."""
+
+    def __init__(self, file: io.BytesIO) -> None:
+        super().__init__(file, protocol=5)
+        self.storages: dict[int, int] = {}
+        self.tensors: list[Tensor] = []
+
+    def reducer_override(self, item: Any) -> Any:
+        """What has no name to be found by is only equal to itself; the model that is kept keeps it."""
+        if isinstance(item, (type, types.FunctionType)) and "<" in item.__qualname__:
+            return int, (id(item),)
+        return NotImplemented
+
+    def persistent_id(self, item: Any) -> Any:
+        if not isinstance(item, Tensor):
+            return None
+        known = type(item) in (Tensor, nn.Parameter)
+        if not known or item.device.type != "cpu" or item.layout != torch.strided:
+            raise _Unknown
+        self.tensors.append(item)
+        storage = item.untyped_storage()
+        number = self.storages.setdefault(storage.data_ptr(), len(self.storages))
+        values = torch.empty(0, dtype=torch.uint8).set_(storage)  # type: ignore[call-overload]
+        flags = (type(item).__name__, item.requires_grad, item.is_leaf, vars(item))
+        place = (str(item.dtype), tuple(item.shape), item.stride(), item.storage_offset(), number)
+        return (*flags, *place, hashlib.sha256(values.numpy().tobytes()).hexdigest())
+
+
+def _content(model: object, call: object) -> tuple[bytes, list[Tensor]] | None:
+    """The same bytes for equal models called alike, and their tensors in one order.
+
+    ``None`` for what is no module, or cannot be written down.
+    """
+    if not isinstance(model, nn.Module) or isinstance(model, fx.GraphModule):
+        return None
+    file = io.BytesIO()
+    writer = _Content(file)
+    try:
+        writer.dump((model, call))
+    except Exception:  # whatever the classes of its parts raise: scripted and parametrised ones refuse
+        return None
+    return file.getvalue(), writer.tensors
+
+
+def _over(program: Program, old: list[Tensor], new: list[Tensor]) -> Program:
+    """The program over the tensors of an equal model."""
+    other = {id(before): now for before, now in zip(old, new, strict=True)}
+    made = program.copy()
+    for module in made.module.modules():
+        for held in (module._parameters, module._buffers):
+            for name, tensor in held.items():
+                held[name] = other.get(id(tensor), tensor)  # type: ignore[assignment]
+    made.replaced = {name: other.get(id(tensor), tensor) for name, tensor in made.replaced.items()}
+    return made
+
+
+#: what was captured, the last one last
+_made: dict[bytes, tuple[object, list[Tensor], Program]] = {}
+#: how many of them are kept
+_KEPT = 100
+
+
+def _once(original: Capture) -> Capture:
+    def capture(model: object, args: object = (), kwargs: object = None, **options: object) -> Program:
+        call = (args, kwargs or {}, sorted(options.items()))
+        found = _content(model, call)
+        if found is None:
+            return original(model, args, kwargs, **options)
+        key, tensors = found
+        if key in _made:
+            first, old, program = _made[key]
+            if (_content(first, call) or (b"",))[0] == key:  # and no test has changed it since
+                return _over(program, old, tensors)
+        program = original(model, args, kwargs, **options)
+        _made.pop(key, None)
+        _made[key] = (model, tensors, program)
+        if len(_made) > _KEPT:
+            del _made[next(iter(_made))]
+        return program
+
+    return capture
+
+
+@contextmanager
+def equal_captures() -> Iterator[None]:
+    """Inside, captures of equal models with equal inputs are made once per process.
+
+    Each is handed out over the weights of the model that is asked for.
+    """
+    modules: tuple[Any, ...] = (_captured, _prune)
+    originals = [module.capture_program for module in modules]
+    for module, original in zip(modules, originals, strict=True):
+        module.capture_program = _once(original)
+    try:
+        yield
+    finally:
+        for module, original in zip(modules, originals, strict=True):
+            module.capture_program = original

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 import os
 import random
@@ -11,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from captures import equal_captures
 from hypothesis import HealthCheck, Phase, settings
 from saved import small_result
 from torch import nn
@@ -29,7 +31,10 @@ EXAMPLES = settings.default.max_examples
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    logging.getLogger("torch.__trace").propagate = False  # thousands of lines for every capture
+    gc.disable()  # until everything is imported: what modules leave is no garbage
+    # Pytest listens to loggers that do not propagate, and for whoever listens torch writes down every step of
+    # a capture, which takes a tenth of the time.
+    logging.getLogger("torch.__trace").propagate = True
     torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else 2)
     # Calibration rounds no products on machines that would be faster so: oracles here are exact ones. test_precision.py holds the rounded ones.
     _chooser.multiplies_bfloat16 = lambda device: False
@@ -40,6 +45,14 @@ def pytest_configure(config: pytest.Config) -> None:
 def pytest_report_header(config: pytest.Config) -> str:
     seed = getattr(config.option, "hypothesis_seed", None)
     return f"fasp_fx profile: {PROFILE} ({settings.default.max_examples} examples per property, seed {seed or 'fixed'})"
+
+
+def pytest_collection_finish() -> None:
+    """What is imported stays; looking through it again and again would take a tenth of the time."""
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(200_000, 20, 100)
+    gc.enable()
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
@@ -58,7 +71,8 @@ def _model(name: str) -> nn.Module:
 
 @cache
 def _captured(name: str) -> fasp_fx.Captured:
-    return fasp_fx.capture(_model(name), (), ZOO[name].example())
+    with equal_captures():
+        return fasp_fx.capture(_model(name), (), ZOO[name].example())
 
 
 @cache
@@ -82,6 +96,13 @@ def zoo_captured() -> Callable[[str], fasp_fx.Captured]:
 def zoo_analysis() -> Callable[[str], fasp_fx.Analysis]:
     """The shared analysis of a zoo entry."""
     return _analysis
+
+
+@pytest.fixture(scope="module")
+def shared_captures() -> Iterator[None]:
+    """What is captured alike in several tests is captured once; for tests of what comes after."""
+    with equal_captures():
+        yield
 
 
 @pytest.fixture

@@ -11,6 +11,8 @@ from zoo import TwoLayers
 import fasp_fx
 from fasp_fx.allocation import Budget
 
+pytestmark = pytest.mark.usefixtures("shared_captures")
+
 
 def test_a_callable_decides() -> None:
     seen: list[tuple[int, float, int]] = []

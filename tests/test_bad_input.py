@@ -14,7 +14,10 @@ from torch.utils.data import DataLoader
 
 import fasp_fx
 
-pytestmark = [pytest.mark.filterwarnings("ignore::fasp_fx.CalibrationWarning"), pytest.mark.usefixtures("no_files")]
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::fasp_fx.CalibrationWarning"),
+    pytest.mark.usefixtures("no_files", "shared_captures"),
+]
 
 
 # --- arguments

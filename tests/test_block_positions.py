@@ -10,6 +10,8 @@ from randomly import Between, hold, inputs, sets_of
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+pytestmark = pytest.mark.usefixtures("shared_captures")
+
 ALONG_HEADS: dict[str, Callable[[Tensor], Tensor]] = {
     "roll": lambda h: torch.roll(h, 1, -2),
     "cumsum": lambda h: h.cumsum(-2),

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 import transformers as hf
+from conftest import PROFILE
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from test_submodules import Forks, X
@@ -37,6 +38,8 @@ from fasp_fx.resources import Resource, parameters_of
 from fasp_fx.testing import build, example, programs
 from fasp_fx.testing._sets import draw_sets
 from fasp_fx.testing.specs import Net
+
+pytestmark = pytest.mark.usefixtures("shared_captures")
 
 FAST: dict[str, Any] = {"score": "magnitude", "restore": None}
 
@@ -196,7 +199,7 @@ def test_what_is_predicted_is_what_the_result_has(name: str, options: dict[str, 
 
 
 @given(programs(), st.integers(0, 999))
-@settings(max_examples=12, deadline=None)
+@settings(max_examples=12 if PROFILE == "slow" else 6, deadline=None)
 def test_whatever_goes_of_whatever_is_drawn_is_counted(net: Net, number: int) -> None:
     args = example(net, 2, number, torch.float64)
     program = fasp_fx.capture(build(net, number, torch.float64), args).program

@@ -28,6 +28,8 @@ from fasp_fx.cli import app
 from fasp_fx.errors import ArgumentError
 from fasp_fx.evaluation import TaskScore
 
+pytestmark = pytest.mark.usefixtures("shared_captures")
+
 LENGTH = 32
 SMALL = ["--length", str(LENGTH), "--batches", "4", "--eval-batches", "3", "--round-to", "1", "--device", "cpu"]
 

@@ -24,6 +24,8 @@ from fasp_fx import Report
 from fasp_fx.cli import app
 from fasp_fx.report import Line
 
+pytestmark = pytest.mark.usefixtures("shared_captures")
+
 SMALL = ["--length", "16", "--batches", "2", "--eval-batches", "1", "--round-to", "1", "--device", "cpu"]
 UNDECODABLE = b"caf\xe9".decode("utf-8", "surrogateescape")
 

@@ -22,6 +22,8 @@ from fasp_fx._store._report_json import report_from_json, report_to_json
 from fasp_fx.config import PruningOptions
 from fasp_fx.report import Report
 
+pytestmark = pytest.mark.usefixtures("shared_captures")
+
 SPEC = Spec(layers=2, hidden=8, kv_heads=2, repeat=2, head_dim=4, ffn=12, bias=True, gated=True, positions="rope")
 X = torch.randn(4, 6, generator=torch.Generator().manual_seed(0))
 

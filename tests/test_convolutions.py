@@ -14,6 +14,8 @@ from zoo import randomise
 import fasp_fx
 from fasp_fx.testing import check_program
 
+pytestmark = pytest.mark.usefixtures("shared_captures")
+
 
 class ChannelShuffle(nn.Module):
     def forward(self, x: Tensor) -> Tensor:

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from captures import one_capture
+from conftest import PROFILE
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from test_submodules import Forks, X
@@ -25,6 +26,8 @@ from fasp_fx.scoring import GroupColumns, GroupScore, Order
 from fasp_fx.statistics import InputGradients, MakeStatistic
 from fasp_fx.testing import build, example, programs
 from fasp_fx.testing.specs import Net
+
+pytestmark = pytest.mark.usefixtures("shared_captures")
 
 DATA = [torch.randn(30, 8, generator=torch.Generator().manual_seed(index)) for index in range(8)]
 
@@ -104,10 +107,10 @@ def test_curves_serve_several_sparsities_and_are_saved(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["llama_gqa", "gpt2", "bert"])
-def test_every_architecture_is_measured(name: str) -> None:
+def test_every_architecture_is_measured(name: str, zoo_captured: Any) -> None:
     entry = ZOO[name]
     batches = [entry.example() for _ in range(4)]
-    captured = fasp_fx.capture(entry.build(), (), entry.example())
+    captured = zoo_captured(name)
     for loss in ("next-token", "outputs", None):
         if loss == "next-token" and name == "bert":
             continue
@@ -271,10 +274,10 @@ def test_costs_that_do_not_serve_are_refused(tmp_path: Path) -> None:
         fasp_fx.Costs.load(tmp_path / "nothing.json")
 
 
-def test_what_no_weight_reads_has_no_cost() -> None:
-    entry = ZOO["llama_gqa"]
+def test_what_no_weight_reads_has_no_cost(zoo_captured: Any) -> None:
+    captured, batches = zoo_captured("llama_gqa"), [ZOO["llama_gqa"].example()]
     with pytest.raises(fasp_fx.ArgumentError, match="no cost curve"):
-        fasp_fx.prune(entry.build(), (), entry.example(), calibration=[entry.example()], allocation="global", include=("exempt",))
+        fasp_fx.prune(captured, calibration=batches, allocation="global", include=("exempt",))
 
 
 @pytest.mark.parametrize("order", [np.zeros((1, 10)), np.arange(10)[None, :3], np.arange(10), np.arange(10, 20)[None]])
@@ -289,7 +292,7 @@ def test_an_order_that_is_none_is_refused(order: Any) -> None:
 
 
 @given(programs(), st.integers(0, 1000))
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15 if PROFILE == "slow" else 6, deadline=None)
 @pytest.mark.filterwarnings("ignore::fasp_fx.CalibrationWarning")
 def test_whatever_is_drawn_is_chosen_by_predicted_losses(net: Net, number: int) -> None:
     """Warnings are errors here: nothing that was chosen may have to stay whole."""

@@ -11,6 +11,8 @@ from torch import Tensor, nn
 
 import fasp_fx
 
+pytestmark = pytest.mark.usefixtures("shared_captures")
+
 WIDTH, HEADS = 16, 4
 
 

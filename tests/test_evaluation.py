@@ -17,6 +17,8 @@ import fasp_fx
 from fasp_fx import evaluation
 from fasp_fx.cli import app
 
+pytestmark = pytest.mark.usefixtures("shared_captures")
+
 pytest.importorskip("lm_eval")
 
 

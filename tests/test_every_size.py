@@ -10,6 +10,8 @@ from randomly import Between, hold, inputs, sets_of
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+pytestmark = pytest.mark.usefixtures("shared_captures")
+
 EXACT: dict[str, Callable[[Tensor], Tensor]] = {
     "heads without the transpose": lambda h: h.reshape(h.shape[0], 3, -1, 4).transpose(1, 2).reshape(h.shape),
     "transposed and read as it was": lambda h: h.transpose(1, 2).reshape(h.shape),

@@ -29,6 +29,8 @@ from fasp_fx._prune import make_plan
 from fasp_fx.channels import Interpreter
 from fasp_fx.testing import Masked
 
+pytestmark = pytest.mark.usefixtures("shared_captures")
+
 splitting = importlib.import_module("fasp_fx.passes._split")
 MAGNITUDE: dict[str, Any] = {"score": "magnitude", "restore": None}
 

@@ -14,6 +14,8 @@ from zoo import ZOO, randomise
 
 import fasp_fx
 
+pytestmark = pytest.mark.usefixtures("shared_captures")
+
 
 @pytest.mark.parametrize(
     ("name", "include"),

@@ -18,6 +18,8 @@ import fasp_fx
 from fasp_fx.testing import build, check_program, example
 from fasp_fx.testing.specs import Experts, Linear, Net
 
+pytestmark = pytest.mark.usefixtures("shared_captures")
+
 _SMALL: dict[str, Any] = {
     "hidden_size": 16,
     "intermediate_size": 12,

@@ -10,6 +10,8 @@ from torch.export import Dim
 
 import fasp_fx
 
+pytestmark = pytest.mark.usefixtures("shared_captures")
+
 
 class Joined(nn.Module):
     """A projected input between two others."""

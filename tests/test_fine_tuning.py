@@ -21,6 +21,8 @@ from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArgumen
 import fasp_fx
 from fasp_fx.testing.oracle import kept
 
+pytestmark = pytest.mark.usefixtures("shared_captures")
+
 VOCABULARY, STEPS, RATE = 40, 6, 0.1
 
 

@@ -19,7 +19,9 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import fasp_fx
 from fasp_fx.patterns import argument_names, lookup, register, unregister
-from fasp_fx.testing import check_program
+from fasp_fx.testing import INVARIANTS, check_program
+
+pytestmark = pytest.mark.usefixtures("shared_captures")
 
 OPERATOR = torch.ops.higher_order.flex_attention
 HEADS, SHARED, WIDTH = 4, 2, 8
@@ -181,7 +183,9 @@ def test_what_attention_returns_besides() -> None:
 @pytest.mark.parametrize(("name", "granularity"), [("bias by head", "channel"), pytest.param("capped and causal", "head", marks=pytest.mark.slow)])
 def test_every_invariant(name: str, granularity: str) -> None:
     torch.manual_seed(0)
-    verdict = check_program(built(name), (example(),), granularity=(granularity,))
+    # its rule is held below, and it has no ties
+    wanted = [invariant for invariant in INVARIANTS if invariant not in ("rules", "ties")]
+    verdict = check_program(built(name), (example(),), granularity=(granularity,), invariants=wanted)
     assert {"mask-exact", "nothing", "signature", "plan", "steps", "shapes", "unseen", "alone"} <= set(verdict.checked)
 
 

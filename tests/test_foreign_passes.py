@@ -19,6 +19,8 @@ import fasp_fx
 from fasp_fx.channels import attribute
 from fasp_fx.passes import WRITTEN_BY, Foreign, KeepDenseCount, PadValueHeads, PinAttentionScale, Pipeline, Prune, RemoveChannels, RestoreWeights
 
+pytestmark = pytest.mark.usefixtures("shared_captures")
+
 ATEN = torch.ops.aten
 SPEC = Spec(hidden=8, kv_heads=1, repeat=2, head_dim=6, ffn=12, bias=True, gated=True)
 

@@ -13,6 +13,8 @@ from torch.nn import functional as F
 import fasp_fx
 from fasp_fx.passes import _split
 
+pytestmark = pytest.mark.usefixtures("shared_captures")
+
 Parts = tuple[Tensor, Tensor, Tensor]
 
 

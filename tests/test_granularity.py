@@ -16,11 +16,13 @@ from zoo import VOCABULARY, ZOO, TwoLayers, randomise
 
 import fasp_fx
 
+pytestmark = pytest.mark.usefixtures("shared_captures")
+
 _SMALL = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
 
 
 def _t5() -> nn.Module:
-    return hf.T5ForConditionalGeneration(hf.T5Config(vocab_size=VOCABULARY, d_model=32, d_kv=8, d_ff=64, num_layers=2, num_heads=4, decoder_start_token_id=0))
+    return hf.T5ForConditionalGeneration(hf.T5Config(vocab_size=VOCABULARY, d_model=32, d_kv=8, d_ff=64, num_layers=1, num_heads=4, decoder_start_token_id=0))
 
 
 def _vit() -> nn.Module:

@@ -12,6 +12,8 @@ import fasp_fx
 from fasp_fx.testing import check_program
 from fasp_fx.testing.oracle import Masked, error
 
+pytestmark = pytest.mark.usefixtures("shared_captures")
+
 NODES, EDGES = 5, 9
 
 

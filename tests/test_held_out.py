@@ -18,6 +18,8 @@ from fasp_fx import hf
 from fasp_fx._observe._marks import Marks
 from fasp_fx.statistics import FITTED, HELD, PADDING
 
+pytestmark = pytest.mark.usefixtures("shared_captures")
+
 
 class Encoder(nn.Module):
     """Two pairs of linear layers over tokens, between them the mean over a sequence; the second pair sees no padding."""

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from captures import one_capture
-from conftest import EXAMPLES
+from conftest import EXAMPLES, PROFILE
 from decoders import Spec, build, specs, tokens
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -21,8 +21,10 @@ from torch.export import ExportedProgram
 import fasp_fx
 from fasp_fx.testing._calling import flat_inputs
 
-#: each example here captures and exports several times, so it gets a third of a property's examples
-few = settings(max_examples=max(5, EXAMPLES // 3))
+pytestmark = pytest.mark.usefixtures("shared_captures")
+
+#: each example here captures and exports several times, so it gets few of a property's examples
+few = settings(max_examples=EXAMPLES // 3 if PROFILE == "slow" else 3)
 SPEC = Spec(layers=2, hidden=8, kv_heads=2, repeat=2, head_dim=4, ffn=12, bias=True, gated=True, positions="rope")
 
 

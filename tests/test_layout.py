@@ -16,6 +16,8 @@ from zoo import randomise
 import fasp_fx
 from fasp_fx._analysis._layout import find_blocks
 
+pytestmark = pytest.mark.usefixtures("shared_captures")
+
 NODE = Graph().placeholder("x")
 
 

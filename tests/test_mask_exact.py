@@ -16,6 +16,8 @@ from zoo import ZOO, Entry, randomise
 import fasp_fx
 from fasp_fx.testing import check_program
 
+pytestmark = pytest.mark.usefixtures("shared_captures")
+
 #: batch and length, none of them that of the capture (2, 7); batch 1 among them
 SHAPES = ((1, 5), (3, 11))
 

@@ -15,6 +15,8 @@ import fasp_fx
 from fasp_fx.obs import Elimination, greedy
 from fasp_fx.scoring import Columns, GroupColumns
 
+pytestmark = pytest.mark.usefixtures("shared_captures")
+
 DAMPING = 1e-2
 
 

@@ -18,6 +18,8 @@ from fasp_fx._page._graph import lay_out, layer_of
 from fasp_fx._store._report_json import report_from_json, report_to_json
 from fasp_fx.report import Figure, Line, Report
 
+pytestmark = pytest.mark.usefixtures("shared_captures")
+
 LAYERS = 30
 EMBEDDING = "aten.embedding.default cannot lose positions along this dimension"
 HOSTILE = "</script><img src=x onerror='window.hacked=1'><b>@@data@@&lt;\u2028"

@@ -13,6 +13,8 @@ import fasp_fx
 from fasp_fx.errors import ArgumentError
 from fasp_fx.scoring import Columns
 
+pytestmark = pytest.mark.usefixtures("shared_captures")
+
 BATCHES = [torch.randn(64, 8, generator=torch.Generator().manual_seed(seed)) for seed in range(4)]
 OWN = (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)
 

@@ -14,6 +14,8 @@ from zoo import randomise
 import fasp_fx
 import fasp_fx.testing
 
+pytestmark = pytest.mark.usefixtures("shared_captures")
+
 HIDDEN = 6
 
 

@@ -24,6 +24,8 @@ from fasp_fx.restoration import GRID, left_alone, ridge
 from fasp_fx.scoring import Columns
 from fasp_fx.statistics import Gram
 
+pytestmark = pytest.mark.usefixtures("shared_captures")
+
 SPEC = Spec(layers=2, hidden=8, kv_heads=2, repeat=2, head_dim=4, ffn=12, bias=True, gated=True, positions="rope")
 BATCHES = [tokens(4, 9, seed=seed) for seed in range(4)]
 CONSUMERS = [f"blocks.{layer}.{part}.weight" for layer in range(2) for part in ("attention.out", "ffn.down")]

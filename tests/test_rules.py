@@ -13,6 +13,8 @@ from zoo import randomise
 import fasp_fx
 from fasp_fx.patterns import register, unregister
 
+pytestmark = pytest.mark.usefixtures("shared_captures")
+
 
 @torch.library.custom_op("fasp_fx_tests::wave", mutates_args=())
 def wave(x: Tensor, weight: Tensor) -> Tensor:

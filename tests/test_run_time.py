@@ -12,6 +12,8 @@ import fasp_fx
 from fasp_fx.testing import check_program
 from fasp_fx.testing.oracle import Masked, error
 
+pytestmark = pytest.mark.usefixtures("shared_captures")
+
 
 class Routed(nn.Module):
     """An expert for the tokens that a gate picks, found by ``nonzero``; its result is added where they came from."""

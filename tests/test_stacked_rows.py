@@ -10,6 +10,8 @@ from randomly import hold, inputs, sets_of
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+pytestmark = pytest.mark.usefixtures("shared_captures")
+
 
 class Stack(nn.Module):
     def __init__(self, take: Callable[[nn.Module, Tensor], Tensor]) -> None:

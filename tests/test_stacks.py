@@ -16,6 +16,8 @@ from zoo import VOCABULARY, randomise
 import fasp_fx
 from fasp_fx.restoration import GRID
 
+pytestmark = pytest.mark.usefixtures("shared_captures")
+
 COUNT, WIDTH, INNER = 3, 8, 12
 ROWS, UNSEEN = torch.randn(64, 5, generator=torch.Generator().manual_seed(0)), torch.randn(7, 5, generator=torch.Generator().manual_seed(1))
 

@@ -14,6 +14,8 @@ from fasp_fx.restoration import GRID, ridge
 from fasp_fx.scoring import Columns, fasp
 from fasp_fx.statistics import HELD, PADDING, Gram, SplitGram
 
+pytestmark = pytest.mark.usefixtures("shared_captures")
+
 
 class Net(nn.Module):
     """Two coupled groups in a row, and a gated one."""

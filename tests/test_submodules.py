@@ -18,7 +18,10 @@ from torch.utils import _pytree as pytree
 import fasp_fx
 from fasp_fx._parts._result import PartsResult
 
-pytestmark = [pytest.mark.filterwarnings("ignore::fasp_fx.CalibrationWarning"), pytest.mark.usefixtures("no_files")]
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::fasp_fx.CalibrationWarning"),
+    pytest.mark.usefixtures("no_files", "shared_captures"),
+]
 
 
 def _zeroed(model: nn.Module, plan: fasp_fx.PruningPlan) -> nn.Module:

@@ -14,6 +14,8 @@ from fasp_fx import ArgumentError, CalibrationError
 from fasp_fx._cli._text import parse_range, sample
 from fasp_fx.evaluation import latency, perplexity
 
+pytestmark = pytest.mark.usefixtures("shared_captures")
+
 
 @pytest.fixture(scope="module")
 def model() -> LlamaForCausalLM:

@@ -14,7 +14,7 @@ from torch.nn.utils import parametrizations
 import fasp_fx
 from fasp_fx.testing.oracle import Masked
 
-pytestmark = pytest.mark.usefixtures("no_files")
+pytestmark = pytest.mark.usefixtures("no_files", "shared_captures")
 
 
 class LowRank(nn.Module):

@@ -18,6 +18,8 @@ from fasp_fx.analysis import Analysis, analyze_program
 from fasp_fx.channels import attribute
 from fasp_fx.passes import PadValueHeads, Pass, PinAttentionScale, Pipeline, RemoveChannels, split_fused, verify
 
+pytestmark = pytest.mark.usefixtures("shared_captures")
+
 FUSED = Spec(hidden=8, kv_heads=2, repeat=2, head_dim=6, ffn=12, bias=True, gated=True, fused_gate=True, projection="fused", positions="rope")
 SEPARATE = Spec(hidden=8, kv_heads=2, repeat=2, head_dim=6, ffn=12, bias=True, gated=True, positions="rope", attention="eager")
 SPECS = {"fused": FUSED, "separate": SEPARATE}

@@ -20,6 +20,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 import fasp_fx
 from fasp_fx import hf
 
+pytestmark = pytest.mark.usefixtures("shared_captures")
+
 CHAT = "{% for message in messages %}{{ message['role'] }}: {{ message['content'] }}\n{% endfor %}{% if add_generation_prompt %}assistant: {% endif %}"
 
 
@@ -195,7 +197,8 @@ def test_what_cannot_be_honoured_is_refused(folder: Path, options: dict[str, Any
 
 
 def test_what_can_be_honoured(folder: Path) -> None:
-    for options in ({"dtype": "auto"}, {"dtype": torch.float64}, {"device_map": "cpu"}, {"device_map": {"": "cpu"}}):
+    both = ({"dtype": "auto", "device_map": "cpu"}, {"dtype": torch.float64, "device_map": {"": "cpu"}})
+    for options in both:
         assert AutoModelForCausalLM.from_pretrained(folder, **options).dtype == torch.float64
 
 

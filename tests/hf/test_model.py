@@ -33,6 +33,8 @@ import fasp_fx
 from fasp_fx import hf
 from fasp_fx._compat._transformers import CACHE
 
+pytestmark = pytest.mark.usefixtures("shared_captures")
+
 
 @pytest.fixture(scope="module")
 def model() -> Any:

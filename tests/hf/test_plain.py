@@ -27,6 +27,8 @@ from fasp_fx.hf._settings import Settings
 from fasp_fx.resources import Sparsity
 from fasp_fx.testing._stranger import run_without_fasp_fx
 
+pytestmark = pytest.mark.usefixtures("shared_captures")
+
 NAMES = [*CASES, *(MORE if PROFILE == "slow" else ())]
 UNREPAIRED: dict[str, Any] = {"plain": True, "score": "random", "restore": None}
 

@@ -17,6 +17,8 @@ from fasp_fx.groups import Group, Member
 from fasp_fx.hf._dials import Dial, Search
 from fasp_fx.hf._experiments import Experiments, written
 
+pytestmark = pytest.mark.usefixtures("shared_captures")
+
 
 def _meta(make: Callable[[], nn.Module]) -> nn.Module:
     with torch.device("meta"):

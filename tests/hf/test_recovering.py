@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from generators import dense
+from generators import dense, pruned
 from tiny_llama import make_model
 from torch import Tensor
 from torch.nn import functional as F
@@ -21,6 +21,8 @@ import fasp_fx
 from fasp_fx import hf
 from fasp_fx.cli import app
 from fasp_fx.errors import ArgumentError
+
+pytestmark = pytest.mark.usefixtures("shared_captures")
 
 LENGTH = 32
 SMALL = ["--length", str(LENGTH), "--batches", "6", "--eval-batches", "3", "--device", "cpu"]
@@ -42,7 +44,9 @@ def divergence(model: Any, teacher: Any, batch: dict[str, Tensor]) -> float:
 @pytest.mark.parametrize("plain", [False, True])
 def test_a_decoder_learns_and_generates_and_is_saved(plain: bool, tmp_path: Path) -> None:
     teacher, data = dense("llama_gqa"), tokens(10)
-    result = hf.prune(teacher, sparsity=0.2, score="magnitude", restore=None, plain=plain)
+    result = copy.deepcopy(pruned("llama_gqa"))
+    if plain:
+        result = hf.prune(teacher, sparsity=0.2, score="magnitude", restore=None, plain=True)
     other = {"input_ids": data[0]}
     before = divergence(result.model, teacher, other)
     after = fasp_fx.distil(result, teacher, data, learning_rate=1e-3, epochs=6, top_k=64)
@@ -62,7 +66,7 @@ def test_tokens_that_are_padding_teach_nothing() -> None:
     mask = torch.ones(2, 12, dtype=torch.long)
     mask[0, :4] = 0
     data, other = ([{"input_ids": ids.where(mask != 0, filler), "attention_mask": mask} for ids in tokens(6)] for filler in (0, 7))
-    result = hf.prune(teacher, sparsity=0.2, score="magnitude", restore=None)
+    result = pruned("llama_gqa")
     models = [fasp_fx.distil(copy.deepcopy(result), teacher, batches, learning_rate=1e-3).model for batches in (data, other)]
     assert all(torch.equal(a, b) for a, b in zip(*(model.parameters() for model in models), strict=True))
 
@@ -70,16 +74,16 @@ def test_tokens_that_are_padding_teach_nothing() -> None:
 def test_an_encoder_decoder() -> None:
     teacher = dense("t5")
     data = [{"input_ids": ids, "decoder_input_ids": ids[:, :5]} for ids in tokens(10)]
-    result = hf.prune(teacher, sparsity=0.2, score="magnitude", restore=None)
+    result = copy.deepcopy(pruned("t5"))
     before = divergence(result.model, teacher, data[0])
     after = fasp_fx.distil(result, teacher, data, learning_rate=1e-3, epochs=6, top_k=64)
     assert divergence(after.model, teacher, data[0]) < 0.9 * before
 
 
 def test_another_model_teaches_nothing() -> None:
-    result = hf.prune(dense("llama_gqa"), sparsity=0.2, score="magnitude", restore=None)
+    other = transformers.LlamaForCausalLM(dense("llama_gqa").config).double().eval()
     with pytest.raises(ArgumentError, match="not the model that was pruned"):
-        fasp_fx.distil(result, transformers.LlamaForCausalLM(dense("llama_gqa").config).double().eval(), tokens(3))
+        fasp_fx.distil(copy.deepcopy(pruned("llama_gqa")), other, tokens(3))
 
 
 # --- the command line

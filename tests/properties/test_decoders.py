@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 from captures import one_capture
+from conftest import EXAMPLES, PROFILE
 from decoders import Spec, build, specs, tokens
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from oracle import TOLERANCE, error, masked, removed_columns
 
@@ -23,6 +24,7 @@ def print_count(request: pytest.FixtureRequest) -> object:
     print(text) if reporter is None else reporter.write_line(f"\n{text}")
 
 
+@settings(max_examples=EXAMPLES if PROFILE == "slow" else 8)  # the models of the zoo are decoders too
 @given(spec=specs(), share=st.floats(0.05, 1.0), batch=st.integers(1, 3), length=st.integers(2, 5), seed=st.integers(0, 99))
 def test_mask_exact(spec: Spec, share: float, batch: int, length: int, seed: int) -> None:
     model, example = build(spec, seed), tokens(batch, length)

@@ -17,6 +17,8 @@ import fasp_fx.passes._verify
 from fasp_fx.channels import Interpreter
 from fasp_fx.testing import CheckFailed, build, check_program, check_rule, example
 
+pytestmark = pytest.mark.usefixtures("shared_captures")
+
 MUTANTS = (*ORDINARY, *ODD)
 
 #: faults that only the library's own checks notice, because what they do cannot be written down at all

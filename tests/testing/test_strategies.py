@@ -65,6 +65,8 @@ SEARCH = settings(
 )
 REACH = settings(SEARCH, phases=[Phase.generate])
 TWO_LAYERS = Net((Linear(2), Linear(2)))
+#: of programs of all kinds so many are drawn, once for all tests
+PROGRAMS = 1200
 
 
 def minimal(strategy: st.SearchStrategy[Net], condition: Callable[[Net], bool] = lambda net: True) -> Net:
@@ -198,7 +200,7 @@ ODD: list[tuple[type, str, tuple[Any, ...]]] = [
 
 
 @pytest.mark.parametrize(
-    ("name", "count", "options"), [("odd", 1500, ODD), ("programs", 1200, OPTIONS), ("convolutional", 400, CONVOLUTIONS), ("decoders", 250, ATTENTION)]
+    ("name", "count", "options"), [("odd", 1200, ODD), ("programs", PROGRAMS, OPTIONS), ("convolutional", 400, CONVOLUTIONS), ("decoders", 250, ATTENTION)]
 )
 def test_every_option_is_reached(name: str, count: int, options: list[tuple[type, str, tuple[Any, ...]]]) -> None:
     wanted = [(kind, option, value) for kind, option, values in options for value in values]
@@ -240,7 +242,7 @@ def test_decoders_reach_the_rest(condition: Callable[[Net], bool]) -> None:
     ],
 )
 def test_programs_reach_combinations(condition: Callable[[Net], bool]) -> None:
-    assert reached("programs", 3000, condition)
+    assert reached("programs", PROGRAMS, condition)
 
 
 @pytest.mark.parametrize(
@@ -262,11 +264,11 @@ def test_odd_nets_shrink_to_two_linear_layers_around_each(condition: Callable[[N
 
 
 def test_a_fifth_of_all_programs_is_odd_and_no_other_family_has_any() -> None:
-    nets = drawn("programs", 700)
+    nets = drawn("programs", PROGRAMS)
     assert 0.1 <= sum(map(has(Odd), nets)) / len(nets) <= 0.3
     plain = [name for name in strategies.FAMILIES if name != "odd"]
     assert not any(map(has(Odd), (net for name in plain for net in drawn(name, 30))))
-    assert all(map(has(Odd), drawn("odd", 1500)))
+    assert all(map(has(Odd), drawn("odd", 1200)))
 
 
 def test_kinds_and_bounds() -> None:
