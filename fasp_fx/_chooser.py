@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
@@ -33,6 +33,9 @@ from .obs import OBS
 from .resources import Resource, Sparsity
 from .restoration import ridge
 from .statistics import MakeStatistic
+
+if TYPE_CHECKING:
+    from ._store._journal import Journal
 
 
 class Chooser:
@@ -214,15 +217,21 @@ class Chooser:
             return validate(self._allocate(budget, config.round_to, costs), budget)
         return validate(self._allocate(budget, config.round_to), budget)
 
-    def choose(self, consumers: Consumers, lost: list[int], batches: list[list[Any]] | None, advance: Callable[[float], None]) -> Decision:
-        """Run the calibration batches, choose what goes and repair what stays."""
+    def choose(
+        self, consumers: Consumers, lost: list[int], batches: list[list[Any]] | None, advance: Callable[[float], None], journal: Journal | None = None
+    ) -> Decision:
+        """Run the calibration batches, choose what goes and repair what stays.
+
+        Args:
+            journal: keeps what is decided, for the same choice to go on from there.
+        """
         analysis = consumers.analysis
         part = self.config.drift_part
         own = () if batches is None else self.ranks.own(len(batches))
         runners = [Runner(analysis.program, [batches[index] for index in own], numbers=own, returns=False) for _ in range(2 if part else 1)] if batches else []
         marks = None if batches is None else Marks(analysis.program, batches, self.config.padding_mask, hold_out=self._restore is not None)
         with torch.no_grad(), _drawing_alike(analysis.program):
-            observer = Observer(consumers, lost, self._score, self._restore, self.config.propagate, self._precision(analysis.program), self.ranks)
+            observer = Observer(consumers, lost, self._score, self._restore, self.config.propagate, self._precision(analysis.program), self.ranks, journal)
             drift = Drift(runners[1], part) if runners and part else None
             return observer.run(runners[0] if runners else None, marks, advance, drift)
 

@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from typing import Any, Literal, Unpack
 
 import numpy as np
@@ -25,6 +26,7 @@ from ._observe._visit import Decision
 from ._parts._prune import PARTIAL_LOSSES, Stages, analyze_in_parts, apply_in_parts, check_parts_help, prune_in_parts
 from ._program import Program
 from ._result import Result
+from ._store._journal import open_journal
 from .analysis import Analysis, analyze_program
 from .config import PruningConfig, PruningOptions
 from .costs import Costs, check_costs
@@ -86,6 +88,7 @@ def prune(
     progress: Callable[[float], None] | None = None,
     on_analysis: Callable[[Analysis], None] | None = None,
     group: dist.ProcessGroup | None = None,
+    checkpoint: str | Path | None = None,
     **options: Unpack[PruningOptions],
 ) -> Result:
     """Make a model physically smaller; the caller's model is not touched.
@@ -103,6 +106,8 @@ def prune(
         on_analysis: called with the analysis, once the sparsity or budget is known to be in reach and before the first calibration batch is asked for.
         group: processes of ``torch.distributed`` that call this together, with the same arguments: each runs some of the batches, and all get the same
             result (docs/processes.md).
+        checkpoint: a folder that keeps what was decided, consumer by consumer: the same call with the same folder goes on from there, to the same result
+            (docs/larger-than-memory.md).
         options: fields of :class:`fasp_fx.PruningConfig`, which describes them (``sparsity=0.2``, ``score="fasp"``, …), in the place of those of
             ``config``.
 
@@ -114,6 +119,7 @@ def prune(
         NothingPrunableError: no group can be pruned.
         CaptureError: see :func:`fasp_fx.capture`.
         RankError: another process of the group is gone.
+        StoreError: the checkpoint is that of another run, or cannot be written.
     """
     config = PruningConfig.of(config, options)
     if config.needs_data:
@@ -122,7 +128,7 @@ def prune(
     try:
         program = program_of(model, args, kwargs, dynamic_shapes=dynamic_shapes, state=state, device=device)
     except CaptureError as error:
-        whole = {"budget": config.caps} | ({} if config.loss in PARTIAL_LOSSES else {"loss": config.loss})
+        whole = {"budget": config.caps, "checkpoint": checkpoint} | ({} if config.loss in PARTIAL_LOSSES else {"loss": config.loss})
         check_parts_help(error, model, dynamic_shapes=dynamic_shapes, state=state, padding_mask=config.padding_mask, costs=costs is not None, **whole)
         return prune_in_parts(
             error,
@@ -136,7 +142,9 @@ def prune(
             progress=progress or (lambda fraction: None),
             on_analysis=on_analysis,
         )
-    analysis, decision = choose(program, config, calibration, device=device, progress=progress, on_analysis=on_analysis, costs=costs, ranks=ranks, clock=clock)
+    analysis, decision = choose(
+        program, config, calibration, device=device, progress=progress, on_analysis=on_analysis, costs=costs, ranks=ranks, checkpoint=checkpoint, clock=clock
+    )
     return rewrite(program, analysis, decision, config, clock)
 
 
@@ -151,6 +159,7 @@ def choose(
     costs: Costs | None = None,
     loss: Literal["outputs", "next-token"] = "outputs",
     ranks: Ranks,
+    checkpoint: str | Path | None,
     clock: Timings,
 ) -> tuple[Analysis, Decision]:
     """Analyse a captured program, calibrate it and choose what goes; see :func:`prune`.
@@ -158,6 +167,7 @@ def choose(
     Args:
         loss: what ``loss="auto"`` stands for.
         ranks: the processes that share the batches.
+        checkpoint: as for :func:`prune`.
     """
     _check_weights(program)
     if costs is not None:
@@ -179,7 +189,10 @@ def choose(
         costs = chooser.measure(consumers, batches, plans.program_fingerprint(program), lambda fraction: advance(share * fraction), costs)
         clock.lap("measuring")
     lost = chooser.allocate(budget, analysis.groups, costs)
-    decision = chooser.choose(consumers, lost, batches, lambda fraction: advance(share + (1 - share) * fraction))
+    journal = None
+    if checkpoint is not None and batches is not None and ranks.rank == 0:
+        journal = open_journal(Path(checkpoint).absolute(), plans.program_fingerprint(program), config, lost, batches, ranks.size)
+    decision = chooser.choose(consumers, lost, batches, lambda fraction: advance(share + (1 - share) * fraction), journal)
     if costs is not None and chooser.needs_costs:
         rise = costs.predicted(dict(zip((group.name for group in budget.groups), lost, strict=True)))
         decision.notes.append(f"predicted rise of {chooser.said_loss}: {rise:.3g}")

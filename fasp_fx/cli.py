@@ -159,6 +159,9 @@ def prune(
     plain: Annotated[
         bool, typer.Option("--plain", help="Keep to what the model's own config can say, and write a standard checkpoint that needs no fasp_fx.")
     ] = False,
+    checkpoint: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Keep what was decided here; the same command goes on from it.", show_default=False)
+    ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what it would take (memory, disk, operations, time), and do nothing.")] = False,
     stream: Annotated[
         bool, typer.Option("--stream", help="Keep the weights in files, and in memory those that are used: for models larger than the memory, on the CPU.")
@@ -224,6 +227,7 @@ def prune(
                 overwrite=overwrite,
                 seed=seed,
                 html=html,
+                checkpoint=checkpoint,
                 dry_run=dry_run,
                 stream=stream,
                 scratch=scratch,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -54,6 +54,11 @@ def together(blocks: Sequence[Restored]) -> Restored:
         any(block.used for block in blocks),
         min(block.strength for block in blocks),
     )
+
+
+def without_values(outcome: Restored) -> Restored:
+    """An outcome whose weight has a shape alone: its values are elsewhere."""
+    return replace(outcome, weight=outcome.weight.to("meta"))
 
 
 def ridge(weight: Tensor, fitted: Tensor, held: Tensor | None, kept: Tensor) -> Restored:

@@ -59,6 +59,7 @@ class Request:
     html: Path | None = None
     budget: Mapping[str, str | None] = field(default_factory=dict)
     uniform_layers: bool = False
+    checkpoint: Path | None = None
     dry_run: bool = False
     stream: bool = False
     scratch: Path | None = None
@@ -96,6 +97,7 @@ class Request:
             raise ArgumentError(f"--include {self.include[0]} cannot go with --plain: no config says what is left of such groups; leave one of them out")
         self._check_stream()
         _saved.check_target(self.out, overwrite=self.overwrite, plain=self.plain)
+        check_path("--checkpoint", self.checkpoint)
         if self.html is not None:
             check_path("--html", self.html)
             check_page(self.html)
@@ -173,6 +175,7 @@ class Job:
             progress=self.calibrated,
             on_analysis=self.show_groups,
             group=self.group,
+            checkpoint=request.checkpoint,
             **asked,
         )
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -14,7 +15,7 @@ from .._offload._current import keep
 from ..channels import Use
 from ..errors import CalibrationError
 from ..groups import Group
-from ..restoration import Restored, left_alone, together
+from ..restoration import Restored, left_alone, together, without_values
 from ..scoring import GroupScore
 from ..statistics import SplitGram
 from ._consumers import Consumer, Consumers
@@ -27,6 +28,9 @@ from ._products import ObservedProducts
 from ._ranks import Ranks
 from ._readings import read_otherwise
 from ._runner import Runner
+
+if TYPE_CHECKING:
+    from .._store._journal import Journal
 
 #: repairs a matrix ``[rows, columns]``, from XᵀX over fitted tokens and over those held out, on the kept columns
 Restore = Callable[[Tensor, Tensor, Tensor | None, Tensor], Restored]
@@ -53,6 +57,7 @@ class Observer:
         propagate: whether later consumers see the outputs of consumers already pruned.
         precision: of products of float32 while batches run and are observed; scores and repairs are computed in full.
         ranks: the processes that share the batches.
+        journal: what was decided before, and where that is written which is decided now; of the first process alone.
     """
 
     def __init__(
@@ -64,8 +69,9 @@ class Observer:
         propagate: bool,
         precision: str = "highest",
         ranks: Ranks | None = None,
+        journal: Journal | None = None,
     ) -> None:
-        self.ranks = ranks or Ranks()
+        self.ranks, self._journal = ranks or Ranks(), journal
         analysis = consumers.analysis
         self.analysis, self.consumers = analysis, consumers
         self.score, self.restore, self.propagate, self.precision = score, restore, propagate, precision
@@ -75,6 +81,7 @@ class Observer:
         self.products = ObservedProducts(analysis, self.groups)
         self._observed = False
         self._repairs = 0
+        self._known = False  # what is decided at this stop is in the journal
         self._drift: Drift | None = None
         self._tokens: dict[str, int] = {}  # the fewest that a block of a weight saw; of weights that may be repaired
         self._undecided = {group.name for group in self.groups}
@@ -92,7 +99,9 @@ class Observer:
         self._observed, self._drift = runner is not None, drift
         position = {node: index for index, node in enumerate(self.analysis.program.module.graph.nodes)}
         stops = sorted({node for waiting in self._waiting.values() for node in waiting}, key=position.__getitem__)
+        known = self._recall(marks)
         for count, node in enumerate(stops):
+            self._known = count < known
             if runner is not None and marks is not None:
                 with float32_products(self.precision):
                     self._advance(runner, marks, node)
@@ -107,11 +116,27 @@ class Observer:
             if runner is not None and self.propagate:
                 here = [product for group in ready for product in self.products.of(group) if product.node is node]
                 self.products.cut(runner, list(dict.fromkeys(here)), self.decision.gone)
+            if not self._known:
+                self._record(count + 1, marks)
             progress((count + 1) / len(stops))
         if marks is not None and marks.unmatched:
             self.decision.notes.append(marks.remark())
         warn_of_few(self.decision.outcomes, self._tokens)
         return self.decision
+
+    def _recall(self, marks: Marks | None) -> int:
+        """Take up what the journal knows; of how many stops."""
+        known, remarks = self.ranks.first((0, {}) if self._journal is None else (self._journal.stops, self._journal.remarks))
+        self._tokens = dict(remarks.get("tokens", {}))
+        names = {node.name: node for node in self.analysis.program.module.graph.nodes}
+        if marks is not None:
+            marks.unmatched |= {names[name]: None for name in remarks.get("unmatched", ()) if name in names}
+        return known
+
+    def _record(self, stops: int, marks: Marks | None) -> None:
+        """Write into the journal, where nothing that was seen is still waited with."""
+        if self._journal is not None and marks is not None and all(consumer.grams is None for consumer in self.consumers.by_key.values()):
+            self._journal.commit(stops, {"tokens": self._tokens, "unmatched": [node.name for node in marks.unmatched]})
 
     def _advance(self, runner: Runner, marks: Marks, stop: fx.Node) -> None:
         """Run the batches up to a node, and observe what it is about to read."""
@@ -123,7 +148,8 @@ class Observer:
         except CalibrationError as error:
             failure = error
         self.ranks.check_all(failure)
-        self._observe(runner, marks, [use for consumer in self.consumers.by_key.values() for use in consumer.uses if use.node is stop])
+        if not self._known:
+            self._observe(runner, marks, [use for consumer in self.consumers.by_key.values() for use in consumer.uses if use.node is stop])
         products = [product for group in self.groups for product in self.products.of(group) if product.node is stop]
         self.products.observe(runner, marks, list(dict.fromkeys(products)), self.ranks)
 
@@ -157,8 +183,12 @@ class Observer:
         lost = self.lost[self.groups.index(group)]
         if not lost:
             return
-        order = order_of(self.consumers, group, self.score, self.products, self._observed, lost, self._weight)
-        removed = self.ranks.first(np.concatenate([sets[:lost] for sets in order.sets]))
+        removed = self.ranks.first(self._journal.removed.get(group.name) if self._known and self._journal is not None else None)
+        if removed is None:
+            order = order_of(self.consumers, group, self.score, self.products, self._observed, lost, self._weight)
+            removed = self.ranks.first(np.concatenate([sets[:lost] for sets in order.sets]))
+            if self._journal is not None:
+                self._journal.note_removed(group.name, removed)
         self.decision.gone |= np.isin(self.analysis.labels, group.sets[removed])
 
     def _finish(self, ready: list[Group], runner: Runner | None) -> None:
@@ -178,7 +208,7 @@ class Observer:
         kept = kept.to(weight.device)
         whole = torch.from_numpy(~consumer.blocks_gone(self.decision.gone)).to(weight.device)
         # The Gram matrix holds no imaginary part, which the solution for a complex weight would need.
-        if self.restore is not None and consumer.grams is not None and not weight.is_complex() and not bool(kept.all()):
+        if self.restore is not None and (consumer.grams is not None or self._known) and not weight.is_complex() and not bool(kept.all()):
             otherwise = read_otherwise(self.analysis, consumer.matrices)
             restore = self.restore if otherwise is None else left_alone
             if otherwise is not None:
@@ -186,11 +216,9 @@ class Observer:
                 self.decision.notes.append(f"'{consumer.weight}' is not repaired, because {otherwise}")
             if self._drift is not None and consumer.beside:  # what is beside counts as columns of their own, which go
                 read = torch.cat([read, self._drift.part * torch.eye(consumer.beside, dtype=read.dtype, device=read.device)[None]], 2)
-            owner, self._repairs = self.ranks.owner(self._repairs), self._repairs + 1
-            outcome = self.ranks.share(owner, _restored(restore, read, consumer.grams, kept) if owner == self.ranks.rank else None)
-            restored = outcome.weight[:, :, : kept.shape[1]]
-            self.decision.outcomes.setdefault(consumer.weight, []).append(replace(outcome, weight=restored.to("meta")))  # the values are elsewhere
-            pruned = keep(consumer.matrices.write(restored, weight))
+            outcome = self._outcome(restore, read, consumer.grams, kept)
+            self.decision.outcomes.setdefault(consumer.weight, []).append(without_values(outcome))
+            pruned = keep(consumer.matrices.write(outcome.weight.to(weight.device), weight))
             self.decision.weights[consumer.weight] = pruned
         else:
             pruned = consumer.matrices.write(read * kept[:, None], weight)
@@ -198,6 +226,19 @@ class Observer:
             if not bool(whole.all()):  # tokens of an expert that goes were sent to it already: it gives them nothing, and no other takes its place
                 pruned = consumer.matrices.write(consumer.matrices.read(pruned) * whole[:, None, None], weight)
             runner.overrides[consumer.weight] = keep(pruned)
+
+    def _outcome(self, restore: Restore, read: Tensor, grams: list[SplitGram] | None, kept: Tensor) -> Restored:
+        """The outcome of a repair, as the journal has it, or of the process whose turn it is."""
+        number, self._repairs = self._repairs, self._repairs + 1
+        if self._known:
+            return self.ranks.share(0, None if self._journal is None else self._journal.restored(number))
+        assert grams is not None
+        owner = self.ranks.owner(number)
+        outcome = self.ranks.share(owner, _restored(restore, read, grams, kept) if owner == self.ranks.rank else None)
+        outcome = replace(outcome, weight=outcome.weight[:, :, : kept.shape[1]])
+        if self._journal is not None:
+            self._journal.note_restored(number, outcome)
+        return outcome
 
 
 def _restored(restore: Restore, matrices: Tensor, grams: list[SplitGram], kept: Tensor) -> Restored:

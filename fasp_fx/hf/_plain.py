@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import itertools
 import math
+import pathlib
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Unpack
@@ -58,6 +59,7 @@ def prune_plain(
     progress: Callable[[float], None] | None = None,
     on_analysis: Callable[[Analysis], None] | None = None,
     group: dist.ProcessGroup | None = None,
+    checkpoint: str | pathlib.Path | None = None,
     **options: Unpack[PruningOptions],
 ) -> Plain:
     """Prune a transformers model by what its config can say: the result is a smaller model of the same class.
@@ -67,7 +69,7 @@ def prune_plain(
 
     Args:
         model: a transformers model in evaluation mode; it is left as it was.
-        calibration, device, progress, on_analysis, group: as for :func:`fasp_fx.prune`.
+        calibration, device, progress, on_analysis, group, checkpoint: as for :func:`fasp_fx.prune`.
         config, options: as for :func:`fasp_fx.prune`, without ``include`` and ``exclude``, with one sparsity and no padding mask. An allocation sees one
             group for each field (for each layer, where the class takes values by layer). ``granularity=("channel",)``: neurons only; ``("channel",
             "head")``: whole heads lose the same fraction, to the nearest head, and neurons carry the rest; ``("head",)``: heads only; not given:
@@ -117,6 +119,7 @@ def prune_plain(
         progress=progress,
         on_analysis=on_analysis,
         group=group,
+        checkpoint=checkpoint,
     )
     weights = smaller_weights(model, result)
     smaller, assignment = _first_equal(model, experiments, settings, weights, result, example)

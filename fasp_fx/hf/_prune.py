@@ -104,6 +104,7 @@ def prune(
     progress: Callable[[float], None] | None = None,
     on_analysis: Callable[[Analysis], None] | None = None,
     group: dist.ProcessGroup | None = None,
+    checkpoint: str | Path | None = None,
     **options: Unpack[PruningOptions],
 ) -> Pruned:
     """Make a generating model of transformers smaller, so that it still generates; the caller's model is not touched.
@@ -117,7 +118,7 @@ def prune(
         costs: as for :func:`fasp_fx.prune`; not with ``plain``.
         plain: keep to what the architecture's own configuration can say, and return a model of the original class.
         device: where to capture and calibrate; ``None``: the model's device.
-        progress, on_analysis, group: as for :func:`fasp_fx.prune`.
+        progress, on_analysis, group, checkpoint: as for :func:`fasp_fx.prune`.
         options: fields of :class:`fasp_fx.PruningConfig` (``sparsity=0.2``, ``score="fasp"``, …) in the place of those of ``config``; the padding mask is
             that of the batches.
 
@@ -137,7 +138,8 @@ def prune(
 
         if costs is not None:
             raise ArgumentError("a plain checkpoint measures its own costs, field by field of its config; leave costs= out")
-        found = prune_plain(model, calibration=calibration, config=config, device=device, progress=progress, on_analysis=on_analysis, group=group, **options)
+        shared: dict[str, Any] = {"device": device, "progress": progress, "on_analysis": on_analysis, "group": group, "checkpoint": checkpoint}
+        found = prune_plain(model, calibration=calibration, config=config, **shared, **options)
         return Pruned(found.model, found.result.plan, found.report, tokenizer)
     stages = stages_of(model)
     if "padding_mask" in options:
@@ -155,7 +157,17 @@ def prune(
     if calibration is not None:
         batches = stages.batches(calibration, FlatProgram.of(program.module).cache_sizes())
     analysis, decision = choose(
-        program, asked, batches, device=where, progress=progress, on_analysis=on_analysis, costs=costs, loss="next-token", ranks=ranks, clock=clock
+        program,
+        asked,
+        batches,
+        device=where,
+        progress=progress,
+        on_analysis=on_analysis,
+        costs=costs,
+        loss="next-token",
+        ranks=ranks,
+        checkpoint=checkpoint,
+        clock=clock,
     )
     others = stages.served()
     if others:

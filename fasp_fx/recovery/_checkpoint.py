@@ -15,10 +15,11 @@ import torch
 from torch import Tensor
 
 from .._store._atomic import new_folder
+from .._store._run_folder import claim, read_object
 from ..errors import StoreError, first_line
 from ..report import CurvePoint
 
-RUN, PROGRESS = "run.json", "progress.json"
+PROGRESS = "progress.json"
 
 
 @dataclass
@@ -55,21 +56,11 @@ class Checkpoint:
     def __init__(self, folder: Path, run: Mapping[str, Any]) -> None:
         self._folder = folder
         self.targets = folder / "dense"
+        claim(folder, run)
         try:
-            if folder.exists() and any(folder.iterdir()) and not (folder / RUN).is_file():
-                raise StoreError(f"'{folder}' holds something that is no checkpoint; choose another checkpoint=")
-            self.targets.mkdir(parents=True, exist_ok=True)
-            file = folder / RUN
-            if not file.exists():
-                partial = file.with_suffix(".partial")
-                partial.write_text(json.dumps(run), encoding="utf-8")
-                partial.replace(file)
+            self.targets.mkdir(exist_ok=True)
         except OSError as error:
             raise StoreError(f"'{folder}' cannot be written: {first_line(error)}; choose another checkpoint=") from error
-        found = _read(file)
-        different = sorted(name for name in {*run, *found} if run.get(name) != found.get(name))
-        if different:
-            raise StoreError(f"'{folder}' is the checkpoint of another run: {', '.join(different)} differ; choose another checkpoint=, or remove the folder")
 
     def save(self, state: State) -> None:
         """Write a state in the place of the one before."""
@@ -94,7 +85,7 @@ class Checkpoint:
             return None
         folder = folders[-1]
         try:
-            data = _read(folder / PROGRESS)
+            data = read_object(folder / PROGRESS)
             current, best = (safetensors.torch.load_file(folder / f"{name}.safetensors") for name in ("current", "best"))
             optimizer = torch.load(folder / "optimizer.pt", weights_only=True, map_location="cpu")
             curve = [CurvePoint(int(step), None if trained is None else float(trained), float(held)) for step, trained, held in data["curve"]]
@@ -107,16 +98,6 @@ class Checkpoint:
     def _states(self) -> list[Path]:
         found = [folder for folder in self._folder.glob("step-*") if folder.name.removeprefix("step-").isdigit()]
         return sorted(found, key=lambda folder: int(folder.name.removeprefix("step-")))
-
-
-def _read(file: Path) -> dict[str, Any]:
-    try:
-        data = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise StoreError(f"'{file}' cannot be read: {first_line(error)}; remove the folder") from error
-    if not isinstance(data, dict):
-        raise StoreError(f"'{file}' does not hold an object; remove the folder")
-    return data
 
 
 __all__ = ["Checkpoint", "State"]
