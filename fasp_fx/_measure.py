@@ -62,7 +62,7 @@ def measure(
     batches = read_batches(program, calibration, None if device is None else torch.device(device))
     advance = progress or (lambda fraction: None)
     ranks = Ranks(group)
-    ranks.check_alike(plans.program_fingerprint(program), batches)
+    ranks.check_alike(plans.program_fingerprint(program), batches, asked)
     costs = Chooser(asked, ranks=ranks).measure(Consumers(analysis), batches, plans.program_fingerprint(program), advance, part=1)
     assert costs is not None
     return costs

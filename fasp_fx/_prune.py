@@ -182,7 +182,7 @@ def choose(
         on_analysis(analysis)
     advance = progress or (lambda fraction: None)
     batches = read_batches(program, calibration, None if device is None else torch.device(device)) if config.needs_data else None
-    ranks.check_alike(plans.program_fingerprint(program), batches or ())
+    ranks.check_alike(plans.program_fingerprint(program), batches or (), config)
     share = 0.0
     if batches is not None and chooser.measures:
         share = MEASURING

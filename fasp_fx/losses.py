@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Callable, Mapping
 from typing import Any, Literal
@@ -21,8 +22,6 @@ Padding = Callable[[Tensor], Tensor | None]
 
 #: so many elements of an output tell how large it is
 SETTLED = 1024
-#: seeds of the numbers drawn for different outputs, and for pieces whose rows are no sequences, are so far apart
-_APART = 2**20
 
 #: what an argument with the tokens that a model predicts is called, most telling first
 _TOKENS = ("decoder_input_ids", "input_ids")
@@ -73,7 +72,7 @@ class Outputs:
 
     def __init__(self, seed: int = 0) -> None:
         self.seed = seed
-        self._first, self._rows = 0, 0
+        self._first, self._rows, self._calls = 0, 0, 0
         self._seen: dict[int, tuple[float, int]] = {}
 
     def settle(self, outputs: Any, padding: Padding = lambda leaf: None) -> bool:
@@ -99,7 +98,7 @@ class Outputs:
             first: the number of the first.
             rows: how many there are.
         """
-        self._first, self._rows = first, rows
+        self._first, self._rows, self._calls = first, rows, 0
 
     @property
     def has_size(self) -> bool:
@@ -123,16 +122,24 @@ class Outputs:
             size = math.sqrt(self._seen.get(index, (0.0, 0))[0])
             wide = counted if counted.dtype == torch.float64 else counted.float()
             terms.append((wide / size * self._drawn(index, counted, rows) if size > 0 else wide * 0).flatten())
+        self._calls += 1  # whoever calls again without saying of what is given other numbers
+        self._rows = 0
         return torch.cat(terms)
 
     def _drawn(self, index: int, counted: Tensor, rows: list[int]) -> Tensor:
         """Numbers for one output, row by row, so that it does not matter how many rows come at a time, nor how far they are padded."""
-        within = 0 if len(rows) == self._rows else 1 + self._first * _APART  # rows that are no sequences are counted in each piece anew
+        alike = len(rows) == self._rows  # otherwise rows are no sequences, and counted in each piece anew
         drawn = []
         for row, size in enumerate(rows):
-            generator = torch.Generator().manual_seed((self.seed + index) * _APART**2 + within + (row if within else self._first + row))
-            drawn.append(torch.randn(size, generator=generator, dtype=torch.float32, device="cpu"))
+            place = (self.seed, index, self._first + row) if alike else (self.seed, index, self._first, row, self._calls)
+            drawn.append(torch.randn(size, generator=_generator(place), dtype=torch.float32, device="cpu"))
         return torch.cat(drawn).reshape(counted.shape).to(counted.device)
+
+
+def _generator(place: tuple[int, ...]) -> torch.Generator:
+    """Random numbers of their own for each place; torch takes 32 bits of a seed and drops the rest."""
+    digest = hashlib.blake2b(repr(place).encode(), digest_size=4).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest))
 
 
 def evaluated(loss: Loss, outputs: Any, inputs: Mapping[str, Any], padding: Padding) -> Tensor:

@@ -39,6 +39,36 @@ class Twice(nn.Module):
         return (self.query(x) @ self.key(x).transpose(1, 2)).softmax(-1) @ x
 
 
+class Parts(nn.Module):
+    """Cannot be captured as a whole."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.second = (nn.Sequential(nn.Linear(12, 24), nn.ReLU(), nn.Linear(24, 12)) for _ in range(2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.first(x)
+        found: Tensor = self.second(x) if x.sum().item() > -1e9 else x
+        return found
+
+
+class Rectified(nn.Module):
+    """Gives zero, and no gradient, for zeros."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(12, 24, bias=False), nn.Linear(24, 12, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.relu(self.down(torch.relu(self.up(x))))
+
+
+def late() -> list[Tensor]:
+    """Batches of which the first show no gradient, as the first processes find out alone."""
+    return [batch * (index > 1) for index, batch in enumerate(numbers())]
+
+
 def llama() -> nn.Module:
     torch.manual_seed(0)
     config = LlamaConfig(
@@ -79,6 +109,9 @@ def cases(group: dist.ProcessGroup | None) -> dict[str, tuple[Any, dict[str, Ten
     for options in ({"quality": "balanced"}, {"quality": "fast", "include": ("exempt",)}):
         result = fasp_fx.prune(captured, calibration=numbers(), sparsity=0.3, group=group, **options)  # type: ignore[arg-type]
         found[f"used twice, {options}"] = (result.plan, result.module.state_dict())
+    torch.manual_seed(0)
+    result = fasp_fx.prune(Rectified().eval(), (numbers()[0],), calibration=late(), sparsity=0.3, group=group)
+    found["no gradient at first"] = (result.plan, result.module.state_dict())
     return found
 
 
@@ -92,12 +125,19 @@ def refusals(group: dist.ProcessGroup, rank: int) -> None:
         with pytest.raises(kind, match=said):
             fasp_fx.prune(model, **options)
 
-    refused(ArgumentError, "another calibration data", calibration=[batch * (1 + rank) for batch in numbers()])
+    refused(ArgumentError, "other calibration data", calibration=[batch * (1 + rank) for batch in numbers()])
     changed = twice()
     with torch.no_grad():
         changed.get_parameter("up.weight").mul_(1 + rank)
-    refused(ArgumentError, "another model", model=fasp_fx.capture(changed, (numbers()[0],)))
+    refused(ArgumentError, "other model", model=fasp_fx.capture(changed, (numbers()[0],)))
     refused(CalibrationError, "too few for", calibration=numbers()[:1])
+    refused(ArgumentError, "other options", sparsity=0.3 + 0.1 * rank)
+    refused(ArgumentError, "other calibration data", calibration=numbers()[rank:])
+    parts = Parts().eval()
+    with torch.no_grad():
+        next(parts.parameters()).mul_(1 + rank)
+    with pytest.raises(ArgumentError, match="other model"):
+        fasp_fx.prune(parts, (numbers()[0],), calibration=numbers(), sparsity=0.3, group=group)
     broken = numbers()
     broken[-1][:] = 1e30  # of one process alone; what it sees is not finite
     for quality in ("fast", "balanced"):

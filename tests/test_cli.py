@@ -110,7 +110,7 @@ def test_prune_with_the_weights_in_files(from_file: tuple[Path, Result], folder:
     found, expected = (AutoModelForCausalLM.from_pretrained(where) for where in (tmp_path / "out", from_file[0]))
     assert found.plan == expected.plan
     assert all(torch.equal(found.get_parameter(name), parameter) for name, parameter in expected.named_parameters())
-    assert not list((tmp_path / "scratch").iterdir())
+    assert [path.name for path in tmp_path.iterdir()] == ["out"], "the folder that was made for the files goes when it is empty"
 
 
 def test_a_model_that_does_not_fit_is_kept_in_files_by_itself(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -126,7 +126,7 @@ def test_a_model_that_does_not_fit_is_kept_in_files_by_itself(folder: Path, tmp_
     for option, is_kept in (([], True), (["--recover", "1"], False)):
         done = _invoke("prune", folder / "model", "--out", tmp_path / "out", *SMALL, *option)
         assert done.exit_code == 2
-        assert ("weights are kept in files" in done.stderr) is is_kept
+        assert ("weights are kept in files" in " ".join(done.stderr.split())) is is_kept
     assert kept == [True, False]
 
 

@@ -231,3 +231,13 @@ def test_the_reader_of_gguf_files_draws_no_bar() -> None:
         assert list(reader.tqdm([1, 2], desc="x")) == [1, 2]
         assert reader.tqdm is not before
     assert reader.tqdm is before
+
+
+def test_what_transformers_keep_in_float32() -> None:
+    """By the names of parts of weights, as classes list them."""
+    from transformers import DeepseekV3ForCausalLM, LlamaForCausalLM, T5ForConditionalGeneration
+
+    for kind, expected in ((T5ForConditionalGeneration, {"wo"}), (DeepseekV3ForCausalLM, {"e_score_correction_bias"}), (LlamaForCausalLM, set())):
+        with torch.device("meta"):
+            model = kind(kind.config_class(num_hidden_layers=1, num_layers=1))
+        assert _transformers.kept_in_float32(model) >= expected, kind

@@ -84,6 +84,29 @@ def test_weights_and_what_is_left_of_them() -> None:
     assert (half.weights, half.activations) == (found.weights // 2, found.activations // 2)
 
 
+def test_tokens_are_positions_of_the_output() -> None:
+    x = torch.randn(2, 3, 12, 12)
+    model = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.ReLU(), nn.Conv2d(8, 4, 3, stride=2)).eval()
+    found = forecast(fasp_fx.analyze(model, (x,)), PruningConfig(quality="fast"), 1, measure=False)
+    assert found.operations["Gram matrices"] == pytest.approx(2 * 0.6 * (2 * 5 * 5) * (8 * 9) ** 2)
+
+
+class Recurrent(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.lstm, self.down = nn.Linear(6, 12), nn.LSTM(12, 8, batch_first=True), nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        found: Tensor = self.down(self.lstm(self.up(x))[0])
+        return found
+
+
+@pytest.mark.parametrize("model", [Recurrent(), nn.Sequential(nn.LayerNorm(6)), nn.Sequential(nn.Conv1d(5, 6, 3), nn.ReLU())], ids=["lstm", "norm", "one"])
+def test_other_models_have_a_forecast(model: nn.Module) -> None:
+    found = forecast(fasp_fx.analyze(model.eval(), (torch.randn(2, 5, 6),)), PruningConfig(quality="fast"), 2, measure=False)
+    assert found.peak > found.weights > 0
+
+
 def test_in_files_the_weights_take_no_memory() -> None:
     found = Forecast(base=1, weights=100, repaired=20, pruned=80, activations=5, matrices=30, solving=7, operations={}, seconds=None)
     assert found.peak == 1 + 100 + 20 + 80
@@ -112,6 +135,14 @@ def test_dry_run_loads_no_weight_and_writes_nothing(tmp_path: Path, monkeypatch:
     assert "running the batches" in done.stdout
     assert "with --stream" in " ".join(done.stdout.split())
     assert sorted(tmp_path.rglob("*")) == before
+
+
+@pytest.mark.parametrize("option", [["--length", "4096"], ["--sparsity", "0.99"]], ids=" ".join)
+def test_dry_run_refuses_what_pruning_would(tmp_path: Path, option: list[str]) -> None:
+    make_model(tmp_path / "model")
+    command = ["prune", str(tmp_path / "model"), "--out", str(tmp_path / "out"), "--dry-run", "--length", "32", "--batches", "4", "--device", "cpu", *option]
+    done = CliRunner().invoke(app, command)
+    assert done.exit_code == 2, done.output
 
 
 def test_a_runner_drops_what_nobody_reads_again() -> None:

@@ -118,6 +118,42 @@ def squares(outputs: Any, inputs: Any) -> Tensor:
     return outputs.square().sum(-1).flatten()
 
 
+def test_what_is_drawn_for_outputs_has_nothing_in_common() -> None:
+    from fasp_fx.losses import Outputs
+
+    def drawn(seed: int, first: int, rows: int = 4, said: int = 4) -> list[Tensor]:
+        loss, ones = Outputs(seed), torch.ones(rows, 500)
+        loss.settle([ones, ones])
+        loss.begin(first, said)
+        both = loss([ones, ones], {}).reshape(2, rows, 500)
+        return [row for output in both for row in output]
+
+    vectors = [*drawn(0, 0), *drawn(0, 4096), *drawn(1, 0), *drawn(2**40, 0), *drawn(0, 0, said=3), *drawn(0, 4096, said=3)]
+    alike = torch.corrcoef(torch.stack(vectors)) - torch.eye(len(vectors))
+    assert float(alike.abs().max()) < 0.25
+    torch.testing.assert_close(drawn(0, 2)[0], drawn(0, 0)[2])  # a sequence has its numbers wherever it comes
+    loss, ones = Outputs(), torch.ones(2, 500)
+    first, second = loss([ones], {}), loss([ones], {})
+    assert float(torch.corrcoef(torch.stack([first, second]))[0, 1].abs()) < 0.25, "of whom nothing is said is no sequence again"
+
+
+def test_costs_do_not_depend_on_the_sign_of_an_output() -> None:
+    class Two(nn.Module):
+        def __init__(self, sign: float) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            self.a, self.b, self.c, self.d = nn.Linear(6, 12), nn.Linear(12, 6), nn.Linear(6, 12), nn.Linear(12, 6)
+            self.sign = sign
+
+        def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+            y, z = self.b(torch.relu(self.a(x))), self.d(torch.relu(self.c(x)))
+            return y + z, self.sign * y + z
+
+    batches = [torch.randn(64, 6, generator=torch.Generator().manual_seed(seed)) for seed in range(8)]
+    curves = [fasp_fx.measure(Two(sign).eval(), (batches[0],), calibration=batches)["b.weight"].losses for sign in (1.0, -1.0)]
+    assert 0.5 < curves[0][-1] / curves[1][-1] < 2
+
+
 def test_gradients_are_those_at_each_consumer_alone() -> None:
     from fasp_fx._observe._consumers import Consumers
     from fasp_fx._observe._gradients import observe_batches, whole_batches

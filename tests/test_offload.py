@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import gc
+import json
 import os
 import subprocess
 import sys
 import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from tiny_llama import make_model
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, DeepseekV3Config, DeepseekV3ForCausalLM
 
 import fasp_fx
 import fasp_fx.hf
@@ -89,8 +93,18 @@ def test_what_no_tensor_uses_is_freed(tmp_path: Path) -> None:
     assert not descriptors or len(os.listdir("/proc/self/fd")) <= descriptors
 
 
-@pytest.mark.parametrize("tensor", [torch.ones(3), torch.ones(SMALLEST, device="meta"), torch.ones(SMALLEST).to_sparse()], ids=["small", "meta", "sparse"])
-def test_what_stays_where_it_is(tmp_path: Path, tensor: Tensor) -> None:
+STAYS: dict[str, Callable[[], Tensor]] = {
+    "small": lambda: torch.ones(3),
+    "meta": lambda: torch.ones(SMALLEST, device="meta"),
+    "sparse": lambda: torch.ones(SMALLEST).to_sparse(),
+    "quantised": lambda: torch.quantize_per_tensor(torch.ones(SMALLEST), 0.1, 0, torch.qint8),
+}
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("make", STAYS.values(), ids=list(STAYS))
+def test_what_stays_where_it_is(tmp_path: Path, make: Callable[[], Tensor]) -> None:
+    tensor = make()
     assert Scratch(tmp_path).keep(tensor) is tensor
 
 
@@ -102,6 +116,50 @@ def test_a_tensor_is_kept_once_and_a_view_of_one_anew(tmp_path: Path) -> None:
     assert scratch.keep(held) is held
     row = held[0]
     assert scratch.keep(row).data_ptr() != row.data_ptr()
+
+
+def test_a_model_stays_what_it_is(tmp_path: Path) -> None:
+    """Optimisers, views of buffers and weights that share memory go on."""
+    model = Model()
+    model.register_buffer("trace", torch.zeros(SMALLEST))
+    model.register_buffer("part", model.trace[:8])
+    model.up.weight.grad = torch.ones_like(model.up.weight)
+    before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
+    scratch = Scratch(tmp_path)
+    keep_weights(model, scratch)
+    optimizer.step()
+    assert torch.equal(model.up.weight, before["up.weight"] - 0.5)
+    assert all(torch.equal(parameter, before[name]) for name, parameter in model.named_parameters() if name != "up.weight")
+    model.trace.add_(1)
+    assert float(model.part.sum()) == 8
+    assert len(scratch) == 1
+    with pytest.raises(ArgumentError, match="scratch is a"):
+        keep_weights(model, None)  # type: ignore[arg-type]
+
+
+def test_folders_that_were_made_go_when_they_are_empty(tmp_path: Path) -> None:
+    (tmp_path / "mine").mkdir()
+    with offload(tmp_path / "mine" / "deep" / "scratch"):
+        assert (tmp_path / "mine" / "deep" / "scratch").is_dir()
+    assert not list((tmp_path / "mine").iterdir())
+
+
+def test_several_threads_keep_weights(tmp_path: Path) -> None:
+    scratch, interval = Scratch(tmp_path), sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        with ThreadPoolExecutor(4) as pool:
+            kept = list(pool.map(lambda number: scratch.keep(torch.full((SMALLEST // 4,), float(number))), range(400)))
+    finally:
+        sys.setswitchinterval(interval)
+    assert all(bool((tensor == number).all()) for number, tensor in enumerate(kept))
+
+
+@pytest.mark.parametrize("folder", [5, b"x", "", "a\0b"], ids=repr)
+def test_a_folder_that_is_none(folder: object) -> None:
+    with pytest.raises(ArgumentError, match="is no path"), offload(folder):  # type: ignore[arg-type]
+        raise AssertionError("not entered")
 
 
 def test_nothing_is_kept_outside(tmp_path: Path) -> None:
@@ -176,6 +234,38 @@ def test_a_checkpoint_is_loaded_as_transformers_load_it(checkpoint: Path, tmp_pa
     assert not model.training
 
 
+def test_the_dtype_is_that_of_transformers(tmp_path: Path) -> None:
+    """The configuration's before the stored one; what a class keeps in float32 is not rounded first; one file before shards."""
+    torch.manual_seed(0)
+    experts = {"n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16, "first_k_dense_replace": 0, "n_group": 1, "topk_group": 1}
+    latent = {"q_lora_rank": 8, "kv_lora_rank": 8, "qk_rope_head_dim": 4, "qk_nope_head_dim": 4, "v_head_dim": 8}
+    config = DeepseekV3Config(
+        vocab_size=50, hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=2, **experts, **latent
+    )
+    DeepseekV3ForCausalLM(config).save_pretrained(tmp_path / "model")
+    said = json.loads((tmp_path / "model" / "config.json").read_text())
+    (tmp_path / "model" / "config.json").write_text(json.dumps({**said, "dtype": "bfloat16"}))
+    (tmp_path / "model" / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"x": "other.safetensors"}}))
+    expected = AutoModelForCausalLM.from_pretrained(tmp_path / "model", dtype="auto")
+    with offload(tmp_path / "scratch") as scratch:
+        found = fasp_fx.hf.load_offloaded(tmp_path / "model", scratch)
+    kinds = set()
+    for name, tensor in expected.state_dict().items():
+        kinds.add(tensor.dtype)
+        assert found.state_dict()[name].dtype == tensor.dtype, name
+        assert torch.equal(found.state_dict()[name], tensor), name
+    assert {torch.float32, torch.bfloat16} <= kinds
+
+
+NO_OPTIONS: dict[str, dict[str, Any]] = {"int8": {"dtype": torch.int8}, "text": {"dtype": "bfloat16"}, "no scratch": {"scratch": None}}
+
+
+@pytest.mark.parametrize("options", NO_OPTIONS.values(), ids=list(NO_OPTIONS))
+def test_options_that_are_none(checkpoint: Path, tmp_path: Path, options: dict[str, Any]) -> None:
+    with offload(tmp_path) as scratch, pytest.raises(ArgumentError):
+        fasp_fx.hf.load_offloaded(checkpoint, **{"scratch": scratch, **options})
+
+
 def test_a_checkpoint_is_pruned_as_in_memory(checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     options = {"calibration": BATCHES, "sparsity": 0.2}
     expected = fasp_fx.hf.prune(AutoModelForCausalLM.from_pretrained(checkpoint).eval(), **options)
@@ -189,14 +279,31 @@ def test_a_checkpoint_is_pruned_as_in_memory(checkpoint: Path, tmp_path: Path, m
         assert torch.equal(loaded.get_parameter(name), parameter)
 
 
+def _indexed(text: str) -> Callable[[Path], None]:
+    def damage(folder: Path) -> None:
+        (folder / "model.safetensors").unlink()
+        (folder / "model.safetensors.index.json").write_text(text)
+
+    return damage
+
+
+def _wider(folder: Path) -> None:
+    said = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**said, "intermediate_size": 64}))
+
+
 @pytest.mark.parametrize(
     ("damage", "said"),
     [
         (lambda folder: (folder / "model.safetensors").unlink(), "has no model.safetensors"),
         (lambda folder: (folder / "model.safetensors").write_bytes(b"nothing"), "cannot be read"),
-        (lambda folder: (folder / "model.safetensors.index.json").write_text("{"), "is no index"),
+        (_indexed("{"), "is no index"),
+        (_indexed('{"weight_map": {"x": "../elsewhere.safetensors"}}'), "files of other folders"),
+        (lambda folder: (folder / "config.json").unlink(), "cannot be loaded"),
+        (lambda folder: (folder / "config.json").write_text("{"), "cannot be loaded"),
+        (_wider, "mismatched keys|cannot be loaded"),
     ],
-    ids=["missing", "damaged", "no index"],
+    ids=["missing", "damaged", "no index", "index of elsewhere", "no configuration", "damaged configuration", "another size"],
 )
 def test_a_damaged_checkpoint(checkpoint: Path, tmp_path: Path, damage: object, said: str) -> None:
     import shutil

@@ -9,6 +9,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from .._chooser import Chooser
 from .._forecast._forecast import Forecast, forecast
 from .._offload._context import RESIDENT
 from .._prune import analyze
@@ -30,6 +31,7 @@ def run(request: Request, source: _models.Source, stages: Stages, console: Conso
     """
     stages.begin("reading the configuration")
     empty = _models.load_empty(source)
+    _models.check_length(empty, request.length)
     config = PruningConfig(
         sparsity=request.sparsity if request.caps else request.sparsity or 0.2,
         budget=request.caps or None,
@@ -37,10 +39,16 @@ def run(request: Request, source: _models.Source, stages: Stages, console: Conso
         score=request.score,  # type: ignore[arg-type]
         allocation=request.allocation,  # type: ignore[arg-type]
         restore="least-squares" if request.restore else None,
+        round_to=request.round_to,
+        granularity=request.granularity or ("channel",),
+        include=request.include,
+        uniform_layers=request.uniform_layers,
     )
     stages.begin("capturing and analysing the model")
     example = {"input_ids": torch.zeros(1, request.length, dtype=torch.long), "use_cache": False}
-    analysis = analyze(empty, (), example, granularity=request.granularity or ("channel",), include=request.include)
+    analysis = analyze(empty, (), example, granularity=config.granularity, include=config.include)
+    chooser = Chooser(config)
+    chooser.check(chooser.budget(analysis), analysis.groups)
     stages.begin("measuring how fast this machine is")
     named = _models.DTYPES.get(request.dtype) or getattr(getattr(empty, "config", None), "dtype", None)
     found = forecast(analysis, config, request.batches, dtype=named if isinstance(named, torch.dtype) else torch.float32)

@@ -41,7 +41,10 @@ def together(device: torch.device) -> Iterator[dist.ProcessGroup | None]:
         yield None
         return
     try:
-        dist.init_process_group(dist.get_default_backend_for_device(device))
+        own = "" if device.type == "cpu" else f",{device.type}:{dist.get_default_backend_for_device(device)}"
+        if device.type != "cpu":
+            torch.accelerator.set_device_index(device.index or 0)
+        dist.init_process_group(f"cpu:gloo{own}")
     except (RuntimeError, ValueError) as error:
         raise ArgumentError(f"the {count()} processes do not find one another: {first_line(error)}; start them with torchrun") from error
     try:

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from typing import Any
 from unittest import mock
 
+from torch import nn
 from torch.export import ExportedProgram
 from transformers import PreTrainedModel
 from transformers.exporters import exporter_dynamo
@@ -48,12 +49,19 @@ def without_gguf_bar() -> Iterator[None]:
         yield
 
 
+def kept_in_float32(model: nn.Module) -> set[str]:
+    """Parts of the names of weights that transformers may keep in float32, whatever the model's type."""
+    lists = ("_keep_in_fp32_modules", "_keep_in_fp32_modules_strict")
+    return {part for module in model.modules() for name in lists for part in getattr(module, name, None) or ()}
+
+
 __all__ = [
     "CACHE",
     "EXPORTER_LOGGER",
     "export_program",
     "get_auto_dynamic_shapes",
     "is_cache_class",
+    "kept_in_float32",
     "prepare_for_export",
     "register_cache_pytrees_for_model",
     "register_pytree_node",

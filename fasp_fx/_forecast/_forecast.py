@@ -8,9 +8,10 @@ from dataclasses import dataclass
 
 import psutil
 import torch
-from torch import Tensor
+from torch import Tensor, fx
 
 from .._chooser import Chooser
+from .._compat import pytree
 from .._device import multiplies_bfloat16
 from .._macs import macs_of
 from .._observe._consumers import Consumer, Consumers
@@ -101,8 +102,8 @@ def forecast(analysis: Analysis, config: PruningConfig, batches: int, *, dtype: 
     place = {node: index for index, node in enumerate(program.module.graph.nodes)}
     stops = [live[place[use.node]] for consumer in consumers for use in consumer.uses]
     until = max((place[use.node] for consumer in consumers for use in consumer.uses), default=0)
-    solving, operations = _solving(consumers, sparsity, read), _operations(analysis, config, consumers, batches, sparsity)
-    grams = [2 * _SINGLE * blocks * columns**2 for _, blocks, columns in map(_shape, consumers)]
+    solving, operations = _solving(consumers, sparsity, read), _operations(analysis, config, consumers, batches, sparsity, read)
+    grams = [2 * _SINGLE * blocks * columns**2 for _, blocks, columns in (_shape(consumer, read[consumer.weight]) for consumer in consumers)]
     chooser = Chooser(config)
     pair = 3 * max(grams, default=0)  # as accumulated, made whole, and in the order of the system
     found = Forecast(
@@ -118,7 +119,7 @@ def forecast(analysis: Analysis, config: PruningConfig, batches: int, *, dtype: 
     )
     if not measure:
         return found
-    return Forecast(**{**vars(found), "seconds": _seconds(chooser, consumers, operations, kind)})
+    return Forecast(**{**vars(found), "seconds": _seconds(chooser, consumers, operations, kind, read)})
 
 
 def _bytes(tensors: Iterable[Tensor], kind: torch.dtype) -> int:
@@ -127,33 +128,36 @@ def _bytes(tensors: Iterable[Tensor], kind: torch.dtype) -> int:
     return sum(tensor.numel() * (kind if tensor.is_floating_point() else tensor.dtype).itemsize for tensor in different)
 
 
-def _shape(consumer: Consumer) -> tuple[int, int, int]:
+def _shape(consumer: Consumer, weight: Tensor) -> tuple[int, int, int]:
     """Rows, blocks and columns of a consumer's matrices."""
     blocks, columns = consumer.matrices.columns.shape[:2]
-    rows = math.prod(consumer.matrices.use.operand.meta["val"].shape) // (blocks * columns)
-    return int(rows), blocks, columns
+    rows = consumer.matrices.moved(weight).numel() // (blocks * columns)
+    return rows, blocks, columns
 
 
 def _solving(consumers: list[Consumer], sparsity: float, read: dict[str, Tensor]) -> int:
     """Bytes of the system of the widest consumer: its Gram matrix in float64, what is kept of it twice, and its rows."""
     most = 0.0
     for consumer in consumers:
-        rows, _, columns = _shape(consumer)
+        rows, _, columns = _shape(consumer, read[consumer.weight])
         kept = (1 - sparsity) * columns
         most = max(most, _DOUBLE * (columns**2 + 2 * kept**2 + rows * columns + 2 * rows * kept))
     return round(most)
 
 
-def _operations(analysis: Analysis, config: PruningConfig, consumers: list[Consumer], batches: int, sparsity: float) -> dict[str, float]:
+def _operations(
+    analysis: Analysis, config: PruningConfig, consumers: list[Consumer], batches: int, sparsity: float, read: dict[str, Tensor]
+) -> dict[str, float]:
+    sizes = Sizes(analysis.program.module, small=False)
     try:
         forward = 2.0 * macs_of(analysis).whole
     except BudgetError:  # an operator that is not counted: what weights do is most of it
-        forward = 2.0 * sum(math.prod(use.activation.meta["val"].shape) for consumer in consumers for use in consumer.uses)
-    sizes = Sizes(analysis.program.module, small=False)
+        each = ((_shape(consumer, read[consumer.weight]), use) for consumer in consumers for use in consumer.uses)
+        forward = sum(2.0 * _outputs(use.node, sizes) * columns for (_, _, columns), use in each)
     gram = repair = exact = cut = 0.0
     for consumer in consumers:
-        rows, blocks, columns = _shape(consumer)
-        tokens = sum(math.prod(sizes.integer(size) for size in use.activation.meta["val"].shape) // columns // blocks for use in consumer.uses)
+        rows, blocks, columns = _shape(consumer, read[consumer.weight])
+        tokens = sum(_outputs(use.node, sizes) // max(rows * blocks, 1) for use in consumer.uses)
         kept = (1 - sparsity) * columns
         gram += 2.0 * _TRIANGLE * blocks * tokens * columns**2
         repair += blocks * (_STRENGTHS * kept**3 / 3 + 2.0 * rows * columns**2)
@@ -168,9 +172,15 @@ def _operations(analysis: Analysis, config: PruningConfig, consumers: list[Consu
     return found
 
 
-def _seconds(chooser: Chooser, consumers: list[Consumer], operations: dict[str, float], kind: torch.dtype) -> dict[str, float]:
+def _outputs(node: fx.Node, sizes: Sizes) -> int:
+    """How many elements the first tensor has that a node makes."""
+    made = next((leaf for leaf in pytree.tree_leaves(node.meta.get("val")) if isinstance(leaf, Tensor)), None)
+    return 0 if made is None else math.prod(sizes.integer(size) for size in made.shape)
+
+
+def _seconds(chooser: Chooser, consumers: list[Consumer], operations: dict[str, float], kind: torch.dtype, read: dict[str, Tensor]) -> dict[str, float]:
     """Times at the rates that are measured now, on matrices like those of the widest consumer."""
-    shapes = [_shape(consumer) for consumer in consumers]
+    shapes = [_shape(consumer, read[consumer.weight]) for consumer in consumers]
     rows, _, columns = max(shapes, key=lambda shape: shape[0] * shape[2], default=(1, 1, 1))
     device = torch.device("cpu")
     precision = "medium" if chooser.config.precision == "auto" and multiplies_bfloat16(device) else "highest"

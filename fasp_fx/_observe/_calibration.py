@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
@@ -38,6 +39,17 @@ def read_batches(program: Program, calibration: Iterable[Any] | None, device: to
         _check(program, flat, index)
         batches.append(flat)
     return batches
+
+
+def digest_of(batches: Iterable[Iterable[Any]]) -> str:
+    """What tells calibration data from others: types, shapes and values."""
+    digest = hashlib.sha256()
+    for leaf in (leaf for batch in batches for leaf in batch):
+        digest.update(repr((leaf.dtype, tuple(leaf.shape)) if isinstance(leaf, Tensor) else leaf).encode())
+        if isinstance(leaf, Tensor):
+            dense = leaf.detach().cpu().to_dense() if leaf.layout is not torch.strided else leaf.detach().cpu()
+            digest.update(dense.contiguous().reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
 
 
 def _without_labels(program: Program, args: tuple[Any, ...]) -> str:

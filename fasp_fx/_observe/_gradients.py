@@ -356,7 +356,8 @@ def _gradients(consumer: Consumer) -> list[InputGradients]:
 def _vanished(consumers: Consumers, ranks: Ranks) -> bool:
     """Whether gradients were asked for, and all of them were zero, in all processes."""
     found = [statistic for consumer in consumers.by_key.values() for statistic in _gradients(consumer)]
-    return not ranks.total(not found or any(bool((statistic.diagonal() > 0).any()) for statistic in found))
+    asked, told = ranks.total(bool(found)), ranks.total(any(bool((statistic.diagonal() > 0).any()) for statistic in found))
+    return bool(asked) and not told
 
 
 def _check(consumers: Consumers, back: bool) -> None:

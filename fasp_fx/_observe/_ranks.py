@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import fields
 from typing import Any, TypeVar
 
 import torch
@@ -11,8 +12,10 @@ import torch.distributed as dist
 from torch import Tensor
 
 from .._version import __version__
+from ..config import PruningConfig
 from ..errors import ArgumentError, CalibrationError, RankError, first_line
 from ..statistics import SplitGram, Statistic
+from ._calibration import digest_of
 
 T = TypeVar("T")
 
@@ -35,6 +38,17 @@ class Ranks:
         self.rank, self.size = (0, 1) if group is None else (dist.get_rank(group), dist.get_world_size(group))
         if self.rank < 0:
             raise ArgumentError("this process is not of the group that was given; call with it in the processes that are")
+        if self.size > 1:
+            self._check_backend()
+
+    def _check_backend(self) -> None:
+        """Refuse a group that adds up on accelerators alone: counts lie on the CPU."""
+        try:
+            dist.all_reduce(torch.zeros(1), group=self._group)
+        except RuntimeError as error:
+            if "backend" not in str(error).lower():
+                raise self._lost(error) from error
+            raise ArgumentError('the group does not serve the CPU; make it with dist.init_process_group("cpu:gloo,cuda:nccl")') from error
 
     def own(self, count: int) -> range:
         """Which of so many batches this process runs.
@@ -46,20 +60,21 @@ class Ranks:
             raise CalibrationError(f"{count} calibration batches are too few for {self.size} processes, each of which runs some; give more, or start fewer")
         return range(self.rank, count, self.size)
 
-    def check_alike(self, fingerprint: str, batches: Sequence[Sequence[Any]]) -> None:
+    def check_alike(self, fingerprint: str, batches: Iterable[Iterable[Any]], config: PruningConfig) -> None:
         """Refuse to work together on different things.
 
         Raises:
-            ArgumentError: another process has another model, other batches or another release.
+            ArgumentError: another process has another model, other batches, options or releases.
         """
         if self.size == 1:
             return
-        own = {"model": fingerprint, "calibration data": [_said(leaf) for batch in batches for leaf in batch], "release of fasp_fx": __version__}
-        own["release of torch"] = torch.__version__
+        options = {field.name: value for field in fields(config) if not callable(value := getattr(config, field.name))}
+        own = {"model": fingerprint, "calibration data": digest_of(batches), "options": repr(options)}
+        own |= {"release of fasp_fx": __version__, "release of torch": torch.__version__}
         for rank, other in enumerate(self._gathered(own)):
             for what, value in own.items():
                 if other[what] != value:
-                    raise ArgumentError(f"process {rank} was given another {what} than process {self.rank}; all processes are given the same, and divide it")
+                    raise ArgumentError(f"process {rank} was given other {what} than process {self.rank}; all processes are given the same, and divide it")
 
     def add(self, tensor: Tensor) -> Tensor:
         """The sum of the tensors of all processes, which takes the place of this one's."""
@@ -149,14 +164,10 @@ class Ranks:
         try:
             yield
         except RuntimeError as error:
-            raise RankError(f"process {self.rank} of {self.size} lost the others: {first_line(error)}; start all of them again") from error
+            raise self._lost(error) from error
 
-
-def _said(leaf: Any) -> Any:
-    """What tells a batch from another."""
-    if not isinstance(leaf, Tensor):
-        return repr(leaf)
-    return str(leaf.dtype), tuple(leaf.shape), float(leaf.detach().double().sum()) if not leaf.is_complex() else str(leaf.detach().sum())
+    def _lost(self, error: RuntimeError) -> RankError:
+        return RankError(f"process {self.rank} of {self.size} lost the others: {first_line(error)}; start all of them again")
 
 
 __all__ = ["Ranks"]

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import tempfile
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import chain
 from pathlib import Path
-from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from ..errors import ArgumentError
 from ._current import kept_in
@@ -24,7 +26,8 @@ def offload(folder: str | Path | None = None, *, resident: int = RESIDENT) -> It
     """Keep weights in files while a model is pruned: those that are made inside, and those given to :func:`keep_weights`.
 
     The files are mapped into memory, so that a weight is read when it is used, and dropped where memory is short. They have no names: they go when the
-    last tensor in them does, also if the process is killed. Tensors that were made inside, those of a result among them, stay usable afterwards.
+    last tensor in them does, also if the process is killed. Tensors that were made inside, those of a result among them, stay usable afterwards. A process
+    that is forked shares them: what it writes into a weight is seen by both. Only the thread that enters keeps weights in files.
 
     Args:
         folder: on a disk with room for about three times the weights, in their own precision; made if it is missing. ``None``: the system's folder for
@@ -38,24 +41,37 @@ def offload(folder: str | Path | None = None, *, resident: int = RESIDENT) -> It
     if isinstance(resident, bool) or not isinstance(resident, int) or resident <= 0:
         raise ArgumentError(f"resident={resident!r} is no number of bytes; 2**30 is a gibibyte")
     scratch = Scratch(tempfile.gettempdir() if folder is None else folder)
-    with kept_in(scratch), Watch(scratch, resident):
-        yield scratch
+    try:
+        with kept_in(scratch), Watch(scratch, resident):
+            yield scratch
+    finally:
+        scratch.remove_folders()
 
 
 def keep_weights(model: nn.Module, scratch: Scratch) -> None:
-    """Put the parameters and buffers of a model into files, in place; tied ones stay tied. One at a time is in memory twice.
+    """Put the parameters and buffers of a model into files. One at a time is in memory twice.
+
+    The tensors stay the objects that they are, so that optimisers, hooks and ties go on; only where their values lie is changed. Those that share memory
+    with others without being the same (views of a buffer, say) stay where they are.
 
     Raises:
+        ArgumentError: ``scratch`` is not what :func:`offload` gave.
         OffloadError: the disk is full.
     """
-    kept: dict[int, Any] = {}
-    for module in model.modules():
-        for held in (module._parameters, module._buffers):
-            for name, tensor in held.items():
-                if tensor is not None:
-                    if id(tensor) not in kept:
-                        kept[id(tensor)] = scratch.keep(tensor)
-                    held[name] = kept[id(tensor)]
+    if not isinstance(scratch, Scratch):
+        raise ArgumentError(f"scratch is a {type(scratch).__name__}; pass what `with fasp_fx.offload() as scratch` gives")
+    tensors = list({id(tensor): tensor for tensor in chain(model.parameters(), model.buffers())}.values())
+    shared = Counter(_storage(tensor) for tensor in tensors)
+    with torch.no_grad():
+        for tensor in tensors:
+            values = tensor.detach()
+            if shared[_storage(tensor)] == 1 and not tensor.is_inference() and (kept := scratch.keep(values)) is not values:
+                tensor.data = kept
+
+
+def _storage(tensor: Tensor) -> int:
+    """What tells the memory of a tensor from that of others."""
+    return tensor.untyped_storage().data_ptr() if tensor.layout is torch.strided and tensor.device.type != "meta" else id(tensor)
 
 
 __all__ = ["RESIDENT", "keep_weights", "offload"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import mmap
 import os
 import tempfile
@@ -12,7 +13,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from ..errors import OffloadError, first_line
+from ..errors import ArgumentError, OffloadError, first_line
 
 #: files are this large, or as large as the tensor that needs more: each takes a file descriptor while a tensor lies in it
 FILE_BYTES = 2**28
@@ -29,15 +30,20 @@ class Scratch:
         folder: on a disk with room for what is kept; made if it is missing.
 
     Raises:
+        ArgumentError: it is no path.
         OffloadError: no file can be made there.
     """
 
     def __init__(self, folder: str | Path) -> None:
+        if not isinstance(folder, str | Path) or not str(folder) or "\0" in str(folder):
+            raise ArgumentError(f"folder={folder!r} is no path; give a folder on a disk with room for the weights")
         self.folder = Path(folder)
         self._maps: weakref.WeakKeyDictionary[mmap.mmap, int] = weakref.WeakKeyDictionary()  # each with the address where it begins
-        self._lock = threading.Lock()  # they are released on a thread of their own
+        self._lock, self._making = threading.Lock(), threading.Lock()  # they are released on a thread of their own
         self._last: mmap.mmap | None = None
         self._used = 0
+        absolute = self.folder.absolute()
+        self._made = [path for path in (absolute, *absolute.parents) if not path.exists()]
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             tempfile.TemporaryFile(dir=self.folder).close()
@@ -49,6 +55,12 @@ class Scratch:
         with self._lock:
             return len(self._maps)
 
+    def remove_folders(self) -> None:
+        """Remove the folders that were made for the files, as far as nothing else has come into them."""
+        for folder in self._made:
+            with contextlib.suppress(OSError):
+                folder.rmdir()
+
     def keep(self, tensor: Tensor) -> Tensor:
         """A tensor of the same values, in a file if it is a dense one of the CPU, not small, and not there already; a parameter stays one.
 
@@ -56,7 +68,7 @@ class Scratch:
             OffloadError: the disk is full.
         """
         held = tensor.detach()
-        dense = type(held) is Tensor and held.device.type == "cpu" and held.layout is torch.strided
+        dense = type(held) is Tensor and held.device.type == "cpu" and held.layout is torch.strided and not held.is_quantized
         if not dense or held.numel() * held.element_size() < SMALLEST or self._holds(held):
             return tensor
         made = self._room(held)
@@ -88,11 +100,12 @@ class Scratch:
 
     def _room(self, like: Tensor) -> Tensor:
         size = like.numel() * like.element_size()
-        if self._last is None or self._used + size > len(self._last):
-            self._last, self._used = self._mapped(max(size, FILE_BYTES)), 0
-        # ``frombuffer`` keeps the mapping for as long as a tensor shares its storage
-        made = torch.frombuffer(self._last, dtype=like.dtype, count=like.numel(), offset=self._used).view(like.shape)
-        self._used += -(-size // _ALIGNMENT) * _ALIGNMENT
+        with self._making:
+            if self._last is None or self._used + size > len(self._last):
+                self._last, self._used = self._mapped(max(size, FILE_BYTES)), 0
+            # ``frombuffer`` keeps the mapping for as long as a tensor shares its storage
+            made = torch.frombuffer(self._last, dtype=like.dtype, count=like.numel(), offset=self._used).view(like.shape)
+            self._used += -(-size // _ALIGNMENT) * _ALIGNMENT
         return made
 
     def _mapped(self, size: int) -> mmap.mmap:

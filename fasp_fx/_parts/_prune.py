@@ -10,6 +10,7 @@ from torch import nn
 
 from .. import plan as plans
 from .._chooser import Chooser
+from .._compat import pytree
 from .._observe._consumers import Consumers
 from .._observe._visit import Decision
 from .._selection import PartialBudget
@@ -64,6 +65,8 @@ def prune_in_parts(
             on_analysis(part.analysis)
     with assembly.timed("calibration"):
         batches = user_batches(calibration, assembly.device) if config.needs_data else None
+    leaves = (pytree.tree_leaves((call.args, call.kwargs)) for call in batches or ())
+    chooser.ranks.check_alike(whole_fingerprint(dict(model.named_parameters(remove_duplicate=False))), leaves, config)
     consumers = {part.path: Consumers(part.analysis) for part in assembly.parts}
     with assembly.timed("measuring"):
         costs, reached = _measured(assembly, chooser, batches, consumers)

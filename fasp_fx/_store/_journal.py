@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -12,9 +11,8 @@ from typing import Any
 import numpy as np
 import safetensors
 import safetensors.torch
-import torch
-from torch import Tensor
 
+from .._observe._calibration import digest_of
 from ..config import PruningConfig
 from ..errors import StoreError, first_line
 from ..restoration import Restored
@@ -120,14 +118,9 @@ def open_journal(folder: Path, fingerprint: str, config: PruningConfig, lost: Se
         ArgumentError: the score or the loss is a function, of which it cannot be told whether it is the same.
         StoreError: see :class:`Journal`.
     """
-    digest = hashlib.sha256()
-    for leaf in (leaf for batch in batches for leaf in batch):
-        digest.update(repr((leaf.dtype, tuple(leaf.shape)) if isinstance(leaf, Tensor) else leaf).encode())
-        if isinstance(leaf, Tensor):
-            digest.update(leaf.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
     if callable(config.allocation):
         config = replace(config, allocation=None)
-    run = {"format": FORMAT, "model": fingerprint, "options": json.loads(config.to_json()), "lost": list(lost), "data": digest.hexdigest()}
+    run = {"format": FORMAT, "model": fingerprint, "options": json.loads(config.to_json()), "lost": list(lost), "data": digest_of(batches)}
     return Journal(folder, {**run, "processes": processes})
 
 

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import safetensors
 import torch
 from torch import Tensor
 
+from .._compat._transformers import kept_in_float32
+from .._offload._context import keep_weights
 from .._offload._scratch import Scratch
-from ..errors import ArgumentError, first_line
+from ..errors import ArgumentError, FaspError, first_line
+
+T = TypeVar("T")
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 #: bytes of a shard that are read before it is opened anew, which frees the memory that they took
@@ -20,44 +25,67 @@ _AT_ONCE = 2**28
 
 
 def load_offloaded(folder: str | Path, scratch: Scratch, *, dtype: torch.dtype | None = None, auto: Any = None) -> Any:
-    """Load a model whose weights lie in files, and never all in memory.
+    """Load a model whose weights lie in files, and never all in memory; otherwise as ``from_pretrained`` does.
 
     Args:
         folder: a checkpoint as transformers writes it, with weights in safetensors files.
         scratch: what :func:`fasp_fx.offload` gave.
-        dtype: of the weights; ``None``: as they are stored.
+        dtype: of the weights; ``None``: the one of the configuration, or else as they are stored.
         auto: the class to load with; ``None``: ``AutoModelForCausalLM``.
 
     Returns:
-        The model in evaluation mode; transformers names its weights as it does for any checkpoint.
+        The model in evaluation mode.
 
     Raises:
-        ArgumentError: the folder holds no such checkpoint, or a quantised one, or weights are missing.
+        ArgumentError: the folder holds no such checkpoint, or a quantised one, or weights are missing or of another shape.
         OffloadError: the disk is full.
     """
     import transformers
 
+    if not isinstance(scratch, Scratch):
+        raise ArgumentError(f"scratch is a {type(scratch).__name__}; pass what `with fasp_fx.offload() as scratch` gives")
+    if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+        raise ArgumentError(f"dtype={dtype!r} is no type of real numbers; pass torch.bfloat16, say")
     folder = Path(folder)
-    config = transformers.AutoConfig.from_pretrained(folder)
+    config = _loaded(folder, lambda: transformers.AutoConfig.from_pretrained(folder))
     if getattr(config, "quantization_config", None) is not None:
         raise ArgumentError(f"the weights of '{folder}' are quantised, and would have to be expanded in memory; give the checkpoint that was quantised")
-    weights = {name: _copied(tensor, scratch, dtype) for name, tensor in _tensors(folder)}
-    own = next((tensor.dtype for tensor in weights.values() if tensor.is_floating_point()), torch.float32)
     with torch.device("meta"):
-        kind: Any = type((auto or transformers.AutoModelForCausalLM).from_config(config))
-    model, info = kind.from_pretrained(None, config=config, state_dict=weights, dtype=dtype or own, output_loading_info=True)
-    if info["missing_keys"]:
-        raise ArgumentError(f"'{folder}' lacks '{sorted(info['missing_keys'])[0]}'; give a complete checkpoint")
+        empty = _loaded(folder, lambda: (auto or transformers.AutoModelForCausalLM).from_config(config))
+    wanted = dtype or getattr(config, "dtype", None)
+    exact = kept_in_float32(empty)
+    weights: dict[str, Tensor] = {}
+    for name, tensor in _tensors(folder):
+        wanted = wanted or (tensor.dtype if tensor.is_floating_point() else None)
+        cast = tensor.is_floating_point() and wanted is not None and not any(part in name for part in exact)
+        weights[name] = scratch.empty(tensor.shape, wanted if cast and wanted is not None else tensor.dtype).copy_(tensor)
+    kind: Any = type(empty)
+    options = {"config": config, "state_dict": weights, "dtype": wanted or torch.float32, "output_loading_info": True}
+    model, info = _loaded(folder, lambda: kind.from_pretrained(None, **options))
+    for what in ("missing_keys", "mismatched_keys", "error_msgs"):
+        if info.get(what):
+            first = sorted(map(str, info[what]))[0]
+            raise ArgumentError(f"'{folder}' does not hold all of the model: {what.replace('_', ' ')}: {first}; give a complete checkpoint")
+    keep_weights(model, scratch)  # what transformers had to convert
     model.name_or_path = str(folder)
     if model.can_generate() and (folder / "generation_config.json").is_file():
-        model.generation_config = transformers.GenerationConfig.from_pretrained(folder)
+        with contextlib.suppress(OSError, ValueError):  # transformers makes one of the configuration where there is none that can be read
+            model.generation_config = transformers.GenerationConfig.from_pretrained(folder)
     return model.eval()
 
 
-def _copied(tensor: Tensor, scratch: Scratch, dtype: torch.dtype | None) -> Tensor:
-    """A tensor in a file, in another precision if it is one of numbers."""
-    made = scratch.empty(tensor.shape, dtype if dtype is not None and tensor.is_floating_point() else tensor.dtype)
-    return made.copy_(tensor)
+def _loaded(folder: Path, load: Callable[[], T]) -> T:
+    """What transformers loads of a folder.
+
+    Raises:
+        ArgumentError: it cannot.
+    """
+    try:
+        return load()
+    except FaspError:
+        raise
+    except Exception as error:  # transformers raises what it likes
+        raise ArgumentError(f"'{folder}' cannot be loaded: {first_line(error)}; give a checkpoint as transformers writes it") from error
 
 
 def _tensors(folder: Path) -> Iterator[tuple[str, Tensor]]:
@@ -80,15 +108,18 @@ def _tensors(folder: Path) -> Iterator[tuple[str, Tensor]]:
 
 
 def _shards(folder: Path) -> list[Path]:
-    index = folder / INDEX
-    if index.is_file():
-        try:
-            return [folder / name for name in sorted(set(json.loads(index.read_text("utf-8"))["weight_map"].values()))]
-        except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
-            raise ArgumentError(f"'{index}' is no index of shards: {first_line(error)}; give a complete checkpoint") from error
     if (folder / SINGLE).is_file():
         return [folder / SINGLE]
-    raise ArgumentError(f"'{folder}' has no {SINGLE} and no {INDEX}; give a checkpoint with weights in safetensors files")
+    index = folder / INDEX
+    if not index.is_file():
+        raise ArgumentError(f"'{folder}' has no {SINGLE} and no {INDEX}; give a checkpoint with weights in safetensors files")
+    try:
+        names = sorted(set(json.loads(index.read_text("utf-8"))["weight_map"].values()))
+        if not all(Path(name).name == name for name in names):
+            raise ValueError("it names files of other folders")
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+        raise ArgumentError(f"'{index}' is no index of shards: {first_line(error)}; give a complete checkpoint") from error
+    return [folder / name for name in names]
 
 
 __all__ = ["load_offloaded"]
