@@ -75,6 +75,7 @@ def compare(folder: pathlib.Path) -> dict[str, Any]:
     """Whether the two results are the same."""
     first, second = (AutoModelForCausalLM.from_pretrained(folder / name) for name in ("files", "memory"))
     other = dict(second.named_parameters())
+    torch.set_grad_enabled(False)
     worst = max(float((parameter - other[name]).abs().max()) for name, parameter in first.named_parameters())
     return {"how": "compared", "same plan": first.plan.groups == second.plan.groups, "largest difference of a weight": worst}
 
