@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import psutil
 import torch
 from rich.console import Console
@@ -17,41 +15,26 @@ from ..config import PruningConfig
 from . import _models
 from ._console import Stages, say
 
-if TYPE_CHECKING:
-    from ._prune_command import Request
-
 _GIB = 2**30
 
 
-def run(request: Request, source: _models.Source, stages: Stages, console: Console) -> None:
-    """Say what the request would take.
+def run(source: _models.Source, config: PruningConfig, batches: int, length: int, dtype: str, stages: Stages, console: Console) -> None:
+    """Say what it would take to prune a model on so many batches of one text of so many tokens.
 
     Raises:
-        FaspError: the model cannot be analysed.
+        FaspError: the model cannot be analysed, or not be pruned as asked for.
     """
     stages.begin("reading the configuration")
     empty = _models.load_empty(source)
-    _models.check_length(empty, request.length)
-    config = PruningConfig(
-        sparsity=request.sparsity if request.caps else request.sparsity or 0.2,
-        budget=request.caps or None,
-        quality=request.quality,  # type: ignore[arg-type]
-        score=request.score,  # type: ignore[arg-type]
-        allocation=request.allocation,  # type: ignore[arg-type]
-        restore="least-squares" if request.restore else None,
-        round_to=request.round_to,
-        granularity=request.granularity or ("channel",),
-        include=request.include,
-        uniform_layers=request.uniform_layers,
-    )
+    _models.check_length(empty, length)
     stages.begin("capturing and analysing the model")
-    example = {"input_ids": torch.zeros(1, request.length, dtype=torch.long), "use_cache": False}
+    example = {"input_ids": torch.zeros(1, length, dtype=torch.long), "use_cache": False}
     analysis = analyze(empty, (), example, granularity=config.granularity, include=config.include)
     chooser = Chooser(config)
     chooser.check(chooser.budget(analysis), analysis.groups)
     stages.begin("measuring how fast this machine is")
-    named = _models.DTYPES.get(request.dtype) or getattr(getattr(empty, "config", None), "dtype", None)
-    found = forecast(analysis, config, request.batches, dtype=named if isinstance(named, torch.dtype) else torch.float32)
+    named = _models.DTYPES.get(dtype) or getattr(getattr(empty, "config", None), "dtype", None)
+    found = forecast(analysis, config, batches, dtype=named if isinstance(named, torch.dtype) else torch.float32)
     stages.end()
     console.print(_table(found))
     for line in _lines(found):

@@ -19,6 +19,7 @@ from .._offload._context import offload
 from .._page import check_page, write_page
 from ..analysis import Analysis
 from ..budgets import Cap
+from ..config import PruningConfig
 from ..errors import ArgumentError, SparsityError
 from ..hf import Pruned, prune
 from ..recovery import DistillationConfig
@@ -74,6 +75,26 @@ class Request:
             ArgumentError: an amount is none.
         """
         return read_caps(self.budget)
+
+    @property
+    def config(self) -> PruningConfig:
+        """The options that a dry run obeys.
+
+        Raises:
+            FaspError: one is out of range.
+        """
+        return PruningConfig(
+            sparsity=self.sparsity,
+            budget=self.caps or None,
+            quality=self.quality,  # type: ignore[arg-type]
+            score=self.score,  # type: ignore[arg-type]
+            allocation=self.allocation,  # type: ignore[arg-type]
+            restore="least-squares" if self.restore else None,
+            round_to=self.round_to,
+            granularity=self.granularity or ("channel",),
+            include=self.include,
+            uniform_layers=self.uniform_layers,
+        )
 
     def check(self) -> None:
         """Refuse what cannot work before anything is loaded.
@@ -197,7 +218,7 @@ def run(request: Request, stages: Stages, console: Console) -> None:
     torch.manual_seed(request.seed)
     source = _models.Source.of(request.model)
     if request.dry_run:
-        _dry_run.run(request, source, stages, console)
+        _dry_run.run(source, request.config, request.batches, request.length, request.dtype, stages, console)
         return
     stages.begin("loading the tokenizer and the text")
     texts = Texts(request.texts, _models.load_tokenizer(source))

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
 
 import psutil
 import torch
@@ -31,6 +31,8 @@ _TRIANGLE = 0.6
 _BACK = 3.0
 #: forward passes of the example inputs that capture and check take in all
 _EXAMPLES = 10
+#: rows, blocks and columns of a consumer's matrices
+Shape = tuple[int, int, int]
 #: weights of float64 and of float32 take so many bytes
 _DOUBLE, _SINGLE = 8, 4
 
@@ -102,9 +104,10 @@ def forecast(analysis: Analysis, config: PruningConfig, batches: int, *, dtype: 
     place = {node: index for index, node in enumerate(program.module.graph.nodes)}
     stops = [live[place[use.node]] for consumer in consumers for use in consumer.uses]
     until = max((place[use.node] for consumer in consumers for use in consumer.uses), default=0)
-    solving, operations = _solving(consumers, sparsity, read), _operations(analysis, config, consumers, batches, sparsity, read)
-    grams = [2 * _SINGLE * blocks * columns**2 for _, blocks, columns in (_shape(consumer, read[consumer.weight]) for consumer in consumers)]
     chooser = Chooser(config)
+    shapes = {consumer: _shape(consumer, read[consumer.weight]) for consumer in consumers}
+    operations = _operations(analysis, chooser, shapes, batches, sparsity, graph_sizes)
+    grams = [2 * _SINGLE * blocks * columns**2 for _, blocks, columns in shapes.values()]
     pair = 3 * max(grams, default=0)  # as accumulated, made whole, and in the order of the system
     found = Forecast(
         base=psutil.Process().memory_info().rss,
@@ -113,13 +116,13 @@ def forecast(analysis: Analysis, config: PruningConfig, batches: int, *, dtype: 
         pruned=round(total - sparsity * linear),
         activations=round((batches * max(stops, default=0) + max(live[: until + 1], default=0)) * kind.itemsize / largest.dtype.itemsize),
         matrices=round(max(pair, sum(grams) if chooser.measures else 0)),
-        solving=solving,
+        solving=_solving(shapes.values(), sparsity),
         operations=operations,
         seconds=None,
     )
     if not measure:
         return found
-    return Forecast(**{**vars(found), "seconds": _seconds(chooser, consumers, operations, kind, read)})
+    return replace(found, seconds=_seconds(chooser, shapes.values(), operations, kind))
 
 
 def _bytes(tensors: Iterable[Tensor], kind: torch.dtype) -> int:
@@ -128,35 +131,30 @@ def _bytes(tensors: Iterable[Tensor], kind: torch.dtype) -> int:
     return sum(tensor.numel() * (kind if tensor.is_floating_point() else tensor.dtype).itemsize for tensor in different)
 
 
-def _shape(consumer: Consumer, weight: Tensor) -> tuple[int, int, int]:
+def _shape(consumer: Consumer, weight: Tensor) -> Shape:
     """Rows, blocks and columns of a consumer's matrices."""
     blocks, columns = consumer.matrices.columns.shape[:2]
     rows = consumer.matrices.moved(weight).numel() // (blocks * columns)
     return rows, blocks, columns
 
 
-def _solving(consumers: list[Consumer], sparsity: float, read: dict[str, Tensor]) -> int:
+def _solving(shapes: Iterable[Shape], sparsity: float) -> int:
     """Bytes of the system of the widest consumer: its Gram matrix in float64, what is kept of it twice, and its rows."""
     most = 0.0
-    for consumer in consumers:
-        rows, _, columns = _shape(consumer, read[consumer.weight])
+    for rows, _, columns in shapes:
         kept = (1 - sparsity) * columns
         most = max(most, _DOUBLE * (columns**2 + 2 * kept**2 + rows * columns + 2 * rows * kept))
     return round(most)
 
 
-def _operations(
-    analysis: Analysis, config: PruningConfig, consumers: list[Consumer], batches: int, sparsity: float, read: dict[str, Tensor]
-) -> dict[str, float]:
-    sizes = Sizes(analysis.program.module, small=False)
+def _operations(analysis: Analysis, chooser: Chooser, shapes: Mapping[Consumer, Shape], batches: int, sparsity: float, sizes: Sizes) -> dict[str, float]:
+    config = chooser.config
     try:
         forward = 2.0 * macs_of(analysis).whole
     except BudgetError:  # an operator that is not counted: what weights do is most of it
-        each = ((_shape(consumer, read[consumer.weight]), use) for consumer in consumers for use in consumer.uses)
-        forward = sum(2.0 * _outputs(use.node, sizes) * columns for (_, _, columns), use in each)
+        forward = sum(2.0 * _outputs(use.node, sizes) * columns for consumer, (_, _, columns) in shapes.items() for use in consumer.uses)
     gram = repair = exact = cut = 0.0
-    for consumer in consumers:
-        rows, blocks, columns = _shape(consumer, read[consumer.weight])
+    for consumer, (rows, blocks, columns) in shapes.items():
         tokens = sum(_outputs(use.node, sizes) // max(rows * blocks, 1) for use in consumer.uses)
         kept = (1 - sparsity) * columns
         gram += 2.0 * _TRIANGLE * blocks * tokens * columns**2
@@ -166,7 +164,7 @@ def _operations(
     found = {"capture and check": _EXAMPLES * forward, "running the batches": batches * forward, "Gram matrices": batches * gram}
     if config.restore is not None:
         found |= {"choosing the ridge": repair, "repair": exact}
-    if Chooser(config).measures:
+    if chooser.measures:
         measured = max(1, -(-batches // MEASURED[config.quality]))
         found["measuring costs"] = measured * (_BACK * forward + 2 * gram) + cut
     return found
@@ -178,9 +176,8 @@ def _outputs(node: fx.Node, sizes: Sizes) -> int:
     return 0 if made is None else math.prod(sizes.integer(size) for size in made.shape)
 
 
-def _seconds(chooser: Chooser, consumers: list[Consumer], operations: dict[str, float], kind: torch.dtype, read: dict[str, Tensor]) -> dict[str, float]:
+def _seconds(chooser: Chooser, shapes: Iterable[Shape], operations: dict[str, float], kind: torch.dtype) -> dict[str, float]:
     """Times at the rates that are measured now, on matrices like those of the widest consumer."""
-    shapes = [_shape(consumer, read[consumer.weight]) for consumer in consumers]
     rows, _, columns = max(shapes, key=lambda shape: shape[0] * shape[2], default=(1, 1, 1))
     device = torch.device("cpu")
     precision = "medium" if chooser.config.precision == "auto" and multiplies_bfloat16(device) else "highest"

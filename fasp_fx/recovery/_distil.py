@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
 import tempfile
 from collections.abc import Callable, Iterable
@@ -15,7 +14,7 @@ from torch import nn
 
 from .. import plan as plans
 from .._device import device_of, multiplies_bfloat16
-from .._observe._calibration import as_calls
+from .._observe._calibration import as_calls, digest_of
 from .._result import Result
 from ..errors import ArgumentError
 from ..report import Recovery
@@ -136,15 +135,12 @@ def _match(config: DistillationConfig, result: Any) -> Match:
 def _run(config: DistillationConfig, result: Result | Pruned, pruned: nn.Module, calls: list[Call]) -> dict[str, Any]:
     """What two runs have in common that give the same result."""
     tensors = {f"{index}.{name}": tensor for index, call in enumerate(calls) for name, tensor in call.tensors().items()}
-    digest = hashlib.sha256()
-    for name, tensor in tensors.items():
-        digest.update(f"{name} {tuple(tensor.shape)}".encode() + tensor.detach().cpu().contiguous().view(-1).numpy().tobytes())
     return {
         "format": "fasp_fx.distil/1",
         "options": json.loads(config.to_json()),
         "dense": result.plan.fingerprint,
         "pruned": plans.fingerprint(dict(pruned.named_parameters(remove_duplicate=False))),
-        "data": digest.hexdigest(),
+        "data": digest_of(tensors.items()),
     }
 
 
