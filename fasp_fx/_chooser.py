@@ -29,10 +29,9 @@ from .costs import Costs
 from .errors import CalibrationError, CalibrationWarning, NothingPrunableError
 from .groups import EXEMPT, Group
 from .losses import resolve_loss
-from .obs import OBS
 from .resources import Resource, Sparsity
 from .restoration import ridge
-from .statistics import MakeStatistic
+from .statistics import InputGradients, MakeStatistic, SquaredInputGradients
 
 if TYPE_CHECKING:
     from ._store._journal import Journal
@@ -121,12 +120,14 @@ class Chooser:
         """
         config = self.config
         is_wanted = self.needs_costs and costs is None
-        wanted = {**self._score.statistics, **OBS.statistics} if is_wanted else self._gradients
+        whole = is_wanted and self._score.needs_gram
+        gradients = InputGradients if self._score.needs_gram else SquaredInputGradients
+        wanted = {"gradients": gradients, **self._score.statistics} if is_wanted else self._gradients
         if not self.measures or (not is_wanted and not self._gradients):
             return costs
         program = consumers.analysis.program
         with _drawing_alike(program), float32_products(self._precision(program)):
-            self._observe(consumers, batches, wanted, advance, part or MEASURED[config.quality])
+            self._observe(consumers, batches, wanted, advance, part or MEASURED[config.quality], whole)
         if is_wanted:
             with torch.no_grad():
                 costs = Costs(curves_of(consumers, consumers.analysis.chosen, self._score), fingerprint)
@@ -134,7 +135,7 @@ class Chooser:
         return costs
 
     def _observe(
-        self, consumers: Consumers, batches: list[list[Any]], wanted: Mapping[str, MakeStatistic], advance: Callable[[float], None], part: int
+        self, consumers: Consumers, batches: list[list[Any]], wanted: Mapping[str, MakeStatistic], advance: Callable[[float], None], part: int, whole: bool
     ) -> None:
         """Run one in ``part`` of the sequences; as they came where pieces of them do not serve, and only forward where nothing else does.
 
@@ -155,7 +156,8 @@ class Chooser:
         for number, (given, loss) in enumerate(attempts):
             try:
                 marks = Marks(program, [piece.inputs for piece in given], config.padding_mask, hold_out=False)
-                observe_batches(consumers, given, wanted, None if loss is None else resolve_loss(loss), marks, advance, -(-len(given) // part), self.ranks)
+                found = None if loss is None else resolve_loss(loss)
+                observe_batches(consumers, given, wanted, found, marks, advance, -(-len(given) // part), self.ranks, whole)
                 break
             except CalibrationError as error:
                 if number + 1 == len(attempts):

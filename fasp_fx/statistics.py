@@ -50,13 +50,17 @@ MakeStatistic = Callable[[int, torch.device], Statistic]
 class Gram:
     """Accumulates ``G = XᵀX`` over tokens, in float32 on the device of the activations (FASP, section 3; DESIGN: sums, so they can be all-reduced).
 
+    Args:
+        whole: otherwise the diagonal alone is added up.
+
     Attributes:
-        matrix: the lower triangle of blocks; read the whole through :meth:`symmetric`.
+        matrix: the lower triangle of blocks; read the whole through :meth:`symmetric`. Of the diagonal alone, shape ``[columns]``.
         tokens: the number of rows of X seen.
     """
 
-    def __init__(self, columns: int, device: torch.device) -> None:
-        self.matrix = keep(torch.zeros(columns, columns, dtype=torch.float32, device=device))
+    def __init__(self, columns: int, device: torch.device, whole: bool = True) -> None:
+        shape = (columns, columns) if whole else (columns,)
+        self.matrix = keep(torch.zeros(shape, dtype=torch.float32, device=device))
         self.tokens = 0
 
     def update(self, activation: Tensor, dim: int) -> None:
@@ -70,6 +74,9 @@ class Gram:
         if flat.is_complex():  # the real part of XᴴX, whose diagonal holds the norms
             flat = torch.cat([flat.real, flat.imag])
         flat = flat.to(torch.float32)
+        if self.matrix.dim() == 1:
+            self.matrix.add_(flat.square().sum(0))
+            return
         for start in range(0, flat.shape[1], _BLOCK):
             stop = min(start + _BLOCK, flat.shape[1])
             # A symmetric product needs only the blocks up to the diagonal: just over half of the work.
@@ -79,9 +86,13 @@ class Gram:
         """Add what other processes have seen."""
         self.matrix, self.tokens = add(self.matrix), _added(add, self.tokens)
 
+    def diagonal(self) -> Tensor:
+        """Sums of squares by column, shape ``[columns]``."""
+        return self.matrix if self.matrix.dim() == 1 else self.matrix.diagonal()
+
     def norms(self) -> Tensor:
         """‖X_j‖₂ per column, shape ``[columns]``, float64."""
-        return self.matrix.diagonal().to(torch.float64).clamp_min(0).sqrt()
+        return self.diagonal().to(torch.float64).clamp_min(0).sqrt()
 
     def symmetric(self, dtype: torch.dtype | None = None) -> Tensor:
         """The whole matrix, shape ``[columns, columns]``; ``dtype=None``: float64 (float32 on devices without it)."""
@@ -92,13 +103,16 @@ class Gram:
 class SplitGram:
     """Gram matrices of the tokens that a restoration is fitted on and of those held out to judge it.
 
+    Args:
+        whole: as for :class:`Gram`.
+
     Attributes:
         fitted: of the tokens marked :data:`FITTED`.
         held: of the tokens marked :data:`HELD`; ``None`` until there is one.
     """
 
-    def __init__(self, columns: int, device: torch.device) -> None:
-        self.fitted = Gram(columns, device)
+    def __init__(self, columns: int, device: torch.device, whole: bool = True) -> None:
+        self.fitted = Gram(columns, device, whole)
         self.held: Gram | None = None
 
     def update(self, tokens: Tensor, marks: Tensor) -> None:
@@ -108,14 +122,14 @@ class SplitGram:
             if not bool(chosen.any()):
                 continue
             if mark == HELD and self.held is None:
-                self.held = Gram(tokens.shape[1], tokens.device)
+                self.held = Gram(tokens.shape[1], tokens.device, self.fitted.matrix.dim() == 2)
             gram = self.held if mark == HELD and self.held is not None else self.fitted
             gram.update(tokens if bool(chosen.all()) else tokens[chosen], 1)
 
     def reduce(self, add: Add) -> None:
         """Add what other processes have seen."""
         if _added(add, self.held is not None) and self.held is None:
-            self.held = Gram(len(self.fitted.matrix), self.fitted.matrix.device)
+            self.held = Gram(len(self.fitted.matrix), self.fitted.matrix.device, self.fitted.matrix.dim() == 2)
         for part in self.parts:
             part.reduce(add)
 
@@ -151,6 +165,8 @@ class InputGradients:
     """
 
     needs_gradient: ClassVar[bool] = True
+    #: otherwise the diagonal alone is added up
+    whole: ClassVar[bool] = True
 
     def __init__(self, columns: int, device: torch.device) -> None:
         self._gram: Gram | None = None
@@ -162,7 +178,7 @@ class InputGradients:
         if gradient is None:
             return
         if self._gram is None:
-            self._gram = Gram(self._columns, self._device)
+            self._gram = Gram(self._columns, self._device, self.whole)
         counts = weight > 0
         chosen = gradient if bool(counts.all()) else gradient[counts]
         self._gram.update(chosen, 1)
@@ -176,7 +192,7 @@ class InputGradients:
     def reduce(self, add: Add) -> None:
         """Add what other processes have seen; the number of terms is theirs already."""
         if _added(add, self._gram is not None) and self._gram is None:
-            self._gram = Gram(self._columns, self._device)
+            self._gram = Gram(self._columns, self._device, self.whole)
         if self._gram is not None:
             self._gram.reduce(add)
         self.squares = float(add(torch.tensor(self.squares, dtype=torch.float64)))
@@ -184,7 +200,11 @@ class InputGradients:
 
     def diagonal(self) -> Tensor:
         """Sums of squared gradients, by column where they are known so, shape ``[columns]`` or ``[1]``."""
-        return torch.tensor([self.squares]) if self._gram is None else self._gram.matrix.diagonal()
+        return torch.tensor([self.squares]) if self._gram is None else self._gram.diagonal()
+
+    def mean_squares(self) -> Tensor | None:
+        """The mean square by column, shape ``[columns]``, float64: the diagonal of :meth:`mean`, and ``None`` where that is."""
+        return None if self._gram is None else self._gram.diagonal().to(torch.float64) / max(self.tokens * self.terms, 1)
 
     def mean(self) -> Tensor | None:
         """The mean of ``hᵀh`` over tokens, for one term of the loss; ``None`` where gradients were seen at the output alone."""
@@ -193,6 +213,12 @@ class InputGradients:
     def mean_square(self) -> float:
         """The mean square of the gradients at the output, for one term of the loss."""
         return self.squares / max(self.tokens * self.terms, 1)
+
+
+class SquaredInputGradients(InputGradients):
+    """The diagonal of what :class:`InputGradients` adds up, which takes no product of matrices."""
+
+    whole: ClassVar[bool] = False
 
 
 def _added(add: Add, number: int) -> int:

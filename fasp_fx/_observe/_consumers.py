@@ -40,11 +40,11 @@ class Consumer:
         """How many blocks it is read as."""
         return len(self.matrices.columns)
 
-    def prepare(self, wanted: Mapping[str, MakeStatistic], device: torch.device) -> None:
-        """Make the Gram matrices and the statistics of each block, where they are not there yet."""
+    def prepare(self, wanted: Mapping[str, MakeStatistic], device: torch.device, whole: bool = True) -> None:
+        """Make the Gram matrices, or if not ``whole`` their diagonals, and the statistics of each block, where they are not there yet."""
         columns = self.matrices.columns.shape[1]
         if self.grams is None:
-            self.grams = [SplitGram(columns + self.beside, device) for _ in range(self.blocks)]
+            self.grams = [SplitGram(columns + self.beside, device, whole) for _ in range(self.blocks)]
         if not self.seen:
             self.seen = [{} for _ in range(self.blocks)]
         for seen in self.seen:
@@ -137,7 +137,7 @@ class Consumers:
                 Columns(
                     matrix,
                     None if gram is None else gram.norms()[: matrix.shape[1]],
-                    None if gram is None else partial(_first, gram, matrix.shape[1]),
+                    None if gram is None or gram.fitted.matrix.dim() == 1 else partial(_first, gram, matrix.shape[1]),
                     sets_in(group, labels, numbers),
                     consumer.seen[block] if consumer.seen else {},
                 )

@@ -64,6 +64,7 @@ def observe_batches(
     progress: Callable[[float], None],
     at_least: int,
     ranks: Ranks,
+    whole: bool = True,
 ) -> None:
     """Show every consumer the dense model's activations, and where a loss is given, its gradients with respect to them.
 
@@ -75,6 +76,7 @@ def observe_batches(
         marks: which tokens are padding.
         at_least: so many batches are run, and more where a consumer saw few tokens for its columns, or all gradients were zero, if there are.
         ranks: the processes that share them: each runs its own, and in the end all have the sums.
+        whole: otherwise the diagonals of the Gram matrices alone are added up.
 
     Raises:
         CalibrationError: the batches do not run forward or back, the loss fails or does not depend on the consumers, or something is not finite.
@@ -87,7 +89,7 @@ def observe_batches(
     for index, piece in enumerate(batches):
         if index % ranks.size == ranks.rank and failure is None:
             try:
-                terms += _observe_one(consumers, piece, index, wanted, loss, marks)
+                terms += _observe_one(consumers, piece, index, wanted, loss, marks, whole)
             except CalibrationError as error:
                 if ranks.size == 1:
                     raise
@@ -101,7 +103,7 @@ def observe_batches(
             break
     ranks.check_all(failure)
     for consumer in consumers.by_key.values() if ranks.size > 1 else ():
-        consumer.prepare(wanted, device_of(program.module))  # where no batch was of this process
+        consumer.prepare(wanted, device_of(program.module), whole)  # where no batch was of this process
         assert consumer.grams is not None
         ranks.add_up(consumer.grams, consumer.seen)
     terms = round(ranks.total(terms))
@@ -111,10 +113,12 @@ def observe_batches(
             statistic.terms = terms
 
 
-def _observe_one(consumers: Consumers, piece: Piece, index: int, wanted: Mapping[str, MakeStatistic], loss: Loss | None, marks: Marks) -> int:
+def _observe_one(
+    consumers: Consumers, piece: Piece, index: int, wanted: Mapping[str, MakeStatistic], loss: Loss | None, marks: Marks, whole: bool
+) -> int:
     """Show one piece to the consumers; how many terms the loss has."""
     with torch.inference_mode(False), torch.set_grad_enabled(loss is not None):
-        run = _Run(consumers, _own(piece), index, wanted, marks, loss is not None)
+        run = _Run(consumers, _own(piece), index, wanted, marks, loss is not None, whole)
         run.advance(len(run.nodes) - 1)
         if loss is None:
             return 0
@@ -191,9 +195,11 @@ def _saw_enough(consumers: Consumers, ranks: Ranks) -> bool:
 class _Run(Runner):
     """One batch on its way, with a view of the activation at each consumer through which its gradient can be told from that of other readers."""
 
-    def __init__(self, consumers: Consumers, piece: Piece, number: int, wanted: Mapping[str, MakeStatistic], marks: Marks, back: bool) -> None:
+    def __init__(
+        self, consumers: Consumers, piece: Piece, number: int, wanted: Mapping[str, MakeStatistic], marks: Marks, back: bool, whole: bool
+    ) -> None:
         super().__init__(consumers.analysis.program, [piece.inputs], numbers=[piece.batch])
-        self.consumers, self.number, self.wanted, self.marks, self.is_back = consumers, number, wanted, marks, back
+        self.consumers, self.number, self.wanted, self.marks, self.is_back, self.is_whole = consumers, number, wanted, marks, back, whole
         self.leaves: list[Tensor] = []
         self._uses: dict[fx.Node, list[tuple[Consumer, Use]]] = {}
         for consumer in consumers.by_key.values():
@@ -239,7 +245,7 @@ class _Run(Runner):
         dims = token_dims(activation.dim(), use.activation_layout)
         own = self.marks.of(self.number, use.activation, activation, dims) if ends is None else self.marks.routed(self.number, use.activation, ends)
         told_apart = probe is not None and probe.requires_grad
-        consumer.prepare(self.wanted, activation.device)
+        consumer.prepare(self.wanted, activation.device, self.is_whole)
         consumer.see(matrices.tokens(activation, own, ends), lambda statistic: not (statistic.needs_gradient and told_apart))
         seen = consumer.seen
         if not self.is_back:
@@ -362,7 +368,7 @@ def _vanished(consumers: Consumers, ranks: Ranks) -> bool:
 
 def _check(consumers: Consumers, back: bool) -> None:
     for consumer in consumers.by_key.values():
-        diagonals = [part.matrix.diagonal() for gram in consumer.grams or () for part in gram.parts]
+        diagonals = [part.diagonal() for gram in consumer.grams or () for part in gram.parts]
         diagonals += [statistic.diagonal() for statistic in _gradients(consumer)]
         if not all(bool(torch.isfinite(diagonal).all()) for diagonal in diagonals):
             raise CalibrationError(f"what is seen at '{consumer.weight}' is not finite on the calibration data; check the batches and the model's dtype")

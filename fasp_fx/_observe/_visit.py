@@ -170,7 +170,7 @@ class Observer:
                 consumer.see(pieces, lambda statistic: not statistic.needs_gradient, beside[index] if beside else None)
             self.ranks.add_up(*consumer.sums())
             assert consumer.grams is not None
-            if not all(bool(torch.isfinite(part.matrix.diagonal()).all()) for gram in consumer.grams for part in gram.parts):
+            if not all(bool(torch.isfinite(part.diagonal()).all()) for gram in consumer.grams for part in gram.parts):
                 raise CalibrationError(f"the input of '{use.weight}' is not finite on the calibration data; check the batches and the model's dtype")
             self._tokens[use.weight] = min(self._tokens.get(use.weight, 1 << 62), min(gram.tokens for gram in consumer.grams))
 
