@@ -63,7 +63,7 @@ def measure(
     advance = progress or (lambda fraction: None)
     ranks = Ranks(group)
     ranks.check_alike(plans.program_fingerprint(program), batches, asked)
-    costs = Chooser(asked, ranks=ranks).measure(Consumers(analysis), batches, plans.program_fingerprint(program), advance, part=1)
+    costs = Chooser(asked, ranks=ranks).measure(Consumers(analysis, asked.restore is not None), batches, plans.program_fingerprint(program), advance, part=1)
     assert costs is not None
     return costs
 

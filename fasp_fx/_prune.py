@@ -174,7 +174,7 @@ def choose(
         check_costs(costs, plans.program_fingerprint(program))
     clock.lap("capture")
     analysis = analyze_program(program, split_fused, config.granularity, config.include)
-    chooser, consumers = Chooser(config, loss, ranks), Consumers(analysis)
+    chooser, consumers = Chooser(config, loss, ranks), Consumers(analysis, config.restore is not None)
     budget = chooser.budget(analysis)
     chooser.check(budget, analysis.groups, costs)
     clock.lap("analysis")

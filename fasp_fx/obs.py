@@ -29,7 +29,8 @@ class OBS(GroupScore):
     the columns P and repairing the others costs ``½ tr(([G⁻¹]_PP)⁻¹ Q_PP)`` (ZipLM, arXiv 2302.04089; OSSCAR,
     2403.12983; with output gradients LLM Surgeon, 2312.17244). A column that others can stand in for is cheap,
     however large it is. Costs of all consumers of a group are added. Without gradients S is the unit matrix, divided
-    by ‖XWᵀ‖²_F, and the loss is the relative squared error of the outputs.
+    by ‖XWᵀ‖²_F, and the loss is the relative squared error of the outputs. Where the consumer adds a bias, X is taken without its means, which the bias
+    gives once it is repaired along (FLAP, arXiv 2312.11983, does so with nothing else repaired).
 
     Args:
         damping: raises the diagonal of G by this part of its mean.
@@ -57,8 +58,7 @@ class OBS(GroupScore):
 
     def curvature(self, columns: Columns) -> Tensor:
         """Q of one block of a consumer, shape ``[columns, columns]``."""
-        assert columns.gram is not None
-        gram = columns.gram()
+        gram = _spread(columns)
         found = self._curvature(columns, gram)
         # What is never anything but zero costs nothing, however large its weight; damping alone would have it vary.
         alive = (gram.diagonal() > 0).to(found.dtype)
@@ -90,8 +90,7 @@ class Elimination:
     """
 
     def __init__(self, columns: Columns, sets: int, curvature: Tensor, damping: float) -> None:
-        assert columns.gram is not None
-        gram = columns.gram()
+        gram = _spread(columns)
         mean = float(gram.diagonal().mean())
         gram.diagonal().add_(damping * (mean if mean > 0 else 1.0))
         self.inverse = torch.cholesky_inverse(torch.linalg.cholesky(gram))
@@ -152,6 +151,13 @@ class Elimination:
         left = torch.from_numpy(self.place[alive]).to(self.inverse.device)
         self.inverse, self.curvature = self.inverse[left][:, left], self.curvature[left][:, left]
         self.place[alive] = np.arange(len(alive))
+
+
+def _spread(columns: Columns) -> Tensor:
+    """What repair has to make up for: XᵀX, without means where a bias gives them."""
+    gram = columns.centred or columns.gram
+    assert gram is not None
+    return gram()
 
 
 def greedy(group: GroupColumns, problems: list[Elimination], rounds: int) -> Order:

@@ -25,6 +25,7 @@ class Columns:
         gram: a function that returns XᵀX, shape ``[columns, columns]``; ``None`` if nothing was observed.
         sets: which of the group's channel sets takes a column along, shape ``[columns, axes]``; -1 where none does. A column with several goes with any.
         seen: the statistics that the score asked for, by name.
+        centred: as ``gram``, but of X without its columns' means where the consumer adds a bias that a repair changes along, and so gives the means.
     """
 
     weight: Tensor
@@ -32,6 +33,7 @@ class Columns:
     gram: Callable[[], Tensor] | None
     sets: np.ndarray = field(default_factory=lambda: np.zeros((0, 1), dtype=np.int64))
     seen: Mapping[str, Statistic] = field(default_factory=dict)
+    centred: Callable[[], Tensor] | None = None
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,13 @@ def _transposed(rank: int) -> str:
     return f"input[... (g i) {positions}], weight[(g i) o {window}], bias[(g o)] -> [... (g o) {positions}]; factor g groups; {windows}"
 
 
+#: operators that add a bias to every token of their output: the arguments that hold the weight and the bias
+BIASES: dict[str, tuple[str, str]] = {
+    "aten.linear.default": ("weight", "bias"),
+    "aten.addmm.default": ("mat2", "self"),
+    **{f"aten.conv{rank}d.{overload}": ("weight", "bias") for rank in _SPATIAL for overload in ("default", "padding")},
+}
+
 CONTRACTIONS: dict[str, str] = {
     "aten.linear.default": "input[... i], weight[o i], bias[o] -> [... o]",
     "aten.bilinear.default": "input1[... i], input2[... j], weight[o i j], bias[o] -> [... o]",

@@ -165,7 +165,7 @@ def test_gradients_are_those_at_each_consumer_alone() -> None:
     model = Mixed().eval()
     batches = [torch.randn(5, 3, 6) for _ in range(2)]
     analysis = fasp_fx.analyze(model, (batches[0],))
-    consumers = Consumers(analysis)
+    consumers = Consumers(analysis, repaired=False)
     observe_batches(
         consumers,
         whole_batches(consumers.analysis.program, [[x] for x in batches]),

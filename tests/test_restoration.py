@@ -75,11 +75,25 @@ def error_of(weight: np.ndarray, activations: np.ndarray, kept: np.ndarray, foun
 
 def repaired(weight: np.ndarray, activations: np.ndarray, kept: np.ndarray, sequences: int) -> np.ndarray:
     """What the library should make of a weight: every fourth sequence judges what the others fit, all strengths are tried, all tokens fit the best."""
+    held = _held(activations, sequences)
     parts = activations.reshape(-1, len(activations) // sequences, activations.shape[1])
-    held = np.arange(len(parts)) % 4 == 3
     fitted, judged = (part.reshape(-1, activations.shape[1]) for part in (parts[~held], parts[held]))
     strength = min([*GRID, np.inf], key=lambda each: error_of(weight, judged, kept, solve(weight, fitted, kept, each)))
     return solve(weight, activations, kept, strength)
+
+
+def _held(activations: np.ndarray, sequences: int) -> np.ndarray:
+    """Which sequences judge."""
+    return np.arange(len(activations.reshape(-1, len(activations) // sequences, activations.shape[1]))) % 4 == 3
+
+
+def repaired_along(weight: np.ndarray, activations: np.ndarray, kept: np.ndarray, sequences: int) -> tuple[np.ndarray, np.ndarray]:
+    """Likewise of a weight with a bias, and what is added to that: the weight of a column of numbers as large as the activations are."""
+    held = np.repeat(_held(activations, sequences), len(activations) // sequences)
+    size = np.sqrt((activations[~held] ** 2).mean())
+    beside = np.concatenate([activations, np.full((len(activations), 1), size)], 1)
+    found = repaired(np.concatenate([weight, np.zeros((len(weight), 1))], 1), beside, np.append(kept, weight.shape[1]), sequences)
+    return found[:, :-1], found[:, -1] * size
 
 
 def closeness(found: np.ndarray, expected: np.ndarray) -> float:
@@ -110,9 +124,11 @@ def test_restoration_equals_a_dense_solve_with_the_best_strength() -> None:
     assert set(gone) == set(CONSUMERS)
     for name in CONSUMERS:
         kept = np.setdiff1d(np.arange(activations[name].shape[1]), gone[name])
-        expected = repaired(weight_of(model, name), activations[name], kept, sequences=16)
-        found = weight_of(result.module, name)
+        expected, raised = repaired_along(weight_of(model, name), activations[name], kept, sequences=16)
+        found, bias = weight_of(result.module, name), name.replace("weight", "bias")
         assert closeness(found, expected) <= 1e-3, name
+        assert closeness(weight_of(result.module, bias), weight_of(model, bias) + raised) <= 1e-3, bias
+        assert closeness(weight_of(model, bias), weight_of(model, bias) + raised) > 1e-2, f"the restoration of {bias} changes nothing that can be seen"
         assert closeness(weight_of(model, name)[:, kept], expected) > 1e-2, f"the restoration of {name} changes nothing that can be seen"
 
 
@@ -124,11 +140,15 @@ def test_propagation_sees_what_pruned_layers_make() -> None:
     for name in CONSUMERS:  # in the order in which the data reaches them
         activations = inputs_of(staged, [name], BATCHES)[name]
         kept = np.setdiff1d(np.arange(activations.shape[1]), gone[name])
-        assert closeness(weight_of(result.module, name), repaired(weight_of(model, name), activations, kept, sequences=16)) <= 1e-3, name
+        expected, raised = repaired_along(weight_of(model, name), activations, kept, sequences=16)
+        assert closeness(weight_of(result.module, name), expected) <= 1e-3, name
+        bias = name.replace("weight", "bias")
+        assert closeness(weight_of(result.module, bias), weight_of(model, bias) + raised) <= 1e-3, bias
         with torch.no_grad():
-            weight = dict(staged.named_parameters())[name]
-            weight.zero_()
-            weight[:, torch.from_numpy(kept)] = dict(result.module.named_parameters())[name]
+            own, made = dict(staged.named_parameters()), dict(result.module.named_parameters())
+            own[name].zero_()
+            own[name][:, torch.from_numpy(kept)] = made[name]
+            own[bias].copy_(made[bias])
 
 
 @pytest.mark.parametrize("propagate", [True, False])
@@ -143,8 +163,10 @@ def test_restoration_never_makes_a_consumer_worse(propagate: bool) -> None:
         for name in CONSUMERS:
             x, dense, found = activations[name], weight_of(model, name), weight_of(result.module, name)
             kept = np.setdiff1d(np.arange(x.shape[1]), gone[name])
+            bias = name.replace("weight", "bias")
+            raised = weight_of(result.module, bias) - weight_of(model, bias)
             cut = np.linalg.norm(x @ dense.T - x[:, kept] @ dense[:, kept].T)
-            assert np.linalg.norm(x @ dense.T - x[:, kept] @ found.T) <= cut * 1.001, name
+            assert np.linalg.norm(x @ dense.T - x[:, kept] @ found.T - raised) <= cut * 1.001, name
 
 
 @given(
@@ -356,8 +378,11 @@ def test_a_repair_makes_up_for_what_earlier_removals_changed_beside_it() -> None
         drift = x + first(x) - pruned
         inside = second[1](second[0](pruned))  # type: ignore[index]
         target = inside @ second[2].weight.T + part * drift  # type: ignore[index]
-        solved = torch.linalg.lstsq(inside[:, kept].double(), target.double()).solution.T
-    torch.testing.assert_close(found.module.get_parameter("blocks.1.2.weight").double(), solved, rtol=0.02, atol=0.01)
+        beside = torch.cat([inside[:, kept], torch.ones(len(x), 1)], 1)
+        solved = torch.linalg.lstsq(beside.double(), target.double()).solution.T
+    torch.testing.assert_close(found.module.get_parameter("blocks.1.2.weight").double(), solved[:, :-1], rtol=0.02, atol=0.01)
+    raised = found.module.get_parameter("blocks.1.2.bias") - second[2].bias  # type: ignore[index]
+    torch.testing.assert_close(raised.double(), solved[:, -1], rtol=0.02, atol=0.01)
     assert torch.equal(found.module.get_parameter("blocks.0.2.weight"), without.module.get_parameter("blocks.0.2.weight"))
     with torch.no_grad():
         expected = model(x)

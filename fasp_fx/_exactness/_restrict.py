@@ -27,9 +27,11 @@ def restricted(analysis: Analysis, decision: Decision, kept: Collection[Group]) 
         return decision
     stay = np.concatenate([group.sets for group in dropped])
     unrepaired = {use.weight for group in dropped for use in group.uses}
+    unrepaired |= {bias for name, bias in decision.biases.items() if name in unrepaired}
     return Decision(
         decision.gone & ~np.isin(analysis.labels, stay),
         {name: value for name, value in decision.weights.items() if name not in unrepaired},
+        {name: bias for name, bias in decision.biases.items() if name not in unrepaired},
         {name: outcome for name, outcome in decision.outcomes.items() if name not in unrepaired},
     )
 

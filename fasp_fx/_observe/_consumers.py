@@ -15,6 +15,7 @@ from ..channels import Use, attribute
 from ..groups import Group
 from ..scoring import Columns, GroupColumns
 from ..statistics import PADDING, MakeStatistic, SplitGram, Statistic
+from ._intercept import bias_of, centred, with_ones
 from ._matrices import ConsumerMatrices
 
 
@@ -22,7 +23,8 @@ class Consumer:
     """One weight read as matrices, with all uses that read it so, and for each block a Gram matrix and what a score asked for.
 
     Attributes:
-        grams: one for each block, once its input was seen; behind the columns come those of ``beside``.
+        grams: one for each block, once its input was seen; behind the columns come a column of ones, where there is an intercept, and those of ``beside``.
+        intercept: the bias that a repair may change along, by name, if there is one.
         beside: how many rows the consumer has where the drift of what its output is added to is seen as well; else 0.
         seen: for each block, the statistics that a score asked for, by name.
     """
@@ -32,6 +34,7 @@ class Consumer:
         self.weight = use.weight
         self.uses: list[Use] = []
         self.grams: list[SplitGram] | None = None
+        self.intercept: str | None = None
         self.beside = 0
         self.seen: list[dict[str, Statistic]] = []
 
@@ -44,7 +47,7 @@ class Consumer:
         """Make the Gram matrices, or if not ``whole`` their diagonals, and the statistics of each block, where they are not there yet."""
         columns = self.matrices.columns.shape[1]
         if self.grams is None:
-            self.grams = [SplitGram(columns + self.beside, device, whole) for _ in range(self.blocks)]
+            self.grams = [SplitGram(columns + (self.intercept is not None) + self.beside, device, whole) for _ in range(self.blocks)]
         if not self.seen:
             self.seen = [{} for _ in range(self.blocks)]
         for seen in self.seen:
@@ -62,7 +65,8 @@ class Consumer:
         """
         assert self.grams is not None
         for block, tokens, kinds in pieces:
-            self.grams[block].update(tokens if beside is None else torch.cat([tokens, beside], 1), kinds)
+            seen = tokens if self.intercept is None else with_ones(tokens)
+            self.grams[block].update(seen if beside is None else torch.cat([seen, beside], 1), kinds)
             for statistic in filter(takes, self.seen[block].values()):
                 statistic.update(tokens, None, counting(kinds, tokens))
 
@@ -81,12 +85,18 @@ class Consumer:
 
 
 class Consumers:
-    """All consumers of the groups that can be pruned."""
+    """All consumers of the groups that can be pruned.
 
-    def __init__(self, analysis: Analysis) -> None:
+    Args:
+        repaired: whether they are to be repaired, with an intercept where there is a bias.
+    """
+
+    def __init__(self, analysis: Analysis, repaired: bool = True) -> None:
         self.analysis = analysis
         self.by_key: dict[tuple[Any, ...], Consumer] = {}
         self.of_group = {group.name: list(dict.fromkeys(self.of(use) for use in group.uses)) for group in analysis.chosen}
+        for consumer in self.by_key.values() if repaired else ():
+            consumer.intercept = bias_of(analysis, consumer.uses, consumer.matrices)
 
     def of(self, use: Use) -> Consumer:
         """The consumer that a use belongs to."""
@@ -130,6 +140,7 @@ class Consumers:
         found = []
         for block, matrix in enumerate(consumer.matrices.read(weight)):
             gram = None if consumer.grams is None else consumer.grams[block]
+            products = None if gram is None or gram.fitted.matrix.dim() == 1 else partial(_first, gram, matrix.shape[1])
             numbers = consumer.matrices.columns[block]
             if whole and own is not None:  # a block that goes takes all of its columns along
                 numbers = np.broadcast_to(own[block], (len(numbers), 1))
@@ -137,9 +148,10 @@ class Consumers:
                 Columns(
                     matrix,
                     None if gram is None else gram.norms()[: matrix.shape[1]],
-                    None if gram is None or gram.fitted.matrix.dim() == 1 else partial(_first, gram, matrix.shape[1]),
+                    products,
                     sets_in(group, labels, numbers),
                     consumer.seen[block] if consumer.seen else {},
+                    products if consumer.intercept is None or gram is None or products is None else partial(_centred, gram, matrix.shape[1]),
                 )
             )
         return found
@@ -167,6 +179,10 @@ def sets_in(group: Group, labels: np.ndarray, numbers: np.ndarray) -> np.ndarray
 def _first(gram: SplitGram, columns: int) -> Tensor:
     """The Gram matrix without what was seen beside the columns."""
     return gram.symmetric()[:columns, :columns]
+
+
+def _centred(gram: SplitGram, columns: int) -> Tensor:
+    return centred(gram.symmetric(), columns)
 
 
 __all__ = ["Consumer", "Consumers", "counting", "sets_in"]

@@ -53,6 +53,10 @@ class ConsumerMatrices:
         blocks, columns = self.use.columns.shape[:2]
         return operand.permute(order).reshape(blocks, -1, columns)
 
+    def rows(self, weight: Tensor) -> int:
+        """How many rows the blocks of a weight have together."""
+        return self.moved(weight).numel() // self.use.columns.shape[1]
+
     def write(self, matrices: Tensor, like: Tensor) -> Tensor:
         """The inverse of :meth:`read`: the weight ``like`` with these matrices in it; of a stack, the others stay as they are."""
         moved = self.moved(like)

@@ -12,7 +12,7 @@ from torch import Tensor, fx
 
 from .._device import float32_products
 from .._offload._current import keep
-from ..channels import Use
+from ..channels import Use, attribute
 from ..errors import CalibrationError
 from ..groups import Group
 from ..restoration import Restored, left_alone, together, without_values
@@ -21,6 +21,7 @@ from ..statistics import SplitGram
 from ._consumers import Consumer, Consumers
 from ._drift import Drift
 from ._gains import warn_of_few
+from ._intercept import scale_of_ones
 from ._marks import Marks
 from ._matrices import ConsumerMatrices, states_before, token_dims
 from ._order import order_of
@@ -38,10 +39,19 @@ Restore = Callable[[Tensor, Tensor, Tensor | None, Tensor], Restored]
 
 @dataclass
 class Decision:
-    """What was chosen: removed channel numbers, restored weights by canonical name, the outcomes of their restorations, and remarks for the report."""
+    """What was chosen.
+
+    Attributes:
+        gone: removed channel numbers.
+        weights: restored weights and biases by canonical name.
+        biases: by the names of restored weights, the biases that were restored along.
+        outcomes: of the restorations of weights.
+        notes: remarks for the report.
+    """
 
     gone: np.ndarray
     weights: dict[str, Tensor] = field(default_factory=dict)
+    biases: dict[str, str] = field(default_factory=dict)
     outcomes: dict[str, list[Restored]] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
 
@@ -214,9 +224,14 @@ class Observer:
             if otherwise is not None:
                 self._tokens.pop(consumer.weight, None)
                 self.decision.notes.append(f"'{consumer.weight}' is not repaired, because {otherwise}")
+            if consumer.intercept is not None:  # a column of ones that stays, whose weight is added to the bias
+                read, kept = torch.cat([read, torch.zeros_like(read[:, :, :1])], 2), torch.cat([kept, torch.ones_like(kept[:, :1])], 1)
             if self._drift is not None and consumer.beside:  # what is beside counts as columns of their own, which go
                 read = torch.cat([read, self._drift.part * torch.eye(consumer.beside, dtype=read.dtype, device=read.device)[None]], 2)
-            outcome = self._outcome(restore, read, consumer.grams, kept)
+            outcome = self._outcome(restore, read, consumer.grams, kept, consumer.intercept is not None)
+            if consumer.intercept is not None:
+                self._raise_bias(consumer.weight, consumer.intercept, outcome.weight[:, :, -1].reshape(-1), runner)
+                outcome = replace(outcome, weight=outcome.weight[:, :, :-1])
             self.decision.outcomes.setdefault(consumer.weight, []).append(without_values(outcome))
             pruned = keep(consumer.matrices.write(outcome.weight.to(weight.device), weight))
             self.decision.weights[consumer.weight] = pruned
@@ -227,27 +242,52 @@ class Observer:
                 pruned = consumer.matrices.write(consumer.matrices.read(pruned) * whole[:, None, None], weight)
             runner.overrides[consumer.weight] = keep(pruned)
 
-    def _outcome(self, restore: Restore, read: Tensor, grams: list[SplitGram] | None, kept: Tensor) -> Restored:
+    def _raise_bias(self, weight: str, name: str, raised: Tensor, runner: Runner | None) -> None:
+        """Add to the bias of a repaired weight."""
+        if not bool(raised.any()):
+            return
+        bias: Tensor = attribute(self.analysis.program.module, name).detach()
+        self.decision.weights[name] = keep(bias + raised.to(bias))
+        self.decision.biases[weight] = name
+        if self.propagate and runner is not None:
+            runner.overrides[name] = self.decision.weights[name]
+
+    def _outcome(self, restore: Restore, read: Tensor, grams: list[SplitGram] | None, kept: Tensor, has_ones: bool) -> Restored:
         """The outcome of a repair, as the journal has it, or of the process whose turn it is."""
         number, self._repairs = self._repairs, self._repairs + 1
         if self._known:
             return self.ranks.share(0, None if self._journal is None else self._journal.restored(number))
         assert grams is not None
         owner = self.ranks.owner(number)
-        outcome = self.ranks.share(owner, _restored(restore, read, grams, kept) if owner == self.ranks.rank else None)
+        outcome = self.ranks.share(owner, _restored(restore, read, grams, kept, has_ones) if owner == self.ranks.rank else None)
         outcome = replace(outcome, weight=outcome.weight[:, :, : kept.shape[1]])
         if self._journal is not None:
             self._journal.note_restored(number, outcome)
         return outcome
 
 
-def _restored(restore: Restore, matrices: Tensor, grams: list[SplitGram], kept: Tensor) -> Restored:
-    """The outcome of a repair, block by block."""
+def _restored(restore: Restore, matrices: Tensor, grams: list[SplitGram], kept: Tensor, has_ones: bool) -> Restored:
+    """The outcome of a repair, block by block.
+
+    Args:
+        has_ones: whether the last column that ``kept`` speaks of holds ones.
+    """
     parts = []
     for matrix, gram, left in zip(matrices, grams, kept, strict=True):
         fitted, held = (None if part is None else keep(part.symmetric(torch.float32)) for part in (gram.fitted, gram.held))
         assert fitted is not None
-        parts.append(restore(matrix, fitted, held, left.nonzero()[:, 0]))
+        size = 1.0
+        if has_ones:  # as large as the columns are, so that the ridge, which goes by the mean diagonal, takes it as one of them
+            place = len(left) - 1
+            size = scale_of_ones(fitted, place)
+            for scaled in (fitted, held):
+                if scaled is not None:
+                    scaled[place] *= size
+                    scaled[:, place] *= size
+        outcome = restore(matrix, fitted, held, left.nonzero()[:, 0])
+        if has_ones:
+            outcome.weight[:, place] *= size
+        parts.append(outcome)
     return together(parts)
 
 

@@ -67,7 +67,7 @@ def prune_in_parts(
         batches = user_batches(calibration, assembly.device) if config.needs_data else None
     leaves = (pytree.tree_leaves((call.args, call.kwargs)) for call in batches or ())
     chooser.ranks.check_alike(whole_fingerprint(dict(model.named_parameters(remove_duplicate=False))), leaves, config)
-    consumers = {part.path: Consumers(part.analysis) for part in assembly.parts}
+    consumers = {part.path: Consumers(part.analysis, config.restore is not None) for part in assembly.parts}
     with assembly.timed("measuring"):
         costs, reached = _measured(assembly, chooser, batches, consumers)
     budget = PartialBudget(whole, reached)

@@ -1,0 +1,67 @@
+"""Where a consumer adds a bias, its repair has an intercept: what goes had a mean, which the bias can give in its place."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, fx, nn
+
+from ..analysis import Analysis
+from ..channels import Use, arguments, attribute, written_names
+from ..patterns import BIASES
+from ._matrices import ConsumerMatrices
+
+
+def bias_of(analysis: Analysis, uses: Sequence[Use], matrices: ConsumerMatrices) -> str | None:
+    """The parameter that is added to every token of a consumer's output and read nowhere else, by its canonical name.
+
+    Args:
+        uses: those of the consumer.
+        matrices: the weight as matrices, whose rows are the bias' entries, block after block.
+    """
+    use = uses[0]
+    names = BIASES.get(str(use.node.target))
+    if len(uses) > 1 or names is None or use.route is not None or use.recurrence is not None:
+        return None
+    given = arguments(use.node)
+    weight, bias = (given.get(name) for name in names)
+    if weight is not use.operand or not isinstance(bias, fx.Node) or bias.op != "get_attr" or any(given.get(name, 1) != 1 for name in ("alpha", "beta")):
+        return None
+    module, canonical = analysis.program.module, analysis.program.canonical()
+    name = canonical.get(str(bias.target), "")
+    held, own = attribute(module, str(bias.target)), attribute(module, use.weight)
+    if not isinstance(held, nn.Parameter) or held.dim() != 1 or held.dtype != own.dtype or name in written_names(module.graph):
+        return None
+    if len(held) != matrices.rows(own):
+        return None
+    same = [node for node in module.graph.find_nodes(op="get_attr") if canonical.get(str(node.target)) == name]
+    return name if [user for node in same for user in node.users] == [use.node] else None
+
+
+def with_ones(tokens: Tensor) -> Tensor:
+    """Tokens ``[tokens, columns]`` and a one behind each, which the intercept is the weight of."""
+    return torch.cat([tokens, tokens.new_ones((len(tokens), 1))], 1)
+
+
+def scale_of_ones(gram: Tensor, columns: int) -> float:
+    """What to multiply the ones by, so that they are as large as the columns are in the mean.
+
+    Args:
+        gram: that of the columns, followed by the ones.
+    """
+    count, mean = float(gram[columns, columns]), float(gram.diagonal()[:columns].mean()) if columns else 0.0
+    return (mean / count) ** 0.5 if count > 0 and mean > 0 else 1.0
+
+
+def centred(gram: Tensor, columns: int) -> Tensor:
+    """The Gram matrix ``[columns, columns]`` of columns without their means: what is left of them where an intercept takes the means over.
+
+    Args:
+        gram: that of the columns, followed by the ones.
+    """
+    own, sums = gram[:columns, :columns], gram[:columns, columns]
+    return own - torch.outer(sums, sums) / gram[columns, columns].clamp_min(1.0)
+
+
+__all__ = ["bias_of", "centred", "scale_of_ones", "with_ones"]
