@@ -22,12 +22,12 @@ from ._program import Program
 from ._scores import resolve_score
 from ._selection import PartialBudget, check_patterns, held_by, lost_by_pattern, matches, read_by
 from ._warn import warn
-from .allocation import Budget, Ceiling, CostAllocation, Global, Target, check_reach, uniform, validate, without_curve
+from .allocation import Budget, Ceiling, CostAllocation, Target, check_reach, validate
 from .analysis import Analysis
 from .config import MEASURED, PruningConfig
 from .costs import Costs
 from .errors import CalibrationError, CalibrationWarning, NothingPrunableError
-from .groups import EXEMPT, Group
+from .groups import Group
 from .losses import resolve_loss
 from .resources import Resource, Sparsity
 from .restoration import ridge
@@ -90,15 +90,10 @@ class Chooser:
         """Refuse what can be known to be in vain before the costs are measured; arguments and errors as for :meth:`allocate`."""
         check_patterns("exclude", self.config.exclude, groups, held_by)
         part = self._part(budget)
-        if self.config.allocation is None and any(not group.uses for group in part.groups):
-            self._allocate = uniform  # what no weight reads has no predicted loss
         if not self.needs_costs or not budget.groups or costs is not None:
             self.allocate(budget, groups, costs)
             return
         check_reach(part, self.config.round_to)
-        unread = next((group for group in part.groups if not group.uses and group.status == EXEMPT), None)
-        if unread is not None and isinstance(self._allocate, Global):
-            raise without_curve(unread)
 
     def measure(
         self,

@@ -300,7 +300,7 @@ _Curve = tuple[np.ndarray, np.ndarray]
 
 def _steps(group: Group, round_to: int, costs: Costs) -> _Curve:
     if group.name not in costs:
-        raise without_curve(group)
+        raise ArgumentError(f"there is no cost curve for '{group.name}'; measure with the granularity= and include= of the pruning")
     losses, most = costs[group.name].losses, deepest_loss(group)
     if not most < len(losses) <= max(group.width, most) + 1:  # a score may say what comes after the last one that may go
         raise ArgumentError(
@@ -309,13 +309,6 @@ def _steps(group: Group, round_to: int, costs: Costs) -> _Curve:
         )
     counts = np.array(_counts(group, round_to))
     return counts, losses[counts]
-
-
-def without_curve(group: Group) -> ArgumentError:
-    """The error that a group has no cost curve."""
-    if not group.uses:
-        return ArgumentError(f"there is no cost curve for '{group.name}': what no weight reads has none; exclude it, or use allocation='uniform'")
-    return ArgumentError(f"there is no cost curve for '{group.name}'; measure with the granularity= and include= of the pruning")
 
 
 def _counts(group: Group, round_to: int) -> list[int]:

@@ -65,7 +65,7 @@ class PruningConfig:
         restore: ``"least-squares"`` or ``None``.
         allocation: ``"uniform"``: every prunable group loses the same fraction; ``"global"``: one threshold for all, by predicted losses that are measured
             first (:class:`fasp_fx.allocation.Global`); or one of your own (:data:`fasp_fx.allocation.Allocation`). ``None``: ``"global"`` with the score
-            ``"obs"``, where every group has a predicted loss, and ``"uniform"`` otherwise.
+            ``"obs"``, and ``"uniform"`` otherwise.
         loss: what ``score="obs"`` and ``allocation="global"`` predict the rise of, by its gradients on some of the calibration batches: ``"next-token"``,
             ``"outputs"``: the squared error of all outputs; or a function of outputs and arguments (:mod:`fasp_fx.losses`). ``"auto"``: next tokens in
             :func:`fasp_fx.hf.prune`, else outputs. ``None``: no gradients; each consumer counts by the relative error of its own output.
@@ -77,7 +77,8 @@ class PruningConfig:
             were never chosen. With ``("head",)`` nothing but heads goes; with both, heads in attention and channels elsewhere.
         include: ``"approximate"`` prunes also groups that cross a norm (the residual stream of a transformer). Norms by mean squares, and layer norms,
             go on to divide by the dense count, so that the result is that of the dense model whose producers are zero there. ``"exempt"`` prunes also
-            channels contracted between two activations (rows of W_Q and W_K), by the norms of both.
+            channels contracted between two activations (rows of W_Q and W_K), by what the loss loses with them where costs are measured, else by the
+            norms of both.
         exclude: name patterns of weights; groups that hold one of them stay whole.
         round_to: kept widths (per block) are multiples of this.
         uniform_layers: groups of one shape lose equally many channel sets, so that layers that are alike stay alike, as some runtimes need it.

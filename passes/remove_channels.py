@@ -138,9 +138,16 @@ def _cut_blocks(weight: Tensor, slot: Slot, keep: Tensor) -> tuple[Tensor, Tenso
 
 
 def _resize(module: fx.GraphModule, originals: dict[fx.Node, fx.Node], walk: Walk, kept: Kept, name: str) -> None:
+    laid_out_anew: set[fx.Node] = set()
     for node, old in originals.items():
         if node.op != "call_function":
             continue
+        operands = [value for n in old.all_input_nodes if isinstance(value := walk.values.get(n), Value)]
+        if any(n in laid_out_anew for n in node.all_input_nodes) or (node.target is _ATTENTION and any(map(kept.touches, operands))):
+            # Other widths can mean other strides (attention picks another kernel), under which a view may be impossible, also one that loses nothing.
+            laid_out_anew.add(node)
+            if node.target in _VIEWS:
+                _reshape(node, name)
         if node.target is _ATTENTION and node.kwargs.get("scale") is None:
             _keep_scale(node, walk.values.get(old.all_input_nodes[0]), kept)
         if not _clauses(node):
@@ -153,13 +160,17 @@ def _resize(module: fx.GraphModule, originals: dict[fx.Node, fx.Node], walk: Wal
         if not isinstance(source, Value) or not (kept.touches(source) or any(kept.touches(output) for output in outputs)):
             continue
         if node.target in _VIEWS:
-            # Other widths can mean other strides (attention picks another kernel), under which a view may be impossible.
-            node.target, node.args, node.kwargs = torch.ops.aten.reshape.default, (node.args[0], arguments(node)["size"]), {}
-            stamp(node, name)
+            _reshape(node, name)
         for clause in _clauses(node):
             rewrite = _REWRITES.get(clause.keyword)
             if rewrite is not None and rewrite(node, clause, source, outputs, kept):
                 stamp(node, name)
+
+
+def _reshape(node: fx.Node, name: str) -> None:
+    """Copy where a view is impossible."""
+    node.target, node.args, node.kwargs = torch.ops.aten.reshape.default, (node.args[0], arguments(node)["size"]), {}
+    stamp(node, name)
 
 
 def _keep_scale(node: fx.Node, query: object, kept: Kept) -> None:

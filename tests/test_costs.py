@@ -274,12 +274,6 @@ def test_costs_that_do_not_serve_are_refused(tmp_path: Path) -> None:
         fasp_fx.Costs.load(tmp_path / "nothing.json")
 
 
-def test_what_no_weight_reads_has_no_cost(zoo_captured: Any) -> None:
-    captured, batches = zoo_captured("llama_gqa"), [ZOO["llama_gqa"].example()]
-    with pytest.raises(fasp_fx.ArgumentError, match="no cost curve"):
-        fasp_fx.prune(captured, calibration=batches, allocation="global", include=("exempt",))
-
-
 @pytest.mark.parametrize("order", [np.zeros((1, 10)), np.arange(10)[None, :3], np.arange(10), np.arange(10, 20)[None]])
 def test_an_order_that_is_none_is_refused(order: Any) -> None:
     class Wrong(GroupScore):

@@ -82,6 +82,63 @@ def test_the_channel_whose_product_is_least_goes_first() -> None:
     assert result.module.get_parameter("q.weight").shape == (12 - 2 * count, 6)
 
 
+def squared(outputs: Any, inputs: Any) -> Tensor:
+    """A loss of as many terms as there are outputs."""
+    return (outputs.square() / 2).flatten()
+
+
+def exempt_name(model: nn.Module, x: Tensor) -> str:
+    (group,) = [group for group in fasp_fx.analyze(model, (x,), include=("exempt",)).chosen if not group.uses]
+    return group.name
+
+
+def test_queries_and_keys_cost_what_the_loss_loses_with_them() -> None:
+    """By autograd on the dense model: q_c times the gradient with respect to q_c, squared, summed over tokens, half of the mean over terms."""
+    model = randomise(Heads(), std=0.7)
+    batches = [torch.randn(4, 7, 6, generator=torch.Generator().manual_seed(seed)) for seed in range(3)]
+    costs = fasp_fx.measure(model, (batches[0],), calibration=batches, loss=squared, include=("exempt",))
+    total, terms = torch.zeros(12, dtype=torch.float64), 0
+    for x in batches:
+        seen: list[Tensor] = []
+        handle = model.q.register_forward_hook(lambda module, args, output, seen=seen: (output.retain_grad(), seen.append(output))[0])
+        loss = squared(model(x), {})
+        loss.sum().backward()
+        handle.remove()
+        assert seen[0].grad is not None
+        total += (seen[0] * seen[0].grad).detach().double().square().sum((0, 1))
+        terms += loss.numel()
+    cheapest = (total / terms / 2).reshape(2, 6).sort(dim=1).values
+    expected = torch.cat([torch.zeros(1, dtype=torch.float64), cheapest.sum(0).cumsum(0)]).numpy()
+    found = costs[exempt_name(model, batches[0])].losses
+    assert found == pytest.approx(expected[: len(found)], rel=1e-4)
+    assert len(found) > 4
+
+
+def test_without_a_loss_they_cost_their_part_of_the_product() -> None:
+    model, x = randomise(Heads(), std=0.7), torch.randn(40, 7, 6, generator=torch.Generator().manual_seed(0))
+    costs = fasp_fx.measure(model, (x[:4],), calibration=[x], loss=None, include=("exempt",))
+    with torch.no_grad():
+        q, k = (part(x).double().reshape(-1, 2, 6).norm(dim=0) for part in (model.q, model.k))
+    energy = (q * k).square()
+    cheapest = (energy / energy.sum() / 2).sort(dim=1).values
+    found = costs[exempt_name(model, x[:4])].losses
+    assert found[1:] == pytest.approx(cheapest.sum(0).cumsum(0).numpy()[: len(found) - 1], rel=1e-4)
+
+
+@pytest.mark.parametrize("quality", ["fast", "balanced"])
+def test_all_groups_compete_where_costs_are_measured(quality: Any) -> None:
+    model = randomise(Heads(), std=0.7)
+    with torch.no_grad():  # half of the keys' channels give nothing
+        model.k.weight.reshape(2, 6, 6)[:, ::2] = 0
+        model.k.bias.reshape(2, 6)[:, ::2] = 0
+    batches = [torch.randn(16, 7, 6, generator=torch.Generator().manual_seed(seed)) for seed in range(8)]
+    options: dict[str, Any] = {"calibration": batches, "include": ("exempt",), "sparsity": 0.2, "quality": quality, "allocation": "global"}
+    result = fasp_fx.prune(model, (batches[0],), **options)
+    (rows,) = [part.removed for group in result.plan.groups if not group.consumers for part in group.producers if part.name == "q.weight"]
+    assert len(rows) >= 4
+    assert {row % 6 % 2 for row in rows if row % 6 < 6} == {0}, "a channel whose keys are zero costs nothing and goes first"
+
+
 def test_a_norm_between_makes_them_approximate() -> None:
     x = torch.randn(4, 7, 6)
     model = randomise(Heads(normalised=True), std=0.7)

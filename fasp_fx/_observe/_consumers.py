@@ -17,6 +17,8 @@ from ..scoring import Columns, GroupColumns
 from ..statistics import PADDING, MakeStatistic, SplitGram, Statistic
 from ._intercept import bias_of, centred, with_ones
 from ._matrices import ConsumerMatrices
+from ._products import ObservedProducts
+from ._sets import sets_in
 
 
 class Consumer:
@@ -95,6 +97,7 @@ class Consumers:
         self.analysis = analysis
         self.by_key: dict[tuple[Any, ...], Consumer] = {}
         self.of_group = {group.name: list(dict.fromkeys(self.of(use) for use in group.uses)) for group in analysis.chosen}
+        self.products = ObservedProducts(analysis, analysis.chosen)
         for consumer in self.by_key.values() if repaired else ():
             consumer.intercept = bias_of(analysis, consumer.uses, consumer.matrices)
 
@@ -113,12 +116,14 @@ class Consumers:
 
     def forget_activations(self) -> None:
         """Keep nothing of what was seen but what needs gradients: later passes see other activations."""
+        self.products.forget_activations()
         for consumer in self.by_key.values():
             consumer.grams = None
             consumer.seen = [{name: statistic for name, statistic in seen.items() if statistic.needs_gradient} for seen in consumer.seen]
 
     def forget(self) -> None:
         """Keep nothing of what was seen."""
+        self.products.forget()
         for consumer in self.by_key.values():
             consumer.grams, consumer.seen, consumer.beside = None, [], 0
 
@@ -162,20 +167,6 @@ def counting(kinds: Tensor, tokens: Tensor) -> Tensor:
     return (kinds != PADDING).to(tokens.dtype.to_real())
 
 
-def sets_in(group: Group, labels: np.ndarray, numbers: np.ndarray) -> np.ndarray:
-    """For channel numbers of any shape, which of a group's channel sets each belongs to, counted in the order of ``group.sets``; -1 where none.
-
-    Args:
-        labels: the channel set of each channel number.
-    """
-    sets = np.where(numbers >= 0, labels[np.maximum(numbers, 0)], -1)
-    member = np.isin(sets, group.sets)
-    order = np.argsort(group.sets)
-    found = np.full(numbers.shape, -1)
-    found[member] = order[np.searchsorted(group.sets[order], sets[member])]
-    return found
-
-
 def _first(gram: SplitGram, columns: int) -> Tensor:
     """The Gram matrix without what was seen beside the columns."""
     return gram.symmetric()[:columns, :columns]
@@ -185,4 +176,4 @@ def _centred(gram: SplitGram, columns: int) -> Tensor:
     return centred(gram.symmetric(), columns)
 
 
-__all__ = ["Consumer", "Consumers", "counting", "sets_in"]
+__all__ = ["Consumer", "Consumers", "counting"]

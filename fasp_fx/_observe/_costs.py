@@ -17,36 +17,53 @@ from ._products import ObservedProducts
 
 
 def curves_of(consumers: Consumers, groups: Sequence[Group], score: GroupScore) -> dict[str, CostCurve]:
-    """The cost curve of each group; those whose channels no weight reads have none.
+    """The cost curve of each group.
 
     A score that predicts losses gives its own. Of another, the order is taken, and each column costs ``½ G_jj Q_jj``, what it costs by itself where nothing is
     repaired: the diagonal of what :class:`fasp_fx.obs.OBS` minds, which takes no product of matrices. Repair makes all columns cheaper; how groups compare
-    is much the same.
+    is much the same. What no weight reads, but a product of activations, costs what the loss loses with it, or where no loss was run back, its part of the
+    product's energy.
 
     Args:
         consumers: those of the groups, with Gram matrices or their diagonals and, where a loss was given, gradients.
     """
     found = {}
-    products = ObservedProducts(consumers.analysis, list(groups))
     for group in groups:
-        if not group.uses:
-            if not products.of(group):  # nothing reads it
-                found[group.name] = CostCurve(np.zeros(deepest_loss(group) + 1))
-            continue
-        order = order_of(consumers, group, score, products, True, deepest_loss(group), consumers.weight)
-        losses = order.losses if order.losses is not None else _losses(consumers.view(group, order.sets.shape[1], consumers.weight), order)
-        found[group.name] = CostCurve(losses)
+        order = order_of(consumers, group, score, consumers.products, True, deepest_loss(group), consumers.weight)
+        if order.losses is not None:
+            losses = order.losses
+        elif group.uses:
+            losses = _added_up(_set_costs(consumers.view(group, order.sets.shape[1], consumers.weight)), order)
+        else:
+            losses = _added_up(_product_costs(consumers.products, group), order)
+        found[group.name] = CostCurve(losses[: deepest_loss(group) + 1] if not group.uses else losses)
     return found
 
 
-def _losses(group: GroupColumns, order: Order) -> np.ndarray:
-    """The losses in an order that is given, channel set by channel set."""
+def _product_costs(products: ObservedProducts, group: Group) -> np.ndarray:
+    """What each channel set costs that no weight reads, shape ``[sets]``."""
+    if not products.of(group):
+        return np.zeros(group.size)
+    costs = products.costs(group)
+    if costs is not None:
+        return costs
+    energy = products.scores(group) ** 2
+    return 0.5 * energy / max(float(energy.sum()), 1e-300)
+
+
+def _added_up(costs: np.ndarray, order: Order) -> np.ndarray:
+    """The losses in an order that is given, by the costs of the channel sets."""
+    return np.concatenate([[0.0], np.cumsum(costs[order.sets].sum(0))])
+
+
+def _set_costs(group: GroupColumns) -> np.ndarray:
+    """What each channel set costs by itself, shape ``[sets]``."""
     costs = np.zeros(len(group.block_of))
     for columns in group.consumers:
         own = _column_costs(columns)
         for sets in columns.sets.T:
             np.add.at(costs, sets[sets >= 0], own[sets >= 0])
-    return np.concatenate([[0.0], np.cumsum(costs[order.sets].sum(0))])
+    return costs
 
 
 def _column_costs(columns: Columns) -> np.ndarray:

@@ -12,7 +12,7 @@ from torch import Tensor, fx
 from .._compat import pytree
 from .._device import device_of
 from .._program import Program
-from ..channels import Use, is_dynamic, results
+from ..channels import Product, Use, is_dynamic, results
 from ..errors import CalibrationError, first_line
 from ..losses import Loss, Outputs, Padding, evaluated, next_token
 from ..statistics import InputGradients, MakeStatistic
@@ -106,7 +106,13 @@ def observe_batches(
         consumer.prepare(wanted, device_of(program.module), whole)  # where no batch was of this process
         assert consumer.grams is not None
         ranks.add_up(consumer.grams, consumer.seen)
+    if ranks.size > 1:
+        for product in consumers.products.all:
+            consumers.products.add_up(product, ranks)
+        if loss is not None:
+            consumers.products.add_up_effects(ranks)
     terms = round(ranks.total(terms))
+    consumers.products.terms = terms
     _check(consumers, loss is not None)
     for consumer in consumers.by_key.values():
         for statistic in _gradients(consumer):
@@ -197,6 +203,9 @@ class _Run(Runner):
         super().__init__(consumers.analysis.program, [piece.inputs], numbers=[piece.batch])
         self.consumers, self.number, self.wanted, self.marks, self.is_back, self.is_whole = consumers, number, wanted, marks, back, whole
         self.leaves: list[Tensor] = []
+        self._products: dict[fx.Node, list[Product]] = {}
+        for product in consumers.products.all:
+            self._products.setdefault(product.node, []).append(product)
         self._uses: dict[fx.Node, list[tuple[Consumer, Use]]] = {}
         for consumer in consumers.by_key.values():
             for use in consumer.uses:
@@ -207,9 +216,10 @@ class _Run(Runner):
         return value.detach() if argument.op == "get_attr" and isinstance(value, Tensor) else value
 
     def _execute(self, node: fx.Node, number: int) -> Any:
-        uses = self._uses.get(node, [])
+        uses, products = self._uses.get(node, []), self._products.get(node, [])
         held = self._memory[number]
-        kept = {use.activation: held[use.activation] for _, use in uses if use.activation in held}
+        read = [*(use.activation for _, use in uses), *(product.operands[0] for product in products)]
+        kept = {activation: held[activation] for activation in read if activation in held}
         probes = {activation: self._probe(value) for activation, value in kept.items()} if self.is_back else {}
         held.update(probes)
         try:
@@ -224,7 +234,17 @@ class _Run(Runner):
             alone = sum(other.activation is use.activation for _, other in uses) == 1
             probe = probes.get(use.activation) if alone and use.recurrence is None and _told(use) else None
             self._see(consumer, use, activation.detach(), probe, output)
+        for product in products:
+            self._see_product(product, probes.get(product.operands[0]), number)
         return output
+
+    def _see_product(self, product: Product, probe: Tensor | None, number: int) -> None:
+        seen = self.consumers.products
+        for operand, node in enumerate(product.operands):
+            seen.see(product, operand, self._load(node, number), self.marks, self.number)
+        if probe is not None and probe.requires_grad:
+            value = probe.detach()
+            probe.register_hook(lambda gradient: seen.see_effect(product, value, gradient.detach(), self.marks, self.number))
 
     def _probe(self, value: Tensor) -> Tensor:
         if not value.is_floating_point() and not value.is_complex():
@@ -357,8 +377,8 @@ def _gradients(consumer: Consumer) -> list[InputGradients]:
 
 def _vanished(consumers: Consumers, ranks: Ranks) -> bool:
     """Whether gradients were asked for, and all of them were zero, in all processes."""
-    found = [statistic for consumer in consumers.by_key.values() for statistic in _gradients(consumer)]
-    asked, told = ranks.total(bool(found)), ranks.total(any(bool((statistic.diagonal() > 0).any()) for statistic in found))
+    found = [statistic.diagonal() for consumer in consumers.by_key.values() for statistic in _gradients(consumer)] + consumers.products.effects()
+    asked, told = ranks.total(bool(found)), ranks.total(any(bool((squares > 0).any()) for squares in found))
     return bool(asked) and not told
 
 
@@ -368,6 +388,8 @@ def _check(consumers: Consumers, back: bool) -> None:
         diagonals += [statistic.diagonal() for statistic in _gradients(consumer)]
         if not all(bool(torch.isfinite(diagonal).all()) for diagonal in diagonals):
             raise CalibrationError(f"what is seen at '{consumer.weight}' is not finite on the calibration data; check the batches and the model's dtype")
+    if not all(bool(torch.isfinite(effects).all()) for effects in consumers.products.effects()):
+        raise CalibrationError("what is seen of queries and keys is not finite on the calibration data; check the batches and the model's dtype")
     if back and _vanished(consumers, Ranks()):
         raise CalibrationError("the gradients of the loss vanish at every weight that can be pruned; pass another loss=, or loss=None")
 

@@ -39,7 +39,8 @@ def order_of(
         if not products.of(group):
             return by_value(view, np.zeros(group.size))  # nothing reads it
         if observed and score.needs_data:
-            return by_value(view, products.scores(group))
+            costs = products.costs(group)
+            return by_value(view, products.scores(group) if costs is None else costs)
         if isinstance(score, ByColumns):
             return by_value(view, row_scores(consumers.analysis, group, score))
         raise ArgumentError(f"no weight reads the channels of '{view.name}', and {type(score).__name__} orders those of weights alone; exclude it")

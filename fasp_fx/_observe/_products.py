@@ -1,27 +1,40 @@
-"""Channels contracted between two activations: how much their product would lose, and what is left of it without some."""
+"""Channels contracted between two activations: how much their product or the loss would lose without some, and what is left of the product."""
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, fx
 
+from .._device import device_of
 from ..analysis import Analysis
 from ..channels import Axis, Product, Slot, attribute
 from ..groups import Group
 from ..scoring import ByColumns, Columns
 from ..statistics import PADDING, precise
-from ._consumers import sets_in
 from ._marks import Marks
 from ._ranks import Ranks
 from ._runner import Runner
+from ._sets import sets_in
 
 
 class ObservedProducts:
-    """Norms of the operands of products, channel by channel.
+    """What is seen of the operands of products, channel by channel.
 
     Channel i adds the matrix q_i k_iᵀ to the product of queries and keys, whose Frobenius norm is ‖q_i‖₂ ‖k_i‖₂: that is its score, where ‖q_i‖₂ runs over
     all that a channel set holds of an operand (every head and layer that shares one table of rotations, say). Several products are added.
+
+    Where a loss is run back, h_ti is its gradient with respect to the query's channel i at token t, so that to first order the loss falls by q_ti h_ti
+    without it. The mean of the squares over the loss' terms is the curvature by Fisher's information, and half of it what the channel costs: the unit of
+    the costs of consumers (:class:`fasp_fx.obs.OBS`).
+
+    Args:
+        groups: those that can be pruned; products decide those of them that no weight reads.
+
+    Attributes:
+        terms: of how many terms the loss was the sum.
     """
 
     def __init__(self, analysis: Analysis, groups: list[Group]) -> None:
@@ -31,6 +44,13 @@ class ObservedProducts:
             if not group.uses:
                 self.of_group[group.name] = [p for p in analysis.walk.facts.products if np.isin(analysis.labels[p.numbers], group.sets).any()]
         self._squares: dict[tuple[int, int, int], Tensor] = {}
+        self._effects: dict[tuple[int, int], Tensor] = {}
+        self.terms = 0
+
+    @property
+    def all(self) -> list[Product]:
+        """The products of all groups, each once."""
+        return list(dict.fromkeys(product for found in self.of_group.values() for product in found))
 
     def of(self, group: Group) -> list[Product]:
         """The products that decide a group: those of one without consumers."""
@@ -39,17 +59,76 @@ class ObservedProducts:
     def observe(self, runner: Runner, marks: Marks, products: list[Product], ranks: Ranks) -> None:
         """Add the squares of the operands of products about to be executed, without padding, over the batches of all processes."""
         for product in products:
-            for operand, axes in enumerate(self._axes(product)):
-                node = product.operands[operand]
+            for operand, node in enumerate(product.operands):
                 for number, batch in zip(runner.numbers, runner.read(node), strict=True):
-                    for index, axis in enumerate(axes):
-                        rest = [dim for dim, size in enumerate(axis.numbers.shape) if size == 1]
-                        counts = marks.of(number, node, batch, rest) != PADDING
-                        key = (id(product), operand, index)
-                        square = (batch.detach().abs().to(torch.float32).square() * counts).sum(rest, keepdim=True).to(precise(batch.device))
-                        self._squares[key] = self._squares[key] + square if key in self._squares else square
-                for index in range(len(axes)):
-                    ranks.add(self._squares[id(product), operand, index])
+                    self.see(product, operand, batch, marks, number)
+            self.add_up(product, ranks)
+
+    def see(self, product: Product, operand: int, value: Tensor, marks: Marks, number: int) -> None:
+        """Add the squares of one operand of a product, in one batch."""
+        for index, axis in enumerate(self._axes(product)[operand]):
+            _added(
+                self._squares,
+                (id(product), operand, index),
+                self._summed(value.detach().abs().to(torch.float32), axis, product.operands[operand], marks, number),
+            )
+
+    def see_effect(self, product: Product, value: Tensor, gradient: Tensor, marks: Marks, number: int) -> None:
+        """Add the squares of what the loss loses with each channel of a product's first operand, in one batch.
+
+        Args:
+            value: the operand.
+            gradient: of the loss with respect to it.
+        """
+        effect = (value.detach() * gradient.conj()).real if value.is_complex() else value.detach() * gradient
+        for index, axis in enumerate(self._axes(product)[0]):
+            _added(self._effects, (id(product), index), self._summed(effect.to(torch.float32), axis, product.operands[0], marks, number))
+
+    def add_up(self, product: Product, ranks: Ranks) -> None:
+        """Add the squares of operands that other processes have seen; this one may have seen none."""
+        for operand, axes in enumerate(self._axes(product)):
+            for index, axis in enumerate(axes):
+                ranks.add(self._squares.setdefault((id(product), operand, index), self._nothing(axis)))
+
+    def add_up_effects(self, ranks: Ranks) -> None:
+        """Add the effects that other processes have seen; this one may have seen none."""
+        for product in self.all:
+            for index, axis in enumerate(self._axes(product)[0]):
+                ranks.add(self._effects.setdefault((id(product), index), self._nothing(axis)))
+
+    def _nothing(self, axis: Axis) -> Tensor:
+        device = device_of(self.analysis.program.module)
+        return torch.zeros(axis.numbers.shape, dtype=precise(device), device=device)
+
+    def effects(self) -> list[Tensor]:
+        """The sums of the squared effects."""
+        return list(self._effects.values())
+
+    def forget_activations(self) -> None:
+        """Keep nothing of what was seen but effects on the loss."""
+        self._squares.clear()
+
+    def forget(self) -> None:
+        """Keep nothing of what was seen."""
+        self._squares.clear()
+        self._effects.clear()
+
+    def costs(self, group: Group) -> np.ndarray | None:
+        """What each channel set of a group costs by its effects on the loss, in the order of ``group.sets``; ``None`` where no loss was run back."""
+        products = self.of(group)
+        if not products or not all((id(product), 0) in self._effects for product in products):
+            return None
+        total = np.zeros(group.size)
+        for product in products:
+            for index, axis in enumerate(self._axes(product)[0]):
+                _add(total, group, self.analysis, axis.numbers.reshape(-1).numpy(), self._effects[id(product), index].cpu().numpy().reshape(-1))
+        return 0.5 * total / max(self.terms, 1)
+
+    def _summed(self, value: Tensor, axis: Axis, node: fx.Node, marks: Marks, number: int) -> Tensor:
+        """The squares of a value without padding, summed over all that the axis does not run along."""
+        rest = [dim for dim, size in enumerate(axis.numbers.shape) if size == 1]
+        counts = marks.of(number, node, value, rest) != PADDING
+        return (value.square() * counts).sum(rest, keepdim=True).to(precise(value.device))
 
     def scores(self, group: Group) -> np.ndarray:
         """One value for each channel set of a group, in the order of ``group.sets``."""
@@ -75,6 +154,10 @@ class ObservedProducts:
         """The axes of each operand that the product sums over."""
         values = self.analysis.walk.values
         return [[axis for axis in values[node].axes if np.isin(axis.numbers.numpy(), product.numbers).any()] for node in product.operands]
+
+
+def _added(sums: dict[Any, Tensor], key: Any, more: Tensor) -> None:
+    sums[key] = sums[key] + more if key in sums else more
 
 
 def row_scores(analysis: Analysis, group: Group, score: ByColumns) -> np.ndarray:

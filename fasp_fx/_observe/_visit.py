@@ -25,7 +25,6 @@ from ._intercept import scale_of_ones
 from ._marks import Marks
 from ._matrices import ConsumerMatrices, states_before, token_dims
 from ._order import order_of
-from ._products import ObservedProducts
 from ._ranks import Ranks
 from ._readings import read_otherwise
 from ._runner import Runner
@@ -88,7 +87,7 @@ class Observer:
         self.groups = analysis.chosen
         self.lost = lost
         self.decision = Decision(np.zeros(analysis.numbering.total, dtype=bool))
-        self.products = ObservedProducts(analysis, self.groups)
+        self.products = consumers.products
         self._observed = False
         self._repairs = 0
         self._known = False  # what is decided at this stop is in the journal
