@@ -62,6 +62,17 @@ def compare(reference: Program, module: fx.GraphModule, pruned: Program, inputs:
     return settled(lambda dtype: _compare(reference, module, pruned, inputs, dtype), torch.finfo(coarsest(reference)).eps, inputs.long)
 
 
+def takes(program: Program, inputs: Inputs) -> bool:
+    """Whether a program runs on some inputs."""
+    try:
+        run(program.module, inputs.of(program), 1, None)
+    except torch.OutOfMemoryError:
+        raise
+    except Exception:  # a program raises what it likes
+        return False
+    return True
+
+
 def settled(look: Callable[[torch.dtype | None], Seen], precision: float, long: bool = False) -> Seen:
     """Compare two computations in their own precision, and in a higher one where that leaves a doubt.
 
@@ -158,4 +169,4 @@ def coarsest(program: Program) -> torch.dtype:
     return max(types, key=lambda dtype: torch.finfo(dtype).eps, default=torch.float32)
 
 
-__all__ = ["ReferenceFailedError", "Seen", "coarsest", "compare", "deviation", "deviations", "settled"]
+__all__ = ["ReferenceFailedError", "Seen", "coarsest", "compare", "deviation", "deviations", "settled", "takes"]

@@ -21,7 +21,7 @@ from ..groups import APPROXIMATE, Group
 from ..passes import Prune
 from ..report import said_whole
 from ._blame import sound_part
-from ._compare import ReferenceFailedError, Seen, compare
+from ._compare import ReferenceFailedError, Seen, compare, takes
 from ._inputs import Inputs, example_inputs, other_inputs
 from ._reference import is_of_the_captured, masked_program
 from ._restrict import decided, restricted
@@ -256,7 +256,11 @@ class _Net:
     def _on(self, inputs: Inputs, reference: Program, made: _Made) -> _Fault | None:
         try:
             seen = compare(reference, made.module, made.rewritten, inputs)
-        except (torch.OutOfMemoryError, ReferenceFailedError, CallError):
+        except ReferenceFailedError as error:
+            if takes(self.program, inputs):
+                return _Fault(f"{inputs.said} the dense program with the removed channels masked fails, where it runs without masks: {first_line(error)}")
+            raise
+        except (torch.OutOfMemoryError, CallError):
             raise
         except Exception as error:  # a program raises what it likes
             return _Fault(f"{inputs.said} the pruned program fails, where the dense one runs: {type(error).__name__}: {first_line(error)}")

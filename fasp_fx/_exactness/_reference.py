@@ -6,6 +6,7 @@ the weight to the use are repeated on the masked weight, so that nothing is beli
 
 from __future__ import annotations
 
+import operator
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import TYPE_CHECKING
@@ -15,9 +16,11 @@ import torch
 from torch import Tensor, fx
 
 from .._observe._matrices import ConsumerMatrices
+from .._observe._products import lying_along
 from .._program import Program
 from .._stamps import WRITTEN_BY
-from ..channels import Slot, Use, Value, arguments, attribute, way_from_weight
+from ..channels import Repeating, Slot, Use, Value, arguments, attribute, repeating, way_from_weight
+from ..errors import VerificationError
 from ..groups import APPROXIMATE, EXEMPT
 from ..patterns import lookup
 
@@ -160,11 +163,12 @@ class _Masking:
     def mask_products(self) -> None:
         """Take the removed channels out of products of activations: zeros in the first operand of each."""
         for product in self.analysis.walk.facts.products:
-            axes = self.analysis.walk.values[product.operands[0]].axes
-            for axis in axes:
-                gone = self.gone[axis.numbers.numpy()] & np.isin(axis.numbers.numpy(), product.numbers)
+            masks = []
+            for lying in lying_along(self.analysis, product, 0):
+                gone = self.gone[lying.numbers.numpy()] & np.isin(lying.numbers.numpy(), product.numbers)
                 if gone.any():
-                    self._mask_argument(self.nodes[product.node.name], self.nodes[product.operands[0].name], torch.from_numpy(~gone), 0.0)
+                    masks.append((lying, torch.from_numpy(~gone)))
+            self._mask_argument(self.nodes[product.node.name], self.nodes[product.operands[0].name], masks, 0.0)
 
     def mask_routers(self) -> None:
         """Let no router choose an expert that is gone: its logit is -inf wherever experts compete."""
@@ -174,10 +178,15 @@ class _Masking:
         numbers = np.append(np.isin(self.analysis.labels, np.concatenate(experts)) & self.gone[:-1], False)
         for node, source in _choosing(self.analysis):
             value = self.analysis.walk.values[source]
+            masks = []
             for axis in value.axes if isinstance(value, Value) else ():
+                lying = repeating(axis.numbers, source.meta["val"].shape)
                 gone = numbers[axis.numbers.numpy()]
-                if gone.any():
-                    self._mask_argument(self.nodes[node.name], self.nodes[source.name], torch.from_numpy(~gone), float("-inf"))
+                if gone.any() and lying is None:
+                    raise VerificationError(f"the experts of '{source.name}' lie along a size that varies; nothing is returned, because they cannot be masked")
+                if gone.any() and lying is not None:
+                    masks.append((lying, torch.from_numpy(~numbers[lying.numbers.numpy()])))
+            self._mask_argument(self.nodes[node.name], self.nodes[source.name], masks, float("-inf"))
 
     def silence_producers(self) -> None:
         """Let the producers of groups that cross a norm give zero: all that holds a removed channel of theirs is zero there."""
@@ -237,10 +246,30 @@ class _Masking:
                 made[move] = self.graph.node_copy(move, lambda argument: made.get(argument, argument))
         node.replace_input_with(operand, made[operand])
 
-    def _mask_argument(self, node: fx.Node, source: fx.Node, mask: Tensor, value: float) -> None:
+    def _mask_argument(self, node: fx.Node, source: fx.Node, masks: list[tuple[Repeating, Tensor]], value: float) -> None:
+        """Mask what a node reads, by masks in the shape of the numbers beside them."""
+        masked = source
         with self.graph.inserting_before(node):
-            masked = self._where(source, mask, value)
-        node.replace_input_with(source, masked)
+            for lying, mask in masks:
+                masked = self.graph.call_function(_WHERE, (self._laid_out(lying, self._hold(mask, source), source), masked, value))
+        if masked is not source:
+            node.replace_input_with(source, masked)
+
+    def _laid_out(self, lying: Repeating, mask: fx.Node, source: fx.Node) -> fx.Node:
+        """A mask as long as its source along the dimensions whose sizes vary."""
+        recorded = source.meta["val"]
+        for dim, (runs, varies) in enumerate(zip(lying.in_runs, lying.varies, strict=True)):
+            if not varies:
+                continue
+            own, size = lying.numbers.shape[dim], self.graph.call_function(torch.ops.aten.sym_size.int, (source, dim))
+            places = self.graph.call_function(torch.ops.aten.arange.default, (size,), {"device": recorded.device})
+            if runs:
+                each = self.graph.call_function(operator.floordiv, (size, own))
+                places = self.graph.call_function(torch.ops.aten.floor_divide.default, (places, each))
+            else:
+                places = self.graph.call_function(torch.ops.aten.remainder.Scalar, (places, own))
+            mask = self.graph.call_function(torch.ops.aten.index_select.default, (mask, dim, places))
+        return mask
 
     def _mask_weight(self, name: str, mask: Tensor) -> None:
         for node in self.graph.find_nodes(op="get_attr"):

@@ -10,7 +10,7 @@ from torch import Tensor, fx
 
 from .._device import device_of
 from ..analysis import Analysis
-from ..channels import Axis, Product, Slot, attribute
+from ..channels import Product, Repeating, Slot, attribute, repeating
 from ..groups import Group
 from ..scoring import ByColumns, Columns
 from ..statistics import PADDING, precise
@@ -66,11 +66,11 @@ class ObservedProducts:
 
     def see(self, product: Product, operand: int, value: Tensor, marks: Marks, number: int) -> None:
         """Add the squares of one operand of a product, in one batch."""
-        for index, axis in enumerate(self._axes(product)[operand]):
+        for index, lying in enumerate(self._lying(product)[operand]):
             _added(
                 self._squares,
                 (id(product), operand, index),
-                self._summed(value.detach().abs().to(torch.float32), axis, product.operands[operand], marks, number),
+                self._summed(value.detach().abs().to(torch.float32), lying, product.operands[operand], marks, number),
             )
 
     def see_effect(self, product: Product, value: Tensor, gradient: Tensor, marks: Marks, number: int) -> None:
@@ -81,24 +81,24 @@ class ObservedProducts:
             gradient: of the loss with respect to it.
         """
         effect = (value.detach() * gradient.conj()).real if value.is_complex() else value.detach() * gradient
-        for index, axis in enumerate(self._axes(product)[0]):
-            _added(self._effects, (id(product), index), self._summed(effect.to(torch.float32), axis, product.operands[0], marks, number))
+        for index, lying in enumerate(self._lying(product)[0]):
+            _added(self._effects, (id(product), index), self._summed(effect.to(torch.float32), lying, product.operands[0], marks, number))
 
     def add_up(self, product: Product, ranks: Ranks) -> None:
         """Add the squares of operands that other processes have seen; this one may have seen none."""
-        for operand, axes in enumerate(self._axes(product)):
-            for index, axis in enumerate(axes):
-                ranks.add(self._squares.setdefault((id(product), operand, index), self._nothing(axis)))
+        for operand, axes in enumerate(self._lying(product)):
+            for index, lying in enumerate(axes):
+                ranks.add(self._squares.setdefault((id(product), operand, index), self._nothing(lying)))
 
     def add_up_effects(self, ranks: Ranks) -> None:
         """Add the effects that other processes have seen; this one may have seen none."""
         for product in self.all:
-            for index, axis in enumerate(self._axes(product)[0]):
-                ranks.add(self._effects.setdefault((id(product), index), self._nothing(axis)))
+            for index, lying in enumerate(self._lying(product)[0]):
+                ranks.add(self._effects.setdefault((id(product), index), self._nothing(lying)))
 
-    def _nothing(self, axis: Axis) -> Tensor:
+    def _nothing(self, lying: Repeating) -> Tensor:
         device = device_of(self.analysis.program.module)
-        return torch.zeros(axis.numbers.shape, dtype=precise(device), device=device)
+        return torch.zeros(lying.numbers.shape, dtype=precise(device), device=device)
 
     def effects(self) -> list[Tensor]:
         """The sums of the squared effects."""
@@ -120,25 +120,25 @@ class ObservedProducts:
             return None
         total = np.zeros(group.size)
         for product in products:
-            for index, axis in enumerate(self._axes(product)[0]):
-                _add(total, group, self.analysis, axis.numbers.reshape(-1).numpy(), self._effects[id(product), index].cpu().numpy().reshape(-1))
+            for index, lying in enumerate(self._lying(product)[0]):
+                _add(total, group, self.analysis, lying.numbers.reshape(-1).numpy(), self._effects[id(product), index].cpu().numpy().reshape(-1))
         return 0.5 * total / max(self.terms, 1)
 
-    def _summed(self, value: Tensor, axis: Axis, node: fx.Node, marks: Marks, number: int) -> Tensor:
-        """The squares of a value without padding, summed over all that the axis does not run along."""
-        rest = [dim for dim, size in enumerate(axis.numbers.shape) if size == 1]
-        counts = marks.of(number, node, value, rest) != PADDING
-        return (value.square() * counts).sum(rest, keepdim=True).to(precise(value.device))
+    def _summed(self, value: Tensor, lying: Repeating, node: fx.Node, marks: Marks, number: int) -> Tensor:
+        """The squares of a value without padding, by channel."""
+        tokens = [dim for dim, (size, varies) in enumerate(zip(lying.numbers.shape, lying.varies, strict=True)) if size == 1 or varies]
+        counts = marks.of(number, node, value, tokens) != PADDING
+        return lying.summed((value.square() * counts).to(precise(value.device)))
 
     def scores(self, group: Group) -> np.ndarray:
         """One value for each channel set of a group, in the order of ``group.sets``."""
         total = np.zeros(group.size)
         for product in self.of(group):
             worth = np.ones(group.size)
-            for operand, axes in enumerate(self._axes(product)):
+            for operand, axes in enumerate(self._lying(product)):
                 held = np.zeros(group.size)
-                for index, axis in enumerate(axes):
-                    _add(held, group, self.analysis, axis.numbers.reshape(-1).numpy(), self._squares[id(product), operand, index].cpu().numpy().reshape(-1))
+                for index, lying in enumerate(axes):
+                    _add(held, group, self.analysis, lying.numbers.reshape(-1).numpy(), self._squares[id(product), operand, index].cpu().numpy().reshape(-1))
                 worth *= np.sqrt(held)
             total += worth
         return total
@@ -147,13 +147,20 @@ class ObservedProducts:
         """Take removed channels out of products about to be executed: zeros in the first operand."""
         kept = torch.from_numpy(~np.append(gone, False))  # the last entry serves NONE (-1)
         for product in products:
-            for axis in self._axes(product)[0]:
-                runner.multiply(product.operands[0], kept[axis.numbers])
+            for lying in self._lying(product)[0]:
+                runner.multiply(product.operands[0], lambda value, lying=lying: kept[lying.at(value.shape)])
 
-    def _axes(self, product: Product) -> list[list[Axis]]:
-        """The axes of each operand that the product sums over."""
-        values = self.analysis.walk.values
-        return [[axis for axis in values[node].axes if np.isin(axis.numbers.numpy(), product.numbers).any()] for node in product.operands]
+    def _lying(self, product: Product) -> list[list[Repeating]]:
+        """How the channels that the product sums over lie along each operand."""
+        return [lying_along(self.analysis, product, operand) for operand in range(len(product.operands))]
+
+
+def lying_along(analysis: Analysis, product: Product, operand: int) -> list[Repeating]:
+    """How the channels that a product sums over lie along one of its operands."""
+    node = product.operands[operand]
+    recorded = node.meta["val"].shape
+    found = [repeating(axis.numbers, recorded) for axis in analysis.walk.values[node].axes if np.isin(axis.numbers.numpy(), product.numbers).any()]
+    return [lying for lying in found if lying is not None]  # the analysis leaves others whole
 
 
 def _added(sums: dict[Any, Tensor], key: Any, more: Tensor) -> None:

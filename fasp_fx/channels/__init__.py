@@ -9,6 +9,7 @@ from ._fx import arguments, attribute, results, set_argument, target_name, viewe
 from ._interpreter import Interpreter, Walk
 from ._moves import run_on_numbers
 from ._numbering import Numbering, Slot
+from ._repeating import Repeating, repeating
 from ._sizes import is_dynamic
 from ._value import NONE, Axis, Value
 
@@ -23,6 +24,7 @@ __all__ = [
     "Numbering",
     "Product",
     "Remark",
+    "Repeating",
     "Slot",
     "Use",
     "Value",
@@ -30,6 +32,7 @@ __all__ = [
     "arguments",
     "attribute",
     "is_dynamic",
+    "repeating",
     "results",
     "run_on_numbers",
     "set_argument",

@@ -19,6 +19,7 @@ from ._meeting import Found, couple
 from ._named import look_up
 from ._operands import Operand, align
 from ._recurring import consume_recurring, meet_recurring
+from ._repeating import repeating
 from ._value import Axis, Value
 
 
@@ -174,7 +175,11 @@ class Relation(Lettered):
     def _contract(self, holders: list[Operand], everything: list[Tensor], vanishing: bool) -> None:
         weights = [operand for operand in holders if operand.value.constant]
         activations = [operand for operand in holders if not operand.value.constant]
-        if len(activations) > 1:
+        varying = next((operand for operand in activations if len(activations) > 1 and not _lies_alike(operand, everything)), None)
+        if varying is not None:
+            reason = f"contracted between two activations by {self.node.target}, of which '{varying.node}' has other channels at other sizes"
+            self._say(self.facts.frozen, everything, reason)
+        elif len(activations) > 1:
             self._say(self.facts.exempt, everything, f"contracted between two activations by {self.node.target}", vanishing)
             numbers = np.unique(np.concatenate([n.reshape(-1).numpy() for n in everything]))
             operands = tuple(operand.node for operand in activations if operand.node is not None)
@@ -202,6 +207,15 @@ class Relation(Lettered):
                 if any(weight.at(letter) for letter in shared):
                     self.facts.uses.append(make_use(self, weight, activation))
         consume_recurring(self)
+
+
+def _lies_alike(operand: Operand, among: list[Tensor]) -> bool:
+    """Whether those of some channels that an activation holds repeat along dimensions whose sizes vary, if they lie along any."""
+    recorded = None if operand.node is None else operand.node.meta.get("val")
+    if not isinstance(recorded, Tensor):
+        return True
+    own = [axis.numbers for axis in operand.value.axes if any(bool(torch.isin(axis.numbers, numbers).any()) for numbers in among)]
+    return all(repeating(numbers, recorded.shape) is not None for numbers in own)
 
 
 def result_shapes_ok(values: list[Value], shapes: list[torch.Size]) -> bool:
