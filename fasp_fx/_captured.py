@@ -12,6 +12,7 @@ from torch.export import ExportedProgram
 from ._capture import capture as capture_program
 from ._parts._faithful import compared
 from ._program import Program
+from ._undisturbed import in_usual_modes, one_at_a_time
 from .channels import written_names
 from .errors import ArgumentError
 
@@ -43,6 +44,8 @@ class Captured:
         return self.program
 
 
+@one_at_a_time
+@in_usual_modes
 def capture(
     model: Model,
     args: Any = (),

@@ -20,7 +20,7 @@ from ._observe._runner import Runner
 from ._observe._visit import Decision, Observer
 from ._program import Program
 from ._scores import resolve_score
-from ._selection import PartialBudget, check_patterns, held_by, lost_by_pattern, matches, read_by
+from ._selection import PartialBudget, check_asked, check_patterns, held_by, lost_by_pattern, matches, read_by
 from ._warn import warn
 from .allocation import Budget, Ceiling, CostAllocation, Target, check_reach, validate
 from .analysis import Analysis
@@ -125,7 +125,7 @@ class Chooser:
             self._observe(consumers, batches, wanted, advance, part or MEASURED[config.quality], whole)
         if is_wanted:
             with torch.no_grad():
-                costs = Costs(curves_of(consumers, consumers.analysis.chosen, self._score), fingerprint)
+                costs = Costs(curves_of(consumers, consumers.analysis.chosen, self._score), fingerprint, config.score_name)
         consumers.forget_activations()
         return costs
 
@@ -188,6 +188,7 @@ class Chooser:
             raise NothingPrunableError("no group of this model can be pruned: " + ("; ".join(reasons) if reasons else "it has no coupled weights"))
         if isinstance(config.sparsity, Mapping):
             check_patterns("sparsity", config.sparsity, groups, read_by)
+            check_asked(config.sparsity, config.exclude, groups)
         part = self._part(budget)
         if config.uniform_layers:
             alike = AlikeBudget(part)

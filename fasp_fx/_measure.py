@@ -16,11 +16,14 @@ from ._observe._calibration import check_calibration, read_batches
 from ._observe._consumers import Consumers
 from ._observe._ranks import Ranks
 from ._prune import analyze
+from ._undisturbed import check_default_device, in_usual_modes, one_at_a_time
 from .allocation import CostAllocation
 from .config import PruningConfig, PruningOptions
 from .costs import Costs
 
 
+@one_at_a_time
+@in_usual_modes
 def measure(
     model: Model | Captured,
     args: Any = (),
@@ -52,6 +55,7 @@ def measure(
         CalibrationError: the batches do not fit, the loss fails or does not depend on the weights, or its gradients vanish or are not finite.
         CaptureError: see :func:`fasp_fx.capture`.
     """
+    check_default_device()
     asked = PruningConfig.of(config, options)
     if not isinstance(asked.allocator, CostAllocation):
         asked = replace(asked, sparsity=None if asked.budget else asked.requested, allocation="global")

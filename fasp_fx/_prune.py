@@ -27,6 +27,8 @@ from ._parts._prune import PARTIAL_LOSSES, Stages, analyze_in_parts, apply_in_pa
 from ._program import Program
 from ._result import Result
 from ._store._journal import open_journal
+from ._undisturbed import check_default_device, in_usual_modes, one_at_a_time
+from .allocation import CostAllocation
 from .analysis import Analysis, analyze_program
 from .config import PruningConfig, PruningOptions
 from .costs import Costs, check_costs
@@ -40,6 +42,8 @@ from .resources import Sparsity
 MEASURING = 0.35
 
 
+@one_at_a_time
+@in_usual_modes
 def analyze(
     model: Model | Captured,
     args: Any = (),
@@ -74,6 +78,8 @@ def analyze(
     return analyze_program(program, split_fused, config.granularity, config.include)
 
 
+@one_at_a_time
+@in_usual_modes
 def prune(
     model: Model | Captured,
     args: Any = (),
@@ -121,6 +127,7 @@ def prune(
         RankError: another process of the group is gone.
         StoreError: the checkpoint is that of another run, or cannot be written.
     """
+    check_default_device()
     config = PruningConfig.of(config, options)
     if config.needs_data:
         check_calibration(calibration)
@@ -171,7 +178,9 @@ def choose(
     """
     _check_weights(program)
     if costs is not None:
-        check_costs(costs, plans.program_fingerprint(program))
+        check_costs(costs, plans.program_fingerprint(program), config.score_name)
+        if not isinstance(config.allocator, CostAllocation):
+            raise ArgumentError("costs= is for an allocation by predicted losses, and this one is uniform; leave it out, or pass allocation='global'")
     clock.lap("capture")
     analysis = analyze_program(program, split_fused, config.granularity, config.include)
     chooser, consumers = Chooser(config, loss, ranks), Consumers(analysis, config.restore is not None)
@@ -196,10 +205,14 @@ def choose(
     if costs is not None and chooser.needs_costs:
         rise = costs.predicted(dict(zip((group.name for group in budget.groups), lost, strict=True)))
         decision.notes.append(f"predicted rise of {chooser.said_loss}: {rise:.3g}")
+    if not any(lost):
+        decision.notes.append("nothing goes: what was asked for is less than half a step of any group; ask for more, or for a smaller round_to")
     clock.lap("calibration")
     return analysis, decision
 
 
+@one_at_a_time
+@in_usual_modes
 def apply(
     model: Model | Captured,
     plan: PruningPlan,
@@ -217,6 +230,7 @@ def apply(
     """
     if not isinstance(plan, PruningPlan):
         raise ArgumentError(f"plan is a {type(plan).__name__}; pass a PruningPlan (PruningPlan.from_json reads one that was written as text)")
+    check_default_device()
     clock, config = Timings(), PruningConfig(granularity=plan.granularity, include=plan.include)
     try:
         program = program_of(model, args, kwargs, dynamic_shapes=dynamic_shapes, state=state, device=None)

@@ -11,6 +11,7 @@ from torch import fx, nn
 from torch.export import ExportedProgram
 
 from ._calling._signature import CallSignature
+from ._undisturbed import in_usual_modes, one_at_a_time
 from .config import PruningConfig
 from .plan import PruningPlan
 from .report import Report
@@ -50,6 +51,8 @@ class Result:
 
         return save(self, path, overwrite=overwrite)
 
+    @one_at_a_time
+    @in_usual_modes
     def eager(self, model: nn.Module) -> nn.Module:
         """Make a smaller copy of the caller's own module, which trains as the caller's does: norms and dropouts follow ``train()`` and ``eval()``.
 

@@ -63,6 +63,23 @@ class PartialBudget(Budget):
         return self.whole.counts(self.spread(lost))
 
 
+def check_asked(fractions: Mapping[str, float], exclude: Iterable[str], groups: Sequence[Group]) -> None:
+    """Refuse to take from groups that are to stay whole.
+
+    Args:
+        fractions: what goes, by pattern.
+        exclude: patterns of what stays.
+
+    Raises:
+        ArgumentError: a pattern asks for groups of which all are excluded.
+    """
+    excluded = {group.name for group in groups for pattern in exclude if any(matches(pattern, name) for name in held_by(group))}
+    for pattern in fractions:
+        asked = [group.name for group in groups if any(matches(pattern, name) for name in read_by(group))]
+        if asked and excluded.issuperset(asked):
+            raise ArgumentError(f"sparsity asks for {fractions[pattern]} of '{pattern}', which exclude= leaves whole ({asked[0]!r}); leave one of the two out")
+
+
 def lost_by_pattern(budget: Budget, fractions: Mapping[str, float], round_to: int) -> list[int]:
     """Channel sets lost per block of each group: the fraction of the first pattern that matches it, nothing if none does."""
 
@@ -73,4 +90,4 @@ def lost_by_pattern(budget: Budget, fractions: Mapping[str, float], round_to: in
     return [lost_per_block(group.width, fraction, round_to, group.needed) if fraction else 0 for group, fraction in fractions_of]
 
 
-__all__ = ["PartialBudget", "check_patterns", "held_by", "lost_by_pattern", "matches", "read_by"]
+__all__ = ["PartialBudget", "check_asked", "check_patterns", "held_by", "lost_by_pattern", "matches", "read_by"]

@@ -8,6 +8,7 @@ from functools import cached_property
 
 import networkx as nx
 import numpy as np
+import torch
 
 from ._analysis._build_groups import GroupBuilder
 from ._analysis._experts import needed_experts
@@ -103,6 +104,11 @@ def analyze_program(
     include: Iterable[str] = (),
 ) -> Analysis:
     """Analyse a captured program; if ``split`` is given, let it split fused producers that a layout ties together, and analyse again."""
+    with torch.device("cpu"):  # channel numbers are for the CPU, whatever the default device is
+        return _settled(program, split, granularity, include)
+
+
+def _settled(program: Program, split: Callable[[Program, Analysis], Program | None] | None, granularity: Iterable[str], include: Iterable[str]) -> Analysis:
     heads, experts, exempt = "head" in granularity, "expert" in granularity, EXEMPT in include
     analysis = _analyze(program, heads, experts, exempt)
     while split is not None and analysis.conflicts:

@@ -170,6 +170,12 @@ class PruningConfig:
         return "obs" if self.quality != "fast" and self.restore is not None else "fasp"
 
     @property
+    def score_name(self) -> str:
+        """The score's name; that of its class or function where it is one of the user's."""
+        score = self.named_score
+        return score if isinstance(score, str) else getattr(score, "__qualname__", type(score).__qualname__)
+
+    @property
     def drift_part(self) -> float:
         """The drift, or what stands for it where none is given."""
         if self.drift is not None:

@@ -13,7 +13,7 @@ import numpy as np
 from .errors import ArgumentError
 
 #: of the JSON form
-FORMAT = "fasp_fx.costs/1"
+FORMAT = "fasp_fx.costs/2"
 
 
 @dataclass(frozen=True)
@@ -39,10 +39,11 @@ class Costs(Mapping[str, CostCurve]):
     Args:
         curves: those of the groups.
         fingerprint: of the model that was measured (:func:`fasp_fx.plan.fingerprint`).
+        score: the name of the score that gave the orders; the curves hold for no other. Empty: for any.
     """
 
-    def __init__(self, curves: Mapping[str, CostCurve], fingerprint: str) -> None:
-        self._curves, self.fingerprint = dict(curves), fingerprint
+    def __init__(self, curves: Mapping[str, CostCurve], fingerprint: str, score: str = "") -> None:
+        self._curves, self.fingerprint, self.score = dict(curves), fingerprint, score
 
     def __getitem__(self, name: str) -> CostCurve:
         return self._curves[name]
@@ -78,7 +79,8 @@ class Costs(Mapping[str, CostCurve]):
 
     def to_json(self) -> str:
         """The curves as text."""
-        return json.dumps({"format": FORMAT, "fingerprint": self.fingerprint, "losses": {name: curve.losses.tolist() for name, curve in self.items()}})
+        losses = {name: curve.losses.tolist() for name, curve in self.items()}
+        return json.dumps({"format": FORMAT, "fingerprint": self.fingerprint, "score": self.score, "losses": losses})
 
     @staticmethod
     def from_json(text: str) -> Costs:
@@ -91,7 +93,8 @@ class Costs(Mapping[str, CostCurve]):
             data: Any = json.loads(text)
             if not isinstance(data, dict) or data.get("format") != FORMAT:
                 raise ValueError(f"its format is not {FORMAT!r}")
-            return Costs({str(name): CostCurve(np.array(losses, dtype=np.float64)) for name, losses in data["losses"].items()}, str(data["fingerprint"]))
+            curves = {str(name): CostCurve(np.array(losses, dtype=np.float64)) for name, losses in data["losses"].items()}
+            return Costs(curves, str(data["fingerprint"]), str(data["score"]))
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise ArgumentError(f"these are no cost curves: {error}; write them with Costs.to_json()") from error
 
@@ -119,11 +122,12 @@ class Costs(Mapping[str, CostCurve]):
             raise ArgumentError(f"cost curves cannot be read from {str(file)!r}: {error}") from error
 
 
-def check_costs(costs: Costs, fingerprint: str) -> None:
-    """Refuse cost curves of another model.
+def check_costs(costs: Costs, fingerprint: str, score: str) -> None:
+    """Refuse cost curves of another model or score.
 
     Args:
         fingerprint: of the model that is to be pruned.
+        score: the name of the score to prune by.
 
     Raises:
         ArgumentError: they are of another, or none.
@@ -133,6 +137,10 @@ def check_costs(costs: Costs, fingerprint: str) -> None:
     if costs.fingerprint != fingerprint:
         raise ArgumentError(
             f"the cost curves are of another model: its fingerprint is {costs.fingerprint[:12]}…, this model's is {fingerprint[:12]}…; measure this one"
+        )
+    if costs.score and costs.score != score:
+        raise ArgumentError(
+            f"the cost curves are of score={costs.score!r}, and this pruning is by {score!r}, in whose order other channels go; measure by that"
         )
 
 

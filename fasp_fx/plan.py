@@ -163,7 +163,8 @@ class PruningPlan:
     def after(self, earlier: PruningPlan) -> PruningPlan:
         """This plan, made for the same model as ``earlier``, renumbered for the model that ``earlier`` makes.
 
-        Channels that ``earlier`` already removed are left out.
+        Channels that ``earlier`` already removed are left out, and so are groups of which nothing else goes. ``sparsity`` is taken to shrink as the channel
+        sets do that are left to go; :func:`fasp_fx.apply` counts it anew.
 
         Raises:
             PlanError: the plans are for different models, or ``earlier`` was never applied.
@@ -208,18 +209,21 @@ class PruningPlan:
                 sum(p.count for p in producers + consumers),
                 sum(p.count for p in group.producers + group.consumers),
             )
+            if not lost:
+                continue
             groups.append(
                 PlannedGroup(
                     group.name,
                     group.size - sizes.get(group.name, 0),
                     group.blocks,
-                    round(group.removed_sets * lost / max(before, 1)),
+                    max(round(group.removed_sets * lost / max(before, 1)), 1),
                     producers,
                     consumers,
                     group.granularity,
                 )
             )
-        return PruningPlan(earlier.result, tuple(groups), self.sparsity, granularity=self.granularity, include=self.include)
+        left = sum(group.removed_sets for group in groups) / max(sum(group.removed_sets for group in self.groups), 1)
+        return PruningPlan(earlier.result, tuple(groups), self.sparsity * left, granularity=self.granularity, include=self.include)
 
 
 def _renumber(removed: Iterable[int], before: Iterable[int]) -> tuple[int, ...]:

@@ -18,9 +18,12 @@ from ._parts._load import is_parts, load_parts
 from ._result import Result
 from ._store._folder import save
 from ._store._load import load_program
+from ._undisturbed import in_usual_modes, one_at_a_time
 from .errors import ArgumentError
 
 
+@one_at_a_time
+@in_usual_modes
 def load(path: str | Path, *, model: nn.Module | None = None, device: torch.device | str | None = None) -> Result:
     """Read a result that :func:`save` wrote.
 

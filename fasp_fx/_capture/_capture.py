@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
@@ -68,6 +69,7 @@ def capture(
         if training is not None:
             part = f"'{training}' of {type(model).__name__}" if training else type(model).__name__
             raise CaptureError(f"{part} is in training mode, which the capture would make permanent; call model.eval() first")
+        _check_modes(model)
         args = args if isinstance(args, tuple) else (args,)
         if is_transformers(model):
             register_caches(model)
@@ -116,6 +118,17 @@ def _usable(device: torch.device | str) -> torch.device:
     except (RuntimeError, AssertionError, TypeError) as error:
         raise ArgumentError(f"device={device!r} cannot be used here: {first_line(error)}; leave it out to stay on the model's device") from error
     return found
+
+
+def _check_modes(model: nn.Module) -> None:
+    """Refuse weights that were made in inference mode, which nothing outside of it may change.
+
+    Raises:
+        ArgumentError: names one.
+    """
+    made = next((name for name, tensor in itertools.chain(model.named_parameters(), model.named_buffers()) if tensor.is_inference()), None)
+    if made is not None:
+        raise ArgumentError(f"'{made}' was made in torch's inference mode and cannot be exported; outside of it, pass copy.deepcopy(model)")
 
 
 def _in_training(module: nn.Module, path: str = "") -> Iterator[str]:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from .._capture import upper_bound
+from .._compat import pytree
 from .._program import Program
 from ..channels import is_dynamic
 from ..errors import CalibrationError, CallError
@@ -81,9 +82,23 @@ def as_calls(batches: Any, what: str) -> Iterator[tuple[tuple[Any, ...], dict[st
     """
     index = -1
     for index, batch in enumerate(_check_batches(batches, what)):
-        yield _as_call(batch, index, what)
+        yield _apart(_as_call(batch, index, what))
     if index < 0:
         raise CalibrationError(f"{what} is empty: it yielded no batch")
+
+
+def _apart(call: tuple[tuple[Any, ...], dict[str, Any]]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """A call with tensors that no graph of the caller's leads to, and that autograd may keep."""
+
+    def of(leaf: Any) -> Any:
+        if not isinstance(leaf, Tensor):
+            return leaf
+        return leaf.detach().clone() if leaf.is_inference() else leaf.detach()
+
+    if not any(isinstance(leaf, Tensor) and (leaf.requires_grad or leaf.is_inference()) for leaf in pytree.tree_leaves(call)):
+        return call
+    found: tuple[tuple[Any, ...], dict[str, Any]] = pytree.tree_map(of, call)
+    return found
 
 
 def check_calibration(calibration: Iterable[Any] | None) -> Iterable[Any]:

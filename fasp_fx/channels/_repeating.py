@@ -79,6 +79,7 @@ def repeating(numbers: Tensor, recorded: Sequence[int | torch.SymInt]) -> Repeat
         period = next(part for part in parts if torch.equal(found.narrow(dim, 0, part).repeat(_times(found, dim, length // part)), found))
         if period < length:
             found = found.narrow(dim, 0, period)
+            varies[dim] = period > 1
             continue
         run = next((part for part in parts[::-1] if torch.equal(_first_of_runs(found, dim, part).repeat_interleave(part, dim), found)), 1)
         if run == 1:

@@ -151,7 +151,7 @@ def _first_equal(
     for assignment in settings.assignments():
         try:
             smaller = _built(model, experiments, assignment, weights)
-            deviation = _deviation(_outputs(smaller, inputs), expected)
+            deviation = _deviation(_run(smaller, inputs), expected)
             if deviation <= max((torch.finfo(output.dtype).eps ** _EQUAL for output in expected), default=0.0):
                 return _moved(smaller, device_of(model)), assignment
             failures.append(f"{_said(assignment)}: its outputs differ by {deviation:.1e}")
@@ -160,6 +160,20 @@ def _first_equal(
     raise VerificationError(
         f"{type(model).__name__} built from a smaller config is not the pruned program ({'; '.join(failures)}); nothing is returned; prune it without plain"
     )
+
+
+def _run(model: PreTrainedModel, inputs: Mapping[str, Any]) -> list[Tensor]:
+    """The outputs of a model that was built.
+
+    Raises:
+        _NotBuiltError: it does not run; some kernels take widths of whole 16 bytes alone.
+    """
+    try:
+        return _outputs(model, inputs)
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # a class raises what it likes
+        raise _NotBuiltError(f"it does not run: {first_line(error)}; widths that are multiples of 8 or 16 (round_to=) may be served") from error
 
 
 class _NotBuiltError(Exception):

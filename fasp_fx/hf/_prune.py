@@ -23,6 +23,7 @@ from .._program import Program
 from .._prune import Timings, choose, make_plan, rewrite
 from .._result import Result
 from .._store._graph_json import program_to_json
+from .._undisturbed import check_default_device, in_usual_modes, one_at_a_time
 from .._version import __version__
 from .._warn import warn
 from ..analysis import Analysis, analyze_program
@@ -92,6 +93,8 @@ class Pruned:
         return save(self.model, Path(folder), self.tokenizer, overwrite=overwrite)
 
 
+@one_at_a_time
+@in_usual_modes
 def prune(
     model: Any,
     tokenizer: Any = None,
@@ -131,6 +134,7 @@ def prune(
         PlanError: the plan cannot be carried out in one of the programs.
         FaspError: see :func:`fasp_fx.prune`.
     """
+    check_default_device()
     if tokenizer is not None and not hasattr(tokenizer, "save_pretrained"):
         raise ArgumentError(f"tokenizer is a {type(tokenizer).__name__}; pass one of transformers, and batches as calibration=")
     if plain:

@@ -16,6 +16,7 @@ from .. import plan as plans
 from .._device import device_of, multiplies_bfloat16
 from .._observe._calibration import as_calls, digest_of
 from .._result import Result
+from .._undisturbed import in_usual_modes
 from ..errors import ArgumentError
 from ..report import Recovery
 from ._checkpoint import Checkpoint
@@ -35,6 +36,7 @@ _DENSE = 0.33
 _CRITERIA = {Divergence: "Kullback-Leibler divergence from the dense model", SquaredError: "relative squared error of the outputs"}
 
 
+@in_usual_modes
 def distil(
     result: R,
     dense: nn.Module,

@@ -11,7 +11,7 @@ import copy
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch.export import ExportedProgram
 
 from fasp_fx.errors import ArgumentError
@@ -37,6 +37,7 @@ class Masked:
     def __init__(self, model: nn.Module | ExportedProgram, plan: PruningPlan) -> None:
         self.module = copy.deepcopy(callable_of(model))
         tensors = tensors_of(self.module)
+        named_alike = {fold.name for fold in plan.folds if fold.name in fold.sources}
         whole: dict[int, tuple[Tensor, Tensor]] = {}
         with torch.no_grad():
             for part in (part for group in plan.groups for part in (*group.consumers, *(group.producers if plan.include else ()))):
@@ -44,6 +45,8 @@ class Masked:
                     why = "it computes it in every call; mask a result from which next to nothing was removed, which holds it folded"
                     why = why if plan.folds else "the plan is for another model"
                     raise ArgumentError(f"the plan names '{part.name}', which this model does not hold: {why}")
+                if part.name in named_alike and not isinstance(model, (ExportedProgram, fx.GraphModule)):
+                    raise ArgumentError(f"the plan names '{part.name}' as computed, and this model holds under that name what it is computed of; mask a result")
                 tensor = tensors[part.name]
                 whole.setdefault(id(tensor), (tensor, tensor.detach().clone()))
                 tensor.mul_(kept(tensor, part).to(tensor.dtype))

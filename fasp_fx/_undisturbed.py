@@ -1,0 +1,67 @@
+"""What a public function does not take from its surroundings: modes of the thread that calls it, and other threads that do the same."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import threading
+from collections.abc import Callable
+from typing import ParamSpec, TypeVar
+
+import torch
+
+from .errors import ArgumentError
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+_LOCK = threading.RLock()
+_DEVICES = ("cpu", "cuda")
+
+
+def in_usual_modes(function: Callable[P, R]) -> Callable[P, R]:
+    """Have a function run outside of the caller's inference mode, ``no_grad`` and autocast.
+
+    What it makes is to be trained, gradients are taken on the way, and results do not depend on where it is called. Precisions and gradients are options
+    of its own.
+    """
+
+    @functools.wraps(function)
+    def run(*args: P.args, **kwargs: P.kwargs) -> R:
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(torch.inference_mode(False))
+            stack.enter_context(torch.enable_grad())
+            for kind in _DEVICES:
+                if torch.is_autocast_enabled(kind):
+                    stack.enter_context(torch.autocast(kind, enabled=False))
+            return function(*args, **kwargs)
+
+    return run
+
+
+def one_at_a_time(function: Callable[P, R]) -> Callable[P, R]:
+    """Have one thread at a time run a function of all that are marked so.
+
+    Exporting, random numbers and the precision of products have one state for the whole process: torch.export in two threads at once leaves
+    ``torch.compile`` switched off.
+    """
+
+    @functools.wraps(function)
+    def run(*args: P.args, **kwargs: P.kwargs) -> R:
+        with _LOCK:
+            return function(*args, **kwargs)
+
+    return run
+
+
+def check_default_device() -> None:
+    """Refuse to make tensors where none has values.
+
+    Raises:
+        ArgumentError: the default device is ``meta``.
+    """
+    if torch.get_default_device().type == "meta":
+        raise ArgumentError("torch's default device is 'meta', where nothing has values; call this outside of torch.device('meta')")
+
+
+__all__ = ["check_default_device", "in_usual_modes", "one_at_a_time"]

@@ -1,0 +1,168 @@
+"""Results do not depend on where a public function is called: in which modes, on whose data, beside which threads."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import threading
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import fasp_fx
+
+X = [torch.randn(30, 8, generator=torch.Generator().manual_seed(index)) for index in range(4)]
+OPTIONS: dict[str, Any] = {"calibration": X, "sparsity": 0.3}
+
+
+def net() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 4)).eval()
+
+
+def same(found: fasp_fx.Result, expected: fasp_fx.Result) -> bool:
+    pairs = zip(found.module.parameters(), expected.module.parameters(), strict=True)
+    return found.plan == expected.plan and all(torch.equal(a, b) for a, b in pairs)
+
+
+@pytest.mark.parametrize("mode", [torch.inference_mode, torch.no_grad, lambda: torch.autocast("cpu", dtype=torch.bfloat16)])
+def test_modes_of_the_caller_change_nothing(mode: Callable[[], contextlib.AbstractContextManager[Any]]) -> None:
+    for options in (OPTIONS, {**OPTIONS, "quality": "fast"}):
+        expected = fasp_fx.prune(net(), (X[0],), **options)
+        model = net()
+        with mode():
+            found = fasp_fx.prune(model, (X[0],), **options)
+        assert same(found, expected)
+        found.module(X[0]).sum().backward()
+        assert all(parameter.grad is not None for parameter in found.module.parameters())
+
+
+def test_what_is_loaded_in_inference_mode_can_be_trained(tmp_path: Any) -> None:
+    fasp_fx.prune(net(), (X[0],), **OPTIONS).save(tmp_path / "small")
+    with torch.inference_mode():
+        loaded = fasp_fx.load(tmp_path / "small")
+    loaded.module(X[0]).sum().backward()
+
+
+@pytest.mark.parametrize("mode", [torch.inference_mode, torch.no_grad])
+def test_distillation_takes_gradients_by_itself(mode: Callable[[], contextlib.AbstractContextManager[Any]]) -> None:
+    result = fasp_fx.prune(net(), (X[0],), **OPTIONS)
+    dense = net()
+    with mode():
+        fasp_fx.distil(result, dense, [x.clone() for x in X], epochs=1)
+    assert result.module(X[0]).requires_grad
+
+
+def test_data_that_an_encoder_made_leads_no_gradient_back() -> None:
+    encoder, leaf = nn.Linear(8, 8), X[0].clone().requires_grad_(True)
+    made = [encoder(x) for x in X]
+    expected = fasp_fx.prune(net(), (X[0],), calibration=[x.detach() for x in made], sparsity=0.3)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        found = fasp_fx.prune(net(), (X[0],), calibration=made, sparsity=0.3)
+    assert same(found, expected)
+    fasp_fx.distil(found, net(), made, epochs=2)
+    fasp_fx.distil(found, net(), [leaf, *X], epochs=1)
+    assert encoder.weight.grad is None
+    assert leaf.grad is None
+
+
+class Beside(nn.Module):
+    """Two inputs, of which one may require gradients."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.a, self.b, self.out = nn.Linear(8, 16), nn.Linear(8, 16), nn.Linear(16, 4)
+
+    def forward(self, a: Tensor, b: Tensor) -> Tensor:
+        return self.out(torch.relu(self.a(a) + self.b(b)))
+
+
+def test_costs_are_the_same_where_one_of_two_inputs_requires_gradients() -> None:
+    pairs = [(x, torch.randn(30, 8, generator=torch.Generator().manual_seed(9 + index))) for index, x in enumerate(X)]
+    expected = fasp_fx.measure(Beside().eval(), pairs[0], calibration=pairs)
+    found = fasp_fx.measure(Beside().eval(), pairs[0], calibration=[(a, b.clone().requires_grad_(True)) for a, b in pairs])
+    assert {name: curve.losses.tolist() for name, curve in found.items()} == {name: curve.losses.tolist() for name, curve in expected.items()}
+
+
+def test_threads_take_turns() -> None:
+    expected = fasp_fx.prune(net(), (X[0],), **OPTIONS)
+    found: list[Any] = []
+
+    def job() -> None:
+        try:
+            found.append(same(fasp_fx.prune(net(), (X[0],), **OPTIONS), expected))
+        except Exception as error:  # a thread that fails is to be seen below
+            found.append(error)
+
+    level, fast = logging.getLogger("torch.export").level, torch.backends.mkldnn.enabled  # type: ignore[attr-defined]
+    for _ in range(2):
+        threads = [threading.Thread(target=job) for _ in range(2)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    assert found == [True] * 4
+    assert (logging.getLogger("torch.export").level, torch.backends.mkldnn.enabled) == (level, fast)  # type: ignore[attr-defined]
+    compiled: list[Any] = []
+
+    def backend(graph: Any, inputs: Any) -> Any:
+        compiled.append(graph)
+        return graph
+
+    torch.compile(net(), backend=backend)(X[0])
+    assert compiled, "torch.compile was left switched off"
+
+
+def test_a_default_device_without_values_is_refused() -> None:
+    with torch.device("meta"):
+        model = net()
+        assert fasp_fx.analyze(model, (torch.randn(3, 8),)).groups
+        with pytest.raises(fasp_fx.ArgumentError, match="default device is 'meta'"):
+            fasp_fx.prune(model, (X[0],), **OPTIONS)
+
+
+def test_weights_made_in_inference_mode_are_refused_with_the_remedy() -> None:
+    import copy
+
+    with torch.inference_mode():
+        model = net()
+    with pytest.raises(fasp_fx.ArgumentError, match=r"'0\.weight' was made in torch's inference mode .*deepcopy"):
+        fasp_fx.prune(model, (X[0],), **OPTIONS)
+    assert fasp_fx.prune(copy.deepcopy(model), (X[0],), **OPTIONS).report.sparsity > 0.2
+
+
+def test_costs_that_would_not_be_used_are_refused() -> None:
+    costs = fasp_fx.measure(net(), (X[0],), calibration=X)
+    again = fasp_fx.Costs.from_json(costs.to_json())
+    assert again.score == "obs"
+    with pytest.raises(fasp_fx.ArgumentError, match="score='obs', and this pruning is by 'magnitude'"):
+        fasp_fx.prune(net(), (X[0],), costs=again, score="magnitude", allocation="global", **OPTIONS)
+    with pytest.raises(fasp_fx.ArgumentError, match="costs= is for an allocation by predicted losses"):
+        fasp_fx.prune(net(), (X[0],), costs=costs, score="obs", allocation="uniform", **OPTIONS)
+
+
+def test_what_asks_for_nothing_says_so() -> None:
+    options = {"calibration": X, "exclude": ("0.weight",)}
+    with pytest.raises(fasp_fx.ArgumentError, match=r"asks for 0\.5 of '2\.weight', which exclude= leaves whole"):
+        fasp_fx.prune(net(), (X[0],), sparsity={"2.weight": 0.5, "4": 0.5}, **options)  # type: ignore[arg-type]
+    result = fasp_fx.prune(net(), (X[0],), calibration=X, sparsity=1e-9)
+    assert not result.plan.groups
+    assert any("nothing goes" in note for note in result.report.notes)
+
+
+def test_what_is_left_of_a_plan_after_another() -> None:
+    captured = fasp_fx.capture(net(), (X[0],))
+    first, second = (fasp_fx.prune(captured, calibration=X, sparsity=part, score="magnitude") for part in (0.2, 0.5))
+    left = second.plan.after(first.plan)
+    assert all(group.removed_sets for group in left.groups)
+    assert left.sparsity < second.plan.sparsity
+    assert not first.plan.after(first.plan).groups
+    twice = fasp_fx.apply(first.module, left, (X[0],))
+    once = fasp_fx.apply(captured, second.plan)
+    assert [p.shape for p in twice.module.parameters()] == [p.shape for p in once.module.parameters()]
