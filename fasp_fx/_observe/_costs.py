@@ -1,8 +1,8 @@
-"""Cost curves of a program's groups, from what was seen of the dense model."""
+"""Orders and cost curves of a program's groups, from what was seen of the dense model."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
@@ -16,8 +16,8 @@ from ._order import order_of
 from ._products import ObservedProducts
 
 
-def curves_of(consumers: Consumers, groups: Sequence[Group], score: GroupScore) -> dict[str, CostCurve]:
-    """The cost curve of each group; those whose channels no weight reads have none.
+def orders_of(consumers: Consumers, groups: Sequence[Group], score: GroupScore) -> dict[str, Order]:
+    """The order of each group, with its losses; those whose channels no weight reads have none.
 
     A score that predicts losses gives its own. Of another, the order is taken, and the losses are those after repair (:class:`fasp_fx.obs.OBS`).
 
@@ -27,14 +27,18 @@ def curves_of(consumers: Consumers, groups: Sequence[Group], score: GroupScore) 
     found = {}
     products = ObservedProducts(consumers.analysis, list(groups))
     for group in groups:
-        if not group.uses:
-            if not products.of(group):  # nothing reads it
-                found[group.name] = CostCurve(np.zeros(deepest_loss(group) + 1))
+        if not group.uses and products.of(group):
             continue
         order = order_of(consumers, group, score, products, True, deepest_loss(group), consumers.weight)
-        losses = order.losses if order.losses is not None else _losses(consumers, group, order)
-        found[group.name] = CostCurve(losses)
+        if not group.uses:  # nothing reads it
+            order = Order(order.sets[:, : deepest_loss(group)], np.zeros(deepest_loss(group) + 1))
+        found[group.name] = order if order.losses is not None else Order(order.sets, _losses(consumers, group, order))
     return found
+
+
+def curves_of(orders: Mapping[str, Order]) -> dict[str, CostCurve]:
+    """The cost curve of each group, from its order with losses."""
+    return {name: CostCurve(order.losses) for name, order in orders.items() if order.losses is not None}
 
 
 def _losses(consumers: Consumers, group: Group, order: Order) -> np.ndarray:
@@ -50,4 +54,4 @@ def _losses(consumers: Consumers, group: Group, order: Order) -> np.ndarray:
     return np.array(losses)
 
 
-__all__ = ["curves_of"]
+__all__ = ["curves_of", "orders_of"]
