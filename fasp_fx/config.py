@@ -67,9 +67,10 @@ class PruningConfig:
             first (:class:`fasp_fx.allocation.Global`); ``"search"``: from there on by running pruned candidates, which takes many more forward passes
             (:class:`fasp_fx.allocation.Search`); or one of your own (:data:`fasp_fx.allocation.Allocation`). ``None``: ``"global"`` with the score
             ``"obs"``, where every group has a predicted loss, and ``"uniform"`` otherwise.
-        loss: what ``score="obs"`` and ``allocation="global"`` predict the rise of, and ``"search"`` judges by, by its gradients on some of the calibration batches: ``"next-token"``,
-            ``"outputs"``: the squared error of all outputs; or a function of outputs and arguments (:mod:`fasp_fx.losses`). ``"auto"``: next tokens in
-            :func:`fasp_fx.hf.prune`, else outputs. ``None``: no gradients; each consumer counts by the relative error of its own output.
+        loss: what ``score="obs"`` and ``allocation="global"`` predict the rise of, by its gradients on some of the calibration batches, and ``"search"``
+            judges by: ``"next-token"``, ``"outputs"``: the squared error of all outputs; or a function of outputs and arguments (:mod:`fasp_fx.losses`).
+            ``"auto"``: next tokens in :func:`fasp_fx.hf.prune`, else outputs. ``None``: no gradients; each consumer counts by the relative error of its own
+            output.
         propagate: later layers are observed behind the already pruned earlier ones.
         drift: how much of what earlier removals changed in the value that a consumer's output is added to (a residual stream) its repair makes up
             for, from 0 to 1. The dense model runs beside the pruned one then. ``None``: 0.3 with ``quality="best"``, else 0.
@@ -127,8 +128,8 @@ class PruningConfig:
         if self.loss is not None:
             resolve_loss(self.loss)
         if self.allocation not in (None, "uniform", "global", "search") and not callable(self.allocation):
-            known = "'uniform', 'global', 'search' or a callable (fasp_fx.allocation.Allocation)"
-            raise ArgumentError(f"allocation={self.allocation!r} is not known; use {known}")
+            said = "use 'uniform', 'global', 'search' or a callable (fasp_fx.allocation.Allocation)"
+            raise ArgumentError(f"allocation={self.allocation!r} is not known; {said}")
         if self.allocation not in (None, "uniform") and isinstance(self.sparsity, Mapping):
             raise ArgumentError("a sparsity for each pattern is an allocation by itself; leave allocation= out, or give one sparsity")
         if not isinstance(self.round_to, int) or isinstance(self.round_to, bool) or self.round_to < 1:

@@ -157,8 +157,8 @@ class ModelTrial:
         for consumer in self._by_weight[name]:
             kept = torch.from_numpy(~consumer.gone(gone)).to(weight.device)
             whole = torch.from_numpy(~consumer.blocks_gone(gone)).to(weight.device)
-            blocks = zip(consumer.matrices.read(weight), kept, self._grams.get(consumer) or [None] * len(kept), strict=True)
-            matrices = torch.stack([_cut(*block) for block in blocks])
+            grams: Sequence[SplitGram | None] = self._grams.get(consumer) or [None] * len(kept)
+            matrices = torch.stack([_cut(*block) for block in zip(consumer.matrices.read(weight), kept, grams, strict=True)])
             weight = consumer.matrices.write(matrices * whole[:, None, None], weight)
         return weight
 
