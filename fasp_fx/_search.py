@@ -168,6 +168,15 @@ def evolve(exchanges: Exchanges, start: list[int], trial: Trial, generations: in
     return found
 
 
+def passes(generations: int, offspring: int, sequences: int) -> int:
+    """How many times a search runs a sequence at most, the dense model's runs among them."""
+    found, alive, tried, size = 2 * sequences, offspring, 0, 1
+    while tried < sequences:
+        found += generations * alive * (size - tried)
+        alive, tried, size = -(-alive // SURVIVING), size, min(2 * size, sequences)
+    return found
+
+
 def _best(candidates: Sequence[tuple[int, ...]], trial: Trial, draw: np.random.Generator) -> tuple[tuple[int, ...], float]:
     """The candidate that did best, and its mean loss over all sequences: all are tried on one, the best of them on two, and so on."""
     order = draw.permutation(trial.count).tolist()
@@ -193,4 +202,4 @@ def _with(lost: Sequence[int], index: int, count: int) -> list[int]:
     return [*lost[:index], count, *lost[index + 1 :]]
 
 
-__all__ = ["Exchanges", "Found", "Trial", "evolve"]
+__all__ = ["Exchanges", "Found", "Trial", "evolve", "passes"]

@@ -32,7 +32,7 @@ from fasp_fx._observe._ranks import Ranks
 from fasp_fx._observe._trial import ModelTrial
 from fasp_fx._observe._visit import Decision
 from fasp_fx._prune import MEASURING, Timings, choose
-from fasp_fx._search import Exchanges, evolve
+from fasp_fx._search import Exchanges, evolve, passes
 from fasp_fx.allocation import Budget, Ceiling, Global, Search, Target, Trial, _counts, deepest_loss, uniform
 from fasp_fx.budgets import Macs, Parameters
 from fasp_fx.errors import ArgumentError, StoreError
@@ -164,6 +164,7 @@ def test_few_are_tried_on_all_sequences() -> None:
     trial = Made(_noise, 8)
     found = evolve(exchanges(budget, 1, start), start, trial, 1, 12, 0)
     assert found.tried == 12
+    assert trial.asked + 8 == passes(1, 12, 8), "and the dense model"
     assert trial.asked == 8 + 12 + 4 + 2 * 2 + 4 * 1, "the start on 8; 12 on one, 4 on two, 2 on four, 1 on eight"
 
 
