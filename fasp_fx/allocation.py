@@ -428,10 +428,10 @@ class Search(TrialAllocation):
 
     Cost curves are of single groups and to second order; what removals of many groups do to the whole model is found out by doing it. In each generation some
     candidates are drawn from the best allocation so far: one to three pairs of groups exchange steps of equal cost, one of the pair losing more, the other as
-    much less as gives the budget back. Steps begin with up to an eighth of a group and end with up to a sixty-fourth, or single ones. All candidates are run
-    on one sequence, the best third of them on two, and so on; the last takes the place of the best so far where its loss over all sequences is less, so that
-    the search never ends worse there than it began. Evolutionary searches over what layers lose: EvoPress (Sieberling et al., arXiv 2410.14649), DarwinLM (Tang et al.,
-    2502.07780) and Týr-the-Pruner (Li et al., 2503.09657).
+    much less as gives the budget back. Steps begin with up to an eighth of a group and end with up to a sixty-fourth, or single ones. All candidates are run on
+    one sequence, the best third of them on two, and so on; the last takes the place of the best so far where its loss over all sequences is less, so that the
+    search never ends worse there than it began. Evolutionary searches over what layers lose: EvoPress (Sieberling et al., arXiv 2410.14649), DarwinLM (Tang et
+    al., 2502.07780) and Týr-the-Pruner (Li et al., 2503.09657).
 
     A candidate is run as the dense model with other weights: of each group, the first channel sets of one order go that was found on the dense model, and
     what reads them is repaired in closed form on the dense model's activations, with the ridge of :class:`fasp_fx.obs.OBS`. What is removed in the end is
