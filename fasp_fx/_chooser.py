@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -11,23 +10,25 @@ import torch
 from ._alike import AlikeBudget
 from ._device import device_of, float32_products, multiplies_bfloat16
 from ._observe._consumers import Consumers
-from ._observe._costs import curves_of
+from ._observe._costs import curves_of, orders_of
+from ._observe._drawing import drawing_alike
 from ._observe._drift import Drift
-from ._observe._gradients import in_pieces, observe_batches, whole_batches
+from ._observe._gradients import Piece, in_pieces, observe_batches, whole_batches
 from ._observe._marks import Marks
 from ._observe._ranks import Ranks
 from ._observe._runner import Runner
+from ._observe._trial import AskedTrial, ModelTrial
 from ._observe._visit import Decision, Observer
 from ._program import Program
 from ._scores import resolve_score
 from ._selection import PartialBudget, check_asked, check_patterns, held_by, lost_by_pattern, matches, read_by
 from ._warn import warn
-from .allocation import Budget, Ceiling, CostAllocation, Target, check_reach, validate
+from .allocation import Budget, Ceiling, CostAllocation, Search, Target, TrialAllocation, check_reach, validate
 from .analysis import Analysis
 from .config import MEASURED, PruningConfig
 from .costs import Costs
-from .errors import CalibrationError, CalibrationWarning, NothingPrunableError
-from .groups import Group
+from .errors import ArgumentError, CalibrationError, CalibrationWarning, NothingPrunableError
+from .groups import EXEMPT, Group
 from .losses import resolve_loss
 from .resources import Resource, Sparsity
 from .restoration import ridge
@@ -35,6 +36,7 @@ from .statistics import InputGradients, MakeStatistic, SquaredInputGradients
 
 if TYPE_CHECKING:
     from ._store._journal import Journal
+    from ._store._search_state import SearchState
 
 
 class Chooser:
@@ -43,6 +45,9 @@ class Chooser:
     Args:
         auto: the loss that ``loss="auto"`` stands for.
         ranks: the processes that share the calibration batches.
+
+    Attributes:
+        notes: what there is to say of the allocation, for the report.
     """
 
     def __init__(self, config: PruningConfig, auto: Literal["outputs", "next-token"] = "outputs", ranks: Ranks | None = None) -> None:
@@ -50,6 +55,8 @@ class Chooser:
         self._loss = auto if config.loss == "auto" else config.loss
         self._score, self._allocate = resolve_score(config.named_score), config.allocator
         self._restore = ridge if config.restore is not None else None
+        self._trial: ModelTrial | None = None
+        self.notes: list[str] = []
         self._gradients = {name: make for name, make in self._score.statistics.items() if getattr(make, "needs_gradient", False)}
 
     @property
@@ -61,6 +68,11 @@ class Chooser:
     def needs_costs(self) -> bool:
         """Whether the allocation wants cost curves."""
         return isinstance(self._allocate, CostAllocation)
+
+    @property
+    def tries(self) -> bool:
+        """Whether the allocation wants to try what it thinks of."""
+        return isinstance(self._allocate, TrialAllocation)
 
     @property
     def said_loss(self) -> str:
@@ -94,6 +106,9 @@ class Chooser:
             self.allocate(budget, groups, costs)
             return
         check_reach(part, self.config.round_to)
+        unread = next((group for group in part.groups if not group.uses and group.status == EXEMPT), None)
+        if unread is not None and isinstance(self._allocate, Search):
+            raise ArgumentError(f"allocation='search' cannot try '{unread.name}', which no weight reads; exclude it, or use allocation='global'")
 
     def measure(
         self,
@@ -106,6 +121,8 @@ class Chooser:
     ) -> Costs | None:
         """Observe the dense model, forward and, where there is a loss, back: the cost curves if the allocation wants them, and gradients for the score.
 
+        An allocation that tries what it thinks of is given orders and Gram matrices from here, also where the curves were measured before.
+
         Args:
             consumers: of the analysis to measure; what needs gradients stays with them.
             batches: of calibration.
@@ -114,25 +131,32 @@ class Chooser:
             part: one in so many sequences is run, the first ones, and more of them where tokens are few; ``None``: by the quality asked for.
         """
         config = self.config
-        is_wanted = self.needs_costs and costs is None
-        whole = is_wanted and self._score.needs_gram
-        gradients = InputGradients if self._score.needs_gram else SquaredInputGradients
+        is_wanted = self.needs_costs and (costs is None or self.tries)
+        needs_gram = self._score.needs_gram or self.tries
+        gradients = InputGradients if needs_gram else SquaredInputGradients
         wanted = {"gradients": gradients, **self._score.statistics} if is_wanted else self._gradients
         if not self.measures or (not is_wanted and not self._gradients):
             return costs
         program = consumers.analysis.program
-        with _drawing_alike(program), float32_products(self._precision(program)):
-            self._observe(consumers, batches, wanted, advance, part or MEASURED[config.quality], whole)
+        with drawing_alike(program), float32_products(self._precision(program)):
+            pieces, marks = self._observe(consumers, batches, wanted, advance, part or MEASURED[config.quality], is_wanted and needs_gram)
         if is_wanted:
             with torch.no_grad():
-                costs = Costs(curves_of(consumers, consumers.analysis.chosen, self._score), fingerprint, config.score_name)
+                orders = orders_of(consumers, consumers.analysis.chosen, self._score)
+            costs = Costs(curves_of(orders), fingerprint, config.score_name) if costs is None else costs
+            if isinstance(self._allocate, TrialAllocation):
+                loss, repairs = None if self._loss is None else resolve_loss(self._loss), self._restore is not None
+                most, precision = self._allocate.sequences, self._precision(program)
+                self._trial = ModelTrial(consumers, orders, pieces, marks, loss, most, repairs, precision, self.ranks)
         consumers.forget_activations()
         return costs
 
     def _observe(
         self, consumers: Consumers, batches: list[list[Any]], wanted: Mapping[str, MakeStatistic], advance: Callable[[float], None], part: int, whole: bool
-    ) -> None:
+    ) -> tuple[list[Piece], Marks]:
         """Run one in ``part`` of the sequences; as they came where pieces of them do not serve, and only forward where nothing else does.
+
+        Returns all sequences in the pieces that serve, and which of their tokens are padding.
 
         A loss of the user's sees whole batches, whose sequences it may compare.
 
@@ -162,6 +186,7 @@ class Chooser:
         if loss is None and self._loss is not None:
             self._loss = None
             warn(f"{failure}, as is done now: each consumer counts by the relative error of its own output", CalibrationWarning)
+        return given, marks
 
     def _precision(self, program: Program) -> str:
         """That of products of float32 while a program runs on calibration data."""
@@ -169,12 +194,21 @@ class Chooser:
             return self.config.precision
         return "medium" if multiplies_bfloat16(device_of(program.module)) else "highest"
 
-    def allocate(self, budget: Budget, groups: Sequence[Group], costs: Costs | None) -> list[int]:
+    def allocate(
+        self,
+        budget: Budget,
+        groups: Sequence[Group],
+        costs: Costs | None,
+        advance: Callable[[float], None] = lambda fraction: None,
+        state: SearchState | None = None,
+    ) -> list[int]:
         """How many channel sets each block of each of the budget's groups loses.
 
         Args:
             groups: all groups of the model, those that cannot be pruned among them.
             costs: the cost curves, where the allocation wants them.
+            advance: called with the fraction of a search done.
+            state: keeps how far a search came, for the same one to go on from there.
 
         Raises:
             NothingPrunableError: no group can be pruned.
@@ -190,12 +224,20 @@ class Chooser:
             check_patterns("sparsity", config.sparsity, groups, read_by)
             check_asked(config.sparsity, config.exclude, groups)
         part = self._part(budget)
-        if config.uniform_layers:
-            alike = AlikeBudget(part)
-            lost = alike.spread(self._allocated(alike, None if costs is None else alike.joined(costs)))
-        else:
-            lost = self._allocated(part, costs)
-        return part.spread(lost) if isinstance(part, PartialBudget) else lost
+        alike = AlikeBudget(part) if config.uniform_layers else None
+
+        def spread(lost: Sequence[int]) -> list[int]:
+            """What all groups lose, of what those lose that stand for them and are not excluded."""
+            found = list(lost) if alike is None else alike.spread(lost)
+            return part.spread(found) if isinstance(part, PartialBudget) else found
+
+        if alike is not None and costs is not None:
+            costs = alike.joined(costs)
+        trial = None if self._trial is None else AskedTrial(self._trial, spread, advance, state)
+        found = self._allocated(part if alike is None else alike, costs, trial)
+        self.notes = [] if trial is None else trial.notes
+        self._trial = None  # its Gram matrices are not needed any more
+        return spread(found)
 
     def _part(self, budget: Budget) -> Budget:
         """The budget of the groups that are not excluded."""
@@ -206,12 +248,14 @@ class Chooser:
             raise NothingPrunableError("every group that can be pruned is excluded; leave out some of exclude=")
         return PartialBudget(budget, [not out for out in excluded])
 
-    def _allocated(self, budget: Budget, costs: Costs | None) -> list[int]:
+    def _allocated(self, budget: Budget, costs: Costs | None, trial: AskedTrial | None) -> list[int]:
         config = self.config
         if isinstance(config.sparsity, Mapping):
             return lost_by_pattern(budget, config.sparsity, config.round_to)
         if isinstance(self._allocate, CostAllocation):
             assert costs is not None
+            if isinstance(self._allocate, TrialAllocation):
+                return validate(self._allocate(budget, config.round_to, costs, trial), budget)
             return validate(self._allocate(budget, config.round_to, costs), budget)
         return validate(self._allocate(budget, config.round_to), budget)
 
@@ -228,22 +272,10 @@ class Chooser:
         own = () if batches is None else self.ranks.own(len(batches))
         runners = [Runner(analysis.program, [batches[index] for index in own], numbers=own, returns=False) for _ in range(2 if part else 1)] if batches else []
         marks = None if batches is None else Marks(analysis.program, batches, self.config.padding_mask, hold_out=self._restore is not None)
-        with torch.no_grad(), _drawing_alike(analysis.program):
+        with torch.no_grad(), drawing_alike(analysis.program):
             observer = Observer(consumers, lost, self._score, self._restore, self.config.propagate, self._precision(analysis.program), self.ranks, journal)
             drift = Drift(runners[1], part) if runners and part else None
             return observer.run(runners[0] if runners else None, marks, advance, drift)
-
-
-@contextlib.contextmanager
-def _drawing_alike(program: Program) -> Iterator[None]:
-    """Random numbers that a model draws (for dropout that is always on, say) start from zero inside, so that the same is chosen each time.
-
-    Those of the caller go on as if nothing had happened.
-    """
-    devices = {tensor.device for tensor in program.weights().values() if tensor.device.type == "cuda"}
-    with torch.random.fork_rng(devices=list(devices)):
-        torch.manual_seed(0)
-        yield
 
 
 __all__ = ["Chooser"]

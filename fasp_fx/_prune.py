@@ -27,8 +27,9 @@ from ._parts._prune import PARTIAL_LOSSES, Stages, analyze_in_parts, apply_in_pa
 from ._program import Program
 from ._result import Result
 from ._store._journal import open_journal
+from ._store._search_state import open_search
 from ._undisturbed import check_default_device, in_usual_modes, one_at_a_time
-from .allocation import CostAllocation
+from .allocation import CostAllocation, TrialAllocation
 from .analysis import Analysis, analyze_program
 from .config import PruningConfig, PruningOptions
 from .costs import Costs, check_costs
@@ -40,6 +41,8 @@ from .resources import Sparsity
 
 #: the part of the progress shown that measuring costs takes, where they are measured
 MEASURING = 0.35
+#: the part of the rest that a search takes
+SEARCHING = 0.6
 
 
 @one_at_a_time
@@ -135,7 +138,8 @@ def prune(
     try:
         program = program_of(model, args, kwargs, dynamic_shapes=dynamic_shapes, state=state, device=device)
     except CaptureError as error:
-        whole = {"budget": config.caps, "checkpoint": checkpoint} | ({} if config.loss in PARTIAL_LOSSES else {"loss": config.loss})
+        tried = config.allocation if isinstance(config.allocator, TrialAllocation) else None
+        whole = {"budget": config.caps, "checkpoint": checkpoint, "allocation": tried} | ({} if config.loss in PARTIAL_LOSSES else {"loss": config.loss})
         check_parts_help(error, model, dynamic_shapes=dynamic_shapes, state=state, padding_mask=config.padding_mask, costs=costs is not None, **whole)
         return prune_in_parts(
             error,
@@ -192,16 +196,21 @@ def choose(
     advance = progress or (lambda fraction: None)
     batches = read_batches(program, calibration, None if device is None else torch.device(device)) if config.needs_data else None
     ranks.check_alike(plans.program_fingerprint(program), batches or (), config)
-    share = 0.0
+    share, state = 0.0, None
+    where = None if checkpoint is None or batches is None or ranks.rank else Path(checkpoint).absolute()
+    if where is not None and chooser.tries:
+        state = open_search(where, plans.program_fingerprint(program), config, batches or (), ranks.size)
     if batches is not None and chooser.measures:
         share = MEASURING
         costs = chooser.measure(consumers, batches, plans.program_fingerprint(program), lambda fraction: advance(share * fraction), costs)
         clock.lap("measuring")
-    lost = chooser.allocate(budget, analysis.groups, costs)
-    journal = None
-    if checkpoint is not None and batches is not None and ranks.rank == 0:
-        journal = open_journal(Path(checkpoint).absolute(), plans.program_fingerprint(program), config, lost, batches, ranks.size)
-    decision = chooser.choose(consumers, lost, batches, lambda fraction: advance(share + (1 - share) * fraction), journal)
+    done = share + SEARCHING * (1 - share) if chooser.tries else share
+    lost = chooser.allocate(budget, analysis.groups, costs, lambda fraction: advance(share + (done - share) * fraction), state)
+    if chooser.tries:
+        clock.lap("searching")
+    journal = None if where is None else open_journal(where, plans.program_fingerprint(program), config, lost, batches or (), ranks.size)
+    decision = chooser.choose(consumers, lost, batches, lambda fraction: advance(done + (1 - done) * fraction), journal)
+    decision.notes.extend(chooser.notes)
     if costs is not None and chooser.needs_costs:
         rise = costs.predicted(dict(zip((group.name for group in budget.groups), lost, strict=True)))
         decision.notes.append(f"predicted rise of {chooser.said_loss}: {rise:.3g}")

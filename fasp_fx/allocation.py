@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from ._search import Exchanges, Trial, evolve
 from .budgets import Cap
 from .costs import Costs
 from .errors import ArgumentError, BudgetError, SparsityError
@@ -395,3 +396,74 @@ def _polished(budget: Budget, round_to: int, costs: Costs, lost: list[int]) -> l
 
 def _predicted(budget: Budget, costs: Costs, lost: Sequence[int]) -> float:
     return costs.predicted({group.name: count for group, count in zip(budget.groups, lost, strict=True)})
+
+
+class TrialAllocation(CostAllocation):
+    """An allocation that tries what it thinks of on calibration sequences, beside the cost curves.
+
+    Attributes:
+        sequences: on how many at most.
+    """
+
+    sequences: int = 8
+
+    def start(self, budget: Budget, round_to: int, costs: Costs) -> list[int]:
+        """An allocation by the cost curves alone, which also finds out whether they serve the budget before anything is tried."""
+        return Global()(budget, round_to, costs)
+
+    @abstractmethod
+    def __call__(self, budget: Budget, round_to: int, costs: Costs, trial: Trial | None = None) -> list[int]:
+        """The channel sets that each block of each of the budget's groups loses; by the cost curves alone where nothing can be tried."""
+
+
+class Search(TrialAllocation):
+    """An evolutionary search from what :class:`Global` finds, judged by running the pruned model.
+
+    Cost curves are of single groups and to second order; what removals of many groups do to the whole model is found out by doing it. In each generation some
+    candidates are drawn from the best allocation so far: one to three pairs of groups exchange steps of equal cost, one of the pair losing more, the other as
+    much less as gives the budget back. Steps begin with up to an eighth of a group and end with up to a sixty-fourth, or single ones. All candidates are run on
+    one sequence, the best third of them on two, and so on; the last takes the place of the best so far where its loss over all sequences is less, so that the
+    search never ends worse there than it began. Evolutionary searches over what layers lose: EvoPress (Sieberling et al., arXiv 2410.14649), DarwinLM (Tang et
+    al., 2502.07780) and Týr-the-Pruner (Li et al., 2503.09657).
+
+    A candidate is run as the dense model with other weights: of each group, the first channel sets of one order go that was found on the dense model, and
+    what reads them is repaired in closed form on the dense model's activations, with the ridge of :class:`fasp_fx.obs.OBS`. What is removed in the end is
+    chosen and repaired behind earlier removals, as always. Where removed channels cross a norm (``include=("approximate",)``) or experts go, norms and routers
+    of a candidate still see the dense model's, as they do while a model is calibrated.
+
+    The loss is, with ``loss="next-token"``, the mean over tokens of the Kullback-Leibler divergence KL(dense ‖ pruned) of the next token, over the 64
+    tokens that the dense model thinks most likely and all others as one; with ``"outputs"`` or without a loss, half the mean squared error of the
+    outputs, relative to their mean square; otherwise the mean of the terms of the caller's loss. Padding does not count; sequences count alike.
+
+    Groups that no weight reads have no cost curve; with :class:`Global`, this allocation refuses them. A model is searched that is captured whole; plain
+    checkpoints and models pruned by their submodules are not.
+
+    Args:
+        generations: how many times candidates are drawn.
+        offspring: how many are drawn at a time.
+        sequences: on how many calibration sequences candidates are judged, taken evenly from all of them; with a loss of the caller's, whole batches.
+        seed: of what is drawn. The caller's random numbers go on as if nothing had been.
+
+    Raises:
+        ArgumentError: one of them is no positive integer, or the seed none from 0 on.
+    """
+
+    def __init__(self, generations: int = 12, offspring: int = 12, sequences: int = 8, seed: int = 0) -> None:
+        for name, value, least in (("generations", generations, 1), ("offspring", offspring, 1), ("sequences", sequences, 1), ("seed", seed, 0)):
+            if isinstance(value, bool) or not isinstance(value, int) or value < least:
+                raise ArgumentError(f"{name}={value!r} is not an integer from {least} on; leave it out for the default")
+        self.generations, self.offspring, self.sequences, self.seed = generations, offspring, sequences, seed
+
+    def __call__(self, budget: Budget, round_to: int, costs: Costs, trial: Trial | None = None) -> list[int]:
+        """Channel sets lost per block of each group; arguments and errors as for :class:`Global`.
+
+        Args:
+            trial: runs candidates; without one, what the search would begin with.
+        """
+        start = self.start(budget, round_to, costs)
+        if trial is None:
+            return start
+        exchanges = Exchanges(budget, [_counts(group, round_to) for group in budget.groups], start)
+        found = evolve(exchanges, start, trial, self.generations, self.offspring, self.seed)
+        trial.note(found.first, found.loss, found.tried)
+        return found.lost

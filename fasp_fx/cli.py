@@ -55,6 +55,7 @@ class AllocationName(StrEnum):
 
     uniform = "uniform"
     every = "global"
+    search = "search"
 
 
 class GranularityName(StrEnum):
@@ -139,7 +140,11 @@ def prune(
     ] = None,
     allocation: Annotated[
         AllocationName | None,
-        typer.Option(help="uniform: all groups lose alike; global: those that matter least lose most. Default: by --quality.", show_default=False),
+        typer.Option(
+            help="uniform: all groups lose alike; global: those that matter least lose most; search: from there by trying, in some minutes more. "
+            "Default: by --quality.",
+            show_default=False,
+        ),
     ] = None,
     recover: Annotated[
         int, typer.Option(metavar="EPOCHS", help="Train what is left towards the dense model, so often over the calibration text.", show_default=False)

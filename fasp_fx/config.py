@@ -10,7 +10,7 @@ from typing import Any, Literal, TypedDict
 
 from ._options import configured
 from ._scores import resolve_score
-from .allocation import Allocation, CostAllocation, Global, uniform
+from .allocation import Allocation, CostAllocation, Global, Search, uniform
 from .budgets import Cap, budget_data, budget_from_data, read_budget
 from .errors import ArgumentError, SparsityError
 from .losses import Loss, resolve_loss
@@ -34,7 +34,7 @@ class PruningOptions(TypedDict, total=False):
     quality: Literal["fast", "balanced", "best"]
     score: Literal["fasp", "obs", "magnitude", "random"] | Score | None
     restore: Literal["least-squares"] | None
-    allocation: Literal["uniform", "global"] | Allocation | None
+    allocation: Literal["uniform", "global", "search"] | Allocation | None
     loss: Literal["auto", "outputs", "next-token"] | Loss | None
     propagate: bool
     drift: float | None
@@ -64,11 +64,13 @@ class PruningConfig:
             ``"magnitude"``, ``"random"``: without data; or a callable or :class:`fasp_fx.scoring.GroupScore` of your own.
         restore: ``"least-squares"`` or ``None``.
         allocation: ``"uniform"``: every prunable group loses the same fraction; ``"global"``: one threshold for all, by predicted losses that are measured
-            first (:class:`fasp_fx.allocation.Global`); or one of your own (:data:`fasp_fx.allocation.Allocation`). ``None``: ``"global"`` with the score
+            first (:class:`fasp_fx.allocation.Global`); ``"search"``: from there on by running pruned candidates, which takes many more forward passes
+            (:class:`fasp_fx.allocation.Search`); or one of your own (:data:`fasp_fx.allocation.Allocation`). ``None``: ``"global"`` with the score
             ``"obs"``, and ``"uniform"`` otherwise.
-        loss: what ``score="obs"`` and ``allocation="global"`` predict the rise of, by its gradients on some of the calibration batches: ``"next-token"``,
-            ``"outputs"``: the squared error of all outputs; or a function of outputs and arguments (:mod:`fasp_fx.losses`). ``"auto"``: next tokens in
-            :func:`fasp_fx.hf.prune`, else outputs. ``None``: no gradients; each consumer counts by the relative error of its own output.
+        loss: what ``score="obs"`` and ``allocation="global"`` predict the rise of, by its gradients on some of the calibration batches, and ``"search"``
+            judges by: ``"next-token"``, ``"outputs"``: the squared error of all outputs; or a function of outputs and arguments (:mod:`fasp_fx.losses`).
+            ``"auto"``: next tokens in :func:`fasp_fx.hf.prune`, else outputs. ``None``: no gradients; each consumer counts by the relative error of its own
+            output.
         propagate: later layers are observed behind the already pruned earlier ones.
         drift: how much of what earlier removals changed in the value that a consumer's output is added to (a residual stream) its repair makes up
             for, from 0 to 1. The dense model runs beside the pruned one then. ``None``: 0.3 with ``quality="best"``, else 0.
@@ -101,7 +103,7 @@ class PruningConfig:
     quality: Literal["fast", "balanced", "best"] = "balanced"
     score: Literal["fasp", "obs", "magnitude", "random"] | Score | None = None
     restore: Literal["least-squares"] | None = "least-squares"
-    allocation: Literal["uniform", "global"] | Allocation | None = None
+    allocation: Literal["uniform", "global", "search"] | Allocation | None = None
     loss: Literal["auto", "outputs", "next-token"] | Loss | None = "auto"
     propagate: bool = True
     drift: float | None = None
@@ -126,8 +128,9 @@ class PruningConfig:
             raise ArgumentError(f"restore={self.restore!r} is not known; use 'least-squares' or None")
         if self.loss is not None:
             resolve_loss(self.loss)
-        if self.allocation not in (None, "uniform", "global") and not callable(self.allocation):
-            raise ArgumentError(f"allocation={self.allocation!r} is not known; use 'uniform', 'global' or a callable (fasp_fx.allocation.Allocation)")
+        if self.allocation not in (None, "uniform", "global", "search") and not callable(self.allocation):
+            said = "use 'uniform', 'global', 'search' or a callable (fasp_fx.allocation.Allocation)"
+            raise ArgumentError(f"allocation={self.allocation!r} is not known; {said}")
         if self.allocation not in (None, "uniform") and isinstance(self.sparsity, Mapping):
             raise ArgumentError("a sparsity for each pattern is an allocation by itself; leave allocation= out, or give one sparsity")
         if not isinstance(self.round_to, int) or isinstance(self.round_to, bool) or self.round_to < 1:
@@ -187,6 +190,8 @@ class PruningConfig:
         """The function that the allocation stands for."""
         if callable(self.allocation):
             return self.allocation
+        if self.allocation == "search":
+            return Search()
         is_global = self.named_score == "obs" and not isinstance(self.sparsity, Mapping) if self.allocation is None else self.allocation == "global"
         return Global() if is_global else uniform
 

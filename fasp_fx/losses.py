@@ -39,6 +39,13 @@ def next_token(outputs: Any, inputs: Mapping[str, Any], padding: Padding = lambd
     Raises:
         CalibrationError: there are no such tensors.
     """
+    logits, tokens, counts = predictions(outputs, inputs, padding)
+    terms = functional.cross_entropy(logits[:, :-1].flatten(0, 1).float(), tokens[:, 1:].flatten().long(), reduction="none")
+    return terms[(counts[:, 1:] & counts[:, :-1]).flatten()]
+
+
+def predictions(outputs: Any, inputs: Mapping[str, Any], padding: Padding = lambda leaf: None) -> tuple[Tensor, Tensor, Tensor]:
+    """The logits ``[batch, tokens, vocabulary]``, the tokens ``[batch, tokens]``, and which of them count; arguments and errors as for :func:`next_token`."""
     tokens = next((inputs[name] for name in _TOKENS if isinstance(inputs.get(name), Tensor)), None)
     if tokens is None:
         tokens = next((leaf for leaf in output_tensors(inputs) if leaf.dim() == 2 and not leaf.is_floating_point() and leaf.dtype != torch.bool), None)
@@ -48,7 +55,6 @@ def next_token(outputs: Any, inputs: Mapping[str, Any], padding: Padding = lambd
             "loss='next-token' needs integers [batch, tokens] among the arguments, at least two tokens long, and logits [batch, tokens, vocabulary] among the "
             "outputs; pass a loss of your own, or loss='outputs'"
         )
-    terms = functional.cross_entropy(logits[:, :-1].flatten(0, 1).float(), tokens[:, 1:].flatten().long(), reduction="none")
     counts = torch.ones_like(tokens, dtype=torch.bool)
     mask = token_mask(inputs, tokens.shape)
     if mask is not None:
@@ -56,7 +62,7 @@ def next_token(outputs: Any, inputs: Mapping[str, Any], padding: Padding = lambd
     filling = padding(logits)
     if filling is not None:
         counts &= ~filling.to(counts.device)
-    return terms[(counts[:, 1:] & counts[:, :-1]).flatten()]
+    return logits, tokens, counts
 
 
 class Outputs:
@@ -84,8 +90,8 @@ class Outputs:
         Raises:
             CalibrationError: no output is a floating-point tensor.
         """
-        for index, leaf in enumerate(_numbers(outputs)):
-            counted = _counted(leaf.detach(), padding(leaf))[0]
+        for index, leaf in enumerate(number_outputs(outputs)):
+            counted = without_padding(leaf.detach(), padding(leaf))[0]
             mean, count = self._seen.get(index, (0.0, 0))
             total = count + counted.numel()
             self._seen[index] = (mean * (count / total) + _mean_square(counted) * (counted.numel() / total) if counted.numel() else mean, total)
@@ -117,8 +123,8 @@ class Outputs:
         if not self._seen:
             self.settle(outputs, padding)
         terms = []
-        for index, leaf in enumerate(_numbers(outputs)):
-            counted, rows = _counted(leaf, padding(leaf))
+        for index, leaf in enumerate(number_outputs(outputs)):
+            counted, rows = without_padding(leaf, padding(leaf))
             size = math.sqrt(self._seen.get(index, (0.0, 0))[0])
             wide = counted if counted.dtype == torch.float64 else counted.float()
             terms.append((wide / size * self._drawn(index, counted, rows) if size > 0 else wide * 0).flatten())
@@ -164,7 +170,7 @@ def resolve_loss(loss: Literal["auto", "outputs", "next-token"] | Loss) -> Loss:
     raise ArgumentError(f"loss={loss!r} is not known; use 'outputs', 'next-token', None, or a callable from outputs and inputs to a tensor")
 
 
-def _numbers(outputs: Any) -> list[Tensor]:
+def number_outputs(outputs: Any) -> list[Tensor]:
     """The outputs that have a squared error.
 
     Raises:
@@ -176,7 +182,7 @@ def _numbers(outputs: Any) -> list[Tensor]:
     return found
 
 
-def _counted(leaf: Tensor, padding: Tensor | None) -> tuple[Tensor, list[int]]:
+def without_padding(leaf: Tensor, padding: Tensor | None) -> tuple[Tensor, list[int]]:
     """What counts of an output, and how many elements of it each row holds; all of it where it has no tokens that could be padding."""
     if padding is not None:
         counts = ~padding.to(leaf.device)
@@ -205,4 +211,15 @@ def output_tensors(outputs: Any) -> list[Tensor]:
     return [leaf for leaf in pytree.tree_leaves(outputs) if isinstance(leaf, Tensor)]
 
 
-__all__ = ["Loss", "Outputs", "evaluated", "next_token", "output_tensors", "resolve_loss", "token_mask"]
+__all__ = [
+    "Loss",
+    "Outputs",
+    "evaluated",
+    "next_token",
+    "number_outputs",
+    "output_tensors",
+    "predictions",
+    "resolve_loss",
+    "token_mask",
+    "without_padding",
+]

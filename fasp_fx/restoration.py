@@ -84,6 +84,27 @@ def left_alone(weight: Tensor, fitted: Tensor, held: Tensor | None, kept: Tensor
     return _Problem(weight, fitted, held, kept).unchanged()
 
 
+def damped(weight: Tensor, gram: Tensor, kept: Tensor, strength: float) -> Tensor:
+    """The solution of :func:`ridge` for one strength, which nothing judges; shape ``[rows, columns]``, zero in the removed columns.
+
+    Args:
+        weight: shape ``[rows, columns]``.
+        gram: XᵀX, shape ``[columns, columns]``, symmetric, in the precision to solve in.
+        kept: as for :func:`ridge`.
+        strength: δ relative to the mean of the Gram matrix's diagonal. Where the system is singular to rounding all the same, nothing is repaired.
+    """
+    removed = torch.ones(weight.shape[1], dtype=torch.bool, device=weight.device)
+    removed[kept] = False
+    found = torch.where(removed, torch.zeros_like(weight), weight)
+    inner = gram[kept[:, None], kept]
+    inner.diagonal().add_(strength * (float(gram.diagonal().mean()) or 1.0))
+    factor, failed = torch.linalg.cholesky_ex(inner)
+    if not int(failed):
+        added = torch.cholesky_solve(gram[kept][:, removed] @ weight[:, removed].to(gram.dtype).T, factor).T
+        found[:, kept] = (weight[:, kept] + added).to(weight.dtype)
+    return found
+
+
 class _Problem:
     """One consumer with its columns in the order [M, P], kept and removed, and Gram matrices scaled so that their mean diagonal over all tokens is one.
 

@@ -18,6 +18,7 @@ from typer.testing import CliRunner
 
 import fasp_fx
 import fasp_fx.hf
+from fasp_fx.allocation import Search
 from fasp_fx.cli import app
 from fasp_fx.errors import ArgumentError, CalibrationError, RankError
 
@@ -106,9 +107,10 @@ def cases(group: dist.ProcessGroup | None) -> dict[str, tuple[Any, dict[str, Ten
         pruned = fasp_fx.hf.prune(llama(), calibration=tokens(), sparsity=0.3, quality=quality, group=group)  # type: ignore[arg-type]
         found[f"a Llama, {quality}"] = (pruned.plan, pruned.model.state_dict())
     captured = fasp_fx.capture(twice(), (numbers()[0],))
-    for options in ({"quality": "balanced"}, {"quality": "fast", "include": ("exempt",)}):
+    search = {"allocation": Search(generations=3, offspring=4, sequences=5)}
+    for options in ({"quality": "balanced"}, {"quality": "fast", "include": ("exempt",)}, search):
         result = fasp_fx.prune(captured, calibration=numbers(), sparsity=0.3, group=group, **options)  # type: ignore[arg-type]
-        found[f"used twice, {options}"] = (result.plan, result.module.state_dict())
+        found[f"used twice, {sorted(options)}"] = (result.plan, result.module.state_dict())
     torch.manual_seed(0)
     result = fasp_fx.prune(Rectified().eval(), (numbers()[0],), calibration=late(), sparsity=0.3, group=group)
     found["no gradient at first"] = (result.plan, result.module.state_dict())

@@ -158,7 +158,7 @@ def test_numbers_are_laid_out_at_other_sizes(own: int, first: int, then: int, ru
 
     lying = repeating(lay(first), recorded)
     assert lying is not None
-    assert torch.equal(lying.at((own * then, width)), lay(then).expand(own * then, width))
+    assert torch.equal(lying.at((own * then, width)).expand(own * then, width), lay(then).expand(own * then, width))
     values = torch.randn(own * then, width, dtype=torch.float64)
     expected = torch.zeros(own * width, dtype=torch.float64).index_add_(0, lay(then).reshape(-1), values.reshape(-1))
     torch.testing.assert_close(torch.zeros_like(expected).index_add_(0, lying.numbers.reshape(-1), lying.summed(values).reshape(-1)), expected)

@@ -15,6 +15,8 @@ from .._compat import pytree
 from .._device import multiplies_bfloat16
 from .._macs import macs_of
 from .._observe._consumers import Consumer, Consumers
+from .._search import passes
+from ..allocation import Search
 from ..analysis import Analysis
 from ..channels import attribute
 from ..channels._sizes import Sizes
@@ -167,6 +169,9 @@ def _operations(analysis: Analysis, chooser: Chooser, shapes: Mapping[Consumer, 
     if chooser.measures:
         measured = max(1, -(-batches // MEASURED[config.quality]))
         found["measuring costs"] = measured * (_BACK * forward + 2 * gram) + cut
+    search = config.allocator
+    if isinstance(search, Search):  # a batch may hold several sequences, of which it runs one
+        found["searching"] = forward * passes(search.generations, search.offspring, min(search.sequences, batches))
     return found
 
 
@@ -190,6 +195,7 @@ def _seconds(chooser: Chooser, shapes: Iterable[Shape], operations: dict[str, fl
         "running the batches": run,
         "Gram matrices": gram,
         "measuring costs": run,
+        "searching": run,
         "choosing the ridge": single,
         "repair": double,
     }

@@ -1,8 +1,8 @@
-"""Cost curves of a program's groups, from what was seen of the dense model."""
+"""Orders and cost curves of a program's groups, from what was seen of the dense model."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
@@ -16,8 +16,8 @@ from ._order import order_of
 from ._products import ObservedProducts
 
 
-def curves_of(consumers: Consumers, groups: Sequence[Group], score: GroupScore) -> dict[str, CostCurve]:
-    """The cost curve of each group.
+def orders_of(consumers: Consumers, groups: Sequence[Group], score: GroupScore) -> dict[str, Order]:
+    """The order of each group, with its losses.
 
     A score that predicts losses gives its own. Of another, the order is taken, and each column costs ``½ G_jj Q_jj``, what it costs by itself where nothing is
     repaired: the diagonal of what :class:`fasp_fx.obs.OBS` minds, which takes no product of matrices. Repair makes all columns cheaper; how groups compare
@@ -30,14 +30,19 @@ def curves_of(consumers: Consumers, groups: Sequence[Group], score: GroupScore) 
     found = {}
     for group in groups:
         order = order_of(consumers, group, score, consumers.products, True, deepest_loss(group), consumers.weight)
-        if order.losses is not None:
-            losses = order.losses
-        elif group.uses:
-            losses = _added_up(_set_costs(consumers.view(group, order.sets.shape[1], consumers.weight)), order)
-        else:
-            losses = _added_up(_product_costs(consumers.products, group), order)
-        found[group.name] = CostCurve(losses[: deepest_loss(group) + 1] if not group.uses else losses)
+        if order.losses is None:
+            view = consumers.view(group, order.sets.shape[1], consumers.weight)
+            order = Order(order.sets, _added_up(_set_costs(view) if group.uses else _product_costs(consumers.products, group), order))
+        if not group.uses:
+            assert order.losses is not None
+            order = Order(order.sets[:, : deepest_loss(group)], order.losses[: deepest_loss(group) + 1])
+        found[group.name] = order
     return found
+
+
+def curves_of(orders: Mapping[str, Order]) -> dict[str, CostCurve]:
+    """The cost curve of each group, from its order with losses."""
+    return {name: CostCurve(order.losses) for name, order in orders.items() if order.losses is not None}
 
 
 def _product_costs(products: ObservedProducts, group: Group) -> np.ndarray:
@@ -79,4 +84,4 @@ def _column_costs(columns: Columns) -> np.ndarray:
     return (0.5 * squares * (own * gradients.mean_square() if curvature is None else curvature.to(squares))).cpu().numpy()
 
 
-__all__ = ["curves_of"]
+__all__ = ["curves_of", "orders_of"]

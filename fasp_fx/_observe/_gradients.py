@@ -318,14 +318,15 @@ def _ran(program: Program, piece: Piece) -> list[Any]:
     """What the dense model returns for one piece, as leaves."""
     run = Runner(program, [piece.inputs], numbers=[piece.batch])
     run.advance(len(run.nodes) - 1)
-    return _returned(program, run)
+    return returned(program, run)
 
 
-def _returned(program: Program, run: Runner) -> list[Any]:
+def returned(program: Program, run: Runner) -> list[Any]:
+    """What a program returned that ran to its end, for one batch, as leaves."""
     return [next(run.read(node)) if isinstance(node, fx.Node) else node for node in results(program.module.graph)]
 
 
-def _padding(program: Program, leaves: list[Any], marks: Marks, index: int) -> Padding:
+def padding_of(program: Program, leaves: list[Any], marks: Marks, index: int) -> Padding:
     """What is padding in each of these outputs of a piece."""
     pairs = zip(results(program.module.graph), leaves, strict=True)
     found = {id(leaf): marks.of_output(index, node, leaf) for node, leaf in pairs if isinstance(node, fx.Node) and isinstance(leaf, Tensor)}
@@ -336,19 +337,19 @@ def _settle(program: Program, pieces: Sequence[Piece], loss: Outputs, marks: Mar
     """Run the first pieces forward until it is known how large the outputs are: of one image alone, a number may come out as almost nothing."""
     for index, piece in enumerate(pieces):
         leaves = _ran(program, piece)
-        enough = loss.settle(called(program, leaves, piece.inputs)[0], _padding(program, leaves, marks, index))
+        enough = loss.settle(called(program, leaves, piece.inputs)[0], padding_of(program, leaves, marks, index))
         if enough or (index + 1 >= at_least and loss.has_size):
             return
 
 
 def _terms(program: Program, run: Runner, piece: Piece, loss: Loss, marks: Marks, index: int) -> Tensor:
     """The terms of the loss on one batch; none where a loss of ours finds nothing to predict."""
-    leaves = _returned(program, run)
+    leaves = returned(program, run)
     outputs, inputs = called(program, leaves, piece.inputs)
     if isinstance(loss, Outputs):
         loss.begin(piece.first, piece.rows)
     try:
-        terms = evaluated(loss, outputs, inputs, _padding(program, leaves, marks, index))
+        terms = evaluated(loss, outputs, inputs, padding_of(program, leaves, marks, index))
     except CalibrationError:
         raise
     except Exception as error:  # a loss of the user's raises what it likes
@@ -394,4 +395,4 @@ def _check(consumers: Consumers, back: bool) -> None:
         raise CalibrationError("the gradients of the loss vanish at every weight that can be pruned; pass another loss=, or loss=None")
 
 
-__all__ = ["Piece", "in_pieces", "observe_batches", "whole_batches"]
+__all__ = ["Piece", "called", "in_pieces", "observe_batches", "padding_of", "returned", "whole_batches"]

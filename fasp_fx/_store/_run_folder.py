@@ -10,6 +10,8 @@ from typing import Any
 from ..errors import StoreError, first_line
 
 RUN = "run.json"
+#: the folder inside of one that keeps what a search before the run found
+SEARCH = "search"
 
 
 def claim(folder: Path, run: Mapping[str, Any]) -> None:
@@ -23,9 +25,8 @@ def claim(folder: Path, run: Mapping[str, Any]) -> None:
         StoreError: the folder holds another run or something else, or cannot be written.
     """
     file = folder / RUN
+    refuse_other(folder)
     try:
-        if folder.exists() and any(folder.iterdir()) and not file.is_file():
-            raise StoreError(f"'{folder}' holds something that is no checkpoint; choose another checkpoint=")
         folder.mkdir(parents=True, exist_ok=True)
         if not file.exists():
             partial = file.with_suffix(".partial")
@@ -37,6 +38,19 @@ def claim(folder: Path, run: Mapping[str, Any]) -> None:
     different = sorted(name for name in {*run, *found} if run.get(name) != found.get(name))
     if different:
         raise StoreError(f"'{folder}' is the checkpoint of another run: {', '.join(different)} differ; choose another checkpoint=, or remove the folder")
+
+
+def refuse_other(folder: Path) -> None:
+    """Refuse a folder that holds something else than the state of a run.
+
+    Raises:
+        StoreError: it does, or cannot be read.
+    """
+    try:
+        if folder.exists() and not (folder / RUN).is_file() and any(path.name != SEARCH for path in folder.iterdir()):
+            raise StoreError(f"'{folder}' holds something that is no checkpoint; choose another checkpoint=")
+    except OSError as error:
+        raise StoreError(f"'{folder}' cannot be written: {first_line(error)}; choose another checkpoint=") from error
 
 
 def read_object(file: Path) -> dict[str, Any]:
@@ -54,4 +68,4 @@ def read_object(file: Path) -> dict[str, Any]:
     return data
 
 
-__all__ = ["claim", "read_object"]
+__all__ = ["SEARCH", "claim", "read_object", "refuse_other"]

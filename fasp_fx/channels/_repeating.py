@@ -47,7 +47,9 @@ class Repeating:
         Raises:
             ValueError: a dimension is no multiple of what repeats along it.
         """
-        found = values.sum([dim for dim, size in enumerate(self.numbers.shape) if size == 1], keepdim=True)
+        found = values
+        for dim, size in enumerate(self.numbers.shape):
+            found = found.sum(dim, keepdim=True) if size == 1 else found
         for dim, (runs, varies) in enumerate(zip(self.in_runs, self.varies, strict=True)):
             if varies:
                 each, own = self._repeats(dim, values.shape[dim]), self.numbers.shape[dim]

@@ -19,6 +19,7 @@ from .._device import device_of
 from .._observe._calibration import calibration_calls, check_calibration
 from .._prune import prune
 from .._result import Result
+from ..allocation import TrialAllocation
 from ..analysis import Analysis
 from ..config import PruningConfig, PruningOptions
 from ..errors import ArgumentError, VerificationError, first_line
@@ -93,6 +94,9 @@ def prune_plain(
         raise ArgumentError(f"budget={asked.budget!r} cannot be kept by a plain checkpoint, whose steps are coarse; give sparsity=, or prune it without plain")
     if isinstance(asked.sparsity, Mapping):
         raise ArgumentError("a plain checkpoint has one sparsity: its config does not say which layers lose more; prune it without plain")
+    if isinstance(asked.allocator, TrialAllocation):
+        said = "a search needs a model that is captured whole and groups that go one by one, which the fields of a config do not"
+        raise ArgumentError(f"allocation={asked.allocation!r}: {said}; use 'global', or prune it without plain")
     if not isinstance(model, PreTrainedModel):
         raise ArgumentError(f"a plain checkpoint is made of a transformers model, not of a {type(model).__name__}; prune it without plain")
     experiments = Experiments(model)

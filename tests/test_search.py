@@ -1,0 +1,513 @@
+"""The search for what each group loses: its moves, its choice, the loss that it runs the pruned model for, and the whole."""
+
+from __future__ import annotations
+
+import copy
+import json
+import math
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import cache
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import assume, given
+from hypothesis import strategies as st
+from test_costs import Linear
+from test_submodules import Forks, X
+from torch import Tensor, nn
+from torch.distributions import Categorical, kl_divergence
+from torch.nn import functional as F
+
+import fasp_fx
+import fasp_fx.hf
+from fasp_fx._chooser import Chooser
+from fasp_fx._observe._consumers import Consumers
+from fasp_fx._observe._fitness import Divergence
+from fasp_fx._observe._ranks import Ranks
+from fasp_fx._observe._trial import ModelTrial
+from fasp_fx._observe._visit import Decision
+from fasp_fx._prune import MEASURING, Timings, choose
+from fasp_fx._search import Exchanges, evolve, passes
+from fasp_fx.allocation import Budget, Ceiling, Global, Search, Target, Trial, _counts, deepest_loss, uniform
+from fasp_fx.budgets import Macs, Parameters
+from fasp_fx.errors import ArgumentError, StoreError
+from fasp_fx.obs import DAMPING
+
+pytestmark = pytest.mark.usefixtures("shared_captures")
+
+TOKENS, WIDTH = 20, 8
+
+
+# Moves and choice, without a model.
+
+
+@st.composite
+def problems(draw: st.DrawFn, is_target: bool | None = None) -> tuple[Budget, int, list[int]]:
+    """A budget, ``round_to``, and an allocation that meets it."""
+    count = draw(st.integers(2, 5))
+    widths = draw(st.lists(st.integers(2, 12), min_size=count, max_size=count))
+    shares = draw(st.lists(st.integers(1, 4), min_size=count, max_size=count))
+    round_to = draw(st.integers(1, 3))
+    counted = Linear(widths, shares)
+    reach = counted.reach(round_to)
+    assume(reach > 0.1)
+    sparsity = draw(st.floats(0.05, reach - 0.01))
+    if draw(st.booleans()) if is_target is None else is_target:
+        budget = Budget(counted.groups, [Target(counted, sparsity)])
+    else:
+        other = Linear(widths, shares[::-1])
+        assume(other.reach(round_to) > sparsity)
+        budget = Budget(counted.groups, [Ceiling(Parameters(1 - sparsity), counted), Ceiling(Macs(1 - sparsity), other)])
+    losses = [sorted(draw(st.lists(st.floats(0.01, 10), min_size=width, max_size=width))) for width in widths]
+    curves = {str(index): fasp_fx.CostCurve(np.array([0.0, *np.cumsum(own)])) for index, own in enumerate(losses)}
+    return budget, round_to, Global()(budget, round_to, fasp_fx.Costs(curves, ""))
+
+
+def exchanges(budget: Budget, round_to: int, start: list[int]) -> Exchanges:
+    return Exchanges(budget, [_counts(group, round_to) for group in budget.groups], start)
+
+
+@given(problems(), st.integers(0, 1000), st.floats(0.001, 1))
+def test_moves_keep_the_budget_the_bounds_and_the_multiples(problem: tuple[Budget, int, list[int]], seed: int, reach: float) -> None:
+    budget, round_to, start = problem
+    moves, draw = exchanges(budget, round_to, start), np.random.default_rng(seed)
+    finest = min(abs(budget.over([0] * len(start)) - budget.over([round_to * (at == i) for at in range(len(start))])) for i in range(len(start)))
+    lost = start
+    for _ in range(20):
+        found = moves.drawn(lost, reach, draw)
+        if found is None:
+            break
+        assert found != lost
+        assert any(after < before for after, before in zip(found, lost, strict=True))
+        for group, before, after in zip(budget.groups, lost, found, strict=True):
+            assert 0 <= after <= deepest_loss(group)
+            assert after == before or not after or (group.width - after) % round_to == 0
+        over = budget.over(found)
+        assert over <= 0 if budget.is_ceiling else abs(over) <= max(abs(budget.over(start)), finest * 4) + 1e-9
+        assert moves.meets(found)
+        lost = found
+
+
+def test_a_sparsity_is_met_as_nearly_as_before() -> None:
+    counted = Linear([20, 20, 20], [3, 2, 1])
+    budget = Budget(counted.groups, [Target(counted, 0.4)])
+    moves, draw, lost = exchanges(budget, 1, [8, 8, 8]), np.random.default_rng(0), [8, 8, 8]
+    seen = set()
+    for _ in range(300):
+        found = moves.drawn(lost, 0.25, draw)
+        assert found is not None
+        lost = found
+        assert abs(budget.over(lost)) <= 0.5 / counted.whole + 1e-9, "half of the smallest step"
+        seen.add(tuple(lost))
+    assert len(seen) > 50
+
+
+def test_nothing_is_exchanged_where_nothing_can_be() -> None:
+    counted = Linear([5, 2], [1, 1])
+    budget = Budget(counted.groups[:1], [Target(Linear([5], [1]), 0.4)])
+    assert exchanges(budget, 1, [2]).drawn([2], 1.0, np.random.default_rng(0)) is None
+    trial = Made(lambda lost, sequence: 1.0)
+    found = evolve(exchanges(budget, 1, [2]), [2], trial, 3, 4, 0)
+    assert (found.lost, found.tried, found.generation) == ([2], 0, 3)
+
+
+class Made(Trial):
+    """A trial of a made-up loss, which keeps what it is shown."""
+
+    def __init__(self, loss: Callable[[Sequence[int], int], float], count: int = 5, state: Mapping[str, Any] | None = None) -> None:
+        self.loss, self.count, self.states = loss, count, [] if state is None else [dict(state)]
+        self.known, self.asked = state, 0
+
+    def losses(self, lost: Sequence[int], sequences: Sequence[int]) -> list[float]:
+        self.asked += len(sequences)
+        return [self.loss(lost, sequence) for sequence in sequences]
+
+    def recall(self, run: Mapping[str, Any]) -> Mapping[str, Any] | None:
+        json.dumps(dict(run))
+        return self.known
+
+    def record(self, state: Mapping[str, Any]) -> None:
+        self.states.append(json.loads(json.dumps(dict(state))))
+
+
+def _noise(lost: Sequence[int], sequence: int) -> float:
+    value = float(np.random.default_rng((*lost, sequence)).random())
+    return math.inf if value > 0.95 else value
+
+
+@given(problems(), st.integers(1, 9), st.integers(1, 6))
+def test_it_never_ends_worse_than_it_began_and_goes_on_from_any_state(problem: tuple[Budget, int, list[int]], count: int, offspring: int) -> None:
+    budget, round_to, start = problem
+    moves, trial = exchanges(budget, round_to, start), Made(_noise, count)
+    found = evolve(moves, start, trial, 4, offspring, 3)
+
+    def whole(lost: Sequence[int]) -> float:
+        return math.fsum(_noise(lost, sequence) for sequence in range(count)) / count
+
+    assert found.first == whole(start)
+    assert found.loss == whole(found.lost) <= found.first
+    losses = [state["loss"] for state in trial.states]
+    assert losses == sorted(losses, reverse=True)
+    assert [state["generation"] for state in trial.states] == list(range(5))
+    for state in trial.states:
+        assert evolve(moves, start, Made(_noise, count, state), 4, offspring, 3) == found
+
+
+def test_few_are_tried_on_all_sequences() -> None:
+    counted = Linear([40] * 4, [1] * 4)
+    budget, start = Budget(counted.groups, [Target(counted, 0.5)]), [20] * 4
+    trial = Made(_noise, 8)
+    found = evolve(exchanges(budget, 1, start), start, trial, 1, 12, 0)
+    assert found.tried == 12
+    assert trial.asked + 8 == passes(1, 12, 8), "and the dense model"
+    assert trial.asked == 8 + 12 + 4 + 2 * 2 + 4 * 1, "the start on 8; 12 on one, 4 on two, 2 on four, 1 on eight"
+
+
+def test_it_comes_near_the_best_of_separable_losses() -> None:
+    counted = Linear([8] * 4, [1] * 4)
+    budget = Budget(counted.groups, [Target(counted, 0.5)])
+    weights = (1.0, 2.0, 4.0, 16.0)
+
+    def loss(lost: Sequence[int], sequence: int) -> float:
+        return sum(weight * count**2 for weight, count in zip(weights, lost, strict=True))
+
+    start = uniform(budget, 1)
+    best = min(loss(lost, 0) for lost in product(*(range(8),) * 4) if sum(lost) == sum(start))
+    found = evolve(exchanges(budget, 1, start), start, Made(loss), 12, 12, 0)
+    assert found.loss <= best + 0.02 * (loss(start, 0) - best)
+
+
+# What a candidate is judged by.
+
+
+class Talker(nn.Module):
+    """A tiny language model: two gated layers in a residual stream, of which one is narrow."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.embedding = nn.Embedding(TOKENS, WIDTH)
+        self.layers = nn.ModuleList(
+            nn.ModuleDict({"up": nn.Linear(WIDTH, width), "gate": nn.Linear(WIDTH, width), "down": nn.Linear(width, WIDTH)}) for width in (12, 6, 12)
+        )
+        self.head = nn.Linear(WIDTH, TOKENS)
+        with torch.no_grad():
+            self.layers[1]["down"].weight.mul_(0.2)  # type: ignore[index]
+            self.head.weight.mul_(3)
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        x = self.embedding(input_ids)
+        for layer in self.layers:
+            x = x + layer["down"](F.silu(layer["gate"](x)) * layer["up"](x))  # type: ignore[index]
+        found: Tensor = self.head(x)
+        return found
+
+
+def batches(count: int = 4) -> list[dict[str, Tensor]]:
+    generator = torch.Generator().manual_seed(1)
+    found = [{"input_ids": torch.randint(TOKENS, (2, 9), generator=generator), "attention_mask": torch.ones(2, 9, dtype=torch.long)} for _ in range(count)]
+    found[0]["attention_mask"][1, 6:] = 0
+    return found
+
+
+@cache
+def talker() -> Talker:
+    return Talker().eval()
+
+
+@cache
+def captured() -> fasp_fx.Captured:
+    return fasp_fx.capture(talker(), (), batches()[0])
+
+
+@pytest.fixture(autouse=True)
+def _no_gradients() -> Iterator[None]:
+    yield
+    assert not any(parameter.grad is not None for parameter in talker().parameters())
+
+
+def trial_of(loss: Any, restore: Any, **options: Any) -> tuple[ModelTrial, list[fasp_fx.Group]]:
+    """A trial over all calibration data, and the groups."""
+    config = fasp_fx.PruningConfig(allocation=Search(sequences=100), loss=loss, restore=restore, score="obs", padding_mask="attention_mask", **options)
+    program = captured().program
+    analysis = fasp_fx.analyze(captured())
+    chooser, consumers = Chooser(config), Consumers(analysis)
+    chooser.measure(consumers, [program.flat_inputs((), batch) for batch in batches()], "", lambda fraction: None, part=1)
+    assert chooser._trial is not None
+    return chooser._trial, analysis.chosen
+
+
+def pruned_by_hand(trial: ModelTrial, groups: list[fasp_fx.Group], lost: Sequence[int], restore: Any) -> Talker:
+    """The module with the columns zero that go, and the others solved for by least squares."""
+    found = copy.deepcopy(talker())
+    for group, count in zip(groups, lost, strict=True):
+        for member in group.consumers if count else ():
+            sets = trial._orders[group.name][0, :count]
+            gone = torch.tensor([index for index, own in zip(member.indices, member.sets, strict=True) if own in sets])
+            weight = found.get_parameter(member.name)
+            with torch.no_grad():
+                weight.copy_(_without(member.name, weight.double(), gone, restore is not None))
+    return found
+
+
+def _without(name: str, weight: Tensor, gone: Tensor, repairs: bool) -> Tensor:
+    """A weight without columns, solved for by least squares over its inputs and as many more rows as it takes for a ridge."""
+    kept = torch.tensor([column for column in range(weight.shape[1]) if column not in gone])
+    made = torch.zeros_like(weight)
+    made[:, kept] = weight[:, kept]
+    if not repairs:
+        return made
+    seen: list[Tensor] = []
+    hook = talker().get_submodule(name.removesuffix(".weight")).register_forward_hook(lambda module, args, output: seen.append(args[0]))
+    for batch in batches():
+        talker()(**batch)
+    hook.remove()
+    tokens = torch.cat([own[batch["attention_mask"] != 0] for own, batch in zip(seen, batches(), strict=True)]).double()
+    ridge = math.sqrt(DAMPING * float(tokens.square().sum(0).mean()))
+    system = torch.cat([tokens[:, kept], ridge * torch.eye(len(kept), dtype=torch.float64)])
+    wanted = torch.cat([tokens[:, gone] @ weight[:, gone].T, torch.zeros(len(kept), len(weight), dtype=torch.float64)])
+    made[:, kept] += torch.linalg.lstsq(system, wanted).solution.T
+    return made
+
+
+def sequences() -> list[dict[str, Tensor]]:
+    return [{name: value[row : row + 1] for name, value in batch.items()} for batch in batches() for row in range(2)]
+
+
+def divergence(dense: Tensor, pruned: Tensor, likeliest: int) -> Tensor:
+    """KL of one sequence ``[tokens, vocabulary]``, where all but the dense model's likeliest are put together."""
+    if likeliest >= TOKENS:
+        return kl_divergence(Categorical(logits=dense), Categorical(logits=pruned)).mean()
+    top = dense.topk(likeliest).indices
+
+    def coarse(logits: Tensor) -> Tensor:
+        own = logits.softmax(1).gather(1, top)
+        return torch.cat([own, 1 - own.sum(1, keepdim=True)], 1)
+
+    return kl_divergence(Categorical(probs=coarse(dense)), Categorical(probs=coarse(pruned))).mean()
+
+
+#: of the residual stream, and of the three layers
+LOST = [(0, 0, 0, 0), (0, 5, 0, 0), (0, 3, 4, 7), (2, 3, 4, 7), (7, 11, 5, 11), (2, 3, 4, 6)]
+
+
+@pytest.mark.parametrize("restore", [None, "least-squares"])
+@pytest.mark.parametrize("likeliest", [64, 3])
+def test_divergence_is_that_of_the_module_pruned_by_hand(restore: Any, likeliest: int) -> None:
+    trial, groups = trial_of("next-token", restore)
+    assert isinstance(trial.fitness, Divergence)
+    trial.fitness.likeliest = likeliest
+    for lost in LOST:
+        other = pruned_by_hand(trial, groups, lost, restore)
+        expected = []
+        for batch in sequences():
+            counts = batch["attention_mask"] != 0
+            with torch.no_grad():
+                expected.append(float(divergence(talker()(**batch)[counts].double(), other(**batch)[counts].double(), likeliest)))
+        found = trial.losses(lost, range(8))
+        assert found == pytest.approx(expected, rel=1e-3, abs=1e-6)
+        assert (max(found) < 1e-6) == (not any(lost))
+        assert trial.losses(lost, [5, 2]) == [found[5], found[2]]
+
+
+@pytest.mark.parametrize("loss", ["outputs", None])
+def test_error_is_that_of_the_module_pruned_by_hand(loss: Any) -> None:
+    trial, groups = trial_of(loss, "least-squares")
+    counted = [batch["attention_mask"] != 0 for batch in sequences()]
+    with torch.no_grad():
+        dense = [talker()(**batch)[counts] for batch, counts in zip(sequences(), counted, strict=True)]
+        square = torch.cat(dense).square().mean()
+        other = pruned_by_hand(trial, groups, LOST[2], "least-squares")
+        pruned = [other(**batch)[counts] for batch, counts in zip(sequences(), counted, strict=True)]
+    expected = [float(F.mse_loss(one, two) / square / 2) for one, two in zip(pruned, dense, strict=True)]
+    assert trial.losses(LOST[2], range(8)) == pytest.approx(expected, rel=1e-3)
+
+
+def test_a_loss_of_ones_own_sees_whole_batches() -> None:
+    def loss(outputs: Tensor, inputs: Mapping[str, Tensor]) -> Tensor:
+        assert len(outputs) == 2
+        return (outputs - inputs["input_ids"][..., None]).square().mean(2)
+
+    trial, groups = trial_of(loss, None)
+    assert trial.count == 4
+    other = pruned_by_hand(trial, groups, LOST[1], None)
+    with torch.no_grad():
+        expected = [float(loss(other(**batch), batch).mean()) for batch in batches()]
+    assert trial.losses(LOST[1], range(4)) == pytest.approx(expected, rel=1e-5)
+
+
+def test_what_is_not_finite_is_infinitely_bad_and_repairs_are_kept_within_bounds(monkeypatch: pytest.MonkeyPatch) -> None:
+    trial, _ = trial_of("next-token", None)
+    sizes = sum(parameter.numel() for name, parameter in talker().named_parameters() if parameter.dim() > 1 and not name.startswith("embedding"))
+    for first, last in product(range(1, 8), range(1, 8)):
+        trial.losses([0, first, 1, last], [0])
+        assert sum(weight.numel() for weight in trial._made.values()) <= 2 * sizes
+    monkeypatch.setattr(trial.fitness, "loss", lambda *given: math.nan)
+    assert trial.losses([1, 1, 1, 1], [0, 1]) == [math.inf, math.inf]
+
+
+# The whole.
+
+SEARCH = Search(generations=4, offspring=6, sequences=4)
+HOW: dict[str, Any] = {"sparsity": 0.3, "loss": "next-token", "padding_mask": "attention_mask", "allocation": SEARCH}
+
+
+def chosen(checkpoint: Path | None = None, progress: Any = None, costs: Any = None, count: int = 4, calibration: Any = None, **options: Any) -> Decision:
+    """What goes, without taking it out, which takes longest."""
+    config = fasp_fx.PruningConfig(**{**HOW, **options})
+    data = batches(count) if calibration is None else calibration
+    how: dict[str, Any] = {"progress": progress, "costs": costs, "ranks": Ranks(), "checkpoint": checkpoint, "clock": Timings()}
+    return choose(captured().program, config, data, **how)[1]
+
+
+def removed(decision: Decision) -> dict[str, int]:
+    analysis = fasp_fx.analyze(captured())
+    return {group.name: int(np.unique(analysis.labels[decision.gone & np.isin(analysis.labels, group.sets)]).size) for group in analysis.chosen}
+
+
+def is_same(found: Decision, expected: Decision) -> bool:
+    same = all(torch.equal(weight, expected.weights[name]) for name, weight in found.weights.items())
+    return same and found.weights.keys() == expected.weights.keys() and bool((found.gone == expected.gone).all()) and found.notes == expected.notes
+
+
+def noted(notes: Sequence[str]) -> tuple[float, float, int]:
+    (said,) = [note for note in notes if note.startswith("search: ")]
+    found = re.search(r"sequences? went from (\S+) to (\S+); (\d+) candidates", said)
+    assert found is not None
+    return float(found[1]), float(found[2]), int(found[3])
+
+
+def test_a_model_is_searched_and_the_same_is_found_again() -> None:
+    torch.manual_seed(5)
+    np.random.seed(5)
+    fractions: list[float] = []
+    result = fasp_fx.prune(captured(), calibration=batches(), progress=fractions.append, **HOW)
+    drawn = torch.rand(1).item(), np.random.rand()
+    torch.manual_seed(5)
+    np.random.seed(5)
+    assert drawn == (torch.rand(1).item(), np.random.rand()), "the caller's random numbers go on"
+    searched = [fraction for fraction in fractions if fraction > MEASURING]
+    assert searched == sorted(searched)
+    assert searched[-1] == 1
+    assert abs(result.report.sparsity - 0.3) <= 0.02
+    first, last, tried = noted(result.report.notes)
+    assert last < first
+    assert 0 < tried <= 24
+    assert "searching" in result.report.seconds
+    decision = chosen()
+    assert is_same(chosen(), decision)
+    assert noted(decision.notes) == noted(result.report.notes)
+    went = removed(decision)
+    assert {group.name: group.removed_sets for group in result.plan.groups} == {name: count for name, count in went.items() if count}
+    assert went != removed(chosen(allocation="global"))
+    other = chosen(allocation=Search(generations=4, offspring=6, sequences=4, seed=1))
+    assert other.notes != decision.notes
+
+
+def test_it_has_a_name_and_keeps_to_other_options() -> None:
+    assert noted(chosen(count=2, sparsity=0.2, allocation="search", quality="fast").notes)[2] > 12
+    assert fasp_fx.PruningConfig.from_json(fasp_fx.PruningConfig(allocation="search").to_json()).allocation == "search"
+    capped = removed(chosen(sparsity=None, budget=(Parameters(0.8), Macs(0.8)), exclude=("layers.1.*",)))
+    assert not capped["layers.1.down.weight"]
+    analysis = fasp_fx.analyze(captured())
+    for cap in (Parameters(0.8), Macs(0.8)):
+        counted = cap.resource(analysis)
+        assert counted.used([capped[group.name] for group in analysis.chosen]) <= 0.8 * counted.whole
+    alike = removed(chosen(uniform_layers=True, round_to=2))
+    assert alike["layers.0.down.weight"] == alike["layers.2.down.weight"]
+    assert all(count % 2 == 0 for count in alike.values())
+
+
+def test_curves_that_were_measured_before_serve_as_a_start() -> None:
+    measured = fasp_fx.measure(captured(), calibration=batches()[:1], allocation="search", loss="next-token", padding_mask="attention_mask")
+    flat = fasp_fx.Costs({name: fasp_fx.CostCurve(0 * curve.losses) for name, curve in measured.items()}, measured.fingerprint)
+    one = Search(generations=1, offspring=1)
+    assert noted(chosen(costs=flat, allocation=one).notes)[0] > noted(chosen(costs=measured, allocation=one).notes)[0]
+    with pytest.raises(fasp_fx.SparsityError, match="out of reach"):
+        chosen(costs=measured, calibration=iter(()), sparsity=0.99)
+
+
+def test_convolutions_and_random_numbers_are_searched() -> None:
+    class Noisy(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x + 0.1 * torch.randn_like(x)
+
+    torch.manual_seed(0)
+    body = (nn.Conv2d(3, 8, 3), nn.ReLU(), Noisy(), nn.Conv2d(8, 12, 3, groups=2), nn.ReLU(), nn.Conv2d(12, 6, 1), nn.ReLU())
+    images = [torch.randn(4, 3, 8, 8) for _ in range(4)]
+    model = nn.Sequential(*body, nn.Flatten(), nn.Linear(96, 4)).eval()
+    result = fasp_fx.prune(model, (images[0],), calibration=images, sparsity=0.3, allocation=SEARCH)
+    assert abs(result.report.sparsity - 0.3) < 0.05
+    first, last, _ = noted(result.report.notes)
+    assert last <= first
+
+
+class KilledError(Exception):
+    """Stands for the end of the process."""
+
+
+def test_an_interrupted_search_goes_on_to_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    expected = chosen()
+    for number, at in enumerate((0.4, 0.6, 0.8)):
+        folder = tmp_path / str(number)
+
+        def killed(fraction: float, at: float = at) -> None:
+            if fraction > at:
+                raise KilledError
+
+        with pytest.raises(KilledError):
+            chosen(folder, killed)
+        state = json.loads((folder / "search" / "state.json").read_text())
+        assert state["generation"] == (1, 3, 4)[number]
+        assert not list(folder.rglob("*.partial"))
+        assert is_same(chosen(folder), expected)
+    monkeypatch.setattr(ModelTrial, "losses", None)  # nothing is tried again
+    assert is_same(chosen(folder), expected)
+
+
+# Bad input.
+
+
+def test_a_state_that_is_damaged_or_of_another_search_is_refused(tmp_path: Path) -> None:
+    one = Search(generations=1, offspring=1, sequences=1)
+    chosen(tmp_path, allocation=one)
+    file = tmp_path / "search" / "state.json"
+    held = json.loads(file.read_text())
+    damaged: list[tuple[Any, str]] = [([], "does not hold an object"), ({"generation": 1}, "no state of a search")]
+    damaged += [({**held, "lost": held["lost"][1:]}, "no state of a search"), ({**held, "tried": -1}, "no state"), ({**held, "loss": math.nan}, "a loss")]
+    for state, message in damaged:
+        file.write_text(json.dumps(state))
+        with pytest.raises(StoreError, match=message):
+            chosen(tmp_path, allocation=one)
+    file.write_text("{")
+    with pytest.raises(StoreError, match="cannot be read"):
+        chosen(tmp_path, allocation=one)
+    with pytest.raises(StoreError, match="checkpoint of another run: seed differ"):
+        chosen(tmp_path, allocation=Search(generations=1, offspring=1, sequences=1, seed=1))
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "file").touch()
+    with pytest.raises(StoreError, match="no checkpoint"):
+        chosen(tmp_path / "other", allocation=one)
+
+
+@pytest.mark.parametrize("option", ["generations", "offspring", "sequences", "seed"])
+@pytest.mark.parametrize("value", [-1, 1.5, True, "8", None])
+def test_a_search_that_cannot_be_is_refused(option: str, value: Any) -> None:
+    with pytest.raises(ArgumentError, match=rf"{option}=.* is not an integer from [01] on"):
+        Search(**{option: value})
+
+
+def test_models_that_cannot_be_searched_are_refused(zoo_captured: Any) -> None:
+    with pytest.raises(ArgumentError, match=r"allocation='search' needs a model that is captured as a whole"):
+        fasp_fx.prune(Forks().eval(), (X,), calibration=[X], allocation="search")
+    with pytest.raises(ArgumentError, match=r"allocation='search': a search needs a model"):
+        fasp_fx.hf.prune(talker(), plain=True, calibration=iter(()), allocation="search")  # before the model is looked at
+    with pytest.raises(ArgumentError, match="no cost curve"):
+        fasp_fx.prune(zoo_captured("llama_gqa"), calibration=iter(()), allocation="search", include=("exempt",))
+    with pytest.raises(ArgumentError, match="a sparsity for each pattern is an allocation by itself"):
+        fasp_fx.PruningConfig(allocation="search", sparsity={"*": 0.3})
