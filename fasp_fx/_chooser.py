@@ -152,7 +152,7 @@ class Chooser:
         return costs
 
     def _observe(
-        self, consumers: Consumers, batches: list[list[Any]], wanted: Mapping[str, MakeStatistic], advance: Callable[[float], None], part: int, whole: bool
+        self, consumers: Consumers, batches: list[list[Any]], wanted: Mapping[str, MakeStatistic], advance: Callable[[float], None], part: int, has_gram: bool
     ) -> tuple[list[Piece], Marks]:
         """Run one in ``part`` of the sequences; as they came where pieces of them do not serve, and only forward where nothing else does.
 
@@ -176,7 +176,7 @@ class Chooser:
             try:
                 marks = Marks(program, [piece.inputs for piece in given], config.padding_mask, hold_out=False)
                 found = None if loss is None else resolve_loss(loss)
-                observe_batches(consumers, given, wanted, found, marks, advance, -(-len(given) // part), self.ranks, whole)
+                observe_batches(consumers, given, wanted, found, marks, advance, -(-len(given) // part), self.ranks, has_gram)
                 break
             except CalibrationError as error:
                 if number + 1 == len(attempts):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -148,11 +149,16 @@ class ObservedProducts:
         kept = torch.from_numpy(~np.append(gone, False))  # the last entry serves NONE (-1)
         for product in products:
             for lying in self._lying(product)[0]:
-                runner.multiply(product.operands[0], lambda value, lying=lying: kept[lying.at(value.shape)])
+                runner.multiply(product.operands[0], partial(_staying, kept, lying))
 
     def _lying(self, product: Product) -> list[list[Repeating]]:
         """How the channels that the product sums over lie along each operand."""
         return [lying_along(self.analysis, product, operand) for operand in range(len(product.operands))]
+
+
+def _staying(kept: Tensor, lying: Repeating, value: Tensor) -> Tensor:
+    """Which entries of an operand stay."""
+    return kept[lying.at(value.shape)]
 
 
 def lying_along(analysis: Analysis, product: Product, operand: int) -> list[Repeating]:
