@@ -6,9 +6,12 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from oracle import TOLERANCE, error, zeroed
 from randomly import Between, hold, inputs, sets_of
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+import fasp_fx
 
 pytestmark = pytest.mark.usefixtures("shared_captures")
 
@@ -37,6 +40,8 @@ FREE: dict[str, Callable[[Tensor], Tensor]] = {
     "repeated by the length": lambda h: h.repeat(1, 1, h.shape[1]).view(*h.shape[:2], h.shape[1], 12).sum(2),
     "halves in time": lambda h: torch.cat([h[:, : h.shape[1] // 2], h[:, h.shape[1] // 2 :] * 2], 1),
     "twice in time": lambda h: torch.stack([h, h * 2], 2).flatten(1, 2)[:, : h.shape[1]],
+    "pairs in time behind channels": lambda h: F.pad(h, (0, 0, 0, h.shape[1])).transpose(1, 2).view(-1, 12, h.shape[1], 2).flip(3).flatten(2).transpose(1, 2),
+    "pairs in time, divided": lambda h: F.pad(h, (0, 0, 0, h.shape[1])).transpose(1, 2).unflatten(2, (-1, 2)).sum(3).transpose(1, 2),
     "repeated to a given length": lambda h: h.repeat_interleave(2, -1, output_size=24).unflatten(-1, (12, 2)).sum(-1),
 }
 
@@ -57,6 +62,40 @@ def test_exact_at_other_sizes_than_the_example(name: str) -> None:
 def test_reshapes_that_hold_at_every_size_leave_channels_free(name: str) -> None:
     analysis = hold(Between(FREE[name]), inputs())
     assert sets_of(analysis, "first.weight") == [("prunable", 12, 1)]
+
+
+class Patches(nn.Module):
+    """Channels in front of time, two steps of which become one."""
+
+    def __init__(self, merge: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.up, self.down, self.merge = nn.Conv1d(4, 24, 1).double(), nn.Conv1d(48, 3, 1).double(), merge
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down(self.merge(torch.relu(self.up(x))))
+
+
+@pytest.mark.parametrize(
+    "merge",
+    [
+        lambda h: h.view(h.shape[0], 24, h.shape[2] // 2, 2).permute(0, 1, 3, 2).flatten(1, 2),
+        lambda h: h.unflatten(2, (-1, 2)).permute(0, 1, 3, 2).flatten(1, 2),
+        lambda h: h.view(h.shape[0], 24, h.shape[2] // 2, 2).permute(0, 3, 1, 2).reshape(h.shape[0], 48, -1),
+        lambda h: F.pixel_unshuffle(torch.stack([h, -h], 2), 2)[:, ::2].flatten(2),
+    ],
+    ids=["view", "unflatten", "parts first", "pixel_unshuffle"],
+)
+def test_steps_that_are_merged_leave_the_channels_before_them_free(merge: Callable[[Tensor], Tensor]) -> None:
+    """How often two steps fit into the length is no business of the channels'."""
+    model, x = Patches(merge).eval(), torch.randn(2, 4, 8).double()
+    result = fasp_fx.prune(model, (x,), sparsity=0.3, score="random", restore=None)
+    assert result.plan.groups
+    assert not [note for note in result.report.notes if "whole" in note]
+    for size in (4, 8, 14, 40):
+        other = torch.randn(3, 4, size).double()
+        with torch.no_grad():
+            assert error(result.module(other), zeroed(model, result.plan)(other)) <= TOLERANCE
 
 
 def test_blocks_that_a_size_deals_out_lose_the_same_channels() -> None:

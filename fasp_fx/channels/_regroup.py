@@ -86,8 +86,11 @@ def segments(before: Sequence[Size], after: Sequence[Size]) -> list[Segment]:
 
 
 def _dealt(xs: list[Piece], ys: list[Piece], left: list[Piece], right: list[Piece]) -> Segment:
-    """The fewest factors from here outwards whose products agree; takes them from ``left`` and ``right``."""
-    while (left or right) and _product(xs) != _product(ys):
+    """The fewest factors from here outwards whose products agree; takes them from ``left`` and ``right``.
+
+    They agree at every size where what is left outside does, since the shapes have equally many elements: ``[24, T]`` read as ``[24, T // 2, 2]``.
+    """
+    while (left or right) and _product(xs) != _product(ys) and _product(left) != _product(right):
         shorter = _product(xs).value <= _product(ys).value
         if left and (shorter or not right):
             xs.insert(0, left.pop())

@@ -125,6 +125,8 @@ class Sizes:
         self._assign(recorded)
         times: Counter[sympy.Expr] = Counter()
         for factor in recorded.node.expr.as_coeff_mul()[1]:
+            if factor in self._settled:
+                continue
             base, power = factor.as_base_exp()
             times[base if power.is_Integer and power > 0 else factor] += int(power) if power.is_Integer and power > 0 else 1
         symbols = math.prod(int(factor.xreplace(self.assigned)) ** power for factor, power in times.items())
