@@ -15,7 +15,7 @@ from torch.fx.graph import CodeGen
 from .._compat import pytree
 from .._compat._transformers import CACHE
 from .._program import copy_graph
-from ..errors import CaptureError
+from ..errors import ArgumentError, CaptureError
 
 _numbers = itertools.count()
 
@@ -96,7 +96,7 @@ class FlatProgram:
         return found
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_function": None}  # made anew: code cannot be pickled
+        raise ArgumentError("a pruned model that generates cannot be pickled, since its programs hold symbols; write it with save_pretrained()")
 
     def __deepcopy__(self, memo: Any) -> FlatProgram:
         copied = self.rewritten(copy_graph(self.graph))

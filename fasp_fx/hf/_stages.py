@@ -18,6 +18,7 @@ from .._compat._transformers import CACHE
 from ..errors import ArgumentError, CalibrationError, CaptureError, first_line
 from . import _caches
 from ._caches import fresh, holds_states
+from ._model import PrunedModel
 
 #: example sizes: sequences, source tokens, tokens that are already cached, new tokens; all different, and none of them 1, which would be taken for a constant
 BATCH, SOURCE, PAST, NEW = 2, 4, 5, 3
@@ -186,6 +187,8 @@ def stages_of(model: Any) -> CausalStages | Seq2SeqStages:
 
     if not isinstance(model, PreTrainedModel) or not model.can_generate():
         raise ArgumentError(f"model is a {type(model).__name__}; fasp_fx.hf prunes models of transformers that generate, fasp_fx.prune any other")
+    if isinstance(model, PrunedModel):
+        raise ArgumentError(f"{type(model).__name__} was pruned already, and its programs have fixed widths; prune the dense model again, by more")
     if model.main_input_name != "input_ids":
         raise ArgumentError(
             f"{type(model).__name__} takes '{model.main_input_name}'; fasp_fx.hf prunes models that take token numbers, fasp_fx.prune any other"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import pickle
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -320,6 +321,7 @@ def _whisper() -> Any:
 BAD_PRUNING: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     "not a model that generates": (lambda: hf.prune(torch.nn.Linear(2, 2)), fasp_fx.ArgumentError, "Linear"),
     "not one that reads tokens": (lambda: hf.prune(_whisper()), fasp_fx.ArgumentError, "input_features"),
+    "one that was pruned before": (lambda: hf.prune(pruned("gpt2").model), fasp_fx.ArgumentError, "pruned already"),
     "unknown option": (lambda: hf.prune(dense("llama_gqa"), state=("x",)), fasp_fx.ArgumentError, "option"),
     "batches in the tokenizer's place": (lambda: hf.prune(dense("llama_gqa"), [_ids()]), fasp_fx.ArgumentError, "tokenizer is a list.*calibration="),
     "calibration that is none": (lambda: hf.prune(dense("llama_gqa"), calibration=5), fasp_fx.CalibrationError, "a single int|is a int"),
@@ -330,11 +332,16 @@ BAD_PRUNING: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
 }
 
 
-@pytest.mark.parametrize("case", [*list(BAD_PRUNING)[:4], "sparsity", *[pytest.param(name, marks=pytest.mark.slow) for name in list(BAD_PRUNING)[4:8]]])
+@pytest.mark.parametrize("case", [*list(BAD_PRUNING)[:5], "sparsity", *[pytest.param(name, marks=pytest.mark.slow) for name in list(BAD_PRUNING)[5:9]]])
 def test_bad_pruning_is_refused(case: str) -> None:
     call, kind, says = BAD_PRUNING[case]
     with pytest.raises(kind, match=says):
         call()
+
+
+def test_pickling_says_what_to_do_instead(model: Any) -> None:
+    with pytest.raises(fasp_fx.ArgumentError, match="save_pretrained"):
+        pickle.dumps(model)
 
 
 def test_a_configuration_alone_is_no_model(model: Any) -> None:
