@@ -155,10 +155,10 @@ def captured(name: str) -> tuple[Any, tuple[Any, ...], dict[str, Any], fasp_fx.C
 
 
 @cache
-def costs_of(name: str) -> fasp_fx.Costs:
+def costs_of(name: str, score: str = "magnitude") -> fasp_fx.Costs:
     """The cost curves of a model by two batches."""
     _, args, _, once = captured(name)
-    return fasp_fx.measure(once, calibration=[args] * 2, budget=Parameters(0.5))
+    return fasp_fx.measure(once, calibration=[args] * 2, budget=Parameters(0.5), score=score)  # type: ignore[arg-type]
 
 
 def real(result: fasp_fx.Result, args: Any, kwargs: Any) -> dict[str, int]:
@@ -263,7 +263,7 @@ def test_budgets_are_met_within_a_hundredth(budget: Cap, allocation: Any) -> Non
 @pytest.mark.parametrize("allocation", ["uniform", "global"])
 def test_the_tightest_of_several_decides(allocation: Any) -> None:
     _, args, _, once = captured("pictures")
-    options: dict[str, Any] = {"calibration": [args], "allocation": allocation, "costs": costs_of("pictures"), **FAST}
+    options: dict[str, Any] = {"calibration": [args], "allocation": allocation, "costs": costs_of("pictures") if allocation == "global" else None, **FAST}
     several = fasp_fx.prune(once, budget=(Macs(0.6), Parameters(0.8)), **options)
     macs, parameters = several.report.budgets
     assert macs.used <= macs.allowed
@@ -296,7 +296,7 @@ def test_layers_stay_alike_where_that_is_asked(asked: dict[str, Any]) -> None:
 
 def test_costs_are_measured_once_for_several_budgets() -> None:
     _, args, _, once = captured("wide")
-    costs = costs_of("wide")
+    costs = costs_of("wide", "obs")
     rises = []
     for share in (0.9, 0.5):
         result = fasp_fx.prune(once, calibration=[args] * 2, budget=Parameters(share), costs=costs)

@@ -266,7 +266,7 @@ def test_costs_that_do_not_serve_are_refused(tmp_path: Path) -> None:
         fasp_fx.prune(captured, calibration=DATA, allocation="global", costs={})  # type: ignore[arg-type]
     with pytest.raises(fasp_fx.SparsityError, match="out of reach"):
         fasp_fx.prune(captured, calibration=DATA, allocation="global", sparsity=0.99)
-    for text in ("", "[]", '{"format": "fasp_fx.costs/1"}', costs.to_json().replace("costs/1", "costs/0"), costs.to_json().replace("[0.0,", "[1.0,")):
+    for text in ("", "[]", '{"format": "fasp_fx.costs/2"}', costs.to_json().replace("costs/2", "costs/0"), costs.to_json().replace("[0.0,", "[1.0,")):
         (tmp_path / "costs.json").write_text(text)
         with pytest.raises(fasp_fx.ArgumentError, match="no cost curves"):
             fasp_fx.Costs.load(tmp_path / "costs.json")

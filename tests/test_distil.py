@@ -221,9 +221,9 @@ def test_patience_ends_what_does_not_get_better(made: tuple[nn.Module, list[Tens
 
 def test_weights_of_16_bits_learn_by_steps_that_they_could_not_hold() -> None:
     dense, data = net(dtype=torch.bfloat16), batches(dtype=torch.bfloat16)
-    result = pruned(dense, data)
+    result = pruned(dense, data, restore=None)
     before = relative_error(result.module.float(), net().bfloat16().float(), batches())
-    result = pruned(dense, data)
+    result = pruned(dense, data, restore=None)
     after = fasp_fx.distil(result, dense, data, learning_rate=1e-4, epochs=60)
     assert after.report.recovery is not None
     assert after.report.recovery.kept > 0
@@ -232,7 +232,8 @@ def test_weights_of_16_bits_learn_by_steps_that_they_could_not_hold() -> None:
 
 
 def test_products_in_bfloat16_and_then_in_the_dtype_of_the_weights(made: tuple[nn.Module, list[Tensor], fasp_fx.Result]) -> None:
-    dense, data, result = made
+    dense, data, _ = made
+    result = pruned(dense, data, restore=None)  # which leaves something to learn
     for precision in ("bfloat16", "weights"):
         after = fasp_fx.distil(copy.deepcopy(result), dense, data, learning_rate=3e-3, epochs=10, precision=precision)
         assert after.report.recovery is not None

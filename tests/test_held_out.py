@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 from typing import Any
 
 import pytest
@@ -233,7 +234,7 @@ def test_one_warning_sums_up_where_data_are_too_few() -> None:
         result = fasp_fx.prune(model, noise, calibration=[noise], sparsity=0.3)
     (warning,) = caught
     assert "too little calibration data to repair" in str(warning.message)
-    assert "'narrow.weight' has 12 columns and saw 1 tokens" in str(warning.message) or "'down.weight' has 16 columns and saw 4 tokens" in str(warning.message)
+    assert re.search(r"'\w+\.weight' has \d+ columns and saw [14] tokens", str(warning.message))
     assert all(line.held_restored <= line.held_cut for line in result.report.lines if line.held_restored is not None and line.held_cut is not None)
 
 

@@ -40,8 +40,9 @@ def test_what_is_constant_goes_at_no_cost_where_there_is_a_bias() -> None:
     batches = data(6)
     for quality in ("balanced", "best"):
         model = Constants().eval()
-        result = fasp_fx.prune(model, (batches[0],), calibration=batches, sparsity=0.5, quality=quality)  # type: ignore[arg-type]
-        assert set(result.plan.groups[0].consumers[0].removed) == set(range(0, 12, 2))
+        result = fasp_fx.prune(model, (batches[0],), calibration=batches, sparsity=0.33, quality=quality)  # type: ignore[arg-type]
+        assert len(result.plan.groups[0].consumers[0].removed) == 4
+        assert set(result.plan.groups[0].consumers[0].removed) <= set(range(0, 12, 2))
         assert outputs_off(result, model, torch.randn(50, 6)) < 2e-3  # what the least of the ridges leaves
 
 

@@ -119,11 +119,18 @@ def test_restoration_equals_a_float64_solve_and_lowers_the_error() -> None:
         weight = model.get_parameter(consumer.name).detach().double().numpy()
         kept = np.setdiff1d(np.arange(weight.shape[1]), consumer.removed)
         held = np.arange(len(x)) % 4 == 3
+        # the bias is repaired along, as the weight of a column of numbers that are as large as the others
+        size = np.sqrt((x[~held] ** 2).mean())
+        x, weight = np.concatenate([x, np.full((len(x), 1), size)], 1), np.concatenate([weight, np.zeros((len(weight), 1))], 1)
+        kept = np.append(kept, weight.shape[1] - 1)
         solutions = [solve(weight, x[~held], kept, strength) for strength in GRID]
         best = int(np.argmin([np.linalg.norm(x[held] @ weight.T - x[held][:, kept] @ found.T) for found in solutions]))
         expected = solve(weight, x, kept, GRID[best])
+        bias = consumer.name.replace("weight", "bias")
         found = result.module.get_parameter(consumer.name).detach().double().numpy()
         left = np.setdiff1d(np.arange(weight.shape[0]), sorted(rows.get((consumer.name, 0), ())))
+        raised = (result.module.get_parameter(bias) - model.get_parameter(bias)[left]).detach().double().numpy()
+        found = np.concatenate([found, raised[:, None] / size], 1)
         assert np.linalg.norm(found - expected[left]) <= 1e-3 * np.linalg.norm(expected[left])
         cut = np.linalg.norm(x @ weight.T - x[:, kept] @ weight[:, kept].T)
         restored = np.linalg.norm(x @ weight.T - x[:, kept] @ expected.T)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.export import ExportedProgram
 from torch.export.passes import move_to_device_pass
+from torch.nn.parameter import is_lazy
 
 from .._calling._facts import ExportFacts
 from .._calling._signature import CallSignature
@@ -126,7 +127,8 @@ def _check_modes(model: nn.Module) -> None:
     Raises:
         ArgumentError: names one.
     """
-    made = next((name for name, tensor in itertools.chain(model.named_parameters(), model.named_buffers()) if tensor.is_inference()), None)
+    tensors = itertools.chain(model.named_parameters(), model.named_buffers())
+    made = next((name for name, tensor in tensors if not is_lazy(tensor) and tensor.is_inference()), None)
     if made is not None:
         raise ArgumentError(f"'{made}' was made in torch's inference mode and cannot be exported; outside of it, pass copy.deepcopy(model)")
 

@@ -180,7 +180,7 @@ class _Masking:
             value = self.analysis.walk.values[source]
             masks = []
             for axis in value.axes if isinstance(value, Value) else ():
-                lying = repeating(axis.numbers, source.meta["val"].shape)
+                lying = repeating(axis.numbers, _recorded(source, axis.numbers))
                 gone = numbers[axis.numbers.numpy()]
                 if gone.any() and lying is None:
                     raise VerificationError(f"the experts of '{source.name}' lie along a size that varies; nothing is returned, because they cannot be masked")
@@ -230,12 +230,14 @@ class _Masking:
 
     def _hold(self, mask: Tensor, like: fx.Node) -> fx.Node:
         """A node that gives a mask, on the device of the node that it will meet."""
-        recorded = like.meta.get("val")
-        device = recorded.device if isinstance(recorded, Tensor) else self.program.device()
         name = f"fasp_fx_mask_{self._count}"
         self._count += 1
-        self.program.module.register_buffer(name, mask.to(device), persistent=False)
+        self.program.module.register_buffer(name, mask.to(self._device(like)), persistent=False)
         return self.graph.get_attr(name)
+
+    def _device(self, node: fx.Node) -> torch.device:
+        recorded = node.meta.get("val")
+        return recorded.device if isinstance(recorded, Tensor) else self.program.device()
 
     def _mask_operand(self, node: fx.Node, operand: fx.Node, mask: Tensor) -> None:
         """Repeat the way from a weight to one node on the masked weight."""
@@ -257,12 +259,11 @@ class _Masking:
 
     def _laid_out(self, lying: Repeating, mask: fx.Node, source: fx.Node) -> fx.Node:
         """A mask as long as its source along the dimensions whose sizes vary."""
-        recorded = source.meta["val"]
         for dim, (runs, varies) in enumerate(zip(lying.in_runs, lying.varies, strict=True)):
             if not varies:
                 continue
             own, size = lying.numbers.shape[dim], self.graph.call_function(torch.ops.aten.sym_size.int, (source, dim))
-            places = self.graph.call_function(torch.ops.aten.arange.default, (size,), {"device": recorded.device})
+            places = self.graph.call_function(torch.ops.aten.arange.default, (size,), {"device": self._device(source)})
             if runs:
                 each = self.graph.call_function(operator.floordiv, (size, own))
                 places = self.graph.call_function(torch.ops.aten.floor_divide.default, (places, each))
@@ -285,6 +286,12 @@ class _Masking:
 
     def _where(self, source: fx.Node, mask: Tensor, value: float) -> fx.Node:
         return self.graph.call_function(_WHERE, (self._hold(mask, source), source, value))
+
+
+def _recorded(node: fx.Node, numbers: Tensor) -> torch.Size:
+    """The shape of a node as it was captured; of one that a pass has written, that of its numbers."""
+    recorded = node.meta.get("val")
+    return recorded.shape if isinstance(recorded, Tensor) else numbers.shape
 
 
 def _along(slot: Slot, shape: torch.Size, gone: np.ndarray) -> Tensor:

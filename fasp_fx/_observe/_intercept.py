@@ -12,6 +12,9 @@ from ..channels import Use, arguments, attribute, written_names
 from ..patterns import BIASES
 from ._matrices import ConsumerMatrices
 
+#: the part of the means that is not taken for granted
+STAYING = 1e-3
+
 
 def bias_of(analysis: Analysis, uses: Sequence[Use], matrices: ConsumerMatrices) -> str | None:
     """The parameter that is added to every token of a consumer's output and read nowhere else, by its canonical name.
@@ -57,11 +60,13 @@ def scale_of_ones(gram: Tensor, columns: int) -> float:
 def centred(gram: Tensor, columns: int) -> Tensor:
     """The Gram matrix ``[columns, columns]`` of columns without their means: what is left of them where an intercept takes the means over.
 
+    A thousandth of the means stays, as if the ones were damped: of few tokens a mean says little, and all columns may be constant.
+
     Args:
         gram: that of the columns, followed by the ones.
     """
     own, sums = gram[:columns, :columns], gram[:columns, columns]
-    return own - torch.outer(sums, sums) / gram[columns, columns].clamp_min(1.0)
+    return own - torch.outer(sums, sums) / (gram[columns, columns].clamp_min(1.0) * (1 + STAYING))
 
 
 __all__ = ["bias_of", "centred", "scale_of_ones", "with_ones"]

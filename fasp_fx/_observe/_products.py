@@ -164,8 +164,9 @@ def _staying(kept: Tensor, lying: Repeating, value: Tensor) -> Tensor:
 def lying_along(analysis: Analysis, product: Product, operand: int) -> list[Repeating]:
     """How the channels that a product sums over lie along one of its operands."""
     node = product.operands[operand]
-    recorded = node.meta["val"].shape
-    found = [repeating(axis.numbers, recorded) for axis in analysis.walk.values[node].axes if np.isin(axis.numbers.numpy(), product.numbers).any()]
+    axes = [axis.numbers for axis in analysis.walk.values[node].axes if np.isin(axis.numbers.numpy(), product.numbers).any()]
+    recorded = node.meta.get("val")  # a node that a pass has written may have none: nothing is known then of sizes that vary
+    found = [repeating(numbers, numbers.shape if recorded is None else recorded.shape) for numbers in axes]
     return [lying for lying in found if lying is not None]  # the analysis leaves others whole
 
 

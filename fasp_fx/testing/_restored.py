@@ -6,7 +6,7 @@ import warnings
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 import fasp_fx
 
@@ -16,7 +16,7 @@ from .oracle import tensors_of
 
 
 def restored(case: Case) -> None:
-    """Weights that are no consumers are those of the plan alone; the output of a restored linear layer is no further from the dense one than without."""
+    """Weights that are no consumers, nor biases of such, are those of the plan alone; a restored linear layer is no further from the dense one than without."""
     sparsity = case.sparsity if case.sparsity is not None else 0.6 * case.analysis.max_sparsity
     if sparsity <= 0:
         raise Skipped("nothing of this model can be pruned")
@@ -29,11 +29,12 @@ def restored(case: Case) -> None:
     plain = case.apply(found.plan)
     consumers = {part.name for group in found.plan.groups for part in group.consumers}
     pieces = {split.name: split.source for split in found.plan.splits}
+    changed = consumers | _biases(case, consumers | {pieces[name] for name in consumers & pieces.keys()})
     cut, repaired = tensors_of(plain.module), tensors_of(found.module)
     for name, tensor in cut.items():
         hold(repaired[name].shape == tensor.shape, f"restoring '{name}' changed its shape")
         hold(bool(torch.isfinite(repaired[name]).all()) or not bool(torch.isfinite(tensor).all()), f"'{name}' is no longer finite")
-        if name not in consumers and pieces.get(name) not in consumers and not _tied_to(case, name, consumers):
+        if name not in changed and pieces.get(name) not in changed and not _tied_to(case, name, consumers):
             hold(torch.equal(repaired[name], tensor), f"'{name}' is no consumer, but restoring changed it")
     _closer(case, found, cut, repaired)
 
@@ -42,6 +43,23 @@ def _positional(case: Case) -> list[str]:
     import inspect
 
     return list(inspect.signature(case.dense.forward).parameters)
+
+
+def _biases(case: Case, consumers: set[str]) -> set[str]:
+    """The vectors that the operators which read consumers are given beside them."""
+    found: set[str] = set()
+    for node in case.captured.module.graph.nodes:
+        read = [weight for argument in node.all_input_nodes if (weight := _origin(argument)) is not None]
+        if not consumers.isdisjoint(str(weight.target) for weight in read):
+            found |= {str(weight.target) for weight in read if weight.meta["val"].dim() == 1}
+    return found
+
+
+def _origin(node: fx.Node) -> fx.Node | None:
+    """The weight that a node gives, moved perhaps."""
+    while node.op == "call_function" and len(node.all_input_nodes) == 1:
+        node = node.all_input_nodes[0]
+    return node if node.op == "get_attr" else None
 
 
 def _tied_to(case: Case, name: str, consumers: set[str]) -> bool:
@@ -65,7 +83,9 @@ def _closer(case: Case, found: fasp_fx.Result, cut: dict[str, Tensor], repaired:
         if rows != weight.shape[0]:
             continue  # it loses rows as well
         dense, left = x @ weight.detach().double().t(), x[:, keep]
-        before, after = ((left @ w[part.name].detach().double().t() - dense).norm() for w in (cut, repaired))
+        raised = (repaired[f"{owner}.bias"].double() - cut[f"{owner}.bias"].double()).detach() if f"{owner}.bias" in cut else 0.0
+        before = (left @ cut[part.name].detach().double().t() - dense).norm()
+        after = (left @ repaired[part.name].detach().double().t() + raised - dense).norm()
         hold(
             bool(after <= before * (1 + 1e-3) + 1e-9),
             f"restoring '{part.name}' moves its output away from the dense one: {float(before):.3e} to {float(after):.3e}",
