@@ -13,7 +13,7 @@ from ._observe._consumers import Consumers
 from ._observe._costs import curves_of, orders_of
 from ._observe._drawing import drawing_alike
 from ._observe._drift import Drift
-from ._observe._gradients import Piece, in_pieces, observe_batches, whole_batches
+from ._observe._gradients import ENOUGH, Piece, in_pieces, observe_batches, whole_batches
 from ._observe._marks import Marks
 from ._observe._ranks import Ranks
 from ._observe._runner import Runner
@@ -32,6 +32,7 @@ from .groups import EXEMPT, Group
 from .losses import resolve_loss
 from .resources import Resource, Sparsity
 from .restoration import ridge
+from .scoring import ByColumns
 from .statistics import InputGradients, MakeStatistic, SquaredInputGradients
 
 if TYPE_CHECKING:
@@ -73,6 +74,11 @@ class Chooser:
     def tries(self) -> bool:
         """Whether the allocation wants to try what it thinks of."""
         return isinstance(self._allocate, TrialAllocation)
+
+    @property
+    def _is_of_columns(self) -> bool:
+        """Whether the score is one of single columns, whose losses take less data to predict than those of whole groups."""
+        return isinstance(self._score, ByColumns)
 
     @property
     def said_loss(self) -> str:
@@ -132,14 +138,13 @@ class Chooser:
         """
         config = self.config
         is_wanted = self.needs_costs and (costs is None or self.tries)
-        needs_gram = self._score.needs_gram or self.tries
-        gradients = InputGradients if needs_gram else SquaredInputGradients
+        gradients = SquaredInputGradients if self._is_of_columns else InputGradients
         wanted = {"gradients": gradients, **self._score.statistics} if is_wanted else self._gradients
         if not self.measures or (not is_wanted and not self._gradients):
             return costs
         program = consumers.analysis.program
         with drawing_alike(program), float32_products(self._precision(program)):
-            pieces, marks = self._observe(consumers, batches, wanted, advance, part or MEASURED[config.quality], is_wanted and needs_gram)
+            pieces, marks = self._observe(consumers, batches, wanted, advance, part or MEASURED[config.quality] * (2 if self._is_of_columns else 1))
         if is_wanted:
             with torch.no_grad():
                 orders = orders_of(consumers, consumers.analysis.chosen, self._score)
@@ -152,7 +157,7 @@ class Chooser:
         return costs
 
     def _observe(
-        self, consumers: Consumers, batches: list[list[Any]], wanted: Mapping[str, MakeStatistic], advance: Callable[[float], None], part: int, has_gram: bool
+        self, consumers: Consumers, batches: list[list[Any]], wanted: Mapping[str, MakeStatistic], advance: Callable[[float], None], part: int
     ) -> tuple[list[Piece], Marks]:
         """Run one in ``part`` of the sequences; as they came where pieces of them do not serve, and only forward where nothing else does.
 
@@ -176,7 +181,8 @@ class Chooser:
             try:
                 marks = Marks(program, [piece.inputs for piece in given], config.padding_mask, hold_out=False)
                 found = None if loss is None else resolve_loss(loss)
-                observe_batches(consumers, given, wanted, found, marks, advance, -(-len(given) // part), self.ranks, has_gram)
+                enough = ENOUGH / 2 if self._is_of_columns else ENOUGH
+                observe_batches(consumers, given, wanted, found, marks, advance, -(-len(given) // part), self.ranks, enough)
                 break
             except CalibrationError as error:
                 if number + 1 == len(attempts):

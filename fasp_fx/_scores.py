@@ -24,7 +24,7 @@ def resolve_score(score: Literal["fasp", "magnitude", "random", "obs"] | Score) 
     if callable(score):
         return ByColumns(score)
     if score == "fasp":
-        return ByColumns(fasp, needs_gram=False)
+        return ByColumns(fasp)
     if score == "magnitude":
         return ByColumns(magnitude, needs_data=False)
     if score == "random":

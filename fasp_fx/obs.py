@@ -58,7 +58,7 @@ class OBS(GroupScore):
 
     def curvature(self, columns: Columns) -> Tensor:
         """Q of one block of a consumer, shape ``[columns, columns]``."""
-        gram = _spread(columns)
+        gram = spread_of(columns)
         found = self._curvature(columns, gram)
         # What is never anything but zero costs nothing, however large its weight; damping alone would have it vary.
         alive = (gram.diagonal() > 0).to(found.dtype)
@@ -90,7 +90,7 @@ class Elimination:
     """
 
     def __init__(self, columns: Columns, sets: int, curvature: Tensor, damping: float) -> None:
-        gram = _spread(columns)
+        gram = spread_of(columns)
         mean = float(gram.diagonal().mean())
         gram.diagonal().add_(damping * (mean if mean > 0 else 1.0))
         self.inverse = torch.cholesky_inverse(torch.linalg.cholesky(gram))
@@ -153,7 +153,7 @@ class Elimination:
         self.place[alive] = np.arange(len(alive))
 
 
-def _spread(columns: Columns) -> Tensor:
+def spread_of(columns: Columns) -> Tensor:
     """What repair has to make up for: XᵀX, without means where a bias gives them."""
     gram = columns.centred or columns.gram
     assert gram is not None
@@ -191,4 +191,4 @@ def greedy(group: GroupColumns, problems: list[Elimination], rounds: int) -> Ord
     return Order(np.array(order), np.maximum.accumulate(np.array(losses)))
 
 
-__all__ = ["OBS", "Elimination", "greedy"]
+__all__ = ["OBS", "Elimination", "greedy", "spread_of"]

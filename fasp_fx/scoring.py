@@ -77,12 +77,10 @@ class GroupScore(ABC):
     Attributes:
         statistics: what has to be observed beside the Gram matrix, by name; each is made for a block of a consumer with its number of columns.
         needs_data: whether calibration data is needed.
-        needs_gram: whether it asks columns for their Gram matrix, rather than for norms alone.
     """
 
     statistics: ClassVar[Mapping[str, MakeStatistic]] = {}
     needs_data: bool = True
-    needs_gram: bool = True
 
     @abstractmethod
     def __call__(self, group: GroupColumns) -> Order:
@@ -121,12 +119,11 @@ class ByColumns(GroupScore):
     Args:
         score: the value of each column.
         needs_data: whether it looks at more than weights.
-        needs_gram: whether it looks at more than weights and norms.
     """
 
-    def __init__(self, score: ColumnScore, needs_data: bool = True, needs_gram: bool = True) -> None:
+    def __init__(self, score: ColumnScore, needs_data: bool = True) -> None:
         self.score = score
-        self.needs_data, self.needs_gram = needs_data, needs_data and needs_gram
+        self.needs_data = needs_data
 
     def __call__(self, group: GroupColumns) -> Order:
         total = np.zeros(len(group.block_of))

@@ -103,16 +103,13 @@ class Gram:
 class SplitGram:
     """Gram matrices of the tokens that a restoration is fitted on and of those held out to judge it.
 
-    Args:
-        whole: as for :class:`Gram`.
-
     Attributes:
         fitted: of the tokens marked :data:`FITTED`.
         held: of the tokens marked :data:`HELD`; ``None`` until there is one.
     """
 
-    def __init__(self, columns: int, device: torch.device, whole: bool = True) -> None:
-        self.fitted = Gram(columns, device, whole)
+    def __init__(self, columns: int, device: torch.device) -> None:
+        self.fitted = Gram(columns, device)
         self.held: Gram | None = None
 
     def update(self, tokens: Tensor, marks: Tensor) -> None:
@@ -122,14 +119,14 @@ class SplitGram:
             if not bool(chosen.any()):
                 continue
             if mark == HELD and self.held is None:
-                self.held = Gram(tokens.shape[1], tokens.device, self.fitted.matrix.dim() == 2)
+                self.held = Gram(tokens.shape[1], tokens.device)
             gram = self.held if mark == HELD and self.held is not None else self.fitted
             gram.update(tokens if bool(chosen.all()) else tokens[chosen], 1)
 
     def reduce(self, add: Add) -> None:
         """Add what other processes have seen."""
         if _added(add, self.held is not None) and self.held is None:
-            self.held = Gram(len(self.fitted.matrix), self.fitted.matrix.device, self.fitted.matrix.dim() == 2)
+            self.held = Gram(len(self.fitted.matrix), self.fitted.matrix.device)
         for part in self.parts:
             part.reduce(add)
 

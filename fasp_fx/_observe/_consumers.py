@@ -45,11 +45,11 @@ class Consumer:
         """How many blocks it is read as."""
         return len(self.matrices.columns)
 
-    def prepare(self, wanted: Mapping[str, MakeStatistic], device: torch.device, whole: bool = True) -> None:
-        """Make the Gram matrices, or if not ``whole`` their diagonals, and the statistics of each block, where they are not there yet."""
+    def prepare(self, wanted: Mapping[str, MakeStatistic], device: torch.device) -> None:
+        """Make the Gram matrices and the statistics of each block, where they are not there yet."""
         columns = self.matrices.columns.shape[1]
         if self.grams is None:
-            self.grams = [SplitGram(columns + (self.intercept is not None) + self.beside, device, whole) for _ in range(self.blocks)]
+            self.grams = [SplitGram(columns + (self.intercept is not None) + self.beside, device) for _ in range(self.blocks)]
         if not self.seen:
             self.seen = [{} for _ in range(self.blocks)]
         for seen in self.seen:
@@ -145,7 +145,7 @@ class Consumers:
         found = []
         for block, matrix in enumerate(consumer.matrices.read(weight)):
             gram = None if consumer.grams is None else consumer.grams[block]
-            products = None if gram is None or gram.fitted.matrix.dim() == 1 else partial(_first, gram, matrix.shape[1])
+            products = None if gram is None else partial(_first, gram, matrix.shape[1])
             numbers = consumer.matrices.columns[block]
             if whole and own is not None:  # a block that goes takes all of its columns along
                 numbers = np.broadcast_to(own[block], (len(numbers), 1))

@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 import numpy as np
+import torch
 
 from ..allocation import deepest_loss
 from ..costs import CostCurve
 from ..groups import Group
+from ..obs import DAMPING, spread_of
 from ..scoring import Columns, GroupColumns, GroupScore, Order
 from ..statistics import InputGradients
 from ._consumers import Consumers
@@ -19,13 +21,13 @@ from ._products import ObservedProducts
 def orders_of(consumers: Consumers, groups: Sequence[Group], score: GroupScore) -> dict[str, Order]:
     """The order of each group, with its losses.
 
-    A score that predicts losses gives its own. Of another, the order is taken, and each column costs ``½ G_jj Q_jj``, what it costs by itself where nothing is
-    repaired: the diagonal of what :class:`fasp_fx.obs.OBS` minds, which takes no product of matrices. Repair makes all columns cheaper; how groups compare
-    is much the same. What no weight reads, but a product of activations, costs what the loss loses with it, or where no loss was run back, its part of the
-    product's energy.
+    A score that predicts losses gives its own. Of another, the order is taken, and each column costs ``½ Q_jj √(G_jj / [G⁻¹]_jj)``. Without repair it would
+    cost ``½ Q_jj G_jj``, and ``½ Q_jj / [G⁻¹]_jj`` if all others stayed and were repaired (:class:`fasp_fx.obs.OBS`); since many go that would make up for
+    one another, what it costs lies between, and the geometric mean stands for that. What no weight reads, but a product of activations, costs what the loss
+    loses with it, or where no loss was run back, its part of the product's energy.
 
     Args:
-        consumers: those of the groups, with Gram matrices or their diagonals and, where a loss was given, gradients.
+        consumers: those of the groups, with Gram matrices and, where a loss was given, gradients.
     """
     found = {}
     for group in groups:
@@ -72,16 +74,22 @@ def _set_costs(group: GroupColumns) -> np.ndarray:
 
 
 def _column_costs(columns: Columns) -> np.ndarray:
-    """``½ G_jj Q_jj`` of each column, shape ``[columns]``."""
-    assert columns.norms is not None
-    squares = columns.norms.square()
-    own = columns.weight.abs().to(squares.dtype).square().sum(0)
+    """``½ Q_jj √(G_jj / [G⁻¹]_jj)`` of each column, shape ``[columns]``."""
+    gram = spread_of(columns)
+    size = float(gram.diagonal().mean())
+    if not size > 0:
+        return np.zeros(len(gram))
+    energies = gram.diagonal().clamp_min(0).clone()
+    gram.diagonal().add_(DAMPING * size)
+    alone = energies / torch.cholesky_inverse(torch.linalg.cholesky(gram)).diagonal()
+    own = columns.weight.abs().to(gram.dtype).square().sum(0)
     gradients = columns.seen.get("gradients")
     if not isinstance(gradients, InputGradients) or not gradients.tokens:  # by the relative squared error of the output
-        energy = float((own * squares).sum())
-        return (0.5 * own * squares / (energy if energy > 0 else 1.0)).cpu().numpy()
-    curvature = gradients.mean_squares()
-    return (0.5 * squares * (own * gradients.mean_square() if curvature is None else curvature.to(squares))).cpu().numpy()
+        curvature = own / max(float((own * energies).sum()), 1e-300)
+    else:
+        squares = gradients.mean_squares()
+        curvature = own * gradients.mean_square() if squares is None else squares.to(gram)
+    return (0.5 * curvature * alone.clamp_min(0).sqrt()).cpu().numpy().astype(np.float64)
 
 
 __all__ = ["curves_of", "orders_of"]

@@ -64,7 +64,7 @@ def observe_batches(
     progress: Callable[[float], None],
     at_least: int,
     ranks: Ranks,
-    whole: bool = True,
+    enough: float = ENOUGH,
 ) -> None:
     """Show every consumer the dense model's activations, and where a loss is given, its gradients with respect to them.
 
@@ -76,7 +76,7 @@ def observe_batches(
         marks: which tokens are padding.
         at_least: so many batches are run, and more where a consumer saw few tokens for its columns, or all gradients were zero, if there are.
         ranks: the processes that share them: each runs its own, and in the end all have the sums.
-        whole: otherwise the diagonals of the Gram matrices alone are added up.
+        enough: tokens for each column that a consumer is to see.
 
     Raises:
         CalibrationError: the batches do not run forward or back, the loss fails or does not depend on the consumers, or something is not finite.
@@ -89,7 +89,7 @@ def observe_batches(
     for index, piece in enumerate(batches):
         if index % ranks.size == ranks.rank and failure is None:
             try:
-                terms += _observe_one(consumers, piece, index, wanted, loss, marks, whole)
+                terms += _observe_one(consumers, piece, index, wanted, loss, marks)
             except CalibrationError as error:
                 if ranks.size == 1:
                     raise
@@ -97,13 +97,13 @@ def observe_batches(
         done = False
         if index + 1 >= at_least:
             ranks.check_all(failure)
-            done = _saw_enough(consumers, ranks) and not (loss is not None and _vanished(consumers, ranks))
+            done = _saw_enough(consumers, ranks, enough) and not (loss is not None and _vanished(consumers, ranks))
         progress(1.0 if done else min(index + 1, at_least) / max(at_least, index + 2))
         if done:
             break
     ranks.check_all(failure)
     for consumer in consumers.by_key.values() if ranks.size > 1 else ():
-        consumer.prepare(wanted, device_of(program.module), whole)  # where no batch was of this process
+        consumer.prepare(wanted, device_of(program.module))  # where no batch was of this process
         assert consumer.grams is not None
         ranks.add_up(consumer.grams, consumer.seen)
     if ranks.size > 1:
@@ -119,10 +119,10 @@ def observe_batches(
             statistic.terms = terms
 
 
-def _observe_one(consumers: Consumers, piece: Piece, index: int, wanted: Mapping[str, MakeStatistic], loss: Loss | None, marks: Marks, whole: bool) -> int:
+def _observe_one(consumers: Consumers, piece: Piece, index: int, wanted: Mapping[str, MakeStatistic], loss: Loss | None, marks: Marks) -> int:
     """Show one piece to the consumers; how many terms the loss has."""
     with torch.inference_mode(False), torch.set_grad_enabled(loss is not None):
-        run = _Run(consumers, _own(piece), index, wanted, marks, loss is not None, whole)
+        run = _Run(consumers, _own(piece), index, wanted, marks, loss is not None)
         run.advance(len(run.nodes) - 1)
         if loss is None:
             return 0
@@ -187,21 +187,21 @@ def _are_alike(found: Tensor, expected: Tensor) -> bool:
     return bool((found.float() - expected.float()).norm() <= allowed * expected.float().norm())
 
 
-def _saw_enough(consumers: Consumers, ranks: Ranks) -> bool:
+def _saw_enough(consumers: Consumers, ranks: Ranks, enough: float) -> bool:
     """Whether all consumers whose tokens are not routed saw enough of them for their columns, in all processes together."""
     steady = [consumer for consumer in consumers.by_key.values() if all(use.route is None for use in consumer.uses)]
     seen = [[gram.tokens for gram in consumer.grams] if consumer.grams else [0] * consumer.blocks for consumer in steady]
     totals = ranks.add(torch.tensor([tokens for of_blocks in seen for tokens in of_blocks], dtype=torch.float64)).tolist()
-    wanted = [ENOUGH * (consumer.matrices.columns.shape[1] + consumer.beside) for consumer, of_blocks in zip(steady, seen, strict=True) for _ in of_blocks]
+    wanted = [enough * (consumer.matrices.columns.shape[1] + consumer.beside) for consumer, of_blocks in zip(steady, seen, strict=True) for _ in of_blocks]
     return all(tokens >= least for tokens, least in zip(totals, wanted, strict=True))
 
 
 class _Run(Runner):
     """One batch on its way, with a view of the activation at each consumer through which its gradient can be told from that of other readers."""
 
-    def __init__(self, consumers: Consumers, piece: Piece, number: int, wanted: Mapping[str, MakeStatistic], marks: Marks, back: bool, whole: bool) -> None:
+    def __init__(self, consumers: Consumers, piece: Piece, number: int, wanted: Mapping[str, MakeStatistic], marks: Marks, back: bool) -> None:
         super().__init__(consumers.analysis.program, [piece.inputs], numbers=[piece.batch])
-        self.consumers, self.number, self.wanted, self.marks, self.is_back, self.is_whole = consumers, number, wanted, marks, back, whole
+        self.consumers, self.number, self.wanted, self.marks, self.is_back = consumers, number, wanted, marks, back
         self.leaves: list[Tensor] = []
         self._products: dict[fx.Node, list[Product]] = {}
         for product in consumers.products.all:
@@ -261,7 +261,7 @@ class _Run(Runner):
         dims = token_dims(activation.dim(), use.activation_layout)
         own = self.marks.of(self.number, use.activation, activation, dims) if ends is None else self.marks.routed(self.number, use.activation, ends)
         told_apart = probe is not None and probe.requires_grad
-        consumer.prepare(self.wanted, activation.device, self.is_whole)
+        consumer.prepare(self.wanted, activation.device)
         consumer.see(matrices.tokens(activation, own, ends), lambda statistic: not (statistic.needs_gradient and told_apart))
         seen = consumer.seen
         if not self.is_back:
