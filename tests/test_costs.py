@@ -90,6 +90,34 @@ def test_what_matters_least_loses_most() -> None:
             assert abs(result.report.sparsity - 0.3) < 0.02
 
 
+@pytest.mark.parametrize("loss", [True, False])
+def test_a_score_of_columns_costs_what_lies_between_unrepaired_and_repaired(loss: bool) -> None:
+    """By autograd on the dense model and a dense inverse: ½ Q_jj √(G_jj / [G⁻¹]_jj), Q of gradients, or of relative errors of the output without a loss."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(8, 16), nn.GELU(), nn.Linear(16, 4, bias=False)).eval()
+
+    def squares(outputs: Any, inputs: Any) -> Tensor:
+        return (outputs.square() / 2).flatten()
+
+    costs = fasp_fx.measure(model, (DATA[0],), calibration=DATA, score="fasp", loss=squares if loss else None)
+    assert costs.score == "fasp"
+    weight = model[2].weight.detach().double()
+    x = model[:2](torch.cat(DATA)).detach().double().requires_grad_(True)
+    terms = squares(x @ weight.T, {})
+    terms.sum().backward()
+    assert x.grad is not None
+    gram = (x.T @ x).detach()
+    energies = gram.diagonal()
+    inverse = torch.linalg.inv(gram + 0.01 * energies.mean() * torch.eye(16, dtype=torch.float64)).diagonal()
+    own = weight.square().sum(0)
+    curvature = x.grad.square().sum(0) / len(x) / terms.numel() if loss else own / (own * energies).sum()
+    each = curvature / 2 * (energies / inverse).sqrt()
+    order = (weight.abs().sum(0) * energies.sqrt()).argsort()
+    expected = torch.cat([torch.zeros(1, dtype=torch.float64), each[order].cumsum(0)])
+    found = costs["2.weight"].losses
+    assert found == pytest.approx(expected[: len(found)].numpy(), rel=1e-3)
+
+
 def test_curves_serve_several_sparsities_and_are_saved(tmp_path: Path) -> None:
     captured = fasp_fx.capture(Deep().eval(), (DATA[0],))
     costs = fasp_fx.measure(captured, calibration=DATA[:2], score="obs")  # what is measured of eight where no curves are given
