@@ -435,8 +435,8 @@ class Search(TrialAllocation):
     tokens that the dense model thinks most likely and all others as one; with ``"outputs"`` or without a loss, half the mean squared error of the
     outputs, relative to their mean square; otherwise the mean of the terms of the caller's loss. Padding does not count; sequences count alike.
 
-    Groups that no weight reads have no cost curve; with :class:`Global`, this allocation refuses them. A model is searched that is captured whole; plain
-    checkpoints and models pruned by their submodules are not.
+    Groups that no weight reads cannot be tried, and are refused. A model is searched that is captured whole; plain checkpoints and models pruned by their
+    submodules are not.
 
     Args:
         generations: how many times candidates are drawn.
