@@ -126,12 +126,7 @@ class ByColumns(GroupScore):
         self.needs_data = needs_data
 
     def __call__(self, group: GroupColumns) -> Order:
-        total = np.zeros(len(group.block_of))
-        for columns in group.consumers:
-            values = self.values(columns)
-            for sets in columns.sets.T:
-                np.add.at(total, sets[sets >= 0], values[sets >= 0])
-        return by_value(group, total)
+        return by_value(group, by_set(group, self.values))
 
     def values(self, columns: Columns) -> np.ndarray:
         """The value of each column.
@@ -147,6 +142,20 @@ class ByColumns(GroupScore):
                 f"the score returned shape {tuple(values.shape)} for a consumer with {columns.weight.shape[1]} columns; it must return one value per column"
             )
         return values.detach().to("cpu", torch.float64).numpy()
+
+
+def by_set(group: GroupColumns, values_of: Callable[[Columns], np.ndarray]) -> np.ndarray:
+    """The values of all consumers' columns, added up for the channel sets that take them along, shape ``[sets]``.
+
+    Args:
+        values_of: the value of each column, shape ``[columns]``.
+    """
+    total = np.zeros(len(group.block_of))
+    for columns in group.consumers:
+        values = values_of(columns)
+        for sets in columns.sets.T:
+            np.add.at(total, sets[sets >= 0], values[sets >= 0])
+    return total
 
 
 def by_value(group: GroupColumns, values: np.ndarray) -> Order:

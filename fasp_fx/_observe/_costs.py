@@ -11,7 +11,7 @@ from ..allocation import deepest_loss
 from ..costs import CostCurve
 from ..groups import Group
 from ..obs import DAMPING, spread_of
-from ..scoring import Columns, GroupColumns, GroupScore, Order
+from ..scoring import Columns, GroupScore, Order, by_set
 from ..statistics import InputGradients
 from ._consumers import Consumers
 from ._order import order_of
@@ -34,7 +34,7 @@ def orders_of(consumers: Consumers, groups: Sequence[Group], score: GroupScore) 
         order = order_of(consumers, group, score, consumers.products, True, deepest_loss(group), consumers.weight)
         if order.losses is None:
             view = consumers.view(group, order.sets.shape[1], consumers.weight)
-            order = Order(order.sets, _added_up(_set_costs(view) if group.uses else _product_costs(consumers.products, group), order))
+            order = Order(order.sets, _added_up(by_set(view, _column_costs) if group.uses else _product_costs(consumers.products, group), order))
         if not group.uses:
             assert order.losses is not None
             order = Order(order.sets[:, : deepest_loss(group)], order.losses[: deepest_loss(group) + 1])
@@ -61,16 +61,6 @@ def _product_costs(products: ObservedProducts, group: Group) -> np.ndarray:
 def _added_up(costs: np.ndarray, order: Order) -> np.ndarray:
     """The losses in an order that is given, by the costs of the channel sets."""
     return np.concatenate([[0.0], np.cumsum(costs[order.sets].sum(0))])
-
-
-def _set_costs(group: GroupColumns) -> np.ndarray:
-    """What each channel set costs by itself, shape ``[sets]``."""
-    costs = np.zeros(len(group.block_of))
-    for columns in group.consumers:
-        own = _column_costs(columns)
-        for sets in columns.sets.T:
-            np.add.at(costs, sets[sets >= 0], own[sets >= 0])
-    return costs
 
 
 def _column_costs(columns: Columns) -> np.ndarray:
