@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..errors import ArgumentError, first_line
+from ._labels import LOSSES
 
 _NUMBERS = (torch.int32, torch.int64)
 #: arguments of transformers' models that a program does not take, and the values that ask for nothing
@@ -78,14 +78,21 @@ def check_labels(labels: Tensor, logits: Tensor) -> None:
         raise ArgumentError(f"labels have the shape {list(labels.shape)}, the logits speak of {list(logits.shape[:2])} tokens; give one label per token")
 
 
-def loss_of(compute: Callable[[], Tensor]) -> Tensor:
+def loss_of(way: str | None, logits: Tensor, labels: Tensor, items: Any) -> Tensor:
     """The loss; a label that is no token of the vocabulary is refused where the device says so.
 
+    Args:
+        way: a key of :data:`LOSSES`; ``None``: the original has a loss of its own.
+        items: how many labels there are in all batches that the loss will be added up over; ``None``: the mean over these.
+
     Raises:
-        ArgumentError: a label is neither a token number nor -100.
+        ArgumentError: a label is neither a token number nor -100, or labels are not served.
     """
+    if way is None:
+        raise ArgumentError("labels are not served: the original model has a loss of its own, or none; leave them out and compute it from the logits")
+    check_labels(labels, logits)
     try:
-        return compute()
+        return LOSSES[way](logits, labels, items)
     except IndexError as error:
         raise ArgumentError(f"labels hold a number that is no token: {first_line(error)}; -100 leaves a token out") from error
 
@@ -96,7 +103,7 @@ def check_outputs(config: Any) -> None:
     Raises:
         ArgumentError: names the first.
     """
-    for name in ("output_attentions", "output_hidden_states"):
+    for name in ("output_attentions", "output_hidden_states", "output_router_logits"):
         if getattr(config, name, False):
             raise ArgumentError(f"config.{name} is set, but a pruned model's program returns none; set model.config.{name} = False, or use the dense model")
 

@@ -10,7 +10,8 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from .._compat._transformers import CACHE
 from ..errors import ArgumentError
-from ._arguments import check_labels, check_numbers, check_outputs, check_tokens, loss_of, mask_of, refuse, shown
+from ._arguments import check_numbers, check_outputs, check_tokens, loss_of, mask_of, refuse, shown
+from ._labels import POSITIONS
 from ._model import PrunedModel
 
 
@@ -39,13 +40,14 @@ class PrunedForCausalLM(PrunedModel):
             attention_mask: ``[batch, cached + new]``, zero where a token is padding; ``None``: no padding.
             position_ids: ``[batch, new]``; ``None``: as the original model counts.
             cache: a ``DynamicCache`` of this model, extended in place; ``None``: an empty one.
-            labels: ``[batch, new]``; the loss is that of predicting each from the tokens before it, -100 is left out.
+            labels: ``[batch, new]``; the loss is the original's (of predicting each from the tokens before it, as a rule), -100 is left out.
             use_cache: whether the output holds the cache; ``None``: as the configuration says.
             logits_to_keep: logits of so many last positions, 0 for all, or of the positions in a tensor ``[count]``.
             past_key_values: the cache, by its name in transformers until 5.23.
 
         Raises:
-            ArgumentError: an argument has the wrong shape or is not served, or a position lies outside of the model's table.
+            ArgumentError: an argument has the wrong shape or is not served, a position lies outside of the model's table, or positions begin again
+                where the original would take that for another text.
         """
         cache = past_key_values if cache is None else cache
         refuse(kwargs, known=("num_items_in_batch",))
@@ -70,8 +72,7 @@ class PrunedForCausalLM(PrunedModel):
         logits = found["logits"] if inside or kept.numel() == new else found["logits"].index_select(1, kept)
         loss = None
         if labels is not None:
-            check_labels(labels, logits)
-            loss = loss_of(lambda: self.loss_function(logits=logits, labels=labels, vocab_size=logits.shape[-1], **kwargs))
+            loss = loss_of(self.config.loss, logits, labels, kwargs.get("num_items_in_batch"))
         output = CausalLMOutputWithPast(loss=loss, logits=logits, **{CACHE: self._extended(cache, given, found, use_cache)})
         return output if return_dict is not False else output.to_tuple()
 
@@ -82,10 +83,15 @@ class PrunedForCausalLM(PrunedModel):
             if given.shape not in ((batch, new), (1, new)):
                 raise ArgumentError(f"position_ids have the shape {list(given.shape)}; give one for each new token: [{batch}, {new}]")
             positions = given.expand(batch, new)
-        elif mask is not None and self.config.positions == "mask":
-            positions = (mask.long().cumsum(-1) - 1).clamp(min=0)[:, past:]
-        else:
+            if mask is None and not past and self.config.packs and bool((positions.diff(dim=1) != 1).any()):
+                raise ArgumentError(
+                    "position_ids begin again, and no attention_mask is given: the original model keeps such texts apart, and the program of a pruned one does "
+                    "not; give each text a row of its own, or an attention_mask where they are one text"
+                )
+        elif mask is None:
             positions = torch.arange(past, past + new, device=ids.device).expand(batch, new)
+        else:
+            positions = POSITIONS[self.config.positions](mask.long())[:, past:]
         if limit is not None and past + new > limit and int(positions.max()) >= limit:
             raise ArgumentError(
                 f"position {int(positions.max())} lies outside of the model's table of {limit} positions; shorten the prompt or generate fewer tokens"

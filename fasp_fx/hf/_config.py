@@ -27,8 +27,12 @@ class PrunedConfig(PreTrainedConfig):
         original: the configuration of the model that was pruned; its attributes can be read on this one, such as ``vocab_size``. Widths are
             those of the dense model.
         positions: how positions follow where a caller gives none: ``"count"``, one after the other, ``"mask"``, counting tokens that the
-            attention mask shows, or ``None`` where the model takes none.
+            attention mask shows, ``"mask and hidden"``, where those hidden stand one before the first, or ``None`` where the model takes none.
         position_limit: the rows of the model's table of positions, or ``None`` where it has no table.
+        loss: how labels are predicted: ``"next"``, each from the logits before it, ``"same"``, from those at its place, or ``None`` where the original
+            has a loss of its own.
+        labels_moved: how an encoder-decoder makes tokens of labels: behind its token for the ``"start"``, or behind the ``"last"`` of them.
+        packs: whether the original takes positions that begin again for another text in the same row.
     """
 
     model_type = "fasp_fx"
@@ -37,6 +41,9 @@ class PrunedConfig(PreTrainedConfig):
     original: dict[str, Any] | None = None
     positions: str | None = None
     position_limit: int | None = None
+    loss: str | None = None
+    labels_moved: str | None = None
+    packs: bool = False
     fasp_fx_version: str | None = None
 
     def __post_init__(self, **kwargs: Any) -> None:

@@ -15,14 +15,12 @@ from .._program import Program
 from ..errors import CaptureError
 from . import _caches
 from ._flat import FlatProgram
+from ._habits import Habits, far, keeps_texts_apart, loss_of_labels
+from ._labels import POSITIONS
 from ._stages import CausalStages, Seq2SeqStages
 
 #: sequences, new tokens, cached tokens, tokens of padding
 _SIZES = ((2, 3, 5, 2), (1, 4, 0, 0), (3, 4, 0, 2), (1, 1, 1, 0), (2, 1, 4, 1), (1, 1, 0, 0), (2, 2, 3, 0))
-
-
-def _tolerance(dtype: torch.dtype) -> float:
-    return {torch.float64: 1e-9, torch.float32: 1e-3}.get(dtype, 5e-2)
 
 
 def _shown(output: Tensor, arguments: dict[str, Any]) -> Tensor:
@@ -33,34 +31,20 @@ def _shown(output: Tensor, arguments: dict[str, Any]) -> Tensor:
     return output[mask[:, -output.shape[1] :].bool()]
 
 
-def _far(found: Tensor, expected: Tensor) -> bool:
-    if found.shape != expected.shape:
-        return True
-    finite = torch.isfinite(expected)  # a model may have no sensible output for some dtype and padding
-    if not torch.equal(finite, torch.isfinite(found)):
-        return True
-    expected, found = expected[finite], found[finite]
-    if not expected.numel():
-        return False
-    return float((found - expected).abs().max()) > _tolerance(expected.dtype) * max(float(expected.abs().max()), 1e-6)
-
-
 def _calls(stages: CausalStages | Seq2SeqStages) -> Iterator[tuple[str, dict[str, Any]]]:
     for batch, new, past, padding in _SIZES:
         yield f"{batch} sequences, {new} new and {past} cached tokens, {padding} of padding", stages.arguments(batch=batch, new=new, past=past, padding=padding)
 
 
-def positions_of(stages: CausalStages | Seq2SeqStages, program: Program) -> tuple[str | None, int | None]:
-    """Check that a captured decoder computes what its model does, and find how the model counts positions.
-
-    Returns:
-        ``"count"`` or ``"mask"`` (see :class:`fasp_fx.hf.PrunedConfig`) and the rows of the table of positions, each ``None`` if there is none.
+def habits_of(stages: CausalStages | Seq2SeqStages, program: Program) -> Habits:
+    """Check that a captured decoder computes what its model does, and find how the model reads what it is called with.
 
     Raises:
         CaptureError: at some size the program computes something else than the model; names the size.
     """
+    loss, way = loss_of_labels(stages)
     if not isinstance(stages, CausalStages):
-        return None, None
+        return Habits(loss=loss, labels_moved=way)
     flat = FlatProgram.of(program.module)
     for size, arguments in _calls(stages):
         values = _values(flat, arguments)
@@ -71,11 +55,11 @@ def positions_of(stages: CausalStages | Seq2SeqStages, program: Program) -> tupl
                 found = flat(program.module, moved)["logits"].to(expected.logits.device)
         except (RuntimeError, AssertionError, IndexError):
             found = None  # a check of the capture, which the served program does not have; the served one is held against the model below
-        if found is not None and _far(_shown(found, arguments), _shown(expected.logits, arguments)):
+        if found is not None and far(_shown(found, arguments), _shown(expected.logits, arguments)):
             raise CaptureError(f"the program captured of {type(stages.model).__name__} computes something else than the model for {size}; it cannot be served")
     if "position_ids" not in flat.inputs:
-        return None, None
-    return _counting(stages), _table(program.module, flat)
+        return Habits(loss=loss)
+    return Habits(_counting(stages), _table(program.module, flat), loss, packs=keeps_texts_apart(stages))
 
 
 def _values(flat: FlatProgram, arguments: dict[str, Any]) -> dict[str, Tensor]:
@@ -86,15 +70,29 @@ def _values(flat: FlatProgram, arguments: dict[str, Any]) -> dict[str, Tensor]:
 
 
 def _counting(stages: CausalStages) -> str:
-    """How the model counts positions that it is not given: by experiment, on a padded prompt."""
+    """How the model counts positions that it is not given: by experiment, on a padded prompt; for padding as well, where some way gives the same there."""
     padded = stages.arguments(batch=2, new=6, past=0, padding=3)
     padded.pop("logits_to_keep", None)
-    counted = torch.arange(6, device=padded["input_ids"].device).expand(2, 6)
-    own = stages.run({**padded, "position_ids": None, CACHE: None})
-    for name, positions in (("count", counted), ("mask", padded["position_ids"])):
-        if not _far(_shown(stages.run({**padded, "position_ids": positions, CACHE: None}).logits, padded), _shown(own.logits, padded)):
-            return name
-    raise CaptureError(f"{type(stages.model).__name__} counts positions in a way that is neither one after the other nor along the mask; it cannot be served")
+    own = stages.run({**padded, "position_ids": None, CACHE: None}).logits
+    fitting = []
+    for name, count in POSITIONS.items():
+        found = _run_with(stages, padded, count(padded["attention_mask"])) if "attention_mask" in padded or name == "count" else None
+        if found is not None and not far(_shown(found, padded), _shown(own, padded)):
+            fitting.append((name, far(found, own)))
+    if not fitting:
+        raise CaptureError(
+            f"{type(stages.model).__name__} counts positions in a way that is neither one after the other nor along the mask; it cannot be served"
+        )
+    return min(fitting, key=lambda item: item[1])[0]
+
+
+def _run_with(stages: CausalStages, arguments: dict[str, Any], positions: Tensor) -> Tensor | None:
+    """Logits with these positions; ``None`` where the model has none for them."""
+    try:
+        found: Tensor = stages.run({**arguments, "position_ids": positions, CACHE: None}).logits
+    except CaptureError:
+        return None
+    return found
 
 
 def _table(module: fx.GraphModule, flat: FlatProgram) -> int | None:
@@ -144,7 +142,7 @@ def check_served(model: Any, stages: CausalStages | Seq2SeqStages) -> None:
                 output = model(**piece, **{CACHE: cache}, use_cache=True)
                 cache = output[CACHE]
                 found.append(output.logits)
-        if _far(_shown(torch.cat(found, 1), whole), _shown(expected, whole)):
+        if far(_shown(torch.cat(found, 1), whole), _shown(expected, whole)):
             raise CaptureError(f"the pruned {type(stages.model).__name__} does not continue a sequence as it computes it at once ({size}); it cannot be served")
 
 
@@ -175,4 +173,4 @@ def _served_calls(model: Any, stages: CausalStages | Seq2SeqStages) -> Iterator[
         yield f"{batch} sequences, {padding} tokens of padding", (whole, pieces)
 
 
-__all__ = ["check_served", "positions_of"]
+__all__ = ["check_served", "habits_of"]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Self, Unpack, cast
 
@@ -27,7 +27,6 @@ from .._undisturbed import check_default_device, in_usual_modes, one_at_a_time
 from .._version import __version__
 from .._warn import warn
 from ..analysis import Analysis, analyze_program
-from ..channels import attribute
 from ..config import PruningConfig, PruningOptions
 from ..costs import Costs
 from ..errors import ArgumentError, PlanError, VerificationError, VerificationWarning
@@ -36,9 +35,10 @@ from ..plan import PlannedGroup, PruningPlan
 from ..report import Report, make_report, notes_of, said_whole
 from ._config import PrunedConfig
 from ._flat import FlatProgram
+from ._habits import Habits
 from ._held import Parts, StoredProgram
 from ._model import PrunedModel
-from ._probe import check_served, positions_of
+from ._probe import check_served, habits_of
 from ._stages import Stage, stages_of
 
 
@@ -155,7 +155,7 @@ def prune(
     ranks, clock = Ranks(group), Timings()
     stage = stages.planned()
     program = _captured(stage, device)
-    positions = positions_of(stages, program)
+    habits = habits_of(stages, program)
     where = None if device is None else torch.device(device)
     batches = None
     if calibration is not None:
@@ -190,7 +190,7 @@ def prune(
         results, plan, report, weights = {stage.name: planned}, planned.plan, planned.report, _one_set(model, {stage.name: planned})
     programs = {name: _stored(result.program) for name, result in results.items()}
     parts = Parts(programs, weights, {name: _constants(result.program) for name, result in results.items()}, plan, report)
-    made = _model(model, parts, positions)
+    made = _model(model, parts, habits)
     check_served(made, stages)
     return Pruned(made, plan, report, tokenizer)
 
@@ -292,12 +292,6 @@ def _stored(program: ExportedProgram) -> StoredProgram:
     return StoredProgram(program_to_json(program), FlatProgram.of(program.module(check_guards=False)))
 
 
-def _used(program: ExportedProgram) -> dict[str, Tensor]:
-    """The tensors that a program's graph looks up, by name."""
-    module = program.module(check_guards=False)
-    return {str(node.target): attribute(module, str(node.target)) for node in module.graph.find_nodes(op="get_attr") if node.users}
-
-
 def _constants(program: ExportedProgram) -> dict[str, Tensor]:
     return {name: value.detach().clone() for name, value in program.constants.items() if isinstance(value, Tensor)}
 
@@ -314,9 +308,7 @@ def _one_set(model: nn.Module, results: dict[str, Result]) -> dict[str, Tensor]:
     tied = {name: names for names in ties.values() for name in names}
     found: dict[str, Tensor] = {}
     for program, result in results.items():
-        for name, tensor in _used(result.program).items():
-            if name not in result.program.state_dict:
-                continue
+        for name, tensor in result.program.state_dict.items():
             held = found.get(name)
             if held is None:
                 made: Any = tensor.detach()
@@ -329,7 +321,7 @@ def _one_set(model: nn.Module, results: dict[str, Result]) -> dict[str, Tensor]:
     return dict(sorted(found.items(), key=lambda item: (order.get(item[0], len(order)), item[0])))
 
 
-def _model(original: Any, parts: Parts, positions: tuple[str | None, int | None]) -> PrunedModel:
+def _model(original: Any, parts: Parts, habits: Habits) -> PrunedModel:
     from . import PrunedForCausalLM, PrunedForSeq2SeqLM
 
     config = original.config
@@ -337,8 +329,7 @@ def _model(original: Any, parts: Parts, positions: tuple[str | None, int | None]
     made = kind(
         PrunedConfig(
             original=_plain(config.to_dict()),
-            positions=positions[0],
-            position_limit=positions[1],
+            **asdict(habits),
             fasp_fx_version=__version__,
             is_encoder_decoder=bool(config.is_encoder_decoder),
             architectures=[kind.__name__],

@@ -5,14 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-import torch
 from torch import Tensor, nn
-from torch.nn import functional
 from transformers.modeling_outputs import BaseModelOutput, Seq2SeqLMOutput
 
 from .._compat._transformers import CACHE
 from ..errors import ArgumentError
-from ._arguments import check_labels, check_outputs, check_tokens, loss_of, mask_of, refuse, shown
+from ._arguments import check_outputs, check_tokens, loss_of, mask_of, refuse, shown
+from ._labels import MOVES
 from ._model import PrunedModel
 
 
@@ -62,7 +61,7 @@ class PrunedForSeq2SeqLM(PrunedModel):
         Args:
             input_ids: token numbers of the source ``[batch, source]``; not needed with ``encoder_outputs``.
             attention_mask: ``[batch, source]``, zero where the source is padding.
-            decoder_input_ids: ``[batch, new]``; ``None`` with ``labels``: the labels moved on by one.
+            decoder_input_ids: ``[batch, new]``; ``None`` with ``labels``: the labels moved on by one, as the original does it.
             decoder_attention_mask: ``[batch, cached + new]``.
             encoder_outputs: what ``get_encoder()`` returned, or a tuple that begins with the hidden states.
             cache: an ``EncoderDecoderCache`` of this model, extended in place; ``None``: an empty one.
@@ -106,7 +105,7 @@ class PrunedForSeq2SeqLM(PrunedModel):
         loss = None
         if labels is not None:
             logits, targets, items = found["logits"], labels, kwargs.get("num_items_in_batch")
-            loss = loss_of(lambda: _loss(logits, targets, items))
+            loss = loss_of(self.config.loss, logits, targets, items)
         cache = self._extended(cache, given, found, use_cache)
         output = Seq2SeqLMOutput(loss=loss, logits=found["logits"], encoder_last_hidden_state=hidden, **{CACHE: cache})
         return output if return_dict is not False else output.to_tuple()
@@ -133,21 +132,13 @@ class PrunedForSeq2SeqLM(PrunedModel):
     def _moved_on(self, labels: Tensor) -> Tensor:
         """Labels behind the token that begins an output, as inputs of the decoder; what the loss leaves out becomes padding."""
         check_tokens("labels", labels)
-        start, padding = self.config.decoder_start_token_id, self.config.pad_token_id
-        if start is None or padding is None:
-            raise ArgumentError("the configuration names no decoder_start_token_id and pad_token_id, so labels cannot be moved on; pass decoder_input_ids")
-        moved = torch.cat([torch.full_like(labels[:, :1], start), labels[:, :-1]], 1)
-        return moved.masked_fill(moved == -100, padding)
+        if self.config.labels_moved is None:
+            raise ArgumentError("the original model makes the decoder's tokens of labels in a way of its own, or not at all; pass decoder_input_ids")
+        return MOVES[self.config.labels_moved](labels, self.config.decoder_start_token_id, self.config.pad_token_id)
 
     def prepare_decoder_input_ids_from_labels(self, labels: Tensor) -> Tensor:
         """What a data collator puts in front of the decoder."""
         return self._moved_on(labels)
-
-
-def _loss(logits: Tensor, labels: Tensor, items: Any) -> Tensor:
-    check_labels(labels, logits)
-    total = functional.cross_entropy(logits.flatten(0, 1).float(), labels.flatten(), ignore_index=-100, reduction="mean" if items is None else "sum")
-    return total if items is None else total / items
 
 
 __all__ = ["Encoder", "PrunedForSeq2SeqLM"]

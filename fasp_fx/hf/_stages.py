@@ -17,6 +17,7 @@ from .._capture._unchanged import rewound
 from .._compat._transformers import CACHE
 from ..errors import ArgumentError, CalibrationError, CaptureError, first_line
 from . import _caches
+from ._arguments import check_outputs
 from ._caches import fresh, holds_states
 from ._model import PrunedModel
 
@@ -72,7 +73,7 @@ class Stages:
         """Those arguments that the model takes."""
         return {name: value for name, value in arguments.items() if name in self.accepts}
 
-    def run(self, arguments: dict[str, Any]) -> Any:
+    def run(self, arguments: dict[str, Any], use_cache: bool = True) -> Any:
         """Call the model itself.
 
         Raises:
@@ -80,7 +81,7 @@ class Stages:
         """
         try:
             with torch.no_grad(), rewound(self.model):
-                return self.model(**arguments, use_cache=True, return_dict=True)
+                return self.model(**arguments, use_cache=use_cache, return_dict=True)
         except Exception as error:
             shown = ", ".join(arguments)
             raise CaptureError(f"{type(self.model).__name__} cannot generate with a cache that holds every token ({shown}): {first_line(error)}") from error
@@ -181,7 +182,7 @@ def stages_of(model: Any) -> CausalStages | Seq2SeqStages:
     """How to capture this model.
 
     Raises:
-        ArgumentError: it is no generating model of transformers.
+        ArgumentError: it is no generating model of transformers, or is asked for outputs that a program does not have.
     """
     from transformers import PreTrainedModel
 
@@ -195,6 +196,7 @@ def stages_of(model: Any) -> CausalStages | Seq2SeqStages:
         )
     if model.device.type == "meta":
         raise ArgumentError("the model is on the meta device and has no values; load its weights first")
+    check_outputs(model.config)
     return Seq2SeqStages(model) if model.config.is_encoder_decoder else CausalStages(model)
 
 

@@ -1,0 +1,88 @@
+"""What a generating model does with arguments beside its tokens: positions, labels, packed texts. Found by experiment, never by its name."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .._compat._transformers import CACHE
+from ..errors import CaptureError
+from ._labels import LEFT_OUT, LOSSES, MOVES
+from ._stages import CausalStages, Stages
+
+
+@dataclass(frozen=True)
+class Habits:
+    """How a model reads what it is called with; see :class:`fasp_fx.hf.PrunedConfig`, which keeps it."""
+
+    positions: str | None = None
+    position_limit: int | None = None
+    loss: str | None = None
+    labels_moved: str | None = None
+    packs: bool = False
+
+
+def tolerance(dtype: torch.dtype) -> float:
+    """By how much values of a dtype that are computed in two ways may differ, relative to the largest."""
+    return {torch.float64: 1e-9, torch.float32: 1e-3}.get(dtype, 5e-2)
+
+
+def far(found: Tensor, expected: Tensor) -> bool:
+    """Whether values differ by more than rounding."""
+    if found.shape != expected.shape:
+        return True
+    finite = torch.isfinite(expected)  # a model may have no sensible output for some dtype and padding
+    if not torch.equal(finite, torch.isfinite(found)):
+        return True
+    expected, found = expected[finite], found[finite]
+    if not expected.numel():
+        return False
+    return float((found - expected).abs().max()) > tolerance(expected.dtype) * max(float(expected.abs().max()), 1e-6)
+
+
+def loss_of_labels(stages: Stages) -> tuple[str | None, str | None]:
+    """The key of :data:`LOSSES`, and for an encoder-decoder of :data:`MOVES`, by which a model reads labels; ``None`` where it reads them in another way."""
+    if "labels" not in stages.accepts:
+        return None, None
+    labels = stages.tokens(6, 2, seed=7)
+    labels[0, 4:] = LEFT_OUT
+    source = {"input_ids": stages.tokens(6, 2)}
+    given = _called(stages, {**source, "labels": labels})
+    if given is None or not isinstance(getattr(given, "loss", None), Tensor) or given.logits.shape[:2] != labels.shape:
+        return None, None
+    loss = next((name for name, compute in LOSSES.items() if not far(compute(given.logits, labels, None), given.loss.float())), None)
+    if isinstance(stages, CausalStages):
+        return loss, None
+    start, padding = (getattr(stages.model.config, f"{name}_token_id", None) for name in ("decoder_start", "pad"))
+    if padding is None:
+        return None, None
+    for name, move in MOVES.items():
+        moved = _called(stages, {**source, "decoder_input_ids": move(labels, start, padding)})
+        if moved is not None and not far(moved.logits, given.logits):
+            return loss, name
+    return None, None
+
+
+def keeps_texts_apart(stages: Stages) -> bool:
+    """Whether a model takes positions that begin again, given without a mask, for several texts in one row."""
+    if not isinstance(stages, CausalStages) or "position_ids" not in stages.accepts:
+        return False
+    ids = stages.tokens(6, 1)
+    packed = {"input_ids": ids, "position_ids": torch.arange(6, device=ids.device)[None] % 3}
+    apart = _called(stages, packed)
+    together = _called(stages, packed | stages.optional(attention_mask=torch.ones_like(ids)))
+    return apart is not None and together is not None and far(apart.logits, together.logits)
+
+
+def _called(stages: Stages, arguments: dict[str, Any]) -> Any:
+    """What the model gives without a cache; ``None`` where it does not take this."""
+    try:
+        return stages.run({**arguments, CACHE: None}, use_cache=False)
+    except CaptureError:
+        return None
+
+
+__all__ = ["Habits", "far", "keeps_texts_apart", "loss_of_labels", "tolerance"]
