@@ -23,6 +23,7 @@ import fasp_fx
 from fasp_fx.evaluation import perplexity, tasks
 
 METHODS = ("fast", "fasp,global", "balanced", "best", "obs,uniform", "fasp,global,none", "fasp,uniform,none")
+HOW = "a quality, or SCORE,ALLOCATION, or SCORE,ALLOCATION,none: without repair; with +exempt, query and key channels may go as well"
 Measure = Callable[[Any], dict[str, float]]
 
 
@@ -67,12 +68,30 @@ def convolutional(options: argparse.Namespace) -> tuple[Any, dict[str, Any], lis
 MODELS = {"smollm2": language, "minilm": encoder, "efficientnet": convolutional}
 
 
+def options_of(method: str) -> dict[str, Any]:
+    """What the name of a method stands for."""
+    name, _, more = method.partition("+")
+    how: dict[str, Any] = dict(zip(("score", "allocation", "restore"), name.split(","), strict=False)) if "," in name else {"quality": name}
+    return how | ({"restore": None} if "restore" in how else {}) | ({"include": (more,)} if more else {})
+
+
+def forget_peak() -> None:
+    """Begin to count the most memory anew (Linux alone)."""
+    pathlib.Path("/proc/self/clear_refs").write_text("5")
+
+
+def peak() -> float:
+    """The most resident memory since, in GiB."""
+    line = next(line for line in pathlib.Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
+    return round(int(line.split()[1]) / 2**20, 2)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--text", type=pathlib.Path, required=True, help="WikiText-2 validation text (wikitext2-valid.txt)")
     parser.add_argument("--out", type=pathlib.Path, required=True, help="results, a line of JSON each; what is there is not measured again")
     parser.add_argument("--models", nargs="*", choices=list(MODELS), default=list(MODELS))
-    parser.add_argument("--methods", nargs="*", default=list(METHODS), help="a quality, or SCORE,ALLOCATION, or SCORE,ALLOCATION,none: without repair")
+    parser.add_argument("--methods", nargs="*", default=list(METHODS), help=HOW)
     parser.add_argument("--sparsity", type=float, nargs="*", default=[0.1, 0.2, 0.3, 0.5])
     parser.add_argument("--evaluation", type=int, default=40, help="chunks of WikiText-2 that are measured, from the 100th on")
     parser.add_argument("--tasks", nargs="*", default=[], help="files of tasks to measure SmolLM2 on")
@@ -92,9 +111,9 @@ def main() -> None:
             if method == "dense":
                 found |= measure(model)
             else:
-                how: Any = dict(zip(("score", "allocation", "restore"), method.split(","), strict=False)) if "," in method else {"quality": method}
-                how |= {"restore": None} if "restore" in how else {}
-                result = fasp_fx.prune(captured, calibration=calibration, sparsity=sparsity, **how, **own)
+                forget_peak()
+                result = fasp_fx.prune(captured, calibration=calibration, sparsity=sparsity, **options_of(method), **own)
+                found |= {"peak_gib": peak()}
                 found |= measure(result.module)
                 found |= {"seconds": {stage: round(spent, 1) for stage, spent in result.report.seconds.items()}, "reached": result.report.sparsity}
             with options.out.open("a") as out:

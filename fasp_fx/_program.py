@@ -37,6 +37,14 @@ class FoldedWeight:
         return f"'{self.name}' (of {', '.join(map(repr, self.sources))})"
 
 
+@dataclass(frozen=True)
+class CopiedBuffer:
+    """A buffer that holds what ``source`` holds, for a part of the model that is to lose other channels of it than the rest."""
+
+    name: str
+    source: str
+
+
 @dataclass
 class Program:
     """One model between capture and result.
@@ -53,6 +61,7 @@ class Program:
         order: the names of the caller's weights in their order; the first name of a tied weight stands for all.
         folds: weights that the model computes from others and that the program holds as parameters.
         replaced: the caller's parameters that are gone with that, by name.
+        copies: buffers made for parts of the model that shared one (see the pass that gives each attention a table of its own).
         walked: the module, the analysis and the interpretation of the last verification.
         facts: what the capture's exported program knows besides graph and weights; ``None`` for a graph that was not exported.
     """
@@ -68,6 +77,7 @@ class Program:
     order: tuple[str, ...] = ()
     folds: tuple[FoldedWeight, ...] = ()
     replaced: dict[str, Tensor] = field(default_factory=dict)
+    copies: tuple[CopiedBuffer, ...] = ()
     walked: tuple[Any, ...] | None = field(default=None, repr=False, compare=False)
     facts: ExportFacts | None = field(default=None, repr=False, compare=False)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import operator
 import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
@@ -270,7 +271,7 @@ class Timings:
 def _stages(config: PruningConfig) -> Stages:
     """What each part goes through where a model is pruned by its submodules."""
     return Stages(
-        partial(capture_program, image_sizes=True),  # a part can be called with features of many sizes
+        partial(capture_program, image_sizes=True, own_defaults=True),  # a part can be called with features of many sizes
         lambda program: analyze_program(program, split_fused, config.granularity, config.include),
         lambda program, analysis, decision: rewrite(program, analysis, decision, None, Timings()),
     )
@@ -294,7 +295,15 @@ def make_plan(program: Program, analysis: Analysis, decision: Decision) -> Pruni
         granularity=tuple(sorted(analysis.granularity)),
         include=tuple(sorted(analysis.include)),
         folds=program.folds,
+        copies=analysis.program.copies if groups else (),
     )
+
+
+def _index(position: object) -> int:
+    try:
+        return operator.index(position)  # type: ignore[arg-type]
+    except TypeError as error:
+        raise PlanError(f"{position!r} is the number of no channel set; give integers, counted from zero") from error
 
 
 def plan_from_sets(
@@ -318,7 +327,7 @@ def plan_from_sets(
         if name not in groups:
             near = difflib.get_close_matches(name, groups, 1)
             raise PlanError(f"'{name}' is no group that can be pruned{f'; did you mean {near[0]!r}?' if near else ''}; analyze(...).groups has their names")
-        group, wanted = groups[name], np.unique(np.fromiter(positions, dtype=np.int64))
+        group, wanted = groups[name], np.unique(np.fromiter(map(_index, positions), dtype=np.int64))
         if len(wanted) and not (wanted[0] >= 0 and wanted[-1] < group.size):
             raise PlanError(f"'{name}' has the channel sets 0 to {group.size - 1}, not {wanted[0] if wanted[0] < 0 else wanted[-1]}")
         lost = {int(block): int((group.block_of[wanted] == block).sum()) for block in np.unique(group.block_of)}

@@ -110,13 +110,17 @@ def analyze_program(
 
 def _settled(program: Program, split: Callable[[Program, Analysis], Program | None] | None, granularity: Iterable[str], include: Iterable[str]) -> Analysis:
     heads, experts, exempt = "head" in granularity, "expert" in granularity, EXEMPT in include
-    analysis = _analyze(program, heads, experts, exempt)
-    while split is not None and analysis.conflicts:
-        rewritten = split(program, _analyze(program, False, experts, exempt) if heads else analysis)  # rows are told apart one by one
+
+    def settled(program: Program, heads: bool) -> Analysis:
+        return replace(_analyze(program, heads, experts, exempt), granularity=frozenset(granularity), include=frozenset(include))
+
+    analysis = settled(program, heads)
+    while split is not None and (analysis.conflicts or exempt):
+        rewritten = split(program, settled(program, False) if heads else analysis)  # rows are told apart one by one
         if rewritten is None:
             break
-        program, analysis = rewritten, _analyze(rewritten, heads, experts, exempt)
-    return replace(analysis, granularity=frozenset(granularity), include=frozenset(include))
+        program, analysis = rewritten, settled(rewritten, heads)
+    return analysis
 
 
 def _analyze(program: Program, heads: bool, experts: bool, exempt: bool) -> Analysis:

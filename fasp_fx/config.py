@@ -80,7 +80,7 @@ class PruningConfig:
         include: ``"approximate"`` prunes also groups that cross a norm (the residual stream of a transformer). Norms by mean squares, and layer norms,
             go on to divide by the dense count, so that the result is that of the dense model whose producers are zero there. ``"exempt"`` prunes also
             channels contracted between two activations (rows of W_Q and W_K), by what the loss loses with them where costs are measured, else by the
-            norms of both.
+            norms of both; the queries that stay make up for them.
         exclude: name patterns of weights; groups that hold one of them stay whole.
         round_to: kept widths (per block) are multiples of this.
         uniform_layers: groups of one shape lose equally many channel sets, so that layers that are alike stay alike, as some runtimes need it.

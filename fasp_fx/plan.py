@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ._program import FoldedWeight, Program
+from ._program import CopiedBuffer, FoldedWeight, Program
 from .errors import PlanError
 from .groups import Group, Member, ranges
 
@@ -90,6 +90,7 @@ class PruningPlan:
         result: fingerprint of the model the plan makes, known once it was applied.
         granularity, include: as given to :func:`fasp_fx.prune`.
         folds: weights that the model computes from others, and that the result holds as parameters; the groups name them so.
+        copies: buffers of the result that hold what is left of one of the model's, for a part of the model each; the groups name them so.
     """
 
     fingerprint: str
@@ -100,6 +101,7 @@ class PruningPlan:
     granularity: tuple[str, ...] = ("channel",)
     include: tuple[str, ...] = ()
     folds: tuple[FoldedWeight, ...] = ()
+    copies: tuple[CopiedBuffer, ...] = ()
 
     def __str__(self) -> str:
         return "\n".join(map(str, self.groups)) or "nothing is removed"
@@ -137,6 +139,7 @@ class PruningPlan:
             )
             splits = tuple(SplitWeight(str(s["name"]), str(s["source"]), _int(s["dim"]), tuple(map(_int, s["rows"]))) for s in data["splits"])
             folds = tuple(FoldedWeight(str(f["name"]), tuple(map(str, f["sources"]))) for f in data.get("folds", ()))
+            copies = tuple(CopiedBuffer(str(c["name"]), str(c["source"])) for c in data.get("copies", ()))
             result = data.get("result")
             return PruningPlan(
                 str(data["fingerprint"]),
@@ -147,6 +150,7 @@ class PruningPlan:
                 tuple(map(str, data["granularity"])),
                 tuple(map(str, data["include"])),
                 folds,
+                copies,
             )
         except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
             raise PlanError(f"the plan is damaged: {type(error).__name__}: {error}") from error
@@ -223,7 +227,8 @@ class PruningPlan:
                 )
             )
         left = sum(group.removed_sets for group in groups) / max(sum(group.removed_sets for group in self.groups), 1)
-        return PruningPlan(earlier.result, tuple(groups), self.sparsity * left, granularity=self.granularity, include=self.include)
+        copies = tuple(copied for copied in self.copies if copied not in earlier.copies)
+        return PruningPlan(earlier.result, tuple(groups), self.sparsity * left, granularity=self.granularity, include=self.include, copies=copies)
 
 
 def _renumber(removed: Iterable[int], before: Iterable[int]) -> tuple[int, ...]:

@@ -218,6 +218,8 @@ def make_report(
     lines = []
     for group in analysis.groups:
         outcomes = [outcome for use in group.uses for outcome in decision.outcomes.get(use.weight, ())] if group.name in removed else []
+        if group.name in decision.products:
+            outcomes.append(decision.products[group.name].outcome)
         lines.append(
             replace(
                 line_of(group),

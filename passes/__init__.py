@@ -13,6 +13,7 @@ from ._foreign import Foreign
 from ._pipeline import Pipeline
 from ._prune import Prune
 from ._run import split_fused
+from ._unshare import share_again
 from ._verify import verify
 from .attention import PadValueHeads, PinAttentionScale
 from .dense_count import KeepDenseCount
@@ -33,6 +34,7 @@ __all__ = [
     "RemoveChannels",
     "RestoreWeights",
     "SplitFusedProducers",
+    "share_again",
     "split_fused",
     "stamp",
     "verify",

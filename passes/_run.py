@@ -17,6 +17,7 @@ from fasp_fx.analysis import Analysis, analyze_program
 from fasp_fx.errors import ArgumentError, FaspError, VerificationError, first_line
 from fasp_fx.plan import PruningPlan, check_fingerprint, program_fingerprint
 
+from . import _unshare
 from ._foreign import Foreign
 from ._split import NAME, split
 from ._verify import verify
@@ -75,7 +76,7 @@ def run_exported(steps: Sequence[Step], exported: ExportedProgram, tolerance: fl
     program = capture(exported, fold=plan is not None)  # without a plan, no weight becomes another
     if plan is not None:
         check_fingerprint(plan, program_fingerprint(program))
-    start = analysis_for(program, plan, split=split_fused if plan is not None and plan.splits else None)
+    start = analysis_for(program, plan, split=split_fused if plan is not None and (plan.splits or plan.copies) else None)
     rewritten = run(steps, start.program, start, tolerance)
     return exported if rewritten is start.program else finish(rewritten)[1]
 
@@ -88,10 +89,13 @@ def analysis_for(program: Program, removal: Removal, split: Callable[[Program, A
 
 
 def split_fused(program: Program, analysis: Analysis) -> Program | None:
-    """Split the fused producers that stand in the way, or ``None`` if none can be."""
-    with _named(NAME):
-        rewritten = _verified(split, program, analysis)
-    return None if rewritten is program else replace(rewritten, numbers={})
+    """Part what stands in the way: tables that groups share which may be pruned, then fused producers; ``None`` if there is nothing to do."""
+    for name, step in ((_unshare.NAME, _unshare.unshare), (NAME, split)):
+        with _named(name):
+            rewritten = _verified(step, program, analysis)
+        if rewritten is not program:
+            return replace(rewritten, numbers={})
+    return None
 
 
 def _plan_of(steps: Sequence[Step]) -> PruningPlan | None:

@@ -3,7 +3,7 @@
 Programs run as the passes leave them, without the export of a whole ``prune``. As a script it tries slices of 250 nets, which are the same wherever they run,
 leaves out those that are done, and prints what they came to::
 
-    python tests/drawing.py FIRST LAST FOLDER
+    python tests/drawing.py FIRST LAST FOLDER [exempt] [approximate]
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import sys
 import time
 import traceback
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -49,8 +50,11 @@ class _AsCaptured:
         return self.module(*self.program.flat_inputs(args, kwargs))
 
 
-def hold(net: Net, number: int) -> collections.Counter[str]:
+def hold(net: Net, number: int, include: Sequence[str] = ()) -> collections.Counter[str]:
     """Prune what was drawn, and compare.
+
+    Args:
+        include: statuses of groups that are pruned as well.
 
     Returns:
         How many prunings and comparisons were made, and in how many of these masking shows.
@@ -61,7 +65,7 @@ def hold(net: Net, number: int) -> collections.Counter[str]:
     count: collections.Counter[str] = collections.Counter()
     case = Case(build(net, number, torch.float64), example(net, 2, number, torch.float64), {}, None, (), {}, TOLERANCE, number)
     program = case.captured
-    analysis = fasp_fx.analysis.analyze_program(program, fasp_fx.passes.split_fused)
+    analysis = fasp_fx.analysis.analyze_program(program, fasp_fx.passes.split_fused, include=include)
     captured = _AsCaptured(program)
     calls = []
     for call in case.calls:
@@ -79,7 +83,7 @@ def hold(net: Net, number: int) -> collections.Counter[str]:
             break
         gone = chosen[analysis.labels]
         plan = make_plan(program, analysis, Decision(gone))
-        smaller = _AsCaptured(Prune(gone, {}, analysis)(analysis.program))
+        smaller = _AsCaptured(fasp_fx.passes.share_again(Prune(gone, {}, analysis)(analysis.program)))
         masked = Masked(case.reference, plan)
         count["prunings"] += 1
         for call, dense in calls:
@@ -91,7 +95,7 @@ def hold(net: Net, number: int) -> collections.Counter[str]:
     return count
 
 
-def try_slice(number: int) -> dict[str, Any]:
+def try_slice(number: int, include: Sequence[str] = ()) -> dict[str, Any]:
     """Draw and hold the nets of one slice.
 
     Returns:
@@ -107,7 +111,7 @@ def try_slice(number: int) -> dict[str, Any]:
         total["nets"] += 1
         total["nets with odd blocks"] += any(f"{kind.__name__}(" in repr(net) for kind in Odd.__subclasses__())
         try:
-            total.update(hold(net, weights))
+            total.update(hold(net, weights, include))
         except Exception as problem:
             failures.append({"net": repr(net), "weights": weights, "problem": f"{type(problem).__name__}: {problem}", "trace": traceback.format_exc()[-3000:]})
 
@@ -127,7 +131,7 @@ def main() -> None:
     for number in range(first, last):
         file = folder / f"{number}.json"
         if not file.exists():
-            file.write_text(json.dumps(try_slice(number), indent=1), encoding="utf-8")
+            file.write_text(json.dumps(try_slice(number, sys.argv[4:]), indent=1), encoding="utf-8")
             gc.collect()
         found = json.loads(file.read_text(encoding="utf-8"))
         total.update({name: value for name, value in found.items() if isinstance(value, (int, float)) and name != "slice"})

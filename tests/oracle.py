@@ -67,7 +67,7 @@ def zeroed(model: nn.Module, plan: Any, producers: bool = False) -> nn.Module:
     """
     copied = copy.deepcopy(model)
     weights = dict(copied.named_parameters(remove_duplicate=False))
-    buffers = dict(copied.named_buffers(remove_duplicate=False))
+    buffers = {name for name, _ in copied.named_buffers(remove_duplicate=False)} | {made.name for made in plan.copies}
     with torch.no_grad():
         for part in (part for group in plan.groups for part in (*group.consumers, *(group.producers if producers else ()))):
             if part.name in buffers:

@@ -1,6 +1,7 @@
 """What a backend of ``torch.compile`` learns of the frame that is compiled."""
 
 import torch
+import torch._dynamo
 from torch._dynamo.backends.registry import lookup_backend
 from torch._dynamo.source import ConstantSource
 from torch._dynamo.symbolic_convert import InstructionTranslator
@@ -11,4 +12,20 @@ from torch.fx.experimental.symbolic_shapes import DimDynamic
 #: the function that a graph calls where gradients are switched on or off
 SET_GRAD = torch._C._set_grad_enabled
 
-__all__ = ["SET_GRAD", "ConstantSource", "DimDynamic", "InstructionTranslator", "TracingContext", "aot_export_module", "lookup_backend", "tracing"]
+
+def traces_recurrent() -> bool:
+    """Whether dynamo traces recurrent layers, rather than running the frame that calls one as it is."""
+    return bool(torch._dynamo.config.allow_rnn)
+
+
+__all__ = [
+    "SET_GRAD",
+    "ConstantSource",
+    "DimDynamic",
+    "InstructionTranslator",
+    "TracingContext",
+    "aot_export_module",
+    "lookup_backend",
+    "traces_recurrent",
+    "tracing",
+]

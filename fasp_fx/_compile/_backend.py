@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import re
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -13,7 +14,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from .._compat import FakeTensorMode
-from .._compat._dynamo import TracingContext, lookup_backend
+from .._compat._dynamo import TracingContext, lookup_backend, traces_recurrent
 from .._program import Program
 from .._warn import warn
 from ..analysis import Analysis, analyze_program
@@ -42,6 +43,8 @@ def backend(
     A graph break divides the model. A group of the plan whose weights lie in several graphs, or whose channels pass from one to another, stays whole, with a
     :class:`~fasp_fx.PartialPlanWarning`. So does a graph that cannot be read (one that writes into buffers, as batch norm does in training mode).
 
+    dynamo runs what it does not trace as it is, and does not tell a backend of it: layers that are recurrent, unless ``torch._dynamo.config.allow_rnn`` is set.
+
     Args:
         plan: made for this model.
         inner: the backend for the smaller graph: a name that ``torch.compile`` knows, or a function of a graph module and example inputs.
@@ -61,6 +64,13 @@ def backend(
             f"the plan is for a model that computes {plan.folds[0]} in every call: it names a weight folded at capture, which a compiled model does not have; "
             "use fasp_fx.apply(model, plan, args), or fold the weight in the model and plan again"
         )
+    recurrent = next((name for name, _ in plan.slices() if _OF_RECURRENT.search(name)), None)
+    if recurrent is not None and not traces_recurrent():
+        warn(
+            f"dynamo does not trace the recurrent layer that holds '{recurrent}' and runs the whole model in its place, without a word; set "
+            "torch._dynamo.config.allow_rnn = True before compiling, or use fasp_fx.apply",
+            PartialPlanWarning,
+        )
     try:
         compiler = lookup_backend(inner) if isinstance(inner, str) else inner
     except Exception as error:
@@ -68,10 +78,15 @@ def backend(
     return _Backend(plan, compiler, model, check).compile
 
 
+#: names that torch gives the weights of its recurrent layers
+_OF_RECURRENT = re.compile(r"(^|\.)(weight|bias)_(ih|hh|hr)_l\d+")
+
+
 class _Backend:
     def __init__(self, plan: PruningPlan, inner: Callable[..., Any], model: nn.Module | None, check: bool) -> None:
         self.plan, self.inner, self.model, self.check = plan, inner, model, check
-        self.named = {name for name, _ in plan.slices()}
+        copied = {made.name: made.source for made in plan.copies}
+        self.named = {copied.get(name, name) for name, _ in plan.slices()}
         self.checked: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 
     def compile(self, module: fx.GraphModule, example: list[Any]) -> Compiled:
@@ -131,7 +146,7 @@ class _Backend:
         return owner
 
     def _analysis(self, program: Program) -> Analysis:
-        return analyze_program(program, split_fused if self.plan.splits else None, self.plan.granularity, self.plan.include)
+        return analyze_program(program, split_fused if self.plan.splits or self.plan.copies else None, self.plan.granularity, self.plan.include)
 
     def _rewritten(self, program: Program) -> tuple[Program, dict[str, _Cut]]:
         present = set(program.canonical())
@@ -200,9 +215,10 @@ class _Slice:
     @staticmethod
     def of(name: str, cuts: dict[str, _Cut], positions: dict[str, int], program: Program) -> _Slice:
         """The slice that stands under ``name`` in the rewritten program."""
-        part = program.parts.get(name)
+        part, copied = program.parts.get(name), {made.name: made.source for made in program.copies}
         source = program.canonical().get(name, name) if part is None else part.name
         lost = cuts.get(name, cuts.get(source))
+        source = copied.get(name, source)
         if source not in positions:
             if lost is not None or part is not None:
                 raise VerificationError(f"'{name}' would be cut, but is no weight of the model")

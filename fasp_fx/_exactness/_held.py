@@ -18,7 +18,7 @@ from .._warn import warn
 from ..analysis import Analysis
 from ..errors import CallError, VerificationError, VerificationWarning, first_line
 from ..groups import APPROXIMATE, Group
-from ..passes import Prune
+from ..passes import Prune, share_again
 from ..report import said_whole
 from ._blame import sound_part
 from ._compare import ReferenceFailedError, Seen, compare, takes
@@ -174,7 +174,7 @@ class _Net:
         """The program without what was decided for these groups, and what is wrong with it."""
         decision = restricted(self.analysis, self.decision, groups)
         try:
-            rewritten = Prune(decision.gone, decision.weights, self.analysis)(self.analysis.program)
+            rewritten = share_again(Prune(decision.gone, decision.weights, self.analysis)(self.analysis.program))
         except VerificationError as error:
             return None, _Fault(str(error))
         lap("passes")

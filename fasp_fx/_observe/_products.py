@@ -127,8 +127,7 @@ class ObservedProducts:
 
     def _summed(self, value: Tensor, lying: Repeating, node: fx.Node, marks: Marks, number: int) -> Tensor:
         """The squares of a value without padding, by channel."""
-        tokens = [dim for dim, (size, varies) in enumerate(zip(lying.numbers.shape, lying.varies, strict=True)) if size == 1 or varies]
-        counts = marks.of(number, node, value, tokens) != PADDING
+        counts = marks.of(number, node, value, tokens_of(lying)) != PADDING
         return lying.summed((value.square() * counts).to(precise(value.device)))
 
     def scores(self, group: Group) -> np.ndarray:
@@ -149,7 +148,7 @@ class ObservedProducts:
         kept = torch.from_numpy(~np.append(gone, False))  # the last entry serves NONE (-1)
         for product in products:
             for lying in self._lying(product)[0]:
-                runner.multiply(product.operands[0], partial(_staying, kept, lying))
+                runner.change(product.operands[0], partial(_staying, kept, lying))
 
     def _lying(self, product: Product) -> list[list[Repeating]]:
         """How the channels that the product sums over lie along each operand."""
@@ -157,8 +156,8 @@ class ObservedProducts:
 
 
 def _staying(kept: Tensor, lying: Repeating, value: Tensor) -> Tensor:
-    """Which entries of an operand stay."""
-    return kept[lying.at(value.shape)]
+    """An operand with zeros where nothing stays."""
+    return value * kept[lying.at(value.shape)].to(value)
 
 
 def lying_along(analysis: Analysis, product: Product, operand: int) -> list[Repeating]:
@@ -168,6 +167,11 @@ def lying_along(analysis: Analysis, product: Product, operand: int) -> list[Repe
     recorded = node.meta.get("val")  # a node that a pass has written may have none: nothing is known then of sizes that vary
     found = [repeating(numbers, numbers.shape if recorded is None else recorded.shape) for numbers in axes]
     return [lying for lying in found if lying is not None]  # the analysis leaves others whole
+
+
+def tokens_of(lying: Repeating) -> list[int]:
+    """The dimensions along which tokens lie."""
+    return [dim for dim, (size, varies) in enumerate(zip(lying.numbers.shape, lying.varies, strict=True)) if size == 1 or varies]
 
 
 def _added(sums: dict[Any, Tensor], key: Any, more: Tensor) -> None:

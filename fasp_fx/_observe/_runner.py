@@ -78,10 +78,10 @@ class Runner:
         for number in range(len(self._memory)):
             yield self._execute(node, number)
 
-    def multiply(self, node: fx.Node, factor: Callable[[Tensor], Tensor]) -> None:
-        """Multiply the value of a live node by a factor for that value, for all batches."""
+    def change(self, node: fx.Node, change: Callable[[Tensor], Tensor]) -> None:
+        """Put what ``change`` makes of the value of a live node in its place, for all batches."""
         for memory in self._memory:
-            memory[node] = memory[node] * factor(memory[node]).to(memory[node])
+            memory[node] = change(memory[node])
 
     def _load(self, argument: fx.Node, number: int) -> Any:
         if argument.op != "get_attr":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -25,6 +26,8 @@ from ._intercept import scale_of_ones
 from ._marks import Marks
 from ._matrices import ConsumerMatrices, states_before, token_dims
 from ._order import order_of
+from ._product_place import place_of
+from ._product_repair import Mended, ProductEnergies, carry, mend
 from ._ranks import Ranks
 from ._readings import read_otherwise
 from ._runner import Runner
@@ -45,6 +48,7 @@ class Decision:
         weights: restored weights and biases by canonical name.
         biases: by the names of restored weights, the biases that were restored along.
         outcomes: of the restorations of weights.
+        products: by the names of groups that no weight reads, the repair of the product that their channels are summed over in.
         notes: remarks for the report.
     """
 
@@ -52,6 +56,7 @@ class Decision:
     weights: dict[str, Tensor] = field(default_factory=dict)
     biases: dict[str, str] = field(default_factory=dict)
     outcomes: dict[str, list[Restored]] = field(default_factory=dict)
+    products: dict[str, Mended] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
 
 
@@ -94,6 +99,7 @@ class Observer:
         self._drift: Drift | None = None
         self._tokens: dict[str, int] = {}  # the fewest that a block of a weight saw; of weights that may be repaired
         self._undecided = {group.name for group in self.groups}
+        self._energies = self._product_repairs() if restore is not None else {}
         self._waiting = {g.name: {use.node for use in g.uses} | {product.node for product in self.products.of(g)} for g in self.groups}
 
     def run(self, runner: Runner | None, marks: Marks | None, progress: Callable[[float], None], drift: Drift | None = None) -> Decision:
@@ -122,8 +128,10 @@ class Observer:
             for group in ready:
                 self._choose(group)
             self._finish(ready, runner)
+            for group in ready:
+                self._mend(group, runner)
             if runner is not None and self.propagate:
-                here = [product for group in ready for product in self.products.of(group) if product.node is node]
+                here = [product for group in ready if group.name not in self.decision.products for product in self.products.of(group) if product.node is node]
                 self.products.cut(runner, list(dict.fromkeys(here)), self.decision.gone)
             if not self._known:
                 self._record(count + 1, marks)
@@ -161,6 +169,9 @@ class Observer:
             self._observe(runner, marks, [use for consumer in self.consumers.by_key.values() for use in consumer.uses if use.node is stop])
         products = [product for group in self.groups for product in self.products.of(group) if product.node is stop]
         self.products.observe(runner, marks, list(dict.fromkeys(products)), self.ranks)
+        for energies in self._energies.values() if not self._known else ():
+            if energies.product.node is stop:
+                energies.observe(runner, marks, self.ranks)
 
     def _observe(self, runner: Runner, marks: Marks, uses: list[Use]) -> None:
         for use in uses:
@@ -182,6 +193,32 @@ class Observer:
             if not all(bool(torch.isfinite(part.diagonal()).all()) for gram in consumer.grams for part in gram.parts):
                 raise CalibrationError(f"the input of '{use.weight}' is not finite on the calibration data; check the batches and the model's dtype")
             self._tokens[use.weight] = min(self._tokens.get(use.weight, 1 << 62), min(gram.tokens for gram in consumer.grams))
+
+    def _product_repairs(self) -> dict[str, ProductEnergies]:
+        """What is to be seen of the products whose repair has a place, by the names of the groups that lose channels there."""
+        found = {}
+        for group, lost in zip(self.groups, self.lost, strict=True):
+            products = self.products.of(group)
+            if lost and products:
+                place = place_of(self.analysis, products[0]) if len(products) == 1 else f"{len(products)} products share its channels"
+                if isinstance(place, str):
+                    self.decision.notes.append(f"'{group.name}' is not repaired: {place}")
+                else:
+                    found[group.name] = ProductEnergies(self.analysis, products[0], place)
+        return found
+
+    def _mend(self, group: Group, runner: Runner | None) -> None:
+        """Repair the product that the channels of a group are summed over in."""
+        energies = self._energies.pop(group.name, None)
+        if energies is None or not self._observed or self.restore is None:
+            return
+        restore, gone = self.restore, self.decision.gone
+        outcome = self._shared(lambda: energies.solve(restore, gone))
+        mended = mend(energies.place, outcome, self.analysis, self.decision.weights)
+        self.decision.weights |= mended.weights
+        self.decision.products[group.name] = Mended(mended.weights, without_values(outcome))
+        if self.propagate and runner is not None:
+            carry(energies, outcome, runner)
 
     def _weight(self, consumer: Consumer) -> Tensor:
         held = self.decision.weights.get(consumer.weight)
@@ -227,7 +264,7 @@ class Observer:
                 read, kept = torch.cat([read, torch.zeros_like(read[:, :, :1])], 2), torch.cat([kept, torch.ones_like(kept[:, :1])], 1)
             if self._drift is not None and consumer.beside:  # what is beside counts as columns of their own, which go
                 read = torch.cat([read, self._drift.part * torch.eye(consumer.beside, dtype=read.dtype, device=read.device)[None]], 2)
-            outcome = self._outcome(restore, read, consumer.grams, kept, consumer.intercept is not None)
+            outcome = self._shared(partial(_restored, restore, read, consumer.grams, kept, consumer.intercept is not None))
             if consumer.intercept is not None:
                 self._raise_bias(consumer.weight, consumer.intercept, outcome.weight[:, :, -1].reshape(-1), runner)
                 outcome = replace(outcome, weight=outcome.weight[:, :, :-1])
@@ -251,26 +288,25 @@ class Observer:
         if self.propagate and runner is not None:
             runner.overrides[name] = self.decision.weights[name]
 
-    def _outcome(self, restore: Restore, read: Tensor, grams: list[SplitGram] | None, kept: Tensor, has_ones: bool) -> Restored:
+    def _shared(self, solve: Callable[[], Restored]) -> Restored:
         """The outcome of a repair, as the journal has it, or of the process whose turn it is."""
         number, self._repairs = self._repairs, self._repairs + 1
         if self._known:
             return self.ranks.share(0, None if self._journal is None else self._journal.restored(number))
-        assert grams is not None
         owner = self.ranks.owner(number)
-        outcome = self.ranks.share(owner, _restored(restore, read, grams, kept, has_ones) if owner == self.ranks.rank else None)
-        outcome = replace(outcome, weight=outcome.weight[:, :, : kept.shape[1]])
+        outcome = self.ranks.share(owner, solve() if owner == self.ranks.rank else None)
         if self._journal is not None:
             self._journal.note_restored(number, outcome)
         return outcome
 
 
-def _restored(restore: Restore, matrices: Tensor, grams: list[SplitGram], kept: Tensor, has_ones: bool) -> Restored:
-    """The outcome of a repair, block by block.
+def _restored(restore: Restore, matrices: Tensor, grams: list[SplitGram] | None, kept: Tensor, has_ones: bool) -> Restored:
+    """The outcome of a repair, block by block, for the columns that ``kept`` speaks of.
 
     Args:
-        has_ones: whether the last column that ``kept`` speaks of holds ones.
+        has_ones: whether the last of these columns holds ones.
     """
+    assert grams is not None
     parts = []
     for matrix, gram, left in zip(matrices, grams, kept, strict=True):
         fitted, held = (None if part is None else keep(part.symmetric(torch.float32)) for part in (gram.fitted, gram.held))
@@ -286,7 +322,7 @@ def _restored(restore: Restore, matrices: Tensor, grams: list[SplitGram], kept: 
         outcome = restore(matrix, fitted, held, left.nonzero()[:, 0])
         if has_ones:
             outcome.weight[:, place] *= size
-        parts.append(outcome)
+        parts.append(replace(outcome, weight=outcome.weight[:, : len(left)]))
     return together(parts)
 
 

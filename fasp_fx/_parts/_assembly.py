@@ -138,6 +138,7 @@ class Assembly:
             granularity=tuple(sorted(self.parts[0].analysis.granularity)),
             include=tuple(sorted(self.parts[0].analysis.include)),
             folds=tuple(weight for own in renamed for weight in own.folds),
+            copies=tuple(copied for own in renamed for copied in own.copies),
         )
         old, new = weight_size(self.before), weight_size(parameters)
         lines = tuple(line_within(path, line) for path, result in self.results.items() for line in result.report.lines)

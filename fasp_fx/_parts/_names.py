@@ -31,7 +31,7 @@ def plan_of_part(plan: PruningPlan, path: str) -> PruningPlan:
     """The groups of a whole plan that lie in a part, in the names of the part."""
     start = f"{path}."
     groups = tuple(group for group in plan.groups if group.name.startswith(start))
-    return _mapped(replace(plan, groups=groups, splits=(), folds=()), lambda name: name.removeprefix(start))
+    return _mapped(replace(plan, groups=groups, splits=(), folds=(), copies=()), lambda name: name.removeprefix(start))
 
 
 def _mapped(plan: PruningPlan, change: Callable[[str], str]) -> PruningPlan:
@@ -46,7 +46,8 @@ def _mapped(plan: PruningPlan, change: Callable[[str], str]) -> PruningPlan:
     )
     splits = tuple(replace(split, name=change(split.name), source=change(split.source)) for split in plan.splits)
     folds = tuple(replace(weight, name=change(weight.name), sources=tuple(map(change, weight.sources))) for weight in plan.folds)
-    return replace(plan, groups=groups, splits=splits, folds=folds)
+    copies = tuple(replace(copied, name=change(copied.name), source=change(copied.source)) for copied in plan.copies)
+    return replace(plan, groups=groups, splits=splits, folds=folds, copies=copies)
 
 
 __all__ = ["group_within", "line_within", "plan_of_part", "plan_within"]

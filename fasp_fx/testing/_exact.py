@@ -82,7 +82,7 @@ def plan_is_true(case: Case) -> None:
 
 
 def _partition(case: Case) -> None:
-    tensors = tensors_of(case.reference)
+    tensors = _with_copies(case.plan, tensors_of(case.reference))
     seen: dict[tuple[str, int], set[int]] = {}
     for group in case.analysis.groups:
         hold(len(np.unique(group.sets)) == group.size, f"group '{group.name}' counts {group.size} channel sets but holds {len(np.unique(group.sets))}")
@@ -103,7 +103,7 @@ def _partition(case: Case) -> None:
 
 def _weights_are_slices(case: Case) -> None:
     """Every weight of the result is the model's without what the plan lists."""
-    tensors, found = tensors_of(case.reference), tensors_of(case.result.module)
+    tensors, found = _with_copies(case.plan, tensors_of(case.reference)), tensors_of(case.result.module)
     masks = {name: torch.ones(tensor.shape, dtype=torch.bool) for name, tensor in tensors.items()}
     names = _tied_names(tensors)
     for part in (part for group in case.plan.groups for part in (*group.producers, *group.consumers)):
@@ -120,6 +120,11 @@ def _weights_are_slices(case: Case) -> None:
             continue
         hold(int(mask.sum()) == tensor.numel(), f"'{name}' has shape {tuple(tensor.shape)}, but the plan leaves {int(mask.sum())} of its elements")
         hold(torch.equal(source[mask].reshape(tensor.shape), tensor.detach().cpu()), f"'{name}' is not the model's without what the plan removes")
+
+
+def _with_copies(plan: fasp_fx.PruningPlan, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors of a model, and those that its result holds copies of, by the names of the copies."""
+    return tensors | {copied.name: tensors[copied.source].clone() for copied in plan.copies}
 
 
 def _tied_names(tensors: dict[str, Tensor]) -> dict[str, list[str]]:

@@ -27,7 +27,7 @@ def restored(case: Case) -> None:
     if not found.plan.groups:
         raise Skipped("the sparsity removes nothing")
     plain = case.apply(found.plan)
-    consumers = {part.name for group in found.plan.groups for part in group.consumers}
+    consumers = {part.name for group in found.plan.groups for part in group.consumers or group.producers}
     pieces = {split.name: split.source for split in found.plan.splits}
     changed = consumers | _biases(case, consumers | {pieces[name] for name in consumers & pieces.keys()})
     cut, repaired = tensors_of(plain.module), tensors_of(found.module)

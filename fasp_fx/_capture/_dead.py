@@ -1,0 +1,28 @@
+"""What a graph computes and nothing reads."""
+
+from __future__ import annotations
+
+import torch
+from torch import fx
+
+from .._compat import OpOverload
+
+
+def remove_dead(graph: fx.Graph) -> None:
+    """Remove what a model computes without using it, such as a statistic that somebody logged once: it would keep channels for nothing.
+
+    What draws random numbers stays, since those after it would be others.
+    """
+    for node in reversed(graph.nodes):
+        if node.op == "call_function" and not node.users and is_pure(node):
+            graph.erase_node(node)
+
+
+def is_pure(node: fx.Node) -> bool:
+    """Whether a call does nothing but compute its result, always the same of the same arguments."""
+    if isinstance(node.target, OpOverload):
+        return not node.is_impure() and torch.Tag.nondeterministic_seeded not in node.target.tags
+    return getattr(node.target, "__module__", None) in ("_operator", "operator")
+
+
+__all__ = ["is_pure", "remove_dead"]

@@ -1,0 +1,230 @@
+"""Repairs of queries for the channels that they lose together with keys, against dense solves of what they minimise."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from captures import one_capture
+from torch import Tensor, nn
+from torch.nn import functional as F
+from zoo import randomise
+
+import fasp_fx
+from fasp_fx.restoration import GRID
+
+HEADS, SIZE, WIDTH = 2, 8, 12
+
+
+class Attention(nn.Module):
+    """Two heads of queries and one or two of keys; with rotations by a table that all calls share, or with a gain on normalised queries."""
+
+    def __init__(self, keys: int = HEADS, rotated: bool = False, normalised: bool = False, shown: bool = False) -> None:
+        super().__init__()
+        self.q, self.k, self.v = nn.Linear(WIDTH, HEADS * SIZE), nn.Linear(WIDTH, keys * SIZE), nn.Linear(WIDTH, keys * SIZE)
+        self.out = nn.Linear(HEADS * SIZE, WIDTH)
+        self.keys, self.rotated, self.normalised, self.shown = keys, rotated, normalised, shown
+        self.gain = nn.Parameter(torch.ones(SIZE))
+        self.register_buffer("frequencies", 2.0 ** -torch.arange(SIZE // 2))
+
+    def queries_and_keys(self, x: Tensor, frequencies: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        q = self.q(x).unflatten(-1, (HEADS, SIZE)).transpose(1, 2)
+        k = self.k(x).unflatten(-1, (self.keys, SIZE)).transpose(1, 2)
+        if self.normalised:
+            q = q * torch.rsqrt(q.square().mean(-1, keepdim=True) + 1e-6) * self.gain
+        if self.rotated:
+            angles = torch.arange(x.shape[1])[:, None] * (self.frequencies if frequencies is None else frequencies)
+            angles = torch.cat([angles, angles], -1)
+            q, k = (part * angles.cos() + _turned(part) * angles.sin() for part in (q, k))
+        return q, k
+
+    def forward(self, x: Tensor, frequencies: Tensor | None = None) -> Any:
+        q, k = self.queries_and_keys(x, frequencies)
+        v = self.v(x).unflatten(-1, (self.keys, SIZE)).transpose(1, 2)
+        made = x + self.out(F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=self.keys < HEADS).transpose(1, 2).flatten(2))
+        return (made, q.sum(-1)) if self.shown else made
+
+
+class Layers(nn.Module):
+    """Layers whose queries and keys are turned by one table."""
+
+    def __init__(self, count: int = 3) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(Attention(rotated=True) for _ in range(count))
+        self.register_buffer("frequencies", 2.0 ** -torch.arange(SIZE // 2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers:
+            x = layer(x, self.frequencies)
+        return x
+
+
+def _turned(x: Tensor) -> Tensor:
+    first, second = x.chunk(2, -1)
+    return torch.cat([-second, first], -1)
+
+
+def data(count: int = 8) -> list[Tensor]:
+    """Sequences whose channels depend on each other, so that those that stay can stand in for those that go."""
+    generator = torch.Generator().manual_seed(0)
+    mix = torch.randn(4, WIDTH, generator=generator)
+    return [torch.randn(1, 16, 4, generator=generator) @ mix + 0.05 * torch.randn(1, 16, WIDTH, generator=generator) for _ in range(count)]
+
+
+def pruned(model: nn.Module, batches: list[Tensor], restore: Any = "least-squares", include: tuple[str, ...] = ("exempt",), **options: Any) -> Any:
+    options = {"sparsity": {"*q.weight*": 0.5}, "score": "fasp", "allocation": "uniform", "precision": "highest"} | options
+    return fasp_fx.prune(model, (batches[0],), calibration=batches, restore=restore, include=include, **options)
+
+
+def lost(result: Any, name: str = "q.weight") -> list[int]:
+    """The rows of the queries' weight that went."""
+    return next(list(part.removed) for group in result.plan.groups for part in group.producers if part.name == name)
+
+
+def expected(model: Attention, batches: list[Tensor], removed: list[int], strength: float) -> Tensor:
+    """The repaired weight and bias of queries, ``[rows, inputs + 1]``, by solves in float64; what went is as it was."""
+    weights = torch.cat([model.q.weight, model.q.bias[:, None]], 1).detach().double()
+    found = weights.clone()
+    operands = [tuple(part.detach().double()[0] for part in model.queries_and_keys(x)) for x in batches]
+    for head in range(HEADS):
+        rows = range(head * SIZE, (head + 1) * SIZE)
+        kept = torch.tensor([row - rows.start for row in rows if row not in removed])
+        pairs = [(q[head], k[head * model.keys // HEADS] - k[head * model.keys // HEADS].mean(0)) for q, k in operands]
+        if model.rotated:  # one factor for each two channels that are turned into each other
+            stay = kept[kept < SIZE // 2]
+            sets = torch.arange(SIZE) % (SIZE // 2)
+            parts = [torch.stack([q[:, sets == f] @ k[:, sets == f].T for f in range(SIZE // 2)]).flatten(1) for q, k in pairs]
+            gram = sum(part @ part.T for part in parts)
+            wanted = gram[stay].sum(1) + strength * gram.diagonal().mean()
+            factors = torch.linalg.solve(gram[stay][:, stay] + strength * gram.diagonal().mean() * torch.eye(len(stay)), wanted)
+            for place, f in enumerate(stay.tolist()):
+                for row in (f, f + SIZE // 2):
+                    found[rows.start + row] = factors[place] * weights[rows.start + row]
+        else:
+            gram = sum(k.T @ k for _, k in pairs)
+            damping = strength * gram.diagonal().mean()
+            change = (gram + damping * torch.eye(SIZE))[:, kept] @ torch.linalg.inv(gram[kept][:, kept] + damping * torch.eye(len(kept)))
+            found[rows.start + kept] = change.T @ weights[list(rows)]
+    return found
+
+
+@pytest.mark.parametrize("keys", [HEADS, 1])
+@pytest.mark.parametrize("rotated", [False, True])
+def test_queries_are_repaired_as_a_dense_solve_says(keys: int, rotated: bool) -> None:
+    model, batches = randomise(Attention(keys, rotated), std=0.4).double(), [x.double() for x in data()]
+    with one_capture():
+        result = pruned(model, batches)
+    removed = lost(result)
+    stay = [row for row in range(HEADS * SIZE) if row not in removed]
+    weights = dict(result.module.named_parameters())
+    found = torch.cat([weights["q.weight"], weights["q.bias"][:, None]], 1).detach().double()
+    solved = {strength: expected(model, batches, removed, strength)[stay].chunk(HEADS) for strength in (*GRID, 1e9)}
+    for head, own in enumerate(found.chunk(HEADS)):  # each with the strength that serves it best
+        errors = {strength: float((own - rows[head]).norm() / own.norm()) for strength, rows in solved.items()}
+        assert min(errors.values()) < 1e-5
+        assert errors[1e9] > (1e-4 if rotated else 1e-2)
+
+
+def test_a_repair_brings_the_outputs_nearer() -> None:
+    model, batches = randomise(Attention(), std=0.4), data(12)
+    with one_capture():
+        repaired, cut = (pruned(model, batches[:8], restore) for restore in ("least-squares", None))
+    assert lost(repaired) == lost(cut)
+    with torch.no_grad():
+        errors = [sum(float((result.module(x) - model(x)).square().sum()) for x in batches[8:]) for result in (repaired, cut)]
+    assert errors[0] < 0.5 * errors[1]
+    line = next(line for line in repaired.report.lines if line.status == "exempt")
+    assert line.error_restored < line.error_cut
+    assert line.held_restored < line.held_cut
+
+
+def test_a_gain_that_heads_share_is_repaired_where_a_norm_stands_between() -> None:
+    model, batches = randomise(Attention(normalised=True), std=0.4), data()
+    result = pruned(model, batches, include=("exempt", "approximate"), sparsity={"*gain*": 0.5})
+    weights = dict(result.module.named_parameters())
+    removed = lost(result, "gain")
+    stay = [row for row in range(SIZE) if row not in removed]
+    assert 0 < len(stay) < SIZE
+    assert not torch.allclose(weights["gain"], model.gain[stay])
+    rows = [head * SIZE + row for head in range(HEADS) for row in stay]
+    assert torch.equal(weights["q.weight"], model.q.weight[rows])
+
+
+def test_queries_that_are_seen_elsewhere_stay_as_they_are() -> None:
+    model, batches = randomise(Attention(shown=True), std=0.4), data()
+    result = fasp_fx.prune(model, (batches[0],), calibration=batches, sparsity=0.2, include=("exempt",))
+    assert not any(part.name == "q.weight" for group in result.plan.groups for part in group.producers)
+    for x in batches[:2]:
+        assert torch.allclose(result.module(x)[1], model(x)[1], atol=1e-5)
+
+
+def test_padding_plays_no_part() -> None:
+    class Masked(Attention):
+        def forward(self, x: Tensor, mask: Tensor) -> Tensor:  # type: ignore[override]
+            q, k = self.queries_and_keys(x)
+            v = self.v(x).unflatten(-1, (self.keys, SIZE)).transpose(1, 2)
+            return x + self.out(F.scaled_dot_product_attention(q, k, v, mask[:, None, None].bool()).transpose(1, 2).flatten(2))
+
+    model, batches = randomise(Masked(), std=0.4), data()
+    found = []
+    for filling in (0.0, 100.0):
+        padded = [{"x": torch.cat([x, torch.full((1, 5, WIDTH), filling)], 1), "mask": torch.arange(21)[None] < 16} for x in batches]
+        result = fasp_fx.prune(
+            model, (), padded[0], calibration=padded, sparsity={"*q.weight*": 0.5}, include=("exempt",), padding_mask="mask", score="fasp", allocation="uniform"
+        )
+        found.append(dict(result.module.named_parameters())["q.weight"])
+    assert torch.allclose(found[0], found[1], rtol=1e-4, atol=1e-6)
+
+
+def test_layers_that_share_a_table_lose_pairs_of_their_own() -> None:
+    model, batches = randomise(Layers(), std=0.4).double(), [x.double() for x in data()]
+    with one_capture():
+        analysis = fasp_fx.analyze(model, (batches[0],), include=("exempt",))
+        result = pruned(model, batches)
+        again = fasp_fx.apply(model, fasp_fx.PruningPlan.from_json(result.plan.to_json()), (batches[0],))
+        cut = pruned(model, batches, None)
+    assert len([group for group in analysis.groups if group.status == "exempt"]) == 3
+    assert {copied.source for copied in result.plan.copies} == {"frequencies"}
+    removed = [lost(cut, f"layers.{layer}.q.weight") for layer in range(3)]
+    assert len({tuple(rows) for rows in removed}) > 1
+    assert again.plan.groups == result.plan.groups
+    x = torch.randn(2, 16, WIDTH, generator=torch.Generator().manual_seed(2)).double()
+    exported = fasp_fx.passes.Prune(again.plan)(torch.export.export(model, (batches[0],)))
+    compiled = torch.compile(model, backend=fasp_fx.backend(again.plan, inner="eager"))
+    with torch.no_grad():
+        assert torch.allclose(exported.module()(batches[0]), again.module(batches[0]), atol=1e-9)
+        assert torch.allclose(compiled(x), again.module(x), atol=1e-9)
+    fasp_fx.testing.check_program(model, (batches[0],), invariants=("mask-exact", "plan"), include=("exempt",))
+
+    with one_capture():
+        whole = pruned(model, batches, sparsity={"*out.weight": 0.5})  # nothing of the tables, which are one again
+    for found, count in ((whole, 1), (cut, len({tuple(rows) for rows in removed}))):
+        assert len([name for name, _ in found.module.named_buffers() if "_of_" in name]) == count
+    masked = randomise(Layers(), std=0.4).double()
+    with torch.no_grad():
+        for group in cut.plan.groups:
+            for part in (*group.producers, *group.consumers):
+                if part.name in dict(masked.named_parameters()):
+                    masked.get_parameter(part.name).index_fill_(part.dim, torch.tensor(part.removed), 0)
+        for x in (batches[0], torch.randn(3, 7, WIDTH, generator=torch.Generator().manual_seed(1)).double()):
+            assert torch.allclose(cut.module(x), masked(x), atol=1e-9)
+            assert not torch.allclose(cut.module(x), model(x), atol=1e-3)
+
+
+def test_a_table_that_is_large_beside_the_weights_is_shared_on() -> None:
+    class Learnt(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layers = nn.ModuleList(Attention() for _ in range(2))
+            self.register_buffer("table", torch.rand(500, SIZE))
+
+        def forward(self, x: Tensor) -> Tensor:
+            for layer in self.layers:
+                q, k = (part * self.table[: x.shape[1]] for part in layer.queries_and_keys(x))
+                v = layer.v(x).unflatten(-1, (HEADS, SIZE)).transpose(1, 2)
+                x = x + layer.out(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+            return x
+
+    analysis = fasp_fx.analyze(randomise(Learnt(), std=0.4), (data()[0],), include=("exempt",))
+    assert len([group for group in analysis.groups if group.status == "exempt"]) == 1
