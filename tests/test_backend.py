@@ -231,3 +231,23 @@ def test_no_warning_for_a_whole_graph(perceptron: Any) -> None:
     with warnings.catch_warnings(), torch.no_grad():
         warnings.simplefilter("error", fasp_fx.PartialPlanWarning)
         torch.compile(model, backend=fasp_fx.backend(plan, inner="eager"))(example)
+
+
+class Remembering(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.cells, self.out = nn.LSTM(8, 24, batch_first=True), nn.Linear(24, 5)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.out(self.cells(x)[0])
+
+
+def test_recurrent_layers_that_dynamo_does_not_trace() -> None:
+    torch.manual_seed(0)
+    model, x = Remembering().eval(), torch.randn(2, 6, 8)
+    plan = fasp_fx.prune(model, (x,), sparsity=0.4, score="random", restore=None).plan
+    with pytest.warns(fasp_fx.PartialPlanWarning, match="allow_rnn"):
+        fasp_fx.backend(plan)
+    with torch._dynamo.config.patch(allow_rnn=True), warnings.catch_warnings():
+        warnings.simplefilter("error", fasp_fx.PartialPlanWarning)
+        fasp_fx.backend(plan)

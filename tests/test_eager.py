@@ -661,3 +661,29 @@ def test_any_net_is_made_smaller_or_refused(net: Any, seed: int) -> None:
         return
     for call in case.calls[:2]:
         assert error(case.run(small, call), case.run(case.masked, call)) < 1e-4
+
+
+class Limited(nn.Module):
+    """Two attributes of one value: a width that nothing reads, and a limit that another method reads."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.hidden = self.limit = 64
+        self.table, self.up, self.down = nn.Embedding(50, 8), nn.Linear(8, 64), nn.Linear(64, 50)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return self.down(self.up(self.table(ids)).relu())
+
+    def generate(self, ids: Tensor) -> Tensor:
+        while ids.shape[1] < self.limit:
+            ids = torch.cat([ids, self(ids)[:, -1:].argmax(-1)], 1)
+        return ids
+
+
+def test_what_another_method_reads_stays_what_it_was() -> None:
+    model, ids = Limited().eval(), torch.randint(0, 50, (2, 6))
+    result = fasp_fx.prune(model, (ids,), sparsity=0.4, score="random", restore=None)
+    copied: Any = result.eager(model)
+    assert copied.hidden == copied.up.out_features < 64
+    assert copied.limit == 64
+    assert copied.generate(ids).shape == (2, 64)

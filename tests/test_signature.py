@@ -265,3 +265,40 @@ def test_compilers_and_exporters_take_the_checks_over(tables: fasp_fx.Result) ->
         assert max(int(bounds.upper) for bounds in again.range_constraints.values()) == 10  # known only to the guards: the slice is in the graph
         with pytest.raises(AssertionError):
             again.module()(torch.randn(11, 12), {"same": torch.randn(11, 12)})
+
+
+class Flipped(nn.Module):
+    """Does another thing when told so."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = TwoLayers()
+
+    def forward(self, x: Tensor, flip: bool = False) -> Tensor:
+        return self.inner(x.flip(-1) if flip else x)
+
+
+def test_what_was_captured_is_the_default_and_the_models_own_default_is_refused() -> None:
+    model = randomise(Flipped()).eval()
+    result = fasp_fx.prune(model, (X,), {"flip": True}, sparsity=0.3, score="random", restore=None)
+    assert inspect.signature(result.module.forward).parameters["flip"].default is True
+    assert torch.equal(result.module(X), result.module(X, flip=True))
+    with pytest.raises(fasp_fx.CallError, match="'flip' is False"):
+        result.module(X, flip=False)
+
+
+def test_a_batch_of_none_that_a_program_cannot_compute_is_refused() -> None:
+    class Third(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.up, self.down = nn.Linear(8, 24), nn.Linear(24, 5)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.down(self.up(x).relu()[:, : x.shape[1] // 3 + 1])
+
+    result = fasp_fx.prune(Third().eval(), (torch.randn(2, 6, 8),), sparsity=0.3, score="random", restore=None)
+    for count in (0, 1):
+        try:
+            assert result.module(torch.randn(count, 6, 8)).shape == (count, 3, 5)
+        except fasp_fx.CallError as refused:
+            assert (count, "zero" in str(refused)) == (0, True)  # noqa: PT017 - either is right, by torch's version

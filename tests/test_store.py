@@ -238,3 +238,24 @@ def test_a_missing_device_is_named_with_the_remedy(saved: Path) -> None:
         fasp_fx.load(saved)
     loaded = fasp_fx.load(saved, device="cpu")
     assert loaded.module(torch.randint(0, 11, (2, 5)))["logits"].device.type == "cpu"
+
+
+class _Odd(nn.Module):
+    """Returns, or takes, what is not stored."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.kind, self.up, self.down = kind, nn.Linear(8, 24), nn.Linear(24, 5)
+
+    def forward(self, x: Any) -> Any:
+        made = self.down(self.up(x[("a", "b")] if self.kind == "taken" else x).relu())
+        return {"text": {"made": made, "task": "classify"}, "keys": {("a", "b"): made}, "taken": made}[self.kind]
+
+
+@pytest.mark.parametrize(("kind", "word"), [("text", "classify"), ("keys", "key"), ("taken", "'x'")])
+def test_what_could_not_be_read_again_is_not_written(kind: str, word: str, tmp_path: Path) -> None:
+    x = torch.randn(2, 8)
+    result = fasp_fx.prune(_Odd(kind).eval(), ({("a", "b"): x} if kind == "taken" else x,), sparsity=0.3, score="random", restore=None)
+    with pytest.raises(fasp_fx.StoreError, match=word):
+        result.save(tmp_path / "saved")
+    assert not list(tmp_path.iterdir())

@@ -753,3 +753,34 @@ def test_torchvision_detection_models(name: str) -> None:
         getattr(place, "roi_heads", place).score_thresh = 0.0  # untrained models are sure of nothing
     with torch.no_grad():
         assert error(result.module(*images), _zeroed(model, result.plan)(*images)) < 1e-9
+
+
+class _Told(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(8, 24), nn.Linear(24, 8)
+
+    def forward(self, x: Tensor, flip: bool = False) -> Tensor:
+        hidden = self.up(x).relu()
+        return self.down(hidden.flip(-1) if flip else hidden)
+
+
+class _TellsByValue(nn.Module):
+    """Calls a part in two ways, by values."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.part = _Told()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.part(x, flip=True) if x.sum().item() > 0 else self.part(x)
+
+
+def test_a_part_that_is_called_in_another_way_than_on_the_example_refuses() -> None:
+    torch.manual_seed(0)
+    model, x = _TellsByValue().eval(), torch.rand(2, 6, 8)
+    result = fasp_fx.prune(model, (x,), sparsity=0.3, score="random", restore=None)
+    assert list(result.parts) == ["part"]
+    assert error(result.module(x), _zeroed(model, result.plan)(x)) < 1e-5
+    with pytest.raises(fasp_fx.CallError, match="'flip' is False"):  # left out by the model, which means its own default
+        result.module(-x)

@@ -52,6 +52,9 @@ class Guards(nn.Module):
             self.check(*inputs)
         except AssertionError as error:
             raise CallError(self._explain(str(error).removeprefix(_FAILED), inputs)) from None
+        except ZeroDivisionError:
+            shown = ", ".join(f"'{name}' of shape {tuple(value.shape)}" for name, value in zip(self.names, inputs, strict=True) if isinstance(value, Tensor))
+            raise CallError(f"the program divides by a size that is zero in this call, which has {shown}; leave such a call out") from None
 
     def _check_ranks(self, inputs: tuple[Any, ...]) -> None:
         for name, rank, value in zip(self.names, self.ranks, inputs, strict=True):

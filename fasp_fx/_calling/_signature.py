@@ -38,7 +38,8 @@ class CallSignature:
     """The parameters of the caller's ``forward``, and which of them were captured.
 
     Attributes:
-        parameters: the signature of ``forward``, without ``self``.
+        parameters: the signature of ``forward``, without ``self``. An argument that was given a constant at capture has it for its default, so that leaving it
+            out means what the program does; where the caller is a model's own code, which means its own default by that, all defaults are as they were.
         captured: names of the arguments that the graph takes.
         constants: the arguments given at capture that hold no tensor; they are part of the program.
         outlines: for captured arguments that are lists or dicts, what they are built of.
@@ -50,8 +51,11 @@ class CallSignature:
     outlines: dict[str, Any] = field(default_factory=dict)
 
     @staticmethod
-    def of(forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> CallSignature:
+    def of(forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], own_defaults: bool = False) -> CallSignature:
         """The signature of ``forward`` as seen by this example call.
+
+        Args:
+            own_defaults: leave the defaults of ``forward`` as they are.
 
         Raises:
             ArgumentError: the example inputs do not fit the signature.
@@ -67,6 +71,8 @@ class CallSignature:
         if not captured:
             raise ArgumentError("the example inputs hold no tensor; pass at least one tensor in args or kwargs")
         outlines = {name: outline_of(given[name]) for name in captured if isinstance(given[name], (Mapping, list, tuple))}
+        if not own_defaults:
+            signature = signature.replace(parameters=[_with_default(parameter, constants) for parameter in signature.parameters.values()])
         return CallSignature(signature, captured, constants, outlines)
 
     def graph_inputs(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
@@ -79,9 +85,10 @@ class CallSignature:
             given = _bind(self.parameters, args, kwargs)
         except ArgumentError as error:
             raise CallError(str(error)) from error
-        for name, value in given.items():
+        left_out = {name: self._default(name) for name in self.constants if name not in given}
+        for name, value in [*given.items(), *left_out.items()]:
             if name not in self.captured:
-                check_constant(name, value, self.constants.get(name, self._default(name)), self._default(name))
+                check_constant(name, value, self.constants.get(name, self._default(name)))
         missing = [name for name in self.captured if name not in given]
         if missing:
             refuse_missing(missing[0])
@@ -119,6 +126,12 @@ class CallSignature:
         return None if parameter is None or parameter.default is inspect.Parameter.empty else parameter.default
 
 
+def _with_default(parameter: inspect.Parameter, constants: Mapping[str, Any]) -> inspect.Parameter:
+    """A parameter that takes the constant seen at capture where it is left out."""
+    has_default = parameter.default is not inspect.Parameter.empty and parameter.name in constants
+    return parameter.replace(default=constants[parameter.name]) if has_default else parameter
+
+
 def _bind(signature: inspect.Signature, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
     try:
         bound = signature.bind(*args, **kwargs)
@@ -146,12 +159,9 @@ def refuse_count(name: str, found: int, expected: int) -> NoReturn:
     raise CallError(f"'*{name}' holds {found} arguments, but the program was captured with {expected}; capture it with the number you need")
 
 
-def check_constant(name: str, value: Any, expected: Any, default: Any) -> None:
-    """Refuse a value that differs from the one the program was captured with.
-
-    The signature's own default stands for an argument that the caller left out, and takes the captured value.
-    """
-    if value is expected or value is default:
+def check_constant(name: str, value: Any, expected: Any) -> None:
+    """Refuse a value that differs from the one the program was captured with."""
+    if value is expected:
         return
     same = not isinstance(value, torch.Tensor) and type(value) is type(expected) and value == expected
     if not same:
@@ -220,7 +230,7 @@ class CallerCodeGen(PyTreeCodeGen):
         rest = next((name for name, p in parameters.items() if p.kind is inspect.Parameter.VAR_POSITIONAL), None)
         lines += [f"    if {name} is None: _call.missing({name!r})" for name in self.signature.captured if name in named]
         lines += [
-            f"    _call.constant({name!r}, {name}, _call.captured[{name!r}], {self._default_of(name)})"
+            f"    _call.constant({name!r}, {name}, _call.captured[{name!r}])"
             for name in named
             if name not in self.signature.captured and name in self._expected()
         ]
@@ -229,7 +239,7 @@ class CallerCodeGen(PyTreeCodeGen):
             lines += [f"    if {name!r} not in {extra}: _call.missing({name!r})" for name in others]
             known = "{" + ", ".join(f"{name!r}: _call.captured[{name!r}]" for name in self.signature.constants if name not in named) + "}"
             lines.append(f"    for _name, _value in {extra}.items():")
-            lines.append(f"        if _name not in {tuple(others)!r}: _call.constant(_name, _value, {known}.get(_name), None)")
+            lines.append(f"        if _name not in {tuple(others)!r}: _call.constant(_name, _value, {known}.get(_name))")
         in_spec = self.pytree_info.in_spec
         variadic = self.signature.variadic()
         if rest is not None:
@@ -243,10 +253,6 @@ class CallerCodeGen(PyTreeCodeGen):
         names = ", ".join(var.split(":")[0].split("#")[0].strip() for var in free_vars)
         lines.append(f"    {names}, = fx_pytree.tree_flatten_spec(([{', '.join(dict.fromkeys(first))}], {{{', '.join(keywords)}}}), self._in_spec)")
         return "\n".join(lines) + "\n"
-
-    def _default_of(self, name: str) -> str:
-        has_default = self.signature.parameters.parameters[name].default is not inspect.Parameter.empty
-        return f"_call.defaults[{name!r}]" if has_default else f"_call.captured[{name!r}]"
 
     def _keyword(self, key: str, named: list[str], extra: str | None) -> str:
         if key in self.signature.constants:

@@ -20,6 +20,7 @@ from .._program import Program, graph_module
 from .._stamps import read_stamps
 from ..channels import results
 from ..errors import ArgumentError, CaptureError, first_line
+from ._dead import remove_dead
 from ._dynamic import all_dims, every_dim, recorded_shapes, upper_bound
 from ._export import export, export_again
 from ._fold import Folding
@@ -43,6 +44,7 @@ def capture(
     device: torch.device | str | None = None,
     image_sizes: bool = False,
     fold: bool = True,
+    own_defaults: bool = False,
 ) -> Program:
     """Capture ``model`` as it behaves on the example inputs.
 
@@ -54,6 +56,7 @@ def capture(
         state: names of arguments and outputs that hold state (a cache) and may become narrower.
         device: move the captured copy there; ``None`` leaves it where the model is.
         image_sizes: let heights and widths of images vary as well.
+        own_defaults: an argument that is left out has the default that ``forward`` gives it, rather than what it was captured with.
         fold: put parameters in the place of weights that the model computes from others (see :mod:`fasp_fx._capture._fold`).
 
     Raises:
@@ -74,7 +77,7 @@ def capture(
         args = args if isinstance(args, tuple) else (args,)
         if is_transformers(model):
             register_caches(model)
-        signature = CallSignature.of(model.forward, args, kwargs)
+        signature = CallSignature.of(model.forward, args, kwargs, own_defaults)
         given = pytree.tree_map(lambda leaf: leaf.detach() if isinstance(leaf, Tensor) else leaf, signature.graph_inputs(args, kwargs))
         exported, notes = export(model, signature, given, dynamic_shapes, every_dim if image_sizes else all_dims, len(args))
     else:
@@ -85,6 +88,7 @@ def capture(
     module = exported.module(check_guards=False)
     own_names(module)
     single_layers(module.graph)
+    remove_dead(module.graph)
     example = exported.example_inputs
     if example is None:
         raise ArgumentError("the exported program carries no example inputs; pass them as args and kwargs")

@@ -17,6 +17,7 @@ from .._compat import PyTreeCodeGen, is_of_fake_cache, pytree, without_fake_cach
 from ..errors import ExportError
 from ._dynamic import all_dims, first_dim, images_of, of_fixed_total, recorded_shapes, widened, with_static
 from ._functional import functional
+from ._functions import functions_called
 from ._in_place import out_of_place
 from ._quiet import quiet
 from ._steps import any_number_of_steps
@@ -56,13 +57,15 @@ def export(
     failures: list[Exception] = []
     for note, inputs, shapes in attempts:
         try:
-            exported, sets = _undisturbed(model, signature, names, inputs, shapes)
+            with functions_called() as functions:
+                exported, sets = _undisturbed(model, signature, names, inputs, shapes)
             features = of_fixed_total(exported) if dynamic_shapes is None and callable(shapes) else frozenset()
             if features:
                 exported, sets = _undisturbed(model, signature, names, inputs, functools.partial(with_static, shapes, features))
             if dynamic_shapes is None and shapes is all_dims and images_of(inputs.values()):
                 note = "; ".join(filter(None, (note, "the sizes of images are fixed to those of the example; dynamic_shapes= lets them vary")))
-            return exported, (*((note,) if note else ()), *(f"forward sets the attribute '{name}', which a graph does not" for name in sets))
+            said = (*((note,) if note else ()), *(f"forward sets the attribute '{name}', which a graph does not" for name in sets))
+            return exported, (*said, *(_GRADIENTS.format(name) for name in functions))
         except Exception as error:
             failures.append(error)
     reason = str(failures[0]).strip().splitlines() or [type(failures[0]).__name__]
@@ -70,6 +73,10 @@ def export(
         f"{type(model).__name__} cannot be captured by torch.export: {reason[0]}. Try the inputs on the model itself, "
         "then capture the largest submodule without data-dependent control flow."
     ) from failures[0]
+
+
+#: of a function with a derivative of its own
+_GRADIENTS = "the derivative that {} defines is lost in the graph, which trains with that of what it computes; train result.eager(model) instead"
 
 
 def _undisturbed(model: nn.Module, signature: CallSignature, names: list[str], inputs: dict[str, Any], shapes: Any) -> tuple[ExportedProgram, list[str]]:

@@ -9,8 +9,8 @@ from torch import fx
 
 from ..errors import CaptureError
 
-#: attributes that every graph module has
-_OF_GRAPH_MODULES = frozenset(dir(fx.GraphModule)) | {"meta"}
+#: attributes that every graph module has, or the one that torch.export makes of a program
+_OF_GRAPH_MODULES = frozenset(dir(fx.GraphModule)) | vars(fx.GraphModule({}, fx.Graph())).keys() | {"meta", "range_constraints", "module_call_signatures"}
 
 
 def check_names(weights: Iterable[str]) -> None:

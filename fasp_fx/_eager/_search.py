@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import combinations
@@ -205,12 +206,13 @@ class Search:
         return found
 
     def _unread(self, needed: dict[Size, int]) -> dict[Size, int]:
-        """The attributes that name a size which is now another, where that is not in doubt and forward does not read them.
+        """The attributes that name a size which is now another, where that is not in doubt and nothing reads them.
 
-        What it reads without needing another value could mean something else, such as a greatest length.
+        What is read without needing another value, by forward or by another method, could mean something else, such as a greatest length.
         """
         named = {size: value for path in self._homes() for size, value in self._named(path).items() if size not in needed} | self._heads(needed)
         named = {size: value for size, value in named.items() if not hasattr(type(self.cuts.modules[size.path]), size.name)}
+        named = {size: value for size, value in named.items() if not _is_read(self.cuts.modules.values(), size.name)}
         if not named or self._runs_without(needed, named):
             return named
         return {size: value for size, value in named.items() if self._runs_without(needed, [size])}
@@ -244,6 +246,17 @@ class Search:
                 if len(counts) == 1 and counts[0] not in needed:
                     found[counts[0]] = group.size - group.removed_sets
         return found
+
+
+#: methods that say what a module was made with, or that were tried
+_TELLING = frozenset({"__init__", "forward", "extra_repr", "__repr__", "__str__", "reset_parameters"})
+
+
+def _is_read(modules: Iterable[nn.Module], name: str) -> bool:
+    """Whether a method of some module's class looks up an attribute of this name, other than to say it."""
+    kinds = {kind for module in modules for kind in type(module).__mro__ if kind is not nn.Module and issubclass(kind, nn.Module)}
+    methods = (inspect.unwrap(method) for kind in kinds for own, method in vars(kind).items() if own not in _TELLING and callable(method))
+    return any(name in code.co_names for method in methods if (code := getattr(method, "__code__", None)) is not None)
 
 
 def _holder(names: list[str]) -> str:

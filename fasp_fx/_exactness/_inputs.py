@@ -116,10 +116,16 @@ def _holds_one_number(leaf: Tensor) -> bool:
 
 
 def _assignments(dynamic: dict[tuple[int, int | None], torch.SymInt], grow: bool) -> Iterator[dict[sympy.Symbol, int]]:
-    """Values for the symbols of the sizes, as the capture allows; ``grow``: larger ones only, where an index out of range cannot be caught."""
+    """Values for the symbols of the sizes, as the capture allows; ``grow``: larger ones only, where an index out of range cannot be caught.
+
+    Inputs that are equally long along the same dimension stay so: a capture need not say that they must (keys and values of a cache), and a kernel that is
+    given others can read what is not there.
+    """
     ranges: dict[sympy.Symbol, tuple[int, int, int]] = {}
+    alike: dict[tuple[int | None, int], sympy.Symbol] = {}
+    leaders: dict[sympy.Symbol, sympy.Symbol] = {}
     guards: set[Any] = set()
-    for size in dynamic.values():
+    for (_, dim), size in dynamic.items():
         environment = size.node.shape_env
         guards |= {environment.replace(guard.expr) for guard in environment.guards}
         for symbol in sorted(size.node.expr.free_symbols - ranges.keys(), key=str):
@@ -128,16 +134,23 @@ def _assignments(dynamic: dict[tuple[int, int | None], torch.SymInt], grow: bool
             upper = int(bounds.upper) if bounds is not None and bounds.upper not in (int_oo, sympy.oo) else 1 << 31
             if hint is not None and lower < upper:
                 ranges[symbol] = (int(hint), max(lower, 1), upper)
-    offered = (assigned for assigned in _candidates(ranges, grow) if not any(guard.xreplace(assigned) is sympy.false for guard in guards))
+                leaders[symbol] = alike.setdefault((dim, int(hint)), symbol) if size.node.expr == symbol and dim is not None else symbol
+    offered = (assigned for assigned in _candidates(ranges, leaders, grow) if not any(guard.xreplace(assigned) is sympy.false for guard in guards))
     yield from itertools.islice(offered, _OFFERED)
 
 
-def _candidates(ranges: dict[sympy.Symbol, tuple[int, int, int]], grow: bool) -> Iterator[dict[sympy.Symbol, int]]:
-    """Values for symbols, each given by its value in the example and its bounds; small ones first, none twice, and never the example's own."""
+def _candidates(ranges: dict[sympy.Symbol, tuple[int, int, int]], leaders: dict[sympy.Symbol, sympy.Symbol], grow: bool) -> Iterator[dict[sympy.Symbol, int]]:
+    """Values for symbols, each given by its value in the example and its bounds; small ones first, none twice, and never the example's own.
+
+    Args:
+        leaders: for each symbol, the one whose value it takes.
+    """
     hints = {symbol: hint for symbol, (hint, _, _) in ranges.items()}
-    grown = [{symbol: hint + step * (1 + index) for index, (symbol, hint) in enumerate(hints.items())} for step in (1, 2, 3)]
+    number = {leader: index for index, leader in enumerate(dict.fromkeys(leaders.values()))}
+    place = {symbol: number[leader] for symbol, leader in leaders.items()}
+    grown = [{symbol: hint + step * (1 + place[symbol]) for symbol, hint in hints.items()} for step in (1, 2, 3)]
     grown += [{symbol: times * hint for symbol, hint in hints.items()} for times in (2, 3)]
-    small = [{symbol: _SMALL[(index + start) % len(_SMALL)] for index, symbol in enumerate(hints)} for start in range(len(_SMALL))]
+    small = [{symbol: _SMALL[(place[symbol] + start) % len(_SMALL)] for symbol in hints} for start in range(len(_SMALL))]
     seen = [hints]
     for wanted in grown if grow else [*small, *grown]:
         assigned = {symbol: min(max(size, ranges[symbol][1]), ranges[symbol][2]) for symbol, size in wanted.items()}

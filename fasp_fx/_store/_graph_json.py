@@ -13,6 +13,7 @@ from torch.export import ExportedProgram
 
 from .._capture._quiet import quiet
 from .._compat import _serde, pytree
+from ..channels import results
 from ..errors import StoreError, first_line
 from ._files import DIMENSIONS
 from ._nested import with_tuples, without_tuples
@@ -30,6 +31,7 @@ def program_to_json(program: ExportedProgram) -> dict[str, Any]:
     Raises:
         StoreError: the program holds something that JSON cannot.
     """
+    _check_outputs(program)
     try:
         with quiet():
             written = _serde.write(without_tuples(program))
@@ -40,6 +42,29 @@ def program_to_json(program: ExportedProgram) -> dict[str, Any]:
     fields = _serde.to_fields(written)
     check_amount(fields, tensors)
     return {"program": fields, "example": _example_to_json(program)}
+
+
+def _check_outputs(program: ExportedProgram) -> None:
+    """Refuse outputs that torch writes and does not read again.
+
+    Raises:
+        StoreError: says what is among them.
+    """
+    text = next((item for item in results(program.graph) if isinstance(item, str)), None)
+    if text is not None:
+        raise StoreError(f"the model returns the text {text!r} among its outputs, which is not stored; let forward return tensors and numbers")
+    for spec in _within(program.call_spec.out_spec):
+        keys = spec.context if spec.type is dict else ()
+        odd = next((key for key in keys if not isinstance(key, (str, int))), None)
+        if odd is not None:
+            raise StoreError(f"the model returns a dict with the key {odd!r}, which is not stored; let forward return dicts with text for keys")
+
+
+def _within(spec: Any) -> Iterator[Any]:
+    """The specification of a tree and those of all in it."""
+    yield spec
+    for index in range(spec.num_children):
+        yield from _within(spec.child(index))
 
 
 def program_from_json(

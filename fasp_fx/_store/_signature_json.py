@@ -25,7 +25,7 @@ _TAKEN = {"self", "_call", "_name", "_value", "fx_pytree", "torch", "True", "Fal
 
 @dataclass(frozen=True)
 class NotStored:
-    """Stands for a default value that JSON cannot hold; an argument left out still takes the value seen at capture."""
+    """Stands for a default value that JSON cannot hold, of an argument that was not given at capture."""
 
     text: str
 
@@ -55,8 +55,17 @@ def signature_to_json(signature: CallSignature) -> dict[str, Any]:
         except TypeError as error:
             plain = "None, bool, int, float, str, list, tuple, dict"
             raise StoreError(f"argument '{name}' was captured as {value!r}: {error}; capture the model with plain data ({plain})") from error
-    outlines = {name: value_to_json(outline) for name, outline in signature.outlines.items()}
+    outlines = {name: _outline_to_json(name, outline) for name, outline in signature.outlines.items()}
     return {"parameters": parameters, "captured": list(signature.captured), "constants": constants, "outlines": outlines}
+
+
+def _outline_to_json(name: str, outline: Any) -> Any:
+    try:
+        return value_to_json(outline)
+    except TypeError as error:
+        raise StoreError(
+            f"argument '{name}' is built of what is not stored ({error}); call the model with lists, tuples and dicts with text for keys"
+        ) from error
 
 
 def signature_from_json(data: Mapping[str, Any]) -> CallSignature:

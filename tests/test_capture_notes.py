@@ -1,0 +1,105 @@
+"""What a capture leaves out: what nothing reads, and derivatives that a function defines; and what it cannot be given names for."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import fasp_fx
+from fasp_fx._capture import capture
+from fasp_fx._exactness._inputs import other_inputs
+
+
+class Dead(nn.Module):
+    def __init__(self, dead: str) -> None:
+        super().__init__()
+        self.dead, self.up, self.down = dead, nn.Linear(8, 24), nn.Linear(24, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = self.up(x).relu()
+        if self.dead == "sum":
+            hidden.cumsum(-1).mean()
+        if self.dead == "random":
+            torch.rand(3)
+        return self.down(hidden) + (torch.rand(5) if self.dead == "random" else 0)
+
+
+def test_what_nothing_reads_keeps_no_channel() -> None:
+    (group,) = [group for group in fasp_fx.analyze(Dead("sum").eval(), (torch.randn(4, 8),)).groups if group.size == 24]
+    assert group.status == "prunable"
+
+
+def test_random_numbers_that_nothing_reads_are_drawn_all_the_same() -> None:
+    model, x = Dead("random").eval(), torch.randn(4, 8)
+    result = fasp_fx.prune(model, (x,), sparsity=0.05, score="magnitude", restore=None)
+    nothing = fasp_fx.apply(model, result.plan, (x,))
+    for module in (result.module, nothing.module):
+        torch.manual_seed(3)
+        found = module(x) - module(x)
+        torch.manual_seed(3)
+        expected = model(x) - model(x)
+        assert torch.allclose(found, expected, atol=1e-5)
+
+
+class Rounded(torch.autograd.Function):
+    """Straight through."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return torch.round(x * 4) / 4
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        return gradient
+
+
+class StraightThrough(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(8, 24), nn.Linear(24, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down(Rounded.apply(self.up(x)))
+
+
+def test_a_derivative_that_a_graph_does_not_have_is_said() -> None:
+    x = torch.randn(4, 8)
+    result = fasp_fx.prune(StraightThrough().eval(), (x,), sparsity=0.3, score="random", restore=None)
+    assert any("derivative that Rounded defines" in note for note in result.report.notes)
+    assert not any("derivative" in note for note in fasp_fx.prune(Dead("").eval(), (x,), sparsity=0.3, score="random", restore=None).report.notes)
+    assert "apply" in vars(torch.autograd.Function)
+    assert Rounded.apply(torch.ones(1, requires_grad=True)).grad_fn is not None
+
+
+class Cached(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.qkv, self.out = nn.Linear(12, 36), nn.Linear(12, 12)
+
+    def forward(self, x: Tensor, past: dict[str, Tensor]) -> dict[str, Any]:
+        b, t, d = x.shape
+        q, k, v = (part.view(b, t, 3, -1).transpose(1, 2) for part in self.qkv(x).chunk(3, -1))
+        k, v = torch.cat([past["k"], k], 2), torch.cat([past["v"], v], 2)
+        attended = nn.functional.scaled_dot_product_attention(q, k, v)
+        return {"made": x + self.out(attended.transpose(1, 2).reshape(b, t, d)), "past": {"k": k, "v": v}}
+
+
+def test_inputs_that_are_equally_long_stay_so_in_the_check() -> None:
+    program = capture(Cached().eval(), (torch.randn(2, 3, 12), {"k": torch.randn(2, 3, 5, 4), "v": torch.randn(2, 3, 5, 4)}))
+    tried = [inputs.of(program) for inputs in other_inputs(program)]
+    assert tried
+    for x, past_k, past_v in tried:
+        assert past_k.shape == past_v.shape
+        assert past_k.shape[2] != x.shape[1]
+
+
+@pytest.mark.parametrize("name", ["graph", "_graph", "range_constraints"])
+def test_names_that_a_graph_has_for_something_else(name: str) -> None:
+    model = Dead("").eval()
+    model.register_buffer(name, torch.randn(5))
+    model.forward = lambda x: Dead.forward(model, x) + model._buffers[name]  # type: ignore[method-assign]
+    with pytest.raises(fasp_fx.CaptureError, match=f"rename '{name}'"):
+        fasp_fx.analyze(model, (torch.randn(4, 8),))
