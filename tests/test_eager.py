@@ -687,3 +687,24 @@ def test_what_another_method_reads_stays_what_it_was() -> None:
     assert copied.hidden == copied.up.out_features < 64
     assert copied.limit == 64
     assert copied.generate(ids).shape == (2, 64)
+
+
+class Windowed(nn.Module):
+    """One attribute that is a width and the length of a window."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.hidden = 64
+        self.table, self.up, self.down = nn.Embedding(50, 8), nn.Linear(8, 64), nn.Linear(64, 50)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        hidden = self.up(self.table(ids)).relu().reshape(ids.shape[0], -1, self.hidden)
+        near = torch.arange(ids.shape[1])[:, None] - torch.arange(ids.shape[1])[None] < self.hidden
+        return self.down(near.to(hidden) @ hidden / ids.shape[1])
+
+
+def test_a_width_that_is_a_length_as_well_is_found_out() -> None:
+    model, ids = Windowed().eval(), torch.randint(0, 50, (2, 6))
+    result = fasp_fx.prune(model, (ids,), sparsity=0.4, score="random", restore=None)
+    with pytest.raises(fasp_fx.EagerError, match="differs"):
+        result.eager(model)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from .._compat import pytree
-from .._exactness._inputs import Inputs, example_inputs, other_inputs
+from .._exactness._inputs import Inputs, example_inputs, longer_inputs, other_inputs
 from .._program import Program
 
 #: inputs besides the example that are compared on
@@ -54,6 +54,13 @@ def questions(program: Program, device: torch.device) -> Iterator[Question]:
         yield Question(inputs.said, leaves)
 
 
+def longer_question(program: Program, device: torch.device, length: int) -> Iterator[Question]:
+    """Inputs longer than ``length``, if there can be such."""
+    for inputs in longer_inputs(program, length):
+        leaves = [leaf.to(device) if isinstance(leaf, Tensor) else leaf for leaf in inputs.of(program)]
+        yield Question(inputs.said, [_drawn(leaf, index) for index, leaf in enumerate(leaves)])
+
+
 def call_of(program: Program, leaves: list[Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """The arguments of the caller's ``forward`` that give the program these values."""
     signature = program.signature
@@ -74,4 +81,4 @@ def _single(leaf: Tensor) -> bool:
     return leaf.numel() > 1 and leaf.layout == torch.strided and bool((leaf == leaf.reshape(-1)[0]).all())
 
 
-__all__ = ["OTHERS", "Question", "call_of", "questions"]
+__all__ = ["OTHERS", "Question", "call_of", "longer_question", "questions"]

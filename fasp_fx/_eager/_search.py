@@ -18,6 +18,8 @@ from ._trial import Outcome, Trial
 TRIALS = 120
 #: how many runs are left at least to undo what was not needed, and to see what is not read
 _AFTERWARDS = 24
+#: inputs are made no longer than this to see whether a size is a length as well
+_LONGEST = 1024
 #: how many kinds of changes are combined at most, one after the other
 _DEPTH = 4
 
@@ -76,6 +78,9 @@ class Search:
         self.left = max(self.left, _AFTERWARDS)
         needed = self._needed(found, sure)
         self._write(needed | self._unread(needed))
+        guessed_at = [self.dense[size] for size in needed if size not in sure and self.dense[size] <= _LONGEST]
+        if guessed_at:
+            self.trial.ask_beyond(max(guessed_at))  # what is a width may be the length of a window as well
         return self.trial.run()
 
     # --- the natural guess

@@ -20,7 +20,7 @@ from .._exactness._execution import copied as as_now
 from .._program import Program
 from ..channels import written_names
 from ..errors import EagerError, first_line
-from ._call import OTHERS, Question, call_of, questions
+from ._call import OTHERS, Question, call_of, longer_question, questions
 
 if TYPE_CHECKING:
     from .._result import Result
@@ -72,21 +72,31 @@ class Trial:
         self._answers: dict[tuple[int, torch.dtype | None], Ran] = {}
         self.questions: list[Question] = []
         failure: Exception | None = None
+        self._device = device
         for question in questions(self.program, device):
-            try:
-                answer = run(self.pruned, question.copied(), self.calls)
-            except torch.OutOfMemoryError:
-                raise
-            except Exception as error:  # sizes that the program does not take are passed over
-                failure = failure or error
-                continue
-            self._answers[(len(self.questions), None)] = answer
-            self.questions.append(question)
+            failure = failure or self._asked(question)
             if len(self.questions) > OTHERS:
                 break
         if not self.questions:
             why = first_line(failure) if failure is not None else "it has none"
             raise EagerError(f"the pruned program does not run on its example inputs ({why}), so that nothing can be held against it; use result.module")
+
+    def _asked(self, question: Question) -> Exception | None:
+        """Ask the program; a question whose sizes it does not take is passed over."""
+        try:
+            answer = run(self.pruned, question.copied(), self.calls)
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:
+            return error
+        self._answers[(len(self.questions), None)] = answer
+        self.questions.append(question)
+        return None
+
+    def ask_beyond(self, length: int) -> None:
+        """Run on inputs longer than ``length`` as well from now on, if there can be such."""
+        for question in longer_question(self.program, self._device, length):
+            self._asked(question)
 
     def run(self, counting: bool = False) -> Outcome:
         """Run the copy on all inputs, up to the first on which it fails or differs.

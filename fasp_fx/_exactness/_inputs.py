@@ -9,7 +9,7 @@ from typing import Any
 
 import sympy
 import torch
-from torch import Tensor
+from torch import Tensor, fx
 
 from .._compat import int_oo, pytree
 from .._program import Program
@@ -87,12 +87,27 @@ def other_inputs(program: Program) -> Iterator[Inputs]:
         for index, (node, leaf) in enumerate(zip(nodes, leaves))
         if isinstance(leaf, Tensor) and node.name not in program.state_inputs and _holds_one_number(leaf)
     )
-    for assigned in _assignments(dynamic, grow=program.device().type != "cpu"):
-        sizes = {place: int(size.node.expr.xreplace(assigned)) for place, size in dynamic.items()}
-        shown = ", ".join(f"{nodes[index].name}{'' if dim is None else f'[{dim}]'} = {size}" for (index, dim), size in sizes.items())
-        yield Inputs(f"on inputs of other sizes ({shown})", sizes, drawn)
+    for assigned in _assignments(_Symbols.of(dynamic), grow=program.device().type != "cpu"):
+        yield _of_sizes(nodes, dynamic, assigned, drawn)
     if drawn:
         yield Inputs("on random inputs of the example's sizes", {}, drawn)
+
+
+def longer_inputs(program: Program, length: int) -> Iterator[Inputs]:
+    """Inputs that are longer than ``length`` along all but their first dimensions, if sizes there can vary and the capture allows it."""
+    dynamic = _dynamic(program)
+    symbols = _Symbols.of(dynamic)
+    place = symbols.places()
+    wanted = {symbol: hint if symbol in symbols.first else length + 1 + 2 * place[symbol] for symbol, (hint, _, _) in symbols.ranges.items()}
+    assigned = symbols.within(wanted)
+    if any(assigned[symbol] > length for symbol in assigned.keys() - symbols.first) and symbols.allow(assigned):
+        yield _of_sizes(program.placeholders(), dynamic, assigned, frozenset())
+
+
+def _of_sizes(nodes: list[fx.Node], dynamic: dict[tuple[int, int | None], torch.SymInt], assigned: dict[sympy.Symbol, int], drawn: frozenset[int]) -> Inputs:
+    sizes = {place: int(size.node.expr.xreplace(assigned)) for place, size in dynamic.items()}
+    shown = ", ".join(f"{nodes[index].name}{'' if dim is None else f'[{dim}]'} = {size}" for (index, dim), size in sizes.items())
+    return Inputs(f"on inputs of other sizes ({shown})", sizes, drawn)
 
 
 def _leaves(program: Program) -> list[Any]:
@@ -115,48 +130,74 @@ def _holds_one_number(leaf: Tensor) -> bool:
     return leaf.is_floating_point() and leaf.numel() > 1 and leaf.layout == torch.strided and bool((leaf == leaf.reshape(-1)[0]).all())
 
 
-def _assignments(dynamic: dict[tuple[int, int | None], torch.SymInt], grow: bool) -> Iterator[dict[sympy.Symbol, int]]:
-    """Values for the symbols of the sizes, as the capture allows; ``grow``: larger ones only, where an index out of range cannot be caught.
+@dataclass(frozen=True)
+class _Symbols:
+    """The symbols of the sizes that can vary.
 
     Inputs that are equally long along the same dimension stay so: a capture need not say that they must (keys and values of a cache), and a kernel that is
     given others can read what is not there.
-    """
-    ranges: dict[sympy.Symbol, tuple[int, int, int]] = {}
-    alike: dict[tuple[int | None, int], sympy.Symbol] = {}
-    leaders: dict[sympy.Symbol, sympy.Symbol] = {}
-    guards: set[Any] = set()
-    for (_, dim), size in dynamic.items():
-        environment = size.node.shape_env
-        guards |= {environment.replace(guard.expr) for guard in environment.guards}
-        for symbol in sorted(size.node.expr.free_symbols - ranges.keys(), key=str):
-            hint, bounds = environment.backed_var_to_val.get(symbol), environment.var_to_range.get(symbol)
-            lower = int(bounds.lower) if bounds is not None and bounds.lower not in (-int_oo, -sympy.oo) else 2
-            upper = int(bounds.upper) if bounds is not None and bounds.upper not in (int_oo, sympy.oo) else 1 << 31
-            if hint is not None and lower < upper:
-                ranges[symbol] = (int(hint), max(lower, 1), upper)
-                leaders[symbol] = alike.setdefault((dim, int(hint)), symbol) if size.node.expr == symbol and dim is not None else symbol
-    offered = (assigned for assigned in _candidates(ranges, leaders, grow) if not any(guard.xreplace(assigned) is sympy.false for guard in guards))
-    yield from itertools.islice(offered, _OFFERED)
 
-
-def _candidates(ranges: dict[sympy.Symbol, tuple[int, int, int]], leaders: dict[sympy.Symbol, sympy.Symbol], grow: bool) -> Iterator[dict[sympy.Symbol, int]]:
-    """Values for symbols, each given by its value in the example and its bounds; small ones first, none twice, and never the example's own.
-
-    Args:
+    Attributes:
+        ranges: of each its value in the example, and the bounds.
         leaders: for each symbol, the one whose value it takes.
+        first: those that are sizes along first dimensions alone.
+        guards: what must hold.
     """
-    hints = {symbol: hint for symbol, (hint, _, _) in ranges.items()}
-    number = {leader: index for index, leader in enumerate(dict.fromkeys(leaders.values()))}
-    place = {symbol: number[leader] for symbol, leader in leaders.items()}
+
+    ranges: dict[sympy.Symbol, tuple[int, int, int]]
+    leaders: dict[sympy.Symbol, sympy.Symbol]
+    first: set[sympy.Symbol]
+    guards: set[Any]
+
+    @staticmethod
+    def of(dynamic: dict[tuple[int, int | None], torch.SymInt]) -> _Symbols:
+        made, beyond = _Symbols({}, {}, set(), set()), set[sympy.Symbol]()
+        alike: dict[tuple[int | None, int], sympy.Symbol] = {}
+        for (_, dim), size in dynamic.items():
+            environment = size.node.shape_env
+            made.guards.update(environment.replace(guard.expr) for guard in environment.guards)
+            (made.first if dim == 0 else beyond).update(size.node.expr.free_symbols)
+            for symbol in sorted(size.node.expr.free_symbols - made.ranges.keys(), key=str):
+                hint, bounds = environment.backed_var_to_val.get(symbol), environment.var_to_range.get(symbol)
+                lower = int(bounds.lower) if bounds is not None and bounds.lower not in (-int_oo, -sympy.oo) else 2
+                upper = int(bounds.upper) if bounds is not None and bounds.upper not in (int_oo, sympy.oo) else 1 << 31
+                if hint is not None and lower < upper:
+                    made.ranges[symbol] = (int(hint), max(lower, 1), upper)
+                    made.leaders[symbol] = alike.setdefault((dim, int(hint)), symbol) if size.node.expr == symbol and dim is not None else symbol
+        made.first.difference_update(beyond)
+        return made
+
+    def places(self) -> dict[sympy.Symbol, int]:
+        """A number for each symbol, the same for those that take one value."""
+        number = {leader: index for index, leader in enumerate(dict.fromkeys(self.leaders.values()))}
+        return {symbol: number[leader] for symbol, leader in self.leaders.items()}
+
+    def within(self, wanted: dict[sympy.Symbol, int]) -> dict[sympy.Symbol, int]:
+        """Values brought within their bounds."""
+        return {symbol: min(max(size, self.ranges[symbol][1]), self.ranges[symbol][2]) for symbol, size in wanted.items()}
+
+    def allow(self, assigned: dict[sympy.Symbol, int]) -> bool:
+        """Whether no guard is known to fail."""
+        return not any(guard.xreplace(assigned) is sympy.false for guard in self.guards)
+
+
+def _assignments(symbols: _Symbols, grow: bool) -> Iterator[dict[sympy.Symbol, int]]:
+    """Values for the symbols of the sizes, as the capture allows; ``grow``: larger ones only, where an index out of range cannot be caught."""
+    yield from itertools.islice(filter(symbols.allow, _candidates(symbols, grow)), _OFFERED)
+
+
+def _candidates(symbols: _Symbols, grow: bool) -> Iterator[dict[sympy.Symbol, int]]:
+    """Values within the bounds; small ones first, none twice, and never the example's own."""
+    hints, place = {symbol: hint for symbol, (hint, _, _) in symbols.ranges.items()}, symbols.places()
     grown = [{symbol: hint + step * (1 + place[symbol]) for symbol, hint in hints.items()} for step in (1, 2, 3)]
     grown += [{symbol: times * hint for symbol, hint in hints.items()} for times in (2, 3)]
     small = [{symbol: _SMALL[(place[symbol] + start) % len(_SMALL)] for symbol in hints} for start in range(len(_SMALL))]
     seen = [hints]
     for wanted in grown if grow else [*small, *grown]:
-        assigned = {symbol: min(max(size, ranges[symbol][1]), ranges[symbol][2]) for symbol, size in wanted.items()}
+        assigned = symbols.within(wanted)
         if assigned not in seen:
             seen.append(assigned)
             yield assigned
 
 
-__all__ = ["Inputs", "example_inputs", "other_inputs"]
+__all__ = ["Inputs", "example_inputs", "longer_inputs", "other_inputs"]
