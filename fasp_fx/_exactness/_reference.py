@@ -191,11 +191,13 @@ class _Masking:
     def silence_producers(self) -> None:
         """Let the producers of groups that cross a norm give zero: all that holds a removed channel of theirs is zero there."""
         masks: dict[str, Tensor] = {}
+        copied = {made.name for made in self.analysis.program.copies}
         for group in self.analysis.chosen if APPROXIMATE in self.analysis.include else ():
             if group.status != APPROXIMATE:
                 continue
             own = np.isin(self.analysis.labels, group.sets) & self.gone[:-1]
-            for slot in (slot for slot in group.slots if own[slot.base : slot.base + slot.size].any()):
+            # What a copied table turns is at zero already, and the table that it was copied from serves groups that stay.
+            for slot in (slot for slot in group.slots if slot.name not in copied and own[slot.base : slot.base + slot.size].any()):
                 if slot.kind != "weight":
                     node = self.nodes.get(slot.name)
                     if node is not None and slot.block_dim is None:

@@ -18,6 +18,7 @@ from ._config import PrunedConfig, check_layers, original_of
 from ._flat import FlatProgram
 from ._folder import FILES, FORMAT
 from ._held import Parts, StoredProgram
+from ._labels import LOSSES, MOVES, POSITIONS
 
 if TYPE_CHECKING:
     from ._model import PrunedModel
@@ -115,8 +116,10 @@ def _config(folder: Path, kind: type[PrunedModel]) -> PrunedConfig:
     with parsing("config.json"):
         check_layers(config.original, len(tensors_of(folder / "model.safetensors")))
     original_of(config)
-    if config.positions not in (None, "count", "mask") or type(config.position_limit) not in (int, type(None)):
+    if config.positions not in (None, *POSITIONS) or type(config.position_limit) not in (int, type(None)):
         raise StoreError("config.json does not say how positions are counted; save the model again")
+    if config.loss not in (None, *LOSSES) or config.labels_moved not in (None, *MOVES) or type(config.packs) is not bool:
+        raise StoreError("config.json does not say how labels and packed texts are read; save the model again")
     expected = config.architectures[0] if isinstance(config.architectures, list) and config.architectures else None
     if kind.__name__ != expected:
         auto = "AutoModelForSeq2SeqLM" if config.is_encoder_decoder else "AutoModelForCausalLM"

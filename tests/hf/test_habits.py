@@ -66,17 +66,21 @@ def test_a_loss_at_its_place_and_weights_that_no_program_reads(tmp_path: Path) -
     assert torch.equal(loaded.loss, found.loss)
 
 
-def test_hidden_tokens_have_the_positions_that_the_model_gives_them() -> None:
+def test_hidden_tokens_have_the_positions_that_the_model_gives_them(tmp_path: Path) -> None:
     model = made(
         "OPTForCausalLM", transformers.OPTConfig(**SIZES, hidden_size=32, word_embed_proj_dim=32, ffn_dim=48, num_hidden_layers=1, num_attention_heads=4)
     )
-    pruned = nearly_whole(model).model
+    result = nearly_whole(model)
+    pruned = result.model
     ids, mask = tokens(2, 9), torch.ones(2, 9, dtype=torch.long)
     mask[0, :4] = 0
     with torch.no_grad():
         found, expected = (called(input_ids=ids, attention_mask=mask, labels=ids.masked_fill(mask == 0, -100)) for called in (pruned, model))
     assert torch.allclose(found.logits, expected.logits, atol=1e-4)
     assert torch.allclose(found.loss, expected.loss, atol=1e-4)
+    result.save_pretrained(tmp_path / "saved")
+    with torch.no_grad():
+        assert torch.equal(AutoModelForCausalLM.from_pretrained(tmp_path / "saved")(input_ids=ids, attention_mask=mask).logits, found.logits)
 
 
 def test_packed_texts_are_refused_where_the_model_keeps_them_apart() -> None:
