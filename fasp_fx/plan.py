@@ -90,7 +90,7 @@ class PruningPlan:
         result: fingerprint of the model the plan makes, known once it was applied.
         granularity, include: as given to :func:`fasp_fx.prune`.
         folds: weights that the model computes from others, and that the result holds as parameters; the groups name them so.
-        copies: buffers of the result that hold what is left of one of the model's, for a part of the model each; the groups name them so.
+        copies: buffers made of one of the model's, for a part of the model each; the groups name them so. Those left equal are one in the result.
     """
 
     fingerprint: str

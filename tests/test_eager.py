@@ -674,8 +674,12 @@ class Limited(nn.Module):
     def forward(self, ids: Tensor) -> Tensor:
         return self.down(self.up(self.table(ids)).relu())
 
+    @property
+    def most(self) -> int:
+        return max(self.limit for _ in range(1))
+
     def generate(self, ids: Tensor) -> Tensor:
-        while ids.shape[1] < self.limit:
+        while ids.shape[1] < self.most:
             ids = torch.cat([ids, self(ids)[:, -1:].argmax(-1)], 1)
         return ids
 

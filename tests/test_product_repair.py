@@ -49,9 +49,9 @@ class Attention(nn.Module):
 class Layers(nn.Module):
     """Layers whose queries and keys are turned by one table."""
 
-    def __init__(self, count: int = 3) -> None:
+    def __init__(self, count: int = 3, normalised: bool = False) -> None:
         super().__init__()
-        self.layers = nn.ModuleList(Attention(rotated=True) for _ in range(count))
+        self.layers = nn.ModuleList(Attention(rotated=True, normalised=normalised) for _ in range(count))
         self.register_buffer("frequencies", 2.0 ** -torch.arange(SIZE // 2))
 
     def forward(self, x: Tensor) -> Tensor:
@@ -102,7 +102,7 @@ def expected(model: Attention, batches: list[Tensor], removed: list[int], streng
                 for row in (f, f + SIZE // 2):
                     found[rows.start + row] = factors[place] * weights[rows.start + row]
         else:
-            gram = sum(k.T @ k for _, k in pairs)
+            gram = sum(q.square().sum() * k.T @ k for q, k in pairs)
             damping = strength * gram.diagonal().mean()
             change = (gram + damping * torch.eye(SIZE))[:, kept] @ torch.linalg.inv(gram[kept][:, kept] + damping * torch.eye(len(kept)))
             found[rows.start + kept] = change.T @ weights[list(rows)]
@@ -210,6 +210,68 @@ def test_layers_that_share_a_table_lose_pairs_of_their_own() -> None:
         for x in (batches[0], torch.randn(3, 7, WIDTH, generator=torch.Generator().manual_seed(1)).double()):
             assert torch.allclose(cut.module(x), masked(x), atol=1e-9)
             assert not torch.allclose(cut.module(x), model(x), atol=1e-3)
+
+
+def test_norms_before_a_table_that_layers_share() -> None:
+    model, batches = randomise(Layers(2, normalised=True), std=0.4).double(), [x.double() for x in data()]
+    result = pruned(model, batches, include=("exempt", "approximate"), sparsity={"*gain*": 0.5})
+    assert len(result.plan.copies) == 2
+    assert all(f"layers.{layer}.gain" in {part.name for group in result.plan.groups for part in group.producers} for layer in range(2))
+
+
+class Across(nn.Module):
+    """Queries and keys of different inputs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.q, self.k, self.v, self.out = (nn.Linear(WIDTH, WIDTH) for _ in range(4))
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        return self.out(F.scaled_dot_product_attention(*(part[:, None] for part in (self.q(x), self.k(y), self.v(y))))[:, 0])
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_the_errors_in_the_report_are_those_of_the_products(seed: int) -> None:
+    """Sequences whose queries and keys are large and small the other way round, so that no map is nearest for all."""
+    torch.manual_seed(seed)
+    model = Across().double().eval()
+    batches = []
+    for number in range(8):
+        x, y = (torch.randn(1, 16, 4).double() @ torch.randn(4, WIDTH).double() for _ in range(2))
+        batches.append({"x": x * (4.0 if number % 2 else 0.5), "y": y * (0.5 if number % 2 else 4.0)})
+    result = fasp_fx.prune(
+        model, (), batches[0], calibration=batches, include=("exempt",), sparsity={"*q.weight*": 0.5}, score="fasp", allocation="uniform", precision="highest"
+    )
+    removed, weights = lost(result), dict(result.module.named_parameters())
+    stay = [row for row in range(WIDTH) if row not in removed]
+    whole = cut = repaired = 0.0
+    with torch.no_grad():
+        for batch in batches:
+            q, k, found = model.q(batch["x"])[0], model.k(batch["y"])[0], F.linear(batch["x"], weights["q.weight"], weights["q.bias"])[0]
+            k = k - k.mean(0)
+            whole += float((q @ k.T).square().sum())
+            cut += float((q @ k.T - q[:, stay] @ k[:, stay].T).square().sum())
+            repaired += float((q @ k.T - found @ k[:, stay].T).square().sum())
+    line = next(line for line in result.report.lines if line.status == "exempt")
+    assert line.error_cut == pytest.approx(cut / whole, rel=1e-6)
+    assert line.error_restored == pytest.approx(repaired / whole, rel=1e-6)
+    assert repaired < 0.95 * cut
+
+
+def test_one_head_of_queries_that_meets_several_of_keys() -> None:
+    class Broad(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.q, self.k, self.v, self.out = nn.Linear(WIDTH, SIZE), nn.Linear(WIDTH, 4 * SIZE), nn.Linear(WIDTH, 4 * SIZE), nn.Linear(4 * SIZE, WIDTH)
+
+        def forward(self, x: Tensor) -> Tensor:
+            q, (k, v) = self.q(x)[:, None], (part(x).unflatten(-1, (4, SIZE)).transpose(1, 2) for part in (self.k, self.v))
+            return x + self.out(((q @ k.mT / 3).softmax(-1) @ v).transpose(1, 2).flatten(2))
+
+    model, batches = randomise(Broad(), std=0.4), data()
+    result = pruned(model, batches)
+    line = next(line for line in result.report.lines if line.status == "exempt")
+    assert line.error_restored < line.error_cut
 
 
 def test_a_table_that_is_large_beside_the_weights_is_shared_on() -> None:

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy
 import pytest
 import torch
 import transformers
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 from zoo import ZOO, TwoLayers, randomise
 
 import fasp_fx
+from fasp_fx._calling._signature import check_constant
 
 
 class Out(NamedTuple):
@@ -285,6 +287,13 @@ def test_what_was_captured_is_the_default_and_the_models_own_default_is_refused(
     assert torch.equal(result.module(X), result.module(X, flip=True))
     with pytest.raises(fasp_fx.CallError, match="'flip' is False"):
         result.module(X, flip=False)
+
+
+def test_constants_that_are_not_simply_compared() -> None:
+    check_constant("x", float("nan"), float("nan"))
+    for value, expected in ((1.0, float("nan")), (numpy.zeros(2), numpy.ones(2)), (True, 1), (None, False)):
+        with pytest.raises(fasp_fx.CallError, match="'x'"):
+            check_constant("x", value, expected)
 
 
 def test_a_batch_of_none_that_a_program_cannot_compute_is_refused() -> None:

@@ -85,7 +85,7 @@ class CallSignature:
             given = _bind(self.parameters, args, kwargs)
         except ArgumentError as error:
             raise CallError(str(error)) from error
-        left_out = {name: self._default(name) for name in self.constants if name not in given}
+        left_out = {name: self._default(name) for name in self.constants if name not in given and name in self.parameters.parameters}
         for name, value in [*given.items(), *left_out.items()]:
             if name not in self.captured:
                 check_constant(name, value, self.constants.get(name, self._default(name)))
@@ -163,10 +163,17 @@ def check_constant(name: str, value: Any, expected: Any) -> None:
     """Refuse a value that differs from the one the program was captured with."""
     if value is expected:
         return
-    same = not isinstance(value, torch.Tensor) and type(value) is type(expected) and value == expected
-    if not same:
+    if isinstance(value, torch.Tensor) or type(value) is not type(expected) or not _equal(value, expected):
         shown = f"a tensor of shape {tuple(value.shape)}" if isinstance(value, torch.Tensor) else repr(value)
         raise CallError(f"argument '{name}' is {shown}, but the program was captured with {expected!r}; capture it with the value you need")
+
+
+def _equal(value: Any, expected: Any) -> bool:
+    """Whether two constants of one type are equal; what is not a number is like another such."""
+    try:
+        return bool(value == expected) or (value != value and expected != expected)
+    except (ValueError, TypeError, RuntimeError):  # arrays, which are compared entry by entry
+        return False
 
 
 class _Checks:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import combinations
+from types import CodeType
 
 from torch import nn
 
@@ -260,8 +260,18 @@ _TELLING = frozenset({"__init__", "forward", "extra_repr", "__repr__", "__str__"
 def _is_read(modules: Iterable[nn.Module], name: str) -> bool:
     """Whether a method of some module's class looks up an attribute of this name, other than to say it."""
     kinds = {kind for module in modules for kind in type(module).__mro__ if kind is not nn.Module and issubclass(kind, nn.Module)}
-    methods = (inspect.unwrap(method) for kind in kinds for own, method in vars(kind).items() if own not in _TELLING and callable(method))
-    return any(name in code.co_names for method in methods if (code := getattr(method, "__code__", None)) is not None)
+    return any(
+        name in code.co_names or name in code.co_consts for kind in kinds for own, held in vars(kind).items() if own not in _TELLING for code in _codes(held)
+    )
+
+
+def _codes(held: object) -> Iterator[CodeType]:
+    """The code of a method, property or the like, and of the functions written in it."""
+    for part in (held, *(getattr(held, inner, None) for inner in ("fget", "fset", "func", "__func__", "__wrapped__"))):
+        pending = [code] if isinstance(code := getattr(part, "__code__", None), CodeType) else []
+        while pending:
+            yield (found := pending.pop())
+            pending += [inner for inner in found.co_consts if isinstance(inner, CodeType)]
 
 
 def _holder(names: list[str]) -> str:

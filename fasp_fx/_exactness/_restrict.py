@@ -28,13 +28,15 @@ def restricted(analysis: Analysis, decision: Decision, kept: Collection[Group]) 
     stay = np.concatenate([group.sets for group in dropped])
     unrepaired = {use.weight for group in dropped for use in group.uses}
     unrepaired |= {name for group in dropped if group.name in decision.products for name in decision.products[group.name].weights}
+    for mended in decision.products.values():  # what is put together of several goes back together
+        unrepaired |= mended.weights.keys() if unrepaired & mended.weights.keys() else set()
     unrepaired |= {bias for name, bias in decision.biases.items() if name in unrepaired}
     return Decision(
         decision.gone & ~np.isin(analysis.labels, stay),
         {name: value for name, value in decision.weights.items() if name not in unrepaired},
         {name: bias for name, bias in decision.biases.items() if name not in unrepaired},
         {name: outcome for name, outcome in decision.outcomes.items() if name not in unrepaired},
-        {name: mended for name, mended in decision.products.items() if name in names},
+        {name: mended for name, mended in decision.products.items() if name in names and not unrepaired & mended.weights.keys()},
     )
 
 

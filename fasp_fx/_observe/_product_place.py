@@ -19,7 +19,7 @@ from ._products import lying_along
 
 #: products whose operands are ``[..., tokens, channels]``, and, where the second is ``[..., channels, tokens]``, that it is
 FORMS = {"aten.scaled_dot_product_attention.default": False, "aten.matmul.default": True, "aten.bmm.default": True}
-_SUMS = ("aten.add.Tensor", "aten.sub.Tensor", "aten.cat.default", "aten.neg.default")
+_SUMS = ("aten.add.Tensor", "aten.sub.Tensor", "aten.cat.default", "aten.stack.default", "aten.neg.default")
 
 
 @dataclass(frozen=True)
@@ -53,6 +53,8 @@ def place_of(analysis: Analysis, product: Product) -> Place | str:
     last = query.meta["val"].dim() - 1 if "val" in query.meta else -1
     if len(axes) != 1 or len(others) != 1 or axes[0].numbers.dim() != last + 1 or last < 2 or axes[0].numbers.shape[-2] != 1 or axes[0].varies[last]:
         return "its channels do not lie along the last dimension of the queries"
+    if not _meet(query.meta["val"], key.meta["val"]):
+        return "its queries and keys have heads that do not meet one by one"
     numbers = axes[0].numbers.reshape(-1, axes[0].numbers.shape[-1]).numpy()
     if (numbers == NONE).any():
         return "some of its channels are none"
@@ -61,7 +63,17 @@ def place_of(analysis: Analysis, product: Product) -> Place | str:
         found = _place(analysis, product, node, axes[0], numbers)
         if found is not None:
             return found
-    return "what is between it and the weights of its queries cannot be undone by them"
+    return "no weight leads to its queries alone, by steps that are linear in its rows"
+
+
+def _meet(query: Tensor, key: Tensor) -> bool:
+    """Whether each head of queries meets one of keys, the same number of them each, or a single one of either meets all."""
+    if query.dim() != key.dim() or any(str(a) != str(b) for a, b in zip(query.shape[:-3], key.shape[:-3], strict=True)):
+        return False
+    heads, own = query.shape[-3], key.shape[-3]
+    if isinstance(heads, int) and isinstance(own, int):
+        return heads == 1 or heads % own == 0
+    return str(heads) == str(own)
 
 
 def _place(analysis: Analysis, product: Product, node: fx.Node, lying: Repeating, numbers: np.ndarray) -> Place | None:

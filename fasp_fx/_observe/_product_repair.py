@@ -2,19 +2,22 @@
 
 The product of queries Q and keys K is ``Q Kᵀ``. Without the channels P it is ``Q_M K_Mᵀ``. Queries ``Q B`` in place of ``Q_M`` give the nearest product to it
 for ``B = C_K[:, M] C_K[M, M]⁻¹``, with ``C_K = KᵀK``: the least-squares restoration of FASP (arXiv 2501.09412, section 3), with Q for the weight and K for its
-inputs. B is a map of rows of W_Q and of its bias.
+inputs. B is a map of rows of W_Q and of its bias. Over several sequences no B is nearest for all: each sequence's C_K counts by the energy of the queries that
+meet it.
 
 Where a table of rotations lies between W_Q and the product, rows may only be multiplied, β_f for the set f of channels that are turned into each other. With
 ``φ_f = Q_f K_fᵀ``, the part of the product that f gives, and ``H_fg = ⟨φ_f, φ_g⟩ = Σ (Q_fᵀ Q_g) ∘ (K_fᵀ K_g)``, the nearest product is that of
 ``β_M = H[M, M]⁻¹ H[M, :] 1``: the same restoration again, with a row of ones for the weight and H for the Gram matrix. Where all heads share the rows (the
 gain of a norm of queries), their H are added.
 
+Whatever was solved is judged by the products themselves, head by head, and kept where they come nearer, over all tokens and over those held out.
+
 A softmax does not see what is the same for all keys, so that keys of attention count without their mean over a sequence.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -62,21 +65,34 @@ class ProductEnergies:
 
     def observe(self, runner: Runner, marks: Marks, ranks: Ranks) -> None:
         """Add up the operands of the product, which is about to be executed."""
-        query, key = self.product.operands
         device = attribute(self.analysis.program.module, self.place.weight).device
         blocks, channels = self.place.numbers.shape
         for name in ("queries", "fitted", "held"):
             self._sums[name] = torch.zeros(blocks, channels, channels, dtype=precise(device), device=device)
+        for fitted, withheld, of_keys, of_blocks in self._matrices(runner, marks):
+            if self.place.mixes:
+                energies = [part.diagonal(dim1=-2, dim2=-1).sum(-1)[..., None, None] for part in (fitted, withheld)]
+                sums = {"queries": fitted + withheld, "fitted": of_keys * energies[0], "held": of_keys * energies[1]}
+            else:
+                sums = {"queries": fitted + withheld, "fitted": fitted * of_keys, "held": withheld * of_keys}
+            for name, value in sums.items():
+                self._sums[name].index_add_(0, of_blocks, value.to(self._sums[name]))
+        for name in ("queries", "fitted", "held"):
+            ranks.add(self._sums[name])
+
+    def _matrices(self, runner: Runner, marks: Marks) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor]]:
+        """For each batch the products with themselves of fitted queries, of those held out and of keys, a matrix for each sequence and head, and its block."""
+        query, key = self.product.operands
         for number, queries, keys in zip(runner.numbers, runner.read(query), runner.read(key), strict=True):
             marked = marks.of(number, query, queries, tokens_of(self.place.lying)).expand(queries.shape)[..., 0]
             there = (marks.of(number, key, keys, tokens_of(self._keys)) != PADDING).expand(keys.shape)
             if FORMS[str(self.product.node.target)]:
                 keys, there = keys.mT, there.mT
-            self._see(queries, marked, keys, there[..., 0])
-        for name in ("queries", "fitted", "held"):
-            ranks.add(self._sums[name])
+            found = self._of_batch(queries, marked, keys, there[..., 0])
+            flat = [value.expand(*queries.shape[:-2], *value.shape[-2:]).reshape(-1, *value.shape[-2:]) for value in found]
+            yield flat[0], flat[1], flat[2], self._blocks(queries).reshape(-1).to(queries.device)
 
-    def _see(self, queries: Tensor, marked: Tensor, keys: Tensor, there: Tensor) -> None:
+    def _of_batch(self, queries: Tensor, marked: Tensor, keys: Tensor, there: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         exact = torch.promote_types(queries.dtype, torch.float32)
         q, k = queries.detach().to(exact), keys.detach().to(exact)
         held, padded = (marked == HELD)[..., None], (marked == PADDING)[..., None]
@@ -85,16 +101,7 @@ class ProductEnergies:
             k = (k - k.sum(-2, keepdim=True) / there.sum(-1).clamp_min(1)[..., None, None].to(exact)).masked_fill(~there[..., None], 0)
         of_keys = _like(k.mT @ k, q)
         fitted, withheld = (part.mT @ part for part in (q.masked_fill(held, 0), q.masked_fill(~held, 0)))
-        if self.place.mixes:  # keys are judged by what queries they meet
-            weights = [part.diagonal(dim1=-2, dim2=-1).sum(-1)[..., None, None] for part in (fitted, withheld)]
-            total = (weights[0] + weights[1]).clamp_min(torch.finfo(exact).tiny)
-            sums = {"queries": fitted + withheld, "fitted": of_keys * (weights[0] / total), "held": of_keys * (weights[1] / total)}
-        else:
-            sums = {"queries": fitted + withheld, "fitted": fitted * of_keys, "held": withheld * of_keys}
-        blocks = self._blocks(queries).reshape(-1).to(queries.device)
-        for name, value in sums.items():
-            flat = value.expand(*queries.shape[:-2], *value.shape[-2:]).reshape(-1, *value.shape[-2:])
-            self._sums[name].index_add_(0, blocks, flat.to(self._sums[name]))
+        return fitted, withheld, of_keys
 
     def _blocks(self, queries: Tensor) -> Tensor:
         """The block that each matrix of the queries is, shape of their leading dimensions."""
@@ -118,6 +125,48 @@ class ProductEnergies:
             solve = self._mixed if self.place.mixes else self._multiplied
             parts.append(solve(restore, {name: value[block] for name, value in sums.items()}, kept, self.place.numbers[block]))
         return together(parts)
+
+    def judged(self, outcome: Restored, gone: np.ndarray, runner: Runner, marks: Marks, ranks: Ranks) -> Restored:
+        """The outcome by the products themselves: with the errors that they have, and with nothing repaired in heads where they come no nearer.
+
+        Args:
+            outcome: what was solved.
+            gone: removed channel numbers.
+        """
+        maps = outcome.weight
+        kept = torch.from_numpy(~gone[self.place.numbers]).to(maps)
+        shared = len(maps) < len(kept)  # all heads share the rows
+        same = torch.eye(maps.shape[-1], dtype=maps.dtype, device=maps.device)
+        missing = {
+            "cut": same - torch.diag_embed(kept),
+            "repaired": same - (maps.expand(len(kept), -1, -1) if shared else maps),
+            "whole": same.expand(len(kept), -1, -1),
+        }
+        errors = {name: torch.zeros(2, len(kept), dtype=maps.dtype, device=maps.device) for name in missing}
+        for fitted, withheld, of_keys, of_blocks in self._matrices(runner, marks):
+            for name, change in missing.items():
+                own = change[of_blocks].to(of_keys)
+                left = own @ of_keys @ own.mT
+                for index, of_queries in enumerate((fitted, withheld)):
+                    errors[name][index].index_add_(0, of_blocks, (of_queries * left).sum((-2, -1)).to(maps))
+        for value in errors.values():
+            ranks.add(value)
+        if shared:
+            errors = {name: value.sum(1, keepdim=True) for name, value in errors.items()}
+        nearer = (errors["repaired"].sum(0) < errors["cut"].sum(0)) & (errors["repaired"][1] < errors["cut"][1])
+        kept_maps = torch.diag_embed(kept[: len(maps)])
+        after = torch.where(nearer, errors["repaired"], errors["cut"])
+        total = errors["whole"].sum(0).clamp_min(torch.finfo(maps.dtype).tiny)
+        held = errors["whole"][1].clamp_min(torch.finfo(maps.dtype).tiny)
+        return Restored(
+            torch.where(nearer[:, None, None], maps, kept_maps),
+            float((errors["cut"].sum(0) / total).mean()),
+            float((after.sum(0) / total).mean()),
+            float((errors["cut"][1] / held).mean()),
+            float((after[1] / held).mean()),
+            bool(nearer.any()),
+            outcome.strength,
+        )
 
     def _mixed(self, restore: Callable[..., Restored], sums: dict[str, Tensor], kept: Tensor, numbers: np.ndarray) -> Restored:
         values, vectors = torch.linalg.eigh(sums["queries"])
@@ -176,10 +225,11 @@ def carry(energies: ProductEnergies, outcome: Restored, runner: Runner) -> None:
 
 
 def _like(of_keys: Tensor, queries: Tensor) -> Tensor:
-    """Matrices of heads of keys, once for each head of queries that meets them."""
-    if of_keys.dim() > 3 and of_keys.shape[-3] not in (1, queries.shape[-3]):
-        of_keys = of_keys.repeat_interleave(queries.shape[-3] // of_keys.shape[-3], -3)
-    return of_keys
+    """Matrices of heads of keys, once for each head of queries that meets them; added up where one head of queries meets them all."""
+    heads, own = queries.shape[-3], of_keys.shape[-3]
+    if heads == 1 < own:
+        return of_keys.sum(-3, keepdim=True)
+    return of_keys if own in (1, heads) else of_keys.repeat_interleave(heads // own, -3)
 
 
 __all__ = ["Mended", "ProductEnergies", "carry", "mend"]

@@ -97,6 +97,7 @@ class Observer:
         self._repairs = 0
         self._known = False  # what is decided at this stop is in the journal
         self._drift: Drift | None = None
+        self._marks: Marks | None = None
         self._tokens: dict[str, int] = {}  # the fewest that a block of a weight saw; of weights that may be repaired
         self._undecided = {group.name for group in self.groups}
         self._energies = self._product_repairs() if restore is not None else {}
@@ -111,7 +112,7 @@ class Observer:
         Warns:
             CalibrationWarning: the data are too few to repair with; once for all consumers.
         """
-        self._observed, self._drift = runner is not None, drift
+        self._observed, self._drift, self._marks = runner is not None, drift, marks
         position = {node: index for index, node in enumerate(self.analysis.program.module.graph.nodes)}
         stops = sorted({node for waiting in self._waiting.values() for node in waiting}, key=position.__getitem__)
         known = self._recall(marks)
@@ -214,6 +215,10 @@ class Observer:
             return
         restore, gone = self.restore, self.decision.gone
         outcome = self._shared(lambda: energies.solve(restore, gone))
+        if not self._known and runner is not None and self._marks is not None:
+            outcome = energies.judged(outcome, gone, runner, self._marks, self.ranks)
+            if self._journal is not None:
+                self._journal.note_restored(self._repairs - 1, outcome)
         mended = mend(energies.place, outcome, self.analysis, self.decision.weights)
         self.decision.weights |= mended.weights
         self.decision.products[group.name] = Mended(mended.weights, without_values(outcome))
