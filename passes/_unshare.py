@@ -25,6 +25,8 @@ from fasp_fx._program import CopiedBuffer, Program
 from fasp_fx._stamps import WRITTEN_BY, stamp
 from fasp_fx.channels import Value, attribute, target_name, written_names
 
+from ._pieces import delete_weight
+
 if TYPE_CHECKING:
     from fasp_fx.analysis import Analysis
 
@@ -79,8 +81,7 @@ def share_again(program: Program) -> Program:
             graph.erase_node(node)
     left = {str(node.target) for node in graph.find_nodes(op="get_attr")}
     for name in sources.keys() - left:
-        path, _, leaf = name.rpartition(".")
-        delattr(attribute(program.module, path) if path else program.module, leaf)
+        delete_weight(program, name)
         program.numbers.pop(name, None)
     program.copies = tuple(copied for copied in program.copies if copied.name in left)
     program.module.recompile()

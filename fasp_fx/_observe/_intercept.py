@@ -29,17 +29,23 @@ def bias_of(analysis: Analysis, uses: Sequence[Use], matrices: ConsumerMatrices)
         return None
     given = arguments(use.node)
     weight, bias = (given.get(name) for name in names)
-    if weight is not use.operand or not isinstance(bias, fx.Node) or bias.op != "get_attr" or any(given.get(name, 1) != 1 for name in ("alpha", "beta")):
+    name = read_alone(analysis, bias, use.node)
+    if weight is not use.operand or name is None or any(given.get(name, 1) != 1 for name in ("alpha", "beta")):
+        return None
+    held, own = (attribute(analysis.program.module, read) for read in (name, use.weight))
+    return name if held.dtype == own.dtype and len(held) == matrices.rows(own) else None
+
+
+def read_alone(analysis: Analysis, bias: object, node: fx.Node) -> str | None:
+    """The canonical name of a parameter of one dimension that one node alone reads, once, and nothing writes into; ``None`` if it is none."""
+    if not isinstance(bias, fx.Node) or bias.op != "get_attr":
         return None
     module, canonical = analysis.program.module, analysis.program.canonical()
-    name = canonical.get(str(bias.target), "")
-    held, own = attribute(module, str(bias.target)), attribute(module, use.weight)
-    if not isinstance(held, nn.Parameter) or held.dim() != 1 or held.dtype != own.dtype or name in written_names(module.graph):
+    name, held = canonical.get(str(bias.target), ""), attribute(module, str(bias.target))
+    if not isinstance(held, nn.Parameter) or held.dim() != 1 or name in written_names(module.graph):
         return None
-    if len(held) != matrices.rows(own):
-        return None
-    same = [node for node in module.graph.find_nodes(op="get_attr") if canonical.get(str(node.target)) == name]
-    return name if [user for node in same for user in node.users] == [use.node] else None
+    same = [other for other in module.graph.find_nodes(op="get_attr") if canonical.get(str(other.target)) == name]
+    return name if [user for other in same for user in other.users] == [node] else None
 
 
 def with_ones(tokens: Tensor) -> Tensor:
@@ -69,4 +75,4 @@ def centred(gram: Tensor, columns: int) -> Tensor:
     return own - torch.outer(sums, sums) / (gram[columns, columns].clamp_min(1.0) * (1 + STAYING))
 
 
-__all__ = ["bias_of", "centred", "scale_of_ones", "with_ones"]
+__all__ = ["bias_of", "centred", "read_alone", "scale_of_ones", "with_ones"]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,6 +14,7 @@ from ..analysis import Analysis
 from ..channels import NONE, Product, Repeating, attribute, written_names
 from ..channels import arguments as arguments_of
 from ..patterns import BIASES, CASTS, lookup
+from ._intercept import read_alone
 from ._products import lying_along
 
 #: products whose operands are ``[..., tokens, channels]``, and, where the second is ``[..., channels, tokens]``, that it is
@@ -124,7 +124,7 @@ def _way(analysis: Analysis, product: Product, weight: fx.Node, name: str) -> tu
                 return None
             added = given.get(names[1]) if names else next((given[key] for key in ("bias", "self") if given.get(key) not in (None, use.activation)), None)
             if added is not None:
-                bias = _bias(analysis, added, node)
+                bias = read_alone(analysis, added, node)
                 if bias is None or any(given.get(key, 1) != 1 for key in ("alpha", "beta")):
                     return None
         elif not _is_movement(node, reached):
@@ -133,17 +133,6 @@ def _way(analysis: Analysis, product: Product, weight: fx.Node, name: str) -> tu
                 return None
         reached.add(node)
     return (bias, moves) if query in reached else None
-
-
-def _bias(analysis: Analysis, added: object, node: fx.Node) -> str | None:
-    """The name of a bias of one dimension that one operator alone reads."""
-    if not isinstance(added, fx.Node) or added.op != "get_attr":
-        return None
-    canonical, module = analysis.program.canonical(), analysis.program.module
-    name, held = canonical.get(str(added.target), ""), attribute(module, str(added.target))
-    same = [other for other in module.graph.find_nodes(op="get_attr") if canonical.get(str(other.target)) == name]
-    alone = [user for other in same for user in other.users] == [node]
-    return name if alone and isinstance(held, nn.Parameter) and held.dim() == 1 and name not in written_names(module.graph) else None
 
 
 def _is_movement(node: fx.Node, reached: set[fx.Node]) -> bool:
@@ -177,18 +166,12 @@ def _tensors(node: fx.Node) -> list[fx.Node]:
 
 def _ancestors(node: fx.Node) -> set[fx.Node]:
     """A node and all that it depends on."""
-    return set(_upstream(node))
-
-
-def _upstream(node: fx.Node) -> Iterator[fx.Node]:
-    seen, pending = {node}, [node]
+    found, pending = {node}, [node]
     while pending:
-        found = pending.pop()
-        yield found
-        for read in found.all_input_nodes:
-            if read not in seen:
-                seen.add(read)
-                pending.append(read)
+        before = set(pending.pop().all_input_nodes) - found
+        found |= before
+        pending += before
+    return found
 
 
 __all__ = ["FORMS", "Place", "place_of"]

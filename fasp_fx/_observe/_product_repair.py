@@ -168,6 +168,17 @@ class ProductEnergies:
             outcome.strength,
         )
 
+    def carry(self, outcome: Restored, runner: Runner) -> None:
+        """Give the product about to be executed the repaired queries, for all batches."""
+        maps = outcome.weight
+
+        def changed(queries: Tensor) -> Tensor:
+            blocks = self._blocks(queries) if len(maps) > 1 else torch.zeros(queries.shape[:-2], dtype=torch.long)
+            # In memory as they lay: what is computed of them lies as they do, and a view may depend on it.
+            return torch.empty_like(queries).copy_(queries @ maps.to(queries)[blocks.to(queries.device)])
+
+        runner.change(self.product.operands[0], changed)
+
     def _mixed(self, restore: Callable[..., Restored], sums: dict[str, Tensor], kept: Tensor, numbers: np.ndarray) -> Restored:
         values, vectors = torch.linalg.eigh(sums["queries"])
         root = (vectors * values.clamp_min(0).sqrt()).mT  # rootᵀ root are the queries' products with each other
@@ -212,18 +223,6 @@ def _mapped(value: Tensor, rows: Tensor, maps: Tensor) -> Tensor:
     return made
 
 
-def carry(energies: ProductEnergies, outcome: Restored, runner: Runner) -> None:
-    """Give the product about to be executed the repaired queries, for all batches."""
-    maps = outcome.weight
-
-    def changed(queries: Tensor) -> Tensor:
-        blocks = energies._blocks(queries) if len(maps) > 1 else torch.zeros(queries.shape[:-2], dtype=torch.long)
-        # In memory as they lay: what is computed of them lies as they do, and a view may depend on it.
-        return torch.empty_like(queries).copy_(queries @ maps.to(queries)[blocks.to(queries.device)])
-
-    runner.change(energies.product.operands[0], changed)
-
-
 def _like(of_keys: Tensor, queries: Tensor) -> Tensor:
     """Matrices of heads of keys, once for each head of queries that meets them; added up where one head of queries meets them all."""
     heads, own = queries.shape[-3], of_keys.shape[-3]
@@ -232,4 +231,4 @@ def _like(of_keys: Tensor, queries: Tensor) -> Tensor:
     return of_keys if own in (1, heads) else of_keys.repeat_interleave(heads // own, -3)
 
 
-__all__ = ["Mended", "ProductEnergies", "carry", "mend"]
+__all__ = ["Mended", "ProductEnergies", "mend"]

@@ -27,7 +27,7 @@ from ._marks import Marks
 from ._matrices import ConsumerMatrices, states_before, token_dims
 from ._order import order_of
 from ._product_place import place_of
-from ._product_repair import Mended, ProductEnergies, carry, mend
+from ._product_repair import Mended, ProductEnergies, mend
 from ._ranks import Ranks
 from ._readings import read_otherwise
 from ._runner import Runner
@@ -223,7 +223,7 @@ class Observer:
         self.decision.weights |= mended.weights
         self.decision.products[group.name] = Mended(mended.weights, without_values(outcome))
         if self.propagate and runner is not None:
-            carry(energies, outcome, runner)
+            energies.carry(outcome, runner)
 
     def _weight(self, consumer: Consumer) -> Tensor:
         held = self.decision.weights.get(consumer.weight)

@@ -25,7 +25,7 @@ class Habits:
     packs: bool = False
 
 
-def tolerance(dtype: torch.dtype) -> float:
+def _tolerance(dtype: torch.dtype) -> float:
     """By how much values of a dtype that are computed in two ways may differ, relative to the largest."""
     return {torch.float64: 1e-9, torch.float32: 1e-3}.get(dtype, 5e-2)
 
@@ -40,7 +40,7 @@ def far(found: Tensor, expected: Tensor) -> bool:
     expected, found = expected[finite], found[finite]
     if not expected.numel():
         return False
-    return float((found - expected).abs().max()) > tolerance(expected.dtype) * max(float(expected.abs().max()), 1e-6)
+    return float((found - expected).abs().max()) > _tolerance(expected.dtype) * max(float(expected.abs().max()), 1e-6)
 
 
 def loss_of_labels(stages: Stages) -> tuple[str | None, str | None]:
@@ -50,10 +50,10 @@ def loss_of_labels(stages: Stages) -> tuple[str | None, str | None]:
     decoder = isinstance(stages, CausalStages)
     labels, source = stages.tokens(6, 2, seed=7), {"input_ids": stages.tokens(6, 2)}
     if decoder:  # the likeliest ones at their places, so that each way gives a loss of its own
-        plain = _called(stages, source)
+        plain = called(stages, source)
         labels = labels if plain is None else plain.logits.argmax(-1)
     labels[0, 4:] = LEFT_OUT
-    given = _called(stages, {**source, "labels": labels})
+    given = called(stages, {**source, "labels": labels})
     if given is None or not isinstance(getattr(given, "loss", None), Tensor) or given.logits.shape[:2] != labels.shape:
         return None, None
     found, expected = {name: LOSSES[name](given.logits, labels, None) for name in (LOSSES if decoder else ("same",))}, given.loss.float()
@@ -66,7 +66,7 @@ def loss_of_labels(stages: Stages) -> tuple[str | None, str | None]:
     if padding is None:
         return None, None
     for name, move in MOVES.items():
-        moved = _called(stages, {**source, "decoder_input_ids": move(labels, start, padding)})
+        moved = called(stages, {**source, "decoder_input_ids": move(labels, start, padding)})
         if moved is not None and not far(moved.logits, given.logits):
             return loss, name
     return None, None
@@ -78,12 +78,12 @@ def keeps_texts_apart(stages: Stages) -> bool:
         return False
     ids = stages.tokens(6, 1)
     packed = {"input_ids": ids, "position_ids": torch.arange(6, device=ids.device)[None] % 3}
-    apart = _called(stages, packed)
-    together = _called(stages, packed | stages.optional(attention_mask=torch.ones_like(ids)))
+    apart = called(stages, packed)
+    together = called(stages, packed | stages.optional(attention_mask=torch.ones_like(ids)))
     return apart is not None and together is not None and far(apart.logits, together.logits)
 
 
-def _called(stages: Stages, arguments: dict[str, Any]) -> Any:
+def called(stages: Stages, arguments: dict[str, Any]) -> Any:
     """What the model gives without a cache; ``None`` where it does not take this."""
     try:
         return stages.run({**arguments, CACHE: None}, use_cache=False)
@@ -91,4 +91,4 @@ def _called(stages: Stages, arguments: dict[str, Any]) -> Any:
         return None
 
 
-__all__ = ["Habits", "far", "keeps_texts_apart", "loss_of_labels", "tolerance"]
+__all__ = ["Habits", "called", "far", "keeps_texts_apart", "loss_of_labels"]

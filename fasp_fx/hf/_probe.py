@@ -15,7 +15,7 @@ from .._program import Program
 from ..errors import CaptureError
 from . import _caches
 from ._flat import FlatProgram
-from ._habits import Habits, far, keeps_texts_apart, loss_of_labels
+from ._habits import Habits, called, far, keeps_texts_apart, loss_of_labels
 from ._labels import POSITIONS
 from ._stages import CausalStages, Seq2SeqStages
 
@@ -73,26 +73,17 @@ def _counting(stages: CausalStages) -> str:
     """How the model counts positions that it is not given: by experiment, on a padded prompt; for padding as well, where some way gives the same there."""
     padded = stages.arguments(batch=2, new=6, past=0, padding=3)
     padded.pop("logits_to_keep", None)
-    own = stages.run({**padded, "position_ids": None, CACHE: None}).logits
+    own, mask = stages.run({**padded, "position_ids": None, CACHE: None}).logits, padded.get("attention_mask", stages.ones(2, 6))
     fitting = []
     for name, count in POSITIONS.items():
-        found = _run_with(stages, padded, count(padded["attention_mask"])) if "attention_mask" in padded or name == "count" else None
-        if found is not None and not far(_shown(found, padded), _shown(own, padded)):
-            fitting.append((name, far(found, own)))
+        output = called(stages, {**padded, "position_ids": count(mask)})
+        if output is not None and not far(_shown(output.logits, padded), _shown(own, padded)):
+            fitting.append((name, far(output.logits, own)))
     if not fitting:
         raise CaptureError(
             f"{type(stages.model).__name__} counts positions in a way that is neither one after the other nor along the mask; it cannot be served"
         )
     return min(fitting, key=lambda item: item[1])[0]
-
-
-def _run_with(stages: CausalStages, arguments: dict[str, Any], positions: Tensor) -> Tensor | None:
-    """Logits with these positions; ``None`` where the model has none for them."""
-    try:
-        found: Tensor = stages.run({**arguments, "position_ids": positions, CACHE: None}).logits
-    except CaptureError:
-        return None
-    return found
 
 
 def _table(module: fx.GraphModule, flat: FlatProgram) -> int | None:
