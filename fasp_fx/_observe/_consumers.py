@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from functools import partial
+from itertools import repeat
 from typing import Any
 
 import numpy as np
@@ -27,7 +28,7 @@ class Consumer:
     Attributes:
         grams: one for each block, once its input was seen; behind the columns come a column of ones, where there is an intercept, and those of ``beside``.
         intercept: the bias that a repair may change along, by name, if there is one.
-        beside: how many rows the consumer has where the drift of what its output is added to is seen as well; else 0.
+        beside: how many rows the consumer has where what earlier removals changed of its output is seen as well; else 0.
         seen: for each block, the statistics that a score asked for, by name.
     """
 
@@ -57,18 +58,18 @@ class Consumer:
                 if name not in seen:
                     seen[name] = make(columns, device)
 
-    def see(self, pieces: Iterable[tuple[int, Tensor, Tensor]], takes: Callable[[Statistic], bool], beside: Tensor | None = None) -> None:
+    def see(self, pieces: Iterable[tuple[int, Tensor, Tensor]], takes: Callable[[Statistic], bool], beside: Iterable[Tensor] | None = None) -> None:
         """Add tokens, without gradients.
 
         Args:
             pieces: block, tokens ``[tokens, columns]`` and their marks ``[tokens]``.
             takes: which statistics they are for, besides the Gram matrices.
-            beside: the drift of what the output is added to, ``[tokens, rows]``.
+            beside: for each piece, what earlier removals changed of the output, ``[tokens, rows]``.
         """
         assert self.grams is not None
-        for block, tokens, kinds in pieces:
+        for (block, tokens, kinds), change in zip(pieces, repeat(None) if beside is None else beside):  # no strictness: what repeats has no end
             seen = tokens if self.intercept is None else with_ones(tokens)
-            self.grams[block].update(seen if beside is None else torch.cat([seen, beside], 1), kinds)
+            self.grams[block].update(seen if change is None else torch.cat([seen, change], 1), kinds)
             for statistic in filter(takes, self.seen[block].values()):
                 statistic.update(tokens, None, counting(kinds, tokens))
 

@@ -1,4 +1,4 @@
-"""What earlier removals have changed beside a consumer: where its output is added to something, that much of it the repair can make up for."""
+"""What earlier removals have changed at a consumer, in its inputs and in what its output is added to: that much of it the repair can make up for."""
 
 from __future__ import annotations
 
@@ -8,29 +8,57 @@ import torch
 from torch import Tensor, fx
 
 from ..channels import Use
+from ._matrices import ConsumerMatrices
 from ._runner import Runner
 
 _SUM = torch.ops.aten.add.Tensor
 
 
 class Drift:
-    """The difference between the dense and the pruned model in what a consumer's output is added to.
+    """What earlier removals changed of what a consumer's output should be: in the value it is added to, and in its own inputs.
 
     Args:
         dense: runs the dense model, on the same batches as the pruned one.
-        part: how much of the difference a repair is to make up for.
+        part: how much of the difference in what the output is added to a repair is to make up for.
+        blend: how much of the difference in its own inputs.
     """
 
-    def __init__(self, dense: Runner, part: float) -> None:
-        self.dense, self.part = dense, part
+    def __init__(self, dense: Runner, part: float, blend: float) -> None:
+        self.dense, self.part, self.blend = dense, part, blend
 
-    def at(self, use: Use, pruned: Runner) -> Iterator[Tensor]:
-        """The difference at a consumer about to be executed, ``[tokens, rows]`` for each batch; nothing where its output is added to nothing."""
-        beside = added_to(use)
-        if beside is None or pruned.index(beside) > pruned.index(use.node):  # it is not there yet
+    @property
+    def weight(self) -> float:
+        """How much of what :meth:`at` gives a repair is to make up for."""
+        return self.part or self.blend
+
+    def at(self, use: Use, pruned: Runner, matrices: ConsumerMatrices, weight: Tensor, alone: bool) -> Iterator[list[Tensor]] | None:
+        """The difference at a consumer about to be executed: for each batch its pieces ``[tokens, rows]``, in step with those of its input.
+
+        Args:
+            matrices: how the use reads its weight.
+            weight: what the weight is now.
+            alone: whether no other use reads it.
+
+        Returns:
+            Nothing where nothing can be told: the output is added to nothing, and of its inputs nothing is asked for (or others are sent to it now).
+        """
+        beside = added_to(use) if self.part and alone else None
+        if beside is not None and pruned.index(beside) > pruned.index(use.node):  # it is not there yet
+            beside = None
+        blends = bool(self.blend) and use.route is None and use.recurrence is None
+        return self._differences(use, pruned, beside, matrices, matrices.read(weight) if blends else None) if beside is not None or blends else None
+
+    def _differences(self, use: Use, pruned: Runner, beside: fx.Node | None, matrices: ConsumerMatrices, read: Tensor | None) -> Iterator[list[Tensor]]:
+        added = () if beside is None else zip(self.dense.read(beside), pruned.read(beside), strict=True)
+        changed = [(before - after).reshape(-1, after.shape[-1]) for before, after in added]
+        if read is None:
+            yield from ([change] for change in changed)
             return
-        for before, after in zip(self.dense.read(beside), pruned.read(beside), strict=True):
-            yield (before - after).reshape(-1, after.shape[-1])
+        for batch, (before, after) in enumerate(zip(self.dense.read(use.activation), pruned.read(use.activation), strict=True)):
+            every = before.new_zeros((), dtype=torch.int64).expand((1,) * before.dim())
+            change = before - after if before.shape == after.shape else torch.zeros_like(after)  # values decide how many there are
+            pieces = [tokens @ read[block].T for block, tokens, _ in matrices.tokens(change, every, None)]
+            yield [changed[batch] + self.blend / self.part * piece for piece in pieces] if changed else pieces
 
 
 def added_to(use: Use) -> fx.Node | None:

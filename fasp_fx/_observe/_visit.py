@@ -179,8 +179,9 @@ class Observer:
             consumer = self.consumers.of(use)
             matrices = ConsumerMatrices(use, self.analysis.walk.values)
             ends = list(runner.read(use.route)) if use.route is not None else None
-            beside = [] if self._drift is None or len(consumer.uses) > 1 else list(self._drift.at(use, runner))
-            consumer.beside = beside[0].shape[1] if beside else 0
+            weight = self._weight(consumer)
+            changes = None if self._drift is None else self._drift.at(use, runner, matrices, weight, len(consumer.uses) == 1)
+            consumer.beside = 0 if changes is None else matrices.read(weight).shape[1]
             self.ranks.once(*consumer.sums())
             for index, (batch, activation) in enumerate(zip(runner.numbers, _inputs(runner, use), strict=True)):
                 consumer.prepare(self.score.statistics, activation.device)
@@ -188,7 +189,7 @@ class Observer:
                 own = marks.of(batch, use.activation, activation, dims) if ends is None else marks.routed(batch, use.activation, ends[index])
                 pieces = matrices.tokens(activation, own, None if ends is None else ends[index])
                 # Statistics that need gradients were shown the dense model's before.
-                consumer.see(pieces, lambda statistic: not statistic.needs_gradient, beside[index] if beside else None)
+                consumer.see(pieces, lambda statistic: not statistic.needs_gradient, None if changes is None else next(changes))
             self.ranks.add_up(*consumer.sums())
             assert consumer.grams is not None
             if not all(bool(torch.isfinite(part.diagonal()).all()) for gram in consumer.grams for part in gram.parts):
@@ -268,7 +269,8 @@ class Observer:
             if consumer.intercept is not None:  # a column of ones that stays, whose weight is added to the bias
                 read, kept = torch.cat([read, torch.zeros_like(read[:, :, :1])], 2), torch.cat([kept, torch.ones_like(kept[:, :1])], 1)
             if self._drift is not None and consumer.beside:  # what is beside counts as columns of their own, which go
-                read = torch.cat([read, self._drift.part * torch.eye(consumer.beside, dtype=read.dtype, device=read.device)[None]], 2)
+                own = torch.eye(consumer.beside, dtype=read.dtype, device=read.device)
+                read = torch.cat([read, self._drift.weight * own.expand(len(read), -1, -1)], 2)
             outcome = self._shared(partial(_restored, restore, read, consumer.grams, kept, consumer.intercept is not None))
             if consumer.intercept is not None:
                 self._raise_bias(consumer.weight, consumer.intercept, outcome.weight[:, :, -1].reshape(-1), runner)
