@@ -232,7 +232,10 @@ def _rename(data: Any, draw: random.Random) -> str:
     texts = sorted({item[key] for item, key in _places(data) if isinstance(item[key], str)} | {key for _, key in _places(data) if isinstance(key, str)})
     old = draw.choice(texts)
     new = draw.choice([*WORDS, *texts])
-    held = _everywhere(data, old, new)
+    try:
+        held = _everywhere(data, old, new)
+    except RecursionError:  # an earlier change nested it too deep
+        return "nothing"
     data.clear()
     data.update(held)
     return f"{old:.60} is called {new:.60} everywhere"
