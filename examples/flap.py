@@ -1,6 +1,6 @@
-"""FLAP (An et al., 2024, arXiv 2312.11983) in the public interface: how much inputs fluctuate is the score, and one threshold serves all groups.
+"""FLAP (An et al., 2024, arXiv 2312.11983) in the public interface: how much inputs fluctuate is the score, one threshold serves all groups, biases make up.
 
-`python flap.py MODEL TEXT` prints perplexity after FLAP's choice, without and with repair, and after the default's.
+`python flap.py MODEL TEXT` takes a Llama and prints perplexity after FLAP's choice, with FLAP's biases and with our repair in their place.
 """
 
 import argparse
@@ -49,18 +49,26 @@ class Threshold(CostAllocation):  # what lies below one number goes, whatever gr
         return budget.closest([[int((own < threshold).sum()) // round_to * round_to for own in scores] for threshold in thresholds])
 
 
+def by_bias(problem):  # what stays is left as it is, and the bias gives the mean of what goes
+    found, means = problem.weight[:, problem.kept].clone(), problem.gram[:, problem.kept[-1]] / problem.gram[problem.kept[-1], problem.kept[-1]]
+    found[:, -1] = problem.weight @ means - found @ means[problem.kept]
+    return found
+
+
 parser = argparse.ArgumentParser(description=__doc__)
 parser.add_argument("model", type=Path)
 parser.add_argument("text", type=Path)
-for name, default in {"sparsity": 0.2, "length": 1024, "chunks": 32, "measure": 40}.items():
+for name, default in {"sparsity": 0.2, "length": 1024, "chunks": 32, "after": 100, "measure": 40}.items():
     parser.add_argument(f"--{name}", type=type(default), default=default)
 options = parser.parse_args()
 where, gguf = (options.model.parent, {"gguf_file": options.model.name}) if options.model.suffix == ".gguf" else (options.model, {})
-tokenizer, dense = AutoTokenizer.from_pretrained(where, **gguf), AutoModelForCausalLM.from_pretrained(where, dtype=torch.float32, **gguf).eval()
+biased = {"attention_bias": True, "mlp_bias": True}  # FLAP adds biases, zero to begin with
+tokenizer, dense = AutoTokenizer.from_pretrained(where, **gguf), AutoModelForCausalLM.from_pretrained(where, dtype=torch.float32, **biased, **gguf).eval()
 ids = torch.tensor(tokenizer(options.text.read_text(encoding="utf-8"), add_special_tokens=False, verbose=False)["input_ids"])
 chunks = ids[: len(ids) // options.length * options.length].view(-1, options.length)
 calls = [{"input_ids": chunk[None], "use_cache": False} for chunk in chunks[: options.chunks]]
-captured, flap = fasp_fx.capture(dense, (), calls[0]), {"score": Fluctuation(), "allocation": Threshold()}
-for name, how in {"FLAP": {**flap, "restore": None}, "FLAP, repaired": flap, "default": {}}.items():
-    result = fasp_fx.prune(captured, calibration=calls, sparsity=options.sparsity, loss="next-token", **how)
-    print(f"{name}: {result.report.sparsity:.1%} removed, perplexity {perplexity(result.module, chunks[-options.measure :]):.2f}", flush=True)
+captured, measured = fasp_fx.capture(dense, (), calls[0]), chunks[options.after :][: options.measure]
+for name, restore in {"FLAP": by_bias, "FLAP, repaired": "least-squares"}.items():
+    own = {"score": Fluctuation(), "allocation": Threshold(), "restore": restore, "propagate": restore != by_bias}  # FLAP observes the dense model
+    result = fasp_fx.prune(captured, calibration=calls, sparsity=options.sparsity, loss="next-token", **own)
+    print(f"{name}: {result.report.sparsity:.1%} removed, perplexity {perplexity(result.module, measured):.2f}", flush=True)

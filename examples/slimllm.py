@@ -1,6 +1,6 @@
 """After SlimLLM (Guo et al., 2025, arXiv 2505.22689): heads by correlation, neurons in the space of the outputs, layers by angle.
 
-`python slimllm.py MODEL TEXT` prints perplexity after its choice, without and with our repair instead of its own, and after the default's.
+`python slimllm.py MODEL TEXT` takes a Llama and prints perplexity after its choice, with its own repair (every output is scaled and shifted) and with ours.
 """
 
 import argparse
@@ -49,21 +49,33 @@ def by_angle(turns):  # a layer that turns its input further keeps more
     return allocate
 
 
+def by_outputs(problem):  # y is about a times what is left of it, plus b, for every output
+    weight, ones, kept = problem.weight, problem.kept[-1], problem.weight[:, problem.kept]
+    means, left = problem.gram[:, ones] / problem.gram[ones, ones], problem.kept
+    gram = problem.gram - problem.gram[ones, ones] * means[:, None] * means
+    scale = ((weight @ gram[:, left]) * kept).sum(1) / ((kept @ gram[left][:, left]) * kept).sum(1).clamp_min(1e-12)
+    found = scale[:, None] * kept
+    found[:, -1] = weight @ means - found @ means[left]
+    return found
+
+
 parser = argparse.ArgumentParser(description=__doc__)
 parser.add_argument("model", type=Path)
 parser.add_argument("text", type=Path)
-for name, default in {"sparsity": 0.2, "length": 1024, "chunks": 32, "measure": 40}.items():
+for name, default in {"sparsity": 0.2, "length": 1024, "chunks": 32, "after": 100, "measure": 40}.items():
     parser.add_argument(f"--{name}", type=type(default), default=default)
 options = parser.parse_args()
 where, gguf = (options.model.parent, {"gguf_file": options.model.name}) if options.model.suffix == ".gguf" else (options.model, {})
-tokenizer, dense = AutoTokenizer.from_pretrained(where, **gguf), AutoModelForCausalLM.from_pretrained(where, dtype=torch.float32, **gguf).eval()
+biased = {"attention_bias": True, "mlp_bias": True}  # the shifts, zero to begin with
+tokenizer, dense = AutoTokenizer.from_pretrained(where, **gguf), AutoModelForCausalLM.from_pretrained(where, dtype=torch.float32, **biased, **gguf).eval()
 ids = torch.tensor(tokenizer(options.text.read_text(encoding="utf-8"), add_special_tokens=False, verbose=False)["input_ids"])
 chunks = ids[: len(ids) // options.length * options.length].view(-1, options.length)
 calls = [{"input_ids": chunk[None], "use_cache": False} for chunk in chunks[: options.chunks]]
 with torch.no_grad():
     states = dense.model(**calls[0], output_hidden_states=True).hidden_states
 turns = {f"model.layers.{i}": float(1 - torch.cosine_similarity(a, b, -1).mean()) for i, (a, b) in enumerate(pairwise(states))}
-captured, slim = fasp_fx.capture(dense, (), calls[0]), {"score": Holistic(), "allocation": by_angle(turns), "granularity": ("head", "channel")}
-for name, how in {"SlimLLM": {**slim, "restore": None}, "SlimLLM, repaired": slim, "default": {}}.items():
-    result = fasp_fx.prune(captured, calibration=calls, sparsity=options.sparsity, loss="next-token", **how)
-    print(f"{name}: {result.report.sparsity:.1%} removed, perplexity {perplexity(result.module, chunks[-options.measure :]):.2f}", flush=True)
+captured, measured = fasp_fx.capture(dense, (), calls[0]), chunks[options.after :][: options.measure]
+for name, restore in {"SlimLLM": by_outputs, "SlimLLM, repaired": "least-squares"}.items():
+    own = {"score": Holistic(), "allocation": by_angle(turns), "granularity": ("head", "channel"), "restore": restore}
+    result = fasp_fx.prune(captured, calibration=calls, sparsity=options.sparsity, loss="next-token", **own)
+    print(f"{name}: {result.report.sparsity:.1%} removed, perplexity {perplexity(result.module, measured):.2f}", flush=True)

@@ -31,7 +31,7 @@ from .errors import ArgumentError, CalibrationError, CalibrationWarning, Nothing
 from .groups import EXEMPT, Group
 from .losses import resolve_loss
 from .resources import Resource, Sparsity
-from .restoration import ridge
+from .restoration import restored_by, ridge
 from .scoring import ByColumns
 from .statistics import InputGradients, MakeStatistic, SquaredInputGradients
 
@@ -55,7 +55,7 @@ class Chooser:
         self.config, self.ranks = config, ranks or Ranks()
         self._loss = auto if config.loss == "auto" else config.loss
         self._score, self._allocate = resolve_score(config.named_score), config.allocator
-        self._restore = ridge if config.restore is not None else None
+        self._restore = None if config.restore is None else restored_by(config.restore) if callable(config.restore) else ridge
         self._trial: ModelTrial | None = None
         self.notes: list[str] = []
         self._gradients = {name: make for name, make in self._score.statistics.items() if getattr(make, "needs_gradient", False)}

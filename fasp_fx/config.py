@@ -14,6 +14,7 @@ from .allocation import Allocation, CostAllocation, Global, Search, uniform
 from .budgets import Cap, budget_data, budget_from_data, read_budget
 from .errors import ArgumentError, SparsityError
 from .losses import Loss, resolve_loss
+from .restoration import Restoration
 from .scoring import Score
 
 #: of the JSON form
@@ -33,7 +34,7 @@ class PruningOptions(TypedDict, total=False):
     budget: Cap | Iterable[Cap] | None
     quality: Literal["fast", "balanced", "best"]
     score: Literal["fasp", "obs", "magnitude", "random"] | Score | None
-    restore: Literal["least-squares"] | None
+    restore: Literal["least-squares"] | Restoration | None
     allocation: Literal["uniform", "global", "search"] | Allocation | None
     loss: Literal["auto", "outputs", "next-token"] | Loss | None
     propagate: bool
@@ -63,7 +64,7 @@ class PruningConfig:
             Without ``restore``, which ``"obs"`` counts on, as ``"fast"``.
         score: what goes first. ``"fasp"``: the paper's score; ``"obs"``: the least loss once what stays was repaired (:class:`fasp_fx.obs.OBS`);
             ``"magnitude"``, ``"random"``: without data; or a callable or :class:`fasp_fx.scoring.GroupScore` of your own.
-        restore: ``"least-squares"`` or ``None``.
+        restore: ``"least-squares"``; one of your own (:data:`fasp_fx.restoration.Restoration`); or ``None``: what stays is left as it is.
         allocation: ``"uniform"``: every prunable group loses the same fraction; ``"global"``: one threshold for all, by predicted losses that are measured
             first (:class:`fasp_fx.allocation.Global`); ``"search"``: from there on by running pruned candidates, which takes many more forward passes
             (:class:`fasp_fx.allocation.Search`); or one of your own (:data:`fasp_fx.allocation.Allocation`). ``None``: ``"global"`` with the score
@@ -105,7 +106,7 @@ class PruningConfig:
     budget: Cap | Iterable[Cap] | None = ()
     quality: Literal["fast", "balanced", "best"] = "balanced"
     score: Literal["fasp", "obs", "magnitude", "random"] | Score | None = None
-    restore: Literal["least-squares"] | None = "least-squares"
+    restore: Literal["least-squares"] | Restoration | None = "least-squares"
     allocation: Literal["uniform", "global", "search"] | Allocation | None = None
     loss: Literal["auto", "outputs", "next-token"] | Loss | None = "auto"
     propagate: bool = True
@@ -128,8 +129,8 @@ class PruningConfig:
         if self.quality not in MEASURED:
             raise ArgumentError(f"quality={self.quality!r} is not known; use {', '.join(map(repr, MEASURED))}")
         resolve_score(self.named_score)
-        if self.restore not in ("least-squares", None):
-            raise ArgumentError(f"restore={self.restore!r} is not known; use 'least-squares' or None")
+        if self.restore not in ("least-squares", None) and not callable(self.restore):
+            raise ArgumentError(f"restore={self.restore!r} is not known; use 'least-squares', a callable (fasp_fx.restoration.Restoration) or None")
         if self.loss is not None:
             resolve_loss(self.loss)
         if self.allocation not in (None, "uniform", "global", "search") and not callable(self.allocation):
@@ -216,10 +217,10 @@ class PruningConfig:
         """The configuration as text.
 
         Raises:
-            ArgumentError: the score or the allocation is a function, which text cannot hold.
+            ArgumentError: an option is a function, which text cannot hold.
         """
         values = {field.name: getattr(self, field.name) for field in fields(self)}
-        for name in ("score", "allocation", "loss"):
+        for name in ("score", "restore", "allocation", "loss"):
             if callable(values[name]):
                 raise ArgumentError(f"{name}={values[name]!r} is a function, which cannot be stored; keep it in code and pass it again")
         sparsity = dict(self.sparsity) if isinstance(self.sparsity, Mapping) else self.sparsity

@@ -1,15 +1,16 @@
-"""Restoration of a consumer on the columns that are kept: a ridge regression whose strength is chosen on tokens held out."""
+"""Restoration of a consumer on the columns that are kept: a ridge regression whose strength is chosen on tokens held out, or one of your own."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from ._offload._current import keep
+from .errors import ArgumentError
 from .statistics import precise
 
 #: strengths to choose from, relative to the mean of the Gram matrix's diagonal; beside them stands infinity, which leaves the kept columns as they are
@@ -42,6 +43,32 @@ class Restored:
     strength: float
 
 
+@dataclass(frozen=True)
+class Problem:
+    """One consumer (one block of a stacked or grouped one) whose columns M stay, as a restoration of your own is given it.
+
+    Attributes:
+        weight: W, shape ``[rows, columns]``.
+        gram: XᵀX of the calibration tokens, without those held out, shape ``[columns, columns]``, in float32.
+        held: XᵀX of the tokens held out, a quarter of all; ``None``: none were.
+        kept: M, indices of columns, shape ``[kept]``.
+        has_ones: whether the last kept column holds ones, whose coefficients are added to the bias. Its weights are zero.
+    """
+
+    weight: Tensor
+    gram: Tensor
+    held: Tensor | None
+    kept: Tensor
+    has_ones: bool
+
+
+#: A restoration of your own: the weight of the kept columns, shape ``[rows, kept]``. It stays whatever error it makes; the report says which.
+Restoration = Callable[[Problem], Tensor]
+
+#: What a consumer is restored by inside the library: weight, Gram matrices fitted and held out, kept columns, and whether the last of these holds ones.
+Restore = Callable[[Tensor, Tensor, Tensor | None, Tensor, bool], Restored]
+
+
 def together(blocks: Sequence[Restored]) -> Restored:
     """The outcome for a consumer of several blocks: weight ``[blocks, rows, columns]``, errors averaged over the blocks."""
     held = [(block.held_before, block.held_after) for block in blocks if block.held_before is not None and block.held_after is not None]
@@ -61,7 +88,7 @@ def without_values(outcome: Restored) -> Restored:
     return replace(outcome, weight=outcome.weight.to("meta"))
 
 
-def ridge(weight: Tensor, fitted: Tensor, held: Tensor | None, kept: Tensor) -> Restored:
+def ridge(weight: Tensor, fitted: Tensor, held: Tensor | None, kept: Tensor, has_ones: bool = False) -> Restored:
     """``V = W (G + δI)[:, M] (G[M, M] + δI)⁻¹``, which minimises ``‖X(W − V)ᵀ‖²_F + δ‖V − W[:, M]‖²_F`` over weights V on the columns M.
 
     This is the least-squares restoration of FASP (arXiv 2501.09412, section 3) with a ridge toward the kept weights instead of toward zero: δ → 0 is least
@@ -73,15 +100,36 @@ def ridge(weight: Tensor, fitted: Tensor, held: Tensor | None, kept: Tensor) -> 
         weight: shape ``[rows, columns]``.
         fitted, held: XᵀX over the fitted tokens and over those held out, shape ``[columns, columns]``, symmetric; ``None``: none were held out.
         kept: M, the indices of kept columns, shape ``[kept]``.
+        has_ones: whether the last kept column holds ones. The ridge takes it as if it were as large as the columns are in the mean.
     """
-    problem = _Problem(weight, fitted, held, kept)
-    strength, held_factor = problem.choose()
-    return problem.unchanged() if math.isinf(strength) else problem.refit(strength, held_factor)
+    solver = _Solver(weight, fitted, held, kept, has_ones)
+    strength, held_factor = solver.choose()
+    return solver.unchanged() if math.isinf(strength) else solver.refit(strength, held_factor)
 
 
-def left_alone(weight: Tensor, fitted: Tensor, held: Tensor | None, kept: Tensor) -> Restored:
+def left_alone(weight: Tensor, fitted: Tensor, held: Tensor | None, kept: Tensor, has_ones: bool = False) -> Restored:
     """The outcome where nothing is repaired; arguments as for :func:`ridge`."""
-    return _Problem(weight, fitted, held, kept).unchanged()
+    return _Solver(weight, fitted, held, kept, has_ones).unchanged()
+
+
+def restored_by(restoration: Restoration) -> Restore:
+    """What a restoration of the user's stands for; arguments of what is returned as for :func:`ridge`.
+
+    Raises:
+        ArgumentError: it returned no tensor, one of another shape, or one that is not finite.
+    """
+
+    def restore(weight: Tensor, fitted: Tensor, held: Tensor | None, kept: Tensor, has_ones: bool = False) -> Restored:
+        found = restoration(Problem(weight, fitted, held, kept, has_ones))
+        expected = (len(weight), len(kept))
+        if not isinstance(found, Tensor) or tuple(found.shape) != expected:
+            said = f"a tensor of shape {tuple(found.shape)}" if isinstance(found, Tensor) else f"a {type(found).__name__}"
+            raise ArgumentError(f"restore= returned {said}; it must return the weight of the kept columns, shape {expected}")
+        if not bool(torch.isfinite(found).all()):
+            raise ArgumentError("restore= returned a weight that is not finite; return problem.weight[:, problem.kept] where nothing can be solved")
+        return _Solver(weight, fitted, held, kept, False).judged(found)
+
+    return restore
 
 
 def damped(weight: Tensor, gram: Tensor, kept: Tensor, strength: float) -> Tensor:
@@ -105,21 +153,22 @@ def damped(weight: Tensor, gram: Tensor, kept: Tensor, strength: float) -> Tenso
     return found
 
 
-class _Problem:
+class _Solver:
     """One consumer with its columns in the order [M, P], kept and removed, and Gram matrices scaled so that their mean diagonal over all tokens is one.
 
     V = W_M + Z with Z = W_P G[P, M] (G[M, M] + δI)⁻¹, so that W − V is −Z on M and W_P on P.
     """
 
-    def __init__(self, weight: Tensor, fitted: Tensor, held: Tensor | None, kept: Tensor) -> None:
+    def __init__(self, weight: Tensor, fitted: Tensor, held: Tensor | None, kept: Tensor, has_ones: bool) -> None:
         self.weight, self.kept, self.count = weight, kept, len(kept)
+        self.ones = _size_of_ones(fitted, int(kept[-1])) if has_ones else None
         removed = torch.ones(weight.shape[1], dtype=torch.bool, device=weight.device)
         removed[kept] = False
         order = torch.cat([kept, removed.nonzero()[:, 0]])
-        mean = float(fitted.diagonal().mean()) + (float(held.diagonal().mean()) if held is not None else 0.0)
+        inside, beside = self._ordered(fitted, order), None if held is None else self._ordered(held, order)
+        mean = float(inside.diagonal().mean()) + (float(beside.diagonal().mean()) if beside is not None else 0.0)
         scale = mean if mean > 0 else 1.0
-        self.fitted = keep(fitted[order[:, None], order].div_(scale))
-        self.held = None if held is None else keep(held[order[:, None], order].div_(scale))
+        self.fitted, self.held = keep(inside.div_(scale)), None if beside is None else keep(beside.div_(scale))
         self.rows = weight[:, order].to(precise(weight.device))
         rough = self.rows.to(torch.float32)  # for what is only divided by
         totals, removed_errors = _energies(rough, *self._grams()), [self._removed(self.rows, gram) for gram in self._grams()]
@@ -127,6 +176,29 @@ class _Problem:
         self.before = self._relative(sum(removed_errors), self.total)
         self.total_held = None if self.held is None else totals[1]
         self.held_before = None if self.held is None else self._relative(removed_errors[1], self.total_held)
+
+    def _ordered(self, gram: Tensor, order: Tensor) -> Tensor:
+        gram = gram[order[:, None], order]
+        if self.ones is not None:
+            gram[self.count - 1] *= self.ones
+            gram[:, self.count - 1] *= self.ones
+        return gram
+
+    def _written(self, stored: Tensor) -> Tensor:
+        """A weight of the kept columns among all columns."""
+        weight = torch.zeros_like(self.weight)
+        weight[:, self.kept] = stored
+        if self.ones is not None:
+            weight[:, self.kept[-1]] *= self.ones
+        return weight
+
+    def judged(self, found: Tensor) -> Restored:
+        """A weight of the kept columns with the errors it makes."""
+        stored = found.to(self.weight)
+        added, both = stored.to(self.rows) - self.rows[:, : self.count], (self.fitted if self.held is None else self.fitted + self.held)
+        after = self._relative(self._errors(self.rows, added, both.to(self.rows))[0], self.total)
+        held_after = None if self.held is None else self._relative(self._errors(self.rows, added, self.held.to(self.rows))[0], self.total_held)
+        return Restored(self._written(stored), self.before, after, self.held_before, held_after, True, 0.0)
 
     def _grams(self) -> list[Tensor]:
         return [self.fitted] if self.held is None else [self.fitted, self.held]
@@ -164,15 +236,11 @@ class _Problem:
         after, held_after = self._errors(self.rows, stored.to(start.dtype) - start, whole, self.held)
         if not (self._relative(after, self.total) < self.before and self._relative(held_after, self.total_held) < self.held_before):
             return self.unchanged()
-        weight = torch.zeros_like(self.weight)
-        weight[:, self.kept] = stored
-        return Restored(weight, self.before, self._relative(after, self.total), self.held_before, self.held_before * held_factor, True, strength)
+        return Restored(self._written(stored), self.before, self._relative(after, self.total), self.held_before, self.held_before * held_factor, True, strength)
 
     def unchanged(self) -> Restored:
         """The kept columns as they are."""
-        weight = torch.zeros_like(self.weight)
-        weight[:, self.kept] = self.weight[:, self.kept]
-        return Restored(weight, self.before, self.before, self.held_before, self.held_before, False, math.inf)
+        return Restored(self._written(self.weight[:, self.kept]), self.before, self.before, self.held_before, self.held_before, False, math.inf)
 
     def _solve(self, rows: Tensor, gram: Tensor, strength: float) -> Tensor | None:
         """Z for some rows of W; ``None`` if the system is singular to rounding."""
@@ -214,6 +282,12 @@ def _energies(rows: Tensor, *grams: Tensor) -> list[float]:
 
 def _sum(first: Tensor, second: Tensor) -> float:
     return float((first * second).sum())
+
+
+def _size_of_ones(gram: Tensor, place: int) -> float:
+    """What to multiply ones by, so that they are as large as the columns before them are in the mean."""
+    count, mean = float(gram[place, place]), float(gram.diagonal()[:place].mean()) if place else 0.0
+    return (mean / count) ** 0.5 if count > 0 and mean > 0 else 1.0
 
 
 def _sketch(rows: Tensor) -> Tensor:

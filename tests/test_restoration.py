@@ -440,3 +440,53 @@ def test_dense_inputs_are_blended_in_windows_groups_and_shared_weights() -> None
 def test_a_part_that_cannot_be_is_refused(name: str, more: dict[str, Any]) -> None:
     with pytest.raises(fasp_fx.ArgumentError, match=f"{name}="):
         fasp_fx.PruningConfig(**{option or name: value for option, value in more.items()})
+
+
+def mean_fill(problem: restoration.Problem) -> Tensor:
+    """FLAP's: what stays is left as it is, and the bias gives the mean of what goes."""
+    found = problem.weight[:, problem.kept].clone()
+    if problem.has_ones:
+        ones = problem.kept[-1]
+        found[:, -1] += problem.weight @ (problem.gram[:, ones] / problem.gram[ones, ones])
+        found[:, -1] -= problem.weight[:, problem.kept] @ (problem.gram[problem.kept, ones] / problem.gram[ones, ones])
+    return found
+
+
+def test_a_restoration_of_ones_own() -> None:
+    model, x = randomise(Residual(), std=0.5), torch.randn(400, 8, generator=torch.Generator().manual_seed(0)) + 1
+    options: dict[str, Any] = {"calibration": list(x.split(50)), "sparsity": 0.4, "quality": "fast", "propagate": False}
+    captured = fasp_fx.capture(model, (x[:5],))
+    plain, found = (fasp_fx.prune(captured, restore=restore, **options) for restore in (None, mean_fill))
+    assert plain.plan.groups == found.plan.groups
+    assert found.report.config is not None
+    with pytest.raises(fasp_fx.ArgumentError, match="restore="):
+        found.report.config.to_json()
+    fitted = x[torch.arange(len(x)) % 4 != 3]  # every fourth sequence is held out
+    for number, block in enumerate(model.blocks):
+        own = found.plan.groups[number].consumers[0].removed
+        names = [f"blocks.{number}.2.weight", f"blocks.{number}.2.bias"]
+        assert torch.equal(found.module.get_parameter(names[0]), plain.module.get_parameter(names[0]))
+        with torch.no_grad():
+            for earlier in model.blocks[:number]:
+                fitted = fitted + earlier(fitted)
+            inside = block[1](block[0](fitted))  # type: ignore[index]
+            raised = block[2].weight[:, own] @ inside[:, own].mean(0)  # type: ignore[index]
+        torch.testing.assert_close(found.module.get_parameter(names[1]) - plain.module.get_parameter(names[1]), raised, rtol=1e-2, atol=1e-3)
+    lines = [line for line in found.report.lines if line.error_restored is not None]
+    assert all(0 < line.error_restored < line.error_cut for line in lines)  # type: ignore[operator]
+
+
+@pytest.mark.parametrize(
+    ("returned", "said"),
+    [
+        (lambda problem: None, "a NoneType"),
+        (lambda problem: problem.weight, r"shape \(8, 25\)"),
+        (lambda problem: problem.weight[:, problem.kept] * torch.nan, "finite"),
+    ],
+)
+def test_a_restoration_that_cannot_be_is_refused(returned: Any, said: str) -> None:
+    x = torch.randn(40, 8)
+    with pytest.raises(fasp_fx.ArgumentError, match=said):
+        fasp_fx.prune(Residual().eval(), (x[:5],), calibration=[x], sparsity=0.4, restore=returned)
+    with pytest.raises(fasp_fx.ArgumentError, match="restore='ridge'"):
+        fasp_fx.PruningConfig(restore="ridge")  # type: ignore[arg-type]

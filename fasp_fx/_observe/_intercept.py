@@ -53,16 +53,6 @@ def with_ones(tokens: Tensor) -> Tensor:
     return torch.cat([tokens, tokens.new_ones((len(tokens), 1))], 1)
 
 
-def scale_of_ones(gram: Tensor, columns: int) -> float:
-    """What to multiply the ones by, so that they are as large as the columns are in the mean.
-
-    Args:
-        gram: that of the columns, followed by the ones.
-    """
-    count, mean = float(gram[columns, columns]), float(gram.diagonal()[:columns].mean()) if columns else 0.0
-    return (mean / count) ** 0.5 if count > 0 and mean > 0 else 1.0
-
-
 def centred(gram: Tensor, columns: int) -> Tensor:
     """The Gram matrix ``[columns, columns]`` of columns without their means: what is left of them where an intercept takes the means over.
 
@@ -75,4 +65,4 @@ def centred(gram: Tensor, columns: int) -> Tensor:
     return own - torch.outer(sums, sums) / (gram[columns, columns].clamp_min(1.0) * (1 + STAYING))
 
 
-__all__ = ["bias_of", "centred", "read_alone", "scale_of_ones", "with_ones"]
+__all__ = ["bias_of", "centred", "read_alone", "with_ones"]

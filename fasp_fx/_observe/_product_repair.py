@@ -17,7 +17,7 @@ A softmax does not see what is the same for all keys, so that keys of attention 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -27,7 +27,7 @@ from torch import Tensor
 from .._offload._current import keep
 from ..analysis import Analysis
 from ..channels import Product, attribute
-from ..restoration import Restored, damped, together
+from ..restoration import Restore, Restored, damped, together
 from ..statistics import HELD, PADDING, precise
 from ._marks import Marks
 from ._product_place import FORMS, Place
@@ -110,7 +110,7 @@ class ProductEnergies:
         blocks = order[np.searchsorted(self.place.numbers[order, 0], first.numpy())]
         return torch.from_numpy(blocks).expand(queries.shape[:-2])
 
-    def solve(self, restore: Callable[[Tensor, Tensor, Tensor | None, Tensor], Restored], gone: np.ndarray) -> Restored:
+    def solve(self, restore: Restore, gone: np.ndarray) -> Restored:
         """The maps B and what they leave of the product, with the channel numbers ``gone`` removed.
 
         Args:
@@ -179,22 +179,22 @@ class ProductEnergies:
 
         runner.change(self.product.operands[0], changed)
 
-    def _mixed(self, restore: Callable[..., Restored], sums: dict[str, Tensor], kept: Tensor, numbers: np.ndarray) -> Restored:
+    def _mixed(self, restore: Restore, sums: dict[str, Tensor], kept: Tensor, numbers: np.ndarray) -> Restored:
         values, vectors = torch.linalg.eigh(sums["queries"])
         root = (vectors * values.clamp_min(0).sqrt()).mT  # rootᵀ root are the queries' products with each other
         left = kept.nonzero()[:, 0].to(root.device)
-        outcome = restore(root, sums["fitted"].clone(), sums["held"].clone(), left)
+        outcome = restore(root, sums["fitted"].clone(), sums["held"].clone(), left, False)
         same = torch.eye(len(kept), dtype=root.dtype, device=root.device)
         found = damped(same, sums["fitted"] + sums["held"], left, outcome.strength) if outcome.used else same * kept.to(same)
         return replace(outcome, weight=found)
 
-    def _multiplied(self, restore: Callable[..., Restored], sums: dict[str, Tensor], kept: Tensor, numbers: np.ndarray) -> Restored:
+    def _multiplied(self, restore: Restore, sums: dict[str, Tensor], kept: Tensor, numbers: np.ndarray) -> Restored:
         sets, member = np.unique(self.analysis.labels[numbers], return_inverse=True)
         within = torch.zeros(len(sets), len(numbers), dtype=sums["fitted"].dtype, device=sums["fitted"].device)
         within[torch.from_numpy(member), torch.arange(len(numbers))] = 1
         fitted, held = (within @ sums[name] @ within.mT for name in ("fitted", "held"))
         stay = (within @ kept.to(within) > 0).nonzero()[:, 0]
-        outcome = restore(torch.ones_like(fitted[:1]), fitted.clone(), held.clone(), stay)
+        outcome = restore(torch.ones_like(fitted[:1]), fitted.clone(), held.clone(), stay, False)
         return replace(outcome, weight=torch.diag(outcome.weight[0] @ within))
 
 

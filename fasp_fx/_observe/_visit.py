@@ -16,13 +16,12 @@ from .._offload._current import keep
 from ..channels import Use, attribute
 from ..errors import CalibrationError
 from ..groups import Group
-from ..restoration import Restored, left_alone, together, without_values
+from ..restoration import Restore, Restored, left_alone, ridge, together, without_values
 from ..scoring import GroupScore
 from ..statistics import SplitGram
 from ._consumers import Consumer, Consumers
 from ._drift import Drift
 from ._gains import warn_of_few
-from ._intercept import scale_of_ones
 from ._marks import Marks
 from ._matrices import ConsumerMatrices, states_before, token_dims
 from ._order import order_of
@@ -36,7 +35,6 @@ if TYPE_CHECKING:
     from .._store._journal import Journal
 
 #: repairs a matrix ``[rows, columns]``, from XᵀX over fitted tokens and over those held out, on the kept columns
-Restore = Callable[[Tensor, Tensor, Tensor | None, Tensor], Restored]
 
 
 @dataclass
@@ -214,8 +212,8 @@ class Observer:
         energies = self._energies.pop(group.name, None)
         if energies is None or not self._observed or self.restore is None:
             return
-        restore, gone = self.restore, self.decision.gone
-        outcome = self._shared(lambda: energies.solve(restore, gone))
+        gone = self.decision.gone
+        outcome = self._shared(lambda: energies.solve(ridge, gone))
         if not self._known and runner is not None and self._marks is not None:
             outcome = energies.judged(outcome, gone, runner, self._marks, self.ranks)
             if self._journal is not None:
@@ -318,17 +316,7 @@ def _restored(restore: Restore, matrices: Tensor, grams: list[SplitGram] | None,
     for matrix, gram, left in zip(matrices, grams, kept, strict=True):
         fitted, held = (None if part is None else keep(part.symmetric(torch.float32)) for part in (gram.fitted, gram.held))
         assert fitted is not None
-        size = 1.0
-        if has_ones:  # as large as the columns are, so that the ridge, which goes by the mean diagonal, takes it as one of them
-            place = len(left) - 1
-            size = scale_of_ones(fitted, place)
-            for scaled in (fitted, held):
-                if scaled is not None:
-                    scaled[place] *= size
-                    scaled[:, place] *= size
-        outcome = restore(matrix, fitted, held, left.nonzero()[:, 0])
-        if has_ones:
-            outcome.weight[:, place] *= size
+        outcome = restore(matrix, fitted, held, left.nonzero()[:, 0], has_ones)
         parts.append(replace(outcome, weight=outcome.weight[:, : len(left)]))
     return together(parts)
 
