@@ -22,12 +22,14 @@ from _protocol import CALIBRATION, EVALUATION, chunks, smollm2
 
 import fasp_fx
 from fasp_fx.evaluation import perplexity, tasks
+from fasp_fx.restoration import Window
 
 METHODS = ("fast", "fasp,global", "balanced", "best", "obs,uniform", "fasp,global,none", "fasp,uniform,none")
 HOW = (
     "a quality, or SCORE,ALLOCATION, or SCORE,ALLOCATION,none: without repair; +exempt: query and key channels may go as well; "
-    "+heads: whole heads in attention; +OPTION=NUMBER: an option of fasp_fx.prune"
+    "+heads: whole heads in attention; +window: windows are trained, with +epochs=N and +rate=R; +OPTION=NUMBER: an option of fasp_fx.prune"
 )
+WORDS: dict[str, dict[str, Any]] = {"exempt": {"include": ("exempt",)}, "heads": {"granularity": ("channel", "head")}, "window": {"restore": "window"}}
 Measure = Callable[[Any], dict[str, float]]
 
 
@@ -89,10 +91,14 @@ def options_of(method: str) -> dict[str, Any]:
     how: dict[str, Any] = dict(zip(("score", "allocation", "restore"), name.split(","), strict=False)) if "," in name else {"quality": name}
     if "restore" in how:
         how["restore"] = None
+    windows: dict[str, Any] = {}
     for word in more:
         option, is_number, number = word.partition("=")
-        how |= {option: float(number)} if is_number else {"exempt": {"include": ("exempt",)}, "heads": {"granularity": ("channel", "head")}}[word]
-    return how
+        if option in ("epochs", "rate"):
+            windows[option] = int(number) if option == "epochs" else float(number)
+        else:
+            how |= {option: float(number)} if is_number else WORDS[word]
+    return how | ({"restore": Window(**windows)} if windows else {})
 
 
 def forget_peak() -> None:

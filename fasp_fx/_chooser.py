@@ -16,6 +16,7 @@ from ._observe._drift import Drift
 from ._observe._gradients import ENOUGH, Piece, in_pieces, observe_batches, whole_batches
 from ._observe._marks import Marks
 from ._observe._ranks import Ranks
+from ._observe._reconstruction import Reconstruction
 from ._observe._runner import Runner
 from ._observe._trial import AskedTrial, ModelTrial
 from ._observe._visit import Decision, Observer
@@ -39,6 +40,9 @@ if TYPE_CHECKING:
     from ._store._journal import Journal
     from ._store._search_state import SearchState
 
+#: the part of the progress shown that choosing and repairing take, where windows are trained after it
+_CLOSED = 0.3
+
 
 class Chooser:
     """Chooses by a configuration, for one program or for several after another.
@@ -56,6 +60,8 @@ class Chooser:
         self._loss = auto if config.loss == "auto" else config.loss
         self._score, self._allocate = resolve_score(config.named_score), config.allocator
         self._restore = None if config.restore is None else restored_by(config.restore) if callable(config.restore) else ridge
+        if config.window is not None and self.ranks.size > 1:
+            raise ArgumentError("windows are trained by one process; leave group= out, or use restore='least-squares' and fasp_fx.distil after it")
         self._trial: ModelTrial | None = None
         self.notes: list[str] = []
         self._gradients = {name: make for name, make in self._score.statistics.items() if getattr(make, "needs_gradient", False)}
@@ -285,7 +291,14 @@ class Chooser:
         with torch.no_grad(), drawing_alike(analysis.program):
             observer = Observer(consumers, lost, self._score, self._restore, self.config.propagate, self._precision(analysis.program), self.ranks, journal)
             drift = Drift(runners[1], part, blend) if len(runners) > 1 else None
-            return observer.run(runners[0] if runners else None, marks, advance, drift)
+            window = None if batches is None else self.config.window
+            share = 1.0 if window is None else _CLOSED
+            decision = observer.run(runners[0] if runners else None, marks, lambda fraction: advance(share * fraction), drift)
+            if window is not None and batches is not None and marks is not None:
+                del observer, runners, drift
+                reconstruction = Reconstruction(consumers, decision, window, part, self._precision(analysis.program))
+                reconstruction.run(batches, marks, lambda fraction: advance(share + (1 - share) * fraction))
+            return decision
 
 
 __all__ = ["Chooser"]

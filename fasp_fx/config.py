@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal, TypedDict
 
 from ._options import configured
@@ -14,7 +14,7 @@ from .allocation import Allocation, CostAllocation, Global, Search, uniform
 from .budgets import Cap, budget_data, budget_from_data, read_budget
 from .errors import ArgumentError, SparsityError
 from .losses import Loss, resolve_loss
-from .restoration import Restoration
+from .restoration import Restoration, Window
 from .scoring import Score
 
 #: of the JSON form
@@ -34,7 +34,7 @@ class PruningOptions(TypedDict, total=False):
     budget: Cap | Iterable[Cap] | None
     quality: Literal["fast", "balanced", "best"]
     score: Literal["fasp", "obs", "magnitude", "random"] | Score | None
-    restore: Literal["least-squares"] | Restoration | None
+    restore: Literal["least-squares", "window"] | Window | Restoration | None
     allocation: Literal["uniform", "global", "search"] | Allocation | None
     loss: Literal["auto", "outputs", "next-token"] | Loss | None
     propagate: bool
@@ -64,7 +64,8 @@ class PruningConfig:
             Without ``restore``, which ``"obs"`` counts on, as ``"fast"``.
         score: what goes first. ``"fasp"``: the paper's score; ``"obs"``: the least loss once what stays was repaired (:class:`fasp_fx.obs.OBS`);
             ``"magnitude"``, ``"random"``: without data; or a callable or :class:`fasp_fx.scoring.GroupScore` of your own.
-        restore: ``"least-squares"``; one of your own (:data:`fasp_fx.restoration.Restoration`); or ``None``: what stays is left as it is.
+        restore: ``"least-squares"``; ``"window"``: after that, the weights that stay are trained block by block, for as long as it takes to choose and repair
+            (:class:`fasp_fx.restoration.Window`); one of your own (:data:`fasp_fx.restoration.Restoration`); or ``None``: what stays is left as it is.
         allocation: ``"uniform"``: every prunable group loses the same fraction; ``"global"``: one threshold for all, by predicted losses that are measured
             first (:class:`fasp_fx.allocation.Global`); ``"search"``: from there on by running pruned candidates, which takes many more forward passes
             (:class:`fasp_fx.allocation.Search`); or one of your own (:data:`fasp_fx.allocation.Allocation`). ``None``: ``"global"`` with the score
@@ -106,7 +107,7 @@ class PruningConfig:
     budget: Cap | Iterable[Cap] | None = ()
     quality: Literal["fast", "balanced", "best"] = "balanced"
     score: Literal["fasp", "obs", "magnitude", "random"] | Score | None = None
-    restore: Literal["least-squares"] | Restoration | None = "least-squares"
+    restore: Literal["least-squares", "window"] | Window | Restoration | None = "least-squares"
     allocation: Literal["uniform", "global", "search"] | Allocation | None = None
     loss: Literal["auto", "outputs", "next-token"] | Loss | None = "auto"
     propagate: bool = True
@@ -129,8 +130,11 @@ class PruningConfig:
         if self.quality not in MEASURED:
             raise ArgumentError(f"quality={self.quality!r} is not known; use {', '.join(map(repr, MEASURED))}")
         resolve_score(self.named_score)
-        if self.restore not in ("least-squares", None) and not callable(self.restore):
-            raise ArgumentError(f"restore={self.restore!r} is not known; use 'least-squares', a callable (fasp_fx.restoration.Restoration) or None")
+        if self.restore not in ("least-squares", "window", None) and not isinstance(self.restore, Window) and not callable(self.restore):
+            said = "use 'least-squares', 'window', a fasp_fx.restoration.Window, a callable (fasp_fx.restoration.Restoration) or None"
+            raise ArgumentError(f"restore={self.restore!r} is not known; {said}")
+        if self.window is not None and not self.propagate:
+            raise ArgumentError("windows are trained behind earlier removals; leave propagate= out, or use restore='least-squares'")
         if self.loss is not None:
             resolve_loss(self.loss)
         if self.allocation not in (None, "uniform", "global", "search") and not callable(self.allocation):
@@ -192,6 +196,11 @@ class PruningConfig:
         return 0.3 if self.quality == "best" and self.propagate and self.restore is not None else 0.0
 
     @property
+    def window(self) -> Window | None:
+        """How windows are trained, if they are."""
+        return self.restore if isinstance(self.restore, Window) else Window() if self.restore == "window" else None
+
+    @property
     def allocator(self) -> Allocation:
         """The function that the allocation stands for."""
         if callable(self.allocation):
@@ -223,6 +232,8 @@ class PruningConfig:
         for name in ("score", "restore", "allocation", "loss"):
             if callable(values[name]):
                 raise ArgumentError(f"{name}={values[name]!r} is a function, which cannot be stored; keep it in code and pass it again")
+        if isinstance(self.restore, Window):
+            values["restore"] = asdict(self.restore)
         sparsity = dict(self.sparsity) if isinstance(self.sparsity, Mapping) else self.sparsity
         return json.dumps({"fasp_fx_config": VERSION, **values, "sparsity": sparsity, "budget": budget_data(self.caps)}, indent=1)
 
@@ -241,6 +252,10 @@ class PruningConfig:
         if version != VERSION:
             said = "no configuration of fasp_fx" if version is None else f"a configuration of version {version!r}"
             raise ArgumentError(f"this is {said}, and version {VERSION} is read here; write it again with PruningConfig.to_json()")
+        if isinstance(window := values.get("restore"), dict):
+            if not window.keys() <= {field.name for field in fields(Window)}:
+                raise ArgumentError(f"restore={window!r} is no window; write the configuration again with PruningConfig.to_json()")
+            values["restore"] = Window(**window)
         return cls.of(None, {**values, "budget": budget_from_data(values.get("budget", []))})
 
 

@@ -128,8 +128,9 @@ def test_without_restoration_biases_stay_as_they_are() -> None:
 
 
 def test_a_group_that_stays_whole_after_all_keeps_its_bias() -> None:
-    from fasp_fx._exactness import decided, restricted
+    from fasp_fx._exactness import restricted
     from fasp_fx._observe._ranks import Ranks
+    from fasp_fx._observe._visit import decided
     from fasp_fx._prune import Timings, choose
     from fasp_fx.config import PruningConfig
 

@@ -7,6 +7,6 @@ rule, a layout or a pass gets wrong shows in the numbers.
 from __future__ import annotations
 
 from ._held import Held, UnsoundError, carry_out
-from ._restrict import decided, restricted
+from ._restrict import restricted
 
-__all__ = ["Held", "UnsoundError", "carry_out", "decided", "restricted"]
+__all__ = ["Held", "UnsoundError", "carry_out", "restricted"]

@@ -12,7 +12,7 @@ from torch import fx
 from torch.export import ExportedProgram
 
 from .._finish import finish
-from .._observe._visit import Decision
+from .._observe._visit import Decision, decided
 from .._program import Program
 from .._warn import warn
 from ..analysis import Analysis
@@ -24,7 +24,7 @@ from ._blame import sound_part
 from ._compare import ReferenceFailedError, Seen, compare, takes
 from ._inputs import Inputs, example_inputs, other_inputs
 from ._reference import is_of_the_captured, masked_program
-from ._restrict import decided, restricted
+from ._restrict import restricted
 
 
 @dataclass(frozen=True)

@@ -5,15 +5,11 @@ from __future__ import annotations
 from collections.abc import Collection
 
 import numpy as np
+from torch import Tensor
 
-from .._observe._visit import Decision
+from .._observe._visit import Decision, decided
 from ..analysis import Analysis
 from ..groups import Group
-
-
-def decided(analysis: Analysis, decision: Decision) -> list[Group]:
-    """The groups that lose anything, in graph order."""
-    return [group for group in analysis.chosen if decision.gone[np.isin(analysis.labels, group.sets)].any()]
 
 
 def restricted(analysis: Analysis, decision: Decision, kept: Collection[Group]) -> Decision:
@@ -26,6 +22,10 @@ def restricted(analysis: Analysis, decision: Decision, kept: Collection[Group]) 
     if not dropped:
         return decision
     stay = np.concatenate([group.sets for group in dropped])
+    held = {member.name for group in dropped for member in (*group.producers, *group.consumers)}
+    weights: dict[str, Tensor | None] = dict(decision.weights)
+    for window in decision.windows:  # what was trained together goes back together, to what it was before
+        weights |= window if held & window.keys() else {}
     unrepaired = {use.weight for group in dropped for use in group.uses}
     unrepaired |= {name for group in dropped if group.name in decision.products for name in decision.products[group.name].weights}
     for mended in decision.products.values():  # what is put together of several goes back together
@@ -33,11 +33,12 @@ def restricted(analysis: Analysis, decision: Decision, kept: Collection[Group]) 
     unrepaired |= {bias for name, bias in decision.biases.items() if name in unrepaired}
     return Decision(
         decision.gone & ~np.isin(analysis.labels, stay),
-        {name: value for name, value in decision.weights.items() if name not in unrepaired},
+        {name: value for name, value in weights.items() if value is not None and name not in unrepaired},
         {name: bias for name, bias in decision.biases.items() if name not in unrepaired},
         {name: outcome for name, outcome in decision.outcomes.items() if name not in unrepaired},
         {name: mended for name, mended in decision.products.items() if name in names and not unrepaired & mended.weights.keys()},
+        windows=[window for window in decision.windows if not held & window.keys()],
     )
 
 
-__all__ = ["decided", "restricted"]
+__all__ = ["restricted"]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -58,15 +58,39 @@ class Runner:
 
     def advance(self, stop: int) -> None:
         """Execute everything before position ``stop``, for all batches."""
-        for number, memory in enumerate(self._memory):
-            for index in range(self.position, stop):
-                node = self.nodes[index]
-                if node.op == "call_function":
-                    memory[node] = self._execute(node, number)
-                for dead in self._dies_at.get(index, ()):
-                    memory.pop(dead, None)
+        for number in range(len(self._memory)):
+            self._run(number, self.position, stop)
             self.on_node(number)
         self.position = max(self.position, stop)
+
+    def _run(self, number: int, start: int, stop: int) -> None:
+        memory = self._memory[number]
+        for index in range(start, stop):
+            node = self.nodes[index]
+            if node.op == "call_function":
+                memory[node] = self._execute(node, number)
+            for dead in self._dies_at.get(index, ()):
+                memory.pop(dead, None)
+
+    def live(self) -> list[dict[fx.Node, Any]]:
+        """What is alive at the position, for each batch; the mappings are the caller's."""
+        return [dict(memory) for memory in self._memory]
+
+    def again(self, number: int, live: Mapping[fx.Node, Any], start: int, node: fx.Node, stop: int, overrides: dict[str, Tensor]) -> Any:
+        """The value of a node once everything from ``start`` to before ``stop`` was executed anew, for one batch; nothing else of it stays.
+
+        Args:
+            number: which of the runner's batches.
+            live: what was alive at ``start``.
+            overrides: tensors to use for weights.
+        """
+        held = self._memory[number], self.overrides
+        self._memory[number], self.overrides = dict(live), overrides
+        try:
+            self._run(number, start, stop)
+            return self._memory[number][node]
+        finally:
+            self._memory[number], self.overrides = held
 
     def read(self, node: fx.Node) -> Iterator[Tensor]:
         """The value of a live node for each batch."""

@@ -13,6 +13,7 @@ from torch import Tensor, fx
 
 from .._device import float32_products
 from .._offload._current import keep
+from ..analysis import Analysis
 from ..channels import Use, attribute
 from ..errors import CalibrationError
 from ..groups import Group
@@ -34,8 +35,6 @@ from ._runner import Runner
 if TYPE_CHECKING:
     from .._store._journal import Journal
 
-#: repairs a matrix ``[rows, columns]``, from XᵀX over fitted tokens and over those held out, on the kept columns
-
 
 @dataclass
 class Decision:
@@ -48,6 +47,7 @@ class Decision:
         outcomes: of the restorations of weights.
         products: by the names of groups that no weight reads, the repair of the product that their channels are summed over in.
         notes: remarks for the report.
+        windows: of each window that was trained, what the trained weights were before (``None``: as they were captured).
     """
 
     gone: np.ndarray
@@ -56,6 +56,12 @@ class Decision:
     outcomes: dict[str, list[Restored]] = field(default_factory=dict)
     products: dict[str, Mended] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
+    windows: list[dict[str, Tensor | None]] = field(default_factory=list)
+
+
+def decided(analysis: Analysis, decision: Decision) -> list[Group]:
+    """The groups that lose anything, in graph order."""
+    return [group for group in analysis.chosen if decision.gone[np.isin(analysis.labels, group.sets)].any()]
 
 
 class Observer:

@@ -15,10 +15,10 @@ from torch.export import ExportedProgram
 
 from .. import plan as plans
 from .._captured import program_of
-from .._exactness import UnsoundError, decided, restricted
+from .._exactness import UnsoundError, restricted
 from .._observe._calibration import check_calibration
 from .._observe._ranks import Ranks
-from .._observe._visit import Decision
+from .._observe._visit import Decision, decided
 from .._program import Program
 from .._prune import Timings, choose, make_plan, rewrite
 from .._result import Result
