@@ -6,7 +6,7 @@ import difflib
 import operator
 import time
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import replace
+from dataclasses import fields, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal, Unpack
@@ -22,6 +22,7 @@ from ._chooser import Chooser
 from ._exactness import carry_out
 from ._observe._calibration import check_calibration, read_batches
 from ._observe._consumers import Consumers
+from ._observe._planned import Planned
 from ._observe._ranks import Ranks
 from ._observe._visit import Decision
 from ._parts._prune import PARTIAL_LOSSES, Stages, analyze_in_parts, apply_in_parts, check_parts_help, prune_in_parts
@@ -44,6 +45,8 @@ from .resources import Sparsity
 MEASURING = 0.35
 #: the part of the rest that a search takes
 SEARCHING = 0.6
+#: the options that say how what stays is restored, and not what goes
+_RESTORING = ("restore", "drift", "blend", "padding_mask", "precision")
 
 
 @one_at_a_time
@@ -229,30 +232,64 @@ def apply(
     args: Any = (),
     kwargs: dict[str, Any] | None = None,
     *,
+    calibration: Iterable[Any] | None = None,
+    config: PruningConfig | None = None,
     dynamic_shapes: Any = None,
     state: tuple[str, ...] = (),
+    progress: Callable[[float], None] | None = None,
+    **options: Unpack[PruningOptions],
 ) -> Result:
-    """Replay a plan on the model it was made for; no calibration data, and so no restoration.
+    """Carry out a plan on the model it was made for, whatever chose it.
+
+    Args:
+        model, args, kwargs, dynamic_shapes, state, progress: as for :func:`prune`.
+        plan: says what goes.
+        calibration: batches to restore on what stays; ``None``: it is left as it is.
+        config, options: how to restore: ``restore``, ``drift``, ``blend``, ``padding_mask`` and ``precision`` of :class:`fasp_fx.PruningConfig`.
 
     Raises:
-        ArgumentError: the plan is none.
+        ArgumentError: the plan is none, or an option says what goes or how to restore without data.
         PlanError: the plan is for another model (or for this one before it was pruned).
+        CalibrationError: the calibration data does not fit.
     """
     if not isinstance(plan, PruningPlan):
         raise ArgumentError(f"plan is a {type(plan).__name__}; pass a PruningPlan (PruningPlan.from_json reads one that was written as text)")
     check_default_device()
-    clock, config = Timings(), PruningConfig(granularity=plan.granularity, include=plan.include)
+    config = _restoring(config, options, plan, calibration is not None)
+    clock = Timings()
     try:
         program = program_of(model, args, kwargs, dynamic_shapes=dynamic_shapes, state=state, device=None)
     except CaptureError as error:
-        check_parts_help(error, model, dynamic_shapes=dynamic_shapes, state=state)
+        check_parts_help(error, model, dynamic_shapes=dynamic_shapes, state=state, calibration=calibration is not None)
         return apply_in_parts(error, model, plan, args, kwargs, _stages(config), lambda found: plans.check_fingerprint(plan, found))
     plans.check_fingerprint(plan, plans.program_fingerprint(program))
     clock.lap("capture")
     analysis = analyze_program(program, split_fused, plan.granularity, plan.include)
-    decision = Decision(plans.gone_of(plan, analysis))
+    gone = plans.gone_of(plan, analysis)
     clock.lap("analysis")
+    if calibration is None:
+        return rewrite(program, analysis, Decision(gone), None, clock)
+    planned = Planned(analysis, gone)
+    batches = read_batches(program, calibration, None)
+    chooser = Chooser(replace(config, score=planned))
+    decision = chooser.choose(Consumers(analysis, config.restore is not None), planned.lost, batches, progress or (lambda fraction: None))
+    clock.lap("calibration")
     return rewrite(program, analysis, decision, None, clock)
+
+
+def _restoring(config: PruningConfig | None, options: PruningOptions, plan: PruningPlan, has_data: bool) -> PruningConfig:
+    """How to restore behind a plan.
+
+    Raises:
+        ArgumentError: something else was asked for, or there are no data to do it with.
+    """
+    asked, usual = PruningConfig.of(config, options), PruningConfig()
+    others = sorted(f.name for f in fields(usual) if f.name not in _RESTORING and getattr(asked, f.name) != getattr(usual, f.name))
+    if others:
+        raise ArgumentError(f"the plan says what goes, so that {others[0]}= has nothing to say; leave it out")
+    if not has_data and asked != usual:
+        raise ArgumentError("nothing is restored without data; give calibration=, or leave out how to")
+    return replace(asked, granularity=plan.granularity, include=plan.include)
 
 
 class Timings:

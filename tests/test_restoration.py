@@ -10,6 +10,7 @@ from unittest.mock import patch
 
 import numpy as np
 import pytest
+import rank
 import torch
 from captures import one_capture
 from decoders import Spec, build, tokens
@@ -490,3 +491,40 @@ def test_a_restoration_that_cannot_be_is_refused(returned: Any, said: str) -> No
         fasp_fx.prune(Residual().eval(), (x[:5],), calibration=[x], sparsity=0.4, restore=returned)
     with pytest.raises(fasp_fx.ArgumentError, match="restore='ridge'"):
         fasp_fx.PruningConfig(restore="ridge")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("options", [{"quality": "fast"}, {"drift": 0.3}, {"restore": "window"}, {"quality": "fast", "include": ("exempt",), "sparsity": 0.5}])
+def test_a_plan_is_carried_out_and_restored_as_if_it_were_chosen_here(options: dict[str, Any]) -> None:
+    captured = fasp_fx.capture(rank.llama(), (), {"input_ids": rank.tokens()[0], "use_cache": False})
+    data = [{"input_ids": ids} for ids in rank.tokens()]
+    expected = fasp_fx.prune(captured, calibration=data, **{"sparsity": 0.3, **options})
+    plan = fasp_fx.PruningPlan.from_json(expected.plan.to_json())
+    how = {name: value for name, value in options.items() if name in ("restore", "drift")}
+    found = fasp_fx.apply(captured, plan, calibration=data, **how)
+    assert found.plan.groups == expected.plan.groups
+    for (name, value), other in zip(expected.module.named_parameters(), found.module.parameters(), strict=True):
+        assert torch.equal(value, other), name
+    assert [line.error_restored for line in found.report.lines] == [line.error_restored for line in expected.report.lines]
+
+
+def test_sets_chosen_by_hand_are_restored() -> None:
+    model, x = randomise(Residual(), std=0.5), torch.randn(400, 8, generator=torch.Generator().manual_seed(0))
+    captured = fasp_fx.capture(model, (x[:5],))
+    plan = fasp_fx.plan_from_sets(captured, {"blocks.1.2.weight": [0, 3, 5, 21]})
+    found = fasp_fx.apply(captured, plan, calibration=list(x.split(50)))
+    kept = [column for column in range(24) if column not in (0, 3, 5, 21)]
+    with torch.no_grad():
+        inside = model.blocks[1][1](model.blocks[1][0](x + model.blocks[0](x)))
+        seen = torch.cat([inside[:, kept], torch.ones(len(x), 1)], 1).double()
+        solved = torch.linalg.lstsq(seen, (inside @ model.blocks[1][2].weight.T).double()).solution.T
+    torch.testing.assert_close(found.module.get_parameter("blocks.1.2.weight").double(), solved[:, :-1], rtol=0.02, atol=0.01)
+
+
+def test_a_plan_says_what_goes() -> None:
+    x = torch.randn(40, 8)
+    captured = fasp_fx.capture(Residual().eval(), (x[:5],))
+    plan = fasp_fx.plan_from_sets(captured, {"blocks.1.2.weight": [0]})
+    with pytest.raises(fasp_fx.ArgumentError, match="sparsity="):
+        fasp_fx.apply(captured, plan, calibration=[x], sparsity=0.3)
+    with pytest.raises(fasp_fx.ArgumentError, match="calibration="):
+        fasp_fx.apply(captured, plan, drift=0.3)

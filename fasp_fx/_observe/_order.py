@@ -11,6 +11,7 @@ from ..errors import ArgumentError
 from ..groups import Group
 from ..scoring import ByColumns, GroupColumns, GroupScore, Order, by_value
 from ._consumers import Consumer, Consumers
+from ._planned import Planned
 from ._products import ObservedProducts, row_scores
 
 
@@ -35,6 +36,8 @@ def order_of(
         CalibrationError: a score is not finite.
     """
     view = consumers.view(group, deepest, weight_of)
+    if isinstance(score, Planned):
+        return score(view)
     if not view.consumers:
         if not products.of(group):
             return by_value(view, np.zeros(group.size))  # nothing reads it

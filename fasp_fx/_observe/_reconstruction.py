@@ -25,7 +25,7 @@ from ._windows import Window, find_windows
 #: of the moments of Adam
 _BETAS = (0.9, 0.99)
 #: how often a window is judged on tokens held out while it is trained
-_TURNS = 4
+_TURNS = 2
 
 
 @dataclass(frozen=True)
@@ -180,8 +180,7 @@ class _Training:
 
     def run(self) -> _Trained:
         before = self._error(self.judging, "held")
-        start = self._error(self.training, "fitted")
-        if not self.training or not self.judging or not before > 0 or not start > 0:
+        if not self.training or not self.judging or not before > 0:
             return _Trained({}, before, before)
         sizes = {name: float(leaf.square().mean().sqrt()) for name, leaf in self.leaves.items()}
         for leaf in self.leaves.values():
@@ -199,7 +198,7 @@ class _Training:
                 group["lr"] = self.options.rate * group["size"] * min(1.0, (step + 1) / max(0.1 * steps, 1.0), (steps - step) / (0.9 * steps))
             batch = self.training[order.pop()]
             with torch.inference_mode(False), torch.enable_grad():
-                loss = self._squares(batch, batch.fitted) / batch.fitted.sum() / start
+                loss = self._squares(batch, batch.fitted) / batch.fitted.sum() / before
                 gradients = torch.autograd.grad(loss, list(self.leaves.values()), allow_unused=True)
             for leaf, gradient in zip(self.leaves.values(), gradients, strict=True):
                 leaf.grad = gradient
