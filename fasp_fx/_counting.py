@@ -6,6 +6,9 @@ import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
+import torch
+from torch import Tensor
+
 
 @dataclass(frozen=True)
 class Size:
@@ -58,6 +61,10 @@ class Products:
     def count(self, lost: Sequence[int]) -> int:
         """The sum in whole numbers, for losses that are alike in all blocks of a group: sizes are whole then, but for what rounding took from shares."""
         return int(self._sum([round(size.left(lost)) for size in self._places]))
+
+    def expected(self, lost: Sequence[Tensor]) -> Tensor:
+        """As :meth:`total`, of numbers with a gradient."""
+        return torch.as_tensor(self.total(lost))  # type: ignore[arg-type]  # arithmetic alone, which tensors know as well
 
     def _sum(self, left: Sequence[float]) -> float:
         found: float = 0

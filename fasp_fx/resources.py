@@ -61,6 +61,10 @@ class Sparsity(Resource):
     def used(self, lost: Sequence[int]) -> float:
         return self._left.total(lost)
 
+    def expected(self, lost: Sequence[Tensor]) -> Tensor:
+        """The fraction that goes where groups lose parts of channel sets, with a gradient."""
+        return 1 - self._left.expected(lost) / self.whole
+
 
 class Counted(Resource):
     """A count in whole numbers.
@@ -78,6 +82,10 @@ class Counted(Resource):
 
     def used(self, lost: Sequence[int]) -> int:
         return self._left.count(lost)
+
+    def expected(self, lost: Sequence[Tensor]) -> Tensor:
+        """The fraction that goes where groups lose parts of channel sets, with a gradient."""
+        return 1 - self._left.expected(lost) / self.whole
 
 
 def most_lost(group: Group, round_to: int) -> int:

@@ -1,0 +1,96 @@
+"""Put gates on a model."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any, Unpack
+
+from torch import nn
+from torch.nn.utils import parametrize
+
+from .._captured import capture
+from .._prune import analyze
+from .._undisturbed import in_usual_modes
+from ..config import PruningConfig, PruningOptions
+from ..errors import ArgumentError, NothingPrunableError
+from ..groups import Group, Member
+from ._gates import ATTACHED, Gates
+from ._kinds import HardConcrete, Kind
+from ._scaled import Scaled
+from ._threshold import Threshold
+
+
+@in_usual_modes
+def attach(
+    model: nn.Module,
+    args: Any = (),
+    kwargs: dict[str, Any] | None = None,
+    *,
+    kind: Kind | None = None,
+    config: PruningConfig | None = None,
+    warmup: int = 100,
+    rate: float = 0.03,
+    dynamic_shapes: Any = None,
+    **options: Unpack[PruningOptions],
+) -> Gates:
+    """Put a gate on every channel set of a model's groups, for any training loop to learn which go.
+
+    A gate multiplies the columns of all weights that read its channel, by a parametrization of torch, so that a closed gate is the channel's removal. Gates
+    are parameters of the model, in its submodule ``fasp_fx_gates``: give ``gates.parameters()`` to an optimizer (with a rate of their own, usually a hundred
+    times that of weights), add ``gates.penalty()`` to the loss, and call ``gates.step()`` after each step. In the end ``gates.plan()`` says what goes, and
+    ``gates.detach()`` takes the gates off.
+
+    Args:
+        model: in evaluation mode, to be put into training mode afterwards.
+        args, kwargs, dynamic_shapes: example inputs, as for :func:`fasp_fx.capture`.
+        kind: :class:`fasp_fx.gates.HardConcrete` (the default), :class:`fasp_fx.gates.Projected` or one of your own.
+        config, options: ``sparsity`` or ``budget``, and ``granularity``, ``include``, ``exclude``, ``round_to`` and ``uniform_layers`` of
+            :class:`fasp_fx.PruningConfig`.
+        warmup: over so many steps the budget that the penalty asks for grows from nothing.
+        rate: how fast the multipliers of the penalty rise.
+
+    Raises:
+        ArgumentError: an option is out of range or has nothing to say here, or the model has gates already.
+        CaptureError: the model cannot be captured as a whole.
+        NothingPrunableError: no group has weights of the model's own to put gates on.
+        SparsityError, BudgetError: what is asked for is out of reach.
+    """
+    if not isinstance(model, nn.Module):
+        raise ArgumentError(f"model is a {type(model).__name__}; give the module that is to be trained")
+    if any(isinstance(module, Gates) for module in model.modules()):
+        raise ArgumentError("the model has gates already; call detach() of those first")
+    if isinstance(warmup, bool) or not isinstance(warmup, int) or warmup < 0:
+        raise ArgumentError(f"warmup={warmup!r} is not a number of steps")
+    asked = replace(PruningConfig.of(config, options), score="fasp", allocation=Threshold())
+    captured = capture(model, args, kwargs, dynamic_shapes=dynamic_shapes)
+    analysis = analyze(captured, granularity=asked.granularity, include=asked.include)
+    places, groups = _places(model, analysis.chosen)
+    if not groups:
+        raise NothingPrunableError("no group can have gates: weights that lose columns are computed from others, or none can be pruned")
+    gates = Gates(model, captured.program, analysis, groups, asked, kind or HardConcrete(), warmup, rate)
+    model.add_module(ATTACHED, gates)
+    for (path, name), own in places.items():
+        module = model.get_submodule(path)
+        order = list(module._parameters)
+        parametrize.register_parametrization(module, name, Scaled(gates, own, getattr(module, name).device))
+        gates.places.append((module, name, order))
+    return gates
+
+
+def _places(model: nn.Module, chosen: list[Group]) -> tuple[dict[tuple[str, str], list[tuple[int, Member]]], list[Group]]:
+    """For each weight that is to be scaled, by its module and name, by which groups; and these groups in order."""
+    aliases: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        aliases.setdefault(id(parameter), []).append(name)
+    by_name = {name: names for names in aliases.values() for name in names}
+    groups = [group for group in chosen if group.consumers and all(member.name in by_name and member.sets for member in group.consumers)]
+    places: dict[tuple[str, str], list[tuple[int, Member]]] = {}
+    for number, group in enumerate(groups):
+        for member in group.consumers:
+            for name in by_name[member.name]:
+                path, _, attribute = name.rpartition(".")
+                places.setdefault((path, attribute), []).append((number, member))
+    return places, groups
+
+
+__all__ = ["attach"]

@@ -1,0 +1,234 @@
+"""The gates of a model, and the plan that they stand for."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+from torch.utils.hooks import RemovableHandle
+
+from .. import plan as plans
+from .._chooser import Chooser
+from .._observe._visit import Decision
+from .._program import Program
+from .._prune import make_plan
+from ..allocation import Budget
+from ..analysis import Analysis
+from ..config import PruningConfig
+from ..costs import CostCurve, Costs
+from ..errors import ArgumentError, SparsityError
+from ..groups import Group
+from ..plan import PruningPlan
+from ..resources import Counted, Sparsity
+from ._kinds import Kind
+
+#: stands for the chance of what has no gate, so that it goes last
+_CLOSED = 1e6
+_MARK = "parametrizations."
+#: the name of the gates among the submodules of the model
+ATTACHED = "fasp_fx_gates"
+
+
+@dataclass(frozen=True)
+class _Fixed:
+    """What no training changes, and all copies share."""
+
+    program: Program
+    analysis: Analysis
+    groups: list[Group]
+    chooser: Chooser
+    budget: Budget
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _Fixed:
+        return self
+
+
+class Gates(nn.Module):
+    """One gate for every channel set of a model's groups; :func:`fasp_fx.gates.attach` makes them.
+
+    They are a part of the model while they are attached, so that its optimizers, checkpoints and trainers take them along. In training mode each call of the
+    model draws gates, in evaluation mode those of the plan's removed channel sets are zero and all others one.
+
+    Attributes:
+        scores: what is learned, for each group ``[sets]``.
+        names: the groups' names, in the same order.
+    """
+
+    multipliers: Tensor
+    steps: Tensor
+
+    def __init__(
+        self, model: nn.Module, program: Program, analysis: Analysis, groups: list[Group], config: PruningConfig, kind: Kind, warmup: int, rate: float
+    ) -> None:
+        super().__init__()
+        device = next(model.parameters()).device
+        chooser = Chooser(config)
+        self._model = (model,)  # in a tuple: the model is no part of the gates
+        self._fixed = _Fixed(program, analysis, groups, chooser, chooser.budget(analysis))
+        self._kind, self._warmup, self._rate = kind, warmup, rate
+        chooser.check(self._fixed.budget, analysis.groups, self._costs([np.zeros(group.size) for group in groups]))
+        self.names = [group.name for group in groups]
+        self.scores = nn.ParameterList(nn.Parameter(torch.full((group.size,), float(kind.start), device=device)) for group in groups)
+        self.register_buffer("multipliers", torch.zeros(len(self._fixed.budget.limits), 2, dtype=torch.float64))
+        self.register_buffer("steps", torch.zeros((), dtype=torch.int64))
+        self._drawn: list[Tensor] = []
+        self._handles: list[RemovableHandle] = [model.register_forward_pre_hook(self._before_call)]
+        self.places: list[tuple[nn.Module, str, list[str]]] = []
+        self.draw()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_drawn": [drawn.detach() for drawn in self._drawn]}
+
+    def _before_call(self, module: nn.Module, args: Any) -> None:  # a method, which a copy of the model has for its own gates
+        self.draw()
+
+    def draw(self) -> None:
+        """Draw all gates anew; every call of the model does so."""
+        training = self._model[0].training
+        stays = [torch.from_numpy(~gone).to(scores.device) for gone, scores in zip(self._gone(), self.scores, strict=True)] if self._exact(training) else None
+        found = []
+        for index, scores in enumerate(self.scores):
+            kept = torch.ones_like(scores, dtype=torch.bool) if stays is None else stays[index]
+            found.append(self._kind.draw(scores, kept) if training else kept.to(scores))
+        self._drawn = found
+
+    def _exact(self, training: bool) -> bool:
+        """Whether what is drawn depends on the plan."""
+        return self._kind.is_exact or not training
+
+    def drawn(self, number: int) -> Tensor:
+        """The gates of a group by its number, as the last call of the model drew them, shape ``[sets]``."""
+        return self._drawn[number]
+
+    def expected(self) -> Tensor:
+        """For each budget, the fraction of its resource that is expected to go, by the chances of the gates; with a gradient, shape ``[budgets]``.
+
+        Raises:
+            ArgumentError: a budget's resource cannot be counted in parts.
+        """
+        chances = dict(zip(self.names, (self._kind.chances(scores).double() for scores in self.scores), strict=True))
+        zero = torch.zeros((), dtype=torch.float64, device=self.scores[0].device)
+        lost = [(1 - chances[group.name]).sum() if group.name in chances else zero for group in self._fixed.budget.groups]
+        found = []
+        for limit in self._fixed.budget.limits:
+            if not isinstance(limit.resource, (Sparsity, Counted)):
+                raise ArgumentError(f"{type(limit.resource).__name__} counts whole channel sets alone, so nothing can be expected of it; use kind=Projected()")
+            found.append(limit.resource.expected(lost))
+        return torch.stack(found)
+
+    def penalty(self) -> Tensor:
+        """What to add to the loss so that the expected size comes to the budget: ``λ₁ d + λ₂ d²`` for each (FLOP, arXiv 1910.04732, section 3.3).
+
+        d is by how much less goes than shall, which grows from nothing over the first ``warmup`` steps. Zero where what is drawn meets the budget by itself.
+        """
+        if self._kind.is_exact:
+            return torch.zeros((), device=self.scores[0].device)
+        short = self._short()
+        first, second = self.multipliers.to(short).unbind(1)
+        return (first * short + second * short.square()).sum().to(self.scores[0].dtype)
+
+    def _short(self) -> Tensor:
+        need = torch.tensor([limit.need for limit in self._fixed.budget.limits], dtype=torch.float64, device=self.scores[0].device)
+        return need * min(1.0, (int(self.steps) + 1) / max(self._warmup, 1)) - self.expected()
+
+    @torch.no_grad()
+    def step(self) -> None:
+        """Call it after each step of the optimizer: the multipliers of the penalty rise where too little goes."""
+        if not self._kind.is_exact:
+            short = self._short().to(self.multipliers)
+            self.multipliers += self._rate * torch.stack([short, short.square()], 1)
+        self.steps += 1
+
+    def plan(self) -> PruningPlan:
+        """The plan that meets the budget with the least open gates.
+
+        It is for the model as it is now, its weights trained or not, once the gates are detached. ``fasp_fx.apply`` carries it out.
+
+        Raises:
+            SparsityError: the groups that have gates cannot meet the budget.
+        """
+        analysis = self._fixed.analysis
+        gone = np.zeros(int(analysis.labels.max(initial=-1)) + 1, dtype=bool)
+        for group, own in zip(self._fixed.groups, self._gone(), strict=True):
+            gone[group.sets[own]] = True
+        plan = make_plan(self._fixed.program, analysis, Decision(gone[analysis.labels]))
+        return replace(plan, fingerprint=plans.fingerprint(self.original_parameters()))
+
+    @torch.no_grad()
+    def prefer(self, plan: PruningPlan, by: float = 1.0) -> None:
+        """Begin with a plan: gates of the channel sets that it removes start lower by so much, all others higher.
+
+        Raises:
+            PlanError: the plan is for another model.
+        """
+        plans.check_fingerprint(plan, plans.fingerprint(self.original_parameters()))
+        analysis = self._fixed.analysis
+        gone = plans.gone_of(plan, analysis)
+        removed = np.unique(analysis.labels[: len(gone)][gone])
+        for group, scores in zip(self._fixed.groups, self.scores, strict=True):
+            closed = torch.from_numpy(np.isin(group.sets, removed)).to(scores.device)
+            scores.copy_(self._kind.start + by * torch.where(closed, -1.0, 1.0))
+
+    def original_parameters(self) -> dict[str, Tensor]:
+        """The model's own parameters by the names that they have without gates."""
+        found: dict[str, Tensor] = {}
+        for name, parameter in self._model[0].named_parameters(remove_duplicate=False):
+            if not name.startswith(f"{ATTACHED}."):
+                head, mark, tail = name.rpartition(_MARK)
+                found[head + tail.removesuffix(".original") if mark else name] = parameter
+        return found
+
+    def detach(self) -> None:
+        """Take the gates off: the model is as it was, with its weights as they are now."""
+        for handle in self._handles:
+            handle.remove()
+        for module, name, order in self.places:
+            parametrize.remove_parametrizations(module, name, leave_parametrized=False)
+            for parameter in order:  # as they stood, which optimizers and checkpoints go by
+                if parameter in module._parameters:
+                    module._parameters[parameter] = module._parameters.pop(parameter)
+        if self.places:
+            delattr(self._model[0], ATTACHED)
+        self._handles, self.places = [], []
+
+    def _costs(self, chances: list[np.ndarray]) -> Costs:
+        """Chances in the place of costs, the least first."""
+        curves = {group.name: CostCurve(np.arange(group.width + 1) * _CLOSED) for group in self._fixed.analysis.chosen}
+        for group, own in zip(self._fixed.groups, chances, strict=True):
+            rows = np.sort(own[_members(group)], 1)
+            curves[group.name] = CostCurve(np.concatenate([[0.0], np.cumsum(rows.mean(0))]))
+        return Costs(curves, "")
+
+    def _gone(self) -> list[np.ndarray]:
+        """Which channel sets the plan removes, for each group that has gates."""
+        with torch.no_grad():
+            chances = [self._kind.chances(scores).double().cpu().numpy() for scores in self.scores]
+        fixed = self._fixed
+        counts = fixed.chooser.allocate(fixed.budget, fixed.analysis.groups, self._costs(chances))
+        lost = {group.name: count for group, count in zip(fixed.budget.groups, counts, strict=True)}
+        beyond = [name for name, count in lost.items() if count and name not in self.names]
+        if beyond:
+            raise SparsityError(f"the groups that have gates do not reach the budget; '{beyond[0]}' has none; ask for less")
+        found = []
+        for group, own in zip(self._fixed.groups, chances, strict=True):
+            members = _members(group)
+            order = np.take_along_axis(members, np.argsort(own[members], 1, kind="stable"), 1)
+            gone = np.zeros(group.size, dtype=bool)
+            gone[order[:, : lost[group.name]]] = True
+            found.append(gone)
+        return found
+
+    def extra_repr(self) -> str:
+        return f"{len(self.names)} groups, {sum(group.size for group in self._fixed.groups)} gates, {self._kind}"
+
+
+def _members(group: Group) -> np.ndarray[Any, Any]:
+    """The channel sets of each block, shape ``[blocks, width]``."""
+    return np.stack([np.flatnonzero(group.block_of == block) for block in np.unique(group.block_of)])
+
+
+__all__ = ["Gates"]

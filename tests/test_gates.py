@@ -1,0 +1,233 @@
+"""Learned gates: closed ones are removed channels, on any model, and in the end they meet the budget."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from rank import llama, tokens
+from torch import Tensor, nn
+from zoo import randomise
+
+import fasp_fx
+from fasp_fx.budgets import Parameters
+from fasp_fx.gates import Gates, HardConcrete, Projected, attach
+
+X = torch.randn(64, 6, generator=torch.Generator().manual_seed(0))
+
+
+class Half(nn.Module):
+    """A hidden layer of which one half says nothing of the output."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(6, 16), nn.Linear(16, 3)
+        with torch.no_grad():
+            self.down.weight[:, ::2] = 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down(self.up(x).tanh())
+
+
+class Grouped(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.grouped, self.head = nn.Conv2d(3, 12, 3), nn.Conv2d(12, 8, 3, groups=2), nn.Linear(8, 4)
+        self.norm = nn.BatchNorm2d(12)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.grouped(self.norm(self.stem(x)).relu()).relu().mean((2, 3)))
+
+
+def models() -> dict[str, tuple[nn.Module, tuple[Any, ...], dict[str, Any]]]:
+    return {
+        "half": (randomise(Half()), (X,), {}),
+        "grouped": (randomise(Grouped()), (torch.randn(4, 3, 9, 9),), {}),
+        "llama": (llama(), (), {"input_ids": tokens()[0], "use_cache": False}),
+    }
+
+
+def spread(gates: Gates, seed: int = 0) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for scores in gates.scores:
+            scores.copy_(torch.randn(scores.shape, generator=generator) * 2)
+
+
+@pytest.mark.parametrize("name", ["half", "grouped", "llama"])
+@pytest.mark.parametrize("granularity", [("channel",), ("channel", "head")])
+def test_closed_gates_are_removed_channels(name: str, granularity: tuple[str, ...]) -> None:
+    """In evaluation mode the model with gates computes what the pruned one does, which the plan makes of the model without."""
+    model, args, kwargs = models()[name]
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    gates = attach(model, args, kwargs, sparsity=0.4, granularity=granularity)
+    spread(gates)
+    with torch.no_grad():
+        found = model(*args, **kwargs)
+    plan = gates.plan()
+    gates.detach()
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items()), "the model is as it was"
+    assert list(model.state_dict()) == list(before)
+    result = fasp_fx.apply(model, plan, args, kwargs)
+    expected = result.module(*args, **kwargs)
+    pairs = [(found, expected)] if isinstance(found, Tensor) else [(found["logits"], expected["logits"])]
+    for own, other in pairs:
+        torch.testing.assert_close(own, other, rtol=1e-4, atol=1e-5)
+    assert abs(result.report.sparsity - 0.4) < 0.1
+
+
+def train(gates: Gates, model: nn.Module, dense: nn.Module, steps: int = 300) -> list[float]:
+    optimizer = torch.optim.Adam(gates.parameters(), lr=0.05)
+    model.train()
+    expected = []
+    for step in range(steps):
+        x = torch.randn(64, 6, generator=torch.Generator().manual_seed(step))
+        loss = (model(x) - dense(x)).square().mean() + gates.penalty()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        gates.step()
+        expected.append(float(gates.expected()[0].detach()))
+    model.eval()
+    return expected
+
+
+@pytest.mark.parametrize("kind", [HardConcrete(), Projected()])
+def test_what_says_nothing_goes(kind: Any) -> None:
+    torch.manual_seed(0)
+    model = randomise(Half())
+    with torch.no_grad():
+        model.down.weight[:, ::2] = 0  # type: ignore[index, operator, union-attr]
+    dense = copy.deepcopy(model).requires_grad_(False)
+    gates = attach(model, (X,), sparsity=0.5, kind=kind, warmup=100)
+    model.requires_grad_(False)
+    gates.requires_grad_(True)
+    expected = train(gates, model, dense)
+    if isinstance(kind, HardConcrete):
+        assert abs(expected[-1] - 0.5) < 0.1, "the penalty brings the expected size to the budget"
+        assert expected[0] < 0.1
+    plan = gates.plan()
+    assert set(plan.groups[0].consumers[0].removed) == set(range(0, 16, 2))
+    gates.detach()
+    result = fasp_fx.apply(model, plan, (X,), calibration=list(X.split(16)))
+    torch.testing.assert_close(result.module(X), dense(X), rtol=1e-3, atol=1e-4)
+
+
+def test_weights_may_be_trained_along() -> None:
+    model, dense = randomise(Half()), randomise(Half(), seed=3)
+    gates = attach(model, (X,), sparsity=0.5, kind=Projected())
+    optimizer = torch.optim.Adam([{"params": list(gates.parameters()), "lr": 0.05}, {"params": list(model.up.parameters())}], lr=0.01)  # type: ignore[union-attr]
+    model.train()
+    losses = []
+    for _ in range(60):
+        loss = (model(X) - dense(X).detach()).square().mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        gates.step()
+        losses.append(float(loss.detach()))
+    assert losses[-1] < 0.8 * losses[0]
+    model.eval()
+    masked, plan = model(X), gates.plan()
+    gates.detach()
+    torch.testing.assert_close(fasp_fx.apply(model, plan, (X,)).module(X), masked, rtol=1e-4, atol=1e-5)
+
+
+def test_budgets_and_rounding() -> None:
+    model, args, kwargs = models()["llama"]
+    gates = attach(model, args, kwargs, budget=Parameters(0.9), round_to=4)
+    spread(gates)
+    plan = gates.plan()
+    gates.detach()
+    result = fasp_fx.apply(model, plan, args, kwargs)
+    assert 0.88 < result.report.parameters[1] / result.report.parameters[0] <= 0.9
+    assert all(len(group.consumers[0].by_block()[0]) % 4 == 0 for group in result.plan.groups if group.blocks == 1)
+
+
+def test_a_plan_to_begin_with() -> None:
+    model, args, kwargs = models()["llama"]
+    data = [{"input_ids": ids} for ids in tokens()]
+    plan = fasp_fx.prune(model, args, kwargs, calibration=data, sparsity=0.3).plan
+    gates = attach(model, args, kwargs, sparsity=plan.sparsity, kind=Projected())
+    gates.prefer(plan)
+    found = gates.plan()
+    gates.detach()
+    assert found.groups == plan.groups
+    assert found.fingerprint == plan.fingerprint
+    other = attach(randomise(Half()), (X,), sparsity=0.3)
+    with pytest.raises(fasp_fx.errors.PlanError):
+        other.prefer(plan)
+
+
+def test_the_trainer_of_transformers(tmp_path: Any) -> None:
+    from transformers import Trainer, TrainerCallback, TrainingArguments
+
+    model, args, kwargs = models()["llama"]
+    gates = attach(model, args, kwargs, sparsity=0.3, warmup=2)
+    before = [scores.detach().clone() for scores in gates.scores]
+
+    class Penalised(Trainer):
+        def compute_loss(self, *args: Any, **kwargs: Any) -> Any:
+            return super().compute_loss(*args, **kwargs) + gates.penalty()
+
+    class Stepping(TrainerCallback):
+        def on_step_end(self, *args: Any, **kwargs: Any) -> None:
+            gates.step()
+
+    rows = [{"input_ids": ids[0], "labels": ids[0]} for ids in tokens()]
+    options = TrainingArguments(str(tmp_path), max_steps=3, per_device_train_batch_size=2, learning_rate=0.05, report_to=[], save_strategy="no", use_cpu=True)
+    Penalised(model=model, args=options, train_dataset=rows, callbacks=[Stepping()]).train()  # type: ignore[arg-type]
+    assert int(gates.steps) == 3
+    assert not any(torch.equal(scores, old) for scores, old in zip(gates.scores, before, strict=True))
+    model.eval()
+    plan = gates.plan()
+    gates.detach()
+    assert abs(fasp_fx.apply(model, plan, args, kwargs).report.sparsity - 0.3) < 0.05
+
+
+def test_gates_are_drawn_once_for_each_call_and_saved_once() -> None:
+    torch.manual_seed(0)
+    model, args, kwargs = models()["half"]
+    gates = attach(model, args, kwargs, sparsity=0.4)
+    model.train()
+    first, second = model(X), model(X)
+    assert not torch.equal(first, second)
+    assert torch.equal(model.down.weight, model.down.weight), "within a call all that reads a group sees the same gates"  # type: ignore[union-attr]
+    assert sum("scores" in name for name in model.state_dict()) == len(gates.scores)
+    spread(gates)
+    copied = copy.deepcopy(model).eval()
+    model.eval()
+    assert torch.equal(copied(X), model(X))
+    with torch.no_grad():
+        copied.get_submodule("fasp_fx_gates").scores[0].neg_()  # type: ignore[index, union-attr]
+    assert not torch.equal(copied(X), model(X)), "a copy has gates of its own"
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"sparsity": 0.99}, "out of reach"),
+        ({"warmup": -1}, "warmup="),
+        ({"sparsity": 0.3, "exclude": ("*",)}, "exclude"),
+        ({"sparsity": 0.3, "quality": "worst"}, "quality="),
+    ],
+)
+def test_bad_input(options: dict[str, Any], said: str) -> None:
+    model = randomise(Half())
+    names = list(model.state_dict())
+    with pytest.raises(fasp_fx.FaspError, match=said):
+        attach(model, (X,), **options)
+    assert list(model.state_dict()) == names, "nothing half-attached is left"
+
+
+def test_gates_upon_gates() -> None:
+    model = randomise(Half())
+    attach(model, (X,), sparsity=0.3)
+    with pytest.raises(fasp_fx.ArgumentError, match="detach"):
+        attach(model, (X,), sparsity=0.3)
+    with pytest.raises(fasp_fx.ArgumentError, match="temperature="):
+        HardConcrete(temperature=0.0)
+    with pytest.raises(fasp_fx.ArgumentError, match="a str"):
+        attach("model")  # type: ignore[arg-type]
