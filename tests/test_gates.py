@@ -45,6 +45,7 @@ def models() -> dict[str, tuple[nn.Module, tuple[Any, ...], dict[str, Any]]]:
     return {
         "half": (randomise(Half()), (X,), {}),
         "grouped": (randomise(Grouped()), (torch.randn(4, 3, 9, 9),), {}),
+        "called in turn": (randomise(nn.Sequential(nn.Linear(6, 16), nn.Tanh(), nn.Linear(16, 12), nn.Tanh(), nn.Linear(12, 3))), (X,), {}),
         "llama": (llama(), (), {"input_ids": tokens()[0], "use_cache": False}),
     }
 
@@ -56,7 +57,7 @@ def spread(gates: Gates, seed: int = 0) -> None:
             scores.copy_(torch.randn(scores.shape, generator=generator) * 2)
 
 
-@pytest.mark.parametrize("name", ["half", "grouped", "llama"])
+@pytest.mark.parametrize("name", ["half", "grouped", "called in turn", "llama"])
 @pytest.mark.parametrize("granularity", [("channel",), ("channel", "head")])
 def test_closed_gates_are_removed_channels(name: str, granularity: tuple[str, ...]) -> None:
     """In evaluation mode the model with gates computes what the pruned one does, which the plan makes of the model without."""
@@ -201,7 +202,7 @@ def test_gates_are_drawn_once_for_each_call_and_saved_once() -> None:
     model.eval()
     assert torch.equal(copied(X), model(X))
     with torch.no_grad():
-        copied.get_submodule("fasp_fx_gates").scores[0].neg_()  # type: ignore[index, union-attr]
+        next(module for module in copied.modules() if isinstance(module, Gates)).scores[0].neg_()
     assert not torch.equal(copied(X), model(X)), "a copy has gates of its own"
 
 

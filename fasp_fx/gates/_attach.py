@@ -12,9 +12,9 @@ from .._captured import capture
 from .._prune import analyze
 from .._undisturbed import in_usual_modes
 from ..config import PruningConfig, PruningOptions
-from ..errors import ArgumentError, NothingPrunableError
+from ..errors import ArgumentError, NothingPrunableError, first_line
 from ..groups import Group, Member
-from ._gates import ATTACHED, Gates
+from ._gates import Gates
 from ._kinds import HardConcrete, Kind
 from ._scaled import Scaled
 from ._threshold import Threshold
@@ -36,7 +36,7 @@ def attach(
     """Put a gate on every channel set of a model's groups, for any training loop to learn which go.
 
     A gate multiplies the columns of all weights that read its channel, by a parametrization of torch, so that a closed gate is the channel's removal. Gates
-    are parameters of the model, in its submodule ``fasp_fx_gates``: give ``gates.parameters()`` to an optimizer (with a rate of their own, usually a hundred
+    are parameters of the model: give ``gates.parameters()`` to an optimizer (with a rate of their own, usually a hundred
     times that of weights), add ``gates.penalty()`` to the loss, and call ``gates.step()`` after each step. In the end ``gates.plan()`` says what goes, and
     ``gates.detach()`` takes the gates off.
 
@@ -68,11 +68,14 @@ def attach(
     if not groups:
         raise NothingPrunableError("no group can have gates: weights that lose columns are computed from others, or none can be pruned")
     gates = Gates(model, captured.program, analysis, groups, asked, kind or HardConcrete(), warmup, rate)
-    model.add_module(ATTACHED, gates)
     for (path, name), own in places.items():
         module = model.get_submodule(path)
         order = list(module._parameters)
-        parametrize.register_parametrization(module, name, Scaled(gates, own, getattr(module, name).device))
+        try:
+            parametrize.register_parametrization(module, name, Scaled(gates, own, getattr(module, name).device, holds=not gates.places))
+        except (ValueError, RuntimeError, TypeError, AttributeError) as error:
+            gates.detach()
+            raise ArgumentError(f"'{name}' of '{path}' cannot be multiplied by gates: {first_line(error)}; leave it out by exclude=") from error
         gates.places.append((module, name, order))
     return gates
 

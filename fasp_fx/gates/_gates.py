@@ -29,8 +29,6 @@ from ._kinds import Kind
 #: stands for the chance of what has no gate, so that it goes last
 _CLOSED = 1e6
 _MARK = "parametrizations."
-#: the name of the gates among the submodules of the model
-ATTACHED = "fasp_fx_gates"
 
 
 @dataclass(frozen=True)
@@ -176,8 +174,9 @@ class Gates(nn.Module):
     def original_parameters(self) -> dict[str, Tensor]:
         """The model's own parameters by the names that they have without gates."""
         found: dict[str, Tensor] = {}
+        own = {id(parameter) for parameter in self.parameters()}
         for name, parameter in self._model[0].named_parameters(remove_duplicate=False):
-            if not name.startswith(f"{ATTACHED}."):
+            if id(parameter) not in own:
                 head, mark, tail = name.rpartition(_MARK)
                 found[head + tail.removesuffix(".original") if mark else name] = parameter
         return found
@@ -191,8 +190,6 @@ class Gates(nn.Module):
             for parameter in order:  # as they stood, which optimizers and checkpoints go by
                 if parameter in module._parameters:
                     module._parameters[parameter] = module._parameters.pop(parameter)
-        if self.places:
-            delattr(self._model[0], ATTACHED)
         self._handles, self.places = [], []
 
     def _costs(self, chances: list[np.ndarray]) -> Costs:

@@ -17,14 +17,17 @@ class Scaled(nn.Module):
     """Multiplies what a group's channels are read by: to gate a column is to gate the channel that it reads.
 
     Args:
-        gates: all gates, which are a part of the model by another way.
+        gates: all gates.
         places: for each group that takes columns of the weight along, its number, and the member that says which.
         device: that of the weight.
+        holds: whether the gates are a part of the model by this. A submodule of their own would be called by a model that calls all it has in turn.
     """
 
-    def __init__(self, gates: Gates, places: list[tuple[int, Member]], device: torch.device) -> None:
+    def __init__(self, gates: Gates, places: list[tuple[int, Member]], device: torch.device, holds: bool) -> None:
         super().__init__()
         self._gates = (gates,)  # in a tuple: no part of this module
+        if holds:
+            self.gates = gates
         self._places = places
         for index, (_, member) in enumerate(places):
             self.register_buffer(f"indices_{index}", torch.tensor(member.indices, device=device), persistent=False)
