@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from ._options import is_number
 from .errors import ArgumentError
+from .latency import LatencyTable
 
 if TYPE_CHECKING:
     from .analysis import Analysis
@@ -98,8 +99,29 @@ class CacheBytes(Cap):
         return cache_of(analysis)
 
 
+@dataclass(frozen=True)
+class Latency(Cap):
+    """The microseconds that one forward pass on the example inputs takes on the model's device, of a single sample where one was given.
+
+    Operators are timed at widths on a grid, once, which takes some seconds; no formula stands for them (:class:`fasp_fx.latency.LatencyTable`).
+    For :func:`fasp_fx.prune`, whose example inputs say what is to be fast; :func:`fasp_fx.hf.prune` has none of the user's.
+
+    Attributes:
+        table: holds timings and takes new ones, for several prunings.
+    """
+
+    table: LatencyTable = field(default_factory=LatencyTable, compare=False, repr=False)
+    name: ClassVar[str] = "latency"
+    unit: ClassVar[str] = "microseconds"
+
+    def resource(self, analysis: Analysis) -> Resource:
+        from ._latency import PassTime
+
+        return PassTime(analysis, self.table)
+
+
 #: every kind of budget by its name
-KINDS: dict[str, type[Cap]] = {kind.name: kind for kind in (Parameters, Macs, Bytes, CacheBytes)}
+KINDS: dict[str, type[Cap]] = {kind.name: kind for kind in (Parameters, Macs, Bytes, CacheBytes, Latency)}
 
 
 def read_budget(given: Any) -> tuple[Cap, ...]:
@@ -146,4 +168,4 @@ def budget_from_data(data: Any) -> tuple[Cap, ...]:
     return read_budget(caps)
 
 
-__all__ = ["Bytes", "CacheBytes", "Cap", "Macs", "Parameters"]
+__all__ = ["Bytes", "CacheBytes", "Cap", "Latency", "Macs", "Parameters"]

@@ -73,14 +73,16 @@ def main(times: int, folder: Path, seed: int) -> None:
                 process.kill()
                 process.wait()
                 killed, own = killed + 1, own + 1
-                assert not out.exists() or (out / "manifest.json").exists() or (out / "config.json").exists(), "what is half written stands where a user looks for it"
+                assert not out.exists() or (out / "manifest.json").exists() or (out / "config.json").exists(), (
+                    "what is half written stands where a user looks for it"
+                )
                 continue
             ended = True
             assert process.returncode == 0, process.stderr.read().decode() if process.stderr else ""
         expected, found = contents(folder / "whole"), contents(out)
         assert expected.keys() == found.keys(), sorted(expected.keys() ^ found.keys())
         other = [name for name, data in expected.items() if data != found[name]]
-        print(f"round {rounds}: killed {own} times, {'equal' if not other else other}", flush=True)
+        print(f"round {rounds}: killed {own} times, {other or 'equal'}", flush=True)
         assert not other
     print(f"{killed} kills in {rounds} rounds of some {whole:.0f} s: all equal")
 

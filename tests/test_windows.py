@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import PROFILE
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from rank import llama, tokens
@@ -221,7 +222,7 @@ def test_query_and_key_channels_beside(include: tuple[str, ...]) -> None:
     assert ("no weight reads" in note) == bool(include)
 
 
-@settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=200 if PROFILE == "slow" else 4, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(net=programs(max_blocks=4), seed=st.integers(0, 99))
 def test_drawn_nets(net: Any, seed: int) -> None:
     """Every result passes the check by running; what cannot be pruned is refused as without windows."""

@@ -27,6 +27,7 @@ from .._undisturbed import check_default_device, in_usual_modes, one_at_a_time
 from .._version import __version__
 from .._warn import warn
 from ..analysis import Analysis, analyze_program
+from ..budgets import Latency
 from ..config import PruningConfig, PruningOptions
 from ..costs import Costs
 from ..errors import ArgumentError, PlanError, VerificationError, VerificationWarning
@@ -150,6 +151,8 @@ def prune(
         raise ArgumentError("padding_mask= is not for fasp_fx.hf.prune, which takes the mask of the batches; leave it out")
     masked = {"padding_mask": "attention_mask"} if "attention_mask" in stages.accepts else {}
     asked = PruningConfig.of(config, {**options, **masked})
+    if any(isinstance(cap, Latency) for cap in asked.caps):
+        raise ArgumentError("a latency is that of example inputs, which a model that generates has none of; give them to fasp_fx.prune, or another budget")
     if asked.needs_data:
         check_calibration(calibration)
     ranks, clock = Ranks(group), Timings()
