@@ -1,0 +1,92 @@
+"""Budgets asked, met and measured: what stays of parameters, bytes, multiply-accumulates and time, on a ResNet-50 and on SmolLM2-135M.
+
+Channels go by their magnitude and nothing is restored, since budgets do not depend on it. Times are medians of runs of the dense and of the pruned program
+taken in turn.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import time
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+import fasp_fx
+from fasp_fx.budgets import Bytes, Cap, Latency, Macs, Parameters
+from fasp_fx.latency import LatencyTable
+
+
+def resnet50() -> tuple[nn.Module, tuple[Any, ...], dict[str, Any]]:
+    """A ResNet-50 of torchvision, with random weights, and images."""
+    import torchvision
+
+    torch.manual_seed(0)
+    return torchvision.models.resnet50().eval(), (torch.randn(4, 3, 224, 224),), {}
+
+
+def language() -> tuple[nn.Module, tuple[Any, ...], dict[str, Any]]:
+    """SmolLM2 and two texts of 512 tokens."""
+    from _protocol import smollm2
+
+    tokens = torch.randint(0, 40000, (2, 512), generator=torch.Generator().manual_seed(0))
+    return smollm2("cpu")[0], (), {"input_ids": tokens, "use_cache": False}
+
+
+MODELS = {"resnet50": resnet50, "smollm2": language}
+
+
+def operations(call: Callable[[], Any]) -> float:
+    """Multiply-accumulates as torch counts them."""
+    with torch.no_grad(), torch.backends.mkldnn.flags(enabled=False), FlopCounterMode(display=False) as counter:
+        call()
+    return counter.get_total_flops() / 2
+
+
+@torch.no_grad()
+def times(calls: list[Callable[[], Any]], rounds: int) -> list[float]:
+    """Median microseconds of each call, taken in turn; two rounds go before, uncounted."""
+    spent: list[list[float]] = [[] for _ in calls]
+    for turn in range(rounds + 2):
+        for call, own in zip(calls, spent, strict=True):
+            started = time.perf_counter()
+            call()
+            if turn > 1:
+                own.append(time.perf_counter() - started)
+    return [statistics.median(own) * 1e6 for own in spent]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--models", nargs="*", choices=list(MODELS), default=list(MODELS))
+    parser.add_argument("--share", type=float, default=0.8)
+    parser.add_argument("--rounds", type=int, default=9)
+    options = parser.parse_args()
+    print("| model | budget | asked | predicted | measured |\n|---|---|---|---|---|", flush=True)
+    for name in options.models:
+        model, args, kwargs = MODELS[name]()
+        captured, table = fasp_fx.capture(model, args, kwargs), LatencyTable()
+        caps: list[Cap] = [Parameters(options.share), Bytes(options.share), Macs(options.share), Latency(options.share, table)]
+        for cap in caps:
+            result = fasp_fx.prune(captured, budget=cap, score="magnitude", restore=None, round_to=16)
+            (spent,) = result.report.budgets
+            calls = [
+                partial(module, *args, **kwargs) for module in (captured.program.module if isinstance(cap, Latency) and not kwargs else model, result.module)
+            ]
+            if isinstance(cap, Latency):
+                measured = times(calls, options.rounds)
+            elif isinstance(cap, Macs):
+                measured = [operations(call) for call in calls]
+            else:
+                sizes = ([p.numel() * (p.element_size() if isinstance(cap, Bytes) else 1) for p in module.parameters()] for module in (model, result.module))
+                measured = [float(sum(own)) for own in sizes]
+            print(f"| {name} | {cap.name} | {options.share:.0%} | {spent.used / spent.dense:.2%} | {measured[1] / measured[0]:.2%} |", flush=True)
+
+
+if __name__ == "__main__":
+    main()
