@@ -147,15 +147,18 @@ def restored_by(restoration: Restoration) -> Restore:
     """What a restoration of the user's stands for; arguments of what is returned as for :func:`ridge`.
 
     Raises:
-        ArgumentError: it returned no tensor, one of another shape, or one that is not finite.
+        ArgumentError: it returned no dense tensor of real numbers, one of another shape, or one that is not finite.
     """
 
     def restore(weight: Tensor, fitted: Tensor, held: Tensor | None, kept: Tensor, has_ones: bool = False) -> Restored:
-        found = restoration(Problem(weight, fitted, held, kept, has_ones))
+        # Copies: what it does to them in place is its own business.
+        found = restoration(Problem(weight.clone(), fitted.clone(), None if held is None else held.clone(), kept.clone(), has_ones))
         expected = (len(weight), len(kept))
         if not isinstance(found, Tensor) or tuple(found.shape) != expected:
             said = f"a tensor of shape {tuple(found.shape)}" if isinstance(found, Tensor) else f"a {type(found).__name__}"
             raise ArgumentError(f"restore= returned {said}; it must return the weight of the kept columns, shape {expected}")
+        if found.layout is not torch.strided or not found.is_floating_point() or found.device.type == "meta":
+            raise ArgumentError(f"restore= returned a tensor of {found.dtype} ({found.layout}, on {found.device}); it must return a dense one of real numbers")
         if not bool(torch.isfinite(found).all()):
             raise ArgumentError("restore= returned a weight that is not finite; return problem.weight[:, problem.kept] where nothing can be solved")
         return _Solver(weight, fitted, held, kept, False).judged(found)

@@ -232,3 +232,147 @@ def test_gates_upon_gates() -> None:
         HardConcrete(temperature=0.0)
     with pytest.raises(fasp_fx.ArgumentError, match="a str"):
         attach("model")  # type: ignore[arg-type]
+
+
+def agrees(model: nn.Module, x: Tensor, gates: Gates) -> None:
+    """Hold the model with gates against the pruned one, and take the gates off."""
+    with torch.no_grad():
+        found = model(x)
+    plan = gates.plan()
+    gates.detach()
+    torch.testing.assert_close(fasp_fx.apply(model, plan, (x,)).module(x), found, rtol=1e-4, atol=1e-5)
+
+
+class Raw(nn.Module):
+    """Weights that one module holds."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.w1, self.w2, self.w3 = nn.Parameter(torch.randn(20, 6)), nn.Parameter(torch.randn(20, 20)), nn.Parameter(torch.randn(3, 20))
+
+    def forward(self, x: Tensor) -> Tensor:
+        linear = nn.functional.linear
+        return linear(linear(linear(x, self.w1).tanh(), self.w2).tanh(), self.w3)
+
+
+class Named(nn.Module):
+    """A block under two names, and a weight with a parametrization of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Sequential(nn.Linear(6, 16), nn.Tanh(), nn.Linear(16, 6))
+        self.again = self.first
+        self.normed, self.head = nn.utils.parametrizations.weight_norm(nn.Linear(6, 12)), nn.Linear(12, 4)
+
+    def encode(self, x: Tensor) -> Tensor:
+        return x + self.first(x)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.normed(self.again(self.encode(x))).tanh())
+
+
+@pytest.mark.parametrize("make", [Raw, Named])
+def test_a_model_is_as_it_was(make: Any) -> None:
+    torch.manual_seed(0)
+    model = make().eval()
+    before, hooks = [name for name, _ in model.named_parameters()], [len(module._forward_pre_hooks) + len(module._forward_hooks) for module in model.modules()]
+    gates = attach(model, (X,), sparsity=0.4)
+    spread(gates)
+    agrees(model, X, gates)
+    assert [name for name, _ in model.named_parameters()] == before
+    assert [len(module._forward_pre_hooks) + len(module._forward_hooks) for module in model.modules()] == hooks
+
+
+def test_parts_and_methods_draw_gates_too() -> None:
+    torch.manual_seed(0)
+    model = Named().eval()
+    gates = attach(model, (X,), sparsity=0.4)
+    spread(gates)
+    expected = model.encode(X)
+    model.train()
+    assert not torch.equal(model.encode(X), model.encode(X))
+    model.encode(X).square().mean().backward()
+    assert gates.scores[0].grad is not None
+    model.eval()
+    torch.testing.assert_close(model.encode(X), expected)
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_gradient_checkpointing(reentrant: bool) -> None:
+    from torch.utils.checkpoint import checkpoint
+
+    class Checkpointed(Half):
+        saves = False
+
+        def forward(self, x: Tensor) -> Tensor:
+            return checkpoint(super().forward, x, use_reentrant=reentrant) if self.saves else super().forward(x)
+
+    gradients = []
+    for saves in (False, True):
+        torch.manual_seed(0)
+        model = randomise(Checkpointed())
+        gates = attach(model, (X,), sparsity=0.4)
+        model.train()
+        model.saves = saves
+        torch.manual_seed(5)
+        x = X.clone().requires_grad_(True)
+        for _ in range(2):  # accumulated
+            model(x).square().mean().backward()
+        gradients.append(gates.scores[0].grad)
+    torch.testing.assert_close(*gradients)
+    gates.step()
+    with pytest.raises(fasp_fx.ArgumentError, match="checkpointing"):
+        (model(x) - model(x.flip(0))).square().mean().backward()
+
+
+def test_a_copy_can_be_detached() -> None:
+    model, args, _ = models()["half"]
+    gates = attach(model, args, sparsity=0.4)
+    spread(gates)
+    copied = copy.deepcopy(model)
+    expected = model(X)
+    next(module for module in copied.modules() if isinstance(module, Gates)).detach()
+    assert torch.equal(model(X), expected)
+    assert not any(isinstance(module, Gates) for module in copied.modules())
+    agrees(model, X, gates)
+
+
+def test_nothing_stays_where_gates_cannot_reach() -> None:
+    class Shut(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.up, self.down, self.head = nn.Linear(6, 10), nn.Linear(10, 40), nn.utils.parametrizations.weight_norm(nn.Linear(40, 100))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.head(self.down(self.up(x).tanh()).tanh())
+
+    model = Shut().eval()
+    with pytest.raises(fasp_fx.errors.SparsityError, match="has none"):
+        attach(model, (X,), sparsity=0.3)
+    assert model(X).shape == (64, 100)
+    assert not any(module._forward_pre_hooks for module in model.modules())
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"kind": "projected"}, "kind="),
+        ({"kind": Projected}, "kind="),
+        ({"rate": float("nan")}, "rate="),
+        ({"score": "obs"}, "score="),
+        ({"restore": None}, "restore="),
+        ({"granularity": ("expert",)}, "expert"),
+        ({"include": ("approximate",)}, "norm"),
+    ],
+)
+def test_what_gates_cannot_say(options: dict[str, Any], said: str) -> None:
+    with pytest.raises(fasp_fx.ArgumentError, match=said):
+        attach(randomise(Half()), (X,), sparsity=0.3, **options)
+
+
+def test_a_model_with_gates_is_not_pruned() -> None:
+    model = randomise(Half())
+    attach(model, (X,), sparsity=0.3)
+    for call in (fasp_fx.analyze, fasp_fx.capture):
+        with pytest.raises(fasp_fx.errors.CaptureError, match="detach"):
+            call(model, (X,))

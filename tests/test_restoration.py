@@ -436,6 +436,15 @@ def test_dense_inputs_are_blended_in_windows_groups_and_shared_weights() -> None
     assert float(found.norm() / least) <= 1.02, "columns are nearly dependent here, so that outputs are compared, and not weights"
 
 
+def test_what_is_added_to_nothing_is_blended_alone() -> None:
+    model, data = nn.Sequential(nn.Linear(12, 40), nn.Tanh(), nn.Linear(40, 40), nn.Tanh(), nn.Linear(40, 6)), []
+    data = [torch.randn(64, 12, generator=torch.Generator().manual_seed(seed)) for seed in range(12)]
+    captured = fasp_fx.capture(randomise(model, std=0.3), (data[0],))
+    for part, blend in ((0.3, 1.0), (0.9, 0.1)):
+        both, alone = (fasp_fx.prune(captured, calibration=data, sparsity=0.5, quality="fast", drift=drift, blend=blend) for drift in (part, 0.0))
+        assert closeness(weight_of(both.module, "4.weight"), weight_of(alone.module, "4.weight")) < 0.02
+
+
 @pytest.mark.parametrize("more", [{"": 1.5}, {"": True}, {"": 0.3, "propagate": False}, {"": 0.3, "restore": None}])
 @pytest.mark.parametrize("name", ["drift", "blend"])
 def test_a_part_that_cannot_be_is_refused(name: str, more: dict[str, Any]) -> None:
@@ -489,6 +498,11 @@ def test_a_restoration_that_cannot_be_is_refused(returned: Any, said: str) -> No
     x = torch.randn(40, 8)
     with pytest.raises(fasp_fx.ArgumentError, match=said):
         fasp_fx.prune(Residual().eval(), (x[:5],), calibration=[x], sparsity=0.4, restore=returned)
+    for change in (lambda found: found.to("meta"), lambda found: found.to_sparse(), lambda found: found.long(), lambda found: found + 0j):
+        with pytest.raises(fasp_fx.ArgumentError, match="dense one of real numbers"):
+            fasp_fx.prune(
+                Residual().eval(), (x[:5],), calibration=[x], sparsity=0.4, restore=lambda problem, change=change: change(problem.weight[:, problem.kept])
+            )  # type: ignore[misc]
     with pytest.raises(fasp_fx.ArgumentError, match="restore='ridge'"):
         fasp_fx.PruningConfig(restore="ridge")  # type: ignore[arg-type]
 
@@ -528,3 +542,21 @@ def test_a_plan_says_what_goes() -> None:
         fasp_fx.apply(captured, plan, calibration=[x], sparsity=0.3)
     with pytest.raises(fasp_fx.ArgumentError, match="calibration="):
         fasp_fx.apply(captured, plan, drift=0.3)
+
+
+def test_a_restoration_may_write_into_what_it_is_given() -> None:
+    model = nn.Sequential(nn.Linear(12, 32, bias=False), nn.GELU(), nn.Linear(32, 24, bias=False), nn.GELU(), nn.Linear(24, 5, bias=False)).eval()
+    before, data = {name: value.clone() for name, value in model.state_dict().items()}, [torch.randn(64, 12) for _ in range(8)]
+
+    def left(problem: restoration.Problem) -> Tensor:
+        return problem.weight[:, problem.kept]
+
+    def written(problem: restoration.Problem) -> Tensor:
+        found = problem.weight[:, problem.kept].clone()
+        problem.gram.diagonal().add_(100 * problem.gram.diagonal().mean())
+        problem.weight.zero_()
+        return found
+
+    first, second = (fasp_fx.prune(model, (data[0],), calibration=data, sparsity=0.4, restore=restore) for restore in (left, written))
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert [(line.error_cut, line.error_restored) for line in first.report.lines] == [(line.error_cut, line.error_restored) for line in second.report.lines]

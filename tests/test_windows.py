@@ -143,6 +143,62 @@ def test_it_does_not_depend_on_the_callers_random_numbers_and_leaves_them() -> N
     assert not any(parameter.grad is not None for parameter in model.parameters())
 
 
+class Conditioned(nn.Module):
+    """What all blocks are given is an output, too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.given, self.gain = nn.Linear(12, 12), nn.Parameter(torch.ones(12))
+        self.ups, self.downs = nn.ModuleList(nn.Linear(12, 48) for _ in range(3)), nn.ModuleList(nn.Linear(48, 12) for _ in range(3))
+
+    def forward(self, x: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+        h = x + self.downs[0](torch.tanh(self.ups[0](x)))
+        given = self.given(t)
+        scale = self.gain.tanh()
+        h = h + self.downs[1](torch.tanh(self.ups[1](h + given) * scale.mean()))
+        h = h + self.downs[2](torch.tanh(self.ups[2](h - given)))
+        return h, 10 * given * scale
+
+
+def test_what_leaves_a_window_by_another_way_stays() -> None:
+    model = randomise(Conditioned(), std=0.4)
+    data = list(zip(batches(), reversed(batches()), strict=True))
+    result = fasp_fx.prune(model, data[0], calibration=data, sparsity=0.5, quality="fast", restore=Window(epochs=4, rate=0.02))
+    assert torch.equal(result.module(*data[0])[1], model(*data[0])[1])
+    assert any("3 of 3" in note for note in result.report.notes)
+
+
+def test_the_dense_models_own_values_are_a_part_of_the_target() -> None:
+    model = randomise(nn.Sequential(nn.Linear(12, 32), nn.GELU(), nn.Linear(32, 24), nn.GELU(), nn.Linear(24, 5)), std=0.4)
+    for options in ({"drift": 0.5}, {"quality": "best"}):
+        result = fasp_fx.prune(model, (batches(1)[0],), calibration=batches(), sparsity=0.4, restore="window", **options)  # type: ignore[arg-type]
+        assert any(note.startswith("windows: ") for note in result.report.notes)
+
+
+def test_padding_among_channels_first() -> None:
+    class Channels(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.up, self.down, self.up2, self.down2 = nn.Conv1d(8, 40, 1), nn.Conv1d(40, 8, 1), nn.Conv1d(8, 40, 1), nn.Conv1d(40, 8, 1)
+
+        def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+            h = self.down(self.up(x.transpose(1, 2) + 0 * mask[:, None]).tanh())
+            return self.down2(self.up2(h).tanh())
+
+    model, found = randomise(Channels(), std=0.4), []
+    for filler in (0.0, 30.0):
+        data = []
+        for seed in range(8):
+            generator = torch.Generator().manual_seed(seed)
+            x, lengths = torch.randn(6, 9, 8, generator=generator), torch.randint(3, 9, (6, 1), generator=generator)
+            mask = (torch.arange(9)[None] < lengths).float()
+            data.append((torch.where(mask[..., None] > 0, x, filler), mask))
+        options: dict[str, Any] = {"calibration": data, "sparsity": 0.4, "quality": "fast", "padding_mask": "mask", "restore": Window(epochs=3, rate=0.01)}
+        found.append(fasp_fx.prune(model, data[0], **options))
+    for value, other in zip(*(list(result.module.parameters()) for result in found), strict=True):
+        torch.testing.assert_close(value, other)
+
+
 def test_what_is_left_whole_after_all_takes_its_window_back() -> None:
     from fasp_fx._exactness import restricted
     from fasp_fx._observe._ranks import Ranks
@@ -160,6 +216,7 @@ def test_what_is_left_whole_after_all_takes_its_window_back() -> None:
     assert not any(name.startswith("blocks.1") for name in left.weights)
     assert all(torch.equal(left.weights[name], decision.weights[name]) for name in left.weights)
     assert len(left.windows) == 2
+    assert left.notes == decision.notes
 
 
 def test_padding_teaches_nothing() -> None:

@@ -61,7 +61,7 @@ def capture(
 
     Raises:
         ArgumentError: the inputs do not fit the model.
-        CaptureError: the model is in training mode or cannot be exported; the message carries the exporter's reason.
+        CaptureError: the model is in training mode, has gates, or cannot be exported; the message carries the exporter's reason.
     """
     kwargs = dict(kwargs or {})
     target = None if device is None else _usable(device)
@@ -69,6 +69,8 @@ def capture(
     if isinstance(model, ExportedProgram):
         exported, signature = functional(model), _exported_signature(model, args, kwargs)
     elif isinstance(model, nn.Module):
+        if any(getattr(module, "is_fasp_fx_gates", False) for module in model.modules()):
+            raise CaptureError("the model has gates on (fasp_fx.gates); take their plan, and call gates.detach() before anything else is done with the model")
         training = next(_in_training(model), None)
         if training is not None:
             part = f"'{training}' of {type(model).__name__}" if training else type(model).__name__

@@ -37,6 +37,7 @@ def restricted(analysis: Analysis, decision: Decision, kept: Collection[Group]) 
         {name: bias for name, bias in decision.biases.items() if name not in unrepaired},
         {name: outcome for name, outcome in decision.outcomes.items() if name not in unrepaired},
         {name: mended for name, mended in decision.products.items() if name in names and not unrepaired & mended.weights.keys()},
+        notes=decision.notes,
         windows=[window for window in decision.windows if not held & window.keys()],
     )
 

@@ -57,8 +57,8 @@ class Drift:
         for batch, (before, after) in enumerate(zip(self.dense.read(use.activation), pruned.read(use.activation), strict=True)):
             every = before.new_zeros((), dtype=torch.int64).expand((1,) * before.dim())
             change = before - after if before.shape == after.shape else torch.zeros_like(after)  # values decide how many there are
-            pieces = [tokens @ read[block].T for block, tokens, _ in matrices.tokens(change, every, None)]
-            yield [changed[batch] + self.blend / self.part * piece for piece in pieces] if changed else pieces
+            pieces = [self.blend / self.weight * (tokens @ read[block].T) for block, tokens, _ in matrices.tokens(change, every, None)]
+            yield [changed[batch] + piece for piece in pieces] if changed else pieces
 
 
 def added_to(use: Use) -> fx.Node | None:

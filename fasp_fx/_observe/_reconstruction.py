@@ -12,7 +12,7 @@ from torch import Tensor, fx
 
 from .._device import float32_products
 from .._offload._current import keep
-from ..channels import attribute, written_by
+from ..channels import attribute, is_dynamic, written_by
 from ..errors import CalibrationError
 from ..restoration import Window as Options
 from ..statistics import FITTED, HELD
@@ -69,17 +69,19 @@ class Reconstruction:
             CalibrationError: a batch does not run through the program.
         """
         groups = [group for group in decided(self.analysis, self.decision) if group.uses]
-        windows = find_windows(self.analysis, groups)
+        windows, before = find_windows(self.analysis, groups), marks.remark() if marks.unmatched else None
         if not windows:
             self.decision.notes.append("no window of the program loses channels, so that nothing was trained")
             return
-        runner, dense = (Runner(self.analysis.program, batches, returns=index == 0) if index == 0 or self.part else None for index in range(2))
-        assert runner is not None
+        runner, dense = Runner(self.analysis.program, batches), Runner(self.analysis.program, batches) if self.part else None
         runner.overrides = self._pruned()
         for count, window in enumerate(windows):
             with float32_products(self.precision):
                 self._one(window, runner, dense, marks)
             progress((count + 1) / len(windows))
+        if marks.unmatched:  # more may be by now than the closed form has met
+            self.decision.notes[:] = [note for note in self.decision.notes if note != before]
+            self.decision.notes.append(marks.remark())
         self.decision.notes.append(self._said(len(windows)))
 
     def _one(self, window: Window, runner: Runner, dense: Runner | None, marks: Marks) -> None:
@@ -122,7 +124,7 @@ class Reconstruction:
             if dense is not None:
                 whole = next(value for index, value in enumerate(dense.read(window.output)) if index == number)
                 target = torch.lerp(target, whole, self.part) if whole.shape == target.shape else target
-        kinds = marks.of(runner.numbers[number], window.output, target, list(range(max(target.dim() - 1, 1)))).expand(target.shape)
+        kinds = marks.of(runner.numbers[number], window.output, target, _token_dims(window.output)).expand(target.shape)
         return _Batch(number, target, kinds == FITTED, kinds == HELD)
 
     def _masks(self) -> dict[str, Tensor]:
@@ -153,6 +155,13 @@ class Reconstruction:
         if kept:
             said += f"; the error on tokens held out fell by {1 - float(np.median(kept)):.0%} in the median of these"
         return said + "".join(f"; {count} were not trained, because {reason}" for reason, count in self.left.items())
+
+
+def _token_dims(node: fx.Node) -> list[int]:
+    """The dimensions along which tokens of a value lie: the first, and those whose sizes vary; where none does, all but the last."""
+    shape = node.meta["val"].shape
+    varying = [dim for dim in range(1, len(shape)) if is_dynamic(shape[dim])]
+    return [0, *(varying or range(1, len(shape) - 1))]
 
 
 @dataclass(frozen=True)

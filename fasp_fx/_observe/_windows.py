@@ -53,7 +53,7 @@ def find_windows(analysis: Analysis, groups: Collection[Group]) -> list[Window]:
         last = index + 1, output
     if losing & set(range(start, len(nodes))) and spans:  # too little for a window of its own
         spans[-1] = (spans[-1][0], *last)
-    return [Window(*span[:2], span[2], _weights(analysis, nodes, *span[:2])) for span in spans]
+    return [Window(*span, _weights(analysis, nodes, *span)) for span in spans]
 
 
 def _changed(analysis: Analysis, groups: Collection[Group], nodes: list[fx.Node]) -> set[fx.Node]:
@@ -88,18 +88,29 @@ def _cuts(nodes: list[fx.Node], place: dict[fx.Node, int], changed: set[fx.Node]
                 yield index, output
 
 
-def _weights(analysis: Analysis, nodes: list[fx.Node], start: int, stop: int) -> tuple[str, ...]:
-    """The parameters that the nodes from ``start`` to before ``stop`` read, and no others."""
+def _weights(analysis: Analysis, nodes: list[fx.Node], start: int, stop: int, output: fx.Node) -> tuple[str, ...]:
+    """The parameters that say something of the output, and of nothing behind the window but by way of it."""
     program = analysis.program
     canonical, parameters = program.canonical(), dict(program.module.named_parameters(remove_duplicate=False))
     inside = set(nodes[start:stop])
     found: dict[str, bool] = {}
     for node in nodes:
-        if node.op == "get_attr":
+        if node.op == "get_attr" and node.users:
             name = canonical.get(target_name(node), target_name(node))
-            for user in node.users:
-                found[name] = found.get(name, True) and user in inside
+            found[name] = found.get(name, True) and _reached(node, output) <= inside
     return tuple(name for name, is_inside in found.items() if is_inside and name in parameters and parameters[name].is_floating_point())
+
+
+def _reached(node: fx.Node, output: fx.Node) -> set[fx.Node]:
+    """All that is computed from a node, but for what is computed from the output alone."""
+    found: set[fx.Node] = set()
+    waiting = list(node.users)
+    while waiting:
+        user = waiting.pop()
+        if user not in found:
+            found.add(user)
+            waiting += [] if user is output else list(user.users)
+    return found
 
 
 __all__ = ["Window", "find_windows"]

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+import math
+from dataclasses import fields, replace
 from typing import Any, Unpack
 
 from torch import nn
 from torch.nn.utils import parametrize
 
 from .._captured import capture
+from .._options import is_number
 from .._prune import analyze
 from .._undisturbed import in_usual_modes
 from ..config import PruningConfig, PruningOptions
@@ -18,6 +20,9 @@ from ._gates import Gates
 from ._kinds import HardConcrete, Kind
 from ._scaled import Scaled
 from ._threshold import Threshold
+
+#: the options that gates can say something of
+_SAID = ("sparsity", "budget", "granularity", "include", "exclude", "round_to", "uniform_layers")
 
 
 @in_usual_modes
@@ -50,7 +55,8 @@ def attach(
         rate: how fast the multipliers of the penalty rise.
 
     Raises:
-        ArgumentError: an option is out of range or has nothing to say here, or the model has gates already.
+        ArgumentError: an option is out of range or has nothing to say here, or the model has gates already. Experts and what crosses a norm have no gates:
+            they see closed ones.
         CaptureError: the model cannot be captured as a whole.
         NothingPrunableError: no group has weights of the model's own to put gates on.
         SparsityError, BudgetError: what is asked for is out of reach.
@@ -61,39 +67,61 @@ def attach(
         raise ArgumentError("the model has gates already; call detach() of those first")
     if isinstance(warmup, bool) or not isinstance(warmup, int) or warmup < 0:
         raise ArgumentError(f"warmup={warmup!r} is not a number of steps")
-    asked = replace(PruningConfig.of(config, options), score="fasp", allocation=Threshold())
+    if not is_number(rate) or not math.isfinite(rate) or rate < 0:
+        raise ArgumentError(f"rate={rate!r} is not a number from 0 on")
+    if kind is not None and not isinstance(kind, Kind):
+        raise ArgumentError(f"kind={kind!r} is none of gates; make one, such as Projected() or HardConcrete()")
+    asked = replace(_asked(PruningConfig.of(config, options)), score="fasp", allocation=Threshold())
     captured = capture(model, args, kwargs, dynamic_shapes=dynamic_shapes)
     analysis = analyze(captured, granularity=asked.granularity, include=asked.include)
     places, groups = _places(model, analysis.chosen)
     if not groups:
         raise NothingPrunableError("no group can have gates: weights that lose columns are computed from others, or none can be pruned")
     gates = Gates(model, captured.program, analysis, groups, asked, kind or HardConcrete(), warmup, rate)
-    for (path, name), own in places.items():
-        module = model.get_submodule(path)
-        order = list(module._parameters)
+    gates.places = [(module, name, list(module._parameters)) for module, name, _ in places]
+    for count, (module, name, own) in enumerate(places):
         try:
-            parametrize.register_parametrization(module, name, Scaled(gates, own, getattr(module, name).device, holds=not gates.places))
+            parametrize.register_parametrization(module, name, Scaled(gates, own, getattr(module, name).device, holds=not count))
         except (ValueError, RuntimeError, TypeError, AttributeError) as error:
+            gates.places = gates.places[:count]
             gates.detach()
-            raise ArgumentError(f"'{name}' of '{path}' cannot be multiplied by gates: {first_line(error)}; leave it out by exclude=") from error
-        gates.places.append((module, name, order))
+            raise ArgumentError(f"'{name}' of a {type(module).__name__} cannot be multiplied by gates: {first_line(error)}; use exclude=") from error
+        module.parametrizations.train(model.training)  # type: ignore[union-attr]
+    gates.watch()
     return gates
 
 
-def _places(model: nn.Module, chosen: list[Group]) -> tuple[dict[tuple[str, str], list[tuple[int, Member]]], list[Group]]:
-    """For each weight that is to be scaled, by its module and name, by which groups; and these groups in order."""
+def _asked(config: PruningConfig) -> PruningConfig:
+    """What was asked for, if gates can say it.
+
+    Raises:
+        ArgumentError: an option has nothing to say here, or a closed gate would not be the channel's removal.
+    """
+    usual = PruningConfig()
+    others = sorted(field.name for field in fields(usual) if field.name not in _SAID and getattr(config, field.name) != getattr(usual, field.name))
+    if others:
+        raise ArgumentError(f"{others[0]}= has nothing to say where gates are trained; leave it out")
+    if "expert" in config.granularity:
+        raise ArgumentError("an expert whose gates are closed is chosen all the same, so experts have no gates; leave 'expert' out of granularity=")
+    if "approximate" in config.include:
+        raise ArgumentError("a norm sees channels whose gates are closed, so what crosses a norm has no gates; leave 'approximate' out of include=")
+    return config
+
+
+def _places(model: nn.Module, chosen: list[Group]) -> tuple[list[tuple[nn.Module, str, list[tuple[int, Member]]]], list[Group]]:
+    """Each weight that is to be scaled, by its module and name, with the numbers of the groups that do; and these groups in order."""
     aliases: dict[int, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         aliases.setdefault(id(parameter), []).append(name)
     by_name = {name: names for names in aliases.values() for name in names}
     groups = [group for group in chosen if group.consumers and all(member.name in by_name and member.sets for member in group.consumers)]
-    places: dict[tuple[str, str], list[tuple[int, Member]]] = {}
+    places: dict[tuple[int, str], tuple[nn.Module, str, list[tuple[int, Member]]]] = {}
     for number, group in enumerate(groups):
         for member in group.consumers:
-            for name in by_name[member.name]:
-                path, _, attribute = name.rpartition(".")
-                places.setdefault((path, attribute), []).append((number, member))
-    return places, groups
+            owners = {(id(module := model.get_submodule(path)), own): module for path, _, own in (name.rpartition(".") for name in by_name[member.name])}
+            for (key, own), module in owners.items():  # a module may have several names
+                places.setdefault((key, own), (module, own, []))[2].append((number, member))
+    return list(places.values()), groups
 
 
 __all__ = ["attach"]

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
-from torch.utils.hooks import RemovableHandle
 
 from .. import plan as plans
 from .._chooser import Chooser
@@ -58,6 +58,8 @@ class Gates(nn.Module):
 
     multipliers: Tensor
     steps: Tensor
+    #: what a capture refuses a model by
+    is_fasp_fx_gates = True
 
     def __init__(
         self, model: nn.Module, program: Program, analysis: Analysis, groups: list[Group], config: PruningConfig, kind: Kind, warmup: int, rate: float
@@ -74,32 +76,60 @@ class Gates(nn.Module):
         self.register_buffer("multipliers", torch.zeros(len(self._fixed.budget.limits), 2, dtype=torch.float64))
         self.register_buffer("steps", torch.zeros((), dtype=torch.int64))
         self._drawn: list[Tensor] = []
-        self._handles: list[RemovableHandle] = [model.register_forward_pre_hook(self._before_call)]
         self.places: list[tuple[nn.Module, str, list[str]]] = []
+        self._depth = 0
+        self._open: set[int] = set()  # numbers of the draws that no backward has come to yet
+        self._draws = 0
         self.draw()
+
+    def watch(self) -> None:
+        """Draw anew whenever the model, or a part of it that has gates, is called from outside."""
+        gated = {id(module) for module, _, _ in self.places}
+        for module in self._model[0].modules():
+            if any(id(part) in gated for part in module.modules()):
+                module.register_forward_pre_hook(self._enter)
+                module.register_forward_hook(self._leave, always_call=True)
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_drawn": [drawn.detach() for drawn in self._drawn]}
+        return self.__dict__ | {"_drawn": [drawn.detach() for drawn in self._drawn], "_open": set(), "_depth": 0}
 
-    def _before_call(self, module: nn.Module, args: Any) -> None:  # a method, which a copy of the model has for its own gates
-        self.draw()
+    def _enter(self, module: nn.Module, args: Any) -> None:  # methods: a copy of the model has those of its own gates
+        self._depth += 1
+        if self._depth == 1 and not _is_backward():
+            self.draw()
+
+    def _leave(self, module: nn.Module, args: Any, output: Any) -> None:
+        self._depth -= 1
 
     def draw(self) -> None:
-        """Draw all gates anew; every call of the model does so."""
-        training = self._model[0].training
-        stays = [torch.from_numpy(~gone).to(scores.device) for gone, scores in zip(self._gone(), self.scores, strict=True)] if self._exact(training) else None
+        """Draw all gates anew; every call of the model, or of a part of it, does so."""
+        self._trained = self._model[0].training
+        stays = [torch.from_numpy(~gone).to(scores.device) for gone, scores in zip(self._gone(), self.scores, strict=True)] if self._exact() else None
         found = []
         for index, scores in enumerate(self.scores):
             kept = torch.ones_like(scores, dtype=torch.bool) if stays is None else stays[index]
-            found.append(self._kind.draw(scores, kept) if training else kept.to(scores))
+            found.append(self._kind.draw(scores, kept) if self._trained else kept.to(scores))
         self._drawn = found
+        if found[0].requires_grad:
+            self._draws += 1
+            self._open.add(self._draws)
+            found[0].register_hook(partial(_close, self._open, self._draws))
 
-    def _exact(self, training: bool) -> bool:
+    def _exact(self) -> bool:
         """Whether what is drawn depends on the plan."""
-        return self._kind.is_exact or not training
+        return self._kind.is_exact or not self._trained
 
     def drawn(self, number: int) -> Tensor:
-        """The gates of a group by its number, as the last call of the model drew them, shape ``[sets]``."""
+        """The gates of a group by its number, as the last call of the model drew them, shape ``[sets]``.
+
+        Raises:
+            ArgumentError: gradient checkpointing computes one of several calls anew, and whose gates it wants cannot be told.
+        """
+        if not _is_backward():
+            if self._trained != self._model[0].training:
+                self.draw()
+        elif len(self._open) > 1:
+            raise ArgumentError("gradient checkpointing computes anew what several calls of one loss drew gates for; make one call for each, or do without it")
         return self._drawn[number]
 
     def expected(self) -> Tensor:
@@ -140,6 +170,7 @@ class Gates(nn.Module):
             short = self._short().to(self.multipliers)
             self.multipliers += self._rate * torch.stack([short, short.square()], 1)
         self.steps += 1
+        self._open.clear()
 
     def plan(self) -> PruningPlan:
         """The plan that meets the budget with the least open gates.
@@ -175,22 +206,30 @@ class Gates(nn.Module):
         """The model's own parameters by the names that they have without gates."""
         found: dict[str, Tensor] = {}
         own = {id(parameter) for parameter in self.parameters()}
+        gated = {(id(module), name) for module, name, _ in self.places}
         for name, parameter in self._model[0].named_parameters(remove_duplicate=False):
-            if id(parameter) not in own:
-                head, mark, tail = name.rpartition(_MARK)
-                found[head + tail.removesuffix(".original") if mark else name] = parameter
+            if id(parameter) in own:
+                continue
+            path, mark, weight = name.removesuffix(".original").rpartition(_MARK)
+            is_gated = mark and (id(self._model[0].get_submodule(path.rstrip("."))), weight) in gated
+            found[path + weight if is_gated else name] = parameter
         return found
 
     def detach(self) -> None:
         """Take the gates off: the model is as it was, with its weights as they are now."""
-        for handle in self._handles:
-            handle.remove()
-        for module, name, order in self.places:
+        for module in self._model[0].modules():
+            for hooks in (module._forward_pre_hooks, module._forward_hooks):
+                for key in [key for key, hook in hooks.items() if getattr(hook, "__self__", None) is self]:
+                    del hooks[key]
+                    module._forward_hooks_always_called.pop(key, None)
+        for module, name, _ in self.places:
+            own = type(module)  # copies of the model share it, and taking a parametrization off changes it
+            module.__class__ = type(own.__name__, own.__bases__, {key: value for key, value in vars(own).items() if key not in ("__dict__", "__weakref__")})
             parametrize.remove_parametrizations(module, name, leave_parametrized=False)
+        for module, _, order in self.places:
             for parameter in order:  # as they stood, which optimizers and checkpoints go by
-                if parameter in module._parameters:
-                    module._parameters[parameter] = module._parameters.pop(parameter)
-        self._handles, self.places = [], []
+                module._parameters[parameter] = module._parameters.pop(parameter)
+        self.places = []
 
     def _costs(self, chances: list[np.ndarray]) -> Costs:
         """Chances in the place of costs, the least first."""
@@ -221,6 +260,15 @@ class Gates(nn.Module):
 
     def extra_repr(self) -> str:
         return f"{len(self.names)} groups, {sum(group.size for group in self._fixed.groups)} gates, {self._kind}"
+
+
+def _close(open_draws: set[int], number: int, gradient: Tensor) -> None:
+    open_draws.discard(number)
+
+
+def _is_backward() -> bool:
+    """Whether autograd runs backward, as where it computes a checkpointed part anew."""
+    return int(torch._C._current_graph_task_id()) != -1
 
 
 def _members(group: Group) -> np.ndarray[Any, Any]:
