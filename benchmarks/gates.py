@@ -76,7 +76,7 @@ def main() -> None:
     half = len(text) // 2
     measured = sentences.padded(tokenizer, sentences.spread(text[half:], 1000), 32, options.device)
     calibration = sentences.unpadded(tokenizer, sentences.spread(text[:half], 512), 32, options.device)
-    data = sentences.padded(tokenizer, sentences.spread(text[:half], 4096), 32, options.device)
+    data = sentences.padded(tokenizer, sentences.spread(text[:half], 3840), 32, options.device)
     dense = sentences.embed(model, measured)
     with torch.no_grad():
         targets = [similarities(model, batch) for batch in data]

@@ -14,7 +14,6 @@ from torch import Tensor, fx
 from ._compat import OpOverload, pytree
 from ._counting import Size
 from ._device import device_of
-from ._macs import CONTRACTIONS
 from ._program import Program
 from .channels import arguments, attribute, is_dynamic
 from .errors import BudgetError
@@ -34,8 +33,8 @@ _MICRO = 1e6
 class PassTime(Resource):
     """Microseconds of one forward pass on the example inputs.
 
-    Operators that contract or work element by element are timed at widths on a grid, one by one; between widths, times are interpolated. What the pass takes
-    beyond them stays as it is, and where it takes less than they do one by one, all count for as much less.
+    Operators are timed at widths on a grid, one by one; between widths, times are interpolated. All count for as much more or less as the whole pass takes
+    more or less than they do one by one, with warm caches and nothing between them.
 
     Args:
         analysis: the analysis of a program.
@@ -51,14 +50,12 @@ class PassTime(Resource):
         self._units: dict[tuple[str, tuple[Size, ...]], _Unit] = {}
         whole = _Walk(analysis, table, device, self._units).run()
         timed = sum(unit.count * float(unit.seconds.reshape(-1)[-1]) for unit in self._units.values())
-        self._rest, self._scale = max(whole - timed, 0.0), min(whole / timed, 1.0) if timed > 0 else 1.0
+        self._scale = whole / timed if timed > 0 else 1.0
         super().__init__(analysis.chosen, 0.0)
         self.whole = self.used([0] * len(analysis.chosen))
 
     def used(self, lost: Sequence[int]) -> float:
-        return _MICRO * (
-            self._rest + self._scale * sum(unit.count * unit.at(tuple(size.left(lost) / size.whole for size in unit.axes)) for unit in self._units.values())
-        )
+        return _MICRO * (self._scale * sum(unit.count * unit.at(tuple(size.left(lost) / size.whole for size in unit.axes)) for unit in self._units.values()))
 
 
 class _Unit:
@@ -112,8 +109,8 @@ class _Walk:
             elif node.op == "call_function":
                 args, kwargs = fx.map_arg((node.args, dict(node.kwargs)), self._value)
                 self.values[node] = node.target(*args, **kwargs)
-                if str(node.target) in CONTRACTIONS or (isinstance(node.target, OpOverload) and torch.Tag.pointwise in node.target.tags):
-                    self._time(node)
+                if isinstance(node.target, OpOverload) and not any(result.alias_info is not None for result in node.target._schema.returns):
+                    self._time(node)  # views take next to no time
             for argument in node.all_input_nodes:
                 if last[argument] is node:
                     self.values.pop(argument, None)

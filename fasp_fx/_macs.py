@@ -168,10 +168,6 @@ _FORMULAS: dict[str, Formula] = {
 }
 
 
-#: operators that contract
-CONTRACTIONS = frozenset(_FORMULAS)
-
-
 def _terms(node: fx.Node, module: torch.nn.Module, shape: ShapeOf) -> list[Term]:
     """The products of sizes that one call takes."""
     formula = _FORMULAS.get(str(node.target))
@@ -211,4 +207,4 @@ def _multiplies(node: fx.Node) -> bool:
     return counted or str(node.target) in _FORMULAS or isinstance(node.target, HigherOrderOperator)
 
 
-__all__ = ["CONTRACTIONS", "macs_of"]
+__all__ = ["macs_of"]

@@ -84,20 +84,25 @@ def test_a_table_is_kept(tmp_path: Path) -> None:
     assert "microseconds" in str(second.report)
 
 
-def test_what_the_pass_takes_beyond_its_operators_stays() -> None:
+def test_all_count_for_as_much_more_as_the_whole_pass_takes() -> None:
     model, args, _ = models()["chain"]
-    calls: list[float] = []
+    whole = operations(lambda: model(*args), torch.device("cpu"))
 
     def slow_pass(call: Callable[[], Any], device: torch.device) -> float:
         spent = operations(call, device)
-        calls.append(spent)
-        return spent * (3 if spent == max(calls) and len(calls) > 3 else 1)  # the last and largest call is the whole pass
+        return spent * (3 if spent >= whole else 1)
 
-    result = fasp_fx.prune(model, args, budget=Latency(0.9, LatencyTable(time=slow_pass)), **FAST)
-    (spent,) = result.report.budgets
-    assert spent.used <= 0.9 * spent.dense
+    found = [fasp_fx.prune(model, args, budget=Latency(0.8, LatencyTable(time=clock)), **FAST) for clock in (operations, slow_pass)]
+    first, second = (result.report.budgets[0] for result in found)
+    assert second.dense == pytest.approx(3 * first.dense)
+    assert second.used == pytest.approx(3 * first.used)
+    assert found[0].plan.groups == found[1].plan.groups
+
+
+def test_a_share_out_of_reach() -> None:
+    model, args, _ = models()["chain"]
     with pytest.raises(fasp_fx.errors.BudgetError, match="out of reach"):
-        fasp_fx.prune(model, args, budget=Latency(0.3, LatencyTable(time=slow_pass)), **FAST)
+        fasp_fx.prune(model, args, budget=Latency(0.001, LatencyTable(time=operations)), **FAST)
 
 
 @pytest.mark.parametrize(
