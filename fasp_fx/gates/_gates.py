@@ -80,6 +80,9 @@ class Gates(nn.Module):
         self._depth = 0
         self._open: set[int] = set()  # numbers of the draws that no backward has come to yet
         self._draws = 0
+        self._known: tuple[tuple[int, ...], list[np.ndarray]] | None = None
+        if not kind.is_exact:
+            self.expected()  # what it raises is raised before anything is trained
         self.draw()
 
     def watch(self) -> None:
@@ -91,7 +94,7 @@ class Gates(nn.Module):
                 module.register_forward_hook(self._leave, always_call=True)
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_drawn": [drawn.detach() for drawn in self._drawn], "_open": set(), "_depth": 0}
+        return self.__dict__ | {"_drawn": [drawn.detach() for drawn in self._drawn], "_open": set(), "_depth": 0, "_known": None}
 
     def _enter(self, module: nn.Module, args: Any) -> None:  # methods: a copy of the model has those of its own gates
         self._depth += 1
@@ -240,7 +243,13 @@ class Gates(nn.Module):
         return Costs(curves, "")
 
     def _gone(self) -> list[np.ndarray]:
-        """Which channel sets the plan removes, for each group that has gates."""
+        """Which channel sets the plan removes, for each group that has gates; worked out anew where scores have changed."""
+        versions = tuple(scores._version for scores in self.scores)
+        if self._known is None or self._known[0] != versions:
+            self._known = versions, self._planned()
+        return self._known[1]
+
+    def _planned(self) -> list[np.ndarray]:
         with torch.no_grad():
             chances = [self._kind.chances(scores).double().cpu().numpy() for scores in self.scores]
         fixed = self._fixed
