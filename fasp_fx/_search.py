@@ -7,12 +7,11 @@ from abc import ABC, abstractmethod
 from bisect import bisect_left
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
-if TYPE_CHECKING:
-    from .allocation import Budget
+from ._limits import Budget
 
 #: at most so many pairs of groups exchange steps at once
 PAIRS = 3
