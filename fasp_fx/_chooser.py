@@ -282,11 +282,9 @@ class Chooser:
         analysis = consumers.analysis
         part, blend = self.config.drift_part, self.config.blend
         own = () if batches is None else self.ranks.own(len(batches))
-        runners = (
-            [Runner(analysis.program, [batches[index] for index in own], numbers=own, returns=False) for _ in range(2 if part or blend else 1)]
-            if batches
-            else []
-        )
+        given = [] if batches is None else [batches[index] for index in own]
+        count = 0 if batches is None else 2 if part or blend else 1
+        runners = [Runner(analysis.program, given, numbers=own, returns=False) for _ in range(count)]
         marks = None if batches is None else Marks(analysis.program, batches, self.config.padding_mask, hold_out=self._restore is not None)
         with torch.no_grad(), drawing_alike(analysis.program):
             observer = Observer(consumers, lost, self._score, self._restore, self.config.propagate, self._precision(analysis.program), self.ranks, journal)
