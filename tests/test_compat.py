@@ -126,6 +126,17 @@ def test_new_guards_are_refused_each_time_they_are_asked_for() -> None:
     assert _compat.int_oo > 10**30
 
 
+def test_whether_autograd_runs_backward() -> None:
+    from fasp_fx._compat import is_backward
+
+    seen = []
+    x = torch.ones(2, requires_grad=True)
+    x.register_hook(lambda gradient: seen.append(is_backward()))
+    x.sum().backward()
+    assert seen == [True]
+    assert not is_backward()
+
+
 def test_operators() -> None:
     assert isinstance(ATEN.relu.default, _compat.OpOverload)
     assert isinstance(torch.ops.higher_order.cond, _compat.HigherOrderOperator)

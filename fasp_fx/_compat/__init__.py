@@ -6,6 +6,7 @@ The modules that import much (``_dynamo``, ``_serde``, ``_transformers``) are im
 
 from torch.utils import _pytree as pytree
 
+from ._autograd import is_backward
 from ._fake import (
     FAKE_LOGGER,
     DataDependentOutputException,
@@ -38,6 +39,7 @@ __all__ = [
     "enable_python_dispatcher",
     "free_unbacked_symbols",
     "int_oo",
+    "is_backward",
     "is_composite",
     "is_of_fake_cache",
     "pytree",

@@ -13,6 +13,7 @@ from torch.nn.utils import parametrize
 
 from .. import plan as plans
 from .._chooser import Chooser
+from .._compat import is_backward
 from .._observe._visit import Decision
 from .._program import Program
 from .._prune import make_plan
@@ -98,7 +99,7 @@ class Gates(nn.Module):
 
     def _enter(self, module: nn.Module, args: Any) -> None:  # methods: a copy of the model has those of its own gates
         self._depth += 1
-        if self._depth == 1 and not _is_backward():
+        if self._depth == 1 and not is_backward():
             self.draw()
 
     def _leave(self, module: nn.Module, args: Any, output: Any) -> None:
@@ -128,7 +129,7 @@ class Gates(nn.Module):
         Raises:
             ArgumentError: gradient checkpointing computes one of several calls anew, and whose gates it wants cannot be told.
         """
-        if not _is_backward():
+        if not is_backward():
             if self._trained != self._model[0].training:
                 self.draw()
         elif len(self._open) > 1:
@@ -273,11 +274,6 @@ class Gates(nn.Module):
 
 def _close(open_draws: set[int], number: int, gradient: Tensor) -> None:
     open_draws.discard(number)
-
-
-def _is_backward() -> bool:
-    """Whether autograd runs backward, as where it computes a checkpointed part anew."""
-    return int(torch._C._current_graph_task_id()) != -1
 
 
 def _members(group: Group) -> np.ndarray[Any, Any]:
