@@ -14,8 +14,9 @@ from torch import Tensor, fx
 from ._compat import OpOverload, pytree
 from ._counting import Size
 from ._device import device_of
+from ._observe._runner import Runner
 from ._program import Program
-from .channels import arguments, attribute, is_dynamic
+from .channels import arguments, is_dynamic
 from .errors import BudgetError
 from .latency import GRID, LatencyTable
 from .resources import Resource, ShrinkingSizes
@@ -94,32 +95,22 @@ class _Walk:
     def __init__(self, analysis: Analysis, table: LatencyTable, device: torch.device, units: dict[tuple[str, tuple[Size, ...]], _Unit]) -> None:
         self.program, self.table, self.device, self.units = analysis.program, table, device, units
         self.sizes = ShrinkingSizes(analysis)
-        self.values: dict[fx.Node, Any] = {}
+        self.inputs = _one_sample(self.program)
+        self.runner = Runner(self.program, [self.inputs])
 
     @torch.no_grad()
     def run(self) -> float:
         """Fill the units; the seconds of the whole pass."""
-        nodes = list(self.program.module.graph.nodes)
-        last = {argument: node for node in nodes for argument in node.all_input_nodes}
-        inputs = _one_sample(self.program)
-        placeholders = iter(inputs)
-        for node in nodes:
-            if node.op == "placeholder":
-                self.values[node] = next(placeholders)
-            elif node.op == "call_function":
-                args, kwargs = fx.map_arg((node.args, dict(node.kwargs)), self._value)
-                self.values[node] = node.target(*args, **kwargs)
-                if isinstance(node.target, OpOverload) and not any(result.alias_info is not None for result in node.target._schema.returns):
-                    self._time(node)  # views take next to no time
-            for argument in node.all_input_nodes:
-                if last[argument] is node:
-                    self.values.pop(argument, None)
-        said = f"{self.program.module.code} {[tuple(leaf.shape) if isinstance(leaf, Tensor) else leaf for leaf in inputs]} {_shapes(self.program)}"
+        for index, node in enumerate(self.runner.nodes):
+            if isinstance(node.target, OpOverload) and not any(result.alias_info is not None for result in node.target._schema.returns):
+                self.runner.advance(index)
+                self._time(node)  # views take next to no time
+        said = f"{self.program.module.code} {[tuple(leaf.shape) if isinstance(leaf, Tensor) else leaf for leaf in self.inputs]} {_shapes(self.program)}"
         key = f"pass {hashlib.sha256(said.encode()).hexdigest()}"
-        return float(self.table.entry(key, lambda: ([], np.asarray(self.table.time(lambda: self.program.module(*inputs), self.device))))[1])
+        return float(self.table.entry(key, lambda: ([], np.asarray(self.table.time(lambda: self.program.module(*self.inputs), self.device))))[1])
 
     def _value(self, node: fx.Node) -> Any:
-        return attribute(self.program.module, str(node.target)) if node.op == "get_attr" else self.values[node]
+        return next(self.runner.read(node))
 
     def _time(self, node: fx.Node) -> None:
         operands = {argument: value for argument in node.all_input_nodes if isinstance(value := self._value(argument), Tensor)}
@@ -160,7 +151,7 @@ class _Walk:
                 for place, dim in places:
                     narrow[place] = narrow[place].narrow(dim, 0, max(round(narrow[place].shape[dim] * own[at]), 1))
             found = dict(zip(operands, (value.contiguous() for value in narrow), strict=True))
-            named = dict(fx.map_arg(arguments(node), lambda argument, found=found: found.get(argument, self.values.get(argument))))  # type: ignore[misc]
+            named = dict(fx.map_arg(arguments(node), lambda argument, found=found: found[argument] if argument in found else self._value(argument)))  # type: ignore[misc]
             _fit(str(node.target), named)
             try:
                 seconds[index] = self.table.time(lambda named=named: node.target(**named), self.device)  # type: ignore[misc, operator]

@@ -6,7 +6,7 @@ import difflib
 import operator
 import time
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import fields, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal, Unpack
@@ -283,11 +283,10 @@ def _restoring(config: PruningConfig | None, options: PruningOptions, plan: Prun
     Raises:
         ArgumentError: something else was asked for, or there are no data to do it with.
     """
-    asked, usual = PruningConfig.of(config, options), PruningConfig()
-    others = sorted(f.name for f in fields(usual) if f.name not in _RESTORING and getattr(asked, f.name) != getattr(usual, f.name))
-    if others:
+    asked = PruningConfig.of(config, options)
+    if others := asked.beyond(_RESTORING):
         raise ArgumentError(f"the plan says what goes, so that {others[0]}= has nothing to say; leave it out")
-    if not has_data and asked != usual:
+    if not has_data and asked.beyond(()):
         raise ArgumentError("nothing is restored without data; give calibration=, or leave out how to")
     return replace(asked, granularity=plan.granularity, include=plan.include)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal, TypedDict
 
@@ -194,6 +194,11 @@ class PruningConfig:
         if self.drift is not None:
             return self.drift
         return 0.3 if self.quality == "best" and self.propagate and self.restore is not None else 0.0
+
+    def beyond(self, names: Collection[str]) -> list[str]:
+        """The options besides these that are not as usual, in alphabetical order."""
+        usual = PruningConfig()
+        return sorted(field.name for field in fields(self) if field.name not in names and getattr(self, field.name) != getattr(usual, field.name))
 
     @property
     def window(self) -> Window | None:

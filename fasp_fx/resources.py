@@ -42,7 +42,17 @@ class Resource(ABC):
         return self.removed([most_lost(group, round_to) * group.blocks for group in self.groups])
 
 
-class Sparsity(Resource):
+class InProducts(Resource):
+    """A resource that is a sum of products of sizes."""
+
+    _left: Products
+
+    def expected(self, lost: Sequence[Tensor]) -> Tensor:
+        """The fraction that goes where groups lose parts of channel sets, with a gradient."""
+        return 1 - self._left.expected(lost) / self.whole
+
+
+class Sparsity(InProducts):
     """The weights of linear, convolution and recurrent operators that a prunable, exempt or included group touches, each counted once and whole.
 
     The fraction of them that goes is the sparsity.
@@ -61,12 +71,8 @@ class Sparsity(Resource):
     def used(self, lost: Sequence[int]) -> float:
         return self._left.total(lost)
 
-    def expected(self, lost: Sequence[Tensor]) -> Tensor:
-        """The fraction that goes where groups lose parts of channel sets, with a gradient."""
-        return 1 - self._left.expected(lost) / self.whole
 
-
-class Counted(Resource):
+class Counted(InProducts):
     """A count in whole numbers.
 
     Args:
@@ -82,10 +88,6 @@ class Counted(Resource):
 
     def used(self, lost: Sequence[int]) -> int:
         return self._left.count(lost)
-
-    def expected(self, lost: Sequence[Tensor]) -> Tensor:
-        """The fraction that goes where groups lose parts of channel sets, with a gradient."""
-        return 1 - self._left.expected(lost) / self.whole
 
 
 def most_lost(group: Group, round_to: int) -> int:

@@ -61,6 +61,8 @@ class Reconstruction:
         self.masks = self._masks()
         self.errors: list[tuple[float, float]] = []
         self.left: dict[str, int] = {}
+        self._groups = decided(self.analysis, decision)
+        self._unread = {product.node for group in self._groups if not group.uses for product in consumers.products.of(group)}
 
     def run(self, batches: list[list[Any]], marks: Marks, progress: Callable[[float], None]) -> None:
         """Train every window on all batches.
@@ -68,8 +70,7 @@ class Reconstruction:
         Raises:
             CalibrationError: a batch does not run through the program.
         """
-        groups = [group for group in decided(self.analysis, self.decision) if group.uses]
-        windows, before = find_windows(self.analysis, groups), marks.remark() if marks.unmatched else None
+        windows, before = find_windows(self.analysis, [group for group in self._groups if group.uses]), marks.remark() if marks.unmatched else None
         if not windows:
             self.decision.notes.append("no window of the program loses channels, so that nothing was trained")
             return
@@ -90,7 +91,8 @@ class Reconstruction:
             dense.advance(window.stop)
         live, reason = runner.live(), self._refused(window, runner)
         if reason is None:
-            given = [self._given(window, runner, dense, marks, number, live) for number in range(len(live))]
+            wholes = [None] * len(live) if dense is None else list(dense.read(window.output))
+            given = [self._given(window, runner, marks, number, one, whole) for number, (one, whole) in enumerate(zip(live, wholes, strict=True))]
             trained = _Training(window, runner, live, given, self.options, {name: self.masks.get(name) for name in window.weights}).run()
             self.errors.append((trained.before, trained.after))
             if trained.weights:
@@ -111,19 +113,16 @@ class Reconstruction:
             return "its weights are read elsewhere as well"
         if any(written_by(node) for node in inside):
             return "it writes into tensors"
-        nodes = set(inside)
-        mended = [product for group in decided(self.analysis, self.decision) if not group.uses for product in self.consumers.products.of(group)]
-        if any(product.node in nodes for product in mended):
+        if self._unread & set(inside):
             return "channels go that no weight reads"
         return None
 
-    def _given(self, window: Window, runner: Runner, dense: Runner | None, marks: Marks, number: int, live: list[dict[fx.Node, Any]]) -> _Batch:
-        """What a batch is to give, and which of it is for what."""
+    def _given(self, window: Window, runner: Runner, marks: Marks, number: int, live: dict[fx.Node, Any], whole: Tensor | None) -> _Batch:
+        """What a batch is to give, and which of it is for what; ``whole`` is what the dense model gives in all, where that counts."""
         with torch.no_grad():
-            target: Tensor = runner.again(number, live[number], window.start, window.output, window.stop, {})
-            if dense is not None:
-                whole = next(value for index, value in enumerate(dense.read(window.output)) if index == number)
-                target = torch.lerp(target, whole, self.part) if whole.shape == target.shape else target
+            target: Tensor = runner.again(number, live, window.start, window.output, window.stop, {})
+            if whole is not None and whole.shape == target.shape:
+                target = torch.lerp(target, whole, self.part)
         kinds = marks.of(runner.numbers[number], window.output, target, _token_dims(window.output)).expand(target.shape)
         return _Batch(number, target, kinds == FITTED, kinds == HELD)
 

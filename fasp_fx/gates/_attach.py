@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import fields, replace
+from dataclasses import replace
 from typing import Any, Unpack
 
 from torch import nn
@@ -97,9 +97,7 @@ def _asked(config: PruningConfig) -> PruningConfig:
     Raises:
         ArgumentError: an option has nothing to say here, or a closed gate would not be the channel's removal.
     """
-    usual = PruningConfig()
-    others = sorted(field.name for field in fields(usual) if field.name not in _SAID and getattr(config, field.name) != getattr(usual, field.name))
-    if others:
+    if others := config.beyond(_SAID):
         raise ArgumentError(f"{others[0]}= has nothing to say where gates are trained; leave it out")
     if "expert" in config.granularity:
         raise ArgumentError("an expert whose gates are closed is chosen all the same, so experts have no gates; leave 'expert' out of granularity=")

@@ -24,7 +24,7 @@ from ..costs import CostCurve, Costs
 from ..errors import ArgumentError, SparsityError
 from ..groups import Group
 from ..plan import PruningPlan
-from ..resources import Counted, Sparsity
+from ..resources import InProducts
 from ._kinds import Kind
 
 #: stands for the chance of what has no gate, so that it goes last
@@ -147,7 +147,7 @@ class Gates(nn.Module):
         lost = [(1 - chances[group.name]).sum() if group.name in chances else zero for group in self._fixed.budget.groups]
         found = []
         for limit in self._fixed.budget.limits:
-            if not isinstance(limit.resource, (Sparsity, Counted)):
+            if not isinstance(limit.resource, InProducts):
                 raise ArgumentError(f"{type(limit.resource).__name__} counts whole channel sets alone, so nothing can be expected of it; use kind=Projected()")
             found.append(limit.resource.expected(lost))
         return torch.stack(found)
