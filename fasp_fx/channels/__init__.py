@@ -8,7 +8,7 @@ from ._facts import Facts, Layout, Product, Remark, Use
 from ._fx import arguments, attribute, results, set_argument, target_name, viewed, way_from_weight, written_by, written_names
 from ._interpreter import Interpreter, Walk
 from ._moves import run_on_numbers
-from ._numbering import Numbering, Slot
+from ._numbering import Numbering, Slot, laid_by_block
 from ._repeating import Repeating, repeating
 from ._sizes import is_dynamic
 from ._value import NONE, Axis, Value
@@ -32,6 +32,7 @@ __all__ = [
     "arguments",
     "attribute",
     "is_dynamic",
+    "laid_by_block",
     "repeating",
     "results",
     "run_on_numbers",

@@ -34,7 +34,7 @@ from ._fx import arguments, attribute, elements, results, target_name, written_n
 from ._letters import Relation, result_shapes_ok
 from ._moves import move
 from ._named import keep_numbered, name_results, tallied
-from ._numbering import Numbering
+from ._numbering import Numbering, laid_by_block
 from ._sizes import Sizes, is_dynamic
 from ._value import Axis, Value, counted_by
 
@@ -164,9 +164,7 @@ class Interpreter:
         assert slot.block_dim is not None
         if shape[slot.block_dim] % given.shape[0]:
             raise VerificationError(f"dimension {slot.block_dim} of '{name}' is {shape[slot.block_dim]}, not a multiple of its {given.shape[0]} blocks")
-        laid = given.repeat_interleave(shape[slot.block_dim] // given.shape[0], 0)
-        laid = laid if slot.block_dim < dim else laid.T
-        return laid.reshape([size if d in (dim, slot.block_dim) else 1 for d, size in enumerate(shape)])
+        return laid_by_block(given, dim, slot.block_dim, shape)
 
     def _placeholder(self, node: fx.Node, walk: Walk, small: bool) -> None:
         recorded = node.meta.get("val")

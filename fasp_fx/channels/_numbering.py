@@ -93,3 +93,15 @@ class Numbering:
     def slot_of(self, number: int) -> Slot:
         """The slot that one number belongs to."""
         return self.slots[int(self.slot_ids(np.array([number]))[0])]
+
+
+def laid_by_block(values: Tensor, dim: int, block_dim: int, shape: tuple[int, ...]) -> Tensor:
+    """Values for the channels of each block, laid along a weight: along ``dim``, and as the blocks divide ``block_dim``; of size 1 along all else.
+
+    Args:
+        values: shape ``[blocks, channels of a block]``.
+        shape: that of the weight.
+    """
+    laid = values.repeat_interleave(shape[block_dim] // values.shape[0], 0)
+    laid = laid if block_dim < dim else laid.T
+    return laid.reshape([size if own in (dim, block_dim) else 1 for own, size in enumerate(shape)])

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
+from ..channels import laid_by_block
 from ..groups import Member
 
 if TYPE_CHECKING:
@@ -43,13 +44,9 @@ class Scaled(nn.Module):
 
 def _along(factors: Tensor, member: Member, shape: torch.Size) -> Tensor:
     """Factors of a member's indices, laid along the weight that they are for."""
-    sizes = [1] * len(shape)
-    sizes[member.dim] = shape[member.dim]
     if member.block_dim is None:
-        return factors.reshape(sizes)
-    sizes[member.block_dim] = shape[member.block_dim]
-    by_position = factors.reshape(member.blocks, -1).repeat_interleave(shape[member.block_dim] // member.blocks, 0)
-    return (by_position if member.block_dim < member.dim else by_position.T).reshape(sizes)
+        return factors.reshape([-1 if dim == member.dim else 1 for dim in range(len(shape))])
+    return laid_by_block(factors.reshape(member.blocks, -1), member.dim, member.block_dim, shape)
 
 
 __all__ = ["Scaled"]
