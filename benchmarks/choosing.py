@@ -33,6 +33,11 @@ WORDS: dict[str, dict[str, Any]] = {"exempt": {"include": ("exempt",)}, "heads":
 Measure = Callable[[Any], dict[str, float]]
 
 
+def cached(module: torch.nn.Module) -> int:
+    """Bytes of a Llama's key-value cache per token of one sequence: what its key and value projections give."""
+    return sum(weight.shape[0] * weight.itemsize for name, weight in module.named_parameters() if name.endswith(("k_proj.weight", "v_proj.weight")))
+
+
 def language(options: argparse.Namespace) -> tuple[Any, dict[str, Any], list[Any], Measure, dict[str, Any]]:
     """SmolLM2: model, example, calibration, what is measured, and options of its own."""
     model, tokenizer = smollm2(options.device)
@@ -40,7 +45,7 @@ def language(options: argparse.Namespace) -> tuple[Any, dict[str, Any], list[Any
     batches = [{"input_ids": row[None]} for row in data[:CALIBRATION]]
 
     def measure(module: Any) -> dict[str, float]:
-        found = {"perplexity": perplexity(module, data[EVALUATION][: options.evaluation])}
+        found: dict[str, float] = {"perplexity": perplexity(module, data[EVALUATION][: options.evaluation]), "cache": cached(module)}
         for score in tasks(module, tokenizer, options.tasks, limit=options.limit) if options.tasks else ():
             found[score.task] = score.value
         return found

@@ -15,7 +15,8 @@ from ._compile._backend import backend
 from ._measure import measure
 from ._offload._context import keep_weights, offload
 from ._page import to_html
-from ._prune import analyze, apply, plan_from_sets, prune
+from ._plan_from_sets import plan_from_sets
+from ._prune import analyze, apply, prune
 from ._result import Result
 from ._version import __version__ as __version__
 from .analysis import Analysis

@@ -1,50 +1,34 @@
-"""The main job: capture, analyse, observe, choose, restore, rewrite."""
+"""The main job, of a model or of what was captured of one: analyse it, prune it, carry a plan out on it."""
 
 from __future__ import annotations
 
-import difflib
-import operator
-import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
-from typing import Any, Literal, Unpack
+from typing import Any, Unpack
 
-import numpy as np
 import torch
 import torch.distributed as dist
 
 from . import plan as plans
-from ._capture import capture as capture_program
 from ._captured import Captured, Model, program_of
 from ._chooser import Chooser
-from ._exactness import carry_out
 from ._observe._calibration import check_calibration, read_batches
 from ._observe._consumers import Consumers
 from ._observe._planned import Planned
 from ._observe._ranks import Ranks
 from ._observe._visit import Decision
-from ._parts._prune import PARTIAL_LOSSES, Stages, analyze_in_parts, apply_in_parts, check_parts_help, prune_in_parts
-from ._program import Program
+from ._parts._prune import PARTIAL_LOSSES, analyze_in_parts, apply_in_parts, check_parts_help, prune_in_parts
+from ._pipeline import Timings, analyze_for, decide, rewrite
 from ._result import Result
-from ._store._journal import open_journal
-from ._store._search_state import open_search
 from ._undisturbed import check_default_device, in_usual_modes, one_at_a_time
-from .allocation import CostAllocation, TrialAllocation
-from .analysis import Analysis, analyze_program
+from .allocation import TrialAllocation
+from .analysis import Analysis
 from .config import PruningConfig, PruningOptions
-from .costs import Costs, check_costs
-from .errors import ArgumentError, CaptureError, PlanError
-from .passes import split_fused
+from .costs import Costs
+from .errors import ArgumentError, CaptureError
 from .plan import PruningPlan
-from .report import cache_bytes, make_report
-from .resources import Sparsity
 
-#: the part of the progress shown that measuring costs takes, where they are measured
-MEASURING = 0.35
-#: the part of the rest that a search takes
-SEARCHING = 0.6
 #: the options that say how what stays is restored, and not what goes
 _RESTORING = ("restore", "drift", "blend", "padding_mask", "precision")
 
@@ -81,8 +65,8 @@ def analyze(
         program = program_of(model, args, kwargs, dynamic_shapes=dynamic_shapes, state=state, device=None, run=False)
     except CaptureError as error:
         check_parts_help(error, model, dynamic_shapes=dynamic_shapes, state=state)
-        return analyze_in_parts(error, model, args, kwargs, _stages(config))
-    return analyze_program(program, split_fused, config.granularity, config.include)
+        return analyze_in_parts(error, model, args, kwargs, config)
+    return analyze_for(program, config)
 
 
 @one_at_a_time
@@ -150,78 +134,16 @@ def prune(
             model,
             args,
             kwargs,
-            _stages(config),
             Chooser(config, ranks=ranks),
             calibration=calibration,
             device=device,
             progress=progress or (lambda fraction: None),
             on_analysis=on_analysis,
         )
-    analysis, decision = choose(
+    analysis, decision = decide(
         program, config, calibration, device=device, progress=progress, on_analysis=on_analysis, costs=costs, ranks=ranks, checkpoint=checkpoint, clock=clock
     )
     return rewrite(program, analysis, decision, config, clock)
-
-
-def choose(
-    program: Program,
-    config: PruningConfig,
-    calibration: Iterable[Any] | None,
-    *,
-    device: torch.device | str | None = None,
-    progress: Callable[[float], None] | None = None,
-    on_analysis: Callable[[Analysis], None] | None = None,
-    costs: Costs | None = None,
-    loss: Literal["outputs", "next-token"] = "outputs",
-    ranks: Ranks,
-    checkpoint: str | Path | None,
-    clock: Timings,
-) -> tuple[Analysis, Decision]:
-    """Analyse a captured program, calibrate it and choose what goes; see :func:`prune`.
-
-    Args:
-        loss: what ``loss="auto"`` stands for.
-        ranks: the processes that share the batches.
-        checkpoint: as for :func:`prune`.
-    """
-    _check_weights(program)
-    if costs is not None:
-        check_costs(costs, plans.program_fingerprint(program), config.score_name)
-        if not isinstance(config.allocator, CostAllocation):
-            raise ArgumentError("costs= is for an allocation by predicted losses, and this one is uniform; leave it out, or pass allocation='global'")
-    clock.lap("capture")
-    analysis = analyze_program(program, split_fused, config.granularity, config.include)
-    chooser, consumers = Chooser(config, loss, ranks), Consumers(analysis, config.restore is not None)
-    budget = chooser.budget(analysis)
-    chooser.check(budget, analysis.groups, costs)
-    clock.lap("analysis")
-    if on_analysis is not None:
-        on_analysis(analysis)
-    advance = progress or (lambda fraction: None)
-    batches = read_batches(program, calibration, None if device is None else torch.device(device)) if config.needs_data else None
-    ranks.check_alike(plans.program_fingerprint(program), batches or (), config)
-    share, state = 0.0, None
-    where = None if checkpoint is None or batches is None or ranks.rank else Path(checkpoint).absolute()
-    if where is not None and chooser.tries:
-        state = open_search(where, plans.program_fingerprint(program), config, batches or (), ranks.size)
-    if batches is not None and chooser.measures:
-        share = MEASURING
-        costs = chooser.measure(consumers, batches, plans.program_fingerprint(program), lambda fraction: advance(share * fraction), costs)
-        clock.lap("measuring")
-    done = share + SEARCHING * (1 - share) if chooser.tries else share
-    lost = chooser.allocate(budget, analysis.groups, costs, lambda fraction: advance(share + (done - share) * fraction), state)
-    if chooser.tries:
-        clock.lap("searching")
-    journal = None if where is None else open_journal(where, plans.program_fingerprint(program), config, lost, batches or (), ranks.size)
-    decision = chooser.choose(consumers, lost, batches, lambda fraction: advance(done + (1 - done) * fraction), journal)
-    decision.notes.extend(chooser.notes)
-    if costs is not None and chooser.needs_costs:
-        rise = costs.predicted(dict(zip((group.name for group in budget.groups), lost, strict=True)))
-        decision.notes.append(f"predicted rise of {chooser.said_loss}: {rise:.3g}")
-    if not any(lost):
-        decision.notes.append("nothing goes: what was asked for is less than half a step of any group; ask for more, or for a smaller round_to")
-    clock.lap("calibration")
-    return analysis, decision
 
 
 @one_at_a_time
@@ -261,10 +183,10 @@ def apply(
         program = program_of(model, args, kwargs, dynamic_shapes=dynamic_shapes, state=state, device=None)
     except CaptureError as error:
         check_parts_help(error, model, dynamic_shapes=dynamic_shapes, state=state, calibration=calibration is not None)
-        return apply_in_parts(error, model, plan, args, kwargs, _stages(config), lambda found: plans.check_fingerprint(plan, found))
+        return apply_in_parts(error, model, plan, args, kwargs, config)
     plans.check_fingerprint(plan, plans.program_fingerprint(program))
     clock.lap("capture")
-    analysis = analyze_program(program, split_fused, plan.granularity, plan.include)
+    analysis = analyze_for(program, plan)
     gone = plans.gone_of(plan, analysis)
     clock.lap("analysis")
     if calibration is None:
@@ -291,104 +213,4 @@ def _restoring(config: PruningConfig | None, options: PruningOptions, plan: Prun
     return replace(asked, granularity=plan.granularity, include=plan.include)
 
 
-class Timings:
-    """Seconds between laps, by name."""
-
-    def __init__(self) -> None:
-        self.seconds: dict[str, float] = {}
-        self._last = time.perf_counter()
-
-    def lap(self, name: str) -> None:
-        now = time.perf_counter()
-        self.seconds[name] = now - self._last
-        self._last = now
-
-
-def _stages(config: PruningConfig) -> Stages:
-    """What each part goes through where a model is pruned by its submodules."""
-    return Stages(
-        partial(capture_program, image_sizes=True, own_defaults=True),  # a part can be called with features of many sizes
-        lambda program: analyze_program(program, split_fused, config.granularity, config.include),
-        lambda program, analysis, decision: rewrite(program, analysis, decision, None, Timings()),
-    )
-
-
-def _check_weights(program: Program) -> None:
-    for name, tensor in program.weights().items():
-        if tensor.device.type == "meta":
-            raise ArgumentError(f"'{name}' is on the meta device and has no values; analyze() works without weights, prune() needs them")
-
-
-def make_plan(program: Program, analysis: Analysis, decision: Decision) -> PruningPlan:
-    """What was decided, as data; its result is not known yet."""
-    entries = plans.planned(analysis.chosen, decision.gone, analysis)
-    groups = tuple(entry for entry in entries if entry.removed_sets)
-    return PruningPlan(
-        plans.program_fingerprint(program),
-        groups,
-        Sparsity(analysis).removed([entry.removed_sets for entry in entries]),
-        tuple(plans.SplitWeight(name, part.name, part.dim, part.rows) for name, part in analysis.program.parts.items()) if groups else (),
-        granularity=tuple(sorted(analysis.granularity)),
-        include=tuple(sorted(analysis.include)),
-        folds=program.folds,
-        copies=analysis.program.copies if groups else (),
-    )
-
-
-def _index(position: object) -> int:
-    try:
-        return operator.index(position)  # type: ignore[arg-type]
-    except TypeError as error:
-        raise PlanError(f"{position!r} is the number of no channel set; give integers, counted from zero") from error
-
-
-def plan_from_sets(
-    captured: Captured, removed: Mapping[str, Iterable[int]], *, granularity: Iterable[str] = ("channel",), include: Iterable[str] = ()
-) -> PruningPlan:
-    """The plan that removes given channel sets, however they were chosen; :func:`apply` carries it out.
-
-    Args:
-        captured: what :func:`fasp_fx.capture` returned.
-        removed: for groups by their names, which channel sets go, counted from zero (``Member.sets`` says which set an index of a weight belongs to).
-        granularity, include: as for :func:`analyze`, which gives the groups.
-
-    Raises:
-        PlanError: a group is not known or cannot be pruned, or a set is not there; or the blocks of a group would lose unequal counts, or too many.
-    """
-    config = PruningConfig(granularity=granularity, include=include)
-    analysis = analyze_program(captured.checked(), split_fused, config.granularity, config.include)
-    groups = {group.name: group for group in analysis.chosen}
-    gone = np.zeros(int(analysis.labels.max(initial=-1)) + 1, dtype=bool)
-    for name, positions in removed.items():
-        if name not in groups:
-            near = difflib.get_close_matches(name, groups, 1)
-            raise PlanError(f"'{name}' is no group that can be pruned{f'; did you mean {near[0]!r}?' if near else ''}; analyze(...).groups has their names")
-        group, wanted = groups[name], np.unique(np.fromiter(map(_index, positions), dtype=np.int64))
-        if len(wanted) and not (wanted[0] >= 0 and wanted[-1] < group.size):
-            raise PlanError(f"'{name}' has the channel sets 0 to {group.size - 1}, not {wanted[0] if wanted[0] < 0 else wanted[-1]}")
-        lost = {int(block): int((group.block_of[wanted] == block).sum()) for block in np.unique(group.block_of)}
-        if len(set(lost.values())) > 1:
-            raise PlanError(f"the {group.blocks} blocks of '{name}' must lose equally many channel sets, not {', '.join(map(str, lost.values()))}")
-        if group.width - max(lost.values()) < group.needed:
-            raise PlanError(f"'{name}' keeps at least {group.needed} of the {group.width} channel sets of a block; remove fewer")
-        gone[group.sets[wanted]] = True
-    return make_plan(captured.program, analysis, Decision(gone[analysis.labels]))
-
-
-def rewrite(program: Program, analysis: Analysis, decision: Decision, config: PruningConfig | None, clock: Timings, whole: bool = False) -> Result:
-    """Take out of a program what was decided for its analysis, hold the result against the masked dense program, and report it.
-
-    Args:
-        config: what was asked for; ``None`` where a plan is replayed, or for a part of a model.
-        whole: raise where not all of what was decided holds, rather than leave some groups whole.
-
-    Raises:
-        VerificationError: nothing of what was decided holds.
-    """
-    held = carry_out(program, analysis, decision, clock.lap, whole)
-    plan = make_plan(program, analysis, held.decision)
-    plan = replace(plan, result=plans.fingerprint(dict(held.module.named_parameters(remove_duplicate=False))))
-    report = make_report(analysis, plan, held.decision, program.parameters(), dict(held.module.named_parameters()), config, clock.seconds, held.left)
-    cache = cache_bytes(program.module.graph, held.module.graph, program.state_outputs)
-    report = replace(report, cache=cache, notes=(*report.notes, *held.notes))
-    return Result(held.module, held.exported, plan, report, held.rewritten.signature)
+__all__ = ["analyze", "apply", "prune"]

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
-from fasp_fx import _captured, _prune
+from fasp_fx import _captured
+from fasp_fx._parts import _submodules
 from fasp_fx._program import Program
 
 Capture = Callable[..., Program]
@@ -136,7 +137,7 @@ def equal_captures() -> Iterator[None]:
 
     Each is handed out over the weights of the model that is asked for.
     """
-    modules: tuple[Any, ...] = (_captured, _prune)
+    modules: tuple[Any, ...] = (_captured, _submodules)
     originals = [module.capture_program for module in modules]
     for module, original in zip(modules, originals, strict=True):
         module.capture_program = _once(original)

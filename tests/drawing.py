@@ -25,7 +25,7 @@ from hypothesis import strategies as st
 
 import fasp_fx
 from fasp_fx._observe._visit import Decision
-from fasp_fx._prune import make_plan
+from fasp_fx._pipeline import make_plan
 from fasp_fx.passes import Prune
 from fasp_fx.testing import build, example, programs
 from fasp_fx.testing._case import Case

@@ -18,7 +18,7 @@ from torch.utils import _pytree as pytree
 
 from fasp_fx._capture import capture
 from fasp_fx._observe._visit import Decision
-from fasp_fx._prune import make_plan
+from fasp_fx._pipeline import make_plan
 from fasp_fx.analysis import Analysis, analyze_program
 from fasp_fx.passes import Prune, split_fused
 

@@ -27,7 +27,7 @@ import fasp_fx
 from fasp_fx._cli._amounts import read_amount
 from fasp_fx._macs import macs_of
 from fasp_fx._observe._visit import Decision
-from fasp_fx._prune import make_plan
+from fasp_fx._pipeline import make_plan
 from fasp_fx.allocation import Budget, Ceiling, CostAllocation, Global, uniform
 from fasp_fx.budgets import Bytes, CacheBytes, Cap, Macs, Parameters
 from fasp_fx.cli import app

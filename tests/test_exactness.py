@@ -17,7 +17,6 @@ from torch.nn import functional as F
 from zoo import ZOO
 
 import fasp_fx
-import fasp_fx._prune
 import fasp_fx.passes._run
 import fasp_fx.passes._verify
 import fasp_fx.passes.remove_channels
@@ -25,7 +24,7 @@ from fasp_fx._cli._console import session
 from fasp_fx._exactness import _compare, _held
 from fasp_fx._exactness._blame import sound_part
 from fasp_fx._observe._visit import Decision
-from fasp_fx._prune import make_plan
+from fasp_fx._pipeline import make_plan
 from fasp_fx.channels import Interpreter
 from fasp_fx.testing import Masked
 

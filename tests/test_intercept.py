@@ -129,15 +129,14 @@ def test_without_restoration_biases_stay_as_they_are() -> None:
 
 def test_a_group_that_stays_whole_after_all_keeps_its_bias() -> None:
     from fasp_fx._exactness import restricted
-    from fasp_fx._observe._ranks import Ranks
     from fasp_fx._observe._visit import decided
-    from fasp_fx._prune import Timings, choose
+    from fasp_fx._pipeline import decide
     from fasp_fx.config import PruningConfig
 
     batches = data(6)
     program = fasp_fx.capture(Constants().eval(), (batches[0],)).program
     config = PruningConfig(sparsity=0.5)
-    analysis, decision = choose(program, config, batches, ranks=Ranks(), checkpoint=None, clock=Timings())
+    analysis, decision = decide(program, config, batches)
     assert decision.weights.keys() == {"down.weight", "down.bias"}
     (group,) = decided(analysis, decision)
     assert restricted(analysis, decision, [group]).weights.keys() == {"down.weight", "down.bias"}

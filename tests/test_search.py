@@ -28,10 +28,9 @@ import fasp_fx.hf
 from fasp_fx._chooser import Chooser
 from fasp_fx._observe._consumers import Consumers
 from fasp_fx._observe._fitness import Divergence
-from fasp_fx._observe._ranks import Ranks
 from fasp_fx._observe._trial import ModelTrial
 from fasp_fx._observe._visit import Decision
-from fasp_fx._prune import MEASURING, Timings, choose
+from fasp_fx._pipeline import MEASURING, decide
 from fasp_fx._search import Exchanges, evolve, passes
 from fasp_fx.allocation import Budget, Ceiling, Global, Search, Target, Trial, _counts, deepest_loss, uniform
 from fasp_fx.budgets import Macs, Parameters
@@ -361,8 +360,8 @@ def chosen(checkpoint: Path | None = None, progress: Any = None, costs: Any = No
     """What goes, without taking it out, which takes longest."""
     config = fasp_fx.PruningConfig(**{**HOW, **options})
     data = batches(count) if calibration is None else calibration
-    how: dict[str, Any] = {"progress": progress, "costs": costs, "ranks": Ranks(), "checkpoint": checkpoint, "clock": Timings()}
-    return choose(captured().program, config, data, **how)[1]
+    how: dict[str, Any] = {"progress": progress, "costs": costs, "checkpoint": checkpoint}
+    return decide(captured().program, config, data, **how)[1]
 
 
 def removed(decision: Decision) -> dict[str, int]:

@@ -201,14 +201,13 @@ def test_padding_among_channels_first() -> None:
 
 def test_what_is_left_whole_after_all_takes_its_window_back() -> None:
     from fasp_fx._exactness import restricted
-    from fasp_fx._observe._ranks import Ranks
     from fasp_fx._observe._visit import decided
-    from fasp_fx._prune import Timings, choose
+    from fasp_fx._pipeline import decide
     from fasp_fx.config import PruningConfig
 
     program = fasp_fx.capture(stack(), (batches(1)[0],)).program
     config = PruningConfig(sparsity=0.4, restore=Window(epochs=4, rate=0.01))
-    analysis, decision = choose(program, config, batches(), ranks=Ranks(), checkpoint=None, clock=Timings())
+    analysis, decision = decide(program, config, batches())
     groups = decided(analysis, decision)
     assert len(decision.windows) == 3
     assert {"blocks.1.up.weight", "blocks.1.norm.bias"} <= decision.weights.keys()

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 
 import fasp_fx
 from fasp_fx._capture import capture
+from fasp_fx._pipeline import Timings, decide, rewrite
 from fasp_fx._program import Program
-from fasp_fx._prune import Timings, choose, rewrite
 from fasp_fx.analysis import analyze_program
 from fasp_fx.errors import CaptureError, NothingPrunableError, SparsityError
 from fasp_fx.passes import split_fused
@@ -111,7 +111,7 @@ def _prune(program: Program, record: Record) -> Any:
     if record["max_sparsity"] == 0:
         return None
     clock, config = Timings(), fasp_fx.PruningConfig(sparsity=record["requested"], score="random", restore=None)
-    analysis, decision = choose(program, config, None, clock=clock)
+    analysis, decision = decide(program, config, None, clock=clock)
     return rewrite(program, analysis, decision, config, clock)
 
 

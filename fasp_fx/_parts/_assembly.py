@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -15,10 +14,9 @@ from .._calling._signature import CallSignature
 from .._capture._transformers import is_transformers, register_caches
 from .._capture._unchanged import rewound
 from .._observe._visit import Decision
-from .._program import Program
+from .._pipeline import rewrite
 from .._result import Result
 from .._warn import warn
-from ..analysis import Analysis
 from ..config import PruningConfig
 from ..errors import CaptureError, FaspError, VerificationError, VerificationWarning, first_line
 from ..plan import PruningPlan
@@ -29,26 +27,17 @@ from ._calls import Call
 from ._names import line_within, plan_within
 from ._result import PartsResult
 from ._stand_in import dressed, put, replaced
-from ._submodules import Analyze, Capture, Part, Search
+from ._submodules import Part, Search
 from ._whole import copied, whole_fingerprint
-
-Rewrite = Callable[[Program, Analysis, Decision], Result]
-
-
-@dataclass(frozen=True)
-class Stages:
-    """The stages of the pipeline that every part goes through, with the caller's options bound in."""
-
-    capture: Capture
-    analyze: Analyze
-    rewrite: Rewrite
 
 
 class Assembly:
     """A copy of the model in which the parts are exchanged one by one."""
 
-    def __init__(self, error: CaptureError, model: Any, args: Any, kwargs: dict[str, Any] | None, stages: Stages, device: torch.device | str | None) -> None:
-        self.error, self.stages, self.seconds = error, stages, dict[str, float]()
+    def __init__(
+        self, error: CaptureError, model: Any, args: Any, kwargs: dict[str, Any] | None, config: PruningConfig, device: torch.device | str | None
+    ) -> None:
+        self.error, self.seconds = error, dict[str, float]()
         call = Call(args if isinstance(args, tuple) else (args,), dict(kwargs or {}))
         self.signature = CallSignature.of(model.forward, call.args, call.kwargs)
         self.before = dict(model.named_parameters(remove_duplicate=False))
@@ -64,7 +53,7 @@ class Assembly:
         if self.device is not None:
             self.model, self.call = self.model.to(self.device), call.map(lambda tensor: tensor.to(self.device))
         with self.timed("capture"):
-            search = Search(self.model, self.call, stages.capture, stages.analyze)
+            search = Search(self.model, self.call, config)
             try:
                 self.parts = search.run()
             except (FaspError, torch.OutOfMemoryError):
@@ -94,7 +83,7 @@ class Assembly:
     def place(self, part: Part, decision: Decision, calls: list[Call]) -> bool:
         """Prune a part and put it in its place; if nothing of it can go, or the model does not run with it, the part stays whole."""
         try:
-            result = self.stages.rewrite(part.program, part.analysis, decision)
+            result = rewrite(part.program, part.analysis, decision)
         except VerificationError as failure:
             self.unsound[part.path] = self.left[part.path] = first_line(failure)
             warn(f"part '{part.path}' stays whole: {first_line(failure)}", VerificationWarning)
@@ -174,4 +163,4 @@ class Assembly:
             yield f"in '{paths[0]}'{f' and {count - 1} more' if count > 1 else ''}: {note}"
 
 
-__all__ = ["Assembly", "Stages"]
+__all__ = ["Assembly"]

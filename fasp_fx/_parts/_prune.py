@@ -15,11 +15,12 @@ from .._observe._consumers import Consumers
 from .._observe._visit import Decision
 from .._selection import PartialBudget
 from ..analysis import Analysis
+from ..config import PruningConfig
 from ..costs import CostCurve, Costs
 from ..errors import ArgumentError, CaptureError, ExportError, PlanError
 from ..plan import PruningPlan
 from ._analysis import PartsAnalysis
-from ._assembly import Assembly, Stages
+from ._assembly import Assembly
 from ._calls import Call
 from ._inputs import graph_inputs, recorded, user_batches
 from ._names import group_within, plan_of_part
@@ -36,7 +37,6 @@ def prune_in_parts(
     model: Any,
     args: Any,
     kwargs: dict[str, Any] | None,
-    stages: Stages,
     chooser: Chooser,
     *,
     calibration: Iterable[Any] | None,
@@ -55,8 +55,8 @@ def prune_in_parts(
         SparsityError: the parts cannot reach the sparsity together.
         CalibrationError: the calibration data does not fit.
     """
-    assembly = Assembly(error, model, args, kwargs, stages, device)
     config = chooser.config
+    assembly = Assembly(error, model, args, kwargs, config, device)
     groups = [group_within(part.path, group) for part in assembly.parts for group in part.analysis.groups]
     whole = chooser.budget_of(assembly.counted)
     chooser.check(whole, groups)
@@ -113,7 +113,7 @@ def _measured(assembly: Assembly, chooser: Chooser, batches: list[Call] | None, 
     return Costs(curves, "") if chooser.needs_costs else None, reached
 
 
-def analyze_in_parts(error: CaptureError, model: Any, args: Any, kwargs: dict[str, Any] | None, stages: Stages) -> PartsAnalysis:
+def analyze_in_parts(error: CaptureError, model: Any, args: Any, kwargs: dict[str, Any] | None, config: PruningConfig) -> PartsAnalysis:
     """The analyses of the parts that :func:`prune_in_parts` would prune.
 
     Args:
@@ -122,24 +122,23 @@ def analyze_in_parts(error: CaptureError, model: Any, args: Any, kwargs: dict[st
     Raises:
         CaptureError: none of its submodules can be pruned.
     """
-    assembly = Assembly(error, model, args, kwargs, stages, None)
+    assembly = Assembly(error, model, args, kwargs, config, None)
     return PartsAnalysis({part.path: part.analysis for part in assembly.parts}, assembly.left)
 
 
-def apply_in_parts(
-    error: CaptureError, model: Any, plan: PruningPlan, args: Any, kwargs: dict[str, Any] | None, stages: Stages, check: Callable[[str], None]
-) -> PartsResult:
+def apply_in_parts(error: CaptureError, model: Any, plan: PruningPlan, args: Any, kwargs: dict[str, Any] | None, config: PruningConfig) -> PartsResult:
     """Replay a plan that was made in parts.
 
     Args:
-        check: refuses a plan for another model, given the fingerprint of this one.
+        error: why the model cannot be captured as a whole.
+        config: how to analyse the parts.
 
     Raises:
         CaptureError: none of its submodules can be pruned.
         PlanError: the plan is for another model, or names weights outside of the parts found here.
     """
-    check(whole_fingerprint(dict(model.named_parameters(remove_duplicate=False))))
-    assembly = Assembly(error, model, args, kwargs, stages, None)
+    plans.check_fingerprint(plan, whole_fingerprint(dict(model.named_parameters(remove_duplicate=False))))
+    assembly = Assembly(error, model, args, kwargs, config, None)
     owned = [plan_of_part(plan, part.path) for part in assembly.parts]
     if sum(len(own.groups) for own in owned) != len(plan.groups):
         known = {f"{part.path}.{group.name}" for part, own in zip(assembly.parts, owned, strict=True) for group in own.groups}
@@ -168,4 +167,4 @@ def check_parts_help(error: CaptureError, model: Any, **options: object) -> None
         raise error
 
 
-__all__ = ["Stages", "analyze_in_parts", "apply_in_parts", "check_parts_help", "prune_in_parts"]
+__all__ = ["analyze_in_parts", "apply_in_parts", "check_parts_help", "prune_in_parts"]

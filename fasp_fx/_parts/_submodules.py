@@ -2,25 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from .._capture import capture as capture_program
 from .._capture._unchanged import of_torch, rewound
 from .._compat import pytree
 from .._finish import finish
 from .._observe._calibration import _check_shape
+from .._pipeline import analyze_for
 from .._program import Program
 from ..analysis import Analysis
+from ..config import PruningConfig
 from ..errors import FaspError, first_line
 from ._calls import Call, Seen, watching
 from ._stand_in import StandIn, replaced, same_output
-
-Capture = Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], Program]
-Analyze = Callable[[Program], Analysis]
 
 
 @dataclass
@@ -62,14 +62,14 @@ class Search:
     Args:
         model: the model; as it was after every step.
         call: the example inputs.
-        capture, analyze: the first stages of the pipeline.
+        config: how to analyse what is captured.
 
     Attributes:
         left: for each submodule that stays whole, why.
     """
 
-    def __init__(self, model: nn.Module, call: Call, capture: Capture, analyze: Analyze) -> None:
-        self.model, self.call, self.capture, self.analyze = model, call, capture, analyze
+    def __init__(self, model: nn.Module, call: Call, config: PruningConfig) -> None:
+        self.model, self.call, self.config = model, call, config
         self.paths: dict[int, list[str]] = {}
         for path, module in _walk(model):
             self.paths.setdefault(id(module), []).append(path)
@@ -138,7 +138,8 @@ class Search:
             return _Refusal(reason)
         try:
             with rewound(self.model):
-                program = self.capture(module, seen.example.args, seen.example.kwargs)
+                # features come in many sizes
+                program = capture_program(module, seen.example.args, seen.example.kwargs, image_sizes=True, own_defaults=True)
         except torch.OutOfMemoryError:
             raise
         except Exception as error:  # exporters raise what they like; whatever it is, this module stays
@@ -149,7 +150,7 @@ class Search:
             misfit = why_unfit(program, call)
             if misfit:
                 return _Refusal(f"one graph does not take all its calls: {misfit}")
-        analysis = self.analyze(program)
+        analysis = analyze_for(program, self.config)
         if not analysis.chosen:
             reasons = sorted({group.reason for group in analysis.groups if group.reason})
             return _Refusal("nothing in it can be pruned" + (f": {'; '.join(reasons[:3])}" if reasons else ""), descend=False)

@@ -15,8 +15,8 @@ from .. import plan as plans
 from .._chooser import Chooser
 from .._compat import is_backward
 from .._observe._visit import Decision
+from .._pipeline import make_plan
 from .._program import Program
-from .._prune import make_plan
 from ..allocation import Budget
 from ..analysis import Analysis
 from ..config import PruningConfig

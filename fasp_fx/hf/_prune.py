@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Self, Unpack, cast
@@ -14,25 +14,19 @@ from torch import Tensor, nn
 from torch.export import ExportedProgram
 
 from .. import plan as plans
-from .._captured import program_of
-from .._exactness import UnsoundError, restricted
 from .._observe._calibration import check_calibration
 from .._observe._ranks import Ranks
-from .._observe._visit import Decision, decided
-from .._program import Program
-from .._prune import Timings, choose, make_plan, rewrite
+from .._pipeline import Timings, decide, make_plan, rewrite
 from .._result import Result
 from .._store._graph_json import program_to_json
 from .._undisturbed import check_default_device, in_usual_modes, one_at_a_time
 from .._version import __version__
-from .._warn import warn
-from ..analysis import Analysis, analyze_program
+from ..analysis import Analysis
 from ..budgets import Latency
 from ..config import PruningConfig, PruningOptions
 from ..costs import Costs
-from ..errors import ArgumentError, PlanError, VerificationError, VerificationWarning
-from ..passes import split_fused
-from ..plan import PlannedGroup, PruningPlan
+from ..errors import ArgumentError
+from ..plan import PruningPlan
 from ..report import Report, make_report, notes_of, said_whole
 from ._config import PrunedConfig
 from ._flat import FlatProgram
@@ -40,7 +34,8 @@ from ._habits import Habits
 from ._held import Parts, StoredProgram
 from ._model import PrunedModel
 from ._probe import check_served, habits_of
-from ._stages import Stage, stages_of
+from ._programs import Planned, Served, carry_out_in_all, one_set, program_for, served_by
+from ._stages import CausalStages, Seq2SeqStages, stages_of
 
 
 @dataclass(frozen=True)
@@ -147,23 +142,18 @@ def prune(
         found = prune_plain(model, calibration=calibration, config=config, **shared, **options)
         return Pruned(found.model, found.result.plan, found.report, tokenizer)
     stages = stages_of(model)
-    if "padding_mask" in options:
-        raise ArgumentError("padding_mask= is not for fasp_fx.hf.prune, which takes the mask of the batches; leave it out")
-    masked = {"padding_mask": "attention_mask"} if "attention_mask" in stages.accepts else {}
-    asked = PruningConfig.of(config, {**options, **masked})
-    if any(isinstance(cap, Latency) for cap in asked.caps):
-        raise ArgumentError("a latency is that of example inputs, which a model that generates has none of; give them to fasp_fx.prune, or another budget")
+    asked = _asked(stages, config, options)
     if asked.needs_data:
         check_calibration(calibration)
     ranks, clock = Ranks(group), Timings()
     stage = stages.planned()
-    program = _captured(stage, device)
+    program = program_for(stage, device)
     habits = habits_of(stages, program)
     where = None if device is None else torch.device(device)
     batches = None
     if calibration is not None:
         batches = stages.batches(calibration, FlatProgram.of(program.module).cache_sizes())
-    analysis, decision = choose(
+    analysis, decision = decide(
         program,
         asked,
         batches,
@@ -176,119 +166,50 @@ def prune(
         checkpoint=checkpoint,
         clock=clock,
     )
-    others = stages.served()
-    if others:
-        served = [_served(other, device, asked) for other in others]
-        decision, results, left = _in_all(served, _Planned(program, analysis, decision))
-        plan = make_plan(program, analysis, decision)
-        weights = _one_set(model, results)
-        plan = replace(plan, result=plans.fingerprint({name: tensor for name, tensor in weights.items() if isinstance(tensor, nn.Parameter)}))
-        before = program.parameters()
-        report = make_report(analysis, plan, decision, before, weights, asked, clock.seconds, left)
-        found_out = [note for other in served for note in results[other.name].report.notes[len(notes_of(other.analysis)) :]]
-        report = replace(report, notes=tuple(dict.fromkeys([*report.notes, *found_out, *(said_whole(name, seen) for name, seen in left.items())])))
-        report = replace(report, cache=next((found.report.cache for found in results.values() if found.report.cache is not None), None))
-    else:
-        planned = rewrite(program, analysis, decision, asked, clock)
-        results, plan, report, weights = {stage.name: planned}, planned.plan, planned.report, _one_set(model, {stage.name: planned})
+    planned = Planned(program, analysis, decision)
+    served = [served_by(other, device, asked) for other in stages.served()]
+    results, plan, report = _together(model, planned, served, asked, clock) if served else _alone(stage.name, planned, asked, clock)
     programs = {name: _stored(result.program) for name, result in results.items()}
-    parts = Parts(programs, weights, {name: _constants(result.program) for name, result in results.items()}, plan, report)
-    made = _model(model, parts, habits)
+    constants = {name: _constants(result.program) for name, result in results.items()}
+    made = _model(model, Parts(programs, one_set(model, results), constants, plan, report), habits)
     check_served(made, stages)
     return Pruned(made, plan, report, tokenizer)
 
 
-def _captured(stage: Stage, device: torch.device | str | None) -> Program:
-    return program_of(stage.model, (), dict(stage.example), state=stage.state, dynamic_shapes=None, device=device)
-
-
-@dataclass(frozen=True)
-class _Planned:
-    """The program that a plan is made for, and what was decided for it."""
-
-    program: Program
-    analysis: Analysis
-    decision: Decision
-
-
-@dataclass(frozen=True)
-class _Served:
-    """One more program of the model, in which the plan is carried out."""
-
-    name: str
-    program: Program
-    analysis: Analysis
-
-
-def _served(stage: Stage, device: torch.device | str | None, config: PruningConfig) -> _Served:
-    program = _captured(stage, device)
-    for node in program.module.graph.find_nodes(op="get_attr"):
-        if not node.users:  # weights of the other programs
-            program.module.graph.erase_node(node)
-    program = program.copy()  # holds what the graph looks up, and nothing else
-    return _Served(stage.name, program, analyze_program(program, split_fused, config.granularity, config.include))
-
-
-def _in_all(others: list[_Served], planned: _Planned) -> tuple[Decision, dict[str, Result], dict[str, str]]:
-    """Carry a plan out in every program; a group that one of them cannot lose stays whole in all, since they share their weights.
-
-    Returns:
-        What really went, the results by name, and the groups left whole with what was seen.
+def _asked(stages: CausalStages | Seq2SeqStages, config: PruningConfig | None, options: PruningOptions) -> PruningConfig:
+    """The options, with the padding mask of the batches.
 
     Raises:
-        VerificationError: nothing that was planned can go.
+        ArgumentError: one is not for models that generate.
     """
-    left: dict[str, str] = {}
-    while True:
-        plan = make_plan(planned.program, planned.analysis, planned.decision)
-        results: dict[str, Result] = {}
-        try:
-            for other in others:
-                results[other.name] = _carried_out(other, plan, planned)
-        except UnsoundError as error:
-            faulty = _same_groups(error.left, other, plan, planned)
-            kept = [group for group in decided(planned.analysis, planned.decision) if group.name not in faulty]
-            if not faulty or not kept:
-                raise VerificationError(f"the program '{other.name}' of the model cannot lose what the plan removes: {error}") from error
-            left |= {name: f"in the program '{other.name}' {seen}" for name, seen in faulty.items()}
-            planned = replace(planned, decision=restricted(planned.analysis, planned.decision, kept))
-            continue
-        for name, seen in left.items():
-            warn(said_whole(name, seen), VerificationWarning)
-        return planned.decision, results, left
+    if "padding_mask" in options:
+        raise ArgumentError("padding_mask= is not for fasp_fx.hf.prune, which takes the mask of the batches; leave it out")
+    asked = PruningConfig.of(config, options)
+    if "attention_mask" in stages.accepts:
+        asked = replace(asked, padding_mask="attention_mask")
+    if any(isinstance(cap, Latency) for cap in asked.caps):
+        raise ArgumentError("a latency is that of example inputs, which a model that generates has none of; give them to fasp_fx.prune, or another budget")
+    return asked
 
 
-def _carried_out(other: _Served, plan: PruningPlan, planned: _Planned) -> Result:
-    """Take out of one more program what the plan says, with the same repaired weights.
-
-    Raises:
-        UnsoundError: the program is not exact without all of it.
-    """
-    try:
-        gone = plans.gone_of(plan, other.analysis, partial=True)
-    except PlanError as error:
-        raise PlanError(f"the program '{other.name}' of the model cannot lose what the plan removes: {error}") from error
-    canonical, names = planned.program.canonical(), other.analysis.program.aliases()
-    weights = {}
-    for own, aliases in names.items():
-        same = {canonical.get(alias, alias) for alias in aliases} & planned.decision.weights.keys()
-        if same:
-            weights[own] = planned.decision.weights[same.pop()]
-    return rewrite(other.program, other.analysis, Decision(gone, weights), None, Timings(), whole=True)
+def _alone(name: str, planned: Planned, config: PruningConfig, clock: Timings) -> tuple[dict[str, Result], PruningPlan, Report]:
+    """The one program that serves all of generation, smaller."""
+    result = rewrite(planned.program, planned.analysis, planned.decision, config, clock)
+    return {name: result}, result.plan, result.report
 
 
-def _same_groups(faulty: Mapping[str, str], other: _Served, plan: PruningPlan, planned: _Planned) -> dict[str, str]:
-    """The groups of the plan that share a channel with groups of another program, given by name with what was seen of them."""
-    canonical = planned.program.canonical()
-
-    def channels(group: PlannedGroup) -> set[tuple[str, int, int, int]]:
-        parts = [*group.producers, *group.consumers]
-        return {(canonical.get(p.name, p.name), p.dim, block, index) for p in parts for block, indices in enumerate(p.by_block()) for index in indices}
-
-    gone = plans.gone_of(plan, other.analysis, partial=True)
-    theirs = plans.planned([group for group in other.analysis.groups if group.name in faulty], gone, other.analysis)
-    seen = {channel: faulty[group.name] for group in theirs for channel in channels(group)}
-    return {group.name: seen[next(iter(both))] for group in plan.groups if (both := channels(group) & seen.keys())}
+def _together(model: nn.Module, planned: Planned, served: list[Served], config: PruningConfig, clock: Timings) -> tuple[dict[str, Result], PruningPlan, Report]:
+    """The programs that serve generation, smaller by one plan, and a report of all of them."""
+    program, analysis = planned.program, planned.analysis
+    decision, results, left = carry_out_in_all(served, planned)
+    weights = one_set(model, results)
+    plan = make_plan(program, analysis, decision)
+    plan = replace(plan, result=plans.fingerprint({name: tensor for name, tensor in weights.items() if isinstance(tensor, nn.Parameter)}))
+    report = make_report(analysis, plan, decision, program.parameters(), weights, config, clock.seconds, left)
+    found_out = [note for other in served for note in results[other.name].report.notes[len(notes_of(other.analysis)) :]]
+    notes = tuple(dict.fromkeys([*report.notes, *found_out, *(said_whole(name, seen) for name, seen in left.items())]))
+    cache = next((found.report.cache for found in results.values() if found.report.cache is not None), None)
+    return results, plan, replace(report, notes=notes, cache=cache)
 
 
 def _stored(program: ExportedProgram) -> StoredProgram:
@@ -297,31 +218,6 @@ def _stored(program: ExportedProgram) -> StoredProgram:
 
 def _constants(program: ExportedProgram) -> dict[str, Tensor]:
     return {name: value.detach().clone() for name, value in program.constants.items() if isinstance(value, Tensor)}
-
-
-def _one_set(model: nn.Module, results: dict[str, Result]) -> dict[str, Tensor]:
-    """The weights of all programs, one tensor for all names that were tied in the original model.
-
-    Raises:
-        PlanError: two programs would need different weights of one name.
-    """
-    ties: dict[int, list[str]] = {}
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        ties.setdefault(id(parameter), []).append(name)
-    tied = {name: names for names in ties.values() for name in names}
-    found: dict[str, Tensor] = {}
-    for program, result in results.items():
-        for name, tensor in result.program.state_dict.items():
-            held = found.get(name)
-            if held is None:
-                made: Any = tensor.detach()
-                made = nn.Parameter(made, requires_grad=tensor.requires_grad) if isinstance(tensor, nn.Parameter) else made
-                for alias in tied.get(name, [name]):
-                    found[alias] = made
-            elif held.shape != tensor.shape or not torch.equal(held, tensor):
-                raise PlanError(f"the program '{program}' needs another '{name}' than those before it; such a model cannot be served")
-    order = {name: index for index, name in enumerate(dict(model.state_dict()))}
-    return dict(sorted(found.items(), key=lambda item: (order.get(item[0], len(order)), item[0])))
 
 
 def _model(original: Any, parts: Parts, habits: Habits) -> PrunedModel:

@@ -14,7 +14,7 @@ from torch.export import ExportedProgram
 
 import fasp_fx
 from fasp_fx._observe._visit import Decision
-from fasp_fx._prune import make_plan
+from fasp_fx._pipeline import make_plan
 from fasp_fx.analysis import Analysis
 from fasp_fx.errors import NothingPrunableError
 from fasp_fx.plan import PruningPlan, gone_of, program_fingerprint

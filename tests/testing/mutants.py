@@ -81,7 +81,7 @@ def not_run(monkeypatch: pytest.MonkeyPatch) -> None:
             lap(stage)
         return Held(decision, rewritten, *finish(rewritten))
 
-    monkeypatch.setattr(sys.modules["fasp_fx._prune"], "carry_out", carry_out)
+    monkeypatch.setattr(sys.modules["fasp_fx._pipeline"], "carry_out", carry_out)
 
 
 def rule(operator: Any, text: str) -> Patch:
