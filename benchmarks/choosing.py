@@ -1,9 +1,11 @@
-"""What each score and allocation costs and brings, on SmolLM2-135M, MiniLM-L6, EfficientNet-Lite0 and a vision transformer. Resumes where it was stopped.
+"""What each score and allocation costs and brings, on SmolLM2-135M, MiniLM-L6, EfficientNet-Lite0 and a
+vision transformer. Resumes where it was stopped.
 
-SmolLM2: perplexity on chunks 100-139 after calibration on chunks 0-31, and accuracies of tasks where files are given. MiniLM: mean cosine of 1,000 sentences
-with the dense model's embeddings after calibration on 512 others. EfficientNet: agreement with the dense network on 300 crops of photographs after
-calibration on 192 crops of others. The vision transformer: trained on four fifths of scikit-learn's 1,797 handwritten digits, 512 of which calibrate;
-accuracy on the last fifth, and agreement.
+SmolLM2: perplexity on chunks 100-139 after calibration on chunks 0-31, and accuracies of tasks where files
+are given. MiniLM: mean cosine of 1,000 sentences with the dense model's embeddings after calibration on 512
+others. EfficientNet: agreement with the dense network on 300 crops of photographs after calibration on 192
+crops of others. The vision transformer: trained on four fifths of scikit-learn's 1,797 handwritten digits,
+512 of which calibrate; accuracy on the last fifth, and agreement.
 """
 
 from __future__ import annotations
@@ -26,16 +28,27 @@ from fasp_fx.restoration import Window
 
 METHODS = ("fast", "fasp,global", "balanced", "best", "obs,uniform", "fasp,global,none", "fasp,uniform,none")
 HOW = (
-    "a quality, or SCORE,ALLOCATION, or SCORE,ALLOCATION,none: without repair; +exempt: query and key channels may go as well; "
-    "+heads: whole heads in attention; +window: windows are trained, with +epochs=N and +rate=R; +OPTION=NUMBER: an option of fasp_fx.prune"
+    "a quality, or SCORE,ALLOCATION, or SCORE,ALLOCATION,none: without repair; +exempt: query and key"
+    " channels may go as well; +heads: whole heads in attention; +window: windows are trained, with +epochs=N"
+    " and +rate=R; +OPTION=NUMBER: an option of fasp_fx.prune"
 )
-WORDS: dict[str, dict[str, Any]] = {"exempt": {"include": ("exempt",)}, "heads": {"granularity": ("channel", "head")}, "window": {"restore": "window"}}
+WORDS: dict[str, dict[str, Any]] = {
+    "exempt": {"include": ("exempt",)},
+    "heads": {"granularity": ("channel", "head")},
+    "window": {"restore": "window"},
+}
 Measure = Callable[[Any], dict[str, float]]
 
 
 def cached(module: torch.nn.Module) -> int:
-    """Bytes of a Llama's key-value cache per token of one sequence: what its key and value projections give."""
-    return sum(weight.shape[0] * weight.itemsize for name, weight in module.named_parameters() if name.endswith(("k_proj.weight", "v_proj.weight")))
+    """Bytes of a Llama's key-value cache per token of one sequence: what its key and value
+    projections give.
+    """
+    return sum(
+        weight.shape[0] * weight.itemsize
+        for name, weight in module.named_parameters()
+        if name.endswith(("k_proj.weight", "v_proj.weight"))
+    )
 
 
 def language(options: argparse.Namespace) -> tuple[Any, dict[str, Any], list[Any], Measure, dict[str, Any]]:
@@ -45,7 +58,10 @@ def language(options: argparse.Namespace) -> tuple[Any, dict[str, Any], list[Any
     batches = [{"input_ids": row[None]} for row in data[:CALIBRATION]]
 
     def measure(module: Any) -> dict[str, float]:
-        found: dict[str, float] = {"perplexity": perplexity(module, data[EVALUATION][: options.evaluation]), "cache": cached(module)}
+        found: dict[str, float] = {
+            "perplexity": perplexity(module, data[EVALUATION][: options.evaluation]),
+            "cache": cached(module),
+        }
         for score in tasks(module, tokenizer, options.tasks, limit=options.limit) if options.tasks else ():
             found[score.task] = score.value
         return found
@@ -63,20 +79,37 @@ def encoder(options: argparse.Namespace) -> tuple[Any, dict[str, Any], list[Any]
     dense = sentences.embed(model, data)
 
     def measure(module: Any) -> dict[str, float]:
-        return {"cosine": float(torch.nn.functional.cosine_similarity(dense, sentences.embed(module, data)).mean())}
+        return {
+            "cosine": float(
+                torch.nn.functional.cosine_similarity(dense, sentences.embed(module, data)).mean()
+            )
+        }
 
     return model, dict(data[0]), calibration, measure, {"padding_mask": "attention_mask"}
 
 
-def convolutional(options: argparse.Namespace) -> tuple[Any, dict[str, Any], list[Any], Measure, dict[str, Any]]:
+def convolutional(
+    options: argparse.Namespace,
+) -> tuple[Any, dict[str, Any], list[Any], Measure, dict[str, Any]]:
     """EfficientNet-Lite0, likewise."""
     model = vision.efficientnet(options.device)
-    calibration, data = (vision.crops(names, each, seed, options.device) for names, each, seed in ((vision.FITTED, 32, 0), (vision.MEASURED, 50, 1)))
+    calibration, data = (
+        vision.crops(names, each, seed, options.device)
+        for names, each, seed in ((vision.FITTED, 32, 0), (vision.MEASURED, 50, 1))
+    )
     dense = vision.outputs(model, data)
-    return model, {"inputs": calibration[0][:2]}, calibration, lambda module: vision.agreement(module, dense, data), {}
+    return (
+        model,
+        {"inputs": calibration[0][:2]},
+        calibration,
+        lambda module: vision.agreement(module, dense, data),
+        {},
+    )
 
 
-def transformer(options: argparse.Namespace) -> tuple[Any, dict[str, Any], list[Any], Measure, dict[str, Any]]:
+def transformer(
+    options: argparse.Namespace,
+) -> tuple[Any, dict[str, Any], list[Any], Measure, dict[str, Any]]:
     """The vision transformer, likewise."""
     model, calibration, data, labels = vision.digits(options.device)
     dense = vision.outputs(model, data)
@@ -93,7 +126,11 @@ MODELS = {"smollm2": language, "minilm": encoder, "efficientnet": convolutional,
 def options_of(method: str) -> dict[str, Any]:
     """What the name of a method stands for."""
     name, *more = method.split("+")
-    how: dict[str, Any] = dict(zip(("score", "allocation", "restore"), name.split(","), strict=False)) if "," in name else {"quality": name}
+    how: dict[str, Any] = (
+        dict(zip(("score", "allocation", "restore"), name.split(","), strict=False))
+        if "," in name
+        else {"quality": name}
+    )
     if "restore" in how:
         how["restore"] = None
     windows: dict[str, Any] = {}
@@ -113,18 +150,33 @@ def forget_peak() -> None:
 
 def peak() -> float:
     """The most resident memory since, in GiB."""
-    line = next(line for line in pathlib.Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
+    line = next(
+        line
+        for line in pathlib.Path("/proc/self/status").read_text().splitlines()
+        if line.startswith("VmHWM")
+    )
     return round(int(line.split()[1]) / 2**20, 2)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--text", type=pathlib.Path, required=True, help="WikiText-2 validation text (wikitext2-valid.txt)")
-    parser.add_argument("--out", type=pathlib.Path, required=True, help="results, a line of JSON each; what is there is not measured again")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--text", type=pathlib.Path, required=True, help="WikiText-2 validation text (wikitext2-valid.txt)"
+    )
+    parser.add_argument(
+        "--out",
+        type=pathlib.Path,
+        required=True,
+        help="results, a line of JSON each; what is there is not measured again",
+    )
     parser.add_argument("--models", nargs="*", choices=list(MODELS), default=list(MODELS))
     parser.add_argument("--methods", nargs="*", default=list(METHODS), help=HOW)
     parser.add_argument("--sparsity", type=float, nargs="*", default=[0.1, 0.2, 0.3, 0.5])
-    parser.add_argument("--evaluation", type=int, default=40, help="chunks of WikiText-2 that are measured, from the 100th on")
+    parser.add_argument(
+        "--evaluation", type=int, default=40, help="chunks of WikiText-2 that are measured, from the 100th on"
+    )
     parser.add_argument("--tasks", nargs="*", default=[], help="files of tasks to measure SmolLM2 on")
     parser.add_argument("--limit", type=int, help="examples of each task")
     parser.add_argument("--device", default="cpu")
@@ -134,8 +186,17 @@ def main() -> None:
     for name in options.models:
         model, example, calibration, measure, own = MODELS[name](options)
         captured = fasp_fx.capture(model, (), example)
-        for method, sparsity in [("dense", 0.0), *((method, sparsity) for sparsity in options.sparsity for method in options.methods)]:
-            key = {"model": name, "method": method, "sparsity": sparsity, "evaluation": options.evaluation, "tasks": sorted(map(str, options.tasks))}
+        for method, sparsity in [
+            ("dense", 0.0),
+            *((method, sparsity) for sparsity in options.sparsity for method in options.methods),
+        ]:
+            key = {
+                "model": name,
+                "method": method,
+                "sparsity": sparsity,
+                "evaluation": options.evaluation,
+                "tasks": sorted(map(str, options.tasks)),
+            }
             if any(key.items() <= found.items() for found in done):
                 continue
             found: dict[str, Any] = dict(key)
@@ -143,10 +204,15 @@ def main() -> None:
                 found |= measure(model)
             else:
                 forget_peak()
-                result = fasp_fx.prune(captured, calibration=calibration, sparsity=sparsity, **options_of(method), **own)
+                result = fasp_fx.prune(
+                    captured, calibration=calibration, sparsity=sparsity, **options_of(method), **own
+                )
                 found |= {"peak_gib": peak()}
                 found |= measure(result.module)
-                found |= {"seconds": {stage: round(spent, 1) for stage, spent in result.report.seconds.items()}, "reached": result.report.sparsity}
+                found |= {
+                    "seconds": {stage: round(spent, 1) for stage, spent in result.report.seconds.items()},
+                    "reached": result.report.sparsity,
+                }
             with options.out.open("a") as out:
                 out.write(json.dumps(found) + "\n")
             print(found, flush=True)

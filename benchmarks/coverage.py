@@ -1,11 +1,12 @@
-"""Coverage of model zoos: what is captured, prunable, frozen and why, how exact the pruned models are, and how long it takes.
+"""Coverage of model zoos: what is captured, prunable, frozen and why, how exact the pruned models are, and
+how long it takes.
 
-    python benchmarks/coverage.py transformers|torchvision|timm [--only NAME ...] [--out FILE.jsonl] [--redo | --redo-failed] [--analyze-only]
-    python benchmarks/coverage.py transformers --table
+    python benchmarks/coverage.py transformers|torchvision|timm [--only NAME ...] [--out FILE.jsonl] [--redo |
+    --redo-failed] [--analyze-only] python benchmarks/coverage.py transformers --table
 
-Each model's record is appended to the file as soon as it is known; models that are in it already are skipped, so an interrupted run goes on where it
-stopped. A worker process measures one model after the other; one that crashes, hangs or runs out of memory is recorded as such, and the next model gets a
-fresh worker.
+Each model's record is appended to the file as soon as it is known; models that are in it already are skipped,
+so an interrupted run goes on where it stopped. A worker process measures one model after the other; one that
+crashes, hangs or runs out of memory is recorded as such, and the next model gets a fresh worker.
 """
 
 from __future__ import annotations
@@ -44,14 +45,20 @@ def main() -> None:
 
 
 def _arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("zoo", choices=ZOOS)
     parser.add_argument("--only", nargs="+", metavar="NAME", help="names or kinds of models")
-    parser.add_argument("--out", type=pathlib.Path, help="records, one JSON object a line (default: coverage-ZOO.jsonl)")
+    parser.add_argument(
+        "--out", type=pathlib.Path, help="records, one JSON object a line (default: coverage-ZOO.jsonl)"
+    )
     parser.add_argument("--redo", action="store_true", help="measure again what the file holds already")
     parser.add_argument("--redo-failed", action="store_true", help="measure again what failed")
     parser.add_argument("--analyze-only", action="store_true", help="capture and analyse, without pruning")
-    parser.add_argument("--table", action="store_true", help="print the table of the records in the file, and a summary")
+    parser.add_argument(
+        "--table", action="store_true", help="print the table of the records in the file, and a summary"
+    )
     parser.add_argument("--timeout", type=float, default=600, help="seconds for one model")
     parser.add_argument("--memory", type=float, default=12, help="GiB for the worker")
     parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
@@ -75,13 +82,16 @@ def _read(path: pathlib.Path) -> dict[str, Record]:
 
 def _run(options: argparse.Namespace, out: pathlib.Path) -> None:
     signal.signal(signal.SIGTERM, lambda *received: sys.exit(143))  # so that the worker ends too
-    done = set() if options.redo else {name for name, record in _read(out).items() if _is_done(record, options)}
+    done = (
+        set() if options.redo else {name for name, record in _read(out).items() if _is_done(record, options)}
+    )
     worker = Worker(options)
     try:
         wanted = [
             model
             for model in worker.models
-            if (not options.only or model["name"] in options.only or model["kind"] in options.only) and model["name"] not in done
+            if (not options.only or model["name"] in options.only or model["kind"] in options.only)
+            and model["name"] not in done
         ]
         for index, model in enumerate(wanted):
             if worker.measured >= MODELS_PER_WORKER:
@@ -98,9 +108,13 @@ def _run(options: argparse.Namespace, out: pathlib.Path) -> None:
 
 
 def _is_done(record: Record, options: argparse.Namespace) -> bool:
-    """Whether a record answers what is asked for; one of an analysis alone does not say how exact a pruned model is."""
+    """Whether a record answers what is asked for; one of an analysis alone does not say how exact a pruned
+    model is.
+    """
     failed = record["ok"] is False
-    return not (failed and options.redo_failed) and (options.analyze_only or not record.get("only_analysed", False))
+    return not (failed and options.redo_failed) and (
+        options.analyze_only or not record.get("only_analysed", False)
+    )
 
 
 def _line(record: Record) -> str:
@@ -117,7 +131,9 @@ class Worker:
     def __init__(self, options: argparse.Namespace) -> None:
         flags = ["--analyze-only"] if options.analyze_only else []
         command = [sys.executable, __file__, options.zoo, "--worker", "--memory", str(options.memory), *flags]
-        self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+        self._process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+        )
         self._timeout = options.timeout
         self.measured = 0
         models = self._receive(300)
@@ -137,8 +153,19 @@ class Worker:
             return answer
         late = time.monotonic() - start >= self._timeout
         self.stop()
-        error = f"no answer in {self._timeout:.0f} s" if late else f"the worker ended with exit status {self._process.returncode}"
-        return {**model, "captured": False, "ok": False, "stage": "worker", "error": error, "seconds": {"worker": round(time.monotonic() - start, 1)}}
+        error = (
+            f"no answer in {self._timeout:.0f} s"
+            if late
+            else f"the worker ended with exit status {self._process.returncode}"
+        )
+        return {
+            **model,
+            "captured": False,
+            "ok": False,
+            "stage": "worker",
+            "error": error,
+            "seconds": {"worker": round(time.monotonic() - start, 1)},
+        }
 
     def alive(self) -> bool:
         """Whether it can measure another model."""
@@ -165,7 +192,9 @@ class Worker:
 
 
 def _serve(options: argparse.Namespace) -> None:
-    """Answer each name on the standard input with one record on the standard output; what models print goes elsewhere."""
+    """Answer each name on the standard input with one record on the standard output; what models print goes
+    elsewhere.
+    """
     answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)
     limit = int(options.memory * 2**30)

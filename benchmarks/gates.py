@@ -1,7 +1,9 @@
-"""What learned gates choose, on the encoder MiniLM-L6 with its own similarities as the task: mean cosine of 1,000 sentences' embeddings with the dense model's.
+"""What learned gates choose, on the encoder MiniLM-L6 with its own similarities as the task: mean cosine of
+1,000 sentences' embeddings with the dense model's.
 
-Everything is trained for the same number of steps in all, on other sentences than those that are measured: after a choice in closed form, or half of them with
-gates (those of FLOP and CoFi, or projected ones that begin with the closed form's choice), restoration in closed form in between, and half without.
+Everything is trained for the same number of steps in all, on other sentences than those that are measured:
+after a choice in closed form, or half of them with gates (those of FLOP and CoFi, or projected ones that
+begin with the closed form's choice), restoration in closed form in between, and half without.
 """
 
 from __future__ import annotations
@@ -37,7 +39,14 @@ def similarities(model: Any, batch: Batch) -> tuple[Tensor, Tensor]:
     return found, found @ found.T
 
 
-def train(model: Any, data: list[Batch], targets: list[tuple[Tensor, Tensor]], steps: int, rates: list[dict[str, Any]], gates: Gates | None = None) -> None:
+def train(
+    model: Any,
+    data: list[Batch],
+    targets: list[tuple[Tensor, Tensor]],
+    steps: int,
+    rates: list[dict[str, Any]],
+    gates: Gates | None = None,
+) -> None:
     """Steps of Adam towards the dense model's embeddings and similarities."""
     optimizer = torch.optim.Adam(rates)
     heights = [partial(_height, steps, bool(group.get("fixed"))) for group in rates]
@@ -47,7 +56,9 @@ def train(model: Any, data: list[Batch], targets: list[tuple[Tensor, Tensor]], s
         order = order or torch.randperm(len(data)).tolist()
         index = order.pop()
         found, alike = similarities(model, data[index])
-        loss = (found - targets[index][0]).square().sum(-1).mean() + (alike - targets[index][1]).square().mean()
+        loss = (found - targets[index][0]).square().sum(-1).mean() + (
+            alike - targets[index][1]
+        ).square().mean()
         optimizer.zero_grad()
         (loss if gates is None else loss + gates.penalty()).backward()
         optimizer.step()
@@ -61,9 +72,18 @@ def _height(steps: int, is_fixed: bool, step: int) -> float:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--text", type=pathlib.Path, required=True, help="WikiText-2 validation text (wikitext2-valid.txt)")
-    parser.add_argument("--out", type=pathlib.Path, required=True, help="results, a line of JSON each; what is there is not measured again")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--text", type=pathlib.Path, required=True, help="WikiText-2 validation text (wikitext2-valid.txt)"
+    )
+    parser.add_argument(
+        "--out",
+        type=pathlib.Path,
+        required=True,
+        help="results, a line of JSON each; what is there is not measured again",
+    )
     parser.add_argument("--methods", nargs="*", choices=METHODS, default=list(METHODS))
     parser.add_argument("--sparsity", type=float, default=0.5)
     parser.add_argument("--steps", type=int, default=800)
@@ -89,10 +109,17 @@ def main() -> None:
         student = copy.deepcopy(model)
         gates = attach(student, (), example, kind=kind, sparsity=options.sparsity, warmup=options.steps // 4)
         if isinstance(kind, Projected):
-            gates.prefer(fasp_fx.prune(model, (), example, calibration=calibration, sparsity=options.sparsity, **own).plan)
+            gates.prefer(
+                fasp_fx.prune(
+                    model, (), example, calibration=calibration, sparsity=options.sparsity, **own
+                ).plan
+            )
         of_gates = {id(scores) for scores in gates.parameters()}
         weights = [parameter for parameter in student.parameters() if id(parameter) not in of_gates]
-        rates = [{"params": list(gates.parameters()), "lr": 0.05, "fixed": True}, {"params": weights, "lr": options.rate}]
+        rates = [
+            {"params": list(gates.parameters()), "lr": 0.05, "fixed": True},
+            {"params": weights, "lr": options.rate},
+        ]
         student.train()
         for module in student.modules():
             if isinstance(module, nn.Dropout):
@@ -104,7 +131,10 @@ def main() -> None:
         return fasp_fx.apply(student, plan, (), example, calibration=calibration, **own), options.steps // 2
 
     choose: dict[str, Callable[[], tuple[fasp_fx.Result, int]]] = {
-        "one shot": lambda: (fasp_fx.prune(model, (), example, calibration=calibration, sparsity=options.sparsity, **own), 0),
+        "one shot": lambda: (
+            fasp_fx.prune(model, (), example, calibration=calibration, sparsity=options.sparsity, **own),
+            0,
+        ),
         "hard concrete": lambda: with_gates(HardConcrete()),
         "projected": lambda: with_gates(Projected()),
     }
@@ -117,7 +147,13 @@ def main() -> None:
         started = time.perf_counter()
         result, spent = choose[method]()
         found = {**key, "reached": result.report.sparsity, "before": cosine(result.module)}
-        train(result.module, data, targets, options.steps - spent, [{"params": list(result.module.parameters()), "lr": options.rate}])
+        train(
+            result.module,
+            data,
+            targets,
+            options.steps - spent,
+            [{"params": list(result.module.parameters()), "lr": options.rate}],
+        )
         found |= {"after": cosine(result.module), "seconds": round(time.perf_counter() - started)}
         with options.out.open("a") as out:
             out.write(json.dumps(found) + "\n")

@@ -1,8 +1,10 @@
-"""Tokens per second of ``generate()`` of SmolLM2 pruned with round_to=16, against the dense Hugging Face model, eager and compiled.
+"""Tokens per second of ``generate()`` of SmolLM2 pruned with round_to=16, against the dense Hugging Face
+model, eager and compiled.
 
-Every subject generates in turn, in one process; figures are medians over rounds of the same greedy generation. Both sides compile their forward
-with ``torch.compile(dynamic=True)``, since sizes grow with every token; the dense model also with a static cache and static shapes, and its better
-way counts. The ratio of multiply-accumulates is that of all operators of a whole generation, prompt included.
+Every subject generates in turn, in one process; figures are medians over rounds of the same greedy
+generation. Both sides compile their forward with ``torch.compile(dynamic=True)``, since sizes grow with every
+token; the dense model also with a static cache and static shapes, and its better way counts. The ratio of
+multiply-accumulates is that of all operators of a whole generation, prompt included.
 """
 
 from __future__ import annotations
@@ -31,11 +33,21 @@ def main() -> None:
     parser.add_argument("--new", type=int, default=128, help="tokens to generate")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--no-compile", action="store_true")
-    parser.add_argument("--profile", action="store_true", help="show where the time of the pruned model's single-token steps goes, and stop")
+    parser.add_argument(
+        "--profile",
+        action="store_true",
+        help="show where the time of the pruned model's single-token steps goes, and stop",
+    )
     options = parser.parse_args()
     model, tokenizer = smollm2(options.device)
     data = chunks(tokenizer, options.text, options.device)
-    pruned = hf.prune(model, tokenizer, calibration=[chunk[None] for chunk in data[: options.chunks]], sparsity=options.sparsity, round_to=options.round_to)
+    pruned = hf.prune(
+        model,
+        tokenizer,
+        calibration=[chunk[None] for chunk in data[: options.chunks]],
+        sparsity=options.sparsity,
+        round_to=options.round_to,
+    )
     print(pruned.report, flush=True)
     if options.profile:
         for name, subject in (("dense", model), ("pruned", pruned.model)):
@@ -45,8 +57,18 @@ def main() -> None:
         ids = data[100 : 100 + batch, : options.prompt]
         macs = [_macs(_eager(subject), ids, options.new) for subject in (model, pruned.model)]
         ratio = macs[0] / macs[1]
-        print(f"batch {batch}: {macs[0] / 1e9:.1f} -> {macs[1] / 1e9:.1f} GMAC, ratio {ratio:.3f}", flush=True)
-        _report("eager", _interleaved({"dense": _eager(model), "pruned": _eager(pruned.model)}, ids, options.new, options.rounds), ids, options.new, ratio)
+        print(
+            f"batch {batch}: {macs[0] / 1e9:.1f} -> {macs[1] / 1e9:.1f} GMAC, ratio {ratio:.3f}", flush=True
+        )
+        _report(
+            "eager",
+            _interleaved(
+                {"dense": _eager(model), "pruned": _eager(pruned.model)}, ids, options.new, options.rounds
+            ),
+            ids,
+            options.new,
+            ratio,
+        )
         if not options.no_compile:
             torch._dynamo.reset()
             subjects = {
@@ -54,12 +76,21 @@ def main() -> None:
                 "dense, static cache": _compiled(model, dynamic=False, cache_implementation="static"),
                 "pruned": _compiled(pruned.model, dynamic=True),
             }
-            _report("compiled", _interleaved(subjects, ids, options.new, options.rounds), ids, options.new, ratio)
+            _report(
+                "compiled", _interleaved(subjects, ids, options.new, options.rounds), ids, options.new, ratio
+            )
 
 
 def _generate(model: Any, ids: Tensor, new: int, **options: Any) -> Tensor:
     settings = {"do_sample": False, "num_beams": 1, "pad_token_id": 0, "disable_compile": True}
-    found: Tensor = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=new, min_new_tokens=new, **settings, **options)
+    found: Tensor = model.generate(
+        ids,
+        attention_mask=torch.ones_like(ids),
+        max_new_tokens=new,
+        min_new_tokens=new,
+        **settings,
+        **options,
+    )
     return found
 
 
@@ -88,7 +119,9 @@ def _macs(subject: Subject, ids: Tensor, new: int) -> float:
 
 
 def _interleaved(subjects: dict[str, Subject], ids: Tensor, new: int, rounds: int) -> dict[str, list[float]]:
-    """Seconds of each subject, taken in turn, so that drift of the machine's speed meets all alike; two rounds go before, uncounted."""
+    """Seconds of each subject, taken in turn, so that drift of the machine's speed meets all alike; two
+    rounds go before, uncounted.
+    """
     times: dict[str, list[float]] = {name: [] for name in subjects}
     for count in range(rounds + 2):
         for name, subject in subjects.items():
@@ -111,7 +144,11 @@ def _report(label: str, times: dict[str, list[float]], ids: Tensor, new: int, ra
     best = min((name for name in times if name != "pruned"), key=medians.__getitem__)
     faster = statistics.median(a / b for a, b in zip(times[best], times["pruned"], strict=True))
     rates = ", ".join(f"{name} {len(ids) * new / seconds:.1f}" for name, seconds in medians.items())
-    print(f"  {label:<9}tokens per second: {rates}; pruned is {faster:.3f} times as fast as {best} = {faster / ratio:.2f} of the ratio", flush=True)
+    print(
+        f"  {label:<9}tokens per second: {rates}; pruned is {faster:.3f} times as fast as {best} ="
+        f" {faster / ratio:.2f} of the ratio",
+        flush=True,
+    )
 
 
 def _profile(model: Any, ids: Tensor, new: int) -> str:

@@ -1,4 +1,5 @@
-"""Prefill latency (batch 1, 1,024 tokens) of SmolLM2 pruned with round_to=16, against the captured dense program and the Hugging Face model.
+"""Prefill latency (batch 1, 1,024 tokens) of SmolLM2 pruned with round_to=16, against the captured dense
+program and the Hugging Face model.
 
 Speed-up is compared with the ratio of multiply-accumulates that the programs' operators perform.
 """
@@ -31,11 +32,23 @@ def main() -> None:
     example = {"input_ids": data[:1], "use_cache": False}
     dense, _ = finish(capture(model, (), example))
     for sparsity in options.sparsity:
-        result = fasp_fx.prune(model, (), example, score="magnitude", restore=None, sparsity=sparsity, round_to=options.round_to)
-        macs = {name: _macs(module, data[:1]) for name, module in (("dense", dense), ("pruned", result.module))}
+        result = fasp_fx.prune(
+            model, (), example, score="magnitude", restore=None, sparsity=sparsity, round_to=options.round_to
+        )
+        macs = {
+            name: _macs(module, data[:1]) for name, module in (("dense", dense), ("pruned", result.module))
+        }
         ratio = macs["dense"] / macs["pruned"]
-        print(f"sparsity {result.report.sparsity:.4f}: {macs['dense'] / 1e9:.1f} -> {macs['pruned'] / 1e9:.1f} GMAC, ratio {ratio:.3f}", flush=True)
-        subjects: dict[str, Callable[..., Any]] = {"Hugging Face": lambda ids: model(input_ids=ids, use_cache=False), "dense": dense, "pruned": result.module}
+        print(
+            f"sparsity {result.report.sparsity:.4f}: {macs['dense'] / 1e9:.1f} -> {macs['pruned'] / 1e9:.1f}"
+            f" GMAC, ratio {ratio:.3f}",
+            flush=True,
+        )
+        subjects: dict[str, Callable[..., Any]] = {
+            "Hugging Face": lambda ids: model(input_ids=ids, use_cache=False),
+            "dense": dense,
+            "pruned": result.module,
+        }
         _report("eager", _interleaved(subjects, data[:1], options.rounds), ratio)
         if not options.no_compile:
             torch._dynamo.reset()
@@ -49,7 +62,9 @@ def _macs(module: torch.nn.Module, ids: torch.Tensor) -> float:
     return counter.get_total_flops() / 2
 
 
-def _interleaved(subjects: dict[str, Callable[..., Any]], ids: torch.Tensor, rounds: int) -> dict[str, list[float]]:
+def _interleaved(
+    subjects: dict[str, Callable[..., Any]], ids: torch.Tensor, rounds: int
+) -> dict[str, list[float]]:
     """Seconds of each subject, taken in turn, so that drift of the machine's speed meets all alike."""
     times: dict[str, list[float]] = {name: [] for name in subjects}
     with torch.no_grad():
@@ -68,11 +83,15 @@ def _interleaved(subjects: dict[str, Callable[..., Any]], ids: torch.Tensor, rou
 
 def _report(label: str, times: dict[str, list[float]], ratio: float) -> None:
     medians = {name: statistics.median(values) for name, values in times.items()}
-    pairs = {name: statistics.median(a / b for a, b in zip(times[name], times["pruned"], strict=True)) for name in times}
+    pairs = {
+        name: statistics.median(a / b for a, b in zip(times[name], times["pruned"], strict=True))
+        for name in times
+    }
     print(
         f"  {label:<9}"
         + ", ".join(f"{name} {1000 * value:.0f} ms" for name, value in medians.items())
-        + f"; speed-up over dense {pairs['dense']:.3f} = {pairs['dense'] / ratio:.2f} of the ratio, over Hugging Face {pairs['Hugging Face']:.3f}",
+        + f"; speed-up over dense {pairs['dense']:.3f} = {pairs['dense'] / ratio:.2f} of the ratio, over"
+        f" Hugging Face {pairs['Hugging Face']:.3f}",
         flush=True,
     )
 

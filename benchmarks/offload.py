@@ -1,6 +1,8 @@
-"""A Llama of 1.3 billion parameters, pruned with its weights in files and in memory: peak memory, time, and whether both come to the same. Resumes.
+"""A Llama of 1.3 billion parameters, pruned with its weights in files and in memory: peak memory, time, and
+whether both come to the same. Resumes.
 
-The checkpoint is made of random numbers, in bfloat16; it is pruned in float32. Each pruning is a process of its own.
+The checkpoint is made of random numbers, in bfloat16; it is pruned in float32. Each pruning is a process of
+its own.
 """
 
 from __future__ import annotations
@@ -29,8 +31,19 @@ def make(folder: pathlib.Path, layers: int) -> None:
     if (folder / "config.json").exists():
         return
     torch.manual_seed(0)
-    shape = {"hidden_size": 2048, "intermediate_size": 5504, "num_attention_heads": 16, "num_key_value_heads": 16}
-    config = LlamaConfig(num_hidden_layers=layers, vocab_size=VOCABULARY, max_position_embeddings=2048, dtype=torch.bfloat16, **shape)
+    shape = {
+        "hidden_size": 2048,
+        "intermediate_size": 5504,
+        "num_attention_heads": 16,
+        "num_key_value_heads": 16,
+    }
+    config = LlamaConfig(
+        num_hidden_layers=layers,
+        vocab_size=VOCABULARY,
+        max_position_embeddings=2048,
+        dtype=torch.bfloat16,
+        **shape,
+    )
     torch.set_default_dtype(torch.bfloat16)
     LlamaForCausalLM(config).save_pretrained(folder, max_shard_size="500MB")
 
@@ -42,7 +55,11 @@ def batches(count: int, length: int) -> list[torch.Tensor]:
 
 def run(options: argparse.Namespace) -> None:
     """Prune once, and print what it took."""
-    how: dict[str, Any] = {"calibration": batches(options.batches, options.length), "sparsity": 0.2, "quality": options.quality}
+    how: dict[str, Any] = {
+        "calibration": batches(options.batches, options.length),
+        "sparsity": 0.2,
+        "quality": options.quality,
+    }
     started = time.perf_counter()
     if options.run == "files":
         with fasp_fx.offload(options.folder / "scratch", resident=round(options.resident * 2**30)) as scratch:
@@ -56,7 +73,17 @@ def run(options: argparse.Namespace) -> None:
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     weights = 4 * sum(parameter.numel() for parameter in model.parameters())
     seconds = {step: round(spent, 1) for step, spent in result.report.seconds.items()}
-    print(json.dumps({"how": options.run, "peak": peak, "of the weights": peak / weights, "seconds": time.perf_counter() - started, "steps": seconds}))
+    print(
+        json.dumps(
+            {
+                "how": options.run,
+                "peak": peak,
+                "of the weights": peak / weights,
+                "seconds": time.perf_counter() - started,
+                "steps": seconds,
+            }
+        )
+    )
 
 
 def predict(options: argparse.Namespace) -> dict[str, Any]:
@@ -65,10 +92,21 @@ def predict(options: argparse.Namespace) -> dict[str, Any]:
     with torch.device("meta"):
         model = LlamaForCausalLM(config).eval()
     analysis = fasp_fx.analyze(model, (), {"input_ids": batches(1, options.length)[0], "use_cache": False})
-    found = forecast(analysis, fasp_fx.PruningConfig(sparsity=0.2, quality=options.quality), options.batches, dtype=torch.float32)
+    found = forecast(
+        analysis,
+        fasp_fx.PruningConfig(sparsity=0.2, quality=options.quality),
+        options.batches,
+        dtype=torch.float32,
+    )
     seconds = found.seconds or {}
     streamed = found.streamed(round(options.resident * 2**30))
-    return {"how": "predicted", "files": streamed, "memory": found.peak, "seconds": sum(seconds.values()), "steps": seconds}
+    return {
+        "how": "predicted",
+        "files": streamed,
+        "memory": found.peak,
+        "seconds": sum(seconds.values()),
+        "steps": seconds,
+    }
 
 
 def compare(folder: pathlib.Path) -> dict[str, Any]:
@@ -77,11 +115,17 @@ def compare(folder: pathlib.Path) -> dict[str, Any]:
     other = dict(second.named_parameters())
     torch.set_grad_enabled(False)
     worst = max(float((parameter - other[name]).abs().max()) for name, parameter in first.named_parameters())
-    return {"how": "compared", "same plan": first.plan.groups == second.plan.groups, "largest difference of a weight": worst}
+    return {
+        "how": "compared",
+        "same plan": first.plan.groups == second.plan.groups,
+        "largest difference of a weight": worst,
+    }
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--folder", type=pathlib.Path, required=True, help="where everything goes; 25 GB")
     parser.add_argument("--layers", type=int, default=24)
     parser.add_argument("--batches", type=int, default=4)
@@ -100,8 +144,13 @@ def main() -> None:
     for how in ("predicted", "files", "memory"):
         if any(found["how"] == how for found in done):
             continue
-        shared = [f"--{name}={getattr(options, name)}" for name in ("folder", "batches", "length", "resident", "quality")]
-        printed = subprocess.run([sys.executable, __file__, *shared, "--run", how], check=True, stdout=subprocess.PIPE, text=True).stdout
+        shared = [
+            f"--{name}={getattr(options, name)}"
+            for name in ("folder", "batches", "length", "resident", "quality")
+        ]
+        printed = subprocess.run(
+            [sys.executable, __file__, *shared, "--run", how], check=True, stdout=subprocess.PIPE, text=True
+        ).stdout
         line = printed.strip().splitlines()[-1]
         print(line, flush=True)
         with results.open("a") as out:

@@ -13,7 +13,13 @@ from fasp_fx.evaluation import perplexity
 def main() -> None:
     parser = arguments(__doc__ or "")
     parser.add_argument("--sparsity", type=float, nargs="*", default=[0.1, 0.2, 0.3])
-    parser.add_argument("--no-restore", type=float, nargs="*", default=[0.2], help="sparsities measured without restoration too")
+    parser.add_argument(
+        "--no-restore",
+        type=float,
+        nargs="*",
+        default=[0.2],
+        help="sparsities measured without restoration too",
+    )
     parser.add_argument("--round-to", type=int, default=1)
     parser.add_argument("--quality", choices=["fast", "balanced", "best"], default="fast", help="fast: FASP")
     options = parser.parse_args()
@@ -22,15 +28,23 @@ def main() -> None:
     batches = [{"input_ids": row[None]} for row in data[: options.chunks]]
     example = {"input_ids": data[:1], "use_cache": False}
     print(f"dense                 {perplexity(model, data[EVALUATION]):.3f}", flush=True)
-    runs = [(sparsity, "least-squares") for sparsity in options.sparsity] + [(sparsity, None) for sparsity in options.no_restore]
+    runs = [(sparsity, "least-squares") for sparsity in options.sparsity] + [
+        (sparsity, None) for sparsity in options.no_restore
+    ]
     for sparsity, restore in runs:
-        how: Any = {"restore": restore, "round_to": options.round_to, "quality": options.quality, "loss": "next-token"}
+        how: Any = {
+            "restore": restore,
+            "round_to": options.round_to,
+            "quality": options.quality,
+            "loss": "next-token",
+        }
         result = fasp_fx.prune(model, (), example, calibration=batches, sparsity=sparsity, **how)
         value = perplexity(result.module, data[EVALUATION])
         label = f"{sparsity:.0%}" + ("" if restore else " without restoration")
         spent = ", ".join(f"{stage} {seconds:.1f}" for stage, seconds in result.report.seconds.items())
         print(
-            f"{label:<24}{value:.3f}   sparsity {result.report.sparsity:.4f}, parameters {result.report.parameters[1]:,}; seconds: {spent}",
+            f"{label:<24}{value:.3f}   sparsity {result.report.sparsity:.4f}, parameters"
+            f" {result.report.parameters[1]:,}; seconds: {spent}",
             flush=True,
         )
 

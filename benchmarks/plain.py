@@ -1,4 +1,6 @@
-"""Perplexity of SmolLM2-135M pruned to what its config can say: of the pruned program, and of the plain checkpoint in a process without fasp_fx."""
+"""Perplexity of SmolLM2-135M pruned to what its config can say: of the pruned program, and of the plain
+checkpoint in a process without fasp_fx.
+"""
 
 from __future__ import annotations
 
@@ -30,14 +32,17 @@ with torch.no_grad():
     for chunk in ids:
         logits = model(input_ids=chunk[None], use_cache=False).logits
         total += float(torch.nn.functional.cross_entropy(logits[0, :-1].float(), chunk[1:], reduction="sum"))
-print(json.dumps({"perplexity": math.exp(total / (len(ids) * (ids.shape[1] - 1))), "parameters": model.num_parameters()}))
+mean = total / (len(ids) * (ids.shape[1] - 1))
+print(json.dumps({"perplexity": math.exp(mean), "parameters": model.num_parameters()}))
 """
 
 
 def elsewhere(pruned: Plain, tokenizer: Any, data: torch.Tensor, device: str) -> dict[str, Any]:
     """Perplexity and parameters of the plain checkpoint, in a new process."""
     with tempfile.TemporaryDirectory() as above:
-        folder = save_plain(pruned.model, tokenizer, pruned.result.plan, pruned.report, pathlib.Path(above) / "plain")
+        folder = save_plain(
+            pruned.model, tokenizer, pruned.result.plan, pruned.report, pathlib.Path(above) / "plain"
+        )
         torch.save(data.cpu(), folder / "chunks.pt")
         printed = run_without_fasp_fx(STRANGER, str(folder), device, folder=pathlib.Path(above))
         found: dict[str, Any] = json.loads(printed.splitlines()[-1])
@@ -48,22 +53,33 @@ def main() -> None:
     parser = arguments(__doc__ or "")
     parser.add_argument("--sparsity", type=float, default=0.2)
     parser.add_argument("--round-to", type=int, default=1)
-    parser.add_argument("--evaluation", type=int, default=EVALUATION.stop - EVALUATION.start, help="chunks to measure on")
+    parser.add_argument(
+        "--evaluation", type=int, default=EVALUATION.stop - EVALUATION.start, help="chunks to measure on"
+    )
     options = parser.parse_args()
     model, tokenizer = smollm2(options.device)
     data = chunks(tokenizer, options.text, options.device)
     batches = [{"input_ids": row[None]} for row in data[: options.chunks]]
     measured = data[EVALUATION][: options.evaluation]
-    print(f"{'dense':<22}{perplexity(model, measured):.4f}   parameters {model.num_parameters():,}", flush=True)
+    print(
+        f"{'dense':<22}{perplexity(model, measured):.4f}   parameters {model.num_parameters():,}", flush=True
+    )
     for label, granularity in (("neurons", ("channel",)), ("neurons and heads", ("channel", "head"))):
         start = time.perf_counter()
-        pruned = prune_plain(model, calibration=batches, sparsity=options.sparsity, round_to=options.round_to, granularity=granularity)
+        pruned = prune_plain(
+            model,
+            calibration=batches,
+            sparsity=options.sparsity,
+            round_to=options.round_to,
+            granularity=granularity,
+        )
         spent = time.perf_counter() - start
         found = elsewhere(pruned, tokenizer, measured, options.device)
         here = perplexity(pruned.result.module, measured)
         print(
-            f"{label:<22}program {here:.4f}   plain checkpoint {found['perplexity']:.4f}   sparsity {pruned.report.sparsity:.4f}, "
-            f"parameters {found['parameters']:,}; {pruned.report.notes[0]}; {spent:.0f} s",
+            f"{label:<22}program {here:.4f}   plain checkpoint {found['perplexity']:.4f}   sparsity"
+            f" {pruned.report.sparsity:.4f}, parameters {found['parameters']:,}; {pruned.report.notes[0]};"
+            f" {spent:.0f} s",
             flush=True,
         )
 

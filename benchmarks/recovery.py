@@ -1,7 +1,9 @@
-"""What distillation brings back, on SmolLM2-135M (perplexity on chunks 100-139) and on the encoder MiniLM-L6 (mean cosine). Resumes where it was stopped.
+"""What distillation brings back, on SmolLM2-135M (perplexity on chunks 100-139) and on the encoder MiniLM-L6
+(mean cosine). Resumes where it was stopped.
 
-A recipe is EPOCHS,LEARNING_RATE,CHUNKS,LENGTH[,TRAIN]: how often over how many calibration chunks (for MiniLM: batches), how many tokens of each, and what is
-trained. Each pruning is saved once under --out, and every recipe starts from there.
+A recipe is EPOCHS,LEARNING_RATE,CHUNKS,LENGTH[,TRAIN]: how often over how many calibration chunks (for
+MiniLM: batches), how many tokens of each, and what is trained. Each pruning is saved once under --out, and
+every recipe starts from there.
 """
 
 from __future__ import annotations
@@ -21,22 +23,39 @@ import fasp_fx
 RECIPES = ("1,3e-5,32,512", "2,3e-5,32,512", "2,3e-5,32,1024", "2,3e-5,96,1024")
 
 
-def pruned(captured: fasp_fx.Captured, calibration: list[Any], quality: str, sparsity: float, own: dict[str, Any], folder: pathlib.Path) -> fasp_fx.Result:
+def pruned(
+    captured: fasp_fx.Captured,
+    calibration: list[Any],
+    quality: str,
+    sparsity: float,
+    own: dict[str, Any],
+    folder: pathlib.Path,
+) -> fasp_fx.Result:
     """The result of one pruning, from its folder if it is there."""
     if not folder.exists():
-        fasp_fx.prune(captured, calibration=calibration, sparsity=sparsity, quality=quality, **own).save(folder)
+        fasp_fx.prune(captured, calibration=calibration, sparsity=sparsity, quality=quality, **own).save(
+            folder
+        )
     return fasp_fx.load(folder)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--text", type=pathlib.Path, required=True, help="WikiText-2 validation text (wikitext2-valid.txt)")
-    parser.add_argument("--out", type=pathlib.Path, required=True, help="a folder: results.jsonl, and the pruned models")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--text", type=pathlib.Path, required=True, help="WikiText-2 validation text (wikitext2-valid.txt)"
+    )
+    parser.add_argument(
+        "--out", type=pathlib.Path, required=True, help="a folder: results.jsonl, and the pruned models"
+    )
     parser.add_argument("--models", nargs="*", choices=["smollm2", "minilm"], default=["smollm2"])
     parser.add_argument("--qualities", nargs="*", default=["fast", "balanced", "best"])
     parser.add_argument("--sparsity", type=float, nargs="*", default=[0.1, 0.2, 0.3])
     parser.add_argument("--recipes", nargs="*", default=list(RECIPES))
-    parser.add_argument("--evaluation", type=int, default=40, help="chunks of WikiText-2 that are measured, from the 100th on")
+    parser.add_argument(
+        "--evaluation", type=int, default=40, help="chunks of WikiText-2 that are measured, from the 100th on"
+    )
     parser.add_argument("--tasks", nargs="*", default=[], help="files of tasks to measure SmolLM2 on")
     parser.add_argument("--limit", type=int, help="examples of each task")
     parser.add_argument("--device", default="cpu")
@@ -51,22 +70,45 @@ def main() -> None:
         if name == "smollm2":
             text, loss = chunks(smollm2(options.device)[1], options.text, options.device), "divergence"
         captured = fasp_fx.capture(model, (), example)
-        for sparsity, quality, recipe in ((s, q, r) for s in options.sparsity for q in options.qualities for r in ("none", *options.recipes)):
-            key = {"model": name, "quality": quality, "sparsity": sparsity, "recipe": recipe, "evaluation": options.evaluation, "limit": options.limit}
+        for sparsity, quality, recipe in (
+            (s, q, r) for s in options.sparsity for q in options.qualities for r in ("none", *options.recipes)
+        ):
+            key = {
+                "model": name,
+                "quality": quality,
+                "sparsity": sparsity,
+                "recipe": recipe,
+                "evaluation": options.evaluation,
+                "limit": options.limit,
+            }
             if any(key.items() <= found.items() for found in done):
                 continue
-            result = pruned(captured, calibration, quality, sparsity, own, options.out / f"{name}-{quality}-{sparsity:g}")
+            result = pruned(
+                captured, calibration, quality, sparsity, own, options.out / f"{name}-{quality}-{sparsity:g}"
+            )
             found: dict[str, Any] = {**key, "pruning": round(sum(result.report.seconds.values()), 1)}
             if recipe != "none":
                 epochs, rate, count, length, *train = recipe.split(",")
-                batches = data[: int(count)] if name == "minilm" else [{"input_ids": row[None, : int(length)]} for row in text[: int(count)]]
-                how: dict[str, Any] = {"epochs": int(epochs), "learning_rate": float(rate), "loss": loss, **({"train": train[0]} if train else {})}
+                batches = (
+                    data[: int(count)]
+                    if name == "minilm"
+                    else [{"input_ids": row[None, : int(length)]} for row in text[: int(count)]]
+                )
+                how: dict[str, Any] = {
+                    "epochs": int(epochs),
+                    "learning_rate": float(rate),
+                    "loss": loss,
+                    **({"train": train[0]} if train else {}),
+                }
                 started = time.perf_counter()
                 result = fasp_fx.distil(result, model, batches, **how)
                 found |= {"distilling": round(time.perf_counter() - started, 1)}
                 recovery = result.report.recovery
                 assert recovery is not None
-                found |= {"kept": recovery.kept, "curve": [round(point.held_out, 5) for point in recovery.curve]}
+                found |= {
+                    "kept": recovery.kept,
+                    "curve": [round(point.held_out, 5) for point in recovery.curve],
+                }
             found |= measure(result.module)
             with file.open("a") as out:
                 out.write(json.dumps(found) + "\n")

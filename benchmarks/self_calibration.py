@@ -1,7 +1,9 @@
-"""Perplexity of SmolLM2-135M after FASP by how the text was written that calibrated it. Resumes where it was stopped.
+"""Perplexity of SmolLM2-135M after FASP by how the text was written that calibrated it. Resumes where it was
+stopped.
 
-A recipe is ``COUNTxLENGTH,TEMPERATURE,TOP_P,BEGINNING``: a text begins with ``bos``, with ``eos`` (which parts documents), or with a ``random`` token of the
-vocabulary; or ``COUNTxLENGTH,wiki`` for WikiText-2 itself.
+A recipe is ``COUNTxLENGTH,TEMPERATURE,TOP_P,BEGINNING``: a text begins with ``bos``, with ``eos`` (which
+parts documents), or with a ``random`` token of the vocabulary; or ``COUNTxLENGTH,wiki`` for WikiText-2
+itself.
 """
 
 from __future__ import annotations
@@ -35,24 +37,48 @@ def write(model: Any, tokenizer: Any, recipe: str, seed: int, folder: pathlib.Pa
     first = {"bos": tokenizer.bos_token_id, "eos": 0}.get(beginning)
     prompt = torch.full((count, 1), first) if first is not None else torch.randint(len(tokenizer), (count, 1))
     settings = GenerationConfig(
-        do_sample=True, temperature=float(temperature), top_k=0, top_p=float(top_p), max_length=length, eos_token_id=None, pad_token_id=0
+        do_sample=True,
+        temperature=float(temperature),
+        top_k=0,
+        top_p=float(top_p),
+        max_length=length,
+        eos_token_id=None,
+        pad_token_id=0,
     )
     model.generation_config = settings
     started = time.perf_counter()
     with torch.no_grad():
-        tokens = torch.cat([model.generate(part, attention_mask=torch.ones_like(part)) for part in prompt.split(128)])
+        tokens = torch.cat(
+            [model.generate(part, attention_mask=torch.ones_like(part)) for part in prompt.split(128)]
+        )
     seconds = time.perf_counter() - started
     torch.save({"tokens": tokens, "seconds": seconds}, file)
     return tokens, seconds
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--text", type=pathlib.Path, required=True, help="WikiText-2 validation text (wikitext2-valid.txt)")
-    parser.add_argument("--out", type=pathlib.Path, required=True, help="folder of results; what is there is not measured again")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--text", type=pathlib.Path, required=True, help="WikiText-2 validation text (wikitext2-valid.txt)"
+    )
+    parser.add_argument(
+        "--out",
+        type=pathlib.Path,
+        required=True,
+        help="folder of results; what is there is not measured again",
+    )
     parser.add_argument("--recipes", nargs="+", required=True, help="what calibrates")
-    parser.add_argument("--measured", nargs="*", default=["16x256,1,1,bos"], help="texts of the model's own to measure on, besides WikiText-2")
-    parser.add_argument("--evaluation", type=int, default=40, help="chunks of WikiText-2 that are measured, from the 100th on")
+    parser.add_argument(
+        "--measured",
+        nargs="*",
+        default=["16x256,1,1,bos"],
+        help="texts of the model's own to measure on, besides WikiText-2",
+    )
+    parser.add_argument(
+        "--evaluation", type=int, default=40, help="chunks of WikiText-2 that are measured, from the 100th on"
+    )
     parser.add_argument("--sparsity", type=float, default=0.2)
     parser.add_argument("--quality", choices=["fast", "balanced", "best"], default="balanced")
     options = parser.parse_args()
@@ -62,9 +88,17 @@ def main() -> None:
     done = [json.loads(line) for line in results.read_text().splitlines()] if results.exists() else []
     model, tokenizer = smollm2("cpu")
     wiki = chunks(tokenizer, options.text, "cpu")
-    held = {"wiki": wiki[EVALUATION][: options.evaluation]} | {recipe: write(model, tokenizer, recipe, 99, options.out)[0] for recipe in options.measured}
+    held = {"wiki": wiki[EVALUATION][: options.evaluation]} | {
+        recipe: write(model, tokenizer, recipe, 99, options.out)[0] for recipe in options.measured
+    }
     for recipe in ["dense", *options.recipes]:
-        key = {"recipe": recipe, "sparsity": options.sparsity, "evaluation": options.evaluation, "measured": sorted(held), "quality": options.quality}
+        key = {
+            "recipe": recipe,
+            "sparsity": options.sparsity,
+            "evaluation": options.evaluation,
+            "measured": sorted(held),
+            "quality": options.quality,
+        }
         if any(key.items() <= found.items() for found in done):
             continue
         found: dict[str, Any] = dict(key)
@@ -77,7 +111,9 @@ def main() -> None:
                 tokens, found["writing"] = write(model, tokenizer, recipe, 0, options.out)
             batches = [{"input_ids": row[None]} for row in tokens]
             how: Any = {"sparsity": options.sparsity, "quality": options.quality, "loss": "next-token"}
-            result = fasp_fx.prune(model, (), {"input_ids": tokens[:1], "use_cache": False}, calibration=batches, **how)
+            result = fasp_fx.prune(
+                model, (), {"input_ids": tokens[:1], "use_cache": False}, calibration=batches, **how
+            )
             measured, found["seconds"] = result.module, dict(result.report.seconds)
         found["perplexity"] = {name: perplexity(measured, text) for name, text in held.items()}
         with results.open("a") as out:

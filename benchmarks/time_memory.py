@@ -1,4 +1,6 @@
-"""Time and memory of the whole of prune() on the protocol, against one plain forward pass of the dense model over the same batches."""
+"""Time and memory of the whole of prune() on the protocol, against one plain forward pass of the dense model
+over the same batches.
+"""
 
 from __future__ import annotations
 
@@ -49,8 +51,15 @@ def main() -> None:
             _wait(options.device)
             spent = time.perf_counter() - start
         stages = ", ".join(f"{name} {seconds:.1f}" for name, seconds in result.report.seconds.items())
-        print(f"forward {plain:.1f} s   prune {spent:.1f} s   ratio {spent / plain:.2f}   ({stages})", flush=True)
-        print(f"peak resident {peak.bytes / 2**30:.2f} GiB, before {peak.before / 2**30:.2f} GiB, allowed {2 * weights / 2**30 + 1.5:.2f} GiB", flush=True)
+        print(
+            f"forward {plain:.1f} s   prune {spent:.1f} s   ratio {spent / plain:.2f}   ({stages})",
+            flush=True,
+        )
+        print(
+            f"peak resident {peak.bytes / 2**30:.2f} GiB, before {peak.before / 2**30:.2f} GiB, allowed"
+            f" {2 * weights / 2**30 + 1.5:.2f} GiB",
+            flush=True,
+        )
 
 
 def _wait(device: str) -> None:

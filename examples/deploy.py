@@ -1,4 +1,6 @@
-"""Deploy: prune a model of one's own, save it, load it where its class is unknown, compile it. `python deploy.py --help` lists the options."""
+"""Deploy: prune a model of one's own, save it, load it where its class is unknown, compile it. `python
+deploy.py --help` lists the options.
+"""
 
 import argparse
 
@@ -20,7 +22,10 @@ class Net(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.stem = nn.Sequential(nn.Conv2d(3, 32, 3, stride=2, padding=1), nn.BatchNorm2d(32), nn.ReLU())
-        self.wide, self.deep = nn.Conv2d(32, 32, 1), nn.Sequential(nn.Conv2d(32, 64, 3, padding=1), nn.ReLU(), nn.Conv2d(64, 32, 1))
+        self.wide, self.deep = (
+            nn.Conv2d(32, 32, 1),
+            nn.Sequential(nn.Conv2d(32, 64, 3, padding=1), nn.ReLU(), nn.Conv2d(64, 32, 1)),
+        )
         self.head = nn.Linear(64, 10)
 
     def forward(self, image):

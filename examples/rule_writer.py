@@ -1,4 +1,6 @@
-"""Write a rule: teach fasp_fx an operator of one's own, hold rule and model against the promises, and prune by a score of one's own."""
+"""Write a rule: teach fasp_fx an operator of one's own, hold rule and model against the promises, and prune
+by a score of one's own.
+"""
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +18,11 @@ def scaled_silu(x: Tensor, scale: Tensor) -> Tensor:
 class Net(nn.Module):
     def __init__(self) -> None:
         super().__init__()
-        self.up, self.down, self.scale = nn.Linear(8, 48), nn.Linear(48, 8), nn.Parameter(torch.rand(48) + 0.5)
+        self.up, self.down, self.scale = (
+            nn.Linear(8, 48),
+            nn.Linear(48, 8),
+            nn.Parameter(torch.rand(48) + 0.5),
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         return self.down(torch.ops.mylib.scaled_silu(self.up(x), self.scale))
@@ -30,9 +36,13 @@ def loudest(columns: Columns) -> Tensor:
 scaled_silu.register_fake(lambda x, scale: torch.empty_like(x))
 model, x = Net().eval(), torch.randn(64, 8)
 print(*fasp_fx.analyze(model, (x,)).groups, sep="\n")  # frozen: nobody has said what the operator does
-rule = "x[... c], scale[c] -> [... c]"  # one line: the last dimension's channels pass, and take those of scale along
+rule = (  # one line: the last dimension's channels pass, and take those of scale along
+    "x[... c], scale[c] -> [... c]"
+)
 print(check_rule(torch.ops.mylib.scaled_silu.default, rule, examples=30))
 fasp_fx.patterns.register(torch.ops.mylib.scaled_silu.default, rule)
 print(*fasp_fx.analyze(model, (x,)).groups, sep="\n")
-print(check_program(model, (x,), invariants=("mask-exact", "signature", "rules")))  # the operator has no gradient, so "alone" would not hold
+print(
+    check_program(model, (x,), invariants=("mask-exact", "signature", "rules"))
+)  # the operator has no gradient, so "alone" would not hold
 print(fasp_fx.prune(model, (x,), calibration=[x], score=loudest, sparsity=0.25).report)

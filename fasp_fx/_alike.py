@@ -35,7 +35,9 @@ class AlikeBudget(Budget):
         return self.whole.counts(self.spread(lost))
 
     def joined(self, costs: Costs) -> Costs:
-        """The cost curves of all groups of a shape, added up, by the name of the group that stands for them; none where one has none."""
+        """The cost curves of all groups of a shape, added up, by the name of the group that stands for them;
+        none where one has none.
+        """
         curves = {}
         for group, alike in zip(self.groups, self.classes, strict=True):
             names = [self.whole.groups[index].name for index in alike]
@@ -47,8 +49,19 @@ class AlikeBudget(Budget):
 
 def _shape(group: Group) -> Any:
     """What groups of layers that are alike have in common."""
-    members = [(member.dim, member.size, len(member.indices), member.block_dim, member.blocks) for member in (*group.producers, *group.consumers)]
-    return group.width, group.blocks, group.needed, group.granularity, group.status, len(group.producers), tuple(members)
+    members = [
+        (member.dim, member.size, len(member.indices), member.block_dim, member.blocks)
+        for member in (*group.producers, *group.consumers)
+    ]
+    return (
+        group.width,
+        group.blocks,
+        group.needed,
+        group.granularity,
+        group.status,
+        len(group.producers),
+        tuple(members),
+    )
 
 
 __all__ = ["AlikeBudget"]

@@ -1,7 +1,8 @@
 """Let transformers' Auto classes know pruned models, without importing transformers.
 
-Importing transformers takes a second, and most users of fasp_fx never need its Auto classes. So the configuration is registered once
-transformers' table of configurations has been imported, by whomever, and the models once such a configuration is made.
+Importing transformers takes a second, and most users of fasp_fx never need its Auto classes. So the
+configuration is registered once transformers' table of configurations has been imported, by whomever, and the
+models once such a configuration is made.
 """
 
 from __future__ import annotations
@@ -26,13 +27,17 @@ def register_when_needed() -> None:
 
 
 def _register() -> None:
-    import_module(".hf._config", __package__)  # registers itself when it is complete, which it is not if it is what imports the table
+    import_module(
+        ".hf._config", __package__
+    )  # registers itself when it is complete, which it is not if it is what imports the table
 
 
 class _Finder(MetaPathFinder):
     """Finds the table as every other finder would, and runs the registration after it; once."""
 
-    def find_spec(self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None) -> ModuleSpec | None:
+    def find_spec(
+        self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
+    ) -> ModuleSpec | None:
         if fullname != _TABLE:
             return None
         sys.meta_path.remove(self)

@@ -23,7 +23,8 @@ Model = nn.Module | fx.GraphModule | ExportedProgram
 class Captured:
     """A model as a graph over its own weights, which it shares.
 
-    :func:`fasp_fx.analyze`, :func:`fasp_fx.prune` and :func:`fasp_fx.apply` take it in the place of a model and its example inputs, any number of times.
+    :func:`fasp_fx.analyze`, :func:`fasp_fx.prune` and :func:`fasp_fx.apply` take it in the place of a model
+    and its example inputs, any number of times.
 
     Attributes:
         program: the graph, and how it is called.
@@ -58,7 +59,8 @@ def capture(
     """Capture a model as it behaves on the example inputs, once for several prunings.
 
     Args:
-        model: module in evaluation mode, graph module or exported program; it is not changed, and its weights are shared.
+        model: module in evaluation mode, graph module or exported program; it is not changed, and its weights
+            are shared.
         args, kwargs: example inputs.
         state: names of arguments and outputs that hold state (a cache) and may become narrower.
         dynamic_shapes: as for ``torch.export.export``; inferred if ``None``.
@@ -66,13 +68,16 @@ def capture(
 
     Raises:
         ArgumentError: the inputs do not fit the model.
-        CaptureError: the model is in training mode, or cannot be captured whole; :func:`fasp_fx.prune` takes such a model in parts.
+        CaptureError: the model is in training mode, or cannot be captured whole; :func:`fasp_fx.prune` takes
+            such a model in parts.
     """
     program = _captured(model, args, kwargs, state=state, dynamic_shapes=dynamic_shapes, device=device)
     return Captured(program, _versions(program))
 
 
-def _captured(model: Model, args: Any, kwargs: dict[str, Any] | None, *, run: bool = True, **options: Any) -> Program:
+def _captured(
+    model: Model, args: Any, kwargs: dict[str, Any] | None, *, run: bool = True, **options: Any
+) -> Program:
     """Capture, and if ``run``, hold the program against the model."""
     program = capture_program(model, args, kwargs, **options)
     return compared(program, model, args, kwargs) if run else program
@@ -97,19 +102,32 @@ def program_of(
         ArgumentError: a captured model with what it was captured with already, or with weights that changed.
     """
     if not isinstance(model, Captured):
-        return _captured(model, args, kwargs, run=run, state=state, dynamic_shapes=dynamic_shapes, device=device)
-    given = {"args": args != (), "kwargs": bool(kwargs), "state": bool(state), "dynamic_shapes": dynamic_shapes is not None}
+        return _captured(
+            model, args, kwargs, run=run, state=state, dynamic_shapes=dynamic_shapes, device=device
+        )
+    given = {
+        "args": args != (),
+        "kwargs": bool(kwargs),
+        "state": bool(state),
+        "dynamic_shapes": dynamic_shapes is not None,
+    }
     for name, is_given in given.items():
         if is_given:
-            raise ArgumentError(f"a captured model holds what {name}= says already; give {name}= to fasp_fx.capture")
+            raise ArgumentError(
+                f"a captured model holds what {name}= says already; give {name}= to fasp_fx.capture"
+            )
     program = model.checked()
     if device is not None and torch.device(device).type != program.device().type:
-        raise ArgumentError(f"the model was captured on {program.device()}; give device={str(device)!r} to fasp_fx.capture")
+        raise ArgumentError(
+            f"the model was captured on {program.device()}; give device={str(device)!r} to fasp_fx.capture"
+        )
     return program
 
 
 def _versions(program: Program) -> dict[str, int | None]:
-    """How often each weight was written into, but for those that the model itself writes into; ``None`` where torch does not count."""
+    """How often each weight was written into, but for those that the model itself writes into; ``None`` where
+    torch does not count.
+    """
     own = set(written_names(program.module.graph))
     return {name: _version(tensor) for name, tensor in program.weights().items() if name not in own}
 

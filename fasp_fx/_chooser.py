@@ -24,7 +24,16 @@ from ._program import Program
 from ._scores import resolve_score
 from ._selection import PartialBudget, check_asked, check_patterns, held_by, lost_by_pattern, matches, read_by
 from ._warn import warn
-from .allocation import Budget, Ceiling, CostAllocation, Search, Target, TrialAllocation, check_reach, validate
+from .allocation import (
+    Budget,
+    Ceiling,
+    CostAllocation,
+    Search,
+    Target,
+    TrialAllocation,
+    check_reach,
+    validate,
+)
 from .analysis import Analysis
 from .config import MEASURED, PruningConfig
 from .costs import Costs
@@ -55,16 +64,34 @@ class Chooser:
         notes: what there is to say of the allocation, for the report.
     """
 
-    def __init__(self, config: PruningConfig, auto: Literal["outputs", "next-token"] = "outputs", ranks: Ranks | None = None) -> None:
+    def __init__(
+        self,
+        config: PruningConfig,
+        auto: Literal["outputs", "next-token"] = "outputs",
+        ranks: Ranks | None = None,
+    ) -> None:
         self.config, self.ranks = config, ranks or Ranks()
         self._loss = auto if config.loss == "auto" else config.loss
         self._score, self._allocate = resolve_score(config.named_score), config.allocator
-        self._restore = None if config.restore is None else restored_by(config.restore) if callable(config.restore) else ridge
+        self._restore = (
+            None
+            if config.restore is None
+            else restored_by(config.restore)
+            if callable(config.restore)
+            else ridge
+        )
         if config.window is not None and self.ranks.size > 1:
-            raise ArgumentError("windows are trained by one process; leave group= out, or use restore='least-squares' and fasp_fx.distil after it")
+            raise ArgumentError(
+                "windows are trained by one process; leave group= out, or use restore='least-squares' and"
+                " fasp_fx.distil after it"
+            )
         self._trial: ModelTrial | None = None
         self.notes: list[str] = []
-        self._gradients = {name: make for name, make in self._score.statistics.items() if getattr(make, "needs_gradient", False)}
+        self._gradients = {
+            name: make
+            for name, make in self._score.statistics.items()
+            if getattr(make, "needs_gradient", False)
+        }
 
     @property
     def measures(self) -> bool:
@@ -83,7 +110,9 @@ class Chooser:
 
     @property
     def _is_of_columns(self) -> bool:
-        """Whether the score is one of single columns, whose losses take less data to predict than those of whole groups."""
+        """Whether the score is one of single columns, whose losses take less data to predict than those of
+        whole groups.
+        """
         return isinstance(self._score, ByColumns)
 
     @property
@@ -93,7 +122,9 @@ class Chooser:
             return "the relative squared errors of the consumers' outputs, added up"
         if callable(self._loss):
             return "the loss that was given"
-        return {"next-token": "the cross-entropy of the next token"}.get(self._loss, "half the squared error of the outputs, relative to their mean square")
+        return {"next-token": "the cross-entropy of the next token"}.get(
+            self._loss, "half the squared error of the outputs, relative to their mean square"
+        )
 
     def budget(self, analysis: Analysis) -> Budget:
         """How much of the resources asked for may stay of a program.
@@ -106,12 +137,16 @@ class Chooser:
         return Budget(analysis.chosen, [Ceiling(cap, cap.resource(analysis)) for cap in self.config.caps])
 
     def budget_of(self, counted: Resource) -> Budget:
-        """How much of the counted weights may stay by the sparsity asked for; without a limit where each pattern has its own."""
+        """How much of the counted weights may stay by the sparsity asked for; without a limit where each
+        pattern has its own.
+        """
         sparsity = self.config.requested
         return Budget(counted.groups, [] if sparsity is None else [Target(counted, sparsity)])
 
     def check(self, budget: Budget, groups: Sequence[Group], costs: Costs | None = None) -> None:
-        """Refuse what can be known to be in vain before the costs are measured; arguments and errors as for :meth:`allocate`."""
+        """Refuse what can be known to be in vain before the costs are measured; arguments and errors as for
+        :meth:`allocate`.
+        """
         check_patterns("exclude", self.config.exclude, groups, held_by)
         part = self._part(budget)
         if not self.needs_costs or not budget.groups or costs is not None:
@@ -120,7 +155,10 @@ class Chooser:
         check_reach(part, self.config.round_to)
         unread = next((group for group in part.groups if not group.uses and group.status == EXEMPT), None)
         if unread is not None and isinstance(self._allocate, Search):
-            raise ArgumentError(f"allocation='search' cannot try '{unread.name}', which no weight reads; exclude it, or use allocation='global'")
+            raise ArgumentError(
+                f"allocation='search' cannot try '{unread.name}', which no weight reads; exclude it, or use"
+                " allocation='global'"
+            )
 
     def measure(
         self,
@@ -131,16 +169,19 @@ class Chooser:
         costs: Costs | None = None,
         part: int | None = None,
     ) -> Costs | None:
-        """Observe the dense model, forward and, where there is a loss, back: the cost curves if the allocation wants them, and gradients for the score.
+        """Observe the dense model, forward and, where there is a loss, back: the cost curves if the
+        allocation wants them, and gradients for the score.
 
-        An allocation that tries what it thinks of is given orders and Gram matrices from here, also where the curves were measured before.
+        An allocation that tries what it thinks of is given orders and Gram matrices from here, also where the
+        curves were measured before.
 
         Args:
             consumers: of the analysis to measure; what needs gradients stays with them.
             batches: of calibration.
             fingerprint: of the model.
             costs: the cost curves, where they were measured before.
-            part: one in so many sequences is run, the first ones, and more of them where tokens are few; ``None``: by the quality asked for.
+            part: one in so many sequences is run, the first ones, and more of them where tokens are few;
+                ``None``: by the quality asked for.
         """
         config = self.config
         is_wanted = self.needs_costs and (costs is None or self.tries)
@@ -150,22 +191,39 @@ class Chooser:
             return costs
         program = consumers.analysis.program
         with drawing_alike(program), float32_products(self._precision(program)):
-            pieces, marks = self._observe(consumers, batches, wanted, advance, part or MEASURED[config.quality] * (2 if self._is_of_columns else 1))
+            pieces, marks = self._observe(
+                consumers,
+                batches,
+                wanted,
+                advance,
+                part or MEASURED[config.quality] * (2 if self._is_of_columns else 1),
+            )
         if is_wanted:
             with torch.no_grad():
                 orders = orders_of(consumers, consumers.analysis.chosen, self._score)
             costs = Costs(curves_of(orders), fingerprint, config.score_name) if costs is None else costs
             if isinstance(self._allocate, TrialAllocation):
-                loss, repairs = None if self._loss is None else resolve_loss(self._loss), self._restore is not None
+                loss, repairs = (
+                    (None if self._loss is None else resolve_loss(self._loss)),
+                    self._restore is not None,
+                )
                 most, precision = self._allocate.sequences, self._precision(program)
-                self._trial = ModelTrial(consumers, orders, pieces, marks, loss, most, repairs, precision, self.ranks)
+                self._trial = ModelTrial(
+                    consumers, orders, pieces, marks, loss, most, repairs, precision, self.ranks
+                )
         consumers.forget_activations()
         return costs
 
     def _observe(
-        self, consumers: Consumers, batches: list[list[Any]], wanted: Mapping[str, MakeStatistic], advance: Callable[[float], None], part: int
+        self,
+        consumers: Consumers,
+        batches: list[list[Any]],
+        wanted: Mapping[str, MakeStatistic],
+        advance: Callable[[float], None],
+        part: int,
     ) -> tuple[list[Piece], Marks]:
-        """Run one in ``part`` of the sequences; as they came where pieces of them do not serve, and only forward where nothing else does.
+        """Run one in ``part`` of the sequences; as they came where pieces of them do not serve, and only
+        forward where nothing else does.
 
         Returns all sequences in the pieces that serve, and which of their tokens are padding.
 
@@ -175,7 +233,9 @@ class Chooser:
             CalibrationError: see :func:`observe_batches`.
         """
         program, config = consumers.analysis.program, self.config
-        Marks(program, batches, config.padding_mask, hold_out=False)  # refuses a mask that does not fit by the number of its batch
+        Marks(
+            program, batches, config.padding_mask, hold_out=False
+        )  # refuses a mask that does not fit by the number of its batch
         whole = whole_batches(program, batches)
         pieces = whole if callable(self._loss) else in_pieces(program, whole)
         attempts = [(pieces, self._loss)]
@@ -188,7 +248,17 @@ class Chooser:
                 marks = Marks(program, [piece.inputs for piece in given], config.padding_mask, hold_out=False)
                 found = None if loss is None else resolve_loss(loss)
                 enough = ENOUGH / 2 if self._is_of_columns else ENOUGH
-                observe_batches(consumers, given, wanted, found, marks, advance, -(-len(given) // part), self.ranks, enough)
+                observe_batches(
+                    consumers,
+                    given,
+                    wanted,
+                    found,
+                    marks,
+                    advance,
+                    -(-len(given) // part),
+                    self.ranks,
+                    enough,
+                )
                 break
             except CalibrationError as error:
                 if number + 1 == len(attempts):
@@ -197,7 +267,10 @@ class Chooser:
                 consumers.forget()
         if loss is None and self._loss is not None:
             self._loss = None
-            warn(f"{failure}, as is done now: each consumer counts by the relative error of its own output", CalibrationWarning)
+            warn(
+                f"{failure}, as is done now: each consumer counts by the relative error of its own output",
+                CalibrationWarning,
+            )
         return given, marks
 
     def _precision(self, program: Program) -> str:
@@ -231,7 +304,10 @@ class Chooser:
         check_patterns("exclude", config.exclude, groups, held_by)
         if not budget.groups:
             reasons = sorted({group.reason for group in groups if group.reason})
-            raise NothingPrunableError("no group of this model can be pruned: " + ("; ".join(reasons) if reasons else "it has no coupled weights"))
+            raise NothingPrunableError(
+                "no group of this model can be pruned: "
+                + ("; ".join(reasons) if reasons else "it has no coupled weights")
+            )
         if isinstance(config.sparsity, Mapping):
             check_patterns("sparsity", config.sparsity, groups, read_by)
             check_asked(config.sparsity, config.exclude, groups)
@@ -255,9 +331,14 @@ class Chooser:
         """The budget of the groups that are not excluded."""
         if not self.config.exclude or not budget.groups:
             return budget
-        excluded = [any(matches(pattern, name) for pattern in self.config.exclude for name in held_by(group)) for group in budget.groups]
+        excluded = [
+            any(matches(pattern, name) for pattern in self.config.exclude for name in held_by(group))
+            for group in budget.groups
+        ]
         if all(excluded):
-            raise NothingPrunableError("every group that can be pruned is excluded; leave out some of exclude=")
+            raise NothingPrunableError(
+                "every group that can be pruned is excluded; leave out some of exclude="
+            )
         return PartialBudget(budget, [not out for out in excluded])
 
     def _allocated(self, budget: Budget, costs: Costs | None, trial: AskedTrial | None) -> list[int]:
@@ -272,7 +353,12 @@ class Chooser:
         return validate(self._allocate(budget, config.round_to), budget)
 
     def choose(
-        self, consumers: Consumers, lost: list[int], batches: list[list[Any]] | None, advance: Callable[[float], None], journal: Journal | None = None
+        self,
+        consumers: Consumers,
+        lost: list[int],
+        batches: list[list[Any]] | None,
+        advance: Callable[[float], None],
+        journal: Journal | None = None,
     ) -> Decision:
         """Run the calibration batches, choose what goes and repair what stays.
 
@@ -285,16 +371,35 @@ class Chooser:
         given = [] if batches is None else [batches[index] for index in own]
         count = 0 if batches is None else 2 if part or blend else 1
         runners = [Runner(analysis.program, given, numbers=own, returns=False) for _ in range(count)]
-        marks = None if batches is None else Marks(analysis.program, batches, self.config.padding_mask, hold_out=self._restore is not None)
+        marks = (
+            None
+            if batches is None
+            else Marks(
+                analysis.program, batches, self.config.padding_mask, hold_out=self._restore is not None
+            )
+        )
         with torch.no_grad(), drawing_alike(analysis.program):
-            observer = Observer(consumers, lost, self._score, self._restore, self.config.propagate, self._precision(analysis.program), self.ranks, journal)
+            observer = Observer(
+                consumers,
+                lost,
+                self._score,
+                self._restore,
+                self.config.propagate,
+                self._precision(analysis.program),
+                self.ranks,
+                journal,
+            )
             drift = Drift(runners[1], part, blend) if len(runners) > 1 else None
             window = None if batches is None else self.config.window
             share = 1.0 if window is None else _CLOSED
-            decision = observer.run(runners[0] if runners else None, marks, lambda fraction: advance(share * fraction), drift)
+            decision = observer.run(
+                runners[0] if runners else None, marks, lambda fraction: advance(share * fraction), drift
+            )
             if window is not None and batches is not None and marks is not None:
                 del observer, runners, drift
-                reconstruction = Reconstruction(consumers, decision, window, part, self._precision(analysis.program))
+                reconstruction = Reconstruction(
+                    consumers, decision, window, part, self._precision(analysis.program)
+                )
                 reconstruction.run(batches, marks, lambda fraction: advance(share + (1 - share) * fraction))
             return decision
 

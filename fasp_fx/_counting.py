@@ -16,8 +16,9 @@ class Size:
 
     Attributes:
         whole: of the dense model.
-        cuts: for each independent axis of channels along the dimension, the groups that shrink it by their places, with the positions that go for each
-            channel set that the group loses in all its blocks together.
+        cuts: for each independent axis of channels along the dimension, the groups that shrink it by their
+            places, with the positions that go for each channel set that the group loses in all its blocks
+            together.
     """
 
     whole: int
@@ -52,14 +53,18 @@ class Products:
 
     def add(self, sizes: Iterable[Size | Widest], factor: int = 1) -> None:
         """Add a product of sizes, so many times."""
-        self._terms.append((factor, tuple(self._places.setdefault(size, len(self._places)) for size in sizes)))
+        self._terms.append(
+            (factor, tuple(self._places.setdefault(size, len(self._places)) for size in sizes))
+        )
 
     def total(self, lost: Sequence[int]) -> float:
         """The sum, when group ``i`` loses ``lost[i]`` channel sets in all its blocks together."""
         return self._sum([size.left(lost) for size in self._places])
 
     def count(self, lost: Sequence[int]) -> int:
-        """The sum in whole numbers, for losses that are alike in all blocks of a group: sizes are whole then, but for what rounding took from shares."""
+        """The sum in whole numbers, for losses that are alike in all blocks of a group: sizes are whole then,
+        but for what rounding took from shares.
+        """
         return int(self._sum([round(size.left(lost)) for size in self._places]))
 
     def expected(self, lost: Sequence[Tensor]) -> Tensor:

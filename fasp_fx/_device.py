@@ -17,11 +17,17 @@ def device_of(model: nn.Module) -> torch.device:
 
 
 def multiplies_bfloat16(device: torch.device) -> bool:
-    """Whether a device multiplies matrices of bfloat16 in hardware, which takes a fraction of the time of float32; elsewhere it may take longer."""
+    """Whether a device multiplies matrices of bfloat16 in hardware, which takes a fraction of the time of
+    float32; elsewhere it may take longer.
+    """
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
     if device.type == "cpu":
-        return bool(torch.cpu.get_capabilities().get("amx_bf16", False)) if hasattr(torch.cpu, "get_capabilities") else False
+        return (
+            bool(torch.cpu.get_capabilities().get("amx_bf16", False))
+            if hasattr(torch.cpu, "get_capabilities")
+            else False
+        )
     return False
 
 
@@ -32,7 +38,9 @@ def products_in_bfloat16(device: torch.device, wanted: bool = True) -> contextli
 
 @contextlib.contextmanager
 def float32_products(precision: str) -> Iterator[None]:
-    """Within it, products of float32 have a precision by :func:`torch.set_float32_matmul_precision`, unless the caller asked torch for one before."""
+    """Within it, products of float32 have a precision by :func:`torch.set_float32_matmul_precision`, unless
+    the caller asked torch for one before.
+    """
     try:
         before = torch.get_float32_matmul_precision()
     except RuntimeError:  # backends were given one each
@@ -47,7 +55,9 @@ def float32_products(precision: str) -> Iterator[None]:
         yield
     finally:
         torch.set_float32_matmul_precision(before)
-        for backend, value in zip(backends, own, strict=True):  # "highest" asks each of them for something, who were asked for nothing
+        for backend, value in zip(
+            backends, own, strict=True
+        ):  # "highest" asks each of them for something, who were asked for nothing
             backend.fp32_precision = value
 
 

@@ -14,7 +14,9 @@ from ._stamps import read_stamps
 
 
 def own_storage(program: Program) -> Program:
-    """The same program with every tensor copied, tied ones together, so that nothing is shared with the caller's model."""
+    """The same program with every tensor copied, tied ones together, so that nothing is shared with the
+    caller's model.
+    """
     program = program.copy()
     for name, names in program.aliases().items():
         tensor = program.weights()[name]
@@ -34,13 +36,16 @@ def own_storage(program: Program) -> Program:
 
 
 def finish(program: Program, trace: bool = False) -> tuple[fx.GraphModule, ExportedProgram]:
-    """The module of a rewritten program and its exported program, put together where that can be and traced where not.
+    """The module of a rewritten program and its exported program, put together where that can be and traced
+    where not.
 
     Args:
         trace: trace in any case, which gives nodes the names that the exporter would.
     """
     program = own_storage(program)
-    exported = None if trace or program.facts is None else assemble(program.module, program.example, program.facts)
+    exported = (
+        None if trace or program.facts is None else assemble(program.module, program.example, program.facts)
+    )
     if exported is None:
         exported = export_again(program.module, program.example)
         read_stamps(exported.graph)

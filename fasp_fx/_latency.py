@@ -34,8 +34,9 @@ _MICRO = 1e6
 class PassTime(Resource):
     """Microseconds of one forward pass on the example inputs.
 
-    Operators are timed at widths on a grid, one by one; between widths, times are interpolated. All count for as much more or less as the whole pass takes
-    more or less than they do one by one, with warm caches and nothing between them.
+    Operators are timed at widths on a grid, one by one; between widths, times are interpolated. All count for
+    as much more or less as the whole pass takes more or less than they do one by one, with warm caches and
+    nothing between them.
 
     Args:
         analysis: the analysis of a program.
@@ -56,7 +57,13 @@ class PassTime(Resource):
         self.whole = self.used([0] * len(analysis.chosen))
 
     def used(self, lost: Sequence[int]) -> float:
-        return _MICRO * (self._scale * sum(unit.count * unit.at(tuple(size.left(lost) / size.whole for size in unit.axes)) for unit in self._units.values()))
+        return _MICRO * (
+            self._scale
+            * sum(
+                unit.count * unit.at(tuple(size.left(lost) / size.whole for size in unit.axes))
+                for unit in self._units.values()
+            )
+        )
 
 
 class _Unit:
@@ -71,12 +78,16 @@ class _Unit:
     def __init__(self, axes: tuple[Size, ...], parts: list[list[float]], seconds: np.ndarray) -> None:
         self.axes, self.parts, self.count = axes, [np.asarray(axis) for axis in parts], 0
         for axis in range(seconds.ndim):
-            seconds = np.maximum.accumulate(seconds, axis)  # what takes longer where it is narrower is noise, or reached by padding
+            seconds = np.maximum.accumulate(
+                seconds, axis
+            )  # what takes longer where it is narrower is noise, or reached by padding
         self.seconds = seconds
         self._known: dict[tuple[float, ...], float] = {}
 
     def at(self, left: tuple[float, ...]) -> float:
-        """The seconds where so much is left along each axis: on lines between the parts measured, and below them on the first of these lines."""
+        """The seconds where so much is left along each axis: on lines between the parts measured, and below
+        them on the first of these lines.
+        """
         if left not in self._known:
             found = self.seconds
             for parts, part in zip(self.parts, left, strict=True):
@@ -84,7 +95,9 @@ class _Unit:
                     found = found[0]
                     continue
                 place = int(np.clip(np.searchsorted(parts, part) - 1, 0, len(parts) - 2))
-                found = found[place] + (part - parts[place]) / (parts[place + 1] - parts[place]) * (found[place + 1] - found[place])
+                found = found[place] + (part - parts[place]) / (parts[place + 1] - parts[place]) * (
+                    found[place + 1] - found[place]
+                )
             self._known[left] = max(float(found), 0.0)
         return self._known[left]
 
@@ -92,7 +105,13 @@ class _Unit:
 class _Walk:
     """Runs the dense program on the example inputs, and times what is to be timed on the way."""
 
-    def __init__(self, analysis: Analysis, table: LatencyTable, device: torch.device, units: dict[tuple[str, tuple[Size, ...]], _Unit]) -> None:
+    def __init__(
+        self,
+        analysis: Analysis,
+        table: LatencyTable,
+        device: torch.device,
+        units: dict[tuple[str, tuple[Size, ...]], _Unit],
+    ) -> None:
         self.program, self.table, self.device, self.units = analysis.program, table, device, units
         self.sizes = ShrinkingSizes(analysis)
         self.inputs = _one_sample(self.program)
@@ -102,18 +121,36 @@ class _Walk:
     def run(self) -> float:
         """Fill the units; the seconds of the whole pass."""
         for index, node in enumerate(self.runner.nodes):
-            if isinstance(node.target, OpOverload) and not any(result.alias_info is not None for result in node.target._schema.returns):
+            if isinstance(node.target, OpOverload) and not any(
+                result.alias_info is not None for result in node.target._schema.returns
+            ):
                 self.runner.advance(index)
                 self._time(node)  # views take next to no time
-        said = f"{self.program.module.code} {[tuple(leaf.shape) if isinstance(leaf, Tensor) else leaf for leaf in self.inputs]} {_shapes(self.program)}"
+        said = (
+            f"{self.program.module.code}"
+            f" {[tuple(leaf.shape) if isinstance(leaf, Tensor) else leaf for leaf in self.inputs]}"
+            f" {_shapes(self.program)}"
+        )
         key = f"pass {hashlib.sha256(said.encode()).hexdigest()}"
-        return float(self.table.entry(key, lambda: ([], np.asarray(self.table.time(lambda: self.program.module(*self.inputs), self.device))))[1])
+        return float(
+            self.table.entry(
+                key,
+                lambda: (
+                    [],
+                    np.asarray(self.table.time(lambda: self.program.module(*self.inputs), self.device)),
+                ),
+            )[1]
+        )
 
     def _value(self, node: fx.Node) -> Any:
         return next(self.runner.read(node))
 
     def _time(self, node: fx.Node) -> None:
-        operands = {argument: value for argument in node.all_input_nodes if isinstance(value := self._value(argument), Tensor)}
+        operands = {
+            argument: value
+            for argument in node.all_input_nodes
+            if isinstance(value := self._value(argument), Tensor)
+        }
         if not operands or not any(value.is_floating_point() for value in operands.values()):
             return
         axes: dict[_Cuts, list[_Place]] = {}
@@ -122,15 +159,23 @@ class _Walk:
             for dim in range(value.dim()):
                 size = self._size(argument, value, dim)
                 if size.cuts:
-                    cuts = tuple(tuple((group, per_set / size.whole) for group, per_set in cut) for cut in size.cuts)
+                    cuts = tuple(
+                        tuple((group, per_set / size.whole) for group, per_set in cut) for cut in size.cuts
+                    )
                     axes.setdefault(cuts, []).append((place, dim))
                     least[cuts] = min(least.get(cuts, size), size, key=lambda size: size.whole)
         numbers = {argument: f"#{place}" for place, argument in enumerate(operands)}
         rest = fx.map_arg((node.args, dict(node.kwargs)), lambda argument: numbers.get(argument, "number"))
-        key = f"{node.target} {rest} {[(tuple(value.shape), str(value.dtype)) for value in operands.values()]} {list(axes.values())}"
+        key = (
+            f"{node.target} {rest} {[(tuple(value.shape), str(value.dtype)) for value in operands.values()]}"
+            f" {list(axes.values())}"
+        )
         own = key, tuple(least.values())
         if own not in self.units:
-            self.units[own] = _Unit(own[1], *self.table.entry(key, lambda: self._measured(node, operands, list(axes.values()), own[1])))
+            self.units[own] = _Unit(
+                own[1],
+                *self.table.entry(key, lambda: self._measured(node, operands, list(axes.values()), own[1])),
+            )
         self.units[own].count += 1
 
     def _size(self, argument: fx.Node, value: Tensor, dim: int) -> Size:
@@ -140,7 +185,11 @@ class _Walk:
             return Size(value.shape[dim])
 
     def _measured(
-        self, node: fx.Node, operands: dict[fx.Node, Tensor], axes: list[list[_Place]], least: tuple[Size, ...]
+        self,
+        node: fx.Node,
+        operands: dict[fx.Node, Tensor],
+        axes: list[list[_Place]],
+        least: tuple[Size, ...],
     ) -> tuple[list[list[float]], np.ndarray]:
         """Seconds at every combination of parts."""
         parts = [sorted({max(round(size.whole * part), 1) / size.whole for part in GRID}) for size in least]
@@ -149,20 +198,30 @@ class _Walk:
             narrow = list(operands.values())
             for at, own, places in zip(index, parts, axes, strict=True):
                 for place, dim in places:
-                    narrow[place] = narrow[place].narrow(dim, 0, max(round(narrow[place].shape[dim] * own[at]), 1))
+                    narrow[place] = narrow[place].narrow(
+                        dim, 0, max(round(narrow[place].shape[dim] * own[at]), 1)
+                    )
             found = dict(zip(operands, (value.contiguous() for value in narrow), strict=True))
-            named = dict(fx.map_arg(arguments(node), lambda argument, found=found: found[argument] if argument in found else self._value(argument)))  # type: ignore[misc]
+
+            def value(argument: fx.Node, found: dict[fx.Node, Tensor] = found) -> Any:
+                return found[argument] if argument in found else self._value(argument)
+
+            named = dict(fx.map_arg(arguments(node), value))
             _fit(str(node.target), named)
             try:
                 seconds[index] = self.table.time(lambda named=named: node.target(**named), self.device)  # type: ignore[misc, operator]
-            except RuntimeError:  # such sizes are none of the operator's, or its kernel wants others: as the dense one
+            except (
+                RuntimeError
+            ):  # such sizes are none of the operator's, or its kernel wants others: as the dense one
                 seconds[index] = np.inf
         dense = seconds.reshape(-1)[-1]
         return parts, np.where(np.isfinite(seconds), seconds, dense if np.isfinite(dense) else 0.0)
 
 
 def _fit(target: str, named: dict[str, Any]) -> None:
-    """Make arguments agree that the passes make agree: the groups of a convolution, and the heads of queries and values."""
+    """Make arguments agree that the passes make agree: the groups of a convolution, and the heads of queries
+    and values.
+    """
     if target.startswith("aten.conv") and "transpose" not in target and named.get("groups", 1) > 1:
         named["groups"] = named["input"].shape[1] // named["weight"].shape[1]
     if target == "aten.scaled_dot_product_attention.default":
@@ -181,7 +240,11 @@ def _one_sample(program: Program) -> list[Any]:
     leaves, nodes = pytree.tree_leaves(program.example), program.placeholders()
     tensors = [(node, leaf) for node, leaf in zip(nodes, leaves, strict=True) if isinstance(leaf, Tensor)]
     doubled = bool(tensors) and all(
-        leaf.dim() and len(leaf) == 2 and is_dynamic(node.meta["val"].shape[0]) and torch.equal(leaf[0], leaf[1]) for node, leaf in tensors
+        leaf.dim()
+        and len(leaf) == 2
+        and is_dynamic(node.meta["val"].shape[0])
+        and torch.equal(leaf[0], leaf[1])
+        for node, leaf in tensors
     )
     return [leaf[:1] if doubled and isinstance(leaf, Tensor) else leaf for leaf in leaves]
 

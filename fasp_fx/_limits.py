@@ -26,7 +26,9 @@ class Limit(ABC):
 
     @abstractmethod
     def over(self, lost: Sequence[int]) -> float:
-        """By how much too much stays, as a fraction of what the dense model has; ``lost`` as for :meth:`fasp_fx.resources.Resource.used`."""
+        """By how much too much stays, as a fraction of what the dense model has; ``lost`` as for
+        :meth:`fasp_fx.resources.Resource.used`.
+        """
 
     @property
     @abstractmethod
@@ -92,7 +94,9 @@ class Budget:
         return [count * group.blocks for count, group in zip(lost, self.groups, strict=True)]
 
     def over(self, lost: Sequence[int]) -> float:
-        """By how much too much stays of the resource of which most does, as a fraction of what the dense model has; negative where enough goes."""
+        """By how much too much stays of the resource of which most does, as a fraction of what the dense
+        model has; negative where enough goes.
+        """
         return max(limit.over(self.counts(lost)) for limit in self.limits)
 
     def removed(self, lost: Sequence[int]) -> list[float]:
@@ -100,7 +104,9 @@ class Budget:
         return [limit.resource.removed(self.counts(lost)) for limit in self.limits]
 
     def effects(self, lost: Sequence[int]) -> np.ndarray:
-        """The fraction of each resource that one more channel set of each block of a group takes, ``[groups, resources]``."""
+        """The fraction of each resource that one more channel set of each block of a group takes, ``[groups,
+        resources]``.
+        """
         before = self.removed(lost)
         found = np.zeros((len(self.groups), len(self.limits)))
         for index, group in enumerate(self.groups):
@@ -115,10 +121,14 @@ class Budget:
         return any(isinstance(limit, Ceiling) for limit in self.limits)
 
     def closest(self, candidates: Iterable[list[int]]) -> list[int]:
-        """The candidate that meets the budget best: the nearest; with ceilings, of those under all of them, if there are any."""
+        """The candidate that meets the budget best: the nearest; with ceilings, of those under all of them,
+        if there are any.
+        """
         measured = [(self.over(lost), lost) for lost in candidates]
         if self.is_ceiling:
-            measured = [(over, lost) for over, lost in measured if over <= 0] or [min(measured, key=lambda pair: pair[0])]
+            measured = [(over, lost) for over, lost in measured if over <= 0] or [
+                min(measured, key=lambda pair: pair[0])
+            ]
         return min(measured, key=lambda pair: abs(pair[0]))[1]
 
 
@@ -135,21 +145,35 @@ def validate(lost: Any, budget: Budget) -> list[int]:
         BudgetError: it leaves more than a budget allows.
     """
     if not isinstance(lost, Iterable):
-        raise ArgumentError(f"the allocation returned a {type(lost).__name__}; it must return a number of channel sets for each group")
+        raise ArgumentError(
+            f"the allocation returned a {type(lost).__name__}; it must return a number of channel sets for"
+            " each group"
+        )
     found = list(lost)
     if len(found) != len(budget.groups):
-        raise ArgumentError(f"the allocation returned {len(found)} numbers for {len(budget.groups)} groups; it must return one for each")
+        raise ArgumentError(
+            f"the allocation returned {len(found)} numbers for {len(budget.groups)} groups; it must return"
+            " one for each"
+        )
     for group, sets in zip(budget.groups, found, strict=True):
         most = deepest_loss(group)
         if isinstance(sets, bool) or not isinstance(sets, (int, np.integer)) or not 0 <= sets <= most:
-            raise ArgumentError(f"the allocation takes {sets!r} channel sets from a block of '{group.name}'; give a whole number from 0 to {most}")
+            raise ArgumentError(
+                f"the allocation takes {sets!r} channel sets from a block of '{group.name}'; give a whole"
+                f" number from 0 to {most}"
+            )
     if budget.is_ceiling and (over := budget.over(found)) > 0:
-        raise BudgetError(f"the allocation leaves {over:.2%} of the dense model's more than the budget allows; it must bring budget.over(…) to 0")
+        raise BudgetError(
+            f"the allocation leaves {over:.2%} of the dense model's more than the budget allows; it must"
+            " bring budget.over(…) to 0"
+        )
     return [int(sets) for sets in found]
 
 
 def lost_per_block(width: int, fraction: float, round_to: int, needed: int = 1) -> int:
-    """The removal nearest to ``fraction`` of a block that leaves a multiple of ``round_to``, and at least as many as are needed."""
+    """The removal nearest to ``fraction`` of a block that leaves a multiple of ``round_to``, and at least as
+    many as are needed.
+    """
     least = -(-needed // round_to) * round_to
     if width <= least:
         return 0
@@ -171,18 +195,33 @@ def check_reach(budget: Budget, round_to: int) -> None:
             least, whole = limit.resource.used(deepest), max(limit.resource.whole, 1)
             share = np.ceil(least / whole * 1e4) / 1e4
             raise BudgetError(
-                f"{limit.cap} is out of reach: at least {least:,} of {whole:,} {limit.cap.unit} stay{rounded}, a share of {share:.4f}"
-                "; allow more, or see analyze(...).groups for what is frozen and why"
+                f"{limit.cap} is out of reach: at least {least:,} of {whole:,} {limit.cap.unit}"
+                f" stay{rounded}, a share of {share:.4f}; allow more, or see analyze(...).groups for what is"
+                " frozen and why"
             )
         if isinstance(limit, Target) and limit.over(deepest) > 1e-12:
             reach = limit.resource.removed(deepest)
             raise SparsityError(
-                f"sparsity={limit.sparsity:.4g} is out of reach: the prunable groups allow at most {np.floor(reach * 1e4) / 1e4:.4f}{rounded}"
-                "; ask for less, or see analyze(...).groups for what is frozen and why"
+                f"sparsity={limit.sparsity:.4g} is out of reach: the prunable groups allow at most"
+                f" {np.floor(reach * 1e4) / 1e4:.4f}{rounded}; ask for less, or see analyze(...).groups for"
+                " what is frozen and why"
             )
     if budget.is_ceiling and budget.over([0] * len(budget.groups)) <= 0:
-        said = ", ".join(f"{limit.resource.whole:,} {limit.cap.unit}" for limit in budget.limits if isinstance(limit, Ceiling))
+        said = ", ".join(
+            f"{limit.resource.whole:,} {limit.cap.unit}"
+            for limit in budget.limits
+            if isinstance(limit, Ceiling)
+        )
         raise BudgetError(f"the model meets the budget as it is: it has {said}; allow less")
 
 
-__all__ = ["Budget", "Ceiling", "Limit", "Target", "check_reach", "deepest_loss", "lost_per_block", "validate"]
+__all__ = [
+    "Budget",
+    "Ceiling",
+    "Limit",
+    "Target",
+    "check_reach",
+    "deepest_loss",
+    "lost_per_block",
+    "validate",
+]

@@ -1,7 +1,8 @@
 """Multiply-accumulates of a program, operator by operator, as a function of what its groups lose.
 
-They are half of the floating-point operations that ``torch.utils.flop_counter`` counts of the same products. It counts none in products of a matrix with a
-vector, in bilinear maps, and in the CPU's kernels for attention and recurrent layers; these are counted here as well.
+They are half of the floating-point operations that ``torch.utils.flop_counter`` counts of the same products.
+It counts none in products of a matrix with a vector, in bilinear maps, and in the CPU's kernels for attention
+and recurrent layers; these are counted here as well.
 """
 
 from __future__ import annotations
@@ -30,7 +31,9 @@ Dim = tuple[fx.Node, int]
 
 
 class Padded(NamedTuple):
-    """A dimension that the passes pad to the size of another, where that is larger (:class:`fasp_fx.passes.attention.PadValueHeads`)."""
+    """A dimension that the passes pad to the size of another, where that is larger
+    (:class:`fasp_fx.passes.attention.PadValueHeads`).
+    """
 
     own: Dim
     other: Dim
@@ -56,7 +59,12 @@ def macs_of(analysis: Analysis) -> Counted:
 
     for node in _calls(analysis.program.module.graph):
         for term in _terms(node, analysis.program.module, shapes):
-            left.add([Widest((size(item.own), size(item.other))) if isinstance(item, Padded) else size(item) for item in term])
+            left.add(
+                [
+                    Widest((size(item.own), size(item.other))) if isinstance(item, Padded) else size(item)
+                    for item in term
+                ]
+            )
             dense += math.prod(size(item.own if isinstance(item, Padded) else item).whole for item in term)
     return Counted(analysis, left, dense)
 
@@ -119,7 +127,12 @@ def _convolution(rank: int, transposed: bool) -> Formula:
     """The whole kernel at every position of the output, or, where it is transposed, of the input."""
 
     def terms(node: fx.Node, given: dict[str, Any], shape: ShapeOf) -> list[Term]:
-        return [[*_every(given["weight"], shape), *_every(given["input"] if transposed else node, shape, -rank - 1)]]
+        return [
+            [
+                *_every(given["weight"], shape),
+                *_every(given["input"] if transposed else node, shape, -rank - 1),
+            ]
+        ]
 
     return terms
 
@@ -159,7 +172,11 @@ _FORMULAS: dict[str, Formula] = {
     "aten.dot.default": lambda node, given, shape: [[*_every(given["self"], shape)]],
     "aten.scaled_dot_product_attention.default": _fused_attention,
     "flex_attention": _attention,
-    **{f"aten.conv{rank}d.{overload}": _convolution(rank, False) for rank in (1, 2, 3) for overload in ("default", "padding")},
+    **{
+        f"aten.conv{rank}d.{overload}": _convolution(rank, False)
+        for rank in (1, 2, 3)
+        for overload in ("default", "padding")
+    },
     "aten.conv_transpose1d.default": _convolution(1, True),
     "aten.conv_transpose2d.input": _convolution(2, True),
     "aten.conv_transpose3d.input": _convolution(3, True),
@@ -173,25 +190,39 @@ def _terms(node: fx.Node, module: torch.nn.Module, shape: ShapeOf) -> list[Term]
     formula = _FORMULAS.get(str(node.target))
     if formula is not None:
         return formula(node, arguments(node), shape)
-    if isinstance(node.target, OpOverload) and (node.target._overloadpacket in flop_registry or _is_made_of_products(node, shape)):
-        raise BudgetError(f"the multiply-accumulates of '{node.name}' ({node.target}) are not counted, so macs are no budget here; use another")
+    if isinstance(node.target, OpOverload) and (
+        node.target._overloadpacket in flop_registry or _is_made_of_products(node, shape)
+    ):
+        raise BudgetError(
+            f"the multiply-accumulates of '{node.name}' ({node.target}) are not counted, so macs are no"
+            " budget here; use another"
+        )
     if isinstance(node.target, HigherOrderOperator):
         for source in node.all_input_nodes:
             inner = attribute(module, str(source.target)) if source.op == "get_attr" else None
             if isinstance(inner, fx.GraphModule) and any(map(_multiplies, _calls(inner.graph))):
-                raise BudgetError(f"how often '{node.name}' ({node.target}) multiplies is decided at run time, so macs are no budget here; use another")
+                raise BudgetError(
+                    f"how often '{node.name}' ({node.target}) multiplies is decided at run time, so macs are"
+                    " no budget here; use another"
+                )
     return []
 
 
 def _is_made_of_products(node: fx.Node, shape: ShapeOf) -> bool:
-    """Whether an operator that stands for others has some that torch counts among them, such as ``aten.inner``."""
+    """Whether an operator that stands for others has some that torch counts among them, such as
+    ``aten.inner``.
+    """
     assert isinstance(node.target, OpOverload)
     if not node.target._can_decompose():
         return False
 
     def empty(source: fx.Node) -> Any:
         value = source.meta.get("val")
-        return torch.empty(shape(source), dtype=value.dtype, device="meta") if isinstance(value, torch.Tensor) else value
+        return (
+            torch.empty(shape(source), dtype=value.dtype, device="meta")
+            if isinstance(value, torch.Tensor)
+            else value
+        )
 
     args, kwargs = fx.map_arg((node.args, dict(node.kwargs)), empty)
     with FlopCounterMode(display=False) as counter:

@@ -40,19 +40,24 @@ def measure(
 ) -> Costs:
     """Predict what each coupled group costs, channel set by channel set.
 
-    The dense model runs on the batches, forward and, unless ``loss=None``, back. The curves serve :func:`fasp_fx.prune` for any number of sparsities and
-    budgets, with the same ``score``, ``granularity`` and ``include``.
+    The dense model runs on the batches, forward and, unless ``loss=None``, back. The curves serve
+    :func:`fasp_fx.prune` for any number of sparsities and budgets, with the same ``score``, ``granularity``
+    and ``include``.
 
     Args:
-        model, args, kwargs, state, dynamic_shapes, device: as for :func:`fasp_fx.prune`; a model that cannot be captured whole is not measured by itself.
-        calibration: an iterable of batches; all of them are run, and what autograd keeps of one has to fit the device. Some thousand tokens do.
-        config, options: as for :func:`fasp_fx.prune`; ``score``, ``loss``, ``granularity``, ``include`` and ``padding_mask`` count.
+        model, args, kwargs, state, dynamic_shapes, device: as for :func:`fasp_fx.prune`; a model that cannot
+            be captured whole is not measured by itself.
+        calibration: an iterable of batches; all of them are run, and what autograd keeps of one has to fit
+            the device. Some thousand tokens do.
+        config, options: as for :func:`fasp_fx.prune`; ``score``, ``loss``, ``granularity``, ``include`` and
+            ``padding_mask`` count.
         progress: called with the fraction of the batches done.
         group: as for :func:`fasp_fx.prune`.
 
     Raises:
         ArgumentError: an option is not known or out of range.
-        CalibrationError: the batches do not fit, the loss fails or does not depend on the weights, or its gradients vanish or are not finite.
+        CalibrationError: the batches do not fit, the loss fails or does not depend on the weights, or its
+            gradients vanish or are not finite.
         CaptureError: see :func:`fasp_fx.capture`.
     """
     check_default_device()
@@ -60,14 +65,24 @@ def measure(
     if not isinstance(asked.allocator, CostAllocation):
         asked = replace(asked, sparsity=None if asked.budget else asked.requested, allocation="global")
     check_calibration(calibration)
-    captured = model if isinstance(model, Captured) else capture(model, args, kwargs, dynamic_shapes=dynamic_shapes, state=state, device=device)
+    captured = (
+        model
+        if isinstance(model, Captured)
+        else capture(model, args, kwargs, dynamic_shapes=dynamic_shapes, state=state, device=device)
+    )
     program = captured.program
     analysis = analyze(captured, granularity=asked.granularity, include=asked.include)
     batches = read_batches(program, calibration, None if device is None else torch.device(device))
     advance = progress or (lambda fraction: None)
     ranks = Ranks(group)
     ranks.check_alike(plans.program_fingerprint(program), batches, asked)
-    costs = Chooser(asked, ranks=ranks).measure(Consumers(analysis, asked.restore is not None), batches, plans.program_fingerprint(program), advance, part=1)
+    costs = Chooser(asked, ranks=ranks).measure(
+        Consumers(analysis, asked.restore is not None),
+        batches,
+        plans.program_fingerprint(program),
+        advance,
+        part=1,
+    )
     assert costs is not None
     return costs
 

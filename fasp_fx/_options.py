@@ -24,7 +24,9 @@ def configured(kind: type[C], config: C | None, options: Mapping[str, Any]) -> C
         ArgumentError: an option is not known, out of range, or ``config`` is no such configuration.
     """
     if config is not None and not isinstance(config, kind):
-        raise ArgumentError(f"config is a {type(config).__name__}; pass a {kind.__name__}, or the options as keywords")
+        raise ArgumentError(
+            f"config is a {type(config).__name__}; pass a {kind.__name__}, or the options as keywords"
+        )
     held: Any = config if config is not None else kind()
     known = [field.name for field in fields(held)]
     for name in options:

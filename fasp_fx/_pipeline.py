@@ -1,4 +1,6 @@
-"""The steps from a captured program to a smaller one, which all that prunes goes through: analyse, decide, rewrite."""
+"""The steps from a captured program to a smaller one, which all that prunes goes through: analyse, decide,
+rewrite.
+"""
 
 from __future__ import annotations
 
@@ -51,7 +53,9 @@ class Timings:
 
 
 def analyze_for(program: Program, asked: PruningConfig | PruningPlan) -> Analysis:
-    """The groups of a program at the granularities that are asked for, or that a plan was made with; fused weights are taken apart where they have to be."""
+    """The groups of a program at the granularities that are asked for, or that a plan was made with; fused
+    weights are taken apart where they have to be.
+    """
     return analyze_program(program, split_fused, asked.granularity, asked.include)
 
 
@@ -69,7 +73,8 @@ def decide(
     checkpoint: str | Path | None = None,
     clock: Timings | None = None,
 ) -> tuple[Analysis, Decision]:
-    """Analyse a captured program, calibrate it and decide what goes; arguments and errors as for :func:`fasp_fx.prune`.
+    """Analyse a captured program, calibrate it and decide what goes; arguments and errors as for
+    :func:`fasp_fx.prune`.
 
     Args:
         loss: what ``loss="auto"`` stands for.
@@ -81,7 +86,10 @@ def decide(
     if costs is not None:
         check_costs(costs, plans.program_fingerprint(program), config.score_name)
         if not isinstance(config.allocator, CostAllocation):
-            raise ArgumentError("costs= is for an allocation by predicted losses, and this one is uniform; leave it out, or pass allocation='global'")
+            raise ArgumentError(
+                "costs= is for an allocation by predicted losses, and this one is uniform; leave it out, or"
+                " pass allocation='global'"
+            )
     clock.lap("capture")
     analysis = analyze_for(program, config)
     chooser, consumers = Chooser(config, loss, ranks), Consumers(analysis, config.restore is not None)
@@ -91,7 +99,11 @@ def decide(
     if on_analysis is not None:
         on_analysis(analysis)
     advance = progress or (lambda fraction: None)
-    batches = read_batches(program, calibration, None if device is None else torch.device(device)) if config.needs_data else None
+    batches = (
+        read_batches(program, calibration, None if device is None else torch.device(device))
+        if config.needs_data
+        else None
+    )
     ranks.check_alike(plans.program_fingerprint(program), batches or (), config)
     share, state = 0.0, None
     where = None if checkpoint is None or batches is None or ranks.rank else Path(checkpoint).absolute()
@@ -99,20 +111,37 @@ def decide(
         state = open_search(where, plans.program_fingerprint(program), config, batches or (), ranks.size)
     if batches is not None and chooser.measures:
         share = MEASURING
-        costs = chooser.measure(consumers, batches, plans.program_fingerprint(program), lambda fraction: advance(share * fraction), costs)
+        costs = chooser.measure(
+            consumers,
+            batches,
+            plans.program_fingerprint(program),
+            lambda fraction: advance(share * fraction),
+            costs,
+        )
         clock.lap("measuring")
     done = share + SEARCHING * (1 - share) if chooser.tries else share
-    lost = chooser.allocate(budget, analysis.groups, costs, lambda fraction: advance(share + (done - share) * fraction), state)
+    lost = chooser.allocate(
+        budget, analysis.groups, costs, lambda fraction: advance(share + (done - share) * fraction), state
+    )
     if chooser.tries:
         clock.lap("searching")
-    journal = None if where is None else open_journal(where, plans.program_fingerprint(program), config, lost, batches or (), ranks.size)
-    decision = chooser.choose(consumers, lost, batches, lambda fraction: advance(done + (1 - done) * fraction), journal)
+    journal = (
+        None
+        if where is None
+        else open_journal(where, plans.program_fingerprint(program), config, lost, batches or (), ranks.size)
+    )
+    decision = chooser.choose(
+        consumers, lost, batches, lambda fraction: advance(done + (1 - done) * fraction), journal
+    )
     decision.notes.extend(chooser.notes)
     if costs is not None and chooser.needs_costs:
         rise = costs.predicted(dict(zip((group.name for group in budget.groups), lost, strict=True)))
         decision.notes.append(f"predicted rise of {chooser.said_loss}: {rise:.3g}")
     if not any(lost):
-        decision.notes.append("nothing goes: what was asked for is less than half a step of any group; ask for more, or for a smaller round_to")
+        decision.notes.append(
+            "nothing goes: what was asked for is less than half a step of any group; ask for more, or for a"
+            " smaller round_to"
+        )
     clock.lap("calibration")
     return analysis, decision
 
@@ -125,7 +154,14 @@ def make_plan(program: Program, analysis: Analysis, decision: Decision) -> Pruni
         plans.program_fingerprint(program),
         groups,
         Sparsity(analysis).removed([entry.removed_sets for entry in entries]),
-        tuple(plans.SplitWeight(name, part.name, part.dim, part.rows) for name, part in analysis.program.parts.items()) if groups else (),
+        (
+            tuple(
+                plans.SplitWeight(name, part.name, part.dim, part.rows)
+                for name, part in analysis.program.parts.items()
+            )
+            if groups
+            else ()
+        ),
         granularity=tuple(sorted(analysis.granularity)),
         include=tuple(sorted(analysis.include)),
         folds=program.folds,
@@ -134,9 +170,15 @@ def make_plan(program: Program, analysis: Analysis, decision: Decision) -> Pruni
 
 
 def rewrite(
-    program: Program, analysis: Analysis, decision: Decision, config: PruningConfig | None = None, clock: Timings | None = None, whole: bool = False
+    program: Program,
+    analysis: Analysis,
+    decision: Decision,
+    config: PruningConfig | None = None,
+    clock: Timings | None = None,
+    whole: bool = False,
 ) -> Result:
-    """Take out of a program what was decided for its analysis, hold the result against the masked dense program, and report it.
+    """Take out of a program what was decided for its analysis, hold the result against the masked dense
+    program, and report it.
 
     Args:
         config: what was asked for; ``None`` where a plan is replayed, or for a part of a model.
@@ -149,7 +191,16 @@ def rewrite(
     held = carry_out(program, analysis, decision, clock.lap, whole)
     plan = make_plan(program, analysis, held.decision)
     plan = replace(plan, result=plans.fingerprint(dict(held.module.named_parameters(remove_duplicate=False))))
-    report = make_report(analysis, plan, held.decision, program.parameters(), dict(held.module.named_parameters()), config, clock.seconds, held.left)
+    report = make_report(
+        analysis,
+        plan,
+        held.decision,
+        program.parameters(),
+        dict(held.module.named_parameters()),
+        config,
+        clock.seconds,
+        held.left,
+    )
     cache = cache_bytes(program.module.graph, held.module.graph, program.state_outputs)
     report = replace(report, cache=cache, notes=(*report.notes, *held.notes))
     return Result(held.module, held.exported, plan, report, held.rewritten.signature)
@@ -158,7 +209,10 @@ def rewrite(
 def _check_weights(program: Program) -> None:
     for name, tensor in program.weights().items():
         if tensor.device.type == "meta":
-            raise ArgumentError(f"'{name}' is on the meta device and has no values; analyze() works without weights, prune() needs them")
+            raise ArgumentError(
+                f"'{name}' is on the meta device and has no values; analyze() works without weights, prune()"
+                " needs them"
+            )
 
 
 __all__ = ["MEASURING", "SEARCHING", "Timings", "analyze_for", "decide", "make_plan", "rewrite"]

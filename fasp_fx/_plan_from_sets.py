@@ -17,17 +17,23 @@ from .plan import PruningPlan
 
 
 def plan_from_sets(
-    captured: Captured, removed: Mapping[str, Iterable[int]], *, granularity: Iterable[str] = ("channel",), include: Iterable[str] = ()
+    captured: Captured,
+    removed: Mapping[str, Iterable[int]],
+    *,
+    granularity: Iterable[str] = ("channel",),
+    include: Iterable[str] = (),
 ) -> PruningPlan:
     """The plan that removes given channel sets, however they were chosen; :func:`apply` carries it out.
 
     Args:
         captured: what :func:`fasp_fx.capture` returned.
-        removed: for groups by their names, which channel sets go, counted from zero (``Member.sets`` says which set an index of a weight belongs to).
+        removed: for groups by their names, which channel sets go, counted from zero (``Member.sets`` says
+            which set an index of a weight belongs to).
         granularity, include: as for :func:`analyze`, which gives the groups.
 
     Raises:
-        PlanError: a group is not known or cannot be pruned, or a set is not there; or the blocks of a group would lose unequal counts, or too many.
+        PlanError: a group is not known or cannot be pruned, or a set is not there; or the blocks of a group
+            would lose unequal counts, or too many.
     """
     analysis = analyze_for(captured.checked(), PruningConfig(granularity=granularity, include=include))
     groups = {group.name: group for group in analysis.chosen}
@@ -35,15 +41,29 @@ def plan_from_sets(
     for name, positions in removed.items():
         if name not in groups:
             near = difflib.get_close_matches(name, groups, 1)
-            raise PlanError(f"'{name}' is no group that can be pruned{f'; did you mean {near[0]!r}?' if near else ''}; analyze(...).groups has their names")
+            raise PlanError(
+                f"'{name}' is no group that can be pruned{f'; did you mean {near[0]!r}?' if near else ''};"
+                " analyze(...).groups has their names"
+            )
         group, wanted = groups[name], np.unique(np.fromiter(map(_index, positions), dtype=np.int64))
         if len(wanted) and not (wanted[0] >= 0 and wanted[-1] < group.size):
-            raise PlanError(f"'{name}' has the channel sets 0 to {group.size - 1}, not {wanted[0] if wanted[0] < 0 else wanted[-1]}")
-        lost = {int(block): int((group.block_of[wanted] == block).sum()) for block in np.unique(group.block_of)}
+            raise PlanError(
+                f"'{name}' has the channel sets 0 to {group.size - 1}, not"
+                f" {wanted[0] if wanted[0] < 0 else wanted[-1]}"
+            )
+        lost = {
+            int(block): int((group.block_of[wanted] == block).sum()) for block in np.unique(group.block_of)
+        }
         if len(set(lost.values())) > 1:
-            raise PlanError(f"the {group.blocks} blocks of '{name}' must lose equally many channel sets, not {', '.join(map(str, lost.values()))}")
+            raise PlanError(
+                f"the {group.blocks} blocks of '{name}' must lose equally many channel sets, not"
+                f" {', '.join(map(str, lost.values()))}"
+            )
         if group.width - max(lost.values()) < group.needed:
-            raise PlanError(f"'{name}' keeps at least {group.needed} of the {group.width} channel sets of a block; remove fewer")
+            raise PlanError(
+                f"'{name}' keeps at least {group.needed} of the {group.width} channel sets of a block; remove"
+                " fewer"
+            )
         gone[group.sets[wanted]] = True
     return make_plan(captured.program, analysis, Decision(gone[analysis.labels]))
 
@@ -52,7 +72,9 @@ def _index(position: object) -> int:
     try:
         return operator.index(position)  # type: ignore[arg-type]
     except TypeError as error:
-        raise PlanError(f"{position!r} is the number of no channel set; give integers, counted from zero") from error
+        raise PlanError(
+            f"{position!r} is the number of no channel set; give integers, counted from zero"
+        ) from error
 
 
 __all__ = ["plan_from_sets"]

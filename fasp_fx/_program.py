@@ -1,4 +1,6 @@
-"""A captured model as the library works on it: a functional graph with its weights as attributes, and how to call it."""
+"""A captured model as the library works on it: a functional graph with its weights as attributes, and how to
+call it.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +21,9 @@ from .channels import Slot, attribute
 
 @dataclass(frozen=True)
 class RowPart:
-    """A weight that holds some rows of one of the caller's weights (see the pass that splits fused producers)."""
+    """A weight that holds some rows of one of the caller's weights (see the pass that splits fused
+    producers).
+    """
 
     name: str
     rows: tuple[int, ...]
@@ -28,7 +32,9 @@ class RowPart:
 
 @dataclass(frozen=True)
 class FoldedWeight:
-    """A weight that the model computes from ``sources`` in every call, and that the program holds as a parameter of its own."""
+    """A weight that the model computes from ``sources`` in every call, and that the program holds as a
+    parameter of its own.
+    """
 
     name: str
     sources: tuple[str, ...]
@@ -39,7 +45,9 @@ class FoldedWeight:
 
 @dataclass(frozen=True)
 class CopiedBuffer:
-    """A buffer that holds what ``source`` holds, for a part of the model that is to lose other channels of it than the rest."""
+    """A buffer that holds what ``source`` holds, for a part of the model that is to lose other channels of it
+    than the rest.
+    """
 
     name: str
     source: str
@@ -56,14 +64,18 @@ class Program:
         state_inputs: names of placeholders that may become narrower.
         state_outputs: positions of outputs that may become narrower.
         parts: weights made by splitting, by name.
-        numbers: for weights that a pass has rewritten, the channel numbers of the analysed program along each dimension.
+        numbers: for weights that a pass has rewritten, the channel numbers of the analysed program along each
+            dimension.
         notes: what a user should know of the capture, for the report.
-        order: the names of the caller's weights in their order; the first name of a tied weight stands for all.
+        order: the names of the caller's weights in their order; the first name of a tied weight stands for
+            all.
         folds: weights that the model computes from others and that the program holds as parameters.
         replaced: the caller's parameters that are gone with that, by name.
-        copies: buffers made for parts of the model that shared one (see the pass that gives each attention a table of its own).
+        copies: buffers made for parts of the model that shared one (see the pass that gives each attention a
+            table of its own).
         walked: the module, the analysis and the interpretation of the last verification.
-        facts: what the capture's exported program knows besides graph and weights; ``None`` for a graph that was not exported.
+        facts: what the capture's exported program knows besides graph and weights; ``None`` for a graph that
+            was not exported.
     """
 
     module: fx.GraphModule
@@ -83,20 +95,31 @@ class Program:
 
     def weights(self) -> dict[str, Tensor]:
         """Every parameter and buffer by name; tied ones under each of their names."""
-        return dict([*self.module.named_parameters(remove_duplicate=False), *self.module.named_buffers(remove_duplicate=False)])
+        return dict(
+            [
+                *self.module.named_parameters(remove_duplicate=False),
+                *self.module.named_buffers(remove_duplicate=False),
+            ]
+        )
 
     def parameters(self) -> dict[str, Tensor]:
-        """The parameters of the caller's model that the program was captured with: those of the graph, but what folded weights are computed of for these."""
+        """The parameters of the caller's model that the program was captured with: those of the graph, but
+        what folded weights are computed of for these.
+        """
         folded = {weight.name for weight in self.folds}
         own = self.module.named_parameters(remove_duplicate=False)
         return {**{name: tensor for name, tensor in own if name not in folded}, **self.replaced}
 
     def canonical(self) -> dict[str, str]:
-        """For each weight's name, the first of the names of the same storage region, in the order of the caller's model."""
+        """For each weight's name, the first of the names of the same storage region, in the order of the
+        caller's model.
+        """
         first: dict[tuple[Any, ...], str] = {}
         names = {}
         rank = {name: index for index, name in enumerate(self.order)}
-        for name, tensor in sorted(self.weights().items(), key=lambda item: (rank.get(item[0], len(rank)), item[0])):
+        for name, tensor in sorted(
+            self.weights().items(), key=lambda item: (rank.get(item[0], len(rank)), item[0])
+        ):
             names[name] = first.setdefault(region(tensor, name), name)
         return names
 
@@ -108,7 +131,9 @@ class Program:
         return found
 
     def free_name(self, wanted: str) -> str:
-        """The dotted name itself, or with a suffix if the program or the caller's model has something else by that name."""
+        """The dotted name itself, or with a suffix if the program or the caller's model has something else by
+        that name.
+        """
         owner, dot, leaf = wanted.rpartition(".")
         inside = attribute(self.module, owner) if owner else self.module
         taken = {part for name in self.order if (part := _within(name, owner)) is not None}
@@ -118,7 +143,9 @@ class Program:
         return f"{owner}{dot}{free}"
 
     def replace_weight(self, names: list[str], value: Tensor) -> None:
-        """Put one tensor under several names; a parameter stays one parameter, so that tied weights stay tied."""
+        """Put one tensor under several names; a parameter stays one parameter, so that tied weights stay
+        tied.
+        """
         first: Any = keep(value)
         for name in names:
             set_weight(self.module, name, first)
@@ -146,7 +173,9 @@ class Program:
         named = self.signature.graph_inputs(args, kwargs)
         example_args, example_kwargs = self.example
         first = self.signature.given()[: len(example_args)]
-        by_position = tuple(named.pop(name) if name in named else self.signature.constants[name] for name in first)
+        by_position = tuple(
+            named.pop(name) if name in named else self.signature.constants[name] for name in first
+        )
         keywords = {key: named.get(key, self.signature.constants.get(key)) for key in example_kwargs}
         return pytree.tree_leaves((by_position, keywords))
 
@@ -164,10 +193,18 @@ def _within(name: str, owner: str) -> str | None:
 
 
 def region(tensor: Tensor, name: str) -> tuple[Any, ...]:
-    """What tells the storage of a weight from that of others; tied weights share it. ``name`` stands for a tensor without elements."""
+    """What tells the storage of a weight from that of others; tied weights share it. ``name`` stands for a
+    tensor without elements.
+    """
     if tensor.device.type == "meta" or tensor.layout != torch.strided:  # which have no storage
         return (id(tensor),)
-    return (tensor.untyped_storage().data_ptr(), tensor.storage_offset(), tuple(tensor.shape), tensor.stride(), tensor.numel() or name)
+    return (
+        tensor.untyped_storage().data_ptr(),
+        tensor.storage_offset(),
+        tuple(tensor.shape),
+        tensor.stride(),
+        tensor.numel() or name,
+    )
 
 
 def copy_graph(graph: fx.Graph) -> fx.Graph:
@@ -178,11 +215,13 @@ def copy_graph(graph: fx.Graph) -> fx.Graph:
     return copied
 
 
-def graph_module(root: nn.Module, graph: fx.Graph, meta: dict[str, Any], kind: type[fx.GraphModule] = fx.GraphModule) -> fx.GraphModule:
+def graph_module(
+    root: nn.Module, graph: fx.Graph, meta: dict[str, Any], kind: type[fx.GraphModule] = fx.GraphModule
+) -> fx.GraphModule:
     """A graph module over the tensors of ``root``, of the class ``kind``.
 
-    ``fx.GraphModule`` registers every tensor that is not a parameter as a persistent buffer; here a buffer stays out of the state dict if it
-    was, and so does a constant, which must still move with the module.
+    ``fx.GraphModule`` registers every tensor that is not a parameter as a persistent buffer; here a buffer
+    stays out of the state dict if it was, and so does a constant, which must still move with the module.
     """
     made = kind(root, graph)
     made.meta.update(meta)
@@ -191,19 +230,28 @@ def graph_module(root: nn.Module, graph: fx.Graph, meta: dict[str, Any], kind: t
             source = attribute(root, path) if path else root
         except AttributeError:
             continue
-        module._non_persistent_buffers_set |= {name for name in module._buffers if name not in source._buffers or name in source._non_persistent_buffers_set}
+        module._non_persistent_buffers_set |= {
+            name
+            for name in module._buffers
+            if name not in source._buffers or name in source._non_persistent_buffers_set
+        }
     return made
 
 
 def _tree_copy(module: nn.Module) -> nn.Module:
-    """The same tree of submodules holding the same tensors, so that attributes can be replaced without touching the original."""
+    """The same tree of submodules holding the same tensors, so that attributes can be replaced without
+    touching the original.
+    """
     copy = nn.Module()
     for name, parameter in module._parameters.items():
         copy.register_parameter(name, parameter)
     for name, buffer in module._buffers.items():
         copy.register_buffer(name, buffer, persistent=name not in module._non_persistent_buffers_set)
     for name, child in module._modules.items():
-        copy.add_module(name, child if isinstance(child, fx.GraphModule) else _tree_copy(child) if child is not None else None)
+        copy.add_module(
+            name,
+            child if isinstance(child, fx.GraphModule) else _tree_copy(child) if child is not None else None,
+        )
     for name, value in vars(module).items():
         if isinstance(value, Tensor) or name.startswith(("_tensor_constant", "lifted_tensor")):
             setattr(copy, name, value)
@@ -211,7 +259,9 @@ def _tree_copy(module: nn.Module) -> nn.Module:
 
 
 def set_weight(module: nn.Module, name: str, value: Tensor) -> None:
-    """Replace a parameter or buffer by its dotted name, keeping its kind, or add a parameter under a new name."""
+    """Replace a parameter or buffer by its dotted name, keeping its kind, or add a parameter under a new
+    name.
+    """
     value = keep(value)
     path, _, leaf = name.rpartition(".")
     owner = attribute(module, path) if path else module
@@ -219,7 +269,9 @@ def set_weight(module: nn.Module, name: str, value: Tensor) -> None:
         owner._buffers[leaf] = value
     elif leaf in owner._parameters:
         trained = attribute(module, name).requires_grad
-        owner._parameters[leaf] = value if isinstance(value, nn.Parameter) else nn.Parameter(value, requires_grad=trained)
+        owner._parameters[leaf] = (
+            value if isinstance(value, nn.Parameter) else nn.Parameter(value, requires_grad=trained)
+        )
     elif isinstance(value, nn.Parameter):
         owner.register_parameter(leaf, value)
     else:

@@ -47,8 +47,9 @@ def analyze(
 ) -> Analysis:
     """Find the coupled groups of a model. Weights are not read: a model on the meta device will do.
 
-    A model that cannot be captured whole is analysed in the parts in which :func:`prune` would prune it (docs/submodules.md): what comes back has the groups
-    of all of them, and ``parts`` and ``left``. Such a model runs on the example inputs, and so needs its weights.
+    A model that cannot be captured whole is analysed in the parts in which :func:`prune` would prune it
+    (docs/submodules.md): what comes back has the groups of all of them, and ``parts`` and ``left``. Such a
+    model runs on the example inputs, and so needs its weights.
 
     Args:
         model: module in evaluation mode, graph module or exported program.
@@ -62,7 +63,9 @@ def analyze(
     """
     config = PruningConfig(granularity=granularity, include=include)
     try:
-        program = program_of(model, args, kwargs, dynamic_shapes=dynamic_shapes, state=state, device=None, run=False)
+        program = program_of(
+            model, args, kwargs, dynamic_shapes=dynamic_shapes, state=state, device=None, run=False
+        )
     except CaptureError as error:
         check_parts_help(error, model, dynamic_shapes=dynamic_shapes, state=state)
         return analyze_in_parts(error, model, args, kwargs, config)
@@ -91,22 +94,26 @@ def prune(
     """Make a model physically smaller; the caller's model is not touched.
 
     Args:
-        model: module in evaluation mode, graph module or exported program; or what :func:`fasp_fx.capture` made of one.
+        model: module in evaluation mode, graph module or exported program; or what :func:`fasp_fx.capture`
+            made of one.
         args, kwargs: example inputs.
-        calibration: an iterable of batches: tensors, tuples of positional arguments or dicts of keyword arguments.
+        calibration: an iterable of batches: tensors, tuples of positional arguments or dicts of keyword
+            arguments.
         config: the options; ``None``: the defaults.
-        costs: cost curves that :func:`fasp_fx.measure` gave, for an allocation that wants them; ``None``: they are measured.
+        costs: cost curves that :func:`fasp_fx.measure` gave, for an allocation that wants them; ``None``:
+            they are measured.
         state: names of arguments and outputs that may become narrower.
         dynamic_shapes: as for ``torch.export.export``; inferred if ``None``.
         device: where to capture and calibrate; batches are moved there. ``None``: the model's device.
         progress: called with the fraction of the calibration done.
-        on_analysis: called with the analysis, once the sparsity or budget is known to be in reach and before the first calibration batch is asked for.
-        group: processes of ``torch.distributed`` that call this together, with the same arguments: each runs some of the batches, and all get the same
-            result (docs/processes.md).
-        checkpoint: a folder that keeps what was decided, consumer by consumer: the same call with the same folder goes on from there, to the same result
-            (docs/larger-than-memory.md).
-        options: fields of :class:`fasp_fx.PruningConfig`, which describes them (``sparsity=0.2``, ``score="fasp"``, …), in the place of those of
-            ``config``.
+        on_analysis: called with the analysis, once the sparsity or budget is known to be in reach and before
+            the first calibration batch is asked for.
+        group: processes of ``torch.distributed`` that call this together, with the same arguments: each runs
+            some of the batches, and all get the same result (docs/processes.md).
+        checkpoint: a folder that keeps what was decided, consumer by consumer: the same call with the same
+            folder goes on from there, to the same result (docs/larger-than-memory.md).
+        options: fields of :class:`fasp_fx.PruningConfig`, which describes them (``sparsity=0.2``,
+            ``score="fasp"``, …), in the place of those of ``config``.
 
     Raises:
         ArgumentError: an option is not known, or out of range.
@@ -127,8 +134,18 @@ def prune(
         program = program_of(model, args, kwargs, dynamic_shapes=dynamic_shapes, state=state, device=device)
     except CaptureError as error:
         tried = config.allocation if isinstance(config.allocator, TrialAllocation) else None
-        whole = {"budget": config.caps, "checkpoint": checkpoint, "allocation": tried} | ({} if config.loss in PARTIAL_LOSSES else {"loss": config.loss})
-        check_parts_help(error, model, dynamic_shapes=dynamic_shapes, state=state, padding_mask=config.padding_mask, costs=costs is not None, **whole)
+        whole = {"budget": config.caps, "checkpoint": checkpoint, "allocation": tried} | (
+            {} if config.loss in PARTIAL_LOSSES else {"loss": config.loss}
+        )
+        check_parts_help(
+            error,
+            model,
+            dynamic_shapes=dynamic_shapes,
+            state=state,
+            padding_mask=config.padding_mask,
+            costs=costs is not None,
+            **whole,
+        )
         return prune_in_parts(
             error,
             model,
@@ -141,7 +158,16 @@ def prune(
             on_analysis=on_analysis,
         )
     analysis, decision = decide(
-        program, config, calibration, device=device, progress=progress, on_analysis=on_analysis, costs=costs, ranks=ranks, checkpoint=checkpoint, clock=clock
+        program,
+        config,
+        calibration,
+        device=device,
+        progress=progress,
+        on_analysis=on_analysis,
+        costs=costs,
+        ranks=ranks,
+        checkpoint=checkpoint,
+        clock=clock,
     )
     return rewrite(program, analysis, decision, config, clock)
 
@@ -167,7 +193,8 @@ def apply(
         model, args, kwargs, dynamic_shapes, state, progress: as for :func:`prune`.
         plan: says what goes.
         calibration: batches to restore on what stays; ``None``: it is left as it is.
-        config, options: how to restore: ``restore``, ``drift``, ``blend``, ``padding_mask`` and ``precision`` of :class:`fasp_fx.PruningConfig`.
+        config, options: how to restore: ``restore``, ``drift``, ``blend``, ``padding_mask`` and ``precision``
+            of :class:`fasp_fx.PruningConfig`.
 
     Raises:
         ArgumentError: the plan is none, or an option says what goes or how to restore without data.
@@ -175,14 +202,19 @@ def apply(
         CalibrationError: the calibration data does not fit.
     """
     if not isinstance(plan, PruningPlan):
-        raise ArgumentError(f"plan is a {type(plan).__name__}; pass a PruningPlan (PruningPlan.from_json reads one that was written as text)")
+        raise ArgumentError(
+            f"plan is a {type(plan).__name__}; pass a PruningPlan (PruningPlan.from_json reads one that was"
+            " written as text)"
+        )
     check_default_device()
     config = _restoring(config, options, plan, calibration is not None)
     clock = Timings()
     try:
         program = program_of(model, args, kwargs, dynamic_shapes=dynamic_shapes, state=state, device=None)
     except CaptureError as error:
-        check_parts_help(error, model, dynamic_shapes=dynamic_shapes, state=state, calibration=calibration is not None)
+        check_parts_help(
+            error, model, dynamic_shapes=dynamic_shapes, state=state, calibration=calibration is not None
+        )
         return apply_in_parts(error, model, plan, args, kwargs, config)
     plans.check_fingerprint(plan, plans.program_fingerprint(program))
     clock.lap("capture")
@@ -194,12 +226,19 @@ def apply(
     planned = Planned(analysis, gone)
     batches = read_batches(program, calibration, None)
     chooser = Chooser(replace(config, score=planned))
-    decision = chooser.choose(Consumers(analysis, config.restore is not None), planned.lost, batches, progress or (lambda fraction: None))
+    decision = chooser.choose(
+        Consumers(analysis, config.restore is not None),
+        planned.lost,
+        batches,
+        progress or (lambda fraction: None),
+    )
     clock.lap("calibration")
     return rewrite(program, analysis, decision, None, clock)
 
 
-def _restoring(config: PruningConfig | None, options: PruningOptions, plan: PruningPlan, has_data: bool) -> PruningConfig:
+def _restoring(
+    config: PruningConfig | None, options: PruningOptions, plan: PruningPlan, has_data: bool
+) -> PruningConfig:
     """How to restore behind a plan.
 
     Raises:

@@ -23,9 +23,10 @@ from .channels import attribute, target_name
 class PrunedModule(fx.GraphModule):
     """A program behind the caller's signature.
 
-    A graph module writes its code into a pickle and traces it again, which keeps neither the caller's signature nor the sizes that may vary. This one writes
-    the program as :func:`fasp_fx.store.save` does, and its tensors as they are now. The pickle is read by ``pickle.load`` and by
-    ``torch.load(…, weights_only=False)``, in any process that can import fasp_fx.
+    A graph module writes its code into a pickle and traces it again, which keeps neither the caller's
+    signature nor the sizes that may vary. This one writes the program as :func:`fasp_fx.store.save` does, and
+    its tensors as they are now. The pickle is read by ``pickle.load`` and by ``torch.load(…,
+    weights_only=False)``, in any process that can import fasp_fx.
 
     Attributes:
         origin: the exported program that it was made of, without the weights, and the caller's signature.
@@ -42,15 +43,27 @@ class PrunedModule(fx.GraphModule):
         from ._store._graph_json import program_to_json
 
         program, signature = self.origin
-        weights, constants = ({name: _now(self, name, value) for name, value in held.items()} for held in (program.state_dict, program.constants))
+        weights, constants = (
+            {name: _now(self, name, value) for name, value in held.items()}
+            for held in (program.state_dict, program.constants)
+        )
         preserved = self.meta.get(PRESERVED, {})
-        return _rebuilt, (program_to_json(program), weights, constants, _without_annotations(signature), preserved, self.training)
+        return _rebuilt, (
+            program_to_json(program),
+            weights,
+            constants,
+            _without_annotations(signature),
+            preserved,
+            self.training,
+        )
 
     def __deepcopy__(self, memo: dict[int, Any]) -> PrunedModule:
         # The structure of arguments and outputs never changes, and torch warns where a leaf of one is copied.
         for spec in (getattr(self, name, None) for name in ("_in_spec", "_out_spec")):
             memo.update({id(part): part for part in _specs(spec)})
-        memo[id(self.origin)] = self.origin  # never written into, and holds fake tensors that cannot be copied
+        memo[id(self.origin)] = (
+            self.origin
+        )  # never written into, and holds fake tensors that cannot be copied
         copied = super().__deepcopy__(memo)
         assert isinstance(copied, PrunedModule)
         copied.origin = self.origin
@@ -63,12 +76,14 @@ def wrap(exported: ExportedProgram, signature: CallSignature) -> fx.GraphModule:
     guard_calls(lifted, exported)
     own_names(lifted)
     for node in lifted.graph.find_nodes(op="call_function", target=torch.ops.aten.view.default):
-        # Strides were settled without gradients; with them attention can pick another kernel, whose result a view does not fit.
+        # Strides were settled without gradients; with them attention can pick another kernel, whose result a
+        # view does not fit.
         node.target = torch.ops.aten.reshape.default
     for node in lifted.graph.find_nodes(op="call_function", target=torch.ops.aten.copy_.default):
         written: Any = node.args[0]
         if written.op == "get_attr" and isinstance(attribute(lifted, target_name(written)), nn.Parameter):
-            # An embedding with a largest norm writes into its parameter, without gradients, which no exporter keeps.
+            # An embedding with a largest norm writes into its parameter, without gradients, which no exporter
+            # keeps.
             with lifted.graph.inserting_before(node):
                 node.update_arg(0, lifted.graph.call_function(torch.ops.aten.detach.default, (written,)))
     make_traceable(lifted.graph)
@@ -77,7 +92,8 @@ def wrap(exported: ExportedProgram, signature: CallSignature) -> fx.GraphModule:
     generated: Any = lifted.graph._codegen
     module.graph._codegen = CallerCodeGen(signature, generated.pytree_info)
     module.recompile()
-    # transformers' Trainer gives the loss's own arguments to a model that takes **kwargs, unless it says this. Copies keep what is noted in ``meta``.
+    # transformers' Trainer gives the loss's own arguments to a model that takes **kwargs, unless it says
+    # this. Copies keep what is noted in ``meta``.
     module.meta[PRESERVED] = {"accepts_loss_kwargs": False}
     marked: Any = module
     marked.accepts_loss_kwargs = False
@@ -102,7 +118,9 @@ def _without_values(value: Any) -> Any:
     if not isinstance(value, Tensor):
         return value
     empty = value.detach().to("meta")
-    return nn.Parameter(empty, requires_grad=value.requires_grad) if isinstance(value, nn.Parameter) else empty
+    return (
+        nn.Parameter(empty, requires_grad=value.requires_grad) if isinstance(value, nn.Parameter) else empty
+    )
 
 
 def _specs(spec: pytree.TreeSpec | None) -> list[pytree.TreeSpec]:
@@ -111,12 +129,20 @@ def _specs(spec: pytree.TreeSpec | None) -> list[pytree.TreeSpec]:
 
 def _without_annotations(signature: CallSignature) -> CallSignature:
     """Types of arguments may be those of a function or script, which no other process finds."""
-    plain = [parameter.replace(annotation=inspect.Parameter.empty) for parameter in signature.parameters.parameters.values()]
+    plain = [
+        parameter.replace(annotation=inspect.Parameter.empty)
+        for parameter in signature.parameters.parameters.values()
+    ]
     return replace(signature, parameters=inspect.Signature(plain))
 
 
 def _rebuilt(
-    program: dict[str, Any], weights: dict[str, Tensor], constants: dict[str, Any], signature: CallSignature, preserved: dict[str, Any], training: bool
+    program: dict[str, Any],
+    weights: dict[str, Tensor],
+    constants: dict[str, Any],
+    signature: CallSignature,
+    preserved: dict[str, Any],
+    training: bool,
 ) -> fx.GraphModule:
     from ._store._graph_json import program_from_json
 

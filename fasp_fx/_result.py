@@ -54,15 +54,18 @@ class Result:
     @one_at_a_time
     @in_usual_modes
     def eager(self, model: nn.Module) -> nn.Module:
-        """Make a smaller copy of the caller's own module, which trains as the caller's does: norms and dropouts follow ``train()`` and ``eval()``.
+        """Make a smaller copy of the caller's own module, which trains as the caller's does: norms and
+        dropouts follow ``train()`` and ``eval()``.
 
-        The copy is of the model's class and holds the weights that ``module`` holds now, under their names in the model. Attributes that are sizes
-        (``out_features``, ``num_heads``, …) are set by experiment: with those it has in the end the copy, in evaluation mode, computes what the pruned
-        program does, on the example inputs and at other sizes where these can vary. Which parameters are trained, and which submodules are in
-        training mode, is as in the model (docs/eager.md).
+        The copy is of the model's class and holds the weights that ``module`` holds now, under their names in
+        the model. Attributes that are sizes (``out_features``, ``num_heads``, …) are set by experiment: with
+        those it has in the end the copy, in evaluation mode, computes what the pruned program does, on the
+        example inputs and at other sizes where these can vary. Which parameters are trained, and which
+        submodules are in training mode, is as in the model (docs/eager.md).
 
         Args:
-            model: the model that was pruned, with the weights that it had then; it is left as it was, and shares no storage with the copy.
+            model: the model that was pruned, with the weights that it had then; it is left as it was, and
+                shares no storage with the copy.
 
         Raises:
             EagerError: no copy computes what the program does; says what fails first, and what to do.

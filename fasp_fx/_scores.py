@@ -10,7 +10,8 @@ from .scoring import ByColumns, GroupScore, Random, Score, fasp, magnitude
 
 
 def resolve_score(score: Literal["fasp", "magnitude", "random", "obs"] | Score) -> GroupScore:
-    """The score of groups that a name, or a score of columns, stands for (a function is taken to need calibration data).
+    """The score of groups that a name, or a score of columns, stands for (a function is taken to need
+    calibration data).
 
     Raises:
         ArgumentError: an unknown name.
@@ -30,7 +31,8 @@ def resolve_score(score: Literal["fasp", "magnitude", "random", "obs"] | Score) 
     if score == "random":
         return ByColumns(Random(), needs_data=False)
     raise ArgumentError(
-        f"score={score!r} is not known; use 'fasp', 'obs', 'magnitude', 'random', a callable from fasp_fx.scoring.Columns to a tensor, or a GroupScore"
+        f"score={score!r} is not known; use 'fasp', 'obs', 'magnitude', 'random', a callable from"
+        " fasp_fx.scoring.Columns to a tensor, or a GroupScore"
     )
 
 

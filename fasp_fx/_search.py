@@ -1,4 +1,6 @@
-"""Search among allocations that meet one budget by trying them: steps are exchanged between groups, and the better half of what is tried goes on."""
+"""Search among allocations that meet one budget by trying them: steps are exchanged between groups, and the
+better half of what is tried goes on.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +17,8 @@ from ._limits import Budget
 
 #: at most so many pairs of groups exchange steps at once
 PAIRS = 3
-#: an exchange is drawn so often before it is given up: steps may be too coarse for most pairs to keep the budget
+#: an exchange is drawn so often before it is given up: steps may be too coarse for most pairs to keep the
+#: budget
 ATTEMPTS = 50
 #: a group loses more by at most this part of its channel sets, in the first generation and in the last
 COARSE, FINE = 1 / 8, 1 / 64
@@ -57,7 +60,9 @@ class Trial(ABC):
         """Say how much of a search is done."""
 
     def note(self, before: float, after: float, tried: int) -> None:  # noqa: B027
-        """Say what came of a search: the mean loss over all sequences where it began and ended, and how many candidates were tried."""
+        """Say what came of a search: the mean loss over all sequences where it began and ended, and how many
+        candidates were tried.
+        """
 
 
 @dataclass(frozen=True)
@@ -82,7 +87,8 @@ class Found:
 class Exchanges:
     """Moves from one allocation to others that meet the budget as nearly.
 
-    Under ceilings, no more than they allow ever stays. A sparsity is met as nearly as at the start, or to half of the smallest step of any group.
+    Under ceilings, no more than they allow ever stays. A sparsity is met as nearly as at the start, or to
+    half of the smallest step of any group.
 
     Args:
         budget: what is to be met.
@@ -94,14 +100,19 @@ class Exchanges:
         self._budget, self._counts = budget, counts
         self._free = [index for index, own in enumerate(counts) if len(own) > 1]
         over = budget.over(start)
-        steps = [abs(budget.over(_with(start, index, self._neighbour(index, start[index]))) - over) for index in self._free]
+        steps = [
+            abs(budget.over(_with(start, index, self._neighbour(index, start[index]))) - over)
+            for index in self._free
+        ]
         self._slack = max(abs(over), min(steps, default=0.0) / 2) + _ROUNDING
 
     def drawn(self, lost: Sequence[int], reach: float, draw: np.random.Generator) -> list[int] | None:
-        """Another allocation, in which some pairs of groups have exchanged steps; ``None`` where none was found.
+        """Another allocation, in which some pairs of groups have exchanged steps; ``None`` where none was
+        found.
 
         Args:
-            reach: the largest part of its channel sets that a group loses more in one exchange; a single step may always be exchanged.
+            reach: the largest part of its channel sets that a group loses more in one exchange; a single step
+                may always be exchanged.
         """
         for _ in range(ATTEMPTS if len(self._free) > 1 else 0):
             found = list(lost)
@@ -117,7 +128,9 @@ class Exchanges:
         over = self._budget.over(lost)
         return over <= 0 if self._budget.is_ceiling else abs(over) <= self._slack
 
-    def _exchanged(self, lost: list[int], more: int, less: int, reach: float, draw: np.random.Generator) -> list[int]:
+    def _exchanged(
+        self, lost: list[int], more: int, less: int, reach: float, draw: np.random.Generator
+    ) -> list[int]:
         """One group loses more, and another less by as many steps as give the budget back."""
         own, other = self._counts[more], self._counts[less]
         step = int(draw.integers(1, max(round(reach * (len(own) - 1)), 1) + 1))
@@ -125,7 +138,11 @@ class Exchanges:
         low, high = 0, bisect_left(other, lost[less])
         while low < high:  # the least place at which enough goes
             middle = (low + high) // 2
-            low, high = (middle + 1, high) if self._budget.over(_with(raised, less, other[middle])) > 0 else (low, middle)
+            low, high = (
+                (middle + 1, high)
+                if self._budget.over(_with(raised, less, other[middle])) > 0
+                else (low, middle)
+            )
         return self._budget.closest(_with(raised, less, other[place]) for place in (low, max(low - 1, 0)))
 
     def _neighbour(self, index: int, count: int) -> int:
@@ -134,10 +151,14 @@ class Exchanges:
         return own[place + 1 if place + 1 < len(own) else place - 1]
 
 
-def evolve(exchanges: Exchanges, start: list[int], trial: Trial, generations: int, offspring: int, seed: int) -> Found:
-    """The best allocation found: in each generation some are drawn from the best so far, and take its place only where one is better on all sequences.
+def evolve(
+    exchanges: Exchanges, start: list[int], trial: Trial, generations: int, offspring: int, seed: int
+) -> Found:
+    """The best allocation found: in each generation some are drawn from the best so far, and take its place
+    only where one is better on all sequences.
 
-    Each generation draws numbers of its own, so that a search that goes on from a state finds what it would have found.
+    Each generation draws numbers of its own, so that a search that goes on from a state finds what it would
+    have found.
 
     Args:
         start: where the search begins; what is found is never worse on all sequences.
@@ -145,7 +166,13 @@ def evolve(exchanges: Exchanges, start: list[int], trial: Trial, generations: in
         generations, offspring: how many times how many are drawn.
         seed: of what is drawn.
     """
-    asked = {"start": start, "generations": generations, "offspring": offspring, "sequences": trial.count, "seed": seed}
+    asked = {
+        "start": start,
+        "generations": generations,
+        "offspring": offspring,
+        "sequences": trial.count,
+        "seed": seed,
+    }
     known = trial.recall(asked)
     if known is None:
         first = _mean(trial.losses(start, range(trial.count)))
@@ -157,7 +184,9 @@ def evolve(exchanges: Exchanges, start: list[int], trial: Trial, generations: in
         draw = np.random.default_rng((seed, generation))
         reach = COARSE * (FINE / COARSE) ** (generation / max(generations - 1, 1))
         drawn = [exchanges.drawn(found.lost, reach, draw) for _ in range(offspring)]
-        candidates = list(dict.fromkeys(tuple(lost) for lost in drawn if lost is not None and lost != found.lost))
+        candidates = list(
+            dict.fromkeys(tuple(lost) for lost in drawn if lost is not None and lost != found.lost)
+        )
         best, loss = _best(candidates, trial, draw)
         if not loss < found.loss:
             best, loss = tuple(found.lost), found.loss
@@ -176,8 +205,12 @@ def passes(generations: int, offspring: int, sequences: int) -> int:
     return found
 
 
-def _best(candidates: Sequence[tuple[int, ...]], trial: Trial, draw: np.random.Generator) -> tuple[tuple[int, ...], float]:
-    """The candidate that did best, and its mean loss over all sequences: all are tried on one, the best of them on two, and so on."""
+def _best(
+    candidates: Sequence[tuple[int, ...]], trial: Trial, draw: np.random.Generator
+) -> tuple[tuple[int, ...], float]:
+    """The candidate that did best, and its mean loss over all sequences: all are tried on one, the best of
+    them on two, and so on.
+    """
     order = draw.permutation(trial.count).tolist()
     alive, seen = list(candidates), {lost: list[float]() for lost in candidates}
     tried, size = 0, 1

@@ -21,11 +21,15 @@ def held_by(group: Group) -> list[str]:
 
 
 def read_by(group: Group) -> list[str]:
-    """The weights that lose columns with a group, one of which gives it its name; those that lose rows where none does."""
+    """The weights that lose columns with a group, one of which gives it its name; those that lose rows where
+    none does.
+    """
     return [member.name for member in group.consumers or group.producers]
 
 
-def check_patterns(option: str, patterns: Iterable[str], groups: Sequence[Group], names_of: Callable[[Group], list[str]]) -> None:
+def check_patterns(
+    option: str, patterns: Iterable[str], groups: Sequence[Group], names_of: Callable[[Group], list[str]]
+) -> None:
     """Refuse patterns that name no weight of any group.
 
     Args:
@@ -39,7 +43,9 @@ def check_patterns(option: str, patterns: Iterable[str], groups: Sequence[Group]
     for pattern in patterns:
         if not any(matches(pattern, name) for group in groups for name in names_of(group)):
             what = "that loses columns with a group" if names_of is read_by else "of a coupled group"
-            raise ArgumentError(f"{option}: '{pattern}' matches no weight {what}; analyze(...).groups has their names")
+            raise ArgumentError(
+                f"{option}: '{pattern}' matches no weight {what}; analyze(...).groups has their names"
+            )
 
 
 class PartialBudget(Budget):
@@ -51,7 +57,9 @@ class PartialBudget(Budget):
     """
 
     def __init__(self, whole: Budget, taking_part: Sequence[bool]) -> None:
-        super().__init__([group for group, takes in zip(whole.groups, taking_part, strict=True) if takes], whole.limits)
+        super().__init__(
+            [group for group, takes in zip(whole.groups, taking_part, strict=True) if takes], whole.limits
+        )
         self.whole, self.taking_part = whole, taking_part
 
     def spread(self, lost: Sequence[int]) -> list[int]:
@@ -73,21 +81,49 @@ def check_asked(fractions: Mapping[str, float], exclude: Iterable[str], groups: 
     Raises:
         ArgumentError: a pattern asks for groups of which all are excluded.
     """
-    excluded = {group.name for group in groups for pattern in exclude if any(matches(pattern, name) for name in held_by(group))}
+    excluded = {
+        group.name
+        for group in groups
+        for pattern in exclude
+        if any(matches(pattern, name) for name in held_by(group))
+    }
     for pattern in fractions:
         asked = [group.name for group in groups if any(matches(pattern, name) for name in read_by(group))]
         if asked and excluded.issuperset(asked):
-            raise ArgumentError(f"sparsity asks for {fractions[pattern]} of '{pattern}', which exclude= leaves whole ({asked[0]!r}); leave one of the two out")
+            raise ArgumentError(
+                f"sparsity asks for {fractions[pattern]} of '{pattern}', which exclude= leaves whole"
+                f" ({asked[0]!r}); leave one of the two out"
+            )
 
 
 def lost_by_pattern(budget: Budget, fractions: Mapping[str, float], round_to: int) -> list[int]:
-    """Channel sets lost per block of each group: the fraction of the first pattern that matches it, nothing if none does."""
+    """Channel sets lost per block of each group: the fraction of the first pattern that matches it, nothing
+    if none does.
+    """
 
     def fraction_of(group: Group) -> float:
-        return next((fraction for pattern, fraction in fractions.items() if any(matches(pattern, name) for name in read_by(group))), 0.0)
+        return next(
+            (
+                fraction
+                for pattern, fraction in fractions.items()
+                if any(matches(pattern, name) for name in read_by(group))
+            ),
+            0.0,
+        )
 
     fractions_of = [(group, fraction_of(group)) for group in budget.groups]
-    return [lost_per_block(group.width, fraction, round_to, group.needed) if fraction else 0 for group, fraction in fractions_of]
+    return [
+        lost_per_block(group.width, fraction, round_to, group.needed) if fraction else 0
+        for group, fraction in fractions_of
+    ]
 
 
-__all__ = ["PartialBudget", "check_asked", "check_patterns", "held_by", "lost_by_pattern", "matches", "read_by"]
+__all__ = [
+    "PartialBudget",
+    "check_asked",
+    "check_patterns",
+    "held_by",
+    "lost_by_pattern",
+    "matches",
+    "read_by",
+]

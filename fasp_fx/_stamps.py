@@ -4,18 +4,24 @@ from __future__ import annotations
 
 from torch import fx
 
-#: key of ``node.meta``, and of ``node.meta["custom"]``, under which a node that a pass wrote carries the pass's name
+#: key of ``node.meta``, and of ``node.meta["custom"]``, under which a node that a pass wrote carries the
+#: pass's name
 WRITTEN_BY = "fasp_fx_pass"
 
 
 def stamp(node: fx.Node, name: str, like: fx.Node | None = None) -> fx.Node:
-    """Mark a node as written by the pass ``name``; provenance such as the module stack is taken from ``like``."""
+    """Mark a node as written by the pass ``name``; provenance such as the module stack is taken from
+    ``like``.
+    """
     if like is not None:
         for key in ("nn_module_stack", "stack_trace", "source_fn_stack"):
             if key in like.meta:
                 node.meta[key] = like.meta[key]
     node.meta[WRITTEN_BY] = name
-    node.meta["custom"] = {**node.meta.get("custom", {}), WRITTEN_BY: name}  # what exporting, decomposing and saving keep of a node's meta
+    node.meta["custom"] = {
+        **node.meta.get("custom", {}),
+        WRITTEN_BY: name,
+    }  # what exporting, decomposing and saving keep of a node's meta
     return node
 
 

@@ -1,4 +1,6 @@
-"""What a public function does not take from its surroundings: modes of the thread that calls it, and other threads that do the same."""
+"""What a public function does not take from its surroundings: modes of the thread that calls it, and other
+threads that do the same.
+"""
 
 from __future__ import annotations
 
@@ -22,8 +24,8 @@ _DEVICES = ("cpu", "cuda")
 def in_usual_modes(function: Callable[P, R]) -> Callable[P, R]:
     """Have a function run outside of the caller's inference mode, ``no_grad`` and autocast.
 
-    What it makes is to be trained, gradients are taken on the way, and results do not depend on where it is called. Precisions and gradients are options
-    of its own.
+    What it makes is to be trained, gradients are taken on the way, and results do not depend on where it is
+    called. Precisions and gradients are options of its own.
     """
 
     @functools.wraps(function)
@@ -42,8 +44,8 @@ def in_usual_modes(function: Callable[P, R]) -> Callable[P, R]:
 def one_at_a_time(function: Callable[P, R]) -> Callable[P, R]:
     """Have one thread at a time run a function of all that are marked so.
 
-    Exporting, random numbers and the precision of products have one state for the whole process: torch.export in two threads at once leaves
-    ``torch.compile`` switched off.
+    Exporting, random numbers and the precision of products have one state for the whole process: torch.export
+    in two threads at once leaves ``torch.compile`` switched off.
     """
 
     @functools.wraps(function)
@@ -61,7 +63,10 @@ def check_default_device() -> None:
         ArgumentError: the default device is ``meta``.
     """
     if torch.get_default_device().type == "meta":
-        raise ArgumentError("torch's default device is 'meta', where nothing has values; call this outside of torch.device('meta')")
+        raise ArgumentError(
+            "torch's default device is 'meta', where nothing has values; call this outside of"
+            " torch.device('meta')"
+        )
 
 
 __all__ = ["check_default_device", "in_usual_modes", "one_at_a_time"]

@@ -8,7 +8,9 @@ from pathlib import Path
 
 _PACKAGE = Path(__file__).parent
 #: the packages' own folders, which are linked into this one
-_OWN = tuple(f"{folder}/" for folder in {_PACKAGE, *((_PACKAGE / name).resolve() for name in ("passes", "patterns"))})
+_OWN = tuple(
+    f"{folder}/" for folder in {_PACKAGE, *((_PACKAGE / name).resolve() for name in ("passes", "patterns"))}
+)
 
 
 def warn(message: str, category: type[Warning]) -> None:

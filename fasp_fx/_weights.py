@@ -21,7 +21,11 @@ class FusedWeights:
         self._splits: dict[str, list[SplitWeight]] = {}
         for split in plan.splits:
             self._splits.setdefault(split.source, []).append(split)
-        self._removed = {place: {index for _, index in pairs} for place, pairs in plan.slices().items()} if plan.splits else {}
+        self._removed = (
+            {place: {index for _, index in pairs} for place, pairs in plan.slices().items()}
+            if plan.splits
+            else {}
+        )
 
     def __contains__(self, name: object) -> bool:
         return name in self._splits

@@ -1,4 +1,6 @@
-"""Find the coupled groups of a program. Pure: reads a program, returns groups with a reason for each status."""
+"""Find the coupled groups of a program. Pure: reads a program, returns groups with a reason for
+each status.
+"""
 
 from __future__ import annotations
 
@@ -31,7 +33,8 @@ class Analysis:
         conflicts: tensors whose layout stands in the way (their groups are frozen with reason ``layout``).
         labels: the channel set of each channel number.
         granularity, include: as for :func:`fasp_fx.prune`.
-        known: how many of the channel numbers are those of ``program``, where a pass has brought weights with numbers of their own; ``None``: all.
+        known: how many of the channel numbers are those of ``program``, where a pass has brought weights with
+            numbers of their own; ``None``: all.
         experts: whether the numbers by which routers name experts were followed.
     """
 
@@ -48,12 +51,21 @@ class Analysis:
 
     def fresh(self) -> np.ndarray:
         """The channel sets that only weights brought by a pass have."""
-        return np.setdiff1d(self.labels[self.known :], self.labels[: self.known]) if self.known is not None else np.zeros(0, dtype=np.int64)
+        return (
+            np.setdiff1d(self.labels[self.known :], self.labels[: self.known])
+            if self.known is not None
+            else np.zeros(0, dtype=np.int64)
+        )
 
     @property
     def chosen(self) -> list[Group]:
         """The groups that are pruned: prunable ones and those asked for, at the granularities asked for."""
-        return [group for group in self.groups if (group.status == PRUNABLE or group.status in self.include) and group.granularity in self.granularity]
+        return [
+            group
+            for group in self.groups
+            if (group.status == PRUNABLE or group.status in self.include)
+            and group.granularity in self.granularity
+        ]
 
     def select(self, status: str) -> list[Group]:
         """The groups of one status."""
@@ -61,18 +73,24 @@ class Analysis:
 
     @property
     def max_sparsity(self) -> float:
-        """The highest sparsity that can be asked for with ``round_to=1`` (see :class:`fasp_fx.resources.Sparsity`)."""
+        """The highest sparsity that can be asked for with ``round_to=1`` (see
+        :class:`fasp_fx.resources.Sparsity`).
+        """
         from .resources import Sparsity
 
         return Sparsity(self).reach(1)
 
     @cached_property
     def without_rule(self) -> dict[str, int]:
-        """Operators that had no rule and froze what they touched, with the number of times each stands in the graph."""
+        """Operators that had no rule and froze what they touched, with the number of times each stands in the
+        graph.
+        """
         return {name: len(nodes) for name, nodes in sorted(self.walk.without_rule.items())}
 
     def graph(self) -> nx.DiGraph:
-        """Weights and groups as a directed graph: producer → group → consumer; nodes carry ``kind`` and ``status``."""
+        """Weights and groups as a directed graph: producer → group → consumer; nodes carry ``kind`` and
+        ``status``.
+        """
         graph = nx.DiGraph()
         for group in self.groups:
             vertex = ("group", group.name)
@@ -89,7 +107,8 @@ class Analysis:
         """The path of graph nodes that couples channels of two weights, from ``first`` to ``second``.
 
         Returns:
-            One line per node of a shortest path; empty if no channel of one is coupled with a channel of the other.
+            One line per node of a shortest path; empty if no channel of one is coupled with a channel of the
+            other.
 
         Raises:
             ArgumentError: a name is not a weight of the model.
@@ -103,20 +122,33 @@ def analyze_program(
     granularity: Iterable[str] = ("channel",),
     include: Iterable[str] = (),
 ) -> Analysis:
-    """Analyse a captured program; if ``split`` is given, let it split fused producers that a layout ties together, and analyse again."""
+    """Analyse a captured program; if ``split`` is given, let it split fused producers that a layout ties
+    together, and analyse again.
+    """
     with torch.device("cpu"):  # channel numbers are for the CPU, whatever the default device is
         return _settled(program, split, granularity, include)
 
 
-def _settled(program: Program, split: Callable[[Program, Analysis], Program | None] | None, granularity: Iterable[str], include: Iterable[str]) -> Analysis:
+def _settled(
+    program: Program,
+    split: Callable[[Program, Analysis], Program | None] | None,
+    granularity: Iterable[str],
+    include: Iterable[str],
+) -> Analysis:
     heads, experts, exempt = "head" in granularity, "expert" in granularity, EXEMPT in include
 
     def settled(program: Program, heads: bool) -> Analysis:
-        return replace(_analyze(program, heads, experts, exempt), granularity=frozenset(granularity), include=frozenset(include))
+        return replace(
+            _analyze(program, heads, experts, exempt),
+            granularity=frozenset(granularity),
+            include=frozenset(include),
+        )
 
     analysis = settled(program, heads)
     while split is not None and (analysis.conflicts or exempt):
-        rewritten = split(program, settled(program, False) if heads else analysis)  # rows are told apart one by one
+        rewritten = split(
+            program, settled(program, False) if heads else analysis
+        )  # rows are told apart one by one
         if rewritten is None:
             break
         program, analysis = rewritten, settled(rewritten, heads)
@@ -135,14 +167,21 @@ def _analyze(program: Program, heads: bool, experts: bool, exempt: bool) -> Anal
         for slot, sets in torn_blocks(numbering, labels):
             found.freeze(sets[~spared[sets]], f"they are whole blocks of {slot}, which keep equal counts")
         group_of, keys = group_sets(found, numbering, walk)
-        block, conflicts = find_blocks(list(walk.facts.boxes.values()), labels, np.where(found.status == CODE[FROZEN], -1, group_of))
+        block, conflicts = find_blocks(
+            list(walk.facts.boxes.values()), labels, np.where(found.status == CODE[FROZEN], -1, group_of)
+        )
         uneven = [pair for conflict in conflicts for pair in walk.facts.stacks.pop(conflict.node, ())]
         if not uneven:
             break
-        walk.facts.pairs += uneven  # a stack whose positions cannot lose equal counts loses the same channels of all
+        walk.facts.pairs += (
+            uneven  # a stack whose positions cannot lose equal counts loses the same channels of all
+        )
     for conflict in conflicts:
         # An exempt group is not pruned unless asked; its status says more than its layout.
-        found.freeze(conflict.classes[~spared[conflict.classes]], f"equal counts cannot be kept in {conflict.node.name} = {conflict.node.target}")
+        found.freeze(
+            conflict.classes[~spared[conflict.classes]],
+            f"equal counts cannot be kept in {conflict.node.name} = {conflict.node.target}",
+        )
     if conflicts:
         group_of, keys = group_sets(found, numbering, walk)
     groups = GroupBuilder(found, block, numbering, walk, program).groups(group_of, keys)

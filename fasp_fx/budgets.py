@@ -35,7 +35,10 @@ class Cap(ABC):
 
     def __post_init__(self) -> None:
         if not is_number(self.amount) or self.amount <= 0:
-            raise ArgumentError(f"{self} is no budget; give a share in (0, 1], such as 0.8, or how much may stay, such as 100_000_000")
+            raise ArgumentError(
+                f"{self} is no budget; give a share in (0, 1], such as 0.8, or how much may stay, such as"
+                " 100_000_000"
+            )
 
     def allowed(self, dense: float) -> float:
         """How much may stay of ``dense``."""
@@ -73,8 +76,9 @@ class Bytes(Cap):
 
 
 class Macs(Cap):
-    """The multiply-accumulates of one forward pass on the example inputs: of linear, convolution and recurrent operators, products of matrices, and the two
-    products of attention, whole where a mask hides half of them, with heads padded to one width as the result has them. They are half of the operations that
+    """The multiply-accumulates of one forward pass on the example inputs: of linear, convolution and
+    recurrent operators, products of matrices, and the two products of attention, whole where a mask hides
+    half of them, with heads padded to one width as the result has them. They are half of the operations that
     ``torch.utils.flop_counter`` counts.
 
     :func:`fasp_fx.hf.prune` has example inputs of its own: 2 sequences of 3 tokens that follow 5 others.
@@ -89,7 +93,9 @@ class Macs(Cap):
 
 
 class CacheBytes(Cap):
-    """The bytes that the key-value cache takes per token of one sequence, as the report's line ``cache`` has them."""
+    """The bytes that the key-value cache takes per token of one sequence, as the report's line ``cache`` has
+    them.
+    """
 
     name, unit = "cache-bytes", "bytes of cache per token"
 
@@ -101,10 +107,12 @@ class CacheBytes(Cap):
 
 @dataclass(frozen=True)
 class Latency(Cap):
-    """The microseconds that one forward pass on the example inputs takes on the model's device, of a single sample where one was given.
+    """The microseconds that one forward pass on the example inputs takes on the model's device, of a single
+    sample where one was given.
 
-    Operators are timed at widths on a grid, once, which takes some seconds; no formula stands for them (:class:`fasp_fx.latency.LatencyTable`).
-    For :func:`fasp_fx.prune`, whose example inputs say what is to be fast; :func:`fasp_fx.hf.prune` has none of the user's.
+    Operators are timed at widths on a grid, once, which takes some seconds; no formula stands for them
+    (:class:`fasp_fx.latency.LatencyTable`). For :func:`fasp_fx.prune`, whose example inputs say what is to be
+    fast; :func:`fasp_fx.hf.prune` has none of the user's.
 
     Attributes:
         table: holds timings and takes new ones, for several prunings.
@@ -133,7 +141,10 @@ def read_budget(given: Any) -> tuple[Cap, ...]:
     caps = tuple(given) if isinstance(given, Iterable) and not isinstance(given, (str, Mapping)) else (given,)
     for cap in caps:
         if not isinstance(cap, Cap):
-            raise ArgumentError(f"budget={cap!r} is no budget; pass one of fasp_fx.budgets, such as Parameters(0.8), or a tuple of them")
+            raise ArgumentError(
+                f"budget={cap!r} is no budget; pass one of fasp_fx.budgets, such as Parameters(0.8), or a"
+                " tuple of them"
+            )
     names = [cap.name for cap in caps]
     twice = [name for name in names if names.count(name) > 1]
     if twice:
@@ -149,7 +160,9 @@ def budget_data(caps: Sequence[Cap]) -> list[dict[str, Any]]:
     """
     for cap in caps:
         if KINDS.get(cap.name) is not type(cap):
-            raise ArgumentError(f"{cap} is a budget of your own, which cannot be stored; keep it in code and pass it again")
+            raise ArgumentError(
+                f"{cap} is a budget of your own, which cannot be stored; keep it in code and pass it again"
+            )
     return [{"resource": cap.name, "amount": cap.amount} for cap in caps]
 
 
@@ -161,9 +174,16 @@ def budget_from_data(data: Any) -> tuple[Cap, ...]:
     """
     caps = []
     for item in data if isinstance(data, list) else [data]:
-        known = isinstance(item, dict) and item.keys() == {"resource", "amount"} and isinstance(item["resource"], str)
+        known = (
+            isinstance(item, dict)
+            and item.keys() == {"resource", "amount"}
+            and isinstance(item["resource"], str)
+        )
         if not known or item["resource"] not in KINDS:
-            raise ArgumentError(f"budget={item!r} is none; it names one of {', '.join(map(repr, KINDS))} as 'resource', and an 'amount'")
+            raise ArgumentError(
+                f"budget={item!r} is none; it names one of {', '.join(map(repr, KINDS))} as 'resource', and"
+                " an 'amount'"
+            )
         caps.append(KINDS[item["resource"]](item["amount"]))
     return read_budget(caps)
 

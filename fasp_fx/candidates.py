@@ -19,9 +19,11 @@ Pruned = TypeVar("Pruned")
 
 
 class Varied(Global):
-    """As :class:`fasp_fx.allocation.Global`, with each group's cost curve multiplied by a random factor, so that another allocation meets the same budget.
+    """As :class:`fasp_fx.allocation.Global`, with each group's cost curve multiplied by a random factor, so
+    that another allocation meets the same budget.
 
-    Predicted losses are estimates: allocations whose predictions differ by less than their errors may turn out either way.
+    Predicted losses are estimates: allocations whose predictions differ by less than their errors may turn
+    out either way.
 
     Args:
         seed: of the factors; a group's does not depend on which other groups there are.
@@ -33,7 +35,10 @@ class Varied(Global):
 
     def __init__(self, seed: int, spread: float = 0.25) -> None:
         if not is_number(spread) or not 0 <= spread < math.inf:
-            raise ArgumentError(f"spread={spread!r} is not a finite number from zero on; 0.25 changes predicted losses by about a quarter")
+            raise ArgumentError(
+                f"spread={spread!r} is not a finite number from zero on; 0.25 changes predicted losses by"
+                " about a quarter"
+            )
         self.seed, self.spread = seed, spread
 
     def __call__(self, budget: Budget, round_to: int, costs: Costs) -> list[int]:
@@ -61,28 +66,39 @@ class Best(Generic[Pruned]):
     worth: tuple[float, ...]
 
 
-def best_of(number: int, prune: Callable[[Allocation], Pruned], judge: Callable[[Pruned], float], *, spread: float = 0.25, seed: int = 0) -> Best[Pruned]:
-    """Prune several times with different allocations, and keep the result that a function of yours likes best.
+def best_of(
+    number: int,
+    prune: Callable[[Allocation], Pruned],
+    judge: Callable[[Pruned], float],
+    *,
+    spread: float = 0.25,
+    seed: int = 0,
+) -> Best[Pruned]:
+    """Prune several times with different allocations, and keep the result that a function of yours likes
+    best.
 
-    One result is kept at a time beside the one that is being made. Give ``prune`` a captured model and measured costs, so that neither is made again::
+    One result is kept at a time beside the one that is being made. Give ``prune`` a captured model and
+    measured costs, so that neither is made again::
 
         captured = fasp_fx.capture(model, args)
         costs = fasp_fx.measure(captured, calibration=batches[:4])
         best = best_of(
             4,
-            lambda allocation: fasp_fx.prune(captured, calibration=batches, sparsity=0.2, costs=costs, allocation=allocation),
-            lambda result: accuracy(result.module),
+            lambda allocation: fasp_fx.prune(captured, calibration=batches, sparsity=0.2, costs=costs,
+            allocation=allocation), lambda result: accuracy(result.module),
         )
 
     Args:
-        number: how many candidates; the first is :class:`fasp_fx.allocation.Global`, so that the best is no worse than what that gives.
+        number: how many candidates; the first is :class:`fasp_fx.allocation.Global`, so that the best is no
+            worse than what that gives.
         prune: prunes with the allocation that it is given, and returns anything.
-        judge: the worth of what ``prune`` returned, on data that calibration did not see; the larger the better.
+        judge: the worth of what ``prune`` returned, on data that calibration did not see; the larger the
+            better.
         spread, seed: as for :class:`Varied`.
 
     Raises:
-        ArgumentError: ``number`` is no positive integer, or the judge returns no number or finds no candidate worth a finite one. What ``prune`` and ``judge``
-            raise is passed on.
+        ArgumentError: ``number`` is no positive integer, or the judge returns no number or finds no candidate
+            worth a finite one. What ``prune`` and ``judge`` raise is passed on.
     """
     if isinstance(number, bool) or not isinstance(number, int) or number < 1:
         raise ArgumentError(f"number={number!r} is not a positive integer; 4 compares four allocations")
@@ -92,12 +108,16 @@ def best_of(number: int, prune: Callable[[Allocation], Pruned], judge: Callable[
         made = prune(Varied(seed + index, spread) if index else Global())
         found = judge(made)
         if isinstance(found, bool) or not isinstance(found, (int, float)):
-            raise ArgumentError(f"the judge returned a {type(found).__name__}; it must return a number, the larger the better")
+            raise ArgumentError(
+                f"the judge returned a {type(found).__name__}; it must return a number, the larger the better"
+            )
         worth.append(float(found))
         if math.isfinite(worth[-1]) and (best is None or worth[-1] > worth[best[1]]):
             best = made, index
     if best is None:
-        raise ArgumentError(f"the judge found no candidate worth a finite number: {', '.join(map(str, worth))}")
+        raise ArgumentError(
+            f"the judge found no candidate worth a finite number: {', '.join(map(str, worth))}"
+        )
     return Best(*best, tuple(worth))
 
 

@@ -28,7 +28,10 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
-HTML_HELP = "Also write a page to look at: one file, no network. An earlier page there is replaced, anything else is not."
+HTML_HELP = (
+    "Also write a page to look at: one file, no network. An earlier page there is replaced, anything else is"
+    " not."
+)
 BUDGET_HELP = "A budget: how much may stay"
 MODEL_HELP = "A model folder, a hub id or a .gguf file; anything AutoModelForCausalLM loads."
 
@@ -90,20 +93,43 @@ class DtypeName(StrEnum):
     float16 = "float16"
 
 
-Device = Annotated[str | None, typer.Option(help="Where to work, such as cpu or cuda:1. Default: the accelerator if there is one.", show_default=False)]
+Device = Annotated[
+    str | None,
+    typer.Option(
+        help="Where to work, such as cpu or cuda:1. Default: the accelerator if there is one.",
+        show_default=False,
+    ),
+]
 Dtype = Annotated[DtypeName, typer.Option(help="auto: the dtype that the model was stored in.")]
 Granularity = Annotated[
     list[GranularityName] | None,
-    typer.Option(help="What goes as one: channels, whole attention heads, whole experts; may be given again. Default: channel.", show_default=False),
+    typer.Option(
+        help=(
+            "What goes as one: channels, whole attention heads, whole experts; may be given again. Default:"
+            " channel."
+        ),
+        show_default=False,
+    ),
 ]
 Include = Annotated[
     list[IncludeName] | None,
-    typer.Option(help="Also prune what crosses a norm, or query and key channels, which otherwise stay; may be given again.", show_default=False),
+    typer.Option(
+        help=(
+            "Also prune what crosses a norm, or query and key channels, which otherwise stay; may be given"
+            " again."
+        ),
+        show_default=False,
+    ),
 ]
 
 
 @app.callback(invoke_without_command=True)
-def _root(context: typer.Context, version: Annotated[bool, typer.Option("--version", help="Print the version and leave.", is_eager=True)] = False) -> None:
+def _root(
+    context: typer.Context,
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version and leave.", is_eager=True)
+    ] = False,
+) -> None:
     if version:
         typer.echo(f"fasp-fx {__version__}")
         raise typer.Exit(0)
@@ -115,90 +141,197 @@ def _root(context: typer.Context, version: Annotated[bool, typer.Option("--versi
 @app.command()
 def prune(
     model: Annotated[str, typer.Argument(help=MODEL_HELP)],
-    out: Annotated[Path, typer.Option(help="The folder to write; it must not exist yet.", show_default=False)],
+    out: Annotated[
+        Path, typer.Option(help="The folder to write; it must not exist yet.", show_default=False)
+    ],
     sparsity: Annotated[
         float | None,
-        typer.Option(help="Fraction to remove of the linear weights of the layers, between 0 and 1. Default: 0.2 without a budget.", show_default=False),
+        typer.Option(
+            help=(
+                "Fraction to remove of the linear weights of the layers, between 0 and 1. Default: 0.2"
+                " without a budget."
+            ),
+            show_default=False,
+        ),
     ] = None,
-    parameters: Annotated[str | None, typer.Option(metavar="AMOUNT", help=f"{BUDGET_HELP} of the parameters: 0.8, 80%, 100M.", show_default=False)] = None,
-    macs: Annotated[str | None, typer.Option(metavar="AMOUNT", help=f"{BUDGET_HELP} of the multiply-accumulates: 0.7.", show_default=False)] = None,
-    size: Annotated[str | None, typer.Option("--bytes", metavar="AMOUNT", help=f"{BUDGET_HELP} of the weights' bytes: 400MB.", show_default=False)] = None,
+    parameters: Annotated[
+        str | None,
+        typer.Option(
+            metavar="AMOUNT", help=f"{BUDGET_HELP} of the parameters: 0.8, 80%, 100M.", show_default=False
+        ),
+    ] = None,
+    macs: Annotated[
+        str | None,
+        typer.Option(
+            metavar="AMOUNT", help=f"{BUDGET_HELP} of the multiply-accumulates: 0.7.", show_default=False
+        ),
+    ] = None,
+    size: Annotated[
+        str | None,
+        typer.Option(
+            "--bytes",
+            metavar="AMOUNT",
+            help=f"{BUDGET_HELP} of the weights' bytes: 400MB.",
+            show_default=False,
+        ),
+    ] = None,
     cache_bytes: Annotated[
-        str | None, typer.Option(metavar="AMOUNT", help=f"{BUDGET_HELP} of the cache's bytes per token of one sequence: 0.5.", show_default=False)
+        str | None,
+        typer.Option(
+            metavar="AMOUNT",
+            help=f"{BUDGET_HELP} of the cache's bytes per token of one sequence: 0.5.",
+            show_default=False,
+        ),
     ] = None,
-    calibration: Annotated[str, typer.Option(metavar="FILE|self", help="A text file, or 'self': text that the model writes itself.")] = "self",
+    calibration: Annotated[
+        str,
+        typer.Option(metavar="FILE|self", help="A text file, or 'self': text that the model writes itself."),
+    ] = "self",
     text: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Measure perplexity on this text file; chunks that calibrated are left out.", show_default=False)
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="Measure perplexity on this text file; chunks that calibrated are left out.",
+            show_default=False,
+        ),
     ] = None,
-    round_to: Annotated[int, typer.Option(help="Keep widths that are multiples of this, which hardware likes.")] = 16,
+    round_to: Annotated[
+        int, typer.Option(help="Keep widths that are multiples of this, which hardware likes.")
+    ] = 16,
     quality: Annotated[
-        QualityName, typer.Option(help="fast: the method of FASP; balanced: by predicted losses, better and longer; best: by losses measured on more text.")
+        QualityName,
+        typer.Option(
+            help=(
+                "fast: the method of FASP; balanced: by predicted losses, better and longer; best: by losses"
+                " measured on more text."
+            )
+        ),
     ] = QualityName.balanced,
     score: Annotated[
         ScoreName | None,
-        typer.Option(help="How channels are valued; magnitude and random are baselines. Default: by --quality.", show_default=False),
+        typer.Option(
+            help="How channels are valued; magnitude and random are baselines. Default: by --quality.",
+            show_default=False,
+        ),
     ] = None,
     allocation: Annotated[
         AllocationName | None,
         typer.Option(
-            help="uniform: all groups lose alike; global: those that matter least lose most; search: from there by trying, in some minutes more. "
-            "Default: by --quality.",
+            help=(
+                "uniform: all groups lose alike; global: those that matter least lose most; search: from"
+                " there by trying, in some minutes more. "
+                "Default: by --quality."
+            ),
             show_default=False,
         ),
     ] = None,
     recover: Annotated[
-        int, typer.Option(metavar="EPOCHS", help="Train what is left towards the dense model, so often over the calibration text.", show_default=False)
+        int,
+        typer.Option(
+            metavar="EPOCHS",
+            help="Train what is left towards the dense model, so often over the calibration text.",
+            show_default=False,
+        ),
     ] = 0,
-    restore: Annotated[bool, typer.Option("--restore/--no-restore", help="Repair the weights that stay, by least squares.")] = True,
+    restore: Annotated[
+        bool, typer.Option("--restore/--no-restore", help="Repair the weights that stay, by least squares.")
+    ] = True,
     granularity: Granularity = None,
     include: Include = None,
-    uniform_layers: Annotated[bool, typer.Option("--uniform-layers", help="Keep layers alike that are, as some runtimes need it.")] = False,
+    uniform_layers: Annotated[
+        bool, typer.Option("--uniform-layers", help="Keep layers alike that are, as some runtimes need it.")
+    ] = False,
     batches: Annotated[
         int | None,
-        typer.Option(help="Chunks of text to calibrate on. Default: 32 of a calibration file, 96 with 'self'.", show_default=False),
+        typer.Option(
+            help="Chunks of text to calibrate on. Default: 32 of a calibration file, 96 with 'self'.",
+            show_default=False,
+        ),
     ] = None,
-    length: Annotated[int | None, typer.Option(help="Tokens per chunk. Default: 1024 with a calibration file, 256 with 'self'.", show_default=False)] = None,
+    length: Annotated[
+        int | None,
+        typer.Option(
+            help="Tokens per chunk. Default: 1024 with a calibration file, 256 with 'self'.",
+            show_default=False,
+        ),
+    ] = None,
     eval_batches: Annotated[int, typer.Option(help="Chunks of text to measure perplexity on.")] = 8,
     device: Device = None,
     dtype: Dtype = DtypeName.auto,
     plain: Annotated[
-        bool, typer.Option("--plain", help="Keep to what the model's own config can say, and write a standard checkpoint that needs no fasp_fx.")
+        bool,
+        typer.Option(
+            "--plain",
+            help=(
+                "Keep to what the model's own config can say, and write a standard checkpoint that needs no"
+                " fasp_fx."
+            ),
+        ),
     ] = False,
     checkpoint: Annotated[
-        Path | None, typer.Option(metavar="DIR", help="Keep what was decided here; the same command goes on from it.", show_default=False)
+        Path | None,
+        typer.Option(
+            metavar="DIR",
+            help="Keep what was decided here; the same command goes on from it.",
+            show_default=False,
+        ),
     ] = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what it would take (memory, disk, operations, time), and do nothing.")] = False,
+    dry_run: Annotated[
+        bool,
+        typer.Option(
+            "--dry-run", help="Say what it would take (memory, disk, operations, time), and do nothing."
+        ),
+    ] = False,
     stream: Annotated[
-        bool, typer.Option("--stream", help="Keep the weights in files, and in memory those that are used: for models larger than the memory, on the CPU.")
+        bool,
+        typer.Option(
+            "--stream",
+            help=(
+                "Keep the weights in files, and in memory those that are used: for models larger than the"
+                " memory, on the CPU."
+            ),
+        ),
     ] = False,
     scratch: Annotated[
-        Path | None, typer.Option(metavar="DIR", help="Where --stream keeps the weights. Default: beside the folder to write.", show_default=False)
+        Path | None,
+        typer.Option(
+            metavar="DIR",
+            help="Where --stream keeps the weights. Default: beside the folder to write.",
+            show_default=False,
+        ),
     ] = None,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an earlier result at --out, and nothing else.")] = False,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace an earlier result at --out, and nothing else.")
+    ] = False,
     seed: Annotated[int, typer.Option(help="Seed of the text that the model writes.")] = 0,
-    html: Annotated[Path | None, typer.Option("--html", metavar="FILE", help=HTML_HELP, show_default=False)] = None,
+    html: Annotated[
+        Path | None, typer.Option("--html", metavar="FILE", help=HTML_HELP, show_default=False)
+    ] = None,
 ) -> None:
     """Prune a language model, measure what it cost, and save it.
 
-    Finds the coupled channels of the model by itself, predicts from the calibration text what losing them would cost, removes those that cost
-    least, repairs the weights that stay, and writes a smaller model that generates like the original, with its tokenizer.
+    Finds the coupled channels of the model by itself, predicts from the calibration text what losing them
+    would cost, removes those that cost least, repairs the weights that stay, and writes a smaller model that
+    generates like the original, with its tokenizer.
 
-    With `--calibration self` (the default) nothing but the model is needed: it writes 96 texts of 256 tokens itself, which is quick and enough
-    for a small model. The protocol behind published figures is real text at full length: 32 chunks of 1024 tokens of WikiText-2 to calibrate,
-    chunks 100 to 139 to measure:
+    With `--calibration self` (the default) nothing but the model is needed: it writes 96 texts of 256 tokens
+    itself, which is quick and enough for a small model. The protocol behind published figures is real text at
+    full length: 32 chunks of 1024 tokens of WikiText-2 to calibrate, chunks 100 to 139 to measure:
 
     `fasp-fx prune MODEL --calibration wiki.txt --batches 32 --length 1024 --out small`
 
     `fasp-fx eval small --text wiki.txt --length 1024 --chunks 100:140`
 
-    Instead of `--sparsity`, one or several budgets say how much may stay: a share of the dense model's, or an amount. Shares of multiply-accumulates are those
-    of a few tokens.
+    Instead of `--sparsity`, one or several budgets say how much may stay: a share of the dense model's, or an
+    amount. Shares of multiply-accumulates are those of a few tokens.
 
-    With `--plain` the result is an ordinary checkpoint of the same architecture, for `AutoModelForCausalLM.from_pretrained` and whatever else reads those:
-    feed-forward layers become narrower, and whole attention heads go where that is not enough.
+    With `--plain` the result is an ordinary checkpoint of the same architecture, for
+    `AutoModelForCausalLM.from_pretrained` and whatever else reads those: feed-forward layers become narrower,
+    and whole attention heads go where that is not enough.
 
-    With `--recover 2` the weights that stay are then trained towards the dense model, twice over the same text; those that do best on a held-out
-    tenth of it are kept. `fasp-fx recover` does the same later, longer, and with other text.
+    With `--recover 2` the weights that stay are then trained towards the dense model, twice over the same
+    text; those that do best on a held-out tenth of it are kept. `fasp-fx recover` does the same later,
+    longer, and with other text.
 
     Example: `fasp-fx prune model.gguf --sparsity 0.2 --out small`, and in Python, after
     `import fasp_fx`, `AutoModelForCausalLM.from_pretrained("small")`.
@@ -246,29 +379,66 @@ def prune(
 def recover(
     folder: Annotated[str, typer.Argument(help="A folder that `fasp-fx prune` wrote.")],
     dense: Annotated[str, typer.Option(help=f"The model that was pruned. {MODEL_HELP}", show_default=False)],
-    out: Annotated[Path, typer.Option(help="The folder to write; it must not exist yet.", show_default=False)],
-    data: Annotated[str, typer.Option(metavar="FILE|self", help="A text file to train on, or 'self': text that the dense model writes itself.")] = "self",
+    out: Annotated[
+        Path, typer.Option(help="The folder to write; it must not exist yet.", show_default=False)
+    ],
+    data: Annotated[
+        str,
+        typer.Option(
+            metavar="FILE|self",
+            help="A text file to train on, or 'self': text that the dense model writes itself.",
+        ),
+    ] = "self",
     text: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Measure perplexity on this text file; chunks that train are left out.", show_default=False)
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="Measure perplexity on this text file; chunks that train are left out.",
+            show_default=False,
+        ),
     ] = None,
     epochs: Annotated[int, typer.Option(help="How often the text is trained on.")] = 2,
-    learning_rate: Annotated[float, typer.Option(help="The highest; it rises at first and falls to zero.")] = 3e-5,
-    train: Annotated[TrainName, typer.Option(help="All weights; vectors: biases and gains of norms; low-rank: products of narrow matrices.")] = TrainName.every,
+    learning_rate: Annotated[
+        float, typer.Option(help="The highest; it rises at first and falls to zero.")
+    ] = 3e-5,
+    train: Annotated[
+        TrainName,
+        typer.Option(
+            help="All weights; vectors: biases and gains of norms; low-rank: products of narrow matrices."
+        ),
+    ] = TrainName.every,
     rank: Annotated[int, typer.Option(help="Columns of the matrices of --train low-rank.")] = 16,
-    batches: Annotated[int, typer.Option(help="Chunks of text to train on, of which a tenth is held out.")] = 32,
-    length: Annotated[int | None, typer.Option(help="Tokens per chunk. Default: 1024 with a file, 256 with 'self'.", show_default=False)] = None,
+    batches: Annotated[
+        int, typer.Option(help="Chunks of text to train on, of which a tenth is held out.")
+    ] = 32,
+    length: Annotated[
+        int | None,
+        typer.Option(
+            help="Tokens per chunk. Default: 1024 with a file, 256 with 'self'.", show_default=False
+        ),
+    ] = None,
     eval_batches: Annotated[int, typer.Option(help="Chunks of text to measure perplexity on.")] = 8,
     checkpoint: Annotated[
-        Path | None, typer.Option(metavar="DIR", help="Keep the state of the training here; the same command goes on from it.", show_default=False)
+        Path | None,
+        typer.Option(
+            metavar="DIR",
+            help="Keep the state of the training here; the same command goes on from it.",
+            show_default=False,
+        ),
     ] = None,
     device: Device = None,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an earlier result at --out, and nothing else.")] = False,
-    seed: Annotated[int, typer.Option(help="Seed of the text that the model writes, and of the order of the chunks.")] = 0,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace an earlier result at --out, and nothing else.")
+    ] = False,
+    seed: Annotated[
+        int, typer.Option(help="Seed of the text that the model writes, and of the order of the chunks.")
+    ] = 0,
 ) -> None:
     """Train a pruned language model towards the dense one it was made of.
 
-    The dense model runs once over the text, and what it predicts is kept on disk while the pruned model learns to predict the same (distillation; no
-    labels are needed). A tenth of the text judges: the weights that do best on it are saved, which are the old ones if training brings nothing.
+    The dense model runs once over the text, and what it predicts is kept on disk while the pruned model
+    learns to predict the same (distillation; no labels are needed). A tenth of the text judges: the weights
+    that do best on it are saved, which are the old ones if training brings nothing.
 
     Example: `fasp-fx recover small --dense model.gguf --data wiki.txt --batches 96 --out better`
     """
@@ -282,7 +452,14 @@ def recover(
                 folder=folder,
                 dense=dense,
                 out=out,
-                texts=Wanted(None if own else Path(data), batches, text, eval_batches, length if length is not None else 256 if own else 1024, seed),
+                texts=Wanted(
+                    None if own else Path(data),
+                    batches,
+                    text,
+                    eval_batches,
+                    length if length is not None else 256 if own else 1024,
+                    seed,
+                ),
                 epochs=epochs,
                 learning_rate=learning_rate,
                 train=train.value,
@@ -299,20 +476,33 @@ def recover(
 @app.command()
 def inspect(
     model: Annotated[str, typer.Argument(help=f"{MODEL_HELP[:-1]}, or a folder that `fasp-fx prune` wrote.")],
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON: names, dimensions and index ranges [first, last + 1] of every group.")] = False,
-    every: Annotated[bool, typer.Option("--all", help="One row for every group, with full names, instead of one for all identical layers.")] = False,
+    as_json: Annotated[
+        bool,
+        typer.Option(
+            "--json", help="Print JSON: names, dimensions and index ranges [first, last + 1] of every group."
+        ),
+    ] = False,
+    every: Annotated[
+        bool,
+        typer.Option(
+            "--all", help="One row for every group, with full names, instead of one for all identical layers."
+        ),
+    ] = False,
     granularity: Granularity = None,
     include: Include = None,
-    html: Annotated[Path | None, typer.Option("--html", metavar="FILE", help=HTML_HELP, show_default=False)] = None,
+    html: Annotated[
+        Path | None, typer.Option("--html", metavar="FILE", help=HTML_HELP, show_default=False)
+    ] = None,
 ) -> None:
     """Show the coupled groups of a language model: what can be pruned, what cannot, and why.
 
-    Only the configuration is read; no weight is loaded. Prunable groups are the ones that `prune` shrinks; exempt ones are the query and key
-    channels, which meet in a product of two activations; approximate ones cross an operator that mixes their channels, such as a norm; frozen
-    ones cannot be removed, for the reason shown.
+    Only the configuration is read; no weight is loaded. Prunable groups are the ones that `prune` shrinks;
+    exempt ones are the query and key channels, which meet in a product of two activations; approximate ones
+    cross an operator that mixes their channels, such as a norm; frozen ones cannot be removed, for the reason
+    shown.
 
-    Of a folder that `prune` wrote, the report of that pruning is shown. With `--html FILE` the same goes to a page with a graph of the groups,
-    a chart of the widths and a table that sorts.
+    Of a folder that `prune` wrote, the report of that pruning is shown. With `--html FILE` the same goes to a
+    page with a graph of the groups, a chart of the widths and a table that sorts.
 
     Example: `fasp-fx inspect HuggingFaceTB/SmolLM2-135M`
     """
@@ -330,7 +520,10 @@ def inspect(
             check_page(html)
         if is_saved(model):
             if granularity or include:
-                raise ArgumentError(f"'{model}' was pruned already, so --granularity and --include change nothing in its report; leave them out")
+                raise ArgumentError(
+                    f"'{model}' was pruned already, so --granularity and --include change nothing in its"
+                    " report; leave them out"
+                )
             _inspect_saved(Path(model), as_json=as_json, html=html)
             return
         _models.quieten()
@@ -339,7 +532,9 @@ def inspect(
         empty = _models.load_empty(source)
         stages.begin("capturing and analysing the model")
         example = {"input_ids": torch.zeros(1, 16, dtype=torch.long), "use_cache": False}
-        analysis = analyze(empty, (), example, granularity=_values(granularity) or ("channel",), include=_values(include))
+        analysis = analyze(
+            empty, (), example, granularity=_values(granularity) or ("channel",), include=_values(include)
+        )
         stages.end()
         if html is not None:
             write_page(analysis, str(source), html)
@@ -348,7 +543,11 @@ def inspect(
             return
         console = results()
         console.print(_tables.groups_table(analysis, every=every))
-        say(console, f"at most {analysis.max_sparsity:.1%} of the linear weights of {counted(analysis.include)} can be removed")
+        say(
+            console,
+            f"at most {analysis.max_sparsity:.1%} of the linear weights of {counted(analysis.include)} can be"
+            " removed",
+        )
         for name, count in analysis.without_rule.items():
             say(console, f"{name} has no rule and froze what it touches ({count} times)")
         for note in analysis.program.notes:
@@ -373,14 +572,34 @@ def _inspect_saved(folder: Path, *, as_json: bool, html: Path | None) -> None:
 
 @app.command("eval")
 def evaluate(
-    models: Annotated[list[str], typer.Argument(metavar="MODEL [OTHER ...]", help=f"{MODEL_HELP} Also a folder that `fasp-fx prune` wrote.")],
-    text: Annotated[Path | None, typer.Option(metavar="FILE", help="Measure perplexity on this text file.", show_default=False)] = None,
+    models: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="MODEL [OTHER ...]", help=f"{MODEL_HELP} Also a folder that `fasp-fx prune` wrote."
+        ),
+    ],
+    text: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Measure perplexity on this text file.", show_default=False),
+    ] = None,
     task: Annotated[
-        list[str] | None, typer.Option(metavar="NAME|FILE.jsonl", help="A task of lm-eval, or a file of questions; may be given again.", show_default=False)
+        list[str] | None,
+        typer.Option(
+            metavar="NAME|FILE.jsonl",
+            help="A task of lm-eval, or a file of questions; may be given again.",
+            show_default=False,
+        ),
     ] = None,
     length: Annotated[int, typer.Option(help="Tokens per chunk of text.")] = 1024,
-    chunks: Annotated[str | None, typer.Option(metavar="A:B", help="Only chunks A to B - 1 of the text. Default: all.", show_default=False)] = None,
-    limit: Annotated[int | None, typer.Option(help="Only so many examples of each task. Default: all.", show_default=False)] = None,
+    chunks: Annotated[
+        str | None,
+        typer.Option(
+            metavar="A:B", help="Only chunks A to B - 1 of the text. Default: all.", show_default=False
+        ),
+    ] = None,
+    limit: Annotated[
+        int | None, typer.Option(help="Only so many examples of each task. Default: all.", show_default=False)
+    ] = None,
     batch_size: Annotated[int, typer.Option(help="Texts per call of the model in tasks.")] = 8,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
     device: Device = None,
@@ -388,16 +607,20 @@ def evaluate(
 ) -> None:
     """Measure perplexity and zero-shot tasks of dense and pruned language models, side by side.
 
-    Perplexity: the file is tokenised whole, without special tokens, and cut into consecutive chunks; each chunk's predictions count alike.
+    Perplexity: the file is tokenised whole, without special tokens, and cut into consecutive chunks; each
+    chunk's predictions count alike.
 
-    Tasks run through EleutherAI's lm-evaluation-harness (`pip install "fasp_fx[eval]"`). Those it knows by name take their data from the Hugging Face hub. A
-    file of your own needs no network; it holds one multiple-choice question per line:
+    Tasks run through EleutherAI's lm-evaluation-harness (`pip install "fasp_fx[eval]"`). Those it knows by
+    name take their data from the Hugging Face hub. A file of your own needs no network; it holds one
+    multiple-choice question per line:
 
     `{"query": "Question: What is ice?", "choices": ["water", "stone"], "gold": 0}`
 
-    Of each choice counts the summed log-likelihood after the query: as it is (acc), per character (acc_norm), per byte of UTF-8 (acc_bytes).
+    Of each choice counts the summed log-likelihood after the query: as it is (acc), per character (acc_norm),
+    per byte of UTF-8 (acc_bytes).
 
-    Example: `fasp-fx eval model.gguf small --text wiki.txt --chunks 100:140 --task arc_challenge.jsonl --limit 200`
+    Example: `fasp-fx eval model.gguf small --text wiki.txt --chunks 100:140 --task arc_challenge.jsonl
+    --limit 200`
     """
     with session() as stages:
         from ._cli._eval_command import Request, run

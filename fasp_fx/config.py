@@ -21,7 +21,8 @@ from .scoring import Score
 VERSION = 1
 #: what goes where nothing is asked for
 SPARSITY = 0.2
-#: one in so many calibration sequences shows gradients and the dense model's activations to predictions of losses, where they are wanted, by quality
+#: one in so many calibration sequences shows gradients and the dense model's activations to predictions of
+#: losses, where they are wanted, by quality
 MEASURED = {"fast": 8, "balanced": 8, "best": 2}
 _GRANULARITIES, _INCLUDED = ("channel", "head", "expert"), ("approximate", "exempt")
 _PRECISIONS = ("auto", "highest", "medium")
@@ -51,53 +52,71 @@ class PruningOptions(TypedDict, total=False):
 
 @dataclass(frozen=True)
 class PruningConfig:
-    """The options of one pruning. :func:`fasp_fx.prune` takes each as a keyword, or all of them as ``config=``.
+    """The options of one pruning. :func:`fasp_fx.prune` takes each as a keyword, or all of them as
+    ``config=``.
 
     Attributes:
-        sparsity: the fraction to remove of the weights of linear operators in prunable and exempt groups, in (0, 1). Or a mapping from name patterns to
-            the fraction of channel sets that each group loses: the first pattern that matches a weight that loses columns with the group counts
-            (a group bears the name of one), and groups that no pattern matches stay whole. ``None``: 0.2, unless there is a ``budget``.
-        budget: how much may stay of something else, instead of ``sparsity``: one of :mod:`fasp_fx.budgets`, such as ``Parameters(0.8)``, or a tuple of several,
-            which are all met. As much stays as steps of whole channel sets allow, and never more than may.
-        quality: what stands for ``score=None`` and ``allocation=None``. ``"fast"``: ``"fasp"`` and ``"uniform"``, the paper's method; ``"balanced"``: ``"obs"``
-            and ``"global"``, measured on an eighth of the calibration data; ``"best"``: on half of it (docs/choosing.md has times and figures).
-            Without ``restore``, which ``"obs"`` counts on, as ``"fast"``.
-        score: what goes first. ``"fasp"``: the paper's score; ``"obs"``: the least loss once what stays was repaired (:class:`fasp_fx.obs.OBS`);
-            ``"magnitude"``, ``"random"``: without data; or a callable or :class:`fasp_fx.scoring.GroupScore` of your own.
-        restore: ``"least-squares"``; ``"window"``: after that, the weights that stay are trained block by block, for as long as it takes to choose and repair
-            (:class:`fasp_fx.restoration.Window`); one of your own (:data:`fasp_fx.restoration.Restoration`); or ``None``: what stays is left as it is.
-        allocation: ``"uniform"``: every prunable group loses the same fraction; ``"global"``: one threshold for all, by predicted losses that are measured
-            first (:class:`fasp_fx.allocation.Global`); ``"search"``: from there on by running pruned candidates, which takes many more forward passes
-            (:class:`fasp_fx.allocation.Search`); or one of your own (:data:`fasp_fx.allocation.Allocation`). ``None``: ``"global"`` with the score
-            ``"obs"``, and ``"uniform"`` otherwise.
-        loss: what ``score="obs"`` and ``allocation="global"`` predict the rise of, by its gradients on some of the calibration batches, and ``"search"``
-            judges by: ``"next-token"``, ``"outputs"``: the squared error of all outputs; or a function of outputs and arguments (:mod:`fasp_fx.losses`).
-            ``"auto"``: next tokens in :func:`fasp_fx.hf.prune`, else outputs. ``None``: no gradients; each consumer counts by the relative error of its own
-            output.
+        sparsity: the fraction to remove of the weights of linear operators in prunable and exempt groups, in
+            (0, 1). Or a mapping from name patterns to the fraction of channel sets that each group loses: the
+            first pattern that matches a weight that loses columns with the group counts (a group bears the
+            name of one), and groups that no pattern matches stay whole. ``None``: 0.2, unless there is a
+            ``budget``.
+        budget: how much may stay of something else, instead of ``sparsity``: one of :mod:`fasp_fx.budgets`,
+            such as ``Parameters(0.8)``, or a tuple of several, which are all met. As much stays as steps of
+            whole channel sets allow, and never more than may.
+        quality: what stands for ``score=None`` and ``allocation=None``. ``"fast"``: ``"fasp"`` and
+            ``"uniform"``, the paper's method; ``"balanced"``: ``"obs"`` and ``"global"``, measured on an
+            eighth of the calibration data; ``"best"``: on half of it (docs/choosing.md has times and
+            figures). Without ``restore``, which ``"obs"`` counts on, as ``"fast"``.
+        score: what goes first. ``"fasp"``: the paper's score; ``"obs"``: the least loss once what stays was
+            repaired (:class:`fasp_fx.obs.OBS`); ``"magnitude"``, ``"random"``: without data; or a callable or
+            :class:`fasp_fx.scoring.GroupScore` of your own.
+        restore: ``"least-squares"``; ``"window"``: after that, the weights that stay are trained block by
+            block, for as long as it takes to choose and repair (:class:`fasp_fx.restoration.Window`); one of
+            your own (:data:`fasp_fx.restoration.Restoration`); or ``None``: what stays is left as it is.
+        allocation: ``"uniform"``: every prunable group loses the same fraction; ``"global"``: one threshold
+            for all, by predicted losses that are measured first (:class:`fasp_fx.allocation.Global`);
+            ``"search"``: from there on by running pruned candidates, which takes many more forward passes
+            (:class:`fasp_fx.allocation.Search`); or one of your own (:data:`fasp_fx.allocation.Allocation`).
+            ``None``: ``"global"`` with the score ``"obs"``, and ``"uniform"`` otherwise.
+        loss: what ``score="obs"`` and ``allocation="global"`` predict the rise of, by its gradients on some
+            of the calibration batches, and ``"search"`` judges by: ``"next-token"``, ``"outputs"``: the
+            squared error of all outputs; or a function of outputs and arguments (:mod:`fasp_fx.losses`).
+            ``"auto"``: next tokens in :func:`fasp_fx.hf.prune`, else outputs. ``None``: no gradients; each
+            consumer counts by the relative error of its own output.
         propagate: later layers are observed behind the already pruned earlier ones.
-        drift: how much of what earlier removals changed in the value that a consumer's output is added to (a residual stream) its repair makes up
-            for, from 0 to 1. The dense model runs beside the pruned one then. ``None``: 0.3 with ``quality="best"``, else 0.
-        blend: how much of what earlier removals changed in a consumer's own inputs its repair makes up for, from 0 (its target is what the weight gives
-            on the inputs of now) to 1 (what it gives in the dense model).
-        granularity: what goes together: ``"channel"``, single channels; ``"head"``, whole attention heads with their rows of W_Q, W_K and W_V and
-            columns of W_O (a KV head takes its query heads along); ``"expert"``, whole experts of a mixture with their rows of the router, as if they
-            were never chosen. With ``("head",)`` nothing but heads goes; with both, heads in attention and channels elsewhere.
-        include: ``"approximate"`` prunes also groups that cross a norm (the residual stream of a transformer). Norms by mean squares, and layer norms,
-            go on to divide by the dense count, so that the result is that of the dense model whose producers are zero there. ``"exempt"`` prunes also
-            channels contracted between two activations (rows of W_Q and W_K), by what the loss loses with them where costs are measured, else by the
-            norms of both; the queries that stay make up for them.
+        drift: how much of what earlier removals changed in the value that a consumer's output is added to (a
+            residual stream) its repair makes up for, from 0 to 1. The dense model runs beside the pruned one
+            then. ``None``: 0.3 with ``quality="best"``, else 0.
+        blend: how much of what earlier removals changed in a consumer's own inputs its repair makes up for,
+            from 0 (its target is what the weight gives on the inputs of now) to 1 (what it gives in the dense
+            model).
+        granularity: what goes together: ``"channel"``, single channels; ``"head"``, whole attention heads
+            with their rows of W_Q, W_K and W_V and columns of W_O (a KV head takes its query heads along);
+            ``"expert"``, whole experts of a mixture with their rows of the router, as if they were never
+            chosen. With ``("head",)`` nothing but heads goes; with both, heads in attention and channels
+            elsewhere.
+        include: ``"approximate"`` prunes also groups that cross a norm (the residual stream of a
+            transformer). Norms by mean squares, and layer norms, go on to divide by the dense count, so that
+            the result is that of the dense model whose producers are zero there. ``"exempt"`` prunes also
+            channels contracted between two activations (rows of W_Q and W_K), by what the loss loses with
+            them where costs are measured, else by the norms of both; the queries that stay make up for them.
         exclude: name patterns of weights; groups that hold one of them stay whole.
         round_to: kept widths (per block) are multiples of this.
-        uniform_layers: groups of one shape lose equally many channel sets, so that layers that are alike stay alike, as some runtimes need it.
-        padding_mask: name of the input ``[batch, tokens]`` (``"attention_mask"``, say) that is zero where a token of the first input is padding; such
-            tokens of the calibration data enter neither scores nor repairs. ``None``: every token counts.
-        precision: of products of float32 while calibration data run and their Gram matrices are added up, in the words of
-            :func:`torch.set_float32_matmul_precision`: ``"medium"`` rounds the factors to bfloat16 (TF32 on CUDA) and adds them up in float32; what is
-            solved is solved in full. ``"auto"``: ``"medium"`` where the device multiplies bfloat16 in hardware, which takes a fraction of the time; a
-            precision that torch was asked for before stays.
+        uniform_layers: groups of one shape lose equally many channel sets, so that layers that are alike stay
+            alike, as some runtimes need it.
+        padding_mask: name of the input ``[batch, tokens]`` (``"attention_mask"``, say) that is zero where a
+            token of the first input is padding; such tokens of the calibration data enter neither scores nor
+            repairs. ``None``: every token counts.
+        precision: of products of float32 while calibration data run and their Gram matrices are added up, in
+            the words of :func:`torch.set_float32_matmul_precision`: ``"medium"`` rounds the factors to
+            bfloat16 (TF32 on CUDA) and adds them up in float32; what is solved is solved in full. ``"auto"``:
+            ``"medium"`` where the device multiplies bfloat16 in hardware, which takes a fraction of the time;
+            a precision that torch was asked for before stays.
 
-    A name pattern is that of a weight (``"layers.0.mlp.up.weight"``) or of a module that holds it (``"layers.0"``), and may have the wildcards ``*``, ``?``
-    and ``[...]`` (``"layers.*.mlp"``). A pattern that matches nothing is an error.
+    A name pattern is that of a weight (``"layers.0.mlp.up.weight"``) or of a module that holds it
+    (``"layers.0"``), and may have the wildcards ``*``, ``?`` and ``[...]`` (``"layers.*.mlp"``). A pattern
+    that matches nothing is an error.
 
     Raises:
         ArgumentError, SparsityError: an option is out of range or not known.
@@ -124,42 +143,73 @@ class PruningConfig:
     def __post_init__(self) -> None:
         object.__setattr__(self, "budget", () if self.budget is None else read_budget(self.budget))
         if self.budget and self.sparsity is not None:
-            raise ArgumentError(f"sparsity={self.sparsity!r} and budget={self.budget!r} both say how much goes; leave one of them out (sparsity=None)")
+            raise ArgumentError(
+                f"sparsity={self.sparsity!r} and budget={self.budget!r} both say how much goes; leave one of"
+                " them out (sparsity=None)"
+            )
         if self.sparsity is not None:
             _check_sparsity(self.sparsity)
         if self.quality not in MEASURED:
-            raise ArgumentError(f"quality={self.quality!r} is not known; use {', '.join(map(repr, MEASURED))}")
+            raise ArgumentError(
+                f"quality={self.quality!r} is not known; use {', '.join(map(repr, MEASURED))}"
+            )
         resolve_score(self.named_score)
-        if self.restore not in ("least-squares", "window", None) and not isinstance(self.restore, Window) and not callable(self.restore):
-            said = "use 'least-squares', 'window', a fasp_fx.restoration.Window, a callable (fasp_fx.restoration.Restoration) or None"
+        if (
+            self.restore not in ("least-squares", "window", None)
+            and not isinstance(self.restore, Window)
+            and not callable(self.restore)
+        ):
+            said = (
+                "use 'least-squares', 'window', a fasp_fx.restoration.Window, a callable"
+                " (fasp_fx.restoration.Restoration) or None"
+            )
             raise ArgumentError(f"restore={self.restore!r} is not known; {said}")
         if self.window is not None and not self.propagate:
-            raise ArgumentError("windows are trained behind earlier removals; leave propagate= out, or use restore='least-squares'")
+            raise ArgumentError(
+                "windows are trained behind earlier removals; leave propagate= out, or use"
+                " restore='least-squares'"
+            )
         if self.loss is not None:
             resolve_loss(self.loss)
         if self.allocation not in (None, "uniform", "global", "search") and not callable(self.allocation):
             said = "use 'uniform', 'global', 'search' or a callable (fasp_fx.allocation.Allocation)"
             raise ArgumentError(f"allocation={self.allocation!r} is not known; {said}")
         if self.allocation not in (None, "uniform") and isinstance(self.sparsity, Mapping):
-            raise ArgumentError("a sparsity for each pattern is an allocation by itself; leave allocation= out, or give one sparsity")
+            raise ArgumentError(
+                "a sparsity for each pattern is an allocation by itself; leave allocation= out, or give one"
+                " sparsity"
+            )
         if not isinstance(self.round_to, int) or isinstance(self.round_to, bool) or self.round_to < 1:
             raise ArgumentError(f"round_to={self.round_to!r} is not a positive integer")
         if self.precision not in _PRECISIONS:
-            raise ArgumentError(f"precision={self.precision!r} is not known; use {', '.join(map(repr, _PRECISIONS))}")
+            raise ArgumentError(
+                f"precision={self.precision!r} is not known; use {', '.join(map(repr, _PRECISIONS))}"
+            )
         for name in ("propagate", "uniform_layers"):
             if not isinstance(getattr(self, name), bool):
                 raise ArgumentError(f"{name}={getattr(self, name)!r} is neither True nor False")
         if self.uniform_layers and isinstance(self.sparsity, Mapping):
-            raise ArgumentError("a sparsity for each pattern tells layers apart; leave uniform_layers= out, or give one sparsity")
+            raise ArgumentError(
+                "a sparsity for each pattern tells layers apart; leave uniform_layers= out, or give one"
+                " sparsity"
+            )
         for name, value in (("drift", self.drift), ("blend", self.blend)):
-            if value is not None and (isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value <= 1):
+            if value is not None and (
+                isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value <= 1
+            ):
                 raise ArgumentError(f"{name}={value!r} is not in [0, 1]; 0.3 makes up for a third")
             if value and not (self.propagate and self.restore is not None):
-                raise ArgumentError(f"{name}= is for repairs behind earlier removals; leave it out without restore= or propagate=")
+                raise ArgumentError(
+                    f"{name}= is for repairs behind earlier removals; leave it out without restore= or"
+                    " propagate="
+                )
         for name, known in (("granularity", _GRANULARITIES), ("include", _INCLUDED), ("exclude", None)):
             object.__setattr__(self, name, _names(name, getattr(self, name), known))
         if not self.granularity:
-            raise ArgumentError(f"granularity={self.granularity!r} is not known; pass a tuple of {', '.join(map(repr, _GRANULARITIES))}")
+            raise ArgumentError(
+                f"granularity={self.granularity!r} is not known; pass a tuple of"
+                f" {', '.join(map(repr, _GRANULARITIES))}"
+            )
 
     @classmethod
     def of(cls, config: PruningConfig | None, options: Mapping[str, Any]) -> PruningConfig:
@@ -173,7 +223,11 @@ class PruningConfig:
     @property
     def needs_data(self) -> bool:
         """Whether calibration data is needed."""
-        return resolve_score(self.named_score).needs_data or self.restore is not None or isinstance(self.allocator, CostAllocation)
+        return (
+            resolve_score(self.named_score).needs_data
+            or self.restore is not None
+            or isinstance(self.allocator, CostAllocation)
+        )
 
     @property
     def named_score(self) -> Literal["fasp", "obs", "magnitude", "random"] | Score:
@@ -198,12 +252,22 @@ class PruningConfig:
     def beyond(self, names: Collection[str]) -> list[str]:
         """The options besides these that are not as usual, in alphabetical order."""
         usual = PruningConfig()
-        return sorted(field.name for field in fields(self) if field.name not in names and getattr(self, field.name) != getattr(usual, field.name))
+        return sorted(
+            field.name
+            for field in fields(self)
+            if field.name not in names and getattr(self, field.name) != getattr(usual, field.name)
+        )
 
     @property
     def window(self) -> Window | None:
         """How windows are trained, if they are."""
-        return self.restore if isinstance(self.restore, Window) else Window() if self.restore == "window" else None
+        return (
+            self.restore
+            if isinstance(self.restore, Window)
+            else Window()
+            if self.restore == "window"
+            else None
+        )
 
     @property
     def allocator(self) -> Allocation:
@@ -212,7 +276,11 @@ class PruningConfig:
             return self.allocation
         if self.allocation == "search":
             return Search()
-        is_global = self.named_score == "obs" and not isinstance(self.sparsity, Mapping) if self.allocation is None else self.allocation == "global"
+        is_global = (
+            self.named_score == "obs" and not isinstance(self.sparsity, Mapping)
+            if self.allocation is None
+            else self.allocation == "global"
+        )
         return Global() if is_global else uniform
 
     @property
@@ -236,11 +304,17 @@ class PruningConfig:
         values = {field.name: getattr(self, field.name) for field in fields(self)}
         for name in ("score", "restore", "allocation", "loss"):
             if callable(values[name]):
-                raise ArgumentError(f"{name}={values[name]!r} is a function, which cannot be stored; keep it in code and pass it again")
+                raise ArgumentError(
+                    f"{name}={values[name]!r} is a function, which cannot be stored; keep it in code and pass"
+                    " it again"
+                )
         if isinstance(self.restore, Window):
             values["restore"] = asdict(self.restore)
         sparsity = dict(self.sparsity) if isinstance(self.sparsity, Mapping) else self.sparsity
-        return json.dumps({"fasp_fx_config": VERSION, **values, "sparsity": sparsity, "budget": budget_data(self.caps)}, indent=1)
+        return json.dumps(
+            {"fasp_fx_config": VERSION, **values, "sparsity": sparsity, "budget": budget_data(self.caps)},
+            indent=1,
+        )
 
     @classmethod
     def from_json(cls, text: str) -> PruningConfig:
@@ -252,14 +326,26 @@ class PruningConfig:
         try:
             values = json.loads(text)
         except (ValueError, RecursionError) as error:
-            raise ArgumentError(f"this is no configuration: {error}; write it with PruningConfig.to_json()") from error
+            raise ArgumentError(
+                f"this is no configuration: {error}; write it with PruningConfig.to_json()"
+            ) from error
         version = values.pop("fasp_fx_config", None) if isinstance(values, dict) else None
         if version != VERSION:
-            said = "no configuration of fasp_fx" if version is None else f"a configuration of version {version!r}"
-            raise ArgumentError(f"this is {said}, and version {VERSION} is read here; write it again with PruningConfig.to_json()")
+            said = (
+                "no configuration of fasp_fx"
+                if version is None
+                else f"a configuration of version {version!r}"
+            )
+            raise ArgumentError(
+                f"this is {said}, and version {VERSION} is read here; write it again with"
+                " PruningConfig.to_json()"
+            )
         if isinstance(window := values.get("restore"), dict):
             if not window.keys() <= {field.name for field in fields(Window)}:
-                raise ArgumentError(f"restore={window!r} is no window; write the configuration again with PruningConfig.to_json()")
+                raise ArgumentError(
+                    f"restore={window!r} is no window; write the configuration again with"
+                    " PruningConfig.to_json()"
+                )
             values["restore"] = Window(**window)
         return cls.of(None, {**values, "budget": budget_from_data(values.get("budget", []))})
 
@@ -267,23 +353,37 @@ class PruningConfig:
 def _check_sparsity(sparsity: Any) -> None:
     if isinstance(sparsity, Mapping):
         if not sparsity or not all(isinstance(pattern, str) for pattern in sparsity):
-            raise SparsityError(f"sparsity={dict(sparsity)!r} is no mapping from name patterns to fractions; for example {{'layers.*.mlp': 0.3}}")
+            raise SparsityError(
+                f"sparsity={dict(sparsity)!r} is no mapping from name patterns to fractions; for example"
+                " {'layers.*.mlp': 0.3}"
+            )
         for pattern, fraction in sparsity.items():
             if not _is_fraction(fraction):
-                raise SparsityError(f"sparsity={fraction!r} for '{pattern}' is not in (0, 1); 0.2 removes a fifth")
+                raise SparsityError(
+                    f"sparsity={fraction!r} for '{pattern}' is not in (0, 1); 0.2 removes a fifth"
+                )
     elif not _is_fraction(sparsity):
         raise SparsityError(f"sparsity={sparsity!r} is not in (0, 1); 0.2 removes a fifth")
 
 
 def _is_fraction(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value) and 0 < value < 1
+    return (
+        isinstance(value, (int, float))
+        and not isinstance(value, bool)
+        and math.isfinite(value)
+        and 0 < value < 1
+    )
 
 
 def _names(option: str, given: Any, known: tuple[str, ...] | None) -> tuple[str, ...]:
     """The names that an option was given, as a tuple."""
     names = None if isinstance(given, str) or not isinstance(given, Iterable) else tuple(given)
     if names is None or not all(isinstance(name, str) and (known is None or name in known) for name in names):
-        wanted = f"a tuple of {', '.join(map(repr, known))}" if known else "a tuple of name patterns, such as ('lm_head', 'layers.0.*')"
+        wanted = (
+            f"a tuple of {', '.join(map(repr, known))}"
+            if known
+            else "a tuple of name patterns, such as ('lm_head', 'layers.0.*')"
+        )
         raise ArgumentError(f"{option}={given!r} is not known; pass {wanted}")
     return names
 

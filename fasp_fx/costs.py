@@ -21,20 +21,31 @@ class CostCurve:
     """What one group costs.
 
     Attributes:
-        losses: the predicted rise of the loss once each block of the group lost 0, 1, 2, … channel sets; begins with 0 and never falls.
+        losses: the predicted rise of the loss once each block of the group lost 0, 1, 2, … channel sets;
+            begins with 0 and never falls.
     """
 
     losses: np.ndarray
 
     def __post_init__(self) -> None:
         losses = np.asarray(self.losses, dtype=np.float64)
-        if losses.ndim != 1 or not len(losses) or losses[0] != 0 or not np.isfinite(losses).all() or (np.diff(losses) < 0).any():
-            raise ArgumentError("a cost curve holds finite numbers that begin with 0 and never fall, one for each number of channel sets lost")
+        if (
+            losses.ndim != 1
+            or not len(losses)
+            or losses[0] != 0
+            or not np.isfinite(losses).all()
+            or (np.diff(losses) < 0).any()
+        ):
+            raise ArgumentError(
+                "a cost curve holds finite numbers that begin with 0 and never fall, one for each number of"
+                " channel sets lost"
+            )
         object.__setattr__(self, "losses", losses)
 
 
 class Costs(Mapping[str, CostCurve]):
-    """The cost curves of a model's groups by their names, measured once (:func:`fasp_fx.measure`) for several prunings.
+    """The cost curves of a model's groups by their names, measured once (:func:`fasp_fx.measure`) for several
+    prunings.
 
     Args:
         curves: those of the groups.
@@ -55,7 +66,8 @@ class Costs(Mapping[str, CostCurve]):
         return len(self._curves)
 
     def predicted(self, lost: Mapping[str, int]) -> float:
-        """The predicted rise of the loss when blocks of these groups lose so many channel sets: the sum over the groups.
+        """The predicted rise of the loss when blocks of these groups lose so many channel sets: the sum over
+        the groups.
 
         Args:
             lost: channel sets per block; where none go, nothing is lost, also of a group that has no curve.
@@ -67,20 +79,30 @@ class Costs(Mapping[str, CostCurve]):
 
     def _after(self, name: str, count: int) -> float:
         if isinstance(count, bool) or not isinstance(count, (int, np.integer)) or count < 0:
-            raise ArgumentError(f"'{name}' cannot lose {count!r} channel sets of a block; give a whole number from 0 on")
+            raise ArgumentError(
+                f"'{name}' cannot lose {count!r} channel sets of a block; give a whole number from 0 on"
+            )
         if not count:
             return 0.0
         if name not in self:
-            raise ArgumentError(f"there is no cost curve for '{name}'; there are those of {', '.join(map(repr, self)) or 'no group'}")
+            raise ArgumentError(
+                f"there is no cost curve for '{name}'; there are those of"
+                f" {', '.join(map(repr, self)) or 'no group'}"
+            )
         losses = self[name].losses
         if count >= len(losses):
-            raise ArgumentError(f"the cost curve of '{name}' goes up to {len(losses) - 1} channel sets of a block, not to {count}")
+            raise ArgumentError(
+                f"the cost curve of '{name}' goes up to {len(losses) - 1} channel sets of a block, not to"
+                f" {count}"
+            )
         return float(losses[count])
 
     def to_json(self) -> str:
         """The curves as text."""
         losses = {name: curve.losses.tolist() for name, curve in self.items()}
-        return json.dumps({"format": FORMAT, "fingerprint": self.fingerprint, "score": self.score, "losses": losses})
+        return json.dumps(
+            {"format": FORMAT, "fingerprint": self.fingerprint, "score": self.score, "losses": losses}
+        )
 
     @staticmethod
     def from_json(text: str) -> Costs:
@@ -93,10 +115,15 @@ class Costs(Mapping[str, CostCurve]):
             data: Any = json.loads(text)
             if not isinstance(data, dict) or data.get("format") != FORMAT:
                 raise ValueError(f"its format is not {FORMAT!r}")
-            curves = {str(name): CostCurve(np.array(losses, dtype=np.float64)) for name, losses in data["losses"].items()}
+            curves = {
+                str(name): CostCurve(np.array(losses, dtype=np.float64))
+                for name, losses in data["losses"].items()
+            }
             return Costs(curves, str(data["fingerprint"]), str(data["score"]))
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-            raise ArgumentError(f"these are no cost curves: {error}; write them with Costs.to_json()") from error
+            raise ArgumentError(
+                f"these are no cost curves: {error}; write them with Costs.to_json()"
+            ) from error
 
     def save(self, file: str | Path) -> None:
         """Write the curves to a file of JSON.
@@ -136,11 +163,13 @@ def check_costs(costs: Costs, fingerprint: str, score: str) -> None:
         raise ArgumentError(f"costs is a {type(costs).__name__}; pass what fasp_fx.measure returned")
     if costs.fingerprint != fingerprint:
         raise ArgumentError(
-            f"the cost curves are of another model: its fingerprint is {costs.fingerprint[:12]}…, this model's is {fingerprint[:12]}…; measure this one"
+            f"the cost curves are of another model: its fingerprint is {costs.fingerprint[:12]}…, this"
+            f" model's is {fingerprint[:12]}…; measure this one"
         )
     if costs.score and costs.score != score:
         raise ArgumentError(
-            f"the cost curves are of score={costs.score!r}, and this pruning is by {score!r}, in whose order other channels go; measure by that"
+            f"the cost curves are of score={costs.score!r}, and this pruning is by {score!r}, in whose order"
+            " other channels go; measure by that"
         )
 
 

@@ -39,7 +39,9 @@ class SparsityError(ArgumentError):
 
 
 class BudgetError(ArgumentError):
-    """A budget is out of reach for this model, is met by the dense one, or counts what cannot be counted of it."""
+    """A budget is out of reach for this model, is met by the dense one, or counts what cannot be counted of
+    it.
+    """
 
 
 class CalibrationError(FaspError, ValueError):
@@ -79,7 +81,9 @@ class CalibrationWarning(UserWarning):
 
 
 class VerificationWarning(UserWarning):
-    """A group stays whole, because the program without its channels does not compute what the dense one does with them masked."""
+    """A group stays whole, because the program without its channels does not compute what the dense one does
+    with them masked.
+    """
 
 
 class PartialPlanWarning(UserWarning):

@@ -1,4 +1,6 @@
-"""What a language model is worth and what it costs: perplexity, zero-shot tasks and latency, of a dense or a pruned model alike."""
+"""What a language model is worth and what it costs: perplexity, zero-shot tasks and latency, of a dense or a
+pruned model alike.
+"""
 
 from __future__ import annotations
 
@@ -29,9 +31,15 @@ def perplexity(model: nn.Module, chunks: Tensor, *, progress: Callable[[float], 
         ArgumentError: there is nothing to predict.
     """
     if not isinstance(chunks, Tensor):
-        raise ArgumentError(f"chunks is a {type(chunks).__name__}; perplexity needs a tensor of token numbers [chunks, length]")
+        raise ArgumentError(
+            f"chunks is a {type(chunks).__name__}; perplexity needs a tensor of token numbers [chunks,"
+            " length]"
+        )
     if chunks.dim() != 2 or not len(chunks) or chunks.shape[1] < 2:
-        raise ArgumentError(f"chunks has the shape {tuple(chunks.shape)}; perplexity needs [chunks, length] with at least one chunk of two tokens")
+        raise ArgumentError(
+            f"chunks has the shape {tuple(chunks.shape)}; perplexity needs [chunks, length] with at least one"
+            " chunk of two tokens"
+        )
     device = device_of(model)
     total = 0.0
     for index, chunk in enumerate(chunks):
@@ -73,30 +81,42 @@ def tasks(
     batch_size: int = 8,
     progress: Callable[[float], None] | None = None,
 ) -> list[TaskScore]:
-    """Scores of zero-shot tasks, computed by EleutherAI's lm-evaluation-harness (``pip install "fasp_fx[eval]"``).
+    """Scores of zero-shot tasks, computed by EleutherAI's lm-evaluation-harness (``pip install
+    "fasp_fx[eval]"``).
 
-    A name is that of a task, group or tag of the harness, whose data comes from the Hugging Face hub, or a file ending in ``.jsonl`` with one
-    multiple-choice question per line: ``{"query": text, "choices": [text, ...], "gold": index of the right one}``. Of each choice counts the summed
-    log-likelihood of ``" " + choice`` after the query: as it is (``acc``), divided by the choice's length in characters (``acc_norm``), or in bytes of
-    UTF-8 (``acc_bytes``).
+    A name is that of a task, group or tag of the harness, whose data comes from the Hugging Face hub, or a
+    file ending in ``.jsonl`` with one multiple-choice question per line: ``{"query": text, "choices": [text,
+    ...], "gold": index of the right one}``. Of each choice counts the summed log-likelihood of ``" " +
+    choice`` after the query: as it is (``acc``), divided by the choice's length in characters (``acc_norm``),
+    or in bytes of UTF-8 (``acc_bytes``).
 
     Args:
-        model: a Hugging Face causal language model, or a module called with ``input_ids`` and ``use_cache=False`` that returns logits.
+        model: a Hugging Face causal language model, or a module called with ``input_ids`` and
+            ``use_cache=False`` that returns logits.
         tokenizer: the model's, as ``AutoTokenizer`` loads it.
         limit: only the first so many examples of each task.
         batch_size: texts per call of the model.
         progress: called with the fraction done.
 
     Raises:
-        ArgumentError: lm-eval is missing, a task is unknown, its data cannot be had or is malformed, or a text is longer than the model takes.
+        ArgumentError: lm-eval is missing, a task is unknown, its data cannot be had or is malformed, or a
+            text is longer than the model takes.
     """
     from ._evaluation import _harness
 
-    return score_loaded(model, tokenizer, _harness.load_tasks(names), limit=limit, batch_size=batch_size, progress=progress)
+    return score_loaded(
+        model, tokenizer, _harness.load_tasks(names), limit=limit, batch_size=batch_size, progress=progress
+    )
 
 
 def score_loaded(
-    model: nn.Module, tokenizer: Any, loaded: Any, *, limit: int | None = None, batch_size: int = 8, progress: Callable[[float], None] | None = None
+    model: nn.Module,
+    tokenizer: Any,
+    loaded: Any,
+    *,
+    limit: int | None = None,
+    batch_size: int = 8,
+    progress: Callable[[float], None] | None = None,
 ) -> list[TaskScore]:
     """:func:`tasks` with tasks that are loaded already, which several models can share."""
     from ._evaluation import _harness
@@ -113,14 +133,29 @@ def score_loaded(
                 continue
             error = figures.get(f"{metric}_stderr,{chosen}")
             shown = metric if chosen == "none" else f"{metric} ({chosen})"
-            scores.append(TaskScore(task, shown, float(value), float(error) if isinstance(error, (int, float)) else None, int(figures["sample_len"])))
+            scores.append(
+                TaskScore(
+                    task,
+                    shown,
+                    float(value),
+                    float(error) if isinstance(error, (int, float)) else None,
+                    int(figures["sample_len"]),
+                )
+            )
     return scores
 
 
-def latency(models: Sequence[nn.Module], ids: Tensor, *, repeats: int = 5, progress: Callable[[float], None] | None = None) -> list[float]:
+def latency(
+    models: Sequence[nn.Module],
+    ids: Tensor,
+    *,
+    repeats: int = 5,
+    progress: Callable[[float], None] | None = None,
+) -> list[float]:
     """Median seconds of one forward pass of each model on ``ids`` (a prefill without cache).
 
-    The models take turns, so that whatever else the machine does hits all of them alike; one pass of each goes before and is not counted.
+    The models take turns, so that whatever else the machine does hits all of them alike; one pass of each
+    goes before and is not counted.
 
     Args:
         ids: tokens ``[batch, length]``.

@@ -17,15 +17,18 @@ def ranges(indices: tuple[int, ...]) -> str:
         return "none"
     values = np.array(sorted(indices))
     breaks = np.nonzero(np.diff(values) != 1)[0] + 1
-    return ",".join(f"{run[0]}" if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in np.split(values, breaks))
+    return ",".join(
+        f"{run[0]}" if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in np.split(values, breaks)
+    )
 
 
 @dataclass(frozen=True)
 class Member:
     """One weight of a group: the channels ``indices`` along ``dim`` of the weight ``name`` belong to it.
 
-    Where ``block_dim`` divides the weight into ``blocks`` with channels of their own, ``indices`` and ``size`` count those of all blocks in order.
-    ``sets`` says for each index which of the group's channel sets it belongs to, counted from zero.
+    Where ``block_dim`` divides the weight into ``blocks`` with channels of their own, ``indices`` and
+    ``size`` count those of all blocks in order. ``sets`` says for each index which of the group's channel
+    sets it belongs to, counted from zero.
     """
 
     name: str
@@ -54,7 +57,8 @@ class Group:
         reason: why it has that status; empty for prunable groups.
         producers: weights that lose rows with it.
         consumers: weights that lose columns with it.
-        granularity: what one channel set is: ``"channel"``, ``"head"`` (all channels of an attention head) or ``"expert"`` (of a mixture).
+        granularity: what one channel set is: ``"channel"``, ``"head"`` (all channels of an attention head) or
+            ``"expert"`` (of a mixture).
         needed: how many channel sets of each block have to stay.
     """
 
@@ -66,7 +70,9 @@ class Group:
     producers: tuple[Member, ...]
     consumers: tuple[Member, ...]
     sets: np.ndarray = field(repr=False, compare=False, default_factory=lambda: np.zeros(0, dtype=np.int64))
-    block_of: np.ndarray = field(repr=False, compare=False, default_factory=lambda: np.zeros(0, dtype=np.int64))
+    block_of: np.ndarray = field(
+        repr=False, compare=False, default_factory=lambda: np.zeros(0, dtype=np.int64)
+    )
     granularity: str = "channel"
     needed: int = 1
     uses: tuple[Use, ...] = field(repr=False, compare=False, default=())
@@ -82,4 +88,6 @@ class Group:
         shape += f" {self.granularity}s" if self.granularity != "channel" else ""
         left = ", ".join(map(str, self.producers)) or "-"
         right = ", ".join(map(str, self.consumers)) or "-"
-        return f"{self.status:<11} {shape:>10}  {left} -> {right}" + (f"  ({self.reason})" if self.reason else "")
+        return f"{self.status:<11} {shape:>10}  {left} -> {right}" + (
+            f"  ({self.reason})" if self.reason else ""
+        )

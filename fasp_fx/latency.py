@@ -51,21 +51,30 @@ def device_name(device: torch.device) -> str:
 def _processor() -> str:
     info = Path("/proc/cpuinfo")
     lines = info.read_text(encoding="utf-8", errors="replace").splitlines() if info.exists() else []
-    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.processor())
+    return next(
+        (line.partition(":")[2].strip() for line in lines if line.startswith("model name")),
+        platform.processor(),
+    )
 
 
 class LatencyTable:
-    """Seconds of operators at widths on a grid. It grows as :class:`fasp_fx.budgets.Latency` asks for what it lacks.
+    """Seconds of operators at widths on a grid. It grows as :class:`fasp_fx.budgets.Latency` asks for what it
+    lacks.
 
     Args:
         device: what is measured on; ``None``: that of the first model that it serves.
-        time: how to measure a call; given the call and the device, it returns seconds. ``None``: the least of several runs.
+        time: how to measure a call; given the call and the device, it returns seconds. ``None``: the least of
+            several runs.
 
     Attributes:
         device: the device's name (:func:`device_name`), once there is one.
     """
 
-    def __init__(self, device: torch.device | str | None = None, time: Callable[[Callable[[], Any], torch.device], float] | None = None) -> None:
+    def __init__(
+        self,
+        device: torch.device | str | None = None,
+        time: Callable[[Callable[[], Any], torch.device], float] | None = None,
+    ) -> None:
         self.device = None if device is None else device_name(torch.device(device))
         self.time = time or run_time
         self._entries: dict[str, tuple[list[list[float]], np.ndarray]] = {}
@@ -80,10 +89,17 @@ class LatencyTable:
         if self.device is None:
             self.device = found
         if self.device != found:
-            raise BudgetError(f"the latency table is of '{self.device}', and the model is on '{found}'; measure one here: LatencyTable()")
+            raise BudgetError(
+                f"the latency table is of '{self.device}', and the model is on '{found}'; measure one here:"
+                " LatencyTable()"
+            )
 
-    def entry(self, key: str, measure: Callable[[], tuple[list[list[float]], np.ndarray]]) -> tuple[list[list[float]], np.ndarray]:
-        """Parts of the dense widths along each axis, and the seconds at every combination; measured if they are not there."""
+    def entry(
+        self, key: str, measure: Callable[[], tuple[list[list[float]], np.ndarray]]
+    ) -> tuple[list[list[float]], np.ndarray]:
+        """Parts of the dense widths along each axis, and the seconds at every combination; measured if they
+        are not there.
+        """
         if key not in self._entries:
             self._entries[key] = measure()
         return self._entries[key]
@@ -93,8 +109,13 @@ class LatencyTable:
 
     def save(self, path: str | Path) -> None:
         """Write the table as JSON."""
-        entries = {key: {"parts": parts, "seconds": seconds.tolist()} for key, (parts, seconds) in self._entries.items()}
-        Path(path).write_text(json.dumps({"format": FORMAT, "device": self.device, "entries": entries}), encoding="utf-8")
+        entries = {
+            key: {"parts": parts, "seconds": seconds.tolist()}
+            for key, (parts, seconds) in self._entries.items()
+        }
+        Path(path).write_text(
+            json.dumps({"format": FORMAT, "device": self.device, "entries": entries}), encoding="utf-8"
+        )
 
     @staticmethod
     def load(path: str | Path) -> LatencyTable:
@@ -110,7 +131,10 @@ class LatencyTable:
             table = LatencyTable()
             table.device = None if data["device"] is None else str(data["device"])
             for key, entry in data["entries"].items():
-                parts, seconds = [[float(part) for part in axis] for axis in entry["parts"]], np.asarray(entry["seconds"], dtype=np.float64)
+                parts, seconds = (
+                    [[float(part) for part in axis] for axis in entry["parts"]],
+                    np.asarray(entry["seconds"], dtype=np.float64),
+                )
                 if (
                     seconds.shape != tuple(map(len, parts))
                     or any(axis != sorted(set(axis)) for axis in parts)
@@ -120,7 +144,9 @@ class LatencyTable:
                     raise ValueError(f"the seconds of '{key:.60}' do not fit its parts")
                 table._entries[key] = parts, seconds
         except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-            raise ArgumentError(f"'{path}' is no latency table: {error}; write one with LatencyTable.save") from error
+            raise ArgumentError(
+                f"'{path}' is no latency table: {error}; write one with LatencyTable.save"
+            ) from error
         return table
 
 

@@ -1,4 +1,6 @@
-"""What a model is judged by while it is measured: the scalar whose gradients say how much an error at a consumer matters."""
+"""What a model is judged by while it is measured: the scalar whose gradients say how much an error at a
+consumer matters.
+"""
 
 from __future__ import annotations
 
@@ -14,10 +16,12 @@ from torch.nn import functional
 from ._compat import pytree
 from .errors import ArgumentError, CalibrationError
 
-#: a loss maps what the model returned, and the arguments of the call by name, to its terms: one value for each prediction, or their sum
+#: a loss maps what the model returned, and the arguments of the call by name, to its terms: one value for
+#: each prediction, or their sum
 Loss = Callable[[Any, Mapping[str, Any]], Tensor]
 
-#: says of an output which of its tokens are padding, ``[batch, tokens]``; ``None``: it has no tokens that the mask is for
+#: says of an output which of its tokens are padding, ``[batch, tokens]``; ``None``: it has no tokens that the
+#: mask is for
 Padding = Callable[[Tensor], Tensor | None]
 
 #: so many elements of an output tell how large it is
@@ -31,29 +35,47 @@ def next_token(outputs: Any, inputs: Mapping[str, Any], padding: Padding = lambd
     """Cross-entropy of each token given those before it, shape ``[predictions]``.
 
     Args:
-        outputs: what the model returned; the first floating-point tensor ``[batch, tokens, vocabulary]`` in it holds the logits.
-        inputs: the arguments of the call; ``decoder_input_ids``, ``input_ids``, or the first integers ``[batch, tokens]`` among them are the tokens.
-            Tokens whose ``attention_mask`` is zero are not predicted, nor is anything from them.
+        outputs: what the model returned; the first floating-point tensor ``[batch, tokens, vocabulary]`` in
+            it holds the logits.
+        inputs: the arguments of the call; ``decoder_input_ids``, ``input_ids``, or the first integers
+            ``[batch, tokens]`` among them are the tokens. Tokens whose ``attention_mask`` is zero are not
+            predicted, nor is anything from them.
         padding: says of the logits which of their tokens are padding besides.
 
     Raises:
         CalibrationError: there are no such tensors.
     """
     logits, tokens, counts = predictions(outputs, inputs, padding)
-    terms = functional.cross_entropy(logits[:, :-1].flatten(0, 1).float(), tokens[:, 1:].flatten().long(), reduction="none")
+    terms = functional.cross_entropy(
+        logits[:, :-1].flatten(0, 1).float(), tokens[:, 1:].flatten().long(), reduction="none"
+    )
     return terms[(counts[:, 1:] & counts[:, :-1]).flatten()]
 
 
-def predictions(outputs: Any, inputs: Mapping[str, Any], padding: Padding = lambda leaf: None) -> tuple[Tensor, Tensor, Tensor]:
-    """The logits ``[batch, tokens, vocabulary]``, the tokens ``[batch, tokens]``, and which of them count; arguments and errors as for :func:`next_token`."""
+def predictions(
+    outputs: Any, inputs: Mapping[str, Any], padding: Padding = lambda leaf: None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The logits ``[batch, tokens, vocabulary]``, the tokens ``[batch, tokens]``, and which of them count;
+    arguments and errors as for :func:`next_token`.
+    """
     tokens = next((inputs[name] for name in _TOKENS if isinstance(inputs.get(name), Tensor)), None)
     if tokens is None:
-        tokens = next((leaf for leaf in output_tensors(inputs) if leaf.dim() == 2 and not leaf.is_floating_point() and leaf.dtype != torch.bool), None)
-    logits = next((leaf for leaf in output_tensors(outputs) if leaf.dim() == 3 and leaf.is_floating_point()), None)
+        tokens = next(
+            (
+                leaf
+                for leaf in output_tensors(inputs)
+                if leaf.dim() == 2 and not leaf.is_floating_point() and leaf.dtype != torch.bool
+            ),
+            None,
+        )
+    logits = next(
+        (leaf for leaf in output_tensors(outputs) if leaf.dim() == 3 and leaf.is_floating_point()), None
+    )
     if tokens is None or logits is None or logits.shape[:2] != tokens.shape or tokens.shape[1] < 2:
         raise CalibrationError(
-            "loss='next-token' needs integers [batch, tokens] among the arguments, at least two tokens long, and logits [batch, tokens, vocabulary] among the "
-            "outputs; pass a loss of your own, or loss='outputs'"
+            "loss='next-token' needs integers [batch, tokens] among the arguments, at least two tokens long,"
+            " and logits [batch, tokens, vocabulary] among the outputs; pass a loss of your own, or"
+            " loss='outputs'"
         )
     counts = torch.ones_like(tokens, dtype=torch.bool)
     mask = token_mask(inputs, tokens.shape)
@@ -66,11 +88,13 @@ def predictions(outputs: Any, inputs: Mapping[str, Any], padding: Padding = lamb
 
 
 class Outputs:
-    """Random combinations of the outputs, whose squared gradients are in expectation the curvature of the squared error of all outputs.
+    """Random combinations of the outputs, whose squared gradients are in expectation the curvature of the
+    squared error of all outputs.
 
-    Each floating-point output is divided by its root mean square, on what :meth:`settle` was shown, or else on the first call; one that was zero there
-    throughout has no size, and no say. With v drawn from the normal distribution, ``E[(Jᵀv)(Jᵀv)ᵀ] = JᵀJ`` (the estimator of Hutchinson, 1989),
-    the Gauss-Newton matrix of ``½‖output − dense output‖²``.
+    Each floating-point output is divided by its root mean square, on what :meth:`settle` was shown, or else
+    on the first call; one that was zero there throughout has no size, and no say. With v drawn from the
+    normal distribution, ``E[(Jᵀv)(Jᵀv)ᵀ] = JᵀJ`` (the estimator of Hutchinson, 1989), the Gauss-Newton matrix
+    of ``½‖output − dense output‖²``.
 
     Args:
         seed: of the combinations.
@@ -94,11 +118,19 @@ class Outputs:
             counted = without_padding(leaf.detach(), padding(leaf))[0]
             mean, count = self._seen.get(index, (0.0, 0))
             total = count + counted.numel()
-            self._seen[index] = (mean * (count / total) + _mean_square(counted) * (counted.numel() / total) if counted.numel() else mean, total)
+            self._seen[index] = (
+                (
+                    mean * (count / total) + _mean_square(counted) * (counted.numel() / total)
+                    if counted.numel()
+                    else mean
+                ),
+                total,
+            )
         return all(count >= SETTLED and mean > 0 for mean, count in self._seen.values())
 
     def begin(self, first: int, rows: int) -> None:
-        """Say which sequences the next outputs are of: what is drawn for one does not depend on what comes before it, nor on which process sees it.
+        """Say which sequences the next outputs are of: what is drawn for one does not depend on what comes
+        before it, nor on which process sees it.
 
         Args:
             first: the number of the first.
@@ -111,7 +143,9 @@ class Outputs:
         """Whether any output was more than zero by now."""
         return any(mean > 0 for mean, _ in self._seen.values())
 
-    def __call__(self, outputs: Any, inputs: Mapping[str, Any], padding: Padding = lambda leaf: None) -> Tensor:
+    def __call__(
+        self, outputs: Any, inputs: Mapping[str, Any], padding: Padding = lambda leaf: None
+    ) -> Tensor:
         """One term for each element of the outputs, shape ``[elements]``.
 
         Args:
@@ -127,17 +161,25 @@ class Outputs:
             counted, rows = without_padding(leaf, padding(leaf))
             size = math.sqrt(self._seen.get(index, (0.0, 0))[0])
             wide = counted if counted.dtype == torch.float64 else counted.float()
-            terms.append((wide / size * self._drawn(index, counted, rows) if size > 0 else wide * 0).flatten())
+            terms.append(
+                (wide / size * self._drawn(index, counted, rows) if size > 0 else wide * 0).flatten()
+            )
         self._calls += 1  # whoever calls again without saying of what is given other numbers
         self._rows = 0
         return torch.cat(terms)
 
     def _drawn(self, index: int, counted: Tensor, rows: list[int]) -> Tensor:
-        """Numbers for one output, row by row, so that it does not matter how many rows come at a time, nor how far they are padded."""
+        """Numbers for one output, row by row, so that it does not matter how many rows come at a time, nor
+        how far they are padded.
+        """
         alike = len(rows) == self._rows  # otherwise rows are no sequences, and counted in each piece anew
         drawn = []
         for row, size in enumerate(rows):
-            place = (self.seed, index, self._first + row) if alike else (self.seed, index, self._first, row, self._calls)
+            place = (
+                (self.seed, index, self._first + row)
+                if alike
+                else (self.seed, index, self._first, row, self._calls)
+            )
             drawn.append(torch.randn(size, generator=_generator(place), dtype=torch.float32, device="cpu"))
         return torch.cat(drawn).reshape(counted.shape).to(counted.device)
 
@@ -167,7 +209,10 @@ def resolve_loss(loss: Literal["auto", "outputs", "next-token"] | Loss) -> Loss:
         return Outputs()
     if loss == "next-token":
         return next_token
-    raise ArgumentError(f"loss={loss!r} is not known; use 'outputs', 'next-token', None, or a callable from outputs and inputs to a tensor")
+    raise ArgumentError(
+        f"loss={loss!r} is not known; use 'outputs', 'next-token', None, or a callable from outputs and"
+        " inputs to a tensor"
+    )
 
 
 def number_outputs(outputs: Any) -> list[Tensor]:
@@ -178,12 +223,16 @@ def number_outputs(outputs: Any) -> list[Tensor]:
     """
     found = [leaf for leaf in output_tensors(outputs) if leaf.is_floating_point() and leaf.numel()]
     if not found:
-        raise CalibrationError("loss='outputs' needs a floating-point output; pass a loss of your own, or loss=None")
+        raise CalibrationError(
+            "loss='outputs' needs a floating-point output; pass a loss of your own, or loss=None"
+        )
     return found
 
 
 def without_padding(leaf: Tensor, padding: Tensor | None) -> tuple[Tensor, list[int]]:
-    """What counts of an output, and how many elements of it each row holds; all of it where it has no tokens that could be padding."""
+    """What counts of an output, and how many elements of it each row holds; all of it where it has no tokens
+    that could be padding.
+    """
     if padding is not None:
         counts = ~padding.to(leaf.device)
         each = math.prod(leaf.shape[2:])
@@ -201,7 +250,9 @@ def _mean_square(values: Tensor) -> float:
 
 
 def token_mask(inputs: Mapping[str, Any], shape: tuple[int, ...]) -> Tensor | None:
-    """Where a token counts, ``[batch, tokens]``, by the mask among the arguments of a call; ``None`` if they hold none of that shape."""
+    """Where a token counts, ``[batch, tokens]``, by the mask among the arguments of a call; ``None`` if they
+    hold none of that shape.
+    """
     mask = inputs.get("decoder_attention_mask" if "decoder_input_ids" in inputs else "attention_mask")
     return mask != 0 if isinstance(mask, Tensor) and mask.shape == shape else None
 

@@ -14,23 +14,27 @@ from .errors import ArgumentError
 from .scoring import Columns, GroupColumns, GroupScore, Order
 from .statistics import InputGradients, MakeStatistic, precise
 
-#: the diagonal of the Gram matrix is raised by this part of its mean, as OSSCAR (arXiv 2403.12983) and ZipLM (2302.04089) do
+#: the diagonal of the Gram matrix is raised by this part of its mean, as OSSCAR (arXiv 2403.12983) and ZipLM
+#: (2302.04089) do
 DAMPING = 1e-2
-#: a group's channel sets go in about so many rounds; between rounds the losses of those that stay are computed anew
+#: a group's channel sets go in about so many rounds; between rounds the losses of those that stay are
+#: computed anew
 ROUNDS = 48
-#: the part of the curvature that is taken to be the same for all rows, since few batches say little of single ones
+#: the part of the curvature that is taken to be the same for all rows, since few batches say little of single
+#: ones
 SHRINKAGE = 0.1
 
 
 class OBS(GroupScore):
     """Removes what is cheapest once all that stays was repaired to make up for it.
 
-    With G = XᵀX of a consumer W and Q = WᵀSW, where S is the covariance of the gradients at its output, removing
-    the columns P and repairing the others costs ``½ tr(([G⁻¹]_PP)⁻¹ Q_PP)`` (ZipLM, arXiv 2302.04089; OSSCAR,
-    2403.12983; with output gradients LLM Surgeon, 2312.17244). A column that others can stand in for is cheap,
-    however large it is. Costs of all consumers of a group are added. Without gradients S is the unit matrix, divided
-    by ‖XWᵀ‖²_F, and the loss is the relative squared error of the outputs. Where the consumer adds a bias, X is taken without its means, which the bias
-    gives once it is repaired along (FLAP, arXiv 2312.11983, does so with nothing else repaired).
+    With G = XᵀX of a consumer W and Q = WᵀSW, where S is the covariance of the gradients at its output,
+    removing the columns P and repairing the others costs ``½ tr(([G⁻¹]_PP)⁻¹ Q_PP)`` (ZipLM, arXiv
+    2302.04089; OSSCAR, 2403.12983; with output gradients LLM Surgeon, 2312.17244). A column that others can
+    stand in for is cheap, however large it is. Costs of all consumers of a group are added. Without gradients
+    S is the unit matrix, divided by ‖XWᵀ‖²_F, and the loss is the relative squared error of the outputs.
+    Where the consumer adds a bias, X is taken without its means, which the bias gives once it is repaired
+    along (FLAP, arXiv 2312.11983, does so with nothing else repaired).
 
     Args:
         damping: raises the diagonal of G by this part of its mean.
@@ -47,25 +51,34 @@ class OBS(GroupScore):
         if isinstance(rounds, bool) or not isinstance(rounds, int) or rounds < 1:
             raise ArgumentError(f"rounds={rounds!r} is not a positive integer")
         if not is_number(damping) or not damping > 0:
-            raise ArgumentError(f"damping={damping!r} is not a positive number; 0.01 raises the diagonal by a hundredth of its mean")
+            raise ArgumentError(
+                f"damping={damping!r} is not a positive number; 0.01 raises the diagonal by a hundredth of"
+                " its mean"
+            )
         if not is_number(shrinkage) or not 0 <= shrinkage <= 1:
             raise ArgumentError(f"shrinkage={shrinkage!r} is not in [0, 1]")
         self.damping, self.rounds, self.shrinkage = damping, rounds, shrinkage
 
     def __call__(self, group: GroupColumns) -> Order:
-        problems = [Elimination(columns, len(group.block_of), self.curvature(columns), self.damping) for columns in group.consumers]
+        problems = [
+            Elimination(columns, len(group.block_of), self.curvature(columns), self.damping)
+            for columns in group.consumers
+        ]
         return greedy(group, problems, self.rounds)
 
     def curvature(self, columns: Columns) -> Tensor:
         """Q of one block of a consumer, shape ``[columns, columns]``."""
         gram = spread_of(columns)
         found = self._curvature(columns, gram)
-        # What is never anything but zero costs nothing, however large its weight; damping alone would have it vary.
+        # What is never anything but zero costs nothing, however large its weight; damping alone would have it
+        # vary.
         alive = (gram.diagonal() > 0).to(found.dtype)
         return found * alive * alive[:, None]
 
     def _curvature(self, columns: Columns, gram: Tensor) -> Tensor:
-        parts = [columns.weight.real, columns.weight.imag] if columns.weight.is_complex() else [columns.weight]
+        parts = (
+            [columns.weight.real, columns.weight.imag] if columns.weight.is_complex() else [columns.weight]
+        )
         weight = torch.cat(parts).to(precise(columns.weight.device))
         own = weight.T @ weight
         energy = float((own * gram).sum())
@@ -108,7 +121,9 @@ class Elimination:
         """``½ tr(([G⁻¹]_PP)⁻¹ Q_PP)`` of each of these channel sets by itself, shape ``[sets]``."""
         columns = self.columns[sets]
         places = np.where(columns >= 0, self.place[columns], -1)
-        if not (places >= 0).any():  # they have no column here, and of an expert that went no column is left at all
+        if not (
+            places >= 0
+        ).any():  # they have no column here, and of an expert that went no column is left at all
             return np.zeros(len(sets))
         used = torch.from_numpy(places >= 0).to(self.inverse.device)
         at = torch.from_numpy(np.maximum(places, 0)).to(self.inverse.device)
@@ -134,9 +149,12 @@ class Elimination:
         inner, own = across[:, gone], crossed[:, gone]
         factor = torch.linalg.cholesky(inner)
         loss = 0.5 * float(torch.cholesky_solve(own, factor).diagonal().sum())
-        share = torch.cholesky_solve(across, factor)  # what of each column left makes up for those that go, R; of those, the identity
+        share = torch.cholesky_solve(
+            across, factor
+        )  # what of each column left makes up for those that go, R; of those, the identity
         crossed = crossed - 0.5 * own @ share
-        # Rows and columns of what goes become zero in both, and are cut out once they are many: a copy costs more than the update.
+        # Rows and columns of what goes become zero in both, and are cut out once they are many: a copy costs
+        # more than the update.
         self.inverse.addmm_(across.T, share, alpha=-1)
         self.curvature.addmm_(torch.cat([crossed, share]).T, torch.cat([share, crossed]), alpha=-1)
         self.place[columns] = -1
@@ -163,7 +181,8 @@ def spread_of(columns: Columns) -> Tensor:
 def greedy(group: GroupColumns, problems: list[Elimination], rounds: int) -> Order:
     """Take out the cheapest channel sets round by round, equally many of each block.
 
-    Orders of two depths agree as far as both go, and the losses of the steps add up to that of the whole removal.
+    Orders of two depths agree as far as both go, and the losses of the steps add up to that of the whole
+    removal.
 
     Args:
         problems: one for each block of each consumer; each is used up.
@@ -184,7 +203,9 @@ def greedy(group: GroupColumns, problems: list[Elimination], rounds: int) -> Ord
             left[block] = [member for member in members if member not in alone]
             taken.append(chosen)
             order[block] += chosen
-        added = sum(problem.remove(np.concatenate([np.array(chosen) for chosen in taken])) for problem in problems)
+        added = sum(
+            problem.remove(np.concatenate([np.array(chosen) for chosen in taken])) for problem in problems
+        )
         steps = np.cumsum([sum(alone[chosen[step]] for chosen in taken) for step in range(len(taken[0]))])
         shares = steps / steps[-1] if steps[-1] > 0 else np.arange(1, len(steps) + 1) / len(steps)
         losses += (losses[-1] + added * shares).tolist()

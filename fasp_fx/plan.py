@@ -26,10 +26,11 @@ _SAMPLES = 256
 
 @dataclass(frozen=True)
 class ParameterSlice:
-    """The indices removed along one dimension of one weight; ``name`` is that of ``model.named_parameters()``.
+    """The indices removed along one dimension of one weight; ``name`` is that of
+    ``model.named_parameters()``.
 
-    With ``block_dim`` there is one tuple of indices for each of the equal blocks into which that dimension is divided: an expert each of a
-    stacked weight, a group each of a grouped convolution.
+    With ``block_dim`` there is one tuple of indices for each of the equal blocks into which that dimension is
+    divided: an expert each of a stacked weight, a group each of a grouped convolution.
     """
 
     name: str
@@ -70,7 +71,9 @@ class PlannedGroup:
 
 @dataclass(frozen=True)
 class SplitWeight:
-    """A weight of the result that holds the given rows of a fused weight of the model, in this order, before removal."""
+    """A weight of the result that holds the given rows of a fused weight of the model, in this order, before
+    removal.
+    """
 
     name: str
     source: str
@@ -89,8 +92,10 @@ class PruningPlan:
         splits: fused weights that the result holds in parts.
         result: fingerprint of the model the plan makes, known once it was applied.
         granularity, include: as given to :func:`fasp_fx.prune`.
-        folds: weights that the model computes from others, and that the result holds as parameters; the groups name them so.
-        copies: buffers made of one of the model's, for a part of the model each; the groups name them so. Those left equal are one in the result.
+        folds: weights that the model computes from others, and that the result holds as parameters; the
+            groups name them so.
+        copies: buffers made of one of the model's, for a part of the model each; the groups name them so.
+            Those left equal are one in the result.
     """
 
     fingerprint: str
@@ -123,7 +128,9 @@ class PruningPlan:
             raise PlanError(f"the plan is not JSON: {error}") from error
         if not isinstance(data, dict) or data.get("format") != FORMAT:
             found = data.get("format") if isinstance(data, dict) else type(data).__name__
-            raise PlanError(f"the plan's format is {found!r:.80}, this version reads {FORMAT!r}; make the plan again")
+            raise PlanError(
+                f"the plan's format is {found!r:.80}, this version reads {FORMAT!r}; make the plan again"
+            )
         try:
             groups = tuple(
                 PlannedGroup(
@@ -137,8 +144,13 @@ class PruningPlan:
                 )
                 for g in data["groups"]
             )
-            splits = tuple(SplitWeight(str(s["name"]), str(s["source"]), _int(s["dim"]), tuple(map(_int, s["rows"]))) for s in data["splits"])
-            folds = tuple(FoldedWeight(str(f["name"]), tuple(map(str, f["sources"]))) for f in data.get("folds", ()))
+            splits = tuple(
+                SplitWeight(str(s["name"]), str(s["source"]), _int(s["dim"]), tuple(map(_int, s["rows"])))
+                for s in data["splits"]
+            )
+            folds = tuple(
+                FoldedWeight(str(f["name"]), tuple(map(str, f["sources"]))) for f in data.get("folds", ())
+            )
             copies = tuple(CopiedBuffer(str(c["name"]), str(c["source"])) for c in data.get("copies", ()))
             result = data.get("result")
             return PruningPlan(
@@ -160,23 +172,30 @@ class PruningPlan:
         found: dict[tuple[str, int], frozenset[tuple[int, int]]] = {}
         for group in self.groups:
             for part in (*group.producers, *group.consumers):
-                pairs = frozenset((block, index) for block, indices in enumerate(part.by_block()) for index in indices)
+                pairs = frozenset(
+                    (block, index) for block, indices in enumerate(part.by_block()) for index in indices
+                )
                 found[(part.name, part.dim)] = found.get((part.name, part.dim), frozenset()) | pairs
         return found
 
     def after(self, earlier: PruningPlan) -> PruningPlan:
         """This plan, made for the same model as ``earlier``, renumbered for the model that ``earlier`` makes.
 
-        Channels that ``earlier`` already removed are left out, and so are groups of which nothing else goes. ``sparsity`` is taken to shrink as the channel
-        sets do that are left to go; :func:`fasp_fx.apply` counts it anew.
+        Channels that ``earlier`` already removed are left out, and so are groups of which nothing else goes.
+        ``sparsity`` is taken to shrink as the channel sets do that are left to go; :func:`fasp_fx.apply`
+        counts it anew.
 
         Raises:
             PlanError: the plans are for different models, or ``earlier`` was never applied.
         """
         if earlier.fingerprint != self.fingerprint:
-            raise PlanError("the two plans were made for different models; only plans for one model can be ordered")
+            raise PlanError(
+                "the two plans were made for different models; only plans for one model can be ordered"
+            )
         if earlier.result is None:
-            raise PlanError("the earlier plan was never applied, so its result is not known; take the plan of a result")
+            raise PlanError(
+                "the earlier plan was never applied, so its result is not known; take the plan of a result"
+            )
         gone = earlier.slices()
         experts = {
             (part.name, part.dim): set(part.by_block()[0])
@@ -188,7 +207,10 @@ class PruningPlan:
         def renumber(part: ParameterSlice) -> list[ParameterSlice]:
             before = gone.get((part.name, part.dim), frozenset())
             pieces = [split for split in earlier.splits if split.source == part.name]
-            blocks = tuple(_renumber(indices, (index for block, index in before if block == own)) for own, indices in enumerate(part.by_block()))
+            blocks = tuple(
+                _renumber(indices, (index for block, index in before if block == own))
+                for own, indices in enumerate(part.by_block())
+            )
             if part.block_dim is not None:  # one block for each expert, some of which are gone
                 lost = experts.get((part.name, part.block_dim), set())
                 blocks = tuple(block for own, block in enumerate(blocks) if own not in lost)
@@ -201,7 +223,11 @@ class PruningPlan:
                 at = {row: index for index, row in enumerate(piece.rows)}
                 own = [at[row] for row in part.by_block()[0] if row in at]
                 if own:
-                    by_rows.append(ParameterSlice(piece.name, part.dim, _renumber(own, {at[row] for _, row in before if row in at})))
+                    by_rows.append(
+                        ParameterSlice(
+                            piece.name, part.dim, _renumber(own, {at[row] for _, row in before if row in at})
+                        )
+                    )
             return by_rows
 
         sizes = {group.name: group.removed_sets for group in earlier.groups}
@@ -226,9 +252,18 @@ class PruningPlan:
                     group.granularity,
                 )
             )
-        left = sum(group.removed_sets for group in groups) / max(sum(group.removed_sets for group in self.groups), 1)
+        left = sum(group.removed_sets for group in groups) / max(
+            sum(group.removed_sets for group in self.groups), 1
+        )
         copies = tuple(copied for copied in self.copies if copied not in earlier.copies)
-        return PruningPlan(earlier.result, tuple(groups), self.sparsity * left, granularity=self.granularity, include=self.include, copies=copies)
+        return PruningPlan(
+            earlier.result,
+            tuple(groups),
+            self.sparsity * left,
+            granularity=self.granularity,
+            include=self.include,
+            copies=copies,
+        )
 
 
 def _renumber(removed: Iterable[int], before: Iterable[int]) -> tuple[int, ...]:
@@ -255,12 +290,21 @@ def _slices(items: Iterable[Mapping[str, Any]]) -> tuple[ParameterSlice, ...]:
     for item in items:
         block_dim = None if item.get("block_dim") is None else _int(item["block_dim"])
         blocks = [item["removed"]] if block_dim is None else item["removed"]
-        found.append(_slice(str(item["name"]), _int(item["dim"]), tuple(tuple(map(_int, block)) for block in blocks), block_dim))
+        found.append(
+            _slice(
+                str(item["name"]),
+                _int(item["dim"]),
+                tuple(tuple(map(_int, block)) for block in blocks),
+                block_dim,
+            )
+        )
     return tuple(found)
 
 
 def fingerprint(weights: Mapping[str, Tensor]) -> str:
-    """A digest of names, shapes and a sample of each weight's values: enough to tell models apart, cheap on any size and device."""
+    """A digest of names, shapes and a sample of each weight's values: enough to tell models apart, cheap on
+    any size and device.
+    """
     digest = hashlib.sha256()
     for name in sorted(weights):
         tensor = weights[name].detach()
@@ -274,7 +318,9 @@ def fingerprint(weights: Mapping[str, Tensor]) -> str:
 
 
 def program_fingerprint(program: Program) -> str:
-    """The fingerprint of a captured program (before its producers are split): that of the model's parameters, of which some may be folded there."""
+    """The fingerprint of a captured program (before its producers are split): that of the model's parameters,
+    of which some may be folded there.
+    """
     return fingerprint(program.parameters())
 
 
@@ -293,7 +339,10 @@ def check_fingerprint(plan: PruningPlan, found: str) -> None:
         raise PlanError(
             "the plan was already applied to this model: it is the plan's own result"
             if own
-            else f"the plan is for another model: its fingerprint is {plan.fingerprint[:12]}…, this model's is {found[:12]}…; make a plan for this model"
+            else (
+                f"the plan is for another model: its fingerprint is {plan.fingerprint[:12]}…, this model's is"
+                f" {found[:12]}…; make a plan for this model"
+            )
         )
 
 
@@ -307,27 +356,50 @@ def planned(groups: Iterable[Group], gone: np.ndarray, analysis: Analysis) -> li
 def _planned(group: Group, gone: np.ndarray, removed: int, analysis: Analysis) -> PlannedGroup:
     lost: dict[tuple[str, int], list[list[int]]] = {}
     for slot in group.slots:
-        own = np.flatnonzero(gone[slot.base : slot.base + slot.size] & np.isin(analysis.labels[slot.base : slot.base + slot.size], group.sets))
+        own = np.flatnonzero(
+            gone[slot.base : slot.base + slot.size]
+            & np.isin(analysis.labels[slot.base : slot.base + slot.size], group.sets)
+        )
         name, rows = analysis.program.origin(slot)
         blocks = lost.setdefault((name, slot.dim), [[] for _ in range(slot.blocks)])
         for block, indices in enumerate(blocks):
             width = slot.size // slot.blocks
-            indices.extend((rows[own[own // width == block]] - block * width if slot.blocks > 1 else rows[own]).tolist())
+            indices.extend(
+                (rows[own[own // width == block]] - block * width if slot.blocks > 1 else rows[own]).tolist()
+            )
 
     def cut(members: Iterable[Member]) -> tuple[ParameterSlice, ...]:
-        return tuple(_slice(m.name, m.dim, tuple(tuple(sorted(set(block))) for block in lost[(m.name, m.dim)]), m.block_dim) for m in members)
+        return tuple(
+            _slice(
+                m.name,
+                m.dim,
+                tuple(tuple(sorted(set(block))) for block in lost[(m.name, m.dim)]),
+                m.block_dim,
+            )
+            for m in members
+        )
 
-    return PlannedGroup(group.name, group.size, group.blocks, removed, cut(group.producers), cut(group.consumers), group.granularity)
+    return PlannedGroup(
+        group.name,
+        group.size,
+        group.blocks,
+        removed,
+        cut(group.producers),
+        cut(group.consumers),
+        group.granularity,
+    )
 
 
 def gone_of(plan: PruningPlan, analysis: Analysis, *, partial: bool = False) -> np.ndarray:
     """For every channel number of the analysis, whether the plan removes it.
 
     Args:
-        partial: the program is a part of the plan's model, and weights that it does not use are none of its business.
+        partial: the program is a part of the plan's model, and weights that it does not use are none of its
+            business.
 
     Raises:
-        PlanError: the plan names a weight or index that the model lacks, cuts through a channel set, or takes channels that cannot go.
+        PlanError: the plan names a weight or index that the model lacks, cuts through a channel set, or takes
+            channels that cannot go.
     """
     program, numbering = analysis.program, analysis.numbering
     canonical = program.canonical()
@@ -344,10 +416,15 @@ def gone_of(plan: PruningPlan, analysis: Analysis, *, partial: bool = False) -> 
             break  # of a weight that a pass has brought
         name, rows = program.origin(slot)
         width = slot.size // slot.blocks
-        known[(name, slot.dim)] = (slot.blocks, max(known.get((name, slot.dim), (0, 0))[1], width if slot.blocks > 1 else int(rows.max()) + 1))
+        known[(name, slot.dim)] = (
+            slot.blocks,
+            max(known.get((name, slot.dim), (0, 0))[1], width if slot.blocks > 1 else int(rows.max()) + 1),
+        )
         taken = wanted.get((name, slot.dim))
         if taken:
-            gone[slot.base : slot.base + slot.size] |= np.isin(rows, np.array([block * width + index for block, index in taken], dtype=np.int64))
+            gone[slot.base : slot.base + slot.size] |= np.isin(
+                rows, np.array([block * width + index for block, index in taken], dtype=np.int64)
+            )
     for (name, dim), removed in wanted.items():
         blocks, size = known.get((name, dim), (0, 0))
         if partial and not blocks:
@@ -355,9 +432,12 @@ def gone_of(plan: PruningPlan, analysis: Analysis, *, partial: bool = False) -> 
         outside = [index for block, index in removed if not (0 <= index < size and 0 <= block < blocks)]
         if outside:
             raise PlanError(
-                f"the plan removes index {max(outside)} along dimension {dim} of '{name}', which the model does not have; it is a plan for another model"
+                f"the plan removes index {max(outside)} along dimension {dim} of '{name}', which the model"
+                " does not have; it is a plan for another model"
             )
-    weights = np.zeros(total, dtype=bool)  # a plan names weights; inputs that hold state, and tensors that the graph makes, go with them
+    weights = np.zeros(
+        total, dtype=bool
+    )  # a plan names weights; inputs that hold state, and tensors that the graph makes, go with them
     for slot in (slot for slot in numbering.slots if slot.base < total):
         weights[slot.base : slot.base + slot.size] = slot.kind == "weight"
     counted = np.bincount(labels, weights=gone & weights, minlength=int(labels.max(initial=-1)) + 1)
@@ -365,16 +445,26 @@ def gone_of(plan: PruningPlan, analysis: Analysis, *, partial: bool = False) -> 
     cut = (counted > 0) & (counted < whole)
     if cut.any():
         slot = numbering.slot_of(int(np.flatnonzero(labels == int(np.flatnonzero(cut)[0]))[0]))
-        raise PlanError(f"the plan cuts through a channel set of {slot}: channels coupled with it stay; make the plan again")
+        raise PlanError(
+            f"the plan cuts through a channel set of {slot}: channels coupled with it stay; make the plan"
+            " again"
+        )
     allowed = np.zeros(len(counted), dtype=bool)
     for group in analysis.chosen:
         allowed[group.sets] = True
         chosen = counted[group.sets] > 0
         per_block = [int(chosen[group.block_of == b].sum()) for b in np.unique(group.block_of)]
-        if len(set(per_block)) > 1 or (per_block and per_block[0] and group.width - per_block[0] < group.needed):
+        if len(set(per_block)) > 1 or (
+            per_block and per_block[0] and group.width - per_block[0] < group.needed
+        ):
             least = "one" if group.needed == 1 else str(group.needed)
-            raise PlanError(f"the plan removes {per_block} channel sets from blocks of group '{group.name}'; each must lose the same number and keep {least}")
+            raise PlanError(
+                f"the plan removes {per_block} channel sets from blocks of group '{group.name}'; each must"
+                f" lose the same number and keep {least}"
+            )
     if (~allowed & (counted > 0)).any():
-        slot = numbering.slot_of(int(np.flatnonzero(labels == int(np.flatnonzero(~allowed & (counted > 0))[0]))[0]))
+        slot = numbering.slot_of(
+            int(np.flatnonzero(labels == int(np.flatnonzero(~allowed & (counted > 0))[0]))[0])
+        )
         raise PlanError(f"the plan removes channels of {slot}, which cannot be pruned in this model")
     return counted[labels] > 0

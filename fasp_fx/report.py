@@ -29,8 +29,13 @@ def weight_size(weights: Mapping[str, Tensor]) -> tuple[int, int]:
 
 
 def cache_bytes(before: fx.Graph, after: fx.Graph, state: frozenset[int]) -> tuple[int, int] | None:
-    """Bytes per token of one sequence that the caches among two programs' outputs take: ``[batch, heads, length, width]``, the outputs ``state``."""
-    sizes = [sum(_token_bytes(node) for index, node in enumerate(results(graph)) if index in state) for graph in (before, after)]
+    """Bytes per token of one sequence that the caches among two programs' outputs take: ``[batch, heads,
+    length, width]``, the outputs ``state``.
+    """
+    sizes = [
+        sum(_token_bytes(node) for index, node in enumerate(results(graph)) if index in state)
+        for graph in (before, after)
+    ]
     return (sizes[0], sizes[1]) if sizes[0] else None
 
 
@@ -44,12 +49,14 @@ def _token_bytes(node: object) -> int:
 
 @dataclass(frozen=True)
 class Line:
-    """One group: what it had, what it has, and the relative output error of its consumers, ‖X(W − V)ᵀ‖²_F / ‖XWᵀ‖²_F, the worst of them.
+    """One group: what it had, what it has, and the relative output error of its consumers, ‖X(W − V)ᵀ‖²_F /
+    ‖XWᵀ‖²_F, the worst of them.
 
     Attributes:
         before, after: channel sets, in ``blocks`` blocks of equal size.
         error_cut, error_restored: without and with restoration, over the calibration tokens.
-        held_cut, held_restored: the same over tokens held out of them, *restored* by a restoration that was fitted without them: what to expect of other data.
+        held_cut, held_restored: the same over tokens held out of them, *restored* by a restoration that was
+            fitted without them: what to expect of other data.
         producers, consumers: names and dimensions of the weights that lose rows and columns with it.
     """
 
@@ -69,7 +76,9 @@ class Line:
 
 @dataclass(frozen=True)
 class Figure:
-    """Something measured of the dense and of the pruned model, such as perplexity; ``digits`` are those worth showing after the point."""
+    """Something measured of the dense and of the pruned model, such as perplexity; ``digits`` are those worth
+    showing after the point.
+    """
 
     what: str
     dense: float
@@ -79,7 +88,9 @@ class Figure:
 
 @dataclass(frozen=True)
 class CurvePoint:
-    """One evaluation of a training: after how many steps, the loss of the last step's batches (``None`` before the first), and that of held-out batches."""
+    """One evaluation of a training: after how many steps, the loss of the last step's batches (``None``
+    before the first), and that of held-out batches.
+    """
 
     step: int
     trained: float | None
@@ -94,7 +105,8 @@ class Recovery:
         method: what was done.
         criterion: what the losses of the curve are.
         steps: how many steps were taken.
-        kept: the step after which the weights were as they are now; 0: they are those from before the training.
+        kept: the step after which the weights were as they are now; 0: they are those from before the
+            training.
         curve: the evaluations, the first before any step.
         seconds: time spent, without running the dense model.
         notes: why the training ended early, if it did.
@@ -111,8 +123,15 @@ class Recovery:
     def __str__(self) -> str:
         first = self.curve[0].held_out
         kept = next((point.held_out for point in self.curve if point.step == self.kept), first)
-        where = f"kept: those after step {self.kept} of {self.steps}" if self.kept else f"none of {self.steps} steps did better: the weights are as before"
-        return f"{self.method}, {self.criterion} on held-out batches {first:.4g} -> {kept:.4g}; {where}; {self.seconds:.1f} s"
+        where = (
+            f"kept: those after step {self.kept} of {self.steps}"
+            if self.kept
+            else f"none of {self.steps} steps did better: the weights are as before"
+        )
+        return (
+            f"{self.method}, {self.criterion} on held-out batches {first:.4g} -> {kept:.4g}; {where};"
+            f" {self.seconds:.1f} s"
+        )
 
 
 @dataclass(frozen=True)
@@ -134,8 +153,15 @@ class Spent:
     def __str__(self) -> str:
         share = max(self.dense, 1)
         spare = self.allowed - self.used
-        kept = f"{spare / max(self.allowed, 1):.2%} left over" if spare >= 0 else f"{-spare / max(self.allowed, 1):.2%} too much"
-        return f"{self.used:,} of {self.dense:,} {self.unit} stay ({self.used / share:.2%}), {self.allowed / share:.2%} may: {kept}"
+        kept = (
+            f"{spare / max(self.allowed, 1):.2%} left over"
+            if spare >= 0
+            else f"{-spare / max(self.allowed, 1):.2%} too much"
+        )
+        return (
+            f"{self.used:,} of {self.dense:,} {self.unit} stay ({self.used / share:.2%}),"
+            f" {self.allowed / share:.2%} may: {kept}"
+        )
 
 
 @dataclass(frozen=True)
@@ -149,13 +175,14 @@ class Report:
         notes: remarks on the capture and on operators without a rule.
         figures: what was measured afterwards; the command line fills it.
         without_rule: operators that had no rule and froze what they touched, with the number of times.
-        cache: bytes of the key-value cache per token of one sequence, before and after; ``None`` where the program holds no cache. Of an
-            encoder-decoder model: per token of the output, and per token of the input, together.
+        cache: bytes of the key-value cache per token of one sequence, before and after; ``None`` where the
+            program holds no cache. Of an encoder-decoder model: per token of the output, and per token of the
+            input, together.
         include: the statuses that were pruned besides ``"prunable"``, as given to :func:`fasp_fx.prune`.
         recovery: the training that followed, if there was one.
         budgets: what was allowed, and what is used of it.
-        config: what :func:`fasp_fx.prune` was asked for; ``None`` for a plan that was replayed, and for what was loaded if the score, the allocation or
-            the loss was a function, which no file holds.
+        config: what :func:`fasp_fx.prune` was asked for; ``None`` for a plan that was replayed, and for what
+            was loaded if the score, the allocation or the loss was a function, which no file holds.
     """
 
     sparsity: float
@@ -177,24 +204,45 @@ class Report:
         asked = f" (asked for {self.requested:.2%})" if self.requested is not None else ""
         out = [
             f"sparsity    {self.sparsity:.2%}{asked} of the weights of {COUNTED} in {counted(self.include)}",
-            f"parameters  {self.parameters[0]:,} -> {self.parameters[1]:,}  ({self.parameters[1] / max(self.parameters[0], 1) - 1:+.2%})",
+            (
+                f"parameters  {self.parameters[0]:,} -> {self.parameters[1]:,} "
+                f" ({self.parameters[1] / max(self.parameters[0], 1) - 1:+.2%})"
+            ),
             f"bytes       {self.bytes[0]:,} -> {self.bytes[1]:,}",
         ]
         if self.cache is not None:
             change = f"{self.cache[1] / max(self.cache[0], 1) - 1:+.2%}"
-            out.append(f"cache       {self.cache[0]:,} -> {self.cache[1]:,} bytes per token of one sequence  ({change})")
+            out.append(
+                f"cache       {self.cache[0]:,} -> {self.cache[1]:,} bytes per token of one sequence "
+                f" ({change})"
+            )
         out += [f"budget      {spent}" for spent in self.budgets]
         if self.seconds:
-            out.append("seconds     " + ", ".join(f"{stage} {spent:.1f}" for stage, spent in self.seconds.items()))
+            out.append(
+                "seconds     " + ", ".join(f"{stage} {spent:.1f}" for stage, spent in self.seconds.items())
+            )
         if self.recovery is not None:
             out += [f"recovery    {line}" for line in (str(self.recovery), *self.recovery.notes)]
-        out += [f"{row.what}  {row.dense:,.{row.digits}f} -> {row.pruned:,.{row.digits}f}" for row in self.figures]
-        out += ["", f"{'status':<12}{'channels':>22}  {'error cut':>9}  {'restored':>9}  {'held out':>9}  group"]
+        out += [
+            f"{row.what}  {row.dense:,.{row.digits}f} -> {row.pruned:,.{row.digits}f}" for row in self.figures
+        ]
+        out += [
+            "",
+            f"{'status':<12}{'channels':>22}  {'error cut':>9}  {'restored':>9}  {'held out':>9}  group",
+        ]
         for line in self.lines:
             per = f" ({line.blocks} blocks)" if line.blocks > 1 else ""
-            change = f"{line.before} -> {line.after}{per}" if line.before != line.after else f"{line.before}{per}"
-            errors = [f"{error:9.2e}" if error is not None else " " * 9 for error in (line.error_cut, line.error_restored, line.held_restored)]
-            out.append(f"{line.status:<12}{change:>22}  {'  '.join(errors)}  {line.name}" + (f"  ({line.reason})" if line.reason else ""))
+            change = (
+                f"{line.before} -> {line.after}{per}" if line.before != line.after else f"{line.before}{per}"
+            )
+            errors = [
+                f"{error:9.2e}" if error is not None else " " * 9
+                for error in (line.error_cut, line.error_restored, line.held_restored)
+            ]
+            out.append(
+                f"{line.status:<12}{change:>22}  {'  '.join(errors)}  {line.name}"
+                + (f"  ({line.reason})" if line.reason else "")
+            )
         return "\n".join([*out, *(f"note: {note}" for note in self.notes)])
 
 
@@ -217,7 +265,11 @@ def make_report(
     removed = {group.name: group.removed_sets for group in plan.groups}
     lines = []
     for group in analysis.groups:
-        outcomes = [outcome for use in group.uses for outcome in decision.outcomes.get(use.weight, ())] if group.name in removed else []
+        outcomes = (
+            [outcome for use in group.uses for outcome in decision.outcomes.get(use.weight, ())]
+            if group.name in removed
+            else []
+        )
         if group.name in decision.products:
             outcomes.append(decision.products[group.name].outcome)
         lines.append(
@@ -255,13 +307,27 @@ def _spent(cap: Cap, analysis: Analysis, removed: Mapping[str, int]) -> Spent:
 
 def counted(include: Collection[str]) -> str:
     """The groups whose weights sparsity is a fraction of."""
-    return "prunable, exempt and approximate groups" if APPROXIMATE in include else "prunable and exempt groups"
+    return (
+        "prunable, exempt and approximate groups" if APPROXIMATE in include else "prunable and exempt groups"
+    )
 
 
 def line_of(group: Group) -> Line:
     """The line of a group that nothing was removed from."""
-    producers, consumers = (tuple((member.name, member.dim) for member in members) for members in (group.producers, group.consumers))
-    return Line(group.name, group.status, group.size, group.size, group.blocks, group.reason, producers=producers, consumers=consumers)
+    producers, consumers = (
+        tuple((member.name, member.dim) for member in members)
+        for members in (group.producers, group.consumers)
+    )
+    return Line(
+        group.name,
+        group.status,
+        group.size,
+        group.size,
+        group.blocks,
+        group.reason,
+        producers=producers,
+        consumers=consumers,
+    )
 
 
 def notes_of(analysis: Analysis) -> tuple[str, ...]:
@@ -276,7 +342,9 @@ def notes_of(analysis: Analysis) -> tuple[str, ...]:
 
 
 def said_whole(name: str, seen: str) -> str:
-    """What is said of a group that was to be pruned and stays whole, because of what was seen when it went."""
+    """What is said of a group that was to be pruned and stays whole, because of what was seen
+    when it went.
+    """
     return f"group '{name}' stays whole, because pruning it is not exact: {seen}"
 
 

@@ -53,7 +53,8 @@ class InProducts(Resource):
 
 
 class Sparsity(InProducts):
-    """The weights of linear, convolution and recurrent operators that a prunable, exempt or included group touches, each counted once and whole.
+    """The weights of linear, convolution and recurrent operators that a prunable, exempt or included group
+    touches, each counted once and whole.
 
     The fraction of them that goes is the sparsity.
 
@@ -63,7 +64,9 @@ class Sparsity(InProducts):
 
     def __init__(self, analysis: Analysis) -> None:
         counted = {PRUNABLE, EXEMPT} | analysis.include
-        touched = {slot.name for group in analysis.groups if group.status in counted for slot in group.slots} & analysis.walk.facts.matrices
+        touched = {
+            slot.name for group in analysis.groups if group.status in counted for slot in group.slots
+        } & analysis.walk.facts.matrices
         shapes = {name: _shape(analysis, name) for name in sorted(touched)}
         super().__init__(analysis.chosen, sum(int(np.prod(shape)) for shape in shapes.values()))
         self._left = _sizes_of_weights(analysis, shapes)
@@ -91,7 +94,9 @@ class Counted(InProducts):
 
 
 def most_lost(group: Group, round_to: int) -> int:
-    """The most channel sets that one block of a group can lose when what stays of it is a multiple of ``round_to``."""
+    """The most channel sets that one block of a group can lose when what stays of it is a multiple of
+    ``round_to``.
+    """
     least = -(-group.needed // round_to) * round_to
     return group.width - least if group.width > least else 0
 
@@ -99,19 +104,23 @@ def most_lost(group: Group, round_to: int) -> int:
 def parameters_of(analysis: Analysis, *, in_bytes: bool = False) -> Counted:
     """All parameters of a program, or their bytes; tied ones once.
 
-    What the dense model has are the parameters of the caller, also where the capture has folded some into others.
+    What the dense model has are the parameters of the caller, also where the capture has folded some into
+    others.
     """
     held = _distinct(analysis.program.parameters())
     unit = {name: tensor.element_size() if in_bytes else 1 for name, tensor in held.items()}
     kept = _distinct(dict(analysis.program.module.named_parameters(remove_duplicate=False)))
     shapes = {name: tuple(map(int, tensor.shape)) for name, tensor in kept.items()}
     names = analysis.program.canonical()
-    left = _sizes_of_weights(analysis, shapes, {name: kept[name].element_size() if in_bytes else 1 for name in shapes}, names)
+    left = _sizes_of_weights(
+        analysis, shapes, {name: kept[name].element_size() if in_bytes else 1 for name in shapes}, names
+    )
     return Counted(analysis, left, sum(tensor.numel() * unit[name] for name, tensor in held.items()))
 
 
 def cache_of(analysis: Analysis) -> Counted:
-    """Bytes per token of one sequence that the caches among the outputs take (:func:`fasp_fx.report.cache_bytes`).
+    """Bytes per token of one sequence that the caches among the outputs take
+    (:func:`fasp_fx.report.cache_bytes`).
 
     Raises:
         BudgetError: the program holds no cache.
@@ -120,18 +129,27 @@ def cache_of(analysis: Analysis) -> Counted:
     found = False
     for index, node in enumerate(results(program.module.graph)):
         value = node.meta.get("val") if isinstance(node, fx.Node) else None
-        if index not in program.state_outputs or not isinstance(node, fx.Node) or not isinstance(value, Tensor) or value.dim() != 4:
+        if (
+            index not in program.state_outputs
+            or not isinstance(node, fx.Node)
+            or not isinstance(value, Tensor)
+            or value.dim() != 4
+        ):
             continue
         if isinstance(value.shape[1], int) and isinstance(value.shape[3], int):
             left.add([sizes.of(node, value.shape, 1), sizes.of(node, value.shape, 3)], value.element_size())
             found = True
     if not found:
-        raise BudgetError("the program that is pruned holds no cache of keys and values; give another budget, or prune a decoder by fasp_fx.hf.prune")
+        raise BudgetError(
+            "the program that is pruned holds no cache of keys and values; give another budget, or prune a"
+            " decoder by fasp_fx.hf.prune"
+        )
     return Counted(analysis, left)
 
 
 class ShrinkingSizes:
-    """The sizes of a program's tensors as functions of what its groups lose, from the channel numbers that the analysis found along them.
+    """The sizes of a program's tensors as functions of what its groups lose, from the channel numbers that
+    the analysis found along them.
 
     Args:
         analysis: the analysis of the program.
@@ -163,7 +181,10 @@ class ShrinkingSizes:
             seen.append(labels)
             cut = tuple(self._cut(labels.reshape(-1, labels.shape[-1]), int(shape[dim])))
             if {group for group, _ in cut} & {group for other in cuts for group, _ in other}:
-                raise BudgetError(f"what is left of dimension {dim} of '{node.name}' depends on which channels go, so it cannot be counted beforehand")
+                raise BudgetError(
+                    f"what is left of dimension {dim} of '{node.name}' depends on which channels go, so it"
+                    " cannot be counted beforehand"
+                )
             if cut:
                 cuts.append(cut)
         return Size(int(shape[dim]), tuple(cuts))
@@ -176,9 +197,14 @@ class ShrinkingSizes:
 
 
 def _sizes_of_weights(
-    analysis: Analysis, shapes: dict[str, tuple[int, ...]], units: dict[str, int] | None = None, names: dict[str, str] | None = None
+    analysis: Analysis,
+    shapes: dict[str, tuple[int, ...]],
+    units: dict[str, int] | None = None,
+    names: dict[str, str] | None = None,
 ) -> Products:
-    """The elements of weights, each so many ``units``; ``names`` has the name that a weight's channels go by, where that is another."""
+    """The elements of weights, each so many ``units``; ``names`` has the name that a weight's channels go by,
+    where that is another.
+    """
     cuts: dict[tuple[str, int], list[tuple[int, float]]] = {}
     for index, group in enumerate(analysis.chosen):
         for slot in group.slots:

@@ -1,4 +1,6 @@
-"""Restoration of a consumer on the columns that are kept: a ridge regression whose strength is chosen on tokens held out, or one of your own."""
+"""Restoration of a consumer on the columns that are kept: a ridge regression whose strength is chosen on
+tokens held out, or one of your own.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +16,8 @@ from ._options import is_number
 from .errors import ArgumentError
 from .statistics import precise
 
-#: strengths to choose from, relative to the mean of the Gram matrix's diagonal; beside them stands infinity, which leaves the kept columns as they are
+#: strengths to choose from, relative to the mean of the Gram matrix's diagonal; beside them stands infinity,
+#: which leaves the kept columns as they are
 GRID = (1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0, 100.0)
 _START = 1
 #: rows of a product that is only summed up, formed at once
@@ -25,14 +28,17 @@ SKETCHED = 64
 
 @dataclass(frozen=True)
 class Restored:
-    """The outcome for one consumer. Errors are ‖X(W − V)ᵀ‖²_F / ‖XWᵀ‖²_F; *before*, V is W with the removed columns zero, *after*, it is the restored one.
+    """The outcome for one consumer. Errors are ‖X(W − V)ᵀ‖²_F / ‖XWᵀ‖²_F; *before*, V is W with the removed
+    columns zero, *after*, it is the restored one.
 
     Attributes:
         weight: shape ``[rows, columns]``, zero in the removed columns.
         error_before, error_after: over all tokens.
-        held_before, held_after: over the tokens held out, *after* for the V that was fitted without them; ``None`` where none were.
+        held_before, held_after: over the tokens held out, *after* for the V that was fitted without them;
+            ``None`` where none were.
         used: whether anything was repaired; otherwise ``weight`` holds the kept columns as they were.
-        strength: δ relative to the mean of the Gram matrix's diagonal, infinite where nothing was repaired; of several blocks the least.
+        strength: δ relative to the mean of the Gram matrix's diagonal, infinite where nothing was repaired;
+            of several blocks the least.
     """
 
     weight: Tensor
@@ -46,14 +52,16 @@ class Restored:
 
 @dataclass(frozen=True)
 class Problem:
-    """One consumer (one block of a stacked or grouped one) whose columns M stay, as a restoration of your own is given it.
+    """One consumer (one block of a stacked or grouped one) whose columns M stay, as a restoration of your own
+    is given it.
 
     Attributes:
         weight: W, shape ``[rows, columns]``.
         gram: XᵀX of the calibration tokens, without those held out, shape ``[columns, columns]``, in float32.
         held: XᵀX of the tokens held out, a quarter of all; ``None``: none were.
         kept: M, indices of columns, shape ``[kept]``.
-        has_ones: whether the last kept column holds ones, whose coefficients are added to the bias. Its weights are zero.
+        has_ones: whether the last kept column holds ones, whose coefficients are added to the bias. Its
+            weights are zero.
     """
 
     weight: Tensor
@@ -65,16 +73,20 @@ class Problem:
 
 @dataclass(frozen=True)
 class Window:
-    """Least squares, and then training, window by window (``restore="window"`` stands for ``Window()``; docs/recovery.md).
+    """Least squares, and then training, window by window (``restore="window"`` stands for ``Window()``;
+    docs/recovery.md).
 
-    A window is a stretch of the graph between two places that one changed value crosses, with a non-linearity inside: an attention block, a feed-forward
-    block, a convolution block. The weights that stay in it are trained until it gives what the dense one gives on the same inputs, those of the pruned model
-    ("A Free Lunch in LLM Compression", arXiv 2510.14444; BRECQ, 2102.05426, for quantisation). Tokens held out of the calibration data choose among the states
-    of the training, of which the first is that of least squares: no window makes a larger error there than before.
+    A window is a stretch of the graph between two places that one changed value crosses, with a non-linearity
+    inside: an attention block, a feed-forward block, a convolution block. The weights that stay in it are
+    trained until it gives what the dense one gives on the same inputs, those of the pruned model ("A Free
+    Lunch in LLM Compression", arXiv 2510.14444; BRECQ, 2102.05426, for quantisation). Tokens held out of the
+    calibration data choose among the states of the training, of which the first is that of least squares: no
+    window makes a larger error there than before.
 
     Args:
         epochs: how often each window sees the calibration batches, one a step.
-        rate: the highest step of Adam, relative to the root mean square of each weight. It rises over a tenth of the steps and falls to zero.
+        rate: the highest step of Adam, relative to the root mean square of each weight. It rises over a tenth
+            of the steps and falls to zero.
         seed: of the order of the batches.
 
     Raises:
@@ -90,19 +102,30 @@ class Window:
             if isinstance(value, bool) or not isinstance(value, int) or value < least:
                 raise ArgumentError(f"{name}={value!r} is not an integer from {least} on")
         if not is_number(self.rate) or not 0 < self.rate < 1:
-            raise ArgumentError(f"rate={self.rate!r} is not in (0, 1); 0.003 changes a weight by three thousandths of its size at most in a step")
+            raise ArgumentError(
+                f"rate={self.rate!r} is not in (0, 1); 0.003 changes a weight by three thousandths of its"
+                " size at most in a step"
+            )
 
 
-#: A restoration of your own: the weight of the kept columns, shape ``[rows, kept]``. It stays whatever error it makes; the report says which.
+#: A restoration of your own: the weight of the kept columns, shape ``[rows, kept]``. It stays whatever error
+#: it makes; the report says which.
 Restoration = Callable[[Problem], Tensor]
 
-#: What a consumer is restored by inside the library: weight, Gram matrices fitted and held out, kept columns, and whether the last of these holds ones.
+#: What a consumer is restored by inside the library: weight, Gram matrices fitted and held out, kept columns,
+#: and whether the last of these holds ones.
 Restore = Callable[[Tensor, Tensor, Tensor | None, Tensor, bool], Restored]
 
 
 def together(blocks: Sequence[Restored]) -> Restored:
-    """The outcome for a consumer of several blocks: weight ``[blocks, rows, columns]``, errors averaged over the blocks."""
-    held = [(block.held_before, block.held_after) for block in blocks if block.held_before is not None and block.held_after is not None]
+    """The outcome for a consumer of several blocks: weight ``[blocks, rows, columns]``, errors averaged over
+    the blocks.
+    """
+    held = [
+        (block.held_before, block.held_after)
+        for block in blocks
+        if block.held_before is not None and block.held_after is not None
+    ]
     return Restored(
         torch.stack([block.weight for block in blocks]),
         _mean([block.error_before for block in blocks]),
@@ -119,26 +142,35 @@ def without_values(outcome: Restored) -> Restored:
     return replace(outcome, weight=outcome.weight.to("meta"))
 
 
-def ridge(weight: Tensor, fitted: Tensor, held: Tensor | None, kept: Tensor, has_ones: bool = False) -> Restored:
-    """``V = W (G + δI)[:, M] (G[M, M] + δI)⁻¹``, which minimises ``‖X(W − V)ᵀ‖²_F + δ‖V − W[:, M]‖²_F`` over weights V on the columns M.
+def ridge(
+    weight: Tensor, fitted: Tensor, held: Tensor | None, kept: Tensor, has_ones: bool = False
+) -> Restored:
+    """``V = W (G + δI)[:, M] (G[M, M] + δI)⁻¹``, which minimises ``‖X(W − V)ᵀ‖²_F + δ‖V − W[:, M]‖²_F`` over
+    weights V on the columns M.
 
-    This is the least-squares restoration of FASP (arXiv 2501.09412, section 3) with a ridge toward the kept weights instead of toward zero: δ → 0 is least
-    squares, δ → ∞ leaves W[:, M] as it is. δ is the one of :data:`GRID`, or ∞, whose solution on the fitted tokens has the least error on those held out, which
-    follows from their Gram matrix. With it V is solved once more on all tokens. Nothing is repaired where that would raise the error over all tokens or
-    over those held out, where none were held out, and where the system cannot be solved.
+    This is the least-squares restoration of FASP (arXiv 2501.09412, section 3) with a ridge toward the kept
+    weights instead of toward zero: δ → 0 is least squares, δ → ∞ leaves W[:, M] as it is. δ is the one of
+    :data:`GRID`, or ∞, whose solution on the fitted tokens has the least error on those held out, which
+    follows from their Gram matrix. With it V is solved once more on all tokens. Nothing is repaired where
+    that would raise the error over all tokens or over those held out, where none were held out, and where the
+    system cannot be solved.
 
     Args:
         weight: shape ``[rows, columns]``.
-        fitted, held: XᵀX over the fitted tokens and over those held out, shape ``[columns, columns]``, symmetric; ``None``: none were held out.
+        fitted, held: XᵀX over the fitted tokens and over those held out, shape ``[columns, columns]``,
+            symmetric; ``None``: none were held out.
         kept: M, the indices of kept columns, shape ``[kept]``.
-        has_ones: whether the last kept column holds ones. The ridge takes it as if it were as large as the columns are in the mean.
+        has_ones: whether the last kept column holds ones. The ridge takes it as if it were as large as the
+            columns are in the mean.
     """
     solver = _Solver(weight, fitted, held, kept, has_ones)
     strength, held_factor = solver.choose()
     return solver.unchanged() if math.isinf(strength) else solver.refit(strength, held_factor)
 
 
-def left_alone(weight: Tensor, fitted: Tensor, held: Tensor | None, kept: Tensor, has_ones: bool = False) -> Restored:
+def left_alone(
+    weight: Tensor, fitted: Tensor, held: Tensor | None, kept: Tensor, has_ones: bool = False
+) -> Restored:
     """The outcome where nothing is repaired; arguments as for :func:`ridge`."""
     return _Solver(weight, fitted, held, kept, has_ones).unchanged()
 
@@ -147,33 +179,54 @@ def restored_by(restoration: Restoration) -> Restore:
     """What a restoration of the user's stands for; arguments of what is returned as for :func:`ridge`.
 
     Raises:
-        ArgumentError: it returned no dense tensor of real numbers, one of another shape, or one that is not finite.
+        ArgumentError: it returned no dense tensor of real numbers, one of another shape, or one that is not
+            finite.
     """
 
-    def restore(weight: Tensor, fitted: Tensor, held: Tensor | None, kept: Tensor, has_ones: bool = False) -> Restored:
+    def restore(
+        weight: Tensor, fitted: Tensor, held: Tensor | None, kept: Tensor, has_ones: bool = False
+    ) -> Restored:
         # Copies: what it does to them in place is its own business.
-        found = restoration(Problem(weight.clone(), fitted.clone(), None if held is None else held.clone(), kept.clone(), has_ones))
+        found = restoration(
+            Problem(
+                weight.clone(), fitted.clone(), None if held is None else held.clone(), kept.clone(), has_ones
+            )
+        )
         expected = (len(weight), len(kept))
         if not isinstance(found, Tensor) or tuple(found.shape) != expected:
-            said = f"a tensor of shape {tuple(found.shape)}" if isinstance(found, Tensor) else f"a {type(found).__name__}"
-            raise ArgumentError(f"restore= returned {said}; it must return the weight of the kept columns, shape {expected}")
+            said = (
+                f"a tensor of shape {tuple(found.shape)}"
+                if isinstance(found, Tensor)
+                else f"a {type(found).__name__}"
+            )
+            raise ArgumentError(
+                f"restore= returned {said}; it must return the weight of the kept columns, shape {expected}"
+            )
         if found.layout is not torch.strided or not found.is_floating_point() or found.device.type == "meta":
-            raise ArgumentError(f"restore= returned a tensor of {found.dtype} ({found.layout}, on {found.device}); it must return a dense one of real numbers")
+            raise ArgumentError(
+                f"restore= returned a tensor of {found.dtype} ({found.layout}, on {found.device}); it must"
+                " return a dense one of real numbers"
+            )
         if not bool(torch.isfinite(found).all()):
-            raise ArgumentError("restore= returned a weight that is not finite; return problem.weight[:, problem.kept] where nothing can be solved")
+            raise ArgumentError(
+                "restore= returned a weight that is not finite; return problem.weight[:, problem.kept] where"
+                " nothing can be solved"
+            )
         return _Solver(weight, fitted, held, kept, False).judged(found)
 
     return restore
 
 
 def damped(weight: Tensor, gram: Tensor, kept: Tensor, strength: float) -> Tensor:
-    """The solution of :func:`ridge` for one strength, which nothing judges; shape ``[rows, columns]``, zero in the removed columns.
+    """The solution of :func:`ridge` for one strength, which nothing judges; shape ``[rows, columns]``, zero
+    in the removed columns.
 
     Args:
         weight: shape ``[rows, columns]``.
         gram: XᵀX, shape ``[columns, columns]``, symmetric, in the precision to solve in.
         kept: as for :func:`ridge`.
-        strength: δ relative to the mean of the Gram matrix's diagonal. Where the system is singular to rounding all the same, nothing is repaired.
+        strength: δ relative to the mean of the Gram matrix's diagonal. Where the system is singular to
+            rounding all the same, nothing is repaired.
     """
     removed = torch.ones(weight.shape[1], dtype=torch.bool, device=weight.device)
     removed[kept] = False
@@ -188,24 +241,35 @@ def damped(weight: Tensor, gram: Tensor, kept: Tensor, strength: float) -> Tenso
 
 
 class _Solver:
-    """One consumer with its columns in the order [M, P], kept and removed, and Gram matrices scaled so that their mean diagonal over all tokens is one.
+    """One consumer with its columns in the order [M, P], kept and removed, and Gram matrices scaled so that
+    their mean diagonal over all tokens is one.
 
     V = W_M + Z with Z = W_P G[P, M] (G[M, M] + δI)⁻¹, so that W − V is −Z on M and W_P on P.
     """
 
-    def __init__(self, weight: Tensor, fitted: Tensor, held: Tensor | None, kept: Tensor, has_ones: bool) -> None:
+    def __init__(
+        self, weight: Tensor, fitted: Tensor, held: Tensor | None, kept: Tensor, has_ones: bool
+    ) -> None:
         self.weight, self.kept, self.count = weight, kept, len(kept)
         self.ones = _size_of_ones(fitted, int(kept[-1])) if has_ones else None
         removed = torch.ones(weight.shape[1], dtype=torch.bool, device=weight.device)
         removed[kept] = False
         order = torch.cat([kept, removed.nonzero()[:, 0]])
         inside, beside = self._ordered(fitted, order), None if held is None else self._ordered(held, order)
-        mean = float(inside.diagonal().mean()) + (float(beside.diagonal().mean()) if beside is not None else 0.0)
+        mean = float(inside.diagonal().mean()) + (
+            float(beside.diagonal().mean()) if beside is not None else 0.0
+        )
         scale = mean if mean > 0 else 1.0
-        self.fitted, self.held = keep(inside.div_(scale)), None if beside is None else keep(beside.div_(scale))
+        self.fitted, self.held = (
+            keep(inside.div_(scale)),
+            (None if beside is None else keep(beside.div_(scale))),
+        )
         self.rows = weight[:, order].to(precise(weight.device))
         rough = self.rows.to(torch.float32)  # for what is only divided by
-        totals, removed_errors = _energies(rough, *self._grams()), [self._removed(self.rows, gram) for gram in self._grams()]
+        totals, removed_errors = (
+            _energies(rough, *self._grams()),
+            [self._removed(self.rows, gram) for gram in self._grams()],
+        )
         self.total = sum(totals)
         self.before = self._relative(sum(removed_errors), self.total)
         self.total_held = None if self.held is None else totals[1]
@@ -229,23 +293,37 @@ class _Solver:
     def judged(self, found: Tensor) -> Restored:
         """A weight of the kept columns with the errors it makes."""
         stored = found.to(self.weight)
-        added, both = stored.to(self.rows) - self.rows[:, : self.count], (self.fitted if self.held is None else self.fitted + self.held)
+        added, both = (
+            stored.to(self.rows) - self.rows[:, : self.count],
+            (self.fitted if self.held is None else self.fitted + self.held),
+        )
         after = self._relative(self._errors(self.rows, added, both.to(self.rows))[0], self.total)
-        held_after = None if self.held is None else self._relative(self._errors(self.rows, added, self.held.to(self.rows))[0], self.total_held)
+        held_after = (
+            None
+            if self.held is None
+            else self._relative(self._errors(self.rows, added, self.held.to(self.rows))[0], self.total_held)
+        )
         return Restored(self._written(stored), self.before, after, self.held_before, held_after, True, 0.0)
 
     def _grams(self) -> list[Tensor]:
         return [self.fitted] if self.held is None else [self.fitted, self.held]
 
     def choose(self) -> tuple[float, float]:
-        """The best strength, and by what factor its solution changes the error on the tokens held out; infinity and 1 where none is better than no repair."""
+        """The best strength, and by what factor its solution changes the error on the tokens held out;
+        infinity and 1 where none is better than no repair.
+        """
         if self.held is None or not 0 < self.count < len(self.fitted):
             return math.inf, 1.0
         # Strengths are compared in float32; what comes of the best is solved and judged anew.
-        rows, fitted, held = (tensor.to(torch.float32) for tensor in (_sketch(self.rows), self.fitted, self.held))
+        rows, fitted, held = (
+            tensor.to(torch.float32) for tensor in (_sketch(self.rows), self.fitted, self.held)
+        )
         before = self._removed(rows, held)
         best, least = math.inf, before
-        for outward in (GRID[_START:], GRID[:_START][::-1]):  # the error has one valley: outward from a usual strength, until it rises
+        for outward in (
+            GRID[_START:],
+            GRID[:_START][::-1],
+        ):  # the error has one valley: outward from a usual strength, until it rises
             last = math.inf
             for strength in outward:
                 added = self._solve(rows, fitted, strength)
@@ -268,13 +346,32 @@ class _Solver:
         start = self.rows[:, : self.count]
         stored = (start + added).to(self.weight.dtype)
         after, held_after = self._errors(self.rows, stored.to(start.dtype) - start, whole, self.held)
-        if not (self._relative(after, self.total) < self.before and self._relative(held_after, self.total_held) < self.held_before):
+        if not (
+            self._relative(after, self.total) < self.before
+            and self._relative(held_after, self.total_held) < self.held_before
+        ):
             return self.unchanged()
-        return Restored(self._written(stored), self.before, self._relative(after, self.total), self.held_before, self.held_before * held_factor, True, strength)
+        return Restored(
+            self._written(stored),
+            self.before,
+            self._relative(after, self.total),
+            self.held_before,
+            self.held_before * held_factor,
+            True,
+            strength,
+        )
 
     def unchanged(self) -> Restored:
         """The kept columns as they are."""
-        return Restored(self._written(self.weight[:, self.kept]), self.before, self.before, self.held_before, self.held_before, False, math.inf)
+        return Restored(
+            self._written(self.weight[:, self.kept]),
+            self.before,
+            self.before,
+            self.held_before,
+            self.held_before,
+            False,
+            math.inf,
+        )
 
     def _solve(self, rows: Tensor, gram: Tensor, strength: float) -> Tensor | None:
         """Z for some rows of W; ``None`` if the system is singular to rounding."""
@@ -325,7 +422,9 @@ def _size_of_ones(gram: Tensor, place: int) -> float:
 
 
 def _sketch(rows: Tensor) -> Tensor:
-    """Random combinations of the rows whose errors are those of all rows in expectation; always the same ones."""
+    """Random combinations of the rows whose errors are those of all rows in expectation; always the same
+    ones.
+    """
     if len(rows) <= SKETCHED:
         return rows
     mix = torch.randn(SKETCHED, len(rows), generator=torch.Generator().manual_seed(0), dtype=torch.float32)

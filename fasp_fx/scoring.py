@@ -1,4 +1,6 @@
-"""Scores: in which order the channel sets of a group go. A score knows weights and statistics, nothing of graphs."""
+"""Scores: in which order the channel sets of a group go. A score knows weights and statistics, nothing of
+graphs.
+"""
 
 from __future__ import annotations
 
@@ -21,11 +23,14 @@ class Columns:
 
     Attributes:
         weight: the consumer as a matrix, shape ``[rows, columns]``.
-        norms: ‖X_j‖₂ of each column's input over the calibration tokens, shape ``[columns]``; ``None`` if nothing was observed.
+        norms: ‖X_j‖₂ of each column's input over the calibration tokens, shape ``[columns]``; ``None`` if
+            nothing was observed.
         gram: a function that returns XᵀX, shape ``[columns, columns]``; ``None`` if nothing was observed.
-        sets: which of the group's channel sets takes a column along, shape ``[columns, axes]``; -1 where none does. A column with several goes with any.
+        sets: which of the group's channel sets takes a column along, shape ``[columns, axes]``; -1 where none
+            does. A column with several goes with any.
         seen: the statistics that the score asked for, by name.
-        centred: as ``gram``, but of X without its columns' means where the consumer adds a bias that a repair changes along, and so gives the means.
+        centred: as ``gram``, but of X without its columns' means where the consumer adds a bias that a repair
+            changes along, and so gives the means.
     """
 
     weight: Tensor
@@ -64,7 +69,8 @@ class Order:
 
     Attributes:
         sets: for each block, its channel sets from the first that goes on, shape ``[blocks, steps]``.
-        losses: the predicted rise of the loss once each block lost 0, 1, 2, … of them, shape ``[steps + 1]``; ``None``: the score does not predict it.
+        losses: the predicted rise of the loss once each block lost 0, 1, 2, … of them, shape ``[steps + 1]``;
+            ``None``: the score does not predict it.
     """
 
     sets: np.ndarray
@@ -75,7 +81,8 @@ class GroupScore(ABC):
     """A score of whole groups; derive from it what a function of single columns cannot say.
 
     Attributes:
-        statistics: what has to be observed beside the Gram matrix, by name; each is made for a block of a consumer with its number of columns.
+        statistics: what has to be observed beside the Gram matrix, by name; each is made for a block of a
+            consumer with its number of columns.
         needs_data: whether calibration data is needed.
     """
 
@@ -87,7 +94,8 @@ class GroupScore(ABC):
         """The order in which a group's channel sets go, at least ``group.deepest`` for each block."""
 
 
-#: the simple kind of score maps one consumer to a value per column, shape ``[columns]``; values of coupled columns and of several consumers are added
+#: the simple kind of score maps one consumer to a value per column, shape ``[columns]``; values of coupled
+#: columns and of several consumers are added
 ColumnScore = Callable[[Columns], Tensor]
 Score = ColumnScore | GroupScore
 
@@ -110,7 +118,9 @@ class Random:
         self.generator = torch.Generator().manual_seed(seed)
 
     def __call__(self, columns: Columns) -> Tensor:
-        return torch.rand(columns.weight.shape[1], generator=self.generator, dtype=torch.float64).to(columns.weight.device)
+        return torch.rand(columns.weight.shape[1], generator=self.generator, dtype=torch.float64).to(
+            columns.weight.device
+        )
 
 
 class ByColumns(GroupScore):
@@ -136,16 +146,21 @@ class ByColumns(GroupScore):
         """
         values = self.score(columns)
         if not isinstance(values, Tensor):
-            raise ArgumentError(f"the score returned a {type(values).__name__}; it must return a tensor with one value per column")
+            raise ArgumentError(
+                f"the score returned a {type(values).__name__}; it must return a tensor with one value per"
+                " column"
+            )
         if tuple(values.shape) != (columns.weight.shape[1],):
             raise ArgumentError(
-                f"the score returned shape {tuple(values.shape)} for a consumer with {columns.weight.shape[1]} columns; it must return one value per column"
+                f"the score returned shape {tuple(values.shape)} for a consumer with"
+                f" {columns.weight.shape[1]} columns; it must return one value per column"
             )
         return values.detach().to("cpu", torch.float64).numpy()
 
 
 def by_set(group: GroupColumns, values_of: Callable[[Columns], np.ndarray]) -> np.ndarray:
-    """The values of all consumers' columns, added up for the channel sets that take them along, shape ``[sets]``.
+    """The values of all consumers' columns, added up for the channel sets that take them along, shape
+    ``[sets]``.
 
     Args:
         values_of: the value of each column, shape ``[columns]``.
@@ -168,5 +183,7 @@ def by_value(group: GroupColumns, values: np.ndarray) -> Order:
         CalibrationError: they are not finite.
     """
     if not np.isfinite(values).all():
-        raise CalibrationError(f"the scores of group '{group.name}' are not finite; check the weights and the calibration data")
+        raise CalibrationError(
+            f"the scores of group '{group.name}' are not finite; check the weights and the calibration data"
+        )
     return Order(np.stack([members[np.argsort(values[members], kind="stable")] for members in group.members]))

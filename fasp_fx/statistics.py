@@ -21,10 +21,12 @@ PADDING, FITTED, HELD = 0, 1, 2
 class Statistic(Protocol):
     """A sum over the tokens of one block of a consumer, so that batches add up.
 
-    Where processes share the batches it also needs ``reduce(add)``, which replaces each of its sums by what ``add`` makes of it (:data:`Add`).
+    Where processes share the batches it also needs ``reduce(add)``, which replaces each of its sums by what
+    ``add`` makes of it (:data:`Add`).
 
     Attributes:
-        needs_gradient: whether the gradient of the loss (:mod:`fasp_fx.losses`) with respect to the tokens is needed.
+        needs_gradient: whether the gradient of the loss (:mod:`fasp_fx.losses`) with respect to the tokens is
+            needed.
     """
 
     needs_gradient: ClassVar[bool]
@@ -34,8 +36,9 @@ class Statistic(Protocol):
 
         Args:
             tokens: the consumer's input, shape ``[tokens, columns]``.
-            gradient: of the summed loss with respect to the tokens as this consumer reads them, of the same shape; ``None`` where it was not asked for
-                or cannot be told (a window that slides, an input that several blocks share).
+            gradient: of the summed loss with respect to the tokens as this consumer reads them, of the same
+                shape; ``None`` where it was not asked for or cannot be told (a window that slides, an input
+                that several blocks share).
             weight: one for each token that counts, zero for padding, shape ``[tokens]``.
         """
 
@@ -48,13 +51,15 @@ MakeStatistic = Callable[[int, torch.device], Statistic]
 
 
 class Gram:
-    """Accumulates ``G = XᵀX`` over tokens, in float32 on the device of the activations (FASP, section 3; DESIGN: sums, so they can be all-reduced).
+    """Accumulates ``G = XᵀX`` over tokens, in float32 on the device of the activations (FASP, section 3;
+    DESIGN: sums, so they can be all-reduced).
 
     Args:
         whole: otherwise the diagonal alone is added up.
 
     Attributes:
-        matrix: the lower triangle of blocks; read the whole through :meth:`symmetric`. Of the diagonal alone, shape ``[columns]``.
+        matrix: the lower triangle of blocks; read the whole through :meth:`symmetric`. Of the diagonal alone,
+            shape ``[columns]``.
         tokens: the number of rows of X seen.
     """
 
@@ -95,7 +100,9 @@ class Gram:
         return self.diagonal().to(torch.float64).clamp_min(0).sqrt()
 
     def symmetric(self, dtype: torch.dtype | None = None) -> Tensor:
-        """The whole matrix, shape ``[columns, columns]``; ``dtype=None``: float64 (float32 on devices without it)."""
+        """The whole matrix, shape ``[columns, columns]``; ``dtype=None``: float64 (float32 on devices without
+        it).
+        """
         lower = self.matrix.tril()
         return (lower + lower.tril(-1).T).to(dtype or precise(self.matrix.device))
 
@@ -154,7 +161,8 @@ class InputGradients:
 
     Since H = gW, the mean is WᵀSW with the covariance S of the gradients g at the consumer's output.
 
-    Where the gradient with respect to the input cannot be told consumer by consumer, the mean square of the gradients at its output is kept alone.
+    Where the gradient with respect to the input cannot be told consumer by consumer, the mean square of the
+    gradients at its output is kept alone.
 
     Attributes:
         tokens: how many gradients were seen.
@@ -200,11 +208,19 @@ class InputGradients:
         return torch.tensor([self.squares]) if self._gram is None else self._gram.diagonal()
 
     def mean_squares(self) -> Tensor | None:
-        """The mean square by column, shape ``[columns]``, float64: the diagonal of :meth:`mean`, and ``None`` where that is."""
-        return None if self._gram is None else self._gram.diagonal().to(torch.float64) / max(self.tokens * self.terms, 1)
+        """The mean square by column, shape ``[columns]``, float64: the diagonal of :meth:`mean`, and ``None``
+        where that is.
+        """
+        return (
+            None
+            if self._gram is None
+            else self._gram.diagonal().to(torch.float64) / max(self.tokens * self.terms, 1)
+        )
 
     def mean(self) -> Tensor | None:
-        """The mean of ``hᵀh`` over tokens, for one term of the loss; ``None`` where gradients were seen at the output alone."""
+        """The mean of ``hᵀh`` over tokens, for one term of the loss; ``None`` where gradients were seen at
+        the output alone.
+        """
         return None if self._gram is None else self._gram.symmetric() / max(self.tokens * self.terms, 1)
 
     def mean_square(self) -> float:

@@ -1,9 +1,11 @@
 """Results on disk: a folder of JSON and safetensors files, without pickle.
 
-``graph.json`` holds the program, ``weights.safetensors`` the parameters and persistent buffers (tied ones once), ``constants.safetensors`` the
-constants and other buffers, ``plan.json``, ``report.json`` and ``signature.json`` what their names say, and ``manifest.json`` the size and SHA-256
-of each file. The sums find damage, not forgery; against a forged folder, everything that torch would evaluate, import or turn into code is checked
-first, as is how much of it there is (see ``fasp_fx/_store/_untrusted.py``). Operators run as they are named, so load only what you would also run.
+``graph.json`` holds the program, ``weights.safetensors`` the parameters and persistent buffers (tied ones
+once), ``constants.safetensors`` the constants and other buffers, ``plan.json``, ``report.json`` and
+``signature.json`` what their names say, and ``manifest.json`` the size and SHA-256 of each file. The sums
+find damage, not forgery; against a forged folder, everything that torch would evaluate, import or turn into
+code is checked first, as is how much of it there is (see ``fasp_fx/_store/_untrusted.py``). Operators run as
+they are named, so load only what you would also run.
 """
 
 from __future__ import annotations
@@ -24,12 +26,15 @@ from .errors import ArgumentError
 
 @one_at_a_time
 @in_usual_modes
-def load(path: str | Path, *, model: nn.Module | None = None, device: torch.device | str | None = None) -> Result:
+def load(
+    path: str | Path, *, model: nn.Module | None = None, device: torch.device | str | None = None
+) -> Result:
     """Read a result that :func:`save` wrote.
 
     Args:
         path: the folder.
-        model: for a model that was pruned in parts, the dense one, whose code runs between them; its weights do not matter, and it is left as it was.
+        model: for a model that was pruned in parts, the dense one, whose code runs between them; its weights
+            do not matter, and it is left as it was.
         device: where the model shall be; ``None``: where it was, or where ``model`` is.
 
     Raises:
@@ -43,7 +48,9 @@ def load(path: str | Path, *, model: nn.Module | None = None, device: torch.devi
     if is_parts(folder):
         return load_parts(folder, model, target)
     if model is not None:
-        raise ArgumentError(f"'{folder}' is no result that was pruned in parts, so it needs no model; leave model= out")
+        raise ArgumentError(
+            f"'{folder}' is no result that was pruned in parts, so it needs no model; leave model= out"
+        )
     return load_program(folder, target)
 
 

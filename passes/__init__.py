@@ -1,7 +1,8 @@
 """The only code that changes a program: small passes and the pipeline that verifies after each.
 
-Every pass is a function ``ExportedProgram -> ExportedProgram``; those that touch no weight (``PinAttentionScale``, ``KeepDenseCount``,
-``PadValueHeads``) are ``torch.fx`` ``PassBase`` too. ``Prune(plan)`` is all of them in order.
+Every pass is a function ``ExportedProgram -> ExportedProgram``; those that touch no weight
+(``PinAttentionScale``, ``KeepDenseCount``, ``PadValueHeads``) are ``torch.fx`` ``PassBase`` too.
+``Prune(plan)`` is all of them in order.
 """
 
 from __future__ import annotations

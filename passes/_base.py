@@ -1,4 +1,6 @@
-"""What a pass is, and how one is used alone: in a chain of exported programs, and in torch's own pass manager where it only touches the graph."""
+"""What a pass is, and how one is used alone: in a chain of exported programs, and in torch's own pass manager
+where it only touches the graph.
+"""
 
 from __future__ import annotations
 
@@ -26,13 +28,15 @@ if TYPE_CHECKING:
 class Pass(ABC):
     """A rewrite of a program.
 
-    Called with an ``ExportedProgram`` it returns another, verified (see :class:`~fasp_fx.passes.Pipeline`), and so stands in any chain of
-    such functions.
+    Called with an ``ExportedProgram`` it returns another, verified (see :class:`~fasp_fx.passes.Pipeline`),
+    and so stands in any chain of such functions.
 
     Attributes:
         name: appears in error messages and in ``node.meta["fasp_fx_pass"]`` of the nodes it wrote.
-        removal: what it removes: a plan, or for every channel number of the analysis whether it goes; ``None`` if that is nothing to it.
-        renumbers: whether the rewritten program has weights of its own, so that what follows needs a new analysis.
+        removal: what it removes: a plan, or for every channel number of the analysis whether it goes;
+            ``None`` if that is nothing to it.
+        renumbers: whether the rewritten program has weights of its own, so that what follows needs a new
+            analysis.
     """
 
     name: str
@@ -61,7 +65,8 @@ class Pass(ABC):
 class GraphPass(Pass, PassBase):
     """A pass that touches no weight: usable in ``torch.fx.passes.infra.pass_manager.PassManager`` as well.
 
-    There its precondition is a graph of ATen operators whose placeholders carry ``node.meta["val"]``, as ``torch.export`` makes them.
+    There its precondition is a graph of ATen operators whose placeholders carry ``node.meta["val"]``, as
+    ``torch.export`` makes them.
     """
 
     @overload
@@ -74,14 +79,24 @@ class GraphPass(Pass, PassBase):
         Raises:
             VerificationError: names the pass and the node.
         """
-        return Pass.__call__(self, given) if isinstance(given, ExportedProgram) else PassBase.__call__(self, given)
+        return (
+            Pass.__call__(self, given)
+            if isinstance(given, ExportedProgram)
+            else PassBase.__call__(self, given)
+        )
 
     def requires(self, graph_module: fx.GraphModule) -> None:
         for node in graph_module.graph.nodes:
             if node.op in ("call_module", "call_method"):
-                raise VerificationError(f"pass '{self.name}' failed: node '{node.name}' is a {node.op}; pass a graph of operators, as torch.export makes it")
+                raise VerificationError(
+                    f"pass '{self.name}' failed: node '{node.name}' is a {node.op}; pass a graph of"
+                    " operators, as torch.export makes it"
+                )
             if node.op == "placeholder" and "val" not in node.meta:
-                raise VerificationError(f"pass '{self.name}' failed: node '{node.name}' has no recorded value in node.meta['val']; export the model first")
+                raise VerificationError(
+                    f"pass '{self.name}' failed: node '{node.name}' has no recorded value in"
+                    " node.meta['val']; export the model first"
+                )
 
     def call(self, graph_module: fx.GraphModule) -> PassResult:
         program = Program(graph_module, CallSignature(inspect.Signature(), (), {}), ((), {}))

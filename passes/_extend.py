@@ -1,8 +1,9 @@
-"""Hold a program that a foreign pass has written against the analysis, and let the analysis speak of the weights that it brought.
+"""Hold a program that a foreign pass has written against the analysis, and let the analysis speak of the
+weights that it brought.
 
-A new weight has no channels that the analysis knows. It gets numbers of its own, which belong to whatever they meet: a bias that a fusion
-has made goes with the rows of the weight it is added to. Two channel sets that a new weight would join were free of each other before;
-that is a fault like any other.
+A new weight has no channels that the analysis knows. It gets numbers of its own, which belong to whatever
+they meet: a bias that a fusion has made goes with the rows of the weight it is added to. Two channel sets
+that a new weight would join were free of each other before; that is a fault like any other.
 """
 
 from __future__ import annotations
@@ -31,7 +32,9 @@ def extend(program: Program, reference: Analysis) -> Analysis:
     """
     numbering, walk = _walk(program, reference)
     known = len(reference.labels) if reference.known is None else reference.known
-    extended = replace(reference, numbering=numbering, labels=_labels(program, reference, numbering, walk), known=known)
+    extended = replace(
+        reference, numbering=numbering, labels=_labels(program, reference, numbering, walk), known=known
+    )
     hold(walk, program, extended)
     program.walked = (program.module, extended, walk)
     return extended
@@ -42,7 +45,9 @@ def _walk(program: Program, reference: Analysis) -> tuple[Numbering, Walk]:
     while True:
         numbering = reference.numbering.open(blocked)
         walk = walk_strictly(program, reference, numbering, grows=True)
-        missing = {place: blocks for place, blocks in walk.facts.blocks.items() if place not in numbering.blocked}
+        missing = {
+            place: blocks for place, blocks in walk.facts.blocks.items() if place not in numbering.blocked
+        }
         if not missing:
             return numbering, walk
         blocked |= missing
@@ -53,13 +58,29 @@ def _labels(program: Program, reference: Analysis, numbering: Numbering, walk: W
     old, sets = len(reference.labels), int(reference.labels.max(initial=-1)) + 1
     vertex = np.concatenate([reference.labels, np.arange(sets, sets + numbering.total - old)])
     last = last_ones(program, reference)
-    meet([(a[both], b[both], node) for a, b, node in walk.facts.pairs if (both := (a < old) & (b < old)).any()], vertex, last, numbering)
-    edges = [(vertex[a][free], vertex[b][free], node) for a, b, node in walk.facts.pairs if (free := _free(vertex[a], vertex[b], last)).any()]
+    meet(
+        [
+            (a[both], b[both], node)
+            for a, b, node in walk.facts.pairs
+            if (both := (a < old) & (b < old)).any()
+        ],
+        vertex,
+        last,
+        numbering,
+    )
+    edges = [
+        (vertex[a][free], vertex[b][free], node)
+        for a, b, node in walk.facts.pairs
+        if (free := _free(vertex[a], vertex[b], last)).any()
+    ]
     component = _components(edges, len(edges), sets + numbering.total - old)
     first_set = np.full(int(component.max(initial=-1)) + 1, -1, dtype=np.int64)
     joined = np.bincount(component[:sets], minlength=len(first_set)) > 1
     if joined.any():
-        raise VerificationError(f"node '{_joining(edges, component.size, sets).name}' brings together channels which were not coupled before")
+        raise VerificationError(
+            f"node '{_joining(edges, component.size, sets).name}' brings together channels which were not"
+            " coupled before"
+        )
     first_set[component[:sets]] = np.arange(sets)
     fresh = np.unique(component[sets:][first_set[component[sets:]] < 0])
     first_set[fresh] = sets + np.arange(len(fresh))
@@ -75,7 +96,10 @@ def _free(first: np.ndarray, second: np.ndarray, last: np.ndarray) -> np.ndarray
 def _components(edges: Pairs, count: int, total: int) -> np.ndarray:
     first = np.concatenate([np.zeros(0, dtype=np.int64), *(a for a, _, _ in edges[:count])])
     second = np.concatenate([np.zeros(0, dtype=np.int64), *(b for _, b, _ in edges[:count])])
-    return connected_components(coo_matrix((np.ones(len(first), dtype=np.int8), (first, second)), shape=(total, total)), directed=False)[1].astype(np.int64)
+    return connected_components(
+        coo_matrix((np.ones(len(first), dtype=np.int8), (first, second)), shape=(total, total)),
+        directed=False,
+    )[1].astype(np.int64)
 
 
 def _joining(edges: Pairs, total: int, sets: int) -> fx.Node:

@@ -29,11 +29,13 @@ from ._extend import extend
 class Foreign:
     """A foreign pass: a ``PassBase``, or a function of a ``GraphModule`` or of an ``ExportedProgram``.
 
-    A graph pass is given a copy of the program as a graph of ATen operators, with weights as ``get_attr`` nodes and up-to-date ``node.meta["val"]``; it
-    changes the copy, or returns a ``GraphModule`` or a ``PassResult``.
+    A graph pass is given a copy of the program as a graph of ATen operators, with weights as ``get_attr``
+    nodes and up-to-date ``node.meta["val"]``; it changes the copy, or returns a ``GraphModule`` or a
+    ``PassResult``.
 
-    Precondition of what it does: a weight that keeps its name keeps its shape and the meaning of its rows and columns (new values are its own affair); a
-    weight laid out otherwise gets another name. Postcondition: see :class:`~fasp_fx.passes.Pipeline`.
+    Precondition of what it does: a weight that keeps its name keeps its shape and the meaning of its rows and
+    columns (new values are its own affair); a weight laid out otherwise gets another name. Postcondition: see
+    :class:`~fasp_fx.passes.Pipeline`.
 
     Attributes:
         call: the pass.
@@ -47,7 +49,10 @@ class Foreign:
 
     def __post_init__(self) -> None:
         if not callable(self.call):
-            raise ArgumentError(f"{self.call!r} is not a pass; pass one of fasp_fx.passes, a PassBase, or a function of a GraphModule or of an ExportedProgram")
+            raise ArgumentError(
+                f"{self.call!r} is not a pass; pass one of fasp_fx.passes, a PassBase, or a function of a"
+                " GraphModule or of an ExportedProgram"
+            )
 
     @property
     def name(self) -> str:
@@ -64,7 +69,9 @@ class Foreign:
             VerificationError: the pass failed, or its program is not the one it was given; names the node.
         """
         rewritten = self._on_exported(program) if self._takes_exported() else self._on_graph(program)
-        rewritten.numbers.update({name: numbers for name, numbers in program.numbers.items() if name in rewritten.weights()})
+        rewritten.numbers.update(
+            {name: numbers for name, numbers in program.numbers.items() if name in rewritten.weights()}
+        )
         extended = extend(rewritten, analysis)
         if tolerance != 0:
             _same_values(program, rewritten, tolerance)
@@ -77,7 +84,10 @@ class Foreign:
             first = next(iter(inspect.signature(self.call).parameters.values()), None)
         except (TypeError, ValueError):
             return False
-        return first is not None and (first.annotation is ExportedProgram or str(first.annotation).rpartition(".")[2] == "ExportedProgram")
+        return first is not None and (
+            first.annotation is ExportedProgram
+            or str(first.annotation).rpartition(".")[2] == "ExportedProgram"
+        )
 
     def _called(self, given: Any) -> Any:
         try:
@@ -92,26 +102,44 @@ class Foreign:
         record(copy.module)
         before = {node.name: node.target for node in copy.module.graph.nodes}
         returned = self._called(copy.module)
-        module = returned.graph_module if isinstance(returned, PassResult) else copy.module if returned is None else returned
+        module = (
+            returned.graph_module
+            if isinstance(returned, PassResult)
+            else copy.module
+            if returned is None
+            else returned
+        )
         if not isinstance(module, fx.GraphModule):
-            raise VerificationError(f"it returned {type(module).__name__}; a graph pass returns a GraphModule, a PassResult or None")
+            raise VerificationError(
+                f"it returned {type(module).__name__}; a graph pass returns a GraphModule, a PassResult or"
+                " None"
+            )
         module.graph.lint()
         self._stamp(module.graph, before)
         copy.numbers.clear()
-        module.graph.set_codegen(program.module.graph._codegen)  # a pass that copies the graph forgets how inputs and outputs are nested
+        module.graph.set_codegen(
+            program.module.graph._codegen
+        )  # a pass that copies the graph forgets how inputs and outputs are nested
         copy.module = graph_module(module, module.graph, module.meta)
         _same_shapes(program, copy)
         if is_plain_graph(module.graph):
             record(copy.module)
             return copy
-        return recapture(copy, export_again(copy.module, copy.example))  # operators of another dialect: torch.add, a call of a module
+        return recapture(
+            copy, export_again(copy.module, copy.example)
+        )  # operators of another dialect: torch.add, a call of a module
 
     def _on_exported(self, program: Program) -> Program:
-        _, exported = finish(program, trace=True)  # a pass that traces again changes no name then, and what it wrote is told by names
+        _, exported = finish(
+            program, trace=True
+        )  # a pass that traces again changes no name then, and what it wrote is told by names
         before = {node.name: node.target for node in exported.graph.nodes}
         returned = self._called(exported)
         if not isinstance(returned, ExportedProgram):
-            raise VerificationError(f"it returned {type(returned).__name__}; a pass of an ExportedProgram returns an ExportedProgram")
+            raise VerificationError(
+                f"it returned {type(returned).__name__}; a pass of an ExportedProgram returns an"
+                " ExportedProgram"
+            )
         self._stamp(returned.graph, before)
         rewritten = recapture(replace(program, numbers={}), returned)
         _same_shapes(program, rewritten)
@@ -130,7 +158,8 @@ def _same_shapes(before: Program, after: Program) -> None:
     for name, tensor in before.weights().items():
         if name in weights and weights[name].shape != tensor.shape:
             raise VerificationError(
-                f"weight '{name}' had shape {tuple(tensor.shape)} and now has {tuple(weights[name].shape)}; a weight laid out otherwise needs another name"
+                f"weight '{name}' had shape {tuple(tensor.shape)} and now has {tuple(weights[name].shape)}; a"
+                " weight laid out otherwise needs another name"
             )
 
 
@@ -148,7 +177,9 @@ def _same_values(before: Program, after: Program, tolerance: float | None) -> No
     try:
         found, expected = _outputs(after), _outputs(before)
     except (RuntimeError, IndexError, TypeError) as error:
-        raise VerificationError(f"the program no longer runs on its example inputs: {first_line(error)}") from error
+        raise VerificationError(
+            f"the program no longer runs on its example inputs: {first_line(error)}"
+        ) from error
     for index, (a, b) in enumerate(zip(found, expected, strict=True)):
         if not isinstance(b, Tensor):
             continue
@@ -160,10 +191,13 @@ def _same_values(before: Program, after: Program, tolerance: float | None) -> No
         scale = b.abs().nan_to_num(0, 0, 0).max().clamp_min(torch.finfo(b.dtype).tiny)
         if not bool(torch.isclose(a, b, rtol=0, atol=allowed * float(scale), equal_nan=True).all()):
             raise VerificationError(
-                f"output {index} differs by {float((a - b).abs().max() / scale):.1e} of its largest value on the example inputs, more than {allowed:.1e}; "
-                "a pass that changes values on purpose needs Pipeline(tolerance=…)"
+                f"output {index} differs by {float((a - b).abs().max() / scale):.1e} of its largest value on"
+                f" the example inputs, more than {allowed:.1e}; a pass that changes values on purpose needs"
+                " Pipeline(tolerance=…)"
             )
 
 
 def _described(value: Any) -> str:
-    return f"{value.dtype} of shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
+    return (
+        f"{value.dtype} of shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
+    )

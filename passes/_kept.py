@@ -17,7 +17,8 @@ if TYPE_CHECKING:
 
 
 def gone_from(removal: PruningPlan | np.ndarray, program: Program, analysis: Analysis) -> np.ndarray:
-    """For every channel number of the analysis, whether the removal takes it; weights that a foreign pass brought go with the channels they met.
+    """For every channel number of the analysis, whether the removal takes it; weights that a foreign pass
+    brought go with the channels they met.
 
     Raises:
         VerificationError: channels of the program are gone already.
@@ -27,7 +28,10 @@ def gone_from(removal: PruningPlan | np.ndarray, program: Program, analysis: Ana
         for dim, own in enumerate(numbers):
             slot = analysis.numbering.get(name, dim)
             if own is not None and slot is not None and own.numel() < slot.size:
-                raise VerificationError(f"channels of '{name}' are gone already; this pass comes before any removal, and a removal comes once")
+                raise VerificationError(
+                    f"channels of '{name}' are gone already; this pass comes before any removal, and a"
+                    " removal comes once"
+                )
     gone = gone_of(removal, analysis) if isinstance(removal, PruningPlan) else removal
     sets = analysis.labels[: len(gone)][gone]
     return np.concatenate([gone, np.isin(analysis.labels[len(gone) :], sets)])
@@ -49,20 +53,27 @@ class Kept:
         for axis in value.at(dim):
             keep = ~self.gone[axis.numbers]
             mask = keep if mask is None else mask & keep
-        return None if mask is None or bool(mask.all()) else mask.movedim(dim, -1).reshape(-1, mask.shape[dim])
+        return (
+            None if mask is None or bool(mask.all()) else mask.movedim(dim, -1).reshape(-1, mask.shape[dim])
+        )
 
     def touches(self, value: Value) -> bool:
         """Whether the tensor loses any position."""
         return any(self._mask(value, axis.dim) is not None for axis in value.axes)
 
     def before(self, value: Value, dim: int, position: int) -> int:
-        """How many positions stay among the first ``position`` along ``dim``; the same in every row, or the layout is broken."""
+        """How many positions stay among the first ``position`` along ``dim``; the same in every row, or the
+        layout is broken.
+        """
         mask = self._mask(value, dim)
         if mask is None:
             return position
         counts = mask[:, :position].sum(-1)
         if bool((counts != counts[0]).any()):
-            raise VerificationError(f"unequal numbers of channels would stay in the rows of a tensor of shape {value.shape} along dimension {dim}")
+            raise VerificationError(
+                f"unequal numbers of channels would stay in the rows of a tensor of shape {value.shape} along"
+                f" dimension {dim}"
+            )
         return int(counts[0])
 
     def size(self, value: Value, dim: int) -> int:
@@ -70,12 +81,21 @@ class Kept:
         return self.before(value, dim, value.shape[dim])
 
     def factors(self, value: Value, dim: int, count: int, first: bool) -> int:
-        """How many of the ``count`` parts of a dimension keep any position; ``first``: parts are runs of neighbours, else every ``count``-th."""
+        """How many of the ``count`` parts of a dimension keep any position; ``first``: parts are runs of
+        neighbours, else every ``count``-th.
+        """
         mask = self._mask(value, dim)
         if mask is None:
             return count
-        parts = mask.reshape(mask.shape[0], count, -1) if first else mask.reshape(mask.shape[0], -1, count).transpose(1, 2)
+        parts = (
+            mask.reshape(mask.shape[0], count, -1)
+            if first
+            else mask.reshape(mask.shape[0], -1, count).transpose(1, 2)
+        )
         left = parts.any(-1).sum(-1)
         if bool((left != left[0]).any()):
-            raise VerificationError(f"unequal numbers of groups would stay in the rows of a tensor of shape {value.shape} along dimension {dim}")
+            raise VerificationError(
+                f"unequal numbers of groups would stay in the rows of a tensor of shape {value.shape} along"
+                f" dimension {dim}"
+            )
         return int(left[0])

@@ -1,4 +1,6 @@
-"""Weights of which a model takes ranges of rows apart before it uses them (``w_q, w_kv = weight.split([d, 2 * d])``): each range becomes a weight."""
+"""Weights of which a model takes ranges of rows apart before it uses them (``w_q, w_kv = weight.split([d, 2 *
+d])``): each range becomes a weight.
+"""
 
 from __future__ import annotations
 
@@ -23,10 +25,11 @@ _Piece = tuple[fx.Node, range]
 
 
 def take_apart(program: Program, analysis: Analysis, stuck: np.ndarray, by: str) -> Program:
-    """Give each range of rows a weight of its own, where all of a weight is used so and its rows are among the channel sets ``stuck``.
+    """Give each range of rows a weight of its own, where all of a weight is used so and its rows are among
+    the channel sets ``stuck``.
 
-    The new weights, named ``<weight>_0``, ``<weight>_1`` … where these names are free, are recorded in ``program.parts``. Returns the same program if
-    there is nothing to do.
+    The new weights, named ``<weight>_0``, ``<weight>_1`` … where these names are free, are recorded in
+    ``program.parts``. Returns the same program if there is nothing to do.
     """
     found = _packed(program, analysis, stuck)
     if not found:
@@ -49,7 +52,9 @@ def take_apart(program: Program, analysis: Analysis, stuck: np.ndarray, by: str)
             with program.module.graph.inserting_before(at):
                 at.replace_all_uses_with(stamp(program.module.graph.get_attr(new), by))
     gone = {name for name, _, _ in found}
-    program.module.graph.eliminate_dead_code(lambda node: node.is_impure() or (node.op == "get_attr" and node.target not in gone))
+    program.module.graph.eliminate_dead_code(
+        lambda node: node.is_impure() or (node.op == "get_attr" and node.target not in gone)
+    )
     for name in gone:
         delete_weight(program, name)
     return program
@@ -63,7 +68,9 @@ def delete_weight(program: Program, name: str) -> None:
 
 
 def _packed(program: Program, analysis: Analysis, stuck: np.ndarray) -> list[tuple[str, int, list[_Piece]]]:
-    """The weights to be taken apart, along which dimension, and the ranges; each is used in one place, by one name."""
+    """The weights to be taken apart, along which dimension, and the ranges; each is used in one place, by one
+    name.
+    """
     looked_up = program.module.graph.find_nodes(op="get_attr")
     aliases, uses = program.aliases(), Counter(node.target for node in looked_up)
     found = []
@@ -73,7 +80,11 @@ def _packed(program: Program, analysis: Analysis, stuck: np.ndarray) -> list[tup
         alone = uses[node.target] == 1 and len(aliases.get(name, ())) == 1 and name not in program.parts
         for dim in range(weight.dim()) if alone and isinstance(weight, nn.Parameter) and _taken(node) else ():
             slot = analysis.numbering.get(name, dim)
-            if slot is not None and slot.block_dim is None and np.isin(analysis.labels[slot.base : slot.base + slot.size], stuck).any():
+            if (
+                slot is not None
+                and slot.block_dim is None
+                and np.isin(analysis.labels[slot.base : slot.base + slot.size], stuck).any()
+            ):
                 pieces = _pieces(node, dim, slot.base, analysis)
                 if pieces is not None:
                     found.append((name, dim, pieces))
@@ -81,7 +92,9 @@ def _packed(program: Program, analysis: Analysis, stuck: np.ndarray) -> list[tup
 
 
 def _pieces(weight: fx.Node, dim: int, base: int, analysis: Analysis) -> list[_Piece] | None:
-    """The nodes that take ranges along ``dim``, in order, if they take all of it, none of it twice, and nothing else is made of the weight."""
+    """The nodes that take ranges along ``dim``, in order, if they take all of it, none of it twice, and
+    nothing else is made of the weight.
+    """
     shape = tuple(weight.meta["val"].shape)
     pieces: list[_Piece] = []
     for taken in _taken(weight):
@@ -89,7 +102,11 @@ def _pieces(weight: fx.Node, dim: int, base: int, analysis: Analysis) -> list[_P
         if not isinstance(value, Value) or len(value.shape) != len(shape):
             return None
         along = value.at(dim)
-        if any(a != b for d, (a, b) in enumerate(zip(value.shape, shape, strict=True)) if d != dim) or len(along) != 1 or along[0].varying() != [dim]:
+        if (
+            any(a != b for d, (a, b) in enumerate(zip(value.shape, shape, strict=True)) if d != dim)
+            or len(along) != 1
+            or along[0].varying() != [dim]
+        ):
             return None
         numbers = along[0].numbers.reshape(-1).numpy() - base
         rows = range(int(numbers[0]), int(numbers[0]) + len(numbers))

@@ -19,25 +19,35 @@ from ._run import Step, run, run_exported
 class Pipeline:
     """Runs passes in order and verifies the program after each. Its input stays as it was.
 
-    Our passes are held against the channel numbers of the analysis (:func:`~fasp_fx.passes.verify`). A foreign pass is, too: every node executes,
-    outputs keep their shapes, channels meet that met before, none meets an operator without a rule that was free; weights it brought get numbers of
-    their own, which go with the channels they meet. What no analysis can see, such as another value, is seen on the example inputs: each output stays
-    within ``tolerance``. Nodes that a pass wrote, ours or foreign, carry its name in ``node.meta["fasp_fx_pass"]``.
+    Our passes are held against the channel numbers of the analysis (:func:`~fasp_fx.passes.verify`). A
+    foreign pass is, too: every node executes, outputs keep their shapes, channels meet that met before, none
+    meets an operator without a rule that was free; weights it brought get numbers of their own, which go with
+    the channels they meet. What no analysis can see, such as another value, is seen on the example inputs:
+    each output stays within ``tolerance``. Nodes that a pass wrote, ours or foreign, carry its name in
+    ``node.meta["fasp_fx_pass"]``.
 
     Args:
-        passes: our passes, ``PassBase`` instances, functions of a ``GraphModule`` (returning one, a ``PassResult``, or ``None``) or of an
-            ``ExportedProgram`` (recognised by the annotation of the first parameter, or wrapped in ``Foreign(…, exported=True)``).
+        passes: our passes, ``PassBase`` instances, functions of a ``GraphModule`` (returning one, a
+            ``PassResult``, or ``None``) or of an ``ExportedProgram`` (recognised by the annotation of the
+            first parameter, or wrapped in ``Foreign(…, exported=True)``).
         reference: the analysis of the program the pipeline starts from, where that is no exported program.
-        tolerance: what a foreign pass may change of an output, as a fraction of its largest value; ``None``: the square root of the output type's
-            precision (3e-4 for float32); 0: outputs are not compared.
+        tolerance: what a foreign pass may change of an output, as a fraction of its largest value; ``None``:
+            the square root of the output type's precision (3e-4 for float32); 0: outputs are not compared.
     """
 
     def __init__(
-        self, passes: Sequence[Pass | Pipeline | Foreign | Callable[[Any], Any]], reference: Analysis | None = None, tolerance: float | None = None
+        self,
+        passes: Sequence[Pass | Pipeline | Foreign | Callable[[Any], Any]],
+        reference: Analysis | None = None,
+        tolerance: float | None = None,
     ) -> None:
         self.passes: list[Step] = []
         for step in passes:
-            self.passes += step.passes if isinstance(step, Pipeline) else [step if isinstance(step, (Pass, Foreign)) else Foreign(step)]
+            self.passes += (
+                step.passes
+                if isinstance(step, Pipeline)
+                else [step if isinstance(step, (Pass, Foreign)) else Foreign(step)]
+            )
         self.reference, self.tolerance = reference, tolerance
 
     @overload
@@ -48,14 +58,19 @@ class Pipeline:
         """Run all passes; returns the given object if there was nothing to do.
 
         Raises:
-            VerificationError: a pass failed or left a program that does not compute what the analysis says; names the pass and the node.
+            VerificationError: a pass failed or left a program that does not compute what the analysis says;
+                names the pass and the node.
             PlanError: a pass follows a plan for another model.
-            ArgumentError, CaptureError: the exported program cannot be read (it carries no example inputs, say).
+            ArgumentError, CaptureError: the exported program cannot be read (it carries no example inputs,
+                say).
         """
         if isinstance(program, ExportedProgram):
             return run_exported(self.passes, program, self.tolerance)
         if self.reference is None:
-            raise ArgumentError("Pipeline needs the analysis of the program it starts from: pass reference=, or call it with an ExportedProgram")
+            raise ArgumentError(
+                "Pipeline needs the analysis of the program it starts from: pass reference=, or call it with"
+                " an ExportedProgram"
+            )
         return run(self.passes, program, self.reference, self.tolerance)
 
 

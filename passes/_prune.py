@@ -22,8 +22,9 @@ if TYPE_CHECKING:
 class Prune(Pipeline):
     """Apply a plan: ``Prune(plan)(exported)`` is an exported program without the plan's channels.
 
-    Precondition: the program is of the model that the plan was made for; foreign passes may have run on it in the same pipeline.
-    Postcondition: it computes what the dense program computes with the removed activations at zero (with ``restored``: those weights in place of its own).
+    Precondition: the program is of the model that the plan was made for; foreign passes may have run on it in
+    the same pipeline. Postcondition: it computes what the dense program computes with the removed activations
+    at zero (with ``restored``: those weights in place of its own).
 
     Args:
         removal: the plan; inside the library also the channel numbers that go.
@@ -31,5 +32,19 @@ class Prune(Pipeline):
         reference: as for :class:`Pipeline`.
     """
 
-    def __init__(self, removal: PruningPlan | np.ndarray, restored: dict[str, Tensor] | None = None, reference: Analysis | None = None) -> None:
-        super().__init__([PinAttentionScale(), RestoreWeights(restored or {}), KeepDenseCount(removal), RemoveChannels(removal), PadValueHeads()], reference)
+    def __init__(
+        self,
+        removal: PruningPlan | np.ndarray,
+        restored: dict[str, Tensor] | None = None,
+        reference: Analysis | None = None,
+    ) -> None:
+        super().__init__(
+            [
+                PinAttentionScale(),
+                RestoreWeights(restored or {}),
+                KeepDenseCount(removal),
+                RemoveChannels(removal),
+                PadValueHeads(),
+            ],
+            reference,
+        )

@@ -39,7 +39,9 @@ class Rewriting(Protocol):
 Step = Rewriting | Foreign
 
 
-def run(steps: Sequence[Step], program: Program, analysis: Analysis, tolerance: float | None = None) -> Program:
+def run(
+    steps: Sequence[Step], program: Program, analysis: Analysis, tolerance: float | None = None
+) -> Program:
     """Run steps in order; the same program if there was nothing to do.
 
     Args:
@@ -47,13 +49,17 @@ def run(steps: Sequence[Step], program: Program, analysis: Analysis, tolerance: 
         tolerance: as for :class:`~fasp_fx.passes.Pipeline`.
 
     Raises:
-        VerificationError: a step failed, or left a program that does not compute what the analysis says; names the step and the node.
+        VerificationError: a step failed, or left a program that does not compute what the analysis says;
+            names the step and the node.
     """
     stale = False
     for step in steps:
         with _named(step.name):
             if stale:
-                analysis, stale = analyze_program(program, None, analysis.granularity, analysis.include), False
+                analysis, stale = (
+                    analyze_program(program, None, analysis.granularity, analysis.include),
+                    False,
+                )
             if isinstance(step, Foreign):
                 program, analysis = step.run(program, analysis, tolerance)
                 continue
@@ -64,7 +70,9 @@ def run(steps: Sequence[Step], program: Program, analysis: Analysis, tolerance: 
     return program
 
 
-def run_exported(steps: Sequence[Step], exported: ExportedProgram, tolerance: float | None = None) -> ExportedProgram:
+def run_exported(
+    steps: Sequence[Step], exported: ExportedProgram, tolerance: float | None = None
+) -> ExportedProgram:
     """Run steps on an exported program; the same object if there was nothing to do.
 
     Raises:
@@ -76,20 +84,28 @@ def run_exported(steps: Sequence[Step], exported: ExportedProgram, tolerance: fl
     program = capture(exported, fold=plan is not None)  # without a plan, no weight becomes another
     if plan is not None:
         check_fingerprint(plan, program_fingerprint(program))
-    start = analysis_for(program, plan, split=split_fused if plan is not None and (plan.splits or plan.copies) else None)
+    start = analysis_for(
+        program, plan, split=split_fused if plan is not None and (plan.splits or plan.copies) else None
+    )
     rewritten = run(steps, start.program, start, tolerance)
     return exported if rewritten is start.program else finish(rewritten)[1]
 
 
-def analysis_for(program: Program, removal: Removal, split: Callable[[Program, Analysis], Program | None] | None = None) -> Analysis:
-    """The analysis under which a removal speaks of a program; ``split`` as for :func:`~fasp_fx.analysis.analyze_program`."""
+def analysis_for(
+    program: Program, removal: Removal, split: Callable[[Program, Analysis], Program | None] | None = None
+) -> Analysis:
+    """The analysis under which a removal speaks of a program; ``split`` as for
+    :func:`~fasp_fx.analysis.analyze_program`.
+    """
     if isinstance(removal, PruningPlan):
         return analyze_program(program, split, removal.granularity, removal.include)
     return analyze_program(program, split)
 
 
 def split_fused(program: Program, analysis: Analysis) -> Program | None:
-    """Part what stands in the way: tables that groups share which may be pruned, then fused producers; ``None`` if there is nothing to do."""
+    """Part what stands in the way: tables that groups share which may be pruned, then fused producers;
+    ``None`` if there is nothing to do.
+    """
     for name, step in ((_unshare.NAME, _unshare.unshare), (NAME, split)):
         with _named(name):
             rewritten = _verified(step, program, analysis)
@@ -103,11 +119,15 @@ def _plan_of(steps: Sequence[Step]) -> PruningPlan | None:
     removals = [step.removal for step in steps if not isinstance(step, Foreign)]
     plans = {id(removal): removal for removal in removals if isinstance(removal, PruningPlan)}
     if len(plans) > 1:
-        raise ArgumentError("the passes of one pipeline follow one plan; use a pipeline for each, one after the other")
+        raise ArgumentError(
+            "the passes of one pipeline follow one plan; use a pipeline for each, one after the other"
+        )
     return next(iter(plans.values()), None)
 
 
-def _verified(rewrite: Callable[[Program, Analysis], Program], program: Program, analysis: Analysis) -> Program:
+def _verified(
+    rewrite: Callable[[Program, Analysis], Program], program: Program, analysis: Analysis
+) -> Program:
     rewritten = rewrite(program, analysis)
     if rewritten is not program:
         rewritten.module.graph.lint()

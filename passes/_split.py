@@ -1,8 +1,9 @@
 """Split a fused producer by rows, where a layout ties prunable channels to others.
 
-``linear(x, W)`` viewed as ``[heads, 3, d]`` cannot lose rows of the third part alone. Where every path from the product takes out one
-part by mere movement, each part gets a product of its own with the rows it takes, in the order it takes them. A weight of which the model takes
-ranges of rows apart by itself becomes several weights first.
+``linear(x, W)`` viewed as ``[heads, 3, d]`` cannot lose rows of the third part alone. Where every path from
+the product takes out one part by mere movement, each part gets a product of its own with the rows it takes,
+in the order it takes them. A weight of which the model takes ranges of rows apart by itself becomes several
+weights first.
 """
 
 from __future__ import annotations
@@ -33,11 +34,15 @@ _ADD = torch.ops.aten.add.Tensor
 
 @dataclass(frozen=True)
 class _Part:
-    """One tensor taken out of the product: its node, its rows in order, and how its dimensions come from the product's."""
+    """One tensor taken out of the product: its node, its rows in order, and how its dimensions come from the
+    product's.
+    """
 
     node: fx.Node
     rows: np.ndarray
-    sources: tuple[int | None, ...]  # per dimension: a leading dimension of the product, -1 for channels, None for size 1
+    sources: tuple[
+        int | None, ...
+    ]  # per dimension: a leading dimension of the product, -1 for channels, None for size 1
 
 
 def split(program: Program, analysis: Analysis) -> Program:
@@ -57,7 +62,9 @@ def split(program: Program, analysis: Analysis) -> Program:
         splitter.split(program, nodes, use, chain, parts)
     gone = {name for use, chain, _ in plans for name in _weights_of(chain, use)}
     # A node without users can be a second name of a tied weight, which must stay.
-    program.module.graph.eliminate_dead_code(lambda node: node.is_impure() or (node.op == "get_attr" and node.target not in gone))
+    program.module.graph.eliminate_dead_code(
+        lambda node: node.is_impure() or (node.op == "get_attr" and node.target not in gone)
+    )
     for name in gone:
         _delete_unused(program, name)
     return program
@@ -84,19 +91,35 @@ class _Splitter:
             value = self.analysis.walk.values[use.node]
             if not isinstance(value, Value):
                 continue  # an operator with several results has no rows that could be told apart
-            numbers = np.concatenate([axis.numbers.reshape(-1).numpy() for axis in value.axes]) if value.axes else np.zeros(0, dtype=np.int64)
+            numbers = (
+                np.concatenate([axis.numbers.reshape(-1).numpy() for axis in value.axes])
+                if value.axes
+                else np.zeros(0, dtype=np.int64)
+            )
             if np.isin(self.analysis.labels[numbers[numbers >= 0]], stuck).any():
                 found.append(use)
         return found
 
     def plan(self, use: Use) -> tuple[Use, list[fx.Node], list[_Part]] | None:
         canonical = self.analysis.program.canonical()
-        users = [n for n in self.analysis.program.module.graph.find_nodes(op="get_attr") if canonical[n.target] == use.weight]
+        users = [
+            n
+            for n in self.analysis.program.module.graph.find_nodes(op="get_attr")
+            if canonical[n.target] == use.weight
+        ]
         value = self.analysis.walk.values[use.node]
         rows = value.axes[0] if len(value.axes) == 1 else None
-        if len(attribute(self.analysis.program.module, use.weight).shape) != 2 or use.columns.shape[0] != 1 or use.columns.shape[2] != 1:
+        if (
+            len(attribute(self.analysis.program.module, use.weight).shape) != 2
+            or use.columns.shape[0] != 1
+            or use.columns.shape[2] != 1
+        ):
             return None  # only matrices are split so far
-        if len(users) != 1 or len(users[0].users) != 1 or len(self.analysis.program.aliases()[use.weight]) != 1:
+        if (
+            len(users) != 1
+            or len(users[0].users) != 1
+            or len(self.analysis.program.aliases()[use.weight]) != 1
+        ):
             return None
         if rows is None or rows.varying() != [len(value.shape) - 1] or not _cloneable(use):
             return None
@@ -114,7 +137,12 @@ class _Splitter:
         while len(chain[-1].users) == 1:
             (user,) = chain[-1].users
             others = [n for n in user.all_input_nodes if n is not chain[-1]]
-            if user.target is not _ADD or len(others) != 1 or others[0].op != "get_attr" or len(self.analysis.walk.values[others[0]].shape) != 1:
+            if (
+                user.target is not _ADD
+                or len(others) != 1
+                or others[0].op != "get_attr"
+                or len(self.analysis.walk.values[others[0]].shape) != 1
+            ):
                 break
             chain.append(user)
         return chain
@@ -131,9 +159,15 @@ class _Splitter:
             for user in node.users:
                 value = self.analysis.walk.values.get(user)
                 carried = [self._carry(user, label) for label in at_node]
-                if any(label is None for label in carried) or len({id(v) for v in user.all_input_nodes if _is_tensor(self.analysis, v)}) != 1:
+                if (
+                    any(label is None for label in carried)
+                    or len({id(v) for v in user.all_input_nodes if _is_tensor(self.analysis, v)}) != 1
+                ):
                     return None
-                if not all(_holds_at_every_size(user, label, size) for label, size in zip(carried, sizes, strict=True)):
+                if not all(
+                    _holds_at_every_size(user, label, size)
+                    for label, size in zip(carried, sizes, strict=True)
+                ):
                     return None
                 if isinstance(value, Value):
                     numbers = value.axes[0].numbers if len(value.axes) == 1 else None
@@ -149,11 +183,18 @@ class _Splitter:
         return found
 
     def _carry(self, node: fx.Node, label: Any) -> Any:
-        """A label tensor moved the way ``node`` moves its input at every size, or ``None`` if the node does anything but move."""
+        """A label tensor moved the way ``node`` moves its input at every size, or ``None`` if the node does
+        anything but move.
+        """
         if node.target is operator.getitem and isinstance(label, (list, tuple)):
             return label[arguments(node)["1"]]
         rule = lookup(node.target)
-        if rule is None or rule.moves != "self" or not isinstance(label, Tensor) or not _moves_alike(node, rule):
+        if (
+            rule is None
+            or rule.moves != "self"
+            or not isinstance(label, Tensor)
+            or not _moves_alike(node, rule)
+        ):
             return None
         try:
             return run_on_numbers(node, label, self.analysis.walk.values)
@@ -162,7 +203,9 @@ class _Splitter:
 
     # --- rewriting
 
-    def split(self, program: Program, nodes: dict[str, fx.Node], use: Use, chain: list[fx.Node], parts: list[_Part]) -> None:
+    def split(
+        self, program: Program, nodes: dict[str, fx.Node], use: Use, chain: list[fx.Node], parts: list[_Part]
+    ) -> None:
         graph = program.module.graph
         base_of_weight = self.analysis.numbering.slot_of(int(parts[0].rows.min())).base
         for index, part in enumerate(parts):
@@ -215,10 +258,18 @@ class _Splitter:
         for dim in lead:
             at = part.sources.index(dim)
             dynamic = isinstance(recorded[at], torch.SymInt)
-            sizes.append(stamp(graph.call_function(torch.ops.aten.sym_size.int, (product, dim)), self.name) if dynamic else value.shape[at])
+            sizes.append(
+                stamp(graph.call_function(torch.ops.aten.sym_size.int, (product, dim)), self.name)
+                if dynamic
+                else value.shape[at]
+            )
         sizes += [value.shape[dim] for dim, source in enumerate(part.sources) if source == -1]
         node = stamp(graph.call_function(torch.ops.aten.view.default, (product, sizes)), self.name)
-        present = [("lead", source) if source != -1 else ("own", dim) for dim, source in enumerate(part.sources) if source is not None]
+        present = [
+            ("lead", source) if source != -1 else ("own", dim)
+            for dim, source in enumerate(part.sources)
+            if source is not None
+        ]
         laid = [("lead", dim) for dim in lead] + [("own", dim) for dim in order[len(lead) :]]
         permutation = [laid.index(item) for item in present]
         if permutation != sorted(permutation):
@@ -248,25 +299,33 @@ def _is_tensor(analysis: Analysis, node: fx.Node) -> bool:
 
 
 def _moves_alike(node: fx.Node, rule: Rule) -> bool:
-    """Whether a node moves what it is given in the same way at every size, or its shape tells how it does, as that of a view or a cut.
+    """Whether a node moves what it is given in the same way at every size, or its shape tells how it does, as
+    that of a view or a cut.
 
-    What is padded on one side by an amount that a size decides, and cut by as much on the other, keeps its shape and is shifted.
+    What is padded on one side by an amount that a size decides, and cut by as much on the other, keeps its
+    shape and is shifted.
     """
     if any(rule.all(keyword) for keyword in ("shape", "span")):
         return True
     others = [value for name, value in arguments(node).items() if name != rule.moves]
-    return not any(isinstance(leaf, fx.Node) and is_dynamic(leaf.meta.get("val")) for leaf in pytree.tree_leaves(others))
+    return not any(
+        isinstance(leaf, fx.Node) and is_dynamic(leaf.meta.get("val")) for leaf in pytree.tree_leaves(others)
+    )
 
 
 def _holds_at_every_size(node: fx.Node, label: Any, size: Any) -> bool:
-    """Whether a leading dimension of the product lies, whole and in order, along one dimension of what a node gives, whatever its size.
+    """Whether a leading dimension of the product lies, whole and in order, along one dimension of what a node
+    gives, whatever its size.
 
-    Labels show where it lies at the small sizes of the analysis alone, at which a single window may hold all tokens, and a cut may leave them all.
+    Labels show where it lies at the small sizes of the analysis alone, at which a single window may hold all
+    tokens, and a cut may leave them all.
     """
     recorded = node.meta.get("val")
     if isinstance(label, (list, tuple)):
         found = recorded if isinstance(recorded, (list, tuple)) else ()
-        return len(found) == len(label) and all(_lies_along(one, made, size) for one, made in zip(label, found, strict=True))
+        return len(found) == len(label) and all(
+            _lies_along(one, made, size) for one, made in zip(label, found, strict=True)
+        )
     return _lies_along(label, recorded, size)
 
 
@@ -276,8 +335,9 @@ def _lies_along(label: Any, recorded: Any, size: Any) -> bool:
     moved = Axis.of(label)
     if moved is None:  # one element, which nothing can move
         return isinstance(size, int) and size == 1
-    (dim, *others) = moved.varying()
-    # Written alike, and not merely equal by what the capture assumed: an exporter can take a number of windows for one.
+    dim, *others = moved.varying()
+    # Written alike, and not merely equal by what the capture assumed: an exporter can take a number of
+    # windows for one.
     if others or str(recorded.shape[dim]) != str(size):
         return False
     return torch.equal(moved.numbers.reshape(-1), torch.arange(label.shape[dim]))
@@ -290,7 +350,11 @@ def _part(node: fx.Node, value: Value, labels: list[Tensor]) -> _Part | None:
         moved = Axis.of(label)
         if moved is None:
             continue
-        if moved.varying() != [moved.dim] or sources[moved.dim] is not None or not torch.equal(moved.numbers.reshape(-1), torch.arange(value.shape[moved.dim])):
+        if (
+            moved.varying() != [moved.dim]
+            or sources[moved.dim] is not None
+            or not torch.equal(moved.numbers.reshape(-1), torch.arange(value.shape[moved.dim]))
+        ):
             return None
         sources[moved.dim] = lead
     if any(source is None and size != 1 for source, size in zip(sources, value.shape, strict=True)):

@@ -1,7 +1,8 @@
 """Give each attention a table of its own, where what several of them share is computed from buffers alone.
 
-All layers of a Llama turn queries and keys by one table of cosines and sines, so that a pair of channels could go from all layers only, or from none. The table
-depends on positions and on one buffer of frequencies: computed for each layer from a copy of the buffer, it gives the same numbers, and each layer can lose the
+All layers of a Llama turn queries and keys by one table of cosines and sines, so that a pair of channels
+could go from all layers only, or from none. The table depends on positions and on one buffer of frequencies:
+computed for each layer from a copy of the buffer, it gives the same numbers, and each layer can lose the
 pairs that matter least to it.
 """
 
@@ -42,24 +43,34 @@ _Reading = tuple[fx.Node, fx.Node]
 def unshare(program: Program, analysis: Analysis) -> Program:
     """Copy the tables that alone couple groups which are read by no weight, for each of these groups.
 
-    Precondition: the analysis is that of the program. Postcondition: no two such groups, if they are to be pruned, are coupled by a table alone; the copies of
-    buffers bear the name of the first weight of their group, and are recorded in ``program.copies``. Tables that are large beside the weights stay shared.
+    Precondition: the analysis is that of the program. Postcondition: no two such groups, if they are to be
+    pruned, are coupled by a table alone; the copies of buffers bear the name of the first weight of their
+    group, and are recorded in ``program.copies``. Tables that are large beside the weights stay shared.
     """
     tables = _tables(analysis)
     if not tables:
         return program
-    readings = [(node, user) for node in tables for user in node.users if user not in tables and _numbers(analysis, user).size]
+    readings = [
+        (node, user)
+        for node in tables
+        for user in node.users
+        if user not in tables and _numbers(analysis, user).size
+    ]
     sharing = _sharing(program, analysis, tables, readings)
-    held = sum(attribute(program.module, target_name(node)).numel() for node in tables if node.op == "get_attr")
+    held = sum(
+        attribute(program.module, target_name(node)).numel() for node in tables if node.op == "get_attr"
+    )
     if not sharing or len(sharing) * held > _ROOM * sum(map(Tensor.numel, program.weights().values())):
         return program
     return _copied(program, analysis, tables, sharing)[0]
 
 
 def share_again(program: Program) -> Program:
-    """Compute copies of a table that are left with the same channels once; the same program if there are none.
+    """Compute copies of a table that are left with the same channels once; the same program if there are
+    none.
 
-    What it returns computes what it is given computes, and has no channel numbers that an analysis of before could follow.
+    What it returns computes what it is given computes, and has no channel numbers that an analysis of before
+    could follow.
     """
     if not program.copies:
         return program
@@ -70,7 +81,14 @@ def share_again(program: Program) -> Program:
     for node in [node for node in graph.nodes if node.meta.get(WRITTEN_BY) == NAME]:
         if node.op == "get_attr":
             source, value = sources[target_name(node)], attribute(program.module, target_name(node))
-            same = next((other for name, known, other in held if name == source and known.shape == value.shape and torch.equal(known, value)), None)
+            same = next(
+                (
+                    other
+                    for name, known, other in held
+                    if name == source and known.shape == value.shape and torch.equal(known, value)
+                ),
+                None,
+            )
             if same is None:
                 held.append((source, value, node))
         else:
@@ -89,7 +107,9 @@ def share_again(program: Program) -> Program:
 
 
 def _tables(analysis: Analysis) -> dict[fx.Node, None]:
-    """The nodes that carry channels of groups which no weight reads, and carry them from buffers alone, in graph order."""
+    """The nodes that carry channels of groups which no weight reads, and carry them from buffers alone, in
+    graph order.
+    """
     sets = [group.sets for group in analysis.groups if group.status in analysis.include and not group.uses]
     if not sets:
         return {}
@@ -99,9 +119,15 @@ def _tables(analysis: Analysis) -> dict[fx.Node, None]:
         if not np.isin(analysis.labels[_numbers(analysis, node)], wanted).any():
             continue
         if node.op == "get_attr":
-            if target_name(node) not in written and not isinstance(attribute(analysis.program.module, target_name(node)), nn.Parameter):
+            if target_name(node) not in written and not isinstance(
+                attribute(analysis.program.module, target_name(node)), nn.Parameter
+            ):
                 found[node] = None
-        elif node.op == "call_function" and is_pure(node) and all(read in found or not _numbers(analysis, read).size for read in node.all_input_nodes):
+        elif (
+            node.op == "call_function"
+            and is_pure(node)
+            and all(read in found or not _numbers(analysis, read).size for read in node.all_input_nodes)
+        ):
             found[node] = None
     return found
 
@@ -109,14 +135,25 @@ def _tables(analysis: Analysis) -> dict[fx.Node, None]:
 def _numbers(analysis: Analysis, node: fx.Node) -> np.ndarray:
     """All channel numbers that a node carries."""
     values = pytree.tree_leaves(analysis.walk.values.get(node), is_leaf=lambda leaf: isinstance(leaf, Value))
-    axes = [axis.numbers.reshape(-1).numpy() for value in values if isinstance(value, Value) for axis in value.axes]
+    axes = [
+        axis.numbers.reshape(-1).numpy()
+        for value in values
+        if isinstance(value, Value)
+        for axis in value.axes
+    ]
     numbers = np.concatenate(axes) if axes else np.zeros(0, dtype=np.int64)
     return numbers[numbers >= 0]
 
 
-def _sharing(program: Program, analysis: Analysis, tables: Iterable[fx.Node], readings: list[_Reading]) -> dict[str, list[_Reading]]:
-    """Which readings must go on sharing a table since something else couples them, by the first weight that they are coupled with; nothing if all must."""
-    apart, copies = _copied(program, analysis, tables, {str(index): [reading] for index, reading in enumerate(readings)})
+def _sharing(
+    program: Program, analysis: Analysis, tables: Iterable[fx.Node], readings: list[_Reading]
+) -> dict[str, list[_Reading]]:
+    """Which readings must go on sharing a table since something else couples them, by the first weight that
+    they are coupled with; nothing if all must.
+    """
+    apart, copies = _copied(
+        program, analysis, tables, {str(index): [reading] for index, reading in enumerate(readings)}
+    )
     numbering, walk = walk_program(replace(apart, numbers={}), False, False)
     labels = label_sets(numbering.total, walk.facts.pairs)
     coupled = nx.Graph()
@@ -131,7 +168,9 @@ def _sharing(program: Program, analysis: Analysis, tables: Iterable[fx.Node], re
     found: dict[str, list[_Reading]] = {}
     for component in nx.connected_components(coupled):
         first = min((weights[label] for label in component if label in weights), default="")
-        found.setdefault(first, []).extend(readings[int(index)] for index in sorted(item for item in component if isinstance(item, str)))
+        found.setdefault(first, []).extend(
+            readings[int(index)] for index in sorted(item for item in component if isinstance(item, str))
+        )
     held = _families(tables)
     families = [{held[node] for node, _ in together} for together in found.values()]
     return found if any(a & b for index, a in enumerate(families) for b in families[:index]) else {}
@@ -146,8 +185,12 @@ def _families(tables: Iterable[fx.Node]) -> dict[fx.Node, int]:
     return {node: number for number, family in enumerate(nx.connected_components(graph)) for node in family}
 
 
-def _copied(program: Program, analysis: Analysis, tables: Iterable[fx.Node], parties: Mapping[str, list[_Reading]]) -> tuple[Program, dict[str, set[str]]]:
-    """A program in which the readings of each party read copies of the tables, made for them; and the names of the buffers copied for each."""
+def _copied(
+    program: Program, analysis: Analysis, tables: Iterable[fx.Node], parties: Mapping[str, list[_Reading]]
+) -> tuple[Program, dict[str, set[str]]]:
+    """A program in which the readings of each party read copies of the tables, made for them; and the names
+    of the buffers copied for each.
+    """
     program = program.copy()
     names: dict[str, set[str]] = {}
     graph = program.module.graph

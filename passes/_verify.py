@@ -1,9 +1,9 @@
 """Hold a rewritten program against the analysis of the program it came from.
 
-The rewritten program is interpreted on the *original* channel numbers of the rows and columns that its weights still have. Channels that
-meet must belong to the same channel set as they did before; nothing may meet a position that it did not meet before; every node must
-execute; outputs keep their shapes. A weight cut at the wrong rows, a size left unchanged, a swapped order: each makes numbers meet that
-were never coupled.
+The rewritten program is interpreted on the *original* channel numbers of the rows and columns that its
+weights still have. Channels that meet must belong to the same channel set as they did before; nothing may
+meet a position that it did not meet before; every node must execute; outputs keep their shapes. A weight cut
+at the wrong rows, a size left unchanged, a swapped order: each makes numbers meet that were never coupled.
 """
 
 from __future__ import annotations
@@ -51,7 +51,9 @@ def walk_of(program: Program, reference: Analysis) -> Walk:
 
 
 def walk_strictly(program: Program, reference: Analysis, numbering: Numbering, grows: bool = False) -> Walk:
-    """Interpret a rewritten program; ``grows``: weights that were not there before get numbers of their own, else they are refused."""
+    """Interpret a rewritten program; ``grows``: weights that were not there before get numbers of their own,
+    else they are refused.
+    """
     before = reference.program
     return Interpreter(
         program.module,
@@ -87,7 +89,9 @@ def hold(walk: Walk, program: Program, reference: Analysis) -> None:
 
 
 def _mistaken(pairs: Pairs, labels: np.ndarray, last: np.ndarray) -> np.ndarray:
-    """The channel sets that the last ones are taken for: they stand for these from then on, and prove nothing either."""
+    """The channel sets that the last ones are taken for: they stand for these from then on, and prove nothing
+    either.
+    """
     met = [np.stack([labels[first], labels[second]]) for first, second, _ in pairs]
     both = np.concatenate(met, axis=1) if met else np.zeros((2, 0), dtype=np.int64)
     return np.unique(both[:, (both[0] != both[1]) & np.isin(both, last).any(0)])
@@ -100,20 +104,24 @@ def meet(pairs: Pairs, labels: np.ndarray, last: np.ndarray, numbering: Numberin
         VerificationError: names the node and the channels.
     """
     for first, second, node in pairs:
-        wrong = np.nonzero((labels[first] != labels[second]) & ~np.isin(labels[first], last) & ~np.isin(labels[second], last))[0]
+        wrong = np.nonzero(
+            (labels[first] != labels[second]) & ~np.isin(labels[first], last) & ~np.isin(labels[second], last)
+        )[0]
         if wrong.size:
             a, b = numbering.slot_of(int(first[wrong[0]])), numbering.slot_of(int(second[wrong[0]]))
             raise VerificationError(
-                f"node '{node.name}' ({node.target}) brings together channel {int(first[wrong[0]]) - a.base} of {a} and channel "
-                f"{int(second[wrong[0]]) - b.base} of {b}, which were not coupled before"
+                f"node '{node.name}' ({node.target}) brings together channel {int(first[wrong[0]]) - a.base}"
+                f" of {a} and channel {int(second[wrong[0]]) - b.base} of {b}, which were not coupled before"
             )
 
 
 def last_ones(program: Program, reference: Analysis) -> np.ndarray:
-    """The channel sets that are the only ones left of their block, or of a part of it that the graph takes out (a slice, a split).
+    """The channel sets that are the only ones left of their block, or of a part of it that the graph takes
+    out (a slice, a split).
 
-    A dimension of one position, or of one channel repeated, looks like a dimension without channels, and what is left of a box of which one
-    dimension became 1 looks like channels of another dimension, so that what they meet proves nothing.
+    A dimension of one position, or of one channel repeated, looks like a dimension without channels, and what
+    is left of a box of which one dimension became 1 looks like channels of another dimension, so that what
+    they meet proves nothing.
     """
     gone = _gone(program, reference)
     found: list[int] = []
@@ -127,7 +135,9 @@ def last_ones(program: Program, reference: Analysis) -> np.ndarray:
 
 
 def _gone(program: Program, reference: Analysis) -> np.ndarray:
-    """Whether each channel set is gone. A block that went as a whole takes numbers of sets along of which other blocks may still hold the rest."""
+    """Whether each channel set is gone. A block that went as a whole takes numbers of sets along of which
+    other blocks may still hold the rest.
+    """
     cut, with_blocks, kept = [], [], []
     for name, numbers in program.numbers.items():
         for dim, left in enumerate(numbers):
@@ -140,7 +150,9 @@ def _gone(program: Program, reference: Analysis) -> np.ndarray:
                 with_blocks.append(rows[~stays.any(1)].reshape(-1))
     gone = np.zeros(int(reference.labels.max(initial=-1)) + 1, dtype=bool)
     if cut:
-        cut_sets, block_sets, kept_sets = (reference.labels[np.concatenate(found)] for found in (cut, with_blocks, kept))
+        cut_sets, block_sets, kept_sets = (
+            reference.labels[np.concatenate(found)] for found in (cut, with_blocks, kept)
+        )
         gone[cut_sets] = True
         gone[np.setdiff1d(block_sets, kept_sets)] = True
     return gone
@@ -162,8 +174,11 @@ def _alone_in_parts(reference: Analysis, gone: np.ndarray) -> list[np.ndarray]:
     return found
 
 
-def _subset(kind: str, found: list[Remark], allowed: list[Remark], labels: np.ndarray, last: np.ndarray) -> None:
-    # What a node says of the last ones it says of all that they meet there, and of neither for a reason of their own.
+def _subset(
+    kind: str, found: list[Remark], allowed: list[Remark], labels: np.ndarray, last: np.ndarray
+) -> None:
+    # What a node says of the last ones it says of all that they meet there, and of neither for a reason of
+    # their own.
     misled = {(remark.node, remark.reason) for remark in found if np.isin(labels[remark.numbers], last).any()}
     also = [labels[remark.numbers] for remark in found if (remark.node, remark.reason) in misled]
     before = np.unique(np.concatenate([last, *also, *(labels[remark.numbers] for remark in allowed)]))

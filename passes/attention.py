@@ -23,14 +23,19 @@ _ATTENTION = torch.ops.aten.scaled_dot_product_attention.default
 class PinAttentionScale(GraphPass):
     """Write out attention's implicit scale, 1/√(head width), before the width changes.
 
-    Precondition: query heads have the width that the scale is meant for; :class:`RemoveChannels` refuses to narrow those without an explicit scale.
-    Postcondition: every fused attention has an explicit ``scale``; the results are the same.
+    Precondition: query heads have the width that the scale is meant for; :class:`RemoveChannels` refuses to
+    narrow those without an explicit scale. Postcondition: every fused attention has an explicit ``scale``;
+    the results are the same.
     """
 
     name = "pin_attention_scale"
 
     def rewrite(self, program: Program, analysis: Analysis) -> Program:
-        implicit = [node for node in program.module.graph.find_nodes(op="call_function", target=_ATTENTION) if node.kwargs.get("scale") is None]
+        implicit = [
+            node
+            for node in program.module.graph.find_nodes(op="call_function", target=_ATTENTION)
+            if node.kwargs.get("scale") is None
+        ]
         if not implicit:
             return program
         walk = walk_of(program, analysis)
@@ -44,11 +49,12 @@ class PinAttentionScale(GraphPass):
 
 
 class PadValueHeads(GraphPass):
-    """Pad value heads with zeros to the width of the query heads, and slice the result; or query and key heads to that of the value heads.
+    """Pad value heads with zeros to the width of the query heads, and slice the result; or query and key
+    heads to that of the value heads.
 
-    Fused attention kernels want query, key and value heads of one width; a narrower one leaves them for a slower path.
-    Precondition: none; it comes last, once the widths are settled.
-    Postcondition: every fused attention has equal widths; the results are those of the unpadded program.
+    Fused attention kernels want query, key and value heads of one width; a narrower one leaves them for a
+    slower path. Precondition: none; it comes last, once the widths are settled. Postcondition: every fused
+    attention has equal widths; the results are those of the unpadded program.
     """
 
     name = "pad_value_heads"
@@ -64,7 +70,10 @@ class PadValueHeads(GraphPass):
         }
         if not narrow:
             return program
-        ranks = {node.name: walk.executed[node].dim() for node in program.module.graph.find_nodes(op="call_function", target=_ATTENTION)}
+        ranks = {
+            node.name: walk.executed[node].dim()
+            for node in program.module.graph.find_nodes(op="call_function", target=_ATTENTION)
+        }
         program = program.copy()
         graph = program.module.graph
         for node in graph.find_nodes(op="call_function", target=_ATTENTION):
@@ -74,11 +83,20 @@ class PadValueHeads(GraphPass):
             if query < value:
                 for index in (0, 1):
                     with graph.inserting_before(node):
-                        wide = graph.call_function(torch.ops.aten.constant_pad_nd.default, (node.args[index], [0, value - query], 0.0))
+                        wide = graph.call_function(
+                            torch.ops.aten.constant_pad_nd.default,
+                            (node.args[index], [0, value - query], 0.0),
+                        )
                         node.update_arg(index, stamp(wide, self.name, node))
                 continue
             with graph.inserting_before(node):
-                padded = stamp(graph.call_function(torch.ops.aten.constant_pad_nd.default, (node.args[2], [0, query - value], 0.0)), self.name, node)
+                padded = stamp(
+                    graph.call_function(
+                        torch.ops.aten.constant_pad_nd.default, (node.args[2], [0, query - value], 0.0)
+                    ),
+                    self.name,
+                    node,
+                )
             with graph.inserting_after(node):
                 cut = stamp(
                     graph.call_function(torch.ops.aten.slice.Tensor, (node, ranks[node.name] - 1, 0, value)),

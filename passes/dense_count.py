@@ -1,7 +1,7 @@
 """Keep means over channels what they were once some of the channels are gone.
 
-In the dense model whose producers are zero there, a mean divides by the dense count, and so does the variance of a layer norm, to which
-each zero contributes the square of the mean.
+In the dense model whose producers are zero there, a mean divides by the dense count, and so does the variance
+of a layer norm, to which each zero contributes the square of the mean.
 """
 
 from __future__ import annotations
@@ -30,8 +30,9 @@ _ATEN = torch.ops.aten
 class KeepDenseCount(GraphPass):
     """Precondition: no channel has been removed yet.
 
-    Postcondition: with the channels of ``removal`` removed, means, layer norms and norms by mean squares over them divide by the dense count. Other
-    operators that mix channels (softmax, group norm) work on what is left.
+    Postcondition: with the channels of ``removal`` removed, means, layer norms and norms by mean squares over
+    them divide by the dense count. Other operators that mix channels (softmax, group norm) work on what is
+    left.
 
     Args:
         removal: a plan, or a boolean for each channel number of the analysis.
@@ -44,14 +45,24 @@ class KeepDenseCount(GraphPass):
 
     def rewrite(self, program: Program, analysis: Analysis) -> Program:
         kept, walk = Kept(gone_from(self.removal, program, analysis)), walk_of(program, analysis)
-        shares = {node.name: share for node in program.module.graph.nodes if (share := _share(node, kept, walk)) != 1.0}
+        shares = {
+            node.name: share
+            for node in program.module.graph.nodes
+            if (share := _share(node, kept, walk)) != 1.0
+        }
         if not shares:
             return program
-        dtypes = {node.name: walk.executed[node.all_input_nodes[0]].dtype for node in program.module.graph.nodes if node.name in shares}
+        dtypes = {
+            node.name: walk.executed[node.all_input_nodes[0]].dtype
+            for node in program.module.graph.nodes
+            if node.name in shares
+        }
         program = program.copy()
         for node in list(program.module.graph.nodes):
             if node.name in shares:
-                _REWRITES[node.target](program.module.graph, node, shares[node.name], dtypes[node.name], self.name)
+                _REWRITES[node.target](
+                    program.module.graph, node, shares[node.name], dtypes[node.name], self.name
+                )
         return program
 
 
@@ -97,9 +108,15 @@ def _layer_norm(graph: fx.Graph, node: fx.Node, share: float, dtype: torch.dtype
     wide, narrow = _widened(write, given["input"], dtype)
     mean = write(_ATEN.mul.Tensor, write(_ATEN.mean.dim, wide, dims, True), share)
     centred = write(_ATEN.sub.Tensor, wide, mean)
-    square = write(_ATEN.mul.Tensor, write(_ATEN.mean.dim, write(_ATEN.mul.Tensor, centred, centred), dims, True), share)
-    variance = write(_ATEN.add.Tensor, square, write(_ATEN.mul.Tensor, write(_ATEN.mul.Tensor, mean, mean), 1.0 - share))
-    result = write(_ATEN.mul.Tensor, centred, write(_ATEN.rsqrt.default, write(_ATEN.add.Tensor, variance, given["eps"])))
+    square = write(
+        _ATEN.mul.Tensor, write(_ATEN.mean.dim, write(_ATEN.mul.Tensor, centred, centred), dims, True), share
+    )
+    variance = write(
+        _ATEN.add.Tensor, square, write(_ATEN.mul.Tensor, write(_ATEN.mul.Tensor, mean, mean), 1.0 - share)
+    )
+    result = write(
+        _ATEN.mul.Tensor, centred, write(_ATEN.rsqrt.default, write(_ATEN.add.Tensor, variance, given["eps"]))
+    )
     _finish(write, node, result, given, narrow)
 
 
@@ -108,7 +125,9 @@ def _rms_norm(graph: fx.Graph, node: fx.Node, share: float, dtype: torch.dtype, 
     dims = list(range(-len(given["normalized_shape"]), 0))
     eps = given["eps"] if given["eps"] is not None else torch.finfo(dtype).eps
     wide, narrow = _widened(write, given["input"], dtype)
-    square = write(_ATEN.mul.Tensor, write(_ATEN.mean.dim, write(_ATEN.mul.Tensor, wide, wide), dims, True), share)
+    square = write(
+        _ATEN.mul.Tensor, write(_ATEN.mean.dim, write(_ATEN.mul.Tensor, wide, wide), dims, True), share
+    )
     result = write(_ATEN.mul.Tensor, wide, write(_ATEN.rsqrt.default, write(_ATEN.add.Tensor, square, eps)))
     _finish(write, node, result, given, narrow)
 
@@ -120,7 +139,9 @@ def _widened(write: _Writer, source: fx.Node, dtype: torch.dtype) -> tuple[fx.No
     return write(_ATEN.to.dtype, source, torch.float32), dtype
 
 
-def _finish(write: _Writer, node: fx.Node, result: fx.Node, given: dict[str, Any], narrow: torch.dtype | None) -> None:
+def _finish(
+    write: _Writer, node: fx.Node, result: fx.Node, given: dict[str, Any], narrow: torch.dtype | None
+) -> None:
     if narrow is not None:
         result = write(_ATEN.to.dtype, result, narrow)
     for operator, name in ((_ATEN.mul.Tensor, "weight"), (_ATEN.add.Tensor, "bias")):
@@ -130,4 +151,9 @@ def _finish(write: _Writer, node: fx.Node, result: fx.Node, given: dict[str, Any
     write.graph.erase_node(node)
 
 
-_REWRITES = {_ATEN.mean.dim: _mean, _ATEN.mean.default: _mean, _ATEN.layer_norm.default: _layer_norm, _ATEN.rms_norm.default: _rms_norm}
+_REWRITES = {
+    _ATEN.mean.dim: _mean,
+    _ATEN.mean.default: _mean,
+    _ATEN.layer_norm.default: _layer_norm,
+    _ATEN.rms_norm.default: _rms_norm,
+}

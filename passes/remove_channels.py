@@ -31,13 +31,16 @@ _ATTENTION = torch.ops.aten.scaled_dot_product_attention.default
 
 
 class RemoveChannels(Pass):
-    """Precondition: no channel has been removed yet; attention whose query heads get narrower has its scale pinned (:class:`PinAttentionScale`). Where
-    the removal mixes channels (``include=("approximate",)``), :class:`KeepDenseCount` has run, or means are taken over what is left.
+    """Precondition: no channel has been removed yet; attention whose query heads get narrower has its scale
+    pinned (:class:`PinAttentionScale`). Where the removal mixes channels (``include=("approximate",)``),
+    :class:`KeepDenseCount` has run, or means are taken over what is left.
 
-    Postcondition: no weight and no input that holds state holds a channel of ``removal``; every node executes at the new sizes.
+    Postcondition: no weight and no input that holds state holds a channel of ``removal``; every node executes
+    at the new sizes.
 
     Args:
-        removal: a plan, or a boolean for each channel number of the analysis, constant within each channel set.
+        removal: a plan, or a boolean for each channel number of the analysis, constant within each channel
+            set.
     """
 
     name = "remove_channels"
@@ -70,7 +73,9 @@ def _cut_inputs(program: Program, analysis: Analysis, gone: np.ndarray) -> None:
         numbers = program.numbers.setdefault(slot.name, [None] * leaves[index].dim())
         leaves[index], numbers[slot.dim] = _cut_input(leaves[index], slot, torch.from_numpy(~taken))
         recorded, cut = node.meta["val"], leaves[index].shape
-        node.meta["val"] = recorded.new_empty([new if isinstance(old, int) else old for old, new in zip(recorded.shape, cut, strict=True)])
+        node.meta["val"] = recorded.new_empty(
+            [new if isinstance(old, int) else old for old, new in zip(recorded.shape, cut, strict=True)]
+        )
     program.example = pytree.tree_unflatten(leaves, structure)
 
 
@@ -81,7 +86,11 @@ def _cut_input(example: Tensor, slot: Slot, keep: Tensor) -> tuple[Tensor, Tenso
     whole = keep.reshape(slot.blocks, -1).any(1).nonzero()[:, 0]  # heads of which something is left
     width = slot.size // slot.blocks
     left = replace(slot, size=len(whole) * width, blocks=len(whole), base=0)
-    cut, within = _cut_blocks(example.index_select(slot.block_dim, whole.to(example.device)), left, keep.reshape(slot.blocks, -1)[whole].flatten())
+    cut, within = _cut_blocks(
+        example.index_select(slot.block_dim, whole.to(example.device)),
+        left,
+        keep.reshape(slot.blocks, -1)[whole].flatten(),
+    )
     return cut, within % width + whole[:, None] * width + slot.base
 
 
@@ -94,20 +103,30 @@ def _cut_weights(program: Program, analysis: Analysis, gone: np.ndarray) -> None
         if slot.kind == "created" and gone[slot.base : slot.base + slot.size].any():
             left = program.numbers.setdefault(slot.name, [])
             left.extend([None] * (slot.dim + 1 - len(left)))
-            left[slot.dim] = torch.from_numpy(np.flatnonzero(~gone[slot.base : slot.base + slot.size])) + slot.base
+            left[slot.dim] = (
+                torch.from_numpy(np.flatnonzero(~gone[slot.base : slot.base + slot.size])) + slot.base
+            )
         if slot.kind == "weight" and slot.name in held and gone[slot.base : slot.base + slot.size].any():
             by_name.setdefault(slot.name, []).append(slot)
     aliases = program.aliases()
     for name, slots in by_name.items():
-        cut, numbers = cut_weight(name, attribute(program.module, name).detach(), slots, analysis.numbering, gone)
+        cut, numbers = cut_weight(
+            name, attribute(program.module, name).detach(), slots, analysis.numbering, gone
+        )
         program.replace_weight(aliases.get(name, [name]), cut)
         program.numbers[name] = numbers
 
 
-def cut_weight(name: str, weight: Tensor, slots: list[Slot], numbering: Numbering, gone: np.ndarray) -> tuple[Tensor, list[Tensor | None]]:
-    """What is left of one weight (differentiably), and of the numbers along each of its dimensions; ``slots``: its dimensions that lose channels."""
+def cut_weight(
+    name: str, weight: Tensor, slots: list[Slot], numbering: Numbering, gone: np.ndarray
+) -> tuple[Tensor, list[Tensor | None]]:
+    """What is left of one weight (differentiably), and of the numbers along each of its dimensions;
+    ``slots``: its dimensions that lose channels.
+    """
     cut, numbers = weight, [numbering.numbers(name, dim) for dim in range(weight.dim())]
-    for slot in sorted(slots, key=lambda slot: slot.block_dim is None):  # blocks are those of the whole weight: they are cut first
+    for slot in sorted(
+        slots, key=lambda slot: slot.block_dim is None
+    ):  # blocks are those of the whole weight: they are cut first
         keep = torch.from_numpy(~gone[slot.base : slot.base + slot.size])
         if slot.block_dim is None:
             kept = keep.nonzero()[:, 0]
@@ -116,8 +135,12 @@ def cut_weight(name: str, weight: Tensor, slots: list[Slot], numbering: Numberin
             cut, numbers[slot.dim] = _cut_blocks(cut, slot, keep)
     for dim, own in enumerate(numbers):
         divided = numbering.get(name, dim)
-        divider = next((slot for slot in slots if divided is not None and slot.dim == divided.block_dim), None)
-        if own is not None and divided is not None and divider is not None and divided.blocks == divider.size:  # blocks that went as a whole
+        divider = next(
+            (slot for slot in slots if divided is not None and slot.dim == divided.block_dim), None
+        )
+        if (
+            own is not None and divided is not None and divider is not None and divided.blocks == divider.size
+        ):  # blocks that went as a whole
             numbers[dim] = own[torch.from_numpy(~gone[divider.base : divider.base + divider.size])]
     return cut, numbers
 
@@ -128,23 +151,35 @@ def _cut_blocks(weight: Tensor, slot: Slot, keep: Tensor) -> tuple[Tensor, Tenso
     counts = rows.sum(1)
     if bool((counts != counts[0]).any()):
         raise VerificationError(
-            f"the blocks of '{slot.name}' would keep unequal numbers of channels along dimension {slot.dim}: {sorted(set(counts.tolist()))}"
+            f"the blocks of '{slot.name}' would keep unequal numbers of channels along dimension {slot.dim}:"
+            f" {sorted(set(counts.tolist()))}"
         )
     left = rows.nonzero()[:, 1].reshape(slot.blocks, -1)
     assert slot.block_dim is not None
     pieces = weight.chunk(slot.blocks, slot.block_dim)
-    cut = torch.cat([piece.index_select(slot.dim, row.to(weight.device)) for piece, row in zip(pieces, left, strict=True)], slot.block_dim)
+    cut = torch.cat(
+        [
+            piece.index_select(slot.dim, row.to(weight.device))
+            for piece, row in zip(pieces, left, strict=True)
+        ],
+        slot.block_dim,
+    )
     return cut, left + slot.base + torch.arange(slot.blocks)[:, None] * rows.shape[1]
 
 
-def _resize(module: fx.GraphModule, originals: dict[fx.Node, fx.Node], walk: Walk, kept: Kept, name: str) -> None:
+def _resize(
+    module: fx.GraphModule, originals: dict[fx.Node, fx.Node], walk: Walk, kept: Kept, name: str
+) -> None:
     laid_out_anew: set[fx.Node] = set()
     for node, old in originals.items():
         if node.op != "call_function":
             continue
         operands = [value for n in old.all_input_nodes if isinstance(value := walk.values.get(n), Value)]
-        if any(n in laid_out_anew for n in node.all_input_nodes) or (node.target is _ATTENTION and any(map(kept.touches, operands))):
-            # Other widths can mean other strides (attention picks another kernel), under which a view may be impossible, also one that loses nothing.
+        if any(n in laid_out_anew for n in node.all_input_nodes) or (
+            node.target is _ATTENTION and any(map(kept.touches, operands))
+        ):
+            # Other widths can mean other strides (attention picks another kernel), under which a view may be
+            # impossible, also one that loses nothing.
             laid_out_anew.add(node)
             if node.target in _VIEWS:
                 _reshape(node, name)
@@ -153,11 +188,19 @@ def _resize(module: fx.GraphModule, originals: dict[fx.Node, fx.Node], walk: Wal
         if not _clauses(node):
             continue
         results = walk.values.get(old)
-        outputs = [value for value in (results if isinstance(results, tuple) else [results]) if isinstance(value, Value)]
-        source = next((walk.values.get(n) for n in old.all_input_nodes if isinstance(walk.values.get(n), Value)), None)
+        outputs = [
+            value
+            for value in (results if isinstance(results, tuple) else [results])
+            if isinstance(value, Value)
+        ]
+        source = next(
+            (walk.values.get(n) for n in old.all_input_nodes if isinstance(walk.values.get(n), Value)), None
+        )
         if _made_anew(node):
             source = outputs[0] if outputs else None
-        if not isinstance(source, Value) or not (kept.touches(source) or any(kept.touches(output) for output in outputs)):
+        if not isinstance(source, Value) or not (
+            kept.touches(source) or any(kept.touches(output) for output in outputs)
+        ):
             continue
         if node.target in _VIEWS:
             _reshape(node, name)
@@ -169,14 +212,21 @@ def _resize(module: fx.GraphModule, originals: dict[fx.Node, fx.Node], walk: Wal
 
 def _reshape(node: fx.Node, name: str) -> None:
     """Copy where a view is impossible."""
-    node.target, node.args, node.kwargs = torch.ops.aten.reshape.default, (node.args[0], arguments(node)["size"]), {}
+    node.target, node.args, node.kwargs = (
+        torch.ops.aten.reshape.default,
+        (node.args[0], arguments(node)["size"]),
+        {},
+    )
     stamp(node, name)
 
 
 def _keep_scale(node: fx.Node, query: object, kept: Kept) -> None:
     """Refuse to change an implicit scale."""
     if isinstance(query, Value) and kept.size(query, len(query.shape) - 1) != query.shape[-1]:
-        raise VerificationError(f"the query heads of '{node.name}' would get narrower, and its implicit scale larger; run PinAttentionScale before")
+        raise VerificationError(
+            f"the query heads of '{node.name}' would get narrower, and its implicit scale larger; run"
+            " PinAttentionScale before"
+        )
 
 
 def _made_anew(node: fx.Node) -> bool:
@@ -220,18 +270,26 @@ def _span(node: fx.Node, clause: Clause, source: Value, outputs: list[Value], ke
     given = arguments(node)
     dim, step = int(given[along]) % len(source.shape), int(given.get("step", 1))
     length, changed = source.shape[dim], False
-    start, end = (_absolute(given[name], default, length) for name, default in ((start_name, 0), (end_name, length)))
+    start, end = (
+        _absolute(given[name], default, length) for name, default in ((start_name, 0), (end_name, length))
+    )
     if not (0 < start < length or 0 < end < length) or kept.size(source, dim) == length:
         return False
     if 0 < start < length:  # with a step, the analysis lets runs of that many neighbours go as a whole
-        changed |= set_argument(node, start_name, kept.before(source, dim, start - start % step) + start % step)
+        changed |= set_argument(
+            node, start_name, kept.before(source, dim, start - start % step) + start % step
+        )
     if 0 < end < length:
-        changed |= set_argument(node, end_name, kept.before(source, dim, min(_past(start, end, step), length)))
+        changed |= set_argument(
+            node, end_name, kept.before(source, dim, min(_past(start, end, step), length))
+        )
     return changed
 
 
 def _absolute(position: Any, default: int, length: int) -> int:
-    """A position counted from the front; one known only at run time is left to the graph, which counts as the default."""
+    """A position counted from the front; one known only at run time is left to the graph, which counts as the
+    default.
+    """
     if position is None or isinstance(position, fx.Node):
         return default
     return min(max(int(position) + length if position < 0 else int(position), 0), length)
@@ -260,7 +318,11 @@ def _sizes(node: fx.Node, clause: Clause, source: Value, outputs: list[Value], k
     old = list(arguments(node)[sizes_name])
     new = [kept.size(output, dim) for output in outputs]
     if any(size != output.shape[dim] for size, output in zip(new, outputs, strict=True)):
-        return set_argument(node, sizes_name, [was if isinstance(was, fx.Node) else now for was, now in zip(old, new, strict=True)])
+        return set_argument(
+            node,
+            sizes_name,
+            [was if isinstance(was, fx.Node) else now for was, now in zip(old, new, strict=True)],
+        )
     return False
 
 
@@ -278,14 +340,18 @@ def _factor(node: fx.Node, clause: Clause, source: Value, outputs: list[Value], 
     letter, name = clause.words
     given = arguments(node)[name]
     if isinstance(given, fx.Node):
-        return False  # known only at run time, as the groups of a convolution with one weight for each sample: it follows the samples
+        # Known only at run time, as the groups of a convolution with one weight for each sample: it follows
+        # the samples.
+        return False
     old = int(given)
     rule = lookup(node.target)
     assert rule is not None
     dims = rule.alternatives[0].operands[0].dims
     pair = next(dim for dim in dims if isinstance(dim, tuple) and letter in dim)
     at = dims.index(pair) - len(dims) if dims[0] == "..." else dims.index(pair)
-    return set_argument(node, name, kept.factors(source, at % len(source.shape), old, first=pair[0] == letter))
+    return set_argument(
+        node, name, kept.factors(source, at % len(source.shape), old, first=pair[0] == letter)
+    )
 
 
 def _count(node: fx.Node, clause: Clause, source: Value, outputs: list[Value], kept: Kept) -> bool:

@@ -36,7 +36,14 @@ class RestoreWeights(Pass):
         aliases, weights = program.aliases(), program.weights()
         for name, value in self.restored.items():
             if name not in aliases or value.shape != weights[name].shape:
-                found = f"has shape {tuple(weights[name].shape)} there" if name in weights else "is not a weight of the program"
-                raise VerificationError(f"the restored weight '{name}' of shape {tuple(value.shape)} {found}; restored weights have the dense shapes")
+                found = (
+                    f"has shape {tuple(weights[name].shape)} there"
+                    if name in weights
+                    else "is not a weight of the program"
+                )
+                raise VerificationError(
+                    f"the restored weight '{name}' of shape {tuple(value.shape)} {found}; restored weights"
+                    " have the dense shapes"
+                )
             program.replace_weight(aliases[name], value)
         return program

@@ -16,8 +16,9 @@ if TYPE_CHECKING:
 class SplitFusedProducers(Pass):
     """Precondition: the analysis is that of the program: no pass has run before.
 
-    Postcondition: the split weights are gone; their parts, named ``<weight>_0``, ``<weight>_1`` … where these names are free, are recorded in
-    ``program.parts``. A product whose parts cannot be told apart is left alone, and its groups stay frozen.
+    Postcondition: the split weights are gone; their parts, named ``<weight>_0``, ``<weight>_1`` … where these
+    names are free, are recorded in ``program.parts``. A product whose parts cannot be told apart is left
+    alone, and its groups stay frozen.
     """
 
     name = NAME

@@ -1,7 +1,8 @@
 """What operators do to channels, one line each.
 
-``contractions``, ``movement``, ``mixing`` and ``pointwise`` hold the rules as data; ``composites`` holds graph patterns that name
-compositions of operators. The grammar is described in ``_grammar`` and in the documentation's *Writing a rule*.
+``contractions``, ``movement``, ``mixing`` and ``pointwise`` hold the rules as data; ``composites`` holds
+graph patterns that name compositions of operators. The grammar is described in ``_grammar`` and in the
+documentation's *Writing a rule*.
 """
 
 from __future__ import annotations

@@ -3,52 +3,78 @@
 ::
 
     rule        :=  body (";" clause)*
-    body        :=  "move" NAME                          the operator only moves elements of NAME
-                 |  "check"                              the operator reads shapes or types alone; nothing it returns carries channels
-                 |  "create"                             the operator makes a tensor whose elements are all alike
-                 |  "tally" NAME                         one position, in a new last dimension, for each number that the integers of NAME may hold
-                 |  alternative ("|" alternative)*       dimensions by letter, first alternative that fits
+    body        :=  "move" NAME                      the operator only moves elements of NAME
+                 |  "check"                          the operator reads shapes or types alone; nothing it
+                                                     returns carries channels
+                 |  "create"                         the operator makes a tensor whose elements are all alike
+                 |  "tally" NAME                     one position, in a new last dimension, for each number
+                                                     that the integers of NAME may hold
+                 |  alternative ("|" alternative)*   dimensions by letter, first alternative that fits
     alternative :=  operand ("," operand)* "->" result ("," result)* ["if" NAME]
-    operand     :=  NAME "[" dims "]"                    NAME is an argument of the operator's schema; NAME.0 the first tensor of a list
+    operand     :=  NAME "[" dims "]"                NAME is an argument of the operator's schema; NAME.0 the
+                                                     first tensor of a list
     result      :=  "[" dims "]"
-    dims        :=  (DIM | "(" LETTER LETTER ")" | "...")*   in brackets: one dimension that is the product of two letters
-    DIM         :=  LETTER | LETTER "*"                  LETTER "*" is a run of dimensions
-    clause      :=  "mix" WHERE                          positions along WHERE influence one another
-                 |  "reduce" "@" NAME                    the dimensions named by argument NAME are reduced
-                 |  "freeze" WHERE                       positions along WHERE cannot be removed
-                 |  "window" WHERE                       the same, and positions of the result there are others than those of the operand
-                 |  "slide" DIM DIM NAME NAME NAME       a window of the second letter's size slides over the first; arguments: stride, padding, dilation
-                 |  "place" DIM NAME                     positions of all operands but the first come to places of the first that are known only at run
-                                                         time, along that dimension of a run that the argument names
-                 |  "route" LETTER LETTER                each position of the first letter uses one position of the second, chosen at run time
-                 |  "choose" WHERE NAME*                 positions along WHERE compete by their values, and one whose value is lowest takes no part;
-                                                     number NAME (first, second) of the results names those chosen
-                 |  "index" WHERE NAME                   the integers of result number NAME (first, second) number positions along WHERE
-                 |  "add" WHERE                          positions along WHERE are added up: zeros make no difference
-                 |  "look" NAME NAME                     arguments: dimension, integers that name positions along it
-                 |  "pass" NAME NAME                     the integers of the argument come back, perhaps moved, as result number (first, second)
-                 |  "last" NAME                          argument NAME is the highest of the numbers that are tallied
-                 |  "count" NAME                         argument NAME is how many numbers are tallied
-                 |  "ignore" NAME                        of argument NAME nothing but type and device are read
-                 |  "factor" LETTER NAME                 argument NAME is the size of a letter in brackets
-                 |  "gates" LETTER NUMBER                a letter in brackets has NUMBER positions, rows of weights of which each does other things
-                 |  "recur" LETTER LETTER NAME NAME      the first letter, of a weight, is contracted with the second, of the first result one step before;
-                                                     arguments: the state before the first step, whether steps lie along the second dimension
-                 |  "told" LETTER NAME NAME              the graph in an argument is told positions along LETTER by its input number NAME (second, third), and
-                                                     tables beside it in a list have them along that dimension: they stay where its result depends on it
-                 |  "only" NAME NUMBER                   the rule speaks of calls with that value of argument NAME; in others the operator has no rule
-                 |  "repeat" LETTER LETTER               the first letter is repeated in blocks to the size of the second
-                 |  "shape" NAME                         argument NAME is the shape of the result
-                 |  "shape" NAME "=" LETTER "*"          argument NAME holds the sizes of a run of dimensions
-                 |  "span" NAME NAME NAME                arguments: dimension, start, end of a slice
-                 |  "pick" NAME NAME                     arguments: dimension, index of a selection
-                 |  "sizes" NAME NAME                    arguments: sizes of the results along a dimension, that dimension
-                 |  "chunk" NAME NAME                    arguments: size of each result along a dimension, that dimension
-                 |  "length" NAME NAME                   arguments: size of the result along a dimension (if given), that dimension (none: the only one)
-    WHERE       :=  LETTER | LETTER "*" | "..." | "@" NAME   "@" NAME: the dimensions named by an argument
+    dims        :=  (DIM | "(" LETTER LETTER ")" | "...")*
+                                                     in brackets: one dimension that is the product of two
+                                                     letters
+    DIM         :=  LETTER | LETTER "*"              LETTER "*" is a run of dimensions
+    clause      :=  "mix" WHERE                      positions along WHERE influence one another
+                 |  "reduce" "@" NAME                the dimensions named by argument NAME are reduced
+                 |  "freeze" WHERE                   positions along WHERE cannot be removed
+                 |  "window" WHERE                   the same, and positions of the result there are others
+                                                     than those of the operand
+                 |  "slide" DIM DIM NAME NAME NAME   a window of the second letter's size slides over the
+                                                     first; arguments: stride, padding, dilation
+                 |  "place" DIM NAME                 positions of all operands but the first come to places of
+                                                     the first that are known only at run time, along that
+                                                     dimension of a run that the argument names
+                 |  "route" LETTER LETTER            each position of the first letter uses one position of
+                                                     the second, chosen at run time
+                 |  "choose" WHERE NAME*             positions along WHERE compete by their values, and one
+                                                     whose value is lowest takes no part; number NAME (first,
+                                                     second) of the results names those chosen
+                 |  "index" WHERE NAME               the integers of result number NAME (first, second) number
+                                                     positions along WHERE
+                 |  "add" WHERE                      positions along WHERE are added up: zeros make no
+                                                     difference
+                 |  "look" NAME NAME                 arguments: dimension, integers that name positions along
+                                                     it
+                 |  "pass" NAME NAME                 the integers of the argument come back, perhaps moved, as
+                                                     result number (first, second)
+                 |  "last" NAME                      argument NAME is the highest of the numbers that are
+                                                     tallied
+                 |  "count" NAME                     argument NAME is how many numbers are tallied
+                 |  "ignore" NAME                    of argument NAME nothing but type and device are read
+                 |  "factor" LETTER NAME             argument NAME is the size of a letter in brackets
+                 |  "gates" LETTER NUMBER            a letter in brackets has NUMBER positions, rows of
+                                                     weights of which each does other things
+                 |  "recur" LETTER LETTER NAME NAME  the first letter, of a weight, is contracted with the
+                                                     second, of the first result one step before; arguments:
+                                                     the state before the first step, whether steps lie along
+                                                     the second dimension
+                 |  "told" LETTER NAME NAME          the graph in an argument is told positions along LETTER
+                                                     by its input number NAME (second, third), and tables
+                                                     beside it in a list have them along that dimension: they
+                                                     stay where its result depends on it
+                 |  "only" NAME NUMBER               the rule speaks of calls with that value of argument
+                                                     NAME; in others the operator has no rule
+                 |  "repeat" LETTER LETTER           the first letter is repeated in blocks to the size of the
+                                                     second
+                 |  "shape" NAME                     argument NAME is the shape of the result
+                 |  "shape" NAME "=" LETTER "*"      argument NAME holds the sizes of a run of dimensions
+                 |  "span" NAME NAME NAME            arguments: dimension, start, end of a slice
+                 |  "pick" NAME NAME                 arguments: dimension, index of a selection
+                 |  "sizes" NAME NAME                arguments: sizes of the results along a dimension, that
+                                                     dimension
+                 |  "chunk" NAME NAME                arguments: size of each result along a dimension, that
+                                                     dimension
+                 |  "length" NAME NAME               arguments: size of the result along a dimension (if
+                                                     given), that dimension (none: the only one)
+    WHERE       :=  LETTER | LETTER "*" | "..." | "@" NAME
+                                                     "@" NAME: the dimensions named by an argument
 
-A letter that stands in two operands and in no result is *contracted*. Letters shared by an operand and a result are the same
-dimension. ``...`` stands for leading dimensions that broadcast.
+A letter that stands in two operands and in no result is *contracted*. Letters shared by an operand and a
+result are the same dimension. ``...`` stands for leading dimensions that broadcast.
 """
 
 from __future__ import annotations
@@ -163,7 +189,15 @@ class Rule:
     tallies: str | None = None
 
     def __str__(self) -> str:
-        single = f"move {self.moves}" if self.moves else f"tally {self.tallies}" if self.tallies else "create" if self.creates else "check"
+        single = (
+            f"move {self.moves}"
+            if self.moves
+            else f"tally {self.tallies}"
+            if self.tallies
+            else "create"
+            if self.creates
+            else "check"
+        )
         body = " | ".join(map(str, self.alternatives)) or single
         return "; ".join((body, *map(str, self.clauses)))
 
@@ -283,7 +317,9 @@ class _Parser:
         if keyword in ("gates", "only") and not words[-1].isdecimal():
             self.fail(f"{keyword!r} ends in a number")
         if len(words) not in _CLAUSES[str(keyword)]:
-            self.fail(f"{keyword!r} takes {' or '.join(map(str, _CLAUSES[str(keyword)]))} word(s), not {len(words)}")
+            self.fail(
+                f"{keyword!r} takes {' or '.join(map(str, _CLAUSES[str(keyword)]))} word(s), not {len(words)}"
+            )
         return Clause(str(keyword), tuple(word for word in words if word != "="), argument)
 
     def rule(self) -> Rule:

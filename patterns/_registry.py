@@ -23,13 +23,23 @@ from .recurrent import RECURRENT
 Operator = OpOverload | HigherOrderOperator
 
 _USER: dict[Operator, Rule] = {}
-_WRITTEN: dict[str, str] = {**CONTRACTIONS, **RECURRENT, **MOVEMENT, **MIXING, **UNLIKE_OPERANDS, **CREATIONS, **CHECKS}
+_WRITTEN: dict[str, str] = {
+    **CONTRACTIONS,
+    **RECURRENT,
+    **MOVEMENT,
+    **MIXING,
+    **UNLIKE_OPERANDS,
+    **CREATIONS,
+    **CHECKS,
+}
 
 
 def argument_names(operator: object) -> Mapping[str, Any]:
-    """The names of an operator's arguments in order, with their defaults (``inspect.Parameter.empty`` where there is none).
+    """The names of an operator's arguments in order, with their defaults (``inspect.Parameter.empty`` where
+    there is none).
 
-    They are those of its schema. A higher-order operator has no schema; its names are those of its own ``__call__``, if that names each.
+    They are those of its schema. A higher-order operator has no schema; its names are those of its own
+    ``__call__``, if that names each.
 
     Returns:
         Nothing for what has neither.
@@ -41,7 +51,10 @@ def argument_names(operator: object) -> Mapping[str, Any]:
 def _declared(operator: Operator) -> Mapping[str, Any]:
     if isinstance(operator, OpOverload):
         schema = operator._schema.arguments
-        return {argument.name: argument.default_value if argument.has_default_value() else inspect.Parameter.empty for argument in schema}
+        return {
+            argument.name: argument.default_value if argument.has_default_value() else inspect.Parameter.empty
+            for argument in schema
+        }
     _, *declared = inspect.signature(type(operator).__call__).parameters.values()
     if any(parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD) for parameter in declared):
         return {}
@@ -49,7 +62,9 @@ def _declared(operator: Operator) -> Mapping[str, Any]:
 
 
 def name_of(operator: Operator) -> str:
-    """The name that the table of rules knows an operator by: ``aten.linear.default``, ``higher_order.flex_attention``."""
+    """The name that the table of rules knows an operator by: ``aten.linear.default``,
+    ``higher_order.flex_attention``.
+    """
     return str(operator) if isinstance(operator, OpOverload) else f"higher_order.{operator.name()}"
 
 
@@ -57,7 +72,9 @@ def _check(operator: Operator, rule: Rule) -> Rule:
     known = argument_names(operator)
     unknown = sorted(rule.names() - known.keys())
     if unknown:
-        raise RuleError(f"rule '{rule}' for {operator} names {unknown}, but the operator's arguments are {sorted(known)}")
+        raise RuleError(
+            f"rule '{rule}' for {operator} names {unknown}, but the operator's arguments are {sorted(known)}"
+        )
     return rule
 
 
@@ -65,18 +82,22 @@ def register(operator: Operator, text: str) -> Rule:
     """Teach the analysis what ``operator`` does to channels, in one line (see :mod:`fasp_fx.patterns`).
 
     Args:
-        operator: an exact overload, for example ``torch.ops.mylib.scale.default``, or a higher-order operator.
-        text: the rule, for example ``"x[... c], weight[c] -> [... c]"``; names are those of the operator's schema, or those that a higher-order
-            operator's ``__call__`` declares.
+        operator: an exact overload, for example ``torch.ops.mylib.scale.default``, or a higher-order
+            operator.
+        text: the rule, for example ``"x[... c], weight[c] -> [... c]"``; names are those of the operator's
+            schema, or those that a higher-order operator's ``__call__`` declares.
 
     Returns:
         The parsed rule, whose ``str`` is the normalised line.
 
     Raises:
-        RuleError: the text does not parse, names an argument that the schema lacks, or ``operator`` is not an overload.
+        RuleError: the text does not parse, names an argument that the schema lacks, or ``operator`` is not an
+            overload.
     """
     if not isinstance(operator, Operator):
-        raise RuleError(f"{operator!r} is not an exact overload; pass for example torch.ops.aten.linear.default")
+        raise RuleError(
+            f"{operator!r} is not an exact overload; pass for example torch.ops.aten.linear.default"
+        )
     _USER[operator] = _check(operator, parse(text))
     return _USER[operator]
 
@@ -87,14 +108,20 @@ def unregister(operator: Operator) -> None:
 
 
 def lookup(operator: object) -> Rule | None:
-    """The rule of an operator: the user's, the built-in one, or one derived from ``torch.Tag.pointwise``; else ``None``."""
+    """The rule of an operator: the user's, the built-in one, or one derived from ``torch.Tag.pointwise``;
+    else ``None``.
+    """
     if not isinstance(operator, Operator):
         return None
     if operator in _USER:
         return _USER[operator]
     name = name_of(operator)
     text = _WRITTEN.get(name)
-    if text is None and isinstance(operator, OpOverload) and (torch.Tag.pointwise in operator.tags or name in UNTAGGED):
+    if (
+        text is None
+        and isinstance(operator, OpOverload)
+        and (torch.Tag.pointwise in operator.tags or name in UNTAGGED)
+    ):
         text = pointwise_rule(operator)
     return parse(text) if text is not None else None
 

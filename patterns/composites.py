@@ -1,12 +1,13 @@
-"""Graph patterns that name compositions of operators, so that reasons speak of norms and attention rather than of a mean and a product.
+"""Graph patterns that name compositions of operators, so that reasons speak of norms and attention rather
+than of a mean and a product.
 
 A pattern is an expression over operator names::
 
     mul(x, rsqrt(add(mean(pow(x)))))
 
-``NAME(…)`` matches a call of an operator of that name (``a/b`` of either), whose inputs match the arguments, in any order, each by an
-input of its own; a bare letter matches any node, the same node wherever it stands; ``~`` before an argument lets it be reached through
-pointwise operators, type conversions and views.
+``NAME(…)`` matches a call of an operator of that name (``a/b`` of either), whose inputs match the arguments,
+in any order, each by an input of its own; a bare letter matches any node, the same node wherever it stands;
+``~`` before an argument lets it be reached through pointwise operators, type conversions and views.
 """
 
 from __future__ import annotations
@@ -33,7 +34,9 @@ COMPOSITES: dict[str, str] = {
 
 @dataclass(frozen=True)
 class Expression:
-    """A parsed pattern: operator names (empty for a letter), arguments, and whether pointwise operators may stand before it."""
+    """A parsed pattern: operator names (empty for a letter), arguments, and whether pointwise operators may
+    stand before it.
+    """
 
     names: tuple[str, ...]
     letter: str
@@ -81,11 +84,15 @@ def _transparent(node: fx.Node) -> bool:
     rule = lookup(node.target)
     if rule is None:
         return False
-    pointwise = all(clause.keyword == "pass" for clause in rule.clauses) and all(o.dims == ("...",) for a in rule.alternatives for o in a.operands)
+    pointwise = all(clause.keyword == "pass" for clause in rule.clauses) and all(
+        o.dims == ("...",) for a in rule.alternatives for o in a.operands
+    )
     return rule.moves == "self" or (bool(rule.alternatives) and pointwise)
 
 
-def _match(node: fx.Node, pattern: Expression, bound: dict[str, fx.Node]) -> Iterator[tuple[dict[str, fx.Node], frozenset[fx.Node]]]:
+def _match(
+    node: fx.Node, pattern: Expression, bound: dict[str, fx.Node]
+) -> Iterator[tuple[dict[str, fx.Node], frozenset[fx.Node]]]:
     if pattern.letter:
         if bound.get(pattern.letter, node) is node:
             yield {**bound, pattern.letter: node}, frozenset()
@@ -94,7 +101,11 @@ def _match(node: fx.Node, pattern: Expression, bound: dict[str, fx.Node]) -> Ite
         for inputs in permutations(node.all_input_nodes, len(pattern.arguments)):
             states = [(bound, frozenset({node}))]
             for source, argument in zip(inputs, pattern.arguments, strict=True):
-                states = [(b, seen | inner) for before, seen in states for b, inner in _match(source, argument, before)]
+                states = [
+                    (b, seen | inner)
+                    for before, seen in states
+                    for b, inner in _match(source, argument, before)
+                ]
             yield from states
     if pattern.through and _transparent(node):
         for source in node.all_input_nodes:

@@ -1,4 +1,6 @@
-"""Operators in which positions along a dimension influence one another: norms, softmax, reductions, scans, pooling, resampling."""
+"""Operators in which positions along a dimension influence one another: norms, softmax, reductions, scans,
+pooling, resampling.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +19,16 @@ _REDUCTIONS = (
     "all.dim",
 )
 #: of a whole tensor one number
-_TOTALS = ("mean.default", "sum.default", "prod.default", "max.default", "min.default", "median.default", "any.default", "all.default")
+_TOTALS = (
+    "mean.default",
+    "sum.default",
+    "prod.default",
+    "max.default",
+    "min.default",
+    "median.default",
+    "any.default",
+    "all.default",
+)
 _SCANS = ("cumprod.default", "logcumsumexp.default")
 
 _POSITIONS = {1: "x", 2: "y x", 3: "z y x"}
@@ -31,11 +42,23 @@ def _windowed(argument: str, rank: int, results: int = 1) -> str:
 
 
 _POOLS = {
-    **{f"{kind}{rank}d.default": _windowed("self", rank) for kind in ("max_pool", "avg_pool", "adaptive_avg_pool") for rank in _POSITIONS},
+    **{
+        f"{kind}{rank}d.default": _windowed("self", rank)
+        for kind in ("max_pool", "avg_pool", "adaptive_avg_pool")
+        for rank in _POSITIONS
+    },
     **{f"adaptive_max_pool{rank}d.default": _windowed("self", rank, results=2) for rank in _POSITIONS},
     **{f"max_pool{rank}d_with_indices.default": _windowed("self", rank, results=2) for rank in _POSITIONS},
 }
-_RESAMPLERS = {"nearest1d": 1, "nearest2d": 2, "nearest3d": 3, "linear1d": 1, "bilinear2d": 2, "bicubic2d": 2, "trilinear3d": 3}
+_RESAMPLERS = {
+    "nearest1d": 1,
+    "nearest2d": 2,
+    "nearest3d": 3,
+    "linear1d": 1,
+    "bilinear2d": 2,
+    "bicubic2d": 2,
+    "trilinear3d": 3,
+}
 _UPSAMPLE = {f"upsample_{name}.vec": _windowed("input", rank) for name, rank in _RESAMPLERS.items()}
 _UPSAMPLE |= {f"upsample_{name}.default": _windowed("self", rank) for name, rank in _RESAMPLERS.items()}
 _UPSAMPLE |= {f"_upsample_{name}_aa.vec": _windowed("input", 2) for name in ("bilinear2d", "bicubic2d")}
@@ -45,7 +68,9 @@ _BATCH_NORM = "input[n c x*], weight[c], bias[c]"
 _STATISTICS = "running_mean[c], running_var[c]"
 
 MIXING: dict[str, str] = {
-    "aten.layer_norm.default": "input[... n*], weight[n*], bias[n*] -> [... n*]; mix n*; shape normalized_shape=n*",
+    "aten.layer_norm.default": (
+        "input[... n*], weight[n*], bias[n*] -> [... n*]; mix n*; shape normalized_shape=n*"
+    ),
     "aten.rms_norm.default": "input[... n*], weight[n*] -> [... n*]; mix n*; shape normalized_shape=n*",
     "aten.softmax.int": "self[...] -> [...]; mix @dim; choose @dim",
     "aten._softmax.default": "self[...] -> [...]; mix @dim; choose @dim",
@@ -53,20 +78,29 @@ MIXING: dict[str, str] = {
     "aten._log_softmax.default": "self[...] -> [...]; mix @dim",
     # norms that keep channels apart
     "aten.batch_norm.default": (
-        f"input[m c z*], weight[c], bias[c], running_mean[c], running_var[c] -> [m c z*] if training | {_BATCH_NORM}, {_STATISTICS} -> [n c x*]; mix m; mix z*"
+        "input[m c z*], weight[c], bias[c], running_mean[c], running_var[c] -> [m c z*] if training |"
+        f" {_BATCH_NORM}, {_STATISTICS} -> [n c x*]; mix m; mix z*"
     ),
     "aten._native_batch_norm_legit_no_training.default": f"{_BATCH_NORM}, {_STATISTICS} -> [n c x*], [], []",
     "aten._native_batch_norm_legit.no_stats": f"{_BATCH_NORM} -> [n c x*], [c], [c]; mix n; mix x*",
     "aten.instance_norm.default": f"{_BATCH_NORM}, {_STATISTICS} -> [n c x*]; mix x*",
-    "aten.group_norm.default": "input[n (g c) x*], weight[(g c)], bias[(g c)] -> [n (g c) x*]; mix c; mix x*; factor g num_groups",
+    "aten.group_norm.default": (
+        "input[n (g c) x*], weight[(g c)], bias[(g c)] -> [n (g c) x*]; mix c; mix x*; factor g num_groups"
+    ),
     **{f"aten.{name}": "self[...] -> [...]; reduce @dim" for name in _REDUCTIONS},
     "aten.sum.dim_IntList": "self[...] -> [...]; reduce @dim; add @dim",
     **{f"aten.{name}": "self[...] -> []" for name in _TOTALS},
     "aten.argmin.default": "self[...] -> [...]; reduce @dim; index @dim first",
     "aten.argmax.default": "self[...] -> [...]; reduce @dim; choose @dim first",
     "aten.max.dim": "self[...] -> [...], [...]; reduce @dim; choose @dim second",
-    **{f"aten.{name}.dim": "self[...] -> [...], [...]; reduce @dim; index @dim second" for name in ("min", "median")},
-    **{f"aten.{name}.correction": "self[...] -> [...], [...]; reduce @dim" for name in ("var_mean", "std_mean")},
+    **{
+        f"aten.{name}.dim": "self[...] -> [...], [...]; reduce @dim; index @dim second"
+        for name in ("min", "median")
+    },
+    **{
+        f"aten.{name}.correction": "self[...] -> [...], [...]; reduce @dim"
+        for name in ("var_mean", "std_mean")
+    },
     "aten.cumsum.default": "self[...] -> [...]; freeze @dim; add @dim",
     **{f"aten.{name}": "self[...] -> [...]; freeze @dim" for name in _SCANS},
     **{f"aten.{name}.default": "self[...] -> [...], [...]; freeze @dim" for name in ("cummax", "cummin")},

@@ -58,7 +58,10 @@ MOVEMENT: dict[str, str] = {
     "aten.stack.default": "move tensors",
     **{f"aten.{name}": "self[...] -> [...]; window ..." for name in _ONE_BY_ONE},
     # positions come to places of others that integers name
-    **{f"aten.{name}": "self[a*], index[a*], src[a*] -> [a*]; place a* dim" for name in ("scatter.src", "scatter_add.default", "scatter_reduce.two")},
+    **{
+        f"aten.{name}": "self[a*], index[a*], src[a*] -> [a*]; place a* dim"
+        for name in ("scatter.src", "scatter_add.default", "scatter_reduce.two")
+    },
     "aten.scatter.value": "self[a*], index[a*] -> [a*]; place a* dim",
     "aten.index_add.default": "self[a*], source[a*] -> [a*]; place a* dim",
     "aten.index_copy.default": "self[a*], source[a*] -> [a*]; place a* dim",

@@ -1,6 +1,7 @@
 """Pointwise operators: channels that meet, under broadcasting, are coupled.
 
-Nearly all carry ``torch.Tag.pointwise``, from which the rule is derived; those listed here do not, though they are pointwise.
+Nearly all carry ``torch.Tag.pointwise``, from which the rule is derived; those listed here do not, though
+they are pointwise.
 """
 
 from __future__ import annotations
@@ -40,8 +41,17 @@ UNLIKE_OPERANDS: dict[str, str] = {
     "aten.to.dtype": "self[...] -> [...]; pass self first",
 }
 
-#: pointwise operators that change the type or the place of ``self`` and nothing else: a weight that is cast stays the weight it was
-CASTS: frozenset[str] = frozenset({"aten._to_copy.default", "aten.to.dtype", "aten.to.device", "aten.to.dtype_layout", "aten.type_as.default"})
+#: pointwise operators that change the type or the place of ``self`` and nothing else: a weight that is cast
+#: stays the weight it was
+CASTS: frozenset[str] = frozenset(
+    {
+        "aten._to_copy.default",
+        "aten.to.dtype",
+        "aten.to.device",
+        "aten.to.dtype_layout",
+        "aten.type_as.default",
+    }
+)
 
 #: pointwise operators whose result is zero wherever one of these arguments is (and the others are finite)
 VANISHING: dict[str, tuple[str, ...]] = {
@@ -53,7 +63,10 @@ VANISHING: dict[str, tuple[str, ...]] = {
 
 #: operators that make a tensor whose elements are all alike, so that any of them can go
 CREATIONS: dict[str, str] = {
-    **{f"aten.{name}.default": "create; shape size" for name in ("full", "zeros", "ones", "new_empty", "new_zeros", "new_ones", "new_full")},
+    **{
+        f"aten.{name}.default": "create; shape size"
+        for name in ("full", "zeros", "ones", "new_empty", "new_zeros", "new_ones", "new_full")
+    },
     "aten.empty.memory_format": "create; shape size",
 }
 
@@ -68,7 +81,9 @@ CHECKS: dict[str, str] = {
 
 
 def pointwise_rule(operator: OpOverload) -> str:
-    """The rule of a pointwise operator, derived from its schema: every tensor argument broadcasts into every result."""
+    """The rule of a pointwise operator, derived from its schema: every tensor argument broadcasts into every
+    result.
+    """
     tensors = [argument.name for argument in operator._schema.arguments if "Tensor" in str(argument.type)]
     results = max(1, sum("Tensor" in str(result.type) for result in operator._schema.returns))
     return f"{', '.join(f'{name}[...]' for name in tensors)} -> {', '.join(['[...]'] * results)}"

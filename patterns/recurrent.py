@@ -1,7 +1,7 @@
 """Recurrent layers of one layer and one direction; the capture takes others apart into such.
 
-A hidden channel goes from every gate's rows, from the columns that meet the state of the step before, and from the states. Cells of an LSTM with
-projections stay: what is projected is not a tensor of the graph.
+A hidden channel goes from every gate's rows, from the columns that meet the state of the step before, and
+from the states. Cells of an LSTM with projections stay: what is projected is not a tensor of the graph.
 """
 
 from __future__ import annotations
@@ -18,10 +18,13 @@ RECURRENT: dict[str, str] = {
         f" | {_CELLS}, params.2[h c], {_PROJECTED}"
         f"; gates g 4; recur k h hx.0 batch_first; freeze c; {_SINGLE}"
     ),
-    "aten.gru.input": f"{_WEIGHTS}, hx[l b h] -> [x y h], [l b h]; gates g 3; recur k h hx batch_first; {_SINGLE}",
+    "aten.gru.input": (
+        f"{_WEIGHTS}, hx[l b h] -> [x y h], [l b h]; gates g 3; recur k h hx batch_first; {_SINGLE}"
+    ),
     **{
         f"aten.rnn_{kind}.input": (
-            f"input[x y i], params.0[h i], params.1[h k], params.2[h], params.3[h], hx[l b h] -> [x y h], [l b h]; recur k h hx batch_first; {_SINGLE}"
+            "input[x y i], params.0[h i], params.1[h k], params.2[h], params.3[h], hx[l b h] -> [x y h], [l"
+            f" b h]; recur k h hx batch_first; {_SINGLE}"
         )
         for kind in ("tanh", "relu")
     },

@@ -1,4 +1,6 @@
-"""Capture each model once while it is being checked. A capture must survive any number of prunings unchanged, so this only adds to what is tested."""
+"""Capture each model once while it is being checked. A capture must survive any number of prunings unchanged,
+so this only adds to what is tested.
+"""
 
 from __future__ import annotations
 
@@ -30,7 +32,9 @@ def one_capture() -> Iterator[None]:
 
     def capture(model: object, args: object = (), kwargs: object = None, **options: object) -> object:
         leaves = pytree.tree_leaves((args, kwargs or {}))
-        shapes = [(tuple(leaf.shape), leaf.dtype) if isinstance(leaf, Tensor) else repr(leaf) for leaf in leaves]
+        shapes = [
+            (tuple(leaf.shape), leaf.dtype) if isinstance(leaf, Tensor) else repr(leaf) for leaf in leaves
+        ]
         key = (id(model), f"{shapes} {options}")
         if key not in seen:
             seen[key] = (model, original(model, args, kwargs, **options))

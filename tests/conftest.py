@@ -1,4 +1,6 @@
-"""Profiles, and captures shared by tests: exporting a model costs seconds, so each is captured once per process."""
+"""Profiles, and captures shared by tests: exporting a model costs seconds, so each is captured once per
+process.
+"""
 
 from __future__ import annotations
 
@@ -21,8 +23,18 @@ from zoo import ZOO
 import fasp_fx
 from fasp_fx import _chooser
 
-_COMMON = {"deadline": None, "suppress_health_check": [HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.filter_too_much]}
-settings.register_profile("fast", max_examples=15, derandomize=True, database=None, phases=[Phase.explicit, Phase.generate, Phase.shrink], **_COMMON)
+_COMMON = {
+    "deadline": None,
+    "suppress_health_check": [HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.filter_too_much],
+}
+settings.register_profile(
+    "fast",
+    max_examples=15,
+    derandomize=True,
+    database=None,
+    phases=[Phase.explicit, Phase.generate, Phase.shrink],
+    **_COMMON,
+)
 settings.register_profile("slow", max_examples=500, derandomize=False, print_blob=True, **_COMMON)
 PROFILE = os.environ.get("FASP_FX_PROFILE", "fast")
 settings.load_profile(PROFILE)
@@ -36,7 +48,8 @@ def pytest_configure(config: pytest.Config) -> None:
     # a capture, which takes a tenth of the time.
     logging.getLogger("torch.__trace").propagate = True
     torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else 2)
-    # Calibration rounds no products on machines that would be faster so: oracles here are exact ones. test_precision.py holds the rounded ones.
+    # Calibration rounds no products on machines that would be faster so: oracles here are exact ones.
+    # test_precision.py holds the rounded ones.
     _chooser.multiplies_bfloat16 = lambda device: False
     if PROFILE == "slow" and getattr(config.option, "hypothesis_seed", None) is None:
         config.option.hypothesis_seed = str(random.SystemRandom().randrange(2**32))
@@ -44,7 +57,10 @@ def pytest_configure(config: pytest.Config) -> None:
 
 def pytest_report_header(config: pytest.Config) -> str:
     seed = getattr(config.option, "hypothesis_seed", None)
-    return f"fasp_fx profile: {PROFILE} ({settings.default.max_examples} examples per property, seed {seed or 'fixed'})"
+    return (
+        f"fasp_fx profile: {PROFILE} ({settings.default.max_examples} examples per property, seed"
+        f" {seed or 'fixed'})"
+    )
 
 
 def pytest_collection_finish() -> None:

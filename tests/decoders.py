@@ -1,7 +1,9 @@
-"""Decoders drawn at random: a specification, a module built from it in plain torch, and a hypothesis strategy over specifications.
+"""Decoders drawn at random: a specification, a module built from it in plain torch, and a hypothesis strategy
+over specifications.
 
-They cover the layouts that real models use (fused and interleaved projections, grouped queries, parallel blocks, …) in all combinations,
-and are small enough to be captured in a fraction of a second. The first value of every choice is the simplest; drawing shrinks to it.
+They cover the layouts that real models use (fused and interleaved projections, grouped queries, parallel
+blocks, …) in all combinations, and are small enough to be captured in a fraction of a second. The first value
+of every choice is the simplest; drawing shrinks to it.
 """
 
 from __future__ import annotations
@@ -27,8 +29,9 @@ MAX_TOKENS = 16
 class Spec:
     """A decoder. ``repeat`` query heads share each of ``kv_heads`` key and value heads.
 
-    ``projection``: ``separate`` weights; one ``fused`` weight cut into [q | k | v]; one ``interleaved`` weight viewed as
-    [kv_heads, repeat + 2, head_dim]; one ``stacked`` weight viewed as [3, heads, head_dim] (for it ``repeat`` is 1).
+    ``projection``: ``separate`` weights; one ``fused`` weight cut into [q | k | v]; one ``interleaved``
+    weight viewed as [kv_heads, repeat + 2, head_dim]; one ``stacked`` weight viewed as [3, heads, head_dim]
+    (for it ``repeat`` is 1).
     """
 
     layers: int = 1
@@ -58,7 +61,16 @@ _NORMS: dict[str, Any] = {"layer": nn.LayerNorm, "rms": nn.RMSNorm, "plain_rms":
 
 def _attention(spec: Spec) -> Attention:
     positions = spec.positions if spec.positions.startswith("rope") else "none"
-    return Attention(spec.kv_heads, spec.repeat, spec.head_dim, spec.bias, spec.projection, positions, spec.attention, spec.sharing)
+    return Attention(
+        spec.kv_heads,
+        spec.repeat,
+        spec.head_dim,
+        spec.bias,
+        spec.projection,
+        positions,
+        spec.attention,
+        spec.sharing,
+    )
 
 
 class FeedForward(nn.Module):
@@ -67,7 +79,9 @@ class FeedForward(nn.Module):
         self.spec = spec
         if spec.gated and not spec.fused_gate:
             self.gate = nn.Linear(spec.hidden, spec.ffn, bias=spec.bias)
-        self.up = nn.Linear(spec.hidden, spec.ffn * (2 if spec.gated and spec.fused_gate else 1), bias=spec.bias)
+        self.up = nn.Linear(
+            spec.hidden, spec.ffn * (2 if spec.gated and spec.fused_gate else 1), bias=spec.bias
+        )
         self.down = nn.Linear(spec.ffn, spec.hidden, bias=spec.bias)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -114,7 +128,9 @@ class Decoder(nn.Module):
 
 
 def build(spec: Spec, seed: int = 0) -> nn.Module:
-    """The decoder of a specification, with random weights large enough that every channel shows in the output."""
+    """The decoder of a specification, with random weights large enough that every channel shows in the
+    output.
+    """
     return randomise(Decoder(spec), seed, std=0.7)
 
 

@@ -1,7 +1,8 @@
-"""Nets at random by the thousand: each is captured once, pruned twice at random, and held against the masked dense module at several sizes.
+"""Nets at random by the thousand: each is captured once, pruned twice at random, and held against the masked
+dense module at several sizes.
 
-Programs run as the passes leave them, without the export of a whole ``prune``. As a script it tries slices of 250 nets, which are the same wherever they run,
-leaves out those that are done, and prints what they came to::
+Programs run as the passes leave them, without the export of a whole ``prune``. As a script it tries slices of
+250 nets, which are the same wherever they run, leaves out those that are done, and prints what they came to::
 
     python tests/drawing.py FIRST LAST FOLDER [exempt] [approximate]
 """
@@ -63,7 +64,16 @@ def hold(net: Net, number: int, include: Sequence[str] = ()) -> collections.Coun
         AssertionError: an output differs.
     """
     count: collections.Counter[str] = collections.Counter()
-    case = Case(build(net, number, torch.float64), example(net, 2, number, torch.float64), {}, None, (), {}, TOLERANCE, number)
+    case = Case(
+        build(net, number, torch.float64),
+        example(net, 2, number, torch.float64),
+        {},
+        None,
+        (),
+        {},
+        TOLERANCE,
+        number,
+    )
     program = case.captured
     analysis = fasp_fx.analysis.analyze_program(program, fasp_fx.passes.split_fused, include=include)
     captured = _AsCaptured(program)
@@ -89,7 +99,9 @@ def hold(net: Net, number: int, include: Sequence[str] = ()) -> collections.Coun
         for call, dense in calls:
             expected = case.run(masked, call)
             wrong = error(case.run(smaller, call), expected)
-            assert wrong <= TOLERANCE, f"off by {wrong:.1e} on {[tuple(leaf.shape) for leaf in floats(call)]}; plan:\n{plan}"
+            assert wrong <= TOLERANCE, (
+                f"off by {wrong:.1e} on {[tuple(leaf.shape) for leaf in floats(call)]}; plan:\n{plan}"
+            )
             count["comparisons"] += 1
             count["comparisons in which masking shows"] += error(expected, dense) > 1e-4
     return count
@@ -105,19 +117,39 @@ def try_slice(number: int, include: Sequence[str] = ()) -> dict[str, Any]:
     failures: list[dict[str, Any]] = []
 
     @seed(number)
-    @settings(max_examples=NETS, database=None, deadline=None, phases=[Phase.generate], suppress_health_check=list(HealthCheck))
+    @settings(
+        max_examples=NETS,
+        database=None,
+        deadline=None,
+        phases=[Phase.generate],
+        suppress_health_check=list(HealthCheck),
+    )
     @given(net=programs(), weights=st.integers(0, 999))
     def draw(net: Net, weights: int) -> None:
         total["nets"] += 1
-        total["nets with odd blocks"] += any(f"{kind.__name__}(" in repr(net) for kind in Odd.__subclasses__())
+        total["nets with odd blocks"] += any(
+            f"{kind.__name__}(" in repr(net) for kind in Odd.__subclasses__()
+        )
         try:
             total.update(hold(net, weights, include))
         except Exception as problem:
-            failures.append({"net": repr(net), "weights": weights, "problem": f"{type(problem).__name__}: {problem}", "trace": traceback.format_exc()[-3000:]})
+            failures.append(
+                {
+                    "net": repr(net),
+                    "weights": weights,
+                    "problem": f"{type(problem).__name__}: {problem}",
+                    "trace": traceback.format_exc()[-3000:],
+                }
+            )
 
     started = time.perf_counter()
     draw()
-    return {"slice": number, "seconds": round(time.perf_counter() - started, 1), **total, "failures": failures}
+    return {
+        "slice": number,
+        "seconds": round(time.perf_counter() - started, 1),
+        **total,
+        "failures": failures,
+    }
 
 
 def main() -> None:
@@ -134,10 +166,19 @@ def main() -> None:
             file.write_text(json.dumps(try_slice(number, sys.argv[4:]), indent=1), encoding="utf-8")
             gc.collect()
         found = json.loads(file.read_text(encoding="utf-8"))
-        total.update({name: value for name, value in found.items() if isinstance(value, (int, float)) and name != "slice"})
+        total.update(
+            {
+                name: value
+                for name, value in found.items()
+                if isinstance(value, (int, float)) and name != "slice"
+            }
+        )
         total["failures"] += len(found["failures"])
         for failure in found["failures"]:
-            print(f"slice {number}: {failure['net']}, weights {failure['weights']}: {failure['problem'][:300]}", flush=True)
+            print(
+                f"slice {number}: {failure['net']}, weights {failure['weights']}: {failure['problem'][:300]}",
+                flush=True,
+            )
         print(f"slice {number}: {found['seconds']} s", flush=True)
     print(dict(total))
 

@@ -1,4 +1,5 @@
-"""Forgeries at random: saved results of every format, changed by a seed, sealed again, and what becomes of loading them.
+"""Forgeries at random: saved results of every format, changed by a seed, sealed again, and what becomes of
+loading them.
 
 As a script it tries slices, which are the same wherever they run, and prints what they came to::
 
@@ -40,7 +41,18 @@ LIMIT = 10.0
 MEMORY = 2**29
 CODE = "__import__('pathlib').Path('ran').touch()"
 #: events of the interpreter that loading a model has no business with
-FORBIDDEN = ("os.system", "subprocess.Popen", "os.exec", "os.posix_spawn", "os.spawn", "os.fork", "socket.connect", "os.remove", "os.rename", "os.rmdir")
+FORBIDDEN = (
+    "os.system",
+    "subprocess.Popen",
+    "os.exec",
+    "os.posix_spawn",
+    "os.spawn",
+    "os.fork",
+    "socket.connect",
+    "os.remove",
+    "os.rename",
+    "os.rmdir",
+)
 
 
 class Tiny(nn.Module):
@@ -75,7 +87,9 @@ IDS = torch.arange(3, 11)[None]
 
 def _whole(folder: Path) -> None:
     torch.manual_seed(0)
-    fasp_fx.prune(Tiny().eval(), (X,), {"scale": 2.0}, calibration=[BATCH], score="random", restore=None, sparsity=0.3).save(folder)
+    fasp_fx.prune(
+        Tiny().eval(), (X,), {"scale": 2.0}, calibration=[BATCH], score="random", restore=None, sparsity=0.3
+    ).save(folder)
 
 
 def _rich(folder: Path) -> None:
@@ -92,14 +106,23 @@ def _forked() -> nn.Module:
 
 
 def _parts(folder: Path) -> None:
-    fasp_fx.prune(_forked(), (X,), calibration=[BATCH], score="random", restore=None, sparsity=0.3).save(folder)
+    fasp_fx.prune(_forked(), (X,), calibration=[BATCH], score="random", restore=None, sparsity=0.3).save(
+        folder
+    )
 
 
 def _hf(folder: Path) -> None:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(0)
-    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 1, "vocab_size": 32}
+    sizes = {
+        "hidden_size": 16,
+        "intermediate_size": 32,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "vocab_size": 32,
+    }
     model = LlamaForCausalLM(LlamaConfig(**sizes, max_position_embeddings=32)).eval()
     fasp_fx.hf.prune(model, sparsity=0.3, score="random", restore=None).save_pretrained(folder)
 
@@ -109,9 +132,22 @@ def _plain(folder: Path) -> None:
 
     from fasp_fx.hf._plain_folder import save_plain
 
-    sizes = {"hidden_size": 8, "ffn_dim": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "vocab_size": 16, "max_position_embeddings": 8}
+    sizes = {
+        "hidden_size": 8,
+        "ffn_dim": 8,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "vocab_size": 16,
+        "max_position_embeddings": 8,
+    }
     plan = fasp_fx.PruningPlan("0" * 64, (), 0.25)
-    save_plain(OPTForCausalLM(OPTConfig(**sizes, word_embed_proj_dim=8)), None, plan, fasp_fx.Report(0.25, 0.25, (100, 80), (400, 320), ()), folder)
+    save_plain(
+        OPTForCausalLM(OPTConfig(**sizes, word_embed_proj_dim=8)),
+        None,
+        plan,
+        fasp_fx.Report(0.25, 0.25, (100, 80), (400, 320), ()),
+        folder,
+    )
 
 
 def _load(folder: Path, model: nn.Module | None = None) -> Callable[[], Any]:
@@ -165,10 +201,61 @@ FORMATS = {
 
 HUGE = [10**9, 2**31, 2**63, 10**30, -1, -(2**63), 10**400, 0, 1, 2, 7]
 WORDS = [
-    *("", " ", "a", "x.y", "training", "forward", "graph", "_modules", "__class__", "__class__.x", "__dict__", "self", "class", "None", "torch", "..", "."),
-    *("a\nb", "a'b", 'a"b', "a\\", "\x00", "\ud800", "é", "𝔸", "s0", "u999999999", "cpu", "meta", "cuda:0", "cuda:99999999999", "mkldnn", "float32", "load"),
-    *(CODE, f"x = {CODE}", f"Symbol({CODE!r})", "2**2**2**2**2**2**2", "L['x'].size()[0] == 2**2**2**2**2**2", "os.system", "torch.hub.load", "builtins.eval"),
-    *("torch.ops.aten.relu.default", "torch.ops.aten.mm.default", "torch.ops.aten.sum.default", "torch.ops.aten.empty.memory_format", "_operator.mul"),
+    *(
+        "",
+        " ",
+        "a",
+        "x.y",
+        "training",
+        "forward",
+        "graph",
+        "_modules",
+        "__class__",
+        "__class__.x",
+        "__dict__",
+        "self",
+        "class",
+        "None",
+        "torch",
+        "..",
+        ".",
+    ),
+    *(
+        "a\nb",
+        "a'b",
+        'a"b',
+        "a\\",
+        "\x00",
+        "\ud800",
+        "é",
+        "𝔸",
+        "s0",
+        "u999999999",
+        "cpu",
+        "meta",
+        "cuda:0",
+        "cuda:99999999999",
+        "mkldnn",
+        "float32",
+        "load",
+    ),
+    *(
+        CODE,
+        f"x = {CODE}",
+        f"Symbol({CODE!r})",
+        "2**2**2**2**2**2**2",
+        "L['x'].size()[0] == 2**2**2**2**2**2",
+        "os.system",
+        "torch.hub.load",
+        "builtins.eval",
+    ),
+    *(
+        "torch.ops.aten.relu.default",
+        "torch.ops.aten.mm.default",
+        "torch.ops.aten.sum.default",
+        "torch.ops.aten.empty.memory_format",
+        "_operator.mul",
+    ),
     *(
         "Pow(Integer(2), Pow(Integer(9), Integer(9)))",
         "Max(" + ", ".join(f"Symbol('s{i}', integer=True)" for i in range(300)) + ")",
@@ -182,7 +269,13 @@ WORDS = [
         "[" * 3000,
         "-" * 5000 + "1",
     ),
-    *("collections.OrderedDict", "builtins.dict", "transformers.cache_utils:DynamicCache", "transformers.models.llama.modeling_llama.LlamaModel", "\x1b[31m"),
+    *(
+        "collections.OrderedDict",
+        "builtins.dict",
+        "transformers.cache_utils:DynamicCache",
+        "transformers.models.llama.modeling_llama.LlamaModel",
+        "\x1b[31m",
+    ),
 ]
 
 
@@ -193,7 +286,9 @@ def _value(draw: random.Random) -> Any:
     if kind < 5:
         return draw.choice(HUGE)
     if kind == 5:
-        return draw.choice([None, True, False, [], {}, [[]], {"": None}, 0.5, float("nan"), float("inf"), 1e308, -0.0])
+        return draw.choice(
+            [None, True, False, [], {}, [[]], {"": None}, 0.5, float("nan"), float("inf"), 1e308, -0.0]
+        )
     if kind == 6:
         return [draw.choice(WORDS)] * draw.choice([1, 3, 300])
     if kind == 7:
@@ -209,7 +304,9 @@ def _places(data: Any) -> list[tuple[Any, Any]]:
     found, waiting = [], [data]
     while waiting:
         item = waiting.pop()
-        keys: Any = list(item) if isinstance(item, dict) else range(len(item)) if isinstance(item, list) else ()
+        keys: Any = (
+            list(item) if isinstance(item, dict) else range(len(item)) if isinstance(item, list) else ()
+        )
         for key in keys:
             found.append((item, key))
             waiting.append(item[key])
@@ -223,13 +320,22 @@ def _everywhere(data: Any, old: str, new: str) -> Any:
     if isinstance(data, list):
         return [_everywhere(item, old, new) for item in data]
     if isinstance(data, str):
-        return new if data == old else data.replace(json.dumps(old), json.dumps(new)) if data[:1] in "[{" else data
+        return (
+            new
+            if data == old
+            else data.replace(json.dumps(old), json.dumps(new))
+            if data[:1] in "[{"
+            else data
+        )
     return data
 
 
 def _rename(data: Any, draw: random.Random) -> str:
     """Give one text another form wherever it stands, so that what refers to it still does."""
-    texts = sorted({item[key] for item, key in _places(data) if isinstance(item[key], str)} | {key for _, key in _places(data) if isinstance(key, str)})
+    texts = sorted(
+        {item[key] for item, key in _places(data) if isinstance(item[key], str)}
+        | {key for _, key in _places(data) if isinstance(key, str)}
+    )
     old = draw.choice(texts)
     new = draw.choice([*WORDS, *texts])
     try:
@@ -243,7 +349,11 @@ def _rename(data: Any, draw: random.Random) -> str:
 
 def _express(data: Any, draw: random.Random) -> str:
     """Put an expression in the place of a size."""
-    sizes = [(item, key) for item, key in _places(data) if isinstance(item[key], dict) and item[key].keys() & {"as_int", "as_expr"}]
+    sizes = [
+        (item, key)
+        for item, key in _places(data)
+        if isinstance(item[key], dict) and item[key].keys() & {"as_int", "as_expr"}
+    ]
     if not sizes:
         return "nothing"
     item, key = draw.choice(sizes)
@@ -255,7 +365,12 @@ def _express(data: Any, draw: random.Random) -> str:
 def _expression(draw: random.Random, depth: int) -> str:
     if depth == 0 or draw.random() < 0.2:
         return draw.choice(
-            ["Symbol('s77', positive=True, integer=True)", "Symbol('u0', integer=True)", f"Integer({draw.choice(HUGE[:6])})", "Float('1e300', precision=53)"]
+            [
+                "Symbol('s77', positive=True, integer=True)",
+                "Symbol('u0', integer=True)",
+                f"Integer({draw.choice(HUGE[:6])})",
+                "Float('1e300', precision=53)",
+            ]
         )
     names = (
         "Add",
@@ -275,7 +390,9 @@ def _expression(draw: random.Random, depth: int) -> str:
         "And",
         "Not",
     )
-    return f"{draw.choice(names)}({', '.join(_expression(draw, depth - 1) for _ in range(draw.choice([1, 2, 2, 3])))})"
+    name = draw.choice(names)
+    arguments = [_expression(draw, depth - 1) for _ in range(draw.choice([1, 2, 2, 3]))]
+    return f"{name}({', '.join(arguments)})"
 
 
 def _change_json(data: Any, draw: random.Random) -> str:
@@ -306,14 +423,20 @@ def _change_json(data: Any, draw: random.Random) -> str:
         return f"{key}: a copy of {place}"
     if kind == 6 and isinstance(item, list):
         count = draw.choice([1, 2, 50, 2000])
-        item[key:key] = [copy.deepcopy(item[key]) for _ in range(count)] if len(json.dumps(item[key])) < 20_000 else []
+        item[key:key] = (
+            [copy.deepcopy(item[key]) for _ in range(count)] if len(json.dumps(item[key])) < 20_000 else []
+        )
         return f"{key}: {count} times"
     if kind == 7 and isinstance(item[key], (int, float)) and not isinstance(item[key], bool):
         item[key] = item[key] + draw.choice([1, -1, 0.5, 100, 2**31])
         return f"{key}: another number"
     if kind == 8 and isinstance(item[key], str) and item[key]:
         at = draw.randrange(len(item[key]))
-        item[key] = item[key][:at] + draw.choice(["", "x", ".", "(", "'", "\n", "9", "é", draw.choice(WORDS)]) + item[key][at + draw.randrange(3) :]
+        item[key] = (
+            item[key][:at]
+            + draw.choice(["", "x", ".", "(", "'", "\n", "9", "é", draw.choice(WORDS)])
+            + item[key][at + draw.randrange(3) :]
+        )
         return f"{key}: a character"
     item[key] = draw.choice([[item[key]], {"a": item[key]}, str(item[key])[:5000]])
     return f"{key}: wrapped"
@@ -374,8 +497,13 @@ def _special(file: Path, draw: random.Random) -> str:
 
 def forge(folder: Path, manifest: str, draw: random.Random) -> tuple[str, str]:
     """Change a folder and make every manifest agree; returns the file and what was done."""
-    files = sorted(file for file in folder.rglob("*") if file.is_file() and file.suffix in (".json", ".safetensors"))
-    weights = [6.0 if file.name in ("graph.json", "programs.json") else 0.7 if file.name == manifest else 1.0 for file in files]
+    files = sorted(
+        file for file in folder.rglob("*") if file.is_file() and file.suffix in (".json", ".safetensors")
+    )
+    weights = [
+        6.0 if file.name in ("graph.json", "programs.json") else 0.7 if file.name == manifest else 1.0
+        for file in files
+    ]
     (file,) = draw.choices(files, weights)
     name = str(file.relative_to(folder))
     if draw.random() < 0.02:
@@ -427,12 +555,17 @@ class TooLong(BaseException):
 
 @contextlib.contextmanager
 def limited(seconds: float) -> Iterator[None]:
-    """Raise :class:`TooLong` in the block once it has computed for so long, or waited for a dozen times that: other processes may be busy."""
+    """Raise :class:`TooLong` in the block once it has computed for so long, or waited for a dozen times that:
+    other processes may be busy.
+    """
 
     def stop(*args: object) -> None:
         raise TooLong
 
-    timers = [(signal.SIGPROF, signal.ITIMER_PROF, seconds), (signal.SIGALRM, signal.ITIMER_REAL, 12 * seconds)]
+    timers = [
+        (signal.SIGPROF, signal.ITIMER_PROF, seconds),
+        (signal.SIGALRM, signal.ITIMER_REAL, 12 * seconds),
+    ]
     before = [signal.signal(number, stop) for number, _, _ in timers]
     for _, timer, amount in timers:
         signal.setitimer(timer, amount)
@@ -483,9 +616,17 @@ def _same(found: Any, expected: Any) -> bool:
     if isinstance(expected, Tensor):
         return isinstance(found, Tensor) and found.shape == expected.shape and torch.equal(found, expected)
     if isinstance(expected, dict):
-        return isinstance(found, dict) and found.keys() == expected.keys() and all(_same(found[key], expected[key]) for key in expected)
+        return (
+            isinstance(found, dict)
+            and found.keys() == expected.keys()
+            and all(_same(found[key], expected[key]) for key in expected)
+        )
     if isinstance(expected, (list, tuple)):
-        return isinstance(found, (list, tuple)) and len(found) == len(expected) and all(map(_same, found, expected))
+        return (
+            isinstance(found, (list, tuple))
+            and len(found) == len(expected)
+            and all(map(_same, found, expected))
+        )
     return bool(found == expected)
 
 
@@ -540,7 +681,12 @@ class Forger:
         except BaseException as error:
             if isinstance(error, KeyboardInterrupt):
                 raise
-            if self.name == "hf" and isinstance(error, (OSError, ValueError)) and file == "config.json" and "transformers" in _origin(error):
+            if (
+                self.name == "hf"
+                and isinstance(error, (OSError, ValueError))
+                and file == "config.json"
+                and "transformers" in _origin(error)
+            ):
                 return "refused by transformers, which reads config.json first"
             return f"WRONG: {type(error).__name__}: {str(error)[:200]!r}"
         try:
@@ -580,7 +726,18 @@ def main(name: str, first: int, count: int, folder: Path) -> None:
     for seed in range(first, first + count):
         (folder / f"last-{name}-{first}").write_text(str(seed))  # what a crash was tried with
         forger.try_one(seed, tried)
-    print(json.dumps({"format": name, "first": first, "count": count, "outcomes": tried.outcomes, "wrong": tried.wrong, "slowest": tried.slowest}))
+    print(
+        json.dumps(
+            {
+                "format": name,
+                "first": first,
+                "count": count,
+                "outcomes": tried.outcomes,
+                "wrong": tried.wrong,
+                "slowest": tried.slowest,
+            }
+        )
+    )
     print(tried.slowest_what, file=sys.stderr)
     os.chdir(folder)
     shutil.rmtree(work)

@@ -1,9 +1,11 @@
-"""Kill a calibration at random moments, many times over, and hold what the last run writes against what an undisturbed one does.
+"""Kill a calibration at random moments, many times over, and hold what the last run writes against what an
+undisturbed one does.
 
     python tests/killing.py 20 /tmp/killed [SEED]
 
-A Llama made here is pruned by the command line with a checkpoint, in a process of its own that SIGKILL ends after a random time; the same command goes on. The
-last one ends by itself. All files of its folder have to be equal to the byte, but for the seconds in the report.
+A Llama made here is pruned by the command line with a checkpoint, in a process of its own that SIGKILL ends
+after a random time; the same command goes on. The last one ends by itself. All files of its folder have to be
+equal to the byte, but for the seconds in the report.
 """
 
 from __future__ import annotations
@@ -18,11 +20,30 @@ from pathlib import Path
 
 from tiny_llama import make_model
 
-COMMAND = ("--sparsity", "0.3", "--length", "64", "--batches", "48", "--eval-batches", "2", "--quality", "balanced")
+COMMAND = (
+    "--sparsity",
+    "0.3",
+    "--length",
+    "64",
+    "--batches",
+    "48",
+    "--eval-batches",
+    "2",
+    "--quality",
+    "balanced",
+)
 
 
 def command(folder: Path, out: Path, checkpoint: Path) -> list[str]:
-    given = [str(folder / "model"), "--calibration", str(folder / "text.txt"), "--out", str(out), "--checkpoint", str(checkpoint)]
+    given = [
+        str(folder / "model"),
+        "--calibration",
+        str(folder / "text.txt"),
+        "--out",
+        str(out),
+        "--checkpoint",
+        str(checkpoint),
+    ]
     return [sys.executable, "-m", "fasp_fx", "prune", *given, *COMMAND]
 
 
@@ -66,16 +87,18 @@ def main(times: int, folder: Path, seed: int) -> None:
         out, checkpoint = folder / f"out{rounds}", folder / f"checkpoint{rounds}"
         ended, own = False, 0
         while not ended:
-            process = subprocess.Popen(command(folder, out, checkpoint), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+            process = subprocess.Popen(
+                command(folder, out, checkpoint), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
+            )
             try:
                 process.wait(draw.uniform(0.2, 1.3) * whole if killed < times else None)
             except subprocess.TimeoutExpired:
                 process.kill()
                 process.wait()
                 killed, own = killed + 1, own + 1
-                assert not out.exists() or (out / "manifest.json").exists() or (out / "config.json").exists(), (
-                    "what is half written stands where a user looks for it"
-                )
+                assert (
+                    not out.exists() or (out / "manifest.json").exists() or (out / "config.json").exists()
+                ), "what is half written stands where a user looks for it"
                 continue
             ended = True
             assert process.returncode == 0, process.stderr.read().decode() if process.stderr else ""

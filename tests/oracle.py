@@ -1,4 +1,5 @@
-"""The independent oracle of mask-exactness: the dense model with the removed columns of every consumer's input multiplied by zero.
+"""The independent oracle of mask-exactness: the dense model with the removed columns of every consumer's
+input multiplied by zero.
 
 It uses forward hooks of the original modules and shares no code with the library's passes.
 """
@@ -30,7 +31,9 @@ def _columns(module: nn.Module) -> tuple[int, int]:
 
 @contextlib.contextmanager
 def masked(model: nn.Module, removed: Mapping[str, Iterable[int]]) -> Iterator[None]:
-    """Multiply the named columns of the inputs of modules by zero; ``removed`` maps a weight's name to its columns."""
+    """Multiply the named columns of the inputs of modules by zero; ``removed`` maps a weight's name to its
+    columns.
+    """
     modules = dict(model.named_modules())
     handles = []
     for name, columns in removed.items():
@@ -55,33 +58,54 @@ def removed_columns(plan: Any, model: nn.Module) -> dict[str, set[int]]:
     found: dict[str, set[int]] = {}
     for group in plan.groups:
         for part in group.consumers:
-            assert part.dim == _columns(modules[part.name.rpartition(".")[0]])[0], f"{part} is not along the input of its module"
+            assert part.dim == _columns(modules[part.name.rpartition(".")[0]])[0], (
+                f"{part} is not along the input of its module"
+            )
             found.setdefault(part.name, set()).update(part.removed)
     return found
 
 
 def zeroed(model: nn.Module, plan: Any, producers: bool = False) -> nn.Module:
-    """A copy of the model whose consumers' removed columns are zero: the same function, also where no module's hook sees the input.
+    """A copy of the model whose consumers' removed columns are zero: the same function, also where no
+    module's hook sees the input.
 
     With ``producers``, their removed rows are zero as well.
     """
     copied = copy.deepcopy(model)
     weights = dict(copied.named_parameters(remove_duplicate=False))
-    buffers = {name for name, _ in copied.named_buffers(remove_duplicate=False)} | {made.name for made in plan.copies}
+    buffers = {name for name, _ in copied.named_buffers(remove_duplicate=False)} | {
+        made.name for made in plan.copies
+    }
     with torch.no_grad():
-        for part in (part for group in plan.groups for part in (*group.consumers, *(group.producers if producers else ()))):
+        for part in (
+            part
+            for group in plan.groups
+            for part in (*group.consumers, *(group.producers if producers else ()))
+        ):
             if part.name in buffers:
                 continue
-            pieces = [weights[part.name]] if part.block_dim is None else weights[part.name].chunk(len(part.removed), part.block_dim)
-            for piece, removed in zip(pieces, [part.removed] if part.block_dim is None else part.removed, strict=True):
+            pieces = (
+                [weights[part.name]]
+                if part.block_dim is None
+                else weights[part.name].chunk(len(part.removed), part.block_dim)
+            )
+            for piece, removed in zip(
+                pieces, [part.removed] if part.block_dim is None else part.removed, strict=True
+            ):
                 piece.index_fill_(part.dim, torch.tensor(removed, dtype=torch.long), 0)
     return copied
 
 
 def floats(output: Any) -> list[Tensor]:
     """The floating-point tensors of an output, in order."""
-    output = dict(output) if isinstance(output, Mapping) else output  # outputs of transformers are known to pytree only once exported
-    return [leaf.detach() for leaf in pytree.tree_leaves(output) if isinstance(leaf, Tensor) and leaf.is_floating_point()]
+    output = (
+        dict(output) if isinstance(output, Mapping) else output
+    )  # outputs of transformers are known to pytree only once exported
+    return [
+        leaf.detach()
+        for leaf in pytree.tree_leaves(output)
+        if isinstance(leaf, Tensor) and leaf.is_floating_point()
+    ]
 
 
 def error(found: Any, expected: Any) -> float:
@@ -94,8 +118,12 @@ def error(found: Any, expected: Any) -> float:
     return max(float((a - b).abs().max() / b.abs().max()) for a, b in pairs)
 
 
-def assert_mask_exact(model: nn.Module, result: Any, call: Callable[[Any], Any], tolerance: float = TOLERANCE) -> float:
-    """Hold a result against the masked dense model on one call; the masked output must differ from the dense one, or nothing was tested."""
+def assert_mask_exact(
+    model: nn.Module, result: Any, call: Callable[[Any], Any], tolerance: float = TOLERANCE
+) -> float:
+    """Hold a result against the masked dense model on one call; the masked output must differ from the dense
+    one, or nothing was tested.
+    """
     removed = removed_columns(result.plan, model)
     assert any(removed.values()), "the plan removes nothing"
     with torch.no_grad():
@@ -103,7 +131,9 @@ def assert_mask_exact(model: nn.Module, result: Any, call: Callable[[Any], Any],
         with masked(model, removed):
             expected = call(model)
         found = call(result.module)
-    assert error(expected, dense) > 100 * tolerance, "masking changes nothing that can be seen; the comparison would prove nothing"
+    assert error(expected, dense) > 100 * tolerance, (
+        "masking changes nothing that can be seen; the comparison would prove nothing"
+    )
     worst = error(found, expected)
     assert worst <= tolerance, f"relative error {worst:.2e}"
     return worst

@@ -1,4 +1,6 @@
-"""Multiple-choice questions, and the answers of a model computed by hand: one call per choice, without the harness."""
+"""Multiple-choice questions, and the answers of a model computed by hand: one call per choice, without the
+harness.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +17,12 @@ from torch import Tensor
 from fasp_fx.evaluation import TaskScore
 
 QUESTIONS: list[dict[str, Any]] = [
-    {"query": "Question: what is ice?", "choices": ["water", "a stone that is very cold", "är"], "gold": 0, "id": 7},
+    {
+        "query": "Question: what is ice?",
+        "choices": ["water", "a stone that is very cold", "är"],
+        "gold": 0,
+        "id": 7,
+    },
     {"query": "Größe ", "choices": ["ß", "matters a lot", "no"], "gold": 1, "id": "seven"},
     {"query": "Question: which?", "choices": ["this one", "that"], "gold": 1},
     {"query": "Does it?", "choices": ["yes", "no", "perhaps it does, perhaps not"], "gold": 2},
@@ -41,8 +48,14 @@ def by_hand(logits_of: Callable[[Tensor], Tensor], tokenizer: Any) -> dict[str, 
             ids = torch.tensor(tokenizer(f"{query}{space} {choice}")["input_ids"])
             with torch.no_grad():
                 likelihoods = torch.log_softmax(logits_of(ids[None])[0, :-1].double(), dim=-1)
-            totals.append(sum(float(likelihoods[index - 1, ids[index]]) for index in range(len(start), len(ids))))
-        sizes = {"acc": [1] * len(totals), "acc_norm": map(len, question["choices"]), "acc_bytes": [len(choice.encode()) for choice in question["choices"]]}
+            totals.append(
+                sum(float(likelihoods[index - 1, ids[index]]) for index in range(len(start), len(ids)))
+            )
+        sizes = {
+            "acc": [1] * len(totals),
+            "acc_norm": map(len, question["choices"]),
+            "acc_bytes": [len(choice.encode()) for choice in question["choices"]],
+        }
         for name, divisors in sizes.items():
             each = [total / divisor for total, divisor in zip(totals, divisors)]
             right[name].append(float(each.index(max(each)) == question["gold"]))
@@ -59,4 +72,6 @@ def check(scores: Iterable[TaskScore], right: dict[str, list[float]], examples: 
         assert score.value == pytest.approx(mean)
         assert score.examples == examples
         # The error of a mean of independent answers, by the textbook.
-        assert score.stderr == pytest.approx(math.sqrt(sum((answer - mean) ** 2 for answer in answers) / (examples - 1) / examples))
+        assert score.stderr == pytest.approx(
+            math.sqrt(sum((answer - mean) ** 2 for answer in answers) / (examples - 1) / examples)
+        )

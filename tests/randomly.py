@@ -1,6 +1,8 @@
-"""Prune a module at random, several times from one capture, and hold each smaller program against the masked dense module at several sizes.
+"""Prune a module at random, several times from one capture, and hold each smaller program against the masked
+dense module at several sizes.
 
-Nothing of the result's wrapping is tested here: programs run as the passes leave them, which takes a tenth of the time of a whole ``prune``.
+Nothing of the result's wrapping is tested here: programs run as the passes leave them, which takes a tenth of
+the time of a whole ``prune``.
 """
 
 from __future__ import annotations
@@ -27,11 +29,18 @@ SIZES = ((2, 6), (3, 7), (5, 4))
 
 
 class Between(nn.Module):
-    """A function of twelve channels between two linear layers; what follows can be pruned whatever becomes of it."""
+    """A function of twelve channels between two linear layers; what follows can be pruned whatever becomes of
+    it.
+    """
 
     def __init__(self, function: Callable[[Tensor], Tensor]) -> None:
         super().__init__()
-        self.first, self.second, self.third, self.last = nn.Linear(8, 12), nn.Linear(12, 5), nn.Linear(5, 16), nn.Linear(16, 4)
+        self.first, self.second, self.third, self.last = (
+            nn.Linear(8, 12),
+            nn.Linear(12, 5),
+            nn.Linear(5, 16),
+            nn.Linear(16, 4),
+        )
         self.function = function
 
     def forward(self, x: Tensor) -> Tensor:
@@ -45,7 +54,8 @@ def inputs(sizes: Sequence[tuple[int, ...]] = SIZES, width: int = 8) -> list[tup
 
 
 def hold(model: nn.Module, calls: Sequence[tuple[Any, ...]], seeds: int = 3, times: int = 1) -> Analysis:
-    """Prune by random choices, a few channels and nearly all in turn; each program equals the masked dense module.
+    """Prune by random choices, a few channels and nearly all in turn; each program equals the masked dense
+    module.
 
     Args:
         calls: arguments; the first are the example.
@@ -75,7 +85,9 @@ def hold(model: nn.Module, calls: Sequence[tuple[Any, ...]], seeds: int = 3, tim
                 for a, b in zip(pytree.tree_leaves(found), pytree.tree_leaves(expected), strict=True):
                     assert a.shape == b.shape
                     worst = float((a - b).abs().max() / b.abs().max().clamp_min(1e-30))
-                    assert worst <= 1e-9, f"off by {worst:.1e} on {[tuple(leaf.shape) for leaf in call]}; plan:\n{plan}"
+                    assert worst <= 1e-9, (
+                        f"off by {worst:.1e} on {[tuple(leaf.shape) for leaf in call]}; plan:\n{plan}"
+                    )
     assert compared
     return analysis
 

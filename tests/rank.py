@@ -1,4 +1,6 @@
-"""One of several processes that prune together; ``python rank.py RANK SIZE FOLDER SCENARIO`` (tests/test_ranks.py)."""
+"""One of several processes that prune together; ``python rank.py RANK SIZE FOLDER SCENARIO``
+(tests/test_ranks.py).
+"""
 
 from __future__ import annotations
 
@@ -32,7 +34,12 @@ class Twice(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.up, self.down, self.query, self.key = nn.Linear(12, 24), nn.Linear(24, 12), nn.Linear(12, 8), nn.Linear(12, 8)
+        self.up, self.down, self.query, self.key = (
+            nn.Linear(12, 24),
+            nn.Linear(24, 12),
+            nn.Linear(12, 8),
+            nn.Linear(12, 8),
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         x = x + self.down(torch.relu(self.up(x)))
@@ -46,7 +53,9 @@ class Parts(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         torch.manual_seed(0)
-        self.first, self.second = (nn.Sequential(nn.Linear(12, 24), nn.ReLU(), nn.Linear(24, 12)) for _ in range(2))
+        self.first, self.second = (
+            nn.Sequential(nn.Linear(12, 24), nn.ReLU(), nn.Linear(24, 12)) for _ in range(2)
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.first(x)
@@ -123,7 +132,12 @@ def refusals(group: dist.ProcessGroup, rank: int) -> None:
     captured = fasp_fx.capture(twice(), (numbers()[0],))
 
     def refused(kind: type[Exception], said: str, model: fasp_fx.Captured = captured, **other: Any) -> None:
-        options: dict[str, Any] = {"calibration": numbers(), "sparsity": 0.3, "quality": "fast", "group": group} | other
+        options: dict[str, Any] = {
+            "calibration": numbers(),
+            "sparsity": 0.3,
+            "quality": "fast",
+            "group": group,
+        } | other
         with pytest.raises(kind, match=said):
             fasp_fx.prune(model, **options)
 
@@ -148,9 +162,36 @@ def refusals(group: dist.ProcessGroup, rank: int) -> None:
 
 def command_line(rank: int, size: int, folder: Path) -> None:
     """The command, as torchrun starts it."""
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1"}
-    arguments = ["prune", str(folder / "model"), "--calibration", str(folder / "text.txt"), "--text", str(folder / "text.txt"), "--out", str(folder / "out")]
-    arguments += ["--length", "32", "--batches", "4", "--eval-batches", "2", "--round-to", "1", "--device", "cpu", "--quality", "fast"]
+    os.environ |= {
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "WORLD_SIZE": str(size),
+        "MASTER_ADDR": "127.0.0.1",
+    }
+    arguments = [
+        "prune",
+        str(folder / "model"),
+        "--calibration",
+        str(folder / "text.txt"),
+        "--text",
+        str(folder / "text.txt"),
+        "--out",
+        str(folder / "out"),
+    ]
+    arguments += [
+        "--length",
+        "32",
+        "--batches",
+        "4",
+        "--eval-batches",
+        "2",
+        "--round-to",
+        "1",
+        "--device",
+        "cpu",
+        "--quality",
+        "fast",
+    ]
     done = CliRunner().invoke(app, arguments)
     assert done.exit_code == 0, done.output
     assert bool(done.output) == (rank == 0), "the first speaks for all"
@@ -163,20 +204,27 @@ def dies(group: dist.ProcessGroup, rank: int) -> None:
     if rank == 1:
         Runner.advance = lambda self, stop: os._exit(3)  # type: ignore[method-assign, assignment]
     with pytest.raises(RankError, match="lost the others"):
-        fasp_fx.prune(twice(), (numbers()[0],), calibration=numbers(), sparsity=0.3, quality="fast", group=group)
+        fasp_fx.prune(
+            twice(), (numbers()[0],), calibration=numbers(), sparsity=0.3, quality="fast", group=group
+        )
     os._exit(7)  # as a process does that ends in an error, without waiting for the others
 
 
 def main(rank: int, size: int, folder: Path, scenario: str) -> None:
     torch.set_num_threads(1)
     store = f"file://{folder / 'store'}"
-    dist.init_process_group("gloo", init_method=store, rank=rank, world_size=size, timeout=datetime.timedelta(seconds=120))
+    dist.init_process_group(
+        "gloo", init_method=store, rank=rank, world_size=size, timeout=datetime.timedelta(seconds=120)
+    )
     group = dist.group.WORLD
     assert group is not None
     if scenario == "dies":
         dies(group, rank)
     found = cases(group)
-    torch.save({name: (plan.to_json(), weights) for name, (plan, weights) in found.items()}, folder / f"rank{rank}.pt")
+    torch.save(
+        {name: (plan.to_json(), weights) for name, (plan, weights) in found.items()},
+        folder / f"rank{rank}.pt",
+    )
     refusals(group, rank)
     dist.destroy_process_group()
     command_line(rank, size, folder)

@@ -47,9 +47,13 @@ def untouched(model: nn.Module) -> Iterator[None]:
     """The model has the same tensors with the same values, modes and attributes afterwards."""
 
     def tensors() -> dict[str, Tensor]:
-        return dict([*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)])
+        return dict(
+            [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
+        )
 
-    before = {name: (tensor, tensor.detach().clone(), tensor.requires_grad) for name, tensor in tensors().items()}
+    before = {
+        name: (tensor, tensor.detach().clone(), tensor.requires_grad) for name, tensor in tensors().items()
+    }
     modes = [module.training for module in model.modules()]
     attributes = [sorted(vars(module)) for module in model.modules()]
     yield
@@ -59,12 +63,20 @@ def untouched(model: nn.Module) -> Iterator[None]:
         assert after[name] is tensor
         assert tensor.requires_grad == grad
         assert tensor.grad is None
-        assert tensor.device.type == "meta" or torch.equal(tensor.view(-1).view(torch.uint8), value.view(-1).view(torch.uint8)), name
+        assert tensor.device.type == "meta" or torch.equal(
+            tensor.view(-1).view(torch.uint8), value.view(-1).view(torch.uint8)
+        ), name
     assert [module.training for module in model.modules()] == modes
     assert [sorted(vars(module)) for module in model.modules()] == attributes
 
 
-def refused(error: type[fasp_fx.FaspError], match: str, model: nn.Module | None = None, args: Any = (X,), **options: Any) -> None:
+def refused(
+    error: type[fasp_fx.FaspError],
+    match: str,
+    model: nn.Module | None = None,
+    args: Any = (X,),
+    **options: Any,
+) -> None:
     """Pruning raises this error with this message and touches nothing."""
     model = Vectors().eval() if model is None else model
     options.setdefault("calibration", [BATCH])

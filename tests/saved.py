@@ -21,7 +21,9 @@ class Mode(enum.Enum):
 
 
 class Small(nn.Module):
-    """Tied, frozen, transposed and non-persistent tensors, a constant, defaults of several kinds and a structured output."""
+    """Tied, frozen, transposed and non-persistent tensors, a constant, defaults of several kinds and a
+    structured output.
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -35,7 +37,14 @@ class Small(nn.Module):
         self.register_buffer("scratch", torch.randn(8), persistent=False)
 
     def forward(
-        self, ids: Tensor, scale: float = 2.0, *, flag: bool = True, limit: float = 9.0, sizes: tuple[int, ...] = (1, 2), mode: Mode = Mode.PLAIN
+        self,
+        ids: Tensor,
+        scale: float = 2.0,
+        *,
+        flag: bool = True,
+        limit: float = 9.0,
+        sizes: tuple[int, ...] = (1, 2),
+        mode: Mode = Mode.PLAIN,
     ) -> dict[str, Any]:
         hidden = self.embed(ids) @ self.turned + self.shift * scale + self.scratch + torch.tensor(0.5)
         hidden = (hidden + self.down(torch.relu(self.up(hidden)))).clamp(max=limit)

@@ -21,18 +21,37 @@ def test_a_callable_decides() -> None:
         seen.append((budget.groups[0].width, budget.over([0]), round_to))
         return [7 for _ in budget.groups]
 
-    result = fasp_fx.prune(TwoLayers().eval(), (torch.randn(2, 12),), allocation=allocate, sparsity=0.4, round_to=2, score="magnitude", restore=None)
+    result = fasp_fx.prune(
+        TwoLayers().eval(),
+        (torch.randn(2, 12),),
+        allocation=allocate,
+        sparsity=0.4,
+        round_to=2,
+        score="magnitude",
+        restore=None,
+    )
     assert seen == [(20, 0.4, 2)] * len(seen)
     assert result.plan.groups[0].removed_sets == 7
 
 
 @pytest.mark.parametrize(
     ("returned", "message"),
-    [([1, 1], "2 numbers for 1 groups"), ([20], "takes 20 channel sets.*from 0 to 19"), ([-1], "takes -1"), ([0.5], "takes 0.5")],
+    [
+        ([1, 1], "2 numbers for 1 groups"),
+        ([20], "takes 20 channel sets.*from 0 to 19"),
+        ([-1], "takes -1"),
+        ([0.5], "takes 0.5"),
+    ],
 )
 def test_what_cannot_be_done_is_refused(returned: list[Any], message: str) -> None:
     with pytest.raises(fasp_fx.ArgumentError, match=message):
-        fasp_fx.prune(TwoLayers().eval(), (torch.randn(2, 12),), allocation=lambda *_: returned, score="magnitude", restore=None)
+        fasp_fx.prune(
+            TwoLayers().eval(),
+            (torch.randn(2, 12),),
+            allocation=lambda *_: returned,
+            score="magnitude",
+            restore=None,
+        )
 
 
 def test_an_unknown_name_says_what_there_is() -> None:

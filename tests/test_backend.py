@@ -29,7 +29,9 @@ def _fresh() -> Iterator[None]:
 
 
 def plan_for(model: nn.Module, example: Tensor, **options: Any) -> fasp_fx.PruningPlan:
-    return fasp_fx.prune(model, (example,), score="magnitude", restore=None, **{"sparsity": 0.2, **options}).plan
+    return fasp_fx.prune(
+        model, (example,), score="magnitude", restore=None, **{"sparsity": 0.2, **options}
+    ).plan
 
 
 class Spy:
@@ -39,7 +41,9 @@ class Spy:
         self.weights: list[int] = []
 
     def __call__(self, module: fx.GraphModule, example: list[Any]) -> Callable[..., Any]:
-        self.weights.append(sum(value.numel() for value in example if isinstance(value, Tensor) and value.is_floating_point()))
+        self.weights.append(
+            sum(value.numel() for value in example if isinstance(value, Tensor) and value.is_floating_point())
+        )
         return module
 
 
@@ -48,7 +52,12 @@ class Perceptron(nn.Module):
 
     def __init__(self, divided: bool = False) -> None:
         super().__init__()
-        self.first, self.second, self.third, self.last = nn.Linear(6, 16), nn.Linear(16, 16), nn.Linear(16, 16), nn.Linear(16, 4)
+        self.first, self.second, self.third, self.last = (
+            nn.Linear(6, 16),
+            nn.Linear(16, 16),
+            nn.Linear(16, 16),
+            nn.Linear(16, 4),
+        )
         self.divided = divided
 
     def forward(self, x: Tensor) -> Tensor:
@@ -84,17 +93,27 @@ def test_smaller_graphs_at_several_sizes(perceptron: Any) -> None:
 
 
 @pytest.mark.parametrize(
-    "spec", [SPEC, Spec(hidden=8, kv_heads=2, repeat=1, head_dim=6, ffn=12, bias=True, projection="interleaved")], ids=["rope", "interleaved"]
+    "spec",
+    [SPEC, Spec(hidden=8, kv_heads=2, repeat=1, head_dim=6, ffn=12, bias=True, projection="interleaved")],
+    ids=["rope", "interleaved"],
 )
 def test_decoders(spec: Spec) -> None:
     """With one fused projection the plan splits a weight, and the slices are those of its parts."""
     model = build(spec)
     plan = plan_for(model, tokens(2, 4))
-    masked_exact(model, torch.compile(model, backend=fasp_fx.backend(plan, inner="aot_eager")), plan, tokens(2, 4))
+    masked_exact(
+        model, torch.compile(model, backend=fasp_fx.backend(plan, inner="aot_eager")), plan, tokens(2, 4)
+    )
 
 
 def test_a_transformer_with_tied_weights() -> None:
-    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 4, "vocab_size": 48}
+    sizes = {
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 4,
+        "vocab_size": 48,
+    }
     model = randomise(LlamaForCausalLM(LlamaConfig(tie_word_embeddings=True, **sizes)))
     calls = [{"input_ids": torch.randint(0, 48, size), "use_cache": False} for size in ((2, 7), (3, 9))]
     plan = fasp_fx.prune(model, (), calls[0], score="magnitude", restore=None, sparsity=0.2).plan
@@ -172,7 +191,11 @@ def test_graph_breaks_leave_divided_groups_whole(perceptron: Any) -> None:
     compiled = torch.compile(divided, backend=fasp_fx.backend(plan, inner="eager"))
     with pytest.warns(fasp_fx.PartialPlanWarning, match="in another graph"), torch.no_grad():
         found = compiled(example)
-    inside = tuple(group for group in plan.groups if {p.name.split(".")[0] for p in (*group.producers, *group.consumers)} != {"second", "third"})
+    inside = tuple(
+        group
+        for group in plan.groups
+        if {p.name.split(".")[0] for p in (*group.producers, *group.consumers)} != {"second", "third"}
+    )
     assert 0 < len(inside) < len(plan.groups)
     part = fasp_fx.PruningPlan(plan.fingerprint, inside, plan.sparsity)
     assert error(found, Masked(model, part)(example)) <= TOLERANCE
@@ -206,7 +229,10 @@ def test_writes_leave_the_graph_whole() -> None:
     other = copy.deepcopy(model).train()
     expected = copy.deepcopy(other)(example)
     with pytest.warns(fasp_fx.PartialPlanWarning, match="writes into"):
-        assert error(torch.compile(other, backend=fasp_fx.backend(plan, inner="eager"))(example), expected) <= 1e-6
+        assert (
+            error(torch.compile(other, backend=fasp_fx.backend(plan, inner="eager"))(example), expected)
+            <= 1e-6
+        )
 
 
 def test_refusals(perceptron: Any) -> None:
@@ -215,7 +241,9 @@ def test_refusals(perceptron: Any) -> None:
     with pytest.raises(fasp_fx.PlanError, match="another model"):
         torch.compile(other, backend=fasp_fx.backend(plan, inner="eager"))(example)
     torch._dynamo.reset()
-    masked_exact(other, torch.compile(other, backend=fasp_fx.backend(plan, inner="eager", check=False)), plan, example)
+    masked_exact(
+        other, torch.compile(other, backend=fasp_fx.backend(plan, inner="eager", check=False)), plan, example
+    )
     torch._dynamo.reset()
     result = fasp_fx.apply(model, plan, (example,))
     with pytest.raises(fasp_fx.PlanError, match="already applied"):

@@ -1,4 +1,6 @@
-"""Every wrong input is refused by a typed error that names the thing and the remedy, and leaves the caller's model and disk as they were."""
+"""Every wrong input is refused by a typed error that names the thing and the remedy, and leaves the caller's
+model and disk as they were.
+"""
 
 from __future__ import annotations
 
@@ -25,7 +27,9 @@ pytestmark = [
 
 @pytest.mark.parametrize("sparsity", [0, 1, -1, 1.5, "a", float("nan"), True])
 def test_sparsity_outside_of_its_range(sparsity: Any) -> None:
-    refused(fasp_fx.SparsityError, rf"sparsity={re.escape(repr(sparsity))} is not in \(0, 1\)", sparsity=sparsity)
+    refused(
+        fasp_fx.SparsityError, rf"sparsity={re.escape(repr(sparsity))} is not in \(0, 1\)", sparsity=sparsity
+    )
 
 
 @pytest.mark.parametrize("round_to", [1, 8])
@@ -67,7 +71,11 @@ def test_a_device_that_does_not_exist() -> None:
 
 
 def test_a_score_of_the_wrong_shape() -> None:
-    refused(fasp_fx.ArgumentError, r"score returned shape \(3,\) for a consumer with 24 columns", score=lambda columns: torch.zeros(3))
+    refused(
+        fasp_fx.ArgumentError,
+        r"score returned shape \(3,\) for a consumer with 24 columns",
+        score=lambda columns: torch.zeros(3),
+    )
 
 
 def test_a_score_that_is_not_finite() -> None:
@@ -80,7 +88,10 @@ def test_not_a_model(model: Any) -> None:
         fasp_fx.prune(model, (X,), calibration=[BATCH])
 
 
-@pytest.mark.parametrize(("args", "kwargs", "match"), [((), {}, "x"), ((X, X), {}, "too many"), ((X,), {"unheard": 1}, "unheard"), ((3,), {}, "no tensor")])
+@pytest.mark.parametrize(
+    ("args", "kwargs", "match"),
+    [((), {}, "x"), ((X, X), {}, "too many"), ((X,), {"unheard": 1}, "unheard"), ((3,), {}, "no tensor")],
+)
 def test_example_inputs_that_do_not_fit(args: Any, kwargs: dict[str, Any], match: str) -> None:
     refused(fasp_fx.ArgumentError, match, args=args, kwargs=kwargs)
 
@@ -110,7 +121,10 @@ def test_example_inputs_that_do_not_fit(args: Any, kwargs: dict[str, Any], match
         ([BATCH, torch.full((3, 6), float("inf"))], "batch 1, input 'x' holds values that are not finite"),
         ([{"y": BATCH}], r"batch 0.*'x'"),
         ([{"x": BATCH, "unheard": 1}], r"batch 0.*unheard"),
-        ([(BATCH, BATCH)], r"batch 0.*too many positional.*labels.*calibration=\(batch\[0\] for batch in loader\)"),
+        (
+            [(BATCH, BATCH)],
+            r"batch 0.*too many positional.*labels.*calibration=\(batch\[0\] for batch in loader\)",
+        ),
         ([[BATCH, torch.zeros(len(BATCH))]], r"batch 0.*labels.*leave them out"),
         ([()], r"batch 0.*'x'"),
         ([{"x": [BATCH, BATCH]}], r"batch 0.*"),
@@ -123,11 +137,23 @@ def test_calibration_that_does_not_fit(calibration: Any, match: str) -> None:
 
 @pytest.mark.parametrize("wrong", [10, -1])
 def test_token_numbers_out_of_range_name_the_batch_and_the_node(wrong: int) -> None:
-    refused(fasp_fx.CalibrationError, r"batch 1 fails in the model at node 'embedding'", Net().eval(), (IDS,), calibration=[IDS, torch.full((2, 5), wrong)])
+    refused(
+        fasp_fx.CalibrationError,
+        r"batch 1 fails in the model at node 'embedding'",
+        Net().eval(),
+        (IDS,),
+        calibration=[IDS, torch.full((2, 5), wrong)],
+    )
 
 
 def test_an_argument_that_was_not_captured() -> None:
-    refused(fasp_fx.CalibrationError, r"batch 0: argument 'bias'.*capture it.*labels.*batch\[0\]", Net().eval(), (IDS,), calibration=[(IDS, torch.zeros(6))])
+    refused(
+        fasp_fx.CalibrationError,
+        r"batch 0: argument 'bias'.*capture it.*labels.*batch\[0\]",
+        Net().eval(),
+        (IDS,),
+        calibration=[(IDS, torch.zeros(6))],
+    )
 
 
 def test_longer_than_the_positions() -> None:
@@ -139,7 +165,13 @@ def test_longer_than_the_positions() -> None:
         def forward(self, ids: Tensor) -> Tensor:
             return self.net(ids, self.positions(torch.arange(ids.shape[1])))
 
-    refused(fasp_fx.CalibrationError, r"batch 0.*(at most 8|embedding)", Positions().eval(), (IDS,), calibration=[torch.zeros(2, 9, dtype=torch.long)])
+    refused(
+        fasp_fx.CalibrationError,
+        r"batch 0.*(at most 8|embedding)",
+        Positions().eval(),
+        (IDS,),
+        calibration=[torch.zeros(2, 9, dtype=torch.long)],
+    )
 
 
 def test_a_failing_iterable_raises_its_own_error() -> None:
@@ -159,7 +191,15 @@ def test_activations_that_are_not_finite() -> None:
     refused(fasp_fx.CalibrationError, r"'down\.weight' is not finite", model)
 
 
-@pytest.mark.parametrize("make", [iter, lambda batches: (batch for batch in batches), lambda batches: DataLoader(torch.cat(batches), batch_size=10), tuple])
+@pytest.mark.parametrize(
+    "make",
+    [
+        iter,
+        lambda batches: (batch for batch in batches),
+        lambda batches: DataLoader(torch.cat(batches), batch_size=10),
+        tuple,
+    ],
+)
 def test_any_iterable_will_do(make: Callable[[Any], Any]) -> None:
     model = Vectors().eval()
     expected = fasp_fx.prune(model, (X,), calibration=[BATCH, BATCH.flip(0)], sparsity=0.3)
@@ -170,14 +210,23 @@ def test_any_iterable_will_do(make: Callable[[Any], Any]) -> None:
 
 def test_batches_in_every_form() -> None:
     model = Vectors().eval()
-    results = [fasp_fx.prune(model, (X,), calibration=[batch], sparsity=0.3).module(X) for batch in (BATCH, (BATCH,), [BATCH], {"x": BATCH})]
+    results = [
+        fasp_fx.prune(model, (X,), calibration=[batch], sparsity=0.3).module(X)
+        for batch in (BATCH, (BATCH,), [BATCH], {"x": BATCH})
+    ]
     assert all(torch.equal(results[0], other) for other in results)
 
 
 @pytest.mark.filterwarnings("default::fasp_fx.CalibrationWarning")
 def test_too_few_tokens_work_and_warn() -> None:
     model = Vectors().eval()
-    with untouched(model), pytest.warns(fasp_fx.CalibrationWarning, match=r"too little .* 1 of 1 consumers.*'down\.weight' has 24 columns and saw 1 tokens"):
+    with (
+        untouched(model),
+        pytest.warns(
+            fasp_fx.CalibrationWarning,
+            match=r"too little .* 1 of 1 consumers.*'down\.weight' has 24 columns and saw 1 tokens",
+        ),
+    ):
         result = fasp_fx.prune(model, (X,), calibration=[X[:1]], sparsity=0.3)
     assert torch.isfinite(result.module(X)).all()
 
@@ -192,20 +241,34 @@ def test_no_data_is_needed_without_score_and_restoration_from_data() -> None:
 
 @pytest.mark.parametrize("value", [None, 1.0, [0.0] * 12])
 def test_a_score_that_is_no_tensor(value: Any) -> None:
-    refused(fasp_fx.errors.ArgumentError, "the score returned a .*one value per column", score=lambda columns: value)
+    refused(
+        fasp_fx.errors.ArgumentError,
+        "the score returned a .*one value per column",
+        score=lambda columns: value,
+    )
 
 
 @pytest.mark.parametrize("value", [None, 3])
 def test_an_allocation_that_is_no_list(value: Any) -> None:
-    refused(fasp_fx.errors.ArgumentError, "the allocation returned a .*for each group", allocation=lambda *given: value)
+    refused(
+        fasp_fx.errors.ArgumentError,
+        "the allocation returned a .*for each group",
+        allocation=lambda *given: value,
+    )
 
 
 def test_a_batch_of_another_layout() -> None:
-    refused(fasp_fx.CalibrationError, r"layout torch\.sparse_coo, expected torch\.strided.*to_dense", calibration=[BATCH.to_sparse()])
+    refused(
+        fasp_fx.CalibrationError,
+        r"layout torch\.sparse_coo, expected torch\.strided.*to_dense",
+        calibration=[BATCH.to_sparse()],
+    )
 
 
 def test_an_example_that_the_model_refuses() -> None:
-    with pytest.raises(fasp_fx.errors.ArgumentError, match="does not run on the example inputs: RuntimeError"):
+    with pytest.raises(
+        fasp_fx.errors.ArgumentError, match="does not run on the example inputs: RuntimeError"
+    ):
         fasp_fx.prune(Vectors().eval(), (X.double(),), calibration=[BATCH])
 
 

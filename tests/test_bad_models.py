@@ -9,7 +9,10 @@ from torch import Tensor, nn
 
 import fasp_fx
 
-pytestmark = [pytest.mark.filterwarnings("ignore::fasp_fx.CalibrationWarning"), pytest.mark.usefixtures("no_files")]
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::fasp_fx.CalibrationWarning"),
+    pytest.mark.usefixtures("no_files"),
+]
 
 
 class Branch(Vectors):
@@ -24,12 +27,19 @@ def test_data_dependent_control_flow() -> None:
 
 
 def test_analyze_looks_for_parts_as_prune_does() -> None:
-    with pytest.raises(fasp_fx.CaptureError, match=r"Branch cannot be captured.*No submodule can be pruned by itself either"):
+    with pytest.raises(
+        fasp_fx.CaptureError, match=r"Branch cannot be captured.*No submodule can be pruned by itself either"
+    ):
         fasp_fx.analyze(Branch().eval(), (torch.randn(2, 6),))
 
 
 def test_nothing_prunable() -> None:
-    refused(fasp_fx.NothingPrunableError, "no group of this model can be pruned", nn.Linear(6, 6).eval(), calibration=[BATCH])
+    refused(
+        fasp_fx.NothingPrunableError,
+        "no group of this model can be pruned",
+        nn.Linear(6, 6).eval(),
+        calibration=[BATCH],
+    )
     refused(fasp_fx.NothingPrunableError, "no coupled weights", nn.ReLU().eval(), calibration=[BATCH])
 
 
@@ -108,7 +118,11 @@ def test_shared_modules_and_weights_are_mask_exact() -> None:
     for name, removed in slices.items():
         keep = torch.ones(model.get_parameter(name).shape[1])
         keep[removed] = 0
-        hooks.append(model.get_submodule(name.rpartition(".")[0]).register_forward_pre_hook(lambda module, inputs, keep=keep: (inputs[0] * keep,)))
+        hooks.append(
+            model.get_submodule(name.rpartition(".")[0]).register_forward_pre_hook(
+                lambda module, inputs, keep=keep: (inputs[0] * keep,)
+            )
+        )
     expected = model(X)
     for hook in hooks:
         hook.remove()

@@ -32,7 +32,10 @@ def test_a_plan_is_for_its_model_alone(pruned: tuple[nn.Module, fasp_fx.Result])
     assert torch.equal(fasp_fx.apply(model, result.plan, (X,)).module(X), result.module(X))
     torch.manual_seed(1)
     other = Vectors().eval()
-    with untouched(other), pytest.raises(fasp_fx.PlanError, match=r"for another model.*make a plan for this model"):
+    with (
+        untouched(other),
+        pytest.raises(fasp_fx.PlanError, match=r"for another model.*make a plan for this model"),
+    ):
         fasp_fx.apply(other, result.plan, (X,))
     with untouched(result.module), pytest.raises(fasp_fx.PlanError, match="already applied"):
         fasp_fx.apply(result.module, result.plan, (X,))
@@ -49,7 +52,9 @@ def test_a_plan_is_for_its_model_alone(pruned: tuple[nn.Module, fasp_fx.Result])
         (lambda part: replace(part, dim=0), r"index \d+ along dimension 0 of 'down\.weight'.*another model"),
     ],
 )
-def test_a_plan_that_asks_for_the_impossible(pruned: tuple[nn.Module, fasp_fx.Result], change: Callable[[Any], Any], match: str) -> None:
+def test_a_plan_that_asks_for_the_impossible(
+    pruned: tuple[nn.Module, fasp_fx.Result], change: Callable[[Any], Any], match: str
+) -> None:
     model, result = pruned
     group = result.plan.groups[0]
     plan = replace(result.plan, groups=(replace(group, consumers=tuple(map(change, group.consumers))),))
@@ -70,7 +75,11 @@ def test_a_plan_that_leaves_nothing(pruned: tuple[nn.Module, fasp_fx.Result]) ->
     group = result.plan.groups[0]
     everything = tuple(range(24))
     producers = tuple(replace(part, removed=everything) for part in group.producers)
-    whole = replace(group, producers=producers, consumers=tuple(replace(part, removed=everything) for part in group.consumers))
+    whole = replace(
+        group,
+        producers=producers,
+        consumers=tuple(replace(part, removed=everything) for part in group.consumers),
+    )
     with pytest.raises(fasp_fx.PlanError, match="keep one"):
         fasp_fx.apply(model, replace(result.plan, groups=(whole,)), (X,))
 
@@ -89,8 +98,12 @@ def damaged(text: str) -> dict[str, str]:
         "groups of text": json.dumps({**data, "groups": "none"}),
         "groups are null": json.dumps({**data, "groups": None}),
         "size": json.dumps({**data, "groups": [{**group, "size": "many"}]}),
-        "indices": json.dumps({**data, "groups": [{**group, "producers": [{**group["producers"][0], "removed": ["a"]}]}]}),
-        "fractions": json.dumps({**data, "groups": [{**group, "producers": [{**group["producers"][0], "removed": [1.5]}]}]}),
+        "indices": json.dumps(
+            {**data, "groups": [{**group, "producers": [{**group["producers"][0], "removed": ["a"]}]}]}
+        ),
+        "fractions": json.dumps(
+            {**data, "groups": [{**group, "producers": [{**group["producers"][0], "removed": [1.5]}]}]}
+        ),
         "sparsity": json.dumps({**data, "sparsity": "high"}),
         "splits": json.dumps({**data, "splits": [{}]}),
     }
@@ -119,7 +132,9 @@ def test_order_of_plans_of_different_models(pruned: tuple[nn.Module, fasp_fx.Res
     ("args", "kwargs", "match"),
     [((), {}, "x"), ((X,), {"unheard": 1}, "unheard"), ((None,), {}, "'x' is missing")],
 )
-def test_wrong_calls_of_a_result(pruned: tuple[nn.Module, fasp_fx.Result], args: Any, kwargs: dict[str, Any], match: str) -> None:
+def test_wrong_calls_of_a_result(
+    pruned: tuple[nn.Module, fasp_fx.Result], args: Any, kwargs: dict[str, Any], match: str
+) -> None:
     with pytest.raises(TypeError, match=match):
         pruned[1].module(*args, **kwargs)
 

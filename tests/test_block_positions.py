@@ -1,4 +1,6 @@
-"""Operators that combine, order or shift positions along a dimension find the same channels in every block along it."""
+"""Operators that combine, order or shift positions along a dimension find the same channels in every block
+along it.
+"""
 
 from __future__ import annotations
 
@@ -30,7 +32,9 @@ ALONG_HEADS: dict[str, Callable[[Tensor], Tensor]] = {
 @pytest.mark.parametrize("name", ALONG_HEADS)
 def test_heads_lose_the_same_channels_where_an_operator_goes_across_them(name: str) -> None:
     analysis = hold(Between(lambda h: ALONG_HEADS[name](h.unflatten(-1, (3, 4))).flatten(-2)), inputs())
-    assert sets_of(analysis, "first.weight") == [("prunable", 4, 1)], "four channels, of all three heads at once"
+    assert sets_of(analysis, "first.weight") == [("prunable", 4, 1)], (
+        "four channels, of all three heads at once"
+    )
 
 
 def test_heads_that_only_move_lose_other_channels_each() -> None:
@@ -43,10 +47,17 @@ class RolledHeads(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.q, self.k, self.v, self.out = nn.Linear(8, 12), nn.Linear(8, 12), nn.Linear(8, 12), nn.Linear(12, 8)
+        self.q, self.k, self.v, self.out = (
+            nn.Linear(8, 12),
+            nn.Linear(8, 12),
+            nn.Linear(8, 12),
+            nn.Linear(12, 8),
+        )
 
     def forward(self, x: Tensor) -> Tensor:
-        q, k, v = (layer(x).view(x.shape[0], x.shape[1], 3, 4).transpose(1, 2) for layer in (self.q, self.k, self.v))
+        q, k, v = (
+            layer(x).view(x.shape[0], x.shape[1], 3, 4).transpose(1, 2) for layer in (self.q, self.k, self.v)
+        )
         mixed = F.scaled_dot_product_attention(q, k, v.roll(1, 1))
         return self.out(mixed.transpose(1, 2).reshape(x.shape[0], x.shape[1], 12))
 
@@ -56,7 +67,9 @@ def test_values_rolled_over_heads() -> None:
 
 
 class Stacked(nn.Module):
-    """A stack of weights, with a running sum over what they give; ``letters`` says along which dimension of the input they lie."""
+    """A stack of weights, with a running sum over what they give; ``letters`` says along which dimension of
+    the input they lie.
+    """
 
     def __init__(self, count: int, letters: tuple[str, str, str], dim: int) -> None:
         super().__init__()
@@ -64,7 +77,9 @@ class Stacked(nn.Module):
         self.head, self.letters, self.dim = nn.Linear(5, 4), letters, dim
 
     def forward(self, x: Tensor) -> Tensor:
-        hidden = F.relu(torch.einsum(f"{self.letters[0]},edf->{self.letters[1]}", x, self.into)).cumsum(self.dim)
+        hidden = F.relu(torch.einsum(f"{self.letters[0]},edf->{self.letters[1]}", x, self.into)).cumsum(
+            self.dim
+        )
         return self.head(torch.einsum(f"{self.letters[1]},efo->{self.letters[2]}", hidden, self.out))
 
 

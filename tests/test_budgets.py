@@ -85,7 +85,11 @@ class Pictures(nn.Module):
             nn.Conv2d(32, 32, 3, padding=1, groups=4),
             nn.Conv2d(32, 32, 1),
         )
-        self.down, self.up, self.head = nn.Conv2d(32, 40, 3, stride=2), nn.ConvTranspose2d(40, 24, 3), nn.Linear(24, 5)
+        self.down, self.up, self.head = (
+            nn.Conv2d(32, 40, 3, stride=2),
+            nn.ConvTranspose2d(40, 24, 3),
+            nn.Linear(24, 5),
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         x = relu(self.norm(self.into(x)))
@@ -99,7 +103,11 @@ class Steps(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.first, self.second, self.head = nn.LSTM(6, 20, 2, bidirectional=True, batch_first=True), nn.GRU(40, 24, batch_first=True), nn.Linear(24, 3)
+        self.first, self.second, self.head = (
+            nn.LSTM(6, 20, 2, bidirectional=True, batch_first=True),
+            nn.GRU(40, 24, batch_first=True),
+            nn.Linear(24, 3),
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         found: Tensor = self.head(self.second(self.first(x)[0])[0])
@@ -111,7 +119,10 @@ class Wide(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.table, self.blocks = nn.Embedding(50, 24), nn.ModuleList(nn.Sequential(nn.Linear(24, 150), nn.GELU(), nn.Linear(150, 24)) for _ in range(3))
+        self.table, self.blocks = (
+            nn.Embedding(50, 24),
+            nn.ModuleList(nn.Sequential(nn.Linear(24, 150), nn.GELU(), nn.Linear(150, 24)) for _ in range(3)),
+        )
         self.head = nn.Linear(24, 50, bias=False)
         self.head.weight = self.table.weight
 
@@ -125,12 +136,22 @@ class Wide(nn.Module):
 
 def llama(kind: Any = hf.LlamaForCausalLM, **changed: Any) -> Any:
     torch.manual_seed(0)
-    sizes = {"hidden_size": 32, "intermediate_size": 120, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 64}
+    sizes = {
+        "hidden_size": 32,
+        "intermediate_size": 120,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "vocab_size": 64,
+    }
     return kind(kind.config_class(**sizes, **changed)).eval()
 
 
 def tokens(batch: int, length: int) -> dict[str, Any]:
-    return {"input_ids": torch.randint(0, 64, (batch, length), generator=torch.Generator().manual_seed(batch)), "use_cache": False}
+    return {
+        "input_ids": torch.randint(0, 64, (batch, length), generator=torch.Generator().manual_seed(batch)),
+        "use_cache": False,
+    }
 
 
 @cache
@@ -189,9 +210,15 @@ def test_what_is_predicted_is_what_the_result_has(name: str, options: dict[str, 
     result = fasp_fx.prune(once, budget=budget, **FAST, **options)
     found, report = real(result, args, kwargs), result.report
     assert {spent.resource: spent.used for spent in report.budgets} == found
-    assert {spent.resource: spent.allowed for spent in report.budgets} == {spent.resource: 0.8 * spent.dense for spent in report.budgets}
+    assert {spent.resource: spent.allowed for spent in report.budgets} == {
+        spent.resource: 0.8 * spent.dense for spent in report.budgets
+    }
     assert all(spent.used <= spent.allowed for spent in report.budgets)
-    assert [spent.dense for spent in report.budgets] == [report.parameters[0], operations(lambda: model(*args, **kwargs)), report.bytes[0]]
+    assert [spent.dense for spent in report.budgets] == [
+        report.parameters[0],
+        operations(lambda: model(*args, **kwargs)),
+        report.bytes[0],
+    ]
     assert (found["parameters"], found["bytes"]) == (report.parameters[1], report.bytes[1])
     assert result.config is not None
     assert result.config.budget == budget
@@ -203,7 +230,9 @@ def test_what_is_predicted_is_what_the_result_has(name: str, options: dict[str, 
 def test_whatever_goes_of_whatever_is_drawn_is_counted(net: Net, number: int) -> None:
     args = example(net, 2, number, torch.float64)
     program = fasp_fx.capture(build(net, number, torch.float64), args).program
-    assume(not any(isinstance(node.target, HigherOrderOperator) for node in program.module.graph.nodes))  # through which torch does not count
+    assume(
+        not any(isinstance(node.target, HigherOrderOperator) for node in program.module.graph.nodes)
+    )  # through which torch does not count
     analysis = fasp_fx.analysis.analyze_program(program, fasp_fx.passes.split_fused)
     chosen = draw_sets(analysis, np.random.default_rng(number))
     assume(chosen.any())
@@ -213,8 +242,12 @@ def test_whatever_goes_of_whatever_is_drawn_is_counted(net: Net, number: int) ->
     lost = [removed.get(group.name, 0) for group in analysis.chosen]
     smaller, none = Prune(gone, {}, analysis)(analysis.program), [0] * len(lost)
     for count, before in ((lost, program), (none, program)):
-        assert parameters_of(analysis).used(count) == sum(weight.numel() for weight in (smaller if count is lost else before).module.parameters())
-        assert macs_of(analysis).used(count) == operations(lambda at=smaller if count is lost else before: at.module(*at.flat_inputs(args, {})))  # type: ignore[misc]
+        assert parameters_of(analysis).used(count) == sum(
+            weight.numel() for weight in (smaller if count is lost else before).module.parameters()
+        )
+        assert macs_of(analysis).used(count) == operations(
+            lambda at=smaller if count is lost else before: at.module(*at.flat_inputs(args, {}))
+        )  # type: ignore[misc]
 
 
 class Drawn(Resource):
@@ -233,27 +266,64 @@ class Drawn(Resource):
 def test_budgets_of_drawn_costs_are_met_from_below(data: st.DataObject) -> None:
     count, resources = data.draw(st.integers(1, 4)), data.draw(st.integers(1, 3))
     round_to = data.draw(st.sampled_from([1, 1, 2, 5]))
-    groups = [Group(str(index), data.draw(st.integers(30, 80)), 1, "prunable", "", (), ()) for index in range(count)]
+    groups = [
+        Group(str(index), data.draw(st.integers(30, 80)), 1, "prunable", "", (), ()) for index in range(count)
+    ]
     counted = [Drawn(groups, [data.draw(st.integers(1, 4)) for _ in groups]) for _ in range(resources)]
-    steps = [np.sort(np.array(data.draw(st.lists(st.floats(0.01, 10), min_size=group.size, max_size=group.size)))) for group in groups]
-    costs = fasp_fx.Costs({group.name: fasp_fx.CostCurve(np.array([0.0, *np.cumsum(own)])) for group, own in zip(groups, steps, strict=True)}, "")
-    budget = Budget(groups, [Ceiling(Parameters(data.draw(st.floats(0.3, 0.9))), resource) for resource in counted])
+    steps = [
+        np.sort(np.array(data.draw(st.lists(st.floats(0.01, 10), min_size=group.size, max_size=group.size))))
+        for group in groups
+    ]
+    costs = fasp_fx.Costs(
+        {
+            group.name: fasp_fx.CostCurve(np.array([0.0, *np.cumsum(own)]))
+            for group, own in zip(groups, steps, strict=True)
+        },
+        "",
+    )
+    budget = Budget(
+        groups, [Ceiling(Parameters(data.draw(st.floats(0.3, 0.9))), resource) for resource in counted]
+    )
     for lost in (uniform(budget, round_to), Global()(budget, round_to, costs)):
         over = budget.over(lost)
-        step = max(round_to * resource.shares[index] / resource.whole for resource in counted for index in range(count))
+        step = max(
+            round_to * resource.shares[index] / resource.whole
+            for resource in counted
+            for index in range(count)
+        )
         assert -max(step, 0.01) <= over <= 0 if resources == 1 else over <= 0
-        assert all(gone == 0 or (group.size - gone) % round_to == 0 for group, gone in zip(groups, lost, strict=True))
-        fewer = [[*lost[:i], gone - max(round_to, 1), *lost[i + 1 :]] for i, gone in enumerate(lost) if gone > round_to]
+        assert all(
+            gone == 0 or (group.size - gone) % round_to == 0 for group, gone in zip(groups, lost, strict=True)
+        )
+        fewer = [
+            [*lost[:i], gone - max(round_to, 1), *lost[i + 1 :]]
+            for i, gone in enumerate(lost)
+            if gone > round_to
+        ]
         assert all(budget.over(other) > 0 for other in fewer), "a step could have stayed"
 
 
 @pytest.mark.parametrize(
-    ("budget", "allocation"), [(Parameters(0.7), "uniform"), (Macs(0.6), "global"), (Bytes(40_000), "global"), (Parameters(15_000), "uniform")]
+    ("budget", "allocation"),
+    [
+        (Parameters(0.7), "uniform"),
+        (Macs(0.6), "global"),
+        (Bytes(40_000), "global"),
+        (Parameters(15_000), "uniform"),
+    ],
 )
 def test_budgets_are_met_within_a_hundredth(budget: Cap, allocation: Any) -> None:
     _, args, kwargs, once = captured("wide")
     costs = costs_of("wide") if allocation == "global" else None
-    result = fasp_fx.prune(once, calibration=[args] * 2, budget=budget, allocation=allocation, score="magnitude", restore=None, costs=costs)
+    result = fasp_fx.prune(
+        once,
+        calibration=[args] * 2,
+        budget=budget,
+        allocation=allocation,
+        score="magnitude",
+        restore=None,
+        costs=costs,
+    )
     (spent,) = result.report.budgets
     assert real(result, args, kwargs)[budget.name] == spent.used
     assert 0.99 * spent.allowed <= spent.used <= spent.allowed
@@ -263,7 +333,12 @@ def test_budgets_are_met_within_a_hundredth(budget: Cap, allocation: Any) -> Non
 @pytest.mark.parametrize("allocation", ["uniform", "global"])
 def test_the_tightest_of_several_decides(allocation: Any) -> None:
     _, args, _, once = captured("pictures")
-    options: dict[str, Any] = {"calibration": [args], "allocation": allocation, "costs": costs_of("pictures") if allocation == "global" else None, **FAST}
+    options: dict[str, Any] = {
+        "calibration": [args],
+        "allocation": allocation,
+        "costs": costs_of("pictures") if allocation == "global" else None,
+        **FAST,
+    }
     several = fasp_fx.prune(once, budget=(Macs(0.6), Parameters(0.8)), **options)
     macs, parameters = several.report.budgets
     assert macs.used <= macs.allowed
@@ -284,7 +359,13 @@ def test_round_to_is_kept() -> None:
 @pytest.mark.parametrize("asked", [{"sparsity": 0.3}, {"budget": Parameters(0.7)}], ids=str)
 def test_layers_stay_alike_where_that_is_asked(asked: dict[str, Any]) -> None:
     _, args, _, once = captured("wide")
-    options: dict[str, Any] = {"calibration": [args], "costs": costs_of("wide"), "allocation": "global", **FAST, **asked}
+    options: dict[str, Any] = {
+        "calibration": [args],
+        "costs": costs_of("wide"),
+        "allocation": "global",
+        **FAST,
+        **asked,
+    }
     widths = {}
     for alike in (True, False):
         result = fasp_fx.prune(once, uniform_layers=alike, **options)
@@ -355,7 +436,13 @@ def test_amounts_that_make_no_sense_are_refused(amount: Any) -> None:
 @pytest.mark.parametrize(
     ("budget", "message"),
     [
-        (Parameters(0.001), r"Parameters\(amount=0.001\) is out of reach: at least 62 of 23,322 parameters stay, a share of 0.0027; allow more"),
+        (
+            Parameters(0.001),
+            (
+                r"Parameters\(amount=0.001\) is out of reach: at least 62 of 23,322 parameters stay, a share"
+                r" of 0.0027; allow more"
+            ),
+        ),
         (Macs(100), r"Macs\(amount=100\) is out of reach: at least .* multiply-accumulates stay"),
         ((Bytes(0.5), Parameters(60)), r"Parameters\(amount=60\) is out of reach"),
         (Parameters(1.0), "the model meets the budget as it is: it has 23,322 parameters; allow less"),
@@ -401,8 +488,16 @@ def test_products_that_an_operator_hides_are_not_left_out() -> None:
 
 def test_an_allocation_that_leaves_too_much_is_refused() -> None:
     _, _, _, once = captured("wide")
-    with pytest.raises(fasp_fx.errors.BudgetError, match=r"the allocation leaves 20\.00% of the dense model's more than the budget allows"):
-        fasp_fx.prune(once, budget=Parameters(0.8), allocation=lambda budget, round_to: [0 for _ in budget.groups], **FAST)
+    with pytest.raises(
+        fasp_fx.errors.BudgetError,
+        match=r"the allocation leaves 20\.00% of the dense model's more than the budget allows",
+    ):
+        fasp_fx.prune(
+            once,
+            budget=Parameters(0.8),
+            allocation=lambda budget, round_to: [0 for _ in budget.groups],
+            **FAST,
+        )
 
 
 def test_a_model_in_parts_has_no_budget() -> None:
@@ -413,7 +508,10 @@ def test_a_model_in_parts_has_no_budget() -> None:
 # What is kept.
 
 
-@given(st.lists(st.sampled_from([Parameters, Macs, Bytes, CacheBytes]), unique=True), st.one_of(st.floats(0.01, 1.0), st.integers(1, 2**60)))
+@given(
+    st.lists(st.sampled_from([Parameters, Macs, Bytes, CacheBytes]), unique=True),
+    st.one_of(st.floats(0.01, 1.0), st.integers(1, 2**60)),
+)
 def test_budgets_survive_json(kinds: list[Any], amount: float) -> None:
     config = fasp_fx.PruningConfig(budget=[kind(amount) for kind in kinds])
     again = fasp_fx.PruningConfig.from_json(config.to_json())
@@ -422,7 +520,14 @@ def test_budgets_survive_json(kinds: list[Any], amount: float) -> None:
 
 
 @pytest.mark.parametrize(
-    "text", ['{"resource": "time", "amount": 1}', '{"resource": "macs"}', '{"resource": "macs", "amount": "1"}', "3", '{"resource": [], "amount": 1}']
+    "text",
+    [
+        '{"resource": "time", "amount": 1}',
+        '{"resource": "macs"}',
+        '{"resource": "macs", "amount": "1"}',
+        "3",
+        '{"resource": [], "amount": 1}',
+    ],
 )
 def test_a_damaged_budget_is_refused(text: str) -> None:
     with pytest.raises(fasp_fx.ArgumentError, match="budget"):
@@ -441,7 +546,9 @@ def test_a_saved_result_tells_its_budgets(tmp_path: Path) -> None:
     file = tmp_path / "out" / "report.json"
     text = file.read_text(encoding="utf-8")
     for damaged in ('"allowed": "much"', '"allowed": -1', '"allowed": 1e999', '"other": 1'):
-        file.write_text(text.replace(f'"allowed": {result.report.budgets[0].allowed}', damaged), encoding="utf-8")
+        file.write_text(
+            text.replace(f'"allowed": {result.report.budgets[0].allowed}', damaged), encoding="utf-8"
+        )
         with pytest.raises(fasp_fx.StoreError):
             fasp_fx.load(tmp_path / "out")
 
@@ -453,7 +560,12 @@ def test_an_allocation_of_ones_own_keeps_a_budget() -> None:
         def __call__(self, budget: Budget, round_to: int, costs: fasp_fx.Costs) -> list[int]:
             lost = [0] * len(budget.groups)
             while budget.over(lost) > 0:
-                cheapest = min(range(len(lost)), key=lambda i: costs[budget.groups[i].name].losses[(lost[i] + budget.groups[i].width) // 2])
+                cheapest = min(
+                    range(len(lost)),
+                    key=lambda i: costs[budget.groups[i].name].losses[
+                        (lost[i] + budget.groups[i].width) // 2
+                    ],
+                )
                 lost[cheapest] = (lost[cheapest] + budget.groups[cheapest].width) // 2
             return lost
 
@@ -486,7 +598,9 @@ def test_amounts_are_read(text: str, amount: float) -> None:
     assert (found, type(found)) == (amount, type(amount))
 
 
-@pytest.mark.parametrize("text", ["", "much", "-1", "0", "1.5", "120%", "1e9", "5X", "3iB", "0.0", "nan", "0.0001k"])
+@pytest.mark.parametrize(
+    "text", ["", "much", "-1", "0", "1.5", "120%", "1e9", "5X", "3iB", "0.0", "nan", "0.0001k"]
+)
 def test_amounts_that_are_none_are_refused(text: str) -> None:
     with pytest.raises(fasp_fx.ArgumentError, match=r"--bytes '.*' is no amount"):
         read_amount("--bytes", text)
@@ -494,7 +608,20 @@ def test_amounts_that_are_none_are_refused(text: str) -> None:
 
 def test_the_command_line_keeps_budgets(tmp_path: Path) -> None:
     make_model(tmp_path / "model")
-    small = ["--length", "32", "--batches", "2", "--eval-batches", "1", "--round-to", "1", "--device", "cpu", "--quality", "fast"]
+    small = [
+        "--length",
+        "32",
+        "--batches",
+        "2",
+        "--eval-batches",
+        "1",
+        "--round-to",
+        "1",
+        "--device",
+        "cpu",
+        "--quality",
+        "fast",
+    ]
     command = ["prune", str(tmp_path / "model"), "--out", str(tmp_path / "out"), *small]
     done = CliRunner().invoke(app, [*command, "--parameters", "90%", "--cache-bytes", "0.9"])
     assert done.exit_code == 0, done.output

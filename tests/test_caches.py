@@ -15,15 +15,30 @@ from fasp_fx._compat._transformers import CACHE
 @pytest.fixture(scope="module")
 def model() -> Any:
     torch.manual_seed(0)
-    config = LlamaConfig(hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=4, num_key_value_heads=2, vocab_size=50)
+    config = LlamaConfig(
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=1,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        vocab_size=50,
+    )
     return LlamaForCausalLM(config).eval().double()
 
 
 def _call(past: int, new: int, width: int = 8) -> dict[str, Any]:
     torch.manual_seed(past)
     cache = DynamicCache()
-    cache.update(torch.randn(2, 2, past, 8, dtype=torch.float64), torch.randn(2, 2, past, width, dtype=torch.float64), 0)
-    return {"input_ids": torch.randint(0, 50, (2, new)), "attention_mask": torch.ones(2, past + new, dtype=torch.long), CACHE: cache}
+    cache.update(
+        torch.randn(2, 2, past, 8, dtype=torch.float64),
+        torch.randn(2, 2, past, width, dtype=torch.float64),
+        0,
+    )
+    return {
+        "input_ids": torch.randint(0, 50, (2, new)),
+        "attention_mask": torch.ones(2, past + new, dtype=torch.long),
+        CACHE: cache,
+    }
 
 
 def test_values_leave_weights_and_cache(model: Any) -> None:
@@ -48,7 +63,11 @@ def test_values_leave_weights_and_cache(model: Any) -> None:
     layer = model.model.layers[0]
     rows = layer.self_attn.v_proj.weight.detach().clone()
     columns = layer.mlp.down_proj.weight.detach().clone()
-    neurons = list(next(group for group in result.plan.groups if group.name.endswith("down_proj.weight")).consumers[0].removed)
+    neurons = list(
+        next(group for group in result.plan.groups if group.name.endswith("down_proj.weight"))
+        .consumers[0]
+        .removed
+    )
     try:
         with torch.no_grad():
             layer.self_attn.v_proj.weight.index_fill_(0, torch.tensor(gone), 0)

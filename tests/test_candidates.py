@@ -19,7 +19,10 @@ from fasp_fx.candidates import Varied, best_of
 @given(seed=st.integers(0, 99), spread=st.floats(0, 1), sparsity=st.floats(0.1, 0.8))
 def test_every_candidate_meets_the_budget(seed: int, spread: float, sparsity: float) -> None:
     counted = Linear([40, 30, 20], [1, 2, 3])
-    curves = {str(index): fasp_fx.CostCurve(np.arange(group.width + 1) ** 2 * (index + 1.0)) for index, group in enumerate(counted.groups)}
+    curves = {
+        str(index): fasp_fx.CostCurve(np.arange(group.width + 1) ** 2 * (index + 1.0))
+        for index, group in enumerate(counted.groups)
+    }
     budget = Budget(counted.groups, [Target(counted, sparsity)])
     lost = Varied(seed, spread)(budget, 1, fasp_fx.Costs(curves, ""))
     assert abs(counted.removed(lost) - sparsity) <= 3 / counted.whole
@@ -30,7 +33,11 @@ def test_every_candidate_meets_the_budget(seed: int, spread: float, sparsity: fl
 def test_the_best_is_returned_and_the_first_is_the_default() -> None:
     model = Deep().eval()
     captured = fasp_fx.capture(model, (DATA[0],))
-    options: dict[str, Any] = {"calibration": DATA, "sparsity": 0.4, "costs": fasp_fx.measure(captured, calibration=DATA[:2])}
+    options: dict[str, Any] = {
+        "calibration": DATA,
+        "sparsity": 0.4,
+        "costs": fasp_fx.measure(captured, calibration=DATA[:2]),
+    }
     held = torch.randn(100, 8)
     seen: list[fasp_fx.Result] = []
 
@@ -65,7 +72,10 @@ def test_a_number_that_is_none_is_refused(number: Any) -> None:
         best_of(number, lambda allocation: None, lambda made: 0.0)
 
 
-@pytest.mark.parametrize(("found", "said"), [("much", "returned a str"), (None, "returned a NoneType"), (float("nan"), "no candidate")])
+@pytest.mark.parametrize(
+    ("found", "said"),
+    [("much", "returned a str"), (None, "returned a NoneType"), (float("nan"), "no candidate")],
+)
 def test_a_judge_that_says_nothing_is_refused(found: Any, said: str) -> None:
     with pytest.raises(fasp_fx.ArgumentError, match=said):
         best_of(2, lambda allocation: None, lambda made: found)

@@ -1,4 +1,6 @@
-"""What a capture leaves out: what nothing reads, and derivatives that a function defines; and what it cannot be given names for."""
+"""What a capture leaves out: what nothing reads, and derivatives that a function defines; and what it cannot
+be given names for.
+"""
 
 from __future__ import annotations
 
@@ -28,7 +30,11 @@ class Dead(nn.Module):
 
 
 def test_what_nothing_reads_keeps_no_channel() -> None:
-    (group,) = [group for group in fasp_fx.analyze(Dead("sum").eval(), (torch.randn(4, 8),)).groups if group.size == 24]
+    (group,) = [
+        group
+        for group in fasp_fx.analyze(Dead("sum").eval(), (torch.randn(4, 8),)).groups
+        if group.size == 24
+    ]
     assert group.status == "prunable"
 
 
@@ -69,7 +75,12 @@ def test_a_derivative_that_a_graph_does_not_have_is_said() -> None:
     x = torch.randn(4, 8)
     result = fasp_fx.prune(StraightThrough().eval(), (x,), sparsity=0.3, score="random", restore=None)
     assert any("derivative that Rounded defines" in note for note in result.report.notes)
-    assert not any("derivative" in note for note in fasp_fx.prune(Dead("").eval(), (x,), sparsity=0.3, score="random", restore=None).report.notes)
+    assert not any(
+        "derivative" in note
+        for note in fasp_fx.prune(
+            Dead("").eval(), (x,), sparsity=0.3, score="random", restore=None
+        ).report.notes
+    )
     assert "apply" in vars(torch.autograd.Function)
     assert Rounded.apply(torch.ones(1, requires_grad=True)).grad_fn is not None
 
@@ -88,7 +99,9 @@ class Cached(nn.Module):
 
 
 def test_inputs_that_are_equally_long_stay_so_in_the_check() -> None:
-    program = capture(Cached().eval(), (torch.randn(2, 3, 12), {"k": torch.randn(2, 3, 5, 4), "v": torch.randn(2, 3, 5, 4)}))
+    program = capture(
+        Cached().eval(), (torch.randn(2, 3, 12), {"k": torch.randn(2, 3, 5, 4), "v": torch.randn(2, 3, 5, 4)})
+    )
     tried = [inputs.of(program) for inputs in other_inputs(program)]
     assert tried
     for x, past_k, past_v in tried:

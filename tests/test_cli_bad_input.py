@@ -1,4 +1,5 @@
-"""Whatever the command line is given, it works or says in one line what is wrong: exit code 2, no traceback, nothing left behind.
+"""Whatever the command line is given, it works or says in one line what is wrong: exit code 2, no traceback,
+nothing left behind.
 
 Nothing here is pruned: every case has to be refused before or while the model is read.
 """
@@ -67,7 +68,9 @@ def invoke(*arguments: str | Path) -> Result:
 
 
 def refused(arguments: Sequence[str | Path], *, usage: bool = False) -> str:
-    """The error of a command, which must be one line; what the parser of the arguments refuses is drawn in a box."""
+    """The error of a command, which must be one line; what the parser of the arguments refuses is drawn in a
+    box.
+    """
     done = invoke(*arguments)
     assert done.exit_code == 2, (done.exit_code, done.output, done.exception)
     assert isinstance(done.exception, SystemExit)
@@ -129,7 +132,16 @@ OUTPUTS = [
     "/proc/out",
 ]
 OUTPUTS += ["@" + "x" * 250, "@" + "x" * 300, "@" + "x/" * 3000]
-PAGES = ["", "@mine.html", "@folder", "/dev/null", "@text.txt/page", "@loop", f"@{UNDECODABLE}", "@" + "x" * 300]
+PAGES = [
+    "",
+    "@mine.html",
+    "@folder",
+    "/dev/null",
+    "@text.txt/page",
+    "@loop",
+    f"@{UNDECODABLE}",
+    "@" + "x" * 300,
+]
 
 OPTIONS = [
     *([option, value] for option, values in NUMBERS.items() for value in values),
@@ -138,21 +150,34 @@ OPTIONS = [
     ["--plain", "--include", "exempt"],
     ["--scratch", "@folder"],
     ["--stream", "--recover", "1"],
-    *(["--scratch", value, "--stream"] for value in ("@text.txt", "@text.txt/below", "@pipe", "@loop", f"@{UNDECODABLE}")),
+    *(
+        ["--scratch", value, "--stream"]
+        for value in ("@text.txt", "@text.txt/below", "@pipe", "@loop", f"@{UNDECODABLE}")
+    ),
 ]
 
 
-@pytest.mark.parametrize("options", OPTIONS, ids=lambda options: " ".join(options)[:40].encode("unicode_escape").decode())
-def test_options_are_refused_before_anything_is_loaded(base: Path, tmp_path: Path, options: list[str]) -> None:
-    said = refused(["prune", base / "model", "--out", tmp_path / "deep" / "out", *SMALL, *placed(base, options)])
+@pytest.mark.parametrize(
+    "options", OPTIONS, ids=lambda options: " ".join(options)[:40].encode("unicode_escape").decode()
+)
+def test_options_are_refused_before_anything_is_loaded(
+    base: Path, tmp_path: Path, options: list[str]
+) -> None:
+    said = refused(
+        ["prune", base / "model", "--out", tmp_path / "deep" / "out", *SMALL, *placed(base, options)]
+    )
     assert options[0] in said or options[0] == "--html" or "device" in said
     assert not list(tmp_path.iterdir())
     assert (base / "mine.html").read_text() == "mine"
 
 
 @pytest.mark.parametrize("out", OUTPUTS, ids=lambda out: out[:30].encode("unicode_escape").decode())
-@pytest.mark.parametrize("how", [[], ["--overwrite"], ["--plain", "--overwrite"]], ids=["new", "overwrite", "plain"])
-def test_folders_that_cannot_be_written(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, out: str, how: list[str]) -> None:
+@pytest.mark.parametrize(
+    "how", [[], ["--overwrite"], ["--plain", "--overwrite"]], ids=["new", "overwrite", "plain"]
+)
+def test_folders_that_cannot_be_written(
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, out: str, how: list[str]
+) -> None:
     monkeypatch.chdir(tmp_path)
     before = sorted(base.rglob("*"))
     refused(["prune", base / "model", "--out", *placed(base, [out]), *SMALL, *how])
@@ -166,8 +191,15 @@ WRONG_KINDS = [
         for option in ("--sparsity", "--round-to", "--batches", "--length", "--seed")
         for value in ("a", "", "²")
     ),
-    *(["prune", "@model", "--out", "out", option, "1.5"] for option in ("--round-to", "--batches", "--eval-batches", "--seed")),
-    *(["prune", "@model", "--out", "out", option, value] for option in ("--score", "--granularity", "--include", "--dtype") for value in ("tasty", "")),
+    *(
+        ["prune", "@model", "--out", "out", option, "1.5"]
+        for option in ("--round-to", "--batches", "--eval-batches", "--seed")
+    ),
+    *(
+        ["prune", "@model", "--out", "out", option, value]
+        for option in ("--score", "--granularity", "--include", "--dtype")
+        for value in ("tasty", "")
+    ),
     ["prune", "@model"],
     ["prune", "--out", "out"],
     ["prune", "@model", "more", "--out", "out"],
@@ -178,7 +210,10 @@ WRONG_KINDS = [
     ["inspect", "@model", "--granularity", "neuron"],
     ["inspect", "@model", "--sparsity", "0.2"],
     ["eval"],
-    *(["eval", "@model", "--text", "@text.txt", option, "a"] for option in ("--length", "--limit", "--batch-size", "--dtype")),
+    *(
+        ["eval", "@model", "--text", "@text.txt", option, "a"]
+        for option in ("--length", "--limit", "--batch-size", "--dtype")
+    ),
     ["nonsense"],
     ["--nonsense"],
     [""],
@@ -200,8 +235,16 @@ def test_without_arguments_there_is_help() -> None:
 
 
 @pytest.mark.parametrize("text", TEXTS)
-@pytest.mark.parametrize("command", [["prune", "--out", "out", *SMALL, "--calibration"], ["eval", "--device", "cpu", "--length", "16", "--text"]])
-def test_texts_that_hold_nothing_to_read(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: list[str], text: str) -> None:
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["prune", "--out", "out", *SMALL, "--calibration"],
+        ["eval", "--device", "cpu", "--length", "16", "--text"],
+    ],
+)
+def test_texts_that_hold_nothing_to_read(
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: list[str], text: str
+) -> None:
     monkeypatch.chdir(tmp_path)
     assert Path(text[1:]).name in refused([command[0], base / "model", *command[1:], *placed(base, [text])])
     assert not list(tmp_path.iterdir())
@@ -210,9 +253,16 @@ def test_texts_that_hold_nothing_to_read(base: Path, tmp_path: Path, monkeypatch
 EVAL = [
     [],
     *(["--text", "@text.txt", "--length", value] for value in ("0", "1", "-1", str(10**30), "200")),
-    *(["--text", "@text.txt", "--chunks", value] for value in ("", "5", "a:b", "1:2:3", "9:3", f"{10**30}:", ":-99", "٠:x")),
+    *(
+        ["--text", "@text.txt", "--chunks", value]
+        for value in ("", "5", "a:b", "1:2:3", "9:3", f"{10**30}:", ":-99", "٠:x")
+    ),
     *(["--text", value] for value in FILES),
-    *(["--text", "@text.txt", option, value] for option in ("--limit", "--batch-size") for value in ("0", "-1", str(-(10**30)))),
+    *(
+        ["--text", "@text.txt", option, value]
+        for option in ("--limit", "--batch-size")
+        for value in ("0", "-1", str(-(10**30)))
+    ),
     ["--text", "@text.txt", "--device", "toaster"],
     ["--task", ""],
     ["--task", "@nowhere.jsonl"],
@@ -220,7 +270,9 @@ EVAL = [
 ]
 
 
-@pytest.mark.parametrize("options", EVAL, ids=lambda options: " ".join(options)[:40].encode("unicode_escape").decode() or "nothing")
+@pytest.mark.parametrize(
+    "options", EVAL, ids=lambda options: " ".join(options)[:40].encode("unicode_escape").decode() or "nothing"
+)
 def test_eval(base: Path, options: list[str]) -> None:
     refused(["eval", base / "model", *placed(base, ["--length", "16", "--device", "cpu", *options])])
 
@@ -266,7 +318,11 @@ NO_MODELS += [
 def test_what_is_no_model(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, model: str) -> None:
     monkeypatch.chdir(tmp_path)
     (given,) = placed(base, [model])
-    for command in (["inspect", given], ["prune", given, "--out", "out", *SMALL], ["eval", given, "--text", str(base / "text.txt"), "--length", "16"]):
+    for command in (
+        ["inspect", given],
+        ["prune", given, "--out", "out", *SMALL],
+        ["eval", given, "--text", str(base / "text.txt"), "--length", "16"],
+    ):
         refused(command)
     assert not list(tmp_path.iterdir())
 
@@ -332,7 +388,9 @@ def smaller_vocabulary(folder: Path) -> None:
 
 def index(folder: Path) -> None:
     (folder / "model.safetensors").unlink()
-    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": {"lm_head.weight": "../../etc/passwd"}}))
+    (folder / "model.safetensors.index.json").write_text(
+        json.dumps({"metadata": {}, "weight_map": {"lm_head.weight": "../../etc/passwd"}})
+    )
 
 
 DOWN = "model.layers.0.mlp.down_proj.weight"
@@ -390,7 +448,11 @@ LOADED: dict[str, Change] = {
     "weights of 1e30": weights(lambda held: [tensor.fill_(1e30) for tensor in held.values()]),
     "one weight of -1e30": weights(lambda held: held[DOWN][0, 0].fill_(-1e30)),
     "weights of 1e18": weights(lambda held: [tensor.fill_(1e18) for tensor in held.values()]),
-    "no tokenizer": lambda folder: [(folder / name).unlink() for name in ("tokenizer.json", "tokenizer_config.json")] and None,
+    "no tokenizer": (
+        lambda folder: (
+            [(folder / name).unlink() for name in ("tokenizer.json", "tokenizer_config.json")] and None
+        )
+    ),
     "garbage for a tokenizer": content("tokenizer.json", b"\x00\xff garbage"),
     "tokenizer is a pipe": pipe("tokenizer.json"),
 }
@@ -408,7 +470,11 @@ def changed(base: Path, tmp_path: Path, change: Change) -> Path:
 def test_configurations(base: Path, tmp_path: Path, name: str) -> None:
     folder = changed(base, tmp_path, CONFIGS[name])
     text = str(base / "text.txt")
-    for command in (["inspect"], ["prune", "--out", str(tmp_path / "out"), *SMALL], ["eval", "--text", text, "--length", "16"]):
+    for command in (
+        ["inspect"],
+        ["prune", "--out", str(tmp_path / "out"), *SMALL],
+        ["eval", "--text", text, "--length", "16"],
+    ):
         refused([command[0], folder, *command[1:]])
     assert [child.name for child in tmp_path.iterdir()] == ["model"]
 
@@ -439,12 +505,16 @@ def test_the_nearest_that_is_possible_is_named(base: Path, tmp_path: Path) -> No
 
     assert (most + 1) * 16 == WRITTEN
     check_amount((most, 1), 16)
-    assert str(2**64 - 1) in refused(["prune", base / "model", "--out", tmp_path / "out", *SMALL, "--seed", str(2**70)])
+    assert str(2**64 - 1) in refused(
+        ["prune", base / "model", "--out", tmp_path / "out", *SMALL, "--seed", str(2**70)]
+    )
 
 
 # --- folders that prune wrote
 
-REPORT = Report(0.25, 0.25, (100, 80), (400, 320), (Line("a.weight", "prunable", 8, 6, 1, ""),), notes=("a note",))
+REPORT = Report(
+    0.25, 0.25, (100, 80), (400, 320), (Line("a.weight", "prunable", 8, 6, 1, ""),), notes=("a note",)
+)
 
 
 def pruned(folder: Path, change: Callable[[dict[str, Any]], object] = lambda data: None) -> Path:
@@ -469,7 +539,9 @@ REPORTS: dict[str, Callable[[dict[str, Any]], object]] = {
     "negative counts": lambda data: data.update(bytes=[-1, 2]),
     "infinite counts": lambda data: data.update(bytes=[float("inf"), 2]),
     "three for two": lambda data: data.update(bytes=[1, 2, 3]),
-    "too many digits": lambda data: data.update(figures=[{"what": "x", "dense": 1.0, "pruned": 1.0, "digits": 10**9}]),
+    "too many digits": lambda data: data.update(
+        figures=[{"what": "x", "dense": 1.0, "pruned": 1.0, "digits": 10**9}]
+    ),
 }
 
 
@@ -481,7 +553,9 @@ def test_reports(tmp_path: Path, name: str) -> None:
     assert not (tmp_path / "page.html").exists()
 
 
-@pytest.mark.parametrize("data", [b"", b"{", b"[]", b"\xff", b"[" * 200_000, b'{"sparsity": ' + b"9" * 5000 + b"}"])
+@pytest.mark.parametrize(
+    "data", [b"", b"{", b"[]", b"\xff", b"[" * 200_000, b'{"sparsity": ' + b"9" * 5000 + b"}"]
+)
 def test_reports_that_are_none(tmp_path: Path, data: bytes) -> None:
     folder = pruned(tmp_path / "small")
     (folder / "report.json").write_bytes(data)

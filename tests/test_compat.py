@@ -1,4 +1,6 @@
-"""Each private name of torch and transformers that the library uses does what is expected of it, and stands in one package."""
+"""Each private name of torch and transformers that the library uses does what is expected of it, and stands
+in one package.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +25,9 @@ from fasp_fx.errors import VerificationError
 ATEN = torch.ops.aten
 ROOT = Path(__file__).resolve().parent.parent
 #: what of torch begins with an underscore, in an import or as an attribute of the module
-PRIVATE = re.compile(r"\btorch(?!\.ops\b)(\.\w+)*\._(?!_)\w+|\btransformers(\.\w+)*(\._(?!_)\w+|\.exporters\b)")
+PRIVATE = re.compile(
+    r"\btorch(?!\.ops\b)(\.\w+)*\._(?!_)\w+|\btransformers(\.\w+)*(\._(?!_)\w+|\.exporters\b)"
+)
 
 
 def _used() -> Iterator[tuple[str, str]]:
@@ -73,7 +77,11 @@ def test_fake_tensors_have_shapes_and_no_data() -> None:
 
 
 def test_what_fake_tensors_raise_they_log_there(caplog: pytest.LogCaptureFixture) -> None:
-    with caplog.at_level(logging.DEBUG, _compat.FAKE_LOGGER), _compat.FakeTensorMode(), pytest.raises(Exception, match="reduction dim"):
+    with (
+        caplog.at_level(logging.DEBUG, _compat.FAKE_LOGGER),
+        _compat.FakeTensorMode(),
+        pytest.raises(Exception, match="reduction dim"),
+    ):
         torch.ones(2, 3) @ torch.ones(2, 3)
     assert any(record.name == _compat.FAKE_LOGGER for record in caplog.records)
 
@@ -115,7 +123,10 @@ def test_new_guards_are_refused_each_time_they_are_asked_for() -> None:
     assert isinstance(environment, _compat.ShapeEnv)
     before = len(environment.guards)
     for _ in range(2):
-        with _compat.refuse_new_guards(environment), pytest.raises(VerificationError, match="would have to fulfil"):
+        with (
+            _compat.refuse_new_guards(environment),
+            pytest.raises(VerificationError, match="would have to fulfil"),
+        ):
             bool(symbol == 7)
     assert len(environment.guards) == before
     with _compat.refuse_new_guards(environment):
@@ -149,7 +160,11 @@ def test_operators_are_traced_by_a_function_of_ours() -> None:
     def kernel(x: Tensor) -> Tensor:
         return x.new_empty(7)
 
-    with _compat.traced_by({ATEN.relu.default: kernel}), _compat.FakeTensorMode() as mode, _compat.enable_python_dispatcher():
+    with (
+        _compat.traced_by({ATEN.relu.default: kernel}),
+        _compat.FakeTensorMode() as mode,
+        _compat.enable_python_dispatcher(),
+    ):
         assert torch.relu(mode.from_tensor(torch.ones(2))).shape == (7,)
     with _compat.FakeTensorMode() as mode, _compat.enable_python_dispatcher():
         assert torch.relu(mode.from_tensor(torch.ones(2))).shape == (2,)
@@ -193,7 +208,9 @@ def test_exporting_prints_nothing(capsys: pytest.CaptureFixture[str]) -> None:
 def test_programs_are_written_without_their_tensors_and_read_again() -> None:
     program = export(nn.Linear(3, 2), (torch.ones(1, 3),))
     fields = _serde.to_fields(_serde.write(program))
-    again = _serde.read(_serde.from_fields(fields), dict(program.state_dict), dict(program.constants), program.example_inputs)
+    again = _serde.read(
+        _serde.from_fields(fields), dict(program.state_dict), dict(program.constants), program.example_inputs
+    )
     x = torch.randn(1, 3)
     assert torch.equal(again.module()(x), program.module()(x))
     assert isinstance(_serde.from_fields(fields), _serde.schema.ExportedProgram)
@@ -207,7 +224,13 @@ def test_a_backend_sees_the_frame_that_is_compiled() -> None:
     def backend(graph: fx.GraphModule, example: list[Any]) -> Any:
         frame = _dynamo.InstructionTranslator.current_tx()
         source = next(node.meta["grapharg"].source for node in graph.graph.nodes if node.op == "placeholder")
-        seen.append((frame.f_globals["__name__"], _dynamo.TracingContext.try_get() is not None, isinstance(source, _dynamo.ConstantSource)))
+        seen.append(
+            (
+                frame.f_globals["__name__"],
+                _dynamo.TracingContext.try_get() is not None,
+                isinstance(source, _dynamo.ConstantSource),
+            )
+        )
         return _dynamo.lookup_backend("eager")(graph, example)
 
     torch.compile(nn.ReLU(), backend=backend)(torch.ones(2))
@@ -215,13 +238,21 @@ def test_a_backend_sees_the_frame_that_is_compiled() -> None:
 
 
 def test_models_are_exported_and_their_caches_known() -> None:
-    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2, "vocab_size": 32}
+    sizes = {
+        "hidden_size": 16,
+        "intermediate_size": 24,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "vocab_size": 32,
+    }
     model: Any = LlamaForCausalLM(LlamaConfig(**sizes)).eval()
     inputs = {"input_ids": torch.zeros(1, 5, dtype=torch.long)}
     prepared, kwargs, flags = _transformers.prepare_for_export(model, {**inputs, "use_cache": False})
     assert prepared is model
     assert flags == {"use_cache": False}
-    program = _transformers.export_program(model, {**kwargs, **flags}, _transformers.get_auto_dynamic_shapes(dict(kwargs)))
+    program = _transformers.export_program(
+        model, {**kwargs, **flags}, _transformers.get_auto_dynamic_shapes(dict(kwargs))
+    )
     length = next(node for node in program.graph.nodes if node.name == "input_ids").meta["val"].shape[1]
     assert not isinstance(length, int)
     torch.testing.assert_close(program.module()(**inputs).logits, model(**inputs, use_cache=False).logits)
@@ -248,7 +279,11 @@ def test_what_transformers_keep_in_float32() -> None:
     """By the names of parts of weights, as classes list them."""
     from transformers import DeepseekV3ForCausalLM, LlamaForCausalLM, T5ForConditionalGeneration
 
-    for kind, expected in ((T5ForConditionalGeneration, {"wo"}), (DeepseekV3ForCausalLM, {"e_score_correction_bias"}), (LlamaForCausalLM, set())):
+    for kind, expected in (
+        (T5ForConditionalGeneration, {"wo"}),
+        (DeepseekV3ForCausalLM, {"e_score_correction_bias"}),
+        (LlamaForCausalLM, set()),
+    ):
         with torch.device("meta"):
             model = kind(kind.config_class(num_hidden_layers=1, num_layers=1))
         assert _transformers.kept_in_float32(model) >= expected, kind

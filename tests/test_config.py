@@ -1,4 +1,6 @@
-"""A configuration says what every keyword says, refuses what it does not know, and survives JSON; groups are picked by the names of their weights."""
+"""A configuration says what every keyword says, refuses what it does not know, and survives JSON; groups are
+picked by the names of their weights.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +26,9 @@ from fasp_fx.report import Report
 
 pytestmark = pytest.mark.usefixtures("shared_captures")
 
-SPEC = Spec(layers=2, hidden=8, kv_heads=2, repeat=2, head_dim=4, ffn=12, bias=True, gated=True, positions="rope")
+SPEC = Spec(
+    layers=2, hidden=8, kv_heads=2, repeat=2, head_dim=4, ffn=12, bias=True, gated=True, positions="rope"
+)
 X = torch.randn(4, 6, generator=torch.Generator().manual_seed(0))
 
 
@@ -34,7 +38,9 @@ class Layers(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         torch.manual_seed(0)
-        self.layers = nn.ModuleList(nn.ModuleDict({"up": nn.Linear(6, 10), "down": nn.Linear(10, 6)}) for _ in range(3))
+        self.layers = nn.ModuleList(
+            nn.ModuleDict({"up": nn.Linear(6, 10), "down": nn.Linear(10, 6)}) for _ in range(3)
+        )
         self.head = nn.Linear(6, 2)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -53,7 +59,9 @@ def widths(**options: Any) -> list[int]:
 
 CONFIGS = st.builds(
     fasp_fx.PruningConfig,
-    sparsity=st.one_of(st.floats(0.01, 0.99), st.dictionaries(st.text(min_size=1), st.floats(0.01, 0.99), min_size=1)),
+    sparsity=st.one_of(
+        st.floats(0.01, 0.99), st.dictionaries(st.text(min_size=1), st.floats(0.01, 0.99), min_size=1)
+    ),
     score=st.sampled_from(["fasp", "magnitude", "random"]),
     restore=st.sampled_from(["least-squares", None]),
     propagate=st.booleans(),
@@ -77,7 +85,9 @@ def test_keywords_are_the_fields() -> None:
     for function in (fasp_fx.prune, fasp_fx.hf.prune):
         (options,) = [p for p in inspect.signature(function).parameters.values() if p.kind is p.VAR_KEYWORD]
         assert options.annotation == "Unpack[PruningOptions]"
-        assert not set(fields) & set(inspect.signature(function).parameters)  # no default but those of the configuration
+        assert not set(fields) & set(
+            inspect.signature(function).parameters
+        )  # no default but those of the configuration
 
 
 def test_a_result_says_what_was_asked_for() -> None:
@@ -101,7 +111,9 @@ def test_what_was_asked_for_is_saved(tmp_path: Path) -> None:
     model = Layers().eval()
     fasp_fx.prune(model, (X,), config=config).save(tmp_path / "saved")
     assert fasp_fx.load(tmp_path / "saved").config == config
-    own = fasp_fx.prune(model, (X,), calibration=[X], sparsity=0.3, score=fasp_fx.scoring.magnitude, restore=None)
+    own = fasp_fx.prune(
+        model, (X,), calibration=[X], sparsity=0.3, score=fasp_fx.scoring.magnitude, restore=None
+    )
     assert own.config is not None
     own.save(tmp_path / "own")
     assert fasp_fx.load(tmp_path / "own").config is None  # no file holds a function
@@ -126,11 +138,17 @@ def test_a_report_with_a_damaged_configuration_is_refused(config: object) -> Non
         ({"exclude": (1,)}, r"exclude=\(1,\) is not known"),
         ({"propagate": "yes"}, "propagate='yes' is neither True nor False"),
         ({"exclude": ("layer.0",)}, "exclude: 'layer.0' matches no weight of a coupled group"),
-        ({"sparsity": {"layers.9.*": 0.3}}, r"sparsity: 'layers.9.\*' matches no weight that loses columns with a group"),
+        (
+            {"sparsity": {"layers.9.*": 0.3}},
+            r"sparsity: 'layers.9.\*' matches no weight that loses columns with a group",
+        ),
         ({"sparsity": {"layers.0.up.bias": 0.3}}, "matches no weight that loses columns"),
         ({"sparsity": {}}, "is no mapping from name patterns to fractions"),
         ({"sparsity": {"layers.0": 1.5}}, r"sparsity=1.5 for 'layers.0' is not in \(0, 1\)"),
-        ({"sparsity": {"layers.0": 0.5}, "allocation": lambda budget, round_to: []}, "is an allocation by itself"),
+        (
+            {"sparsity": {"layers.0": 0.5}, "allocation": lambda budget, round_to: []},
+            "is an allocation by itself",
+        ),
         ({"exclude": ("layers",)}, "every group that can be pruned is excluded"),
     ],
 )
@@ -180,7 +198,10 @@ def test_functions_are_not_written() -> None:
 def test_excluded_groups_stay_whole_and_the_others_carry_the_sparsity() -> None:
     assert widths(sparsity=0.3) == [7, 7, 7]
     for pattern in ("layers.1", "layers.1.*", "layers.1.up.weight", "*.1.down*"):
-        assert widths(sparsity=0.3, exclude=(pattern,)) in ([6, 10, 6], [5, 10, 5])  # nine of thirty go from two layers
+        assert widths(sparsity=0.3, exclude=(pattern,)) in (
+            [6, 10, 6],
+            [5, 10, 5],
+        )  # nine of thirty go from two layers
     with pytest.raises(fasp_fx.SparsityError, match="out of reach"):
         widths(sparsity=0.7, exclude=("layers.[12]",))
 
@@ -203,7 +224,14 @@ def test_names_of_parts_are_those_of_the_model() -> None:
             x = self.first(x)
             return self.second(x) if x.sum() < 1e6 else x
 
-    result = fasp_fx.prune(Forked().eval(), (X,), score="magnitude", restore=None, sparsity=0.3, exclude=("second", "first.layers.0"))
+    result = fasp_fx.prune(
+        Forked().eval(),
+        (X,),
+        score="magnitude",
+        restore=None,
+        sparsity=0.3,
+        exclude=("second", "first.layers.0"),
+    )
     shapes = {name: tuple(tensor.shape) for name, tensor in result.module.named_parameters()}
     assert shapes["second.0.weight"] == (12, 2)
     assert shapes["first.layers.0.up.weight"] == (10, 6)
@@ -219,13 +247,17 @@ def test_one_capture_serves_many_prunings() -> None:
     model = Layers().eval()
     captured, many = fasp_fx.capture(model, (X,)), torch.randn(400, 6)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    assert list(map(str, fasp_fx.analyze(captured).groups)) == list(map(str, fasp_fx.analyze(model, (X,)).groups))
+    assert list(map(str, fasp_fx.analyze(captured).groups)) == list(
+        map(str, fasp_fx.analyze(model, (X,)).groups)
+    )
     for sparsity in (0.1, 0.3, 0.5):
         once = fasp_fx.prune(captured, calibration=[many], sparsity=sparsity)
         anew = fasp_fx.prune(model, (X,), calibration=[many], sparsity=sparsity)
         assert once.plan == anew.plan
         assert torch.equal(once.module(X), anew.module(X))
-        assert torch.equal(fasp_fx.apply(captured, once.plan).module(X), fasp_fx.apply(model, once.plan, (X,)).module(X))
+        assert torch.equal(
+            fasp_fx.apply(captured, once.plan).module(X), fasp_fx.apply(model, once.plan, (X,)).module(X)
+        )
     assert all(torch.equal(model.state_dict()[name], tensor) for name, tensor in before.items())
 
 
@@ -236,11 +268,17 @@ def test_a_captured_model_that_changed_is_refused() -> None:
         model.head.weight.mul_(2)
     for call in (fasp_fx.analyze, fasp_fx.prune):
         options: dict[str, Any] = {} if call is fasp_fx.analyze else {"score": "magnitude", "restore": None}
-        with pytest.raises(fasp_fx.ArgumentError, match=r"'head.weight' has changed since the model was captured; capture it again"):
+        with pytest.raises(
+            fasp_fx.ArgumentError,
+            match=r"'head.weight' has changed since the model was captured; capture it again",
+        ):
             call(captured, **options)  # type: ignore[operator]
 
 
-@pytest.mark.parametrize(("option", "value"), [("args", (X,)), ("kwargs", {"x": X}), ("state", ("past",)), ("dynamic_shapes", {"x": None})])
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [("args", (X,)), ("kwargs", {"x": X}), ("state", ("past",)), ("dynamic_shapes", {"x": None})],
+)
 def test_what_a_capture_holds_is_not_given_again(option: str, value: Any) -> None:
     with pytest.raises(fasp_fx.ArgumentError, match=f"a captured model holds what {option}= says already"):
         fasp_fx.analyze(fasp_fx.capture(Layers().eval(), (X,)), **{option: value})
@@ -268,8 +306,13 @@ def test_a_plan_from_sets_removes_their_indices(seed: int) -> None:
     for group in analysis.select("prunable"):
         width = group.size // group.blocks
         count = int(torch.randint(width, (), generator=random))
-        sets = [[at for at in range(group.size) if group.block_of[at] == block] for block in sorted(set(group.block_of.tolist()))]
-        removed[group.name] = [own[at] for own in sets for at in torch.randperm(width, generator=random)[:count].tolist()]
+        sets = [
+            [at for at in range(group.size) if group.block_of[at] == block]
+            for block in sorted(set(group.block_of.tolist()))
+        ]
+        removed[group.name] = [
+            own[at] for own in sets for at in torch.randperm(width, generator=random)[:count].tolist()
+        ]
     plan = fasp_fx.plan_from_sets(captured, removed)
     lost = plan.slices()
     for group in analysis.select("prunable"):
@@ -284,7 +327,10 @@ def test_a_plan_from_sets_removes_their_indices(seed: int) -> None:
 @pytest.mark.parametrize(
     ("removed", "message"),
     [
-        ({"layers.0.down.wieght": [1]}, "'layers.0.down.wieght' is no group that can be pruned; did you mean 'layers.0.down.weight'"),
+        (
+            {"layers.0.down.wieght": [1]},
+            "'layers.0.down.wieght' is no group that can be pruned; did you mean 'layers.0.down.weight'",
+        ),
         ({"layers.0.down.weight": [10]}, "has the channel sets 0 to 9, not 10"),
         ({"layers.0.down.weight": [-1]}, "has the channel sets 0 to 9, not -1"),
         ({"layers.0.down.weight": range(10)}, "keeps at least 1 of the 10 channel sets"),
@@ -297,6 +343,8 @@ def test_sets_that_cannot_go(removed: dict[str, Any], message: str) -> None:
 
 def test_blocks_lose_equally_many() -> None:
     captured = fasp_fx.capture(build(SPEC), (tokens(2, 4),))
-    (values, *_) = [group for group in fasp_fx.analyze(captured).select("prunable") if group.blocks > 1]
-    with pytest.raises(fasp_fx.PlanError, match=r"blocks of '.*' must lose equally many channel sets, not 1, 0"):
+    values, *_ = [group for group in fasp_fx.analyze(captured).select("prunable") if group.blocks > 1]
+    with pytest.raises(
+        fasp_fx.PlanError, match=r"blocks of '.*' must lose equally many channel sets, not 1, 0"
+    ):
         fasp_fx.plan_from_sets(captured, {values.name: [0]})

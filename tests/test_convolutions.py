@@ -1,4 +1,6 @@
-"""Convolutions, norms that keep channels apart, and what stands between them: pruned exactly, scored and restored by their windows."""
+"""Convolutions, norms that keep channels apart, and what stands between them: pruned exactly, scored and
+restored by their windows.
+"""
 
 from __future__ import annotations
 
@@ -55,7 +57,9 @@ class ExcitedDepthwise(nn.Sequential):
     """A depthwise convolution with two outputs for each input."""
 
     def __init__(self) -> None:
-        super().__init__(nn.Conv2d(8, 16, 3, padding=1, groups=8), nn.BatchNorm2d(16), nn.Hardswish(), SqueezeExcite(16))
+        super().__init__(
+            nn.Conv2d(8, 16, 3, padding=1, groups=8), nn.BatchNorm2d(16), nn.Hardswish(), SqueezeExcite(16)
+        )
 
 
 def _chain(*middle: nn.Module, channels: int = 8, out: int | None = None) -> nn.Module:
@@ -63,32 +67,55 @@ def _chain(*middle: nn.Module, channels: int = 8, out: int | None = None) -> nn.
 
 
 MODELS: dict[str, Callable[[], nn.Module]] = {
-    "batch norm": lambda: _chain(nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 8, 3, stride=2, padding=1, dilation=2)),
+    "batch norm": lambda: _chain(
+        nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 8, 3, stride=2, padding=1, dilation=2)
+    ),
     "instance norm": lambda: _chain(nn.InstanceNorm2d(8, affine=True), nn.PReLU(8)),
     "grouped": lambda: _chain(nn.ReLU(), nn.Conv2d(8, 12, 3, groups=4), nn.GELU(), out=12),
     "depthwise": lambda: _chain(nn.ReLU(), nn.Conv2d(8, 8, 3, groups=8), nn.BatchNorm2d(8)),
     "depthwise with a multiplier": lambda: _chain(ExcitedDepthwise(), out=16),
     "depthwise with multipliers one after another": lambda: _chain(
-        Residual(nn.Conv2d(8, 8, 3, padding=1, groups=8)), nn.Conv2d(8, 16, 3, groups=8), nn.ReLU(), nn.Conv2d(16, 32, 3, groups=16), nn.ReLU(), out=32
+        Residual(nn.Conv2d(8, 8, 3, padding=1, groups=8)),
+        nn.Conv2d(8, 16, 3, groups=8),
+        nn.ReLU(),
+        nn.Conv2d(16, 32, 3, groups=16),
+        nn.ReLU(),
+        out=32,
     ),
-    "transposed": lambda: _chain(nn.ReLU(), nn.ConvTranspose2d(8, 6, 3, stride=2, padding=1), nn.ReLU(), out=6),
-    "transposed grouped": lambda: _chain(nn.ReLU(), nn.ConvTranspose2d(8, 6, 2, stride=2, groups=2), nn.ReLU(), out=6),
-    "pools": lambda: _chain(nn.MaxPool2d(2), nn.AvgPool2d(2), nn.Upsample(scale_factor=2, mode="bilinear"), nn.Upsample(scale_factor=2)),
+    "transposed": lambda: _chain(
+        nn.ReLU(), nn.ConvTranspose2d(8, 6, 3, stride=2, padding=1), nn.ReLU(), out=6
+    ),
+    "transposed grouped": lambda: _chain(
+        nn.ReLU(), nn.ConvTranspose2d(8, 6, 2, stride=2, groups=2), nn.ReLU(), out=6
+    ),
+    "pools": lambda: _chain(
+        nn.MaxPool2d(2),
+        nn.AvgPool2d(2),
+        nn.Upsample(scale_factor=2, mode="bilinear"),
+        nn.Upsample(scale_factor=2),
+    ),
     "channel shuffle": lambda: _chain(ChannelShuffle(), nn.ReLU()),
     "pixel shuffle": lambda: _chain(nn.PixelShuffle(2), nn.ReLU(), channels=24, out=6),
     "pixel unshuffle": lambda: _chain(nn.PixelUnshuffle(2), nn.ReLU(), out=32),
     "squeeze and excite": lambda: _chain(nn.BatchNorm2d(8), SqueezeExcite(8)),
     "concatenation": lambda: _chain(Dense(), nn.ReLU(), out=14),
-    "residual": lambda: _chain(Residual(nn.Sequential(nn.Conv2d(8, 4, 3, padding=1), nn.ReLU(), nn.Conv2d(4, 8, 1))), nn.BatchNorm2d(8)),
+    "residual": lambda: _chain(
+        Residual(nn.Sequential(nn.Conv2d(8, 4, 3, padding=1), nn.ReLU(), nn.Conv2d(4, 8, 1))),
+        nn.BatchNorm2d(8),
+    ),
     "gated": lambda: _chain(nn.GLU(dim=1), out=4),
-    "flattened into a linear layer": lambda: nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.MaxPool2d(2), nn.Flatten(), nn.Linear(8 * 25, 5)),
+    "flattened into a linear layer": lambda: nn.Sequential(
+        nn.Conv2d(3, 8, 3), nn.ReLU(), nn.MaxPool2d(2), nn.Flatten(), nn.Linear(8 * 25, 5)
+    ),
 }
 
 
 @pytest.mark.parametrize("name", MODELS)
 def test_mask_exact(name: str) -> None:
     model = randomise(MODELS[name](), std=0.4)
-    example, unseen = (torch.randn(batch, 3, 12, 12, generator=torch.Generator().manual_seed(batch)) for batch in (2, 3))
+    example, unseen = (
+        torch.randn(batch, 3, 12, 12, generator=torch.Generator().manual_seed(batch)) for batch in (2, 3)
+    )
     with one_capture():
         most = fasp_fx.analyze(model, (example,)).max_sparsity
         for share in (0.4, 0.8, 1.0):
@@ -102,7 +129,9 @@ def test_mask_exact(name: str) -> None:
 @pytest.mark.parametrize(
     "make",
     [
-        lambda: nn.Sequential(nn.Conv1d(3, 8, 3, padding="same", dilation=2), nn.Tanh(), nn.Conv1d(8, 5, 2, stride=2)),
+        lambda: nn.Sequential(
+            nn.Conv1d(3, 8, 3, padding="same", dilation=2), nn.Tanh(), nn.Conv1d(8, 5, 2, stride=2)
+        ),
         lambda: nn.Sequential(nn.Conv3d(3, 8, 3), nn.ReLU(), nn.Conv3d(8, 5, 2)),
     ],
     ids=["1d", "3d"],
@@ -118,9 +147,13 @@ def test_other_dimensions(make: Callable[[], nn.Module]) -> None:
         assert error(expected, model(example)) > 100 * TOLERANCE
 
 
-@pytest.mark.parametrize("name", ["batch norm", "grouped", "transposed", "transposed grouped", "flattened into a linear layer"])
+@pytest.mark.parametrize(
+    "name", ["batch norm", "grouped", "transposed", "transposed grouped", "flattened into a linear layer"]
+)
 def test_restoration_solves_the_layer(name: str) -> None:
-    """The restored last consumer is the least-squares solution of the layer itself, found here with a dense solve on its own outputs."""
+    """The restored last consumer is the least-squares solution of the layer itself, found here with a dense
+    solve on its own outputs.
+    """
     model = randomise(MODELS[name](), std=0.4)
     batches = [torch.randn(90, 3, 12, 12, generator=torch.Generator().manual_seed(seed)) for seed in range(3)]
     with one_capture():
@@ -128,7 +161,10 @@ def test_restoration_solves_the_layer(name: str) -> None:
         repaired = fasp_fx.prune(model, (batches[0],), calibration=batches, sparsity=0.3, quality="fast")
     with torch.no_grad():
         dense = torch.cat([model(batch) for batch in batches])
-        errors = [float((torch.cat([result.module(batch) for batch in batches]) - dense).norm() / dense.norm()) for result in (cut, repaired)]
+        errors = [
+            float((torch.cat([result.module(batch) for batch in batches]) - dense).norm() / dense.norm())
+            for result in (cut, repaired)
+        ]
     assert errors[1] < errors[0]
     for line in repaired.report.lines:
         if line.error_restored is not None and line.error_cut is not None:
@@ -158,7 +194,12 @@ def test_the_residual_stream_of_a_convolutional_network_goes_as_a_whole() -> Non
     groups = fasp_fx.analyze(model, (torch.randn(2, 3, 12, 12),)).groups
     stream = next(group for group in groups if any(member.name == "0.weight" for member in group.producers))
     assert stream.status == "prunable"
-    assert {member.name for member in stream.producers} >= {"0.weight", "1.inner.2.weight", "2.weight", "2.bias"}
+    assert {member.name for member in stream.producers} >= {
+        "0.weight",
+        "1.inner.2.weight",
+        "2.weight",
+        "2.bias",
+    }
     assert {member.name for member in stream.consumers} == {"1.inner.0.weight", "3.weight"}
 
 
@@ -166,15 +207,22 @@ def test_a_depthwise_multiplier_leaves_whole_runs_of_outputs() -> None:
     model = MODELS["depthwise with multipliers one after another"]()
     analysis = fasp_fx.analyze(model.eval(), (torch.randn(2, 3, 12, 12),))
     group = next(group for group in analysis.groups if group.status == "prunable")
-    assert (group.size, len(group.producers) > 2) == (8, True), "each of the eight channels takes its two, and their four, along"
+    assert (group.size, len(group.producers) > 2) == (
+        8,
+        True,
+    ), "each of the eight channels takes its two, and their four, along"
 
 
 class OverImage(nn.Module):
-    """The weight of a grouped convolution depends on the input; its image is a parameter that stores two of three sides as one dimension."""
+    """The weight of a grouped convolution depends on the input; its image is a parameter that stores two of
+    three sides as one dimension.
+    """
 
     def __init__(self) -> None:
         super().__init__()
-        self.image, self.weight, self.out = (nn.Parameter(torch.randn(shape)) for shape in ((4, 4, 2), (2, 2, 2, 2, 2), (2, 2)))
+        self.image, self.weight, self.out = (
+            nn.Parameter(torch.randn(shape)) for shape in ((4, 4, 2), (2, 2, 2, 2, 2), (2, 2))
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         y = nn.functional.conv3d(self.image.view(4, 2, 2, 2), self.weight * x, stride=(1, 2, 2), groups=2)
@@ -185,7 +233,13 @@ def test_no_channel_takes_the_whole_of_one_block_of_an_image() -> None:
     torch.manual_seed(0)
     model, x = OverImage().double().eval(), torch.randn((), dtype=torch.float64)
     groups = fasp_fx.analyze(model, (x,)).groups
-    assert [str(group) for group in groups if group.status == "prunable"] == ["prunable             2  weight[1] -> image[0]"]
-    (kept,) = [group for group in groups if any(member.name == "out" and member.dim == 0 for member in group.consumers)]
+    assert [str(group) for group in groups if group.status == "prunable"] == [
+        "prunable             2  weight[1] -> image[0]"
+    ]
+    (kept,) = [
+        group
+        for group in groups
+        if any(member.name == "out" and member.dim == 0 for member in group.consumers)
+    ]
     assert kept.reason == "layout: they are whole blocks of image[1], which keep equal counts"
     check_program(model, (x,), sparsity=None, invariants=("mask-exact", "steps"))

@@ -1,4 +1,6 @@
-"""Cost curves and one threshold for all groups; scores, allocations and statistics of one's own, as a user writes them."""
+"""Cost curves and one threshold for all groups; scores, allocations and statistics of one's own, as a user
+writes them.
+"""
 
 from __future__ import annotations
 
@@ -38,7 +40,9 @@ class Deep(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         torch.manual_seed(0)
-        self.layers = nn.ModuleList(nn.Sequential(nn.Linear(8, 16), nn.GELU(), nn.Linear(16, 8)) for _ in range(3))
+        self.layers = nn.ModuleList(
+            nn.Sequential(nn.Linear(8, 16), nn.GELU(), nn.Linear(16, 8)) for _ in range(3)
+        )
         self.factors = (1.0, 0.01, 1.0)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -66,18 +70,30 @@ def test_no_other_allocation_of_convex_costs_is_better(data: st.DataObject) -> N
     widths = data.draw(st.lists(st.integers(2, 6), min_size=count, max_size=count))
     shares = data.draw(st.lists(st.integers(1, 3), min_size=count, max_size=count))
     counted = Linear(widths, shares)
-    steps = [sorted(data.draw(st.lists(st.floats(0.01, 10), min_size=width, max_size=width))) for width in widths]
-    curves = {str(index): fasp_fx.CostCurve(np.array([0.0, *np.cumsum(own)])) for index, own in enumerate(steps)}
+    steps = [
+        sorted(data.draw(st.lists(st.floats(0.01, 10), min_size=width, max_size=width))) for width in widths
+    ]
+    curves = {
+        str(index): fasp_fx.CostCurve(np.array([0.0, *np.cumsum(own)])) for index, own in enumerate(steps)
+    }
     costs = fasp_fx.Costs(curves, "")
     sparsity = data.draw(st.floats(0.05, counted.reach(1)))
     lost = Global()(Budget(counted.groups, [Target(counted, sparsity)]), 1, costs)
-    spent, reached = costs.predicted({str(index): one for index, one in enumerate(lost)}), counted.removed(lost)
+    spent, reached = (
+        costs.predicted({str(index): one for index, one in enumerate(lost)}),
+        counted.removed(lost),
+    )
     assert abs(reached - sparsity) <= max(shares) / counted.whole / 2 + 1e-9
     for other in product(*(range(deepest_loss(group) + 1) for group in counted.groups)):
         if counted.removed(other) >= reached - 1e-12:
-            step = max(curve.losses[lost[int(name)]] - curve.losses[max(lost[int(name)] - 1, 0)] for name, curve in curves.items())
+            step = max(
+                curve.losses[lost[int(name)]] - curve.losses[max(lost[int(name)] - 1, 0)]
+                for name, curve in curves.items()
+            )
             least = costs.predicted({str(index): one for index, one in enumerate(other)})
-            assert spent <= least + step * max(shares) + 1e-9, "more than a last step that is not taken whole is lost"
+            assert spent <= least + step * max(shares) + 1e-9, (
+                "more than a last step that is not taken whole is lost"
+            )
 
 
 def test_what_matters_least_loses_most() -> None:
@@ -92,7 +108,9 @@ def test_what_matters_least_loses_most() -> None:
 
 @pytest.mark.parametrize("loss", [True, False])
 def test_a_score_of_columns_costs_what_lies_between_unrepaired_and_repaired(loss: bool) -> None:
-    """By autograd on the dense model and a dense inverse: ½ Q_jj √(G_jj / [G⁻¹]_jj), Q of gradients, or of relative errors of the output without a loss."""
+    """By autograd on the dense model and a dense inverse: ½ Q_jj √(G_jj / [G⁻¹]_jj), Q of gradients, or of
+    relative errors of the output without a loss.
+    """
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(8, 16), nn.GELU(), nn.Linear(16, 4, bias=False)).eval()
 
@@ -120,13 +138,22 @@ def test_a_score_of_columns_costs_what_lies_between_unrepaired_and_repaired(loss
 
 def test_curves_serve_several_sparsities_and_are_saved(tmp_path: Path) -> None:
     captured = fasp_fx.capture(Deep().eval(), (DATA[0],))
-    costs = fasp_fx.measure(captured, calibration=DATA[:2], score="obs")  # what is measured of eight where no curves are given
+    costs = fasp_fx.measure(
+        captured, calibration=DATA[:2], score="obs"
+    )  # what is measured of eight where no curves are given
     costs.save(tmp_path / "costs.json")
     again = fasp_fx.Costs.load(tmp_path / "costs.json")
-    assert {name: curve.losses.tolist() for name, curve in again.items()} == {name: curve.losses.tolist() for name, curve in costs.items()}
+    assert {name: curve.losses.tolist() for name, curve in again.items()} == {
+        name: curve.losses.tolist() for name, curve in costs.items()
+    }
     before: dict[str, int] = {}
     for sparsity in (0.1, 0.3, 0.5):
-        options: dict[str, Any] = {"calibration": DATA, "score": "obs", "allocation": "global", "sparsity": sparsity}
+        options: dict[str, Any] = {
+            "calibration": DATA,
+            "score": "obs",
+            "allocation": "global",
+            "sparsity": sparsity,
+        }
         given, own = fasp_fx.prune(captured, costs=again, **options), fasp_fx.prune(captured, **options)
         assert given.plan == own.plan
         removed = {group.name: group.removed_sets for group in given.plan.groups}
@@ -142,17 +169,30 @@ def test_every_architecture_is_measured(name: str, zoo_captured: Any) -> None:
     for loss in ("next-token", "outputs", None):
         if loss == "next-token" and name == "bert":
             continue
-        result = fasp_fx.prune(captured, calibration=batches, score="obs", allocation="global", loss=loss, sparsity=0.15)  # type: ignore[arg-type]
+        result = fasp_fx.prune(
+            captured, calibration=batches, score="obs", allocation="global", loss=loss, sparsity=0.15
+        )  # type: ignore[arg-type]
         assert abs(result.report.sparsity - 0.15) < 0.02
-        assert len({line.after / line.before for line in result.report.lines if line.status == "prunable"}) > 1, "every group loses the same"
+        assert (
+            len({line.after / line.before for line in result.report.lines if line.status == "prunable"}) > 1
+        ), "every group loses the same"
 
 
 def test_convolutions_are_measured() -> None:
     torch.manual_seed(0)
-    body = (nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 12, 3, groups=2), nn.ReLU(), nn.Conv2d(12, 6, 1), nn.ReLU())
+    body = (
+        nn.Conv2d(3, 8, 3),
+        nn.ReLU(),
+        nn.Conv2d(8, 12, 3, groups=2),
+        nn.ReLU(),
+        nn.Conv2d(12, 6, 1),
+        nn.ReLU(),
+    )
     model = nn.Sequential(*body, nn.Flatten(), nn.Linear(96, 4))
     images = [torch.randn(4, 3, 8, 8) for _ in range(4)]
-    result = fasp_fx.prune(model.eval(), (images[0],), calibration=images, score="obs", allocation="global", sparsity=0.3)
+    result = fasp_fx.prune(
+        model.eval(), (images[0],), calibration=images, score="obs", allocation="global", sparsity=0.3
+    )
     assert abs(result.report.sparsity - 0.3) < 0.05
 
 
@@ -162,7 +202,13 @@ def test_parts_are_measured_by_their_own_outputs() -> None:
     result = fasp_fx.prune(model, (X,), calibration=batches, score="obs", allocation="global", sparsity=0.2)
     assert abs(result.report.sparsity - 0.2) < 0.05
     with pytest.raises(fasp_fx.ArgumentError, match=r"loss=.* captured as a whole"):
-        fasp_fx.prune(model, (X,), calibration=[X], allocation="global", loss=lambda outputs, inputs: outputs["out"].sum())
+        fasp_fx.prune(
+            model,
+            (X,),
+            calibration=[X],
+            allocation="global",
+            loss=lambda outputs, inputs: outputs["out"].sum(),
+        )
 
 
 class Pairs(nn.Module):
@@ -213,7 +259,9 @@ def test_a_score_by_output_gradients() -> None:
                 np.add.at(total, columns.sets[:, 0], values)
             return Order(np.stack([members[np.argsort(total[members])] for members in group.members]))
 
-    result = fasp_fx.prune(Deep().eval(), (DATA[0],), calibration=DATA, score=Taylor(), allocation="global", sparsity=0.3)
+    result = fasp_fx.prune(
+        Deep().eval(), (DATA[0],), calibration=DATA, score=Taylor(), allocation="global", sparsity=0.3
+    )
     assert {group.name: group.removed_sets for group in result.plan.groups}["layers.1.2.weight"] >= 12
 
 
@@ -255,7 +303,9 @@ def test_a_statistic_of_ones_own() -> None:
             return Order(np.argsort(peaks.largest.numpy())[None])
 
     model = nn.Sequential(nn.Linear(8, 10), nn.ReLU(), nn.Linear(10, 3)).eval()
-    result = fasp_fx.prune(model, (DATA[0],), calibration=DATA, score=ByPeaks(), propagate=False, sparsity=0.3)
+    result = fasp_fx.prune(
+        model, (DATA[0],), calibration=DATA, score=ByPeaks(), propagate=False, sparsity=0.3
+    )
     peaks = torch.relu(model[0](torch.cat(DATA))).amax(0)
     (group,) = result.plan.groups
     assert set(group.consumers[0].removed) == set(peaks.argsort()[: group.removed_sets].tolist())
@@ -267,12 +317,24 @@ def test_a_statistic_of_ones_own() -> None:
 @pytest.mark.parametrize(
     ("loss", "error", "message"),
     [
-        (lambda outputs, inputs: outputs.sum() * float("nan"), fasp_fx.CalibrationError, "the loss is not finite on calibration batch 0"),
+        (
+            lambda outputs, inputs: outputs.sum() * float("nan"),
+            fasp_fx.CalibrationError,
+            "the loss is not finite on calibration batch 0",
+        ),
         (lambda outputs, inputs: torch.ones(3), fasp_fx.CalibrationError, "does not depend on"),
         (lambda outputs, inputs: 0 * outputs.sum(), fasp_fx.CalibrationError, "vanish"),
         (lambda outputs, inputs: 1.0, fasp_fx.CalibrationError, "returned a float"),
-        (lambda outputs, inputs: (outputs > 0).sum(), fasp_fx.CalibrationError, "returned a tensor of torch.int64"),
-        (lambda outputs, inputs: outputs["logits"], fasp_fx.CalibrationError, "the loss fails on calibration batch 0: "),
+        (
+            lambda outputs, inputs: (outputs > 0).sum(),
+            fasp_fx.CalibrationError,
+            "returned a tensor of torch.int64",
+        ),
+        (
+            lambda outputs, inputs: outputs["logits"],
+            fasp_fx.CalibrationError,
+            "the loss fails on calibration batch 0: ",
+        ),
         ("next-token", fasp_fx.CalibrationError, r"needs integers \[batch, tokens\]"),
         ("next_token", fasp_fx.ArgumentError, "loss='next_token' is not known; use 'outputs'"),
     ],
@@ -294,7 +356,13 @@ def test_costs_that_do_not_serve_are_refused(tmp_path: Path) -> None:
         fasp_fx.prune(captured, calibration=DATA, allocation="global", costs={})  # type: ignore[arg-type]
     with pytest.raises(fasp_fx.SparsityError, match="out of reach"):
         fasp_fx.prune(captured, calibration=DATA, allocation="global", sparsity=0.99)
-    for text in ("", "[]", '{"format": "fasp_fx.costs/2"}', costs.to_json().replace("costs/2", "costs/0"), costs.to_json().replace("[0.0,", "[1.0,")):
+    for text in (
+        "",
+        "[]",
+        '{"format": "fasp_fx.costs/2"}',
+        costs.to_json().replace("costs/2", "costs/0"),
+        costs.to_json().replace("[0.0,", "[1.0,"),
+    ):
         (tmp_path / "costs.json").write_text(text)
         with pytest.raises(fasp_fx.ArgumentError, match="no cost curves"):
             fasp_fx.Costs.load(tmp_path / "costs.json")
@@ -302,7 +370,9 @@ def test_costs_that_do_not_serve_are_refused(tmp_path: Path) -> None:
         fasp_fx.Costs.load(tmp_path / "nothing.json")
 
 
-@pytest.mark.parametrize("order", [np.zeros((1, 10)), np.arange(10)[None, :3], np.arange(10), np.arange(10, 20)[None]])
+@pytest.mark.parametrize(
+    "order", [np.zeros((1, 10)), np.arange(10)[None, :3], np.arange(10), np.arange(10, 20)[None]]
+)
 def test_an_order_that_is_none_is_refused(order: Any) -> None:
     class Wrong(GroupScore):
         def __call__(self, group: GroupColumns) -> Order:
@@ -331,5 +401,9 @@ def test_whatever_is_drawn_is_chosen_by_predicted_losses(net: Net, number: int) 
         assert costs.predicted(dict(zip((group.name for group in analysis.chosen), lost, strict=True))) >= 0
         result = fasp_fx.prune(captured, calibration=batches, sparsity=sparsity, loss=loss, costs=costs)  # type: ignore[arg-type]
         removed = {group.name: group.removed_sets for group in result.plan.groups}
-        expected = {group.name: count * group.blocks for group, count in zip(analysis.chosen, lost, strict=True) if count}
+        expected = {
+            group.name: count * group.blocks
+            for group, count in zip(analysis.chosen, lost, strict=True)
+            if count
+        }
         assert removed == expected

@@ -1,4 +1,6 @@
-"""PyTorch's own attention between two sequences, which takes one packed weight apart before it projects with it."""
+"""PyTorch's own attention between two sequences, which takes one packed weight apart before it projects with
+it.
+"""
 
 from __future__ import annotations
 
@@ -38,7 +40,9 @@ class Decoder(nn.Module):
     def __init__(self, layers: int, **options: Any) -> None:
         super().__init__()
         self.first, self.second, self.last = nn.Linear(6, WIDTH), nn.Linear(6, WIDTH), nn.Linear(WIDTH, 3)
-        self.decoder = nn.TransformerDecoder(nn.TransformerDecoderLayer(WIDTH, HEADS, 24, batch_first=True, **options), layers)
+        self.decoder = nn.TransformerDecoder(
+            nn.TransformerDecoderLayer(WIDTH, HEADS, 24, batch_first=True, **options), layers
+        )
 
     def forward(self, x: Tensor, memory: Tensor) -> Tensor:
         return self.last(self.decoder(self.first(x), self.second(memory)))
@@ -79,7 +83,9 @@ def test_cross_attention_is_pruned_exactly(name: str) -> None:
     captured = fasp_fx.capture(model, inputs)
     for option, chosen in OPTIONS.items():
         result = fasp_fx.prune(captured, score="random", restore=None, **{"sparsity": 0.2, **chosen})
-        dense_norms = option == "streams too" and name.startswith("decoder")  # norms go on over the dense count: the producers are zero as well
+        dense_norms = option == "streams too" and name.startswith(
+            "decoder"
+        )  # norms go on over the dense count: the producers are zero as well
         with torch.no_grad():
             reference = zeroed(model, result.plan, producers=dense_norms)
             dense, expected, found = model(*unseen), reference(*unseen), result.module(*unseen)
@@ -93,7 +99,11 @@ def test_cross_attention_is_pruned_exactly(name: str) -> None:
 
 def _check_values(model: nn.Module, analysis: fasp_fx.Analysis) -> None:
     """Values go with the columns that take them."""
-    values = [group for group in analysis.groups if group.status == "prunable" and any("in_proj_weight" in member.name for member in group.producers)]
+    values = [
+        group
+        for group in analysis.groups
+        if group.status == "prunable" and any("in_proj_weight" in member.name for member in group.producers)
+    ]
     assert len(values) == sum(isinstance(module, nn.MultiheadAttention) for module in model.modules())
     for group in values:
         assert (group.blocks, group.size) == (HEADS, WIDTH)
@@ -121,5 +131,11 @@ def test_restoration_helps() -> None:
     captured = fasp_fx.capture(model, inputs)
     with torch.no_grad():
         dense = model(*inputs)
-        errors = [error(fasp_fx.prune(captured, calibration=[inputs], sparsity=0.3, restore=how).module(*inputs), dense) for how in (None, "least-squares")]
+        errors = [
+            error(
+                fasp_fx.prune(captured, calibration=[inputs], sparsity=0.3, restore=how).module(*inputs),
+                dense,
+            )
+            for how in (None, "least-squares")
+        ]
     assert errors[1] < errors[0]

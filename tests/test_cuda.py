@@ -12,7 +12,9 @@ from oracle import TOLERANCE, error, masked, removed_columns
 import fasp_fx
 from fasp_fx.statistics import Gram
 
-SPEC = Spec(layers=2, hidden=8, kv_heads=2, repeat=2, head_dim=4, ffn=12, bias=True, gated=True, positions="rope")
+SPEC = Spec(
+    layers=2, hidden=8, kv_heads=2, repeat=2, head_dim=4, ffn=12, bias=True, gated=True, positions="rope"
+)
 BATCHES = [tokens(4, 9, seed=seed) for seed in range(4)]
 
 pytestmark = [pytest.mark.cuda, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
@@ -27,7 +29,10 @@ def test_gram_matrices_agree_to_rounding() -> None:
 
 
 def test_prune_on_the_device_is_mask_exact() -> None:
-    model, example = build(Spec(layers=2, hidden=16, kv_heads=2, repeat=2, head_dim=8, ffn=32), 0).cuda(), tokens(2, 6).cuda()
+    model, example = (
+        build(Spec(layers=2, hidden=16, kv_heads=2, repeat=2, head_dim=8, ffn=32), 0).cuda(),
+        tokens(2, 6).cuda(),
+    )
     result = fasp_fx.prune(model, (example,), calibration=[example], sparsity=0.2, restore=None)
     assert all(parameter.is_cuda for parameter in result.module.parameters())
     with torch.no_grad(), masked(model, removed_columns(result.plan, model)):
@@ -36,7 +41,10 @@ def test_prune_on_the_device_is_mask_exact() -> None:
 
 
 def test_activations_stay_on_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
-    model, example = build(Spec(layers=2, hidden=16, kv_heads=2, head_dim=8, ffn=32), 0).cuda(), tokens(4, 8).cuda()
+    model, example = (
+        build(Spec(layers=2, hidden=16, kv_heads=2, head_dim=8, ffn=32), 0).cuda(),
+        tokens(4, 8).cuda(),
+    )
     moved: list[int] = []
     original = torch.Tensor.cpu
 

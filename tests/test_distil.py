@@ -1,4 +1,6 @@
-"""Distillation: its losses against closed forms, its steps against a loop written out, its promises by property."""
+"""Distillation: its losses against closed forms, its steps against a loop written out, its promises by
+property.
+"""
 
 from __future__ import annotations
 
@@ -30,7 +32,11 @@ pytestmark = pytest.mark.usefixtures("shared_captures")
 
 def net(seed: int = 0, dtype: torch.dtype = torch.float32) -> nn.Module:
     torch.manual_seed(seed)
-    return nn.Sequential(nn.Linear(6, 24), nn.GELU(), nn.Linear(24, 24), nn.GELU(), nn.Linear(24, 5)).eval().to(dtype)
+    return (
+        nn.Sequential(nn.Linear(6, 24), nn.GELU(), nn.Linear(24, 24), nn.GELU(), nn.Linear(24, 5))
+        .eval()
+        .to(dtype)
+    )
 
 
 def batches(count: int = 10, seed: int = 1, dtype: torch.dtype = torch.float32) -> list[Tensor]:
@@ -39,7 +45,9 @@ def batches(count: int = 10, seed: int = 1, dtype: torch.dtype = torch.float32) 
 
 
 def pruned(dense: nn.Module, data: list[Tensor], **options: Any) -> fasp_fx.Result:
-    return fasp_fx.prune(dense, (data[0],), calibration=data, **{"sparsity": 0.5, "quality": "fast", **options})
+    return fasp_fx.prune(
+        dense, (data[0],), calibration=data, **{"sparsity": 0.5, "quality": "fast", **options}
+    )
 
 
 @pytest.fixture(scope="module")
@@ -51,7 +59,9 @@ def made() -> tuple[nn.Module, list[Tensor], fasp_fx.Result]:
 def relative_error(model: nn.Module, dense: nn.Module, data: list[Tensor]) -> float:
     """The mean over batches of ‖a − b‖² / ‖b‖²."""
     with torch.no_grad():
-        return sum(float((model(x) - dense(x)).square().sum() / dense(x).square().sum()) for x in data) / len(data)
+        return sum(float((model(x) - dense(x)).square().sum() / dense(x).square().sum()) for x in data) / len(
+            data
+        )
 
 
 def curve(checkpoint: str) -> str:
@@ -71,10 +81,14 @@ def weights_of(result: fasp_fx.Result) -> dict[str, Tensor]:
 
 
 @given(st.integers(0, 999), st.integers(2, 40), st.integers(1, 40))
-def test_divergence_is_that_of_distributions_where_all_are_kept_and_less_elsewhere(seed: int, vocabulary: int, top_k: int) -> None:
+def test_divergence_is_that_of_distributions_where_all_are_kept_and_less_elsewhere(
+    seed: int, vocabulary: int, top_k: int
+) -> None:
     generator = torch.Generator().manual_seed(seed)
     dense, other = (torch.randn(2, 3, vocabulary, generator=generator) * 3 for _ in range(2))
-    whole = torch.distributions.kl_divergence(torch.distributions.Categorical(logits=dense), torch.distributions.Categorical(logits=other)).flatten()
+    whole = torch.distributions.kl_divergence(
+        torch.distributions.Categorical(logits=dense), torch.distributions.Categorical(logits=other)
+    ).flatten()
     match = Divergence(top_k)
     found = match.terms(other, match.targets(dense), {})
     assert found.shape == (6,)
@@ -86,7 +100,9 @@ def test_divergence_is_that_of_distributions_where_all_are_kept_and_less_elsewhe
 
 
 @given(st.integers(0, 999), st.integers(2, 40), st.integers(1, 40), st.integers(1, 7))
-def test_gradients_of_a_divergence_are_those_of_its_formula_in_blocks_of_any_size(seed: int, vocabulary: int, top_k: int, rows: int) -> None:
+def test_gradients_of_a_divergence_are_those_of_its_formula_in_blocks_of_any_size(
+    seed: int, vocabulary: int, top_k: int, rows: int
+) -> None:
     generator = torch.Generator().manual_seed(seed)
     dense, other = (torch.randn(2, 3, vocabulary, generator=generator) * 3 for _ in range(2))
     own, plain = other.clone().requires_grad_(), other.clone().requires_grad_()
@@ -130,7 +146,9 @@ def test_tokens_that_the_mask_hides_do_not_count(match: Any) -> None:
     mask = torch.tensor([[0, 0, 1, 1, 1], [1, 1, 1, 1, 1]])
     changed = other.clone()
     changed[0, :2] = 1e3
-    first, second = (match.terms(out, match.targets(dense), {"attention_mask": mask}).mean() for out in (other, changed))
+    first, second = (
+        match.terms(out, match.targets(dense), {"attention_mask": mask}).mean() for out in (other, changed)
+    )
     torch.testing.assert_close(first, second)
 
 
@@ -141,7 +159,18 @@ def test_steps_are_those_of_a_loop_written_out(made: tuple[nn.Module, list[Tenso
     dense, data, result = made
     result = copy.deepcopy(result)
     by_hand = copy.deepcopy(result.module)
-    fasp_fx.distil(result, dense, data, epochs=3, accumulate=2, learning_rate=2e-3, warmup=0.25, held_out=0.2, seed=7, precision="weights")
+    fasp_fx.distil(
+        result,
+        dense,
+        data,
+        epochs=3,
+        accumulate=2,
+        learning_rate=2e-3,
+        warmup=0.25,
+        held_out=0.2,
+        seed=7,
+        precision="weights",
+    )
     training = [index for index in range(10) if index not in (2, 7)]  # the middles of two halves are held out
     steps, step = 12, 0
     optimizer = torch.optim.AdamW(by_hand.parameters(), lr=2e-3, weight_decay=0.0)
@@ -173,14 +202,29 @@ def test_steps_are_those_of_a_loop_written_out(made: tuple[nn.Module, list[Tenso
     evaluations=st.integers(1, 9),
 )
 def test_it_never_gets_worse(
-    made: tuple[nn.Module, list[Tensor], fasp_fx.Result], seed: int, rate: float, train: Any, epochs: int, accumulate: int, held: float, evaluations: int
+    made: tuple[nn.Module, list[Tensor], fasp_fx.Result],
+    seed: int,
+    rate: float,
+    train: Any,
+    epochs: int,
+    accumulate: int,
+    held: float,
+    evaluations: int,
 ) -> None:
     dense, data, result = made
     result = copy.deepcopy(result)
     before, count = weights_of(result), max(1, min(round(10 * held), 9))
     held_out = [data[int((index + 0.5) * 10 / count)] for index in range(count)]
     error = relative_error(result.module, dense, held_out)
-    options = {"learning_rate": rate, "train": train, "epochs": epochs, "accumulate": accumulate, "held_out": held, "evaluations": evaluations, "rank": 2}
+    options = {
+        "learning_rate": rate,
+        "train": train,
+        "epochs": epochs,
+        "accumulate": accumulate,
+        "held_out": held,
+        "evaluations": evaluations,
+        "rank": 2,
+    }
     after = fasp_fx.distil(result, dense, data, seed=seed, **options)
     recovery = after.report.recovery
     assert recovery is not None
@@ -191,16 +235,28 @@ def test_it_never_gets_worse(
     assert all(torch.isfinite(tensor).all() for tensor in after.module.parameters())
     if recovery.kept == 0:
         assert all(torch.equal(before[name], tensor) for name, tensor in after.module.named_parameters())
-    changed = {name for name, tensor in after.module.named_parameters() if not torch.equal(before[name], tensor)}
+    changed = {
+        name for name, tensor in after.module.named_parameters() if not torch.equal(before[name], tensor)
+    }
     if train == "vectors":
         assert all(before[name].dim() == 1 for name in changed)
     if train == "low-rank" and 1e-3 < rate < 1:  # smaller changes drown in rounding
-        assert all(torch.linalg.matrix_rank((dict(after.module.named_parameters())[name] - before[name]).double(), rtol=1e-4) <= 2 for name in changed)
+        assert all(
+            torch.linalg.matrix_rank(
+                (dict(after.module.named_parameters())[name] - before[name]).double(), rtol=1e-4
+            )
+            <= 2
+            for name in changed
+        )
     assert all(tensor.grad is None and tensor.requires_grad for tensor in after.module.parameters())
-    torch.testing.assert_close(after.program.module()(data[0]), after.module(data[0]))  # they share their weights
+    torch.testing.assert_close(
+        after.program.module()(data[0]), after.module(data[0])
+    )  # they share their weights
 
 
-def test_training_that_diverges_stops_and_says_so(made: tuple[nn.Module, list[Tensor], fasp_fx.Result]) -> None:
+def test_training_that_diverges_stops_and_says_so(
+    made: tuple[nn.Module, list[Tensor], fasp_fx.Result],
+) -> None:
     dense, data, result = made
     after = fasp_fx.distil(copy.deepcopy(result), dense, data, learning_rate=1e4, epochs=50, evaluations=50)
     recovery = after.report.recovery
@@ -231,11 +287,15 @@ def test_weights_of_16_bits_learn_by_steps_that_they_could_not_hold() -> None:
     assert relative_error(copy.deepcopy(after.module).float(), dense.float(), batches()) < before * 0.98
 
 
-def test_products_in_bfloat16_and_then_in_the_dtype_of_the_weights(made: tuple[nn.Module, list[Tensor], fasp_fx.Result]) -> None:
+def test_products_in_bfloat16_and_then_in_the_dtype_of_the_weights(
+    made: tuple[nn.Module, list[Tensor], fasp_fx.Result],
+) -> None:
     dense, data, _ = made
     result = pruned(dense, data, restore=None)  # which leaves something to learn
     for precision in ("bfloat16", "weights"):
-        after = fasp_fx.distil(copy.deepcopy(result), dense, data, learning_rate=3e-3, epochs=10, precision=precision)
+        after = fasp_fx.distil(
+            copy.deepcopy(result), dense, data, learning_rate=3e-3, epochs=10, precision=precision
+        )
         assert after.report.recovery is not None
         assert after.report.recovery.kept > 0
 
@@ -249,7 +309,9 @@ class Residual(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.stem, self.norm = nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8)
-        self.inner = nn.Sequential(nn.Conv2d(8, 16, 3, padding=1), nn.BatchNorm2d(16), nn.ReLU(), nn.Conv2d(16, 8, 1))
+        self.inner = nn.Sequential(
+            nn.Conv2d(8, 16, 3, padding=1), nn.BatchNorm2d(16), nn.ReLU(), nn.Conv2d(16, 8, 1)
+        )
         self.head = nn.Linear(8, 4)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -273,12 +335,21 @@ def test_an_encoder_with_a_mask_by_the_same_call() -> None:
     from transformers import BertConfig, BertModel
 
     torch.manual_seed(0)
-    config = BertConfig(vocab_size=50, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32, initializer_range=0.3)
+    config = BertConfig(
+        vocab_size=50,
+        hidden_size=16,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=32,
+        initializer_range=0.3,
+    )
     dense = BertModel(config, add_pooling_layer=False).eval()
     mask = torch.ones(2, 8, dtype=torch.long)
     mask[0, 5:] = 0
     data = [{"input_ids": torch.randint(0, 50, (2, 8)), "attention_mask": mask} for _ in range(10)]
-    result = fasp_fx.prune(dense, (), data[0], calibration=data, sparsity=0.4, score="magnitude", restore=None)
+    result = fasp_fx.prune(
+        dense, (), data[0], calibration=data, sparsity=0.4, score="magnitude", restore=None
+    )
     after = fasp_fx.distil(result, dense, data, learning_rate=1e-3, epochs=6)
     recovery = after.report.recovery
     assert recovery is not None
@@ -305,7 +376,9 @@ def test_tied_weights_stay_tied(train: Any, tmp_path: Path) -> None:
     dense = Tied().eval()
     data = [torch.randint(0, 20, (4, 6)) for _ in range(10)]
     result = fasp_fx.prune(dense, (data[0],), calibration=data, sparsity=0.5, quality="fast")
-    after = fasp_fx.distil(result, dense, data, loss="divergence", learning_rate=3e-3, epochs=4, train=train, rank=2)
+    after = fasp_fx.distil(
+        result, dense, data, loss="divergence", learning_rate=3e-3, epochs=4, train=train, rank=2
+    )
     assert after.report.recovery is not None
     assert after.report.recovery.kept > 0
     module: Any = after.module
@@ -316,7 +389,9 @@ def test_tied_weights_stay_tied(train: Any, tmp_path: Path) -> None:
     assert loaded.report.recovery == after.report.recovery
     again = fasp_fx.distil(loaded, dense, data, loss="divergence", epochs=1)
     assert again.report.recovery is not None
-    assert again.report.recovery.curve[0].held_out == pytest.approx(min(p.held_out for p in after.report.recovery.curve), rel=1e-3)
+    assert again.report.recovery.curve[0].held_out == pytest.approx(
+        min(p.held_out for p in after.report.recovery.curve), rel=1e-3
+    )
 
 
 class Branching(nn.Module):
@@ -348,9 +423,17 @@ class Stop(Exception):
 
 @pytest.mark.parametrize("train", ["all", "low-rank"])
 @pytest.mark.parametrize("at", [0.0, 0.2, 0.5, 0.9])
-def test_interrupted_it_goes_on_to_the_same_end(made: tuple[nn.Module, list[Tensor], fasp_fx.Result], at: float, train: Any, tmp_path: Path) -> None:
+def test_interrupted_it_goes_on_to_the_same_end(
+    made: tuple[nn.Module, list[Tensor], fasp_fx.Result], at: float, train: Any, tmp_path: Path
+) -> None:
     dense, data, result = made
-    options: dict[str, Any] = {"learning_rate": 3e-3, "epochs": 5, "evaluations": 6, "train": train, "rank": 3}
+    options: dict[str, Any] = {
+        "learning_rate": 3e-3,
+        "epochs": 5,
+        "evaluations": 6,
+        "train": train,
+        "rank": 3,
+    }
     whole = fasp_fx.distil(copy.deepcopy(result), dense, data, **options)
 
     def stop(fraction: float) -> None:
@@ -366,14 +449,22 @@ def test_interrupted_it_goes_on_to_the_same_end(made: tuple[nn.Module, list[Tens
     assert whole.report.recovery is not None
     assert resumed.report.recovery is not None
     assert resumed.report.recovery.curve == whole.report.recovery.curve
-    assert all(torch.equal(a, b) for a, b in zip(whole.module.parameters(), resumed.module.parameters(), strict=True))
-    ended = fasp_fx.distil(copy.deepcopy(result), dense, data, checkpoint=tmp_path / "run", **options)  # nothing is left to do
+    assert all(
+        torch.equal(a, b) for a, b in zip(whole.module.parameters(), resumed.module.parameters(), strict=True)
+    )
+    ended = fasp_fx.distil(
+        copy.deepcopy(result), dense, data, checkpoint=tmp_path / "run", **options
+    )  # nothing is left to do
     assert ended.report.recovery is not None
     assert ended.report.recovery.curve == whole.report.recovery.curve
-    assert all(torch.equal(a, b) for a, b in zip(whole.module.parameters(), ended.module.parameters(), strict=True))
+    assert all(
+        torch.equal(a, b) for a, b in zip(whole.module.parameters(), ended.module.parameters(), strict=True)
+    )
 
 
-def test_checkpoints_of_other_runs_and_other_folders_are_refused(made: tuple[nn.Module, list[Tensor], fasp_fx.Result], tmp_path: Path) -> None:
+def test_checkpoints_of_other_runs_and_other_folders_are_refused(
+    made: tuple[nn.Module, list[Tensor], fasp_fx.Result], tmp_path: Path
+) -> None:
     dense, data, result = made
     run = tmp_path / "run"
     fasp_fx.distil(copy.deepcopy(result), dense, data, checkpoint=run, epochs=1)
@@ -391,7 +482,10 @@ def test_checkpoints_of_other_runs_and_other_folders_are_refused(made: tuple[nn.
     with pytest.raises(StoreError):
         fasp_fx.distil(copy.deepcopy(result), dense, data, checkpoint=tmp_path / "file")
     state = next(run.glob("step-*"))
-    for damage in (lambda file: file.write_bytes(file.read_bytes()[: file.stat().st_size // 2]), lambda file: file.unlink()):
+    for damage in (
+        lambda file: file.write_bytes(file.read_bytes()[: file.stat().st_size // 2]),
+        lambda file: file.unlink(),
+    ):
         for name in ("best.safetensors", "optimizer.pt", "progress.json"):
             shutil.copytree(run, tmp_path / "damaged")
             damage(tmp_path / "damaged" / state.name / name)
@@ -421,7 +515,9 @@ def test_checkpoints_of_other_runs_and_other_folders_are_refused(made: tuple[nn.
         ({"config": {"epochs": 1}}, "DistillationConfig"),
     ],
 )
-def test_options_that_make_no_sense(made: tuple[nn.Module, list[Tensor], fasp_fx.Result], options: dict[str, Any], said: str) -> None:
+def test_options_that_make_no_sense(
+    made: tuple[nn.Module, list[Tensor], fasp_fx.Result], options: dict[str, Any], said: str
+) -> None:
     dense, data, result = made
     with pytest.raises(ArgumentError, match=said):
         fasp_fx.distil(result, dense, data, **options)
@@ -453,7 +549,9 @@ def test_what_is_not_the_dense_model_is_refused(made: tuple[nn.Module, list[Tens
         ([torch.full((4, 6), math.nan)] * 3, "not finite"),
     ],
 )
-def test_data_that_does_not_fit(made: tuple[nn.Module, list[Tensor], fasp_fx.Result], data: Any, said: str) -> None:
+def test_data_that_does_not_fit(
+    made: tuple[nn.Module, list[Tensor], fasp_fx.Result], data: Any, said: str
+) -> None:
     dense, _, result = made
     before = weights_of(result)
     with pytest.raises(FaspError, match=said):
@@ -477,11 +575,22 @@ def test_a_loss_of_ones_own(made: tuple[nn.Module, list[Tensor], fasp_fx.Result]
     assert after.report.recovery.criterion == "Absolute"
     assert after.report.recovery.kept > 0
     with pytest.raises(ArgumentError, match="two dimensions"):
-        fasp_fx.distil(result, dense, data, loss=type("Flat", (Divergence,), {"targets": lambda self, outputs: Divergence.targets(self, outputs.sum())})())
+        fasp_fx.distil(
+            result,
+            dense,
+            data,
+            loss=type(
+                "Flat",
+                (Divergence,),
+                {"targets": lambda self, outputs: Divergence.targets(self, outputs.sum())},
+            )(),
+        )
 
 
 def test_options_take_the_place_of_those_of_a_configuration() -> None:
-    assert DistillationConfig.of(DistillationConfig(epochs=3), {"rank": 4}) == DistillationConfig(epochs=3, rank=4)
+    assert DistillationConfig.of(DistillationConfig(epochs=3), {"rank": 4}) == DistillationConfig(
+        epochs=3, rank=4
+    )
 
 
 #: nothing else is imported, which would take each process seconds

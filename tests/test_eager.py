@@ -1,4 +1,6 @@
-"""The caller's own module, smaller: held against modules pruned by hand and against dense ones with masked weights."""
+"""The caller's own module, smaller: held against modules pruned by hand and against dense ones with masked
+weights.
+"""
 
 from __future__ import annotations
 
@@ -50,20 +52,33 @@ def without(plan: fasp_fx.PruningPlan, name: str, weight: Tensor) -> Tensor:
 def snapshot(model: nn.Module) -> dict[str, Any]:
     """The values of all tensors of a model, and its plain attributes."""
     tensors = {name: tensor.detach().clone() for name, tensor in model.state_dict(keep_vars=True).items()}
-    plain = {(path, name): value for path, inner in model.named_modules() for name, value in vars(inner).items() if isinstance(value, (int, tuple, float))}
+    plain = {
+        (path, name): value
+        for path, inner in model.named_modules()
+        for name, value in vars(inner).items()
+        if isinstance(value, (int, tuple, float))
+    }
     return {**tensors, **plain}
 
 
 def same(before: dict[str, Any], after: dict[str, Any]) -> bool:
-    return before.keys() == after.keys() and all(torch.equal(a, after[k]) if isinstance(a, Tensor) else a == after[k] for k, a in before.items())
+    return before.keys() == after.keys() and all(
+        torch.equal(a, after[k]) if isinstance(a, Tensor) else a == after[k] for k, a in before.items()
+    )
 
 
 def storages(module: nn.Module) -> set[int]:
-    return {tensor.untyped_storage().data_ptr() for tensor in [*module.parameters(), *module.buffers()] if tensor.numel()}
+    return {
+        tensor.untyped_storage().data_ptr()
+        for tensor in [*module.parameters(), *module.buffers()]
+        if tensor.numel()
+    }
 
 
 @torch.no_grad()
-def apart(found: nn.Module | Callable[..., Any], expected: nn.Module | Callable[..., Any], *args: Any, **kwargs: Any) -> float:
+def apart(
+    found: nn.Module | Callable[..., Any], expected: nn.Module | Callable[..., Any], *args: Any, **kwargs: Any
+) -> float:
     """How far the outputs of two modules are apart, by the largest value."""
     return error(found(*args, **kwargs), expected(*args, **kwargs))
 
@@ -91,8 +106,12 @@ def test_mlp_equals_one_pruned_by_hand() -> None:
     result = pruned(model, x)
     small = result.eager(model)
     by_hand = Mlp(small.fc1.out_features)
-    by_hand.load_state_dict({name: without(result.plan, name, tensor) for name, tensor in model.state_dict().items()})
-    by_hand.bend = without(result.plan, "fc1.bias", model.bend.clone())  # its positions go with those of the bias
+    by_hand.load_state_dict(
+        {name: without(result.plan, name, tensor) for name, tensor in model.state_dict().items()}
+    )
+    by_hand.bend = without(
+        result.plan, "fc1.bias", model.bend.clone()
+    )  # its positions go with those of the bias
     assert type(small) is Mlp
     assert apart(small, by_hand, torch.randn(7, 8)) < TOLERANCE
     assert str(small) == str(by_hand)
@@ -121,7 +140,10 @@ class Wrapped(nn.Module):
 
 
 def test_constructors_are_not_given_parts_of_the_copy() -> None:
-    model, x = randomise(nn.Sequential(Wrapped(nn.Linear(8, 32), 32), nn.ReLU(), nn.Linear(32, 4))), torch.randn(3, 8)
+    model, x = (
+        randomise(nn.Sequential(Wrapped(nn.Linear(8, 32), 32), nn.ReLU(), nn.Linear(32, 4))),
+        torch.randn(3, 8),
+    )
     result = pruned(model, x)
     small = result.eager(model)
     assert small[0].width == len(small[0].shift) < 32
@@ -137,7 +159,12 @@ def test_square_layers_are_told_apart_by_their_class() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
 def test_other_types(dtype: torch.dtype) -> None:
-    model, x = nn.Sequential(nn.Linear(8, 64), nn.LayerNorm(64), nn.Linear(64, 64), nn.GELU(), nn.Linear(64, 3)).to(dtype), torch.randn(5, 8, dtype=dtype)
+    model, x = (
+        nn.Sequential(nn.Linear(8, 64), nn.LayerNorm(64), nn.Linear(64, 64), nn.GELU(), nn.Linear(64, 3)).to(
+            dtype
+        ),
+        torch.randn(5, 8, dtype=dtype),
+    )
     result = pruned(model, x)
     small = result.eager(model)
     assert {parameter.dtype for parameter in small.parameters()} == {dtype}
@@ -154,7 +181,11 @@ class Images(nn.Module):
         super().__init__()
         self.stem, self.norm = nn.Conv2d(3, 16, 3, padding=1, bias=False), nn.BatchNorm2d(16)
         self.grouped, self.norm2 = nn.Conv2d(16, 16, 3, padding=1, groups=4), nn.BatchNorm2d(16)
-        self.wide, self.depthwise, self.norm3 = nn.Conv2d(16, 24, 1), nn.Conv2d(24, 24, 3, padding=1, groups=24), nn.BatchNorm2d(24)
+        self.wide, self.depthwise, self.norm3 = (
+            nn.Conv2d(16, 24, 1),
+            nn.Conv2d(24, 24, 3, padding=1, groups=24),
+            nn.BatchNorm2d(24),
+        )
         self.head = nn.Linear(24, 4)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -175,7 +206,11 @@ def test_convolutions_equal_the_masked_dense_module() -> None:
     assert width < 16
     assert deep < 24
     assert (small.grouped.in_channels, small.grouped.out_channels, small.grouped.groups) == (width, width, 4)
-    assert (small.depthwise.in_channels, small.depthwise.out_channels, small.depthwise.groups) == (deep, deep, deep)
+    assert (small.depthwise.in_channels, small.depthwise.out_channels, small.depthwise.groups) == (
+        deep,
+        deep,
+        deep,
+    )
     assert small.norm3.num_features == len(small.norm3.running_mean) == len(small.norm3.running_var) == deep
     assert small.head.in_features == deep
 
@@ -196,7 +231,12 @@ class Bottleneck(nn.Module):
 
 def test_a_bottleneck_network_trains() -> None:
     torch.manual_seed(0)
-    model = nn.Sequential(nn.Conv2d(3, 32, 3, padding=1, bias=False), nn.BatchNorm2d(32), nn.ReLU(), *(Bottleneck(32, 16) for _ in range(2)))
+    model = nn.Sequential(
+        nn.Conv2d(3, 32, 3, padding=1, bias=False),
+        nn.BatchNorm2d(32),
+        nn.ReLU(),
+        *(Bottleneck(32, 16) for _ in range(2)),
+    )
     model = nn.Sequential(model, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Dropout(0.1), nn.Linear(32, 4))
     small = pruned(model, torch.randn(2, 3, 8, 8), sparsity=0.4).eager(model)
     images = torch.randn(32, 3, 6, 6)
@@ -224,7 +264,11 @@ def test_a_bottleneck_network_trains() -> None:
 class Recurrent(nn.Module):
     def __init__(self) -> None:
         super().__init__()
-        self.up, self.lstm, self.down = nn.Linear(8, 16), nn.LSTM(16, 24, num_layers=2, batch_first=True), nn.Linear(24, 5)
+        self.up, self.lstm, self.down = (
+            nn.Linear(8, 16),
+            nn.LSTM(16, 24, num_layers=2, batch_first=True),
+            nn.Linear(24, 5),
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         return self.down(self.lstm(self.up(x))[0])
@@ -251,14 +295,20 @@ class Attention(nn.Module):
     def __init__(self, width: int = 32, heads: int = 4, inner: int | None = None) -> None:
         super().__init__()
         self.num_heads, self.inner = heads, width if inner is None else inner
-        self.q, self.k, self.v = nn.Linear(width, self.inner), nn.Linear(width, self.inner), nn.Linear(width, self.inner)
+        self.q, self.k, self.v = (
+            nn.Linear(width, self.inner),
+            nn.Linear(width, self.inner),
+            nn.Linear(width, self.inner),
+        )
         self.o = nn.Linear(self.inner, width)
 
     def heads(self, x: Tensor) -> Tensor:
         return x.view(*x.shape[:2], self.num_heads, -1).transpose(1, 2)
 
     def forward(self, x: Tensor) -> Tensor:
-        mixed = F.scaled_dot_product_attention(self.heads(self.q(x)), self.heads(self.k(x)), self.heads(self.v(x)))
+        mixed = F.scaled_dot_product_attention(
+            self.heads(self.q(x)), self.heads(self.k(x)), self.heads(self.v(x))
+        )
         return self.o(mixed.transpose(1, 2).reshape(*x.shape[:2], self.inner))
 
 
@@ -266,7 +316,13 @@ class Block(nn.Module):
     def __init__(self, width: int = 32, heads: int = 4, inner: int | None = None, neurons: int = 64) -> None:
         super().__init__()
         self.norm, self.attention = nn.LayerNorm(width), Attention(width, heads, inner)
-        self.mlp = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, neurons), nn.GELU(), nn.Dropout(0.5), nn.Linear(neurons, width))
+        self.mlp = nn.Sequential(
+            nn.LayerNorm(width),
+            nn.Linear(width, neurons),
+            nn.GELU(),
+            nn.Dropout(0.5),
+            nn.Linear(neurons, width),
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         x = x + self.attention(self.norm(x))
@@ -277,13 +333,24 @@ def test_whole_heads_equal_blocks_pruned_by_hand() -> None:
     """Every block loses another number of heads."""
     model, x = randomise(nn.Sequential(*(Block() for _ in range(3)))), torch.randn(2, 5, 32)
     captured = fasp_fx.capture(model, (x,))
-    groups = [group for group in fasp_fx.analyze(captured, granularity=("channel", "head")).groups if group.status == "prunable"]
-    lost = {"0.attention.o.weight": [1], "1.attention.o.weight": [0, 3, 2], "0.mlp.4.weight": range(7), "2.mlp.4.weight": range(20, 50)}
+    groups = [
+        group
+        for group in fasp_fx.analyze(captured, granularity=("channel", "head")).groups
+        if group.status == "prunable"
+    ]
+    lost = {
+        "0.attention.o.weight": [1],
+        "1.attention.o.weight": [0, 3, 2],
+        "0.mlp.4.weight": range(7),
+        "2.mlp.4.weight": range(20, 50),
+    }
     assert lost.keys() <= {group.name for group in groups}
     plan = fasp_fx.plan_from_sets(captured, lost, granularity=("channel", "head"))
     small = fasp_fx.apply(captured, plan).eager(model)
     by_hand = nn.Sequential(Block(32, 3, 24, 57), Block(32, 1, 8), Block(32, 4, 32, 34)).eval()
-    by_hand.load_state_dict({name: without(plan, name, tensor) for name, tensor in model.state_dict().items()})
+    by_hand.load_state_dict(
+        {name: without(plan, name, tensor) for name, tensor in model.state_dict().items()}
+    )
     assert [block.attention.num_heads for block in small] == [3, 1, 4]
     assert [block.attention.inner for block in small] == [24, 8, 32]
     for tokens in (5, 9):
@@ -330,7 +397,10 @@ def test_value_channels_that_leave_heads_of_two_widths() -> None:
     model = Fixed()
     result = pruned(model, torch.randn(2, 5, 32))
     assert result.module(torch.randn(1, 4, 32)).shape == (1, 4, 32)
-    with pytest.raises(EagerError, match=r"Fixed fails: RuntimeError: shape .* use result.module, or prune whole heads .*'o.weight'"):
+    with pytest.raises(
+        EagerError,
+        match=r"Fixed fails: RuntimeError: shape .* use result.module, or prune whole heads .*'o.weight'",
+    ):
         result.eager(model)
 
 
@@ -351,11 +421,19 @@ class Fused(nn.Module):
 def test_a_fused_weight_is_put_together_where_its_parts_lose_equally(equal: bool) -> None:
     model, x = randomise(Fused()), torch.randn(2, 5, 32)
     captured = fasp_fx.capture(model, (x,))
-    groups = [group for group in fasp_fx.analyze(captured, include=("exempt",)).groups if group.status in ("prunable", "exempt")]
+    groups = [
+        group
+        for group in fasp_fx.analyze(captured, include=("exempt",)).groups
+        if group.status in ("prunable", "exempt")
+    ]
     assert len(groups) == 2
     counts = [3, 3 if equal else 2]
     lost = {
-        group.name: np.concatenate([np.flatnonzero(group.block_of == block)[:count] for block in np.unique(group.block_of)]).tolist()
+        group.name: (
+            np.concatenate(
+                [np.flatnonzero(group.block_of == block)[:count] for block in np.unique(group.block_of)]
+            ).tolist()
+        )
         for group, count in zip(groups, counts)
     }
     plan = fasp_fx.plan_from_sets(captured, lost, include=("exempt",))
@@ -422,7 +500,12 @@ def test_sizes_in_a_configuration() -> None:
 class Tied(nn.Module):
     def __init__(self) -> None:
         super().__init__()
-        self.table, self.up, self.down, self.head = nn.Embedding(20, 16), nn.Linear(16, 32), nn.Linear(32, 16), nn.Linear(16, 20, bias=False)
+        self.table, self.up, self.down, self.head = (
+            nn.Embedding(20, 16),
+            nn.Linear(16, 32),
+            nn.Linear(32, 16),
+            nn.Linear(16, 20, bias=False),
+        )
         self.head.weight = self.table.weight
         self.again = self.down
 
@@ -448,7 +531,13 @@ def test_what_a_parametrisation_with_an_inverse_computes() -> None:
     result = pruned(model, x)
     small = result.eager(model)
     plain = nn.Sequential(nn.Linear(8, 32), nn.ReLU(), nn.Linear(32, 4))
-    plain.load_state_dict({f"{index}.{name}": getattr(model[index], name).detach() for index in (0, 2) for name in ("weight", "bias")})
+    plain.load_state_dict(
+        {
+            f"{index}.{name}": getattr(model[index], name).detach()
+            for index in (0, 2)
+            for name in ("weight", "bias")
+        }
+    )
     assert apart(small, zeroed(plain, result.plan), x) < TOLERANCE
     width = small[0].out_features
     assert width == small[2].in_features < 32
@@ -475,37 +564,81 @@ def test_a_norm_that_divides_by_the_dense_count() -> None:
 
 def _llama() -> nn.Module:
     return hf.LlamaForCausalLM(
-        hf.LlamaConfig(hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=4, num_key_value_heads=2, vocab_size=96)
+        hf.LlamaConfig(
+            hidden_size=32,
+            intermediate_size=64,
+            num_hidden_layers=1,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            vocab_size=96,
+        )
     )
 
 
 def _bert() -> nn.Module:
-    return hf.BertModel(hf.BertConfig(hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=4, vocab_size=96))
+    return hf.BertModel(
+        hf.BertConfig(
+            hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=4, vocab_size=96
+        )
+    )
 
 
 def _vit() -> nn.Module:
     return hf.ViTForImageClassification(
-        hf.ViTConfig(hidden_size=32, num_hidden_layers=1, num_attention_heads=4, intermediate_size=64, image_size=16, patch_size=4, num_labels=5)
+        hf.ViTConfig(
+            hidden_size=32,
+            num_hidden_layers=1,
+            num_attention_heads=4,
+            intermediate_size=64,
+            image_size=16,
+            patch_size=4,
+            num_labels=5,
+        )
     )
 
 
 def _resnet() -> nn.Module:
-    return hf.ResNetForImageClassification(hf.ResNetConfig(embedding_size=16, hidden_sizes=[16, 32], depths=[1, 1], layer_type="bottleneck", num_labels=5))
+    return hf.ResNetForImageClassification(
+        hf.ResNetConfig(
+            embedding_size=16, hidden_sizes=[16, 32], depths=[1, 1], layer_type="bottleneck", num_labels=5
+        )
+    )
 
 
 @pytest.mark.parametrize(
-    ("make", "granularity"), [(_llama, ("channel", "head")), (_bert, ("channel", "head")), (_vit, ("channel", "head")), (_resnet, ("channel",))]
+    ("make", "granularity"),
+    [
+        (_llama, ("channel", "head")),
+        (_bert, ("channel", "head")),
+        (_vit, ("channel", "head")),
+        (_resnet, ("channel",)),
+    ],
 )
 def test_models_of_transformers(make: Callable[[], nn.Module], granularity: tuple[str, ...]) -> None:
     model = randomise(make(), std=0.1)
     image = make in (_vit, _resnet)
-    inputs: dict[str, Any] = {"pixel_values": torch.randn(2, 3, 16, 16)} if image else {"input_ids": torch.randint(0, 96, (2, 7))}
+    inputs: dict[str, Any] = (
+        {"pixel_values": torch.randn(2, 3, 16, 16)} if image else {"input_ids": torch.randint(0, 96, (2, 7))}
+    )
     if make is _llama:
         inputs["use_cache"] = False
-    result = fasp_fx.prune(model, (), inputs, sparsity=0.3, granularity=granularity, score="random", restore=None, allocation="uniform")
+    result = fasp_fx.prune(
+        model,
+        (),
+        inputs,
+        sparsity=0.3,
+        granularity=granularity,
+        score="random",
+        restore=None,
+        allocation="uniform",
+    )
     small = result.eager(model)
     assert type(small) is type(model)
-    assert sum(p.numel() for p in small.parameters()) == sum(p.numel() for p in result.module.parameters()) < sum(p.numel() for p in model.parameters())
+    assert (
+        sum(p.numel() for p in small.parameters())
+        == sum(p.numel() for p in result.module.parameters())
+        < sum(p.numel() for p in model.parameters())
+    )
     assert apart(small, Masked(model, result.plan), **inputs) < 1e-4
 
 
@@ -521,7 +654,10 @@ def test_value_channels_of_a_language_model_are_refused_with_a_remedy() -> None:
 
 
 def test_weights_are_those_of_the_result_and_flags_those_of_the_model() -> None:
-    model, x = nn.Sequential(nn.Linear(8, 32), nn.BatchNorm1d(32), nn.Dropout(), nn.Linear(32, 4)), torch.randn(6, 8)
+    model, x = (
+        nn.Sequential(nn.Linear(8, 32), nn.BatchNorm1d(32), nn.Dropout(), nn.Linear(32, 4)),
+        torch.randn(6, 8),
+    )
     model[0].bias.requires_grad_(False)
     result = pruned(model, x)
     model.train()[2].eval()
@@ -617,7 +753,9 @@ class Branching(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.first, self.second, self.last = (nn.Sequential(nn.Linear(8, 32), nn.ReLU(), nn.Linear(32, 8)) for _ in range(3))
+        self.first, self.second, self.last = (
+            nn.Sequential(nn.Linear(8, 32), nn.ReLU(), nn.Linear(32, 8)) for _ in range(3)
+        )
         self.scale = nn.Parameter(torch.ones(8))
 
     def forward(self, x: Tensor) -> Tensor:

@@ -41,7 +41,9 @@ def test_own_questions_of_a_dense_model(folder: Path) -> None:
     modes = [module.training for module in model.modules()]
     tokenizer = AutoTokenizer.from_pretrained(folder / "model")
     fractions: list[float] = []
-    scores = evaluation.tasks(model, tokenizer, [str(folder / "own.jsonl")], batch_size=3, progress=fractions.append)
+    scores = evaluation.tasks(
+        model, tokenizer, [str(folder / "own.jsonl")], batch_size=3, progress=fractions.append
+    )
     right = questions.by_hand(lambda ids: model(input_ids=ids).logits, tokenizer)
     assert len({tuple(answers) for answers in right.values()}) == 3  # the three metrics are told apart
     questions.check(scores, right)
@@ -64,19 +66,33 @@ class Logits(torch.nn.Module):
 
 
 def test_own_questions_of_a_module(folder: Path) -> None:
-    model, tokenizer = AutoModelForCausalLM.from_pretrained(folder / "model").eval(), AutoTokenizer.from_pretrained(folder / "model")
+    model, tokenizer = (
+        AutoModelForCausalLM.from_pretrained(folder / "model").eval(),
+        AutoTokenizer.from_pretrained(folder / "model"),
+    )
     scores = evaluation.tasks(Logits(model), tokenizer, [str(folder / "own.jsonl")])
     questions.check(scores, questions.by_hand(lambda ids: model(input_ids=ids).logits, tokenizer))
 
 
 def test_limit_beyond_the_file_takes_all(folder: Path) -> None:
-    model, tokenizer = AutoModelForCausalLM.from_pretrained(folder / "model"), AutoTokenizer.from_pretrained(folder / "model")
-    assert {score.examples for score in evaluation.tasks(model, tokenizer, [str(folder / "own.jsonl")], limit=99)} == {len(questions.QUESTIONS)}
+    model, tokenizer = (
+        AutoModelForCausalLM.from_pretrained(folder / "model"),
+        AutoTokenizer.from_pretrained(folder / "model"),
+    )
+    assert {
+        score.examples for score in evaluation.tasks(model, tokenizer, [str(folder / "own.jsonl")], limit=99)
+    } == {len(questions.QUESTIONS)}
 
 
 def test_one_example_has_no_error(folder: Path) -> None:
-    model, tokenizer = AutoModelForCausalLM.from_pretrained(folder / "model"), AutoTokenizer.from_pretrained(folder / "model")
-    assert {(score.examples, score.stderr) for score in evaluation.tasks(model, tokenizer, [str(folder / "own.jsonl")], limit=1)} == {(1, None)}
+    model, tokenizer = (
+        AutoModelForCausalLM.from_pretrained(folder / "model"),
+        AutoTokenizer.from_pretrained(folder / "model"),
+    )
+    assert {
+        (score.examples, score.stderr)
+        for score in evaluation.tasks(model, tokenizer, [str(folder / "own.jsonl")], limit=1)
+    } == {(1, None)}
 
 
 # --- refusals
@@ -132,9 +148,13 @@ def test_malformed_questions_are_refused(tmp_path: Path, content: str, says: str
         (["--task", "long.jsonl"], "128 positions"),
     ],
 )
-def test_bad_options_are_refused(folder: Path, monkeypatch: pytest.MonkeyPatch, options: list[str], says: str) -> None:
+def test_bad_options_are_refused(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, options: list[str], says: str
+) -> None:
     monkeypatch.chdir(folder)
-    (folder / "long.jsonl").write_text(json.dumps({"query": "why " * 40, "choices": ["b", "c"], "gold": 0}), encoding="utf-8")
+    (folder / "long.jsonl").write_text(
+        json.dumps({"query": "why " * 40, "choices": ["b", "c"], "gold": 0}), encoding="utf-8"
+    )
     assert says in _refused(_invoke("eval", "model", "--device", "cpu", *options))
 
 
@@ -146,7 +166,9 @@ def test_models_are_checked_before_anything_is_loaded(folder: Path) -> None:
 
 def test_missing_harness_names_the_extra(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("fasp_fx._evaluation._harness.importlib.util.find_spec", lambda name: None)
-    assert 'pip install "fasp_fx[eval]"' in _refused(_invoke("eval", folder / "model", "--task", folder / "own.jsonl"))
+    assert 'pip install "fasp_fx[eval]"' in _refused(
+        _invoke("eval", folder / "model", "--task", folder / "own.jsonl")
+    )
 
 
 TASK = """
@@ -160,14 +182,20 @@ doc_to_target: gold
 """
 
 
-def test_named_tasks_without_their_data(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_named_tasks_without_their_data(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     import lm_eval.tasks
 
     monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     real = lm_eval.tasks.TaskManager
     # The index of the tasks that come with the harness takes long to read.
-    monkeypatch.setattr(lm_eval.tasks, "TaskManager", lambda include_defaults: real(include_path=str(tmp_path), include_defaults=False))
+    monkeypatch.setattr(
+        lm_eval.tasks,
+        "TaskManager",
+        lambda include_defaults: real(include_path=str(tmp_path), include_defaults=False),
+    )
     (tmp_path / "faraway.yaml").write_text(TASK, encoding="utf-8")
     refused = _refused(_invoke("eval", folder / "model", "--task", "faraway"))
     assert "the data of the task 'faraway' cannot be had" in refused

@@ -1,4 +1,6 @@
-"""What the analysis gets wrong shows when the result is run beside the masked dense program, and is left whole."""
+"""What the analysis gets wrong shows when the result is run beside the masked dense program, and is left
+whole.
+"""
 
 from __future__ import annotations
 
@@ -117,12 +119,21 @@ def _pruned(model: nn.Module, *args: Tensor, **options: Any) -> Any:
 
 
 @pytest.mark.filterwarnings("ignore::fasp_fx.CalibrationWarning")
-@pytest.mark.parametrize("options", [MAGNITUDE, {"score": "fasp", "restore": "least-squares", "calibration": BATCHES}], ids=["cut", "restored"])
+@pytest.mark.parametrize(
+    "options",
+    [MAGNITUDE, {"score": "fasp", "restore": "least-squares", "calibration": BATCHES}],
+    ids=["cut", "restored"],
+)
 def test_a_good_group_survives_beside_bad_ones(options: dict[str, Any]) -> None:
     model = Blocks(reverse, same, same, reverse, same).eval()
     with pytest.warns(fasp_fx.VerificationWarning) as caught:
         result = _pruned(model, **options)
-    assert {name for warning in caught for name in ("down.0.weight", "down.3.weight") if f"'{name}'" in str(warning.message)} == {
+    assert {
+        name
+        for warning in caught
+        for name in ("down.0.weight", "down.3.weight")
+        if f"'{name}'" in str(warning.message)
+    } == {
         "down.0.weight",
         "down.3.weight",
     }
@@ -137,11 +148,21 @@ def test_a_good_group_survives_beside_bad_ones(options: dict[str, Any]) -> None:
     assert sum("stays whole" in note for note in result.report.notes) == 2
     weights = dict(result.module.named_parameters())
     for name in ("down.0.weight", "down.3.weight"):
-        gone = {index for group in result.plan.groups for part in group.producers if part.name == name for index in part.removed}
+        gone = {
+            index
+            for group in result.plan.groups
+            for part in group.producers
+            if part.name == name
+            for index in part.removed
+        }
         rows = [index for index in range(6) if index not in gone]
-        assert torch.equal(weights[name], model.get_parameter(name)[rows]), "a weight of a group left whole was repaired"
+        assert torch.equal(weights[name], model.get_parameter(name)[rows]), (
+            "a weight of a group left whole was repaired"
+        )
     counted = [name for name in weights if name.endswith("weight")]
-    left = sum(weights[name].numel() for name in counted) / sum(model.get_parameter(name).numel() for name in counted)
+    left = sum(weights[name].numel() for name in counted) / sum(
+        model.get_parameter(name).numel() for name in counted
+    )
     assert result.report.sparsity == result.plan.sparsity == pytest.approx(1 - left)
     assert 0.1 < result.report.sparsity < 0.25
     if options is MAGNITUDE:
@@ -151,7 +172,9 @@ def test_a_good_group_survives_beside_bad_ones(options: dict[str, Any]) -> None:
 
 
 def test_nothing_left() -> None:
-    with pytest.raises(fasp_fx.VerificationError, match="cannot be removed: on the example inputs an output differs"):
+    with pytest.raises(
+        fasp_fx.VerificationError, match="cannot be removed: on the example inputs an output differs"
+    ):
         _pruned(Blocks(reverse).eval())
 
 
@@ -159,18 +182,25 @@ def test_a_plan_is_held_too() -> None:
     model = Blocks(reverse, same).eval()
     program = fasp_fx.capture(model, (X,)).program
     analysis = fasp_fx.analyze(model, (X,))
-    gone = sum((analysis.labels == group.sets[0] for group in analysis.select("prunable")), start=analysis.labels < 0)
+    gone = sum(
+        (analysis.labels == group.sets[0] for group in analysis.select("prunable")), start=analysis.labels < 0
+    )
     plan = make_plan(program, analysis, Decision(gone))
     assert {"down.0.weight", "down.1.weight"} <= {group.name for group in plan.groups}
     with pytest.warns(fasp_fx.VerificationWarning, match="'down.0.weight'"):
         result = fasp_fx.apply(model, plan, (X,))
-    assert {group.name for group in result.plan.groups} == {group.name for group in plan.groups} - {"down.0.weight"}
+    assert {group.name for group in result.plan.groups} == {group.name for group in plan.groups} - {
+        "down.0.weight"
+    }
     _exact(model, result, X, Y)
 
 
 def test_wrong_at_other_sizes_only() -> None:
     model = Blocks(turn_others, same).eval()
-    with pytest.warns(fasp_fx.VerificationWarning, match=r"'down.0.weight' stays whole.* on inputs of other sizes \(x\[0\] = "):
+    with pytest.warns(
+        fasp_fx.VerificationWarning,
+        match=r"'down.0.weight' stays whole.* on inputs of other sizes \(x\[0\] = ",
+    ):
         result = _pruned(model)
     _exact(model, result, X, Y)
 
@@ -191,7 +221,9 @@ class Counting(nn.Module):
 
 def test_wrong_in_the_second_call_only() -> None:
     model = Counting().eval()
-    with pytest.warns(fasp_fx.VerificationWarning, match="'down.weight' stays whole.* in the second of two calls"):
+    with pytest.warns(
+        fasp_fx.VerificationWarning, match="'down.weight' stays whole.* in the second of two calls"
+    ):
         result = _pruned(model)
     assert {"blocks.down.0.weight"} <= {group.name for group in result.plan.groups}
     assert model.calls == 0
@@ -220,7 +252,9 @@ def test_inputs_are_not_written_into() -> None:
 
 
 def test_an_example_that_is_the_same_everywhere() -> None:
-    """All channels of an example of zeros are alike where they only depend on the input; other numbers tell them apart."""
+    """All channels of an example of zeros are alike where they only depend on the input; other numbers tell
+    them apart.
+    """
     model = Blocks(same, reverse).eval()
     for layer in (*model.up, *model.down):
         nn.init.zeros_(layer.bias)
@@ -243,7 +277,9 @@ class Amplified(nn.Module):
 
     def __init__(self, between: Any = same) -> None:
         super().__init__()
-        self.blocks = Blocks(same, between, width=1000)  # wide enough for kernels to sum in another order without some of it
+        self.blocks = Blocks(
+            same, between, width=1000
+        )  # wide enough for kernels to sum in another order without some of it
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         x = (self.blocks(x) * 1e5).sin()
@@ -261,7 +297,9 @@ def test_amplified_rounding_is_no_fault(monkeypatch: pytest.MonkeyPatch) -> None
 
     monkeypatch.setattr(_compare, "_compare", watched)
     _pruned(Amplified().eval(), torch.randn(8, 40, 6, generator=torch.Generator().manual_seed(2)))
-    assert max(deviation for precise, deviation in seen if not precise) > 1e-3, "rounding does not show, and nothing is tested"
+    assert max(deviation for precise, deviation in seen if not precise) > 1e-3, (
+        "rounding does not show, and nothing is tested"
+    )
     assert all(deviation < 1e-7 for precise, deviation in seen if precise)
     with pytest.warns(fasp_fx.VerificationWarning, match=r"'blocks.down.1.weight'"):
         _pruned(Amplified(reverse).eval())
@@ -286,7 +324,10 @@ def test_random_numbers() -> None:
     assert torch.equal(torch.get_rng_state(), state)
     assert not any("random" in note for note in result.report.notes)
     result = _pruned(Drawing(channels=True).eval())
-    assert any("was not compared with the dense program, because the random numbers that it draws are fewer" in note for note in result.report.notes)
+    assert any(
+        "was not compared with the dense program, because the random numbers that it draws are fewer" in note
+        for note in result.report.notes
+    )
 
 
 class Strange(nn.Module):
@@ -328,14 +369,23 @@ def test_parts_are_held() -> None:
     with pytest.warns(fasp_fx.VerificationWarning, match="'parts.1'|'down.[01].weight'"):
         result = fasp_fx.prune(model, (X,), sparsity=0.3, **MAGNITUDE)
     assert "parts.0.down.1.weight" in {group.name for group in result.plan.groups}
-    assert not {"parts.1.down.0.weight", "parts.1.down.1.weight"} & {group.name for group in result.plan.groups}
+    assert not {"parts.1.down.0.weight", "parts.1.down.1.weight"} & {
+        group.name for group in result.plan.groups
+    }
     masked = Masked(model, result.plan)
     assert error(result.module(Y), masked(Y)) < 1e-5
 
 
 def _unverified(program: Any, reference: Any) -> Any:
     before = reference.program
-    walk = Interpreter(program.module, reference.numbering, program.canonical(), before.state_inputs, before.state_outputs, overrides=program.numbers)
+    walk = Interpreter(
+        program.module,
+        reference.numbering,
+        program.canonical(),
+        before.state_inputs,
+        before.state_outputs,
+        overrides=program.numbers,
+    )
     return walk.run(small=False)
 
 
@@ -354,12 +404,18 @@ def _cut_elsewhere(cut_weights: Any) -> Any:
 @pytest.mark.parametrize("verified", [True, False])
 def test_a_pass_that_cuts_the_wrong_rows(verified: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Whether the verifier refuses the program or its outputs tell: the group is found, and the others go."""
-    monkeypatch.setattr(fasp_fx.passes.remove_channels, "_cut_weights", _cut_elsewhere(fasp_fx.passes.remove_channels._cut_weights))
+    monkeypatch.setattr(
+        fasp_fx.passes.remove_channels,
+        "_cut_weights",
+        _cut_elsewhere(fasp_fx.passes.remove_channels._cut_weights),
+    )
     if not verified:
         monkeypatch.setattr(fasp_fx.passes._run, "verify", _unverified)
         monkeypatch.setattr(fasp_fx.passes._verify, "verify", _unverified)
     model = Blocks(same, same, same).eval()
-    with pytest.warns(fasp_fx.VerificationWarning, match="'down.1.weight' stays whole.*(remove_channels|an output differs)") as caught:
+    with pytest.warns(
+        fasp_fx.VerificationWarning, match="'down.1.weight' stays whole.*(remove_channels|an output differs)"
+    ) as caught:
         result = _pruned(model)
     assert len(caught) == 1
     assert ("remove_channels" in str(caught[0].message)) is verified
@@ -454,14 +510,18 @@ def _rows_elsewhere(add_part: Any) -> Any:
     return wrong
 
 
-def test_fused_weights_are_compared_whole(zoo_model: Callable[[str], nn.Module], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_fused_weights_are_compared_whole(
+    zoo_model: Callable[[str], nn.Module], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The reference is the program as it was captured, so that a wrong split shows as well."""
     entry, model = ZOO["bloom"], zoo_model("bloom")
     with one_capture():
         result = fasp_fx.prune(model, (), entry.example(), sparsity=0.2, **MAGNITUDE)
         assert result.plan.splits
         monkeypatch.setattr(splitting._Splitter, "_add_part", _rows_elsewhere(splitting._Splitter._add_part))
-        with pytest.raises(fasp_fx.VerificationError, match="cannot be removed: on the example inputs an output differs"):
+        with pytest.raises(
+            fasp_fx.VerificationError, match="cannot be removed: on the example inputs an output differs"
+        ):
             fasp_fx.prune(model, (), entry.example(), sparsity=0.2, **MAGNITUDE)
 
 
@@ -469,4 +529,7 @@ def test_the_command_line_names_every_group(capsys: pytest.CaptureFixture[str]) 
     with session():
         for name in ("first", "second"):
             warnings.warn(f"group '{name}' stays whole", fasp_fx.VerificationWarning, stacklevel=1)
-    assert capsys.readouterr().err.splitlines() == ["fasp-fx: warning: group 'first' stays whole", "fasp-fx: warning: group 'second' stays whole"]
+    assert capsys.readouterr().err.splitlines() == [
+        "fasp-fx: warning: group 'first' stays whole",
+        "fasp-fx: warning: group 'second' stays whole",
+    ]

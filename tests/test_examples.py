@@ -1,4 +1,6 @@
-"""The examples run, offline and on tiny models where a real one would take long; they stay short, and the README lists them."""
+"""The examples run, offline and on tiny models where a real one would take long; they stay short, and the
+README lists them.
+"""
 
 from __future__ import annotations
 
@@ -25,7 +27,9 @@ EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
 
 @pytest.fixture
 def run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Run:
-    """Runs an example in this process, which has everything imported, in an empty folder; returns what it printed."""
+    """Runs an example in this process, which has everything imported, in an empty folder; returns what it
+    printed.
+    """
     monkeypatch.chdir(tmp_path)
 
     def call(name: str, *arguments: object) -> str:
@@ -52,7 +56,9 @@ def test_every_example_is_run_here() -> None:
 
 
 def test_deploy(run: Run, tmp_path: Path) -> None:
-    out = run("deploy.py", "--backend", "eager")  # the compiler itself takes long, and test_invariants compiles
+    out = run(
+        "deploy.py", "--backend", "eager"
+    )  # the compiler itself takes long, and test_invariants compiles
     assert "logits of three images: (3, 10)" in out
     report = fasp_fx.load(tmp_path / "smaller").report
     assert report.parameters[1] < 0.7 * report.parameters[0]
@@ -85,7 +91,9 @@ def test_peers(run: Run) -> None:
         lines = {line.partition(":")[0]: line for line in out.splitlines()}
         assert list(lines) == [name, f"{name}, repaired"]
         reached = [float(line.split(": ")[1].split("%")[0]) for line in lines.values()]
-        assert all(abs(part - 20) < (6 if name == "SlimLLM" else 2) for part in reached), "whole heads of so small a model are coarse"
+        assert all(abs(part - 20) < (6 if name == "SlimLLM" else 2) for part in reached), (
+            "whole heads of so small a model are coarse"
+        )
 
 
 def test_compiler(run: Run) -> None:
@@ -96,7 +104,19 @@ def test_compiler(run: Run) -> None:
 
 
 def test_language_model(run: Run, language_model: None, tmp_path: Path) -> None:
-    out = run("language_model.py", "model", "text.txt", "--length", 32, "--round", 1, "--tokens", 8, "--prompt", TEXT[:20])
+    out = run(
+        "language_model.py",
+        "model",
+        "text.txt",
+        "--length",
+        32,
+        "--round",
+        1,
+        "--tokens",
+        8,
+        "--prompt",
+        TEXT[:20],
+    )
     assert "parameters" in out
     assert TEXT[:20] in out
     assert (tmp_path / "small" / "tokenizer.json").is_file()

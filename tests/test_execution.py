@@ -27,9 +27,16 @@ def test_layers_that_are_alike_are_executed_once():
 def test_what_differs_only_in_an_argument_is_another_call():
     execution = Execution()
     x = _weight(execution, 2, 3, 4)
-    shapes = {tuple(execution.call(aten.sum.dim_IntList, (x, dims), {"keepdim": keep}).shape) for dims in ([0], [1], [0, 1]) for keep in (False, True)}
+    shapes = {
+        tuple(execution.call(aten.sum.dim_IntList, (x, dims), {"keepdim": keep}).shape)
+        for dims in ([0], [1], [0, 1])
+        for keep in (False, True)
+    }
     assert shapes == {(3, 4), (1, 3, 4), (2, 4), (2, 1, 4), (4,), (1, 1, 4)}
-    kinds = [execution.call(aten.add.Scalar, (_weight(execution, 2, dtype=torch.int64), number), {}).dtype for number in (1, 1.0, True)]
+    kinds = [
+        execution.call(aten.add.Scalar, (_weight(execution, 2, dtype=torch.int64), number), {}).dtype
+        for number in (1, 1.0, True)
+    ]
     assert kinds == [torch.int64, torch.float32, torch.int64]
 
 

@@ -34,20 +34,38 @@ def test_query_and_key_channels_when_asked(name: str, include: tuple[str, ...]) 
         usual = fasp_fx.analyze(model, (), entry.example())
         analysis = fasp_fx.analyze(model, (), entry.example(), include=include)
         result = fasp_fx.prune(model, (), entry.example(), sparsity=0.4, **options)
-        replayed = fasp_fx.apply(model, fasp_fx.PruningPlan.from_json(result.plan.to_json()), (), entry.example())
+        replayed = fasp_fx.apply(
+            model, fasp_fx.PruningPlan.from_json(result.plan.to_json()), (), entry.example()
+        )
     assert analysis.max_sparsity > usual.max_sparsity
     assert result.plan.sparsity == pytest.approx(0.4, abs=0.06)
     queries = ("q_proj", "k_proj", "c_attn")
-    lost = [group for group in result.plan.groups if not group.consumers and any(part.name.split(".")[-2] in queries for part in group.producers)]
+    lost = [
+        group
+        for group in result.plan.groups
+        if not group.consumers and any(part.name.split(".")[-2] in queries for part in group.producers)
+    ]
     assert lost or name == "qwen3"
     with torch.no_grad():
-        found, expected, dense = (called(**entry.example(3)).logits for called in (result.module, zeroed(model, result.plan, producers=True), model))
+        found, expected, dense = (
+            called(**entry.example(3)).logits
+            for called in (result.module, zeroed(model, result.plan, producers=True), model)
+        )
         assert error(found, expected) <= TOLERANCE
         assert error(expected, dense) > 100 * TOLERANCE
         assert torch.equal(replayed.module(**entry.example(3)).logits, found)
     for group in lost if name == "llama_gqa" else ():  # what the rotation turns into each other goes together
-        rows = {part.name: {row % 16 for row in part.removed} for part in group.producers if part.name.endswith("proj.weight")}
-        assert all({row % 8 for row in own} == {row for row in own if row < 8} == {row - 8 for row in own if row >= 8} for own in rows.values())
+        rows = {
+            part.name: {row % 16 for row in part.removed}
+            for part in group.producers
+            if part.name.endswith("proj.weight")
+        }
+        assert all(
+            {row % 8 for row in own}
+            == {row for row in own if row < 8}
+            == {row - 8 for row in own if row >= 8}
+            for own in rows.values()
+        )
 
 
 class Heads(nn.Module):
@@ -55,7 +73,13 @@ class Heads(nn.Module):
 
     def __init__(self, normalised: bool = False) -> None:
         super().__init__()
-        self.q, self.k, self.v, self.out, self.normalised = nn.Linear(6, 12), nn.Linear(6, 12), nn.Linear(6, 12), nn.Linear(12, 5), normalised
+        self.q, self.k, self.v, self.out, self.normalised = (
+            nn.Linear(6, 12),
+            nn.Linear(6, 12),
+            nn.Linear(6, 12),
+            nn.Linear(12, 5),
+            normalised,
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         q, k, v = (part(x).unflatten(-1, (2, 6)).transpose(1, 2) for part in (self.q, self.k, self.v))
@@ -68,7 +92,9 @@ def test_the_channel_whose_product_is_least_goes_first() -> None:
     x = torch.randn(4, 7, 6, generator=torch.Generator().manual_seed(0))
     with one_capture():
         for score in ("fasp", "magnitude"):
-            result = fasp_fx.prune(model, (x,), calibration=[x], include=("exempt",), sparsity=0.2, score=score)
+            result = fasp_fx.prune(
+                model, (x,), calibration=[x], include=("exempt",), sparsity=0.2, score=score
+            )
             (group,) = [group for group in result.plan.groups if not group.consumers]
             removed = next(part.removed for part in group.producers if part.name == "q.weight")
             with torch.no_grad():
@@ -76,7 +102,9 @@ def test_the_channel_whose_product_is_least_goes_first() -> None:
                 rows = (part.weight.norm(dim=1).reshape(2, 6) for part in (model.q, model.k))
                 worth = q * k if score == "fasp" else sum(rows)
             count = len(removed) // 2
-            expected = {head * 6 + int(channel) for head in range(2) for channel in worth[head].argsort()[:count]}
+            expected = {
+                head * 6 + int(channel) for head in range(2) for channel in worth[head].argsort()[:count]
+            }
             assert count
             assert set(removed) == expected
     assert result.module.get_parameter("q.weight").shape == (12 - 2 * count, 6)
@@ -93,14 +121,18 @@ def exempt_name(model: nn.Module, x: Tensor) -> str:
 
 
 def test_queries_and_keys_cost_what_the_loss_loses_with_them() -> None:
-    """By autograd on the dense model: q_c times the gradient with respect to q_c, squared, summed over tokens, half of the mean over terms."""
+    """By autograd on the dense model: q_c times the gradient with respect to q_c, squared, summed over
+    tokens, half of the mean over terms.
+    """
     model = randomise(Heads(), std=0.7)
     batches = [torch.randn(4, 7, 6, generator=torch.Generator().manual_seed(seed)) for seed in range(3)]
     costs = fasp_fx.measure(model, (batches[0],), calibration=batches, loss=squared, include=("exempt",))
     total, terms = torch.zeros(12, dtype=torch.float64), 0
     for x in batches:
         seen: list[Tensor] = []
-        handle = model.q.register_forward_hook(lambda module, args, output, seen=seen: (output.retain_grad(), seen.append(output))[0])
+        handle = model.q.register_forward_hook(
+            lambda module, args, output, seen=seen: (output.retain_grad(), seen.append(output))[0]
+        )
         loss = squared(model(x), {})
         loss.sum().backward()
         handle.remove()
@@ -132,18 +164,34 @@ def test_all_groups_compete_where_costs_are_measured(quality: Any) -> None:
         model.k.weight.reshape(2, 6, 6)[:, ::2] = 0
         model.k.bias.reshape(2, 6)[:, ::2] = 0
     batches = [torch.randn(16, 7, 6, generator=torch.Generator().manual_seed(seed)) for seed in range(8)]
-    options: dict[str, Any] = {"calibration": batches, "include": ("exempt",), "sparsity": 0.2, "quality": quality, "allocation": "global"}
+    options: dict[str, Any] = {
+        "calibration": batches,
+        "include": ("exempt",),
+        "sparsity": 0.2,
+        "quality": quality,
+        "allocation": "global",
+    }
     result = fasp_fx.prune(model, (batches[0],), **options)
-    (rows,) = [part.removed for group in result.plan.groups if not group.consumers for part in group.producers if part.name == "q.weight"]
+    (rows,) = [
+        part.removed
+        for group in result.plan.groups
+        if not group.consumers
+        for part in group.producers
+        if part.name == "q.weight"
+    ]
     assert len(rows) >= 4
-    assert {row % 6 % 2 for row in rows if row % 6 < 6} == {0}, "a channel whose keys are zero costs nothing and goes first"
+    assert {row % 6 % 2 for row in rows if row % 6 < 6} == {0}, (
+        "a channel whose keys are zero costs nothing and goes first"
+    )
 
 
 def test_a_norm_between_makes_them_approximate() -> None:
     x = torch.randn(4, 7, 6)
     model = randomise(Heads(normalised=True), std=0.7)
     with one_capture():
-        assert not any("q.weight" in group.name for group in fasp_fx.analyze(model, (x,), include=("exempt",)).chosen)
+        assert not any(
+            "q.weight" in group.name for group in fasp_fx.analyze(model, (x,), include=("exempt",)).chosen
+        )
         assert any(group.status == "exempt" for group in fasp_fx.analyze(model, (x,)).groups)
 
 
@@ -156,6 +204,10 @@ class Shown(Heads):
 
 def test_what_is_also_returned_stays() -> None:
     analysis = fasp_fx.analyze(randomise(Shown()), (torch.randn(4, 7, 6),), include=("exempt",))
-    group = next(group for group in analysis.groups if any(member.name == "k.weight" and member.dim == 0 for member in group.producers))
+    group = next(
+        group
+        for group in analysis.groups
+        if any(member.name == "k.weight" and member.dim == 0 for member in group.producers)
+    )
     assert group.status == "frozen"
     assert "reaches output 1" in group.reason

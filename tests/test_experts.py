@@ -1,4 +1,6 @@
-"""Mixtures of experts: single neurons of theirs, gates and what they gate in turn among them, and whole experts."""
+"""Mixtures of experts: single neurons of theirs, gates and what they gate in turn among them, and whole
+experts.
+"""
 
 from __future__ import annotations
 
@@ -31,7 +33,9 @@ _SMALL: dict[str, Any] = {
 }
 MODELS: dict[str, Callable[[], nn.Module]] = {
     "mixtral": lambda: hf.MixtralForCausalLM(hf.MixtralConfig(num_local_experts=4, **_SMALL)),
-    "qwen3_moe": lambda: hf.Qwen3MoeForCausalLM(hf.Qwen3MoeConfig(num_experts=4, moe_intermediate_size=12, head_dim=8, **_SMALL)),
+    "qwen3_moe": lambda: hf.Qwen3MoeForCausalLM(
+        hf.Qwen3MoeConfig(num_experts=4, moe_intermediate_size=12, head_dim=8, **_SMALL)
+    ),
     "gpt_oss": lambda: hf.GptOssForCausalLM(hf.GptOssConfig(num_local_experts=4, head_dim=8, **_SMALL)),
 }
 SLOW = pytest.mark.slow
@@ -47,10 +51,19 @@ def _experts(plan: fasp_fx.PruningPlan) -> list[Any]:
 
 
 @contextmanager
-def _never_chosen(model: nn.Module, plan: fasp_fx.PruningPlan, monkeypatch: pytest.MonkeyPatch) -> Iterator[nn.Module]:
-    """The dense model with the consumers' columns zero and the router's logits of experts that are gone at -inf."""
+def _never_chosen(
+    model: nn.Module, plan: fasp_fx.PruningPlan, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[nn.Module]:
+    """The dense model with the consumers' columns zero and the router's logits of experts that are gone at
+    -inf.
+    """
     masked = zeroed(model, plan)
-    parts = [part for group in _experts(plan) for part in group.producers if part.name.endswith(("gate.weight", "router.weight"))]
+    parts = [
+        part
+        for group in _experts(plan)
+        for part in group.producers
+        if part.name.endswith(("gate.weight", "router.weight"))
+    ]
     routers = [(masked.get_parameter(part.name), list(part.removed)) for part in parts]
     assert len(routers) == len(_experts(plan))
     linear = nn.functional.linear
@@ -67,21 +80,40 @@ def _never_chosen(model: nn.Module, plan: fasp_fx.PruningPlan, monkeypatch: pyte
         yield masked
 
 
-@pytest.mark.parametrize("name", ["mixtral", pytest.param("gpt_oss", marks=SLOW), pytest.param("qwen3_moe", marks=SLOW)])
+@pytest.mark.parametrize(
+    "name", ["mixtral", pytest.param("gpt_oss", marks=SLOW), pytest.param("qwen3_moe", marks=SLOW)]
+)
 def test_experts_and_their_neurons_in_one_plan(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model = randomise(MODELS[name](), std=0.5)
     with one_capture():
-        options: dict[str, Any] = {"granularity": ("channel", "expert"), "sparsity": 0.55, "score": "random", "restore": None}
+        options: dict[str, Any] = {
+            "granularity": ("channel", "expert"),
+            "sparsity": 0.55,
+            "score": "random",
+            "restore": None,
+        }
         result = fasp_fx.prune(model, (), _tokens(2, 7), **options)
-        replayed = fasp_fx.apply(model, fasp_fx.PruningPlan.from_json(result.plan.to_json()), (), _tokens(2, 7))
+        replayed = fasp_fx.apply(
+            model, fasp_fx.PruningPlan.from_json(result.plan.to_json()), (), _tokens(2, 7)
+        )
     (experts,) = _experts(result.plan)
-    (neurons,) = [g for g in result.plan.groups if g is not experts and any("down_proj" in part.name for part in g.consumers)]
-    lost = {part.name.rpartition(".")[2]: set(part.removed) for part in (*neurons.producers, *neurons.consumers)}
+    (neurons,) = [
+        g
+        for g in result.plan.groups
+        if g is not experts and any("down_proj" in part.name for part in g.consumers)
+    ]
+    lost = {
+        part.name.rpartition(".")[2]: set(part.removed) for part in (*neurons.producers, *neurons.consumers)
+    }
     assert 0 < len(lost["down_proj"]) < 12
     if name == "gpt_oss":  # row 2i of its weight is a gate, row 2i + 1 what it gates
         both = {row for neuron in lost["down_proj"] for row in (2 * neuron, 2 * neuron + 1)}
         assert lost["gate_up_proj"] == lost["gate_up_proj_bias"] == both
-    shapes = {key.rpartition(".")[2]: tuple(value.shape) for key, value in result.module.named_parameters() if "experts" in key}
+    shapes = {
+        key.rpartition(".")[2]: tuple(value.shape)
+        for key, value in result.module.named_parameters()
+        if "experts" in key
+    }
     assert {shape[0] for shape in shapes.values()} == {4 - experts.removed_sets}
     with _never_chosen(model, result.plan, monkeypatch) as masked:
         expected = masked(**_tokens(3, 9)).logits
@@ -92,14 +124,24 @@ def test_experts_and_their_neurons_in_one_plan(name: str, monkeypatch: pytest.Mo
         assert torch.equal(replayed.module(**_tokens(3, 9)).logits, found)
 
 
-def test_the_expert_that_gives_least_goes_and_as_many_stay_as_a_token_needs(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_expert_that_gives_least_goes_and_as_many_stay_as_a_token_needs(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     model = randomise(MODELS["mixtral"](), std=0.5)
     with torch.no_grad():
         model.get_parameter("model.layers.0.mlp.experts.down_proj")[1] *= 1e-3
     batches = [{"input_ids": _tokens(8, 12)["input_ids"]}]
     with one_capture():
         analysis = fasp_fx.analyze(model, (), _tokens(2, 7), granularity=("expert",))
-        result = fasp_fx.prune(model, (), _tokens(2, 7), calibration=batches, granularity=("expert",), sparsity=0.2, quality="fast")
+        result = fasp_fx.prune(
+            model,
+            (),
+            _tokens(2, 7),
+            calibration=batches,
+            granularity=("expert",),
+            sparsity=0.2,
+            quality="fast",
+        )
     (group,) = analysis.chosen
     assert (group.granularity, group.size, group.needed) == ("expert", 4, 2)
     assert "4 experts" in str(group)
@@ -113,10 +155,17 @@ def test_the_expert_that_gives_least_goes_and_as_many_stay_as_a_token_needs(monk
         assert error(result.module(**_tokens(3, 9)).logits, expected) <= TOLERANCE
 
 
-@pytest.mark.parametrize(("form", "granularity"), [("bmm", ("expert", "channel")), pytest.param("einsum", ("expert",), marks=SLOW)])
+@pytest.mark.parametrize(
+    ("form", "granularity"), [("bmm", ("expert", "channel")), pytest.param("einsum", ("expert",), marks=SLOW)]
+)
 def test_every_invariant_of_experts_that_all_take_part(form: str, granularity: tuple[str, ...]) -> None:
     net = Net((Linear(6), Experts(5, 4, "dense", form), Linear(3)))
-    check_program(build(net), example(net), granularity=granularity, invariants=("mask-exact", "nothing", "plan", "steps"))
+    check_program(
+        build(net),
+        example(net),
+        granularity=granularity,
+        invariants=("mask-exact", "nothing", "plan", "steps"),
+    )
 
 
 class Routed(nn.Module):
@@ -130,7 +179,9 @@ class Routed(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         h = self.first(x)
         gates = self.spoil(self.router(h).softmax(-1))
-        return (torch.bmm(torch.bmm(h.expand(4, -1, -1), self.up).relu(), self.down) * gates.T[:, :, None]).sum(0)
+        return (
+            torch.bmm(torch.bmm(h.expand(4, -1, -1), self.up).relu(), self.down) * gates.T[:, :, None]
+        ).sum(0)
 
 
 @pytest.mark.parametrize(
@@ -138,10 +189,18 @@ class Routed(nn.Module):
     [
         (lambda gates: gates, True, ""),
         (lambda gates: gates * gates.max(-1, keepdim=True).values, True, ""),
-        (lambda gates: gates + 0.1, False, "mixed by aten.sum"),  # an expert that is never chosen would still give something
+        (
+            lambda gates: gates + 0.1,
+            False,
+            "mixed by aten.sum",
+        ),  # an expert that is never chosen would still give something
         (lambda gates: gates * gates.std(-1, keepdim=True), False, "mixed by aten.std"),
         (lambda gates: gates * (1 + gates.argmax(-1, keepdim=True)), False, "named by number to aten.add"),
-        (lambda gates: gates * torch.arange(4.0, device=gates.device)[gates.argmax(-1)][:, None], False, "named by number to aten.index"),
+        (
+            lambda gates: gates * torch.arange(4.0, device=gates.device)[gates.argmax(-1)][:, None],
+            False,
+            "named by number to aten.index",
+        ),
         (lambda gates: gates[:, [1, 0, 3, 2]], False, "one by one"),
     ],
     ids=["as it is", "maximum", "offset", "spread", "number", "table", "order"],
@@ -152,7 +211,11 @@ def test_what_a_router_may_do(spoil: Callable[[Tensor], Tensor], prunable: bool,
     analysis = fasp_fx.analyze(model, (x,), granularity=("expert",))
     assert bool(analysis.chosen) == prunable
     if not prunable:
-        groups = [group for group in analysis.groups if any(member.name == "router.weight" and member.dim == 0 for member in group.producers)]
+        groups = [
+            group
+            for group in analysis.groups
+            if any(member.name == "router.weight" and member.dim == 0 for member in group.producers)
+        ]
         assert any(reason in group.reason for group in groups), [group.reason for group in groups]
         return
     result = fasp_fx.prune(model, (x,), granularity=("expert",), sparsity=0.4, score="random", restore=None)

@@ -1,4 +1,6 @@
-"""A model that does something else while it is traced: the captured program is not the model, and that is said."""
+"""A model that does something else while it is traced: the captured program is not the model, and that is
+said.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +16,9 @@ import fasp_fx
 
 
 class Sly(nn.Module):
-    """Computes something else once somebody looks: the result is scaled only when the model is merely called."""
+    """Computes something else once somebody looks: the result is scaled only when the model is
+    merely called.
+    """
 
     def __init__(self, scale: float) -> None:
         super().__init__()
@@ -91,11 +95,15 @@ def test_random_numbers_are_not_compared() -> None:
 @pytest.mark.usefixtures("strict")
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
 def test_rounding_is_no_other_result(dtype: torch.dtype) -> None:
-    fasp_fx.prune(Sly(1.0 + 1e-3).eval().to(dtype), (example()[0].to(dtype),), score="magnitude", restore=None)
+    fasp_fx.prune(
+        Sly(1.0 + 1e-3).eval().to(dtype), (example()[0].to(dtype),), score="magnitude", restore=None
+    )
 
 
 class Remembering(nn.Module):
-    """Keeps something of each call in a plain attribute: a count, a tensor, or what happens to be the same each time."""
+    """Keeps something of each call in a plain attribute: a count, a tensor, or what happens to be the same
+    each time.
+    """
 
     def __init__(self, kind: str) -> None:
         super().__init__()
@@ -176,7 +184,9 @@ class Tabled(nn.Module):
 
 def test_a_tensor_that_a_function_remembers_from_the_capture() -> None:
     table.cache_clear()
-    with pytest.raises(fasp_fx.CaptureError, match=r"has kept a tensor without values.*call the model once before"):
+    with pytest.raises(
+        fasp_fx.CaptureError, match=r"has kept a tensor without values.*call the model once before"
+    ):
         fasp_fx.prune(Tabled().eval(), example(), score="magnitude", restore=None)
     table.cache_clear()
     model = Tabled().eval()

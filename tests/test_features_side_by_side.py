@@ -31,11 +31,18 @@ def test_their_widths_are_fixed_and_what_lies_between_is_pruned() -> None:
     torch.manual_seed(0)
     model = Joined().eval()
     result = fasp_fx.prune(model, ARGS, sparsity=0.4, score="random", restore=None)
-    assert {part.name for group in result.plan.groups for part in group.producers} == {"middle.weight", "middle.bias", "out.0.weight", "out.0.bias"}
+    assert {part.name for group in result.plan.groups for part in group.producers} == {
+        "middle.weight",
+        "middle.bias",
+        "out.0.weight",
+        "out.0.bias",
+    }
     assert_mask_exact(model, result, lambda module: module(*ARGS))
     others = tuple(torch.randn(5, 4) for _ in ARGS)
     assert_mask_exact(model, result, lambda module: module(*others))
-    with pytest.raises(fasp_fx.CallError, match="argument 'before': dimension 1 is 5, the program was captured for 4"):
+    with pytest.raises(
+        fasp_fx.CallError, match="argument 'before': dimension 1 is 5, the program was captured for 4"
+    ):
         result.module(torch.randn(3, 5), torch.randn(3, 4), torch.randn(3, 3))
 
 

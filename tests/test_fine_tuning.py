@@ -1,4 +1,6 @@
-"""A pruned module trains like any other: in a loop of one's own, under accelerate and under transformers' Trainer."""
+"""A pruned module trains like any other: in a loop of one's own, under accelerate and under transformers'
+Trainer.
+"""
 
 from __future__ import annotations
 
@@ -30,8 +32,16 @@ VOCABULARY, STEPS, RATE = 40, 6, 0.1
 def dense() -> nn.Module:
     """A Llama with grouped queries and tied embeddings, which makes no cache."""
     torch.manual_seed(0)
-    shape = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 4, "num_key_value_heads": 2}
-    config = LlamaConfig(vocab_size=VOCABULARY, **shape, tie_word_embeddings=True, use_cache=False, initializer_range=0.2)
+    shape = {
+        "hidden_size": 16,
+        "intermediate_size": 24,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+    }
+    config = LlamaConfig(
+        vocab_size=VOCABULARY, **shape, tie_word_embeddings=True, use_cache=False, initializer_range=0.2
+    )
     return LlamaForCausalLM(config).eval()
 
 
@@ -62,7 +72,12 @@ def _loss(logits: Tensor, ids: Tensor) -> Tensor:
     return functional.cross_entropy(logits[:, :-1].flatten(0, 1).float(), ids[:, 1:].flatten())
 
 
-def _step(model: nn.Module, ids: Tensor, optimizer: torch.optim.Optimizer, backward: Callable[[Tensor], object] = Tensor.backward) -> float:
+def _step(
+    model: nn.Module,
+    ids: Tensor,
+    optimizer: torch.optim.Optimizer,
+    backward: Callable[[Tensor], object] = Tensor.backward,
+) -> float:
     loss = _loss(model(input_ids=ids).logits, ids)
     backward(loss)
     optimizer.step()
@@ -81,7 +96,9 @@ def _assert_same(found: nn.Module, expected: nn.Module, tolerance: float = 1e-5)
         torch.testing.assert_close(weights[name], weight, rtol=tolerance, atol=tolerance)
 
 
-def test_steps_equal_those_of_the_masked_dense_model(dense: nn.Module, once: fasp_fx.Result, pruned: nn.Module) -> None:
+def test_steps_equal_those_of_the_masked_dense_model(
+    dense: nn.Module, once: fasp_fx.Result, pruned: nn.Module
+) -> None:
     whole = copy.deepcopy(dense)
     with masked(whole, removed_columns(once.plan, dense)):
         expected_losses = _train(whole)
@@ -93,7 +110,9 @@ def test_steps_equal_those_of_the_masked_dense_model(dense: nn.Module, once: fas
     assert trained.keys() == masks.keys()
     for name, weight in whole.named_parameters():
         assert not torch.equal(weight, dense.get_parameter(name)), f"{name} was not trained"
-        torch.testing.assert_close(trained[name], weight[masks[name]].reshape(trained[name].shape), rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(
+            trained[name], weight[masks[name]].reshape(trained[name].shape), rtol=1e-4, atol=1e-5
+        )
 
 
 @pytest.fixture
@@ -158,11 +177,19 @@ def test_trainer(pruned: nn.Module, accelerator: object, tmp_path: Path) -> None
         return total / (labels.numel() if num_items_in_batch is None else num_items_in_batch)
 
     settings = TrainingArguments(
-        tmp_path / "out", per_device_train_batch_size=2, gradient_accumulation_steps=2, num_train_epochs=1, use_cpu=True, max_grad_norm=0.0,
-        disable_tqdm=True, report_to=[], logging_steps=1, save_strategy="no", train_sampling_strategy="sequential",
+        tmp_path / "out", per_device_train_batch_size=2, gradient_accumulation_steps=2, num_train_epochs=1,
+        use_cpu=True, max_grad_norm=0.0, disable_tqdm=True, report_to=[], logging_steps=1, save_strategy="no",
+        train_sampling_strategy="sequential",
     )  # fmt: skip
     constant = torch.optim.lr_scheduler.ConstantLR(optimizer, factor=1.0)
-    trainer = Trainer(pruned, settings, train_dataset=examples, eval_dataset=examples, compute_loss_func=loss, optimizers=(optimizer, constant))
+    trainer = Trainer(
+        pruned,
+        settings,
+        train_dataset=examples,
+        eval_dataset=examples,
+        compute_loss_func=loss,
+        optimizers=(optimizer, constant),
+    )
     trainer.train()
     logged = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     assert logged == pytest.approx(expected, abs=1e-3)
@@ -170,17 +197,33 @@ def test_trainer(pruned: nn.Module, accelerator: object, tmp_path: Path) -> None
     assert trainer.evaluate()["eval_loss"] < expected[0]
 
 
-def test_documentation_runs_as_printed(trained_in_place: fasp_fx.Result, accelerator: object, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_documentation_runs_as_printed(
+    trained_in_place: fasp_fx.Result, accelerator: object, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     text = (Path(__file__).resolve().parents[1] / "docs" / "fine-tuning.md").read_text(encoding="utf-8")
     loop, _, trainer = re.findall(r"^```python\n(.*?)^```$", text, flags=re.MULTILINE | re.DOTALL)
     examples = [{"input_ids": row[:-1], "labels": row[1:]} for row in _batch(0)]
-    names = {"torch": torch, "result": trained_in_place, "batches": [_batch(0)] * 3, "examples": examples, "Trainer": Trainer}
+    names = {
+        "torch": torch,
+        "result": trained_in_place,
+        "batches": [_batch(0)] * 3,
+        "examples": examples,
+        "Trainer": Trainer,
+    }
     before = _loss(trained_in_place.module(input_ids=_batch(0)).logits, _batch(0))
     for part in (loop, trainer):
         folder = tmp_path / ("loop" if part is loop else "trainer")
         folder.mkdir()
         monkeypatch.chdir(folder)
-        exec(part, names | {"TrainingArguments": lambda *args, **options: TrainingArguments(*args, use_cpu=True, report_to=[], **options)})
+        exec(
+            part,
+            names
+            | {
+                "TrainingArguments": lambda *args, **options: TrainingArguments(
+                    *args, use_cpu=True, report_to=[], **options
+                )
+            },
+        )
         logits = fasp_fx.load(folder / "tuned").module(input_ids=_batch(0)).logits
         after = _loss(logits, _batch(0))
         assert after < before

@@ -1,4 +1,6 @@
-"""Flex attention: value channels and whole heads go, mask-exactly, unless the functions it is given tell the heads apart."""
+"""Flex attention: value channels and whole heads go, mask-exactly, unless the functions it is given tell the
+heads apart.
+"""
 
 from __future__ import annotations
 
@@ -40,15 +42,26 @@ class Attention(nn.Module):
     """Grouped-query attention with one of the usual functions.
 
     Args:
-        score: ``None``, ``"same"`` (scores as they are), ``"cap"`` (every head alike) or ``"bias"`` (a table of relative positions for each head).
+        score: ``None``, ``"same"`` (scores as they are), ``"cap"`` (every head alike) or ``"bias"`` (a table
+            of relative positions for each head).
         mask: ``None``, or what is masked.
         mask_heads: whether the block mask has an entry for each head.
         more: return the log-sum-exp as well.
     """
 
-    def __init__(self, score: str | None = None, mask: Function | None = None, mask_heads: bool = False, more: bool = False) -> None:
+    def __init__(
+        self,
+        score: str | None = None,
+        mask: Function | None = None,
+        mask_heads: bool = False,
+        more: bool = False,
+    ) -> None:
         super().__init__()
-        self.q, self.k, self.v = nn.Linear(12, HEADS * WIDTH), nn.Linear(12, SHARED * WIDTH), nn.Linear(12, SHARED * WIDTH)
+        self.q, self.k, self.v = (
+            nn.Linear(12, HEADS * WIDTH),
+            nn.Linear(12, SHARED * WIDTH),
+            nn.Linear(12, SHARED * WIDTH),
+        )
         self.out = nn.Linear(HEADS * WIDTH, 12)
         self.register_buffer("bias", torch.randn(HEADS, 64))
         self.score, self.mask, self.mask_heads, self.more = score, mask, mask_heads, more
@@ -62,12 +75,18 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor) -> Any:
         batch, length, _ = x.shape
-        q, k, v = (layer(x).view(batch, length, -1, WIDTH).transpose(1, 2) for layer in (self.q, self.k, self.v))
+        q, k, v = (
+            layer(x).view(batch, length, -1, WIDTH).transpose(1, 2) for layer in (self.q, self.k, self.v)
+        )
         blocks = None
         if self.mask is not None:
-            blocks = create_block_mask(self.mask, None, HEADS if self.mask_heads else None, length, length, device="cpu")
+            blocks = create_block_mask(
+                self.mask, None, HEADS if self.mask_heads else None, length, length, device="cpu"
+            )
         wanted = AuxRequest(lse=True) if self.more else None
-        attended = flex_attention(q, k, v, score_mod=self._scored(), block_mask=blocks, enable_gqa=True, return_aux=wanted)
+        attended = flex_attention(
+            q, k, v, score_mod=self._scored(), block_mask=blocks, enable_gqa=True, return_aux=wanted
+        )
         attended, more = attended if self.more else (attended, None)
         result = self.out(attended.transpose(1, 2).reshape(batch, length, -1))
         return result if more is None else (result, more.lse)
@@ -87,7 +106,9 @@ MODELS: dict[str, Callable[[], nn.Module]] = {
 TOLD = {
     "bias by head": "'score_mod' of flex_attention tells positions along this dimension apart",
     "mask by head": "'block_mask' of flex_attention tells positions along this dimension apart",
-    "a block mask for each head": "'block_mask' of flex_attention has an entry for each position along this dimension",
+    "a block mask for each head": (
+        "'block_mask' of flex_attention has an entry for each position along this dimension"
+    ),
 }
 
 
@@ -102,7 +123,11 @@ def example(batch: int = 2, length: int = 6) -> Tensor:
 
 def shown(analysis: fasp_fx.Analysis) -> set[str]:
     """The groups that the projections of attention take part in, as they print."""
-    return {" ".join(str(group).split()) for group in analysis.groups if any(slice_.dim == 0 and slice_.name[0] in "qkv" for slice_ in group.producers)}
+    return {
+        " ".join(str(group).split())
+        for group in analysis.groups
+        if any(slice_.dim == 0 and slice_.name[0] in "qkv" for slice_ in group.producers)
+    }
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -112,16 +137,29 @@ def test_value_channels_are_prunable_and_heads_where_they_are_alike(name: str) -
         channels, heads = (fasp_fx.analyze(model, (x,), granularity=(kind,)) for kind in ("channel", "head"))
     assert shown(channels) == {
         "prunable 2 x 8 v.weight[0], v.bias[0] -> out.weight[1]",
-        "exempt 2 x 8 q.weight[0], q.bias[0], k.weight[0], k.bias[0] -> - (contracted between two activations by flex_attention)",
+        (
+            "exempt 2 x 8 q.weight[0], q.bias[0], k.weight[0], k.bias[0] -> - (contracted between two"
+            " activations by flex_attention)"
+        ),
     }
     everything = "q.weight[0], q.bias[0], k.weight[0], k.bias[0], v.weight[0], v.bias[0] -> out.weight[1]"
-    assert shown(heads) == {f"frozen 2 heads {everything} ({TOLD[name]})" if name in TOLD else f"prunable 2 heads {everything}"}
+    assert shown(heads) == {
+        f"frozen 2 heads {everything} ({TOLD[name]})" if name in TOLD else f"prunable 2 heads {everything}"
+    }
     if name in TOLD:
         with pytest.raises(fasp_fx.errors.NothingPrunableError, match=TOLD[name]):
             fasp_fx.prune(model, (x,), granularity=("head",), score="random", restore=None)
 
 
-@pytest.mark.parametrize("name", ["plain", "bias by head", "capped and causal", pytest.param("a block mask for each head", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "plain",
+        "bias by head",
+        "capped and causal",
+        pytest.param("a block mask for each head", marks=pytest.mark.slow),
+    ],
+)
 def test_narrower_values_are_mask_exact(name: str, tmp_path: Path) -> None:
     model, x = built(name), example()
     result = fasp_fx.prune(model, (x,), sparsity=0.2, score="random", restore=None)
@@ -141,7 +179,12 @@ def test_whole_heads_are_mask_exact(name: str, tmp_path: Path) -> None:
     model, x = built(name), example()
     result = fasp_fx.prune(model, (x,), granularity=("head",), sparsity=0.5, score="random", restore=None)
     sizes = {name: tuple(parameter.shape) for name, parameter in result.module.named_parameters()}
-    assert (sizes["q.weight"], sizes["k.weight"], sizes["v.weight"], sizes["out.weight"]) == ((16, 12), (8, 12), (8, 12), (12, 16))
+    assert (sizes["q.weight"], sizes["k.weight"], sizes["v.weight"], sizes["out.weight"]) == (
+        (16, 12),
+        (8, 12),
+        (8, 12),
+        (12, 16),
+    )
     loaded = fasp_fx.load(result.save(tmp_path / "out")).module
     for given in (example(), example(3, 9)):
         assert_mask_exact(model, result, lambda module, given=given: module(given))
@@ -180,24 +223,34 @@ def test_what_attention_returns_besides() -> None:
     assert "reaches output" in group.reason
 
 
-@pytest.mark.parametrize(("name", "granularity"), [("bias by head", "channel"), pytest.param("capped and causal", "head", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    ("name", "granularity"),
+    [("bias by head", "channel"), pytest.param("capped and causal", "head", marks=pytest.mark.slow)],
+)
 def test_every_invariant(name: str, granularity: str) -> None:
     torch.manual_seed(0)
     # its rule is held below, and it has no ties
     wanted = [invariant for invariant in INVARIANTS if invariant not in ("rules", "ties")]
     verdict = check_program(built(name), (example(),), granularity=(granularity,), invariants=wanted)
-    assert {"mask-exact", "nothing", "signature", "plan", "steps", "shapes", "unseen", "alone"} <= set(verdict.checked)
+    assert {"mask-exact", "nothing", "signature", "plan", "steps", "shapes", "unseen", "alone"} <= set(
+        verdict.checked
+    )
 
 
 class Turned(Attention):
-    """Something stands between projections and attention, as rotary embeddings do: inductor fails where nothing does, of the dense model as well."""
+    """Something stands between projections and attention, as rotary embeddings do: inductor fails where
+    nothing does, of the dense model as well.
+    """
 
     def __init__(self) -> None:
         super().__init__("bias")
 
     def forward(self, x: Tensor) -> Tensor:
         batch, length, _ = x.shape
-        q, k, v = (torch.tanh(layer(x).view(batch, length, -1, WIDTH).transpose(1, 2)) for layer in (self.q, self.k, self.v))
+        q, k, v = (
+            torch.tanh(layer(x).view(batch, length, -1, WIDTH).transpose(1, 2))
+            for layer in (self.q, self.k, self.v)
+        )
         attended = flex_attention(q, k, v, score_mod=self._scored(), enable_gqa=True)
         return self.out(attended.transpose(1, 2).reshape(batch, length, -1))
 
@@ -207,7 +260,9 @@ def test_narrower_values_compile() -> None:
     torch.manual_seed(0)
     model, x = Turned().eval(), example()
     result = fasp_fx.prune(model, (x,), sparsity=0.2, score="random", restore=None)
-    assert not result.program.graph.find_nodes(op="call_function", target=torch.ops.aten.constant_pad_nd.default)
+    assert not result.program.graph.find_nodes(
+        op="call_function", target=torch.ops.aten.constant_pad_nd.default
+    )
     with torch.no_grad():
         compiled = torch.compile(result.module, fullgraph=True)(x)
         assert error(compiled, result.module(x)) <= TOLERANCE
@@ -227,12 +282,16 @@ def test_a_plan_as_a_backend_leaves_it_whole_and_says_so() -> None:
 def test_pruned_twice() -> None:
     model, x = built("capped and causal"), example()
     first = fasp_fx.prune(model, (x,), sparsity=0.2, score="random", restore=None)
-    second = fasp_fx.prune(first.module, (x,), granularity=("head",), sparsity=0.5, score="random", restore=None)
+    second = fasp_fx.prune(
+        first.module, (x,), granularity=("head",), sparsity=0.5, score="random", restore=None
+    )
     assert_mask_exact(_like(model, first), second, lambda module: module(x))
 
 
 def _like(model: nn.Module, result: fasp_fx.Result) -> nn.Module:
-    """The model's own code over the result's smaller weights: ``forward`` has the width of values from nowhere but them."""
+    """The model's own code over the result's smaller weights: ``forward`` has the width of values from
+    nowhere but them.
+    """
 
     class Narrow(Attention):
         def forward(self, x: Tensor) -> Tensor:
@@ -256,17 +315,34 @@ def _like(model: nn.Module, result: fasp_fx.Result) -> nn.Module:
 
 def llama() -> nn.Module:
     torch.manual_seed(0)
-    sizes = {"vocab_size": 50, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 4, "num_key_value_heads": 2}
-    return LlamaForCausalLM(LlamaConfig(**sizes, initializer_range=0.2, attn_implementation="flex_attention")).eval()
+    sizes = {
+        "vocab_size": 50,
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+    }
+    return LlamaForCausalLM(
+        LlamaConfig(**sizes, initializer_range=0.2, attn_implementation="flex_attention")
+    ).eval()
 
 
 @pytest.mark.parametrize("granularity", ["channel", "head"])
 def test_llama(granularity: str, tmp_path: Path) -> None:
     model = llama()
     ids = torch.randint(0, 50, (2, 10))
-    options: dict[str, Any] = {"granularity": tuple({granularity, "channel"}), "score": "random", "restore": None}
+    options: dict[str, Any] = {
+        "granularity": tuple({granularity, "channel"}),
+        "score": "random",
+        "restore": None,
+    }
     result = fasp_fx.prune(model, (), {"input_ids": ids, "use_cache": False}, sparsity=0.4, **options)
-    (attention,) = [group for group in result.plan.groups if group.consumers[0].name == "model.layers.0.self_attn.o_proj.weight"]
+    (attention,) = [
+        group
+        for group in result.plan.groups
+        if group.consumers[0].name == "model.layers.0.self_attn.o_proj.weight"
+    ]
     producers = {part.name.split(".")[-2] for part in attention.producers}
     assert producers >= ({"q_proj", "k_proj", "v_proj"} if granularity == "head" else {"v_proj"})
     assert (attention.granularity, "q_proj" in producers) == (granularity, granularity == "head")
@@ -274,8 +350,12 @@ def test_llama(granularity: str, tmp_path: Path) -> None:
     loaded = fasp_fx.load(result.save(tmp_path / "out")).module
     for shape in ((2, 10), (3, 7)):
         given = torch.randint(0, 50, shape)
-        with torch.compiler.set_stance("force_eager"):  # transformers compiles attention whenever the dense model is called
-            assert_mask_exact(model, result, lambda module, given=given: module(input_ids=given, use_cache=False)["logits"])
+        with torch.compiler.set_stance(
+            "force_eager"
+        ):  # transformers compiles attention whenever the dense model is called
+            assert_mask_exact(
+                model, result, lambda module, given=given: module(input_ids=given, use_cache=False)["logits"]
+            )
         with torch.no_grad():
             assert torch.equal(loaded(input_ids=given)["logits"], result.module(input_ids=given)["logits"])
 
@@ -284,13 +364,21 @@ def test_llama(granularity: str, tmp_path: Path) -> None:
 
 
 def test_the_rule_says_what_the_operator_does() -> None:
-    """By brute force: positions along each letter that the rule lets go are taken out of the operands, or are zeros there."""
+    """By brute force: positions along each letter that the rule lets go are taken out of the operands, or are
+    zeros there.
+    """
     rule = lookup(OPERATOR)
     assert rule is not None
     assert str(rule).startswith("query[b h q d], key[b g k d], value[b g k c] -> [b h q c], [b h q], [b h q]")
     assert list(argument_names(OPERATOR))[:5] == ["query", "key", "value", "score_mod", "block_mask"]
-    (node,) = fasp_fx.analyze(built("capped and causal"), (example(),)).program.module.graph.find_nodes(op="call_function", target=OPERATOR)
-    query, key, value = torch.randn(2, HEADS, 6, WIDTH), torch.randn(2, SHARED, 6, WIDTH), torch.randn(2, SHARED, 6, 5)
+    (node,) = fasp_fx.analyze(built("capped and causal"), (example(),)).program.module.graph.find_nodes(
+        op="call_function", target=OPERATOR
+    )
+    query, key, value = (
+        torch.randn(2, HEADS, 6, WIDTH),
+        torch.randn(2, SHARED, 6, WIDTH),
+        torch.randn(2, SHARED, 6, 5),
+    )
     module = node.graph.owning_module
     assert module is not None
     blocks = create_block_mask(causal, None, None, 6, 6, device="cpu").as_tuple()
@@ -317,7 +405,11 @@ def test_the_rule_says_what_the_operator_does() -> None:
 def test_rules_of_higher_order_operators_are_written_and_forgotten() -> None:
     before = lookup(OPERATOR)
     try:
-        register(OPERATOR, "query[b h q d], key[b g k d], value[b g k c] -> [b h q c], [b h q], [b h q]; mix k; repeat g h; freeze h; freeze c")
+        register(
+            OPERATOR,
+            "query[b h q d], key[b g k d], value[b g k c] -> [b h q c], [b h q], [b h q]; mix k; repeat g h;"
+            " freeze h; freeze c",
+        )
         groups = fasp_fx.analyze(built("plain"), (example(),)).groups
         assert all(group.status != "prunable" for group in groups)
     finally:
@@ -331,7 +423,11 @@ def test_rules_of_higher_order_operators_are_written_and_forgotten() -> None:
 
 
 def _attention(data: dict[str, Any]) -> Any:
-    return next(node for node in data["program"]["graph_module"]["graph"]["nodes"] if node["target"] == "torch.ops.higher_order.flex_attention")
+    return next(
+        node
+        for node in data["program"]["graph_module"]["graph"]["nodes"]
+        if node["target"] == "torch.ops.higher_order.flex_attention"
+    )
 
 
 def _options(data: dict[str, Any]) -> dict[str, Any]:
@@ -340,15 +436,26 @@ def _options(data: dict[str, Any]) -> dict[str, Any]:
 
 CODE = "x; import os"
 FORGERIES: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
-    "an option's value": (lambda data: _options(data).update(BACKEND={"as_string": CODE}), "among the options of an operator"),
-    "an option's name": (lambda data: _options(data).update({CODE: {"as_int": 1}}), "among the options of an operator"),
-    "a block mask that is none": (lambda data: _attention(data)["inputs"][4].update(arg={"as_int": 3}), "argument 'block_mask' of node"),
+    "an option's value": (
+        lambda data: _options(data).update(BACKEND={"as_string": CODE}),
+        "among the options of an operator",
+    ),
+    "an option's name": (
+        lambda data: _options(data).update({CODE: {"as_int": 1}}),
+        "among the options of an operator",
+    ),
+    "a block mask that is none": (
+        lambda data: _attention(data)["inputs"][4].update(arg={"as_int": 3}),
+        "argument 'block_mask' of node",
+    ),
     "a part of the block mask gone": (
         lambda data: _attention(data)["inputs"][4]["arg"]["as_string_to_argument"].pop("3"),
         "argument 'block_mask' of node",
     ),
     "what the score function calls": (
-        lambda data: _attention(data)["inputs"][3]["arg"]["as_graph"]["graph"]["nodes"][0].update(target="os.system"),
+        lambda data: _attention(data)["inputs"][3]["arg"]["as_graph"]["graph"]["nodes"][0].update(
+            target="os.system"
+        ),
         "which is not a torch operator",
     ),
 }

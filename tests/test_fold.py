@@ -1,4 +1,6 @@
-"""Weights that a model computes from parameters: folded into parameters and pruned, held against the dense model with the consumers' inputs masked."""
+"""Weights that a model computes from parameters: folded into parameters and pruned, held against the dense
+model with the consumers' inputs masked.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +23,10 @@ import fasp_fx.hf
 import fasp_fx.testing
 from fasp_fx._capture import capture
 
-pytestmark = [pytest.mark.filterwarnings("ignore::fasp_fx.CalibrationWarning"), pytest.mark.filterwarnings("ignore::FutureWarning")]
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::fasp_fx.CalibrationWarning"),
+    pytest.mark.filterwarnings("ignore::FutureWarning"),
+]
 
 ROWS, IMAGES, SOUNDS = torch.randn(5, 6), torch.randn(3, 3, 9, 9), torch.randn(3, 4, 20)
 
@@ -41,7 +46,11 @@ class Twice(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.up, self.middle, self.down = nn.Linear(6, 16), parametrizations.weight_norm(nn.Linear(16, 16)), nn.Linear(16, 6)
+        self.up, self.middle, self.down = (
+            nn.Linear(6, 16),
+            parametrizations.weight_norm(nn.Linear(16, 16)),
+            nn.Linear(16, 6),
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         return self.down(self.middle(self.middle(self.up(x).tanh()).tanh()).tanh())
@@ -64,7 +73,13 @@ def _parametrised(layer: nn.Module, kind: nn.Module) -> nn.Module:
 
 
 def _sounds(first: Callable[[nn.Module], nn.Module], second: Callable[[nn.Module], nn.Module]) -> nn.Module:
-    layers = (first(nn.Conv1d(4, 16, 3, padding=1)), nn.GELU(), second(nn.Conv1d(16, 16, 4, padding=2, groups=2)), nn.GELU(), nn.Conv1d(16, 5, 1))
+    layers = (
+        first(nn.Conv1d(4, 16, 3, padding=1)),
+        nn.GELU(),
+        second(nn.Conv1d(16, 16, 4, padding=2, groups=2)),
+        nn.GELU(),
+        nn.Conv1d(16, 5, 1),
+    )
     return nn.Sequential(*layers)
 
 
@@ -74,24 +89,48 @@ def _rows(up: nn.Module, down: nn.Module) -> nn.Module:
 
 MODELS: dict[str, tuple[Callable[[], nn.Module], Tensor, set[str]]] = {
     "weight norm by rows and by positions": (
-        lambda: _sounds(parametrizations.weight_norm, lambda layer: parametrizations.weight_norm(layer, dim=2)),
+        lambda: _sounds(
+            parametrizations.weight_norm, lambda layer: parametrizations.weight_norm(layer, dim=2)
+        ),
         SOUNDS,
         {"0.weight", "2.weight"},
     ),
-    "weight and spectral norm by hooks": (lambda: _sounds(nn.utils.weight_norm, nn.utils.spectral_norm), SOUNDS, {"0.weight", "2.weight"}),
+    "weight and spectral norm by hooks": (
+        lambda: _sounds(nn.utils.weight_norm, nn.utils.spectral_norm),
+        SOUNDS,
+        {"0.weight", "2.weight"},
+    ),
     "weight standardisation": (
-        lambda: nn.Sequential(WeightStandardizedConv2d(3, 12, 3), nn.ReLU(), WeightStandardizedConv2d(12, 10, 3), nn.ReLU(), nn.Conv2d(10, 4, 1)),
+        lambda: nn.Sequential(
+            WeightStandardizedConv2d(3, 12, 3),
+            nn.ReLU(),
+            WeightStandardizedConv2d(12, 10, 3),
+            nn.ReLU(),
+            nn.Conv2d(10, 4, 1),
+        ),
         IMAGES,
         {"0.weight", "2.weight"},
     ),
-    "a parametrisation": (lambda: _rows(_parametrised(nn.Linear(6, 16), Square()), _parametrised(nn.Linear(16, 6), Square())), ROWS, {"0.weight", "4.weight"}),
+    "a parametrisation": (
+        lambda: _rows(_parametrised(nn.Linear(6, 16), Square()), _parametrised(nn.Linear(16, 6), Square())),
+        ROWS,
+        {"0.weight", "4.weight"},
+    ),
     "symmetric": (
-        lambda: nn.Sequential(nn.Linear(6, 16), nn.Tanh(), _parametrised(nn.Linear(16, 16), Symmetric()), nn.Tanh(), nn.Linear(16, 6)),
+        lambda: nn.Sequential(
+            nn.Linear(6, 16),
+            nn.Tanh(),
+            _parametrised(nn.Linear(16, 16), Symmetric()),
+            nn.Tanh(),
+            nn.Linear(16, 6),
+        ),
         ROWS,
         {"2.weight"},
     ),
     "spectral norm": (
-        lambda: _rows(parametrizations.spectral_norm(nn.Linear(6, 16)), parametrizations.spectral_norm(nn.Linear(16, 6))),
+        lambda: _rows(
+            parametrizations.spectral_norm(nn.Linear(6, 16)), parametrizations.spectral_norm(nn.Linear(16, 6))
+        ),
         ROWS,
         {"0.weight", "4.weight"},
     ),
@@ -107,7 +146,9 @@ def _seed() -> None:
 
 @contextlib.contextmanager
 def _masked(model: nn.Module, plan: fasp_fx.PruningPlan) -> Iterator[None]:
-    """Multiply the removed channels of every consumer's input by zero, wherever the module takes its weight from."""
+    """Multiply the removed channels of every consumer's input by zero, wherever the module takes its weight
+    from.
+    """
     handles = []
     for part in (part for group in plan.groups for part in group.consumers):
         layer = model.get_submodule(part.name.rpartition(".")[0])
@@ -117,7 +158,9 @@ def _masked(model: nn.Module, plan: fasp_fx.PruningPlan) -> Iterator[None]:
         blocks = part.by_block() if part.block_dim is not None else part.by_block() * groups
         for block, removed in enumerate(blocks):
             keep[[block * (size // groups) + index for index in removed]] = 0
-        keep = keep.reshape(-1, *[1] * (3 if isinstance(layer, nn.Conv2d) else 2))[..., 0] if dim == 1 else keep
+        keep = (
+            keep.reshape(-1, *[1] * (3 if isinstance(layer, nn.Conv2d) else 2))[..., 0] if dim == 1 else keep
+        )
         handles.append(layer.register_forward_pre_hook(lambda module, args, keep=keep: (args[0] * keep,)))
     try:
         yield
@@ -189,7 +232,9 @@ def test_removing_nothing_is_bit_equal(name: str, pruned: Any) -> None:
     assert before.keys() == after.keys()
     assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
     storages = {tensor.untyped_storage().data_ptr() for tensor in (*model.parameters(), *model.buffers())}
-    assert not storages & {tensor.untyped_storage().data_ptr() for tensor in (*same.module.parameters(), *same.module.buffers())}
+    assert not storages & {
+        tensor.untyped_storage().data_ptr() for tensor in (*same.module.parameters(), *same.module.buffers())
+    }
 
 
 def test_the_notes_and_the_plan_say_what_was_folded(pruned: Any, tmp_path: Any) -> None:
@@ -229,7 +274,9 @@ def test_exported_programs_fold_alike(pruned: Any) -> None:
     pipeline = fasp_fx.passes.Prune(result.plan)
     with torch.no_grad():
         assert torch.equal(pipeline(exported).module()(x), result.module(x))
-    assert set(fasp_fx.passes.Pipeline([lambda module: None])(exported).state_dict) == set(exported.state_dict)
+    assert set(fasp_fx.passes.Pipeline([lambda module: None])(exported).state_dict) == set(
+        exported.state_dict
+    )
 
 
 def test_backend_refuses_folded_weights(pruned: Any) -> None:
@@ -250,7 +297,9 @@ def test_frozen_sources_give_a_frozen_weight() -> None:
     for parameter in model[0].parametrizations.parameters():
         parameter.requires_grad_(False)
     analysis = fasp_fx.analyze(model, (ROWS,))
-    assert {name for name, parameter in analysis.program.module.named_parameters() if not parameter.requires_grad} == {"0.weight"}
+    assert {
+        name for name, parameter in analysis.program.module.named_parameters() if not parameter.requires_grad
+    } == {"0.weight"}
 
 
 # --- what is not folded
@@ -277,7 +326,12 @@ SQUARE = torch.randn(16, 16) / 4
 
 @pytest.mark.parametrize(
     "compute",
-    [lambda m: m.w.t(), lambda m: m.w.double().float(), lambda m: m.w.flip(0).reshape(4, 4, 16).reshape(16, 16), lambda m: m.w.bfloat16().float()],
+    [
+        lambda m: m.w.t(),
+        lambda m: m.w.double().float(),
+        lambda m: m.w.flip(0).reshape(4, 4, 16).reshape(16, 16),
+        lambda m: m.w.bfloat16().float(),
+    ],
     ids=["transposed", "cast", "moved", "rounded"],
 )
 def test_moved_and_cast_weights_stay_the_parameters_they_were(compute: Callable[[Any], Tensor]) -> None:
@@ -292,13 +346,22 @@ def test_moved_and_cast_weights_stay_the_parameters_they_were(compute: Callable[
             reference.get_parameter(part.name).index_fill_(part.dim, torch.tensor(part.removed), 0)
         assert error(result.module(ROWS), reference(ROWS)) <= TOLERANCE
     repaired = _prune(model, torch.randn(200, 6), restore="least-squares", score="fasp")
-    assert max(line.error_restored or 0 for line in repaired.report.lines) < max(line.error_cut or 0 for line in repaired.report.lines)
+    assert max(line.error_restored or 0 for line in repaired.report.lines) < max(
+        line.error_cut or 0 for line in repaired.report.lines
+    )
 
 
 NOT_FOLDED: dict[str, tuple[Callable[[], nn.Module], str]] = {
-    "low rank": (lambda: Functional(lambda m: m.u @ m.v, u=torch.randn(16, 2), v=torch.randn(2, 16)), "1,024 bytes instead of 256"),
+    "low rank": (
+        lambda: Functional(lambda m: m.u @ m.v, u=torch.randn(16, 2), v=torch.randn(2, 16)),
+        "1,024 bytes instead of 256",
+    ),
     "integers": (
-        lambda: Functional(lambda m: m.q.float() * m.scale, q=torch.randint(-9, 9, (16, 16), dtype=torch.int8), scale=torch.rand(16, 1)),
+        lambda: Functional(
+            lambda m: m.q.float() * m.scale,
+            q=torch.randint(-9, 9, (16, 16), dtype=torch.int8),
+            scale=torch.rand(16, 1),
+        ),
         "1,024 bytes instead of 320",
     ),
     "needed elsewhere": (lambda: Elsewhere(), "needed elsewhere"),
@@ -350,19 +413,25 @@ def test_chance_inputs_buffers_that_change_and_fixed_transforms_are_not_folded()
 def test_tied_sources_give_one_weight() -> None:
     first, second = _parametrised(nn.Linear(16, 16), Square()), _parametrised(nn.Linear(16, 16), Square())
     second.parametrizations.weight.original = first.parametrizations.weight.original
-    model = nn.Sequential(nn.Linear(6, 16), nn.Tanh(), first, nn.Tanh(), second, nn.Tanh(), nn.Linear(16, 6)).eval()
+    model = nn.Sequential(
+        nn.Linear(6, 16), nn.Tanh(), first, nn.Tanh(), second, nn.Tanh(), nn.Linear(16, 6)
+    ).eval()
     result = _prune(model, ROWS)
     assert len(result.plan.folds) == 1
     assert len([name for name, _ in result.module.named_parameters() if name.endswith("weight")]) == 3
     with torch.no_grad():
         weight = first.weight.clone()
         removed = result.plan.slices()[result.plan.folds[0].name, 1]
-        reference = nn.Sequential(*(nn.Linear(16, 16) if index in (2, 4) else layer for index, layer in enumerate(model)))
+        reference = nn.Sequential(
+            *(nn.Linear(16, 16) if index in (2, 4) else layer for index, layer in enumerate(model))
+        )
         for index in (2, 4):
             reference[index].weight.copy_(weight.index_fill(1, torch.tensor([at for _, at in removed]), 0))
             reference[index].bias.copy_(model[index].bias)
         reference[6] = copy.deepcopy(reference[6])
-        reference[6].weight.index_fill_(1, torch.tensor([at for _, at in result.plan.slices()["6.weight", 1]]), 0)
+        reference[6].weight.index_fill_(
+            1, torch.tensor([at for _, at in result.plan.slices()["6.weight", 1]]), 0
+        )
         assert error(result.module(ROWS), reference(ROWS)) <= TOLERANCE
 
 
@@ -370,7 +439,10 @@ def test_one_computed_weight_used_both_ways() -> None:
     class Autoencoder(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.layer, self.bias = parametrizations.weight_norm(nn.Linear(6, 16)), nn.Parameter(torch.randn(6))
+            self.layer, self.bias = (
+                parametrizations.weight_norm(nn.Linear(6, 16)),
+                nn.Parameter(torch.randn(6)),
+            )
 
         def forward(self, x: Tensor) -> Tensor:
             weight = self.layer.weight
@@ -409,7 +481,9 @@ def test_a_name_of_a_tied_weight_that_stays_is_kept() -> None:
             self.again = self.gain
 
         def forward(self, x: Tensor) -> Tensor:
-            hidden = F.linear((self.up(x) * self.again).tanh(), self.middle.weight * self.gain[:, None], self.middle.bias)
+            hidden = F.linear(
+                (self.up(x) * self.again).tanh(), self.middle.weight * self.gain[:, None], self.middle.bias
+            )
             return self.down(hidden.tanh())
 
     model = Shared().eval()
@@ -429,7 +503,9 @@ def test_a_parametrised_layer_by_itself() -> None:
 
 @pytest.mark.slow
 def test_the_harness_checks_folded_models() -> None:
-    model = nn.Sequential(WeightStandardizedConv2d(3, 12, 3), nn.ReLU(), parametrizations.weight_norm(nn.Conv2d(12, 4, 3))).eval()
+    model = nn.Sequential(
+        WeightStandardizedConv2d(3, 12, 3), nn.ReLU(), parametrizations.weight_norm(nn.Conv2d(12, 4, 3))
+    ).eval()
     fasp_fx.testing.check_program(model, (torch.randn(2, 3, 8, 8),))
 
 
@@ -455,7 +531,14 @@ def test_a_part_of_a_model_is_folded() -> None:
 @pytest.mark.slow
 def test_generating_models_are_folded(tmp_path: Any) -> None:
     torch.manual_seed(0)
-    config = LlamaConfig(vocab_size=40, hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=2)
+    config = LlamaConfig(
+        vocab_size=40,
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+    )
     model = LlamaForCausalLM(config)
     parametrizations.weight_norm(model.model.layers[0].mlp.down_proj)
     model.eval()
@@ -465,6 +548,8 @@ def test_generating_models_are_folded(tmp_path: Any) -> None:
     again = AutoModelForCausalLM.from_pretrained(pruned.save_pretrained(tmp_path / "pruned"))
     with torch.no_grad():
         assert torch.equal(again(ids).logits, pruned.model(ids).logits)
-    assert pruned.model.generate(ids[:, :3], attention_mask=torch.ones(4, 3, dtype=torch.long), max_new_tokens=3, pad_token_id=0).shape == (4, 6)
+    assert pruned.model.generate(
+        ids[:, :3], attention_mask=torch.ones(4, 3, dtype=torch.long), max_new_tokens=3, pad_token_id=0
+    ).shape == (4, 6)
     with pytest.raises(fasp_fx.FaspError, match="down_proj"):
         fasp_fx.hf.prune(model, calibration=[ids], sparsity=0.2, plain=True)

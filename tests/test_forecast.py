@@ -42,7 +42,14 @@ def _live_when_run(program: Any, batch: Tensor, returns: bool) -> list[int]:
     runner, found = Runner(program, [[batch]], returns=returns), []
     for index in range(len(runner.nodes)):
         runner.advance(index + 1)
-        found.append(sum({v.untyped_storage().data_ptr(): v.untyped_storage().nbytes() for v in runner._memory[0].values()}.values()))
+        found.append(
+            sum(
+                {
+                    v.untyped_storage().data_ptr(): v.untyped_storage().nbytes()
+                    for v in runner._memory[0].values()
+                }.values()
+            )
+        )
     return found
 
 
@@ -56,7 +63,9 @@ def test_what_is_live_is_what_a_runner_holds() -> None:
     for index, node in enumerate(nodes[:-1]):
         if node.op == "call_function":
             assert predicted[index] >= held[index]
-            assert predicted[index] <= held[index] + sum(v.meta["val"].numel() * 4 for v in node.all_input_nodes if v.op != "get_attr")
+            assert predicted[index] <= held[index] + sum(
+                v.meta["val"].numel() * 4 for v in node.all_input_nodes if v.op != "get_attr"
+            )
     assert max(held) < max(_live_when_run(program, x, returns=True)), "what is returned is not kept"
 
 
@@ -74,13 +83,19 @@ def test_operations_of_the_batches_are_those_that_torch_counts() -> None:
 
 def test_weights_and_what_is_left_of_them() -> None:
     x, model = torch.randn(2, 5, 16), Model().eval()
-    found = forecast(fasp_fx.analyze(model, (x,)), PruningConfig(quality="fast", sparsity=0.25), 2, measure=False)
+    found = forecast(
+        fasp_fx.analyze(model, (x,)), PruningConfig(quality="fast", sparsity=0.25), 2, measure=False
+    )
     weights = sum(parameter.numel() for parameter in model.parameters())
     assert found.weights == 4 * weights
     assert found.repaired == 4 * 3 * 16 * 48
     result = fasp_fx.prune(model, (x,), calibration=[x, x], sparsity=0.25, quality="fast")
-    assert found.pruned == pytest.approx(4 * sum(parameter.numel() for parameter in result.module.parameters()), rel=0.02)
-    half = forecast(fasp_fx.analyze(model, (x,)), PruningConfig(quality="fast"), 2, dtype=torch.bfloat16, measure=False)
+    assert found.pruned == pytest.approx(
+        4 * sum(parameter.numel() for parameter in result.module.parameters()), rel=0.02
+    )
+    half = forecast(
+        fasp_fx.analyze(model, (x,)), PruningConfig(quality="fast"), 2, dtype=torch.bfloat16, measure=False
+    )
     assert (half.weights, half.activations) == (found.weights // 2, found.activations // 2)
 
 
@@ -101,14 +116,33 @@ class Recurrent(nn.Module):
         return found
 
 
-@pytest.mark.parametrize("model", [Recurrent(), nn.Sequential(nn.LayerNorm(6)), nn.Sequential(nn.Conv1d(5, 6, 3), nn.ReLU())], ids=["lstm", "norm", "one"])
+@pytest.mark.parametrize(
+    "model",
+    [Recurrent(), nn.Sequential(nn.LayerNorm(6)), nn.Sequential(nn.Conv1d(5, 6, 3), nn.ReLU())],
+    ids=["lstm", "norm", "one"],
+)
 def test_other_models_have_a_forecast(model: nn.Module) -> None:
-    found = forecast(fasp_fx.analyze(model.eval(), (torch.randn(2, 5, 6),)), PruningConfig(quality="fast"), 2, measure=False)
+    found = forecast(
+        fasp_fx.analyze(model.eval(), (torch.randn(2, 5, 6),)),
+        PruningConfig(quality="fast"),
+        2,
+        measure=False,
+    )
     assert found.peak > found.weights > 0
 
 
 def test_in_files_the_weights_take_no_memory() -> None:
-    found = Forecast(base=1, weights=100, repaired=20, pruned=80, activations=5, matrices=30, solving=7, operations={}, seconds=None)
+    found = Forecast(
+        base=1,
+        weights=100,
+        repaired=20,
+        pruned=80,
+        activations=5,
+        matrices=30,
+        solving=7,
+        operations={},
+        seconds=None,
+    )
     assert found.peak == 1 + 100 + 20 + 80
     assert found.streamed(50) == 1 + 50 + 5 + 7
     assert found.streamed(10**6) == 1 + 230 + 5 + 7
@@ -129,7 +163,19 @@ def test_dry_run_loads_no_weight_and_writes_nothing(tmp_path: Path, monkeypatch:
     (tmp_path / "model" / "model.safetensors").write_bytes(b"not to be read" * 10_000)
     monkeypatch.setattr("fasp_fx._forecast._rates._SECONDS", 0.0)
     before = sorted(tmp_path.rglob("*"))
-    command = ["prune", str(tmp_path / "model"), "--out", str(tmp_path / "out"), "--dry-run", "--length", "32", "--batches", "4", "--device", "cpu"]
+    command = [
+        "prune",
+        str(tmp_path / "model"),
+        "--out",
+        str(tmp_path / "out"),
+        "--dry-run",
+        "--length",
+        "32",
+        "--batches",
+        "4",
+        "--device",
+        "cpu",
+    ]
     done = CliRunner().invoke(app, command)
     assert done.exit_code == 0, done.output
     assert "running the batches" in done.stdout
@@ -140,7 +186,20 @@ def test_dry_run_loads_no_weight_and_writes_nothing(tmp_path: Path, monkeypatch:
 @pytest.mark.parametrize("option", [["--length", "4096"], ["--sparsity", "0.99"]], ids=" ".join)
 def test_dry_run_refuses_what_pruning_would(tmp_path: Path, option: list[str]) -> None:
     make_model(tmp_path / "model")
-    command = ["prune", str(tmp_path / "model"), "--out", str(tmp_path / "out"), "--dry-run", "--length", "32", "--batches", "4", "--device", "cpu", *option]
+    command = [
+        "prune",
+        str(tmp_path / "model"),
+        "--out",
+        str(tmp_path / "out"),
+        "--dry-run",
+        "--length",
+        "32",
+        "--batches",
+        "4",
+        "--device",
+        "cpu",
+        *option,
+    ]
     done = CliRunner().invoke(app, command)
     assert done.exit_code == 2, done.output
 

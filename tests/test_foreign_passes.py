@@ -17,7 +17,17 @@ from torch.nn.utils.fusion import fuse_conv_bn_weights
 
 import fasp_fx
 from fasp_fx.channels import attribute
-from fasp_fx.passes import WRITTEN_BY, Foreign, KeepDenseCount, PadValueHeads, PinAttentionScale, Pipeline, Prune, RemoveChannels, RestoreWeights
+from fasp_fx.passes import (
+    WRITTEN_BY,
+    Foreign,
+    KeepDenseCount,
+    PadValueHeads,
+    PinAttentionScale,
+    Pipeline,
+    Prune,
+    RemoveChannels,
+    RestoreWeights,
+)
 
 pytestmark = pytest.mark.usefixtures("shared_captures")
 
@@ -36,7 +46,9 @@ class Case:
     def check(self, program: ExportedProgram) -> None:
         """Hold a program against the masked dense model, at the example's sizes and at others."""
         masked, module = zeroed(self.model, self.plan), program.module()
-        smaller = sum(tensor.numel() for tensor in program.state_dict.values()) < sum(tensor.numel() for tensor in self.model.parameters())
+        smaller = sum(tensor.numel() for tensor in program.state_dict.values()) < sum(
+            tensor.numel() for tensor in self.model.parameters()
+        )
         assert smaller, "nothing was removed"
         with torch.no_grad():
             for inputs in (self.example, self.other):
@@ -51,7 +63,14 @@ def decoder() -> Case:
 @pytest.fixture(scope="module")
 def images() -> Case:
     torch.manual_seed(0)
-    model = nn.Sequential(nn.Conv2d(3, 8, 3, bias=False), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.ReLU(), nn.Conv2d(8, 4, 3)).eval()
+    model = nn.Sequential(
+        nn.Conv2d(3, 8, 3, bias=False),
+        nn.BatchNorm2d(8),
+        nn.ReLU(),
+        nn.Conv2d(8, 8, 3),
+        nn.ReLU(),
+        nn.Conv2d(8, 4, 3),
+    ).eval()
     with torch.no_grad():
         for tensor in (model[1].weight, model[1].bias, model[1].running_mean):
             tensor.copy_(torch.randn(8))
@@ -104,12 +123,20 @@ def fold_batch_norm(module: fx.GraphModule) -> fx.GraphModule:
     """Fold batch norms into the convolutions before them; their weights get new names."""
     for norm in [node for node in module.graph.nodes if "batch_norm" in str(node.target)]:
         conv = norm.args[0]
-        weight, scale, shift, mean, variance = (attribute(module, str(n.target)) for n in (conv.args[1], *norm.args[1:5]))
-        made = fuse_conv_bn_weights(weight.detach(), None, mean, variance, 1e-5, scale.detach(), shift.detach())
+        weight, scale, shift, mean, variance = (
+            attribute(module, str(n.target)) for n in (conv.args[1], *norm.args[1:5])
+        )
+        made = fuse_conv_bn_weights(
+            weight.detach(), None, mean, variance, 1e-5, scale.detach(), shift.detach()
+        )
         for name, value in zip(("folded_weight", "folded_bias"), made, strict=True):
             module.register_parameter(name, nn.Parameter(value))
         with module.graph.inserting_before(conv):
-            args = (conv.args[0], *(module.graph.get_attr(name) for name in ("folded_weight", "folded_bias")), *conv.args[3:])
+            args = (
+                conv.args[0],
+                *(module.graph.get_attr(name) for name in ("folded_weight", "folded_bias")),
+                *conv.args[3:],
+            )
             folded = module.graph.call_function(conv.target, args)
         users = [user for user in norm.users if "getitem" in str(user.target)] or [norm]
         users[0].replace_all_uses_with(folded)
@@ -122,17 +149,34 @@ def fold_batch_norm(module: fx.GraphModule) -> fx.GraphModule:
 
 
 def test_ours_between_foreign_ones(decoder: Case) -> None:
-    smaller = Pipeline([UnfoldLinear(), PinAttentionScale(), RemoveChannels(decoder.plan), silu_in_torch, PadValueHeads(), decompose])(decoder.exported)
+    smaller = Pipeline(
+        [
+            UnfoldLinear(),
+            PinAttentionScale(),
+            RemoveChannels(decoder.plan),
+            silu_in_torch,
+            PadValueHeads(),
+            decompose,
+        ]
+    )(decoder.exported)
     decoder.check(smaller)
     assert not nodes(smaller.graph, ATEN.linear.default)
     assert not nodes(smaller.graph, ATEN.silu.default)
-    assert {"UnfoldLinear", "silu_in_torch", "remove_channels", "pin_attention_scale", "pad_value_heads"} <= written(smaller)
+    assert {
+        "UnfoldLinear",
+        "silu_in_torch",
+        "remove_channels",
+        "pin_attention_scale",
+        "pad_value_heads",
+    } <= written(smaller)
     assert all(node.meta[WRITTEN_BY] == "UnfoldLinear" for node in nodes(smaller.graph, ATEN.matmul.default))
 
 
 @pytest.mark.parametrize("first", [True, False])
 def test_weights_that_a_foreign_pass_brings(images: Case, first: bool) -> None:
-    """A folded batch norm leaves a weight and a bias that no plan names; they go with the channels they meet."""
+    """A folded batch norm leaves a weight and a bias that no plan names; they go with the
+    channels they meet.
+    """
     steps = [fold_batch_norm, Prune(images.plan)] if first else [Prune(images.plan), fold_batch_norm]
     smaller = Pipeline(steps)(images.exported)
     images.check(smaller)
@@ -155,7 +199,9 @@ def test_a_plan_as_one_pass(images: Case) -> None:
     before = {name: tensor.clone() for name, tensor in images.exported.state_dict.items()}
     smaller = Prune(images.plan)(images.exported.run_decompositions({}))
     images.check(smaller)
-    assert all(torch.equal(tensor, before[name]) for name, tensor in images.exported.state_dict.items()), "the pass changed its input"
+    assert all(torch.equal(tensor, before[name]) for name, tensor in images.exported.state_dict.items()), (
+        "the pass changed its input"
+    )
 
 
 def test_graph_passes_in_torchs_pass_manager(decoder: Case) -> None:
@@ -164,7 +210,10 @@ def test_graph_passes_in_torchs_pass_manager(decoder: Case) -> None:
         expected = module(decoder.other)
     done = PassManager([UnfoldLinear(), PinAttentionScale(), PadValueHeads()])(module)
     assert done.modified
-    assert all("scale" in node.kwargs and node.meta[WRITTEN_BY] == "pin_attention_scale" for node in nodes(done.graph_module.graph, _ATTENTION))
+    assert all(
+        "scale" in node.kwargs and node.meta[WRITTEN_BY] == "pin_attention_scale"
+        for node in nodes(done.graph_module.graph, _ATTENTION)
+    )
     with torch.no_grad():
         assert error(done.graph_module(decoder.other), expected) <= 1e-6
     assert not PinAttentionScale()(done.graph_module).modified
@@ -177,23 +226,42 @@ _ATTENTION = ATEN.scaled_dot_product_attention.default
 
 
 def flip_between(module: fx.GraphModule) -> None:
-    product = next(node for node in nodes(module.graph, ATEN.mul.Tensor) if any("silu" in str(n.target) for n in node.all_input_nodes))
+    product = next(
+        node
+        for node in nodes(module.graph, ATEN.mul.Tensor)
+        if any("silu" in str(n.target) for n in node.all_input_nodes)
+    )
     (user,) = product.users
     with module.graph.inserting_before(user):
         user.replace_input_with(product, module.graph.call_function(ATEN.flip.default, (product, [-1])))
 
 
 def unknown_between(module: fx.GraphModule) -> None:
-    product = next(node for node in nodes(module.graph, ATEN.mul.Tensor) if any("silu" in str(n.target) for n in node.all_input_nodes))
+    product = next(
+        node
+        for node in nodes(module.graph, ATEN.mul.Tensor)
+        if any("silu" in str(n.target) for n in node.all_input_nodes)
+    )
     (user,) = product.users
     with module.graph.inserting_before(user):
-        user.replace_input_with(product, module.graph.call_function(ATEN.renorm.default, (product, 2, 0, 1e9)))
+        user.replace_input_with(
+            product, module.graph.call_function(ATEN.renorm.default, (product, 2, 0, 1e9))
+        )
 
 
 def joined_by_a_new_weight(module: fx.GraphModule) -> None:
-    """A new bias added to gate and, the other way round, to up: channels of one neuron meet those of another. It is zero: no value shows it."""
+    """A new bias added to gate and, the other way round, to up: channels of one neuron meet those of another.
+    It is zero: no value shows it.
+    """
     module.register_parameter("joint", nn.Parameter(torch.zeros(12)))
-    gate, up = (next(n for n in module.graph.nodes if n.target is ATEN.linear.default and f"ffn_{part}" in str(n.args[1])) for part in ("gate", "up"))
+    gate, up = (
+        next(
+            n
+            for n in module.graph.nodes
+            if n.target is ATEN.linear.default and f"ffn_{part}" in str(n.args[1])
+        )
+        for part in ("gate", "up")
+    )
     for node, turned in ((gate, False), (up, True)):
         users = list(node.users)
         with module.graph.inserting_after(node):
@@ -252,7 +320,9 @@ FAULTS: dict[Callable[[Any], Any], str] = {
 
 @pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: fault.__name__)
 def test_a_foreign_fault_is_caught_with_its_name(decoder: Case, fault: Callable[[Any], Any]) -> None:
-    with pytest.raises(fasp_fx.VerificationError, match=rf"pass '{fault.__name__}' failed: (?s:.*){FAULTS[fault]}"):
+    with pytest.raises(
+        fasp_fx.VerificationError, match=rf"pass '{fault.__name__}' failed: (?s:.*){FAULTS[fault]}"
+    ):
         Pipeline([fault])(decoder.exported)
 
 
@@ -285,9 +355,13 @@ def test_another_plan_is_refused(decoder: Case, images: Case) -> None:
 
 def test_a_graph_that_a_graph_pass_cannot_read(decoder: Case) -> None:
     traced = fx.symbolic_trace(nn.Sequential(nn.Linear(2, 2)))
-    with pytest.raises(fasp_fx.VerificationError, match=r"pin_attention_scale.*node 'input_1' has no recorded value"):
+    with pytest.raises(
+        fasp_fx.VerificationError, match=r"pin_attention_scale.*node 'input_1' has no recorded value"
+    ):
         PinAttentionScale()(traced)
     with pytest.raises(fasp_fx.ArgumentError, match="is not a pass"):
         Pipeline([3])
-    with pytest.raises(fasp_fx.VerificationError, match=r"pass 'restore_weights' failed: .*'nowhere'.*not a weight"):
+    with pytest.raises(
+        fasp_fx.VerificationError, match=r"pass 'restore_weights' failed: .*'nowhere'.*not a weight"
+    ):
         RestoreWeights({"nowhere": torch.zeros(1)})(decoder.exported)

@@ -1,4 +1,6 @@
-"""Fused weights are taken apart only where every token stays in its place at every size: not across windows, cuts, or an order of tokens."""
+"""Fused weights are taken apart only where every token stays in its place at every size: not across windows,
+cuts, or an order of tokens.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +21,9 @@ Parts = tuple[Tensor, Tensor, Tensor]
 
 
 def _unbound(fused: Tensor) -> Parts:
-    """Queries, keys and values ``[batch, …, heads, tokens, width]`` of ``[batch, …, tokens, heads, 3, width]``."""
+    """Queries, keys and values ``[batch, …, heads, tokens, width]`` of ``[batch, …, tokens, heads, 3,
+    width]``.
+    """
     q, k, v = fused.view(*fused.shape[:-1], 2, 3, 8).transpose(-4, -3).unbind(-2)
     return q, k, v
 
@@ -64,7 +68,9 @@ def _heads_last(fused: Tensor) -> Parts:
 
 
 class Fused(nn.Module):
-    """Attention over what a layout makes of a fused projection, beside two layers that nothing keeps from being pruned."""
+    """Attention over what a layout makes of a fused projection, beside two layers that nothing keeps from
+    being pruned.
+    """
 
     def __init__(self, layout: Callable[[Tensor], Parts]) -> None:
         super().__init__()
@@ -83,15 +89,29 @@ class Padded(Fused):
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         padded = self.qkv(F.pad(x, (0, 0, 0, -x.shape[1] % 64)))
-        attended = F.scaled_dot_product_attention(*_unbound(padded.view(x.shape[0], -1, 64, 48))).transpose(-3, -2).flatten(-2)
+        attended = (
+            F.scaled_dot_product_attention(*_unbound(padded.view(x.shape[0], -1, 64, 48)))
+            .transpose(-3, -2)
+            .flatten(-2)
+        )
         return self.out(attended.flatten(1, 2)[:, : x.shape[1]]), self.down(torch.relu(self.up(x)))
 
 
-TORN = [_windows, _windows_in_the_batch, _all_but_the_last, _first_half, _across_windows, _backwards, _shifted]
+TORN = [
+    _windows,
+    _windows_in_the_batch,
+    _all_but_the_last,
+    _first_half,
+    _across_windows,
+    _backwards,
+    _shifted,
+]
 
 
 @pytest.mark.parametrize("layout", TORN, ids=lambda layout: layout.__name__)
-def test_tokens_that_do_not_stay_in_their_places_keep_a_weight_together(layout: Callable[[Tensor], Parts]) -> None:
+def test_tokens_that_do_not_stay_in_their_places_keep_a_weight_together(
+    layout: Callable[[Tensor], Parts],
+) -> None:
     analysis = hold(Fused(layout), inputs([(2, 9), (3, 6), (1, 24)]))
     assert ("prunable", 20, 1) in sets_of(analysis, "up.weight"), "the rest is pruned all the same"
 
@@ -109,7 +129,9 @@ def test_a_weight_whose_tokens_stay_is_taken_apart(layout: Callable[[Tensor], Pa
 
 
 @pytest.mark.parametrize("layout", [_windows, _all_but_the_last], ids=lambda layout: layout.__name__)
-def test_the_net_sees_a_weight_that_is_taken_apart_wrongly(layout: Callable[[Tensor], Parts], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_net_sees_a_weight_that_is_taken_apart_wrongly(
+    layout: Callable[[Tensor], Parts], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(_split, "_holds_at_every_size", lambda node, label, size: True)
     model, batches = Fused(layout).double().eval(), inputs([(2, 9)])
     with pytest.raises(fasp_fx.VerificationError):

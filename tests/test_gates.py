@@ -34,7 +34,11 @@ class Half(nn.Module):
 class Grouped(nn.Module):
     def __init__(self) -> None:
         super().__init__()
-        self.stem, self.grouped, self.head = nn.Conv2d(3, 12, 3), nn.Conv2d(12, 8, 3, groups=2), nn.Linear(8, 4)
+        self.stem, self.grouped, self.head = (
+            nn.Conv2d(3, 12, 3),
+            nn.Conv2d(12, 8, 3, groups=2),
+            nn.Linear(8, 4),
+        )
         self.norm = nn.BatchNorm2d(12)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -45,7 +49,13 @@ def models() -> dict[str, tuple[nn.Module, tuple[Any, ...], dict[str, Any]]]:
     return {
         "half": (randomise(Half()), (X,), {}),
         "grouped": (randomise(Grouped()), (torch.randn(4, 3, 9, 9),), {}),
-        "called in turn": (randomise(nn.Sequential(nn.Linear(6, 16), nn.Tanh(), nn.Linear(16, 12), nn.Tanh(), nn.Linear(12, 3))), (X,), {}),
+        "called in turn": (
+            randomise(
+                nn.Sequential(nn.Linear(6, 16), nn.Tanh(), nn.Linear(16, 12), nn.Tanh(), nn.Linear(12, 3))
+            ),
+            (X,),
+            {},
+        ),
         "llama": (llama(), (), {"input_ids": tokens()[0], "use_cache": False}),
     }
 
@@ -60,7 +70,9 @@ def spread(gates: Gates, seed: int = 0) -> None:
 @pytest.mark.parametrize("name", ["half", "grouped", "called in turn", "llama"])
 @pytest.mark.parametrize("granularity", [("channel",), ("channel", "head")])
 def test_closed_gates_are_removed_channels(name: str, granularity: tuple[str, ...]) -> None:
-    """In evaluation mode the model with gates computes what the pruned one does, which the plan makes of the model without."""
+    """In evaluation mode the model with gates computes what the pruned one does, which the plan makes of the
+    model without.
+    """
     model, args, kwargs = models()[name]
     before = {name: value.clone() for name, value in model.state_dict().items()}
     gates = attach(model, args, kwargs, sparsity=0.4, granularity=granularity)
@@ -69,7 +81,9 @@ def test_closed_gates_are_removed_channels(name: str, granularity: tuple[str, ..
         found = model(*args, **kwargs)
     plan = gates.plan()
     gates.detach()
-    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items()), "the model is as it was"
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items()), (
+        "the model is as it was"
+    )
     assert list(model.state_dict()) == list(before)
     result = fasp_fx.apply(model, plan, args, kwargs)
     expected = result.module(*args, **kwargs)
@@ -119,7 +133,9 @@ def test_what_says_nothing_goes(kind: Any) -> None:
 def test_weights_may_be_trained_along() -> None:
     model, dense = randomise(Half()), randomise(Half(), seed=3)
     gates = attach(model, (X,), sparsity=0.5, kind=Projected())
-    optimizer = torch.optim.Adam([{"params": list(gates.parameters()), "lr": 0.05}, {"params": list(model.up.parameters())}], lr=0.01)  # type: ignore[union-attr]
+    optimizer = torch.optim.Adam(
+        [{"params": list(gates.parameters()), "lr": 0.05}, {"params": list(model.up.parameters())}], lr=0.01
+    )  # type: ignore[union-attr]
     model.train()
     losses = []
     for _ in range(60):
@@ -144,7 +160,9 @@ def test_budgets_and_rounding() -> None:
     gates.detach()
     result = fasp_fx.apply(model, plan, args, kwargs)
     assert 0.88 < result.report.parameters[1] / result.report.parameters[0] <= 0.9
-    assert all(len(group.consumers[0].by_block()[0]) % 4 == 0 for group in result.plan.groups if group.blocks == 1)
+    assert all(
+        len(group.consumers[0].by_block()[0]) % 4 == 0 for group in result.plan.groups if group.blocks == 1
+    )
 
 
 def test_a_plan_to_begin_with() -> None:
@@ -178,7 +196,15 @@ def test_the_trainer_of_transformers(tmp_path: Any) -> None:
             gates.step()
 
     rows = [{"input_ids": ids[0], "labels": ids[0]} for ids in tokens()]
-    options = TrainingArguments(str(tmp_path), max_steps=3, per_device_train_batch_size=2, learning_rate=0.05, report_to=[], save_strategy="no", use_cpu=True)
+    options = TrainingArguments(
+        str(tmp_path),
+        max_steps=3,
+        per_device_train_batch_size=2,
+        learning_rate=0.05,
+        report_to=[],
+        save_strategy="no",
+        use_cpu=True,
+    )
     Penalised(model=model, args=options, train_dataset=rows, callbacks=[Stepping()]).train()  # type: ignore[arg-type]
     assert int(gates.steps) == 3
     assert not any(torch.equal(scores, old) for scores, old in zip(gates.scores, before, strict=True))
@@ -195,7 +221,9 @@ def test_gates_are_drawn_once_for_each_call_and_saved_once() -> None:
     model.train()
     first, second = model(X), model(X)
     assert not torch.equal(first, second)
-    assert torch.equal(model.down.weight, model.down.weight), "within a call all that reads a group sees the same gates"  # type: ignore[union-attr]
+    assert torch.equal(model.down.weight, model.down.weight), (
+        "within a call all that reads a group sees the same gates"
+    )  # type: ignore[union-attr]
     assert sum("scores" in name for name in model.state_dict()) == len(gates.scores)
     spread(gates)
     copied = copy.deepcopy(model).eval()
@@ -248,7 +276,11 @@ class Raw(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.w1, self.w2, self.w3 = nn.Parameter(torch.randn(20, 6)), nn.Parameter(torch.randn(20, 20)), nn.Parameter(torch.randn(3, 20))
+        self.w1, self.w2, self.w3 = (
+            nn.Parameter(torch.randn(20, 6)),
+            nn.Parameter(torch.randn(20, 20)),
+            nn.Parameter(torch.randn(3, 20)),
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         linear = nn.functional.linear
@@ -275,12 +307,17 @@ class Named(nn.Module):
 def test_a_model_is_as_it_was(make: Any) -> None:
     torch.manual_seed(0)
     model = make().eval()
-    before, hooks = [name for name, _ in model.named_parameters()], [len(module._forward_pre_hooks) + len(module._forward_hooks) for module in model.modules()]
+    before, hooks = (
+        [name for name, _ in model.named_parameters()],
+        [len(module._forward_pre_hooks) + len(module._forward_hooks) for module in model.modules()],
+    )
     gates = attach(model, (X,), sparsity=0.4)
     spread(gates)
     agrees(model, X, gates)
     assert [name for name, _ in model.named_parameters()] == before
-    assert [len(module._forward_pre_hooks) + len(module._forward_hooks) for module in model.modules()] == hooks
+    assert [
+        len(module._forward_pre_hooks) + len(module._forward_hooks) for module in model.modules()
+    ] == hooks
 
 
 def test_parts_and_methods_draw_gates_too() -> None:
@@ -305,7 +342,9 @@ def test_gradient_checkpointing(reentrant: bool) -> None:
         saves = False
 
         def forward(self, x: Tensor) -> Tensor:
-            return checkpoint(super().forward, x, use_reentrant=reentrant) if self.saves else super().forward(x)
+            return (
+                checkpoint(super().forward, x, use_reentrant=reentrant) if self.saves else super().forward(x)
+            )
 
     gradients = []
     for saves in (False, True):
@@ -341,7 +380,11 @@ def test_nothing_stays_where_gates_cannot_reach() -> None:
     class Shut(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.up, self.down, self.head = nn.Linear(6, 10), nn.Linear(10, 40), nn.utils.parametrizations.weight_norm(nn.Linear(40, 100))
+            self.up, self.down, self.head = (
+                nn.Linear(6, 10),
+                nn.Linear(10, 40),
+                nn.utils.parametrizations.weight_norm(nn.Linear(40, 100)),
+            )
 
         def forward(self, x: Tensor) -> Tensor:
             return self.head(self.down(self.up(x).tanh()).tanh())

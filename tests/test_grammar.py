@@ -12,8 +12,14 @@ from fasp_fx.patterns.composites import parse_expression
 
 VALID = {
     "linear": ("input[... i],weight[o i],bias[o]->[... o]", "input[... i], weight[o i], bias[o] -> [... o]"),
-    "run_of_dimensions": ("x[... n*], w[n*] -> [... n*]; mix n*; shape s=n*", "x[... n*], w[n*] -> [... n*]; mix n*; shape s=n*"),
-    "alternatives": ("a[m k], b[k n] -> [m n] | a[k], b[k] -> []", "a[m k], b[k n] -> [m n] | a[k], b[k] -> []"),
+    "run_of_dimensions": (
+        "x[... n*], w[n*] -> [... n*]; mix n*; shape s=n*",
+        "x[... n*], w[n*] -> [... n*]; mix n*; shape s=n*",
+    ),
+    "alternatives": (
+        "a[m k], b[k n] -> [m n] | a[k], b[k] -> []",
+        "a[m k], b[k n] -> [m n] | a[k], b[k] -> []",
+    ),
     "condition": ("a[x] -> [x] if flag | a[y] -> [y]", "a[x] -> [x] if flag | a[y] -> [y]"),
     "move": ("move self;shape size", "move self; shape size"),
     "span": ("move self; span dim start end", "move self; span dim start end"),

@@ -22,7 +22,17 @@ _SMALL = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "
 
 
 def _t5() -> nn.Module:
-    return hf.T5ForConditionalGeneration(hf.T5Config(vocab_size=VOCABULARY, d_model=32, d_kv=8, d_ff=64, num_layers=1, num_heads=4, decoder_start_token_id=0))
+    return hf.T5ForConditionalGeneration(
+        hf.T5Config(
+            vocab_size=VOCABULARY,
+            d_model=32,
+            d_kv=8,
+            d_ff=64,
+            num_layers=1,
+            num_heads=4,
+            decoder_start_token_id=0,
+        )
+    )
 
 
 def _vit() -> nn.Module:
@@ -34,12 +44,24 @@ def _tokens(batch: int, length: int) -> Tensor:
 
 
 MODELS: dict[str, tuple[Callable[[], nn.Module], Callable[[int], dict[str, Any]]]] = {
-    **{name: (ZOO[name].build, lambda batch, name=name: ZOO[name].example(batch)) for name in ("llama_gqa", "gpt2", "bert")},
+    **{
+        name: (ZOO[name].build, lambda batch, name=name: ZOO[name].example(batch))
+        for name in ("llama_gqa", "gpt2", "bert")
+    },
     "vit": (
         lambda: randomise(_vit()),
-        lambda batch: {"pixel_values": torch.randn(batch, 3, 16, 16, generator=torch.Generator().manual_seed(batch))},
+        lambda batch: {
+            "pixel_values": torch.randn(batch, 3, 16, 16, generator=torch.Generator().manual_seed(batch))
+        },
     ),
-    "t5": (lambda: randomise(_t5()), lambda batch: {"input_ids": _tokens(batch, 7), "decoder_input_ids": _tokens(batch, 5), "use_cache": False}),
+    "t5": (
+        lambda: randomise(_t5()),
+        lambda batch: {
+            "input_ids": _tokens(batch, 7),
+            "decoder_input_ids": _tokens(batch, 5),
+            "use_cache": False,
+        },
+    ),
 }
 
 
@@ -54,7 +76,15 @@ def test_whole_heads_are_mask_exact(name: str) -> None:
     model = build()
     with one_capture():
         analysis = fasp_fx.analyze(model, (), inputs(2), granularity=("head",))
-        result = fasp_fx.prune(model, (), inputs(2), granularity=("head",), sparsity=analysis.max_sparsity, score="random", restore=None)
+        result = fasp_fx.prune(
+            model,
+            (),
+            inputs(2),
+            granularity=("head",),
+            sparsity=analysis.max_sparsity,
+            score="random",
+            restore=None,
+        )
     heads = analysis.chosen
     assert heads
     assert all(group.granularity == "head" and group.size in (2, 4) for group in heads)
@@ -63,9 +93,13 @@ def test_whole_heads_are_mask_exact(name: str) -> None:
         assert len(group.producers) >= 1
         for member in (*group.producers, *group.consumers):
             if member.name in before:
-                assert after[member.name].shape[member.dim] < before[member.name].shape[member.dim], f"{member.name} keeps its heads"
+                assert after[member.name].shape[member.dim] < before[member.name].shape[member.dim], (
+                    f"{member.name} keeps its heads"
+                )
     with torch.no_grad():
-        found, expected, dense = (_main(called(**inputs(3))) for called in (result.module, zeroed(model, result.plan), model))
+        found, expected, dense = (
+            _main(called(**inputs(3))) for called in (result.module, zeroed(model, result.plan), model)
+        )
     assert error(found, expected) <= TOLERANCE
     assert error(expected, dense) > 100 * TOLERANCE
 
@@ -84,8 +118,18 @@ def test_heads_and_channels_in_one_plan() -> None:
     entry = ZOO["gpt2"]
     model = entry.build()
     with one_capture():
-        result = fasp_fx.prune(model, (), entry.example(), granularity=("head", "channel"), sparsity=0.3, score="random", restore=None)
-        replayed = fasp_fx.apply(model, fasp_fx.PruningPlan.from_json(result.plan.to_json()), (), entry.example())
+        result = fasp_fx.prune(
+            model,
+            (),
+            entry.example(),
+            granularity=("head", "channel"),
+            sparsity=0.3,
+            score="random",
+            restore=None,
+        )
+        replayed = fasp_fx.apply(
+            model, fasp_fx.PruningPlan.from_json(result.plan.to_json()), (), entry.example()
+        )
     names = {part.name.rsplit(".", 2)[-2] for group in result.plan.groups for part in group.consumers}
     assert names == {"c_proj"}
     assert {group.size for group in result.plan.groups} == {4, 256}
@@ -93,7 +137,9 @@ def test_heads_and_channels_in_one_plan() -> None:
     with torch.no_grad():
         expected = zeroed(model, result.plan)(**entry.example(3))
         assert error(result.module(**entry.example(3)), expected) <= TOLERANCE
-        assert torch.equal(replayed.module(**entry.example(3)).logits, result.module(**entry.example(3)).logits)
+        assert torch.equal(
+            replayed.module(**entry.example(3)).logits, result.module(**entry.example(3)).logits
+        )
 
 
 @pytest.mark.parametrize("name", ["llama_gqa", "gpt2", "opt", "gemma2"])
@@ -102,8 +148,14 @@ def test_the_residual_stream_when_asked(name: str) -> None:
     entry = ZOO[name]
     model = entry.build()
     with one_capture():
-        stream = [group for group in fasp_fx.analyze(model, (), entry.example(), include=("approximate",)).chosen if group.status == "approximate"]
-        result = fasp_fx.prune(model, (), entry.example(), include=("approximate",), sparsity=0.4, score="random", restore=None)
+        stream = [
+            group
+            for group in fasp_fx.analyze(model, (), entry.example(), include=("approximate",)).chosen
+            if group.status == "approximate"
+        ]
+        result = fasp_fx.prune(
+            model, (), entry.example(), include=("approximate",), sparsity=0.4, score="random", restore=None
+        )
     assert stream
     removed = {group.name for group in result.plan.groups}
     assert {group.name for group in stream} <= removed
@@ -113,7 +165,9 @@ def test_the_residual_stream_when_asked(name: str) -> None:
         assert error(expected, model(**entry.example(3))) > 100 * TOLERANCE
 
 
-@pytest.mark.parametrize("norm", [nn.LayerNorm(20), nn.RMSNorm(20), nn.RMSNorm(20, eps=1e-3)], ids=["layer", "rms", "rms with eps"])
+@pytest.mark.parametrize(
+    "norm", [nn.LayerNorm(20), nn.RMSNorm(20), nn.RMSNorm(20, eps=1e-3)], ids=["layer", "rms", "rms with eps"]
+)
 def test_fused_norms_keep_the_dense_count(norm: nn.Module) -> None:
     model = randomise(nn.Sequential(nn.Linear(12, 20), copy.deepcopy(norm), nn.Linear(20, 5)), std=0.5)
     x = torch.randn(4, 12)
@@ -130,10 +184,23 @@ def test_included_groups_are_restored() -> None:
     errors = []
     with one_capture():
         for restore in (None, "least-squares"):
-            result = fasp_fx.prune(model, (), entry.example(), calibration=batches, include=("approximate",), sparsity=0.15, restore=restore)
+            result = fasp_fx.prune(
+                model,
+                (),
+                entry.example(),
+                calibration=batches,
+                include=("approximate",),
+                sparsity=0.15,
+                restore=restore,
+            )
             with torch.no_grad():
                 dense = model(**batches[0]).logits
-                errors.append(float((result.module(**entry.example(8, 16) | batches[0]).logits - dense).norm() / dense.norm()))
+                errors.append(
+                    float(
+                        (result.module(**entry.example(8, 16) | batches[0]).logits - dense).norm()
+                        / dense.norm()
+                    )
+                )
     assert errors[1] < errors[0]
 
 
@@ -153,4 +220,6 @@ def test_unknown_choices_name_what_there_is(options: dict[str, Any], message: st
 
 def test_a_model_without_heads_says_so() -> None:
     with pytest.raises(fasp_fx.NothingPrunableError):
-        fasp_fx.prune(TwoLayers().eval(), (torch.randn(2, 12),), granularity=("head",), score="random", restore=None)
+        fasp_fx.prune(
+            TwoLayers().eval(), (torch.randn(2, 12),), granularity=("head",), score="random", restore=None
+        )

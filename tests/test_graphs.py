@@ -1,4 +1,6 @@
-"""Messages along the edges of a graph, and tokens put back where they came from: rows added at places that integers name."""
+"""Messages along the edges of a graph, and tokens put back where they came from: rows added at places that
+integers name.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +20,9 @@ NODES, EDGES = 5, 9
 
 
 class Messages(nn.Module):
-    """Every node adds up what its neighbours say, in a tensor made by ``start``, and goes on with all channels of that."""
+    """Every node adds up what its neighbours say, in a tensor made by ``start``, and goes on with all
+    channels of that.
+    """
 
     def __init__(self, start: Callable[[Tensor], Tensor], add: str = "index_add") -> None:
         super().__init__()
@@ -51,7 +55,9 @@ STARTS: dict[str, Callable[[Tensor], Tensor]] = {
 
 
 class Scattered(nn.Module):
-    """The same with scatters, whose index has a number for each element: one for all channels, spread out, or, with ``each``, its own for every one."""
+    """The same with scatters, whose index has a number for each element: one for all channels, spread out,
+    or, with ``each``, its own for every one.
+    """
 
     def __init__(self, scatter: Callable[..., Tensor], each: bool = False) -> None:
         super().__init__()
@@ -75,7 +81,10 @@ SCATTERS: dict[str, Callable[..., Tensor]] = {
 
 def graph(nodes: int = NODES, edges: int = EDGES) -> tuple[Tensor, Tensor, Tensor]:
     generator = torch.Generator().manual_seed(nodes)
-    return (torch.randn(nodes, 6, generator=generator), *(torch.randint(0, nodes, (edges,), generator=generator) for _ in range(2)))
+    return (
+        torch.randn(nodes, 6, generator=generator),
+        *(torch.randint(0, nodes, (edges,), generator=generator) for _ in range(2)),
+    )
 
 
 @pytest.mark.parametrize("add", ["index_add", "index_copy"])
@@ -85,7 +94,12 @@ def test_channels_of_messages_go(start: str, add: str) -> None:
     model = Messages(STARTS[start], add).eval()
     result = fasp_fx.prune(model, graph(), score="magnitude", restore=None, sparsity=0.3)
     (group,) = result.plan.groups
-    assert {part.name for part in group.producers if part.dim == 0} == {"say.weight", "say.bias", "own.weight", "own.bias"}
+    assert {part.name for part in group.producers if part.dim == 0} == {
+        "say.weight",
+        "say.bias",
+        "own.weight",
+        "own.bias",
+    }
     assert [part.name for part in group.consumers] == ["out.weight"]
     masked = Masked(model, result.plan)
     for inputs in (graph(), graph(7, 4)):
@@ -103,10 +117,17 @@ def test_an_index_that_is_spread_out_narrows_with_the_channels(name: str) -> Non
     torch.manual_seed(3)
     model = Scattered(SCATTERS[name]).eval()
     # several rows that come to one place: which one stays is not determined, so each comes to its own
-    inputs = [(x, source, torch.randperm(len(x))[: len(source)]) for x, source, _ in (graph(5, 4), graph(7, 6))]
+    inputs = [
+        (x, source, torch.randperm(len(x))[: len(source)]) for x, source, _ in (graph(5, 4), graph(7, 6))
+    ]
     result = fasp_fx.prune(model, inputs[0], score="magnitude", restore=None, sparsity=0.3)
     (group,) = result.plan.groups
-    assert {part.name for part in group.producers if part.dim == 0} == {"say.weight", "say.bias", "own.weight", "own.bias"}
+    assert {part.name for part in group.producers if part.dim == 0} == {
+        "say.weight",
+        "say.bias",
+        "own.weight",
+        "own.bias",
+    }
     masked = Masked(model, result.plan)
     for call in inputs:
         assert error(result.module(*call), masked(*call)) < 1e-6
@@ -131,7 +152,10 @@ def test_a_scatter_of_some_channels_alone_keeps_them() -> None:
 def test_what_is_added_along_the_channels_stays() -> None:
     analysis = fasp_fx.analyze(Along().eval(), graph(4))
     assert {group.status for group in analysis.groups} == {"frozen"}
-    assert any("aten.index_add.default cannot lose positions along this dimension" in group.reason for group in analysis.groups)
+    assert any(
+        "aten.index_add.default cannot lose positions along this dimension" in group.reason
+        for group in analysis.groups
+    )
 
 
 def test_a_table_that_is_added_to_varies_along_its_rows() -> None:
@@ -150,5 +174,9 @@ def test_a_table_that_is_added_to_varies_along_its_rows() -> None:
     model = Table().eval()
     result = fasp_fx.prune(model, graph(), score="magnitude", restore=None, sparsity=0.3)
     (group,) = result.plan.groups
-    assert {(part.name, part.dim) for part in group.producers} == {("say.weight", 0), ("say.bias", 0), ("table", 1)}
+    assert {(part.name, part.dim) for part in group.producers} == {
+        ("say.weight", 0),
+        ("say.bias", 0),
+        ("table", 1),
+    }
     assert error(result.module(*graph(5, 12)), Masked(model, result.plan)(*graph(5, 12))) < 1e-6

@@ -1,4 +1,6 @@
-"""Which tokens are held out to judge a repair, which are padding, and weights that a repair must not touch."""
+"""Which tokens are held out to judge a repair, which are padding, and weights that a repair must
+not touch.
+"""
 
 from __future__ import annotations
 
@@ -23,11 +25,18 @@ pytestmark = pytest.mark.usefixtures("shared_captures")
 
 
 class Encoder(nn.Module):
-    """Two pairs of linear layers over tokens, between them the mean over a sequence; the second pair sees no padding."""
+    """Two pairs of linear layers over tokens, between them the mean over a sequence; the second pair sees no
+    padding.
+    """
 
     def __init__(self) -> None:
         super().__init__()
-        self.up, self.down, self.wide, self.narrow = nn.Linear(6, 16), nn.Linear(16, 6), nn.Linear(6, 12), nn.Linear(12, 3)
+        self.up, self.down, self.wide, self.narrow = (
+            nn.Linear(6, 16),
+            nn.Linear(16, 6),
+            nn.Linear(6, 12),
+            nn.Linear(12, 3),
+        )
 
     def forward(self, x: Tensor, mask: Tensor) -> Tensor:
         tokens = self.down(self.up(x).relu())
@@ -43,7 +52,9 @@ def padded(lengths: list[int], size: int, seed: int = 0) -> tuple[Tensor, Tensor
     return x, mask.float()
 
 
-def marks_of(model: nn.Module, batches: list[Any], shape: tuple[int, ...] | None = None, **options: Any) -> list[Tensor]:
+def marks_of(
+    model: nn.Module, batches: list[Any], shape: tuple[int, ...] | None = None, **options: Any
+) -> list[Tensor]:
     """The marks of the first consumer's input, for each batch, in full."""
     analysis = fasp_fx.analyze(model, batches[0])
     node = analysis.chosen[0].uses[0].activation
@@ -113,10 +124,23 @@ def test_padding_weighs_nothing(restore: Any) -> None:
 
 def generating(name: str) -> Any:
     if name == "t5":
-        config: Any = transformers.T5Config(vocab_size=VOCABULARY, d_model=16, d_kv=4, d_ff=32, num_layers=1, num_heads=4, decoder_start_token_id=0)
+        config: Any = transformers.T5Config(
+            vocab_size=VOCABULARY,
+            d_model=16,
+            d_kv=4,
+            d_ff=32,
+            num_layers=1,
+            num_heads=4,
+            decoder_start_token_id=0,
+        )
         return randomise(transformers.T5ForConditionalGeneration(config), seed=3).eval()
     config = transformers.LlamaConfig(
-        vocab_size=VOCABULARY, hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=4, num_key_value_heads=2
+        vocab_size=VOCABULARY,
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=4,
+        num_key_value_heads=2,
     )
     return randomise(transformers.LlamaForCausalLM(config), seed=3).eval()
 
@@ -131,9 +155,16 @@ def test_padding_weighs_nothing_where_a_model_generates(name: str) -> None:
     for row, text in enumerate(texts):
         place = slice(7 - text.shape[1], 7) if name == "llama" else slice(0, text.shape[1])
         ids[row, place], mask[row, place] = text[0], 1
-    outputs = {"decoder_input_ids": torch.randint(2, VOCABULARY, (len(texts), 7), generator=generator)} if name == "t5" else {}
+    outputs = (
+        {"decoder_input_ids": torch.randint(2, VOCABULARY, (len(texts), 7), generator=generator)}
+        if name == "t5"
+        else {}
+    )
     together = [{"input_ids": ids, "attention_mask": mask, **outputs}]
-    single = [{"input_ids": text, **{key: value[row : row + 1] for key, value in outputs.items()}} for row, text in enumerate(texts)]
+    single = [
+        {"input_ids": text, **{key: value[row : row + 1] for key, value in outputs.items()}}
+        for row, text in enumerate(texts)
+    ]
     options = {"sparsity": 0.2, "include": ("exempt",)}
     found, expected = (hf.prune(model, calibration=batches, **options) for batches in (together, single))
     assert found.plan.groups == expected.plan.groups
@@ -166,20 +197,35 @@ def test_what_cannot_be_matched_is_said() -> None:
 def test_masks_that_do_not_fit_are_refused() -> None:
     model = Encoder().eval()
     x, mask = padded([5, 2, 4, 3], 5)
-    with pytest.raises(fasp_fx.ArgumentError, match=r"padding_mask='tokens' is no input of the model as it was captured; its inputs are 'x', 'mask'"):
+    with pytest.raises(
+        fasp_fx.ArgumentError,
+        match=(
+            r"padding_mask='tokens' is no input of the model as it was captured; its inputs are 'x', 'mask'"
+        ),
+    ):
         fasp_fx.prune(model, (x, mask), calibration=[(x, mask)], padding_mask="tokens")
-    with pytest.raises(fasp_fx.CalibrationError, match=r"batch 0: padding_mask='x' is of shape \(4, 5, 6\), but the first input is of shape \(4, 5, 6\)"):
+    with pytest.raises(
+        fasp_fx.CalibrationError,
+        match=(
+            r"batch 0: padding_mask='x' is of shape \(4, 5, 6\), but the first input is of shape \(4, 5, 6\)"
+        ),
+    ):
         fasp_fx.prune(model, (x, mask), calibration=[(x, mask)], padding_mask="x")
     with pytest.raises(fasp_fx.CalibrationError, match=r"batch 1: 'mask' marks every token as padding"):
         fasp_fx.prune(model, (x, mask), calibration=[(x, mask), (x, 0 * mask)], padding_mask="mask")
 
 
 class TiedAutoencoder(nn.Module):
-    """One weight that encodes and, transposed, decodes; ``normalised``: its rows have length one where it encodes."""
+    """One weight that encodes and, transposed, decodes; ``normalised``: its rows have length one where it
+    encodes.
+    """
 
     def __init__(self, normalised: bool) -> None:
         super().__init__()
-        self.weight, self.normalised = nn.Parameter(torch.randn(12, 8, generator=torch.Generator().manual_seed(2))), normalised
+        self.weight, self.normalised = (
+            nn.Parameter(torch.randn(12, 8, generator=torch.Generator().manual_seed(2))),
+            normalised,
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         encoder = functional.normalize(self.weight, dim=1) if self.normalised else self.weight
@@ -189,7 +235,9 @@ class TiedAutoencoder(nn.Module):
 @pytest.mark.parametrize("normalised", [False, True])
 def test_a_weight_that_encodes_and_decodes_is_not_repaired(normalised: bool) -> None:
     model = TiedAutoencoder(normalised).eval()
-    x = torch.randn(400, 8, generator=torch.Generator().manual_seed(0)) @ torch.randn(8, 8, generator=torch.Generator().manual_seed(1))
+    x = torch.randn(400, 8, generator=torch.Generator().manual_seed(0)) @ torch.randn(
+        8, 8, generator=torch.Generator().manual_seed(1)
+    )
     result = fasp_fx.prune(model, (x[:3],), calibration=[x], sparsity=0.3)
     (group,) = result.plan.groups
     gone = sorted({index for part in group.consumers for index in part.removed})
@@ -203,7 +251,12 @@ def test_a_weight_that_encodes_and_decodes_is_not_repaired(normalised: bool) -> 
     (line,) = [line for line in result.report.lines if line.status == "prunable"]
     assert line.error_restored == line.error_cut
     assert line.error_cut is not None
-    hidden = functional.linear(x, functional.normalize(model.weight, dim=1) if normalised else model.weight).relu().double().detach()
+    hidden = (
+        functional.linear(x, functional.normalize(model.weight, dim=1) if normalised else model.weight)
+        .relu()
+        .double()
+        .detach()
+    )
     weight = model.weight.double().detach()
     expected = (hidden[:, gone] @ weight[gone]).norm() ** 2 / (hidden @ weight).norm() ** 2
     assert line.error_cut == pytest.approx(float(expected), rel=1e-4)
@@ -235,7 +288,11 @@ def test_one_warning_sums_up_where_data_are_too_few() -> None:
     (warning,) = caught
     assert "too little calibration data to repair" in str(warning.message)
     assert re.search(r"'\w+\.weight' has \d+ columns and saw [14] tokens", str(warning.message))
-    assert all(line.held_restored <= line.held_cut for line in result.report.lines if line.held_restored is not None and line.held_cut is not None)
+    assert all(
+        line.held_restored <= line.held_cut
+        for line in result.report.lines
+        if line.held_restored is not None and line.held_cut is not None
+    )
 
 
 @pytest.mark.parametrize("name", ["llama", "t5"])
@@ -246,6 +303,12 @@ def test_sequences_may_come_in_any_batches(name: str) -> None:
     keys = ("input_ids", "decoder_input_ids") if name == "t5" else ("input_ids",)
     for quality in ("best",) if name == "t5" else ("balanced", "best"):
         plans = [
-            hf.prune(model, calibration=[dict.fromkeys(keys, part) for part in ids.split(size)], sparsity=0.2, quality=quality).plan.groups for size in (16, 4)
+            hf.prune(
+                model,
+                calibration=[dict.fromkeys(keys, part) for part in ids.split(size)],
+                sparsity=0.2,
+                quality=quality,
+            ).plan.groups
+            for size in (16, 4)
         ]
         assert plans[0] == plans[1]

@@ -10,7 +10,11 @@ import networkx as nx
 
 ROOT = Path(__file__).parent.parent
 #: where the packages lie; those inside of fasp_fx are links
-PACKAGES = {"fasp_fx": ROOT / "fasp_fx", "fasp_fx.passes": ROOT / "passes", "fasp_fx.patterns": ROOT / "patterns"}
+PACKAGES = {
+    "fasp_fx": ROOT / "fasp_fx",
+    "fasp_fx.passes": ROOT / "passes",
+    "fasp_fx.patterns": ROOT / "patterns",
+}
 
 
 def files() -> dict[str, Path]:
@@ -42,13 +46,19 @@ def imported(name: str, file: Path, known: dict[str, Path]) -> Iterator[str]:
         for child in ast.iter_child_nodes(node):
             yield from visit(child)
 
-    yield from (target for target in visit(ast.parse(file.read_text(encoding="utf-8"))) if target in known and target != name)
+    yield from (
+        target
+        for target in visit(ast.parse(file.read_text(encoding="utf-8")))
+        if target in known and target != name
+    )
 
 
 def test_no_file_leads_back_to_itself() -> None:
     known = files()
     assert len(known) > 200
-    graph = nx.DiGraph((name, target) for name, file in known.items() for target in imported(name, file, known))
+    graph = nx.DiGraph(
+        (name, target) for name, file in known.items() for target in imported(name, file, known)
+    )
     assert graph.has_edge("fasp_fx.passes._run", "fasp_fx.passes._verify")
     assert graph.has_edge("fasp_fx._result", "fasp_fx._store._folder"), "imports inside of functions count"
     assert [sorted(circle) for circle in nx.strongly_connected_components(graph) if len(circle) > 1] == []

@@ -1,4 +1,6 @@
-"""Writes into tensors that forward has made are read as results; other writes are functionalised, and all models compute what they did."""
+"""Writes into tensors that forward has made are read as results; other writes are functionalised, and all
+models compute what they did.
+"""
 
 from __future__ import annotations
 
@@ -96,13 +98,18 @@ def test_the_program_computes_what_the_model_computes(function: Callable[[Tensor
     for x in (X, torch.randn(2, 7, 8, dtype=torch.float64)):
         (found,) = pytree.tree_leaves(captured.module(x))
         assert torch.allclose(found, model(x), rtol=1e-12, atol=1e-12)
-    assert not any(node.op == "call_function" and getattr(getattr(node.target, "_schema", None), "is_mutable", False) for node in captured.module.graph.nodes)
+    assert not any(
+        node.op == "call_function" and getattr(getattr(node.target, "_schema", None), "is_mutable", False)
+        for node in captured.module.graph.nodes
+    )
     result = fasp_fx.prune(model, (X,), score="magnitude", restore=None, sparsity=0.3)
     assert torch.allclose(result.module(X), zeroed(model, result.plan)(X), rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("function", SIMPLE, ids=lambda function: function.__name__)
-def test_simple_writes_are_not_traced_again(function: Callable[[Tensor], Tensor], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_simple_writes_are_not_traced_again(
+    function: Callable[[Tensor], Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
     def refuse(*_: object) -> None:
         raise AssertionError("the graph was traced again")
 

@@ -54,7 +54,9 @@ def test_without_a_bias_something_is_lost() -> None:
 
 @pytest.mark.parametrize("kind", ["conv", "grouped", "addmm"])
 def test_every_operator_that_adds_a_bias(kind: str) -> None:
-    """The output of the repaired consumer is as near to the dense one's as a least-squares solve brings it."""
+    """The output of the repaired consumer is as near to the dense one's as a least-squares solve
+    brings it.
+    """
 
     class Conv(nn.Module):
         def __init__(self) -> None:
@@ -81,18 +83,32 @@ def test_every_operator_that_adds_a_bias(kind: str) -> None:
     found = fasp_fx.prune(model, (x[:4],), calibration=list(x.chunk(8)), sparsity=0.3)
     with torch.no_grad():
         hidden = torch.sigmoid(
-            (nn.functional.linear if kind == "addmm" else nn.functional.conv1d)(x, *(found.module.get_parameter(f"up.{name}") for name in ("weight", "bias")))
+            (nn.functional.linear if kind == "addmm" else nn.functional.conv1d)(
+                x, *(found.module.get_parameter(f"up.{name}") for name in ("weight", "bias"))
+            )
         )
         if kind != "addmm":
-            hidden = nn.functional.unfold(hidden[:, :, None], (1, 3), padding=(0, 1)).movedim(1, -1).flatten(0, 1)  # [positions, columns]
-        dense, pruned = (module(x) if kind == "addmm" else module(x).movedim(1, -1).flatten(0, 1) for module in (model, found.module))
+            hidden = (
+                nn.functional.unfold(hidden[:, :, None], (1, 3), padding=(0, 1)).movedim(1, -1).flatten(0, 1)
+            )  # [positions, columns]
+        dense, pruned = (
+            module(x) if kind == "addmm" else module(x).movedim(1, -1).flatten(0, 1)
+            for module in (model, found.module)
+        )
         assert hidden.shape[1] < (8 if kind == "addmm" else 24)
         groups = 2 if kind == "grouped" else 1
-        for own, target, got in zip(*(tensor.double().chunk(groups, -1) for tensor in (hidden, dense, pruned)), strict=True):
+        for own, target, got in zip(
+            *(tensor.double().chunk(groups, -1) for tensor in (hidden, dense, pruned)), strict=True
+        ):
             beside = torch.cat([own, own.new_ones(len(own), 1)], 1)
-            least, without = ((basis @ torch.linalg.lstsq(basis, target).solution - target).norm() for basis in (beside, own))
+            least, without = (
+                (basis @ torch.linalg.lstsq(basis, target).solution - target).norm()
+                for basis in (beside, own)
+            )
             assert (got - target).norm() < 1.05 * least + 1e-3 * target.norm()
-            assert kind != "conv" or (got - target).norm() < without, "the bias brings nothing that can be seen"
+            assert kind != "conv" or (got - target).norm() < without, (
+                "the bias brings nothing that can be seen"
+            )
 
 
 class Shared(nn.Module):

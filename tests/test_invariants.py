@@ -25,11 +25,17 @@ pytestmark = pytest.mark.usefixtures("shared_captures")
 
 #: each example here captures and exports several times, so it gets few of a property's examples
 few = settings(max_examples=EXAMPLES // 3 if PROFILE == "slow" else 3)
-SPEC = Spec(layers=2, hidden=8, kv_heads=2, repeat=2, head_dim=4, ffn=12, bias=True, gated=True, positions="rope")
+SPEC = Spec(
+    layers=2, hidden=8, kv_heads=2, repeat=2, head_dim=4, ffn=12, bias=True, gated=True, positions="rope"
+)
 
 
 def storages(module: nn.Module) -> set[int]:
-    return {tensor.untyped_storage().data_ptr() for tensor in (*module.parameters(), *module.buffers()) if tensor.numel()}
+    return {
+        tensor.untyped_storage().data_ptr()
+        for tensor in (*module.parameters(), *module.buffers())
+        if tensor.numel()
+    }
 
 
 def same_weights(first: nn.Module, second: nn.Module) -> bool:
@@ -38,7 +44,9 @@ def same_weights(first: nn.Module, second: nn.Module) -> bool:
 
 
 def prune(model: nn.Module, sparsity: float = 0.3, **options: Any) -> fasp_fx.Result:
-    return fasp_fx.prune(model, (tokens(2, 4),), sparsity=sparsity, **{"score": "random", "restore": None, **options})
+    return fasp_fx.prune(
+        model, (tokens(2, 4),), sparsity=sparsity, **{"score": "random", "restore": None, **options}
+    )
 
 
 # --- removing nothing
@@ -110,7 +118,9 @@ def test_a_damaged_plan_is_refused(change: Any, message: str) -> None:
     model = build(SPEC)
     plan = prune(model).plan
     group = plan.groups[0]
-    damaged = replace(plan, groups=(replace(group, consumers=(change(group.consumers[0]),)), *plan.groups[1:]))
+    damaged = replace(
+        plan, groups=(replace(group, consumers=(change(group.consumers[0]),)), *plan.groups[1:])
+    )
     with pytest.raises(fasp_fx.PlanError, match=message):
         fasp_fx.apply(model, damaged, (tokens(2, 4),))
 
@@ -121,7 +131,9 @@ def test_a_plan_must_keep_blocks_even() -> None:
     group = next(g for g in plan.groups if g.blocks > 1)
     head = SPEC.head_dim
     producers = tuple(replace(p, removed=tuple(i for i in p.removed if i < head)) for p in group.producers)
-    consumers = tuple(replace(c, removed=tuple(i for i in c.removed if i < head * SPEC.repeat)) for c in group.consumers)
+    consumers = tuple(
+        replace(c, removed=tuple(i for i in c.removed if i < head * SPEC.repeat)) for c in group.consumers
+    )
     uneven = replace(plan, groups=(replace(group, producers=producers, consumers=consumers),))
     with pytest.raises(fasp_fx.PlanError, match="same number"):
         fasp_fx.apply(model, uneven, (tokens(2, 4),))
@@ -130,7 +142,9 @@ def test_a_plan_must_keep_blocks_even() -> None:
 # --- one pruning after another
 
 
-def pruning_in_two_steps_is_pruning_at_once(model: nn.Module, most: float, shares: tuple[float, float]) -> None:
+def pruning_in_two_steps_is_pruning_at_once(
+    model: nn.Module, most: float, shares: tuple[float, float]
+) -> None:
     less, more = (prune(model, share * most, score="magnitude") for share in shares)
     if not less.plan.groups:
         return
@@ -178,8 +192,12 @@ class _Shapes(fx.Interpreter):
             for size, actual in zip(recorded.shape, found.shape, strict=True):
                 if node.op == "placeholder" and isinstance(size, torch.SymInt):
                     self.sizes.setdefault(size.node.expr, actual)
-                expected = int(size.node.expr.xreplace(self.sizes)) if isinstance(size, torch.SymInt) else size
-                assert expected == actual, f"{node.name}: recorded {tuple(recorded.shape)}, executed {tuple(found.shape)}"
+                expected = (
+                    int(size.node.expr.xreplace(self.sizes)) if isinstance(size, torch.SymInt) else size
+                )
+                assert expected == actual, (
+                    f"{node.name}: recorded {tuple(recorded.shape)}, executed {tuple(found.shape)}"
+                )
             assert recorded.dtype == found.dtype
             self.checked += 1
 
@@ -200,7 +218,9 @@ def the_result_stands_alone(model: nn.Module, spec: Spec, sparsity: float) -> No
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     result = prune(model, sparsity)
     assert not storages(result.module) & storages(model)
-    assert {p.untyped_storage().data_ptr() for p in result.program.parameters()} == {p.untyped_storage().data_ptr() for p in result.module.parameters()}
+    assert {p.untyped_storage().data_ptr() for p in result.program.parameters()} == {
+        p.untyped_storage().data_ptr() for p in result.module.parameters()
+    }
     data, expected = tokens(3, 6), result.module(tokens(3, 6))
     assert torch.equal(result.module.train()(data), expected)
     assert torch.equal(result.module.eval()(data), expected)
@@ -211,7 +231,9 @@ def the_result_stands_alone(model: nn.Module, spec: Spec, sparsity: float) -> No
     if spec.tied:
         names = dict(result.module.named_parameters(remove_duplicate=False))
         assert names["embed.weight"] is names["head.weight"]
-    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items()), "the caller's model changed"
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items()), (
+        "the caller's model changed"
+    )
 
 
 def _train(module: nn.Module, data: Tensor) -> None:
@@ -245,7 +267,10 @@ def test_compiled_with_gradients() -> None:
     found = {name: parameter.grad.clone() for name, parameter in result.module.named_parameters()}
     result.module.zero_grad()
     result.module(tokens(3, 6)).sum().backward()
-    assert all(torch.allclose(parameter.grad, found[name], rtol=1e-3, atol=1e-4) for name, parameter in result.module.named_parameters())
+    assert all(
+        torch.allclose(parameter.grad, found[name], rtol=1e-3, atol=1e-4)
+        for name, parameter in result.module.named_parameters()
+    )
 
 
 def test_frozen_parameters_stay_frozen() -> None:
@@ -281,7 +306,11 @@ def test_tied_weights_stay_tied() -> None:
     assert names["down.weight"] is names["down_again.weight"]
     assert names["up.weight"].shape == (5, 6)
     assert names["up_again.bias"].shape == names["up.bias"].shape == (5,)
-    assert all(part.name in dict(model.named_parameters()) for group in result.plan.groups for part in (*group.producers, *group.consumers))
+    assert all(
+        part.name in dict(model.named_parameters())
+        for group in result.plan.groups
+        for part in (*group.producers, *group.consumers)
+    )
     gone = next(part.removed for group in result.plan.groups for part in group.consumers)
     mask = torch.ones(10)
     mask[list(gone)] = 0
@@ -311,7 +340,9 @@ def a_plan_survives_json_and_replays(model: nn.Module, sparsity: float) -> None:
     assert torch.equal(replayed.module(tokens(3, 6)), result.module(tokens(3, 6)))
 
 
-@pytest.mark.parametrize("text", ["", "[]", "{", '{"format": "something/9"}', '{"format": "fasp_fx.plan/1", "groups": 3}'])
+@pytest.mark.parametrize(
+    "text", ["", "[]", "{", '{"format": "something/9"}', '{"format": "fasp_fx.plan/1", "groups": 3}']
+)
 def test_text_that_is_no_plan(text: str) -> None:
     with pytest.raises(fasp_fx.PlanError):
         fasp_fx.PruningPlan.from_json(text)
@@ -343,7 +374,10 @@ def test_all_kinds_of_models() -> None:
     dim = torch.export.Dim.AUTO
     exported = torch.export.export(model, example, dynamic_shapes=({0: dim, 1: dim},), strict=False)
     kinds: Mapping[str, Any] = {"module": model, "graph module": exported.module(), "program": exported}
-    results = {kind: fasp_fx.prune(given, example, sparsity=0.3, score="random", restore=None) for kind, given in kinds.items()}
+    results = {
+        kind: fasp_fx.prune(given, example, sparsity=0.3, score="random", restore=None)
+        for kind, given in kinds.items()
+    }
     expected = results["module"].module(tokens(2, 4))
     for kind, result in results.items():
         assert result.plan.slices() == results["module"].plan.slices(), kind
@@ -359,8 +393,13 @@ def test_explain() -> None:
     assert any("silu" in line for line in path)
     assert sum("linear" in line for line in path) == 2
     # weights of two layers meet in the hidden dimension alone; biases do not
-    assert any("add" in line for line in analysis.explain("blocks.0.ffn.gate.weight", "blocks.1.ffn.down.weight"))
-    for first, second in (("blocks.0.ffn.gate.bias", "blocks.1.ffn.up.bias"), ("blocks.0.attention.q.bias", "blocks.0.attention.out.weight")):
+    assert any(
+        "add" in line for line in analysis.explain("blocks.0.ffn.gate.weight", "blocks.1.ffn.down.weight")
+    )
+    for first, second in (
+        ("blocks.0.ffn.gate.bias", "blocks.1.ffn.up.bias"),
+        ("blocks.0.attention.q.bias", "blocks.0.attention.out.weight"),
+    ):
         assert analysis.explain(first, second) == []
     with pytest.raises(fasp_fx.ArgumentError, match="nowhere"):
         analysis.explain("nowhere", "blocks.0.ffn.down.weight")
@@ -373,22 +412,32 @@ def test_graph_of_groups() -> None:
     vertex = ("group", group.name)
     assert graph.nodes[vertex]["status"] == "prunable"
     assert graph.nodes[vertex]["size"] == 12
-    assert {name for _, name in graph.predecessors(vertex)} == {f"blocks.1.ffn.{part}.{kind}" for part in ("gate", "up") for kind in ("weight", "bias")}
+    assert {name for _, name in graph.predecessors(vertex)} == {
+        f"blocks.1.ffn.{part}.{kind}" for part in ("gate", "up") for kind in ("weight", "bias")
+    }
     assert {name for _, name in graph.successors(vertex)} == {"blocks.1.ffn.down.weight"}
     assert sum(data["kind"] == "group" for _, data in graph.nodes(data=True)) == len(analysis.groups)
 
 
 def test_explain_knows_the_names_of_fused_weights() -> None:
     spec = replace(SPEC, repeat=1, projection="stacked")
-    path = fasp_fx.analyze(build(spec), (tokens(2, 4),)).explain("blocks.0.attention.qkv.weight", "blocks.0.attention.out.weight")
+    path = fasp_fx.analyze(build(spec), (tokens(2, 4),)).explain(
+        "blocks.0.attention.qkv.weight", "blocks.0.attention.out.weight"
+    )
     assert path[-1] == "blocks.0.attention.out.weight"
     assert any("scaled_dot_product_attention" in line for line in path)
 
 
 def test_names_are_those_of_named_parameters(zoo_model: Any, zoo_analysis: Any) -> None:
     """Also for tied weights, of which ``named_parameters`` gives the first name."""
-    names = {name for name, _ in zoo_model("gpt2").named_parameters()} | {name for name, _ in zoo_model("gpt2").named_buffers()}
-    assert {member.name for group in zoo_analysis("gpt2").groups for member in (*group.producers, *group.consumers)} <= names
+    names = {name for name, _ in zoo_model("gpt2").named_parameters()} | {
+        name for name, _ in zoo_model("gpt2").named_buffers()
+    }
+    assert {
+        member.name
+        for group in zoo_analysis("gpt2").groups
+        for member in (*group.producers, *group.consumers)
+    } <= names
 
 
 # --- all of the above, for decoders drawn at random

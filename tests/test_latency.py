@@ -22,7 +22,9 @@ FAST: dict[str, Any] = {"score": "magnitude", "restore": None}
 
 
 def operations(call: Callable[[], Any], device: torch.device) -> float:
-    """In the place of a clock: a nanosecond for each operation, of which calls that multiply nothing have none."""
+    """In the place of a clock: a nanosecond for each operation, of which calls that multiply nothing have
+    none.
+    """
     with FlopCounterMode(display=False) as counter:
         call()
     return counter.get_total_flops() * 1e-9
@@ -31,7 +33,11 @@ def operations(call: Callable[[], Any], device: torch.device) -> float:
 class Pictures(nn.Module):
     def __init__(self) -> None:
         super().__init__()
-        self.stem, self.deep, self.point = nn.Conv2d(3, 24, 3, padding=1), nn.Conv2d(24, 24, 3, padding=1, groups=24), nn.Conv2d(24, 32, 1)
+        self.stem, self.deep, self.point = (
+            nn.Conv2d(3, 24, 3, padding=1),
+            nn.Conv2d(24, 24, 3, padding=1, groups=24),
+            nn.Conv2d(24, 32, 1),
+        )
         self.grouped, self.head = nn.Conv2d(32, 32, 3, groups=4), nn.Linear(32, 5)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -59,7 +65,10 @@ def test_what_is_asked_for_is_met_and_what_is_promised_kept(name: str, share: fl
     assert spent.used <= spent.allowed == pytest.approx(share * spent.dense)
     assert spent.used > 0.9 * spent.allowed
     device = torch.device("cpu")
-    dense, pruned = (operations(lambda module=module: module(*args, **kwargs), device) * 1e6 for module in (model, result.module))  # type: ignore[misc]
+    dense, pruned = (
+        operations(lambda module=module: module(*args, **kwargs), device) * 1e6
+        for module in (model, result.module)
+    )  # type: ignore[misc]
     assert spent.dense == pytest.approx(dense, rel=0.02)
     assert spent.used == pytest.approx(pruned, rel=0.03)
 
@@ -92,7 +101,10 @@ def test_all_count_for_as_much_more_as_the_whole_pass_takes() -> None:
         spent = operations(call, device)
         return spent * (3 if spent >= whole else 1)
 
-    found = [fasp_fx.prune(model, args, budget=Latency(0.8, LatencyTable(time=clock)), **FAST) for clock in (operations, slow_pass)]
+    found = [
+        fasp_fx.prune(model, args, budget=Latency(0.8, LatencyTable(time=clock)), **FAST)
+        for clock in (operations, slow_pass)
+    ]
     first, second = (result.report.budgets[0] for result in found)
     assert second.dense == pytest.approx(3 * first.dense)
     assert second.used == pytest.approx(3 * first.used)
@@ -135,4 +147,6 @@ def test_models_that_generate_have_no_example_of_the_users() -> None:
     import fasp_fx.hf
 
     with pytest.raises(fasp_fx.ArgumentError, match="latency"):
-        fasp_fx.hf.prune(llama(), None, calibration=[{"input_ids": ids} for ids in tokens()], budget=Latency(0.8))
+        fasp_fx.hf.prune(
+            llama(), None, calibration=[{"input_ids": ids} for ids in tokens()], budget=Latency(0.8)
+        )

@@ -19,7 +19,11 @@ def _levels() -> dict[str, int]:
 
 def _files() -> Iterator[tuple[tuple[str, ...], ast.Module]]:
     """Every file of the library, by its dotted name within the package."""
-    for folder, base in ((ROOT / "fasp_fx", ROOT / "fasp_fx"), (ROOT / "passes", ROOT), (ROOT / "patterns", ROOT)):
+    for folder, base in (
+        (ROOT / "fasp_fx", ROOT / "fasp_fx"),
+        (ROOT / "passes", ROOT),
+        (ROOT / "patterns", ROOT),
+    ):
         for file in folder.rglob("*.py"):
             parts = file.relative_to(base).with_suffix("").parts
             if folder.name == "fasp_fx" and parts[0] in ("passes", "patterns", "__init__"):
@@ -28,13 +32,19 @@ def _files() -> Iterator[tuple[tuple[str, ...], ast.Module]]:
 
 
 def _imported(parts: tuple[str, ...], tree: ast.Module) -> Iterator[str]:
-    """What of the package a file imports as it is loaded; imports in functions and for type checkers come later, or never."""
+    """What of the package a file imports as it is loaded; imports in functions and for type checkers come
+    later, or never.
+    """
     for node in tree.body:
         if not isinstance(node, ast.ImportFrom):
             continue
         if node.level:
             base = ("fasp_fx", *parts)[: -node.level]
-            names = [".".join((*base, node.module))] if node.module else [".".join((*base, alias.name)) for alias in node.names]
+            names = (
+                [".".join((*base, node.module))]
+                if node.module
+                else [".".join((*base, alias.name)) for alias in node.names]
+            )
         else:
             names = [node.module or ""]
         yield from (name.split(".")[1] for name in names if name.startswith("fasp_fx."))

@@ -1,4 +1,6 @@
-"""Layouts: the blocks that keep tensors boxes, and small tricky modules with the groups that a person expects of each."""
+"""Layouts: the blocks that keep tensors boxes, and small tricky modules with the groups that a person expects
+of each.
+"""
 
 from __future__ import annotations
 
@@ -69,7 +71,9 @@ def test_a_group_missing_in_one_row_is_a_conflict() -> None:
 
 
 def test_boxes_of_unrelated_groups_do_not_touch() -> None:
-    block, conflicts = find_blocks([(np.array([[0, 1], [2, 3]]), NODE)], np.arange(6), np.array([0, 0, 0, 0, 1, 1]))
+    block, conflicts = find_blocks(
+        [(np.array([[0, 1], [2, 3]]), NODE)], np.arange(6), np.array([0, 0, 0, 0, 1, 1])
+    )
     assert block[4] == block[5]
     assert block[4] not in block[:4]
     assert not conflicts
@@ -80,7 +84,9 @@ def test_boxes_of_unrelated_groups_do_not_touch() -> None:
 
 @dataclass(frozen=True)
 class Expected:
-    """``prunable``: for each group its producers, its consumers (with indices where they are not whole) and its blocks."""
+    """``prunable``: for each group its producers, its consumers (with indices where they are not whole) and
+    its blocks.
+    """
 
     prunable: list[tuple[dict[str, list[int] | None], dict[str, list[int] | None], int]]
     reasons: dict[str, str] = field(default_factory=dict)
@@ -111,7 +117,12 @@ def linear(name: str, rows: list[int] | None = None) -> dict[str, list[int] | No
 
 
 class Concatenation(Base):
-    expected = Expected([(linear("left"), {"down.weight": [0, 1, 2]}, 1), (linear("right"), {"down.weight": [3, 4, 5, 6, 7]}, 1)])
+    expected = Expected(
+        [
+            (linear("left"), {"down.weight": [0, 1, 2]}, 1),
+            (linear("right"), {"down.weight": [3, 4, 5, 6, 7]}, 1),
+        ]
+    )
 
     def extra(self) -> None:
         del self.up
@@ -122,7 +133,12 @@ class Concatenation(Base):
 
 
 class Split(Base):
-    expected = Expected([(linear("up", [0, 1, 2]), {"left.weight": None}, 1), (linear("up", [3, 4, 5, 6, 7]), {"right.weight": None}, 1)])
+    expected = Expected(
+        [
+            (linear("up", [0, 1, 2]), {"left.weight": None}, 1),
+            (linear("up", [3, 4, 5, 6, 7]), {"right.weight": None}, 1),
+        ]
+    )
 
     def extra(self) -> None:
         del self.down
@@ -312,10 +328,15 @@ class UsedTwice(Base):
 
 
 class Residual(Base):
-    """A skip connection over the hidden channels couples three weights; the inner feed-forward is a group of its own."""
+    """A skip connection over the hidden channels couples three weights; the inner feed-forward is a group of
+    its own.
+    """
 
     expected = Expected(
-        [({**linear("up"), **linear("inner_down")}, {"inner_up.weight": None, "down.weight": None}, 1), (linear("inner_up"), {"inner_down.weight": None}, 1)]
+        [
+            ({**linear("up"), **linear("inner_down")}, {"inner_up.weight": None, "down.weight": None}, 1),
+            (linear("inner_up"), {"inner_down.weight": None}, 1),
+        ]
     )
 
     def extra(self) -> None:
@@ -481,14 +502,18 @@ MODULES = [
 ]
 
 
-def described(analysis: fasp_fx.Analysis) -> list[tuple[dict[str, list[int] | None], dict[str, list[int] | None], int]]:
+def described(
+    analysis: fasp_fx.Analysis,
+) -> list[tuple[dict[str, list[int] | None], dict[str, list[int] | None], int]]:
     def side(members: tuple[fasp_fx.groups.Member, ...]) -> dict[str, list[int] | None]:
         return {m.name: None if len(m.indices) == m.size else list(m.indices) for m in members}
 
     return [(side(g.producers), side(g.consumers), g.blocks) for g in analysis.select("prunable")]
 
 
-def whole(expected: list[tuple[dict[str, list[int] | None], dict[str, list[int] | None], int]], model: nn.Module) -> list[object]:
+def whole(
+    expected: list[tuple[dict[str, list[int] | None], dict[str, list[int] | None], int]], model: nn.Module
+) -> list[object]:
     """Indices that happen to be all there are written as ``None``."""
     sizes = {name: parameter.shape for name, parameter in model.named_parameters()}
     return [
@@ -510,15 +535,21 @@ def test_expected_groups(kind: type[Base]) -> None:
     assert len(found) == len(expected)
     assert all(group in found for group in expected), f"found {found}"
     for name, reason in kind.expected.reasons.items():
-        groups = [g for g in analysis.groups if g.status != "prunable" and any(m.name == name for m in g.producers)]
-        assert any(any(word in g.reason for word in reason.split("|")) for g in groups), [g.reason for g in groups]
+        groups = [
+            g for g in analysis.groups if g.status != "prunable" and any(m.name == name for m in g.producers)
+        ]
+        assert any(any(word in g.reason for word in reason.split("|")) for g in groups), [
+            g.reason for g in groups
+        ]
     if not expected:
         with pytest.raises(fasp_fx.NothingPrunableError):
             fasp_fx.prune(model, (x,), score="random", restore=None)
         return
     unseen = torch.randn(7, 6, generator=torch.Generator().manual_seed(1))
     for share in (0.6, 1.0):
-        result = fasp_fx.prune(model, (x,), sparsity=share * analysis.max_sparsity, score="random", restore=None)
+        result = fasp_fx.prune(
+            model, (x,), sparsity=share * analysis.max_sparsity, score="random", restore=None
+        )
         assert result.plan.groups
         if kind is not Transposed:  # the oracle masks inputs of modules, and this consumer is none
             assert_mask_exact(model, result, lambda called: called(unseen))
@@ -557,7 +588,10 @@ def test_token_mixing() -> None:
     model = randomise(Mixer(), std=0.5)
     x = torch.randn(2, 5, 6, generator=torch.Generator().manual_seed(0))
     analysis = fasp_fx.analyze(model, (x,))
-    expected = [(linear("token_up"), {"token_down.weight": None}, 1), (linear("channel_up"), {"channel_down.weight": None}, 1)]
+    expected = [
+        (linear("token_up"), {"token_down.weight": None}, 1),
+        (linear("channel_up"), {"channel_down.weight": None}, 1),
+    ]
     assert described(analysis) == expected
     unseen = torch.randn(3, 5, 6, generator=torch.Generator().manual_seed(1))
     for sparsity in (0.3, analysis.max_sparsity):
@@ -566,7 +600,9 @@ def test_token_mixing() -> None:
 
 
 class PatchMixer(nn.Module):
-    """Embedding channels are made by a weight of the model, and so are mixed tokens: position (c, o) belongs to both."""
+    """Embedding channels are made by a weight of the model, and so are mixed tokens: position (c, o) belongs
+    to both.
+    """
 
     def __init__(self) -> None:
         super().__init__()

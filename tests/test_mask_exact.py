@@ -1,4 +1,6 @@
-"""Every zoo model, pruned without restoration, computes what the dense model does with the removed columns of its consumers' inputs zeroed."""
+"""Every zoo model, pruned without restoration, computes what the dense model does with the removed columns of
+its consumers' inputs zeroed.
+"""
 
 from __future__ import annotations
 
@@ -29,12 +31,17 @@ _ALL = tuple((sparsity, score) for sparsity in (0.1, 0.3, 0.5, "most") for score
 def _check(entry: Entry, model: nn.Module, result: fasp_fx.Result, seed: int = 5) -> None:
     for batch, tokens in SHAPES:
         inputs = entry.inputs(batch, tokens, seed)
-        assert_mask_exact(model, result, lambda called, inputs=inputs: called(**inputs, **dict(entry.constants)))
+        assert_mask_exact(
+            model, result, lambda called, inputs=inputs: called(**inputs, **dict(entry.constants))
+        )
 
 
 @pytest.mark.parametrize("name", ZOO)
 def test_mask_exact(
-    name: str, zoo_model: Callable[[str], nn.Module], zoo_captured: Callable[[str], fasp_fx.Captured], zoo_analysis: Callable[[str], fasp_fx.Analysis]
+    name: str,
+    zoo_model: Callable[[str], nn.Module],
+    zoo_captured: Callable[[str], fasp_fx.Captured],
+    zoo_analysis: Callable[[str], fasp_fx.Analysis],
 ) -> None:
     entry, model, prunable = ZOO[name], zoo_model(name), zoo_analysis(name)
     before = {key: value.clone() for key, value in model.state_dict().items()}
@@ -42,13 +49,23 @@ def test_mask_exact(
         wanted = prunable.max_sparsity if sparsity == "most" else sparsity
         result = fasp_fx.prune(zoo_captured(name), sparsity=wanted, score=score, restore=None)
         assert result.plan.sparsity == pytest.approx(wanted, abs=0.02)
-        assert {group.name for group in result.plan.groups} == {group.name for group in prunable.select("prunable")}
+        assert {group.name for group in result.plan.groups} == {
+            group.name for group in prunable.select("prunable")
+        }
         _check(entry, model, result)
-    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items()), "pruning changed the caller's model"
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items()), (
+        "pruning changed the caller's model"
+    )
 
 
 @pytest.mark.parametrize(("name", "step", "sparsity"), [("opt", 8, 0.3), ("llama_gqa", 4, 0.25)])
-def test_rounded(name: str, step: int, sparsity: float, zoo_model: Callable[[str], nn.Module], zoo_captured: Callable[[str], fasp_fx.Captured]) -> None:
+def test_rounded(
+    name: str,
+    step: int,
+    sparsity: float,
+    zoo_model: Callable[[str], nn.Module],
+    zoo_captured: Callable[[str], fasp_fx.Captured],
+) -> None:
     entry, model = ZOO[name], zoo_model(name)
     result = fasp_fx.prune(zoo_captured(name), sparsity=sparsity, score="random", restore=None, round_to=step)
     for group in result.plan.groups:
@@ -97,16 +114,23 @@ class BehindConvolution(nn.Module):
 @pytest.mark.parametrize(
     ("make", "consumers"),
     [
-        (lambda: nn.TransformerEncoderLayer(8, 2, 16, batch_first=True, norm_first=True), {"self_attn.out_proj.weight", "linear2.weight"}),
+        (
+            lambda: nn.TransformerEncoderLayer(8, 2, 16, batch_first=True, norm_first=True),
+            {"self_attn.out_proj.weight", "linear2.weight"},
+        ),
         (WithMemory, {"layer.self_attn.out_proj.weight", "layer.linear2.weight"}),
         (BehindConvolution, {"down.weight"}),
     ],
     ids=["encoder layer", "decoder layer", "convolution and LSTM"],
 )
 def test_layers_of_torch(make: Callable[[], nn.Module], consumers: set[str]) -> None:
-    """Their attention uses its weights without calling modules, so that hooks see nothing; zeroed columns are the same function."""
+    """Their attention uses its weights without calling modules, so that hooks see nothing; zeroed columns are
+    the same function.
+    """
     model = randomise(make(), std=0.5)
-    example, unseen = (torch.randn(batch, 5, 8, generator=torch.Generator().manual_seed(batch)) for batch in (2, 3))
+    example, unseen = (
+        torch.randn(batch, 5, 8, generator=torch.Generator().manual_seed(batch)) for batch in (2, 3)
+    )
     with one_capture():
         most = fasp_fx.analyze(model, (example,)).max_sparsity
         for share in (0.5, 1.0):
@@ -123,11 +147,18 @@ class SharedMask(nn.Module):
 
     def __init__(self, dims: int) -> None:
         super().__init__()
-        self.query, self.key, self.value, self.out = nn.Linear(6, 16), nn.Linear(6, 8), nn.Linear(6, 8), nn.Linear(16, 3)
+        self.query, self.key, self.value, self.out = (
+            nn.Linear(6, 16),
+            nn.Linear(6, 8),
+            nn.Linear(6, 8),
+            nn.Linear(16, 3),
+        )
         self.register_buffer("mask", torch.ones(5, 5).tril().bool()[(None,) * (dims - 2)])
 
     def forward(self, x: Tensor) -> Tensor:
-        query, key, value = (layer(x).unflatten(-1, (-1, 4)).transpose(1, 2) for layer in (self.query, self.key, self.value))
+        query, key, value = (
+            layer(x).unflatten(-1, (-1, 4)).transpose(1, 2) for layer in (self.query, self.key, self.value)
+        )
         attended = nn.functional.scaled_dot_product_attention(query, key, value, self.mask, enable_gqa=True)
         return self.out(attended.transpose(1, 2).flatten(2))
 

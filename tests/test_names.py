@@ -1,4 +1,6 @@
-"""Names that a model has given already: to arguments and nodes as to weights, and to submodules as to the parts that a fused weight is split into."""
+"""Names that a model has given already: to arguments and nodes as to weights, and to submodules as to the
+parts that a fused weight is split into.
+"""
 
 from __future__ import annotations
 
@@ -40,7 +42,11 @@ class CalledWeight(Image):
 IMAGE = torch.randn(2, 3, 8, 8)
 
 
-@pytest.mark.parametrize("model", [CalledX("x", "x"), CalledWeight("weight", "weight"), CalledX("x", "conv2d"), CalledX("x", "self")], ids=lambda m: m.second)
+@pytest.mark.parametrize(
+    "model",
+    [CalledX("x", "x"), CalledWeight("weight", "weight"), CalledX("x", "conv2d"), CalledX("x", "self")],
+    ids=lambda m: m.second,
+)
 def test_an_argument_or_node_called_like_a_parameter(model: Image) -> None:
     check_program(model.eval(), (IMAGE,), invariants=("mask-exact", "nothing", "signature", "steps"))
     exported = torch.export.export(model, (IMAGE,))
@@ -56,7 +62,9 @@ def test_an_input_called_like_a_parameter_is_named_by_the_call() -> None:
 
 
 class Fused(nn.Module):
-    """Queries, keys and values of one weight, head by head; something else has the name of one of the parts."""
+    """Queries, keys and values of one weight, head by head; something else has the name of one of
+    the parts.
+    """
 
     def __init__(self, kind: str) -> None:
         super().__init__()
@@ -84,7 +92,11 @@ class Packed(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.w, self.w_0, self.out = nn.Parameter(torch.randn(48, 16) * 0.3), nn.Linear(16, 16), nn.Linear(16, 16)
+        self.w, self.w_0, self.out = (
+            nn.Parameter(torch.randn(48, 16) * 0.3),
+            nn.Linear(16, 16),
+            nn.Linear(16, 16),
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         of_q, of_kv = self.w.split([16, 32])
@@ -93,7 +105,11 @@ class Packed(nn.Module):
         return self.out(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(x.shape))
 
 
-@pytest.mark.parametrize("model", [*map(Fused, ("submodule", "unused", "parameter", "buffer")), Packed()], ids=lambda m: getattr(m, "kind", "packed"))
+@pytest.mark.parametrize(
+    "model",
+    [*map(Fused, ("submodule", "unused", "parameter", "buffer")), Packed()],
+    ids=lambda m: getattr(m, "kind", "packed"),
+)
 def test_parts_of_a_split_weight_take_names_that_are_free(model: nn.Module) -> None:
     x = torch.randn(2, 5, 16)
     plan = fasp_fx.prune(model.eval(), (x,), score="magnitude", restore=None, sparsity=0.1).plan

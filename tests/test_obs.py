@@ -1,4 +1,6 @@
-"""Losses after repair, greedy orders by them, and the gradients that weigh them: against dense solves and gradients taken by hand."""
+"""Losses after repair, greedy orders by them, and the gradients that weigh them: against dense solves and
+gradients taken by hand.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +26,9 @@ def problem(seed: int, rows: int, sets: np.ndarray) -> tuple[Columns, Tensor, Te
     """A consumer with correlated inputs, its curvature Q = WᵀSW, and S."""
     generator = torch.Generator().manual_seed(seed)
     columns = len(sets)
-    x = torch.randn(4 * columns, columns, generator=generator, dtype=torch.float64) @ torch.randn(columns, columns, generator=generator, dtype=torch.float64)
+    x = torch.randn(4 * columns, columns, generator=generator, dtype=torch.float64) @ torch.randn(
+        columns, columns, generator=generator, dtype=torch.float64
+    )
     weight = torch.randn(rows, columns, generator=generator, dtype=torch.float64)
     spread = torch.randn(rows, rows, generator=generator, dtype=torch.float64)
     covariance = spread @ spread.T
@@ -32,7 +36,9 @@ def problem(seed: int, rows: int, sets: np.ndarray) -> tuple[Columns, Tensor, Te
 
 
 def least_loss(columns: Columns, covariance: Tensor, removed: list[int]) -> float:
-    """``½ min_V tr S (W − V) G (W − V)ᵀ`` over weights that are zero in the removed columns, solved densely."""
+    """``½ min_V tr S (W − V) G (W − V)ᵀ`` over weights that are zero in the removed columns,
+    solved densely.
+    """
     assert columns.gram is not None
     gram = columns.gram()
     gram = gram + DAMPING * gram.diagonal().mean() * torch.eye(len(gram), dtype=gram.dtype)
@@ -46,7 +52,9 @@ def least_loss(columns: Columns, covariance: Tensor, removed: list[int]) -> floa
 
 @st.composite
 def layouts(draw: st.DrawFn) -> tuple[np.ndarray, int, int]:
-    """Channel sets of a consumer's columns, with their number and that of their blocks; some columns belong to none, some sets have several."""
+    """Channel sets of a consumer's columns, with their number and that of their blocks; some columns belong
+    to none, some sets have several.
+    """
     blocks, width = draw(st.integers(1, 3)), draw(st.integers(1, 4))
     size = blocks * width
     extra = draw(st.lists(st.integers(-1, size - 1), max_size=6))
@@ -56,30 +64,44 @@ def layouts(draw: st.DrawFn) -> tuple[np.ndarray, int, int]:
 
 @given(layouts(), st.integers(0, 1000), st.data())
 @settings(max_examples=60, deadline=None)
-def test_a_loss_is_that_of_the_best_repair(layout: tuple[np.ndarray, int, int], seed: int, data: st.DataObject) -> None:
+def test_a_loss_is_that_of_the_best_repair(
+    layout: tuple[np.ndarray, int, int], seed: int, data: st.DataObject
+) -> None:
     sets, size, _ = layout
     columns, curvature, covariance = problem(seed, 5, sets)
     alone = Elimination(columns, size, curvature, DAMPING).losses(np.arange(size))
     for one in range(size):
-        assert alone[one] == pytest.approx(least_loss(columns, covariance, np.flatnonzero(sets[:, 0] == one).tolist()), rel=1e-6)
+        assert alone[one] == pytest.approx(
+            least_loss(columns, covariance, np.flatnonzero(sets[:, 0] == one).tolist()), rel=1e-6
+        )
     order = data.draw(st.permutations(range(size)))
     found, total = Elimination(columns, size, curvature, DAMPING), 0.0
     for step, one in enumerate(order):
-        expected = least_loss(columns, covariance, np.flatnonzero(np.isin(sets[:, 0], order[: step + 1])).tolist())
+        expected = least_loss(
+            columns, covariance, np.flatnonzero(np.isin(sets[:, 0], order[: step + 1])).tolist()
+        )
         total += found.remove(np.array([one]))
         assert total == pytest.approx(expected, rel=1e-5, abs=1e-9)
 
 
 @given(layouts(), st.integers(0, 1000), st.integers(1, 6))
 @settings(max_examples=40, deadline=None)
-def test_orders_are_nested_and_their_steps_add_up(layout: tuple[np.ndarray, int, int], seed: int, rounds: int) -> None:
+def test_orders_are_nested_and_their_steps_add_up(
+    layout: tuple[np.ndarray, int, int], seed: int, rounds: int
+) -> None:
     sets, size, blocks = layout
     width = size // blocks
     problems = [problem(seed + index, 4, sets) for index in range(2)]
 
     def ordered(deepest: int) -> Any:
-        view = GroupColumns("group", np.arange(size) // width, [columns for columns, _, _ in problems], deepest)
-        return greedy(view, [Elimination(columns, size, curvature, DAMPING) for columns, curvature, _ in problems], rounds)
+        view = GroupColumns(
+            "group", np.arange(size) // width, [columns for columns, _, _ in problems], deepest
+        )
+        return greedy(
+            view,
+            [Elimination(columns, size, curvature, DAMPING) for columns, curvature, _ in problems],
+            rounds,
+        )
 
     whole = ordered(width)
     for deepest in range(1, width + 1):
@@ -106,7 +128,12 @@ class Mixed(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.up, self.left, self.right, self.head = nn.Linear(6, 10), nn.Linear(10, 6), nn.Linear(10, 6), nn.Linear(6, 4)
+        self.up, self.left, self.right, self.head = (
+            nn.Linear(6, 10),
+            nn.Linear(10, 6),
+            nn.Linear(10, 6),
+            nn.Linear(6, 4),
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         h = torch.relu(self.up(x))
@@ -128,13 +155,22 @@ def test_what_is_drawn_for_outputs_has_nothing_in_common() -> None:
         both = loss([ones, ones], {}).reshape(2, rows, 500)
         return [row for output in both for row in output]
 
-    vectors = [*drawn(0, 0), *drawn(0, 4096), *drawn(1, 0), *drawn(2**40, 0), *drawn(0, 0, said=3), *drawn(0, 4096, said=3)]
+    vectors = [
+        *drawn(0, 0),
+        *drawn(0, 4096),
+        *drawn(1, 0),
+        *drawn(2**40, 0),
+        *drawn(0, 0, said=3),
+        *drawn(0, 4096, said=3),
+    ]
     alike = torch.corrcoef(torch.stack(vectors)) - torch.eye(len(vectors))
     assert float(alike.abs().max()) < 0.25
     torch.testing.assert_close(drawn(0, 2)[0], drawn(0, 0)[2])  # a sequence has its numbers wherever it comes
     loss, ones = Outputs(), torch.ones(2, 500)
     first, second = loss([ones], {}), loss([ones], {})
-    assert float(torch.corrcoef(torch.stack([first, second]))[0, 1].abs()) < 0.25, "of whom nothing is said is no sequence again"
+    assert float(torch.corrcoef(torch.stack([first, second]))[0, 1].abs()) < 0.25, (
+        "of whom nothing is said is no sequence again"
+    )
 
 
 def test_costs_do_not_depend_on_the_sign_of_an_output() -> None:
@@ -142,7 +178,12 @@ def test_costs_do_not_depend_on_the_sign_of_an_output() -> None:
         def __init__(self, sign: float) -> None:
             super().__init__()
             torch.manual_seed(0)
-            self.a, self.b, self.c, self.d = nn.Linear(6, 12), nn.Linear(12, 6), nn.Linear(6, 12), nn.Linear(12, 6)
+            self.a, self.b, self.c, self.d = (
+                nn.Linear(6, 12),
+                nn.Linear(12, 6),
+                nn.Linear(6, 12),
+                nn.Linear(12, 6),
+            )
             self.sign = sign
 
         def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -150,7 +191,10 @@ def test_costs_do_not_depend_on_the_sign_of_an_output() -> None:
             return y + z, self.sign * y + z
 
     batches = [torch.randn(64, 6, generator=torch.Generator().manual_seed(seed)) for seed in range(8)]
-    curves = [fasp_fx.measure(Two(sign).eval(), (batches[0],), calibration=batches)["b.weight"].losses for sign in (1.0, -1.0)]
+    curves = [
+        fasp_fx.measure(Two(sign).eval(), (batches[0],), calibration=batches)["b.weight"].losses
+        for sign in (1.0, -1.0)
+    ]
     assert 0.5 < curves[0][-1] / curves[1][-1] < 2
 
 
@@ -183,7 +227,9 @@ def test_gradients_are_those_at_each_consumer_alone() -> None:
 
         def keep(module: nn.Module, args: tuple[Tensor], output: Tensor, name: str = name) -> None:
             inputs.setdefault(name, []).append(args[0].detach().flatten(0, 1))
-            output.register_hook(lambda gradient: gradients.setdefault(name, []).append(gradient.flatten(0, 1)))
+            output.register_hook(
+                lambda gradient: gradients.setdefault(name, []).append(gradient.flatten(0, 1))
+            )
 
         layer.register_forward_hook(keep)
     for x in batches:
@@ -197,7 +243,9 @@ def test_gradients_are_those_at_each_consumer_alone() -> None:
         assert isinstance(statistic, InputGradients)
         found = statistic.mean()
         assert found is not None
-        torch.testing.assert_close(found.float(), weight.T @ (g.T @ g) @ weight / tokens / terms, rtol=1e-4, atol=1e-7)
+        torch.testing.assert_close(
+            found.float(), weight.T @ (g.T @ g) @ weight / tokens / terms, rtol=1e-4, atol=1e-7
+        )
         grams = seen[f"{name}.weight"].grams
         assert grams is not None
         x = torch.cat(inputs[name])
@@ -207,18 +255,31 @@ def test_gradients_are_those_at_each_consumer_alone() -> None:
 
 def test_no_gradient_of_a_weight_is_taken() -> None:
     model = Mixed().eval()
-    fasp_fx.prune(model, (torch.randn(5, 6),), calibration=[torch.randn(40, 6) for _ in range(4)], score="obs", allocation="global", sparsity=0.2)
+    fasp_fx.prune(
+        model,
+        (torch.randn(5, 6),),
+        calibration=[torch.randn(40, 6) for _ in range(4)],
+        score="obs",
+        allocation="global",
+        sparsity=0.2,
+    )
     assert all(parameter.grad is None for parameter in model.parameters())
 
 
 def test_predicted_losses_come_true_where_the_loss_is_quadratic() -> None:
-    """Of one consumer, with as many random combinations as it takes to average them out, what is predicted is what repair leaves."""
+    """Of one consumer, with as many random combinations as it takes to average them out, what is predicted is
+    what repair leaves.
+    """
     torch.manual_seed(1)
     model = nn.Sequential(nn.Linear(8, 12), nn.Tanh(), nn.Linear(12, 5)).eval()
     data = [torch.randn(500, 8) for _ in range(8)]
     captured = fasp_fx.capture(model, (data[0],))
-    costs = fasp_fx.measure(captured, calibration=data, score=fasp_fx.obs.OBS(rounds=12, shrinkage=0.0, damping=1e-6))
-    result = fasp_fx.prune(captured, calibration=data, score="obs", allocation=lambda budget, *_: [4], sparsity=0.3)
+    costs = fasp_fx.measure(
+        captured, calibration=data, score=fasp_fx.obs.OBS(rounds=12, shrinkage=0.0, damping=1e-6)
+    )
+    result = fasp_fx.prune(
+        captured, calibration=data, score="obs", allocation=lambda budget, *_: [4], sparsity=0.3
+    )
     with torch.no_grad():
         dense, pruned = model(torch.cat(data)), result.module(torch.cat(data))
     error = 0.5 * float((dense - pruned).square().sum(-1).mean() / dense.square().mean()) / 5

@@ -1,4 +1,6 @@
-"""Odd models: pruned right, held against the dense model with the removed columns of its inputs masked, or left whole with a reason."""
+"""Odd models: pruned right, held against the dense model with the removed columns of its inputs masked, or
+left whole with a reason.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +24,10 @@ from torch.utils import _pytree as pytree
 
 import fasp_fx
 
-pytestmark = [pytest.mark.filterwarnings("ignore::fasp_fx.CalibrationWarning"), pytest.mark.usefixtures("no_files")]
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::fasp_fx.CalibrationWarning"),
+    pytest.mark.usefixtures("no_files"),
+]
 
 TOLERANCE = 1e-5
 
@@ -32,9 +37,14 @@ def _untouched(model: nn.Module) -> Iterator[None]:
     """Same tensors, same values, same attributes, whatever kind of tensor they are."""
 
     def tensors() -> dict[str, Tensor]:
-        return dict([*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)])
+        return dict(
+            [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
+        )
 
-    copies = {name: (tensor, None if nn.parameter.is_lazy(tensor) else tensor.detach().clone()) for name, tensor in tensors().items()}
+    copies = {
+        name: (tensor, None if nn.parameter.is_lazy(tensor) else tensor.detach().clone())
+        for name, tensor in tensors().items()
+    }
     attributes = [{name: id(value) for name, value in vars(module).items()} for module in model.modules()]
     try:
         yield
@@ -47,13 +57,24 @@ def _untouched(model: nn.Module) -> Iterator[None]:
             if value is not None:
                 same = tensor.detach().dequantize() if tensor.is_quantized else tensor.detach().to_dense()
                 assert torch.equal(same, value.dequantize() if value.is_quantized else value.to_dense()), name
-        assert [{name: id(value) for name, value in vars(module).items()} for module in model.modules()] == attributes
+        assert [
+            {name: id(value) for name, value in vars(module).items()} for module in model.modules()
+        ] == attributes
 
 
-def _prune(model: nn.Module, args: tuple[Any, ...] = (X,), calibration: Any = None, **options: Any) -> fasp_fx.Result:
-    options = {"restore": None, "score": "random", "sparsity": 0.3, **options}  # the score would take channels that are always zero, and show nothing
+def _prune(
+    model: nn.Module, args: tuple[Any, ...] = (X,), calibration: Any = None, **options: Any
+) -> fasp_fx.Result:
+    options = {
+        "restore": None,
+        "score": "random",
+        "sparsity": 0.3,
+        **options,
+    }  # the score would take channels that are always zero, and show nothing
     with _untouched(model):
-        return fasp_fx.prune(model, args, calibration=[BATCH] if calibration is None else calibration, **options)
+        return fasp_fx.prune(
+            model, args, calibration=[BATCH] if calibration is None else calibration, **options
+        )
 
 
 def _columns(plan: Any) -> dict[str, set[int]]:
@@ -61,14 +82,21 @@ def _columns(plan: Any) -> dict[str, set[int]]:
     found: dict[str, set[int]] = {}
     for group in plan.groups:
         for part in group.consumers:
-            module = part.name.partition(".parametrizations.")[0] if ".parametrizations." in part.name else part.name.rpartition(".")[0]
+            module = (
+                part.name.partition(".parametrizations.")[0]
+                if ".parametrizations." in part.name
+                else part.name.rpartition(".")[0]
+            )
             found.setdefault(f"{module}.weight", set()).update(part.removed)
     return found
 
 
 def _leaves(output: Any) -> list[Any]:
     leaves = pytree.tree_leaves(output)
-    return [torch.view_as_real(leaf) if isinstance(leaf, Tensor) and leaf.is_complex() else leaf for leaf in leaves]
+    return [
+        torch.view_as_real(leaf) if isinstance(leaf, Tensor) and leaf.is_complex() else leaf
+        for leaf in leaves
+    ]
 
 
 def _assert_same(found: Any, expected: Any) -> None:
@@ -80,7 +108,9 @@ def _assert_same(found: Any, expected: Any) -> None:
             assert a == b
 
 
-def _exact(model: nn.Module, *calls: tuple[Any, ...], args: tuple[Any, ...] = (X,), calibration: Any = None) -> fasp_fx.Result:
+def _exact(
+    model: nn.Module, *calls: tuple[Any, ...], args: tuple[Any, ...] = (X,), calibration: Any = None
+) -> fasp_fx.Result:
     """Prune and compare several calls in a row: outputs, effects on the arguments, and buffers."""
     result = _prune(model, args, calibration)
     columns = _columns(result.plan)
@@ -93,7 +123,10 @@ def _exact(model: nn.Module, *calls: tuple[Any, ...], args: tuple[Any, ...] = (X
             found, expected, full = result.module(*mine), reference(*theirs), dense(*whole)
             _assert_same(found, expected)
             _assert_same(mine, theirs)
-            differs |= any(isinstance(a, Tensor) and not torch.allclose(a, b, atol=100 * TOLERANCE) for a, b in zip(_leaves(expected), _leaves(full)))
+            differs |= any(
+                isinstance(a, Tensor) and not torch.allclose(a, b, atol=100 * TOLERANCE)
+                for a, b in zip(_leaves(expected), _leaves(full))
+            )
     assert differs, "masking changes nothing that can be seen"
     own = dict(result.module.named_buffers())
     for name, buffer in reference.named_buffers():
@@ -158,13 +191,17 @@ def _halve_input(module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, .
 
 HOOKS: dict[str, Callable[[Any], Any]] = {
     "forward_of_the_model": lambda m: m.register_forward_hook(_double),
-    "forward_of_the_model_with_kwargs": lambda m: m.register_forward_hook(_double_with_kwargs, with_kwargs=True),
+    "forward_of_the_model_with_kwargs": lambda m: m.register_forward_hook(
+        _double_with_kwargs, with_kwargs=True
+    ),
     "always_called": lambda m: m.register_forward_hook(_double, always_call=True),
     "forward_of_the_producer": lambda m: m.up.register_forward_hook(_double),
     "before_the_producer": lambda m: m.up.register_forward_pre_hook(_halve_input),
     "before_the_consumer": lambda m: m.down.register_forward_pre_hook(_halve_input),
     "backward": lambda m: m.register_full_backward_hook(lambda module, before, after: None),
-    "backward_of_the_producer": lambda m: m.up.register_full_backward_hook(lambda module, before, after: None),
+    "backward_of_the_producer": lambda m: m.up.register_full_backward_hook(
+        lambda module, before, after: None
+    ),
     "state_dict": lambda m: m.register_state_dict_post_hook(lambda module, state, prefix, metadata: None),
 }
 
@@ -180,7 +217,9 @@ def test_hooks_are_part_of_what_the_model_computes(hook: str) -> None:
 def test_hook_before_the_model(with_kwargs: bool) -> None:
     model = Vectors().eval()
     if with_kwargs:
-        model.register_forward_pre_hook(lambda module, args, kwargs: ((args[0] / 2,), kwargs), with_kwargs=True)
+        model.register_forward_pre_hook(
+            lambda module, args, kwargs: ((args[0] / 2,), kwargs), with_kwargs=True
+        )
     else:
         model.register_forward_pre_hook(_halve_input)
     _exact(model)
@@ -351,14 +390,20 @@ def test_complex_tensors() -> None:
     _exact(Complex().eval(), args=(_complex(4),), calibration=[_complex(40)])
     _exact(Complex(inside=True).eval())
     result = _exact(Fourier().eval())
-    assert {part.name for group in result.plan.groups for part in group.producers} == {"second.weight", "second.bias"}  # what the transform mixes stays
+    assert {part.name for group in result.plan.groups for part in group.producers} == {
+        "second.weight",
+        "second.bias",
+    }  # what the transform mixes stays
 
 
 @pytest.mark.filterwarnings("ignore:Casting complex values:UserWarning")
 def test_restoration_of_complex_weights_helps_or_is_left_out() -> None:
     torch.manual_seed(0)
     model, data = Complex().eval(), _complex(2000)
-    restored, cut = (_prune(model, (data[:4],), [data], restore=restore, score="magnitude") for restore in ("least-squares", None))
+    restored, cut = (
+        _prune(model, (data[:4],), [data], restore=restore, score="magnitude")
+        for restore in ("least-squares", None)
+    )
     with torch.no_grad():
         target = model(data)
         errors = [float((result.module(data) - target).abs().square().sum()) for result in (restored, cut)]
@@ -398,7 +443,9 @@ class ReturnsItsInput(Vectors):
         return x, super().forward(x)
 
 
-@pytest.mark.parametrize("kind", [ScalesItsInput, ClearsAColumn, WritesIntoItsInput, OverwritesItsInput, ReturnsItsInput])
+@pytest.mark.parametrize(
+    "kind", [ScalesItsInput, ClearsAColumn, WritesIntoItsInput, OverwritesItsInput, ReturnsItsInput]
+)
 def test_inputs_edited_in_place(kind: type[nn.Module]) -> None:
     example, batch = X.clone(), BATCH.clone()
     model = kind().eval()
@@ -470,7 +517,9 @@ def test_buffers_written_in_forward(kind: type[nn.Module]) -> None:
     model = kind().eval()
     _exact(model, (X,), (2 * X,), (X - 1,))
     with _untouched(model):
-        result = fasp_fx.prune(model, (X,), calibration=[BATCH, 2 * BATCH], sparsity=0.3)  # observing does not count as calling
+        result = fasp_fx.prune(
+            model, (X,), calibration=[BATCH, 2 * BATCH], sparsity=0.3
+        )  # observing does not count as calling
     for name, buffer in model.named_buffers():
         assert torch.equal(result.module.get_buffer(name), buffer)
 
@@ -501,7 +550,15 @@ class Mode(enum.Enum):
 
 
 class Options(Vectors):
-    def forward(self, x: Tensor, mode: Mode = Mode.RELU, scale: float = 2.0, function: Any = torch.relu, *, count: int | None = None) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,
+        mode: Mode = Mode.RELU,
+        scale: float = 2.0,
+        function: Any = torch.relu,
+        *,
+        count: int | None = None,
+    ) -> Tensor:
         hidden = self.up(x) * scale
         hidden = function(hidden) if mode is Mode.RELU else torch.tanh(hidden)
         return self.down(hidden)[:count]
@@ -547,7 +604,9 @@ def test_lists_and_dicts_of_tensors() -> None:
         pytest.param(Nested, {"x": X, "k": 2}, {"x": BATCH, "k": 2}, {"x": X, "k": 3}, id="another_constant"),
     ],
 )
-def test_other_structures_inside_arguments_are_refused(kind: type[nn.Module], example: Any, batch: Any, other: Any) -> None:
+def test_other_structures_inside_arguments_are_refused(
+    kind: type[nn.Module], example: Any, batch: Any, other: Any
+) -> None:
     result = _prune(kind().eval(), (example,), [(batch,)])
     with pytest.raises(fasp_fx.CallError):
         result.module(other)
@@ -582,7 +641,11 @@ class Returns(Vectors):
 
 def test_optional_and_constant_outputs() -> None:
     _exact(Returns(lambda out: (out, None)).eval())
-    _exact(Returns(lambda out: {"out": out, "none": None, "count": 3, "name": "text", "nested": [1, (out.sum(),)]}).eval())
+    _exact(
+        Returns(
+            lambda out: {"out": out, "none": None, "count": 3, "name": "text", "nested": [1, (out.sum(),)]}
+        ).eval()
+    )
     model = Returns(lambda out: Pair(out, None)).eval()
     assert type(_exact(model).module(X)) is Pair
 
@@ -670,7 +733,9 @@ def test_forward_of_the_instance() -> None:
 
 
 def _zeroed(model: nn.Module, *calls: tuple[Any, ...], **options: Any) -> fasp_fx.Result:
-    """Prune and compare with the dense model whose consumers' removed columns are zero (with ``include``: whose producers' rows are, too)."""
+    """Prune and compare with the dense model whose consumers' removed columns are zero (with ``include``:
+    whose producers' rows are, too).
+    """
     result = _prune(model, calls[0], **options)
     assert result.plan.groups
     reference = zeroed(model, result.plan, producers=bool(options.get("include")))
@@ -678,7 +743,10 @@ def _zeroed(model: nn.Module, *calls: tuple[Any, ...], **options: Any) -> fasp_f
     with torch.no_grad():
         for call in calls:
             _assert_same(result.module(*call), reference(*call))
-            differs |= any(not torch.allclose(a, b, atol=100 * TOLERANCE) for a, b in zip(_leaves(reference(*call)), _leaves(model(*call)), strict=True))
+            differs |= any(
+                not torch.allclose(a, b, atol=100 * TOLERANCE)
+                for a, b in zip(_leaves(reference(*call)), _leaves(model(*call)), strict=True)
+            )
     assert differs, "masking changes nothing that can be seen"
     return result
 
@@ -688,7 +756,9 @@ class Splines(nn.Module):
 
     def __init__(self, *widths: int, points: int = 5) -> None:
         super().__init__()
-        self.layers = nn.ParameterList([nn.Parameter(torch.randn(o, i, points)) for i, o in itertools.pairwise(widths)])
+        self.layers = nn.ParameterList(
+            [nn.Parameter(torch.randn(o, i, points)) for i, o in itertools.pairwise(widths)]
+        )
         self.register_buffer("grid", torch.linspace(-2, 2, points))
 
     def forward(self, x: Tensor) -> Tensor:
@@ -700,13 +770,21 @@ class Splines(nn.Module):
 def test_a_dimension_merged_of_channels_and_what_has_none() -> None:
     model = Splines(6, 10, 3).eval()
     result = _zeroed(model, (X,), (torch.randn(7, 6),))
-    assert {(part.name, part.dim) for group in result.plan.groups for part in group.consumers} >= {("layers.1", 1)}
-    inputs = [group for group in fasp_fx.analyze(model, (X,)).groups if any((part.name, part.dim) == ("layers.0", 1) for part in group.consumers)]
+    assert {(part.name, part.dim) for group in result.plan.groups for part in group.consumers} >= {
+        ("layers.1", 1)
+    }
+    inputs = [
+        group
+        for group in fasp_fx.analyze(model, (X,)).groups
+        if any((part.name, part.dim) == ("layers.0", 1) for part in group.consumers)
+    ]
     assert [group.status for group in inputs] == ["frozen"]  # the input's own channels stay
 
 
 class OnePerSample(nn.Module):
-    """A convolution with a weight of its own for every sample: mixed of several (CondConv), or scaled by a style (StyleGAN 2)."""
+    """A convolution with a weight of its own for every sample: mixed of several (CondConv), or scaled by a
+    style (StyleGAN 2).
+    """
 
     def __init__(self, styled: bool) -> None:
         super().__init__()
@@ -718,8 +796,17 @@ class OnePerSample(nn.Module):
         x = torch.relu(self.first(x))
         batch, channels, height, width = x.shape
         gate = torch.sigmoid(self.gate(x.mean((2, 3))))
-        weight = self.weight * gate[:, None, :, None, None] if self.styled else torch.einsum("be,eoihw->boihw", gate, self.weight)
-        x = F.conv2d(x.reshape(1, batch * channels, height, width), weight.reshape(batch * 8, channels, 3, 3), padding=1, groups=batch)
+        weight = (
+            self.weight * gate[:, None, :, None, None]
+            if self.styled
+            else torch.einsum("be,eoihw->boihw", gate, self.weight)
+        )
+        x = F.conv2d(
+            x.reshape(1, batch * channels, height, width),
+            weight.reshape(batch * 8, channels, 3, 3),
+            padding=1,
+            groups=batch,
+        )
         return self.last(torch.relu(x.view(batch, 8, height, width)))
 
 
@@ -769,11 +856,15 @@ def test_a_part_of_which_one_channel_or_none_is_left(by: str, left: int) -> None
     with torch.no_grad():
         model.down.weight[:, left:3] *= 0.2
     result = _zeroed(model, (X,), (torch.randn(7, 6),), score="magnitude", sparsity=(3 - left) / 24)
-    assert [part.removed for group in result.plan.groups for part in group.consumers] == [tuple(range(left, 3))]
+    assert [part.removed for group in result.plan.groups for part in group.consumers] == [
+        tuple(range(left, 3))
+    ]
 
 
 class Assigns(nn.Module):
-    """Values are assigned to positions of a sequence, wherever a mask is true, and to channels of an empty tensor."""
+    """Values are assigned to positions of a sequence, wherever a mask is true, and to channels of an empty
+    tensor.
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -794,7 +885,10 @@ class Assigns(nn.Module):
 
 def test_assignments_to_slices() -> None:
     result = _zeroed(Assigns().eval(), (torch.randn(3, 5, 6),), (torch.randn(2, 7, 6),))
-    assert {part.name for group in result.plan.groups for part in group.consumers} == {"mix.weight", "down.weight"}
+    assert {part.name for group in result.plan.groups for part in group.consumers} == {
+        "mix.weight",
+        "down.weight",
+    }
 
 
 class Pairs(nn.Module):
@@ -810,11 +904,16 @@ class Pairs(nn.Module):
 
 def test_the_outputs_of_a_bilinear_layer_go() -> None:
     result = _zeroed(Pairs().eval(), (X,), (torch.randn(7, 6),))
-    assert {part.name for group in result.plan.groups for part in group.producers} == {"both.weight", "both.bias"}
+    assert {part.name for group in result.plan.groups for part in group.producers} == {
+        "both.weight",
+        "both.bias",
+    }
 
 
 class Modes(nn.Module):
-    """A Fourier layer: the lowest frequencies are mixed by complex weights and assigned to an empty spectrum."""
+    """A Fourier layer: the lowest frequencies are mixed by complex weights and assigned to an
+    empty spectrum.
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -832,7 +931,10 @@ def test_a_fourier_layer_is_pruned_and_trains() -> None:
     result = _zeroed(Modes().eval(), (torch.randn(3, 8, 6),), (torch.randn(2, 8, 6),))
     assert {part.name for group in result.plan.groups for part in group.consumers} >= {"last.weight"}
     result.module(torch.randn(3, 8, 6)).square().mean().backward()
-    assert all(parameter.grad is not None and bool(parameter.grad.abs().sum() > 0) for parameter in result.module.parameters())
+    assert all(
+        parameter.grad is not None and bool(parameter.grad.abs().sum() > 0)
+        for parameter in result.module.parameters()
+    )
 
 
 class MixedByHead(nn.Module):
@@ -850,7 +952,9 @@ class MixedByHead(nn.Module):
 
 @pytest.mark.parametrize("sparsity", [0.75, 0.5])
 def test_heads_of_which_one_channel_is_left(sparsity: float) -> None:
-    result = _zeroed(MixedByHead().eval(), (torch.randn(3, 5, 6),), (torch.randn(2, 5, 6),), sparsity=sparsity)
+    result = _zeroed(
+        MixedByHead().eval(), (torch.randn(3, 5, 6),), (torch.randn(2, 5, 6),), sparsity=sparsity
+    )
     assert result.plan.sparsity == pytest.approx(sparsity)
 
 
@@ -860,4 +964,6 @@ def test_a_depthwise_convolution_with_several_outputs_for_each_channel(again: bo
     model = _stack(nn.Conv1d(4, 6, 1), nn.Conv1d(6, 18, 3, padding=1, groups=6), nn.ReLU(), *after)
     result = _zeroed(model, (torch.randn(2, 4, 8),), (torch.randn(3, 4, 8),))
     removed = {part.name: part.removed for group in result.plan.groups for part in group.producers}
-    assert removed["1.weight"] == tuple(3 * channel + output for channel in removed["0.weight"] for output in range(3))
+    assert removed["1.weight"] == tuple(
+        3 * channel + output for channel in removed["0.weight"] for output in range(3)
+    )

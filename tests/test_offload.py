@@ -31,7 +31,9 @@ BATCHES = [torch.arange(64).reshape(2, 32) * step % 97 for step in (3, 5, 7)]
 
 
 class Model(nn.Module):
-    """Wide enough for its weights to be kept in files, two of them one, and a buffer that calls write into."""
+    """Wide enough for its weights to be kept in files, two of them one, and a buffer that calls
+    write into.
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -130,7 +132,11 @@ def test_a_model_stays_what_it_is(tmp_path: Path) -> None:
     keep_weights(model, scratch)
     optimizer.step()
     assert torch.equal(model.up.weight, before["up.weight"] - 0.5)
-    assert all(torch.equal(parameter, before[name]) for name, parameter in model.named_parameters() if name != "up.weight")
+    assert all(
+        torch.equal(parameter, before[name])
+        for name, parameter in model.named_parameters()
+        if name != "up.weight"
+    )
     model.trace.add_(1)
     assert float(model.part.sum()) == 8
     assert len(scratch) == 1
@@ -150,7 +156,9 @@ def test_several_threads_keep_weights(tmp_path: Path) -> None:
     sys.setswitchinterval(1e-6)
     try:
         with ThreadPoolExecutor(4) as pool:
-            kept = list(pool.map(lambda number: scratch.keep(torch.full((SMALLEST // 4,), float(number))), range(400)))
+            kept = list(
+                pool.map(lambda number: scratch.keep(torch.full((SMALLEST // 4,), float(number))), range(400))
+            )
     finally:
         sys.setswitchinterval(interval)
     assert all(bool((tensor == number).all()) for number, tensor in enumerate(kept))
@@ -218,7 +226,9 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize("sharded", [False, True], ids=["one file", "shards"])
 @pytest.mark.parametrize("dtype", [None, torch.bfloat16], ids=str)
-def test_a_checkpoint_is_loaded_as_transformers_load_it(checkpoint: Path, tmp_path: Path, sharded: bool, dtype: torch.dtype | None) -> None:
+def test_a_checkpoint_is_loaded_as_transformers_load_it(
+    checkpoint: Path, tmp_path: Path, sharded: bool, dtype: torch.dtype | None
+) -> None:
     expected = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=dtype or "auto").eval()
     folder = checkpoint
     if sharded:
@@ -235,17 +245,41 @@ def test_a_checkpoint_is_loaded_as_transformers_load_it(checkpoint: Path, tmp_pa
 
 
 def test_the_dtype_is_that_of_transformers(tmp_path: Path) -> None:
-    """The configuration's before the stored one; what a class keeps in float32 is not rounded first; one file before shards."""
+    """The configuration's before the stored one; what a class keeps in float32 is not rounded first; one file
+    before shards.
+    """
     torch.manual_seed(0)
-    experts = {"n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16, "first_k_dense_replace": 0, "n_group": 1, "topk_group": 1}
-    latent = {"q_lora_rank": 8, "kv_lora_rank": 8, "qk_rope_head_dim": 4, "qk_nope_head_dim": 4, "v_head_dim": 8}
+    experts = {
+        "n_routed_experts": 4,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 16,
+        "first_k_dense_replace": 0,
+        "n_group": 1,
+        "topk_group": 1,
+    }
+    latent = {
+        "q_lora_rank": 8,
+        "kv_lora_rank": 8,
+        "qk_rope_head_dim": 4,
+        "qk_nope_head_dim": 4,
+        "v_head_dim": 8,
+    }
     config = DeepseekV3Config(
-        vocab_size=50, hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=2, **experts, **latent
+        vocab_size=50,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        **experts,
+        **latent,
     )
     DeepseekV3ForCausalLM(config).save_pretrained(tmp_path / "model")
     said = json.loads((tmp_path / "model" / "config.json").read_text())
     (tmp_path / "model" / "config.json").write_text(json.dumps({**said, "dtype": "bfloat16"}))
-    (tmp_path / "model" / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"x": "other.safetensors"}}))
+    (tmp_path / "model" / "model.safetensors.index.json").write_text(
+        json.dumps({"weight_map": {"x": "other.safetensors"}})
+    )
     expected = AutoModelForCausalLM.from_pretrained(tmp_path / "model", dtype="auto")
     with offload(tmp_path / "scratch") as scratch:
         found = fasp_fx.hf.load_offloaded(tmp_path / "model", scratch)
@@ -257,7 +291,11 @@ def test_the_dtype_is_that_of_transformers(tmp_path: Path) -> None:
     assert {torch.float32, torch.bfloat16} <= kinds
 
 
-NO_OPTIONS: dict[str, dict[str, Any]] = {"int8": {"dtype": torch.int8}, "text": {"dtype": "bfloat16"}, "no scratch": {"scratch": None}}
+NO_OPTIONS: dict[str, dict[str, Any]] = {
+    "int8": {"dtype": torch.int8},
+    "text": {"dtype": "bfloat16"},
+    "no scratch": {"scratch": None},
+}
 
 
 @pytest.mark.parametrize("options", NO_OPTIONS.values(), ids=list(NO_OPTIONS))
@@ -266,7 +304,9 @@ def test_options_that_are_none(checkpoint: Path, tmp_path: Path, options: dict[s
         fasp_fx.hf.load_offloaded(checkpoint, **{"scratch": scratch, **options})
 
 
-def test_a_checkpoint_is_pruned_as_in_memory(checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_checkpoint_is_pruned_as_in_memory(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     options = {"calibration": BATCHES, "sparsity": 0.2}
     expected = fasp_fx.hf.prune(AutoModelForCausalLM.from_pretrained(checkpoint).eval(), **options)
     monkeypatch.setattr("fasp_fx._offload._scratch.SMALLEST", 1)
@@ -303,7 +343,15 @@ def _wider(folder: Path) -> None:
         (lambda folder: (folder / "config.json").write_text("{"), "cannot be loaded"),
         (_wider, "mismatched keys|cannot be loaded"),
     ],
-    ids=["missing", "damaged", "no index", "index of elsewhere", "no configuration", "damaged configuration", "another size"],
+    ids=[
+        "missing",
+        "damaged",
+        "no index",
+        "index of elsewhere",
+        "no configuration",
+        "damaged configuration",
+        "another size",
+    ],
 )
 def test_a_damaged_checkpoint(checkpoint: Path, tmp_path: Path, damage: object, said: str) -> None:
     import shutil

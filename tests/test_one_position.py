@@ -1,4 +1,6 @@
-"""Dimensions of one position look like dimensions without channels: what the graph still shows of them, before and after pruning."""
+"""Dimensions of one position look like dimensions without channels: what the graph still shows of them,
+before and after pruning.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +17,12 @@ class Appended(nn.Module):
     def __init__(self, last: bool) -> None:
         super().__init__()
         self.last = last
-        self.say, self.one, self.more, self.out = nn.Linear(4, 6), nn.Linear(6, 1), nn.Linear(4, 7), nn.Linear(7, 3)
+        self.say, self.one, self.more, self.out = (
+            nn.Linear(4, 6),
+            nn.Linear(6, 1),
+            nn.Linear(4, 7),
+            nn.Linear(7, 3),
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         said = self.say(x).tanh()
@@ -38,7 +45,9 @@ class Stacked(nn.Module):
 
 
 class Batched(nn.Module):
-    """Two matrices stored side by side are contracted with what depends on the input, and added to two others."""
+    """Two matrices stored side by side are contracted with what depends on the input, and added to two
+    others.
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -54,7 +63,11 @@ def test_a_position_without_channel_hides_no_channel_that_it_is_added_to() -> No
         model, x = Appended(last).eval(), torch.randn(2, 4)
         groups = fasp_fx.analyze(model, (x,)).groups
         (kept,) = [group for group in groups if group.reason is not None and "not a channel" in group.reason]
-        assert [str(member) for member in (*kept.producers, *kept.consumers)] == ["more.weight[0] 6", "more.bias[0] 6", "out.weight[1] 6"]
+        assert [str(member) for member in (*kept.producers, *kept.consumers)] == [
+            "more.weight[0] 6",
+            "more.bias[0] 6",
+            "out.weight[1] 6",
+        ]
         assert any(group.status == "prunable" and group.size == 6 for group in groups)
 
 
@@ -69,7 +82,10 @@ def test_channels_go_until_one_is_left_beside_the_appended_one() -> None:
 def test_experts_that_read_one_channel_have_neurons_of_their_own() -> None:
     x = torch.randn(6, 5)
     for width in (1, 2):
-        assert any("3 x 8  up[2 x 3] -> down[1 x 3]" in str(group) for group in fasp_fx.analyze(Stacked(width).eval(), (x,)).groups)
+        assert any(
+            "3 x 8  up[2 x 3] -> down[1 x 3]" in str(group)
+            for group in fasp_fx.analyze(Stacked(width).eval(), (x,)).groups
+        )
 
 
 def test_a_plan_made_before_experts_read_one_channel_goes_on_after() -> None:

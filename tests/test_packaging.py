@@ -1,4 +1,6 @@
-"""The wheel holds every module, at the right place, and nothing is imported from where only a checkout has it."""
+"""The wheel holds every module, at the right place, and nothing is imported from where only a checkout has
+it.
+"""
 
 from __future__ import annotations
 
@@ -40,11 +42,20 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     source = work / "source"
     source.mkdir()
     for name in ("fasp_fx", "passes", "patterns"):
-        shutil.copytree(ROOT / name, source / name, symlinks=True, ignore=shutil.ignore_patterns("__pycache__"))
+        shutil.copytree(
+            ROOT / name, source / name, symlinks=True, ignore=shutil.ignore_patterns("__pycache__")
+        )
     for name in ("pyproject.toml", "README.md"):
         shutil.copy(ROOT / name, source / name)
     build = "import sys; from setuptools import build_meta; print(build_meta.build_wheel(sys.argv[1]))"
-    done = subprocess.run([sys.executable, "-c", build, str(work)], cwd=source, capture_output=True, text=True, timeout=300, check=False)
+    done = subprocess.run(
+        [sys.executable, "-c", build, str(work)],
+        cwd=source,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
     assert done.returncode == 0, done.stderr
     with zipfile.ZipFile(next(work.glob("*.whl"))) as archive:
         return archive.namelist()
@@ -66,7 +77,11 @@ def test_wheel_is_typed(wheel: list[str]) -> None:
 
 
 def test_wheel_holds_the_parts_of_the_page(wheel: list[str]) -> None:
-    parts = {f"fasp_fx/_page/{path.name}" for path in (ROOT / "fasp_fx" / "_page").iterdir() if path.suffix in (".html", ".css", ".js")}
+    parts = {
+        f"fasp_fx/_page/{path.name}"
+        for path in (ROOT / "fasp_fx" / "_page").iterdir()
+        if path.suffix in (".html", ".css", ".js")
+    }
     assert len(parts) >= 3
     assert parts <= set(wheel)
 
@@ -103,25 +118,47 @@ def _imported(tree: ast.AST) -> set[str]:
 
 def test_top_level_folders_are_never_imported_bare() -> None:
     others = [path for folder in ("tests", "benchmarks", "scripts") for path in (ROOT / folder).rglob("*.py")]
-    guilty = {str(path.relative_to(ROOT)) for path in [*_sources().values(), *others] if _imported(ast.parse(path.read_text(encoding="utf-8"))) & set(TOP)}
+    guilty = {
+        str(path.relative_to(ROOT))
+        for path in [*_sources().values(), *others]
+        if _imported(ast.parse(path.read_text(encoding="utf-8"))) & set(TOP)
+    }
     assert not guilty
 
 
 def _named(dependencies: list[str]) -> set[str]:
     """The modules of requirements."""
-    return {dependency.split(">")[0].split("=")[0].split("<")[0].replace("-", "_") for dependency in dependencies}
+    return {
+        dependency.split(">")[0].split("=")[0].split("<")[0].replace("-", "_") for dependency in dependencies
+    }
 
 
 def _imported_at_once(tree: ast.Module) -> set[str]:
     """Top-level names of absolute imports outside functions, which run when the module is imported."""
-    inside = {id(node) for function in ast.walk(tree) if isinstance(function, ast.FunctionDef) for node in ast.walk(function)}
-    return _imported(ast.Module([node for node in ast.walk(tree) if isinstance(node, (ast.Import, ast.ImportFrom)) and id(node) not in inside], []))
+    inside = {
+        id(node)
+        for function in ast.walk(tree)
+        if isinstance(function, ast.FunctionDef)
+        for node in ast.walk(function)
+    }
+    return _imported(
+        ast.Module(
+            [
+                node
+                for node in ast.walk(tree)
+                if isinstance(node, (ast.Import, ast.ImportFrom)) and id(node) not in inside
+            ],
+            [],
+        )
+    )
 
 
 def test_what_is_imported_is_required() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     required = _named(project["dependencies"])
-    optional = _named([need for extra in ("eval", "quantise") for need in project["optional-dependencies"][extra]])
+    optional = _named(
+        [need for extra in ("eval", "quantise") for need in project["optional-dependencies"][extra]]
+    )
     comes_with = {"sympy": "torch", "huggingface_hub": "transformers", "datasets": "lm_eval"}
     for name, path in _sources().items():
         if name.startswith("fasp_fx/testing/"):

@@ -26,27 +26,65 @@ HOSTILE = "</script><img src=x onerror='window.hacked=1'><b>@@data@@&lt;\u2028"
 
 
 def decoder(layers: int = LAYERS) -> Report:
-    """The report of a Llama: two prunable groups for each layer, a stream through all of them, query and key rows, and the vocabulary."""
+    """The report of a Llama: two prunable groups for each layer, a stream through all of them, query and key
+    rows, and the vocabulary.
+    """
     written, read, turned = [("model.embed.weight", 1)], [("model.embed.weight", 1)], []
     own: list[Line] = []
     for number in range(layers):
         at = f"model.layers.{number}"
         written += [(f"{at}.attn.o.weight", 0), (f"{at}.mlp.down.weight", 0), (f"{at}.norm.weight", 0)]
-        read += [(f"{at}.attn.{name}.weight", 1) for name in "qkv"] + [(f"{at}.mlp.{name}.weight", 1) for name in ("gate", "up")]
+        read += [(f"{at}.attn.{name}.weight", 1) for name in "qkv"] + [
+            (f"{at}.mlp.{name}.weight", 1) for name in ("gate", "up")
+        ]
         turned += [(f"{at}.attn.{name}.weight", 0) for name in "qk"]
         values = Line(f"{at}.attn.o.weight", "prunable", 192, 192 - 3 * (number * 7 % 40), 3, "")
         errors = 0.01 * (number * 13 % 30), 0.001 * number, 0.02, 0.002 * number
-        neurons = Line(f"{at}.mlp.down.weight", "prunable", 1536, 1536 - 16 * (number * 11 % 50), 1, "", *errors)
-        own.append(replace(values, producers=((f"{at}.attn.v.weight", 0),), consumers=((f"{at}.attn.o.weight", 1),)))
+        neurons = Line(
+            f"{at}.mlp.down.weight", "prunable", 1536, 1536 - 16 * (number * 11 % 50), 1, "", *errors
+        )
+        own.append(
+            replace(values, producers=((f"{at}.attn.v.weight", 0),), consumers=((f"{at}.attn.o.weight", 1),))
+        )
         both = (f"{at}.mlp.gate.weight", 0), (f"{at}.mlp.up.weight", 0)
         own.append(replace(neurons, producers=both, consumers=((f"{at}.mlp.down.weight", 1),)))
-    stream = Line("model.embed.weight", "approximate", 576, 576, 1, "mixed by aten.mean.dim", producers=tuple(written), consumers=tuple(read))
-    words = Line("model.embed.weight#2", "frozen", 49152, 49152, 1, EMBEDDING, producers=(("model.embed.weight", 0),))
-    query = Line("model.layers.0.attn.q.weight", "exempt", 32, 32, 1, "contracted between two activations", producers=tuple(turned))
-    figures = (Figure("milliseconds for one chunk", 81.24, 69.06, 1), Figure("perplexity on chunks 4 to 6 of wiki.txt", 17.5, 22.871, 3))
+    stream = Line(
+        "model.embed.weight",
+        "approximate",
+        576,
+        576,
+        1,
+        "mixed by aten.mean.dim",
+        producers=tuple(written),
+        consumers=tuple(read),
+    )
+    words = Line(
+        "model.embed.weight#2", "frozen", 49152, 49152, 1, EMBEDDING, producers=(("model.embed.weight", 0),)
+    )
+    query = Line(
+        "model.layers.0.attn.q.weight",
+        "exempt",
+        32,
+        32,
+        1,
+        "contracted between two activations",
+        producers=tuple(turned),
+    )
+    figures = (
+        Figure("milliseconds for one chunk", 81.24, 69.06, 1),
+        Figure("perplexity on chunks 4 to 6 of wiki.txt", 17.5, 22.871, 3),
+    )
     seconds = {"capture": 6.25, "calibration": 48.3}
     return Report(
-        0.2001, 0.2, (134_515_008, 113_281_344), (269_030_016, 226_562_688), (stream, *own, words, query), seconds, ("a note",), figures, {"my.op": 3}
+        0.2001,
+        0.2,
+        (134_515_008, 113_281_344),
+        (269_030_016, 226_562_688),
+        (stream, *own, words, query),
+        seconds,
+        ("a note",),
+        figures,
+        {"my.op": 3},
     )
 
 
@@ -54,18 +92,34 @@ def decoder(layers: int = LAYERS) -> Report:
 
 
 def _joined(lines: tuple[Line, ...]) -> set[tuple[str, str, str]]:
-    return {(name, role, line.name) for line in lines for role, members in (("row", line.producers), ("column", line.consumers)) for name, _ in members}
+    return {
+        (name, role, line.name)
+        for line in lines
+        for role, members in (("row", line.producers), ("column", line.consumers))
+        for name, _ in members
+    }
 
 
 def _drawn(lines: tuple[Line, ...]) -> set[tuple[str, str, str]]:
-    """What the layout joins: with a bias at its weight, every parameter of a node stands for what the node is joined to."""
+    """What the layout joins: with a bias at its weight, every parameter of a node stands for what the node is
+    joined to.
+    """
     found = set()
     for row in lay_out(lines).rows:
         for layer in row.layers:
             for index, node in enumerate(layer.nodes):
-                joined = [("column", group) for group in node.consumes] + [("row", group) for group in node.produces]
-                joined += [("column" if way else "row", group) for at, hub, way in layer.edges if at == index for group in layer.hubs[hub].groups]
-                found |= {(name, role, lines[group].name) for name in node.parameters for role, group in joined}
+                joined = [("column", group) for group in node.consumes] + [
+                    ("row", group) for group in node.produces
+                ]
+                joined += [
+                    ("column" if way else "row", group)
+                    for at, hub, way in layer.edges
+                    if at == index
+                    for group in layer.hubs[hub].groups
+                ]
+                found |= {
+                    (name, role, lines[group].name) for name in node.parameters for role, group in joined
+                }
     return found
 
 
@@ -76,7 +130,13 @@ def test_every_edge_of_the_graph_is_drawn(zoo_analysis: Callable[[str], fasp_fx.
     assert not data["pruned"]
     shown = {(row["label"], len(row["layers"])) for row in data["graph"]["rows"]}
     assert ("model.layers.0-1", 2) in shown
-    names = {name for row in data["graph"]["rows"] for layer in row["layers"] for node in layer["nodes"] for name in node["parameters"]}
+    names = {
+        name
+        for row in data["graph"]["rows"]
+        for layer in row["layers"]
+        for node in layer["nodes"]
+        for name in node["parameters"]
+    }
     graph = analysis.graph()
     assert names == {vertex[1] for vertex, kind in graph.nodes(data="kind") if kind == "weight"}
     lines = decoder(3).lines
@@ -85,21 +145,52 @@ def test_every_edge_of_the_graph_is_drawn(zoo_analysis: Callable[[str], fasp_fx.
 
 def test_a_bias_goes_with_its_weight_and_circles_are_drawn() -> None:
     """A gate that a group feeds and that scales it, as in squeeze-and-excitation."""
-    wide = Line("b.0.fc1.weight", "prunable", 8, 8, 1, "", producers=(("b.0.conv.weight", 0), ("b.0.conv.bias", 0), ("b.0.fc2.weight", 0)))
+    wide = Line(
+        "b.0.fc1.weight",
+        "prunable",
+        8,
+        8,
+        1,
+        "",
+        producers=(("b.0.conv.weight", 0), ("b.0.conv.bias", 0), ("b.0.fc2.weight", 0)),
+    )
     wide = replace(wide, consumers=(("b.0.fc1.weight", 1), ("b.0.out.weight", 1)))
-    gate = Line("b.0.fc2.weight", "prunable", 2, 2, 1, "", producers=(("b.0.fc1.weight", 0),), consumers=(("b.0.fc2.weight", 1),))
+    gate = Line(
+        "b.0.fc2.weight",
+        "prunable",
+        2,
+        2,
+        1,
+        "",
+        producers=(("b.0.fc1.weight", 0),),
+        consumers=(("b.0.fc2.weight", 1),),
+    )
     graph = lay_out((wide, gate))
     (layer,) = graph.rows[0].layers
     assert not graph.shared
-    assert {node.label: node.parameters for node in layer.nodes}["conv"] == ["b.0.conv.weight", "b.0.conv.bias"]
+    assert {node.label: node.parameters for node in layer.nodes}["conv"] == [
+        "b.0.conv.weight",
+        "b.0.conv.bias",
+    ]
     assert _drawn((wide, gate)) == _joined((wide, gate))
     places = [(item.x, item.y) for item in (*layer.nodes, *layer.hubs)]
-    assert all(a[0] != b[0] or abs(a[1] - b[1]) >= 1 for i, a in enumerate(places) for b in places[:i])  # nothing lies on anything
+    assert all(
+        a[0] != b[0] or abs(a[1] - b[1]) >= 1 for i, a in enumerate(places) for b in places[:i]
+    )  # nothing lies on anything
 
 
 def test_equal_experts_share_a_place() -> None:
     lines = tuple(
-        Line(f"h.0.e.{n}.down.weight", "prunable", 8, 8 - n, 1, "", producers=((f"h.0.e.{n}.up.weight", 0),), consumers=((f"h.0.e.{n}.down.weight", 1),))
+        Line(
+            f"h.0.e.{n}.down.weight",
+            "prunable",
+            8,
+            8 - n,
+            1,
+            "",
+            producers=((f"h.0.e.{n}.up.weight", 0),),
+            consumers=((f"h.0.e.{n}.down.weight", 1),),
+        )
         for n in range(5)
     )
     (layer,) = lay_out(lines).rows[0].layers
@@ -115,7 +206,10 @@ def test_layers_are_alike_only_if_all_about_them_is() -> None:
     assert rows == {"model.embed": 1, "model.layers.0-1,3-5": 5, "model.layers.2": 1}
 
 
-@pytest.mark.parametrize(("name", "layer"), [("a.3.b.7.weight", "a.3"), ("0.weight", "0"), ("head.weight", ""), ("weight", ""), ("a.b.5", "")])
+@pytest.mark.parametrize(
+    ("name", "layer"),
+    [("a.3.b.7.weight", "a.3"), ("0.weight", "0"), ("head.weight", ""), ("weight", ""), ("a.b.5", "")],
+)
 def test_layer_of(name: str, layer: str) -> None:
     assert layer_of(name) == layer
 
@@ -139,7 +233,12 @@ def test_a_page_replaces_a_page_and_nothing_else(tmp_path: Path) -> None:
             with pytest.raises(fasp_fx.StoreError, match=re.escape(str(taken))):
                 refuse(taken)
     assert other.read_text() == "<html>mine</html>"
-    assert sorted(path.name for path in tmp_path.rglob("*")) == ["deep", "link.html", "mine.html", "page.html"]
+    assert sorted(path.name for path in tmp_path.rglob("*")) == [
+        "deep",
+        "link.html",
+        "mine.html",
+        "page.html",
+    ]
 
 
 def test_a_report_comes_back_from_json() -> None:
@@ -177,7 +276,14 @@ def browser() -> Iterator[Any]:
     if found is None:
         pytest.skip("no chromium, chromium-browser or google-chrome is installed")
     with api.sync_playwright() as playwright:
-        flags = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking", "--disable-component-update"]
+        flags = [
+            "--no-sandbox",
+            "--disable-gpu",
+            "--disable-quic",
+            "--no-first-run",
+            "--disable-background-networking",
+            "--disable-component-update",
+        ]
         started = playwright.chromium.launch(executable_path=found, args=flags)
         yield started
         started.close()
@@ -210,7 +316,10 @@ def show(browser: Any, tmp_path: Path) -> Iterator[Open]:
 
 
 def _order(tab: Any) -> list[int]:
-    return [int(index) for index in tab.eval_on_selector_all("#table tbody tr", "rows => rows.map(row => row.dataset.index)")]
+    return [
+        int(index)
+        for index in tab.eval_on_selector_all("#table tbody tr", "rows => rows.map(row => row.dataset.index)")
+    ]
 
 
 @pytest.mark.parametrize(("width", "scheme", "dark"), [(1280, "light", False), (400, "dark", True)])
@@ -219,8 +328,14 @@ def test_thirty_layers_fit_the_window(show: Open, width: int, scheme: str, dark:
     tab.click("text=30 alike")
     tab.click('[data-layer="3"] button')
     assert tab.evaluate("document.documentElement.scrollWidth <= document.documentElement.clientWidth")
-    assert tab.evaluate("[...document.querySelectorAll('.row svg')].every(picture => picture.getBoundingClientRect().width <= innerWidth)")
-    colour = [int(part) for part in re.findall(r"\d+", tab.evaluate("getComputedStyle(document.body).backgroundColor"))]
+    assert tab.evaluate(
+        "[...document.querySelectorAll('.row svg')].every(picture => picture.getBoundingClientRect().width <="
+        " innerWidth)"
+    )
+    colour = [
+        int(part)
+        for part in re.findall(r"\d+", tab.evaluate("getComputedStyle(document.body).backgroundColor"))
+    ]
     assert (sum(colour) < 300) == dark
     tiles = tab.inner_text("#tiles")
     for text in ("20.01%", "113,281,344", "216.1 MiB", "from 256.6 MiB", "69.1", "22.871", "−15.8%"):
@@ -241,7 +356,9 @@ def test_layers_open_one_by_one(show: Open) -> None:
     tab.keyboard.press("Enter")
     opened = tab.locator('[data-layer="7"]')
     assert opened.evaluate("row => row.contains(document.activeElement)")
-    labels = opened.locator("[role=img]").evaluate_all("marks => marks.map(mark => mark.getAttribute('aria-label'))")
+    labels = opened.locator("[role=img]").evaluate_all(
+        "marks => marks.map(mark => mark.getAttribute('aria-label'))"
+    )
     for name in ("attn.q", "attn.k", "attn.v", "attn.o", "mlp.gate", "mlp.up", "mlp.down", "norm"):
         assert any(f"model.layers.7.{name}.weight" in label for label in labels)
     tab.click("text=show as one")
@@ -300,7 +417,10 @@ def test_the_table_filters(show: Open) -> None:
     report = decoder()
     tab = show(report)
     tab.fill("#filter", "Layers.4. DOWN")
-    assert [report.lines[index].name for index in _order(tab)] == ["model.embed.weight", "model.layers.4.mlp.down.weight"]
+    assert [report.lines[index].name for index in _order(tab)] == [
+        "model.embed.weight",
+        "model.layers.4.mlp.down.weight",
+    ]
     assert tab.inner_text("#count") == f"2 of {len(report.lines)} groups"
     tab.fill("#filter", "frozen")
     assert [report.lines[index].status for index in _order(tab)] == ["frozen"]
@@ -314,7 +434,8 @@ def test_the_chart_has_a_bar_for_each_layer(show: Open) -> None:
     charts = tab.eval_on_selector_all(
         ".plot svg[role=group]",
         """charts => charts.map(chart => [...chart.querySelectorAll('.bar')].map(bar => [
-            Number(bar.dataset.bar), Number(bar.querySelector('.was').getAttribute('height')), Number(bar.querySelector('.is').getAttribute('height'))]))""",
+            Number(bar.dataset.bar), Number(bar.querySelector('.was').getAttribute('height')),
+            Number(bar.querySelector('.is').getAttribute('height'))]))""",
     )
     assert [len(chart) for chart in charts] == [LAYERS, LAYERS]
     for index, was, now in charts[0] + charts[1]:
@@ -330,14 +451,35 @@ def test_the_chart_has_a_bar_for_each_layer(show: Open) -> None:
 
 
 def test_hostile_names_stay_text(show: Open) -> None:
-    line = Line(f"a.0.{HOSTILE}", HOSTILE, 8, 4, 1, HOSTILE, producers=((f"a.0.{HOSTILE}.w", 0),), consumers=((f"a.1.{HOSTILE}", 1), ("__proto__", 0)))
+    line = Line(
+        f"a.0.{HOSTILE}",
+        HOSTILE,
+        8,
+        4,
+        1,
+        HOSTILE,
+        producers=((f"a.0.{HOSTILE}.w", 0),),
+        consumers=((f"a.1.{HOSTILE}", 1), ("__proto__", 0)),
+    )
     plain = Line("constructor", "toString", 2, 2, 1, "", producers=(("toString.weight", 0),))
-    report = Report(0.5, None, (2, 1), (8, 4), (line, plain), {HOSTILE: 1.0}, (HOSTILE,), (Figure(HOSTILE, 1.0, float("inf")),), {HOSTILE: 1})
+    report = Report(
+        0.5,
+        None,
+        (2, 1),
+        (8, 4),
+        (line, plain),
+        {HOSTILE: 1.0},
+        (HOSTILE,),
+        (Figure(HOSTILE, 1.0, float("inf")),),
+        {HOSTILE: 1},
+    )
     file = show(replace(report, lines=(*report.lines, replace(line, name=f"a.1.{HOSTILE}"))), HOSTILE)
     file.locator(".node").first.hover()
     assert file.title().startswith("</script><img")
     assert file.inner_text("h1").startswith("</script><img")
-    assert file.evaluate("window.hacked === undefined && document.images.length === 0 && document.scripts.length === 2")
+    assert file.evaluate(
+        "window.hacked === undefined && document.images.length === 0 && document.scripts.length === 2"
+    )
     assert file.inner_text("#table").count("onerror='window.hacked=1'") >= 6
 
 

@@ -1,4 +1,6 @@
-"""Results in pickles: what ``pickle`` and ``torch.save`` write is the same module in a process that knows nothing of the model."""
+"""Results in pickles: what ``pickle`` and ``torch.save`` write is the same module in a process that knows
+nothing of the model.
+"""
 
 from __future__ import annotations
 
@@ -40,7 +42,9 @@ for folder in sys.argv[1:]:
 
 
 class Model(nn.Module):
-    """Tied layers, buffers of both kinds, a constant, a nested argument, a constant argument, and a nested output."""
+    """Tied layers, buffers of both kinds, a constant, a nested argument, a constant argument, and a nested
+    output.
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -51,7 +55,11 @@ class Model(nn.Module):
 
     def forward(self, x: Tensor, *, extra: dict[str, Tensor], wide: bool = False) -> dict[str, Any]:
         self.calls += 1
-        y = self.second(F.gelu(self.again(x))) * self.fixed + torch.tensor([1.0, 2.0, 3.0, 4.0]) + extra["bias"].sum()
+        y = (
+            self.second(F.gelu(self.again(x))) * self.fixed
+            + torch.tensor([1.0, 2.0, 3.0, 4.0])
+            + extra["bias"].sum()
+        )
         return {"y": y, "both": (y, y * self.calls)}
 
 
@@ -59,7 +67,9 @@ class Model(nn.Module):
 def module() -> nn.Module:
     torch.manual_seed(0)
     call = {"extra": {"bias": torch.randn(3)}, "wide": True}
-    return fasp_fx.prune(Model().eval(), (torch.randn(3, 8),), call, score="magnitude", restore=None, sparsity=0.3).module
+    return fasp_fx.prune(
+        Model().eval(), (torch.randn(3, 8),), call, score="magnitude", restore=None, sparsity=0.3
+    ).module
 
 
 def _written(module: nn.Module, folder: Path) -> None:
@@ -69,11 +79,19 @@ def _written(module: nn.Module, folder: Path) -> None:
     with torch.no_grad():  # what is written are the weights as they are now
         module.get_parameter("second.bias").fill_(0.5)
     dtype = module.get_parameter("second.weight").dtype
-    args, kwargs = (torch.randn(7, 8, dtype=dtype),), {"extra": {"bias": torch.randn(3, dtype=dtype)}, "wide": True}
+    args, kwargs = (
+        (torch.randn(7, 8, dtype=dtype),),
+        {
+            "extra": {"bias": torch.randn(3, dtype=dtype)},
+            "wide": True,
+        },
+    )
     (folder / "module.pkl").write_bytes(pickle.dumps(module))
     torch.save(module, folder / "module.pt")
     with torch.no_grad():
-        torch.save((args, kwargs, module(*args, **kwargs), dict(module.named_parameters())), folder / "call.pt")
+        torch.save(
+            (args, kwargs, module(*args, **kwargs), dict(module.named_parameters())), folder / "call.pt"
+        )
 
 
 def test_pickles_are_read_in_another_process(module: nn.Module, tmp_path: Path) -> None:

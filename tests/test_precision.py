@@ -49,7 +49,16 @@ def precisions(**options: Any) -> dict[str, set[str]]:
         seen["score"].add(torch.get_float32_matmul_precision())
         return columns.weight.square().sum(0)
 
-    result = fasp_fx.prune(Watched().eval(), (BATCHES[0],), calibration=BATCHES, sparsity=0.3, score=score, allocation="global", loss=loss, **options)
+    result = fasp_fx.prune(
+        Watched().eval(),
+        (BATCHES[0],),
+        calibration=BATCHES,
+        sparsity=0.3,
+        score=score,
+        allocation="global",
+        loss=loss,
+        **options,
+    )
     assert result.report.sparsity == pytest.approx(0.3, abs=0.05)
     return seen
 
@@ -80,12 +89,17 @@ def test_an_error_leaves_nothing_changed() -> None:
         raise RuntimeError("no loss")
 
     with pytest.raises(fasp_fx.errors.CalibrationError, match="no loss"):
-        fasp_fx.prune(Watched().eval(), (BATCHES[0],), calibration=BATCHES, sparsity=0.3, loss=fails, precision="medium")
+        fasp_fx.prune(
+            Watched().eval(), (BATCHES[0],), calibration=BATCHES, sparsity=0.3, loss=fails, precision="medium"
+        )
 
 
 def test_rounded_products_choose_nearly_the_same() -> None:
     model = Watched().eval()
-    results = [fasp_fx.prune(model, (BATCHES[0],), calibration=BATCHES, sparsity=0.3, precision=precision) for precision in ("highest", "medium")]
+    results = [
+        fasp_fx.prune(model, (BATCHES[0],), calibration=BATCHES, sparsity=0.3, precision=precision)
+        for precision in ("highest", "medium")
+    ]
     x = torch.randn(256, 8, generator=torch.Generator().manual_seed(9))
     expected, errors = model(x), list[float]()
     for result in results:

@@ -1,4 +1,6 @@
-"""Repairs of queries for the channels that they lose together with keys, against dense solves of what they minimise."""
+"""Repairs of queries for the channels that they lose together with keys, against dense solves of what they
+minimise.
+"""
 
 from __future__ import annotations
 
@@ -18,11 +20,19 @@ HEADS, SIZE, WIDTH = 2, 8, 12
 
 
 class Attention(nn.Module):
-    """Two heads of queries and one or two of keys; with rotations by a table that all calls share, or with a gain on normalised queries."""
+    """Two heads of queries and one or two of keys; with rotations by a table that all calls share, or with a
+    gain on normalised queries.
+    """
 
-    def __init__(self, keys: int = HEADS, rotated: bool = False, normalised: bool = False, shown: bool = False) -> None:
+    def __init__(
+        self, keys: int = HEADS, rotated: bool = False, normalised: bool = False, shown: bool = False
+    ) -> None:
         super().__init__()
-        self.q, self.k, self.v = nn.Linear(WIDTH, HEADS * SIZE), nn.Linear(WIDTH, keys * SIZE), nn.Linear(WIDTH, keys * SIZE)
+        self.q, self.k, self.v = (
+            nn.Linear(WIDTH, HEADS * SIZE),
+            nn.Linear(WIDTH, keys * SIZE),
+            nn.Linear(WIDTH, keys * SIZE),
+        )
         self.out = nn.Linear(HEADS * SIZE, WIDTH)
         self.keys, self.rotated, self.normalised, self.shown = keys, rotated, normalised, shown
         self.gain = nn.Parameter(torch.ones(SIZE))
@@ -34,7 +44,9 @@ class Attention(nn.Module):
         if self.normalised:
             q = q * torch.rsqrt(q.square().mean(-1, keepdim=True) + 1e-6) * self.gain
         if self.rotated:
-            angles = torch.arange(x.shape[1])[:, None] * (self.frequencies if frequencies is None else frequencies)
+            angles = torch.arange(x.shape[1])[:, None] * (
+                self.frequencies if frequencies is None else frequencies
+            )
             angles = torch.cat([angles, angles], -1)
             q, k = (part * angles.cos() + _turned(part) * angles.sin() for part in (q, k))
         return q, k
@@ -42,7 +54,11 @@ class Attention(nn.Module):
     def forward(self, x: Tensor, frequencies: Tensor | None = None) -> Any:
         q, k = self.queries_and_keys(x, frequencies)
         v = self.v(x).unflatten(-1, (self.keys, SIZE)).transpose(1, 2)
-        made = x + self.out(F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=self.keys < HEADS).transpose(1, 2).flatten(2))
+        made = x + self.out(
+            F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=self.keys < HEADS)
+            .transpose(1, 2)
+            .flatten(2)
+        )
         return (made, q.sum(-1)) if self.shown else made
 
 
@@ -66,45 +82,78 @@ def _turned(x: Tensor) -> Tensor:
 
 
 def data(count: int = 8) -> list[Tensor]:
-    """Sequences whose channels depend on each other, so that those that stay can stand in for those that go."""
+    """Sequences whose channels depend on each other, so that those that stay can stand in for
+    those that go.
+    """
     generator = torch.Generator().manual_seed(0)
     mix = torch.randn(4, WIDTH, generator=generator)
-    return [torch.randn(1, 16, 4, generator=generator) @ mix + 0.05 * torch.randn(1, 16, WIDTH, generator=generator) for _ in range(count)]
+    return [
+        torch.randn(1, 16, 4, generator=generator) @ mix
+        + 0.05 * torch.randn(1, 16, WIDTH, generator=generator)
+        for _ in range(count)
+    ]
 
 
-def pruned(model: nn.Module, batches: list[Tensor], restore: Any = "least-squares", include: tuple[str, ...] = ("exempt",), **options: Any) -> Any:
-    options = {"sparsity": {"*q.weight*": 0.5}, "score": "fasp", "allocation": "uniform", "precision": "highest"} | options
-    return fasp_fx.prune(model, (batches[0],), calibration=batches, restore=restore, include=include, **options)
+def pruned(
+    model: nn.Module,
+    batches: list[Tensor],
+    restore: Any = "least-squares",
+    include: tuple[str, ...] = ("exempt",),
+    **options: Any,
+) -> Any:
+    options = {
+        "sparsity": {"*q.weight*": 0.5},
+        "score": "fasp",
+        "allocation": "uniform",
+        "precision": "highest",
+    } | options
+    return fasp_fx.prune(
+        model, (batches[0],), calibration=batches, restore=restore, include=include, **options
+    )
 
 
 def lost(result: Any, name: str = "q.weight") -> list[int]:
     """The rows of the queries' weight that went."""
-    return next(list(part.removed) for group in result.plan.groups for part in group.producers if part.name == name)
+    return next(
+        list(part.removed) for group in result.plan.groups for part in group.producers if part.name == name
+    )
 
 
 def expected(model: Attention, batches: list[Tensor], removed: list[int], strength: float) -> Tensor:
-    """The repaired weight and bias of queries, ``[rows, inputs + 1]``, by solves in float64; what went is as it was."""
+    """The repaired weight and bias of queries, ``[rows, inputs + 1]``, by solves in float64; what went is as
+    it was.
+    """
     weights = torch.cat([model.q.weight, model.q.bias[:, None]], 1).detach().double()
     found = weights.clone()
     operands = [tuple(part.detach().double()[0] for part in model.queries_and_keys(x)) for x in batches]
     for head in range(HEADS):
         rows = range(head * SIZE, (head + 1) * SIZE)
         kept = torch.tensor([row - rows.start for row in rows if row not in removed])
-        pairs = [(q[head], k[head * model.keys // HEADS] - k[head * model.keys // HEADS].mean(0)) for q, k in operands]
+        pairs = [
+            (q[head], k[head * model.keys // HEADS] - k[head * model.keys // HEADS].mean(0))
+            for q, k in operands
+        ]
         if model.rotated:  # one factor for each two channels that are turned into each other
             stay = kept[kept < SIZE // 2]
             sets = torch.arange(SIZE) % (SIZE // 2)
-            parts = [torch.stack([q[:, sets == f] @ k[:, sets == f].T for f in range(SIZE // 2)]).flatten(1) for q, k in pairs]
+            parts = [
+                torch.stack([q[:, sets == f] @ k[:, sets == f].T for f in range(SIZE // 2)]).flatten(1)
+                for q, k in pairs
+            ]
             gram = sum(part @ part.T for part in parts)
             wanted = gram[stay].sum(1) + strength * gram.diagonal().mean()
-            factors = torch.linalg.solve(gram[stay][:, stay] + strength * gram.diagonal().mean() * torch.eye(len(stay)), wanted)
+            factors = torch.linalg.solve(
+                gram[stay][:, stay] + strength * gram.diagonal().mean() * torch.eye(len(stay)), wanted
+            )
             for place, f in enumerate(stay.tolist()):
                 for row in (f, f + SIZE // 2):
                     found[rows.start + row] = factors[place] * weights[rows.start + row]
         else:
             gram = sum(q.square().sum() * k.T @ k for q, k in pairs)
             damping = strength * gram.diagonal().mean()
-            change = (gram + damping * torch.eye(SIZE))[:, kept] @ torch.linalg.inv(gram[kept][:, kept] + damping * torch.eye(len(kept)))
+            change = (gram + damping * torch.eye(SIZE))[:, kept] @ torch.linalg.inv(
+                gram[kept][:, kept] + damping * torch.eye(len(kept))
+            )
             found[rows.start + kept] = change.T @ weights[list(rows)]
     return found
 
@@ -119,9 +168,13 @@ def test_queries_are_repaired_as_a_dense_solve_says(keys: int, rotated: bool) ->
     stay = [row for row in range(HEADS * SIZE) if row not in removed]
     weights = dict(result.module.named_parameters())
     found = torch.cat([weights["q.weight"], weights["q.bias"][:, None]], 1).detach().double()
-    solved = {strength: expected(model, batches, removed, strength)[stay].chunk(HEADS) for strength in (*GRID, 1e9)}
+    solved = {
+        strength: expected(model, batches, removed, strength)[stay].chunk(HEADS) for strength in (*GRID, 1e9)
+    }
     for head, own in enumerate(found.chunk(HEADS)):  # each with the strength that serves it best
-        errors = {strength: float((own - rows[head]).norm() / own.norm()) for strength, rows in solved.items()}
+        errors = {
+            strength: float((own - rows[head]).norm() / own.norm()) for strength, rows in solved.items()
+        }
         assert min(errors.values()) < 1e-5
         assert errors[1e9] > (1e-4 if rotated else 1e-2)
 
@@ -132,7 +185,10 @@ def test_a_repair_brings_the_outputs_nearer() -> None:
         repaired, cut = (pruned(model, batches[:8], restore) for restore in ("least-squares", None))
     assert lost(repaired) == lost(cut)
     with torch.no_grad():
-        errors = [sum(float((result.module(x) - model(x)).square().sum()) for x in batches[8:]) for result in (repaired, cut)]
+        errors = [
+            sum(float((result.module(x) - model(x)).square().sum()) for x in batches[8:])
+            for result in (repaired, cut)
+        ]
     assert errors[0] < 0.5 * errors[1]
     line = next(line for line in repaired.report.lines if line.status == "exempt")
     assert line.error_restored < line.error_cut
@@ -164,14 +220,27 @@ def test_padding_plays_no_part() -> None:
         def forward(self, x: Tensor, mask: Tensor) -> Tensor:  # type: ignore[override]
             q, k = self.queries_and_keys(x)
             v = self.v(x).unflatten(-1, (self.keys, SIZE)).transpose(1, 2)
-            return x + self.out(F.scaled_dot_product_attention(q, k, v, mask[:, None, None].bool()).transpose(1, 2).flatten(2))
+            return x + self.out(
+                F.scaled_dot_product_attention(q, k, v, mask[:, None, None].bool()).transpose(1, 2).flatten(2)
+            )
 
     model, batches = randomise(Masked(), std=0.4), data()
     found = []
     for filling in (0.0, 100.0):
-        padded = [{"x": torch.cat([x, torch.full((1, 5, WIDTH), filling)], 1), "mask": torch.arange(21)[None] < 16} for x in batches]
+        padded = [
+            {"x": torch.cat([x, torch.full((1, 5, WIDTH), filling)], 1), "mask": torch.arange(21)[None] < 16}
+            for x in batches
+        ]
         result = fasp_fx.prune(
-            model, (), padded[0], calibration=padded, sparsity={"*q.weight*": 0.5}, include=("exempt",), padding_mask="mask", score="fasp", allocation="uniform"
+            model,
+            (),
+            padded[0],
+            calibration=padded,
+            sparsity={"*q.weight*": 0.5},
+            include=("exempt",),
+            padding_mask="mask",
+            score="fasp",
+            allocation="uniform",
         )
         found.append(dict(result.module.named_parameters())["q.weight"])
     assert torch.allclose(found[0], found[1], rtol=1e-4, atol=1e-6)
@@ -195,10 +264,14 @@ def test_layers_that_share_a_table_lose_pairs_of_their_own() -> None:
     with torch.no_grad():
         assert torch.allclose(exported.module()(batches[0]), again.module(batches[0]), atol=1e-9)
         assert torch.allclose(compiled(x), again.module(x), atol=1e-9)
-    fasp_fx.testing.check_program(model, (batches[0],), invariants=("mask-exact", "plan"), include=("exempt",))
+    fasp_fx.testing.check_program(
+        model, (batches[0],), invariants=("mask-exact", "plan"), include=("exempt",)
+    )
 
     with one_capture():
-        whole = pruned(model, batches, sparsity={"*out.weight": 0.5})  # nothing of the tables, which are one again
+        whole = pruned(
+            model, batches, sparsity={"*out.weight": 0.5}
+        )  # nothing of the tables, which are one again
     for found, count in ((whole, 1), (cut, len({tuple(rows) for rows in removed}))):
         assert len([name for name, _ in found.module.named_buffers() if "_of_" in name]) == count
     masked = randomise(Layers(), std=0.4).double()
@@ -216,7 +289,10 @@ def test_norms_before_a_table_that_layers_share() -> None:
     model, batches = randomise(Layers(2, normalised=True), std=0.4).double(), [x.double() for x in data()]
     result = pruned(model, batches, include=("exempt", "approximate"), sparsity={"*gain*": 0.5})
     assert len(result.plan.copies) == 2
-    assert all(f"layers.{layer}.gain" in {part.name for group in result.plan.groups for part in group.producers} for layer in range(2))
+    assert all(
+        f"layers.{layer}.gain" in {part.name for group in result.plan.groups for part in group.producers}
+        for layer in range(2)
+    )
 
 
 class Across(nn.Module):
@@ -227,12 +303,18 @@ class Across(nn.Module):
         self.q, self.k, self.v, self.out = (nn.Linear(WIDTH, WIDTH) for _ in range(4))
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
-        return self.out(F.scaled_dot_product_attention(*(part[:, None] for part in (self.q(x), self.k(y), self.v(y))))[:, 0])
+        return self.out(
+            F.scaled_dot_product_attention(*(part[:, None] for part in (self.q(x), self.k(y), self.v(y))))[
+                :, 0
+            ]
+        )
 
 
 @pytest.mark.parametrize("seed", range(3))
 def test_the_errors_in_the_report_are_those_of_the_products(seed: int) -> None:
-    """Sequences whose queries and keys are large and small the other way round, so that no map is nearest for all."""
+    """Sequences whose queries and keys are large and small the other way round, so that no map is nearest for
+    all.
+    """
     torch.manual_seed(seed)
     model = Across().double().eval()
     batches = []
@@ -240,14 +322,26 @@ def test_the_errors_in_the_report_are_those_of_the_products(seed: int) -> None:
         x, y = (torch.randn(1, 16, 4).double() @ torch.randn(4, WIDTH).double() for _ in range(2))
         batches.append({"x": x * (4.0 if number % 2 else 0.5), "y": y * (0.5 if number % 2 else 4.0)})
     result = fasp_fx.prune(
-        model, (), batches[0], calibration=batches, include=("exempt",), sparsity={"*q.weight*": 0.5}, score="fasp", allocation="uniform", precision="highest"
+        model,
+        (),
+        batches[0],
+        calibration=batches,
+        include=("exempt",),
+        sparsity={"*q.weight*": 0.5},
+        score="fasp",
+        allocation="uniform",
+        precision="highest",
     )
     removed, weights = lost(result), dict(result.module.named_parameters())
     stay = [row for row in range(WIDTH) if row not in removed]
     whole = cut = repaired = 0.0
     with torch.no_grad():
         for batch in batches:
-            q, k, found = model.q(batch["x"])[0], model.k(batch["y"])[0], F.linear(batch["x"], weights["q.weight"], weights["q.bias"])[0]
+            q, k, found = (
+                model.q(batch["x"])[0],
+                model.k(batch["y"])[0],
+                F.linear(batch["x"], weights["q.weight"], weights["q.bias"])[0],
+            )
             k = k - k.mean(0)
             whole += float((q @ k.T).square().sum())
             cut += float((q @ k.T - q[:, stay] @ k[:, stay].T).square().sum())
@@ -262,10 +356,18 @@ def test_one_head_of_queries_that_meets_several_of_keys() -> None:
     class Broad(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.q, self.k, self.v, self.out = nn.Linear(WIDTH, SIZE), nn.Linear(WIDTH, 4 * SIZE), nn.Linear(WIDTH, 4 * SIZE), nn.Linear(4 * SIZE, WIDTH)
+            self.q, self.k, self.v, self.out = (
+                nn.Linear(WIDTH, SIZE),
+                nn.Linear(WIDTH, 4 * SIZE),
+                nn.Linear(WIDTH, 4 * SIZE),
+                nn.Linear(4 * SIZE, WIDTH),
+            )
 
         def forward(self, x: Tensor) -> Tensor:
-            q, (k, v) = self.q(x)[:, None], (part(x).unflatten(-1, (4, SIZE)).transpose(1, 2) for part in (self.k, self.v))
+            q, (k, v) = (
+                self.q(x)[:, None],
+                (part(x).unflatten(-1, (4, SIZE)).transpose(1, 2) for part in (self.k, self.v)),
+            )
             return x + self.out(((q @ k.mT / 3).softmax(-1) @ v).transpose(1, 2).flatten(2))
 
     model, batches = randomise(Broad(), std=0.4), data()

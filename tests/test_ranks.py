@@ -20,7 +20,21 @@ from fasp_fx import PruningPlan
 from fasp_fx.cli import app
 
 HERE = Path(__file__).parent
-COMMAND = ["prune", "--length", "32", "--batches", "4", "--eval-batches", "2", "--round-to", "1", "--device", "cpu", "--quality", "fast"]
+COMMAND = [
+    "prune",
+    "--length",
+    "32",
+    "--batches",
+    "4",
+    "--eval-batches",
+    "2",
+    "--round-to",
+    "1",
+    "--device",
+    "cpu",
+    "--quality",
+    "fast",
+]
 
 
 def _run(size: int, folder: Path, scenario: str) -> list[tuple[int, str]]:
@@ -30,9 +44,18 @@ def _run(size: int, folder: Path, scenario: str) -> list[tuple[int, str]]:
         port = free.getsockname()[1]
     command, started = [sys.executable, str(HERE / "rank.py")], []
     for number in range(size):
-        with (folder / f"error{number}").open("w") as error:  # a pipe that nobody reads would stop who writes much
+        with (folder / f"error{number}").open(
+            "w"
+        ) as error:  # a pipe that nobody reads would stop who writes much
             environment = {**os.environ, "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
-            started.append(subprocess.Popen([*command, str(number), str(size), str(folder), scenario], stderr=error, cwd=HERE, env=environment))
+            started.append(
+                subprocess.Popen(
+                    [*command, str(number), str(size), str(folder), scenario],
+                    stderr=error,
+                    cwd=HERE,
+                    env=environment,
+                )
+            )
     codes = [process.wait(timeout=400) for process in started]
     return [(code, (folder / f"error{number}").read_text()) for number, code in enumerate(codes)]
 
@@ -55,9 +78,21 @@ def test_they_decide_as_one(tmp_path: Path, size: int) -> None:
             for key, tensor in weights.items():
                 torch.testing.assert_close(found[key], tensor, rtol=1e-4, atol=1e-4, msg=f"{name}: {key}")
         first = results[0][name][1]
-        assert all(torch.equal(result[name][1][key], first[key]) for result in results for key in first), "all have the same to the bit"
+        assert all(torch.equal(result[name][1][key], first[key]) for result in results for key in first), (
+            "all have the same to the bit"
+        )
     out = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
-    alone = CliRunner().invoke(app, [*COMMAND, str(tmp_path / "model"), "--calibration", str(tmp_path / "text.txt"), "--out", str(tmp_path / "alone")])
+    alone = CliRunner().invoke(
+        app,
+        [
+            *COMMAND,
+            str(tmp_path / "model"),
+            "--calibration",
+            str(tmp_path / "text.txt"),
+            "--out",
+            str(tmp_path / "alone"),
+        ],
+    )
     assert alone.exit_code == 0, alone.output
     assert out.plan.groups == AutoModelForCausalLM.from_pretrained(tmp_path / "alone").plan.groups
 

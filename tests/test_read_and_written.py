@@ -26,7 +26,11 @@ def _fill(into: Tensor, values: Tensor) -> None:
     into.copy_(values.cumsum(-1))
 
 
-_define("pair(Tensor x) -> (int, Tensor)", lambda x: (x.shape[-1], x * torch.arange(x.shape[-1])), lambda x: (x.shape[-1], torch.empty_like(x)))
+_define(
+    "pair(Tensor x) -> (int, Tensor)",
+    lambda x: (x.shape[-1], x * torch.arange(x.shape[-1])),
+    lambda x: (x.shape[-1], torch.empty_like(x)),
+)
 _define("fill_(Tensor(a!) into, Tensor values) -> ()", _fill, lambda into, values: None)
 _define(
     "several(Tensor x) -> (Tensor[], Tensor)",
@@ -45,7 +49,9 @@ def _filled(h: Tensor) -> Tensor:
 UNKNOWN: dict[str, Callable[[Tensor], Tensor]] = {
     "a number and a tensor": lambda h: torch.ops.fasp_fx_read.pair(h)[1],
     "nothing, written into an argument": _filled,
-    "a list of tensors and a tensor": lambda h: torch.ops.fasp_fx_read.several(h)[0][1] + torch.ops.fasp_fx_read.several(h)[1],
+    "a list of tensors and a tensor": (
+        lambda h: torch.ops.fasp_fx_read.several(h)[0][1] + torch.ops.fasp_fx_read.several(h)[1]
+    ),
 }
 
 
@@ -76,7 +82,12 @@ class Turning(nn.Module):
 
     def __init__(self, beside: bool) -> None:
         super().__init__()
-        self.first, self.second, self.last, self.beside = nn.Linear(8, 12), nn.Linear(12, 5), nn.Linear(5, 4), beside
+        self.first, self.second, self.last, self.beside = (
+            nn.Linear(8, 12),
+            nn.Linear(12, 5),
+            nn.Linear(5, 4),
+            beside,
+        )
         self.register_buffer("order", torch.randperm(12, generator=torch.Generator().manual_seed(0)))
 
     def forward(self, x: Tensor) -> Tensor:

@@ -42,7 +42,9 @@ def data(batch: int, steps: int = 4) -> Tensor:
 
 
 def held(model: nn.Module, result: fasp_fx.Result, *inputs: Tensor) -> None:
-    """The result equals the dense model in which the consumers' removed columns are zero, and that differs from the dense one."""
+    """The result equals the dense model in which the consumers' removed columns are zero, and that differs
+    from the dense one.
+    """
     with torch.no_grad():
         found, expected, dense = result.module(*inputs), zeroed(model, result.plan)(*inputs), model(*inputs)
     assert error(found, expected) < 1e-5
@@ -79,7 +81,11 @@ def test_cells_in_a_loop(kind: str, options: dict[str, Any], gates: int, given: 
     model = randomise(Looped(kind, given, **options), std=0.8)
     result = fasp_fx.prune(model, (data(2),), sparsity=0.4, score="random", restore=None)
     held(model, result, data(5))
-    (group,) = [group for group in result.plan.groups if any(part.name == "cell.weight_hh" for part in group.consumers)]
+    (group,) = [
+        group
+        for group in result.plan.groups
+        if any(part.name == "cell.weight_hh" for part in group.consumers)
+    ]
     removed = next(part.removed for part in group.consumers if part.name == "cell.weight_hh")
     assert {part.name for part in group.consumers} == {"cell.weight_hh", "down.weight"}
     left = HIDDEN - len(removed)
@@ -109,13 +115,18 @@ class Sequence(nn.Module):
         self.layer = getattr(nn, kind)(5, HIDDEN, **options)
         self.start, self.batch = start, 0 if self.layer.batch_first else 1
         rows = self.layer.num_layers * (2 if self.layer.bidirectional else 1)
-        self.up, self.down = nn.Linear(3, 5), nn.Linear((self.layer.proj_size or HIDDEN) * (2 if self.layer.bidirectional else 1), 2)
+        self.up, self.down = (
+            nn.Linear(3, 5),
+            nn.Linear((self.layer.proj_size or HIDDEN) * (2 if self.layer.bidirectional else 1), 2),
+        )
         self.first = nn.ModuleList(nn.Linear(3, HIDDEN) for _ in range(rows)) if start == "computed" else None
         self.learned = nn.Parameter(torch.zeros(rows, 1, HIDDEN)) if start == "learned" else None
 
     def forward(self, x: Tensor) -> Tensor:
         state = self.state(x)
-        output, _ = self.layer(self.up(x), (state, state) if state is not None and isinstance(self.layer, nn.LSTM) else state)
+        output, _ = self.layer(
+            self.up(x), (state, state) if state is not None and isinstance(self.layer, nn.LSTM) else state
+        )
         return self.down(output)
 
     def state(self, x: Tensor) -> Tensor | None:
@@ -135,12 +146,18 @@ LAYERS = {
     "LSTM both ways": ("LSTM", {"num_layers": 2, "bidirectional": True, "dropout": 0.5}),
     "LSTM with projections": ("LSTM", {"num_layers": 2, "proj_size": 4}),
     "GRU without biases": ("GRU", {"batch_first": True, "bias": False}),
-    "RNN of rectified units, both ways": ("RNN", {"nonlinearity": "relu", "bidirectional": True, "num_layers": 2, "batch_first": True}),
+    "RNN of rectified units, both ways": (
+        "RNN",
+        {"nonlinearity": "relu", "bidirectional": True, "num_layers": 2, "batch_first": True},
+    ),
 }
 MORE_LAYERS = {
     "LSTM": ("LSTM", {"batch_first": True}),
     "LSTM of three layers without biases": ("LSTM", {"num_layers": 3, "bias": False}),
-    "LSTM with projections without biases": ("LSTM", {"proj_size": 4, "bias": False, "batch_first": True, "bidirectional": True}),
+    "LSTM with projections without biases": (
+        "LSTM",
+        {"proj_size": 4, "bias": False, "batch_first": True, "bidirectional": True},
+    ),
     "GRU": ("GRU", {}),
     "GRU both ways": ("GRU", {"num_layers": 2, "bidirectional": True, "batch_first": True, "bias": False}),
     "RNN": ("RNN", {"num_layers": 2}),
@@ -158,7 +175,9 @@ def test_whole_layers(kind: str, options: dict[str, Any]) -> None:
     with one_capture():
         most = fasp_fx.analyze(model, (laid(model, 2),)).max_sparsity
         for share in (0.4, 1.0):
-            result = fasp_fx.prune(model, (laid(model, 2),), sparsity=share * most, score="random", restore=None)
+            result = fasp_fx.prune(
+                model, (laid(model, 2),), sparsity=share * most, score="random", restore=None
+            )
             for batch in (2, 5):
                 held(model, result, laid(model, batch))
     steps = 1 - model.batch
@@ -172,7 +191,11 @@ def test_whole_layers(kind: str, options: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize(
     ("kind", "start"),
-    [("LSTM", "computed"), ("GRU", "learned"), *(pytest.param(*pair, marks=pytest.mark.slow) for pair in [("LSTM", "learned"), ("RNN", "computed")])],
+    [
+        ("LSTM", "computed"),
+        ("GRU", "learned"),
+        *(pytest.param(*pair, marks=pytest.mark.slow) for pair in [("LSTM", "learned"), ("RNN", "computed")]),
+    ],
 )
 def test_initial_states_of_the_graph(kind: str, start: str) -> None:
     model = randomise(Sequence(kind, start, num_layers=2, bidirectional=True), std=0.6)
@@ -202,7 +225,10 @@ def test_states_handed_on(kind: str) -> None:
     result = fasp_fx.prune(model, (data(2),), sparsity=0.4, score="random", restore=None)
     held(model, result, data(5))
     for layer in (0, 1):
-        encoder, decoder = (module.get_parameter(f"weight_hh_l{layer}").shape[1] for module in (result.module.encoder, result.module.decoder))
+        encoder, decoder = (
+            module.get_parameter(f"weight_hh_l{layer}").shape[1]
+            for module in (result.module.encoder, result.module.decoder)
+        )
         assert encoder == decoder < HIDDEN
 
 
@@ -210,7 +236,10 @@ def test_states_at_the_boundary_stay() -> None:
     class Open(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.given, self.returned = nn.GRU(3, HIDDEN, batch_first=True), nn.GRU(HIDDEN, HIDDEN, batch_first=True)
+            self.given, self.returned = (
+                nn.GRU(3, HIDDEN, batch_first=True),
+                nn.GRU(HIDDEN, HIDDEN, batch_first=True),
+            )
             self.down = nn.Linear(HIDDEN, 2)
 
         def forward(self, x: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
@@ -225,11 +254,16 @@ def test_states_at_the_boundary_stay() -> None:
 
 
 def by_hand(layer: nn.Module, kind: str, x: Tensor, left: Tensor) -> list[Tensor]:
-    """The states of one layer before and after every step, ``[batch, hidden]``, from the definition; what W_hh meets is multiplied with ``left``."""
+    """The states of one layer before and after every step, ``[batch, hidden]``, from the definition; what
+    W_hh meets is multiplied with ``left``.
+    """
     h = c = torch.zeros(len(x), HIDDEN)
     states = [h]
     for step in x.unbind(1):
-        a, b = step @ layer.weight_ih_l0.T + layer.bias_ih_l0, (h * left) @ layer.weight_hh_l0.T + layer.bias_hh_l0
+        a, b = (
+            step @ layer.weight_ih_l0.T + layer.bias_ih_l0,
+            (h * left) @ layer.weight_hh_l0.T + layer.bias_hh_l0,
+        )
         if kind == "LSTM":
             i, f, g, o = (a + b).chunk(4, 1)
             c = f.sigmoid() * c + i.sigmoid() * g.tanh()
@@ -246,7 +280,9 @@ def by_hand(layer: nn.Module, kind: str, x: Tensor, left: Tensor) -> list[Tensor
 
 @pytest.mark.parametrize("kind", ["LSTM", "GRU", "RNN"])
 def test_against_the_definition(kind: str) -> None:
-    """Scores see the states one step before, zero states first, and what is pruned is the recurrence with masked states."""
+    """Scores see the states one step before, zero states first, and what is pruned is the recurrence with
+    masked states.
+    """
     model = randomise(Sequence(kind, batch_first=True), std=0.6)
     seen: list[tuple[Tensor, Tensor]] = []
 
@@ -260,11 +296,23 @@ def test_against_the_definition(kind: str) -> None:
         before = torch.stack(by_hand(model.layer, kind, model.up(x), torch.ones(HIDDEN))[:-1])
         (norms,) = [norms for weight, norms in seen if torch.equal(weight, model.layer.weight_hh_l0)]
         assert torch.allclose(norms.float(), before.flatten(0, 1).norm(dim=0), rtol=1e-4)
-        (gone,) = [part.removed for group in result.plan.groups for part in group.consumers if part.name == "layer.weight_hh_l0"]
-        into = [part.removed for group in result.plan.groups for part in group.consumers if part.name == "layer.weight_ih_l0"]
+        (gone,) = [
+            part.removed
+            for group in result.plan.groups
+            for part in group.consumers
+            if part.name == "layer.weight_hh_l0"
+        ]
+        into = [
+            part.removed
+            for group in result.plan.groups
+            for part in group.consumers
+            if part.name == "layer.weight_ih_l0"
+        ]
         left = torch.ones(HIDDEN).index_fill(0, torch.tensor(gone), 0)
         inputs = torch.ones(5).index_fill(0, torch.tensor(into[0] if into else [], dtype=torch.long), 0)
-        expected = model.down(torch.stack(by_hand(model.layer, kind, model.up(x) * inputs, left)[1:], 1) * left)
+        expected = model.down(
+            torch.stack(by_hand(model.layer, kind, model.up(x) * inputs, left)[1:], 1) * left
+        )
         assert error(result.module(x), expected) < 1e-5
         assert error(expected, model(x)) > 1e-3
 

@@ -19,7 +19,13 @@ class Normed(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.into, self.norm, self.up, self.down, self.out = nn.Linear(4, 16), nn.LayerNorm(16), nn.Linear(16, 20), nn.Linear(20, 16), nn.Linear(16, 3)
+        self.into, self.norm, self.up, self.down, self.out = (
+            nn.Linear(4, 16),
+            nn.LayerNorm(16),
+            nn.Linear(16, 20),
+            nn.Linear(20, 16),
+            nn.Linear(16, 3),
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         stream = self.into(x)
@@ -28,14 +34,24 @@ class Normed(nn.Module):
 
 @pytest.mark.parametrize(
     ("include", "says", "counted"),
-    [((), "prunable and exempt groups", ("up", "down")), (("approximate",), "prunable, exempt and approximate groups", ("into", "up", "down", "out"))],
+    [
+        ((), "prunable and exempt groups", ("up", "down")),
+        (("approximate",), "prunable, exempt and approximate groups", ("into", "up", "down", "out")),
+    ],
 )
-def test_sparsity_is_a_fraction_of_what_the_report_says(include: tuple[str, ...], says: str, counted: tuple[str, ...]) -> None:
+def test_sparsity_is_a_fraction_of_what_the_report_says(
+    include: tuple[str, ...], says: str, counted: tuple[str, ...]
+) -> None:
     model = randomise(Normed())
-    result = fasp_fx.prune(model, (torch.randn(3, 4),), score="random", restore=None, sparsity=0.3, include=include)
+    result = fasp_fx.prune(
+        model, (torch.randn(3, 4),), score="random", restore=None, sparsity=0.3, include=include
+    )
     line = str(result.report).splitlines()[0]
     assert line.endswith(f"of the weights of linear, convolution and recurrent operators in {says}")
-    before, after = (sum(dict(module.named_parameters())[f"{name}.weight"].numel() for name in counted) for module in (model, result.module))
+    before, after = (
+        sum(dict(module.named_parameters())[f"{name}.weight"].numel() for name in counted)
+        for module in (model, result.module)
+    )
     assert f"{1 - after / before:.2%} " in line
     read: Report = report_from_json(json.loads(json.dumps(report_to_json(result.report))))
     assert str(read) == str(result.report)

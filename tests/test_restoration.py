@@ -1,4 +1,6 @@
-"""Scores and restoration on whole models, grouped queries among them, against hooks on the dense module and numpy in float64."""
+"""Scores and restoration on whole models, grouped queries among them, against hooks on the dense module and
+numpy in float64.
+"""
 
 from __future__ import annotations
 
@@ -27,7 +29,9 @@ from fasp_fx.statistics import Gram
 
 pytestmark = pytest.mark.usefixtures("shared_captures")
 
-SPEC = Spec(layers=2, hidden=8, kv_heads=2, repeat=2, head_dim=4, ffn=12, bias=True, gated=True, positions="rope")
+SPEC = Spec(
+    layers=2, hidden=8, kv_heads=2, repeat=2, head_dim=4, ffn=12, bias=True, gated=True, positions="rope"
+)
 BATCHES = [tokens(4, 9, seed=seed) for seed in range(4)]
 CONSUMERS = [f"blocks.{layer}.{part}.weight" for layer in range(2) for part in ("attention.out", "ffn.down")]
 
@@ -61,7 +65,9 @@ def removed(result: fasp_fx.Result) -> dict[str, list[int]]:
 
 
 def solve(weight: np.ndarray, activations: np.ndarray, kept: np.ndarray, strength: float) -> np.ndarray:
-    """W (G + δI)[:, M] (G[M, M] + δI)⁻¹ with δ = strength · mean(diag G), by a general solver; of infinite strength the kept columns."""
+    """W (G + δI)[:, M] (G[M, M] + δI)⁻¹ with δ = strength · mean(diag G), by a general solver; of infinite
+    strength the kept columns.
+    """
     if np.isinf(strength):
         return weight[:, kept]
     gram = activations.T @ activations
@@ -75,25 +81,40 @@ def error_of(weight: np.ndarray, activations: np.ndarray, kept: np.ndarray, foun
 
 
 def repaired(weight: np.ndarray, activations: np.ndarray, kept: np.ndarray, sequences: int) -> np.ndarray:
-    """What the library should make of a weight: every fourth sequence judges what the others fit, all strengths are tried, all tokens fit the best."""
+    """What the library should make of a weight: every fourth sequence judges what the others fit, all
+    strengths are tried, all tokens fit the best.
+    """
     held = _held(activations, sequences)
     parts = activations.reshape(-1, len(activations) // sequences, activations.shape[1])
     fitted, judged = (part.reshape(-1, activations.shape[1]) for part in (parts[~held], parts[held]))
-    strength = min([*GRID, np.inf], key=lambda each: error_of(weight, judged, kept, solve(weight, fitted, kept, each)))
+    strength = min(
+        [*GRID, np.inf], key=lambda each: error_of(weight, judged, kept, solve(weight, fitted, kept, each))
+    )
     return solve(weight, activations, kept, strength)
 
 
 def _held(activations: np.ndarray, sequences: int) -> np.ndarray:
     """Which sequences judge."""
-    return np.arange(len(activations.reshape(-1, len(activations) // sequences, activations.shape[1]))) % 4 == 3
+    return (
+        np.arange(len(activations.reshape(-1, len(activations) // sequences, activations.shape[1]))) % 4 == 3
+    )
 
 
-def repaired_along(weight: np.ndarray, activations: np.ndarray, kept: np.ndarray, sequences: int) -> tuple[np.ndarray, np.ndarray]:
-    """Likewise of a weight with a bias, and what is added to that: the weight of a column of numbers as large as the activations are."""
+def repaired_along(
+    weight: np.ndarray, activations: np.ndarray, kept: np.ndarray, sequences: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Likewise of a weight with a bias, and what is added to that: the weight of a column of numbers as large
+    as the activations are.
+    """
     held = np.repeat(_held(activations, sequences), len(activations) // sequences)
     size = np.sqrt((activations[~held] ** 2).mean())
     beside = np.concatenate([activations, np.full((len(activations), 1), size)], 1)
-    found = repaired(np.concatenate([weight, np.zeros((len(weight), 1))], 1), beside, np.append(kept, weight.shape[1]), sequences)
+    found = repaired(
+        np.concatenate([weight, np.zeros((len(weight), 1))], 1),
+        beside,
+        np.append(kept, weight.shape[1]),
+        sequences,
+    )
     return found[:, :-1], found[:, -1] * size
 
 
@@ -119,7 +140,9 @@ def test_gram_accumulates_in_float32_over_any_dimension(dtype: torch.dtype, dim:
 
 def test_restoration_equals_a_dense_solve_with_the_best_strength() -> None:
     model = build(SPEC)
-    result = fasp_fx.prune(model, (BATCHES[0],), calibration=BATCHES, sparsity=0.3, propagate=False, quality="fast")
+    result = fasp_fx.prune(
+        model, (BATCHES[0],), calibration=BATCHES, sparsity=0.3, propagate=False, quality="fast"
+    )
     activations = inputs_of(model, CONSUMERS, BATCHES)
     gone = removed(result)
     assert set(gone) == set(CONSUMERS)
@@ -129,8 +152,12 @@ def test_restoration_equals_a_dense_solve_with_the_best_strength() -> None:
         found, bias = weight_of(result.module, name), name.replace("weight", "bias")
         assert closeness(found, expected) <= 1e-3, name
         assert closeness(weight_of(result.module, bias), weight_of(model, bias) + raised) <= 1e-3, bias
-        assert closeness(weight_of(model, bias), weight_of(model, bias) + raised) > 1e-2, f"the restoration of {bias} changes nothing that can be seen"
-        assert closeness(weight_of(model, name)[:, kept], expected) > 1e-2, f"the restoration of {name} changes nothing that can be seen"
+        assert closeness(weight_of(model, bias), weight_of(model, bias) + raised) > 1e-2, (
+            f"the restoration of {bias} changes nothing that can be seen"
+        )
+        assert closeness(weight_of(model, name)[:, kept], expected) > 1e-2, (
+            f"the restoration of {name} changes nothing that can be seen"
+        )
 
 
 def test_propagation_sees_what_pruned_layers_make() -> None:
@@ -155,10 +182,14 @@ def test_propagation_sees_what_pruned_layers_make() -> None:
 @pytest.mark.parametrize("propagate", [True, False])
 def test_restoration_never_makes_a_consumer_worse(propagate: bool) -> None:
     model = build(SPEC)
-    result = fasp_fx.prune(model, (BATCHES[0],), calibration=BATCHES, sparsity=0.4, propagate=propagate, quality="fast")
+    result = fasp_fx.prune(
+        model, (BATCHES[0],), calibration=BATCHES, sparsity=0.4, propagate=propagate, quality="fast"
+    )
     lines = [line for line in result.report.lines if line.status == "prunable"]
     assert all(line.error_restored <= line.error_cut * 1.001 for line in lines)
-    assert all(line.error_restored < line.error_cut for line in lines), "on this data every consumer can be improved"
+    assert all(line.error_restored < line.error_cut for line in lines), (
+        "on this data every consumer can be improved"
+    )
     if not propagate:
         activations, gone = inputs_of(model, CONSUMERS, BATCHES), removed(result)
         for name in CONSUMERS:
@@ -187,12 +218,20 @@ def test_a_repair_never_raises_the_error_nor_that_on_tokens_held_out(
     x, held = (random.normal(size=(count, min(rank, columns))) @ mix for count in samples)
     x[:, random.integers(columns)] = 0  # a channel that is never active
     kept = np.sort(random.permutation(columns)[: random.integers(1, columns)])
-    outcome = ridge(torch.from_numpy(weight), torch.from_numpy(x.T @ x), torch.from_numpy(held.T @ held), torch.from_numpy(kept))
+    outcome = ridge(
+        torch.from_numpy(weight),
+        torch.from_numpy(x.T @ x),
+        torch.from_numpy(held.T @ held),
+        torch.from_numpy(kept),
+    )
     found = outcome.weight.double().numpy()
     assert np.isfinite(found).all()
     assert not np.delete(found, kept, axis=1).any(), "a removed column holds a value"
     both = np.concatenate([x, held])
-    for seen, before, after in ((both, outcome.error_before, outcome.error_after), (held, outcome.held_before, None)):
+    for seen, before, after in (
+        (both, outcome.error_before, outcome.error_after),
+        (held, outcome.held_before, None),
+    ):
         cut, left = (error_of(weight, seen, kept, other) for other in (weight[:, kept], found[:, kept]))
         total = float(np.linalg.norm(seen @ weight.T) ** 2)
         assert left <= cut * (1 + 1e-6) + 1e-12 * total
@@ -203,7 +242,9 @@ def test_a_repair_never_raises_the_error_nor_that_on_tokens_held_out(
     assert outcome.held_after <= outcome.held_before
     if outcome.used:
         assert outcome.strength in GRID
-        assert closeness(found[:, kept], solve(weight.astype(np.float64), both, kept, outcome.strength)) <= 1e-3
+        assert (
+            closeness(found[:, kept], solve(weight.astype(np.float64), both, kept, outcome.strength)) <= 1e-3
+        )
     else:
         assert (found[:, kept] == weight[:, kept]).all()
         assert outcome.error_after == outcome.error_before
@@ -219,7 +260,9 @@ def test_strength_leads_from_least_squares_to_no_repair(columns: int, seed: int)
     ends = {}
     for strength in (1e-12, 1e9):
         with patch.object(restoration, "GRID", (strength,)):
-            ends[strength] = ridge(torch.from_numpy(weight), gram / 2, gram / 2, torch.from_numpy(kept)).weight.numpy()[:, kept]
+            ends[strength] = ridge(
+                torch.from_numpy(weight), gram / 2, gram / 2, torch.from_numpy(kept)
+            ).weight.numpy()[:, kept]
     least = np.linalg.lstsq(x[:, kept], x @ weight.T, rcond=None)[0].T
     assert error_of(weight, x, kept, ends[1e-12]) <= error_of(weight, x, kept, least) * (1 + 1e-6)
     assert closeness(ends[1e9], weight[:, kept]) < 1e-6
@@ -228,17 +271,32 @@ def test_strength_leads_from_least_squares_to_no_repair(columns: int, seed: int)
 def test_held_out_error_is_that_of_a_repair_that_did_not_see_the_tokens() -> None:
     random = np.random.default_rng(0)
     mix = random.normal(size=(20, 20))
-    weight, x, held = random.normal(size=(300, 20)), random.normal(size=(60, 20)) @ mix, random.normal(size=(20, 20)) @ mix
+    weight, x, held = (
+        random.normal(size=(300, 20)),
+        random.normal(size=(60, 20)) @ mix,
+        random.normal(size=(20, 20)) @ mix,
+    )
     kept = np.arange(15)
-    outcome = ridge(torch.from_numpy(weight), torch.from_numpy(x.T @ x), torch.from_numpy(held.T @ held), torch.from_numpy(kept))
+    outcome = ridge(
+        torch.from_numpy(weight),
+        torch.from_numpy(x.T @ x),
+        torch.from_numpy(held.T @ held),
+        torch.from_numpy(kept),
+    )
     assert outcome.used
-    expected = error_of(weight, held, kept, solve(weight, x, kept, outcome.strength)) / np.linalg.norm(held @ weight.T) ** 2
+    expected = (
+        error_of(weight, held, kept, solve(weight, x, kept, outcome.strength))
+        / np.linalg.norm(held @ weight.T) ** 2
+    )
     assert outcome.held_after == pytest.approx(expected, rel=0.2)  # of 64 combinations of 300 rows
     assert outcome.held_after > outcome.error_after
 
 
 def test_without_tokens_held_out_nothing_is_repaired() -> None:
-    weight, x = torch.randn(3, 5, generator=torch.Generator().manual_seed(0)), torch.randn(9, 5, generator=torch.Generator().manual_seed(1))
+    weight, x = (
+        torch.randn(3, 5, generator=torch.Generator().manual_seed(0)),
+        torch.randn(9, 5, generator=torch.Generator().manual_seed(1)),
+    )
     kept = torch.tensor([0, 2, 3])
     outcome = ridge(weight, x.T @ x, None, kept)
     assert not outcome.used
@@ -250,16 +308,24 @@ def test_without_tokens_held_out_nothing_is_repaired() -> None:
 @pytest.mark.parametrize("score", ["fasp", "magnitude"])
 def test_scores_equal_a_naive_computation(score: str) -> None:
     model = build(SPEC)
-    result = fasp_fx.prune(model, (BATCHES[0],), calibration=BATCHES, sparsity=0.3, score=score, restore=None, propagate=False)
+    result = fasp_fx.prune(
+        model, (BATCHES[0],), calibration=BATCHES, sparsity=0.3, score=score, restore=None, propagate=False
+    )
     activations, gone = inputs_of(model, CONSUMERS, BATCHES), removed(result)
     for name in CONSUMERS:
         weight = weight_of(model, name)
         columns = weight.shape[1]
         if score == "fasp":
-            values = [sum(abs(weight[i, j]) for i in range(weight.shape[0])) * np.sqrt(sum(activations[name][:, j] ** 2)) for j in range(columns)]
+            values = [
+                sum(abs(weight[i, j]) for i in range(weight.shape[0]))
+                * np.sqrt(sum(activations[name][:, j] ** 2))
+                for j in range(columns)
+            ]
         else:
             values = [np.sqrt(sum(weight[:, j] ** 2)) for j in range(columns)]
-        if "attention" in name:  # query heads share their key head's value channels, and each key head loses as many
+        if (
+            "attention" in name
+        ):  # query heads share their key head's value channels, and each key head loses as many
             shared = np.array(values).reshape(SPEC.kv_heads, SPEC.repeat, SPEC.head_dim)
             totals = shared.sum(1)
             lost = len(gone[name]) // (SPEC.kv_heads * SPEC.repeat)
@@ -288,9 +354,15 @@ def test_the_score_of_a_group_adds_its_consumers() -> None:
     x = torch.randn(50, 6, generator=torch.Generator().manual_seed(0))
     result = fasp_fx.prune(model, (x,), calibration=[x], sparsity=0.3, restore=None)
     h = inputs_of(model, ["left.weight"], [x])["left.weight"]
-    total = (np.abs(weight_of(model, "left.weight")).sum(0) + np.abs(weight_of(model, "right.weight")).sum(0)) * np.linalg.norm(h, axis=0)
+    total = (
+        np.abs(weight_of(model, "left.weight")).sum(0) + np.abs(weight_of(model, "right.weight")).sum(0)
+    ) * np.linalg.norm(h, axis=0)
     gone = removed(result)
-    assert gone["left.weight"] == gone["right.weight"] == sorted(np.argsort(total)[: len(gone["left.weight"])].tolist())
+    assert (
+        gone["left.weight"]
+        == gone["right.weight"]
+        == sorted(np.argsort(total)[: len(gone["left.weight"])].tolist())
+    )
 
 
 def test_a_score_of_ones_own() -> None:
@@ -325,7 +397,10 @@ def test_kinds_of_calibration_data_agree() -> None:
         "one large batch": [torch.cat(BATCHES)],
     }
     with one_capture():
-        results = {kind: fasp_fx.prune(model, (BATCHES[0],), calibration=data, sparsity=0.3) for kind, data in kinds.items()}
+        results = {
+            kind: fasp_fx.prune(model, (BATCHES[0],), calibration=data, sparsity=0.3)
+            for kind, data in kinds.items()
+        }
     expected = results["tensors"]
     for kind, result in results.items():
         assert removed(result) == removed(expected), kind
@@ -348,7 +423,13 @@ def test_a_weight_used_twice_is_restored_on_both_inputs() -> None:
     h = inputs_of(model, ["down.weight"], [x])["down.weight"]  # the hook sees both uses
     assert len(h) == 120
     kept = np.setdiff1d(np.arange(10), removed(result)["down.weight"])
-    assert closeness(weight_of(result.module, "down.weight"), repaired(weight_of(model, "down.weight"), h, kept, sequences=120)) <= 1e-3
+    assert (
+        closeness(
+            weight_of(result.module, "down.weight"),
+            repaired(weight_of(model, "down.weight"), h, kept, sequences=120),
+        )
+        <= 1e-3
+    )
 
 
 class Residual(nn.Module):
@@ -356,7 +437,9 @@ class Residual(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.blocks = nn.ModuleList(nn.Sequential(nn.Linear(8, 24), nn.GELU(), nn.Linear(24, 8)) for _ in range(2))
+        self.blocks = nn.ModuleList(
+            nn.Sequential(nn.Linear(8, 24), nn.GELU(), nn.Linear(24, 8)) for _ in range(2)
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         for block in self.blocks:
@@ -370,21 +453,37 @@ def test_a_repair_makes_up_for_what_earlier_removals_changed(part: float, blend:
     x = torch.randn(4000, 8, generator=torch.Generator().manual_seed(0))
     options: dict[str, Any] = {"calibration": list(x.split(500)), "sparsity": 0.4, "quality": "fast"}
     captured = fasp_fx.capture(model, (x[:5],))
-    without, found = (fasp_fx.prune(captured, drift=drift, blend=more, **options) for drift, more in ((0.0, 0.0), (part, blend)))
+    without, found = (
+        fasp_fx.prune(captured, drift=drift, blend=more, **options)
+        for drift, more in ((0.0, 0.0), (part, blend))
+    )
     assert without.plan.groups == found.plan.groups
     kept = [name for name in range(24) if name not in found.plan.groups[1].consumers[0].removed]
     with torch.no_grad():
         first, second = model.blocks
-        smaller = [found.module.get_parameter(f"blocks.0.{name}") for name in ("0.weight", "0.bias", "2.weight", "2.bias")]
-        dense, pruned = x + first(x), x + nn.functional.linear(nn.functional.gelu(nn.functional.linear(x, *smaller[:2])), *smaller[2:])
+        smaller = [
+            found.module.get_parameter(f"blocks.0.{name}")
+            for name in ("0.weight", "0.bias", "2.weight", "2.bias")
+        ]
+        dense, pruned = (
+            x + first(x),
+            x + nn.functional.linear(nn.functional.gelu(nn.functional.linear(x, *smaller[:2])), *smaller[2:]),
+        )
         before, inside = (second[1](second[0](value)) for value in (dense, pruned))  # type: ignore[index]
         target = torch.lerp(inside, before, blend) @ second[2].weight.T + part * (dense - pruned)  # type: ignore[index]
         beside = torch.cat([inside[:, kept], torch.ones(len(x), 1)], 1)
         solved = torch.linalg.lstsq(beside.double(), target.double()).solution.T
-    torch.testing.assert_close(found.module.get_parameter("blocks.1.2.weight").double(), solved[:, :-1], rtol=0.02, atol=0.01)
+    torch.testing.assert_close(
+        found.module.get_parameter("blocks.1.2.weight").double(), solved[:, :-1], rtol=0.02, atol=0.01
+    )
     raised = found.module.get_parameter("blocks.1.2.bias") - second[2].bias  # type: ignore[index]
     torch.testing.assert_close(raised.double(), solved[:, -1], rtol=0.02, atol=0.01)
-    torch.testing.assert_close(found.module.get_parameter("blocks.0.2.weight"), without.module.get_parameter("blocks.0.2.weight"), rtol=1e-2, atol=1e-3)
+    torch.testing.assert_close(
+        found.module.get_parameter("blocks.0.2.weight"),
+        without.module.get_parameter("blocks.0.2.weight"),
+        rtol=1e-2,
+        atol=1e-3,
+    )
     with torch.no_grad():
         expected = model(x)
         assert (found.module(x) - expected).norm() < (without.module(x) - expected).norm()
@@ -395,7 +494,11 @@ class Twins(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.stem, self.grouped, self.head = nn.Conv2d(3, 12, 3), nn.Conv2d(12, 12, 3, groups=2), nn.Conv2d(12, 4, 1)
+        self.stem, self.grouped, self.head = (
+            nn.Conv2d(3, 12, 3),
+            nn.Conv2d(12, 12, 3, groups=2),
+            nn.Conv2d(12, 4, 1),
+        )
         self.up, self.other, self.down = nn.Linear(4, 16), nn.Linear(4, 16), nn.Linear(16, 4)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -409,7 +512,9 @@ def test_dense_inputs_are_blended_in_windows_groups_and_shared_weights() -> None
     images = [torch.randn(16, 3, 9, 9, generator=torch.Generator().manual_seed(seed)) for seed in range(12)]
     captured = fasp_fx.capture(model, (images[0][:2],))
     result = fasp_fx.prune(captured, calibration=images, sparsity=0.3, quality="fast", blend=1.0)
-    gone = {member.name: np.array(member.removed) for group in result.plan.groups for member in group.consumers}
+    gone = {
+        member.name: np.array(member.removed) for group in result.plan.groups for member in group.consumers
+    }
     assert set(gone) == {"grouped.weight", "head.weight", "up.weight", "other.weight", "down.weight"}
     small = dict(result.module.named_parameters())
     conv, linear, x = nn.functional.conv2d, nn.functional.linear, torch.cat(images)
@@ -417,7 +522,12 @@ def test_dense_inputs_are_blended_in_windows_groups_and_shared_weights() -> None
         stem, now = model.stem(x).relu(), conv(x, small["stem.weight"], small["stem.bias"]).relu()
         target, half, count = model.grouped(stem), 6, now.shape[1] // 2
         for block in range(2):  # each half of the channels is a least-squares problem of its own
-            columns = nn.functional.unfold(now[:, block * count : (block + 1) * count], 3).transpose(1, 2).reshape(-1, count * 9).double()
+            columns = (
+                nn.functional.unfold(now[:, block * count : (block + 1) * count], 3)
+                .transpose(1, 2)
+                .reshape(-1, count * 9)
+                .double()
+            )
             own = target[:, block * half : (block + 1) * half].permute(0, 2, 3, 1).reshape(-1, half).double()
             solved = torch.linalg.lstsq(torch.cat([columns, torch.ones(len(columns), 1)], 1), own).solution.T
             left = [row for row in range(half) if block * half + row not in gone["head.weight"]]
@@ -428,24 +538,42 @@ def test_dense_inputs_are_blended_in_windows_groups_and_shared_weights() -> None
         smaller = conv(inner, small["head.weight"], small["head.bias"]).mean((2, 3))
         wide = torch.cat([model.up(h).tanh(), model.other(h.square()).tanh()])
         ups = {"up": smaller, "other": smaller.square()}
-        narrow = torch.cat([linear(value, small[f"{name}.weight"], small[f"{name}.bias"]).tanh() for name, value in ups.items()])
-        seen, target = torch.cat([narrow, torch.ones(len(narrow), 1)], 1).double(), (wide @ model.down.weight.T).double()
+        narrow = torch.cat(
+            [
+                linear(value, small[f"{name}.weight"], small[f"{name}.bias"]).tanh()
+                for name, value in ups.items()
+            ]
+        )
+        seen, target = (
+            torch.cat([narrow, torch.ones(len(narrow), 1)], 1).double(),
+            (wide @ model.down.weight.T).double(),
+        )
         least = (seen @ torch.linalg.lstsq(seen, target).solution - target).norm()
         raised = small["down.bias"] - model.down.bias
         found = seen @ torch.cat([small["down.weight"].T, raised[None]]).double() - target
-    assert float(found.norm() / least) <= 1.02, "columns are nearly dependent here, so that outputs are compared, and not weights"
+    assert float(found.norm() / least) <= 1.02, (
+        "columns are nearly dependent here, so that outputs are compared, and not weights"
+    )
 
 
 def test_what_is_added_to_nothing_is_blended_alone() -> None:
-    model, data = nn.Sequential(nn.Linear(12, 40), nn.Tanh(), nn.Linear(40, 40), nn.Tanh(), nn.Linear(40, 6)), []
+    model, data = (
+        nn.Sequential(nn.Linear(12, 40), nn.Tanh(), nn.Linear(40, 40), nn.Tanh(), nn.Linear(40, 6)),
+        [],
+    )
     data = [torch.randn(64, 12, generator=torch.Generator().manual_seed(seed)) for seed in range(12)]
     captured = fasp_fx.capture(randomise(model, std=0.3), (data[0],))
     for part, blend in ((0.3, 1.0), (0.9, 0.1)):
-        both, alone = (fasp_fx.prune(captured, calibration=data, sparsity=0.5, quality="fast", drift=drift, blend=blend) for drift in (part, 0.0))
+        both, alone = (
+            fasp_fx.prune(captured, calibration=data, sparsity=0.5, quality="fast", drift=drift, blend=blend)
+            for drift in (part, 0.0)
+        )
         assert closeness(weight_of(both.module, "4.weight"), weight_of(alone.module, "4.weight")) < 0.02
 
 
-@pytest.mark.parametrize("more", [{"": 1.5}, {"": True}, {"": 0.3, "propagate": False}, {"": 0.3, "restore": None}])
+@pytest.mark.parametrize(
+    "more", [{"": 1.5}, {"": True}, {"": 0.3, "propagate": False}, {"": 0.3, "restore": None}]
+)
 @pytest.mark.parametrize("name", ["drift", "blend"])
 def test_a_part_that_cannot_be_is_refused(name: str, more: dict[str, Any]) -> None:
     with pytest.raises(fasp_fx.ArgumentError, match=f"{name}="):
@@ -458,13 +586,23 @@ def mean_fill(problem: restoration.Problem) -> Tensor:
     if problem.has_ones:
         ones = problem.kept[-1]
         found[:, -1] += problem.weight @ (problem.gram[:, ones] / problem.gram[ones, ones])
-        found[:, -1] -= problem.weight[:, problem.kept] @ (problem.gram[problem.kept, ones] / problem.gram[ones, ones])
+        found[:, -1] -= problem.weight[:, problem.kept] @ (
+            problem.gram[problem.kept, ones] / problem.gram[ones, ones]
+        )
     return found
 
 
 def test_a_restoration_of_ones_own() -> None:
-    model, x = randomise(Residual(), std=0.5), torch.randn(400, 8, generator=torch.Generator().manual_seed(0)) + 1
-    options: dict[str, Any] = {"calibration": list(x.split(50)), "sparsity": 0.4, "quality": "fast", "propagate": False}
+    model, x = (
+        randomise(Residual(), std=0.5),
+        torch.randn(400, 8, generator=torch.Generator().manual_seed(0)) + 1,
+    )
+    options: dict[str, Any] = {
+        "calibration": list(x.split(50)),
+        "sparsity": 0.4,
+        "quality": "fast",
+        "propagate": False,
+    }
     captured = fasp_fx.capture(model, (x[:5],))
     plain, found = (fasp_fx.prune(captured, restore=restore, **options) for restore in (None, mean_fill))
     assert plain.plan.groups == found.plan.groups
@@ -481,7 +619,12 @@ def test_a_restoration_of_ones_own() -> None:
                 fitted = fitted + earlier(fitted)
             inside = block[1](block[0](fitted))  # type: ignore[index]
             raised = block[2].weight[:, own] @ inside[:, own].mean(0)  # type: ignore[index]
-        torch.testing.assert_close(found.module.get_parameter(names[1]) - plain.module.get_parameter(names[1]), raised, rtol=1e-2, atol=1e-3)
+        torch.testing.assert_close(
+            found.module.get_parameter(names[1]) - plain.module.get_parameter(names[1]),
+            raised,
+            rtol=1e-2,
+            atol=1e-3,
+        )
     lines = [line for line in found.report.lines if line.error_restored is not None]
     assert all(0 < line.error_restored < line.error_cut for line in lines)  # type: ignore[operator]
 
@@ -498,16 +641,33 @@ def test_a_restoration_that_cannot_be_is_refused(returned: Any, said: str) -> No
     x = torch.randn(40, 8)
     with pytest.raises(fasp_fx.ArgumentError, match=said):
         fasp_fx.prune(Residual().eval(), (x[:5],), calibration=[x], sparsity=0.4, restore=returned)
-    for change in (lambda found: found.to("meta"), lambda found: found.to_sparse(), lambda found: found.long(), lambda found: found + 0j):
+    for change in (
+        lambda found: found.to("meta"),
+        lambda found: found.to_sparse(),
+        lambda found: found.long(),
+        lambda found: found + 0j,
+    ):
         with pytest.raises(fasp_fx.ArgumentError, match="dense one of real numbers"):
             fasp_fx.prune(
-                Residual().eval(), (x[:5],), calibration=[x], sparsity=0.4, restore=lambda problem, change=change: change(problem.weight[:, problem.kept])
+                Residual().eval(),
+                (x[:5],),
+                calibration=[x],
+                sparsity=0.4,
+                restore=lambda problem, change=change: change(problem.weight[:, problem.kept]),
             )  # type: ignore[misc]
     with pytest.raises(fasp_fx.ArgumentError, match="restore='ridge'"):
         fasp_fx.PruningConfig(restore="ridge")  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("options", [{"quality": "fast"}, {"drift": 0.3}, {"restore": "window"}, {"quality": "fast", "include": ("exempt",), "sparsity": 0.5}])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"quality": "fast"},
+        {"drift": 0.3},
+        {"restore": "window"},
+        {"quality": "fast", "include": ("exempt",), "sparsity": 0.5},
+    ],
+)
 def test_a_plan_is_carried_out_and_restored_as_if_it_were_chosen_here(options: dict[str, Any]) -> None:
     captured = fasp_fx.capture(rank.llama(), (), {"input_ids": rank.tokens()[0], "use_cache": False})
     data = [{"input_ids": ids} for ids in rank.tokens()]
@@ -516,9 +676,13 @@ def test_a_plan_is_carried_out_and_restored_as_if_it_were_chosen_here(options: d
     how = {name: value for name, value in options.items() if name in ("restore", "drift")}
     found = fasp_fx.apply(captured, plan, calibration=data, **how)
     assert found.plan.groups == expected.plan.groups
-    for (name, value), other in zip(expected.module.named_parameters(), found.module.parameters(), strict=True):
+    for (name, value), other in zip(
+        expected.module.named_parameters(), found.module.parameters(), strict=True
+    ):
         assert torch.equal(value, other), name
-    assert [line.error_restored for line in found.report.lines] == [line.error_restored for line in expected.report.lines]
+    assert [line.error_restored for line in found.report.lines] == [
+        line.error_restored for line in expected.report.lines
+    ]
 
 
 def test_sets_chosen_by_hand_are_restored() -> None:
@@ -531,7 +695,9 @@ def test_sets_chosen_by_hand_are_restored() -> None:
         inside = model.blocks[1][1](model.blocks[1][0](x + model.blocks[0](x)))
         seen = torch.cat([inside[:, kept], torch.ones(len(x), 1)], 1).double()
         solved = torch.linalg.lstsq(seen, (inside @ model.blocks[1][2].weight.T).double()).solution.T
-    torch.testing.assert_close(found.module.get_parameter("blocks.1.2.weight").double(), solved[:, :-1], rtol=0.02, atol=0.01)
+    torch.testing.assert_close(
+        found.module.get_parameter("blocks.1.2.weight").double(), solved[:, :-1], rtol=0.02, atol=0.01
+    )
 
 
 def test_a_plan_says_what_goes() -> None:
@@ -545,8 +711,17 @@ def test_a_plan_says_what_goes() -> None:
 
 
 def test_a_restoration_may_write_into_what_it_is_given() -> None:
-    model = nn.Sequential(nn.Linear(12, 32, bias=False), nn.GELU(), nn.Linear(32, 24, bias=False), nn.GELU(), nn.Linear(24, 5, bias=False)).eval()
-    before, data = {name: value.clone() for name, value in model.state_dict().items()}, [torch.randn(64, 12) for _ in range(8)]
+    model = nn.Sequential(
+        nn.Linear(12, 32, bias=False),
+        nn.GELU(),
+        nn.Linear(32, 24, bias=False),
+        nn.GELU(),
+        nn.Linear(24, 5, bias=False),
+    ).eval()
+    before, data = (
+        {name: value.clone() for name, value in model.state_dict().items()},
+        [torch.randn(64, 12) for _ in range(8)],
+    )
 
     def left(problem: restoration.Problem) -> Tensor:
         return problem.weight[:, problem.kept]
@@ -557,6 +732,11 @@ def test_a_restoration_may_write_into_what_it_is_given() -> None:
         problem.weight.zero_()
         return found
 
-    first, second = (fasp_fx.prune(model, (data[0],), calibration=data, sparsity=0.4, restore=restore) for restore in (left, written))
+    first, second = (
+        fasp_fx.prune(model, (data[0],), calibration=data, sparsity=0.4, restore=restore)
+        for restore in (left, written)
+    )
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
-    assert [(line.error_cut, line.error_restored) for line in first.report.lines] == [(line.error_cut, line.error_restored) for line in second.report.lines]
+    assert [(line.error_cut, line.error_restored) for line in first.report.lines] == [
+        (line.error_cut, line.error_restored) for line in second.report.lines
+    ]

@@ -60,11 +60,18 @@ def captured() -> fasp_fx.Captured:
 def _same(found: fasp_fx.Result, expected: fasp_fx.Result) -> bool:
     weights = dict(expected.module.named_parameters())
     same = all(torch.equal(parameter, weights[name]) for name, parameter in found.module.named_parameters())
-    return same and found.plan == expected.plan and found.report.lines == expected.report.lines and found.report.notes == expected.report.notes
+    return (
+        same
+        and found.plan == expected.plan
+        and found.report.lines == expected.report.lines
+        and found.report.notes == expected.report.notes
+    )
 
 
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=list(OPTIONS))
-def test_it_goes_on_to_the_same_bits(captured: fasp_fx.Captured, options: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_it_goes_on_to_the_same_bits(
+    captured: fasp_fx.Captured, options: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     how = {"calibration": [{"input_ids": batch} for batch in tokens()], "sparsity": 0.3, **options}
     expected = fasp_fx.prune(captured, **how)
     where = [(_visit, "_restored"), (_visit.Observer, "_record"), (_visit.Observer, "_advance")]
@@ -82,8 +89,15 @@ def test_it_goes_on_to_the_same_bits(captured: fasp_fx.Captured, options: dict[s
     assert ends >= 3
 
 
-def test_what_is_known_is_not_observed_again(captured: fasp_fx.Captured, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    how = {"calibration": [{"input_ids": batch} for batch in tokens()], "sparsity": 0.3, "quality": "fast", "checkpoint": tmp_path / "state"}
+def test_what_is_known_is_not_observed_again(
+    captured: fasp_fx.Captured, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    how = {
+        "calibration": [{"input_ids": batch} for batch in tokens()],
+        "sparsity": 0.3,
+        "quality": "fast",
+        "checkpoint": tmp_path / "state",
+    }
     fasp_fx.prune(captured, **how)
 
     def no_more(*args: object) -> None:
@@ -123,7 +137,10 @@ def test_generating_and_plain_models_go_on(tmp_path: Path, monkeypatch: pytest.M
         assert _killed(work, 2, (_visit, "_restored"), monkeypatch)
         found = work()
         assert found.plan == expected.plan
-        assert all(torch.equal(found.model.get_parameter(name), parameter) for name, parameter in expected.model.named_parameters())
+        assert all(
+            torch.equal(found.model.get_parameter(name), parameter)
+            for name, parameter in expected.model.named_parameters()
+        )
 
 
 OTHERS: dict[str, tuple[dict[str, Any], str]] = {
@@ -134,21 +151,35 @@ OTHERS: dict[str, tuple[dict[str, Any], str]] = {
 
 
 @pytest.mark.parametrize(("other", "said"), OTHERS.values(), ids=list(OTHERS))
-def test_another_run_is_refused(captured: fasp_fx.Captured, tmp_path: Path, other: dict[str, Any], said: str) -> None:
-    how: dict[str, Any] = {"calibration": [{"input_ids": batch} for batch in tokens()], "sparsity": 0.3, "quality": "fast"}
+def test_another_run_is_refused(
+    captured: fasp_fx.Captured, tmp_path: Path, other: dict[str, Any], said: str
+) -> None:
+    how: dict[str, Any] = {
+        "calibration": [{"input_ids": batch} for batch in tokens()],
+        "sparsity": 0.3,
+        "quality": "fast",
+    }
     fasp_fx.prune(captured, checkpoint=tmp_path / "state", **how)
     with pytest.raises(StoreError, match=said):
         fasp_fx.prune(captured, checkpoint=tmp_path / "state", **{**how, **other})
 
 
 def test_another_model_and_what_is_no_checkpoint(captured: fasp_fx.Captured, tmp_path: Path) -> None:
-    how: dict[str, Any] = {"calibration": [{"input_ids": batch} for batch in tokens()], "sparsity": 0.3, "quality": "fast"}
+    how: dict[str, Any] = {
+        "calibration": [{"input_ids": batch} for batch in tokens()],
+        "sparsity": 0.3,
+        "quality": "fast",
+    }
     fasp_fx.prune(captured, checkpoint=tmp_path / "state", **how)
     model = llama()
     with torch.no_grad():
         next(model.parameters()).mul_(2)
     with pytest.raises(StoreError, match="model differ"):
-        fasp_fx.prune(fasp_fx.capture(model, (), {"input_ids": tokens()[0], "use_cache": False}), checkpoint=tmp_path / "state", **how)
+        fasp_fx.prune(
+            fasp_fx.capture(model, (), {"input_ids": tokens()[0], "use_cache": False}),
+            checkpoint=tmp_path / "state",
+            **how,
+        )
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "letter.txt").write_text("dear")
     with pytest.raises(StoreError, match="no checkpoint"):
@@ -163,14 +194,22 @@ DAMAGE: dict[str, Callable[[Path], object]] = {
     "no weights": lambda folder: (folder / "stop-1" / "weights.safetensors").unlink(),
     "cut weights": lambda folder: (folder / "stop-1" / "weights.safetensors").write_bytes(b"{"),
     "no JSON": lambda folder: (folder / "stop-2" / "events.json").write_text("{"),
-    "no list of what went": lambda folder: (folder / "stop-2" / "events.json").write_text(json.dumps({"after": 1})),
+    "no list of what went": (
+        lambda folder: (folder / "stop-2" / "events.json").write_text(json.dumps({"after": 1}))
+    ),
     "another run": lambda folder: (folder / "run.json").write_text("[]"),
 }
 
 
 @pytest.mark.parametrize("damage", DAMAGE.values(), ids=list(DAMAGE))
-def test_a_damaged_checkpoint_is_refused(captured: fasp_fx.Captured, tmp_path: Path, damage: Callable[[Path], object]) -> None:
-    how: dict[str, Any] = {"calibration": [{"input_ids": batch} for batch in tokens()], "sparsity": 0.3, "quality": "fast"}
+def test_a_damaged_checkpoint_is_refused(
+    captured: fasp_fx.Captured, tmp_path: Path, damage: Callable[[Path], object]
+) -> None:
+    how: dict[str, Any] = {
+        "calibration": [{"input_ids": batch} for batch in tokens()],
+        "sparsity": 0.3,
+        "quality": "fast",
+    }
     fasp_fx.prune(captured, checkpoint=tmp_path / "state", **how)
     damage(tmp_path / "state")
     with pytest.raises(StoreError, match="remove"):

@@ -1,4 +1,6 @@
-"""Where a pruned program goes: every route gives what the eager pruned module gives, at the example's sizes and at others."""
+"""Where a pruned program goes: every route gives what the eager pruned module gives, at the example's sizes
+and at others.
+"""
 
 from __future__ import annotations
 
@@ -48,7 +50,11 @@ class Residual(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.stem, self.norm = nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8)
-        self.inner, self.outer, self.head = nn.Conv2d(8, 16, 3, padding=1), nn.Conv2d(16, 8, 3, padding=1), nn.Linear(8, 5)
+        self.inner, self.outer, self.head = (
+            nn.Conv2d(8, 16, 3, padding=1),
+            nn.Conv2d(16, 8, 3, padding=1),
+            nn.Linear(8, 5),
+        )
 
     def forward(self, images: Tensor) -> Tensor:
         x = torch.relu(self.norm(self.stem(images)))
@@ -58,17 +64,27 @@ class Residual(nn.Module):
 
 def _llama() -> Pruned:
     config = LlamaConfig(
-        hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=4, num_key_value_heads=2, vocab_size=48, max_position_embeddings=32
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=1,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        vocab_size=48,
+        max_position_embeddings=32,
     )
     model = randomise(LlamaForCausalLM(config))
     calls = tuple({"input_ids": torch.randint(0, 48, size)} for size in ((2, 7), (3, 11)))
-    result = fasp_fx.prune(model, (), {**calls[0], "use_cache": False}, score="magnitude", restore=None, sparsity=0.2)
+    result = fasp_fx.prune(
+        model, (), {**calls[0], "use_cache": False}, score="magnitude", restore=None, sparsity=0.2
+    )
     return Pruned(result, calls, keyword=True)
 
 
 def _images() -> Pruned:
     calls = tuple({"images": torch.randn(count, 3, 8, 8)} for count in (2, 5))
-    result = fasp_fx.prune(randomise(Residual()), (calls[0]["images"],), score="magnitude", restore=None, sparsity=0.3)
+    result = fasp_fx.prune(
+        randomise(Residual()), (calls[0]["images"],), score="magnitude", restore=None, sparsity=0.3
+    )
     return Pruned(result, calls, keyword=False)
 
 
@@ -111,7 +127,9 @@ def test_export_save_and_load(pruned: Pruned, tmp_path: Path) -> None:
     loaded = torch.export.load(tmp_path / "program.pt2")
     pruned.hold(loaded.module(), 0)
     written = {node.meta.get("custom", {}).get(fasp_fx.passes.WRITTEN_BY) for node in loaded.graph.nodes}
-    assert not pruned.keyword or {"remove_channels", "pad_value_heads"} <= written, "a file keeps which pass wrote a node"
+    assert not pruned.keyword or {"remove_channels", "pad_value_heads"} <= written, (
+        "a file keeps which pass wrote a node"
+    )
 
 
 def test_onnx(pruned: Pruned, tmp_path: Path) -> None:
@@ -165,7 +183,9 @@ def _compiled(pruned: Pruned) -> None:
 
 
 def _packaged(pruned: Pruned, folder: Path) -> None:
-    path = torch._inductor.aoti_compile_and_package(pruned.result.program, package_path=str(folder / "program.pt2"))
+    path = torch._inductor.aoti_compile_and_package(
+        pruned.result.program, package_path=str(folder / "program.pt2")
+    )
     pruned.hold(torch._inductor.aoti_load_package(path))
 
 

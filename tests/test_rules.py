@@ -1,4 +1,6 @@
-"""Operators nobody has seen: they freeze what they touch, are named in the report, and one line teaches the library what they do."""
+"""Operators nobody has seen: they freeze what they touch, are named in the report, and one line teaches the
+library what they do.
+"""
 
 from __future__ import annotations
 
@@ -138,9 +140,13 @@ def test_one_line_makes_it_prunable() -> None:
 def test_a_contraction_is_taught_too() -> None:
     model = randomise(Projects())
     assert consumed(fasp_fx.analyze(model, (data(3),))) == {"matrix", "second_down.weight"}
-    with pytest.warns(fasp_fx.CalibrationWarning, match=r"cannot be run backwards.*as is done now"):  # the operator has no gradient
+    with pytest.warns(
+        fasp_fx.CalibrationWarning, match=r"cannot be run backwards.*as is done now"
+    ):  # the operator has no gradient
         result = fasp_fx.prune(model, (data(40),), calibration=[data(40)], sparsity=0.4)
-    removed = next(part.removed for group in result.plan.groups for part in group.consumers if part.name == "matrix")
+    removed = next(
+        part.removed for group in result.plan.groups for part in group.consumers if part.name == "matrix"
+    )
     assert result.module.matrix.shape == (12 - len(removed), 8)
     # restored on the calibration data, it is closer to the dense model than the cut alone
     with torch.no_grad():

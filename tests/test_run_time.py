@@ -1,4 +1,6 @@
-"""Programs with sizes and integers known only at run time: what a mask picks out, what a tensor counts, tokens dealt out to experts."""
+"""Programs with sizes and integers known only at run time: what a mask picks out, what a tensor counts,
+tokens dealt out to experts.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +18,9 @@ pytestmark = pytest.mark.usefixtures("shared_captures")
 
 
 class Routed(nn.Module):
-    """An expert for the tokens that a gate picks, found by ``nonzero``; its result is added where they came from."""
+    """An expert for the tokens that a gate picks, found by ``nonzero``; its result is added where they came
+    from.
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -25,7 +29,9 @@ class Routed(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         chosen = torch.nonzero(self.gate(x)[:, 0] > 0)[:, 0]
-        return self.down(self.up(x).relu()).index_add(0, chosen, self.expert_down(self.expert_up(x[chosen]).relu()))
+        return self.down(self.up(x).relu()).index_add(
+            0, chosen, self.expert_down(self.expert_up(x[chosen]).relu())
+        )
 
 
 class Picked(nn.Module):
@@ -67,7 +73,9 @@ class DealtOut(nn.Module):
 
 
 class PickedAndDealtOut(nn.Module):
-    """Of all tokens some are kept, never more than there are rows in a table; those are dealt out to two experts."""
+    """Of all tokens some are kept, never more than there are rows in a table; those are dealt out to two
+    experts.
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -97,7 +105,11 @@ CASES: dict[str, tuple[type[nn.Module], Callable[[int], tuple[Tensor, ...]], set
         lambda n: (tokens(n), torch.arange(n) < 2, torch.tensor([1, 1])),
         {"experts.0.weight", "experts.1.weight", "down.weight"},
     ),
-    "split": (DealtOut, lambda n: (tokens(n), torch.tensor([1, n - 3, 2])), {f"experts.{i}.weight" for i in range(3)} | {"down.weight"}),
+    "split": (
+        DealtOut,
+        lambda n: (tokens(n), torch.tensor([1, n - 3, 2])),
+        {f"experts.{i}.weight" for i in range(3)} | {"down.weight"},
+    ),
 }
 
 
@@ -130,6 +142,10 @@ def test_channels_picked_at_run_time_stay() -> None:
             return self.up(x)[:, mask].sum(1, keepdim=True) * self.down(x)
 
     analysis = fasp_fx.analyze(Channels().eval(), (tokens(4), torch.arange(10) % 2 == 0))
-    group = next(group for group in analysis.groups if any(part.name == "up.weight" and part.dim == 0 for part in group.producers))
+    group = next(
+        group
+        for group in analysis.groups
+        if any(part.name == "up.weight" and part.dim == 0 for part in group.producers)
+    )
     assert group.status == "frozen"
     assert "index" in group.reason

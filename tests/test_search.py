@@ -1,4 +1,6 @@
-"""The search for what each group loses: its moves, its choice, the loss that it runs the pruned model for, and the whole."""
+"""The search for what each group loses: its moves, its choice, the loss that it runs the pruned model for,
+and the whole.
+"""
 
 from __future__ import annotations
 
@@ -61,9 +63,13 @@ def problems(draw: st.DrawFn, is_target: bool | None = None) -> tuple[Budget, in
     else:
         other = Linear(widths, shares[::-1])
         assume(other.reach(round_to) > sparsity)
-        budget = Budget(counted.groups, [Ceiling(Parameters(1 - sparsity), counted), Ceiling(Macs(1 - sparsity), other)])
+        budget = Budget(
+            counted.groups, [Ceiling(Parameters(1 - sparsity), counted), Ceiling(Macs(1 - sparsity), other)]
+        )
     losses = [sorted(draw(st.lists(st.floats(0.01, 10), min_size=width, max_size=width))) for width in widths]
-    curves = {str(index): fasp_fx.CostCurve(np.array([0.0, *np.cumsum(own)])) for index, own in enumerate(losses)}
+    curves = {
+        str(index): fasp_fx.CostCurve(np.array([0.0, *np.cumsum(own)])) for index, own in enumerate(losses)
+    }
     return budget, round_to, Global()(budget, round_to, fasp_fx.Costs(curves, ""))
 
 
@@ -72,10 +78,15 @@ def exchanges(budget: Budget, round_to: int, start: list[int]) -> Exchanges:
 
 
 @given(problems(), st.integers(0, 1000), st.floats(0.001, 1))
-def test_moves_keep_the_budget_the_bounds_and_the_multiples(problem: tuple[Budget, int, list[int]], seed: int, reach: float) -> None:
+def test_moves_keep_the_budget_the_bounds_and_the_multiples(
+    problem: tuple[Budget, int, list[int]], seed: int, reach: float
+) -> None:
     budget, round_to, start = problem
     moves, draw = exchanges(budget, round_to, start), np.random.default_rng(seed)
-    finest = min(abs(budget.over([0] * len(start)) - budget.over([round_to * (at == i) for at in range(len(start))])) for i in range(len(start)))
+    finest = min(
+        abs(budget.over([0] * len(start)) - budget.over([round_to * (at == i) for at in range(len(start))]))
+        for i in range(len(start))
+    )
     lost = start
     for _ in range(20):
         found = moves.drawn(lost, reach, draw)
@@ -87,7 +98,9 @@ def test_moves_keep_the_budget_the_bounds_and_the_multiples(problem: tuple[Budge
             assert 0 <= after <= deepest_loss(group)
             assert after == before or not after or (group.width - after) % round_to == 0
         over = budget.over(found)
-        assert over <= 0 if budget.is_ceiling else abs(over) <= max(abs(budget.over(start)), finest * 4) + 1e-9
+        assert (
+            over <= 0 if budget.is_ceiling else abs(over) <= max(abs(budget.over(start)), finest * 4) + 1e-9
+        )
         assert moves.meets(found)
         lost = found
 
@@ -118,7 +131,12 @@ def test_nothing_is_exchanged_where_nothing_can_be() -> None:
 class Made(Trial):
     """A trial of a made-up loss, which keeps what it is shown."""
 
-    def __init__(self, loss: Callable[[Sequence[int], int], float], count: int = 5, state: Mapping[str, Any] | None = None) -> None:
+    def __init__(
+        self,
+        loss: Callable[[Sequence[int], int], float],
+        count: int = 5,
+        state: Mapping[str, Any] | None = None,
+    ) -> None:
         self.loss, self.count, self.states = loss, count, [] if state is None else [dict(state)]
         self.known, self.asked = state, 0
 
@@ -140,7 +158,9 @@ def _noise(lost: Sequence[int], sequence: int) -> float:
 
 
 @given(problems(), st.integers(1, 9), st.integers(1, 6))
-def test_it_never_ends_worse_than_it_began_and_goes_on_from_any_state(problem: tuple[Budget, int, list[int]], count: int, offspring: int) -> None:
+def test_it_never_ends_worse_than_it_began_and_goes_on_from_any_state(
+    problem: tuple[Budget, int, list[int]], count: int, offspring: int
+) -> None:
     budget, round_to, start = problem
     moves, trial = exchanges(budget, round_to, start), Made(_noise, count)
     found = evolve(moves, start, trial, 4, offspring, 3)
@@ -164,7 +184,9 @@ def test_few_are_tried_on_all_sequences() -> None:
     found = evolve(exchanges(budget, 1, start), start, trial, 1, 12, 0)
     assert found.tried == 12
     assert trial.asked + 8 == passes(1, 12, 8), "and the dense model"
-    assert trial.asked == 8 + 12 + 4 + 2 * 2 + 4 * 1, "the start on 8; 12 on one, 4 on two, 2 on four, 1 on eight"
+    assert trial.asked == 8 + 12 + 4 + 2 * 2 + 4 * 1, (
+        "the start on 8; 12 on one, 4 on two, 2 on four, 1 on eight"
+    )
 
 
 def test_it_comes_near_the_best_of_separable_losses() -> None:
@@ -192,7 +214,14 @@ class Talker(nn.Module):
         torch.manual_seed(0)
         self.embedding = nn.Embedding(TOKENS, WIDTH)
         self.layers = nn.ModuleList(
-            nn.ModuleDict({"up": nn.Linear(WIDTH, width), "gate": nn.Linear(WIDTH, width), "down": nn.Linear(width, WIDTH)}) for width in (12, 6, 12)
+            nn.ModuleDict(
+                {
+                    "up": nn.Linear(WIDTH, width),
+                    "gate": nn.Linear(WIDTH, width),
+                    "down": nn.Linear(width, WIDTH),
+                }
+            )
+            for width in (12, 6, 12)
         )
         self.head = nn.Linear(WIDTH, TOKENS)
         with torch.no_grad():
@@ -209,7 +238,13 @@ class Talker(nn.Module):
 
 def batches(count: int = 4) -> list[dict[str, Tensor]]:
     generator = torch.Generator().manual_seed(1)
-    found = [{"input_ids": torch.randint(TOKENS, (2, 9), generator=generator), "attention_mask": torch.ones(2, 9, dtype=torch.long)} for _ in range(count)]
+    found = [
+        {
+            "input_ids": torch.randint(TOKENS, (2, 9), generator=generator),
+            "attention_mask": torch.ones(2, 9, dtype=torch.long),
+        }
+        for _ in range(count)
+    ]
     found[0]["attention_mask"][1, 6:] = 0
     return found
 
@@ -232,22 +267,35 @@ def _no_gradients() -> Iterator[None]:
 
 def trial_of(loss: Any, restore: Any, **options: Any) -> tuple[ModelTrial, list[fasp_fx.Group]]:
     """A trial over all calibration data, and the groups."""
-    config = fasp_fx.PruningConfig(allocation=Search(sequences=100), loss=loss, restore=restore, score="obs", padding_mask="attention_mask", **options)
+    config = fasp_fx.PruningConfig(
+        allocation=Search(sequences=100),
+        loss=loss,
+        restore=restore,
+        score="obs",
+        padding_mask="attention_mask",
+        **options,
+    )
     program = captured().program
     analysis = fasp_fx.analyze(captured())
     chooser, consumers = Chooser(config), Consumers(analysis)
-    chooser.measure(consumers, [program.flat_inputs((), batch) for batch in batches()], "", lambda fraction: None, part=1)
+    chooser.measure(
+        consumers, [program.flat_inputs((), batch) for batch in batches()], "", lambda fraction: None, part=1
+    )
     assert chooser._trial is not None
     return chooser._trial, analysis.chosen
 
 
-def pruned_by_hand(trial: ModelTrial, groups: list[fasp_fx.Group], lost: Sequence[int], restore: Any) -> Talker:
+def pruned_by_hand(
+    trial: ModelTrial, groups: list[fasp_fx.Group], lost: Sequence[int], restore: Any
+) -> Talker:
     """The module with the columns zero that go, and the others solved for by least squares."""
     found = copy.deepcopy(talker())
     for group, count in zip(groups, lost, strict=True):
         for member in group.consumers if count else ():
             sets = trial._orders[group.name][0, :count]
-            gone = torch.tensor([index for index, own in zip(member.indices, member.sets, strict=True) if own in sets])
+            gone = torch.tensor(
+                [index for index, own in zip(member.indices, member.sets, strict=True) if own in sets]
+            )
             weight = found.get_parameter(member.name)
             with torch.no_grad():
                 weight.copy_(_without(member.name, weight.double(), gone, restore is not None))
@@ -255,31 +303,47 @@ def pruned_by_hand(trial: ModelTrial, groups: list[fasp_fx.Group], lost: Sequenc
 
 
 def _without(name: str, weight: Tensor, gone: Tensor, repairs: bool) -> Tensor:
-    """A weight without columns, solved for by least squares over its inputs and as many more rows as it takes for a ridge."""
+    """A weight without columns, solved for by least squares over its inputs and as many more rows as it takes
+    for a ridge.
+    """
     kept = torch.tensor([column for column in range(weight.shape[1]) if column not in gone])
     made = torch.zeros_like(weight)
     made[:, kept] = weight[:, kept]
     if not repairs:
         return made
     seen: list[Tensor] = []
-    hook = talker().get_submodule(name.removesuffix(".weight")).register_forward_hook(lambda module, args, output: seen.append(args[0]))
+    hook = (
+        talker()
+        .get_submodule(name.removesuffix(".weight"))
+        .register_forward_hook(lambda module, args, output: seen.append(args[0]))
+    )
     for batch in batches():
         talker()(**batch)
     hook.remove()
-    tokens = torch.cat([own[batch["attention_mask"] != 0] for own, batch in zip(seen, batches(), strict=True)]).double()
+    tokens = torch.cat(
+        [own[batch["attention_mask"] != 0] for own, batch in zip(seen, batches(), strict=True)]
+    ).double()
     ridge = math.sqrt(DAMPING * float(tokens.square().sum(0).mean()))
     system = torch.cat([tokens[:, kept], ridge * torch.eye(len(kept), dtype=torch.float64)])
-    wanted = torch.cat([tokens[:, gone] @ weight[:, gone].T, torch.zeros(len(kept), len(weight), dtype=torch.float64)])
+    wanted = torch.cat(
+        [tokens[:, gone] @ weight[:, gone].T, torch.zeros(len(kept), len(weight), dtype=torch.float64)]
+    )
     made[:, kept] += torch.linalg.lstsq(system, wanted).solution.T
     return made
 
 
 def sequences() -> list[dict[str, Tensor]]:
-    return [{name: value[row : row + 1] for name, value in batch.items()} for batch in batches() for row in range(2)]
+    return [
+        {name: value[row : row + 1] for name, value in batch.items()}
+        for batch in batches()
+        for row in range(2)
+    ]
 
 
 def divergence(dense: Tensor, pruned: Tensor, likeliest: int) -> Tensor:
-    """KL of one sequence ``[tokens, vocabulary]``, where all but the dense model's likeliest are put together."""
+    """KL of one sequence ``[tokens, vocabulary]``, where all but the dense model's likeliest are put
+    together.
+    """
     if likeliest >= TOKENS:
         return kl_divergence(Categorical(logits=dense), Categorical(logits=pruned)).mean()
     top = dense.topk(likeliest).indices
@@ -307,7 +371,13 @@ def test_divergence_is_that_of_the_module_pruned_by_hand(restore: Any, likeliest
         for batch in sequences():
             counts = batch["attention_mask"] != 0
             with torch.no_grad():
-                expected.append(float(divergence(talker()(**batch)[counts].double(), other(**batch)[counts].double(), likeliest)))
+                expected.append(
+                    float(
+                        divergence(
+                            talker()(**batch)[counts].double(), other(**batch)[counts].double(), likeliest
+                        )
+                    )
+                )
         found = trial.losses(lost, range(8))
         assert found == pytest.approx(expected, rel=1e-3, abs=1e-6)
         assert (max(found) < 1e-6) == (not any(lost))
@@ -340,9 +410,15 @@ def test_a_loss_of_ones_own_sees_whole_batches() -> None:
     assert trial.losses(LOST[1], range(4)) == pytest.approx(expected, rel=1e-5)
 
 
-def test_what_is_not_finite_is_infinitely_bad_and_repairs_are_kept_within_bounds(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_is_not_finite_is_infinitely_bad_and_repairs_are_kept_within_bounds(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     trial, _ = trial_of("next-token", None)
-    sizes = sum(parameter.numel() for name, parameter in talker().named_parameters() if parameter.dim() > 1 and not name.startswith("embedding"))
+    sizes = sum(
+        parameter.numel()
+        for name, parameter in talker().named_parameters()
+        if parameter.dim() > 1 and not name.startswith("embedding")
+    )
     for first, last in product(range(1, 8), range(1, 8)):
         trial.losses([0, first, 1, last], [0])
         assert sum(weight.numel() for weight in trial._made.values()) <= 2 * sizes
@@ -353,10 +429,22 @@ def test_what_is_not_finite_is_infinitely_bad_and_repairs_are_kept_within_bounds
 # The whole.
 
 SEARCH = Search(generations=4, offspring=6, sequences=4)
-HOW: dict[str, Any] = {"sparsity": 0.3, "loss": "next-token", "padding_mask": "attention_mask", "allocation": SEARCH}
+HOW: dict[str, Any] = {
+    "sparsity": 0.3,
+    "loss": "next-token",
+    "padding_mask": "attention_mask",
+    "allocation": SEARCH,
+}
 
 
-def chosen(checkpoint: Path | None = None, progress: Any = None, costs: Any = None, count: int = 4, calibration: Any = None, **options: Any) -> Decision:
+def chosen(
+    checkpoint: Path | None = None,
+    progress: Any = None,
+    costs: Any = None,
+    count: int = 4,
+    calibration: Any = None,
+    **options: Any,
+) -> Decision:
     """What goes, without taking it out, which takes longest."""
     config = fasp_fx.PruningConfig(**{**HOW, **options})
     data = batches(count) if calibration is None else calibration
@@ -366,12 +454,20 @@ def chosen(checkpoint: Path | None = None, progress: Any = None, costs: Any = No
 
 def removed(decision: Decision) -> dict[str, int]:
     analysis = fasp_fx.analyze(captured())
-    return {group.name: int(np.unique(analysis.labels[decision.gone & np.isin(analysis.labels, group.sets)]).size) for group in analysis.chosen}
+    return {
+        group.name: int(np.unique(analysis.labels[decision.gone & np.isin(analysis.labels, group.sets)]).size)
+        for group in analysis.chosen
+    }
 
 
 def is_same(found: Decision, expected: Decision) -> bool:
     same = all(torch.equal(weight, expected.weights[name]) for name, weight in found.weights.items())
-    return same and found.weights.keys() == expected.weights.keys() and bool((found.gone == expected.gone).all()) and found.notes == expected.notes
+    return (
+        same
+        and found.weights.keys() == expected.weights.keys()
+        and bool((found.gone == expected.gone).all())
+        and found.notes == expected.notes
+    )
 
 
 def noted(notes: Sequence[str]) -> tuple[float, float, int]:
@@ -402,7 +498,9 @@ def test_a_model_is_searched_and_the_same_is_found_again() -> None:
     assert is_same(chosen(), decision)
     assert noted(decision.notes) == noted(result.report.notes)
     went = removed(decision)
-    assert {group.name: group.removed_sets for group in result.plan.groups} == {name: count for name, count in went.items() if count}
+    assert {group.name: group.removed_sets for group in result.plan.groups} == {
+        name: count for name, count in went.items() if count
+    }
     assert went != removed(chosen(allocation="global"))
     other = chosen(allocation=Search(generations=4, offspring=6, sequences=4, seed=1))
     assert other.notes != decision.notes
@@ -410,7 +508,10 @@ def test_a_model_is_searched_and_the_same_is_found_again() -> None:
 
 def test_it_has_a_name_and_keeps_to_other_options() -> None:
     assert noted(chosen(count=2, sparsity=0.2, allocation="search", quality="fast").notes)[2] > 12
-    assert fasp_fx.PruningConfig.from_json(fasp_fx.PruningConfig(allocation="search").to_json()).allocation == "search"
+    assert (
+        fasp_fx.PruningConfig.from_json(fasp_fx.PruningConfig(allocation="search").to_json()).allocation
+        == "search"
+    )
     capped = removed(chosen(sparsity=None, budget=(Parameters(0.8), Macs(0.8)), exclude=("layers.1.*",)))
     assert not capped["layers.1.down.weight"]
     analysis = fasp_fx.analyze(captured())
@@ -423,10 +524,21 @@ def test_it_has_a_name_and_keeps_to_other_options() -> None:
 
 
 def test_curves_that_were_measured_before_serve_as_a_start() -> None:
-    measured = fasp_fx.measure(captured(), calibration=batches()[:1], allocation="search", loss="next-token", padding_mask="attention_mask")
-    flat = fasp_fx.Costs({name: fasp_fx.CostCurve(0 * curve.losses) for name, curve in measured.items()}, measured.fingerprint)
+    measured = fasp_fx.measure(
+        captured(),
+        calibration=batches()[:1],
+        allocation="search",
+        loss="next-token",
+        padding_mask="attention_mask",
+    )
+    flat = fasp_fx.Costs(
+        {name: fasp_fx.CostCurve(0 * curve.losses) for name, curve in measured.items()}, measured.fingerprint
+    )
     one = Search(generations=1, offspring=1)
-    assert noted(chosen(costs=flat, allocation=one).notes)[0] > noted(chosen(costs=measured, allocation=one).notes)[0]
+    assert (
+        noted(chosen(costs=flat, allocation=one).notes)[0]
+        > noted(chosen(costs=measured, allocation=one).notes)[0]
+    )
     with pytest.raises(fasp_fx.SparsityError, match="out of reach"):
         chosen(costs=measured, calibration=iter(()), sparsity=0.99)
 
@@ -437,7 +549,15 @@ def test_convolutions_and_random_numbers_are_searched() -> None:
             return x + 0.1 * torch.randn_like(x)
 
     torch.manual_seed(0)
-    body = (nn.Conv2d(3, 8, 3), nn.ReLU(), Noisy(), nn.Conv2d(8, 12, 3, groups=2), nn.ReLU(), nn.Conv2d(12, 6, 1), nn.ReLU())
+    body = (
+        nn.Conv2d(3, 8, 3),
+        nn.ReLU(),
+        Noisy(),
+        nn.Conv2d(8, 12, 3, groups=2),
+        nn.ReLU(),
+        nn.Conv2d(12, 6, 1),
+        nn.ReLU(),
+    )
     images = [torch.randn(4, 3, 8, 8) for _ in range(4)]
     model = nn.Sequential(*body, nn.Flatten(), nn.Linear(96, 4)).eval()
     result = fasp_fx.prune(model, (images[0],), calibration=images, sparsity=0.3, allocation=SEARCH)
@@ -477,8 +597,15 @@ def test_a_state_that_is_damaged_or_of_another_search_is_refused(tmp_path: Path)
     chosen(tmp_path, allocation=one)
     file = tmp_path / "search" / "state.json"
     held = json.loads(file.read_text())
-    damaged: list[tuple[Any, str]] = [([], "does not hold an object"), ({"generation": 1}, "no state of a search")]
-    damaged += [({**held, "lost": held["lost"][1:]}, "no state of a search"), ({**held, "tried": -1}, "no state"), ({**held, "loss": math.nan}, "a loss")]
+    damaged: list[tuple[Any, str]] = [
+        ([], "does not hold an object"),
+        ({"generation": 1}, "no state of a search"),
+    ]
+    damaged += [
+        ({**held, "lost": held["lost"][1:]}, "no state of a search"),
+        ({**held, "tried": -1}, "no state"),
+        ({**held, "loss": math.nan}, "a loss"),
+    ]
     for state, message in damaged:
         file.write_text(json.dumps(state))
         with pytest.raises(StoreError, match=message):
@@ -505,8 +632,12 @@ def test_models_that_cannot_be_searched_are_refused(zoo_captured: Any) -> None:
     with pytest.raises(ArgumentError, match=r"allocation='search' needs a model that is captured as a whole"):
         fasp_fx.prune(Forks().eval(), (X,), calibration=[X], allocation="search")
     with pytest.raises(ArgumentError, match=r"allocation='search': a search needs a model"):
-        fasp_fx.hf.prune(talker(), plain=True, calibration=iter(()), allocation="search")  # before the model is looked at
+        fasp_fx.hf.prune(
+            talker(), plain=True, calibration=iter(()), allocation="search"
+        )  # before the model is looked at
     with pytest.raises(ArgumentError, match=r"cannot try .* which no weight reads; exclude it"):
-        fasp_fx.prune(zoo_captured("llama_gqa"), calibration=iter(()), allocation="search", include=("exempt",))
+        fasp_fx.prune(
+            zoo_captured("llama_gqa"), calibration=iter(()), allocation="search", include=("exempt",)
+        )
     with pytest.raises(ArgumentError, match="a sparsity for each pattern is an allocation by itself"):
         fasp_fx.PruningConfig(allocation="search", sparsity={"*": 0.3})

@@ -1,4 +1,6 @@
-"""A pruned module is called like the original: names, order, defaults, structure of the result; what was not captured is refused."""
+"""A pruned module is called like the original: names, order, defaults, structure of the result; what was not
+captured is refused.
+"""
 
 from __future__ import annotations
 
@@ -32,7 +34,15 @@ class ManyArguments(nn.Module):
         super().__init__()
         self.inner = TwoLayers()
 
-    def forward(self, x: Tensor, y: Tensor | None = None, scale: float = 2.0, *, mask: Tensor | None = None, mode: str = "plain") -> Out:
+    def forward(
+        self,
+        x: Tensor,
+        y: Tensor | None = None,
+        scale: float = 2.0,
+        *,
+        mask: Tensor | None = None,
+        mode: str = "plain",
+    ) -> Out:
         hidden = self.inner(x) * scale
         if y is not None:
             hidden = hidden + y
@@ -152,7 +162,9 @@ class Asked(NamedTuple):
 @pytest.mark.parametrize("asked", [Asked(True), Asked(False, True)], ids=str)
 def test_parts_with_a_configuration_of_their_own_return_what_the_model_is_asked_for(asked: Asked) -> None:
     """T5 gives its encoder and its decoder a copy of its configuration each."""
-    config = transformers.T5Config(vocab_size=96, d_model=16, d_kv=4, d_ff=32, num_layers=1, num_heads=4, decoder_start_token_id=0)
+    config = transformers.T5Config(
+        vocab_size=96, d_model=16, d_kv=4, d_ff=32, num_layers=1, num_heads=4, decoder_start_token_id=0
+    )
     model = randomise(transformers.T5ForConditionalGeneration(config))
     ids = torch.arange(12).reshape(2, 6)
     given = {"input_ids": ids, "decoder_input_ids": ids[:, :4], **asked._asdict()}
@@ -161,10 +173,18 @@ def test_parts_with_a_configuration_of_their_own_return_what_the_model_is_asked_
     found, expected = result.module(**given), zeroed(model, result.plan)(**given)
     assert list(found) == list(expected)
     if asked.output_hidden_states:
-        assert len(model(**given).encoder_hidden_states) == len(expected.encoder_hidden_states) == 2  # the caller's model has no hook of the capture
+        assert (
+            len(model(**given).encoder_hidden_states) == len(expected.encoder_hidden_states) == 2
+        )  # the caller's model has no hook of the capture
     assert ("cache" in found) == asked.use_cache
     assert (result.report.cache is not None) == asked.use_cache
-    assert error({name: found[name] for name in found if name != "cache"}, {name: expected[name] for name in expected if name != "cache"}) < TOLERANCE
+    assert (
+        error(
+            {name: found[name] for name in found if name != "cache"},
+            {name: expected[name] for name in expected if name != "cache"},
+        )
+        < TOLERANCE
+    )
     assert [part.config.to_dict() for part in (model, model.encoder, model.decoder)] == configs  # type: ignore[union-attr]
 
 
@@ -179,11 +199,15 @@ def test_a_hugging_face_model(name: str, zoo_model: Callable[[str], nn.Module]) 
     for wrong in ({"use_cache": True}, {"attention_mask": torch.ones_like(ids)}, {"output_attentions": True}):
         with pytest.raises(fasp_fx.CallError, match=next(iter(wrong))):
             result.module(ids, **wrong)
-    assert list(inspect.signature(result.module.forward).parameters) == list(inspect.signature(model.forward).parameters)
+    assert list(inspect.signature(result.module.forward).parameters) == list(
+        inspect.signature(model.forward).parameters
+    )
 
 
 class ByPosition(nn.Module):
-    """Arguments that only go by position, a constant and an ordinary one among them, before a variable number."""
+    """Arguments that only go by position, a constant and an ordinary one among them, before a variable
+    number.
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -207,7 +231,9 @@ def test_an_exported_program_with_constants() -> None:
     model = ManyArguments().eval()
     exported = torch.export.export(model, (X, None, 2.0), {"mask": MASK}, strict=False)
     for given in (exported, exported.module()):
-        result = fasp_fx.prune(given, (X, None, 2.0), {"mask": MASK}, sparsity=0.3, score="random", restore=None)
+        result = fasp_fx.prune(
+            given, (X, None, 2.0), {"mask": MASK}, sparsity=0.3, score="random", restore=None
+        )
         assert result.module(X, None, 2.0, mask=MASK).scaled.shape == X.shape
         with pytest.raises(fasp_fx.CallError):
             result.module(X, None, 3.0, mask=MASK)
@@ -235,15 +261,41 @@ def tables() -> fasp_fx.Result:
 @pytest.mark.parametrize(
     ("x", "same", "message"),
     [
-        pytest.param(X[:, :7], X, "argument 'x': dimension 1 is 7, the program was captured for 12", id="width"),
-        pytest.param(X, torch.randn(3, 5), r"argument 'rest\['same'\]': dimension 1 is 5, the program was captured for 12", id="inside_a_dict"),
-        pytest.param(torch.randn(11, 12), torch.randn(11, 12), "argument 'x': dimension 0 is 11, the program was captured for at most 10", id="at_most"),
-        pytest.param(X, torch.randn(4, 12), r"do not fit together.*'x' of shape \(3, 12\), 'rest\['same'\]' of shape \(4, 12\)", id="agree"),
-        pytest.param(X[0], X, r"argument 'x' has 1 dimensions, its shape is \(12,\), but the program was captured for 2", id="rank"),
-        pytest.param([1.0], X, "argument 'x' is a list, but the program was captured with a tensor", id="no_tensor"),
+        pytest.param(
+            X[:, :7], X, "argument 'x': dimension 1 is 7, the program was captured for 12", id="width"
+        ),
+        pytest.param(
+            X,
+            torch.randn(3, 5),
+            r"argument 'rest\['same'\]': dimension 1 is 5, the program was captured for 12",
+            id="inside_a_dict",
+        ),
+        pytest.param(
+            torch.randn(11, 12),
+            torch.randn(11, 12),
+            "argument 'x': dimension 0 is 11, the program was captured for at most 10",
+            id="at_most",
+        ),
+        pytest.param(
+            X,
+            torch.randn(4, 12),
+            r"do not fit together.*'x' of shape \(3, 12\), 'rest\['same'\]' of shape \(4, 12\)",
+            id="agree",
+        ),
+        pytest.param(
+            X[0],
+            X,
+            r"argument 'x' has 1 dimensions, its shape is \(12,\), but the program was captured for 2",
+            id="rank",
+        ),
+        pytest.param(
+            [1.0], X, "argument 'x' is a list, but the program was captured with a tensor", id="no_tensor"
+        ),
     ],
 )
-def test_other_sizes_are_refused_by_argument_and_dimension(tables: fasp_fx.Result, x: Any, same: Tensor, message: str) -> None:
+def test_other_sizes_are_refused_by_argument_and_dimension(
+    tables: fasp_fx.Result, x: Any, same: Tensor, message: str
+) -> None:
     for module in (tables.module, copy.deepcopy(tables.module)):
         with pytest.raises(fasp_fx.CallError, match=message):
             module(x, {"same": same})
@@ -251,7 +303,9 @@ def test_other_sizes_are_refused_by_argument_and_dimension(tables: fasp_fx.Resul
 
 def test_a_loaded_module_refuses_the_same_sizes(tables: fasp_fx.Result, tmp_path: Path) -> None:
     loaded = fasp_fx.load(tables.save(tmp_path / "out"))
-    with pytest.raises(fasp_fx.CallError, match="argument 'x': dimension 1 is 7, the program was captured for 12"):
+    with pytest.raises(
+        fasp_fx.CallError, match="argument 'x': dimension 1 is 7, the program was captured for 12"
+    ):
         loaded.module(X[:, :7], {"same": X})
 
 
@@ -264,7 +318,9 @@ def test_compilers_and_exporters_take_the_checks_over(tables: fasp_fx.Result) ->
         shapes = ({0: torch.export.Dim.AUTO}, {"same": {0: torch.export.Dim.AUTO}})
         again = torch.export.export(tables.module, call, dynamic_shapes=shapes, strict=strict)
         torch.testing.assert_close(again.module()(*call), expected)
-        assert max(int(bounds.upper) for bounds in again.range_constraints.values()) == 10  # known only to the guards: the slice is in the graph
+        assert (
+            max(int(bounds.upper) for bounds in again.range_constraints.values()) == 10
+        )  # known only to the guards: the slice is in the graph
         with pytest.raises(AssertionError):
             again.module()(torch.randn(11, 12), {"same": torch.randn(11, 12)})
 
@@ -305,9 +361,12 @@ def test_a_batch_of_none_that_a_program_cannot_compute_is_refused() -> None:
         def forward(self, x: Tensor) -> Tensor:
             return self.down(self.up(x).relu()[:, : x.shape[1] // 3 + 1])
 
-    result = fasp_fx.prune(Third().eval(), (torch.randn(2, 6, 8),), sparsity=0.3, score="random", restore=None)
+    result = fasp_fx.prune(
+        Third().eval(), (torch.randn(2, 6, 8),), sparsity=0.3, score="random", restore=None
+    )
     for count in (0, 1):
         try:
             assert result.module(torch.randn(count, 6, 8)).shape == (count, 3, 5)
         except fasp_fx.CallError as refused:
-            assert (count, "zero" in str(refused)) == (0, True)  # noqa: PT017 - either is right, by torch's version
+            # Either is right, by torch's version.
+            assert (count, "zero" in str(refused)) == (0, True)  # noqa: PT017

@@ -32,7 +32,9 @@ def _looked_up(index: Callable[[Tensor], Tensor]) -> Callable[[nn.Module, Tensor
 
 
 ONE_BY_ONE: dict[str, Callable[[nn.Module, Tensor], Tensor]] = {
-    "unbind": lambda m, x: sum(F.linear(F.relu(F.linear(x, w)), v) for w, v in zip(m.into.unbind(0), m.out.unbind(0))),
+    "unbind": lambda m, x: sum(
+        F.linear(F.relu(F.linear(x, w)), v) for w, v in zip(m.into.unbind(0), m.out.unbind(0))
+    ),
     "select": lambda m, x: sum(F.linear(F.relu(F.linear(x, m.into[i])), m.out[i]) for i in range(3)),
 }
 

@@ -1,4 +1,6 @@
-"""Stacks of weights of which a model takes one by one: experts in a loop, weights and scales of all layers in one parameter."""
+"""Stacks of weights of which a model takes one by one: experts in a loop, weights and scales of all layers in
+one parameter.
+"""
 
 from __future__ import annotations
 
@@ -19,17 +21,28 @@ from fasp_fx.restoration import GRID
 pytestmark = pytest.mark.usefixtures("shared_captures")
 
 COUNT, WIDTH, INNER = 3, 8, 12
-ROWS, UNSEEN = torch.randn(64, 5, generator=torch.Generator().manual_seed(0)), torch.randn(7, 5, generator=torch.Generator().manual_seed(1))
+ROWS, UNSEEN = (
+    torch.randn(64, 5, generator=torch.Generator().manual_seed(0)),
+    torch.randn(7, 5, generator=torch.Generator().manual_seed(1)),
+)
 
 
 class Stacked(nn.Module):
     """``step(model, x, i)`` for some ``i``, added up, between two layers."""
 
-    def __init__(self, step: Callable[[Any, Tensor, int], Tensor], positions: tuple[int, ...] = (0, 1, 2)) -> None:
+    def __init__(
+        self, step: Callable[[Any, Tensor, int], Tensor], positions: tuple[int, ...] = (0, 1, 2)
+    ) -> None:
         super().__init__()
-        self.up, self.down = nn.Parameter(torch.randn(COUNT, INNER, WIDTH) / 3), nn.Parameter(torch.randn(COUNT, WIDTH, INNER) / 3)
+        self.up, self.down = (
+            nn.Parameter(torch.randn(COUNT, INNER, WIDTH) / 3),
+            nn.Parameter(torch.randn(COUNT, WIDTH, INNER) / 3),
+        )
         self.swapped = nn.Parameter(torch.randn(INNER, COUNT, WIDTH) / 3)
-        self.bias, self.ups = nn.Parameter(torch.randn(COUNT, INNER)), nn.ModuleList(nn.Linear(WIDTH, INNER) for _ in range(COUNT))
+        self.bias, self.ups = (
+            nn.Parameter(torch.randn(COUNT, INNER)),
+            nn.ModuleList(nn.Linear(WIDTH, INNER) for _ in range(COUNT)),
+        )
         self.downs = nn.ModuleList(nn.Linear(INNER, WIDTH) for _ in range(COUNT))
         self.first, self.last = nn.Linear(5, WIDTH), nn.Linear(WIDTH, 4)
         self.step, self.positions = step, positions
@@ -56,7 +69,10 @@ STEPS: dict[str, tuple[Callable[[Any, Tensor, int], Tensor], int]] = {
     "with biases": (lambda m, x, i: F.linear(F.linear(x, m.up[i], m.bias[i]).tanh(), m.down[i]), COUNT),
     "transposed products": (lambda m, x, i: (x @ m.up[i].t()).tanh() @ m.down[i].transpose(0, 1), COUNT),
     "unbound": (_unbound, COUNT),
-    "along another dimension": (lambda m, x, i: F.linear(F.linear(x, m.swapped[:, i]).tanh(), m.down[i]), COUNT),
+    "along another dimension": (
+        lambda m, x, i: F.linear(F.linear(x, m.swapped[:, i]).tanh(), m.down[i]),
+        COUNT,
+    ),
     "other consumers": (lambda m, x, i: m.downs[i](F.linear(x, m.up[i], m.bias[i]).tanh()), 1),
     "other producers": (lambda m, x, i: F.linear(m.ups[i](x).tanh(), m.down[i]), 1),
     "scales": (lambda m, x, i: m.downs[i](m.ups[i](x).tanh() * m.bias[i]), 1),
@@ -78,14 +94,22 @@ def test_stacks_are_pruned_exactly(name: str) -> None:
     step, blocks = STEPS[name]
     model = Stacked(step).eval()
     analysis = fasp_fx.analyze(model, (ROWS,))
-    inner = [g for g in analysis.groups if g.status == "prunable" and g.size == INNER * (g.blocks if blocks > 1 else 1) and g.blocks == blocks]
+    inner = [
+        g
+        for g in analysis.groups
+        if g.status == "prunable" and g.size == INNER * (g.blocks if blocks > 1 else 1) and g.blocks == blocks
+    ]
     assert inner, "\n".join(map(str, analysis.groups))
     for seed in range(3):
         torch.manual_seed(seed)
         result = fasp_fx.prune(model, (ROWS,), sparsity=0.4, score="random", restore=None)
         _assert_exact(model, result)
         shapes = dict(result.module.named_parameters())
-        narrower = [name for name in ("up", "down", "swapped") if name in shapes and shapes[name].numel() < getattr(model, name).numel()]
+        narrower = [
+            name
+            for name in ("up", "down", "swapped")
+            if name in shapes and shapes[name].numel() < getattr(model, name).numel()
+        ]
         assert narrower or name == "scales"
 
 
@@ -117,12 +141,17 @@ def test_restoration_solves_for_every_matrix_of_a_stack() -> None:
             kept = [channel for channel in range(INNER) if channel not in removed]
             down, held = model.down[expert].double(), torch.arange(len(x)) % 4 == 3
 
-            def solved(tokens: Tensor, strength: float, kept: list[int] = kept, down: Tensor = down) -> Tensor:
+            def solved(
+                tokens: Tensor, strength: float, kept: list[int] = kept, down: Tensor = down
+            ) -> Tensor:
                 gram = tokens.t() @ tokens
                 gram = gram + strength * gram.diagonal().mean() * torch.eye(INNER, dtype=torch.float64)
                 return down @ gram[:, kept] @ torch.linalg.inv(gram[kept][:, kept])
 
-            errors = {s: float((inner[held] @ down.t() - inner[held][:, kept] @ solved(inner[~held], s).t()).norm()) for s in GRID}
+            errors = {
+                s: float((inner[held] @ down.t() - inner[held][:, kept] @ solved(inner[~held], s).t()).norm())
+                for s in GRID
+            }
             expected = solved(inner, min(errors, key=errors.__getitem__))
             left = [row for row in range(WIDTH) if row not in outer.removed[expert]]
             found = dict(restored.module.named_parameters())["down"][expert].double()
@@ -165,10 +194,15 @@ def test_jetmoe_is_pruned_exactly() -> None:
     )
     model = randomise(hf.JetMoeForCausalLM(config)).double().eval()
     tokens = torch.randint(0, VOCABULARY, (2, 6), generator=torch.Generator().manual_seed(0))
-    result = fasp_fx.prune(model, (), {"input_ids": tokens, "use_cache": False}, sparsity=0.3, score="random", restore=None)
+    result = fasp_fx.prune(
+        model, (), {"input_ids": tokens, "use_cache": False}, sparsity=0.3, score="random", restore=None
+    )
     reference = zeroed(model, result.plan)
     with torch.no_grad():
-        found, expected = result.module(input_ids=tokens, use_cache=False), reference(input_ids=tokens, use_cache=False)
+        found, expected = (
+            result.module(input_ids=tokens, use_cache=False),
+            reference(input_ids=tokens, use_cache=False),
+        )
     assert error(expected, model(input_ids=tokens, use_cache=False)) > 1e-4
     assert error(found, expected) <= 1e-9
     assert result.plan.sparsity >= 0.25

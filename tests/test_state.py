@@ -1,4 +1,6 @@
-"""State that a model keeps between calls: nothing that the library does counts as a call, and results start where the caller's model stands."""
+"""State that a model keeps between calls: nothing that the library does counts as a call, and results start
+where the caller's model stands.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +17,10 @@ from torch.nn import functional as F
 
 import fasp_fx
 
-pytestmark = [pytest.mark.filterwarnings("ignore::fasp_fx.CalibrationWarning"), pytest.mark.usefixtures("no_files")]
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::fasp_fx.CalibrationWarning"),
+    pytest.mark.usefixtures("no_files"),
+]
 
 
 class Statistics(Vectors):
@@ -27,7 +32,9 @@ class Statistics(Vectors):
         self.register_buffer("var", torch.ones(24))
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down(torch.relu(F.batch_norm(self.up(x), self.mean, self.var, training=True, momentum=0.2)))
+        return self.down(
+            torch.relu(F.batch_norm(self.up(x), self.mean, self.var, training=True, momentum=0.2))
+        )
 
 
 class Instances(nn.Module):
@@ -40,7 +47,9 @@ class Instances(nn.Module):
         self.register_buffer("var", torch.ones(24))
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down(torch.relu(F.instance_norm(self.up(x), self.mean, self.var, use_input_stats=True, momentum=0.2)))
+        return self.down(
+            torch.relu(F.instance_norm(self.up(x), self.mean, self.var, use_input_stats=True, momentum=0.2))
+        )
 
 
 class Renormed(nn.Module):
@@ -67,7 +76,9 @@ class Counts(Vectors):
 
 
 class Plain(Vectors):
-    """A tensor that is neither buffer nor parameter, and one in a dict; no exporter takes their being written."""
+    """A tensor that is neither buffer nor parameter, and one in a dict; no exporter takes their being
+    written.
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -82,8 +93,17 @@ class Plain(Vectors):
 @contextlib.contextmanager
 def _bit_identical(model: nn.Module) -> Iterator[None]:
     def state() -> dict[str, Tensor]:
-        own = {f"{path}.{name}": value for path, module in model.named_modules() for name, value in vars(module).items() if isinstance(value, Tensor)}
-        logs = {f"{path}.log": module.log["calls"] for path, module in model.named_modules() if isinstance(module, Plain)}
+        own = {
+            f"{path}.{name}": value
+            for path, module in model.named_modules()
+            for name, value in vars(module).items()
+            if isinstance(value, Tensor)
+        }
+        logs = {
+            f"{path}.log": module.log["calls"]
+            for path, module in model.named_modules()
+            if isinstance(module, Plain)
+        }
         return {**model.state_dict(), **own, **logs}
 
     before = copy.deepcopy(state())
@@ -109,7 +129,11 @@ def test_the_callers_model_stays_and_results_start_from_it(name: str) -> None:
         fasp_fx.analyze(model, (example,))
         result = fasp_fx.prune(model, (example,), calibration=[batch, batch], restore=None, sparsity=0.3)
         replayed = fasp_fx.apply(model, result.plan, (example,))
-    kept = {name: value for name, value in result.module.state_dict().items() if value.shape == model.state_dict()[name].shape}
+    kept = {
+        name: value
+        for name, value in result.module.state_dict().items()
+        if value.shape == model.state_dict()[name].shape
+    }
     assert kept
     assert all(torch.equal(value, model.state_dict()[name]) for name, value in kept.items())
     for x in (example, batch, example):  # both evolve alike from there
@@ -131,7 +155,9 @@ def test_an_error_during_calibration_leaves_no_trace(name: str) -> None:
         fasp_fx.prune(model, (example,), calibration=[batch], sparsity=0.3, progress=stop)
 
 
-@pytest.mark.parametrize("call", [fasp_fx.analyze, lambda model, args: fasp_fx.prune(model, args, calibration=[BATCH])])
+@pytest.mark.parametrize(
+    "call", [fasp_fx.analyze, lambda model, args: fasp_fx.prune(model, args, calibration=[BATCH])]
+)
 def test_plain_tensors_are_put_back_where_the_capture_fails(call: Any) -> None:
     model = Plain().eval()
     with _bit_identical(model), pytest.raises(fasp_fx.CaptureError):

@@ -40,7 +40,9 @@ def data(batches: int = 3, tokens: int = 90) -> list[Tensor]:
 def inputs_of(model: nn.Module, name: str, batches: list[Tensor]) -> np.ndarray:
     """The inputs of a module of the dense model, collected with a hook; shape [tokens, columns], float64."""
     seen: list[Tensor] = []
-    handle = model.get_submodule(name).register_forward_pre_hook(lambda module, args: seen.append(args[0].detach()))
+    handle = model.get_submodule(name).register_forward_pre_hook(
+        lambda module, args: seen.append(args[0].detach())
+    )
     with torch.no_grad():
         for batch in batches:
             model(batch)
@@ -49,7 +51,9 @@ def inputs_of(model: nn.Module, name: str, batches: list[Tensor]) -> np.ndarray:
 
 
 def solve(weight: np.ndarray, x: np.ndarray, kept: np.ndarray, strength: float) -> np.ndarray:
-    """The kept columns V that minimise ‖X(W − V)ᵀ‖² + δ‖V − W_M‖², as one least-squares problem in their change."""
+    """The kept columns V that minimise ‖X(W − V)ᵀ‖² + δ‖V − W_M‖², as one least-squares problem in their
+    change.
+    """
     root = np.sqrt(strength * (x**2).sum() / x.shape[1])
     gone = np.setdiff1d(np.arange(x.shape[1]), kept)
     system = np.concatenate([x[:, kept], root * np.eye(len(kept))])
@@ -71,7 +75,9 @@ def test_gram_is_the_sum_of_products(tokens: int, columns: int, seed: int) -> No
 
 
 @given(tokens=st.integers(1, 40), columns=st.integers(1, 20), seed=st.integers(0, 99))
-def test_a_split_gram_leaves_padding_out_and_adds_up_to_the_rest(tokens: int, columns: int, seed: int) -> None:
+def test_a_split_gram_leaves_padding_out_and_adds_up_to_the_rest(
+    tokens: int, columns: int, seed: int
+) -> None:
     generator = torch.Generator().manual_seed(seed)
     gram = SplitGram(columns, torch.device("cpu"))
     parts = [torch.randn(tokens, columns, generator=generator) for _ in range(3)]
@@ -93,13 +99,17 @@ def test_fasp_score_is_the_papers() -> None:
     weight, x = torch.randn(5, 7, generator=generator), torch.randn(30, 7, generator=generator)
     found = fasp(Columns(weight, x.double().norm(dim=0), None))
     for j in range(7):
-        expected = sum(abs(float(weight[i, j])) * float(np.linalg.norm(x[:, j].double().numpy())) for i in range(5))
+        expected = sum(
+            abs(float(weight[i, j])) * float(np.linalg.norm(x[:, j].double().numpy())) for i in range(5)
+        )
         assert float(found[j]) == pytest.approx(expected, rel=1e-6)
 
 
 def test_the_lowest_scores_go() -> None:
     model = Net().eval()
-    result = fasp_fx.prune(model, (data()[0],), calibration=data(), sparsity=0.25, restore=None, propagate=False)
+    result = fasp_fx.prune(
+        model, (data()[0],), calibration=data(), sparsity=0.25, restore=None, propagate=False
+    )
     for group in result.plan.groups:
         (consumer,) = group.consumers
         x = inputs_of(model, consumer.name.rpartition(".")[0], data())
@@ -110,7 +120,9 @@ def test_the_lowest_scores_go() -> None:
 
 def test_restoration_equals_a_float64_solve_and_lowers_the_error() -> None:
     model = Net().eval()
-    result = fasp_fx.prune(model, (data()[0],), calibration=data(), sparsity=0.3, propagate=False, quality="fast")
+    result = fasp_fx.prune(
+        model, (data()[0],), calibration=data(), sparsity=0.3, propagate=False, quality="fast"
+    )
     rows = result.plan.slices()
     assert len(result.plan.groups) == 2
     for group in result.plan.groups:
@@ -121,15 +133,24 @@ def test_restoration_equals_a_float64_solve_and_lowers_the_error() -> None:
         held = np.arange(len(x)) % 4 == 3
         # the bias is repaired along, as the weight of a column of numbers that are as large as the others
         size = np.sqrt((x[~held] ** 2).mean())
-        x, weight = np.concatenate([x, np.full((len(x), 1), size)], 1), np.concatenate([weight, np.zeros((len(weight), 1))], 1)
+        x, weight = (
+            np.concatenate([x, np.full((len(x), 1), size)], 1),
+            np.concatenate([weight, np.zeros((len(weight), 1))], 1),
+        )
         kept = np.append(kept, weight.shape[1] - 1)
         solutions = [solve(weight, x[~held], kept, strength) for strength in GRID]
-        best = int(np.argmin([np.linalg.norm(x[held] @ weight.T - x[held][:, kept] @ found.T) for found in solutions]))
+        best = int(
+            np.argmin(
+                [np.linalg.norm(x[held] @ weight.T - x[held][:, kept] @ found.T) for found in solutions]
+            )
+        )
         expected = solve(weight, x, kept, GRID[best])
         bias = consumer.name.replace("weight", "bias")
         found = result.module.get_parameter(consumer.name).detach().double().numpy()
         left = np.setdiff1d(np.arange(weight.shape[0]), sorted(rows.get((consumer.name, 0), ())))
-        raised = (result.module.get_parameter(bias) - model.get_parameter(bias)[left]).detach().double().numpy()
+        raised = (
+            (result.module.get_parameter(bias) - model.get_parameter(bias)[left]).detach().double().numpy()
+        )
         found = np.concatenate([found, raised[:, None] / size], 1)
         assert np.linalg.norm(found - expected[left]) <= 1e-3 * np.linalg.norm(expected[left])
         cut = np.linalg.norm(x @ weight.T - x[:, kept] @ weight[:, kept].T)
@@ -149,7 +170,9 @@ def test_a_singular_gram_matrix_keeps_the_weight() -> None:
 def test_later_layers_see_the_pruned_earlier_ones() -> None:
     model = Net().eval()
     changed = [
-        fasp_fx.prune(model, (data()[0],), calibration=data(), sparsity=0.3, propagate=propagate, quality="fast").module.get_parameter("down.weight")
+        fasp_fx.prune(
+            model, (data()[0],), calibration=data(), sparsity=0.3, propagate=propagate, quality="fast"
+        ).module.get_parameter("down.weight")
         for propagate in (True, False)
     ]
     assert changed[0].shape == changed[1].shape

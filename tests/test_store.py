@@ -29,14 +29,28 @@ pytestmark = pytest.mark.filterwarnings("ignore::fasp_fx.CalibrationWarning")
 def llama() -> fasp_fx.Result:
     torch.manual_seed(0)
     config = LlamaConfig(
-        hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, vocab_size=50, tie_word_embeddings=True
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        vocab_size=50,
+        tie_word_embeddings=True,
     )
     ids = torch.randint(0, 50, (2, 7))
-    return fasp_fx.prune(LlamaForCausalLM(config).eval(), (), {"input_ids": ids}, calibration=[{"input_ids": torch.randint(0, 50, (4, 32))}], sparsity=0.3)
+    return fasp_fx.prune(
+        LlamaForCausalLM(config).eval(),
+        (),
+        {"input_ids": ids},
+        calibration=[{"input_ids": torch.randint(0, 50, (4, 32))}],
+        sparsity=0.3,
+    )
 
 
 @pytest.mark.parametrize("shape", [(2, 5), (3, 9), (7, 2)])
-def test_outputs_are_bit_equal_at_any_shape(result: fasp_fx.Result, saved: Path, shape: tuple[int, int]) -> None:
+def test_outputs_are_bit_equal_at_any_shape(
+    result: fasp_fx.Result, saved: Path, shape: tuple[int, int]
+) -> None:
     loaded = fasp_fx.load(saved)
     ids = torch.randint(0, 11, shape)
     first, second = result.module(ids), loaded.module(ids)
@@ -60,17 +74,32 @@ def test_plan_report_and_files(result: fasp_fx.Result, saved: Path) -> None:
 
 def test_weights_keep_names_dtype_grad_ties_and_layout(result: fasp_fx.Result, saved: Path) -> None:
     loaded = fasp_fx.load(saved)
-    before, after = dict(result.module.named_parameters(remove_duplicate=False)), dict(loaded.module.named_parameters(remove_duplicate=False))
+    before, after = (
+        dict(result.module.named_parameters(remove_duplicate=False)),
+        dict(loaded.module.named_parameters(remove_duplicate=False)),
+    )
     assert before.keys() == after.keys()
     for name, parameter in before.items():
         kept = after[name]
-        assert (kept.dtype, kept.requires_grad, kept.stride()) == (parameter.dtype, parameter.requires_grad, parameter.stride()), name
+        assert (kept.dtype, kept.requires_grad, kept.stride()) == (
+            parameter.dtype,
+            parameter.requires_grad,
+            parameter.stride(),
+        ), name
     assert after["turned"].stride() == (1, 8)
     assert not after["down.bias"].requires_grad
     assert after["embed.weight"] is after["head.weight"]
-    assert loaded.program.state_dict["embed.weight"] is loaded.program.state_dict["head.weight"] is after["embed.weight"]
-    assert loaded.module.state_dict().keys() == result.module.state_dict().keys() == Small().state_dict().keys()
-    assert (saved / "weights.safetensors").stat().st_size < sum(p.nbytes for p in result.module.parameters()) + 32 + 2048
+    assert (
+        loaded.program.state_dict["embed.weight"]
+        is loaded.program.state_dict["head.weight"]
+        is after["embed.weight"]
+    )
+    assert (
+        loaded.module.state_dict().keys() == result.module.state_dict().keys() == Small().state_dict().keys()
+    )
+    assert (saved / "weights.safetensors").stat().st_size < sum(
+        p.nbytes for p in result.module.parameters()
+    ) + 32 + 2048
 
 
 def test_the_files_are_not_needed_after_loading(result: fasp_fx.Result, saved: Path) -> None:
@@ -85,7 +114,9 @@ def test_signature_is_the_callers(result: fasp_fx.Result, saved: Path) -> None:
     loaded = fasp_fx.load(saved)
     ids = torch.randint(0, 11, (2, 5))
     before, after = inspect.signature(result.module.forward), inspect.signature(loaded.module.forward)
-    assert [(p.name, p.kind) for p in before.parameters.values()] == [(p.name, p.kind) for p in after.parameters.values()]
+    assert [(p.name, p.kind) for p in before.parameters.values()] == [
+        (p.name, p.kind) for p in after.parameters.values()
+    ]
     assert after.parameters["sizes"].default == (1, 2)
     loaded.module(ids=ids, scale=2.0, flag=True, sizes=(1, 2))
     for wrong in ({"scale": 3.0}, {"flag": False}, {"sizes": [1, 2]}, {"mode": Mode.OTHER}):
@@ -116,9 +147,13 @@ def test_a_loaded_result_trains_exports_prunes_and_saves_again(saved: Path, tmp_
     assert torch.equal(exported.module()(ids)["logits"], loaded.module(ids)["logits"])
     again = fasp_fx.load(loaded.save(tmp_path / "again"))
     assert torch.equal(again.module(ids)["logits"], loaded.module(ids)["logits"])
-    smaller = fasp_fx.prune(loaded.module, (ids,), calibration=[(torch.randint(0, 11, (4, 16)),)], sparsity=0.3)
+    smaller = fasp_fx.prune(
+        loaded.module, (ids,), calibration=[(torch.randint(0, 11, (4, 16)),)], sparsity=0.3
+    )
     assert smaller.report.parameters[1] < loaded.report.parameters[1]
-    assert fasp_fx.prune(loaded.program, calibration=[(torch.randint(0, 11, (4, 16)),)], sparsity=0.3).plan.groups
+    assert fasp_fx.prune(
+        loaded.program, calibration=[(torch.randint(0, 11, (4, 16)),)], sparsity=0.3
+    ).plan.groups
 
 
 def test_trained_weights_are_stored_as_they_are(tmp_path: Path) -> None:
@@ -148,7 +183,9 @@ def test_bfloat16(tmp_path: Path) -> None:
 def test_guards_and_ranges_are_kept(saved: Path, result: fasp_fx.Result) -> None:
     loaded = fasp_fx.load(saved)
     assert loaded.program._guards_code == result.program._guards_code
-    assert {str(k): v for k, v in loaded.program.range_constraints.items()} == {str(k): v for k, v in result.program.range_constraints.items()}
+    assert {str(k): v for k, v in loaded.program.range_constraints.items()} == {
+        str(k): v for k, v in result.program.range_constraints.items()
+    }
 
 
 def test_guards_between_inputs_are_kept(tmp_path: Path) -> None:
@@ -165,7 +202,9 @@ def test_guards_between_inputs_are_kept(tmp_path: Path) -> None:
     loaded = fasp_fx.load(result.save(tmp_path / "out"))
     fits = (torch.randn(6, 4), {"left": torch.randn(3, 4), "sum": torch.randn(9, 4)})
     assert torch.equal(loaded.module(*fits), result.module(*fits))
-    with pytest.raises(fasp_fx.CallError, match=r"captured for .*rest\['sum'\].shape.*'rest\['sum'\]' of shape \(8, 4\)"):
+    with pytest.raises(
+        fasp_fx.CallError, match=r"captured for .*rest\['sum'\].shape.*'rest\['sum'\]' of shape \(8, 4\)"
+    ):
         loaded.module(torch.randn(6, 4), {"left": torch.randn(3, 4), "sum": torch.randn(8, 4)})
 
 
@@ -176,7 +215,9 @@ def test_hugging_face_model_with_its_output_type(llama: fasp_fx.Result, tmp_path
     assert type(second) is type(first) is CausalLMOutputWithPast
     assert list(second.keys()) == list(first.keys())
     assert torch.equal(first.logits, second.logits)
-    assert loaded.module.get_parameter("lm_head.weight") is loaded.module.get_parameter("model.embed_tokens.weight")
+    assert loaded.module.get_parameter("lm_head.weight") is loaded.module.get_parameter(
+        "model.embed_tokens.weight"
+    )
 
 
 def test_loading_in_a_fresh_process(llama: fasp_fx.Result, tmp_path: Path) -> None:
@@ -189,10 +230,19 @@ def test_loading_in_a_fresh_process(llama: fasp_fx.Result, tmp_path: Path) -> No
         "print(type(out).__name__, hashlib.sha256(out.logits.detach().numpy().tobytes()).hexdigest())\n"
     )
     environment = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}
-    done = subprocess.run([sys.executable, "-c", code, str(folder)], capture_output=True, text=True, env=environment, timeout=300)
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(folder)],
+        capture_output=True,
+        text=True,
+        env=environment,
+        timeout=300,
+    )
     assert done.returncode == 0, done.stderr
     expected = llama.module(input_ids=torch.arange(20).reshape(2, 10)).logits
-    assert done.stdout.split() == ["CausalLMOutputWithPast", hashlib.sha256(expected.detach().numpy().tobytes()).hexdigest()]
+    assert done.stdout.split() == [
+        "CausalLMOutputWithPast",
+        hashlib.sha256(expected.detach().numpy().tobytes()).hexdigest(),
+    ]
 
 
 def test_nothing_is_pickled(llama: fasp_fx.Result, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -249,13 +299,21 @@ class _Odd(nn.Module):
 
     def forward(self, x: Any) -> Any:
         made = self.down(self.up(x[("a", "b")] if self.kind == "taken" else x).relu())
-        return {"text": {"made": made, "task": "classify"}, "keys": {("a", "b"): made}, "taken": made}[self.kind]
+        return {"text": {"made": made, "task": "classify"}, "keys": {("a", "b"): made}, "taken": made}[
+            self.kind
+        ]
 
 
 @pytest.mark.parametrize(("kind", "word"), [("text", "classify"), ("keys", "key"), ("taken", "'x'")])
 def test_what_could_not_be_read_again_is_not_written(kind: str, word: str, tmp_path: Path) -> None:
     x = torch.randn(2, 8)
-    result = fasp_fx.prune(_Odd(kind).eval(), ({("a", "b"): x} if kind == "taken" else x,), sparsity=0.3, score="random", restore=None)
+    result = fasp_fx.prune(
+        _Odd(kind).eval(),
+        ({("a", "b"): x} if kind == "taken" else x,),
+        sparsity=0.3,
+        score="random",
+        restore=None,
+    )
     with pytest.raises(fasp_fx.StoreError, match=word):
         result.save(tmp_path / "saved")
     assert not list(tmp_path.iterdir())

@@ -18,7 +18,11 @@ pytestmark = pytest.mark.filterwarnings("ignore::fasp_fx.CalibrationWarning")
 @pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
 @pytest.mark.parametrize("existing", [False, True])
 def test_an_interrupted_save_leaves_nothing_behind(
-    result: fasp_fx.Result, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: type[BaseException], existing: bool
+    result: fasp_fx.Result,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    error: type[BaseException],
+    existing: bool,
 ) -> None:
     target = tmp_path / "deep" / "out"
     if existing:
@@ -40,7 +44,9 @@ def test_an_interrupted_save_leaves_nothing_behind(
 
 
 @pytest.mark.parametrize("atomic", [True, False])
-def test_overwrite_replaces_an_earlier_save_only_when_asked(result: fasp_fx.Result, saved: Path, monkeypatch: pytest.MonkeyPatch, atomic: bool) -> None:
+def test_overwrite_replaces_an_earlier_save_only_when_asked(
+    result: fasp_fx.Result, saved: Path, monkeypatch: pytest.MonkeyPatch, atomic: bool
+) -> None:
     from fasp_fx._store import _atomic
 
     if not atomic:
@@ -53,7 +59,9 @@ def test_overwrite_replaces_an_earlier_save_only_when_asked(result: fasp_fx.Resu
     assert list(saved.parent.iterdir()) == [saved]
 
 
-def test_a_failed_swap_keeps_the_earlier_save(result: fasp_fx.Result, saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failed_swap_keeps_the_earlier_save(
+    result: fasp_fx.Result, saved: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from fasp_fx._store import _atomic
 
     rename = Path.rename

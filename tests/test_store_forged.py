@@ -36,7 +36,9 @@ def call(data: dict[str, Any]) -> Any:
 
 def size(text: str) -> Callable[[dict[str, Any]], None]:
     def change(data: dict[str, Any]) -> None:
-        value = next(v for v in graph(data)["tensor_values"].values() if any("as_expr" in s for s in v["sizes"]))
+        value = next(
+            v for v in graph(data)["tensor_values"].values() if any("as_expr" in s for s in v["sizes"])
+        )
         value["sizes"][0] = {"as_expr": {"expr_str": text, "hint": None}}
 
     return change
@@ -83,7 +85,9 @@ FORGERIES: dict[str, Callable[[dict[str, Any]], None]] = {
     "size attribute": size("Symbol('s0').__class__"),
     "size lambda": size("(lambda: 1)()"),
     "guard": lambda data: data["program"].update(guards_code=[f"{CODE} or True"]),
-    "guard of two statements": lambda data: data["program"].update(guards_code=[f"True, 'x')\n  {CODE}\n  torch._assert(True"]),
+    "guard of two statements": (
+        lambda data: data["program"].update(guards_code=[f"True, 'x')\n  {CODE}\n  torch._assert(True"])
+    ),
     "guard attribute": lambda data: data["program"].update(guards_code=["L['ids'].__class__ == 1"]),
     "guard on torch": lambda data: data["program"].update(guards_code=["torch.load('x') == 1"]),
     "function of python": target("builtins.eval"),
@@ -102,15 +106,31 @@ FORGERIES: dict[str, Callable[[dict[str, Any]], None]] = {
     "unknown type": structure("out_spec", "os.path.Thing", "null"),
     "type of transformers that is no output": structure("out_spec", "transformers.cache_utils.ABC", "null"),
     "module of transformers": structure("out_spec", "transformers.commands.env.EnvironmentCommand", "null"),
-    "enum": structure("out_spec", "builtins.dict", json.dumps([{"__enum__": True, "fqn": "antigravity:x", "name": "y"}])),
-    "class in a cache": structure("out_spec", "transformers.cache_utils:DynamicCache", json.dumps({"_t": "obj", "p": "subprocess:Popen", "s": {}})),
-    "factory": structure("out_spec", "collections.defaultdict", {"default_factory_module": "os", "default_factory_name": "abort", "dict_context": []}),
+    "enum": structure(
+        "out_spec", "builtins.dict", json.dumps([{"__enum__": True, "fqn": "antigravity:x", "name": "y"}])
+    ),
+    "class in a cache": structure(
+        "out_spec",
+        "transformers.cache_utils:DynamicCache",
+        json.dumps({"_t": "obj", "p": "subprocess:Popen", "s": {}}),
+    ),
+    "factory": structure(
+        "out_spec",
+        "collections.defaultdict",
+        {"default_factory_module": "os", "default_factory_name": "abort", "dict_context": []},
+    ),
     "dtype": lambda data: data["example"][0].update(dtype="load"),
-    "tensor that is not stored": lambda data: data["tensors"]["weights"]["up.weight"].update(stored_as="other"),
+    "tensor that is not stored": (
+        lambda data: data["tensors"]["weights"]["up.weight"].update(stored_as="other")
+    ),
     "order of dimensions": lambda data: data["tensors"]["weights"]["up.weight"].update(order=[0, 0]),
-    "name of the model": lambda data: data["program"]["graph_module"]["module_call_graph"][0].update(fqn="__class__.x"),
+    "name of the model": (
+        lambda data: data["program"]["graph_module"]["module_call_graph"][0].update(fqn="__class__.x")
+    ),
     "no call of the model": lambda data: data["program"]["graph_module"].update(module_call_graph=[]),
-    "call without a signature": lambda data: data["program"]["graph_module"]["module_call_graph"][0].update(signature=None),
+    "call without a signature": (
+        lambda data: data["program"]["graph_module"]["module_call_graph"][0].update(signature=None)
+    ),
     "verifier": lambda data: data["program"].update(verifiers=["MINE"]),
     "schema of the future": lambda data: data["program"]["schema_version"].update(major=99),
 }
@@ -161,7 +181,9 @@ def test_stack_traces_and_other_remarks_are_dropped(saved: Path) -> None:
     remarks = {"source_fn_stack": "a,torch.hub.load", "custom": "{}", "stack_trace": "x"}
     forge(saved, "graph.json", lambda data: graph(data)["nodes"][0].update(metadata=remarks))
     loaded = fasp_fx.load("out")
-    assert not any({"source_fn_stack", "custom", "stack_trace"} & node.meta.keys() for node in loaded.program.graph.nodes)
+    assert not any(
+        {"source_fn_stack", "custom", "stack_trace"} & node.meta.keys() for node in loaded.program.graph.nodes
+    )
 
 
 @pytest.mark.parametrize(
@@ -192,7 +214,13 @@ def test_guards_on_sizes_pass(text: str) -> None:
 
 
 def test_operators_of_models_pass() -> None:
-    for target_name in ("torch.ops.aten.linear.default", "torch.ops.aten.gelu.default", "torch.ops.aten.sym_size.int", "_operator.mul", "torch.sym_max"):
+    for target_name in (
+        "torch.ops.aten.linear.default",
+        "torch.ops.aten.gelu.default",
+        "torch.ops.aten.sym_size.int",
+        "_operator.mul",
+        "torch.sym_max",
+    ):
         check_operator(target_name)
 
 

@@ -1,6 +1,8 @@
-"""Saved results changed at random and sealed again are refused in words, or load as what they say: no code runs, and nothing takes long.
+"""Saved results changed at random and sealed again are refused in words, or load as what they say: no code
+runs, and nothing takes long.
 
-Forty forgeries of each format by default. Slices of any length, which go on where others stopped, are run by ``python tests/forging.py``.
+Forty forgeries of each format by default. Slices of any length, which go on where others stopped, are run by
+``python tests/forging.py``.
 """
 
 from __future__ import annotations
@@ -16,7 +18,16 @@ pytestmark = pytest.mark.filterwarnings("ignore")
 COUNT = 2000 if PROFILE == "slow" else 40
 
 
-@pytest.mark.parametrize("name", ["whole", "parts", "plain", pytest.param("rich", marks=pytest.mark.slow), pytest.param("hf", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "whole",
+        "parts",
+        "plain",
+        pytest.param("rich", marks=pytest.mark.slow),
+        pytest.param("hf", marks=pytest.mark.slow),
+    ],
+)
 def test_forgeries_at_random(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert name in FORMATS
     monkeypatch.chdir(tmp_path)

@@ -1,4 +1,6 @@
-"""Folders made to keep a loader busy, to fill the memory, or to make torch and transformers stumble: refused in words, in time."""
+"""Folders made to keep a loader busy, to fill the memory, or to make torch and transformers stumble: refused
+in words, in time.
+"""
 
 from __future__ import annotations
 
@@ -51,7 +53,9 @@ def pipe(file: Path) -> None:
 
 def holes(file: Path) -> None:
     """40 GB that take no room, with a header that fits them."""
-    header = json.dumps({"up.weight": {"dtype": "F32", "shape": [10 * 2**30], "data_offsets": [0, 40 * 2**30]}}).encode()
+    header = json.dumps(
+        {"up.weight": {"dtype": "F32", "shape": [10 * 2**30], "data_offsets": [0, 40 * 2**30]}}
+    ).encode()
     with file.open("wb") as stream:
         stream.write(struct.pack("<Q", len(header)) + header)
         stream.truncate(8 + len(header) + 40 * 2**30)
@@ -71,7 +75,18 @@ PLACES: dict[str, Change] = {
 }
 
 
-@pytest.mark.parametrize("name", ["manifest.json", "graph.json", "weights.safetensors", "constants.safetensors", "plan.json", "report.json", "signature.json"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "manifest.json",
+        "graph.json",
+        "weights.safetensors",
+        "constants.safetensors",
+        "plan.json",
+        "report.json",
+        "signature.json",
+    ],
+)
 @pytest.mark.parametrize("kind", PLACES)
 def test_files_that_are_none(folder: Path, name: str, kind: str) -> None:
     file = folder / name
@@ -108,7 +123,13 @@ def chain(count: int) -> Callable[[dict[str, Any]], None]:
         last = source = node["outputs"][0]["as_tensor"]["name"]
         nodes, values = [], inside["tensor_values"]
         for index in range(count):
-            nodes.append({**node, "name": f"more{index}", "inputs": [{**node["inputs"][0], "arg": {"as_tensor": {"name": last}}}]})
+            nodes.append(
+                {
+                    **node,
+                    "name": f"more{index}",
+                    "inputs": [{**node["inputs"][0], "arg": {"as_tensor": {"name": last}}}],
+                }
+            )
             last = f"more{index}"
             nodes[-1]["outputs"] = [{"as_tensor": {"name": last}}]
             values[last] = values[source]
@@ -124,14 +145,19 @@ def chain(count: int) -> Callable[[dict[str, Any]], None]:
 
 def expression(text: str) -> Callable[[dict[str, Any]], None]:
     def change(data: dict[str, Any]) -> None:
-        value = next(value for value in graph(data)["tensor_values"].values() if any("as_expr" in size for size in value["sizes"]))
+        value = next(
+            value
+            for value in graph(data)["tensor_values"].values()
+            if any("as_expr" in size for size in value["sizes"])
+        )
         value["sizes"][0] = {"as_expr": {"expr_str": text, "hint": None}}
 
     return change
 
 
 def symbols(count: int, function: str) -> str:
-    return f"{function}({', '.join(f'Symbol({name!r}, integer=True)' for name in (f's{index}' for index in range(count)))})"
+    arguments = [f"Symbol('s{index}', integer=True)" for index in range(count)]
+    return f"{function}({', '.join(arguments)})"
 
 
 TOWER = "Integer(9)"
@@ -192,30 +218,64 @@ def test_guards_without_end(folder: Path, name: str) -> None:
 
 
 def test_what_is_written_passes() -> None:
-    assert check_expression("Add(Mul(Integer(2), Symbol('s77', positive=True, integer=True)), Integer(-1))") < 30
-    assert check_expression("Max(Integer(1), Pow(Symbol('s0', integer=True), Integer(2)), FloorDiv(Symbol('s1', integer=True), Integer(8)))") < 40
+    assert (
+        check_expression("Add(Mul(Integer(2), Symbol('s77', positive=True, integer=True)), Integer(-1))") < 30
+    )
+    assert (
+        check_expression(
+            "Max(Integer(1), Pow(Symbol('s0', integer=True), Integer(2)), FloorDiv(Symbol('s1',"
+            " integer=True), Integer(8)))"
+        )
+        < 40
+    )
     assert check_guard("L['x'].size()[0]**2 <= 2**31") < 25
 
 
 def parameters(count: int) -> Callable[[dict[str, Any]], None]:
-    return lambda data: data["parameters"].extend({"name": f"more{index}", "kind": "KEYWORD_ONLY", "default": None} for index in range(count))
+    return lambda data: data["parameters"].extend(
+        {"name": f"more{index}", "kind": "KEYWORD_ONLY", "default": None} for index in range(count)
+    )
 
 
 AMOUNTS: dict[str, tuple[str, Callable[[dict[str, Any]], object]]] = {
     "20,000 nodes": ("graph.json", chain(20_000)),
-    "a million guards": ("graph.json", lambda data: data["program"].update(guards_code=["L['x'].size()[0] == 3"] * 1_000_000)),
-    "a million items": ("graph.json", lambda data: data.update(program={**data["program"], "verifiers": [[]] * 1_000_000})),
-    "a size named by a large number": ("graph.json", lambda data: data["program"]["range_constraints"].update(u999999999={"min_val": 0, "max_val": 9})),
-    "a range of 400 digits": ("graph.json", lambda data: data["program"]["range_constraints"].update(s1={"min_val": 0, "max_val": 10**400})),
-    "a tensor of 1,000 dimensions": ("graph.json", lambda data: next(iter(graph(data)["tensor_values"].values())).update(sizes=[{"as_int": 1}] * 1000)),
+    "a million guards": (
+        "graph.json",
+        lambda data: data["program"].update(guards_code=["L['x'].size()[0] == 3"] * 1_000_000),
+    ),
+    "a million items": (
+        "graph.json",
+        lambda data: data.update(program={**data["program"], "verifiers": [[]] * 1_000_000}),
+    ),
+    "a size named by a large number": (
+        "graph.json",
+        lambda data: data["program"]["range_constraints"].update(u999999999={"min_val": 0, "max_val": 9}),
+    ),
+    "a range of 400 digits": (
+        "graph.json",
+        lambda data: data["program"]["range_constraints"].update(s1={"min_val": 0, "max_val": 10**400}),
+    ),
+    "a tensor of 1,000 dimensions": (
+        "graph.json",
+        lambda data: next(iter(graph(data)["tensor_values"].values())).update(sizes=[{"as_int": 1}] * 1000),
+    ),
     "a large example": ("graph.json", lambda data: data["example"][0].update(shape=[10**5, 10**5])),
-    "an example of many dimensions": ("graph.json", lambda data: data["example"][0].update(shape=[1] * 10_000)),
+    "an example of many dimensions": (
+        "graph.json",
+        lambda data: data["example"][0].update(shape=[1] * 10_000),
+    ),
     "a negative example": ("graph.json", lambda data: data["example"][0].update(shape=[-1])),
     "a million parameters": ("signature.json", parameters(1_000_000)),
-    "a million captured": ("signature.json", lambda data: data["captured"].extend(f"more{index}" for index in range(1_000_000))),
+    "a million captured": (
+        "signature.json",
+        lambda data: data["captured"].extend(f"more{index}" for index in range(1_000_000)),
+    ),
     "a deep default": ("signature.json", lambda data: data["parameters"][1].update(default=nested(900))),
     "a deep plan": ("plan.json", lambda data: data.update(groups=nested(900))),
-    "an index of 400 digits": ("plan.json", lambda data: data["groups"][0]["producers"][0].update(removed=[10**400])),
+    "an index of 400 digits": (
+        "plan.json",
+        lambda data: data["groups"][0]["producers"][0].update(removed=[10**400]),
+    ),
     "a sparsity of 400 digits": ("plan.json", lambda data: data.update(sparsity=10**400)),
     "groups in words": ("plan.json", lambda data: data.update(groups=["words"])),
 }
@@ -256,7 +316,10 @@ def test_files_longer_than_any_that_is_written(folder: Path) -> None:
     refused(folder, r"report\.json has 134,217,730 bytes")
 
 
-@pytest.mark.parametrize("content", [b"\xff\xfe{}", b"[" * 100_000, b'{"format": ' + b"[" * 100_000, b"", b"null", b"9" * 5000, b"{}"])
+@pytest.mark.parametrize(
+    "content",
+    [b"\xff\xfe{}", b"[" * 100_000, b'{"format": ' + b"[" * 100_000, b"", b"null", b"9" * 5000, b"{}"],
+)
 @pytest.mark.parametrize("name", ["plan.json", "graph.json", "report.json", "signature.json"])
 def test_files_that_do_not_parse(folder: Path, name: str, content: bytes) -> None:
     (folder / name).write_bytes(content)
@@ -267,7 +330,21 @@ def test_files_that_do_not_parse(folder: Path, name: str, content: bytes) -> Non
 # --- names
 
 
-NAMES = ["__class__.x", "training", "graph", "forward", "_parameters", "__dict__", "code.x", "a..b", ".", "x.", "register_buffer", "a.training", "a.forward.b"]
+NAMES = [
+    "__class__.x",
+    "training",
+    "graph",
+    "forward",
+    "_parameters",
+    "__dict__",
+    "code.x",
+    "a..b",
+    ".",
+    "x.",
+    "register_buffer",
+    "a.training",
+    "a.forward.b",
+]
 NAMES += ["meta", "recompile.weight", "x" * 5000, ".".join("x" * 500), "T_destination"]
 
 
@@ -281,7 +358,9 @@ def test_names_of_weights_that_are_none(folder: Path, name: str) -> None:
     refused(folder, "weight")
 
 
-@pytest.mark.parametrize("name", ["class", "None", "self", "__import__", "lambda", "x y", "", "1x", "x" * 5000, "del"])
+@pytest.mark.parametrize(
+    "name", ["class", "None", "self", "__import__", "lambda", "x y", "", "1x", "x" * 5000, "del"]
+)
 def test_names_of_nodes_that_are_none(folder: Path, name: str) -> None:
     def change(data: dict[str, Any]) -> None:
         data["program"] = json.loads(json.dumps(data["program"]).replace('"relu"', json.dumps(name)))
@@ -291,7 +370,22 @@ def test_names_of_nodes_that_are_none(folder: Path, name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "device", ["", "meta", "nowhere", "cuda:99999999999999", "cpu:x", "cpu\0", 7, None, ["cpu"], "CPU", "x" * 5000, "mps:1000", "privateuseone"]
+    "device",
+    [
+        "",
+        "meta",
+        "nowhere",
+        "cuda:99999999999999",
+        "cpu:x",
+        "cpu\0",
+        7,
+        None,
+        ["cpu"],
+        "CPU",
+        "x" * 5000,
+        "mps:1000",
+        "privateuseone",
+    ],
 )
 def test_devices(folder: Path, device: Any) -> None:
     forge(folder, "graph.json", lambda data: data["tensors"]["weights"]["up.weight"].update(device=device))

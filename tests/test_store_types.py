@@ -20,18 +20,35 @@ def test_caches_as_inputs_and_outputs(tmp_path: Path) -> None:
     from fasp_fx._capture import capture
     from fasp_fx._finish import finish
 
-    config = LlamaConfig(hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=1, vocab_size=50)
+    config = LlamaConfig(
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        vocab_size=50,
+    )
     model = LlamaForCausalLM(config).eval()
 
     def call(past: int, new: int) -> dict[str, Any]:
         cache = DynamicCache(config=config)
         torch.manual_seed(past)
         cache.update(torch.randn(2, 1, past, 8), torch.randn(2, 1, past, 8), 0)
-        return {"input_ids": torch.randint(0, 50, (2, new)), "cache": cache, "attention_mask": torch.ones(2, past + new, dtype=torch.long)}
+        return {
+            "input_ids": torch.randint(0, 50, (2, new)),
+            "cache": cache,
+            "attention_mask": torch.ones(2, past + new, dtype=torch.long),
+        }
 
     program = capture(model, (), call(4, 3))
     module, exported = finish(program)
-    result = fasp_fx.Result(module, exported, fasp_fx.PruningPlan("", (), 0.0), fasp_fx.Report(0.0, None, (1, 1), (1, 1), ()), program.signature)
+    result = fasp_fx.Result(
+        module,
+        exported,
+        fasp_fx.PruningPlan("", (), 0.0),
+        fasp_fx.Report(0.0, None, (1, 1), (1, 1), ()),
+        program.signature,
+    )
     loaded = fasp_fx.load(result.save(tmp_path / "out"))
     torch.manual_seed(1)
     inputs = call(6, 2)
@@ -68,5 +85,7 @@ def test_an_output_type_must_be_registered(tmp_path: Path, monkeypatch: pytest.M
     assert isinstance(loaded.module(x), Pair)
     assert torch.equal(loaded.module(x).right, result.module(x).right)
     monkeypatch.delitem(pytree.SERIALIZED_TYPE_TO_PYTHON_TYPE, "test_store.Pair")
-    with pytest.raises(fasp_fx.StoreError, match=r"test_store.Pair, a type that is not registered here; import"):
+    with pytest.raises(
+        fasp_fx.StoreError, match=r"test_store.Pair, a type that is not registered here; import"
+    ):
         fasp_fx.load(tmp_path / "out")

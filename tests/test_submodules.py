@@ -31,7 +31,11 @@ def _zeroed(model: nn.Module, plan: fasp_fx.PruningPlan) -> nn.Module:
     with torch.no_grad():
         for part in [part for group in plan.groups for part in group.consumers]:
             blocks = part.by_block()
-            pieces = [weights[part.name]] if part.block_dim is None else weights[part.name].chunk(len(blocks), part.block_dim)
+            pieces = (
+                [weights[part.name]]
+                if part.block_dim is None
+                else weights[part.name].chunk(len(blocks), part.block_dim)
+            )
             for piece, removed in zip(pieces, blocks, strict=True):
                 piece.index_fill_(part.dim, torch.tensor(removed, dtype=torch.long), 0)
     return copied
@@ -40,11 +44,17 @@ def _zeroed(model: nn.Module, plan: fasp_fx.PruningPlan) -> nn.Module:
 def _prune(model: nn.Module, args: Any = (X,), calibration: Any = None, **options: Any) -> Any:
     options = {"restore": None, "score": "random", "sparsity": 0.3, **options}
     with untouched(model):
-        return fasp_fx.prune(model, args, calibration=[BATCH] if calibration is None else calibration, **options)
+        return fasp_fx.prune(
+            model, args, calibration=[BATCH] if calibration is None else calibration, **options
+        )
 
 
-def _exact(model: nn.Module, parts: set[str], *calls: tuple[Any, ...], args: tuple[Any, ...] = (X,), **options: Any) -> Any:
-    """Prune; these are the parts, and the result is what the dense model with zeros computes, on every call in a row."""
+def _exact(
+    model: nn.Module, parts: set[str], *calls: tuple[Any, ...], args: tuple[Any, ...] = (X,), **options: Any
+) -> Any:
+    """Prune; these are the parts, and the result is what the dense model with zeros computes, on every call
+    in a row.
+    """
     result = _prune(model, args, **options)
     assert set(result.parts) == parts, result.report
     assert result.plan.groups
@@ -52,21 +62,41 @@ def _exact(model: nn.Module, parts: set[str], *calls: tuple[Any, ...], args: tup
     differs = 0.0
     with torch.no_grad():
         for call in calls or (args,):
-            found, expected, full = result.module(*copy.deepcopy(call)), zeroed(*copy.deepcopy(call)), dense(*copy.deepcopy(call))
+            found, expected, full = (
+                result.module(*copy.deepcopy(call)),
+                zeroed(*copy.deepcopy(call)),
+                dense(*copy.deepcopy(call)),
+            )
             assert pytree.tree_structure(found) == pytree.tree_structure(expected)
             assert error(found, expected) < 1e-5
-            differs = max([differs, *(float((a - b).abs().max()) for a, b in zip(floats(expected), floats(full)) if a.shape == b.shape)])
+            differs = max(
+                [
+                    differs,
+                    *(
+                        float((a - b).abs().max())
+                        for a, b in zip(floats(expected), floats(full))
+                        if a.shape == b.shape
+                    ),
+                ]
+            )
     assert differs > 1e-3, "masking changes nothing that can be seen"
-    sizes, shrunk = ({**dict(m.named_parameters(remove_duplicate=False)), **dict(m.named_buffers())} for m in (model, result.module))
+    sizes, shrunk = (
+        {**dict(m.named_parameters(remove_duplicate=False)), **dict(m.named_buffers())}
+        for m in (model, result.module)
+    )
     for part in [part for group in result.plan.groups for part in (*group.producers, *group.consumers)]:
         assert shrunk[part.name].shape[part.dim] < sizes[part.name].shape[part.dim]
-    mine = {id(tensor.untyped_storage()) for tensor in (*result.module.parameters(), *result.module.buffers())}
+    mine = {
+        id(tensor.untyped_storage()) for tensor in (*result.module.parameters(), *result.module.buffers())
+    }
     assert not mine & {id(tensor.untyped_storage()) for tensor in (*model.parameters(), *model.buffers())}
     return result
 
 
 class Forks(nn.Module):
-    """The second block runs if the first one says so; the outputs are lists whose lengths depend on the data."""
+    """The second block runs if the first one says so; the outputs are lists whose lengths depend
+    on the data.
+    """
 
     def __init__(self, first: nn.Module | None = None, second: nn.Module | None = None) -> None:
         super().__init__()
@@ -99,7 +129,9 @@ class Convolutions(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.body = nn.Sequential(nn.Conv2d(3, 12, 3, padding=1), nn.BatchNorm2d(12), nn.ReLU(), nn.Conv2d(12, 8, 3, padding=1))
+        self.body = nn.Sequential(
+            nn.Conv2d(3, 12, 3, padding=1), nn.BatchNorm2d(12), nn.ReLU(), nn.Conv2d(12, 8, 3, padding=1)
+        )
         self.head = nn.Sequential(nn.Conv2d(8, 16, 3, padding=1), nn.ReLU(), nn.Conv2d(16, 4, 1))
 
     def forward(self, images: list[Tensor]) -> list[Tensor]:
@@ -114,7 +146,14 @@ class Convolutions(nn.Module):
 
 def test_convolutions_called_with_many_shapes() -> None:
     images = [torch.rand(3, 20, 24), torch.rand(3, 16, 16), torch.rand(3, 36, 18)]
-    result = _exact(Convolutions().eval(), {"body", "head"}, (images,), (images[:1],), args=(images[:2],), calibration=[(images,)])
+    result = _exact(
+        Convolutions().eval(),
+        {"body", "head"},
+        (images,),
+        (images[:1],),
+        args=(images[:2],),
+        calibration=[(images,)],
+    )
     assert any("part 'head' (5 calls seen)" in note for note in result.report.notes)
 
 
@@ -150,7 +189,10 @@ def test_parts_are_pruned_in_the_order_of_their_calls() -> None:
 
 def test_containers_and_inner_control_flow_are_descended() -> None:
     result = _exact(Nested().eval(), {"stages.0.first", "stages.0.second", "stages.1.a", "stages.1.b"})
-    assert any("'stages.0' is pruned only by its submodules: it cannot be captured" in note for note in result.report.notes)
+    assert any(
+        "'stages.0' is pruned only by its submodules: it cannot be captured" in note
+        for note in result.report.notes
+    )
     assert "unused" not in {path for group in result.plan.groups for path in group.name}
 
 
@@ -179,10 +221,14 @@ def test_a_module_at_two_paths_is_pruned_once_and_put_back_at_both() -> None:
 def test_tied_weights_across_the_boundary_stay() -> None:
     model = Forks().eval()
     model.second.up.weight = model.first.up.weight
-    with pytest.raises(fasp_fx.CaptureError, match=r"'first': its weight 'first\.up\.weight' is tied to 'second\.up\.weight'"):
+    with pytest.raises(
+        fasp_fx.CaptureError, match=r"'first': its weight 'first\.up\.weight' is tied to 'second\.up\.weight'"
+    ):
         _prune(model)
     model.third = Vectors()
-    model.register_forward_hook(lambda module, args, output: {**output, "third": module.third(output["out"].new_ones(2, 6))})
+    model.register_forward_hook(
+        lambda module, args, output: {**output, "third": module.third(output["out"].new_ones(2, 6))}
+    )
     result = _exact(model.eval(), {"third"})
     assert "is tied to" in result.left["second"]
 
@@ -346,7 +392,9 @@ def test_weights_computed_by_torchs_own_hooks_are_no_hooks_of_the_user() -> None
 
 
 def test_submodules_that_no_exporter_takes() -> None:
-    quantised = torch.ao.quantization.quantize_dynamic(Vectors().eval(), {nn.Linear}, dtype=torch.qint8).eval()
+    quantised = torch.ao.quantization.quantize_dynamic(
+        Vectors().eval(), {nn.Linear}, dtype=torch.qint8
+    ).eval()
     for other in (torch.jit.script(Vectors().eval()), quantised):
         result = _prune(Forks(second=other).eval())
         assert set(result.parts) == {"first"}
@@ -359,7 +407,10 @@ class Alone(Vectors):
 
 
 def test_nothing_to_capture() -> None:
-    with pytest.raises(fasp_fx.CaptureError, match=r"Alone cannot be captured.*No submodule.*'up': one weight alone.*'down': one weight alone"):
+    with pytest.raises(
+        fasp_fx.CaptureError,
+        match=r"Alone cannot be captured.*No submodule.*'up': one weight alone.*'down': one weight alone",
+    ):
         _prune(Alone().eval())
 
 
@@ -401,7 +452,10 @@ class Uneven(nn.Module):
 @pytest.mark.parametrize("sparsity", [0.2, 0.5, 0.8])
 def test_the_sparsity_is_that_of_all_parts_together(sparsity: float) -> None:
     result = _prune(Uneven().eval(), sparsity=sparsity)
-    assert set(result.parts) | set(result.left) == {"wide", "narrow"}  # at a low sparsity, four channels lose none
+    assert set(result.parts) | set(result.left) == {
+        "wide",
+        "narrow",
+    }  # at a low sparsity, four channels lose none
     assert abs(result.report.sparsity - sparsity) < 0.02
     dense = sum(p.numel() for n, p in Uneven().named_parameters() if p.dim() > 1)
     left = sum(p.numel() for n, p in result.module.named_parameters() if p.dim() > 1)
@@ -423,7 +477,9 @@ def test_restoration_on_the_inputs_that_the_parts_get() -> None:
         result = _prune(model, calibration=batches, restore=restore, score="fasp", propagate=propagate)
         assert set(result.parts) == {"first", "second"}
         with torch.no_grad():
-            errors[restore, propagate] = float((result.module(data)["out"] - model(data)["out"]).square().mean())
+            errors[restore, propagate] = float(
+                (result.module(data)["out"] - model(data)["out"]).square().mean()
+            )
         restored = [line.error_restored for line in result.report.lines if line.error_restored is not None]
         assert bool(restored) == (restore is not None)
     assert errors["least-squares", True] < 0.7 * errors[None, True]
@@ -467,7 +523,11 @@ def test_a_part_that_the_calibration_never_reaches_stays() -> None:
 def test_progress_and_analyses_are_reported() -> None:
     fractions: list[float] = []
     names: list[str] = []
-    _prune(Forks().eval(), progress=fractions.append, on_analysis=lambda analysis: names.extend(group.name for group in analysis.groups))
+    _prune(
+        Forks().eval(),
+        progress=fractions.append,
+        on_analysis=lambda analysis: names.extend(group.name for group in analysis.groups),
+    )
     assert fractions == sorted(fractions)
     assert fractions[-1] == 1
     assert names.count("down.weight") == 2
@@ -557,12 +617,20 @@ def test_an_analysis_finds_the_same_parts(forks: tuple[nn.Module, Any]) -> None:
         analysis = fasp_fx.analyze(model, (X,))
     assert isinstance(analysis, fasp_fx.Analysis)
     assert (list(analysis.parts), analysis.left) == (list(result.parts), result.left)
-    assert {(group.name, group.status) for group in analysis.groups} == {(line.name, line.status) for line in result.report.lines}
-    assert {name for group in result.plan.groups for name in (group.name,)} <= {group.name for group in analysis.select("prunable")}
+    assert {(group.name, group.status) for group in analysis.groups} == {
+        (line.name, line.status) for line in result.report.lines
+    }
+    assert {name for group in result.plan.groups for name in (group.name,)} <= {
+        group.name for group in analysis.select("prunable")
+    }
     names = {name for name, _ in model.named_parameters()}
-    assert {member.name for group in analysis.groups for member in (*group.producers, *group.consumers)} <= names
+    assert {
+        member.name for group in analysis.groups for member in (*group.producers, *group.consumers)
+    } <= names
     most = analysis.max_sparsity
-    assert fasp_fx.prune(model, (X,), sparsity=most, score="magnitude", restore=None).report.sparsity == pytest.approx(most)
+    assert fasp_fx.prune(
+        model, (X,), sparsity=most, score="magnitude", restore=None
+    ).report.sparsity == pytest.approx(most)
     with pytest.raises(fasp_fx.SparsityError):
         fasp_fx.prune(model, (X,), sparsity=most + 0.01, score="magnitude", restore=None)
     assert analysis.explain("second.up.weight", "second.down.weight")
@@ -595,7 +663,9 @@ def _same_block() -> nn.Module:
     return nn.Sequential(Vectors(), nn.Tanh(), Vectors())
 
 
-def test_a_result_is_saved_and_loaded_around_the_code_of_the_model(forks: tuple[nn.Module, Any], folder: Path) -> None:
+def test_a_result_is_saved_and_loaded_around_the_code_of_the_model(
+    forks: tuple[nn.Module, Any], folder: Path
+) -> None:
     _, result = forks
     other = Forks(_same_block()).train()  # other weights everywhere, and not ready to run
     with untouched(other):
@@ -657,7 +727,9 @@ def test_what_cannot_be_loaded(forks: tuple[nn.Module, Any], folder: Path) -> No
     ):
         with pytest.raises(fasp_fx.StoreError, match=message):
             fasp_fx.load(path, model=other)
-    plain = fasp_fx.prune(Vectors().eval(), (X,), sparsity=0.3, score="random", restore=None).save(folder / "plain")
+    plain = fasp_fx.prune(Vectors().eval(), (X,), sparsity=0.3, score="random", restore=None).save(
+        folder / "plain"
+    )
     with pytest.raises(fasp_fx.ArgumentError, match="leave model= out"):
         fasp_fx.load(plain, model=model)
     for taken in (plain, path):
@@ -666,7 +738,9 @@ def test_what_cannot_be_loaded(forks: tuple[nn.Module, Any], folder: Path) -> No
     moved = copy.copy(result.module)
     moved._modules = {**result.module._modules, "second": Vectors()}
     with pytest.raises(fasp_fx.StoreError, match="no longer stands"):
-        PartsResult(moved, result.plan, result.report, result.signature, result.parts, result.left).save(folder / "moved")
+        PartsResult(moved, result.plan, result.report, result.signature, result.parts, result.left).save(
+            folder / "moved"
+        )
     weights = next(path.glob("parts/*/weights.safetensors"))
     weights.write_bytes(weights.read_bytes()[:-1])
     with pytest.raises(fasp_fx.StoreError, match="truncated"):
@@ -713,12 +787,27 @@ def test_a_result_is_pruned_again(forks: tuple[nn.Module, Any]) -> None:
 def _detector() -> nn.Module:
     detection = pytest.importorskip("torchvision.models.detection")
     torch.manual_seed(0)
-    backbone = nn.Sequential(nn.Conv2d(3, 12, 3, stride=4, padding=1), nn.BatchNorm2d(12), nn.ReLU(), nn.Conv2d(12, 8, 3, stride=2, padding=1))
+    backbone = nn.Sequential(
+        nn.Conv2d(3, 12, 3, stride=4, padding=1),
+        nn.BatchNorm2d(12),
+        nn.ReLU(),
+        nn.Conv2d(12, 8, 3, stride=2, padding=1),
+    )
     backbone.out_channels = 8
     anchors = detection.rpn.AnchorGenerator(sizes=((8, 16),), aspect_ratios=((0.5, 1.0),))
-    pool = pytest.importorskip("torchvision.ops").MultiScaleRoIAlign(featmap_names=["0"], output_size=2, sampling_ratio=1)
-    sizes = {"min_size": 32, "max_size": 64, "rpn_post_nms_top_n_test": 40, "box_score_thresh": 0.0, "box_detections_per_img": 10}
-    model = detection.FasterRCNN(backbone, num_classes=3, rpn_anchor_generator=anchors, box_roi_pool=pool, **sizes)
+    pool = pytest.importorskip("torchvision.ops").MultiScaleRoIAlign(
+        featmap_names=["0"], output_size=2, sampling_ratio=1
+    )
+    sizes = {
+        "min_size": 32,
+        "max_size": 64,
+        "rpn_post_nms_top_n_test": 40,
+        "box_score_thresh": 0.0,
+        "box_detections_per_img": 10,
+    }
+    model = detection.FasterRCNN(
+        backbone, num_classes=3, rpn_anchor_generator=anchors, box_roi_pool=pool, **sizes
+    )
     return model.eval().double()  # in float32, rounding reorders boxes with nearly the same score
 
 
@@ -729,16 +818,32 @@ def _images(*sizes: tuple[int, int]) -> tuple[list[Tensor]]:
 def test_a_faster_rcnn(folder: Path) -> None:
     images = _images((32, 32), (32, 40))
     parts = {"backbone", "rpn.head", "roi_heads.box_head"}
-    result = _exact(_detector(), parts, images, _images((32, 48)), args=images, calibration=[images], sparsity=0.2)
+    result = _exact(
+        _detector(), parts, images, _images((32, 48)), args=images, calibration=[images], sparsity=0.2
+    )
     assert abs(result.report.sparsity - 0.2) < 0.01
     assert result.left.keys() >= {"rpn", "roi_heads", "roi_heads.box_predictor"}
     loaded = fasp_fx.load(result.save(folder / "out"), model=_detector())
     with torch.no_grad():
-        assert all(map(torch.equal, pytree.tree_leaves(loaded.module(*images)), pytree.tree_leaves(result.module(*images))))
+        assert all(
+            map(
+                torch.equal,
+                pytree.tree_leaves(loaded.module(*images)),
+                pytree.tree_leaves(result.module(*images)),
+            )
+        )
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["ssdlite320_mobilenet_v3_large", "fasterrcnn_mobilenet_v3_large_320_fpn", "retinanet_resnet50_fpn", "fcos_resnet50_fpn"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "ssdlite320_mobilenet_v3_large",
+        "fasterrcnn_mobilenet_v3_large_320_fpn",
+        "retinanet_resnet50_fpn",
+        "fcos_resnet50_fpn",
+    ],
+)
 def test_torchvision_detection_models(name: str) -> None:
     models = pytest.importorskip("torchvision.models")
     torch.manual_seed(0)
@@ -782,5 +887,7 @@ def test_a_part_that_is_called_in_another_way_than_on_the_example_refuses() -> N
     result = fasp_fx.prune(model, (x,), sparsity=0.3, score="random", restore=None)
     assert list(result.parts) == ["part"]
     assert error(result.module(x), _zeroed(model, result.plan)(x)) < 1e-5
-    with pytest.raises(fasp_fx.CallError, match="'flip' is False"):  # left out by the model, which means its own default
+    with pytest.raises(
+        fasp_fx.CallError, match="'flip' is False"
+    ):  # left out by the model, which means its own default
         result.module(-x)

@@ -1,4 +1,6 @@
-"""Results do not depend on where a public function is called: in which modes, on whose data, beside which threads."""
+"""Results do not depend on where a public function is called: in which modes, on whose data, beside which
+threads.
+"""
 
 from __future__ import annotations
 
@@ -29,8 +31,12 @@ def same(found: fasp_fx.Result, expected: fasp_fx.Result) -> bool:
     return found.plan == expected.plan and all(torch.equal(a, b) for a, b in pairs)
 
 
-@pytest.mark.parametrize("mode", [torch.inference_mode, torch.no_grad, lambda: torch.autocast("cpu", dtype=torch.bfloat16)])
-def test_modes_of_the_caller_change_nothing(mode: Callable[[], contextlib.AbstractContextManager[Any]]) -> None:
+@pytest.mark.parametrize(
+    "mode", [torch.inference_mode, torch.no_grad, lambda: torch.autocast("cpu", dtype=torch.bfloat16)]
+)
+def test_modes_of_the_caller_change_nothing(
+    mode: Callable[[], contextlib.AbstractContextManager[Any]],
+) -> None:
     for options in (OPTIONS, {**OPTIONS, "quality": "fast"}):
         expected = fasp_fx.prune(net(), (X[0],), **options)
         model = net()
@@ -49,7 +55,9 @@ def test_what_is_loaded_in_inference_mode_can_be_trained(tmp_path: Any) -> None:
 
 
 @pytest.mark.parametrize("mode", [torch.inference_mode, torch.no_grad])
-def test_distillation_takes_gradients_by_itself(mode: Callable[[], contextlib.AbstractContextManager[Any]]) -> None:
+def test_distillation_takes_gradients_by_itself(
+    mode: Callable[[], contextlib.AbstractContextManager[Any]],
+) -> None:
     result = fasp_fx.prune(net(), (X[0],), **OPTIONS)
     dense = net()
     with mode():
@@ -84,10 +92,17 @@ class Beside(nn.Module):
 
 
 def test_costs_are_the_same_where_one_of_two_inputs_requires_gradients() -> None:
-    pairs = [(x, torch.randn(30, 8, generator=torch.Generator().manual_seed(9 + index))) for index, x in enumerate(X)]
+    pairs = [
+        (x, torch.randn(30, 8, generator=torch.Generator().manual_seed(9 + index)))
+        for index, x in enumerate(X)
+    ]
     expected = fasp_fx.measure(Beside().eval(), pairs[0], calibration=pairs)
-    found = fasp_fx.measure(Beside().eval(), pairs[0], calibration=[(a, b.clone().requires_grad_(True)) for a, b in pairs])
-    assert {name: curve.losses.tolist() for name, curve in found.items()} == {name: curve.losses.tolist() for name, curve in expected.items()}
+    found = fasp_fx.measure(
+        Beside().eval(), pairs[0], calibration=[(a, b.clone().requires_grad_(True)) for a, b in pairs]
+    )
+    assert {name: curve.losses.tolist() for name, curve in found.items()} == {
+        name: curve.losses.tolist() for name, curve in expected.items()
+    }
 
 
 def test_threads_take_turns() -> None:
@@ -132,7 +147,9 @@ def test_weights_made_in_inference_mode_are_refused_with_the_remedy() -> None:
 
     with torch.inference_mode():
         model = net()
-    with pytest.raises(fasp_fx.ArgumentError, match=r"'0\.weight' was made in torch's inference mode .*deepcopy"):
+    with pytest.raises(
+        fasp_fx.ArgumentError, match=r"'0\.weight' was made in torch's inference mode .*deepcopy"
+    ):
         fasp_fx.prune(model, (X[0],), **OPTIONS)
     assert fasp_fx.prune(copy.deepcopy(model), (X[0],), **OPTIONS).report.sparsity > 0.2
 
@@ -149,7 +166,9 @@ def test_costs_that_would_not_be_used_are_refused() -> None:
 
 def test_what_asks_for_nothing_says_so() -> None:
     options = {"calibration": X, "exclude": ("0.weight",)}
-    with pytest.raises(fasp_fx.ArgumentError, match=r"asks for 0\.5 of '2\.weight', which exclude= leaves whole"):
+    with pytest.raises(
+        fasp_fx.ArgumentError, match=r"asks for 0\.5 of '2\.weight', which exclude= leaves whole"
+    ):
         fasp_fx.prune(net(), (X[0],), sparsity={"2.weight": 0.5, "4": 0.5}, **options)  # type: ignore[arg-type]
     result = fasp_fx.prune(net(), (X[0],), calibration=X, sparsity=1e-9)
     assert not result.plan.groups
@@ -158,7 +177,9 @@ def test_what_asks_for_nothing_says_so() -> None:
 
 def test_what_is_left_of_a_plan_after_another() -> None:
     captured = fasp_fx.capture(net(), (X[0],))
-    first, second = (fasp_fx.prune(captured, calibration=X, sparsity=part, score="magnitude") for part in (0.2, 0.5))
+    first, second = (
+        fasp_fx.prune(captured, calibration=X, sparsity=part, score="magnitude") for part in (0.2, 0.5)
+    )
     left = second.plan.after(first.plan)
     assert all(group.removed_sets for group in left.groups)
     assert left.sparsity < second.plan.sparsity

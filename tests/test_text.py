@@ -20,7 +20,13 @@ pytestmark = pytest.mark.usefixtures("shared_captures")
 @pytest.fixture(scope="module")
 def model() -> LlamaForCausalLM:
     torch.manual_seed(0)
-    sizes = {"vocab_size": 5, "hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2}
+    sizes = {
+        "vocab_size": 5,
+        "hidden_size": 8,
+        "intermediate_size": 8,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+    }
     config = LlamaConfig(**sizes, bos_token_id=0, eos_token_id=1, pad_token_id=2)
     made = LlamaForCausalLM(config).eval()
     made.generation_config.temperature = 1e-4
@@ -44,7 +50,9 @@ def test_sampling_is_seeded_and_leaves_no_trace(model: LlamaForCausalLM) -> None
 def test_sampling_goes_past_the_end_token_at_temperature_one(model: LlamaForCausalLM) -> None:
     texts = sample(model, 0, 64, 20)
     counts = torch.bincount(texts[:, 1:].reshape(-1), minlength=5)
-    assert bool((counts > 0.1 * counts.sum()).all())  # an untrained model is near uniform; at its own temperature of 1e-4 it would not be
+    assert bool(
+        (counts > 0.1 * counts.sum()).all()
+    )  # an untrained model is near uniform; at its own temperature of 1e-4 it would not be
     after_end = [text[index + 1] for text in texts for index in range(1, 19) if text[index] == 1]
     assert len({int(token) for token in after_end}) == 5
 
@@ -58,12 +66,16 @@ def test_tokens_are_drawn_as_often_as_the_model_says(model: LlamaForCausalLM) ->
     count = 3200
     found = torch.bincount(sample(sharp, 0, count, 2)[:, 1], minlength=5) / count
     spread = (expected * (1 - expected) / count).sqrt()
-    assert bool(((found - expected).abs() <= 4 * spread + 2e-3).all())  # rounding of products adds to what chance does
+    assert bool(
+        ((found - expected).abs() <= 4 * spread + 2e-3).all()
+    )  # rounding of products adds to what chance does
 
 
 def test_a_model_that_breaks_down_on_its_own_text_is_refused(model: LlamaForCausalLM) -> None:
     broken = copy.deepcopy(model)
-    broken.lm_head.register_forward_hook(lambda module, args, logits: logits * (float("nan") if broken.seen > 5 else 1.0))
+    broken.lm_head.register_forward_hook(
+        lambda module, args, logits: logits * (float("nan") if broken.seen > 5 else 1.0)
+    )
     broken.seen = 0
     broken.register_forward_pre_hook(lambda module, args: setattr(module, "seen", module.seen + 1))
     with pytest.raises(CalibrationError, match="not finite any more after 5 tokens"):
@@ -86,7 +98,12 @@ def test_perplexity_of_a_guess() -> None:
 def test_perplexity_weighs_tokens_alike(model: LlamaForCausalLM) -> None:
     chunks = torch.randint(5, (4, 9))
     with torch.no_grad():
-        losses = model(input_ids=chunks, use_cache=False).logits[:, :-1].log_softmax(-1).gather(-1, chunks[:, 1:, None])
+        losses = (
+            model(input_ids=chunks, use_cache=False)
+            .logits[:, :-1]
+            .log_softmax(-1)
+            .gather(-1, chunks[:, 1:, None])
+        )
     assert perplexity(model, chunks) == pytest.approx(math.exp(-float(losses.mean())), rel=1e-5)
 
 

@@ -1,4 +1,6 @@
-"""Results are models like any other: pruned again, each step is held against the masked model it started from."""
+"""Results are models like any other: pruned again, each step is held against the masked model it started
+from.
+"""
 
 from __future__ import annotations
 
@@ -22,22 +24,36 @@ class LowRank(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.u, self.v, self.up = nn.Parameter(torch.randn(8, 28) * 0.4), nn.Parameter(torch.randn(28, 32) * 0.4), nn.Linear(8, 32)
+        self.u, self.v, self.up = (
+            nn.Parameter(torch.randn(8, 28) * 0.4),
+            nn.Parameter(torch.randn(28, 32) * 0.4),
+            nn.Linear(8, 32),
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         return F.linear(F.gelu(self.up(x)), self.u @ self.v)
 
 
 class Heads(nn.Module):
-    """Queries, keys and values of one product (of low rank), head by head: split, and values padded to the width of the queries."""
+    """Queries, keys and values of one product (of low rank), head by head: split, and values padded to the
+    width of the queries.
+    """
 
     def __init__(self, fused: bool = True) -> None:
         super().__init__()
-        self.u, self.v, self.out = nn.Parameter(torch.randn(96, 32) * 0.3), nn.Parameter(torch.randn(32, 32) * 0.3), nn.Linear(32, 32)
+        self.u, self.v, self.out = (
+            nn.Parameter(torch.randn(96, 32) * 0.3),
+            nn.Parameter(torch.randn(32, 32) * 0.3),
+            nn.Linear(32, 32),
+        )
         self.fused = fused
 
     def forward(self, x: Tensor) -> Tensor:
-        q, k, v = F.linear(x, self.u @ self.v if self.fused else self.u).view(*x.shape[:2], 4, 3, 8).permute(3, 0, 2, 1, 4)
+        q, k, v = (
+            F.linear(x, self.u @ self.v if self.fused else self.u)
+            .view(*x.shape[:2], 4, 3, 8)
+            .permute(3, 0, 2, 1, 4)
+        )
         return self.out(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(x.shape))
 
 
@@ -46,8 +62,15 @@ class Image(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.first, self.norm = parametrizations.weight_norm(nn.Conv2d(3, 12, 3, padding=1)), nn.BatchNorm2d(12)
-        self.each, self.last, self.out = nn.Conv2d(12, 12, 3, padding=1, groups=12), nn.Conv2d(12, 16, 1), nn.Linear(16 * 16, 5)
+        self.first, self.norm = (
+            parametrizations.weight_norm(nn.Conv2d(3, 12, 3, padding=1)),
+            nn.BatchNorm2d(12),
+        )
+        self.each, self.last, self.out = (
+            nn.Conv2d(12, 12, 3, padding=1, groups=12),
+            nn.Conv2d(12, 16, 1),
+            nn.Linear(16 * 16, 5),
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         hidden = F.relu(self.each(F.relu(self.norm(self.first(x)))))
@@ -57,7 +80,10 @@ class Image(nn.Module):
 class Steps(nn.Module):
     def __init__(self) -> None:
         super().__init__()
-        self.layer, self.out = nn.LSTM(5, 12, num_layers=2, batch_first=True, bidirectional=True), nn.Linear(24, 3)
+        self.layer, self.out = (
+            nn.LSTM(5, 12, num_layers=2, batch_first=True, bidirectional=True),
+            nn.Linear(24, 3),
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         return self.out(self.layer(x)[0])
@@ -78,7 +104,12 @@ class Gated(nn.Module):
 CASES: dict[str, tuple[Any, Tensor, Tensor, dict[str, Any]]] = {
     "low rank": (LowRank, torch.randn(3, 8), torch.randn(7, 8), {}),
     "heads of low rank": (Heads, torch.randn(2, 5, 32), torch.randn(1, 9, 32), {}),
-    "heads, queries too": (lambda: Heads(fused=False), torch.randn(2, 5, 32), torch.randn(3, 4, 32), {"include": ("exempt",)}),
+    "heads, queries too": (
+        lambda: Heads(fused=False),
+        torch.randn(2, 5, 32),
+        torch.randn(3, 4, 32),
+        {"include": ("exempt",)},
+    ),
     "image": (Image, torch.randn(2, 3, 8, 8), torch.randn(5, 3, 8, 8), {}),
     "recurrent": (Steps, torch.randn(2, 4, 5), torch.randn(3, 7, 5), {}),
     "gated": (Gated, torch.randn(3, 8), torch.randn(6, 8), {}),
@@ -90,7 +121,9 @@ def test_a_result_is_pruned_again(name: str) -> None:
     make, example, other, options = CASES[name]
     torch.manual_seed(0)
     model: Any = make().eval()
-    model = fasp_fx.prune(model, (example,), score="random", restore=None, sparsity=0.001, **options).module  # folded, but whole
+    model = fasp_fx.prune(
+        model, (example,), score="random", restore=None, sparsity=0.001, **options
+    ).module  # folded, but whole
     sizes = [sum(parameter.numel() for parameter in model.parameters())]
     for _ in range(2):
         result = fasp_fx.prune(model, (example,), score="random", restore=None, sparsity=0.12, **options)
@@ -108,5 +141,7 @@ def test_a_result_is_pruned_again(name: str) -> None:
 def test_the_oracle_says_that_a_folded_weight_is_not_in_the_dense_model() -> None:
     model = LowRank().eval()
     plan = fasp_fx.prune(model, (torch.randn(3, 8),), score="magnitude", restore=None, sparsity=0.2).plan
-    with pytest.raises(fasp_fx.ArgumentError, match="'v_folded', which this model does not hold: it computes it"):
+    with pytest.raises(
+        fasp_fx.ArgumentError, match="'v_folded', which this model does not hold: it computes it"
+    ):
         Masked(model, plan)

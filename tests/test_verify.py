@@ -1,4 +1,6 @@
-"""The verifier catches faulty passes: each test seeds one fault, and the pipeline must refuse the program, naming the pass."""
+"""The verifier catches faulty passes: each test seeds one fault, and the pipeline must refuse the program,
+naming the pass.
+"""
 
 from __future__ import annotations
 
@@ -16,12 +18,41 @@ from fasp_fx._capture import capture
 from fasp_fx._program import Program, set_weight
 from fasp_fx.analysis import Analysis, analyze_program
 from fasp_fx.channels import attribute
-from fasp_fx.passes import PadValueHeads, Pass, PinAttentionScale, Pipeline, RemoveChannels, split_fused, verify
+from fasp_fx.passes import (
+    PadValueHeads,
+    Pass,
+    PinAttentionScale,
+    Pipeline,
+    RemoveChannels,
+    split_fused,
+    verify,
+)
 
 pytestmark = pytest.mark.usefixtures("shared_captures")
 
-FUSED = Spec(hidden=8, kv_heads=2, repeat=2, head_dim=6, ffn=12, bias=True, gated=True, fused_gate=True, projection="fused", positions="rope")
-SEPARATE = Spec(hidden=8, kv_heads=2, repeat=2, head_dim=6, ffn=12, bias=True, gated=True, positions="rope", attention="eager")
+FUSED = Spec(
+    hidden=8,
+    kv_heads=2,
+    repeat=2,
+    head_dim=6,
+    ffn=12,
+    bias=True,
+    gated=True,
+    fused_gate=True,
+    projection="fused",
+    positions="rope",
+)
+SEPARATE = Spec(
+    hidden=8,
+    kv_heads=2,
+    repeat=2,
+    head_dim=6,
+    ffn=12,
+    bias=True,
+    gated=True,
+    positions="rope",
+    attention="eager",
+)
 SPECS = {"fused": FUSED, "separate": SEPARATE}
 VALUE_ROWS = {"fused": ("blocks.0.attention.qkv", 36), "separate": ("blocks.0.attention.v", 0)}
 
@@ -34,7 +65,11 @@ def analysed(request: pytest.FixtureRequest) -> tuple[str, Analysis]:
 
 def gone_of(analysis: Analysis, lost: int = 2) -> np.ndarray:
     """Remove the first ``lost`` channel sets of each block of every prunable group."""
-    chosen = [group.sets[group.block_of == block][:lost] for group in analysis.select("prunable") for block in np.unique(group.block_of)]
+    chosen = [
+        group.sets[group.block_of == block][:lost]
+        for group in analysis.select("prunable")
+        for block in np.unique(group.block_of)
+    ]
     return np.isin(analysis.labels, np.concatenate(chosen))
 
 
@@ -65,7 +100,9 @@ def must_be_refused(program: Program, analysis: Analysis, change: Callable[[Prog
 def take(program: Program, analysis: Analysis, name: str, dim: int, rows: list[int]) -> None:
     """Give a weight these rows of the original one, and say so."""
     original = attribute(analysis.program.module, name)
-    numbers = program.numbers.get(name) or [analysis.numbering.numbers(name, d) for d in range(original.dim())]
+    numbers = program.numbers.get(name) or [
+        analysis.numbering.numbers(name, d) for d in range(original.dim())
+    ]
     whole = analysis.numbering.numbers(name, dim)
     index = torch.tensor(rows)
     current = attribute(program.module, name)
@@ -82,14 +119,20 @@ def kept_rows(program: Program, analysis: Analysis, name: str, dim: int) -> list
 
 
 def nodes(program: Program, operator: str) -> list[fx.Node]:
-    return [node for node in program.module.graph.nodes if node.op == "call_function" and operator in str(node.target)]
+    return [
+        node
+        for node in program.module.graph.nodes
+        if node.op == "call_function" and operator in str(node.target)
+    ]
 
 
 def test_correct_passes_are_accepted(analysed: tuple[str, Analysis]) -> None:
     _, analysis = analysed
     verify(analysis.program, analysis)
     gone = gone_of(analysis)
-    program = Pipeline([PinAttentionScale(), RemoveChannels(gone), PadValueHeads()], analysis)(analysis.program)
+    program = Pipeline([PinAttentionScale(), RemoveChannels(gone), PadValueHeads()], analysis)(
+        analysis.program
+    )
     assert program is not analysis.program
     Pipeline([Fault(lambda program: None)], analysis)(program)
 
@@ -102,7 +145,13 @@ def test_a_producer_cut_at_wrong_rows(analysed: tuple[str, Analysis]) -> None:
     def change(program: Program) -> None:
         for part in ("weight", "bias"):
             rows = kept_rows(program, analysis, f"{module}.{part}", 0)
-            take(program, analysis, f"{module}.{part}", 0, [row - 1 if row >= first + 1 else row for row in rows])
+            take(
+                program,
+                analysis,
+                f"{module}.{part}",
+                0,
+                [row - 1 if row >= first + 1 else row for row in rows],
+            )
 
     assert "not coupled" in must_be_refused(program, analysis, change)
 
@@ -123,7 +172,11 @@ def test_a_bias_cut_at_wrong_rows(analysed: tuple[str, Analysis]) -> None:
     _, analysis = analysed
     program = removed(analysis)
     rows = kept_rows(program, analysis, "blocks.0.ffn.up.bias", 0)
-    must_be_refused(program, analysis, lambda program: take(program, analysis, "blocks.0.ffn.up.bias", 0, [*rows[1:], rows[0]]))
+    must_be_refused(
+        program,
+        analysis,
+        lambda program: take(program, analysis, "blocks.0.ffn.up.bias", 0, [*rows[1:], rows[0]]),
+    )
 
 
 def test_a_consumer_cut_at_wrong_columns(analysed: tuple[str, Analysis]) -> None:
@@ -131,7 +184,13 @@ def test_a_consumer_cut_at_wrong_columns(analysed: tuple[str, Analysis]) -> None
     program = removed(analysis)
     for name in ("blocks.0.ffn.down.weight", "blocks.0.attention.out.weight"):
         columns = kept_rows(program, analysis, name, 1)
-        must_be_refused(program, analysis, lambda program, name=name, columns=columns: take(program, analysis, name, 1, [columns[0] - 1, *columns[1:]]))
+        must_be_refused(
+            program,
+            analysis,
+            lambda program, name=name, columns=columns: take(
+                program, analysis, name, 1, [columns[0] - 1, *columns[1:]]
+            ),
+        )
 
 
 def test_a_bias_left_whole(analysed: tuple[str, Analysis]) -> None:
@@ -179,7 +238,13 @@ def test_swapped_heads(analysed: tuple[str, Analysis]) -> None:
             rows = kept_rows(program, analysis, f"{module}.{part}", 0)
             values = [row for row in rows if row >= first]
             half = len(values) // 2
-            take(program, analysis, f"{module}.{part}", 0, [*[row for row in rows if row < first], *values[half:], *values[:half]])
+            take(
+                program,
+                analysis,
+                f"{module}.{part}",
+                0,
+                [*[row for row in rows if row < first], *values[half:], *values[:half]],
+            )
 
     must_be_refused(program, analysis, change)
 
@@ -215,7 +280,11 @@ def test_values_and_keys_swapped() -> None:
     analysis = analyze_program(capture(build(FUSED), (tokens(2, 4),)), split_fused)
 
     def change(program: Program) -> None:
-        _, k, v = (node for node in program.module.graph.nodes if "getitem" in str(node.target) and "split_with_sizes" in str(node.args[0].target))
+        _, k, v = (
+            node
+            for node in program.module.graph.nodes
+            if "getitem" in str(node.target) and "split_with_sizes" in str(node.args[0].target)
+        )
         k.update_arg(1, 2)
         v.update_arg(1, 1)
 
@@ -239,7 +308,11 @@ def test_a_flip_put_between(analysed: tuple[str, Analysis]) -> None:
     _, analysis = analysed
 
     def change(program: Program) -> None:
-        product = next(node for node in nodes(program, "aten.mul.Tensor") if any("silu" in str(n.target) for n in node.all_input_nodes))
+        product = next(
+            node
+            for node in nodes(program, "aten.mul.Tensor")
+            if any("silu" in str(n.target) for n in node.all_input_nodes)
+        )
         (user,) = product.users
         with program.module.graph.inserting_before(user):
             flipped = program.module.graph.call_function(torch.ops.aten.flip.default, (product, [-1]))
@@ -252,7 +325,11 @@ def test_a_mixing_operator_put_between(analysed: tuple[str, Analysis]) -> None:
     _, analysis = analysed
 
     def change(program: Program) -> None:
-        product = next(node for node in nodes(program, "aten.mul.Tensor") if any("silu" in str(n.target) for n in node.all_input_nodes))
+        product = next(
+            node
+            for node in nodes(program, "aten.mul.Tensor")
+            if any("silu" in str(n.target) for n in node.all_input_nodes)
+        )
         (user,) = product.users
         with program.module.graph.inserting_before(user):
             mixed = program.module.graph.call_function(torch.ops.aten.softmax.int, (product, -1))
@@ -265,7 +342,11 @@ def test_an_operator_without_a_rule_put_between(analysed: tuple[str, Analysis]) 
     _, analysis = analysed
 
     def change(program: Program) -> None:
-        product = next(node for node in nodes(program, "aten.mul.Tensor") if any("silu" in str(n.target) for n in node.all_input_nodes))
+        product = next(
+            node
+            for node in nodes(program, "aten.mul.Tensor")
+            if any("silu" in str(n.target) for n in node.all_input_nodes)
+        )
         (user,) = product.users
         with program.module.graph.inserting_before(user):
             rolled = program.module.graph.call_function(torch.ops.aten.renorm.default, (product, 2, 0, 1.0))
@@ -280,7 +361,14 @@ def test_a_wrong_size_argument(analysed: tuple[str, Analysis]) -> None:
     def change(program: Program) -> None:
         view = nodes(program, "aten.reshape")[-1]
         sizes = list(view.args[1])
-        view.update_arg(1, [*sizes[:-1], sizes[-1] + 1] if isinstance(sizes[-1], int) and sizes[-1] > 0 else [*sizes[:-2], sizes[-2], 1])
+        view.update_arg(
+            1,
+            (
+                [*sizes[:-1], sizes[-1] + 1]
+                if isinstance(sizes[-1], int) and sizes[-1] > 0
+                else [*sizes[:-2], sizes[-2], 1]
+            ),
+        )
 
     must_be_refused(removed(analysis), analysis, change)
 
@@ -326,7 +414,9 @@ def test_passes_do_not_change_their_input(analysed: tuple[str, Analysis]) -> Non
 
 def test_nodes_written_by_passes_are_marked(analysed: tuple[str, Analysis]) -> None:
     _, analysis = analysed
-    program = Pipeline([PinAttentionScale(), RemoveChannels(gone_of(analysis)), PadValueHeads()], analysis)(analysis.program)
+    program = Pipeline([PinAttentionScale(), RemoveChannels(gone_of(analysis)), PadValueHeads()], analysis)(
+        analysis.program
+    )
     marks = {node.meta.get(fasp_fx.passes.WRITTEN_BY) for node in program.module.graph.nodes}
     assert "remove_channels" in marks
     if nodes(program, "scaled_dot_product_attention"):
@@ -347,7 +437,9 @@ class Joined(nn.Module):
 
 def test_what_is_said_of_the_last_channel_of_a_block_is_not_held_against_those_beside_it() -> None:
     model, x = Joined().double().eval(), torch.randn(2, 3, 8, dtype=torch.float64)
-    plan = fasp_fx.plan_from_sets(fasp_fx.capture(model, (x,)), {"wide.weight": [0, 1, 4, 5], "out.weight": [1]})
+    plan = fasp_fx.plan_from_sets(
+        fasp_fx.capture(model, (x,)), {"wide.weight": [0, 1, 4, 5], "out.weight": [1]}
+    )
     result = fasp_fx.apply(model, plan, (x,))
     assert result.plan.groups == plan.groups  # nothing stays whole
     inner = model.up(x).relu()

@@ -42,7 +42,11 @@ def places(call: Any, *args: Any, **options: Any) -> set[str]:
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         call(*args, **options)
-    return {warning.filename for warning in caught if issubclass(warning.category, (fasp_fx.CaptureWarning, fasp_fx.CalibrationWarning))}
+    return {
+        warning.filename
+        for warning in caught
+        if issubclass(warning.category, (fasp_fx.CaptureWarning, fasp_fx.CalibrationWarning))
+    }
 
 
 @pytest.mark.parametrize("call", [fasp_fx.capture, fasp_fx.prune], ids=lambda call: call.__name__)
@@ -59,7 +63,9 @@ def test_too_little_data(model: nn.Module) -> None:
 def test_options_of_a_whole_model_are_refused_where_it_is_taken_in_parts() -> None:
     for options in ({"state": ("past",)}, {"padding_mask": "mask"}):
         (name,) = options
-        with pytest.raises(fasp_fx.ArgumentError, match=f"{name}=.* needs a model that is captured as a whole; leave it out"):
+        with pytest.raises(
+            fasp_fx.ArgumentError, match=f"{name}=.* needs a model that is captured as a whole; leave it out"
+        ):
             fasp_fx.prune(Forked().eval(), (X,), score="magnitude", restore=None, **options)  # type: ignore[arg-type]
     with pytest.raises(fasp_fx.ArgumentError, match=r"state=.* needs a model that is captured as a whole"):
         fasp_fx.analyze(Forked().eval(), (X,), state=("past",))

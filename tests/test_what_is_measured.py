@@ -1,4 +1,6 @@
-"""What is measured before anything is chosen: of which tokens, in which pieces, in which units, and with what left as it was."""
+"""What is measured before anything is chosen: of which tokens, in which pieces, in which units, and with what
+left as it was.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +26,10 @@ def numbers(*shape: int, seed: int = 0) -> Tensor:
 
 
 def losses(captured: fasp_fx.Captured, batches: list[Any], **options: Any) -> dict[str, np.ndarray]:
-    return {name: curve.losses for name, curve in fasp_fx.measure(captured, calibration=batches, **options).items()}
+    return {
+        name: curve.losses
+        for name, curve in fasp_fx.measure(captured, calibration=batches, **options).items()
+    }
 
 
 def made(build: Callable[[], nn.Module]) -> nn.Module:
@@ -75,12 +80,24 @@ class Attending(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.embed, self.query, self.key, self.value = nn.Embedding(16, 8), nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 12)
-        self.out, self.up, self.down, self.head = nn.Linear(12, 8), nn.Linear(8, 24), nn.Linear(24, 8), nn.Linear(8, 16)
+        self.embed, self.query, self.key, self.value = (
+            nn.Embedding(16, 8),
+            nn.Linear(8, 8),
+            nn.Linear(8, 8),
+            nn.Linear(8, 12),
+        )
+        self.out, self.up, self.down, self.head = (
+            nn.Linear(12, 8),
+            nn.Linear(8, 24),
+            nn.Linear(24, 8),
+            nn.Linear(8, 16),
+        )
 
     def forward(self, ids: Tensor, mask: Tensor) -> Tensor:
         x = self.embed(ids)
-        scores = (self.query(x) @ self.key(x).transpose(-1, -2) / 3).masked_fill((mask == 0)[:, None, :], -1e9)
+        scores = (self.query(x) @ self.key(x).transpose(-1, -2) / 3).masked_fill(
+            (mask == 0)[:, None, :], -1e9
+        )
         x = x + self.out(scores.softmax(-1) @ self.value(x))
         x = x + self.down(torch.relu(self.up(x)))
         y: Tensor = self.head(x)
@@ -100,7 +117,9 @@ def test_padding_counts_nothing(loss: Any) -> None:
     long = []
     for batch in short:
         ids = torch.where(batch["mask"] == 0, 3, batch["ids"])
-        long.append({"ids": functional.pad(ids, (0, 7), value=5), "mask": functional.pad(batch["mask"], (0, 7))})
+        long.append(
+            {"ids": functional.pad(ids, (0, 7), value=5), "mask": functional.pad(batch["mask"], (0, 7))}
+        )
     expected, found = (losses(captured, batches, loss=loss, padding_mask="mask") for batches in (short, long))
     assert expected.keys() == found.keys()
     for name, curve in expected.items():
@@ -120,8 +139,12 @@ class TimeFirst(nn.Module):
         return y
 
 
-@pytest.mark.parametrize("layer", [lambda: nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0), lambda: nn.GRU(8, 8)])
-def test_a_first_dimension_that_is_time_is_not_divided(layer: Callable[[], nn.Module], monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    "layer", [lambda: nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0), lambda: nn.GRU(8, 8)]
+)
+def test_a_first_dimension_that_is_time_is_not_divided(
+    layer: Callable[[], nn.Module], monkeypatch: pytest.MonkeyPatch
+) -> None:
     x = 2 * numbers(12, 32, 8)
     captured = fasp_fx.capture(made(lambda: TimeFirst(layer())), (x[:, :4],))
     found = losses(captured, [x])
@@ -154,14 +177,28 @@ def test_sizes_of_outputs_are_not_those_of_the_first_image() -> None:
     result = fasp_fx.prune(captured, calibration=images.split(8), costs=costs, sparsity=0.3)
     with torch.no_grad():
         pairs = zip(model(images), result.module(images), strict=True)
-        error = sum(0.5 * float((dense - pruned).square().mean() / dense.square().mean()) for dense, pruned in pairs)
+        error = sum(
+            0.5 * float((dense - pruned).square().mean() / dense.square().mean()) for dense, pruned in pairs
+        )
     rise = costs.predicted({group.name: group.removed_sets for group in result.plan.groups})
-    assert error / 3 < rise < 3 * error, "half the squared error relative to the mean square is what is predicted"
+    assert error / 3 < rise < 3 * error, (
+        "half the squared error relative to the mean square is what is predicted"
+    )
 
 
 def test_an_output_that_is_zero_for_the_first_image_is_no_error() -> None:
     images = numbers(24, 1, 8, 8)
-    model = made(lambda: nn.Sequential(nn.Conv2d(1, 8, 3), nn.ReLU(), nn.Conv2d(8, 6, 3), nn.ReLU(), nn.Flatten(), nn.Linear(96, 1), nn.ReLU()))
+    model = made(
+        lambda: nn.Sequential(
+            nn.Conv2d(1, 8, 3),
+            nn.ReLU(),
+            nn.Conv2d(8, 6, 3),
+            nn.ReLU(),
+            nn.Flatten(),
+            nn.Linear(96, 1),
+            nn.ReLU(),
+        )
+    )
     with torch.no_grad():
         model[5].bias -= model[:6](images)[0] + 1e-3  # type: ignore[index,operator]
         assert not model(images[:1]).any()
@@ -191,7 +228,9 @@ class Noisy(nn.Module):
         self.up, self.middle, self.down = nn.Linear(6, 20), nn.Linear(20, 12), nn.Linear(12, 3)
 
     def forward(self, x: Tensor) -> Tensor:
-        y: Tensor = self.down(torch.relu(self.middle(functional.dropout(torch.relu(self.up(x)), 0.3, training=True))))
+        y: Tensor = self.down(
+            torch.relu(self.middle(functional.dropout(torch.relu(self.up(x)), 0.3, training=True)))
+        )
         return y
 
 
@@ -203,7 +242,10 @@ def test_a_model_that_draws_is_pruned_alike_each_time_and_leaves_the_random_numb
     fasp_fx.measure(captured, calibration=batches)
     assert torch.equal(torch.get_rng_state(), before)
     assert first.plan == second.plan
-    assert all(torch.equal(one, other) for one, other in zip(first.module.parameters(), second.module.parameters(), strict=True))
+    assert all(
+        torch.equal(one, other)
+        for one, other in zip(first.module.parameters(), second.module.parameters(), strict=True)
+    )
 
 
 class Turning(nn.Module):
@@ -227,7 +269,9 @@ def test_complex_weights_are_run_backwards() -> None:
 
 def test_inference_mode_takes_no_gradients_away() -> None:
     batches = [numbers(40, 6, seed=seed) for seed in range(4)]
-    captured = fasp_fx.capture(made(lambda: nn.Sequential(nn.Linear(6, 12), nn.ReLU(), nn.Linear(12, 3))), (batches[0],))
+    captured = fasp_fx.capture(
+        made(lambda: nn.Sequential(nn.Linear(6, 12), nn.ReLU(), nn.Linear(12, 3))), (batches[0],)
+    )
     expected = losses(captured, batches)
     with torch.inference_mode():
         found = losses(captured, [batch.clone() for batch in batches])
@@ -236,11 +280,16 @@ def test_inference_mode_takes_no_gradients_away() -> None:
 
 def test_what_no_weight_reads_matters_only_where_it_takes_part() -> None:
     generator = torch.Generator().manual_seed(0)
-    batches = [{"ids": torch.randint(0, 16, (4, 9), generator=generator), "mask": torch.ones(4, 9, dtype=torch.long)} for _ in range(4)]
+    batches = [
+        {"ids": torch.randint(0, 16, (4, 9), generator=generator), "mask": torch.ones(4, 9, dtype=torch.long)}
+        for _ in range(4)
+    ]
     captured = fasp_fx.capture(made(Attending), (), batches[0])
     expected = fasp_fx.prune(captured, calibration=batches)
     for allocation in (None, "global"):
-        found = fasp_fx.prune(captured, calibration=batches, include=("exempt",), exclude=("query",), allocation=allocation)  # type: ignore[arg-type]
+        found = fasp_fx.prune(
+            captured, calibration=batches, include=("exempt",), exclude=("query",), allocation=allocation
+        )  # type: ignore[arg-type]
         assert any("predicted rise" in note for note in found.report.notes)
         assert found.plan.groups == expected.plan.groups
 
@@ -249,9 +298,17 @@ def test_curves_that_do_not_fit_are_refused_before_anything_is_run(tmp_path: Pat
     batches = [numbers(40, 6, seed=seed) for seed in range(4)]
     captured = fasp_fx.capture(made(Experts), (batches[0],))
     costs = fasp_fx.measure(captured, calibration=batches, granularity=("expert",))
-    with pytest.raises(fasp_fx.ArgumentError, match=r"curve of 'down' goes up to 3 .* 9 may go here; measure with the granularity="):
+    with pytest.raises(
+        fasp_fx.ArgumentError,
+        match=r"curve of 'down' goes up to 3 .* 9 may go here; measure with the granularity=",
+    ):
         fasp_fx.prune(captured, calibration=iter(()), costs=costs)
-    for lost, message in (({"up": 1}, "no cost curve for 'up'"), ({"down": 4}, "up to 3"), ({"down": -1}, "whole number"), ({"down": 0.5}, "whole number")):
+    for lost, message in (
+        ({"up": 1}, "no cost curve for 'up'"),
+        ({"down": 4}, "up to 3"),
+        ({"down": -1}, "whole number"),
+        ({"down": 0.5}, "whole number"),
+    ):
         with pytest.raises(fasp_fx.ArgumentError, match=message):
             costs.predicted(lost)  # type: ignore[arg-type]
     assert costs.predicted({"up": 0}) == 0
@@ -259,7 +316,17 @@ def test_curves_that_do_not_fit_are_refused_before_anything_is_run(tmp_path: Pat
         costs.save(tmp_path)
 
 
-@pytest.mark.parametrize("options", [{"rounds": 0}, {"rounds": 2.5}, {"damping": 0}, {"damping": float("nan")}, {"damping": "a"}, {"shrinkage": 2}])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"rounds": 0},
+        {"rounds": 2.5},
+        {"damping": 0},
+        {"damping": float("nan")},
+        {"damping": "a"},
+        {"shrinkage": 2},
+    ],
+)
 def test_options_out_of_range_are_refused(options: dict[str, Any]) -> None:
     with pytest.raises(fasp_fx.ArgumentError, match=next(iter(options))):
         fasp_fx.obs.OBS(**options)

@@ -24,7 +24,11 @@ from fasp_fx.testing import build, example, programs
 class Block(nn.Module):
     def __init__(self, width: int, hidden: int) -> None:
         super().__init__()
-        self.norm, self.up, self.down = nn.LayerNorm(width), nn.Linear(width, hidden), nn.Linear(hidden, width)
+        self.norm, self.up, self.down = (
+            nn.LayerNorm(width),
+            nn.Linear(width, hidden),
+            nn.Linear(hidden, width),
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         return x + self.down(nn.functional.gelu(self.up(self.norm(x))))
@@ -55,8 +59,14 @@ def windows_of(model: nn.Module, *args: Any, **kwargs: Any) -> list[tuple[str, s
 
 def test_windows_end_where_a_block_ends() -> None:
     found = windows_of(stack(), batches(1)[0])
-    names = [{f"blocks.{index}.{name}" for name in ("up.weight", "up.bias", "down.weight", "down.bias")} for index in range(3)]
-    names = [own | ({f"blocks.{index}.norm.weight", f"blocks.{index}.norm.bias"} if index else set()) for index, own in enumerate(names)]
+    names = [
+        {f"blocks.{index}.{name}" for name in ("up.weight", "up.bias", "down.weight", "down.bias")}
+        for index in range(3)
+    ]
+    names = [
+        own | ({f"blocks.{index}.norm.weight", f"blocks.{index}.norm.bias"} if index else set())
+        for index, own in enumerate(names)
+    ]
     assert [weights for _, weights in found] == names  # the first norm sees what nothing has changed
     assert [output for output, _ in found] == ["linear_1", "add_1", "add_2"]
 
@@ -65,9 +75,15 @@ def test_attention_and_what_follows_it_are_windows_of_their_own() -> None:
     found = windows_of(llama(), input_ids=tokens()[0], use_cache=False)
     kinds = ["self_attn" if any("self_attn" in name for name in weights) else "mlp" for _, weights in found]
     assert kinds == ["self_attn", "mlp"] * (len(kinds) // 2)
-    assert all(len({name.split(".")[2] for name in weights}) == 1 for _, weights in found), "no window is of two layers"
+    assert all(len({name.split(".")[2] for name in weights}) == 1 for _, weights in found), (
+        "no window is of two layers"
+    )
     assert not any("embed" in name or "lm_head" in name for _, weights in found for name in weights)
-    assert all({name.rsplit(".", 2)[1] for name in weights} >= {"q_proj", "k_proj", "v_proj", "o_proj", "input_layernorm"} for _, weights in found[2::2])
+    assert all(
+        {name.rsplit(".", 2)[1] for name in weights}
+        >= {"q_proj", "k_proj", "v_proj", "o_proj", "input_layernorm"}
+        for _, weights in found[2::2]
+    )
 
 
 def test_convolutions_without_a_residual_path() -> None:
@@ -75,7 +91,10 @@ def test_convolutions_without_a_residual_path() -> None:
         def __init__(self) -> None:
             super().__init__()
             sizes = (3, 8, 12, 8, 6)
-            self.layers = nn.ModuleList(nn.Sequential(nn.Conv2d(own, other, 3), nn.BatchNorm2d(other), nn.ReLU()) for own, other in pairwise(sizes))
+            self.layers = nn.ModuleList(
+                nn.Sequential(nn.Conv2d(own, other, 3), nn.BatchNorm2d(other), nn.ReLU())
+                for own, other in pairwise(sizes)
+            )
             self.head = nn.Linear(6, 3)
 
         def forward(self, x: Tensor) -> Tensor:
@@ -84,8 +103,14 @@ def test_convolutions_without_a_residual_path() -> None:
             return self.head(x.mean((2, 3)))
 
     found = windows_of(Plain().eval(), torch.randn(2, 3, 16, 16))
-    matrices = [sorted(name for name in weights if "0.weight" in name or "head.weight" in name) for _, weights in found]
-    assert matrices == [["layers.0.0.weight", "layers.1.0.weight"], ["head.weight", "layers.2.0.weight", "layers.3.0.weight"]]
+    matrices = [
+        sorted(name for name in weights if "0.weight" in name or "head.weight" in name)
+        for _, weights in found
+    ]
+    assert matrices == [
+        ["layers.0.0.weight", "layers.1.0.weight"],
+        ["head.weight", "layers.2.0.weight", "layers.3.0.weight"],
+    ]
 
 
 def held_out(data: list[Tensor]) -> Tensor:
@@ -98,13 +123,19 @@ def test_each_window_gives_more_nearly_what_the_dense_one_gives() -> None:
     model, data = stack(), batches()
     captured = fasp_fx.capture(model, (data[0],))
     options: dict[str, Any] = {"calibration": data, "sparsity": 0.4}
-    plain, trained = (fasp_fx.prune(captured, restore=restore, **options) for restore in ("least-squares", Window(epochs=6, rate=0.01)))
+    plain, trained = (
+        fasp_fx.prune(captured, restore=restore, **options)
+        for restore in ("least-squares", Window(epochs=6, rate=0.01))
+    )
     assert plain.plan.groups == trained.plan.groups
 
     def errors(result: fasp_fx.Result, x: Tensor) -> list[float]:
         found = []
         for index, block in enumerate(model.get_submodule("blocks").children()):
-            own = {name: result.module.get_parameter(f"blocks.{index}.{name}") for name, _ in block.named_parameters()}
+            own = {
+                name: result.module.get_parameter(f"blocks.{index}.{name}")
+                for name, _ in block.named_parameters()
+            }
             h = nn.functional.layer_norm(x, (12,), own["norm.weight"], own["norm.bias"])
             h = nn.functional.gelu(nn.functional.linear(h, own["up.weight"], own["up.bias"]))
             given, x = block(x), x + nn.functional.linear(h, own["down.weight"], own["down.bias"])
@@ -125,8 +156,13 @@ def test_a_window_that_nothing_helps_is_left_as_it_was() -> None:
     model, data = stack(), batches(4)
     captured = fasp_fx.capture(model, (data[0],))
     options: dict[str, Any] = {"calibration": data, "sparsity": 0.4}
-    plain, trained = (fasp_fx.prune(captured, restore=restore, **options) for restore in ("least-squares", Window(epochs=1, rate=0.9)))
-    for (name, value), other in zip(plain.module.named_parameters(), trained.module.parameters(), strict=True):
+    plain, trained = (
+        fasp_fx.prune(captured, restore=restore, **options)
+        for restore in ("least-squares", Window(epochs=1, rate=0.9))
+    )
+    for (name, value), other in zip(
+        plain.module.named_parameters(), trained.module.parameters(), strict=True
+    ):
         assert torch.equal(value, other), name
     assert any("0 of 3" in note for note in trained.report.notes)
 
@@ -137,9 +173,14 @@ def test_it_does_not_depend_on_the_callers_random_numbers_and_leaves_them() -> N
     for seed in (1, 2):
         torch.manual_seed(seed)
         state = torch.get_rng_state()
-        found.append(fasp_fx.prune(model, (data[0],), calibration=data, sparsity=0.4, restore=Window(epochs=1)))
+        found.append(
+            fasp_fx.prune(model, (data[0],), calibration=data, sparsity=0.4, restore=Window(epochs=1))
+        )
         assert torch.equal(torch.get_rng_state(), state)
-    assert all(torch.equal(one, other) for one, other in zip(*(list(result.module.parameters()) for result in found), strict=True))
+    assert all(
+        torch.equal(one, other)
+        for one, other in zip(*(list(result.module.parameters()) for result in found), strict=True)
+    )
     assert not any(parameter.grad is not None for parameter in model.parameters())
 
 
@@ -149,7 +190,10 @@ class Conditioned(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.given, self.gain = nn.Linear(12, 12), nn.Parameter(torch.ones(12))
-        self.ups, self.downs = nn.ModuleList(nn.Linear(12, 48) for _ in range(3)), nn.ModuleList(nn.Linear(48, 12) for _ in range(3))
+        self.ups, self.downs = (
+            nn.ModuleList(nn.Linear(12, 48) for _ in range(3)),
+            nn.ModuleList(nn.Linear(48, 12) for _ in range(3)),
+        )
 
     def forward(self, x: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
         h = x + self.downs[0](torch.tanh(self.ups[0](x)))
@@ -163,15 +207,21 @@ class Conditioned(nn.Module):
 def test_what_leaves_a_window_by_another_way_stays() -> None:
     model = randomise(Conditioned(), std=0.4)
     data = list(zip(batches(), reversed(batches()), strict=True))
-    result = fasp_fx.prune(model, data[0], calibration=data, sparsity=0.5, quality="fast", restore=Window(epochs=4, rate=0.02))
+    result = fasp_fx.prune(
+        model, data[0], calibration=data, sparsity=0.5, quality="fast", restore=Window(epochs=4, rate=0.02)
+    )
     assert torch.equal(result.module(*data[0])[1], model(*data[0])[1])
     assert any("3 of 3" in note for note in result.report.notes)
 
 
 def test_the_dense_models_own_values_are_a_part_of_the_target() -> None:
-    model = randomise(nn.Sequential(nn.Linear(12, 32), nn.GELU(), nn.Linear(32, 24), nn.GELU(), nn.Linear(24, 5)), std=0.4)
+    model = randomise(
+        nn.Sequential(nn.Linear(12, 32), nn.GELU(), nn.Linear(32, 24), nn.GELU(), nn.Linear(24, 5)), std=0.4
+    )
     for options in ({"drift": 0.5}, {"quality": "best"}):
-        result = fasp_fx.prune(model, (batches(1)[0],), calibration=batches(), sparsity=0.4, restore="window", **options)  # type: ignore[arg-type]
+        result = fasp_fx.prune(
+            model, (batches(1)[0],), calibration=batches(), sparsity=0.4, restore="window", **options
+        )  # type: ignore[arg-type]
         assert any(note.startswith("windows: ") for note in result.report.notes)
 
 
@@ -179,7 +229,12 @@ def test_padding_among_channels_first() -> None:
     class Channels(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.up, self.down, self.up2, self.down2 = nn.Conv1d(8, 40, 1), nn.Conv1d(40, 8, 1), nn.Conv1d(8, 40, 1), nn.Conv1d(40, 8, 1)
+            self.up, self.down, self.up2, self.down2 = (
+                nn.Conv1d(8, 40, 1),
+                nn.Conv1d(40, 8, 1),
+                nn.Conv1d(8, 40, 1),
+                nn.Conv1d(40, 8, 1),
+            )
 
         def forward(self, x: Tensor, mask: Tensor) -> Tensor:
             h = self.down(self.up(x.transpose(1, 2) + 0 * mask[:, None]).tanh())
@@ -190,10 +245,19 @@ def test_padding_among_channels_first() -> None:
         data = []
         for seed in range(8):
             generator = torch.Generator().manual_seed(seed)
-            x, lengths = torch.randn(6, 9, 8, generator=generator), torch.randint(3, 9, (6, 1), generator=generator)
+            x, lengths = (
+                torch.randn(6, 9, 8, generator=generator),
+                torch.randint(3, 9, (6, 1), generator=generator),
+            )
             mask = (torch.arange(9)[None] < lengths).float()
             data.append((torch.where(mask[..., None] > 0, x, filler), mask))
-        options: dict[str, Any] = {"calibration": data, "sparsity": 0.4, "quality": "fast", "padding_mask": "mask", "restore": Window(epochs=3, rate=0.01)}
+        options: dict[str, Any] = {
+            "calibration": data,
+            "sparsity": 0.4,
+            "quality": "fast",
+            "padding_mask": "mask",
+            "restore": Window(epochs=3, rate=0.01),
+        }
         found.append(fasp_fx.prune(model, data[0], **options))
     for value, other in zip(*(list(result.module.parameters()) for result in found), strict=True):
         torch.testing.assert_close(value, other)
@@ -211,7 +275,9 @@ def test_what_is_left_whole_after_all_takes_its_window_back() -> None:
     groups = decided(analysis, decision)
     assert len(decision.windows) == 3
     assert {"blocks.1.up.weight", "blocks.1.norm.bias"} <= decision.weights.keys()
-    left = restricted(analysis, decision, [group for group in groups if not group.name.startswith("blocks.1")])
+    left = restricted(
+        analysis, decision, [group for group in groups if not group.name.startswith("blocks.1")]
+    )
     assert not any(name.startswith("blocks.1") for name in left.weights)
     assert all(torch.equal(left.weights[name], decision.weights[name]) for name in left.weights)
     assert len(left.windows) == 2
@@ -229,16 +295,26 @@ def test_padding_teaches_nothing() -> None:
             ids[0, 8:], mask[0, 8:] = filler, 0
             data.append({"input_ids": ids, "attention_mask": mask})
         result = fasp_fx.prune(
-            model, (), data[0] | {"use_cache": False}, calibration=data, sparsity=0.3, restore=Window(epochs=2), padding_mask="attention_mask"
+            model,
+            (),
+            data[0] | {"use_cache": False},
+            calibration=data,
+            sparsity=0.3,
+            restore=Window(epochs=2),
+            padding_mask="attention_mask",
         )
         found.append(result)
-    for (name, value), other in zip(found[0].module.named_parameters(), found[1].module.parameters(), strict=True):
+    for (name, value), other in zip(
+        found[0].module.named_parameters(), found[1].module.parameters(), strict=True
+    ):
         torch.testing.assert_close(value, other, msg=name)
 
 
 def test_sixteen_bits() -> None:
     model, data = stack().bfloat16(), [batch.bfloat16() for batch in batches()]
-    result = fasp_fx.prune(model, (data[0],), calibration=data, sparsity=0.4, restore=Window(epochs=4, rate=0.01))
+    result = fasp_fx.prune(
+        model, (data[0],), calibration=data, sparsity=0.4, restore=Window(epochs=4, rate=0.01)
+    )
     assert {parameter.dtype for parameter in result.module.parameters()} == {torch.bfloat16}
     assert any("3 of 3" in note for note in result.report.notes)
 
@@ -256,10 +332,17 @@ def test_a_weight_that_two_windows_read_stays() -> None:
             return x
 
     model, data = randomise(Tied(), std=0.4), batches()
-    result = fasp_fx.prune(model, (data[0],), calibration=data, sparsity=0.4, restore=Window(epochs=2, rate=0.01))
+    result = fasp_fx.prune(
+        model, (data[0],), calibration=data, sparsity=0.4, restore=Window(epochs=2, rate=0.01)
+    )
     kept = [row for row in range(48) if row not in result.plan.groups[0].producers[0].removed]
-    assert torch.equal(result.module.get_parameter("blocks.0.up.weight"), model.get_parameter("blocks.0.up.weight")[kept])
-    assert [sorted(weights)[0] for _, weights in windows_of(model, data[0])] == ["blocks.0.down.bias", "blocks.1.down.bias"]
+    assert torch.equal(
+        result.module.get_parameter("blocks.0.up.weight"), model.get_parameter("blocks.0.up.weight")[kept]
+    )
+    assert [sorted(weights)[0] for _, weights in windows_of(model, data[0])] == [
+        "blocks.0.down.bias",
+        "blocks.1.down.bias",
+    ]
     assert not any("up" in name for _, weights in windows_of(model, data[0]) for name in weights)
 
 
@@ -278,7 +361,9 @@ def test_query_and_key_channels_beside(include: tuple[str, ...]) -> None:
     assert ("no weight reads" in note) == bool(include)
 
 
-@settings(max_examples=200 if PROFILE == "slow" else 4, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(
+    max_examples=200 if PROFILE == "slow" else 4, deadline=None, suppress_health_check=[HealthCheck.too_slow]
+)
 @given(net=programs(max_blocks=4), seed=st.integers(0, 99))
 def test_drawn_nets(net: Any, seed: int) -> None:
     """Every result passes the check by running; what cannot be pruned is refused as without windows."""
@@ -286,7 +371,13 @@ def test_drawn_nets(net: Any, seed: int) -> None:
     outcomes = []
     for restore in ("least-squares", Window(epochs=1, rate=0.01)):
         try:
-            outcomes.append(type(fasp_fx.prune(model, inputs[0], calibration=inputs, sparsity=0.3, restore=restore, quality="fast")))  # type: ignore[arg-type]
+            outcomes.append(
+                type(
+                    fasp_fx.prune(
+                        model, inputs[0], calibration=inputs, sparsity=0.3, restore=restore, quality="fast"
+                    )
+                )
+            )  # type: ignore[arg-type]
         except fasp_fx.FaspError as error:
             outcomes.append(type(error))
     assert outcomes[0] == outcomes[1]
@@ -295,11 +386,15 @@ def test_drawn_nets(net: Any, seed: int) -> None:
 def test_a_diverging_step_is_not_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(_reconstruction, "_BETAS", (0.0, 0.0))
     model, data = stack(), batches(4)
-    result = fasp_fx.prune(model, (data[0],), calibration=data, sparsity=0.4, restore=Window(epochs=2, rate=0.5))
+    result = fasp_fx.prune(
+        model, (data[0],), calibration=data, sparsity=0.4, restore=Window(epochs=2, rate=0.5)
+    )
     assert all(bool(torch.isfinite(parameter).all()) for parameter in result.module.parameters())
 
 
-@pytest.mark.parametrize("options", [{"epochs": 0}, {"epochs": True}, {"rate": 0}, {"rate": 2.0}, {"seed": -1}])
+@pytest.mark.parametrize(
+    "options", [{"epochs": 0}, {"epochs": True}, {"rate": 0}, {"rate": 2.0}, {"seed": -1}]
+)
 def test_a_window_that_cannot_be(options: dict[str, Any]) -> None:
     with pytest.raises(fasp_fx.ArgumentError, match=next(iter(options))):
         Window(**options)

@@ -38,7 +38,9 @@ def ones(*shape: int, dtype: torch.dtype = torch.long) -> Draw:
 
 def rows(values: Any, dtype: torch.dtype = torch.long) -> Draw:
     """The same values for every element of the batch, ``[batch, *shape]``."""
-    return lambda batch, generator: torch.tensor(values, dtype=dtype).expand(batch, *torch.tensor(values).shape).clone()
+    return lambda batch, generator: (
+        torch.tensor(values, dtype=dtype).expand(batch, *torch.tensor(values).shape).clone()
+    )
 
 
 def constant(value: Any) -> Draw:
@@ -47,7 +49,9 @@ def constant(value: Any) -> Draw:
 
 
 def per_item(draw: Callable[[Generator], Tensor]) -> Draw:
-    """Packed inputs without a batch dimension: ``draw`` once per element, concatenated along the first dimension."""
+    """Packed inputs without a batch dimension: ``draw`` once per element, concatenated along the first
+    dimension.
+    """
     return lambda batch, generator: torch.cat([draw(generator) for _ in range(batch)])
 
 
@@ -81,5 +85,8 @@ class Entry:
         return (self._cast(args), self._cast(kwargs))
 
     def _cast(self, value: Any) -> Any:
-        cast = lambda leaf: leaf.double() if self.double and isinstance(leaf, Tensor) and leaf.is_floating_point() else leaf  # noqa: E731
+        def cast(leaf: Any) -> Any:
+            widened = self.double and isinstance(leaf, Tensor) and leaf.is_floating_point()
+            return leaf.double() if widened else leaf
+
         return torch.utils._pytree.tree_map(cast, value)

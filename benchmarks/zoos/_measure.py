@@ -34,7 +34,9 @@ Record = dict[str, Any]
 
 
 def measure(entry: Entry, analyze_only: bool = False) -> Record:
-    """Build, run, capture, analyse, prune and compare; what fails is recorded with its stage and its message."""
+    """Build, run, capture, analyse, prune and compare; what fails is recorded with its stage and
+    its message.
+    """
     record: Record = {
         "name": entry.name,
         "kind": entry.kind,
@@ -50,14 +52,19 @@ def measure(entry: Entry, analyze_only: bool = False) -> Record:
     except Exception as failure:
         record["ok"] = False
         record["error"] = f"{type(failure).__name__}: {failure}"[:2000]
-        record["where"] = [f"{frame.filename.rpartition('site-packages/')[2]}:{frame.lineno}" for frame in traceback.extract_tb(failure.__traceback__)[-4:]]
+        record["where"] = [
+            f"{frame.filename.rpartition('site-packages/')[2]}:{frame.lineno}"
+            for frame in traceback.extract_tb(failure.__traceback__)[-4:]
+        ]
     return record
 
 
 def _measure(entry: Entry, analyze_only: bool, record: Record) -> None:
     with _stage(record, "build"):
         model = randomise(entry.make())
-        record["layers"] = sum(any(True for _ in module.parameters(recurse=False)) for module in model.modules())
+        record["layers"] = sum(
+            any(True for _ in module.parameters(recurse=False)) for module in model.modules()
+        )
         record["parameters"] = record["parameters_before"] = _parameters(model)
     with _stage(record, "warm up"), centring(model):
         _call(model, entry, entry.batches[0])
@@ -70,7 +77,9 @@ def _measure(entry: Entry, analyze_only: bool, record: Record) -> None:
         return
     refusal = record.pop("refusal", None)
     with _stage(record, "prune"):
-        result = _prune(program, record) if program is not None else _prune_in_parts(model, entry, record, refusal)
+        result = (
+            _prune(program, record) if program is not None else _prune_in_parts(model, entry, record, refusal)
+        )
     if result is None:
         record["error"], record["stage"] = "nothing to prune", None
         return
@@ -80,7 +89,11 @@ def _measure(entry: Entry, analyze_only: bool, record: Record) -> None:
         if program is not None and _batch_is_dynamic(program) and entry.batches[1] != entry.batches[0]:
             record["mask_error_unseen"], _ = _compare(model, result, entry, entry.batches[1], None)
     worst = max(record["mask_error"], record.get("mask_error_unseen", 0.0))
-    record |= {"ok": worst <= record["tolerance"], "visible": record["difference"] > 100 * record["tolerance"], "stage": None}
+    record |= {
+        "ok": worst <= record["tolerance"],
+        "visible": record["difference"] > 100 * record["tolerance"],
+        "stage": None,
+    }
 
 
 def _analyse(model: nn.Module, entry: Entry, record: Record) -> Program | None:
@@ -107,16 +120,23 @@ def _analyse(model: nn.Module, entry: Entry, record: Record) -> Program | None:
 
 
 def _prune(program: Program, record: Record) -> Any:
-    """What :func:`fasp_fx.prune` makes of the program, which is captured already; ``None`` if nothing can be pruned."""
+    """What :func:`fasp_fx.prune` makes of the program, which is captured already; ``None`` if nothing can be
+    pruned.
+    """
     if record["max_sparsity"] == 0:
         return None
-    clock, config = Timings(), fasp_fx.PruningConfig(sparsity=record["requested"], score="random", restore=None)
+    clock, config = (
+        Timings(),
+        fasp_fx.PruningConfig(sparsity=record["requested"], score="random", restore=None),
+    )
     analysis, decision = decide(program, config, None, clock=clock)
     return rewrite(program, analysis, decision, config, clock)
 
 
 def _prune_in_parts(model: nn.Module, entry: Entry, record: Record, refusal: CaptureError) -> Any:
-    """The model pruned by its submodules, by less if they cannot lose as much; ``None`` if nothing of them can be pruned."""
+    """The model pruned by its submodules, by less if they cannot lose as much; ``None`` if nothing of them
+    can be pruned.
+    """
     args, kwargs = entry.inputs(entry.batches[0])
     for sparsity in (SPARSITY, *LESS):
         try:
@@ -154,7 +174,8 @@ def _parameters(module: nn.Module) -> int:
 def _call(model: nn.Module, entry: Entry, batch: int) -> Any:
     args, kwargs = entry.inputs(batch)
     torch.manual_seed(0)
-    # what a model compiles for itself (flex attention, say) runs uncompiled: the kernels made for some processors are wrong
+    # what a model compiles for itself (flex attention, say) runs uncompiled: the kernels made for some
+    # processors are wrong
     with torch.no_grad(), torch.compiler.set_stance("force_eager"):
         return model(*args, **kwargs)
 
@@ -175,4 +196,6 @@ def _batch_is_dynamic(program: Any) -> bool:
     """Whether the capture leaves the first dimension of every tensor input free."""
     tensors = [node.meta.get("val") for node in program.placeholders()]
     first = [value.shape[0] for value in tensors if isinstance(value, Tensor) and value.dim()]
-    return all(isinstance(size, torch.SymInt) and size.node.maybe_as_int() is None for size in first)  # a symbol that the capture settled is one still
+    return all(
+        isinstance(size, torch.SymInt) and size.node.maybe_as_int() is None for size in first
+    )  # a symbol that the capture settled is one still

@@ -1,6 +1,7 @@
 """What the analysis says of the weights of linear and convolution operators, as shares of their elements.
 
-Which weights those are is found in the captured graph by the operators' names, whether the library has a rule for them or not.
+Which weights those are is found in the captured graph by the operators' names, whether the library has a rule
+for them or not.
 """
 
 from __future__ import annotations
@@ -15,9 +16,49 @@ STATUSES = ("prunable", "exempt", "approximate", "no rule", "layout", "other")
 
 #: the places of weights among the arguments of linear and convolution operators; ``None``: any argument
 _WEIGHTS: dict[str, tuple[int, ...] | None] = {
-    **dict.fromkeys(["linear", "conv1d", "conv2d", "conv3d", "convolution", "_convolution", "conv_transpose1d", "conv_transpose2d", "conv_transpose3d"], (1,)),
-    **dict.fromkeys(["matmul", "mm", "bmm", "addmm", "baddbmm", "addbmm", "mv", "addmv", "einsum", "bilinear", "_trilinear"], None),
-    **dict.fromkeys(["_grouped_mm", "grouped_mm", "grouped_mm_fallback", "lstm", "gru", "rnn_tanh", "rnn_relu", "deform_conv2d"], None),
+    **dict.fromkeys(
+        [
+            "linear",
+            "conv1d",
+            "conv2d",
+            "conv3d",
+            "convolution",
+            "_convolution",
+            "conv_transpose1d",
+            "conv_transpose2d",
+            "conv_transpose3d",
+        ],
+        (1,),
+    ),
+    **dict.fromkeys(
+        [
+            "matmul",
+            "mm",
+            "bmm",
+            "addmm",
+            "baddbmm",
+            "addbmm",
+            "mv",
+            "addmv",
+            "einsum",
+            "bilinear",
+            "_trilinear",
+        ],
+        None,
+    ),
+    **dict.fromkeys(
+        [
+            "_grouped_mm",
+            "grouped_mm",
+            "grouped_mm_fallback",
+            "lstm",
+            "gru",
+            "rnn_tanh",
+            "rnn_relu",
+            "deform_conv2d",
+        ],
+        None,
+    ),
 }
 #: operators that pick from a stacked weight with an index that is computed
 _PICKS = ("index", "index_select", "gather")
@@ -36,10 +77,18 @@ def operator_weights(program: Any) -> dict[str, int]:
         elif node.op == "call_function":
             inputs = node.all_input_nodes
             operator = getattr(node.target, "_schema", None)
-            operator = operator.name.split("::")[-1] if operator is not None else getattr(node.target, "__name__", str(node.target))
+            operator = (
+                operator.name.split("::")[-1]
+                if operator is not None
+                else getattr(node.target, "__name__", str(node.target))
+            )
             if operator in _WEIGHTS:
                 places = _WEIGHTS[operator]
-                arguments = inputs if places is None else [node.args[place] for place in places if place < len(node.args)]
+                arguments = (
+                    inputs
+                    if places is None
+                    else [node.args[place] for place in places if place < len(node.args)]
+                )
                 for name in {name for argument in arguments for name in held.get(argument, ())}:
                     found[name] = tensors[name].numel()
             elif inputs and all(source in held for source in inputs):
@@ -50,7 +99,9 @@ def operator_weights(program: Any) -> dict[str, int]:
 
 
 def shares(program: Any, analysis: Any) -> dict[str, Any]:
-    """The number of elements of operator weights, their shares by status, and the reasons that freeze the most."""
+    """The number of elements of operator weights, their shares by status, and the reasons that freeze the
+    most.
+    """
     weights, names = operator_weights(program), program.canonical()
     best: dict[str, int] = dict.fromkeys(weights, len(STATUSES) - 1)
     frozen: Counter[str] = Counter()

@@ -1,4 +1,6 @@
-"""Small configurations of transformers models: one table of small values, applied to whatever fields a configuration has."""
+"""Small configurations of transformers models: one table of small values, applied to whatever fields a
+configuration has.
+"""
 
 from __future__ import annotations
 
@@ -15,15 +17,36 @@ _FIELDS: list[tuple[int, str]] = [
     (VOCABULARY, "vocab_size text_vocab_size"),
     (
         _WIDTH,
-        "hidden_size d_model n_embd embedding_size embed_dim dim hidden_dim emb_dim word_embed_proj_dim projection_dim decoder_hidden_size out_hidden_size",
+        (
+            "hidden_size d_model n_embd embedding_size embed_dim dim hidden_dim emb_dim word_embed_proj_dim"
+            " projection_dim decoder_hidden_size out_hidden_size"
+        ),
     ),
-    (_INNER, "intermediate_size encoder_ffn_dim decoder_ffn_dim ffn_dim d_ff d_inner ffn_embed_dim dim_ff decoder_intermediate_size n_inner"),
+    (
+        _INNER,
+        (
+            "intermediate_size encoder_ffn_dim decoder_ffn_dim ffn_dim d_ff d_inner ffn_embed_dim dim_ff"
+            " decoder_intermediate_size n_inner"
+        ),
+    ),
     (
         _LAYERS,
-        "num_hidden_layers num_layers encoder_layers decoder_layers n_layer n_layers depth num_decoder_layers num_encoder_layers decoder_num_hidden_layers",
+        (
+            "num_hidden_layers num_layers encoder_layers decoder_layers n_layer n_layers depth"
+            " num_decoder_layers num_encoder_layers decoder_num_hidden_layers"
+        ),
     ),
-    (_HEADS, "num_attention_heads encoder_attention_heads decoder_attention_heads n_head n_heads num_heads attention_heads decoder_num_attention_heads"),
-    (_KV_HEADS, "num_key_value_heads decoder_num_key_value_heads encoder_num_key_value_heads multi_query_group_num"),
+    (
+        _HEADS,
+        (
+            "num_attention_heads encoder_attention_heads decoder_attention_heads n_head n_heads num_heads"
+            " attention_heads decoder_num_attention_heads"
+        ),
+    ),
+    (
+        _KV_HEADS,
+        "num_key_value_heads decoder_num_key_value_heads encoder_num_key_value_heads multi_query_group_num",
+    ),
     (16, "head_dim d_kv linear_key_head_dim linear_value_head_dim v_head_dim qk_nope_head_dim kv_lora_rank"),
     (8, "qk_rope_head_dim"),
     (24, "q_lora_rank"),
@@ -35,11 +58,19 @@ _FIELDS: list[tuple[int, str]] = [
     (0, "pad_token_id"),
 ]
 SMALL: dict[str, Any] = {name: value for value, names in _FIELDS for name in names.split()}
-SMALL |= {"mask_token_id": 3, "max_position_embeddings": 64, "n_positions": 64, "max_source_positions": 64, "max_target_positions": 64}
+SMALL |= {
+    "mask_token_id": 3,
+    "max_position_embeddings": 64,
+    "n_positions": 64,
+    "max_source_positions": 64,
+    "max_target_positions": 64,
+}
 
 
 def shrink(kind: Any, overrides: dict[str, Any]) -> Any:
-    """A small configuration of a class; ``overrides`` win, and a dict given for a sub-configuration is applied to that."""
+    """A small configuration of a class; ``overrides`` win, and a dict given for a sub-configuration is
+    applied to that.
+    """
     # a field that holds one value per stage is left to the overrides
     own = {field.name for field in dataclasses.fields(kind) if not isinstance(field.default, (list, tuple))}
     mapped = kind.attribute_map

@@ -10,12 +10,28 @@ from ._shares import STATUSES
 
 Record = dict[str, Any]
 
-_HEAD = ["model", "kind", "layers", "parameters", *STATUSES, "most", "sparsity", "shrinks by", "mask error", "capture", "analysis", "verdict"]
+_HEAD = [
+    "model",
+    "kind",
+    "layers",
+    "parameters",
+    *STATUSES,
+    "most",
+    "sparsity",
+    "shrinks by",
+    "mask error",
+    "capture",
+    "analysis",
+    "verdict",
+]
 
 
 def table(records: dict[str, Record]) -> str:
     """One row per model, sorted by kind and name, then a summary."""
-    rows = [_row(record) for record in sorted(records.values(), key=lambda record: (record["kind"], record["name"]))]
+    rows = [
+        _row(record)
+        for record in sorted(records.values(), key=lambda record: (record["kind"], record["name"]))
+    ]
     lines = [_line(_HEAD), _line(["---"] * len(_HEAD)), *map(_line, rows)]
     return "\n".join([*lines, "", *summary(records)])
 
@@ -29,7 +45,9 @@ def _percent(value: float | None) -> str:
 
 
 def _shrunk(record: Record) -> float | None:
-    return 1 - record["parameters_after"] / record["parameters_before"] if "parameters_after" in record else None
+    return (
+        1 - record["parameters_after"] / record["parameters_before"] if "parameters_after" in record else None
+    )
 
 
 def _worst(record: Record) -> float | None:
@@ -57,7 +75,11 @@ def _row(record: Record) -> list[str]:
 def verdict(record: Record) -> str:
     """How a model fared, in a word or a line."""
     if record["ok"]:
-        parts = f" in {len(record['parts'])} part{'s' if len(record['parts']) > 1 else ''}" if record.get("parts") else ""
+        parts = (
+            f" in {len(record['parts'])} part{'s' if len(record['parts']) > 1 else ''}"
+            if record.get("parts")
+            else ""
+        )
         return f"exact{parts}{'' if record.get('visible', True) else ', invisible'}"
     if record["ok"] is None:
         return record.get("error") or "analysed"
@@ -75,29 +97,54 @@ def summary(records: dict[str, Record]) -> list[str]:
     parts = [record for record in everything if record.get("parts")]
     analysed = [record for record in captured if "shares" in record]
     weights = sum(record["weights"] for record in analysed)
-    lines = [f"* {len(captured)} of {len(everything)} captured", f"* {len(pruned)} pruned, {sum(record['ok'] is True for record in pruned)} of them exact"]
+    lines = [
+        f"* {len(captured)} of {len(everything)} captured",
+        f"* {len(pruned)} pruned, {sum(record['ok'] is True for record in pruned)} of them exact",
+    ]
     lines.append(
-        f"* {len(parts)} of the other {len(everything) - len(captured)} pruned in parts, {sum(record['ok'] is True for record in parts)} of them exact"
+        f"* {len(parts)} of the other {len(everything) - len(captured)} pruned in parts,"
+        f" {sum(record['ok'] is True for record in parts)} of them exact"
     )
     if captured:
         enough = [record for record in captured if record.get("sparsity", 0.0) >= 0.2]
         lines.append(f"* {len(enough)} of {len(captured)} lose 20 % or more of the counted weights")
     if weights:
-        totals = [sum(record["weights"] * record["shares"][status] for record in analysed) / weights for status in STATUSES]
+        totals = [
+            sum(record["weights"] * record["shares"][status] for record in analysed) / weights
+            for status in STATUSES
+        ]
         means = [sum(record["shares"][status] for record in analysed) / len(analysed) for status in STATUSES]
-        lines.append("* weights of linear and convolution operators: " + ", ".join(f"{_percent(t)} % {s}" for t, s in zip(totals, STATUSES)))
-        lines.append("* the same, each model counted once: " + ", ".join(f"{_percent(m)} % {s}" for m, s in zip(means, STATUSES)))
+        lines.append(
+            "* weights of linear and convolution operators: "
+            + ", ".join(f"{_percent(t)} % {s}" for t, s in zip(totals, STATUSES))
+        )
+        lines.append(
+            "* the same, each model counted once: "
+            + ", ".join(f"{_percent(m)} % {s}" for m, s in zip(means, STATUSES))
+        )
     deep = [record for record in analysed if record["layers"] >= 100]
     slow = [record["name"] for record in deep if record["seconds"]["analysis"] > record["seconds"]["capture"]]
-    lines.append(f"* {len(deep)} models of 100 or more layers; analysis slower than capture: {', '.join(slow) or 'none'}")
+    lines.append(
+        f"* {len(deep)} models of 100 or more layers; analysis slower than capture:"
+        f" {', '.join(slow) or 'none'}"
+    )
     for title, chosen in (
-        ("neither captured nor pruned in parts", [record for record in everything if not record["captured"] and not record.get("parts")]),
+        (
+            "neither captured nor pruned in parts",
+            [record for record in everything if not record["captured"] and not record.get("parts")],
+        ),
         ("captured and failed", [record for record in captured if record["ok"] is False]),
         ("pruned in parts and failed", [record for record in parts if record["ok"] is False]),
         ("nothing to prune", [record for record in captured if record.get("max_sparsity") == 0]),
-        ("masking changes nothing that can be seen", [record for record in [*pruned, *parts] if not record.get("visible", True)]),
+        (
+            "masking changes nothing that can be seen",
+            [record for record in [*pruned, *parts] if not record.get("visible", True)],
+        ),
     ):
-        lines += [f"* {title}: {len(chosen)}", *(f"    * {record['name']}: {verdict(record)}" for record in chosen)]
+        lines += [
+            f"* {title}: {len(chosen)}",
+            *(f"    * {record['name']}: {verdict(record)}" for record in chosen),
+        ]
     return [*lines, *without_rule(analysed)]
 
 
@@ -109,4 +156,7 @@ def without_rule(records: list[Record]) -> list[str]:
         for operator, count in record.get("without_rule", {}).items():
             models[operator] += 1
             nodes[operator] += count
-    return ["* operators without a rule:", *(f"    * `{name}`: {count} models, {nodes[name]} nodes" for name, count in models.most_common())]
+    return [
+        "* operators without a rule:",
+        *(f"    * `{name}`: {count} models, {nodes[name]} nodes" for name, count in models.most_common()),
+    ]

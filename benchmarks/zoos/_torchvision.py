@@ -11,12 +11,26 @@ from torch import nn
 
 from ._entry import Draw, Entry, constant, image, noise
 
-#: measured in float64: with random weights their own float32 outputs are 0.4 % and 1.3 % from their float64 outputs
+#: measured in float64: with random weights their own float32 outputs are 0.4 % and 1.3 % from their float64
+#: outputs
 CHAOTIC = frozenset({"efficientnet_v2_m", "efficientnet_v2_l"})
 #: the side of the images, where 64 does not do
-SIZES = {"inception_v3": 96, "vit_h_14": 56, "maxvit_t": 224, "ssd300_vgg16": 300, "ssdlite320_mobilenet_v3_large": 320}
-#: no detection would reach the usual score under random weights, and each of a thousand proposals costs a pass through the heads
-_RCNN = {"min_size": 96, "max_size": 96, "box_score_thresh": 0.0, "rpn_post_nms_top_n_test": 100, "box_detections_per_img": 20}
+SIZES = {
+    "inception_v3": 96,
+    "vit_h_14": 56,
+    "maxvit_t": 224,
+    "ssd300_vgg16": 300,
+    "ssdlite320_mobilenet_v3_large": 320,
+}
+#: no detection would reach the usual score under random weights, and each of a thousand proposals costs a
+#: pass through the heads
+_RCNN = {
+    "min_size": 96,
+    "max_size": 96,
+    "box_score_thresh": 0.0,
+    "rpn_post_nms_top_n_test": 100,
+    "box_detections_per_img": 20,
+}
 #: builder arguments, by the beginning of a model's name
 OPTIONS: dict[str, dict[str, Any]] = {
     "googlenet": {"aux_logits": False, "init_weights": False},
@@ -63,11 +77,15 @@ def _entry(name: str) -> Entry:
     known = {"detection", "segmentation", "video", "optical_flow"}
     kind = family.replace("_", " ") if family in known else "classification"
     batches = (1, 2) if name in CLIPS else (2, 3)
-    double = family == "detection" or name in CHAOTIC  # a rounding error can change which boxes a detection model keeps
+    double = (
+        family == "detection" or name in CHAOTIC
+    )  # a rounding error can change which boxes a detection model keeps
     return Entry(name, kind, _maker(builder, options, double), positional, keywords, double, batches)
 
 
-def _maker(builder: Callable[..., nn.Module], options: dict[str, Any], double: bool) -> Callable[[], nn.Module]:
+def _maker(
+    builder: Callable[..., nn.Module], options: dict[str, Any], double: bool
+) -> Callable[[], nn.Module]:
     return lambda: builder(**options).to(torch.float64 if double else torch.float32)
 
 

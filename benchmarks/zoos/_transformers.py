@@ -1,4 +1,5 @@
-"""The transformers zoo: small random models of every kind, as tables of ``model class: what differs from the small defaults``.
+"""The transformers zoo: small random models of every kind, as tables of ``model class: what differs from the
+small defaults``.
 
 A second row of a class has a key of its own and says ``model``.
 """
@@ -40,7 +41,9 @@ def entries() -> list[Entry]:
 
 
 def _entry(kind: str, name: str, row: dict[str, Any]) -> Entry:
-    """A row's ``model``, ``inputs``, ``name``, ``config``, ``double`` and ``batches`` belong to the entry, the rest to the configuration."""
+    """A row's ``model``, ``inputs``, ``name``, ``config``, ``double`` and ``batches`` belong to the entry,
+    the rest to the configuration.
+    """
     model = getattr(transformers, row.pop("model", name))
     inputs: dict[str, Draw] = dict(row.pop("inputs"))
     double = row.pop("double", kind == "moe")

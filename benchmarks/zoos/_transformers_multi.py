@@ -1,4 +1,6 @@
-"""Multimodal models and time series: model class → what differs from the small defaults of ``_shrink``, and the inputs."""
+"""Multimodal models and time series: model class → what differs from the small defaults of ``_shrink``, and
+the inputs.
+"""
 
 from __future__ import annotations
 
@@ -22,15 +24,26 @@ def prompt(patches: int, tokens: int = 6) -> Draw:
     return draw
 
 
-_LLAVA = {"image_token_index": IMAGE_TOKEN, "text_config": {"model_type": "llama"}, "vision_config": {"model_type": "clip_vision_model"}}
+_LLAVA = {
+    "image_token_index": IMAGE_TOKEN,
+    "text_config": {"model_type": "llama"},
+    "vision_config": {"model_type": "clip_vision_model"},
+}
 _EFFICIENT = {"width_coefficient": 0.5, "depth_coefficient": 0.5, "hidden_dim": 160}
 
 MULTIMODAL = sharing(
     TEXT_IMAGE,
     {
-        "AlignModel": {"vision_config": _EFFICIENT, "projection_dim": 160, "inputs": {"input_ids": ids(), "pixel_values": image(64)}},
+        "AlignModel": {
+            "vision_config": _EFFICIENT,
+            "projection_dim": 160,
+            "inputs": {"input_ids": ids(), "pixel_values": image(64)},
+        },
         "AltCLIPModel": {},
-        "BlipForImageTextRetrieval": {"image_text_hidden_size": 32, "text_config": {"encoder_hidden_size": 64}},
+        "BlipForImageTextRetrieval": {
+            "image_text_hidden_size": 32,
+            "text_config": {"encoder_hidden_size": 64},
+        },
         "Blip2ForConditionalGeneration": {
             "qformer_config": {"encoder_hidden_size": 64},
             "text_config": {"model_type": "opt"},
@@ -60,7 +73,13 @@ MULTIMODAL = sharing(
         "Florence2ForConditionalGeneration": {
             "image_token_id": IMAGE_TOKEN,
             "text_config": {"model_type": "bart"},
-            "vision_config": {"embed_dim": [16, 32, 48, 64], "num_heads": [1, 2, 3, 4], "num_groups": [1, 2, 3, 4], "depths": [1, 1, 1, 1], "window_size": 4},
+            "vision_config": {
+                "embed_dim": [16, 32, 48, 64],
+                "num_heads": [1, 2, 3, 4],
+                "num_groups": [1, 2, 3, 4],
+                "depths": [1, 1, 1, 1],
+                "window_size": 4,
+            },
             "inputs": {"input_ids": prompt(5), "decoder_input_ids": ids(5), "pixel_values": image(64)},
         },
         "GitForCausalLM": {},
@@ -75,7 +94,12 @@ MULTIMODAL = sharing(
             "text_config": {"model_type": "opt"},
             "num_query_tokens": 4,
             "image_token_index": IMAGE_TOKEN,
-            "inputs": {"input_ids": prompt(4), "pixel_values": image(32), "attention_mask": ones(10), "qformer_input_ids": ids(5)},
+            "inputs": {
+                "input_ids": prompt(4),
+                "pixel_values": image(32),
+                "attention_mask": ones(10),
+                "qformer_input_ids": ids(5),
+            },
         },
         "LayoutLMv3Model": {
             "inputs": {**TEXT_IMAGE, "bbox": BOXES},
@@ -84,7 +108,10 @@ MULTIMODAL = sharing(
             "shape_size": 10,
             "input_size": 32,
         },
-        "LlavaForConditionalGeneration": {**_LLAVA, "inputs": {"input_ids": prompt(16), "pixel_values": image(32)}},
+        "LlavaForConditionalGeneration": {
+            **_LLAVA,
+            "inputs": {"input_ids": prompt(16), "pixel_values": image(32)},
+        },
         "LxmertModel": {
             "inputs": {**TEXT, "visual_feats": noise(3, 32), "visual_pos": noise(3, 4)},
             "visual_feat_dim": 32,
@@ -99,21 +126,45 @@ MULTIMODAL = sharing(
             "image_token_id": IMAGE_TOKEN,
             "text_config": {"model_type": "gemma"},
             "vision_config": {"model_type": "siglip_vision_model"},
-            "inputs": {"input_ids": prompt(16), "pixel_values": image(32), "attention_mask": ones(22), "token_type_ids": rows([0] * 22)},
+            "inputs": {
+                "input_ids": prompt(16),
+                "pixel_values": image(32),
+                "attention_mask": ones(22),
+                "token_type_ids": rows([0] * 22),
+            },
         },
         "SiglipModel": {},
         "Siglip2Model": {
             "vision_config": {"num_patches": 16},
-            "inputs": {**TEXT, "pixel_values": noise(16, 192), "pixel_attention_mask": ones(16), "spatial_shapes": rows([4, 4])},
+            "inputs": {
+                **TEXT,
+                "pixel_values": noise(16, 192),
+                "pixel_attention_mask": ones(16),
+                "spatial_shapes": rows([4, 4]),
+            },
         },
-        "UdopForConditionalGeneration": {"inputs": {**TEXT_IMAGE, "bbox": noise(8, 4), "decoder_input_ids": ids(6)}},
+        "UdopForConditionalGeneration": {
+            "inputs": {**TEXT_IMAGE, "bbox": noise(8, 4), "decoder_input_ids": ids(6)}
+        },
         "ViltModel": {},
         "VisualBertModel": {"inputs": {**TEXT, "visual_embeds": noise(3, 32)}, "visual_embedding_dim": 32},
-        "VipLlavaForConditionalGeneration": {**_LLAVA, "vision_feature_layers": [-1, -2], "inputs": {"input_ids": prompt(16), "pixel_values": image(32)}},
+        "VipLlavaForConditionalGeneration": {
+            **_LLAVA,
+            "vision_feature_layers": [-1, -2],
+            "inputs": {"input_ids": prompt(16), "pixel_values": image(32)},
+        },
         "XCLIPModel": {
-            "vision_config": {"num_frames": 4, "mit_hidden_size": 64, "mit_intermediate_size": 128, "mit_num_attention_heads": 4},
+            "vision_config": {
+                "num_frames": 4,
+                "mit_hidden_size": 64,
+                "mit_intermediate_size": 128,
+                "mit_num_attention_heads": 4,
+            },
             "prompt_num_attention_heads": 4,
-            "inputs": {"input_ids": lambda batch, generator: ids()(3, generator), "pixel_values": noise(4, 3, 32, 32)},
+            "inputs": {
+                "input_ids": lambda batch, generator: ids()(3, generator),
+                "pixel_values": noise(4, 3, 32, 32),
+            },
         },
         "TrOCRForCausalLM": {"inputs": TEXT},
         "DecisionTransformerModel": {

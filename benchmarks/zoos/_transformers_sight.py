@@ -1,4 +1,6 @@
-"""Vision and audio models: model class → what differs from the small defaults of ``_shrink``, and the inputs."""
+"""Vision and audio models: model class → what differs from the small defaults of ``_shrink``, and
+the inputs.
+"""
 
 from __future__ import annotations
 
@@ -14,13 +16,41 @@ WAVE: dict[str, Draw] = {"input_values": noise(1600)}
 
 #: four stages, as small as they go
 _STAGES: dict[str, Any] = {"depths": [1, 1, 2, 1], "hidden_sizes": [16, 32, 48, 64]}
-_PYRAMID = {**_STAGES, "num_attention_heads": [1, 2, 3, 4], "mlp_ratios": [2, 2, 2, 2], "image_size": 64, "inputs": LARGE}
+_PYRAMID = {
+    **_STAGES,
+    "num_attention_heads": [1, 2, 3, 4],
+    "mlp_ratios": [2, 2, 2, 2],
+    "image_size": 64,
+    "inputs": LARGE,
+}
 _FOUR = ["stage1", "stage2", "stage3", "stage4"]
-_SWIN: dict[str, Any] = {"depths": [1, 2, 2], "num_heads": [2, 2, 4], "embed_dim": 24, "image_size": 64, "patch_size": 4, "window_size": 4}
-_SWIN4 = {**_SWIN, "model_type": "swin", "depths": [1, 1, 2, 1], "num_heads": [2, 2, 4, 4], "image_size": 128, "out_features": _FOUR}
+_SWIN: dict[str, Any] = {
+    "depths": [1, 2, 2],
+    "num_heads": [2, 2, 4],
+    "embed_dim": 24,
+    "image_size": 64,
+    "patch_size": 4,
+    "window_size": 4,
+}
+_SWIN4 = {
+    **_SWIN,
+    "model_type": "swin",
+    "depths": [1, 1, 2, 1],
+    "num_heads": [2, 2, 4, 4],
+    "image_size": 128,
+    "out_features": _FOUR,
+}
 _WINDOWS = {**_SWIN, "inputs": LARGE}
 _DETECTOR = {"num_queries": 6, "inputs": LARGE}
-_RESNET = {"backbone_config": {"model_type": "resnet", "embedding_size": 16, "hidden_sizes": [16, 32, 48, 64], "depths": [1, 1, 1, 1], "layer_type": "basic"}}
+_RESNET = {
+    "backbone_config": {
+        "model_type": "resnet",
+        "embedding_size": 16,
+        "hidden_sizes": [16, 32, 48, 64],
+        "depths": [1, 1, 1, 1],
+        "layer_type": "basic",
+    }
+}
 _BACKBONE = {"backbone_config": {**_RESNET["backbone_config"], "out_features": _FOUR}}
 
 VISION = sharing(
@@ -43,7 +73,11 @@ VISION = sharing(
         "DeformableDetrForObjectDetection": {**_DETECTOR, **_BACKBONE, "num_feature_levels": 4},
         "DeiTForImageClassification": {},
         "DepthAnythingForDepthEstimation": {
-            "backbone_config": {"model_type": "dinov2", "out_features": ["stage1", "stage2"], "reshape_hidden_states": False},
+            "backbone_config": {
+                "model_type": "dinov2",
+                "out_features": ["stage1", "stage2"],
+                "reshape_hidden_states": False,
+            },
             "neck_hidden_sizes": [16, 32],
             "reassemble_factors": [2, 1],
             "reassemble_hidden_size": 64,
@@ -63,8 +97,18 @@ VISION = sharing(
             "neck_hidden_sizes": [16, 16, 32, 32],
             "fusion_hidden_size": 16,
         },
-        "EfficientNetForImageClassification": {"width_coefficient": 0.5, "depth_coefficient": 0.5, "hidden_dim": 640, "inputs": LARGE},
-        "FocalNetForImageClassification": {"embed_dim": 16, "hidden_sizes": [16, 32, 48], "depths": [1, 1, 2], "patch_size": 4},
+        "EfficientNetForImageClassification": {
+            "width_coefficient": 0.5,
+            "depth_coefficient": 0.5,
+            "hidden_dim": 640,
+            "inputs": LARGE,
+        },
+        "FocalNetForImageClassification": {
+            "embed_dim": 16,
+            "hidden_sizes": [16, 32, 48],
+            "depths": [1, 1, 2],
+            "patch_size": 4,
+        },
         "GLPNForDepthEstimation": {**_PYRAMID, "decoder_hidden_size": 16},
         "HGNetV2ForImageClassification": {
             "stem_channels": [3, 8, 16],
@@ -76,7 +120,13 @@ VISION = sharing(
             "stage_num_blocks": [1, 1, 1, 1],
             "inputs": LARGE,
         },
-        "HieraForImageClassification": {"embed_dim": 16, "image_size": [64, 64], "depths": [1, 1, 2, 1], "num_heads": [1, 2, 4, 8], "inputs": LARGE},
+        "HieraForImageClassification": {
+            "embed_dim": 16,
+            "image_size": [64, 64],
+            "depths": [1, 1, 2, 1],
+            "num_heads": [1, 2, 4, 8],
+            "inputs": LARGE,
+        },
         "IJepaForImageClassification": {},
         "ImageGPTForImageClassification": {"inputs": {"input_ids": ids(16)}},
         "LevitForImageClassification": {
@@ -108,8 +158,18 @@ VISION = sharing(
         },
         "MobileNetV1ForImageClassification": {"depth_multiplier": 0.25},
         "MobileNetV2ForImageClassification": {"depth_multiplier": 0.35},
-        "MobileViTForImageClassification": {"hidden_sizes": [32, 48, 64], "neck_hidden_sizes": [8, 16, 24, 32, 40, 64, 64], "patch_size": 2, "inputs": LARGE},
-        "MobileViTV2ForImageClassification": {"width_multiplier": 0.25, "n_attn_blocks": [1, 1, 1], "patch_size": 2, "inputs": LARGE},
+        "MobileViTForImageClassification": {
+            "hidden_sizes": [32, 48, 64],
+            "neck_hidden_sizes": [8, 16, 24, 32, 40, 64, 64],
+            "patch_size": 2,
+            "inputs": LARGE,
+        },
+        "MobileViTV2ForImageClassification": {
+            "width_multiplier": 0.25,
+            "n_attn_blocks": [1, 1, 1],
+            "patch_size": 2,
+            "inputs": LARGE,
+        },
         "PoolFormerForImageClassification": {**_STAGES, "layer_scale_init_value": 1.0, "inputs": LARGE},
         "PvtForImageClassification": _PYRAMID,
         "PvtV2ForImageClassification": _PYRAMID,
@@ -135,13 +195,29 @@ VISION = sharing(
             "inputs": LARGE,
         },
         "SamModel": {
-            "vision_config": {"window_size": 2, "global_attn_indexes": [1], "output_channels": 32, "image_size": 64, "num_pos_feats": 16, "mlp_dim": 128},
-            "prompt_encoder_config": {"hidden_size": 32, "image_size": 64, "image_embedding_size": 8, "patch_size": 8},
+            "vision_config": {
+                "window_size": 2,
+                "global_attn_indexes": [1],
+                "output_channels": 32,
+                "image_size": 64,
+                "num_pos_feats": 16,
+                "mlp_dim": 128,
+            },
+            "prompt_encoder_config": {
+                "hidden_size": 32,
+                "image_size": 64,
+                "image_embedding_size": 8,
+                "patch_size": 8,
+            },
             "mask_decoder_config": {"hidden_size": 32, "mlp_dim": 64, "iou_head_hidden_dim": 32},
             "inputs": {"pixel_values": image(64), "input_points": noise(1, 2, 2)},
         },
         "SegformerForSemanticSegmentation": {**_PYRAMID, "decoder_hidden_size": 32},
-        "SuperPointForKeypointDetection": {"encoder_hidden_sizes": [8, 8, 16, 16], "decoder_hidden_size": 32, "inputs": LARGE},
+        "SuperPointForKeypointDetection": {
+            "encoder_hidden_sizes": [8, 8, 16, 16],
+            "decoder_hidden_size": 32,
+            "inputs": LARGE,
+        },
         "SwiftFormerForImageClassification": {
             "depths": [1, 1, 1, 1],
             "embed_dims": [16, 24, 32, 48],
@@ -169,7 +245,13 @@ VISION = sharing(
         },
         "TimesformerForVideoClassification": {"num_frames": 4, "inputs": FRAMES},
         "UperNetForSemanticSegmentation": {
-            "backbone_config": {"model_type": "convnext", **_STAGES, "num_stages": 4, "patch_size": 4, "out_features": _FOUR},
+            "backbone_config": {
+                "model_type": "convnext",
+                **_STAGES,
+                "num_stages": 4,
+                "patch_size": 4,
+                "out_features": _FOUR,
+            },
             "hidden_size": 32,
             "auxiliary_in_channels": 48,
             "auxiliary_channels": 16,
@@ -194,7 +276,12 @@ VISION = sharing(
         "VivitForVideoClassification": {"num_frames": 4, "tubelet_size": [2, 8, 8], "inputs": FRAMES},
         "YolosForObjectDetection": {"image_size": [32, 32], "num_detection_tokens": 5},
         "ZoeDepthForDepthEstimation": {
-            "backbone_config": {"model_type": "beit", "num_hidden_layers": 4, "out_features": _FOUR, "reshape_hidden_states": False},
+            "backbone_config": {
+                "model_type": "beit",
+                "num_hidden_layers": 4,
+                "out_features": _FOUR,
+                "reshape_hidden_states": False,
+            },
             "backbone_hidden_size": 64,
             "neck_hidden_sizes": [16, 16, 32, 32],
             "fusion_hidden_size": 16,
@@ -206,15 +293,44 @@ VISION = sharing(
     },
 )
 
-_FEATURES = {"conv_dim": [16, 16, 16], "conv_kernel": [10, 3, 3], "conv_stride": [5, 2, 2], "num_conv_pos_embedding_groups": 4}
-_SQUEEZED = {"conv_dim": [16, 16, 16], "conv_kernel": [10, 3, 1], "conv_stride": [5, 2, 1], "num_conv_pos_embedding_groups": 4, "squeeze_factor": 2}
-_CODEC = {"num_filters": 8, "upsampling_ratios": [4, 2], "codebook_size": 16, "codebook_dim": 32, "hidden_size": 32}
+_FEATURES = {
+    "conv_dim": [16, 16, 16],
+    "conv_kernel": [10, 3, 3],
+    "conv_stride": [5, 2, 2],
+    "num_conv_pos_embedding_groups": 4,
+}
+_SQUEEZED = {
+    "conv_dim": [16, 16, 16],
+    "conv_kernel": [10, 3, 1],
+    "conv_stride": [5, 2, 1],
+    "num_conv_pos_embedding_groups": 4,
+    "squeeze_factor": 2,
+}
+_CODEC = {
+    "num_filters": 8,
+    "upsampling_ratios": [4, 2],
+    "codebook_size": 16,
+    "codebook_dim": 32,
+    "hidden_size": 32,
+}
 
 AUDIO = sharing(
     WAVE,
     {
-        "ASTForAudioClassification": {"max_length": 32, "num_mel_bins": 32, "frequency_stride": 8, "time_stride": 8, "inputs": {"input_values": noise(32, 32)}},
-        "BarkSemanticModel": {"name": "bark", "input_vocab_size": 100, "output_vocab_size": 100, "block_size": 64, "inputs": {"input_ids": ids()}},
+        "ASTForAudioClassification": {
+            "max_length": 32,
+            "num_mel_bins": 32,
+            "frequency_stride": 8,
+            "time_stride": 8,
+            "inputs": {"input_values": noise(32, 32)},
+        },
+        "BarkSemanticModel": {
+            "name": "bark",
+            "input_vocab_size": 100,
+            "output_vocab_size": 100,
+            "block_size": 64,
+            "inputs": {"input_ids": ids()},
+        },
         "DacModel": {
             "encoder_hidden_size": 8,
             "decoder_hidden_size": 32,
@@ -251,8 +367,14 @@ AUDIO = sharing(
             "decoder_num_key_value_heads": 4,
             "inputs": {"input_values": noise(2400), "decoder_input_ids": ids(6)},
         },
-        "MusicgenForCausalLM": {"num_codebooks": 2, "inputs": {"input_ids": lambda batch, generator: ids()(batch * 2, generator)}},
-        "ParakeetForCTC": {"encoder_config": {"num_mel_bins": 16, "subsampling_conv_channels": 16}, "inputs": {"input_features": noise(64, 16)}},
+        "MusicgenForCausalLM": {
+            "num_codebooks": 2,
+            "inputs": {"input_ids": lambda batch, generator: ids()(batch * 2, generator)},
+        },
+        "ParakeetForCTC": {
+            "encoder_config": {"num_mel_bins": 16, "subsampling_conv_channels": 16},
+            "inputs": {"input_features": noise(64, 16)},
+        },
         "SEWForCTC": _SQUEEZED,
         "SEWDForCTC": _SQUEEZED,
         "Speech2TextForConditionalGeneration": {
@@ -271,9 +393,15 @@ AUDIO = sharing(
             "inputs": {"input_features": noise(8, 16)},
         },
         "Wav2Vec2ForCTC": _FEATURES,
-        "Wav2Vec2BertForCTC": {"feature_projection_input_dim": 16, "inputs": {"input_features": noise(20, 16)}},
+        "Wav2Vec2BertForCTC": {
+            "feature_projection_input_dim": 16,
+            "inputs": {"input_features": noise(20, 16)},
+        },
         "Wav2Vec2ConformerForCTC": _FEATURES,
         "WavLMForCTC": _FEATURES,
-        "WhisperForConditionalGeneration": {"num_mel_bins": 16, "inputs": {"input_features": noise(16, 128), "decoder_input_ids": ids(6)}},
+        "WhisperForConditionalGeneration": {
+            "num_mel_bins": 16,
+            "inputs": {"input_features": noise(16, 128), "decoder_input_ids": ids(6)},
+        },
     },
 )

@@ -20,9 +20,9 @@ _SCALES = re.compile(r"(gamma|layer_scale|layerscale|lambda|\bls\d?\b|scale)", r
 def randomise(module: nn.Module, seed: int = 0) -> nn.Module:
     """Draw the weights anew, in place, and put the module in evaluation mode.
 
-    Matrices and kernels are normal with a variance of one over their fan-in, biases small, norm weights and the scales of branches around one, running
-    statistics near those of a standard normal. A parameter whose value has a meaning of its own (the decay rates of a state space, say) keeps it, with a
-    little noise.
+    Matrices and kernels are normal with a variance of one over their fan-in, biases small, norm weights and
+    the scales of branches around one, running statistics near those of a standard normal. A parameter whose
+    value has a meaning of its own (the decay rates of a state space, say) keeps it, with a little noise.
     """
     generator = torch.Generator().manual_seed(seed)
     done: set[int] = set()
@@ -67,7 +67,9 @@ def _statistics(owner: nn.Module, generator: Generator) -> None:
     if mean is not None and variance is not None:
         mean.copy_(0.1 * torch.randn(mean.shape, generator=generator))
         variance.copy_(1 + 0.2 * torch.rand(variance.shape, generator=generator))
-    if not isinstance(owner, _BatchNorm) and mean is not None:  # a frozen batch norm keeps its affine part in buffers
+    if (
+        not isinstance(owner, _BatchNorm) and mean is not None
+    ):  # a frozen batch norm keeps its affine part in buffers
         for name, centre in (("weight", 1.0), ("bias", 0.0)):
             held = buffers.get(name)
             if held is not None:
@@ -78,9 +80,10 @@ def _statistics(owner: nn.Module, generator: Generator) -> None:
 def centring(model: nn.Module) -> Iterator[None]:
     """While the model runs once inside the block, centre what it normalises and convolves on what it sees.
 
-    Behind rectifiers all activations are positive, so a channel of a deep random network tends to have the same sign everywhere: half of the channels are
-    dead, and a mistake in one of them shows nowhere. Running statistics are set to those of the input, and the bias of a convolution so that its output is
-    near zero on average.
+    Behind rectifiers all activations are positive, so a channel of a deep random network tends to have the
+    same sign everywhere: half of the channels are dead, and a mistake in one of them shows nowhere. Running
+    statistics are set to those of the input, and the bias of a convolution so that its output is near zero on
+    average.
     """
     seen: set[int] = set()
     handles = []
@@ -93,7 +96,12 @@ def centring(model: nn.Module) -> Iterator[None]:
             module.running_var.copy_(spread + 0.1 * spread.mean() + 1e-3)
 
     def centre(module: Any, args: tuple[Any, ...], output: Any) -> Any:
-        if id(module) in seen or not isinstance(output, Tensor) or output.dim() != len(module.kernel_size) + 2 or output.shape[1] != module.bias.numel():
+        if (
+            id(module) in seen
+            or not isinstance(output, Tensor)
+            or output.dim() != len(module.kernel_size) + 2
+            or output.shape[1] != module.bias.numel()
+        ):
             return None
         seen.add(id(module))
         shift = 0.8 * output.transpose(0, 1).flatten(1).mean(dim=1)
@@ -101,7 +109,9 @@ def centring(model: nn.Module) -> Iterator[None]:
         return output - shift.reshape(-1, *[1] * len(module.kernel_size))
 
     for module in model.modules():
-        if isinstance(getattr(module, "running_mean", None), Tensor) and isinstance(getattr(module, "running_var", None), Tensor):
+        if isinstance(getattr(module, "running_mean", None), Tensor) and isinstance(
+            getattr(module, "running_var", None), Tensor
+        ):
             handles.append(module.register_forward_pre_hook(normalise))
         elif isinstance(module, _ConvNd) and module.bias is not None:
             handles.append(module.register_forward_hook(centre))

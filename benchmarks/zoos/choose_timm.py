@@ -1,4 +1,6 @@
-"""Choose the model of each timm module for the zoo: the fewest parameters, then the smallest image that it takes. Writes ``timm_models.json``."""
+"""Choose the model of each timm module for the zoo: the fewest parameters, then the smallest image that it
+takes. Writes ``timm_models.json``.
+"""
 
 from __future__ import annotations
 
@@ -29,7 +31,9 @@ def parameters(name: str) -> int:
 
 def smallest_image(name: str) -> tuple[int, int, dict[str, Any]] | None:
     """The smallest square image that a forward pass takes, its channels, and the builder's options for it."""
-    channels, _, natural = timm.create_model(name, pretrained=False).default_cfg.get("input_size", (3, 224, 224))
+    channels, _, natural = timm.create_model(name, pretrained=False).default_cfg.get(
+        "input_size", (3, 224, 224)
+    )
     for size in (*[size for size in SIZES if size < natural], natural):
         for options in ({"img_size": size}, {}):
             try:
@@ -60,7 +64,13 @@ def main() -> None:
             found = smallest_image(name)
             if found is not None:
                 size, channels, options = found
-                chosen[module] = {"model": name, "size": size, "channels": channels, "options": options, "parameters": counts[name]}
+                chosen[module] = {
+                    "model": name,
+                    "size": size,
+                    "channels": channels,
+                    "options": options,
+                    "parameters": counts[name],
+                }
                 break
         else:
             print(f"{module}: no model takes an image", file=sys.stderr)

@@ -25,8 +25,16 @@ class GroupBuilder:
         numbering, walk, program: what was interpreted, and how.
     """
 
-    def __init__(self, found: ChannelSets, block: np.ndarray, numbering: Numbering, walk: Walk, program: Program) -> None:
-        self.found, self.block, self.numbering, self.walk, self.program = found, block, numbering, walk, program
+    def __init__(
+        self, found: ChannelSets, block: np.ndarray, numbering: Numbering, walk: Walk, program: Program
+    ) -> None:
+        self.found, self.block, self.numbering, self.walk, self.program = (
+            found,
+            block,
+            numbering,
+            walk,
+            program,
+        )
         labels, facts = found.labels, walk.facts
         index_of = {(slot.name, slot.dim): index for index, slot in enumerate(numbering.slots)}
         self.produces = {index_of[slot] for _, slot in facts.produced if slot in index_of}
@@ -39,11 +47,18 @@ class GroupBuilder:
         self.numbers_by_label = np.argsort(labels, kind="stable")
         self.label_bounds = np.searchsorted(labels[self.numbers_by_label], np.arange(found.count + 1))
         self.headed = self._sets_of([numbers for _, numbers, _ in facts.heads])
-        self.multiplied = self._sets_of([product.numbers for product in facts.products] if found.exempt else [])
-        self.parameters = {program.parts[name].name if name in program.parts else name for name, _ in program.module.named_parameters(remove_duplicate=False)}
+        self.multiplied = self._sets_of(
+            [product.numbers for product in facts.products] if found.exempt else []
+        )
+        self.parameters = {
+            program.parts[name].name if name in program.parts else name
+            for name, _ in program.module.named_parameters(remove_duplicate=False)
+        }
 
     def _sets_of(self, numbers: list[np.ndarray]) -> np.ndarray:
-        return np.unique(self.found.labels[np.concatenate(numbers)]) if numbers else np.zeros(0, dtype=np.int64)
+        return (
+            np.unique(self.found.labels[np.concatenate(numbers)]) if numbers else np.zeros(0, dtype=np.int64)
+        )
 
     def groups(self, group_of: np.ndarray, keys: Keys) -> list[Group]:
         """All groups, named, in graph order.
@@ -67,14 +82,20 @@ class GroupBuilder:
             yield members[sizes[inverse.reshape(-1)] == size]
 
     def _group(self, sets: np.ndarray, slot_ids: list[int], use_ids: list[int]) -> list[tuple[Any, Group]]:
-        """The group of some channel sets and its place in graph order, or nothing if there is nothing to say of it."""
+        """The group of some channel sets and its place in graph order, or nothing if there is nothing to say
+        of it.
+        """
         found = self.found
-        numbers = np.concatenate([self.numbers_by_label[self.label_bounds[s] : self.label_bounds[s + 1]] for s in sets])
+        numbers = np.concatenate(
+            [self.numbers_by_label[self.label_bounds[s] : self.label_bounds[s + 1]] for s in sets]
+        )
         uses = tuple(self.walk.facts.uses[i] for i in use_ids)
         experts = bool(found.expert[sets].all())
         if experts:
             uses = (*uses, *last_products(found.labels, sets, self.walk))
-        rows, columns = self._members(numbers, sets, slot_ids, {use.weight for use in uses} if experts else None)
+        rows, columns = self._members(
+            numbers, sets, slot_ids, {use.weight for use in uses} if experts else None
+        )
         blocks = len(np.unique(self.block[sets]))
         size = len(sets) // blocks
         code, why = STATUS[int(found.status[sets[0]])], str(found.reason[sets[0]])
@@ -93,21 +114,43 @@ class GroupBuilder:
         if code == PRUNABLE and size <= needed:
             code, why = FROZEN, f"each token is sent to {needed} of them"
         slots = tuple(self.numbering.slots[i] for i in slot_ids)
-        group = Group("", len(sets), blocks, code, why, tuple(rows), tuple(columns), sets, self.block[sets], granularity, needed, uses, slots)
+        group = Group(
+            "",
+            len(sets),
+            blocks,
+            code,
+            why,
+            tuple(rows),
+            tuple(columns),
+            sets,
+            self.block[sets],
+            granularity,
+            needed,
+            uses,
+            slots,
+        )
         at = min((self.positions[use.node] for use in uses), default=len(self.positions))
         return [((at, int(numbers.min())), group)]
 
-    def _members(self, numbers: np.ndarray, sets: np.ndarray, slot_ids: list[int], taking: set[str] | None) -> tuple[list[Member], list[Member]]:
-        """The weights that lose rows and those that lose columns; of experts, ``taking`` names the weights that lose columns."""
+    def _members(
+        self, numbers: np.ndarray, sets: np.ndarray, slot_ids: list[int], taking: set[str] | None
+    ) -> tuple[list[Member], list[Member]]:
+        """The weights that lose rows and those that lose columns; of experts, ``taking`` names the weights
+        that lose columns.
+        """
         own = self.numbering.slot_ids(numbers)
         held = [(i, self.numbering.slots[i], numbers[own == i]) for i in slot_ids]
 
         def members(chosen: Iterable[tuple[int, Slot, np.ndarray]]) -> list[Member]:
-            return members_of([(slot, inside) for _, slot, inside in chosen], self.program, self.found.labels, sets)
+            return members_of(
+                [(slot, inside) for _, slot, inside in chosen], self.program, self.found.labels, sets
+            )
 
         weights = [item for item in held if item[1].kind == "weight"]
         if taking is not None:
-            return members(item for item in weights if item[1].name not in taking), members(item for item in weights if item[1].name in taking)
+            return members(item for item in weights if item[1].name not in taking), members(
+                item for item in weights if item[1].name in taking
+            )
         rows = (item for item in weights if item[0] in self.produces or item[0] not in self.consumes)
         return members(rows), members(item for item in held if item[0] in self.consumes)
 

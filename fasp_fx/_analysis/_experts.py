@@ -24,8 +24,14 @@ def needed_experts(labels: np.ndarray, count: int, walk: Walk) -> np.ndarray:
 
 
 def last_products(labels: np.ndarray, sets: np.ndarray, walk: Walk) -> list[Use]:
-    """The uses of stacked weights, one block an expert, on which no other such use depends: what they give is what an expert gives."""
-    uses = [use for use in walk.facts.uses if use.block_numbers is not None and np.isin(labels[use.block_numbers], sets).any()]
+    """The uses of stacked weights, one block an expert, on which no other such use depends: what they give is
+    what an expert gives.
+    """
+    uses = [
+        use
+        for use in walk.facts.uses
+        if use.block_numbers is not None and np.isin(labels[use.block_numbers], sets).any()
+    ]
     nodes = {use.node for use in uses}
     before: set[fx.Node] = set()
     for node in nodes:

@@ -22,7 +22,9 @@ def coupling_path(analysis: Analysis, first: str, second: str) -> list[str]:
     status = {int(chosen): CODE[group.status] for group in analysis.groups for chosen in group.sets}
     shared = _sets_of(analysis, starts) & _sets_of(analysis, ends)
     canonical = analysis.program.canonical()
-    for chosen in sorted(shared, key=lambda chosen: (status.get(chosen, len(CODE)), chosen)):  # what can be pruned says most
+    for chosen in sorted(
+        shared, key=lambda chosen: (status.get(chosen, len(CODE)), chosen)
+    ):  # what can be pruned says most
         graph = _carriers(analysis, chosen)
         held = {node: canonical[target_name(node)] for node in graph if node.op == "get_attr"}
         paths = [
@@ -39,21 +41,36 @@ def coupling_path(analysis: Analysis, first: str, second: str) -> list[str]:
 def _names_of(analysis: Analysis, name: str) -> set[str]:
     """The names under which the analysis knows a weight of the caller's: its own, or those of its parts."""
     canonical = analysis.program.canonical()
-    found = {canonical[name]} if name in canonical else {new for new, part in analysis.program.parts.items() if part.name == name}
+    found = (
+        {canonical[name]}
+        if name in canonical
+        else {new for new, part in analysis.program.parts.items() if part.name == name}
+    )
     if not found:
-        raise ArgumentError(f"'{name}' is not a weight of the model; names are those of model.named_parameters()")
+        raise ArgumentError(
+            f"'{name}' is not a weight of the model; names are those of model.named_parameters()"
+        )
     return found
 
 
 def _sets_of(analysis: Analysis, names: set[str]) -> set[int]:
-    return {int(s) for slot in analysis.numbering.slots if slot.name in names for s in np.unique(analysis.labels[slot.base : slot.base + slot.size])}
+    return {
+        int(s)
+        for slot in analysis.numbering.slots
+        if slot.name in names
+        for s in np.unique(analysis.labels[slot.base : slot.base + slot.size])
+    }
 
 
 def _carriers(analysis: Analysis, chosen: int) -> nx.Graph:
     """The nodes whose tensors hold this channel set, and the contractions that consume it."""
     graph = nx.Graph()
     consumers = {use.node for use in analysis.walk.facts.uses}
-    holding = {node for node, value in analysis.walk.values.items() if any(_holds(analysis, axis, chosen) for axis in _axes(value))}
+    holding = {
+        node
+        for node, value in analysis.walk.values.items()
+        if any(_holds(analysis, axis, chosen) for axis in _axes(value))
+    }
     for node in analysis.walk.values:
         for source in node.all_input_nodes:
             if source in holding and (node in holding or node in consumers or node.op == "call_function"):

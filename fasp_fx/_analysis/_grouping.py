@@ -25,7 +25,8 @@ class ChannelSets:
 
     Attributes:
         labels: the channel set of each channel number.
-        expert: how many of its like a router needs at once if a set is an expert, else 0 (see :mod:`fasp_fx._analysis._experts`).
+        expert: how many of its like a router needs at once if a set is an expert, else 0 (see
+            :mod:`fasp_fx._analysis._experts`).
         exempt: whether exempt sets are to be pruned as well.
         status, reason: a code of :data:`CODE` and why, for each set.
     """
@@ -52,10 +53,14 @@ class ChannelSets:
             self.reason[chosen] = f"{LAYOUT}: {reason}"
 
 
-def _status(labels: np.ndarray, expert: np.ndarray, exempt: bool, walk: Walk, program: Program) -> tuple[np.ndarray, np.ndarray]:
-    """A status code and a reason for each channel set; an exemption outweighs freezing (unless what is exempt is to be pruned), freezing outweighs mixing.
+def _status(
+    labels: np.ndarray, expert: np.ndarray, exempt: bool, walk: Walk, program: Program
+) -> tuple[np.ndarray, np.ndarray]:
+    """A status code and a reason for each channel set; an exemption outweighs freezing (unless what is exempt
+    is to be pruned), freezing outweighs mixing.
 
-    What a router does to experts, and sums in which those that it never chooses are zero, leaves those that stay as they are.
+    What a router does to experts, and sums in which those that it never chooses are zero, leaves those that
+    stay as they are.
     """
     composites = find_composites(program.module.graph)
     status = np.full(len(expert), CODE[PRUNABLE], dtype=np.int8)
@@ -79,16 +84,31 @@ def _status(labels: np.ndarray, expert: np.ndarray, exempt: bool, walk: Walk, pr
 
 
 def group_sets(found: ChannelSets, numbering: Numbering, walk: Walk) -> tuple[np.ndarray, Keys]:
-    """The group of each channel set: those with the same status, slots and uses; and per group its slots and uses."""
+    """The group of each channel set: those with the same status, slots and uses; and per group its slots and
+    uses.
+    """
     labels = found.labels
     stuck = np.char.startswith(found.reason.astype(str), LAYOUT)
-    group_of = np.unique(np.stack([found.status, stuck]), axis=1, return_inverse=True)[1].reshape(-1).astype(np.int64)
+    group_of = (
+        np.unique(np.stack([found.status, stuck]), axis=1, return_inverse=True)[1]
+        .reshape(-1)
+        .astype(np.int64)
+    )
     offset = len(numbering.slots)
     items = [np.unique(labels[slot.base : slot.base + slot.size]) for slot in numbering.slots]
     uses = _uses(walk, numbering)
-    items += [np.unique(np.concatenate([labels[walk.facts.uses[i].columns[walk.facts.uses[i].columns >= 0]] for i in together])) for together in uses]
+    items += [
+        np.unique(
+            np.concatenate(
+                [labels[walk.facts.uses[i].columns[walk.facts.uses[i].columns >= 0]] for i in together]
+            )
+        )
+        for together in uses
+    ]
     fresh = int(group_of.max(initial=-1)) + 1
-    for sets in items:  # partition refinement: two sets stay together as long as every item holds both or neither
+    for (
+        sets
+    ) in items:  # partition refinement: two sets stay together as long as every item holds both or neither
         _, finer = np.unique(group_of[sets], return_inverse=True)
         group_of[sets] = fresh + finer
         fresh += int(finer.max(initial=-1)) + 1
@@ -101,18 +121,25 @@ def group_sets(found: ChannelSets, numbering: Numbering, walk: Walk) -> tuple[np
         for index in held[held >= 0]:
             touching[int(index)].append(item)
     keys = {
-        index: (frozenset(i for i in held_by if i < offset), frozenset(use for i in held_by if i >= offset for use in uses[i - offset]))
+        index: (
+            frozenset(i for i in held_by if i < offset),
+            frozenset(use for i in held_by if i >= offset for use in uses[i - offset]),
+        )
         for index, held_by in touching.items()
     }
     return group_of, keys
 
 
 def _uses(walk: Walk, numbering: Numbering) -> list[list[int]]:
-    """The uses of weights, by index; those that each take a matrix of one stack, numbered apart, are one use of the stack."""
+    """The uses of weights, by index; those that each take a matrix of one stack, numbered apart, are one use
+    of the stack.
+    """
     found: dict[object, list[int]] = {}
     for index, use in enumerate(walk.facts.uses):
         slots = [numbering.get(*slot) for slot in use.slots]
-        stacked = any(slot is not None and slot.block_dim is not None and use.columns.size < slot.size for slot in slots)
+        stacked = any(
+            slot is not None and slot.block_dim is not None and use.columns.size < slot.size for slot in slots
+        )
         found.setdefault((use.weight, use.slots) if stacked else index, []).append(index)
     return list(found.values())
 

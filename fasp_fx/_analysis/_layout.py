@@ -1,7 +1,8 @@
 """Which channel sets must be removed in equal numbers, so that every tensor stays a box.
 
-A tensor ``[heads, d]`` may lose different channels in each row but the same number in each. From all such tensors (*boxes*) this
-derives the blocks of every group, and finds the boxes that no choice of blocks can keep.
+A tensor ``[heads, d]`` may lose different channels in each row but the same number in each. From all such
+tensors (*boxes*) this derives the blocks of every group, and finds the boxes that no choice of blocks can
+keep.
 """
 
 from __future__ import annotations
@@ -23,7 +24,9 @@ class Conflict:
     classes: np.ndarray
 
 
-def find_blocks(boxes: list[tuple[np.ndarray, fx.Node]], labels: np.ndarray, group_of: np.ndarray) -> tuple[np.ndarray, list[Conflict]]:
+def find_blocks(
+    boxes: list[tuple[np.ndarray, fx.Node]], labels: np.ndarray, group_of: np.ndarray
+) -> tuple[np.ndarray, list[Conflict]]:
     """Refine each group into blocks and check every box.
 
     Args:
@@ -47,7 +50,9 @@ def find_blocks(boxes: list[tuple[np.ndarray, fx.Node]], labels: np.ndarray, gro
         members, first = np.unique(sets[rows, columns], return_index=True)
         first_row = rows[first]
         _, finer = np.unique(block[members] * numbers.shape[0] + first_row, return_inverse=True)
-        block[members] = fresh + finer  # sets outside this box keep their block, which is thereby told apart from those inside
+        block[members] = (
+            fresh + finer
+        )  # sets outside this box keep their block, which is thereby told apart from those inside
         fresh += int(finer.max()) + 1
     _, block = np.unique(block, return_inverse=True)
     sizes = np.bincount(block[group_of >= 0], minlength=int(block.max(initial=0)) + 1)
@@ -60,19 +65,25 @@ def find_blocks(boxes: list[tuple[np.ndarray, fx.Node]], labels: np.ndarray, gro
 
 
 def torn_blocks(numbering: Numbering, labels: np.ndarray) -> Iterator[tuple[Slot, np.ndarray]]:
-    """The channel sets that take all channels of a block of a weight, but not the block's part of the dimension that is divided into blocks."""
+    """The channel sets that take all channels of a block of a weight, but not the block's part of the
+    dimension that is divided into blocks.
+    """
     for slot in numbering.slots:
         divider = None if slot.block_dim is None else numbering.get(slot.name, slot.block_dim)
         if divider is None:
             continue
-        rows, parts = (labels[own.base : own.base + own.size].reshape(slot.blocks, -1) for own in (slot, divider))
+        rows, parts = (
+            labels[own.base : own.base + own.size].reshape(slot.blocks, -1) for own in (slot, divider)
+        )
         first = rows[:, :1]
         torn = first[(rows == first).all(1) & (parts != first).any(1)]
         if torn.size:
             yield slot, np.unique(torn)
 
 
-def _uneven(rows: np.ndarray, sets: np.ndarray, count: int, block: np.ndarray, sizes: np.ndarray, group_of: np.ndarray) -> np.ndarray:
+def _uneven(
+    rows: np.ndarray, sets: np.ndarray, count: int, block: np.ndarray, sizes: np.ndarray, group_of: np.ndarray
+) -> np.ndarray:
     """The channel sets of a box that equal counts per block do not keep equal in every row."""
     pairs, times = np.unique(np.stack([rows, sets]), axis=1, return_counts=True)
     row, member = pairs
@@ -85,7 +96,8 @@ def _uneven(rows: np.ndarray, sets: np.ndarray, count: int, block: np.ndarray, s
     high = np.zeros(len(present), dtype=np.int64)
     np.maximum.at(high, inverse, times)
     broken = (present != sizes[block_of]) | (low != high)
-    # Blocks of one group and one size lose equal counts; each row must hold the same number of them, with multiplicity.
+    # Blocks of one group and one size lose equal counts; each row must hold the same number of them, with
+    # multiplicity.
     representative = np.zeros(len(sizes), dtype=np.int64)
     representative[owner] = group_of[member]
     kind = np.stack([representative[block_of], sizes[block_of]])

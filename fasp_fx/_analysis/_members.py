@@ -11,7 +11,9 @@ from ..channels import Slot, attribute
 from ..groups import Member
 
 
-def members_of(slots: list[tuple[Slot, np.ndarray]], program: Program, labels: np.ndarray, sets: np.ndarray) -> list[Member]:
+def members_of(
+    slots: list[tuple[Slot, np.ndarray]], program: Program, labels: np.ndarray, sets: np.ndarray
+) -> list[Member]:
     """One member per weight of the caller's; the parts of a split one are shown together.
 
     Args:
@@ -26,7 +28,14 @@ def members_of(slots: list[tuple[Slot, np.ndarray]], program: Program, labels: n
         member = _member(slot, numbers, positions, program)
         before = merged.get((member.name, member.dim))
         if before is not None:
-            both = dict(sorted({**dict(zip(before.indices, before.sets)), **dict(zip(member.indices, member.sets))}.items()))
+            both = dict(
+                sorted(
+                    {
+                        **dict(zip(before.indices, before.sets)),
+                        **dict(zip(member.indices, member.sets)),
+                    }.items()
+                )
+            )
             member = replace(member, indices=tuple(both), sets=tuple(both.values()))
         merged[(member.name, member.dim)] = member
     return list(merged.values())
@@ -37,12 +46,24 @@ def _member(slot: Slot, numbers: np.ndarray, positions: np.ndarray, program: Pro
     indices = rows[numbers - slot.base]
     order = np.argsort(indices)
     size = _size_before_split(program, slot, name) if slot.name in program.parts else slot.size
-    return Member(name, slot.dim, tuple(indices[order].tolist()), size, slot.block_dim, slot.blocks, tuple(positions[order].tolist()))
+    return Member(
+        name,
+        slot.dim,
+        tuple(indices[order].tolist()),
+        size,
+        slot.block_dim,
+        slot.blocks,
+        tuple(positions[order].tolist()),
+    )
 
 
 def _size_before_split(program: Program, slot: Slot, original: str) -> int:
     parts = [part for part in program.parts.values() if part.name == original]
-    return sum(len(part.rows) for part in parts) if slot.dim == parts[0].dim else int(attribute(program.module, slot.name).shape[slot.dim])
+    return (
+        sum(len(part.rows) for part in parts)
+        if slot.dim == parts[0].dim
+        else int(attribute(program.module, slot.name).shape[slot.dim])
+    )
 
 
 __all__ = ["members_of"]

@@ -1,4 +1,6 @@
-"""Interpret a program on channel numbers, as often as it takes until weights are numbered in the blocks that the graph asks for."""
+"""Interpret a program on channel numbers, as often as it takes until weights are numbered in the blocks that
+the graph asks for.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +18,9 @@ Pairs = list[tuple[np.ndarray, np.ndarray, fx.Node]]
 
 
 def walk_program(program: Program, heads: bool, experts: bool) -> tuple[Numbering, Walk]:
-    """Interpret the program, again where a weight is better numbered block by block or some channels go together."""
+    """Interpret the program, again where a weight is better numbered block by block or some channels go
+    together.
+    """
     blocked = _cached_heads(program)
     stretched: set[tuple[str, int]] = set()
     execution = Execution()
@@ -31,7 +35,9 @@ def walk_program(program: Program, heads: bool, experts: bool) -> tuple[Numberin
     in_heads, coupled = _numbered(walk.facts.heads), _numbered(walk.facts.heads + walk.facts.together)
     coupled += _same_elsewhere(coupled, walk.facts.pairs) if coupled else []
     before = -1
-    while coupled and (sets := int(label_sets(numbering.total, coupled).max())) != before:  # what goes together along one dimension may have to along the next
+    while (
+        coupled and (sets := int(label_sets(numbering.total, coupled).max())) != before
+    ):  # what goes together along one dimension may have to along the next
         walk, before = _walk_together(program, numbering, coupled, coupled, experts, execution), sets
         coupled = coupled + _numbered(walk.facts.together)
     if coupled:
@@ -41,13 +47,20 @@ def walk_program(program: Program, heads: bool, experts: bool) -> tuple[Numberin
 
 
 def _cached_heads(program: Program) -> dict[tuple[str, int], tuple[int, int]]:
-    """A cache ``[batch, heads, length, width]`` may lose other channels in each head, as the weights that fill it may."""
+    """A cache ``[batch, heads, length, width]`` may lose other channels in each head, as the weights that
+    fill it may.
+    """
     found: dict[tuple[str, int], tuple[int, int]] = {}
     for node in program.placeholders():
         value = node.meta.get("val")
         if node.name in program.state_inputs and isinstance(value, Tensor) and value.dim() == 4:
             heads, width = value.shape[1], value.shape[3]
-            if isinstance(heads, int) and isinstance(width, int) and not isinstance(value.shape[2], int) and heads > 1:
+            if (
+                isinstance(heads, int)
+                and isinstance(width, int)
+                and not isinstance(value.shape[2], int)
+                and heads > 1
+            ):
                 found[(node.name, 3)] = (1, heads)
     return found
 
@@ -62,7 +75,9 @@ def _columns_of_parts(program: Program, numbering: Numbering) -> Pairs:
             slot = numbering.get(name, dim)
             if slot is not None and name in nodes:
                 leader = first.setdefault((part.name, dim), slot)
-                found.append((leader.numbers().reshape(-1).numpy(), slot.numbers().reshape(-1).numpy(), nodes[name]))
+                found.append(
+                    (leader.numbers().reshape(-1).numpy(), slot.numbers().reshape(-1).numpy(), nodes[name])
+                )
     return found
 
 
@@ -71,9 +86,11 @@ def _numbered(pairs: Pairs) -> Pairs:
 
 
 def _same_elsewhere(coupled: Pairs, pairs: Pairs) -> Pairs:
-    """The pairs that couple one to one what goes together with what has other numbers, such as the keys of a cache with those that join them.
+    """The pairs that couple one to one what goes together with what has other numbers, such as the keys of a
+    cache with those that join them.
 
-    Positions that several channels share, such as the angles by which all heads are turned, need not go with a whole head.
+    Positions that several channels share, such as the angles by which all heads are turned, need not go with
+    a whole head.
     """
     together = np.unique(np.concatenate([numbers for pair in coupled for numbers in pair[:2]]))
     found = []
@@ -85,8 +102,12 @@ def _same_elsewhere(coupled: Pairs, pairs: Pairs) -> Pairs:
     return found
 
 
-def _walk_together(program: Program, numbering: Numbering, coupled: Pairs, pairs: Pairs, experts: bool, execution: Execution) -> Walk:
-    """Interpret with one number for all channels that ``coupled`` puts together, and those that ``pairs`` couples with them."""
+def _walk_together(
+    program: Program, numbering: Numbering, coupled: Pairs, pairs: Pairs, experts: bool, execution: Execution
+) -> Walk:
+    """Interpret with one number for all channels that ``coupled`` puts together, and those that ``pairs``
+    couples with them.
+    """
     everyone = np.arange(numbering.total)
     labels = label_sets(numbering.total, pairs)
     within = np.isin(labels, np.unique(labels[np.concatenate([numbers for _, numbers, _ in coupled])]))
@@ -98,9 +119,18 @@ def _walk_together(program: Program, numbering: Numbering, coupled: Pairs, pairs
     return walk
 
 
-def _interpret(program: Program, numbering: Numbering, heads: bool, experts: bool, execution: Execution) -> Walk:
+def _interpret(
+    program: Program, numbering: Numbering, heads: bool, experts: bool, execution: Execution
+) -> Walk:
     return Interpreter(
-        program.module, numbering, program.canonical(), program.state_inputs, program.state_outputs, heads=heads, experts=experts, execution=execution
+        program.module,
+        numbering,
+        program.canonical(),
+        program.state_inputs,
+        program.state_outputs,
+        heads=heads,
+        experts=experts,
+        execution=execution,
     ).run()
 
 

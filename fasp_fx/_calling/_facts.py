@@ -32,13 +32,21 @@ class ExportFacts:
     @classmethod
     def of(cls, exported: ExportedProgram) -> ExportFacts:
         """What is known of this one."""
-        inputs = tuple(spec.arg for spec in exported.graph_signature.input_specs if spec.kind is InputKind.USER_INPUT)
-        return cls(exported.module_call_graph[0], inputs, dict(exported.range_constraints), assumed(exported.graph))
+        inputs = tuple(
+            spec.arg for spec in exported.graph_signature.input_specs if spec.kind is InputKind.USER_INPUT
+        )
+        return cls(
+            exported.module_call_graph[0], inputs, dict(exported.range_constraints), assumed(exported.graph)
+        )
 
 
 def environment_of(graph: fx.Graph) -> ShapeEnv | None:
     """What is known of the symbols in the sizes of a graph's inputs."""
-    sizes = (size for node in graph.find_nodes(op="placeholder") for size in getattr(node.meta.get("val"), "shape", ()))
+    sizes = (
+        size
+        for node in graph.find_nodes(op="placeholder")
+        for size in getattr(node.meta.get("val"), "shape", ())
+    )
     return next((size.node.shape_env for size in sizes if isinstance(size, SymInt)), None)
 
 

@@ -1,4 +1,6 @@
-"""The checks of input sizes that an exported program carries, failing with a typed error that says what may be given."""
+"""The checks of input sizes that an exported program carries, failing with a typed error that says what may
+be given.
+"""
 
 from __future__ import annotations
 
@@ -23,8 +25,8 @@ _BOUNDS = {"==": "for {}", ">=": "for at least {}", "<=": "for at most {}"}
 class Guards(nn.Module):
     """Stands where torch puts the module of its guards, which it wraps.
 
-    A compiler or exporter that looks through a call sees the guards as torch wrote them and takes them over. A call that is merely executed gets
-    :class:`CallError` in the place of their ``AssertionError``.
+    A compiler or exporter that looks through a call sees the guards as torch wrote them and takes them over.
+    A call that is merely executed gets :class:`CallError` in the place of their ``AssertionError``.
 
     Args:
         check: the function of torch's guards; takes the graph's inputs in order.
@@ -34,7 +36,9 @@ class Guards(nn.Module):
 
     _is_impure = True  # nothing uses its result: passes that remove dead code must leave it
 
-    def __init__(self, check: Callable[..., Any], names: tuple[str, ...], ranks: tuple[int | None, ...]) -> None:
+    def __init__(
+        self, check: Callable[..., Any], names: tuple[str, ...], ranks: tuple[int | None, ...]
+    ) -> None:
         super().__init__()
         self.check, self.names, self.ranks = check, names, ranks
 
@@ -53,30 +57,52 @@ class Guards(nn.Module):
         except AssertionError as error:
             raise CallError(self._explain(str(error).removeprefix(_FAILED), inputs)) from None
         except ZeroDivisionError:
-            shown = ", ".join(f"'{name}' of shape {tuple(value.shape)}" for name, value in zip(self.names, inputs, strict=True) if isinstance(value, Tensor))
-            raise CallError(f"the program divides by a size that is zero in this call, which has {shown}; leave such a call out") from None
+            shown = ", ".join(
+                f"'{name}' of shape {tuple(value.shape)}"
+                for name, value in zip(self.names, inputs, strict=True)
+                if isinstance(value, Tensor)
+            )
+            raise CallError(
+                f"the program divides by a size that is zero in this call, which has {shown}; leave such a"
+                " call out"
+            ) from None
 
     def _check_ranks(self, inputs: tuple[Any, ...]) -> None:
         for name, rank, value in zip(self.names, self.ranks, inputs, strict=True):
             if rank is None or isinstance(value, fx.Proxy):  # an fx tracer only looks on
                 continue
             if not isinstance(value, Tensor):
-                raise CallError(f"argument '{name}' is a {type(value).__name__}, but the program was captured with a tensor; pass a tensor")
+                raise CallError(
+                    f"argument '{name}' is a {type(value).__name__}, but the program was captured with a"
+                    " tensor; pass a tensor"
+                )
             if value.dim() != rank:
                 raise CallError(
-                    f"argument '{name}' has {value.dim()} dimensions, its shape is {tuple(value.shape)}, but the program was captured for {rank}; "
-                    "capture it with the number you need"
+                    f"argument '{name}' has {value.dim()} dimensions, its shape is {tuple(value.shape)}, but"
+                    f" the program was captured for {rank}; capture it with the number you need"
                 )
 
     def _explain(self, guard: str, inputs: tuple[Any, ...]) -> str:
-        given = {name: tuple(value.shape) for name, value in zip(self.names, inputs, strict=True) if isinstance(value, Tensor)}
+        given = {
+            name: tuple(value.shape)
+            for name, value in zip(self.names, inputs, strict=True)
+            if isinstance(value, Tensor)
+        }
         one = _ONE_SIZE.fullmatch(guard)
         if one is not None and one["name"] in given:
             name, dim = one["name"], int(one["dim"])
             allowed = _BOUNDS[one["relation"]].format(one["bound"])
-            return f"argument '{name}': dimension {dim} is {given[name][dim]}, the program was captured {allowed}; capture it with the size you need"
-        shown = ", ".join(f"'{name}' of shape {shape}" for name, shape in given.items() if f"{name}.size()" in guard)
-        return f"the sizes of the arguments do not fit together: the program was captured for {guard.replace('.size()', '.shape')}, the call has {shown}"
+            return (
+                f"argument '{name}': dimension {dim} is {given[name][dim]}, the program was captured"
+                f" {allowed}; capture it with the size you need"
+            )
+        shown = ", ".join(
+            f"'{name}' of shape {shape}" for name, shape in given.items() if f"{name}.size()" in guard
+        )
+        return (
+            "the sizes of the arguments do not fit together: the program was captured for"
+            f" {guard.replace('.size()', '.shape')}, the call has {shown}"
+        )
 
 
 def guard_calls(lifted: fx.GraphModule, exported: ExportedProgram) -> None:
@@ -87,9 +113,15 @@ def guard_calls(lifted: fx.GraphModule, exported: ExportedProgram) -> None:
     args, kwargs = exported.example_inputs
     bound = inspect.signature(lifted.forward).bind(*args, **kwargs)
     bound.apply_defaults()
-    names = tuple(name + pytree.keystr(path) for name, value in bound.arguments.items() for path, _ in pytree.tree_leaves_with_path(value))
+    names = tuple(
+        name + pytree.keystr(path)
+        for name, value in bound.arguments.items()
+        for path, _ in pytree.tree_leaves_with_path(value)
+    )
     values = [node.meta.get("val") for node in lifted.graph.find_nodes(op="placeholder")]
-    lifted._guards_fn = Guards(found.forward, names, tuple(value.dim() if isinstance(value, Tensor) else None for value in values))
+    lifted._guards_fn = Guards(
+        found.forward, names, tuple(value.dim() if isinstance(value, Tensor) else None for value in values)
+    )
 
 
 __all__ = ["Guards", "guard_calls"]

@@ -1,4 +1,6 @@
-"""The structure of a nested argument, to hold later calls against: lists and dicts of tensors and constants."""
+"""The structure of a nested argument, to hold later calls against: lists and dicts of tensors and
+constants.
+"""
 
 from __future__ import annotations
 
@@ -44,14 +46,20 @@ def check_outline(name: str, value: Any, outline: Any) -> None:
         if not isinstance(value, Mapping):
             raise _refusal(name, value, f"a dict with the keys {list(outline)}")
         if value.keys() != outline.keys():
-            raise CallError(f"'{name}' has the keys {list(value)}, but the program was captured with {list(outline)}; capture it with the keys you need")
+            raise CallError(
+                f"'{name}' has the keys {list(value)}, but the program was captured with {list(outline)};"
+                " capture it with the keys you need"
+            )
         for key, inside in outline.items():
             check_outline(f"{name}[{key!r}]", value[key], inside)
     elif isinstance(outline, list):
         if not isinstance(value, (list, tuple)):
             raise _refusal(name, value, f"a list of {len(outline)}")
         if len(value) != len(outline):
-            raise CallError(f"'{name}' holds {len(value)} items, but the program was captured with {len(outline)}; capture it with the number you need")
+            raise CallError(
+                f"'{name}' holds {len(value)} items, but the program was captured with {len(outline)};"
+                " capture it with the number you need"
+            )
         for index, (item, inside) in enumerate(zip(value, outline, strict=True)):
             check_outline(f"{name}[{index}]", item, inside)
     elif type(value) is not type(outline) or value != outline:
@@ -64,4 +72,6 @@ def _refusal(name: str, value: Any, expected: str) -> CallError:
         shown = f"a tensor of shape {tuple(value.shape)}"
     elif isinstance(value, _PLAIN):
         shown = f"{value!r:.80}"
-    return CallError(f"'{name}' is {shown}, but the program was captured with {expected}; capture it with what you need")
+    return CallError(
+        f"'{name}' is {shown}, but the program was captured with {expected}; capture it with what you need"
+    )

@@ -51,17 +51,20 @@ def capture(
     Args:
         model: a module in evaluation mode, a graph module, or an exported program.
         args, kwargs: example inputs; an exported program brings its own.
-        dynamic_shapes: as for ``torch.export.export``; ``None`` keeps every dimension dynamic that the model lets vary, of images (floating-point
-            tensors of four dimensions and more) only the first.
+        dynamic_shapes: as for ``torch.export.export``; ``None`` keeps every dimension dynamic that the model
+            lets vary, of images (floating-point tensors of four dimensions and more) only the first.
         state: names of arguments and outputs that hold state (a cache) and may become narrower.
         device: move the captured copy there; ``None`` leaves it where the model is.
         image_sizes: let heights and widths of images vary as well.
-        own_defaults: an argument that is left out has the default that ``forward`` gives it, rather than what it was captured with.
-        fold: put parameters in the place of weights that the model computes from others (see :mod:`fasp_fx._capture._fold`).
+        own_defaults: an argument that is left out has the default that ``forward`` gives it, rather than what
+            it was captured with.
+        fold: put parameters in the place of weights that the model computes from others (see
+            :mod:`fasp_fx._capture._fold`).
 
     Raises:
         ArgumentError: the inputs do not fit the model.
-        CaptureError: the model is in training mode, has gates, or cannot be exported; the message carries the exporter's reason.
+        CaptureError: the model is in training mode, has gates, or cannot be exported; the message carries the
+            exporter's reason.
     """
     kwargs = dict(kwargs or {})
     target = None if device is None else _usable(device)
@@ -70,20 +73,32 @@ def capture(
         exported, signature = functional(model), _exported_signature(model, args, kwargs)
     elif isinstance(model, nn.Module):
         if any(getattr(module, "is_fasp_fx_gates", False) for module in model.modules()):
-            raise CaptureError("the model has gates on (fasp_fx.gates); take their plan, and call gates.detach() before anything else is done with the model")
+            raise CaptureError(
+                "the model has gates on (fasp_fx.gates); take their plan, and call gates.detach() before"
+                " anything else is done with the model"
+            )
         training = next(_in_training(model), None)
         if training is not None:
             part = f"'{training}' of {type(model).__name__}" if training else type(model).__name__
-            raise CaptureError(f"{part} is in training mode, which the capture would make permanent; call model.eval() first")
+            raise CaptureError(
+                f"{part} is in training mode, which the capture would make permanent; call model.eval() first"
+            )
         _check_modes(model)
         args = args if isinstance(args, tuple) else (args,)
         if is_transformers(model):
             register_caches(model)
         signature = CallSignature.of(model.forward, args, kwargs, own_defaults)
-        given = pytree.tree_map(lambda leaf: leaf.detach() if isinstance(leaf, Tensor) else leaf, signature.graph_inputs(args, kwargs))
-        exported, notes = export(model, signature, given, dynamic_shapes, every_dim if image_sizes else all_dims, len(args))
+        given = pytree.tree_map(
+            lambda leaf: leaf.detach() if isinstance(leaf, Tensor) else leaf,
+            signature.graph_inputs(args, kwargs),
+        )
+        exported, notes = export(
+            model, signature, given, dynamic_shapes, every_dim if image_sizes else all_dims, len(args)
+        )
     else:
-        raise ArgumentError(f"model must be an nn.Module, fx.GraphModule or ExportedProgram, not {type(model).__name__}")
+        raise ArgumentError(
+            f"model must be an nn.Module, fx.GraphModule or ExportedProgram, not {type(model).__name__}"
+        )
     if target is not None:
         exported = move_to_device_pass(exported, target)
     check_names((*exported.state_dict, *exported.constants))
@@ -115,7 +130,13 @@ def capture(
 def _order(model: nn.Module | ExportedProgram) -> tuple[str, ...]:
     if isinstance(model, ExportedProgram):
         return tuple(model.state_dict)
-    return tuple(name for name, _ in [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)])
+    return tuple(
+        name
+        for name, _ in [
+            *model.named_parameters(remove_duplicate=False),
+            *model.named_buffers(remove_duplicate=False),
+        ]
+    )
 
 
 def _usable(device: torch.device | str) -> torch.device:
@@ -123,7 +144,10 @@ def _usable(device: torch.device | str) -> torch.device:
         found = torch.device(device)
         torch.empty(0, device=found)
     except (RuntimeError, AssertionError, TypeError) as error:
-        raise ArgumentError(f"device={device!r} cannot be used here: {first_line(error)}; leave it out to stay on the model's device") from error
+        raise ArgumentError(
+            f"device={device!r} cannot be used here: {first_line(error)}; leave it out to stay on the model's"
+            " device"
+        ) from error
     return found
 
 
@@ -136,7 +160,10 @@ def _check_modes(model: nn.Module) -> None:
     tensors = itertools.chain(model.named_parameters(), model.named_buffers())
     made = next((name for name, tensor in tensors if not is_lazy(tensor) and tensor.is_inference()), None)
     if made is not None:
-        raise ArgumentError(f"'{made}' was made in torch's inference mode and cannot be exported; outside of it, pass copy.deepcopy(model)")
+        raise ArgumentError(
+            f"'{made}' was made in torch's inference mode and cannot be exported; outside of it, pass"
+            " copy.deepcopy(model)"
+        )
 
 
 def _in_training(module: nn.Module, path: str = "") -> Iterator[str]:
@@ -154,7 +181,9 @@ def _plain(module: fx.GraphModule) -> fx.GraphModule:
     return graph_module(module, module.graph, module.meta)
 
 
-def _exported_signature(exported: ExportedProgram, args: tuple[Any, ...], kwargs: dict[str, Any]) -> CallSignature:
+def _exported_signature(
+    exported: ExportedProgram, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> CallSignature:
     if exported.example_inputs is None:
         raise ArgumentError("the exported program carries no example inputs; export it again from its model")
     example_args, example_kwargs = exported.example_inputs

@@ -47,10 +47,12 @@ class Computed:
 
 
 def computed_weights(module: fx.GraphModule) -> list[Computed]:
-    """All values computed from weights alone that an operator contracts with an activation, or adds to the product, in graph order.
+    """All values computed from weights alone that an operator contracts with an activation, or adds to the
+    product, in graph order.
 
-    At least one of the weights is a parameter: what is made of buffers and constants alone is a fixed transform. Mere movements and casts of a weight
-    are none: the analysis follows the weight through them. Nodes that compute the same of the same are one.
+    At least one of the weights is a parameter: what is made of buffers and constants alone is a fixed
+    transform. Mere movements and casts of a weight are none: the analysis follows the weight through them.
+    Nodes that compute the same of the same are one.
     """
     graph = module.graph
     constant = _constant(module)
@@ -71,19 +73,35 @@ def computed_weights(module: fx.GraphModule) -> list[Computed]:
                 part = _moved_on(part, keys, twins)
                 entry = found.get(keys[part])
                 if entry is None:
-                    entry = found[keys[part]] = Computed(twins[keys[part]], role, sorted(_cone(part), key=positions.__getitem__))
+                    entry = found[keys[part]] = Computed(
+                        twins[keys[part]], role, sorted(_cone(part), key=positions.__getitem__)
+                    )
                     for leaf in (node for node in entry.cone if node.op == "get_attr"):
-                        entry.sources.setdefault(region(attribute(module, target_name(leaf)), target_name(leaf)), target_name(leaf))
-    return [entry for entry in found.values() if any(isinstance(attribute(module, name), nn.Parameter) for name in entry.sources.values())]
+                        entry.sources.setdefault(
+                            region(attribute(module, target_name(leaf)), target_name(leaf)), target_name(leaf)
+                        )
+    return [
+        entry
+        for entry in found.values()
+        if any(isinstance(attribute(module, name), nn.Parameter) for name in entry.sources.values())
+    ]
 
 
 def _moved_on(node: fx.Node, keys: dict[fx.Node, int], twins: dict[int, list[fx.Node]]) -> fx.Node:
-    """The last of the movements that a computed value goes through before anything else is made of it: so it has the shape in which it is used."""
+    """The last of the movements that a computed value goes through before anything else is made of it: so it
+    has the shape in which it is used.
+    """
     while True:
         users = [user for twin in twins[keys[node]] for user in twin.users if not checks(user)]
         after = next(user for user in node.users if not checks(user))
         rule = lookup(after.target)
-        if after not in keys or {keys.get(user) for user in users} != {keys[after]} or rule is None or not rule.moves or after.all_input_nodes != [node]:
+        if (
+            after not in keys
+            or {keys.get(user) for user in users} != {keys[after]}
+            or rule is None
+            or not rule.moves
+            or after.all_input_nodes != [node]
+        ):
             return node
         before, value = node.meta["val"], after.meta.get("val")
         if not isinstance(value, Tensor) or value.numel() > before.numel():
@@ -92,7 +110,9 @@ def _moved_on(node: fx.Node, keys: dict[fx.Node, int], twins: dict[int, list[fx.
 
 
 def _constant(module: fx.GraphModule) -> set[fx.Node]:
-    """The nodes whose values are the same in every call: no input, no chance, and nothing that the graph writes to takes part."""
+    """The nodes whose values are the same in every call: no input, no chance, and nothing that the graph
+    writes to takes part.
+    """
     written = {region(attribute(module, name), name) for name in written_names(module.graph)}
     found: set[fx.Node] = set()
     for node in module.graph.nodes:
@@ -100,7 +120,11 @@ def _constant(module: fx.GraphModule) -> set[fx.Node]:
             tensor = attribute(module, target_name(node))
             if isinstance(tensor, Tensor) and region(tensor, target_name(node)) not in written:
                 found.add(node)
-        elif node.op == "call_function" and _repeatable(node.target) and all(source in found for source in node.all_input_nodes):
+        elif (
+            node.op == "call_function"
+            and _repeatable(node.target)
+            and all(source in found for source in node.all_input_nodes)
+        ):
             found.add(node)
     return found
 
@@ -140,16 +164,24 @@ class _Number:
 
 
 def _operands(node: fx.Node) -> Iterator[tuple[str, fx.Node]]:
-    """The operands, by name, of an operator that contracts one with another. In attention it is activations that are contracted."""
+    """The operands, by name, of an operator that contracts one with another. In attention it is activations
+    that are contracted.
+    """
     rule = lookup(node.target) if node.op == "call_function" else None
     if rule is None or rule.all("mix"):
         return
     given = arguments(node)
     for alternative in rule.alternatives:
         kept = {letter for dims in alternative.results for letter in letters_of(dims)}
-        letters = [letter for operand in alternative.operands for letter in set(letters_of(operand.dims)) - kept]
+        letters = [
+            letter for operand in alternative.operands for letter in set(letters_of(operand.dims)) - kept
+        ]
         if len(letters) > len(set(letters)):
-            yield from ((operand.name, given[operand.name]) for operand in alternative.operands if isinstance(given.get(operand.name), fx.Node))
+            yield from (
+                (operand.name, given[operand.name])
+                for operand in alternative.operands
+                if isinstance(given.get(operand.name), fx.Node)
+            )
             return
 
 
@@ -183,4 +215,8 @@ def _cone(node: fx.Node) -> set[fx.Node]:
 def checks(node: fx.Node) -> bool:
     """Whether a node only asserts something, which of a constant is known."""
     rule = lookup(node.target)
-    return bool(node.all_input_nodes) and rule is not None and not (rule.moves or rule.alternatives or rule.tallies or rule.creates)
+    return (
+        bool(node.all_input_nodes)
+        and rule is not None
+        and not (rule.moves or rule.alternatives or rule.tallies or rule.creates)
+    )

@@ -9,7 +9,8 @@ from .._compat import OpOverload
 
 
 def remove_dead(graph: fx.Graph) -> None:
-    """Remove what a model computes without using it, such as a statistic that somebody logged once: it would keep channels for nothing.
+    """Remove what a model computes without using it, such as a statistic that somebody logged once: it would
+    keep channels for nothing.
 
     What draws random numbers stays, since those after it would be others.
     """

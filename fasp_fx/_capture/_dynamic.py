@@ -23,17 +23,24 @@ def widened(given: dict[str, Any]) -> dict[str, Any] | None:
 
 
 def images_of(arguments: Iterable[Any]) -> set[int]:
-    """The arguments that are images or films, by identity: floating-point tensors of four dimensions and more, as wide as no tensor of integers is long.
+    """The arguments that are images or films, by identity: floating-point tensors of four dimensions and
+    more, as wide as no tensor of integers is long.
 
-    They vary in number only: conditions on every height and width can take an exporter minutes to simplify. A mask over tokens is as wide as they are
-    many; a cache is no argument by itself.
+    They vary in number only: conditions on every height and width can take an exporter minutes to simplify. A
+    mask over tokens is as wide as they are many; a cache is no argument by itself.
     """
     tensors = [value for value in arguments if isinstance(value, Tensor)]
     lengths = {size for tensor in tensors if not tensor.is_floating_point() for size in tensor.shape}
-    return {id(tensor) for tensor in tensors if tensor.is_floating_point() and tensor.dim() >= 4 and tensor.shape[-1] not in lengths}
+    return {
+        id(tensor)
+        for tensor in tensors
+        if tensor.is_floating_point() and tensor.dim() >= 4 and tensor.shape[-1] not in lengths
+    }
 
 
-def _collection(args: tuple[Any, ...], kwargs: dict[str, Any], dims: int | None, images: set[int]) -> ShapesCollection:
+def _collection(
+    args: tuple[Any, ...], kwargs: dict[str, Any], dims: int | None, images: set[int]
+) -> ShapesCollection:
     collection = ShapesCollection()
     for leaf in pytree.tree_leaves((args, kwargs)):
         if isinstance(leaf, Tensor):
@@ -56,12 +63,18 @@ def first_dim(args: tuple[Any, ...], kwargs: dict[str, Any]) -> ShapesCollection
 
 
 def of_fixed_total(exported: ExportedProgram) -> frozenset[tuple[int, int]]:
-    """Dimensions of inputs, as (position, dimension), whose sizes may vary only against each other because their sum is fixed.
+    """Dimensions of inputs, as (position, dimension), whose sizes may vary only against each other because
+    their sum is fixed.
 
-    These are features side by side, not batches or lengths: where one ends decides which weights meet the next.
+    These are features side by side, not batches or lengths: where one ends decides which weights meet the
+    next.
     """
     given = [spec.arg for spec in exported.graph_signature.input_specs if spec.kind is InputKind.USER_INPUT]
-    recorded = {node.name: node.meta["val"].shape for node in exported.graph.find_nodes(op="placeholder") if isinstance(node.meta.get("val"), Tensor)}
+    recorded = {
+        node.name: node.meta["val"].shape
+        for node in exported.graph.find_nodes(op="placeholder")
+        if isinstance(node.meta.get("val"), Tensor)
+    }
     sizes = {
         (index, dim): size.node.expr
         for index, argument in enumerate(given)
@@ -77,7 +90,12 @@ def of_fixed_total(exported: ExportedProgram) -> frozenset[tuple[int, int]]:
     return frozenset(place for place, expression in sizes.items() if expression.free_symbols & tied)
 
 
-def with_static(shapes: Callable[..., ShapesCollection], fixed: frozenset[tuple[int, int]], args: tuple[Any, ...], kwargs: dict[str, Any]) -> ShapesCollection:
+def with_static(
+    shapes: Callable[..., ShapesCollection],
+    fixed: frozenset[tuple[int, int]],
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+) -> ShapesCollection:
     """What ``shapes`` lets vary, but for these dimensions."""
     collection = shapes(args, kwargs)
     for index, leaf in enumerate(pytree.tree_leaves((args, kwargs))):
@@ -95,8 +113,12 @@ def upper_bound(size: torch.SymInt) -> int | None:
     return int(bounds.upper) if int(bounds.upper) < torch.iinfo(torch.int32).max else None
 
 
-def recorded_shapes(module: fx.GraphModule, example: tuple[tuple[Any, ...], dict[str, Any]]) -> ShapesCollection:
-    """The dynamic dimensions of a captured program and their ranges, to export it again with the same freedom."""
+def recorded_shapes(
+    module: fx.GraphModule, example: tuple[tuple[Any, ...], dict[str, Any]]
+) -> ShapesCollection:
+    """The dynamic dimensions of a captured program and their ranges, to export it again with the same
+    freedom.
+    """
     collection = ShapesCollection()
     leaves = pytree.tree_leaves(example)
     for node, leaf in zip(module.graph.find_nodes(op="placeholder"), leaves, strict=True):
@@ -104,7 +126,9 @@ def recorded_shapes(module: fx.GraphModule, example: tuple[tuple[Any, ...], dict
             continue
         spec: dict[int, Any] = {}
         for dim, size in enumerate(node.meta["val"].shape):
-            if not isinstance(size, torch.SymInt) or size.node.maybe_as_int() is not None:  # a symbol that the capture settled is one still
+            if (
+                not isinstance(size, torch.SymInt) or size.node.maybe_as_int() is not None
+            ):  # a symbol that the capture settled is one still
                 spec[dim] = Dim.STATIC
                 continue
             spec[dim] = Dim.AUTO

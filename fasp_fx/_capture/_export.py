@@ -26,14 +26,20 @@ from ._unchanged import unchanged
 
 
 def export(
-    model: nn.Module, signature: CallSignature, given: dict[str, Any], dynamic_shapes: Any, free: Any, leading: int
+    model: nn.Module,
+    signature: CallSignature,
+    given: dict[str, Any],
+    dynamic_shapes: Any,
+    free: Any,
+    leading: int,
 ) -> tuple[ExportedProgram, tuple[str, ...]]:
     """The program of a module, and what a user should know of it.
 
     Args:
         model, signature: the module and its calling convention.
         given: the example inputs by name.
-        dynamic_shapes: as for ``torch.export.export``; ``None`` tries one freedom after the other, the greatest first.
+        dynamic_shapes: as for ``torch.export.export``; ``None`` tries one freedom after the other, the
+            greatest first.
         free: which dimensions may vary at most.
         leading: how many arguments were given by position.
 
@@ -51,7 +57,9 @@ def export(
         wide = widened(given)
         if wide is not None:
             attempts.append(("", wide, free))
-        attempts.append(("the batch size of 1 seen at capture is fixed" if wide is not None else "", given, free))
+        attempts.append(
+            ("the batch size of 1 seen at capture is fixed" if wide is not None else "", given, free)
+        )
         attempts.append(("only the first dimension of each input is dynamic", wide or given, first_dim))
         attempts.append(("the shapes of the inputs are fixed to those of the example", given, None))
     failures: list[Exception] = []
@@ -59,42 +67,74 @@ def export(
         try:
             with functions_called() as functions:
                 exported, sets = _undisturbed(model, signature, names, inputs, shapes)
-            features = of_fixed_total(exported) if dynamic_shapes is None and callable(shapes) else frozenset()
+            features = (
+                of_fixed_total(exported) if dynamic_shapes is None and callable(shapes) else frozenset()
+            )
             if features:
-                exported, sets = _undisturbed(model, signature, names, inputs, functools.partial(with_static, shapes, features))
+                exported, sets = _undisturbed(
+                    model, signature, names, inputs, functools.partial(with_static, shapes, features)
+                )
             if dynamic_shapes is None and shapes is all_dims and images_of(inputs.values()):
-                note = "; ".join(filter(None, (note, "the sizes of images are fixed to those of the example; dynamic_shapes= lets them vary")))
-            said = (*((note,) if note else ()), *(f"forward sets the attribute '{name}', which a graph does not" for name in sets))
+                note = "; ".join(
+                    filter(
+                        None,
+                        (
+                            note,
+                            (
+                                "the sizes of images are fixed to those of the example; dynamic_shapes= lets"
+                                " them vary"
+                            ),
+                        ),
+                    )
+                )
+            said = (
+                *((note,) if note else ()),
+                *(f"forward sets the attribute '{name}', which a graph does not" for name in sets),
+            )
             return exported, (*said, *(_GRADIENTS.format(name) for name in functions))
         except Exception as error:
             failures.append(error)
     reason = str(failures[0]).strip().splitlines() or [type(failures[0]).__name__]
     raise ExportError(
-        f"{type(model).__name__} cannot be captured by torch.export: {reason[0]}. Try the inputs on the model itself, "
-        "then capture the largest submodule without data-dependent control flow."
+        f"{type(model).__name__} cannot be captured by torch.export: {reason[0]}. Try the inputs on the model"
+        " itself, then capture the largest submodule without data-dependent control flow."
     ) from failures[0]
 
 
 #: of a function with a derivative of its own
-_GRADIENTS = "the derivative that {} defines is lost in the graph, which trains with that of what it computes; train result.eager(model) instead"
+_GRADIENTS = (
+    "the derivative that {} defines is lost in the graph, which trains with that of what it computes; train"
+    " result.eager(model) instead"
+)
 
 
-def _undisturbed(model: nn.Module, signature: CallSignature, names: list[str], inputs: dict[str, Any], shapes: Any) -> tuple[ExportedProgram, list[str]]:
-    """One attempt, which finds the model as it was and leaves it so, and the names of the attributes that its forward sets."""
+def _undisturbed(
+    model: nn.Module, signature: CallSignature, names: list[str], inputs: dict[str, Any], shapes: Any
+) -> tuple[ExportedProgram, list[str]]:
+    """One attempt, which finds the model as it was and leaves it so, and the names of the attributes that its
+    forward sets.
+    """
     with quiet(), torch.no_grad(), any_number_of_steps(), unchanged(model) as changed:
         exported = _export_once(model, signature, names, inputs, shapes)
     return exported, changed.names(model)
 
 
 def _by_position(model: nn.Module, signature: CallSignature, leading: int) -> list[str]:
-    """The arguments to pass by position: those that must be, those that an exported module has fixed there, and the ``leading`` ones given so."""
+    """The arguments to pass by position: those that must be, those that an exported module has fixed there,
+    and the ``leading`` ones given so.
+    """
     codegen = model.graph._codegen if isinstance(model, fx.GraphModule) else None
     if isinstance(codegen, PyTreeCodeGen) and not isinstance(codegen, CallerCodeGen):
         return signature.given()[: codegen.pytree_info.in_spec.child(0).num_children]
     must = signature.by_position()
     if is_transformers(model):
         return must  # its exporter takes keywords
-    first = list(itertools.takewhile(lambda name: name not in signature.constants or is_plain(signature.constants[name]), signature.given()[:leading]))
+    first = list(
+        itertools.takewhile(
+            lambda name: name not in signature.constants or is_plain(signature.constants[name]),
+            signature.given()[:leading],
+        )
+    )
     return max(must, first, key=len)
 
 
@@ -104,8 +144,8 @@ _P = ParamSpec("_P")
 def _with_or_without_cache(make: Callable[_P, ExportedProgram]) -> Callable[_P, ExportedProgram]:
     """Export; once more without torch's cache of fake results if that is what failed.
 
-    The cache compares sizes while operators are traced, and cannot do so for some products of three symbols (the table of a block mask over dynamic
-    lengths has such); the operators themselves trace well.
+    The cache compares sizes while operators are traced, and cannot do so for some products of three symbols
+    (the table of a block mask over dynamic lengths has such); the operators themselves trace well.
     """
 
     @functools.wraps(make)
@@ -122,7 +162,9 @@ def _with_or_without_cache(make: Callable[_P, ExportedProgram]) -> Callable[_P, 
 
 
 @_with_or_without_cache
-def _export_once(model: nn.Module, signature: CallSignature, names: list[str], inputs: dict[str, Any], shapes: Any) -> ExportedProgram:
+def _export_once(
+    model: nn.Module, signature: CallSignature, names: list[str], inputs: dict[str, Any], shapes: Any
+) -> ExportedProgram:
     args = tuple(inputs[name] if name in inputs else signature.constants[name] for name in names)
     kwargs = {name: value for name, value in inputs.items() if name not in names}
     if is_transformers(model) and not args:
@@ -131,7 +173,9 @@ def _export_once(model: nn.Module, signature: CallSignature, names: list[str], i
     kwargs |= {name: value for name, value in constants.items() if is_plain(value)}
     with _holding(model, {name: value for name, value in constants.items() if not is_plain(value)}):
         spec = shapes(args, kwargs).dynamic_shapes(model, args, kwargs) if callable(shapes) else shapes
-        return functional(out_of_place(torch.export.export(model, args, kwargs, dynamic_shapes=spec, strict=False)))
+        return functional(
+            out_of_place(torch.export.export(model, args, kwargs, dynamic_shapes=spec, strict=False))
+        )
 
 
 @contextlib.contextmanager
@@ -157,4 +201,6 @@ def export_again(module: fx.GraphModule, example: tuple[tuple[Any, ...], dict[st
     args, kwargs = example
     shapes = recorded_shapes(module, example).dynamic_shapes(module, args, kwargs)
     with quiet(), torch.no_grad(), any_number_of_steps():
-        return functional(out_of_place(torch.export.export(module, args, kwargs, dynamic_shapes=shapes, strict=False)))
+        return functional(
+            out_of_place(torch.export.export(module, args, kwargs, dynamic_shapes=shapes, strict=False))
+        )

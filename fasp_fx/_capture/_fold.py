@@ -1,4 +1,6 @@
-"""Fold weights that the model computes from parameters in every call into plain parameters, which can be pruned."""
+"""Fold weights that the model computes from parameters in every call into plain parameters, which can be
+pruned.
+"""
 
 from __future__ import annotations
 
@@ -35,11 +37,13 @@ class Folding:
 
 
 def fold(module: fx.GraphModule, order: Iterable[str]) -> Folding:
-    """Put parameters in the place of weights that the graph computes from weights alone by more than movement and casts; changes ``module``.
+    """Put parameters in the place of weights that the graph computes from weights alone by more than movement
+    and casts; changes ``module``.
 
-    Each is evaluated once, by the operators of the graph, so that the graph computes what it computed, bit by bit. Weights that nothing else needs go.
-    A weight is not folded if the module would take more bytes with it: a product of two thin matrices, integers with a scale, or a weight that is needed
-    elsewhere as it is. Its nodes then carry the reason, for the analysis.
+    Each is evaluated once, by the operators of the graph, so that the graph computes what it computed, bit by
+    bit. Weights that nothing else needs go. A weight is not folded if the module would take more bytes with
+    it: a product of two thin matrices, integers with a scale, or a weight that is needed elsewhere as it is.
+    Its nodes then carry the reason, for the analysis.
 
     Args:
         module: a functional graph whose weights are ``get_attr`` nodes.
@@ -57,8 +61,12 @@ def fold(module: fx.GraphModule, order: Iterable[str]) -> Folding:
         if all(node in dead for node in nodes):
             freed.add(key)
         else:
-            dead.difference_update(node for node in nodes if not node.users)  # another name of a weight that stays
-    weights = dict([*module.named_parameters(remove_duplicate=False), *module.named_buffers(remove_duplicate=False)])
+            dead.difference_update(
+                node for node in nodes if not node.users
+            )  # another name of a weight that stays
+    weights = dict(
+        [*module.named_parameters(remove_duplicate=False), *module.named_buffers(remove_duplicate=False)]
+    )
     gone = {name for name, tensor in weights.items() if region(tensor, name) in freed}
     replaced = {name: weights[name] for name in gone if isinstance(weights[name], nn.Parameter)}
     taken = (set(order) | set(weights)) - gone
@@ -80,14 +88,23 @@ def fold(module: fx.GraphModule, order: Iterable[str]) -> Folding:
 
 
 def _told(folds: list[FoldedWeight]) -> str:
-    shown = ", ".join(map(str, folds[:4])) + (f" and {len(folds) - 4} more (plan.folds)" if len(folds) > 4 else "")
-    return f"weights that the model computes from others were folded, and training now trains the folded weight: {shown}"
+    shown = ", ".join(map(str, folds[:4])) + (
+        f" and {len(folds) - 4} more (plan.folds)" if len(folds) > 4 else ""
+    )
+    return (
+        "weights that the model computes from others were folded, and training now trains the folded weight:"
+        f" {shown}"
+    )
 
 
 def _refused(module: fx.GraphModule, entry: Computed) -> str:
     of = ", ".join(map(repr, entry.sources.values()))
     before = sum(_bytes(attribute(module, name)) for name in entry.sources.values())
-    since = f"{entry.bytes:,} bytes instead of {before:,}" if entry.bytes > before else "what it is computed of is needed elsewhere as well"
+    since = (
+        f"{entry.bytes:,} bytes instead of {before:,}"
+        if entry.bytes > before
+        else "what it is computed of is needed elsewhere as well"
+    )
     why = f"folded into one parameter it would make the model larger ({since})"
     for node in entry.nodes:
         node.meta[WHY_NOT_FOLDED] = why
@@ -106,11 +123,15 @@ def _looked_up(module: fx.GraphModule) -> dict[Region, list[fx.Node]]:
     return found
 
 
-def _dead(module: fx.GraphModule, chosen: list[Computed], looked_up: dict[Region, list[fx.Node]]) -> set[fx.Node]:
+def _dead(
+    module: fx.GraphModule, chosen: list[Computed], looked_up: dict[Region, list[fx.Node]]
+) -> set[fx.Node]:
     """The nodes that nothing needs any more once parameters stand in the place of the chosen ones."""
     dead = {node for entry in chosen for node in entry.nodes}
     sources = {key for entry in chosen for key in entry.sources}
-    unused = {node for key in sources for node in looked_up[key] if not node.users}  # further names of tied weights
+    unused = {
+        node for key in sources for node in looked_up[key] if not node.users
+    }  # further names of tied weights
     computing = {node for entry in chosen for node in entry.cone}
     for node in reversed(module.graph.nodes):
         if node.op not in ("call_function", "get_attr") or node in dead:
@@ -135,8 +156,15 @@ def _chosen(module: fx.GraphModule, found: list[Computed]) -> tuple[list[Compute
         worst = []
         for component in nx.connected_components(shared):
             entries = [chosen[item] for item in component if isinstance(item, int)]
-            if sum(entry.bytes for entry in entries) > sum(freed.get(key, 0) for key in {key for entry in entries for key in entry.sources}):
-                worst.append(max(entries, key=lambda entry: entry.bytes - sum(freed.get(key, 0) for key in entry.sources)))
+            if sum(entry.bytes for entry in entries) > sum(
+                freed.get(key, 0) for key in {key for entry in entries for key in entry.sources}
+            ):
+                worst.append(
+                    max(
+                        entries,
+                        key=lambda entry: entry.bytes - sum(freed.get(key, 0) for key in entry.sources),
+                    )
+                )
         if not worst:
             return chosen, dead
         chosen = [entry for entry in chosen if entry not in worst]
@@ -157,25 +185,45 @@ def _evaluate(module: fx.GraphModule, entry: Computed) -> Tensor:
                 values[node] = attribute(module, target_name(node))
             else:
                 assert callable(node.target)
-                values[node] = node.target(*fx.map_arg(node.args, lambda n: values[n]), **fx.map_arg(node.kwargs, lambda n: values[n]))
+                values[node] = node.target(
+                    *fx.map_arg(node.args, lambda n: values[n]),
+                    **fx.map_arg(node.kwargs, lambda n: values[n]),
+                )
         value: Tensor = values[entry.nodes[0]].detach()
         shared = {attribute(module, name).untyped_storage()._cdata for name in entry.sources.values()}
-        return value.clone() if value.untyped_storage()._cdata in shared or value.untyped_storage().nbytes() > _bytes(value) else value
+        return (
+            value.clone()
+            if value.untyped_storage()._cdata in shared or value.untyped_storage().nbytes() > _bytes(value)
+            else value
+        )
 
 
 def _name(entry: Computed, weights: dict[str, Tensor], gone: set[str]) -> str:
-    """The name of the attribute that is parametrised; else that of the one parameter it replaces, or one made of the largest's."""
+    """The name of the attribute that is parametrised; else that of the one parameter it replaces, or one made
+    of the largest's.
+    """
     names = list(entry.sources.values())
     for name in names:
         owner, found, rest = f".{name}".partition(_PARAMETRIZED)
         if found:
             return f"{owner}.{rest.partition('.')[0]}".lstrip(".")
-    main = max(names, key=lambda name: (name in gone, isinstance(weights.get(name), nn.Parameter), _numel(weights.get(name))))
+    main = max(
+        names,
+        key=lambda name: (
+            name in gone,
+            isinstance(weights.get(name), nn.Parameter),
+            _numel(weights.get(name)),
+        ),
+    )
     owner, dot, leaf = main.rpartition(".")
     if leaf.startswith(f"{entry.role}_"):  # weight_v, weight_orig: what a hook makes a weight of
         return f"{owner}{dot}{entry.role}"
     parameters = [name for name in names if isinstance(weights.get(name), nn.Parameter)]
-    alike = weights[main].shape == entry.value.shape and (leaf == entry.role or parameters == [main]) if main in weights else False
+    alike = (
+        weights[main].shape == entry.value.shape and (leaf == entry.role or parameters == [main])
+        if main in weights
+        else False
+    )
     return main if alike else f"{main}{_SUFFIX}"
 
 
@@ -209,5 +257,7 @@ def _put(module: fx.GraphModule, entry: Computed, name: str, parameter: nn.Param
     for node in entry.nodes:
         with module.graph.inserting_before(node):
             made = module.graph.get_attr(name)
-        made.meta.update({key: node.meta[key] for key in ("val", "nn_module_stack", "stack_trace") if key in node.meta})
+        made.meta.update(
+            {key: node.meta[key] for key in ("val", "nn_module_stack", "stack_trace") if key in node.meta}
+        )
         node.replace_all_uses_with(made)

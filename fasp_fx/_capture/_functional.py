@@ -19,7 +19,9 @@ _log = logging.getLogger("fasp_fx")
 
 
 def functional(exported: ExportedProgram) -> ExportedProgram:
-    """Functionalise, and decompose composite operators without a rule and assignments to slices; most programs are exported functional and keep as they are."""
+    """Functionalise, and decompose composite operators without a rule and assignments to slices; most
+    programs are exported functional and keep as they are.
+    """
     if all(_is_plain(node) for node in exported.graph.nodes):
         return exported
     table = _decompositions(exported.graph)
@@ -27,7 +29,10 @@ def functional(exported: ExportedProgram) -> ExportedProgram:
         for decompositions in ({**table, **ASSIGNMENTS}, table):
             try:
                 return exported.run_decompositions(decompositions)
-            except (AssertionError, RuntimeError) as error:  # a decomposition need not be functional, or take symbolic sizes
+            except (
+                AssertionError,
+                RuntimeError,
+            ) as error:  # a decomposition need not be functional, or take symbolic sizes
                 _log.info("some operators without a rule stay whole: %s", error)
         return exported.run_decompositions({})
 
@@ -36,7 +41,9 @@ def _decompositions(graph: fx.Graph) -> dict[OpOverload, Callable[..., Any]]:
     """How to take apart the operators of a graph that have no rule: what they are made of may have one."""
     known = torch.export.default_decompositions()
     found: dict[OpOverload, Callable[..., Any]] = {}
-    for operator in {node.target for node in graph.nodes if isinstance(node.target, OpOverload) and not _is_plain(node)}:
+    for operator in {
+        node.target for node in graph.nodes if isinstance(node.target, OpOverload) and not _is_plain(node)
+    }:
         if operator._schema.is_mutable:
             continue
         if operator in known:
@@ -53,18 +60,29 @@ def _is_plain(node: fx.Node) -> bool:
         return not isinstance(node.target, HigherOrderOperator)
     if node.target._schema.is_mutable:
         return False
-    # what computes positions and indices of nothing, or of one another, touches no channel: it may stay whole without a rule
+    # what computes positions and indices of nothing, or of one another, touches no channel: it may stay whole
+    # without a rule
     given = [argument.meta.get("val") for argument in node.all_input_nodes]
-    return lookup(node.target) is not None or not any(isinstance(value, Tensor) and (value.is_floating_point() or value.is_complex()) for value in given)
+    return lookup(node.target) is not None or not any(
+        isinstance(value, Tensor) and (value.is_floating_point() or value.is_complex()) for value in given
+    )
 
 
 def is_plain_graph(graph: fx.Graph) -> bool:
-    """Whether a graph with its weights as attributes has no calls but of operators and what an exporter leaves beside them."""
-    return all(node.op in ("placeholder", "output", "get_attr") or (node.op == "call_function" and _is_exported(node.target)) for node in graph.nodes)
+    """Whether a graph with its weights as attributes has no calls but of operators and what an exporter
+    leaves beside them.
+    """
+    return all(
+        node.op in ("placeholder", "output", "get_attr")
+        or (node.op == "call_function" and _is_exported(node.target))
+        for node in graph.nodes
+    )
 
 
 def _is_exported(target: Any) -> bool:
     """Operators, and what takes their items or computes with sizes."""
     if isinstance(target, (OpOverload, HigherOrderOperator)):
         return True
-    return getattr(target, "__module__", None) in ("_operator", "math") or getattr(target, "__name__", "").startswith("sym_")
+    return getattr(target, "__module__", None) in ("_operator", "math") or getattr(
+        target, "__name__", ""
+    ).startswith("sym_")

@@ -1,6 +1,7 @@
 """Operators that write into a tensor that the graph has just made, as the operators that return the result.
 
-Functionalising a graph traces it once more. Most writes in models are of this simple kind (``position += offset``), and need no trace.
+Functionalising a graph traces it once more. Most writes in models are of this simple kind (``position +=
+offset``), and need no trace.
 """
 
 from __future__ import annotations
@@ -16,7 +17,10 @@ from ..channels import arguments
 
 _DETACH, _DETACHED = torch.ops.aten.detach_.default, torch.ops.aten.detach.default
 #: return their input itself in evaluation mode, which functionalising them whole does not know
-_DROPOUTS = tuple(getattr(torch.ops.aten, name).default for name in ("dropout", "feature_dropout", "alpha_dropout", "feature_alpha_dropout"))
+_DROPOUTS = tuple(
+    getattr(torch.ops.aten, name).default
+    for name in ("dropout", "feature_dropout", "alpha_dropout", "feature_alpha_dropout")
+)
 
 
 def out_of_place(exported: ExportedProgram) -> ExportedProgram:
@@ -33,11 +37,18 @@ def out_of_place(exported: ExportedProgram) -> ExportedProgram:
             changed = True
             continue
         twin = _twin(node)
-        if twin is None or not node.args or not _is_unshared(node.args[0], node) or not _keeps_type(node, twin):
+        if (
+            twin is None
+            or not node.args
+            or not _is_unshared(node.args[0], node)
+            or not _keeps_type(node, twin)
+        ):
             continue
         written: Any = node.args[0]
         node.target = twin
-        written.replace_all_uses_with(node, delete_user_cb=lambda user, after=order[node]: order[user] > after)
+        written.replace_all_uses_with(
+            node, delete_user_cb=lambda user, after=order[node]: order[user] > after
+        )
         changed = True
     if changed:
         exported.graph_module.recompile()
@@ -45,7 +56,9 @@ def out_of_place(exported: ExportedProgram) -> ExportedProgram:
 
 
 def _writes(node: fx.Node) -> bool:
-    return node.op == "call_function" and isinstance(node.target, OpOverload) and node.target._schema.is_mutable
+    return (
+        node.op == "call_function" and isinstance(node.target, OpOverload) and node.target._schema.is_mutable
+    )
 
 
 def _drop_identities(graph: fx.Graph) -> bool:
@@ -62,25 +75,46 @@ def _drop_identities(graph: fx.Graph) -> bool:
 
 
 def _twin(node: fx.Node) -> OpOverload | None:
-    """The operator that returns what this one writes into its first argument, and takes the same arguments."""
+    """The operator that returns what this one writes into its first argument, and takes the same
+    arguments.
+    """
     target: Any = node.target
     schema = target._schema
-    writes = [argument for argument in schema.arguments if argument.alias_info is not None and argument.alias_info.is_write]
+    writes = [
+        argument
+        for argument in schema.arguments
+        if argument.alias_info is not None and argument.alias_info.is_write
+    ]
     packet = getattr(getattr(torch.ops, target.namespace), target._opname.removesuffix("_"), None)
-    if len(writes) != 1 or writes[0] is not schema.arguments[0] or not target._opname.endswith("_") or packet is None:
+    if (
+        len(writes) != 1
+        or writes[0] is not schema.arguments[0]
+        or not target._opname.endswith("_")
+        or packet is None
+    ):
         return None
     twin = getattr(packet, target._overloadname, None)
     if not isinstance(twin, OpOverload) or _returns_alias(twin) or twin._schema.is_mutable:
         return None
-    same = [argument.name for argument in twin._schema.arguments] == [argument.name for argument in schema.arguments]
+    same = [argument.name for argument in twin._schema.arguments] == [
+        argument.name for argument in schema.arguments
+    ]
     return twin if same else None
 
 
 def _is_unshared(written: Any, by: fx.Node) -> bool:
     """Whether a tensor was made by the graph, and nothing but its own node speaks of its storage."""
-    if not isinstance(written, fx.Node) or written.op != "call_function" or not isinstance(written.target, OpOverload):
+    if (
+        not isinstance(written, fx.Node)
+        or written.op != "call_function"
+        or not isinstance(written.target, OpOverload)
+    ):
         return False
-    if _returns_alias(written.target) or written.target._schema.is_mutable or not isinstance(written.meta.get("val"), Tensor):
+    if (
+        _returns_alias(written.target)
+        or written.target._schema.is_mutable
+        or not isinstance(written.meta.get("val"), Tensor)
+    ):
         return False
     return not any(_shares(user) for user in written.users if user is not by)
 
@@ -89,7 +123,11 @@ def _shares(user: fx.Node) -> bool:
     """Whether what a node makes may be a view of what it takes, or the node writes into that."""
     if user.op == "output":
         return False
-    return not isinstance(user.target, OpOverload) or _returns_alias(user.target) or user.target._schema.is_mutable
+    return (
+        not isinstance(user.target, OpOverload)
+        or _returns_alias(user.target)
+        or user.target._schema.is_mutable
+    )
 
 
 def _returns_alias(operator: OpOverload) -> bool:
@@ -99,7 +137,9 @@ def _returns_alias(operator: OpOverload) -> bool:
 
 
 def _keeps_type(node: fx.Node, twin: OpOverload) -> bool:
-    """Whether an operator returns the type of what the one in its place writes into, as far as that can be told."""
+    """Whether an operator returns the type of what the one in its place writes into, as far as that can be
+    told.
+    """
     recorded = node.meta.get("val")
     if not isinstance(recorded, FakeTensor):
         return False

@@ -18,13 +18,19 @@ class _Recorder(fx.Interpreter):
 
     def get_attr(self, target: Any, args: Any, kwargs: Any) -> Any:
         value = super().get_attr(target, args, kwargs)
-        return self.mode.from_tensor(value, static_shapes=True) if isinstance(value, Tensor) and not isinstance(value, FakeTensor) else value
+        return (
+            self.mode.from_tensor(value, static_shapes=True)
+            if isinstance(value, Tensor) and not isinstance(value, FakeTensor)
+            else value
+        )
 
     def run_node(self, node: fx.Node) -> Any:
         try:
             made = super().run_node(node)
         except Exception as error:
-            raise VerificationError(f"node '{node.name}' ({node.target}) does not execute: {first_line(error)}") from error
+            raise VerificationError(
+                f"node '{node.name}' ({node.target}) does not execute: {first_line(error)}"
+            ) from error
         if node.op not in ("placeholder", "output"):
             node.meta["val"] = made
         return made

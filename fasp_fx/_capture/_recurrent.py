@@ -1,7 +1,8 @@
 """Take recurrent operators apart into single layers of one direction.
 
-An operator of several layers hides what one layer hands to the next, and with it the weights that consume it. One layer in one direction computes the
-same; a reversed direction is one between two flips, and both directions are joined by a concatenation.
+An operator of several layers hides what one layer hands to the next, and with it the weights that consume it.
+One layer in one direction computes the same; a reversed direction is one between two flips, and both
+directions are joined by a concatenation.
 """
 
 from __future__ import annotations
@@ -21,9 +22,15 @@ _OPERATORS = (_ATEN.lstm.input, _ATEN.gru.input, _ATEN.rnn_tanh.input, _ATEN.rnn
 
 
 def single_layers(graph: fx.Graph) -> None:
-    """Rewrite a functional graph so that each recurrent operator has one layer and one direction, and initial states of zeros of its own."""
+    """Rewrite a functional graph so that each recurrent operator has one layer and one direction, and initial
+    states of zeros of its own.
+    """
     for node in list(graph.nodes):
-        if node.op != "call_function" or node.target not in _OPERATORS or any(user.target is not operator.getitem for user in node.users):
+        if (
+            node.op != "call_function"
+            or node.target not in _OPERATORS
+            or any(user.target is not operator.getitem for user in node.users)
+        ):
             continue
         rewriter = _Rewriter(graph, node)
         if not rewriter.settled():
@@ -54,7 +61,10 @@ class _Rewriter:
 
     def settled(self) -> bool:
         """Whether there is nothing to rewrite, as in a program captured before."""
-        own = [state.target is not _ATEN.zeros.default and (len(state.users) == 1 or not _created(state)) for state in self.states]
+        own = [
+            state.target is not _ATEN.zeros.default and (len(state.users) == 1 or not _created(state))
+            for state in self.states
+        ]
         return self.layers * self.directions == 1 and all(own)
 
     def run(self) -> None:
@@ -62,12 +72,18 @@ class _Rewriter:
         with self.graph.inserting_before(self.node):
             source, made = self.given["input"], []
             for layer in range(self.layers):
-                both = [self._layer(source, layer * self.directions + direction, direction == 1) for direction in range(self.directions)]
+                both = [
+                    self._layer(source, layer * self.directions + direction, direction == 1)
+                    for direction in range(self.directions)
+                ]
                 made += both
                 source = self._joined([one.output for one in both], 2, self.recorded[0])
                 if drops and layer + 1 < self.layers:
                     source = self._call(self.recorded[0], _ATEN.dropout.default, source, drops, True)
-            states = [self._joined([one.states[index] for one in made], 0, self.recorded[1 + index]) for index in range(len(self.states))]
+            states = [
+                self._joined([one.states[index] for one in made], 0, self.recorded[1 + index])
+                for index in range(len(self.states))
+            ]
         results = dict(enumerate([source, *states]))
         for user in list(self.node.users):
             user.replace_all_uses_with(results[arguments(user)["1"]])
@@ -80,23 +96,41 @@ class _Rewriter:
     def _layer(self, source: fx.Node, index: int, reverse: bool) -> _Layer:
         if reverse:
             source = self._call(source.meta.get("val"), _ATEN.flip.default, source, [self.steps])
-        states = [self._state(state, recorded, index) for state, recorded in zip(self.states, self.recorded[1:], strict=True)]
+        states = [
+            self._state(state, recorded, index)
+            for state, recorded in zip(self.states, self.recorded[1:], strict=True)
+        ]
         count = len(self.given["params"]) // (self.layers * self.directions)
         weights = list(self.given["params"][index * count : (index + 1) * count])
         settings = (self.given["has_biases"], 1, 0.0, False, False, self.given["batch_first"])
         wide = self.recorded[0]
-        values = (wide.new_empty([*wide.shape[:2], wide.shape[2] // self.directions]), *(_first(state) for state in self.recorded[1:]))
-        node = self._call(values, self.node.target, source, states if self.listed else states[0], weights, *settings)
-        output, *after = [self._call(value, operator.getitem, node, number) for number, value in enumerate(values)]
-        return _Layer(self._call(values[0], _ATEN.flip.default, output, [self.steps]) if reverse else output, after)
+        values = (
+            wide.new_empty([*wide.shape[:2], wide.shape[2] // self.directions]),
+            *(_first(state) for state in self.recorded[1:]),
+        )
+        node = self._call(
+            values, self.node.target, source, states if self.listed else states[0], weights, *settings
+        )
+        output, *after = [
+            self._call(value, operator.getitem, node, number) for number, value in enumerate(values)
+        ]
+        return _Layer(
+            self._call(values[0], _ATEN.flip.default, output, [self.steps]) if reverse else output, after
+        )
 
     def _state(self, state: fx.Node, recorded: Tensor, index: int) -> fx.Node:
-        """The initial state of one layer and direction; what is merely zeros is made for it alone, so that no layers are coupled by it.
+        """The initial state of one layer and direction; what is merely zeros is made for it alone, so that no
+        layers are coupled by it.
 
         Zeros are made like the input, so that they go with the module to another device or type.
         """
         if state.target is _ATEN.zeros.default:
-            return self._call(_first(recorded), _ATEN.new_zeros.default, self.given["input"], [1, *arguments(state)["size"][1:]])
+            return self._call(
+                _first(recorded),
+                _ATEN.new_zeros.default,
+                self.given["input"],
+                [1, *arguments(state)["size"][1:]],
+            )
         rule = lookup(state.target)
         if rule is not None and rule.creates:
             (name,) = (clause.words[0] for clause in rule.all("shape"))

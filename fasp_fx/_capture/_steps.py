@@ -1,7 +1,8 @@
 """Recurrent layers over any number of steps.
 
-What an exporter needs to know of a recurrent operator are the shapes of its results. Torch finds them by running a decomposition step by step, which fixes the
-number of steps; here they are read off the shapes of the operands.
+What an exporter needs to know of a recurrent operator are the shapes of its results. Torch finds them by
+running a decomposition step by step, which fixes the number of steps; here they are read off the shapes of
+the operands.
 """
 
 from __future__ import annotations
@@ -18,16 +19,36 @@ from .._compat import OpOverload, traced_by
 _ATEN = torch.ops.aten
 
 
-def _lstm(input: Tensor, hx: list[Tensor], params: list[Tensor], has_biases: bool, num_layers: int, dropout: float, train: bool, *options: bool) -> Any:
+def _lstm(
+    input: Tensor,
+    hx: list[Tensor],
+    params: list[Tensor],
+    has_biases: bool,
+    num_layers: int,
+    dropout: float,
+    train: bool,
+    *options: bool,
+) -> Any:
     return (_steps(input, hx[0], options[0]), torch.empty_like(hx[0]), torch.empty_like(hx[1]))
 
 
-def _one_state(input: Tensor, hx: Tensor, params: list[Tensor], has_biases: bool, num_layers: int, dropout: float, train: bool, *options: bool) -> Any:
+def _one_state(
+    input: Tensor,
+    hx: Tensor,
+    params: list[Tensor],
+    has_biases: bool,
+    num_layers: int,
+    dropout: float,
+    train: bool,
+    *options: bool,
+) -> Any:
     return (_steps(input, hx, options[0]), torch.empty_like(hx))
 
 
 def _steps(input: Tensor, state: Tensor, bidirectional: bool) -> Tensor:
-    """An output for each step, ``[steps, sequences, width]`` or ``[sequences, steps, width]`` as the input is."""
+    """An output for each step, ``[steps, sequences, width]`` or ``[sequences, steps, width]`` as the input
+    is.
+    """
     return input.new_empty([*input.shape[:2], state.shape[-1] * (2 if bidirectional else 1)])
 
 

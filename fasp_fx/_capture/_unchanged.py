@@ -14,14 +14,20 @@ from .._calling._signature import is_plain
 from .._compat import pytree
 
 _CONTAINERS = (list, dict, set)
-_HOOKS = ("_forward_hooks", "_forward_hooks_with_kwargs", "_forward_hooks_always_called", "_forward_pre_hooks", "_forward_pre_hooks_with_kwargs")
+_HOOKS = (
+    "_forward_hooks",
+    "_forward_hooks_with_kwargs",
+    "_forward_hooks_always_called",
+    "_forward_pre_hooks",
+    "_forward_pre_hooks_with_kwargs",
+)
 
 
 class Changed(dict[nn.Module, set[str]]):
     """The attributes of each module that its forward has set.
 
-    Left out are those of torch's own hooks, which compute a weight, and the lists in which torch's recurrent modules keep their parameters: they
-    are made anew where an exporter has put stand-ins for the parameters.
+    Left out are those of torch's own hooks, which compute a weight, and the lists in which torch's recurrent
+    modules keep their parameters: they are made anew where an exporter has put stand-ins for the parameters.
     """
 
     def note(self, module: nn.Module, names: set[str]) -> None:
@@ -29,23 +35,36 @@ class Changed(dict[nn.Module, set[str]]):
         if isinstance(module, nn.RNNBase):
             names = names - {"_flat_weights", "_flat_weight_refs"}
         hooks = [hook for hook in module._forward_pre_hooks.values() if of_torch(hook)]
-        names = {name for name in names if not any(name in (getattr(hook, "name", None), getattr(hook, "_tensor_name", None)) for hook in hooks)}
+        names = {
+            name
+            for name in names
+            if not any(
+                name in (getattr(hook, "name", None), getattr(hook, "_tensor_name", None)) for hook in hooks
+            )
+        }
         if names:
             self[module] = names
 
     def names(self, model: nn.Module) -> list[str]:
         """The dotted names of the attributes."""
-        return [f"{path}.{name}" if path else name for path, module in model.named_modules() for name in sorted(self.get(module, ()))]
+        return [
+            f"{path}.{name}" if path else name
+            for path, module in model.named_modules()
+            for name in sorted(self.get(module, ()))
+        ]
 
 
 def of_torch(hook: Any) -> bool:
-    """Whether a hook computes a weight from others (``torch.nn.utils.weight_norm`` and its like), which a capture sees."""
+    """Whether a hook computes a weight from others (``torch.nn.utils.weight_norm`` and its like), which a
+    capture sees.
+    """
     return str(getattr(hook, "__module__", "")).startswith("torch.nn.utils.")
 
 
 @contextlib.contextmanager
 def unchanged(model: Any) -> Iterator[Changed]:
-    """Put attributes and hooks of a model and its submodules back as they were, and the values of tensors that are plain attributes.
+    """Put attributes and hooks of a model and its submodules back as they were, and the values of tensors
+    that are plain attributes.
 
     Afterwards, what is yielded names the attributes that had changed.
     """
@@ -67,7 +86,10 @@ def unchanged(model: Any) -> Iterator[Changed]:
             _write_back(values)
             module._buffers.clear()
             module._buffers.update(buffers)
-            for name, held in hooks.items():  # some models hook themselves when they are first asked for hidden states
+            for (
+                name,
+                held,
+            ) in hooks.items():  # some models hook themselves when they are first asked for hidden states
                 if vars(module)[name].keys() != held.keys():
                     vars(module)[name].clear()
                     vars(module)[name].update(held)
@@ -105,15 +127,19 @@ def _items(container: Any) -> list[Any]:
 
 @contextlib.contextmanager
 def rewound(model: nn.Module, written: Iterable[str] = ()) -> Iterator[Changed]:
-    """As :func:`unchanged`, and put back the values of buffers and the state of the random numbers, which start from zero inside.
+    """As :func:`unchanged`, and put back the values of buffers and the state of the random numbers, which
+    start from zero inside.
 
     Args:
         model: the module that runs inside.
-        written: the names of parameters that its forward writes into (an embedding with ``max_norm``, say), whose values are put back too.
+        written: the names of parameters that its forward writes into (an embedding with ``max_norm``, say),
+            whose values are put back too.
     """
     parameters = dict(model.named_parameters(remove_duplicate=False))
     values = _values([*model.buffers(), *(parameters[name] for name in written if name in parameters)])
-    devices = {tensor.device for tensor in (*model.parameters(), *model.buffers()) if tensor.device.type == "cuda"}
+    devices = {
+        tensor.device for tensor in (*model.parameters(), *model.buffers()) if tensor.device.type == "cuda"
+    }
     try:
         with unchanged(model) as changed, torch.random.fork_rng(devices=list(devices)):
             torch.manual_seed(0)
@@ -123,8 +149,14 @@ def rewound(model: nn.Module, written: Iterable[str] = ()) -> Iterator[Changed]:
 
 
 def _values(tensors: Iterable[Tensor]) -> list[tuple[Tensor, Tensor]]:
-    """Tensors with copies of what they hold; those without values, and those of other layouts, are left as they are."""
-    plain = [tensor for tensor in tensors if tensor.layout == torch.strided and not tensor.is_quantized and tensor.device.type != "meta"]
+    """Tensors with copies of what they hold; those without values, and those of other layouts, are left as
+    they are.
+    """
+    plain = [
+        tensor
+        for tensor in tensors
+        if tensor.layout == torch.strided and not tensor.is_quantized and tensor.device.type != "meta"
+    ]
     return [(tensor, tensor.detach().clone()) for tensor in plain]
 
 

@@ -29,17 +29,23 @@ def check_path(option: str, given: str | os.PathLike[str] | None) -> None:
     if not text or text.isspace():
         raise ArgumentError(f"{option} '{shown}' is empty; give a name")
     if "\0" in text:
-        raise ArgumentError(f"{option} '{shown}' holds a null character, which no path can; give another name")
+        raise ArgumentError(
+            f"{option} '{shown}' holds a null character, which no path can; give another name"
+        )
     try:
         text.encode("utf-8")
     except UnicodeEncodeError as error:
-        raise ArgumentError(f"{option} '{shown}' is not UTF-8; rename the file or folder, or give another one") from error
+        raise ArgumentError(
+            f"{option} '{shown}' is not UTF-8; rename the file or folder, or give another one"
+        ) from error
     try:
         os.lstat(text)
     except (FileNotFoundError, NotADirectoryError):
         pass  # said later, in words that fit
     except OSError as error:  # too long, in a folder that may not be looked into, or in a circle of links
-        raise ArgumentError(f"{option} '{shown}' cannot be used: {error.strerror}; give another name") from error
+        raise ArgumentError(
+            f"{option} '{shown}' cannot be used: {error.strerror}; give another name"
+        ) from error
 
 
 def check_text(option: str, file: Path | None, remedy: str = "give a text file") -> None:
@@ -59,9 +65,14 @@ def check_text(option: str, file: Path | None, remedy: str = "give a text file")
     if found is None or not stat.S_ISREG(found.st_mode):
         raise CalibrationError(f"{option} '{file}' is not a file; {remedy}")
     if found.st_size > TEXT_BYTES:
-        raise CalibrationError(f"{option} '{file}' has {found.st_size:,} bytes, and a text of at most {TEXT_BYTES:,} is read; cut it")
+        raise CalibrationError(
+            f"{option} '{file}' has {found.st_size:,} bytes, and a text of at most {TEXT_BYTES:,} is read;"
+            " cut it"
+        )
     if not os.access(file, os.R_OK):
-        raise CalibrationError(f"{option} '{file}' may not be read by you; change its permissions, or {remedy}")
+        raise CalibrationError(
+            f"{option} '{file}' may not be read by you; change its permissions, or {remedy}"
+        )
 
 
 def check_seed(seed: int) -> None:
@@ -72,7 +83,9 @@ def check_seed(seed: int) -> None:
     """
     if seed not in _SEEDS:
         nearest = _SEEDS[0] if seed < 0 else _SEEDS[-1]
-        raise ArgumentError(f"--seed {seed} does not fit into 64 bits; use a smaller number, {nearest} at the outside")
+        raise ArgumentError(
+            f"--seed {seed} does not fit into 64 bits; use a smaller number, {nearest} at the outside"
+        )
 
 
 __all__ = ["SHOWN", "TEXT_BYTES", "check_path", "check_seed", "check_text"]

@@ -1,4 +1,6 @@
-"""What the command line writes besides its results: progress, warnings and errors, all on the error stream."""
+"""What the command line writes besides its results: progress, warnings and errors, all on the
+error stream.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +14,15 @@ from typing import Any
 import typer
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, Progress, SpinnerColumn, TaskID, TaskProgressColumn, TextColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    Progress,
+    SpinnerColumn,
+    TaskID,
+    TaskProgressColumn,
+    TextColumn,
+    TimeRemainingColumn,
+)
 
 from ..errors import CalibrationWarning, CaptureWarning, FaspError, RankError, VerificationWarning
 from ._plain_text import printable
@@ -22,10 +32,14 @@ USAGE, INTERRUPTED = 2, 130
 
 
 class Stages:
-    """One stage of work after another: a bar with the time left while it runs, a line with the time it took when it is done."""
+    """One stage of work after another: a bar with the time left while it runs, a line with the time it took
+    when it is done.
+    """
 
     def __init__(self) -> None:
-        self.console = Console(stderr=True, highlight=False, quiet=rank() > 0)  # of several processes the first speaks
+        self.console = Console(
+            stderr=True, highlight=False, quiet=rank() > 0
+        )  # of several processes the first speaks
         self._progress: Progress | None = None
         self._task: TaskID | None = None
         self._name = ""
@@ -42,7 +56,14 @@ class Stages:
         if measured:
             columns += [BarColumn(), TaskProgressColumn(), TimeRemainingColumn()]
         silent = not self.console.is_terminal
-        self._progress = Progress(*columns, console=self.console, transient=True, redirect_stdout=False, redirect_stderr=False, disable=silent)
+        self._progress = Progress(
+            *columns,
+            console=self.console,
+            transient=True,
+            redirect_stdout=False,
+            redirect_stderr=False,
+            disable=silent,
+        )
         self._task = self._progress.add_task(escape(printable(name)), total=1.0 if measured else None)
         self._name, self._began = name, time.perf_counter()
         self._progress.start()
@@ -59,14 +80,21 @@ class Stages:
         self._progress.stop()
         self._progress = None
         if done:
-            self.console.print(f"{escape(printable(self._name))} [dim]{time.perf_counter() - self._began:.1f} s[/dim]", soft_wrap=True)
+            self.console.print(
+                f"{escape(printable(self._name))} [dim]{time.perf_counter() - self._began:.1f} s[/dim]",
+                soft_wrap=True,
+            )
 
 
 @contextlib.contextmanager
 def session() -> Iterator[Stages]:
     """Stages for one command. Errors of the library become one line and exit code 2, Ctrl-C exit code 130."""
     stages = Stages()
-    held: dict[type[Warning], list[str]] = {CaptureWarning: [], VerificationWarning: [], CalibrationWarning: []}
+    held: dict[type[Warning], list[str]] = {
+        CaptureWarning: [],
+        VerificationWarning: [],
+        CalibrationWarning: [],
+    }
 
     def show(message: Warning | str, category: type[Warning], *rest: Any, **more: Any) -> None:
         for kind in held:
@@ -86,7 +114,10 @@ def session() -> Iterator[Stages]:
         for message in held.pop(VerificationWarning):  # each names a group
             _complain("warning", message)
         for messages in filter(None, held.values()):
-            _complain("warning", messages[0] + (f" (and {len(messages) - 1} more like it)" if len(messages) > 1 else ""))
+            _complain(
+                "warning",
+                messages[0] + (f" (and {len(messages) - 1} more like it)" if len(messages) > 1 else ""),
+            )
     except FaspError as error:
         stages.end(done=False)
         if not (isinstance(error, RankError) and rank() > 0):

@@ -18,7 +18,15 @@ from ._console import Stages, say
 _GIB = 2**30
 
 
-def run(source: _models.Source, config: PruningConfig, batches: int, length: int, dtype: str, stages: Stages, console: Console) -> None:
+def run(
+    source: _models.Source,
+    config: PruningConfig,
+    batches: int,
+    length: int,
+    dtype: str,
+    stages: Stages,
+    console: Console,
+) -> None:
     """Say what it would take to prune a model on so many batches of one text of so many tokens.
 
     Raises:
@@ -34,7 +42,9 @@ def run(source: _models.Source, config: PruningConfig, batches: int, length: int
     chooser.check(chooser.budget(analysis), analysis.groups)
     stages.begin("measuring how fast this machine is")
     named = _models.DTYPES.get(dtype) or getattr(getattr(empty, "config", None), "dtype", None)
-    found = forecast(analysis, config, batches, dtype=named if isinstance(named, torch.dtype) else torch.float32)
+    found = forecast(
+        analysis, config, batches, dtype=named if isinstance(named, torch.dtype) else torch.float32
+    )
     stages.end()
     console.print(_table(found))
     for line in _lines(found):
@@ -52,17 +62,27 @@ def _lines(found: Forecast) -> list[str]:
     there = psutil.virtual_memory().available + found.base
     streamed = found.streamed(RESIDENT)
     lines = [
-        f"memory: {found.peak / _GIB:.1f} GiB at most, or {streamed / _GIB:.1f} GiB with --stream and {found.disk / _GIB:.1f} GiB of disk; "
-        f"{there / _GIB:.1f} GiB can be had",
-        f"of that {found.weights / _GIB:.1f} GiB dense weights, {found.pruned / _GIB:.1f} pruned, {found.activations / _GIB:.1f} activations, "
-        f"{found.matrices / _GIB:.1f} Gram matrices, {found.solving / _GIB:.1f} for the repair of one weight",
+        (
+            f"memory: {found.peak / _GIB:.1f} GiB at most, or {streamed / _GIB:.1f} GiB with --stream and"
+            f" {found.disk / _GIB:.1f} GiB of disk; {there / _GIB:.1f} GiB can be had"
+        ),
+        (
+            f"of that {found.weights / _GIB:.1f} GiB dense weights, {found.pruned / _GIB:.1f} pruned,"
+            f" {found.activations / _GIB:.1f} activations, {found.matrices / _GIB:.1f} Gram matrices,"
+            f" {found.solving / _GIB:.1f} for the repair of one weight"
+        ),
     ]
     if found.seconds is not None:
         lines.append(
-            f"time: about {sum(found.seconds.values()) / 60:.0f} minutes, at the rate of this machine just now; text that the model writes is not counted"
+            f"time: about {sum(found.seconds.values()) / 60:.0f} minutes, at the rate of this machine just"
+            " now; text that the model writes is not counted"
         )
     if found.peak > there:
-        lines.append("it does not fit: pass --stream" if streamed <= there else "it does not fit, with --stream either: use fewer or shorter --batches")
+        lines.append(
+            "it does not fit: pass --stream"
+            if streamed <= there
+            else "it does not fit, with --stream either: use fewer or shorter --batches"
+        )
     return lines
 
 

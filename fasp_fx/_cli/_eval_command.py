@@ -47,7 +47,9 @@ class Request:
             FaspError: says which option and why.
         """
         if self.text is None and not self.tasks:
-            raise ArgumentError("there is nothing to measure; give a text file with --text, or a task with --task")
+            raise ArgumentError(
+                "there is nothing to measure; give a text file with --text, or a task with --task"
+            )
         if self.length < 2:
             raise ArgumentError(f"--length {self.length} leaves nothing to predict; use at least 2")
         for option, value in (("--limit", self.limit), ("--batch-size", self.batch_size)):
@@ -63,14 +65,18 @@ class Request:
             check_path("the model", model)
             if is_saved(model):
                 if self.dtype != "auto":
-                    raise ArgumentError("--dtype does not apply to a pruned model: it was chosen when the model was pruned")
+                    raise ArgumentError(
+                        "--dtype does not apply to a pruned model: it was chosen when the model was pruned"
+                    )
             else:
                 _models.Source.of(model)
 
 
 @dataclass
 class Measured:
-    """What was found for one model; ``chunks`` are the tokens that perplexity was measured on, ``[chunks, length]``, ``first`` the number of the first."""
+    """What was found for one model; ``chunks`` are the tokens that perplexity was measured on, ``[chunks,
+    length]``, ``first`` the number of the first.
+    """
 
     name: str
     perplexity: float | None = None
@@ -122,7 +128,14 @@ def _measure(request: Request, name: str, loaded: Any, device: torch.device, sta
         found.perplexity = perplexity(module, found.chunks, progress=stages.update)
     if loaded is not None:
         stages.begin(f"scoring the tasks{of}" if of else "scoring the tasks", measured=True)
-        found.scores = score_loaded(module, tokenizer, loaded, limit=request.limit, batch_size=request.batch_size, progress=stages.update)
+        found.scores = score_loaded(
+            module,
+            tokenizer,
+            loaded,
+            limit=request.limit,
+            batch_size=request.batch_size,
+            progress=stages.update,
+        )
     return found
 
 
@@ -137,7 +150,10 @@ def _load(request: Request, name: str, device: torch.device) -> tuple[nn.Module,
 def _where(request: Request, one: Measured) -> str:
     assert request.text is not None
     assert one.chunks is not None
-    return f"chunks {one.first} to {one.first + len(one.chunks) - 1} of {request.text.name} ({len(one.chunks)} x {request.length} tokens)"
+    return (
+        f"chunks {one.first} to {one.first + len(one.chunks) - 1} of {request.text.name} ({len(one.chunks)} x"
+        f" {request.length} tokens)"
+    )
 
 
 def _notes(measured: Sequence[Measured]) -> list[str]:
@@ -151,10 +167,25 @@ def _rows(request: Request, measured: Sequence[Measured]) -> list[tuple[str, lis
     rows = []
     if request.text is not None:
         values = [one.perplexity for one in measured if one.perplexity is not None]
-        rows.append((f"perplexity on {_where(request, measured[0])}", [f"{value:.4f}" for value in values], f"{values[-1] / values[0] - 1:+.1%}"))
+        rows.append(
+            (
+                f"perplexity on {_where(request, measured[0])}",
+                [f"{value:.4f}" for value in values],
+                f"{values[-1] / values[0] - 1:+.1%}",
+            )
+        )
     for scores in zip(*(one.scores for one in measured), strict=True):
-        cells = [f"{score.value:.4f}" + ("" if score.stderr is None else f" ± {score.stderr:.4f}") for score in scores]
-        rows.append((f"{scores[0].task}: {scores[0].metric} of {scores[0].examples} examples", cells, f"{scores[-1].value - scores[0].value:+.4f}"))
+        cells = [
+            f"{score.value:.4f}" + ("" if score.stderr is None else f" ± {score.stderr:.4f}")
+            for score in scores
+        ]
+        rows.append(
+            (
+                f"{scores[0].task}: {scores[0].metric} of {scores[0].examples} examples",
+                cells,
+                f"{scores[-1].value - scores[0].value:+.4f}",
+            )
+        )
     return rows
 
 
@@ -165,9 +196,15 @@ def _as_data(request: Request, measured: Sequence[Measured], notes: list[str]) -
     for one in measured:
         entry: dict[str, Any] = {"model": one.name}
         if one.chunks is not None and one.perplexity is not None:
-            entry |= {"perplexity": _finite(one.perplexity), "chunks": [one.first, one.first + len(one.chunks)]}
+            entry |= {
+                "perplexity": _finite(one.perplexity),
+                "chunks": [one.first, one.first + len(one.chunks)],
+            }
         if request.tasks:
-            entry["tasks"] = [asdict(score) | {"value": _finite(score.value), "stderr": _finite(score.stderr)} for score in one.scores]
+            entry["tasks"] = [
+                asdict(score) | {"value": _finite(score.value), "stderr": _finite(score.stderr)}
+                for score in one.scores
+            ]
         models.append(entry)
     return {"text": text, "limit": request.limit, "models": models, "notes": notes}
 

@@ -14,7 +14,14 @@ from .._offload._context import keep_weights
 from .._offload._scratch import Scratch
 from ..errors import ArgumentError, FaspError, first_line
 from ._arguments import check_path
-from ._checkpoint import check_config, check_folder, check_loaded, check_sizes, check_values, check_weights_fit
+from ._checkpoint import (
+    check_config,
+    check_folder,
+    check_loaded,
+    check_sizes,
+    check_values,
+    check_weights_fit,
+)
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -46,19 +53,34 @@ class Source:
         try:
             path = Path(model).expanduser()
         except RuntimeError as error:  # no such user
-            raise ArgumentError(f"there is no model at '{model}': {first_line(error)}; give a model folder, a hub id or a .gguf file") from error
+            raise ArgumentError(
+                f"there is no model at '{model}': {first_line(error)}; give a model folder, a hub id or a"
+                " .gguf file"
+            ) from error
         check_path("the model", path)
         if path.is_file():
             if path.suffix.lower() != ".gguf":
-                raise ArgumentError(f"'{model}' is a file, but not a .gguf file; give a model folder, a hub id or a .gguf file")
+                raise ArgumentError(
+                    f"'{model}' is a file, but not a .gguf file; give a model folder, a hub id or a .gguf"
+                    " file"
+                )
             return Source(str(path.parent), path.name)
         if path.is_dir():
             check_folder(path)
             return Source(str(path))
         if path.exists():
-            raise ArgumentError(f"'{model}' is neither a file nor a folder; give a model folder, a hub id or a .gguf file")
-        if path.is_absolute() or model.startswith((".", "~")) or model.count("/") > 1 or path.suffix.lower() == ".gguf":
-            raise ArgumentError(f"there is no model at '{model}'; give a model folder, a hub id or a .gguf file")
+            raise ArgumentError(
+                f"'{model}' is neither a file nor a folder; give a model folder, a hub id or a .gguf file"
+            )
+        if (
+            path.is_absolute()
+            or model.startswith((".", "~"))
+            or model.count("/") > 1
+            or path.suffix.lower() == ".gguf"
+        ):
+            raise ArgumentError(
+                f"there is no model at '{model}'; give a model folder, a hub id or a .gguf file"
+            )
         return Source(model)
 
     @property
@@ -78,16 +100,21 @@ def load_tokenizer(source: Source) -> Any:
     from transformers import AutoTokenizer
 
     return _load(
-        f"the tokenizer of '{source}'", "give a model with the files of its tokenizer", lambda: AutoTokenizer.from_pretrained(source.where, **source.options)
+        f"the tokenizer of '{source}'",
+        "give a model with the files of its tokenizer",
+        lambda: AutoTokenizer.from_pretrained(source.where, **source.options),
     )
 
 
-def load_model(source: Source, *, dtype: str = "auto", device: torch.device | str = "cpu", scratch: Scratch | None = None) -> Any:
+def load_model(
+    source: Source, *, dtype: str = "auto", device: torch.device | str = "cpu", scratch: Scratch | None = None
+) -> Any:
     """The model in evaluation mode, with its weights on ``device``.
 
     Args:
         dtype: ``"auto"`` for the one it was stored in, or a name of :data:`DTYPES`.
-        scratch: files to hold the weights instead. Those of a folder are then never all in memory; others are, while they are loaded.
+        scratch: files to hold the weights instead. Those of a folder are then never all in memory; others
+            are, while they are loaded.
 
     Raises:
         ArgumentError: it cannot be loaded.
@@ -95,7 +122,9 @@ def load_model(source: Source, *, dtype: str = "auto", device: torch.device | st
     from transformers import AutoModelForCausalLM
 
     if source.gguf is None and (Path(source.where) / "config.json").is_file():
-        check_weights_fit(sum(weight.numel() for weight in load_empty(source).parameters()), Path(source.where))
+        check_weights_fit(
+            sum(weight.numel() for weight in load_empty(source).parameters()), Path(source.where)
+        )
 
     def build() -> Any:
         return AutoModelForCausalLM.from_pretrained(
@@ -109,7 +138,9 @@ def load_model(source: Source, *, dtype: str = "auto", device: torch.device | st
     if scratch is not None and Path(source.where).is_dir() and source.gguf is None:
         from ..hf import load_offloaded
 
-        model = _load(f"'{source}'", _CAUSAL, lambda: load_offloaded(source.where, scratch, dtype=DTYPES.get(dtype)))
+        model = _load(
+            f"'{source}'", _CAUSAL, lambda: load_offloaded(source.where, scratch, dtype=DTYPES.get(dtype))
+        )
     else:
         model, info = _load(f"'{source}'", _CAUSAL, build)
         check_loaded(model, info, str(source))
@@ -160,7 +191,9 @@ def check_length(model: Any, length: int) -> None:
     """
     limit = getattr(getattr(model, "config", None), "max_position_embeddings", None)
     if isinstance(limit, int) and 0 < limit < length:
-        raise ArgumentError(f"--length {length} is more than the {limit} positions of the model; use a smaller --length")
+        raise ArgumentError(
+            f"--length {length} is more than the {limit} positions of the model; use a smaller --length"
+        )
 
 
 def find_device(name: str | None) -> torch.device:
@@ -203,4 +236,14 @@ def _load(what: str, remedy: str, load: Callable[[], T]) -> T:
         raise ArgumentError(f"{what} cannot be loaded: {first_line(error)}; {remedy}") from error
 
 
-__all__ = ["DTYPES", "Source", "check_length", "find_device", "load_empty", "load_model", "load_tokenizer", "quieten", "weight_bytes"]
+__all__ = [
+    "DTYPES",
+    "Source",
+    "check_length",
+    "find_device",
+    "load_empty",
+    "load_model",
+    "load_tokenizer",
+    "quieten",
+    "weight_bytes",
+]

@@ -20,12 +20,21 @@ from ._texts import Texts
 STEP = 1024
 
 
-def recover(result: Pruned, dense: Any, chunks: Tensor, stages: Stages, config: DistillationConfig, checkpoint: Path | None = None) -> Pruned:
+def recover(
+    result: Pruned,
+    dense: Any,
+    chunks: Tensor,
+    stages: Stages,
+    config: DistillationConfig,
+    checkpoint: Path | None = None,
+) -> Pruned:
     """Train a pruned model on chunks ``[chunks, length]`` towards the dense one."""
     count, length = chunks.shape
     stages.begin(f"recovering on {count} x {length} tokens", measured=True)
     together = max(1, min(STEP // length, count // 2))  # of two batches at least, one is held out
-    return distil(result, dense, chunks.split(together), config=config, checkpoint=checkpoint, progress=stages.update)
+    return distil(
+        result, dense, chunks.split(together), config=config, checkpoint=checkpoint, progress=stages.update
+    )
 
 
 def measure(dense: Any, result: Pruned, texts: Texts, stages: Stages) -> tuple[Figure, ...]:
@@ -48,8 +57,19 @@ def measure(dense: Any, result: Pruned, texts: Texts, stages: Stages) -> tuple[F
 def show(result: Pruned, out: Path, console: Console) -> None:
     """Print what was saved in a folder: figures, notes, and how to load it."""
     report = result.report
-    cache = [] if report.cache is None else [Figure("bytes of cache per token of one sequence", *report.cache)]
-    console.print(_tables.figures_table([Figure("parameters", *report.parameters), Figure("bytes", *report.bytes), *cache, *report.figures]))
+    cache = (
+        [] if report.cache is None else [Figure("bytes of cache per token of one sequence", *report.cache)]
+    )
+    console.print(
+        _tables.figures_table(
+            [
+                Figure("parameters", *report.parameters),
+                Figure("bytes", *report.bytes),
+                *cache,
+                *report.figures,
+            ]
+        )
+    )
     asked = "" if report.requested is None else f" (asked for {report.requested:.2%})"
     say(console, f"removed {report.sparsity:.2%} of the linear weights of {counted(report.include)}{asked}")
     for spent in report.budgets:

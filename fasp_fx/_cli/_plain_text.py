@@ -6,14 +6,19 @@ _ESCAPES = {"\a": r"\a", "\b": r"\b", "\t": r"\t", "\n": r"\n", "\v": r"\v", "\f
 
 
 def printable(text: str, keep: str = "") -> str:
-    """The text with every character escaped that a terminal would obey or not show: controls, changes of direction, half characters.
+    """The text with every character escaped that a terminal would obey or not show: controls, changes of
+    direction, half characters.
 
-    A name in a model's folder may hold any character, and a terminal that is sent an escape sequence moves its cursor, changes its title or worse.
+    A name in a model's folder may hold any character, and a terminal that is sent an escape sequence moves
+    its cursor, changes its title or worse.
 
     Args:
         keep: characters to leave as they are.
     """
-    return "".join(character if character.isprintable() or character in keep else _escaped(character) for character in text)
+    return "".join(
+        character if character.isprintable() or character in keep else _escaped(character)
+        for character in text
+    )
 
 
 def _escaped(character: str) -> str:

@@ -23,7 +23,9 @@ def count() -> int:
 
 
 def own_device(name: str | None) -> str | None:
-    """The device of this process, if none is named: of several accelerators the one of its number on this machine."""
+    """The device of this process, if none is named: of several accelerators the one of its number on this
+    machine.
+    """
     accelerator = torch.accelerator.current_accelerator(check_available=True)
     if name is not None or count() == 1 or accelerator is None:
         return name
@@ -46,7 +48,9 @@ def together(device: torch.device) -> Iterator[dist.ProcessGroup | None]:
             torch.accelerator.set_device_index(device.index or 0)
         dist.init_process_group(f"cpu:gloo{own}")
     except (RuntimeError, ValueError) as error:
-        raise ArgumentError(f"the {count()} processes do not find one another: {first_line(error)}; start them with torchrun") from error
+        raise ArgumentError(
+            f"the {count()} processes do not find one another: {first_line(error)}; start them with torchrun"
+        ) from error
     try:
         yield dist.group.WORLD
     finally:

@@ -103,9 +103,15 @@ class Request:
             FaspError: says which option and why.
         """
         if self.caps and self.sparsity is not None:
-            raise ArgumentError(f"--sparsity {self.sparsity:g} and --{self.caps[0].name} both say how much goes; leave one of them out")
+            raise ArgumentError(
+                f"--sparsity {self.sparsity:g} and --{self.caps[0].name} both say how much goes; leave one of"
+                " them out"
+            )
         if self.plain and self.caps:
-            raise ArgumentError(f"--{self.caps[0].name} cannot go with --plain, whose steps are coarse; give --sparsity, or leave out --plain")
+            raise ArgumentError(
+                f"--{self.caps[0].name} cannot go with --plain, whose steps are coarse; give --sparsity, or"
+                " leave out --plain"
+            )
         if self.sparsity is not None and not 0 < self.sparsity < 1:
             raise SparsityError(f"--sparsity {self.sparsity:g} is not between 0 and 1; 0.2 removes a fifth")
         for option, value, least in (("--round-to", self.round_to, 1), ("--recover", self.recover, 0)):
@@ -115,7 +121,10 @@ class Request:
         if self.recover and self.batches < 2:
             raise ArgumentError("--recover needs at least two --batches, of which one is held out")
         if self.plain and self.include:
-            raise ArgumentError(f"--include {self.include[0]} cannot go with --plain: no config says what is left of such groups; leave one of them out")
+            raise ArgumentError(
+                f"--include {self.include[0]} cannot go with --plain: no config says what is left of such"
+                " groups; leave one of them out"
+            )
         self._check_stream()
         _saved.check_target(self.out, overwrite=self.overwrite, plain=self.plain)
         check_path("--checkpoint", self.checkpoint)
@@ -127,17 +136,32 @@ class Request:
         if self.scratch is not None:
             check_path("--scratch", self.scratch)
             if not self.stream:
-                raise ArgumentError(f"--scratch {self.scratch} says where --stream keeps the weights; pass --stream, or leave it out")
-            above = next(path for path in (self.scratch.absolute(), *self.scratch.absolute().parents) if os.path.lexists(path))
+                raise ArgumentError(
+                    f"--scratch {self.scratch} says where --stream keeps the weights; pass --stream, or leave"
+                    " it out"
+                )
+            above = next(
+                path
+                for path in (self.scratch.absolute(), *self.scratch.absolute().parents)
+                if os.path.lexists(path)
+            )
             if not above.is_dir():
-                raise ArgumentError(f"--scratch {self.scratch} cannot be made: '{above}' is no folder; give another one")
+                raise ArgumentError(
+                    f"--scratch {self.scratch} cannot be made: '{above}' is no folder; give another one"
+                )
         if not self.stream:
             return
         device = _models.find_device(self.device)
         if device.type != "cpu":
-            raise ArgumentError(f"--stream keeps weights in files that the CPU reads, and the device is '{device}'; pass --device cpu, or leave out --stream")
+            raise ArgumentError(
+                f"--stream keeps weights in files that the CPU reads, and the device is '{device}'; pass"
+                " --device cpu, or leave out --stream"
+            )
         if self.recover:
-            raise ArgumentError("--recover trains all weights at once, which --stream avoids to hold; run fasp-fx recover afterwards, or leave one out")
+            raise ArgumentError(
+                "--recover trains all weights at once, which --stream avoids to hold; run fasp-fx recover"
+                " afterwards, or leave one out"
+            )
 
     @property
     def texts(self) -> Wanted:
@@ -157,10 +181,14 @@ class Job:
     group: dist.ProcessGroup | None = None
 
     def batches(self) -> Iterator[dict[str, Any]]:
-        """The calibration batches; text that the model must write first is written when the first is asked for."""
+        """The calibration batches; text that the model must write first is written when the first is asked
+        for.
+        """
         self.texts.write(self.model, self.stages)
         assert self.texts.used is not None
-        self.stages.begin(f"calibrating on {len(self.texts.used)} x {self.request.length} tokens", measured=True)
+        self.stages.begin(
+            f"calibrating on {len(self.texts.used)} x {self.request.length} tokens", measured=True
+        )
         for chunk in self.texts.used:
             yield {"input_ids": chunk[None].to(self.device)}
 
@@ -181,7 +209,11 @@ class Job:
     def prune(self) -> Pruned:
         request = self.request
         self.stages.begin("capturing and analysing the model")
-        asked: dict[str, Any] = {name: value for name, value in (("granularity", request.granularity), ("include", request.include)) if value}
+        asked: dict[str, Any] = {
+            name: value
+            for name, value in (("granularity", request.granularity), ("include", request.include))
+            if value
+        }
         asked |= {"quality": request.quality, "score": request.score, "allocation": request.allocation}
         return prune(
             self.model,
@@ -203,7 +235,13 @@ class Job:
     def recover(self, result: Pruned) -> Pruned:
         """Train what was pruned on the text that calibrated it."""
         assert self.texts.used is not None
-        return recover(result, self.model, self.texts.used, self.stages, DistillationConfig(epochs=self.request.recover, seed=self.request.seed))
+        return recover(
+            result,
+            self.model,
+            self.texts.used,
+            self.stages,
+            DistillationConfig(epochs=self.request.recover, seed=self.request.seed),
+        )
 
 
 def run(request: Request, stages: Stages, console: Console) -> None:
@@ -243,7 +281,8 @@ def _is_too_large(request: Request, source: _models.Source, device: torch.device
     if needed <= there:
         return False
     stages.console.print(
-        f"the model takes some {needed / 2**30:.1f} GiB, of {there / 2**30:.1f} that can be had: its weights are kept in files, as with --stream"
+        f"the model takes some {needed / 2**30:.1f} GiB, of {there / 2**30:.1f} that can be had: its weights"
+        " are kept in files, as with --stream"
     )
     return True
 

@@ -37,7 +37,13 @@ class Request:
     @property
     def config(self) -> DistillationConfig:
         """The options of the distillation, checked."""
-        return DistillationConfig(epochs=self.epochs, learning_rate=self.learning_rate, train=self.train, rank=self.rank, seed=self.texts.seed)
+        return DistillationConfig(
+            epochs=self.epochs,
+            learning_rate=self.learning_rate,
+            train=self.train,
+            rank=self.rank,
+            seed=self.texts.seed,
+        )
 
     def check(self) -> None:
         """Refuse what cannot work before anything is loaded.
@@ -52,7 +58,9 @@ class Request:
             if value < 1:
                 raise ArgumentError(f"{option} {value} is too small; use at least 1")
         if not 0 < self.learning_rate < float("inf"):
-            raise ArgumentError(f"--learning-rate {self.learning_rate:g} is no positive number; 3e-5 is a good start")
+            raise ArgumentError(
+                f"--learning-rate {self.learning_rate:g} is no positive number; 3e-5 is a good start"
+            )
         check_path("the pruned model", self.folder)
         if self.checkpoint is not None:
             check_path("--checkpoint", self.checkpoint)

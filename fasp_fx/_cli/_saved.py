@@ -42,21 +42,32 @@ def check_target(out: Path, *, overwrite: bool, plain: bool = False) -> None:
     check_path("--out", out)
     if os.path.lexists(out):
         if not overwrite:
-            raise StoreError(f"'{out}' exists; choose another --out, or pass --overwrite to replace an earlier result")
+            raise StoreError(
+                f"'{out}' exists; choose another --out, or pass --overwrite to replace an earlier result"
+            )
         if out.is_symlink() or not (is_plain(out) if plain else is_saved_model(out)):
             raise StoreError(
-                f"'{out}' holds something other than an earlier result, which --overwrite never replaces; choose another --out or remove it yourself"
+                f"'{out}' holds something other than an earlier result, which --overwrite never replaces;"
+                " choose another --out or remove it yourself"
             )
     above = next(parent for parent in out.absolute().parents if parent.exists())
     if not above.is_dir() or not os.access(above, os.W_OK):
-        raise StoreError(f"'{out}' cannot be made: '{above}' is not a folder that you may write to; choose another --out")
+        raise StoreError(
+            f"'{out}' cannot be made: '{above}' is not a folder that you may write to; choose another --out"
+        )
     try:  # some file systems refuse what their permissions allow
         os.rmdir(tempfile.mkdtemp(prefix=f".{folders.MANIFEST}.", suffix=".partial", dir=above))
     except OSError as error:
-        raise StoreError(f"'{out}' cannot be made: nothing can be written to '{above}' ({error.strerror}); choose another --out") from error
+        raise StoreError(
+            f"'{out}' cannot be made: nothing can be written to '{above}' ({error.strerror}); choose another"
+            " --out"
+        ) from error
     longest = os.pathconf(above, "PC_NAME_MAX") if hasattr(os, "pathconf") else 255
     if len(os.fsencode(out.absolute().name)) + MARK > longest:
-        raise StoreError(f"the name of --out '{str(out)[:SHOWN]}…' is too long: it may have {longest - MARK} bytes; choose a shorter one")
+        raise StoreError(
+            f"the name of --out '{str(out)[:SHOWN]}…' is too long: it may have {longest - MARK} bytes; choose"
+            " a shorter one"
+        )
 
 
 def load_saved(folder: Path, device: torch.device) -> tuple[Any, Any]:
@@ -85,9 +96,13 @@ def load_pruned(folder: Path, device: torch.device) -> Pruned:
 
     if is_plain(folder):
         plan, report = read_plain(folder)
-        return Pruned(load_model(Source(str(folder)), device=device), plan, report, load_tokenizer(Source(str(folder))))
+        return Pruned(
+            load_model(Source(str(folder)), device=device), plan, report, load_tokenizer(Source(str(folder)))
+        )
     if not holds_model(folder):
-        raise StoreError(f"'{folder}' holds no pruned language model; give a folder that `fasp-fx prune` wrote")
+        raise StoreError(
+            f"'{folder}' holds no pruned language model; give a folder that `fasp-fx prune` wrote"
+        )
     model, tokenizer = load_saved(folder, device)
     return Pruned(model, model.plan, model.report, tokenizer)
 

@@ -34,7 +34,14 @@ def kinds(groups: Iterable[Group]) -> list[Kind]:
     """Groups gathered by kind, in the order of their first."""
     found: dict[Any, Kind] = {}
     for group in groups:
-        key = (group.status, re.sub(r"\d+", "*", group.reason), group.size, group.blocks, _shape(group.producers), _shape(group.consumers))
+        key = (
+            group.status,
+            re.sub(r"\d+", "*", group.reason),
+            group.size,
+            group.blocks,
+            _shape(group.producers),
+            _shape(group.consumers),
+        )
         found.setdefault(key, Kind([])).groups.append(group)
     return list(found.values())
 
@@ -73,7 +80,10 @@ def summary(analysis: Analysis) -> list[str]:
     lines = []
     for kind, (count, status, size) in zip(ordered, rows):
         reason = f"  ({kind.one.reason})" if kind.one.reason else ""
-        lines.append(f"{count:>{widths[0]}} x {status:<{widths[1]}} {size:>{widths[2]}}  {short(kind.one.producers)} -> {short(kind.one.consumers)}{reason}")
+        lines.append(
+            f"{count:>{widths[0]}} x {status:<{widths[1]}} {size:>{widths[2]}}  {short(kind.one.producers)}"
+            f" -> {short(kind.one.consumers)}{reason}"
+        )
     return lines
 
 
@@ -89,12 +99,23 @@ def groups_table(analysis: Analysis, *, every: bool) -> Table:
     table.add_column("why", ratio=1, overflow="fold")
     if every:
         for group in analysis.groups:
-            table.add_row(_coloured(group.status), channels(group), _full(group.producers), _full(group.consumers), _shown(group.reason))
+            table.add_row(
+                _coloured(group.status),
+                channels(group),
+                _full(group.producers),
+                _full(group.consumers),
+                _shown(group.reason),
+            )
     else:
         for kind in kinds(analysis.groups):
             one = kind.one
             table.add_row(
-                str(len(kind.groups)), _coloured(one.status), channels(one), _shown(short(one.producers)), _shown(short(one.consumers)), _shown(one.reason)
+                str(len(kind.groups)),
+                _coloured(one.status),
+                channels(one),
+                _shown(short(one.producers)),
+                _shown(short(one.consumers)),
+                _shown(one.reason),
             )
     return table
 
@@ -143,7 +164,12 @@ def groups_json(model: str, analysis: Analysis) -> dict[str, Any]:
 def _member(member: Member) -> dict[str, Any]:
     values = np.array(sorted(member.indices), dtype=np.int64)
     runs = np.split(values, np.nonzero(np.diff(values) != 1)[0] + 1) if len(values) else []
-    return {"name": member.name, "dim": member.dim, "size": member.size, "ranges": [[int(run[0]), int(run[-1]) + 1] for run in runs]}
+    return {
+        "name": member.name,
+        "dim": member.dim,
+        "size": member.size,
+        "ranges": [[int(run[0]), int(run[-1]) + 1] for run in runs],
+    }
 
 
 def figures_table(rows: Sequence[Figure]) -> Table:

@@ -30,12 +30,15 @@ def check_amount(chunks: Sequence[int], length: int) -> None:
     """
     if sum(chunks) * length > WRITTEN:
         if length > WRITTEN // 2:
-            raise ArgumentError(f"--length {length} is more than a model is let write: use at most {WRITTEN // 2}, or a text file")
+            raise ArgumentError(
+                f"--length {length} is more than a model is let write: use at most {WRITTEN // 2}, or a text"
+                " file"
+            )
         most = WRITTEN // length
         option, other = ("--batches", chunks[1]) if chunks[0] >= chunks[1] else ("--eval-batches", chunks[0])
         raise ArgumentError(
-            f"{option} {max(chunks)} texts of {length} tokens are more than a model is let write ({WRITTEN:,} tokens); "
-            f"use at most {option} {max(most - other, most // 2)}, or a text file"
+            f"{option} {max(chunks)} texts of {length} tokens are more than a model is let write ({WRITTEN:,}"
+            f" tokens); use at most {option} {max(most - other, most // 2)}, or a text file"
         )
 
 
@@ -51,11 +54,14 @@ def check_output(model: Any, chunk: Tensor) -> None:
     with torch.no_grad():
         logits = model(input_ids=chunk[None].to(next(model.parameters()).device), use_cache=False).logits
     if not torch.isfinite(logits).all():
-        raise CalibrationError("what the model predicts is not finite; give an undamaged model, or another --dtype")
+        raise CalibrationError(
+            "what the model predicts is not finite; give an undamaged model, or another --dtype"
+        )
 
 
 def read_chunks(file: Path, tokenizer: Any, length: int) -> Tensor:
-    """A text file, tokenised whole without special tokens and cut into consecutive chunks; a shorter rest is dropped.
+    """A text file, tokenised whole without special tokens and cut into consecutive chunks; a shorter rest is
+    dropped.
 
     Returns:
         Tokens ``[chunks, length]``.
@@ -68,11 +74,18 @@ def read_chunks(file: Path, tokenizer: Any, length: int) -> Tensor:
     except UnicodeDecodeError as error:
         raise CalibrationError(f"'{file}' is not UTF-8 text; convert it") from error
     except OSError as error:
-        raise CalibrationError(f"'{file}' cannot be read: {error.strerror or error}; give a text file") from error
-    tokens = torch.tensor(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"], dtype=torch.long)
+        raise CalibrationError(
+            f"'{file}' cannot be read: {error.strerror or error}; give a text file"
+        ) from error
+    tokens = torch.tensor(
+        tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"], dtype=torch.long
+    )
     count = len(tokens) // length
     if count == 0:
-        raise CalibrationError(f"'{file}' holds {len(tokens)} tokens, less than one chunk of {length}; use a smaller --length or more text")
+        raise CalibrationError(
+            f"'{file}' holds {len(tokens)} tokens, less than one chunk of {length}; use a smaller --length or"
+            " more text"
+        )
     return tokens[: count * length].reshape(count, length)
 
 
@@ -93,18 +106,32 @@ def start_token(model: Any, tokenizer: Any) -> int:
             unknown = token if isinstance(token, int) and unknown is None else unknown
     if unknown is not None:
         raise CalibrationError(
-            f"a text of this model begins with the token {unknown}, and it knows those from 0 to {(size or 0) - 1}; "
-            "give the tokenizer that belongs to the model, or calibrate on a file with --calibration FILE"
+            f"a text of this model begins with the token {unknown}, and it knows those from 0 to"
+            f" {(size or 0) - 1}; give the tokenizer that belongs to the model, or calibrate on a file with"
+            " --calibration FILE"
         )
-    raise CalibrationError("the model names no token that begins a text, so it cannot write its own; calibrate on a file with --calibration FILE")
+    raise CalibrationError(
+        "the model names no token that begins a text, so it cannot write its own; calibrate on a file with"
+        " --calibration FILE"
+    )
 
 
-def sample(model: Any, start: int, count: int, length: int, *, seed: int = 0, progress: Callable[[float], None] | None = None) -> Tensor:
-    """Let a language model write ``count`` texts of ``length`` tokens: plain sampling from its own distribution, past the end of a document too.
+def sample(
+    model: Any,
+    start: int,
+    count: int,
+    length: int,
+    *,
+    seed: int = 0,
+    progress: Callable[[float], None] | None = None,
+) -> Tensor:
+    """Let a language model write ``count`` texts of ``length`` tokens: plain sampling from its own
+    distribution, past the end of a document too.
 
     Args:
         start: the first token of each text, included in its length.
-        seed: the same seed gives the same texts on the same machine; the global random state is left as it was.
+        seed: the same seed gives the same texts on the same machine; the global random state is left as it
+            was.
         progress: called with the fraction done.
 
     Returns:
@@ -113,7 +140,13 @@ def sample(model: Any, start: int, count: int, length: int, *, seed: int = 0, pr
     Raises:
         CalibrationError: the model predicts nothing finite.
     """
-    from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
+    from transformers import (
+        GenerationConfig,
+        LogitsProcessor,
+        LogitsProcessorList,
+        StoppingCriteria,
+        StoppingCriteriaList,
+    )
 
     groups = [min(SAMPLED_TOGETHER, count - first) for first in range(0, count, SAMPLED_TOGETHER)]
     written = 0
@@ -127,22 +160,36 @@ def sample(model: Any, start: int, count: int, length: int, *, seed: int = 0, pr
             return torch.zeros(input_ids.shape[0], dtype=torch.bool, device=input_ids.device)
 
     class Draw(LogitsProcessor):
-        """Leaves the one token that is drawn: where the running sum of the probabilities passes a uniform number.
+        """Leaves the one token that is drawn: where the running sum of the probabilities passes a uniform
+        number.
 
-        One number for each text is needed for this; ``torch.multinomial``, which ``generate`` would use, draws one for each word of the vocabulary.
+        One number for each text is needed for this; ``torch.multinomial``, which ``generate`` would use,
+        draws one for each word of the vocabulary.
         """
 
         def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
             passed = scores.softmax(-1, dtype=torch.float32).cumsum(-1)
             total = passed[:, -1:]
             if not torch.isfinite(total).all():
-                raise CalibrationError(f"what the model predicts is not finite any more after {input_ids.shape[1]} tokens of its own; calibrate on a file")
-            drawn = torch.searchsorted(passed, torch.rand(len(scores), 1, device=scores.device) * total, right=True)
-            return torch.full_like(scores, -torch.inf).scatter_(-1, drawn.clamp_max(scores.shape[-1] - 1), 0.0)
+                raise CalibrationError(
+                    f"what the model predicts is not finite any more after {input_ids.shape[1]} tokens of its"
+                    " own; calibrate on a file"
+                )
+            drawn = torch.searchsorted(
+                passed, torch.rand(len(scores), 1, device=scores.device) * total, right=True
+            )
+            return torch.full_like(scores, -torch.inf).scatter_(
+                -1, drawn.clamp_max(scores.shape[-1] - 1), 0.0
+            )
 
     device = next(model.parameters()).device
-    settings = GenerationConfig(do_sample=False, max_length=length, bos_token_id=start, eos_token_id=None, pad_token_id=start)
-    own: Any = {"logits_processor": LogitsProcessorList([Draw()]), "stopping_criteria": StoppingCriteriaList([Progress()])}
+    settings = GenerationConfig(
+        do_sample=False, max_length=length, bos_token_id=start, eos_token_id=None, pad_token_id=start
+    )
+    own: Any = {
+        "logits_processor": LogitsProcessorList([Draw()]),
+        "stopping_criteria": StoppingCriteriaList([Progress()]),
+    }
     texts = []
     with (
         _settings(model, settings),
@@ -161,7 +208,9 @@ def sample(model: Any, start: int, count: int, length: int, *, seed: int = 0, pr
 
 @contextlib.contextmanager
 def _settings(model: Any, settings: Any) -> Iterator[None]:
-    """Generate by these settings alone: what a model brings along (an end token, a temperature) would be merged into those given by call."""
+    """Generate by these settings alone: what a model brings along (an end token, a temperature) would be
+    merged into those given by call.
+    """
     original = model.generation_config
     model.generation_config = settings
     try:
@@ -184,7 +233,9 @@ def parse_slice(text: str | None) -> slice:
             raise ValueError("there is no colon")
         return slice(int(first) if first else None, int(last) if last else None)
     except ValueError as error:
-        raise ArgumentError(f"'{text}' is not a range of chunks; write first:last+1, for example 100:140") from error
+        raise ArgumentError(
+            f"'{text}' is not a range of chunks; write first:last+1, for example 100:140"
+        ) from error
 
 
 def parse_range(text: str | None, count: int) -> range:
@@ -195,8 +246,18 @@ def parse_range(text: str | None, count: int) -> range:
     """
     chosen = range(count)[parse_slice(text)]
     if text is not None and not chosen:
-        raise ArgumentError(f"the range {text} holds none of the {count} chunks of the text; chunks are 0 to {count - 1}")
+        raise ArgumentError(
+            f"the range {text} holds none of the {count} chunks of the text; chunks are 0 to {count - 1}"
+        )
     return chosen
 
 
-__all__ = ["check_amount", "check_output", "parse_range", "parse_slice", "read_chunks", "sample", "start_token"]
+__all__ = [
+    "check_amount",
+    "check_output",
+    "parse_range",
+    "parse_slice",
+    "read_chunks",
+    "sample",
+    "start_token",
+]

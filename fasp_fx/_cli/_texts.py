@@ -1,4 +1,6 @@
-"""The text of one command: chunks to calibrate or train on, and chunks to measure on, which the first do not hold."""
+"""The text of one command: chunks to calibrate or train on, and chunks to measure on, which the first do not
+hold.
+"""
 
 from __future__ import annotations
 
@@ -43,13 +45,20 @@ class Wanted:
         Raises:
             FaspError: says which option and why.
         """
-        for name, value, least in (("--batches", self.batches, 1), ("--length", self.length, 2), ("--eval-batches", self.eval_batches, 1)):
+        for name, value, least in (
+            ("--batches", self.batches, 1),
+            ("--length", self.length, 2),
+            ("--eval-batches", self.eval_batches, 1),
+        ):
             if value < least:
                 raise ArgumentError(f"{name} {value} is too small; use at least {least}")
         check_seed(self.seed)
         check_text(option, self.file, "give a text file, or 'self'")
         check_text("--text", self.text)
-        _text.check_amount((self.batches if self.file is None else 0, self.eval_batches if self.text is None else 0), self.length)
+        _text.check_amount(
+            (self.batches if self.file is None else 0, self.eval_batches if self.text is None else 0),
+            self.length,
+        )
 
 
 class Texts:
@@ -67,7 +76,10 @@ class Texts:
         self.wanted, self.tokenizer = wanted, tokenizer
         self.used: Tensor | None = None
         self.evaluation: Tensor | None = None
-        self.label = f"perplexity on text that the model wrote itself, not seen by calibration ({wanted.eval_batches} x {wanted.length} tokens)"
+        self.label = (
+            f"perplexity on text that the model wrote itself, not seen by calibration ({wanted.eval_batches}"
+            f" x {wanted.length} tokens)"
+        )
         used = 0
         if wanted.file is not None:
             chunks = _text.read_chunks(wanted.file, tokenizer, wanted.length)
@@ -79,10 +91,14 @@ class Texts:
             self.evaluation = chunks[first : first + wanted.eval_batches]
             if not len(self.evaluation):
                 raise CalibrationError(
-                    f"calibration takes all {len(chunks)} chunks of '{wanted.text}', leaving none to measure; use fewer --batches or a smaller --length"
+                    f"calibration takes all {len(chunks)} chunks of '{wanted.text}', leaving none to measure;"
+                    " use fewer --batches or a smaller --length"
                 )
             last = first + len(self.evaluation) - 1
-            self.label = f"perplexity on chunks {first} to {last} of {wanted.text.name} ({len(self.evaluation)} x {wanted.length} tokens)"
+            self.label = (
+                f"perplexity on chunks {first} to {last} of {wanted.text.name} ({len(self.evaluation)} x"
+                f" {wanted.length} tokens)"
+            )
 
     def check(self, model: Any, what: str) -> None:
         """Refuse text that the model does not take, and a model that does not compute.
@@ -102,12 +118,19 @@ class Texts:
 
     def write(self, model: Any, stages: Stages) -> None:
         """Let the model write what no file gives and what it has not written yet."""
-        counts = (self.wanted.batches if self.used is None else 0, self.wanted.eval_batches if self.evaluation is None else 0)
+        counts = (
+            self.wanted.batches if self.used is None else 0,
+            self.wanted.eval_batches if self.evaluation is None else 0,
+        )
         if not sum(counts):
             return
-        stages.begin(f"letting the model write {sum(counts)} texts of {self.wanted.length} tokens", measured=True)
+        stages.begin(
+            f"letting the model write {sum(counts)} texts of {self.wanted.length} tokens", measured=True
+        )
         start = _text.start_token(model, self.tokenizer)
-        written = _text.sample(model, start, sum(counts), self.wanted.length, seed=self.wanted.seed, progress=stages.update)
+        written = _text.sample(
+            model, start, sum(counts), self.wanted.length, seed=self.wanted.seed, progress=stages.update
+        )
         if self.used is None:
             self.used = written[: counts[0]]
         if self.evaluation is None:

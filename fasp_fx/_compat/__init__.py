@@ -1,7 +1,9 @@
-"""What the library uses of torch and transformers beyond their documented interfaces: every such name stands in this package and nowhere else.
+"""What the library uses of torch and transformers beyond their documented interfaces: every such name stands
+in this package and nowhere else.
 
-``tests/test_compat.py`` holds each name to what is expected of it, so that a release that moves one fails there, in words, and not in the midst of a model.
-The modules that import much (``_dynamo``, ``_serde``, ``_transformers``) are imported where they are needed.
+``tests/test_compat.py`` holds each name to what is expected of it, so that a release that moves one fails
+there, in words, and not in the midst of a model. The modules that import much (``_dynamo``, ``_serde``,
+``_transformers``) are imported where they are needed.
 """
 
 from torch.utils import _pytree as pytree
@@ -19,7 +21,14 @@ from ._fake import (
     without_fake_cache,
 )
 from ._graphs import PRESERVED, PyTreeCodeGen, PyTreeInfo, silent_export
-from ._operators import HigherOrderOperator, OpOverload, TorchDispatchMode, decomposition_table, is_composite, traced_by
+from ._operators import (
+    HigherOrderOperator,
+    OpOverload,
+    TorchDispatchMode,
+    decomposition_table,
+    is_composite,
+    traced_by,
+)
 from ._sizes import ShapeEnv, free_unbacked_symbols, int_oo, refuse_new_guards
 
 __all__ = [

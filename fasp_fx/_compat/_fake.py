@@ -9,7 +9,12 @@ from collections.abc import Iterator
 
 import torch
 from torch._dispatch.python import enable_python_dispatcher
-from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensor, FakeTensorMode
+from torch._subclasses.fake_tensor import (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+    FakeTensor,
+    FakeTensorMode,
+)
 
 #: the logger of what fake tensors go on to raise
 FAKE_LOGGER = "torch._subclasses.fake_tensor"

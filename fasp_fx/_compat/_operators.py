@@ -32,4 +32,11 @@ def traced_by(kernels: Mapping[OpOverload, Callable[..., Any]]) -> Iterator[None
         yield
 
 
-__all__ = ["HigherOrderOperator", "OpOverload", "TorchDispatchMode", "decomposition_table", "is_composite", "traced_by"]
+__all__ = [
+    "HigherOrderOperator",
+    "OpOverload",
+    "TorchDispatchMode",
+    "decomposition_table",
+    "is_composite",
+    "traced_by",
+]

@@ -32,7 +32,9 @@ def to_fields(written: schema.ExportedProgram) -> dict[str, Any]:
     Raises:
         ValueError: a number is not finite.
     """
-    fields: dict[str, Any] = json.loads(json.dumps(_serialize._dataclass_to_dict(written), cls=_serialize.EnumEncoder, allow_nan=False))
+    fields: dict[str, Any] = json.loads(
+        json.dumps(_serialize._dataclass_to_dict(written), cls=_serialize.EnumEncoder, allow_nan=False)
+    )
     return fields
 
 
@@ -56,7 +58,9 @@ def from_fields(fields: dict[str, Any]) -> Any:
         return _serialize._dict_to_dataclass(schema.ExportedProgram, fields)
 
 
-def read(written: schema.ExportedProgram, weights: dict[str, Tensor], constants: dict[str, Tensor], example: Any) -> ExportedProgram:
+def read(
+    written: schema.ExportedProgram, weights: dict[str, Tensor], constants: dict[str, Tensor], example: Any
+) -> ExportedProgram:
     """The program over the given tensors."""
     return _serialize.ExportedProgramDeserializer().deserialize(written, weights, constants, example)
 

@@ -16,7 +16,8 @@ from ..errors import VerificationError
 def refuse_new_guards(environment: ShapeEnv) -> Iterator[None]:
     """Raise where anything new would be assumed of the sizes.
 
-    Frozen, an environment drops such an assumption, says so in its log alone, and remembers the answer that depends on it; an error it does not remember.
+    Frozen, an environment drops such an assumption, says so in its log alone, and remembers the answer that
+    depends on it; an error it does not remember.
 
     Raises:
         VerificationError: names the assumption.

@@ -22,14 +22,17 @@ from transformers.exporters.exporter_dynamo import (
 from transformers.exporters.utils import prepare_for_export
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-#: the name of the argument and of the output that holds keys and values of the tokens seen; until 5.23 it was a longer one
+#: the name of the argument and of the output that holds keys and values of the tokens seen; until 5.23 it was
+#: a longer one
 CACHE = "cache" if "cache" in CausalLMOutputWithPast.__annotations__ else "past_key_values"
 #: the exporter's logger
 EXPORTER_LOGGER = exporter_dynamo.logger.name
 
 
 def export_program(model: PreTrainedModel, inputs: dict[str, Any], shapes: Any) -> ExportedProgram:
-    """The program of a model by the exporter of transformers; until 5.22 it was called otherwise and returned nothing else."""
+    """The program of a model by the exporter of transformers; until 5.22 it was called otherwise and returned
+    nothing else.
+    """
     exporter: Any = DynamoExporter()
     config = DynamoConfig(dynamic=shapes is not None, dynamic_shapes=shapes)
     found: ExportedProgram
@@ -52,7 +55,9 @@ def without_gguf_bar() -> Iterator[None]:
 def kept_in_float32(model: nn.Module) -> set[str]:
     """Parts of the names of weights that transformers may keep in float32, whatever the model's type."""
     lists = ("_keep_in_fp32_modules", "_keep_in_fp32_modules_strict")
-    return {part for module in model.modules() for name in lists for part in getattr(module, name, None) or ()}
+    return {
+        part for module in model.modules() for name in lists for part in getattr(module, name, None) or ()
+    }
 
 
 __all__ = [

@@ -29,52 +29,68 @@ Compiled = Callable[..., Any]
 
 
 def backend(
-    plan: PruningPlan, *, inner: str | Callable[..., Any] = "inductor", model: nn.Module | None = None, check: bool = True
+    plan: PruningPlan,
+    *,
+    inner: str | Callable[..., Any] = "inductor",
+    model: nn.Module | None = None,
+    check: bool = True,
 ) -> Callable[[fx.GraphModule, list[Any]], Compiled]:
-    """A backend for ``torch.compile`` that computes the pruned model from the whole one: ``torch.compile(model, backend=fasp_fx.backend(plan))``.
+    """A backend for ``torch.compile`` that computes the pruned model from the whole one:
+    ``torch.compile(model, backend=fasp_fx.backend(plan))``.
 
-    Each graph that dynamo captures is analysed and rewritten as by :func:`fasp_fx.apply`; the smaller graph goes to ``inner`` with slices of the
-    model's weights. That saves time, not memory: the model keeps its full weights, and the slices are copies beside them. A slice is made again when its
-    weight has changed (an optimiser step, ``load_state_dict``): what bypasses autograd's version counter (``weight.data.add_(…)``) is not seen. With
-    gradients enabled the slices are made in every call, and gradients reach the full weights; they are zero for what the plan removes.
+    Each graph that dynamo captures is analysed and rewritten as by :func:`fasp_fx.apply`; the smaller graph
+    goes to ``inner`` with slices of the model's weights. That saves time, not memory: the model keeps its
+    full weights, and the slices are copies beside them. A slice is made again when its weight has changed (an
+    optimiser step, ``load_state_dict``): what bypasses autograd's version counter (``weight.data.add_(…)``)
+    is not seen. With gradients enabled the slices are made in every call, and gradients reach the full
+    weights; they are zero for what the plan removes.
 
-    The result is the mask-exact pruned model: the plan holds no repaired weights, so that ``restore`` of :func:`fasp_fx.prune` has no part in it.
+    The result is the mask-exact pruned model: the plan holds no repaired weights, so that ``restore`` of
+    :func:`fasp_fx.prune` has no part in it.
 
-    A graph break divides the model. A group of the plan whose weights lie in several graphs, or whose channels pass from one to another, stays whole, with a
-    :class:`~fasp_fx.PartialPlanWarning`. So does a graph that cannot be read (one that writes into buffers, as batch norm does in training mode).
+    A graph break divides the model. A group of the plan whose weights lie in several graphs, or whose
+    channels pass from one to another, stays whole, with a :class:`~fasp_fx.PartialPlanWarning`. So does a
+    graph that cannot be read (one that writes into buffers, as batch norm does in training mode).
 
-    dynamo runs what it does not trace as it is, and does not tell a backend of it: layers that are recurrent, unless ``torch._dynamo.config.allow_rnn`` is set.
+    dynamo runs what it does not trace as it is, and does not tell a backend of it: layers that are recurrent,
+    unless ``torch._dynamo.config.allow_rnn`` is set.
 
     Args:
         plan: made for this model.
-        inner: the backend for the smaller graph: a name that ``torch.compile`` knows, or a function of a graph module and example inputs.
-        model: the model that the plan names the weights of; needed only where the compiled function holds it inside something else, or where graph
-            breaks make dynamo compile submodules by themselves.
-        check: refuse a model whose weights, when it is first compiled, are not those that the plan was made for. ``False``: a model of the same
-            architecture will do, such as one that has been trained since.
+        inner: the backend for the smaller graph: a name that ``torch.compile`` knows, or a function of a
+            graph module and example inputs.
+        model: the model that the plan names the weights of; needed only where the compiled function holds it
+            inside something else, or where graph breaks make dynamo compile submodules by themselves.
+        check: refuse a model whose weights, when it is first compiled, are not those that the plan was made
+            for. ``False``: a model of the same architecture will do, such as one that has been trained since.
 
     Raises:
         ArgumentError: ``inner`` is not known.
-        PlanError: the plan names weights that were folded at capture, which the model does not have; (in the call) the plan is for another model.
+        PlanError: the plan names weights that were folded at capture, which the model does not have; (in the
+            call) the plan is for another model.
     """
     if not isinstance(plan, PruningPlan):
         raise ArgumentError(f"plan must be a PruningPlan, such as result.plan, not {type(plan).__name__}")
     if plan.folds:
         raise PlanError(
-            f"the plan is for a model that computes {plan.folds[0]} in every call: it names a weight folded at capture, which a compiled model does not have; "
-            "use fasp_fx.apply(model, plan, args), or fold the weight in the model and plan again"
+            f"the plan is for a model that computes {plan.folds[0]} in every call: it names a weight folded"
+            " at capture, which a compiled model does not have; use fasp_fx.apply(model, plan, args), or"
+            " fold the weight in the model and plan again"
         )
     recurrent = next((name for name, _ in plan.slices() if _OF_RECURRENT.search(name)), None)
     if recurrent is not None and not traces_recurrent():
         warn(
-            f"dynamo does not trace the recurrent layer that holds '{recurrent}' and runs the whole model in its place, without a word; set "
-            "torch._dynamo.config.allow_rnn = True before compiling, or use fasp_fx.apply",
+            f"dynamo does not trace the recurrent layer that holds '{recurrent}' and runs the whole model in"
+            " its place, without a word; set torch._dynamo.config.allow_rnn = True before compiling, or use"
+            " fasp_fx.apply",
             PartialPlanWarning,
         )
     try:
         compiler = lookup_backend(inner) if isinstance(inner, str) else inner
     except Exception as error:
-        raise ArgumentError(f"inner={inner!r} is not a backend of torch.compile; torch.compiler.list_backends() lists them") from error
+        raise ArgumentError(
+            f"inner={inner!r} is not a backend of torch.compile; torch.compiler.list_backends() lists them"
+        ) from error
     return _Backend(plan, compiler, model, check).compile
 
 
@@ -83,7 +99,9 @@ _OF_RECURRENT = re.compile(r"(^|\.)(weight|bias)_(ih|hh|hr)_l\d+")
 
 
 class _Backend:
-    def __init__(self, plan: PruningPlan, inner: Callable[..., Any], model: nn.Module | None, check: bool) -> None:
+    def __init__(
+        self, plan: PruningPlan, inner: Callable[..., Any], model: nn.Module | None, check: bool
+    ) -> None:
         self.plan, self.inner, self.model, self.check = plan, inner, model, check
         copied = {made.name: made.source for made in plan.copies}
         self.named = {copied.get(name, name) for name, _ in plan.slices()}
@@ -97,19 +115,32 @@ class _Backend:
             warn(f"a graph of the model is not pruned: {reason}", PartialPlanWarning)
             return self.inner(module, example)
         except FaspError as error:
-            return functools.partial(_refuse, error)  # raised here it would reach the caller as an error of dynamo's
+            return functools.partial(
+                _refuse, error
+            )  # raised here it would reach the caller as an error of dynamo's
 
     def _compile(self, module: fx.GraphModule, example: list[Any]) -> Compiled:
         owner = self._owner(module.graph)
         names = {} if owner is None else weight_names(owner)
-        weights = {position: (names[id(value)], value) for position, value in enumerate(example) if id(value) in names}
+        weights = {
+            position: (names[id(value)], value)
+            for position, value in enumerate(example)
+            if id(value) in names
+        }
         if owner is None and any(isinstance(value, nn.Parameter) for value in example):
-            raise CaptureError("it holds weights of no module that the compiled function names; pass fasp_fx.backend(plan, model=model)")
+            raise CaptureError(
+                "it holds weights of no module that the compiled function names; pass fasp_fx.backend(plan,"
+                " model=model)"
+            )
         if owner is None or not weights:
             return self.inner(module, example)  # a graph without weights has nothing to lose
-        grad = torch.is_grad_enabled() and any(isinstance(value, Tensor) and value.requires_grad for value in example)
+        grad = torch.is_grad_enabled() and any(
+            isinstance(value, Tensor) and value.requires_grad for value in example
+        )
         aliases: dict[str, list[str]] = {}
-        named = dict([*owner.named_parameters(remove_duplicate=False), *owner.named_buffers(remove_duplicate=False)])
+        named = dict(
+            [*owner.named_parameters(remove_duplicate=False), *owner.named_buffers(remove_duplicate=False)]
+        )
         for name, tensor in named.items():
             aliases.setdefault(names[id(tensor)], []).append(name)
         program = as_program(trace(module, grad), weights, tuple(named), aliases)
@@ -117,7 +148,10 @@ class _Backend:
         if not cuts and rewritten is program:
             return self.inner(module, example)
         lifted, order = _lift(rewritten)
-        slices = [_Slice.of(name, cuts, {known: position for position, (known, _) in weights.items()}, rewritten) for name in order]
+        slices = [
+            _Slice.of(name, cuts, {known: position for position, (known, _) in weights.items()}, rewritten)
+            for name in order
+        ]
         rest = [position for position in range(len(example)) if position not in weights]
         mode = cast(FakeTensorMode, TracingContext.get().fake_mode)
         values = [node.meta["example_value"] for node in module.graph.find_nodes(op="placeholder")]
@@ -136,8 +170,9 @@ class _Backend:
         if not fitting:
             missing = min(self.named - set(_all_names(candidates[0])))
             raise PlanError(
-                f"the plan names '{missing}', which {type(candidates[0]).__name__} does not have; it is a plan for another model, or the compiled "
-                "function holds the model inside this module or breaks the graph inside a submodule: then pass fasp_fx.backend(plan, model=model)"
+                f"the plan names '{missing}', which {type(candidates[0]).__name__} does not have; it is a"
+                " plan for another model, or the compiled function holds the model inside this module or"
+                " breaks the graph inside a submodule: then pass fasp_fx.backend(plan, model=model)"
             )
         owner = fitting[0]
         if self.check and owner not in self.checked:
@@ -146,7 +181,12 @@ class _Backend:
         return owner
 
     def _analysis(self, program: Program) -> Analysis:
-        return analyze_program(program, split_fused if self.plan.splits or self.plan.copies else None, self.plan.granularity, self.plan.include)
+        return analyze_program(
+            program,
+            split_fused if self.plan.splits or self.plan.copies else None,
+            self.plan.granularity,
+            self.plan.include,
+        )
 
     def _rewritten(self, program: Program) -> tuple[Program, dict[str, _Cut]]:
         present = set(program.canonical())
@@ -157,7 +197,9 @@ class _Backend:
             try:
                 plan, gone = self.plan, gone_of(self.plan, analysis)
             except PlanError:
-                analysis = self._analysis(free_sizes(program))  # the plan may have been made with sizes free that are fixed here
+                analysis = self._analysis(
+                    free_sizes(program)
+                )  # the plan may have been made with sizes free that are fixed here
                 plan, gone = self.plan, gone_of(self.plan, analysis)
         if not plan.groups:
             return program, {}
@@ -182,13 +224,22 @@ class _Backend:
             except PlanError as error:
                 left.append(f"'{group.name}': {error}")
         if left:
-            warn(f"graph breaks divide the model, and these groups stay whole: {'; '.join(left)}", PartialPlanWarning)
+            warn(
+                f"graph breaks divide the model, and these groups stay whole: {'; '.join(left)}",
+                PartialPlanWarning,
+            )
         plan = replace(self.plan, groups=tuple(groups))
         return plan, gone_of(plan, analysis)
 
 
 def _all_names(module: nn.Module) -> list[str]:
-    return [name for name, _ in [*module.named_parameters(remove_duplicate=False), *module.named_buffers(remove_duplicate=False)]]
+    return [
+        name
+        for name, _ in [
+            *module.named_parameters(remove_duplicate=False),
+            *module.named_buffers(remove_duplicate=False),
+        ]
+    ]
 
 
 def _refuse(error: FaspError, *args: Any) -> Any:
@@ -208,7 +259,13 @@ class _Cut:
 class _Slice:
     """One weight of the smaller graph, made of one of the model's."""
 
-    def __init__(self, position: int | None, constant: Tensor | None, rows: tuple[int, tuple[int, ...]] | None, lost: _Cut | None) -> None:
+    def __init__(
+        self,
+        position: int | None,
+        constant: Tensor | None,
+        rows: tuple[int, tuple[int, ...]] | None,
+        lost: _Cut | None,
+    ) -> None:
         self.position, self.constant, self.rows, self.lost = position, constant, rows, lost
         self._made: tuple[Tensor, weakref.ref[Tensor], Tensor, int] | None = None
 
@@ -233,7 +290,11 @@ class _Slice:
         weight = args[self.position]
         if self.rows is not None:
             weight = weight.index_select(self.rows[0], torch.tensor(self.rows[1], device=weight.device))
-        return weight if self.lost is None else cut_weight(self.lost.name, weight, self.lost.slots, self.lost.numbering, self.lost.gone)[0]
+        return (
+            weight
+            if self.lost is None
+            else cut_weight(self.lost.name, weight, self.lost.slots, self.lost.numbering, self.lost.gone)[0]
+        )
 
     def trains(self, args: Any) -> bool:
         """Whether its weight wants gradients."""
@@ -244,11 +305,18 @@ class _Slice:
         if self.position is None or (self.rows is None and self.lost is None):
             return self.cut(args)
         weight: Tensor = args[self.position]
-        if (torch.is_grad_enabled() and weight.requires_grad) or weight.is_inference():  # for autograd; and a tensor that does not count its versions
+        if (
+            torch.is_grad_enabled() and weight.requires_grad
+        ) or weight.is_inference():  # for autograd; and a tensor that does not count its versions
             return self.cut(args)
         if self._made is not None:
             made, owner, held, version = self._made
-            if owner() is weight and held.data_ptr() == weight.data_ptr() and held.dtype is weight.dtype and weight._version == version:
+            if (
+                owner() is weight
+                and held.data_ptr() == weight.data_ptr()
+                and held.dtype is weight.dtype
+                and weight._version == version
+            ):
                 return made
         storage = weight.detach()  # keeps the storage, so that no other can come to lie at its address
         with torch.inference_mode(False), torch.no_grad():  # a slice outlives the call
@@ -263,7 +331,9 @@ class _Run:
         self.compiled, self.slices, self.rest = compiled, slices, rest
 
     def __call__(self, *args: Any) -> Any:
-        return self.compiled(*(args[position] for position in self.rest), *(piece.current(args) for piece in self.slices))
+        return self.compiled(
+            *(args[position] for position in self.rest), *(piece.current(args) for piece in self.slices)
+        )
 
 
 def _lift(program: Program) -> tuple[fx.GraphModule, list[str]]:
@@ -277,7 +347,11 @@ def _lift(program: Program) -> tuple[fx.GraphModule, list[str]]:
         if not isinstance(getattr(program.module.get_submodule(owner), leaf), Tensor):
             continue
         if name not in by_name:
-            with graph.inserting_after(last) if last is not None else graph.inserting_before(next(iter(graph.nodes))):
+            with (
+                graph.inserting_after(last)
+                if last is not None
+                else graph.inserting_before(next(iter(graph.nodes)))
+            ):
                 last = by_name[name] = graph.placeholder("weight_" + name.replace(".", "_"))
             order.append(name)
         node.replace_all_uses_with(by_name[name])

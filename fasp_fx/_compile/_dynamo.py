@@ -1,4 +1,6 @@
-"""Read a graph that dynamo hands to a backend: which of its inputs are weights of the model, and what it computes, in operators that the library reads."""
+"""Read a graph that dynamo hands to a backend: which of its inputs are weights of the model, and what it
+computes, in operators that the library reads.
+"""
 
 from __future__ import annotations
 
@@ -12,14 +14,24 @@ from torch import Tensor, fx, nn
 from .._calling._signature import CallSignature
 from .._capture import is_plain_graph
 from .._compat import FakeTensorMode, ShapeEnv
-from .._compat._dynamo import SET_GRAD, ConstantSource, DimDynamic, InstructionTranslator, TracingContext, aot_export_module, tracing
+from .._compat._dynamo import (
+    SET_GRAD,
+    ConstantSource,
+    DimDynamic,
+    InstructionTranslator,
+    TracingContext,
+    aot_export_module,
+    tracing,
+)
 from .._program import Program, graph_module
 from ..errors import CaptureError, first_line
 from ._flex import FLEX
 
 
 def holders(graph: fx.Graph) -> list[nn.Module]:
-    """The modules whose weights the graph takes, as the compiled function names them: usually the compiled module alone."""
+    """The modules whose weights the graph takes, as the compiled function names them: usually the compiled
+    module alone.
+    """
     found: dict[int, nn.Module] = {}
     frame = InstructionTranslator.current_tx()
     for node in graph.find_nodes(op="placeholder"):
@@ -39,7 +51,13 @@ def holders(graph: fx.Graph) -> list[nn.Module]:
 def _value(source: Any, frame: Any) -> Any:
     try:
         return source.get_value({"G": frame.f_globals}, {"L": frame.f_locals, "G": frame.f_globals}, {})
-    except (KeyError, AttributeError, NameError, TypeError, NotImplementedError):  # not a place in the frame: a temporary, a global of another module
+    except (
+        KeyError,
+        AttributeError,
+        NameError,
+        TypeError,
+        NotImplementedError,
+    ):  # not a place in the frame: a temporary, a global of another module
         return None
 
 
@@ -56,21 +74,30 @@ def _named(module: nn.Module) -> Iterable[tuple[str, Tensor]]:
 
 
 def trace(module: fx.GraphModule, grad: bool) -> fx.GraphModule:
-    """The functional graph of operators behind a graph of dynamo's, under dynamo's symbolic sizes; inputs and outputs as they were.
+    """The functional graph of operators behind a graph of dynamo's, under dynamo's symbolic sizes; inputs and
+    outputs as they were.
 
     Args:
         module: the graph module that dynamo made.
         grad: whether gradients flow: regions without them then hand on detached values.
 
     Raises:
-        CaptureError: it writes into its inputs, changes modes that cannot be carried over, or cannot be traced.
+        CaptureError: it writes into its inputs, changes modes that cannot be carried over, or cannot be
+            traced.
     """
-    if module.graph.find_nodes(op="call_function", target=FLEX):  # the attempt would leave torch in a state in which nothing compiles
-        raise CaptureError(f"it calls {FLEX}, whose graphs cannot be traced here; compile the module of fasp_fx.apply(model, plan, args) instead")
+    if module.graph.find_nodes(
+        op="call_function", target=FLEX
+    ):  # the attempt would leave torch in a state in which nothing compiles
+        raise CaptureError(
+            f"it calls {FLEX}, whose graphs cannot be traced here; compile the module of fasp_fx.apply(model,"
+            " plan, args) instead"
+        )
     given = [node.meta.get("example_value") for node in module.graph.find_nodes(op="placeholder")]
     try:
         with tracing(TracingContext(TracingContext.get().fake_mode)), torch.no_grad():
-            made, signature = aot_export_module(module, given, trace_joint=False, pre_dispatch=True, decompositions={})
+            made, signature = aot_export_module(
+                module, given, trace_joint=False, pre_dispatch=True, decompositions={}
+            )
     except Exception as error:
         raise CaptureError(f"the graph cannot be traced: {first_line(error)}") from error
     if signature.buffers_to_mutate or signature.parameters_to_mutate or signature.user_inputs_to_mutate:
@@ -113,7 +140,12 @@ def _without_modes(graph: fx.Graph, grad: bool) -> None:
             user.replace_input_with(node, detached)
 
 
-def as_program(traced: fx.GraphModule, weights: dict[int, tuple[str, Tensor]], order: tuple[str, ...], aliases: dict[str, list[str]]) -> Program:
+def as_program(
+    traced: fx.GraphModule,
+    weights: dict[int, tuple[str, Tensor]],
+    order: tuple[str, ...],
+    aliases: dict[str, list[str]],
+) -> Program:
     """A program of a traced graph.
 
     Args:
@@ -146,20 +178,37 @@ def as_program(traced: fx.GraphModule, weights: dict[int, tuple[str, Tensor]], o
         for name, value in getattr(traced, kind).items():
             if value is not None and not hasattr(root, name):
                 setattr(root, name, value)
-    return Program(graph_module(root, graph, traced.meta), CallSignature(inspect.Signature(), (), {}), ((), {}), order=order)
+    return Program(
+        graph_module(root, graph, traced.meta),
+        CallSignature(inspect.Signature(), (), {}),
+        ((), {}),
+        order=order,
+    )
 
 
 def free_sizes(program: Program) -> Program:
-    """The program with the fixed sizes of its inputs taken for dynamic ones: batch and time, of which dynamo fixes the first it sees, are no channels."""
+    """The program with the fixed sizes of its inputs taken for dynamic ones: batch and time, of which dynamo
+    fixes the first it sees, are no channels.
+    """
     program = program.copy()
     shapes = ShapeEnv()
-    taken = {str(s) for node in program.placeholders() for size in _sizes(node) if isinstance(size, torch.SymInt) for s in size.node.expr.free_symbols}
+    taken = {
+        str(s)
+        for node in program.placeholders()
+        for size in _sizes(node)
+        if isinstance(size, torch.SymInt)
+        for s in size.node.expr.free_symbols
+    }
     mode = FakeTensorMode(shape_env=shapes)
     for node in program.placeholders():
         value = node.meta.get("val")
         if isinstance(value, Tensor):
             sizes = [
-                size if isinstance(size, torch.SymInt) or size < 2 else _symbol(shapes, size, f"{node.name}_{dim}", taken)
+                (
+                    size
+                    if isinstance(size, torch.SymInt) or size < 2
+                    else _symbol(shapes, size, f"{node.name}_{dim}", taken)
+                )
                 for dim, size in enumerate(value.shape)
             ]
             with mode:

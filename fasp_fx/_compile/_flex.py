@@ -24,12 +24,21 @@ def attend(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The operator itself; for ``torch.compile``, with the tensors that its graphs read bound to them.
 
-    An exported program hands those tensors to the operator as arguments of their own. ``torch.compile`` traces only calls without them, in which the
-    graphs are functions that hold what they read, as it finds them in a model.
+    An exported program hands those tensors to the operator as arguments of their own. ``torch.compile``
+    traces only calls without them, in which the graphs are functions that hold what they read, as it finds
+    them in a model.
     """
     if not torch.compiler.is_dynamo_compiling():
         plain: tuple[Tensor, Tensor, Tensor] = FLEX(
-            query, key, value, score_mod, block_mask, scale, kernel_options, score_mod_other_buffers, mask_mod_other_buffers
+            query,
+            key,
+            value,
+            score_mod,
+            block_mask,
+            scale,
+            kernel_options,
+            score_mod_other_buffers,
+            mask_mod_other_buffers,
         )
         return plain
 
@@ -40,7 +49,9 @@ def attend(
         found: Tensor = block_mask[-1](*given, *mask_mod_other_buffers)
         return found
 
-    attended: tuple[Tensor, Tensor, Tensor] = FLEX(query, key, value, score, (*block_mask[:-1], mask), scale, kernel_options)
+    attended: tuple[Tensor, Tensor, Tensor] = FLEX(
+        query, key, value, score, (*block_mask[:-1], mask), scale, kernel_options
+    )
     return attended
 
 

@@ -43,10 +43,15 @@ def questions(program: Program, device: torch.device) -> Iterator[Question]:
     What holds a single number everywhere, as the example of a loaded result does, is drawn at random.
     """
     dull = frozenset(
-        index for index, leaf in enumerate(pytree.tree_leaves(program.example)) if isinstance(leaf, Tensor) and leaf.is_floating_point() and _single(leaf)
+        index
+        for index, leaf in enumerate(pytree.tree_leaves(program.example))
+        if isinstance(leaf, Tensor) and leaf.is_floating_point() and _single(leaf)
     )
     examples = list(example_inputs(program))
-    for inputs in itertools.chain([Inputs("on random inputs of the example's sizes", {}, dull)] if dull else examples[-1:], other_inputs(program)):
+    for inputs in itertools.chain(
+        [Inputs("on random inputs of the example's sizes", {}, dull)] if dull else examples[-1:],
+        other_inputs(program),
+    ):
         leaves = [leaf.to(device) if isinstance(leaf, Tensor) else leaf for leaf in inputs.of(program)]
         drawn = [_drawn(leaf, index) for index, leaf in enumerate(leaves)]
         if any(new is not old for new, old in zip(drawn, leaves)):

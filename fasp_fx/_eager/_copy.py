@@ -27,7 +27,8 @@ class Copied:
         model: the caller's.
         module: the copy, of the same class; all attributes but tensors are those of the original.
         dense: the shapes that the tensors of the original have, by name; those of all names of a tied weight.
-        computed: the shapes of the weights that the copy computes from others and that have become smaller, by name.
+        computed: the shapes of the weights that the copy computes from others and that have become smaller,
+            by name.
     """
 
     model: nn.Module
@@ -43,14 +44,18 @@ class Copied:
 def copied(model: nn.Module, result: Result) -> Copied:
     """Copy a model with the weights that the module of a result has now; no storage is shared with either.
 
-    Each tensor that the copy holds in several places is one tensor there as well, and a parameter is trained if it is in the model. What the program does
-    not use (a branch that was not captured, the count of batches of a norm) is as in the model.
+    Each tensor that the copy holds in several places is one tensor there as well, and a parameter is trained
+    if it is in the model. What the program does not use (a branch that was not captured, the count of batches
+    of a norm) is as in the model.
 
     Raises:
-        EagerError: a weight cannot be had in the form that the model holds it in, or the model cannot be copied.
+        EagerError: a weight cannot be had in the form that the model holds it in, or the model cannot be
+            copied.
     """
     memo: dict[int, Any] = {}
-    made: dict[int, tuple[Tensor, Tensor]] = {}  # each with what it was made of, whose id must not be given to another
+    made: dict[
+        int, tuple[Tensor, Tensor]
+    ] = {}  # each with what it was made of, whose id must not be given to another
     computed = {source for weight in result.plan.folds for source in weight.sources}
     device = next((tensor.device for tensor in [*result.module.parameters(), *result.module.buffers()]), None)
     smaller = _Smaller(result)
@@ -66,9 +71,14 @@ def copied(model: nn.Module, result: Result) -> Copied:
     try:
         module = copy.deepcopy(model, memo)
     except Exception as error:  # a module copies itself as it likes
-        raise EagerError(f"{type(model).__name__} cannot be copied ({type(error).__name__}: {first_line(error)}); use result.module") from error
+        raise EagerError(
+            f"{type(model).__name__} cannot be copied ({type(error).__name__}: {first_line(error)}); use"
+            " result.module"
+        ) from error
     lost = {name for name, _ in result.plan.slices()}
-    cut = [weight for weight in result.plan.folds if weight.name in lost]  # the others are computed as ever; should training have changed one, it shows
+    cut = [
+        weight for weight in result.plan.folds if weight.name in lost
+    ]  # the others are computed as ever; should training have changed one, it shows
     computed_now = {}
     for weight in cut:
         value = smaller.get(weight.name)
@@ -81,7 +91,9 @@ def copied(model: nn.Module, result: Result) -> Copied:
 
 
 def held(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Every parameter and buffer by name, and every tensor that is a plain attribute; those held in several places under each of their names."""
+    """Every parameter and buffer by name, and every tensor that is a plain attribute; those held in several
+    places under each of their names.
+    """
     for path, inner in module.named_modules(remove_duplicate=False):
         if isinstance(inner, torch.jit.ScriptModule):
             continue
@@ -100,12 +112,17 @@ class _Smaller:
         self.parameters = dict(result.module.named_parameters(remove_duplicate=False))
 
     def get(self, name: str) -> Tensor | None:
-        """The tensor by that name, put together of its parts if need be; ``None`` for what the program does not use."""
+        """The tensor by that name, put together of its parts if need be; ``None`` for what the program does
+        not use.
+        """
         if name in self.fused:
             try:
                 return self.fused.joined(name, self.parameters)
             except RuntimeError as error:
-                raise EagerError(f"the parts of '{name}' have lost different positions, so that no single weight holds them; use result.module") from error
+                raise EagerError(
+                    f"the parts of '{name}' have lost different positions, so that no single weight holds"
+                    " them; use result.module"
+                ) from error
         try:
             found = attribute(self.module, name)
         except AttributeError:
@@ -122,7 +139,9 @@ def _own(value: Tensor, like: Tensor, device: torch.device | None) -> Tensor:
 
 
 def _take_computed(module: nn.Module, name: str, sources: tuple[str, ...], value: Tensor) -> None:
-    """Let a module compute a weight to be ``value``, where it can tell what to compute it from: a parametrisation that has an inverse."""
+    """Let a module compute a weight to be ``value``, where it can tell what to compute it from: a
+    parametrisation that has an inverse.
+    """
     path, _, leaf = name.rpartition(".")
     owner = attribute(module, path) if path else module
     trained = {source: attribute(module, source).requires_grad for source in sources}
@@ -134,8 +153,9 @@ def _take_computed(module: nn.Module, name: str, sources: tuple[str, ...], value
     except Exception as error:  # an inverse raises what it likes
         of = ", ".join(map(repr, sources))
         raise EagerError(
-            f"the model computes '{name}' from {of} in every call, which cannot be made to give the smaller weight ({first_line(error)}); "
-            "use result.module, or remove the parametrisation from the model before pruning"
+            f"the model computes '{name}' from {of} in every call, which cannot be made to give the smaller"
+            f" weight ({first_line(error)}); use result.module, or remove the parametrisation from the model"
+            " before pruning"
         ) from error
     for source, requires_grad in trained.items():
         attribute(module, source).requires_grad_(requires_grad)

@@ -30,35 +30,54 @@ def eager(result: Result, model: nn.Module) -> nn.Module:
     outcome = Search(cuts, Trial(made.module, result), result.plan, model).run()
     if not outcome.equal:
         raise EagerError(
-            f"no copy of {type(model).__name__} computes what the pruned program does, whatever sizes its attributes are given: {outcome.said}; "
-            f"{_remedy(result)}"
+            f"no copy of {type(model).__name__} computes what the pruned program does, whatever sizes its"
+            f" attributes are given: {outcome.said}; {_remedy(result)}"
         )
     return made.module
 
 
 def _check(result: Result, model: nn.Module) -> None:
-    """Refuse a model that the plan was not made for. The plan was made for what the program holds, which lacks what a capture leaves out."""
+    """Refuse a model that the plan was not made for. The plan was made for what the program holds, which
+    lacks what a capture leaves out.
+    """
     parameters = dict(model.named_parameters(remove_duplicate=False))
     known = {name for name, _ in result.module.named_parameters(remove_duplicate=False)}
-    known |= {split.source for split in result.plan.splits} | {source for weight in result.plan.folds for source in weight.sources}
-    found = [plans.fingerprint(parameters), plans.fingerprint({name: tensor for name, tensor in parameters.items() if name in known})]
-    plans.check_fingerprint(result.plan, result.plan.fingerprint if result.plan.fingerprint in found else found[0])
+    known |= {split.source for split in result.plan.splits} | {
+        source for weight in result.plan.folds for source in weight.sources
+    }
+    found = [
+        plans.fingerprint(parameters),
+        plans.fingerprint({name: tensor for name, tensor in parameters.items() if name in known}),
+    ]
+    plans.check_fingerprint(
+        result.plan, result.plan.fingerprint if result.plan.fingerprint in found else found[0]
+    )
 
 
 def _remedy(result: Result) -> str:
     """What can be done instead, and what of the program no module has where that can be told."""
     plan, written = result.plan, {node.meta.get(WRITTEN_BY) for node in result.module.graph.nodes}
     if KeepDenseCount.name in written:
-        why = "the program goes on to divide by the dense count of the channels that a norm or mean has lost, and no module of the model does"
+        why = (
+            "the program goes on to divide by the dense count of the channels that a norm or mean has lost,"
+            " and no module of the model does"
+        )
         return f"{why}; use result.module, or prune without '{APPROXIMATE}' in include="
     if EXEMPT in plan.include and PinAttentionScale.name in written:
         why = "the program keeps the scale of an attention whose heads have become narrower"
         return f"{why}; use result.module, or prune without '{EXEMPT}' in include="
-    parts = {group.name: (*group.producers, *group.consumers) for group in plan.groups if group.granularity == "channel" and group.blocks > 1}
+    parts = {
+        group.name: (*group.producers, *group.consumers)
+        for group in plan.groups
+        if group.granularity == "channel" and group.blocks > 1
+    }
     heads = next((name for name, own in parts.items() if all(part.block_dim is None for part in own)), None)
     if heads is not None:
         whole = 'granularity=("head",) or ("channel", "head")'
-        return f"use result.module, or prune whole heads ({whole}) where the group '{heads}' has lost channels of each, or keep it and its like by exclude="
+        return (
+            f"use result.module, or prune whole heads ({whole}) where the group '{heads}' has lost channels"
+            " of each, or keep it and its like by exclude="
+        )
     return "use result.module"
 
 

@@ -20,24 +20,31 @@ if TYPE_CHECKING:
 
 
 def eager_in_parts(result: PartsResult, model: nn.Module) -> nn.Module:
-    """A copy of a model in which each part that was captured is a smaller copy of the caller's, held against the program of that part.
+    """A copy of a model in which each part that was captured is a smaller copy of the caller's, held against
+    the program of that part.
 
     What lies around the parts has the weights that ``result.module`` has now.
 
     Raises:
-        EagerError: one of the parts has no such copy, or shares a weight with what is around it; names the part.
+        EagerError: one of the parts has no such copy, or shares a weight with what is around it; names the
+            part.
         PlanError: the model is not the one that the plan was made for.
     """
     if not isinstance(model, nn.Module):
         raise ArgumentError(f"model must be the nn.Module that was pruned, not {type(model).__name__}")
-    plans.check_fingerprint(result.plan, whole_fingerprint(dict(model.named_parameters(remove_duplicate=False))))
+    plans.check_fingerprint(
+        result.plan, whole_fingerprint(dict(model.named_parameters(remove_duplicate=False)))
+    )
     parts = {place: path for path in result.parts for place in _places(result, path)}
     holders: dict[int, str | None] = {}
     around = []
     for name, tensor in held(result.module):
         holder = next((path for place, path in parts.items() if name.startswith(f"{place}.")), None)
         if holders.setdefault(id(tensor), holder) != holder:
-            raise EagerError(f"'{name}' is shared between a part and what is around it, and each part is made by itself; use result.module")
+            raise EagerError(
+                f"'{name}' is shared between a part and what is around it, and each part is made by itself;"
+                " use result.module"
+            )
         if holder is None:
             around.append((name, tensor))
     made = copied(model)
@@ -55,7 +62,9 @@ def eager_in_parts(result: PartsResult, model: nn.Module) -> nn.Module:
 def _places(result: PartsResult, path: str) -> Iterator[str]:
     """Where a part stands in the model."""
     module = result.parts[path].module
-    yield from (place for place, inner in result.module.named_modules(remove_duplicate=False) if inner is module)
+    yield from (
+        place for place, inner in result.module.named_modules(remove_duplicate=False) if inner is module
+    )
 
 
 __all__ = ["eager_in_parts"]

@@ -1,7 +1,9 @@
-"""What a module's attributes must be for the shapes that its tensors have, found by building its class anew at other sizes.
+"""What a module's attributes must be for the shapes that its tensors have, found by building its class anew
+at other sizes.
 
-The arguments of a constructor are mostly kept as attributes of their names. Where the class, built of these on the meta device, gives the tensors that
-the module had, other values show which of them stand for what has become smaller: a square matrix does not tell its two sizes apart, its class does.
+The arguments of a constructor are mostly kept as attributes of their names. Where the class, built of these
+on the meta device, gives the tensors that the module had, other values show which of them stand for what has
+become smaller: a square matrix does not tell its two sizes apart, its class does.
 """
 
 from __future__ import annotations
@@ -26,13 +28,18 @@ Shapes = Mapping[str, tuple[int, ...]]
 
 
 class Rebuilder:
-    """Builds classes at other sizes, each only once; what was found for one module serves all that are like it."""
+    """Builds classes at other sizes, each only once; what was found for one module serves all that are like
+    it.
+    """
 
     def __init__(self) -> None:
         self._found: dict[Any, list[dict[tuple[str, int | None], int]]] = {}
 
-    def fitting(self, module: nn.Module, path: str, before: Shapes, after: Shapes, cuts: Sequence[Cut]) -> list[dict[Size, int]]:
-        """The ways in which a module's sizes can be set so that its class makes tensors of the shapes ``after``, those that change least first.
+    def fitting(
+        self, module: nn.Module, path: str, before: Shapes, after: Shapes, cuts: Sequence[Cut]
+    ) -> list[dict[Size, int]]:
+        """The ways in which a module's sizes can be set so that its class makes tensors of the shapes
+        ``after``, those that change least first.
 
         Args:
             module: one that holds tensors itself.
@@ -41,21 +48,32 @@ class Rebuilder:
             cuts: the dimensions in which they differ.
 
         Returns:
-            For each way, the attributes that differ and their values; nothing if the class cannot be built of the attributes.
+            For each way, the attributes that differ and their values; nothing if the class cannot be built of
+            the attributes.
         """
         recipe = _recipe(module)
         if recipe is None:
             return []
         build, given = recipe
         kind = nn.utils.parametrize.type_before_parametrizations(module)
-        key = (kind, repr(sorted(given.items(), key=repr)), repr(sorted(before.items())), repr(sorted(after.items())))
+        key = (
+            kind,
+            repr(sorted(given.items(), key=repr)),
+            repr(sorted(before.items())),
+            repr(sorted(after.items())),
+        )
         if key not in self._found:
             self._found[key] = list(_fitting(build, kind, given, before, after, cuts))
-        return [{Size(path, name, position): value for (name, position), value in found.items()} for found in self._found[key]]
+        return [
+            {Size(path, name, position): value for (name, position), value in found.items()}
+            for found in self._found[key]
+        ]
 
 
 def _recipe(module: nn.Module) -> tuple[Any, dict[str, Any]] | None:
-    """The constructor that names all its arguments, and these as the module's attributes have them; ``None`` if one is not known."""
+    """The constructor that names all its arguments, and these as the module's attributes have them; ``None``
+    if one is not known.
+    """
     for base in type(module).__mro__:
         if base is nn.Module:
             return None
@@ -82,20 +100,35 @@ def _recipe(module: nn.Module) -> tuple[Any, dict[str, Any]] | None:
     return build, given
 
 
-def _fitting(build: Any, kind: type[nn.Module], given: dict[str, Any], before: Shapes, after: Shapes, cuts: Sequence[Cut]) -> Iterator[Any]:
+def _fitting(
+    build: Any,
+    kind: type[nn.Module],
+    given: dict[str, Any],
+    before: Shapes,
+    after: Shapes,
+    cuts: Sequence[Cut],
+) -> Iterator[Any]:
     original = _built(build, kind, given)
     if original is None or _shapes(original) != before:
         return
     options = {name: _options(value, cuts) for name, value in given.items()}
     options = {name: values for name, values in options.items() if len(values) > 1}
-    combinations = itertools.islice(itertools.product(*(range(len(values)) for values in options.values())), 16 * _TRIED)
+    combinations = itertools.islice(
+        itertools.product(*(range(len(values)) for values in options.values())), 16 * _TRIED
+    )
     seen = []
     for chosen in sorted(combinations, key=lambda indices: sum(map(bool, indices)))[:_TRIED]:
-        made = _built(build, kind, {**given, **{name: options[name][index] for name, index in zip(options, chosen)}})
+        made = _built(
+            build, kind, {**given, **{name: options[name][index] for name, index in zip(options, chosen)}}
+        )
         if made is None or _shapes(made) != after:
             continue
         was = sizes(original, "")
-        found = {(size.name, size.position): value for size, value in sizes(made, "").items() if size in was and was[size] != value}
+        found = {
+            (size.name, size.position): value
+            for size, value in sizes(made, "").items()
+            if size in was and was[size] != value
+        }
         if found not in seen:
             seen.append(found)
             yield found
@@ -106,7 +139,11 @@ def _options(value: Any, cuts: Sequence[Cut]) -> list[Any]:
     if type(value) is int and value > 0:
         return list(dict.fromkeys([value, *(new for cut in cuts if (new := cut.scale(value)) is not None)]))
     if isinstance(value, (tuple, list)) and value and all(type(item) is int for item in value):
-        return list(dict.fromkeys(itertools.islice(itertools.product(*(_options(item, cuts) for item in value)), _TRIED)))
+        return list(
+            dict.fromkeys(
+                itertools.islice(itertools.product(*(_options(item, cuts) for item in value)), _TRIED)
+            )
+        )
     return [value]
 
 

@@ -14,7 +14,8 @@ from ._rebuild import Rebuilder
 from ._sizes import Assignment, Cuts, Size, inner_sizes, is_within, outward, records, sizes, write
 from ._trial import Outcome, Trial
 
-#: how many times the copy is run at most in search of sizes, and half as often in search of those in a configuration
+#: how many times the copy is run at most in search of sizes, and half as often in search of those in a
+#: configuration
 TRIALS = 120
 #: how many runs are left at least to undo what was not needed, and to see what is not read
 _AFTERWARDS = 24
@@ -52,7 +53,12 @@ class Search:
         shared = {id(record) for record in records(model)}
         self.sizes = {path: sizes(inner, path) for path, inner in cuts.modules.items()}
         self.inner = {path: inner_sizes(inner, path, shared) for path, inner in cuts.modules.items()}
-        self.dense = {size: value for found in (self.sizes, self.inner) for own in found.values() for size, value in own.items()}
+        self.dense = {
+            size: value
+            for found in (self.sizes, self.inner)
+            for own in found.values()
+            for size, value in own.items()
+        }
         self.left = TRIALS
         self._tried: dict[frozenset[tuple[Size, int]], Outcome] = {}
         self._written: dict[Size, int] = {}
@@ -60,7 +66,8 @@ class Search:
         self.known: set[str] = set()
 
     def run(self) -> Outcome:
-        """Set the sizes by the natural guess, and if that does not do, by search; then those that nothing reads.
+        """Set the sizes by the natural guess, and if that does not do, by search; then those that nothing
+        reads.
 
         Returns:
             What came of it, or of the guess if nothing did.
@@ -69,7 +76,9 @@ class Search:
         guess = sure | {size: value for path in self.cuts.own for size, value in self._named(path).items()}
         guessed = self._try(guess)
         found = guess if guessed.equal else self._from(guess, others, _DEPTH)
-        if found is None and any(self.inner.values()):  # a configuration is kept by many modules, so that it comes last
+        if found is None and any(
+            self.inner.values()
+        ):  # a configuration is kept by many modules, so that it comes last
             self.sizes = {path: {**own, **self.inner[path]} for path, own in self.sizes.items()}
             self.left = TRIALS // 2
             found = self._from(guess, others, _DEPTH)
@@ -78,7 +87,9 @@ class Search:
         self.left = max(self.left, _AFTERWARDS)
         needed = self._needed(found, sure)
         self._write(needed | self._unread(needed))
-        guessed_at = [self.dense[size] for size in needed if size not in sure and self.dense[size] <= _LONGEST]
+        guessed_at = [
+            self.dense[size] for size in needed if size not in sure and self.dense[size] <= _LONGEST
+        ]
         if guessed_at:
             self.trial.ask_beyond(max(guessed_at))  # what is a width may be the length of a window as well
         return self.trial.run()
@@ -86,7 +97,9 @@ class Search:
     # --- the natural guess
 
     def _of_classes(self) -> tuple[dict[Size, int], list[Change]]:
-        """What the class of each module that holds a cut tensor says of its sizes, and what else they could be."""
+        """What the class of each module that holds a cut tensor says of its sizes, and what else they could
+        be.
+        """
         rebuilder = Rebuilder()
         sure: dict[Size, int] = {}
         others: dict[tuple[type[nn.Module], int], dict[Size, int]] = {}
@@ -106,7 +119,8 @@ class Search:
         return sure, [Change(kind, effect) for (kind, _), effect in others.items()]
 
     def _named(self, path: str) -> dict[Size, int]:
-        """The attributes of a module that have the value of a dimension at or below it that was cut, where no dimension that stays has had it.
+        """The attributes of a module that have the value of a dimension at or below it that was cut, where no
+        dimension that stays has had it.
 
         None of a module whose class says what its sizes are.
         """
@@ -115,13 +129,23 @@ class Search:
         new: dict[int, set[int]] = {}
         for cut in self.cuts.within(path):
             new.setdefault(cut.before, set()).add(cut.after)
-        new = {before: after for before, after in new.items() if len(after) == 1 and before not in self.cuts.whole(path)}
-        return {size: min(new[value]) for size, value in self.sizes.get(path, {}).items() if value in new and size not in self.inner[path]}
+        new = {
+            before: after
+            for before, after in new.items()
+            if len(after) == 1 and before not in self.cuts.whole(path)
+        }
+        return {
+            size: min(new[value])
+            for size, value in self.sizes.get(path, {}).items()
+            if value in new and size not in self.inner[path]
+        }
 
     # --- the search
 
     def _from(self, assignment: dict[Size, int], others: list[Change], depth: int) -> dict[Size, int] | None:
-        """Sizes with which the copy computes the program, looked for from an assignment on; ``None`` if none are found."""
+        """Sizes with which the copy computes the program, looked for from an assignment on; ``None`` if none
+        are found.
+        """
         start = self._try(assignment)
         changes = self._changes(start, assignment, others)
         further: list[tuple[tuple[int, float], dict[Size, int]]] = []
@@ -162,18 +186,34 @@ class Search:
         self._written = dict(assignment)
 
     def _changes(self, start: Outcome, assignment: Assignment, others: list[Change]) -> list[Change]:
-        """What can be changed, the most promising first: where the copy failed and around it, or if it ran, in all that holds a cut tensor."""
+        """What can be changed, the most promising first: where the copy failed and around it, or if it ran,
+        in all that holds a cut tensor.
+        """
         elsewhere = [] if start.stack else [path for path, own in self.sizes.items() if own]
-        kinds = list(dict.fromkeys(type(self.cuts.modules[path]) for path in [*start.stack, *self.cuts.enclosing(), *elsewhere]))
+        kinds = list(
+            dict.fromkeys(
+                type(self.cuts.modules[path]) for path in [*start.stack, *self.cuts.enclosing(), *elsewhere]
+            )
+        )
         known = {type(self.cuts.modules[path]) for path in self.known}
         kinds.sort(key=lambda kind: kind in known)  # classes that say their sizes themselves come last
-        found = {frozenset(change.effect.items()): change for kind in kinds for change in [*(o for o in others if o.kind is kind), *self._of(kind, assignment)]}
-        return [change for change in found.values() if any(assignment.get(size, self.dense[size]) != value for size, value in change.effect.items())]
+        found = {
+            frozenset(change.effect.items()): change
+            for kind in kinds
+            for change in [*(o for o in others if o.kind is kind), *self._of(kind, assignment)]
+        }
+        return [
+            change
+            for change in found.values()
+            if any(assignment.get(size, self.dense[size]) != value for size, value in change.effect.items())
+        ]
 
     def _of(self, kind: type[nn.Module], assignment: Assignment) -> Iterator[Change]:
-        """The changes of one attribute, in all modules of a class together: it goes with a dimension of one of the tensors below, or stays what it was.
+        """The changes of one attribute, in all modules of a class together: it goes with a dimension of one
+        of the tensors below, or stays what it was.
 
-        The attributes of a module that holds nothing that was cut go with the tensors of the nearest module around it that does.
+        The attributes of a module that holds nothing that was cut go with the tensors of the nearest module
+        around it that does.
         """
         effects: dict[tuple[str, int | None, str, int], dict[Size, int]] = {}
         back: dict[tuple[str, int | None], dict[Size, int]] = {}
@@ -190,7 +230,9 @@ class Search:
                 for cut in sorted(cuts, key=lambda cut: cut.before != value):
                     new = cut.scale(value)
                     if new is not None:
-                        effects.setdefault((size.name, size.position, cut.name.removeprefix(f"{scope}."), cut.dim), {})[size] = new
+                        effects.setdefault(
+                            (size.name, size.position, cut.name.removeprefix(f"{scope}."), cut.dim), {}
+                        )[size] = new
         for effect in [*effects.values(), *back.values()]:
             yield Change(kind, effect)
 
@@ -199,25 +241,46 @@ class Search:
     def _needed(self, found: dict[Size, int], sure: dict[Size, int]) -> dict[Size, int]:
         """What classes say, and of the rest what the copy does not compute the program without."""
         loose = [size for size in found if size not in sure]
-        kinds = list(dict.fromkeys((type(self.cuts.modules[size.path]), size.name, size.position) for size in loose))
+        kinds = list(
+            dict.fromkeys((type(self.cuts.modules[size.path]), size.name, size.position) for size in loose)
+        )
         for kind in [None, *kinds] if loose else []:  # first all of them at once
             without = {
                 size: value
                 for size, value in found.items()
-                if size in sure or (kind is not None and (type(self.cuts.modules[size.path]), size.name, size.position) != kind)
+                if size in sure
+                or (
+                    kind is not None
+                    and (type(self.cuts.modules[size.path]), size.name, size.position) != kind
+                )
             }
             if self.left > 0 and self._try(without).equal:
                 found = without
         return found
 
     def _unread(self, needed: dict[Size, int]) -> dict[Size, int]:
-        """The attributes that name a size which is now another, where that is not in doubt and nothing reads them.
+        """The attributes that name a size which is now another, where that is not in doubt and nothing reads
+        them.
 
-        What is read without needing another value, by forward or by another method, could mean something else, such as a greatest length.
+        What is read without needing another value, by forward or by another method, could mean something
+        else, such as a greatest length.
         """
-        named = {size: value for path in self._homes() for size, value in self._named(path).items() if size not in needed} | self._heads(needed)
-        named = {size: value for size, value in named.items() if not hasattr(type(self.cuts.modules[size.path]), size.name)}
-        named = {size: value for size, value in named.items() if not _is_read(self.cuts.modules.values(), size.name)}
+        named = {
+            size: value
+            for path in self._homes()
+            for size, value in self._named(path).items()
+            if size not in needed
+        } | self._heads(needed)
+        named = {
+            size: value
+            for size, value in named.items()
+            if not hasattr(type(self.cuts.modules[size.path]), size.name)
+        }
+        named = {
+            size: value
+            for size, value in named.items()
+            if not _is_read(self.cuts.modules.values(), size.name)
+        }
         if not named or self._runs_without(needed, named):
             return named
         return {size: value for size, value in named.items() if self._runs_without(needed, [size])}
@@ -237,17 +300,28 @@ class Search:
                 self.cuts.modules[path].__dict__[name] = value
 
     def _homes(self) -> list[str]:
-        """The modules that hold cut tensors, and for each coupled group the innermost that holds all of it."""
+        """The modules that hold cut tensors, and for each coupled group the innermost that holds
+        all of it.
+        """
         groups = [[part.name for part in (*group.producers, *group.consumers)] for group in self.plan.groups]
         return list(dict.fromkeys([*self.cuts.own, *(_holder(names) for names in groups)]))
 
     def _heads(self, needed: dict[Size, int]) -> dict[Size, int]:
-        """The attributes that count heads of which some have gone, where a module that holds their producers has a single one of that value."""
+        """The attributes that count heads of which some have gone, where a module that holds their producers
+        has a single one of that value.
+        """
         found = {}
         for group in (group for group in self.plan.groups if group.granularity == "head"):
             producers = [part.name for part in group.producers]
-            for path in {_holder(producers), _holder([*producers, *(part.name for part in group.consumers)])} & self.cuts.modules.keys():
-                counts = [size for size, value in self.sizes[path].items() if value == group.size and size not in self.inner[path]]
+            for path in {
+                _holder(producers),
+                _holder([*producers, *(part.name for part in group.consumers)]),
+            } & self.cuts.modules.keys():
+                counts = [
+                    size
+                    for size, value in self.sizes[path].items()
+                    if value == group.size and size not in self.inner[path]
+                ]
                 if len(counts) == 1 and counts[0] not in needed:
                     found[counts[0]] = group.size - group.removed_sets
         return found
@@ -259,15 +333,27 @@ _TELLING = frozenset({"__init__", "forward", "extra_repr", "__repr__", "__str__"
 
 def _is_read(modules: Iterable[nn.Module], name: str) -> bool:
     """Whether a method of some module's class looks up an attribute of this name, other than to say it."""
-    kinds = {kind for module in modules for kind in type(module).__mro__ if kind is not nn.Module and issubclass(kind, nn.Module)}
+    kinds = {
+        kind
+        for module in modules
+        for kind in type(module).__mro__
+        if kind is not nn.Module and issubclass(kind, nn.Module)
+    }
     return any(
-        name in code.co_names or name in code.co_consts for kind in kinds for own, held in vars(kind).items() if own not in _TELLING for code in _codes(held)
+        name in code.co_names or name in code.co_consts
+        for kind in kinds
+        for own, held in vars(kind).items()
+        if own not in _TELLING
+        for code in _codes(held)
     )
 
 
 def _codes(held: object) -> Iterator[CodeType]:
     """The code of a method, property or the like, and of the functions written in it."""
-    for part in (held, *(getattr(held, inner, None) for inner in ("fget", "fset", "func", "__func__", "__wrapped__"))):
+    for part in (
+        held,
+        *(getattr(held, inner, None) for inner in ("fget", "fset", "func", "__func__", "__wrapped__")),
+    ):
         pending = [code] if isinstance(code := getattr(part, "__code__", None), CodeType) else []
         while pending:
             yield (found := pending.pop())

@@ -18,7 +18,9 @@ _COMMON = frozenset(vars(nn.Module()))
 
 @dataclass(frozen=True)
 class Size:
-    """Where an integer stands: in an attribute of a submodule (of a plain object there, if ``name`` has a dot), at which position if that is a sequence."""
+    """Where an integer stands: in an attribute of a submodule (of a plain object there, if ``name`` has a
+    dot), at which position if that is a sequence.
+    """
 
     path: str
     name: str
@@ -38,7 +40,8 @@ def sizes(module: nn.Module, path: str) -> dict[Size, int]:
 
 
 def inner_sizes(module: nn.Module, path: str, shared: Set[int]) -> dict[Size, int]:
-    """The integers in the plain objects that a module has as attributes, such as a configuration, that may be sizes; their names are dotted.
+    """The integers in the plain objects that a module has as attributes, such as a configuration, that may be
+    sizes; their names are dotted.
 
     Args:
         shared: the ids of objects that must not be changed.
@@ -63,8 +66,18 @@ def _integers(held: Mapping[str, object], path: str, start: str, without: Set[st
             continue
         if type(value) is int and value > 0:
             found[Size(path, start + name)] = value
-        elif isinstance(value, (tuple, list)) and type(value) in (tuple, list, torch.Size) and len(value) <= _LONGEST:
-            found.update({Size(path, start + name, at): item for at, item in enumerate(value) if type(item) is int and item > 0})
+        elif (
+            isinstance(value, (tuple, list))
+            and type(value) in (tuple, list, torch.Size)
+            and len(value) <= _LONGEST
+        ):
+            found.update(
+                {
+                    Size(path, start + name, at): item
+                    for at, item in enumerate(value)
+                    if type(item) is int and item > 0
+                }
+            )
     return found
 
 
@@ -72,7 +85,12 @@ def _is_record(value: object) -> bool:
     """Whether a value is a dictionary, or an object of a class that somebody has written to hold data."""
     if isinstance(value, dict):
         return True
-    return hasattr(value, "__dict__") and not callable(value) and not isinstance(value, (torch.Tensor, enum.Enum)) and not _is_torchs(value)
+    return (
+        hasattr(value, "__dict__")
+        and not callable(value)
+        and not isinstance(value, (torch.Tensor, enum.Enum))
+        and not _is_torchs(value)
+    )
 
 
 def _is_torchs(value: object) -> bool:
@@ -111,19 +129,37 @@ class Cuts:
         own: for each submodule that holds a cut tensor itself, the cut dimensions.
     """
 
-    def __init__(self, module: nn.Module, dense: Mapping[str, tuple[int, ...]], now: Mapping[str, tuple[int, ...]], computed: Iterable[str] = ()) -> None:
+    def __init__(
+        self,
+        module: nn.Module,
+        dense: Mapping[str, tuple[int, ...]],
+        now: Mapping[str, tuple[int, ...]],
+        computed: Iterable[str] = (),
+    ) -> None:
         self.dense, self.now, self.computed = dense, now, tuple(computed)
         self.own: dict[str, list[Cut]] = {}
         for name, before in dense.items():
             after = now.get(name)
             if after is not None and after != before and len(after) == len(before):
                 path = name.rpartition(".")[0]
-                self.own.setdefault(path, []).extend(Cut(name, dim, a, b) for dim, (a, b) in enumerate(zip(before, after, strict=True)) if a != b)
+                self.own.setdefault(path, []).extend(
+                    Cut(name, dim, a, b)
+                    for dim, (a, b) in enumerate(zip(before, after, strict=True))
+                    if a != b
+                )
         self.modules = dict(module.named_modules())
 
-    def tensors(self, path: str, inner: nn.Module) -> tuple[dict[str, tuple[int, ...]], dict[str, tuple[int, ...]]]:
-        """The shapes of a module's own parameters and buffers by their names there, as they were and as they are; what it computes from others counts."""
-        own = [name for name, tensor in [*inner._parameters.items(), *inner._buffers.items()] if tensor is not None]
+    def tensors(
+        self, path: str, inner: nn.Module
+    ) -> tuple[dict[str, tuple[int, ...]], dict[str, tuple[int, ...]]]:
+        """The shapes of a module's own parameters and buffers by their names there, as they were and as they
+        are; what it computes from others counts.
+        """
+        own = [
+            name
+            for name, tensor in [*inner._parameters.items(), *inner._buffers.items()]
+            if tensor is not None
+        ]
         start = f"{path}." if path else ""
         own += [name.removeprefix(start) for name in self.computed if name.rpartition(".")[0] == path]
         before, after = ({name: shapes[start + name] for name in own} for shapes in (self.dense, self.now))
@@ -135,7 +171,13 @@ class Cuts:
 
     def whole(self, path: str) -> set[int]:
         """The dimensions that have stayed what they were, of all tensors at or below a submodule."""
-        return {a for name, before in self.dense.items() if is_within(name.rpartition(".")[0], path) for a, b in zip(before, self.now.get(name, ())) if a == b}
+        return {
+            a
+            for name, before in self.dense.items()
+            if is_within(name.rpartition(".")[0], path)
+            for a, b in zip(before, self.now.get(name, ()))
+            if a == b
+        }
 
     def enclosing(self) -> Iterator[str]:
         """The submodules at or below which something was cut, inner ones first."""
@@ -175,4 +217,15 @@ def _steps(path: str) -> list[str]:
     return path.split(".") if path else []
 
 
-__all__ = ["Assignment", "Cut", "Cuts", "Size", "inner_sizes", "is_within", "outward", "records", "sizes", "write"]
+__all__ = [
+    "Assignment",
+    "Cut",
+    "Cuts",
+    "Size",
+    "inner_sizes",
+    "is_within",
+    "outward",
+    "records",
+    "sizes",
+    "write",
+]

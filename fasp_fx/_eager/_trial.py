@@ -7,6 +7,7 @@ import math
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -67,7 +68,12 @@ class Trial:
         self.calls = 2 if remembers(result.module) else 1
         self.written = written_names(result.module.graph)
         tensors = [*result.module.parameters(), *result.module.buffers()]
-        self.precision = max([torch.finfo(coarsest(self.program)).eps, *(torch.finfo(tensor.dtype).eps for tensor in tensors if tensor.is_floating_point())])
+        self.precision = max(
+            [
+                torch.finfo(coarsest(self.program)).eps,
+                *(torch.finfo(tensor.dtype).eps for tensor in tensors if tensor.is_floating_point()),
+            ]
+        )
         device = next((tensor.device for tensor in tensors), torch.device("cpu"))
         self._answers: dict[tuple[int, torch.dtype | None], Ran] = {}
         self.questions: list[Question] = []
@@ -79,7 +85,10 @@ class Trial:
                 break
         if not self.questions:
             why = first_line(failure) if failure is not None else "it has none"
-            raise EagerError(f"the pruned program does not run on its example inputs ({why}), so that nothing can be held against it; use result.module")
+            raise EagerError(
+                f"the pruned program does not run on its example inputs ({why}), so that nothing can be held"
+                " against it; use result.module"
+            )
 
     def _asked(self, question: Question) -> Exception | None:
         """Ask the program; a question whose sizes it does not take is passed over."""
@@ -107,21 +116,37 @@ class Trial:
         for index, question in enumerate(self.questions):
             count = _Counting() if counting else nullcontext()
             try:
-                seen = settled(lambda precision, index=index, count=count: self._seen(index, precision, count), self.precision)  # type: ignore[misc]
+                seen = settled(partial(self._seen, index, count), self.precision)
             except torch.OutOfMemoryError:
                 raise
             except Exception as error:  # a module raises what it likes
                 stack = _stack(error, self.module)
                 where = _named(self.module, stack[0] if stack else "")
-                return Outcome(False, f"{question.said} {where} fails: {type(error).__name__}: {first_line(error)}", index, getattr(count, "count", 0), stack)
+                return Outcome(
+                    False,
+                    f"{question.said} {where} fails: {type(error).__name__}: {first_line(error)}",
+                    index,
+                    getattr(count, "count", 0),
+                    stack,
+                )
             if not seen.equal:
-                size = "in its integers, its shape or where it is not finite" if math.isinf(seen.deviation) else f"by {seen.deviation:.1e} of its largest value"
-                return Outcome(False, f"{question.said} an output differs from that of the pruned program, {size}", index)
+                size = (
+                    "in its integers, its shape or where it is not finite"
+                    if math.isinf(seen.deviation)
+                    else f"by {seen.deviation:.1e} of its largest value"
+                )
+                return Outcome(
+                    False, f"{question.said} an output differs from that of the pruned program, {size}", index
+                )
         return Outcome(True, passed=len(self.questions))
 
-    def _seen(self, index: int, precision: torch.dtype | None, watching: AbstractContextManager[object]) -> Seen:
+    def _seen(
+        self, index: int, watching: AbstractContextManager[object], precision: torch.dtype | None
+    ) -> Seen:
         if (index, precision) not in self._answers:
-            self._answers[(index, precision)] = run(self.pruned, self.questions[index].copied(), self.calls, precision)
+            self._answers[(index, precision)] = run(
+                self.pruned, self.questions[index].copied(), self.calls, precision
+            )
         expected = self._answers[(index, precision)]
         with watching:
             found = self._answer(self.questions[index], precision)
@@ -137,12 +162,16 @@ class Trial:
         with self._running(precision) as module:
             for _ in range(self.calls):
                 args, kwargs = call_of(self.program, leaves)
-                ran.outputs.append(_present([as_now(leaf) for leaf in pytree.tree_leaves(module(*args, **kwargs))]))
+                ran.outputs.append(
+                    _present([as_now(leaf) for leaf in pytree.tree_leaves(module(*args, **kwargs))])
+                )
         return ran
 
     @contextmanager
     def _running(self, precision: torch.dtype | None) -> Iterator[nn.Module]:
-        """The copy in evaluation mode, without gradients, uncompiled and in a precision, as it was before afterwards."""
+        """The copy in evaluation mode, without gradients, uncompiled and in a precision, as it was before
+        afterwards.
+        """
         module = self.module if precision is None else _widened_copy(self.module, precision)
         modes = [(inner, inner.training) for inner in module.modules()]
         try:
@@ -161,7 +190,10 @@ class Trial:
 def _example(result: Result) -> tuple[tuple[Any, ...], dict[str, Any]]:
     example = result.program.example_inputs
     if example is None:
-        raise EagerError("the program of the result holds no example inputs, so that nothing can be held against it; use result.module")
+        raise EagerError(
+            "the program of the result holds no example inputs, so that nothing can be held against it; use"
+            " result.module"
+        )
     return example
 
 
@@ -186,7 +218,9 @@ class _Widening(TorchDispatchMode):
         super().__init__()
         self.precision = precision
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any:
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
         args, kwargs = widened_types(args, self.precision), widened_types(kwargs or {}, self.precision)
         return func(*args, **kwargs)
 
@@ -200,7 +234,9 @@ class _Counting(TorchDispatchMode):
         super().__init__()
         self.count = 0
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any:
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
         result = func(*args, **(kwargs or {}))
         self.count += 1
         return result

@@ -1,4 +1,6 @@
-"""Zero-shot tasks through EleutherAI's lm-evaluation-harness (the ``eval`` extra), which is imported only when a task is asked for."""
+"""Zero-shot tasks through EleutherAI's lm-evaluation-harness (the ``eval`` extra), which is imported only
+when a task is asked for.
+"""
 
 from __future__ import annotations
 
@@ -33,26 +35,40 @@ def load_tasks(names: Sequence[str]) -> Any:
     from lm_eval.tasks import TaskManager
 
     with _quiet():
-        # The index of the tasks that come with the harness takes seconds to read, and a file needs none of it.
+        # The index of the tasks that come with the harness takes seconds to read, and a file needs none of
+        # it.
         manager = TaskManager(include_defaults=len(files) < len(set(names)))
         loaded: dict[str, Any] = {"tasks": {}, "groups": {}, "group_map": {}}
         for name in names:
             found = _load(manager, name, files.get(name))
             twice = sorted(set(found["tasks"]) & set(loaded["tasks"]))
             if twice:
-                raise ArgumentError(f"the task {twice[0]} was asked for twice; give each once, and files different names")
+                raise ArgumentError(
+                    f"the task {twice[0]} was asked for twice; give each once, and files different names"
+                )
             for part, entries in loaded.items():
                 entries.update(found.get(part, {}))
         for name, task in loaded["tasks"].items():
             if getattr(task, "UNSAFE_CODE", False) or getattr(task, "MULTIMODAL", False):
-                raise ArgumentError(f"the task {name} runs code that the model writes, or shows it images; neither is done here, so leave it out")
+                raise ArgumentError(
+                    f"the task {name} runs code that the model writes, or shows it images; neither is done"
+                    " here, so leave it out"
+                )
             if task.get_config("num_fewshot") is None:
                 task.set_config(key="num_fewshot", value=0)
             task.set_fewshot_seed(seed=1234)  # the harness's own default
     return loaded
 
 
-def run(model: nn.Module, tokenizer: Any, loaded: Any, *, limit: int | None, batch_size: int, progress: Progress | None) -> dict[str, Any]:
+def run(
+    model: nn.Module,
+    tokenizer: Any,
+    loaded: Any,
+    *,
+    limit: int | None,
+    batch_size: int,
+    progress: Progress | None,
+) -> dict[str, Any]:
     """The results of ``lm_eval.evaluate``. The model's mode and the caller's tokenizer stay as they are.
 
     Raises:
@@ -86,7 +102,9 @@ def _own_task(file: Path) -> dict[str, Any]:
         "doc_to_text": "query",
         "doc_to_choice": "choices",
         "doc_to_target": "gold",
-        "metric_list": [{"metric": name, "aggregation": "mean", "higher_is_better": True} for name in metrics],
+        "metric_list": [
+            {"metric": name, "aggregation": "mean", "higher_is_better": True} for name in metrics
+        ],
     }
 
 
@@ -95,14 +113,18 @@ def _load(manager: Any, name: str, own: dict[str, Any] | None) -> Any:
         return manager.load([own])
     if not Path(name).is_file() and name not in manager.all_tasks:
         near = difflib.get_close_matches(name, manager.all_tasks, n=3)
-        hint = f"; did you mean {' or '.join(near)}?" if near else f"; give a {SUFFIX} file, or one of the names that `lm-eval ls tasks` lists"
+        hint = (
+            f"; did you mean {' or '.join(near)}?"
+            if near
+            else f"; give a {SUFFIX} file, or one of the names that `lm-eval ls tasks` lists"
+        )
         raise ArgumentError(f"lm-eval knows no task '{name}'{hint}")
     try:
         return manager.load([name])
     except Exception as error:  # a task runs code of its own and of the data set's
         raise ArgumentError(
-            f"the data of the task '{name}' cannot be had: {first_line(error)}; it comes from the Hugging Face hub, so connect once to fill the cache, "
-            f"or give a {SUFFIX} file"
+            f"the data of the task '{name}' cannot be had: {first_line(error)}; it comes from the Hugging"
+            f" Face hub, so connect once to fill the cache, or give a {SUFFIX} file"
         ) from error
 
 
@@ -113,33 +135,49 @@ def _lm(model: nn.Module, tokenizer: Any, batch_size: int) -> Any:
     class Scorer(HFLM):
         """Refuses what the harness would cut: a text that loses its beginning is another question."""
 
-        def _loglikelihood_tokens(self, requests: list[Any], *rest: Any, **options: Any) -> list[tuple[float, bool]]:
-            for (context, continuation), start, end in ((texts or ("", ""), *tokens) for texts, *tokens in requests):
+        def _loglikelihood_tokens(
+            self, requests: list[Any], *rest: Any, **options: Any
+        ) -> list[tuple[float, bool]]:
+            for (context, continuation), start, end in (
+                (texts or ("", ""), *tokens) for texts, *tokens in requests
+            ):
                 length = len(start) + len(end)
                 if length > self.max_length + 1:  # the last token is only predicted
                     raise ArgumentError(
-                        f"the text '{_short(context + continuation)}' has {length} tokens, more than the {self.max_length} positions of the model; "
-                        "shorten it or leave the task out"
+                        f"the text '{_short(context + continuation)}' has {length} tokens, more than the"
+                        f" {self.max_length} positions of the model; shorten it or leave the task out"
                     )
                 if not end:
-                    raise ArgumentError(f"the answer '{_short(continuation)}' has no token of its own after '{_short(context)}', so it has no likelihood")
+                    raise ArgumentError(
+                        f"the answer '{_short(continuation)}' has no token of its own after"
+                        f" '{_short(context)}', so it has no likelihood"
+                    )
             return super()._loglikelihood_tokens(requests, *rest, **options)
 
         def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> list[str]:
             if not hasattr(self.model, "generate"):
-                raise ArgumentError("the task lets the model generate text, which a pruned program without a cache does not; leave it out")
+                raise ArgumentError(
+                    "the task lets the model generate text, which a pruned program without a cache does not;"
+                    " leave it out"
+                )
             return super().generate_until(requests, disable_tqdm)
 
     held: Any = model if isinstance(model, PreTrainedModel) else _Program(model)
     kind = "seq2seq" if getattr(held.config, "is_encoder_decoder", False) else "causal"
     try:
-        return Scorer(held, backend=kind, tokenizer=copy.deepcopy(tokenizer), batch_size=batch_size)  # the harness may add a padding token
+        return Scorer(
+            held, backend=kind, tokenizer=copy.deepcopy(tokenizer), batch_size=batch_size
+        )  # the harness may add a padding token
     except AssertionError as error:
-        raise ArgumentError(f"lm-eval takes no {type(tokenizer).__name__}; give the tokenizer that AutoTokenizer loads") from error
+        raise ArgumentError(
+            f"lm-eval takes no {type(tokenizer).__name__}; give the tokenizer that AutoTokenizer loads"
+        ) from error
 
 
 class _Program(nn.Module):
-    """What the harness asks of a Hugging Face model, around a module that was pruned with ``input_ids`` and ``use_cache``."""
+    """What the harness asks of a Hugging Face model, around a module that was pruned with ``input_ids`` and
+    ``use_cache``.
+    """
 
     def __init__(self, module: nn.Module) -> None:
         super().__init__()
@@ -169,7 +207,9 @@ def _require() -> None:
 
 
 class _Bar:
-    """Stands for tqdm: draws nothing, and tells ``report`` the fraction done where the harness counts by hand."""
+    """Stands for tqdm: draws nothing, and tells ``report`` the fraction done where the harness counts by
+    hand.
+    """
 
     report: Progress | None = None
 

@@ -8,8 +8,11 @@ from typing import TypeVar
 T = TypeVar("T")
 
 
-def sound_part(items: Sequence[T], fault: Callable[[list[T]], str | None]) -> tuple[list[T], list[tuple[T, str]]]:
-    """A part of ``items`` without fault that no other item can join, and what was seen when each of the others tried to.
+def sound_part(
+    items: Sequence[T], fault: Callable[[list[T]], str | None]
+) -> tuple[list[T], list[tuple[T, str]]]:
+    """A part of ``items`` without fault that no other item can join, and what was seen when each of the
+    others tried to.
 
     One faulty item among n costs about 2 log n trials.
 

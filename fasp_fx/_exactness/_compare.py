@@ -1,4 +1,6 @@
-"""Whether two programs compute the same: in their own precision, and in a higher one where that leaves a doubt."""
+"""Whether two programs compute the same: in their own precision, and in a higher one where that leaves a
+doubt.
+"""
 
 from __future__ import annotations
 
@@ -15,14 +17,16 @@ from .._program import Program
 from ._execution import Ran, remembers, run
 from ._inputs import Inputs
 
-#: max|a − b| / max|b| from which on a higher precision decides, as a multiple of the precision: 2e-5 in float32, where sums of thousands of addends in
-#: another order stay below; and 1e-4 where that would take long
+#: max|a − b| / max|b| from which on a higher precision decides, as a multiple of the precision: 2e-5 in
+#: float32, where sums of thousands of addends in another order stay below; and 1e-4 where that would take
+#: long
 _DOUBT, _DOUBT_LONG = 160.0, 840.0
 #: the same for types of 16 bits and fewer, which round every result
 _DOUBT_HALF = 4.0
 #: what double precision lets pass
 _EQUAL = 1e-6
-#: what passes where a program does not run in a higher precision: a power of the precision of its coarsest type, 8e-4 in float32 and 1e-1 in bfloat16
+#: what passes where a program does not run in a higher precision: a power of the precision of its coarsest
+#: type, 8e-4 in float32 and 1e-1 in bfloat16
 _LENIENT = 0.45
 #: elements compared at once
 _CHUNK = 1 << 22
@@ -33,7 +37,8 @@ class Seen:
     """What one comparison came to.
 
     Attributes:
-        deviation: max|a − b| / max|b| of the worst output, infinite where integers, shapes or the places of NaN and infinities differ.
+        deviation: max|a − b| / max|b| of the worst output, infinite where integers, shapes or the places of
+            NaN and infinities differ.
         equal: whether the two compute the same but for rounding.
         compared: whether they could be compared.
         call: which of the calls in a row differs most, from 0.
@@ -59,7 +64,11 @@ def compare(reference: Program, module: fx.GraphModule, pruned: Program, inputs:
         ReferenceFailedError: the dense program does not run on these inputs.
         Exception: what the pruned program raises.
     """
-    return settled(lambda dtype: _compare(reference, module, pruned, inputs, dtype), torch.finfo(coarsest(reference)).eps, inputs.long)
+    return settled(
+        lambda dtype: _compare(reference, module, pruned, inputs, dtype),
+        torch.finfo(coarsest(reference)).eps,
+        inputs.long,
+    )
 
 
 def takes(program: Program, inputs: Inputs) -> bool:
@@ -100,7 +109,9 @@ def settled(look: Callable[[torch.dtype | None], Seen], precision: float, long: 
     return seen
 
 
-def _compare(reference: Program, module: fx.GraphModule, pruned: Program, inputs: Inputs, precision: torch.dtype | None) -> Seen:
+def _compare(
+    reference: Program, module: fx.GraphModule, pruned: Program, inputs: Inputs, precision: torch.dtype | None
+) -> Seen:
     calls = 2 if remembers(reference.module) or remembers(module) else 1
     try:
         expected = run(reference.module, inputs.of(reference), calls, precision)
@@ -119,7 +130,9 @@ def _compare(reference: Program, module: fx.GraphModule, pruned: Program, inputs
 
 
 def deviations(found: Ran, expected: Ran, state: frozenset[int] = frozenset()) -> Iterable[tuple[int, float]]:
-    """The deviation of every output, with the call that it is of; outputs that hold state may be narrower, and are not compared then."""
+    """The deviation of every output, with the call that it is of; outputs that hold state may be narrower,
+    and are not compared then.
+    """
     for call, (ours, theirs) in enumerate(zip(found.outputs, expected.outputs, strict=True)):
         if len(ours) != len(theirs):
             yield call, math.inf
@@ -131,13 +144,18 @@ def deviations(found: Ran, expected: Ran, state: frozenset[int] = frozenset()) -
 
 
 def deviation(found: Any, expected: Any) -> float:
-    """``max|a − b| / max|b|`` of two outputs; infinite where they cannot be compared, or are integers that differ."""
+    """``max|a − b| / max|b|`` of two outputs; infinite where they cannot be compared, or are integers that
+    differ.
+    """
     if not (isinstance(found, Tensor) and isinstance(expected, Tensor)):
         return 0.0 if type(found) is type(expected) and found == expected else math.inf
     if found.shape != expected.shape or found.dtype != expected.dtype:
         return math.inf
     if found.layout != torch.strided or found.is_quantized:
-        found, expected = (value.to_dense() if value.layout != torch.strided else value.dequantize() for value in (found, expected))
+        found, expected = (
+            value.to_dense() if value.layout != torch.strided else value.dequantize()
+            for value in (found, expected)
+        )
     if not (expected.is_floating_point() or expected.is_complex()):
         return 0.0 if torch.equal(found, expected) else math.inf
     difference = scale = 0.0
@@ -164,9 +182,24 @@ def _same_oddities(a: Tensor, b: Tensor) -> bool:
 
 def coarsest(program: Program) -> torch.dtype:
     """The floating-point type of the lowest precision among all that the program computes."""
-    recorded = [value for node in program.module.graph.nodes for value in pytree.tree_leaves(node.meta.get("val"))]
-    types = {value.dtype.to_real() for value in recorded if isinstance(value, Tensor) and (value.is_floating_point() or value.is_complex())}
+    recorded = [
+        value for node in program.module.graph.nodes for value in pytree.tree_leaves(node.meta.get("val"))
+    ]
+    types = {
+        value.dtype.to_real()
+        for value in recorded
+        if isinstance(value, Tensor) and (value.is_floating_point() or value.is_complex())
+    }
     return max(types, key=lambda dtype: torch.finfo(dtype).eps, default=torch.float32)
 
 
-__all__ = ["ReferenceFailedError", "Seen", "coarsest", "compare", "deviation", "deviations", "settled", "takes"]
+__all__ = [
+    "ReferenceFailedError",
+    "Seen",
+    "coarsest",
+    "compare",
+    "deviation",
+    "deviations",
+    "settled",
+    "takes",
+]

@@ -40,10 +40,15 @@ def run(module: fx.GraphModule, inputs: list[Any], calls: int, precision: torch.
     Args:
         inputs: the values of its placeholders.
         calls: how often.
-        precision: nothing is computed in a lower one; weights are widened one by one as they are used. ``None``: as the program says.
+        precision: nothing is computed in a lower one; weights are widened one by one as they are used.
+            ``None``: as the program says.
     """
     given = [widened(value, precision) for value in inputs]
-    devices = {value.device for value in [*given, *module.parameters(), *module.buffers()] if isinstance(value, Tensor) and value.device.type == "cuda"}
+    devices = {
+        value.device
+        for value in [*given, *module.parameters(), *module.buffers()]
+        if isinstance(value, Tensor) and value.device.type == "cuda"
+    }
     ran = Ran()
     # what a model compiles for itself (flex attention, say) runs uncompiled
     with (
@@ -62,13 +67,19 @@ def run(module: fx.GraphModule, inputs: list[Any], calls: int, precision: torch.
 
 
 def remembers(module: fx.GraphModule) -> bool:
-    """Whether a call leaves anything behind that the next one could see: it writes into a buffer or an input."""
+    """Whether a call leaves anything behind that the next one could see: it writes into a buffer
+    or an input.
+    """
     return any(written_by(node) for node in module.graph.nodes)
 
 
 def wide(dtype: torch.dtype, precision: torch.dtype | None) -> torch.dtype:
     """A type of real or complex numbers, or the one of this precision in its place if it has a lower one."""
-    if precision is None or not (dtype.is_floating_point or dtype.is_complex) or torch.finfo(dtype).eps <= torch.finfo(precision).eps:
+    if (
+        precision is None
+        or not (dtype.is_floating_point or dtype.is_complex)
+        or torch.finfo(dtype).eps <= torch.finfo(precision).eps
+    ):
         return dtype
     return precision.to_complex() if dtype.is_complex else precision
 
@@ -79,7 +90,9 @@ def widened(value: Any, precision: torch.dtype | None) -> Any:
 
 
 class _Execution(fx.Interpreter):
-    def __init__(self, module: fx.GraphModule, precision: torch.dtype | None, drawn: list[tuple[int, ...]]) -> None:
+    def __init__(
+        self, module: fx.GraphModule, precision: torch.dtype | None, drawn: list[tuple[int, ...]]
+    ) -> None:
         super().__init__(module, garbage_collect_values=True)
         self.precision, self.drawn, self.extra_traceback = precision, drawn, False
 
@@ -90,18 +103,27 @@ class _Execution(fx.Interpreter):
         return widened(value, self.precision)
 
     def call_module(self, target: Any, args: Any, kwargs: Any) -> Any:
-        return None if self.precision is not None and isinstance(self.fetch_attr(target), Guards) else super().call_module(target, args, kwargs)
+        return (
+            None
+            if self.precision is not None and isinstance(self.fetch_attr(target), Guards)
+            else super().call_module(target, args, kwargs)
+        )
 
     def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
         if self.precision is not None and target is not _BITS:
             args, kwargs = widened_types(args, self.precision), widened_types(kwargs, self.precision)
         if not (isinstance(target, OpOverload) and torch.Tag.nondeterministic_seeded in target.tags):
             return super().call_function(target, args, kwargs)
-        device = next((value.device for value in pytree.tree_leaves((args, kwargs)) if isinstance(value, Tensor)), torch.device("cpu"))
+        device = next(
+            (value.device for value in pytree.tree_leaves((args, kwargs)) if isinstance(value, Tensor)),
+            torch.device("cpu"),
+        )
         before = _random_state(device)
         made = super().call_function(target, args, kwargs)
         if not torch.equal(before, _random_state(device)):
-            self.drawn += [tuple(value.shape) for value in pytree.tree_leaves(made) if isinstance(value, Tensor)]
+            self.drawn += [
+                tuple(value.shape) for value in pytree.tree_leaves(made) if isinstance(value, Tensor)
+            ]
         return made
 
 
@@ -110,7 +132,9 @@ def _random_state(device: torch.device) -> Tensor:
 
 
 def widened_types(value: Any, precision: torch.dtype) -> Any:
-    return pytree.tree_map(lambda leaf: wide(leaf, precision) if isinstance(leaf, torch.dtype) else leaf, value)
+    return pytree.tree_map(
+        lambda leaf: wide(leaf, precision) if isinstance(leaf, torch.dtype) else leaf, value
+    )
 
 
 def _widened_graph(module: fx.GraphModule, precision: torch.dtype) -> fx.GraphModule:
@@ -120,7 +144,10 @@ def _widened_graph(module: fx.GraphModule, precision: torch.dtype) -> fx.GraphMo
     graph.set_codegen(module.graph._codegen)
     for node in graph.nodes:
         if node.op == "call_function" and node.target is not _BITS:
-            node.args, node.kwargs = widened_types(node.args, precision), widened_types(node.kwargs, precision)
+            node.args, node.kwargs = (
+                widened_types(node.args, precision),
+                widened_types(node.kwargs, precision),
+            )
     return fx.GraphModule(module, graph)
 
 

@@ -1,4 +1,6 @@
-"""Carry a decision out, hold the result against the masked dense program, and leave whole what does not hold."""
+"""Carry a decision out, hold the result against the masked dense program, and leave whole what
+does not hold.
+"""
 
 from __future__ import annotations
 
@@ -46,8 +48,11 @@ class Held:
     notes: tuple[str, ...] = ()
 
 
-def carry_out(program: Program, analysis: Analysis, decision: Decision, lap: Callable[[str], None], whole: bool = False) -> Held:
-    """Take out of a program what was decided for its analysis, as far as what is left computes what the masked dense program does.
+def carry_out(
+    program: Program, analysis: Analysis, decision: Decision, lap: Callable[[str], None], whole: bool = False
+) -> Held:
+    """Take out of a program what was decided for its analysis, as far as what is left computes what the
+    masked dense program does.
 
     Args:
         lap: told the name of each stage when it is done.
@@ -84,7 +89,9 @@ class _Made:
 
 
 class _Net:
-    def __init__(self, program: Program, analysis: Analysis, decision: Decision, lap: Callable[[str], None]) -> None:
+    def __init__(
+        self, program: Program, analysis: Analysis, decision: Decision, lap: Callable[[str], None]
+    ) -> None:
         self.program, self.analysis, self.decision, self.lap = program, analysis, decision, lap
         self.order = {group.name: index for index, group in enumerate(analysis.groups)}
         self.left: dict[str, str] = {}
@@ -103,13 +110,16 @@ class _Net:
         made, fault = self._tried(groups, exporting=True, lap=self.lap)
         if fault is not None:
             approximate = [group for group in groups if group.status == APPROXIMATE]
-            exact, made = self._sound([group for group in groups if group.status != APPROXIMATE], None if approximate else fault)
+            exact, made = self._sound(
+                [group for group in groups if group.status != APPROXIMATE], None if approximate else fault
+            )
             groups = exact
             if approximate:
                 groups, made = self._with_approximate(exact, approximate)
             if not groups or (whole and self.left):
                 raise UnsoundError(
-                    f"what was decided cannot be removed: {fault.text}; nothing is returned. A rule says what its operator does not do, or a pass is wrong",
+                    f"what was decided cannot be removed: {fault.text}; nothing is returned. A rule says what"
+                    " its operator does not do, or a pass is wrong",
                     self.left,
                 )
         assert made is not None
@@ -120,10 +130,19 @@ class _Net:
             warn(text, VerificationWarning)
         self.lap("check")
         decision = restricted(self.analysis, self.decision, groups)
-        return Held(decision, made.rewritten, made.module, made.exported, left, tuple(dict.fromkeys([*self.notes, *said])))
+        return Held(
+            decision,
+            made.rewritten,
+            made.module,
+            made.exported,
+            left,
+            tuple(dict.fromkeys([*self.notes, *said])),
+        )
 
     def _sound(self, groups: list[Group], fault: _Fault | None) -> tuple[list[Group], _Made | None]:
-        """The groups that hold together on all inputs, and the program without them; ``fault``: what is known to be wrong with them."""
+        """The groups that hold together on all inputs, and the program without them; ``fault``: what is known
+        to be wrong with them.
+        """
         made: _Made | None = None
         while groups:
             if fault is None:
@@ -135,23 +154,33 @@ class _Net:
                 fault = replace(fault, exporting=True)
                 kept, left = sound_part(groups, partial(self._text, like=fault))
             if not left:
-                raise VerificationError(f"{fault.text}, and no group alone makes the difference; nothing is returned")
+                raise VerificationError(
+                    f"{fault.text}, and no group alone makes the difference; nothing is returned"
+                )
             self.left |= {group.name: seen for group, seen in left}
             groups, fault = kept, None
         return [], None
 
-    def _with_approximate(self, exact: list[Group], approximate: list[Group]) -> tuple[list[Group], _Made | None]:
-        """Add the groups that no masked program equals; they have to run, and how far they are from it is noted."""
+    def _with_approximate(
+        self, exact: list[Group], approximate: list[Group]
+    ) -> tuple[list[Group], _Made | None]:
+        """Add the groups that no masked program equals; they have to run, and how far they are from it is
+        noted.
+        """
         groups = self._sorted([*exact, *approximate])
         made, fault = self._afresh(groups)
         if fault is not None and fault.deviation is None:
             failed = replace(fault, exporting=True)
-            added, left = sound_part(approximate, lambda some: self._text(self._sorted([*exact, *some]), failed, differing=False))
+            added, left = sound_part(
+                approximate, lambda some: self._text(self._sorted([*exact, *some]), failed, differing=False)
+            )
             self.left |= {group.name: seen for group, seen in left}
             groups = self._sorted([*exact, *added])
             made, fault = self._afresh(groups) if groups else (None, None)
         if fault is not None and fault.deviation is None:
-            raise VerificationError(f"{fault.text}, and no group alone makes the difference; nothing is returned")
+            raise VerificationError(
+                f"{fault.text}, and no group alone makes the difference; nothing is returned"
+            )
         if fault is not None:
             names = ", ".join(f"'{group.name}'" for group in groups if group.status == APPROXIMATE)
             self.notes.append(f"approximate groups were asked for ({names}): {fault.text}")
@@ -166,15 +195,21 @@ class _Net:
         return self._tried(groups, exporting=True)
 
     def _text(self, groups: list[Group], like: _Fault, differing: bool = True) -> str | None:
-        """What is wrong with some groups, looked for where ``like`` was seen; ``differing``: other outputs are wrong, not only a failure."""
+        """What is wrong with some groups, looked for where ``like`` was seen; ``differing``: other outputs
+        are wrong, not only a failure.
+        """
         fault = self._tried(groups, exporting=like.exporting)[1]
         return None if fault is None or (fault.deviation is not None and not differing) else fault.text
 
-    def _tried(self, groups: list[Group], exporting: bool, lap: Callable[[str], None] = lambda stage: None) -> tuple[_Made | None, _Fault | None]:
+    def _tried(
+        self, groups: list[Group], exporting: bool, lap: Callable[[str], None] = lambda stage: None
+    ) -> tuple[_Made | None, _Fault | None]:
         """The program without what was decided for these groups, and what is wrong with it."""
         decision = restricted(self.analysis, self.decision, groups)
         try:
-            rewritten = share_again(Prune(decision.gone, decision.weights, self.analysis)(self.analysis.program))
+            rewritten = share_again(
+                Prune(decision.gone, decision.weights, self.analysis)(self.analysis.program)
+            )
         except VerificationError as error:
             return None, _Fault(str(error))
         lap("passes")
@@ -185,7 +220,11 @@ class _Net:
             except torch.OutOfMemoryError:
                 raise
             except Exception as error:  # an exporter raises what it likes
-                return None, _Fault(f"what is left of the program cannot be exported: {type(error).__name__}: {first_line(error)}", exporting=True)
+                return None, _Fault(
+                    f"what is left of the program cannot be exported: {type(error).__name__}:"
+                    f" {first_line(error)}",
+                    exporting=True,
+                )
             lap("export")
         return made, self._difference(decision, made)
 
@@ -194,11 +233,19 @@ class _Net:
         reference = masked_program(self.program, self.analysis, decision)
         if self.inputs is not None:
             try:
-                return next((fault for inputs in self.inputs if (fault := self._on(inputs, reference, made)) is not None), None)
+                return next(
+                    (
+                        fault
+                        for inputs in self.inputs
+                        if (fault := self._on(inputs, reference, made)) is not None
+                    ),
+                    None,
+                )
             except CallError as error:
                 return _Fault(first_line(error), exporting=True)
             except ReferenceFailedError:
-                return None  # with these groups masked alone, the dense program does not run: nothing is said of them
+                # With these groups masked alone, the dense program does not run: nothing is said of them.
+                return None
         self.inputs, fault = [], None
         for inputs in example_inputs(self.program):
             try:
@@ -210,8 +257,13 @@ class _Net:
             break
         if not self.inputs:
             if isinstance(failure, CallError):
-                return _Fault(f"the pruned program refuses the example inputs: {first_line(failure)}", exporting=True)
-            self.notes.append(f"the result was not run beside the dense program, which does not run on the example inputs: {first_line(failure)}")
+                return _Fault(
+                    f"the pruned program refuses the example inputs: {first_line(failure)}", exporting=True
+                )
+            self.notes.append(
+                "the result was not run beside the dense program, which does not run on the example inputs:"
+                f" {first_line(failure)}"
+            )
             return None
         if fault is not None:
             return fault
@@ -221,8 +273,17 @@ class _Net:
                 fault = self._on(inputs, reference, made)
             except ReferenceFailedError:
                 continue  # the dense program does not take these sizes
-            except CallError as error:  # an exporter can rule out some sizes for no good reason: others are tried
-                refused = refused or (inputs, _Fault(f"{inputs.said} the pruned program fails, where the dense one runs: {first_line(error)}", exporting=True))
+            except (
+                CallError
+            ) as error:  # an exporter can rule out some sizes for no good reason: others are tried
+                refused = refused or (
+                    inputs,
+                    _Fault(
+                        f"{inputs.said} the pruned program fails, where the dense one runs:"
+                        f" {first_line(error)}",
+                        exporting=True,
+                    ),
+                )
                 continue
             self.inputs = [inputs] if fault is not None else [*self.inputs, inputs]
             refused = None
@@ -234,7 +295,8 @@ class _Net:
         return refused[1]
 
     def _check_split(self, inputs: list[Inputs]) -> None:
-        """Refuse fused weights that were taken apart wrongly, where that would go unseen: the program in which they are apart serves as the reference.
+        """Refuse fused weights that were taken apart wrongly, where that would go unseen: the program in
+        which they are apart serves as the reference.
 
         Raises:
             VerificationError: the two programs differ before anything is removed.
@@ -249,8 +311,8 @@ class _Net:
                 continue
             if not seen.equal:
                 raise VerificationError(
-                    f"{one.said} the program whose fused weights were taken apart differs from the captured one before anything is removed; "
-                    "nothing is returned, because a pass is wrong"
+                    f"{one.said} the program whose fused weights were taken apart differs from the captured"
+                    " one before anything is removed; nothing is returned, because a pass is wrong"
                 )
 
     def _on(self, inputs: Inputs, reference: Program, made: _Made) -> _Fault | None:
@@ -258,14 +320,23 @@ class _Net:
             seen = compare(reference, made.module, made.rewritten, inputs)
         except ReferenceFailedError as error:
             if takes(self.program, inputs):
-                return _Fault(f"{inputs.said} the dense program with the removed channels masked fails, where it runs without masks: {first_line(error)}")
+                return _Fault(
+                    f"{inputs.said} the dense program with the removed channels masked fails, where it runs"
+                    f" without masks: {first_line(error)}"
+                )
             raise
         except (torch.OutOfMemoryError, CallError):
             raise
         except Exception as error:  # a program raises what it likes
-            return _Fault(f"{inputs.said} the pruned program fails, where the dense one runs: {type(error).__name__}: {first_line(error)}")
+            return _Fault(
+                f"{inputs.said} the pruned program fails, where the dense one runs: {type(error).__name__}:"
+                f" {first_line(error)}"
+            )
         if not seen.compared:
-            self.notes.append("the result was not compared with the dense program, because the random numbers that it draws are fewer")
+            self.notes.append(
+                "the result was not compared with the dense program, because the random numbers that it draws"
+                " are fewer"
+            )
         return None if seen.equal else _Fault(f"{inputs.said} {_said(seen)}", deviation=seen.deviation)
 
 
@@ -283,7 +354,11 @@ class UnsoundError(VerificationError):
 
 def _said(seen: Seen) -> str:
     where = "" if seen.call == 0 else ", in the second of two calls"
-    size = "in its integers, its shape or where it is not finite" if math.isinf(seen.deviation) else f"by {seen.deviation:.1e} of its largest value"
+    size = (
+        "in its integers, its shape or where it is not finite"
+        if math.isinf(seen.deviation)
+        else f"by {seen.deviation:.1e} of its largest value"
+    )
     return f"an output differs from that of the dense program with the removed channels masked{where}, {size}"
 
 

@@ -15,7 +15,8 @@ from .._compat import int_oo, pytree
 from .._program import Program
 from ..channels import is_dynamic
 
-#: sizes of a small run, all different so that none can stand for another; multiples of the usual divisors among them
+#: sizes of a small run, all different so that none can stand for another; multiples of the usual divisors
+#: among them
 _SMALL = (3, 5, 7, 4, 6, 8, 9, 12, 16)
 #: how many other inputs are offered at most
 _OFFERED = 4
@@ -25,13 +26,17 @@ _LONG = 1 << 10
 
 @dataclass(frozen=True)
 class Inputs:
-    """A recipe for the inputs of one call, which serves the dense program and the pruned one, whose examples may be narrower.
+    """A recipe for the inputs of one call, which serves the dense program and the pruned one, whose examples
+    may be narrower.
 
     Attributes:
         said: the inputs in words.
-        sizes: new sizes, by position of the input and dimension; ``None`` as dimension: the value of an input that is a size itself.
-        drawn: inputs to be filled with random numbers in [0, 1), because the example holds a single number everywhere.
-        long: whether a run takes long and a shorter one follows, in which small deviations can be looked into.
+        sizes: new sizes, by position of the input and dimension; ``None`` as dimension: the value of an input
+            that is a size itself.
+        drawn: inputs to be filled with random numbers in [0, 1), because the example holds a single number
+            everywhere.
+        long: whether a run takes long and a shorter one follows, in which small deviations can be looked
+            into.
     """
 
     said: str = "on the example inputs"
@@ -40,7 +45,9 @@ class Inputs:
     long: bool = False
 
     def of(self, program: Program) -> list[Any]:
-        """The values of the placeholders of a program; tensors are copies, of which the entries of the example are repeated where a size grew."""
+        """The values of the placeholders of a program; tensors are copies, of which the entries of the
+        example are repeated where a size grew.
+        """
         return [self._made(index, leaf) for index, leaf in enumerate(_leaves(program))]
 
     def _made(self, index: int, leaf: Any) -> Any:
@@ -51,9 +58,15 @@ class Inputs:
             wanted = self.sizes.get((index, dim), size)
             if wanted != size:
                 at = torch.arange(wanted, device=leaf.device) % max(size, 1)
-                made = made.index_select(dim, at) if size else made.new_zeros([*made.shape[:dim], wanted, *made.shape[dim + 1 :]])
+                made = (
+                    made.index_select(dim, at)
+                    if size
+                    else made.new_zeros([*made.shape[:dim], wanted, *made.shape[dim + 1 :]])
+                )
         if index in self.drawn:
-            return torch.rand(made.shape, generator=torch.Generator().manual_seed(index), dtype=torch.float32).to(made)
+            return torch.rand(
+                made.shape, generator=torch.Generator().manual_seed(index), dtype=torch.float32
+            ).to(made)
         return _laid_like(leaf, made)
 
 
@@ -62,24 +75,33 @@ def _laid_like(leaf: Tensor, made: Tensor) -> Tensor:
     if leaf.layout != torch.strided or not leaf.dim() or leaf.is_contiguous():
         return made.clone()
     if made.shape == leaf.shape and all(leaf.stride()):
-        return torch.empty_strided(leaf.shape, leaf.stride(), dtype=leaf.dtype, device=leaf.device).copy_(made)
+        return torch.empty_strided(leaf.shape, leaf.stride(), dtype=leaf.dtype, device=leaf.device).copy_(
+            made
+        )
     return made.new_empty([*made.shape[:-1], made.shape[-1] + 1])[..., :-1].copy_(made)
 
 
 def example_inputs(program: Program) -> Iterator[Inputs]:
-    """The example: one of its two samples if they are alike, as where a capture has doubled a single one, and the whole."""
+    """The example: one of its two samples if they are alike, as where a capture has doubled a single one, and
+    the whole.
+    """
     leaves, dynamic = _leaves(program), _dynamic(program)
     long = bool(dynamic) and sum(leaf.numel() for leaf in leaves if isinstance(leaf, Tensor)) > _LONG
     tensors = {index: leaf for index, leaf in enumerate(leaves) if isinstance(leaf, Tensor)}
-    if long and all((index, 0) in dynamic and len(leaf) == 2 and torch.equal(leaf[0], leaf[1]) for index, leaf in tensors.items()):
+    if long and all(
+        (index, 0) in dynamic and len(leaf) == 2 and torch.equal(leaf[0], leaf[1])
+        for index, leaf in tensors.items()
+    ):
         yield Inputs(sizes={(index, 0): 1 for index in tensors}, long=True)
     yield Inputs(long=long)
 
 
 def other_inputs(program: Program) -> Iterator[Inputs]:
-    """Inputs besides the example, the best ones first; none if no size can vary and no input holds a single number.
+    """Inputs besides the example, the best ones first; none if no size can vary and no input holds a single
+    number.
 
-    The first are small, so that a second run costs little beside a long example; the next are for programs that do not run on those.
+    The first are small, so that a second run costs little beside a long example; the next are for programs
+    that do not run on those.
     """
     leaves, dynamic, nodes = _leaves(program), _dynamic(program), program.placeholders()
     drawn = frozenset(
@@ -94,19 +116,34 @@ def other_inputs(program: Program) -> Iterator[Inputs]:
 
 
 def longer_inputs(program: Program, length: int) -> Iterator[Inputs]:
-    """Inputs that are longer than ``length`` along all but their first dimensions, if sizes there can vary and the capture allows it."""
+    """Inputs that are longer than ``length`` along all but their first dimensions, if sizes there can vary
+    and the capture allows it.
+    """
     dynamic = _dynamic(program)
     symbols = _Symbols.of(dynamic)
     place = symbols.places()
-    wanted = {symbol: hint if symbol in symbols.first else length + 1 + 2 * place[symbol] for symbol, (hint, _, _) in symbols.ranges.items()}
+    wanted = {
+        symbol: hint if symbol in symbols.first else length + 1 + 2 * place[symbol]
+        for symbol, (hint, _, _) in symbols.ranges.items()
+    }
     assigned = symbols.within(wanted)
-    if any(assigned[symbol] > length for symbol in assigned.keys() - symbols.first) and symbols.allow(assigned):
+    if any(assigned[symbol] > length for symbol in assigned.keys() - symbols.first) and symbols.allow(
+        assigned
+    ):
         yield _of_sizes(program.placeholders(), dynamic, assigned, frozenset())
 
 
-def _of_sizes(nodes: list[fx.Node], dynamic: dict[tuple[int, int | None], torch.SymInt], assigned: dict[sympy.Symbol, int], drawn: frozenset[int]) -> Inputs:
+def _of_sizes(
+    nodes: list[fx.Node],
+    dynamic: dict[tuple[int, int | None], torch.SymInt],
+    assigned: dict[sympy.Symbol, int],
+    drawn: frozenset[int],
+) -> Inputs:
     sizes = {place: int(size.node.expr.xreplace(assigned)) for place, size in dynamic.items()}
-    shown = ", ".join(f"{nodes[index].name}{'' if dim is None else f'[{dim}]'} = {size}" for (index, dim), size in sizes.items())
+    shown = ", ".join(
+        f"{nodes[index].name}{'' if dim is None else f'[{dim}]'} = {size}"
+        for (index, dim), size in sizes.items()
+    )
     return Inputs(f"on inputs of other sizes ({shown})", sizes, drawn)
 
 
@@ -127,15 +164,20 @@ def _dynamic(program: Program) -> dict[tuple[int, int | None], torch.SymInt]:
 
 def _holds_one_number(leaf: Tensor) -> bool:
     """Whether a tensor of real numbers is the same everywhere, so that nothing shows where its entries go."""
-    return leaf.is_floating_point() and leaf.numel() > 1 and leaf.layout == torch.strided and bool((leaf == leaf.reshape(-1)[0]).all())
+    return (
+        leaf.is_floating_point()
+        and leaf.numel() > 1
+        and leaf.layout == torch.strided
+        and bool((leaf == leaf.reshape(-1)[0]).all())
+    )
 
 
 @dataclass(frozen=True)
 class _Symbols:
     """The symbols of the sizes that can vary.
 
-    Inputs that are equally long along the same dimension stay so: a capture need not say that they must (keys and values of a cache), and a kernel that is
-    given others can read what is not there.
+    Inputs that are equally long along the same dimension stay so: a capture need not say that they must (keys
+    and values of a cache), and a kernel that is given others can read what is not there.
 
     Attributes:
         ranges: of each its value in the example, and the bounds.
@@ -159,11 +201,23 @@ class _Symbols:
             (made.first if dim == 0 else beyond).update(size.node.expr.free_symbols)
             for symbol in sorted(size.node.expr.free_symbols - made.ranges.keys(), key=str):
                 hint, bounds = environment.backed_var_to_val.get(symbol), environment.var_to_range.get(symbol)
-                lower = int(bounds.lower) if bounds is not None and bounds.lower not in (-int_oo, -sympy.oo) else 2
-                upper = int(bounds.upper) if bounds is not None and bounds.upper not in (int_oo, sympy.oo) else 1 << 31
+                lower = (
+                    int(bounds.lower)
+                    if bounds is not None and bounds.lower not in (-int_oo, -sympy.oo)
+                    else 2
+                )
+                upper = (
+                    int(bounds.upper)
+                    if bounds is not None and bounds.upper not in (int_oo, sympy.oo)
+                    else 1 << 31
+                )
                 if hint is not None and lower < upper:
                     made.ranges[symbol] = (int(hint), max(lower, 1), upper)
-                    made.leaders[symbol] = alike.setdefault((dim, int(hint)), symbol) if size.node.expr == symbol and dim is not None else symbol
+                    made.leaders[symbol] = (
+                        alike.setdefault((dim, int(hint)), symbol)
+                        if size.node.expr == symbol and dim is not None
+                        else symbol
+                    )
         made.first.difference_update(beyond)
         return made
 
@@ -174,7 +228,10 @@ class _Symbols:
 
     def within(self, wanted: dict[sympy.Symbol, int]) -> dict[sympy.Symbol, int]:
         """Values brought within their bounds."""
-        return {symbol: min(max(size, self.ranges[symbol][1]), self.ranges[symbol][2]) for symbol, size in wanted.items()}
+        return {
+            symbol: min(max(size, self.ranges[symbol][1]), self.ranges[symbol][2])
+            for symbol, size in wanted.items()
+        }
 
     def allow(self, assigned: dict[sympy.Symbol, int]) -> bool:
         """Whether no guard is known to fail."""
@@ -182,16 +239,23 @@ class _Symbols:
 
 
 def _assignments(symbols: _Symbols, grow: bool) -> Iterator[dict[sympy.Symbol, int]]:
-    """Values for the symbols of the sizes, as the capture allows; ``grow``: larger ones only, where an index out of range cannot be caught."""
+    """Values for the symbols of the sizes, as the capture allows; ``grow``: larger ones only, where an index
+    out of range cannot be caught.
+    """
     yield from itertools.islice(filter(symbols.allow, _candidates(symbols, grow)), _OFFERED)
 
 
 def _candidates(symbols: _Symbols, grow: bool) -> Iterator[dict[sympy.Symbol, int]]:
     """Values within the bounds; small ones first, none twice, and never the example's own."""
     hints, place = {symbol: hint for symbol, (hint, _, _) in symbols.ranges.items()}, symbols.places()
-    grown = [{symbol: hint + step * (1 + place[symbol]) for symbol, hint in hints.items()} for step in (1, 2, 3)]
+    grown = [
+        {symbol: hint + step * (1 + place[symbol]) for symbol, hint in hints.items()} for step in (1, 2, 3)
+    ]
     grown += [{symbol: times * hint for symbol, hint in hints.items()} for times in (2, 3)]
-    small = [{symbol: _SMALL[(place[symbol] + start) % len(_SMALL)] for symbol in hints} for start in range(len(_SMALL))]
+    small = [
+        {symbol: _SMALL[(place[symbol] + start) % len(_SMALL)] for symbol in hints}
+        for start in range(len(_SMALL))
+    ]
     seen = [hints]
     for wanted in grown if grow else [*small, *grown]:
         assigned = symbols.within(wanted)

@@ -1,7 +1,8 @@
 """The reference: the dense program in which what was removed is masked where it is consumed.
 
-To multiply the removed entries of a consumer's input by zero is to zero the columns of its weight, in that use and no other. The operators that lead from
-the weight to the use are repeated on the masked weight, so that nothing is believed of how they move it.
+To multiply the removed entries of a consumer's input by zero is to zero the columns of its weight, in that
+use and no other. The operators that lead from the weight to the use are repeated on the masked weight, so
+that nothing is believed of how they move it.
 """
 
 from __future__ import annotations
@@ -32,10 +33,12 @@ _WHERE = torch.ops.aten.where.ScalarOther
 
 
 def masked_program(program: Program, analysis: Analysis, decision: Decision) -> Program:
-    """The captured program with the decided weights in place of its own and what was removed masked; tensors are shared.
+    """The captured program with the decided weights in place of its own and what was removed masked; tensors
+    are shared.
 
     Args:
-        program: as it was captured; where a pass has taken weights apart in a way that cannot be put back, the analysed program serves.
+        program: as it was captured; where a pass has taken weights apart in a way that cannot be put back,
+            the analysed program serves.
         analysis: of the program, perhaps with fused weights split.
         decision: what is removed, and the repaired weights.
     """
@@ -72,10 +75,15 @@ class _Piece:
 
 
 def _whole_weights(program: Program, analysis: Analysis) -> dict[str, _Piece] | None:
-    """How pieces of weights make up those of the captured program, or ``None`` if the captured program cannot serve."""
+    """How pieces of weights make up those of the captured program, or ``None`` if the captured program cannot
+    serve.
+    """
     if analysis.program is program:
         return {}
-    pieces = {name: _Piece(part.name, part.dim, torch.tensor(part.rows)) for name, part in analysis.program.parts.items()}
+    pieces = {
+        name: _Piece(part.name, part.dim, torch.tensor(part.rows))
+        for name, part in analysis.program.parts.items()
+    }
     known = program.weights()
     if any(piece.source not in known for piece in pieces.values()):
         return None
@@ -90,14 +98,20 @@ def _whole_weights(program: Program, analysis: Analysis) -> dict[str, _Piece] | 
             return None
     if any(set(node.users) != users for node, users in allowed.items()):
         return None  # a piece is used in other ways as well, in which its columns stay
-    others = [node for product in analysis.walk.facts.products for node in (product.node, *product.operands[:1])]
+    others = [
+        node for product in analysis.walk.facts.products for node in (product.node, *product.operands[:1])
+    ]
     others += [item for pair in _choosing(analysis) for item in pair]
     return pieces if all(_same(nodes.get(node.name), node) for node in others) else None
 
 
 def _same(found: fx.Node | None, node: fx.Node) -> bool:
     """Whether a node of the captured program is that of the analysed one which has its name."""
-    return found is not None and WRITTEN_BY not in node.meta and (found.op, found.target) == (node.op, node.target)
+    return (
+        found is not None
+        and WRITTEN_BY not in node.meta
+        and (found.op, found.target) == (node.op, node.target)
+    )
 
 
 def _choosing(analysis: Analysis) -> list[tuple[fx.Node, fx.Node]]:
@@ -115,7 +129,9 @@ def _choosing(analysis: Analysis) -> list[tuple[fx.Node, fx.Node]]:
 class _Masking:
     """Writes masks into a copy of a program."""
 
-    def __init__(self, program: Program, analysis: Analysis, decision: Decision, pieces: dict[str, _Piece]) -> None:
+    def __init__(
+        self, program: Program, analysis: Analysis, decision: Decision, pieces: dict[str, _Piece]
+    ) -> None:
         self.program, self.analysis, self.decision, self.pieces = program.copy(), analysis, decision, pieces
         self.gone = np.append(decision.gone, False)  # the last entry serves NONE (-1): never removed
         self.graph = self.program.module.graph
@@ -168,7 +184,9 @@ class _Masking:
                 gone = self.gone[lying.numbers.numpy()] & np.isin(lying.numbers.numpy(), product.numbers)
                 if gone.any():
                     masks.append((lying, torch.from_numpy(~gone)))
-            self._mask_argument(self.nodes[product.node.name], self.nodes[product.operands[0].name], masks, 0.0)
+            self._mask_argument(
+                self.nodes[product.node.name], self.nodes[product.operands[0].name], masks, 0.0
+            )
 
     def mask_routers(self) -> None:
         """Let no router choose an expert that is gone: its logit is -inf wherever experts compete."""
@@ -183,26 +201,41 @@ class _Masking:
                 lying = repeating(axis.numbers, _recorded(source, axis.numbers))
                 gone = numbers[axis.numbers.numpy()]
                 if gone.any() and lying is None:
-                    raise VerificationError(f"the experts of '{source.name}' lie along a size that varies; nothing is returned, because they cannot be masked")
+                    raise VerificationError(
+                        f"the experts of '{source.name}' lie along a size that varies; nothing is returned,"
+                        " because they cannot be masked"
+                    )
                 if gone.any() and lying is not None:
                     masks.append((lying, torch.from_numpy(~numbers[lying.numbers.numpy()])))
             self._mask_argument(self.nodes[node.name], self.nodes[source.name], masks, float("-inf"))
 
     def silence_producers(self) -> None:
-        """Let the producers of groups that cross a norm give zero: all that holds a removed channel of theirs is zero there."""
+        """Let the producers of groups that cross a norm give zero: all that holds a removed channel of theirs
+        is zero there.
+        """
         masks: dict[str, Tensor] = {}
         copied = {made.name for made in self.analysis.program.copies}
         for group in self.analysis.chosen if APPROXIMATE in self.analysis.include else ():
             if group.status != APPROXIMATE:
                 continue
             own = np.isin(self.analysis.labels, group.sets) & self.gone[:-1]
-            # What a copied table turns is at zero already, and the table that it was copied from serves groups that stay.
-            for slot in (slot for slot in group.slots if slot.name not in copied and own[slot.base : slot.base + slot.size].any()):
+            # What a copied table turns is at zero already, and the table that it was copied from serves
+            # groups that stay.
+            for slot in (
+                slot
+                for slot in group.slots
+                if slot.name not in copied and own[slot.base : slot.base + slot.size].any()
+            ):
                 if slot.kind != "weight":
                     node = self.nodes.get(slot.name)
                     if node is not None and slot.block_dim is None:
                         rank = len(node.meta["val"].shape)
-                        self._mask_value(node, torch.from_numpy(~own[slot.base : slot.base + slot.size]).reshape([-1] + [1] * (rank - 1 - slot.dim)))
+                        self._mask_value(
+                            node,
+                            torch.from_numpy(~own[slot.base : slot.base + slot.size]).reshape(
+                                [-1] + [1] * (rank - 1 - slot.dim)
+                            ),
+                        )
                     continue
                 shape = attribute(self.analysis.program.module, slot.name).shape
                 mask, piece = _along(slot, shape, own), self.pieces.get(slot.name)
@@ -250,12 +283,16 @@ class _Masking:
                 made[move] = self.graph.node_copy(move, lambda argument: made.get(argument, argument))
         node.replace_input_with(operand, made[operand])
 
-    def _mask_argument(self, node: fx.Node, source: fx.Node, masks: list[tuple[Repeating, Tensor]], value: float) -> None:
+    def _mask_argument(
+        self, node: fx.Node, source: fx.Node, masks: list[tuple[Repeating, Tensor]], value: float
+    ) -> None:
         """Mask what a node reads, by masks in the shape of the numbers beside them."""
         masked = source
         with self.graph.inserting_before(node):
             for lying, mask in masks:
-                masked = self.graph.call_function(_WHERE, (self._laid_out(lying, self._hold(mask, source), source), masked, value))
+                masked = self.graph.call_function(
+                    _WHERE, (self._laid_out(lying, self._hold(mask, source), source), masked, value)
+                )
         if masked is not source:
             node.replace_input_with(source, masked)
 
@@ -264,8 +301,13 @@ class _Masking:
         for dim, (runs, varies) in enumerate(zip(lying.in_runs, lying.varies, strict=True)):
             if not varies:
                 continue
-            own, size = lying.numbers.shape[dim], self.graph.call_function(torch.ops.aten.sym_size.int, (source, dim))
-            places = self.graph.call_function(torch.ops.aten.arange.default, (size,), {"device": self._device(source)})
+            own, size = (
+                lying.numbers.shape[dim],
+                self.graph.call_function(torch.ops.aten.sym_size.int, (source, dim)),
+            )
+            places = self.graph.call_function(
+                torch.ops.aten.arange.default, (size,), {"device": self._device(source)}
+            )
             if runs:
                 each = self.graph.call_function(operator.floordiv, (size, own))
                 places = self.graph.call_function(torch.ops.aten.floor_divide.default, (places, each))
@@ -297,14 +339,18 @@ def _recorded(node: fx.Node, numbers: Tensor) -> torch.Size:
 
 
 def _along(slot: Slot, shape: torch.Size, gone: np.ndarray) -> Tensor:
-    """Which elements of a weight stay if these of its channels along one dimension go; of size 1 along dimensions where that makes no difference."""
+    """Which elements of a weight stay if these of its channels along one dimension go; of size 1 along
+    dimensions where that makes no difference.
+    """
     stays = ~torch.from_numpy(gone[slot.base : slot.base + slot.size]).reshape(slot.blocks, -1)
     sizes = [1] * len(shape)
     sizes[slot.dim] = shape[slot.dim]
     if slot.block_dim is None:
         return stays.reshape(sizes)
     sizes[slot.block_dim] = shape[slot.block_dim]
-    by_position = stays.repeat_interleave(shape[slot.block_dim] // slot.blocks, 0)  # [positions along block_dim, positions along dim]
+    by_position = stays.repeat_interleave(
+        shape[slot.block_dim] // slot.blocks, 0
+    )  # [positions along block_dim, positions along dim]
     return (by_position if slot.block_dim < slot.dim else by_position.T).reshape(sizes)
 
 

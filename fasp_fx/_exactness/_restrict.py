@@ -27,7 +27,12 @@ def restricted(analysis: Analysis, decision: Decision, kept: Collection[Group]) 
     for window in decision.windows:  # what was trained together goes back together, to what it was before
         weights |= window if held & window.keys() else {}
     unrepaired = {use.weight for group in dropped for use in group.uses}
-    unrepaired |= {name for group in dropped if group.name in decision.products for name in decision.products[group.name].weights}
+    unrepaired |= {
+        name
+        for group in dropped
+        if group.name in decision.products
+        for name in decision.products[group.name].weights
+    }
     for mended in decision.products.values():  # what is put together of several goes back together
         unrepaired |= mended.weights.keys() if unrepaired & mended.weights.keys() else set()
     unrepaired |= {bias for name, bias in decision.biases.items() if name in unrepaired}
@@ -36,7 +41,11 @@ def restricted(analysis: Analysis, decision: Decision, kept: Collection[Group]) 
         {name: value for name, value in weights.items() if value is not None and name not in unrepaired},
         {name: bias for name, bias in decision.biases.items() if name not in unrepaired},
         {name: outcome for name, outcome in decision.outcomes.items() if name not in unrepaired},
-        {name: mended for name, mended in decision.products.items() if name in names and not unrepaired & mended.weights.keys()},
+        {
+            name: mended
+            for name, mended in decision.products.items()
+            if name in names and not unrepaired & mended.weights.keys()
+        },
         notes=decision.notes,
         windows=[window for window in decision.windows if not held & window.keys()],
     )

@@ -48,7 +48,8 @@ class Forecast:
         weights: of the dense model.
         repaired: of the weights that are repaired, which are kept until the model is rewritten.
         pruned: of what is left.
-        activations: of all calibration batches at the widest place between two consumers, and of one batch on the way between them.
+        activations: of all calibration batches at the widest place between two consumers, and of one batch on
+            the way between them.
         matrices: of Gram matrices that are held at once.
         solving: of what one consumer is repaired with.
         operations: floating-point operations, by step.
@@ -72,7 +73,9 @@ class Forecast:
         return self.base + self.weights + max(calibrating, self.repaired + self.pruned)
 
     def streamed(self, resident: int) -> int:
-        """The most memory at once, with weights and matrices in files of which ``resident`` bytes are in memory (:func:`fasp_fx.offload`)."""
+        """The most memory at once, with weights and matrices in files of which ``resident`` bytes are in
+        memory (:func:`fasp_fx.offload`).
+        """
         files = self.weights + self.repaired + self.pruned + self.matrices
         return self.base + min(resident, files) + self.activations + self.solving
 
@@ -82,7 +85,14 @@ class Forecast:
         return self.weights + self.repaired + self.pruned + self.matrices
 
 
-def forecast(analysis: Analysis, config: PruningConfig, batches: int, *, dtype: torch.dtype | None = None, measure: bool = True) -> Forecast:
+def forecast(
+    analysis: Analysis,
+    config: PruningConfig,
+    batches: int,
+    *,
+    dtype: torch.dtype | None = None,
+    measure: bool = True,
+) -> Forecast:
     """What it takes to prune an analysed model on calibration batches like its example.
 
     Args:
@@ -99,7 +109,9 @@ def forecast(analysis: Analysis, config: PruningConfig, batches: int, *, dtype: 
     kind = largest.dtype if dtype is None else dtype
     total = _bytes(weights.values(), kind)
     read = {consumer.weight: attribute(program.module, consumer.weight) for consumer in consumers}
-    linear = _bytes((tensor for name, tensor in weights.items() if name in analysis.walk.facts.matrices), kind)
+    linear = _bytes(
+        (tensor for name, tensor in weights.items() if name in analysis.walk.facts.matrices), kind
+    )
     sparsity = config.requested or 0.0
     graph_sizes = Sizes(program.module, small=False)
     live = live_bytes(program.module.graph, lambda shape: (graph_sizes.integer(size) for size in shape))
@@ -116,7 +128,11 @@ def forecast(analysis: Analysis, config: PruningConfig, batches: int, *, dtype: 
         weights=total,
         repaired=_bytes(read.values(), kind),
         pruned=round(total - sparsity * linear),
-        activations=round((batches * max(stops, default=0) + max(live[: until + 1], default=0)) * kind.itemsize / largest.dtype.itemsize),
+        activations=round(
+            (batches * max(stops, default=0) + max(live[: until + 1], default=0))
+            * kind.itemsize
+            / largest.dtype.itemsize
+        ),
         matrices=round(max(pair, sum(grams) if chooser.measures else 0)),
         solving=_solving(shapes.values(), sparsity),
         operations=operations,
@@ -130,7 +146,10 @@ def forecast(analysis: Analysis, config: PruningConfig, batches: int, *, dtype: 
 def _bytes(tensors: Iterable[Tensor], kind: torch.dtype) -> int:
     """Of different tensors, if those of real numbers had a type."""
     different = {id(tensor): tensor for tensor in tensors}.values()
-    return sum(tensor.numel() * (kind if tensor.is_floating_point() else tensor.dtype).itemsize for tensor in different)
+    return sum(
+        tensor.numel() * (kind if tensor.is_floating_point() else tensor.dtype).itemsize
+        for tensor in different
+    )
 
 
 def _shape(consumer: Consumer, weight: Tensor) -> Shape:
@@ -141,7 +160,9 @@ def _shape(consumer: Consumer, weight: Tensor) -> Shape:
 
 
 def _solving(shapes: Iterable[Shape], sparsity: float) -> int:
-    """Bytes of the system of the widest consumer: its Gram matrix in float64, what is kept of it twice, and its rows."""
+    """Bytes of the system of the widest consumer: its Gram matrix in float64, what is kept of it twice, and
+    its rows.
+    """
     most = 0.0
     for rows, _, columns in shapes:
         kept = (1 - sparsity) * columns
@@ -149,21 +170,41 @@ def _solving(shapes: Iterable[Shape], sparsity: float) -> int:
     return round(most)
 
 
-def _operations(analysis: Analysis, chooser: Chooser, shapes: Mapping[Consumer, Shape], batches: int, sparsity: float, sizes: Sizes) -> dict[str, float]:
+def _operations(
+    analysis: Analysis,
+    chooser: Chooser,
+    shapes: Mapping[Consumer, Shape],
+    batches: int,
+    sparsity: float,
+    sizes: Sizes,
+) -> dict[str, float]:
     config = chooser.config
     try:
         forward = 2.0 * macs_of(analysis).whole
     except BudgetError:  # an operator that is not counted: what weights do is most of it
-        forward = sum(2.0 * _outputs(use.node, sizes) * columns for consumer, (_, _, columns) in shapes.items() for use in consumer.uses)
+        forward = sum(
+            2.0 * _outputs(use.node, sizes) * columns
+            for consumer, (_, _, columns) in shapes.items()
+            for use in consumer.uses
+        )
     gram = repair = exact = cut = 0.0
     for consumer, (rows, blocks, columns) in shapes.items():
         tokens = sum(_outputs(use.node, sizes) // max(rows * blocks, 1) for use in consumer.uses)
         kept = (1 - sparsity) * columns
         gram += 2.0 * _TRIANGLE * blocks * tokens * columns**2
         repair += blocks * (_STRENGTHS * kept**3 / 3 + 2.0 * rows * columns**2)
-        exact += blocks * (kept**3 / 3 + 2.0 * rows * kept * (columns - kept) + 2.0 * rows * kept**2 + 2.0 * rows * columns**2)
+        exact += blocks * (
+            kept**3 / 3
+            + 2.0 * rows * kept * (columns - kept)
+            + 2.0 * rows * kept**2
+            + 2.0 * rows * columns**2
+        )
         cut += blocks * (columns**3 / 3 + (columns - kept) * columns**2)
-    found = {"capture and check": _EXAMPLES * forward, "running the batches": batches * forward, "Gram matrices": batches * gram}
+    found = {
+        "capture and check": _EXAMPLES * forward,
+        "running the batches": batches * forward,
+        "Gram matrices": batches * gram,
+    }
     if config.restore is not None:
         found |= {"choosing the ridge": repair, "repair": exact}
     if chooser.measures:
@@ -171,7 +212,9 @@ def _operations(analysis: Analysis, chooser: Chooser, shapes: Mapping[Consumer, 
         found["measuring costs"] = measured * (_BACK * forward + 2 * gram) + cut
     search = config.allocator
     if isinstance(search, Search):  # a batch may hold several sequences, of which it runs one
-        found["searching"] = forward * passes(search.generations, search.offspring, min(search.sequences, batches))
+        found["searching"] = forward * passes(
+            search.generations, search.offspring, min(search.sequences, batches)
+        )
     return found
 
 
@@ -181,15 +224,22 @@ def _outputs(node: fx.Node, sizes: Sizes) -> int:
     return 0 if made is None else math.prod(sizes.integer(size) for size in made.shape)
 
 
-def _seconds(chooser: Chooser, shapes: Iterable[Shape], operations: dict[str, float], kind: torch.dtype) -> dict[str, float]:
+def _seconds(
+    chooser: Chooser, shapes: Iterable[Shape], operations: dict[str, float], kind: torch.dtype
+) -> dict[str, float]:
     """Times at the rates that are measured now, on matrices like those of the widest consumer."""
     rows, _, columns = max(shapes, key=lambda shape: shape[0] * shape[2], default=(1, 1, 1))
     device = torch.device("cpu")
     precision = "medium" if chooser.config.precision == "auto" and multiplies_bfloat16(device) else "highest"
     tokens = 1024
-    run, gram = product_rate(tokens, columns, rows, kind, precision, device), product_rate(columns, tokens, columns, torch.float32, precision, device)
+    run, gram = (
+        product_rate(tokens, columns, rows, kind, precision, device),
+        product_rate(columns, tokens, columns, torch.float32, precision, device),
+    )
     full = product_rate(tokens, columns, rows, kind, "highest", device)
-    single, double = (solve_rate(columns, kind_of_solve, device) for kind_of_solve in (torch.float32, torch.float64))
+    single, double = (
+        solve_rate(columns, kind_of_solve, device) for kind_of_solve in (torch.float32, torch.float64)
+    )
     rates = {
         "capture and check": full,
         "running the batches": run,

@@ -16,7 +16,8 @@ ShapeOf = Callable[[fx.Node], tuple[int, ...]]
 
 
 def live_bytes(graph: fx.Graph, sizes: Callable[[torch.Size], Iterable[int]]) -> list[int]:
-    """Bytes of all values that have been made and will be used again, after each node, in graph order; views and weights take none.
+    """Bytes of all values that have been made and will be used again, after each node, in graph order; views
+    and weights take none.
 
     What the program returns is not kept for that (see :class:`fasp_fx._observe._runner.Runner`).
 
@@ -33,7 +34,11 @@ def live_bytes(graph: fx.Graph, sizes: Callable[[torch.Size], Iterable[int]]) ->
         dies[owner[node]] = max(dies.get(owner[node], 0), last)
     change = [0] * (len(nodes) + 1)
     for node, last in dies.items():
-        taken = 0 if node.op in ("get_attr", "output") else sum(_bytes(leaf, sizes) for leaf in pytree.tree_leaves(node.meta.get("val")))
+        taken = (
+            0
+            if node.op in ("get_attr", "output")
+            else sum(_bytes(leaf, sizes) for leaf in pytree.tree_leaves(node.meta.get("val")))
+        )
         change[place[node]] += taken
         change[last + 1] -= taken  # what a node reads is there while it is executed
     found, total = [], 0

@@ -1,4 +1,6 @@
-"""How many floating-point operations a second this machine does, measured on matrices of the size that a model has."""
+"""How many floating-point operations a second this machine does, measured on matrices of the size that a
+model has.
+"""
 
 from __future__ import annotations
 
@@ -16,10 +18,15 @@ _SECONDS = 1.0
 _LARGEST = 2048
 
 
-def product_rate(rows: int, inner: int, columns: int, dtype: torch.dtype, precision: str, device: torch.device) -> float:
+def product_rate(
+    rows: int, inner: int, columns: int, dtype: torch.dtype, precision: str, device: torch.device
+) -> float:
     """Operations a second in products ``[rows, inner] @ [inner, columns]``."""
     rows, inner, columns = (min(size, _LARGEST) for size in (rows, inner, columns))
-    a, b = torch.randn(rows, inner, dtype=dtype, device=device), torch.randn(inner, columns, dtype=dtype, device=device)
+    a, b = (
+        torch.randn(rows, inner, dtype=dtype, device=device),
+        torch.randn(inner, columns, dtype=dtype, device=device),
+    )
     with torch.no_grad(), float32_products(precision):
         return 2.0 * rows * inner * columns / _seconds(lambda: a @ b)
 
@@ -27,7 +34,9 @@ def product_rate(rows: int, inner: int, columns: int, dtype: torch.dtype, precis
 def solve_rate(size: int, dtype: torch.dtype, device: torch.device) -> float:
     """Operations a second in Cholesky factorisations."""
     size = min(size, _LARGEST)
-    matrix = torch.eye(size, dtype=dtype, device=device) * size + torch.rand(size, size, dtype=dtype, device=device)
+    matrix = torch.eye(size, dtype=dtype, device=device) * size + torch.rand(
+        size, size, dtype=dtype, device=device
+    )
     matrix = matrix + matrix.T
     return size**3 / 3.0 / _seconds(lambda: torch.linalg.cholesky(matrix))
 

@@ -16,25 +16,32 @@ from ..channels import is_dynamic
 from ..errors import CalibrationError, CallError
 
 
-def read_batches(program: Program, calibration: Iterable[Any] | None, device: torch.device | None) -> list[list[Any]]:
+def read_batches(
+    program: Program, calibration: Iterable[Any] | None, device: torch.device | None
+) -> list[list[Any]]:
     """The graph inputs of every batch.
 
-    Batches of inputs and labels, as most data loaders give them, are refused with the line that takes the inputs out. To drop by itself what the model does
-    not take would serve a model of one argument; one with a further, optional argument (a mask) would take the labels for it.
+    Batches of inputs and labels, as most data loaders give them, are refused with the line that takes the
+    inputs out. To drop by itself what the model does not take would serve a model of one argument; one with a
+    further, optional argument (a mask) would take the labels for it.
 
     Args:
-        calibration: an iterable of tensors (one positional argument), tuples (positional arguments) or mappings (keyword arguments).
+        calibration: an iterable of tensors (one positional argument), tuples (positional arguments) or
+            mappings (keyword arguments).
         device: move batches there; ``None`` takes them as they are.
 
     Raises:
-        CalibrationError: no batch at all, or one that does not fit; names the batch, the argument and what was expected.
+        CalibrationError: no batch at all, or one that does not fit; names the batch, the argument and what
+            was expected.
     """
     batches = []
     for index, (args, kwargs) in enumerate(calibration_calls(calibration)):
         try:
             flat = program.flat_inputs(args, kwargs)
         except CallError as error:
-            raise CalibrationError(f"calibration batch {index}: {error}{_without_labels(program, args)}") from error
+            raise CalibrationError(
+                f"calibration batch {index}: {error}{_without_labels(program, args)}"
+            ) from error
         if device is not None:
             flat = [leaf.to(device) if isinstance(leaf, Tensor) else leaf for leaf in flat]
         _check(program, flat, index)
@@ -48,7 +55,9 @@ def digest_of(batches: Iterable[Iterable[Any]]) -> str:
     for leaf in (leaf for batch in batches for leaf in batch):
         digest.update(repr((leaf.dtype, tuple(leaf.shape)) if isinstance(leaf, Tensor) else leaf).encode())
         if isinstance(leaf, Tensor):
-            dense = leaf.detach().cpu().to_dense() if leaf.layout is not torch.strided else leaf.detach().cpu()
+            dense = (
+                leaf.detach().cpu().to_dense() if leaf.layout is not torch.strided else leaf.detach().cpu()
+            )
             digest.update(dense.contiguous().reshape(-1).view(torch.uint8).numpy())
     return digest.hexdigest()
 
@@ -59,7 +68,10 @@ def _without_labels(program: Program, args: tuple[Any, ...]) -> str:
     if len(args) <= taken:
         return ""
     pick = "batch[0]" if taken == 1 else f"batch[:{taken}]"
-    return f". A batch is given to the model whole; if labels follow its inputs, leave them out: calibration=({pick} for batch in loader)"
+    return (
+        ". A batch is given to the model whole; if labels follow its inputs, leave them out:"
+        f" calibration=({pick} for batch in loader)"
+    )
 
 
 def calibration_calls(calibration: Iterable[Any] | None) -> Iterator[tuple[tuple[Any, ...], dict[str, Any]]]:
@@ -95,7 +107,10 @@ def _apart(call: tuple[tuple[Any, ...], dict[str, Any]]) -> tuple[tuple[Any, ...
             return leaf
         return leaf.detach().clone() if leaf.is_inference() else leaf.detach()
 
-    if not any(isinstance(leaf, Tensor) and (leaf.requires_grad or leaf.is_inference()) for leaf in pytree.tree_leaves(call)):
+    if not any(
+        isinstance(leaf, Tensor) and (leaf.requires_grad or leaf.is_inference())
+        for leaf in pytree.tree_leaves(call)
+    ):
         return call
     found: tuple[tuple[Any, ...], dict[str, Any]] = pytree.tree_map(of, call)
     return found
@@ -109,16 +124,21 @@ def check_calibration(calibration: Iterable[Any] | None) -> Iterable[Any]:
     """
     if calibration is None:
         raise CalibrationError(
-            "no calibration data: pass calibration=, an iterable of batches, or use score='magnitude' or 'random' with restore=None, which need none"
+            "no calibration data: pass calibration=, an iterable of batches, or use score='magnitude' or"
+            " 'random' with restore=None, which need none"
         )
     return _check_batches(calibration, "calibration")
 
 
 def _check_batches(batches: Any, what: str) -> Iterable[Any]:
     if isinstance(batches, (Tensor, Mapping, str)):
-        raise CalibrationError(f"{what} is a single {type(batches).__name__}; pass an iterable of batches, for example [batch]")
+        raise CalibrationError(
+            f"{what} is a single {type(batches).__name__}; pass an iterable of batches, for example [batch]"
+        )
     if not isinstance(batches, Iterable) and not hasattr(batches, "__getitem__"):
-        raise CalibrationError(f"{what} is a {type(batches).__name__}; pass an iterable of batches, for example [batch]")
+        raise CalibrationError(
+            f"{what} is a {type(batches).__name__}; pass an iterable of batches, for example [batch]"
+        )
     return batches
 
 
@@ -130,7 +150,8 @@ def _as_call(batch: Any, index: int, what: str) -> tuple[tuple[Any, ...], dict[s
     if isinstance(batch, (tuple, list)):
         return tuple(batch), {}
     raise CalibrationError(
-        f"{what} batch {index} is a {type(batch).__name__}; a batch is a tensor, a tuple of positional arguments or a dict of keyword arguments"
+        f"{what} batch {index} is a {type(batch).__name__}; a batch is a tensor, a tuple of positional"
+        " arguments or a dict of keyword arguments"
     )
 
 
@@ -138,7 +159,8 @@ def _check(program: Program, flat: list[Any], index: int) -> None:
     nodes = program.placeholders()
     if len(nodes) != len(flat):
         raise CalibrationError(
-            f"calibration batch {index} holds {len(flat)} values, the captured program takes {len(nodes)}; give it the structure of the example inputs"
+            f"calibration batch {index} holds {len(flat)} values, the captured program takes {len(nodes)};"
+            " give it the structure of the example inputs"
         )
     for node, leaf in zip(nodes, flat, strict=True):
         expected = node.meta.get("val")
@@ -148,27 +170,42 @@ def _check(program: Program, flat: list[Any], index: int) -> None:
         if not isinstance(leaf, Tensor):
             raise CalibrationError(f"{where}: expected a tensor, found {type(leaf).__name__}")
         if leaf.dtype != expected.dtype:
-            raise CalibrationError(f"{where}: dtype {leaf.dtype}, expected {expected.dtype}; convert the batch")
+            raise CalibrationError(
+                f"{where}: dtype {leaf.dtype}, expected {expected.dtype}; convert the batch"
+            )
         if leaf.layout != expected.layout:
-            raise CalibrationError(f"{where}: layout {leaf.layout}, expected {expected.layout}; convert the batch, for example with to_dense()")
+            raise CalibrationError(
+                f"{where}: layout {leaf.layout}, expected {expected.layout}; convert the batch, for example"
+                " with to_dense()"
+            )
         if leaf.device != expected.device:
-            raise CalibrationError(f"{where} is on {leaf.device}, the model on {expected.device}; move the batch, or pass device=")
+            raise CalibrationError(
+                f"{where} is on {leaf.device}, the model on {expected.device}; move the batch, or pass"
+                " device="
+            )
         _check_shape(leaf, expected, where)
         if leaf.numel() == 0 and node.name not in program.state_inputs:  # a cache may be empty
-            raise CalibrationError(f"{where} is empty (shape {tuple(leaf.shape)}); give it at least one token")
+            raise CalibrationError(
+                f"{where} is empty (shape {tuple(leaf.shape)}); give it at least one token"
+            )
         if leaf.is_floating_point() and not bool(torch.isfinite(leaf).all()):
             raise CalibrationError(f"{where} holds values that are not finite; remove or repair them")
 
 
 def _check_shape(leaf: Tensor, expected: Tensor, where: str) -> None:
     if leaf.dim() != expected.dim():
-        raise CalibrationError(f"{where}: shape {tuple(leaf.shape)} has {leaf.dim()} dimensions, expected {expected.dim()}")
+        raise CalibrationError(
+            f"{where}: shape {tuple(leaf.shape)} has {leaf.dim()} dimensions, expected {expected.dim()}"
+        )
     for dim, (size, wanted) in enumerate(zip(leaf.shape, expected.shape, strict=True)):
         if is_dynamic(wanted):
             upper = upper_bound(wanted)
             if upper is not None and size > upper:
-                raise CalibrationError(f"{where}: dimension {dim} is {size}, the captured program takes at most {upper}")
+                raise CalibrationError(
+                    f"{where}: dimension {dim} is {size}, the captured program takes at most {upper}"
+                )
         elif size != wanted:
             raise CalibrationError(
-                f"{where}: dimension {dim} is {size}, the captured program has it fixed at {wanted}; reshape the batch or capture with dynamic_shapes"
+                f"{where}: dimension {dim} is {size}, the captured program has it fixed at {wanted}; reshape"
+                " the batch or capture with dynamic_shapes"
             )

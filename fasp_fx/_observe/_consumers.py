@@ -23,12 +23,15 @@ from ._sets import sets_in
 
 
 class Consumer:
-    """One weight read as matrices, with all uses that read it so, and for each block a Gram matrix and what a score asked for.
+    """One weight read as matrices, with all uses that read it so, and for each block a Gram matrix and what a
+    score asked for.
 
     Attributes:
-        grams: one for each block, once its input was seen; behind the columns come a column of ones, where there is an intercept, and those of ``beside``.
+        grams: one for each block, once its input was seen; behind the columns come a column of ones, where
+            there is an intercept, and those of ``beside``.
         intercept: the bias that a repair may change along, by name, if there is one.
-        beside: how many rows the consumer has where what earlier removals changed of its output is seen as well; else 0.
+        beside: how many rows the consumer has where what earlier removals changed of its output is seen as
+            well; else 0.
         seen: for each block, the statistics that a score asked for, by name.
     """
 
@@ -50,7 +53,10 @@ class Consumer:
         """Make the Gram matrices and the statistics of each block, where they are not there yet."""
         columns = self.matrices.columns.shape[1]
         if self.grams is None:
-            self.grams = [SplitGram(columns + (self.intercept is not None) + self.beside, device) for _ in range(self.blocks)]
+            self.grams = [
+                SplitGram(columns + (self.intercept is not None) + self.beside, device)
+                for _ in range(self.blocks)
+            ]
         if not self.seen:
             self.seen = [{} for _ in range(self.blocks)]
         for seen in self.seen:
@@ -58,7 +64,12 @@ class Consumer:
                 if name not in seen:
                     seen[name] = make(columns, device)
 
-    def see(self, pieces: Iterable[tuple[int, Tensor, Tensor]], takes: Callable[[Statistic], bool], beside: Iterable[Tensor] | None = None) -> None:
+    def see(
+        self,
+        pieces: Iterable[tuple[int, Tensor, Tensor]],
+        takes: Callable[[Statistic], bool],
+        beside: Iterable[Tensor] | None = None,
+    ) -> None:
         """Add tokens, without gradients.
 
         Args:
@@ -67,15 +78,21 @@ class Consumer:
             beside: for each piece, what earlier removals changed of the output, ``[tokens, rows]``.
         """
         assert self.grams is not None
-        for (block, tokens, kinds), change in zip(pieces, repeat(None) if beside is None else beside):  # no strictness: what repeats has no end
+        for (block, tokens, kinds), change in zip(
+            pieces, repeat(None) if beside is None else beside
+        ):  # no strictness: what repeats has no end
             seen = tokens if self.intercept is None else with_ones(tokens)
             self.grams[block].update(seen if change is None else torch.cat([seen, change], 1), kinds)
             for statistic in filter(takes, self.seen[block].values()):
                 statistic.update(tokens, None, counting(kinds, tokens))
 
     def sums(self) -> tuple[list[SplitGram], list[dict[str, Statistic]]]:
-        """What is seen of activations as the batches pass: Gram matrices and, for each block, statistics that need no gradient."""
-        return self.grams or [], [{name: one for name, one in seen.items() if not one.needs_gradient} for seen in self.seen]
+        """What is seen of activations as the batches pass: Gram matrices and, for each block, statistics that
+        need no gradient.
+        """
+        return self.grams or [], [
+            {name: one for name, one in seen.items() if not one.needs_gradient} for seen in self.seen
+        ]
 
     def gone(self, gone: np.ndarray) -> np.ndarray:
         """Which columns go, shape ``[blocks, columns]``."""
@@ -97,7 +114,9 @@ class Consumers:
     def __init__(self, analysis: Analysis, repaired: bool = True) -> None:
         self.analysis = analysis
         self.by_key: dict[tuple[Any, ...], Consumer] = {}
-        self.of_group = {group.name: list(dict.fromkeys(self.of(use) for use in group.uses)) for group in analysis.chosen}
+        self.of_group = {
+            group.name: list(dict.fromkeys(self.of(use) for use in group.uses)) for group in analysis.chosen
+        }
         self.products = ObservedProducts(analysis, analysis.chosen)
         for consumer in self.by_key.values() if repaired else ():
             consumer.intercept = bias_of(analysis, consumer.uses, consumer.matrices)
@@ -120,7 +139,10 @@ class Consumers:
         self.products.forget_activations()
         for consumer in self.by_key.values():
             consumer.grams = None
-            consumer.seen = [{name: statistic for name, statistic in seen.items() if statistic.needs_gradient} for seen in consumer.seen]
+            consumer.seen = [
+                {name: statistic for name, statistic in seen.items() if statistic.needs_gradient}
+                for seen in consumer.seen
+            ]
 
     def forget(self) -> None:
         """Keep nothing of what was seen."""
@@ -135,14 +157,20 @@ class Consumers:
             deepest: how many channel sets of a block may go at most.
             weight_of: what a consumer's weight is now.
         """
-        own = [columns for consumer in self.of_group[group.name] for columns in self._columns(group, consumer, weight_of(consumer))]
+        own = [
+            columns
+            for consumer in self.of_group[group.name]
+            for columns in self._columns(group, consumer, weight_of(consumer))
+        ]
         return GroupColumns(group.name, np.asarray(group.block_of), own, deepest)
 
     def _columns(self, group: Group, consumer: Consumer, weight: Tensor) -> list[Columns]:
         """A consumer as a score sees it, block by block."""
         labels = self.analysis.labels
         own = consumer.matrices.use.block_numbers
-        whole = group.granularity == "expert" and own is not None and bool(np.isin(labels[own], group.sets).all())
+        whole = (
+            group.granularity == "expert" and own is not None and bool(np.isin(labels[own], group.sets).all())
+        )
         found = []
         for block, matrix in enumerate(consumer.matrices.read(weight)):
             gram = None if consumer.grams is None else consumer.grams[block]
@@ -157,7 +185,11 @@ class Consumers:
                     products,
                     sets_in(group, labels, numbers),
                     consumer.seen[block] if consumer.seen else {},
-                    products if consumer.intercept is None or gram is None or products is None else partial(_centred, gram, matrix.shape[1]),
+                    (
+                        products
+                        if consumer.intercept is None or gram is None or products is None
+                        else partial(_centred, gram, matrix.shape[1])
+                    ),
                 )
             )
         return found

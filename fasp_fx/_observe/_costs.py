@@ -21,20 +21,30 @@ from ._products import ObservedProducts
 def orders_of(consumers: Consumers, groups: Sequence[Group], score: GroupScore) -> dict[str, Order]:
     """The order of each group, with its losses.
 
-    A score that predicts losses gives its own. Of another, the order is taken, and each column costs ``½ Q_jj √(G_jj / [G⁻¹]_jj)``. Without repair it would
-    cost ``½ Q_jj G_jj``, and ``½ Q_jj / [G⁻¹]_jj`` if all others stayed and were repaired (:class:`fasp_fx.obs.OBS`); since many go that would make up for
-    one another, what it costs lies between, and the geometric mean stands for that. What no weight reads, but a product of activations, costs what the loss
-    loses with it, or where no loss was run back, its part of the product's energy.
+    A score that predicts losses gives its own. Of another, the order is taken, and each column costs ``½ Q_jj
+    √(G_jj / [G⁻¹]_jj)``. Without repair it would cost ``½ Q_jj G_jj``, and ``½ Q_jj / [G⁻¹]_jj`` if all
+    others stayed and were repaired (:class:`fasp_fx.obs.OBS`); since many go that would make up for one
+    another, what it costs lies between, and the geometric mean stands for that. What no weight reads, but a
+    product of activations, costs what the loss loses with it, or where no loss was run back, its part of the
+    product's energy.
 
     Args:
         consumers: those of the groups, with Gram matrices and, where a loss was given, gradients.
     """
     found = {}
     for group in groups:
-        order = order_of(consumers, group, score, consumers.products, True, deepest_loss(group), consumers.weight)
+        order = order_of(
+            consumers, group, score, consumers.products, True, deepest_loss(group), consumers.weight
+        )
         if order.losses is None:
             view = consumers.view(group, order.sets.shape[1], consumers.weight)
-            order = Order(order.sets, _added_up(by_set(view, _column_costs) if group.uses else _product_costs(consumers.products, group), order))
+            order = Order(
+                order.sets,
+                _added_up(
+                    by_set(view, _column_costs) if group.uses else _product_costs(consumers.products, group),
+                    order,
+                ),
+            )
         if not group.uses:
             assert order.losses is not None
             order = Order(order.sets[:, : deepest_loss(group)], order.losses[: deepest_loss(group) + 1])
@@ -74,7 +84,9 @@ def _column_costs(columns: Columns) -> np.ndarray:
     alone = energies / torch.cholesky_inverse(torch.linalg.cholesky(gram)).diagonal()
     own = columns.weight.abs().to(gram.dtype).square().sum(0)
     gradients = columns.seen.get("gradients")
-    if not isinstance(gradients, InputGradients) or not gradients.tokens:  # by the relative squared error of the output
+    if (
+        not isinstance(gradients, InputGradients) or not gradients.tokens
+    ):  # by the relative squared error of the output
         curvature = own / max(float((own * energies).sum()), 1e-300)
     else:
         squares = gradients.mean_squares()

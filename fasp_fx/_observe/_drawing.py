@@ -12,7 +12,8 @@ from .._program import Program
 
 @contextlib.contextmanager
 def drawing_alike(program: Program) -> Iterator[None]:
-    """Random numbers that a model draws (for dropout that is always on, say) start from zero inside, so that the same is chosen each time.
+    """Random numbers that a model draws (for dropout that is always on, say) start from zero inside, so that
+    the same is chosen each time.
 
     Those of the caller go on as if nothing had happened.
     """

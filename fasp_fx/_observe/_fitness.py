@@ -10,7 +10,16 @@ import torch
 from torch import Tensor
 
 from .._offload._current import keep
-from ..losses import Loss, Outputs, Padding, evaluated, next_token, number_outputs, predictions, without_padding
+from ..losses import (
+    Loss,
+    Outputs,
+    Padding,
+    evaluated,
+    next_token,
+    number_outputs,
+    predictions,
+    without_padding,
+)
 
 #: so many of the dense model's most likely tokens are told apart
 LIKELIEST = 64
@@ -45,9 +54,11 @@ class Fitness(ABC):
 
 
 class Divergence(Fitness):
-    """The mean over tokens of KL(dense ‖ pruned) of the next token, where the tokens that the dense model thinks less likely count as one outcome.
+    """The mean over tokens of KL(dense ‖ pruned) of the next token, where the tokens that the dense model
+    thinks less likely count as one outcome.
 
-    What is left of a divergence when outcomes are put together is never more than the whole (the data-processing inequality), and zero where the two agree.
+    What is left of a divergence when outcomes are put together is never more than the whole (the
+    data-processing inequality), and zero where the two agree.
 
     Args:
         likeliest: how many tokens are told apart.
@@ -59,7 +70,9 @@ class Divergence(Fitness):
         self.likeliest = likeliest
 
     def remember(self, outputs: Any, inputs: Mapping[str, Any], padding: Padding) -> tuple[Tensor, Tensor]:
-        """The likeliest tokens ``[tokens, likeliest]``, and the logarithms of their probabilities and of that of the others, ``[tokens, likeliest + 1]``."""
+        """The likeliest tokens ``[tokens, likeliest]``, and the logarithms of their probabilities and of that
+        of the others, ``[tokens, likeliest + 1]``.
+        """
         chosen, held = [], []
         for logits in _pieces(outputs, inputs, padding):
             chosen.append(logits.topk(min(self.likeliest, logits.shape[1])).indices)
@@ -69,7 +82,9 @@ class Divergence(Fitness):
     def loss(self, remembered: Any, outputs: Any, inputs: Mapping[str, Any], padding: Padding) -> float:
         total, tokens = 0.0, 0
         chosen, dense = remembered
-        for logits, own, expected in zip(_pieces(outputs, inputs, padding), chosen.split(_AT_ONCE), dense.split(_AT_ONCE), strict=True):
+        for logits, own, expected in zip(
+            _pieces(outputs, inputs, padding), chosen.split(_AT_ONCE), dense.split(_AT_ONCE), strict=True
+        ):
             likely = expected.exp()
             terms = torch.where(likely > 0, likely * (expected - _coarse(logits, own.long())), 0.0)
             total, tokens = total + float(terms.sum(dtype=torch.float32).double()), tokens + len(logits)
@@ -77,7 +92,9 @@ class Divergence(Fitness):
 
 
 class Error(Fitness):
-    """Half the mean squared error of all floating-point outputs, each relative to its mean square over all sequences."""
+    """Half the mean squared error of all floating-point outputs, each relative to its mean square over all
+    sequences.
+    """
 
     said = "half the squared error of the outputs, relative to their mean square"
 
@@ -87,7 +104,9 @@ class Error(Fitness):
     def settle(self, remembered: Sequence[Any], own: int, add: Callable[[Tensor], Tensor]) -> None:
         sums = torch.zeros(len(remembered[0]), 2, dtype=torch.float64)
         for outputs in remembered[:own]:
-            sums += torch.tensor([[float(leaf.double().square().sum()), leaf.numel()] for leaf in outputs], dtype=torch.float64)
+            sums += torch.tensor(
+                [[float(leaf.double().square().sum()), leaf.numel()] for leaf in outputs], dtype=torch.float64
+            )
         sums = add(sums)
         self._squares = (sums[:, 0] / sums[:, 1].clamp_min(1)).tolist()
 
@@ -126,12 +145,16 @@ def fitness_of(loss: Loss | None) -> Fitness:
 def _pieces(outputs: Any, inputs: Mapping[str, Any], padding: Padding) -> Iterable[Tensor]:
     """The logits of tokens that count, ``[tokens, vocabulary]``, some at a time."""
     logits, _, counts = predictions(outputs, inputs, padding)
-    for own, count in zip(logits.flatten(0, 1).split(_AT_ONCE), counts.to(logits.device).flatten().split(_AT_ONCE), strict=True):
+    for own, count in zip(
+        logits.flatten(0, 1).split(_AT_ONCE), counts.to(logits.device).flatten().split(_AT_ONCE), strict=True
+    ):
         yield own[count].float()
 
 
 def _coarse(logits: Tensor, chosen: Tensor) -> Tensor:
-    """Logarithms of the probabilities of some tokens, and of that of all others together, ``[tokens, chosen + 1]``."""
+    """Logarithms of the probabilities of some tokens, and of that of all others together, ``[tokens, chosen +
+    1]``.
+    """
     whole = logits.logsumexp(1, keepdim=True)
     others = logits.scatter(1, chosen, -torch.inf).logsumexp(1, keepdim=True)
     return torch.cat([logits.gather(1, chosen), others], 1) - whole

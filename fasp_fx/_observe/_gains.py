@@ -15,21 +15,27 @@ _ENOUGH = 10
 
 
 def warn_of_few(outcomes: Mapping[str, Sequence[Restored]], tokens: Mapping[str, int]) -> None:
-    """Warn where at least half of the consumers gained nothing, or next to nothing, and saw few tokens for their columns.
+    """Warn where at least half of the consumers gained nothing, or next to nothing, and saw few tokens for
+    their columns.
 
     Args:
         outcomes: of each consumer.
         tokens: of those that could be repaired, the fewest calibration tokens that a block saw.
     """
     able = {name: found for name, found in outcomes.items() if name in tokens}
-    few = [name for name, found in able.items() if tokens[name] < _ENOUGH * found[0].weight.shape[-1] and not any(map(_gained, found))]
+    few = [
+        name
+        for name, found in able.items()
+        if tokens[name] < _ENOUGH * found[0].weight.shape[-1] and not any(map(_gained, found))
+    ]
     if not few or 2 * len(few) < len(able):
         return
     first = few[0]
     warn(
-        f"too little calibration data to repair {len(few)} of {len(able)} consumers: judged on tokens held out, a repair gains next to nothing, so that "
-        f"their weights stay as they are, or nearly so; '{first}' has {outcomes[first][0].weight.shape[-1]:,} columns and saw {tokens[first]:,} tokens; "
-        "calibrate on more",
+        f"too little calibration data to repair {len(few)} of {len(able)} consumers: judged on tokens held"
+        " out, a repair gains next to nothing, so that their weights stay as they are, or nearly so;"
+        f" '{first}' has {outcomes[first][0].weight.shape[-1]:,} columns and saw {tokens[first]:,} tokens;"
+        " calibrate on more",
         CalibrationWarning,
     )
 

@@ -1,4 +1,6 @@
-"""Run batches forward and back through a graph, and show scores what they asked for at every consumer's input."""
+"""Run batches forward and back through a graph, and show scores what they asked for at every consumer's
+input.
+"""
 
 from __future__ import annotations
 
@@ -44,8 +46,17 @@ class Piece:
 
 
 def whole_batches(program: Program, batches: Sequence[list[Any]]) -> list[Piece]:
-    """Batches as they came. A sequence is one index of the first dimension of the first input that has one."""
-    at = next((index for index, node in enumerate(program.placeholders()) if isinstance(v := node.meta.get("val"), Tensor) and v.dim()), None)
+    """Batches as they came. A sequence is one index of the first dimension of the first input
+    that has one.
+    """
+    at = next(
+        (
+            index
+            for index, node in enumerate(program.placeholders())
+            if isinstance(v := node.meta.get("val"), Tensor) and v.dim()
+        ),
+        None,
+    )
     found: list[Piece] = []
     first = 0
     for number, batch in enumerate(batches):
@@ -66,20 +77,24 @@ def observe_batches(
     ranks: Ranks,
     enough: float = ENOUGH,
 ) -> None:
-    """Show every consumer the dense model's activations, and where a loss is given, its gradients with respect to them.
+    """Show every consumer the dense model's activations, and where a loss is given, its gradients with
+    respect to them.
 
-    The gradient of no weight is computed. What autograd keeps of one batch has to fit the device (:func:`in_pieces`).
+    The gradient of no weight is computed. What autograd keeps of one batch has to fit the device
+    (:func:`in_pieces`).
 
     Args:
         wanted: what to observe beside the Gram matrix.
         loss: what gradients are of; ``None``: none are taken.
         marks: which tokens are padding.
-        at_least: so many batches are run, and more where a consumer saw few tokens for its columns, or all gradients were zero, if there are.
+        at_least: so many batches are run, and more where a consumer saw few tokens for its columns, or all
+            gradients were zero, if there are.
         ranks: the processes that share them: each runs its own, and in the end all have the sums.
         enough: tokens for each column that a consumer is to see.
 
     Raises:
-        CalibrationError: the batches do not run forward or back, the loss fails or does not depend on the consumers, or something is not finite.
+        CalibrationError: the batches do not run forward or back, the loss fails or does not depend on the
+            consumers, or something is not finite.
     """
     program = consumers.analysis.program
     if isinstance(loss, Outputs):
@@ -97,7 +112,9 @@ def observe_batches(
         done = False
         if index + 1 >= at_least:
             ranks.check_all(failure)
-            done = _saw_enough(consumers, ranks, enough) and not (loss is not None and _vanished(consumers, ranks))
+            done = _saw_enough(consumers, ranks, enough) and not (
+                loss is not None and _vanished(consumers, ranks)
+            )
         progress(1.0 if done else min(index + 1, at_least) / max(at_least, index + 2))
         if done:
             break
@@ -119,7 +136,14 @@ def observe_batches(
             statistic.terms = terms
 
 
-def _observe_one(consumers: Consumers, piece: Piece, index: int, wanted: Mapping[str, MakeStatistic], loss: Loss | None, marks: Marks) -> int:
+def _observe_one(
+    consumers: Consumers,
+    piece: Piece,
+    index: int,
+    wanted: Mapping[str, MakeStatistic],
+    loss: Loss | None,
+    marks: Marks,
+) -> int:
     """Show one piece to the consumers; how many terms the loss has."""
     with torch.inference_mode(False), torch.set_grad_enabled(loss is not None):
         run = _Run(consumers, _own(piece), index, wanted, marks, loss is not None)
@@ -131,13 +155,19 @@ def _observe_one(consumers: Consumers, piece: Piece, index: int, wanted: Mapping
 
 
 def in_pieces(program: Program, whole: list[Piece]) -> list[Piece]:
-    """Batches in pieces of one sequence (one image, or some rows), where these do not see each other; others as they are.
+    """Batches in pieces of one sequence (one image, or some rows), where these do not see each other; others
+    as they are.
 
-    So it does not matter how sequences were put together, and the memory does not grow with the batch. The first dimension of the first input must be free;
-    inputs are divided along with it whose first dimension is the same size by the graph, or, from two dimensions on, whose first dimension is free and of the
-    same size in the batch (a mask). That no sequence sees another is tried on the first batch that is divided: a first dimension may as well be time, or nodes.
+    So it does not matter how sequences were put together, and the memory does not grow with the batch. The
+    first dimension of the first input must be free; inputs are divided along with it whose first dimension is
+    the same size by the graph, or, from two dimensions on, whose first dimension is free and of the same size
+    in the batch (a mask). That no sequence sees another is tried on the first batch that is divided: a first
+    dimension may as well be time, or nodes.
     """
-    shapes = [tuple(value.shape) if isinstance(value := node.meta.get("val"), Tensor) else () for node in program.placeholders()]
+    shapes = [
+        tuple(value.shape) if isinstance(value := node.meta.get("val"), Tensor) else ()
+        for node in program.placeholders()
+    ]
     first = next((shape[0] for shape in shapes if shape), None)
     inner = {str(size) for shape in shapes for size in shape[1:]}
     if first is None or not is_dynamic(first) or str(first) in inner:
@@ -149,7 +179,10 @@ def in_pieces(program: Program, whole: list[Piece]) -> list[Piece]:
     for piece in whole:
         leaf = next(leaf for leaf, is_same in zip(piece.inputs, same, strict=True) if is_same)
         count = leaf.shape[0]
-        along = [is_same or (is_free and leaf.shape[0] == count) for leaf, is_same, is_free in zip(piece.inputs, same, free, strict=True)]
+        along = [
+            is_same or (is_free and leaf.shape[0] == count)
+            for leaf, is_same, is_free in zip(piece.inputs, same, free, strict=True)
+        ]
         each = ROWS if leaf.dim() <= 1 + leaf.is_floating_point() else 1
         parts = [_part(piece, along, start, each) for start in range(0, count, each)]
         if len(parts) > 1 and not tried:
@@ -162,21 +195,35 @@ def in_pieces(program: Program, whole: list[Piece]) -> list[Piece]:
 
 def _part(piece: Piece, along: list[bool], start: int, size: int) -> Piece:
     """Some sequences of a piece."""
-    inputs = [leaf[start : start + size] if splits else leaf for leaf, splits in zip(piece.inputs, along, strict=True)]
+    inputs = [
+        leaf[start : start + size] if splits else leaf
+        for leaf, splits in zip(piece.inputs, along, strict=True)
+    ]
     return Piece(inputs, piece.batch, piece.first + start, min(size, piece.rows - start))
 
 
 def _is_divisible(program: Program, piece: Piece, parts: list[Piece], count: int) -> bool:
-    """Whether the first and the last part of a piece give what they give within it, by the outputs that hold something for each of its ``count`` sequences."""
+    """Whether the first and the last part of a piece give what they give within it, by the outputs that hold
+    something for each of its ``count`` sequences.
+    """
     try:
         within, first, last = (_ran(program, one) for one in (piece, parts[0], parts[-1]))
     except CalibrationError:
         return False
     compared = []
     for index, (whole, start, end) in enumerate(zip(within, first, last, strict=True)):
-        if index in program.state_outputs or not isinstance(whole, Tensor) or not whole.is_floating_point() or not whole.dim() or whole.shape[0] != count:
+        if (
+            index in program.state_outputs
+            or not isinstance(whole, Tensor)
+            or not whole.is_floating_point()
+            or not whole.dim()
+            or whole.shape[0] != count
+        ):
             continue
-        for own, part in ((start, whole[: len(start)] if start.dim() else whole), (end, whole[count - len(end) :] if end.dim() else whole)):
+        for own, part in (
+            (start, whole[: len(start)] if start.dim() else whole),
+            (end, whole[count - len(end) :] if end.dim() else whole),
+        ):
             compared.append(own.shape == part.shape and _are_alike(own, part))
     return bool(compared) and all(compared)
 
@@ -188,20 +235,49 @@ def _are_alike(found: Tensor, expected: Tensor) -> bool:
 
 
 def _saw_enough(consumers: Consumers, ranks: Ranks, enough: float) -> bool:
-    """Whether all consumers whose tokens are not routed saw enough of them for their columns, in all processes together."""
-    steady = [consumer for consumer in consumers.by_key.values() if all(use.route is None for use in consumer.uses)]
-    seen = [[gram.tokens for gram in consumer.grams] if consumer.grams else [0] * consumer.blocks for consumer in steady]
-    totals = ranks.add(torch.tensor([tokens for of_blocks in seen for tokens in of_blocks], dtype=torch.float64)).tolist()
-    wanted = [enough * (consumer.matrices.columns.shape[1] + consumer.beside) for consumer, of_blocks in zip(steady, seen, strict=True) for _ in of_blocks]
+    """Whether all consumers whose tokens are not routed saw enough of them for their columns, in all
+    processes together.
+    """
+    steady = [
+        consumer for consumer in consumers.by_key.values() if all(use.route is None for use in consumer.uses)
+    ]
+    seen = [
+        [gram.tokens for gram in consumer.grams] if consumer.grams else [0] * consumer.blocks
+        for consumer in steady
+    ]
+    totals = ranks.add(
+        torch.tensor([tokens for of_blocks in seen for tokens in of_blocks], dtype=torch.float64)
+    ).tolist()
+    wanted = [
+        enough * (consumer.matrices.columns.shape[1] + consumer.beside)
+        for consumer, of_blocks in zip(steady, seen, strict=True)
+        for _ in of_blocks
+    ]
     return all(tokens >= least for tokens, least in zip(totals, wanted, strict=True))
 
 
 class _Run(Runner):
-    """One batch on its way, with a view of the activation at each consumer through which its gradient can be told from that of other readers."""
+    """One batch on its way, with a view of the activation at each consumer through which its gradient can be
+    told from that of other readers.
+    """
 
-    def __init__(self, consumers: Consumers, piece: Piece, number: int, wanted: Mapping[str, MakeStatistic], marks: Marks, back: bool) -> None:
+    def __init__(
+        self,
+        consumers: Consumers,
+        piece: Piece,
+        number: int,
+        wanted: Mapping[str, MakeStatistic],
+        marks: Marks,
+        back: bool,
+    ) -> None:
         super().__init__(consumers.analysis.program, [piece.inputs], numbers=[piece.batch])
-        self.consumers, self.number, self.wanted, self.marks, self.is_back = consumers, number, wanted, marks, back
+        self.consumers, self.number, self.wanted, self.marks, self.is_back = (
+            consumers,
+            number,
+            wanted,
+            marks,
+            back,
+        )
         self.leaves: list[Tensor] = []
         self._products: dict[fx.Node, list[Product]] = {}
         for product in consumers.products.all:
@@ -220,7 +296,9 @@ class _Run(Runner):
         held = self._memory[number]
         read = [*(use.activation for _, use in uses), *(product.operands[0] for product in products)]
         kept = {activation: held[activation] for activation in read if activation in held}
-        probes = {activation: self._probe(value) for activation, value in kept.items()} if self.is_back else {}
+        probes = (
+            {activation: self._probe(value) for activation, value in kept.items()} if self.is_back else {}
+        )
         held.update(probes)
         try:
             output = super()._execute(node, number)
@@ -230,7 +308,9 @@ class _Run(Runner):
             if use.recurrence is None:
                 activation = self._load(use.activation, number)
             else:
-                activation = states_before(self._load(use.recurrence.start, number), output[0], use.recurrence.steps)
+                activation = states_before(
+                    self._load(use.recurrence.start, number), output[0], use.recurrence.steps
+                )
             alone = sum(other.activation is use.activation for _, other in uses) == 1
             probe = probes.get(use.activation) if alone and use.recurrence is None and _told(use) else None
             self._see(consumer, use, activation.detach(), probe, output)
@@ -244,7 +324,9 @@ class _Run(Runner):
             seen.see(product, operand, self._load(node, number), self.marks, self.number)
         if probe is not None and probe.requires_grad:
             value = probe.detach()
-            probe.register_hook(lambda gradient: seen.see_effect(product, value, gradient.detach(), self.marks, self.number))
+            probe.register_hook(
+                lambda gradient: seen.see_effect(product, value, gradient.detach(), self.marks, self.number)
+            )
 
     def _probe(self, value: Tensor) -> Tensor:
         if not value.is_floating_point() and not value.is_complex():
@@ -255,21 +337,34 @@ class _Run(Runner):
         self.leaves.append(leaf)
         return leaf
 
-    def _see(self, consumer: Consumer, use: Use, activation: Tensor, probe: Tensor | None, output: Any) -> None:
+    def _see(
+        self, consumer: Consumer, use: Use, activation: Tensor, probe: Tensor | None, output: Any
+    ) -> None:
         matrices = ConsumerMatrices(use, self.consumers.analysis.walk.values)
         ends = None if use.route is None else self._load(use.route, 0)
         dims = token_dims(activation.dim(), use.activation_layout)
-        own = self.marks.of(self.number, use.activation, activation, dims) if ends is None else self.marks.routed(self.number, use.activation, ends)
+        own = (
+            self.marks.of(self.number, use.activation, activation, dims)
+            if ends is None
+            else self.marks.routed(self.number, use.activation, ends)
+        )
         told_apart = probe is not None and probe.requires_grad
         consumer.prepare(self.wanted, activation.device)
-        consumer.see(matrices.tokens(activation, own, ends), lambda statistic: not (statistic.needs_gradient and told_apart))
+        consumer.see(
+            matrices.tokens(activation, own, ends),
+            lambda statistic: not (statistic.needs_gradient and told_apart),
+        )
         seen = consumer.seen
         if not self.is_back:
             return
         if probe is not None and told_apart:
 
             def told(gradient: Tensor) -> None:
-                pieces = zip(matrices.tokens(activation, own, ends), matrices.tokens(gradient.detach(), own, ends), strict=True)
+                pieces = zip(
+                    matrices.tokens(activation, own, ends),
+                    matrices.tokens(gradient.detach(), own, ends),
+                    strict=True,
+                )
                 for (block, tokens, kinds), (_, gradients, _) in pieces:
                     for statistic in seen[block].values():
                         if statistic.needs_gradient:
@@ -291,26 +386,42 @@ class _Run(Runner):
     def back(self, terms: Tensor) -> int:
         """Take the gradients; how many terms the loss has."""
         if not terms.requires_grad or not self.leaves:
-            raise CalibrationError("the loss does not depend on the input of any weight that can be pruned; pass another loss=, or loss=None")
+            raise CalibrationError(
+                "the loss does not depend on the input of any weight that can be pruned; pass another loss=,"
+                " or loss=None"
+            )
         try:
             torch.autograd.backward(terms.sum(), inputs=self.leaves)
         except (RuntimeError, NotImplementedError) as error:
             if isinstance(error, torch.OutOfMemoryError):
                 raise
-            raise CalibrationError(f"the model cannot be run backwards on calibration batch {self.numbers[0]}: {first_line(error)}; pass loss=None") from error
+            raise CalibrationError(
+                f"the model cannot be run backwards on calibration batch {self.numbers[0]}:"
+                f" {first_line(error)}; pass loss=None"
+            ) from error
         self.leaves.clear()
         return terms.numel()
 
 
 def _told(use: Use) -> bool:
-    """Whether the gradient with respect to a use's activation is laid out as its tokens are: no position is read twice, and each block reads its own."""
+    """Whether the gradient with respect to a use's activation is laid out as its tokens are: no position is
+    read twice, and each block reads its own.
+    """
     layout = use.activation_layout
-    return all(window.size == 1 for window in layout.windows) and (len(use.columns) == 1 or bool(layout.blocks) or use.route is not None)
+    return all(window.size == 1 for window in layout.windows) and (
+        len(use.columns) == 1 or bool(layout.blocks) or use.route is not None
+    )
 
 
 def _own(piece: Piece) -> Piece:
     """The piece with tensors that autograd may keep, which it may not of those made in inference mode."""
-    return replace(piece, inputs=[leaf.clone() if isinstance(leaf, Tensor) and leaf.is_inference() else leaf for leaf in piece.inputs])
+    return replace(
+        piece,
+        inputs=[
+            leaf.clone() if isinstance(leaf, Tensor) and leaf.is_inference() else leaf
+            for leaf in piece.inputs
+        ],
+    )
 
 
 @torch.no_grad()
@@ -323,21 +434,31 @@ def _ran(program: Program, piece: Piece) -> list[Any]:
 
 def returned(program: Program, run: Runner) -> list[Any]:
     """What a program returned that ran to its end, for one batch, as leaves."""
-    return [next(run.read(node)) if isinstance(node, fx.Node) else node for node in results(program.module.graph)]
+    return [
+        next(run.read(node)) if isinstance(node, fx.Node) else node for node in results(program.module.graph)
+    ]
 
 
 def padding_of(program: Program, leaves: list[Any], marks: Marks, index: int) -> Padding:
     """What is padding in each of these outputs of a piece."""
     pairs = zip(results(program.module.graph), leaves, strict=True)
-    found = {id(leaf): marks.of_output(index, node, leaf) for node, leaf in pairs if isinstance(node, fx.Node) and isinstance(leaf, Tensor)}
+    found = {
+        id(leaf): marks.of_output(index, node, leaf)
+        for node, leaf in pairs
+        if isinstance(node, fx.Node) and isinstance(leaf, Tensor)
+    }
     return lambda leaf: found.get(id(leaf))
 
 
 def _settle(program: Program, pieces: Sequence[Piece], loss: Outputs, marks: Marks, at_least: int) -> None:
-    """Run the first pieces forward until it is known how large the outputs are: of one image alone, a number may come out as almost nothing."""
+    """Run the first pieces forward until it is known how large the outputs are: of one image alone, a number
+    may come out as almost nothing.
+    """
     for index, piece in enumerate(pieces):
         leaves = _ran(program, piece)
-        enough = loss.settle(called(program, leaves, piece.inputs)[0], padding_of(program, leaves, marks, index))
+        enough = loss.settle(
+            called(program, leaves, piece.inputs)[0], padding_of(program, leaves, marks, index)
+        )
         if enough or (index + 1 >= at_least and loss.has_size):
             return
 
@@ -353,12 +474,27 @@ def _terms(program: Program, run: Runner, piece: Piece, loss: Loss, marks: Marks
     except CalibrationError:
         raise
     except Exception as error:  # a loss of the user's raises what it likes
-        raise CalibrationError(f"the loss fails on calibration batch {piece.batch}: {type(error).__name__}: {first_line(error)}") from error
-    if not isinstance(terms, Tensor) or not terms.is_floating_point() or not (terms.numel() or loss is next_token):
-        found = f"a tensor of {terms.dtype} of shape {tuple(terms.shape)}" if isinstance(terms, Tensor) else f"a {type(terms).__name__}"
-        raise CalibrationError(f"the loss returned {found}; it must return floating-point terms, or their sum as a tensor")
+        raise CalibrationError(
+            f"the loss fails on calibration batch {piece.batch}: {type(error).__name__}: {first_line(error)}"
+        ) from error
+    if (
+        not isinstance(terms, Tensor)
+        or not terms.is_floating_point()
+        or not (terms.numel() or loss is next_token)
+    ):
+        found = (
+            f"a tensor of {terms.dtype} of shape {tuple(terms.shape)}"
+            if isinstance(terms, Tensor)
+            else f"a {type(terms).__name__}"
+        )
+        raise CalibrationError(
+            f"the loss returned {found}; it must return floating-point terms, or their sum as a tensor"
+        )
     if not bool(torch.isfinite(terms.detach()).all()):
-        raise CalibrationError(f"the loss is not finite on calibration batch {piece.batch}; check the batches and the model's dtype")
+        raise CalibrationError(
+            f"the loss is not finite on calibration batch {piece.batch}; check the batches and the model's"
+            " dtype"
+        )
     return terms
 
 
@@ -369,16 +505,26 @@ def called(program: Program, leaves: list[Any], batch: list[Any]) -> tuple[Any, 
     if info is None or info.out_spec is None or info.in_spec is None:
         return shown, {node.name: value for node, value in zip(program.placeholders(), batch, strict=True)}
     args, kwargs = pytree.tree_unflatten(batch, info.in_spec)
-    return pytree.tree_unflatten(shown, info.out_spec), {**dict(zip(program.signature.given(), args, strict=False)), **kwargs}
+    return pytree.tree_unflatten(shown, info.out_spec), {
+        **dict(zip(program.signature.given(), args, strict=False)),
+        **kwargs,
+    }
 
 
 def _gradients(consumer: Consumer) -> list[InputGradients]:
-    return [statistic for seen in consumer.seen for statistic in seen.values() if isinstance(statistic, InputGradients)]
+    return [
+        statistic
+        for seen in consumer.seen
+        for statistic in seen.values()
+        if isinstance(statistic, InputGradients)
+    ]
 
 
 def _vanished(consumers: Consumers, ranks: Ranks) -> bool:
     """Whether gradients were asked for, and all of them were zero, in all processes."""
-    found = [statistic.diagonal() for consumer in consumers.by_key.values() for statistic in _gradients(consumer)] + consumers.products.effects()
+    found = [
+        statistic.diagonal() for consumer in consumers.by_key.values() for statistic in _gradients(consumer)
+    ] + consumers.products.effects()
     asked, told = ranks.total(bool(found)), ranks.total(any(bool((squares > 0).any()) for squares in found))
     return bool(asked) and not told
 
@@ -388,11 +534,20 @@ def _check(consumers: Consumers, back: bool) -> None:
         diagonals = [part.diagonal() for gram in consumer.grams or () for part in gram.parts]
         diagonals += [statistic.diagonal() for statistic in _gradients(consumer)]
         if not all(bool(torch.isfinite(diagonal).all()) for diagonal in diagonals):
-            raise CalibrationError(f"what is seen at '{consumer.weight}' is not finite on the calibration data; check the batches and the model's dtype")
+            raise CalibrationError(
+                f"what is seen at '{consumer.weight}' is not finite on the calibration data; check the"
+                " batches and the model's dtype"
+            )
     if not all(bool(torch.isfinite(effects).all()) for effects in consumers.products.effects()):
-        raise CalibrationError("what is seen of queries and keys is not finite on the calibration data; check the batches and the model's dtype")
+        raise CalibrationError(
+            "what is seen of queries and keys is not finite on the calibration data; check the batches and"
+            " the model's dtype"
+        )
     if back and _vanished(consumers, Ranks()):
-        raise CalibrationError("the gradients of the loss vanish at every weight that can be pruned; pass another loss=, or loss=None")
+        raise CalibrationError(
+            "the gradients of the loss vanish at every weight that can be pruned; pass another loss=, or"
+            " loss=None"
+        )
 
 
 __all__ = ["Piece", "called", "in_pieces", "observe_batches", "padding_of", "returned", "whole_batches"]

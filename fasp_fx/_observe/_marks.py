@@ -20,13 +20,15 @@ _ONE_IN = 4
 class Marks:
     """Marks of the tokens of every batch, as tensors that broadcast to an activation.
 
-    Tokens of one sequence resemble each other, so whole sequences are held out: every fourth, counted through all batches. Of fewer than four, the last
-    quarter of each is. A sequence is one index of the first dimension of the first input.
+    Tokens of one sequence resemble each other, so whole sequences are held out: every fourth, counted through
+    all batches. Of fewer than four, the last quarter of each is. A sequence is one index of the first
+    dimension of the first input.
 
     Args:
         program: the program that the batches are for.
         batches: its flat inputs.
-        padding_mask: name of an input ``[batch, tokens]``, zero where a token is padding; ``None``: every token counts.
+        padding_mask: name of an input ``[batch, tokens]``, zero where a token is padding; ``None``: every
+            token counts.
         hold_out: whether to hold out any.
 
     Attributes:
@@ -36,16 +38,28 @@ class Marks:
         ArgumentError, CalibrationError: there is no such mask, or it does not fit.
     """
 
-    def __init__(self, program: Program, batches: Sequence[Sequence[Any]], padding_mask: str | None = None, hold_out: bool = True) -> None:
+    def __init__(
+        self,
+        program: Program,
+        batches: Sequence[Sequence[Any]],
+        padding_mask: str | None = None,
+        hold_out: bool = True,
+    ) -> None:
         self.hold_out, self._name = hold_out, padding_mask
         self.unmatched: dict[fx.Node, None] = {}
         nodes = program.placeholders()
         self._reference = next((i for i, node in enumerate(nodes) if _rank(node) > 0), None)
-        self._shape: tuple[Any, ...] = tuple(nodes[self._reference].meta["val"].shape) if self._reference is not None else ()
+        self._shape: tuple[Any, ...] = (
+            tuple(nodes[self._reference].meta["val"].shape) if self._reference is not None else ()
+        )
         sizes = [batch[self._reference].shape[0] if self._reference is not None else 1 for batch in batches]
         self._sizes, self._firsts = sizes, [0, *accumulate(sizes)]
         self._many_batches = len(sizes) >= _ONE_IN
-        self._masks = [_mask(nodes, batch, padding_mask, self._reference, index) for index, batch in enumerate(batches)] if padding_mask is not None else None
+        self._masks = (
+            [_mask(nodes, batch, padding_mask, self._reference, index) for index, batch in enumerate(batches)]
+            if padding_mask is not None
+            else None
+        )
 
     def of(self, index: int, node: fx.Node, activation: Tensor, dims: list[int]) -> Tensor:
         """Marks of one batch's activation, with as many dimensions, of its size or 1.
@@ -63,19 +77,33 @@ class Marks:
         return marks if padding is None else torch.where(padding, PADDING, marks)
 
     def of_output(self, index: int, node: fx.Node, output: Tensor) -> Tensor | None:
-        """Which tokens of an output are padding, ``[batch, tokens]``; ``None`` where its first two dimensions are not those of the mask."""
+        """Which tokens of an output are padding, ``[batch, tokens]``; ``None`` where its first two dimensions
+        are not those of the mask.
+        """
         recorded = node.meta.get("val")
-        if self._masks is None or not isinstance(recorded, Tensor) or output.dim() < 2 or output.shape[:2] != self._masks[index].shape:
+        if (
+            self._masks is None
+            or not isinstance(recorded, Tensor)
+            or output.dim() < 2
+            or output.shape[:2] != self._masks[index].shape
+        ):
             return None
-        fits = all(_same(size, wanted) for size, wanted in zip(recorded.shape[:2], self._shape[:2], strict=True))
+        fits = all(
+            _same(size, wanted) for size, wanted in zip(recorded.shape[:2], self._shape[:2], strict=True)
+        )
         return self._masks[index] if fits else None
 
     def routed(self, index: int, node: fx.Node, ends: Tensor) -> Tensor:
-        """Marks of tokens that were sorted by the block they go to, ``[tokens]``: of each block the last quarter is held out, or every fourth batch."""
+        """Marks of tokens that were sorted by the block they go to, ``[tokens]``: of each block the last
+        quarter is held out, or every fourth batch.
+        """
         if self._masks is not None:
             self.unmatched[node] = None
         sizes = torch.diff(ends, prepend=ends.new_zeros(1)).tolist()
-        parts = [torch.full((size,), self._batch_held(index)) if self._many_batches else _last(size) for size in sizes]
+        parts = [
+            torch.full((size,), self._batch_held(index)) if self._many_batches else _last(size)
+            for size in sizes
+        ]
         held = torch.cat(parts).to(ends.device) & self.hold_out
         return torch.where(held, HELD, FITTED).to(torch.uint8)
 
@@ -83,7 +111,10 @@ class Marks:
         """What to say of the nodes whose padding could not be told."""
         names = [node.name for node in self.unmatched]
         more = f" and {len(names) - 1} more" if len(names) > 1 else ""
-        return f"'{self._name}' could not be matched with the tokens of '{names[0]}'{more}, so that all of them count in scores and repairs, padding included"
+        return (
+            f"'{self._name}' could not be matched with the tokens of '{names[0]}'{more}, so that all of them"
+            " count in scores and repairs, padding included"
+        )
 
     def _batch_held(self, index: int) -> bool:
         """Whether all of a batch is held out, where its tokens cannot be told apart."""
@@ -117,16 +148,33 @@ class Marks:
         mask = self._masks[index].to(activation.device)
         recorded = node.meta["val"]
         shape = (recorded[0] if isinstance(recorded, (tuple, list)) else recorded).shape
-        batches = [dim for dim in dims if activation.shape[dim] == mask.shape[0] and _same(shape[dim], self._shape[0])][:1]
+        batches = [
+            dim
+            for dim in dims
+            if activation.shape[dim] == mask.shape[0] and _same(shape[dim], self._shape[0])
+        ][:1]
         if batches:
             rest = [dim for dim in dims if dim not in batches]
-            found = [dim for dim in rest if activation.shape[dim] == mask.shape[1] and _same(shape[dim], self._shape[1])]
+            found = [
+                dim
+                for dim in rest
+                if activation.shape[dim] == mask.shape[1] and _same(shape[dim], self._shape[1])
+            ]
             if len(found) == 1:
                 padding = mask if batches[0] < found[0] else mask.T
-                return padding.reshape([activation.shape[dim] if dim in (batches[0], found[0]) else 1 for dim in range(activation.dim())])
+                return padding.reshape(
+                    [
+                        activation.shape[dim] if dim in (batches[0], found[0]) else 1
+                        for dim in range(activation.dim())
+                    ]
+                )
             if not rest:  # one token a sequence
                 return None
-        elif len(dims) == 1 and activation.shape[dims[0]] == mask.numel() and _symbols(self._shape[0]) | _symbols(self._shape[1]) <= _symbols(shape[dims[0]]):
+        elif (
+            len(dims) == 1
+            and activation.shape[dims[0]] == mask.numel()
+            and _symbols(self._shape[0]) | _symbols(self._shape[1]) <= _symbols(shape[dims[0]])
+        ):
             return _along(mask.reshape(-1), dims[0], activation.dim())  # all tokens one after the other
         self.unmatched[node] = None
         return None
@@ -136,17 +184,29 @@ def _mask(nodes: list[fx.Node], batch: Sequence[Any], name: str, reference: int 
     """Where a batch is padding, ``[batch, tokens]``."""
     inputs = {node.name: leaf for node, leaf in zip(nodes, batch, strict=True)}
     if name not in inputs:
-        raise ArgumentError(f"padding_mask='{name}' is no input of the model as it was captured; its inputs are {', '.join(map(repr, inputs))}")
+        raise ArgumentError(
+            f"padding_mask='{name}' is no input of the model as it was captured; its inputs are"
+            f" {', '.join(map(repr, inputs))}"
+        )
     mask = inputs[name]
     first = batch[reference] if reference is not None else None
-    if not isinstance(mask, Tensor) or mask.dim() != 2 or first is None or first.dim() < 2 or mask.shape != first.shape[:2]:
+    if (
+        not isinstance(mask, Tensor)
+        or mask.dim() != 2
+        or first is None
+        or first.dim() < 2
+        or mask.shape != first.shape[:2]
+    ):
         raise CalibrationError(
-            f"calibration batch {index}: padding_mask='{name}' is {_said(mask)}, but the first input is {_said(first)}; "
-            "a mask of padding has one value for each token of it, [batch, tokens]"
+            f"calibration batch {index}: padding_mask='{name}' is {_said(mask)}, but the first input is"
+            f" {_said(first)}; a mask of padding has one value for each token of it, [batch, tokens]"
         )
     padding = mask == 0
     if bool(padding.all()):
-        raise CalibrationError(f"calibration batch {index}: '{name}' marks every token as padding; leave the batch out, or give it tokens")
+        raise CalibrationError(
+            f"calibration batch {index}: '{name}' marks every token as padding; leave the batch out, or give"
+            " it tokens"
+        )
     return padding
 
 
@@ -160,7 +220,9 @@ def _along(values: Tensor, dim: int, rank: int) -> Tensor:
 
 
 def _same(size: Any, wanted: Any) -> bool:
-    """Whether a recorded size is that of the tokens: the same number, or one that grows with it (a cache may stand before them)."""
+    """Whether a recorded size is that of the tokens: the same number, or one that grows with it (a cache may
+    stand before them).
+    """
     if isinstance(wanted, int) or isinstance(size, int):
         return isinstance(wanted, int) and isinstance(size, int) and size == wanted
     return bool(_symbols(wanted) <= _symbols(size))

@@ -1,4 +1,6 @@
-"""The order in which the channel sets of a group go, whatever decides it: its consumers, a product of activations, or its producers."""
+"""The order in which the channel sets of a group go, whatever decides it: its consumers, a product of
+activations, or its producers.
+"""
 
 from __future__ import annotations
 
@@ -32,7 +34,8 @@ def order_of(
         weight_of: what a consumer's weight is now.
 
     Raises:
-        ArgumentError: the score returned an order that is none, or cannot say one for a group without consumers.
+        ArgumentError: the score returned an order that is none, or cannot say one for a group without
+            consumers.
         CalibrationError: a score is not finite.
     """
     view = consumers.view(group, deepest, weight_of)
@@ -46,7 +49,10 @@ def order_of(
             return by_value(view, products.scores(group) if costs is None else costs)
         if isinstance(score, ByColumns):
             return by_value(view, row_scores(consumers.analysis, group, score))
-        raise ArgumentError(f"no weight reads the channels of '{view.name}', and {type(score).__name__} orders those of weights alone; exclude it")
+        raise ArgumentError(
+            f"no weight reads the channels of '{view.name}', and {type(score).__name__} orders those of"
+            " weights alone; exclude it"
+        )
     return checked(score(view), view)
 
 
@@ -54,19 +60,26 @@ def checked(order: Order, view: GroupColumns) -> Order:
     """What a score returned, if it is an order of the group.
 
     Raises:
-        ArgumentError: channel sets of each block do not stand in it once, or not as many as may go, or losses do not fit.
+        ArgumentError: channel sets of each block do not stand in it once, or not as many as may go, or losses
+            do not fit.
     """
     sets = np.asarray(order.sets)
     members = view.members
     fits = sets.ndim == 2 and len(sets) == len(members) and sets.shape[1] >= view.deepest
-    if not fits or any(len(np.unique(row)) != len(row) or not np.isin(row, own).all() for row, own in zip(sets, members, strict=True)):
+    if not fits or any(
+        len(np.unique(row)) != len(row) or not np.isin(row, own).all()
+        for row, own in zip(sets, members, strict=True)
+    ):
         raise ArgumentError(
-            f"the score's order for '{view.name}' is none of its channel sets: give for each of its {len(members)} blocks at least {view.deepest} of the "
-            "block's own, each once"
+            f"the score's order for '{view.name}' is none of its channel sets: give for each of its"
+            f" {len(members)} blocks at least {view.deepest} of the block's own, each once"
         )
     losses = order.losses
     if losses is not None and (len(losses) != sets.shape[1] + 1 or not np.isfinite(losses).all()):
-        raise ArgumentError(f"the score's losses for '{view.name}' are not one finite number for each number of channel sets from 0 to {sets.shape[1]}")
+        raise ArgumentError(
+            f"the score's losses for '{view.name}' are not one finite number for each number of channel sets"
+            f" from 0 to {sets.shape[1]}"
+        )
     return order
 
 

@@ -1,4 +1,6 @@
-"""Where the repair of a product of two activations can be written: rows of a weight that nothing but the product's first operand depends on."""
+"""Where the repair of a product of two activations can be written: rows of a weight that nothing but the
+product's first operand depends on.
+"""
 
 from __future__ import annotations
 
@@ -17,8 +19,13 @@ from ..patterns import BIASES, CASTS, lookup
 from ._intercept import read_alone
 from ._products import lying_along
 
-#: products whose operands are ``[..., tokens, channels]``, and, where the second is ``[..., channels, tokens]``, that it is
-FORMS = {"aten.scaled_dot_product_attention.default": False, "aten.matmul.default": True, "aten.bmm.default": True}
+#: products whose operands are ``[..., tokens, channels]``, and, where the second is ``[..., channels,
+#: tokens]``, that it is
+FORMS = {
+    "aten.scaled_dot_product_attention.default": False,
+    "aten.matmul.default": True,
+    "aten.bmm.default": True,
+}
 _SUMS = ("aten.add.Tensor", "aten.sub.Tensor", "aten.cat.default", "aten.stack.default", "aten.neg.default")
 
 
@@ -29,10 +36,12 @@ class Place:
     Attributes:
         weight, dim: its canonical name, and the dimension that its rows lie along.
         bias: what is added to its rows, and to nothing else.
-        rows: for each block (a head) the row of each channel, shape ``[blocks, channels]``; one block where all heads share the rows.
+        rows: for each block (a head) the row of each channel, shape ``[blocks, channels]``; one block where
+            all heads share the rows.
         lying: the numbers of the first operand's channels.
         numbers: the same, shape ``[blocks, channels]``, for every block.
-        mixes: whether rows may be added to each other (nothing but movement lies between); otherwise each is only multiplied.
+        mixes: whether rows may be added to each other (nothing but movement lies between); otherwise each is
+            only multiplied.
     """
 
     weight: str
@@ -51,7 +60,14 @@ def place_of(analysis: Analysis, product: Product) -> Place | str:
         return "it is no product of queries and keys of a form that is known"
     axes, others = lying_along(analysis, product, 0), lying_along(analysis, product, 1)
     last = query.meta["val"].dim() - 1 if "val" in query.meta else -1
-    if len(axes) != 1 or len(others) != 1 or axes[0].numbers.dim() != last + 1 or last < 2 or axes[0].numbers.shape[-2] != 1 or axes[0].varies[last]:
+    if (
+        len(axes) != 1
+        or len(others) != 1
+        or axes[0].numbers.dim() != last + 1
+        or last < 2
+        or axes[0].numbers.shape[-2] != 1
+        or axes[0].varies[last]
+    ):
         return "its channels do not lie along the last dimension of the queries"
     if not _meet(query.meta["val"], key.meta["val"]):
         return "its queries and keys have heads that do not meet one by one"
@@ -59,7 +75,11 @@ def place_of(analysis: Analysis, product: Product) -> Place | str:
     if (numbers == NONE).any():
         return "some of its channels are none"
     before, otherwise = _ancestors(query), _ancestors(key)
-    for node in [node for node in analysis.program.module.graph.find_nodes(op="get_attr") if node in before and node not in otherwise][::-1]:
+    for node in [
+        node
+        for node in analysis.program.module.graph.find_nodes(op="get_attr")
+        if node in before and node not in otherwise
+    ][::-1]:
         found = _place(analysis, product, node, axes[0], numbers)
         if found is not None:
             return found
@@ -67,8 +87,12 @@ def place_of(analysis: Analysis, product: Product) -> Place | str:
 
 
 def _meet(query: Tensor, key: Tensor) -> bool:
-    """Whether each head of queries meets one of keys, the same number of them each, or a single one of either meets all."""
-    if query.dim() != key.dim() or any(str(a) != str(b) for a, b in zip(query.shape[:-3], key.shape[:-3], strict=True)):
+    """Whether each head of queries meets one of keys, the same number of them each, or a single one of either
+    meets all.
+    """
+    if query.dim() != key.dim() or any(
+        str(a) != str(b) for a, b in zip(query.shape[:-3], key.shape[:-3], strict=True)
+    ):
         return False
     heads, own = query.shape[-3], key.shape[-3]
     if isinstance(heads, int) and isinstance(own, int):
@@ -76,13 +100,22 @@ def _meet(query: Tensor, key: Tensor) -> bool:
     return str(heads) == str(own)
 
 
-def _place(analysis: Analysis, product: Product, node: fx.Node, lying: Repeating, numbers: np.ndarray) -> Place | None:
+def _place(
+    analysis: Analysis, product: Product, node: fx.Node, lying: Repeating, numbers: np.ndarray
+) -> Place | None:
     """The place that a weight offers, if it does."""
     canonical, module = analysis.program.canonical(), analysis.program.module
     name = canonical.get(str(node.target), "")
     weight = attribute(module, str(node.target))
-    same = [other for other in module.graph.find_nodes(op="get_attr") if canonical.get(str(other.target)) == name]
-    if not isinstance(weight, nn.Parameter) or not weight.is_floating_point() or same != [node] or name in written_names(module.graph):
+    same = [
+        other for other in module.graph.find_nodes(op="get_attr") if canonical.get(str(other.target)) == name
+    ]
+    if (
+        not isinstance(weight, nn.Parameter)
+        or not weight.is_floating_point()
+        or same != [node]
+        or name in written_names(module.graph)
+    ):
         return None
     way = _way(analysis, product, node, name)
     if way is None:
@@ -102,8 +135,9 @@ def _place(analysis: Analysis, product: Product, node: fx.Node, lying: Repeating
 
 
 def _way(analysis: Analysis, product: Product, weight: fx.Node, name: str) -> tuple[str | None, bool] | None:
-    """What a weight's rows go through on their way to a product: the bias that joins them, and whether all else is movement; ``None`` where they go elsewhere,
-    or are not merely moved, multiplied by what does not depend on them, and added to one another."""
+    """What a weight's rows go through on their way to a product: the bias that joins them, and whether all
+    else is movement; ``None`` where they go elsewhere, or are not merely moved, multiplied by what does not
+    depend on them, and added to one another."""
     query = product.operands[0]
     before = _ancestors(query)
     uses = {use.node: use for use in analysis.walk.facts.uses if use.weight == name}
@@ -111,10 +145,17 @@ def _way(analysis: Analysis, product: Product, weight: fx.Node, name: str) -> tu
     for node in analysis.program.module.graph.nodes:
         if node in reached or not any(read in reached for read in node.all_input_nodes):
             continue
-        if node is product.node and not any(read in reached and read is not query for read in node.all_input_nodes):
+        if node is product.node and not any(
+            read in reached and read is not query for read in node.all_input_nodes
+        ):
             continue
         if node not in before:
-            if node.users or node.op == "output" or not isinstance(node.target, OpOverload) or node.target._schema.returns:
+            if (
+                node.users
+                or node.op == "output"
+                or not isinstance(node.target, OpOverload)
+                or node.target._schema.returns
+            ):
                 return None
             continue  # an assertion
         if node in uses:
@@ -122,7 +163,14 @@ def _way(analysis: Analysis, product: Product, weight: fx.Node, name: str) -> tu
             names = BIASES.get(str(node.target))
             if use.activation in reached or use.route is not None or use.recurrence is not None:
                 return None
-            added = given.get(names[1]) if names else next((given[key] for key in ("bias", "self") if given.get(key) not in (None, use.activation)), None)
+            added = (
+                given.get(names[1])
+                if names
+                else next(
+                    (given[key] for key in ("bias", "self") if given.get(key) not in (None, use.activation)),
+                    None,
+                )
+            )
             if added is not None:
                 bias = read_alone(analysis, added, node)
                 if bias is None or any(given.get(key, 1) != 1 for key in ("alpha", "beta")):
@@ -156,7 +204,11 @@ def _is_linear(node: fx.Node, reached: set[fx.Node]) -> bool:
         return read[0] and sum(read) == 1
     if target in ("aten.mul.Scalar", "aten.div.Scalar"):
         return True
-    return target in _SUMS and all(read) and len(read) == (len(node.args[0]) if isinstance(node.args[0], (list, tuple)) else len(node.args))
+    return (
+        target in _SUMS
+        and all(read)
+        and len(read) == (len(node.args[0]) if isinstance(node.args[0], (list, tuple)) else len(node.args))
+    )
 
 
 def _tensors(node: fx.Node) -> list[fx.Node]:

@@ -1,4 +1,6 @@
-"""Channels contracted between two activations: how much their product or the loss would lose without some, and what is left of the product."""
+"""Channels contracted between two activations: how much their product or the loss would lose without some,
+and what is left of the product.
+"""
 
 from __future__ import annotations
 
@@ -24,12 +26,14 @@ from ._sets import sets_in
 class ObservedProducts:
     """What is seen of the operands of products, channel by channel.
 
-    Channel i adds the matrix q_i k_iᵀ to the product of queries and keys, whose Frobenius norm is ‖q_i‖₂ ‖k_i‖₂: that is its score, where ‖q_i‖₂ runs over
-    all that a channel set holds of an operand (every head and layer that shares one table of rotations, say). Several products are added.
+    Channel i adds the matrix q_i k_iᵀ to the product of queries and keys, whose Frobenius norm is ‖q_i‖₂
+    ‖k_i‖₂: that is its score, where ‖q_i‖₂ runs over all that a channel set holds of an operand (every head
+    and layer that shares one table of rotations, say). Several products are added.
 
-    Where a loss is run back, h_ti is its gradient with respect to the query's channel i at token t, so that to first order the loss falls by q_ti h_ti
-    without it. The mean of the squares over the loss' terms is the curvature by Fisher's information, and half of it what the channel costs: the unit of
-    the costs of consumers (:class:`fasp_fx.obs.OBS`).
+    Where a loss is run back, h_ti is its gradient with respect to the query's channel i at token t, so that
+    to first order the loss falls by q_ti h_ti without it. The mean of the squares over the loss' terms is the
+    curvature by Fisher's information, and half of it what the channel costs: the unit of the costs of
+    consumers (:class:`fasp_fx.obs.OBS`).
 
     Args:
         groups: those that can be pruned; products decide those of them that no weight reads.
@@ -43,7 +47,11 @@ class ObservedProducts:
         self.of_group: dict[str, list[Product]] = {}
         for group in groups:
             if not group.uses:
-                self.of_group[group.name] = [p for p in analysis.walk.facts.products if np.isin(analysis.labels[p.numbers], group.sets).any()]
+                self.of_group[group.name] = [
+                    p
+                    for p in analysis.walk.facts.products
+                    if np.isin(analysis.labels[p.numbers], group.sets).any()
+                ]
         self._squares: dict[tuple[int, int, int], Tensor] = {}
         self._effects: dict[tuple[int, int], Tensor] = {}
         self.terms = 0
@@ -58,7 +66,9 @@ class ObservedProducts:
         return self.of_group.get(group.name, [])
 
     def observe(self, runner: Runner, marks: Marks, products: list[Product], ranks: Ranks) -> None:
-        """Add the squares of the operands of products about to be executed, without padding, over the batches of all processes."""
+        """Add the squares of the operands of products about to be executed, without padding, over the batches
+        of all processes.
+        """
         for product in products:
             for operand, node in enumerate(product.operands):
                 for number, batch in zip(runner.numbers, runner.read(node), strict=True):
@@ -71,11 +81,16 @@ class ObservedProducts:
             _added(
                 self._squares,
                 (id(product), operand, index),
-                self._summed(value.detach().abs().to(torch.float32), lying, product.operands[operand], marks, number),
+                self._summed(
+                    value.detach().abs().to(torch.float32), lying, product.operands[operand], marks, number
+                ),
             )
 
-    def see_effect(self, product: Product, value: Tensor, gradient: Tensor, marks: Marks, number: int) -> None:
-        """Add the squares of what the loss loses with each channel of a product's first operand, in one batch.
+    def see_effect(
+        self, product: Product, value: Tensor, gradient: Tensor, marks: Marks, number: int
+    ) -> None:
+        """Add the squares of what the loss loses with each channel of a product's first operand, in one
+        batch.
 
         Args:
             value: the operand.
@@ -83,7 +98,11 @@ class ObservedProducts:
         """
         effect = (value.detach() * gradient.conj()).real if value.is_complex() else value.detach() * gradient
         for index, lying in enumerate(self._lying(product)[0]):
-            _added(self._effects, (id(product), index), self._summed(effect.to(torch.float32), lying, product.operands[0], marks, number))
+            _added(
+                self._effects,
+                (id(product), index),
+                self._summed(effect.to(torch.float32), lying, product.operands[0], marks, number),
+            )
 
     def add_up(self, product: Product, ranks: Ranks) -> None:
         """Add the squares of operands that other processes have seen; this one may have seen none."""
@@ -115,14 +134,22 @@ class ObservedProducts:
         self._effects.clear()
 
     def costs(self, group: Group) -> np.ndarray | None:
-        """What each channel set of a group costs by its effects on the loss, in the order of ``group.sets``; ``None`` where no loss was run back."""
+        """What each channel set of a group costs by its effects on the loss, in the order of ``group.sets``;
+        ``None`` where no loss was run back.
+        """
         products = self.of(group)
         if not products or not all((id(product), 0) in self._effects for product in products):
             return None
         total = np.zeros(group.size)
         for product in products:
             for index, lying in enumerate(self._lying(product)[0]):
-                _add(total, group, self.analysis, lying.numbers.reshape(-1).numpy(), self._effects[id(product), index].cpu().numpy().reshape(-1))
+                _add(
+                    total,
+                    group,
+                    self.analysis,
+                    lying.numbers.reshape(-1).numpy(),
+                    self._effects[id(product), index].cpu().numpy().reshape(-1),
+                )
         return 0.5 * total / max(self.terms, 1)
 
     def _summed(self, value: Tensor, lying: Repeating, node: fx.Node, marks: Marks, number: int) -> Tensor:
@@ -138,7 +165,13 @@ class ObservedProducts:
             for operand, axes in enumerate(self._lying(product)):
                 held = np.zeros(group.size)
                 for index, lying in enumerate(axes):
-                    _add(held, group, self.analysis, lying.numbers.reshape(-1).numpy(), self._squares[id(product), operand, index].cpu().numpy().reshape(-1))
+                    _add(
+                        held,
+                        group,
+                        self.analysis,
+                        lying.numbers.reshape(-1).numpy(),
+                        self._squares[id(product), operand, index].cpu().numpy().reshape(-1),
+                    )
                 worth *= np.sqrt(held)
             total += worth
         return total
@@ -163,15 +196,25 @@ def _staying(kept: Tensor, lying: Repeating, value: Tensor) -> Tensor:
 def lying_along(analysis: Analysis, product: Product, operand: int) -> list[Repeating]:
     """How the channels that a product sums over lie along one of its operands."""
     node = product.operands[operand]
-    axes = [axis.numbers for axis in analysis.walk.values[node].axes if np.isin(axis.numbers.numpy(), product.numbers).any()]
-    recorded = node.meta.get("val")  # a node that a pass has written may have none: nothing is known then of sizes that vary
+    axes = [
+        axis.numbers
+        for axis in analysis.walk.values[node].axes
+        if np.isin(axis.numbers.numpy(), product.numbers).any()
+    ]
+    recorded = node.meta.get(
+        "val"
+    )  # a node that a pass has written may have none: nothing is known then of sizes that vary
     found = [repeating(numbers, numbers.shape if recorded is None else recorded.shape) for numbers in axes]
     return [lying for lying in found if lying is not None]  # the analysis leaves others whole
 
 
 def tokens_of(lying: Repeating) -> list[int]:
     """The dimensions along which tokens lie."""
-    return [dim for dim, (size, varies) in enumerate(zip(lying.numbers.shape, lying.varies, strict=True)) if size == 1 or varies]
+    return [
+        dim
+        for dim, (size, varies) in enumerate(zip(lying.numbers.shape, lying.varies, strict=True))
+        if size == 1 or varies
+    ]
 
 
 def _added(sums: dict[Any, Tensor], key: Any, more: Tensor) -> None:
@@ -197,6 +240,8 @@ def _blocks(slot: Slot, weight: Tensor) -> list[tuple[np.ndarray, Tensor]]:
     return list(zip(numbers, weight.chunk(slot.blocks, slot.block_dim), strict=True))
 
 
-def _add(total: np.ndarray, group: Group, analysis: Analysis, numbers: np.ndarray, values: np.ndarray) -> None:
+def _add(
+    total: np.ndarray, group: Group, analysis: Analysis, numbers: np.ndarray, values: np.ndarray
+) -> None:
     sets = sets_in(group, analysis.labels, numbers)
     np.add.at(total, sets[sets >= 0], values[sets >= 0])

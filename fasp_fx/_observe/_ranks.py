@@ -23,7 +23,8 @@ T = TypeVar("T")
 class Ranks:
     """The processes of a group; without one, this process alone.
 
-    All of them do the same work but for the batches, and so decide alike. Every method is called by all of them, in the same order.
+    All of them do the same work but for the batches, and so decide alike. Every method is called by all of
+    them, in the same order.
 
     Args:
         group: of ``torch.distributed``; ``None``: this process works alone.
@@ -37,7 +38,9 @@ class Ranks:
         self._group = group
         self.rank, self.size = (0, 1) if group is None else (dist.get_rank(group), dist.get_world_size(group))
         if self.rank < 0:
-            raise ArgumentError("this process is not of the group that was given; call with it in the processes that are")
+            raise ArgumentError(
+                "this process is not of the group that was given; call with it in the processes that are"
+            )
         if self.size > 1:
             self._check_backend()
 
@@ -48,7 +51,9 @@ class Ranks:
         except RuntimeError as error:
             if "backend" not in str(error).lower():
                 raise self._lost(error) from error
-            raise ArgumentError('the group does not serve the CPU; make it with dist.init_process_group("cpu:gloo,cuda:nccl")') from error
+            raise ArgumentError(
+                'the group does not serve the CPU; make it with dist.init_process_group("cpu:gloo,cuda:nccl")'
+            ) from error
 
     def own(self, count: int) -> range:
         """Which of so many batches this process runs.
@@ -57,7 +62,10 @@ class Ranks:
             CalibrationError: there are fewer than processes.
         """
         if count < self.size:
-            raise CalibrationError(f"{count} calibration batches are too few for {self.size} processes, each of which runs some; give more, or start fewer")
+            raise CalibrationError(
+                f"{count} calibration batches are too few for {self.size} processes, each of which runs some;"
+                " give more, or start fewer"
+            )
         return range(self.rank, count, self.size)
 
     def check_alike(self, fingerprint: str, batches: Iterable[Iterable[Any]], config: PruningConfig) -> None:
@@ -68,13 +76,20 @@ class Ranks:
         """
         if self.size == 1:
             return
-        options = {field.name: value for field in fields(config) if not callable(value := getattr(config, field.name))}
+        options = {
+            field.name: value
+            for field in fields(config)
+            if not callable(value := getattr(config, field.name))
+        }
         own = {"model": fingerprint, "calibration data": digest_of(batches), "options": repr(options)}
         own |= {"release of fasp_fx": __version__, "release of torch": torch.__version__}
         for rank, other in enumerate(self._gathered(own)):
             for what, value in own.items():
                 if other[what] != value:
-                    raise ArgumentError(f"process {rank} was given other {what} than process {self.rank}; all processes are given the same, and divide it")
+                    raise ArgumentError(
+                        f"process {rank} was given other {what} than process {self.rank}; all processes are"
+                        " given the same, and divide it"
+                    )
 
     def add(self, tensor: Tensor) -> Tensor:
         """The sum of the tensors of all processes, which takes the place of this one's."""
@@ -97,7 +112,10 @@ class Ranks:
             for name, statistic in sorted(by_name.items()):
                 reduce = getattr(statistic, "reduce", None)
                 if reduce is None:
-                    raise ArgumentError(f"the statistic '{name}' cannot be added up over processes; give {type(statistic).__name__} a method reduce(add)")
+                    raise ArgumentError(
+                        f"the statistic '{name}' cannot be added up over processes; give"
+                        f" {type(statistic).__name__} a method reduce(add)"
+                    )
                 reduce(self.add)
 
     def once(self, grams: Sequence[SplitGram], seen: Sequence[dict[str, Statistic]] = ()) -> None:
@@ -167,7 +185,10 @@ class Ranks:
             raise self._lost(error) from error
 
     def _lost(self, error: RuntimeError) -> RankError:
-        return RankError(f"process {self.rank} of {self.size} lost the others: {first_line(error)}; start all of them again")
+        return RankError(
+            f"process {self.rank} of {self.size} lost the others: {first_line(error)}; start all of them"
+            " again"
+        )
 
 
 __all__ = ["Ranks"]

@@ -17,26 +17,43 @@ from ._matrices import ConsumerMatrices
 def read_otherwise(analysis: Analysis, matrices: ConsumerMatrices) -> str | None:
     """Why a repair of a weight for one reading would change more than this reading, or ``None``.
 
-    A repair minimises the error of a weight as the consumer of one kind of input. It would also change what the same entries compute as a producer, as an
-    embedding, or as a consumer read in another way (a transposed tied weight).
+    A repair minimises the error of a weight as the consumer of one kind of input. It would also change what
+    the same entries compute as a producer, as an embedding, or as a consumer read in another way (a
+    transposed tied weight).
     """
     weight = matrices.use.weight
     uses = [use for use in analysis.walk.facts.uses if use.weight == weight]
     canonical = analysis.program.canonical()
-    names = [node for node in analysis.program.module.graph.find_nodes(op="get_attr") if canonical.get(str(node.target)) == weight]
+    names = [
+        node
+        for node in analysis.program.module.graph.find_nodes(op="get_attr")
+        if canonical.get(str(node.target)) == weight
+    ]
     inside = {*names, *(node for use in uses for node in way_from_weight(use.operand))}
     for node in inside:
         for user in node.users:
-            if user not in inside and _computes(user) and not any(use.node is user and use.operand is node and use.activation is not node for use in uses):
+            if (
+                user not in inside
+                and _computes(user)
+                and not any(
+                    use.node is user and use.operand is node and use.activation is not node for use in uses
+                )
+            ):
                 return f"it is also read by '{user.name}' ({user.target}), which a repair would change"
-    others = [other for other in (ConsumerMatrices(use, analysis.walk.values) for use in uses) if other.key != matrices.key]
+    others = [
+        other
+        for other in (ConsumerMatrices(use, analysis.walk.values) for use in uses)
+        if other.key != matrices.key
+    ]
     if not others:
         return None
     shape = attribute(analysis.program.module, weight).shape
     own = _places(matrices, shape)
     for other in others:
         if np.intersect1d(own, _places(other, shape)).size:
-            return f"'{other.use.node.name}' reads the same entries in another way, which a repair would change"
+            return (
+                f"'{other.use.node.name}' reads the same entries in another way, which a repair would change"
+            )
     return None
 
 

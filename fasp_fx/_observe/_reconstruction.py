@@ -45,11 +45,14 @@ class Reconstruction:
         consumers: those of the analysis.
         decision: what goes, and the weights restored so far; those that are trained take their place.
         options: how to train.
-        part: how much of what the dense model gives in all, rather than the dense window on the inputs of now, the target takes (the *drift*).
+        part: how much of what the dense model gives in all, rather than the dense window on the inputs of
+            now, the target takes (the *drift*).
         precision: of products of float32.
     """
 
-    def __init__(self, consumers: Consumers, decision: Decision, options: Options, part: float, precision: str) -> None:
+    def __init__(
+        self, consumers: Consumers, decision: Decision, options: Options, part: float, precision: str
+    ) -> None:
         self.analysis, self.consumers, self.decision, self.options, self.part, self.precision = (
             consumers.analysis,
             consumers,
@@ -62,7 +65,12 @@ class Reconstruction:
         self.errors: list[tuple[float, float]] = []
         self.left: dict[str, int] = {}
         self._groups = decided(self.analysis, decision)
-        self._unread = {product.node for group in self._groups if not group.uses for product in consumers.products.of(group)}
+        self._unread = {
+            product.node
+            for group in self._groups
+            if not group.uses
+            for product in consumers.products.of(group)
+        }
 
     def run(self, batches: list[list[Any]], marks: Marks, progress: Callable[[float], None]) -> None:
         """Train every window on all batches.
@@ -70,11 +78,17 @@ class Reconstruction:
         Raises:
             CalibrationError: a batch does not run through the program.
         """
-        windows, before = find_windows(self.analysis, [group for group in self._groups if group.uses]), marks.remark() if marks.unmatched else None
+        windows, before = (
+            find_windows(self.analysis, [group for group in self._groups if group.uses]),
+            (marks.remark() if marks.unmatched else None),
+        )
         if not windows:
             self.decision.notes.append("no window of the program loses channels, so that nothing was trained")
             return
-        runner, dense = Runner(self.analysis.program, batches), Runner(self.analysis.program, batches) if self.part else None
+        runner, dense = (
+            Runner(self.analysis.program, batches),
+            (Runner(self.analysis.program, batches) if self.part else None),
+        )
         runner.overrides = self._pruned()
         for count, window in enumerate(windows):
             with float32_products(self.precision):
@@ -92,8 +106,18 @@ class Reconstruction:
         live, reason = runner.live(), self._refused(window, runner)
         if reason is None:
             wholes = [None] * len(live) if dense is None else list(dense.read(window.output))
-            given = [self._given(window, runner, marks, number, one, whole) for number, (one, whole) in enumerate(zip(live, wholes, strict=True))]
-            trained = _Training(window, runner, live, given, self.options, {name: self.masks.get(name) for name in window.weights}).run()
+            given = [
+                self._given(window, runner, marks, number, one, whole)
+                for number, (one, whole) in enumerate(zip(live, wholes, strict=True))
+            ]
+            trained = _Training(
+                window,
+                runner,
+                live,
+                given,
+                self.options,
+                {name: self.masks.get(name) for name in window.weights},
+            ).run()
             self.errors.append((trained.before, trained.after))
             if trained.weights:
                 held = {name: self.decision.weights.get(name) for name in trained.weights}
@@ -117,17 +141,31 @@ class Reconstruction:
             return "channels go that no weight reads"
         return None
 
-    def _given(self, window: Window, runner: Runner, marks: Marks, number: int, live: dict[fx.Node, Any], whole: Tensor | None) -> _Batch:
-        """What a batch is to give, and which of it is for what; ``whole`` is what the dense model gives in all, where that counts."""
+    def _given(
+        self,
+        window: Window,
+        runner: Runner,
+        marks: Marks,
+        number: int,
+        live: dict[fx.Node, Any],
+        whole: Tensor | None,
+    ) -> _Batch:
+        """What a batch is to give, and which of it is for what; ``whole`` is what the dense model gives in
+        all, where that counts.
+        """
         with torch.no_grad():
             target: Tensor = runner.again(number, live, window.start, window.output, window.stop, {})
             if whole is not None and whole.shape == target.shape:
                 target = torch.lerp(target, whole, self.part)
-        kinds = marks.of(runner.numbers[number], window.output, target, _token_dims(window.output)).expand(target.shape)
+        kinds = marks.of(runner.numbers[number], window.output, target, _token_dims(window.output)).expand(
+            target.shape
+        )
         return _Batch(number, target, kinds == FITTED, kinds == HELD)
 
     def _masks(self) -> dict[str, Tensor]:
-        """Of each weight that lost columns, where it has any left: one there, and zero in the columns that are gone."""
+        """Of each weight that lost columns, where it has any left: one there, and zero in the columns that
+        are gone.
+        """
         found: dict[str, Tensor] = {}
         for consumer in self.consumers.by_key.values():
             gone, whole = consumer.gone(self.decision.gone), consumer.blocks_gone(self.decision.gone)
@@ -145,19 +183,28 @@ class Reconstruction:
         values = dict(self.decision.weights)
         for name, mask in self.masks.items():
             value = values.get(name)
-            values[name] = (attribute(self.analysis.program.module, name).detach() if value is None else value) * mask
+            values[name] = (
+                attribute(self.analysis.program.module, name).detach() if value is None else value
+            ) * mask
         return values
 
     def _said(self, windows: int) -> str:
         kept = [after / before for before, after in self.errors if after < before]
         said = f"windows: {len(kept)} of {windows} give more nearly what the dense ones give"
         if kept:
-            said += f"; the error on tokens held out fell by {1 - float(np.median(kept)):.0%} in the median of these"
-        return said + "".join(f"; {count} were not trained, because {reason}" for reason, count in self.left.items())
+            said += (
+                f"; the error on tokens held out fell by {1 - float(np.median(kept)):.0%} in the median of"
+                " these"
+            )
+        return said + "".join(
+            f"; {count} were not trained, because {reason}" for reason, count in self.left.items()
+        )
 
 
 def _token_dims(node: fx.Node) -> list[int]:
-    """The dimensions along which tokens of a value lie: the first, and those whose sizes vary; where none does, all but the last."""
+    """The dimensions along which tokens of a value lie: the first, and those whose sizes vary; where none
+    does, all but the last.
+    """
     shape = node.meta["val"].shape
     varying = [dim for dim in range(1, len(shape)) if is_dynamic(shape[dim])]
     return [0, *(varying or range(1, len(shape) - 1))]
@@ -165,7 +212,9 @@ def _token_dims(node: fx.Node) -> list[int]:
 
 @dataclass(frozen=True)
 class _Trained:
-    """What a training came to: weights, none where nothing was gained, and the mean squared error on tokens held out before and after."""
+    """What a training came to: weights, none where nothing was gained, and the mean squared error on tokens
+    held out before and after.
+    """
 
     weights: dict[str, Tensor]
     before: float
@@ -176,13 +225,30 @@ class _Training:
     """Trains one window with Adam, whose steps are relative to the size of each weight."""
 
     def __init__(
-        self, window: Window, runner: Runner, live: list[dict[fx.Node, Any]], batches: list[_Batch], options: Options, masks: dict[str, Tensor | None]
+        self,
+        window: Window,
+        runner: Runner,
+        live: list[dict[fx.Node, Any]],
+        batches: list[_Batch],
+        options: Options,
+        masks: dict[str, Tensor | None],
     ) -> None:
-        self.window, self.runner, self.live, self.batches, self.options = window, runner, live, batches, options
+        self.window, self.runner, self.live, self.batches, self.options = (
+            window,
+            runner,
+            live,
+            batches,
+            options,
+        )
         self.masks = {name: mask for name, mask in masks.items() if mask is not None}
         module = runner.module
-        self.first = {name: runner.overrides.get(name, attribute(module, name).detach()) for name in window.weights}
-        self.leaves = {name: value.detach().to(torch.float32 if value.dtype != torch.float64 else value.dtype).clone() for name, value in self.first.items()}
+        self.first = {
+            name: runner.overrides.get(name, attribute(module, name).detach()) for name in window.weights
+        }
+        self.leaves = {
+            name: value.detach().to(torch.float32 if value.dtype != torch.float64 else value.dtype).clone()
+            for name, value in self.first.items()
+        }
         fitted = [batch for batch in batches if bool(batch.fitted.any())]
         self.training, self.judging = fitted, [batch for batch in batches if bool(batch.held.any())]
 
@@ -193,7 +259,10 @@ class _Training:
         sizes = {name: float(leaf.square().mean().sqrt()) for name, leaf in self.leaves.items()}
         for leaf in self.leaves.values():
             leaf.requires_grad_(True)
-        groups = [{"params": [leaf], "lr": self.options.rate * (sizes[name] or 1.0), "size": sizes[name] or 1.0} for name, leaf in self.leaves.items()]
+        groups = [
+            {"params": [leaf], "lr": self.options.rate * (sizes[name] or 1.0), "size": sizes[name] or 1.0}
+            for name, leaf in self.leaves.items()
+        ]
         optimizer = torch.optim.Adam(groups, betas=_BETAS)
         steps = self.options.epochs * len(self.training)
         judged = {round((turn + 1) * steps / _TURNS) for turn in range(min(_TURNS, steps))}
@@ -203,7 +272,11 @@ class _Training:
         for step in range(steps):
             order = order or torch.randperm(len(self.training), generator=generator).tolist()
             for group in optimizer.param_groups:
-                group["lr"] = self.options.rate * group["size"] * min(1.0, (step + 1) / max(0.1 * steps, 1.0), (steps - step) / (0.9 * steps))
+                group["lr"] = (
+                    self.options.rate
+                    * group["size"]
+                    * min(1.0, (step + 1) / max(0.1 * steps, 1.0), (steps - step) / (0.9 * steps))
+                )
             batch = self.training[order.pop()]
             with torch.inference_mode(False), torch.enable_grad():
                 loss = self._squares(batch, batch.fitted) / batch.fitted.sum() / before
@@ -221,14 +294,28 @@ class _Training:
         return _Trained(best, before, least)
 
     def _stored(self) -> dict[str, Tensor]:
-        return {name: leaf.detach().to(self.first[name].dtype, copy=True) for name, leaf in self.leaves.items()}
+        return {
+            name: leaf.detach().to(self.first[name].dtype, copy=True) for name, leaf in self.leaves.items()
+        }
 
     def _squares(self, batch: _Batch, counts: Tensor) -> Tensor:
         """The sum of the squared errors of what counts."""
-        overrides = self.runner.overrides | {name: leaf.to(self.first[name].dtype) for name, leaf in self.leaves.items()}
-        found = self.runner.again(batch.number, self.live[batch.number], self.window.start, self.window.output, self.window.stop, overrides)
+        overrides = self.runner.overrides | {
+            name: leaf.to(self.first[name].dtype) for name, leaf in self.leaves.items()
+        }
+        found = self.runner.again(
+            batch.number,
+            self.live[batch.number],
+            self.window.start,
+            self.window.output,
+            self.window.stop,
+            overrides,
+        )
         if found.shape != batch.target.shape:
-            raise CalibrationError(f"'{self.window.output.name}' has another shape in the pruned model, {tuple(found.shape)}; leave restore=Window out")
+            raise CalibrationError(
+                f"'{self.window.output.name}' has another shape in the pruned model, {tuple(found.shape)};"
+                " leave restore=Window out"
+            )
         return ((found.float() - batch.target.float()).square() * counts).sum()
 
     @torch.no_grad()

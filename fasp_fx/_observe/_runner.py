@@ -16,8 +16,9 @@ from ..errors import CalibrationError
 class Runner:
     """Executes nodes in graph order for all batches; a value lives until its last use.
 
-    Together with the stops this costs one forward pass per batch, however many consumers are observed. Every batch finds the tensors that the graph
-    writes into (counts, running statistics) as they are in the program, and writes into copies of its own.
+    Together with the stops this costs one forward pass per batch, however many consumers are observed. Every
+    batch finds the tensors that the graph writes into (counts, running statistics) as they are in the
+    program, and writes into copies of its own.
 
     Args:
         numbers: those of the batches; ``None``: from zero on.
@@ -45,12 +46,22 @@ class Runner:
         self._order = {node: index for index, node in enumerate(self.nodes)}
         self._dies_at: dict[int, list[fx.Node]] = {}
         for node in self.nodes:
-            last = max((self._order[user] for user in node.users if returns or user.op != "output"), default=self._order[node])
+            last = max(
+                (self._order[user] for user in node.users if returns or user.op != "output"),
+                default=self._order[node],
+            )
             self._dies_at.setdefault(last, []).append(node)
         placeholders = program.placeholders()
-        self._memory: list[dict[fx.Node, Any]] = [dict(zip(placeholders, batch, strict=True)) for batch in batches]
-        written = {self.canonical.get(name, name): attribute(self.module, name) for name in written_names(program.module.graph)}
-        self._written: list[dict[str, Tensor]] = [{name: tensor.detach().clone() for name, tensor in written.items()} for _ in batches]
+        self._memory: list[dict[fx.Node, Any]] = [
+            dict(zip(placeholders, batch, strict=True)) for batch in batches
+        ]
+        written = {
+            self.canonical.get(name, name): attribute(self.module, name)
+            for name in written_names(program.module.graph)
+        }
+        self._written: list[dict[str, Tensor]] = [
+            {name: tensor.detach().clone() for name, tensor in written.items()} for _ in batches
+        ]
 
     def index(self, node: fx.Node) -> int:
         """The position of a node in graph order."""
@@ -76,8 +87,17 @@ class Runner:
         """What is alive at the position, for each batch; the mappings are the caller's."""
         return [dict(memory) for memory in self._memory]
 
-    def again(self, number: int, live: Mapping[fx.Node, Any], start: int, node: fx.Node, stop: int, overrides: dict[str, Tensor]) -> Any:
-        """The value of a node once everything from ``start`` to before ``stop`` was executed anew, for one batch; nothing else of it stays.
+    def again(
+        self,
+        number: int,
+        live: Mapping[fx.Node, Any],
+        start: int,
+        node: fx.Node,
+        stop: int,
+        overrides: dict[str, Tensor],
+    ) -> Any:
+        """The value of a node once everything from ``start`` to before ``stop`` was executed anew, for one
+        batch; nothing else of it stays.
 
         Args:
             number: which of the runner's batches.
@@ -123,4 +143,7 @@ class Runner:
         except (RuntimeError, IndexError, AssertionError) as error:
             if isinstance(error, torch.OutOfMemoryError):
                 raise
-            raise CalibrationError(f"calibration batch {self.numbers[number]} fails in the model at node '{node.name}' ({node.target}): {error}") from error
+            raise CalibrationError(
+                f"calibration batch {self.numbers[number]} fails in the model at node '{node.name}'"
+                f" ({node.target}): {error}"
+            ) from error

@@ -8,7 +8,8 @@ from ..groups import Group
 
 
 def sets_in(group: Group, labels: np.ndarray, numbers: np.ndarray) -> np.ndarray:
-    """For channel numbers of any shape, which of a group's channel sets each belongs to, counted in the order of ``group.sets``; -1 where none.
+    """For channel numbers of any shape, which of a group's channel sets each belongs to, counted in the order
+    of ``group.sets``; -1 where none.
 
     Args:
         labels: the channel set of each channel number.

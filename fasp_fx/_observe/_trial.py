@@ -1,4 +1,6 @@
-"""Try what an allocation costs: run the model as if it was pruned by it, with the weights of consumers replaced."""
+"""Try what an allocation costs: run the model as if it was pruned by it, with the weights of consumers
+replaced.
+"""
 
 from __future__ import annotations
 
@@ -39,8 +41,9 @@ _KEPT = 2
 class ModelTrial:
     """Runs the dense model with the weights of consumers as an allocation would leave them.
 
-    Of each group the first channel sets of its order go. Every consumer is repaired in closed form on what was seen of the dense model, with the ridge that
-    predicted losses count on (:mod:`fasp_fx.obs`); channels of products of activations stay.
+    Of each group the first channel sets of its order go. Every consumer is repaired in closed form on what
+    was seen of the dense model, with the ridge that predicted losses count on (:mod:`fasp_fx.obs`); channels
+    of products of activations stay.
 
     Args:
         consumers: with the Gram matrices of the dense model's activations, which stay with this.
@@ -76,16 +79,26 @@ class ModelTrial:
         for consumer in consumers.by_key.values():
             self._by_weight.setdefault(consumer.weight, []).append(consumer)
         self._touching = {
-            name: [index for index, group in enumerate(self.analysis.chosen) if not set(own).isdisjoint(consumers.of_group[group.name])]
+            name: [
+                index
+                for index, group in enumerate(self.analysis.chosen)
+                if not set(own).isdisjoint(consumers.of_group[group.name])
+            ]
             for name, own in self._by_weight.items()
         }
-        self._grams = {consumer: consumer.grams for consumer in consumers.by_key.values() if repairs and self._is_repaired(consumer)}
+        self._grams = {
+            consumer: consumer.grams
+            for consumer in consumers.by_key.values()
+            if repairs and self._is_repaired(consumer)
+        }
         self._made: OrderedDict[tuple[str, tuple[int, ...]], Tensor] = OrderedDict()
         self._room = _KEPT * sum(consumers.weight(own[0]).numel() for own in self._by_weight.values())
         self._dense: dict[int, Any] | None = None
 
     def losses(self, lost: Sequence[int], sequences: Sequence[int]) -> list[float]:
-        """The loss on each of some of the sequences taken, in all processes; arguments as for :class:`fasp_fx.allocation.Trial`, of all chosen groups."""
+        """The loss on each of some of the sequences taken, in all processes; arguments as for
+        :class:`fasp_fx.allocation.Trial`, of all chosen groups.
+        """
         if self._dense is None:
             self._dense = self._remembered()
         found = torch.zeros(len(sequences), dtype=torch.float64)
@@ -116,14 +129,18 @@ class ModelTrial:
         return found
 
     def _run(self, number: int, weights: Mapping[str, Tensor]) -> tuple[Any, Any, Any]:
-        """What the model returns for a sequence with these weights, the arguments of the call, and which tokens are padding."""
+        """What the model returns for a sequence with these weights, the arguments of the call, and which
+        tokens are padding.
+        """
         piece, program = self._pieces[number], self.analysis.program
         with torch.no_grad(), drawing_alike(program), float32_products(self._precision):
             run = Runner(program, [piece.inputs], numbers=[piece.batch])
             run.overrides |= weights
             run.advance(len(run.nodes) - 1)
             leaves = returned(program, run)
-        return *called(program, leaves, piece.inputs), padding_of(program, leaves, self._marks, self._places[number])
+        return *called(program, leaves, piece.inputs), padding_of(
+            program, leaves, self._marks, self._places[number]
+        )
 
     def _weights(self, lost: Sequence[int]) -> dict[str, Tensor]:
         """The weights that are not as in the dense model."""
@@ -158,13 +175,18 @@ class ModelTrial:
             kept = torch.from_numpy(~consumer.gone(gone)).to(weight.device)
             whole = torch.from_numpy(~consumer.blocks_gone(gone)).to(weight.device)
             grams: Sequence[SplitGram | None] = self._grams.get(consumer) or [None] * len(kept)
-            matrices = torch.stack([_cut(*block) for block in zip(consumer.matrices.read(weight), kept, grams, strict=True)])
+            matrices = torch.stack(
+                [_cut(*block) for block in zip(consumer.matrices.read(weight), kept, grams, strict=True)]
+            )
             weight = consumer.matrices.write(matrices * whole[:, None, None], weight)
         return weight
 
     def _is_repaired(self, consumer: Consumer) -> bool:
         """Whether the calibration would repair it."""
-        return not self._consumers.weight(consumer).is_complex() and read_otherwise(self.analysis, consumer.matrices) is None
+        return (
+            not self._consumers.weight(consumer).is_complex()
+            and read_otherwise(self.analysis, consumer.matrices) is None
+        )
 
 
 class AskedTrial(Trial):
@@ -181,7 +203,11 @@ class AskedTrial(Trial):
     """
 
     def __init__(
-        self, model: ModelTrial, spread: Callable[[Sequence[int]], Sequence[int]], advance: Callable[[float], None], state: SearchState | None
+        self,
+        model: ModelTrial,
+        spread: Callable[[Sequence[int]], Sequence[int]],
+        advance: Callable[[float], None],
+        state: SearchState | None,
     ) -> None:
         self.count, self.notes = model.count, list[str]()
         self._model, self._spread, self._advance, self._state = model, spread, advance, state
@@ -201,7 +227,10 @@ class AskedTrial(Trial):
 
     def note(self, before: float, after: float, tried: int) -> None:
         sequences = f"{self.count} sequence{'s' if self.count > 1 else ''}"
-        self.notes.append(f"search: {self._model.fitness.said} on {sequences} went from {before:.4g} to {after:.4g}; {tried} candidates were tried")
+        self.notes.append(
+            f"search: {self._model.fitness.said} on {sequences} went from {before:.4g} to {after:.4g};"
+            f" {tried} candidates were tried"
+        )
 
 
 def _cut(matrix: Tensor, kept: Tensor, gram: SplitGram | None) -> Tensor:

@@ -1,4 +1,6 @@
-"""Calibrate, choose, restore: visit the consumers in graph order and decide each group once all its consumers were seen."""
+"""Calibrate, choose, restore: visit the consumers in graph order and decide each group once all its consumers
+were seen.
+"""
 
 from __future__ import annotations
 
@@ -45,9 +47,11 @@ class Decision:
         weights: restored weights and biases by canonical name.
         biases: by the names of restored weights, the biases that were restored along.
         outcomes: of the restorations of weights.
-        products: by the names of groups that no weight reads, the repair of the product that their channels are summed over in.
+        products: by the names of groups that no weight reads, the repair of the product that their channels
+            are summed over in.
         notes: remarks for the report.
-        windows: of each window that was trained, what the trained weights were before (``None``: as they were captured).
+        windows: of each window that was trained, what the trained weights were before (``None``: as they were
+            captured).
     """
 
     gone: np.ndarray
@@ -73,9 +77,11 @@ class Observer:
         score: the order in which they go.
         restore: repairs a consumer, or ``None``.
         propagate: whether later consumers see the outputs of consumers already pruned.
-        precision: of products of float32 while batches run and are observed; scores and repairs are computed in full.
+        precision: of products of float32 while batches run and are observed; scores and repairs are computed
+            in full.
         ranks: the processes that share the batches.
-        journal: what was decided before, and where that is written which is decided now; of the first process alone.
+        journal: what was decided before, and where that is written which is decided now; of the first process
+            alone.
     """
 
     def __init__(
@@ -102,12 +108,23 @@ class Observer:
         self._known = False  # what is decided at this stop is in the journal
         self._drift: Drift | None = None
         self._marks: Marks | None = None
-        self._tokens: dict[str, int] = {}  # the fewest that a block of a weight saw; of weights that may be repaired
+        self._tokens: dict[
+            str, int
+        ] = {}  # the fewest that a block of a weight saw; of weights that may be repaired
         self._undecided = {group.name for group in self.groups}
         self._energies = self._product_repairs() if restore is not None else {}
-        self._waiting = {g.name: {use.node for use in g.uses} | {product.node for product in self.products.of(g)} for g in self.groups}
+        self._waiting = {
+            g.name: {use.node for use in g.uses} | {product.node for product in self.products.of(g)}
+            for g in self.groups
+        }
 
-    def run(self, runner: Runner | None, marks: Marks | None, progress: Callable[[float], None], drift: Drift | None = None) -> Decision:
+    def run(
+        self,
+        runner: Runner | None,
+        marks: Marks | None,
+        progress: Callable[[float], None],
+        drift: Drift | None = None,
+    ) -> Decision:
         """Visit all consumers in graph order; without a runner and marks of its tokens nothing is observed.
 
         Args:
@@ -118,7 +135,9 @@ class Observer:
         """
         self._observed, self._drift, self._marks = runner is not None, drift, marks
         position = {node: index for index, node in enumerate(self.analysis.program.module.graph.nodes)}
-        stops = sorted({node for waiting in self._waiting.values() for node in waiting}, key=position.__getitem__)
+        stops = sorted(
+            {node for waiting in self._waiting.values() for node in waiting}, key=position.__getitem__
+        )
         known = self._recall(marks)
         for count, node in enumerate(stops):
             self._known = count < known
@@ -136,7 +155,13 @@ class Observer:
             for group in ready:
                 self._mend(group, runner)
             if runner is not None and self.propagate:
-                here = [product for group in ready if group.name not in self.decision.products for product in self.products.of(group) if product.node is node]
+                here = [
+                    product
+                    for group in ready
+                    if group.name not in self.decision.products
+                    for product in self.products.of(group)
+                    if product.node is node
+                ]
                 self.products.cut(runner, list(dict.fromkeys(here)), self.decision.gone)
             if not self._known:
                 self._record(count + 1, marks)
@@ -148,7 +173,9 @@ class Observer:
 
     def _recall(self, marks: Marks | None) -> int:
         """Take up what the journal knows; of how many stops."""
-        known, remarks = self.ranks.first((0, {}) if self._journal is None else (self._journal.stops, self._journal.remarks))
+        known, remarks = self.ranks.first(
+            (0, {}) if self._journal is None else (self._journal.stops, self._journal.remarks)
+        )
         self._tokens = dict(remarks.get("tokens", {}))
         names = {node.name: node for node in self.analysis.program.module.graph.nodes}
         if marks is not None:
@@ -157,8 +184,14 @@ class Observer:
 
     def _record(self, stops: int, marks: Marks | None) -> None:
         """Write into the journal, where nothing that was seen is still waited with."""
-        if self._journal is not None and marks is not None and all(consumer.grams is None for consumer in self.consumers.by_key.values()):
-            self._journal.commit(stops, {"tokens": self._tokens, "unmatched": [node.name for node in marks.unmatched]})
+        if (
+            self._journal is not None
+            and marks is not None
+            and all(consumer.grams is None for consumer in self.consumers.by_key.values())
+        ):
+            self._journal.commit(
+                stops, {"tokens": self._tokens, "unmatched": [node.name for node in marks.unmatched]}
+            )
 
     def _advance(self, runner: Runner, marks: Marks, stop: fx.Node) -> None:
         """Run the batches up to a node, and observe what it is about to read."""
@@ -171,8 +204,19 @@ class Observer:
             failure = error
         self.ranks.check_all(failure)
         if not self._known:
-            self._observe(runner, marks, [use for consumer in self.consumers.by_key.values() for use in consumer.uses if use.node is stop])
-        products = [product for group in self.groups for product in self.products.of(group) if product.node is stop]
+            self._observe(
+                runner,
+                marks,
+                [
+                    use
+                    for consumer in self.consumers.by_key.values()
+                    for use in consumer.uses
+                    if use.node is stop
+                ],
+            )
+        products = [
+            product for group in self.groups for product in self.products.of(group) if product.node is stop
+        ]
         self.products.observe(runner, marks, list(dict.fromkeys(products)), self.ranks)
         for energies in self._energies.values() if not self._known else ():
             if energies.product.node is stop:
@@ -184,29 +228,56 @@ class Observer:
             matrices = ConsumerMatrices(use, self.analysis.walk.values)
             ends = list(runner.read(use.route)) if use.route is not None else None
             weight = self._weight(consumer)
-            changes = None if self._drift is None else self._drift.at(use, runner, matrices, weight, len(consumer.uses) == 1)
+            changes = (
+                None
+                if self._drift is None
+                else self._drift.at(use, runner, matrices, weight, len(consumer.uses) == 1)
+            )
             consumer.beside = 0 if changes is None else matrices.read(weight).shape[1]
             self.ranks.once(*consumer.sums())
-            for index, (batch, activation) in enumerate(zip(runner.numbers, _inputs(runner, use), strict=True)):
+            for index, (batch, activation) in enumerate(
+                zip(runner.numbers, _inputs(runner, use), strict=True)
+            ):
                 consumer.prepare(self.score.statistics, activation.device)
                 dims = token_dims(activation.dim(), use.activation_layout)
-                own = marks.of(batch, use.activation, activation, dims) if ends is None else marks.routed(batch, use.activation, ends[index])
+                own = (
+                    marks.of(batch, use.activation, activation, dims)
+                    if ends is None
+                    else marks.routed(batch, use.activation, ends[index])
+                )
                 pieces = matrices.tokens(activation, own, None if ends is None else ends[index])
                 # Statistics that need gradients were shown the dense model's before.
-                consumer.see(pieces, lambda statistic: not statistic.needs_gradient, None if changes is None else next(changes))
+                consumer.see(
+                    pieces,
+                    lambda statistic: not statistic.needs_gradient,
+                    None if changes is None else next(changes),
+                )
             self.ranks.add_up(*consumer.sums())
             assert consumer.grams is not None
-            if not all(bool(torch.isfinite(part.diagonal()).all()) for gram in consumer.grams for part in gram.parts):
-                raise CalibrationError(f"the input of '{use.weight}' is not finite on the calibration data; check the batches and the model's dtype")
-            self._tokens[use.weight] = min(self._tokens.get(use.weight, 1 << 62), min(gram.tokens for gram in consumer.grams))
+            if not all(
+                bool(torch.isfinite(part.diagonal()).all()) for gram in consumer.grams for part in gram.parts
+            ):
+                raise CalibrationError(
+                    f"the input of '{use.weight}' is not finite on the calibration data; check the batches"
+                    " and the model's dtype"
+                )
+            self._tokens[use.weight] = min(
+                self._tokens.get(use.weight, 1 << 62), min(gram.tokens for gram in consumer.grams)
+            )
 
     def _product_repairs(self) -> dict[str, ProductEnergies]:
-        """What is to be seen of the products whose repair has a place, by the names of the groups that lose channels there."""
+        """What is to be seen of the products whose repair has a place, by the names of the groups that lose
+        channels there.
+        """
         found = {}
         for group, lost in zip(self.groups, self.lost, strict=True):
             products = self.products.of(group)
             if lost and products:
-                place = place_of(self.analysis, products[0]) if len(products) == 1 else f"{len(products)} products share its channels"
+                place = (
+                    place_of(self.analysis, products[0])
+                    if len(products) == 1
+                    else f"{len(products)} products share its channels"
+                )
                 if isinstance(place, str):
                     self.decision.notes.append(f"'{group.name}' is not repaired: {place}")
                 else:
@@ -239,9 +310,13 @@ class Observer:
         lost = self.lost[self.groups.index(group)]
         if not lost:
             return
-        removed = self.ranks.first(self._journal.removed.get(group.name) if self._known and self._journal is not None else None)
+        removed = self.ranks.first(
+            self._journal.removed.get(group.name) if self._known and self._journal is not None else None
+        )
         if removed is None:
-            order = order_of(self.consumers, group, self.score, self.products, self._observed, lost, self._weight)
+            order = order_of(
+                self.consumers, group, self.score, self.products, self._observed, lost, self._weight
+            )
             removed = self.ranks.first(np.concatenate([sets[:lost] for sets in order.sets]))
             if self._journal is not None:
                 self._journal.note_removed(group.name, removed)
@@ -250,7 +325,9 @@ class Observer:
     def _finish(self, ready: list[Group], runner: Runner | None) -> None:
         """Restore (or cut) the consumers all of whose groups are decided."""
         for consumer in dict.fromkeys(c for group in ready for c in self.consumers.of_group[group.name]):
-            touching = [group.name for group in self.groups if consumer in self.consumers.of_group[group.name]]
+            touching = [
+                group.name for group in self.groups if consumer in self.consumers.of_group[group.name]
+            ]
             if any(name in self._undecided for name in touching):
                 continue
             gone = consumer.gone(self.decision.gone)
@@ -264,20 +341,36 @@ class Observer:
         kept = kept.to(weight.device)
         whole = torch.from_numpy(~consumer.blocks_gone(self.decision.gone)).to(weight.device)
         # The Gram matrix holds no imaginary part, which the solution for a complex weight would need.
-        if self.restore is not None and (consumer.grams is not None or self._known) and not weight.is_complex() and not bool(kept.all()):
+        if (
+            self.restore is not None
+            and (consumer.grams is not None or self._known)
+            and not weight.is_complex()
+            and not bool(kept.all())
+        ):
             otherwise = read_otherwise(self.analysis, consumer.matrices)
             restore = self.restore if otherwise is None else left_alone
             if otherwise is not None:
                 self._tokens.pop(consumer.weight, None)
                 self.decision.notes.append(f"'{consumer.weight}' is not repaired, because {otherwise}")
-            if consumer.intercept is not None:  # a column of ones that stays, whose weight is added to the bias
-                read, kept = torch.cat([read, torch.zeros_like(read[:, :, :1])], 2), torch.cat([kept, torch.ones_like(kept[:, :1])], 1)
-            if self._drift is not None and consumer.beside:  # what is beside counts as columns of their own, which go
+            if (
+                consumer.intercept is not None
+            ):  # a column of ones that stays, whose weight is added to the bias
+                read, kept = (
+                    torch.cat([read, torch.zeros_like(read[:, :, :1])], 2),
+                    torch.cat([kept, torch.ones_like(kept[:, :1])], 1),
+                )
+            if (
+                self._drift is not None and consumer.beside
+            ):  # what is beside counts as columns of their own, which go
                 own = torch.eye(consumer.beside, dtype=read.dtype, device=read.device)
                 read = torch.cat([read, self._drift.weight * own.expand(len(read), -1, -1)], 2)
-            outcome = self._shared(partial(_restored, restore, read, consumer.grams, kept, consumer.intercept is not None))
+            outcome = self._shared(
+                partial(_restored, restore, read, consumer.grams, kept, consumer.intercept is not None)
+            )
             if consumer.intercept is not None:
-                self._raise_bias(consumer.weight, consumer.intercept, outcome.weight[:, :, -1].reshape(-1), runner)
+                self._raise_bias(
+                    consumer.weight, consumer.intercept, outcome.weight[:, :, -1].reshape(-1), runner
+                )
                 outcome = replace(outcome, weight=outcome.weight[:, :, :-1])
             self.decision.outcomes.setdefault(consumer.weight, []).append(without_values(outcome))
             pruned = keep(consumer.matrices.write(outcome.weight.to(weight.device), weight))
@@ -285,8 +378,12 @@ class Observer:
         else:
             pruned = consumer.matrices.write(read * kept[:, None], weight)
         if self.propagate and runner is not None:
-            if not bool(whole.all()):  # tokens of an expert that goes were sent to it already: it gives them nothing, and no other takes its place
-                pruned = consumer.matrices.write(consumer.matrices.read(pruned) * whole[:, None, None], weight)
+            if not bool(whole.all()):
+                # Tokens of an expert that goes were sent to it already: it gives them nothing, and no other
+                # takes its place.
+                pruned = consumer.matrices.write(
+                    consumer.matrices.read(pruned) * whole[:, None, None], weight
+                )
             runner.overrides[consumer.weight] = keep(pruned)
 
     def _raise_bias(self, weight: str, name: str, raised: Tensor, runner: Runner | None) -> None:
@@ -311,7 +408,9 @@ class Observer:
         return outcome
 
 
-def _restored(restore: Restore, matrices: Tensor, grams: list[SplitGram] | None, kept: Tensor, has_ones: bool) -> Restored:
+def _restored(
+    restore: Restore, matrices: Tensor, grams: list[SplitGram] | None, kept: Tensor, has_ones: bool
+) -> Restored:
     """The outcome of a repair, block by block, for the columns that ``kept`` speaks of.
 
     Args:
@@ -320,7 +419,9 @@ def _restored(restore: Restore, matrices: Tensor, grams: list[SplitGram] | None,
     assert grams is not None
     parts = []
     for matrix, gram, left in zip(matrices, grams, kept, strict=True):
-        fitted, held = (None if part is None else keep(part.symmetric(torch.float32)) for part in (gram.fitted, gram.held))
+        fitted, held = (
+            None if part is None else keep(part.symmetric(torch.float32)) for part in (gram.fitted, gram.held)
+        )
         assert fitted is not None
         outcome = restore(matrix, fitted, held, left.nonzero()[:, 0], has_ones)
         parts.append(replace(outcome, weight=outcome.weight[:, : len(left)]))

@@ -1,4 +1,6 @@
-"""Windows of a graph: stretches between two places that a single changed value crosses, each with a non-linearity inside."""
+"""Windows of a graph: stretches between two places that a single changed value crosses, each with a
+non-linearity inside.
+"""
 
 from __future__ import annotations
 
@@ -30,8 +32,8 @@ class Window:
 def find_windows(analysis: Analysis, groups: Collection[Group]) -> list[Window]:
     """The smallest windows, in graph order, in which groups lose channels.
 
-    A window ends where one changed value is alone alive, its last weight has been read behind another weight, and a weight has lost columns in it. What is
-    left behind the last belongs to it.
+    A window ends where one changed value is alone alive, its last weight has been read behind another weight,
+    and a weight has lost columns in it. What is left behind the last belongs to it.
 
     Args:
         groups: those that lose channels.
@@ -71,8 +73,12 @@ def _changed(analysis: Analysis, groups: Collection[Group], nodes: list[fx.Node]
     return {node for node in of_inputs & of_weights if node.op == "call_function"}
 
 
-def _cuts(nodes: list[fx.Node], place: dict[fx.Node, int], changed: set[fx.Node]) -> Iterator[tuple[int, fx.Node]]:
-    """Where a single changed value is alive, a tensor of real numbers: the position of the node before, and the value."""
+def _cuts(
+    nodes: list[fx.Node], place: dict[fx.Node, int], changed: set[fx.Node]
+) -> Iterator[tuple[int, fx.Node]]:
+    """Where a single changed value is alive, a tensor of real numbers: the position of the node before, and
+    the value.
+    """
     last = {node: max((place[user] for user in node.users), default=place[node]) for node in changed}
     alive: set[fx.Node] = set()
     for index, node in enumerate(nodes):
@@ -88,7 +94,9 @@ def _cuts(nodes: list[fx.Node], place: dict[fx.Node, int], changed: set[fx.Node]
                 yield index, output
 
 
-def _weights(analysis: Analysis, nodes: list[fx.Node], start: int, stop: int, output: fx.Node) -> tuple[str, ...]:
+def _weights(
+    analysis: Analysis, nodes: list[fx.Node], start: int, stop: int, output: fx.Node
+) -> tuple[str, ...]:
     """The parameters that say something of the output, and of nothing behind the window but by way of it."""
     program = analysis.program
     canonical, parameters = program.canonical(), dict(program.module.named_parameters(remove_duplicate=False))
@@ -98,7 +106,11 @@ def _weights(analysis: Analysis, nodes: list[fx.Node], start: int, stop: int, ou
         if node.op == "get_attr" and node.users:
             name = canonical.get(target_name(node), target_name(node))
             found[name] = found.get(name, True) and _reached(node, output) <= inside
-    return tuple(name for name, is_inside in found.items() if is_inside and name in parameters and parameters[name].is_floating_point())
+    return tuple(
+        name
+        for name, is_inside in found.items()
+        if is_inside and name in parameters and parameters[name].is_floating_point()
+    )
 
 
 def _reached(node: fx.Node, output: fx.Node) -> set[fx.Node]:

@@ -23,16 +23,20 @@ RESIDENT = 2**30
 
 @contextmanager
 def offload(folder: str | Path | None = None, *, resident: int = RESIDENT) -> Iterator[Scratch]:
-    """Keep weights in files while a model is pruned: those that are made inside, and those given to :func:`keep_weights`.
+    """Keep weights in files while a model is pruned: those that are made inside, and those given to
+    :func:`keep_weights`.
 
-    The files are mapped into memory, so that a weight is read when it is used, and dropped where memory is short. They have no names: they go when the
-    last tensor in them does, also if the process is killed. Tensors that were made inside, those of a result among them, stay usable afterwards. A process
-    that is forked shares them: what it writes into a weight is seen by both. Only the thread that enters keeps weights in files.
+    The files are mapped into memory, so that a weight is read when it is used, and dropped where memory is
+    short. They have no names: they go when the last tensor in them does, also if the process is killed.
+    Tensors that were made inside, those of a result among them, stay usable afterwards. A process that is
+    forked shares them: what it writes into a weight is seen by both. Only the thread that enters keeps
+    weights in files.
 
     Args:
-        folder: on a disk with room for about three times the weights, in their own precision; made if it is missing. ``None``: the system's folder for
-            temporary files, which on some systems lies in memory.
-        resident: bytes of weights that may be in memory at once, over and above what the operating system would drop by itself.
+        folder: on a disk with room for about three times the weights, in their own precision; made if it is
+            missing. ``None``: the system's folder for temporary files, which on some systems lies in memory.
+        resident: bytes of weights that may be in memory at once, over and above what the operating system
+            would drop by itself.
 
     Raises:
         ArgumentError: ``resident`` is not positive.
@@ -51,27 +55,38 @@ def offload(folder: str | Path | None = None, *, resident: int = RESIDENT) -> It
 def keep_weights(model: nn.Module, scratch: Scratch) -> None:
     """Put the parameters and buffers of a model into files. One at a time is in memory twice.
 
-    The tensors stay the objects that they are, so that optimisers, hooks and ties go on; only where their values lie is changed. Those that share memory
-    with others without being the same (views of a buffer, say) stay where they are.
+    The tensors stay the objects that they are, so that optimisers, hooks and ties go on; only where their
+    values lie is changed. Those that share memory with others without being the same (views of a buffer, say)
+    stay where they are.
 
     Raises:
         ArgumentError: ``scratch`` is not what :func:`offload` gave.
         OffloadError: the disk is full.
     """
     if not isinstance(scratch, Scratch):
-        raise ArgumentError(f"scratch is a {type(scratch).__name__}; pass what `with fasp_fx.offload() as scratch` gives")
+        raise ArgumentError(
+            f"scratch is a {type(scratch).__name__}; pass what `with fasp_fx.offload() as scratch` gives"
+        )
     tensors = list({id(tensor): tensor for tensor in chain(model.parameters(), model.buffers())}.values())
     shared = Counter(_storage(tensor) for tensor in tensors)
     with torch.no_grad():
         for tensor in tensors:
             values = tensor.detach()
-            if shared[_storage(tensor)] == 1 and not tensor.is_inference() and (kept := scratch.keep(values)) is not values:
+            if (
+                shared[_storage(tensor)] == 1
+                and not tensor.is_inference()
+                and (kept := scratch.keep(values)) is not values
+            ):
                 tensor.data = kept
 
 
 def _storage(tensor: Tensor) -> int:
     """What tells the memory of a tensor from that of others."""
-    return tensor.untyped_storage().data_ptr() if tensor.layout is torch.strided and tensor.device.type != "meta" else id(tensor)
+    return (
+        tensor.untyped_storage().data_ptr()
+        if tensor.layout is torch.strided and tensor.device.type != "meta"
+        else id(tensor)
+    )
 
 
 __all__ = ["RESIDENT", "keep_weights", "offload"]

@@ -14,7 +14,9 @@ _SCRATCH: ContextVar[Scratch | None] = ContextVar("fasp_fx_scratch", default=Non
 
 
 def keep(tensor: Tensor) -> Tensor:
-    """A tensor as large as a weight that will be needed later: in a file inside of :func:`fasp_fx.offload`, as it is elsewhere."""
+    """A tensor as large as a weight that will be needed later: in a file inside of :func:`fasp_fx.offload`,
+    as it is elsewhere.
+    """
     scratch = _SCRATCH.get()
     return tensor if scratch is None else scratch.keep(tensor)
 

@@ -1,4 +1,6 @@
-"""Tensors over mapped files, which the operating system reads when they are used and drops when memory is short."""
+"""Tensors over mapped files, which the operating system reads when they are used and drops when memory is
+short.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +17,8 @@ from torch import Tensor, nn
 
 from ..errors import ArgumentError, OffloadError, first_line
 
-#: files are this large, or as large as the tensor that needs more: each takes a file descriptor while a tensor lies in it
+#: files are this large, or as large as the tensor that needs more: each takes a file descriptor while a
+#: tensor lies in it
 FILE_BYTES = 2**28
 #: smaller tensors stay in memory
 SMALLEST = 2**16
@@ -24,7 +27,8 @@ _ALIGNMENT = 64
 
 
 class Scratch:
-    """Files in a folder that hold tensors, and have no name there: what no tensor uses is freed, whatever becomes of the process.
+    """Files in a folder that hold tensors, and have no name there: what no tensor uses is freed, whatever
+    becomes of the process.
 
     Args:
         folder: on a disk with room for what is kept; made if it is missing.
@@ -36,10 +40,17 @@ class Scratch:
 
     def __init__(self, folder: str | Path) -> None:
         if not isinstance(folder, str | Path) or not str(folder) or "\0" in str(folder):
-            raise ArgumentError(f"folder={folder!r} is no path; give a folder on a disk with room for the weights")
+            raise ArgumentError(
+                f"folder={folder!r} is no path; give a folder on a disk with room for the weights"
+            )
         self.folder = Path(folder)
-        self._maps: weakref.WeakKeyDictionary[mmap.mmap, int] = weakref.WeakKeyDictionary()  # each with the address where it begins
-        self._lock, self._making = threading.Lock(), threading.Lock()  # they are released on a thread of their own
+        self._maps: weakref.WeakKeyDictionary[mmap.mmap, int] = (
+            weakref.WeakKeyDictionary()
+        )  # each with the address where it begins
+        self._lock, self._making = (
+            threading.Lock(),
+            threading.Lock(),
+        )  # they are released on a thread of their own
         self._last: mmap.mmap | None = None
         self._used = 0
         absolute = self.folder.absolute()
@@ -48,7 +59,9 @@ class Scratch:
             self.folder.mkdir(parents=True, exist_ok=True)
             tempfile.TemporaryFile(dir=self.folder).close()
         except OSError as error:
-            raise OffloadError(f"weights cannot be kept in '{self.folder}': {first_line(error)}; give another folder") from error
+            raise OffloadError(
+                f"weights cannot be kept in '{self.folder}': {first_line(error)}; give another folder"
+            ) from error
 
     def __len__(self) -> int:
         """How many files there are."""
@@ -62,18 +75,28 @@ class Scratch:
                 folder.rmdir()
 
     def keep(self, tensor: Tensor) -> Tensor:
-        """A tensor of the same values, in a file if it is a dense one of the CPU, not small, and not there already; a parameter stays one.
+        """A tensor of the same values, in a file if it is a dense one of the CPU, not small, and not there
+        already; a parameter stays one.
 
         Raises:
             OffloadError: the disk is full.
         """
         held = tensor.detach()
-        dense = type(held) is Tensor and held.device.type == "cpu" and held.layout is torch.strided and not held.is_quantized
+        dense = (
+            type(held) is Tensor
+            and held.device.type == "cpu"
+            and held.layout is torch.strided
+            and not held.is_quantized
+        )
         if not dense or held.numel() * held.element_size() < SMALLEST or self._holds(held):
             return tensor
         made = self._room(held)
         made.copy_(held)
-        return nn.Parameter(made, requires_grad=tensor.requires_grad) if isinstance(tensor, nn.Parameter) else made
+        return (
+            nn.Parameter(made, requires_grad=tensor.requires_grad)
+            if isinstance(tensor, nn.Parameter)
+            else made
+        )
 
     def empty(self, shape: torch.Size | tuple[int, ...], dtype: torch.dtype) -> Tensor:
         """A contiguous tensor in a file, to be written.
@@ -88,7 +111,9 @@ class Scratch:
         with self._lock:
             maps = list(self._maps)
         for held in maps:
-            held.madvise(mmap.MADV_DONTNEED)  # of a shared mapping, which writes what was changed: nothing is lost
+            held.madvise(
+                mmap.MADV_DONTNEED
+            )  # of a shared mapping, which writes what was changed: nothing is lost
 
     def _holds(self, tensor: Tensor) -> bool:
         """Whether a tensor has a storage of its own in one of the files."""
@@ -104,17 +129,24 @@ class Scratch:
             if self._last is None or self._used + size > len(self._last):
                 self._last, self._used = self._mapped(max(size, FILE_BYTES)), 0
             # ``frombuffer`` keeps the mapping for as long as a tensor shares its storage
-            made = torch.frombuffer(self._last, dtype=like.dtype, count=like.numel(), offset=self._used).view(like.shape)
+            made = torch.frombuffer(self._last, dtype=like.dtype, count=like.numel(), offset=self._used).view(
+                like.shape
+            )
             self._used += -(-size // _ALIGNMENT) * _ALIGNMENT
         return made
 
     def _mapped(self, size: int) -> mmap.mmap:
         try:
-            with tempfile.TemporaryFile(dir=self.folder) as file:  # has no name, so that nothing is left behind
+            with tempfile.TemporaryFile(
+                dir=self.folder
+            ) as file:  # has no name, so that nothing is left behind
                 _reserve(file.fileno(), size)
                 made = mmap.mmap(file.fileno(), size)
         except OSError as error:
-            raise OffloadError(f"{size:,} bytes of weights do not fit '{self.folder}': {first_line(error)}; free space, or give another folder") from error
+            raise OffloadError(
+                f"{size:,} bytes of weights do not fit '{self.folder}': {first_line(error)}; free space, or"
+                " give another folder"
+            ) from error
         with self._lock:
             self._maps[made] = torch.frombuffer(made, dtype=torch.uint8).data_ptr()
         return made

@@ -14,10 +14,11 @@ _EVERY = 0.01
 
 
 class Watch:
-    """Looks again and again, on a thread of its own, how much of mapped files is in memory, and releases it beyond a limit.
+    """Looks again and again, on a thread of its own, how much of mapped files is in memory, and releases it
+    beyond a limit.
 
-    The operating system does the same where memory is short; this does it before, so that other programs keep theirs. Where it does not say how much of
-    a process is mapped files, as Linux does, nothing is done.
+    The operating system does the same where memory is short; this does it before, so that other programs keep
+    theirs. Where it does not say how much of a process is mapped files, as Linux does, nothing is done.
 
     Args:
         resident: bytes of mapped files, beyond those of the libraries that are loaded when the watch begins.
@@ -35,7 +36,9 @@ class Watch:
             self._thread.start()
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self._over.set()
         if self._thread.is_alive():
             self._thread.join()

@@ -1,7 +1,8 @@
 """A report to look at: one page of HTML, CSS and JavaScript that needs no network and loads from a file.
 
-Data (:mod:`._model`), layout (:mod:`._graph`, :mod:`._layer`) and drawing (``page.html``, ``page.css``, ``*.js``) are apart. Names of the model reach
-the page only as JSON and are shown only as text; the page's content security policy lets no script run but its own, and no request go out.
+Data (:mod:`._model`), layout (:mod:`._graph`, :mod:`._layer`) and drawing (``page.html``, ``page.css``,
+``*.js``) are apart. Names of the model reach the page only as JSON and are shown only as text; the page's
+content security policy lets no script run but its own, and no request go out.
 """
 
 from __future__ import annotations
@@ -24,7 +25,8 @@ MARK = '<meta name="generator" content="fasp_fx report">'
 
 
 def to_html(source: Report | Analysis, title: str = "Model") -> str:
-    """Show a report or an analysis as one page of HTML that needs nothing else: graph of the groups, widths, table and figures (docs/report.md).
+    """Show a report or an analysis as one page of HTML that needs nothing else: graph of the groups, widths,
+    table and figures (docs/report.md).
 
     Args:
         source: what was pruned (``result.report``), or what could be (what :func:`fasp_fx.analyze` returned).
@@ -38,11 +40,25 @@ def to_html(source: Report | Analysis, title: str = "Model") -> str:
     """
     folder = files(__package__)
     style = folder.joinpath("page.css").read_text(encoding="utf-8")
-    script = "'use strict';\n" + "\n".join(folder.joinpath(name).read_text(encoding="utf-8") for name in SCRIPTS)
+    script = "'use strict';\n" + "\n".join(
+        folder.joinpath(name).read_text(encoding="utf-8") for name in SCRIPTS
+    )
     template = folder.joinpath("page.html").read_text(encoding="utf-8")
-    policy = f"default-src 'none'; img-src data:; style-src '{_sum(style)}'; script-src '{_sum(script)}'; base-uri 'none'; form-action 'none'"
-    fields = {"mark": MARK, "policy": policy, "title": html.escape(title), "style": style, "script": script, "data": _json(page_data(source, title))}
-    parts = template.split("@@")  # text, field, text, field, ..., text: what a field holds is never searched for fields
+    policy = (
+        f"default-src 'none'; img-src data:; style-src '{_sum(style)}'; script-src '{_sum(script)}'; base-uri"
+        " 'none'; form-action 'none'"
+    )
+    fields = {
+        "mark": MARK,
+        "policy": policy,
+        "title": html.escape(title),
+        "style": style,
+        "script": script,
+        "data": _json(page_data(source, title)),
+    }
+    parts = template.split(
+        "@@"
+    )  # text, field, text, field, ..., text: what a field holds is never searched for fields
     return "".join(fields[part] if index % 2 else part for index, part in enumerate(parts))
 
 

@@ -1,8 +1,11 @@
-"""The graph of coupled groups as rows and columns: a row for each layer, read from left to right, streams that run through many rows at both sides.
+"""The graph of coupled groups as rows and columns: a row for each layer, read from left to right, streams
+that run through many rows at both sides.
 
-A layer is what stands under the first number of a name: ``model.layers.3`` of ``model.layers.3.mlp.up_proj.weight``. Within a row the weights that
-produce a group stand left of it and those that consume it right of it. A group with weights in several rows (a residual stream, say) is *shared*: it
-runs down a lane at the left of the rows that consume it and down a lane at the right of those that produce it.
+A layer is what stands under the first number of a name: ``model.layers.3`` of
+``model.layers.3.mlp.up_proj.weight``. Within a row the weights that produce a group stand left of it and
+those that consume it right of it. A group with weights in several rows (a residual stream, say) is *shared*:
+it runs down a lane at the left of the rows that consume it and down a lane at the right of those that produce
+it.
 """
 
 from __future__ import annotations
@@ -25,7 +28,9 @@ class Row:
 
 @dataclass
 class Shared:
-    """A group that runs through several rows: its lanes at the left and right (``None`` where nobody consumes or produces it)."""
+    """A group that runs through several rows: its lanes at the left and right (``None`` where nobody consumes
+    or produces it).
+    """
 
     group: int
     tag: str
@@ -70,7 +75,9 @@ def lay_out(lines: Sequence[Line]) -> Graph:
 
 
 def _weights(lines: Sequence[Line]) -> list[Weight]:
-    """All weights; a parameter goes with another of its module if it touches no group that the other does not touch alike."""
+    """All weights; a parameter goes with another of its module if it touches no group that the other does not
+    touch alike.
+    """
     consumes: dict[str, set[int]] = {}
     produces: dict[str, set[int]] = {}
     for index, line in enumerate(lines):
@@ -85,29 +92,56 @@ def _weights(lines: Sequence[Line]) -> list[Weight]:
     found = []
     for module, names in modules.items():
         leaders: dict[str, list[str]] = {}
-        for name in sorted(names, key=lambda name: -len(consumes[name]) - len(produces[name])):  # sorting is stable
-            leader = next((other for other in leaders if consumes[name] <= consumes[other] and produces[name] <= produces[other]), name)
+        for name in sorted(
+            names, key=lambda name: -len(consumes[name]) - len(produces[name])
+        ):  # sorting is stable
+            leader = next(
+                (
+                    other
+                    for other in leaders
+                    if consumes[name] <= consumes[other] and produces[name] <= produces[other]
+                ),
+                name,
+            )
             leaders.setdefault(leader, []).append(name)
         for leader, parameters in leaders.items():
             label = module if len(leaders) == 1 and module else leader
-            found.append(Weight(label, tuple(parameters), frozenset(consumes[leader]), frozenset(produces[leader])))
+            found.append(
+                Weight(label, tuple(parameters), frozenset(consumes[leader]), frozenset(produces[leader]))
+            )
     return found
 
 
 def _by_layer(weights: Iterable[Weight]) -> dict[str, list[Weight]]:
-    """Weights by layer; those outside of any stand between the layers as they were met, and numbered layers by their number."""
+    """Weights by layer; those outside of any stand between the layers as they were met, and numbered layers
+    by their number.
+    """
     found: dict[str, list[Weight]] = {}
     for weight in weights:
         found.setdefault(layer_of(weight.parameters[0]) or weight.label, []).append(weight)
     places: dict[str, int] = {}
     for name in found:
         places.setdefault(star(name), len(places))
-    return {name: found[name] for name in sorted(found, key=lambda name: (places[star(name)], [int(part) for part in name.split(".") if part.isdecimal()]))}
+    return {
+        name: found[name]
+        for name in sorted(
+            found,
+            key=lambda name: (
+                places[star(name)],
+                [int(part) for part in name.split(".") if part.isdecimal()],
+            ),
+        )
+    }
 
 
 def _looks(layer: Layer, lines: Sequence[Line]) -> Hashable:
-    """What must be equal for two layers to be shown as one: everything but their numbers and what was removed."""
-    nodes = tuple((star(node.label), len(node.parameters), tuple(node.consumes), tuple(node.produces)) for node in layer.nodes)
+    """What must be equal for two layers to be shown as one: everything but their numbers and what was
+    removed.
+    """
+    nodes = tuple(
+        (star(node.label), len(node.parameters), tuple(node.consumes), tuple(node.produces))
+        for node in layer.nodes
+    )
     hubs = tuple(tuple(look(lines[group]) for group in hub.groups) for hub in layer.hubs)
     return nodes, hubs, tuple(layer.edges)
 
@@ -122,13 +156,21 @@ def _span(labels: Sequence[str]) -> str:
 
 
 def _lanes(rows: list[Row], shared: Sequence[int]) -> Graph:
-    """Give each shared group a lane at each side where it is joined; groups that no row has in common share a lane."""
+    """Give each shared group a lane at each side where it is joined; groups that no row has in common share a
+    lane.
+    """
     graph = Graph(rows, [Shared(group, f"S{number}") for number, group in enumerate(shared, 1)])
     for side, role in (("left", "consumes"), ("right", "produces")):
         ends: list[int] = []
         spans = []
         for item in graph.shared:
-            at = [index for index, row in enumerate(rows) for layer in row.layers for node in layer.nodes if item.group in getattr(node, role)]
+            at = [
+                index
+                for index, row in enumerate(rows)
+                for layer in row.layers
+                for node in layer.nodes
+                if item.group in getattr(node, role)
+            ]
             if at:
                 spans.append((at[0], at[-1], item))
         for first, last, item in sorted(spans, key=lambda span: (span[0], -span[1])):

@@ -1,4 +1,6 @@
-"""The diagram of one layer: the weights that produce a group left of it, those that consume it right of it, and what is not joined one below the other."""
+"""The diagram of one layer: the weights that produce a group left of it, those that consume it right of it,
+and what is not joined one below the other.
+"""
 
 from __future__ import annotations
 
@@ -35,10 +37,11 @@ class Hub:
 
 @dataclass
 class Layer:
-    """The diagram of one layer: ``edges`` lead from a node to a hub (``[node, hub, 0]``) or on to a node (``[node, hub, 1]``).
+    """The diagram of one layer: ``edges`` lead from a node to a hub (``[node, hub, 0]``) or on to a node
+    (``[node, hub, 1]``).
 
-    ``x`` are columns (even: weights, odd: groups), ``y`` are lines of text from the top. ``consumes`` and ``produces`` of a node name only shared
-    groups, which have lanes; its own groups are edges.
+    ``x`` are columns (even: weights, odd: groups), ``y`` are lines of text from the top. ``consumes`` and
+    ``produces`` of a node name only shared groups, which have lanes; its own groups are edges.
     """
 
     label: str
@@ -50,7 +53,9 @@ class Layer:
 
 
 class Weight(NamedTuple):
-    """A node before it has a place: parameters of one module with the groups that they consume and produce."""
+    """A node before it has a place: parameters of one module with the groups that they consume
+    and produce.
+    """
 
     label: str
     parameters: tuple[str, ...]
@@ -64,7 +69,9 @@ def star(name: str) -> str:
 
 
 def _edges(weights: Sequence[Weight], shared: set[int]) -> tuple[nx.DiGraph, list[tuple[Any, Any]]]:
-    """A layer's own groups as a graph without circles, and the edges back that would close one (a gate that a group feeds and that scales it, say)."""
+    """A layer's own groups as a graph without circles, and the edges back that would close one (a gate that a
+    group feeds and that scales it, say).
+    """
     graph: nx.DiGraph = nx.DiGraph()
     graph.add_nodes_from((0, index) for index in range(len(weights)))
     back = []
@@ -73,7 +80,9 @@ def _edges(weights: Sequence[Weight], shared: set[int]) -> tuple[nx.DiGraph, lis
         for group in sorted((weight.consumes | weight.produces) - shared):
             touched.setdefault(group, []).append(index)
     for group, indices in sorted(touched.items(), key=lambda item: (len(item[1]), item[0])):
-        graph.add_edges_from(((0, index), (1, group)) for index in indices if group in weights[index].produces)
+        graph.add_edges_from(
+            ((0, index), (1, group)) for index in indices if group in weights[index].produces
+        )
         for index in indices:
             if group in weights[index].consumes:
                 edge = (1, group), (0, index)
@@ -85,7 +94,9 @@ def _edges(weights: Sequence[Weight], shared: set[int]) -> tuple[nx.DiGraph, lis
 
 
 def diagram(name: str, weights: Sequence[Weight], shared: set[int], lines: Sequence[Line]) -> Layer:
-    """Place the parts of a layer below one another: first what feeds streams alone, then groups in order, then what only joins a stream."""
+    """Place the parts of a layer below one another: first what feeds streams alone, then groups in order,
+    then what only joins a stream.
+    """
     graph, back = _edges(weights, shared)
     parts = [sorted(part) for part in nx.weakly_connected_components(graph)]
 
@@ -113,7 +124,9 @@ def diagram(name: str, weights: Sequence[Weight], shared: set[int], lines: Seque
             held: list[Any] = layer.nodes if isinstance(item, Node) else layer.hubs
             numbers.append(len(held))
             held.append(item)
-        layer.edges += [(numbers[b], numbers[a], 1) if part[a][0] else (numbers[a], numbers[b], 0) for a, b in edges]
+        layer.edges += [
+            (numbers[b], numbers[a], 1) if part[a][0] else (numbers[a], numbers[b], 0) for a, b in edges
+        ]
         top += max(y for _, y in places.values()) + 1
     layer.edges.sort()
     layer.height = top
@@ -126,13 +139,21 @@ def _item(vertex: Any, layer: str, weights: Sequence[Weight], shared: set[int]) 
     if kind:
         return Hub([index])
     weight = weights[index]
-    label = weight.label.rpartition(".")[2] if weight.label == layer else weight.label.removeprefix(f"{layer}.")
-    return Node(label, list(weight.parameters), sorted(weight.consumes & shared), sorted(weight.produces & shared))
+    label = (
+        weight.label.rpartition(".")[2] if weight.label == layer else weight.label.removeprefix(f"{layer}.")
+    )
+    return Node(
+        label, list(weight.parameters), sorted(weight.consumes & shared), sorted(weight.produces & shared)
+    )
 
 
 def _vertex_look(vertex: Any, weights: Sequence[Weight], shared: set[int], lines: Sequence[Line]) -> Hashable:
     kind, index = vertex
-    return look(lines[index]) if kind else (star(weights[index].label), weights[index].consumes & shared, weights[index].produces & shared)
+    return (
+        look(lines[index])
+        if kind
+        else (star(weights[index].label), weights[index].consumes & shared, weights[index].produces & shared)
+    )
 
 
 def _join(made: Sequence[Node | Hub], part: list[Any], weights: Sequence[Weight]) -> None:
@@ -146,7 +167,9 @@ def _join(made: Sequence[Node | Hub], part: list[Any], weights: Sequence[Weight]
 
 
 def _places(graph: nx.DiGraph) -> dict[Any, tuple[int, float]]:
-    """Column and height of each vertex: columns by the longest path, heights near the vertices it is joined to, one line apart at least."""
+    """Column and height of each vertex: columns by the longest path, heights near the vertices it is joined
+    to, one line apart at least.
+    """
     column: dict[Any, int] = {}
     for vertex in nx.lexicographical_topological_sort(graph):
         column[vertex] = max((column[before] + 1 for before in graph.predecessors(vertex)), default=vertex[0])
@@ -157,7 +180,9 @@ def _places(graph: nx.DiGraph) -> dict[Any, tuple[int, float]]:
     height = {vertex: float(y) for vertices in columns for y, vertex in enumerate(vertices)}
     for order in (columns, columns[::-1], columns):
         for vertices in order:
-            wanted = {v: _mean([height[other] for other in nx.all_neighbors(graph, v)], height[v]) for v in vertices}
+            wanted = {
+                v: _mean([height[other] for other in nx.all_neighbors(graph, v)], height[v]) for v in vertices
+            }
             below = None
             ranked = sorted(vertices, key=lambda v: (wanted[v], v))
             for vertex in ranked:

@@ -23,7 +23,12 @@ def page_data(source: Report | Analysis, title: str) -> dict[str, Any]:
         lines, notes, seconds, without_rule = source.lines, source.notes, source.seconds, source.without_rule
         tiles = _tiles_of_report(source)
     else:
-        lines, notes, seconds, without_rule = tuple(map(line_of, source.groups)), notes_of(source), {}, source.without_rule
+        lines, notes, seconds, without_rule = (
+            tuple(map(line_of, source.groups)),
+            notes_of(source),
+            {},
+            source.without_rule,
+        )
         tiles = _tiles_of_analysis(source)
     pruned = isinstance(source, Report)
     return {
@@ -43,15 +48,34 @@ def page_data(source: Report | Analysis, title: str) -> dict[str, Any]:
 def _tiles_of_report(report: Report) -> list[dict[str, str]]:
     asked = f"asked for {report.requested:.2%}" if report.requested is not None else ""
     tiles = [
-        {"label": "Sparsity", "value": f"{report.sparsity:.2%}", "more": asked, "help": "Fraction removed of the linear and convolution weights counted"},
+        {
+            "label": "Sparsity",
+            "value": f"{report.sparsity:.2%}",
+            "more": asked,
+            "help": "Fraction removed of the linear and convolution weights counted",
+        },
         _change("Parameters", *report.parameters, f"{report.parameters[0]:,}", f"{report.parameters[1]:,}"),
         _change("Size of the weights", *report.bytes, _bytes(report.bytes[0]), _bytes(report.bytes[1])),
     ]
     if report.cache is not None:
-        tiles.append(_change("Cache for a token of one sequence", *report.cache, _bytes(report.cache[0]), _bytes(report.cache[1])))
+        tiles.append(
+            _change(
+                "Cache for a token of one sequence",
+                *report.cache,
+                _bytes(report.cache[0]),
+                _bytes(report.cache[1]),
+            )
+        )
     for spent in report.budgets:
         used, allowed = (f"{amount / max(spent.dense, 1):.2%}" for amount in (spent.used, spent.allowed))
-        tiles.append({"label": f"Budget of {spent.resource}", "value": used, "more": f"{allowed} allowed", "help": str(spent)})
+        tiles.append(
+            {
+                "label": f"Budget of {spent.resource}",
+                "value": used,
+                "more": f"{allowed} allowed",
+                "help": str(spent),
+            }
+        )
     for figure in report.figures:
         shown = [f"{value:,.{figure.digits}f}" for value in (figure.dense, figure.pruned)]
         tiles.append(_change(figure.what[:1].upper() + figure.what[1:], figure.dense, figure.pruned, *shown))
@@ -61,15 +85,26 @@ def _tiles_of_report(report: Report) -> list[dict[str, str]]:
 def _tiles_of_analysis(analysis: Analysis) -> list[dict[str, str]]:
     count, size = weight_size(analysis.program.weights())
     return [
-        {"label": "Can be removed", "value": f"{analysis.max_sparsity:.1%}", "more": "at most", "help": "Of the linear and convolution weights counted"},
+        {
+            "label": "Can be removed",
+            "value": f"{analysis.max_sparsity:.1%}",
+            "more": "at most",
+            "help": "Of the linear and convolution weights counted",
+        },
         {"label": "Parameters", "value": f"{count:,}", "more": ""},
         {"label": "Size of the weights", "value": _bytes(size), "more": ""},
-        {"label": "Coupled groups", "value": f"{len(analysis.groups):,}", "more": f"{len(analysis.select(PRUNABLE)):,} prunable"},
+        {
+            "label": "Coupled groups",
+            "value": f"{len(analysis.groups):,}",
+            "more": f"{len(analysis.select(PRUNABLE)):,} prunable",
+        },
     ]
 
 
 def _change(label: str, before: float, after: float, shown_before: str, shown_after: str) -> dict[str, str]:
-    change = f"{after / before - 1:+.1%}".replace("-", "−") if before and math.isfinite(after / before) else ""
+    change = (
+        f"{after / before - 1:+.1%}".replace("-", "−") if before and math.isfinite(after / before) else ""
+    )
     return {"label": label, "value": shown_after, "before": shown_before, "more": change}
 
 
@@ -102,18 +137,32 @@ def _number(value: float | None) -> float | str | None:
 
 
 def _charts(lines: Sequence[Line]) -> list[dict[str, Any]]:
-    """One chart for the groups of equal name and status but for their numbers, a bar each; what can be pruned first, single groups last."""
+    """One chart for the groups of equal name and status but for their numbers, a bar each; what can be pruned
+    first, single groups last.
+    """
     kinds: dict[tuple[str, str], list[int]] = {}
     for index, line in enumerate(lines):
         kinds.setdefault((star(line.name), line.status), []).append(index)
     charts = [
-        {"label": name, "status": status, "bars": [{"group": index, "label": _numbers(lines[index].name) or lines[index].name} for index in found]}
+        {
+            "label": name,
+            "status": status,
+            "bars": [
+                {"group": index, "label": _numbers(lines[index].name) or lines[index].name} for index in found
+            ],
+        }
         for (name, status), found in sorted(kinds.items(), key=lambda kind: kind[0][1] != PRUNABLE)
         if len(found) > 1
     ]
     single = [found[0] for found in kinds.values() if len(found) == 1]
     if single:
-        charts.append({"label": "", "status": "", "bars": [{"group": index, "label": lines[index].name} for index in single]})
+        charts.append(
+            {
+                "label": "",
+                "status": "",
+                "bars": [{"group": index, "label": lines[index].name} for index in single],
+            }
+        )
     return charts
 
 

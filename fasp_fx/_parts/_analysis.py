@@ -20,9 +20,11 @@ class PartsAnalysis(Analysis):
     """What :func:`fasp_fx.analyze` returns for a model that cannot be captured as a whole.
 
     Attributes:
-        parts: the analysis of each captured submodule, by its path; the names in them are those of the submodule.
+        parts: the analysis of each captured submodule, by its path; the names in them are those of the
+            submodule.
         left: for each submodule that stays whole, why.
-        groups: the groups of all parts in the order in which the model calls them, in the names of the whole model.
+        groups: the groups of all parts in the order in which the model calls them, in the names of the whole
+            model.
     """
 
     parts: Mapping[str, Analysis]
@@ -32,7 +34,9 @@ class PartsAnalysis(Analysis):
         self.parts, self.left = dict(parts), dict(left)
         one = next(iter(parts.values()))
         self.granularity, self.include = one.granularity, one.include
-        self.groups = [group_within(path, group) for path, analysis in parts.items() for group in analysis.groups]
+        self.groups = [
+            group_within(path, group) for path, analysis in parts.items() for group in analysis.groups
+        ]
 
     @property
     def max_sparsity(self) -> float:
@@ -42,7 +46,13 @@ class PartsAnalysis(Analysis):
     @cached_property
     def without_rule(self) -> dict[str, int]:
         """Operators of the parts that had no rule, with the number of times each stands in a graph."""
-        return dict(sorted(sum((Counter(analysis.without_rule) for analysis in self.parts.values()), Counter[str]()).items()))
+        return dict(
+            sorted(
+                sum(
+                    (Counter(analysis.without_rule) for analysis in self.parts.values()), Counter[str]()
+                ).items()
+            )
+        )
 
     def explain(self, first: str, second: str) -> list[str]:
         """As :meth:`fasp_fx.Analysis.explain`, within one part; weights of two parts are not coupled.
@@ -50,17 +60,30 @@ class PartsAnalysis(Analysis):
         Raises:
             ArgumentError: a name is not a weight of any part.
         """
-        paths = [next((path for path in self.parts if name.startswith(f"{path}.")), None) for name in (first, second)]
+        paths = [
+            next((path for path in self.parts if name.startswith(f"{path}.")), None)
+            for name in (first, second)
+        ]
         for name, path in zip((first, second), paths, strict=True):
             if path is None:
-                raise ArgumentError(f"'{name}' is not a weight of a part that was captured; these are {', '.join(map(repr, self.parts))}")
+                raise ArgumentError(
+                    f"'{name}' is not a weight of a part that was captured; these are"
+                    f" {', '.join(map(repr, self.parts))}"
+                )
         path = paths[0]
         assert path is not None
-        return self.parts[path].explain(first.removeprefix(f"{path}."), second.removeprefix(f"{path}.")) if path == paths[1] else []
+        return (
+            self.parts[path].explain(first.removeprefix(f"{path}."), second.removeprefix(f"{path}."))
+            if path == paths[1]
+            else []
+        )
 
     def __getattr__(self, name: str) -> Any:
         if name in _OF_ONE_PROGRAM:
-            raise CaptureError(f"a model analysed in parts has no single '{name}'; analysis.parts holds the analysis of each part")
+            raise CaptureError(
+                f"a model analysed in parts has no single '{name}'; analysis.parts holds the analysis of each"
+                " part"
+            )
         raise AttributeError(f"'{type(self).__name__}' object has no attribute '{name}'")
 
     def __repr__(self) -> str:

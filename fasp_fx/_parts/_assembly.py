@@ -1,4 +1,6 @@
-"""Put pruned parts together: a copy of the model in which they take the places of the submodules that were captured."""
+"""Put pruned parts together: a copy of the model in which they take the places of the submodules that were
+captured.
+"""
 
 from __future__ import annotations
 
@@ -35,7 +37,13 @@ class Assembly:
     """A copy of the model in which the parts are exchanged one by one."""
 
     def __init__(
-        self, error: CaptureError, model: Any, args: Any, kwargs: dict[str, Any] | None, config: PruningConfig, device: torch.device | str | None
+        self,
+        error: CaptureError,
+        model: Any,
+        args: Any,
+        kwargs: dict[str, Any] | None,
+        config: PruningConfig,
+        device: torch.device | str | None,
     ) -> None:
         self.error, self.seconds = error, dict[str, float]()
         call = Call(args if isinstance(args, tuple) else (args,), dict(kwargs or {}))
@@ -45,13 +53,19 @@ class Assembly:
         try:
             self.model = copied(model)
         except Exception as failure:
-            raise CaptureError(f"{error} It cannot be pruned by its submodules either, because it cannot be copied: {first_line(failure)}") from failure
+            raise CaptureError(
+                f"{error} It cannot be pruned by its submodules either, because it cannot be copied:"
+                f" {first_line(failure)}"
+            ) from failure
         for module in self.model.modules():
             if is_transformers(module):
                 register_caches(module)  # before calls are recorded, so that what they hold is copied
         self.call = call
         if self.device is not None:
-            self.model, self.call = self.model.to(self.device), call.map(lambda tensor: tensor.to(self.device))
+            self.model, self.call = (
+                self.model.to(self.device),
+                call.map(lambda tensor: tensor.to(self.device)),
+            )
         with self.timed("capture"):
             search = Search(self.model, self.call, config)
             try:
@@ -60,13 +74,15 @@ class Assembly:
                 raise
             except Exception as failure:
                 raise CaptureError(
-                    f"{error} It cannot be pruned by its submodules either, because it does not run on the example inputs: "
-                    f"{type(failure).__name__}: {first_line(failure)}"
+                    f"{error} It cannot be pruned by its submodules either, because it does not run on the"
+                    f" example inputs: {type(failure).__name__}: {first_line(failure)}"
                 ) from failure
         self.left = search.left
         if not self.parts:
             reasons = "; ".join(f"'{path}': {reason}" for path, reason in self.left.items())
-            raise CaptureError(f"{error} No submodule can be pruned by itself either{f': {reasons}' if reasons else ''}.") from error.__cause__
+            raise CaptureError(
+                f"{error} No submodule can be pruned by itself either{f': {reasons}' if reasons else ''}."
+            ) from error.__cause__
         self.counted = JoinedSparsity({part.path: Sparsity(part.analysis) for part in self.parts})
         self.results: dict[str, Result] = {}
         self.unsound: dict[str, str] = {}
@@ -81,7 +97,9 @@ class Assembly:
         self.seconds[stage] = self.seconds.get(stage, 0.0) + seconds
 
     def place(self, part: Part, decision: Decision, calls: list[Call]) -> bool:
-        """Prune a part and put it in its place; if nothing of it can go, or the model does not run with it, the part stays whole."""
+        """Prune a part and put it in its place; if nothing of it can go, or the model does not run with it,
+        the part stays whole.
+        """
         try:
             result = rewrite(part.program, part.analysis, decision)
         except VerificationError as failure:
@@ -100,7 +118,10 @@ class Assembly:
         except torch.OutOfMemoryError:
             raise
         except Exception as failure:
-            self.left[part.path] = f"the model does not run with the smaller part in its place: {type(failure).__name__}: {first_line(failure)}"
+            self.left[part.path] = (
+                f"the model does not run with the smaller part in its place: {type(failure).__name__}:"
+                f" {first_line(failure)}"
+            )
             return False
         put(self.model, part.paths, module)
         self.results[part.path] = result
@@ -113,8 +134,12 @@ class Assembly:
             VerificationError: nothing is left of what was decided.
         """
         if self.unsound and not self.results:
-            raise VerificationError("; ".join(f"part '{path}': {reason}" for path, reason in self.unsound.items()))
-        sparsities = [self.results[part.path].plan.sparsity if part.path in self.results else 0.0 for part in self.parts]
+            raise VerificationError(
+                "; ".join(f"part '{path}': {reason}" for path, reason in self.unsound.items())
+            )
+        sparsities = [
+            self.results[part.path].plan.sparsity if part.path in self.results else 0.0 for part in self.parts
+        ]
         reached = self.counted.average(sparsities)
         parameters = dict(self.model.named_parameters(remove_duplicate=False))
         renamed = [plan_within(path, result.plan) for path, result in self.results.items()]
@@ -130,8 +155,12 @@ class Assembly:
             copies=tuple(copied for own in renamed for copied in own.copies),
         )
         old, new = weight_size(self.before), weight_size(parameters)
-        lines = tuple(line_within(path, line) for path, result in self.results.items() for line in result.report.lines)
-        without_rule = sum((Counter(result.report.without_rule) for result in self.results.values()), Counter[str]())
+        lines = tuple(
+            line_within(path, line) for path, result in self.results.items() for line in result.report.lines
+        )
+        without_rule = sum(
+            (Counter(result.report.without_rule) for result in self.results.values()), Counter[str]()
+        )
         sizes = (old[0], new[0]), (old[1], new[1])
         requested = None if config is None else config.requested
         report = Report(
@@ -153,10 +182,16 @@ class Assembly:
         for part in self.parts:
             if part.path in self.results:
                 others = f", also at {', '.join(map(repr, part.paths[1:]))}" if len(part.paths) > 1 else ""
-                yield f"part '{part.path}' ({part.calls} {'call' if part.calls == 1 else 'calls'} seen{others})"
+                yield (
+                    f"part '{part.path}' ({part.calls} {'call' if part.calls == 1 else 'calls'} seen{others})"
+                )
         for path, why in self.left.items():
             inside = any(other.startswith(f"{path}.") for other in self.results)
-            yield f"'{path}' is pruned only by its submodules: {why}" if inside else f"left '{path}' whole: {why}"
+            yield (
+                f"'{path}' is pruned only by its submodules: {why}"
+                if inside
+                else f"left '{path}' whole: {why}"
+            )
         notes = [(path, note) for path, result in self.results.items() for note in result.report.notes]
         for note, count in Counter(note for _, note in notes).items():
             paths = [path for path, other in notes if other == note]

@@ -32,11 +32,15 @@ class JoinedSparsity(Resource):
         return sum(part.used(own) for part, own in zip(self.parts, self.split(lost), strict=True))
 
     def removed(self, lost: Sequence[int]) -> float:
-        return self.average([part.removed(own) for part, own in zip(self.parts, self.split(lost), strict=True)])
+        return self.average(
+            [part.removed(own) for part, own in zip(self.parts, self.split(lost), strict=True)]
+        )
 
     def average(self, sparsities: list[float]) -> float:
         """The sparsity of the whole, from those of the parts."""
-        return sum(part.whole * own for part, own in zip(self.parts, sparsities, strict=True)) / max(self.whole, 1)
+        return sum(part.whole * own for part, own in zip(self.parts, sparsities, strict=True)) / max(
+            self.whole, 1
+        )
 
 
 __all__ = ["JoinedSparsity"]

@@ -23,7 +23,9 @@ class Call:
 
     def map(self, change: Callable[[Tensor], Any]) -> Call:
         """The same call with each tensor changed."""
-        args, kwargs = pytree.tree_map(lambda leaf: change(leaf) if isinstance(leaf, Tensor) else leaf, (self.args, self.kwargs))
+        args, kwargs = pytree.tree_map(
+            lambda leaf: change(leaf) if isinstance(leaf, Tensor) else leaf, (self.args, self.kwargs)
+        )
         return Call(args, kwargs)
 
     def held(self) -> Call:
@@ -46,14 +48,25 @@ class Call:
         """Calls with the same structure, shapes, dtypes and constants have the same key."""
         leaves, spec = pytree.tree_flatten((self.args, self.kwargs))
         shown = [
-            f"{leaf.dtype}{list(leaf.shape)}" if isinstance(leaf, Tensor) else f"{type(leaf).__name__} {id(leaf) if not is_plain(leaf) else leaf}"
+            (
+                f"{leaf.dtype}{list(leaf.shape)}"
+                if isinstance(leaf, Tensor)
+                else f"{type(leaf).__name__} {id(leaf) if not is_plain(leaf) else leaf}"
+            )
             for leaf in leaves
         ]
         return f"{spec} {shown}"
 
     def opaque(self) -> str | None:
         """The class of an argument that holds tensors out of the exporter's sight, if there is one."""
-        return next((type(leaf).__name__ for leaf in self.leaves() if not isinstance(leaf, Tensor) and _hides_tensors(leaf)), None)
+        return next(
+            (
+                type(leaf).__name__
+                for leaf in self.leaves()
+                if not isinstance(leaf, Tensor) and _hides_tensors(leaf)
+            ),
+            None,
+        )
 
     def run(self, module: nn.Module) -> Any:
         """Call a module with copies of the arguments."""
@@ -64,7 +77,12 @@ class Call:
 
 def _hides_tensors(value: Any, depth: int = 4) -> bool:
     """Whether an object holds tensors that pytree does not see."""
-    if not depth or not hasattr(value, "__dict__") or isinstance(value, type) or (callable(value) and not isinstance(value, nn.Module)):
+    if (
+        not depth
+        or not hasattr(value, "__dict__")
+        or isinstance(value, type)
+        or (callable(value) and not isinstance(value, nn.Module))
+    ):
         return False
     held = pytree.tree_leaves(vars(value))
     return any(isinstance(leaf, Tensor) or _hides_tensors(leaf, depth - 1) for leaf in held)
@@ -88,7 +106,9 @@ class Seen:
         """Take note of a call."""
         self.count += 1
         self.kinds.setdefault(call.key(), call.shapes())
-        if self.example is None or sum(t.numel() for t in call.tensors()) > sum(t.numel() for t in self.example.tensors()):
+        if self.example is None or sum(t.numel() for t in call.tensors()) > sum(
+            t.numel() for t in self.example.tensors()
+        ):
             self.example = call.held()
 
 

@@ -1,4 +1,6 @@
-"""Whether a captured program computes what the model computes when it is called: a model can ask whether it is being traced, and then do otherwise."""
+"""Whether a captured program computes what the model computes when it is called: a model can ask whether it
+is being traced, and then do otherwise.
+"""
 
 from __future__ import annotations
 
@@ -27,32 +29,44 @@ _TRACED = "the model does something else while it is traced, often for want of a
 def compared(program: Program, model: Any, args: Any, kwargs: dict[str, Any] | None) -> Program:
     """The program, with a note and a :class:`CaptureWarning` if it does not compute what the model does.
 
-    They are compared on the example inputs; where forward sets attributes, once more after a call; and with every size that varies at one, for which an
-    exporter takes the way of larger sizes.
+    They are compared on the example inputs; where forward sets attributes, once more after a call; and with
+    every size that varies at one, for which an exporter takes the way of larger sizes.
 
-    Nothing is compared where there is nothing to call or to compare: exported programs, weights without values, a program on another device than its
-    model, and programs that draw random numbers.
+    Nothing is compared where there is nothing to call or to compare: exported programs, weights without
+    values, a program on another device than its model, and programs that draw random numbers.
     """
-    if not isinstance(model, nn.Module) or _is_elsewhere(program, model) or any(map(_is_random, program.module.graph.nodes)):
+    if (
+        not isinstance(model, nn.Module)
+        or _is_elsewhere(program, model)
+        or any(map(_is_random, program.module.graph.nodes))
+    ):
         return program
     args, kwargs = args if isinstance(args, tuple) else (args,), kwargs or {}
     try:
         expected, changed = _called(program, model, args, kwargs)
     except torch.OutOfMemoryError:
         raise
-    except Exception as error:  # tensors without data let pass what the model itself refuses, such as another dtype
-        raise ArgumentError(f"the model does not run on the example inputs: {type(error).__name__}: {first_line(error)}; pass others") from error
+    except (
+        Exception
+    ) as error:  # tensors without data let pass what the model itself refuses, such as another dtype
+        raise ArgumentError(
+            f"the model does not run on the example inputs: {type(error).__name__}: {first_line(error)}; pass"
+            " others"
+        ) from error
     if any(isinstance(leaf, FakeTensor) for leaf in expected):
         raise CaptureError(
-            f"{type(model).__name__} has kept a tensor without values from its capture, in a function that remembers what it returned (functools.cache, say): "
-            "clear what it remembers, and call the model once before it is captured"
+            f"{type(model).__name__} has kept a tensor without values from its capture, in a function that"
+            " remembers what it returned (functools.cache, say): clear what it remembers, and call the model"
+            " once before it is captured"
         )
     try:
         worst = _difference(program, expected, args, kwargs)
     except CalibrationError as error:
         return _noted(program, f"cannot be executed on the example inputs ({error}): {_TRACED}")
     if worst:
-        return _noted(program, f"{_OTHERWISE} on the example inputs (an output differs by {worst:.0%}): {_TRACED}")
+        return _noted(
+            program, f"{_OTHERWISE} on the example inputs (an output differs by {worst:.0%}): {_TRACED}"
+        )
     if changed and not written_names(program.module.graph):
         again, _ = _called(program, model, args, kwargs, calls=2)
         worst = _difference(program, again, args, kwargs)
@@ -60,7 +74,8 @@ def compared(program: Program, model: Any, args: Any, kwargs: dict[str, Any] | N
             names = ", ".join(f"'{name}'" for name in changed[:3])
             return _noted(
                 program,
-                f"{_OTHERWISE} in the second of two calls (an output differs by {worst:.0%}): forward keeps something in {names}, and a graph only in buffers",
+                f"{_OTHERWISE} in the second of two calls (an output differs by {worst:.0%}): forward keeps"
+                f" something in {names}, and a graph only in buffers",
             )
     least = _of_size_one(program, args, kwargs)
     if least is not None:
@@ -70,14 +85,26 @@ def compared(program: Program, model: Any, args: Any, kwargs: dict[str, Any] | N
         except Exception:  # either may refuse such sizes as it likes, when it is called
             return program
         if worst:
-            return _noted(program, f"{_OTHERWISE} where sizes are one (an output differs by {worst:.0%}): forward asks for such a size, which no exporter sees")
+            return _noted(
+                program,
+                f"{_OTHERWISE} where sizes are one (an output differs by {worst:.0%}): forward asks for such"
+                " a size, which no exporter sees",
+            )
     return program
 
 
-def _called(program: Program, model: nn.Module, args: Any, kwargs: dict[str, Any], calls: int = 1) -> tuple[list[Any], list[str]]:
-    """What the last of some calls of the model returns, and which attributes they set; the model and its inputs are left as they were."""
+def _called(
+    program: Program, model: nn.Module, args: Any, kwargs: dict[str, Any], calls: int = 1
+) -> tuple[list[Any], list[str]]:
+    """What the last of some calls of the model returns, and which attributes they set; the model and its
+    inputs are left as they were.
+    """
     # what a model compiles for itself (flex attention, say) runs uncompiled, as in the program
-    with torch.no_grad(), rewound(model, written_names(program.module.graph)) as changed, torch.compiler.set_stance("force_eager"):
+    with (
+        torch.no_grad(),
+        rewound(model, written_names(program.module.graph)) as changed,
+        torch.compiler.set_stance("force_eager"),
+    ):
         for _ in range(calls):
             expected = _copied(pytree.tree_leaves(model(*_copied(args), **_copied(kwargs))))
     return expected, changed.names(model)
@@ -91,12 +118,17 @@ def _difference(program: Program, expected: list[Any], args: Any, kwargs: dict[s
     """
     with torch.no_grad():
         found = _copied(_outputs(program, _copied(program.flat_inputs(args, kwargs))))
-    apart = [(_deviation(a, b), _ALLOWED_HALF if b.dtype.itemsize == 2 else _ALLOWED) for a, b in zip(_floats(found), _floats(expected))]
+    apart = [
+        (_deviation(a, b), _ALLOWED_HALF if b.dtype.itemsize == 2 else _ALLOWED)
+        for a, b in zip(_floats(found), _floats(expected))
+    ]
     return max((deviation for deviation, allowed in apart if not deviation <= allowed), default=0.0)
 
 
 def _of_size_one(program: Program, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]] | None:
-    """The first entries of the example inputs along every dimension that varies; ``None`` if none does, or some vary together with others."""
+    """The first entries of the example inputs along every dimension that varies; ``None`` if none does, or
+    some vary together with others.
+    """
     cut: dict[int, Tensor] = {}
     for node, leaf in zip(program.placeholders(), program.flat_inputs(args, kwargs), strict=True):
         recorded = node.meta.get("val")
@@ -119,7 +151,9 @@ def _noted(program: Program, trouble: str) -> Program:
 
 
 def _is_elsewhere(program: Program, model: nn.Module) -> bool:
-    devices = {tensor.device for tensor in [*program.weights().values(), *model.parameters(), *model.buffers()]}
+    devices = {
+        tensor.device for tensor in [*program.weights().values(), *model.parameters(), *model.buffers()]
+    }
     return len({device.type for device in devices}) > 1 or any(device.type == "meta" for device in devices)
 
 
@@ -136,7 +170,10 @@ def _outputs(program: Program, inputs: list[Any]) -> list[Any]:
     runner = Runner(program, [inputs])
     (output,) = program.module.graph.find_nodes(op="output")
     runner.advance(runner.index(output))
-    return [next(runner.read(item)) if isinstance(item, fx.Node) else item for item in results(program.module.graph)]
+    return [
+        next(runner.read(item)) if isinstance(item, fx.Node) else item
+        for item in results(program.module.graph)
+    ]
 
 
 def _floats(leaves: list[Any]) -> list[Tensor]:
@@ -144,7 +181,9 @@ def _floats(leaves: list[Any]) -> list[Tensor]:
 
 
 def _deviation(found: Tensor, expected: Tensor) -> float:
-    """How far two outputs are apart, relative to the second; infinite if their shapes or their finite elements are others."""
+    """How far two outputs are apart, relative to the second; infinite if their shapes or their finite
+    elements are others.
+    """
     finite = torch.isfinite(expected)
     if found.shape != expected.shape or not torch.equal(torch.isfinite(found), finite):
         return float("inf")

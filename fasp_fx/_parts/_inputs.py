@@ -28,7 +28,9 @@ def user_batches(calibration: Iterable[Any] | None, device: torch.device | None)
             call = call.map(lambda tensor: tensor.to(device))
         for tensor in call.tensors():
             if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
-                raise CalibrationError(f"calibration batch {index} holds values that are not finite; remove or repair them")
+                raise CalibrationError(
+                    f"calibration batch {index} holds values that are not finite; remove or repair them"
+                )
         batches.append(call)
     return batches
 
@@ -44,9 +46,10 @@ def recorded(model: nn.Module, module: nn.Module, batches: list[Call]) -> list[C
             raise
         except Exception as failure:
             raise CalibrationError(
-                f"calibration batch {index} fails in the model: {type(failure).__name__}: {first_line(failure)}; a batch is a tensor, a tuple of positional "
-                "arguments or a dict of keyword arguments, so a model that takes a list takes it as (list,), and one that takes no labels is given none: "
-                "calibration=(batch[0] for batch in loader)"
+                f"calibration batch {index} fails in the model: {type(failure).__name__}:"
+                f" {first_line(failure)}; a batch is a tensor, a tuple of positional arguments or a dict of"
+                " keyword arguments, so a model that takes a list takes it as (list,), and one that takes no"
+                " labels is given none: calibration=(batch[0] for batch in loader)"
             ) from failure
     return calls
 

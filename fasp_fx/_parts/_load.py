@@ -37,15 +37,24 @@ def load_parts(folder: Path, model: nn.Module | None, device: torch.device | Non
         ArgumentError: there is no model.
     """
     if not isinstance(model, nn.Module):
-        raise ArgumentError(f"'{folder}' holds a model pruned in parts, without the code between them; give the dense model: fasp_fx.load(path, model=model)")
+        raise ArgumentError(
+            f"'{folder}' holds a model pruned in parts, without the code between them; give the dense model:"
+            " fasp_fx.load(path, model=model)"
+        )
     folders.verify(folder, FORMAT, FILES)
     data = folders.read_json(folder / "parts.json")
     try:
-        places, left, entries = [[_text(path) for path in paths] for paths in data["parts"]], dict(data["left"]), data["tensors"]
+        places, left, entries = (
+            [[_text(path) for path in paths] for paths in data["parts"]],
+            dict(data["left"]),
+            data["tensors"],
+        )
         if not all(places) or not all(isinstance(text, str) for pair in left.items() for text in pair):
             raise ValueError("a part has no place, or its reason is no text")
     except (KeyError, TypeError, ValueError) as error:
-        raise StoreError(f"parts.json is damaged: {type(error).__name__}: {error}; save the result again") from error
+        raise StoreError(
+            f"parts.json is damaged: {type(error).__name__}: {error}; save the result again"
+        ) from error
     folders.verify(folder, FORMAT, manifests(len(places)))
     signature = signature_from_json(folders.read_json(folder / "signature.json"))
     _check_code(model, signature, places)
@@ -64,7 +73,9 @@ def load_parts(folder: Path, model: nn.Module | None, device: torch.device | Non
     try:
         rest = read_tensors(folder / "rest.safetensors", entries, target)
     except (KeyError, TypeError, AttributeError) as error:
-        raise StoreError(f"parts.json does not list the tensors: {type(error).__name__}: {error}; save the result again") from error
+        raise StoreError(
+            f"parts.json does not list the tensors: {type(error).__name__}: {error}; save the result again"
+        ) from error
     _fill(made, rest, list(chain(*places)))
     return PartsResult(made, folders.read_plan(folder), folders.read_report(folder), signature, parts, left)
 
@@ -79,15 +90,23 @@ def _check_code(model: nn.Module, signature: CallSignature, places: list[list[st
     """Refuse a model that the parts cannot have come from."""
     own, pruned = list(inspect.signature(model.forward).parameters), list(signature.parameters.parameters)
     if own != pruned:
-        raise StoreError(f"forward of this {type(model).__name__} takes {own}, that of the pruned model {pruned}; give the model that was pruned")
+        raise StoreError(
+            f"forward of this {type(model).__name__} takes {own}, that of the pruned model {pruned}; give the"
+            " model that was pruned"
+        )
     modules = dict(model.named_modules(remove_duplicate=False))
     seen: set[str] = set()
     for path in chain(*places):
         if path in seen or is_inside(path, seen):
-            raise StoreError(f"parts.json names '{path}' twice, or inside of another part; save the result again")
+            raise StoreError(
+                f"parts.json names '{path}' twice, or inside of another part; save the result again"
+            )
         seen.add(path)
         if path not in modules:
-            raise StoreError(f"this {type(model).__name__} has no submodule '{path}', which was pruned; give the model that was pruned")
+            raise StoreError(
+                f"this {type(model).__name__} has no submodule '{path}', which was pruned; give the model"
+                " that was pruned"
+            )
 
 
 def _fill(model: nn.Module, rest: dict[str, Any], paths: list[str]) -> None:
@@ -95,10 +114,16 @@ def _fill(model: nn.Module, rest: dict[str, Any], paths: list[str]) -> None:
     try:
         missing, strange = model.load_state_dict(rest, strict=False)
     except RuntimeError as error:  # sizes differ
-        raise StoreError(f"the weights around the parts do not fit this {type(model).__name__}: {error}; give the model that was pruned") from error
+        raise StoreError(
+            f"the weights around the parts do not fit this {type(model).__name__}: {error}; give the model"
+            " that was pruned"
+        ) from error
     stray = [*strange, *(name for name in missing if not is_inside(name, paths))]
     if stray:
-        raise StoreError(f"the weight '{stray[0]}' around the parts does not fit this {type(model).__name__}; give the model that was pruned")
+        raise StoreError(
+            f"the weight '{stray[0]}' around the parts does not fit this {type(model).__name__}; give the"
+            " model that was pruned"
+        )
 
 
 __all__ = ["is_parts", "load_parts"]

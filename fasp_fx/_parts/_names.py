@@ -17,13 +17,19 @@ def plan_within(path: str, plan: PruningPlan) -> PruningPlan:
 
 def group_within(path: str, group: Group) -> Group:
     """The group of a part in the names of the whole model."""
-    producers, consumers = (tuple(replace(member, name=f"{path}.{member.name}") for member in members) for members in (group.producers, group.consumers))
+    producers, consumers = (
+        tuple(replace(member, name=f"{path}.{member.name}") for member in members)
+        for members in (group.producers, group.consumers)
+    )
     return replace(group, name=f"{path}.{group.name}", producers=producers, consumers=consumers)
 
 
 def line_within(path: str, line: Line) -> Line:
     """The line of a part's report in the names of the whole model."""
-    producers, consumers = (tuple((f"{path}.{name}", dim) for name, dim in members) for members in (line.producers, line.consumers))
+    producers, consumers = (
+        tuple((f"{path}.{name}", dim) for name, dim in members)
+        for members in (line.producers, line.consumers)
+    )
     return replace(line, name=f"{path}.{line.name}", producers=producers, consumers=consumers)
 
 
@@ -31,7 +37,9 @@ def plan_of_part(plan: PruningPlan, path: str) -> PruningPlan:
     """The groups of a whole plan that lie in a part, in the names of the part."""
     start = f"{path}."
     groups = tuple(group for group in plan.groups if group.name.startswith(start))
-    return _mapped(replace(plan, groups=groups, splits=(), folds=(), copies=()), lambda name: name.removeprefix(start))
+    return _mapped(
+        replace(plan, groups=groups, splits=(), folds=(), copies=()), lambda name: name.removeprefix(start)
+    )
 
 
 def _mapped(plan: PruningPlan, change: Callable[[str], str]) -> PruningPlan:
@@ -44,9 +52,16 @@ def _mapped(plan: PruningPlan, change: Callable[[str], str]) -> PruningPlan:
         )
         for group in plan.groups
     )
-    splits = tuple(replace(split, name=change(split.name), source=change(split.source)) for split in plan.splits)
-    folds = tuple(replace(weight, name=change(weight.name), sources=tuple(map(change, weight.sources))) for weight in plan.folds)
-    copies = tuple(replace(copied, name=change(copied.name), source=change(copied.source)) for copied in plan.copies)
+    splits = tuple(
+        replace(split, name=change(split.name), source=change(split.source)) for split in plan.splits
+    )
+    folds = tuple(
+        replace(weight, name=change(weight.name), sources=tuple(map(change, weight.sources)))
+        for weight in plan.folds
+    )
+    copies = tuple(
+        replace(copied, name=change(copied.name), source=change(copied.source)) for copied in plan.copies
+    )
     return replace(plan, groups=groups, splits=splits, folds=folds, copies=copies)
 
 

@@ -66,7 +66,9 @@ def prune_in_parts(
     with assembly.timed("calibration"):
         batches = user_batches(calibration, assembly.device) if config.needs_data else None
     leaves = (pytree.tree_leaves((call.args, call.kwargs)) for call in batches or ())
-    chooser.ranks.check_alike(whole_fingerprint(dict(model.named_parameters(remove_duplicate=False))), leaves, config)
+    chooser.ranks.check_alike(
+        whole_fingerprint(dict(model.named_parameters(remove_duplicate=False))), leaves, config
+    )
     consumers = {part.path: Consumers(part.analysis, config.restore is not None) for part in assembly.parts}
     with assembly.timed("measuring"):
         costs, reached = _measured(assembly, chooser, batches, consumers)
@@ -88,7 +90,9 @@ def prune_in_parts(
             def advance(fraction: float, done: int = index) -> None:
                 progress((done + fraction) / len(assembly.parts))
 
-            decision = chooser.choose(consumers[part.path], lost, flat if batches is not None else None, advance)
+            decision = chooser.choose(
+                consumers[part.path], lost, flat if batches is not None else None, advance
+            )
             del flat
         if assembly.place(part, decision, calls) and not config.propagate:
             modules[part.path] = assembly.results[part.path].module
@@ -100,20 +104,30 @@ def prune_in_parts(
     return assembly.result(config)
 
 
-def _measured(assembly: Assembly, chooser: Chooser, batches: list[Call] | None, consumers: Mapping[str, Consumers]) -> tuple[Costs | None, list[bool]]:
+def _measured(
+    assembly: Assembly, chooser: Chooser, batches: list[Call] | None, consumers: Mapping[str, Consumers]
+) -> tuple[Costs | None, list[bool]]:
     """What every part costs, each by its own outputs, and which groups the calibration data reach."""
     curves: dict[str, CostCurve] = {}
     reached: list[bool] = []
     for part in assembly.parts:
-        calls = [] if batches is None or not chooser.measures else recorded(assembly.model, part.module, batches)
+        calls = (
+            [] if batches is None or not chooser.measures else recorded(assembly.model, part.module, batches)
+        )
         flat = graph_inputs(part, calls)[0]
         found = chooser.measure(consumers[part.path], flat, "", lambda fraction: None) if flat else None
-        curves |= {group_within(part.path, group).name: found[group.name] for group in part.analysis.chosen if found is not None and group.name in found}
+        curves |= {
+            group_within(part.path, group).name: found[group.name]
+            for group in part.analysis.chosen
+            if found is not None and group.name in found
+        }
         reached += [found is not None or not chooser.needs_costs] * len(part.analysis.chosen)
     return Costs(curves, "") if chooser.needs_costs else None, reached
 
 
-def analyze_in_parts(error: CaptureError, model: Any, args: Any, kwargs: dict[str, Any] | None, config: PruningConfig) -> PartsAnalysis:
+def analyze_in_parts(
+    error: CaptureError, model: Any, args: Any, kwargs: dict[str, Any] | None, config: PruningConfig
+) -> PartsAnalysis:
     """The analyses of the parts that :func:`prune_in_parts` would prune.
 
     Args:
@@ -126,7 +140,14 @@ def analyze_in_parts(error: CaptureError, model: Any, args: Any, kwargs: dict[st
     return PartsAnalysis({part.path: part.analysis for part in assembly.parts}, assembly.left)
 
 
-def apply_in_parts(error: CaptureError, model: Any, plan: PruningPlan, args: Any, kwargs: dict[str, Any] | None, config: PruningConfig) -> PartsResult:
+def apply_in_parts(
+    error: CaptureError,
+    model: Any,
+    plan: PruningPlan,
+    args: Any,
+    kwargs: dict[str, Any] | None,
+    config: PruningConfig,
+) -> PartsResult:
     """Replay a plan that was made in parts.
 
     Args:
@@ -141,9 +162,16 @@ def apply_in_parts(error: CaptureError, model: Any, plan: PruningPlan, args: Any
     assembly = Assembly(error, model, args, kwargs, config, None)
     owned = [plan_of_part(plan, part.path) for part in assembly.parts]
     if sum(len(own.groups) for own in owned) != len(plan.groups):
-        known = {f"{part.path}.{group.name}" for part, own in zip(assembly.parts, owned, strict=True) for group in own.groups}
+        known = {
+            f"{part.path}.{group.name}"
+            for part, own in zip(assembly.parts, owned, strict=True)
+            for group in own.groups
+        }
         stray = next(group.name for group in plan.groups if group.name not in known)
-        raise PlanError(f"group '{stray}' of the plan is in no part that was captured here; use the example inputs that the plan was made with")
+        raise PlanError(
+            f"group '{stray}' of the plan is in no part that was captured here; use the example inputs that"
+            " the plan was made with"
+        )
     for part, own in zip(assembly.parts, owned, strict=True):
         if own.groups and not assembly.place(part, Decision(plans.gone_of(own, part.analysis)), []):
             raise PlanError(f"part '{part.path}' of the plan cannot be put back: {assembly.left[part.path]}")
@@ -151,17 +179,25 @@ def apply_in_parts(error: CaptureError, model: Any, plan: PruningPlan, args: Any
 
 
 def check_parts_help(error: CaptureError, model: Any, **options: object) -> None:
-    """Go on only where submodules can help: the exporter failed on the code of a model whose weights are there, and no option asks for the whole of it.
+    """Go on only where submodules can help: the exporter failed on the code of a model whose weights are
+    there, and no option asks for the whole of it.
 
     Raises:
         CaptureError: ``error``, where they cannot, or with ``dynamic_shapes``.
         ArgumentError: another option speaks of a model captured as a whole; names it.
     """
-    if options.pop("dynamic_shapes", None) is not None or not isinstance(error, ExportError) or not isinstance(model, nn.Module):
+    if (
+        options.pop("dynamic_shapes", None) is not None
+        or not isinstance(error, ExportError)
+        or not isinstance(model, nn.Module)
+    ):
         raise error
     for name, value in options.items():
         if value:
-            raise ArgumentError(f"{name}={value!r} needs a model that is captured as a whole; leave it out to prune this one by its submodules") from error
+            raise ArgumentError(
+                f"{name}={value!r} needs a model that is captured as a whole; leave it out to prune this one"
+                " by its submodules"
+            ) from error
     tensors = [*model.parameters(), *model.buffers()]
     if any(nn.parameter.is_lazy(tensor) or tensor.device.type == "meta" for tensor in tensors):
         raise error

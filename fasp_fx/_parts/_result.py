@@ -19,8 +19,10 @@ class PartsResult(Result):
     """What :func:`fasp_fx.prune` returns for a model that cannot be captured as a whole.
 
     Attributes:
-        module: a copy of the caller's model with the pruned parts in place of the submodules that were captured.
-        parts: the result of each captured submodule, by its path; plans and reports in them use the names of the submodule.
+        module: a copy of the caller's model with the pruned parts in place of the submodules that were
+            captured.
+        parts: the result of each captured submodule, by its path; plans and reports in them use the names of
+            the submodule.
         left: for each submodule that stayed whole, why.
         plan: what was removed, in the names of the whole model; :func:`fasp_fx.apply` replays it.
         report: the figures of all parts together; its notes say which parts there are and what was left.
@@ -38,7 +40,14 @@ class PartsResult(Result):
         parts: Mapping[str, Result],
         left: Mapping[str, str],
     ) -> None:
-        fields = {"module": module, "plan": plan, "report": report, "signature": signature, "parts": dict(parts), "left": dict(left)}
+        fields = {
+            "module": module,
+            "plan": plan,
+            "report": report,
+            "signature": signature,
+            "parts": dict(parts),
+            "left": dict(left),
+        }
         for name, value in fields.items():
             object.__setattr__(self, name, value)
 
@@ -49,7 +58,10 @@ class PartsResult(Result):
         Raises:
             CaptureError: always; says where the programs of the parts are.
         """
-        raise CaptureError("a model pruned in parts has no single program; result.parts holds the result of each part, with its program")
+        raise CaptureError(
+            "a model pruned in parts has no single program; result.parts holds the result of each part, with"
+            " its program"
+        )
 
     def save(self, path: str | Path, *, overwrite: bool = False) -> Path:
         """Write plan, report, the program of each part and the weights of everything else to a new folder.
@@ -57,7 +69,8 @@ class PartsResult(Result):
         The code between the parts is not stored: :func:`fasp_fx.load` takes the dense model for it.
 
         Raises:
-            StoreError: the path is taken or cannot be written, or the result holds something that cannot be stored.
+            StoreError: the path is taken or cannot be written, or the result holds something that cannot be
+                stored.
         """
         from ._save import save_parts
 

@@ -1,8 +1,10 @@
-"""Results of models pruned in parts on disk: one save for each part, and the weights of everything around them.
+"""Results of models pruned in parts on disk: one save for each part, and the weights of everything around
+them.
 
-``parts/0``, ``parts/1``, … are saves of :mod:`fasp_fx.store`; ``parts.json`` says where each stands in the model and what stayed whole,
-``rest.safetensors`` holds the parameters and persistent buffers outside of the parts, ``plan.json``, ``report.json`` and ``signature.json`` what their
-names say, and ``manifest.json`` the size and SHA-256 of each file. The code between the parts is that of the model given to :func:`load_parts`.
+``parts/0``, ``parts/1``, … are saves of :mod:`fasp_fx.store`; ``parts.json`` says where each stands in the
+model and what stayed whole, ``rest.safetensors`` holds the parameters and persistent buffers outside of the
+parts, ``plan.json``, ``report.json`` and ``signature.json`` what their names say, and ``manifest.json`` the
+size and SHA-256 of each file. The code between the parts is that of the model given to :func:`load_parts`.
 """
 
 from __future__ import annotations
@@ -36,7 +38,11 @@ def save_parts(result: PartsResult, path: Path, *, overwrite: bool) -> Path:
     path = path.absolute()
     signature = signature_to_json(result.signature)
     places = {name: _places(result.module, name, part) for name, part in result.parts.items()}
-    rest = {name: value for name, value in result.module.state_dict(keep_vars=True).items() if not is_inside(name, chain(*places.values()))}
+    rest = {
+        name: value
+        for name, value in result.module.state_dict(keep_vars=True).items()
+        if not is_inside(name, chain(*places.values()))
+    }
     with new_folder(path, overwrite=overwrite, replaceable=_is_save) as folder:
         for index, part in enumerate(result.parts.values()):
             folders.save(part, folder / PARTS / str(index))
@@ -45,10 +51,15 @@ def save_parts(result: PartsResult, path: Path, *, overwrite: bool) -> Path:
         folders.write_json(folder / "signature.json", signature)
         tensors = write_tensors(folder / "rest.safetensors", rest)
         (folder / "rest.safetensors").chmod((folder / "plan.json").stat().st_mode)
-        folders.write_json(folder / "parts.json", {"parts": list(places.values()), "left": dict(result.left), "tensors": tensors})
+        folders.write_json(
+            folder / "parts.json",
+            {"parts": list(places.values()), "left": dict(result.left), "tensors": tensors},
+        )
         files = (*FILES, *manifests(len(places)))
         listed = {name: folders.listed(folder / name) for name in files}
-        folders.write_json(folder / folders.MANIFEST, {"format": FORMAT, **folders.versions(), "files": listed})
+        folders.write_json(
+            folder / folders.MANIFEST, {"format": FORMAT, **folders.versions(), "files": listed}
+        )
     return path
 
 
@@ -63,7 +74,11 @@ def is_parts(folder: Path) -> bool:
 def _is_save(folder: Path) -> bool:
     known = {folders.MANIFEST, PARTS, *FILES}
     inside = folder / PARTS
-    return is_parts(folder) and all(child.name in known for child in folder.iterdir()) and (not inside.is_dir() or all(map(folders.is_save, inside.iterdir())))
+    return (
+        is_parts(folder)
+        and all(child.name in known for child in folder.iterdir())
+        and (not inside.is_dir() or all(map(folders.is_save, inside.iterdir())))
+    )
 
 
 def manifests(count: int) -> tuple[str, ...]:
@@ -74,7 +89,10 @@ def _places(model: nn.Module, name: str, part: Result) -> list[str]:
     """Every place of a part in the model, the one by which it is known first."""
     found = [path for path, module in model.named_modules(remove_duplicate=False) if module is part.module]
     if name not in found:
-        raise StoreError(f"the part '{name}' no longer stands at its place in result.module, so it cannot be saved; save before exchanging modules")
+        raise StoreError(
+            f"the part '{name}' no longer stands at its place in result.module, so it cannot be saved; save"
+            " before exchanging modules"
+        )
     return [name, *(path for path in found if path != name)]
 
 

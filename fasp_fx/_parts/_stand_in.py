@@ -14,15 +14,38 @@ from torch import Tensor, fx, nn
 
 from .._compat import PRESERVED, pytree
 
-_LEAVES = (type(None), bool, int, float, complex, str, bytes, enum.Enum, torch.dtype, torch.device, torch.memory_format, torch.layout)
+_LEAVES = (
+    type(None),
+    bool,
+    int,
+    float,
+    complex,
+    str,
+    bytes,
+    enum.Enum,
+    torch.dtype,
+    torch.device,
+    torch.memory_format,
+    torch.layout,
+)
 
 
 def simple_attributes(module: nn.Module) -> dict[str, Any]:
-    """The attributes of a module that are data and no tensors, such as ``out_channels``: what its parent may read besides calling it."""
+    """The attributes of a module that are data and no tensors, such as ``out_channels``: what its parent may
+    read besides calling it.
+    """
     found: dict[str, Any] = {}
-    for owner in [*(vars(kind) for kind in reversed(type(module).__mro__) if not issubclass(nn.Module, kind)), vars(module)]:
+    for owner in [
+        *(vars(kind) for kind in reversed(type(module).__mro__) if not issubclass(nn.Module, kind)),
+        vars(module),
+    ]:
         for name, value in owner.items():
-            if not name.startswith("_") and name != "training" and not hasattr(fx.GraphModule, name) and _is_simple(value):
+            if (
+                not name.startswith("_")
+                and name != "training"
+                and not hasattr(fx.GraphModule, name)
+                and _is_simple(value)
+            ):
                 found[name] = value
     return found
 
@@ -36,14 +59,18 @@ def _is_simple(value: Any, depth: int = 3) -> bool:
         return all(_is_simple(item, depth - 1) for item in value.values())
     if isinstance(value, (list, tuple, set, frozenset)):
         return all(_is_simple(item, depth - 1) for item in value)
-    return hasattr(value, "__dict__") and all(_is_simple(item, depth - 1) for item in vars(value).values())  # a configuration
+    return hasattr(value, "__dict__") and all(
+        _is_simple(item, depth - 1) for item in vars(value).values()
+    )  # a configuration
 
 
 class StandIn(nn.Module):
-    """A captured part that shows its parent nothing but a forward, simple attributes and a flat list of parameters of other sizes and values.
+    """A captured part that shows its parent nothing but a forward, simple attributes and a flat list of
+    parameters of other sizes and values.
 
-    A parent that reads more, such as a layer inside the part, fails, and one that reads more of a parameter than its device and dtype (its values for a
-    penalty, its size for a count) computes something else: what it reads would change with the pruning.
+    A parent that reads more, such as a layer inside the part, fails, and one that reads more of a parameter
+    than its device and dtype (its values for a penalty, its size for a count) computes something else: what
+    it reads would change with the pruning.
     """
 
     def __init__(self, original: nn.Module, module: nn.Module) -> None:
@@ -61,7 +88,9 @@ class StandIn(nn.Module):
 
 def dressed(module: fx.GraphModule, original: nn.Module) -> fx.GraphModule:
     """The pruned part with the simple attributes of the original, which copies and pickles keep."""
-    attributes = {name: value for name, value in simple_attributes(original).items() if not hasattr(module, name)}
+    attributes = {
+        name: value for name, value in simple_attributes(original).items() if not hasattr(module, name)
+    }
     for name, value in attributes.items():
         setattr(module, name, value)
     module.meta[PRESERVED] = {**module.meta.get(PRESERVED, {}), **attributes}
@@ -76,7 +105,9 @@ def put(model: nn.Module, paths: Iterable[str], module: nn.Module) -> None:
 
 
 @contextlib.contextmanager
-def replaced(model: nn.Module, paths: Iterable[str], original: nn.Module, module: nn.Module) -> Iterator[None]:
+def replaced(
+    model: nn.Module, paths: Iterable[str], original: nn.Module, module: nn.Module
+) -> Iterator[None]:
     """Place a module at each path inside, and the original again afterwards."""
     put(model, paths, module)
     try:
@@ -94,15 +125,24 @@ def same_output(found: Any, expected: Any) -> bool:
 
 def _same_leaf(found: Any, expected: Any) -> bool:
     if isinstance(expected, Tensor):
-        return isinstance(found, Tensor) and found.shape == expected.shape and found.dtype == expected.dtype and _close(found, expected)
+        return (
+            isinstance(found, Tensor)
+            and found.shape == expected.shape
+            and found.dtype == expected.dtype
+            and _close(found, expected)
+        )
     if type(found) is not type(expected):
         return False
     if isinstance(expected, float):
-        return math.isclose(found, expected, rel_tol=1e-3, abs_tol=1e-6) or (math.isnan(found) and math.isnan(expected))
+        return math.isclose(found, expected, rel_tol=1e-3, abs_tol=1e-6) or (
+            math.isnan(found) and math.isnan(expected)
+        )
     if isinstance(expected, _LEAVES):
         return found == expected
     if dataclasses.is_dataclass(expected) or hasattr(expected, "__dict__"):  # not registered with pytree
-        return vars(found).keys() == vars(expected).keys() and all(same_output(vars(found)[name], value) for name, value in vars(expected).items())
+        return vars(found).keys() == vars(expected).keys() and all(
+            same_output(vars(found)[name], value) for name, value in vars(expected).items()
+        )
     return True
 
 

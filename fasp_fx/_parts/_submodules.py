@@ -77,7 +77,9 @@ class Search:
         for module in model.modules():
             for name, tensor in (*module._parameters.items(), *module._buffers.items()):
                 if tensor is not None:
-                    self.owners.setdefault(_storage(tensor), []).append((id(module), _join(self.paths[id(module)][0], name)))
+                    self.owners.setdefault(_storage(tensor), []).append(
+                        (id(module), _join(self.paths[id(module)][0], name))
+                    )
         self.left: dict[str, str] = {}
 
     def run(self) -> list[Part]:
@@ -102,7 +104,9 @@ class Search:
                     continue
                 path = self.paths[id(module)][0]
                 # A single layer needs no reason of its own inside a module that has one.
-                if outcome.reason and not (_matrices(module) < 2 and any(_within(path, other) for other in self.left)):
+                if outcome.reason and not (
+                    _matrices(module) < 2 and any(_within(path, other) for other in self.left)
+                ):
                     self.left[path] = outcome.reason
                 if outcome.descend:
                     following += _children(module)
@@ -110,10 +114,16 @@ class Search:
         return sorted(parts, key=lambda part: self.order.index(part.module))
 
     def _watch(self, modules: list[nn.Module], parts: list[Part]) -> dict[int, Seen]:
-        """Run the model and note the calls of some modules, and the order in which these and the parts found so far are called."""
+        """Run the model and note the calls of some modules, and the order in which these and the parts found
+        so far are called.
+        """
         seen: dict[int, Seen] = {}
         first: dict[nn.Module, None] = {}
-        candidates = [module for module in modules if _matrices(module) > 1 and not isinstance(module, torch.jit.ScriptModule)]
+        candidates = [
+            module
+            for module in modules
+            if _matrices(module) > 1 and not isinstance(module, torch.jit.ScriptModule)
+        ]
 
         def note(module: nn.Module, call: Call) -> None:
             first.setdefault(module)
@@ -130,16 +140,22 @@ class Search:
         if isinstance(module, torch.jit.ScriptModule):
             return _Refusal("a scripted module cannot be captured", descend=False)
         if _matrices(module) < 2:
-            return _Refusal("one weight alone has nothing to be coupled with" if _matrices(module) else "", descend=False)
+            return _Refusal(
+                "one weight alone has nothing to be coupled with" if _matrices(module) else "", descend=False
+            )
         if seen is None or seen.example is None:
-            return _Refusal("" if isinstance(module, _CONTAINERS) else "it is not called on the example inputs")
+            return _Refusal(
+                "" if isinstance(module, _CONTAINERS) else "it is not called on the example inputs"
+            )
         reason = self._attached(module) or _observed(module) or self._writes(module) or _opaque(seen)
         if reason:
             return _Refusal(reason)
         try:
             with rewound(self.model):
                 # features come in many sizes
-                program = capture_program(module, seen.example.args, seen.example.kwargs, image_sizes=True, own_defaults=True)
+                program = capture_program(
+                    module, seen.example.args, seen.example.kwargs, image_sizes=True, own_defaults=True
+                )
         except torch.OutOfMemoryError:
             raise
         except Exception as error:  # exporters raise what they like; whatever it is, this module stays
@@ -153,7 +169,10 @@ class Search:
         analysis = analyze_for(program, self.config)
         if not analysis.chosen:
             reasons = sorted({group.reason for group in analysis.groups if group.reason})
-            return _Refusal("nothing in it can be pruned" + (f": {'; '.join(reasons[:3])}" if reasons else ""), descend=False)
+            return _Refusal(
+                "nothing in it can be pruned" + (f": {'; '.join(reasons[:3])}" if reasons else ""),
+                descend=False,
+            )
         paths = tuple(self.paths[id(module)])
         difference = self._difference(program, module, paths, seen.example)
         if difference:
@@ -171,16 +190,30 @@ class Search:
                 return f"its submodule '{self.paths[id(inner)][0]}' is also used as '{outside[0]}'"
         for inner in module.modules():
             for name, parameter in inner._parameters.items():
-                others = [] if parameter is None else [other for owner, other in self.owners[_storage(parameter)] if owner not in inside]
+                others = (
+                    []
+                    if parameter is None
+                    else [other for owner, other in self.owners[_storage(parameter)] if owner not in inside]
+                )
                 if others:
-                    return f"its weight '{_join(self.paths[id(inner)][0], name)}' is tied to '{others[0]}' outside of it"
+                    return (
+                        f"its weight '{_join(self.paths[id(inner)][0], name)}' is tied to '{others[0]}'"
+                        " outside of it"
+                    )
         return None
 
     def _writes(self, module: nn.Module) -> str | None:
         names = self.changed.names(module)
-        return f"its forward sets the attribute '{_join(self.paths[id(module)][0], names[0])}', which a graph would not" if names else None
+        return (
+            f"its forward sets the attribute '{_join(self.paths[id(module)][0], names[0])}', which a graph"
+            " would not"
+            if names
+            else None
+        )
 
-    def _difference(self, program: Program, module: nn.Module, paths: tuple[str, ...], example: Call) -> str | None:
+    def _difference(
+        self, program: Program, module: nn.Module, paths: tuple[str, ...], example: Call
+    ) -> str | None:
         """How the captured module differs from the original, called alone and in its place in the model."""
         strangers: list[nn.Module] = []
         try:
@@ -199,7 +232,10 @@ class Search:
         except torch.OutOfMemoryError:
             raise
         except Exception as error:
-            return f"the model does not run with a graph in its place: {type(error).__name__}: {first_line(error)}"
+            return (
+                f"the model does not run with a graph in its place: {type(error).__name__}:"
+                f" {first_line(error)}"
+            )
         if strangers:
             return "it is also called through a reference outside of the module tree"
         if self.reproducible and not same_output(found, self.expected):
@@ -217,7 +253,10 @@ def why_unfit(program: Program, call: Call) -> str | None:
         for node, leaf, held in zip(nodes, flat, pytree.tree_leaves(program.example), strict=True):
             expected = node.meta.get("val")
             if isinstance(expected, Tensor) != isinstance(leaf, Tensor):
-                return f"'{node.name}' is a {type(leaf).__name__} in one call and a {type(held).__name__} in another"
+                return (
+                    f"'{node.name}' is a {type(leaf).__name__} in one call and a {type(held).__name__} in"
+                    " another"
+                )
             if isinstance(expected, Tensor):
                 if leaf.dtype != expected.dtype:
                     return f"'{node.name}' is {leaf.dtype} in one call and {expected.dtype} in another"
@@ -230,23 +269,39 @@ def why_unfit(program: Program, call: Call) -> str | None:
 
 
 def _opaque(seen: Seen) -> str | None:
-    hidden = next((name for call in (seen.example, *seen.kinds.values()) if call is not None and (name := call.opaque())), None)
+    hidden = next(
+        (
+            name
+            for call in (seen.example, *seen.kinds.values())
+            if call is not None and (name := call.opaque())
+        ),
+        None,
+    )
     return f"it takes a {hidden}, which holds tensors that the exporter does not see" if hidden else None
 
 
 def _observed(module: nn.Module) -> str | None:
-    """The hooks that somebody else put on a module or its submodules; a graph would run them once, at capture."""
+    """The hooks that somebody else put on a module or its submodules; a graph would run them once, at
+    capture.
+    """
     for path, inner in module.named_modules():
         if isinstance(inner, torch.jit.ScriptModule):
             continue  # cannot be captured anyway
-        hooks = (*inner._forward_hooks.values(), *inner._forward_pre_hooks.values(), *inner._backward_hooks.values(), *inner._backward_pre_hooks.values())
+        hooks = (
+            *inner._forward_hooks.values(),
+            *inner._forward_pre_hooks.values(),
+            *inner._backward_hooks.values(),
+            *inner._backward_pre_hooks.values(),
+        )
         if not all(map(of_torch, hooks)):
             where = f"its submodule '{path}'" if path else "it"
             return f"{where} has hooks, which a graph would not run"
     return None
 
 
-def _walk(module: nn.Module, path: str = "", above: tuple[nn.Module, ...] = ()) -> Iterator[tuple[str, nn.Module]]:
+def _walk(
+    module: nn.Module, path: str = "", above: tuple[nn.Module, ...] = ()
+) -> Iterator[tuple[str, nn.Module]]:
     """Every path to every module; a module that holds one above it is not entered again."""
     yield path, module
     for name, child in module._modules.items():

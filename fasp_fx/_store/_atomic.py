@@ -20,7 +20,8 @@ MARK = len("..0123456789ab.partial")
 
 @contextlib.contextmanager
 def new_folder(path: Path, *, overwrite: bool, replaceable: Callable[[Path], bool]) -> Iterator[Path]:
-    """Give a temporary sibling of ``path`` to fill; it takes the name ``path`` when the block ends, and is removed when the block raises.
+    """Give a temporary sibling of ``path`` to fill; it takes the name ``path`` when the block ends, and is
+    removed when the block raises.
 
     Args:
         path: the folder to make.
@@ -52,7 +53,8 @@ def new_folder(path: Path, *, overwrite: bool, replaceable: Callable[[Path], boo
 
 @contextlib.contextmanager
 def new_file(path: Path, *, replaceable: Callable[[Path], bool], keep: bool = True) -> Iterator[Path]:
-    """Give a temporary sibling of ``path`` to write; it takes the name ``path`` when the block ends, and is removed when the block raises.
+    """Give a temporary sibling of ``path`` to write; it takes the name ``path`` when the block ends, and is
+    removed when the block raises.
 
     Args:
         path: the file to make; missing folders are made.
@@ -68,7 +70,10 @@ def new_file(path: Path, *, replaceable: Callable[[Path], bool], keep: bool = Tr
     done = False
     try:
         if os.path.lexists(path) and (path.is_symlink() or not path.is_file() or not replaceable(path)):
-            raise StoreError(f"'{path}' holds something that fasp_fx did not write, so it is not replaced; choose another file or remove it yourself")
+            raise StoreError(
+                f"'{path}' holds something that fasp_fx did not write, so it is not replaced; choose another"
+                " file or remove it yourself"
+            )
         temporary.touch()
         yield temporary
         if keep:
@@ -95,9 +100,14 @@ def _refuse_taken(path: Path, overwrite: bool, replaceable: Callable[[Path], boo
     if not os.path.lexists(path):
         return
     if not overwrite:
-        raise StoreError(f"'{path}' exists; choose another path, or pass overwrite=True to replace an earlier save")
+        raise StoreError(
+            f"'{path}' exists; choose another path, or pass overwrite=True to replace an earlier save"
+        )
     if path.is_symlink() or not replaceable(path):
-        raise StoreError(f"'{path}' exists and is not a folder that save() wrote, so it is not replaced; choose another path or remove it yourself")
+        raise StoreError(
+            f"'{path}' exists and is not a folder that save() wrote, so it is not replaced; choose another"
+            " path or remove it yourself"
+        )
 
 
 def _make_parents(folder: Path) -> list[Path]:
@@ -129,7 +139,8 @@ def _install(temporary: Path, path: Path) -> None:
     taken = path.exists()
     if _rename(temporary, path, _EXCHANGE if taken else _NO_REPLACE):
         return
-    # Without an atomic exchange the old folder steps aside, and comes back if the new one cannot take its place.
+    # Without an atomic exchange the old folder steps aside, and comes back if the new one cannot take its
+    # place.
     if not taken:
         temporary.rename(path)
         return

@@ -1,7 +1,8 @@
-"""Expressions of sizes and guards on them, as text that torch would hand to sympy and to Python: checked here, in time that grows with their length alone.
+"""Expressions of sizes and guards on them, as text that torch would hand to sympy and to Python: checked
+here, in time that grows with their length alone.
 
-Evaluated as they stand, ``2**2**2**2**2**2`` never ends, and sympy's ``Max`` of three hundred symbols takes minutes. What save() writes is short: a size is a
-sum of few products of few symbols, and below 2^63.
+Evaluated as they stand, ``2**2**2**2**2**2`` never ends, and sympy's ``Max`` of three hundred symbols takes
+minutes. What save() writes is short: a size is a sum of few products of few symbols, and below 2^63.
 """
 
 from __future__ import annotations
@@ -26,32 +27,118 @@ _SHIFTS = {"LShift", "RShift"}
 _SUMS = {"Add", "Max", "Min", "Piecewise", "ExprCondPair", "Tuple", "Where"}
 #: constructors that sympy.srepr writes for sizes, with torch's own
 _CALLS = {
-    *("Symbol", "Integer", "Rational", "Float", "Add", "Mul", "Pow", "Mod", "Max", "Min", "floor", "ceiling", "Abs", "Piecewise", "ExprCondPair", "Tuple"),
-    *("Equality", "Unequality", "StrictLessThan", "LessThan", "StrictGreaterThan", "GreaterThan", "And", "Or", "Not", "FloorDiv", "ModularIndexing", "Where"),
-    *("PythonMod", "CleanDiv", "CeilToInt", "FloorToInt", "CeilDiv", "LShift", "RShift", "PowByNatural", "FloatPow", "FloatTrueDiv", "IntTrueDiv"),
-    *("IsNonOverlappingAndDenseIndicator", "TruncToFloat", "TruncToInt", "RoundToInt", "RoundDecimal", "ToFloat", "Identity"),
+    *(
+        "Symbol",
+        "Integer",
+        "Rational",
+        "Float",
+        "Add",
+        "Mul",
+        "Pow",
+        "Mod",
+        "Max",
+        "Min",
+        "floor",
+        "ceiling",
+        "Abs",
+        "Piecewise",
+        "ExprCondPair",
+        "Tuple",
+    ),
+    *(
+        "Equality",
+        "Unequality",
+        "StrictLessThan",
+        "LessThan",
+        "StrictGreaterThan",
+        "GreaterThan",
+        "And",
+        "Or",
+        "Not",
+        "FloorDiv",
+        "ModularIndexing",
+        "Where",
+    ),
+    *(
+        "PythonMod",
+        "CleanDiv",
+        "CeilToInt",
+        "FloorToInt",
+        "CeilDiv",
+        "LShift",
+        "RShift",
+        "PowByNatural",
+        "FloatPow",
+        "FloatTrueDiv",
+        "IntTrueDiv",
+    ),
+    *(
+        "IsNonOverlappingAndDenseIndicator",
+        "TruncToFloat",
+        "TruncToInt",
+        "RoundToInt",
+        "RoundDecimal",
+        "ToFloat",
+        "Identity",
+    ),
 }
 _CONSTANTS = {"true", "false"}
 #: what a symbol is assumed to be
-_ASSUMPTIONS = {"positive", "integer", "nonnegative", "real", "zero", "finite", "rational", "precision", "commutative", "evaluate", "negative", "extended_real"}
+_ASSUMPTIONS = {
+    "positive",
+    "integer",
+    "nonnegative",
+    "real",
+    "zero",
+    "finite",
+    "rational",
+    "precision",
+    "commutative",
+    "evaluate",
+    "negative",
+    "extended_real",
+}
 #: names of symbols and digits of numbers
 _WORD = re.compile(r"-?\w{1,80}(\.\d{1,80})?([eE][+-]?\d{1,3})?")
-_GUARD_CALLS = {"max", "min", "abs", "int", "float", "bool", "IsNonOverlappingAndDenseIndicator", "cast_symbool_to_symint_guardless"}
+_GUARD_CALLS = {
+    "max",
+    "min",
+    "abs",
+    "int",
+    "float",
+    "bool",
+    "IsNonOverlappingAndDenseIndicator",
+    "cast_symbool_to_symint_guardless",
+}
 _GUARD_MODULES = {
     "math": {"floor", "ceil", "trunc", "sqrt", "pow"},
     "torch": {"sym_float", "sym_int", "sym_max", "sym_min", "sym_not", "sym_ite", "_sym_sqrt"},
 }
 _GUARD_METHODS = {"size", "stride", "storage_offset", "numel"}
-_OPERATIONS = (ast.BoolOp, ast.BinOp, ast.UnaryOp, ast.Compare, ast.operator, ast.unaryop, ast.boolop, ast.cmpop, ast.Load)
+_OPERATIONS = (
+    ast.BoolOp,
+    ast.BinOp,
+    ast.UnaryOp,
+    ast.Compare,
+    ast.operator,
+    ast.unaryop,
+    ast.boolop,
+    ast.cmpop,
+    ast.Load,
+)
 
 
 def refuse(kind: str, text: Any) -> StoreError:
     """The error for a forged piece of text."""
-    return StoreError(f"graph.json holds the {kind} {text!r:.300}, which save() never writes; the file is damaged or forged: save the result again")
+    return StoreError(
+        f"graph.json holds the {kind} {text!r:.300}, which save() never writes; the file is damaged or"
+        " forged: save the result again"
+    )
 
 
 def check_expression(text: Any) -> int:
-    """Refuse a size expression that is more than constructors of symbols, numbers and arithmetic, or that would take long to evaluate.
+    """Refuse a size expression that is more than constructors of symbols, numbers and arithmetic, or that
+    would take long to evaluate.
 
     Returns:
         How many nodes it has.
@@ -90,7 +177,12 @@ def _nesting(text: str) -> int:
             deepest = max(deepest, depth)
         elif character in ")]}":
             depth -= 1
-    return max(deepest, text.count("**") + text.count("~"), text.count("not ") // 2, max(map(len, re.findall(r"[+-]+", text)), default=0))
+    return max(
+        deepest,
+        text.count("**") + text.count("~"),
+        text.count("not ") // 2,
+        max(map(len, re.findall(r"[+-]+", text)), default=0),
+    )
 
 
 def _bits(node: ast.expr) -> float:
@@ -117,7 +209,11 @@ def _bits_of(node: ast.expr) -> float:
     if not isinstance(node, ast.Call) or not isinstance(node.func, ast.Name) or node.func.id not in _CALLS:
         raise ValueError("it is no arithmetic")
     for keyword in node.keywords:
-        if keyword.arg not in _ASSUMPTIONS or not isinstance(keyword.value, ast.Constant) or type(keyword.value.value) not in (bool, int):
+        if (
+            keyword.arg not in _ASSUMPTIONS
+            or not isinstance(keyword.value, ast.Constant)
+            or type(keyword.value.value) not in (bool, int)
+        ):
             raise ValueError(f"{keyword.arg} is no assumption")
     return _bits_of_call(node.func.id, node.args, node)
 
@@ -126,8 +222,9 @@ def _bits_of_call(name: str, arguments: list[ast.expr], node: ast.Call) -> float
     if name in ("Symbol", "Float", "Integer"):
         if len(arguments) != 1 or not isinstance(arguments[0], (ast.Constant, ast.UnaryOp)):
             raise ValueError("it is no symbol or number")
-        if any(keyword.arg == "precision" and not 0 < keyword.value.value <= 1024 for keyword in node.keywords):  # type: ignore[attr-defined]
-            raise ValueError("no number has that precision")
+        for keyword in node.keywords:
+            if keyword.arg == "precision" and not 0 < keyword.value.value <= 1024:  # type: ignore[attr-defined]
+                raise ValueError("no number has that precision")
         value = arguments[0].value if isinstance(arguments[0], ast.Constant) else None
         if isinstance(value, str):
             if _WORD.fullmatch(value) is None:
@@ -157,7 +254,11 @@ def _exponent(arguments: list[ast.expr]) -> int:
         if isinstance(found, ast.UnaryOp):
             found = found.operand
             continue
-        if not isinstance(found.func, ast.Name) or found.func.id not in ("Integer", "Rational", "Float") or not found.args:
+        if (
+            not isinstance(found.func, ast.Name)
+            or found.func.id not in ("Integer", "Rational", "Float")
+            or not found.args
+        ):
             raise ValueError("an exponent is a number")
         found = found.args[0]
     value = found.value if isinstance(found, ast.Constant) else None
@@ -172,7 +273,8 @@ def _digits(value: float) -> float:
 
 
 def check_guard(text: Any) -> int:
-    """Refuse a guard that is more than arithmetic on the sizes of inputs, or that would take long to evaluate.
+    """Refuse a guard that is more than arithmetic on the sizes of inputs, or that would take long to
+    evaluate.
 
     Returns:
         How many nodes it has.
@@ -192,7 +294,9 @@ def _is_guard(node: ast.AST) -> bool:
     if isinstance(node, ast.Subscript):
         called = node.value
         if isinstance(called, ast.Call):
-            return isinstance(node.slice, ast.Constant) and type(node.slice.value) is int and _is_guard(called)
+            return (
+                isinstance(node.slice, ast.Constant) and type(node.slice.value) is int and _is_guard(called)
+            )
         return _is_input(node)
     if isinstance(node, ast.Call):
         if node.keywords:
@@ -203,13 +307,21 @@ def _is_guard(node: ast.AST) -> bool:
         if not isinstance(function, ast.Attribute):
             return False
         if isinstance(function.value, ast.Name):
-            return function.attr in _GUARD_MODULES.get(function.value.id, set()) and all(map(_is_guard, node.args))
-        return function.attr in _GUARD_METHODS and _is_input(function.value) and all(isinstance(a, ast.Constant) and type(a.value) is int for a in node.args)
+            return function.attr in _GUARD_MODULES.get(function.value.id, set()) and all(
+                map(_is_guard, node.args)
+            )
+        return (
+            function.attr in _GUARD_METHODS
+            and _is_input(function.value)
+            and all(isinstance(a, ast.Constant) and type(a.value) is int for a in node.args)
+        )
     return isinstance(node, _OPERATIONS) and all(map(_is_guard, ast.iter_child_nodes(node)))
 
 
 def _is_small(tree: ast.expr) -> bool:
-    """Whether a guard raises to small powers only, at most twice, and names no number of more than 64 digits."""
+    """Whether a guard raises to small powers only, at most twice, and names no number of more
+    than 64 digits.
+    """
     powers = 0
     for node in ast.walk(tree):
         if isinstance(node, ast.Constant) and isinstance(node.value, int) and node.value.bit_length() > 256:
@@ -217,7 +329,12 @@ def _is_small(tree: ast.expr) -> bool:
         if isinstance(node, ast.BinOp) and isinstance(node.op, (ast.Pow, ast.LShift)):
             powers += 1
             exponent = node.right.operand if isinstance(node.right, ast.UnaryOp) else node.right
-            if powers > 2 or not isinstance(exponent, ast.Constant) or not isinstance(exponent.value, (int, float)) or not abs(exponent.value) <= 64:
+            if (
+                powers > 2
+                or not isinstance(exponent, ast.Constant)
+                or not isinstance(exponent.value, (int, float))
+                or not abs(exponent.value) <= 64
+            ):
                 return False
         if isinstance(node, ast.BinOp) and isinstance(node.op, ast.MatMult):
             return False

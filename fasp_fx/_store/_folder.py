@@ -1,4 +1,6 @@
-"""The folder of a result: written whole, and what is in it without the program (:mod:`fasp_fx.store` says what the files hold)."""
+"""The folder of a result: written whole, and what is in it without the program (:mod:`fasp_fx.store` says
+what the files hold).
+"""
 
 from __future__ import annotations
 
@@ -25,7 +27,14 @@ if TYPE_CHECKING:
 
 FORMAT = "fasp_fx.store/5"
 MANIFEST = "manifest.json"
-FILES = ("graph.json", "weights.safetensors", "constants.safetensors", "plan.json", "report.json", "signature.json")
+FILES = (
+    "graph.json",
+    "weights.safetensors",
+    "constants.safetensors",
+    "plan.json",
+    "report.json",
+    "signature.json",
+)
 
 
 def save(result: Result, path: str | Path, *, overwrite: bool = False) -> Path:
@@ -40,7 +49,8 @@ def save(result: Result, path: str | Path, *, overwrite: bool = False) -> Path:
         The folder.
 
     Raises:
-        StoreError: the path is taken or cannot be written, or the result holds something that cannot be stored.
+        StoreError: the path is taken or cannot be written, or the result holds something that cannot be
+            stored.
     """
     path = Path(path).absolute()
     program = result.program
@@ -57,7 +67,10 @@ def save(result: Result, path: str | Path, *, overwrite: bool = False) -> Path:
             tensors[name] = write_tensors(file, held)
             file.chmod(mode)
         write_json(folder / "graph.json", {**graph, "tensors": tensors})
-        write_json(folder / MANIFEST, {"format": FORMAT, **versions(), "files": {name: listed(folder / name) for name in FILES}})
+        write_json(
+            folder / MANIFEST,
+            {"format": FORMAT, **versions(), "files": {name: listed(folder / name) for name in FILES}},
+        )
     return path
 
 
@@ -97,10 +110,14 @@ def verify(folder: Path, expected: str = FORMAT, files: tuple[str, ...] = FILES)
     manifest = read_json(folder / MANIFEST)
     if manifest.get("format") != expected:
         if expected == FORMAT and str(manifest.get("format")).startswith("fasp_fx.hf/"):
-            raise StoreError(f"'{folder}' holds a language model of transformers; load it with AutoModelForCausalLM.from_pretrained('{folder}')")
+            raise StoreError(
+                f"'{folder}' holds a language model of transformers; load it with"
+                f" AutoModelForCausalLM.from_pretrained('{folder}')"
+            )
         written = str(manifest.get("fasp_fx"))[:40]
         raise StoreError(
-            f"{MANIFEST} has the format {manifest.get('format')!r:.80}, this version reads {expected!r}; save again, or load with fasp_fx {written}"
+            f"{MANIFEST} has the format {manifest.get('format')!r:.80}, this version reads {expected!r}; save"
+            f" again, or load with fasp_fx {written}"
         )
     entries = manifest.get("files")
     for name in files:  # all sizes are looked at before the first file is read
@@ -111,7 +128,8 @@ def verify(folder: Path, expected: str = FORMAT, files: tuple[str, ...] = FILES)
         size = size_of(file)
         if size != entry.get("size"):
             raise StoreError(
-                f"{name} has {size} bytes, {MANIFEST} says {entry.get('size')!r:.80}: it is truncated or was changed; copy the folder or save again"
+                f"{name} has {size} bytes, {MANIFEST} says {entry.get('size')!r:.80}: it is truncated or was"
+                " changed; copy the folder or save again"
             )
         if file.suffix == ".json":
             check_length(file, size)
@@ -120,7 +138,10 @@ def verify(folder: Path, expected: str = FORMAT, files: tuple[str, ...] = FILES)
     for name in files:
         file, entry = folder / name, entries[name]  # type: ignore[index]
         if _sha256(file) != entry.get("sha256"):
-            raise StoreError(f"{name} was changed after it was saved (its SHA-256 differs from {MANIFEST}); copy the folder again, or save the result again")
+            raise StoreError(
+                f"{name} was changed after it was saved (its SHA-256 differs from {MANIFEST}); copy the"
+                " folder again, or save the result again"
+            )
 
 
 def is_save(folder: Path) -> bool:
@@ -130,7 +151,9 @@ def is_save(folder: Path) -> bool:
     except StoreError:
         return False
     known = {MANIFEST, *FILES}
-    return str(manifest.get("format")).startswith("fasp_fx.store/") and all(child.name in known for child in folder.iterdir())
+    return str(manifest.get("format")).startswith("fasp_fx.store/") and all(
+        child.name in known for child in folder.iterdir()
+    )
 
 
 def versions() -> dict[str, str]:
@@ -170,4 +193,17 @@ def read_json(file: Path) -> dict[str, Any]:
     return data
 
 
-__all__ = ["FILES", "FORMAT", "MANIFEST", "is_save", "listed", "read_json", "read_plan", "read_report", "save", "verify", "versions", "write_json"]
+__all__ = [
+    "FILES",
+    "FORMAT",
+    "MANIFEST",
+    "is_save",
+    "listed",
+    "read_json",
+    "read_plan",
+    "read_report",
+    "save",
+    "verify",
+    "versions",
+    "write_json",
+]

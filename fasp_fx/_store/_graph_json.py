@@ -52,12 +52,18 @@ def _check_outputs(program: ExportedProgram) -> None:
     """
     text = next((item for item in results(program.graph) if isinstance(item, str)), None)
     if text is not None:
-        raise StoreError(f"the model returns the text {text!r} among its outputs, which is not stored; let forward return tensors and numbers")
+        raise StoreError(
+            f"the model returns the text {text!r} among its outputs, which is not stored; let forward return"
+            " tensors and numbers"
+        )
     for spec in _within(program.call_spec.out_spec):
         keys = spec.context if spec.type is dict else ()
         odd = next((key for key in keys if not isinstance(key, (str, int))), None)
         if odd is not None:
-            raise StoreError(f"the model returns a dict with the key {odd!r}, which is not stored; let forward return dicts with text for keys")
+            raise StoreError(
+                f"the model returns a dict with the key {odd!r}, which is not stored; let forward return"
+                " dicts with text for keys"
+            )
 
 
 def _within(spec: Any) -> Iterator[Any]:
@@ -68,7 +74,11 @@ def _within(spec: Any) -> Iterator[Any]:
 
 
 def program_from_json(
-    data: Mapping[str, Any], weights: dict[str, Tensor], constants: dict[str, Tensor], device: torch.device | None, cast: bool = False
+    data: Mapping[str, Any],
+    weights: dict[str, Tensor],
+    constants: dict[str, Tensor],
+    device: torch.device | None,
+    cast: bool = False,
 ) -> ExportedProgram:
     """The program over the given tensors.
 
@@ -76,7 +86,8 @@ def program_from_json(
         data: what :func:`program_to_json` returned.
         weights, constants: tensors by name.
         device: where the program shall run; ``None`` keeps the devices of the save.
-        cast: whether the tensors may be of other types than the graph was captured with, as those of a module after ``double()``.
+        cast: whether the tensors may be of other types than the graph was captured with, as those of a module
+            after ``double()``.
 
     Raises:
         StoreError: the data holds anything that :func:`program_to_json` does not write.
@@ -88,7 +99,9 @@ def program_from_json(
         check_program(parsed, tensors)
         if device is not None:
             _move(parsed, device)
-        example = _example_from_json(data["example"], parsed.graph_module.module_call_graph[0].signature.in_spec, device)
+        example = _example_from_json(
+            data["example"], parsed.graph_module.module_call_graph[0].signature.in_spec, device
+        )
         with quiet():
             program = _serde.read(parsed, weights, constants, example)
         with_tuples(program)
@@ -97,7 +110,10 @@ def program_from_json(
     except StoreError:
         raise
     except Exception as error:  # torch's reader raises whatever it trips over
-        raise StoreError(f"graph.json holds no program that torch {torch.__version__} can read: {first_line(error)}; save the result again") from error
+        raise StoreError(
+            f"graph.json holds no program that torch {torch.__version__} can read: {first_line(error)}; save"
+            " the result again"
+        ) from error
 
 
 def check_weights(program: ExportedProgram) -> None:
@@ -107,22 +123,36 @@ def check_weights(program: ExportedProgram) -> None:
         for what in ("shape", "dtype", "device"):
             found, wanted = getattr(tensor, what, None), getattr(expected, what)
             if found != wanted:
-                raise StoreError(f"'{name}' has {what} {found}, the program was captured with {wanted}; undo the change, or export the module again")
+                raise StoreError(
+                    f"'{name}' has {what} {found}, the program was captured with {wanted}; undo the change,"
+                    " or export the module again"
+                )
 
 
 def _check_stored(program: ExportedProgram, cast: bool) -> None:
     """Refuse tensors that are not what the graph takes them for."""
     for name, expected in _expected(program):
         tensor = program.state_dict.get(name, program.constants.get(name))
-        if not isinstance(tensor, Tensor) or tensor.shape != expected.shape or (tensor.dtype != expected.dtype and not cast):
+        if (
+            not isinstance(tensor, Tensor)
+            or tensor.shape != expected.shape
+            or (tensor.dtype != expected.dtype and not cast)
+        ):
             found = f"{tensor.dtype} {list(tensor.shape)}" if isinstance(tensor, Tensor) else "not stored"
-            raise StoreError(f"'{name}' is {found}, the stored graph takes {expected.dtype} {list(expected.shape)}; save the result again")
+            raise StoreError(
+                f"'{name}' is {found}, the stored graph takes {expected.dtype} {list(expected.shape)}; save"
+                " the result again"
+            )
 
 
 def _expected(program: ExportedProgram) -> Iterator[tuple[str, Tensor]]:
     """The names of the tensors that a graph takes besides its inputs, and what it takes them for."""
     signature = program.graph_signature
-    names = {**signature.inputs_to_parameters, **signature.inputs_to_buffers, **signature.inputs_to_lifted_tensor_constants}
+    names = {
+        **signature.inputs_to_parameters,
+        **signature.inputs_to_buffers,
+        **signature.inputs_to_lifted_tensor_constants,
+    }
     for node in program.graph.find_nodes(op="placeholder"):
         if node.name in names:
             yield names[node.name], node.meta["val"]
@@ -140,14 +170,22 @@ def _move(item: Any, device: torch.device) -> None:
 def _moved(text: str, device: torch.device) -> str:
     def move(value: Any) -> Any:
         if isinstance(value, dict):
-            return {**value, "s": str(device)} if value.get("_t") == "device" else {key: move(item) for key, item in value.items()}
+            return (
+                {**value, "s": str(device)}
+                if value.get("_t") == "device"
+                else {key: move(item) for key, item in value.items()}
+            )
         return [move(item) for item in value] if isinstance(value, list) else value
 
     def visit(tree: dict[str, Any]) -> dict[str, Any]:
         context = tree["context"]
         if isinstance(context, str) and '"_t"' in context:
             context = json.dumps(move(json.loads(context)))
-        return {**tree, "context": context, "children_spec": [visit(child) for child in tree["children_spec"]]}
+        return {
+            **tree,
+            "context": context,
+            "children_spec": [visit(child) for child in tree["children_spec"]],
+        }
 
     protocol, tree = json.loads(text)
     return json.dumps([protocol, visit(tree)])
@@ -157,12 +195,20 @@ def _example_to_json(program: ExportedProgram) -> list[dict[str, Any]]:
     leaves = []
     for leaf in pytree.tree_leaves(program.example_inputs):
         if isinstance(leaf, Tensor):
-            leaves.append({"shape": list(leaf.shape), "dtype": str(leaf.dtype).removeprefix("torch."), "device": str(leaf.device)})
+            leaves.append(
+                {
+                    "shape": list(leaf.shape),
+                    "dtype": str(leaf.dtype).removeprefix("torch."),
+                    "device": str(leaf.device),
+                }
+            )
             continue
         try:
             leaves.append({"value": value_to_json(leaf)})
         except TypeError as error:
-            raise StoreError(f"an example input is {leaf!r}: {error}; capture the model with tensors and plain data") from error
+            raise StoreError(
+                f"an example input is {leaf!r}: {error}; capture the model with tensors and plain data"
+            ) from error
     return leaves
 
 
@@ -179,9 +225,14 @@ def _example_from_json(leaves: list[dict[str, Any]], structure: str, device: tor
             raise StoreError(f"graph.json names {leaf['dtype']!r} as a dtype; save the result again")
         shape = leaf["shape"]
         if len(shape) > DIMENSIONS or not all(type(size) is int and size >= 0 for size in shape):
-            raise StoreError(f"graph.json gives an example input the shape {shape!r:.200}; save the result again")
+            raise StoreError(
+                f"graph.json gives an example input the shape {shape!r:.200}; save the result again"
+            )
         elements += math.prod(shape)
         if elements > EXAMPLE:
-            raise StoreError(f"the example inputs in graph.json have {elements:,} elements, and at most {EXAMPLE:,} are made; save with smaller ones")
+            raise StoreError(
+                f"the example inputs in graph.json have {elements:,} elements, and at most {EXAMPLE:,} are"
+                " made; save with smaller ones"
+            )
         values.append(to_device(torch.zeros(shape, dtype=dtype), device or device_of(leaf["device"])))
     return pytree.tree_unflatten(values, pytree.treespec_loads(structure))

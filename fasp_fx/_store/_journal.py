@@ -1,4 +1,6 @@
-"""What was decided so far, on disk, so that a calibration that was interrupted goes on after the last consumer that was done."""
+"""What was decided so far, on disk, so that a calibration that was interrupted goes on after the last
+consumer that was done.
+"""
 
 from __future__ import annotations
 
@@ -49,7 +51,10 @@ class Journal:
         self._known: dict[int, tuple[Path, dict[str, Any]]] = {}
         self._new: dict[int, Restored] = {}
         self._new_removed: dict[str, list[int]] = {}
-        for made in sorted((path for path in folder.glob("stop-*") if path.name[5:].isdigit()), key=lambda path: int(path.name[5:])):
+        for made in sorted(
+            (path for path in folder.glob("stop-*") if path.name[5:].isdigit()),
+            key=lambda path: int(path.name[5:]),
+        ):
             self._read(made)
 
     def restored(self, number: int) -> Restored | None:
@@ -84,11 +89,24 @@ class Journal:
         Raises:
             StoreError: the folder cannot be written.
         """
-        outcomes = {number: {name: getattr(outcome, name) for name in _FIELDS} for number, outcome in self._new.items()}
-        with new_folder(self._folder / f"stop-{stops}", overwrite=False, replaceable=lambda folder: False) as made:
-            weights = {str(number): outcome.weight.detach().cpu().contiguous() for number, outcome in self._new.items()}
+        outcomes = {
+            number: {name: getattr(outcome, name) for name in _FIELDS}
+            for number, outcome in self._new.items()
+        }
+        with new_folder(
+            self._folder / f"stop-{stops}", overwrite=False, replaceable=lambda folder: False
+        ) as made:
+            weights = {
+                str(number): outcome.weight.detach().cpu().contiguous()
+                for number, outcome in self._new.items()
+            }
             safetensors.torch.save_file(weights, made / _WEIGHTS)
-            events = {"after": self.stops, "removed": self._new_removed, "outcomes": outcomes, "remarks": dict(remarks)}
+            events = {
+                "after": self.stops,
+                "removed": self._new_removed,
+                "outcomes": outcomes,
+                "remarks": dict(remarks),
+            }
             (made / _EVENTS).write_text(json.dumps(events), encoding="utf-8")
         self.stops, self._new, self._new_removed = stops, {}, {}
 
@@ -98,14 +116,26 @@ class Journal:
             if events["after"] != self.stops:
                 raise ValueError(f"it follows stop {events['after']}, which is missing")
             self.stops = int(folder.name[5:])
-            self.removed |= {group: np.array(removed, dtype=np.int64) for group, removed in events["removed"].items()}
-            self._known |= {int(number): (folder, {name: outcome[name] for name in _FIELDS}) for number, outcome in events["outcomes"].items()}
+            self.removed |= {
+                group: np.array(removed, dtype=np.int64) for group, removed in events["removed"].items()
+            }
+            self._known |= {
+                int(number): (folder, {name: outcome[name] for name in _FIELDS})
+                for number, outcome in events["outcomes"].items()
+            }
             self.remarks = dict(events["remarks"])
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise _damaged(folder, error) from error
 
 
-def open_journal(folder: Path, fingerprint: str, config: PruningConfig, lost: Sequence[int], batches: Sequence[Sequence[Any]], processes: int) -> Journal:
+def open_journal(
+    folder: Path,
+    fingerprint: str,
+    config: PruningConfig,
+    lost: Sequence[int],
+    batches: Sequence[Sequence[Any]],
+    processes: int,
+) -> Journal:
     """The journal of a calibration.
 
     Args:
@@ -120,12 +150,20 @@ def open_journal(folder: Path, fingerprint: str, config: PruningConfig, lost: Se
     """
     if callable(config.allocation):
         config = replace(config, allocation=None)
-    run = {"format": FORMAT, "model": fingerprint, "options": json.loads(config.to_json()), "lost": list(lost), "data": digest_of(batches)}
+    run = {
+        "format": FORMAT,
+        "model": fingerprint,
+        "options": json.loads(config.to_json()),
+        "lost": list(lost),
+        "data": digest_of(batches),
+    }
     return Journal(folder, {**run, "processes": processes})
 
 
 def _damaged(folder: Path, error: Exception) -> StoreError:
-    return StoreError(f"the checkpoint '{folder}' is damaged: {first_line(error)}; remove the folder that it is in")
+    return StoreError(
+        f"the checkpoint '{folder}' is damaged: {first_line(error)}; remove the folder that it is in"
+    )
 
 
 __all__ = ["Journal", "open_journal"]

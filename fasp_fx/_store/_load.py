@@ -27,9 +27,14 @@ def load_program(folder: Path, device: torch.device | None) -> Result:
     signature = signature_from_json(read_json(folder / "signature.json"))
     report, plan = read_report(folder), read_plan(folder)
     try:
-        tensors = {name: read_tensors(folder / f"{name}.safetensors", graph["tensors"][name], device) for name in ("weights", "constants")}
+        tensors = {
+            name: read_tensors(folder / f"{name}.safetensors", graph["tensors"][name], device)
+            for name in ("weights", "constants")
+        }
     except (KeyError, TypeError, AttributeError) as error:
-        raise StoreError(f"graph.json does not list the tensors: {type(error).__name__}: {error}; save the result again") from error
+        raise StoreError(
+            f"graph.json does not list the tensors: {type(error).__name__}: {error}; save the result again"
+        ) from error
     program = program_from_json(graph, tensors["weights"], tensors["constants"], device)
     with parsing("graph.json or signature.json"):  # each may be well-formed, and not fit the other
         check_fit(program, signature)

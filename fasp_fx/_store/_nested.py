@@ -1,7 +1,8 @@
 """Tuples among the arguments of higher-order operators, in a form that torch's serialiser can write.
 
-It writes lists of one kind and dicts of any kind. A tuple of sizes, tensors, graphs and nothing, such as the block mask of flex attention, is therefore
-written as a dict with the keys ``"0"``, ``"1"`` …, and made a tuple again on reading.
+It writes lists of one kind and dicts of any kind. A tuple of sizes, tensors, graphs and nothing, such as the
+block mask of flex attention, is therefore written as a dict with the keys ``"0"``, ``"1"`` …, and made a
+tuple again on reading.
 """
 
 from __future__ import annotations
@@ -20,12 +21,18 @@ from ..errors import StoreError
 
 #: the arguments that are tuples, by operator
 _TUPLES: dict[HigherOrderOperator, tuple[str, ...]] = {
-    torch.ops.higher_order.flex_attention: ("block_mask", "score_mod_other_buffers", "mask_mod_other_buffers"),
+    torch.ops.higher_order.flex_attention: (
+        "block_mask",
+        "score_mod_other_buffers",
+        "mask_mod_other_buffers",
+    ),
 }
 
 
 def without_tuples(program: ExportedProgram) -> ExportedProgram:
-    """The same program with dicts in the place of those tuples, for writing only; the same object if it has none. Tensors are shared."""
+    """The same program with dicts in the place of those tuples, for writing only; the same object if it has
+    none. Tensors are shared.
+    """
     if not any(node.target in _TUPLES for node in program.graph.nodes):
         return program
     module = fx.GraphModule(program.graph_module, copy_graph(program.graph))
@@ -46,7 +53,10 @@ def with_tuples(program: ExportedProgram) -> None:
 
 def _read(node: fx.Node, name: str, value: Any) -> tuple[Any, ...]:
     if not isinstance(value, dict) or list(value) != [str(index) for index in range(len(value))]:
-        raise StoreError(f"argument '{name}' of node '{node.name}' ({node.target}) is no tuple as save() writes it; save the result again")
+        raise StoreError(
+            f"argument '{name}' of node '{node.name}' ({node.target}) is no tuple as save() writes it; save"
+            " the result again"
+        )
     return tuple(value.values())
 
 
@@ -55,7 +65,13 @@ def _replace(graph: fx.Graph, change: Callable[[fx.Node, str, Any], Any]) -> boo
     for node in graph.nodes:
         if node.op == "call_function" and node.target in _TUPLES:
             given = arguments(node)
-            node.args, node.kwargs = tuple(change(node, name, value) if name in _TUPLES[node.target] else value for name, value in given.items()), {}
+            node.args, node.kwargs = (
+                tuple(
+                    change(node, name, value) if name in _TUPLES[node.target] else value
+                    for name, value in given.items()
+                ),
+                {},
+            )
             found = True
     return found
 

@@ -52,7 +52,9 @@ def report_from_json(data: Mapping[str, Any]) -> Report:
         }
         return Report(**{field.name: read[field.name](data[field.name]) for field in fields(Report)})
     except (KeyError, TypeError, ValueError, FaspError) as error:
-        raise StoreError(f"report.json is damaged: {type(error).__name__}: {error}; save the result again") from error
+        raise StoreError(
+            f"report.json is damaged: {type(error).__name__}: {error}; save the result again"
+        ) from error
 
 
 def _line(data: Any) -> Line:

@@ -33,11 +33,16 @@ def claim(folder: Path, run: Mapping[str, Any]) -> None:
             partial.write_text(json.dumps(run), encoding="utf-8")
             partial.replace(file)
     except OSError as error:
-        raise StoreError(f"'{folder}' cannot be written: {first_line(error)}; choose another checkpoint=") from error
+        raise StoreError(
+            f"'{folder}' cannot be written: {first_line(error)}; choose another checkpoint="
+        ) from error
     found = read_object(file)
     different = sorted(name for name in {*run, *found} if run.get(name) != found.get(name))
     if different:
-        raise StoreError(f"'{folder}' is the checkpoint of another run: {', '.join(different)} differ; choose another checkpoint=, or remove the folder")
+        raise StoreError(
+            f"'{folder}' is the checkpoint of another run: {', '.join(different)} differ; choose another"
+            " checkpoint=, or remove the folder"
+        )
 
 
 def refuse_other(folder: Path) -> None:
@@ -47,10 +52,16 @@ def refuse_other(folder: Path) -> None:
         StoreError: it does, or cannot be read.
     """
     try:
-        if folder.exists() and not (folder / RUN).is_file() and any(path.name != SEARCH for path in folder.iterdir()):
+        if (
+            folder.exists()
+            and not (folder / RUN).is_file()
+            and any(path.name != SEARCH for path in folder.iterdir())
+        ):
             raise StoreError(f"'{folder}' holds something that is no checkpoint; choose another checkpoint=")
     except OSError as error:
-        raise StoreError(f"'{folder}' cannot be written: {first_line(error)}; choose another checkpoint=") from error
+        raise StoreError(
+            f"'{folder}' cannot be written: {first_line(error)}; choose another checkpoint="
+        ) from error
 
 
 def read_object(file: Path) -> dict[str, Any]:

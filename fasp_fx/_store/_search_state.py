@@ -1,4 +1,6 @@
-"""How far a search came, on disk, so that one that was interrupted goes on after the last generation that was done."""
+"""How far a search came, on disk, so that one that was interrupted goes on after the last generation that was
+done.
+"""
 
 from __future__ import annotations
 
@@ -44,12 +46,26 @@ class SearchState:
         if not file.exists():
             return None
         state = read_object(file)
-        fits = state.keys() == Found.__annotations__.keys() and isinstance(state["lost"], list) and len(state["lost"]) == len(run["start"])
+        fits = (
+            state.keys() == Found.__annotations__.keys()
+            and isinstance(state["lost"], list)
+            and len(state["lost"]) == len(run["start"])
+        )
         whole, real = (("generation", "tried"), ("loss", "first"))
-        if not fits or not all(_is_count(state[name]) for name in whole) or not all(_is_count(count) for count in state["lost"]):
-            raise StoreError(f"the checkpoint '{self._folder}' is damaged: '{file.name}' holds no state of a search; remove the folder")
+        if (
+            not fits
+            or not all(_is_count(state[name]) for name in whole)
+            or not all(_is_count(count) for count in state["lost"])
+        ):
+            raise StoreError(
+                f"the checkpoint '{self._folder}' is damaged: '{file.name}' holds no state of a search;"
+                " remove the folder"
+            )
         if not all(isinstance(state[name], float) and state[name] == state[name] for name in real):
-            raise StoreError(f"the checkpoint '{self._folder}' is damaged: '{file.name}' holds a loss that is none; remove the folder")
+            raise StoreError(
+                f"the checkpoint '{self._folder}' is damaged: '{file.name}' holds a loss that is none; remove"
+                " the folder"
+            )
         return state
 
     def record(self, state: Mapping[str, Any]) -> None:
@@ -62,8 +78,11 @@ class SearchState:
             made.write_text(json.dumps(dict(state)), encoding="utf-8")
 
 
-def open_search(folder: Path, fingerprint: str, config: PruningConfig, batches: Sequence[Sequence[Any]], processes: int) -> SearchState:
-    """The state of the search that comes before a calibration; arguments and errors as for :func:`fasp_fx._store._journal.open_journal`.
+def open_search(
+    folder: Path, fingerprint: str, config: PruningConfig, batches: Sequence[Sequence[Any]], processes: int
+) -> SearchState:
+    """The state of the search that comes before a calibration; arguments and errors as for
+    :func:`fasp_fx._store._journal.open_journal`.
 
     It lies beside the journal of the calibration, which has to know what the search found.
     """
@@ -71,7 +90,16 @@ def open_search(folder: Path, fingerprint: str, config: PruningConfig, batches: 
     if callable(config.allocation):
         config = replace(config, allocation=None)
     options = json.loads(config.to_json())
-    return SearchState(folder / SEARCH, {"format": FORMAT, "model": fingerprint, "options": options, "data": digest_of(batches), "processes": processes})
+    return SearchState(
+        folder / SEARCH,
+        {
+            "format": FORMAT,
+            "model": fingerprint,
+            "options": options,
+            "data": digest_of(batches),
+            "processes": processes,
+        },
+    )
 
 
 def _is_count(value: Any) -> bool:

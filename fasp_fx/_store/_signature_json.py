@@ -47,16 +47,26 @@ def signature_to_json(signature: CallSignature) -> dict[str, Any]:
         parameters.append(entry)
     for name in (*signature.captured, *signature.constants):
         if not name.isidentifier() or keyword.iskeyword(name):
-            raise StoreError(f"argument {name!r} has a name that Python code cannot spell, which is not stored; rename it")
+            raise StoreError(
+                f"argument {name!r} has a name that Python code cannot spell, which is not stored; rename it"
+            )
     constants = {}
     for name, value in signature.constants.items():
         try:
             constants[name] = value_to_json(value)
         except TypeError as error:
             plain = "None, bool, int, float, str, list, tuple, dict"
-            raise StoreError(f"argument '{name}' was captured as {value!r}: {error}; capture the model with plain data ({plain})") from error
+            raise StoreError(
+                f"argument '{name}' was captured as {value!r}: {error}; capture the model with plain data"
+                f" ({plain})"
+            ) from error
     outlines = {name: _outline_to_json(name, outline) for name, outline in signature.outlines.items()}
-    return {"parameters": parameters, "captured": list(signature.captured), "constants": constants, "outlines": outlines}
+    return {
+        "parameters": parameters,
+        "captured": list(signature.captured),
+        "constants": constants,
+        "outlines": outlines,
+    }
 
 
 def _outline_to_json(name: str, outline: Any) -> Any:
@@ -64,7 +74,8 @@ def _outline_to_json(name: str, outline: Any) -> Any:
         return value_to_json(outline)
     except TypeError as error:
         raise StoreError(
-            f"argument '{name}' is built of what is not stored ({error}); call the model with lists, tuples and dicts with text for keys"
+            f"argument '{name}' is built of what is not stored ({error}); call the model with lists, tuples"
+            " and dicts with text for keys"
         ) from error
 
 
@@ -80,13 +91,25 @@ def signature_from_json(data: Mapping[str, Any]) -> CallSignature:
         parameters = []
         for entry in data["parameters"]:
             default = value_from_json(entry["default"]) if "default" in entry else inspect.Parameter.empty
-            parameters.append(inspect.Parameter(_name(entry["name"]), inspect._ParameterKind[entry["kind"]], default=default))
+            parameters.append(
+                inspect.Parameter(
+                    _name(entry["name"]), inspect._ParameterKind[entry["kind"]], default=default
+                )
+            )
         captured = tuple(_name(name) for name in data["captured"])
         constants = {_name(name): value_from_json(value) for name, value in data["constants"].items()}
         outlines = {_name(name): value_from_json(value) for name, value in data["outlines"].items()}
         return CallSignature(inspect.Signature(parameters), captured, constants, outlines)
-    except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:  # a RecursionError is a RuntimeError
-        raise StoreError(f"signature.json is damaged: {type(error).__name__}: {first_line(error)}; save the result again") from error
+    except (
+        KeyError,
+        TypeError,
+        ValueError,
+        AttributeError,
+        RuntimeError,
+    ) as error:  # a RecursionError is a RuntimeError
+        raise StoreError(
+            f"signature.json is damaged: {type(error).__name__}: {first_line(error)}; save the result again"
+        ) from error
 
 
 def check_fit(program: ExportedProgram, signature: CallSignature) -> None:
@@ -110,15 +133,30 @@ def check_fit(program: ExportedProgram, signature: CallSignature) -> None:
         *(name for name, value in zip(given, args) if has_tensor(value) != (name in signature.captured)),
         *(name for name, value in kwargs.items() if has_tensor(value) != (name in signature.captured)),
         *(name for name in signature.outlines if name not in signature.captured),
-        *(name for name in given if name not in signature.parameters.parameters and not takes_any and name not in signature.variadic()),
+        *(
+            name
+            for name in given
+            if name not in signature.parameters.parameters
+            and not takes_any
+            and name not in signature.variadic()
+        ),
     ]
     if wrong:
-        raise StoreError(f"signature.json is not that of the stored graph: they differ in '{wrong[0]}'; save the result again")
+        raise StoreError(
+            f"signature.json is not that of the stored graph: they differ in '{wrong[0]}'; save the result"
+            " again"
+        )
 
 
 def _name(name: Any) -> str:
     """The name of an argument; it becomes part of generated code, and so must be nothing but a name."""
-    if not isinstance(name, str) or not name.isidentifier() or keyword.iskeyword(name) or name in _TAKEN or len(name) > 1000:
+    if (
+        not isinstance(name, str)
+        or not name.isidentifier()
+        or keyword.iskeyword(name)
+        or name in _TAKEN
+        or len(name) > 1000
+    ):
         raise ValueError(f"{name!r:.200} is not the name of an argument")
     return name
 

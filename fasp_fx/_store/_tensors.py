@@ -19,8 +19,11 @@ from ._untrusted import check_weight_name
 _DEVICE = re.compile(r"(?!meta)[a-z]{1,20}(:\d{1,4})?")
 
 
-def write_tensors(path: Path, tensors: Mapping[str, Any], metadata: dict[str, str] | None = None) -> dict[str, dict[str, Any]]:
-    """Write tensors to one file and return what the file does not hold, by name: ties, kind, device and order of dimensions.
+def write_tensors(
+    path: Path, tensors: Mapping[str, Any], metadata: dict[str, str] | None = None
+) -> dict[str, dict[str, Any]]:
+    """Write tensors to one file and return what the file does not hold, by name: ties, kind, device and order
+    of dimensions.
 
     Raises:
         StoreError: a value is not a plain dense tensor.
@@ -29,8 +32,15 @@ def write_tensors(path: Path, tensors: Mapping[str, Any], metadata: dict[str, st
     entries: dict[str, dict[str, Any]] = {}
     first: dict[tuple[Any, ...], str] = {}
     for name, tensor in tensors.items():
-        if not isinstance(tensor, Tensor) or tensor.layout is not torch.strided or tensor.device.type == "meta":
-            raise StoreError(f"'{name}' is not a dense tensor with values ({type(tensor).__name__}); a save holds plain tensors only")
+        if (
+            not isinstance(tensor, Tensor)
+            or tensor.layout is not torch.strided
+            or tensor.device.type == "meta"
+        ):
+            raise StoreError(
+                f"'{name}' is not a dense tensor with values ({type(tensor).__name__}); a save holds plain"
+                " tensors only"
+            )
         data = tensor.detach()
         region = (
             data.untyped_storage().data_ptr(),
@@ -62,7 +72,9 @@ def write_tensors(path: Path, tensors: Mapping[str, Any], metadata: dict[str, st
     return entries
 
 
-def read_tensors(path: Path, entries: Mapping[str, Mapping[str, Any]], device: torch.device | None) -> dict[str, Tensor]:
+def read_tensors(
+    path: Path, entries: Mapping[str, Mapping[str, Any]], device: torch.device | None
+) -> dict[str, Tensor]:
     """The tensors of one file, on ``device`` or where they were; tied names share one object.
 
     Raises:
@@ -74,20 +86,37 @@ def read_tensors(path: Path, entries: Mapping[str, Mapping[str, Any]], device: t
     try:
         stored = load_file(path)
     except (safetensors.SafetensorError, OSError, ValueError) as error:
-        raise StoreError(f"'{path.name}' is not a readable safetensors file: {error}; save the result again") from error
+        raise StoreError(
+            f"'{path.name}' is not a readable safetensors file: {error}; save the result again"
+        ) from error
     made: dict[tuple[Any, ...], Tensor] = {}
     found: dict[str, Tensor] = {}
     for name, entry in entries.items():
         check_weight_name(name)
         source, order, parameter = entry["stored_as"], entry["order"], entry["parameter"]
-        if source not in stored or sorted(order) != list(range(stored[source].dim())) or type(parameter) is not bool:
-            raise StoreError(f"'{path.name}' does not hold '{name}' as the graph needs it; save the result again")
-        if parameter and entry["requires_grad"] and not (stored[source].is_floating_point() or stored[source].is_complex()):
-            raise StoreError(f"'{name}' is said to be trained and holds {stored[source].dtype}, which cannot be; save the result again")
+        if (
+            source not in stored
+            or sorted(order) != list(range(stored[source].dim()))
+            or type(parameter) is not bool
+        ):
+            raise StoreError(
+                f"'{path.name}' does not hold '{name}' as the graph needs it; save the result again"
+            )
+        if (
+            parameter
+            and entry["requires_grad"]
+            and not (stored[source].is_floating_point() or stored[source].is_complex())
+        ):
+            raise StoreError(
+                f"'{name}' is said to be trained and holds {stored[source].dtype}, which cannot be; save the"
+                " result again"
+            )
         key = (source, parameter)
         if key not in made:
             # The file is mapped into memory: a copy keeps the tensor when the file goes.
-            data = to_device(stored[source].clone(), device or device_of(entry["device"])).permute(_inverse(order))
+            data = to_device(stored[source].clone(), device or device_of(entry["device"])).permute(
+                _inverse(order)
+            )
             made[key] = nn.Parameter(data, requires_grad=bool(entry["requires_grad"])) if parameter else data
         found[name] = made[key]
     return found
@@ -104,7 +133,9 @@ def device_of(name: Any) -> torch.device:
             raise ValueError("it is no name of a device")
         return torch.device(name)
     except (RuntimeError, ValueError) as error:
-        raise StoreError(f"the save names the device {name!r:.80}: {first_line(error)}; pass device='cpu' to load()") from error
+        raise StoreError(
+            f"the save names the device {name!r:.80}: {first_line(error)}; pass device='cpu' to load()"
+        ) from error
 
 
 def to_device(tensor: Tensor, device: torch.device) -> Tensor:
@@ -116,7 +147,10 @@ def to_device(tensor: Tensor, device: torch.device) -> Tensor:
     try:
         return tensor.to(device)
     except (RuntimeError, AssertionError, ImportError) as error:
-        raise StoreError(f"the save needs the device '{device}', which cannot be used here ({first_line(error)}); pass device='cpu' to load()") from error
+        raise StoreError(
+            f"the save needs the device '{device}', which cannot be used here ({first_line(error)}); pass"
+            " device='cpu' to load()"
+        ) from error
 
 
 def _inverse(order: list[int]) -> list[int]:

@@ -1,7 +1,8 @@
 """What a stored program may contain.
 
-Reading an exported program evaluates expressions, imports classes and generates code from names. Everything that could reach those is held
-against what save() writes, before torch sees it: a damaged or forged file is refused, never executed.
+Reading an exported program evaluates expressions, imports classes and generates code from names. Everything
+that could reach those is held against what save() writes, before torch sees it: a damaged or forged file is
+refused, never executed.
 """
 
 from __future__ import annotations
@@ -26,19 +27,37 @@ from ._files import DIMENSIONS
 _OPERATOR = re.compile(r"torch\.ops\.(\w+)\.(\w+)\.(\w+)")
 _HIGHER_ORDER = {
     f"torch.ops.higher_order.{name}"
-    for name in ("cond", "while_loop", "scan", "map_impl", "wrap_with_set_grad_enabled", "wrap_with_autocast", "flex_attention")
+    for name in (
+        "cond",
+        "while_loop",
+        "scan",
+        "map_impl",
+        "wrap_with_set_grad_enabled",
+        "wrap_with_autocast",
+        "flex_attention",
+    )
 }
 #: items of JSON for each node, and terms of sizes: five times what models have
 ITEMS, EXPRESSIONS = 200, 100
 #: a size, or an expression of sizes; torch counts up to the number of one that only the data say
 _SIZE = re.compile(r"(?!(u|zuf)\d{5,})[\w +*/()%,.-]{1,500}")
 _MODULE, _GRAPH_MODULE = nn.Module(), fx.GraphModule({}, fx.Graph())
-_TRANSFORMERS = re.compile(r"transformers\.(cache_utils|modeling_outputs|configuration_utils|utils\.generic|models\.\w+(\.\w+)?)[.:]\w+")
-_PLAIN_CLASSES = {"builtins:tuple", "builtins:list", "builtins:set", "builtins:frozenset", "collections:OrderedDict"}
+_TRANSFORMERS = re.compile(
+    r"transformers\.(cache_utils|modeling_outputs|configuration_utils|utils\.generic|models\.\w+(\.\w+)?)[.:]\w+"
+)
+_PLAIN_CLASSES = {
+    "builtins:tuple",
+    "builtins:list",
+    "builtins:set",
+    "builtins:frozenset",
+    "collections:OrderedDict",
+}
 
 
 def room(tensors: int) -> int:
-    """How many nodes a graph over so many stored tensors may have: some ten times what models need, so that reading ends in the time that theirs takes."""
+    """How many nodes a graph over so many stored tensors may have: some ten times what models need, so that
+    reading ends in the time that theirs takes.
+    """
     return 2048 + 128 * tensors
 
 
@@ -61,8 +80,9 @@ def check_amount(data: Any, tensors: int) -> None:
             waiting.extend(item)
     if nodes > most or items > ITEMS * most:
         raise StoreError(
-            f"the stored graph has {nodes:,} nodes in {items:,} items, and one over {tensors} tensors may have {most:,} in {ITEMS * most:,}; "
-            "save a model with fewer steps, such as one whose loops are operators"
+            f"the stored graph has {nodes:,} nodes in {items:,} items, and one over {tensors} tensors may"
+            f" have {most:,} in {ITEMS * most:,}; save a model with fewer steps, such as one whose loops are"
+            " operators"
         )
 
 
@@ -92,12 +112,28 @@ def check_program(program: schema.ExportedProgram, tensors: int) -> None:
         elif isinstance(item, schema.Argument) and item.type == "as_string_to_argument":
             _check_options(item.value)
         elif isinstance(item, (schema.CustomObjArgument, schema.InputToCustomObjSpec)):
-            raise StoreError("the program holds a custom object, which cannot be stored without pickle; keep it outside of the captured model")
+            raise StoreError(
+                "the program holds a custom object, which cannot be stored without pickle; keep it outside of"
+                " the captured model"
+            )
         elif isinstance(item, schema.Graph):
-            _check_names(*item.tensor_values, *item.sym_int_values, *item.sym_bool_values, *item.sym_float_values)
-        elif isinstance(item, (schema.TensorArgument, schema.GraphArgument, schema.TokenArgument, schema.InputToConstantInputSpec)):
+            _check_names(
+                *item.tensor_values, *item.sym_int_values, *item.sym_bool_values, *item.sym_float_values
+            )
+        elif isinstance(
+            item,
+            (
+                schema.TensorArgument,
+                schema.GraphArgument,
+                schema.TokenArgument,
+                schema.InputToConstantInputSpec,
+            ),
+        ):
             _check_names(item.name)
-        elif isinstance(item, (schema.SymIntArgument, schema.SymFloatArgument, schema.SymBoolArgument)) and item.type == "as_name":
+        elif (
+            isinstance(item, (schema.SymIntArgument, schema.SymFloatArgument, schema.SymBoolArgument))
+            and item.type == "as_name"
+        ):
             _check_names(item.value)
         elif isinstance(item, schema.ModuleCallSignature):
             check_structure(item.in_spec, keywords=True)
@@ -110,20 +146,33 @@ def check_program(program: schema.ExportedProgram, tensors: int) -> None:
         elif isinstance(item, schema.InputToTensorConstantSpec):
             _check_path(item.tensor_constant_name)
         elif isinstance(item, schema.TensorMeta) and len(item.sizes) > DIMENSIONS:
-            raise StoreError(f"the stored graph has a tensor of {len(item.sizes)} dimensions, and torch's have at most {DIMENSIONS}; save the result again")
+            raise StoreError(
+                f"the stored graph has a tensor of {len(item.sizes)} dimensions, and torch's have at most"
+                f" {DIMENSIONS}; save the result again"
+            )
     calls = program.graph_module.module_call_graph
     if not calls or calls[0].fqn != "" or calls[0].signature is None:
-        raise StoreError("the stored graph does not say how the model itself is called; save the result again")
+        raise StoreError(
+            "the stored graph does not say how the model itself is called; save the result again"
+        )
     if length > EXPRESSIONS * room(tensors):
-        raise StoreError(f"the sizes in the stored graph are written in {length:,} terms, too many for {tensors} tensors; save the result again")
+        raise StoreError(
+            f"the sizes in the stored graph are written in {length:,} terms, too many for {tensors} tensors;"
+            " save the result again"
+        )
     program.graph_module.metadata.clear()
 
 
 def _check_range(name: Any, limits: schema.RangeConstraint) -> None:
     match = _SIZE.fullmatch(name) if isinstance(name, str) else None
     numbers = (limits.min_val, limits.max_val)
-    if match is None or any(number is not None and (type(number) is not int or abs(number) > 2**64) for number in numbers):
-        raise StoreError(f"the stored graph gives the size {name!r:.80} the range {numbers!r:.80}, which save() never writes; save the result again")
+    if match is None or any(
+        number is not None and (type(number) is not int or abs(number) > 2**64) for number in numbers
+    ):
+        raise StoreError(
+            f"the stored graph gives the size {name!r:.80} the range {numbers!r:.80}, which save() never"
+            " writes; save the result again"
+        )
 
 
 def walk(item: Any) -> Iterator[Any]:
@@ -144,33 +193,54 @@ def walk(item: Any) -> Iterator[Any]:
 
 def _check_names(*names: Any) -> None:
     for name in names:
-        if not isinstance(name, str) or not name.isidentifier() or keyword.iskeyword(name) or name == "self" or name.startswith("__") or len(name) > 1000:
-            raise StoreError(f"the stored graph uses {name!r:.200} as a name, which save() never writes; save the result again")
+        if (
+            not isinstance(name, str)
+            or not name.isidentifier()
+            or keyword.iskeyword(name)
+            or name == "self"
+            or name.startswith("__")
+            or len(name) > 1000
+        ):
+            raise StoreError(
+                f"the stored graph uses {name!r:.200} as a name, which save() never writes; save the result"
+                " again"
+            )
 
 
 def _check_options(options: dict[str, Any]) -> None:
-    """Refuse options of an operator that are more than words and numbers: compilers write them into the code of kernels."""
+    """Refuse options of an operator that are more than words and numbers: compilers write them into the code
+    of kernels.
+    """
     for key, value in options.items():
         for text in (key, value.value) if value.type == "as_string" else (key,):
             if not isinstance(text, str) or re.fullmatch(r"\w+", text) is None:
-                raise StoreError(f"the stored graph has {text!r} among the options of an operator, which save() never writes; save the result again")
+                raise StoreError(
+                    f"the stored graph has {text!r} among the options of an operator, which save() never"
+                    " writes; save the result again"
+                )
 
 
 def _check_path(path: Any) -> None:
     check_weight_name(path)
     if hasattr(_GRAPH_MODULE, path.partition(".")[0]):
-        raise StoreError(f"the stored graph names a weight {path!r}, which would take the place of an attribute of graph modules; rename that submodule")
+        raise StoreError(
+            f"the stored graph names a weight {path!r}, which would take the place of an attribute of graph"
+            " modules; rename that submodule"
+        )
 
 
 def check_weight_name(path: Any) -> None:
-    """Refuse the name of a weight that is no path of submodules, or that would take the place of what every module has, such as ``training``.
+    """Refuse the name of a weight that is no path of submodules, or that would take the place of what every
+    module has, such as ``training``.
 
     Raises:
         StoreError: quotes the name.
     """
     parts = path.split(".") if isinstance(path, str) and is_key(path) and len(path) < 1000 else [""]
     if len(parts) > 64 or not all(parts) or any(hasattr(_MODULE, part) for part in parts):
-        raise StoreError(f"a weight is stored as {path!r:.200}, which is the name of none; save the result again")
+        raise StoreError(
+            f"a weight is stored as {path!r:.200}, which is the name of none; save the result again"
+        )
 
 
 def check_operator(target: Any) -> None:
@@ -183,20 +253,29 @@ def check_operator(target: Any) -> None:
         return
     match = _OPERATOR.fullmatch(target) if isinstance(target, str) else None
     if match is None:
-        raise StoreError(f"the stored graph calls {target!r}, which is not a torch operator that can be stored; save the result again")
+        raise StoreError(
+            f"the stored graph calls {target!r}, which is not a torch operator that can be stored; save the"
+            " result again"
+        )
     try:
         found = getattr(getattr(getattr(torch.ops, match[1]), match[2]), match[3])
     except (AttributeError, RuntimeError):
         found = None
     if not isinstance(found, OpOverload):
-        raise StoreError(f"the operator {target} is not known here; import the package that registers it before loading")
+        raise StoreError(
+            f"the operator {target} is not known here; import the package that registers it before loading"
+        )
     for argument in found._schema.arguments:
         if "str" in str(argument.type) and re.search("file|path|name", argument.name):
-            raise StoreError(f"the stored graph calls {target}, which reaches outside of the model; such a program is not loaded")
+            raise StoreError(
+                f"the stored graph calls {target}, which reaches outside of the model; such a program is not"
+                " loaded"
+            )
 
 
 def check_structure(text: Any, *, keywords: bool = False) -> None:
-    """Refuse a container structure that names classes other than plain containers, outputs and caches of transformers, and registered types.
+    """Refuse a container structure that names classes other than plain containers, outputs and caches of
+    transformers, and registered types.
 
     Classes of transformers are imported and registered as the exporter does.
 
@@ -213,7 +292,10 @@ def check_structure(text: Any, *, keywords: bool = False) -> None:
 
 
 def _unregistered(kind: Any) -> StoreError:
-    return StoreError(f"the program takes or returns a {kind}, a type that is not registered here; import the module that registers it as a pytree first")
+    return StoreError(
+        f"the program takes or returns a {kind}, a type that is not registered here; import the module that"
+        " registers it as a pytree first"
+    )
 
 
 def _check_spec(tree: Any) -> None:
@@ -223,14 +305,23 @@ def _check_spec(tree: Any) -> None:
     if kind is None:
         return
     if kind == "collections.defaultdict":
-        raise StoreError("the program takes or returns a defaultdict, whose factory would have to be imported; use a dict")
-    if isinstance(kind, str) and kind not in pytree.SERIALIZED_TYPE_TO_PYTHON_TYPE and _TRANSFORMERS.fullmatch(kind):
+        raise StoreError(
+            "the program takes or returns a defaultdict, whose factory would have to be imported; use a dict"
+        )
+    if (
+        isinstance(kind, str)
+        and kind not in pytree.SERIALIZED_TYPE_TO_PYTHON_TYPE
+        and _TRANSFORMERS.fullmatch(kind)
+    ):
         _register(kind)
     if kind not in pytree.SERIALIZED_TYPE_TO_PYTHON_TYPE:
         raise _unregistered(kind)
     if kind == "collections.namedtuple" and context not in pytree.SERIALIZED_TYPE_TO_PYTHON_TYPE:
         raise _unregistered(context)
-    plain = pytree.SUPPORTED_SERIALIZED_TYPES[pytree.SERIALIZED_TYPE_TO_PYTHON_TYPE[kind]].from_dumpable_context is None
+    plain = (
+        pytree.SUPPORTED_SERIALIZED_TYPES[pytree.SERIALIZED_TYPE_TO_PYTHON_TYPE[kind]].from_dumpable_context
+        is None
+    )
     _check_context(json.loads(context) if plain else context)
 
 
@@ -242,10 +333,14 @@ def _check_context(value: Any) -> None:
     elif isinstance(value, dict):
         tag, path = value.get("_t"), value.get("p")
         names_class = tag is not None and path is not None
-        known = not names_class or (isinstance(path, str) and (path in _PLAIN_CLASSES or _TRANSFORMERS.fullmatch(path) is not None))
+        known = not names_class or (
+            isinstance(path, str) and (path in _PLAIN_CLASSES or _TRANSFORMERS.fullmatch(path) is not None)
+        )
         if "__enum__" in value or not known:
             raise refuse("context", value)
-        if tag in ("dtype", "layout") and not isinstance(getattr(torch, str(value.get("n")), None), (torch.dtype, torch.layout)):
+        if tag in ("dtype", "layout") and not isinstance(
+            getattr(torch, str(value.get("n")), None), (torch.dtype, torch.layout)
+        ):
             raise refuse("context", value)
         if names_class and path not in _PLAIN_CLASSES:
             _transformers_class(str(path))
@@ -262,7 +357,10 @@ def _transformers_class(path: str) -> type:
     try:
         found = getattr(importlib.import_module(module), name)
     except (ImportError, AttributeError) as error:
-        raise StoreError(f"the class {path} cannot be found: {error}; install the transformers version that the result was saved with") from error
+        raise StoreError(
+            f"the class {path} cannot be found: {error}; install the transformers version that the result was"
+            " saved with"
+        ) from error
     if not isinstance(found, type) or not found.__module__.startswith("transformers."):
         raise refuse("class", path)
     return found
@@ -278,5 +376,8 @@ def _register(path: str) -> None:
     if issubclass(found, ModelOutput) and dataclasses.is_dataclass(found):
         return  # registered by its own import
     if not is_cache_class(found):
-        raise StoreError(f"the program takes or returns a {path}, which is neither an output nor a cache of transformers; register it as a pytree first")
+        raise StoreError(
+            f"the program takes or returns a {path}, which is neither an output nor a cache of transformers;"
+            " register it as a pytree first"
+        )
     register_pytree_node(found)

@@ -1,11 +1,23 @@
-"""Abstract interpretation of a program on channel numbers (private mechanism; the README in this folder explains it)."""
+"""Abstract interpretation of a program on channel numbers (private mechanism; the README in this folder
+explains it).
+"""
 
 from __future__ import annotations
 
 from ._consume import WHY_NOT_FOLDED
 from ._execution import Execution
 from ._facts import Facts, Layout, Product, Remark, Use
-from ._fx import arguments, attribute, results, set_argument, target_name, viewed, way_from_weight, written_by, written_names
+from ._fx import (
+    arguments,
+    attribute,
+    results,
+    set_argument,
+    target_name,
+    viewed,
+    way_from_weight,
+    written_by,
+    written_names,
+)
 from ._interpreter import Interpreter, Walk
 from ._moves import run_on_numbers
 from ._numbering import Numbering, Slot, laid_by_block

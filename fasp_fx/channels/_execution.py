@@ -1,4 +1,6 @@
-"""Execute operators on fake tensors, each call once: the layers of a model are alike, so most calls have been seen before."""
+"""Execute operators on fake tensors, each call once: the layers of a model are alike, so most calls have been
+seen before.
+"""
 
 from __future__ import annotations
 
@@ -27,12 +29,16 @@ class Execution:
         layout = _layout(tensor)
         if layout is None or layout not in self._tensors:
             with self.mode:
-                fake = torch.empty_strided(tuple(tensor.shape), tensor.stride(), dtype=tensor.dtype, device=tensor.device)
+                fake = torch.empty_strided(
+                    tuple(tensor.shape), tensor.stride(), dtype=tensor.dtype, device=tensor.device
+                )
             return self._one(fake)
         return self._tensors[layout]
 
     def call(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """What an operator returns. What is no operator, or writes into an argument (into a copy, here), is executed each time."""
+        """What an operator returns. What is no operator, or writes into an argument (into a copy, here), is
+        executed each time.
+        """
         if not isinstance(target, OpOverload) or target._schema.is_mutable:
             with self.mode:
                 if isinstance(target, OpOverload):

@@ -1,4 +1,6 @@
-"""Dimensions that are products of two letters: an operand is divided before a rule is applied, a result put together after."""
+"""Dimensions that are products of two letters: an operand is divided before a rule is applied, a result put
+together after.
+"""
 
 from __future__ import annotations
 
@@ -18,14 +20,17 @@ class NotDivisible(ValueError):
     """A dimension is not a multiple of the factor that the operator's argument gives."""
 
 
-def divide(value: Value, letters: Spelled, sizes: dict[str, int]) -> tuple[Value, tuple[str, ...], tuple[tuple[int, int], ...]]:
+def divide(
+    value: Value, letters: Spelled, sizes: dict[str, int]
+) -> tuple[Value, tuple[str, ...], tuple[tuple[int, int], ...]]:
     """Give every letter a dimension of its own.
 
     Args:
         sizes: the size of at least one factor of each pair.
 
     Returns:
-        The value, its letters, and the splits made, each (dimension, size of the first factor), to be applied in order.
+        The value, its letters, and the splits made, each (dimension, size of the first factor), to be applied
+        in order.
     """
     flat: list[str] = []
     splits: list[tuple[int, int]] = []
@@ -73,11 +78,15 @@ def join(numbers: Tensor, letters: Spelled, sizes: dict[str, int]) -> Tensor:
 
 def singles(letters: Spelled) -> tuple[str, ...]:
     """All letters in order."""
-    return tuple(single for letter in letters for single in ((letter,) if isinstance(letter, str) else letter))
+    return tuple(
+        single for letter in letters for single in ((letter,) if isinstance(letter, str) else letter)
+    )
 
 
 def spell(dims: Dims, rank: int, runs: dict[str, int]) -> Spelled:
-    """One letter (or pair) per dimension: runs and the ellipsis written out, the ellipsis numbered from the right."""
+    """One letter (or pair) per dimension: runs and the ellipsis written out, the ellipsis numbered from the
+    right.
+    """
     letters: list[str | tuple[str, str]] = []
     fixed = fixed_rank(dims, runs)
     for token in dims:

@@ -12,7 +12,9 @@ from ._value import NONE, Value
 
 @dataclass(frozen=True)
 class Window:
-    """A window of ``size`` positions that slides over dimension ``dim``; ``padding`` is what stands before and after."""
+    """A window of ``size`` positions that slides over dimension ``dim``; ``padding`` is what stands before
+    and after.
+    """
 
     dim: int
     size: int
@@ -25,7 +27,8 @@ class Window:
 class Layout:
     """How one operand of a contraction is read as ``[blocks, tokens or rows, columns]``.
 
-    ``splits`` divides dimensions in two, each ``(dimension, size of the first part)``; the other fields count dimensions after that.
+    ``splits`` divides dimensions in two, each ``(dimension, size of the first part)``; the other fields count
+    dimensions after that.
     """
 
     splits: tuple[tuple[int, int], ...]
@@ -36,7 +39,9 @@ class Layout:
 
 @dataclass(frozen=True)
 class Recurrence:
-    """What an operator takes from its own step before: of the first step ``start``, ``[1, batch, channels]``; steps lie along dimension ``steps``."""
+    """What an operator takes from its own step before: of the first step ``start``, ``[1, batch, channels]``;
+    steps lie along dimension ``steps``.
+    """
 
     start: fx.Node
     steps: int
@@ -51,11 +56,13 @@ class Use:
         weight: name of the weight.
         operand: the node whose value is the weight, perhaps moved.
         activation: the node whose value is contracted with it.
-        columns: channel numbers, shape ``[blocks, columns, axes]``, in the order of both layouts; a column goes with any of its numbers.
+        columns: channel numbers, shape ``[blocks, columns, axes]``, in the order of both layouts; a column
+            goes with any of its numbers.
         slots: the weight and dimensions that its columns lie along.
         weight_layout, activation_layout: how either is read as matrices.
         route: the node that tells where in the tokens each block ends, if blocks are chosen at run time.
-        block_numbers: channel numbers of the blocks, shape ``[blocks]``, where these are channels along one dimension of the weight.
+        block_numbers: channel numbers of the blocks, shape ``[blocks]``, where these are channels along one
+            dimension of the weight.
         recurrence: where the activation is the first result of ``node`` itself, one step before.
     """
 
@@ -83,7 +90,9 @@ class Product:
 
 @dataclass(frozen=True)
 class Remark:
-    """Something said of a set of channel numbers, by a node; ``routing`` remarks do not hold for experts, which the router never chooses once gone."""
+    """Something said of a set of channel numbers, by a node; ``routing`` remarks do not hold for experts,
+    which the router never chooses once gone.
+    """
 
     numbers: np.ndarray
     reason: str
@@ -95,11 +104,13 @@ class Remark:
 class Facts:
     """Couplings, and remarks on channel numbers, in the order found.
 
-    ``matrices`` names the weights of linear, convolution and recurrent operators; ``blocks`` the weights' dimensions that would better be numbered
-    block by block, with the dimension that divides them and into how many; ``heads`` pairs the channels that belong to one head,
-    ``together`` those that would be free if they went together. ``chosen`` are numbers of positions that compete in a softmax or top-k, with how
-    many of them are needed; ``stacked`` numbers of matrices in a stacked weight; ``stretched`` dimensions of expanded tensors that meet channels. ``stacks``
-    pairs, for each node that takes one of a stack, the channels at one place of all in it.
+    ``matrices`` names the weights of linear, convolution and recurrent operators; ``blocks`` the weights'
+    dimensions that would better be numbered block by block, with the dimension that divides them and into how
+    many; ``heads`` pairs the channels that belong to one head, ``together`` those that would be free if they
+    went together. ``chosen`` are numbers of positions that compete in a softmax or top-k, with how many of
+    them are needed; ``stacked`` numbers of matrices in a stacked weight; ``stretched`` dimensions of expanded
+    tensors that meet channels. ``stacks`` pairs, for each node that takes one of a stack, the channels at one
+    place of all in it.
     """
 
     pairs: list[tuple[np.ndarray, np.ndarray, fx.Node]] = field(default_factory=list)
@@ -120,7 +131,9 @@ class Facts:
     stacks: dict[fx.Node, list[tuple[np.ndarray, np.ndarray, fx.Node]]] = field(default_factory=dict)
 
     def couple(self, a: Tensor, b: Tensor, node: fx.Node) -> None:
-        """Channels at equal positions of two broadcastable tensors of numbers go together; one that meets a non-channel stays."""
+        """Channels at equal positions of two broadcastable tensors of numbers go together; one that meets a
+        non-channel stays.
+        """
         shape = np.broadcast_shapes(tuple(a.shape), tuple(b.shape))
         first, second = a.expand(shape).reshape(-1).numpy(), b.expand(shape).reshape(-1).numpy()
         both = (first != NONE) & (second != NONE)
@@ -132,7 +145,9 @@ class Facts:
         if differ.any():
             self.pairs.append((first[differ], second[differ], node))
 
-    def say(self, remarks: list[Remark], numbers: Tensor, reason: str, node: fx.Node | None, routing: bool = False) -> None:
+    def say(
+        self, remarks: list[Remark], numbers: Tensor, reason: str, node: fx.Node | None, routing: bool = False
+    ) -> None:
         """Append a remark on these numbers."""
         flat = np.unique(numbers.reshape(-1).numpy())
         remarks.append(Remark(flat[flat != NONE], reason, node, routing))
@@ -144,6 +159,8 @@ class Facts:
                 self.box(axis.numbers, axis.dim, node)
 
     def box(self, numbers: Tensor, dim: int, node: fx.Node) -> None:
-        """Record that removing channels must leave equal counts in every row of these numbers along ``dim``."""
+        """Record that removing channels must leave equal counts in every row of these numbers
+        along ``dim``.
+        """
         rows = numbers.movedim(dim, -1).reshape(-1, numbers.shape[dim]).numpy()
         self.boxes.setdefault(rows.tobytes() + rows.shape[0].to_bytes(8, "little"), (rows, node))

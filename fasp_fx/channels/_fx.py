@@ -27,12 +27,18 @@ def target_name(node: fx.Node) -> str:
 
 
 def arguments(node: fx.Node) -> dict[str, Any]:
-    """The arguments of a call by their declared names, defaults included; by position where the target declares none."""
+    """The arguments of a call by their declared names, defaults included; by position where the target
+    declares none.
+    """
     declared = argument_names(node.target)
     if not declared:
         return {str(index): value for index, value in enumerate(node.args)} | dict(node.kwargs)
     given: dict[str, Any] = {**dict(zip(declared, node.args, strict=False)), **node.kwargs}
-    return given | {name: default for name, default in declared.items() if name not in given and default is not inspect.Parameter.empty}
+    return given | {
+        name: default
+        for name, default in declared.items()
+        if name not in given and default is not inspect.Parameter.empty
+    }
 
 
 def elements(given: dict[str, Any]) -> dict[str, Any]:
@@ -40,7 +46,11 @@ def elements(given: dict[str, Any]) -> dict[str, Any]:
     return {
         key: item
         for name, value in given.items()
-        for key, item in ([(f"{name}.{index}", item) for index, item in enumerate(value)] if isinstance(value, (list, tuple)) else [(name, value)])
+        for key, item in (
+            [(f"{name}.{index}", item) for index, item in enumerate(value)]
+            if isinstance(value, (list, tuple))
+            else [(name, value)]
+        )
     }
 
 
@@ -73,11 +83,18 @@ def written_by(node: fx.Node) -> list[fx.Node]:
 
 def written_names(graph: fx.Graph) -> set[str]:
     """The names of the tensors that a graph looks up and writes into."""
-    return {target_name(written) for node in graph.nodes for written in written_by(node) if written.op == "get_attr"}
+    return {
+        target_name(written)
+        for node in graph.nodes
+        for written in written_by(node)
+        if written.op == "get_attr"
+    }
 
 
 def viewed(node: fx.Node) -> fx.Node:
-    """The node whose storage a node shows: to write into a view, or into what is detached, is to write into that."""
+    """The node whose storage a node shows: to write into a view, or into what is detached, is to write into
+    that.
+    """
     while isinstance(node.target, OpOverload) and node.args and isinstance(node.args[0], fx.Node):
         if not any(result.alias_info is not None for result in node.target._schema.returns):
             break

@@ -1,7 +1,7 @@
 """Run a program on channel numbers.
 
-Every node is executed twice: on fake tensors, for its shape, and by its rule, for the channels. A node whose operator has no rule
-freezes the channels it is given; it never fails and never guesses.
+Every node is executed twice: on fake tensors, for its shape, and by its rule, for the channels. A node whose
+operator has no rule freezes the channels it is given; it never fails and never guesses.
 """
 
 from __future__ import annotations
@@ -41,13 +41,16 @@ from ._value import Axis, Value, counted_by
 #: integer constants up to this many elements are known to the analysis as data (index tensors)
 _DATA_LIMIT = 1 << 20
 
-#: what fake tensors say of an operator whose result, or its shape, depends on data: the recorded shape serves, for no channel of its arguments can go
+#: what fake tensors say of an operator whose result, or its shape, depends on data: the recorded shape
+#: serves, for no channel of its arguments can go
 _AT_RUN_TIME = (DataDependentOutputException, DynamicOutputShapeException)
 
 
 @dataclass
 class Walk:
-    """The result: the value of every node (a tuple for several results), its executed shape, and the facts."""
+    """The result: the value of every node (a tuple for several results), its executed shape, and
+    the facts.
+    """
 
     sizes: Sizes
     values: dict[fx.Node, Any] = field(default_factory=dict)
@@ -66,15 +69,18 @@ class Interpreter:
 
     Args:
         module: a functional graph whose weights are ``get_attr`` nodes.
-        numbering: where each weight's and input's channel numbers come from; slots are added for names it does not know.
-        canonical: for each name of a weight, the name under which its storage is known (tied weights share one).
+        numbering: where each weight's and input's channel numbers come from; slots are added for names it
+            does not know.
+        canonical: for each name of a weight, the name under which its storage is known (tied weights share
+            one).
         state: placeholders and output positions that may become narrower.
         overrides: for weights already rewritten, the original numbers along each dimension.
         strict: whatever does not execute, has no numbers or does not fit its rule is an error.
         grows: weights without numbers get numbers of their own even so.
         heads: note which channels belong to one head, wherever two activations are contracted head by head.
         experts: follow the numbers by which a router names experts.
-        execution: of a walk through a program much like this one, so that its operators need not be executed again.
+        execution: of a walk through a program much like this one, so that its operators need not be executed
+            again.
     """
 
     def __init__(
@@ -93,7 +99,13 @@ class Interpreter:
     ) -> None:
         self.module, self.numbering, self.canonical = module, numbering, canonical
         self.state_inputs, self.state_outputs = state_inputs, state_outputs
-        self.overrides, self.strict, self.heads, self.grows, self.experts = overrides or {}, strict, heads, grows, experts
+        self.overrides, self.strict, self.heads, self.grows, self.experts = (
+            overrides or {},
+            strict,
+            heads,
+            grows,
+            experts,
+        )
         self.execution = execution or Execution()
         #: weights whose content changes from call to call
         self.written = {canonical.get(name, name) for name in written_names(module.graph)}
@@ -102,7 +114,8 @@ class Interpreter:
         """Walk the graph once.
 
         Args:
-            small: at small sizes or at those of the example inputs; ``None``: small if the program runs at them.
+            small: at small sizes or at those of the example inputs; ``None``: small if the program runs at
+                them.
         """
         with counted_by(self._staying()):
             return self._run(small) if small is not None else self._run_small_if_it_can()
@@ -139,15 +152,23 @@ class Interpreter:
         for dim in dims:
             if shape[dim] <= 1:
                 continue
-            given = self.overrides[name][dim] if name in self.overrides and dim < len(self.overrides[name]) else None
+            given = (
+                self.overrides[name][dim]
+                if name in self.overrides and dim < len(self.overrides[name])
+                else None
+            )
             if given is None:
                 slot = self.numbering.get(name, dim)
                 if slot is None and self.strict and not self.grows:
-                    raise VerificationError(f"'{name}' has {shape[dim]} channels along dimension {dim} that were not there before")
+                    raise VerificationError(
+                        f"'{name}' has {shape[dim]} channels along dimension {dim} that were not there before"
+                    )
                 slot = slot or self.numbering.add(name, dim, shape[dim], kind)
                 given = slot.numbers()
             numbers, along = self._laid(self.numbering.speaking(given), name, dim, shape), dim
-            if kind == "input" and bool((numbers == numbers.narrow(dim, 0, 1)).all()):  # whole heads of a cache
+            if kind == "input" and bool(
+                (numbers == numbers.narrow(dim, 0, 1)).all()
+            ):  # whole heads of a cache
                 numbers = numbers.narrow(dim, 0, 1)
                 along = next((d for d, size in enumerate(numbers.shape) if size > 1), dim)
             axis = Axis(numbers, along, (name, dim))
@@ -156,14 +177,19 @@ class Interpreter:
         return axes
 
     def _laid(self, given: Tensor, name: str, dim: int, shape: tuple[int, ...]) -> Tensor:
-        """The numbers along one dimension of a weight, in its rank; those of blocks vary along the dimension that these divide."""
+        """The numbers along one dimension of a weight, in its rank; those of blocks vary along the dimension
+        that these divide.
+        """
         if given.dim() == 1:
             return given.reshape([-1 if d == dim else 1 for d in range(len(shape))])
         slot = self.numbering.get(name, dim)
         assert slot is not None
         assert slot.block_dim is not None
         if shape[slot.block_dim] % given.shape[0]:
-            raise VerificationError(f"dimension {slot.block_dim} of '{name}' is {shape[slot.block_dim]}, not a multiple of its {given.shape[0]} blocks")
+            raise VerificationError(
+                f"dimension {slot.block_dim} of '{name}' is {shape[slot.block_dim]}, not a multiple of its"
+                f" {given.shape[0]} blocks"
+            )
         return laid_by_block(given, dim, slot.block_dim, shape)
 
     def _placeholder(self, node: fx.Node, walk: Walk, small: bool) -> None:
@@ -174,8 +200,12 @@ class Interpreter:
             walk.executed[node] = walk.values[node] = executed
             return
         walk.executed[node] = executed = self.execution.like(executed)
-        inside = {self.numbering.blocked.get((node.name, dim), (None, 1))[0] for dim in range(recorded.dim())}  # part of other dimensions' numbers
-        static = [dim for dim, size in enumerate(recorded.shape) if not is_dynamic(size) and dim not in inside]
+        inside = {
+            self.numbering.blocked.get((node.name, dim), (None, 1))[0] for dim in range(recorded.dim())
+        }  # part of other dimensions' numbers
+        static = [
+            dim for dim, size in enumerate(recorded.shape) if not is_dynamic(size) and dim not in inside
+        ]
         axes = self._axes(node.name, tuple(executed.shape), "input", static)
         walk.values[node] = Value(tuple(executed.shape), tuple(axes))
         if node.name not in self.state_inputs:
@@ -191,10 +221,14 @@ class Interpreter:
         shape = tuple(tensor.shape)
         walk.executed[node] = self.execution.like(tensor)
         data = None
-        settled = name not in self.written and tensor.device.type != "meta" and not isinstance(tensor, FakeTensor)
+        settled = (
+            name not in self.written and tensor.device.type != "meta" and not isinstance(tensor, FakeTensor)
+        )
         if settled and not tensor.is_floating_point() and tensor.numel() <= _DATA_LIMIT:
             data = tensor.detach().cpu()
-        walk.values[node] = Value(shape, tuple(self._axes(name, shape, "weight", list(range(len(shape))))), True, name, data)
+        walk.values[node] = Value(
+            shape, tuple(self._axes(name, shape, "weight", list(range(len(shape))))), True, name, data
+        )
 
     def _output(self, node: fx.Node, walk: Walk, small: bool) -> None:
         for index, result in enumerate(results(self.module.graph)):
@@ -231,9 +265,13 @@ class Interpreter:
         """What an operator returns no tensor of, it has read all the same."""
         named, _ = _arguments(node, walk.values)
         if node.target is torch.ops.aten.sym_size.int:
-            counted = [axis for axis in named["self"].axes if axis.dim == named["dim"] % len(named["self"].shape)]
+            counted = [
+                axis for axis in named["self"].axes if axis.dim == named["dim"] % len(named["self"].shape)
+            ]
             for axis in counted:
-                walk.facts.say(walk.facts.frozen, axis.numbers, f"their number is read by {node.target}", node)
+                walk.facts.say(
+                    walk.facts.frozen, axis.numbers, f"their number is read by {node.target}", node
+                )
         elif lookup(node.target) is None:
             self._freeze_given(node, walk, _tensors(named))
 
@@ -244,14 +282,22 @@ class Interpreter:
                 raise NotImplementedError(f"{node.op} is not executed while analysing")
             executed = self.execution.call(node.target, args, kwargs)
         except Exception as error:
-            if not isinstance(error, _AT_RUN_TIME) and not (isinstance(error, IndexError) and _decided_by_data(node)):
+            if not isinstance(error, _AT_RUN_TIME) and not (
+                isinstance(error, IndexError) and _decided_by_data(node)
+            ):
                 if self.strict:
-                    raise VerificationError(f"node '{node.name}' ({node.target}) no longer executes: {error}") from error
+                    raise VerificationError(
+                        f"node '{node.name}' ({node.target}) no longer executes: {error}"
+                    ) from error
                 if small and walk.sizes.assigned:
                     raise _Degenerate from error
             with self.execution.mode:
-                executed = walk.sizes.concrete(node.meta.get("val"))  # decided by data, or higher-order, say: the recorded shape serves
-        fits = all(0 not in shape for shape in _shapes(executed)) and walk.sizes.fit(node.meta.get("val"), executed)
+                executed = walk.sizes.concrete(
+                    node.meta.get("val")
+                )  # decided by data, or higher-order, say: the recorded shape serves
+        fits = all(0 not in shape for shape in _shapes(executed)) and walk.sizes.fit(
+            node.meta.get("val"), executed
+        )
         if small and walk.sizes.assigned and not self.strict and not fits:
             raise _Degenerate
         return executed
@@ -269,7 +315,9 @@ class Interpreter:
             values = [replace(value, created=True) for value in values]
         for name, dim in self.numbering.stretched:
             if name == node.name:
-                values = [replace(values[0], axes=(*values[0].axes, *self._axes(name, shapes[0], "created", [dim])))]
+                values = [
+                    replace(values[0], axes=(*values[0].axes, *self._axes(name, shapes[0], "created", [dim])))
+                ]
         return values if not self.experts else name_results(node, rule, named, values, walk.facts)
 
     def _values(
@@ -294,13 +342,25 @@ class Interpreter:
             return blank
         if str(node.target) in CASTS:
             return [self._cast(node, walk, named["self"])]
-        if rule is None or rule.tallies or any(named.get(name) != int(value) for name, value in (clause.words for clause in rule.all("only"))):
+        if (
+            rule is None
+            or rule.tallies
+            or any(
+                named.get(name) != int(value) for name, value in (clause.words for clause in rule.all("only"))
+            )
+        ):
             self._freeze_given(node, walk, given)
             return blank
         found_or_why = self._by_rule(node, rule, named, nodes, shapes, walk)
         if isinstance(found_or_why, str):
-            # Numbers do not fit (sizes known only at run time, say): the operator freezes what it touches, as one without a rule.
-            self._freeze_given(node, walk, given, f"{node.target} is called in a way that its rule does not speak of ({found_or_why})")
+            # Numbers do not fit (sizes known only at run time, say): the operator freezes what it touches, as
+            # one without a rule.
+            self._freeze_given(
+                node,
+                walk,
+                given,
+                f"{node.target} is called in a way that its rule does not speak of ({found_or_why})",
+            )
             return blank
         self._freeze_unnamed(node, rule, named, walk.facts)
         if rule.alternatives:
@@ -308,7 +368,9 @@ class Interpreter:
         return found_or_why
 
     def _freeze_given(self, node: fx.Node, walk: Walk, given: list[Value], why: str | None = None) -> None:
-        """Freeze all channels that a node is given; unless there is a reason why its rule does not serve, for want of one."""
+        """Freeze all channels that a node is given; unless there is a reason why its rule does not serve, for
+        want of one.
+        """
         if why is None:
             why = f"written by {node.target}" if _writes(node) else f"no rule for {node.target}"
             if any(value.axes for value in given) and not _writes(node):
@@ -318,14 +380,22 @@ class Interpreter:
                 walk.facts.say(walk.facts.frozen, axis.numbers, why, node)
 
     def _cast(self, node: fx.Node, walk: Walk, source: Value) -> Value:
-        """The same channels; and the same weight, unless it is one of integers, which mean something else than what they are cast to."""
+        """The same channels; and the same weight, unless it is one of integers, which mean something else
+        than what they are cast to.
+        """
         floats = all(walk.executed[tensor].is_floating_point() for tensor in (node, node.all_input_nodes[0]))
         return Value(source.shape, source.axes, source.constant, source.origin if floats else None)
 
     def _created(self, node: fx.Node, rule: Rule, shape: tuple[int, ...]) -> Value:
-        """A tensor of equal elements has channels of its own wherever its size is fixed: what it meets decides whether they can go."""
+        """A tensor of equal elements has channels of its own wherever its size is fixed: what it meets
+        decides whether they can go.
+        """
         sizes = arguments(node)[rule.all("shape")[0].words[0]]
-        fixed = [dim for dim, size in enumerate(sizes) if isinstance(size, int)] if isinstance(sizes, (list, tuple)) else []
+        fixed = (
+            [dim for dim, size in enumerate(sizes) if isinstance(size, int)]
+            if isinstance(sizes, (list, tuple))
+            else []
+        )
         return Value(shape, tuple(self._axes(node.name, shape, "created", fixed)), True, created=True)
 
     def _freeze_unnamed(self, node: fx.Node, rule: Rule, named: dict[str, Any], facts: Facts) -> None:
@@ -354,25 +424,40 @@ class Interpreter:
             if rule.moves:
                 moved = move(node, rule, named, nodes, shapes, walk.facts, walk.sizes)
                 return "an index or a mask is known only at run time" if moved is None else moved
-            relation = Relation(node, rule, {**named, **elements(named)}, nodes, walk.facts, self.numbering, self.experts)
+            relation = Relation(
+                node, rule, {**named, **elements(named)}, nodes, walk.facts, self.numbering, self.experts
+            )
             if self.heads:
                 relation.couple_heads()
             results = relation.run()
         except (NotDivisible, RuntimeError, ValueError, IndexError, TypeError) as error:
             return first_line(error)
-        values = [Value(shape, tuple(axes), constant) for shape, (axes, constant) in zip(shapes, results, strict=False)]
-        if len(results) != len(shapes) or not result_shapes_ok(values, [torch.Size(shape) for shape in shapes]):
+        values = [
+            Value(shape, tuple(axes), constant)
+            for shape, (axes, constant) in zip(shapes, results, strict=False)
+        ]
+        if len(results) != len(shapes) or not result_shapes_ok(
+            values, [torch.Size(shape) for shape in shapes]
+        ):
             return "its results have other dimensions"
         return values
 
 
 def _decided_by_data(node: fx.Node) -> bool:
-    """Whether a node takes a number that only data decides: the one that stands for it here can be out of range."""
-    return any(free_unbacked_symbols(value) for source in node.all_input_nodes if isinstance(value := source.meta.get("val"), torch.SymInt))
+    """Whether a node takes a number that only data decides: the one that stands for it here can be out of
+    range.
+    """
+    return any(
+        free_unbacked_symbols(value)
+        for source in node.all_input_nodes
+        if isinstance(value := source.meta.get("val"), torch.SymInt)
+    )
 
 
 def _writes(node: fx.Node) -> bool:
-    """Whether a node writes into one of its arguments: a buffer or an input that the model changes, which nothing can make smaller."""
+    """Whether a node writes into one of its arguments: a buffer or an input that the model changes, which
+    nothing can make smaller.
+    """
     return isinstance(node.target, OpOverload) and node.target._schema.is_mutable
 
 
@@ -398,5 +483,8 @@ def _tensors(named: dict[str, Any]) -> list[Value]:
 def _arguments(node: fx.Node, values: dict[fx.Node, Any]) -> tuple[dict[str, Any], dict[str, fx.Node | None]]:
     """Arguments by schema name, with values for nodes; and the node behind each argument that is one."""
     given = arguments(node)
-    nodes = {name: value if isinstance(value, fx.Node) else None for name, value in {**given, **elements(given)}.items()}
+    nodes = {
+        name: value if isinstance(value, fx.Node) else None
+        for name, value in {**given, **elements(given)}.items()
+    }
     return {name: fx.map_arg(value, lambda n: values.get(n)) for name, value in given.items()}, nodes

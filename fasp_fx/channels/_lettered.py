@@ -20,7 +20,8 @@ from ._value import Axis, Value
 
 
 class Lettered:
-    """A lettered rule read for one node: the letters of its operands and results, and what the rule says of each letter.
+    """A lettered rule read for one node: the letters of its operands and results, and what the rule says of
+    each letter.
 
     Raises:
         NotDivisible: a dimension in brackets is no multiple of its factor.
@@ -49,15 +50,22 @@ class Lettered:
                 self.operands.append(Operand(declared.name, value, letters, nodes.get(declared.name), splits))
                 if splits:
                     facts.boxes_of(value, node)
-        #: letters along which other operands' positions come to places of the first that are known only at run time
+        #: letters along which other operands' positions come to places of the first that are known only at
+        #: run time
         self.placed = self._place(arguments, runs)
         self._repeat()
         self.size: dict[str, int] = {}
         for operand in self.operands:
             for letter, size in zip(operand.letters, operand.value.shape, strict=True):
                 self.size[letter] = max(self.size.get(letter, 1), size)
-        dots = max((sum(letter.startswith(".") for letter in operand.letters) for operand in self.operands), default=0)
-        self.results = [spell(dims, (dots if "..." in dims else 0) + fixed_rank(dims, runs), runs) for dims in alternative.results]
+        dots = max(
+            (sum(letter.startswith(".") for letter in operand.letters) for operand in self.operands),
+            default=0,
+        )
+        self.results = [
+            spell(dims, (dots if "..." in dims else 0) + fixed_rank(dims, runs), runs)
+            for dims in alternative.results
+        ]
         self.kept = {letter for letters in self.results for letter in singles(letters)}
         self.mixed = self._where("mix", arguments, runs)
         self.reduced = self._where("reduce", arguments, runs)
@@ -68,39 +76,60 @@ class Lettered:
         self.windowed = self._where("window", arguments, runs)
         self.slides = slides(rule.all("slide"), arguments)
         self.windowed |= {slide.over for slide in self.slides}
-        #: letters along which positions are combined, ordered or shifted: what lies behind one another there are the same channels
+        #: letters along which positions are combined, ordered or shifted: what lies behind one another there
+        #: are the same channels
         self.crossed = self.mixed | self.reduced | self.windowed | fixed_positions
-        #: letters of a weight's window: part of its columns where the window slides, of its rows where it is laid out
-        self.inside = {slide.within for slide in self.slides} | {letter for letter in self.windowed if letter not in self.kept}
+        #: letters of a weight's window: part of its columns where the window slides, of its rows where it is
+        #: laid out
+        self.inside = {slide.within for slide in self.slides} | {
+            letter for letter in self.windowed if letter not in self.kept
+        }
         #: letters along which rows do other things: the same channels in each
         self.gates = {clause.words[0] for clause in rule.all("gates")}
         self.inside |= self.gates
         #: letters of a weight that are contracted with a letter of the first result, one step before
         self.recurs = recurring(rule, arguments, nodes)
         self.routes = {clause.words[1] for clause in rule.all("route")}
-        fixed = isinstance(arguments.get("k", 1), int) and nodes.get("k") is None and arguments.get("largest") is not False
+        fixed = (
+            isinstance(arguments.get("k", 1), int)
+            and nodes.get("k") is None
+            and arguments.get("largest") is not False
+        )
         self.chosen = self._where("choose", arguments, runs) if fixed else set()
         self.added = self._where("add", arguments, runs)
         self.needed = int(arguments.get("k", 1)) if fixed else 1
-        self.looks = [(int(arguments[dim]), arguments[index]) for dim, index in (clause.words for clause in rule.all("look"))]
+        self.looks = [
+            (int(arguments[dim]), arguments[index])
+            for dim, index in (clause.words for clause in rule.all("look"))
+        ]
         self.experts = experts
         self.keepdim = bool(arguments.get("keepdim", False))
         self._lift()
         self._activate()
 
     def _activate(self) -> None:
-        """What no weight had a part in (a state of zeros before the first step) meets a weight as an activation does."""
+        """What no weight had a part in (a state of zeros before the first step) meets a weight as an
+        activation does.
+        """
         for index, operand in enumerate(self.operands):
             if operand.value.created and any(self.contracted(letter) for letter in operand.letters):
                 self.operands[index] = replace(operand, value=replace(operand.value, constant=False))
 
     def _lift(self) -> None:
-        """Where one operand shrinks a factor that another holds only together with its partner, the partner's positions go as one."""
+        """Where one operand shrinks a factor that another holds only together with its partner, the partner's
+        positions go as one.
+        """
         for index, operand in enumerate(self.operands):
             for dim, _ in operand.splits:
                 first, second = operand.letters[dim], operand.letters[dim + 1]
-                leaders = [other for other in self.operands if other is not operand and first in other.letters and other.at(first)]
-                if operand.at(first) or not any(self._alone(other.letters[other.letters.index(first) + 1]) for other in leaders):
+                leaders = [
+                    other
+                    for other in self.operands
+                    if other is not operand and first in other.letters and other.at(first)
+                ]
+                if operand.at(first) or not any(
+                    self._alone(other.letters[other.letters.index(first) + 1]) for other in leaders
+                ):
                     continue
                 axes = []
                 for axis in operand.value.axes:
@@ -108,7 +137,9 @@ class Lettered:
                         leader = axis.numbers.narrow(dim + 1, 0, 1)
                         self.facts.couple(leader, axis.numbers, self.node)
                         spread = leader.expand(axis.numbers.shape)
-                        self.facts.together.append((spread.reshape(-1).numpy(), axis.numbers.reshape(-1).numpy(), self.node))
+                        self.facts.together.append(
+                            (spread.reshape(-1).numpy(), axis.numbers.reshape(-1).numpy(), self.node)
+                        )
                         axis = Axis(leader, dim, axis.slot)
                     axes.append(axis)
                 value = Value(operand.value.shape, tuple(axes), operand.value.constant, operand.value.origin)
@@ -119,14 +150,19 @@ class Lettered:
         for operand in self.operands:
             if partner in operand.letters and operand.value.origin is not None:
                 dim = operand.letters.index(partner)
-                return self.numbering.get(operand.value.origin, dim - sum(at < dim for at, _ in operand.splits)) is None
+                return (
+                    self.numbering.get(operand.value.origin, dim - sum(at < dim for at, _ in operand.splits))
+                    is None
+                )
         return True
 
     def _place(self, arguments: dict[str, Any], runs: dict[str, int]) -> set[str]:
-        """Give positions that are placed letters of their own: they are others than those of the first operand.
+        """Give positions that are placed letters of their own: they are others than those of the first
+        operand.
 
         Raises:
-            ValueError: operands differ along other dimensions, where the operator leaves some positions alone.
+            ValueError: operands differ along other dimensions, where the operator leaves some positions
+                alone.
         """
         found: set[str] = set()
         for run, dim in (clause.words for clause in self.rule.all("place")):
@@ -137,15 +173,31 @@ class Lettered:
             for index, operand in enumerate(self.operands[1:], 1):
                 own = f"{letter} of {operand.name}"
                 found.add(own)
-                self.operands[index] = replace(operand, letters=tuple(own if other == letter else other for other in operand.letters))
-            if len({tuple((item, size) for item, size in zip(o.letters, o.value.shape, strict=True) if item not in found) for o in self.operands}) > 1:
+                self.operands[index] = replace(
+                    operand, letters=tuple(own if other == letter else other for other in operand.letters)
+                )
+            if (
+                len(
+                    {
+                        tuple(
+                            (item, size)
+                            for item, size in zip(o.letters, o.value.shape, strict=True)
+                            if item not in found
+                        )
+                        for o in self.operands
+                    }
+                )
+                > 1
+            ):
                 raise ValueError(f"the operands of {self.node.target} differ in size")
         return found
 
     def _repeat(self) -> None:
         for clause in self.rule.all("repeat"):
             few, many = clause.words
-            target = next((o.value.shape[o.letters.index(many)] for o in self.operands if many in o.letters), None)
+            target = next(
+                (o.value.shape[o.letters.index(many)] for o in self.operands if many in o.letters), None
+            )
             if target is None:
                 continue
             for index, operand in enumerate(self.operands):
@@ -155,7 +207,15 @@ class Lettered:
                 times = target // operand.value.shape[dim]
                 shape = tuple(target if d == dim else s for d, s in enumerate(operand.value.shape))
                 axes = tuple(
-                    Axis(axis.numbers.repeat_interleave(times, dim) if axis.numbers.shape[dim] > 1 else axis.numbers, axis.dim) for axis in operand.value.axes
+                    Axis(
+                        (
+                            axis.numbers.repeat_interleave(times, dim)
+                            if axis.numbers.shape[dim] > 1
+                            else axis.numbers
+                        ),
+                        axis.dim,
+                    )
+                    for axis in operand.value.axes
                 )
                 value = Value(shape, axes, operand.value.constant)
                 letters = tuple(many if letter == few else letter for letter in operand.letters)
@@ -169,7 +229,12 @@ class Lettered:
                 letters = self.operands[0].letters
                 found |= {letters[dim] for dim in _dims_argument(arguments.get(word), len(letters))}
             elif word == "...":
-                found |= {letter for operand in self.operands for letter in operand.letters if letter.startswith(".")}
+                found |= {
+                    letter
+                    for operand in self.operands
+                    for letter in operand.letters
+                    if letter.startswith(".")
+                }
             elif word in runs:
                 found |= {f"{word}{index}" for index in range(runs[word])}
             else:
@@ -177,17 +242,33 @@ class Lettered:
         return found
 
     def before(self, letter: str) -> Operand | None:
-        """The first result one step before, as a weight's recurring letter meets it; ``None`` if nothing is known of the first step."""
+        """The first result one step before, as a weight's recurring letter meets it; ``None`` if nothing is
+        known of the first step.
+        """
         of, start = self.recurs[letter].of, self.recurs[letter].start
-        return None if start is None else Operand("state", Value(()), tuple(letter if own == of else str(own) for own in self.results[0]), self.node)
+        return (
+            None
+            if start is None
+            else Operand(
+                "state",
+                Value(()),
+                tuple(letter if own == of else str(own) for own in self.results[0]),
+                self.node,
+            )
+        )
 
     def holders(self, letter: str) -> list[Operand]:
         """The operands that have positions along a letter, not one for all."""
-        return [o for o in self.operands if letter in o.letters and (o.size(letter) > 1 or self.size[letter] == 1)]
+        return [
+            o for o in self.operands if letter in o.letters and (o.size(letter) > 1 or self.size[letter] == 1)
+        ]
 
     def contracted(self, letter: str) -> bool:
         """Whether operands meet in a letter that is summed over."""
-        return letter not in self.kept | self.routes | self.gates and sum(letter in operand.letters for operand in self.operands) > 1
+        return (
+            letter not in self.kept | self.routes | self.gates
+            and sum(letter in operand.letters for operand in self.operands) > 1
+        )
 
 
 def _dims_argument(value: Any, rank: int) -> list[int]:

@@ -1,7 +1,7 @@
 """Rules with letters: pointwise operators, contractions, norms and reductions share one mechanism.
 
-Each operand's dimensions get letters; axes that shrink the same letter are coupled; what becomes of a letter (kept, contracted,
-mixed, frozen) decides what is said of its channels.
+Each operand's dimensions get letters; axes that shrink the same letter are coupled; what becomes of a letter
+(kept, contracted, mixed, frozen) decides what is said of its channels.
 """
 
 from __future__ import annotations
@@ -27,7 +27,9 @@ class Relation(Lettered):
     """One application of a lettered rule to one node."""
 
     def run(self) -> list[tuple[list[Axis], bool]]:
-        """Say all that follows of the operands' channels; return the axes of each result and whether it is constant."""
+        """Say all that follows of the operands' channels; return the axes of each result and whether it is
+        constant.
+        """
         constant = all(operand.value.constant for operand in self.operands)
         order = list(dict.fromkeys(letter for operand in self.operands for letter in operand.letters))
         outgoing: list[tuple[str, Tensor]] = []
@@ -35,7 +37,11 @@ class Relation(Lettered):
         for letter in order:
             outgoing += [(letter, numbers) for numbers in self._meet(letter, order, constant)]
         self._consume()
-        dropped = {letter for letter in order if letter not in self.kept or letter in self.reduced or letter in self.windowed}
+        dropped = {
+            letter
+            for letter in order
+            if letter not in self.kept or letter in self.reduced or letter in self.windowed
+        }
         outcome = []
         for letters in self.results:
             own = singles(letters)
@@ -45,7 +51,10 @@ class Relation(Lettered):
                     continue
                 for gone in dropped & set(order):
                     numbers = numbers.narrow(order.index(gone), 0, 1)
-                laid = numbers.permute([order.index(other) for other in own] + [order.index(other) for other in order if other not in own])
+                laid = numbers.permute(
+                    [order.index(other) for other in own]
+                    + [order.index(other) for other in order if other not in own]
+                )
                 laid = join(laid.reshape(laid.shape[: len(own)]), letters, self.size)
                 if self.reduced and not self.keepdim:
                     laid = laid.squeeze(tuple(i for i, other in enumerate(letters) if other in self.reduced))
@@ -56,12 +65,20 @@ class Relation(Lettered):
         return outcome
 
     def couple_heads(self) -> None:
-        """Where two activations are contracted, note which channels share a position of the dimensions that neither sums over."""
+        """Where two activations are contracted, note which channels share a position of the dimensions that
+        neither sums over.
+        """
         activations = [operand for operand in self.operands if not operand.value.constant]
-        if not any(self.contracted(letter) and sum(letter in operand.letters for operand in activations) > 1 for letter in self.size):
+        if not any(
+            self.contracted(letter) and sum(letter in operand.letters for operand in activations) > 1
+            for letter in self.size
+        ):
             return
         for operand in activations:
-            shared = [sum(letter in other.letters for other in activations) > 1 and letter in self.kept for letter in operand.letters]
+            shared = [
+                sum(letter in other.letters for other in activations) > 1 and letter in self.kept
+                for letter in operand.letters
+            ]
             for axis in operand.value.axes:
                 if shared[axis.dim] or not any(shared[dim] for dim in axis.varying()):
                     continue
@@ -69,7 +86,9 @@ class Relation(Lettered):
                 for dim in axis.varying():
                     leader = leader if shared[dim] else leader.narrow(dim, 0, 1)
                 spread = leader.expand(axis.numbers.shape)
-                self.facts.heads.append((spread.reshape(-1).numpy(), axis.numbers.reshape(-1).numpy(), self.node))
+                self.facts.heads.append(
+                    (spread.reshape(-1).numpy(), axis.numbers.reshape(-1).numpy(), self.node)
+                )
 
     def _note_matrices(self, constant: bool) -> None:
         for operand in self.operands:
@@ -80,14 +99,24 @@ class Relation(Lettered):
     def _meet(self, letter: str, order: list[str], constant: bool) -> list[Tensor]:
         """Couple all axes that shrink ``letter``; return those that survive, aligned to ``order``."""
         holders = self.holders(letter)
-        found = [(operand, axis, align(axis, operand.letters, order)) for operand in holders for axis in operand.at(letter)]
+        found = [
+            (operand, axis, align(axis, operand.letters, order))
+            for operand in holders
+            for axis in operand.at(letter)
+        ]
         if letter in self.gates:
-            self._say(self.facts.frozen, [numbers for _, _, numbers in found], f"these are gates of {self.node.target}")
+            self._say(
+                self.facts.frozen,
+                [numbers for _, _, numbers in found],
+                f"these are gates of {self.node.target}",
+            )
         if not found or letter in self.inside:
             return []
         if letter in self.recurs:
             of = self.recurs[letter].of
-            channels = [align(axis, operand.letters, order) for operand in self.holders(of) for axis in operand.at(of)]
+            channels = [
+                align(axis, operand.letters, order) for operand in self.holders(of) for axis in operand.at(of)
+            ]
             columns = [(operand, numbers) for operand, _, numbers in found]
             meet_recurring(self, letter, columns, channels, (order.index(letter), order.index(of)))
             return []
@@ -99,16 +128,24 @@ class Relation(Lettered):
             if not operand.at(letter):
                 self._want_stretched(operand, letter)
                 for _, _, numbers in found:
-                    self.facts.say(self.facts.frozen, numbers, f"meets '{operand.name}' of {self.node.target}, which has no channels there", self.node)
+                    self.facts.say(
+                        self.facts.frozen,
+                        numbers,
+                        f"meets '{operand.name}' of {self.node.target}, which has no channels there",
+                        self.node,
+                    )
         if not all(operand.at(letter) for operand in holders) and not constant and letter in self.kept:
-            # A weight's positions that are frozen here never go; carried on, they would only be taken for channels that other weights share.
+            # A weight's positions that are frozen here never go; carried on, they would only be taken for
+            # channels that other weights share.
             found = [item for item in found if not item[0].value.constant]
             if not found:
                 return []
         everything = [numbers for _, _, numbers in found]
         self._couple_along(self.crossed | (set(order) - self.kept), everything, letter, order)
         vanishing = any(operand.value.vanishes for operand in holders)
-        routing = letter in self.chosen or (letter in self.added and vanishing) or self._looked_up(letter, found)
+        routing = (
+            letter in self.chosen or (letter in self.added and vanishing) or self._looked_up(letter, found)
+        )
         if letter in self.chosen:
             self.facts.chosen += [(numbers.reshape(-1).numpy(), self.needed) for numbers in everything]
         surviving = everything if len(holders) == 1 else couple(self, holders, found, order)
@@ -128,7 +165,9 @@ class Relation(Lettered):
                     self.facts.produced.append((axis.numbers.reshape(-1).numpy(), axis.slot))
         return surviving
 
-    def _couple_along(self, letters: set[str], everything: list[Tensor], besides: str, order: list[str]) -> None:
+    def _couple_along(
+        self, letters: set[str], everything: list[Tensor], besides: str, order: list[str]
+    ) -> None:
         """Channels of one position go together, wherever they are found along these letters."""
         for dim in [order.index(letter) for letter in letters if letter != besides and letter in order]:
             for numbers in everything:
@@ -136,13 +175,20 @@ class Relation(Lettered):
                     self.facts.couple(numbers.narrow(dim, 0, 1), numbers, self.node)
 
     def _want_together(self, letter: str, numbers: Tensor, order: list[str]) -> None:
-        """Channels that cannot go along this dimension can perhaps go along another one that they also vary along, those of a position together."""
+        """Channels that cannot go along this dimension can perhaps go along another one that they also vary
+        along, those of a position together.
+        """
         fixed = self.frozen | self.windowed | self.mixed | self.reduced
-        if any(size > 1 and other not in fixed | self.inside for other, size in zip(order, numbers.shape, strict=True)):
+        if any(
+            size > 1 and other not in fixed | self.inside
+            for other, size in zip(order, numbers.shape, strict=True)
+        ):
             leader = numbers.narrow(order.index(letter), 0, 1).expand(numbers.shape)
             self.facts.together.append((leader.reshape(-1).numpy(), numbers.reshape(-1).numpy(), self.node))
 
-    def _say(self, remarks: list[Remark], everything: list[Tensor], reason: str, routing: bool = False) -> None:
+    def _say(
+        self, remarks: list[Remark], everything: list[Tensor], reason: str, routing: bool = False
+    ) -> None:
         for numbers in everything:
             self.facts.say(remarks, numbers, reason, self.node, routing)
 
@@ -151,7 +197,9 @@ class Relation(Lettered):
         everything = [numbers for _, _, numbers in found]
         for numbers in everything[1:]:
             self.facts.couple(everything[0], numbers, self.node)
-        known = all(operand.at(letter) for operand in holders for letter in self.routes if letter in operand.letters)
+        known = all(
+            operand.at(letter) for operand in holders for letter in self.routes if letter in operand.letters
+        )
         self._say(self.facts.frozen, everything, f"chosen at run time by {self.node.target}", routing=known)
 
     def _looked_up(self, letter: str, found: list[Found]) -> bool:
@@ -161,9 +209,16 @@ class Relation(Lettered):
         return bool(along) and all(look_up(self.node, axis, along[0], self.facts) for _, axis, _ in found)
 
     def _want_stretched(self, operand: Operand, letter: str) -> None:
-        """What an expansion repeats can be repeated less often: it gets channels of its own along that dimension."""
+        """What an expansion repeats can be repeated less often: it gets channels of its own along that
+        dimension.
+        """
         node, dim = operand.node, operand.letters.index(letter)
-        if not (self.experts or self.placed) or node is None or node.target is not torch.ops.aten.expand.default or operand.splits:
+        if (
+            not (self.experts or self.placed)
+            or node is None
+            or node.target is not torch.ops.aten.expand.default
+            or operand.splits
+        ):
             return
         recorded, size = node.all_input_nodes[0].meta.get("val"), arguments_of(node)["size"][dim]
         if not isinstance(recorded, Tensor) or not isinstance(size, int) or size < 2:
@@ -175,17 +230,34 @@ class Relation(Lettered):
     def _contract(self, holders: list[Operand], everything: list[Tensor], vanishing: bool) -> None:
         weights = [operand for operand in holders if operand.value.constant]
         activations = [operand for operand in holders if not operand.value.constant]
-        varying = next((operand for operand in activations if len(activations) > 1 and not _lies_alike(operand, everything)), None)
+        varying = next(
+            (
+                operand
+                for operand in activations
+                if len(activations) > 1 and not _lies_alike(operand, everything)
+            ),
+            None,
+        )
         if varying is not None:
-            reason = f"contracted between two activations by {self.node.target}, of which '{varying.node}' has other channels at other sizes"
+            reason = (
+                f"contracted between two activations by {self.node.target}, of which '{varying.node}' has"
+                " other channels at other sizes"
+            )
             self._say(self.facts.frozen, everything, reason)
         elif len(activations) > 1:
-            self._say(self.facts.exempt, everything, f"contracted between two activations by {self.node.target}", vanishing)
+            self._say(
+                self.facts.exempt,
+                everything,
+                f"contracted between two activations by {self.node.target}",
+                vanishing,
+            )
             numbers = np.unique(np.concatenate([n.reshape(-1).numpy() for n in everything]))
             operands = tuple(operand.node for operand in activations if operand.node is not None)
             self.facts.products.append(Product(self.node, operands, numbers[numbers >= 0]))
         elif len(weights) != 1 or len(activations) != 1:
-            self._say(self.facts.frozen, everything, f"weights are multiplied with each other by {self.node.target}")
+            self._say(
+                self.facts.frozen, everything, f"weights are multiplied with each other by {self.node.target}"
+            )
         else:
             problem = why_no_consumer(self, weights[0], activations[0])
             if problem is not None:
@@ -197,7 +269,11 @@ class Relation(Lettered):
             for activation in self.operands:
                 if not weight.value.constant or activation.value.constant:
                     continue
-                shared = [letter for letter in weight.letters if letter in activation.letters and self.contracted(letter)]
+                shared = [
+                    letter
+                    for letter in weight.letters
+                    if letter in activation.letters and self.contracted(letter)
+                ]
                 if not shared:
                     continue
                 note_stacked(self, weight, activation)
@@ -210,18 +286,25 @@ class Relation(Lettered):
 
 
 def _lies_alike(operand: Operand, among: list[Tensor]) -> bool:
-    """Whether those of some channels that an activation holds repeat along dimensions whose sizes vary, if they lie along any."""
+    """Whether those of some channels that an activation holds repeat along dimensions whose sizes vary, if
+    they lie along any.
+    """
     recorded = None if operand.node is None else operand.node.meta.get("val")
     if not isinstance(recorded, Tensor):
         return True
-    own = [axis.numbers for axis in operand.value.axes if any(bool(torch.isin(axis.numbers, numbers).any()) for numbers in among)]
+    own = [
+        axis.numbers
+        for axis in operand.value.axes
+        if any(bool(torch.isin(axis.numbers, numbers).any()) for numbers in among)
+    ]
     return all(repeating(numbers, recorded.shape) is not None for numbers in own)
 
 
 def result_shapes_ok(values: list[Value], shapes: list[torch.Size]) -> bool:
     """Whether every axis fits the executed shape of its result."""
     return all(
-        len(axis.numbers.shape) == len(shape) and all(n in (1, s) for n, s in zip(axis.numbers.shape, shape, strict=True))
+        len(axis.numbers.shape) == len(shape)
+        and all(n in (1, s) for n, s in zip(axis.numbers.shape, shape, strict=True))
         for value, shape in zip(values, shapes, strict=True)
         for axis in value.axes
     )

@@ -17,7 +17,9 @@ Found = tuple[Operand, Axis, Tensor]
 
 
 def couple(relation: Lettered, holders: list[Operand], found: list[Found], order: list[str]) -> list[Tensor]:
-    """Couple the axes of different operands, each with the one that divides the positions alike; return one of each."""
+    """Couple the axes of different operands, each with the one that divides the positions alike; return one
+    of each.
+    """
     held = [(holder, [numbers for operand, _, numbers in found if operand is holder]) for holder in holders]
     per_holder = sorted((item for item in held if item[1]), key=lambda item: len(item[1]), reverse=True)
     _want_blocks(relation, found, order)
@@ -33,7 +35,8 @@ def couple(relation: Lettered, holders: list[Operand], found: list[Found], order
             relation.facts.couple(leaders[int(match or 0)], numbers, relation.node)
             leaders[int(match or 0)] = _either(leaders[int(match or 0)], numbers)
         for index in set(range(len(leaders))) - set(matches):
-            # One dimension of several merged ones: this operand has positions there, but no channels to lose them with.
+            # One dimension of several merged ones: this operand has positions there, but no channels to lose
+            # them with.
             reason = f"meets '{holder.name}' of {relation.node.target}, which has no channels there"
             relation.facts.say(relation.facts.frozen, leaders[index], reason, relation.node)
     return leaders
@@ -44,15 +47,25 @@ def _want_blocks(relation: Lettered, found: list[Found], order: list[str]) -> No
     for operand, axis, numbers in found:
         for letter in operand.letters if operand.value.constant and operand.value.origin is not None else ():
             dim = order.index(letter)
-            if operand.size(letter) > 1 and numbers.shape[dim] == 1 and any(other.shape[dim] > 1 for _, _, other in found):
+            if (
+                operand.size(letter) > 1
+                and numbers.shape[dim] == 1
+                and any(other.shape[dim] > 1 for _, _, other in found)
+            ):
                 want_blocks(relation.facts, relation.numbering, operand, axis, letter)
 
 
 def _either(first: Tensor, second: Tensor) -> Tensor:
-    """The numbers that vary along more dimensions, and the others' where they have none: what is fixed there, consumers of the result share."""
+    """The numbers that vary along more dimensions, and the others' where they have none: what is fixed there,
+    consumers of the result share.
+    """
     first, second = sorted((first, second), key=_freedom, reverse=True)
     holes = first == NONE
-    return torch.where(holes, second.expand(first.shape), first) if holes.any() and _fits(second, first) else first
+    return (
+        torch.where(holes, second.expand(first.shape), first)
+        if holes.any() and _fits(second, first)
+        else first
+    )
 
 
 def _fits(numbers: Tensor, other: Tensor) -> bool:
@@ -67,7 +80,9 @@ def _alike(numbers: Tensor, leaders: list[Tensor]) -> int | None:
     """The leader that puts the same positions together as ``numbers`` does."""
     for index, leader in enumerate(leaders):
         shape = torch.broadcast_shapes(numbers.shape, leader.shape)
-        parts = [torch.unique(part.expand(shape), return_inverse=True)[1].reshape(-1) for part in (numbers, leader)]
+        parts = [
+            torch.unique(part.expand(shape), return_inverse=True)[1].reshape(-1) for part in (numbers, leader)
+        ]
         together = torch.unique(torch.stack(parts), dim=1).shape[1]
         if together == int(parts[0].max()) + 1 == int(parts[1].max()) + 1:
             return index

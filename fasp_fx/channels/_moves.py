@@ -32,16 +32,25 @@ _RESHAPES = (*_ON_NUMBERS, torch.ops.aten.reshape.default, torch.ops.aten.flatte
 
 def _run(operator: Any, numbers: Any, others: dict[str, Any]) -> Any:
     operator = _ON_NUMBERS.get(operator, operator)
-    return operator(numbers, *others.values()) if operator is torch.ops.aten.reshape.default else operator(numbers, **others)
+    return (
+        operator(numbers, *others.values())
+        if operator is torch.ops.aten.reshape.default
+        else operator(numbers, **others)
+    )
 
 
 def run_on_numbers(node: fx.Node, numbers: Tensor, values: dict[fx.Node, Any]) -> Any:
-    """Move a tensor of numbers the way ``node`` moves its ``self``; sizes and indices are those of the interpretation.
+    """Move a tensor of numbers the way ``node`` moves its ``self``; sizes and indices are those of the
+    interpretation.
 
     Raises:
         ValueError: an index is known only at run time.
     """
-    others = {name: _known(fx.map_arg(value, lambda n: values[n])) for name, value in arguments_of(node).items() if name != "self"}
+    others = {
+        name: _known(fx.map_arg(value, lambda n: values[n]))
+        for name, value in arguments_of(node).items()
+        if name != "self"
+    }
     if any(value is _UNKNOWN for value in others.values()):
         raise ValueError(f"the indices of '{node.name}' ({node.target}) are known only at run time")
     return _run(node.target, numbers, others)
@@ -65,8 +74,17 @@ def _touched_dims(rule: Rule, arguments: dict[str, Any], rank: int) -> set[int]:
     return touched
 
 
-def _unsettled(node: fx.Node, rule: Rule, arguments: dict[str, Any], shape: tuple[int, ...], shapes: list[tuple[int, ...]], sizes: Sizes) -> dict[int, str]:
-    """The dimensions of which what is taken, or where it lies, depends on a size that varies from call to call; each with what happens there."""
+def _unsettled(
+    node: fx.Node,
+    rule: Rule,
+    arguments: dict[str, Any],
+    shape: tuple[int, ...],
+    shapes: list[tuple[int, ...]],
+    sizes: Sizes,
+) -> dict[int, str]:
+    """The dimensions of which what is taken, or where it lies, depends on a size that varies from call to
+    call; each with what happens there.
+    """
     given, rank = arguments_of(node), len(shape)
     found: dict[int, str] = {}
     for clause in rule.clauses:
@@ -75,7 +93,9 @@ def _unsettled(node: fx.Node, rule: Rule, arguments: dict[str, Any], shape: tupl
         along, *bounds = clause.words if clause.keyword in ("span", "pick") else reversed(clause.words)
         dim = int(arguments[along]) % rank
         whole = clause.keyword == "span" and shapes[0] == shape
-        decided = any(isinstance(leaf, fx.Node) for name in bounds for leaf in pytree.tree_leaves(given[name]))
+        decided = any(
+            isinstance(leaf, fx.Node) for name in bounds for leaf in pytree.tree_leaves(given[name])
+        )
         if decided or (dim in _dynamic_dims(node, rule, rank, sizes) and not whole):
             found[dim] = "is cut at a length known only at run time by"
     for index, amount in enumerate(given.get("pad", ())):
@@ -87,7 +107,10 @@ def _unsettled(node: fx.Node, rule: Rule, arguments: dict[str, Any], shape: tupl
 def _decided_by_sizes(node: fx.Node, rule: Rule) -> bool:
     """Whether sizes that vary from call to call are among the arguments beside what is moved."""
     others = [value for name, value in arguments_of(node).items() if name != rule.moves]
-    return any(isinstance(leaf, fx.Node) and isinstance(leaf.meta.get("val"), torch.SymInt) for leaf in pytree.tree_leaves(others))
+    return any(
+        isinstance(leaf, fx.Node) and isinstance(leaf.meta.get("val"), torch.SymInt)
+        for leaf in pytree.tree_leaves(others)
+    )
 
 
 def _keeps_all(node: fx.Node) -> bool:
@@ -99,40 +122,70 @@ def _dynamic_dims(node: fx.Node, rule: Rule, rank: int, sizes: Sizes) -> set[int
     """The dimensions of what a node moves whose sizes vary from call to call."""
     source = arguments_of(node)[str(rule.moves)]
     recorded = source.meta.get("val") if isinstance(source, fx.Node) else None
-    return {dim for dim, size in enumerate(recorded.shape) if sizes.varies(size)} if isinstance(recorded, Tensor) and recorded.dim() == rank else set()
+    return (
+        {dim for dim, size in enumerate(recorded.shape) if sizes.varies(size)}
+        if isinstance(recorded, Tensor) and recorded.dim() == rank
+        else set()
+    )
 
 
 def _shift(
-    node: fx.Node, shape: tuple[int, ...], shapes: list[tuple[int, ...]], others: dict[str, Any], facts: Facts, sizes: Sizes
+    node: fx.Node,
+    shape: tuple[int, ...],
+    shapes: list[tuple[int, ...]],
+    others: dict[str, Any],
+    facts: Facts,
+    sizes: Sizes,
 ) -> Callable[[Tensor], list[Tensor]]:
-    """What moves numbers of the source's rank, of size 1 where they do not vary, as the operator moves elements."""
+    """What moves numbers of the source's rank, of size 1 where they do not vary, as the operator moves
+    elements.
+    """
     if node.target not in _RESHAPES or not _numel(shape):
         return lambda numbers: _outputs(_run(node.target, numbers.expand(shape), _rest(others)))
-    found = cache(partial(_segments, node, shape, shapes[0], sizes))  # most of what is reshaped holds no channels
-    return lambda numbers: [regroup(numbers, shapes[0], found(), lambda first, all_of_them: facts.couple(first, all_of_them, node))]
+    found = cache(
+        partial(_segments, node, shape, shapes[0], sizes)
+    )  # most of what is reshaped holds no channels
+    return lambda numbers: [
+        regroup(
+            numbers, shapes[0], found(), lambda first, all_of_them: facts.couple(first, all_of_them, node)
+        )
+    ]
 
 
 def _settle_given(node: fx.Node, sizes: Sizes) -> None:
     """Where a reshape is given a number, the size is that number, whatever was recorded of it."""
     given, recorded = arguments_of(node), node.meta.get("val")
     wanted = given.get("size") or given.get("shape") or ()
-    for size, number in zip(recorded.shape, wanted) if isinstance(recorded, Tensor) and recorded.dim() == len(wanted) else ():
+    for size, number in (
+        zip(recorded.shape, wanted) if isinstance(recorded, Tensor) and recorded.dim() == len(wanted) else ()
+    ):
         if isinstance(number, int) and number != -1:
             sizes.settle(size)
 
 
 def _segments(node: fx.Node, before: tuple[int, ...], after: tuple[int, ...], sizes: Sizes) -> list[Segment]:
-    """How the shapes of a reshape correspond at every size; where a pass has recorded none, at those of the interpretation."""
+    """How the shapes of a reshape correspond at every size; where a pass has recorded none, at those of the
+    interpretation.
+    """
     recorded = [item.meta.get("val") for item in (node.all_input_nodes[0], node)]
     known = [tuple(val.shape) for val in recorded if isinstance(val, Tensor)]
     symbolic = known if [len(shape) for shape in known] == [len(before), len(after)] else [before, after]
-    return segments(*([sizes.factored(*pair) for pair in zip(own, shape, strict=True)] for own, shape in zip(symbolic, (before, after), strict=True)))
+    return segments(
+        *(
+            [sizes.factored(*pair) for pair in zip(own, shape, strict=True)]
+            for own, shape in zip(symbolic, (before, after), strict=True)
+        )
+    )
 
 
 def _couple_strides(rule: Rule, arguments: dict[str, Any], axis: Axis, facts: Facts, node: fx.Node) -> None:
-    """A slice with step k takes one position out of every k; it goes on to do so as long as each run of k neighbours goes as a whole."""
+    """A slice with step k takes one position out of every k; it goes on to do so as long as each run of k
+    neighbours goes as a whole.
+    """
     step, rank = int(arguments.get("step", 1)), axis.numbers.dim()
-    if step == 1 or not any(int(arguments[clause.words[0]]) % rank == axis.dim for clause in rule.all("span")):
+    if step == 1 or not any(
+        int(arguments[clause.words[0]]) % rank == axis.dim for clause in rule.all("span")
+    ):
         return
     size = axis.numbers.shape[axis.dim]
     positions = torch.arange(size)
@@ -148,7 +201,9 @@ def move(
     facts: Facts,
     sizes: Sizes,
 ) -> list[Value] | None:
-    """The values of the results of a moving operator, or ``None`` if its other arguments are not known while analysing."""
+    """The values of the results of a moving operator, or ``None`` if its other arguments are not known while
+    analysing.
+    """
     assert rule.moves is not None
     source = arguments[rule.moves]
     others = {name: value for name, value in arguments.items() if name != rule.moves}
@@ -177,7 +232,12 @@ def move(
                 facts.stacked.append(axis.numbers.reshape(-1).numpy())
             continue
         if axis.dim in touched:
-            facts.say(facts.frozen, axis.numbers, f"{node.target} names positions along this dimension one by one", node)
+            facts.say(
+                facts.frozen,
+                axis.numbers,
+                f"{node.target} names positions along this dimension one by one",
+                node,
+            )
             if unknown:
                 continue
         if axis.dim in unsettled:
@@ -185,20 +245,34 @@ def move(
             continue  # the remaining positions are those of a sequence, not channels
         _couple_strides(rule, others, axis, facts, node)
         if "pad" in others and _border_moves(axis, others):
-            facts.say(facts.frozen, axis.numbers, f"is cut at the border, or continued there, by {node.target}", node)
+            facts.say(
+                facts.frozen,
+                axis.numbers,
+                f"is cut at the border, or continued there, by {node.target}",
+                node,
+            )
         if "pad" in others:
             moved = [_pad(axis, others["pad"])]
         else:
             axis = _aligned(axis, source.shape, shift, node, facts)
             moved = shift(axis.numbers)
-        why = "deals these channels out by a size that varies from call to call" if node.target in _RESHAPES else "takes channels out one by one"
+        why = (
+            "deals these channels out by a size that varies from call to call"
+            if node.target in _RESHAPES
+            else "takes channels out one by one"
+        )
         for index, numbers in enumerate(moved):
             _keep(axes[index], numbers, facts, node, axis, why)
     stacked = _taken_along(others, source.shape, shapes[0]) if source.origin is not None else None
     if stacked is not None:
         _stay_together(node, source, stacked, facts)
         _want_positions(node, source, stacked, facts)
-    whole = len(shapes) == 1 and _numel(shapes[0]) == _numel(source.shape) and not unknown and _each_once(node, rule, source, others)
+    whole = (
+        len(shapes) == 1
+        and _numel(shapes[0]) == _numel(source.shape)
+        and not unknown
+        and _each_once(node, rule, source, others)
+    )
     origin = source.origin if stacked is not None or whole else None
     settled = source.data is not None and not (_decided_by_sizes(node, rule) and not _keeps_all(node))
     data = _outputs(_run(node.target, source.data, _rest(others))) if settled else [None] * len(shapes)
@@ -206,10 +280,14 @@ def move(
 
 
 def _each_once(node: fx.Node, rule: Rule, source: Value, others: dict[str, Any]) -> bool:
-    """Whether an operator whose result is as large as its source takes every element once; one that takes them by their indices may take some twice."""
+    """Whether an operator whose result is as large as its source takes every element once; one that takes
+    them by their indices may take some twice.
+    """
     if source.origin is None or not rule.all("freeze"):
         return True
-    (places,) = _outputs(_run(node.target, torch.arange(_numel(source.shape)).reshape(source.shape), _rest(others)))
+    (places,) = _outputs(
+        _run(node.target, torch.arange(_numel(source.shape)).reshape(source.shape), _rest(others))
+    )
     return bool(places.unique().numel() == places.numel())
 
 
@@ -223,16 +301,22 @@ def _taken_along(arguments: dict[str, Any], shape: tuple[int, ...], result: tupl
 
 
 def _stay_together(node: fx.Node, source: Value, dim: int, facts: Facts) -> None:
-    """A stack stays one tensor: what is numbered apart for each of its positions loses equal counts or, where that cannot be, the same channels."""
+    """A stack stays one tensor: what is numbered apart for each of its positions loses equal counts or, where
+    that cannot be, the same channels.
+    """
     facts.boxes_of(source, node)
     for axis in source.axes:
         if axis.dim != dim and axis.numbers.shape[dim] > 1:
             first = axis.numbers.narrow(dim, 0, 1).expand(axis.numbers.shape)
-            facts.stacks.setdefault(node, []).append((first.reshape(-1).numpy(), axis.numbers.reshape(-1).numpy(), node))
+            facts.stacks.setdefault(node, []).append(
+                (first.reshape(-1).numpy(), axis.numbers.reshape(-1).numpy(), node)
+            )
 
 
 def _want_positions(node: fx.Node, source: Value, dim: int, facts: Facts) -> None:
-    """Ask that a stack of weights of which nothing but each single one is taken be numbered apart for each of them."""
+    """Ask that a stack of weights of which nothing but each single one is taken be numbered apart for each of
+    them.
+    """
     stack = node.all_input_nodes[0]
     if stack.op != "get_attr" or not _all_taken(stack, dim, source.shape):
         return
@@ -242,7 +326,9 @@ def _want_positions(node: fx.Node, source: Value, dim: int, facts: Facts) -> Non
 
 
 def _all_taken(stack: fx.Node, dim: int, shape: tuple[int, ...]) -> bool:
-    """Whether every position of a weight along a dimension is taken by itself, and no node takes anything else of it."""
+    """Whether every position of a weight along a dimension is taken by itself, and no node takes anything
+    else of it.
+    """
     taken: set[int] = set()
     for user in stack.users:
         given = arguments_of(user)
@@ -259,24 +345,45 @@ def _all_taken(stack: fx.Node, dim: int, shape: tuple[int, ...]) -> bool:
 
 def _parts_at_run_time(rule: Rule, arguments: dict[str, Any], shape: tuple[int, ...]) -> bool:
     """Whether the sizes of parts, known only at run time, are stood in for by numbers that do not add up."""
-    return any(sum(arguments[sizes]) != shape[int(arguments[dim])] for sizes, dim in (clause.words for clause in rule.all("sizes")))
+    return any(
+        sum(arguments[sizes]) != shape[int(arguments[dim])]
+        for sizes, dim in (clause.words for clause in rule.all("sizes"))
+    )
 
 
-def _part_at_run_time(node: fx.Node, rule: Rule, source: Value, arguments: dict[str, Any], shapes: list[tuple[int, ...]], facts: Facts) -> list[Value]:
-    """Parts of unknown length, such as the tokens of each expert: what does not vary along the dimension is the same in each."""
+def _part_at_run_time(
+    node: fx.Node,
+    rule: Rule,
+    source: Value,
+    arguments: dict[str, Any],
+    shapes: list[tuple[int, ...]],
+    facts: Facts,
+) -> list[Value]:
+    """Parts of unknown length, such as the tokens of each expert: what does not vary along the dimension is
+    the same in each.
+    """
     axes: list[Axis] = []
     for axis in source.axes:
         if any(axis.numbers.shape[int(arguments[clause.words[1]])] > 1 for clause in rule.all("sizes")):
-            facts.say(facts.frozen, axis.numbers, f"is cut at a length known only at run time by {node.target}", node)
+            facts.say(
+                facts.frozen,
+                axis.numbers,
+                f"is cut at a length known only at run time by {node.target}",
+                node,
+            )
         else:
             axes.append(axis)
     return [Value(shape, tuple(axes), source.constant) for shape in shapes]
 
 
-def _aligned(axis: Axis, shape: tuple[int, ...], run: Callable[[Tensor], list[Tensor]], node: fx.Node, facts: Facts) -> Axis:
-    """Couple channels at one place of several rows where the move deals the rows out in turn, as a channel shuffle does.
+def _aligned(
+    axis: Axis, shape: tuple[int, ...], run: Callable[[Tensor], list[Tensor]], node: fx.Node, facts: Facts
+) -> Axis:
+    """Couple channels at one place of several rows where the move deals the rows out in turn, as a channel
+    shuffle does.
 
-    Rows may lose different channels only as long as each stays in one piece: of rows that alternate, the order of what is left would change.
+    Rows may lose different channels only as long as each stays in one piece: of rows that alternate, the
+    order of what is left would change.
     """
     numbers = axis.numbers
     for dim in axis.varying():
@@ -307,11 +414,24 @@ def _index_at(arguments: dict[str, Any], dim: int) -> Any:
 
 
 def _some_index(value: Any, given: Any) -> Any:
-    """Indices of the right shape in the place of those known only at run time; ``None`` if they decide the shape of the result."""
+    """Indices of the right shape in the place of those known only at run time; ``None`` if they decide the
+    shape of the result.
+    """
     if isinstance(value, (list, tuple)):
-        found = [item if not isinstance(item, Value) else _some_index(item, node) for item, node in zip(value, given, strict=True)]
-        return None if any(new is None and old is not None for new, old in zip(found, value, strict=True)) else found
-    if not isinstance(given, fx.Node) or not isinstance(given.meta.get("val"), Tensor) or given.meta["val"].dtype in (torch.bool, torch.uint8):
+        found = [
+            item if not isinstance(item, Value) else _some_index(item, node)
+            for item, node in zip(value, given, strict=True)
+        ]
+        return (
+            None
+            if any(new is None and old is not None for new, old in zip(found, value, strict=True))
+            else found
+        )
+    if (
+        not isinstance(given, fx.Node)
+        or not isinstance(given.meta.get("val"), Tensor)
+        or given.meta["val"].dtype in (torch.bool, torch.uint8)
+    ):
         return None
     return value.data if value.data is not None else torch.zeros(value.shape, dtype=torch.long)
 
@@ -327,23 +447,35 @@ def _alike_along(source: Value, dims: set[int], node: fx.Node, facts: Facts) -> 
 
 
 def _alike(axis: Axis, dim: int, node: fx.Node, facts: Facts) -> Axis:
-    """Couple the channels of an axis that lie behind one another along another dimension; what is left does not vary there."""
+    """Couple the channels of an axis that lie behind one another along another dimension; what is left does
+    not vary there.
+    """
     leader = axis.numbers.narrow(dim, 0, 1)
     facts.couple(leader, axis.numbers, node)
     return Axis(leader, axis.dim, axis.slot)
 
 
 def _border_moves(axis: Axis, others: dict[str, Any]) -> bool:
-    """Whether other channels would stand at the border once some are gone: one is cut off there, or repeated."""
+    """Whether other channels would stand at the border once some are gone: one is cut off there,
+    or repeated.
+    """
     rank = axis.numbers.dim()
-    amounts = [amount for index, amount in enumerate(others["pad"]) if axis.numbers.shape[rank - 1 - index // 2] > 1]
-    return any(amount < 0 for amount in amounts) or (others.get("mode", "constant") != "constant" and any(amounts))
+    amounts = [
+        amount for index, amount in enumerate(others["pad"]) if axis.numbers.shape[rank - 1 - index // 2] > 1
+    ]
+    return any(amount < 0 for amount in amounts) or (
+        others.get("mode", "constant") != "constant" and any(amounts)
+    )
 
 
 def _pad(axis: Axis, pad: list[int]) -> Tensor:
-    """What a border adds along a dimension of channels is not a channel; along any other dimension it continues the channels."""
+    """What a border adds along a dimension of channels is not a channel; along any other dimension it
+    continues the channels.
+    """
     rank = axis.numbers.dim()
-    along = [amount if axis.numbers.shape[rank - 1 - index // 2] > 1 else 0 for index, amount in enumerate(pad)]
+    along = [
+        amount if axis.numbers.shape[rank - 1 - index // 2] > 1 else 0 for index, amount in enumerate(pad)
+    ]
     return torch.nn.functional.pad(axis.numbers, along, value=NONE)
 
 
@@ -355,7 +487,9 @@ _UNKNOWN = object()
 
 
 def _known(value: Any) -> Any:
-    """The argument as the operator takes it, or ``_UNKNOWN`` where it is a tensor whose content is not known."""
+    """The argument as the operator takes it, or ``_UNKNOWN`` where it is a tensor whose content
+    is not known.
+    """
     if isinstance(value, Value):
         return value.data if value.data is not None else _UNKNOWN
     if isinstance(value, (list, tuple)):
@@ -368,7 +502,14 @@ def _numel(shape: tuple[int, ...]) -> int:
     return int(torch.Size(shape).numel())
 
 
-def _keep(axes: list[Axis], moved: Tensor, facts: Facts, node: fx.Node, source: Axis | None = None, why: str = "takes channels out one by one") -> None:
+def _keep(
+    axes: list[Axis],
+    moved: Tensor,
+    facts: Facts,
+    node: fx.Node,
+    source: Axis | None = None,
+    why: str = "takes channels out one by one",
+) -> None:
     axis = Axis.of(moved, source.slot if source is not None else None)
     if axis is not None and (source is None or not _one_of_each(axis, source)):
         axes.append(axis)
@@ -377,20 +518,34 @@ def _keep(axes: list[Axis], moved: Tensor, facts: Facts, node: fx.Node, source: 
 
 
 def _one_of_each(axis: Axis, source: Axis) -> bool:
-    """Whether a move took one channel out of every row, so that what is left varies only from row to row and cannot shrink."""
-    if len(axis.varying()) >= len(source.varying()) or axis.numbers.unique().numel() == source.numbers.unique().numel():
+    """Whether a move took one channel out of every row, so that what is left varies only from row to row and
+    cannot shrink.
+    """
+    if (
+        len(axis.varying()) >= len(source.varying())
+        or axis.numbers.unique().numel() == source.numbers.unique().numel()
+    ):
         return False
     return smallest_step(axis.numbers.numpy(), axis.dim) > smallest_step(source.numbers.numpy(), source.dim)
 
 
 def _at_run_time(node: fx.Node, rule: Rule, joined: int) -> bool:
-    """Whether some of the joined tensors vary in length along the joined dimension, which decides where the others lie."""
+    """Whether some of the joined tensors vary in length along the joined dimension, which decides where the
+    others lie.
+    """
     assert rule.moves is not None
     recorded = [part.meta.get("val") for part in arguments_of(node)[rule.moves] if isinstance(part, fx.Node)]
     return any(isinstance(val, Tensor) and is_dynamic(val.shape[joined]) for val in recorded)
 
 
-def _join(node: fx.Node, rule: Rule, sources: list[Value], others: dict[str, Any], shapes: list[tuple[int, ...]], facts: Facts) -> list[Value]:
+def _join(
+    node: fx.Node,
+    rule: Rule,
+    sources: list[Value],
+    others: dict[str, Any],
+    shapes: list[tuple[int, ...]],
+    facts: Facts,
+) -> list[Value]:
     """Concatenation or stacking: axes that shrink the joined dimension are joined, all others must agree."""
     sources = [source for source in sources if _numel(source.shape) or len(source.shape) > 1]
     rank = len(shapes[0])
@@ -404,21 +559,44 @@ def _join(node: fx.Node, rule: Rule, sources: list[Value], others: dict[str, Any
         if max(map(len, per_source)) > 1 or (not all(per_source) and (stacked or dim != joined)):
             for source_axes in per_source:
                 for axis in source_axes:
-                    facts.say(facts.frozen, axis.numbers, f"meets a part of {node.target} that has no channels there", node)
+                    facts.say(
+                        facts.frozen,
+                        axis.numbers,
+                        f"meets a part of {node.target} that has no channels there",
+                        node,
+                    )
             continue
-        if not stacked and any(joined in axis.varying() for found in per_source for axis in found) and _at_run_time(node, rule, joined):
+        if (
+            not stacked
+            and any(joined in axis.varying() for found in per_source for axis in found)
+            and _at_run_time(node, rule, joined)
+        ):
             if dim == joined:
                 for axis in (axis for found in per_source for axis in found):
-                    facts.say(facts.frozen, axis.numbers, f"{node.target} puts it behind something of a length known only at run time", node)
+                    facts.say(
+                        facts.frozen,
+                        axis.numbers,
+                        f"{node.target} puts it behind something of a length known only at run time",
+                        node,
+                    )
                 continue
             per_source = [[_alike(axis, joined, node, facts) for axis in found] for found in per_source]
-        parts = [found[0].numbers.expand(s.shape) if found else torch.full(s.shape, NONE) for found, s in zip(per_source, sources, strict=True)]
-        alike = (stacked or dim != joined) and all(found[0].numbers.shape == per_source[0][0].numbers.shape for found in per_source)
+        parts = [
+            found[0].numbers.expand(s.shape) if found else torch.full(s.shape, NONE)
+            for found, s in zip(per_source, sources, strict=True)
+        ]
+        alike = (stacked or dim != joined) and all(
+            found[0].numbers.shape == per_source[0][0].numbers.shape for found in per_source
+        )
         if alike and (stacked or per_source[0][0].numbers.shape[joined] == 1):
             for found in per_source[1:]:
                 facts.couple(per_source[0][0].numbers, found[0].numbers, node)
             parts = [parts[0] if stacked else per_source[0][0].numbers.expand(s.shape) for s in sources]
         _keep(axes, _run(node.target, parts, others), facts, node)
     constant = all(source.constant for source in sources)
-    data = _run(node.target, [s.data for s in sources], others) if all(s.data is not None for s in sources) else None
+    data = (
+        _run(node.target, [s.data for s in sources], others)
+        if all(s.data is not None for s in sources)
+        else None
+    )
     return [Value(shapes[0], tuple(axes), constant, None, data)]

@@ -1,7 +1,8 @@
 """Integers that name positions: a router's choice of experts, and what becomes of it.
 
-Top-k gives the numbers of the positions chosen. Wherever these go, the channels at those positions are known to be meant: tallied, looked up in a
-weight, or met by an operator that makes something else of them, which freezes the channels.
+Top-k gives the numbers of the positions chosen. Wherever these go, the channels at those positions are known
+to be meant: tallied, looked up in a weight, or met by an operator that makes something else of them, which
+freezes the channels.
 """
 
 from __future__ import annotations
@@ -19,15 +20,23 @@ from ._facts import Facts
 from ._value import Axis, Value
 
 
-def tallied(node: fx.Node, rule: Rule, arguments: dict[str, Any], shape: tuple[int, ...]) -> list[Value] | None:
-    """The result of a tally of named positions, which has those positions; ``None`` if it tallies anything else."""
+def tallied(
+    node: fx.Node, rule: Rule, arguments: dict[str, Any], shape: tuple[int, ...]
+) -> list[Value] | None:
+    """The result of a tally of named positions, which has those positions; ``None`` if it tallies anything
+    else.
+    """
     source = arguments[str(rule.tallies)]
     if not isinstance(source, Value) or source.names is None:
         return None
     count = source.names.numel()
-    if any(arguments[clause.words[0]] != count for clause in rule.all("count")) or any(arguments[clause.words[0]] != count - 1 for clause in rule.all("last")):
+    if any(arguments[clause.words[0]] != count for clause in rule.all("count")) or any(
+        arguments[clause.words[0]] != count - 1 for clause in rule.all("last")
+    ):
         return None
-    axis = Axis.of(source.names.reshape([1] * (len(shape) - 1) + [-1])) if shape and shape[-1] == count else None
+    axis = (
+        Axis.of(source.names.reshape([1] * (len(shape) - 1) + [-1])) if shape and shape[-1] == count else None
+    )
     return None if axis is None else [Value(shape, (axis,), vanishes=True)]
 
 
@@ -48,14 +57,28 @@ def _looked_up(rule: Rule, name: str, arguments: dict[str, Any], names: Tensor) 
     source = arguments.get(rule.moves or (rule.alternatives[0].operands[0].name if rule.alternatives else ""))
     if not isinstance(source, Value):
         return False
-    dims = [int(arguments[clause.words[0]]) % len(source.shape) for clause in rule.all("look") if clause.words[1] == name]
+    dims = [
+        int(arguments[clause.words[0]]) % len(source.shape)
+        for clause in rule.all("look")
+        if clause.words[1] == name
+    ]
     if name == "indices" and rule.moves:
-        dims = [dim for dim, index in enumerate(arguments[name]) if isinstance(index, Value) and index.names is not None]
-    return bool(dims) and all(bool(source.at(dim)) and all(_fits(axis, names) for axis in source.at(dim)) for dim in dims)
+        dims = [
+            dim
+            for dim, index in enumerate(arguments[name])
+            if isinstance(index, Value) and index.names is not None
+        ]
+    return bool(dims) and all(
+        bool(source.at(dim)) and all(_fits(axis, names) for axis in source.at(dim)) for dim in dims
+    )
 
 
-def name_results(node: fx.Node, rule: Rule | None, arguments: dict[str, Any], values: list[Value], facts: Facts) -> list[Value]:
-    """Say which results name positions, and freeze positions that are named to an operator of which nothing is known."""
+def name_results(
+    node: fx.Node, rule: Rule | None, arguments: dict[str, Any], values: list[Value], facts: Facts
+) -> list[Value]:
+    """Say which results name positions, and freeze positions that are named to an operator of which nothing
+    is known.
+    """
     values = list(values) if rule is None else list(vanish(node, rule, arguments, values))
     for clause in rule.all("choose") if rule is not None else ():
         source = arguments[rule.alternatives[0].operands[0].name] if rule is not None else None
@@ -66,7 +89,9 @@ def name_results(node: fx.Node, rule: Rule | None, arguments: dict[str, Any], va
             if not isinstance(item, Value) or item.names is None:
                 continue
             recorded = node.meta.get("val")
-            truth = isinstance(recorded, Tensor) and recorded.dtype == torch.bool  # of a number as truth nothing is left
+            truth = (
+                isinstance(recorded, Tensor) and recorded.dtype == torch.bool
+            )  # of a number as truth nothing is left
             if rule is None or truth or not _passed(rule, name, item.names, arguments, values):
                 facts.say(facts.frozen, item.names, f"named by number to {node.target}", node)
     return values
@@ -76,32 +101,55 @@ def keep_numbered(node: fx.Node, rule: Rule, arguments: dict[str, Any], facts: F
     """Positions that a result numbers stay: with one gone, others would have other numbers.
 
     Args:
-        followed: whether the numbers of those chosen are followed to where they are used (:func:`name_results`).
+        followed: whether the numbers of those chosen are followed to where they are used
+            (:func:`name_results`).
     """
-    named = [*rule.all("index"), *(clause for clause in rule.all("choose") if len(clause.words) == 2 and not followed)]
+    named = [
+        *rule.all("index"),
+        *(clause for clause in rule.all("choose") if len(clause.words) == 2 and not followed),
+    ]
     for clause in named:
         source = arguments[rule.alternatives[0].operands[0].name]
         if not isinstance(source, Value) or not source.shape or not _is_used(node, ORDINALS[clause.words[1]]):
             continue
         given = arguments[clause.words[0]]
         for axis in source.axes if given is None else source.at(int(given) % len(source.shape)):
-            facts.say(facts.frozen, axis.numbers, f"{node.target} numbers positions along this dimension", node)
+            facts.say(
+                facts.frozen, axis.numbers, f"{node.target} numbers positions along this dimension", node
+            )
 
 
 def _is_used(node: fx.Node, result: int) -> bool:
     """Whether anything is made of a result, which a node of several gives through ``getitem``."""
     if isinstance(node.meta.get("val"), Tensor):
         return bool(node.users)
-    return any(bool(user.users) and user.args[1] == result if user.target is operator.getitem else True for user in node.users)
+    return any(
+        bool(user.users) and user.args[1] == result if user.target is operator.getitem else True
+        for user in node.users
+    )
 
 
 def vanish(node: fx.Node, rule: Rule, arguments: dict[str, Any], values: list[Value]) -> list[Value]:
-    """Say which results are zero wherever a router never chooses: its softmax, what is moved from there, and products with it."""
-    zero = {name for name, value in arguments.items() if isinstance(value, Value) and value.vanishes and name != "pad"}
+    """Say which results are zero wherever a router never chooses: its softmax, what is moved from there, and
+    products with it.
+    """
+    zero = {
+        name
+        for name, value in arguments.items()
+        if isinstance(value, Value) and value.vanishes and name != "pad"
+    }
     moved = rule.moves in zero and "pad" not in arguments
     product = any(name in zero for name in VANISHING.get(str(node.target), ()))
-    weighed = any(len(clause.words) == 1 and _competing(arguments, rule, clause.words[0]) for clause in rule.all("choose"))
-    if moved or product or weighed or (rule.all("pass") and any(clause.words[0] in zero for clause in rule.all("pass"))):
+    weighed = any(
+        len(clause.words) == 1 and _competing(arguments, rule, clause.words[0])
+        for clause in rule.all("choose")
+    )
+    if (
+        moved
+        or product
+        or weighed
+        or (rule.all("pass") and any(clause.words[0] in zero for clause in rule.all("pass")))
+    ):
         return [replace(value, vanishes=True) for value in values]
     return values
 
@@ -109,10 +157,17 @@ def vanish(node: fx.Node, rule: Rule, arguments: dict[str, Any], values: list[Va
 def _competing(arguments: dict[str, Any], rule: Rule, dim: str) -> bool:
     """Whether channels compete: they alone, along the dimension that argument ``dim`` names."""
     source = arguments[rule.alternatives[0].operands[0].name]
-    return isinstance(source, Value) and len(source.axes) == 1 and isinstance(arguments[dim], int) and bool(source.at(arguments[dim] % len(source.shape)))
+    return (
+        isinstance(source, Value)
+        and len(source.axes) == 1
+        and isinstance(arguments[dim], int)
+        and bool(source.at(arguments[dim] % len(source.shape)))
+    )
 
 
-def _choose(node: fx.Node, source: Value, dim: int | None, result: int, values: list[Value], facts: Facts) -> None:
+def _choose(
+    node: fx.Node, source: Value, dim: int | None, result: int, values: list[Value], facts: Facts
+) -> None:
     axes = source.at(dim % len(source.shape)) if source.shape and dim is not None else list(source.axes)
     if dim is not None and len(axes) == 1 and axes[0].varying() == [axes[0].dim]:
         values[result] = replace(values[result], names=axes[0].numbers.reshape(-1))
@@ -122,7 +177,9 @@ def _choose(node: fx.Node, source: Value, dim: int | None, result: int, values: 
 
 
 def _passed(rule: Rule, name: str, names: Tensor, arguments: dict[str, Any], values: list[Value]) -> bool:
-    """Whether the rule says what becomes of integers given as argument ``name``; marks the results that hold them."""
+    """Whether the rule says what becomes of integers given as argument ``name``; marks the results that hold
+    them.
+    """
     if rule.moves == name and "pad" not in arguments and not isinstance(arguments[name], (list, tuple)):
         values[:] = [replace(value, names=names) for value in values]
         return True

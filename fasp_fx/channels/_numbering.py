@@ -12,10 +12,11 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Slot:
-    """One dimension of one weight, graph input or created tensor; its channels are numbered ``base … base + size - 1``.
+    """One dimension of one weight, graph input or created tensor; its channels are numbered ``base … base +
+    size - 1``.
 
-    Where a weight is used block by block (experts, the groups of a convolution) each block has channels of its own: ``block_dim`` is
-    divided evenly into ``blocks``, and ``size`` counts the channels of all of them.
+    Where a weight is used block by block (experts, the groups of a convolution) each block has channels of
+    its own: ``block_dim`` is divided evenly into ``blocks``, and ``size`` counts the channels of all of them.
     """
 
     name: str
@@ -38,8 +39,14 @@ class Slot:
 class Numbering:
     """Hands out numbers and finds the slot that a number belongs to."""
 
-    def __init__(self, blocked: Mapping[tuple[str, int], tuple[int, int]] | None = None, stretched: Iterable[tuple[str, int]] = ()) -> None:
-        """``blocked`` says for a weight and a dimension which dimension divides it into blocks, and into how many."""
+    def __init__(
+        self,
+        blocked: Mapping[tuple[str, int], tuple[int, int]] | None = None,
+        stretched: Iterable[tuple[str, int]] = (),
+    ) -> None:
+        """``blocked`` says for a weight and a dimension which dimension divides it into blocks, and into how
+        many.
+        """
         self.blocked = dict(blocked or {})
         #: dimensions of expanded tensors, by node, that have channels of their own
         self.stretched = frozenset(stretched)
@@ -65,7 +72,9 @@ class Numbering:
         return self._index.get((name, dim))
 
     def numbers(self, name: str, dim: int) -> Tensor | None:
-        """The numbers along one dimension (see :meth:`Slot.numbers`), or ``None`` for a dimension without channels."""
+        """The numbers along one dimension (see :meth:`Slot.numbers`), or ``None`` for a dimension without
+        channels.
+        """
         slot = self.get(name, dim)
         return None if slot is None else slot.numbers()
 
@@ -74,11 +83,15 @@ class Numbering:
         if self.representative is None:
             return numbers
         if len(self.representative) < self.total:  # numbers handed out later speak for themselves
-            self.representative = torch.cat([self.representative, torch.arange(len(self.representative), self.total)])
+            self.representative = torch.cat(
+                [self.representative, torch.arange(len(self.representative), self.total)]
+            )
         return self.representative[numbers]
 
     def open(self, blocked: Mapping[tuple[str, int], tuple[int, int]] | None = None) -> Numbering:
-        """A copy that can grow without changing this one; what nodes create is numbered anew, since a rewritten graph has other nodes."""
+        """A copy that can grow without changing this one; what nodes create is numbered anew, since a
+        rewritten graph has other nodes.
+        """
         copy = Numbering({**self.blocked, **(blocked or {})}, self.stretched)
         copy.representative, copy.slots, copy.total = self.representative, list(self.slots), self.total
         copy._index = {place: slot for place, slot in self._index.items() if slot.kind != "created"}
@@ -96,7 +109,8 @@ class Numbering:
 
 
 def laid_by_block(values: Tensor, dim: int, block_dim: int, shape: tuple[int, ...]) -> Tensor:
-    """Values for the channels of each block, laid along a weight: along ``dim``, and as the blocks divide ``block_dim``; of size 1 along all else.
+    """Values for the channels of each block, laid along a weight: along ``dim``, and as the blocks divide
+    ``block_dim``; of size 1 along all else.
 
     Args:
         values: shape ``[blocks, channels of a block]``.

@@ -1,4 +1,6 @@
-"""Operands of a lettered rule: which alternative of the rule a call takes, and a letter for each dimension."""
+"""Operands of a lettered rule: which alternative of the rule a call takes, and a letter for each
+dimension.
+"""
 
 from __future__ import annotations
 
@@ -33,7 +35,9 @@ class Operand:
 
 
 def choose(rule: Rule, arguments: dict[str, Any]) -> Alternative:
-    """The first alternative whose condition holds and whose operands have enough dimensions; else the last."""
+    """The first alternative whose condition holds and whose operands have enough dimensions; else
+    the last.
+    """
     for alternative in rule.alternatives[:-1]:
         if alternative.condition and not arguments.get(alternative.condition):
             continue
@@ -50,8 +54,15 @@ def _fits(dims: Dims, rank: int) -> bool:
 
 
 def run_lengths(alternative: Alternative, rule: Rule, arguments: dict[str, Any]) -> dict[str, int]:
-    """The length of every run, from the operands that leave it no choice, or from an argument that holds its sizes."""
-    names = {token for operand in alternative.operands for token in operand.dims if isinstance(token, str) and token.endswith("*")}
+    """The length of every run, from the operands that leave it no choice, or from an argument that holds its
+    sizes.
+    """
+    names = {
+        token
+        for operand in alternative.operands
+        for token in operand.dims
+        if isinstance(token, str) and token.endswith("*")
+    }
     runs: dict[str, int] = {}
     for clause in rule.all("shape"):
         if len(clause.words) == 2:
@@ -61,7 +72,9 @@ def run_lengths(alternative: Alternative, rule: Rule, arguments: dict[str, Any])
             value = arguments.get(operand.name)
             open_runs = [token for token in operand.dims if token in names and token not in runs]
             if isinstance(value, Value) and len(open_runs) == 1 and "..." not in operand.dims:
-                runs[str(open_runs[0])] = len(value.shape) - fixed_rank(operand.dims, {**runs, str(open_runs[0]): 0})
+                runs[str(open_runs[0])] = len(value.shape) - fixed_rank(
+                    operand.dims, {**runs, str(open_runs[0]): 0}
+                )
     return {name: runs.get(name, 1) for name in names}
 
 
@@ -69,4 +82,6 @@ def align(axis: Axis, letters: tuple[str, ...], order: list[str]) -> Tensor:
     """The axis's numbers with one dimension per letter of ``order``."""
     present = [letter for letter in order if letter in letters]
     numbers = axis.numbers.permute([letters.index(letter) for letter in present])
-    return numbers.reshape([numbers.shape[present.index(letter)] if letter in present else 1 for letter in order])
+    return numbers.reshape(
+        [numbers.shape[present.index(letter)] if letter in present else 1 for letter in order]
+    )

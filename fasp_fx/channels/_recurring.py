@@ -1,4 +1,6 @@
-"""Operators that take their own result of one step before: a weight's columns that meet no tensor of the graph."""
+"""Operators that take their own result of one step before: a weight's columns that meet no tensor of the
+graph.
+"""
 
 from __future__ import annotations
 
@@ -26,23 +28,37 @@ class Recurring:
     steps: int
 
 
-def recurring(rule: Rule, arguments: dict[str, Any], nodes: dict[str, fx.Node | None]) -> dict[str, Recurring]:
+def recurring(
+    rule: Rule, arguments: dict[str, Any], nodes: dict[str, fx.Node | None]
+) -> dict[str, Recurring]:
     """The recurring letters of a rule, for one call."""
     return {
-        letter: Recurring(of, nodes.get(start), int(bool(arguments[second]))) for letter, of, start, second in (clause.words for clause in rule.all("recur"))
+        letter: Recurring(of, nodes.get(start), int(bool(arguments[second])))
+        for letter, of, start, second in (clause.words for clause in rule.all("recur"))
     }
 
 
-def meet_recurring(relation: Lettered, letter: str, columns: list[tuple[Operand, Tensor]], channels: list[Tensor], turn: tuple[int, int]) -> None:
+def meet_recurring(
+    relation: Lettered,
+    letter: str,
+    columns: list[tuple[Operand, Tensor]],
+    channels: list[Tensor],
+    turn: tuple[int, int],
+) -> None:
     """Couple a weight's columns with the channels of the result that they meet; columns that meet none stay.
 
     Args:
-        columns: the weights with the numbers of their columns, ``channels`` those along the result's letter, all aligned.
+        columns: the weights with the numbers of their columns, ``channels`` those along the result's letter,
+            all aligned.
         turn: the places of the two letters in that alignment.
     """
     state = relation.before(letter)
     for weight, numbers in columns:
-        problem = why_no_consumer(relation, weight, state) if channels and state is not None else f"'{weight.name}' of {relation.node.target} meets no channels"
+        problem = (
+            why_no_consumer(relation, weight, state)
+            if channels and state is not None
+            else f"'{weight.name}' of {relation.node.target} meets no channels"
+        )
         if problem is not None:
             relation.facts.say(relation.facts.frozen, numbers, problem, relation.node)
         for own in channels:
@@ -54,8 +70,15 @@ def consume_recurring(relation: Lettered) -> None:
     for letter, recurring in relation.recurs.items():
         state = relation.before(letter)
         for weight in relation.operands:
-            if state is None or recurring.start is None or letter not in weight.letters or not weight.at(letter):
+            if (
+                state is None
+                or recurring.start is None
+                or letter not in weight.letters
+                or not weight.at(letter)
+            ):
                 continue
             if weight.value.constant and why_no_consumer(relation, weight, state) is None:
                 use = make_use(relation, weight, state)
-                relation.facts.uses.append(replace(use, recurrence=Recurrence(recurring.start, recurring.steps)))
+                relation.facts.uses.append(
+                    replace(use, recurrence=Recurrence(recurring.start, recurring.steps))
+                )

@@ -1,8 +1,10 @@
-"""Reshapes: which dimensions of a tensor become which of another, at every size and not only at those of the interpretation.
+"""Reshapes: which dimensions of a tensor become which of another, at every size and not only at those of the
+interpretation.
 
-A reshape keeps the row-major order. Where both shapes divide into the same factors, each factor keeps its positions whatever the sizes are. Where they do
-not (``[time, heads * width]`` read as ``[heads, time, width]``), positions of several dimensions are dealt out anew; if one of these dimensions varies from
-call to call, what comes to lie where differs from call to call, too.
+A reshape keeps the row-major order. Where both shapes divide into the same factors, each factor keeps its
+positions whatever the sizes are. Where they do not (``[time, heads * width]`` read as ``[heads, time,
+width]``), positions of several dimensions are dealt out anew; if one of these dimensions varies from call to
+call, what comes to lie where differs from call to call, too.
 """
 
 from __future__ import annotations
@@ -21,7 +23,9 @@ from ._value import collapse
 
 @dataclass(frozen=True)
 class Size:
-    """One size as a product: an integer times sizes that vary from call to call; ``value`` is what it is in the interpretation."""
+    """One size as a product: an integer times sizes that vary from call to call; ``value`` is what it is in
+    the interpretation.
+    """
 
     number: int
     varying: frozenset[tuple[Any, int]] = frozenset()
@@ -34,16 +38,26 @@ class Size:
     def divides(self, other: Size) -> bool:
         """Whether the other is a multiple of this one at all sizes."""
         mine, theirs = Counter(dict(self.varying)), Counter(dict(other.varying))
-        return self.number > 0 and other.number % self.number == 0 and all(theirs[item] >= times for item, times in mine.items())
+        return (
+            self.number > 0
+            and other.number % self.number == 0
+            and all(theirs[item] >= times for item, times in mine.items())
+        )
 
     def over(self, other: Size) -> Size:
         """The quotient by a size that divides this one."""
         left = Counter(dict(self.varying))
         left.subtract(dict(other.varying))
-        return Size(self.number // other.number, frozenset((+left).items()), self.value // max(other.value, 1))
+        return Size(
+            self.number // other.number, frozenset((+left).items()), self.value // max(other.value, 1)
+        )
 
     def times(self, other: Size) -> Size:
-        return Size(self.number * other.number, frozenset((Counter(dict(self.varying)) + Counter(dict(other.varying))).items()), self.value * other.value)
+        return Size(
+            self.number * other.number,
+            frozenset((Counter(dict(self.varying)) + Counter(dict(other.varying))).items()),
+            self.value * other.value,
+        )
 
 
 #: a factor of a dimension: the dimension, and its size
@@ -52,7 +66,9 @@ Piece = tuple[int, Size]
 
 @dataclass(frozen=True)
 class Segment:
-    """Factors of the source that become these factors of the result, both from the outer to the inner; ``dealt``: their positions are dealt out anew."""
+    """Factors of the source that become these factors of the result, both from the outer to the inner;
+    ``dealt``: their positions are dealt out anew.
+    """
 
     before: tuple[Piece, ...]
     after: tuple[Piece, ...]
@@ -65,8 +81,12 @@ class Segment:
 
 
 def segments(before: Sequence[Size], after: Sequence[Size]) -> list[Segment]:
-    """Divide two shapes with equally many elements into factors that correspond to one another, the outermost first."""
-    left, right = ([(dim, size) for dim, size in enumerate(shape) if size != Size.fixed(1)] for shape in (before, after))
+    """Divide two shapes with equally many elements into factors that correspond to one another, the outermost
+    first.
+    """
+    left, right = (
+        [(dim, size) for dim, size in enumerate(shape) if size != Size.fixed(1)] for shape in (before, after)
+    )
     found: list[Segment] = []
     while left and right:
         (i, a), (j, b) = left.pop(), right.pop()
@@ -88,7 +108,8 @@ def segments(before: Sequence[Size], after: Sequence[Size]) -> list[Segment]:
 def _dealt(xs: list[Piece], ys: list[Piece], left: list[Piece], right: list[Piece]) -> Segment:
     """The fewest factors from here outwards whose products agree; takes them from ``left`` and ``right``.
 
-    They agree at every size where what is left outside does, since the shapes have equally many elements: ``[24, T]`` read as ``[24, T // 2, 2]``.
+    They agree at every size where what is left outside does, since the shapes have equally many elements:
+    ``[24, T]`` read as ``[24, T // 2, 2]``.
     """
     while (left or right) and _product(xs) != _product(ys) and _product(left) != _product(right):
         shorter = _product(xs).value <= _product(ys).value
@@ -103,7 +124,9 @@ def _product(pieces: list[Piece]) -> Size:
     return reduce(Size.times, (size for _, size in pieces), Size.fixed(1))
 
 
-def regroup(numbers: Tensor, shape: Sequence[int], found: Sequence[Segment], alike: Callable[[Tensor, Tensor], None]) -> Tensor:
+def regroup(
+    numbers: Tensor, shape: Sequence[int], found: Sequence[Segment], alike: Callable[[Tensor, Tensor], None]
+) -> Tensor:
     """Reshape channel numbers.
 
     Args:
@@ -120,7 +143,8 @@ def regroup(numbers: Tensor, shape: Sequence[int], found: Sequence[Segment], ali
     unsettled = [segment.varies for segment in found for _ in segment.before]
     for _, run in groupby(enumerate(pieces), key=lambda item: item[1][0]):
         own = list(run)
-        # Of a dimension that several have been merged into, nothing is known but its numbers: divided, they must not depend on a size that varies.
+        # Of a dimension that several have been merged into, nothing is known but its numbers: divided, they
+        # must not depend on a size that varies.
         if len(own) > 1 and any(size.varying and laid.shape[at] > 1 for at, (_, size) in own):
             for at, _ in own:
                 unsettled[at] = True

@@ -1,4 +1,6 @@
-"""Channel numbers along a dimension whose size varies: what of them repeats, so that they can be laid out at any size."""
+"""Channel numbers along a dimension whose size varies: what of them repeats, so that they can be laid out at
+any size.
+"""
 
 from __future__ import annotations
 
@@ -15,12 +17,13 @@ from ._sizes import is_dynamic
 class Repeating:
     """Numbers of a tensor that was interpreted at small sizes, as they lie at all sizes.
 
-    Heads that are folded into the batch lie along one dimension with it, ``abab…`` with the heads inside and ``aabb…`` with them outside, as often as there
-    are sequences.
+    Heads that are folded into the batch lie along one dimension with it, ``abab…`` with the heads inside and
+    ``aabb…`` with them outside, as often as there are sequences.
 
     Attributes:
         numbers: with every dimension that repeats as long as it is before it repeats.
-        in_runs: for each dimension, whether each position repeats before the next one comes, and not all of them after one another.
+        in_runs: for each dimension, whether each position repeats before the next one comes, and not all of
+            them after one another.
         varies: for each dimension, whether its size varies and numbers lie along it.
     """
 
@@ -38,7 +41,11 @@ class Repeating:
         for dim, (size, runs, varies) in enumerate(zip(shape, self.in_runs, self.varies, strict=True)):
             if varies:
                 each = self._repeats(dim, size)
-                found = found.repeat_interleave(each, dim) if runs else found.repeat([each if other == dim else 1 for other in range(found.dim())])
+                found = (
+                    found.repeat_interleave(each, dim)
+                    if runs
+                    else found.repeat([each if other == dim else 1 for other in range(found.dim())])
+                )
         return found
 
     def summed(self, values: Tensor) -> Tensor:
@@ -53,7 +60,11 @@ class Repeating:
         for dim, (runs, varies) in enumerate(zip(self.in_runs, self.varies, strict=True)):
             if varies:
                 each, own = self._repeats(dim, values.shape[dim]), self.numbers.shape[dim]
-                found = found.unflatten(dim, (own, each)).sum(dim + 1) if runs else found.unflatten(dim, (each, own)).sum(dim)
+                found = (
+                    found.unflatten(dim, (own, each)).sum(dim + 1)
+                    if runs
+                    else found.unflatten(dim, (each, own)).sum(dim)
+                )
         return found
 
     def _repeats(self, dim: int, size: int) -> int:
@@ -78,12 +89,23 @@ def repeating(numbers: Tensor, recorded: Sequence[int | torch.SymInt]) -> Repeat
         varies[dim] = True
         length = numbers.shape[dim]
         parts = [part for part in range(1, length + 1) if length % part == 0]
-        period = next(part for part in parts if torch.equal(found.narrow(dim, 0, part).repeat(_times(found, dim, length // part)), found))
+        period = next(
+            part
+            for part in parts
+            if torch.equal(found.narrow(dim, 0, part).repeat(_times(found, dim, length // part)), found)
+        )
         if period < length:
             found = found.narrow(dim, 0, period)
             varies[dim] = period > 1
             continue
-        run = next((part for part in parts[::-1] if torch.equal(_first_of_runs(found, dim, part).repeat_interleave(part, dim), found)), 1)
+        run = next(
+            (
+                part
+                for part in parts[::-1]
+                if torch.equal(_first_of_runs(found, dim, part).repeat_interleave(part, dim), found)
+            ),
+            1,
+        )
         if run == 1:
             return None
         in_runs[dim], found = True, _first_of_runs(found, dim, run)

@@ -1,4 +1,6 @@
-"""Concrete sizes for the symbolic ones: small where the program allows, those of the example inputs otherwise."""
+"""Concrete sizes for the symbolic ones: small where the program allows, those of the example inputs
+otherwise.
+"""
 
 from __future__ import annotations
 
@@ -54,8 +56,12 @@ class Sizes:
             self._share_out(environment)
 
     def _share_out(self, environment: Any) -> None:
-        """Numbers known only at run time that the program says add up to a size, such as how many tokens each expert gets, share it."""
-        for asserted in [item.expr for items in environment.deferred_runtime_asserts.values() for item in items]:
+        """Numbers known only at run time that the program says add up to a size, such as how many tokens each
+        expert gets, share it.
+        """
+        for asserted in [
+            item.expr for items in environment.deferred_runtime_asserts.values() for item in items
+        ]:
             if not isinstance(asserted, sympy.Eq):
                 continue
             difference = sympy.expand(asserted.lhs - asserted.rhs)
@@ -68,7 +74,9 @@ class Sizes:
                     self.assigned |= {symbol: each + (index < over) for index, symbol in enumerate(parts)}
 
     def _choose_total(self, difference: sympy.Expr, environment: Any) -> None:
-        """A total that is itself known only at run time is chosen before its parts: the one symbol that stands against all the others."""
+        """A total that is itself known only at run time is chosen before its parts: the one symbol that
+        stands against all the others.
+        """
         signs = {symbol: difference.coeff(symbol) for symbol in difference.free_symbols}
         for symbol, sign in signs.items():
             others = [other for name, other in signs.items() if name != symbol]
@@ -99,9 +107,13 @@ class Sizes:
         return self._known[expression]
 
     def fit(self, recorded: Any, executed: Any) -> bool:
-        """Whether tensors have the shapes that were recorded of them; sizes that a program cannot be called with give others."""
+        """Whether tensors have the shapes that were recorded of them; sizes that a program cannot be called
+        with give others.
+        """
         if isinstance(recorded, torch.Tensor) and isinstance(executed, torch.Tensor):
-            return len(recorded.shape) != len(executed.shape) or all(map(self._fits, recorded.shape, executed.shape))
+            return len(recorded.shape) != len(executed.shape) or all(
+                map(self._fits, recorded.shape, executed.shape)
+            )
         if isinstance(recorded, (list, tuple)) and isinstance(executed, (list, tuple)):
             return all(map(self.fit, recorded, executed))
         return True
@@ -110,7 +122,9 @@ class Sizes:
         return not isinstance(recorded, torch.SymInt) or self.integer(recorded) == executed
 
     def settle(self, size: int | torch.SymInt) -> None:
-        """Note that a recorded size is always the same, which its expression does not show: the graph reads it as a given number."""
+        """Note that a recorded size is always the same, which its expression does not show: the graph reads
+        it as a given number.
+        """
         if isinstance(size, torch.SymInt):
             self._settled.add(size.node.expr)
 
@@ -119,7 +133,9 @@ class Sizes:
         return is_dynamic(size) and size.node.expr not in self._settled
 
     def factored(self, recorded: int | torch.SymInt, value: int) -> Size:
-        """A size as a product; ``value`` is what it is here, which in a rewritten graph can be less than what was recorded."""
+        """A size as a product; ``value`` is what it is here, which in a rewritten graph can be less than what
+        was recorded.
+        """
         if not isinstance(recorded, torch.SymInt) or not self.varies(recorded):
             return Size.fixed(value)
         self._assign(recorded)
@@ -128,16 +144,22 @@ class Sizes:
             if factor in self._settled:
                 continue
             base, power = factor.as_base_exp()
-            times[base if power.is_Integer and power > 0 else factor] += int(power) if power.is_Integer and power > 0 else 1
+            times[base if power.is_Integer and power > 0 else factor] += (
+                int(power) if power.is_Integer and power > 0 else 1
+            )
         symbols = math.prod(int(factor.xreplace(self.assigned)) ** power for factor, power in times.items())
         if not symbols or value % symbols:
             return Size(1, frozenset({(recorded.node.expr, 1)}), value)
         return Size(value // symbols, frozenset(times.items()), value)
 
     def concrete(self, value: Any) -> Any:
-        """The recorded value of a node with every symbolic size replaced; tensors become empty ones of that shape."""
+        """The recorded value of a node with every symbolic size replaced; tensors become empty ones of that
+        shape.
+        """
         if isinstance(value, torch.Tensor):
-            return torch.empty([self.integer(size) for size in value.shape], dtype=value.dtype, device=value.device)
+            return torch.empty(
+                [self.integer(size) for size in value.shape], dtype=value.dtype, device=value.device
+            )
         if isinstance(value, torch.SymInt):
             return self.integer(value)
         if isinstance(value, (list, tuple)):

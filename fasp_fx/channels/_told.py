@@ -1,4 +1,6 @@
-"""Operators that are given graphs: which positions the graphs are told, and whether anything depends on that."""
+"""Operators that are given graphs: which positions the graphs are told, and whether anything
+depends on that.
+"""
 
 from __future__ import annotations
 
@@ -16,8 +18,9 @@ from ._value import Value
 def told(rule: Rule, given: dict[str, Any], target: object) -> dict[str, str]:
     """The letters along which a call tells positions apart, each with the reason why none of them can go.
 
-    A graph is told the number of a position; with another position gone it would be told another number. Only where nothing that it gives depends on that
-    number, and no table beside it has an entry for each position, are all positions alike.
+    A graph is told the number of a position; with another position gone it would be told another number. Only
+    where nothing that it gives depends on that number, and no table beside it has an entry for each position,
+    are all positions alike.
     """
     found: dict[str, str] = {}
     for letter, name, ordinal in (clause.words for clause in rule.all("told")):
@@ -51,7 +54,9 @@ def _depends(graph: fx.Graph, place: int) -> bool:
 
 
 def _values_read(node: fx.Node) -> list[fx.Node]:
-    """The nodes whose values a node's result can depend on; of a tensor that one is made like (``new_zeros``), only type and device are read."""
+    """The nodes whose values a node's result can depend on; of a tensor that one is made like
+    (``new_zeros``), only type and device are read.
+    """
     rule = lookup(node.target)
     if rule is None or not rule.creates:
         return node.all_input_nodes

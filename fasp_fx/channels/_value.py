@@ -21,7 +21,9 @@ _STAYING: ContextVar[np.ndarray | None] = ContextVar("staying", default=None)
 
 @contextmanager
 def counted_by(staying: np.ndarray | None) -> Iterator[None]:
-    """Inside the block, steps between channel numbers are counted in channels that stay: what is gone leaves gaps, by which no two dimensions compare."""
+    """Inside the block, steps between channel numbers are counted in channels that stay: what is gone leaves
+    gaps, by which no two dimensions compare.
+    """
     token = _STAYING.set(staying)
     try:
         yield
@@ -44,8 +46,8 @@ def collapse(numbers: Tensor) -> Tensor:
 def innermost(numbers: Tensor) -> int | None:
     """The dimension along which the numbers vary fastest, or ``None`` if they do not vary.
 
-    Channels of a weight are numbered consecutively, so the dimension with the smallest step is the one whose positions are
-    neighbours in the weight; that is the dimension that can shrink.
+    Channels of a weight are numbered consecutively, so the dimension with the smallest step is the one whose
+    positions are neighbours in the weight; that is the dimension that can shrink.
     """
     varying = [dim for dim in range(numbers.dim()) if numbers.shape[dim] > 1]
     if len(varying) <= 1:
@@ -61,7 +63,10 @@ def smallest_step(numbers: np.ndarray, dim: int) -> int:
     apart = (after != before) & (after != NONE) & (before != NONE)
     after, before, staying = after[apart], before[apart], _STAYING.get()
     if staying is not None:  # numbers handed out since are all there
-        after, before = (np.where(own < len(staying), staying[np.minimum(own, len(staying) - 1)], own) for own in (after, before))
+        after, before = (
+            np.where(own < len(staying), staying[np.minimum(own, len(staying) - 1)], own)
+            for own in (after, before)
+        )
     steps = np.abs(after - before)
     return int(steps.min()) if steps.size else np.iinfo(np.int64).max
 
@@ -70,8 +75,9 @@ def smallest_step(numbers: np.ndarray, dim: int) -> int:
 class Axis:
     """One independent axis of channels of a tensor.
 
-    ``numbers`` has the tensor's rank, with size 1 along dimensions where it does not vary; ``dim`` is the dimension that shrinks
-    when channels go. ``slot`` is the weight and dimension whose channels these are, as long as they are merely moved.
+    ``numbers`` has the tensor's rank, with size 1 along dimensions where it does not vary; ``dim`` is the
+    dimension that shrinks when channels go. ``slot`` is the weight and dimension whose channels these are, as
+    long as they are merely moved.
     """
 
     numbers: Tensor
@@ -92,13 +98,14 @@ class Axis:
 
 @dataclass(frozen=True)
 class Value:
-    """What is known of one tensor: its shape at the sizes chosen for the interpretation, and its channel axes.
+    """What is known of one tensor: its shape at the sizes chosen for the interpretation, and its channel
+    axes.
 
-    ``constant`` says that it is computed from weights alone; ``origin`` names the weight whose elements it holds, merely moved or cast: all of
-    them, or those at one position of a stack.
-    ``data`` is its content where that is a known integer tensor (indices); ``names`` the channels at the positions that its integers, chosen at run
-    time, number; ``vanishes`` says that it is zero at positions that a router never chooses; ``created`` that it is constant without any weight (an initial
-    state of zeros, say).
+    ``constant`` says that it is computed from weights alone; ``origin`` names the weight whose elements it
+    holds, merely moved or cast: all of them, or those at one position of a stack. ``data`` is its content
+    where that is a known integer tensor (indices); ``names`` the channels at the positions that its integers,
+    chosen at run time, number; ``vanishes`` says that it is zero at positions that a router never chooses;
+    ``created`` that it is constant without any weight (an initial state of zeros, say).
     """
 
     shape: tuple[int, ...]

@@ -40,23 +40,25 @@ def attach(
 ) -> Gates:
     """Put a gate on every channel set of a model's groups, for any training loop to learn which go.
 
-    A gate multiplies the columns of all weights that read its channel, by a parametrization of torch, so that a closed gate is the channel's removal. Gates
-    are parameters of the model: give ``gates.parameters()`` to an optimizer (with a rate of their own, usually a hundred
-    times that of weights), add ``gates.penalty()`` to the loss, and call ``gates.step()`` after each step. In the end ``gates.plan()`` says what goes, and
+    A gate multiplies the columns of all weights that read its channel, by a parametrization of torch, so that
+    a closed gate is the channel's removal. Gates are parameters of the model: give ``gates.parameters()`` to
+    an optimizer (with a rate of their own, usually a hundred times that of weights), add ``gates.penalty()``
+    to the loss, and call ``gates.step()`` after each step. In the end ``gates.plan()`` says what goes, and
     ``gates.detach()`` takes the gates off.
 
     Args:
         model: in evaluation mode, to be put into training mode afterwards.
         args, kwargs, dynamic_shapes: example inputs, as for :func:`fasp_fx.capture`.
-        kind: :class:`fasp_fx.gates.HardConcrete` (the default), :class:`fasp_fx.gates.Projected` or one of your own.
-        config, options: ``sparsity`` or ``budget``, and ``granularity``, ``include``, ``exclude``, ``round_to`` and ``uniform_layers`` of
-            :class:`fasp_fx.PruningConfig`.
+        kind: :class:`fasp_fx.gates.HardConcrete` (the default), :class:`fasp_fx.gates.Projected` or one of
+            your own.
+        config, options: ``sparsity`` or ``budget``, and ``granularity``, ``include``, ``exclude``,
+            ``round_to`` and ``uniform_layers`` of :class:`fasp_fx.PruningConfig`.
         warmup: over so many steps the budget that the penalty asks for grows from nothing.
         rate: how fast the multipliers of the penalty rise.
 
     Raises:
-        ArgumentError: an option is out of range or has nothing to say here, or the model has gates already. Experts and what crosses a norm have no gates:
-            they see closed ones.
+        ArgumentError: an option is out of range or has nothing to say here, or the model has gates already.
+            Experts and what crosses a norm have no gates: they see closed ones.
         CaptureError: the model cannot be captured as a whole.
         NothingPrunableError: no group has weights of the model's own to put gates on.
         SparsityError, BudgetError: what is asked for is out of reach.
@@ -70,22 +72,32 @@ def attach(
     if not is_number(rate) or not math.isfinite(rate) or rate < 0:
         raise ArgumentError(f"rate={rate!r} is not a number from 0 on")
     if kind is not None and not isinstance(kind, Kind):
-        raise ArgumentError(f"kind={kind!r} is none of gates; make one, such as Projected() or HardConcrete()")
+        raise ArgumentError(
+            f"kind={kind!r} is none of gates; make one, such as Projected() or HardConcrete()"
+        )
     asked = replace(_asked(PruningConfig.of(config, options)), score="fasp", allocation=Threshold())
     captured = capture(model, args, kwargs, dynamic_shapes=dynamic_shapes)
     analysis = analyze(captured, granularity=asked.granularity, include=asked.include)
     places, groups = _places(model, analysis.chosen)
     if not groups:
-        raise NothingPrunableError("no group can have gates: weights that lose columns are computed from others, or none can be pruned")
+        raise NothingPrunableError(
+            "no group can have gates: weights that lose columns are computed from others, or none can be"
+            " pruned"
+        )
     gates = Gates(model, captured.program, analysis, groups, asked, kind or HardConcrete(), warmup, rate)
     gates.places = [(module, name, list(module._parameters)) for module, name, _ in places]
     for count, (module, name, own) in enumerate(places):
         try:
-            parametrize.register_parametrization(module, name, Scaled(gates, own, getattr(module, name).device, holds=not count))
+            parametrize.register_parametrization(
+                module, name, Scaled(gates, own, getattr(module, name).device, holds=not count)
+            )
         except (ValueError, RuntimeError, TypeError, AttributeError) as error:
             gates.places = gates.places[:count]
             gates.detach()
-            raise ArgumentError(f"'{name}' of a {type(module).__name__} cannot be multiplied by gates: {first_line(error)}; use exclude=") from error
+            raise ArgumentError(
+                f"'{name}' of a {type(module).__name__} cannot be multiplied by gates: {first_line(error)};"
+                " use exclude="
+            ) from error
         module.parametrizations.train(model.training)  # type: ignore[union-attr]
     gates.watch()
     return gates
@@ -100,23 +112,40 @@ def _asked(config: PruningConfig) -> PruningConfig:
     if others := config.beyond(_SAID):
         raise ArgumentError(f"{others[0]}= has nothing to say where gates are trained; leave it out")
     if "expert" in config.granularity:
-        raise ArgumentError("an expert whose gates are closed is chosen all the same, so experts have no gates; leave 'expert' out of granularity=")
+        raise ArgumentError(
+            "an expert whose gates are closed is chosen all the same, so experts have no gates; leave"
+            " 'expert' out of granularity="
+        )
     if "approximate" in config.include:
-        raise ArgumentError("a norm sees channels whose gates are closed, so what crosses a norm has no gates; leave 'approximate' out of include=")
+        raise ArgumentError(
+            "a norm sees channels whose gates are closed, so what crosses a norm has no gates; leave"
+            " 'approximate' out of include="
+        )
     return config
 
 
-def _places(model: nn.Module, chosen: list[Group]) -> tuple[list[tuple[nn.Module, str, list[tuple[int, Member]]]], list[Group]]:
-    """Each weight that is to be scaled, by its module and name, with the numbers of the groups that do; and these groups in order."""
+def _places(
+    model: nn.Module, chosen: list[Group]
+) -> tuple[list[tuple[nn.Module, str, list[tuple[int, Member]]]], list[Group]]:
+    """Each weight that is to be scaled, by its module and name, with the numbers of the groups that do; and
+    these groups in order.
+    """
     aliases: dict[int, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         aliases.setdefault(id(parameter), []).append(name)
     by_name = {name: names for names in aliases.values() for name in names}
-    groups = [group for group in chosen if group.consumers and all(member.name in by_name and member.sets for member in group.consumers)]
+    groups = [
+        group
+        for group in chosen
+        if group.consumers and all(member.name in by_name and member.sets for member in group.consumers)
+    ]
     places: dict[tuple[int, str], tuple[nn.Module, str, list[tuple[int, Member]]]] = {}
     for number, group in enumerate(groups):
         for member in group.consumers:
-            owners = {(id(module := model.get_submodule(path)), own): module for path, _, own in (name.rpartition(".") for name in by_name[member.name])}
+            owners = {
+                (id(module := model.get_submodule(path)), own): module
+                for path, _, own in (name.rpartition(".") for name in by_name[member.name])
+            }
             for (key, own), module in owners.items():  # a module may have several names
                 places.setdefault((key, own), (module, own, []))[2].append((number, member))
     return list(places.values()), groups

@@ -49,8 +49,9 @@ class _Fixed:
 class Gates(nn.Module):
     """One gate for every channel set of a model's groups; :func:`fasp_fx.gates.attach` makes them.
 
-    They are a part of the model while they are attached, so that its optimizers, checkpoints and trainers take them along. In training mode each call of the
-    model draws gates, in evaluation mode those of the plan's removed channel sets are zero and all others one.
+    They are a part of the model while they are attached, so that its optimizers, checkpoints and trainers
+    take them along. In training mode each call of the model draws gates, in evaluation mode those of the
+    plan's removed channel sets are zero and all others one.
 
     Attributes:
         scores: what is learned, for each group ``[sets]``.
@@ -63,7 +64,15 @@ class Gates(nn.Module):
     is_fasp_fx_gates = True
 
     def __init__(
-        self, model: nn.Module, program: Program, analysis: Analysis, groups: list[Group], config: PruningConfig, kind: Kind, warmup: int, rate: float
+        self,
+        model: nn.Module,
+        program: Program,
+        analysis: Analysis,
+        groups: list[Group],
+        config: PruningConfig,
+        kind: Kind,
+        warmup: int,
+        rate: float,
     ) -> None:
         super().__init__()
         device = next(model.parameters()).device
@@ -71,10 +80,16 @@ class Gates(nn.Module):
         self._model = (model,)  # in a tuple: the model is no part of the gates
         self._fixed = _Fixed(program, analysis, groups, chooser, chooser.budget(analysis))
         self._kind, self._warmup, self._rate = kind, warmup, rate
-        chooser.check(self._fixed.budget, analysis.groups, self._costs([np.zeros(group.size) for group in groups]))
+        chooser.check(
+            self._fixed.budget, analysis.groups, self._costs([np.zeros(group.size) for group in groups])
+        )
         self.names = [group.name for group in groups]
-        self.scores = nn.ParameterList(nn.Parameter(torch.full((group.size,), float(kind.start), device=device)) for group in groups)
-        self.register_buffer("multipliers", torch.zeros(len(self._fixed.budget.limits), 2, dtype=torch.float64))
+        self.scores = nn.ParameterList(
+            nn.Parameter(torch.full((group.size,), float(kind.start), device=device)) for group in groups
+        )
+        self.register_buffer(
+            "multipliers", torch.zeros(len(self._fixed.budget.limits), 2, dtype=torch.float64)
+        )
         self.register_buffer("steps", torch.zeros((), dtype=torch.int64))
         self._drawn: list[Tensor] = []
         self.places: list[tuple[nn.Module, str, list[str]]] = []
@@ -95,9 +110,16 @@ class Gates(nn.Module):
                 module.register_forward_hook(self._leave, always_call=True)
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_drawn": [drawn.detach() for drawn in self._drawn], "_open": set(), "_depth": 0, "_known": None}
+        return self.__dict__ | {
+            "_drawn": [drawn.detach() for drawn in self._drawn],
+            "_open": set(),
+            "_depth": 0,
+            "_known": None,
+        }
 
-    def _enter(self, module: nn.Module, args: Any) -> None:  # methods: a copy of the model has those of its own gates
+    def _enter(
+        self, module: nn.Module, args: Any
+    ) -> None:  # methods: a copy of the model has those of its own gates
         self._depth += 1
         if self._depth == 1 and not is_backward():
             self.draw()
@@ -108,7 +130,14 @@ class Gates(nn.Module):
     def draw(self) -> None:
         """Draw all gates anew; every call of the model, or of a part of it, does so."""
         self._trained = self._model[0].training
-        stays = [torch.from_numpy(~gone).to(scores.device) for gone, scores in zip(self._gone(), self.scores, strict=True)] if self._exact() else None
+        stays = (
+            [
+                torch.from_numpy(~gone).to(scores.device)
+                for gone, scores in zip(self._gone(), self.scores, strict=True)
+            ]
+            if self._exact()
+            else None
+        )
         found = []
         for index, scores in enumerate(self.scores):
             kept = torch.ones_like(scores, dtype=torch.bool) if stays is None else stays[index]
@@ -127,35 +156,50 @@ class Gates(nn.Module):
         """The gates of a group by its number, as the last call of the model drew them, shape ``[sets]``.
 
         Raises:
-            ArgumentError: gradient checkpointing computes one of several calls anew, and whose gates it wants cannot be told.
+            ArgumentError: gradient checkpointing computes one of several calls anew, and whose gates it wants
+                cannot be told.
         """
         if not is_backward():
             if self._trained != self._model[0].training:
                 self.draw()
         elif len(self._open) > 1:
-            raise ArgumentError("gradient checkpointing computes anew what several calls of one loss drew gates for; make one call for each, or do without it")
+            raise ArgumentError(
+                "gradient checkpointing computes anew what several calls of one loss drew gates for; make one"
+                " call for each, or do without it"
+            )
         return self._drawn[number]
 
     def expected(self) -> Tensor:
-        """For each budget, the fraction of its resource that is expected to go, by the chances of the gates; with a gradient, shape ``[budgets]``.
+        """For each budget, the fraction of its resource that is expected to go, by the chances of the gates;
+        with a gradient, shape ``[budgets]``.
 
         Raises:
             ArgumentError: a budget's resource cannot be counted in parts.
         """
-        chances = dict(zip(self.names, (self._kind.chances(scores).double() for scores in self.scores), strict=True))
+        chances = dict(
+            zip(self.names, (self._kind.chances(scores).double() for scores in self.scores), strict=True)
+        )
         zero = torch.zeros((), dtype=torch.float64, device=self.scores[0].device)
-        lost = [(1 - chances[group.name]).sum() if group.name in chances else zero for group in self._fixed.budget.groups]
+        lost = [
+            (1 - chances[group.name]).sum() if group.name in chances else zero
+            for group in self._fixed.budget.groups
+        ]
         found = []
         for limit in self._fixed.budget.limits:
             if not isinstance(limit.resource, InProducts):
-                raise ArgumentError(f"{type(limit.resource).__name__} counts whole channel sets alone, so nothing can be expected of it; use kind=Projected()")
+                raise ArgumentError(
+                    f"{type(limit.resource).__name__} counts whole channel sets alone, so nothing can be"
+                    " expected of it; use kind=Projected()"
+                )
             found.append(limit.resource.expected(lost))
         return torch.stack(found)
 
     def penalty(self) -> Tensor:
-        """What to add to the loss so that the expected size comes to the budget: ``λ₁ d + λ₂ d²`` for each (FLOP, arXiv 1910.04732, section 3.3).
+        """What to add to the loss so that the expected size comes to the budget: ``λ₁ d + λ₂ d²`` for each
+        (FLOP, arXiv 1910.04732, section 3.3).
 
-        d is by how much less goes than shall, which grows from nothing over the first ``warmup`` steps. Zero where what is drawn meets the budget by itself.
+        d is by how much less goes than shall, which grows from nothing over the first ``warmup`` steps. Zero
+        where what is drawn meets the budget by itself.
         """
         if self._kind.is_exact:
             return torch.zeros((), device=self.scores[0].device)
@@ -164,12 +208,18 @@ class Gates(nn.Module):
         return (first * short + second * short.square()).sum().to(self.scores[0].dtype)
 
     def _short(self) -> Tensor:
-        need = torch.tensor([limit.need for limit in self._fixed.budget.limits], dtype=torch.float64, device=self.scores[0].device)
+        need = torch.tensor(
+            [limit.need for limit in self._fixed.budget.limits],
+            dtype=torch.float64,
+            device=self.scores[0].device,
+        )
         return need * min(1.0, (int(self.steps) + 1) / max(self._warmup, 1)) - self.expected()
 
     @torch.no_grad()
     def step(self) -> None:
-        """Call it after each step of the optimizer: the multipliers of the penalty rise where too little goes."""
+        """Call it after each step of the optimizer: the multipliers of the penalty rise where too little
+        goes.
+        """
         if not self._kind.is_exact:
             short = self._short().to(self.multipliers)
             self.multipliers += self._rate * torch.stack([short, short.square()], 1)
@@ -179,7 +229,8 @@ class Gates(nn.Module):
     def plan(self) -> PruningPlan:
         """The plan that meets the budget with the least open gates.
 
-        It is for the model as it is now, its weights trained or not, once the gates are detached. ``fasp_fx.apply`` carries it out.
+        It is for the model as it is now, its weights trained or not, once the gates are detached.
+        ``fasp_fx.apply`` carries it out.
 
         Raises:
             SparsityError: the groups that have gates cannot meet the budget.
@@ -193,7 +244,8 @@ class Gates(nn.Module):
 
     @torch.no_grad()
     def prefer(self, plan: PruningPlan, by: float = 1.0) -> None:
-        """Begin with a plan: gates of the channel sets that it removes start lower by so much, all others higher.
+        """Begin with a plan: gates of the channel sets that it removes start lower by so much, all others
+        higher.
 
         Raises:
             PlanError: the plan is for another model.
@@ -228,7 +280,11 @@ class Gates(nn.Module):
                     module._forward_hooks_always_called.pop(key, None)
         for module, name, _ in self.places:
             own = type(module)  # copies of the model share it, and taking a parametrization off changes it
-            module.__class__ = type(own.__name__, own.__bases__, {key: value for key, value in vars(own).items() if key not in ("__dict__", "__weakref__")})
+            module.__class__ = type(
+                own.__name__,
+                own.__bases__,
+                {key: value for key, value in vars(own).items() if key not in ("__dict__", "__weakref__")},
+            )
             parametrize.remove_parametrizations(module, name, leave_parametrized=False)
         for module, _, order in self.places:
             for parameter in order:  # as they stood, which optimizers and checkpoints go by
@@ -237,14 +293,19 @@ class Gates(nn.Module):
 
     def _costs(self, chances: list[np.ndarray]) -> Costs:
         """Chances in the place of costs, the least first."""
-        curves = {group.name: CostCurve(np.arange(group.width + 1) * _CLOSED) for group in self._fixed.analysis.chosen}
+        curves = {
+            group.name: CostCurve(np.arange(group.width + 1) * _CLOSED)
+            for group in self._fixed.analysis.chosen
+        }
         for group, own in zip(self._fixed.groups, chances, strict=True):
             rows = np.sort(own[_members(group)], 1)
             curves[group.name] = CostCurve(np.concatenate([[0.0], np.cumsum(rows.mean(0))]))
         return Costs(curves, "")
 
     def _gone(self) -> list[np.ndarray]:
-        """Which channel sets the plan removes, for each group that has gates; worked out anew where scores have changed."""
+        """Which channel sets the plan removes, for each group that has gates; worked out anew where scores
+        have changed.
+        """
         versions = tuple(scores._version for scores in self.scores)
         if self._known is None or self._known[0] != versions:
             self._known = versions, self._planned()
@@ -258,7 +319,9 @@ class Gates(nn.Module):
         lost = {group.name: count for group, count in zip(fixed.budget.groups, counts, strict=True)}
         beyond = [name for name, count in lost.items() if count and name not in self.names]
         if beyond:
-            raise SparsityError(f"the groups that have gates do not reach the budget; '{beyond[0]}' has none; ask for less")
+            raise SparsityError(
+                f"the groups that have gates do not reach the budget; '{beyond[0]}' has none; ask for less"
+            )
         found = []
         for group, own in zip(self._fixed.groups, chances, strict=True):
             members = _members(group)
@@ -269,7 +332,9 @@ class Gates(nn.Module):
         return found
 
     def extra_repr(self) -> str:
-        return f"{len(self.names)} groups, {sum(group.size for group in self._fixed.groups)} gates, {self._kind}"
+        return (
+            f"{len(self.names)} groups, {sum(group.size for group in self._fixed.groups)} gates, {self._kind}"
+        )
 
 
 def _close(open_draws: set[int], number: int, gradient: Tensor) -> None:

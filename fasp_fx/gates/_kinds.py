@@ -1,4 +1,6 @@
-"""Two kinds of gates: sampled ones under a Lagrangian, and ones that are projected onto the budget in every step."""
+"""Two kinds of gates: sampled ones under a Lagrangian, and ones that are projected onto the budget in every
+step.
+"""
 
 from __future__ import annotations
 
@@ -53,10 +55,12 @@ def _check(**values: float) -> None:
 
 @dataclass(frozen=True)
 class HardConcrete(Kind):
-    """Stretched and cut binary concrete variables (Louizos et al., arXiv 1712.01312), as in FLOP (1910.04732) and CoFi (2204.00408).
+    """Stretched and cut binary concrete variables (Louizos et al., arXiv 1712.01312), as in FLOP (1910.04732)
+    and CoFi (2204.00408).
 
-    With u drawn evenly from (0, 1), ``z = clamp(1.2 σ((ln u − ln(1 − u) + a)/β) − 0.1, 0, 1)`` for the score a; a gate is open with the chance
-    ``σ(a − β ln(0.1/1.1))``. A Lagrangian brings the expected size to the budget (:meth:`fasp_fx.gates.Gates.penalty`).
+    With u drawn evenly from (0, 1), ``z = clamp(1.2 σ((ln u − ln(1 − u) + a)/β) − 0.1, 0, 1)`` for the score
+    a; a gate is open with the chance ``σ(a − β ln(0.1/1.1))``. A Lagrangian brings the expected size to the
+    budget (:meth:`fasp_fx.gates.Gates.penalty`).
 
     Args:
         temperature: β.
@@ -83,9 +87,11 @@ class HardConcrete(Kind):
 
 @dataclass(frozen=True)
 class Projected(Kind):
-    """Hard masks that meet the budget in every step, with gradients that pass straight through (GRASPrune, arXiv 2604.19398; DDP, 2603.08065).
+    """Hard masks that meet the budget in every step, with gradients that pass straight through (GRASPrune,
+    arXiv 2604.19398; DDP, 2603.08065).
 
-    Forward, the channel sets that the plan of the scores keeps have the gate 1 and all others 0; backward, a gate is ``σ(a/τ)`` for the score a.
+    Forward, the channel sets that the plan of the scores keeps have the gate 1 and all others 0; backward, a
+    gate is ``σ(a/τ)`` for the score a.
 
     Args:
         temperature: τ.

@@ -19,25 +19,33 @@ class Scaled(nn.Module):
 
     Args:
         gates: all gates.
-        places: for each group that takes columns of the weight along, its number, and the member that says which.
+        places: for each group that takes columns of the weight along, its number, and the member that says
+            which.
         device: that of the weight.
-        holds: whether the gates are a part of the model by this. A submodule of their own would be called by a model that calls all it has in turn.
+        holds: whether the gates are a part of the model by this. A submodule of their own would be called by
+            a model that calls all it has in turn.
     """
 
-    def __init__(self, gates: Gates, places: list[tuple[int, Member]], device: torch.device, holds: bool) -> None:
+    def __init__(
+        self, gates: Gates, places: list[tuple[int, Member]], device: torch.device, holds: bool
+    ) -> None:
         super().__init__()
         self._gates = (gates,)  # in a tuple: no part of this module
         if holds:
             self.gates = gates
         self._places = places
         for index, (_, member) in enumerate(places):
-            self.register_buffer(f"indices_{index}", torch.tensor(member.indices, device=device), persistent=False)
+            self.register_buffer(
+                f"indices_{index}", torch.tensor(member.indices, device=device), persistent=False
+            )
             self.register_buffer(f"sets_{index}", torch.tensor(member.sets, device=device), persistent=False)
 
     def forward(self, weight: Tensor) -> Tensor:
         for index, (number, member) in enumerate(self._places):
             drawn: Tensor = self._gates[0].drawn(number).to(weight)
-            factors = drawn.new_ones(member.size).index_put((getattr(self, f"indices_{index}"),), drawn[getattr(self, f"sets_{index}")])
+            factors = drawn.new_ones(member.size).index_put(
+                (getattr(self, f"indices_{index}"),), drawn[getattr(self, f"sets_{index}")]
+            )
             weight = weight * _along(factors, member, weight.shape)
         return weight
 

@@ -7,15 +7,20 @@ import numpy as np
 from ..allocation import Budget, CostAllocation, check_reach, deepest_loss
 from ..costs import Costs
 
-#: by how much the last of a group's gates counts more than the first, so that of equal ones the same part goes from every group
+#: by how much the last of a group's gates counts more than the first, so that of equal ones the same part
+#: goes from every group
 _TIE = 1e-9
 
 
 class Threshold(CostAllocation):
-    """Closes the gates with the least chances to be open, as many as meet the budget best (GRASPrune, arXiv 2604.19398; CoFi, 2204.00408)."""
+    """Closes the gates with the least chances to be open, as many as meet the budget best (GRASPrune, arXiv
+    2604.19398; CoFi, 2204.00408).
+    """
 
     def __call__(self, budget: Budget, round_to: int, costs: Costs) -> list[int]:
-        """Channel sets lost per block of each group; arguments and errors as for :class:`fasp_fx.allocation.Global`."""
+        """Channel sets lost per block of each group; arguments and errors as for
+        :class:`fasp_fx.allocation.Global`.
+        """
         check_reach(budget, round_to)
         chances = []
         for group in budget.groups:
@@ -25,8 +30,13 @@ class Threshold(CostAllocation):
 
         def lost(place: int) -> list[int]:
             counts = (int(np.searchsorted(own, thresholds[place], "right")) for own in chances)
-            stay = (-(-(group.width - count) // round_to) * round_to for group, count in zip(budget.groups, counts, strict=True))
-            return [group.width - min(kept, group.width) for group, kept in zip(budget.groups, stay, strict=True)]
+            stay = (
+                -(-(group.width - count) // round_to) * round_to
+                for group, count in zip(budget.groups, counts, strict=True)
+            )
+            return [
+                group.width - min(kept, group.width) for group, kept in zip(budget.groups, stay, strict=True)
+            ]
 
         low, high = 0, len(thresholds) - 1
         while high - low > 1:

@@ -1,6 +1,7 @@
 """Pruned language models that generate, are saved and are fine-tuned as those of transformers.
 
-:func:`prune` makes one; importing fasp_fx lets ``AutoModelForCausalLM`` and ``AutoModelForSeq2SeqLM`` load it.
+:func:`prune` makes one; importing fasp_fx lets ``AutoModelForCausalLM`` and ``AutoModelForSeq2SeqLM`` load
+it.
 """
 
 from __future__ import annotations
@@ -16,11 +17,19 @@ if TYPE_CHECKING:
     from ._prune import Pruned, prune
     from ._seq2seq import PrunedForSeq2SeqLM
 
-_HOMES = {"Pruned": "._prune", "prune": "._prune", "PrunedForCausalLM": "._causal", "PrunedForSeq2SeqLM": "._seq2seq", "load_offloaded": "._offloaded"}
+_HOMES = {
+    "Pruned": "._prune",
+    "prune": "._prune",
+    "PrunedForCausalLM": "._causal",
+    "PrunedForSeq2SeqLM": "._seq2seq",
+    "load_offloaded": "._offloaded",
+}
 
 
 def _register_models() -> None:
-    """Here rather than at once, because importing the models takes long, and only who has a configuration of one needs them."""
+    """Here rather than at once, because importing the models takes long, and only who has a configuration of
+    one needs them.
+    """
     from ._register import register_models
 
     register_models()
@@ -30,7 +39,9 @@ on_first_use(_register_models)
 
 
 def __getattr__(name: str) -> Any:
-    if name in _HOMES:  # the configuration alone is needed to register; the models take transformers' larger half along
+    if (
+        name in _HOMES
+    ):  # the configuration alone is needed to register; the models take transformers' larger half along
         return getattr(import_module(_HOMES[name], __name__), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 

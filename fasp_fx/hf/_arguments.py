@@ -12,7 +12,13 @@ from ._labels import LOSSES
 
 _NUMBERS = (torch.int32, torch.int64)
 #: arguments of transformers' models that a program does not take, and the values that ask for nothing
-_IDLE = {"output_attentions": False, "output_hidden_states": False, "inputs_embeds": None, "token_type_ids": None, "decoder_inputs_embeds": None}
+_IDLE = {
+    "output_attentions": False,
+    "output_hidden_states": False,
+    "inputs_embeds": None,
+    "token_type_ids": None,
+    "decoder_inputs_embeds": None,
+}
 
 
 def refuse(arguments: dict[str, Any], known: tuple[str, ...] = ()) -> None:
@@ -24,7 +30,10 @@ def refuse(arguments: dict[str, Any], known: tuple[str, ...] = ()) -> None:
     for name, value in arguments.items():
         if name in known or value is None or (name in _IDLE and value == _IDLE[name]):
             continue
-        raise ArgumentError(f"argument '{name}' is not served by a pruned model, whose forward is a captured program; leave it out, or use the dense model")
+        raise ArgumentError(
+            f"argument '{name}' is not served by a pruned model, whose forward is a captured program; leave"
+            " it out, or use the dense model"
+        )
 
 
 def check_tokens(name: str, ids: Any) -> None:
@@ -34,7 +43,9 @@ def check_tokens(name: str, ids: Any) -> None:
         ArgumentError: names the argument.
     """
     if not isinstance(ids, Tensor) or ids.dim() != 2 or ids.dtype not in _NUMBERS or 0 in ids.shape:
-        raise ArgumentError(f"{name} is {shown(ids)}; pass token numbers [batch, tokens], torch.int64, at least one token")
+        raise ArgumentError(
+            f"{name} is {shown(ids)}; pass token numbers [batch, tokens], torch.int64, at least one token"
+        )
 
 
 def check_numbers(name: str, numbers: Any) -> None:
@@ -49,7 +60,13 @@ def check_numbers(name: str, numbers: Any) -> None:
 
 def shown(value: Any) -> str:
     """What was given, in few words."""
-    return f"{value.dtype} {list(value.shape)}" if isinstance(value, Tensor) else "missing" if value is None else f"a {type(value).__name__}"
+    return (
+        f"{value.dtype} {list(value.shape)}"
+        if isinstance(value, Tensor)
+        else "missing"
+        if value is None
+        else f"a {type(value).__name__}"
+    )
 
 
 def mask_of(name: str, mask: Tensor | None, batch: int, length: int, like: Tensor) -> Tensor:
@@ -61,9 +78,14 @@ def mask_of(name: str, mask: Tensor | None, batch: int, length: int, like: Tenso
     if mask is None:
         return torch.ones((batch, length), dtype=torch.long, device=like.device)
     if not isinstance(mask, Tensor):
-        raise ArgumentError(f"{name} is {shown(mask)}; pass a tensor [{batch}, {length}], zero where a token is padding")
+        raise ArgumentError(
+            f"{name} is {shown(mask)}; pass a tensor [{batch}, {length}], zero where a token is padding"
+        )
     if mask.shape != (batch, length):
-        raise ArgumentError(f"{name} has the shape {list(mask.shape)}; it must cover every token, cached ones included: [{batch}, {length}]")
+        raise ArgumentError(
+            f"{name} has the shape {list(mask.shape)}; it must cover every token, cached ones included:"
+            f" [{batch}, {length}]"
+        )
     return mask.to(torch.long)
 
 
@@ -75,7 +97,10 @@ def check_labels(labels: Tensor, logits: Tensor) -> None:
     """
     check_numbers("labels", labels)
     if labels.shape != logits.shape[:2]:
-        raise ArgumentError(f"labels have the shape {list(labels.shape)}, the logits speak of {list(logits.shape[:2])} tokens; give one label per token")
+        raise ArgumentError(
+            f"labels have the shape {list(labels.shape)}, the logits speak of {list(logits.shape[:2])}"
+            " tokens; give one label per token"
+        )
 
 
 def loss_of(way: str | None, logits: Tensor, labels: Tensor, items: Any) -> Tensor:
@@ -83,18 +108,24 @@ def loss_of(way: str | None, logits: Tensor, labels: Tensor, items: Any) -> Tens
 
     Args:
         way: a key of :data:`LOSSES`; ``None``: the original has a loss of its own.
-        items: how many labels there are in all batches that the loss will be added up over; ``None``: the mean over these.
+        items: how many labels there are in all batches that the loss will be added up over; ``None``: the
+            mean over these.
 
     Raises:
         ArgumentError: a label is neither a token number nor -100, or labels are not served.
     """
     if way is None:
-        raise ArgumentError("labels are not served: the original model has a loss of its own, or none; leave them out and compute it from the logits")
+        raise ArgumentError(
+            "labels are not served: the original model has a loss of its own, or none; leave them out and"
+            " compute it from the logits"
+        )
     check_labels(labels, logits)
     try:
         return LOSSES[way](logits, labels, items)
     except IndexError as error:
-        raise ArgumentError(f"labels hold a number that is no token: {first_line(error)}; -100 leaves a token out") from error
+        raise ArgumentError(
+            f"labels hold a number that is no token: {first_line(error)}; -100 leaves a token out"
+        ) from error
 
 
 def check_outputs(config: Any) -> None:
@@ -105,7 +136,19 @@ def check_outputs(config: Any) -> None:
     """
     for name in ("output_attentions", "output_hidden_states", "output_router_logits"):
         if getattr(config, name, False):
-            raise ArgumentError(f"config.{name} is set, but a pruned model's program returns none; set model.config.{name} = False, or use the dense model")
+            raise ArgumentError(
+                f"config.{name} is set, but a pruned model's program returns none; set model.config.{name} ="
+                " False, or use the dense model"
+            )
 
 
-__all__ = ["check_labels", "check_numbers", "check_outputs", "check_tokens", "loss_of", "mask_of", "refuse", "shown"]
+__all__ = [
+    "check_labels",
+    "check_numbers",
+    "check_outputs",
+    "check_tokens",
+    "loss_of",
+    "mask_of",
+    "refuse",
+    "shown",
+]

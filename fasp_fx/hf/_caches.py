@@ -19,8 +19,13 @@ def fresh(encoder_decoder: bool) -> Cache:
 
 
 def holds_states(config: Any) -> bool:
-    """Whether the cache that transformers makes for a model has layers that sum up the tokens seen in states, as Mamba's have."""
-    return any(hasattr(layer, "conv_states") for layer in DynamicCache(config=config.get_text_config(decoder=True)).layers)
+    """Whether the cache that transformers makes for a model has layers that sum up the tokens seen in states,
+    as Mamba's have.
+    """
+    return any(
+        hasattr(layer, "conv_states")
+        for layer in DynamicCache(config=config.get_text_config(decoder=True)).layers
+    )
 
 
 def check(cache: Any, encoder_decoder: bool) -> None:
@@ -31,15 +36,25 @@ def check(cache: Any, encoder_decoder: bool) -> None:
     """
     expected = EncoderDecoderCache if encoder_decoder else DynamicCache
     if not isinstance(cache, expected):
-        raise ArgumentError(f"cache is a {type(cache).__name__}; a pruned model takes a {expected.__name__}, or none to begin with")
-    for part in (cache.self_attention_cache, cache.cross_attention_cache) if isinstance(cache, EncoderDecoderCache) else (cache,):
+        raise ArgumentError(
+            f"cache is a {type(cache).__name__}; a pruned model takes a {expected.__name__}, or none to begin"
+            " with"
+        )
+    for part in (
+        (cache.self_attention_cache, cache.cross_attention_cache)
+        if isinstance(cache, EncoderDecoderCache)
+        else (cache,)
+    ):
         if not isinstance(part, DynamicCache) or part.offloading:
-            raise ArgumentError(f"cache holds a {type(part).__name__} that is static or offloaded; a pruned model takes DynamicCache()")
+            raise ArgumentError(
+                f"cache holds a {type(part).__name__} that is static or offloaded; a pruned model takes"
+                " DynamicCache()"
+            )
         for layer in part.layers:
             if type(layer) is not DynamicLayer:
                 raise ArgumentError(
-                    f"cache has a layer of the kind {type(layer).__name__}; a pruned model keeps every token of every layer: make it as DynamicCache(), "
-                    "without a config"
+                    f"cache has a layer of the kind {type(layer).__name__}; a pruned model keeps every token"
+                    " of every layer: make it as DynamicCache(), without a config"
                 )
 
 
@@ -60,19 +75,26 @@ def read(cache: Cache, sizes: Mapping[str, tuple[int, int]], batch: int, like: T
         part, number, kind = _place(cache, name)
         layer = part.layers[number] if number < len(part.layers) else None
         held = getattr(layer, kind) if layer is not None and layer.is_initialized else None
-        if held is None or held.dim() != 4:  # a layer that was made and never written holds a tensor without dimensions
+        if (
+            held is None or held.dim() != 4
+        ):  # a layer that was made and never written holds a tensor without dimensions
             held = torch.empty((batch, heads, 0, width), dtype=like.dtype, device=like.device)
-        if (held.shape[0], held.shape[1], held.shape[3]) != (batch, heads, width) or held.dtype != like.dtype or held.device != like.device:
+        if (
+            (held.shape[0], held.shape[1], held.shape[3]) != (batch, heads, width)
+            or held.dtype != like.dtype
+            or held.device != like.device
+        ):
             raise ArgumentError(
-                f"{name} of the cache is {held.dtype} {list(held.shape)} on {held.device}, this model needs {like.dtype} [{batch}, {heads}, any, {width}] "
-                f"on {like.device}; give it a cache that it has written itself"
+                f"{name} of the cache is {held.dtype} {list(held.shape)} on {held.device}, this model needs"
+                f" {like.dtype} [{batch}, {heads}, any, {width}] on {like.device}; give it a cache that it"
+                " has written itself"
             )
         found[name] = held
         other = first.setdefault(name.rsplit(".", 2)[0], name)
         if held.shape[2] != found[other].shape[2]:
             raise ArgumentError(
-                f"{name} of the cache holds {held.shape[2]} tokens and {other} {found[other].shape[2]}; every layer must hold the same: give the model a cache "
-                "that it has written itself"
+                f"{name} of the cache holds {held.shape[2]} tokens and {other} {found[other].shape[2]}; every"
+                " layer must hold the same: give the model a cache that it has written itself"
             )
     return found
 

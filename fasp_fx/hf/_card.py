@@ -19,11 +19,15 @@ def card(model: Any) -> str:
     if source.count("/") == 1 and not os.path.exists(source) and not source.startswith((".", "/", "~")):
         header["base_model"] = source
     report, plan = model.report, model.plan
-    kind = "/".join(model.config.original.get("architectures") or [str(model.config.original.get("model_type"))])
+    kind = "/".join(
+        model.config.original.get("architectures") or [str(model.config.original.get("model_type"))]
+    )
     rows = [("parameters", *report.parameters), ("bytes of weights", *report.bytes)]
     if report.cache is not None:
         rows.append(("bytes of cache per token of one sequence", *report.cache))
-    groups = [f"| {_code(group.name)} | {group.size} | {group.size - group.removed_sets} |" for group in plan.groups]
+    groups = [
+        f"| {_code(group.name)} | {group.size} | {group.size - group.removed_sets} |" for group in plan.groups
+    ]
     return "\n".join(
         [
             "---",
@@ -32,7 +36,10 @@ def card(model: Any) -> str:
             "",
             f"# {kind}, pruned by {report.sparsity:.1%}",
             "",
-            f"A {kind} from which fasp_fx removed {report.sparsity:.1%} of the weights of linear operators by structured pruning (FASP, arXiv 2501.09412).",
+            (
+                f"A {kind} from which fasp_fx removed {report.sparsity:.1%} of the weights of linear"
+                " operators by structured pruning (FASP, arXiv 2501.09412)."
+            ),
             "Widths in `config.json` under `original` are those of the dense model.",
             "",
             "| | dense | pruned |",
@@ -58,7 +65,11 @@ def card(model: Any) -> str:
 def loading(model: Any, folder: str) -> list[str]:
     """Lines of Python that load the model."""
     auto = "AutoModelForSeq2SeqLM" if model.config.is_encoder_decoder else "AutoModelForCausalLM"
-    return ["import fasp_fx", f"from transformers import {auto}", f'model = {auto}.from_pretrained("{folder}")']
+    return [
+        "import fasp_fx",
+        f"from transformers import {auto}",
+        f'model = {auto}.from_pretrained("{folder}")',
+    ]
 
 
 def _code(name: str) -> str:

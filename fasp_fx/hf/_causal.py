@@ -40,14 +40,16 @@ class PrunedForCausalLM(PrunedModel):
             attention_mask: ``[batch, cached + new]``, zero where a token is padding; ``None``: no padding.
             position_ids: ``[batch, new]``; ``None``: as the original model counts.
             cache: a ``DynamicCache`` of this model, extended in place; ``None``: an empty one.
-            labels: ``[batch, new]``; the loss is the original's (of predicting each from the tokens before it, as a rule), -100 is left out.
+            labels: ``[batch, new]``; the loss is the original's (of predicting each from the tokens before
+                it, as a rule), -100 is left out.
             use_cache: whether the output holds the cache; ``None``: as the configuration says.
-            logits_to_keep: logits of so many last positions, 0 for all, or of the positions in a tensor ``[count]``.
+            logits_to_keep: logits of so many last positions, 0 for all, or of the positions in a tensor
+                ``[count]``.
             past_key_values: the cache, by its name in transformers until 5.23.
 
         Raises:
-            ArgumentError: an argument has the wrong shape or is not served, a position lies outside of the model's table, or positions begin again
-                where the original would take that for another text.
+            ArgumentError: an argument has the wrong shape or is not served, a position lies outside of the
+                model's table, or positions begin again where the original would take that for another text.
         """
         cache = past_key_values if cache is None else cache
         refuse(kwargs, known=("num_items_in_batch",))
@@ -61,7 +63,9 @@ class PrunedForCausalLM(PrunedModel):
         values["input_ids"] = input_ids
         values["attention_mask"] = mask_of("attention_mask", attention_mask, batch, past + new, input_ids)
         if self.config.positions is not None:
-            values["position_ids"] = self._positions(position_ids, attention_mask, batch, new, past, input_ids)
+            values["position_ids"] = self._positions(
+                position_ids, attention_mask, batch, new, past, input_ids
+            )
         elif position_ids is not None:
             raise ArgumentError("position_ids: the original model takes none; leave them out")
         inside = "logits_to_keep" in self._programs["decode"].inputs
@@ -73,20 +77,28 @@ class PrunedForCausalLM(PrunedModel):
         loss = None
         if labels is not None:
             loss = loss_of(self.config.loss, logits, labels, kwargs.get("num_items_in_batch"))
-        output = CausalLMOutputWithPast(loss=loss, logits=logits, **{CACHE: self._extended(cache, given, found, use_cache)})
+        output = CausalLMOutputWithPast(
+            loss=loss, logits=logits, **{CACHE: self._extended(cache, given, found, use_cache)}
+        )
         return output if return_dict is not False else output.to_tuple()
 
-    def _positions(self, given: Tensor | None, mask: Tensor | None, batch: int, new: int, past: int, ids: Tensor) -> Tensor:
+    def _positions(
+        self, given: Tensor | None, mask: Tensor | None, batch: int, new: int, past: int, ids: Tensor
+    ) -> Tensor:
         limit = self.config.position_limit
         if given is not None:
             check_numbers("position_ids", given)
             if given.shape not in ((batch, new), (1, new)):
-                raise ArgumentError(f"position_ids have the shape {list(given.shape)}; give one for each new token: [{batch}, {new}]")
+                raise ArgumentError(
+                    f"position_ids have the shape {list(given.shape)}; give one for each new token: [{batch},"
+                    f" {new}]"
+                )
             positions = given.expand(batch, new)
             if mask is None and not past and self.config.packs and bool((positions.diff(dim=1) != 1).any()):
                 raise ArgumentError(
-                    "position_ids begin again, and no attention_mask is given: the original model keeps such texts apart, and the program of a pruned one does "
-                    "not; give each text a row of its own, or an attention_mask where they are one text"
+                    "position_ids begin again, and no attention_mask is given: the original model keeps such"
+                    " texts apart, and the program of a pruned one does not; give each text a row of its own,"
+                    " or an attention_mask where they are one text"
                 )
         elif mask is None:
             positions = torch.arange(past, past + new, device=ids.device).expand(batch, new)
@@ -94,7 +106,8 @@ class PrunedForCausalLM(PrunedModel):
             positions = POSITIONS[self.config.positions](mask.long())[:, past:]
         if limit is not None and past + new > limit and int(positions.max()) >= limit:
             raise ArgumentError(
-                f"position {int(positions.max())} lies outside of the model's table of {limit} positions; shorten the prompt or generate fewer tokens"
+                f"position {int(positions.max())} lies outside of the model's table of {limit} positions;"
+                " shorten the prompt or generate fewer tokens"
             )
         return positions
 
@@ -124,7 +137,10 @@ def _kept(logits_to_keep: int | Tensor, new: int, device: torch.device) -> Tenso
 
 def _misread(logits_to_keep: object, new: int) -> str:
     """Written only when raised: text with a size in it would fix that size for a compiler."""
-    return f"logits_to_keep is {shown(logits_to_keep)}; pass how many last positions, or positions [count] among the {new} new ones, for all sequences alike"
+    return (
+        f"logits_to_keep is {shown(logits_to_keep)}; pass how many last positions, or positions [count] among"
+        f" the {new} new ones, for all sequences alike"
+    )
 
 
 __all__ = ["PrunedForCausalLM"]

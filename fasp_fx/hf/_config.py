@@ -13,8 +13,16 @@ from .._store._config_json import LAYERS, layer_counts
 from .._store._files import check_depth, parsing
 from ..errors import StoreError
 
-#: what would let transformers build a cache that the programs do not take: theirs holds every token of every layer
-_HIDDEN = ("layer_types", "sliding_window", "attention_chunk_size", "kv_sharing_modes", "auto_map", "quantization_config")
+#: what would let transformers build a cache that the programs do not take: theirs holds every token of every
+#: layer
+_HIDDEN = (
+    "layer_types",
+    "sliding_window",
+    "attention_chunk_size",
+    "kv_sharing_modes",
+    "auto_map",
+    "quantization_config",
+)
 
 
 _FIRST_USE: list[Callable[[], None]] = []
@@ -24,14 +32,16 @@ class PrunedConfig(PreTrainedConfig):
     """Configuration of :class:`PrunedForCausalLM` and :class:`PrunedForSeq2SeqLM`.
 
     Attributes:
-        original: the configuration of the model that was pruned; its attributes can be read on this one, such as ``vocab_size``. Widths are
-            those of the dense model.
-        positions: how positions follow where a caller gives none: ``"count"``, one after the other, ``"mask"``, counting tokens that the
-            attention mask shows, ``"mask and hidden"``, where those hidden stand one before the first, or ``None`` where the model takes none.
+        original: the configuration of the model that was pruned; its attributes can be read on this one, such
+            as ``vocab_size``. Widths are those of the dense model.
+        positions: how positions follow where a caller gives none: ``"count"``, one after the other,
+            ``"mask"``, counting tokens that the attention mask shows, ``"mask and hidden"``, where those
+            hidden stand one before the first, or ``None`` where the model takes none.
         position_limit: the rows of the model's table of positions, or ``None`` where it has no table.
-        loss: how labels are predicted: ``"next"``, each from the logits before it, ``"same"``, from those at its place, or ``None`` where the original
-            has a loss of its own.
-        labels_moved: how an encoder-decoder makes tokens of labels: behind its token for the ``"start"``, or behind the ``"last"`` of them.
+        loss: how labels are predicted: ``"next"``, each from the logits before it, ``"same"``, from those at
+            its place, or ``None`` where the original has a loss of its own.
+        labels_moved: how an encoder-decoder makes tokens of labels: behind its token for the ``"start"``, or
+            behind the ``"last"`` of them.
         packs: whether the original takes positions that begin again for another text in the same row.
     """
 
@@ -63,8 +73,12 @@ class PrunedConfig(PreTrainedConfig):
             return super().from_dict(config_dict, **kwargs)
 
     def _get_generation_parameters(self) -> dict[str, Any]:
-        """What transformers refuses to find in a configuration: here only what was set on this one, since a field of the original may have such a name."""
-        return {name: value for name, value in super()._get_generation_parameters().items() if name in vars(self)}
+        """What transformers refuses to find in a configuration: here only what was set on this one, since a
+        field of the original may have such a name.
+        """
+        return {
+            name: value for name, value in super()._get_generation_parameters().items() if name in vars(self)
+        }
 
     def __getattr__(self, name: str) -> Any:
         original = self.__dict__.get("original")
@@ -94,7 +108,10 @@ def check_layers(data: Any, most: int) -> None:
     """
     for name, value in layer_counts(data):
         if not 0 <= value <= most:
-            raise StoreError(f'config.json says "{name}": {str(value)[:40]}, and the model has at most {most} layers; save the model again')
+            raise StoreError(
+                f'config.json says "{name}": {str(value)[:40]}, and the model has at most {most} layers; save'
+                " the model again"
+            )
 
 
 def on_first_use(call: Callable[[], None]) -> None:

@@ -1,4 +1,6 @@
-"""Which fields of a config shrink which coupled groups, found by turning them one, two and three at a time."""
+"""Which fields of a config shrink which coupled groups, found by turning them one, two and three
+at a time.
+"""
 
 from __future__ import annotations
 
@@ -26,7 +28,8 @@ class Dial:
     Attributes:
         fields: their places and present values.
         width: channel sets per block of the group with the fewest; the fields are multiples of it.
-        groups: what it shrinks: for each name, how many channel sets a block loses for each that the dial is turned.
+        groups: what it shrinks: for each name, how many channel sets a block loses for each that the dial is
+            turned.
         turns: how far it can be turned; ``None``: anything below ``width``.
     """
 
@@ -48,7 +51,8 @@ class Family:
     """What can be said of some groups.
 
     Attributes:
-        joint: one dial for all of them. There can be rivals, which shapes cannot tell apart; what they compute does.
+        joint: one dial for all of them. There can be rivals, which shapes cannot tell apart; what they
+            compute does.
         fine: dials for each layer, where the class takes values by layer.
     """
 
@@ -93,7 +97,9 @@ class Search:
 
     def _family(self, group: Group, said: set[str]) -> Family | None:
         dials = [dial for dial in self._dials(group) if not said & dial.groups.keys()]
-        joint = tuple(dial for dial in dials if dial.groups == dials[0].groups and dial.width == dials[0].width)
+        joint = tuple(
+            dial for dial in dials if dial.groups == dials[0].groups and dial.width == dials[0].width
+        )
         fine: list[Dial] = []
         if not joint or (self.by_layer and len(joint[0].groups) > 1):
             fine = [dial for dial in self._by_layer(group, joint) if not said & dial.groups.keys()]
@@ -113,7 +119,9 @@ class Search:
         return found
 
     def _candidates(self, group: Group) -> list[Path]:
-        """Fields that could take part: multiples of the group's width that by themselves shrink nothing but groups, this one in part, or cannot be built."""
+        """Fields that could take part: multiples of the group's width that by themselves shrink nothing but
+        groups, this one in part, or cannot be built.
+        """
         touching, unbuilt = [], []
         for path in self._multiples(group):
             lost = self._alone(path, group.width)
@@ -135,8 +143,12 @@ class Search:
                 break
         return outcome
 
-    def _dial(self, fields: tuple[tuple[Path, int], ...], width: int, base: Assignment | None = None) -> Dial | None:
-        """The dial of these fields, if at every turn that can be built they shrink groups and nothing else, in proportion."""
+    def _dial(
+        self, fields: tuple[tuple[Path, int], ...], width: int, base: Assignment | None = None
+    ) -> Dial | None:
+        """The dial of these fields, if at every turn that can be built they shrink groups and nothing else,
+        in proportion.
+        """
         dial = Dial(fields, width, {})
         turns: list[int] = []
         for turned in _tries(width):
@@ -153,7 +165,9 @@ class Search:
         return Dial(fields, width, dial.groups, tuple(sorted(turns)) if width <= _FEW else None)
 
     def _explain(self, lost: Losses, turned: int) -> dict[str, int] | None:
-        """The groups that shrink, and how many channel sets a block loses per turn, if that explains all that was lost."""
+        """The groups that shrink, and how many channel sets a block loses per turn, if that explains all that
+        was lost.
+        """
         groups: dict[str, int] = {}
         explained: Losses = {}
         for name, units in self._units.items():
@@ -168,11 +182,17 @@ class Search:
         return groups if groups and explained == lost else None
 
     def _by_layer(self, group: Group, joint: Sequence[Dial]) -> list[Dial]:
-        """Dials for single layers: of a joint dial's fields, or of fields that shrink this group among others."""
+        """Dials for single layers: of a joint dial's fields, or of fields that shrink this group among
+        others.
+        """
         if joint:
             choices: Iterable[tuple[Path, ...]] = [tuple(path for path, _ in dial.fields) for dial in joint]
         else:
-            touching = [path for path in self._multiples(group) if _touches(self._alone(path, group.width), self._units[group.name])]
+            touching = [
+                path
+                for path in self._multiples(group)
+                if _touches(self._alone(path, group.width), self._units[group.name])
+            ]
             choices = _combinations(touching[:_CANDIDATES])
         for paths in choices:
             for found in (self._overrides(paths, group.width), self._lists(paths, group.width)):
@@ -181,10 +201,15 @@ class Search:
         return []
 
     def _overrides(self, paths: tuple[Path, ...], width: int) -> list[Dial]:
-        """The class may take values of its own for each layer under ``per_layer_config``, which every config has."""
+        """The class may take values of its own for each layer under ``per_layer_config``, which every config
+        has.
+        """
         found: list[Dial] = []
         for layer in range(len(self.experiments.shapes)):
-            fields = tuple(((*path[:-1], "per_layer_config", str(layer), path[-1]), self._numbers[path]) for path in paths)
+            fields = tuple(
+                ((*path[:-1], "per_layer_config", str(layer), path[-1]), self._numbers[path])
+                for path in paths
+            )
             if isinstance(self.experiments.build(Dial(fields, width, {}).set(_tries(width)[0])), str):
                 break  # no such layer, or no such thing
             dial = self._dial(fields, width)
@@ -193,12 +218,19 @@ class Search:
         return found
 
     def _lists(self, paths: tuple[Path, ...], width: int) -> list[Dial]:
-        """The class may take a list with a value for each layer; how many there are is some number of the config."""
-        for count in sorted({value for value in self._numbers.values() if 1 < value <= len(self.experiments.shapes)}):
+        """The class may take a list with a value for each layer; how many there are is some number of the
+        config.
+        """
+        for count in sorted(
+            {value for value in self._numbers.values() if 1 < value <= len(self.experiments.shapes)}
+        ):
             lists = {path: [self._numbers[path]] * count for path in paths}
             if self.experiments.build(lists) != self.experiments.shapes:
                 continue
-            found = [self._dial(tuple(((*path, layer), self._numbers[path]) for path in paths), width, lists) for layer in range(count)]
+            found = [
+                self._dial(tuple(((*path, layer), self._numbers[path]) for path in paths), width, lists)
+                for layer in range(count)
+            ]
             if any(found):
                 return [dial for dial in found if dial is not None]
         return []
@@ -212,7 +244,13 @@ class Search:
                 continue
             also = sorted(name for name, dim in lost.keys() - self._within)
             missed = sorted(name for name, dim in units.keys() - lost.keys())
-            fault = f"changes {also[0]} as well" if also else f"leaves {missed[0]} as it is" if missed else "changes some of it by another amount"
+            fault = (
+                f"changes {also[0]} as well"
+                if also
+                else f"leaves {missed[0]} as it is"
+                if missed
+                else "changes some of it by another amount"
+            )
             remarks.append(f"{written(path)} {fault}")
         first = next(iter(units))
         what = f"dimension {first[1]} of {first[0]}"
@@ -222,8 +260,13 @@ class Search:
 
 
 def _units(group: Group) -> Losses:
-    """By how much each dimension of each member shrinks for each channel set that every block of the group loses."""
-    return {(member.name, member.dim): len(member.indices) // (group.width * member.blocks) for member in (*group.producers, *group.consumers)}
+    """By how much each dimension of each member shrinks for each channel set that every block of the group
+    loses.
+    """
+    return {
+        (member.name, member.dim): len(member.indices) // (group.width * member.blocks)
+        for member in (*group.producers, *group.consumers)
+    }
 
 
 def _tries(width: int) -> list[int]:

@@ -1,4 +1,6 @@
-"""What a model's class makes of its config, found by building it: nothing is known beforehand about any field."""
+"""What a model's class makes of its config, found by building it: nothing is known beforehand about any
+field.
+"""
 
 from __future__ import annotations
 
@@ -36,14 +38,16 @@ def written(path: Path) -> str:
 class Experiments:
     """Builds a model's class from changed configs on the meta device and compares shapes.
 
-    Buffers count: half as many heads and heads of half the size have the same weights, but not the same table of positions. Every config goes
-    through its own text form on the way, as it will when it is loaded from a file.
+    Buffers count: half as many heads and heads of half the size have the same weights, but not the same table
+    of positions. Every config goes through its own text form on the way, as it will when it is loaded from a
+    file.
 
     Args:
         model: the model; its config must build a model of the same shapes.
 
     Attributes:
-        base: the config as a dictionary, with fields that were not set pinned to the values that leave every shape as it is.
+        base: the config as a dictionary, with fields that were not set pinned to the values that leave every
+            shape as it is.
         pins: those fields and values.
         shapes: of the parameters and buffers that the class makes of the config, under all their names.
 
@@ -54,7 +58,10 @@ class Experiments:
     def __init__(self, model: nn.Module) -> None:
         config = getattr(model, "config", None)
         if not isinstance(config, PreTrainedConfig):
-            raise ArgumentError(f"a plain checkpoint needs a model with a transformers config; {type(model).__name__} has none")
+            raise ArgumentError(
+                f"a plain checkpoint needs a model with a transformers config; {type(model).__name__} has"
+                " none"
+            )
         self._class: Any = type(model)
         self._config = config
         self.base: dict[str, Any] = _as_stored(config)
@@ -62,13 +69,19 @@ class Experiments:
         self._absent: list[Path] = []
         found = self.build({})
         if isinstance(found, str):
-            raise ArgumentError(f"{self._class.__name__} cannot be built from its own config: {found}; a plain checkpoint needs that")
+            raise ArgumentError(
+                f"{self._class.__name__} cannot be built from its own config: {found}; a plain checkpoint"
+                " needs that"
+            )
         self.shapes = found
-        own = {name: tuple(parameter.shape) for name, parameter in model.named_parameters(remove_duplicate=False)}
+        own = {
+            name: tuple(parameter.shape) for name, parameter in model.named_parameters(remove_duplicate=False)
+        }
         if odd := sorted(name for name in own if own[name] != found.get(name)):
             raise ArgumentError(
-                f"the config does not describe the model: '{odd[0]}' has the shape {own[odd[0]]}, a model built from the config "
-                f"{found.get(odd[0], 'has no such weight')}; a plain checkpoint needs a model of its config's sizes"
+                f"the config does not describe the model: '{odd[0]}' has the shape {own[odd[0]]}, a model"
+                f" built from the config {found.get(odd[0], 'has no such weight')}; a plain checkpoint needs"
+                " a model of its config's sizes"
             )
         self._absent = self._missing()
         self.pins = dict(self._find_pins())
@@ -83,11 +96,15 @@ class Experiments:
         return type(self._config).__name__
 
     def numbers(self) -> dict[Path, int]:
-        """The integers of the config that may be sizes: positive ones, those in nested configs and lists included."""
+        """The integers of the config that may be sizes: positive ones, those in nested configs and lists
+        included.
+        """
         return {path: value for path, value in _leaves(self.base) if type(value) is int and value > 0}
 
     def changed(self, assignment: Assignment) -> dict[str, Any]:
-        """The base config with other values in some places; ``None`` takes a field away that the config does not have by itself."""
+        """The base config with other values in some places; ``None`` takes a field away that the config does
+        not have by itself.
+        """
         made = copy.deepcopy(self.base)
         for path, value in assignment.items():
             _put(made, path, value, drop=value is None and path in self._absent)
@@ -111,7 +128,9 @@ class Experiments:
         return self._found[key]
 
     def losses(self, assignment: Assignment) -> dict[tuple[str, int], int] | str:
-        """By how much each dimension of each parameter and buffer shrinks, where it does; or why that cannot be said."""
+        """By how much each dimension of each parameter and buffer shrinks, where it does; or why that cannot
+        be said.
+        """
         found = self.build(assignment)
         if isinstance(found, str):
             return found
@@ -121,7 +140,13 @@ class Experiments:
         for name, shape in self.shapes.items():
             if len(found[name]) != len(shape):
                 return f"'{name}' has another number of dimensions"
-            lost.update({(name, dim): old - new for dim, (old, new) in enumerate(zip(shape, found[name], strict=True)) if old != new})
+            lost.update(
+                {
+                    (name, dim): old - new
+                    for dim, (old, new) in enumerate(zip(shape, found[name], strict=True))
+                    if old != new
+                }
+            )
         return lost
 
     def without_idle_pins(self, assignment: Assignment) -> dict[str, Any]:
@@ -139,7 +164,9 @@ class Experiments:
                 yield path, value
 
     def _effective(self, path: Path) -> int | None:
-        """The value of a field that is not set, at which all shapes are as they are without it; ``None`` if it is no size."""
+        """The value of a field that is not set, at which all shapes are as they are without it; ``None`` if
+        it is no size.
+        """
         sizes = []
         for probe in _PROBES:
             lost = self.losses({path: probe})
@@ -158,7 +185,11 @@ class Experiments:
         asked: list[Path] = []
         with quiet(), torch.random.fork_rng(devices=[]), torch.device("meta"):
             config = self.config({})
-            owners = {id(config): ()} | {id(inner): (name,) for name, inner in vars(config).items() if isinstance(inner, PreTrainedConfig)}
+            owners = {id(config): ()} | {
+                id(inner): (name,)
+                for name, inner in vars(config).items()
+                if isinstance(inner, PreTrainedConfig)
+            }
 
             def absent(owner: Any, name: str) -> Any:
                 if id(owner) in owners and not name.startswith("_") and name.isidentifier():
@@ -166,7 +197,10 @@ class Experiments:
                 raise AttributeError(f"'{type(owner).__name__}' object has no attribute '{name}'")
 
             with contextlib.ExitStack() as undo:
-                kinds: set[Any] = {type(config), *(type(inner) for inner in vars(config).values() if isinstance(inner, PreTrainedConfig))}
+                kinds: set[Any] = {
+                    type(config),
+                    *(type(inner) for inner in vars(config).values() if isinstance(inner, PreTrainedConfig)),
+                }
                 for kind in kinds:
                     if not hasattr(kind, "__getattr__"):
                         kind.__getattr__ = absent

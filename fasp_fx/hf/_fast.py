@@ -1,4 +1,6 @@
-"""Rewrites of a captured decoder that change nothing but its speed: no checks inside, no copies of keys and values, plain products for one token."""
+"""Rewrites of a captured decoder that change nothing but its speed: no checks inside, no copies of keys and
+values, plain products for one token.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +14,12 @@ from .._stamps import stamp
 
 aten = torch.ops.aten
 _ATTENTION = aten.scaled_dot_product_attention.default
-_CHECKS = {aten._assert_tensor_metadata.default, aten._assert_scalar.default, aten.sym_constrain_range_for_size.default, aten.sym_constrain_range.default}
+_CHECKS = {
+    aten._assert_tensor_metadata.default,
+    aten._assert_scalar.default,
+    aten.sym_constrain_range_for_size.default,
+    aten.sym_constrain_range.default,
+}
 _RESHAPES = {aten.view.default, aten._unsafe_view.default, aten.reshape.default}
 _WHOLE = 1 << 62
 
@@ -20,7 +27,9 @@ Call = Callable[..., fx.Node]
 
 
 def without_checks(graph: fx.Graph) -> None:
-    """Drop the assertions of the capture, whose place the model's own checks take, and slices that take everything."""
+    """Drop the assertions of the capture, whose place the model's own checks take, and slices that take
+    everything.
+    """
     for node in list(graph.nodes):
         if node.op == "call_module" or node.target in _CHECKS:
             graph.erase_node(node)
@@ -37,7 +46,9 @@ def _takes_all(node: fx.Node) -> bool:
 
 
 def grouped(graph: fx.Graph) -> None:
-    """Let attention read each key and value head once, where the model repeats it for the query heads that share it."""
+    """Let attention read each key and value head once, where the model repeats it for the query heads that
+    share it.
+    """
     for node in graph.find_nodes(op="call_function", target=_ATTENTION):
         padding: Any = node.args[2] if _pads_width(node.args[2]) else None
         key, times = _repeated(node.args[1])
@@ -46,7 +57,11 @@ def grouped(graph: fx.Graph) -> None:
             continue
         if padding is not None:
             with graph.inserting_before(node):
-                value = stamp(graph.call_function(padding.target, (value, *padding.args[1:]), dict(padding.kwargs)), "grouped", node)
+                value = stamp(
+                    graph.call_function(padding.target, (value, *padding.args[1:]), dict(padding.kwargs)),
+                    "grouped",
+                    node,
+                )
         node.args = (node.args[0], key, value, *node.args[3:])
         node.update_kwarg("enable_gqa", True)
         stamp(node, "grouped")
@@ -62,7 +77,9 @@ def _pads_width(node: Any) -> bool:
 
 
 def _repeated(node: Any) -> tuple[Any, int]:
-    """What is repeated and how often, if the node is ``[b, heads, l, d]`` repeated along a new dimension after the heads; else itself and 1."""
+    """What is repeated and how often, if the node is ``[b, heads, l, d]`` repeated along a new dimension
+    after the heads; else itself and 1.
+    """
     inner = node
     for targets in (_RESHAPES, {aten.clone.default}):
         if inner.target in targets:
@@ -73,10 +90,16 @@ def _repeated(node: Any) -> tuple[Any, int]:
     if opened.target is not aten.unsqueeze.default or opened.args[1] != 2:
         return node, 1
     before, after = _shape(opened.args[0]), _shape(node)
-    if len(before) != 4 or len(after) != 4 or not all(isinstance(size, int) for size in (before[1], after[1], before[3], after[3])):
+    if (
+        len(before) != 4
+        or len(after) != 4
+        or not all(isinstance(size, int) for size in (before[1], after[1], before[3], after[3]))
+    ):
         return node, 1
     times = after[1] // before[1]
-    return (opened.args[0], int(times)) if times * before[1] == after[1] and before[3] == after[3] else (node, 1)
+    return (
+        (opened.args[0], int(times)) if times * before[1] == after[1] and before[3] == after[3] else (node, 1)
+    )
 
 
 def _shape(node: Any) -> tuple[Any, ...]:
@@ -87,8 +110,8 @@ def _shape(node: Any) -> tuple[Any, ...]:
 def one_token(graph: fx.Graph) -> None:
     """Write out attention as it is for a query of one token.
 
-    The heads that share keys then make one matrix product, where the fused kernel reads the keys once per head, and values may be narrower
-    than keys. What is not understood stays.
+    The heads that share keys then make one matrix product, where the fused kernel reads the keys once per
+    head, and values may be narrower than keys. What is not understood stays.
     """
     masks: dict[fx.Node, fx.Node] = {}
     for node in list(graph.find_nodes(op="call_function", target=_ATTENTION)):
@@ -97,13 +120,27 @@ def one_token(graph: fx.Graph) -> None:
 
 
 def _write_out(graph: fx.Graph, node: fx.Node, masks: dict[fx.Node, fx.Node]) -> None:
-    named: dict[str, Any] = dict(zip(("query", "key", "value", "attn_mask", "dropout_p", "is_causal"), node.args), **node.kwargs)
-    query, key, value, mask, scale = named["query"], named["key"], named["value"], named.get("attn_mask"), named.get("scale")
+    named: dict[str, Any] = dict(
+        zip(("query", "key", "value", "attn_mask", "dropout_p", "is_causal"), node.args), **node.kwargs
+    )
+    query, key, value, mask, scale = (
+        named["query"],
+        named["key"],
+        named["value"],
+        named.get("attn_mask"),
+        named.get("scale"),
+    )
     cut = _cut_after(node) if _pads_width(value) else None
     value = value.args[0] if cut is not None else value
     q, k, v = _shape(query), _shape(key), _shape(value)
     fits = len(q) == len(k) == len(v) == 4 and all(isinstance(size, int) for size in (q[1], q[3], k[1], v[3]))
-    if not fits or scale is None or named.get("dropout_p") or named.get("is_causal") or not _simple(mask, q[1]):
+    if (
+        not fits
+        or scale is None
+        or named.get("dropout_p")
+        or named.get("is_causal")
+        or not _simple(mask, q[1])
+    ):
         return
     heads, shared = q[1], k[1]
 
@@ -113,7 +150,9 @@ def _write_out(graph: fx.Graph, node: fx.Node, masks: dict[fx.Node, fx.Node]) ->
             return stamp(graph.call_function(target, args, kwargs), "one_token", node)
 
         rows = call(aten.reshape.default, query, [-1, shared, heads // shared, q[3]])
-        scores = call(aten.matmul.default, call(aten.mul.Tensor, rows, scale), call(aten.transpose.int, key, 2, 3))
+        scores = call(
+            aten.matmul.default, call(aten.mul.Tensor, rows, scale), call(aten.transpose.int, key, 2, 3)
+        )
         if mask is not None:
             if mask not in masks:
                 masks[mask] = _additive(mask, heads, shared, query.meta["val"], call)
@@ -143,9 +182,14 @@ def _simple(mask: Any, heads: int) -> bool:
 
 
 def _additive(mask: fx.Node, heads: int, shared: int, query: Tensor, call: Call) -> fx.Node:
-    """A mask as what is added to scores ``[b, shared, heads / shared, l]``; written before the first layer, it serves all."""
+    """A mask as what is added to scores ``[b, shared, heads / shared, l]``; written before the first layer,
+    it serves all.
+    """
     if mask.meta["val"].dtype == torch.bool:
-        zero, least = (call(aten.full.default, [], number, dtype=query.dtype, device=query.device) for number in (0.0, float("-inf")))
+        zero, least = (
+            call(aten.full.default, [], number, dtype=query.dtype, device=query.device)
+            for number in (0.0, float("-inf"))
+        )
         added = call(aten.where.self, mask, zero, least)
     else:
         added = mask

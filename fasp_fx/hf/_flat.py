@@ -1,4 +1,6 @@
-"""A captured program as one Python function of flat, named tensors over a tree of weights that several programs share."""
+"""A captured program as one Python function of flat, named tensors over a tree of weights that several
+programs share.
+"""
 
 from __future__ import annotations
 
@@ -24,8 +26,8 @@ _numbers = itertools.count()
 class FlatProgram:
     """One graph behind flat names.
 
-    Weights are looked up in the module that is passed to a call, so that programs of one model share its weights, and whatever moves or
-    trains them is seen by all.
+    Weights are looked up in the module that is passed to a call, so that programs of one model share its
+    weights, and whatever moves or trains them is seen by all.
 
     Attributes:
         graph: placeholders in the order of ``inputs``, results in that of ``outputs``.
@@ -43,7 +45,8 @@ class FlatProgram:
         """The flat form of the graph module of an exported program.
 
         Raises:
-            CaptureError: it takes or returns a structure that is neither a tensor, a dict of tensors nor a cache of keys and values.
+            CaptureError: it takes or returns a structure that is neither a tensor, a dict of tensors nor a
+                cache of keys and values.
         """
         generated: Any = module.graph._codegen
         graph = fx.Graph()
@@ -72,7 +75,9 @@ class FlatProgram:
     def to_device(self, device: torch.device) -> None:
         """Let the graph make its tensors on another device."""
         for node in self.graph.nodes:
-            node.args, node.kwargs = fx.node.map_aggregate((node.args, node.kwargs), lambda item: device if isinstance(item, torch.device) else item)
+            node.args, node.kwargs = fx.node.map_aggregate(
+                (node.args, node.kwargs), lambda item: device if isinstance(item, torch.device) else item
+            )
         self._function = None
 
     def width(self, name: str) -> int:
@@ -91,12 +96,18 @@ class FlatProgram:
             if name.startswith("cache."):
                 shape = tuple(node.meta["val"].shape)
                 if len(shape) != 4 or not isinstance(shape[1], int) or not isinstance(shape[3], int):
-                    raise CaptureError(f"{name} was captured as {list(shape)}; only caches [batch, heads, length, width] of fixed heads and width are served")
+                    raise CaptureError(
+                        f"{name} was captured as {list(shape)}; only caches [batch, heads, length, width] of"
+                        " fixed heads and width are served"
+                    )
                 found[name] = (shape[1], shape[3])
         return found
 
     def __getstate__(self) -> dict[str, Any]:
-        raise ArgumentError("a pruned model that generates cannot be pickled, since its programs hold symbols; write it with save_pretrained()")
+        raise ArgumentError(
+            "a pruned model that generates cannot be pickled, since its programs hold symbols; write it with"
+            " save_pretrained()"
+        )
 
     def __deepcopy__(self, memo: Any) -> FlatProgram:
         copied = self.rewritten(copy_graph(self.graph))
@@ -105,12 +116,17 @@ class FlatProgram:
 
 
 def _names(tree: Any, count: int) -> tuple[str, ...]:
-    named = {"cache" if name == CACHE else name: value for name, value in tree.items()} if isinstance(tree, Mapping) else tree
+    named = (
+        {"cache" if name == CACHE else name: value for name, value in tree.items()}
+        if isinstance(tree, Mapping)
+        else tree
+    )
     found = {index: name for name, index in _walk(named, "")}
     missing = next((index for index in range(count) if index not in found), None)
     if missing is not None:
         raise CaptureError(
-            f"leaf {missing} of the program's inputs or outputs is neither a named tensor nor keys or values of a cache; such state is not served"
+            f"leaf {missing} of the program's inputs or outputs is neither a named tensor nor keys or values"
+            " of a cache; such state is not served"
         )
     return tuple(found[index] for index in range(count))
 
@@ -136,7 +152,12 @@ def _compile(graph: fx.Graph) -> Callable[..., Any]:
     """The graph as a function whose first argument is the module that holds the weights."""
     code = graph.python_code("self")
     name = f"<fasp_fx.hf.program.{next(_numbers)}>"
-    linecache.cache[name] = (len(code.src), None, code.src.splitlines(keepends=True), name)  # tracebacks and compilers read it
+    linecache.cache[name] = (
+        len(code.src),
+        None,
+        code.src.splitlines(keepends=True),
+        name,
+    )  # tracebacks and compilers read it
     names = dict(code.globals)
     exec(compile(code.src, name, "exec"), names)
     made: Callable[..., Any] = names["forward"]

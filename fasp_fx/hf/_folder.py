@@ -1,9 +1,10 @@
 """Pruned models on disk: a folder as transformers write it, with the programs beside the weights.
 
-``config.json``, ``generation_config.json`` and the tokenizer's files are transformers'; ``model.safetensors`` holds the weights by the names of
-the original model, tied ones once; ``programs.json`` the programs, ``constants.safetensors`` what they hold besides, ``plan.json`` and
-``report.json`` what their names say, and ``manifest.json`` the size and SHA-256 of those that belong together. As with :mod:`fasp_fx.store`,
-everything that torch would evaluate, import or turn into code is checked before it is.
+``config.json``, ``generation_config.json`` and the tokenizer's files are transformers'; ``model.safetensors``
+holds the weights by the names of the original model, tied ones once; ``programs.json`` the programs,
+``constants.safetensors`` what they hold besides, ``plan.json`` and ``report.json`` what their names say, and
+``manifest.json`` the size and SHA-256 of those that belong together. As with :mod:`fasp_fx.store`, everything
+that torch would evaluate, import or turn into code is checked before it is.
 """
 
 from __future__ import annotations
@@ -29,14 +30,22 @@ if TYPE_CHECKING:
     from ._model import PrunedModel
 
 FORMAT = "fasp_fx.hf/4"
-FILES = ("config.json", "model.safetensors", "constants.safetensors", "programs.json", "plan.json", "report.json")
+FILES = (
+    "config.json",
+    "model.safetensors",
+    "constants.safetensors",
+    "programs.json",
+    "plan.json",
+    "report.json",
+)
 
 
 def save(model: PrunedModel, path: Path, tokenizer: Any, *, overwrite: bool) -> Path:
     """Write a model and its tokenizer to a new folder, whole or not at all.
 
     Raises:
-        StoreError: the path is taken or cannot be written, or the model holds something that cannot be stored.
+        StoreError: the path is taken or cannot be written, or the model holds something that cannot be
+            stored.
     """
     path = path.absolute()
     with new_folder(path, overwrite=overwrite, replaceable=is_saved) as folder:
@@ -50,7 +59,8 @@ def save(model: PrunedModel, path: Path, tokenizer: Any, *, overwrite: bool) -> 
 def save_into(model: PrunedModel, path: Path, state_dict: Mapping[str, Tensor] | None) -> None:
     """Write a model to a folder that may hold other files, as a trainer's checkpoints do.
 
-    The files are written aside first; the manifest is the last to take its place, so that a half-replaced model is noticed.
+    The files are written aside first; the manifest is the last to take its place, so that a half-replaced
+    model is noticed.
 
     Raises:
         StoreError: the folder cannot be written, or a weight no longer fits the program.
@@ -82,7 +92,11 @@ def is_saved(folder: Path) -> bool:
     except StoreError:
         return False
     written = manifest.get("written", ())
-    known = {folders.MANIFEST, *FILES, *(name for name in written if isinstance(name, str))} if isinstance(written, list) else set()
+    known = (
+        {folders.MANIFEST, *FILES, *(name for name in written if isinstance(name, str))}
+        if isinstance(written, list)
+        else set()
+    )
     return holds_model(folder) and all(child.name in known for child in folder.iterdir())
 
 
@@ -108,7 +122,9 @@ def _fill(folder: Path, model: PrunedModel, state_dict: Mapping[str, Tensor] | N
         file = folder / f"{name}.safetensors"
         tensors[name] = write_tensors(file, tree, metadata={"format": "pt"})
         file.chmod(mode)
-    programs = {name: {**data, "constants": model._constant_names[name]} for name, data in model._parts.items()}
+    programs = {
+        name: {**data, "constants": model._constant_names[name]} for name, data in model._parts.items()
+    }
     folders.write_json(folder / "programs.json", {"programs": programs, "tensors": tensors})
     (folder / "README.md").write_text(card(model), encoding="utf-8")
 
@@ -117,7 +133,12 @@ def _weights(model: PrunedModel, state_dict: Mapping[str, Tensor] | None) -> dic
     """The weights to write, held against those that the programs need."""
     kept = model.state_dict().keys()
     own: dict[str, Tensor] = {
-        name: tensor for name, tensor in (*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)) if name in kept
+        name: tensor
+        for name, tensor in (
+            *model.named_parameters(remove_duplicate=False),
+            *model.named_buffers(remove_duplicate=False),
+        )
+        if name in kept
     }
     if state_dict is None:
         return own
@@ -126,16 +147,29 @@ def _weights(model: PrunedModel, state_dict: Mapping[str, Tensor] | None) -> dic
         given = state_dict.get(name)
         if given is None or given.shape != tensor.shape or given.dtype != tensor.dtype:
             shown = "missing" if given is None else f"{given.dtype} {list(given.shape)}"
-            raise StoreError(f"'{name}' of state_dict is {shown}, the programs need {tensor.dtype} {list(tensor.shape)}; pass the model's own state_dict()")
+            raise StoreError(
+                f"'{name}' of state_dict is {shown}, the programs need {tensor.dtype} {list(tensor.shape)};"
+                " pass the model's own state_dict()"
+            )
         made = given.detach()
-        found.setdefault(id(tensor), nn.Parameter(made, requires_grad=tensor.requires_grad) if isinstance(tensor, nn.Parameter) else made)
+        found.setdefault(
+            id(tensor),
+            (
+                nn.Parameter(made, requires_grad=tensor.requires_grad)
+                if isinstance(tensor, nn.Parameter)
+                else made
+            ),
+        )
     return {name: found[id(tensor)] for name, tensor in own.items()}
 
 
 def _write_manifest(folder: Path) -> None:
     written = sorted(child.name for child in folder.iterdir())
     listed = {name: folders.listed(folder / name) for name in FILES}
-    folders.write_json(folder / folders.MANIFEST, {"format": FORMAT, **folders.versions(), "files": listed, "written": written})
+    folders.write_json(
+        folder / folders.MANIFEST,
+        {"format": FORMAT, **folders.versions(), "files": listed, "written": written},
+    )
 
 
 __all__ = ["FILES", "FORMAT", "holds_model", "is_saved", "save", "save_into"]

@@ -1,4 +1,6 @@
-"""What a generating model does with arguments beside its tokens: positions, labels, packed texts. Found by experiment, never by its name."""
+"""What a generating model does with arguments beside its tokens: positions, labels, packed texts. Found by
+experiment, never by its name.
+"""
 
 from __future__ import annotations
 
@@ -40,11 +42,15 @@ def far(found: Tensor, expected: Tensor) -> bool:
     expected, found = expected[finite], found[finite]
     if not expected.numel():
         return False
-    return float((found - expected).abs().max()) > _tolerance(expected.dtype) * max(float(expected.abs().max()), 1e-6)
+    return float((found - expected).abs().max()) > _tolerance(expected.dtype) * max(
+        float(expected.abs().max()), 1e-6
+    )
 
 
 def loss_of_labels(stages: Stages) -> tuple[str | None, str | None]:
-    """The key of :data:`LOSSES`, and for an encoder-decoder of :data:`MOVES`, by which a model reads labels; ``None`` where it reads them in another way."""
+    """The key of :data:`LOSSES`, and for an encoder-decoder of :data:`MOVES`, by which a model reads labels;
+    ``None`` where it reads them in another way.
+    """
     if "labels" not in stages.accepts:
         return None, None
     decoder = isinstance(stages, CausalStages)
@@ -54,15 +60,24 @@ def loss_of_labels(stages: Stages) -> tuple[str | None, str | None]:
         labels = labels if plain is None else plain.logits.argmax(-1)
     labels[0, 4:] = LEFT_OUT
     given = called(stages, {**source, "labels": labels})
-    if given is None or not isinstance(getattr(given, "loss", None), Tensor) or given.logits.shape[:2] != labels.shape:
+    if (
+        given is None
+        or not isinstance(getattr(given, "loss", None), Tensor)
+        or given.logits.shape[:2] != labels.shape
+    ):
         return None, None
-    found, expected = {name: LOSSES[name](given.logits, labels, None) for name in (LOSSES if decoder else ("same",))}, given.loss.float()
+    found, expected = (
+        {name: LOSSES[name](given.logits, labels, None) for name in (LOSSES if decoder else ("same",))},
+        given.loss.float(),
+    )
     nearest = min(found, key=lambda name: float((found[name] - expected).abs()))
     short = torch.finfo(given.logits.dtype).bits < 32  # a model may round its loss
     loss = None if far(found[nearest], expected.to(given.logits.dtype) if short else expected) else nearest
     if decoder:
         return loss, None
-    start, padding = (getattr(stages.model.config, f"{name}_token_id", None) for name in ("decoder_start", "pad"))
+    start, padding = (
+        getattr(stages.model.config, f"{name}_token_id", None) for name in ("decoder_start", "pad")
+    )
     if padding is None:
         return None, None
     for name, move in MOVES.items():
@@ -73,7 +88,9 @@ def loss_of_labels(stages: Stages) -> tuple[str | None, str | None]:
 
 
 def keeps_texts_apart(stages: Stages) -> bool:
-    """Whether a model takes positions that begin again, given without a mask, for several texts in one row."""
+    """Whether a model takes positions that begin again, given without a mask, for several texts
+    in one row.
+    """
     if not isinstance(stages, CausalStages) or "position_ids" not in stages.accepts:
         return False
     ids = stages.tokens(6, 1)

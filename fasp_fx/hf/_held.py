@@ -1,4 +1,6 @@
-"""What a pruned model holds: weights in a tree of modules, programs that look them up, and the programs' constants."""
+"""What a pruned model holds: weights in a tree of modules, programs that look them up, and the programs'
+constants.
+"""
 
 from __future__ import annotations
 
@@ -33,7 +35,8 @@ class Parts:
 
     Attributes:
         programs: by name.
-        weights: parameters and persistent buffers by the names of the original model; tied ones are one object.
+        weights: parameters and persistent buffers by the names of the original model; tied ones are one
+            object.
         constants: for each program, its constants and other buffers by the names in its graph.
         plan: what was removed.
         report: what it cost.
@@ -67,9 +70,11 @@ def place(root: nn.Module, name: str, tensor: Tensor, *, persistent: bool) -> No
 
 
 def adopt_constants(model: nn.Module, parts: Parts) -> dict[str, dict[str, str]]:
-    """Hold constants as buffers outside of the state dict, equal ones once; returns their names in the model, for each program.
+    """Hold constants as buffers outside of the state dict, equal ones once; returns their names in the model,
+    for each program.
 
-    A constant that a program writes into is shared with none that is only equal now: it is the buffer of its own name.
+    A constant that a program writes into is shared with none that is only equal now: it is the buffer of its
+    own name.
     """
     changing = {name for program in parts.programs.values() for name in written_names(program.flat.graph)}
     held: list[tuple[str | None, Tensor]] = []  # the name of one that is written into, and what it holds
@@ -78,7 +83,9 @@ def adopt_constants(model: nn.Module, parts: Parts) -> dict[str, dict[str, str]]
         names[program] = {}
         for name, tensor in constants.items():
             own = name if name in changing else None
-            index = next((i for i, (other, known) in enumerate(held) if other == own and _equal(known, tensor)), None)
+            index = next(
+                (i for i, (other, known) in enumerate(held) if other == own and _equal(known, tensor)), None
+            )
             if index is None:
                 index = len(held)
                 held.append((own, tensor))

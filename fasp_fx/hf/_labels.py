@@ -10,8 +10,8 @@ from torch import Tensor
 from torch.nn import functional
 
 LEFT_OUT = -100
-#: how positions follow from a mask ``[batch, tokens]``: one after the other, or counting tokens shown, where those hidden before them stand at zero, or one
-#: before it
+#: how positions follow from a mask ``[batch, tokens]``: one after the other, or counting tokens shown, where
+#: those hidden before them stand at zero, or one before it
 POSITIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "count": lambda mask: torch.arange(mask.shape[1], device=mask.device).expand(mask.shape),
     "mask": lambda mask: (mask.cumsum(-1) - 1).clamp(min=0),
@@ -20,9 +20,14 @@ POSITIONS: dict[str, Callable[[Tensor], Tensor]] = {
 
 
 def cross_entropy(logits: Tensor, labels: Tensor, items: Any = None) -> Tensor:
-    """The loss of predicting each label from the logits at its place: the mean over those not left out, or their sum divided by ``items``."""
+    """The loss of predicting each label from the logits at its place: the mean over those not left out, or
+    their sum divided by ``items``.
+    """
     total = functional.cross_entropy(
-        logits.flatten(0, 1).float(), labels.flatten().to(logits.device), ignore_index=LEFT_OUT, reduction="mean" if items is None else "sum"
+        logits.flatten(0, 1).float(),
+        labels.flatten().to(logits.device),
+        ignore_index=LEFT_OUT,
+        reduction="mean" if items is None else "sum",
     )
     return total if items is None else total / items
 

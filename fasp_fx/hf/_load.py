@@ -38,7 +38,16 @@ _WITHOUT_EFFECT = (
 )
 
 
-def load(kind: type[PrunedModel], where: Any, *, config: Any = None, dtype: Any = None, torch_dtype: Any = None, device_map: Any = None, **options: Any) -> Any:
+def load(
+    kind: type[PrunedModel],
+    where: Any,
+    *,
+    config: Any = None,
+    dtype: Any = None,
+    torch_dtype: Any = None,
+    device_map: Any = None,
+    **options: Any,
+) -> Any:
     """Read a model; see :meth:`PrunedModel.from_pretrained`.
 
     Raises:
@@ -49,10 +58,15 @@ def load(kind: type[PrunedModel], where: Any, *, config: Any = None, dtype: Any 
     subfolder = options.pop("subfolder", "") or ""
     for name, value in options.items():
         if value is not None and name not in _WITHOUT_EFFECT:
-            raise ArgumentError(f"argument '{name}' is not served when a pruned model is loaded; leave it out")
+            raise ArgumentError(
+                f"argument '{name}' is not served when a pruned model is loaded; leave it out"
+            )
     asked = getattr(config, "_attn_implementation", None)  # where the Auto classes put it
     if asked not in (None, "sdpa"):  # what a pruned model says of itself
-        raise ArgumentError(f"attn_implementation={asked!r} cannot be had: the programs fix attention; choose it for the dense model and prune it again")
+        raise ArgumentError(
+            f"attn_implementation={asked!r} cannot be had: the programs fix attention; choose it for the"
+            " dense model and prune it again"
+        )
     folder = _folder(where, hub) / subfolder
     folders.verify(folder, FORMAT, FILES)
     device = _device(device_map)
@@ -61,13 +75,18 @@ def load(kind: type[PrunedModel], where: Any, *, config: Any = None, dtype: Any 
     _check_dtype(found, dtype if dtype is not None else torch_dtype)
     parts = _parts(folder, programs, device)
     if set(parts.programs) != kind.program_names:
-        raise StoreError(f"programs.json holds the programs {sorted(parts.programs)!r:.200}, not {sorted(kind.program_names)}; save the model again")
+        raise StoreError(
+            f"programs.json holds the programs {sorted(parts.programs)!r:.200}, not"
+            f" {sorted(kind.program_names)}; save the model again"
+        )
     with parsing("programs.json or config.json"):
         model = kind(found, parts)
     generation = folder / "generation_config.json"
     if os.path.lexists(generation):
         read_text(generation)
-        model.generation_config = _read(lambda: model.generation_config_class.from_pretrained(folder), "generation_config.json")
+        model.generation_config = _read(
+            lambda: model.generation_config_class.from_pretrained(folder), "generation_config.json"
+        )
     model.name_or_path = str(where)
     return model
 
@@ -82,17 +101,23 @@ def _parts(folder: Path, programs: dict[str, Any], device: torch.device) -> Part
             constants[name] = {inside: held[outside] for inside, outside in data["constants"].items()}
             stored[name] = StoredProgram(*_program(data, weights, constants[name], device))
     except (KeyError, TypeError, AttributeError, ValueError, CaptureError) as error:
-        raise StoreError(f"programs.json does not fit the folder: {type(error).__name__}: {error}; save the model again") from error
+        raise StoreError(
+            f"programs.json does not fit the folder: {type(error).__name__}: {error}; save the model again"
+        ) from error
     return Parts(stored, weights, constants, plan, report)
 
 
-def _program(data: dict[str, Any], weights: dict[str, Tensor], constants: dict[str, Tensor], device: torch.device) -> tuple[dict[str, Any], FlatProgram]:
+def _program(
+    data: dict[str, Any], weights: dict[str, Tensor], constants: dict[str, Tensor], device: torch.device
+) -> tuple[dict[str, Any], FlatProgram]:
     kept = {"program": data["program"], "example": data["example"]}
     program = program_from_json(kept, weights, constants, device)
     try:
         module = program.module(check_guards=False)
     except Exception as error:  # torch raises whatever it trips over
-        raise StoreError(f"programs.json holds a program that cannot be called: {first_line(error)}; save the model again") from error
+        raise StoreError(
+            f"programs.json holds a program that cannot be called: {first_line(error)}; save the model again"
+        ) from error
     return kept, FlatProgram.of(module)
 
 
@@ -102,25 +127,38 @@ def _folder(where: Any, hub: dict[str, Any]) -> Path:
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(snapshot_download(str(where), **{name: value for name, value in hub.items() if value is not None}))
+        return Path(
+            snapshot_download(str(where), **{name: value for name, value in hub.items() if value is not None})
+        )
     except Exception as error:  # the hub's client raises what its transport does
         raise StoreError(
-            f"'{where}' is neither a folder nor a repository that can be read: {first_line(error)}; give the folder that save_pretrained wrote"
+            f"'{where}' is neither a folder nor a repository that can be read: {first_line(error)}; give the"
+            " folder that save_pretrained wrote"
         ) from error
 
 
 def _config(folder: Path, kind: type[PrunedModel]) -> PrunedConfig:
     config = _read(lambda: PrunedConfig.from_pretrained(folder), "config.json")
     if not isinstance(config.original, dict):
-        raise StoreError("config.json does not hold the configuration of the model that was pruned; save the model again")
+        raise StoreError(
+            "config.json does not hold the configuration of the model that was pruned; save the model again"
+        )
     with parsing("config.json"):
         check_layers(config.original, len(tensors_of(folder / "model.safetensors")))
     original_of(config)
     if config.positions not in (None, *POSITIONS) or type(config.position_limit) not in (int, type(None)):
         raise StoreError("config.json does not say how positions are counted; save the model again")
-    if config.loss not in (None, *LOSSES) or config.labels_moved not in (None, *MOVES) or type(config.packs) is not bool:
-        raise StoreError("config.json does not say how labels and packed texts are read; save the model again")
-    expected = config.architectures[0] if isinstance(config.architectures, list) and config.architectures else None
+    if (
+        config.loss not in (None, *LOSSES)
+        or config.labels_moved not in (None, *MOVES)
+        or type(config.packs) is not bool
+    ):
+        raise StoreError(
+            "config.json does not say how labels and packed texts are read; save the model again"
+        )
+    expected = (
+        config.architectures[0] if isinstance(config.architectures, list) and config.architectures else None
+    )
     if kind.__name__ != expected:
         auto = "AutoModelForSeq2SeqLM" if config.is_encoder_decoder else "AutoModelForCausalLM"
         raise ArgumentError(f"'{folder}' holds a {expected}, not a {kind.__name__}; load it with {auto}")
@@ -139,7 +177,10 @@ def _read(read: Any, name: str) -> Any:
 def _check_dtype(config: PrunedConfig, asked: Any) -> None:
     asked = getattr(torch, asked, asked) if isinstance(asked, str) and asked != "auto" else asked
     if asked not in (None, "auto", config.dtype):
-        raise ArgumentError(f"dtype={asked} cannot be had: the programs were captured in {config.dtype}; load the dense model in that dtype and prune it again")
+        raise ArgumentError(
+            f"dtype={asked} cannot be had: the programs were captured in {config.dtype}; load the dense model"
+            " in that dtype and prune it again"
+        )
 
 
 def _device(device_map: Any) -> torch.device:
@@ -154,7 +195,8 @@ def _device(device_map: Any) -> torch.device:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError, TypeError) as error:
         raise ArgumentError(
-            f"device_map={device_map!r} cannot be honoured: a pruned model lies on one device; pass 'auto' or a device such as 'cpu'"
+            f"device_map={device_map!r} cannot be honoured: a pruned model lies on one device; pass 'auto' or"
+            " a device such as 'cpu'"
         ) from error
     return device
 

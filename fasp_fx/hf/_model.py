@@ -1,4 +1,6 @@
-"""What pruned decoders and pruned encoder-decoders have in common: shared weights, programs, and the checks around them."""
+"""What pruned decoders and pruned encoder-decoders have in common: shared weights, programs, and the checks
+around them.
+"""
 
 from __future__ import annotations
 
@@ -17,10 +19,11 @@ from ._held import Parts, adopt_constants, place, served, step
 
 
 class PrunedModel(PreTrainedModel, GenerationMixin):
-    """A model whose forward is a captured and pruned program with a cache; made by :func:`fasp_fx.hf.prune` or ``from_pretrained``.
+    """A model whose forward is a captured and pruned program with a cache; made by :func:`fasp_fx.hf.prune`
+    or ``from_pretrained``.
 
-    The programs share the parameters of this module, which have the names of the original model. Dropout and the like are as they were at
-    capture, in evaluation mode; ``train()`` and ``eval()`` change nothing.
+    The programs share the parameters of this module, which have the names of the original model. Dropout and
+    the like are as they were at capture, in evaluation mode; ``train()`` and ``eval()`` change nothing.
     """
 
     config_class = PrunedConfig
@@ -30,14 +33,19 @@ class PrunedModel(PreTrainedModel, GenerationMixin):
 
     def __init__(self, config: PrunedConfig, parts: Parts | None = None) -> None:
         if parts is None:
-            raise ArgumentError(f"{type(self).__name__} cannot be made of a configuration alone; use fasp_fx.hf.prune or from_pretrained")
+            raise ArgumentError(
+                f"{type(self).__name__} cannot be made of a configuration alone; use fasp_fx.hf.prune or"
+                " from_pretrained"
+            )
         super().__init__(config)
         self.plan, self.report = parts.plan, parts.report
         for name, tensor in parts.weights.items():
             place(self, name, tensor, persistent=True)
         self._parts = {name: program.data for name, program in parts.programs.items()}
         self._constant_names = adopt_constants(self, parts)
-        self._programs = {name: served(program.flat, self._constant_names[name]) for name, program in parts.programs.items()}
+        self._programs = {
+            name: served(program.flat, self._constant_names[name]) for name, program in parts.programs.items()
+        }
         self._steps = {name: step(program) for name, program in self._programs.items()}
         self._cache_sizes = {name: program.cache_sizes() for name, program in self._programs.items()}
         self.eval()
@@ -49,7 +57,8 @@ class PrunedModel(PreTrainedModel, GenerationMixin):
             return program(self, values)
         except IndexError as error:
             raise ArgumentError(
-                f"a token number or position lies outside of the model's tables: {error}; shorten the input, or check its token numbers"
+                f"a token number or position lies outside of the model's tables: {error}; shorten the input,"
+                " or check its token numbers"
             ) from error
 
     def _like(self) -> Tensor:
@@ -71,7 +80,9 @@ class PrunedModel(PreTrainedModel, GenerationMixin):
         """Write what a program returned into the cache; ``None`` if the output shall not hold it."""
         wanted = getattr(self.config, "use_cache", True) if use_cache is None else use_cache
         if wanted or given:
-            _caches.write(cache, {name: tensor for name, tensor in found.items() if name.startswith("cache.")})
+            _caches.write(
+                cache, {name: tensor for name, tensor in found.items() if name.startswith("cache.")}
+            )
         return cache if wanted else None
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
@@ -79,7 +90,8 @@ class PrunedModel(PreTrainedModel, GenerationMixin):
         moved = fn(held.detach().new_empty(0))
         if moved.dtype != held.dtype:
             raise ArgumentError(
-                f"the programs were captured in {held.dtype} and cannot be made {moved.dtype}; load the dense model in that dtype and prune it again"
+                f"the programs were captured in {held.dtype} and cannot be made {moved.dtype}; load the dense"
+                " model in that dtype and prune it again"
             )
         super()._apply(fn, recurse)
         if moved.device != held.device:
@@ -93,9 +105,15 @@ class PrunedModel(PreTrainedModel, GenerationMixin):
         """A cache that holds every token of every layer, as the programs take it."""
         kind = generation_config.cache_implementation
         if kind not in (None, "dynamic"):
-            raise ArgumentError(f"cache_implementation={kind!r} is not served: the programs take a cache that grows; leave it out")
+            raise ArgumentError(
+                f"cache_implementation={kind!r} is not served: the programs take a cache that grows; leave"
+                " it out"
+            )
         if generation_config.assistant_early_exit is not None:
-            raise ArgumentError("assistant_early_exit is not served: a program runs whole; leave it out, or pass another model as assistant_model")
+            raise ArgumentError(
+                "assistant_early_exit is not served: a program runs whole; leave it out, or pass another"
+                " model as assistant_model"
+            )
         given = model_kwargs.get(CACHE)
         if given is not None:
             _caches.check(given, self.config.is_encoder_decoder)
@@ -111,7 +129,10 @@ class PrunedModel(PreTrainedModel, GenerationMixin):
         Raises:
             ArgumentError: always.
         """
-        raise ArgumentError("the attention of a pruned model is fixed by its programs; choose it for the dense model and prune it again")
+        raise ArgumentError(
+            "the attention of a pruned model is fixed by its programs; choose it for the dense model and"
+            " prune it again"
+        )
 
     def init_continuous_batching(self, *args: Any, **kwargs: Any) -> Any:
         """Not possible: it needs a cache in pages, which the programs do not take.
@@ -119,7 +140,10 @@ class PrunedModel(PreTrainedModel, GenerationMixin):
         Raises:
             ArgumentError: always.
         """
-        raise ArgumentError("continuous batching needs a paged cache, which a pruned model's programs do not take; call generate() on padded batches")
+        raise ArgumentError(
+            "continuous batching needs a paged cache, which a pruned model's programs do not take; call"
+            " generate() on padded batches"
+        )
 
     def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> Any:
         """Not possible: the programs fix the vocabulary.
@@ -127,15 +151,24 @@ class PrunedModel(PreTrainedModel, GenerationMixin):
         Raises:
             ArgumentError: always.
         """
-        raise ArgumentError("the vocabulary of a pruned model is fixed by its programs; resize the embeddings of the dense model and prune it again")
+        raise ArgumentError(
+            "the vocabulary of a pruned model is fixed by its programs; resize the embeddings of the dense"
+            " model and prune it again"
+        )
 
     def save_pretrained(  # type: ignore[override]
-        self, save_directory: Any, is_main_process: bool = True, state_dict: Any = None, push_to_hub: bool = False, **kwargs: Any
+        self,
+        save_directory: Any,
+        is_main_process: bool = True,
+        state_dict: Any = None,
+        push_to_hub: bool = False,
+        **kwargs: Any,
     ) -> None:
         """Write the model as it is now to a folder, which may exist already, as transformers' models do.
 
-        The files are complete before the first of them takes its place. See :meth:`fasp_fx.hf.Pruned.save_pretrained` for a folder that appears
-        whole or not at all, with the tokenizer.
+        The files are complete before the first of them takes its place. See
+        :meth:`fasp_fx.hf.Pruned.save_pretrained` for a folder that appears whole or not at all, with the
+        tokenizer.
 
         Args:
             state_dict: weights to write instead of the model's own, by the same names.
@@ -148,7 +181,10 @@ class PrunedModel(PreTrainedModel, GenerationMixin):
         if is_main_process:
             save_into(self, Path(save_directory), state_dict)
         if push_to_hub:
-            raise ArgumentError("push_to_hub=True is not served; call save_pretrained(folder), then huggingface_hub.upload_folder")
+            raise ArgumentError(
+                "push_to_hub=True is not served; call save_pretrained(folder), then"
+                " huggingface_hub.upload_folder"
+            )
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any, *model_args: Any, **kwargs: Any) -> Any:

@@ -24,8 +24,11 @@ INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 _AT_ONCE = 2**28
 
 
-def load_offloaded(folder: str | Path, scratch: Scratch, *, dtype: torch.dtype | None = None, auto: Any = None) -> Any:
-    """Load a model whose weights lie in files, and never all in memory; otherwise as ``from_pretrained`` does.
+def load_offloaded(
+    folder: str | Path, scratch: Scratch, *, dtype: torch.dtype | None = None, auto: Any = None
+) -> Any:
+    """Load a model whose weights lie in files, and never all in memory; otherwise as ``from_pretrained``
+    does.
 
     Args:
         folder: a checkpoint as transformers writes it, with weights in safetensors files.
@@ -37,19 +40,25 @@ def load_offloaded(folder: str | Path, scratch: Scratch, *, dtype: torch.dtype |
         The model in evaluation mode.
 
     Raises:
-        ArgumentError: the folder holds no such checkpoint, or a quantised one, or weights are missing or of another shape.
+        ArgumentError: the folder holds no such checkpoint, or a quantised one, or weights are missing or of
+            another shape.
         OffloadError: the disk is full.
     """
     import transformers
 
     if not isinstance(scratch, Scratch):
-        raise ArgumentError(f"scratch is a {type(scratch).__name__}; pass what `with fasp_fx.offload() as scratch` gives")
+        raise ArgumentError(
+            f"scratch is a {type(scratch).__name__}; pass what `with fasp_fx.offload() as scratch` gives"
+        )
     if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
         raise ArgumentError(f"dtype={dtype!r} is no type of real numbers; pass torch.bfloat16, say")
     folder = Path(folder)
     config = _loaded(folder, lambda: transformers.AutoConfig.from_pretrained(folder))
     if getattr(config, "quantization_config", None) is not None:
-        raise ArgumentError(f"the weights of '{folder}' are quantised, and would have to be expanded in memory; give the checkpoint that was quantised")
+        raise ArgumentError(
+            f"the weights of '{folder}' are quantised, and would have to be expanded in memory; give the"
+            " checkpoint that was quantised"
+        )
     with torch.device("meta"):
         empty = _loaded(folder, lambda: (auto or transformers.AutoModelForCausalLM).from_config(config))
     wanted = dtype or getattr(config, "dtype", None)
@@ -58,18 +67,30 @@ def load_offloaded(folder: str | Path, scratch: Scratch, *, dtype: torch.dtype |
     for name, tensor in _tensors(folder):
         wanted = wanted or (tensor.dtype if tensor.is_floating_point() else None)
         cast = tensor.is_floating_point() and wanted is not None and not any(part in name for part in exact)
-        weights[name] = scratch.empty(tensor.shape, wanted if cast and wanted is not None else tensor.dtype).copy_(tensor)
+        weights[name] = scratch.empty(
+            tensor.shape, wanted if cast and wanted is not None else tensor.dtype
+        ).copy_(tensor)
     kind: Any = type(empty)
-    options = {"config": config, "state_dict": weights, "dtype": wanted or torch.float32, "output_loading_info": True}
+    options = {
+        "config": config,
+        "state_dict": weights,
+        "dtype": wanted or torch.float32,
+        "output_loading_info": True,
+    }
     model, info = _loaded(folder, lambda: kind.from_pretrained(None, **options))
     for what in ("missing_keys", "mismatched_keys", "error_msgs"):
         if info.get(what):
             first = sorted(map(str, info[what]))[0]
-            raise ArgumentError(f"'{folder}' does not hold all of the model: {what.replace('_', ' ')}: {first}; give a complete checkpoint")
+            raise ArgumentError(
+                f"'{folder}' does not hold all of the model: {what.replace('_', ' ')}: {first}; give a"
+                " complete checkpoint"
+            )
     keep_weights(model, scratch)  # what transformers had to convert
     model.name_or_path = str(folder)
     if model.can_generate() and (folder / "generation_config.json").is_file():
-        with contextlib.suppress(OSError, ValueError):  # transformers makes one of the configuration where there is none that can be read
+        with contextlib.suppress(
+            OSError, ValueError
+        ):  # transformers makes one of the configuration where there is none that can be read
             model.generation_config = transformers.GenerationConfig.from_pretrained(folder)
     return model.eval()
 
@@ -85,7 +106,9 @@ def _loaded(folder: Path, load: Callable[[], T]) -> T:
     except FaspError:
         raise
     except Exception as error:  # transformers raises what it likes
-        raise ArgumentError(f"'{folder}' cannot be loaded: {first_line(error)}; give a checkpoint as transformers writes it") from error
+        raise ArgumentError(
+            f"'{folder}' cannot be loaded: {first_line(error)}; give a checkpoint as transformers writes it"
+        ) from error
 
 
 def _tensors(folder: Path) -> Iterator[tuple[str, Tensor]]:
@@ -104,7 +127,9 @@ def _tensors(folder: Path) -> Iterator[tuple[str, Tensor]]:
                         yield name, tensor
                         del tensor
         except (OSError, safetensors.SafetensorError) as error:
-            raise ArgumentError(f"'{shard}' cannot be read: {first_line(error)}; give a complete checkpoint") from error
+            raise ArgumentError(
+                f"'{shard}' cannot be read: {first_line(error)}; give a complete checkpoint"
+            ) from error
 
 
 def _shards(folder: Path) -> list[Path]:
@@ -112,13 +137,17 @@ def _shards(folder: Path) -> list[Path]:
         return [folder / SINGLE]
     index = folder / INDEX
     if not index.is_file():
-        raise ArgumentError(f"'{folder}' has no {SINGLE} and no {INDEX}; give a checkpoint with weights in safetensors files")
+        raise ArgumentError(
+            f"'{folder}' has no {SINGLE} and no {INDEX}; give a checkpoint with weights in safetensors files"
+        )
     try:
         names = sorted(set(json.loads(index.read_text("utf-8"))["weight_map"].values()))
         if not all(Path(name).name == name for name in names):
             raise ValueError("it names files of other folders")
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
-        raise ArgumentError(f"'{index}' is no index of shards: {first_line(error)}; give a complete checkpoint") from error
+        raise ArgumentError(
+            f"'{index}' is no index of shards: {first_line(error)}; give a complete checkpoint"
+        ) from error
     return [folder / name for name in names]
 
 

@@ -31,7 +31,8 @@ from ._weights import smaller_weights
 
 #: tokens of an example where there is no calibration data to take one from
 _EXAMPLE = (2, 8)
-#: ‖a − b‖ / ‖b‖ of outputs that count as equal is the dtype's precision to this power, 7e-5 for float32 and 5e-2 for bfloat16: kernels sum in other orders
+#: ‖a − b‖ / ‖b‖ of outputs that count as equal is the dtype's precision to this power, 7e-5 for float32 and
+#: 5e-2 for bfloat16: kernels sum in other orders
 _EQUAL = 0.6
 
 
@@ -65,21 +66,25 @@ def prune_plain(
 ) -> Plain:
     """Prune a transformers model by what its config can say: the result is a smaller model of the same class.
 
-    Which fields of the config shrink which groups is found by building the class at other sizes on the meta device. Groups that no field shrinks alone
-    are left whole; the report says why. The result is compared with the pruned program before it is handed out.
+    Which fields of the config shrink which groups is found by building the class at other sizes on the meta
+    device. Groups that no field shrinks alone are left whole; the report says why. The result is compared
+    with the pruned program before it is handed out.
 
     Args:
         model: a transformers model in evaluation mode; it is left as it was.
         calibration, device, progress, on_analysis, group, checkpoint: as for :func:`fasp_fx.prune`.
-        config, options: as for :func:`fasp_fx.prune`, without ``include`` and ``exclude``, with one sparsity and no padding mask. An allocation sees one
-            group for each field (for each layer, where the class takes values by layer). ``granularity=("channel",)``: neurons only; ``("channel",
-            "head")``: whole heads lose the same fraction, to the nearest head, and neurons carry the rest; ``("head",)``: heads only; not given:
-            neurons, and as few heads as it takes where neurons alone cannot reach the sparsity. ``round_to`` is for channels; whole heads are not
-            rounded.
-        example: keyword arguments to capture with; ``None``: the first calibration batch, or some tokens, without a cache.
+        config, options: as for :func:`fasp_fx.prune`, without ``include`` and ``exclude``, with one sparsity
+            and no padding mask. An allocation sees one group for each field (for each layer, where the class
+            takes values by layer). ``granularity=("channel",)``: neurons only; ``("channel", "head")``: whole
+            heads lose the same fraction, to the nearest head, and neurons carry the rest; ``("head",)``:
+            heads only; not given: neurons, and as few heads as it takes where neurons alone cannot reach the
+            sparsity. ``round_to`` is for channels; whole heads are not rounded.
+        example: keyword arguments to capture with; ``None``: the first calibration batch, or some tokens,
+            without a cache.
 
     Raises:
-        ArgumentError: the model is not one of transformers', or its config does not describe it or what the options ask for.
+        ArgumentError: the model is not one of transformers', or its config does not describe it or what the
+            options ask for.
         NothingPrunableError: its config can say nothing; the message says what stands in the way.
         SparsityError: its config cannot say enough; the message says how much it can.
         VerificationError: no model built from the smaller config computes what the pruned program computes.
@@ -89,16 +94,33 @@ def prune_plain(
     heads_asked = config is not None or "granularity" in options
     for name in ("include", "exclude", "padding_mask"):
         if getattr(asked, name):
-            raise ArgumentError(f"{name}={getattr(asked, name)!r} cannot be had in a plain checkpoint: its config does not say it; prune it without plain")
+            raise ArgumentError(
+                f"{name}={getattr(asked, name)!r} cannot be had in a plain checkpoint: its config does not"
+                " say it; prune it without plain"
+            )
     if asked.caps:
-        raise ArgumentError(f"budget={asked.budget!r} cannot be kept by a plain checkpoint, whose steps are coarse; give sparsity=, or prune it without plain")
+        raise ArgumentError(
+            f"budget={asked.budget!r} cannot be kept by a plain checkpoint, whose steps are coarse; give"
+            " sparsity=, or prune it without plain"
+        )
     if isinstance(asked.sparsity, Mapping):
-        raise ArgumentError("a plain checkpoint has one sparsity: its config does not say which layers lose more; prune it without plain")
+        raise ArgumentError(
+            "a plain checkpoint has one sparsity: its config does not say which layers lose more; prune it"
+            " without plain"
+        )
     if isinstance(asked.allocator, TrialAllocation):
-        said = "a search needs a model that is captured whole and groups that go one by one, which the fields of a config do not"
-        raise ArgumentError(f"allocation={asked.allocation!r}: {said}; use 'global', or prune it without plain")
+        said = (
+            "a search needs a model that is captured whole and groups that go one by one, which the fields of"
+            " a config do not"
+        )
+        raise ArgumentError(
+            f"allocation={asked.allocation!r}: {said}; use 'global', or prune it without plain"
+        )
     if not isinstance(model, PreTrainedModel):
-        raise ArgumentError(f"a plain checkpoint is made of a transformers model, not of a {type(model).__name__}; prune it without plain")
+        raise ArgumentError(
+            f"a plain checkpoint is made of a transformers model, not of a {type(model).__name__}; prune it"
+            " without plain"
+        )
     experiments = Experiments(model)
     settings = settings_of(experiments, heads_asked, asked.allocator, by_layer=not asked.uniform_layers)
     if asked.needs_data:
@@ -127,26 +149,41 @@ def prune_plain(
     )
     weights = smaller_weights(model, result)
     smaller, assignment = _first_equal(model, experiments, settings, weights, result, example)
-    report = replace(_explained(result.report, experiments, settings, assignment), config=asked)  # the settings are no allocation of the caller's
+    report = replace(
+        _explained(result.report, experiments, settings, assignment), config=asked
+    )  # the settings are no allocation of the caller's
     return Plain(smaller, result, report)
 
 
-def _example(model: PreTrainedModel, calibration: Iterable[Any] | None) -> tuple[Iterable[Any] | None, dict[str, Any]]:
+def _example(
+    model: PreTrainedModel, calibration: Iterable[Any] | None
+) -> tuple[Iterable[Any] | None, dict[str, Any]]:
     """The calibration data, and keyword arguments like its first batch."""
     if calibration is None:
-        return None, {"input_ids": torch.zeros(_EXAMPLE, dtype=torch.long, device=device_of(model)), "use_cache": False}
+        return None, {
+            "input_ids": torch.zeros(_EXAMPLE, dtype=torch.long, device=device_of(model)),
+            "use_cache": False,
+        }
     check_calibration(calibration)
     batches = iter(calibration)
     first = list(itertools.islice(batches, 1))
     args, kwargs = next(calibration_calls(first))
     if len(args) > 1:
-        raise ArgumentError("a calibration batch for a plain checkpoint is a tensor of tokens or a dict of keyword arguments, not a tuple; or pass example=")
+        raise ArgumentError(
+            "a calibration batch for a plain checkpoint is a tensor of tokens or a dict of keyword arguments,"
+            " not a tuple; or pass example="
+        )
     named = {"input_ids": args[0]} if args else kwargs
     return itertools.chain(first, batches), {**named, "use_cache": False}
 
 
 def _first_equal(
-    model: PreTrainedModel, experiments: Experiments, settings: Settings, weights: dict[str, Tensor], result: Result, example: Mapping[str, Any]
+    model: PreTrainedModel,
+    experiments: Experiments,
+    settings: Settings,
+    weights: dict[str, Tensor],
+    result: Result,
+    example: Mapping[str, Any],
 ) -> tuple[PreTrainedModel, Assignment]:
     """The first model that a config can build of the weights and that computes what the program computes."""
     inputs = _compared_on(model, example, device_of(result.module))
@@ -156,13 +193,16 @@ def _first_equal(
         try:
             smaller = _built(model, experiments, assignment, weights)
             deviation = _deviation(_run(smaller, inputs), expected)
-            if deviation <= max((torch.finfo(output.dtype).eps ** _EQUAL for output in expected), default=0.0):
+            if deviation <= max(
+                (torch.finfo(output.dtype).eps ** _EQUAL for output in expected), default=0.0
+            ):
                 return _moved(smaller, device_of(model)), assignment
             failures.append(f"{_said(assignment)}: its outputs differ by {deviation:.1e}")
         except _NotBuiltError as error:
             failures.append(f"{_said(assignment)}: {error}")
     raise VerificationError(
-        f"{type(model).__name__} built from a smaller config is not the pruned program ({'; '.join(failures)}); nothing is returned; prune it without plain"
+        f"{type(model).__name__} built from a smaller config is not the pruned program"
+        f" ({'; '.join(failures)}); nothing is returned; prune it without plain"
     )
 
 
@@ -177,14 +217,19 @@ def _run(model: PreTrainedModel, inputs: Mapping[str, Any]) -> list[Tensor]:
     except torch.OutOfMemoryError:
         raise
     except Exception as error:  # a class raises what it likes
-        raise _NotBuiltError(f"it does not run: {first_line(error)}; widths that are multiples of 8 or 16 (round_to=) may be served") from error
+        raise _NotBuiltError(
+            f"it does not run: {first_line(error)}; widths that are multiples of 8 or 16 (round_to=) may be"
+            " served"
+        ) from error
 
 
 class _NotBuiltError(Exception):
     """No model of the caller's class can be made; says why."""
 
 
-def _built(model: PreTrainedModel, experiments: Experiments, assignment: Assignment, weights: dict[str, Tensor]) -> PreTrainedModel:
+def _built(
+    model: PreTrainedModel, experiments: Experiments, assignment: Assignment, weights: dict[str, Tensor]
+) -> PreTrainedModel:
     """A model of the caller's class with a smaller config and the smaller weights."""
     shapes = experiments.build(assignment)
     if isinstance(shapes, str):
@@ -192,17 +237,29 @@ def _built(model: PreTrainedModel, experiments: Experiments, assignment: Assignm
     parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}
     wrong = [name for name in sorted(parameters) if shapes.get(name) != tuple(weights[name].shape)]
     if wrong:
-        raise _NotBuiltError(f"'{wrong[0]}' would have the shape {shapes.get(wrong[0])}, the pruned one has {tuple(weights[wrong[0]].shape)}")
+        raise _NotBuiltError(
+            f"'{wrong[0]}' would have the shape {shapes.get(wrong[0])}, the pruned one has"
+            f" {tuple(weights[wrong[0]].shape)}"
+        )
     config: PreTrainedConfig = type(model.config).from_dict(experiments.without_idle_pins(assignment))
     config._name_or_path = ""
     if hasattr(config, "quantization_config"):
-        del config.quantization_config  # of the file that the model came from: what is pruned are the weights it was expanded to
+        del (
+            config.quantization_config
+        )  # of the file that the model came from: what is pruned are the weights it was expanded to
     attention = getattr(model.config, "_attn_implementation", None)
     options = {} if attention is None else {"attn_implementation": attention}
     kind: Any = type(model)
     try:
         with quiet():
-            made, info = kind.from_pretrained(None, config=config, state_dict=dict(weights), dtype=model.dtype, output_loading_info=True, **options)
+            made, info = kind.from_pretrained(
+                None,
+                config=config,
+                state_dict=dict(weights),
+                dtype=model.dtype,
+                output_loading_info=True,
+                **options,
+            )
     except Exception as error:  # a class raises what it likes
         raise _NotBuiltError(f"its weights cannot be loaded: {first_line(error)}") from error
     for problem in ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs"):
@@ -217,11 +274,17 @@ def _moved(model: Any, device: torch.device) -> Any:
 
 
 def _compared_on(model: PreTrainedModel, example: Mapping[str, Any], device: torch.device) -> dict[str, Any]:
-    """The example with random tokens in place of its own: zeros, say, would look alike wherever they stand."""
-    moved = {name: value.to(device) if isinstance(value, Tensor) else value for name, value in example.items()}
+    """The example with random tokens in place of its own: zeros, say, would look alike wherever
+    they stand.
+    """
+    moved = {
+        name: value.to(device) if isinstance(value, Tensor) else value for name, value in example.items()
+    }
     ids, table = moved.get("input_ids"), model.get_input_embeddings()
     if isinstance(ids, Tensor) and isinstance(table, nn.Embedding):
-        drawn = torch.randint(0, table.num_embeddings, tuple(ids.shape), generator=torch.Generator().manual_seed(0))
+        drawn = torch.randint(
+            0, table.num_embeddings, tuple(ids.shape), generator=torch.Generator().manual_seed(0)
+        )
         moved["input_ids"] = drawn.to(ids)
     return moved
 
@@ -230,25 +293,48 @@ def _outputs(module: nn.Module, inputs: Mapping[str, Any]) -> list[Tensor]:
     """The floating-point outputs of a call."""
     with torch.no_grad():
         output = module(**inputs)
-    values = output.values() if isinstance(output, Mapping) else output if isinstance(output, (list, tuple)) else [output]
+    values = (
+        output.values()
+        if isinstance(output, Mapping)
+        else output
+        if isinstance(output, (list, tuple))
+        else [output]
+    )
     return [value for value in values if isinstance(value, Tensor) and value.is_floating_point()]
 
 
 def _deviation(found: list[Tensor], expected: list[Tensor]) -> float:
     """‖a − b‖ / ‖b‖ of the output where it is largest; infinite where outputs cannot be compared."""
-    if not expected or len(found) != len(expected) or any(a.shape != b.shape for a, b in zip(found, expected, strict=True)):
+    if (
+        not expected
+        or len(found) != len(expected)
+        or any(a.shape != b.shape for a, b in zip(found, expected, strict=True))
+    ):
         return math.inf
-    worst = max(float((a.double() - b.double()).norm() / b.double().norm()) for a, b in zip(found, expected, strict=True))
+    worst = max(
+        float((a.double() - b.double()).norm() / b.double().norm())
+        for a, b in zip(found, expected, strict=True)
+    )
     return worst if math.isfinite(worst) else math.inf
 
 
-def _explained(report: Report, experiments: Experiments, settings: Settings, assignment: Assignment) -> Report:
+def _explained(
+    report: Report, experiments: Experiments, settings: Settings, assignment: Assignment
+) -> Report:
     """The report with what the config says now, and why groups were left whole."""
     lines = tuple(
-        replace(line, reason=f"left whole: {settings.unsaid[line.name]}") if line.status == PRUNABLE and line.name in settings.unsaid else line
+        (
+            replace(line, reason=f"left whole: {settings.unsaid[line.name]}")
+            if line.status == PRUNABLE and line.name in settings.unsaid
+            else line
+        )
         for line in report.lines
     )
-    return replace(report, lines=lines, notes=(f"the config says it with {_said(assignment, experiments.numbers())}", *report.notes))
+    return replace(
+        report,
+        lines=lines,
+        notes=(f"the config says it with {_said(assignment, experiments.numbers())}", *report.notes),
+    )
 
 
 def _said(assignment: Assignment, before: Mapping[Path, int] | None = None) -> str:

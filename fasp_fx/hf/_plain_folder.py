@@ -22,11 +22,20 @@ MANIFEST = "fasp_fx.json"
 FORMAT = "fasp_fx.plain/4"
 
 
-def save_plain(model: PreTrainedModel, tokenizer: Any, plan: PruningPlan, report: Report, folder: str | Path, *, overwrite: bool = False) -> Path:
+def save_plain(
+    model: PreTrainedModel,
+    tokenizer: Any,
+    plan: PruningPlan,
+    report: Report,
+    folder: str | Path,
+    *,
+    overwrite: bool = False,
+) -> Path:
     """Write a plain checkpoint to a new folder, whole or not at all.
 
-    ``config.json``, ``generation_config.json``, safetensors and the tokenizer's files are those of ``save_pretrained``, so that the folder loads wherever a
-    checkpoint of this class loads. ``plan.json`` holds what was removed, ``README.md`` the model card, ``fasp_fx.json`` the report and a list of the files.
+    ``config.json``, ``generation_config.json``, safetensors and the tokenizer's files are those of
+    ``save_pretrained``, so that the folder loads wherever a checkpoint of this class loads. ``plan.json``
+    holds what was removed, ``README.md`` the model card, ``fasp_fx.json`` the report and a list of the files.
 
     Args:
         tokenizer: saved along, or ``None``.
@@ -47,10 +56,14 @@ def save_plain(model: PreTrainedModel, tokenizer: Any, plan: PruningPlan, report
         except OSError:
             raise
         except Exception as error:  # save_pretrained raises what it likes
-            raise StoreError(f"{type(model).__name__}.save_pretrained failed: {first_line(error)}; nothing was written") from error
+            raise StoreError(
+                f"{type(model).__name__}.save_pretrained failed: {first_line(error)}; nothing was written"
+            ) from error
         (made / "README.md").write_text(card(model, plan, report), encoding="utf-8")
         files = sorted(file.name for file in made.iterdir())
-        (made / MANIFEST).write_text(json.dumps({"format": FORMAT, "files": files, "report": report_to_json(report)}), encoding="utf-8")
+        (made / MANIFEST).write_text(
+            json.dumps({"format": FORMAT, "files": files, "report": report_to_json(report)}), encoding="utf-8"
+        )
         mode = plain.stat().st_mode
         for file in made.rglob("*"):
             if file.is_file():
@@ -62,7 +75,9 @@ def is_plain(folder: Path) -> bool:
     """Whether a folder holds a plain checkpoint and nothing else."""
     try:
         held = json.loads(read_text(folder / MANIFEST))
-        return str(held["format"]).startswith("fasp_fx.plain/") and {file.name for file in folder.iterdir()} <= {MANIFEST, *held["files"]}
+        return str(held["format"]).startswith("fasp_fx.plain/") and {
+            file.name for file in folder.iterdir()
+        } <= {MANIFEST, *held["files"]}
     except (StoreError, OSError, ValueError, KeyError, TypeError, RecursionError):
         return False
 
@@ -75,7 +90,10 @@ def read_plain(folder: Path) -> tuple[PruningPlan, Report]:
     """
     held = read_json(folder / MANIFEST)
     if held.get("format") != FORMAT:
-        raise StoreError(f"'{folder}' is of the format {str(held.get('format'))[:40]!r}, this version reads {FORMAT!r}; prune the model again")
+        raise StoreError(
+            f"'{folder}' is of the format {str(held.get('format'))[:40]!r}, this version reads {FORMAT!r};"
+            " prune the model again"
+        )
     try:
         plan = PruningPlan.from_json(read_text(folder / "plan.json"))
     except PlanError as error:
@@ -91,8 +109,11 @@ def card(model: PreTrainedModel, plan: PruningPlan, report: Report) -> str:
             *("---", "library_name: transformers", "tags:", "- fasp_fx", "- pruned", "---", ""),
             f"# {type(model).__name__}, pruned by {report.sparsity:.0%}",
             "",
-            f"{report.sparsity:.2%} of the weights of its layers' linear operators were removed, and those that stay repaired, by "
-            "[FASP](https://arxiv.org/abs/2501.09412) with fasp_fx. This is an ordinary checkpoint: nothing but transformers is needed to load it.",
+            (
+                f"{report.sparsity:.2%} of the weights of its layers' linear operators were removed, and"
+                " those that stay repaired, by [FASP](https://arxiv.org/abs/2501.09412) with fasp_fx. This"
+                " is an ordinary checkpoint: nothing but transformers is needed to load it."
+            ),
             "",
             *("```python", *loading(model, "this/folder"), "```", ""),
             *(f"- {note}" for note in report.notes),

@@ -1,4 +1,6 @@
-"""Hold programs against the model at sizes that a capture takes for special: one token, an empty cache, padding."""
+"""Hold programs against the model at sizes that a capture takes for special: one token, an empty cache,
+padding.
+"""
 
 from __future__ import annotations
 
@@ -33,11 +35,15 @@ def _shown(output: Tensor, arguments: dict[str, Any]) -> Tensor:
 
 def _calls(stages: CausalStages | Seq2SeqStages) -> Iterator[tuple[str, dict[str, Any]]]:
     for batch, new, past, padding in _SIZES:
-        yield f"{batch} sequences, {new} new and {past} cached tokens, {padding} of padding", stages.arguments(batch=batch, new=new, past=past, padding=padding)
+        yield (
+            f"{batch} sequences, {new} new and {past} cached tokens, {padding} of padding",
+            stages.arguments(batch=batch, new=new, past=past, padding=padding),
+        )
 
 
 def habits_of(stages: CausalStages | Seq2SeqStages, program: Program) -> Habits:
-    """Check that a captured decoder computes what its model does, and find how the model reads what it is called with.
+    """Check that a captured decoder computes what its model does, and find how the model reads what it is
+    called with.
 
     Raises:
         CaptureError: at some size the program computes something else than the model; names the size.
@@ -54,9 +60,14 @@ def habits_of(stages: CausalStages | Seq2SeqStages, program: Program) -> Habits:
                 moved = {name: tensor.to(program.device()) for name, tensor in values.items()}
                 found = flat(program.module, moved)["logits"].to(expected.logits.device)
         except (RuntimeError, AssertionError, IndexError):
-            found = None  # a check of the capture, which the served program does not have; the served one is held against the model below
+            # A check of the capture, which the served program does not have; that one is held against the
+            # model below.
+            found = None
         if found is not None and far(_shown(found, arguments), _shown(expected.logits, arguments)):
-            raise CaptureError(f"the program captured of {type(stages.model).__name__} computes something else than the model for {size}; it cannot be served")
+            raise CaptureError(
+                f"the program captured of {type(stages.model).__name__} computes something else than the"
+                f" model for {size}; it cannot be served"
+            )
     if "position_ids" not in flat.inputs:
         return Habits(loss=loss)
     return Habits(_counting(stages), _table(program.module, flat), loss, packs=keeps_texts_apart(stages))
@@ -64,16 +75,25 @@ def habits_of(stages: CausalStages | Seq2SeqStages, program: Program) -> Habits:
 
 def _values(flat: FlatProgram, arguments: dict[str, Any]) -> dict[str, Tensor]:
     values = {name: value for name, value in arguments.items() if isinstance(value, Tensor)}
-    recorded = next(node.meta["val"] for node, name in zip(flat.graph.find_nodes(op="placeholder"), flat.inputs, strict=True) if name.startswith("cache."))
+    recorded = next(
+        node.meta["val"]
+        for node, name in zip(flat.graph.find_nodes(op="placeholder"), flat.inputs, strict=True)
+        if name.startswith("cache.")
+    )
     like = torch.empty(0, dtype=recorded.dtype, device=recorded.device)
     return values | _caches.read(arguments[CACHE], flat.cache_sizes(), len(arguments["input_ids"]), like)
 
 
 def _counting(stages: CausalStages) -> str:
-    """How the model counts positions that it is not given: by experiment, on a padded prompt; for padding as well, where some way gives the same there."""
+    """How the model counts positions that it is not given: by experiment, on a padded prompt; for padding as
+    well, where some way gives the same there.
+    """
     padded = stages.arguments(batch=2, new=6, past=0, padding=3)
     padded.pop("logits_to_keep", None)
-    own, mask = stages.run({**padded, "position_ids": None, CACHE: None}).logits, padded.get("attention_mask", stages.ones(2, 6))
+    own, mask = (
+        stages.run({**padded, "position_ids": None, CACHE: None}).logits,
+        padded.get("attention_mask", stages.ones(2, 6)),
+    )
     fitting = []
     for name, count in POSITIONS.items():
         output = called(stages, {**padded, "position_ids": count(mask)})
@@ -81,13 +101,16 @@ def _counting(stages: CausalStages) -> str:
             fitting.append((name, far(output.logits, own)))
     if not fitting:
         raise CaptureError(
-            f"{type(stages.model).__name__} counts positions in a way that is neither one after the other nor along the mask; it cannot be served"
+            f"{type(stages.model).__name__} counts positions in a way that is neither one after the other nor"
+            " along the mask; it cannot be served"
         )
     return min(fitting, key=lambda item: item[1])[0]
 
 
 def _table(module: fx.GraphModule, flat: FlatProgram) -> int | None:
-    """The number of positions that the tables looked up by position can take: rows, less what the model adds to a position."""
+    """The number of positions that the tables looked up by position can take: rows, less what the model adds
+    to a position.
+    """
     source = flat.graph.find_nodes(op="placeholder")[flat.inputs.index("position_ids")]
     limits = []
     for node in flat.graph.find_nodes(op="call_function", target=torch.ops.aten.embedding.default):
@@ -119,7 +142,8 @@ def _chain(node: Any, source: fx.Node) -> list[fx.Node] | None:
 
 
 def check_served(model: Any, stages: CausalStages | Seq2SeqStages) -> None:
-    """Hold the form in which programs are served against the one that was verified, and continued sequences against whole ones.
+    """Hold the form in which programs are served against the one that was verified, and continued sequences
+    against whole ones.
 
     Raises:
         CaptureError: they differ; names the size.
@@ -134,20 +158,36 @@ def check_served(model: Any, stages: CausalStages | Seq2SeqStages) -> None:
                 cache = output[CACHE]
                 found.append(output.logits)
         if far(_shown(torch.cat(found, 1), whole), _shown(expected, whole)):
-            raise CaptureError(f"the pruned {type(stages.model).__name__} does not continue a sequence as it computes it at once ({size}); it cannot be served")
+            raise CaptureError(
+                f"the pruned {type(stages.model).__name__} does not continue a sequence as it computes it at"
+                f" once ({size}); it cannot be served"
+            )
 
 
-def _served_calls(model: Any, stages: CausalStages | Seq2SeqStages) -> Iterator[tuple[str, tuple[dict[str, Any], list[dict[str, Any]]]]]:
+def _served_calls(
+    model: Any, stages: CausalStages | Seq2SeqStages
+) -> Iterator[tuple[str, tuple[dict[str, Any], list[dict[str, Any]]]]]:
     for batch, padding in ((1, 0), (3, 2)):
         if isinstance(stages, CausalStages):
             whole = stages.arguments(batch=batch, new=6, past=0, padding=padding)
-            whole = {name: whole[name] for name in ("input_ids", "attention_mask", "position_ids") if name in whole and name in stages.accepts}
+            whole = {
+                name: whole[name]
+                for name in ("input_ids", "attention_mask", "position_ids")
+                if name in whole and name in stages.accepts
+            }
         else:
             given = stages.arguments(batch=batch, new=6, past=0, padding=padding)
             shown = stages.optional(decoder_attention_mask=given.get("decoder_attention_mask"))
             source = stages.tokens(given["attention_mask"].shape[1], batch)
-            whole = {"input_ids": source, "attention_mask": given["attention_mask"], "decoder_input_ids": given["decoder_input_ids"], **shown}
-        whole = pytree.tree_map(lambda leaf: leaf.to(model.device) if isinstance(leaf, Tensor) else leaf, whole)
+            whole = {
+                "input_ids": source,
+                "attention_mask": given["attention_mask"],
+                "decoder_input_ids": given["decoder_input_ids"],
+                **shown,
+            }
+        whole = pytree.tree_map(
+            lambda leaf: leaf.to(model.device) if isinstance(leaf, Tensor) else leaf, whole
+        )
         mask = whole.get("attention_mask")
         name = "input_ids" if isinstance(stages, CausalStages) else "decoder_input_ids"
         pieces = []

@@ -27,7 +27,9 @@ from ._stages import Stage
 
 def program_for(stage: Stage, device: torch.device | str | None) -> Program:
     """The program of a stage, captured."""
-    return program_of(stage.model, (), dict(stage.example), state=stage.state, dynamic_shapes=None, device=device)
+    return program_of(
+        stage.model, (), dict(stage.example), state=stage.state, dynamic_shapes=None, device=device
+    )
 
 
 @dataclass(frozen=True)
@@ -58,8 +60,11 @@ def served_by(stage: Stage, device: torch.device | str | None, config: PruningCo
     return Served(stage.name, program, analyze_for(program, config))
 
 
-def carry_out_in_all(others: list[Served], planned: Planned) -> tuple[Decision, dict[str, Result], dict[str, str]]:
-    """Carry a plan out in every program; a group that one of them cannot lose stays whole in all, since they share their weights.
+def carry_out_in_all(
+    others: list[Served], planned: Planned
+) -> tuple[Decision, dict[str, Result], dict[str, str]]:
+    """Carry a plan out in every program; a group that one of them cannot lose stays whole in all, since they
+    share their weights.
 
     Returns:
         What really went, the results by name, and the groups left whole with what was seen.
@@ -76,9 +81,13 @@ def carry_out_in_all(others: list[Served], planned: Planned) -> tuple[Decision, 
                 results[other.name] = _carried_out(other, plan, planned)
         except UnsoundError as error:
             faulty = _same_groups(error.left, other, plan, planned)
-            kept = [group for group in decided(planned.analysis, planned.decision) if group.name not in faulty]
+            kept = [
+                group for group in decided(planned.analysis, planned.decision) if group.name not in faulty
+            ]
             if not faulty or not kept:
-                raise VerificationError(f"the program '{other.name}' of the model cannot lose what the plan removes: {error}") from error
+                raise VerificationError(
+                    f"the program '{other.name}' of the model cannot lose what the plan removes: {error}"
+                ) from error
             left |= {name: f"in the program '{other.name}' {seen}" for name, seen in faulty.items()}
             planned = replace(planned, decision=restricted(planned.analysis, planned.decision, kept))
             continue
@@ -96,7 +105,9 @@ def _carried_out(other: Served, plan: PruningPlan, planned: Planned) -> Result:
     try:
         gone = plans.gone_of(plan, other.analysis, partial=True)
     except PlanError as error:
-        raise PlanError(f"the program '{other.name}' of the model cannot lose what the plan removes: {error}") from error
+        raise PlanError(
+            f"the program '{other.name}' of the model cannot lose what the plan removes: {error}"
+        ) from error
     canonical, names = planned.program.canonical(), other.analysis.program.aliases()
     weights = {}
     for own, aliases in names.items():
@@ -106,18 +117,31 @@ def _carried_out(other: Served, plan: PruningPlan, planned: Planned) -> Result:
     return rewrite(other.program, other.analysis, Decision(gone, weights), whole=True)
 
 
-def _same_groups(faulty: Mapping[str, str], other: Served, plan: PruningPlan, planned: Planned) -> dict[str, str]:
-    """The groups of the plan that share a channel with groups of another program, given by name with what was seen of them."""
+def _same_groups(
+    faulty: Mapping[str, str], other: Served, plan: PruningPlan, planned: Planned
+) -> dict[str, str]:
+    """The groups of the plan that share a channel with groups of another program, given by name with what was
+    seen of them.
+    """
     canonical = planned.program.canonical()
 
     def channels(group: PlannedGroup) -> set[tuple[str, int, int, int]]:
         parts = [*group.producers, *group.consumers]
-        return {(canonical.get(p.name, p.name), p.dim, block, index) for p in parts for block, indices in enumerate(p.by_block()) for index in indices}
+        return {
+            (canonical.get(p.name, p.name), p.dim, block, index)
+            for p in parts
+            for block, indices in enumerate(p.by_block())
+            for index in indices
+        }
 
     gone = plans.gone_of(plan, other.analysis, partial=True)
-    theirs = plans.planned([group for group in other.analysis.groups if group.name in faulty], gone, other.analysis)
+    theirs = plans.planned(
+        [group for group in other.analysis.groups if group.name in faulty], gone, other.analysis
+    )
     seen = {channel: faulty[group.name] for group in theirs for channel in channels(group)}
-    return {group.name: seen[next(iter(both))] for group in plan.groups if (both := channels(group) & seen.keys())}
+    return {
+        group.name: seen[next(iter(both))] for group in plan.groups if (both := channels(group) & seen.keys())
+    }
 
 
 def one_set(model: nn.Module, results: dict[str, Result]) -> dict[str, Tensor]:
@@ -136,11 +160,18 @@ def one_set(model: nn.Module, results: dict[str, Result]) -> dict[str, Tensor]:
             held = found.get(name)
             if held is None:
                 made: Any = tensor.detach()
-                made = nn.Parameter(made, requires_grad=tensor.requires_grad) if isinstance(tensor, nn.Parameter) else made
+                made = (
+                    nn.Parameter(made, requires_grad=tensor.requires_grad)
+                    if isinstance(tensor, nn.Parameter)
+                    else made
+                )
                 for alias in tied.get(name, [name]):
                     found[alias] = made
             elif held.shape != tensor.shape or not torch.equal(held, tensor):
-                raise PlanError(f"the program '{program}' needs another '{name}' than those before it; such a model cannot be served")
+                raise PlanError(
+                    f"the program '{program}' needs another '{name}' than those before it; such a model"
+                    " cannot be served"
+                )
     order = {name: index for index, name in enumerate(dict(model.state_dict()))}
     return dict(sorted(found.items(), key=lambda item: (order.get(item[0], len(order)), item[0])))
 

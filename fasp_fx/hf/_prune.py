@@ -66,7 +66,11 @@ class Pruned:
         from ._card import loading as loading_pruned
         from ._plain_folder import loading
 
-        return loading_pruned(self.model, str(folder)) if isinstance(self.model, PrunedModel) else loading(self.model, str(folder))
+        return (
+            loading_pruned(self.model, str(folder))
+            if isinstance(self.model, PrunedModel)
+            else loading(self.model, str(folder))
+        )
 
     def save_pretrained(self, folder: str | Path, overwrite: bool = False) -> Path:
         """Write model and tokenizer to a new folder, whole or not at all.
@@ -106,39 +110,54 @@ def prune(
     checkpoint: str | Path | None = None,
     **options: Unpack[PruningOptions],
 ) -> Pruned:
-    """Make a generating model of transformers smaller, so that it still generates; the caller's model is not touched.
+    """Make a generating model of transformers smaller, so that it still generates; the caller's model is not
+    touched.
 
     Args:
         model: a causal language model or an encoder-decoder, in evaluation mode.
         tokenizer: kept and saved with the result.
-        calibration: an iterable of batches: token numbers ``[batch, tokens]``, or dicts with ``input_ids`` and, where needed, ``attention_mask``;
-            for an encoder-decoder also ``decoder_input_ids``. Tokens that the mask hides enter neither scores nor repairs.
+        calibration: an iterable of batches: token numbers ``[batch, tokens]``, or dicts with ``input_ids``
+            and, where needed, ``attention_mask``; for an encoder-decoder also ``decoder_input_ids``. Tokens
+            that the mask hides enter neither scores nor repairs.
         config: the options; ``None``: the defaults.
         costs: as for :func:`fasp_fx.prune`; not with ``plain``.
-        plain: keep to what the architecture's own configuration can say, and return a model of the original class.
+        plain: keep to what the architecture's own configuration can say, and return a model of the original
+            class.
         device: where to capture and calibrate; ``None``: the model's device.
         progress, on_analysis, group, checkpoint: as for :func:`fasp_fx.prune`.
-        options: fields of :class:`fasp_fx.PruningConfig` (``sparsity=0.2``, ``score="fasp"``, …) in the place of those of ``config``; the padding mask is
-            that of the batches.
+        options: fields of :class:`fasp_fx.PruningConfig` (``sparsity=0.2``, ``score="fasp"``, …) in the place
+            of those of ``config``; the padding mask is that of the batches.
 
     Returns:
         A :class:`Pruned`.
 
     Raises:
         ArgumentError: the model does not generate, or an option is not known.
-        CaptureError: the model cannot be captured, or its program does not compute what the model does at some size.
+        CaptureError: the model cannot be captured, or its program does not compute what the model does at
+            some size.
         PlanError: the plan cannot be carried out in one of the programs.
         FaspError: see :func:`fasp_fx.prune`.
     """
     check_default_device()
     if tokenizer is not None and not hasattr(tokenizer, "save_pretrained"):
-        raise ArgumentError(f"tokenizer is a {type(tokenizer).__name__}; pass one of transformers, and batches as calibration=")
+        raise ArgumentError(
+            f"tokenizer is a {type(tokenizer).__name__}; pass one of transformers, and batches as"
+            " calibration="
+        )
     if plain:
         from ._plain import prune_plain
 
         if costs is not None:
-            raise ArgumentError("a plain checkpoint measures its own costs, field by field of its config; leave costs= out")
-        shared: dict[str, Any] = {"device": device, "progress": progress, "on_analysis": on_analysis, "group": group, "checkpoint": checkpoint}
+            raise ArgumentError(
+                "a plain checkpoint measures its own costs, field by field of its config; leave costs= out"
+            )
+        shared: dict[str, Any] = {
+            "device": device,
+            "progress": progress,
+            "on_analysis": on_analysis,
+            "group": group,
+            "checkpoint": checkpoint,
+        }
         found = prune_plain(model, calibration=calibration, config=config, **shared, **options)
         return Pruned(found.model, found.result.plan, found.report, tokenizer)
     stages = stages_of(model)
@@ -168,7 +187,11 @@ def prune(
     )
     planned = Planned(program, analysis, decision)
     served = [served_by(other, device, asked) for other in stages.served()]
-    results, plan, report = _together(model, planned, served, asked, clock) if served else _alone(stage.name, planned, asked, clock)
+    results, plan, report = (
+        _together(model, planned, served, asked, clock)
+        if served
+        else _alone(stage.name, planned, asked, clock)
+    )
     programs = {name: _stored(result.program) for name, result in results.items()}
     constants = {name: _constants(result.program) for name, result in results.items()}
     made = _model(model, Parts(programs, one_set(model, results), constants, plan, report), habits)
@@ -176,38 +199,58 @@ def prune(
     return Pruned(made, plan, report, tokenizer)
 
 
-def _asked(stages: CausalStages | Seq2SeqStages, config: PruningConfig | None, options: PruningOptions) -> PruningConfig:
+def _asked(
+    stages: CausalStages | Seq2SeqStages, config: PruningConfig | None, options: PruningOptions
+) -> PruningConfig:
     """The options, with the padding mask of the batches.
 
     Raises:
         ArgumentError: one is not for models that generate.
     """
     if "padding_mask" in options:
-        raise ArgumentError("padding_mask= is not for fasp_fx.hf.prune, which takes the mask of the batches; leave it out")
+        raise ArgumentError(
+            "padding_mask= is not for fasp_fx.hf.prune, which takes the mask of the batches; leave it out"
+        )
     asked = PruningConfig.of(config, options)
     if "attention_mask" in stages.accepts:
         asked = replace(asked, padding_mask="attention_mask")
     if any(isinstance(cap, Latency) for cap in asked.caps):
-        raise ArgumentError("a latency is that of example inputs, which a model that generates has none of; give them to fasp_fx.prune, or another budget")
+        raise ArgumentError(
+            "a latency is that of example inputs, which a model that generates has none of; give them to"
+            " fasp_fx.prune, or another budget"
+        )
     return asked
 
 
-def _alone(name: str, planned: Planned, config: PruningConfig, clock: Timings) -> tuple[dict[str, Result], PruningPlan, Report]:
+def _alone(
+    name: str, planned: Planned, config: PruningConfig, clock: Timings
+) -> tuple[dict[str, Result], PruningPlan, Report]:
     """The one program that serves all of generation, smaller."""
     result = rewrite(planned.program, planned.analysis, planned.decision, config, clock)
     return {name: result}, result.plan, result.report
 
 
-def _together(model: nn.Module, planned: Planned, served: list[Served], config: PruningConfig, clock: Timings) -> tuple[dict[str, Result], PruningPlan, Report]:
+def _together(
+    model: nn.Module, planned: Planned, served: list[Served], config: PruningConfig, clock: Timings
+) -> tuple[dict[str, Result], PruningPlan, Report]:
     """The programs that serve generation, smaller by one plan, and a report of all of them."""
     program, analysis = planned.program, planned.analysis
     decision, results, left = carry_out_in_all(served, planned)
     weights = one_set(model, results)
     plan = make_plan(program, analysis, decision)
-    plan = replace(plan, result=plans.fingerprint({name: tensor for name, tensor in weights.items() if isinstance(tensor, nn.Parameter)}))
+    plan = replace(
+        plan,
+        result=plans.fingerprint(
+            {name: tensor for name, tensor in weights.items() if isinstance(tensor, nn.Parameter)}
+        ),
+    )
     report = make_report(analysis, plan, decision, program.parameters(), weights, config, clock.seconds, left)
-    found_out = [note for other in served for note in results[other.name].report.notes[len(notes_of(other.analysis)) :]]
-    notes = tuple(dict.fromkeys([*report.notes, *found_out, *(said_whole(name, seen) for name, seen in left.items())]))
+    found_out = [
+        note for other in served for note in results[other.name].report.notes[len(notes_of(other.analysis)) :]
+    ]
+    notes = tuple(
+        dict.fromkeys([*report.notes, *found_out, *(said_whole(name, seen) for name, seen in left.items())])
+    )
     cache = next((found.report.cache for found in results.values() if found.report.cache is not None), None)
     return results, plan, replace(report, notes=notes, cache=cache)
 
@@ -217,7 +260,9 @@ def _stored(program: ExportedProgram) -> StoredProgram:
 
 
 def _constants(program: ExportedProgram) -> dict[str, Tensor]:
-    return {name: value.detach().clone() for name, value in program.constants.items() if isinstance(value, Tensor)}
+    return {
+        name: value.detach().clone() for name, value in program.constants.items() if isinstance(value, Tensor)
+    }
 
 
 def _model(original: Any, parts: Parts, habits: Habits) -> PrunedModel:

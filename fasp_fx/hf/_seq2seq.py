@@ -22,14 +22,24 @@ class Encoder(nn.Module):
         super().__init__()
         vars(self)["_model"] = (model,)  # in a tuple, so that it is no submodule
 
-    def forward(self, input_ids: Tensor | None = None, attention_mask: Tensor | None = None, return_dict: bool | None = None, **kwargs: Any) -> Any:
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        return_dict: bool | None = None,
+        **kwargs: Any,
+    ) -> Any:
         """Hidden states ``[batch, source, width]`` of token numbers ``[batch, source]``."""
         refuse(kwargs)
         check_tokens("input_ids", input_ids)
         assert input_ids is not None
         (model,) = vars(self)["_model"]
         mask = mask_of("attention_mask", attention_mask, input_ids.shape[0], input_ids.shape[1], input_ids)
-        output = BaseModelOutput(last_hidden_state=model._run("encode", {"input_ids": input_ids, "attention_mask": mask})["last_hidden_state"])
+        output = BaseModelOutput(
+            last_hidden_state=model._run("encode", {"input_ids": input_ids, "attention_mask": mask})[
+                "last_hidden_state"
+            ]
+        )
         return output if return_dict is not False else output.to_tuple()
 
 
@@ -61,7 +71,8 @@ class PrunedForSeq2SeqLM(PrunedModel):
         Args:
             input_ids: token numbers of the source ``[batch, source]``; not needed with ``encoder_outputs``.
             attention_mask: ``[batch, source]``, zero where the source is padding.
-            decoder_input_ids: ``[batch, new]``; ``None`` with ``labels``: the labels moved on by one, as the original does it.
+            decoder_input_ids: ``[batch, new]``; ``None`` with ``labels``: the labels moved on by one, as the
+                original does it.
             decoder_attention_mask: ``[batch, cached + new]``.
             encoder_outputs: what ``get_encoder()`` returned, or a tuple that begins with the hidden states.
             cache: an ``EncoderDecoderCache`` of this model, extended in place; ``None``: an empty one.
@@ -86,11 +97,14 @@ class PrunedForSeq2SeqLM(PrunedModel):
         given, cache = cache is not None, self._opened(cache)
         known = bool(cache.is_updated) and all(cache.is_updated.values())
         if not known and cache.get_seq_length():
-            raise ArgumentError("the cache holds tokens of the output, but nothing of the source; begin with an empty one")
+            raise ArgumentError(
+                "the cache holds tokens of the output, but nothing of the source; begin with an empty one"
+            )
         source = cache.cross_attention_cache.get_seq_length()
         if known and source != hidden.shape[1]:
             raise ArgumentError(
-                f"the cache holds {source} tokens of the source, encoder_outputs {hidden.shape[1]}; begin with an empty cache for another source"
+                f"the cache holds {source} tokens of the source, encoder_outputs {hidden.shape[1]}; begin"
+                " with an empty cache for another source"
             )
         program = "decode" if known else "first"
         values = self._cached(program, cache, batch)
@@ -98,16 +112,23 @@ class PrunedForSeq2SeqLM(PrunedModel):
         values["encoder_outputs.last_hidden_state"] = hidden
         values["attention_mask"] = mask_of("attention_mask", attention_mask, batch, hidden.shape[1], hidden)
         values["decoder_input_ids"] = decoder_input_ids
-        if decoder_attention_mask is not None and "decoder_attention_mask" not in self._programs[program].inputs:
+        if (
+            decoder_attention_mask is not None
+            and "decoder_attention_mask" not in self._programs[program].inputs
+        ):
             raise ArgumentError("decoder_attention_mask: the original model takes none; leave it out")
-        values["decoder_attention_mask"] = mask_of("decoder_attention_mask", decoder_attention_mask, batch, past + new, decoder_input_ids)
+        values["decoder_attention_mask"] = mask_of(
+            "decoder_attention_mask", decoder_attention_mask, batch, past + new, decoder_input_ids
+        )
         found = self._run(program, values, one=new == 1)
         loss = None
         if labels is not None:
             logits, targets, items = found["logits"], labels, kwargs.get("num_items_in_batch")
             loss = loss_of(self.config.loss, logits, targets, items)
         cache = self._extended(cache, given, found, use_cache)
-        output = Seq2SeqLMOutput(loss=loss, logits=found["logits"], encoder_last_hidden_state=hidden, **{CACHE: cache})
+        output = Seq2SeqLMOutput(
+            loss=loss, logits=found["logits"], encoder_last_hidden_state=hidden, **{CACHE: cache}
+        )
         return output if return_dict is not False else output.to_tuple()
 
     def _hidden(self, outputs: Any, batch: int) -> Tensor:
@@ -121,20 +142,33 @@ class PrunedForSeq2SeqLM(PrunedModel):
         if (
             not isinstance(hidden, Tensor)
             or hidden.dim() != 3
-            or (hidden.shape[0], hidden.shape[2], hidden.dtype, hidden.device) != (batch, width, like.dtype, like.device)
+            or (hidden.shape[0], hidden.shape[2], hidden.dtype, hidden.device)
+            != (batch, width, like.dtype, like.device)
         ):
-            given = f"hold {shown(hidden)}" if hidden is not None else f"are {shown(outputs)}, without hidden states"
+            given = (
+                f"hold {shown(hidden)}"
+                if hidden is not None
+                else f"are {shown(outputs)}, without hidden states"
+            )
             raise ArgumentError(
-                f"encoder_outputs {given}; pass what get_encoder() returns for {batch} sequences: {like.dtype} [{batch}, source, {width}] on {like.device}"
+                f"encoder_outputs {given}; pass what get_encoder() returns for {batch} sequences:"
+                f" {like.dtype} [{batch}, source, {width}] on {like.device}"
             )
         return hidden
 
     def _moved_on(self, labels: Tensor) -> Tensor:
-        """Labels behind the token that begins an output, as inputs of the decoder; what the loss leaves out becomes padding."""
+        """Labels behind the token that begins an output, as inputs of the decoder; what the loss leaves out
+        becomes padding.
+        """
         check_tokens("labels", labels)
         if self.config.labels_moved is None:
-            raise ArgumentError("the original model makes the decoder's tokens of labels in a way of its own, or not at all; pass decoder_input_ids")
-        return MOVES[self.config.labels_moved](labels, self.config.decoder_start_token_id, self.config.pad_token_id)
+            raise ArgumentError(
+                "the original model makes the decoder's tokens of labels in a way of its own, or not at all;"
+                " pass decoder_input_ids"
+            )
+        return MOVES[self.config.labels_moved](
+            labels, self.config.decoder_start_token_id, self.config.pad_token_id
+        )
 
     def prepare_decoder_input_ids_from_labels(self, labels: Tensor) -> Tensor:
         """What a data collator puts in front of the decoder."""

@@ -31,15 +31,26 @@ class _DialBudget(Budget):
 
     def __init__(self, whole: Budget, dials: Sequence[Dial], settled: Mapping[str, int]) -> None:
         by_name = {group.name: group for group in whole.groups}
-        super().__init__([by_name[min(dial.groups, key=dial.groups.__getitem__)] for dial in dials], whole.limits)
+        super().__init__(
+            [by_name[min(dial.groups, key=dial.groups.__getitem__)] for dial in dials], whole.limits
+        )
         self.whole, self.dials, self.settled = whole, dials, settled
 
     def losses(self, turned: Sequence[int]) -> dict[str, int]:
         """Channel sets per block that each group loses."""
-        return {**self.settled, **{name: times * turns for dial, turns in zip(self.dials, turned, strict=True) for name, times in dial.groups.items()}}
+        return {
+            **self.settled,
+            **{
+                name: times * turns
+                for dial, turns in zip(self.dials, turned, strict=True)
+                for name, times in dial.groups.items()
+            },
+        }
 
     def joined(self, costs: Costs) -> Costs:
-        """The cost curve of each dial, by the name of the group that stands for it: of all groups that it turns."""
+        """The cost curve of each dial, by the name of the group that stands for it: of all groups that it
+        turns.
+        """
         curves = {}
         for dial, group in zip(self.dials, self.groups, strict=True):
             own = [costs[name].losses[::times] for name, times in dial.groups.items()]
@@ -66,7 +77,8 @@ class _Level:
 class Settings:
     """An allocation (see :data:`fasp_fx.allocation.Allocation`) that stays within what a config can say.
 
-    Neurons and other channels carry the sparsity. Whole heads are coarse: they go when they are asked for, or when the sparsity is out of reach without.
+    Neurons and other channels carry the sparsity. Whole heads are coarse: they go when they are asked for, or
+    when the sparsity is out of reach without.
 
     Args:
         experiments: builds the model's class.
@@ -79,8 +91,19 @@ class Settings:
         losses: channel sets per block that each group loses; likewise.
     """
 
-    def __init__(self, experiments: Experiments, heads_asked: bool, allocate: Allocation = uniform, by_layer: bool = True) -> None:
-        self.experiments, self.heads_asked, self.allocate, self.by_layer = experiments, heads_asked, allocate, by_layer
+    def __init__(
+        self,
+        experiments: Experiments,
+        heads_asked: bool,
+        allocate: Allocation = uniform,
+        by_layer: bool = True,
+    ) -> None:
+        self.experiments, self.heads_asked, self.allocate, self.by_layer = (
+            experiments,
+            heads_asked,
+            allocate,
+            by_layer,
+        )
         self.unsaid: dict[str, str] = {}
         self.losses: dict[str, int] = {}
         self._families: list[Family] = []
@@ -95,12 +118,17 @@ class Settings:
         (limit,) = budget.limits
         assert isinstance(limit, Target)  # other budgets are refused before
         if isinstance(limit.resource, JoinedSparsity):
-            raise CaptureError("the model cannot be captured as a whole, which a plain checkpoint needs; prune it without plain")
-        search = Search(self.experiments, budget.groups, by_layer=self.by_layer and self.allocate is not uniform)
+            raise CaptureError(
+                "the model cannot be captured as a whole, which a plain checkpoint needs; prune it without"
+                " plain"
+            )
+        search = Search(
+            self.experiments, budget.groups, by_layer=self.by_layer and self.allocate is not uniform
+        )
         self._families, self.unsaid = search.families, search.unsaid
         if not search.families:
             raise NothingPrunableError("; ".join(dict.fromkeys(search.unsaid.values())))
-        dials = [dial for family in search.families for dial in (family.fine or family.joint[:1])]
+        dials = [dial for family in search.families for dial in family.fine or family.joint[:1]]
         by_name = {group.name: group for group in budget.groups}
         heads = [dial for dial in dials if _of_heads(dial, by_name)]
         channels = [dial for dial in dials if dial not in heads]
@@ -111,17 +139,31 @@ class Settings:
         turned = [_possible(dial, turns) for dial, turns in zip(channels, wanted, strict=True)]
         self.losses = {name: lost for name, lost in free.losses(turned).items() if lost}
         if not self.losses:
-            raise SparsityError(f"sparsity={sparsity:.4g} is less than half a step of what {self.experiments.name} can say; ask for more")
+            raise SparsityError(
+                f"sparsity={sparsity:.4g} is less than half a step of what {self.experiments.name} can say;"
+                " ask for more"
+            )
         return [self.losses.get(group.name, 0) for group in budget.groups]
 
     def assignments(self) -> Iterator[dict[Path, int]]:
-        """The values of the config's fields that say what was allocated: more than one where shapes do not tell rivals apart."""
+        """The values of the config's fields that say what was allocated: more than one where shapes do not
+        tell rivals apart.
+        """
         choices: list[list[Assignment]] = []
         for family in self._families:
             wanted = {name: self.losses.get(name, 0) for name in family.groups}
-            said = [dial.set(turned) for dial in family.joint if (turned := _turned(dial, wanted)) is not None]
+            said = [
+                dial.set(turned) for dial in family.joint if (turned := _turned(dial, wanted)) is not None
+            ]
             if not said:
-                said = [{path: value for dial in family.fine if (turned := _turned(dial, wanted)) for path, value in dial.set(turned).items()}]
+                said = [
+                    {
+                        path: value
+                        for dial in family.fine
+                        if (turned := _turned(dial, wanted))
+                        for path, value in dial.set(turned).items()
+                    }
+                ]
             choices.append([assignment if any(wanted.values()) else {} for assignment in said])
         for chosen in product(*choices):
             yield {path: value for assignment in chosen for path, value in assignment.items()}
@@ -133,32 +175,50 @@ class Settings:
         assert costs is not None
         return self.allocate(free, round_to, free.joined(costs))
 
-    def _level(self, budget: Budget, heads: Sequence[Dial], channels: Sequence[Dial], sparsity: float, round_to: int) -> _Level:
+    def _level(
+        self, budget: Budget, heads: Sequence[Dial], channels: Sequence[Dial], sparsity: float, round_to: int
+    ) -> _Level:
         """How many heads go."""
         levels = _levels(heads)
         spans = [self._span(budget, heads, channels, level, round_to) for level in levels]
         most = max(high for _, high in spans)
         if sparsity > most + _NEGLIGIBLE:
             raise SparsityError(
-                f"sparsity={sparsity:.4g} is out of reach: {self.experiments.name} can say at most {np.floor(most * 1e4) / 1e4:.4f}"
+                f"sparsity={sparsity:.4g} is out of reach: {self.experiments.name} can say at most"
+                f" {np.floor(most * 1e4) / 1e4:.4f}"
                 + (f" with round_to={round_to}" if round_to > 1 else "")
                 + "; ask for less, or prune without plain"
             )
         if not channels:
             return min(zip(levels, spans, strict=True), key=lambda pair: abs(pair[1][0] - sparsity))[0]
-        fitting = [level for level, (low, high) in zip(levels, spans, strict=True) if low <= sparsity <= high + _NEGLIGIBLE]
+        fitting = [
+            level
+            for level, (low, high) in zip(levels, spans, strict=True)
+            if low <= sparsity <= high + _NEGLIGIBLE
+        ]
         if not fitting:  # between what two numbers of heads can give
-            return min(zip(levels, spans, strict=True), key=lambda pair: min(abs(bound - sparsity) for bound in pair[1]))[0]
+            return min(
+                zip(levels, spans, strict=True),
+                key=lambda pair: min(abs(bound - sparsity) for bound in pair[1]),
+            )[0]
         if not self.heads_asked:
             return fitting[0]
-        return min(fitting, key=lambda level: abs(self._at(budget, heads, channels, level, round_to) - sparsity))
+        return min(
+            fitting, key=lambda level: abs(self._at(budget, heads, channels, level, round_to) - sparsity)
+        )
 
-    def _span(self, budget: Budget, heads: Sequence[Dial], channels: Sequence[Dial], level: _Level, round_to: int) -> tuple[float, float]:
+    def _span(
+        self, budget: Budget, heads: Sequence[Dial], channels: Sequence[Dial], level: _Level, round_to: int
+    ) -> tuple[float, float]:
         """The sparsities in reach when these heads go."""
         free = _DialBudget(budget, channels, _DialBudget(budget, heads, {}).losses(level.turned))
-        return free.sparsity([0] * len(channels)), free.sparsity([most_lost(group, round_to) for group in free.groups])
+        return free.sparsity([0] * len(channels)), free.sparsity(
+            [most_lost(group, round_to) for group in free.groups]
+        )
 
-    def _at(self, budget: Budget, heads: Sequence[Dial], channels: Sequence[Dial], level: _Level, round_to: int) -> float:
+    def _at(
+        self, budget: Budget, heads: Sequence[Dial], channels: Sequence[Dial], level: _Level, round_to: int
+    ) -> float:
         """The sparsity when channels lose the same fraction as heads."""
         free = _DialBudget(budget, channels, _DialBudget(budget, heads, {}).losses(level.turned))
         return free.sparsity([lost_per_block(group.width, level.fraction, round_to) for group in free.groups])
@@ -168,9 +228,13 @@ class CostSettings(Settings, CostAllocation):
     """Settings whose channels are shared out by what they cost."""
 
 
-def settings_of(experiments: Experiments, heads_asked: bool, allocate: Allocation, by_layer: bool) -> Settings:
+def settings_of(
+    experiments: Experiments, heads_asked: bool, allocate: Allocation, by_layer: bool
+) -> Settings:
     """An allocation that stays within what a config can say, and shares out channels as another does."""
-    return (CostSettings if isinstance(allocate, CostAllocation) else Settings)(experiments, heads_asked, allocate, by_layer)
+    return (CostSettings if isinstance(allocate, CostAllocation) else Settings)(
+        experiments, heads_asked, allocate, by_layer
+    )
 
 
 def _of_heads(dial: Dial, groups: Mapping[str, Group]) -> bool:
@@ -178,10 +242,27 @@ def _of_heads(dial: Dial, groups: Mapping[str, Group]) -> bool:
 
 
 def _levels(heads: Sequence[Dial]) -> list[_Level]:
-    """The numbers of heads that can go, from none to all but one; dials of fewer turns wait until theirs is reached."""
-    fractions = sorted({turned / dial.width for dial in heads for turned in dial.turns or range(1, dial.width)})
+    """The numbers of heads that can go, from none to all but one; dials of fewer turns wait until theirs is
+    reached.
+    """
+    fractions = sorted(
+        {turned / dial.width for dial in heads for turned in dial.turns or range(1, dial.width)}
+    )
     return [
-        _Level(fraction, tuple(max((t for t in dial.turns or range(1, dial.width) if t / dial.width <= fraction + _NEGLIGIBLE), default=0) for dial in heads))
+        _Level(
+            fraction,
+            tuple(
+                max(
+                    (
+                        t
+                        for t in dial.turns or range(1, dial.width)
+                        if t / dial.width <= fraction + _NEGLIGIBLE
+                    ),
+                    default=0,
+                )
+                for dial in heads
+            ),
+        )
         for fraction in (0.0, *fractions)
     ]
 

@@ -21,13 +21,16 @@ from ._arguments import check_outputs
 from ._caches import fresh, holds_states
 from ._model import PrunedModel
 
-#: example sizes: sequences, source tokens, tokens that are already cached, new tokens; all different, and none of them 1, which would be taken for a constant
+#: example sizes: sequences, source tokens, tokens that are already cached, new tokens; all different, and
+#: none of them 1, which would be taken for a constant
 BATCH, SOURCE, PAST, NEW = 2, 4, 5, 3
 
 
 @dataclass(frozen=True)
 class Stage:
-    """One program to capture: a model whose forward is that of the program, example arguments, and arguments that may become narrower."""
+    """One program to capture: a model whose forward is that of the program, example arguments, and arguments
+    that may become narrower.
+    """
 
     name: str
     model: Any
@@ -51,12 +54,15 @@ class Stages:
         self.accepts = frozenset(inspect.signature(self.model.forward).parameters)
         if CACHE not in self.accepts:
             raise CaptureError(
-                f"{type(self.model).__name__}.forward takes no '{CACHE}' of keys and values, so it cannot be served step by step; use fasp_fx.prune"
+                f"{type(self.model).__name__}.forward takes no '{CACHE}' of keys and values, so it cannot be"
+                " served step by step; use fasp_fx.prune"
             )
         if holds_states(self.model.config):
             raise CaptureError(
-                f"{type(self.model).__name__} generates from states (of a convolution, of a recurrence) in the place of the tokens seen, and fasp_fx.hf serves "
-                "caches of keys and values only; use fasp_fx.prune(model, (), {'input_ids': ids, 'use_cache': False}, …), whose result reads whole texts"
+                f"{type(self.model).__name__} generates from states (of a convolution, of a recurrence) in"
+                " the place of the tokens seen, and fasp_fx.hf serves caches of keys and values only; use"
+                " fasp_fx.prune(model, (), {'input_ids': ids, 'use_cache': False}, …), whose result reads"
+                " whole texts"
             )
 
     def tokens(self, count: int, batch: int = BATCH, seed: int = 0) -> Tensor:
@@ -84,14 +90,21 @@ class Stages:
                 return self.model(**arguments, use_cache=use_cache, return_dict=True)
         except Exception as error:
             shown = ", ".join(arguments)
-            raise CaptureError(f"{type(self.model).__name__} cannot generate with a cache that holds every token ({shown}): {first_line(error)}") from error
+            raise CaptureError(
+                f"{type(self.model).__name__} cannot generate with a cache that holds every token ({shown}):"
+                f" {first_line(error)}"
+            ) from error
 
 
 class CausalStages(Stages):
     """A decoder: one program serves a prompt, several tokens after others, and one token."""
 
-    def arguments(self, batch: int = BATCH, new: int = NEW, past: int = PAST, padding: int = 0) -> dict[str, Any]:
-        """Arguments of a call with ``new`` tokens after ``past`` others; the first ``padding`` of the first sequence are padding."""
+    def arguments(
+        self, batch: int = BATCH, new: int = NEW, past: int = PAST, padding: int = 0
+    ) -> dict[str, Any]:
+        """Arguments of a call with ``new`` tokens after ``past`` others; the first ``padding`` of the first
+        sequence are padding.
+        """
         mask = self.ones(batch, past + new)
         mask[0, :padding] = 0
         positions = (mask.cumsum(-1) - 1).clamp(min=0)
@@ -99,7 +112,11 @@ class CausalStages(Stages):
         if past:
             given = self.optional(attention_mask=mask[:, :past], position_ids=positions[:, :past])
             cache = self.run({"input_ids": self.tokens(past, batch), CACHE: cache, **given})[CACHE]
-        given = self.optional(attention_mask=mask, position_ids=positions[:, past:].contiguous(), logits_to_keep=torch.arange(new, device=mask.device))
+        given = self.optional(
+            attention_mask=mask,
+            position_ids=positions[:, past:].contiguous(),
+            logits_to_keep=torch.arange(new, device=mask.device),
+        )
         return {"input_ids": self.tokens(new, batch, seed=1), **given, CACHE: cache}
 
     def planned(self) -> Stage:
@@ -121,22 +138,35 @@ class CausalStages(Stages):
             positions = given.get("position_ids")
             positions = (mask.cumsum(-1) - 1).clamp(min=0) if positions is None else positions
             cache = fresh(encoder_decoder=False)
-            empty = _caches.read(cache, caches, len(ids), torch.empty(0, dtype=self.model.dtype, device=ids.device))
+            empty = _caches.read(
+                cache, caches, len(ids), torch.empty(0, dtype=self.model.dtype, device=ids.device)
+            )
             _caches.write(cache, empty)
-            extra = self.optional(attention_mask=mask, position_ids=positions, logits_to_keep=torch.arange(ids.shape[1], device=ids.device))
+            extra = self.optional(
+                attention_mask=mask,
+                position_ids=positions,
+                logits_to_keep=torch.arange(ids.shape[1], device=ids.device),
+            )
             yield {"input_ids": ids, **extra, CACHE: cache, "use_cache": True}
 
 
 class Seq2SeqStages(Stages):
-    """An encoder and a decoder: the plan is made on both together, and carried out in the encoder, in the decoder's first call, which computes
-    keys and values of the source, and in its later calls, which find them in the cache."""
+    """An encoder and a decoder: the plan is made on both together, and carried out in the encoder, in the
+    decoder's first call, which computes keys and values of the source, and in its later calls, which find
+    them in the cache."""
 
     def encoded(self, source: Tensor, mask: Tensor) -> Any:
         """What the encoder makes of source tokens ``[batch, source]``."""
         with torch.no_grad(), rewound(self.model):
-            return BaseModelOutput(last_hidden_state=self.model.get_encoder()(input_ids=source, attention_mask=mask, return_dict=True).last_hidden_state)
+            return BaseModelOutput(
+                last_hidden_state=self.model.get_encoder()(
+                    input_ids=source, attention_mask=mask, return_dict=True
+                ).last_hidden_state
+            )
 
-    def arguments(self, batch: int = BATCH, source: int = SOURCE, new: int = NEW, past: int = PAST, padding: int = 0) -> dict[str, Any]:
+    def arguments(
+        self, batch: int = BATCH, source: int = SOURCE, new: int = NEW, past: int = PAST, padding: int = 0
+    ) -> dict[str, Any]:
         """Arguments of a call of the decoder; the last ``padding`` tokens of the first source are padding."""
         mask = self.ones(batch, source)
         mask[0, source - padding :] = 0
@@ -145,54 +175,100 @@ class Seq2SeqStages(Stages):
         common = {"encoder_outputs": encoded, "attention_mask": mask}
         if past:
             shown = self.optional(decoder_attention_mask=self.ones(batch, past))
-            cache = self.run({**common, **shown, "decoder_input_ids": self.tokens(past, batch), CACHE: cache})[CACHE]
+            cache = self.run(
+                {**common, **shown, "decoder_input_ids": self.tokens(past, batch), CACHE: cache}
+            )[CACHE]
         shown = self.optional(decoder_attention_mask=self.ones(batch, past + new))
         return {"decoder_input_ids": self.tokens(new, batch, seed=1), **common, **shown, CACHE: cache}
 
     def planned(self) -> Stage:
         """Both parts together, without a cache."""
-        example = {"input_ids": self.tokens(SOURCE), "attention_mask": self.ones(BATCH, SOURCE), "decoder_input_ids": self.tokens(NEW, seed=1)}
+        example = {
+            "input_ids": self.tokens(SOURCE),
+            "attention_mask": self.ones(BATCH, SOURCE),
+            "decoder_input_ids": self.tokens(NEW, seed=1),
+        }
         return Stage("whole", self.model, {**example, "use_cache": False})
 
     def served(self) -> list[Stage]:
-        encoder, alone = self.model.get_encoder(), copy.copy(self.model)  # a shallow copy: the same modules under the same names
+        encoder, alone = (
+            self.model.get_encoder(),
+            copy.copy(self.model),
+        )  # a shallow copy: the same modules under the same names
 
         def encode(input_ids: Tensor, attention_mask: Tensor) -> Any:
-            return BaseModelOutput(last_hidden_state=encoder(input_ids=input_ids, attention_mask=attention_mask, return_dict=True).last_hidden_state)
+            return BaseModelOutput(
+                last_hidden_state=encoder(
+                    input_ids=input_ids, attention_mask=attention_mask, return_dict=True
+                ).last_hidden_state
+            )
 
         alone.forward = encode
         first, later = self.arguments(past=0), self.arguments()
         return [
-            Stage("encode", alone, {"input_ids": self.tokens(SOURCE), "attention_mask": self.ones(BATCH, SOURCE)}, ("last_hidden_state",)),
-            Stage("first", self.model, {**first, "use_cache": True}, ("encoder_outputs", "encoder_last_hidden_state")),
-            Stage("decode", self.model, {**later, "use_cache": True}, ("encoder_outputs", "encoder_last_hidden_state")),
+            Stage(
+                "encode",
+                alone,
+                {"input_ids": self.tokens(SOURCE), "attention_mask": self.ones(BATCH, SOURCE)},
+                ("last_hidden_state",),
+            ),
+            Stage(
+                "first",
+                self.model,
+                {**first, "use_cache": True},
+                ("encoder_outputs", "encoder_last_hidden_state"),
+            ),
+            Stage(
+                "decode",
+                self.model,
+                {**later, "use_cache": True},
+                ("encoder_outputs", "encoder_last_hidden_state"),
+            ),
         ]
 
     def batches(self, calibration: Any, caches: dict[str, tuple[int, int]]) -> Iterator[dict[str, Any]]:
         """Calibration batches as the whole program takes them."""
-        for ids, given in _calls(calibration, {"input_ids", "attention_mask", "decoder_input_ids", "use_cache"}):
+        for ids, given in _calls(
+            calibration, {"input_ids", "attention_mask", "decoder_input_ids", "use_cache"}
+        ):
             if "decoder_input_ids" not in given:
-                raise CalibrationError("a calibration batch of an encoder-decoder model needs 'decoder_input_ids' besides 'input_ids'; pass dicts with both")
+                raise CalibrationError(
+                    "a calibration batch of an encoder-decoder model needs 'decoder_input_ids' besides"
+                    " 'input_ids'; pass dicts with both"
+                )
             mask = given.get("attention_mask")
             mask = self.ones(*ids.shape).to(ids.device) if mask is None else mask.long()
-            yield {"input_ids": ids, "attention_mask": mask, "decoder_input_ids": given["decoder_input_ids"], "use_cache": False}
+            yield {
+                "input_ids": ids,
+                "attention_mask": mask,
+                "decoder_input_ids": given["decoder_input_ids"],
+                "use_cache": False,
+            }
 
 
 def stages_of(model: Any) -> CausalStages | Seq2SeqStages:
     """How to capture this model.
 
     Raises:
-        ArgumentError: it is no generating model of transformers, or is asked for outputs that a program does not have.
+        ArgumentError: it is no generating model of transformers, or is asked for outputs that a program does
+            not have.
     """
     from transformers import PreTrainedModel
 
     if not isinstance(model, PreTrainedModel) or not model.can_generate():
-        raise ArgumentError(f"model is a {type(model).__name__}; fasp_fx.hf prunes models of transformers that generate, fasp_fx.prune any other")
+        raise ArgumentError(
+            f"model is a {type(model).__name__}; fasp_fx.hf prunes models of transformers that generate,"
+            " fasp_fx.prune any other"
+        )
     if isinstance(model, PrunedModel):
-        raise ArgumentError(f"{type(model).__name__} was pruned already, and its programs have fixed widths; prune the dense model again, by more")
+        raise ArgumentError(
+            f"{type(model).__name__} was pruned already, and its programs have fixed widths; prune the dense"
+            " model again, by more"
+        )
     if model.main_input_name != "input_ids":
         raise ArgumentError(
-            f"{type(model).__name__} takes '{model.main_input_name}'; fasp_fx.hf prunes models that take token numbers, fasp_fx.prune any other"
+            f"{type(model).__name__} takes '{model.main_input_name}'; fasp_fx.hf prunes models that take"
+            " token numbers, fasp_fx.prune any other"
         )
     if model.device.type == "meta":
         raise ArgumentError("the model is on the meta device and has no values; load its weights first")
@@ -203,20 +279,35 @@ def stages_of(model: Any) -> CausalStages | Seq2SeqStages:
 def _calls(calibration: Any, known: set[str]) -> Iterator[tuple[Tensor, dict[str, Any]]]:
     """Each batch as its token numbers and other arguments."""
     if isinstance(calibration, (Tensor, dict, str, BatchEncoding)) or not isinstance(calibration, Iterable):
-        raise CalibrationError(f"calibration is a single {type(calibration).__name__}; pass an iterable of batches, for example [batch]")
+        raise CalibrationError(
+            f"calibration is a single {type(calibration).__name__}; pass an iterable of batches, for example"
+            " [batch]"
+        )
     for index, batch in enumerate(calibration):
-        given = {"input_ids": batch} if isinstance(batch, Tensor) else dict(batch) if isinstance(batch, (dict, BatchEncoding)) else None
+        given = (
+            {"input_ids": batch}
+            if isinstance(batch, Tensor)
+            else dict(batch)
+            if isinstance(batch, (dict, BatchEncoding))
+            else None
+        )
         if given is None:
-            raise CalibrationError(f"calibration batch {index} is a {type(batch).__name__}; a batch is a tensor of token numbers or a dict with 'input_ids'")
+            raise CalibrationError(
+                f"calibration batch {index} is a {type(batch).__name__}; a batch is a tensor of token numbers"
+                " or a dict with 'input_ids'"
+            )
         given.pop("labels", None)
         unknown = sorted(set(given) - known)
         if unknown or not isinstance(given.get("input_ids"), Tensor):
             what = f"holds {', '.join(unknown)}" if unknown else "has no tensor 'input_ids'"
-            raise CalibrationError(f"calibration batch {index} {what}; a batch holds {', '.join(sorted(known - {'use_cache'}))}")
+            raise CalibrationError(
+                f"calibration batch {index} {what}; a batch holds {', '.join(sorted(known - {'use_cache'}))}"
+            )
         ids = given["input_ids"]
         if ids.dim() != 2 or ids.is_floating_point():
             raise CalibrationError(
-                f"calibration batch {index}: input_ids is {ids.dtype} of shape {tuple(ids.shape)}; it must hold token numbers [batch, tokens]"
+                f"calibration batch {index}: input_ids is {ids.dtype} of shape {tuple(ids.shape)}; it must"
+                " hold token numbers [batch, tokens]"
             )
         yield ids, {name: value for name, value in given.items() if value is not None}
 

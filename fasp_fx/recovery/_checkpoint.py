@@ -1,4 +1,6 @@
-"""A training under way on disk, so that it can be interrupted at any moment and goes on as if it had not been."""
+"""A training under way on disk, so that it can be interrupted at any moment and goes on as if it had not
+been.
+"""
 
 from __future__ import annotations
 
@@ -60,17 +62,26 @@ class Checkpoint:
         try:
             self.targets.mkdir(exist_ok=True)
         except OSError as error:
-            raise StoreError(f"'{folder}' cannot be written: {first_line(error)}; choose another checkpoint=") from error
+            raise StoreError(
+                f"'{folder}' cannot be written: {first_line(error)}; choose another checkpoint="
+            ) from error
 
     def save(self, state: State) -> None:
         """Write a state in the place of the one before."""
         old = self._states()
-        with new_folder(self._folder / f"step-{state.step}", overwrite=False, replaceable=lambda folder: False) as made:
+        with new_folder(
+            self._folder / f"step-{state.step}", overwrite=False, replaceable=lambda folder: False
+        ) as made:
             for name in ("current", "best"):
-                safetensors.torch.save_file({key: tensor.cpu().contiguous() for key, tensor in getattr(state, name).items()}, made / f"{name}.safetensors")
+                safetensors.torch.save_file(
+                    {key: tensor.cpu().contiguous() for key, tensor in getattr(state, name).items()},
+                    made / f"{name}.safetensors",
+                )
             torch.save(state.optimizer, made / "optimizer.pt")
             points = [[point.step, point.trained, point.held_out] for point in state.curve]
-            (made / PROGRESS).write_text(json.dumps({"step": state.step, "curve": points, "seconds": state.seconds}), encoding="utf-8")
+            (made / PROGRESS).write_text(
+                json.dumps({"step": state.step, "curve": points, "seconds": state.seconds}), encoding="utf-8"
+            )
         for folder in old:
             shutil.rmtree(folder, ignore_errors=True)
 
@@ -86,17 +97,26 @@ class Checkpoint:
         folder = folders[-1]
         try:
             data = read_object(folder / PROGRESS)
-            current, best = (safetensors.torch.load_file(folder / f"{name}.safetensors") for name in ("current", "best"))
+            current, best = (
+                safetensors.torch.load_file(folder / f"{name}.safetensors") for name in ("current", "best")
+            )
             optimizer = torch.load(folder / "optimizer.pt", weights_only=True, map_location="cpu")
-            curve = [CurvePoint(int(step), None if trained is None else float(trained), float(held)) for step, trained, held in data["curve"]]
+            curve = [
+                CurvePoint(int(step), None if trained is None else float(trained), float(held))
+                for step, trained, held in data["curve"]
+            ]
             return State(int(data["step"]), curve, current, best, optimizer, float(data["seconds"]))
         except StoreError:
             raise
         except Exception as error:  # readers raise whatever the files make them trip over
-            raise StoreError(f"the checkpoint '{folder}' is damaged: {first_line(error)}; remove it") from error
+            raise StoreError(
+                f"the checkpoint '{folder}' is damaged: {first_line(error)}; remove it"
+            ) from error
 
     def _states(self) -> list[Path]:
-        found = [folder for folder in self._folder.glob("step-*") if folder.name.removeprefix("step-").isdigit()]
+        found = [
+            folder for folder in self._folder.glob("step-*") if folder.name.removeprefix("step-").isdigit()
+        ]
         return sorted(found, key=lambda folder: int(folder.name.removeprefix("step-")))
 
 

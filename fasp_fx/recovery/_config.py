@@ -11,7 +11,11 @@ from .._options import configured, is_number
 from ..errors import ArgumentError
 from ._matching import Match
 
-_TRAINED, _PRECISIONS, _LOSSES = ("all", "vectors", "low-rank"), ("auto", "weights", "bfloat16"), ("auto", "divergence", "outputs")
+_TRAINED, _PRECISIONS, _LOSSES = (
+    ("all", "vectors", "low-rank"),
+    ("auto", "weights", "bfloat16"),
+    ("auto", "divergence", "outputs"),
+)
 
 
 class DistillationOptions(TypedDict, total=False):
@@ -34,30 +38,37 @@ class DistillationOptions(TypedDict, total=False):
 
 @dataclass(frozen=True)
 class DistillationConfig:
-    """The options of one distillation. :func:`fasp_fx.distil` takes each as a keyword, or all of them as ``config=``.
+    """The options of one distillation. :func:`fasp_fx.distil` takes each as a keyword, or all of them as
+    ``config=``.
 
     Attributes:
         epochs: how often each training batch is seen, in an order drawn anew each time.
-        learning_rate: the highest, of AdamW without weight decay; it rises over the first steps and falls to zero at the last, both linearly. For a language
-            model and some dozen steps 1e-4 is too much: each step moves every weight about as far, and most of that is noise.
+        learning_rate: the highest, of AdamW without weight decay; it rises over the first steps and falls to
+            zero at the last, both linearly. For a language model and some dozen steps 1e-4 is too much: each
+            step moves every weight about as far, and most of that is noise.
         warmup: the fraction of all steps over which the learning rate rises.
         accumulate: batches whose gradients make one step. A step on some 1,000 tokens does well.
-        train: ``"all"``: every parameter that requires a gradient; ``"vectors"``: those of one dimension, the biases and the gains of norms; ``"low-rank"``:
-            a product of two matrices of ``rank`` columns is learned for each other parameter and added to it (LoRA, arXiv 2106.09685), which takes
-            little memory for the optimiser.
+        train: ``"all"``: every parameter that requires a gradient; ``"vectors"``: those of one dimension, the
+            biases and the gains of norms; ``"low-rank"``: a product of two matrices of ``rank`` columns is
+            learned for each other parameter and added to it (LoRA, arXiv 2106.09685), which takes little
+            memory for the optimiser.
         rank: of ``train="low-rank"``.
-        loss: how far outputs are from the dense model's. ``"divergence"``: :class:`Divergence`, for logits; ``"outputs"``: :class:`SquaredError`; or a
-            :class:`Match` of your own. ``"auto"``: ``"divergence"`` for results of :func:`fasp_fx.hf.prune` and those pruned by the loss of next tokens,
-            else ``"outputs"``.
-        top_k: of ``loss="divergence"``: how many of the dense model's probabilities are kept of each prediction; the others count as one. What is kept
-            takes six bytes each, on disk.
-        held_out: the fraction of the batches that is not trained on, at least one batch; the weights that do best on it are kept.
-        evaluations: how often the held-out batches are looked at, evenly over the steps; the last time after the last step.
-        patience: so many evaluations in a row that are not better than the best end the training. ``None``: it goes on, since much is gained only when
-            the learning rate falls.
-        precision: ``"weights"``: compute in the dtype of the weights; ``"bfloat16"``: products of both models in bfloat16 by autocast while training;
-            ``"auto"``: that where the device multiplies bfloat16 in hardware. Held-out batches are judged in the dtype of the weights, and weights of 16 bits
-            trained by way of copies in float32, in any case.
+        loss: how far outputs are from the dense model's. ``"divergence"``: :class:`Divergence`, for logits;
+            ``"outputs"``: :class:`SquaredError`; or a :class:`Match` of your own. ``"auto"``:
+            ``"divergence"`` for results of :func:`fasp_fx.hf.prune` and those pruned by the loss of next
+            tokens, else ``"outputs"``.
+        top_k: of ``loss="divergence"``: how many of the dense model's probabilities are kept of each
+            prediction; the others count as one. What is kept takes six bytes each, on disk.
+        held_out: the fraction of the batches that is not trained on, at least one batch; the weights that do
+            best on it are kept.
+        evaluations: how often the held-out batches are looked at, evenly over the steps; the last time after
+            the last step.
+        patience: so many evaluations in a row that are not better than the best end the training. ``None``:
+            it goes on, since much is gained only when the learning rate falls.
+        precision: ``"weights"``: compute in the dtype of the weights; ``"bfloat16"``: products of both models
+            in bfloat16 by autocast while training; ``"auto"``: that where the device multiplies bfloat16 in
+            hardware. Held-out batches are judged in the dtype of the weights, and weights of 16 bits trained
+            by way of copies in float32, in any case.
         seed: of the order of the batches, and of the first low-rank matrices.
 
     Raises:
@@ -88,15 +99,23 @@ class DistillationConfig:
         if isinstance(self.seed, bool) or not isinstance(self.seed, int) or not 0 <= self.seed < 2**63:
             raise ArgumentError(f"seed={self.seed!r} is not a whole number from 0 to 2**63 - 1")
         if not is_number(self.learning_rate) or not self.learning_rate > 0:
-            raise ArgumentError(f"learning_rate={self.learning_rate!r} is not a positive number; 3e-5 is a good start")
+            raise ArgumentError(
+                f"learning_rate={self.learning_rate!r} is not a positive number; 3e-5 is a good start"
+            )
         if not is_number(self.warmup) or not 0 <= self.warmup <= 1:
             raise ArgumentError(f"warmup={self.warmup!r} is not in [0, 1]; it is a fraction of the steps")
         if not is_number(self.held_out) or not 0 < self.held_out < 1:
-            raise ArgumentError(f"held_out={self.held_out!r} is not in (0, 1); it is the fraction of the batches that judges")
+            raise ArgumentError(
+                f"held_out={self.held_out!r} is not in (0, 1); it is the fraction of the batches that judges"
+            )
         for name, known in (("train", _TRAINED), ("precision", _PRECISIONS), ("loss", _LOSSES)):
             value = getattr(self, name)
             if value not in known and not (name == "loss" and isinstance(value, Match)):
-                more = ", or an object with targets() and terms() (fasp_fx.recovery.Match)" if name == "loss" else ""
+                more = (
+                    ", or an object with targets() and terms() (fasp_fx.recovery.Match)"
+                    if name == "loss"
+                    else ""
+                )
                 raise ArgumentError(f"{name}={value!r} is not known; use {', '.join(map(repr, known))}{more}")
 
     @classmethod
@@ -110,7 +129,12 @@ class DistillationConfig:
 
     def to_json(self) -> str:
         """The options as JSON; a loss of the user's is named by its class."""
-        return json.dumps({**asdict(replace(self, loss="auto")), "loss": self.loss if isinstance(self.loss, str) else type(self.loss).__name__})
+        return json.dumps(
+            {
+                **asdict(replace(self, loss="auto")),
+                "loss": self.loss if isinstance(self.loss, str) else type(self.loss).__name__,
+            }
+        )
 
 
 __all__ = ["DistillationConfig", "DistillationOptions"]

@@ -56,8 +56,16 @@ class DenseOutputs:
     def __init__(self, folder: Path) -> None:
         self._folder = folder
 
-    def write(self, model: nn.Module, calls: Sequence[Call], match: Match, coarse: Collection[int], progress: Callable[[float], None]) -> None:
-        """Run the dense model on the batches whose files are not there yet, with products in bfloat16 for those whose numbers are in ``coarse``.
+    def write(
+        self,
+        model: nn.Module,
+        calls: Sequence[Call],
+        match: Match,
+        coarse: Collection[int],
+        progress: Callable[[float], None],
+    ) -> None:
+        """Run the dense model on the batches whose files are not there yet, with products in bfloat16 for
+        those whose numbers are in ``coarse``.
 
         Raises:
             CalibrationError: the model does not take a batch, or what it returns is not finite.
@@ -73,7 +81,10 @@ class DenseOutputs:
                 except torch.OutOfMemoryError:
                     raise
                 except Exception as error:  # a model raises what it likes
-                    raise CalibrationError(f"the dense model does not take batch {index}: {type(error).__name__}: {first_line(error)}") from error
+                    raise CalibrationError(
+                        f"the dense model does not take batch {index}: {type(error).__name__}:"
+                        f" {first_line(error)}"
+                    ) from error
                 self._save(index, match.targets(outputs))
             progress((index + 1) / len(calls))
 
@@ -89,13 +100,22 @@ class DenseOutputs:
             raise ArgumentError("the loss keeps nothing of the dense model's outputs; use another loss=")
         for tensor in targets.values():
             if tensor.is_floating_point() and bool(tensor.isnan().any()):
-                raise CalibrationError(f"what the dense model returns for batch {index} is not finite; check the batch and the model's dtype")
+                raise CalibrationError(
+                    f"what the dense model returns for batch {index} is not finite; check the batch and the"
+                    " model's dtype"
+                )
         partial = self._file(index).with_suffix(".partial")
         try:
-            safetensors.torch.save_file({name: tensor.detach().cpu().contiguous().clone() for name, tensor in targets.items()}, partial)
+            safetensors.torch.save_file(
+                {name: tensor.detach().cpu().contiguous().clone() for name, tensor in targets.items()},
+                partial,
+            )
             os.replace(partial, self._file(index))
         except (OSError, safetensors.SafetensorError) as error:
-            raise StoreError(f"'{self._folder}' cannot be written: {first_line(error)}; free space, or pass another checkpoint=") from error
+            raise StoreError(
+                f"'{self._folder}' cannot be written: {first_line(error)}; free space, or pass another"
+                " checkpoint="
+            ) from error
 
 
 __all__ = ["Call", "DenseOutputs"]

@@ -33,7 +33,10 @@ R = TypeVar("R", bound="Result | Pruned")
 
 #: the part of the progress shown that running the dense model takes, for each time that a batch is trained on
 _DENSE = 0.33
-_CRITERIA = {Divergence: "Kullback-Leibler divergence from the dense model", SquaredError: "relative squared error of the outputs"}
+_CRITERIA = {
+    Divergence: "Kullback-Leibler divergence from the dense model",
+    SquaredError: "relative squared error of the outputs",
+}
 
 
 @in_usual_modes
@@ -47,23 +50,29 @@ def distil(
     progress: Callable[[float], None] | None = None,
     **options: Unpack[DistillationOptions],
 ) -> R:
-    """Train a pruned model towards the outputs of the dense one (Hinton et al., 2015, arXiv 1503.02531), and keep what does best on held-out batches.
+    """Train a pruned model towards the outputs of the dense one (Hinton et al., 2015, arXiv 1503.02531), and
+    keep what does best on held-out batches.
 
-    The module of the result is trained where it is, and on its device; its weights are at the end those that did best, which are the ones it came with if
-    training brings nothing. An error or an interruption leaves the best so far. No labels are needed.
+    The module of the result is trained where it is, and on its device; its weights are at the end those that
+    did best, which are the ones it came with if training brings nothing. An error or an interruption leaves
+    the best so far. No labels are needed.
 
     Args:
-        result: what :func:`fasp_fx.prune`, :func:`fasp_fx.apply`, :func:`fasp_fx.load` or :func:`fasp_fx.hf.prune` returned.
+        result: what :func:`fasp_fx.prune`, :func:`fasp_fx.apply`, :func:`fasp_fx.load` or
+            :func:`fasp_fx.hf.prune` returned.
         dense: the model that was pruned, in evaluation mode. It runs once over the data.
-        data: an iterable of batches, as for ``calibration=`` there. All are held in memory; what the dense model returns for them is kept on disk.
+        data: an iterable of batches, as for ``calibration=`` there. All are held in memory; what the dense
+            model returns for them is kept on disk.
         config: the options; ``None``: the defaults.
-        checkpoint: a folder for the state of the training, written after each evaluation; the same call with the same folder goes on from there, to the
-            same end. ``None``: nothing is kept.
+        checkpoint: a folder for the state of the training, written after each evaluation; the same call with
+            the same folder goes on from there, to the same end. ``None``: nothing is kept.
         progress: called with the fraction done.
-        options: fields of :class:`fasp_fx.recovery.DistillationConfig` (``epochs=2``, ``learning_rate=3e-5``, …) in the place of those of ``config``.
+        options: fields of :class:`fasp_fx.recovery.DistillationConfig` (``epochs=2``, ``learning_rate=3e-5``,
+            …) in the place of those of ``config``.
 
     Returns:
-        The result with ``report.recovery`` filled: the curve of the held-out loss, and the step whose weights were kept.
+        The result with ``report.recovery`` filled: the curve of the held-out loss, and the step whose weights
+            were kept.
 
     Raises:
         ArgumentError: an option is not known or out of range, or ``dense`` is not the model that was pruned.
@@ -83,7 +92,9 @@ def distil(
     share = _DENSE / (_DENSE + asked.epochs)
     from accelerate import Accelerator, DistributedDataParallelKwargs
 
-    accelerator = Accelerator(device_placement=False, kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)])
+    accelerator = Accelerator(
+        device_placement=False, kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)]
+    )
     with tempfile.TemporaryDirectory(prefix="fasp_fx-", ignore_cleanup_errors=True) as temporary:
         kept = None
         if checkpoint is not None:
@@ -96,7 +107,15 @@ def distil(
         training = Training(trained, calls, batches, outputs, match, asked, accelerator, kept)
         outcome = training.run(lambda fraction: advance(share + (1 - share) * fraction))
     notes = () if outcome.note is None else (outcome.note,)
-    recovery = Recovery("distillation", _CRITERIA.get(type(match), type(match).__name__), outcome.steps, outcome.kept, outcome.curve, outcome.seconds, notes)
+    recovery = Recovery(
+        "distillation",
+        _CRITERIA.get(type(match), type(match).__name__),
+        outcome.steps,
+        outcome.kept,
+        outcome.curve,
+        outcome.seconds,
+        notes,
+    )
     return cast(R, result.with_report(recovery=recovery))
 
 
@@ -108,7 +127,9 @@ def _called(result: Any) -> tuple[nn.Module, dict[str, Any]]:
 
     if isinstance(result, Pruned):
         return result.model, {"use_cache": False}
-    raise ArgumentError(f"result is a {type(result).__name__}; pass what fasp_fx.prune, apply, load or hf.prune returned")
+    raise ArgumentError(
+        f"result is a {type(result).__name__}; pass what fasp_fx.prune, apply, load or hf.prune returned"
+    )
 
 
 def _check_dense(dense: Any, result: Result | Pruned) -> None:
@@ -120,8 +141,8 @@ def _check_dense(dense: Any, result: Result | Pruned) -> None:
     found = plans.fingerprint(dict(dense.named_parameters(remove_duplicate=False)))
     if found != result.plan.fingerprint:
         raise ArgumentError(
-            f"dense is not the model that was pruned: its fingerprint is {found[:12]}…, that of the plan {result.plan.fingerprint[:12]}…; "
-            "pass the model as it was given to prune"
+            f"dense is not the model that was pruned: its fingerprint is {found[:12]}…, that of the plan"
+            f" {result.plan.fingerprint[:12]}…; pass the model as it was given to prune"
         )
 
 
@@ -129,14 +150,22 @@ def _match(config: DistillationConfig, result: Any) -> Match:
     if not isinstance(config.loss, str):
         return config.loss
     if config.loss == "auto":
-        predicts = not isinstance(result, Result) or (result.config is not None and result.config.loss == "next-token")
+        predicts = not isinstance(result, Result) or (
+            result.config is not None and result.config.loss == "next-token"
+        )
         return Divergence(config.top_k) if predicts else SquaredError()
     return Divergence(config.top_k) if config.loss == "divergence" else SquaredError()
 
 
-def _run(config: DistillationConfig, result: Result | Pruned, pruned: nn.Module, calls: list[Call]) -> dict[str, Any]:
+def _run(
+    config: DistillationConfig, result: Result | Pruned, pruned: nn.Module, calls: list[Call]
+) -> dict[str, Any]:
     """What two runs have in common that give the same result."""
-    tensors = {f"{index}.{name}": tensor for index, call in enumerate(calls) for name, tensor in call.tensors().items()}
+    tensors = {
+        f"{index}.{name}": tensor
+        for index, call in enumerate(calls)
+        for name, tensor in call.tensors().items()
+    }
     return {
         "format": "fasp_fx.distil/1",
         "options": json.loads(config.to_json()),

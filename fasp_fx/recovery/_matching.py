@@ -15,7 +15,9 @@ from ..losses import output_tensors, token_mask
 
 @runtime_checkable
 class Match(Protocol):
-    """A loss between what two models return for the same batch, of which the dense model's part is kept on disk."""
+    """A loss between what two models return for the same batch, of which the dense model's part is kept on
+    disk.
+    """
 
     def targets(self, outputs: Any) -> dict[str, Tensor]:
         """What is kept of the dense model's outputs for one batch."""
@@ -31,11 +33,13 @@ class Match(Protocol):
 
 
 class Divergence:
-    """The Kullback-Leibler divergence of the pruned model's predictions from the dense model's, one term for each prediction.
+    """The Kullback-Leibler divergence of the pruned model's predictions from the dense model's, one term for
+    each prediction.
 
-    Predictions are distributions over the last dimension of the first floating-point output of two dimensions or more (the logits). The dense model's
-    ``top_k`` largest probabilities count one by one and all others together, which bounds the whole divergence from below and is zero only where these agree.
-    Tokens that an ``attention_mask`` hides are left out.
+    Predictions are distributions over the last dimension of the first floating-point output of two dimensions
+    or more (the logits). The dense model's ``top_k`` largest probabilities count one by one and all others
+    together, which bounds the whole divergence from below and is zero only where these agree. Tokens that an
+    ``attention_mask`` hides are left out.
 
     Args:
         top_k: how many probabilities of each prediction are kept.
@@ -54,7 +58,10 @@ class Divergence:
             values.append((top.values - rows.float().logsumexp(-1, keepdim=True)).half())
             places.append(top.indices.int())
         shape = (*logits.shape[:-1], top_k)
-        return {"log_probabilities": torch.cat(values).reshape(shape), "places": torch.cat(places).reshape(shape)}
+        return {
+            "log_probabilities": torch.cat(values).reshape(shape),
+            "places": torch.cat(places).reshape(shape),
+        }
 
     def terms(self, outputs: Any, targets: Mapping[str, Tensor], inputs: Mapping[str, Any]) -> Tensor:
         """One term for each prediction, ``[predictions]``."""
@@ -63,7 +70,9 @@ class Divergence:
         _check_shape(logits.shape[:-1], dense.shape[:-1], "the logits")
         pruned: Tensor = _LogProbabilities.apply(logits, places)
         likely = dense.exp()
-        terms = functional.kl_div(pruned, dense, log_target=True, reduction="none").where(likely > 0, 0.0).sum(-1)
+        terms = (
+            functional.kl_div(pruned, dense, log_target=True, reduction="none").where(likely > 0, 0.0).sum(-1)
+        )
         if places.shape[-1] < logits.shape[-1]:
             least = torch.finfo(torch.float32).eps
             other, found = (1 - part.sum(-1) for part in (likely, pruned.exp()))
@@ -74,14 +83,18 @@ class Divergence:
 
 
 class _LogProbabilities(torch.autograd.Function):
-    """``logits.float().log_softmax(-1).gather(-1, places)`` block by block, without a tensor of the size of the logits but their gradient.
+    """``logits.float().log_softmax(-1).gather(-1, places)`` block by block, without a tensor of the size of
+    the logits but their gradient.
 
-    At vocabularies of 50,000 and more, memory for the whole softmax and its gradient takes longer to get than the rest of a step takes.
+    At vocabularies of 50,000 and more, memory for the whole softmax and its gradient takes longer to get than
+    the rest of a step takes.
     """
 
     @staticmethod
     def forward(context: Any, logits: Tensor, places: Tensor) -> Tensor:
-        total = torch.cat([rows.float().logsumexp(-1, keepdim=True) for rows in _blocks(logits)]).reshape(*logits.shape[:-1], 1)
+        total = torch.cat([rows.float().logsumexp(-1, keepdim=True) for rows in _blocks(logits)]).reshape(
+            *logits.shape[:-1], 1
+        )
         context.save_for_backward(logits, total, places)
         return logits.gather(-1, places).float() - total
 
@@ -90,7 +103,12 @@ class _LogProbabilities(torch.autograd.Function):
     def backward(context: Any, gradient: Tensor) -> tuple[Tensor, None]:
         logits, total, places = context.saved_tensors
         found = torch.empty_like(logits, memory_format=torch.contiguous_format)
-        parts = (_blocks(found), _blocks(logits), total.flatten().split(_rows(logits)), *(_blocks(part, _rows(logits)) for part in (places, gradient)))
+        parts = (
+            _blocks(found),
+            _blocks(logits),
+            total.flatten().split(_rows(logits)),
+            *(_blocks(part, _rows(logits)) for part in (places, gradient)),
+        )
         for into, rows, sums, where, own in zip(*parts):
             likely = (rows.float() - sums[:, None]).exp_().mul_(-own.sum(-1, keepdim=True))
             into.copy_(likely.scatter_add_(-1, where, own))
@@ -108,15 +126,20 @@ def _blocks(tensor: Tensor, rows: int | None = None) -> tuple[Tensor, ...]:
 
 
 class SquaredError:
-    """The squared error of every floating-point output, relative to the mean square of the dense model's: one term for each output.
+    """The squared error of every floating-point output, relative to the mean square of the dense model's: one
+    term for each output.
 
-    Outputs that are narrower than the dense model's, such as a cache, cannot be compared and are left out. Tokens that an ``attention_mask`` hides are left
-    out of outputs ``[batch, tokens, width]``.
+    Outputs that are narrower than the dense model's, such as a cache, cannot be compared and are left out.
+    Tokens that an ``attention_mask`` hides are left out of outputs ``[batch, tokens, width]``.
     """
 
     def targets(self, outputs: Any) -> dict[str, Tensor]:
         """The outputs, in their dtype, by their number."""
-        return {str(index): leaf.detach() for index, leaf in enumerate(output_tensors(outputs)) if leaf.is_floating_point()}
+        return {
+            str(index): leaf.detach()
+            for index, leaf in enumerate(output_tensors(outputs))
+            if leaf.is_floating_point()
+        }
 
     def terms(self, outputs: Any, targets: Mapping[str, Tensor], inputs: Mapping[str, Any]) -> Tensor:
         """One term for each output that can be compared, ``[outputs]``."""
@@ -127,23 +150,38 @@ class SquaredError:
             if leaf is None or leaf.shape != dense.shape or not leaf.numel():
                 continue
             mask = token_mask(inputs, leaf.shape[:2]) if leaf.dim() == 3 else None
-            pruned, wanted = (leaf.float(), dense.float()) if mask is None else (leaf.float()[mask], dense.float()[mask])
-            terms.append((pruned - wanted).square().mean() / wanted.square().mean().clamp_min(torch.finfo(torch.float32).tiny))
+            pruned, wanted = (
+                (leaf.float(), dense.float()) if mask is None else (leaf.float()[mask], dense.float()[mask])
+            )
+            terms.append(
+                (pruned - wanted).square().mean()
+                / wanted.square().mean().clamp_min(torch.finfo(torch.float32).tiny)
+            )
         if not terms:
-            raise ArgumentError("no output of the pruned model has the shape of the dense model's; pass a loss= of your own")
+            raise ArgumentError(
+                "no output of the pruned model has the shape of the dense model's; pass a loss= of your own"
+            )
         return torch.stack(terms)
 
 
 def _logits(outputs: Any) -> Tensor:
-    found = next((leaf for leaf in output_tensors(outputs) if leaf.is_floating_point() and leaf.dim() >= 2), None)
+    found = next(
+        (leaf for leaf in output_tensors(outputs) if leaf.is_floating_point() and leaf.dim() >= 2), None
+    )
     if found is None:
-        raise ArgumentError("loss='divergence' needs a floating-point output of two dimensions or more, the logits; use loss='outputs'")
+        raise ArgumentError(
+            "loss='divergence' needs a floating-point output of two dimensions or more, the logits; use"
+            " loss='outputs'"
+        )
     return found
 
 
 def _check_shape(found: torch.Size, wanted: torch.Size, what: str) -> None:
     if found != wanted:
-        raise ArgumentError(f"{what} of the pruned model have the shape {list(found)}, those of the dense model {list(wanted)}; give the model that was pruned")
+        raise ArgumentError(
+            f"{what} of the pruned model have the shape {list(found)}, those of the dense model"
+            f" {list(wanted)}; give the model that was pruned"
+        )
 
 
 __all__ = ["Divergence", "Match", "SquaredError"]

@@ -26,7 +26,10 @@ class Trained(nn.Module):
         super().__init__()
         self.student = student
         self._weights = weights
-        self.leaves: list[nn.Parameter] = [weight if weight.dtype.itemsize > 2 else nn.Parameter(weight.detach().float()) for weight in weights.values()]
+        self.leaves: list[nn.Parameter] = [
+            weight if weight.dtype.itemsize > 2 else nn.Parameter(weight.detach().float())
+            for weight in weights.values()
+        ]
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         return self.student(*args, **kwargs)
@@ -34,7 +37,11 @@ class Trained(nn.Module):
     @contextlib.contextmanager
     def alone(self) -> Iterator[None]:
         """No other parameter of the module takes a gradient meanwhile."""
-        others = [weight for weight in self.student.parameters() if weight.requires_grad and not any(weight is own for own in self._weights.values())]
+        others = [
+            weight
+            for weight in self.student.parameters()
+            if weight.requires_grad and not any(weight is own for own in self._weights.values())
+        ]
         for weight in others:
             weight.requires_grad_(False)
         try:
@@ -86,19 +93,28 @@ class LowRank(Trained):
         generator = torch.Generator().manual_seed(seed)
         self._added: dict[str, tuple[nn.Parameter, nn.Parameter, nn.Parameter]] = {}
         for name, weight in weights.items():
-            rows, columns = (weight.shape[0], weight[0].numel()) if weight.dim() > 1 and weight.numel() else (0, 0)
+            rows, columns = (
+                (weight.shape[0], weight[0].numel()) if weight.dim() > 1 and weight.numel() else (0, 0)
+            )
             if min(rows, columns) > rank:
                 left = nn.Parameter(torch.zeros(rows, rank, device=weight.device))
-                right = nn.Parameter((torch.randn(rank, columns, generator=generator) / rank**0.5).to(weight.device))
+                right = nn.Parameter(
+                    (torch.randn(rank, columns, generator=generator) / rank**0.5).to(weight.device)
+                )
                 self._added[name] = (weight, left, right)
         if not self._added:
-            raise ArgumentError(f"train='low-rank' finds no weight with both sides larger than rank={rank}; use a smaller rank, or train='all'")
+            raise ArgumentError(
+                f"train='low-rank' finds no weight with both sides larger than rank={rank}; use a smaller"
+                " rank, or train='all'"
+            )
         self.leaves = [part for _, *parts in self._added.values() for part in parts]
         for index, leaf in enumerate(self.leaves):
             self.register_parameter(f"leaf_{index}", leaf)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        changed = {name: _with(weight.detach(), left, right) for name, (weight, left, right) in self._added.items()}
+        changed = {
+            name: _with(weight.detach(), left, right) for name, (weight, left, right) in self._added.items()
+        }
         return functional_call(self.student, changed, args, kwargs)
 
     @torch.no_grad()
@@ -112,20 +128,33 @@ def _with(weight: Tensor, left: Tensor, right: Tensor) -> Tensor:
     return (weight.float() + (left @ right).reshape(weight.shape)).to(weight.dtype)
 
 
-def trained_part(student: nn.Module, train: Literal["all", "vectors", "low-rank"], rank: int, seed: int) -> Trained:
+def trained_part(
+    student: nn.Module, train: Literal["all", "vectors", "low-rank"], rank: int, seed: int
+) -> Trained:
     """A module with the part of it that is to be trained.
 
     Raises:
         ArgumentError: there is nothing of that kind to train.
     """
-    weights = {name: weight for name, weight in student.named_parameters() if weight.requires_grad and weight.is_floating_point() and weight.numel()}
+    weights = {
+        name: weight
+        for name, weight in student.named_parameters()
+        if weight.requires_grad and weight.is_floating_point() and weight.numel()
+    }
     if train == "low-rank":
         return LowRank(student, weights, rank, seed)
     if train == "vectors":
         weights = {name: weight for name, weight in weights.items() if weight.dim() <= 1}
     if not weights:
-        what = "parameter that requires a gradient" if train == "all" else "parameter of one dimension that requires a gradient, such as a bias"
-        raise ArgumentError(f"train='{train}' finds no {what} in the pruned model; call requires_grad_() on it, or use another train=")
+        what = (
+            "parameter that requires a gradient"
+            if train == "all"
+            else "parameter of one dimension that requires a gradient, such as a bias"
+        )
+        raise ArgumentError(
+            f"train='{train}' finds no {what} in the pruned model; call requires_grad_() on it, or use"
+            " another train="
+        )
     return Trained(student, weights)
 
 

@@ -1,4 +1,6 @@
-"""The loop: steps of AdamW towards the dense model's outputs, judged by batches that are held out, the best state kept."""
+"""The loop: steps of AdamW towards the dense model's outputs, judged by batches that are held out, the best
+state kept.
+"""
 
 from __future__ import annotations
 
@@ -74,7 +76,8 @@ class Training:
         dense: what the dense model returned for them.
         match: the loss.
         config: the options, their precision settled.
-        accelerator: the processes that share the batches of a step, one by itself or as ``accelerate launch`` started them.
+        accelerator: the processes that share the batches of a step, one by itself or as ``accelerate launch``
+            started them.
         checkpoint: where states are saved after each evaluation, and from where the training goes on.
     """
 
@@ -89,12 +92,21 @@ class Training:
         accelerator: Accelerator,
         checkpoint: Checkpoint | None,
     ) -> None:
-        self._trained, self._calls, self._dense, self._match, self._config, self._checkpoint = trained, calls, dense, match, config, checkpoint
+        self._trained, self._calls, self._dense, self._match, self._config, self._checkpoint = (
+            trained,
+            calls,
+            dense,
+            match,
+            config,
+            checkpoint,
+        )
         self._batches = batches
         self._device = trained.leaves[0].device
         self._accelerator = accelerator
         fused = self._device.type in ("cpu", "cuda")
-        self._optimizer = torch.optim.AdamW(trained.leaves, lr=config.learning_rate, weight_decay=0.0, fused=fused)
+        self._optimizer = torch.optim.AdamW(
+            trained.leaves, lr=config.learning_rate, weight_decay=0.0, fused=fused
+        )
         self._per_epoch = math.ceil(len(self._batches.training) / config.accumulate)
         self._steps = config.epochs * self._per_epoch
         turns = min(config.evaluations, self._steps)
@@ -113,14 +125,20 @@ class Training:
                     loss = self._step(state.step)
                     state.step += 1
                     if not math.isfinite(loss):
-                        note = f"the loss was not finite after step {state.step}; a smaller learning_rate= may help"
+                        note = (
+                            f"the loss was not finite after step {state.step}; a smaller learning_rate= may"
+                            " help"
+                        )
                         break
                     if state.step in self._evaluated:
                         self._judge(state, loss)
                         note = self._early(state.curve)
                         state.seconds = time.perf_counter() - started
                         if self._checkpoint is not None and self._accelerator.is_main_process:
-                            state.current, state.optimizer = self._trained.state(), self._optimizer.state_dict()
+                            state.current, state.optimizer = (
+                                self._trained.state(),
+                                self._optimizer.state_dict(),
+                            )
                             self._checkpoint.save(state)
                     progress(state.step / self._steps)
         finally:
@@ -137,7 +155,10 @@ class Training:
             found = State(0, [], {}, self._trained.state())
             before = self._held_out()
             if not math.isfinite(before):
-                raise ArgumentError("the pruned model's outputs for the held-out batches are not finite; give an undamaged result")
+                raise ArgumentError(
+                    "the pruned model's outputs for the held-out batches are not finite; give an undamaged"
+                    " result"
+                )
             found.curve.append(CurvePoint(0, None, before))
             return found
         self._trained.load(found.current)
@@ -150,15 +171,22 @@ class Training:
         first = step % self._per_epoch * config.accumulate
         chosen = order[first : first + config.accumulate]
         own = chosen[self._accelerator.process_index :: self._accelerator.num_processes]
-        weight = self._accelerator.num_processes / len(chosen)  # the gradient of a step is the mean of those of the processes
+        weight = self._accelerator.num_processes / len(
+            chosen
+        )  # the gradient of a step is the mean of those of the processes
         if not own:  # the processes wait for one another's gradients, so that each has to bring some
             own, weight = chosen[:1], 0.0
         for group in self._optimizer.param_groups:
             group["lr"] = config.learning_rate * _height(step, self._steps, config.warmup)
         total = torch.zeros(1, device=self._device)
         for place, index in enumerate(own):
-            with contextlib.nullcontext() if place + 1 == len(own) else self._accelerator.no_sync(self._called):
-                loss = self._terms(self._called, index, bfloat16=self._config.precision == "bfloat16").mean() * weight
+            with (
+                contextlib.nullcontext() if place + 1 == len(own) else self._accelerator.no_sync(self._called)
+            ):
+                loss = (
+                    self._terms(self._called, index, bfloat16=self._config.precision == "bfloat16").mean()
+                    * weight
+                )
                 self._accelerator.backward(loss)
             total += loss.detach()
         mean = float(self._accelerator.reduce(total, "mean"))
@@ -173,21 +201,33 @@ class Training:
     def _order(self, epoch: int) -> list[int]:
         """The training batches in the order of an epoch, which depends on the seed and the epoch alone."""
         generator = torch.Generator().manual_seed(self._config.seed + epoch)
-        return [self._batches.training[place] for place in torch.randperm(len(self._batches.training), generator=generator).tolist()]
+        return [
+            self._batches.training[place]
+            for place in torch.randperm(len(self._batches.training), generator=generator).tolist()
+        ]
 
     def _terms(self, model: nn.Module, index: int, bfloat16: bool) -> Tensor:
         call = self._calls[index].to(self._device)
         with products_in_bfloat16(self._device, bfloat16):
             outputs = model(*call.args, **call.kwargs)
-        return self._match.terms(outputs, self._dense.read(index, self._device), call.named(self._trained.student))
+        return self._match.terms(
+            outputs, self._dense.read(index, self._device), call.named(self._trained.student)
+        )
 
     @torch.no_grad()
     def _held_out(self) -> float:
         """The mean loss on the held-out batches, each term counting alike."""
         seen = torch.zeros(2, dtype=torch.float64, device=self._device)
-        for index in self._batches.held_out[self._accelerator.process_index :: self._accelerator.num_processes]:
+        for index in self._batches.held_out[
+            self._accelerator.process_index :: self._accelerator.num_processes
+        ]:
             terms = self._terms(self._trained, index, bfloat16=False)
-            seen += torch.stack([terms.double().sum(), torch.tensor(float(terms.numel()), dtype=torch.float64, device=self._device)])
+            seen += torch.stack(
+                [
+                    terms.double().sum(),
+                    torch.tensor(float(terms.numel()), dtype=torch.float64, device=self._device),
+                ]
+            )
         total, count = self._accelerator.reduce(seen, "sum").tolist()
         return total / max(count, 1.0)
 
@@ -204,11 +244,21 @@ class Training:
             return None
         first, last = curve[0].held_out, curve[-1].held_out
         if not math.isfinite(last) or last > DIVERGED * max(first, _NOTHING):
-            return f"the training diverged: the held-out loss rose from {first:.3g} to {last:.3g}; a smaller learning_rate= may help"
+            return (
+                f"the training diverged: the held-out loss rose from {first:.3g} to {last:.3g}; a smaller"
+                " learning_rate= may help"
+            )
         best = min(range(len(curve)), key=lambda place: curve[place].held_out)
         since = len(curve) - 1 - best
-        if self._config.patience is not None and since >= self._config.patience and curve[-1].step < self._steps:
-            return f"the held-out loss did not fall any more in {since} evaluations, so the training ended after step {curve[-1].step} of {self._steps}"
+        if (
+            self._config.patience is not None
+            and since >= self._config.patience
+            and curve[-1].step < self._steps
+        ):
+            return (
+                f"the held-out loss did not fall any more in {since} evaluations, so the training ended after"
+                f" step {curve[-1].step} of {self._steps}"
+            )
         return None
 
 

@@ -2,8 +2,10 @@
 
 * :func:`check_program` prunes a model and holds every invariant of the library against the result.
 * :func:`check_rule` holds a rule against the operator it describes, by brute force.
-* :mod:`fasp_fx.testing.specs` describes small models as data; :func:`build` makes a module of a description, :func:`example` inputs for it.
-* :func:`programs` and the strategies of the families draw such descriptions with hypothesis (the extra ``fasp_fx[testing]``).
+* :mod:`fasp_fx.testing.specs` describes small models as data; :func:`build` makes a module of a description,
+  :func:`example` inputs for it.
+* :func:`programs` and the strategies of the families draw such descriptions with hypothesis (the extra
+  ``fasp_fx[testing]``).
 """
 
 from __future__ import annotations
@@ -101,5 +103,7 @@ def __getattr__(name: str) -> Any:
     except ImportError as error:
         if error.name is None or error.name.partition(".")[0] != "hypothesis":
             raise
-        raise MissingExtraError(f"fasp_fx.testing.{name} draws with hypothesis, which is not installed; install fasp_fx[testing]") from error
+        raise MissingExtraError(
+            f"fasp_fx.testing.{name} draws with hypothesis, which is not installed; install fasp_fx[testing]"
+        ) from error
     return getattr(strategies, name)

@@ -28,32 +28,56 @@ def ties_stay(case: Case) -> None:
         found = dict(result.module.named_parameters(remove_duplicate=False))
         for group in tied:
             present = [name for name in group if name in found]
-            hold(len({id(found[name]) for name in present}) <= 1, f"{', '.join(present)} were one parameter and are several")
-            hold(not present or present == group, f"of the tied {', '.join(group)} only {', '.join(present)} are left")
+            hold(
+                len({id(found[name]) for name in present}) <= 1,
+                f"{', '.join(present)} were one parameter and are several",
+            )
+            hold(
+                not present or present == group,
+                f"of the tied {', '.join(group)} only {', '.join(present)} are left",
+            )
 
 
 def alone(case: Case) -> None:
-    """The result shares no storage with the caller's model; it trains, changes mode and type, copies, exports again and, if asked, compiles."""
+    """The result shares no storage with the caller's model; it trains, changes mode and type, copies, exports
+    again and, if asked, compiles.
+    """
     result, call = case.result, (case.args, case.kwargs)
     expected = case.run(result.module, call)
     for module in (result.module, case.untouched.module):
         shared = _storages(tensors_of(module)) & _storages(tensors_of(case.dense))
         hold(not shared, f"{len(shared)} storages are shared with the caller's model")
     for mode in (True, False):
-        hold(error(case.run(result.module.train(mode), call), expected) == 0.0, f"train({mode}) changes the output")
+        hold(
+            error(case.run(result.module.train(mode), call), expected) == 0.0,
+            f"train({mode}) changes the output",
+        )
     with rewinding(result.module):
         _trains(case, result.module, call)
     _copies(case, result.module, expected)
     args, kwargs = call
     if isinstance(case.model, nn.Module) and not isinstance(case.model, ExportedProgram):
-        keep = [leaf for leaf in pytree.tree_leaves(call) if not isinstance(leaf, (Tensor, bool, int, float, str, type(None)))]
+        keep = [
+            leaf
+            for leaf in pytree.tree_leaves(call)
+            if not isinstance(leaf, (Tensor, bool, int, float, str, type(None)))
+        ]
         if not keep:
             again = torch.export.export(result.module, args, kwargs, strict=False)
-            hold(error(case.run(again.module(), call), expected) <= case.tolerance, "exported again it computes something else")
+            hold(
+                error(case.run(again.module(), call), expected) <= case.tolerance,
+                "exported again it computes something else",
+            )
     if case.compile:
-        hold(error(case.run(torch.compile(result.module), call), expected) <= case.tolerance, "compiled it computes something else")
+        hold(
+            error(case.run(torch.compile(result.module), call), expected) <= case.tolerance,
+            "compiled it computes something else",
+        )
     for name, tensor in tensors_of(case.dense).items():
-        hold(torch.equal(tensor.detach().nan_to_num(), case.before[name].nan_to_num()), f"'{name}' of the caller's model changed")
+        hold(
+            torch.equal(tensor.detach().nan_to_num(), case.before[name].nan_to_num()),
+            f"'{name}' of the caller's model changed",
+        )
 
 
 def _storages(tensors: dict[str, Tensor]) -> set[int]:
@@ -91,13 +115,19 @@ def floats_with_grad(output: Any) -> list[Tensor]:
 
 def _copies(case: Case, module: nn.Module, expected: Any) -> None:
     copied = copy.deepcopy(module)
-    hold(error(case.run(copied, (case.args, case.kwargs)), expected) == 0.0, "a deep copy computes something else")
+    hold(
+        error(case.run(copied, (case.args, case.kwargs)), expected) == 0.0,
+        "a deep copy computes something else",
+    )
     kinds = {parameter.dtype for parameter in module.parameters() if parameter.is_floating_point()}
     if len(kinds) != 1:
         return
     other = torch.float64 if kinds == {torch.float32} else torch.float32
     (own,) = kinds
-    moved = pytree.tree_map(lambda leaf: leaf.to(other) if isinstance(leaf, Tensor) and leaf.dtype == own else leaf, (case.args, case.kwargs))
+    moved = pytree.tree_map(
+        lambda leaf: leaf.to(other) if isinstance(leaf, Tensor) and leaf.dtype == own else leaf,
+        (case.args, case.kwargs),
+    )
     try:
         dense = case.run(copy.deepcopy(case.dense).to(other), moved)
     except Exception:

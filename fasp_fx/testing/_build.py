@@ -9,7 +9,19 @@ from torch import Tensor, nn
 
 from . import _channel_modules as channel
 from . import _image_modules as image
-from ._channel_blocks import Activation, Branches, Gated, Linear, MixTokens, Move, Norm, Residual, Scale, Split, Tied
+from ._channel_blocks import (
+    Activation,
+    Branches,
+    Gated,
+    Linear,
+    MixTokens,
+    Move,
+    Norm,
+    Residual,
+    Scale,
+    Split,
+    Tied,
+)
 from ._image_blocks import Collapse, Conv, Pool, Resize, SqueezeExcite
 from ._large_blocks import Attention, Experts
 from ._large_modules import AttentionModule, ExpertsModule
@@ -74,7 +86,9 @@ def _(block: Residual, shape: Shape) -> nn.Module:
 
 @module_of.register
 def _(block: Branches, shape: Shape) -> nn.Module:
-    return channel.BranchesModule([sequence(body, shape) for body in block.bodies], block.join, shape.channel_dim)
+    return channel.BranchesModule(
+        [sequence(body, shape) for body in block.bodies], block.join, shape.channel_dim
+    )
 
 
 @module_of.register
@@ -146,7 +160,11 @@ class Entry(nn.Module):
     def __init__(self, source: Source) -> None:
         super().__init__()
         self.embed = nn.Embedding(source.vocabulary, source.width) if isinstance(source, Tokens) else None
-        self.positions = nn.Embedding(4 * source.tokens, source.width) if isinstance(source, Tokens) and source.positions else None
+        self.positions = (
+            nn.Embedding(4 * source.tokens, source.width)
+            if isinstance(source, Tokens) and source.positions
+            else None
+        )
         self.blocks = sequence(getattr(source, "blocks", ()), source.first())
 
     def forward(self, x: Tensor) -> Tensor:
@@ -181,7 +199,13 @@ class NetModule(nn.Module):
 
     def run(self, *inputs: Tensor) -> Tensor | tuple[Tensor, ...] | dict[str, Tensor]:
         """The outputs for these inputs, however many they are."""
-        x = self.blocks(channel.join([entry(given) for entry, given in zip(self.entries, inputs, strict=True)], self.spec.join, self.channel_dim))
+        x = self.blocks(
+            channel.join(
+                [entry(given) for entry, given in zip(self.entries, inputs, strict=True)],
+                self.spec.join,
+                self.channel_dim,
+            )
+        )
         if self.spec.tied:
             return self.head(x)
         found = tuple(head(x) for head in self.heads)
@@ -203,12 +227,16 @@ class TwoInputs(NetModule):
 class ThreeInputs(NetModule):
     """The module of a net with three inputs."""
 
-    def forward(self, first: Tensor, second: Tensor, third: Tensor) -> Tensor | tuple[Tensor, ...] | dict[str, Tensor]:  # type: ignore[override]
+    def forward(  # type: ignore[override]
+        self, first: Tensor, second: Tensor, third: Tensor
+    ) -> Tensor | tuple[Tensor, ...] | dict[str, Tensor]:
         return self.run(first, second, third)
 
 
 def randomise(module: nn.Module, seed: int = 0) -> nn.Module:
-    """Draw every weight anew so that every channel shows in the output: matrices keep the size of what goes through, biases and scales are far from 0 and 1."""
+    """Draw every weight anew so that every channel shows in the output: matrices keep the size of what goes
+    through, biases and scales are far from 0 and 1.
+    """
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in module.named_parameters():
@@ -227,20 +255,26 @@ def randomise(module: nn.Module, seed: int = 0) -> nn.Module:
 
 
 def _fan_in(weight: Tensor) -> float:
-    """How many inputs each output of a weight adds up; of three dimensions the middle one counts (stacked experts, convolutions of one dimension)."""
+    """How many inputs each output of a weight adds up; of three dimensions the middle one counts (stacked
+    experts, convolutions of one dimension).
+    """
     return weight.shape[1] if weight.dim() == 3 else weight.numel() / weight.shape[0]
 
 
 def build(spec: Net, seed: int = 0, dtype: torch.dtype = torch.float32) -> nn.Module:
-    """The module of a specification, in evaluation mode, with random weights large enough that every channel shows in the output.
+    """The module of a specification, in evaluation mode, with random weights large enough that every channel
+    shows in the output.
 
-    Equal specifications, seeds and types give equal weights. ``forward`` names its inputs ``first``, ``second`` and ``third``.
+    Equal specifications, seeds and types give equal weights. ``forward`` names its inputs ``first``,
+    ``second`` and ``third``.
     """
     kind = (NetModule, TwoInputs, ThreeInputs)[len(spec.inputs) - 1]
     return randomise(kind(spec), seed).to(dtype).eval()
 
 
-def example(spec: Net, batch: int = 2, seed: int = 0, dtype: torch.dtype = torch.float32, tokens: int | None = None) -> tuple[Tensor, ...]:
+def example(
+    spec: Net, batch: int = 2, seed: int = 0, dtype: torch.dtype = torch.float32, tokens: int | None = None
+) -> tuple[Tensor, ...]:
     """Random inputs of a net, as positional arguments.
 
     Args:
@@ -251,7 +285,10 @@ def example(spec: Net, batch: int = 2, seed: int = 0, dtype: torch.dtype = torch
         tokens: another length for sequences and tokens, where the net allows it.
     """
     generator = torch.Generator().manual_seed(seed)
-    return tuple(_input(source, batch, tokens, generator).to(torch.long if isinstance(source, Tokens) else dtype) for source in spec.inputs)
+    return tuple(
+        _input(source, batch, tokens, generator).to(torch.long if isinstance(source, Tokens) else dtype)
+        for source in spec.inputs
+    )
 
 
 def _input(source: Source, batch: int, tokens: int | None, generator: torch.Generator) -> Tensor:

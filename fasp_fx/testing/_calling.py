@@ -18,7 +18,9 @@ from .oracle import error
 
 
 def signature(case: Case) -> None:
-    """Names, kinds and defaults of the arguments, the structure of the output, and dynamic dimensions are those of the caller's model."""
+    """Names, kinds and defaults of the arguments, the structure of the output, and dynamic dimensions are
+    those of the caller's model.
+    """
     dense = case.run(case.dense, (case.args, case.kwargs))
     found = case.run(case.result.module, (case.args, case.kwargs))
     hold(
@@ -34,7 +36,10 @@ def signature(case: Case) -> None:
         given, expected = call_result(case, case.result, call), case.run(case.dense, call)
         if given is not None:
             for a, b in zip(pytree.tree_leaves(given), pytree.tree_leaves(expected), strict=True):
-                hold(not isinstance(a, Tensor) or a.dtype == b.dtype, f"on inputs {shapes(call)} an output has type {getattr(a, 'dtype', type(a))}")
+                hold(
+                    not isinstance(a, Tensor) or a.dtype == b.dtype,
+                    f"on inputs {shapes(call)} an output has type {getattr(a, 'dtype', type(a))}",
+                )
 
 
 def _outline(found: inspect.Signature) -> list[tuple[str, Any, bool]]:
@@ -42,22 +47,36 @@ def _outline(found: inspect.Signature) -> list[tuple[str, Any, bool]]:
 
 
 def _by_keyword(case: Case, given: inspect.Signature, expected: Any) -> None:
-    named = {inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY, inspect.Parameter.VAR_KEYWORD}
+    named = {
+        inspect.Parameter.POSITIONAL_OR_KEYWORD,
+        inspect.Parameter.KEYWORD_ONLY,
+        inspect.Parameter.VAR_KEYWORD,
+    }
     if not all(parameter.kind in named for parameter in given.parameters.values()):
         return
     bound = given.bind(*case.args, **case.kwargs).arguments
-    keywords = {name: value for name, value in bound.items() if given.parameters[name].kind is not inspect.Parameter.VAR_KEYWORD}
+    keywords = {
+        name: value
+        for name, value in bound.items()
+        if given.parameters[name].kind is not inspect.Parameter.VAR_KEYWORD
+    }
     for name, value in bound.items():
         if given.parameters[name].kind is inspect.Parameter.VAR_KEYWORD:
             keywords.update(value)
     found = case.run(case.result.module, ((), keywords))
-    hold(error(found, expected) == 0.0, f"called by keyword ({', '.join(keywords)}) it computes something else")
+    hold(
+        error(found, expected) == 0.0, f"called by keyword ({', '.join(keywords)}) it computes something else"
+    )
 
 
 def _constants_are_refused(case: Case, given: inspect.Signature) -> None:
     """An argument without tensors is part of the program: another value has to be refused, never ignored."""
     for name, value in case.kwargs.items():
-        if not isinstance(value, bool) or name not in given.parameters or given.parameters[name].default is not inspect.Parameter.empty:
+        if (
+            not isinstance(value, bool)
+            or name not in given.parameters
+            or given.parameters[name].default is not inspect.Parameter.empty
+        ):
             continue
         try:
             case.run(case.result.module, (case.args, {**case.kwargs, name: not value}))
@@ -95,9 +114,18 @@ class _Runner(fx.Interpreter):
             for a, b in zip(recorded, found, strict=True):
                 self._compare(node, a, b)
         elif isinstance(recorded, Tensor):
-            expected = [self._size(node, size, actual) for size, actual in zip(recorded.shape, found.shape, strict=True)]
-            hold(expected == list(found.shape), f"node '{node.name}' ({node.target}) records {expected} and has {list(found.shape)}")
-            hold(recorded.dtype == found.dtype, f"node '{node.name}' ({node.target}) records {recorded.dtype} and has {found.dtype}")
+            expected = [
+                self._size(node, size, actual)
+                for size, actual in zip(recorded.shape, found.shape, strict=True)
+            ]
+            hold(
+                expected == list(found.shape),
+                f"node '{node.name}' ({node.target}) records {expected} and has {list(found.shape)}",
+            )
+            hold(
+                recorded.dtype == found.dtype,
+                f"node '{node.name}' ({node.target}) records {recorded.dtype} and has {found.dtype}",
+            )
             self.checked += 1
 
     def _size(self, node: fx.Node, recorded: int | torch.SymInt, actual: int) -> int:
@@ -110,7 +138,9 @@ class _Runner(fx.Interpreter):
 
 
 def flat_inputs(program: ExportedProgram, user: list[Any]) -> list[Any]:
-    """Everything that the graph of a program takes, in order: weights and constants, and the caller's flat inputs among them."""
+    """Everything that the graph of a program takes, in order: weights and constants, and the caller's flat
+    inputs among them.
+    """
     remaining = iter(user)
     found = []
     for spec in program.graph_signature.input_specs:
@@ -118,5 +148,7 @@ def flat_inputs(program: ExportedProgram, user: list[Any]) -> list[Any]:
             found.append(next(remaining))
         else:
             target = str(spec.target)
-            found.append(program.state_dict[target] if target in program.state_dict else program.constants[target])
+            found.append(
+                program.state_dict[target] if target in program.state_dict else program.constants[target]
+            )
     return found

@@ -1,4 +1,6 @@
-"""One model under check: its analysis, a plan drawn for it, the pruned result and the calls they are compared on, each made once."""
+"""One model under check: its analysis, a plan drawn for it, the pruned result and the calls they are compared
+on, each made once.
+"""
 
 from __future__ import annotations
 
@@ -63,7 +65,8 @@ class Case:
 
     @cached_property
     def reference(self) -> nn.Module:
-        """The model that has the weights a plan names: the model itself, or what removing nothing makes of it where weights were folded.
+        """The model that has the weights a plan names: the model itself, or what removing nothing makes of it
+        where weights were folded.
 
         That the latter computes what the model does is a check of its own.
         """
@@ -92,7 +95,9 @@ class Case:
     @property
     def choice(self) -> dict[str, Any]:
         """The options that say what may go: granularity and included groups."""
-        return {name: tuple(self.options[name]) for name in ("granularity", "include") if name in self.options}
+        return {
+            name: tuple(self.options[name]) for name in ("granularity", "include") if name in self.options
+        }
 
     def apply(self, plan: PruningPlan, model: Any = None) -> fasp_fx.Result:
         """Replay a plan on the model, or on another."""
@@ -187,18 +192,24 @@ class Case:
 
     @cached_property
     def times(self) -> int:
-        """How often each call is repeated: a model that writes into its buffers is called twice in a row, from the same buffers each time."""
+        """How often each call is repeated: a model that writes into its buffers is called twice in a row,
+        from the same buffers each time.
+        """
         with torch.no_grad():
             return 2 if remembers(self.dense, self.args, self.kwargs) else 1
 
     def run(self, called: Callable[..., Any], call: Call) -> Any:
-        """The outputs of one call, without gradients; of a model that remembers, those of two calls in a row."""
+        """The outputs of one call, without gradients; of a model that remembers, those of two
+        calls in a row.
+        """
         with torch.no_grad():
             return in_a_row(called, *call, self.times)
 
 
 def _resized(call: Call) -> list[Call]:
-    """The example with another batch, and with other batches and other second dimensions, multiples among them: its own entries, repeated in turn."""
+    """The example with another batch, and with other batches and other second dimensions, multiples among
+    them: its own entries, repeated in turn.
+    """
     leaves = [leaf for leaf in pytree.tree_leaves(call) if isinstance(leaf, Tensor) and leaf.dim()]
     batches = {leaf.shape[0] for leaf in leaves}
     lengths = {leaf.shape[1] for leaf in leaves if leaf.dim() > 1}
@@ -208,7 +219,10 @@ def _resized(call: Call) -> list[Call]:
     found = [_resize(call, {0: (batch, batch + 1)})]
     if len(lengths) == 1:
         (length,) = lengths
-        found += [_resize(call, {0: (batch, batch + 2), 1: (length, length + 1)}), _resize(call, {1: (length, 2 * length)})]
+        found += [
+            _resize(call, {0: (batch, batch + 2), 1: (length, length + 1)}),
+            _resize(call, {1: (length, 2 * length)}),
+        ]
     return found
 
 

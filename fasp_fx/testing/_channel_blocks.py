@@ -32,7 +32,9 @@ class Linear(Block):
 
 @dataclass(frozen=True, repr=False)
 class Activation(Block):
-    """An elementwise function (``prelu`` has a slope per channel, ``dropout`` is inert in evaluation mode); any layout."""
+    """An elementwise function (``prelu`` has a slope per channel, ``dropout`` is inert in evaluation mode);
+    any layout.
+    """
 
     kind: str = "relu"
 
@@ -47,7 +49,8 @@ class Activation(Block):
 
 @dataclass(frozen=True, repr=False)
 class Norm(Block):
-    """A normalisation: ``layer``, ``rms`` (``plain_rms`` written out by hand) over vectors and sequences; ``batch``, ``group``, ``instance`` over images.
+    """A normalisation: ``layer``, ``rms`` (``plain_rms`` written out by hand) over vectors and sequences;
+    ``batch``, ``group``, ``instance`` over images.
 
     ``batch`` also takes vectors. ``groups`` belongs to ``group``.
     """
@@ -85,7 +88,9 @@ class Scale(Block):
 
 @dataclass(frozen=True, repr=False)
 class Move(Block):
-    """Channels in another order: ``shuffle`` in ``groups``, ``flip``, ``roll`` by one, or ``pad`` by one zero channel; any layout."""
+    """Channels in another order: ``shuffle`` in ``groups``, ``flip``, ``roll`` by one, or ``pad`` by one zero
+    channel; any layout.
+    """
 
     kind: str = "shuffle"
     groups: int = 2
@@ -102,7 +107,9 @@ class Move(Block):
 
 @dataclass(frozen=True, repr=False)
 class Gated(Block):
-    """``silu(gate(x)) * up(x)`` to ``width`` channels; ``form``: two ``separate`` weights, one cut by ``chunk``, or one through torch's ``glu``."""
+    """``silu(gate(x)) * up(x)`` to ``width`` channels; ``form``: two ``separate`` weights, one cut by
+    ``chunk``, or one through torch's ``glu``.
+    """
 
     width: int
     form: str = "separate"
@@ -121,8 +128,9 @@ class Gated(Block):
 class Tied(Block):
     """One weight used twice, to ``width`` channels.
 
-    ``repeat``: a square linear layer applied twice, then one to ``width``; ``pair``: two branches through one pair of layers with biases of their own;
-    ``transpose``: up with a weight and down with the same weight transposed (the channels stay as many as they were).
+    ``repeat``: a square linear layer applied twice, then one to ``width``; ``pair``: two branches through one
+    pair of layers with biases of their own; ``transpose``: up with a weight and down with the same weight
+    transposed (the channels stay as many as they were).
     """
 
     width: int
@@ -139,7 +147,9 @@ class Tied(Block):
 
 @dataclass(frozen=True, repr=False)
 class MixTokens(Block):
-    """The other axis: a two-layer perceptron of ``width`` neurons over the tokens, as in MLP-Mixer; fixes the number of tokens."""
+    """The other axis: a two-layer perceptron of ``width`` neurons over the tokens, as in MLP-Mixer; fixes the
+    number of tokens.
+    """
 
     width: int
 
@@ -163,13 +173,19 @@ def joined(block: Block, shape: Shape, parts: list[Shape], join: str) -> Shape:
     if join == "cat":
         return first.wide(sum(part.channels for part in parts))
     if any(part.channels != first.channels for part in parts):
-        raise block.refuse(shape, f"parts of {', '.join(str(part.channels) for part in parts)} channels cannot be joined by {join!r}")
+        raise block.refuse(
+            shape,
+            f"parts of {', '.join(str(part.channels) for part in parts)} channels cannot be joined by"
+            f" {join!r}",
+        )
     return first
 
 
 @dataclass(frozen=True, repr=False)
 class Residual(Block):
-    """``x + body(x)``; where the body changes the number of channels, ``x`` goes through a projection of its own. Any layout."""
+    """``x + body(x)``; where the body changes the number of channels, ``x`` goes through a projection of its
+    own. Any layout.
+    """
 
     body: tuple[Block, ...]
 
@@ -182,7 +198,9 @@ class Residual(Block):
 
 @dataclass(frozen=True, repr=False)
 class Branches(Block):
-    """Several bodies over one input, joined by ``cat`` (DenseNet, inception), ``add`` or ``mul``; an empty body is the input itself. Any layout."""
+    """Several bodies over one input, joined by ``cat`` (DenseNet, inception), ``add`` or ``mul``; an empty
+    body is the input itself. Any layout.
+    """
 
     bodies: tuple[tuple[Block, ...], ...]
     join: str = "cat"
@@ -199,7 +217,8 @@ class Branches(Block):
 class Split(Block):
     """The channels cut into equal parts, each through a body of its own, joined again. Any layout.
 
-    ``how``: torch's ``chunk``; ``split`` by a list of sizes, the first of which may be larger; ``slice`` by indexing; ``unbind`` of a view.
+    ``how``: torch's ``chunk``; ``split`` by a list of sizes, the first of which may be larger; ``slice`` by
+    indexing; ``unbind`` of a view.
     """
 
     bodies: tuple[tuple[Block, ...], ...]
@@ -223,4 +242,12 @@ class Split(Block):
         return [each + rest, *[each] * (len(self.bodies) - 1)]
 
     def result(self, shape: Shape) -> Shape:
-        return joined(self, shape, [after(body, shape.wide(size)) for body, size in zip(self.bodies, self.sizes(shape), strict=True)], self.join)
+        return joined(
+            self,
+            shape,
+            [
+                after(body, shape.wide(size))
+                for body, size in zip(self.bodies, self.sizes(shape), strict=True)
+            ],
+            self.join,
+        )

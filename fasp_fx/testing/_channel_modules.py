@@ -29,7 +29,13 @@ def activation(block: Activation, shape: Shape) -> nn.Module:
         return nn.PReLU(shape.channels)
     if block.kind == "dropout":
         return nn.Dropout(0.5)
-    simple: dict[str, type[nn.Module]] = {"relu": nn.ReLU, "gelu": nn.GELU, "silu": nn.SiLU, "tanh": nn.Tanh, "hardswish": nn.Hardswish}
+    simple: dict[str, type[nn.Module]] = {
+        "relu": nn.ReLU,
+        "gelu": nn.GELU,
+        "silu": nn.SiLU,
+        "tanh": nn.Tanh,
+        "hardswish": nn.Hardswish,
+    }
     return simple[block.kind]()
 
 
@@ -96,7 +102,10 @@ class GatedLayer(nn.Module):
         super().__init__()
         self.form = block.form
         if block.form == "separate":
-            self.gate, self.up = nn.Linear(channels, block.width, block.bias), nn.Linear(channels, block.width, block.bias)
+            self.gate, self.up = (
+                nn.Linear(channels, block.width, block.bias),
+                nn.Linear(channels, block.width, block.bias),
+            )
         else:
             self.both = nn.Linear(channels, 2 * block.width, block.bias)
 
@@ -118,7 +127,11 @@ class TiedLayers(nn.Module):
         else:
             self.up = nn.Linear(channels, width)
         if form == "pair":
-            self.down, self.up_again, self.down_again = nn.Linear(width, width), nn.Linear(channels, width), nn.Linear(width, width)
+            self.down, self.up_again, self.down_again = (
+                nn.Linear(width, width),
+                nn.Linear(channels, width),
+                nn.Linear(width, width),
+            )
             self.up_again.weight, self.down_again.weight = self.up.weight, self.down.weight
 
     def forward(self, x: Tensor) -> Tensor:
@@ -184,4 +197,6 @@ class SplitModule(nn.Module):
         return [x.narrow(dim, start, size) for start, size in zip(starts, self.sizes, strict=True)]
 
     def forward(self, x: Tensor) -> Tensor:
-        return join([body(part) for body, part in zip(self.bodies, self.parts(x), strict=True)], self.how, self.dim)
+        return join(
+            [body(part) for body, part in zip(self.bodies, self.parts(x), strict=True)], self.how, self.dim
+        )

@@ -1,7 +1,8 @@
 """How blocks are drawn behind a running shape: which ones can follow, simplest first, and with which options.
 
-The first of every choice is the simplest, so that hypothesis shrinks to it. It counts fewer choices as simpler still, so every option is drawn
-whether or not it applies. Bodies inside other blocks keep the layout and its sizes.
+The first of every choice is the simplest, so that hypothesis shrinks to it. It counts fewer choices as
+simpler still, so every option is drawn whether or not it applies. Bodies inside other blocks keep the layout
+and its sizes.
 """
 
 from __future__ import annotations
@@ -11,7 +12,24 @@ from dataclasses import dataclass
 
 from hypothesis import strategies as st
 
-from ._channel_blocks import ACTIVATIONS, GATES, JOINS, PARTS, TIES, Activation, Branches, Gated, Linear, MixTokens, Move, Norm, Residual, Scale, Split, Tied
+from ._channel_blocks import (
+    ACTIVATIONS,
+    GATES,
+    JOINS,
+    PARTS,
+    TIES,
+    Activation,
+    Branches,
+    Gated,
+    Linear,
+    MixTokens,
+    Move,
+    Norm,
+    Residual,
+    Scale,
+    Split,
+    Tied,
+)
 from ._draw_odd import draw_odd
 from ._image_blocks import COLLAPSES, POOLS, Collapse, Conv, Pool, Resize, SqueezeExcite
 from ._large_blocks import EXPERTS, KERNELS, POSITIONS, PROJECTIONS, ROUTES, SHARING, Attention, Experts
@@ -70,7 +88,9 @@ def body(draw: st.DrawFn, shape: Shape, limits: Limits, channels: int | None = N
 def more(draw: st.DrawFn, shape: Shape, limits: Limits) -> list[Block]:
     """Blocks one after another, often none."""
     found: list[Block] = []
-    while draw(st.integers(0, 2 if len(found) < limits.longest else 0)):  # the last one is drawn too: without a block, every other choice stays in place
+    while draw(
+        st.integers(0, 2 if len(found) < limits.longest else 0)
+    ):  # the last one is drawn too: without a block, every other choice stays in place
         block = any_block(draw, shape, limits)
         found.append(block)
         shape = block.result(shape)
@@ -120,7 +140,9 @@ def _dense(draw: st.DrawFn, shape: Shape, limits: Limits) -> Block:
 
 
 def _activation(draw: st.DrawFn, shape: Shape, limits: Limits) -> Block:
-    return Activation(draw(st.sampled_from([kind for kind in ACTIVATIONS if kind != "prelu" or shape.layout != "sequence"])))
+    return Activation(
+        draw(st.sampled_from([kind for kind in ACTIVATIONS if kind != "prelu" or shape.layout != "sequence"]))
+    )
 
 
 def _norm(draw: st.DrawFn, shape: Shape, limits: Limits) -> Block:
@@ -129,7 +151,9 @@ def _norm(draw: st.DrawFn, shape: Shape, limits: Limits) -> Block:
         kind = draw(st.sampled_from(["batch", "group"] if single else ["batch", "group", "instance"]))
         groups = divisor(draw, shape.channels)
         return Norm(kind, groups if kind == "group" else 1)
-    return Norm(draw(st.sampled_from(["layer", "rms", "plain_rms", *(["batch"] if shape.layout == "vector" else [])])))
+    return Norm(
+        draw(st.sampled_from(["layer", "rms", "plain_rms", *(["batch"] if shape.layout == "vector" else [])]))
+    )
 
 
 def _scale(draw: st.DrawFn, shape: Shape, limits: Limits) -> Block:
@@ -181,7 +205,10 @@ def _branches(draw: st.DrawFn, shape: Shape, limits: Limits) -> Block:
     join = draw(st.sampled_from(JOINS))
     channels = None if join == "cat" else width(draw)
     itself = draw(st.sampled_from([True, False])) and channels in (None, shape.channels)
-    bodies = [() if itself else body(draw, shape, limits.inside(), channels), body(draw, shape, limits.inside(), channels)]
+    bodies = [
+        () if itself else body(draw, shape, limits.inside(), channels),
+        body(draw, shape, limits.inside(), channels),
+    ]
     while draw(st.integers(0, 1 if len(bodies) < 3 else 0)):
         bodies.append(body(draw, shape, limits.inside(), channels))
     return Branches(tuple(bodies), join)

@@ -7,10 +7,29 @@ from __future__ import annotations
 
 from hypothesis import strategies as st
 
-from ._odd_blocks import ACROSS, FOREIGN, FUSED, MEMORIES, PICKS, REGROUPS, REUSES, SIZED, Across, Foreign, Fused, Odd, Pick, Regroup, Remember, Reuse, Sized
+from ._odd_blocks import (
+    ACROSS,
+    FOREIGN,
+    FUSED,
+    MEMORIES,
+    PICKS,
+    REGROUPS,
+    REUSES,
+    SIZED,
+    Across,
+    Foreign,
+    Fused,
+    Odd,
+    Pick,
+    Regroup,
+    Remember,
+    Reuse,
+    Sized,
+)
 from ._spec import Shape
 
-#: by class: its kinds, and the layouts that it follows; those that follow most come first, so that each stays what it is in a simpler layout
+#: by class: its kinds, and the layouts that it follows; those that follow most come first, so that each stays
+#: what it is in a simpler layout
 _KINDS: dict[type[Odd], tuple[tuple[str, ...], tuple[str, ...]]] = {
     Across: (ACROSS, ("vector", "sequence", "image")),
     Foreign: (FOREIGN, ("vector", "sequence", "image")),
@@ -27,9 +46,15 @@ def draw_odd(draw: st.DrawFn, shape: Shape, width: int) -> Odd:
     """An odd block behind a shape; ``width`` serves those that have channels of their own."""
     fitting = [kind for kind, (_, layouts) in _KINDS.items() if shape.layout in layouts]
     chosen = draw(st.sampled_from(fitting))
-    kinds = [kind for kind in _KINDS[chosen][0] if (chosen, kind) != (Sized, "select") or shape.sizes[0] <= shape.channels]
+    kinds = [
+        kind
+        for kind in _KINDS[chosen][0]
+        if (chosen, kind) != (Sized, "select") or shape.sizes[0] <= shape.channels
+    ]
     kind = draw(st.sampled_from(kinds))
-    blocks = draw(st.sampled_from([d for d in range(2, shape.channels + 1) if shape.channels % d == 0] or [1]))
+    blocks = draw(
+        st.sampled_from([d for d in range(2, shape.channels + 1) if shape.channels % d == 0] or [1])
+    )
     if chosen is Across:
         return Across(kind, blocks)
     if chosen is Regroup:

@@ -1,4 +1,6 @@
-"""Invariants 1, 2 and 4: what is computed, that nothing happens where nothing is removed, and that the plan tells the truth."""
+"""Invariants 1, 2 and 4: what is computed, that nothing happens where nothing is removed, and that the plan
+tells the truth.
+"""
 
 from __future__ import annotations
 
@@ -30,7 +32,11 @@ def mask_exact(case: Case) -> None:
         wrong = error(found, expected)
         case.worst, case.compared = max(case.worst, wrong), case.compared + 1
         case.seen = min(case.seen, error(expected, dense))
-        hold(wrong <= case.tolerance, f"on inputs {shapes(call)} the error against the masked dense model is {wrong:.2e}; plan:\n{case.plan}")
+        hold(
+            wrong <= case.tolerance,
+            f"on inputs {shapes(call)} the error against the masked dense model is {wrong:.2e};"
+            f" plan:\n{case.plan}",
+        )
 
 
 def call_result(case: Case, result: fasp_fx.Result, call: Call) -> object | None:
@@ -42,7 +48,10 @@ def call_result(case: Case, result: fasp_fx.Result, call: Call) -> object | None
             case.run(case.untouched.module, call)
         except Exception:
             return None
-        raise Violation(f"inputs {shapes(call)} are refused, though the captured program takes them: {type(problem).__name__}: {problem}") from problem
+        raise Violation(
+            f"inputs {shapes(call)} are refused, though the captured program takes them:"
+            f" {type(problem).__name__}: {problem}"
+        ) from problem
 
 
 def shapes(call: Call) -> str:
@@ -54,12 +63,21 @@ def nothing_removed(case: Case) -> None:
     """Removing nothing returns a program bit-equal to the captured one, with the caller's weights."""
     result, program = case.untouched, case.captured
     found = pytree.tree_leaves(case.run(result.module, (case.args, case.kwargs)))
-    expected = pytree.tree_leaves(case.run(program.module, (tuple(program.flat_inputs(case.args, case.kwargs)), {})))
+    expected = pytree.tree_leaves(
+        case.run(program.module, (tuple(program.flat_inputs(case.args, case.kwargs)), {}))
+    )
     for index, (a, b) in enumerate(zip(found, expected, strict=True)):
-        same = torch.equal(a, b) or bool(((a == b) | (a.isnan() & b.isnan())).all()) if isinstance(a, Tensor) else a == b
+        same = (
+            torch.equal(a, b) or bool(((a == b) | (a.isnan() & b.isnan())).all())
+            if isinstance(a, Tensor)
+            else a == b
+        )
         hold(same, f"output {index} differs from that of the captured program")
     dense = case.run(case.dense, (case.args, case.kwargs))
-    hold(error(case.run(result.module, (case.args, case.kwargs)), dense) <= case.tolerance, "the captured program does not compute what the model computes")
+    hold(
+        error(case.run(result.module, (case.args, case.kwargs)), dense) <= case.tolerance,
+        "the captured program does not compute what the model computes",
+    )
     weights = tensors_of(callable_of(result.module))
     folded = {weight.name for weight in case.captured.folds}
     for name, parameter in case.dense.named_parameters(remove_duplicate=False):
@@ -68,10 +86,15 @@ def nothing_removed(case: Case) -> None:
 
 
 def plan_is_true(case: Case) -> None:
-    """Channel sets partition the channels, indices are in range, the plan says what happened, and it is for this model alone."""
+    """Channel sets partition the channels, indices are in range, the plan says what happened, and it is for
+    this model alone.
+    """
     _partition(case)
     _weights_are_slices(case)
-    hold(case.result.plan.slices() == case.plan.slices(), f"the result says that it lost\n{case.result.plan}\nbut the plan was\n{case.plan}")
+    hold(
+        case.result.plan.slices() == case.plan.slices(),
+        f"the result says that it lost\n{case.result.plan}\nbut the plan was\n{case.plan}",
+    )
     read = PruningPlan.from_json(case.plan.to_json())
     hold(read == case.plan, "the plan does not survive JSON")
     again = case.apply(read)
@@ -85,7 +108,10 @@ def _partition(case: Case) -> None:
     tensors = _with_copies(case.plan, tensors_of(case.reference))
     seen: dict[tuple[str, int], set[int]] = {}
     for group in case.analysis.groups:
-        hold(len(np.unique(group.sets)) == group.size, f"group '{group.name}' counts {group.size} channel sets but holds {len(np.unique(group.sets))}")
+        hold(
+            len(np.unique(group.sets)) == group.size,
+            f"group '{group.name}' counts {group.size} channel sets but holds {len(np.unique(group.sets))}",
+        )
     for planned in case.plan.groups:
         for part in (*planned.producers, *planned.consumers):
             hold(part.name in tensors, f"the plan names '{part.name}', which the model does not have")
@@ -93,8 +119,15 @@ def _partition(case: Case) -> None:
             for removed in part.by_block():
                 listed = list(removed)
                 hold(listed == sorted(set(listed)), f"{part} lists an index twice or out of order")
-                hold(all(0 <= index < size for index in listed), f"{part} is out of range: the dimension has {size}")
-        own = {(part.name, part.dim): set(part.by_block()[0]) for part in (*planned.producers, *planned.consumers) if part.block_dim is None}
+                hold(
+                    all(0 <= index < size for index in listed),
+                    f"{part} is out of range: the dimension has {size}",
+                )
+        own = {
+            (part.name, part.dim): set(part.by_block()[0])
+            for part in (*planned.producers, *planned.consumers)
+            if part.block_dim is None
+        }
         for place, indices in own.items():
             taken = seen.setdefault(place, set())
             hold(not taken & indices, f"two groups remove the same index of {place}")
@@ -113,13 +146,23 @@ def _weights_are_slices(case: Case) -> None:
     for name, tensor in found.items():
         if name in pieces:
             rows = torch.tensor(pieces[name].rows)
-            source, mask = (t.index_select(pieces[name].dim, rows) for t in (tensors[pieces[name].source].detach().cpu(), masks[pieces[name].source]))
+            source, mask = (
+                t.index_select(pieces[name].dim, rows)
+                for t in (tensors[pieces[name].source].detach().cpu(), masks[pieces[name].source])
+            )
         elif name in tensors:
             source, mask = tensors[name].detach().cpu(), masks[name]
         else:
             continue
-        hold(int(mask.sum()) == tensor.numel(), f"'{name}' has shape {tuple(tensor.shape)}, but the plan leaves {int(mask.sum())} of its elements")
-        hold(torch.equal(source[mask].reshape(tensor.shape), tensor.detach().cpu()), f"'{name}' is not the model's without what the plan removes")
+        hold(
+            int(mask.sum()) == tensor.numel(),
+            f"'{name}' has shape {tuple(tensor.shape)}, but the plan leaves {int(mask.sum())} of its"
+            " elements",
+        )
+        hold(
+            torch.equal(source[mask].reshape(tensor.shape), tensor.detach().cpu()),
+            f"'{name}' is not the model's without what the plan removes",
+        )
 
 
 def _with_copies(plan: fasp_fx.PruningPlan, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -134,7 +177,9 @@ def _tied_names(tensors: dict[str, Tensor]) -> dict[str, list[str]]:
 def same_weights(first: fasp_fx.Result, second: fasp_fx.Result) -> bool:
     """Whether two results hold the same weights under the same names."""
     a, b = tensors_of(first.module), tensors_of(second.module)
-    return a.keys() == b.keys() and all(a[name].shape == b[name].shape and torch.equal(a[name], b[name]) for name in a)
+    return a.keys() == b.keys() and all(
+        a[name].shape == b[name].shape and torch.equal(a[name], b[name]) for name in a
+    )
 
 
 def _refused(call: Callable[[], object], message: str) -> None:
@@ -163,8 +208,14 @@ def two_steps(case: Case) -> None:
     first = case.apply(case.plan_of(part))
     second = case.apply(case.plan_of(rest).after(first.plan), first.module)
     at_once = case.apply(case.plan_of(whole))
-    hold(same_weights(second, at_once), f"two steps lead to other weights than one; first\n{first.plan}\nthen\n{case.plan_of(rest)}")
+    hold(
+        same_weights(second, at_once),
+        f"two steps lead to other weights than one; first\n{first.plan}\nthen\n{case.plan_of(rest)}",
+    )
     call = case.calls[-1]
     found, expected = call_result(case, second, call), call_result(case, at_once, call)
     if found is not None and expected is not None:
-        hold(error(found, expected) <= case.tolerance, f"two steps compute something else than one: {error(found, expected):.2e}")
+        hold(
+            error(found, expected) <= case.tolerance,
+            f"two steps compute something else than one: {error(found, expected):.2e}",
+        )

@@ -1,4 +1,6 @@
-"""Attention over what becomes of a fused projection, in plain torch: tokens are put into windows, cut or reordered before its parts are taken out."""
+"""Attention over what becomes of a fused projection, in plain torch: tokens are put into windows, cut or
+reordered before its parts are taken out.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +14,9 @@ _WINDOW = 3
 
 
 class FusedAttention(nn.Module):
-    """Attention whose queries, keys and values are parts of one product; what it returns has the shape of what it is given."""
+    """Attention whose queries, keys and values are parts of one product; what it returns has the shape of
+    what it is given.
+    """
 
     def __init__(self, block: Fused, channels: int) -> None:
         super().__init__()
@@ -35,7 +39,9 @@ class FusedAttention(nn.Module):
         return found[:, :tokens] if self.kind in ("windows", "batch", "across", "cut", "half") else found
 
     def laid_out(self, fused: Tensor, windows: int) -> Tensor:
-        """The product with its tokens moved: ``[batch, …, tokens, channels]``, tokens first where they are ``turned``."""
+        """The product with its tokens moved: ``[batch, …, tokens, channels]``, tokens first where they are
+        ``turned``.
+        """
         batch, tokens, channels = fused.shape
         quarter = tokens // 4
         if self.kind == "turned":

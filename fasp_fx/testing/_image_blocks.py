@@ -16,7 +16,8 @@ RESIZES = ("upsample", "pixel_shuffle")
 class Conv(Block):
     """A convolution to ``channels`` channels, padded to keep the sizes (with ``stride`` 2: to halve them).
 
-    ``depthwise``: as many groups as input channels, of which ``channels`` is a multiple. ``transposed`` with ``stride`` 2 doubles the sizes.
+    ``depthwise``: as many groups as input channels, of which ``channels`` is a multiple. ``transposed`` with
+    ``stride`` 2 doubles the sizes.
     """
 
     channels: int
@@ -38,7 +39,10 @@ class Conv(Block):
         self.only(shape, "image")
         groups = self.groups_for(shape)
         if shape.channels % groups or self.channels % groups:
-            raise self.refuse(shape, f"{shape.channels} and {self.channels} channels do not both divide into {groups} groups")
+            raise self.refuse(
+                shape,
+                f"{shape.channels} and {self.channels} channels do not both divide into {groups} groups",
+            )
         if self.kernel % 2 == 0:
             raise self.refuse(shape, "an even kernel does not keep the sizes")
         sizes = (size * self.stride if self.transposed else -(-size // self.stride) for size in shape.sizes)
@@ -58,7 +62,9 @@ class Pool(Block):
         self.only(shape, "image")
         if min(shape.sizes) < 2:
             raise self.refuse(shape, "there is nothing left to pool")
-        return replace(shape, sizes=tuple(size - 1 if self.kind == "adaptive" else size // 2 for size in shape.sizes))
+        return replace(
+            shape, sizes=tuple(size - 1 if self.kind == "adaptive" else size // 2 for size in shape.sizes)
+        )
 
 
 @dataclass(frozen=True, repr=False)
@@ -77,7 +83,9 @@ class SqueezeExcite(Block):
 
 @dataclass(frozen=True, repr=False)
 class Resize(Block):
-    """Twice as large: ``upsample`` by repeating, or ``pixel_shuffle`` of channels into positions (two dimensions only)."""
+    """Twice as large: ``upsample`` by repeating, or ``pixel_shuffle`` of channels into positions (two
+    dimensions only).
+    """
 
     kind: str = "upsample"
 
@@ -90,13 +98,17 @@ class Resize(Block):
         if self.kind == "upsample":
             return replace(shape, sizes=sizes)
         if len(sizes) != 2 or shape.channels % 4:
-            raise self.refuse(shape, "pixel shuffle takes images of two dimensions and a multiple of 4 channels")
+            raise self.refuse(
+                shape, "pixel shuffle takes images of two dimensions and a multiple of 4 channels"
+            )
         return Shape("image", shape.channels // 4, sizes)
 
 
 @dataclass(frozen=True, repr=False)
 class Collapse(Block):
-    """To vectors: ``flatten`` positions and channels together, or their ``mean`` over positions. Takes sequences too."""
+    """To vectors: ``flatten`` positions and channels together, or their ``mean`` over positions. Takes
+    sequences too.
+    """
 
     kind: str = "flatten"
 

@@ -15,8 +15,19 @@ def conv(block: Conv, shape: Shape) -> nn.Module:
     padding = block.kernel // 2
     if block.transposed:
         kind = nn.ConvTranspose2d if spatial == 2 else nn.ConvTranspose1d
-        return kind(shape.channels, block.channels, block.kernel, block.stride, padding, block.stride - 1, groups, block.bias)
-    return (nn.Conv2d if spatial == 2 else nn.Conv1d)(shape.channels, block.channels, block.kernel, block.stride, padding, groups=groups, bias=block.bias)
+        return kind(
+            shape.channels,
+            block.channels,
+            block.kernel,
+            block.stride,
+            padding,
+            block.stride - 1,
+            groups,
+            block.bias,
+        )
+    return (nn.Conv2d if spatial == 2 else nn.Conv1d)(
+        shape.channels, block.channels, block.kernel, block.stride, padding, groups=groups, bias=block.bias
+    )
 
 
 def pool(block: Pool, shape: Shape) -> nn.Module:

@@ -21,7 +21,9 @@ def rewinding(module: nn.Module) -> Iterator[None]:
     finally:
         with torch.no_grad():
             for buffer, before in held:
-                if not torch.equal(buffer.nan_to_num(), before.nan_to_num()):  # a write of the same is a write to those who count them
+                if not torch.equal(
+                    buffer.nan_to_num(), before.nan_to_num()
+                ):  # a write of the same is a write to those who count them
                     buffer.copy_(before)
 
 
@@ -47,7 +49,10 @@ def remembers(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) 
         return False
     with rewinding(module):
         module(*args, **kwargs)
-        return any(not torch.equal(old.nan_to_num(), new.nan_to_num()) for old, new in zip(before, module.buffers(), strict=True))
+        return any(
+            not torch.equal(old.nan_to_num(), new.nan_to_num())
+            for old, new in zip(before, module.buffers(), strict=True)
+        )
 
 
 def _kept(output: Any) -> Any:

@@ -21,11 +21,13 @@ class Attention(Block):
     """Causal self-attention, in which ``repeat`` query heads share each of ``kv_heads`` key and value heads.
 
     Attributes:
-        projection: ``separate`` weights; one ``fused`` weight cut into [q | k | v]; one ``interleaved`` weight viewed as
-            [kv_heads, repeat + 2, head_dim]; one ``stacked`` weight viewed as [3, heads, head_dim] (for it ``repeat`` is 1).
+        projection: ``separate`` weights; one ``fused`` weight cut into [q | k | v]; one ``interleaved``
+            weight viewed as [kv_heads, repeat + 2, head_dim]; one ``stacked`` weight viewed as [3, heads,
+            head_dim] (for it ``repeat`` is 1).
         positions: ``rope`` turns the halves of a head together, ``rope_pairs`` neighbours.
         kernel: fused (``sdpa``) or written out (``eager``).
-        sharing: how shared heads are given out: ``expand`` and reshape, ``interleave`` (repeat), or ``native`` to the fused kernel.
+        sharing: how shared heads are given out: ``expand`` and reshape, ``interleave`` (repeat), or
+            ``native`` to the fused kernel.
     """
 
     kv_heads: int = 1
@@ -44,9 +46,15 @@ class Attention(Block):
         choice(self.kernel, KERNELS, "kernel")
         choice(self.sharing, SHARING, "sharing")
         if self.projection == "stacked" and self.repeat != 1:
-            raise ArgumentError(f"repeat={self.repeat} does not go with projection='stacked', which has as many key heads as query heads")
+            raise ArgumentError(
+                f"repeat={self.repeat} does not go with projection='stacked', which has as many key heads as"
+                " query heads"
+            )
         if self.positions != "none" and self.head_dim % 2:
-            raise ArgumentError(f"head_dim={self.head_dim} does not go with positions={self.positions!r}, which turns pairs of channels")
+            raise ArgumentError(
+                f"head_dim={self.head_dim} does not go with positions={self.positions!r}, which turns pairs"
+                " of channels"
+            )
 
     @property
     def heads(self) -> int:
@@ -62,8 +70,8 @@ class Attention(Block):
 class Experts(Block):
     """``count`` two-layer experts of ``width`` neurons, added up by a softmax router.
 
-    ``route``: ``dense`` computes all, ``top`` gathers the weights of the best one for every token. ``form`` of dense experts: a ``loop`` over
-    modules, ``bmm`` or ``einsum`` over stacked weights.
+    ``route``: ``dense`` computes all, ``top`` gathers the weights of the best one for every token. ``form``
+    of dense experts: a ``loop`` over modules, ``bmm`` or ``einsum`` over stacked weights.
     """
 
     width: int

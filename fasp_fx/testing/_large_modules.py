@@ -31,7 +31,11 @@ class AttentionModule(nn.Module):
         else:
             self.qkv = nn.Linear(channels, q + 2 * kv, bias=block.bias)
         self.out = nn.Linear(q, channels, bias=block.bias)
-        self.register_buffer("frequencies", 1.0 / (10.0 ** (torch.arange(0, block.head_dim, 2) / block.head_dim)), persistent=False)
+        self.register_buffer(
+            "frequencies",
+            1.0 / (10.0 ** (torch.arange(0, block.head_dim, 2) / block.head_dim)),
+            persistent=False,
+        )
 
     def project(self, x: Tensor) -> tuple[Tensor, ...]:
         """Queries, keys and values, each ``[batch, heads, tokens, head_dim]``."""
@@ -42,9 +46,17 @@ class AttentionModule(nn.Module):
             return parts[0], parts[1], parts[2]
         if block.projection == "interleaved":
             parts = self.qkv(x).view(batch, tokens, block.kv_heads, block.repeat + 2, d)
-            found: tuple[Tensor, ...] = (parts[..., :-2, :].reshape(batch, tokens, block.heads, d), parts[..., -2, :], parts[..., -1, :])
+            found: tuple[Tensor, ...] = (
+                parts[..., :-2, :].reshape(batch, tokens, block.heads, d),
+                parts[..., -2, :],
+                parts[..., -1, :],
+            )
         else:
-            flat = (self.q(x), self.k(x), self.v(x)) if block.projection == "separate" else self.qkv(x).split([q, kv, kv], dim=-1)
+            flat = (
+                (self.q(x), self.k(x), self.v(x))
+                if block.projection == "separate"
+                else self.qkv(x).split([q, kv, kv], dim=-1)
+            )
             found = tuple(part.view(batch, tokens, -1, d) for part in flat)
         return tuple(part.transpose(1, 2) for part in found)
 
@@ -53,7 +65,11 @@ class AttentionModule(nn.Module):
         if self.block.sharing == "interleave":
             return x.repeat_interleave(self.block.repeat, dim=1)
         batch, heads, tokens, d = x.shape
-        return x[:, :, None].expand(batch, heads, self.block.repeat, tokens, d).reshape(batch, heads * self.block.repeat, tokens, d)
+        return (
+            x[:, :, None]
+            .expand(batch, heads, self.block.repeat, tokens, d)
+            .reshape(batch, heads * self.block.repeat, tokens, d)
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         block, (batch, tokens, _) = self.block, x.shape
@@ -67,7 +83,9 @@ class AttentionModule(nn.Module):
         if block.repeat > 1 and not native:
             k, v = self.share(k), self.share(v)
         if block.kernel == "sdpa":
-            mixed = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=native and block.repeat > 1)
+            mixed = F.scaled_dot_product_attention(
+                q, k, v, is_causal=True, enable_gqa=native and block.repeat > 1
+            )
         else:
             later = torch.ones(tokens, tokens, dtype=torch.bool, device=x.device).triu(1)
             scores = (q @ k.transpose(-2, -1)) / block.head_dim**0.5
@@ -83,7 +101,10 @@ class ExpertsModule(nn.Module):
         self.block = block
         self.router = nn.Linear(channels, block.count, bias=False)
         if block.route == "dense" and block.form == "loop":
-            layers = ([nn.Linear(channels, block.width), nn.ReLU(), nn.Linear(block.width, channels)] for _ in range(block.count))
+            layers = (
+                [nn.Linear(channels, block.width), nn.ReLU(), nn.Linear(block.width, channels)]
+                for _ in range(block.count)
+            )
             self.experts = nn.ModuleList(nn.Sequential(*own) for own in layers)
         else:
             self.up = nn.Parameter(torch.empty(block.count, channels, block.width))
@@ -97,7 +118,9 @@ class ExpertsModule(nn.Module):
             hidden = torch.relu(torch.bmm(flat[:, None], self.up[chosen]))
             mixed = torch.bmm(hidden, self.down[chosen])[:, 0] * best[:, None]
         elif self.block.form == "loop":
-            mixed = torch.stack([expert(flat) * gates[:, index : index + 1] for index, expert in enumerate(self.experts)]).sum(0)
+            mixed = torch.stack(
+                [expert(flat) * gates[:, index : index + 1] for index, expert in enumerate(self.experts)]
+            ).sum(0)
         elif self.block.form == "bmm":
             hidden = torch.relu(torch.bmm(flat.expand(self.block.count, -1, -1), self.up))
             mixed = (torch.bmm(hidden, self.down) * gates.t()[..., None]).sum(0)

@@ -72,7 +72,9 @@ class Images(Source):
 
 @dataclass(frozen=True, repr=False)
 class Tokens(Source):
-    """Integers below ``vocabulary`` of shape ``[batch, tokens]``, embedded in ``width`` channels; ``positions`` adds a learned table."""
+    """Integers below ``vocabulary`` of shape ``[batch, tokens]``, embedded in ``width`` channels;
+    ``positions`` adds a learned table.
+    """
 
     vocabulary: int = 5
     width: int = 2
@@ -95,9 +97,11 @@ class Net(Spec):
         blocks: what the joined inputs go through.
         inputs: one to three inputs.
         join: how several inputs are joined.
-        heads: the blocks of each of several outputs; without any, there is one output: what the blocks lead to.
+        heads: the blocks of each of several outputs; without any, there is one output: what the blocks lead
+            to.
         named: whether several outputs come as a dict rather than a tuple.
-        tied: whether a last layer over the vocabulary shares the embedding's weight (the only input is then tokens).
+        tied: whether a last layer over the vocabulary shares the embedding's weight (the only input is then
+            tokens).
     """
 
     blocks: tuple[Block, ...]
@@ -126,7 +130,10 @@ class Net(Spec):
         if self.join == "cat":
             return first.wide(sum(part.channels for part in parts))
         if any(part.channels != first.channels for part in parts):
-            raise ArgumentError(f"inputs of {', '.join(str(part.channels) for part in parts)} channels cannot be joined by {self.join!r}")
+            raise ArgumentError(
+                f"inputs of {', '.join(str(part.channels) for part in parts)} channels cannot be joined by"
+                f" {self.join!r}"
+            )
         return first
 
     def shapes(self) -> list[Shape]:
@@ -137,9 +144,18 @@ class Net(Spec):
         """
         last = after(self.blocks, self.entry())
         if self.tied:
-            (source, *others) = self.inputs
-            if others or self.heads or not isinstance(source, Tokens) or source.width != last.channels or last.layout == "image":
-                raise ArgumentError("tied=True needs a single input of tokens, a single output, and as many channels at the end as the embedding has")
+            source, *others = self.inputs
+            if (
+                others
+                or self.heads
+                or not isinstance(source, Tokens)
+                or source.width != last.channels
+                or last.layout == "image"
+            ):
+                raise ArgumentError(
+                    "tied=True needs a single input of tokens, a single output, and as many channels at the"
+                    " end as the embedding has"
+                )
             return [last.wide(source.vocabulary)]
         return [after(head, last) for head in self.heads] or [last]
 

@@ -1,4 +1,6 @@
-"""Blocks in which channels lie where a reader, or an analysis, may not expect them. Each leads to the shape that it follows."""
+"""Blocks in which channels lie where a reader, or an analysis, may not expect them. Each leads to the shape
+that it follows.
+"""
 
 from __future__ import annotations
 
@@ -6,14 +8,37 @@ from dataclasses import dataclass
 
 from ._spec import Block, Shape, choice, positive
 
-ACROSS = ("roll", "flip", "cumsum", "cumprod", "cummax", "logcumsumexp", "sort", "argsort", "fourier", "softmax")
+ACROSS = (
+    "roll",
+    "flip",
+    "cumsum",
+    "cumprod",
+    "cummax",
+    "logcumsumexp",
+    "sort",
+    "argsort",
+    "fourier",
+    "softmax",
+)
 REGROUPS = ("heads", "turned", "batch", "rows", "chunk", "flatten", "crosswise")
 MEMORIES = ("order", "beside", "blocks", "counter", "trace")
 FOREIGN = ("number", "pair", "several", "fill")
 SIZED = ("pad", "slice", "blocks", "last", "end", "time", "select")
 REUSES = ("autoencoder", "columns", "rows", "square", "gram")
 PICKS = ("gather", "largest", "table", "unbind", "one_by_one", "permuted", "twice", "computed", "chosen")
-FUSED = ("whole", "stacked", "turned", "flat", "windows", "batch", "across", "cut", "half", "shifted", "backwards")
+FUSED = (
+    "whole",
+    "stacked",
+    "turned",
+    "flat",
+    "windows",
+    "batch",
+    "across",
+    "cut",
+    "half",
+    "shifted",
+    "backwards",
+)
 
 
 @dataclass(frozen=True, repr=False)
@@ -23,7 +48,9 @@ class Odd(Block):
 
 @dataclass(frozen=True, repr=False)
 class Across(Odd):
-    """The channels in ``blocks``, and an operator that goes across them: the same position of every block meets. Any layout."""
+    """The channels in ``blocks``, and an operator that goes across them: the same position of every block
+    meets. Any layout.
+    """
 
     kind: str = "roll"
     blocks: int = 2
@@ -40,9 +67,10 @@ class Across(Odd):
 class Regroup(Odd):
     """A reshape that reads tokens and channels in another order than they lie in, and one back.
 
-    ``heads`` (in ``blocks``) without the transpose that should precede it; ``turned`` and read as before; ``batch`` in the place of channels;
-    ``rows`` of as many channels, each with a scale; halves of the flattened sequence exchanged (``chunk``); ``flatten`` and back, which moves nothing;
-    repeated as often as there are tokens and read ``crosswise``.
+    ``heads`` (in ``blocks``) without the transpose that should precede it; ``turned`` and read as before;
+    ``batch`` in the place of channels; ``rows`` of as many channels, each with a scale; halves of the
+    flattened sequence exchanged (``chunk``); ``flatten`` and back, which moves nothing; repeated as often as
+    there are tokens and read ``crosswise``.
     """
 
     kind: str = "heads"
@@ -61,7 +89,8 @@ class Regroup(Odd):
 class Remember(Odd):
     """A buffer that every call writes.
 
-    The ``order`` of the channels (also ``beside`` them as they were) or of the ``blocks`` that they come in, a ``counter``, the ``trace`` of their means.
+    The ``order`` of the channels (also ``beside`` them as they were) or of the ``blocks`` that they come in,
+    a ``counter``, the ``trace`` of their means.
     """
 
     kind: str = "order"
@@ -80,8 +109,8 @@ class Remember(Odd):
 class Foreign(Odd):
     """A custom operator that nobody has described, with any return.
 
-    It gives a ``number``; a ``pair`` of a number and a tensor; ``several`` tensors in a list and one more; or nothing, and does ``fill`` an argument.
-    Any layout.
+    It gives a ``number``; a ``pair`` of a number and a tensor; ``several`` tensors in a list and one more; or
+    nothing, and does ``fill`` an argument. Any layout.
     """
 
     kind: str = "pair"
@@ -97,8 +126,9 @@ class Foreign(Odd):
 class Sized(Odd):
     """The number of tokens used as a number.
 
-    It says which channel to ``select``, how far to ``pad``, where to ``slice``, how many of the ``blocks`` to take, what is the ``last`` element or the
-    ``end`` of the flattened sequence, where the halves in ``time`` meet.
+    It says which channel to ``select``, how far to ``pad``, where to ``slice``, how many of the ``blocks`` to
+    take, what is the ``last`` element or the ``end`` of the flattened sequence, where the halves in ``time``
+    meet.
     """
 
     kind: str = "pad"
@@ -119,8 +149,9 @@ class Sized(Odd):
 class Reuse(Odd):
     """One weight read in two ways, with ``width`` channels in between.
 
-    ``autoencoder``: up, and down by the transposed weight; weights whose ``columns`` or ``rows`` are normalised in every call; a ``square`` one applied
-    twice, the second time transposed; ``gram``: times the weight's products with itself.
+    ``autoencoder``: up, and down by the transposed weight; weights whose ``columns`` or ``rows`` are
+    normalised in every call; a ``square`` one applied twice, the second time transposed; ``gram``: times the
+    weight's products with itself.
     """
 
     width: int
@@ -139,9 +170,10 @@ class Reuse(Odd):
 class Pick(Odd):
     """Positions that indices name.
 
-    Of channels: ``gather`` the largest of each vector, take that which is ``largest`` in the first one, or look its position up in a ``table``. Of a stack
-    of three two-layer weights with ``width`` neurons: all by ``unbind`` or ``one_by_one``; the second layers ``permuted``, one ``twice``, in a
-    ``computed`` order, or one ``chosen`` by the input.
+    Of channels: ``gather`` the largest of each vector, take that which is ``largest`` in the first one, or
+    look its position up in a ``table``. Of a stack of three two-layer weights with ``width`` neurons: all by
+    ``unbind`` or ``one_by_one``; the second layers ``permuted``, one ``twice``, in a ``computed`` order, or
+    one ``chosen`` by the input.
     """
 
     width: int
@@ -158,11 +190,13 @@ class Pick(Odd):
 
 @dataclass(frozen=True, repr=False)
 class Fused(Odd):
-    """Attention of ``heads`` of ``width`` channels, with queries, keys and values in one weight, whose tokens are moved before the three are taken apart.
+    """Attention of ``heads`` of ``width`` channels, with queries, keys and values in one weight, whose tokens
+    are moved before the three are taken apart.
 
-    They stay where they are in the ``whole`` sequence, where the three are ``stacked`` before the heads, where tokens are ``turned`` to the
-    front, or made ``flat`` with the samples and put back. They come in ``windows`` of three, in windows that join the ``batch``, or go
-    ``across`` windows. The last quarter is ``cut`` off, or the second ``half``; they are ``shifted`` by a quarter, or go ``backwards``.
+    They stay where they are in the ``whole`` sequence, where the three are ``stacked`` before the heads,
+    where tokens are ``turned`` to the front, or made ``flat`` with the samples and put back. They come in
+    ``windows`` of three, in windows that join the ``batch``, or go ``across`` windows. The last quarter is
+    ``cut`` off, or the second ``half``; they are ``shifted`` by a quarter, or go ``backwards``.
     """
 
     width: int

@@ -71,7 +71,9 @@ class Remembering(nn.Module):
     def __init__(self, block: Remember, channels: int) -> None:
         super().__init__()
         self.kind, self.blocks = block.kind, block.blocks
-        self.register_buffer("order", torch.arange(block.blocks if block.kind == "blocks" else channels).flip(0))
+        self.register_buffer(
+            "order", torch.arange(block.blocks if block.kind == "blocks" else channels).flip(0)
+        )
         self.register_buffer("calls", torch.zeros((), dtype=torch.long))
         self.register_buffer("trace", torch.zeros(channels))
 
@@ -85,7 +87,11 @@ class Remembering(nn.Module):
             found = x + trace
             trace.copy_(x.detach().mean(tuple(range(x.dim() - 1))))
             return found
-        found = x.unflatten(-1, (self.blocks, -1))[..., order, :].flatten(-2) if self.kind == "blocks" else x[..., order]
+        found = (
+            x.unflatten(-1, (self.blocks, -1))[..., order, :].flatten(-2)
+            if self.kind == "blocks"
+            else x[..., order]
+        )
         order.copy_(order.roll(1))
         return x + found if self.kind == "beside" else found
 
@@ -138,7 +144,13 @@ class ReusedWeight(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         weight = self.weight
         if self.kind in ("columns", "rows"):
-            return self.out(torch.tanh(F.linear(torch.tanh(self.into(x)), F.normalize(weight, dim=0 if self.kind == "columns" else 1))))
+            return self.out(
+                torch.tanh(
+                    F.linear(
+                        torch.tanh(self.into(x)), F.normalize(weight, dim=0 if self.kind == "columns" else 1)
+                    )
+                )
+            )
         if self.kind == "gram":
             return F.linear(x, weight.t() @ weight)
         return F.linear(torch.tanh(F.linear(x, weight)), weight.t())
@@ -150,14 +162,19 @@ class PickedStack(nn.Module):
     def __init__(self, block: Pick, channels: int) -> None:
         super().__init__()
         self.kind = block.kind
-        self.into, self.back = nn.Parameter(torch.empty(3, block.width, channels)), nn.Parameter(torch.empty(3, channels, block.width))
+        self.into, self.back = (
+            nn.Parameter(torch.empty(3, block.width, channels)),
+            nn.Parameter(torch.empty(3, channels, block.width)),
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         if self.kind == "unbind":
             pairs = list(zip(self.into.unbind(0), self.back.unbind(0), strict=True))
             return torch.stack([F.linear(torch.tanh(F.linear(x, up)), down) for up, down in pairs]).sum(0)
         if self.kind == "one_by_one":
-            return torch.stack([F.linear(torch.tanh(F.linear(x, self.into[at])), self.back[at]) for at in range(3)]).sum(0)
+            return torch.stack(
+                [F.linear(torch.tanh(F.linear(x, self.into[at])), self.back[at]) for at in range(3)]
+            ).sum(0)
         hidden = torch.tanh(torch.einsum("...c,ewc->e...w", x, self.into))
         return torch.einsum("e...w,ecw->...c", hidden, self.back[self.indices(x)])
 
@@ -169,7 +186,9 @@ class PickedStack(nn.Module):
             return [0, 0, 2]
         if self.kind == "computed":
             return torch.arange(3, device=x.device).flip(0)
-        return x.detach().reshape(-1, x.shape[-1]).mean(0).argmax() % 3 + torch.zeros(3, dtype=torch.long, device=x.device)
+        return x.detach().reshape(-1, x.shape[-1]).mean(0).argmax() % 3 + torch.zeros(
+            3, dtype=torch.long, device=x.device
+        )
 
 
 class PickedChannels(nn.Module):
@@ -227,7 +246,9 @@ def _(block: Reuse, shape: Shape) -> nn.Module:
 
 @odd.register
 def _(block: Pick, shape: Shape) -> nn.Module:
-    return (PickedChannels if block.kind in ("gather", "largest", "table") else PickedStack)(block, shape.channels)
+    return (PickedChannels if block.kind in ("gather", "largest", "table") else PickedStack)(
+        block, shape.channels
+    )
 
 
 @odd.register

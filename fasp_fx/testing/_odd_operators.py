@@ -1,4 +1,6 @@
-"""Operators that no rule describes, one for each form that a return can have. All mix the last dimension, so that a channel less shows."""
+"""Operators that no rule describes, one for each form that a return can have. All mix the last dimension, so
+that a channel less shows.
+"""
 
 from __future__ import annotations
 
@@ -26,8 +28,16 @@ def _fill(into: Tensor, x: Tensor) -> None:
     into.copy_(x.cumsum(-1))
 
 
-_define("number(Tensor x) -> SymInt", lambda x: int((x > 0).sum()), lambda x: torch.library.get_ctx().new_dynamic_size())
-_define("pair(Tensor x) -> (int, Tensor)", lambda x: (x.shape[-1], _mixed(x)), lambda x: (x.shape[-1], torch.empty_like(x)))
+_define(
+    "number(Tensor x) -> SymInt",
+    lambda x: int((x > 0).sum()),
+    lambda x: torch.library.get_ctx().new_dynamic_size(),
+)
+_define(
+    "pair(Tensor x) -> (int, Tensor)",
+    lambda x: (x.shape[-1], _mixed(x)),
+    lambda x: (x.shape[-1], torch.empty_like(x)),
+)
 _define(
     "several(Tensor x) -> (Tensor[], Tensor)",
     lambda x: ([2 * x, x.flip(-1)], _mixed(x)),

@@ -1,4 +1,6 @@
-"""Restoration: it changes consumers alone, and brings each closer to what it computed on the calibration data."""
+"""Restoration: it changes consumers alone, and brings each closer to what it computed on the calibration
+data.
+"""
 
 from __future__ import annotations
 
@@ -16,14 +18,25 @@ from .oracle import tensors_of
 
 
 def restored(case: Case) -> None:
-    """Weights that are no consumers, nor biases of such, are those of the plan alone; a restored linear layer is no further from the dense one than without."""
+    """Weights that are no consumers, nor biases of such, are those of the plan alone; a restored linear layer
+    is no further from the dense one than without.
+    """
     sparsity = case.sparsity if case.sparsity is not None else 0.6 * case.analysis.max_sparsity
     if sparsity <= 0:
         raise Skipped("nothing of this model can be pruned")
-    batch = {**dict(zip(_positional(case), case.args, strict=False)), **case.kwargs} if case.kwargs else case.args
+    batch = (
+        {**dict(zip(_positional(case), case.args, strict=False)), **case.kwargs} if case.kwargs else case.args
+    )
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        found = fasp_fx.prune(case.once, sparsity=sparsity, score="magnitude", propagate=False, calibration=[batch], **case.prune_options)
+        found = fasp_fx.prune(
+            case.once,
+            sparsity=sparsity,
+            score="magnitude",
+            propagate=False,
+            calibration=[batch],
+            **case.prune_options,
+        )
     if not found.plan.groups:
         raise Skipped("the sparsity removes nothing")
     plain = case.apply(found.plan)
@@ -33,7 +46,10 @@ def restored(case: Case) -> None:
     cut, repaired = tensors_of(plain.module), tensors_of(found.module)
     for name, tensor in cut.items():
         hold(repaired[name].shape == tensor.shape, f"restoring '{name}' changed its shape")
-        hold(bool(torch.isfinite(repaired[name]).all()) or not bool(torch.isfinite(tensor).all()), f"'{name}' is no longer finite")
+        hold(
+            bool(torch.isfinite(repaired[name]).all()) or not bool(torch.isfinite(tensor).all()),
+            f"'{name}' is no longer finite",
+        )
         if name not in changed and pieces.get(name) not in changed and not _tied_to(case, name, consumers):
             hold(torch.equal(repaired[name], tensor), f"'{name}' is no consumer, but restoring changed it")
     _closer(case, found, cut, repaired)
@@ -64,7 +80,9 @@ def _origin(node: fx.Node) -> fx.Node | None:
 
 def _tied_to(case: Case, name: str, consumers: set[str]) -> bool:
     tensors = tensors_of(case.reference)
-    return any(name in tensors and other in tensors and tensors[other] is tensors[name] for other in consumers)
+    return any(
+        name in tensors and other in tensors and tensors[other] is tensors[name] for other in consumers
+    )
 
 
 def _closer(case: Case, found: fasp_fx.Result, cut: dict[str, Tensor], repaired: dict[str, Tensor]) -> None:
@@ -73,22 +91,39 @@ def _closer(case: Case, found: fasp_fx.Result, cut: dict[str, Tensor], repaired:
         if part.name not in cut:
             continue  # a pass has split it
         owner = part.name.rpartition(".")[0]
-        if owner not in inputs or part.name != f"{owner}.weight" or part.dim != 1 or part.block_dim is not None or cut[part.name].shape[1] == 0:
+        if (
+            owner not in inputs
+            or part.name != f"{owner}.weight"
+            or part.dim != 1
+            or part.block_dim is not None
+            or cut[part.name].shape[1] == 0
+        ):
             continue
         x = inputs[owner]
-        gone = {index for group in found.plan.groups for p in group.consumers if (p.name, p.dim) == (part.name, 1) for index in p.removed}
+        gone = {
+            index
+            for group in found.plan.groups
+            for p in group.consumers
+            if (p.name, p.dim) == (part.name, 1)
+            for index in p.removed
+        }
         keep = torch.tensor([index for index in range(x.shape[1]) if index not in gone])
         rows = cut[part.name].shape[0]
         weight = tensors_of(case.reference)[part.name]
         if rows != weight.shape[0]:
             continue  # it loses rows as well
         dense, left = x @ weight.detach().double().t(), x[:, keep]
-        raised = (repaired[f"{owner}.bias"].double() - cut[f"{owner}.bias"].double()).detach() if f"{owner}.bias" in cut else 0.0
+        raised = (
+            (repaired[f"{owner}.bias"].double() - cut[f"{owner}.bias"].double()).detach()
+            if f"{owner}.bias" in cut
+            else 0.0
+        )
         before = (left @ cut[part.name].detach().double().t() - dense).norm()
         after = (left @ repaired[part.name].detach().double().t() + raised - dense).norm()
         hold(
             bool(after <= before * (1 + 1e-3) + 1e-9),
-            f"restoring '{part.name}' moves its output away from the dense one: {float(before):.3e} to {float(after):.3e}",
+            f"restoring '{part.name}' moves its output away from the dense one: {float(before):.3e} to"
+            f" {float(after):.3e}",
         )
 
 
@@ -110,4 +145,8 @@ def _linear_inputs(case: Case) -> dict[str, Tensor]:
             handle.remove()
     parameters = [parameter for _, parameter in case.dense.named_parameters(remove_duplicate=False)]
     weights = dict(case.dense.named_modules())
-    return {name: found[0] for name, found in seen.items() if len(found) == 1 and sum(p is weights[name].weight for p in parameters) == 1}
+    return {
+        name: found[0]
+        for name, found in seen.items()
+        if len(found) == 1 and sum(p is weights[name].weight for p in parameters) == 1
+    }

@@ -18,7 +18,9 @@ _EXAMPLES = 12
 
 def rules_held(case: Case) -> None:
     """No rule of an operator in the graph claims more than the operator keeps."""
-    operators = {node.target for node in case.captured.module.graph.nodes if isinstance(node.target, OpOverload)}
+    operators = {
+        node.target for node in case.captured.module.graph.nodes if isinstance(node.target, OpOverload)
+    }
     checked = 0
     for operator in sorted(operators, key=str):
         rule = patterns.lookup(operator)

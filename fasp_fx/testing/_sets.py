@@ -8,7 +8,8 @@ from fasp_fx.analysis import Analysis
 
 
 def draw_sets(analysis: Analysis, random: np.random.Generator) -> np.ndarray:
-    """Of every block of each group that is pruned a random number of channel sets, the same in all its blocks, and at least one in all.
+    """Of every block of each group that is pruned a random number of channel sets, the same in all its
+    blocks, and at least one in all.
 
     Shape ``[sets]``, boolean.
     """
@@ -28,7 +29,9 @@ def draw_part(analysis: Analysis, chosen: np.ndarray, random: np.random.Generato
     losing = [group for group in analysis.groups if chosen[group.sets].any()]
     sure = int(random.integers(len(losing))) if losing else -1
     for index, group in enumerate(losing):
-        blocks = [group.sets[(group.block_of == block) & chosen[group.sets]] for block in np.unique(group.block_of)]
+        blocks = [
+            group.sets[(group.block_of == block) & chosen[group.sets]] for block in np.unique(group.block_of)
+        ]
         count = int(random.integers(1 if index == sure else 0, len(blocks[0]) + 1))
         for own in blocks:
             part[random.choice(own, count, replace=False)] = True

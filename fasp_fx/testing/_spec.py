@@ -1,4 +1,6 @@
-"""What all specifications share: they are data, they print as the code that makes them, and they know the shape they lead to."""
+"""What all specifications share: they are data, they print as the code that makes them, and they know the
+shape they lead to.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +14,9 @@ Layout = Literal["vector", "sequence", "image"]
 
 @dataclass(frozen=True, repr=False)
 class Spec:
-    """A frozen value whose ``repr`` is the expression that makes it; fields that have their default are left out."""
+    """A frozen value whose ``repr`` is the expression that makes it; fields that have their default are left
+    out.
+    """
 
     def __repr__(self) -> str:
         shown = []
@@ -28,7 +32,8 @@ class Shape:
     """The running shape between blocks, without the batch.
 
     Attributes:
-        layout: ``vector`` is ``[batch, channels]``, ``sequence`` is ``[batch, tokens, channels]``, ``image`` is ``[batch, channels, *sizes]``.
+        layout: ``vector`` is ``[batch, channels]``, ``sequence`` is ``[batch, tokens, channels]``, ``image``
+            is ``[batch, channels, *sizes]``.
         channels: the number of channels.
         sizes: the tokens, or the height and width (one or two sizes); empty for vectors.
     """
@@ -48,7 +53,8 @@ class Shape:
 
     def __str__(self) -> str:
         sizes = [str(size) for size in self.sizes]
-        return f"{self.layout} [batch, {', '.join([str(self.channels), *sizes] if self.layout == 'image' else [*sizes, str(self.channels)])}]"
+        inner = [str(self.channels), *sizes] if self.layout == "image" else [*sizes, str(self.channels)]
+        return f"{self.layout} [batch, {', '.join(inner)}]"
 
 
 @dataclass(frozen=True, repr=False)

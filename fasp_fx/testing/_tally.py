@@ -14,7 +14,10 @@ class Tally:
     examples: int = 0
 
     def __str__(self) -> str:
-        return f"fasp_fx.testing: {self.programs:,} programs and {self.examples:,} examples of {self.rules:,} rules were tried"
+        return (
+            f"fasp_fx.testing: {self.programs:,} programs and {self.examples:,} examples of {self.rules:,}"
+            " rules were tried"
+        )
 
 
 TALLY = Tally()

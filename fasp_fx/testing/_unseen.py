@@ -1,4 +1,6 @@
-"""Invariant 7: an operator nobody has seen freezes what it touches; it never crashes and never prunes wrongly."""
+"""Invariant 7: an operator nobody has seen freezes what it touches; it never crashes and never prunes
+wrongly.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +22,8 @@ _shapes: list[tuple[int, ...]] | None = None
 
 @torch.library.custom_op("fasp_fx_testing::opaque", mutates_args=())
 def opaque(x: Tensor) -> Tensor:
-    """Mixes the last dimension in a way that no rule describes, and notes the shapes it sees while :func:`_noted` listens.
+    """Mixes the last dimension in a way that no rule describes, and notes the shapes it sees while
+    :func:`_noted` listens.
 
     The strides stay, since a view behind it may depend on them.
     """
@@ -45,7 +48,9 @@ def _noted() -> Iterator[list[tuple[int, ...]]]:
 
 
 def unseen_operator(case: Case) -> None:
-    """With an operator without a rule put between two nodes, pruning is still mask-exact and every tensor the operator sees keeps its shape."""
+    """With an operator without a rule put between two nodes, pruning is still mask-exact and every tensor the
+    operator sees keeps its shape.
+    """
     program = case.captured.copy()
     module: fx.GraphModule = program.module
     nodes = [node for node in module.graph.nodes if _carries(node, program)]
@@ -72,12 +77,22 @@ def unseen_operator(case: Case) -> None:
         found = case.run(result.module, (inputs, {}))
     hold(before == after, f"the operator saw {before} in the dense program and sees {after}")
     wrong = error(found, case.run(Masked(module, result.plan), (inputs, {})))
-    hold(wrong <= case.tolerance, f"behind an unseen operator the error against the masked dense model is {wrong:.2e}; plan:\n{result.plan}")
+    hold(
+        wrong <= case.tolerance,
+        f"behind an unseen operator the error against the masked dense model is {wrong:.2e};"
+        f" plan:\n{result.plan}",
+    )
 
 
 def _carries(node: fx.Node, program: object) -> bool:
     value = node.meta.get("val")
-    return node.op == "call_function" and isinstance(value, Tensor) and value.is_floating_point() and value.dim() > 1 and _depends(node, set())
+    return (
+        node.op == "call_function"
+        and isinstance(value, Tensor)
+        and value.is_floating_point()
+        and value.dim() > 1
+        and _depends(node, set())
+    )
 
 
 def _depends(node: fx.Node, seen: set[fx.Node]) -> bool:

@@ -31,7 +31,8 @@ class ProgramVerdict:
         sparsity: the sparsity that this is.
         calls: how many calls, of how many input shapes, the pruned program was compared on.
         error: the largest relative error against the masked dense model.
-        seen: the smallest relative change that masking makes to the outputs of a call; where it is 0 the comparison proves little.
+        seen: the smallest relative change that masking makes to the outputs of a call; where it is 0 the
+            comparison proves little.
         seed: what the choice of channels was drawn with.
     """
 
@@ -54,10 +55,12 @@ class ProgramVerdict:
     def __str__(self) -> str:
         if self.broken:
             return f"{self.model} (seed {self.seed}) breaks " + "; ".join(map(str, self.broken))
-        left = f"; skipped {', '.join(f'{name} ({why})' for name, why in self.skipped)}" if self.skipped else ""
+        left = (
+            f"; skipped {', '.join(f'{name} ({why})' for name, why in self.skipped)}" if self.skipped else ""
+        )
         return (
-            f"{self.model}: {', '.join(self.checked)} hold; {self.removed} channel sets removed ({self.sparsity:.1%}), "
-            f"error {self.error:.1e} over {self.calls} calls{left}"
+            f"{self.model}: {', '.join(self.checked)} hold; {self.removed} channel sets removed"
+            f" ({self.sparsity:.1%}), error {self.error:.1e} over {self.calls} calls{left}"
         )
 
 

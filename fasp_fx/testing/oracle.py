@@ -1,8 +1,10 @@
 """The dense model with what a plan removes multiplied by zero: what a pruned model has to equal.
 
-It reads nothing of the plan but its slices and shares no code with the analysis or the passes. To multiply the removed entries of a consumer's input
-by zero is to zero the columns of its weight; a lookup in the same weight (a tied embedding) still finds the whole one. Where a plan includes groups that
-cross a norm, their producers' outputs are zero: the rows of their weights and biases. An expert that is gone is never chosen: its router's logit is -inf.
+It reads nothing of the plan but its slices and shares no code with the analysis or the passes. To multiply
+the removed entries of a consumer's input by zero is to zero the columns of its weight; a lookup in the same
+weight (a tied embedding) still finds the whole one. Where a plan includes groups that cross a norm, their
+producers' outputs are zero: the rows of their weights and biases. An expert that is gone is never chosen: its
+router's logit is -inf.
 """
 
 from __future__ import annotations
@@ -31,7 +33,8 @@ class Masked:
         plan: what is removed from it.
 
     Raises:
-        ArgumentError: the plan names a weight that the model does not hold, one that it computes from others, say.
+        ArgumentError: the plan names a weight that the model does not hold, one that it computes from others,
+            say.
     """
 
     def __init__(self, model: nn.Module | ExportedProgram, plan: PruningPlan) -> None:
@@ -41,23 +44,43 @@ class Masked:
         copied = {made.name for made in plan.copies}
         whole: dict[int, tuple[Tensor, Tensor]] = {}
         with torch.no_grad():
-            for part in (part for group in plan.groups for part in (*group.consumers, *(group.producers if plan.include else ()))):
+            for part in (
+                part
+                for group in plan.groups
+                for part in (*group.consumers, *(group.producers if plan.include else ()))
+            ):
                 if part.name in copied:
                     continue  # of a table, whose channels only meet those of weights that are at zero
                 if part.name not in tensors:
-                    why = "it computes it in every call; mask a result from which next to nothing was removed, which holds it folded"
+                    why = (
+                        "it computes it in every call; mask a result from which next to nothing was removed,"
+                        " which holds it folded"
+                    )
                     why = why if plan.folds else "the plan is for another model"
-                    raise ArgumentError(f"the plan names '{part.name}', which this model does not hold: {why}")
+                    raise ArgumentError(
+                        f"the plan names '{part.name}', which this model does not hold: {why}"
+                    )
                 if part.name in named_alike and not isinstance(model, (ExportedProgram, fx.GraphModule)):
-                    raise ArgumentError(f"the plan names '{part.name}' as computed, and this model holds under that name what it is computed of; mask a result")
+                    raise ArgumentError(
+                        f"the plan names '{part.name}' as computed, and this model holds under that name what"
+                        " it is computed of; mask a result"
+                    )
                 tensor = tensors[part.name]
                 whole.setdefault(id(tensor), (tensor, tensor.detach().clone()))
                 tensor.mul_(kept(tensor, part).to(tensor.dtype))
         routers: dict[int, tuple[Tensor, list[int]]] = {}
-        for part in (part for group in plan.groups if group.granularity == "expert" for part in group.producers if part.dim == 0):
+        for part in (
+            part
+            for group in plan.groups
+            if group.granularity == "expert"
+            for part in group.producers
+            if part.dim == 0
+        ):
             routers.setdefault(id(tensors[part.name]), (tensors[part.name], []))[1].extend(part.by_block()[0])
         self._unchosen = _Unchosen(list(routers.values()))
-        self._lookups = _WholeLookups({} if plan.include else {key: original for key, (_, original) in whole.items()})
+        self._lookups = _WholeLookups(
+            {} if plan.include else {key: original for key, (_, original) in whole.items()}
+        )
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         # what a model compiles for itself (flex attention, say) cannot be compiled under a mode
@@ -74,14 +97,18 @@ class _WholeLookups(TorchDispatchMode):
         super().__init__()
         self.whole = whole
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any:
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
         if func in _LOOKUPS and id(args[0]) in self.whole:
             args = (self.whole[id(args[0])], *args[1:])
         return func(*args, **(kwargs or {}))
 
 
 class _Unchosen(TorchDispatchMode):
-    """Products with the rows of a router give -inf for the experts that are gone; a weight is known by itself or turned."""
+    """Products with the rows of a router give -inf for the experts that are gone; a weight is known by itself
+    or turned.
+    """
 
     supports_higher_order_operators = True
 
@@ -89,10 +116,15 @@ class _Unchosen(TorchDispatchMode):
         super().__init__()
         self.routers = [item for item in routers if item[0].dim() == 2]
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any:
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
         result = func(*args, **(kwargs or {}))
         for weight, gone in self.routers if func in _PRODUCTS else ():
-            if any(isinstance(a, Tensor) and a.data_ptr() == weight.data_ptr() and a.numel() == weight.numel() for a in args):
+            if any(
+                isinstance(a, Tensor) and a.data_ptr() == weight.data_ptr() and a.numel() == weight.numel()
+                for a in args
+            ):
                 result.index_fill_(-1, torch.tensor(gone, device=result.device), float("-inf"))
         return result
 
@@ -104,7 +136,9 @@ def kept(tensor: Tensor, part: ParameterSlice) -> Tensor:
         return mask.index_fill_(part.dim, _indices(part.removed, tensor), False)
     step = tensor.shape[part.block_dim] // len(part.removed)
     for block, removed in enumerate(part.removed):
-        mask.narrow(part.block_dim, block * step, step).index_fill_(part.dim, _indices(removed, tensor), False)
+        mask.narrow(part.block_dim, block * step, step).index_fill_(
+            part.dim, _indices(removed, tensor), False
+        )
     return mask
 
 
@@ -119,16 +153,24 @@ def callable_of(model: nn.Module | ExportedProgram) -> nn.Module:
 
 def tensors_of(module: nn.Module) -> dict[str, Tensor]:
     """Every parameter and buffer by name; tied ones under each of their names."""
-    return dict([*module.named_parameters(remove_duplicate=False), *module.named_buffers(remove_duplicate=False)])
+    return dict(
+        [*module.named_parameters(remove_duplicate=False), *module.named_buffers(remove_duplicate=False)]
+    )
 
 
 def floats(output: Any) -> list[Tensor]:
     """The floating-point tensors of an output, in order."""
-    return [leaf.detach() for leaf in pytree.tree_leaves(output) if isinstance(leaf, Tensor) and leaf.is_floating_point()]
+    return [
+        leaf.detach()
+        for leaf in pytree.tree_leaves(output)
+        if isinstance(leaf, Tensor) and leaf.is_floating_point()
+    ]
 
 
 def error(found: Any, expected: Any) -> float:
-    """``max|a−b| / max|b|`` of the worst floating-point output; infinite where shapes differ or one alone is not finite."""
+    """``max|a−b| / max|b|`` of the worst floating-point output; infinite where shapes differ or one alone is
+    not finite.
+    """
     worst = 0.0
     pairs = list(zip(floats(found), floats(expected), strict=True))
     for a, b in pairs:

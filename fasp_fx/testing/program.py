@@ -56,17 +56,22 @@ def check_program(
         sparsity: what to prune by; ``None`` draws for every prunable group how many channels it loses.
         seed: what is drawn with.
         invariants: names of :data:`INVARIANTS`; all by default.
-        others: further calls ``(args, kwargs)`` to compare on; other batches and lengths are tried in any case.
-        tolerance: the largest relative error that counts as equal; by default 1e-9 for float64, 1e-4 for float32, 2e-2 for shorter types.
+        others: further calls ``(args, kwargs)`` to compare on; other batches and lengths are tried in any
+            case.
+        tolerance: the largest relative error that counts as equal; by default 1e-9 for float64, 1e-4 for
+            float32, 2e-2 for shorter types.
         compile: also compile the result with ``torch.compile``, which takes long.
-        options: passed on to :func:`fasp_fx.prune` and :func:`fasp_fx.analyze` (``dynamic_shapes``, ``state``, ``granularity``, …).
+        options: passed on to :func:`fasp_fx.prune` and :func:`fasp_fx.analyze` (``dynamic_shapes``,
+            ``state``, ``granularity``, …).
 
     Returns:
         What was checked and how closely it holds.
 
     Raises:
-        CheckFailed: an invariant does not hold; the message names it and shows how. Its ``verdict`` is what would have been returned.
-        CaptureError, ArgumentError: the model cannot be captured with these inputs, or an invariant is not known.
+        CheckFailed: an invariant does not hold; the message names it and shows how. Its ``verdict`` is what
+            would have been returned.
+        CaptureError, ArgumentError: the model cannot be captured with these inputs, or an invariant is not
+            known.
     """
     wanted = list(invariants)
     unknown = [name for name in wanted if name not in INVARIANTS]

@@ -1,4 +1,6 @@
-"""What pytest gets from an installed fasp_fx: the fixture ``fasp_fx_check``, and a line at the end that says how much was tried."""
+"""What pytest gets from an installed fasp_fx: the fixture ``fasp_fx_check``, and a line at the end that says
+how much was tried.
+"""
 
 from __future__ import annotations
 
@@ -40,4 +42,6 @@ def pytest_terminal_summary(terminalreporter: Any) -> None:
     """Say how many programs and examples were tried, and with which seed."""
     if TALLY.programs or TALLY.examples:
         seed = getattr(terminalreporter.config.option, "hypothesis_seed", None)
-        terminalreporter.write_line(f"{TALLY} (hypothesis seed {seed if seed is not None else 'fixed by the profile'})")
+        terminalreporter.write_line(
+            f"{TALLY} (hypothesis seed {seed if seed is not None else 'fixed by the profile'})"
+        )

@@ -66,14 +66,16 @@ class RuleVerdict:
     Attributes:
         operator: the operator's name.
         rule: the rule as one line.
-        kind: ``"right"``, ``"claims too much"`` (it would prune wrongly) or ``"claims too little"`` (it freezes what could be pruned).
+        kind: ``"right"``, ``"claims too much"`` (it would prune wrongly) or ``"claims too little"`` (it
+            freezes what could be pruned).
         examples: how many calls the rule was held against.
         pruned: in how many of them something was prunable, and was pruned and compared.
         counter: the smallest call that shows that it claims too much.
         needless: clauses that the operator does not need, if it claims too little.
         missing: clauses ``look`` that the operator keeps and the rule lacks, if it claims too little.
         seed: what the calls were drawn with.
-        refused: calls around which the library's verifier refused a pruned program that was right. That is no fault of the rule.
+        refused: calls around which the library's verifier refused a pruned program that was right. That is no
+            fault of the rule.
     """
 
     operator: str
@@ -93,10 +95,17 @@ class RuleVerdict:
         return self.kind == RIGHT
 
     def __str__(self) -> str:
-        head = f"{self.operator}: '{self.rule}' {'is' if self.ok else ''}{' ' if self.ok else ''}{self.kind} ({self.examples} calls, seed {self.seed})"
+        head = (
+            f"{self.operator}: '{self.rule}' {'is' if self.ok else ''}{' ' if self.ok else ''}{self.kind}"
+            f" ({self.examples} calls, seed {self.seed})"
+        )
         if self.counter is not None:
             return f"{head}\n{self.counter}"
-        reasons = [f"the operator {what} '{'; '.join(found)}'" for what, found in (("does not need", self.needless), ("keeps", self.missing)) if found]
+        reasons = [
+            f"the operator {what} '{'; '.join(found)}'"
+            for what, found in (("does not need", self.needless), ("keeps", self.missing))
+            if found
+        ]
         return f"{head}: {'; '.join(reasons)}" if reasons else head
 
 
@@ -111,9 +120,10 @@ def check_rule(
 ) -> RuleVerdict:
     """Hold a rule against the real operator.
 
-    Three things are done with every call that is made up: the claims of the letters are tested (positions taken out of the operands go out of the
-    result, contracted positions may be zeros instead), data movement is compared with where unique numbers went, and a program of the one operator is
-    pruned and compared with the masked one.
+    Three things are done with every call that is made up: the claims of the letters are tested (positions
+    taken out of the operands go out of the result, contracted positions may be zeros instead), data movement
+    is compared with where unique numbers went, and a program of the one operator is pruned and compared with
+    the masked one.
 
     Args:
         operator: an exact overload, such as ``torch.ops.aten.linear.default``.
@@ -121,17 +131,21 @@ def check_rule(
         examples: how many calls to make up.
         seed: what they are drawn with.
         samples: calls ``(args, kwargs)`` to use instead, for operators with arguments of their own kind.
-        programs: around which share of the calls to prune a program; the rest of a check takes a tenth of the time.
+        programs: around which share of the calls to prune a program; the rest of a check takes a tenth of the
+            time.
 
     Returns:
         The verdict; it is not raised (see :func:`assert_rule`).
 
     Raises:
-        RuleError: the rule does not parse (with a caret under the place), names an argument that the operator lacks, or there is none.
+        RuleError: the rule does not parse (with a caret under the place), names an argument that the operator
+            lacks, or there is none.
         ArgumentError: no call could be made up; give some as ``samples``.
     """
     if not isinstance(operator, OpOverload):
-        raise RuleError(f"{operator!r} is not an exact overload; pass for example torch.ops.aten.linear.default")
+        raise RuleError(
+            f"{operator!r} is not an exact overload; pass for example torch.ops.aten.linear.default"
+        )
     if examples < 1:
         raise ArgumentError(f"examples={examples} must be at least 1")
     with _in_force(operator, rule) as found, _quiet():
@@ -183,7 +197,14 @@ def _in_force(operator: OpOverload, rule: str | Rule | None) -> Iterator[Rule]:
 class _Check:
     """One rule held against one operator."""
 
-    def __init__(self, operator: OpOverload, rule: Rule, seed: int, samples: Sequence[tuple[Sequence[Any], dict[str, Any]]] | None, programs: float) -> None:
+    def __init__(
+        self,
+        operator: OpOverload,
+        rule: Rule,
+        seed: int,
+        samples: Sequence[tuple[Sequence[Any], dict[str, Any]]] | None,
+        programs: float,
+    ) -> None:
         self.operator, self.rule, self.seed, self.programs = operator, rule, seed, programs
         self.given = [self._named(args, kwargs) for args, kwargs in samples] if samples is not None else None
         self.kinds: list[str] = []
@@ -195,12 +216,19 @@ class _Check:
     def _named(self, args: Sequence[Any], kwargs: dict[str, Any]) -> Call:
         names = [argument.name for argument in self.operator._schema.arguments]
         if len(args) > len(names) or any(name not in names for name in kwargs):
-            raise ArgumentError(f"the sample {tuple(args)!r}, {kwargs!r} does not fit {self.operator._schema}")
+            raise ArgumentError(
+                f"the sample {tuple(args)!r}, {kwargs!r} does not fit {self.operator._schema}"
+            )
         return filled(self.operator, {**dict(zip(names, args, strict=False)), **kwargs}, Draw(self.seed))
 
     def run(self, examples: int) -> RuleVerdict:
         """Try calls, smaller ones first; of what shows a fault, look for the smallest."""
-        if not self.rule.moves and not self.rule.alternatives and not self.rule.creates and not self.rule.tallies:
+        if (
+            not self.rule.moves
+            and not self.rule.alternatives
+            and not self.rule.creates
+            and not self.rule.tallies
+        ):
             return self._silent()
         worst: Lie | None = None
         for index in range(len(self.given) if self.given is not None else examples):
@@ -210,19 +238,47 @@ class _Check:
         if worst is not None:
             return self._verdict(TOO_MUCH, self._smaller(worst))
         needless, missing = tuple(self.modesty.needless(_LEAST)), tuple(self.missing.needless(_LEAST))
-        return self._verdict(TOO_LITTLE if needless or missing or self.misfit else RIGHT, self.misfit, needless, missing)
+        return self._verdict(
+            TOO_LITTLE if needless or missing or self.misfit else RIGHT, self.misfit, needless, missing
+        )
 
     def _silent(self) -> RuleVerdict:
         """``check`` says that nothing comes back that could carry channels."""
-        returned = [str(result.type) for result in self.operator._schema.returns if "Tensor" in str(result.type)]
+        returned = [
+            str(result.type) for result in self.operator._schema.returns if "Tensor" in str(result.type)
+        ]
         self.tried = 1
         if not returned:
             return self._verdict(RIGHT, None)
-        return self._verdict(TOO_MUCH, Lie(Call(self.operator, {}), "the operator returns nothing that carries channels", f"it returns {', '.join(returned)}"))
+        return self._verdict(
+            TOO_MUCH,
+            Lie(
+                Call(self.operator, {}),
+                "the operator returns nothing that carries channels",
+                f"it returns {', '.join(returned)}",
+            ),
+        )
 
-    def _verdict(self, kind: str, lie: Lie | None, needless: tuple[str, ...] = (), missing: tuple[str, ...] = ()) -> RuleVerdict:
-        counter = None if lie is None else CounterExample(str(lie.call), dict(lie.call.arguments), lie.claim, lie.fact)
-        return RuleVerdict(str(self.operator), str(self.rule), kind, self.tried, self.pruned, counter, needless, missing, self.seed, tuple(self.refused))
+    def _verdict(
+        self, kind: str, lie: Lie | None, needless: tuple[str, ...] = (), missing: tuple[str, ...] = ()
+    ) -> RuleVerdict:
+        counter = (
+            None
+            if lie is None
+            else CounterExample(str(lie.call), dict(lie.call.arguments), lie.claim, lie.fact)
+        )
+        return RuleVerdict(
+            str(self.operator),
+            str(self.rule),
+            kind,
+            self.tried,
+            self.pruned,
+            counter,
+            needless,
+            missing,
+            self.seed,
+            tuple(self.refused),
+        )
 
     def _smaller(self, worst: Lie) -> Lie:
         """Look for a smaller call with a fault."""
@@ -231,7 +287,9 @@ class _Check:
             return min(found, key=lambda lie: lie.weight, default=worst)
         since = 0
         for attempt in range(_SEARCH):
-            lie = self._try(1_000_000 + attempt, most=2 + (2 * attempt) // _SEARCH, no_larger_than=worst.call.size)
+            lie = self._try(
+                1_000_000 + attempt, most=2 + (2 * attempt) // _SEARCH, no_larger_than=worst.call.size
+            )
             since += 1
             if lie is not None and lie.weight < worst.weight:
                 worst, since = lie, 0
@@ -242,7 +300,11 @@ class _Check:
     def _try(self, index: int, most: int, no_larger_than: tuple[int, int, int] | None = None) -> Lie | None:
         """One call: what the rule says of it, and a program around it."""
         draw = Draw((self.seed * 7_919 + index) % 2**31, min(most, 4))
-        call = self.given[index] if self.given is not None else self._draw(draw, index, _PATIENCE if no_larger_than is None else 3)
+        call = (
+            self.given[index]
+            if self.given is not None
+            else self._draw(draw, index, _PATIENCE if no_larger_than is None else 3)
+        )
         if call is None or (no_larger_than is not None and call.size > no_larger_than):
             return None
         try:
@@ -269,11 +331,20 @@ class _Check:
         try:
             reading = read(self.rule, call, results)
         except Mismatch as problem:
-            # The analysis does not use such a rule for this call and freezes what the operator touches: too little, not too much.
+            # The analysis does not use such a rule for this call and freezes what the operator touches: too
+            # little, not too much.
             if self.misfit is None or call.size < self.misfit.call.size:
-                self.misfit = Lie(call, "the letters spell the dimensions of operands and results", f"{problem}; the rule is not used for such a call")
+                self.misfit = Lie(
+                    call,
+                    "the letters spell the dimensions of operands and results",
+                    f"{problem}; the rule is not used for such a call",
+                )
             return None
-        return next(lies(reading, results, draw, self.modesty), None) or routed(self.rule, call, draw) or looked(self.rule, call, draw, self.missing)
+        return (
+            next(lies(reading, results, draw, self.modesty), None)
+            or routed(self.rule, call, draw)
+            or looked(self.rule, call, draw, self.missing)
+        )
 
     def _draw(self, draw: Draw, index: int, patience: int) -> Call | None:
         """A call that the operator takes, and to which it gives the same result twice."""
@@ -292,13 +363,23 @@ class _Check:
             if name in SAMPLES:
                 call = filled(self.operator, {**SAMPLES[name](draw), **FIXED.get(name, {})}, draw)
             else:
-                call = moving(self.operator, self.rule, draw) if self.rule.moves else lettered(self.operator, self.rule, draw)
+                call = (
+                    moving(self.operator, self.rule, draw)
+                    if self.rule.moves
+                    else lettered(self.operator, self.rule, draw)
+                )
                 call = call.with_(**FIXED.get(name, {}))
             results = call.run()
             numbers = [result for result in results if result.numel()]
             if self.rule.creates:
-                return call if numbers else None  # what memory happens to hold (``empty``) may differ, and be no number
-            return call if numbers and not all(bool(result.isnan().all()) for result in numbers) and repeatable(call) else None
+                return (
+                    call if numbers else None
+                )  # what memory happens to hold (``empty``) may differ, and be no number
+            return (
+                call
+                if numbers and not all(bool(result.isnan().all()) for result in numbers) and repeatable(call)
+                else None
+            )
         except Exception:
             return None
 
@@ -313,6 +394,7 @@ class _Check:
                 break  # real numbers will do
         if not found:
             raise ArgumentError(
-                f"no call of {self.operator} could be made up from its schema {self.operator._schema}; give some as samples=[(args, kwargs), …]"
+                f"no call of {self.operator} could be made up from its schema {self.operator._schema}; give"
+                " some as samples=[(args, kwargs), …]"
             )
         return found

@@ -1,6 +1,7 @@
 """Hypothesis strategies over nets: all kinds mixed, and one strategy for each family.
 
-Every strategy shrinks towards two linear layers; that of a family towards two linear layers around the simplest block that makes the family.
+Every strategy shrinks towards two linear layers; that of a family towards two linear layers around the
+simplest block that makes the family.
 """
 
 from __future__ import annotations
@@ -27,7 +28,9 @@ _MANY = (0, 6, 8, 12, 4)
 _LAYOUTS = ("vectors", "sequences", "tokens", "images")
 
 
-def programs(*, kinds: Sequence[str] = ALL, max_blocks: int = 3, max_depth: int = 2) -> st.SearchStrategy[Net]:
+def programs(
+    *, kinds: Sequence[str] = ALL, max_blocks: int = 3, max_depth: int = 2
+) -> st.SearchStrategy[Net]:
     """Nets of every kind, combined.
 
     Args:
@@ -46,7 +49,11 @@ def programs(*, kinds: Sequence[str] = ALL, max_blocks: int = 3, max_depth: int 
         raise ArgumentError(f"kinds {unknown} are not known; use some of {list(ALL)}")
     if max_blocks < 0 or max_depth < 0:
         raise ArgumentError(f"max_blocks={max_blocks} and max_depth={max_depth} must not be negative")
-    limits = Limits(tuple(dict.fromkeys(("Dense", *(kind for kind in kinds if kind != "Odd")))), max_depth, longest=max_blocks)
+    limits = Limits(
+        tuple(dict.fromkeys(("Dense", *(kind for kind in kinds if kind != "Odd")))),
+        max_depth,
+        longest=max_blocks,
+    )
     inputs, heads = st.sampled_from([1, 1, 2, 3]), st.sampled_from([0, 0, 2])
     if "Odd" not in kinds or not max_blocks:
         return _nets(limits, None, _LAYOUTS, inputs, heads)
@@ -56,20 +63,35 @@ def programs(*, kinds: Sequence[str] = ALL, max_blocks: int = 3, max_depth: int 
 
 @st.composite
 def _nets(
-    draw: st.DrawFn, limits: Limits, must: str | None, layouts: Sequence[str], inputs: st.SearchStrategy[int], heads: st.SearchStrategy[int], tied: bool = False
+    draw: st.DrawFn,
+    limits: Limits,
+    must: str | None,
+    layouts: Sequence[str],
+    inputs: st.SearchStrategy[int],
+    heads: st.SearchStrategy[int],
+    tied: bool = False,
 ) -> Net:
     layout = draw(st.sampled_from(layouts))
     sources, join = _sources(draw, layout, draw(inputs))
     shape = Net((), sources, join).entry()
     blocks: list[Block] = [dense(draw, shape)]
-    before = limits if must is None else replace(limits, kinds=tuple(kind for kind in limits.kinds if kind != "Collapse"))
+    before = (
+        limits
+        if must is None
+        else replace(limits, kinds=tuple(kind for kind in limits.kinds if kind != "Collapse"))
+    )
     blocks += more(draw, blocks[-1].result(shape), before)
     if must is not None:
         blocks += _with(draw, must, _behind(blocks, shape), limits)
         blocks += more(draw, _behind(blocks, shape), limits)
     last = _behind(blocks, shape)
-    (source, *_) = sources
-    if isinstance(source, Tokens) and len(sources) == 1 and last.layout == "sequence" and (tied or draw(st.booleans())):
+    source, *_ = sources
+    if (
+        isinstance(source, Tokens)
+        and len(sources) == 1
+        and last.layout == "sequence"
+        and (tied or draw(st.booleans()))
+    ):
         blocks.append(dense(draw, last, source.width))
         return Net(tuple(blocks), sources, tied=True)
     count = draw(heads)
@@ -90,27 +112,37 @@ def _with(draw: st.DrawFn, kind: str, shape: Shape, limits: Limits) -> list[Bloc
     found: list[Block] = []
     if not fits(kind, shape, limits):
         found.append(dense(draw, shape, 2))
-    if kind == "Odd" and (wide := draw(st.sampled_from(_MANY))):  # what goes wrong there shows on several blocks of several channels
+    if kind == "Odd" and (
+        wide := draw(st.sampled_from(_MANY))
+    ):  # what goes wrong there shows on several blocks of several channels
         found.append(dense(draw, shape, wide))
     return [*found, DRAWERS[kind](draw, _behind(found, shape), limits)]
 
 
 def _sources(draw: st.DrawFn, layout: str, count: int) -> tuple[tuple[Source, ...], str]:
     join = draw(st.sampled_from(["add", "cat", "mul"])) if count > 1 else "add"
-    sizes = tuple(draw(st.lists(st.sampled_from([4, 3, 5]), min_size=1, max_size=2))) if layout == "images" else ()
+    sizes = (
+        tuple(draw(st.lists(st.sampled_from([4, 3, 5]), min_size=1, max_size=2)))
+        if layout == "images"
+        else ()
+    )
     tokens = draw(st.sampled_from([3, 2, 4])) if layout in ("sequences", "tokens") else 0
     common = draw(st.sampled_from([2, 3, 4]))
     found: list[Source] = []
     for index in range(count):
         own = common if index == 0 else draw(st.sampled_from([common, 2, 3]))
         plain = join == "cat" or own == common
-        first = {"vectors": Shape("vector", own), "images": Shape("image", own, sizes)}.get(layout, Shape("sequence", own, (tokens,)))
+        first = {"vectors": Shape("vector", own), "images": Shape("image", own, sizes)}.get(
+            layout, Shape("sequence", own, (tokens,))
+        )
         blocks = (dense(draw, first, common),) if not plain or (count > 1 and draw(st.booleans())) else ()
         found.append(_source(draw, layout, own, sizes, tokens, blocks))
     return tuple(found), join
 
 
-def _source(draw: st.DrawFn, layout: str, own: int, sizes: tuple[int, ...], tokens: int, blocks: tuple[Block, ...]) -> Source:
+def _source(
+    draw: st.DrawFn, layout: str, own: int, sizes: tuple[int, ...], tokens: int, blocks: tuple[Block, ...]
+) -> Source:
     if layout == "vectors":
         return Vectors(own, blocks)
     if layout == "sequences":
@@ -128,7 +160,9 @@ def _ending(draw: st.DrawFn, shape: Shape) -> tuple[Block, ...]:
     return (dense(draw, shape),)
 
 
-def _family(must: str | None, kinds: Sequence[str] = (), layouts: Sequence[str] = _LAYOUTS, depth: int = 1) -> st.SearchStrategy[Net]:
+def _family(
+    must: str | None, kinds: Sequence[str] = (), layouts: Sequence[str] = _LAYOUTS, depth: int = 1
+) -> st.SearchStrategy[Net]:
     own = () if must in (None, "Dense") else (must,)
     limits = Limits(tuple(dict.fromkeys((*_PLAIN, *kinds, *own))), depth)
     return _nets(limits, must, layouts, st.just(1), st.just(0))
@@ -150,12 +184,18 @@ def gated() -> st.SearchStrategy[Net]:
 
 
 def convolutional() -> st.SearchStrategy[Net]:
-    """Over images of one or two dimensions: convolutions of all kinds, pooling, squeeze-and-excite, flattening."""
-    return _family("Conv", ("Pool", "SqueezeExcite", "Resize", "Residual", "Branches", "Split", "Collapse"), ("images",))
+    """Over images of one or two dimensions: convolutions of all kinds, pooling, squeeze-and-excite,
+    flattening.
+    """
+    return _family(
+        "Conv", ("Pool", "SqueezeExcite", "Resize", "Residual", "Branches", "Split", "Collapse"), ("images",)
+    )
 
 
 def attention_nets() -> st.SearchStrategy[Net]:
-    """With at least one attention: multi-head, grouped-query or multi-query, with and without rotary positions."""
+    """With at least one attention: multi-head, grouped-query or multi-query, with and without rotary
+    positions.
+    """
     return _family("Attention", ("Residual", "Gated"), ("sequences", "tokens"))
 
 
@@ -197,8 +237,10 @@ def experts() -> st.SearchStrategy[Net]:
 
 
 def odd_nets() -> st.SearchStrategy[Net]:
-    """With at least one odd block: operators across blocks of channels, reshapes that read them in another order, buffers that calls write, foreign
-    operators, sizes used as numbers, weights read in two ways, positions that indices name, fused projections whose tokens are moved."""
+    """With at least one odd block: operators across blocks of channels, reshapes that read them in another
+    order, buffers that calls write, foreign operators, sizes used as numbers, weights read in two ways,
+    positions that indices name, fused projections whose tokens are moved.
+    """
     return _family("Odd", ("Residual",), ("vectors", "sequences", "sequences", "tokens", "tokens", "images"))
 
 
@@ -210,7 +252,9 @@ def decoders(draw: st.DrawFn) -> Net:
     heads = attention(draw, Shape("sequence", hidden, (4,)), Limits(()))
     inner, bias, parallel = draw(st.integers(1, WIDEST)), draw(st.booleans()), draw(st.booleans())
     form = draw(st.sampled_from(["none", "separate", "chunk"]))
-    up: tuple[Block, ...] = (Linear(inner, bias), Activation("gelu")) if form == "none" else (Gated(inner, form, bias),)
+    up: tuple[Block, ...] = (
+        (Linear(inner, bias), Activation("gelu")) if form == "none" else (Gated(inner, form, bias),)
+    )
     feed = (Norm(kind), *up, Linear(hidden, bias))
     layer: tuple[Block, ...] = (Residual((Norm(kind), heads)), Residual(feed))
     if parallel:

@@ -20,7 +20,15 @@ TOKENS = 64
 
 def _t5() -> Any:
     config = transformers.T5Config(
-        vocab_size=VOCABULARY, d_model=32, d_kv=8, d_ff=64, num_layers=1, num_heads=4, decoder_start_token_id=0, pad_token_id=0, eos_token_id=1
+        vocab_size=VOCABULARY,
+        d_model=32,
+        d_kv=8,
+        d_ff=64,
+        num_layers=1,
+        num_heads=4,
+        decoder_start_token_id=0,
+        pad_token_id=0,
+        eos_token_id=1,
     )
     return transformers.T5ForConditionalGeneration(config)
 
@@ -36,9 +44,13 @@ def _zoo(name: str) -> Any:
 
 @cache
 def dense(name: str) -> Any:
-    """A model with random weights, in float64, where no two tokens tie but by design; Gemma-2 in float32: its eager attention has no float64."""
+    """A model with random weights, in float64, where no two tokens tie but by design; Gemma-2 in float32: its
+    eager attention has no float64.
+    """
     model: Any = randomise(_t5() if name == "t5" else _long(_zoo(name)), seed=3)
-    model.generation_config = transformers.GenerationConfig(pad_token_id=0, decoder_start_token_id=0 if name == "t5" else None)
+    model.generation_config = transformers.GenerationConfig(
+        pad_token_id=0, decoder_start_token_id=0 if name == "t5" else None
+    )
     return (model if name == "gemma2" else model.double()).eval()
 
 
@@ -79,7 +91,14 @@ class Case:
 
     def run(self, model: Any, name: str, **options: Any) -> Tensor:
         """Greedy generation of exactly 64 tokens."""
-        found: Tensor = model.generate(**self.inputs(name), max_new_tokens=TOKENS, min_new_tokens=TOKENS, do_sample=False, num_beams=self.beams, **options)
+        found: Tensor = model.generate(
+            **self.inputs(name),
+            max_new_tokens=TOKENS,
+            min_new_tokens=TOKENS,
+            do_sample=False,
+            num_beams=self.beams,
+            **options,
+        )
         return found
 
 

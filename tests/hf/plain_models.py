@@ -1,4 +1,6 @@
-"""Small causal models for plain checkpoints, and how each is pruned: no data, and nothing repaired, so that the masked dense model is an oracle."""
+"""Small causal models for plain checkpoints, and how each is pruned: no data, and nothing repaired, so that
+the masked dense model is an oracle.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +16,12 @@ from zoo import VOCABULARY, ZOO, randomise
 
 from fasp_fx.hf import Pruned, prune
 
-SMALL: dict[str, Any] = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": VOCABULARY}
+SMALL: dict[str, Any] = {
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "vocab_size": VOCABULARY,
+}
 BOTH = ("channel", "head")
 
 
@@ -39,18 +46,28 @@ def gemma3n() -> nn.Module:
 
 def qwen2() -> nn.Module:
     """Its config has no field for the size of a head, but its class asks for one."""
-    return hf.Qwen2ForCausalLM(hf.Qwen2Config(**SMALL, intermediate_size=64, num_key_value_heads=2, tie_word_embeddings=True))
+    return hf.Qwen2ForCausalLM(
+        hf.Qwen2Config(**SMALL, intermediate_size=64, num_key_value_heads=2, tie_word_embeddings=True)
+    )
 
 
 def opt() -> nn.Module:
     """The size of a head is what the heads leave of the width."""
-    sizes = {"hidden_size": 32, "word_embed_proj_dim": 32, "num_hidden_layers": 1, "num_attention_heads": 4, "ffn_dim": 64}
+    sizes = {
+        "hidden_size": 32,
+        "word_embed_proj_dim": 32,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 4,
+        "ffn_dim": 64,
+    }
     return hf.OPTForCausalLM(hf.OPTConfig(**sizes, vocab_size=VOCABULARY, max_position_embeddings=64))
 
 
 def mixtral() -> nn.Module:
     """Experts in one stacked weight."""
-    return hf.MixtralForCausalLM(hf.MixtralConfig(**SMALL, intermediate_size=48, num_key_value_heads=2, num_local_experts=2))
+    return hf.MixtralForCausalLM(
+        hf.MixtralConfig(**SMALL, intermediate_size=48, num_key_value_heads=2, num_local_experts=2)
+    )
 
 
 @dataclass(frozen=True)
@@ -69,18 +86,32 @@ SIXTEEN = {"num_key_value_heads": 2, "head_dim": 16}
 HEADS = {"num_attention_heads": (4, 2), "num_key_value_heads": (2, 1)}
 NARROWER = {"intermediate_size": (64, 40)}
 CASES: dict[str, Case] = {
-    "llama": Case(ZOO["llama_gqa"].make, {**HEADS, "head_dim": (16, 16), "intermediate_size": (128, 80)}, 0.4, BOTH),
-    "qwen3": Case(lambda: hf.Qwen3ForCausalLM(hf.Qwen3Config(**FEED, **SIXTEEN)), {**HEADS, "head_dim": (16, 16), "intermediate_size": (64, 48)}, 0.4, BOTH),
+    "llama": Case(
+        ZOO["llama_gqa"].make, {**HEADS, "head_dim": (16, 16), "intermediate_size": (128, 80)}, 0.4, BOTH
+    ),
+    "qwen3": Case(
+        lambda: hf.Qwen3ForCausalLM(hf.Qwen3Config(**FEED, **SIXTEEN)),
+        {**HEADS, "head_dim": (16, 16), "intermediate_size": (64, 48)},
+        0.4,
+        BOTH,
+    ),
     "gpt2": Case(
-        lambda: hf.GPT2LMHeadModel(hf.GPT2Config(n_embd=32, n_layer=1, n_head=4, vocab_size=VOCABULARY, n_positions=64)),
+        lambda: hf.GPT2LMHeadModel(
+            hf.GPT2Config(n_embd=32, n_layer=1, n_head=4, vocab_size=VOCABULARY, n_positions=64)
+        ),
         {"n_inner": (None, 80), "n_head": (4, 4)},
     ),
     "opt": Case(opt, {"ffn_dim": (64, 32), "num_attention_heads": (4, 4)}),
-    "gemma2": Case(lambda: hf.Gemma2ForCausalLM(hf.Gemma2Config(**FEED, **SIXTEEN)), {"intermediate_size": (64, 32)}),
+    "gemma2": Case(
+        lambda: hf.Gemma2ForCausalLM(hf.Gemma2Config(**FEED, **SIXTEEN)), {"intermediate_size": (64, 32)}
+    ),
 }
 #: take longer to capture, or change what others change
 MORE: dict[str, Case] = {
-    "mistral": Case(lambda: hf.MistralForCausalLM(hf.MistralConfig(**FEED, num_key_value_heads=2)), {**NARROWER, "num_key_value_heads": (2, 2)}),
+    "mistral": Case(
+        lambda: hf.MistralForCausalLM(hf.MistralConfig(**FEED, num_key_value_heads=2)),
+        {**NARROWER, "num_key_value_heads": (2, 2)},
+    ),
     "qwen2": Case(qwen2, {**HEADS, "head_dim": (None, 8), **NARROWER}, 0.4, BOTH),
     "phi3": Case(ZOO["phi3"].make, {"intermediate_size": (128, 96)}),
     "gemma3n": Case(gemma3n, {"intermediate_size": ([48, 64], [24, 40])}),

@@ -15,14 +15,25 @@ import torch
 from generators import Case, pruned
 from saved import forge
 from tiny_llama import make_model
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer, Trainer, TrainingArguments, pipeline
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
+    AutoTokenizer,
+    Trainer,
+    TrainingArguments,
+    pipeline,
+)
 
 import fasp_fx
 from fasp_fx import hf
 
 pytestmark = pytest.mark.usefixtures("shared_captures")
 
-CHAT = "{% for message in messages %}{{ message['role'] }}: {{ message['content'] }}\n{% endfor %}{% if add_generation_prompt %}assistant: {% endif %}"
+CHAT = (
+    "{% for message in messages %}{{ message['role'] }}: {{ message['content'] }}\n{% endfor %}{% if"
+    " add_generation_prompt %}assistant: {% endif %}"
+)
 
 
 @pytest.fixture(scope="module")
@@ -55,16 +66,28 @@ def test_loaded_model_is_the_saved_one(bytes_model: hf.Pruned, folder: Path) -> 
     assert not loaded.training
     assert loaded.generation_config.to_diff_dict() == bytes_model.model.generation_config.to_diff_dict()
     ids = torch.arange(40, 50)[None]
-    assert torch.equal(loaded.generate(ids, max_new_tokens=8, do_sample=False), bytes_model.model.generate(ids, max_new_tokens=8, do_sample=False))
+    assert torch.equal(
+        loaded.generate(ids, max_new_tokens=8, do_sample=False),
+        bytes_model.model.generate(ids, max_new_tokens=8, do_sample=False),
+    )
 
 
 def test_folder_is_one_of_transformers(folder: Path) -> None:
     names = {file.name for file in folder.iterdir()}
-    assert {"config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "README.md", "plan.json"} <= names
+    assert {
+        "config.json",
+        "generation_config.json",
+        "model.safetensors",
+        "tokenizer.json",
+        "README.md",
+        "plan.json",
+    } <= names
     assert isinstance(AutoConfig.from_pretrained(folder), hf.PrunedConfig)
     text = (folder / "README.md").read_text(encoding="utf-8")
     header = text.split("---")[1].strip().splitlines()
-    assert {key: json.loads(value) for key, value in (line.split(": ", 1) for line in header)}["pipeline_tag"] == "text-generation"
+    assert {key: json.loads(value) for key, value in (line.split(": ", 1) for line in header)}[
+        "pipeline_tag"
+    ] == "text-generation"
     assert "mlp.down_proj.weight" in text
 
 
@@ -84,10 +107,12 @@ def test_weights_are_stored_once(tmp_path: Path) -> None:
 
 def test_in_a_new_process(folder: Path) -> None:
     code = (
-        "import fasp_fx, sys; assert 'transformers' not in sys.modules; from transformers import AutoModelForCausalLM\n"
-        f"print(type(AutoModelForCausalLM.from_pretrained({str(folder)!r})).__name__)"
+        "import fasp_fx, sys; assert 'transformers' not in sys.modules; from transformers import"
+        f" AutoModelForCausalLM\nprint(type(AutoModelForCausalLM.from_pretrained({str(folder)!r})).__name__)"
     )
-    done = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, timeout=300, check=False)
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, timeout=300, check=False
+    )
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip() == "PrunedForCausalLM"
 
@@ -97,9 +122,13 @@ def test_pipeline_and_chat_template(bytes_model: hf.Pruned, folder: Path) -> Non
     chat = [{"role": "user", "content": "hello"}]
     answer = made(chat, max_new_tokens=6, do_sample=False)[0]["generated_text"]
     assert answer[-1]["role"] == "assistant"
-    ids = bytes_model.tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_tensors="pt", return_dict=True)["input_ids"]
+    ids = bytes_model.tokenizer.apply_chat_template(
+        chat, add_generation_prompt=True, return_tensors="pt", return_dict=True
+    )["input_ids"]
     found = bytes_model.model.generate(ids, max_new_tokens=6, do_sample=False)
-    assert answer[-1]["content"] == bytes_model.tokenizer.decode(found[0, ids.shape[1] :], skip_special_tokens=True)
+    assert answer[-1]["content"] == bytes_model.tokenizer.decode(
+        found[0, ids.shape[1] :], skip_special_tokens=True
+    )
     both = made(["a", "a longer text"], batch_size=1, max_new_tokens=3, do_sample=False)
     assert len(both) == 2
 
@@ -107,9 +136,18 @@ def test_pipeline_and_chat_template(bytes_model: hf.Pruned, folder: Path) -> Non
 def test_fine_tuned_model_keeps_its_weights(folder: Path, tmp_path: Path) -> None:
     model = AutoModelForCausalLM.from_pretrained(folder)
     before = _logits(model)
-    rows = [{"input_ids": list(range(20 + shift, 36 + shift)), "labels": list(range(20 + shift, 36 + shift))} for shift in range(8)]
+    rows = [
+        {"input_ids": list(range(20 + shift, 36 + shift)), "labels": list(range(20 + shift, 36 + shift))}
+        for shift in range(8)
+    ]
     settings = TrainingArguments(
-        str(tmp_path / "run"), max_steps=2, per_device_train_batch_size=4, learning_rate=0.01, report_to=[], use_cpu=True, save_steps=1
+        str(tmp_path / "run"),
+        max_steps=2,
+        per_device_train_batch_size=4,
+        learning_rate=0.01,
+        report_to=[],
+        use_cpu=True,
+        save_steps=1,
     )
     Trainer(model, settings, train_dataset=rows).train()
     trained = _logits(model)
@@ -138,7 +176,9 @@ def test_nothing_half_written(bytes_model: hf.Pruned, tmp_path: Path) -> None:
             raise OSError("no space")
 
     with pytest.raises(fasp_fx.StoreError, match="no space"):
-        hf.Pruned(bytes_model.model, bytes_model.plan, bytes_model.report, Broken()).save_pretrained(tmp_path / "deep" / "out")
+        hf.Pruned(bytes_model.model, bytes_model.plan, bytes_model.report, Broken()).save_pretrained(
+            tmp_path / "deep" / "out"
+        )
     assert not list(tmp_path.iterdir())
 
 
@@ -147,7 +187,17 @@ def copied(folder: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(folder, tmp_path / "copy"))
 
 
-@pytest.mark.parametrize("name", ["model.safetensors", "programs.json", "plan.json", "config.json", "report.json", "constants.safetensors"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "model.safetensors",
+        "programs.json",
+        "plan.json",
+        "config.json",
+        "report.json",
+        "constants.safetensors",
+    ],
+)
 def test_damage_is_found(copied: Path, name: str) -> None:
     content = (copied / name).read_bytes()
     (copied / name).write_bytes(content[:-1])

@@ -1,6 +1,7 @@
 """Token for token what the masked dense Hugging Face model generates.
 
-Every model of the issue in every way of generating: ``FASP_FX_PROFILE=slow pytest tests/hf/test_generation.py``.
+Every model of the issue in every way of generating: ``FASP_FX_PROFILE=slow pytest
+tests/hf/test_generation.py``.
 """
 
 from __future__ import annotations
@@ -24,7 +25,12 @@ FAST = {*(("llama_gqa", case) for case in CASES), ("gpt2", Case(4, 1))}
 
 
 def _marked(name: str, case: Case) -> Any:
-    return pytest.param(name, case, marks=() if (name, case) in FAST else pytest.mark.slow, id=f"{name}-batch{case.batch}-beams{case.beams}")
+    return pytest.param(
+        name,
+        case,
+        marks=() if (name, case) in FAST else pytest.mark.slow,
+        id=f"{name}-batch{case.batch}-beams{case.beams}",
+    )
 
 
 @pytest.mark.parametrize(("name", "case"), [_marked(name, case) for name in NAMES for case in CASES])
@@ -33,10 +39,14 @@ def test_same_tokens_as_the_masked_dense_model(name: str, case: Case) -> None:
     assert torch.equal(case.run(pruned(name).model, name), wanted)
     if case.beams == 1:
         assert wanted.shape[1] >= TOKENS
-        assert not torch.equal(wanted, case.run(dense(name), name)), "pruning changes nothing that can be seen"
+        assert not torch.equal(wanted, case.run(dense(name), name)), (
+            "pruning changes nothing that can be seen"
+        )
 
 
-@pytest.mark.parametrize("name", ["llama_gqa", "gpt2", *[pytest.param(name, marks=pytest.mark.slow) for name in NAMES[2:]]])
+@pytest.mark.parametrize(
+    "name", ["llama_gqa", "gpt2", *[pytest.param(name, marks=pytest.mark.slow) for name in NAMES[2:]]]
+)
 def test_cache_is_narrower_by_what_the_report_says(name: str) -> None:
     result = pruned(name)
     assert result.report.cache is not None
@@ -47,13 +57,22 @@ def test_cache_is_narrower_by_what_the_report_says(name: str) -> None:
             inputs["decoder_input_ids"] = inputs["input_ids"]
         cache = model(**inputs, use_cache=True)[CACHE]
         parts = [cache.self_attention_cache, cache.cross_attention_cache] if name == "t5" else [cache]
-        sizes.append(sum(tensor[0, :, 0].nbytes for part in parts for layer in part.layers for tensor in (layer.keys, layer.values)))
+        sizes.append(
+            sum(
+                tensor[0, :, 0].nbytes
+                for part in parts
+                for layer in part.layers
+                for tensor in (layer.keys, layer.values)
+            )
+        )
     assert result.report.cache == tuple(sizes)
     assert sizes[1] < sizes[0]
     assert f"{sizes[0]:,} -> {sizes[1]:,} bytes per token" in str(result.report)
 
 
-@pytest.mark.parametrize("name", ["llama_gqa", *[pytest.param(name, marks=pytest.mark.slow) for name in ("gpt2", "t5")]])
+@pytest.mark.parametrize(
+    "name", ["llama_gqa", *[pytest.param(name, marks=pytest.mark.slow) for name in ("gpt2", "t5")]]
+)
 def test_whole_heads_go_from_weights_and_cache(name: str) -> None:
     """Rotary angles come from an input here, so that they are channels too, which all heads share."""
     made = hf.prune(dense(name), granularity=("head",), sparsity=0.1, score="random", restore=None)
@@ -68,4 +87,6 @@ def test_whole_heads_go_from_weights_and_cache(name: str) -> None:
     if name == "llama_gqa":
         cache = made.model(**Case(1, 1).inputs(name), use_cache=True)[CACHE]
         width = model.config.hidden_size // model.config.num_attention_heads
-        assert {tuple(tensor.shape[1::2]) for layer in cache.layers for tensor in (layer.keys, layer.values)} == {(1, width)}
+        assert {
+            tuple(tensor.shape[1::2]) for layer in cache.layers for tensor in (layer.keys, layer.values)
+        } == {(1, width)}

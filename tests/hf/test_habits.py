@@ -1,4 +1,6 @@
-"""What a model does with labels, masks and positions beside its tokens is what its pruned one does, or the call is refused."""
+"""What a model does with labels, masks and positions beside its tokens is what its pruned one does, or the
+call is refused.
+"""
 
 from __future__ import annotations
 
@@ -17,9 +19,28 @@ from fasp_fx import hf
 from fasp_fx._compat._transformers import CACHE
 from fasp_fx.hf._labels import MOVES, POSITIONS
 
-SIZES = {"vocab_size": 64, "max_position_embeddings": 64, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
-BART = SIZES | {"d_model": 32, "decoder_layers": 1, "decoder_attention_heads": 4, "decoder_ffn_dim": 48, "encoder_layers": 1, "encoder_attention_heads": 4}
-LLAMA = SIZES | {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 4, "num_key_value_heads": 2}
+SIZES = {
+    "vocab_size": 64,
+    "max_position_embeddings": 64,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+BART = SIZES | {
+    "d_model": 32,
+    "decoder_layers": 1,
+    "decoder_attention_heads": 4,
+    "decoder_ffn_dim": 48,
+    "encoder_layers": 1,
+    "encoder_attention_heads": 4,
+}
+LLAMA = SIZES | {
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+}
 
 
 def tokens(batch: int, count: int, seed: int = 0) -> Tensor:
@@ -27,13 +48,17 @@ def tokens(batch: int, count: int, seed: int = 0) -> Tensor:
 
 
 def nearly_whole(model: Any) -> Any:
-    """The model without one neuron of each layer that does nothing, so that the outputs stay what they were."""
+    """The model without one neuron of each layer that does nothing, so that the outputs stay what
+    they were.
+    """
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if name.endswith(("fc2.weight", "down_proj.weight")):
                 parameter[:, -1] = 0
     name = "fc2" if any(name.endswith("fc2.weight") for name, _ in model.named_parameters()) else "down_proj"
-    return hf.prune(model, score="magnitude", restore=None, allocation="uniform", sparsity={f"*{name}.weight": 0.03})
+    return hf.prune(
+        model, score="magnitude", restore=None, allocation="uniform", sparsity={f"*{name}.weight": 0.03}
+    )
 
 
 def made(kind: str, config: Any) -> Any:
@@ -41,7 +66,10 @@ def made(kind: str, config: Any) -> Any:
 
 
 def test_labels_are_moved_on_as_the_model_does() -> None:
-    model = made("MBartForConditionalGeneration", transformers.MBartConfig(**BART, encoder_ffn_dim=48, decoder_start_token_id=2))
+    model = made(
+        "MBartForConditionalGeneration",
+        transformers.MBartConfig(**BART, encoder_ffn_dim=48, decoder_start_token_id=2),
+    )
     pruned = nearly_whole(model).model
     ids, labels = tokens(2, 9), tokens(2, 5, 1)
     labels[0, 4:] = -100
@@ -50,7 +78,10 @@ def test_labels_are_moved_on_as_the_model_does() -> None:
     assert pruned.config.labels_moved == "last"
     assert torch.allclose(found.logits, expected.logits, atol=1e-4)
     assert torch.allclose(found.loss, expected.loss, atol=1e-4)
-    assert torch.equal(pruned.prepare_decoder_input_ids_from_labels(labels), model.prepare_decoder_input_ids_from_labels(labels))
+    assert torch.equal(
+        pruned.prepare_decoder_input_ids_from_labels(labels),
+        model.prepare_decoder_input_ids_from_labels(labels),
+    )
 
 
 def test_a_loss_at_its_place_and_weights_that_no_program_reads(tmp_path: Path) -> None:
@@ -58,29 +89,49 @@ def test_a_loss_at_its_place_and_weights_that_no_program_reads(tmp_path: Path) -
     result = nearly_whole(model)
     ids = tokens(2, 9)
     with torch.no_grad():
-        found, expected = (called(input_ids=ids, labels=ids, use_cache=False) for called in (result.model, model))
+        found, expected = (
+            called(input_ids=ids, labels=ids, use_cache=False) for called in (result.model, model)
+        )
     assert torch.allclose(found.loss, expected.loss, atol=1e-4)
     result.save_pretrained(tmp_path / "saved")
     with torch.no_grad():
-        loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "saved")(input_ids=ids, labels=ids, use_cache=False)
+        loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "saved")(
+            input_ids=ids, labels=ids, use_cache=False
+        )
     assert torch.equal(loaded.loss, found.loss)
 
 
 def test_hidden_tokens_have_the_positions_that_the_model_gives_them(tmp_path: Path) -> None:
     model = made(
-        "OPTForCausalLM", transformers.OPTConfig(**SIZES, hidden_size=32, word_embed_proj_dim=32, ffn_dim=48, num_hidden_layers=1, num_attention_heads=4)
+        "OPTForCausalLM",
+        transformers.OPTConfig(
+            **SIZES,
+            hidden_size=32,
+            word_embed_proj_dim=32,
+            ffn_dim=48,
+            num_hidden_layers=1,
+            num_attention_heads=4,
+        ),
     )
     result = nearly_whole(model)
     pruned = result.model
     ids, mask = tokens(2, 9), torch.ones(2, 9, dtype=torch.long)
     mask[0, :4] = 0
     with torch.no_grad():
-        found, expected = (called(input_ids=ids, attention_mask=mask, labels=ids.masked_fill(mask == 0, -100)) for called in (pruned, model))
+        found, expected = (
+            called(input_ids=ids, attention_mask=mask, labels=ids.masked_fill(mask == 0, -100))
+            for called in (pruned, model)
+        )
     assert torch.allclose(found.logits, expected.logits, atol=1e-4)
     assert torch.allclose(found.loss, expected.loss, atol=1e-4)
     result.save_pretrained(tmp_path / "saved")
     with torch.no_grad():
-        assert torch.equal(AutoModelForCausalLM.from_pretrained(tmp_path / "saved")(input_ids=ids, attention_mask=mask).logits, found.logits)
+        assert torch.equal(
+            AutoModelForCausalLM.from_pretrained(tmp_path / "saved")(
+                input_ids=ids, attention_mask=mask
+            ).logits,
+            found.logits,
+        )
 
 
 def test_packed_texts_are_refused_where_the_model_keeps_them_apart() -> None:
@@ -88,12 +139,23 @@ def test_packed_texts_are_refused_where_the_model_keeps_them_apart() -> None:
     pruned = nearly_whole(model).model
     ids, positions = tokens(1, 9), torch.tensor([[0, 1, 2, 3, 0, 1, 2, 3, 4]])
     with torch.no_grad():
-        apart, together = (model(input_ids=ids, position_ids=positions, attention_mask=mask, use_cache=False).logits for mask in (None, torch.ones_like(ids)))
+        apart, together = (
+            model(input_ids=ids, position_ids=positions, attention_mask=mask, use_cache=False).logits
+            for mask in (None, torch.ones_like(ids))
+        )
         assert not torch.allclose(apart, together, atol=1e-3)
         with pytest.raises(fasp_fx.ArgumentError, match="begin again"):
             pruned(input_ids=ids, position_ids=positions)
-        assert torch.allclose(pruned(input_ids=ids, position_ids=positions, attention_mask=torch.ones_like(ids)).logits, together, atol=1e-4)
-        assert torch.allclose(pruned(input_ids=ids, position_ids=3 + torch.arange(9)[None]).logits, model(input_ids=ids).logits, atol=1e-4)
+        assert torch.allclose(
+            pruned(input_ids=ids, position_ids=positions, attention_mask=torch.ones_like(ids)).logits,
+            together,
+            atol=1e-4,
+        )
+        assert torch.allclose(
+            pruned(input_ids=ids, position_ids=3 + torch.arange(9)[None]).logits,
+            model(input_ids=ids).logits,
+            atol=1e-4,
+        )
 
 
 def test_a_loss_of_the_models_own_is_refused() -> None:
@@ -116,14 +178,21 @@ def test_a_loss_of_the_models_own_is_refused() -> None:
             output.loss = None if labels is None else output.logits.square().mean()
             return output
 
-    pruned = hf.prune(randomise(Own(transformers.LlamaConfig(**LLAMA)), std=0.2).eval(), sparsity=0.2, score="magnitude", restore=None).model
+    pruned = hf.prune(
+        randomise(Own(transformers.LlamaConfig(**LLAMA)), std=0.2).eval(),
+        sparsity=0.2,
+        score="magnitude",
+        restore=None,
+    ).model
     assert pruned(input_ids=tokens(1, 5)).loss is None
     with pytest.raises(fasp_fx.ArgumentError, match="loss of its own"):
         pruned(input_ids=tokens(1, 5), labels=tokens(1, 5))
 
 
 def test_outputs_of_routers_are_refused_with_the_remedy() -> None:
-    config = transformers.MixtralConfig(**LLAMA, num_local_experts=2, num_experts_per_tok=1, output_router_logits=True)
+    config = transformers.MixtralConfig(
+        **LLAMA, num_local_experts=2, num_experts_per_tok=1, output_router_logits=True
+    )
     with pytest.raises(fasp_fx.ArgumentError, match="output_router_logits = False"):
         hf.prune(made("MixtralForCausalLM", config), sparsity=0.2, score="magnitude", restore=None)
 

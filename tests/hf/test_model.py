@@ -48,7 +48,14 @@ def _ids(batch: int = 2, tokens: int = 7) -> torch.Tensor:
 
 def test_sampling_with_a_seed_is_that_of_the_masked_dense_model(model: Any) -> None:
     inputs = Case(4, 1).inputs("llama_gqa")
-    options = {"do_sample": True, "temperature": 0.8, "top_k": 20, "top_p": 0.9, "max_new_tokens": 20, "num_return_sequences": 2}
+    options = {
+        "do_sample": True,
+        "temperature": 0.8,
+        "top_k": 20,
+        "top_p": 0.9,
+        "max_new_tokens": 20,
+        "num_return_sequences": 2,
+    }
     original = dense("llama_gqa")
     torch.manual_seed(7)
     found = model.generate(**inputs, **options)
@@ -64,8 +71,15 @@ def test_forward_without_a_cache_is_the_masked_dense_forward(model: Any) -> None
     found = model(input_ids=ids, labels=ids)
     assert torch.allclose(found.logits, wanted.logits, rtol=1e-9, atol=1e-9)
     assert torch.allclose(found.loss, wanted.loss)
-    assert torch.allclose(model(input_ids=ids, logits_to_keep=2).logits, wanted.logits[:, -2:], rtol=1e-9, atol=1e-9)
-    assert torch.allclose(model(input_ids=ids, logits_to_keep=torch.tensor([1, 4])).logits, wanted.logits[:, [1, 4]], rtol=1e-9, atol=1e-9)
+    assert torch.allclose(
+        model(input_ids=ids, logits_to_keep=2).logits, wanted.logits[:, -2:], rtol=1e-9, atol=1e-9
+    )
+    assert torch.allclose(
+        model(input_ids=ids, logits_to_keep=torch.tensor([1, 4])).logits,
+        wanted.logits[:, [1, 4]],
+        rtol=1e-9,
+        atol=1e-9,
+    )
     assert getattr(model(input_ids=ids, use_cache=False), CACHE) is None
     assert isinstance(model(input_ids=ids, return_dict=False), tuple)
 
@@ -103,7 +117,9 @@ def test_training_step(model: Any) -> None:
         losses.append(float(loss.detach()))
     assert losses[-1] < losses[0]
     with torch.no_grad():
-        step = trained(input_ids=ids[:, -1:], cache=trained(input_ids=ids[:, :-1])[CACHE]).logits  # the step sees the trained weights
+        step = trained(
+            input_ids=ids[:, -1:], cache=trained(input_ids=ids[:, :-1])[CACHE]
+        ).logits  # the step sees the trained weights
         assert torch.allclose(step, trained(input_ids=ids).logits[:, -1:], rtol=1e-9, atol=1e-9)
         assert not torch.allclose(step, model(input_ids=ids).logits[:, -1:])
 
@@ -163,7 +179,11 @@ def test_another_text_compiles_nothing_anew(model: Any) -> None:
 def _narrow() -> DynamicCache:
     cache = DynamicCache()
     for layer in range(2):
-        cache.update(torch.zeros(2, 2, 3, 16, dtype=torch.float64), torch.zeros(2, 2, 3, 16, dtype=torch.float64), layer)
+        cache.update(
+            torch.zeros(2, 2, 3, 16, dtype=torch.float64),
+            torch.zeros(2, 2, 3, 16, dtype=torch.float64),
+            layer,
+        )
     return cache
 
 
@@ -182,23 +202,59 @@ BAD: dict[str, tuple[Callable[[], dict[str, Any]], str]] = {
     "numbers that are none": (lambda: {"input_ids": torch.zeros(2, 3)}, "token numbers"),
     "token outside of the table": (lambda: {"input_ids": torch.full((1, 2), 999)}, "outside"),
     "short mask": (lambda: {"input_ids": _ids(), "attention_mask": torch.ones(2, 3)}, r"\[2, 7\]"),
-    "positions": (lambda: {"input_ids": _ids(), "position_ids": torch.zeros(2, 3, dtype=torch.long)}, "position_ids"),
-    "cache of the dense width": (lambda: {"input_ids": _ids(), "cache": _narrow()}, r"cache.0.values .* 12\]"),
+    "positions": (
+        lambda: {"input_ids": _ids(), "position_ids": torch.zeros(2, 3, dtype=torch.long)},
+        "position_ids",
+    ),
+    "cache of the dense width": (
+        lambda: {"input_ids": _ids(), "cache": _narrow()},
+        r"cache.0.values .* 12\]",
+    ),
     "cache of another batch": (lambda: {"input_ids": _ids(3), "cache": _narrow()}, r"\[3, 2, any"),
-    "static cache": (lambda: {"input_ids": _ids(), "cache": StaticCache(config=dense("llama_gqa").config, max_cache_len=20)}, "StaticCache"),
-    "cache whose layers differ": (lambda: {"input_ids": _ids(), "cache": _ragged()}, "cache.1.keys of the cache holds 3 tokens and cache.0.keys 7"),
+    "static cache": (
+        lambda: {
+            "input_ids": _ids(),
+            "cache": StaticCache(config=dense("llama_gqa").config, max_cache_len=20),
+        },
+        "StaticCache",
+    ),
+    "cache whose layers differ": (
+        lambda: {"input_ids": _ids(), "cache": _ragged()},
+        "cache.1.keys of the cache holds 3 tokens and cache.0.keys 7",
+    ),
     "numbers of another type": (lambda: {"input_ids": _ids().short()}, "torch.int16"),
-    "a list as mask": (lambda: {"input_ids": _ids(), "attention_mask": [[1] * 7] * 2}, "attention_mask is a list"),
-    "positions with a fraction": (lambda: {"input_ids": _ids(), "position_ids": torch.arange(7.0)[None]}, "position_ids is torch.float32"),
-    "positions in a list": (lambda: {"input_ids": _ids(), "position_ids": [[1] * 7]}, "position_ids is a list"),
+    "a list as mask": (
+        lambda: {"input_ids": _ids(), "attention_mask": [[1] * 7] * 2},
+        "attention_mask is a list",
+    ),
+    "positions with a fraction": (
+        lambda: {"input_ids": _ids(), "position_ids": torch.arange(7.0)[None]},
+        "position_ids is torch.float32",
+    ),
+    "positions in a list": (
+        lambda: {"input_ids": _ids(), "position_ids": [[1] * 7]},
+        "position_ids is a list",
+    ),
     "labels": (lambda: {"input_ids": _ids(), "labels": _ids(2, 3)}, "labels"),
     "labels in a list": (lambda: {"input_ids": _ids(), "labels": _ids().tolist()}, "labels is a list"),
-    "labels with a fraction": (lambda: {"input_ids": _ids(), "labels": _ids().double()}, "labels is torch.float64"),
-    "labels outside of the vocabulary": (lambda: {"input_ids": _ids(), "labels": _ids() + 999}, "labels hold a number that is no token"),
+    "labels with a fraction": (
+        lambda: {"input_ids": _ids(), "labels": _ids().double()},
+        "labels is torch.float64",
+    ),
+    "labels outside of the vocabulary": (
+        lambda: {"input_ids": _ids(), "labels": _ids() + 999},
+        "labels hold a number that is no token",
+    ),
     "fewer than no logits": (lambda: {"input_ids": _ids(), "logits_to_keep": -2}, "logits_to_keep is -2"),
     "logits of a list": (lambda: {"input_ids": _ids(), "logits_to_keep": [1]}, "logits_to_keep is a list"),
-    "logits of what is not there": (lambda: {"input_ids": _ids(), "logits_to_keep": torch.tensor([7])}, "among the 7 new ones.*outside"),
-    "logits of a longer mask": (lambda: {"input_ids": _ids(), "logits_to_keep": torch.ones(9, dtype=torch.bool)}, r"logits_to_keep is torch.bool \[9\]"),
+    "logits of what is not there": (
+        lambda: {"input_ids": _ids(), "logits_to_keep": torch.tensor([7])},
+        "among the 7 new ones.*outside",
+    ),
+    "logits of a longer mask": (
+        lambda: {"input_ids": _ids(), "logits_to_keep": torch.ones(9, dtype=torch.bool)},
+        r"logits_to_keep is torch.bool \[9\]",
+    ),
 }
 
 
@@ -236,20 +292,39 @@ def test_a_configuration_that_asks_for_more_outputs_is_refused(model: Any) -> No
 
 def test_logits_counted_from_the_end(model: Any) -> None:
     ids = _ids()
-    found, whole = model(input_ids=ids, logits_to_keep=torch.tensor([-1, 0])).logits, model(input_ids=ids).logits
+    found, whole = (
+        model(input_ids=ids, logits_to_keep=torch.tensor([-1, 0])).logits,
+        model(input_ids=ids).logits,
+    )
     assert torch.allclose(found, whole[:, [-1, 0]], rtol=1e-9, atol=1e-9)
 
 
 @pytest.fixture(scope="module")
 def bart() -> tuple[Any, hf.Pruned]:
-    """An encoder-decoder whose configuration has a field with the name of a parameter of generation, ``forced_eos_token_id``."""
-    layers = {f"{part}_{name}": value for part in ("encoder", "decoder") for name, value in (("layers", 1), ("attention_heads", 4), ("ffn_dim", 64))}
-    config = BartConfig(vocab_size=96, d_model=32, max_position_embeddings=64, pad_token_id=0, bos_token_id=1, decoder_start_token_id=2, **layers)
+    """An encoder-decoder whose configuration has a field with the name of a parameter of generation,
+    ``forced_eos_token_id``.
+    """
+    layers = {
+        f"{part}_{name}": value
+        for part in ("encoder", "decoder")
+        for name, value in (("layers", 1), ("attention_heads", 4), ("ffn_dim", 64))
+    }
+    config = BartConfig(
+        vocab_size=96,
+        d_model=32,
+        max_position_embeddings=64,
+        pad_token_id=0,
+        bos_token_id=1,
+        decoder_start_token_id=2,
+        **layers,
+    )
     original = randomise(BartForConditionalGeneration(config), seed=3).double()
     return original, hf.prune(original, sparsity=0.2, score="magnitude", restore=None)
 
 
-def test_fields_of_the_original_may_be_named_like_parameters_of_generation(bart: tuple[Any, hf.Pruned], tmp_path: Path) -> None:
+def test_fields_of_the_original_may_be_named_like_parameters_of_generation(
+    bart: tuple[Any, hf.Pruned], tmp_path: Path
+) -> None:
     original, result = bart
     assert original.config.forced_eos_token_id == 2
     ids = _ids()
@@ -289,12 +364,33 @@ def test_a_cache_of_another_source_is_refused(bart: tuple[Any, hf.Pruned]) -> No
         model(input_ids=_ids(), labels=_ids()[0])
 
 
-@pytest.mark.skipif(torch.__version__ < "2.13", reason="torch does not export angles that the length of the text decides")
+@pytest.mark.skipif(
+    torch.__version__ < "2.13", reason="torch does not export angles that the length of the text decides"
+)
 def test_a_buffer_that_a_program_writes_is_no_other(tmp_path: Path) -> None:
     """LongRoPE keeps the angles in use in a buffer, which begins as a copy of those for short texts."""
-    angles = {"rope_type": "longrope", "rope_theta": 1e4, "short_factor": [1.0] * 4, "long_factor": [3.0] * 4, "original_max_position_embeddings": 16}
-    sizes = {"vocab_size": 96, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 4, "num_key_value_heads": 2}
-    config = Phi3Config(**sizes, max_position_embeddings=64, original_max_position_embeddings=16, pad_token_id=0, rope_parameters=angles)
+    angles = {
+        "rope_type": "longrope",
+        "rope_theta": 1e4,
+        "short_factor": [1.0] * 4,
+        "long_factor": [3.0] * 4,
+        "original_max_position_embeddings": 16,
+    }
+    sizes = {
+        "vocab_size": 96,
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+    }
+    config = Phi3Config(
+        **sizes,
+        max_position_embeddings=64,
+        original_max_position_embeddings=16,
+        pad_token_id=0,
+        rope_parameters=angles,
+    )
     original = randomise(Phi3ForCausalLM(config), seed=3).double()
     result = hf.prune(original, sparsity=0.2, score="magnitude", restore=None)
     loaded = AutoModelForCausalLM.from_pretrained(result.save_pretrained(tmp_path / "long"))
@@ -310,29 +406,68 @@ def test_a_padded_prompt_may_be_as_long_as_the_table(model: Any) -> None:
     gpt2 = pruned("gpt2").model
     mask = torch.ones(1, 130, dtype=torch.long)
     mask[0, :4] = 0
-    assert gpt2.generate(_ids(1, 130), attention_mask=mask, max_new_tokens=2, do_sample=False).shape == (1, 132)
+    assert gpt2.generate(_ids(1, 130), attention_mask=mask, max_new_tokens=2, do_sample=False).shape == (
+        1,
+        132,
+    )
 
 
 def _whisper() -> Any:
-    heads = {"encoder_attention_heads": 2, "decoder_attention_heads": 2, "encoder_layers": 1, "decoder_layers": 1}
-    return WhisperForConditionalGeneration(WhisperConfig(vocab_size=96, d_model=16, num_mel_bins=8, max_source_positions=20, pad_token_id=0, **heads)).eval()
+    heads = {
+        "encoder_attention_heads": 2,
+        "decoder_attention_heads": 2,
+        "encoder_layers": 1,
+        "decoder_layers": 1,
+    }
+    return WhisperForConditionalGeneration(
+        WhisperConfig(
+            vocab_size=96, d_model=16, num_mel_bins=8, max_source_positions=20, pad_token_id=0, **heads
+        )
+    ).eval()
 
 
 BAD_PRUNING: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     "not a model that generates": (lambda: hf.prune(torch.nn.Linear(2, 2)), fasp_fx.ArgumentError, "Linear"),
     "not one that reads tokens": (lambda: hf.prune(_whisper()), fasp_fx.ArgumentError, "input_features"),
-    "one that was pruned before": (lambda: hf.prune(pruned("gpt2").model), fasp_fx.ArgumentError, "pruned already"),
+    "one that was pruned before": (
+        lambda: hf.prune(pruned("gpt2").model),
+        fasp_fx.ArgumentError,
+        "pruned already",
+    ),
     "unknown option": (lambda: hf.prune(dense("llama_gqa"), state=("x",)), fasp_fx.ArgumentError, "option"),
-    "batches in the tokenizer's place": (lambda: hf.prune(dense("llama_gqa"), [_ids()]), fasp_fx.ArgumentError, "tokenizer is a list.*calibration="),
-    "calibration that is none": (lambda: hf.prune(dense("llama_gqa"), calibration=5), fasp_fx.CalibrationError, "a single int|is a int"),
+    "batches in the tokenizer's place": (
+        lambda: hf.prune(dense("llama_gqa"), [_ids()]),
+        fasp_fx.ArgumentError,
+        "tokenizer is a list.*calibration=",
+    ),
+    "calibration that is none": (
+        lambda: hf.prune(dense("llama_gqa"), calibration=5),
+        fasp_fx.CalibrationError,
+        "a single int|is a int",
+    ),
     "no calibration": (lambda: hf.prune(dense("llama_gqa")), fasp_fx.CalibrationError, "calibration"),
-    "one batch": (lambda: hf.prune(dense("llama_gqa"), calibration=_ids()), fasp_fx.CalibrationError, "iterable of batches"),
-    "strange batch": (lambda: hf.prune(dense("llama_gqa"), calibration=[{"input_ids": _ids(), "pixels": 1}]), fasp_fx.CalibrationError, "pixels"),
+    "one batch": (
+        lambda: hf.prune(dense("llama_gqa"), calibration=_ids()),
+        fasp_fx.CalibrationError,
+        "iterable of batches",
+    ),
+    "strange batch": (
+        lambda: hf.prune(dense("llama_gqa"), calibration=[{"input_ids": _ids(), "pixels": 1}]),
+        fasp_fx.CalibrationError,
+        "pixels",
+    ),
     "sparsity": (lambda: hf.prune(dense("llama_gqa"), sparsity=2), fasp_fx.SparsityError, "sparsity"),
 }
 
 
-@pytest.mark.parametrize("case", [*list(BAD_PRUNING)[:5], "sparsity", *[pytest.param(name, marks=pytest.mark.slow) for name in list(BAD_PRUNING)[5:9]]])
+@pytest.mark.parametrize(
+    "case",
+    [
+        *list(BAD_PRUNING)[:5],
+        "sparsity",
+        *[pytest.param(name, marks=pytest.mark.slow) for name in list(BAD_PRUNING)[5:9]],
+    ],
+)
 def test_bad_pruning_is_refused(case: str) -> None:
     call, kind, says = BAD_PRUNING[case]
     with pytest.raises(kind, match=says):

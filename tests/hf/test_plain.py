@@ -1,4 +1,6 @@
-"""Plain checkpoints compute what the masked dense model computes, and load where fasp_fx cannot be imported."""
+"""Plain checkpoints compute what the masked dense model computes, and load where fasp_fx cannot
+be imported.
+"""
 
 from __future__ import annotations
 
@@ -41,7 +43,8 @@ folder = sys.argv[1]
 tokens = torch.load(folder + "/tokens.pt")
 found = {}
 for name, options in json.loads(sys.argv[2]).items():
-    model, info = AutoModelForCausalLM.from_pretrained(folder + "/" + name, output_loading_info=True, **options)
+    path = f"{folder}/{name}"
+    model, info = AutoModelForCausalLM.from_pretrained(path, output_loading_info=True, **options)
     assert not any(info.values()), info
     with torch.no_grad():
         found[name] = model.eval()(input_ids=tokens, use_cache=False).logits
@@ -78,7 +81,9 @@ def elsewhere(folders: Path) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_a_stranger_gets_the_logits_of_the_masked_dense_model(name: str, elsewhere: dict[str, torch.Tensor]) -> None:
+def test_a_stranger_gets_the_logits_of_the_masked_dense_model(
+    name: str, elsewhere: dict[str, torch.Tensor]
+) -> None:
     model, pruned = dense(name), plain(name)
     with torch.no_grad():
         expected = zeroed(model, pruned.plan)(input_ids=tokens(), use_cache=False).logits
@@ -108,7 +113,13 @@ def test_generation_goes_on(elsewhere: dict[str, torch.Tensor]) -> None:
 
 def test_whole_heads_go_with_their_query_heads() -> None:
     before, after = dense("llama"), plain("llama").model
-    rows = {name: [dict(model.named_parameters())[f"model.layers.1.self_attn.{name}.weight"] for model in (before, after)] for name in ("q_proj", "k_proj")}
+    rows = {
+        name: [
+            dict(model.named_parameters())[f"model.layers.1.self_attn.{name}.weight"]
+            for model in (before, after)
+        ]
+        for name in ("q_proj", "k_proj")
+    }
     kept = 0 if torch.equal(rows["k_proj"][0][:16], rows["k_proj"][1]) else 1
     assert torch.equal(rows["k_proj"][0][16 * kept : 16 * kept + 16], rows["k_proj"][1])
     assert torch.equal(rows["q_proj"][0][32 * kept : 32 * kept + 32], rows["q_proj"][1])
@@ -136,20 +147,33 @@ def test_groups_that_cannot_be_said_stay_whole_with_the_reason() -> None:
 @pytest.mark.parametrize(
     ("name", "options", "message"),
     [
-        ("llama", {"sparsity": 0.9, "granularity": ("channel",)}, r"LlamaConfig can say at most 0\.6614; ask for less"),
-        ("llama", {"sparsity": 0.9, "granularity": ("channel",), "round_to": 64}, r"at most 0\.3333 with round_to=64"),
+        (
+            "llama",
+            {"sparsity": 0.9, "granularity": ("channel",)},
+            r"LlamaConfig can say at most 0\.6614; ask for less",
+        ),
+        (
+            "llama",
+            {"sparsity": 0.9, "granularity": ("channel",), "round_to": 64},
+            r"at most 0\.3333 with round_to=64",
+        ),
         ("llama", {"sparsity": 0.2, "granularity": ("head",)}, r"at most 0\.1666"),
         ("llama", {"sparsity": 0.001, "granularity": ("channel",)}, "less than half a step"),
         ("llama", {"sparsity": 1.5}, r"not in \(0, 1\)"),
     ],
 )
-def test_a_sparsity_out_of_reach_says_what_is_in_reach(name: str, options: dict[str, Any], message: str) -> None:
+def test_a_sparsity_out_of_reach_says_what_is_in_reach(
+    name: str, options: dict[str, Any], message: str
+) -> None:
     with pytest.raises(fasp_fx.SparsityError, match=message):
         prune(dense(name), **UNREPAIRED, **options)
 
 
 def test_what_no_field_says_is_refused_with_the_reason() -> None:
-    with pytest.raises(fasp_fx.NothingPrunableError, match=r"no field of GPT2Config can say it: n_embd changes .*weight as well"):
+    with pytest.raises(
+        fasp_fx.NothingPrunableError,
+        match=r"no field of GPT2Config can say it: n_embd changes .*weight as well",
+    ):
         prune(dense("gpt2"), **UNREPAIRED, granularity=("head",))
 
 
@@ -165,9 +189,17 @@ def test_what_no_field_says_is_refused_with_the_reason() -> None:
     ],
     ids=lambda value: str(value),
 )
-def test_neurons_carry_what_heads_do_not(options: dict[str, Any], heads: int, neurons: int, settled: Any) -> None:
-    """A layer holds 12,288 weights of attention, half of them in each of two key-value heads, and 192 for each of 128 neurons."""
-    assert settled(**options) == {"num_attention_heads": heads, "num_key_value_heads": heads // 2, "intermediate_size": neurons}
+def test_neurons_carry_what_heads_do_not(
+    options: dict[str, Any], heads: int, neurons: int, settled: Any
+) -> None:
+    """A layer holds 12,288 weights of attention, half of them in each of two key-value heads, and 192 for
+    each of 128 neurons.
+    """
+    assert settled(**options) == {
+        "num_attention_heads": heads,
+        "num_key_value_heads": heads // 2,
+        "intermediate_size": neurons,
+    }
 
 
 class Stop(Exception):
@@ -207,7 +239,12 @@ HELD = {"num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size":
 def test_a_model_that_its_config_does_not_describe_is_refused() -> None:
     model = copy.deepcopy(dense("opt"))
     model.model.decoder.layers[0].fc1 = torch.nn.Linear(32, 100)
-    with pytest.raises(fasp_fx.ArgumentError, match=r"'model.decoder.layers.0.fc1.bias' has the shape \(100,\), a model built from the config \(64,\)"):
+    with pytest.raises(
+        fasp_fx.ArgumentError,
+        match=(
+            r"'model.decoder.layers.0.fc1.bias' has the shape \(100,\), a model built from the config \(64,\)"
+        ),
+    ):
         prune(model, **UNREPAIRED)
 
 
@@ -233,7 +270,9 @@ def test_a_wrong_model_is_never_handed_out(monkeypatch: pytest.MonkeyPatch) -> N
         return {**found, name: found[name].flip(0)}
 
     monkeypatch.setattr(plain_module, "smaller_weights", swapped)
-    with pytest.raises(fasp_fx.VerificationError, match=r"n_inner = 112: its outputs differ by .*nothing is returned"):
+    with pytest.raises(
+        fasp_fx.VerificationError, match=r"n_inner = 112: its outputs differ by .*nothing is returned"
+    ):
         prune(dense("gpt2"), **UNREPAIRED, sparsity=0.1, round_to=16)
 
 
@@ -268,7 +307,9 @@ def test_lora_attaches_and_trains(folders: Path) -> None:
     peft = pytest.importorskip("peft")
     model = hf.AutoModelForCausalLM.from_pretrained(folders / "llama")
     torch.manual_seed(0)
-    tuned = peft.get_peft_model(model, peft.LoraConfig(r=4, target_modules=["q_proj", "down_proj"], task_type="CAUSAL_LM"))
+    tuned = peft.get_peft_model(
+        model, peft.LoraConfig(r=4, target_modules=["q_proj", "down_proj"], task_type="CAUSAL_LM")
+    )
     optimiser = torch.optim.SGD([weight for weight in tuned.parameters() if weight.requires_grad], lr=1e-2)
     losses = []
     for _ in range(2):

@@ -33,7 +33,9 @@ def _fault_in(monkeypatch: pytest.MonkeyPatch, weight: str, program: Any) -> Non
 
 
 def _takes_a_cache(program: Any) -> bool:
-    return bool(program.state_inputs) and any(node.meta["val"].dim() == 4 and node.name in program.state_inputs for node in program.placeholders())
+    return bool(program.state_inputs) and any(
+        node.meta["val"].dim() == 4 and node.name in program.state_inputs for node in program.placeholders()
+    )
 
 
 def test_a_group_that_one_program_cannot_lose_stays_whole_in_all(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -41,7 +43,10 @@ def test_a_group_that_one_program_cannot_lose_stays_whole_in_all(monkeypatch: py
     beside = "decoder.block.0.layer.0.SelfAttention.o.weight"
     _fault_in(monkeypatch, weight, _takes_a_cache)
     model = dense("t5")
-    with pytest.warns(fasp_fx.VerificationWarning, match=f"'{weight}' stays whole.*in the program 'decode' on the example inputs"):
+    with pytest.warns(
+        fasp_fx.VerificationWarning,
+        match=f"'{weight}' stays whole.*in the program 'decode' on the example inputs",
+    ):
         made = hf.prune(model, **OPTIONS)
     groups = {group.name for group in made.plan.groups}
     assert weight not in groups
@@ -59,7 +64,10 @@ def test_a_group_that_one_program_cannot_lose_stays_whole_in_all(monkeypatch: py
 
 def test_nothing_left_in_any_of_them(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(_held, "compare", lambda *_: Seen(0.5, False))
-    with pytest.raises(fasp_fx.VerificationError, match="of the model cannot lose what the plan removes: what was decided cannot be removed"):
+    with pytest.raises(
+        fasp_fx.VerificationError,
+        match="of the model cannot lose what the plan removes: what was decided cannot be removed",
+    ):
         hf.prune(dense("t5"), **OPTIONS)
 
 

@@ -1,4 +1,6 @@
-"""Distillation of models that generate: decoders, encoder-decoders, plain checkpoints, and from the command line."""
+"""Distillation of models that generate: decoders, encoder-decoders, plain checkpoints, and from the command
+line.
+"""
 
 from __future__ import annotations
 
@@ -37,7 +39,10 @@ def tokens(count: int, width: int = 12, seed: int = 0) -> list[Tensor]:
 def divergence(model: Any, teacher: Any, batch: dict[str, Tensor]) -> float:
     """The mean of KL(teacher ‖ model) over all tokens."""
     with torch.no_grad():
-        found, wanted = (one(**batch, use_cache=False).logits.double().log_softmax(-1).flatten(0, 1) for one in (model, teacher))
+        found, wanted = (
+            one(**batch, use_cache=False).logits.double().log_softmax(-1).flatten(0, 1)
+            for one in (model, teacher)
+        )
     return float(F.kl_div(found, wanted, log_target=True, reduction="batchmean"))
 
 
@@ -53,7 +58,9 @@ def test_a_decoder_learns_and_generates_and_is_saved(plain: bool, tmp_path: Path
     assert after.report.recovery is not None
     assert "divergence" in after.report.recovery.criterion
     assert divergence(after.model, teacher, other) < 0.9 * before
-    assert after.model.generate(other["input_ids"], max_new_tokens=3, do_sample=False, pad_token_id=0).shape == (2, 15)
+    assert after.model.generate(
+        other["input_ids"], max_new_tokens=3, do_sample=False, pad_token_id=0
+    ).shape == (2, 15)
     after.save_pretrained(tmp_path / "saved")
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "saved", dtype="auto")
     torch.testing.assert_close(loaded(**other).logits, after.model(**other).logits)
@@ -65,9 +72,15 @@ def test_tokens_that_are_padding_teach_nothing() -> None:
     teacher = dense("llama_gqa")
     mask = torch.ones(2, 12, dtype=torch.long)
     mask[0, :4] = 0
-    data, other = ([{"input_ids": ids.where(mask != 0, filler), "attention_mask": mask} for ids in tokens(6)] for filler in (0, 7))
+    data, other = (
+        [{"input_ids": ids.where(mask != 0, filler), "attention_mask": mask} for ids in tokens(6)]
+        for filler in (0, 7)
+    )
     result = pruned("llama_gqa")
-    models = [fasp_fx.distil(copy.deepcopy(result), teacher, batches, learning_rate=1e-3).model for batches in (data, other)]
+    models = [
+        fasp_fx.distil(copy.deepcopy(result), teacher, batches, learning_rate=1e-3).model
+        for batches in (data, other)
+    ]
     assert all(torch.equal(a, b) for a, b in zip(*(model.parameters() for model in models), strict=True))
 
 
@@ -106,7 +119,21 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (made / "text.txt").write_text("Größe matters: a smaller model answers sooner. " * 12, encoding="utf-8")
     for name, more in (("pruned", ()), ("plain", ("--plain",))):
         text = made / "text.txt"
-        done = invoke("prune", made / "model", "--calibration", text, "--text", text, "--out", made / name, "--round-to", "8", *CHEAP, *more, *SMALL)
+        done = invoke(
+            "prune",
+            made / "model",
+            "--calibration",
+            text,
+            "--text",
+            text,
+            "--out",
+            made / name,
+            "--round-to",
+            "8",
+            *CHEAP,
+            *more,
+            *SMALL,
+        )
         assert done.exit_code == 0, done.output
     return made
 
@@ -114,12 +141,29 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize("kind", ["pruned", "plain"])
 def test_recover_what_was_pruned(folder: Path, kind: str, tmp_path: Path) -> None:
     text = folder / "text.txt"
-    command = ["recover", folder / kind, "--dense", folder / "model", "--data", text, "--text", text, "--epochs", "4", "--learning-rate", "1e-3", *SMALL]
+    command = [
+        "recover",
+        folder / kind,
+        "--dense",
+        folder / "model",
+        "--data",
+        text,
+        "--text",
+        text,
+        "--epochs",
+        "4",
+        "--learning-rate",
+        "1e-3",
+        *SMALL,
+    ]
     done = invoke(*command, "--checkpoint", tmp_path / "run", "--out", tmp_path / "out")
     assert done.exit_code == 0, done.output
     assert "recovered: distillation" in " ".join(done.stdout.split())
     assert "perplexity on chunks 6 to 8 of text.txt" in done.stdout
-    models = [AutoModelForCausalLM.from_pretrained(where).eval() for where in (folder / kind, tmp_path / "out", folder / "model")]
+    models = [
+        AutoModelForCausalLM.from_pretrained(where).eval()
+        for where in (folder / kind, tmp_path / "out", folder / "model")
+    ]
     assert type(models[0]) is type(models[1])
     ids = {"input_ids": torch.arange(2, 34)[None]}
     assert not torch.equal(models[0](**ids).logits, models[1](**ids).logits)
@@ -133,7 +177,9 @@ def test_recover_what_was_pruned(folder: Path, kind: str, tmp_path: Path) -> Non
 
 
 def test_prune_and_recover_in_one_command(folder: Path, tmp_path: Path) -> None:
-    done = invoke("prune", folder / "model", "--recover", "2", "--round-to", "8", "--out", tmp_path / "out", *SMALL)
+    done = invoke(
+        "prune", folder / "model", "--recover", "2", "--round-to", "8", "--out", tmp_path / "out", *SMALL
+    )
     assert done.exit_code == 0, done.output
     assert "recovered: distillation" in " ".join(done.stdout.split())
     said = invoke("inspect", tmp_path / "out", "--json")
@@ -165,9 +211,13 @@ def test_requests_that_make_no_sense(folder: Path, tmp_path: Path, options: list
 
 def test_folders_that_hold_nothing_to_recover(folder: Path, tmp_path: Path) -> None:
     base = ["--dense", folder / "model", "--data", folder / "text.txt", *SMALL]
-    assert "no pruned language model" in refused(invoke("recover", folder / "model", "--out", tmp_path / "out", *base))
+    assert "no pruned language model" in refused(
+        invoke("recover", folder / "model", "--out", tmp_path / "out", *base)
+    )
     assert "nowhere" in refused(invoke("recover", folder / "nowhere", "--out", tmp_path / "out", *base))
     assert "exists" in refused(invoke("recover", folder / "pruned", "--out", folder / "plain", *base))
     make_model(tmp_path / "other", layers=1)
     other = ["--dense", tmp_path / "other", "--data", folder / "text.txt", *SMALL]
-    assert "not the model that was pruned" in refused(invoke("recover", folder / "pruned", "--out", tmp_path / "out", *other))
+    assert "not the model that was pruned" in refused(
+        invoke("recover", folder / "pruned", "--out", tmp_path / "out", *other)
+    )

@@ -25,7 +25,13 @@ def print_count(request: pytest.FixtureRequest) -> object:
 
 
 @settings(max_examples=EXAMPLES if PROFILE == "slow" else 8)  # the models of the zoo are decoders too
-@given(spec=specs(), share=st.floats(0.05, 1.0), batch=st.integers(1, 3), length=st.integers(2, 5), seed=st.integers(0, 99))
+@given(
+    spec=specs(),
+    share=st.floats(0.05, 1.0),
+    batch=st.integers(1, 3),
+    length=st.integers(2, 5),
+    seed=st.integers(0, 99),
+)
 def test_mask_exact(spec: Spec, share: float, batch: int, length: int, seed: int) -> None:
     model, example = build(spec, seed), tokens(batch, length)
     with one_capture():

@@ -1,4 +1,6 @@
-"""Whole programs drawn at random, of every kind and combined: each is pruned and held against the masked dense module."""
+"""Whole programs drawn at random, of every kind and combined: each is pruned and held against the masked
+dense module.
+"""
 
 from __future__ import annotations
 
@@ -13,12 +15,15 @@ from fasp_fx.testing.specs import Net
 from fasp_fx.testing.strategies import FAMILIES
 
 SLOW = PROFILE == "slow"
-#: programs of all kinds combined, programs of each family, and programs on which every invariant is checked: over 3,000 in the slow profile
+#: programs of all kinds combined, programs of each family, and programs on which every invariant is checked:
+#: over 3,000 in the slow profile
 COMBINED, EACH, EVERY = (1500, 120, 60) if SLOW else (6, 1, 1)
 DTYPES = st.sampled_from([torch.float64, torch.float32])
 
 
-def mask_exact(net: Net, seed: int, dtype: torch.dtype, share: float | None, also: tuple[str, ...] = ()) -> None:
+def mask_exact(
+    net: Net, seed: int, dtype: torch.dtype, share: float | None, also: tuple[str, ...] = ()
+) -> None:
     """Prune what was drawn and compare."""
     model, inputs = build(net, seed, dtype), example(net, 2, seed, dtype)
     verdict = check_program(model, inputs, seed=seed, sparsity=share, invariants=("mask-exact", *also))

@@ -1,7 +1,8 @@
 """Seeded faults in rules and passes, each with a model or a rule on which it shows.
 
-A fault is applied by monkeypatching and must be caught by the harness: by :func:`fasp_fx.testing.check_program` on the net, or by
-:func:`fasp_fx.testing.check_rule` on the operator. The nets are healthy without the fault.
+A fault is applied by monkeypatching and must be caught by the harness: by
+:func:`fasp_fx.testing.check_program` on the net, or by :func:`fasp_fx.testing.check_rule` on the operator.
+The nets are healthy without the fault.
 """
 
 from __future__ import annotations
@@ -31,7 +32,22 @@ from fasp_fx import patterns
 from fasp_fx._exactness import Held
 from fasp_fx._finish import finish
 from fasp_fx.passes import Prune
-from fasp_fx.testing.specs import Activation, Attention, Branches, Collapse, Conv, Images, Linear, Move, Net, Norm, Residual, Sequences, Split, Tied
+from fasp_fx.testing.specs import (
+    Activation,
+    Attention,
+    Branches,
+    Collapse,
+    Conv,
+    Images,
+    Linear,
+    Move,
+    Net,
+    Norm,
+    Residual,
+    Sequences,
+    Split,
+    Tied,
+)
 
 Patch = Callable[[pytest.MonkeyPatch], None]
 ATEN = torch.ops.aten
@@ -68,15 +84,23 @@ CHUNKED = Net((Linear(8), Split(((Activation("tanh"),), ()), "chunk", "cat"), Li
 HEADS = Net((Attention(kv_heads=2, head_dim=4), Linear(2)), (Sequences(4),))
 GROUPED = Net((Attention(kv_heads=2, repeat=2, head_dim=4, sharing="interleave"), Linear(2)), (Sequences(4),))
 STREAM = Net((Linear(6), Residual((Linear(6), Activation())), Linear(2)))
-IMAGES = Net((Conv(4), Norm("batch"), Activation(), Conv(4, groups=2), Collapse("mean"), Linear(2)), (Images(),))
-JOINED = Net((Linear(3), Branches(((Linear(4), Activation("tanh")), (Linear(4), Activation("silu")))), Linear(2)))
+IMAGES = Net(
+    (Conv(4), Norm("batch"), Activation(), Conv(4, groups=2), Collapse("mean"), Linear(2)), (Images(),)
+)
+JOINED = Net(
+    (Linear(3), Branches(((Linear(4), Activation("tanh")), (Linear(4), Activation("silu")))), Linear(2))
+)
 
 
 def not_run(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let the library return what it makes without running it beside the masked dense program."""
 
     def carry_out(program: Any, analysis: Any, decision: Any, lap: Any, whole: bool = False) -> Held:
-        rewritten = Prune(decision.gone, decision.weights, analysis)(analysis.program) if decision.gone.any() else program
+        rewritten = (
+            Prune(decision.gone, decision.weights, analysis)(analysis.program)
+            if decision.gone.any()
+            else program
+        )
         for stage in ("passes", "export"):
             lap(stage)
         return Held(decision, rewritten, *finish(rewritten))
@@ -99,7 +123,11 @@ def without_clause(operator: Any, keyword: str) -> Patch:
     def patch(monkeypatch: pytest.MonkeyPatch) -> None:
         found = patterns.lookup(operator)
         assert found is not None
-        left = patterns.Rule(found.moves, found.alternatives, tuple(clause for clause in found.clauses if clause.keyword != keyword))
+        left = patterns.Rule(
+            found.moves,
+            found.alternatives,
+            tuple(clause for clause in found.clauses if clause.keyword != keyword),
+        )
         monkeypatch.setitem(patterns._registry._USER, operator, left)
 
     return patch
@@ -123,7 +151,9 @@ def _rolled_rows(replace_weight: Any) -> Any:
 
 
 def _no_bias(replace_weight: Any) -> Any:
-    return lambda self, names, value: None if names[0].endswith("bias") else replace_weight(self, names, value)
+    return lambda self, names, value: (
+        None if names[0].endswith("bias") else replace_weight(self, names, value)
+    )
 
 
 def _one_name(replace_weight: Any) -> Any:
@@ -135,7 +165,9 @@ def _wrong_channels(cut_weights: Any) -> Any:
         shifted = gone.copy()
         for slot in analysis.numbering.slots:
             if slot.dim == 0:
-                shifted[slot.base : slot.base + slot.size] = np.roll(gone[slot.base : slot.base + slot.size], 1)
+                shifted[slot.base : slot.base + slot.size] = np.roll(
+                    gone[slot.base : slot.base + slot.size], 1
+                )
         cut_weights(program, analysis, shifted)
 
     return wrong
@@ -153,14 +185,22 @@ def _tiled(monkeypatch: pytest.MonkeyPatch) -> None:
 
     def wrong_view(numbers: torch.Tensor, *size: Any) -> torch.Tensor:
         (shape,) = size
-        return numbers.transpose(1, 2).reshape(shape) if numbers.dim() == 5 and len(shape) == 4 else numbers.reshape(shape)
+        return (
+            numbers.transpose(1, 2).reshape(shape)
+            if numbers.dim() == 5 and len(shape) == 4
+            else numbers.reshape(shape)
+        )
 
-    monkeypatch.setattr(fasp_fx.channels._moves, "_run", _with_view(fasp_fx.channels._moves._run, view, wrong_view))
+    monkeypatch.setattr(
+        fasp_fx.channels._moves, "_run", _with_view(fasp_fx.channels._moves._run, view, wrong_view)
+    )
 
 
 def _with_view(run: Any, view: Any, wrong_view: Any) -> Any:
     views = {view, ATEN._unsafe_view.default, ATEN.reshape.default}
-    return lambda operator, numbers, others: wrong_view(numbers, *others.values()) if operator in views else run(operator, numbers, others)
+    return lambda operator, numbers, others: (
+        wrong_view(numbers, *others.values()) if operator in views else run(operator, numbers, others)
+    )
 
 
 def _reversed_join(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -171,7 +211,9 @@ def _reversed_join(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def _never_couples_sums(couple: Any) -> Any:
-    return lambda self, a, b, node: None if node is not None and node.target is ATEN.add.Tensor else couple(self, a, b, node)
+    return lambda self, a, b, node: (
+        None if node is not None and node.target is ATEN.add.Tensor else couple(self, a, b, node)
+    )
 
 
 def _same_sizes(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -186,7 +228,8 @@ def _one_block(find_blocks: Any) -> Any:
 def _transposed(call: Any) -> Any:
     def wrong(self: Any, program: Any, analysis: Any) -> Any:
         self.restored = {
-            name: value.t().contiguous() if value.dim() == 2 and value.shape[0] == value.shape[1] else value for name, value in self.restored.items()
+            name: value.t().contiguous() if value.dim() == 2 and value.shape[0] == value.shape[1] else value
+            for name, value in self.restored.items()
         }
         return call(self, program, analysis)
 
@@ -194,7 +237,9 @@ def _transposed(call: Any) -> Any:
 
 
 def _scale_of_next_width(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(fasp_fx.passes.attention, "math", types.SimpleNamespace(sqrt=lambda width: (width + 1) ** 0.5))
+    monkeypatch.setattr(
+        fasp_fx.passes.attention, "math", types.SimpleNamespace(sqrt=lambda width: (width + 1) ** 0.5)
+    )
 
 
 def _shifted(renumber: Any) -> Any:
@@ -212,7 +257,15 @@ def _short_plan(planned: Any) -> Any:
 
     def wrong(groups: Any, gone: Any, analysis: Any, *rest: Any) -> Any:
         found = planned(groups, gone, analysis, *rest)
-        return [replace(g, consumers=tuple(replace(c, removed=c.removed[1:]) if c.block_dim is None else c for c in g.consumers)) for g in found]
+        return [
+            replace(
+                g,
+                consumers=tuple(
+                    replace(c, removed=c.removed[1:]) if c.block_dim is None else c for c in g.consumers
+                ),
+            )
+            for g in found
+        ]
 
     return wrong
 
@@ -230,37 +283,84 @@ def _everything_pointwise(lookup: Any) -> Any:
 MUTANTS: tuple[Mutant, ...] = (
     # rules that claim too much
     Mutant("softmax is pointwise", rule(ATEN.softmax.int, "self[...] -> [...]"), operator=ATEN.softmax.int),
-    Mutant("a scan is pointwise", rule(ATEN.cumsum.default, "self[...] -> [...]"), operator=ATEN.cumsum.default),
-    Mutant("a product with swapped letters", rule(ATEN.mm.default, "self[m k], mat2[n k] -> [m n]"), operator=ATEN.mm.default),
-    Mutant("lookups can lose rows", rule(ATEN.index_select.default, "move self"), operator=ATEN.index_select.default),
+    Mutant(
+        "a scan is pointwise", rule(ATEN.cumsum.default, "self[...] -> [...]"), operator=ATEN.cumsum.default
+    ),
+    Mutant(
+        "a product with swapped letters",
+        rule(ATEN.mm.default, "self[m k], mat2[n k] -> [m n]"),
+        operator=ATEN.mm.default,
+    ),
+    Mutant(
+        "lookups can lose rows",
+        rule(ATEN.index_select.default, "move self"),
+        operator=ATEN.index_select.default,
+    ),
     Mutant(
         "a sum into positions is a lookup",
         rule(ATEN.scatter_add.default, "self[...] -> [...]; window ...; look dim index"),
         operator=ATEN.scatter_add.default,
     ),
-    Mutant("layer norm mixes nothing", without_clause(ATEN.layer_norm.default, "mix"), Net((Linear(6), Norm(), Linear(2)))),
-    Mutant("a flip is pointwise", rule(ATEN.flip.default, "self[...] -> [...]"), Net((Linear(6), Move("flip"), Linear(2)))),
+    Mutant(
+        "layer norm mixes nothing",
+        without_clause(ATEN.layer_norm.default, "mix"),
+        Net((Linear(6), Norm(), Linear(2))),
+    ),
+    Mutant(
+        "a flip is pointwise",
+        rule(ATEN.flip.default, "self[...] -> [...]"),
+        Net((Linear(6), Move("flip"), Linear(2))),
+    ),
     Mutant("a slice without its span", rule(ATEN.slice.Tensor, "move self"), SLICED, seed=1),
     Mutant("a view without its size", rule(ATEN.view.default, "move self"), HEADS),
-    Mutant("batch norm forgets its statistics", rule(ATEN.batch_norm.default, "input[n c x*], weight[c], bias[c] -> [n c x*]"), IMAGES),
-    Mutant("a convolution forgets its groups", without_clause(ATEN.conv1d.default, "factor"), operator=ATEN.conv1d.default),
+    Mutant(
+        "batch norm forgets its statistics",
+        rule(ATEN.batch_norm.default, "input[n c x*], weight[c], bias[c] -> [n c x*]"),
+        IMAGES,
+    ),
+    Mutant(
+        "a convolution forgets its groups",
+        without_clause(ATEN.conv1d.default, "factor"),
+        operator=ATEN.conv1d.default,
+    ),
     # analysis
     Mutant("heads repeated in the wrong order", _tiled, GROUPED, seed=1),
     Mutant("a join in the wrong order", _reversed_join, JOINED),
-    Mutant("a sum couples nothing", attribute(fasp_fx.channels._facts.Facts, "couple", _never_couples_sums), STREAM),
+    Mutant(
+        "a sum couples nothing",
+        attribute(fasp_fx.channels._facts.Facts, "couple", _never_couples_sums),
+        STREAM,
+    ),
     Mutant(
         "a missed tie",
-        attribute(fasp_fx._program.Program, "canonical", lambda _: lambda self: {name: name for name in self.weights()}),
+        attribute(
+            fasp_fx._program.Program,
+            "canonical",
+            lambda _: lambda self: {name: name for name in self.weights()},
+        ),
         Net((Tied(4, "pair"),), (Sequences(3),)),
         ("ties", "mask-exact"),
     ),
     Mutant("boxes without blocks", attribute(fasp_fx.analysis, "find_blocks", _one_block), HEADS, seed=1),
-    Mutant("an unseen operator is pointwise", attribute(fasp_fx.channels._interpreter, "lookup", _everything_pointwise), CHAIN, ("unseen",)),
+    Mutant(
+        "an unseen operator is pointwise",
+        attribute(fasp_fx.channels._interpreter, "lookup", _everything_pointwise),
+        CHAIN,
+        ("unseen",),
+    ),
     # passes
     Mutant("a slice off by one", attribute(fasp_fx.passes._kept.Kept, "before", _off_by_one), SLICED, seed=1),
     Mutant("sizes that are not updated", _same_sizes, HEADS),
-    Mutant("weights cut at the wrong rows", attribute(fasp_fx.passes.remove_channels, "_cut_weights", _wrong_channels), CHAIN),
-    Mutant("rows written in another order", attribute(fasp_fx._program.Program, "replace_weight", _rolled_rows), CHAIN),
+    Mutant(
+        "weights cut at the wrong rows",
+        attribute(fasp_fx.passes.remove_channels, "_cut_weights", _wrong_channels),
+        CHAIN,
+    ),
+    Mutant(
+        "rows written in another order",
+        attribute(fasp_fx._program.Program, "replace_weight", _rolled_rows),
+        CHAIN,
+    ),
     Mutant("a forgotten bias", attribute(fasp_fx._program.Program, "replace_weight", _no_bias), CHAIN),
     Mutant(
         "one name of a tied weight",
@@ -269,10 +369,36 @@ MUTANTS: tuple[Mutant, ...] = (
         ("ties", "mask-exact"),
     ),
     Mutant("a scale pinned at the wrong width", _scale_of_next_width, HEADS),
-    Mutant("restored weights transposed", attribute(fasp_fx.passes.RestoreWeights, "rewrite", _transposed), SQUARE, ("restored",)),
+    Mutant(
+        "restored weights transposed",
+        attribute(fasp_fx.passes.RestoreWeights, "rewrite", _transposed),
+        SQUARE,
+        ("restored",),
+    ),
     # plans and results
-    Mutant("plans renumbered off by one", attribute(fasp_fx.plan, "_renumber", _shifted), Net((Linear(12), Activation(), Linear(2))), ("steps",), seed=3),
-    Mutant("a plan that says less than was done", attribute(fasp_fx.plan, "planned", _short_plan), CHAIN, ("plan",)),
-    Mutant("a plan for every model", attribute(fasp_fx.plan, "fingerprint", lambda _: lambda weights: "same"), CHAIN, ("plan",)),
-    Mutant("storage shared with the caller", attribute(fasp_fx._finish, "own_storage", lambda _: lambda program: program), CHAIN, ("alone",)),
+    Mutant(
+        "plans renumbered off by one",
+        attribute(fasp_fx.plan, "_renumber", _shifted),
+        Net((Linear(12), Activation(), Linear(2))),
+        ("steps",),
+        seed=3,
+    ),
+    Mutant(
+        "a plan that says less than was done",
+        attribute(fasp_fx.plan, "planned", _short_plan),
+        CHAIN,
+        ("plan",),
+    ),
+    Mutant(
+        "a plan for every model",
+        attribute(fasp_fx.plan, "fingerprint", lambda _: lambda weights: "same"),
+        CHAIN,
+        ("plan",),
+    ),
+    Mutant(
+        "storage shared with the caller",
+        attribute(fasp_fx._finish, "own_storage", lambda _: lambda program: program),
+        CHAIN,
+        ("alone",),
+    ),
 )

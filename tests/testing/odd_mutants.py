@@ -1,7 +1,9 @@
-"""What the analysis once did not see, put back: faults that show on odd programs alone (:mod:`fasp_fx.testing._odd_blocks`).
+"""What the analysis once did not see, put back: faults that show on odd programs alone
+(:mod:`fasp_fx.testing._odd_blocks`).
 
-There is at least one for each class of them. To each belong a net on which it shows and the kinds of blocks among which drawing has to find another.
-Weights that are read in two ways have no fault of their own: what makes them right is that a weight has its channels once, whoever reads them ("a missed tie").
+There is at least one for each class of them. To each belong a net on which it shows and the kinds of blocks
+among which drawing has to find another. Weights that are read in two ways have no fault of their own: what
+makes them right is that a weight has its channels once, whoever reads them ("a missed tie").
 """
 
 from __future__ import annotations
@@ -14,7 +16,20 @@ import fasp_fx.channels._interpreter
 import fasp_fx.channels._lettered
 import fasp_fx.channels._moves
 import fasp_fx.passes._split
-from fasp_fx.testing.specs import Across, Activation, Foreign, Fused, Linear, Net, Odd, Pick, Regroup, Remember, Sequences, Sized
+from fasp_fx.testing.specs import (
+    Across,
+    Activation,
+    Foreign,
+    Fused,
+    Linear,
+    Net,
+    Odd,
+    Pick,
+    Regroup,
+    Remember,
+    Sequences,
+    Sized,
+)
 
 _MOVES, _INTERPRETER, _SPLIT = fasp_fx.channels._moves, fasp_fx.channels._interpreter, fasp_fx.passes._split
 
@@ -33,7 +48,9 @@ def _only_what_mixes(init: Any) -> Any:
 
 def _at_this_size(_: Any) -> Any:
     def wrong(node: Any, shape: Any, shapes: Any, others: Any, facts: Any, sizes: Any) -> Any:
-        return lambda numbers: _MOVES._outputs(_MOVES._run(node.target, numbers.expand(shape), _MOVES._rest(others)))
+        return lambda numbers: _MOVES._outputs(
+            _MOVES._run(node.target, numbers.expand(shape), _MOVES._rest(others))
+        )
 
     return wrong
 
@@ -43,16 +60,32 @@ ACROSS = Mutant(
     attribute(fasp_fx.channels._lettered.Lettered, "__init__", _only_what_mixes),
     _around(Across("roll")),
 )
-REGROUP = Mutant("a reshape holds at one size", attribute(_MOVES, "_shift", _at_this_size), _around(Regroup("turned"), 12, 4))
-REMEMBER = Mutant("what calls write is constant", attribute(_INTERPRETER, "written_names", lambda _: lambda graph: set()), _around(Remember("blocks")))
+REGROUP = Mutant(
+    "a reshape holds at one size",
+    attribute(_MOVES, "_shift", _at_this_size),
+    _around(Regroup("turned"), 12, 4),
+)
+REMEMBER = Mutant(
+    "what calls write is constant",
+    attribute(_INTERPRETER, "written_names", lambda _: lambda graph: set()),
+    _around(Remember("blocks")),
+)
 FOREIGN = Mutant(
     "what returns no tensor reads none",
     attribute(_INTERPRETER.Interpreter, "_read", lambda _: lambda self, node, walk: None),
     _around(Foreign("number")),
 )
-SIZED = Mutant("a cut by a size is the same at every size", attribute(_MOVES, "_unsettled", lambda _: lambda *_: {}), _around(Sized("pad")), seed=1)
+SIZED = Mutant(
+    "a cut by a size is the same at every size",
+    attribute(_MOVES, "_unsettled", lambda _: lambda *_: {}),
+    _around(Sized("pad")),
+    seed=1,
+)
 PICK = Mutant(
-    "what is taken of a stack loses what it likes", attribute(_MOVES, "_stay_together", lambda _: lambda *_: None), _around(Pick(4, "unbind")), seed=1
+    "what is taken of a stack loses what it likes",
+    attribute(_MOVES, "_stay_together", lambda _: lambda *_: None),
+    _around(Pick(4, "unbind")),
+    seed=1,
 )
 FUSED = Mutant(
     "tokens of a fused weight stay where they are at every size",

@@ -1,4 +1,6 @@
-"""Which operators the library has rules for: the ones written out, and the pointwise ones that are derived."""
+"""Which operators the library has rules for: the ones written out, and the pointwise ones that
+are derived.
+"""
 
 from __future__ import annotations
 
@@ -26,8 +28,14 @@ def operator(name: str) -> OpOverload | None:
 
 @cache
 def written() -> tuple[str, ...]:
-    """Operators with a rule that is written out, and that this version of torch has; those that take graphs have tests of their own."""
-    return tuple(name for name in patterns.builtin() if not name.startswith("higher_order.") and operator(name) is not None)
+    """Operators with a rule that is written out, and that this version of torch has; those that take graphs
+    have tests of their own.
+    """
+    return tuple(
+        name
+        for name in patterns.builtin()
+        if not name.startswith("higher_order.") and operator(name) is not None
+    )
 
 
 @cache
@@ -39,7 +47,12 @@ def derived() -> tuple[str, ...]:
         for overload in overloads() if overloads is not None else ():
             name = f"aten.{packet}.{overload}"
             one = operator(name)
-            if one is None or one._schema.is_mutable or name in patterns.builtin() or patterns.lookup(one) is None:
+            if (
+                one is None
+                or one._schema.is_mutable
+                or name in patterns.builtin()
+                or patterns.lookup(one) is None
+            ):
                 continue
             if any("Tensor" in str(result.type) for result in one._schema.returns):
                 found.append(name)

@@ -13,7 +13,18 @@ from torch import Tensor, nn
 import fasp_fx
 from fasp_fx.errors import ArgumentError, CaptureError
 from fasp_fx.testing import INVARIANTS, CheckFailed, build, check_program, example, program_test
-from fasp_fx.testing.specs import Activation, Attention, Conv, Images, Linear, Net, Norm, Scale, Sequences, Tied
+from fasp_fx.testing.specs import (
+    Activation,
+    Attention,
+    Conv,
+    Images,
+    Linear,
+    Net,
+    Norm,
+    Scale,
+    Sequences,
+    Tied,
+)
 
 pytest_plugins = ["pytester"]
 
@@ -61,7 +72,10 @@ def test_keyword_arguments_and_other_calls() -> None:
 
 
 def test_the_seed_chooses_what_goes() -> None:
-    removed = {check_program(build(CHAIN), example(CHAIN), seed=seed, invariants=("mask-exact",)).removed for seed in range(4)}
+    removed = {
+        check_program(build(CHAIN), example(CHAIN), seed=seed, invariants=("mask-exact",)).removed
+        for seed in range(4)
+    }
     assert len(removed) > 1
 
 
@@ -75,8 +89,13 @@ def test_what_has_nothing_to_prune_is_said() -> None:
 
 
 def test_consumers_that_a_pass_has_split() -> None:
-    """Rows of a fused projection that is a consumer too: restoration is held where the plan's names still are those of the weights."""
-    net = Net((Linear(8), Activation(), Attention(kv_heads=2, head_dim=4, projection="interleaved"), Linear(4)), (Sequences(width=4, tokens=8),))
+    """Rows of a fused projection that is a consumer too: restoration is held where the plan's names still are
+    those of the weights.
+    """
+    net = Net(
+        (Linear(8), Activation(), Attention(kv_heads=2, head_dim=4, projection="interleaved"), Linear(4)),
+        (Sequences(width=4, tokens=8),),
+    )
     verdict = check_program(build(net), example(net), invariants=("restored", "mask-exact"))
     assert verdict.ok
     assert "mask-exact" in verdict.checked
@@ -88,7 +107,14 @@ def test_exported_programs_are_checked_too() -> None:
     assert verdict.checked == ("mask-exact", "plan", "shapes")
 
 
-@pytest.mark.parametrize("net", [Net((Tied(4, "pair"),), (Sequences(3),)), Net((Conv(4, 3), Activation(), Conv(3)), (Images(2, (4, 3)),))], ids=str)
+@pytest.mark.parametrize(
+    "net",
+    [
+        Net((Tied(4, "pair"),), (Sequences(3),)),
+        Net((Conv(4, 3), Activation(), Conv(3)), (Images(2, (4, 3)),)),
+    ],
+    ids=str,
+)
 def test_other_kinds(net: Net) -> None:
     assert check_program(build(net), example(net), invariants=("mask-exact", "steps", "ties", "plan")).ok
 
@@ -96,7 +122,11 @@ def test_other_kinds(net: Net) -> None:
 def test_a_broken_invariant_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     not_run(monkeypatch)  # or the library refuses to return what it made
     original = fasp_fx._program.Program.replace_weight
-    monkeypatch.setattr(fasp_fx._program.Program, "replace_weight", lambda self, names, value: original(self, names, value.roll(1, 0)))
+    monkeypatch.setattr(
+        fasp_fx._program.Program,
+        "replace_weight",
+        lambda self, names, value: original(self, names, value.roll(1, 0)),
+    )
     with pytest.raises(CheckFailed, match="NetModule \\(seed 0\\) breaks mask-exact: on inputs") as caught:
         check_program(build(CHAIN), example(CHAIN), invariants=("mask-exact", "signature"))
     verdict: Any = caught.value.verdict
@@ -111,7 +141,9 @@ def test_a_wrong_rule_is_found_through_a_model() -> None:
     fasp_fx.patterns.register(softmax, "self[...] -> [...]")
     try:
         model = nn.Sequential(nn.Linear(4, 6), nn.Softmax(-1), nn.Linear(6, 2)).eval()
-        with pytest.raises(CheckFailed, match=r"(?s)breaks mask-exact.*rules: aten\.softmax\.int.*claims too much"):
+        with pytest.raises(
+            CheckFailed, match=r"(?s)breaks mask-exact.*rules: aten\.softmax\.int.*claims too much"
+        ):
             check_program(model, (torch.randn(3, 4),), invariants=("mask-exact", "rules"))
     finally:
         fasp_fx.patterns.unregister(softmax)
@@ -130,8 +162,7 @@ test_one_line = program_test(lambda: (build(CHAIN), example(CHAIN)), invariants=
 
 
 def test_the_fixture_and_the_last_line(pytester: pytest.Pytester) -> None:
-    pytester.makepyfile(
-        """
+    pytester.makepyfile("""
         import torch
         from torch import nn
         from fasp_fx.testing import program_test
@@ -143,9 +174,12 @@ def test_the_fixture_and_the_last_line(pytester: pytest.Pytester) -> None:
 
         def test_with_the_fixture(fasp_fx_check):
             assert fasp_fx_check(model(), (torch.randn(2, 4),), seed=3, invariants=("mask-exact",)).ok
-        """
+        """)
+    installed = any(
+        point.value == "fasp_fx.testing.pytest_plugin" for point in entry_points(group="pytest11")
     )
-    installed = any(point.value == "fasp_fx.testing.pytest_plugin" for point in entry_points(group="pytest11"))
-    found = pytester.runpytest_inprocess("-p", "no:cacheprovider", *(() if installed else ("-p", "fasp_fx.testing.pytest_plugin")))
+    found = pytester.runpytest_inprocess(
+        "-p", "no:cacheprovider", *(() if installed else ("-p", "fasp_fx.testing.pytest_plugin"))
+    )
     found.assert_outcomes(passed=2)
     found.stdout.fnmatch_lines(["fasp_fx.testing: * programs and * examples of * rules were tried*"])

@@ -47,7 +47,11 @@ WRONG: list[tuple[Any, str, str]] = [
     (ATEN.softmax.int, "self[...] -> [...]", "depends on position"),
     (ATEN.cumsum.default, "self[...] -> [...]", "depends on position"),
     (ATEN.sort.default, "self[...] -> [...], [...]", "depends on position"),
-    (ATEN.layer_norm.default, "input[... n*], weight[n*], bias[n*] -> [... n*]; shape normalized_shape=n*", "without positions"),
+    (
+        ATEN.layer_norm.default,
+        "input[... n*], weight[n*], bias[n*] -> [... n*]; shape normalized_shape=n*",
+        "without positions",
+    ),
     # dimensions are confused
     (ATEN.mm.default, "self[m k], mat2[k n] -> [n m]", "has shape"),
     (ATEN.mm.default, "self[k m], mat2[k n] -> [m n]", "contracted|refuses"),
@@ -58,7 +62,11 @@ WRONG: list[tuple[Any, str, str]] = [
     (ATEN.add.Tensor, "self[...] -> [...]", "has shape"),
     (ATEN.linear.default, "input[... i], weight[o i] -> [... o]", "refuses"),
     # an argument is forgotten
-    (ATEN.layer_norm.default, "input[... n*], weight[n*], bias[n*] -> [... n*]; mix n*", "refuses|without positions"),
+    (
+        ATEN.layer_norm.default,
+        "input[... n*], weight[n*], bias[n*] -> [... n*]; mix n*",
+        "refuses|without positions",
+    ),
     (ATEN.view.default, "move self", "does not run|refused"),
     (ATEN.split_with_sizes.default, "move self", "does not run|refused"),
     (ATEN.index_select.default, "move self", "does not run|refused|error against"),
@@ -76,7 +84,9 @@ def test_what_claims_too_much_is_told(op: Any, rule: str, fact: str) -> None:
     assert verdict.kind == "claims too much"
     assert verdict.counter is not None
     assert re.search(fact, verdict.counter.fact), verdict.counter.fact
-    assert sum(value.numel() for value in verdict.counter.arguments.values() if isinstance(value, Tensor)) <= 16
+    assert (
+        sum(value.numel() for value in verdict.counter.arguments.values() if isinstance(value, Tensor)) <= 16
+    )
     assert str(verdict.counter) in str(verdict)
     assert patterns.lookup(op) == before, "the rule in force is what it was"
 
@@ -98,7 +108,9 @@ def test_what_claims_too_little_is_told(op: Any, rule: str, needless: str) -> No
 
 @pytest.mark.parametrize("op", [ATEN.roll.default, ATEN.cumsum.default, ATEN.sort.default], ids=str)
 def test_other_positions_in_every_block_are_tried(op: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A library that does not hold positions together across what an operator orders or shifts is found out by the programs around it."""
+    """A library that does not hold positions together across what an operator orders or shifts is found out
+    by the programs around it.
+    """
     assert check_rule(op, examples=60).ok
     ACROSS.patch(monkeypatch)
     verdict = check_rule(op, examples=300)
@@ -108,7 +120,9 @@ def test_other_positions_in_every_block_are_tried(op: Any, monkeypatch: pytest.M
 
 
 @pytest.mark.parametrize("op", [ATEN.roll.default, ATEN.cumsum.default], ids=str)
-def test_a_rule_without_its_clause_is_found_out_by_programs_alone(op: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_rule_without_its_clause_is_found_out_by_programs_alone(
+    op: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(rule_module._Check, "_claims", lambda *_: None)
     assert check_rule(op, examples=40).ok
     verdict = check_rule(op, "self[...] -> [...]", examples=40)
@@ -142,7 +156,12 @@ def test_integers_that_name_the_next_position() -> None:
         return x.gather(dim, (index + 1) % x.shape[dim])
 
     op = torch.library.custom_op("fasp_fx_test::shifted", mutates_args=())(shifted)._opoverload
-    verdict = check_rule(op, LOOKS.replace("self", "x"), samples=[((torch.randn(3), 0, torch.tensor([0, 1])), {})] * 8, programs=0.0)
+    verdict = check_rule(
+        op,
+        LOOKS.replace("self", "x"),
+        samples=[((torch.randn(3), 0, torch.tensor([0, 1])), {})] * 8,
+        programs=0.0,
+    )
     assert (verdict.kind, verdict.counter and verdict.counter.claim) == ("claims too much", "look dim index")
 
 
@@ -211,7 +230,11 @@ def taught() -> Iterator[Any]:
 def test_operators_of_the_users_own(taught: Any) -> None:
     with pytest.raises(ArgumentError, match="give some as samples="):
         check_rule(taught)
-    samples = [((torch.randn(*lead, size), torch.randn(size)), {"mode": "soft"}) for size in (2, 3, 4) for lead in ((), (2,), (3, 2))]
+    samples = [
+        ((torch.randn(*lead, size), torch.randn(size)), {"mode": "soft"})
+        for size in (2, 3, 4)
+        for lead in ((), (2,), (3, 2))
+    ]
     verdict = check_rule(taught, samples=samples)
     assert verdict.ok, str(verdict)
     assert (verdict.examples, verdict.rule) == (9, "x[... c], weight[c] -> [... c]")

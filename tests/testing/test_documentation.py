@@ -13,7 +13,11 @@ import fasp_fx
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "testing.md"
 #: those that import what they use; the others are lines for a reader's own file
-SNIPPETS = [text for text in re.findall(r"```python\n(.*?)```", PAGE.read_text(encoding="utf-8"), re.S) if text.startswith(("import", "from"))]
+SNIPPETS = [
+    text
+    for text in re.findall(r"```python\n(.*?)```", PAGE.read_text(encoding="utf-8"), re.S)
+    if text.startswith(("import", "from"))
+]
 
 
 @pytest.mark.parametrize("text", SNIPPETS, ids=range(len(SNIPPETS)))
@@ -22,7 +26,9 @@ def test_snippet(text: str) -> None:
 
 
 def test_integration_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The snippets of docs/integration.md run from top to bottom, and the passes between two foreign ones take ten lines."""
+    """The snippets of docs/integration.md run from top to bottom, and the passes between two foreign ones
+    take ten lines.
+    """
     monkeypatch.chdir(tmp_path)
     page = PAGE.with_name("integration.md")
     snippets = re.findall(r"```python\n(.*?)```", page.read_text(encoding="utf-8"), re.S)
@@ -36,4 +42,6 @@ def test_integration_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     with torch.no_grad():
         for module in (names["smaller"].module(), names["pruned"].module(), names["quick"]):
             assert torch.allclose(module(other), expected(other), atol=1e-5)
-    assert {"unfold_linear", "decompose_silu"} <= {node.meta.get("fasp_fx_pass") for node in names["smaller"].graph.nodes}
+    assert {"unfold_linear", "decompose_silu"} <= {
+        node.meta.get("fasp_fx_pass") for node in names["smaller"].graph.nodes
+    }

@@ -45,7 +45,9 @@ def test_a_lookup_finds_the_whole_weight() -> None:
     weight = model.embed.weight
     masked = Masked(model, plan(ParameterSlice("embed.weight", 1, (1,))))
     embedded = F.embedding(tokens, weight)
-    expected = F.linear(torch.tanh(embedded) * torch.tensor([1.0, 0, 1, 1]), weight) + embedded.sum(-1, keepdim=True)
+    expected = F.linear(torch.tanh(embedded) * torch.tensor([1.0, 0, 1, 1]), weight) + embedded.sum(
+        -1, keepdim=True
+    )
     assert error(masked(tokens), expected) < 1e-6
     exported = torch.export.export(model, (tokens,), strict=False)
     assert error(Masked(exported, plan(ParameterSlice("embed.weight", 1, (1,))))(tokens), expected) < 1e-6

@@ -1,4 +1,6 @@
-"""Every seeded fault is caught: by the harness, most of them without the library's own checks, and by the run-time check of the library alone."""
+"""Every seeded fault is caught: by the harness, most of them without the library's own checks, and by the
+run-time check of the library alone.
+"""
 
 from __future__ import annotations
 
@@ -28,7 +30,8 @@ UNSEEN_BY_THE_ORACLE = {"boxes without blocks", PICK.name}
 #: faults of which no output of a pruned program shows anything: two copies compute what one weight did
 UNSEEN_IN_OUTPUTS = {"a missed tie"}
 
-#: how the comparison with the masked dense model tells of a fault: of a group, of all that was decided, of weights that a pass took apart
+#: how the comparison with the masked dense model tells of a fault: of a group, of all that was decided, of
+#: weights that a pass took apart
 TOLD = (
     "VerificationWarning: group",
     "UnsoundError: what was decided cannot be removed",
@@ -38,7 +41,9 @@ TOLD = (
 #: what the others must concern for the outputs to be wrong
 OUTPUTS = {"mask-exact", "restored"}
 
-SHOWING = {mutant.name for mutant in MUTANTS if mutant.net is not None and set(mutant.invariants) & OUTPUTS} - UNSEEN_IN_OUTPUTS
+SHOWING = {
+    mutant.name for mutant in MUTANTS if mutant.net is not None and set(mutant.invariants) & OUTPUTS
+} - UNSEEN_IN_OUTPUTS
 
 ORACLE = [mutant for mutant in MUTANTS if mutant.name not in UNSEEN_BY_THE_ORACLE]
 
@@ -51,7 +56,10 @@ def fault(mutant: Mutant, examples: int = 30) -> str | None:
     assert mutant.net is not None
     try:
         check_program(
-            build(mutant.net, mutant.seed, torch.float64), example(mutant.net, 3, mutant.seed, torch.float64), seed=mutant.seed, invariants=mutant.invariants
+            build(mutant.net, mutant.seed, torch.float64),
+            example(mutant.net, 3, mutant.seed, torch.float64),
+            seed=mutant.seed,
+            invariants=mutant.invariants,
         )
     except CheckFailed as failure:
         return str(failure)
@@ -67,13 +75,22 @@ def healthy(net: Any, invariants: tuple[str, ...], operator: Any, seed: int) -> 
 def _unverified(program: Any, reference: Any) -> Any:
     """The verifier's walk without its comparisons."""
     before = reference.program
-    walk = Interpreter(program.module, reference.numbering, program.canonical(), before.state_inputs, before.state_outputs, overrides=program.numbers)
+    walk = Interpreter(
+        program.module,
+        reference.numbering,
+        program.canonical(),
+        before.state_inputs,
+        before.state_outputs,
+        overrides=program.numbers,
+    )
     return walk.run(small=False)
 
 
 @pytest.mark.parametrize("mutant", MUTANTS, ids=str)
 def test_caught(mutant: Mutant, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert healthy(mutant.net, mutant.invariants, mutant.operator, mutant.seed) is None, "the model or the rule is wrong without the fault"
+    assert healthy(mutant.net, mutant.invariants, mutant.operator, mutant.seed) is None, (
+        "the model or the rule is wrong without the fault"
+    )
     mutant.patch(monkeypatch)
     assert fault(mutant) is not None
 
@@ -96,7 +113,9 @@ def test_caught_without_the_checks_of_the_library(mutant: Mutant, monkeypatch: p
 
 @pytest.mark.parametrize("mutant", [mutant for mutant in MUTANTS if mutant.name in SHOWING], ids=str)
 def test_caught_by_running_the_result(mutant: Mutant, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Without the verifier, no fault that changes an output gets past the comparison with the masked dense program."""
+    """Without the verifier, no fault that changes an output gets past the comparison with the masked dense
+    program.
+    """
     mutant.patch(monkeypatch)
     _without_verifier(monkeypatch)
     found = fault(mutant)

@@ -1,4 +1,6 @@
-"""Drawing finds by itself what was once found by hand: with a fault put back and nothing run, a failing program; with everything run, no wrong result."""
+"""Drawing finds by itself what was once found by hand: with a fault put back and nothing run, a failing
+program; with everything run, no wrong result.
+"""
 
 from __future__ import annotations
 
@@ -27,7 +29,14 @@ DRAWS = 2000
 def _drawn() -> tuple[Net, ...]:
     found: list[Net] = []
 
-    @settings(max_examples=DRAWS, database=None, deadline=None, derandomize=True, phases=[Phase.generate], suppress_health_check=list(HealthCheck))
+    @settings(
+        max_examples=DRAWS,
+        database=None,
+        deadline=None,
+        derandomize=True,
+        phases=[Phase.generate],
+        suppress_health_check=list(HealthCheck),
+    )
     @given(odd_nets())
     def collect(net: Net) -> None:
         found.append(net)
@@ -40,7 +49,10 @@ def _candidates(kind: type[Odd], kinds: tuple[str, ...]) -> Iterator[tuple[int, 
     """The drawn nets on which a fault can show, none twice, with the number of the draw."""
     seen = set()
     for number, net in enumerate(_drawn()):
-        shows = any(isinstance(block, kind) and (not kinds or getattr(block, "kind", "") in kinds) for block in blocks_of(net))
+        shows = any(
+            isinstance(block, kind) and (not kinds or getattr(block, "kind", "") in kinds)
+            for block in blocks_of(net)
+        )
         if shows and net not in seen:
             seen.add(net)
             yield number, net
@@ -49,7 +61,13 @@ def _candidates(kind: type[Odd], kinds: tuple[str, ...]) -> Iterator[tuple[int, 
 def _check(net: Net, seed: int, **options: Any) -> str | None:
     """What is wrong with a net pruned, if anything."""
     try:
-        check_program(build(net, seed, torch.float64), example(net, 2, seed, torch.float64), seed=seed, invariants=("mask-exact",), **options)
+        check_program(
+            build(net, seed, torch.float64),
+            example(net, 2, seed, torch.float64),
+            seed=seed,
+            invariants=("mask-exact",),
+            **options,
+        )
     except CheckFailed as failure:
         return str(failure)
     return None
@@ -62,16 +80,26 @@ def test_drawing_finds_the_fault(fault: Mutant) -> None:
         fault.patch(monkeypatch)
         with pytest.MonkeyPatch.context() as unchecked:
             not_run(unchecked)
-            number, net = next((number, net) for number, net in _candidates(*SHOWING_ON[fault]) if _check(net, number) is not None)
+            number, net = next(
+                (number, net)
+                for number, net in _candidates(*SHOWING_ON[fault])
+                if _check(net, number) is not None
+            )
         print(f"{fault}: found at draw {number}: {net}")
         found = _check(net, number)
         assert found is not None
-        assert "VerificationWarning: group" in found or "VerificationError" in found or "UnsoundError" in found
+        assert (
+            "VerificationWarning: group" in found or "VerificationError" in found or "UnsoundError" in found
+        )
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", VerificationWarning)
-            most = fasp_fx.analyze(build(net, number, torch.float64), example(net, 2, number, torch.float64)).max_sparsity
+            most = fasp_fx.analyze(
+                build(net, number, torch.float64), example(net, 2, number, torch.float64)
+            ).max_sparsity
             found = _check(net, number, sparsity=0.7 * most) if most else None
-        assert found is None or "VerificationError" in found or "UnsoundError" in found, "a wrong result was returned"
+        assert found is None or "VerificationError" in found or "UnsoundError" in found, (
+            "a wrong result was returned"
+        )
     assert _check(net, number) is None, "without the fault the program is pruned exactly"
 
 
@@ -99,7 +127,9 @@ def test_a_fault_that_shows_on_the_second_call_alone() -> None:
     """A pruned program whose first call is right and whose second is not is found out."""
     net = Net((Linear(4), Remember("counter"), Linear(2)), (Vectors(3),))
     model = build(net, 0, torch.float64)
-    result = fasp_fx.prune(model, example(net, dtype=torch.float64), sparsity=0.3, score="random", restore=None)
+    result = fasp_fx.prune(
+        model, example(net, dtype=torch.float64), sparsity=0.3, score="random", restore=None
+    )
     from fasp_fx.testing._case import Case
     from fasp_fx.testing._exact import mask_exact
     from fasp_fx.testing._verdict import Violation
@@ -109,7 +139,11 @@ def test_a_fault_that_shows_on_the_second_call_alone() -> None:
     with torch.no_grad():
         (buffer,) = [buffer for name, buffer in result.module.named_buffers() if name.endswith("calls")]
     forgetful = case.result.module
-    forgetful.register_forward_hook(lambda module, args, output: [b.zero_() for n, b in module.named_buffers() if n.endswith("calls")] and None)
+    forgetful.register_forward_hook(
+        lambda module, args, output: (
+            [b.zero_() for n, b in module.named_buffers() if n.endswith("calls")] and None
+        )
+    )
     assert buffer.dtype == torch.long
     with pytest.raises(Violation, match="error against the masked dense model"):
         mask_exact(case)

@@ -1,4 +1,6 @@
-"""Specifications are data: they print as the code that makes them, refuse what does not fit, and build what they say."""
+"""Specifications are data: they print as the code that makes them, refuse what does not fit, and build what
+they say.
+"""
 
 from __future__ import annotations
 
@@ -52,12 +54,30 @@ NETS = [
     Net((Residual((Linear(3), Activation())), Move("pad"), Move("roll"), Linear(2)), (Vectors(4),)),
     Net((Linear(6), Gated(4, "glu"), Tied(3, "pair"), Tied(2, "transpose")), (Sequences(3, 4),)),
     Net((Branches(((), (Linear(3),))), Split(((Linear(2),), ()), "split", "cat")), (Vectors(3),)),
-    Net((Conv(4, 3), Norm("group", 2), SqueezeExcite(3), Pool(), Conv(8, 3, 2, depthwise=True), Collapse()), (Images(2, (6, 5)),)),
-    Net((Conv(4, groups=2, transposed=True, stride=2), Norm("batch"), Resize(), Collapse("mean"), Linear(2)), (Images(),)),
+    Net(
+        (Conv(4, 3), Norm("group", 2), SqueezeExcite(3), Pool(), Conv(8, 3, 2, depthwise=True), Collapse()),
+        (Images(2, (6, 5)),),
+    ),
+    Net(
+        (Conv(4, groups=2, transposed=True, stride=2), Norm("batch"), Resize(), Collapse("mean"), Linear(2)),
+        (Images(),),
+    ),
     Net((Conv(8), Resize("pixel_shuffle"), Norm("instance"), Collapse("mean")), (Images(2, (2, 3)),)),
-    Net((Attention(2, 2, 4, projection="fused", positions="rope"), Experts(3, 2, "top"), Norm("plain_rms")), (Tokens(5, 4, 3, True),), tied=True),
-    Net((Attention(3, projection="stacked"), MixTokens(5), Experts(3, 2, form="einsum")), (Sequences(4, 3),), heads=((Linear(2),), (Norm("rms"),)), named=True),
-    Net((Across("sort", 2), Foreign("fill"), Remember("blocks"), Reuse(3, "gram"), Pick(3, "twice")), (Vectors(4),)),
+    Net(
+        (Attention(2, 2, 4, projection="fused", positions="rope"), Experts(3, 2, "top"), Norm("plain_rms")),
+        (Tokens(5, 4, 3, True),),
+        tied=True,
+    ),
+    Net(
+        (Attention(3, projection="stacked"), MixTokens(5), Experts(3, 2, form="einsum")),
+        (Sequences(4, 3),),
+        heads=((Linear(2),), (Norm("rms"),)),
+        named=True,
+    ),
+    Net(
+        (Across("sort", 2), Foreign("fill"), Remember("blocks"), Reuse(3, "gram"), Pick(3, "twice")),
+        (Vectors(4),),
+    ),
     Net((Regroup("heads"), Sized("end"), Across("fourier", 4), Pick(2, "table"), Linear(2)), (Sequences(4),)),
     *[Net((Linear(4), Fused(3, kind), Linear(2)), (Sequences(4, 5),)) for kind in FUSED],
     Net((Linear(2),), (Vectors(2), Vectors(3, (Linear(2),)), Vectors(2)), "mul", ((), (Linear(4),))),
@@ -72,7 +92,9 @@ def test_prints_as_the_code_that_makes_it_and_builds_what_it_says(net: Net) -> N
     with torch.no_grad():
         found = floats(model(*inputs))
     for output, shape in zip(found, net.shapes(), strict=True):
-        expected = (shape.channels, *shape.sizes) if shape.layout == "image" else (*shape.sizes, shape.channels)
+        expected = (
+            (shape.channels, *shape.sizes) if shape.layout == "image" else (*shape.sizes, shape.channels)
+        )
         assert tuple(output.shape) == (5, *expected)
         assert bool(torch.isfinite(output).all())
     assert not any(module.training for module in model.modules())

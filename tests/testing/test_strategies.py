@@ -76,7 +76,10 @@ def minimal(strategy: st.SearchStrategy[Net], condition: Callable[[Net], bool] =
 
 def has(kind: type, /, **options: Any) -> Callable[[Net], bool]:
     """Whether a net has a block of a kind with these options."""
-    return lambda net: any(isinstance(block, kind) and all(getattr(block, k) == v for k, v in options.items()) for block in blocks_of(net))
+    return lambda net: any(
+        isinstance(block, kind) and all(getattr(block, k) == v for k, v in options.items())
+        for block in blocks_of(net)
+    )
 
 
 @pytest.mark.parametrize("name", [*strategies.FAMILIES, "programs"])
@@ -200,11 +203,23 @@ ODD: list[tuple[type, str, tuple[Any, ...]]] = [
 
 
 @pytest.mark.parametrize(
-    ("name", "count", "options"), [("odd", 1200, ODD), ("programs", PROGRAMS, OPTIONS), ("convolutional", 400, CONVOLUTIONS), ("decoders", 250, ATTENTION)]
+    ("name", "count", "options"),
+    [
+        ("odd", 1200, ODD),
+        ("programs", PROGRAMS, OPTIONS),
+        ("convolutional", 400, CONVOLUTIONS),
+        ("decoders", 250, ATTENTION),
+    ],
 )
-def test_every_option_is_reached(name: str, count: int, options: list[tuple[type, str, tuple[Any, ...]]]) -> None:
+def test_every_option_is_reached(
+    name: str, count: int, options: list[tuple[type, str, tuple[Any, ...]]]
+) -> None:
     wanted = [(kind, option, value) for kind, option, values in options for value in values]
-    missing = [(kind.__name__, option, value) for kind, option, value in wanted if not reached(name, count, has(kind, **{option: value}))]
+    missing = [
+        (kind.__name__, option, value)
+        for kind, option, value in wanted
+        if not reached(name, count, has(kind, **{option: value}))
+    ]
     assert not missing
 
 
@@ -259,7 +274,9 @@ def test_programs_reach_combinations(condition: Callable[[Net], bool]) -> None:
         (has(Fused, kind="windows"), Net((Linear(2), Fused(2, "windows"), Linear(2)), (Sequences(),))),
     ],
 )
-def test_odd_nets_shrink_to_two_linear_layers_around_each(condition: Callable[[Net], bool], expected: Net) -> None:
+def test_odd_nets_shrink_to_two_linear_layers_around_each(
+    condition: Callable[[Net], bool], expected: Net
+) -> None:
     assert minimal(strategies.odd_nets(), condition) == expected
 
 
@@ -273,7 +290,9 @@ def test_a_fifth_of_all_programs_is_odd_and_no_other_family_has_any() -> None:
 
 def test_kinds_and_bounds() -> None:
     only = testing.programs(kinds=("Activation",), max_blocks=1)
-    assert minimal(only, lambda net: len(net.blocks) == 3 and has(Activation)(net)) == Net((Linear(2), Activation(), Linear(2)))
+    assert minimal(only, lambda net: len(net.blocks) == 3 and has(Activation)(net)) == Net(
+        (Linear(2), Activation(), Linear(2))
+    )
     with pytest.raises(Exception, match=r"NoSuchExample|No examples"):
         find(only, has(Residual), settings=settings(REACH, max_examples=100))
     with pytest.raises(ArgumentError, match="kinds \\['Recurrent'\\] are not known"):

@@ -24,7 +24,11 @@ class Call:
         arguments = dict(self.arguments)
         for name, value in changed.items():
             whole, _, index = name.partition(".")
-            arguments[whole] = value if not index else [value if at == int(index) else item for at, item in enumerate(arguments[whole])]
+            arguments[whole] = (
+                value
+                if not index
+                else [value if at == int(index) else item for at, item in enumerate(arguments[whole])]
+            )
         return Call(self.operator, arguments)
 
     def run(self) -> list[Tensor]:
@@ -44,26 +48,42 @@ class Call:
             if isinstance(value, Tensor):
                 found[name] = value
             elif isinstance(value, (list, tuple)):
-                found |= {f"{name}.{index}": item for index, item in enumerate(value) if isinstance(item, Tensor)}
+                found |= {
+                    f"{name}.{index}": item for index, item in enumerate(value) if isinstance(item, Tensor)
+                }
         return found
 
     @property
     def size(self) -> tuple[int, int, int]:
-        """How large a call is, for finding the smallest: elements, dimensions, arguments that are not at their default."""
+        """How large a call is, for finding the smallest: elements, dimensions, arguments that are not at
+        their default.
+        """
         given = self.tensors().values()
         return sum(t.numel() for t in given), sum(t.dim() for t in given), len(self.shown())
 
     def shown(self) -> dict[str, Any]:
         """The arguments that are not at their default."""
-        defaults = {argument.name: argument.default_value for argument in self.operator._schema.arguments if argument.has_default_value()}
-        return {name: value for name, value in self.arguments.items() if isinstance(value, Tensor) or name not in defaults or defaults[name] != value}
+        defaults = {
+            argument.name: argument.default_value
+            for argument in self.operator._schema.arguments
+            if argument.has_default_value()
+        }
+        return {
+            name: value
+            for name, value in self.arguments.items()
+            if isinstance(value, Tensor) or name not in defaults or defaults[name] != value
+        }
 
     def __str__(self) -> str:
-        return f"{self.operator}({', '.join(f'{name}={_spell(value)}' for name, value in self.shown().items())})"
+        return (
+            f"{self.operator}({', '.join(f'{name}={_spell(value)}' for name, value in self.shown().items())})"
+        )
 
 
 def _fresh(value: Any) -> Any:
-    """Arguments of their own for every run, so that an operator that writes into one does not change the next."""
+    """Arguments of their own for every run, so that an operator that writes into one does not change the
+    next.
+    """
     if isinstance(value, Tensor):
         return value.clone()
     return [_fresh(item) for item in value] if isinstance(value, list) else value
@@ -96,7 +116,9 @@ def close(first: Tensor, second: Tensor) -> Tensor:
     """Which positions are equal up to rounding: boolean, of their common shape."""
     if not (first.is_floating_point() or first.is_complex()):
         return first == second
-    rounding = {torch.float64: 1e-9, torch.complex128: 1e-9, torch.float32: 1e-4, torch.complex64: 1e-4}.get(first.dtype, 2e-2)
+    rounding = {torch.float64: 1e-9, torch.complex128: 1e-9, torch.float32: 1e-4, torch.complex64: 1e-4}.get(
+        first.dtype, 2e-2
+    )
     finite = second[torch.isfinite(second)].abs()
     scale = max(1.0, float(finite.max()) if finite.numel() else 1.0)
     return torch.isclose(first, second, rtol=0.0, atol=rounding * scale, equal_nan=True)

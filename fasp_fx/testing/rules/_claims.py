@@ -1,8 +1,9 @@
 """What a lettered rule claims of one call, held against the operator.
 
-A letter that operands share with the result is *kept*: to take positions of it out of the operands is to take them out of the result. A letter that
-stands in two operands and in no result is *contracted*: to take positions of it out of both is to put zeros in either. Of a letter under ``mix``,
-``reduce``, ``freeze`` or ``window`` nothing is claimed, which is too little if the operator would have kept the claim.
+A letter that operands share with the result is *kept*: to take positions of it out of the operands is to take
+them out of the result. A letter that stands in two operands and in no result is *contracted*: to take
+positions of it out of both is to put zeros in either. Of a letter under ``mix``, ``reduce``, ``freeze`` or
+``window`` nothing is claimed, which is too little if the operator would have kept the claim.
 """
 
 from __future__ import annotations
@@ -33,13 +34,17 @@ class Lie:
 
     @property
     def weight(self) -> tuple[Any, ...]:
-        """How much there is to read: of two calls of one size, a claim of the rule itself says more than a pruned program."""
+        """How much there is to read: of two calls of one size, a claim of the rule itself says more than a
+        pruned program.
+        """
         return (*self.call.size, not self.direct)
 
 
 @dataclass
 class Modesty:
-    """For each clause that makes no claim: how often it was tried, and how often the operator would not have kept the claim."""
+    """For each clause that makes no claim: how often it was tried, and how often the operator would not have
+    kept the claim.
+    """
 
     tried: dict[str, int] = field(default_factory=dict)
     needed: dict[str, int] = field(default_factory=dict)
@@ -86,7 +91,10 @@ def _positions(reading: Reading, letter: str, draw: Draw) -> list[int]:
 
 
 def _kept(reading: Reading, results: list[Tensor], letter: str, gone: list[int], draw: Draw) -> Lie | None:
-    claim = f"positions along {_name(letter)} go from the result as they go from {', '.join(reading.holders(letter))}"
+    claim = (
+        f"positions along {_name(letter)} go from the result as they go from"
+        f" {', '.join(reading.holders(letter))}"
+    )
     if letter in reading.recurs:
         columns = reading.recurs[letter]
         claim = f"{claim} once zeros are in the columns {_name(columns)}"
@@ -96,16 +104,28 @@ def _kept(reading: Reading, results: list[Tensor], letter: str, gone: list[int],
     try:
         found = call.run()
     except Exception as problem:
-        return Lie(reading.call, claim, f"without positions {gone} the operator refuses {call}: {first_line(problem)}")
+        return Lie(
+            reading.call,
+            claim,
+            f"without positions {gone} the operator refuses {call}: {first_line(problem)}",
+        )
     for index, (spelled, before, after) in enumerate(zip(reading.results, results, found, strict=True)):
         if spelled is None:
             continue
         expected = cut_result(reading, spelled, before, letter, gone)
         if after.shape != expected.shape:
-            return Lie(reading.call, claim, f"without positions {gone} result {index} has shape {tuple(after.shape)} instead of {tuple(expected.shape)}")
+            return Lie(
+                reading.call,
+                claim,
+                f"without positions {gone} result {index} has shape {tuple(after.shape)} instead of"
+                f" {tuple(expected.shape)}",
+            )
         if not same(after, expected):
             where = tuple((~close(after, expected)).nonzero()[0].tolist())
-            fact = f"without positions {gone} result {index} has {_at(after, where)} at {where} instead of {_at(expected, where)}"
+            fact = (
+                f"without positions {gone} result {index} has {_at(after, where)} at {where} instead of"
+                f" {_at(expected, where)}"
+            )
             return Lie(reading.call, claim, fact + _influence(reading, results, letter, draw))
     return None
 
@@ -113,17 +133,29 @@ def _kept(reading: Reading, results: list[Tensor], letter: str, gone: list[int],
 def _contracted(reading: Reading, letter: str, gone: list[int]) -> Iterator[Lie]:
     call = without(reading, letter, gone)
     holders = reading.holders(letter)
-    claim = f"letter {letter!r} is contracted: to take positions out of {' and '.join(holders)} is to put zeros there in either"
+    claim = (
+        f"letter {letter!r} is contracted: to take positions out of {' and '.join(holders)} is to put zeros"
+        " there in either"
+    )
     try:
         found = call.run()
     except Exception as problem:
-        yield Lie(reading.call, claim, f"without positions {gone} the operator refuses {call}: {first_line(problem)}")
+        yield Lie(
+            reading.call,
+            claim,
+            f"without positions {gone} the operator refuses {call}: {first_line(problem)}",
+        )
         return
     for operand in holders:
         masked = zeroed(reading, operand, letter, gone).run()
         for index, (after, expected) in enumerate(zip(found, masked, strict=True)):
             if reading.results[index] is not None and not same(after, expected):
-                yield Lie(reading.call, claim, f"zeros at positions {gone} of '{operand}' give another result {index} than taking them out")
+                yield Lie(
+                    reading.call,
+                    claim,
+                    f"zeros at positions {gone} of '{operand}' give another result {index} than taking"
+                    " them out",
+                )
                 return
 
 
@@ -138,14 +170,18 @@ def _needed(reading: Reading, results: list[Tensor], letter: str, gone: list[int
         return True
     if letter in reading.kept():
         for spelled, before, after in zip(reading.results, results, found, strict=True):
-            if spelled is not None and not same(after, _cut_or_nothing(reading, spelled, before, letter, gone)):
+            if spelled is not None and not same(
+                after, _cut_or_nothing(reading, spelled, before, letter, gone)
+            ):
                 return True
         return False
     masked = [zeroed(reading, operand, letter, gone).run() for operand in reading.holders(letter)]
     return any(not same(a, b) for expected in masked for a, b in zip(found, expected, strict=True))
 
 
-def _cut_or_nothing(reading: Reading, spelled: object, before: Tensor, letter: str, gone: list[int]) -> Tensor:
+def _cut_or_nothing(
+    reading: Reading, spelled: object, before: Tensor, letter: str, gone: list[int]
+) -> Tensor:
     try:
         return cut_result(reading, spelled, before, letter, gone)  # type: ignore[arg-type]
     except Exception:
@@ -156,7 +192,9 @@ def _reaches_further(reading: Reading, results: list[Tensor], letter: str, draw:
     """Whether the result depends on two positions of a letter at least."""
     reached = 0
     for position in range(reading.sizes[letter]):
-        reached += any(not same(a, b) for a, b in zip(results, _nudged(reading, letter, position, draw), strict=True))
+        reached += any(
+            not same(a, b) for a, b in zip(results, _nudged(reading, letter, position, draw), strict=True)
+        )
     return reached > 1
 
 
@@ -175,9 +213,13 @@ def _nudged(reading: Reading, letter: str, position: int, draw: Draw) -> list[Te
 
 
 def _influence(reading: Reading, results: list[Tensor], letter: str, draw: Draw) -> str:
-    """A position of the result that depends on another position along the letter than its own, as evidence."""
+    """A position of the result that depends on another position along the letter than its own, as
+    evidence.
+    """
     for position in range(reading.sizes[letter]):
-        for index, (spelled, before, after) in enumerate(zip(reading.results, results, _nudged(reading, letter, position, draw), strict=True)):
+        for index, (spelled, before, after) in enumerate(
+            zip(reading.results, results, _nudged(reading, letter, position, draw), strict=True)
+        ):
             if spelled is None or letter not in spelled.letters or before.shape != after.shape:
                 continue
             differ = spelled.unfold(~close(after, before), reading.sizes)

@@ -92,4 +92,8 @@ class Draw:
         if not (tensor.is_floating_point() or tensor.is_complex()):
             return tensor  # indices name positions; they are not perturbed
         noise = torch.rand(tensor.shape, generator=self.generator, dtype=torch.float64)
-        return (tensor * (0.5 + noise.to(tensor.dtype))) if tensor.is_complex() else (tensor * (0.6 + 0.8 * noise)).to(tensor.dtype)
+        return (
+            (tensor * (0.5 + noise.to(tensor.dtype)))
+            if tensor.is_complex()
+            else (tensor * (0.6 + 0.8 * noise)).to(tensor.dtype)
+        )

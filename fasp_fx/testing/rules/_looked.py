@@ -1,7 +1,8 @@
-"""What ``look`` claims of integers that name positions: a position that none of them names may as well not be there.
+"""What ``look`` claims of integers that name positions: a position that none of them names may as well not be
+there.
 
-Integers of which a rule says nothing are held against the same claim. Where the operator always keeps it, the rule says too little: what a router
-names would be frozen.
+Integers of which a rule says nothing are held against the same claim. Where the operator always keeps it, the
+rule says too little: what a router names would be frozen.
 """
 
 from __future__ import annotations
@@ -20,7 +21,9 @@ from ._draw import Draw
 
 
 def looked(rule: Rule, call: Call, draw: Draw, missing: Modesty) -> Lie | None:
-    """Hold the clauses of a rule against the operator on one call, and note in ``missing`` the clauses that it could have had."""
+    """Hold the clauses of a rule against the operator on one call, and note in ``missing`` the clauses that
+    it could have had.
+    """
     stated = rule.all("look")
     for clause in stated:
         fact = _without_one(rule, clause, call, draw)
@@ -36,7 +39,11 @@ def looked(rule: Rule, call: Call, draw: Draw, missing: Modesty) -> Lie | None:
 
 def _possible(rule: Rule, call: Call) -> Iterator[Clause]:
     """Clauses for tensors of integers that the rule does not speak of."""
-    dims = [argument.name for argument in call.operator._schema.arguments if str(argument.type) == "int" and argument.name in ("dim", "axis")]
+    dims = [
+        argument.name
+        for argument in call.operator._schema.arguments
+        if str(argument.type) == "int" and argument.name in ("dim", "axis")
+    ]
     spoken = {clause.words[0] for clause in rule.clauses if clause.keyword in ("pass", "ignore")}
     spoken |= {operand.name for alternative in rule.alternatives for operand in alternative.operands}
     for name, value in call.arguments.items():
@@ -50,14 +57,27 @@ def _without_one(rule: Rule, clause: Clause, call: Call, draw: Draw) -> str | No
     name = rule.alternatives[0].operands[0].name
     (along, index), shape = clause.words, call.arguments[name].shape
     dim, names = call.arguments[along], call.arguments[index]
-    if not isinstance(names, Tensor) or not names.numel() or not shape or not -len(shape) <= dim < len(shape) or shape[dim] < 2:
+    if (
+        not isinstance(names, Tensor)
+        or not names.numel()
+        or not shape
+        or not -len(shape) <= dim < len(shape)
+        or shape[dim] < 2
+    ):
         return None
     size = shape[dim]
     if not 0 <= int(names.min()) <= int(names.max()) < size:
-        return f"the integers reach from {int(names.min())} to {int(names.max())}, there are {size} positions along dimension {dim}"
+        return (
+            f"the integers reach from {int(names.min())} to {int(names.max())}, there are {size} positions"
+            f" along dimension {dim}"
+        )
     gone = draw.integer(0, size - 1)
     names = torch.where(names == gone, (gone + 1) % size, names)
-    distinct = torch.randperm(shape.numel(), generator=draw.generator).reshape(shape).to(torch.float64) / shape.numel() + 0.5
+    distinct = (
+        torch.randperm(shape.numel(), generator=draw.generator).reshape(shape).to(torch.float64)
+        / shape.numel()
+        + 0.5
+    )
     left = torch.tensor([at for at in range(size) if at != gone])
     whole = call.with_(**{name: distinct, index: names})
     try:
@@ -65,7 +85,9 @@ def _without_one(rule: Rule, clause: Clause, call: Call, draw: Draw) -> str | No
     except Exception:  # not on such numbers
         return None
     try:
-        after = whole.with_(**{name: distinct.index_select(dim, left), index: names - (names > gone).to(names.dtype)}).run()
+        after = whole.with_(
+            **{name: distinct.index_select(dim, left), index: names - (names > gone).to(names.dtype)}
+        ).run()
     except Exception as problem:
         return f"without position {gone}, which no integer names, the operator refuses: {first_line(problem)}"
     if all(same(a, b) for a, b in zip(before, after, strict=True)):

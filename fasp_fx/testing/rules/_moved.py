@@ -1,4 +1,6 @@
-"""What ``move x`` claims: every element of the result is one of ``x``, or the same whatever ``x`` holds; and which one does not depend on the values."""
+"""What ``move x`` claims: every element of the result is one of ``x``, or the same whatever ``x`` holds; and
+which one does not depend on the values.
+"""
 
 from __future__ import annotations
 
@@ -24,18 +26,25 @@ def moves(rule: Rule, call: Call, draw: Draw, modesty: Modesty) -> Lie | None:
     claim = f"the operator only moves elements of '{rule.moves}'"
     source = call.arguments[rule.moves]
     total = _count(source)
-    numbers, other = torch.arange(total) + _FIRST, torch.randperm(total, generator=draw.generator) + _FIRST + 3 * total
+    numbers, other = (
+        torch.arange(total) + _FIRST,
+        torch.randperm(total, generator=draw.generator) + _FIRST + 3 * total,
+    )
     try:
         moved = _filled(call, rule.moves, numbers).run()
     except Exception as problem:
-        return Lie(call, claim, f"it does not take integers, on which it has to be run: {first_line(problem)}")
+        return Lie(
+            call, claim, f"it does not take integers, on which it has to be run: {first_line(problem)}"
+        )
     again = _filled(call, rule.moves, other).run()
     for index, (first, second) in enumerate(zip(moved, again, strict=True)):
         if first.shape != second.shape:
             return Lie(call, claim, f"the shape of result {index} depends on the values")
         flat, flat_other = first.reshape(-1), second.reshape(-1)
         inside = (flat >= _FIRST) & (flat < _FIRST + total)
-        expected = torch.where(inside, other[(flat - _FIRST).clamp(0, max(total - 1, 0))], flat) if total else flat
+        expected = (
+            torch.where(inside, other[(flat - _FIRST).clamp(0, max(total - 1, 0))], flat) if total else flat
+        )
         wrong = (flat_other != expected) & (flat_other != flat)
         if bool(wrong.any()):
             at = int(wrong.nonzero()[0])
@@ -46,7 +55,11 @@ def moves(rule: Rule, call: Call, draw: Draw, modesty: Modesty) -> Lie | None:
         flat = first.reshape(-1)
         inside = (flat >= _FIRST) & (flat < _FIRST + total)
         if bool((real.reshape(-1)[inside] != values[flat[inside] - _FIRST]).any()):
-            return Lie(call, claim, f"result {index} holds other elements of '{rule.moves}' than it does for integers")
+            return Lie(
+                call,
+                claim,
+                f"result {index} holds other elements of '{rule.moves}' than it does for integers",
+            )
     if isinstance(source, Tensor):
         for clause in rule.all("freeze"):
             needed = _needed(call, rule.moves, source, clause.words[0], moved, draw)
@@ -60,7 +73,9 @@ def _count(source: Any) -> int:
 
 
 def _flat(source: Any) -> Tensor:
-    return source.reshape(-1) if isinstance(source, Tensor) else torch.cat([item.reshape(-1) for item in source])
+    return (
+        source.reshape(-1) if isinstance(source, Tensor) else torch.cat([item.reshape(-1) for item in source])
+    )
 
 
 def _filled(call: Call, name: str, numbers: Tensor) -> Call:
@@ -74,10 +89,20 @@ def _filled(call: Call, name: str, numbers: Tensor) -> Call:
     return call.with_(**{name: filled})
 
 
-def _needed(call: Call, name: str, source: Tensor, argument: str, moved: list[Tensor], draw: Draw) -> bool | None:
-    """Whether taking positions along a frozen dimension out of the source, arguments unchanged, is not taking them out of the result."""
+def _needed(
+    call: Call, name: str, source: Tensor, argument: str, moved: list[Tensor], draw: Draw
+) -> bool | None:
+    """Whether taking positions along a frozen dimension out of the source, arguments unchanged, is not taking
+    them out of the result.
+    """
     value = call.arguments.get(argument)
-    dims = [dim for dim, index in enumerate(value) if index is not None] if isinstance(value, (list, tuple)) else [int(value)] if value is not None else []
+    dims = (
+        [dim for dim, index in enumerate(value) if index is not None]
+        if isinstance(value, (list, tuple))
+        else [int(value)]
+        if value is not None
+        else []
+    )
     dims = [dim for dim in dims if source.shape[dim] > 1]
     if not dims:
         return None
@@ -92,6 +117,10 @@ def _needed(call: Call, name: str, source: Tensor, argument: str, moved: list[Te
     for before, after in zip(moved, found, strict=True):
         flat = before.reshape(-1)
         expected = flat[torch.isin(flat, kept)]
-        if after.dim() != before.dim() or after.numel() != expected.numel() or not torch.equal(after.reshape(-1), expected):
+        if (
+            after.dim() != before.dim()
+            or after.numel() != expected.numel()
+            or not torch.equal(after.reshape(-1), expected)
+        ):
             return True
     return False

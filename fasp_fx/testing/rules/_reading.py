@@ -23,7 +23,9 @@ class Mismatch(Exception):
 
 @dataclass(frozen=True)
 class Spelled:
-    """A tensor with one dimension for each letter; ``merged`` lists how many letters each real dimension is made of."""
+    """A tensor with one dimension for each letter; ``merged`` lists how many letters each real dimension is
+    made of.
+    """
 
     letters: tuple[str, ...]
     merged: tuple[int, ...]
@@ -35,7 +37,11 @@ class Spelled:
         shape: list[int] = []
         at = 0
         for dim, count in enumerate(self.merged):
-            shape += [tensor.shape[dim]] if count == 1 else [sizes[letter] for letter in self.letters[at : at + count]]
+            shape += (
+                [tensor.shape[dim]]
+                if count == 1
+                else [sizes[letter] for letter in self.letters[at : at + count]]
+            )
             at += count
         return tensor.reshape(shape)
 
@@ -85,13 +91,17 @@ class Reading:
         found = []
         for name, spelled in self.operands.items():
             if letter in spelled.letters:
-                size = spelled.unfold(self.call.tensors()[name], self.sizes).shape[spelled.letters.index(letter)]
+                size = spelled.unfold(self.call.tensors()[name], self.sizes).shape[
+                    spelled.letters.index(letter)
+                ]
                 if size == self.sizes[letter]:
                     found.append(name)
         return found
 
     def blocks(self, letter: str) -> int:
-        """How many positions of a letter have to go together, because another letter is repeated to its size."""
+        """How many positions of a letter have to go together, because another letter is repeated
+        to its size.
+        """
         few = next((few for few, many in self.repeats.items() if many == letter), None)
         return self.sizes[letter] // self.sizes[few] if few is not None and few in self.sizes else 1
 
@@ -105,20 +115,31 @@ def read(rule: Rule, call: Call, results: list[Tensor]) -> Reading:
     alternative = _choose(rule, call)
     given = call.tensors()
     reading = Reading(call)
-    runs = {letter: _run_length(rule, alternative, call, letter) for letter in _letters(alternative) if letter.endswith("*")}
+    runs = {
+        letter: _run_length(rule, alternative, call, letter)
+        for letter in _letters(alternative)
+        if letter.endswith("*")
+    }
     for operand in alternative.operands:
         if operand.name in given:
             reading.operands[operand.name] = _spell(operand.dims, given[operand.name].dim(), runs, right=True)
-    dots = max((sum(letter.startswith(".") for letter in spelled.letters) for spelled in reading.operands.values()), default=0)
+    dots = max(
+        (sum(letter.startswith(".") for letter in spelled.letters) for spelled in reading.operands.values()),
+        default=0,
+    )
     first = next(iter(reading.operands.values()), Spelled((), ()))
     _read_clauses(rule, call, reading, runs, first)
     _solve_sizes(reading, given)
     if len(alternative.results) != len(results):
-        raise Mismatch(f"the operator returns {len(results)} tensors, the rule speaks of {len(alternative.results)}")
+        raise Mismatch(
+            f"the operator returns {len(results)} tensors, the rule speaks of {len(alternative.results)}"
+        )
     for index, (dims, result) in enumerate(zip(alternative.results, results, strict=True)):
         rank = _fixed(dims, runs) + (dots if "..." in dims else 0)
         spelled = _without(_spell(dims, rank, runs), set() if reading.keepdim else reading.reduced)
-        silent = all(_free(reading, letter) for letter in spelled.letters)  # of such a result the rule says nothing
+        silent = all(
+            _free(reading, letter) for letter in spelled.letters
+        )  # of such a result the rule says nothing
         reading.results.append(None if silent else spelled)
         if not silent:
             _fits(reading, spelled, result, index)
@@ -128,9 +149,16 @@ def read(rule: Rule, call: Call, results: list[Tensor]) -> Reading:
 def _choose(rule: Rule, call: Call) -> Alternative:
     given = call.tensors()
     for alternative in rule.alternatives[:-1]:
-        if alternative.condition and alternative.condition not in given and not call.arguments.get(alternative.condition):
+        if (
+            alternative.condition
+            and alternative.condition not in given
+            and not call.arguments.get(alternative.condition)
+        ):
             continue
-        if all(operand.name not in given or _takes(operand.dims, given[operand.name].dim()) for operand in alternative.operands):
+        if all(
+            operand.name not in given or _takes(operand.dims, given[operand.name].dim())
+            for operand in alternative.operands
+        ):
             return alternative
     return rule.alternatives[-1]
 
@@ -182,8 +210,20 @@ def _spell(dims: tuple[Any, ...], rank: int, runs: dict[str, int], right: bool =
 
 
 def _without(spelled: Spelled, gone: set[str]) -> Spelled:
-    left = [(letter, count) for letter, count in zip(spelled.letters, spelled.merged, strict=False) if letter not in gone] if gone else None
-    return spelled if left is None else Spelled(tuple(letter for letter, _ in left), tuple(count for _, count in left))
+    left = (
+        [
+            (letter, count)
+            for letter, count in zip(spelled.letters, spelled.merged, strict=False)
+            if letter not in gone
+        ]
+        if gone
+        else None
+    )
+    return (
+        spelled
+        if left is None
+        else Spelled(tuple(letter for letter, _ in left), tuple(count for _, count in left))
+    )
 
 
 def _read_clauses(rule: Rule, call: Call, reading: Reading, runs: dict[str, int], first: Spelled) -> None:
@@ -198,7 +238,9 @@ def _read_clauses(rule: Rule, call: Call, reading: Reading, runs: dict[str, int]
         elif clause.keyword in ("slide", "route"):
             for word in words[:2]:
                 for letter in [f"{word}{index}" for index in range(runs[word])] if word in runs else [word]:
-                    reading.special[letter] = f"!{clause}"  # never too little: what slides or is chosen moves with other arguments
+                    reading.special[letter] = (
+                        f"!{clause}"  # never too little: what slides or is chosen moves with other arguments
+                    )
         elif clause.keyword == "place" and runs[words[0]]:
             _place(reading, str(clause), f"{words[0]}{int(call.arguments[words[1]]) % runs[words[0]]}")
         elif clause.keyword == "gates":
@@ -222,27 +264,46 @@ def _place(reading: Reading, clause: str, letter: str) -> None:
     reading.special[letter] = clause
     for name in list(reading.operands)[1:]:
         spelled, own = reading.operands[name], f"{letter} of {name}"
-        reading.operands[name] = replace(spelled, letters=tuple(own if other == letter else other for other in spelled.letters))
+        reading.operands[name] = replace(
+            spelled, letters=tuple(own if other == letter else other for other in spelled.letters)
+        )
         reading.special[own] = clause
     given = reading.call.tensors()
     others = [
-        [(item, size) for item, size in zip(spelled.letters, given[name].shape, strict=True) if item not in reading.special]
+        [
+            (item, size)
+            for item, size in zip(spelled.letters, given[name].shape, strict=True)
+            if item not in reading.special
+        ]
         for name, spelled in reading.operands.items()
     ]
     if any(sizes != others[0] for sizes in others):
         raise Mismatch("operands differ in size along dimensions where nothing is placed")
 
 
-def _where(word: str, argument: bool, call: Call, runs: dict[str, int], reading: Reading, first: Spelled) -> list[str]:
+def _where(
+    word: str, argument: bool, call: Call, runs: dict[str, int], reading: Reading, first: Spelled
+) -> list[str]:
     if word == "...":
-        return sorted({letter for spelled in reading.operands.values() for letter in spelled.letters if letter.startswith(".")})
+        return sorted(
+            {
+                letter
+                for spelled in reading.operands.values()
+                for letter in spelled.letters
+                if letter.startswith(".")
+            }
+        )
     if not argument:
         return [f"{word}{index}" for index in range(runs[word])] if word in runs else [word]
     value = call.arguments.get(word)
     rank = len(first.letters)
     if value is None or value == []:
         return list(first.letters)
-    return [first.letters[int(dim) % rank] for dim in (value if isinstance(value, (list, tuple)) else [value])] if rank else []
+    return (
+        [first.letters[int(dim) % rank] for dim in (value if isinstance(value, (list, tuple)) else [value])]
+        if rank
+        else []
+    )
 
 
 def _solve_sizes(reading: Reading, given: dict[str, Tensor]) -> None:
@@ -261,11 +322,15 @@ def _solve_sizes(reading: Reading, given: dict[str, Tensor]) -> None:
                 continue
             known = reading.sizes.get(letters[0], 1)
             if size != 1 and known != 1 and size != known:
-                raise Mismatch(f"letter {letters[0]!r} has {known} positions in one tensor and {size} in '{name}'")
+                raise Mismatch(
+                    f"letter {letters[0]!r} has {known} positions in one tensor and {size} in '{name}'"
+                )
             reading.sizes[letters[0]] = max(known, size)
     for letters, size in pending:
         unknown = [letter for letter in letters if letter not in reading.sizes]
-        rest = int(torch.Size([reading.sizes[letter] for letter in letters if letter in reading.sizes]).numel())
+        rest = int(
+            torch.Size([reading.sizes[letter] for letter in letters if letter in reading.sizes]).numel()
+        )
         if len(unknown) > 1 or rest == 0 or size % rest or (not unknown and rest != size):
             raise Mismatch(f"a dimension of {size} does not divide into ({' '.join(letters)})")
         if unknown:
@@ -285,6 +350,13 @@ def _fits(reading: Reading, spelled: Spelled, result: Tensor, index: int) -> Non
         letters = spelled.letters[at : at + count]
         at += count
         free = any(_free(reading, letter) for letter in letters)
-        expected = int(torch.Size([1 if letter in reading.reduced else reading.sizes[letter] for letter in letters]).numel())
+        expected = int(
+            torch.Size(
+                [1 if letter in reading.reduced else reading.sizes[letter] for letter in letters]
+            ).numel()
+        )
         if not free and expected != result.shape[dim]:
-            raise Mismatch(f"result {index} has shape {tuple(result.shape)}; by the rule dimension {dim} ({' '.join(letters)}) has {expected} positions")
+            raise Mismatch(
+                f"result {index} has shape {tuple(result.shape)}; by the rule dimension {dim}"
+                f" ({' '.join(letters)}) has {expected} positions"
+            )

@@ -1,8 +1,9 @@
 """A program of one operator, pruned by the library and held against the masked dense one.
 
-Every operand is a weight, or a weight plus an input (an activation that has channels along every dimension); a matrix consumes the result along one
-dimension, or along two laid out as one: different positions of the second can then go at each position of the first. What the analysis, reading the
-rule, then takes to be prunable must be mask-exact once the rewriter has adapted every argument.
+Every operand is a weight, or a weight plus an input (an activation that has channels along every dimension);
+a matrix consumes the result along one dimension, or along two laid out as one: different positions of the
+second can then go at each position of the first. What the analysis, reading the rule, then takes to be
+prunable must be mask-exact once the rewriter has adapted every argument.
 """
 
 from __future__ import annotations
@@ -36,7 +37,9 @@ CLAIM = "what the rule makes prunable can be removed"
 
 @dataclass(frozen=True)
 class Outcome:
-    """Whether there was anything to remove; what went wrong; and why the verifier refused a program that was right."""
+    """Whether there was anything to remove; what went wrong; and why the verifier refused a program that was
+    right.
+    """
 
     pruned: bool = False
     lie: Lie | None = None
@@ -52,29 +55,52 @@ def rewritten(rule: Rule, call: Call, results: list[Tensor], draw: Draw) -> Outc
     try:
         analysis = analyze_program(program)
     except Exception as problem:
-        return Outcome(True, Lie(call, CLAIM, f"the analysis fails: {type(problem).__name__}: {problem}", direct=False))
+        return Outcome(
+            True, Lie(call, CLAIM, f"the analysis fails: {type(problem).__name__}: {problem}", direct=False)
+        )
     chosen = draw_sets(analysis, np.random.default_rng(draw.integer(0, 2**31)))
     if not chosen.any():
         return Outcome()
     gone = chosen[analysis.labels]
-    plan = PruningPlan("", tuple(entry for entry in planned(analysis.chosen, gone, analysis) if entry.removed_sets), 0.0)
+    plan = PruningPlan(
+        "", tuple(entry for entry in planned(analysis.chosen, gone, analysis) if entry.removed_sets), 0.0
+    )
     try:
         small = RemoveChannels(gone).rewrite(program, analysis)
         with torch.no_grad():
             found = [fx.Interpreter(small.module).run(x) for x in inputs]
     except FaspError as problem:
-        return Outcome(True, Lie(call, CLAIM, f"removing {_line(plan)} is refused: {str(problem).strip()}", direct=False))
+        return Outcome(
+            True, Lie(call, CLAIM, f"removing {_line(plan)} is refused: {str(problem).strip()}", direct=False)
+        )
     except Exception as problem:
-        reason = next((line for line in str(problem).strip().splitlines() if line.strip()), type(problem).__name__)
-        return Outcome(True, Lie(call, CLAIM, f"after removing {_line(plan)} the program does not run: {reason}", direct=False))
+        reason = next(
+            (line for line in str(problem).strip().splitlines() if line.strip()), type(problem).__name__
+        )
+        return Outcome(
+            True,
+            Lie(
+                call, CLAIM, f"after removing {_line(plan)} the program does not run: {reason}", direct=False
+            ),
+        )
     masked = Masked(program.module, plan)
     for x, after in zip(inputs, found, strict=True):
         expected = masked(x)
         if not all(bool(torch.isfinite(t).all()) for t in floats(expected)):
             return Outcome()
         wrong = error(after, expected)
-        if wrong > (1e-8 if all(tensor.dtype != torch.float32 for tensor in call.tensors().values()) else 1e-4):
-            return Outcome(True, Lie(call, CLAIM, f"after removing {_line(plan)} the error against the masked program is {wrong:.1e}", direct=False))
+        if wrong > (
+            1e-8 if all(tensor.dtype != torch.float32 for tensor in call.tensors().values()) else 1e-4
+        ):
+            return Outcome(
+                True,
+                Lie(
+                    call,
+                    CLAIM,
+                    f"after removing {_line(plan)} the error against the masked program is {wrong:.1e}",
+                    direct=False,
+                ),
+            )
     try:
         verify(small, analysis)
     except FaspError as problem:
@@ -103,13 +129,26 @@ def one_operator(rule: Rule, call: Call, results: list[Tensor], draw: Draw) -> P
     free = _in_blocks(rule, call)
     blocks = _blocks(rule, call, result.dim(), draw) if free else None
     moving = set(draw.some(operands, least=1))
-    made = {name: _operand(root, graph, x, name, tensor, name in moving, draw, blocks, free) for name, tensor in call.tensors().items()}
+    made = {
+        name: _operand(root, graph, x, name, tensor, name in moving, draw, blocks, free)
+        for name, tensor in call.tensors().items()
+    }
     arguments = {name: _argument(name, value, made) for name, value in call.arguments.items()}
     node: Any = graph.call_function(call.operator, (), arguments)
     node = _positional(call, node)
     if creates:  # what is created meets an activation; what memory happens to hold is not compared
-        node = graph.call_function(_ATEN.zeros_like.default, (node,)) if "empty" in str(call.operator) else node
-        node = graph.call_function(_ATEN.add.Tensor, (_operand(root, graph, x, "met", draw.tensor(list(result.shape), "real"), True, draw, blocks, free), node))
+        node = (
+            graph.call_function(_ATEN.zeros_like.default, (node,)) if "empty" in str(call.operator) else node
+        )
+        node = graph.call_function(
+            _ATEN.add.Tensor,
+            (
+                _operand(
+                    root, graph, x, "met", draw.tensor(list(result.shape), "real"), True, draw, blocks, free
+                ),
+                node,
+            ),
+        )
     if len(call.operator._schema.returns) > 1 or "List" in str(call.operator._schema.returns[0].type):
         node = graph.call_function(operators.getitem, (node, which))
     if result.is_complex():
@@ -125,7 +164,9 @@ def one_operator(rule: Rule, call: Call, results: list[Tensor], draw: Draw) -> P
             laid = _last(blocks, result.dim())
             columns = result.shape[blocks[0]] * result.shape[blocks[1]]
             node = graph.call_function(_ATEN.permute.default, (node, laid))
-            node = graph.call_function(_ATEN.reshape.default, (node, [*(result.shape[dim] for dim in laid[:-2]), columns]))
+            node = graph.call_function(
+                _ATEN.reshape.default, (node, [*(result.shape[dim] for dim in laid[:-2]), columns])
+            )
         root.register_parameter("consumer", nn.Parameter(draw.tensor([columns, 2], "real").to(torch.float64)))
         if result.is_floating_point() and result.dtype != torch.float64:
             node = graph.call_function(_ATEN._to_copy.default, (node,), {"dtype": torch.float64})
@@ -145,15 +186,22 @@ def _varies(name: str, tensor: Tensor) -> bool:
 
 
 def _blocks(rule: Rule, call: Call, rank: int, draw: Draw) -> tuple[int, int] | None:
-    """Two dimensions of a result, counted from the right, along which the consumer has columns of its own for every position of the first; or none.
+    """Two dimensions of a result, counted from the right, along which the consumer has columns of its own for
+    every position of the first; or none.
 
-    The first is often one that the rule makes no claim of: what the operator does along it must not meet other positions of the second.
+    The first is often one that the rule makes no claim of: what the operator does along it must not meet
+    other positions of the second.
     """
     if rank < 2 or draw.flag():
         return None
     outer, inner, *_ = draw.order(range(-rank, 0))
     values = [call.arguments.get(clause.words[0]) for clause in rule.clauses if clause.argument]
-    named = [dim % rank - rank for value in values for dim in (value if isinstance(value, (list, tuple)) else [value]) if isinstance(dim, int)]
+    named = [
+        dim % rank - rank
+        for value in values
+        for dim in (value if isinstance(value, (list, tuple)) else [value])
+        if isinstance(dim, int)
+    ]
     if named and draw.flag(0.7):
         outer = draw.choice(named)
         inner = draw.choice([dim for dim in range(-rank, 0) if dim != outer])
@@ -163,10 +211,14 @@ def _blocks(rule: Rule, call: Call, rank: int, draw: Draw) -> tuple[int, int] | 
 def _in_blocks(rule: Rule, call: Call) -> bool:
     """Whether other positions may go in every block of what an operator is given.
 
-    Not where the analysis is known to give up, with an error: what is repeated or stacked, of which the verifier does not know its numbers again, and a
-    recurrent weight whose rows and columns are stored as one.
+    Not where the analysis is known to give up, with an error: what is repeated or stacked, of which the
+    verifier does not know its numbers again, and a recurrent weight whose rows and columns are stored as one.
     """
-    return not rule.all("repeat") and not rule.all("recur") and not isinstance(call.arguments.get(rule.moves or ""), (list, tuple))
+    return (
+        not rule.all("repeat")
+        and not rule.all("recur")
+        and not isinstance(call.arguments.get(rule.moves or ""), (list, tuple))
+    )
 
 
 def _last(dims: tuple[int, int], rank: int) -> list[int]:
@@ -186,9 +238,11 @@ def _operand(
     blocks: tuple[int, int] | None,
     free: bool,
 ) -> fx.Node:
-    """A tensor as a weight: as it is, with its dimensions in another order, or with two of them stored as one, often those of the consumer's blocks.
+    """A tensor as a weight: as it is, with its dimensions in another order, or with two of them stored as
+    one, often those of the consumer's blocks.
 
-    Positions along the inner one of these are then others at each position of the outer one, and different ones are taken away there.
+    Positions along the inner one of these are then others at each position of the outer one, and different
+    ones are taken away there.
     """
     attribute = "operand_" + name.replace(".", "_")
     if not _varies(name, tensor):
@@ -200,7 +254,13 @@ def _operand(
     if rank > 1 and draw.flag(0.6):
         alike = blocks is not None and -min(blocks) <= rank and draw.flag(0.7)
         merged = alike or draw.flag(0.7)
-        laid = _last(blocks, rank) if alike and blocks is not None else draw.order(range(rank)) if not merged or draw.flag(0.3) else list(range(rank))
+        laid = (
+            _last(blocks, rank)
+            if alike and blocks is not None
+            else draw.order(range(rank))
+            if not merged or draw.flag(0.3)
+            else list(range(rank))
+        )
         laid = sorted(laid) if merged and not free else laid
         stored = stored.permute(laid).contiguous()
         if merged:

@@ -1,4 +1,6 @@
-"""What ``choose``, ``add``, ``pass`` and ``tally`` claim of a router's operators: one that is never chosen may as well not be there."""
+"""What ``choose``, ``add``, ``pass`` and ``tally`` claim of a router's operators: one that is never chosen
+may as well not be there.
+"""
 
 from __future__ import annotations
 
@@ -37,10 +39,16 @@ def _without_one(rule: Rule, clause: Clause, call: Call, draw: Draw) -> Lie | No
     plain = {key: None if key == "dtype" else value for key, value in call.arguments.items()}
     if "sorted" in plain:  # unsorted, the order of what is chosen is nobody's promise
         plain["sorted"] = True
-    distinct = torch.randperm(shape.numel(), generator=draw.generator).reshape(shape).to(torch.float64) / shape.numel() + 0.5
+    distinct = (
+        torch.randperm(shape.numel(), generator=draw.generator).reshape(shape).to(torch.float64)
+        / shape.numel()
+        + 0.5
+    )
     gone = draw.integer(0, shape[dim] - 1)
     left = torch.tensor([at for at in range(shape[dim]) if at != gone])
-    silent = distinct.index_fill(dim, torch.tensor([gone]), float("-inf") if clause.keyword == "choose" else 0.0)
+    silent = distinct.index_fill(
+        dim, torch.tensor([gone]), float("-inf") if clause.keyword == "choose" else 0.0
+    )
     call = Call(call.operator, {**plain, name: silent})
     smaller = call.with_(**{name: distinct.index_select(dim, left)})
     try:
@@ -67,17 +75,27 @@ def _passed(clause: Clause, call: Call) -> Lie | None:
         found = call.with_(**{clause.words[0]: numbers}).run()[ORDINALS[clause.words[1]]]
     except Exception:  # not on integers
         return None
-    if found.dtype in (torch.bool, torch.uint8, torch.int8) or torch.equal(found.reshape(-1).to(torch.int64).sort().values, numbers.reshape(-1)):
+    if found.dtype in (torch.bool, torch.uint8, torch.int8) or torch.equal(
+        found.reshape(-1).to(torch.int64).sort().values, numbers.reshape(-1)
+    ):
         return None
     return Lie(call, str(clause), "other integers come back")
 
 
 def tallies(rule: Rule, call: Call, results: list[Tensor], draw: Draw) -> Lie | None:
-    """A number that does not occur may as well not be counted: the result lacks one position, and is the same otherwise."""
+    """A number that does not occur may as well not be counted: the result lacks one position, and is the same
+    otherwise.
+    """
     numbers = call.arguments[str(rule.tallies)]
     counted = int(call.arguments[rule.all("count")[0].words[0]])
     if counted < 2 or results[0].shape[-1] != counted:
-        return None if counted < 2 else Lie(call, "the last dimension has a position for each number", f"it has {results[0].shape[-1]}")
+        return (
+            None
+            if counted < 2
+            else Lie(
+                call, "the last dimension has a position for each number", f"it has {results[0].shape[-1]}"
+            )
+        )
     gone = draw.integer(0, counted - 1)
     others = torch.where(numbers == gone, (gone + 1) % counted, numbers)
     fewer: dict[str, Any] = {str(rule.tallies): others - (others > gone).to(others.dtype)}
@@ -87,4 +105,8 @@ def tallies(rule: Rule, call: Call, results: list[Tensor], draw: Draw) -> Lie | 
         return None  # one number alone: the operator would look for the range itself
     whole, part = call.with_(**{str(rule.tallies): others}).run()[0], call.with_(**fewer).run()[0]
     left = torch.tensor([at for at in range(counted) if at != gone])
-    return None if same(whole.index_select(-1, left), part) else Lie(call, f"tally {rule.tallies}", f"without number {gone} the result is another one")
+    return (
+        None
+        if same(whole.index_select(-1, left), part)
+        else Lie(call, f"tally {rule.tallies}", f"without number {gone} the result is another one")
+    )

@@ -1,6 +1,8 @@
-"""Arguments for operators whose schema does not say enough: sizes that must multiply, lists that must fit, indices that must be in range.
+"""Arguments for operators whose schema does not say enough: sizes that must multiply, lists that must fit,
+indices that must be in range.
 
-Each entry makes the arguments that matter; the others keep their defaults. An operator that is not listed is called by its schema.
+Each entry makes the arguments that matter; the others keep their defaults. An operator that is not listed is
+called by its schema.
 """
 
 from __future__ import annotations
@@ -49,26 +51,44 @@ def _expand(draw: Draw) -> dict[str, Any]:
 def _broadcast(draw: Draw) -> dict[str, Any]:
     found = _expand(draw)
     lead = len(found["size"]) - found["self"].dim()
-    found["size"] = [found["self"].shape[index - lead] if size == -1 else size for index, size in enumerate(found["size"])]
+    found["size"] = [
+        found["self"].shape[index - lead] if size == -1 else size for index, size in enumerate(found["size"])
+    ]
     return found
 
 
 def _repeat(draw: Draw) -> dict[str, Any]:
     shape = draw.shape(most=3)
-    return {"self": draw.tensor(shape), "repeats": [draw.integer(1, 2) for _ in range(len(shape) + draw.integer(0, 1))]}
+    return {
+        "self": draw.tensor(shape),
+        "repeats": [draw.integer(1, 2) for _ in range(len(shape) + draw.integer(0, 1))],
+    }
 
 
 def _interleave(draw: Draw) -> dict[str, Any]:
     shape = draw.shape(most=3)
-    return {"self": draw.tensor(shape), "repeats": draw.integer(1, 3), "dim": draw.choice([None, draw.dim(len(shape))])}
+    return {
+        "self": draw.tensor(shape),
+        "repeats": draw.integer(1, 3),
+        "dim": draw.choice([None, draw.dim(len(shape))]),
+    }
 
 
 def _slice(draw: Draw) -> dict[str, Any]:
     shape = draw.shape()
     dim = draw.dim(len(shape))
     size = shape[dim]
-    start, end = draw.choice([None, draw.integer(-size, size - 1)]), draw.choice([None, 9223372036854775807, draw.integer(-size + 1, size)])
-    return {"self": draw.tensor(shape), "dim": dim, "start": start, "end": end, "step": draw.choice([1, 1, 2, 3])}
+    start, end = (
+        draw.choice([None, draw.integer(-size, size - 1)]),
+        draw.choice([None, 9223372036854775807, draw.integer(-size + 1, size)]),
+    )
+    return {
+        "self": draw.tensor(shape),
+        "dim": dim,
+        "start": start,
+        "end": end,
+        "step": draw.choice([1, 1, 2, 3]),
+    }
 
 
 def _select(draw: Draw) -> dict[str, Any]:
@@ -111,7 +131,11 @@ def _matrices(draw: Draw) -> dict[str, Any]:
 def _movedim(draw: Draw) -> dict[str, Any]:
     shape = draw.shape()
     many = draw.integer(1, len(shape))
-    return {"self": draw.tensor(shape), "source": draw.order(range(len(shape)))[:many], "destination": draw.order(range(len(shape)))[:many]}
+    return {
+        "self": draw.tensor(shape),
+        "source": draw.order(range(len(shape)))[:many],
+        "destination": draw.order(range(len(shape)))[:many],
+    }
 
 
 def _squeeze(draw: Draw) -> dict[str, Any]:
@@ -134,20 +158,33 @@ def _unflatten(draw: Draw) -> dict[str, Any]:
     dim = draw.integer(0, len(shape) - 1)
     first, second = draw.integer(1, 3), draw.integer(1, 3)
     shape[dim] = first * second
-    return {"self": draw.tensor(shape), "dim": draw.choice([dim, dim - len(shape)]), "sizes": [draw.choice([first, -1]), second]}
+    return {
+        "self": draw.tensor(shape),
+        "dim": draw.choice([dim, dim - len(shape)]),
+        "sizes": [draw.choice([first, -1]), second],
+    }
 
 
 def _index(draw: Draw) -> dict[str, Any]:
     shape = draw.shape()
     dims = draw.some(range(len(shape)), least=1)
     many = draw.integer(1, 3)
-    return {"self": draw.tensor(shape), "indices": [draw.tensor([many], "index", size) if dim in dims else None for dim, size in enumerate(shape)]}
+    return {
+        "self": draw.tensor(shape),
+        "indices": [
+            draw.tensor([many], "index", size) if dim in dims else None for dim, size in enumerate(shape)
+        ],
+    }
 
 
 def _index_select(draw: Draw) -> dict[str, Any]:
     shape = draw.shape()
     dim = draw.dim(len(shape))
-    return {"self": draw.tensor(shape), "dim": dim, "index": draw.tensor([draw.integer(1, 4)], "index", shape[dim])}
+    return {
+        "self": draw.tensor(shape),
+        "dim": dim,
+        "index": draw.tensor([draw.integer(1, 4)], "index", shape[dim]),
+    }
 
 
 def _gather(draw: Draw) -> dict[str, Any]:
@@ -169,7 +206,11 @@ def _scatter(value: str | None) -> Sample:
 
 
 def _scatter_reduce(draw: Draw) -> dict[str, Any]:
-    return {**_scatter("src")(draw), "reduce": draw.choice(["sum", "prod", "mean", "amax", "amin"]), "include_self": draw.flag()}
+    return {
+        **_scatter("src")(draw),
+        "reduce": draw.choice(["sum", "prod", "mean", "amax", "amin"]),
+        "include_self": draw.flag(),
+    }
 
 
 def _index_put(draw: Draw) -> dict[str, Any]:
@@ -243,7 +284,10 @@ def _cat(draw: Draw) -> dict[str, Any]:
 
 def _stack(draw: Draw) -> dict[str, Any]:
     shape = draw.shape(most=3)
-    return {"tensors": [draw.tensor(shape) for _ in range(draw.integer(1, 3))], "dim": draw.integer(-len(shape) - 1, len(shape))}
+    return {
+        "tensors": [draw.tensor(shape) for _ in range(draw.integer(1, 3))],
+        "dim": draw.integer(-len(shape) - 1, len(shape)),
+    }
 
 
 def _pad(draw: Draw) -> dict[str, Any]:
@@ -268,12 +312,20 @@ def _roll(draw: Draw) -> dict[str, Any]:
 
 def _pixel_shuffle(draw: Draw) -> dict[str, Any]:
     factor = draw.integer(1, 2)
-    return {"self": draw.tensor([*draw.shape(most=1), factor**2 * draw.integer(1, 2), draw.size(), draw.size()]), "upscale_factor": factor}
+    return {
+        "self": draw.tensor([*draw.shape(most=1), factor**2 * draw.integer(1, 2), draw.size(), draw.size()]),
+        "upscale_factor": factor,
+    }
 
 
 def _pixel_unshuffle(draw: Draw) -> dict[str, Any]:
     factor = draw.integer(1, 2)
-    return {"self": draw.tensor([draw.size(), draw.size(), factor * draw.integer(1, 2), factor * draw.integer(1, 2)]), "downscale_factor": factor}
+    return {
+        "self": draw.tensor(
+            [draw.size(), draw.size(), factor * draw.integer(1, 2), factor * draw.integer(1, 2)]
+        ),
+        "downscale_factor": factor,
+    }
 
 
 def _channel_shuffle(draw: Draw) -> dict[str, Any]:
@@ -282,7 +334,9 @@ def _channel_shuffle(draw: Draw) -> dict[str, Any]:
 
 
 def _attention(draw: Draw) -> dict[str, Any]:
-    """The scale is written out, as a pass does before anything is removed; left out, it would follow the width of the heads."""
+    """The scale is written out, as a pass does before anything is removed; left out, it would follow the
+    width of the heads.
+    """
     lead = [draw.size()] if draw.flag() else []
     q, k, d, c = (draw.size() for _ in range(4))
     shared = draw.flag()
@@ -297,15 +351,28 @@ def _attention(draw: Draw) -> dict[str, Any]:
 
 
 def _fake_quantised(draw: Draw) -> dict[str, Any]:
-    return {"input": draw.tensor(draw.shape(most=3)), "scale": draw.float(), "zero_point": 0, "quant_min": -8, "quant_max": 7}
+    return {
+        "input": draw.tensor(draw.shape(most=3)),
+        "scale": draw.float(),
+        "zero_point": 0,
+        "quant_min": -8,
+        "quant_max": 7,
+    }
 
 
 def _upsample(name: str, rank: int, integers: bool) -> Sample:
     def sample(draw: Draw) -> dict[str, Any]:
-        found: dict[str, Any] = {name: draw.tensor([draw.size(), draw.size(), *(draw.size() for _ in range(rank))], "real")}
+        found: dict[str, Any] = {
+            name: draw.tensor([draw.size(), draw.size(), *(draw.size() for _ in range(rank))], "real")
+        }
         sizes = [draw.integer(1, 5) for _ in range(rank)]
         if not integers and draw.flag():
-            return {**found, "output_size": None, "scale_factors": [draw.choice([0.5, 1.5, 2.0]) for _ in range(rank)], "align_corners": False}
+            return {
+                **found,
+                "output_size": None,
+                "scale_factors": [draw.choice([0.5, 1.5, 2.0]) for _ in range(rank)],
+                "align_corners": False,
+            }
         return {**found, "output_size": sizes, "scale_factors": None, "align_corners": draw.flag()}
 
     return sample
@@ -313,7 +380,11 @@ def _upsample(name: str, rank: int, integers: bool) -> Sample:
 
 def _batch_statistics(draw: Draw) -> dict[str, Any]:
     shape = [draw.size(), draw.size(), *(draw.size() for _ in range(draw.integer(1, 2)))]
-    weights = {name: draw.tensor(shape[1:2], "real") for name in ("weight", "bias")} if draw.flag() else {"weight": None, "bias": None}
+    weights = (
+        {name: draw.tensor(shape[1:2], "real") for name in ("weight", "bias")}
+        if draw.flag()
+        else {"weight": None, "bias": None}
+    )
     return {"input": draw.tensor(shape, "real"), **weights, "training": True, "momentum": 0.1, "eps": 1e-5}
 
 
@@ -321,7 +392,11 @@ def _weight_norm(draw: Draw) -> dict[str, Any]:
     """The kernel trusts the sizes: with a norm of another shape it reads and writes where nothing is."""
     shape = draw.shape(least=2)
     dim = draw.choice([0, len(shape) - 1])
-    return {"v": draw.tensor(shape, "real"), "g": draw.tensor([size if at == dim else 1 for at, size in enumerate(shape)], "unit"), "dim": dim}
+    return {
+        "v": draw.tensor(shape, "real"),
+        "g": draw.tensor([size if at == dim else 1 for at, size in enumerate(shape)], "unit"),
+        "dim": dim,
+    }
 
 
 def _any(draw: Draw) -> dict[str, Any]:
@@ -329,7 +404,15 @@ def _any(draw: Draw) -> dict[str, Any]:
     return {"self": draw.tensor(shape, "bool"), "dim": draw.dim(len(shape)), "keepdim": draw.flag()}
 
 
-_RESAMPLERS = {"nearest1d": 1, "nearest2d": 2, "nearest3d": 3, "linear1d": 1, "bilinear2d": 2, "bicubic2d": 2, "trilinear3d": 3}
+_RESAMPLERS = {
+    "nearest1d": 1,
+    "nearest2d": 2,
+    "nearest3d": 3,
+    "linear1d": 1,
+    "bilinear2d": 2,
+    "bicubic2d": 2,
+    "trilinear3d": 3,
+}
 _EXACT = {f"nearest_exact{rank}d": rank for rank in (1, 2, 3)} | {"bilinear2d_aa": 2, "bicubic2d_aa": 2}
 
 
@@ -337,10 +420,18 @@ def _fft(kind: str) -> Sample:
     def sample(draw: Draw) -> dict[str, Any]:
         shape = [draw.size() for _ in range(draw.integer(1, 3))]
         dims = draw.some(range(len(shape)), least=1)
-        found: dict[str, Any] = {"self": draw.tensor(shape, "real" if kind == "r2c" else "complex"), "dim": dims, "normalization": draw.integer(0, 2)}
+        found: dict[str, Any] = {
+            "self": draw.tensor(shape, "real" if kind == "r2c" else "complex"),
+            "dim": dims,
+            "normalization": draw.integer(0, 2),
+        }
         if kind == "r2c":
             return {**found, "onesided": draw.flag()}
-        return {**found, "last_dim_size": 2 * (shape[dims[-1]] - 1) or 1} if kind == "c2r" else {**found, "forward": draw.flag()}
+        return (
+            {**found, "last_dim_size": 2 * (shape[dims[-1]] - 1) or 1}
+            if kind == "c2r"
+            else {**found, "forward": draw.flag()}
+        )
 
     return sample
 
@@ -348,7 +439,11 @@ def _fft(kind: str) -> Sample:
 def _grid(draw: Draw) -> dict[str, Any]:
     n, c = draw.size(), draw.size()
     grid = draw.tensor([n, draw.size(), draw.size(), 2], "unit")
-    kinds = {"interpolation_mode": draw.integer(0, 2), "padding_mode": draw.integer(0, 2), "align_corners": draw.flag()}
+    kinds = {
+        "interpolation_mode": draw.integer(0, 2),
+        "padding_mode": draw.integer(0, 2),
+        "align_corners": draw.flag(),
+    }
     return {"input": draw.tensor([n, c, draw.size(), draw.size()], "real"), "grid": grid, **kinds}
 
 
@@ -358,7 +453,11 @@ def _grouped(name: str, weight: str) -> Sample:
         counts = [draw.integer(1, 3) for _ in range(experts)]
         offsets = torch.tensor(counts).cumsum(0).to(torch.int32)
         # the kernel takes no float64, and rows of whole multiples of 16 bytes
-        return {name: draw.tensor([sum(counts), 4 * k], "real").float(), weight: draw.tensor([experts, 4 * k, 4 * n], "real").float(), "offs": offsets}
+        return {
+            name: draw.tensor([sum(counts), 4 * k], "real").float(),
+            weight: draw.tensor([experts, 4 * k, 4 * n], "real").float(),
+            "offs": offsets,
+        }
 
     return sample
 
@@ -379,7 +478,14 @@ def _recurrent(gates: int, listed: bool) -> Sample:
             "input": draw.tensor([batch, steps, width] if second else [steps, batch, width], "real"),
             "hx": states if listed else states[0],
             "params": params,
-            **{"has_biases": biases, "num_layers": 1, "dropout": 0.0, "train": False, "bidirectional": False, "batch_first": second},
+            **{
+                "has_biases": biases,
+                "num_layers": 1,
+                "dropout": 0.0,
+                "train": False,
+                "bidirectional": False,
+                "batch_first": second,
+            },
         }
 
     return sample
@@ -389,7 +495,11 @@ def _tallied(count: str, last: str | None) -> Sample:
     def sample(draw: Draw) -> dict[str, Any]:
         many = draw.integer(2, 5)
         numbers = torch.randint(0, many, (draw.size(), draw.size()), generator=draw.generator)
-        return {"self": numbers, count: many} if last is None else {"self": numbers.double(), count: many, "min": 0, last: many - 1}
+        return (
+            {"self": numbers, count: many}
+            if last is None
+            else {"self": numbers.double(), count: many, "min": 0, last: many - 1}
+        )
 
     return sample
 
@@ -411,7 +521,9 @@ SAMPLES: dict[str, Sample] = {
     "aten.slice.Tensor": _slice,
     "aten.select.int": _select,
     "aten.split_with_sizes.default": _sizes,
-    "aten.split.sizes": lambda draw: {("split_size" if name == "split_sizes" else name): value for name, value in _sizes(draw).items()},
+    "aten.split.sizes": lambda draw: {
+        ("split_size" if name == "split_sizes" else name): value for name, value in _sizes(draw).items()
+    },
     "aten.split.Tensor": _split("split_size"),
     "aten.unsafe_split.Tensor": _split("split_size"),
     "aten.chunk.default": _split("chunks"),
@@ -464,8 +576,16 @@ SAMPLES: dict[str, Sample] = {
     "aten._grouped_mm.default": _grouped("self", "mat2"),
     "transformers.grouped_mm_fallback.default": _grouped("input", "weight"),
     **{f"aten._fft_{kind}.default": _fft(kind) for kind in ("r2c", "c2r", "c2c")},
-    **{f"aten.{kind}{name}.vec": _upsample("input", rank, False) for name, rank in _RESAMPLERS.items() for kind in ("upsample_", "_upsample_")},
-    **{f"aten.{kind}{name}.default": _upsample("self", rank, True) for name, rank in _RESAMPLERS.items() for kind in ("upsample_", "_upsample_")},
+    **{
+        f"aten.{kind}{name}.vec": _upsample("input", rank, False)
+        for name, rank in _RESAMPLERS.items()
+        for kind in ("upsample_", "_upsample_")
+    },
+    **{
+        f"aten.{kind}{name}.default": _upsample("self", rank, True)
+        for name, rank in _RESAMPLERS.items()
+        for kind in ("upsample_", "_upsample_")
+    },
     **{f"aten._upsample_{name}.vec": _upsample("input", rank, False) for name, rank in _EXACT.items()},
     **{f"aten._upsample_{name}.default": _upsample("self", rank, True) for name, rank in _EXACT.items()},
 }
@@ -473,7 +593,12 @@ SAMPLES: dict[str, Sample] = {
 #: arguments that a captured program has at one value only
 FIXED: dict[str, dict[str, Any]] = {
     "aten.batch_norm.default": {"cudnn_enabled": False},
-    "aten.instance_norm.default": {"use_input_stats": True, "running_mean": None, "running_var": None, "cudnn_enabled": False},
+    "aten.instance_norm.default": {
+        "use_input_stats": True,
+        "running_mean": None,
+        "running_var": None,
+        "cudnn_enabled": False,
+    },
     "aten.group_norm.default": {"cudnn_enabled": False},
     "aten.dropout.default": {"train": False},
     "aten.native_dropout.default": {"train": False},

@@ -1,6 +1,7 @@
 """Make up calls of an operator from its schema and its rule.
 
-A rule says what shapes go together, the schema what else is asked for. What does not fit is refused by the operator itself; such calls are drawn anew.
+A rule says what shapes go together, the schema what else is asked for. What does not fit is refused by the
+operator itself; such calls are drawn anew.
 """
 
 from __future__ import annotations
@@ -19,7 +20,19 @@ from ._draw import Draw
 _INDICES = {"index", "indices"}
 _MASKS = {"mask", "condition", "attn_mask"}
 _VARIANCES = {"running_var"}
-_DIMS = {"dim", "dims", "dim0", "dim1", "axis", "axis0", "axis1", "start_dim", "end_dim", "source", "destination"}
+_DIMS = {
+    "dim",
+    "dims",
+    "dim0",
+    "dim1",
+    "axis",
+    "axis0",
+    "axis1",
+    "start_dim",
+    "end_dim",
+    "source",
+    "destination",
+}
 
 
 def lettered(operator: OpOverload, rule: Rule, draw: Draw) -> Call:
@@ -54,7 +67,11 @@ def moving(operator: OpOverload, rule: Rule, draw: Draw) -> Call:
     argument = next(a for a in operator._schema.arguments if a.name == rule.moves)
     shape = draw.shape()
     many = "List" in str(argument.type)
-    source: Any = [draw.tensor(shape, "real") for _ in range(draw.integer(1, 3))] if many else draw.tensor(shape, "real")
+    source: Any = (
+        [draw.tensor(shape, "real") for _ in range(draw.integer(1, 3))]
+        if many
+        else draw.tensor(shape, "real")
+    )
     return Call(operator, _complete(operator, {rule.moves: source}, shape, draw))
 
 
@@ -64,7 +81,9 @@ def filled(operator: OpOverload, given: dict[str, Any], draw: Draw) -> Call:
     return Call(operator, _complete(operator, given, list(first.shape), draw, made_up=False))
 
 
-def _complete(operator: OpOverload, given: dict[str, Any], shape: list[int], draw: Draw, made_up: bool = True) -> dict[str, Any]:
+def _complete(
+    operator: OpOverload, given: dict[str, Any], shape: list[int], draw: Draw, made_up: bool = True
+) -> dict[str, Any]:
     arguments = dict(given)
     for argument in operator._schema.arguments:
         if argument.name in arguments:
@@ -83,8 +102,16 @@ def _value(argument: Any, shape: list[int], draw: Draw) -> Any:
         if "Optional" in str(argument.type) and draw.flag(0.3):
             return None
         return [draw.tensor(shape)] if "List" in kind else _tensor(name, shape, draw, 2)
-    if any(word in real for word in ("ScalarType", "Layout", "Device", "MemoryFormat", "Generator")) or kind in ("Device", "Generator"):
-        return argument.default_value if argument.has_default_value() else torch.float64 if "ScalarType" in real else None
+    if any(
+        word in real for word in ("ScalarType", "Layout", "Device", "MemoryFormat", "Generator")
+    ) or kind in ("Device", "Generator"):
+        return (
+            argument.default_value
+            if argument.has_default_value()
+            else torch.float64
+            if "ScalarType" in real
+            else None
+        )
     if "Optional" in str(argument.type) and draw.flag(0.4):
         return None
     if kind == "bool":
@@ -108,7 +135,10 @@ def _list(argument: Any, kind: str, name: str, shape: list[int], draw: Draw) -> 
     if name in _DIMS:
         dims = draw.some(range(len(shape)), least=1)
         return [dim - len(shape) if draw.flag() else dim for dim in dims]
-    return [draw.integer(0 if "pad" in name else 1, 3 if "size" in name else 2) for _ in range(argument.N or draw.integer(1, max(len(shape), 1)))]
+    return [
+        draw.integer(0 if "pad" in name else 1, 3 if "size" in name else 2)
+        for _ in range(argument.N or draw.integer(1, max(len(shape), 1)))
+    ]
 
 
 def _tensor(name: str, shape: list[int], draw: Draw, below: int) -> torch.Tensor:
