@@ -114,9 +114,8 @@ def _input_mask(module: nn.Module, cut: _Cut) -> Tensor | None:
         size, consumed, groups = module.in_channels, 0, 1
     elif isinstance(module, _ConvNd):
         size, consumed, groups = module.in_channels, 1, module.groups
-    elif type(module).__name__ == "Conv1D" and hasattr(
-        module, "nf"
-    ):  # the transposed linear layer of transformers
+    elif type(module).__name__ == "Conv1D" and hasattr(module, "nf"):
+        # The transposed linear layer of transformers.
         size, consumed, groups = module.weight.shape[0], 0, 1
     else:
         return None

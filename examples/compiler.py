@@ -22,9 +22,8 @@ class Net(nn.Module):
         self.up, self.down = nn.Linear(16, 96), nn.Linear(96, 16)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return x + self.down(
-            self.up(x) * torch.sigmoid(self.up(x))
-        )  # the product is computed twice, which CSEPass sees
+        # The product is computed twice, which CSEPass sees.
+        return x + self.down(self.up(x) * torch.sigmoid(self.up(x)))
 
 
 def count(module: fx.GraphModule) -> None:
@@ -37,14 +36,12 @@ def count(module: fx.GraphModule) -> None:
 model, x = Net().eval(), torch.randn(64, 16)
 exported = torch.export.export(model, (x,), dynamic_shapes=({0: torch.export.Dim.AUTO},))
 plan = fasp_fx.prune(exported, calibration=[x], sparsity=0.4).plan
-smaller = fasp_fx.passes.Pipeline([count, CSEPass(), fasp_fx.passes.Prune(plan), count])(
-    exported
-)  # verified after each
+# Verified after each.
+smaller = fasp_fx.passes.Pipeline([count, CSEPass(), fasp_fx.passes.Prune(plan), count])(exported)
 print({name: tuple(weight.shape) for name, weight in smaller.state_dict.items()})
 if options.package:
     print("packaged in", torch._inductor.aoti_compile_and_package(smaller, package_path=options.package))
-fast = torch.compile(
-    model, backend=fasp_fx.backend(plan, inner=options.inner)
-)  # the whole weights stay, the time goes
+# The whole weights stay, the time goes.
+fast = torch.compile(model, backend=fasp_fx.backend(plan, inner=options.inner))
 with torch.no_grad():
     print("largest difference", float((fast(x) - smaller.module()(x)).abs().max()))

@@ -47,9 +47,8 @@ result = fasp_fx.prune(
     dense, (), calls[0], calibration=calls, sparsity=options.sparsity, round_to=options.round
 )
 print(f"dense {perplexity(dense, test):.3f}\npruned {perplexity(result.module, test):.3f}", flush=True)
-weights = [
-    weight.requires_grad_(".layers." in name) for name, weight in result.module.named_parameters()
-]  # the layers; the vocabulary stays
+# The layers; the vocabulary stays.
+weights = [weight.requires_grad_(".layers." in name) for name, weight in result.module.named_parameters()]
 optimizer = torch.optim.AdamW(
     [weight for weight in weights if weight.requires_grad], lr=options.rate, weight_decay=0.0
 )

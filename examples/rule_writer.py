@@ -42,7 +42,6 @@ rule = (  # one line: the last dimension's channels pass, and take those of scal
 print(check_rule(torch.ops.mylib.scaled_silu.default, rule, examples=30))
 fasp_fx.patterns.register(torch.ops.mylib.scaled_silu.default, rule)
 print(*fasp_fx.analyze(model, (x,)).groups, sep="\n")
-print(
-    check_program(model, (x,), invariants=("mask-exact", "signature", "rules"))
-)  # the operator has no gradient, so "alone" would not hold
+# The operator has no gradient, so "alone" would not hold.
+print(check_program(model, (x,), invariants=("mask-exact", "signature", "rules")))
 print(fasp_fx.prune(model, (x,), calibration=[x], score=loudest, sparsity=0.25).report)

@@ -27,9 +27,8 @@ def register_when_needed() -> None:
 
 
 def _register() -> None:
-    import_module(
-        ".hf._config", __package__
-    )  # registers itself when it is complete, which it is not if it is what imports the table
+    # Registers itself when it is complete, which it is not if it is what imports the table.
+    import_module(".hf._config", __package__)
 
 
 class _Finder(MetaPathFinder):

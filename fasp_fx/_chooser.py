@@ -233,9 +233,8 @@ class Chooser:
             CalibrationError: see :func:`observe_batches`.
         """
         program, config = consumers.analysis.program, self.config
-        Marks(
-            program, batches, config.padding_mask, hold_out=False
-        )  # refuses a mask that does not fit by the number of its batch
+        # Refuses a mask that does not fit by the number of its batch.
+        Marks(program, batches, config.padding_mask, hold_out=False)
         whole = whole_batches(program, batches)
         pieces = whole if callable(self._loss) else in_pieces(program, whole)
         attempts = [(pieces, self._loss)]

@@ -55,9 +55,8 @@ def float32_products(precision: str) -> Iterator[None]:
         yield
     finally:
         torch.set_float32_matmul_precision(before)
-        for backend, value in zip(
-            backends, own, strict=True
-        ):  # "highest" asks each of them for something, who were asked for nothing
+        for backend, value in zip(backends, own, strict=True):
+            # "highest" asks each of them for something, who were asked for nothing.
             backend.fp32_precision = value
 
 

@@ -78,9 +78,8 @@ class _Unit:
     def __init__(self, axes: tuple[Size, ...], parts: list[list[float]], seconds: np.ndarray) -> None:
         self.axes, self.parts, self.count = axes, [np.asarray(axis) for axis in parts], 0
         for axis in range(seconds.ndim):
-            seconds = np.maximum.accumulate(
-                seconds, axis
-            )  # what takes longer where it is narrower is noise, or reached by padding
+            # What takes longer where it is narrower is noise, or reached by padding.
+            seconds = np.maximum.accumulate(seconds, axis)
         self.seconds = seconds
         self._known: dict[tuple[float, ...], float] = {}
 
@@ -210,9 +209,8 @@ class _Walk:
             _fit(str(node.target), named)
             try:
                 seconds[index] = self.table.time(lambda named=named: node.target(**named), self.device)  # type: ignore[misc, operator]
-            except (
-                RuntimeError
-            ):  # such sizes are none of the operator's, or its kernel wants others: as the dense one
+            except RuntimeError:
+                # Such sizes are none of the operator's, or its kernel wants others: as the dense one.
                 seconds[index] = np.inf
         dense = seconds.reshape(-1)[-1]
         return parts, np.where(np.isfinite(seconds), seconds, dense if np.isfinite(dense) else 0.0)

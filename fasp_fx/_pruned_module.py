@@ -61,9 +61,8 @@ class PrunedModule(fx.GraphModule):
         # The structure of arguments and outputs never changes, and torch warns where a leaf of one is copied.
         for spec in (getattr(self, name, None) for name in ("_in_spec", "_out_spec")):
             memo.update({id(part): part for part in _specs(spec)})
-        memo[id(self.origin)] = (
-            self.origin
-        )  # never written into, and holds fake tensors that cannot be copied
+        # Never written into, and holds fake tensors that cannot be copied.
+        memo[id(self.origin)] = self.origin
         copied = super().__deepcopy__(memo)
         assert isinstance(copied, PrunedModule)
         copied.origin = self.origin

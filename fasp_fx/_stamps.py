@@ -18,10 +18,8 @@ def stamp(node: fx.Node, name: str, like: fx.Node | None = None) -> fx.Node:
             if key in like.meta:
                 node.meta[key] = like.meta[key]
     node.meta[WRITTEN_BY] = name
-    node.meta["custom"] = {
-        **node.meta.get("custom", {}),
-        WRITTEN_BY: name,
-    }  # what exporting, decomposing and saving keep of a node's meta
+    # What exporting, decomposing and saving keep of a node's meta.
+    node.meta["custom"] = {**node.meta.get("custom", {}), WRITTEN_BY: name}
     return node
 
 

@@ -141,9 +141,8 @@ def _steps(group: Group, round_to: int, costs: Costs) -> _Curve:
             " pruning"
         )
     losses, most = costs[group.name].losses, deepest_loss(group)
-    if (
-        not most < len(losses) <= max(group.width, most) + 1
-    ):  # a score may say what comes after the last one that may go
+    if not most < len(losses) <= max(group.width, most) + 1:
+        # A score may say what comes after the last one that may go.
         raise ArgumentError(
             f"the cost curve of '{group.name}' goes up to {len(losses) - 1} channel sets of a block, of which"
             f" {most} may go here; measure with the granularity= and include= of the pruning"

@@ -146,9 +146,8 @@ def _settled(
 
     analysis = settled(program, heads)
     while split is not None and (analysis.conflicts or exempt):
-        rewritten = split(
-            program, settled(program, False) if heads else analysis
-        )  # rows are told apart one by one
+        # Rows are told apart one by one.
+        rewritten = split(program, settled(program, False) if heads else analysis)
         if rewritten is None:
             break
         program, analysis = rewritten, settled(rewritten, heads)

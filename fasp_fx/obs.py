@@ -149,9 +149,8 @@ class Elimination:
         inner, own = across[:, gone], crossed[:, gone]
         factor = torch.linalg.cholesky(inner)
         loss = 0.5 * float(torch.cholesky_solve(own, factor).diagonal().sum())
-        share = torch.cholesky_solve(
-            across, factor
-        )  # what of each column left makes up for those that go, R; of those, the identity
+        # What of each column left makes up for those that go, R; of those, the identity.
+        share = torch.cholesky_solve(across, factor)
         crossed = crossed - 0.5 * own @ share
         # Rows and columns of what goes become zero in both, and are cut out once they are many: a copy costs
         # more than the update.

@@ -435,9 +435,8 @@ def gone_of(plan: PruningPlan, analysis: Analysis, *, partial: bool = False) -> 
                 f"the plan removes index {max(outside)} along dimension {dim} of '{name}', which the model"
                 " does not have; it is a plan for another model"
             )
-    weights = np.zeros(
-        total, dtype=bool
-    )  # a plan names weights; inputs that hold state, and tensors that the graph makes, go with them
+    # A plan names weights; inputs that hold state, and tensors that the graph makes, go with them.
+    weights = np.zeros(total, dtype=bool)
     for slot in (slot for slot in numbering.slots if slot.base < total):
         weights[slot.base : slot.base + slot.size] = slot.kind == "weight"
     counted = np.bincount(labels, weights=gone & weights, minlength=int(labels.max(initial=-1)) + 1)

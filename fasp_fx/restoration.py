@@ -320,10 +320,8 @@ class _Solver:
         )
         before = self._removed(rows, held)
         best, least = math.inf, before
-        for outward in (
-            GRID[_START:],
-            GRID[:_START][::-1],
-        ):  # the error has one valley: outward from a usual strength, until it rises
+        for outward in (GRID[_START:], GRID[:_START][::-1]):
+            # The error has one valley: outward from a usual strength, until it rises.
             last = math.inf
             for strength in outward:
                 added = self._solve(rows, fitted, strength)

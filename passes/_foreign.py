@@ -117,22 +117,19 @@ class Foreign:
         module.graph.lint()
         self._stamp(module.graph, before)
         copy.numbers.clear()
-        module.graph.set_codegen(
-            program.module.graph._codegen
-        )  # a pass that copies the graph forgets how inputs and outputs are nested
+        # A pass that copies the graph forgets how inputs and outputs are nested.
+        module.graph.set_codegen(program.module.graph._codegen)
         copy.module = graph_module(module, module.graph, module.meta)
         _same_shapes(program, copy)
         if is_plain_graph(module.graph):
             record(copy.module)
             return copy
-        return recapture(
-            copy, export_again(copy.module, copy.example)
-        )  # operators of another dialect: torch.add, a call of a module
+        # Operators of another dialect: torch.add, a call of a module.
+        return recapture(copy, export_again(copy.module, copy.example))
 
     def _on_exported(self, program: Program) -> Program:
-        _, exported = finish(
-            program, trace=True
-        )  # a pass that traces again changes no name then, and what it wrote is told by names
+        # A pass that traces again changes no name then, and what it wrote is told by names.
+        _, exported = finish(program, trace=True)
         before = {node.name: node.target for node in exported.graph.nodes}
         returned = self._called(exported)
         if not isinstance(returned, ExportedProgram):

@@ -40,9 +40,8 @@ class _Part:
 
     node: fx.Node
     rows: np.ndarray
-    sources: tuple[
-        int | None, ...
-    ]  # per dimension: a leading dimension of the product, -1 for channels, None for size 1
+    # Per dimension: a leading dimension of the product, -1 for channels, None for size 1.
+    sources: tuple[int | None, ...]
 
 
 def split(program: Program, analysis: Analysis) -> Program:

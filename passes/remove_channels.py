@@ -124,9 +124,8 @@ def cut_weight(
     ``slots``: its dimensions that lose channels.
     """
     cut, numbers = weight, [numbering.numbers(name, dim) for dim in range(weight.dim())]
-    for slot in sorted(
-        slots, key=lambda slot: slot.block_dim is None
-    ):  # blocks are those of the whole weight: they are cut first
+    for slot in sorted(slots, key=lambda slot: slot.block_dim is None):
+        # Blocks are those of the whole weight: they are cut first.
         keep = torch.from_numpy(~gone[slot.base : slot.base + slot.size])
         if slot.block_dim is None:
             kept = keep.nonzero()[:, 0]
@@ -138,9 +137,8 @@ def cut_weight(
         divider = next(
             (slot for slot in slots if divided is not None and slot.dim == divided.block_dim), None
         )
-        if (
-            own is not None and divided is not None and divider is not None and divided.blocks == divider.size
-        ):  # blocks that went as a whole
+        if own is not None and divided is not None and divider is not None and divided.blocks == divider.size:
+            # Blocks that went as a whole.
             numbers[dim] = own[torch.from_numpy(~gone[divider.base : divider.base + divider.size])]
     return cut, numbers
 

@@ -98,9 +98,8 @@ def zeroed(model: nn.Module, plan: Any, producers: bool = False) -> nn.Module:
 
 def floats(output: Any) -> list[Tensor]:
     """The floating-point tensors of an output, in order."""
-    output = (
-        dict(output) if isinstance(output, Mapping) else output
-    )  # outputs of transformers are known to pytree only once exported
+    # Outputs of transformers are known to pytree only once exported.
+    output = dict(output) if isinstance(output, Mapping) else output
     return [
         leaf.detach()
         for leaf in pytree.tree_leaves(output)

@@ -230,9 +230,8 @@ def test_what_is_predicted_is_what_the_result_has(name: str, options: dict[str, 
 def test_whatever_goes_of_whatever_is_drawn_is_counted(net: Net, number: int) -> None:
     args = example(net, 2, number, torch.float64)
     program = fasp_fx.capture(build(net, number, torch.float64), args).program
-    assume(
-        not any(isinstance(node.target, HigherOrderOperator) for node in program.module.graph.nodes)
-    )  # through which torch does not count
+    # Through which torch does not count.
+    assume(not any(isinstance(node.target, HigherOrderOperator) for node in program.module.graph.nodes))
     analysis = fasp_fx.analysis.analyze_program(program, fasp_fx.passes.split_fused)
     chosen = draw_sets(analysis, np.random.default_rng(number))
     assume(chosen.any())

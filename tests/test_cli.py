@@ -295,9 +295,8 @@ def test_prune_heads_and_what_crosses_a_norm(folder: Path, tmp_path: Path) -> No
     pruned = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     assert (set(pruned.plan.granularity), set(pruned.plan.include)) == ({"channel", "head"}, {"approximate"})
     own = dict(pruned.named_parameters())
-    assert (
-        own["model.layers.0.self_attn.q_proj.weight"].shape[0] == 16
-    )  # one of two key-value heads, with its two query heads of 8
+    # One of two key-value heads, with its two query heads of 8.
+    assert own["model.layers.0.self_attn.q_proj.weight"].shape[0] == 16
     assert own["model.layers.0.mlp.down_proj.weight"].shape[0] < 32  # the residual stream
 
 
@@ -492,9 +491,8 @@ def test_eval_refuses_a_bad_range(folder: Path, chunks: str) -> None:
         "eval", folder / "model", "--text", folder / "text.txt", "--length", str(LENGTH), "--chunks", chunks
     )
     assert "chunks" in _refused(done)
-    assert ("loading" in done.stderr) == (
-        chunks in ("900:901", "3:3")
-    )  # what cannot be a range is refused before any work
+    # What cannot be a range is refused before any work.
+    assert ("loading" in done.stderr) == (chunks in ("900:901", "3:3"))
 
 
 # --- refusals

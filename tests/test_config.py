@@ -85,9 +85,8 @@ def test_keywords_are_the_fields() -> None:
     for function in (fasp_fx.prune, fasp_fx.hf.prune):
         (options,) = [p for p in inspect.signature(function).parameters.values() if p.kind is p.VAR_KEYWORD]
         assert options.annotation == "Unpack[PruningOptions]"
-        assert not set(fields) & set(
-            inspect.signature(function).parameters
-        )  # no default but those of the configuration
+        # No default but those of the configuration.
+        assert not set(fields) & set(inspect.signature(function).parameters)
 
 
 def test_a_result_says_what_was_asked_for() -> None:
@@ -198,10 +197,8 @@ def test_functions_are_not_written() -> None:
 def test_excluded_groups_stay_whole_and_the_others_carry_the_sparsity() -> None:
     assert widths(sparsity=0.3) == [7, 7, 7]
     for pattern in ("layers.1", "layers.1.*", "layers.1.up.weight", "*.1.down*"):
-        assert widths(sparsity=0.3, exclude=(pattern,)) in (
-            [6, 10, 6],
-            [5, 10, 5],
-        )  # nine of thirty go from two layers
+        # Nine of thirty go from two layers.
+        assert widths(sparsity=0.3, exclude=(pattern,)) in ([6, 10, 6], [5, 10, 5])
     with pytest.raises(fasp_fx.SparsityError, match="out of reach"):
         widths(sparsity=0.7, exclude=("layers.[12]",))
 

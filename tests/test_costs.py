@@ -138,9 +138,8 @@ def test_a_score_of_columns_costs_what_lies_between_unrepaired_and_repaired(loss
 
 def test_curves_serve_several_sparsities_and_are_saved(tmp_path: Path) -> None:
     captured = fasp_fx.capture(Deep().eval(), (DATA[0],))
-    costs = fasp_fx.measure(
-        captured, calibration=DATA[:2], score="obs"
-    )  # what is measured of eight where no curves are given
+    # What is measured of eight where no curves are given.
+    costs = fasp_fx.measure(captured, calibration=DATA[:2], score="obs")
     costs.save(tmp_path / "costs.json")
     again = fasp_fx.Costs.load(tmp_path / "costs.json")
     assert {name: curve.losses.tolist() for name, curve in again.items()} == {

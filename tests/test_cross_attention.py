@@ -83,9 +83,8 @@ def test_cross_attention_is_pruned_exactly(name: str) -> None:
     captured = fasp_fx.capture(model, inputs)
     for option, chosen in OPTIONS.items():
         result = fasp_fx.prune(captured, score="random", restore=None, **{"sparsity": 0.2, **chosen})
-        dense_norms = option == "streams too" and name.startswith(
-            "decoder"
-        )  # norms go on over the dense count: the producers are zero as well
+        # Norms go on over the dense count: the producers are zero as well.
+        dense_norms = option == "streams too" and name.startswith("decoder")
         with torch.no_grad():
             reference = zeroed(model, result.plan, producers=dense_norms)
             dense, expected, found = model(*unseen), reference(*unseen), result.module(*unseen)

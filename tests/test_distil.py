@@ -249,9 +249,8 @@ def test_it_never_gets_worse(
             for name in changed
         )
     assert all(tensor.grad is None and tensor.requires_grad for tensor in after.module.parameters())
-    torch.testing.assert_close(
-        after.program.module()(data[0]), after.module(data[0])
-    )  # they share their weights
+    # They share their weights.
+    torch.testing.assert_close(after.program.module()(data[0]), after.module(data[0]))
 
 
 def test_training_that_diverges_stops_and_says_so(
@@ -452,9 +451,8 @@ def test_interrupted_it_goes_on_to_the_same_end(
     assert all(
         torch.equal(a, b) for a, b in zip(whole.module.parameters(), resumed.module.parameters(), strict=True)
     )
-    ended = fasp_fx.distil(
-        copy.deepcopy(result), dense, data, checkpoint=tmp_path / "run", **options
-    )  # nothing is left to do
+    # Nothing is left to do.
+    ended = fasp_fx.distil(copy.deepcopy(result), dense, data, checkpoint=tmp_path / "run", **options)
     assert ended.report.recovery is not None
     assert ended.report.recovery.curve == whole.report.recovery.curve
     assert all(

@@ -109,9 +109,8 @@ def test_mlp_equals_one_pruned_by_hand() -> None:
     by_hand.load_state_dict(
         {name: without(result.plan, name, tensor) for name, tensor in model.state_dict().items()}
     )
-    by_hand.bend = without(
-        result.plan, "fc1.bias", model.bend.clone()
-    )  # its positions go with those of the bias
+    # Its positions go with those of the bias.
+    by_hand.bend = without(result.plan, "fc1.bias", model.bend.clone())
     assert type(small) is Mlp
     assert apart(small, by_hand, torch.randn(7, 8)) < TOLERANCE
     assert str(small) == str(by_hand)

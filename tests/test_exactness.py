@@ -277,9 +277,8 @@ class Amplified(nn.Module):
 
     def __init__(self, between: Any = same) -> None:
         super().__init__()
-        self.blocks = Blocks(
-            same, between, width=1000
-        )  # wide enough for kernels to sum in another order without some of it
+        # Wide enough for kernels to sum in another order without some of it.
+        self.blocks = Blocks(same, between, width=1000)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         x = (self.blocks(x) * 1e5).sin()

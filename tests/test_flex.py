@@ -350,9 +350,8 @@ def test_llama(granularity: str, tmp_path: Path) -> None:
     loaded = fasp_fx.load(result.save(tmp_path / "out")).module
     for shape in ((2, 10), (3, 7)):
         given = torch.randint(0, 50, shape)
-        with torch.compiler.set_stance(
-            "force_eager"
-        ):  # transformers compiles attention whenever the dense model is called
+        with torch.compiler.set_stance("force_eager"):
+            # Transformers compiles attention whenever the dense model is called.
             assert_mask_exact(
                 model, result, lambda module, given=given: module(input_ids=given, use_cache=False)["logits"]
             )

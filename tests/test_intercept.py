@@ -88,9 +88,10 @@ def test_every_operator_that_adds_a_bias(kind: str) -> None:
             )
         )
         if kind != "addmm":
+            # [positions, columns].
             hidden = (
                 nn.functional.unfold(hidden[:, :, None], (1, 3), padding=(0, 1)).movedim(1, -1).flatten(0, 1)
-            )  # [positions, columns]
+            )
         dense, pruned = (
             module(x) if kind == "addmm" else module(x).movedim(1, -1).flatten(0, 1)
             for module in (model, found.module)

@@ -65,12 +65,8 @@ def _untouched(model: nn.Module) -> Iterator[None]:
 def _prune(
     model: nn.Module, args: tuple[Any, ...] = (X,), calibration: Any = None, **options: Any
 ) -> fasp_fx.Result:
-    options = {
-        "restore": None,
-        "score": "random",
-        "sparsity": 0.3,
-        **options,
-    }  # the score would take channels that are always zero, and show nothing
+    # The score would take channels that are always zero, and show nothing.
+    options = {"restore": None, "score": "random", "sparsity": 0.3, **options}
     with _untouched(model):
         return fasp_fx.prune(
             model, args, calibration=[BATCH] if calibration is None else calibration, **options
@@ -390,10 +386,11 @@ def test_complex_tensors() -> None:
     _exact(Complex().eval(), args=(_complex(4),), calibration=[_complex(40)])
     _exact(Complex(inside=True).eval())
     result = _exact(Fourier().eval())
+    # What the transform mixes stays.
     assert {part.name for group in result.plan.groups for part in group.producers} == {
         "second.weight",
         "second.bias",
-    }  # what the transform mixes stays
+    }
 
 
 @pytest.mark.filterwarnings("ignore:Casting complex values:UserWarning")
@@ -517,9 +514,8 @@ def test_buffers_written_in_forward(kind: type[nn.Module]) -> None:
     model = kind().eval()
     _exact(model, (X,), (2 * X,), (X - 1,))
     with _untouched(model):
-        result = fasp_fx.prune(
-            model, (X,), calibration=[BATCH, 2 * BATCH], sparsity=0.3
-        )  # observing does not count as calling
+        # Observing does not count as calling.
+        result = fasp_fx.prune(model, (X,), calibration=[BATCH, 2 * BATCH], sparsity=0.3)
     for name, buffer in model.named_buffers():
         assert torch.equal(result.module.get_buffer(name), buffer)
 

@@ -174,9 +174,8 @@ def test_a_bias_goes_with_its_weight_and_circles_are_drawn() -> None:
     ]
     assert _drawn((wide, gate)) == _joined((wide, gate))
     places = [(item.x, item.y) for item in (*layer.nodes, *layer.hubs)]
-    assert all(
-        a[0] != b[0] or abs(a[1] - b[1]) >= 1 for i, a in enumerate(places) for b in places[:i]
-    )  # nothing lies on anything
+    # Nothing lies on anything.
+    assert all(a[0] != b[0] or abs(a[1] - b[1]) >= 1 for i, a in enumerate(places) for b in places[:i])
 
 
 def test_equal_experts_share_a_place() -> None:

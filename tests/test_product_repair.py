@@ -269,9 +269,8 @@ def test_layers_that_share_a_table_lose_pairs_of_their_own() -> None:
     )
 
     with one_capture():
-        whole = pruned(
-            model, batches, sparsity={"*out.weight": 0.5}
-        )  # nothing of the tables, which are one again
+        # Nothing of the tables, which are one again.
+        whole = pruned(model, batches, sparsity={"*out.weight": 0.5})
     for found, count in ((whole, 1), (cut, len({tuple(rows) for rows in removed}))):
         assert len([name for name, _ in found.module.named_buffers() if "_of_" in name]) == count
     masked = randomise(Layers(), std=0.4).double()

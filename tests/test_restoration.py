@@ -323,9 +323,8 @@ def test_scores_equal_a_naive_computation(score: str) -> None:
             ]
         else:
             values = [np.sqrt(sum(weight[:, j] ** 2)) for j in range(columns)]
-        if (
-            "attention" in name
-        ):  # query heads share their key head's value channels, and each key head loses as many
+        if "attention" in name:
+            # Query heads share their key head's value channels, and each key head loses as many.
             shared = np.array(values).reshape(SPEC.kv_heads, SPEC.repeat, SPEC.head_dim)
             totals = shared.sum(1)
             lost = len(gone[name]) // (SPEC.kv_heads * SPEC.repeat)

@@ -140,9 +140,8 @@ def test_one_line_makes_it_prunable() -> None:
 def test_a_contraction_is_taught_too() -> None:
     model = randomise(Projects())
     assert consumed(fasp_fx.analyze(model, (data(3),))) == {"matrix", "second_down.weight"}
-    with pytest.warns(
-        fasp_fx.CalibrationWarning, match=r"cannot be run backwards.*as is done now"
-    ):  # the operator has no gradient
+    with pytest.warns(fasp_fx.CalibrationWarning, match=r"cannot be run backwards.*as is done now"):
+        # The operator has no gradient.
         result = fasp_fx.prune(model, (data(40),), calibration=[data(40)], sparsity=0.4)
     removed = next(
         part.removed for group in result.plan.groups for part in group.consumers if part.name == "matrix"

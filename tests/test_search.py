@@ -632,9 +632,8 @@ def test_models_that_cannot_be_searched_are_refused(zoo_captured: Any) -> None:
     with pytest.raises(ArgumentError, match=r"allocation='search' needs a model that is captured as a whole"):
         fasp_fx.prune(Forks().eval(), (X,), calibration=[X], allocation="search")
     with pytest.raises(ArgumentError, match=r"allocation='search': a search needs a model"):
-        fasp_fx.hf.prune(
-            talker(), plain=True, calibration=iter(()), allocation="search"
-        )  # before the model is looked at
+        # Before the model is looked at.
+        fasp_fx.hf.prune(talker(), plain=True, calibration=iter(()), allocation="search")
     with pytest.raises(ArgumentError, match=r"cannot try .* which no weight reads; exclude it"):
         fasp_fx.prune(
             zoo_captured("llama_gqa"), calibration=iter(()), allocation="search", include=("exempt",)

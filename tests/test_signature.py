@@ -173,9 +173,8 @@ def test_parts_with_a_configuration_of_their_own_return_what_the_model_is_asked_
     found, expected = result.module(**given), zeroed(model, result.plan)(**given)
     assert list(found) == list(expected)
     if asked.output_hidden_states:
-        assert (
-            len(model(**given).encoder_hidden_states) == len(expected.encoder_hidden_states) == 2
-        )  # the caller's model has no hook of the capture
+        # The caller's model has no hook of the capture.
+        assert len(model(**given).encoder_hidden_states) == len(expected.encoder_hidden_states) == 2
     assert ("cache" in found) == asked.use_cache
     assert (result.report.cache is not None) == asked.use_cache
     assert (
@@ -318,9 +317,8 @@ def test_compilers_and_exporters_take_the_checks_over(tables: fasp_fx.Result) ->
         shapes = ({0: torch.export.Dim.AUTO}, {"same": {0: torch.export.Dim.AUTO}})
         again = torch.export.export(tables.module, call, dynamic_shapes=shapes, strict=strict)
         torch.testing.assert_close(again.module()(*call), expected)
-        assert (
-            max(int(bounds.upper) for bounds in again.range_constraints.values()) == 10
-        )  # known only to the guards: the slice is in the graph
+        # Known only to the guards: the slice is in the graph.
+        assert max(int(bounds.upper) for bounds in again.range_constraints.values()) == 10
         with pytest.raises(AssertionError):
             again.module()(torch.randn(11, 12), {"same": torch.randn(11, 12)})
 

@@ -452,10 +452,8 @@ class Uneven(nn.Module):
 @pytest.mark.parametrize("sparsity", [0.2, 0.5, 0.8])
 def test_the_sparsity_is_that_of_all_parts_together(sparsity: float) -> None:
     result = _prune(Uneven().eval(), sparsity=sparsity)
-    assert set(result.parts) | set(result.left) == {
-        "wide",
-        "narrow",
-    }  # at a low sparsity, four channels lose none
+    # At a low sparsity, four channels lose none.
+    assert set(result.parts) | set(result.left) == {"wide", "narrow"}
     assert abs(result.report.sparsity - sparsity) < 0.02
     dense = sum(p.numel() for n, p in Uneven().named_parameters() if p.dim() > 1)
     left = sum(p.numel() for n, p in result.module.named_parameters() if p.dim() > 1)
@@ -887,7 +885,6 @@ def test_a_part_that_is_called_in_another_way_than_on_the_example_refuses() -> N
     result = fasp_fx.prune(model, (x,), sparsity=0.3, score="random", restore=None)
     assert list(result.parts) == ["part"]
     assert error(result.module(x), _zeroed(model, result.plan)(x)) < 1e-5
-    with pytest.raises(
-        fasp_fx.CallError, match="'flip' is False"
-    ):  # left out by the model, which means its own default
+    with pytest.raises(fasp_fx.CallError, match="'flip' is False"):
+        # Left out by the model, which means its own default.
         result.module(-x)

@@ -50,9 +50,8 @@ def test_sampling_is_seeded_and_leaves_no_trace(model: LlamaForCausalLM) -> None
 def test_sampling_goes_past_the_end_token_at_temperature_one(model: LlamaForCausalLM) -> None:
     texts = sample(model, 0, 64, 20)
     counts = torch.bincount(texts[:, 1:].reshape(-1), minlength=5)
-    assert bool(
-        (counts > 0.1 * counts.sum()).all()
-    )  # an untrained model is near uniform; at its own temperature of 1e-4 it would not be
+    # An untrained model is near uniform; at its own temperature of 1e-4 it would not be.
+    assert bool((counts > 0.1 * counts.sum()).all())
     after_end = [text[index + 1] for text in texts for index in range(1, 19) if text[index] == 1]
     assert len({int(token) for token in after_end}) == 5
 
@@ -66,9 +65,8 @@ def test_tokens_are_drawn_as_often_as_the_model_says(model: LlamaForCausalLM) ->
     count = 3200
     found = torch.bincount(sample(sharp, 0, count, 2)[:, 1], minlength=5) / count
     spread = (expected * (1 - expected) / count).sqrt()
-    assert bool(
-        ((found - expected).abs() <= 4 * spread + 2e-3).all()
-    )  # rounding of products adds to what chance does
+    # Rounding of products adds to what chance does.
+    assert bool(((found - expected).abs() <= 4 * spread + 2e-3).all())
 
 
 def test_a_model_that_breaks_down_on_its_own_text_is_refused(model: LlamaForCausalLM) -> None:

@@ -196,6 +196,5 @@ def _batch_is_dynamic(program: Any) -> bool:
     """Whether the capture leaves the first dimension of every tensor input free."""
     tensors = [node.meta.get("val") for node in program.placeholders()]
     first = [value.shape[0] for value in tensors if isinstance(value, Tensor) and value.dim()]
-    return all(
-        isinstance(size, torch.SymInt) and size.node.maybe_as_int() is None for size in first
-    )  # a symbol that the capture settled is one still
+    # A symbol that the capture settled is one still.
+    return all(isinstance(size, torch.SymInt) and size.node.maybe_as_int() is None for size in first)

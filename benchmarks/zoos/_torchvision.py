@@ -77,9 +77,8 @@ def _entry(name: str) -> Entry:
     known = {"detection", "segmentation", "video", "optical_flow"}
     kind = family.replace("_", " ") if family in known else "classification"
     batches = (1, 2) if name in CLIPS else (2, 3)
-    double = (
-        family == "detection" or name in CHAOTIC
-    )  # a rounding error can change which boxes a detection model keeps
+    # A rounding error can change which boxes a detection model keeps.
+    double = family == "detection" or name in CHAOTIC
     return Entry(name, kind, _maker(builder, options, double), positional, keywords, double, batches)
 
 

@@ -67,9 +67,8 @@ def _statistics(owner: nn.Module, generator: Generator) -> None:
     if mean is not None and variance is not None:
         mean.copy_(0.1 * torch.randn(mean.shape, generator=generator))
         variance.copy_(1 + 0.2 * torch.rand(variance.shape, generator=generator))
-    if (
-        not isinstance(owner, _BatchNorm) and mean is not None
-    ):  # a frozen batch norm keeps its affine part in buffers
+    if not isinstance(owner, _BatchNorm) and mean is not None:
+        # A frozen batch norm keeps its affine part in buffers.
         for name, centre in (("weight", 1.0), ("bias", 0.0)):
             held = buffers.get(name)
             if held is not None:

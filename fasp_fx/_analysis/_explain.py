@@ -22,9 +22,8 @@ def coupling_path(analysis: Analysis, first: str, second: str) -> list[str]:
     status = {int(chosen): CODE[group.status] for group in analysis.groups for chosen in group.sets}
     shared = _sets_of(analysis, starts) & _sets_of(analysis, ends)
     canonical = analysis.program.canonical()
-    for chosen in sorted(
-        shared, key=lambda chosen: (status.get(chosen, len(CODE)), chosen)
-    ):  # what can be pruned says most
+    for chosen in sorted(shared, key=lambda chosen: (status.get(chosen, len(CODE)), chosen)):
+        # What can be pruned says most.
         graph = _carriers(analysis, chosen)
         held = {node: canonical[target_name(node)] for node in graph if node.op == "get_attr"}
         paths = [

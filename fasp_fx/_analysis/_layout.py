@@ -50,9 +50,8 @@ def find_blocks(
         members, first = np.unique(sets[rows, columns], return_index=True)
         first_row = rows[first]
         _, finer = np.unique(block[members] * numbers.shape[0] + first_row, return_inverse=True)
-        block[members] = (
-            fresh + finer
-        )  # sets outside this box keep their block, which is thereby told apart from those inside
+        # Sets outside this box keep their block, which is thereby told apart from those inside.
+        block[members] = fresh + finer
         fresh += int(finer.max()) + 1
     _, block = np.unique(block, return_inverse=True)
     sizes = np.bincount(block[group_of >= 0], minlength=int(block.max(initial=0)) + 1)

@@ -35,9 +35,8 @@ def walk_program(program: Program, heads: bool, experts: bool) -> tuple[Numberin
     in_heads, coupled = _numbered(walk.facts.heads), _numbered(walk.facts.heads + walk.facts.together)
     coupled += _same_elsewhere(coupled, walk.facts.pairs) if coupled else []
     before = -1
-    while (
-        coupled and (sets := int(label_sets(numbering.total, coupled).max())) != before
-    ):  # what goes together along one dimension may have to along the next
+    while coupled and (sets := int(label_sets(numbering.total, coupled).max())) != before:
+        # What goes together along one dimension may have to along the next.
         walk, before = _walk_together(program, numbering, coupled, coupled, experts, execution), sets
         coupled = coupled + _numbered(walk.facts.together)
     if coupled:

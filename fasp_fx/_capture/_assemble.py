@@ -79,9 +79,8 @@ def assemble(
         if node.op == "get_attr":
             seen[node] = lifted[target_name(node)]
         elif node.op == "placeholder":
-            made = seen[node] = graph.placeholder(
-                str(node.target)
-            )  # by the caller's name, which a weight can have too
+            # By the caller's name, which a weight can have too.
+            made = seen[node] = graph.placeholder(str(node.target))
             made.meta = dict(node.meta)
             specs.append(InputSpec(InputKind.USER_INPUT, _renamed(next(inputs), made.name), None))
         elif node.op != "output":

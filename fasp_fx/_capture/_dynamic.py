@@ -126,9 +126,8 @@ def recorded_shapes(
             continue
         spec: dict[int, Any] = {}
         for dim, size in enumerate(node.meta["val"].shape):
-            if (
-                not isinstance(size, torch.SymInt) or size.node.maybe_as_int() is not None
-            ):  # a symbol that the capture settled is one still
+            if not isinstance(size, torch.SymInt) or size.node.maybe_as_int() is not None:
+                # A symbol that the capture settled is one still.
                 spec[dim] = Dim.STATIC
                 continue
             spec[dim] = Dim.AUTO

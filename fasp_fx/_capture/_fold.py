@@ -61,9 +61,8 @@ def fold(module: fx.GraphModule, order: Iterable[str]) -> Folding:
         if all(node in dead for node in nodes):
             freed.add(key)
         else:
-            dead.difference_update(
-                node for node in nodes if not node.users
-            )  # another name of a weight that stays
+            # Another name of a weight that stays.
+            dead.difference_update(node for node in nodes if not node.users)
     weights = dict(
         [*module.named_parameters(remove_duplicate=False), *module.named_buffers(remove_duplicate=False)]
     )
@@ -129,9 +128,8 @@ def _dead(
     """The nodes that nothing needs any more once parameters stand in the place of the chosen ones."""
     dead = {node for entry in chosen for node in entry.nodes}
     sources = {key for entry in chosen for key in entry.sources}
-    unused = {
-        node for key in sources for node in looked_up[key] if not node.users
-    }  # further names of tied weights
+    # Further names of tied weights.
+    unused = {node for key in sources for node in looked_up[key] if not node.users}
     computing = {node for entry in chosen for node in entry.cone}
     for node in reversed(module.graph.nodes):
         if node.op not in ("call_function", "get_attr") or node in dead:

@@ -38,9 +38,8 @@ def is_cache(kind: Any) -> bool:
 def export_transformers(model: Any, kwargs: dict[str, Any], shapes: Any) -> ExportedProgram:
     from .._compat._transformers import export_program, prepare_for_export
 
-    model, prepared, flags = prepare_for_export(
-        model, dict(kwargs)
-    )  # so that the shapes speak of what the exporter will see
+    # So that the shapes speak of what the exporter will see.
+    model, prepared, flags = prepare_for_export(model, dict(kwargs))
     kwargs = dict(prepared)
     if shapes is every_dim or (shapes is all_dims and not images_of(kwargs.values())):
         shapes = cached_dims(kwargs)
@@ -75,9 +74,8 @@ def _told_to_parts(model: nn.Module, flags: dict[str, Any]) -> Iterator[None]:
     try:
         for config in configs.values():
             for name, value in asked.items():
-                caches = (
-                    name != "use_cache" or not value or getattr(config, "is_decoder", False)
-                )  # an encoder keeps no cache, whoever asks
+                # An encoder keeps no cache, whoever asks.
+                caches = name != "use_cache" or not value or getattr(config, "is_decoder", False)
                 if caches and hasattr(config, name):
                     before.append((config, name, getattr(config, name)))
                     setattr(config, name, value)
@@ -105,7 +103,6 @@ def cached_dims(kwargs: dict[str, Any]) -> dict[str, Any]:
 
 
 def _cache_dims(tensor: Tensor) -> dict[int, Any]:
-    fixed = {tensor.dim() - 1} | (
-        {1} if tensor.dim() == 4 else set()
-    )  # [batch, heads, length, width], or states without a length
+    # [batch, heads, length, width], or states without a length.
+    fixed = {tensor.dim() - 1} | ({1} if tensor.dim() == 4 else set())
     return {dim: Dim.STATIC if dim in fixed and tensor.dim() > 1 else Dim.AUTO for dim in range(tensor.dim())}

@@ -163,9 +163,8 @@ def check_values(model: Any, where: str) -> None:
     """
     largest = torch.finfo(torch.float32).max ** 0.5
     for name, tensor in model.named_parameters():
-        if (
-            not tensor.is_floating_point() or not tensor.numel() or torch.finfo(tensor.dtype).bits < 16
-        ):  # no arithmetic on smaller ones, nor large values
+        if not tensor.is_floating_point() or not tensor.numel() or torch.finfo(tensor.dtype).bits < 16:
+            # No arithmetic on smaller ones, nor large values.
             continue
         low, high = torch.aminmax(tensor.detach())
         top = float(torch.maximum(-low, high))

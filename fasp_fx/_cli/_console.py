@@ -37,9 +37,8 @@ class Stages:
     """
 
     def __init__(self) -> None:
-        self.console = Console(
-            stderr=True, highlight=False, quiet=rank() > 0
-        )  # of several processes the first speaks
+        # Of several processes the first speaks.
+        self.console = Console(stderr=True, highlight=False, quiet=rank() > 0)
         self._progress: Progress | None = None
         self._task: TaskID | None = None
         self._name = ""

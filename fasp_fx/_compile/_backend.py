@@ -115,9 +115,8 @@ class _Backend:
             warn(f"a graph of the model is not pruned: {reason}", PartialPlanWarning)
             return self.inner(module, example)
         except FaspError as error:
-            return functools.partial(
-                _refuse, error
-            )  # raised here it would reach the caller as an error of dynamo's
+            # Raised here it would reach the caller as an error of dynamo's.
+            return functools.partial(_refuse, error)
 
     def _compile(self, module: fx.GraphModule, example: list[Any]) -> Compiled:
         owner = self._owner(module.graph)
@@ -197,9 +196,8 @@ class _Backend:
             try:
                 plan, gone = self.plan, gone_of(self.plan, analysis)
             except PlanError:
-                analysis = self._analysis(
-                    free_sizes(program)
-                )  # the plan may have been made with sizes free that are fixed here
+                # The plan may have been made with sizes free that are fixed here.
+                analysis = self._analysis(free_sizes(program))
                 plan, gone = self.plan, gone_of(self.plan, analysis)
         if not plan.groups:
             return program, {}

@@ -51,13 +51,8 @@ def holders(graph: fx.Graph) -> list[nn.Module]:
 def _value(source: Any, frame: Any) -> Any:
     try:
         return source.get_value({"G": frame.f_globals}, {"L": frame.f_locals, "G": frame.f_globals}, {})
-    except (
-        KeyError,
-        AttributeError,
-        NameError,
-        TypeError,
-        NotImplementedError,
-    ):  # not a place in the frame: a temporary, a global of another module
+    except (KeyError, AttributeError, NameError, TypeError, NotImplementedError):
+        # Not a place in the frame: a temporary, a global of another module.
         return None
 
 
@@ -85,9 +80,8 @@ def trace(module: fx.GraphModule, grad: bool) -> fx.GraphModule:
         CaptureError: it writes into its inputs, changes modes that cannot be carried over, or cannot be
             traced.
     """
-    if module.graph.find_nodes(
-        op="call_function", target=FLEX
-    ):  # the attempt would leave torch in a state in which nothing compiles
+    if module.graph.find_nodes(op="call_function", target=FLEX):
+        # The attempt would leave torch in a state in which nothing compiles.
         raise CaptureError(
             f"it calls {FLEX}, whose graphs cannot be traced here; compile the module of fasp_fx.apply(model,"
             " plan, args) instead"

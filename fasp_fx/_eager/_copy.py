@@ -76,9 +76,8 @@ def copied(model: nn.Module, result: Result) -> Copied:
             " result.module"
         ) from error
     lost = {name for name, _ in result.plan.slices()}
-    cut = [
-        weight for weight in result.plan.folds if weight.name in lost
-    ]  # the others are computed as ever; should training have changed one, it shows
+    # The others are computed as ever; should training have changed one, it shows.
+    cut = [weight for weight in result.plan.folds if weight.name in lost]
     computed_now = {}
     for weight in cut:
         value = smaller.get(weight.name)

@@ -76,9 +76,8 @@ class Search:
         guess = sure | {size: value for path in self.cuts.own for size, value in self._named(path).items()}
         guessed = self._try(guess)
         found = guess if guessed.equal else self._from(guess, others, _DEPTH)
-        if found is None and any(
-            self.inner.values()
-        ):  # a configuration is kept by many modules, so that it comes last
+        if found is None and any(self.inner.values()):
+            # A configuration is kept by many modules, so that it comes last.
             self.sizes = {path: {**own, **self.inner[path]} for path, own in self.sizes.items()}
             self.left = TRIALS // 2
             found = self._from(guess, others, _DEPTH)

@@ -165,9 +165,8 @@ def _lm(model: nn.Module, tokenizer: Any, batch_size: int) -> Any:
     held: Any = model if isinstance(model, PreTrainedModel) else _Program(model)
     kind = "seq2seq" if getattr(held.config, "is_encoder_decoder", False) else "causal"
     try:
-        return Scorer(
-            held, backend=kind, tokenizer=copy.deepcopy(tokenizer), batch_size=batch_size
-        )  # the harness may add a padding token
+        # The harness may add a padding token.
+        return Scorer(held, backend=kind, tokenizer=copy.deepcopy(tokenizer), batch_size=batch_size)
     except AssertionError as error:
         raise ArgumentError(
             f"lm-eval takes no {type(tokenizer).__name__}; give the tokenizer that AutoTokenizer loads"

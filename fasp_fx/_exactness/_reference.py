@@ -348,9 +348,8 @@ def _along(slot: Slot, shape: torch.Size, gone: np.ndarray) -> Tensor:
     if slot.block_dim is None:
         return stays.reshape(sizes)
     sizes[slot.block_dim] = shape[slot.block_dim]
-    by_position = stays.repeat_interleave(
-        shape[slot.block_dim] // slot.blocks, 0
-    )  # [positions along block_dim, positions along dim]
+    # [positions along block_dim, positions along dim].
+    by_position = stays.repeat_interleave(shape[slot.block_dim] // slot.blocks, 0)
     return (by_position if slot.block_dim < slot.dim else by_position.T).reshape(sizes)
 
 

@@ -78,9 +78,8 @@ class Consumer:
             beside: for each piece, what earlier removals changed of the output, ``[tokens, rows]``.
         """
         assert self.grams is not None
-        for (block, tokens, kinds), change in zip(
-            pieces, repeat(None) if beside is None else beside
-        ):  # no strictness: what repeats has no end
+        for (block, tokens, kinds), change in zip(pieces, repeat(None) if beside is None else beside):
+            # No strictness: what repeats has no end.
             seen = tokens if self.intercept is None else with_ones(tokens)
             self.grams[block].update(seen if change is None else torch.cat([seen, change], 1), kinds)
             for statistic in filter(takes, self.seen[block].values()):

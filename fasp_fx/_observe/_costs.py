@@ -84,9 +84,8 @@ def _column_costs(columns: Columns) -> np.ndarray:
     alone = energies / torch.cholesky_inverse(torch.linalg.cholesky(gram)).diagonal()
     own = columns.weight.abs().to(gram.dtype).square().sum(0)
     gradients = columns.seen.get("gradients")
-    if (
-        not isinstance(gradients, InputGradients) or not gradients.tokens
-    ):  # by the relative squared error of the output
+    if not isinstance(gradients, InputGradients) or not gradients.tokens:
+        # By the relative squared error of the output.
         curvature = own / max(float((own * energies).sum()), 1e-300)
     else:
         squares = gradients.mean_squares()

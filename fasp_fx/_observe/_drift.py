@@ -76,9 +76,8 @@ class Drift:
             zip(self.dense.read(use.activation), pruned.read(use.activation), strict=True)
         ):
             every = before.new_zeros((), dtype=torch.int64).expand((1,) * before.dim())
-            change = (
-                before - after if before.shape == after.shape else torch.zeros_like(after)
-            )  # values decide how many there are
+            # Values decide how many there are.
+            change = before - after if before.shape == after.shape else torch.zeros_like(after)
             pieces = [
                 self.blend / self.weight * (tokens @ read[block].T)
                 for block, tokens, _ in matrices.tokens(change, every, None)

@@ -201,9 +201,8 @@ def lying_along(analysis: Analysis, product: Product, operand: int) -> list[Repe
         for axis in analysis.walk.values[node].axes
         if np.isin(axis.numbers.numpy(), product.numbers).any()
     ]
-    recorded = node.meta.get(
-        "val"
-    )  # a node that a pass has written may have none: nothing is known then of sizes that vary
+    # A node that a pass has written may have none: nothing is known then of sizes that vary.
+    recorded = node.meta.get("val")
     found = [repeating(numbers, numbers.shape if recorded is None else recorded.shape) for numbers in axes]
     return [lying for lying in found if lying is not None]  # the analysis leaves others whole
 

@@ -352,16 +352,14 @@ class Observer:
             if otherwise is not None:
                 self._tokens.pop(consumer.weight, None)
                 self.decision.notes.append(f"'{consumer.weight}' is not repaired, because {otherwise}")
-            if (
-                consumer.intercept is not None
-            ):  # a column of ones that stays, whose weight is added to the bias
+            if consumer.intercept is not None:
+                # A column of ones that stays, whose weight is added to the bias.
                 read, kept = (
                     torch.cat([read, torch.zeros_like(read[:, :, :1])], 2),
                     torch.cat([kept, torch.ones_like(kept[:, :1])], 1),
                 )
-            if (
-                self._drift is not None and consumer.beside
-            ):  # what is beside counts as columns of their own, which go
+            if self._drift is not None and consumer.beside:
+                # What is beside counts as columns of their own, which go.
                 own = torch.eye(consumer.beside, dtype=read.dtype, device=read.device)
                 read = torch.cat([read, self._drift.weight * own.expand(len(read), -1, -1)], 2)
             outcome = self._shared(

@@ -44,13 +44,10 @@ class Scratch:
                 f"folder={folder!r} is no path; give a folder on a disk with room for the weights"
             )
         self.folder = Path(folder)
-        self._maps: weakref.WeakKeyDictionary[mmap.mmap, int] = (
-            weakref.WeakKeyDictionary()
-        )  # each with the address where it begins
-        self._lock, self._making = (
-            threading.Lock(),
-            threading.Lock(),
-        )  # they are released on a thread of their own
+        # Each with the address where it begins.
+        self._maps: weakref.WeakKeyDictionary[mmap.mmap, int] = weakref.WeakKeyDictionary()
+        # They are released on a thread of their own.
+        self._lock, self._making = (threading.Lock(), threading.Lock())
         self._last: mmap.mmap | None = None
         self._used = 0
         absolute = self.folder.absolute()
@@ -111,9 +108,8 @@ class Scratch:
         with self._lock:
             maps = list(self._maps)
         for held in maps:
-            held.madvise(
-                mmap.MADV_DONTNEED
-            )  # of a shared mapping, which writes what was changed: nothing is lost
+            # Of a shared mapping, which writes what was changed: nothing is lost.
+            held.madvise(mmap.MADV_DONTNEED)
 
     def _holds(self, tensor: Tensor) -> bool:
         """Whether a tensor has a storage of its own in one of the files."""

@@ -56,9 +56,8 @@ def to_html(source: Report | Analysis, title: str = "Model") -> str:
         "script": script,
         "data": _json(page_data(source, title)),
     }
-    parts = template.split(
-        "@@"
-    )  # text, field, text, field, ..., text: what a field holds is never searched for fields
+    # Text, field, text, field, ..., text: what a field holds is never searched for fields.
+    parts = template.split("@@")
     return "".join(fields[part] if index % 2 else part for index, part in enumerate(parts))
 
 

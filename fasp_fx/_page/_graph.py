@@ -92,9 +92,8 @@ def _weights(lines: Sequence[Line]) -> list[Weight]:
     found = []
     for module, names in modules.items():
         leaders: dict[str, list[str]] = {}
-        for name in sorted(
-            names, key=lambda name: -len(consumes[name]) - len(produces[name])
-        ):  # sorting is stable
+        for name in sorted(names, key=lambda name: -len(consumes[name]) - len(produces[name])):
+            # Sorting is stable.
             leader = next(
                 (
                     other

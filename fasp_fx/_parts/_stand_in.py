@@ -59,9 +59,8 @@ def _is_simple(value: Any, depth: int = 3) -> bool:
         return all(_is_simple(item, depth - 1) for item in value.values())
     if isinstance(value, (list, tuple, set, frozenset)):
         return all(_is_simple(item, depth - 1) for item in value)
-    return hasattr(value, "__dict__") and all(
-        _is_simple(item, depth - 1) for item in vars(value).values()
-    )  # a configuration
+    # A configuration.
+    return hasattr(value, "__dict__") and all(_is_simple(item, depth - 1) for item in vars(value).values())
 
 
 class StandIn(nn.Module):

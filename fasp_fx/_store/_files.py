@@ -90,9 +90,8 @@ def opened(file: Path) -> Iterator[BufferedReader]:
                 " again"
             )
         held = getattr(found, "st_blocks", 0) * 512
-        if (
-            found.st_size > _SMALL and 0 < held < found.st_size // 8
-        ):  # nothing is said by file systems that count no blocks
+        if found.st_size > _SMALL and 0 < held < found.st_size // 8:
+            # Nothing is said by file systems that count no blocks.
             raise StoreError(
                 f"{file.name} has {found.st_size:,} bytes, of which only {held:,} are on disk; copy the"
                 " folder again, or save the result again"

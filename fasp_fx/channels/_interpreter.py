@@ -166,9 +166,8 @@ class Interpreter:
                 slot = slot or self.numbering.add(name, dim, shape[dim], kind)
                 given = slot.numbers()
             numbers, along = self._laid(self.numbering.speaking(given), name, dim, shape), dim
-            if kind == "input" and bool(
-                (numbers == numbers.narrow(dim, 0, 1)).all()
-            ):  # whole heads of a cache
+            if kind == "input" and bool((numbers == numbers.narrow(dim, 0, 1)).all()):
+                # Whole heads of a cache.
                 numbers = numbers.narrow(dim, 0, 1)
                 along = next((d for d, size in enumerate(numbers.shape) if size > 1), dim)
             axis = Axis(numbers, along, (name, dim))
@@ -200,9 +199,8 @@ class Interpreter:
             walk.executed[node] = walk.values[node] = executed
             return
         walk.executed[node] = executed = self.execution.like(executed)
-        inside = {
-            self.numbering.blocked.get((node.name, dim), (None, 1))[0] for dim in range(recorded.dim())
-        }  # part of other dimensions' numbers
+        # Part of other dimensions' numbers.
+        inside = {self.numbering.blocked.get((node.name, dim), (None, 1))[0] for dim in range(recorded.dim())}
         static = [
             dim for dim, size in enumerate(recorded.shape) if not is_dynamic(size) and dim not in inside
         ]
@@ -292,9 +290,8 @@ class Interpreter:
                 if small and walk.sizes.assigned:
                     raise _Degenerate from error
             with self.execution.mode:
-                executed = walk.sizes.concrete(
-                    node.meta.get("val")
-                )  # decided by data, or higher-order, say: the recorded shape serves
+                # Decided by data, or higher-order, say: the recorded shape serves.
+                executed = walk.sizes.concrete(node.meta.get("val"))
         fits = all(0 not in shape for shape in _shapes(executed)) and walk.sizes.fit(
             node.meta.get("val"), executed
         )

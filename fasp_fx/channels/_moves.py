@@ -142,9 +142,8 @@ def _shift(
     """
     if node.target not in _RESHAPES or not _numel(shape):
         return lambda numbers: _outputs(_run(node.target, numbers.expand(shape), _rest(others)))
-    found = cache(
-        partial(_segments, node, shape, shapes[0], sizes)
-    )  # most of what is reshaped holds no channels
+    # Most of what is reshaped holds no channels.
+    found = cache(partial(_segments, node, shape, shapes[0], sizes))
     return lambda numbers: [
         regroup(
             numbers, shapes[0], found(), lambda first, all_of_them: facts.couple(first, all_of_them, node)

@@ -89,9 +89,8 @@ def name_results(
             if not isinstance(item, Value) or item.names is None:
                 continue
             recorded = node.meta.get("val")
-            truth = (
-                isinstance(recorded, Tensor) and recorded.dtype == torch.bool
-            )  # of a number as truth nothing is left
+            # Of a number as truth nothing is left.
+            truth = isinstance(recorded, Tensor) and recorded.dtype == torch.bool
             if rule is None or truth or not _passed(rule, name, item.names, arguments, values):
                 facts.say(facts.frozen, item.names, f"named by number to {node.target}", node)
     return values

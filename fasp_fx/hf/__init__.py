@@ -39,9 +39,8 @@ on_first_use(_register_models)
 
 
 def __getattr__(name: str) -> Any:
-    if (
-        name in _HOMES
-    ):  # the configuration alone is needed to register; the models take transformers' larger half along
+    if name in _HOMES:
+        # The configuration alone is needed to register; the models take transformers' larger half along.
         return getattr(import_module(_HOMES[name], __name__), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 

@@ -75,9 +75,8 @@ def read(cache: Cache, sizes: Mapping[str, tuple[int, int]], batch: int, like: T
         part, number, kind = _place(cache, name)
         layer = part.layers[number] if number < len(part.layers) else None
         held = getattr(layer, kind) if layer is not None and layer.is_initialized else None
-        if (
-            held is None or held.dim() != 4
-        ):  # a layer that was made and never written holds a tensor without dimensions
+        if held is None or held.dim() != 4:
+            # A layer that was made and never written holds a tensor without dimensions.
             held = torch.empty((batch, heads, 0, width), dtype=like.dtype, device=like.device)
         if (
             (held.shape[0], held.shape[1], held.shape[3]) != (batch, heads, width)

@@ -152,12 +152,8 @@ def _compile(graph: fx.Graph) -> Callable[..., Any]:
     """The graph as a function whose first argument is the module that holds the weights."""
     code = graph.python_code("self")
     name = f"<fasp_fx.hf.program.{next(_numbers)}>"
-    linecache.cache[name] = (
-        len(code.src),
-        None,
-        code.src.splitlines(keepends=True),
-        name,
-    )  # tracebacks and compilers read it
+    # Tracebacks and compilers read it.
+    linecache.cache[name] = (len(code.src), None, code.src.splitlines(keepends=True), name)
     names = dict(code.globals)
     exec(compile(code.src, name, "exec"), names)
     made: Callable[..., Any] = names["forward"]

@@ -88,9 +88,8 @@ def load_offloaded(
     keep_weights(model, scratch)  # what transformers had to convert
     model.name_or_path = str(folder)
     if model.can_generate() and (folder / "generation_config.json").is_file():
-        with contextlib.suppress(
-            OSError, ValueError
-        ):  # transformers makes one of the configuration where there is none that can be read
+        with contextlib.suppress(OSError, ValueError):
+            # Transformers makes one of the configuration where there is none that can be read.
             model.generation_config = transformers.GenerationConfig.from_pretrained(folder)
     return model.eval()
 

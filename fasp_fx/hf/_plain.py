@@ -149,9 +149,8 @@ def prune_plain(
     )
     weights = smaller_weights(model, result)
     smaller, assignment = _first_equal(model, experiments, settings, weights, result, example)
-    report = replace(
-        _explained(result.report, experiments, settings, assignment), config=asked
-    )  # the settings are no allocation of the caller's
+    # The settings are no allocation of the caller's.
+    report = replace(_explained(result.report, experiments, settings, assignment), config=asked)
     return Plain(smaller, result, report)
 
 
@@ -244,9 +243,8 @@ def _built(
     config: PreTrainedConfig = type(model.config).from_dict(experiments.without_idle_pins(assignment))
     config._name_or_path = ""
     if hasattr(config, "quantization_config"):
-        del (
-            config.quantization_config
-        )  # of the file that the model came from: what is pruned are the weights it was expanded to
+        # Of the file that the model came from: what is pruned are the weights it was expanded to.
+        del config.quantization_config
     attention = getattr(model.config, "_attn_implementation", None)
     options = {} if attention is None else {"attn_implementation": attention}
     kind: Any = type(model)

@@ -191,10 +191,8 @@ class Seq2SeqStages(Stages):
         return Stage("whole", self.model, {**example, "use_cache": False})
 
     def served(self) -> list[Stage]:
-        encoder, alone = (
-            self.model.get_encoder(),
-            copy.copy(self.model),
-        )  # a shallow copy: the same modules under the same names
+        # A shallow copy: the same modules under the same names.
+        encoder, alone = (self.model.get_encoder(), copy.copy(self.model))
 
         def encode(input_ids: Tensor, attention_mask: Tensor) -> Any:
             return BaseModelOutput(

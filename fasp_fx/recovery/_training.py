@@ -171,9 +171,8 @@ class Training:
         first = step % self._per_epoch * config.accumulate
         chosen = order[first : first + config.accumulate]
         own = chosen[self._accelerator.process_index :: self._accelerator.num_processes]
-        weight = self._accelerator.num_processes / len(
-            chosen
-        )  # the gradient of a step is the mean of those of the processes
+        # The gradient of a step is the mean of those of the processes.
+        weight = self._accelerator.num_processes / len(chosen)
         if not own:  # the processes wait for one another's gradients, so that each has to bring some
             own, weight = chosen[:1], 0.0
         for group in self._optimizer.param_groups:

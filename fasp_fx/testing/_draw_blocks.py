@@ -88,9 +88,8 @@ def body(draw: st.DrawFn, shape: Shape, limits: Limits, channels: int | None = N
 def more(draw: st.DrawFn, shape: Shape, limits: Limits) -> list[Block]:
     """Blocks one after another, often none."""
     found: list[Block] = []
-    while draw(
-        st.integers(0, 2 if len(found) < limits.longest else 0)
-    ):  # the last one is drawn too: without a block, every other choice stays in place
+    while draw(st.integers(0, 2 if len(found) < limits.longest else 0)):
+        # The last one is drawn too: without a block, every other choice stays in place.
         block = any_block(draw, shape, limits)
         found.append(block)
         shape = block.result(shape)

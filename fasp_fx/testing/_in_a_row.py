@@ -21,9 +21,8 @@ def rewinding(module: nn.Module) -> Iterator[None]:
     finally:
         with torch.no_grad():
             for buffer, before in held:
-                if not torch.equal(
-                    buffer.nan_to_num(), before.nan_to_num()
-                ):  # a write of the same is a write to those who count them
+                if not torch.equal(buffer.nan_to_num(), before.nan_to_num()):
+                    # A write of the same is a write to those who count them.
                     buffer.copy_(before)
 
 

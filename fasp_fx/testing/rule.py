@@ -372,9 +372,8 @@ class _Check:
             results = call.run()
             numbers = [result for result in results if result.numel()]
             if self.rule.creates:
-                return (
-                    call if numbers else None
-                )  # what memory happens to hold (``empty``) may differ, and be no number
+                # What memory happens to hold (``empty``) may differ, and be no number.
+                return call if numbers else None
             return (
                 call
                 if numbers and not all(bool(result.isnan().all()) for result in numbers) and repeatable(call)

@@ -112,9 +112,8 @@ def _with(draw: st.DrawFn, kind: str, shape: Shape, limits: Limits) -> list[Bloc
     found: list[Block] = []
     if not fits(kind, shape, limits):
         found.append(dense(draw, shape, 2))
-    if kind == "Odd" and (
-        wide := draw(st.sampled_from(_MANY))
-    ):  # what goes wrong there shows on several blocks of several channels
+    if kind == "Odd" and (wide := draw(st.sampled_from(_MANY))):
+        # What goes wrong there shows on several blocks of several channels.
         found.append(dense(draw, shape, wide))
     return [*found, DRAWERS[kind](draw, _behind(found, shape), limits)]
 

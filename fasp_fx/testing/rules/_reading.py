@@ -137,9 +137,8 @@ def read(rule: Rule, call: Call, results: list[Tensor]) -> Reading:
     for index, (dims, result) in enumerate(zip(alternative.results, results, strict=True)):
         rank = _fixed(dims, runs) + (dots if "..." in dims else 0)
         spelled = _without(_spell(dims, rank, runs), set() if reading.keepdim else reading.reduced)
-        silent = all(
-            _free(reading, letter) for letter in spelled.letters
-        )  # of such a result the rule says nothing
+        # Of such a result the rule says nothing.
+        silent = all(_free(reading, letter) for letter in spelled.letters)
         reading.results.append(None if silent else spelled)
         if not silent:
             _fits(reading, spelled, result, index)
