@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -80,7 +81,9 @@ def _captured(
 ) -> Program:
     """Capture, and if ``run``, hold the program against the model."""
     program = capture_program(model, args, kwargs, **options)
-    return compared(program, model, args, kwargs) if run else program
+    if not run:
+        return program
+    return compared(program, model, args, kwargs, partial(capture_program, doubles=False, **options))
 
 
 def program_of(

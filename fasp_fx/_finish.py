@@ -35,16 +35,21 @@ def own_storage(program: Program) -> Program:
     return program
 
 
-def finish(program: Program, trace: bool = False) -> tuple[fx.GraphModule, ExportedProgram]:
+def finish(
+    program: Program, trace: bool = False, before: fx.Graph | None = None
+) -> tuple[fx.GraphModule, ExportedProgram]:
     """The module of a rewritten program and its exported program, put together where that can be and traced
     where not.
 
     Args:
         trace: trace in any case, which gives nodes the names that the exporter would.
+        before: the graph of the capture that the program was made of, whose recorded values are up to date.
     """
     program = own_storage(program)
     exported = (
-        None if trace or program.facts is None else assemble(program.module, program.example, program.facts)
+        None
+        if trace or program.facts is None
+        else assemble(program.module, program.example, program.facts, before)
     )
     if exported is None:
         exported = export_again(program.module, program.example)

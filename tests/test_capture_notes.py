@@ -4,6 +4,7 @@ be given names for.
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
@@ -116,3 +117,37 @@ def test_names_that_a_graph_has_for_something_else(name: str) -> None:
     model.forward = lambda x: Dead.forward(model, x) + model._buffers[name]  # type: ignore[method-assign]
     with pytest.raises(fasp_fx.CaptureError, match=f"rename '{name}'"):
         fasp_fx.analyze(model, (torch.randn(4, 8),))
+
+
+class Mapped(nn.Module):
+    """Maps a function over samples, beside an ordinary block."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down, self.left, self.right = (
+            nn.Linear(5, 8),
+            nn.Linear(8, 6),
+            nn.Linear(5, 7),
+            nn.Linear(7, 2),
+        )
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        mapped = torch.func.vmap(lambda row: self.down(self.up(row).relu()))(x)
+        return self.right(self.left(x).relu()), mapped
+
+
+@pytest.mark.parametrize("options", [{}, {"quality": "fast"}], ids=["by losses", "plainly"])
+def test_what_is_mapped_over_samples_is_pruned(options: dict[str, Any]) -> None:
+    """The exporter leaves steps of the transformation in the graph, which change what later calls mean."""
+    torch.manual_seed(0)
+    model, data = Mapped().eval(), [torch.randn(40, 5) for _ in range(2)]
+    result = fasp_fx.prune(model, (data[0],), calibration=data, sparsity=0.3, restore=None, **options)
+    torch.zeros(2).requires_grad_(True)  # torch is as it was
+    assert {"down.weight", "right.weight"} >= {
+        part.name for group in result.plan.groups for part in group.consumers
+    }
+    dense = copy.deepcopy(model)
+    for part in (part for group in result.plan.groups for part in group.consumers):
+        dense.get_parameter(part.name).data[:, list(part.by_block()[0])] = 0
+    for found, expected in zip(result.module(torch.ones(3, 5)), dense(torch.ones(3, 5)), strict=True):
+        torch.testing.assert_close(found, expected)

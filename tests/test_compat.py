@@ -287,3 +287,15 @@ def test_what_transformers_keep_in_float32() -> None:
         with torch.device("meta"):
             model = kind(kind.config_class(num_hidden_layers=1, num_layers=1))
         assert _transformers.kept_in_float32(model) >= expected, kind
+
+
+def test_steps_of_a_transformation_are_told_from_operators() -> None:
+    class Mapped(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.func.vmap(lambda row: row.relu())(x)
+
+    program = export(Mapped(), (torch.ones(4, 3),), strict=False)
+    told = {node.name: _compat.is_transform(node.target) for node in program.graph.nodes}
+    assert sum(told.values()) >= 3
+    assert not told["relu"]
+    assert not _compat.is_transform(ATEN.relu.default)

@@ -4,9 +4,11 @@ said.
 
 from __future__ import annotations
 
+import copy
 import functools
 import warnings
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -193,3 +195,44 @@ def test_a_tensor_that_a_function_remembers_from_the_capture() -> None:
     model(*example())
     fasp_fx.capture(model, example())
     table.cache_clear()
+
+
+class ByNumber(nn.Module):
+    """Does something else by how many samples there are."""
+
+    def __init__(self, form: Any) -> None:
+        super().__init__()
+        self.up, self.down, self.form = nn.Linear(5, 8), nn.Linear(8, 3), form
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down(self.form(self.up(x).relu()))
+
+
+@pytest.mark.parametrize(
+    "form",
+    [
+        lambda h: h[0] - h[1] if h.shape[0] > 1 else h[0],
+        lambda h: h[:1] - h[1:2] if h.shape[0] > 1 else h,
+        lambda h: h * 2 if h.shape[0] == 2 else h,
+        lambda h: h.sum(1) if h.shape[0] > 2 else h.mean(1),
+    ],
+    ids=["rows", "slices", "two", "more than two"],
+)
+def test_one_sample_is_captured_as_it_is_where_two_are_something_else(form: Any) -> None:
+    """An exporter takes a size of one for a constant, so that a single sample is captured doubled: not where
+    the model asks how many there are.
+    """
+    model, x = ByNumber(form).eval(), torch.randn(1, 4, 5)
+    result = fasp_fx.prune(model, (x,), calibration=[x], sparsity=0.3, score="random", restore=None)
+    assert any("batch size of 1" in note for note in result.report.notes)
+    dense = copy.deepcopy(model)
+    (group,) = result.plan.groups
+    dense.down.weight.data[:, list(group.consumers[0].by_block()[0])] = 0
+    torch.testing.assert_close(result.module(x), dense(x))
+
+
+def test_a_sample_is_doubled_where_that_is_the_same() -> None:
+    model, x = ByNumber(lambda h: h).eval(), torch.randn(1, 4, 5)
+    result = fasp_fx.prune(model, (x,), sparsity=0.3, score="random", restore=None)
+    assert not result.report.notes
+    assert result.module(torch.randn(7, 4, 5)).shape == (7, 4, 3)

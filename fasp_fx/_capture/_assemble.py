@@ -47,7 +47,10 @@ _SYMBOLIC = (
 
 
 def assemble(
-    module: fx.GraphModule, example: tuple[tuple[Any, ...], dict[str, Any]], facts: ExportFacts
+    module: fx.GraphModule,
+    example: tuple[tuple[Any, ...], dict[str, Any]],
+    facts: ExportFacts,
+    before: fx.Graph | None = None,
 ) -> ExportedProgram | None:
     """The exported program of a graph module, over its own tensors.
 
@@ -55,6 +58,7 @@ def assemble(
         module: a graph module with its weights as attributes; what its nodes make is recorded in it.
         example: positional and keyword arguments as the graph takes them.
         facts: of the capture that the module was made of.
+        before: the graph of that capture, as for :func:`record`.
 
     Returns:
         ``None`` for a program that has to be traced: it writes into its inputs or weights, has regions of its
@@ -68,7 +72,7 @@ def assemble(
         or not _looks_up_tensors(module)
     ):
         return None
-    if assumed(module.graph) != facts.assumed or not _recorded(module):
+    if assumed(module.graph) != facts.assumed or not _recorded(module, before):
         return None
     module.graph.eliminate_dead_code()
     graph = fx.Graph()
@@ -163,7 +167,7 @@ def _is_functional(node: fx.Node) -> bool:
     return not isinstance(node.target, HigherOrderOperator)
 
 
-def _recorded(module: fx.GraphModule) -> bool:
+def _recorded(module: fx.GraphModule, before: fx.Graph | None) -> bool:
     """Record what every node makes; whether that can be, without assuming anything new of the sizes."""
     environment = environment_of(module.graph)
     with (
@@ -172,7 +176,7 @@ def _recorded(module: fx.GraphModule) -> bool:
         contextlib.nullcontext() if environment is None else refuse_new_guards(environment),
     ):
         try:
-            record(module)
+            record(module, before)
         except VerificationError as error:
             _log.info("the program is traced: %s", error)
             return False

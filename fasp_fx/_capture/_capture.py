@@ -45,6 +45,7 @@ def capture(
     image_sizes: bool = False,
     fold: bool = True,
     own_defaults: bool = False,
+    doubles: bool = True,
 ) -> Program:
     """Capture ``model`` as it behaves on the example inputs.
 
@@ -58,6 +59,7 @@ def capture(
         image_sizes: let heights and widths of images vary as well.
         own_defaults: an argument that is left out has the default that ``forward`` gives it, rather than what
             it was captured with.
+        doubles: whether an example of one sample may be captured as one of two, so that their number varies.
         fold: put parameters in the place of weights that the model computes from others (see
             :mod:`fasp_fx._capture._fold`).
 
@@ -92,9 +94,8 @@ def capture(
             lambda leaf: leaf.detach() if isinstance(leaf, Tensor) else leaf,
             signature.graph_inputs(args, kwargs),
         )
-        exported, notes = export(
-            model, signature, given, dynamic_shapes, every_dim if image_sizes else all_dims, len(args)
-        )
+        free = every_dim if image_sizes else all_dims
+        exported, notes = export(model, signature, given, dynamic_shapes, free, len(args), doubles)
     else:
         raise ArgumentError(
             f"model must be an nn.Module, fx.GraphModule or ExportedProgram, not {type(model).__name__}"
@@ -148,6 +149,8 @@ def _usable(device: torch.device | str) -> torch.device:
             f"device={device!r} cannot be used here: {first_line(error)}; leave it out to stay on the model's"
             " device"
         ) from error
+    if found.type == "meta":
+        raise ArgumentError("device='meta' holds no values, and data are to run there; give another one")
     return found
 
 

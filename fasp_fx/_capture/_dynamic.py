@@ -12,6 +12,7 @@ from torch.export import Dim, ExportedProgram, ShapesCollection
 from torch.export.graph_signature import InputKind, TensorArgument
 
 from .._compat import int_oo, pytree
+from ..channels import is_dynamic
 
 
 def widened(given: dict[str, Any]) -> dict[str, Any] | None:
@@ -20,6 +21,13 @@ def widened(given: dict[str, Any]) -> dict[str, Any] | None:
     if not all(tensor.dim() and tensor.shape[0] == 1 for tensor in tensors):
         return None
     return pytree.tree_map(lambda leaf: torch.cat([leaf, leaf]) if isinstance(leaf, Tensor) else leaf, given)
+
+
+def takes_any_number(exported: ExportedProgram) -> bool:
+    """Whether the first dimension of every input of a program varies."""
+    nodes = {node.name: node for node in exported.graph.find_nodes(op="placeholder")}
+    recorded = [nodes[name].meta["val"] for name in exported.graph_signature.user_inputs if name in nodes]
+    return all(is_dynamic(value.shape[0]) for value in recorded if isinstance(value, Tensor))
 
 
 def images_of(arguments: Iterable[Any]) -> set[int]:
@@ -126,7 +134,7 @@ def recorded_shapes(
             continue
         spec: dict[int, Any] = {}
         for dim, size in enumerate(node.meta["val"].shape):
-            if not isinstance(size, torch.SymInt) or size.node.maybe_as_int() is not None:
+            if not is_dynamic(size):
                 # A symbol that the capture settled is one still.
                 spec[dim] = Dim.STATIC
                 continue

@@ -15,7 +15,16 @@ from torch.export import ExportedProgram
 from .._calling._signature import CallerCodeGen, CallSignature, is_plain
 from .._compat import PyTreeCodeGen, is_of_fake_cache, pytree, without_fake_cache
 from ..errors import ExportError
-from ._dynamic import all_dims, first_dim, images_of, of_fixed_total, recorded_shapes, widened, with_static
+from ._dynamic import (
+    all_dims,
+    first_dim,
+    images_of,
+    of_fixed_total,
+    recorded_shapes,
+    takes_any_number,
+    widened,
+    with_static,
+)
 from ._functional import functional
 from ._functions import functions_called
 from ._in_place import out_of_place
@@ -32,6 +41,7 @@ def export(
     dynamic_shapes: Any,
     free: Any,
     leading: int,
+    doubles: bool = True,
 ) -> tuple[ExportedProgram, tuple[str, ...]]:
     """The program of a module, and what a user should know of it.
 
@@ -42,6 +52,7 @@ def export(
             greatest first.
         free: which dimensions may vary at most.
         leading: how many arguments were given by position.
+        doubles: whether a batch of one may be captured as one of two, so that it can vary.
 
     Raises:
         ExportError: no attempt succeeded; the message carries the reason of the first.
@@ -55,18 +66,26 @@ def export(
         attempts.append(("", given, dynamic_shapes))
     else:
         wide = widened(given)
-        if wide is not None:
+        if wide is not None and doubles:
             attempts.append(("", wide, free))
         attempts.append(
             ("the batch size of 1 seen at capture is fixed" if wide is not None else "", given, free)
         )
-        attempts.append(("only the first dimension of each input is dynamic", wide or given, first_dim))
+        attempts.append(
+            (
+                "only the first dimension of each input is dynamic",
+                wide if wide is not None and doubles else given,
+                first_dim,
+            )
+        )
         attempts.append(("the shapes of the inputs are fixed to those of the example", given, None))
     failures: list[Exception] = []
     for note, inputs, shapes in attempts:
         try:
             with functions_called() as functions:
                 exported, sets = _undisturbed(model, signature, names, inputs, shapes)
+            if inputs is not given and not takes_any_number(exported):
+                raise ValueError("it takes a batch of two where one was given")
             features = (
                 of_fixed_total(exported) if dynamic_shapes is None and callable(shapes) else frozenset()
             )

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, fx
 from torch.export import ExportedProgram
 
-from .._compat import HigherOrderOperator, OpOverload, decomposition_table
+from .._compat import HigherOrderOperator, OpOverload, decomposition_table, is_transform
 from ..patterns import lookup
 from ._assigned import ASSIGNMENTS
 from ._quiet import quiet
@@ -19,8 +19,8 @@ _log = logging.getLogger("fasp_fx")
 
 
 def functional(exported: ExportedProgram) -> ExportedProgram:
-    """Functionalise, and decompose composite operators without a rule and assignments to slices; most
-    programs are exported functional and keep as they are.
+    """Functionalise, and decompose composite operators without a rule, assignments to slices and what
+    ``torch.func`` transforms; most programs are exported functional and keep as they are.
     """
     if all(_is_plain(node) for node in exported.graph.nodes):
         return exported
@@ -57,7 +57,7 @@ def _is_plain(node: fx.Node) -> bool:
     if node.op != "call_function":
         return node.op != "get_attr"  # a submodule: a region with its own gradient or autocast mode
     if not isinstance(node.target, OpOverload):
-        return not isinstance(node.target, HigherOrderOperator)
+        return not isinstance(node.target, HigherOrderOperator) and not is_transform(node.target)
     if node.target._schema.is_mutable:
         return False
     # what computes positions and indices of nothing, or of one another, touches no channel: it may stay whole

@@ -27,6 +27,7 @@ from ._operators import (
     TorchDispatchMode,
     decomposition_table,
     is_composite,
+    is_transform,
     traced_by,
 )
 from ._sizes import ShapeEnv, free_unbacked_symbols, int_oo, refuse_new_guards
@@ -51,6 +52,7 @@ __all__ = [
     "is_backward",
     "is_composite",
     "is_of_fake_cache",
+    "is_transform",
     "pytree",
     "refuse_new_guards",
     "silent_export",

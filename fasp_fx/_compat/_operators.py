@@ -21,6 +21,13 @@ def is_composite(operator: OpOverload) -> bool:
     return bool(torch._C._dispatch_has_kernel_for_dispatch_key(operator.name(), "CompositeImplicitAutograd"))
 
 
+def is_transform(target: Any) -> bool:
+    """Whether a call of a graph is a step of a transformation of ``torch.func`` (``vmap``, ``grad``), which
+    changes what the calls after it mean.
+    """
+    return str(getattr(target, "__module__", "")).startswith("torch._functorch")
+
+
 @contextlib.contextmanager
 def traced_by(kernels: Mapping[OpOverload, Callable[..., Any]]) -> Iterator[None]:
     """Let exporters find what operators return by functions of ours."""
@@ -38,5 +45,6 @@ __all__ = [
     "TorchDispatchMode",
     "decomposition_table",
     "is_composite",
+    "is_transform",
     "traced_by",
 ]

@@ -104,7 +104,7 @@ class _Net:
         groups = decided(self.analysis, self.decision)
         if not groups:  # the program stays as it was captured, fused producers included
             self.lap("passes")
-            module, exported = finish(self.program)
+            module, exported = finish(self.program, before=self.program.module.graph)
             self.lap("export")
             return Held(self.decision, self.program, module, exported)
         made, fault = self._tried(groups, exporting=True, lap=self.lap)
@@ -216,7 +216,7 @@ class _Net:
         made = _Made(rewritten, rewritten.module)
         if exporting:
             try:
-                made.module, made.exported = finish(rewritten)
+                made.module, made.exported = finish(rewritten, before=self.program.module.graph)
             except torch.OutOfMemoryError:
                 raise
             except Exception as error:  # an exporter raises what it likes

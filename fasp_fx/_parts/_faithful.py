@@ -4,6 +4,8 @@ is being traced, and then do otherwise.
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -26,11 +28,20 @@ _OTHERWISE = "does not compute what the model does"
 _TRACED = "the model does something else while it is traced, often for want of an optional input"
 
 
-def compared(program: Program, model: Any, args: Any, kwargs: dict[str, Any] | None) -> Program:
+def compared(
+    program: Program,
+    model: Any,
+    args: Any,
+    kwargs: dict[str, Any] | None,
+    recapture: Callable[..., Program] | None = None,
+) -> Program:
     """The program, with a note and a :class:`CaptureWarning` if it does not compute what the model does.
 
     They are compared on the example inputs; where forward sets attributes, once more after a call; and with
     every size that varies at one, for which an exporter takes the way of larger sizes.
+
+    A program of two samples in the place of one can differ where forward asks how many there are; it is
+    captured once more, as it was given, by ``recapture``.
 
     Nothing is compared where there is nothing to call or to compare: exported programs, weights without
     values, a program on another device than its model, and programs that draw random numbers.
@@ -59,14 +70,12 @@ def compared(program: Program, model: Any, args: Any, kwargs: dict[str, Any] | N
             " remembers what it returned (functools.cache, say): clear what it remembers, and call the model"
             " once before it is captured"
         )
-    try:
-        worst = _difference(program, expected, args, kwargs)
-    except CalibrationError as error:
-        return _noted(program, f"cannot be executed on the example inputs ({error}): {_TRACED}")
-    if worst:
-        return _noted(
-            program, f"{_OTHERWISE} on the example inputs (an output differs by {worst:.0%}): {_TRACED}"
-        )
+    trouble = _trouble(program, expected, args, kwargs)
+    if trouble is not None and recapture is not None and _is_doubled(program, args, kwargs):
+        with contextlib.suppress(CaptureError):  # then what there is will have to do
+            return compared(recapture(model, args, kwargs), model, args, kwargs)
+    if trouble is not None:
+        return _noted(program, f"{trouble}: {_TRACED}")
     if changed and not written_names(program.module.graph):
         again, _ = _called(program, model, args, kwargs, calls=2)
         worst = _difference(program, again, args, kwargs)
@@ -108,6 +117,24 @@ def _called(
         for _ in range(calls):
             expected = _copied(pytree.tree_leaves(model(*_copied(args), **_copied(kwargs))))
     return expected, changed.names(model)
+
+
+def _trouble(program: Program, expected: list[Any], args: Any, kwargs: dict[str, Any]) -> str | None:
+    """What is wrong with the program on the example inputs."""
+    try:
+        worst = _difference(program, expected, args, kwargs)
+    except CalibrationError as error:
+        return f"cannot be executed on the example inputs ({error})"
+    return f"{_OTHERWISE} on the example inputs (an output differs by {worst:.0%})" if worst else None
+
+
+def _is_doubled(program: Program, args: Any, kwargs: dict[str, Any]) -> bool:
+    """Whether the program was captured on other shapes than those given."""
+    given, captured = program.flat_inputs(args, kwargs), pytree.tree_leaves(program.example)
+    return any(
+        isinstance(one, Tensor) and isinstance(other, Tensor) and one.shape != other.shape
+        for one, other in zip(given, captured, strict=False)
+    )
 
 
 def _difference(program: Program, expected: list[Any], args: Any, kwargs: dict[str, Any]) -> float:
