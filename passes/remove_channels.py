@@ -255,6 +255,16 @@ def _shape(node: fx.Node, clause: Clause, source: Value, outputs: list[Value], k
     return set_argument(node, clause.words[0], sizes)
 
 
+def _times(node: fx.Node, clause: Clause, source: Value, outputs: list[Value], kept: Kept) -> bool:
+    times = list(arguments(node)[clause.words[0]])
+    before = len(times) - len(source.shape)
+    for dim, size in enumerate(outputs[0].shape):
+        new = kept.size(outputs[0], dim)
+        if new != size:
+            times[dim] = new // (kept.size(source, dim - before) if dim >= before else 1)
+    return set_argument(node, clause.words[0], times)
+
+
 def _scaled(node: fx.Node, size: fx.Node, new: int, old: int) -> fx.Node:
     """A size known only at run time, of which the share ``new / old`` stays."""
     common = math.gcd(new, old)
@@ -370,6 +380,7 @@ def _last(node: fx.Node, clause: Clause, source: Value, outputs: list[Value], ke
 
 _REWRITES: dict[str, Callable[[fx.Node, Clause, Value, list[Value], Kept], bool]] = {
     "shape": _shape,
+    "times": _times,
     "span": _span,
     "pick": _pick,
     "sizes": _sizes,

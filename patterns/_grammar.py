@@ -62,6 +62,7 @@
                                                      second
                  |  "shape" NAME                     argument NAME is the shape of the result
                  |  "shape" NAME "=" LETTER "*"      argument NAME holds the sizes of a run of dimensions
+                 |  "times" NAME                     argument NAME says how often each dimension is repeated
                  |  "span" NAME NAME NAME            arguments: dimension, start, end of a slice
                  |  "pick" NAME NAME                 arguments: dimension, index of a selection
                  |  "sizes" NAME NAME                arguments: sizes of the results along a dimension, that
@@ -74,7 +75,8 @@
                                                      "@" NAME: the dimensions named by an argument
 
 A letter that stands in two operands and in no result is *contracted*. Letters shared by an operand and a
-result are the same dimension. ``...`` stands for leading dimensions that broadcast.
+result are the same dimension. ``...`` stands for leading dimensions that broadcast. A letter of a result that
+no operand has, where all that operands have are kept, is a dimension that the operator adds.
 """
 
 from __future__ import annotations
@@ -117,6 +119,7 @@ _CLAUSES = {
     "count": (1,),
     "repeat": (2,),
     "shape": (1, 3),
+    "times": (1,),
     "span": (3,),
     "pick": (2,),
     "sizes": (2,),
@@ -216,7 +219,7 @@ class Rule:
                 found.add(clause.words[0])
             elif clause.keyword in ("span", "pick", "sizes", "chunk", "length", "look"):
                 found |= set(clause.words)
-            elif clause.keyword in ("shape", "ignore", "pass", "last", "count", "only"):
+            elif clause.keyword in ("shape", "times", "ignore", "pass", "last", "count", "only"):
                 found.add(clause.words[0])
             elif clause.keyword in ("slide", "recur"):
                 found |= set(clause.words[2:])
@@ -295,9 +298,10 @@ class _Parser:
         while self.accept(","):
             results.append(self.dims())
         known = {letter for operand in operands for letter in letters_of(operand.dims)}
-        for letter in (letter for dims in results for letter in letters_of(dims)):
-            if letter not in known:
-                self.fail(f"{letter!r} stands in a result but in no operand")
+        kept = {letter for dims in results for letter in letters_of(dims)}
+        added = next((letter for letter in kept if letter not in known), None)
+        if added is not None and not known <= kept:
+            self.fail(f"{added!r} stands in a result but in no operand")
         return Alternative(tuple(operands), tuple(results), self.name() if self.accept("if") else None)
 
     def clause(self) -> Clause:

@@ -11,8 +11,6 @@ _ONE_BY_ONE = (
     "masked_scatter.default",
     "slice_scatter.default",
     "select_scatter.default",
-    "view_as_complex.default",
-    "view_as_real.default",
 )
 
 MOVEMENT: dict[str, str] = {
@@ -40,9 +38,12 @@ MOVEMENT: dict[str, str] = {
     "aten.lift_fresh_copy.default": "move self",
     "aten.expand.default": "move self; shape size",
     "aten.broadcast_to.default": "move self; shape size",
-    "aten.repeat.default": "move self",
+    "aten.repeat.default": "move self; times repeats",
     "aten.repeat_interleave.self_int": "move self; length output_size dim",
     "aten.flip.default": "move self",
+    # real and imaginary parts, beside one another in a dimension more
+    "aten.view_as_real.default": "self[...] -> [... r]",
+    "aten.view_as_complex.default": "self[... r] -> [...]; freeze r",
     # parts
     "aten.slice.Tensor": "move self; span dim start end",
     "aten.select.int": "move self; pick dim index",
@@ -65,7 +66,7 @@ MOVEMENT: dict[str, str] = {
     "aten.scatter.value": "self[a*], index[a*] -> [a*]; place a* dim",
     "aten.index_add.default": "self[a*], source[a*] -> [a*]; place a* dim",
     "aten.index_copy.default": "self[a*], source[a*] -> [a*]; place a* dim",
-    "aten.gather.default": "self[...] -> [...]; window ...; look dim index",
+    "aten.gather.default": "self[a*], index[a*] -> [a*]; place a* dim; window @dim; look dim index",
     # a weight computed from its direction and length: every element depends on all of a slice
     "aten._weight_norm_interface.default": "v[...], g[...] -> [...], [...]; window ...",
     # borders: what is added is not a channel

@@ -963,3 +963,28 @@ def test_a_depthwise_convolution_with_several_outputs_for_each_channel(again: bo
     assert removed["1.weight"] == tuple(
         3 * channel + output for channel in removed["0.weight"] for output in range(3)
     )
+
+
+class OneVector(nn.Module):
+    """One vector at a time, by operators that take no batch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(5, 8), nn.Linear(6, 3)
+        self.matrix, self.vector, self.bias = (
+            nn.Parameter(torch.randn(*size)) for size in ((6, 8), (8,), (6,))
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.up(x).relu()
+        found = torch.mv(self.matrix, h) + torch.addmv(self.bias, self.matrix, h)
+        return self.down(found.tanh()) + torch.dot(h, self.vector)
+
+
+def test_products_with_a_vector() -> None:
+    torch.manual_seed(0)
+    fasp_fx.testing.check_program(OneVector().eval(), (torch.randn(5),))
+    groups = {
+        group.name: group.status for group in fasp_fx.analyze(OneVector().eval(), (torch.randn(5),)).groups
+    }
+    assert list(groups.values()).count("prunable") == 2

@@ -102,7 +102,8 @@ class GroupBuilder:
         if not uses and code in (PRUNABLE, APPROXIMATE) and not np.isin(sets, self.multiplied).all():
             if not any(i in self.produces for i in slot_ids):
                 return []  # a dimension that nothing in the graph speaks of
-            code, why = FROZEN, "no weight consumes these channels"
+            lost = f"{why}, and no weight consumes what is left of them"
+            code, why = FROZEN, lost if code == APPROXIMATE else "no weight consumes these channels"
         if size == 1 and (code in (PRUNABLE, APPROXIMATE) or (found.exempt and code == EXEMPT)):
             code, why = FROZEN, f"{LAYOUT}: one channel set takes the whole of a dimension"
         if not any(member.name in self.parameters for member in (*rows, *columns)):

@@ -32,6 +32,7 @@ from ._factors import NotDivisible
 from ._facts import Facts
 from ._fx import arguments, attribute, elements, results, target_name, written_names
 from ._letters import Relation, result_shapes_ok
+from ._masked import picked
 from ._moves import move
 from ._named import keep_numbered, name_results, tallied
 from ._numbering import Numbering, laid_by_block
@@ -291,7 +292,7 @@ class Interpreter:
                     raise _Degenerate from error
             with self.execution.mode:
                 # Decided by data, or higher-order, say: the recorded shape serves.
-                executed = walk.sizes.concrete(node.meta.get("val"))
+                executed = picked(node, walk.sizes.concrete(node.meta.get("val")), *args[:1])
         fits = all(0 not in shape for shape in _shapes(executed)) and walk.sizes.fit(
             node.meta.get("val"), executed
         )

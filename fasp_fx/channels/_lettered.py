@@ -50,6 +50,7 @@ class Lettered:
                 self.operands.append(Operand(declared.name, value, letters, nodes.get(declared.name), splits))
                 if splits:
                     facts.boxes_of(value, node)
+                    self._hold_factors(value, letters, nodes)
         #: letters along which other operands' positions come to places of the first that are known only at
         #: run time
         self.placed = self._place(arguments, runs)
@@ -106,6 +107,19 @@ class Lettered:
         self.keepdim = bool(arguments.get("keepdim", False))
         self._lift()
         self._activate()
+
+    def _hold_factors(self, value: Value, letters: tuple[str, ...], nodes: dict[str, fx.Node | None]) -> None:
+        """Leave alone the channels that a factor counts whose number is computed at run time (the groups of a
+        convolution of all samples at once, say, where each channel has its own).
+        """
+        for letter, name in (clause.words for clause in self.rule.all("factor")):
+            if nodes.get(name) is None or letter not in letters:
+                continue
+            dim = letters.index(letter)
+            for axis in value.axes:
+                if (axis.numbers != axis.numbers.narrow(dim, 0, 1)).any():
+                    said = f"counted by '{name}' of {self.node.target}, which is computed at run time"
+                    self.facts.say(self.facts.frozen, axis.numbers, said, self.node)
 
     def _activate(self) -> None:
         """What no weight had a part in (a state of zeros before the first step) meets a weight as an

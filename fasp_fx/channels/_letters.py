@@ -13,13 +13,13 @@ from torch import Tensor
 from ._consume import make_use, note_stacked, part_blocks, why_no_consumer
 from ._factors import join, singles
 from ._facts import Product, Remark
-from ._fx import arguments as arguments_of
 from ._lettered import Lettered
 from ._meeting import Found, couple
 from ._named import look_up
 from ._operands import Operand, align
 from ._recurring import consume_recurring, meet_recurring
 from ._repeating import repeating
+from ._stretching import stretched
 from ._value import Axis, Value
 
 
@@ -51,11 +51,15 @@ class Relation(Lettered):
                     continue
                 for gone in dropped & set(order):
                     numbers = numbers.narrow(order.index(gone), 0, 1)
+                known = [other for other in own if other in order]
                 laid = numbers.permute(
-                    [order.index(other) for other in own]
+                    [order.index(other) for other in known]
                     + [order.index(other) for other in order if other not in own]
                 )
-                laid = join(laid.reshape(laid.shape[: len(own)]), letters, self.size)
+                laid = laid.reshape(laid.shape[: len(known)])
+                for at in (at for at, other in enumerate(own) if other not in order):
+                    laid = laid.unsqueeze(at)  # a dimension that the operator adds
+                laid = join(laid, letters, self.size)
                 if self.reduced and not self.keepdim:
                     laid = laid.squeeze(tuple(i for i, other in enumerate(letters) if other in self.reduced))
                 axis = Axis.of(laid)
@@ -212,20 +216,9 @@ class Relation(Lettered):
         """What an expansion repeats can be repeated less often: it gets channels of its own along that
         dimension.
         """
-        node, dim = operand.node, operand.letters.index(letter)
-        if (
-            not (self.experts or self.placed)
-            or node is None
-            or node.target is not torch.ops.aten.expand.default
-            or operand.splits
-        ):
-            return
-        recorded, size = node.all_input_nodes[0].meta.get("val"), arguments_of(node)["size"][dim]
-        if not isinstance(recorded, Tensor) or not isinstance(size, int) or size < 2:
-            return
-        before = dim - (len(operand.letters) - recorded.dim())
-        if before < 0 or recorded.shape[before] == 1:
-            self.facts.stretched.add((node.name, dim))
+        if operand.node is not None and not operand.splits:
+            dim = operand.letters.index(letter) - len(operand.letters)
+            self.facts.stretched.update(stretched(operand.node, dim))
 
     def _contract(self, holders: list[Operand], everything: list[Tensor], vanishing: bool) -> None:
         weights = [operand for operand in holders if operand.value.constant]

@@ -15,6 +15,7 @@ from fasp_fx.patterns import Rule
 from .._compat import pytree
 from ._facts import Facts
 from ._fx import arguments as arguments_of
+from ._masked import is_mask, lone_mask
 from ._named import look_up
 from ._regroup import Segment, regroup, segments
 from ._sizes import Sizes, is_dynamic
@@ -32,11 +33,9 @@ _RESHAPES = (*_ON_NUMBERS, torch.ops.aten.reshape.default, torch.ops.aten.flatte
 
 def _run(operator: Any, numbers: Any, others: dict[str, Any]) -> Any:
     operator = _ON_NUMBERS.get(operator, operator)
-    return (
-        operator(numbers, *others.values())
-        if operator is torch.ops.aten.reshape.default
-        else operator(numbers, **others)
-    )
+    if operator is torch.ops.aten.reshape.default:
+        return operator(numbers, *others.values())
+    return operator(numbers, **others)
 
 
 def run_on_numbers(node: fx.Node, numbers: Tensor, values: dict[fx.Node, Any]) -> Any:
@@ -212,7 +211,7 @@ def move(
     for name, value in list(others.items()):
         known = _known(value)
         if known is _UNKNOWN:
-            known, unknown = _some_index(value, arguments_of(node)[name]), True
+            known, unknown = _some_index(value, arguments_of(node)[name], shapes[0]), True
             if known is None or not rule.all("freeze"):
                 return None
         others[name] = known
@@ -412,13 +411,19 @@ def _index_at(arguments: dict[str, Any], dim: int) -> Any:
     return indices[dim] if isinstance(indices, (list, tuple)) and dim < len(indices) else None
 
 
-def _some_index(value: Any, given: Any) -> Any:
+def _some_index(value: Any, given: Any, result: tuple[int, ...]) -> Any:
     """Indices of the right shape in the place of those known only at run time; ``None`` if they decide the
-    shape of the result.
+    shape of the result in a way that is not known.
+
+    A mask alone is the indices of what it shows, one for each of its dimensions.
     """
     if isinstance(value, (list, tuple)):
+        mask = lone_mask(given)
+        if mask is not None:
+            at, rank = mask
+            return [*value[:at], *[torch.zeros(result[at], dtype=torch.long)] * rank]
         found = [
-            item if not isinstance(item, Value) else _some_index(item, node)
+            item if not isinstance(item, Value) else _some_index(item, node, result)
             for item, node in zip(value, given, strict=True)
         ]
         return (
@@ -426,11 +431,7 @@ def _some_index(value: Any, given: Any) -> Any:
             if any(new is None and old is not None for new, old in zip(found, value, strict=True))
             else found
         )
-    if (
-        not isinstance(given, fx.Node)
-        or not isinstance(given.meta.get("val"), Tensor)
-        or given.meta["val"].dtype in (torch.bool, torch.uint8)
-    ):
+    if not isinstance(given, fx.Node) or not isinstance(given.meta.get("val"), Tensor) or is_mask(given):
         return None
     return value.data if value.data is not None else torch.zeros(value.shape, dtype=torch.long)
 
@@ -514,6 +515,10 @@ def _keep(
         axes.append(axis)
     elif moved.numel() and int(collapse(moved).reshape(-1)[0]) != NONE:
         facts.say(facts.frozen, collapse(moved), f"{node.target} {why}", node)
+        if source is not None and len(source.varying()) > 1:
+            # One of every row: rows can go whole.
+            leader = source.numbers.narrow(source.dim, 0, 1).expand(source.numbers.shape)
+            facts.together.append((leader.reshape(-1).numpy(), source.numbers.reshape(-1).numpy(), node))
 
 
 def _one_of_each(axis: Axis, source: Axis) -> bool:

@@ -23,7 +23,7 @@ ACROSS = (
 REGROUPS = ("heads", "turned", "batch", "rows", "chunk", "flatten", "crosswise")
 MEMORIES = ("order", "beside", "blocks", "counter", "trace")
 FOREIGN = ("number", "pair", "several", "fill")
-SIZED = ("pad", "slice", "blocks", "last", "end", "time", "select")
+SIZED = ("pad", "slice", "blocks", "last", "end", "time", "select", "spread")
 REUSES = ("autoencoder", "columns", "rows", "square", "gram")
 PICKS = ("gather", "largest", "table", "unbind", "one_by_one", "permuted", "twice", "computed", "chosen")
 FUSED = (
@@ -128,7 +128,7 @@ class Sized(Odd):
 
     It says which channel to ``select``, how far to ``pad``, where to ``slice``, how many of the ``blocks`` to
     take, what is the ``last`` element or the ``end`` of the flattened sequence, where the halves in ``time``
-    meet.
+    meet; or each token's part of it is ``spread`` over the channels.
     """
 
     kind: str = "pad"

@@ -128,6 +128,9 @@ class SizedByTokens(nn.Module):
             return x + x.flatten(1)[:, -1][:, None, None]
         if self.kind == "end":
             return x + x.flatten(1)[:, -channels:].unsqueeze(1)
+        if self.kind == "spread":
+            part = (torch.arange(tokens, device=x.device) + 1).to(x.dtype) / tokens
+            return x * part.view(1, -1, 1).expand_as(x)
         return torch.cat([x[:, : tokens // 2], 2 * x[:, tokens // 2 :]], 1)
 
 

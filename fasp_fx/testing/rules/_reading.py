@@ -137,6 +137,7 @@ def read(rule: Rule, call: Call, results: list[Tensor]) -> Reading:
     for index, (dims, result) in enumerate(zip(alternative.results, results, strict=True)):
         rank = _fixed(dims, runs) + (dots if "..." in dims else 0)
         spelled = _without(_spell(dims, rank, runs), set() if reading.keepdim else reading.reduced)
+        _note_added(reading, spelled, result)
         # Of such a result the rule says nothing.
         silent = all(_free(reading, letter) for letter in spelled.letters)
         reading.results.append(None if silent else spelled)
@@ -334,6 +335,18 @@ def _solve_sizes(reading: Reading, given: dict[str, Tensor]) -> None:
             raise Mismatch(f"a dimension of {size} does not divide into ({' '.join(letters)})")
         if unknown:
             reading.sizes[unknown[0]] = size // rest
+
+
+def _note_added(reading: Reading, spelled: Spelled, result: Tensor) -> None:
+    """Letters of a result that no operand has are dimensions which the operator adds; nothing is claimed of
+    them.
+    """
+    at = 0
+    for dim, count in enumerate(spelled.merged[: result.dim()]):
+        letter, at = spelled.letters[at], at + count
+        if count == 1 and letter not in reading.sizes:
+            reading.special[letter] = "!added"
+            reading.sizes[letter] = result.shape[dim]
 
 
 def _free(reading: Reading, letter: str) -> bool:
