@@ -28,17 +28,15 @@ from .allocation import (
     Budget,
     Ceiling,
     CostAllocation,
-    Search,
     Target,
     TrialAllocation,
-    check_reach,
     validate,
 )
 from .analysis import Analysis
 from .config import MEASURED, PruningConfig
 from .costs import Costs
 from .errors import ArgumentError, CalibrationError, CalibrationWarning, NothingPrunableError
-from .groups import EXEMPT, Group
+from .groups import Group
 from .losses import resolve_loss
 from .resources import Resource, Sparsity
 from .restoration import restored_by, ridge
@@ -152,13 +150,8 @@ class Chooser:
         if not self.needs_costs or not budget.groups or costs is not None:
             self.allocate(budget, groups, costs)
             return
-        check_reach(part, self.config.round_to)
-        unread = next((group for group in part.groups if not group.uses and group.status == EXEMPT), None)
-        if unread is not None and isinstance(self._allocate, Search):
-            raise ArgumentError(
-                f"allocation='search' cannot try '{unread.name}', which no weight reads; exclude it, or use"
-                " allocation='global'"
-            )
+        assert isinstance(self._allocate, CostAllocation)
+        self._allocate.check(part, self.config.round_to)
 
     def measure(
         self,

@@ -16,7 +16,7 @@ from ._observe._calibration import check_calibration, read_batches
 from ._observe._consumers import Consumers
 from ._observe._ranks import Ranks
 from ._prune import analyze
-from ._undisturbed import check_default_device, in_usual_modes, one_at_a_time
+from ._undisturbed import check_callable, check_default_device, in_usual_modes, one_at_a_time
 from .allocation import CostAllocation
 from .config import PruningConfig, PruningOptions
 from .costs import Costs
@@ -61,6 +61,7 @@ def measure(
         CaptureError: see :func:`fasp_fx.capture`.
     """
     check_default_device()
+    check_callable(progress=progress)
     asked = PruningConfig.of(config, options)
     if not isinstance(asked.allocator, CostAllocation):
         asked = replace(asked, sparsity=None if asked.budget else asked.requested, allocation="global")

@@ -22,6 +22,7 @@ from ._observe._visit import Decision
 from ._program import Program
 from ._result import Result
 from ._store._journal import open_journal
+from ._store._run_folder import refuse_other
 from ._store._search_state import open_search
 from .allocation import CostAllocation
 from .analysis import Analysis, analyze_program
@@ -81,10 +82,13 @@ def decide(
         ranks: the processes that share the batches.
         clock: told when each step is done.
     """
-    ranks, clock = ranks or Ranks(), clock or Timings()
+    ranks, clock, advance = ranks or Ranks(), clock or Timings(), progress or (lambda fraction: None)
     _check_weights(program)
+    if checkpoint is not None:
+        refuse_other(Path(checkpoint).absolute())
+    fingerprint = plans.program_fingerprint(program)
     if costs is not None:
-        check_costs(costs, plans.program_fingerprint(program), config.score_name)
+        check_costs(costs, fingerprint, config.score_name)
         if not isinstance(config.allocator, CostAllocation):
             raise ArgumentError(
                 "costs= is for an allocation by predicted losses, and this one is uniform; leave it out, or"
@@ -98,40 +102,34 @@ def decide(
     clock.lap("analysis")
     if on_analysis is not None:
         on_analysis(analysis)
-    advance = progress or (lambda fraction: None)
-    batches = (
-        read_batches(program, calibration, None if device is None else torch.device(device))
-        if config.needs_data
-        else None
-    )
-    ranks.check_alike(plans.program_fingerprint(program), batches or (), config)
-    share, state = 0.0, None
-    where = None if checkpoint is None or batches is None or ranks.rank else Path(checkpoint).absolute()
-    if where is not None and chooser.tries:
-        state = open_search(where, plans.program_fingerprint(program), config, batches or (), ranks.size)
+    batches = None
+    if config.needs_data:
+        batches = read_batches(program, calibration, None if device is None else torch.device(device))
+    ranks.check_alike(fingerprint, batches or (), config)
+    kept = None
+    if checkpoint is not None and batches is not None and not ranks.rank:
+        kept = Path(checkpoint).absolute(), fingerprint, config
+    state = None if kept is None or not chooser.tries else open_search(*kept, batches or (), ranks.size)
+    measured = 0.0
     if batches is not None and chooser.measures:
-        share = MEASURING
+        measured = MEASURING
         costs = chooser.measure(
-            consumers,
-            batches,
-            plans.program_fingerprint(program),
-            lambda fraction: advance(share * fraction),
-            costs,
+            consumers, batches, fingerprint, lambda fraction: advance(measured * fraction), costs
         )
         clock.lap("measuring")
-    done = share + SEARCHING * (1 - share) if chooser.tries else share
+    searched = measured + SEARCHING * (1 - measured) if chooser.tries else measured
     lost = chooser.allocate(
-        budget, analysis.groups, costs, lambda fraction: advance(share + (done - share) * fraction), state
+        budget,
+        analysis.groups,
+        costs,
+        lambda fraction: advance(measured + (searched - measured) * fraction),
+        state,
     )
     if chooser.tries:
         clock.lap("searching")
-    journal = (
-        None
-        if where is None
-        else open_journal(where, plans.program_fingerprint(program), config, lost, batches or (), ranks.size)
-    )
+    journal = None if kept is None else open_journal(*kept, lost, batches or (), ranks.size)
     decision = chooser.choose(
-        consumers, lost, batches, lambda fraction: advance(done + (1 - done) * fraction), journal
+        consumers, lost, batches, lambda fraction: advance(searched + (1 - searched) * fraction), journal
     )
     decision.notes.extend(chooser.notes)
     if costs is not None and chooser.needs_costs:

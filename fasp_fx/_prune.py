@@ -21,7 +21,7 @@ from ._observe._visit import Decision
 from ._parts._prune import PARTIAL_LOSSES, analyze_in_parts, apply_in_parts, check_parts_help, prune_in_parts
 from ._pipeline import Timings, analyze_for, decide, rewrite
 from ._result import Result
-from ._undisturbed import check_default_device, in_usual_modes, one_at_a_time
+from ._undisturbed import check_callable, check_default_device, in_usual_modes, one_at_a_time
 from .allocation import TrialAllocation
 from .analysis import Analysis
 from .config import PruningConfig, PruningOptions
@@ -126,6 +126,7 @@ def prune(
         StoreError: the checkpoint is that of another run, or cannot be written.
     """
     check_default_device()
+    check_callable(progress=progress, on_analysis=on_analysis)
     config = PruningConfig.of(config, options)
     if config.needs_data:
         check_calibration(calibration)
@@ -207,6 +208,7 @@ def apply(
             " written as text)"
         )
     check_default_device()
+    check_callable(progress=progress)
     config = _restoring(config, options, plan, calibration is not None)
     clock = Timings()
     try:

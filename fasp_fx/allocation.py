@@ -13,7 +13,7 @@ from ._limits import Budget, Ceiling, Limit, Target, check_reach, deepest_loss, 
 from ._search import Exchanges, Trial, evolve
 from .costs import Costs
 from .errors import ArgumentError
-from .groups import Group
+from .groups import EXEMPT, Group
 
 #: the part of a budget that steps of channel sets may leave over
 FINE = 0.01
@@ -27,6 +27,14 @@ class CostAllocation(ABC):
     @abstractmethod
     def __call__(self, budget: Budget, round_to: int, costs: Costs) -> list[int]:
         """The channel sets that each block of each of the budget's groups loses."""
+
+    def check(self, budget: Budget, round_to: int) -> None:
+        """Refuse, before costs are measured, a budget that cannot be met.
+
+        Raises:
+            SparsityError, BudgetError: see :func:`check_reach`.
+        """
+        check_reach(budget, round_to)
 
 
 #: an allocation maps a budget and ``round_to`` to the channel sets that each block of each of the budget's
@@ -327,6 +335,20 @@ class Search(TrialAllocation):
                     f"{name}={value!r} is not an integer from {least} on; leave it out for the default"
                 )
         self.generations, self.offspring, self.sequences, self.seed = generations, offspring, sequences, seed
+
+    def check(self, budget: Budget, round_to: int) -> None:
+        """As for others; and groups that no weight reads are refused.
+
+        Raises:
+            ArgumentError: names one.
+        """
+        super().check(budget, round_to)
+        unread = next((group for group in budget.groups if not group.uses and group.status == EXEMPT), None)
+        if unread is not None:
+            raise ArgumentError(
+                f"allocation='search' cannot try '{unread.name}', which no weight reads; exclude it, or use"
+                " allocation='global'"
+            )
 
     def __call__(self, budget: Budget, round_to: int, costs: Costs, trial: Trial | None = None) -> list[int]:
         """Channel sets lost per block of each group; arguments and errors as for :class:`Global`.

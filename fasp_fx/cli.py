@@ -512,14 +512,16 @@ def inspect(
         from ._cli._saved import is_saved
         from ._page import check_page, write_page
         from ._prune import analyze
+        from .hf._plain_folder import is_plain
         from .report import counted
 
         check_path("the model", model)
         if html is not None:
             check_path("--html", html)
             check_page(html)
-        if is_saved(model):
-            if granularity or include:
+        asked = bool(granularity or include)  # a plain folder holds a model like any other
+        if is_saved(model) or (not asked and is_plain(Path(model))):
+            if asked:
                 raise ArgumentError(
                     f"'{model}' was pruned already, so --granularity and --include change nothing in its"
                     " report; leave them out"
@@ -563,8 +565,9 @@ def _inspect_saved(folder: Path, *, as_json: bool, html: Path | None) -> None:
     from ._page import write_page
     from ._store._folder import read_report
     from ._store._report_json import report_to_json
+    from .hf._plain_folder import is_plain, read_plain
 
-    report = read_report(folder)
+    report = read_plain(folder)[1] if is_plain(folder) else read_report(folder)
     if html is not None:
         write_page(report, f"{folder.resolve().name}, {report.sparsity:.0%} removed", html)
     typer.echo(json.dumps(report_to_json(report)) if as_json else printable(str(report), keep="\n"))

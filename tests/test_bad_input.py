@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -281,3 +282,27 @@ def test_a_plan_that_is_text() -> None:
 def test_a_path_that_is_none() -> None:
     with pytest.raises(fasp_fx.errors.ArgumentError, match="path is a int"):
         fasp_fx.load(3)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "match"),
+    [
+        ("progress", 3, "progress is a int; pass a function"),
+        ("on_analysis", "x", "on_analysis is a str; pass a function"),
+        ("group", "x", "group is a str; pass a process group"),
+        ("device", "meta", "device='meta' holds no values"),
+    ],
+)
+def test_what_is_called_or_called_with_is_looked_at_first(option: str, value: Any, match: str) -> None:
+    refused(fasp_fx.ArgumentError, match, **{option: value})
+
+
+def test_a_name_that_no_folder_can_have(tmp_path: Path) -> None:
+    result = fasp_fx.prune(Vectors().eval(), (X,), score="magnitude", restore=None)
+    with pytest.raises(fasp_fx.errors.StoreError, match="null character"):
+        result.save(f"{tmp_path}/a\0")
+    with pytest.raises(
+        fasp_fx.errors.StoreError, match="null character, which no path can; choose another checkpoint="
+    ):
+        fasp_fx.prune(Vectors().eval(), (X,), calibration=[X], checkpoint=f"{tmp_path}/a\0")
+    assert not list(tmp_path.iterdir())

@@ -27,6 +27,7 @@ from fasp_fx._cli._saved import load_saved
 from fasp_fx.cli import app
 from fasp_fx.errors import ArgumentError
 from fasp_fx.evaluation import TaskScore
+from fasp_fx.hf._plain_folder import read_plain
 
 pytestmark = pytest.mark.usefixtures("shared_captures")
 
@@ -229,6 +230,11 @@ def test_prune_to_a_plain_checkpoint(folder: Path, from_file: tuple[Path, Result
         done.stdout.splitlines()[-2:]
     )
     assert "the config says it with intermediate_size 48 ->" in " ".join(done.stdout.split())
+    _, report = read_plain(tmp_path / "out")
+    assert str(report) in _invoke("inspect", tmp_path / "out").stdout
+    assert "groups" in json.loads(
+        _invoke("inspect", tmp_path / "out", "--granularity", "channel", "--json").stdout
+    )
     plain, dense = (
         AutoModelForCausalLM.from_pretrained(where).eval() for where in (tmp_path / "out", folder / "model")
     )
@@ -496,6 +502,19 @@ def test_eval_refuses_a_bad_range(folder: Path, chunks: str) -> None:
 
 
 # --- refusals
+
+
+def test_what_was_pruned_is_not_pruned_again(from_file: tuple[Path, Result], tmp_path: Path) -> None:
+    said = _refused(_invoke("prune", from_file[0], "--out", tmp_path / "out", *SMALL))
+    assert "was pruned already" in said
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_file_is_no_checkpoint(folder: Path, tmp_path: Path) -> None:
+    command = ("prune", folder / "model", "--out", tmp_path / "out", "--checkpoint", folder / "text.txt")
+    done = _invoke(*command, *SMALL)
+    assert "is no folder; choose another --checkpoint" in " ".join(_refused(done).split())
+    assert "loading" not in done.stderr, "it is refused before any work"
 
 
 @pytest.mark.parametrize(

@@ -183,7 +183,11 @@ def test_dry_run_loads_no_weight_and_writes_nothing(tmp_path: Path, monkeypatch:
     assert sorted(tmp_path.rglob("*")) == before
 
 
-@pytest.mark.parametrize("option", [["--length", "4096"], ["--sparsity", "0.99"]], ids=" ".join)
+@pytest.mark.parametrize(
+    "option",
+    [["--length", "4096"], ["--sparsity", "0.99"], ["--plain", "--sparsity", "0.95"]],
+    ids=" ".join,
+)
 def test_dry_run_refuses_what_pruning_would(tmp_path: Path, option: list[str]) -> None:
     make_model(tmp_path / "model")
     command = [

@@ -12,6 +12,7 @@ from .._forecast._forecast import Forecast, forecast
 from .._offload._context import RESIDENT
 from .._prune import analyze
 from ..config import PruningConfig
+from ..hf._plain import plain_config
 from . import _models
 from ._console import Stages, say
 
@@ -21,6 +22,7 @@ _GIB = 2**30
 def run(
     source: _models.Source,
     config: PruningConfig,
+    heads_asked: bool | None,
     batches: int,
     length: int,
     dtype: str,
@@ -29,12 +31,18 @@ def run(
 ) -> None:
     """Say what it would take to prune a model on so many batches of one text of so many tokens.
 
+    Args:
+        heads_asked: of a plain checkpoint, as for :func:`fasp_fx.hf._plain.plain_config`; ``None``: no plain
+            one.
+
     Raises:
         FaspError: the model cannot be analysed, or not be pruned as asked for.
     """
     stages.begin("reading the configuration")
     empty = _models.load_empty(source)
     _models.check_length(empty, length)
+    if heads_asked is not None:
+        config = plain_config(empty, config, heads_asked)[2]
     stages.begin("capturing and analysing the model")
     example = {"input_ids": torch.zeros(1, length, dtype=torch.long), "use_cache": False}
     analysis = analyze(empty, (), example, granularity=config.granularity, include=config.include)

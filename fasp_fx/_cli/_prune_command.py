@@ -17,6 +17,7 @@ from rich.console import Console
 
 from .._offload._context import offload
 from .._page import check_page, write_page
+from .._store._run_folder import refuse_other
 from ..analysis import Analysis
 from ..budgets import Cap
 from ..config import PruningConfig
@@ -128,6 +129,13 @@ class Request:
         self._check_stream()
         _saved.check_target(self.out, overwrite=self.overwrite, plain=self.plain)
         check_path("--checkpoint", self.checkpoint)
+        if self.checkpoint is not None:
+            refuse_other(self.checkpoint, "--checkpoint")
+        if _saved.is_saved(self.model):
+            raise ArgumentError(
+                f"'{self.model}' was pruned already, and its programs have fixed widths; prune the dense"
+                " model again, by more"
+            )
         if self.html is not None:
             check_path("--html", self.html)
             check_page(self.html)
@@ -256,7 +264,9 @@ def run(request: Request, stages: Stages, console: Console) -> None:
     torch.manual_seed(request.seed)
     source = _models.Source.of(request.model)
     if request.dry_run:
-        _dry_run.run(source, request.config, request.batches, request.length, request.dtype, stages, console)
+        heads_asked = bool(request.granularity) if request.plain else None
+        size = request.batches, request.length, request.dtype
+        _dry_run.run(source, request.config, heads_asked, *size, stages, console)
         return
     stages.begin("loading the tokenizer and the text")
     texts = Texts(request.texts, _models.load_tokenizer(source))

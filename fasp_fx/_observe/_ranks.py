@@ -35,6 +35,11 @@ class Ranks:
     """
 
     def __init__(self, group: dist.ProcessGroup | None = None) -> None:
+        if group is not None and not isinstance(group, dist.ProcessGroup):
+            raise ArgumentError(
+                f"group is a {type(group).__name__}; pass a process group of torch.distributed, such as"
+                " dist.group.WORLD once it is made, or leave it out"
+            )
         self._group = group
         self.rank, self.size = (0, 1) if group is None else (dist.get_rank(group), dist.get_world_size(group))
         if self.rank < 0:

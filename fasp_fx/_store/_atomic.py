@@ -30,6 +30,7 @@ def new_folder(path: Path, *, overwrite: bool, replaceable: Callable[[Path], boo
     Raises:
         StoreError: the path is taken or cannot be written.
     """
+    _refuse_null(path)
     _refuse_taken(path, overwrite, replaceable)
     made = _make_parents(path.parent)
     temporary = path.parent / f".{path.name}.{secrets.token_hex(6)}.partial"
@@ -64,6 +65,7 @@ def new_file(path: Path, *, replaceable: Callable[[Path], bool], keep: bool = Tr
     Raises:
         StoreError: the path is taken or cannot be written.
     """
+    _refuse_null(path)
     path = path.absolute()
     made = _make_parents(path.parent)
     temporary = path.parent / f".{path.name}.{secrets.token_hex(6)}.partial"
@@ -94,6 +96,11 @@ def _remove(made: list[Path]) -> None:
     for parent in reversed(made):
         with contextlib.suppress(OSError):
             parent.rmdir()
+
+
+def _refuse_null(path: Path) -> None:
+    if "\0" in os.fspath(path):
+        raise StoreError(f"'{path}' holds a null character, which no path can; choose another path")
 
 
 def _refuse_taken(path: Path, overwrite: bool, replaceable: Callable[[Path], bool]) -> None:

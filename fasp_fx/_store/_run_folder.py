@@ -45,22 +45,29 @@ def claim(folder: Path, run: Mapping[str, Any]) -> None:
         )
 
 
-def refuse_other(folder: Path) -> None:
-    """Refuse a folder that holds something else than the state of a run.
+def refuse_other(folder: Path, option: str = "checkpoint=") -> None:
+    """Refuse a folder that holds something else than the state of a run, and what is no folder.
+
+    Args:
+        option: what the caller gave it as.
 
     Raises:
         StoreError: it does, or cannot be read.
     """
+    if "\0" in str(folder):
+        raise StoreError(f"'{folder}' holds a null character, which no path can; choose another {option}")
     try:
+        if folder.exists() and not folder.is_dir():
+            raise StoreError(f"'{folder}' is no folder; choose another {option}")
         if (
             folder.exists()
             and not (folder / RUN).is_file()
             and any(path.name != SEARCH for path in folder.iterdir())
         ):
-            raise StoreError(f"'{folder}' holds something that is no checkpoint; choose another checkpoint=")
+            raise StoreError(f"'{folder}' holds something that is no checkpoint; choose another {option}")
     except OSError as error:
         raise StoreError(
-            f"'{folder}' cannot be written: {first_line(error)}; choose another checkpoint="
+            f"'{folder}' cannot be written: {first_line(error)}; choose another {option}"
         ) from error
 
 

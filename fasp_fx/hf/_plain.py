@@ -91,7 +91,48 @@ def prune_plain(
         CalibrationError, CaptureError: as for :func:`fasp_fx.prune`.
     """
     asked = PruningConfig.of(config, options)
-    heads_asked = config is not None or "granularity" in options
+    experiments, settings, own = plain_config(model, asked, config is not None or "granularity" in options)
+    assert isinstance(model, PreTrainedModel)
+    if asked.needs_data:
+        check_calibration(calibration)
+    if example is None:
+        calibration, example = _example(model, calibration)
+    masked = isinstance(example.get("attention_mask"), Tensor) and example["attention_mask"].dim() == 2
+    result = prune(
+        model,
+        (),
+        dict(example),
+        calibration=calibration,
+        config=replace(own, padding_mask="attention_mask" if masked else None),
+        device=device,
+        progress=progress,
+        on_analysis=on_analysis,
+        group=group,
+        checkpoint=checkpoint,
+    )
+    weights = smaller_weights(model, result)
+    smaller, assignment = _first_equal(model, experiments, settings, weights, result, example)
+    # The settings are no allocation of the caller's.
+    report = replace(_explained(result.report, experiments, settings, assignment), config=asked)
+    return Plain(smaller, result, report)
+
+
+def plain_config(
+    model: nn.Module, asked: PruningConfig, heads_asked: bool
+) -> tuple[Experiments, Settings, PruningConfig]:
+    """The configuration with which a model is pruned to a plain checkpoint.
+
+    Args:
+        asked: what the caller asks for.
+        heads_asked: whether that says of heads what is to become of them; if not, they go where neurons alone
+            cannot reach the sparsity.
+
+    Returns:
+        What builds the model's class at other sizes, the allocation, and the configuration that has it.
+
+    Raises:
+        ArgumentError: see :func:`prune_plain`.
+    """
     for name in ("include", "exclude", "padding_mask"):
         if getattr(asked, name):
             raise ArgumentError(
@@ -123,35 +164,14 @@ def prune_plain(
         )
     experiments = Experiments(model)
     settings = settings_of(experiments, heads_asked, asked.allocator, by_layer=not asked.uniform_layers)
-    if asked.needs_data:
-        check_calibration(calibration)
-    if example is None:
-        calibration, example = _example(model, calibration)
-    masked = isinstance(example.get("attention_mask"), Tensor) and example["attention_mask"].dim() == 2
-    result = prune(
-        model,
-        (),
-        dict(example),
-        calibration=calibration,
-        config=replace(
-            asked,
-            allocation=settings,
-            uniform_layers=False,  # the settings see to it
-            loss="next-token" if asked.loss == "auto" and model.can_generate() else asked.loss,
-            granularity=asked.granularity if heads_asked else ("channel", "head"),
-            padding_mask="attention_mask" if masked else None,
-        ),
-        device=device,
-        progress=progress,
-        on_analysis=on_analysis,
-        group=group,
-        checkpoint=checkpoint,
+    own = replace(
+        asked,
+        allocation=settings,
+        uniform_layers=False,  # the settings see to it
+        loss="next-token" if asked.loss == "auto" and model.can_generate() else asked.loss,
+        granularity=asked.granularity if heads_asked else ("channel", "head"),
     )
-    weights = smaller_weights(model, result)
-    smaller, assignment = _first_equal(model, experiments, settings, weights, result, example)
-    # The settings are no allocation of the caller's.
-    report = replace(_explained(result.report, experiments, settings, assignment), config=asked)
-    return Plain(smaller, result, report)
+    return experiments, settings, own
 
 
 def _example(
@@ -341,4 +361,4 @@ def _said(assignment: Assignment, before: Mapping[Path, int] | None = None) -> s
     return ", ".join(f"{written(path)}{was[path]} {value}" for path, value in assignment.items())
 
 
-__all__ = ["Plain", "prune_plain"]
+__all__ = ["Plain", "plain_config", "prune_plain"]

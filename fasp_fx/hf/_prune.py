@@ -19,7 +19,7 @@ from .._observe._ranks import Ranks
 from .._pipeline import Timings, decide, make_plan, rewrite
 from .._result import Result
 from .._store._graph_json import program_to_json
-from .._undisturbed import check_default_device, in_usual_modes, one_at_a_time
+from .._undisturbed import check_callable, check_default_device, in_usual_modes, one_at_a_time
 from .._version import __version__
 from ..analysis import Analysis
 from ..budgets import Latency
@@ -139,6 +139,7 @@ def prune(
         FaspError: see :func:`fasp_fx.prune`.
     """
     check_default_device()
+    check_callable(progress=progress, on_analysis=on_analysis)
     if tokenizer is not None and not hasattr(tokenizer, "save_pretrained"):
         raise ArgumentError(
             f"tokenizer is a {type(tokenizer).__name__}; pass one of transformers, and batches as"

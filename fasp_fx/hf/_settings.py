@@ -115,25 +115,7 @@ class Settings:
             NothingPrunableError: the config can say nothing.
             SparsityError: it cannot say enough, or its smallest step is too large.
         """
-        (limit,) = budget.limits
-        assert isinstance(limit, Target)  # other budgets are refused before
-        if isinstance(limit.resource, JoinedSparsity):
-            raise CaptureError(
-                "the model cannot be captured as a whole, which a plain checkpoint needs; prune it without"
-                " plain"
-            )
-        search = Search(
-            self.experiments, budget.groups, by_layer=self.by_layer and self.allocate is not uniform
-        )
-        self._families, self.unsaid = search.families, search.unsaid
-        if not search.families:
-            raise NothingPrunableError("; ".join(dict.fromkeys(search.unsaid.values())))
-        dials = [dial for family in search.families for dial in family.fine or family.joint[:1]]
-        by_name = {group.name: group for group in budget.groups}
-        heads = [dial for dial in dials if _of_heads(dial, by_name)]
-        channels = [dial for dial in dials if dial not in heads]
-        sparsity = limit.sparsity
-        level = self._level(budget, heads, channels, sparsity, round_to)
+        sparsity, heads, channels, level = self._planned(budget, round_to)
         free = _DialBudget(budget, channels, _DialBudget(budget, heads, {}).losses(level.turned))
         wanted = validate(self._shared(free, round_to, costs), free) if channels else []
         turned = [_possible(dial, turns) for dial, turns in zip(channels, wanted, strict=True)]
@@ -144,6 +126,28 @@ class Settings:
                 " ask for more"
             )
         return [self.losses.get(group.name, 0) for group in budget.groups]
+
+    def _planned(self, budget: Budget, round_to: int) -> tuple[float, list[Dial], list[Dial], _Level]:
+        """The sparsity, the dials of heads and those of channels, and how many heads go; errors as for a
+        call.
+        """
+        (limit,) = budget.limits
+        assert isinstance(limit, Target)  # other budgets are refused before
+        if isinstance(limit.resource, JoinedSparsity):
+            raise CaptureError(
+                "the model cannot be captured as a whole, which a plain checkpoint needs; prune it without"
+                " plain"
+            )
+        by_layer = self.by_layer and self.allocate is not uniform
+        search = Search(self.experiments, budget.groups, by_layer=by_layer)
+        self._families, self.unsaid = search.families, search.unsaid
+        if not search.families:
+            raise NothingPrunableError("; ".join(dict.fromkeys(search.unsaid.values())))
+        dials = [dial for family in search.families for dial in family.fine or family.joint[:1]]
+        by_name = {group.name: group for group in budget.groups}
+        heads = [dial for dial in dials if _of_heads(dial, by_name)]
+        channels = [dial for dial in dials if dial not in heads]
+        return limit.sparsity, heads, channels, self._level(budget, heads, channels, limit.sparsity, round_to)
 
     def assignments(self) -> Iterator[dict[Path, int]]:
         """The values of the config's fields that say what was allocated: more than one where shapes do not
@@ -226,6 +230,10 @@ class Settings:
 
 class CostSettings(Settings, CostAllocation):
     """Settings whose channels are shared out by what they cost."""
+
+    def check(self, budget: Budget, round_to: int) -> None:
+        """Refuse what the config cannot say; errors as for a call."""
+        self._planned(budget, round_to)
 
 
 def settings_of(
