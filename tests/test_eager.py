@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from zoo import randomise
 
 import fasp_fx
+from fasp_fx._eager._saving import keep_from_saving
 from fasp_fx.errors import ArgumentError, EagerError, PlanError
 from fasp_fx.testing import build, example, programs
 from fasp_fx.testing._case import Case
@@ -613,7 +614,9 @@ def _resnet() -> nn.Module:
         (_resnet, ("channel",)),
     ],
 )
-def test_models_of_transformers(make: Callable[[], nn.Module], granularity: tuple[str, ...]) -> None:
+def test_models_of_transformers(
+    make: Callable[[], nn.Module], granularity: tuple[str, ...], tmp_path: Path
+) -> None:
     model = randomise(make(), std=0.1)
     image = make in (_vit, _resnet)
     inputs: dict[str, Any] = (
@@ -639,6 +642,17 @@ def test_models_of_transformers(make: Callable[[], nn.Module], granularity: tupl
         < sum(p.numel() for p in model.parameters())
     )
     assert apart(small, Masked(model, result.plan), **inputs) < 1e-4
+    for copied in (small, copy.deepcopy(small)):  # the configuration says the dense sizes
+        with pytest.raises(EagerError, match=r"plain=True"):
+            copied.save_pretrained(tmp_path / "folder")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_copy_whose_configuration_says_its_sizes_is_saved(tmp_path: Path) -> None:
+    model = _llama()
+    keep_from_saving(model)
+    model.save_pretrained(tmp_path)
+    assert (tmp_path / "config.json").is_file()
 
 
 def test_value_channels_of_a_language_model_are_refused_with_a_remedy() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING
 
 from torch import nn
@@ -12,12 +13,16 @@ from ..errors import ArgumentError, EagerError
 from ..groups import APPROXIMATE, EXEMPT
 from ..passes import KeepDenseCount, PinAttentionScale
 from ._copy import copied
+from ._saving import keep_from_saving
 from ._search import Search
 from ._sizes import Cuts
-from ._trial import Trial
+from ._trial import Outcome, Trial
 
 if TYPE_CHECKING:
     from .._result import Result
+
+#: widths that are multiples of it serve all kernels
+FULL = 8
 
 
 def eager(result: Result, model: nn.Module) -> nn.Module:
@@ -31,8 +36,9 @@ def eager(result: Result, model: nn.Module) -> nn.Module:
     if not outcome.equal:
         raise EagerError(
             f"no copy of {type(model).__name__} computes what the pruned program does, whatever sizes its"
-            f" attributes are given: {outcome.said}; {_remedy(result)}"
+            f" attributes are given: {outcome.said}; {_remedy(result, outcome)}"
         )
+    keep_from_saving(made.module)
     return made.module
 
 
@@ -54,7 +60,7 @@ def _check(result: Result, model: nn.Module) -> None:
     )
 
 
-def _remedy(result: Result) -> str:
+def _remedy(result: Result, outcome: Outcome) -> str:
     """What can be done instead, and what of the program no module has where that can be told."""
     plan, written = result.plan, {node.meta.get(WRITTEN_BY) for node in result.module.graph.nodes}
     if KeepDenseCount.name in written:
@@ -77,6 +83,10 @@ def _remedy(result: Result) -> str:
         return (
             f"use result.module, or prune whole heads ({whole}) where the group '{heads}' has lost channels"
             " of each, or keep it and its like by exclude="
+        )
+    if math.isfinite(outcome.reached) and (result.config is None or result.config.round_to < FULL):
+        return (
+            f"use result.module, or prune with round_to={FULL}, since some kernels take whole 16 bytes alone"
         )
     return "use result.module"
 
