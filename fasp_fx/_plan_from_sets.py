@@ -11,8 +11,10 @@ import numpy as np
 from ._captured import Captured
 from ._observe._visit import Decision
 from ._pipeline import analyze_for, make_plan
+from .analysis import Analysis
 from .config import PruningConfig
 from .errors import PlanError
+from .groups import FROZEN, PRUNABLE
 from .plan import PruningPlan
 
 
@@ -40,11 +42,7 @@ def plan_from_sets(
     gone = np.zeros(int(analysis.labels.max(initial=-1)) + 1, dtype=bool)
     for name, positions in removed.items():
         if name not in groups:
-            near = difflib.get_close_matches(name, groups, 1)
-            raise PlanError(
-                f"'{name}' is no group that can be pruned{f'; did you mean {near[0]!r}?' if near else ''};"
-                " analyze(...).groups has their names"
-            )
+            raise PlanError(_why_not(name, analysis))
         group, wanted = groups[name], np.unique(np.fromiter(map(_index, positions), dtype=np.int64))
         if len(wanted) and not (wanted[0] >= 0 and wanted[-1] < group.size):
             raise PlanError(
@@ -66,6 +64,20 @@ def plan_from_sets(
             )
         gone[group.sets[wanted]] = True
     return make_plan(captured.program, analysis, Decision(gone[analysis.labels]))
+
+
+def _why_not(name: str, analysis: Analysis) -> str:
+    """Why a group is not among those that can be pruned."""
+    known = next((group for group in analysis.groups if group.name == name), None)
+    if known is None:
+        near = difflib.get_close_matches(name, [group.name for group in analysis.chosen], 1)
+        guess = f"; did you mean {near[0]!r}?" if near else ""
+        return f"'{name}' is no group that can be pruned{guess}; analyze(...).groups has their names"
+    if known.status == FROZEN:
+        return f"'{name}' cannot be pruned: {known.reason}"
+    if known.status not in (PRUNABLE, *analysis.include):
+        return f"'{name}' is {known.status} ({known.reason}); pass include=({known.status!r},)"
+    return f"'{name}' loses {known.granularity}s, which granularity= does not name; add {known.granularity!r}"
 
 
 def _index(position: object) -> int:

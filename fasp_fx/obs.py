@@ -109,7 +109,8 @@ class Elimination:
         self.inverse = torch.cholesky_inverse(torch.linalg.cholesky(gram))
         self.curvature = curvature.clone()
         self.place = np.arange(len(gram))  # of each column in the matrices; -1: gone
-        belongs = [(set_, column) for column, row in enumerate(columns.sets) for set_ in row if set_ >= 0]
+        # A column can name a set twice, where one operand is contracted with another of the same channels.
+        belongs = [(set_, column) for column, row in enumerate(columns.sets) for set_ in {*row} if set_ >= 0]
         counts = np.bincount([set_ for set_, _ in belongs], minlength=sets)
         self.columns = np.full((sets, max(int(counts.max(initial=0)), 1)), -1)
         filled = np.zeros(sets, dtype=np.int64)

@@ -345,3 +345,20 @@ def test_blocks_lose_equally_many() -> None:
         fasp_fx.PlanError, match=r"blocks of '.*' must lose equally many channel sets, not 1, 0"
     ):
         fasp_fx.plan_from_sets(captured, {values.name: [0]})
+
+
+def test_groups_that_were_not_asked_for_are_named_with_what_asks_for_them() -> None:
+    captured = fasp_fx.capture(build(SPEC), (tokens(2, 4),))
+    groups = {group.status: group.name for group in reversed(fasp_fx.analyze(captured).groups)}
+    with pytest.raises(fasp_fx.PlanError, match=r"cannot be pruned: aten\.embedding"):
+        fasp_fx.plan_from_sets(captured, {groups["frozen"]: [0]})
+    with pytest.raises(fasp_fx.PlanError, match=r"is exempt \(.*\); pass include=\('exempt',\)"):
+        fasp_fx.plan_from_sets(captured, {groups["exempt"]: [0]})
+    narrow = [
+        group
+        for group in fasp_fx.analyze(captured, granularity=("head",)).groups
+        if group.granularity == "channel"
+    ]
+    neurons = next(group.name for group in narrow if group.status == "prunable")
+    with pytest.raises(fasp_fx.PlanError, match="loses channels, which granularity= does not name"):
+        fasp_fx.plan_from_sets(captured, {neurons: [0]}, granularity=("head",))

@@ -54,7 +54,7 @@ def test_short_and_listed(example: Path) -> None:
 
 def test_every_example_is_run_here() -> None:
     source = Path(__file__).read_text(encoding="utf-8")
-    assert not [path.name for path in EXAMPLES if f'run("{path.name}"' not in source]
+    assert not [path.name for path in EXAMPLES if f'"{path.name}"' not in source]
 
 
 def test_deploy(run: Run, tmp_path: Path) -> None:

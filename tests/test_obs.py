@@ -285,3 +285,25 @@ def test_predicted_losses_come_true_where_the_loss_is_quadratic() -> None:
     error = 0.5 * float((dense - pruned).square().sum(-1).mean() / dense.square().mean()) / 5
     (curve,) = costs.values()
     assert curve.losses[4] == pytest.approx(error, rel=0.15)
+
+
+def test_columns_that_name_a_channel_twice() -> None:
+    """A weight contracted with one activation along two dimensions: column (i, i) goes with channel i."""
+
+    class Squared(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.up, self.down = nn.Linear(5, 8), nn.Linear(4, 3)
+            self.form = nn.Parameter(torch.randn(8, 8, 4))
+
+        def forward(self, x: Tensor) -> Tensor:
+            h = self.up(x).tanh()
+            return self.down(torch.einsum("bi,bj,ijk->bk", h, h, self.form))
+
+    torch.manual_seed(0)
+    model, data = Squared().eval(), [torch.randn(64, 5) for _ in range(2)]
+    result = fasp_fx.prune(model, (data[0],), calibration=data, sparsity=0.3)
+    (group,) = (group for group in result.plan.groups if group.size == 8)
+    costs = fasp_fx.measure(model, (data[0],), calibration=data)
+    assert np.isfinite(costs[group.name].losses).all()
+    assert (np.diff(costs[group.name].losses) >= 0).all()

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from rank import llama, numbers, tokens, twice
@@ -16,6 +17,9 @@ from torch import nn
 import fasp_fx
 import fasp_fx.hf
 from fasp_fx._observe import _visit
+from fasp_fx._observe._visit import Decision
+from fasp_fx._pipeline import decide
+from fasp_fx.config import PruningConfig
 from fasp_fx.errors import ArgumentError, StoreError
 
 OPTIONS: dict[str, dict[str, Any]] = {
@@ -57,6 +61,15 @@ def captured() -> fasp_fx.Captured:
     return fasp_fx.capture(llama(), (), {"input_ids": tokens()[0], "use_cache": False})
 
 
+def _decides_alike(found: Decision, expected: Decision) -> bool:
+    return (
+        np.array_equal(found.gone, expected.gone)
+        and found.weights.keys() == expected.weights.keys()
+        and all(torch.equal(weight, expected.weights[name]) for name, weight in found.weights.items())
+        and found.notes == expected.notes
+    )
+
+
 def _same(found: fasp_fx.Result, expected: fasp_fx.Result) -> bool:
     weights = dict(expected.module.named_parameters())
     same = all(torch.equal(parameter, weights[name]) for name, parameter in found.module.named_parameters())
@@ -72,21 +85,29 @@ def _same(found: fasp_fx.Result, expected: fasp_fx.Result) -> bool:
 def test_it_goes_on_to_the_same_bits(
     captured: fasp_fx.Captured, options: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    how = {"calibration": [{"input_ids": batch} for batch in tokens()], "sparsity": 0.3, **options}
-    expected = fasp_fx.prune(captured, **how)
+    """Decisions are compared; what is made of equal ones is equal."""
+    program, config = captured.program, PruningConfig.of(None, {"sparsity": 0.3, **options})
+    calibration = [{"input_ids": batch} for batch in tokens()]
+    expected = decide(program, config, calibration)[1]
     where = [(_visit, "_restored"), (_visit.Observer, "_record"), (_visit.Observer, "_advance")]
     ends = 0
     for number, place in enumerate(where):
         for at in (1, 3):
             folder = tmp_path / f"{number}-{at}"
 
-            def work(folder: Path = folder) -> fasp_fx.Result:
-                return fasp_fx.prune(captured, checkpoint=folder, **how)
+            def work(folder: Path = folder) -> Decision:
+                return decide(program, config, calibration, checkpoint=folder)[1]
 
             ends += _killed(work, at, place, monkeypatch)
-            assert _same(work(), expected)
-        assert _same(work(), expected), "all of it known"
+            assert _decides_alike(work(), expected)
+        assert _decides_alike(work(), expected), "all of it known"
     assert ends >= 3
+
+
+def test_a_result_of_what_was_known_is_the_same(captured: fasp_fx.Captured, tmp_path: Path) -> None:
+    how = {"calibration": [{"input_ids": batch} for batch in tokens()], "sparsity": 0.3, "quality": "fast"}
+    expected = fasp_fx.prune(captured, checkpoint=tmp_path / "state", **how)
+    assert _same(fasp_fx.prune(captured, checkpoint=tmp_path / "state", **how), expected)
 
 
 def test_what_is_known_is_not_observed_again(

@@ -361,6 +361,7 @@ def test_query_and_key_channels_beside(include: tuple[str, ...]) -> None:
     assert ("no weight reads" in note) == bool(include)
 
 
+@pytest.mark.filterwarnings("ignore::fasp_fx.CalibrationWarning")
 @settings(
     max_examples=200 if PROFILE == "slow" else 4, deadline=None, suppress_health_check=[HealthCheck.too_slow]
 )
