@@ -15,8 +15,9 @@ from ._chooser import Chooser
 from ._observe._calibration import check_calibration, read_batches
 from ._observe._consumers import Consumers
 from ._observe._ranks import Ranks
+from ._options import check_callable
 from ._prune import analyze
-from ._undisturbed import check_callable, check_default_device, in_usual_modes, one_at_a_time
+from ._undisturbed import check_default_device, in_usual_modes, one_at_a_time
 from .allocation import CostAllocation
 from .config import PruningConfig, PruningOptions
 from .costs import Costs

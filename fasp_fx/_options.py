@@ -43,4 +43,15 @@ def is_number(value: Any) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 
-__all__ = ["configured", "is_number"]
+def check_callable(**given: object) -> None:
+    """Refuse arguments that are to be called and cannot be.
+
+    Raises:
+        ArgumentError: names one.
+    """
+    for name, value in given.items():
+        if value is not None and not callable(value):
+            raise ArgumentError(f"{name} is a {type(value).__name__}; pass a function, or leave it out")
+
+
+__all__ = ["check_callable", "configured", "is_number"]

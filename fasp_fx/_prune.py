@@ -18,10 +18,11 @@ from ._observe._consumers import Consumers
 from ._observe._planned import Planned
 from ._observe._ranks import Ranks
 from ._observe._visit import Decision
+from ._options import check_callable
 from ._parts._prune import PARTIAL_LOSSES, analyze_in_parts, apply_in_parts, check_parts_help, prune_in_parts
 from ._pipeline import Timings, analyze_for, decide, rewrite
 from ._result import Result
-from ._undisturbed import check_callable, check_default_device, in_usual_modes, one_at_a_time
+from ._undisturbed import check_default_device, in_usual_modes, one_at_a_time
 from .allocation import TrialAllocation
 from .analysis import Analysis
 from .config import PruningConfig, PruningOptions

@@ -69,15 +69,4 @@ def check_default_device() -> None:
         )
 
 
-def check_callable(**given: object) -> None:
-    """Refuse arguments that are to be called and cannot be.
-
-    Raises:
-        ArgumentError: names one.
-    """
-    for name, value in given.items():
-        if value is not None and not callable(value):
-            raise ArgumentError(f"{name} is a {type(value).__name__}; pass a function, or leave it out")
-
-
-__all__ = ["check_callable", "check_default_device", "in_usual_modes", "one_at_a_time"]
+__all__ = ["check_default_device", "in_usual_modes", "one_at_a_time"]

@@ -160,6 +160,23 @@ def refusals(group: dist.ProcessGroup, rank: int) -> None:
         refused(CalibrationError, "not finite", calibration=broken, quality=quality)
 
 
+#: options of the command line for a small model
+SMALL = [
+    "--length",
+    "32",
+    "--batches",
+    "4",
+    "--eval-batches",
+    "2",
+    "--round-to",
+    "1",
+    "--device",
+    "cpu",
+    "--quality",
+    "fast",
+]
+
+
 def command_line(rank: int, size: int, folder: Path) -> None:
     """The command, as torchrun starts it."""
     os.environ |= {
@@ -178,20 +195,7 @@ def command_line(rank: int, size: int, folder: Path) -> None:
         "--out",
         str(folder / "out"),
     ]
-    arguments += [
-        "--length",
-        "32",
-        "--batches",
-        "4",
-        "--eval-batches",
-        "2",
-        "--round-to",
-        "1",
-        "--device",
-        "cpu",
-        "--quality",
-        "fast",
-    ]
+    arguments += SMALL
     done = CliRunner().invoke(app, arguments)
     assert done.exit_code == 0, done.output
     assert bool(done.output) == (rank == 0), "the first speaks for all"

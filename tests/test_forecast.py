@@ -10,7 +10,7 @@ import torch
 from tiny_llama import make_model
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
-from typer.testing import CliRunner
+from typer.testing import CliRunner, Result
 
 import fasp_fx
 from fasp_fx._forecast._forecast import Forecast, forecast
@@ -158,25 +158,19 @@ def test_times_are_those_of_this_machine() -> None:
     assert {"measuring costs", "repair"} <= found.operations.keys()
 
 
+def _dry_run(folder: Path, *options: str) -> Result:
+    """The command on the model in a folder."""
+    where = ["prune", str(folder / "model"), "--out", str(folder / "out"), "--dry-run"]
+    size = ["--length", "32", "--batches", "4", "--device", "cpu"]
+    return CliRunner().invoke(app, [*where, *size, *options])
+
+
 def test_dry_run_loads_no_weight_and_writes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     make_model(tmp_path / "model")
     (tmp_path / "model" / "model.safetensors").write_bytes(b"not to be read" * 10_000)
     monkeypatch.setattr("fasp_fx._forecast._rates._SECONDS", 0.0)
     before = sorted(tmp_path.rglob("*"))
-    command = [
-        "prune",
-        str(tmp_path / "model"),
-        "--out",
-        str(tmp_path / "out"),
-        "--dry-run",
-        "--length",
-        "32",
-        "--batches",
-        "4",
-        "--device",
-        "cpu",
-    ]
-    done = CliRunner().invoke(app, command)
+    done = _dry_run(tmp_path)
     assert done.exit_code == 0, done.output
     assert "running the batches" in done.stdout
     assert "with --stream" in " ".join(done.stdout.split())
@@ -190,21 +184,7 @@ def test_dry_run_loads_no_weight_and_writes_nothing(tmp_path: Path, monkeypatch:
 )
 def test_dry_run_refuses_what_pruning_would(tmp_path: Path, option: list[str]) -> None:
     make_model(tmp_path / "model")
-    command = [
-        "prune",
-        str(tmp_path / "model"),
-        "--out",
-        str(tmp_path / "out"),
-        "--dry-run",
-        "--length",
-        "32",
-        "--batches",
-        "4",
-        "--device",
-        "cpu",
-        *option,
-    ]
-    done = CliRunner().invoke(app, command)
+    done = _dry_run(tmp_path, *option)
     assert done.exit_code == 2, done.output
 
 

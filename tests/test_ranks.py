@@ -20,21 +20,7 @@ from fasp_fx import PruningPlan
 from fasp_fx.cli import app
 
 HERE = Path(__file__).parent
-COMMAND = [
-    "prune",
-    "--length",
-    "32",
-    "--batches",
-    "4",
-    "--eval-batches",
-    "2",
-    "--round-to",
-    "1",
-    "--device",
-    "cpu",
-    "--quality",
-    "fast",
-]
+COMMAND = ["prune", *rank.SMALL]
 
 
 def _run(size: int, folder: Path, scenario: str) -> list[tuple[int, str]]:

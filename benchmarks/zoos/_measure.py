@@ -15,11 +15,9 @@ from torch import Tensor, nn
 
 import fasp_fx
 from fasp_fx._capture import capture
-from fasp_fx._pipeline import Timings, decide, rewrite
+from fasp_fx._pipeline import Timings, analyze_for, decide, rewrite
 from fasp_fx._program import Program
-from fasp_fx.analysis import analyze_program
 from fasp_fx.errors import CaptureError, NothingPrunableError, SparsityError
-from fasp_fx.passes import split_fused
 
 from ._entry import Entry
 from ._shares import shares
@@ -107,7 +105,7 @@ def _analyse(model: nn.Module, entry: Entry, record: Record) -> Program | None:
         return None
     record["captured"], record["notes"] = True, list(program.notes)
     with _stage(record, "analysis"):
-        analysis = analyze_program(program, split_fused)
+        analysis = analyze_for(program, fasp_fx.PruningConfig())
     record |= shares(program, analysis)
     record |= {
         "without_rule": analysis.without_rule,

@@ -65,19 +65,13 @@ def export(
     if dynamic_shapes is not None:
         attempts.append(("", given, dynamic_shapes))
     else:
-        wide = widened(given)
-        if wide is not None and doubles:
+        double = widened(given)
+        wide = double if doubles else None
+        if wide is not None:
             attempts.append(("", wide, free))
-        attempts.append(
-            ("the batch size of 1 seen at capture is fixed" if wide is not None else "", given, free)
-        )
-        attempts.append(
-            (
-                "only the first dimension of each input is dynamic",
-                wide if wide is not None and doubles else given,
-                first_dim,
-            )
-        )
+        single = "the batch size of 1 seen at capture is fixed" if double is not None else ""
+        attempts.append((single, given, free))
+        attempts.append(("only the first dimension of each input is dynamic", wide or given, first_dim))
         attempts.append(("the shapes of the inputs are fixed to those of the example", given, None))
     failures: list[Exception] = []
     for note, inputs, shapes in attempts:

@@ -23,6 +23,7 @@ from ..budgets import Cap
 from ..config import PruningConfig
 from ..errors import ArgumentError, SparsityError
 from ..hf import Pruned, prune
+from ..hf._stages import pruned_already
 from ..recovery import DistillationConfig
 from . import _dry_run, _models, _processes, _saved, _tables
 from ._amounts import read_caps
@@ -132,10 +133,7 @@ class Request:
         if self.checkpoint is not None:
             refuse_other(self.checkpoint, "--checkpoint")
         if _saved.is_saved(self.model):
-            raise ArgumentError(
-                f"'{self.model}' was pruned already, and its programs have fixed widths; prune the dense"
-                " model again, by more"
-            )
+            raise pruned_already(f"'{self.model}'")
         if self.html is not None:
             check_path("--html", self.html)
             check_page(self.html)

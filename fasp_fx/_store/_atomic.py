@@ -30,7 +30,7 @@ def new_folder(path: Path, *, overwrite: bool, replaceable: Callable[[Path], boo
     Raises:
         StoreError: the path is taken or cannot be written.
     """
-    _refuse_null(path)
+    refuse_null(path)
     _refuse_taken(path, overwrite, replaceable)
     made = _make_parents(path.parent)
     temporary = path.parent / f".{path.name}.{secrets.token_hex(6)}.partial"
@@ -65,7 +65,7 @@ def new_file(path: Path, *, replaceable: Callable[[Path], bool], keep: bool = Tr
     Raises:
         StoreError: the path is taken or cannot be written.
     """
-    _refuse_null(path)
+    refuse_null(path)
     path = path.absolute()
     made = _make_parents(path.parent)
     temporary = path.parent / f".{path.name}.{secrets.token_hex(6)}.partial"
@@ -98,9 +98,17 @@ def _remove(made: list[Path]) -> None:
             parent.rmdir()
 
 
-def _refuse_null(path: Path) -> None:
+def refuse_null(path: Path, option: str = "path") -> None:
+    """Refuse a path that no file can have.
+
+    Args:
+        option: what the caller gave it as.
+
+    Raises:
+        StoreError: it is one.
+    """
     if "\0" in os.fspath(path):
-        raise StoreError(f"'{path}' holds a null character, which no path can; choose another path")
+        raise StoreError(f"'{path}' holds a null character, which no path can; choose another {option}")
 
 
 def _refuse_taken(path: Path, overwrite: bool, replaceable: Callable[[Path], bool]) -> None:

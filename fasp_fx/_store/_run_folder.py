@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import StoreError, first_line
+from ._atomic import refuse_null
 
 RUN = "run.json"
 #: the folder inside of one that keeps what a search before the run found
@@ -54,8 +55,7 @@ def refuse_other(folder: Path, option: str = "checkpoint=") -> None:
     Raises:
         StoreError: it does, or cannot be read.
     """
-    if "\0" in str(folder):
-        raise StoreError(f"'{folder}' holds a null character, which no path can; choose another {option}")
+    refuse_null(folder, option)
     try:
         if folder.exists() and not folder.is_dir():
             raise StoreError(f"'{folder}' is no folder; choose another {option}")

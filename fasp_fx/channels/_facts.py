@@ -152,6 +152,13 @@ class Facts:
         flat = np.unique(numbers.reshape(-1).numpy())
         remarks.append(Remark(flat[flat != NONE], reason, node, routing))
 
+    def want_together(self, numbers: Tensor, dim: int, node: fx.Node) -> None:
+        """Note that channels would be free if those that lie behind one another along a dimension went as
+        one.
+        """
+        leader = numbers.narrow(dim, 0, 1).expand(numbers.shape)
+        self.together.append((leader.reshape(-1).numpy(), numbers.reshape(-1).numpy(), node))
+
     def boxes_of(self, value: Value, node: fx.Node) -> None:
         """Record a box for each axis that varies along several dimensions."""
         for axis in value.axes:

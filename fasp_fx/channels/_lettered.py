@@ -115,9 +115,8 @@ class Lettered:
         for letter, name in (clause.words for clause in self.rule.all("factor")):
             if nodes.get(name) is None or letter not in letters:
                 continue
-            dim = letters.index(letter)
             for axis in value.axes:
-                if (axis.numbers != axis.numbers.narrow(dim, 0, 1)).any():
+                if letters.index(letter) in axis.varying():
                     said = f"counted by '{name}' of {self.node.target}, which is computed at run time"
                     self.facts.say(self.facts.frozen, axis.numbers, said, self.node)
 
@@ -150,10 +149,7 @@ class Lettered:
                     if axis.dim == dim + 1 and axis.numbers.shape[dim] > 1 and second in self.kept:
                         leader = axis.numbers.narrow(dim + 1, 0, 1)
                         self.facts.couple(leader, axis.numbers, self.node)
-                        spread = leader.expand(axis.numbers.shape)
-                        self.facts.together.append(
-                            (spread.reshape(-1).numpy(), axis.numbers.reshape(-1).numpy(), self.node)
-                        )
+                        self.facts.want_together(axis.numbers, dim + 1, self.node)
                         axis = Axis(leader, dim, axis.slot)
                     axes.append(axis)
                 value = Value(operand.value.shape, tuple(axes), operand.value.constant, operand.value.origin)

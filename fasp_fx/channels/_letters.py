@@ -187,8 +187,7 @@ class Relation(Lettered):
             size > 1 and other not in fixed | self.inside
             for other, size in zip(order, numbers.shape, strict=True)
         ):
-            leader = numbers.narrow(order.index(letter), 0, 1).expand(numbers.shape)
-            self.facts.together.append((leader.reshape(-1).numpy(), numbers.reshape(-1).numpy(), self.node))
+            self.facts.want_together(numbers, order.index(letter), self.node)
 
     def _say(
         self, remarks: list[Remark], everything: list[Tensor], reason: str, routing: bool = False

@@ -516,9 +516,7 @@ def _keep(
     elif moved.numel() and int(collapse(moved).reshape(-1)[0]) != NONE:
         facts.say(facts.frozen, collapse(moved), f"{node.target} {why}", node)
         if source is not None and len(source.varying()) > 1:
-            # One of every row: rows can go whole.
-            leader = source.numbers.narrow(source.dim, 0, 1).expand(source.numbers.shape)
-            facts.together.append((leader.reshape(-1).numpy(), source.numbers.reshape(-1).numpy(), node))
+            facts.want_together(source.numbers, source.dim, node)  # one of every row: rows can go whole
 
 
 def _one_of_each(axis: Axis, source: Axis) -> bool:

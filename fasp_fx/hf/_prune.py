@@ -16,10 +16,11 @@ from torch.export import ExportedProgram
 from .. import plan as plans
 from .._observe._calibration import check_calibration
 from .._observe._ranks import Ranks
+from .._options import check_callable
 from .._pipeline import Timings, decide, make_plan, rewrite
 from .._result import Result
 from .._store._graph_json import program_to_json
-from .._undisturbed import check_callable, check_default_device, in_usual_modes, one_at_a_time
+from .._undisturbed import check_default_device, in_usual_modes, one_at_a_time
 from .._version import __version__
 from ..analysis import Analysis
 from ..budgets import Latency

@@ -259,10 +259,7 @@ def stages_of(model: Any) -> CausalStages | Seq2SeqStages:
             " fasp_fx.prune any other"
         )
     if isinstance(model, PrunedModel):
-        raise ArgumentError(
-            f"{type(model).__name__} was pruned already, and its programs have fixed widths; prune the dense"
-            " model again, by more"
-        )
+        raise pruned_already(type(model).__name__)
     if model.main_input_name != "input_ids":
         raise ArgumentError(
             f"{type(model).__name__} takes '{model.main_input_name}'; fasp_fx.hf prunes models that take"
@@ -272,6 +269,13 @@ def stages_of(model: Any) -> CausalStages | Seq2SeqStages:
         raise ArgumentError("the model is on the meta device and has no values; load its weights first")
     check_outputs(model.config)
     return Seq2SeqStages(model) if model.config.is_encoder_decoder else CausalStages(model)
+
+
+def pruned_already(name: str) -> ArgumentError:
+    """What is said of a model that is the result of a pruning."""
+    return ArgumentError(
+        f"{name} was pruned already, and its programs have fixed widths; prune the dense model again, by more"
+    )
 
 
 def _calls(calibration: Any, known: set[str]) -> Iterator[tuple[Tensor, dict[str, Any]]]:
@@ -310,4 +314,4 @@ def _calls(calibration: Any, known: set[str]) -> Iterator[tuple[Tensor, dict[str
         yield ids, {name: value for name, value in given.items() if value is not None}
 
 
-__all__ = ["CausalStages", "Seq2SeqStages", "Stage", "stages_of"]
+__all__ = ["CausalStages", "Seq2SeqStages", "Stage", "pruned_already", "stages_of"]
