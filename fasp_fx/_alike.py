@@ -44,7 +44,7 @@ class AlikeBudget(Budget):
             if all(name in costs for name in names):
                 least = min(len(costs[name].losses) for name in names)
                 curves[group.name] = CostCurve(np.sum([costs[name].losses[:least] for name in names], 0))
-        return Costs(curves, costs.fingerprint, costs.score)
+        return costs.with_curves(curves)
 
 
 def _shape(group: Group) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -22,7 +23,15 @@ from ._observe._trial import AskedTrial, ModelTrial
 from ._observe._visit import Decision, Observer
 from ._program import Program
 from ._scores import resolve_score
-from ._selection import PartialBudget, check_asked, check_patterns, held_by, lost_by_pattern, matches, read_by
+from ._selection import (
+    PartialBudget,
+    check_asked,
+    check_patterns,
+    held_by,
+    is_excluded,
+    lost_by_pattern,
+    read_by,
+)
 from ._warn import warn
 from .allocation import (
     Budget,
@@ -153,6 +162,17 @@ class Chooser:
         assert isinstance(self._allocate, CostAllocation)
         self._allocate.check(part, self.config.round_to)
 
+    def expected_sparsity(self, budget: Budget, analysis: Analysis) -> float:
+        """The sparsity that is asked for, or that a budget comes to where all groups lose alike.
+
+        Raises:
+            FaspError: as for :meth:`allocate`.
+        """
+        if (asked := self.config.requested) is not None and not self.config.caps:
+            return asked
+        alike = Chooser(replace(self.config, allocation="uniform"))
+        return Sparsity(analysis).removed(budget.counts(alike.allocate(budget, analysis.groups, None)))
+
     def measure(
         self,
         consumers: Consumers,
@@ -194,7 +214,8 @@ class Chooser:
         if is_wanted:
             with torch.no_grad():
                 orders = orders_of(consumers, consumers.analysis.chosen, self._score)
-            costs = Costs(curves_of(orders), fingerprint, config.score_name) if costs is None else costs
+            if costs is None:
+                costs = Costs(curves_of(orders), fingerprint, config.score_name, config.granularity)
             if isinstance(self._allocate, TrialAllocation):
                 loss, repairs = (
                     (None if self._loss is None else resolve_loss(self._loss)),
@@ -309,7 +330,8 @@ class Chooser:
         def spread(lost: Sequence[int]) -> list[int]:
             """What all groups lose, of what those lose that stand for them and are not excluded."""
             found = list(lost) if alike is None else alike.spread(lost)
-            return part.spread(found) if isinstance(part, PartialBudget) else found
+            # Who gives a partial budget asks for what its groups lose.
+            return part.spread(found) if isinstance(part, PartialBudget) and part is not budget else found
 
         if alike is not None and costs is not None:
             costs = alike.joined(costs)
@@ -323,10 +345,7 @@ class Chooser:
         """The budget of the groups that are not excluded."""
         if not self.config.exclude or not budget.groups:
             return budget
-        excluded = [
-            any(matches(pattern, name) for pattern in self.config.exclude for name in held_by(group))
-            for group in budget.groups
-        ]
+        excluded = [is_excluded(group, self.config.exclude) for group in budget.groups]
         if all(excluded):
             raise NothingPrunableError(
                 "every group that can be pruned is excluded; leave out some of exclude="

@@ -136,7 +136,7 @@ class _Walk:
                 key,
                 lambda: (
                     [],
-                    np.asarray(self.table.time(lambda: self.program.module(*self.inputs), self.device)),
+                    np.asarray(self.table.seconds(lambda: self.program.module(*self.inputs), self.device)),
                 ),
             )[1]
         )
@@ -208,7 +208,7 @@ class _Walk:
             named = dict(fx.map_arg(arguments(node), value))
             _fit(str(node.target), named)
             try:
-                seconds[index] = self.table.time(lambda named=named: node.target(**named), self.device)  # type: ignore[misc, operator]
+                seconds[index] = self.table.seconds(lambda named=named: node.target(**named), self.device)  # type: ignore[misc, operator]
             except RuntimeError:
                 # Such sizes are none of the operator's, or its kernel wants others: as the dense one.
                 seconds[index] = np.inf

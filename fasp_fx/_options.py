@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import difflib
 import math
+import os
 from collections.abc import Mapping
 from dataclasses import fields, replace
+from pathlib import Path
 from typing import Any, TypeVar
 
 from .errors import ArgumentError
@@ -54,4 +56,15 @@ def check_callable(**given: object) -> None:
             raise ArgumentError(f"{name} is a {type(value).__name__}; pass a function, or leave it out")
 
 
-__all__ = ["check_callable", "configured", "is_number"]
+def path_of(given: object, name: str) -> Path:
+    """A path that an argument gives.
+
+    Raises:
+        ArgumentError: it gives none; names the argument.
+    """
+    if not isinstance(given, str | os.PathLike):
+        raise ArgumentError(f"{name} is a {type(given).__name__}; pass a path")
+    return Path(given)
+
+
+__all__ = ["check_callable", "configured", "is_number", "path_of"]

@@ -19,6 +19,7 @@ from ._observe._calibration import read_batches
 from ._observe._consumers import Consumers
 from ._observe._ranks import Ranks
 from ._observe._visit import Decision
+from ._options import path_of
 from ._program import Program
 from ._result import Result
 from ._store._journal import open_journal
@@ -84,11 +85,18 @@ def decide(
     """
     ranks, clock, advance = ranks or Ranks(), clock or Timings(), progress or (lambda fraction: None)
     _check_weights(program)
-    if checkpoint is not None:
-        refuse_other(Path(checkpoint).absolute())
+    folder = None if checkpoint is None else path_of(checkpoint, "checkpoint").absolute()
+    if folder is not None:
+        refuse_other(folder)
+        for name in ("score", "restore", "loss"):
+            if callable(getattr(config, name)):
+                raise ArgumentError(
+                    f"{name}={getattr(config, name)!r} is code of your own, of which checkpoint= cannot tell"
+                    " whether it is the same when the run goes on; leave out checkpoint="
+                )
     fingerprint = plans.program_fingerprint(program)
     if costs is not None:
-        check_costs(costs, fingerprint, config.score_name)
+        check_costs(costs, fingerprint, config.score_name, config.granularity)
         if not isinstance(config.allocator, CostAllocation):
             raise ArgumentError(
                 "costs= is for an allocation by predicted losses, and this one is uniform; leave it out, or"
@@ -107,8 +115,8 @@ def decide(
         batches = read_batches(program, calibration, None if device is None else torch.device(device))
     ranks.check_alike(fingerprint, batches or (), config)
     kept = None
-    if checkpoint is not None and batches is not None and not ranks.rank:
-        kept = Path(checkpoint).absolute(), fingerprint, config
+    if folder is not None and batches is not None and not ranks.rank:
+        kept = folder, fingerprint, config
     state = None if kept is None or not chooser.tries else open_search(*kept, batches or (), ranks.size)
     measured = 0.0
     if batches is not None and chooser.measures:
@@ -137,8 +145,12 @@ def decide(
         decision.notes.append(f"predicted rise of {chooser.said_loss}: {rise:.3g}")
     if not any(lost):
         decision.notes.append(
-            "nothing goes: what was asked for is less than half a step of any group; ask for more, or for a"
-            " smaller round_to"
+            "nothing goes: the allocation takes nothing"
+            if callable(config.allocation)
+            else (
+                "nothing goes: what was asked for is less than half a step of any group; ask for more, or for"
+                " a smaller round_to"
+            )
         )
     clock.lap("calibration")
     return analysis, decision

@@ -7,13 +7,14 @@ import operator
 from collections.abc import Iterable, Mapping
 
 import numpy as np
+import torch
 
 from ._captured import Captured
 from ._observe._visit import Decision
 from ._pipeline import analyze_for, make_plan
 from .analysis import Analysis
 from .config import PruningConfig
-from .errors import PlanError
+from .errors import ArgumentError, PlanError
 from .groups import FROZEN, PRUNABLE
 from .plan import PruningPlan
 
@@ -34,15 +35,26 @@ def plan_from_sets(
         granularity, include: as for :func:`analyze`, which gives the groups.
 
     Raises:
+        ArgumentError: ``captured`` is no capture, or ``removed`` no mapping.
         PlanError: a group is not known or cannot be pruned, or a set is not there; or the blocks of a group
             would lose unequal counts, or too many.
     """
+    if not isinstance(captured, Captured):
+        raise ArgumentError(f"captured is a {type(captured).__name__}; pass what fasp_fx.capture returned")
+    if not isinstance(removed, Mapping):
+        raise ArgumentError(
+            f"removed is a {type(removed).__name__}; pass a dict of channel sets by the names of groups"
+        )
     analysis = analyze_for(captured.checked(), PruningConfig(granularity=granularity, include=include))
     groups = {group.name: group for group in analysis.chosen}
     gone = np.zeros(int(analysis.labels.max(initial=-1)) + 1, dtype=bool)
     for name, positions in removed.items():
         if name not in groups:
-            raise PlanError(_why_not(name, analysis))
+            raise PlanError(_why_not(str(name), analysis))
+        if not isinstance(positions, Iterable):
+            raise PlanError(
+                f"'{name}' loses {positions!r}, which is no list; give the numbers of channel sets"
+            )
         group, wanted = groups[name], np.unique(np.fromiter(map(_index, positions), dtype=np.int64))
         if len(wanted) and not (wanted[0] >= 0 and wanted[-1] < group.size):
             raise PlanError(
@@ -82,11 +94,17 @@ def _why_not(name: str, analysis: Analysis) -> str:
 
 def _index(position: object) -> int:
     try:
-        return operator.index(position)  # type: ignore[arg-type]
+        if isinstance(position, bool | np.bool_) or getattr(position, "dtype", None) == torch.bool:
+            raise TypeError("a mask numbers nothing")
+        index = operator.index(position)  # type: ignore[arg-type]
     except TypeError as error:
         raise PlanError(
-            f"{position!r} is the number of no channel set; give integers, counted from zero"
+            f"{position!r} is the number of no channel set; give integers, counted from zero (of a mask,"
+            " mask.nonzero().flatten())"
         ) from error
+    if abs(index) >= 2**63:
+        raise PlanError(f"a number of {len(str(abs(index)))} digits is that of no channel set")
+    return index
 
 
 __all__ = ["plan_from_sets"]

@@ -80,11 +80,15 @@ def wrap(exported: ExportedProgram, signature: CallSignature) -> fx.GraphModule:
         node.target = torch.ops.aten.reshape.default
     for node in lifted.graph.find_nodes(op="call_function", target=torch.ops.aten.copy_.default):
         written: Any = node.args[0]
-        if written.op == "get_attr" and isinstance(attribute(lifted, target_name(written)), nn.Parameter):
-            # An embedding with a largest norm writes into its parameter, without gradients, which no exporter
-            # keeps.
-            with lifted.graph.inserting_before(node):
-                node.update_arg(0, lifted.graph.call_function(torch.ops.aten.detach.default, (written,)))
+        if written.op != "get_attr":
+            continue
+        # Models write without gradients, which no exporter keeps: an embedding with a largest norm into its
+        # parameter, running averages into buffers, which would drag the graph of one call into the next.
+        place = 0 if isinstance(attribute(lifted, target_name(written)), nn.Parameter) else 1
+        with lifted.graph.inserting_before(node):
+            node.update_arg(
+                place, lifted.graph.call_function(torch.ops.aten.detach.default, (node.args[place],))
+            )
     make_traceable(lifted.graph)
     module = graph_module(lifted, lifted.graph, lifted.meta, PrunedModule)
     _remember(module, exported, signature)

@@ -27,6 +27,11 @@ def read_by(group: Group) -> list[str]:
     return [member.name for member in group.consumers or group.producers]
 
 
+def is_excluded(group: Group, patterns: Iterable[str]) -> bool:
+    """Whether a pattern names a weight that a group takes rows or columns from."""
+    return any(matches(pattern, name) for pattern in patterns for name in held_by(group))
+
+
 def check_patterns(
     option: str, patterns: Iterable[str], groups: Sequence[Group], names_of: Callable[[Group], list[str]]
 ) -> None:
@@ -81,12 +86,7 @@ def check_asked(fractions: Mapping[str, float], exclude: Iterable[str], groups: 
     Raises:
         ArgumentError: a pattern asks for groups of which all are excluded.
     """
-    excluded = {
-        group.name
-        for group in groups
-        for pattern in exclude
-        if any(matches(pattern, name) for name in held_by(group))
-    }
+    excluded = {group.name for group in groups if is_excluded(group, exclude)}
     for pattern in fractions:
         asked = [group.name for group in groups if any(matches(pattern, name) for name in read_by(group))]
         if asked and excluded.issuperset(asked):
@@ -113,7 +113,7 @@ def lost_by_pattern(budget: Budget, fractions: Mapping[str, float], round_to: in
 
     fractions_of = [(group, fraction_of(group)) for group in budget.groups]
     return [
-        lost_per_block(group.width, fraction, round_to, group.needed) if fraction else 0
+        lost_per_block(group.width, fraction, group.step(round_to), group.needed) if fraction else 0
         for group, fraction in fractions_of
     ]
 

@@ -122,6 +122,13 @@ class Latency(Cap):
     name: ClassVar[str] = "latency"
     unit: ClassVar[str] = "microseconds"
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not isinstance(self.table, LatencyTable):
+            raise ArgumentError(
+                f"table is a {type(self.table).__name__}; pass a LatencyTable, as LatencyTable.load reads one"
+            )
+
     def resource(self, analysis: Analysis) -> Resource:
         from ._latency import PassTime
 

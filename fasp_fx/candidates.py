@@ -44,7 +44,7 @@ class Varied(Global):
     def __call__(self, budget: Budget, round_to: int, costs: Costs) -> list[int]:
         """Channel sets lost per block of each group; errors as for :class:`fasp_fx.allocation.Global`."""
         curves = {name: CostCurve(curve.losses * self._factor(name)) for name, curve in costs.items()}
-        return super().__call__(budget, round_to, Costs(curves, costs.fingerprint, costs.score))
+        return super().__call__(budget, round_to, costs.with_curves(curves))
 
     def _factor(self, name: str) -> float:
         digest = hashlib.blake2b(repr((self.seed, name)).encode(), digest_size=8).digest()

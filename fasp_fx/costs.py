@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ import numpy as np
 from .errors import ArgumentError
 
 #: of the JSON form
-FORMAT = "fasp_fx.costs/2"
+FORMAT = "fasp_fx.costs/3"
 
 
 @dataclass(frozen=True)
@@ -51,10 +51,18 @@ class Costs(Mapping[str, CostCurve]):
         curves: those of the groups.
         fingerprint: of the model that was measured (:func:`fasp_fx.plan.fingerprint`).
         score: the name of the score that gave the orders; the curves hold for no other. Empty: for any.
+        granularity: what the channel sets are that the curves count.
     """
 
-    def __init__(self, curves: Mapping[str, CostCurve], fingerprint: str, score: str = "") -> None:
+    def __init__(
+        self,
+        curves: Mapping[str, CostCurve],
+        fingerprint: str,
+        score: str = "",
+        granularity: Iterable[str] = ("channel",),
+    ) -> None:
         self._curves, self.fingerprint, self.score = dict(curves), fingerprint, score
+        self.granularity = frozenset(granularity)
 
     def __getitem__(self, name: str) -> CostCurve:
         return self._curves[name]
@@ -64,6 +72,10 @@ class Costs(Mapping[str, CostCurve]):
 
     def __len__(self) -> int:
         return len(self._curves)
+
+    def with_curves(self, curves: Mapping[str, CostCurve]) -> Costs:
+        """Other curves of the same model, measured in the same way."""
+        return Costs(curves, self.fingerprint, self.score, self.granularity)
 
     def predicted(self, lost: Mapping[str, int]) -> float:
         """The predicted rise of the loss when blocks of these groups lose so many channel sets: the sum over
@@ -101,7 +113,13 @@ class Costs(Mapping[str, CostCurve]):
         """The curves as text."""
         losses = {name: curve.losses.tolist() for name, curve in self.items()}
         return json.dumps(
-            {"format": FORMAT, "fingerprint": self.fingerprint, "score": self.score, "losses": losses}
+            {
+                "format": FORMAT,
+                "fingerprint": self.fingerprint,
+                "score": self.score,
+                "granularity": sorted(self.granularity),
+                "losses": losses,
+            }
         )
 
     @staticmethod
@@ -119,7 +137,8 @@ class Costs(Mapping[str, CostCurve]):
                 str(name): CostCurve(np.array(losses, dtype=np.float64))
                 for name, losses in data["losses"].items()
             }
-            return Costs(curves, str(data["fingerprint"]), str(data["score"]))
+            granularity = [str(name) for name in data["granularity"]]
+            return Costs(curves, str(data["fingerprint"]), str(data["score"]), granularity)
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise ArgumentError(
                 f"these are no cost curves: {error}; write them with Costs.to_json()"
@@ -149,12 +168,13 @@ class Costs(Mapping[str, CostCurve]):
             raise ArgumentError(f"cost curves cannot be read from {str(file)!r}: {error}") from error
 
 
-def check_costs(costs: Costs, fingerprint: str, score: str) -> None:
-    """Refuse cost curves of another model or score.
+def check_costs(costs: Costs, fingerprint: str, score: str, granularity: Iterable[str]) -> None:
+    """Refuse cost curves of another model, score or granularity.
 
     Args:
         fingerprint: of the model that is to be pruned.
         score: the name of the score to prune by.
+        granularity: what is to go.
 
     Raises:
         ArgumentError: they are of another, or none.
@@ -170,6 +190,12 @@ def check_costs(costs: Costs, fingerprint: str, score: str) -> None:
         raise ArgumentError(
             f"the cost curves are of score={costs.score!r}, and this pruning is by {score!r}, in whose order"
             " other channels go; measure by that"
+        )
+    if costs.granularity != (wanted := frozenset(granularity)):
+        measured, asked = (", ".join(map(repr, sorted(names))) for names in (costs.granularity, wanted))
+        raise ArgumentError(
+            f"the cost curves are of granularity=({measured},), and this pruning is of ({asked},); measure"
+            " with that"
         )
 
 

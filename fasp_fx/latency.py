@@ -12,7 +12,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from .errors import ArgumentError, BudgetError
+from ._options import is_number, path_of
+from .errors import ArgumentError, BudgetError, first_line
 
 FORMAT = "fasp_fx.latency/1"
 #: the widths that are measured, as parts of the dense model's
@@ -48,6 +49,16 @@ def device_name(device: torch.device) -> str:
     return f"{device.type} {platform.machine()} {_processor()} with {torch.get_num_threads()} threads"
 
 
+def _named(device: torch.device | str) -> str:
+    try:
+        return device_name(torch.device(device))
+    except (RuntimeError, AssertionError, TypeError) as error:
+        raise ArgumentError(
+            f"device={device!r} is none that is here: {first_line(error)}; leave it out for that of the first"
+            " model"
+        ) from error
+
+
 def _processor() -> str:
     info = Path("/proc/cpuinfo")
     lines = info.read_text(encoding="utf-8", errors="replace").splitlines() if info.exists() else []
@@ -66,6 +77,9 @@ class LatencyTable:
         time: how to measure a call; given the call and the device, it returns seconds. ``None``: the least of
             several runs.
 
+    Raises:
+        ArgumentError: there is no such device.
+
     Attributes:
         device: the device's name (:func:`device_name`), once there is one.
     """
@@ -75,9 +89,23 @@ class LatencyTable:
         device: torch.device | str | None = None,
         time: Callable[[Callable[[], Any], torch.device], float] | None = None,
     ) -> None:
-        self.device = None if device is None else device_name(torch.device(device))
+        self.device = None if device is None else _named(device)
         self.time = time or run_time
         self._entries: dict[str, tuple[list[list[float]], np.ndarray]] = {}
+
+    def seconds(self, call: Callable[[], Any], device: torch.device) -> float:
+        """How long a call takes.
+
+        Raises:
+            BudgetError: what measures says no number of seconds.
+        """
+        found = self.time(call, device)
+        if not is_number(found) or found < 0:
+            raise BudgetError(
+                f"time= of the latency table returned {found!r}, which is no number of seconds; leave it out"
+                " to measure as usual"
+            )
+        return float(found)
 
     def check(self, device: torch.device) -> None:
         """Take the device for that of the table, if it has none.
@@ -108,14 +136,20 @@ class LatencyTable:
         return len(self._entries)
 
     def save(self, path: str | Path) -> None:
-        """Write the table as JSON."""
+        """Write the table as JSON.
+
+        Raises:
+            ArgumentError: the file cannot be written.
+        """
         entries = {
             key: {"parts": parts, "seconds": seconds.tolist()}
             for key, (parts, seconds) in self._entries.items()
         }
-        Path(path).write_text(
-            json.dumps({"format": FORMAT, "device": self.device, "entries": entries}), encoding="utf-8"
-        )
+        text = json.dumps({"format": FORMAT, "device": self.device, "entries": entries})
+        try:
+            path_of(path, "path").write_text(text, encoding="utf-8")
+        except OSError as error:
+            raise ArgumentError(f"a latency table cannot be written to '{path}': {error}") from error
 
     @staticmethod
     def load(path: str | Path) -> LatencyTable:

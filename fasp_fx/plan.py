@@ -230,7 +230,8 @@ class PruningPlan:
                     )
             return by_rows
 
-        sizes = {group.name: group.removed_sets for group in earlier.groups}
+        # Of another granularity the channel sets are others, whose number nobody has counted.
+        sizes = {(group.name, group.granularity): group.removed_sets for group in earlier.groups}
         groups = []
         for group in self.groups:
             producers = tuple(new for part in group.producers for new in renumber(part))
@@ -244,7 +245,7 @@ class PruningPlan:
             groups.append(
                 PlannedGroup(
                     group.name,
-                    group.size - sizes.get(group.name, 0),
+                    group.size - sizes.get((group.name, group.granularity), 0),
                     group.blocks,
                     max(round(group.removed_sets * lost / max(before, 1)), 1),
                     producers,

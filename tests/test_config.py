@@ -331,11 +331,25 @@ def test_a_plan_from_sets_removes_their_indices(seed: int) -> None:
         ({"layers.0.down.weight": [10]}, "has the channel sets 0 to 9, not 10"),
         ({"layers.0.down.weight": [-1]}, "has the channel sets 0 to 9, not -1"),
         ({"layers.0.down.weight": range(10)}, "keeps at least 1 of the 10 channel sets"),
+        ({"layers.0.down.weight": torch.arange(10) < 3}, "of a mask, mask.nonzero"),
+        ({"layers.0.down.weight": [True, False]}, "of a mask, mask.nonzero"),
+        ({"layers.0.down.weight": 3}, "loses 3, which is no list"),
+        ({"layers.0.down.weight": [10**30]}, "a number of 31 digits"),
+        ({3: [1]}, "'3' is no group"),
     ],
 )
 def test_sets_that_cannot_go(removed: dict[str, Any], message: str) -> None:
     with pytest.raises(fasp_fx.PlanError, match=message):
         fasp_fx.plan_from_sets(fasp_fx.capture(Layers().eval(), (X,)), removed)
+
+
+def test_sets_of_what_is_no_capture_and_no_mapping() -> None:
+    model: Any = Layers().eval()
+    with pytest.raises(fasp_fx.ArgumentError, match="captured is a Layers"):
+        fasp_fx.plan_from_sets(model, {})
+    nothing: Any = [1]
+    with pytest.raises(fasp_fx.ArgumentError, match="removed is a list"):
+        fasp_fx.plan_from_sets(fasp_fx.capture(model, (X,)), nothing)
 
 
 def test_blocks_lose_equally_many() -> None:

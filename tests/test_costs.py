@@ -358,8 +358,8 @@ def test_costs_that_do_not_serve_are_refused(tmp_path: Path) -> None:
     for text in (
         "",
         "[]",
-        '{"format": "fasp_fx.costs/2"}',
-        costs.to_json().replace("costs/2", "costs/0"),
+        '{"format": "fasp_fx.costs/3"}',
+        costs.to_json().replace("costs/3", "costs/0"),
         costs.to_json().replace("[0.0,", "[1.0,"),
     ):
         (tmp_path / "costs.json").write_text(text)
@@ -367,6 +367,38 @@ def test_costs_that_do_not_serve_are_refused(tmp_path: Path) -> None:
             fasp_fx.Costs.load(tmp_path / "costs.json")
     with pytest.raises(fasp_fx.ArgumentError, match="cannot be read"):
         fasp_fx.Costs.load(tmp_path / "nothing.json")
+
+
+def test_curves_of_channels_are_none_of_heads(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    attention = nn.TransformerEncoderLayer(16, 4, 32, batch_first=True).eval()
+    batches = [torch.randn(8, 5, 16) for _ in range(4)]
+    captured = fasp_fx.capture(attention, (batches[0],))
+    fasp_fx.measure(captured, calibration=batches).save(tmp_path / "costs.json")
+    asked: dict[str, Any] = {"calibration": batches, "sparsity": 0.3, "granularity": ("channel", "head")}
+    with pytest.raises(fasp_fx.ArgumentError, match="granularity=\\('channel',\\), and this pruning is of"):
+        fasp_fx.prune(captured, **asked, costs=fasp_fx.Costs.load(tmp_path / "costs.json"))
+    own = fasp_fx.measure(captured, calibration=batches, granularity=("channel", "head"))
+    assert fasp_fx.prune(captured, **asked, costs=own).plan.groups
+
+
+@pytest.mark.parametrize("returned", [None, np.arange(10)[None], Order(np.arange(10.0)[None])])
+def test_a_score_that_returns_no_order_is_refused(returned: Any) -> None:
+    class Wrong(GroupScore):
+        def __call__(self, group: GroupColumns) -> Order:
+            return returned  # type: ignore[no-any-return]
+
+    model = nn.Sequential(nn.Linear(8, 10), nn.ReLU(), nn.Linear(10, 3)).eval()
+    with pytest.raises(fasp_fx.ArgumentError, match="the score"):
+        fasp_fx.prune(model, (DATA[0],), calibration=DATA, score=Wrong(), sparsity=0.5)
+
+
+def test_an_allocation_that_takes_nothing_is_called_that() -> None:
+    model = nn.Sequential(nn.Linear(8, 10), nn.ReLU(), nn.Linear(10, 3)).eval()
+    result = fasp_fx.prune(
+        model, (DATA[0],), calibration=DATA, allocation=lambda budget, round_to: [0] * len(budget.groups)
+    )
+    assert "nothing goes: the allocation takes nothing" in result.report.notes
 
 
 @pytest.mark.parametrize(

@@ -20,6 +20,7 @@ import torch
 from conftest import EXAMPLES
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from oracle import error
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -402,6 +403,59 @@ class Branching(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.body(x) if float(x.sum()) < 1e9 else x
+
+
+class Averages(nn.Module):
+    """Takes off a running average of its own activations, which it keeps in a buffer."""
+
+    def __init__(self, without_gradients: bool) -> None:
+        super().__init__()
+        self.a, self.b, self.c = nn.Linear(8, 16), nn.Linear(16, 32), nn.Linear(32, 4)
+        self.register_buffer("mean", torch.zeros(32))
+        self.without_gradients = without_gradients
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = torch.relu(self.b(torch.relu(self.a(x))))
+        if self.without_gradients:
+            with torch.no_grad():
+                self.mean.mul_(0.9).add_(h.mean(0), alpha=0.1)
+        else:
+            self.mean.mul_(0.9).add_(h.detach().mean(0), alpha=0.1)
+        return self.c(h - self.mean)  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("train", ["all", "low-rank"])
+@pytest.mark.parametrize("without_gradients", [False, True])
+def test_buffers_that_forward_writes_are_as_they_were(without_gradients: bool, train: Any) -> None:
+    torch.manual_seed(0)
+    model, batches = Averages(without_gradients).eval(), [torch.randn(64, 8) for _ in range(6)]
+    result = fasp_fx.prune(model, (batches[0],), calibration=batches, sparsity=0.3)
+    asked: dict[str, Any] = {"train": train, "rank": 2, "epochs": 2}
+    before = copy.deepcopy(result.module)(batches[0])
+    # Next to nothing is learned, and nothing else may change what is judged.
+    found = fasp_fx.distil(result, model, batches, learning_rate=1e-9, **asked)
+    assert found.report.recovery is not None
+    held_out = [point.held_out for point in found.report.recovery.curve]
+    assert max(held_out) == pytest.approx(min(held_out), rel=1e-4)
+    assert error(copy.deepcopy(found.module)(batches[0]), before) < 1e-5
+    better = fasp_fx.distil(result, model, batches, learning_rate=1e-3, **asked)
+    assert better.report.recovery is not None
+    assert better.report.recovery.curve[-1].held_out != pytest.approx(held_out[0], rel=1e-4)
+    for buffer in (model.mean, better.module.mean):
+        assert isinstance(buffer, Tensor)
+        assert not buffer.any()
+        assert not buffer.requires_grad
+
+
+def test_a_module_whose_buffers_are_written_trains_for_more_than_one_step() -> None:
+    torch.manual_seed(0)
+    model, batches = Averages(without_gradients=True).eval(), [torch.randn(64, 8) for _ in range(4)]
+    module = fasp_fx.prune(model, (batches[0],), calibration=batches, sparsity=0.3).module
+    for batch in batches:
+        module(batch).square().mean().backward()
+    assert isinstance(module.mean, Tensor)
+    assert module.mean.any()
+    assert not module.mean.requires_grad
 
 
 def test_a_model_pruned_in_parts() -> None:

@@ -17,6 +17,7 @@ from fasp_fx._forecast._forecast import Forecast, forecast
 from fasp_fx._forecast._live import live_bytes
 from fasp_fx._observe._runner import Runner
 from fasp_fx._observe._visit import Observer
+from fasp_fx.budgets import Parameters
 from fasp_fx.cli import app
 from fasp_fx.config import PruningConfig
 
@@ -35,6 +36,24 @@ class Model(nn.Module):
             x = x + down(torch.relu(up(x)))
             kept.append(x.view(-1, x.shape[-1]))
         return x, kept
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"budget": Parameters(0.7)},
+        {"sparsity": {"down.0.weight": 0.5, "down.1.weight": 0.5}},
+        {"sparsity": 0.3, "exclude": ("up.0",)},
+    ],
+    ids=["budget", "patterns", "exclude"],
+)
+def test_what_is_left_is_foreseen_whatever_says_how_much_goes(options: dict[str, Any]) -> None:
+    captured = fasp_fx.capture(Model().eval(), (torch.randn(3, 5, 16),))
+    asked: dict[str, Any] = {"score": "magnitude", "restore": None, "quality": "fast", **options}
+    result = fasp_fx.prune(captured, **asked)
+    foreseen = forecast(fasp_fx.analyze(captured), PruningConfig(**asked), 1, measure=False)
+    assert foreseen.pruned == pytest.approx(result.report.bytes[1], rel=0.05)
+    assert foreseen.pruned < 0.9 * foreseen.weights
 
 
 def _live_when_run(program: Any, batch: Tensor, returns: bool) -> list[int]:

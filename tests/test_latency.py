@@ -135,6 +135,25 @@ def test_a_damaged_table_is_refused(damage: Callable[[Any], Any], tmp_path: Path
         LatencyTable.load(tmp_path / "table.json")
 
 
+@pytest.mark.parametrize("seconds", [float("nan"), -1.0, "x", None])
+def test_what_is_no_number_of_seconds_is_refused(seconds: Any) -> None:
+    model, args, _ = models()["chain"]
+    with pytest.raises(fasp_fx.errors.BudgetError, match="no number of seconds"):
+        fasp_fx.prune(
+            model, args, budget=Latency(0.8, LatencyTable(time=lambda call, device: seconds)), **FAST
+        )
+
+
+def test_what_is_no_table_no_device_and_no_file(tmp_path: Path) -> None:
+    table: Any = "table.json"
+    with pytest.raises(fasp_fx.ArgumentError, match="table is a str"):
+        Latency(0.8, table)
+    with pytest.raises(fasp_fx.ArgumentError, match="none that is here"):
+        LatencyTable("no device")
+    with pytest.raises(fasp_fx.ArgumentError, match="cannot be written"):
+        LatencyTable().save(tmp_path)
+
+
 def test_a_table_of_another_device_is_refused() -> None:
     model, args, _ = models()["chain"]
     table = LatencyTable(time=operations)

@@ -298,11 +298,14 @@ def test_curves_that_do_not_fit_are_refused_before_anything_is_run(tmp_path: Pat
     batches = [numbers(40, 6, seed=seed) for seed in range(4)]
     captured = fasp_fx.capture(made(Experts), (batches[0],))
     costs = fasp_fx.measure(captured, calibration=batches, granularity=("expert",))
+    with pytest.raises(fasp_fx.ArgumentError, match=r"curves are of granularity=\('expert',\)"):
+        fasp_fx.prune(captured, calibration=iter(()), costs=costs)
+    short = fasp_fx.Costs(costs, costs.fingerprint)
     with pytest.raises(
         fasp_fx.ArgumentError,
         match=r"curve of 'down' goes up to 3 .* 9 may go here; measure with the granularity=",
     ):
-        fasp_fx.prune(captured, calibration=iter(()), costs=costs)
+        fasp_fx.prune(captured, calibration=iter(()), costs=short)
     for lost, message in (
         ({"up": 1}, "no cost curve for 'up'"),
         ({"down": 4}, "up to 3"),

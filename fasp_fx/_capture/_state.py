@@ -9,6 +9,7 @@ from torch import fx
 from torch.export import ExportedProgram
 
 from .._compat import pytree
+from ..errors import ArgumentError
 from ._transformers import is_cache
 
 
@@ -16,17 +17,24 @@ def _leaves_in_state(spec: pytree.TreeSpec, state: tuple[str, ...], inside: bool
     if spec.is_leaf():
         yield inside
         return
-    names = (
-        spec.context
-        if isinstance(spec.context, (list, tuple)) and len(spec.context) == spec.num_children
-        else [None] * spec.num_children
-    )
-    for index, name in enumerate(names):
+    for index, name in enumerate(_names(spec)):
         yield from _leaves_in_state(
-            spec.child(index),
-            state,
-            inside or is_cache(spec.type) or (isinstance(name, str) and name in state),
+            spec.child(index), state, inside or is_cache(spec.type) or (name is not None and name in state)
         )
+
+
+def _names(spec: pytree.TreeSpec) -> list[str | None]:
+    """What the children of a structure are called, where they have names."""
+    if not isinstance(spec.context, (list, tuple)) or len(spec.context) != spec.num_children:
+        return [None] * spec.num_children
+    return [name if isinstance(name, str) else None for name in spec.context]
+
+
+def _all_names(spec: pytree.TreeSpec) -> Iterator[str]:
+    if not spec.is_leaf():
+        yield from (name for name in _names(spec) if name is not None)
+        for child in spec.children():
+            yield from _all_names(child)
 
 
 def state_positions(
@@ -35,6 +43,18 @@ def state_positions(
     example: tuple[tuple[Any, ...], dict[str, Any]],
     state: tuple[str, ...],
 ) -> tuple[frozenset[str], frozenset[int]]:
+    """The names of the inputs and the numbers of the outputs that hold state: caches, and what goes by one of
+    the names in ``state``.
+
+    Raises:
+        ArgumentError: nothing goes by one of the names.
+    """
+    known = {*_all_names(exported.call_spec.in_spec), *_all_names(exported.call_spec.out_spec)}
+    if unknown := [name for name in state if name not in known]:
+        raise ArgumentError(
+            f"state: no argument or output is called {unknown[0]!r}; there are"
+            f" {', '.join(map(repr, sorted(known))) or 'none with a name'}"
+        )
     inputs = list(_leaves_in_state(exported.call_spec.in_spec, state))
     names = [node.name for node in module.graph.find_nodes(op="placeholder")]
     outputs = list(_leaves_in_state(exported.call_spec.out_spec, state))

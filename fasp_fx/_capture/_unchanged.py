@@ -117,7 +117,7 @@ def _put_back(own: dict[str, Any], attributes: dict[str, Any], contents: dict[st
 def _same_plain(a: Any, b: Any) -> bool:
     """Whether two constants are equal; exporters put back tuples as equal copies."""
     if type(a) is tuple and type(b) is tuple:
-        return len(a) == len(b) and all(map(_same_plain, a, b))
+        return len(a) == len(b) and all(x is y or _same_plain(x, y) for x, y in zip(a, b))
     return is_plain(a) and type(a) is type(b) and a == b
 
 

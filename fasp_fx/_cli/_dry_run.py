@@ -11,7 +11,9 @@ from .._chooser import Chooser
 from .._forecast._forecast import Forecast, forecast
 from .._offload._context import RESIDENT
 from .._prune import analyze
+from ..budgets import CacheBytes
 from ..config import PruningConfig
+from ..errors import ArgumentError
 from ..hf._plain import plain_config
 from . import _models
 from ._console import Stages, say
@@ -38,6 +40,11 @@ def run(
     Raises:
         FaspError: the model cannot be analysed, or not be pruned as asked for.
     """
+    if any(isinstance(cap, CacheBytes) for cap in config.caps):
+        raise ArgumentError(
+            "--cache-bytes is counted of the program that generates, which --dry-run does not make; give it"
+            " --sparsity or another budget"
+        )
     stages.begin("reading the configuration")
     empty = _models.load_empty(source)
     _models.check_length(empty, length)
@@ -47,11 +54,16 @@ def run(
     example = {"input_ids": torch.zeros(1, length, dtype=torch.long), "use_cache": False}
     analysis = analyze(empty, (), example, granularity=config.granularity, include=config.include)
     chooser = Chooser(config)
-    chooser.check(chooser.budget(analysis), analysis.groups)
+    budget = chooser.budget(analysis)
+    chooser.check(budget, analysis.groups)
     stages.begin("measuring how fast this machine is")
     named = _models.DTYPES.get(dtype) or getattr(getattr(empty, "config", None), "dtype", None)
     found = forecast(
-        analysis, config, batches, dtype=named if isinstance(named, torch.dtype) else torch.float32
+        analysis,
+        config,
+        batches,
+        sparsity=chooser.expected_sparsity(budget, analysis),
+        dtype=named if isinstance(named, torch.dtype) else torch.float32,
     )
     stages.end()
     console.print(_table(found))

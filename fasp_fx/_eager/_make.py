@@ -36,7 +36,7 @@ def eager(result: Result, model: nn.Module) -> nn.Module:
     if not outcome.equal:
         raise EagerError(
             f"no copy of {type(model).__name__} computes what the pruned program does, whatever sizes its"
-            f" attributes are given: {outcome.said}; {_remedy(result, outcome)}"
+            f" attributes are given: {outcome.said}; {_remedy(result, outcome, model)}"
         )
     keep_from_saving(made.module)
     return made.module
@@ -60,7 +60,7 @@ def _check(result: Result, model: nn.Module) -> None:
     )
 
 
-def _remedy(result: Result, outcome: Outcome) -> str:
+def _remedy(result: Result, outcome: Outcome, model: nn.Module) -> str:
     """What can be done instead, and what of the program no module has where that can be told."""
     plan, written = result.plan, {node.meta.get(WRITTEN_BY) for node in result.module.graph.nodes}
     if KeepDenseCount.name in written:
@@ -83,6 +83,14 @@ def _remedy(result: Result, outcome: Outcome) -> str:
         return (
             f"use result.module, or prune whole heads ({whole}) where the group '{heads}' has lost channels"
             " of each, or keep it and its like by exclude="
+        )
+    computed = next(
+        (path for path, part in model.named_modules() if nn.utils.parametrize.is_parametrized(part)), None
+    )
+    if computed is not None:
+        return (
+            f"use result.module, or call torch.nn.utils.parametrize.remove_parametrizations on '{computed}'"
+            " before pruning"
         )
     if math.isfinite(outcome.reached) and (result.config is None or result.config.round_to < FULL):
         return (

@@ -90,6 +90,7 @@ def forecast(
     config: PruningConfig,
     batches: int,
     *,
+    sparsity: float | None = None,
     dtype: torch.dtype | None = None,
     measure: bool = True,
 ) -> Forecast:
@@ -99,6 +100,8 @@ def forecast(
         analysis: of the model, which may lie on the meta device.
         config: what is asked for.
         batches: how many batches calibrate.
+        sparsity: how much goes; ``None``: what the budget or the sparsities asked for come to where all
+            groups lose alike.
         dtype: of the weights; ``None``: as they are.
         measure: try for some seconds how fast this machine is, to predict times.
     """
@@ -112,13 +115,14 @@ def forecast(
     linear = _bytes(
         (tensor for name, tensor in weights.items() if name in analysis.walk.facts.matrices), kind
     )
-    sparsity = config.requested or 0.0
+    chooser = Chooser(config)
+    if sparsity is None:
+        sparsity = chooser.expected_sparsity(chooser.budget(analysis), analysis)
     graph_sizes = Sizes(program.module, small=False)
     live = live_bytes(program.module.graph, lambda shape: (graph_sizes.integer(size) for size in shape))
     place = {node: index for index, node in enumerate(program.module.graph.nodes)}
     stops = [live[place[use.node]] for consumer in consumers for use in consumer.uses]
     until = max((place[use.node] for consumer in consumers for use in consumer.uses), default=0)
-    chooser = Chooser(config)
     shapes = {consumer: _shape(consumer, read[consumer.weight]) for consumer in consumers}
     operations = _operations(analysis, chooser, shapes, batches, sparsity, graph_sizes)
     grams = [2 * _SINGLE * blocks * columns**2 for _, blocks, columns in shapes.values()]

@@ -63,9 +63,18 @@ def checked(order: Order, view: GroupColumns) -> Order:
         ArgumentError: channel sets of each block do not stand in it once, or not as many as may go, or losses
             do not fit.
     """
+    if not isinstance(order, Order):
+        raise ArgumentError(
+            f"the score returned a {type(order).__name__} for '{view.name}'; return a fasp_fx.scoring.Order"
+        )
     sets = np.asarray(order.sets)
     members = view.members
-    fits = sets.ndim == 2 and len(sets) == len(members) and sets.shape[1] >= view.deepest
+    fits = (
+        (np.issubdtype(sets.dtype, np.integer) or not sets.size)
+        and sets.ndim == 2
+        and len(sets) == len(members)
+        and sets.shape[1] >= view.deepest
+    )
     if not fits or any(
         len(np.unique(row)) != len(row) or not np.isin(row, own).all()
         for row, own in zip(sets, members, strict=True)

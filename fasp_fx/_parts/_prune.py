@@ -13,7 +13,7 @@ from .._chooser import Chooser
 from .._compat import pytree
 from .._observe._consumers import Consumers
 from .._observe._visit import Decision
-from .._selection import PartialBudget
+from .._selection import PartialBudget, is_excluded
 from ..analysis import Analysis
 from ..config import PruningConfig
 from ..costs import CostCurve, Costs
@@ -22,10 +22,11 @@ from ..plan import PruningPlan
 from ._analysis import PartsAnalysis
 from ._assembly import Assembly
 from ._calls import Call
-from ._inputs import graph_inputs, recorded, user_batches
+from ._inputs import graph_inputs, not_reached, recorded, user_batches
 from ._names import group_within, plan_of_part
 from ._result import PartsResult
 from ._stand_in import put
+from ._submodules import Part
 from ._whole import whole_fingerprint
 
 #: losses that make sense for a part of a model by itself
@@ -71,20 +72,22 @@ def prune_in_parts(
     )
     consumers = {part.path: Consumers(part.analysis, config.restore is not None) for part in assembly.parts}
     with assembly.timed("measuring"):
-        costs, reached = _measured(assembly, chooser, batches, consumers)
-    budget = PartialBudget(whole, reached)
+        costs, missed = _measured(assembly, chooser, batches, consumers)
+    budget = PartialBudget(
+        whole, [part.path not in missed for part in assembly.parts for _ in part.analysis.chosen]
+    )
     shares = assembly.counted.split(budget.spread(chooser.allocate(budget, groups, costs)))
     modules: dict[str, nn.Module] = {}
     for index, (part, lost) in enumerate(zip(assembly.parts, shares, strict=True)):
         progress(index / len(assembly.parts))
         if not any(lost):
-            assembly.left[part.path] = "a sparsity this low takes nothing from it"
+            assembly.left[part.path] = missed.get(part.path) or _why_nothing(part, config)
             continue
         with assembly.timed("calibration"):
             calls = [] if batches is None else recorded(assembly.model, part.module, batches)
             flat, misfit = graph_inputs(part, calls)
             if batches is not None and not flat:
-                assembly.left[part.path] = misfit or "the calibration data never reaches it"
+                assembly.left[part.path] = misfit
                 continue
 
             def advance(fraction: float, done: int = index) -> None:
@@ -106,23 +109,40 @@ def prune_in_parts(
 
 def _measured(
     assembly: Assembly, chooser: Chooser, batches: list[Call] | None, consumers: Mapping[str, Consumers]
-) -> tuple[Costs | None, list[bool]]:
-    """What every part costs, each by its own outputs, and which groups the calibration data reach."""
+) -> tuple[Costs | None, dict[str, str]]:
+    """What every part costs, each by its own outputs, and which parts the calibration data do not serve, with
+    the reasons.
+    """
+    if batches is None:
+        return None, {}
+    if not chooser.measures:
+        return None, not_reached(assembly.model, assembly.parts, batches)
     curves: dict[str, CostCurve] = {}
-    reached: list[bool] = []
+    missed: dict[str, str] = {}
     for part in assembly.parts:
-        calls = (
-            [] if batches is None or not chooser.measures else recorded(assembly.model, part.module, batches)
-        )
-        flat = graph_inputs(part, calls)[0]
-        found = chooser.measure(consumers[part.path], flat, "", lambda fraction: None) if flat else None
+        flat, misfit = graph_inputs(part, recorded(assembly.model, part.module, batches))
+        if misfit:
+            missed[part.path] = misfit
+            continue
+        found = chooser.measure(consumers[part.path], flat, "", lambda fraction: None)
         curves |= {
             group_within(part.path, group).name: found[group.name]
             for group in part.analysis.chosen
             if found is not None and group.name in found
         }
-        reached += [found is not None or not chooser.needs_costs] * len(part.analysis.chosen)
-    return Costs(curves, "") if chooser.needs_costs else None, reached
+    return Costs(curves, "") if chooser.needs_costs else None, missed
+
+
+def _why_nothing(part: Part, config: PruningConfig) -> str:
+    """Why the allocation takes nothing from a part that the data serve."""
+    groups = [group_within(part.path, group) for group in part.analysis.chosen]
+    if all(is_excluded(group, config.exclude) for group in groups):
+        return "exclude= leaves it whole"
+    if isinstance(config.sparsity, Mapping):
+        return "no pattern of sparsity= asks for channels that its weights read"
+    if callable(config.allocation):
+        return "the allocation takes nothing from it"
+    return "a sparsity this low takes nothing from it"
 
 
 def analyze_in_parts(
@@ -194,8 +214,9 @@ def check_parts_help(error: CaptureError, model: Any, **options: object) -> None
         raise error
     for name, value in options.items():
         if value:
+            shown = f"{name}=" if value is True else f"{name}={value!r}"
             raise ArgumentError(
-                f"{name}={value!r} needs a model that is captured as a whole; leave it out to prune this one"
+                f"{shown} needs a model that is captured as a whole; leave it out to prune this one"
                 " by its submodules"
             ) from error
     tensors = [*model.parameters(), *model.buffers()]

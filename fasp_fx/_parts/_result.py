@@ -9,6 +9,7 @@ from torch import nn
 from torch.export import ExportedProgram
 
 from .._calling._signature import CallSignature
+from .._options import path_of
 from .._result import Result
 from ..errors import CaptureError
 from ..plan import PruningPlan
@@ -74,7 +75,7 @@ class PartsResult(Result):
         """
         from ._save import save_parts
 
-        return save_parts(self, Path(path), overwrite=overwrite)
+        return save_parts(self, path_of(path, "path"), overwrite=overwrite)
 
     def eager(self, model: nn.Module) -> nn.Module:
         """As :meth:`fasp_fx.Result.eager`; each part is held against its own program.

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from .._options import path_of
 from .._version import __version__
 from ..errors import PlanError, StoreError
 from ..plan import PruningPlan
@@ -52,7 +53,7 @@ def save(result: Result, path: str | Path, *, overwrite: bool = False) -> Path:
         StoreError: the path is taken or cannot be written, or the result holds something that cannot be
             stored.
     """
-    path = Path(path).absolute()
+    path = path_of(path, "path").absolute()
     program = result.program
     check_weights(program)
     signature, graph = signature_to_json(result.signature), program_to_json(program)

@@ -154,7 +154,7 @@ def open_journal(
         "format": FORMAT,
         "model": fingerprint,
         "options": json.loads(config.to_json()),
-        "lost": list(lost),
+        "what goes of each group": list(lost),
         "data": digest_of(batches),
     }
     return Journal(folder, {**run, "processes": processes})

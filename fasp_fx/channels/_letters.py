@@ -97,8 +97,11 @@ class Relation(Lettered):
     def _note_matrices(self, constant: bool) -> None:
         for operand in self.operands:
             contracted = any(self.contracted(letter) or letter in self.recurs for letter in operand.letters)
-            if contracted and operand.value.constant and operand.value.origin is not None and not constant:
-                self.facts.matrices.add(operand.value.origin)
+            if contracted and operand.value.constant and not constant:
+                # A part of a weight has no origin any more, and its channels have.
+                self.facts.matrices |= {axis.slot[0] for axis in operand.value.axes if axis.slot is not None}
+                if operand.value.origin is not None:
+                    self.facts.matrices.add(operand.value.origin)
 
     def _meet(self, letter: str, order: list[str], constant: bool) -> list[Tensor]:
         """Couple all axes that shrink ``letter``; return those that survive, aligned to ``order``."""

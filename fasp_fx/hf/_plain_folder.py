@@ -8,6 +8,7 @@ from typing import Any
 
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, PreTrainedModel
 
+from .._options import path_of
 from .._store._atomic import new_folder
 from .._store._files import read_text
 from .._store._folder import read_json
@@ -44,7 +45,7 @@ def save_plain(
     Raises:
         StoreError: the path is taken or cannot be written.
     """
-    path = Path(folder).absolute()
+    path = path_of(folder, "folder").absolute()
     with new_folder(path, overwrite=overwrite, replaceable=is_plain) as made:
         plain = made / "plan.json"
         plain.write_text(plan.to_json(), encoding="utf-8")

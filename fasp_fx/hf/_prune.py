@@ -16,7 +16,7 @@ from torch.export import ExportedProgram
 from .. import plan as plans
 from .._observe._calibration import check_calibration
 from .._observe._ranks import Ranks
-from .._options import check_callable
+from .._options import check_callable, path_of
 from .._pipeline import Timings, decide, make_plan, rewrite
 from .._result import Result
 from .._store._graph_json import program_to_json
@@ -91,7 +91,7 @@ class Pruned:
 
         if not isinstance(self.model, PrunedModel):
             return save_plain(self.model, self.tokenizer, self.plan, self.report, folder, overwrite=overwrite)
-        return save(self.model, Path(folder), self.tokenizer, overwrite=overwrite)
+        return save(self.model, path_of(folder, "folder"), self.tokenizer, overwrite=overwrite)
 
 
 @one_at_a_time

@@ -55,7 +55,7 @@ class _DialBudget(Budget):
         for dial, group in zip(self.dials, self.groups, strict=True):
             own = [costs[name].losses[::times] for name, times in dial.groups.items()]
             curves[group.name] = CostCurve(np.sum([losses[: min(map(len, own))] for losses in own], 0))
-        return Costs(curves, costs.fingerprint, costs.score)
+        return costs.with_curves(curves)
 
     def counts(self, lost: Sequence[int]) -> list[int]:
         losses = self.losses(lost)

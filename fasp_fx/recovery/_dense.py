@@ -13,6 +13,7 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
+from .._capture._unchanged import rewound
 from .._compat import pytree
 from .._device import device_of, products_in_bfloat16
 from ..errors import ArgumentError, CalibrationError, StoreError, first_line
@@ -65,7 +66,7 @@ class DenseOutputs:
         progress: Callable[[float], None],
     ) -> None:
         """Run the dense model on the batches whose files are not there yet, with products in bfloat16 for
-        those whose numbers are in ``coarse``.
+        those whose numbers are in ``coarse``. What it writes into its buffers is put back after each.
 
         Raises:
             CalibrationError: the model does not take a batch, or what it returns is not finite.
@@ -76,7 +77,11 @@ class DenseOutputs:
             if not self._file(index).exists():
                 held = call.to(device)
                 try:
-                    with torch.no_grad(), products_in_bfloat16(device, index in coarse):
+                    with (
+                        torch.no_grad(),
+                        rewound(model),
+                        products_in_bfloat16(device, index in coarse),
+                    ):
                         outputs = model(*held.args, **held.kwargs)
                 except torch.OutOfMemoryError:
                     raise

@@ -15,6 +15,7 @@ from torch import nn
 from .. import plan as plans
 from .._device import device_of, multiplies_bfloat16
 from .._observe._calibration import as_calls, digest_of
+from .._options import path_of
 from .._result import Result
 from .._undisturbed import in_usual_modes
 from ..errors import ArgumentError
@@ -82,6 +83,7 @@ def distil(
     asked = DistillationConfig.of(config, options)
     pruned, more = _called(result)
     _check_dense(dense, result)
+    folder = None if checkpoint is None else path_of(checkpoint, "checkpoint").absolute()
     calls = [Call(args, {**kwargs, **more}) for args, kwargs in as_calls(data, "data")]
     batches = Batches.split(len(calls), asked.held_out)
     match = _match(asked, result)
@@ -97,13 +99,15 @@ def distil(
     )
     with tempfile.TemporaryDirectory(prefix="fasp_fx-", ignore_cleanup_errors=True) as temporary:
         kept = None
-        if checkpoint is not None:
+        if folder is not None:
             with accelerator.main_process_first():
-                kept = Checkpoint(Path(checkpoint).absolute(), _run(asked, result, pruned, calls))
+                kept = Checkpoint(folder, _run(asked, result, pruned, calls))
         outputs = DenseOutputs(kept.targets if kept is not None else Path(temporary))
         with accelerator.main_process_first() if kept is not None else contextlib.nullcontext():
             coarse = batches.training if asked.precision == "bfloat16" else ()
             outputs.write(dense, calls, match, coarse, lambda fraction: advance(share * fraction))
+        first = calls[0].to(device_of(pruned))
+        trained.find_written(first.args, first.kwargs)
         training = Training(trained, calls, batches, outputs, match, asked, accelerator, kept)
         outcome = training.run(lambda fraction: advance(share + (1 - share) * fraction))
     notes = () if outcome.note is None else (outcome.note,)

@@ -10,13 +10,16 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from .._capture._unchanged import rewound
 from ..errors import ArgumentError
 
 
 class Trained(nn.Module):
     """A module as an optimiser sees it; called like the module.
 
-    Weights of 16 bits are too coarse for small steps: they are trained by way of copies in float32.
+    Weights of 16 bits are too coarse for small steps: they are trained by way of copies in float32. Buffers
+    that the module writes into (running averages, counters) are never changed: each call begins with what
+    they hold, as each of the dense model's does.
 
     Attributes:
         leaves: what the optimiser changes.
@@ -26,13 +29,35 @@ class Trained(nn.Module):
         super().__init__()
         self.student = student
         self._weights = weights
+        self._written: list[str] = []
         self.leaves: list[nn.Parameter] = [
             weight if weight.dtype.itemsize > 2 else nn.Parameter(weight.detach().float())
             for weight in weights.values()
         ]
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        return self.student(*args, **kwargs)
+        return self._call({}, args, kwargs)
+
+    @torch.no_grad()
+    def find_written(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Find the buffers that the module writes into, by a call that leaves them as they were."""
+        if next(self.student.buffers(), None) is None:
+            return
+        with rewound(self.student):
+            before = {name: (buffer, buffer._version) for name, buffer in self.student.named_buffers()}
+            self.student(*args, **kwargs)
+            self._written = [
+                name
+                for name, buffer in self.student.named_buffers()
+                if name in before and (buffer is not before[name][0] or buffer._version != before[name][1])
+            ]
+
+    def _call(self, weights: dict[str, Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Call the module with other weights in the places of some."""
+        held = {name: self.student.get_buffer(name).clone() for name in self._written}
+        if not weights and not held:
+            return self.student(*args, **kwargs)
+        return functional_call(self.student, {**weights, **held}, args, kwargs)
 
     @contextlib.contextmanager
     def alone(self) -> Iterator[None]:
@@ -115,7 +140,7 @@ class LowRank(Trained):
         changed = {
             name: _with(weight.detach(), left, right) for name, (weight, left, right) in self._added.items()
         }
-        return functional_call(self.student, changed, args, kwargs)
+        return self._call(changed, args, kwargs)
 
     @torch.no_grad()
     def finish(self) -> None:
