@@ -189,22 +189,24 @@ def check_reach(budget: Budget, round_to: int) -> None:
         BudgetError: likewise how much stays at least; or the dense model meets the budget.
     """
     deepest = budget.counts([most_lost(group, round_to) for group in budget.groups])
-    rounded = f" with round_to={round_to}" if round_to > 1 else ""
+    rounds = any(group.step(round_to) > 1 for group in budget.groups)
+    rounded = f" with round_to={round_to}" if rounds else ""
+    smaller = ", or for a smaller round_to" if rounds else ""
     for limit in budget.limits:
         if isinstance(limit, Ceiling) and limit.over(deepest) > 0:
             least, whole = limit.resource.used(deepest), max(limit.resource.whole, 1)
             share = np.ceil(least / whole * 1e4) / 1e4
             raise BudgetError(
                 f"{limit.cap} is out of reach: at least {least:,} of {whole:,} {limit.cap.unit}"
-                f" stay{rounded}, a share of {share:.4f}; allow more, or see analyze(...).groups for what is"
-                " frozen and why"
+                f" stay{rounded}, a share of {share:.4f}; allow more{smaller}, or see analyze(...).groups for"
+                " what is frozen and why"
             )
         if isinstance(limit, Target) and limit.over(deepest) > 1e-12:
             reach = limit.resource.removed(deepest)
             raise SparsityError(
                 f"sparsity={limit.sparsity:.4g} is out of reach: the prunable groups allow at most"
-                f" {np.floor(reach * 1e4) / 1e4:.4f}{rounded}; ask for less, or see analyze(...).groups for"
-                " what is frozen and why"
+                f" {np.floor(reach * 1e4) / 1e4:.4f}{rounded}; ask for less{smaller}, or see"
+                " analyze(...).groups for what is frozen and why"
             )
     if budget.is_ceiling and budget.over([0] * len(budget.groups)) <= 0:
         said = ", ".join(

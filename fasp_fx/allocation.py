@@ -54,7 +54,10 @@ def uniform(budget: Budget, round_to: int) -> list[int]:
     check_reach(budget, round_to)
 
     def lost(fraction: float) -> list[int]:
-        return [lost_per_block(group.width, fraction, round_to, group.needed) for group in budget.groups]
+        return [
+            lost_per_block(group.width, fraction, group.step(round_to), group.needed)
+            for group in budget.groups
+        ]
 
     low, high = 0.0, 1.0
     for _ in range(60):
@@ -163,7 +166,11 @@ def _counts(group: Group, round_to: int) -> list[int]:
     """How many channel sets of a block can go."""
     return [
         0,
-        *(count for count in range(1, deepest_loss(group) + 1) if (group.width - count) % round_to == 0),
+        *(
+            count
+            for count in range(1, deepest_loss(group) + 1)
+            if (group.width - count) % group.step(round_to) == 0
+        ),
     ]
 
 

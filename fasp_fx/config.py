@@ -102,7 +102,7 @@ class PruningConfig:
             channels contracted between two activations (rows of W_Q and W_K), by what the loss loses with
             them where costs are measured, else by the norms of both; the queries that stay make up for them.
         exclude: name patterns of weights; groups that hold one of them stay whole.
-        round_to: kept widths (per block) are multiples of this.
+        round_to: kept widths (per block) are multiples of this; numbers of whole heads and experts are not.
         uniform_layers: groups of one shape lose equally many channel sets, so that layers that are alike stay
             alike, as some runtimes need it.
         padding_mask: name of the input ``[batch, tokens]`` (``"attention_mask"``, say) that is zero where a

@@ -83,6 +83,12 @@ class Group:
         """Channel sets per block."""
         return self.size // self.blocks
 
+    def step(self, round_to: int) -> int:
+        """What the channel sets that stay of a block are a multiple of, where kept *widths* are multiples of
+        ``round_to``: a whole head or expert that goes leaves the widths of the others as they are.
+        """
+        return round_to if self.granularity == "channel" else 1
+
     def __str__(self) -> str:
         shape = f"{self.blocks} x {self.width}" if self.blocks > 1 else str(self.size)
         shape += f" {self.granularity}s" if self.granularity != "channel" else ""

@@ -94,10 +94,11 @@ class Counted(InProducts):
 
 
 def most_lost(group: Group, round_to: int) -> int:
-    """The most channel sets that one block of a group can lose when what stays of it is a multiple of
+    """The most channel sets that one block of a group can lose when kept widths are multiples of
     ``round_to``.
     """
-    least = -(-group.needed // round_to) * round_to
+    step = group.step(round_to)
+    least = -(-group.needed // step) * step
     return group.width - least if group.width > least else 0
 
 

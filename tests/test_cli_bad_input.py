@@ -150,6 +150,7 @@ OPTIONS = [
     ["--plain", "--include", "exempt"],
     ["--scratch", "@folder"],
     ["--stream", "--recover", "1"],
+    ["--cache-bytes", "0.8", "--dry-run"],
     *(
         ["--scratch", value, "--stream"]
         for value in ("@text.txt", "@text.txt/below", "@pipe", "@loop", f"@{UNDECODABLE}")
@@ -496,6 +497,36 @@ def test_missing_weights_are_named(base: Path, tmp_path: Path) -> None:
     assert DOWN in refused(["prune", folder, "--out", tmp_path / "out", *SMALL])
     again = changed(base, tmp_path / "nan", LOADED["one value is NaN"])
     assert f"'{DOWN}'" in refused(["prune", again, "--out", tmp_path / "out", *SMALL])
+
+
+def test_weights_of_more_layers_than_the_configuration_says(tmp_path: Path) -> None:
+    folder = tmp_path / "model"
+    make_model(folder, layers=2)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 1}))
+    for options in ([], ["--stream"]):
+        said = refused(["prune", folder, "--out", tmp_path / "out", *SMALL, *options])
+        assert "weights of more layers than its configuration says (model.layers.1." in said
+
+
+@pytest.mark.parametrize("option", ["--html", "--checkpoint"])
+def test_paths_inside_of_the_output(base: Path, tmp_path: Path, option: str) -> None:
+    out = tmp_path / "out"
+    for path in (out, out / "inside"):
+        assert "lies in --out" in refused(["prune", base / "model", "--out", out, *SMALL, option, path])
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_text_too_short_to_hold_some_out_is_refused_before_anything_is_pruned(
+    base: Path, tmp_path: Path
+) -> None:
+    text = tmp_path / "one.txt"
+    text.write_text("A smaller model answers")
+    said = refused(
+        ["prune", base / "model", "--out", tmp_path / "out", *SMALL, "--calibration", text, "--recover", "1"]
+    )
+    assert "holds a single chunk" in said
+    assert [path.name for path in tmp_path.iterdir()] == ["one.txt"]
 
 
 def test_the_nearest_that_is_possible_is_named(base: Path, tmp_path: Path) -> None:

@@ -114,6 +114,20 @@ def test_a_key_value_head_takes_its_query_heads_along() -> None:
     assert not analysis.select("exempt"), "no row of W_Q or W_K is left to exempt"
 
 
+def test_widths_are_rounded_and_numbers_of_heads_are_not() -> None:
+    entry = ZOO["gpt2"]
+    model = entry.build()
+    asked: dict[str, Any] = {"score": "random", "restore": None, "sparsity": 0.2, "round_to": 16}
+    with one_capture():
+        for granularity in (("head",), ("head", "channel")):
+            plan = fasp_fx.prune(model, (), entry.example(), granularity=granularity, **asked).plan
+            heads = [group for group in plan.groups if group.granularity == "head"]
+            assert heads, "a model of fewer heads than the width is rounded to loses some all the same"
+            for group in plan.groups:
+                if group.granularity == "channel":
+                    assert (group.size - group.removed_sets) // group.blocks % 16 == 0
+
+
 def test_heads_and_channels_in_one_plan() -> None:
     entry = ZOO["gpt2"]
     model = entry.build()

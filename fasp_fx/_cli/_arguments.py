@@ -48,6 +48,24 @@ def check_path(option: str, given: str | os.PathLike[str] | None) -> None:
         ) from error
 
 
+def check_apart(out: Path, **others: Path | None) -> None:
+    """Refuse paths inside of the folder that a result takes as a whole.
+
+    Args:
+        others: by the names of their options, without dashes.
+
+    Raises:
+        ArgumentError: names the option.
+    """
+    taken = out.absolute()
+    for name, path in others.items():
+        if path is not None and taken in (path.absolute(), *path.absolute().parents):
+            raise ArgumentError(
+                f"--{name} '{path}' lies in --out '{out}', which the result takes as a whole; give another"
+                " path"
+            )
+
+
 def check_text(option: str, file: Path | None, remedy: str = "give a text file") -> None:
     """Refuse what is not a file of text that can be read whole.
 

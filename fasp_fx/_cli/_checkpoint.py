@@ -14,6 +14,7 @@ import torch
 
 from .._store._config_json import LAYERS, layer_counts
 from ..errors import ArgumentError
+from ..hf._unexpected import refuse_left_out
 
 #: the largest vocabularies have a million
 WIDTH = 2**24
@@ -143,6 +144,7 @@ def check_loaded(model: Any, info: dict[str, Any], where: str) -> None:
                 f"'{where}' {what} the weights {', '.join(found[:3])}{rest}, which would be made up; give the"
                 " complete model"
             )
+    refuse_left_out(model, info, where)
     if (
         getattr(model.config, "quantization_config", None) is not None
         and getattr(model, "hf_quantizer", None) is None

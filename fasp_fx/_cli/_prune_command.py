@@ -27,7 +27,7 @@ from ..hf._stages import pruned_already
 from ..recovery import DistillationConfig
 from . import _dry_run, _models, _processes, _saved, _tables
 from ._amounts import read_caps
-from ._arguments import check_path
+from ._arguments import check_apart, check_path
 from ._console import Stages, say
 from ._outcome import measure, recover, show
 from ._texts import Texts, Wanted
@@ -137,6 +137,7 @@ class Request:
         if self.html is not None:
             check_path("--html", self.html)
             check_page(self.html)
+        check_apart(self.out, html=self.html, checkpoint=self.checkpoint, scratch=self.scratch)
 
     def _check_stream(self) -> None:
         if self.scratch is not None:
@@ -262,12 +263,12 @@ def run(request: Request, stages: Stages, console: Console) -> None:
     torch.manual_seed(request.seed)
     source = _models.Source.of(request.model)
     if request.dry_run:
-        heads_asked = bool(request.granularity) if request.plain else None
-        size = request.batches, request.length, request.dtype
-        _dry_run.run(source, request.config, heads_asked, *size, stages, console)
+        _forecast(request, source, stages, console)
         return
     stages.begin("loading the tokenizer and the text")
     texts = Texts(request.texts, _models.load_tokenizer(source))
+    if request.recover:
+        texts.check_two()
     stream = request.stream or _is_too_large(request, source, device, stages)
     with offload(request.scratch or request.out.absolute().parent) if stream else nullcontext() as scratch:
         stages.begin("loading the model")
@@ -279,6 +280,20 @@ def run(request: Request, stages: Stages, console: Console) -> None:
             result = job.prune()
         if _processes.rank() == 0:  # all processes have the same
             _finish(job, result, source)
+
+
+def _forecast(request: Request, source: _models.Source, stages: Stages, console: Console) -> None:
+    """Say what the request would take."""
+    batches = request.batches
+    if request.calibration is not None:
+        stages.begin("loading the tokenizer and the text")
+        used = Texts(request.texts, _models.load_tokenizer(source)).used
+        batches = batches if used is None else len(used)
+    heads_asked = bool(request.granularity) if request.plain else None
+    size = batches, request.length, request.dtype
+    _dry_run.run(source, request.config, heads_asked, *size, stages, console)
+    if request.recover:
+        say(console, "training is not counted: it holds weights, gradients and two averages of them")
 
 
 def _is_too_large(request: Request, source: _models.Source, device: torch.device, stages: Stages) -> bool:

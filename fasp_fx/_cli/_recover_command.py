@@ -12,7 +12,7 @@ from rich.console import Console
 from ..errors import ArgumentError
 from ..recovery import DistillationConfig
 from . import _models, _saved
-from ._arguments import check_path
+from ._arguments import check_apart, check_path
 from ._console import Stages
 from ._outcome import measure, recover, show
 from ._texts import Texts, Wanted
@@ -64,6 +64,7 @@ class Request:
         check_path("the pruned model", self.folder)
         if self.checkpoint is not None:
             check_path("--checkpoint", self.checkpoint)
+            check_apart(self.out, checkpoint=self.checkpoint)
         plain = not _saved.is_saved(self.folder)
         _saved.check_target(self.out, overwrite=self.overwrite, plain=plain)
 
@@ -81,6 +82,7 @@ def run(request: Request, stages: Stages, console: Console) -> None:
     stages.begin("loading the models and the text")
     result = _saved.load_pruned(Path(request.folder), device)
     texts = Texts(request.texts, result.tokenizer)
+    texts.check_two()
     held = next(parameter.dtype for parameter in result.model.parameters() if parameter.is_floating_point())
     dense = _models.load_model(source, dtype=str(held).removeprefix("torch."), device=device)
     _models.check_length(dense, request.texts.length)

@@ -91,13 +91,25 @@ class Texts:
             self.evaluation = chunks[first : first + wanted.eval_batches]
             if not len(self.evaluation):
                 raise CalibrationError(
-                    f"calibration takes all {len(chunks)} chunks of '{wanted.text}', leaving none to measure;"
+                    f"all {len(chunks)} chunks of '{wanted.text}' are used, leaving none to measure on;"
                     " use fewer --batches or a smaller --length"
                 )
             last = first + len(self.evaluation) - 1
             self.label = (
                 f"perplexity on chunks {first} to {last} of {wanted.text.name} ({len(self.evaluation)} x"
                 f" {wanted.length} tokens)"
+            )
+
+    def check_two(self) -> None:
+        """Refuse a file of a single chunk, where one is to be held out.
+
+        Raises:
+            CalibrationError: says which file.
+        """
+        if self.used is not None and len(self.used) < 2:
+            raise CalibrationError(
+                f"'{self.wanted.file}' holds a single chunk of {self.wanted.length} tokens, and training"
+                " holds one out; give more text, or a smaller --length"
             )
 
     def check(self, model: Any, what: str) -> None:

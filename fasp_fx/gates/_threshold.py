@@ -31,7 +31,7 @@ class Threshold(CostAllocation):
         def lost(place: int) -> list[int]:
             counts = (int(np.searchsorted(own, thresholds[place], "right")) for own in chances)
             stay = (
-                -(-(group.width - count) // round_to) * round_to
+                -(-(group.width - count) // group.step(round_to)) * group.step(round_to)
                 for group, count in zip(budget.groups, counts, strict=True)
             )
             return [

@@ -113,7 +113,7 @@ class PrunedForCausalLM(PrunedModel):
 
     def prepare_inputs_for_generation(self, input_ids: Tensor, *args: Any, **kwargs: Any) -> dict[str, Any]:
         """As transformers' own; positions are left out where the original model takes none."""
-        inputs: dict[str, Any] = super().prepare_inputs_for_generation(input_ids, *args, **kwargs)
+        inputs = super().prepare_inputs_for_generation(input_ids, *args, **kwargs)
         if self.config.positions is None:
             inputs.pop("position_ids", None)
         return inputs

@@ -83,6 +83,12 @@ class Experiments:
                 f" built from the config {found.get(odd[0], 'has no such weight')}; a plain checkpoint needs"
                 " a model of its config's sizes"
             )
+        if untied := sorted(map(sorted, _ties(model) - _ties(self._made({})))):
+            raise ArgumentError(
+                f"the config does not describe the model: {' and '.join(map(repr, untied[0]))} are one"
+                " weight, which a model built from the config holds twice; set tie_word_embeddings=True where"
+                " that says it, or prune without plain"
+            )
         self._absent = self._missing()
         self.pins = dict(self._find_pins())
         if self.build(self.pins) != self.shapes:
@@ -121,11 +127,16 @@ class Experiments:
         if key not in self._found:
             with quiet(), torch.random.fork_rng(devices=[]):
                 try:
-                    with torch.device("meta"):
-                        self._found[key] = _shapes(self._class(self.config(assignment)))
+                    self._found[key] = _shapes(self._made(assignment))
                 except Exception as error:  # a class raises what it likes about sizes it does not take
                     self._found[key] = first_line(error)
         return self._found[key]
+
+    def _made(self, assignment: Assignment) -> nn.Module:
+        """The class at other sizes, on the meta device."""
+        with torch.device("meta"):
+            made: nn.Module = self._class(self.config(assignment))
+        return made
 
     def losses(self, assignment: Assignment) -> dict[tuple[str, int], int] | str:
         """By how much each dimension of each parameter and buffer shrinks, where it does; or why that cannot
@@ -207,6 +218,14 @@ class Experiments:
                         undo.callback(delattr, kind, "__getattr__")
                 self._class(config)
         return list(dict.fromkeys(asked))
+
+
+def _ties(model: nn.Module) -> set[frozenset[str]]:
+    """The names of each weight that has several."""
+    names: dict[int, set[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        names.setdefault(id(parameter), set()).add(name)
+    return {frozenset(own) for own in names.values() if len(own) > 1}
 
 
 def _shapes(model: nn.Module) -> Shapes:

@@ -29,7 +29,8 @@ class Habits:
 
 def _tolerance(dtype: torch.dtype) -> float:
     """By how much values of a dtype that are computed in two ways may differ, relative to the largest."""
-    return {torch.float64: 1e-9, torch.float32: 1e-3}.get(dtype, 5e-2)
+    # Models of float64 compute some steps in float32.
+    return {torch.float64: 1e-5, torch.float32: 1e-3}.get(dtype, 5e-2)
 
 
 def far(found: Tensor, expected: Tensor) -> bool:

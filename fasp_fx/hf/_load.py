@@ -23,6 +23,28 @@ from ._labels import LOSSES, MOVES, POSITIONS
 if TYPE_CHECKING:
     from ._model import PrunedModel
 
+#: fields of a configuration that say where a model came from, or are options of their own
+_OF_THE_FOLDER = (
+    "_name_or_path",
+    "transformers_version",
+    "architectures",
+    "attn_implementation",
+    "_attn_implementation",
+    "dtype",
+    "torch_dtype",
+)
+#: fields that say what the programs are
+_OF_THE_PROGRAMS = (
+    "original",
+    "positions",
+    "position_limit",
+    "loss",
+    "labels_moved",
+    "packs",
+    "fasp_fx_version",
+    "is_encoder_decoder",
+    "model_type",
+)
 _HUB = ("cache_dir", "force_download", "local_files_only", "revision", "token")
 #: arguments of transformers' loaders that change nothing here
 _WITHOUT_EFFECT = (
@@ -72,6 +94,7 @@ def load(
     device = _device(device_map)
     programs = folders.read_json(folder / "programs.json")
     found = _config(folder, kind)
+    _override(found, config)
     _check_dtype(found, dtype if dtype is not None else torch_dtype)
     parts = _parts(folder, programs, device)
     if set(parts.programs) != kind.program_names:
@@ -172,6 +195,26 @@ def _read(read: Any, name: str) -> Any:
         raise
     except Exception as error:  # transformers' readers raise whatever the file makes them trip over
         raise StoreError(f"{name} cannot be read: {first_line(error)}; save the model again") from error
+
+
+def _override(found: PrunedConfig, given: Any) -> None:
+    """Take over what the caller has changed of the configuration, as transformers does.
+
+    Raises:
+        ArgumentError: a change speaks of the programs, which are what they are.
+    """
+    if not isinstance(given, PrunedConfig):
+        return
+    stored = found.to_dict()
+    for name, value in given.to_dict().items():
+        if name in _OF_THE_FOLDER or stored.get(name) == value:
+            continue
+        if name in _OF_THE_PROGRAMS:
+            raise ArgumentError(
+                f"'{name}' of the configuration cannot be changed: it describes the pruned programs; leave it"
+                " as it was saved"
+            )
+        setattr(found, name, value)
 
 
 def _check_dtype(config: PrunedConfig, asked: Any) -> None:

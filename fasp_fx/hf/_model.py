@@ -17,6 +17,9 @@ from . import _caches
 from ._config import PrunedConfig
 from ._held import Parts, adopt_constants, place, served, step
 
+#: what ``generate`` is given for stop strings and assistants, and passes to the model with all else
+_OF_THE_LOOP = ("tokenizer", "assistant_tokenizer")
+
 
 class PrunedModel(PreTrainedModel, GenerationMixin):
     """A model whose forward is a captured and pruned program with a cache; made by :func:`fasp_fx.hf.prune`
@@ -49,6 +52,13 @@ class PrunedModel(PreTrainedModel, GenerationMixin):
         self._steps = {name: step(program) for name, program in self._programs.items()}
         self._cache_sizes = {name: program.cache_sizes() for name, program in self._programs.items()}
         self.eval()
+
+    def prepare_inputs_for_generation(self, input_ids: Tensor, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """As transformers' own, without what ``generate`` hands on to the loop around the model."""
+        for name in _OF_THE_LOOP:
+            kwargs.pop(name, None)
+        inputs: dict[str, Any] = super().prepare_inputs_for_generation(input_ids, *args, **kwargs)
+        return inputs
 
     def _run(self, name: str, values: dict[str, Tensor], one: bool = False) -> dict[str, Tensor]:
         """Run a program; ``one``: in the form for a query of one token."""

@@ -16,6 +16,7 @@ from .._compat._transformers import kept_in_float32
 from .._offload._context import keep_weights
 from .._offload._scratch import Scratch
 from ..errors import ArgumentError, FaspError, first_line
+from ._unexpected import refuse_left_out
 
 T = TypeVar("T")
 
@@ -85,8 +86,9 @@ def load_offloaded(
                 f"'{folder}' does not hold all of the model: {what.replace('_', ' ')}: {first}; give a"
                 " complete checkpoint"
             )
+    refuse_left_out(model, info, str(folder))
     keep_weights(model, scratch)  # what transformers had to convert
-    model.name_or_path = str(folder)
+    model.name_or_path = model.config._name_or_path = str(folder)
     if model.can_generate() and (folder / "generation_config.json").is_file():
         with contextlib.suppress(OSError, ValueError):
             # Transformers makes one of the configuration where there is none that can be read.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import itertools
 import math
 import pathlib
@@ -95,6 +96,7 @@ def prune_plain(
     assert isinstance(model, PreTrainedModel)
     if asked.needs_data:
         check_calibration(calibration)
+        calibration = _positioned(model, calibration)
     if example is None:
         calibration, example = _example(model, calibration)
     masked = isinstance(example.get("attention_mask"), Tensor) and example["attention_mask"].dim() == 2
@@ -172,6 +174,27 @@ def plain_config(
         granularity=asked.granularity if heads_asked else ("channel", "head"),
     )
     return experiments, settings, own
+
+
+def _positioned(model: PreTrainedModel, calibration: Iterable[Any] | None) -> Iterable[Any] | None:
+    """Batches of a decoder with the positions that ``generate`` gives its tokens, which are counted from the
+    first one that the mask shows.
+    """
+    if (
+        calibration is None
+        or not model.can_generate()
+        or model.config.is_encoder_decoder
+        or "position_ids" not in inspect.signature(model.forward).parameters
+    ):
+        return calibration
+    return (_with_positions(batch) for batch in calibration)
+
+
+def _with_positions(batch: Any) -> Any:
+    mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
+    if not isinstance(mask, Tensor) or mask.dim() != 2 or batch.get("position_ids") is not None:
+        return batch
+    return {**batch, "position_ids": (mask.long().cumsum(-1) - 1).clamp(min=0)}
 
 
 def _example(

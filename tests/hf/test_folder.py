@@ -237,6 +237,7 @@ def test_forged_programs_are_refused(copied: Path) -> None:
         ({"device_map": "sequential"}, "device_map"),
         ({"attn_implementation": "eager"}, "attn_implementation"),
         ({"quantization_config": {"bits": 4}}, "quantization_config"),
+        ({"positions": "none such"}, "positions"),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )
@@ -250,6 +251,20 @@ def test_what_can_be_honoured(folder: Path) -> None:
     both = ({"dtype": "auto", "device_map": "cpu"}, {"dtype": torch.float64, "device_map": {"": "cpu"}})
     for options in both:
         assert AutoModelForCausalLM.from_pretrained(folder, **options).dtype == torch.float64
+
+
+def test_a_changed_configuration_is_the_models(folder: Path) -> None:
+    tokens = torch.arange(3, 9)[None]
+    model = AutoModelForCausalLM.from_pretrained(folder, use_cache=False, pad_token_id=7)
+    assert (model.config.use_cache, model.config.pad_token_id) == (False, 7)
+    assert model(tokens).past_key_values is None
+    again = AutoModelForCausalLM.from_pretrained(folder, config=model.config)
+    assert (again.config.use_cache, again.config.pad_token_id) == (False, 7)
+    usual = AutoModelForCausalLM.from_pretrained(folder)
+    assert usual(tokens).past_key_values is not None
+    asked = AutoModelForCausalLM.from_pretrained(folder, output_hidden_states=True)
+    with pytest.raises(fasp_fx.ArgumentError, match="hidden_states"):
+        asked(tokens)
 
 
 def test_the_wrong_auto_class_is_told(folder: Path, tmp_path: Path) -> None:

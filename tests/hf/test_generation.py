@@ -44,6 +44,15 @@ def test_same_tokens_as_the_masked_dense_model(name: str, case: Case) -> None:
         )
 
 
+@pytest.mark.parametrize("name", ["llama_gqa", pytest.param("t5", marks=pytest.mark.slow)])
+def test_what_stop_strings_need_reaches_no_program(name: str) -> None:
+    model, inputs = pruned(name).model, Case(1, 1).inputs(name)
+    prepared = model.prepare_inputs_for_generation(
+        inputs["input_ids"], tokenizer=object(), assistant_tokenizer=object()
+    )
+    assert not {"tokenizer", "assistant_tokenizer"} & prepared.keys()
+
+
 @pytest.mark.parametrize(
     "name", ["llama_gqa", "gpt2", *[pytest.param(name, marks=pytest.mark.slow) for name in NAMES[2:]]]
 )

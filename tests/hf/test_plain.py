@@ -248,6 +248,32 @@ def test_a_model_that_its_config_does_not_describe_is_refused() -> None:
         prune(model, **UNREPAIRED)
 
 
+def test_a_head_tied_by_hand_is_refused() -> None:
+    model = copy.deepcopy(dense("llama"))
+    model.config.tie_word_embeddings = False
+    model.lm_head.weight = model.model.embed_tokens.weight
+    with pytest.raises(
+        fasp_fx.ArgumentError, match=r"'lm_head.weight' and 'model.embed_tokens.weight' are one weight"
+    ):
+        prune(model, **UNREPAIRED)
+
+
+def test_padding_on_the_left_moves_no_position() -> None:
+    """GPT-2 has a table of positions, and computes them by itself as if nothing were padded."""
+    texts = [torch.randint(3, 60, (length,)) for length in (6, 11, 8, 17, 9, 12, 7, 20)]
+    batches = []
+    for group in (texts[:4], texts[4:]):
+        mask = torch.nn.utils.rnn.pad_sequence(
+            [torch.ones_like(text) for text in group], batch_first=True, padding_side="left"
+        )
+        ids = torch.nn.utils.rnn.pad_sequence(group, batch_first=True, padding_side="left")
+        batches.append({"input_ids": ids, "attention_mask": mask})
+    alone = [{"input_ids": text[None], "attention_mask": torch.ones_like(text)[None]} for text in texts]
+    asked: dict[str, Any] = {"plain": True, "quality": "fast", "restore": None, "sparsity": 0.3}
+    made = [prune(dense("gpt2"), calibration=given, **asked) for given in (batches, alone)]
+    assert made[0].plan.groups == made[1].plan.groups
+
+
 def test_what_a_config_cannot_be_asked_is_refused() -> None:
     with pytest.raises(fasp_fx.ArgumentError, match=r"include=.*cannot be had in a plain checkpoint"):
         prune(dense("llama"), **UNREPAIRED, include=("approximate",))
