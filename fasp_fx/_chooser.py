@@ -162,15 +162,15 @@ class Chooser:
         assert isinstance(self._allocate, CostAllocation)
         self._allocate.check(part, self.config.round_to)
 
-    def expected_sparsity(self, budget: Budget, analysis: Analysis) -> float:
+    def expected_sparsity(self, analysis: Analysis) -> float:
         """The sparsity that is asked for, or that a budget comes to where all groups lose alike.
 
         Raises:
-            FaspError: as for :meth:`allocate`.
+            FaspError: as for :meth:`budget` and :meth:`allocate`.
         """
         if (asked := self.config.requested) is not None and not self.config.caps:
             return asked
-        alike = Chooser(replace(self.config, allocation="uniform"))
+        budget, alike = self.budget(analysis), Chooser(replace(self.config, allocation="uniform"))
         return Sparsity(analysis).removed(budget.counts(alike.allocate(budget, analysis.groups, None)))
 
     def measure(

@@ -54,16 +54,11 @@ def run(
     example = {"input_ids": torch.zeros(1, length, dtype=torch.long), "use_cache": False}
     analysis = analyze(empty, (), example, granularity=config.granularity, include=config.include)
     chooser = Chooser(config)
-    budget = chooser.budget(analysis)
-    chooser.check(budget, analysis.groups)
+    chooser.check(chooser.budget(analysis), analysis.groups)
     stages.begin("measuring how fast this machine is")
     named = _models.DTYPES.get(dtype) or getattr(getattr(empty, "config", None), "dtype", None)
     found = forecast(
-        analysis,
-        config,
-        batches,
-        sparsity=chooser.expected_sparsity(budget, analysis),
-        dtype=named if isinstance(named, torch.dtype) else torch.float32,
+        analysis, config, batches, dtype=named if isinstance(named, torch.dtype) else torch.float32
     )
     stages.end()
     console.print(_table(found))

@@ -90,7 +90,6 @@ def forecast(
     config: PruningConfig,
     batches: int,
     *,
-    sparsity: float | None = None,
     dtype: torch.dtype | None = None,
     measure: bool = True,
 ) -> Forecast:
@@ -100,8 +99,6 @@ def forecast(
         analysis: of the model, which may lie on the meta device.
         config: what is asked for.
         batches: how many batches calibrate.
-        sparsity: how much goes; ``None``: what the budget or the sparsities asked for come to where all
-            groups lose alike.
         dtype: of the weights; ``None``: as they are.
         measure: try for some seconds how fast this machine is, to predict times.
     """
@@ -116,8 +113,7 @@ def forecast(
         (tensor for name, tensor in weights.items() if name in analysis.walk.facts.matrices), kind
     )
     chooser = Chooser(config)
-    if sparsity is None:
-        sparsity = chooser.expected_sparsity(chooser.budget(analysis), analysis)
+    sparsity = chooser.expected_sparsity(analysis)
     graph_sizes = Sizes(program.module, small=False)
     live = live_bytes(program.module.graph, lambda shape: (graph_sizes.integer(size) for size in shape))
     place = {node: index for index, node in enumerate(program.module.graph.nodes)}
