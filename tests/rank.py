@@ -19,7 +19,6 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from typer.testing import CliRunner
 
 import fasp_fx
-import fasp_fx.hf
 from fasp_fx.allocation import Search
 from fasp_fx.cli import app
 from fasp_fx.errors import ArgumentError, CalibrationError, RankError
@@ -112,9 +111,18 @@ def numbers() -> list[Tensor]:
 def cases(group: dist.ProcessGroup | None) -> dict[str, tuple[Any, dict[str, Tensor]]]:
     """Prunings with their plans and weights."""
     found = {}
+    texts = [{"input_ids": batch, "use_cache": False} for batch in tokens()]
+    captured = fasp_fx.capture(llama(), (), texts[0])
     for quality in ("fast", "best"):
-        pruned = fasp_fx.hf.prune(llama(), calibration=tokens(), sparsity=0.3, quality=quality, group=group)  # type: ignore[arg-type]
-        found[f"a Llama, {quality}"] = (pruned.plan, pruned.model.state_dict())
+        result = fasp_fx.prune(
+            captured,
+            calibration=texts,
+            sparsity=0.3,
+            quality=quality,  # type: ignore[arg-type]
+            loss="next-token",
+            group=group,
+        )
+        found[f"a Llama, {quality}"] = (result.plan, result.module.state_dict())
     captured = fasp_fx.capture(twice(), (numbers()[0],))
     search = {"allocation": Search(generations=3, offspring=4, sequences=5)}
     for options in ({"quality": "balanced"}, {"quality": "fast", "include": ("exempt",)}, search):

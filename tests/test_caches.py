@@ -11,6 +11,8 @@ from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 import fasp_fx
 from fasp_fx._compat._transformers import CACHE
 
+pytestmark = pytest.mark.usefixtures("shared_captures")
+
 
 @pytest.fixture(scope="module")
 def model() -> Any:

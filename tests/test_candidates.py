@@ -15,6 +15,8 @@ import fasp_fx
 from fasp_fx.allocation import Budget, Global, Target
 from fasp_fx.candidates import Varied, best_of
 
+pytestmark = pytest.mark.usefixtures("shared_captures")
+
 
 @given(seed=st.integers(0, 99), spread=st.floats(0, 1), sparsity=st.floats(0.1, 0.8))
 def test_every_candidate_meets_the_budget(seed: int, spread: float, sparsity: float) -> None:

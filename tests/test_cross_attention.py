@@ -53,7 +53,7 @@ MODELS = {
     "without bias": lambda: Cross(several=False, bias=False),
     "keys and values of two": lambda: Cross(several=True),
     "decoder": lambda: Decoder(1),
-    "decoder, norm first": lambda: Decoder(2, norm_first=True, activation="gelu"),
+    "decoder, norm first": lambda: Decoder(1, norm_first=True, activation="gelu"),
 }
 OPTIONS: dict[str, dict[str, Any]] = {
     "channels": {},

@@ -24,6 +24,7 @@ import fasp_fx.testing
 from fasp_fx._capture import capture
 
 pytestmark = [
+    pytest.mark.usefixtures("shared_captures"),
     pytest.mark.filterwarnings("ignore::fasp_fx.CalibrationWarning"),
     pytest.mark.filterwarnings("ignore::FutureWarning"),
 ]

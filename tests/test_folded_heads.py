@@ -19,6 +19,8 @@ import fasp_fx
 import fasp_fx.patterns
 from fasp_fx.channels import repeating
 
+pytestmark = pytest.mark.usefixtures("shared_captures")
+
 
 class Attended(nn.Module):
     """Attention between two layers."""

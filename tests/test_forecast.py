@@ -21,6 +21,8 @@ from fasp_fx.budgets import Parameters
 from fasp_fx.cli import app
 from fasp_fx.config import PruningConfig
 
+pytestmark = pytest.mark.usefixtures("shared_captures")
+
 
 class Model(nn.Module):
     """A residual stream, a wide layer, and something for every layer that is returned."""

@@ -15,6 +15,8 @@ import fasp_fx
 from fasp_fx.budgets import Parameters
 from fasp_fx.gates import Gates, HardConcrete, Projected, attach
 
+pytestmark = pytest.mark.usefixtures("shared_captures")
+
 X = torch.randn(64, 6, generator=torch.Generator().manual_seed(0))
 
 

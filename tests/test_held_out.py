@@ -295,7 +295,7 @@ def test_one_warning_sums_up_where_data_are_too_few() -> None:
     )
 
 
-@pytest.mark.parametrize("name", ["llama", "t5"])
+@pytest.mark.parametrize("name", ["llama", pytest.param("t5", marks=pytest.mark.slow)])
 @pytest.mark.filterwarnings("ignore::fasp_fx.CalibrationWarning")
 def test_sequences_may_come_in_any_batches(name: str) -> None:
     model = generating(name)

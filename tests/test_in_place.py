@@ -16,6 +16,8 @@ from torch.utils import _pytree as pytree
 import fasp_fx
 from fasp_fx._capture import _functional
 
+pytestmark = pytest.mark.usefixtures("shared_captures")
+
 X = torch.randn(3, 5, 8, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
 
 

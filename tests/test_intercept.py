@@ -10,6 +10,8 @@ from torch import Tensor, nn
 
 import fasp_fx
 
+pytestmark = pytest.mark.usefixtures("shared_captures")
+
 
 def data(width: int, count: int = 8, rows: int = 64) -> list[Tensor]:
     return [torch.randn(rows, width, generator=torch.Generator().manual_seed(seed)) for seed in range(count)]

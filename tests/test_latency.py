@@ -18,6 +18,8 @@ import fasp_fx
 from fasp_fx.budgets import Latency, Parameters
 from fasp_fx.latency import LatencyTable
 
+pytestmark = pytest.mark.usefixtures("shared_captures")
+
 FAST: dict[str, Any] = {"score": "magnitude", "restore": None}
 
 

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 import fasp_fx
 from fasp_fx.testing import check_program
 
-pytestmark = pytest.mark.usefixtures("no_files")
+pytestmark = pytest.mark.usefixtures("no_files", "shared_captures")
 
 
 class Image(nn.Module):

@@ -25,6 +25,7 @@ from torch.utils import _pytree as pytree
 import fasp_fx
 
 pytestmark = [
+    pytest.mark.usefixtures("shared_captures"),
     pytest.mark.filterwarnings("ignore::fasp_fx.CalibrationWarning"),
     pytest.mark.usefixtures("no_files"),
 ]

@@ -27,6 +27,8 @@ from fasp_fx._offload._scratch import FILE_BYTES, SMALLEST, Scratch
 from fasp_fx._offload._watch import mapped_bytes
 from fasp_fx.errors import ArgumentError, OffloadError
 
+pytestmark = pytest.mark.usefixtures("shared_captures")
+
 BATCHES = [torch.arange(64).reshape(2, 32) * step % 97 for step in (3, 5, 7)]
 
 

@@ -16,6 +16,8 @@ from zoo import randomise
 import fasp_fx
 from fasp_fx.restoration import GRID
 
+pytestmark = pytest.mark.usefixtures("shared_captures")
+
 HEADS, SIZE, WIDTH = 2, 8, 12
 
 

@@ -12,6 +12,8 @@ from torch.nn import functional as F
 
 import fasp_fx
 
+pytestmark = pytest.mark.usefixtures("shared_captures")
+
 LIBRARY = torch.library.Library("fasp_fx_read", "DEF")
 
 

@@ -13,6 +13,8 @@ import fasp_fx
 from fasp_fx._store._report_json import report_from_json, report_to_json
 from fasp_fx.report import Report
 
+pytestmark = pytest.mark.usefixtures("shared_captures")
+
 
 class Normed(nn.Module):
     """A stream through a norm, and neurons beside it."""

@@ -22,6 +22,8 @@ from zoo import randomise
 import fasp_fx
 from fasp_fx.quantise import linear_weights, quantise, weight_bytes
 
+pytestmark = pytest.mark.usefixtures("shared_captures")
+
 #: for the same arithmetic in another order
 CLOSE = 1e-5
 

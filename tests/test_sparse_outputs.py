@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 import fasp_fx
 
-pytestmark = pytest.mark.usefixtures("no_files")
+pytestmark = pytest.mark.usefixtures("no_files", "shared_captures")
 
 
 class Sparse(nn.Module):

@@ -100,7 +100,7 @@ def test_stacks_are_pruned_exactly(name: str) -> None:
         if g.status == "prunable" and g.size == INNER * (g.blocks if blocks > 1 else 1) and g.blocks == blocks
     ]
     assert inner, "\n".join(map(str, analysis.groups))
-    for seed in range(3):
+    for seed in range(2):
         torch.manual_seed(seed)
         result = fasp_fx.prune(model, (ROWS,), sparsity=0.4, score="random", restore=None)
         _assert_exact(model, result)

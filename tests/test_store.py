@@ -22,7 +22,10 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 import fasp_fx
 from fasp_fx._store import _folder as folders
 
-pytestmark = pytest.mark.filterwarnings("ignore::fasp_fx.CalibrationWarning")
+pytestmark = [
+    pytest.mark.usefixtures("shared_captures"),
+    pytest.mark.filterwarnings("ignore::fasp_fx.CalibrationWarning"),
+]
 
 
 @pytest.fixture(scope="module")

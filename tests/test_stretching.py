@@ -15,6 +15,8 @@ from torch.nn import functional
 
 import fasp_fx
 
+pytestmark = pytest.mark.usefixtures("shared_captures")
+
 Spread = Callable[[Tensor, Tensor, nn.Parameter], Tensor]
 
 FORMS: dict[str, Spread] = {

@@ -12,6 +12,8 @@ from torch import Tensor, nn
 
 import fasp_fx
 
+pytestmark = pytest.mark.usefixtures("shared_captures")
+
 
 class Traced(nn.Module):
     """Does something else while it is traced."""

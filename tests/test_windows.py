@@ -20,6 +20,8 @@ from fasp_fx._observe._windows import find_windows
 from fasp_fx.restoration import Window
 from fasp_fx.testing import build, example, programs
 
+pytestmark = pytest.mark.usefixtures("shared_captures")
+
 
 class Block(nn.Module):
     def __init__(self, width: int, hidden: int) -> None:

@@ -19,6 +19,8 @@ from fasp_fx import hf
 from fasp_fx._compat._transformers import CACHE
 from fasp_fx.hf._labels import MOVES, POSITIONS
 
+pytestmark = pytest.mark.usefixtures("shared_captures")
+
 SIZES = {
     "vocab_size": 64,
     "max_position_embeddings": 64,

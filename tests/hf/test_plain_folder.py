@@ -15,6 +15,8 @@ from fasp_fx import PruningPlan, Report
 from fasp_fx.hf._plain_folder import is_plain, save_plain
 from fasp_fx.report import Line
 
+pytestmark = pytest.mark.usefixtures("shared_captures")
+
 PLAN = PruningPlan("0" * 64, (), 0.25)
 REPORT = Report(
     0.25,

@@ -26,6 +26,8 @@ from fasp_fx.testing.specs import (
     Tied,
 )
 
+pytestmark = pytest.mark.usefixtures("shared_captures")
+
 pytest_plugins = ["pytester"]
 
 CHAIN = Net((Linear(6), Activation(), Linear(4)))

@@ -21,6 +21,8 @@ from fasp_fx.testing import CheckFailed, build, check_program, example, odd_nets
 from fasp_fx.testing._net import blocks_of
 from fasp_fx.testing.specs import Foreign, Linear, Net, Odd, Remember, Vectors
 
+pytestmark = pytest.mark.usefixtures("shared_captures")
+
 #: draws from the family among which each fault has to be found
 DRAWS = 2000
 
