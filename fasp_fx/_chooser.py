@@ -10,6 +10,7 @@ import torch
 
 from ._alike import AlikeBudget
 from ._device import device_of, float32_products, multiplies_bfloat16
+from ._limits import departures
 from ._observe._consumers import Consumers
 from ._observe._costs import curves_of, orders_of
 from ._observe._drawing import drawing_alike
@@ -338,6 +339,9 @@ class Chooser:
         trial = None if self._trial is None else AskedTrial(self._trial, spread, advance, state)
         found = self._allocated(part if alike is None else alike, costs, trial)
         self.notes = [] if trial is None else trial.notes
+        if callable(self.config.allocation) and not isinstance(self.config.sparsity, Mapping):
+            kept = part if alike is None else alike
+            self.notes = [*departures(found, kept, self.config.round_to), *self.notes]
         self._trial = None  # its Gram matrices are not needed any more
         return spread(found)
 

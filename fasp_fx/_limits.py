@@ -170,6 +170,32 @@ def validate(lost: Any, budget: Budget) -> list[int]:
     return [int(sets) for sets in found]
 
 
+def departures(lost: Sequence[int], budget: Budget, round_to: int) -> list[str]:
+    """What of the request an allocation does not keep, in words: a sparsity that is missed by more than the
+    largest step, widths that are no multiples of ``round_to``.
+    """
+    found = []
+    uneven = [
+        group.name
+        for group, sets in zip(budget.groups, lost, strict=True)
+        if sets and (group.width - sets) % group.step(round_to)
+    ]
+    if uneven:
+        more = f" and {len(uneven) - 1} more" if len(uneven) > 1 else ""
+        found.append(
+            f"the allocation leaves a width that is no multiple of round_to={round_to} in '{uneven[0]}'{more}"
+        )
+    missed = budget.over(lost)
+    steps = [group.step(round_to) for group in budget.groups]
+    if not budget.is_ceiling and abs(missed) > (budget.effects(lost).max(1) * steps).max() + 1e-9:
+        asked = max(limit.need for limit in budget.limits)
+        found.append(
+            f"the allocation takes {asked - missed:.1%} of the prunable weights, where {asked:.1%} was asked"
+            " for"
+        )
+    return found
+
+
 def lost_per_block(width: int, fraction: float, round_to: int, needed: int = 1) -> int:
     """The removal nearest to ``fraction`` of a block that leaves a multiple of ``round_to``, and at least as
     many as are needed.

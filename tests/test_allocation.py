@@ -32,6 +32,24 @@ def test_a_callable_decides() -> None:
     )
     assert seen == [(20, 0.4, 2)] * len(seen)
     assert result.plan.groups[0].removed_sets == 7
+    assert result.report.notes == (
+        "the allocation leaves a width that is no multiple of round_to=2 in 'second.weight'",
+    )
+
+
+@pytest.mark.parametrize(("lost", "is_told"), [(2, True), (6, False), (8, False), (14, True)])
+def test_a_sparsity_that_is_missed_by_more_than_a_step_is_told(lost: int, is_told: bool) -> None:
+    result = fasp_fx.prune(
+        TwoLayers().eval(),
+        (torch.randn(2, 12),),
+        allocation=lambda budget, round_to: [lost],
+        sparsity=0.4,
+        round_to=2,
+        score="magnitude",
+        restore=None,
+    )
+    told = f"the allocation takes {lost / 20:.1%} of the prunable weights, where 40.0% was asked for"
+    assert (told in result.report.notes) == is_told
 
 
 @pytest.mark.parametrize(
