@@ -336,11 +336,11 @@ class Chooser:
 
         if alike is not None and costs is not None:
             costs = alike.joined(costs)
-        trial = None if self._trial is None else AskedTrial(self._trial, spread, advance, state)
-        found = self._allocated(part if alike is None else alike, costs, trial)
+        kept = part if alike is None else alike
+        trial = None if self._trial is None else AskedTrial(self._trial, kept.groups, spread, advance, state)
+        found = self._allocated(kept, costs, trial)
         self.notes = [] if trial is None else trial.notes
         if callable(self.config.allocation) and not isinstance(self.config.sparsity, Mapping):
-            kept = part if alike is None else alike
             self.notes = [*departures(found, kept, self.config.round_to), *self.notes]
         self._trial = None  # its Gram matrices are not needed any more
         return spread(found)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -97,7 +98,15 @@ class Budget:
         """By how much too much stays of the resource of which most does, as a fraction of what the dense
         model has; negative where enough goes.
         """
-        return max(limit.over(self.counts(lost)) for limit in self.limits)
+        counts = self.counts(lost)
+        found = [limit.over(counts) for limit in self.limits]
+        for limit, over in zip(self.limits, found, strict=True):
+            if math.isnan(over):
+                raise ArgumentError(
+                    f"{type(limit.resource).__name__}.used() gives no number where the groups lose {counts}"
+                    " channel sets; it must say how much is left for every loss within reach"
+                )
+        return max(found)
 
     def removed(self, lost: Sequence[int]) -> list[float]:
         """The fraction of each resource that goes."""
@@ -141,8 +150,23 @@ def validate(lost: Any, budget: Budget) -> list[int]:
     """What an allocation returned, if it can be done.
 
     Raises:
-        ArgumentError: not one number for each group, or one that leaves less than the group needs.
+        ArgumentError: see :func:`check_counts`.
         BudgetError: it leaves more than a budget allows.
+    """
+    found = check_counts(lost, budget.groups)
+    if budget.is_ceiling and (over := budget.over(found)) > 0:
+        raise BudgetError(
+            f"the allocation leaves {over:.2%} of the dense model's more than the budget allows; it must"
+            " bring budget.over(…) to 0"
+        )
+    return found
+
+
+def check_counts(lost: Any, groups: Sequence[Group]) -> list[int]:
+    """How many channel sets each block of some groups loses, if it can.
+
+    Raises:
+        ArgumentError: not one whole number for each group, or one that leaves less than the group needs.
     """
     if not isinstance(lost, Iterable):
         raise ArgumentError(
@@ -150,23 +174,18 @@ def validate(lost: Any, budget: Budget) -> list[int]:
             " each group"
         )
     found = list(lost)
-    if len(found) != len(budget.groups):
+    if len(found) != len(groups):
         raise ArgumentError(
-            f"the allocation returned {len(found)} numbers for {len(budget.groups)} groups; it must return"
+            f"the allocation returned {len(found)} numbers for {len(groups)} groups; it must return"
             " one for each"
         )
-    for group, sets in zip(budget.groups, found, strict=True):
+    for group, sets in zip(groups, found, strict=True):
         most = deepest_loss(group)
         if isinstance(sets, bool) or not isinstance(sets, (int, np.integer)) or not 0 <= sets <= most:
             raise ArgumentError(
                 f"the allocation takes {sets!r} channel sets from a block of '{group.name}'; give a whole"
                 f" number from 0 to {most}"
             )
-    if budget.is_ceiling and (over := budget.over(found)) > 0:
-        raise BudgetError(
-            f"the allocation leaves {over:.2%} of the dense model's more than the budget allows; it must"
-            " bring budget.over(…) to 0"
-        )
     return [int(sets) for sets in found]
 
 
@@ -248,6 +267,7 @@ __all__ = [
     "Ceiling",
     "Limit",
     "Target",
+    "check_counts",
     "check_reach",
     "deepest_loss",
     "lost_per_block",

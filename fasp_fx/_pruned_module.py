@@ -18,6 +18,7 @@ from ._compat import PRESERVED, pytree
 from ._compile._flex import make_traceable
 from ._program import graph_module
 from .channels import attribute, target_name
+from .errors import StoreError
 
 
 class PrunedModule(fx.GraphModule):
@@ -43,10 +44,7 @@ class PrunedModule(fx.GraphModule):
         from ._store._graph_json import program_to_json
 
         program, signature = self.origin
-        weights, constants = (
-            {name: _now(self, name, value) for name, value in held.items()}
-            for held in (program.state_dict, program.constants)
-        )
+        weights, constants = values_now(self, program)
         preserved = self.meta.get(PRESERVED, {})
         return _rebuilt, (
             program_to_json(program),
@@ -112,9 +110,42 @@ def _remember(module: fx.GraphModule, exported: ExportedProgram, signature: Call
     module.origin = (program, signature)
 
 
+def values_now(module: nn.Module, program: ExportedProgram) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """The weights and the constants of a module that was made of a program, as they are now; tensors may have
+    been replaced by others since.
+
+    Raises:
+        StoreError: one is gone, or is no plain tensor any more; names it.
+    """
+    weights, constants = (
+        {name: _now(module, name, value) for name, value in held.items()}
+        for held in (program.state_dict, program.constants)
+    )
+    return weights, constants
+
+
 def _now(module: nn.Module, name: str, value: Any) -> Any:
     """What the module holds under a name; constants that are no tensors are part of the program."""
-    return attribute(module, name) if isinstance(value, Tensor) else value
+    if not isinstance(value, Tensor):
+        return value
+    try:
+        found = attribute(module, name)
+    except AttributeError:
+        raise StoreError(
+            f"the module has no '{name}' any more, which its program reads; undo the change, or export the"
+            " module again"
+        ) from None
+    if type(found) not in (Tensor, nn.Parameter):
+        raise StoreError(
+            f"'{name}' is a {type(found).__name__} now, and only plain tensors are stored; save the result"
+            " before it is changed, and change what is loaded"
+        )
+    if isinstance(value, nn.Parameter) and not isinstance(found, nn.Parameter):
+        raise StoreError(
+            f"'{name}' is no parameter any more but is computed; undo that (as"
+            " torch.nn.utils.parametrize.remove_parametrizations does), or save the result before"
+        )
+    return found
 
 
 def _without_values(value: Any) -> Any:
@@ -156,4 +187,4 @@ def _rebuilt(
     return module.train(training)
 
 
-__all__ = ["PrunedModule", "wrap"]
+__all__ = ["PrunedModule", "values_now", "wrap"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Literal
 
 from .errors import ArgumentError
@@ -17,6 +18,11 @@ def resolve_score(score: Literal["fasp", "magnitude", "random", "obs"] | Score) 
         ArgumentError: an unknown name.
     """
     if isinstance(score, GroupScore):
+        if not isinstance(score.statistics, Mapping) or not all(map(callable, score.statistics.values())):
+            raise ArgumentError(
+                f"{type(score).__name__}.statistics is {score.statistics!r}; give a mapping from names to"
+                " what makes a statistic (fasp_fx.statistics.MakeStatistic)"
+            )
         return score
     if isinstance(score, type):
         raise ArgumentError(f"score={score.__name__} is a class; make one: score={score.__name__}()")

@@ -171,6 +171,9 @@ class PruningConfig:
             )
         if self.loss is not None:
             resolve_loss(self.loss)
+        if isinstance(self.allocation, type):
+            name = self.allocation.__name__
+            raise ArgumentError(f"allocation={name} is a class; make one: allocation={name}()")
         if self.allocation not in (None, "uniform", "global", "search") and not callable(self.allocation):
             said = "use 'uniform', 'global', 'search' or a callable (fasp_fx.allocation.Allocation)"
             raise ArgumentError(f"allocation={self.allocation!r} is not known; {said}")

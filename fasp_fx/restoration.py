@@ -207,10 +207,10 @@ def restored_by(restoration: Restoration) -> Restore:
                 f"restore= returned a tensor of {found.dtype} ({found.layout}, on {found.device}); it must"
                 " return a dense one of real numbers"
             )
-        if not bool(torch.isfinite(found).all()):
+        if not bool(torch.isfinite(found.to(weight)).all()):
             raise ArgumentError(
-                "restore= returned a weight that is not finite; return problem.weight[:, problem.kept] where"
-                " nothing can be solved"
+                f"restore= returned a weight that is not finite as {weight.dtype}; return"
+                " problem.weight[:, problem.kept] where nothing can be solved"
             )
         return _Solver(weight, fitted, held, kept, False).judged(found)
 

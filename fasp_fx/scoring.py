@@ -142,7 +142,7 @@ class ByColumns(GroupScore):
         """The value of each column.
 
         Raises:
-            ArgumentError: the score returned no tensor, or one of another shape.
+            ArgumentError: the score returned no dense tensor of real numbers, or one of another shape.
         """
         values = self.score(columns)
         if not isinstance(values, Tensor):
@@ -154,6 +154,11 @@ class ByColumns(GroupScore):
             raise ArgumentError(
                 f"the score returned shape {tuple(values.shape)} for a consumer with"
                 f" {columns.weight.shape[1]} columns; it must return one value per column"
+            )
+        if values.layout is not torch.strided or values.is_meta or values.is_complex():
+            raise ArgumentError(
+                f"the score returned a tensor of {values.dtype} ({values.layout}, on {values.device}); it"
+                " must return a dense one of real numbers"
             )
         return values.detach().to("cpu", torch.float64).numpy()
 

@@ -31,8 +31,9 @@ class Pipeline:
             ``PassResult``, or ``None``) or of an ``ExportedProgram`` (recognised by the annotation of the
             first parameter, or wrapped in ``Foreign(…, exported=True)``).
         reference: the analysis of the program the pipeline starts from, where that is no exported program.
-        tolerance: what a foreign pass may change of an output, as a fraction of its largest value; ``None``:
-            the square root of the output type's precision (3e-4 for float32); 0: outputs are not compared.
+        tolerance: what a foreign pass may change of an output, as a fraction of its largest value; of
+            integers and booleans, the fraction of them that may be others. ``None``: the square root of the
+            output type's precision (3e-4 for float32), and none of the integers; 0: outputs are not compared.
     """
 
     def __init__(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -572,6 +572,26 @@ def test_an_allocation_of_ones_own_keeps_a_budget() -> None:
     options: dict[str, Any] = {"calibration": [args], "costs": costs_of("wide"), **FAST}
     (spent,) = fasp_fx.prune(once, budget=Parameters(0.6), allocation=Halves(), **options).report.budgets
     assert spent.used <= spent.allowed
+
+
+class Unknown(Cap):
+    """Of a resource that nobody can count."""
+
+    name, unit = "unknown", "things"  # type: ignore[misc]
+
+    def resource(self, analysis: fasp_fx.Analysis) -> Resource:
+        class Counted(Resource):
+            def used(self, lost: Sequence[int]) -> float:
+                return float("nan")
+
+        return Counted(analysis.chosen, 100.0)
+
+
+@pytest.mark.parametrize("allocation", ["uniform", "global"])
+def test_what_is_left_of_a_resource_is_a_number(allocation: Any) -> None:
+    _, args, _, once = captured("wide")
+    with pytest.raises(fasp_fx.ArgumentError, match=r"Counted.used\(\) gives no number"):
+        fasp_fx.prune(once, calibration=[args], budget=Unknown(0.8), **FAST | {"allocation": allocation})
 
 
 # The command line.

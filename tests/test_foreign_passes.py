@@ -365,3 +365,97 @@ def test_a_graph_that_a_graph_pass_cannot_read(decoder: Case) -> None:
         fasp_fx.VerificationError, match=r"pass 'restore_weights' failed: .*'nowhere'.*not a weight"
     ):
         RestoreWeights({"nowhere": torch.zeros(1)})(decoder.exported)
+
+
+class Answers(nn.Module):
+    """Returns numbers of several kinds, and counts its calls in a buffer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(6, 16), nn.Linear(16, 6)
+        self.register_buffer("calls", torch.zeros(()))
+
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        self.get_buffer("calls").add_(1)
+        y = self.down(torch.relu(self.up(x)))
+        return y * self.get_buffer("calls"), y.argmax(-1), torch.complex(y, y * 2), y > 0
+
+
+def _turned(before: Any, after: Any) -> Callable[[fx.GraphModule], None]:
+    def turned(module: fx.GraphModule) -> None:
+        for node in module.graph.find_nodes(op="call_function", target=before):
+            node.target = after
+
+    return turned
+
+
+def _doubled(module: fx.GraphModule) -> None:
+    with torch.no_grad():
+        module.get_parameter("down.weight").mul_(2)
+
+
+def _doubled_exported(program: ExportedProgram) -> ExportedProgram:
+    with torch.no_grad():
+        program.state_dict["down.weight"].mul_(2)
+    return program
+
+
+def _without_one(module: fx.GraphModule) -> None:
+    (output,) = module.graph.find_nodes(op="output")
+    output.args = (output.args[0][:-1],)  # type: ignore[index]
+
+
+def _failing(module: fx.GraphModule) -> None:
+    def refuse(x: Tensor) -> Tensor:
+        raise AssertionError("no")
+
+    for node in module.graph.find_nodes(op="call_function", target=ATEN.relu.default):
+        node.target = refuse
+
+
+@pytest.fixture(scope="module")
+def answers() -> tuple[nn.Module, ExportedProgram, fasp_fx.PruningPlan]:
+    torch.manual_seed(0)
+    model, x = Answers().eval(), torch.randn(5, 6)
+    exported = torch.export.export(model, (x,), dynamic_shapes=({0: torch.export.Dim.AUTO},))
+    plan = fasp_fx.prune(exported, score="magnitude", restore=None, sparsity=0.3).plan
+    return model, exported, plan
+
+
+@pytest.mark.parametrize(
+    ("foreign", "says"),
+    [
+        (_turned(ATEN.argmax.default, ATEN.argmin.default), "of output 1, which holds torch.int64"),
+        (_turned(ATEN.gt.Scalar, ATEN.lt.Scalar), "of output 3, which holds torch.bool"),
+        (_turned(ATEN.mul.Tensor, ATEN.add.Tensor), "output 0 differs|output 2 differs"),
+        (_doubled, "output 0 differs"),
+        (_doubled_exported, "output 0 differs"),
+        (_without_one, "number of the program's inputs or outputs"),
+        (_failing, "no"),
+    ],
+    ids=["integers", "booleans", "products", "in place", "in place, exported", "an output less", "asserts"],
+)
+@pytest.mark.parametrize("first", [True, False])
+def test_other_answers_are_caught_and_nothing_of_the_callers_changes(
+    answers: tuple[nn.Module, ExportedProgram, fasp_fx.PruningPlan], foreign: Any, says: str, first: bool
+) -> None:
+    model, exported, plan = answers
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    steps = [foreign, Prune(plan)] if first else [Prune(plan), foreign]
+    with pytest.raises(fasp_fx.VerificationError, match=says):
+        Pipeline(steps)(exported)
+    for held in (model.state_dict(), exported.state_dict):
+        assert all(torch.equal(held[name], value) for name, value in before.items())
+
+
+def test_a_comparison_leaves_buffers_as_they_are(
+    answers: tuple[nn.Module, ExportedProgram, fasp_fx.PruningPlan],
+) -> None:
+    model, exported, plan = answers
+
+    def nothing(module: fx.GraphModule) -> None:
+        pass
+
+    result = Pipeline([nothing, Prune(plan), nothing])(exported)
+    held = (model.state_dict(), exported.state_dict, result.state_dict)
+    assert [float(tensors["calls"]) for tensors in held] == [0, 0, 0]

@@ -739,3 +739,22 @@ def test_a_restoration_may_write_into_what_it_is_given() -> None:
     assert [(line.error_cut, line.error_restored) for line in first.report.lines] == [
         (line.error_cut, line.error_restored) for line in second.report.lines
     ]
+
+
+@pytest.mark.parametrize(
+    ("kind", "value"), [(torch.float16, 1e6), (torch.float32, 1e300)], ids=["float16", "float32"]
+)
+def test_a_restoration_beyond_the_weights_type_is_refused(kind: torch.dtype, value: float) -> None:
+    model = nn.Sequential(nn.Linear(12, 32), nn.GELU(), nn.Linear(32, 5)).to(kind).eval()
+    x = torch.randn(64, 12, dtype=kind)
+    with pytest.raises(fasp_fx.ArgumentError, match=f"not finite as {kind}"):
+        fasp_fx.prune(
+            model,
+            (x,),
+            calibration=[x],
+            sparsity=0.4,
+            quality="fast",
+            restore=lambda problem: torch.full_like(
+                problem.weight[:, problem.kept], value, dtype=torch.float64
+            ),
+        )

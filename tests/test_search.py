@@ -34,7 +34,18 @@ from fasp_fx._observe._trial import ModelTrial
 from fasp_fx._observe._visit import Decision
 from fasp_fx._pipeline import MEASURING, decide
 from fasp_fx._search import Exchanges, evolve, passes
-from fasp_fx.allocation import Budget, Ceiling, Global, Search, Target, Trial, _counts, deepest_loss, uniform
+from fasp_fx.allocation import (
+    Budget,
+    Ceiling,
+    Global,
+    Search,
+    Target,
+    Trial,
+    TrialAllocation,
+    _counts,
+    deepest_loss,
+    uniform,
+)
 from fasp_fx.budgets import Macs, Parameters
 from fasp_fx.errors import ArgumentError, StoreError
 from fasp_fx.obs import DAMPING
@@ -640,3 +651,32 @@ def test_models_that_cannot_be_searched_are_refused(zoo_captured: Any) -> None:
         )
     with pytest.raises(ArgumentError, match="a sparsity for each pattern is an allocation by itself"):
         fasp_fx.PruningConfig(allocation="search", sparsity={"*": 0.3})
+
+
+@pytest.mark.parametrize(
+    ("lost", "sequences", "says"),
+    [
+        ([99, 99], [0], "takes 99 channel sets"),
+        ([-1, -1], [0], "takes -1 channel sets"),
+        ([1], [0], "1 numbers for 2 groups"),
+        ([1, 1], [40], "no sequence 40"),
+    ],
+)
+def test_what_a_trial_cannot_try_is_refused(lost: list[int], sequences: list[int], says: str) -> None:
+    class Asking(TrialAllocation):
+        def __call__(
+            self, budget: Budget, round_to: int, costs: fasp_fx.Costs, trial: Trial | None = None
+        ) -> list[int]:
+            assert trial is not None
+            assert len(budget.groups) == 2
+            with pytest.raises(ArgumentError, match=says):
+                trial.losses(lost, sequences)
+            raise StopAskingError
+
+    class StopAskingError(Exception):
+        pass
+
+    model = nn.Sequential(nn.Linear(6, 16), nn.GELU(), nn.Linear(16, 12), nn.GELU(), nn.Linear(12, 4)).eval()
+    x = torch.randn(64, 6)
+    with pytest.raises(StopAskingError):
+        fasp_fx.prune(model, (x,), calibration=[x], sparsity=0.3, allocation=Asking())

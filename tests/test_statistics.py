@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -11,7 +13,7 @@ from torch import Tensor, nn
 
 import fasp_fx
 from fasp_fx.restoration import GRID, ridge
-from fasp_fx.scoring import Columns, fasp
+from fasp_fx.scoring import Columns, GroupColumns, GroupScore, Order, fasp
 from fasp_fx.statistics import HELD, PADDING, Gram, SplitGram
 
 pytestmark = pytest.mark.usefixtures("shared_captures")
@@ -177,3 +179,74 @@ def test_later_layers_see_the_pruned_earlier_ones() -> None:
     ]
     assert changed[0].shape == changed[1].shape
     assert not torch.allclose(changed[0], changed[1], rtol=1e-3)
+
+
+class Kept:
+    """A statistic that keeps nothing."""
+
+    needs_gradient = True
+
+    def __init__(self, columns: int, device: torch.device) -> None:
+        pass
+
+    def update(self, tokens: Tensor, gradient: Tensor | None, weight: Tensor) -> None:
+        pass
+
+
+class Writing(Kept):
+    """The same, and writes into all that it is given."""
+
+    def update(self, tokens: Tensor, gradient: Tensor | None, weight: Tensor) -> None:
+        for tensor in (tokens, gradient, weight):
+            if tensor is not None:
+                tensor.zero_()
+
+
+class InOrder(GroupScore):
+    """Takes the channel sets as they come; may write into the weights that it is given."""
+
+    def __init__(self, statistic: Any, writes: bool) -> None:
+        self.statistics, self.writes = {"own": statistic}, writes  # type: ignore[misc]
+
+    def __call__(self, group: GroupColumns) -> Order:
+        for columns in group.consumers if self.writes else ():
+            columns.weight.zero_()
+        return Order(np.stack(list(group.members)))
+
+
+@pytest.mark.parametrize("allocation", ["uniform", "global"])
+def test_scores_and_statistics_may_write_into_what_they_are_given(allocation: str) -> None:
+    model, batches = Net().eval(), data()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    first, second = (
+        fasp_fx.prune(
+            model,
+            (batches[0],),
+            calibration=batches,
+            sparsity=0.3,
+            allocation=allocation,  # type: ignore[arg-type]
+            score=score,
+        )
+        for score in (InOrder(Kept, False), InOrder(Writing, True))
+    )
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert all(map(torch.equal, batches, data()))
+    assert first.plan.groups == second.plan.groups
+    for weight, other in zip(first.module.parameters(), second.module.parameters(), strict=True):
+        assert torch.equal(weight, other)
+
+
+@pytest.mark.parametrize(
+    ("score", "says"),
+    [
+        (InOrder(lambda columns, device: object(), False), "statistic 'own', a object, does not say"),
+        (InOrder(None, False), "InOrder.statistics is {'own': None}; give a mapping"),
+        (lambda columns: torch.empty(columns.weight.shape[1], device="meta"), "on meta.*a dense one"),
+        (lambda columns: columns.norms.to_sparse(), "sparse_coo.*a dense one"),
+        (lambda columns: columns.norms * 1j, "a dense one of real numbers"),
+    ],
+    ids=["no word of gradients", "no statistic", "meta", "sparse", "complex"],
+)
+def test_scores_and_statistics_that_cannot_be_are_refused(score: Any, says: str) -> None:
+    with pytest.raises(fasp_fx.ArgumentError, match=says):
+        fasp_fx.prune(Net().eval(), (data()[0],), calibration=data(), sparsity=0.3, score=score)

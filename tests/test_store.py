@@ -320,3 +320,60 @@ def test_what_could_not_be_read_again_is_not_written(kind: str, word: str, tmp_p
     with pytest.raises(fasp_fx.StoreError, match=word):
         result.save(tmp_path / "saved")
     assert not list(tmp_path.iterdir())
+
+
+class Marked(nn.Parameter):
+    """No plain tensor."""
+
+
+def _replaced(kind: str, module: nn.Module) -> None:
+    first = module.get_submodule("0")
+    if kind == "assigned":
+        module.load_state_dict({name: value + 1 for name, value in module.state_dict().items()}, assign=True)
+    elif kind == "parameter":
+        first.weight = nn.Parameter(first.get_parameter("weight").detach() * 2)
+    elif kind == "buffer":
+        norm = module.get_submodule("1")
+        norm.running_mean = norm.get_buffer("running_mean") + 1
+    elif kind == "no plain tensor":
+        first.weight = Marked(first.get_parameter("weight").detach())
+    elif kind == "computed":
+        torch.nn.utils.parametrizations.weight_norm(first)
+    else:
+        del first.weight
+
+
+def _normed() -> tuple[fasp_fx.Result, Tensor]:
+    torch.manual_seed(0)
+    layers = (nn.Linear(6, 16), nn.BatchNorm1d(16), nn.ReLU(), nn.Linear(16, 4))
+    x = torch.randn(5, 6)
+    return fasp_fx.prune(nn.Sequential(*layers).eval(), (x,), score="magnitude", restore=None), x
+
+
+@pytest.mark.parametrize("kind", ["assigned", "parameter", "buffer"])
+def test_tensors_put_in_the_place_of_others_are_stored(kind: str, tmp_path: Path) -> None:
+    result, x = _normed()
+    with torch.no_grad():
+        before = result.module(x)
+        _replaced(kind, result.module)
+        expected = result.module(x)
+        assert not torch.allclose(expected, before)
+        assert torch.equal(fasp_fx.load(result.save(tmp_path / "out")).module(x), expected)
+
+
+@pytest.mark.parametrize(
+    ("kind", "says"),
+    [
+        ("no plain tensor", "'0.weight' is a Marked now"),
+        ("computed", "'0.weight' is no parameter any more"),
+        ("gone", "has no '0.weight' any more"),
+    ],
+)
+def test_what_is_put_in_the_place_of_tensors_is_refused(kind: str, says: str, tmp_path: Path) -> None:
+    result, _ = _normed()
+    _replaced(kind, result.module)
+    with pytest.raises(fasp_fx.StoreError, match=says):
+        result.save(tmp_path / "out")
+    with pytest.raises(fasp_fx.StoreError, match=says):
+        pickle.dumps(result.module)
+    assert not list(tmp_path.iterdir())

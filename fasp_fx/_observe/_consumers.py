@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ..analysis import Analysis
 from ..channels import Use, attribute
+from ..errors import ArgumentError
 from ..groups import Group
 from ..scoring import Columns, GroupColumns
 from ..statistics import PADDING, MakeStatistic, SplitGram, Statistic
@@ -62,7 +63,12 @@ class Consumer:
         for seen in self.seen:
             for name, make in wanted.items():
                 if name not in seen:
-                    seen[name] = make(columns, device)
+                    seen[name] = made = make(columns, device)
+                    if not isinstance(getattr(made, "needs_gradient", None), bool):
+                        raise ArgumentError(
+                            f"the statistic '{name}', a {type(made).__name__}, does not say whether it needs"
+                            " gradients; give its class needs_gradient = True or False"
+                        )
 
     def see(
         self,
@@ -83,7 +89,7 @@ class Consumer:
             seen = tokens if self.intercept is None else with_ones(tokens)
             self.grams[block].update(seen if change is None else torch.cat([seen, change], 1), kinds)
             for statistic in filter(takes, self.seen[block].values()):
-                statistic.update(tokens, None, counting(kinds, tokens))
+                statistic.update(tokens.clone(), None, counting(kinds, tokens))
 
     def sums(self) -> tuple[list[SplitGram], list[dict[str, Statistic]]]:
         """What is seen of activations as the batches pass: Gram matrices and, for each block, statistics that
@@ -179,7 +185,7 @@ class Consumers:
                 numbers = np.broadcast_to(own[block], (len(numbers), 1))
             found.append(
                 Columns(
-                    matrix,
+                    matrix.clone(),  # what a score does to it in place is its own business
                     None if gram is None else gram.norms()[: matrix.shape[1]],
                     products,
                     sets_in(group, labels, numbers),

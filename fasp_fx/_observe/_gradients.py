@@ -368,7 +368,8 @@ class _Run(Runner):
                 for (block, tokens, kinds), (_, gradients, _) in pieces:
                     for statistic in seen[block].values():
                         if statistic.needs_gradient:
-                            statistic.update(tokens, gradients, counting(kinds, tokens))
+                            # Copies: what it does to them in place is its own business, not autograd's.
+                            statistic.update(tokens.clone(), gradients.clone(), counting(kinds, tokens))
 
             probe.register_hook(told)
             return

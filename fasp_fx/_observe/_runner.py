@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, fx
 
 from .._program import Program
-from ..channels import attribute, written_names
+from ..channels import attribute, written_inputs, written_names
 from ..errors import CalibrationError
 
 
@@ -52,8 +52,14 @@ class Runner:
             )
             self._dies_at.setdefault(last, []).append(node)
         placeholders = program.placeholders()
+        changed = written_inputs(program.module.graph)
+        # The caller's batches stay as they are, and every run of one begins with what it holds.
         self._memory: list[dict[fx.Node, Any]] = [
-            dict(zip(placeholders, batch, strict=True)) for batch in batches
+            {
+                node: leaf.clone() if node in changed and isinstance(leaf, Tensor) else leaf
+                for node, leaf in zip(placeholders, batch, strict=True)
+            }
+            for batch in batches
         ]
         written = {
             self.canonical.get(name, name): attribute(self.module, name)

@@ -14,9 +14,11 @@ import torch
 from torch import Tensor
 
 from .._device import float32_products
+from .._limits import check_counts
 from .._offload._current import keep
 from .._search import Trial
-from ..errors import CalibrationError
+from ..errors import ArgumentError, CalibrationError
+from ..groups import Group
 from ..losses import Loss
 from ..obs import DAMPING
 from ..restoration import damped
@@ -194,6 +196,7 @@ class AskedTrial(Trial):
 
     Args:
         model: runs the model.
+        groups: those of the budget.
         spread: what all groups lose, of what those of the budget lose.
         advance: called with the fraction of the search done.
         state: keeps how far a search came; of the first process alone.
@@ -205,15 +208,19 @@ class AskedTrial(Trial):
     def __init__(
         self,
         model: ModelTrial,
+        groups: Sequence[Group],
         spread: Callable[[Sequence[int]], Sequence[int]],
         advance: Callable[[float], None],
         state: SearchState | None,
     ) -> None:
         self.count, self.notes = model.count, list[str]()
-        self._model, self._spread, self._advance, self._state = model, spread, advance, state
+        self._model, self._groups, self._spread = model, groups, spread
+        self._advance, self._state = advance, state
 
     def losses(self, lost: Sequence[int], sequences: Sequence[int]) -> list[float]:
-        return self._model.losses(self._spread(lost), sequences)
+        if bad := [number for number in sequences if number not in range(self.count)]:
+            raise ArgumentError(f"there is no sequence {bad[0]!r}; there are {self.count}, from 0 on")
+        return self._model.losses(self._spread(check_counts(lost, self._groups)), sequences)
 
     def recall(self, run: Mapping[str, Any]) -> Mapping[str, Any] | None:
         return self._model.ranks.first(None if self._state is None else self._state.recall(run))

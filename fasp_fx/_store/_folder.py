@@ -4,6 +4,7 @@ what the files hold).
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 from pathlib import Path
@@ -12,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from .._options import path_of
+from .._pruned_module import values_now
 from .._version import __version__
 from ..errors import PlanError, StoreError
 from ..plan import PruningPlan
@@ -54,7 +56,8 @@ def save(result: Result, path: str | Path, *, overwrite: bool = False) -> Path:
             stored.
     """
     path = path_of(path, "path").absolute()
-    program = result.program
+    program = copy.copy(result.program)
+    program._state_dict, program._constants = values_now(result.module, program)
     check_weights(program)
     signature, graph = signature_to_json(result.signature), program_to_json(program)
     with new_folder(path, overwrite=overwrite, replaceable=is_save) as folder:

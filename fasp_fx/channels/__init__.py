@@ -16,6 +16,7 @@ from ._fx import (
     viewed,
     way_from_weight,
     written_by,
+    written_inputs,
     written_names,
 )
 from ._interpreter import Interpreter, Walk
@@ -53,5 +54,6 @@ __all__ = [
     "viewed",
     "way_from_weight",
     "written_by",
+    "written_inputs",
     "written_names",
 ]

@@ -91,6 +91,11 @@ def written_names(graph: fx.Graph) -> set[str]:
     }
 
 
+def written_inputs(graph: fx.Graph) -> set[fx.Node]:
+    """The inputs that a graph writes into."""
+    return {written for node in graph.nodes for written in written_by(node) if written.op == "placeholder"}
+
+
 def viewed(node: fx.Node) -> fx.Node:
     """The node whose storage a node shows: to write into a view, or into what is detached, is to write into
     that.

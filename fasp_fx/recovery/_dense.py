@@ -28,8 +28,10 @@ class Call:
     kwargs: dict[str, Any]
 
     def to(self, device: torch.device) -> Call:
-        """The same with its tensors on a device."""
-        args, kwargs = pytree.tree_map_only(Tensor, lambda leaf: leaf.to(device), (self.args, self.kwargs))
+        """The same with tensors of its own on a device, which a model may write into."""
+        args, kwargs = pytree.tree_map_only(
+            Tensor, lambda leaf: leaf.to(device, copy=True), (self.args, self.kwargs)
+        )
         return Call(args, kwargs)
 
     def named(self, model: nn.Module) -> Mapping[str, Any]:

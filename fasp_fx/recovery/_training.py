@@ -210,7 +210,9 @@ class Training:
         with products_in_bfloat16(self._device, bfloat16):
             outputs = model(*call.args, **call.kwargs)
         return self._match.terms(
-            outputs, self._dense.read(index, self._device), call.named(self._trained.student)
+            outputs,
+            self._dense.read(index, self._device),
+            self._calls[index].to(self._device).named(self._trained.student),
         )
 
     @torch.no_grad()

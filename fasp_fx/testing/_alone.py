@@ -11,7 +11,7 @@ from torch.export import ExportedProgram
 
 from .._compat import pytree
 from ._case import Case
-from ._in_a_row import rewinding
+from ._in_a_row import rewinding, with_own
 from ._verdict import Skipped, Violation, hold
 from .oracle import error, floats, tensors_of
 
@@ -90,7 +90,7 @@ def _trains(case: Case, module: nn.Module, call: Any) -> None:
     if case.times > 1 and not _takes_gradients(copy.deepcopy(case.dense), call):
         return  # the model itself writes over what a gradient needs
     module.zero_grad()
-    outputs = floats_with_grad(module(*call[0], **call[1]))
+    outputs = floats_with_grad(with_own(module, *call))
     if not outputs:
         return
     sum(output.pow(2).sum() for output in outputs).backward()  # type: ignore[union-attr]
@@ -102,7 +102,7 @@ def _trains(case: Case, module: nn.Module, call: Any) -> None:
 
 def _takes_gradients(module: nn.Module, call: Any) -> bool:
     try:
-        sum(output.sum() for output in floats_with_grad(module(*call[0], **call[1]))).backward()  # type: ignore[union-attr]
+        sum(output.sum() for output in floats_with_grad(with_own(module, *call))).backward()  # type: ignore[union-attr]
     except RuntimeError:
         return False
     return True

@@ -34,11 +34,11 @@ def in_a_row(called: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str
         times: how often; with 1 the module is taken to remember nothing.
     """
     if times == 1:
-        return called(*args, **kwargs)
+        return with_own(called, args, kwargs)
     module = called if isinstance(called, nn.Module) else getattr(called, "module", None)
     assert isinstance(module, nn.Module), f"{called!r} has no buffers to rewind"
     with rewinding(module):
-        return [_kept(called(*args, **kwargs)) for _ in range(times)]
+        return [_copied(with_own(called, args, kwargs)) for _ in range(times)]
 
 
 def remembers(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
@@ -47,16 +47,22 @@ def remembers(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) 
     if not before:
         return False
     with rewinding(module):
-        module(*args, **kwargs)
+        with_own(module, args, kwargs)
         return any(
             not torch.equal(old.nan_to_num(), new.nan_to_num())
             for old, new in zip(before, module.buffers(), strict=True)
         )
 
 
-def _kept(output: Any) -> Any:
-    """An output that the next call cannot write into."""
-    return pytree.tree_map(lambda leaf: leaf.clone() if isinstance(leaf, Tensor) else leaf, output)
+def with_own(called: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """What a call with copies of the inputs returns: a model may write into them."""
+    own_args, own_kwargs = _copied((args, kwargs))
+    return called(*own_args, **own_kwargs)
 
 
-__all__ = ["in_a_row", "remembers", "rewinding"]
+def _copied(value: Any) -> Any:
+    """Inputs, or outputs, that the next call cannot write into."""
+    return pytree.tree_map(lambda leaf: leaf.clone() if isinstance(leaf, Tensor) else leaf, value)
+
+
+__all__ = ["in_a_row", "remembers", "rewinding", "with_own"]

@@ -23,7 +23,7 @@ from .rules._created import creates
 from .rules._draw import KINDS, Draw
 from .rules._looked import looked
 from .rules._moved import moves
-from .rules._reading import Mismatch, read
+from .rules._reading import Mismatch, Unspoken, read
 from .rules._rewritten import rewritten
 from .rules._routed import routed, tallies
 from .rules._samples import FIXED, SAMPLES
@@ -330,6 +330,8 @@ class _Check:
             return tallies(self.rule, call, results, draw)
         try:
             reading = read(self.rule, call, results)
+        except Unspoken:
+            return None  # such a call freezes what the operator touches, as the rule's ``only`` asks
         except Mismatch as problem:
             # The analysis does not use such a rule for this call and freezes what the operator touches: too
             # little, not too much.

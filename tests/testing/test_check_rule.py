@@ -253,3 +253,21 @@ def test_examples_are_counted() -> None:
     assert verdict.examples == 7
     assert TALLY.examples == before + 7
     assert 0 < verdict.pruned <= 7
+
+
+@torch.library.custom_op("fasp_fx_test::centred", mutates_args=())
+def _centred(x: Tensor, mix: bool = False) -> Tensor:
+    return x - x.mean(-1, keepdim=True) if mix else x * 2
+
+
+@_centred.register_fake
+def _(x: Tensor, mix: bool = False) -> Tensor:
+    return torch.empty_like(x)
+
+
+def test_a_rule_of_some_calls_alone_is_not_asked_of_others() -> None:
+    op = torch.ops.fasp_fx_test.centred.default
+    verdict = check_rule(op, "x[... c] -> [... c]; only mix 0", examples=40)
+    assert verdict.ok, str(verdict)
+    assert check_rule(op, "x[... c] -> [... c]", examples=40).kind == "claims too much"
+    assert check_rule(op, "x[... c] -> [... c]; only mix 1", examples=40).kind == "claims too much"

@@ -21,6 +21,10 @@ class Mismatch(Exception):
     """The rule does not fit what the operator takes or returns."""
 
 
+class Unspoken(Mismatch):
+    """The rule says of itself that it does not speak of such a call."""
+
+
 @dataclass(frozen=True)
 class Spelled:
     """A tensor with one dimension for each letter; ``merged`` lists how many letters each real dimension is
@@ -250,7 +254,7 @@ def _read_clauses(rule: Rule, call: Call, reading: Reading, runs: dict[str, int]
             reading.recurs[words[1]] = words[0]
             reading.special[words[0]] = f"!{clause}"  # said of the letter that it meets
         elif clause.keyword == "only" and call.arguments[words[0]] != int(words[1]):
-            raise Mismatch(f"argument '{words[0]}' is {call.arguments[words[0]]}")
+            raise Unspoken(f"argument '{words[0]}' is {call.arguments[words[0]]}")
         elif clause.keyword == "factor":
             reading.factors[words[0]] = words[1]
         elif clause.keyword == "repeat":
