@@ -14,13 +14,20 @@ def stamp(node: fx.Node, name: str, like: fx.Node | None = None) -> fx.Node:
     ``like``.
     """
     if like is not None:
-        for key in ("nn_module_stack", "stack_trace", "source_fn_stack"):
-            if key in like.meta:
-                node.meta[key] = like.meta[key]
+        stand_for(node, like)
     node.meta[WRITTEN_BY] = name
     # What exporting, decomposing and saving keep of a node's meta.
     node.meta["custom"] = {**node.meta.get("custom", {}), WRITTEN_BY: name}
     return node
+
+
+def stand_for(node: fx.Node, like: fx.Node) -> None:
+    """Say of a node that it comes from where ``like`` does: without its module stack, torch cannot unflatten
+    the program.
+    """
+    for key in ("nn_module_stack", "stack_trace", "source_fn_stack"):
+        if key in like.meta:
+            node.meta[key] = like.meta[key]
 
 
 def read_stamps(graph: fx.Graph) -> None:

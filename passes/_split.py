@@ -218,12 +218,17 @@ class _Splitter:
                         self._add_part(program, str(original.target), name, rows, use)
                         copies[nodes[original.name]] = stamp(graph.get_attr(name), self.name)
                     else:
-                        copies[nodes[original.name]] = _copy(graph, nodes[original.name], copies, self.name)
+                        copies[nodes[original.name]] = self._copy(nodes[original.name], copies, anchor)
                 for original in chain:
-                    copies[nodes[original.name]] = _copy(graph, nodes[original.name], copies, self.name)
+                    copies[nodes[original.name]] = self._copy(nodes[original.name], copies, anchor)
                 product = copies[nodes[chain[-1].name]]
                 result = self._lay_out(graph, product, part)
             anchor.replace_all_uses_with(result)
+
+    def _copy(self, node: fx.Node, copies: dict[fx.Node, fx.Node], anchor: fx.Node) -> fx.Node:
+        # It is computed where the part was taken out: in the module of the product, which has returned by
+        # then, it would be a call of that module which the model does not have.
+        return stamp(anchor.graph.node_copy(node, lambda n: copies.get(n, n)), self.name, anchor)
 
     def _add_part(self, program: Program, name: str, new: str, rows: np.ndarray, use: Use) -> None:
         weight = attribute(program.module, name)
@@ -249,6 +254,10 @@ class _Splitter:
 
     def _lay_out(self, graph: fx.Graph, product: fx.Node, part: _Part) -> fx.Node:
         """Bring the product of one part into the shape that the original took out."""
+
+        def call(operator: Any, *args: Any) -> fx.Node:
+            return stamp(graph.call_function(operator, args), self.name, part.node)
+
         value = self.analysis.walk.values[part.node]
         recorded = part.node.meta["val"].shape
         lead = list(range(max([d for d in part.sources if d is not None], default=-1) + 1))
@@ -257,13 +266,9 @@ class _Splitter:
         for dim in lead:
             at = part.sources.index(dim)
             dynamic = isinstance(recorded[at], torch.SymInt)
-            sizes.append(
-                stamp(graph.call_function(torch.ops.aten.sym_size.int, (product, dim)), self.name)
-                if dynamic
-                else value.shape[at]
-            )
+            sizes.append(call(torch.ops.aten.sym_size.int, product, dim) if dynamic else value.shape[at])
         sizes += [value.shape[dim] for dim, source in enumerate(part.sources) if source == -1]
-        node = stamp(graph.call_function(torch.ops.aten.view.default, (product, sizes)), self.name)
+        node = call(torch.ops.aten.view.default, product, sizes)
         present = [
             ("lead", source) if source != -1 else ("own", dim)
             for dim, source in enumerate(part.sources)
@@ -272,20 +277,16 @@ class _Splitter:
         laid = [("lead", dim) for dim in lead] + [("own", dim) for dim in order[len(lead) :]]
         permutation = [laid.index(item) for item in present]
         if permutation != sorted(permutation):
-            node = stamp(graph.call_function(torch.ops.aten.permute.default, (node, permutation)), self.name)
+            node = call(torch.ops.aten.permute.default, node, permutation)
         for dim, source in enumerate(part.sources):
             if source is None:
-                node = stamp(graph.call_function(torch.ops.aten.unsqueeze.default, (node, dim)), self.name)
+                node = call(torch.ops.aten.unsqueeze.default, node, dim)
         return node
 
 
 def stuck_sets(analysis: Analysis) -> np.ndarray:
     """The channel sets that the conflicts of a layout concern."""
     return np.unique(np.concatenate([conflict.classes for conflict in analysis.conflicts]))
-
-
-def _copy(graph: fx.Graph, node: fx.Node, copies: dict[fx.Node, fx.Node], name: str) -> fx.Node:
-    return stamp(graph.node_copy(node, lambda n: copies.get(n, n)), name)
 
 
 def _label(shape: tuple[int, ...], dim: int) -> Tensor:

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from oracle import error
+from oracle import error, zeroed
 from torch import Tensor, nn
 from torch.export import ExportedProgram
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -116,6 +116,87 @@ def test_unflatten(pruned: Pruned) -> None:
     module = torch.export.unflatten(pruned.result.program)
     pruned.hold(module, 0)
     assert dict(module.named_parameters()).keys() == dict(pruned.result.module.named_parameters()).keys()
+
+
+class Taken(nn.Module):
+    """Attention over what a projection of its own, a module that has returned, lays side by side."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.out = nn.Linear(16, 6)
+
+    def forward(self, projected: Tensor) -> Tensor:
+        batch, tokens, _ = projected.shape
+        query, key, value = projected.view(batch, tokens, 3, 4, 4).permute(2, 0, 3, 1, 4)
+        attended = (query @ key.transpose(-1, -2)).softmax(-1) @ value
+        return self.out(attended.transpose(1, 2).reshape(batch, tokens, 16))
+
+
+class Fused(nn.Module):
+    """Two blocks whose fused projections are taken apart by another module."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = (
+            nn.Sequential(nn.Sequential(nn.LayerNorm(6), nn.Linear(6, 48)), Taken()) for _ in range(2)
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.second(x + self.first(x))
+
+
+class Attending(nn.Module):
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.up, self.layer, self.down = nn.Linear(6, 16), layer, nn.Linear(16, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.up(x)
+        if isinstance(self.layer, nn.MultiheadAttention):
+            return self.down(x + self.layer(x, x, x, need_weights=False)[0])
+        return self.down(self.layer(x))
+
+
+class Start(nn.Module):
+    """Initial states, which a module of their own makes."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.zeros(2, x.shape[0], 8, dtype=x.dtype)
+
+
+class Recurring(nn.Module):
+    def __init__(self, kind: type[nn.RNNBase]) -> None:
+        super().__init__()
+        self.start, self.up, self.down = Start(), nn.Linear(6, 16), nn.Linear(16, 3)
+        self.layer = kind(16, 8, bidirectional=True, batch_first=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        state = self.start(x)
+        x = self.up(x).tanh()
+        return self.down(self.layer(x, (state, state) if isinstance(self.layer, nn.LSTM) else state)[0])
+
+
+@pytest.mark.parametrize(
+    "build",
+    [
+        Fused,
+        lambda: Attending(nn.MultiheadAttention(16, 4, batch_first=True)),
+        lambda: Attending(nn.TransformerEncoderLayer(16, 4, 24, batch_first=True)),
+        lambda: Recurring(nn.LSTM),
+        lambda: Recurring(nn.GRU),
+    ],
+    ids=["fused", "attention", "encoder", "LSTM", "GRU"],
+)
+def test_unflatten_what_the_library_wrote(build: Callable[[], nn.Module]) -> None:
+    """Every node says which module it belongs to, and no module is called where the model does not."""
+    model = randomise(build())
+    x, other = (torch.randn(batch, 5, 6, generator=torch.Generator().manual_seed(batch)) for batch in (2, 3))
+    result = fasp_fx.prune(model, (x,), score="magnitude", restore=None, sparsity=0.2)
+    flat, masked = torch.export.unflatten(result.program), zeroed(model, result.plan)
+    with torch.no_grad():
+        for given in (x, other):
+            assert error(flat(given), masked(given)) <= CLOSE
+            assert error(masked(given), model(given)) > 1e-3
 
 
 def test_run_decompositions(pruned: Pruned) -> None:

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from .._stamps import stand_for
 from ..channels import arguments, set_argument
 from ..patterns import lookup
 
@@ -137,6 +138,7 @@ class _Rewriter:
             own = self.graph.node_copy(state)
             set_argument(own, name, [1, *arguments(state)[name][1:]])
             own.meta = {**state.meta, "val": _first(recorded)}
+            stand_for(own, self.node)
             return own
         if self.layers * self.directions == 1:
             return state
@@ -147,6 +149,7 @@ class _Rewriter:
 
     def _call(self, recorded: Any, target: Any, *args: Any) -> fx.Node:
         node = self.graph.call_function(target, args)
+        stand_for(node, self.node)
         node.meta["val"] = recorded
         return node
 
