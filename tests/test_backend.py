@@ -279,3 +279,99 @@ def test_recurrent_layers_that_dynamo_does_not_trace() -> None:
     with torch._dynamo.config.patch(allow_rnn=True), warnings.catch_warnings():
         warnings.simplefilter("error", fasp_fx.PartialPlanWarning)
         fasp_fx.backend(plan)
+
+
+class Between(nn.Module):
+    """``step`` between two layers, of which the second takes ``width`` channels."""
+
+    def __init__(self, step: Callable[[Any, Tensor], Tensor], width: int = 12) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(5, 12), nn.Linear(width, 3)
+        self.weight, self.stack = nn.Parameter(torch.zeros(12, 12)), nn.Parameter(torch.zeros(2, 12, 12))
+        self.cell, self.layer = nn.GRUCell(12, 12), nn.LSTM(12, 6, 2, bidirectional=True, batch_first=True)
+        self.gated = nn.GRU(12, 6, bidirectional=True, batch_first=True)
+        self.step = step
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down(self.step(self, self.up(x)))
+
+
+def _cells(model: Any, x: Tensor) -> Tensor:
+    state = x.new_zeros(x.shape[0], 12)
+    for step in range(3):
+        state = model.cell(x[:, step], state)
+    return state
+
+
+def _shuffled(model: Any, x: Tensor) -> Tensor:
+    planes = x.relu().transpose(1, 2)[..., None]
+    return torch.nn.functional.channel_shuffle(planes, 3)[..., 0].transpose(1, 2)
+
+
+COMPOSITES: dict[str, tuple[Callable[[Any, Tensor], Tensor], int]] = {
+    "glu": (lambda m, x: torch.nn.functional.glu(x, -1), 6),
+    "einsum": (lambda m, x: torch.einsum("btd,edf->betf", x.relu(), m.stack).mean(1), 12),
+    "einsum of a matrix": (lambda m, x: torch.einsum("btd,df->btf", x.relu(), m.weight), 12),
+    "tensordot": (lambda m, x: torch.tensordot(x.relu(), m.weight, ([2], [0])), 12),
+    "channel shuffle": (_shuffled, 12),
+    "spectrum": (lambda m, x: torch.fft.fft(x.tanh(), dim=1).real, 12),
+    "cells": (_cells, 12),
+    "LSTM": (lambda m, x: m.layer(x.tanh())[0], 12),
+    "GRU": (lambda m, x: m.gated(x.tanh())[0], 12),
+}
+
+
+@pytest.mark.parametrize("name", COMPOSITES)
+def test_composites_are_taken_apart_as_by_the_capture(name: str) -> None:
+    model = randomise(Between(*COMPOSITES[name]), std=0.5)
+    x, other = (torch.randn(batch, 5, 5, generator=torch.Generator().manual_seed(batch)) for batch in (2, 3))
+    plan, spy = plan_for(model, x), Spy()
+    with torch._dynamo.config.patch(allow_rnn=True):
+        compiled = torch.compile(model, backend=fasp_fx.backend(plan, inner=spy))
+        masked_exact(model, compiled, plan, x, other)
+    read = {name.split(".")[0] for name, _ in plan.slices()} | {"up", "down"}
+    assert (
+        0
+        < spy.weights[0] - x.numel()
+        < sum(p.numel() for name, p in model.named_parameters() if name.split(".")[0] in read)
+    )
+
+
+def test_pixels_shuffled() -> None:
+    model = randomise(
+        nn.Sequential(nn.Conv2d(3, 16, 3, padding=1), nn.PixelShuffle(2), nn.ReLU(), nn.Conv2d(4, 2, 1))
+    )
+    x = torch.randn(2, 3, 4, 4)
+    plan = plan_for(model, x)
+    masked_exact(model, torch.compile(model, backend=fasp_fx.backend(plan, inner="eager")), plan, x)
+
+
+def test_what_dynamo_alone_does_not_show_stays_whole() -> None:
+    """Without gradients, torch takes an encoder layer for one operator, which has no rule."""
+    layer = nn.TransformerEncoderLayer(16, 4, 24, batch_first=True)
+    model = randomise(nn.Sequential(nn.Linear(6, 20), nn.ReLU(), nn.Linear(20, 16), layer))
+    x = torch.randn(2, 5, 6)
+    plan = plan_for(model, x)
+    inside = [group for group in plan.groups if group.name.startswith("3.")]
+    assert 0 < len(inside) < len(plan.groups)
+    rest = fasp_fx.PruningPlan(
+        plan.fingerprint, tuple(g for g in plan.groups if g not in inside), plan.sparsity
+    )
+    compiled = torch.compile(model, backend=fasp_fx.backend(plan, inner="eager"))
+    with pytest.warns(fasp_fx.PartialPlanWarning, match="no rule for .*set_fastpath_enabled"):
+        masked_exact(model, compiled, rest, x)
+    torch._dynamo.reset()
+    fast = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        masked_exact(model, torch.compile(model, backend=fasp_fx.backend(plan, inner="eager")), plan, x)
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fast)
+
+
+def test_a_model_of_other_sizes_is_refused_as_that(perceptron: Any) -> None:
+    _, example, plan = perceptron
+    other = Perceptron()
+    other.second, other.third = nn.Linear(16, 4), nn.Linear(4, 16)
+    with pytest.raises(fasp_fx.PlanError, match="its shape is"):
+        torch.compile(other.eval(), backend=fasp_fx.backend(plan, inner="eager", check=False))(example)

@@ -4,43 +4,67 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, fx
 from torch.export import ExportedProgram
 
-from .._compat import HigherOrderOperator, OpOverload, decomposition_table, is_transform
+from .._compat import HigherOrderOperator, OpOverload, decomposition_table, is_composite, is_transform
 from ..patterns import lookup
 from ._assigned import ASSIGNMENTS
 from ._quiet import quiet
 
 _log = logging.getLogger("fasp_fx")
 
+T = TypeVar("T")
+#: how to take operators apart, in terms of others
+Decompositions = dict[OpOverload, Callable[..., Any]]
+
 
 def functional(exported: ExportedProgram) -> ExportedProgram:
     """Functionalise, and decompose composite operators without a rule, assignments to slices and what
     ``torch.func`` transforms; most programs are exported functional and keep as they are.
     """
-    if all(_is_plain(node) for node in exported.graph.nodes):
-        return exported
-    table = _decompositions(exported.graph)
+    return taken_apart(exported.graph, exported.run_decompositions) or exported
+
+
+def taken_apart(graph: fx.Graph, again: Callable[[Decompositions], T]) -> T | None:
+    """What is made of a graph once more, with the operators taken apart that have no rule; ``None`` where
+    nothing is to be taken apart.
+
+    Args:
+        graph: a graph of operators.
+        again: makes it once more, with these decompositions.
+    """
+    if all(_is_plain(node) for node in graph.nodes):
+        return None
+    table = _decompositions(graph)
     with quiet():
         for decompositions in ({**table, **ASSIGNMENTS}, table):
             try:
-                return exported.run_decompositions(decompositions)
+                return again(decompositions)
             except (
                 AssertionError,
                 RuntimeError,
             ) as error:  # a decomposition need not be functional, or take symbolic sizes
                 _log.info("some operators without a rule stay whole: %s", error)
-        return exported.run_decompositions({})
+        return again({})
 
 
-def _decompositions(graph: fx.Graph) -> dict[OpOverload, Callable[..., Any]]:
+def composites(graph: fx.Graph) -> set[OpOverload]:
+    """The operators of a graph that have no rule and are made of others."""
+    return {
+        node.target
+        for node in graph.nodes
+        if isinstance(node.target, OpOverload) and not _is_plain(node) and is_composite(node.target)
+    }
+
+
+def _decompositions(graph: fx.Graph) -> Decompositions:
     """How to take apart the operators of a graph that have no rule: what they are made of may have one."""
     known = torch.export.default_decompositions()
-    found: dict[OpOverload, Callable[..., Any]] = {}
+    found: Decompositions = {}
     for operator in {
         node.target for node in graph.nodes if isinstance(node.target, OpOverload) and not _is_plain(node)
     }:

@@ -9,6 +9,9 @@ from torch._functorch.aot_autograd import aot_export_module
 from torch._guards import TracingContext, tracing
 from torch.fx.experimental.symbolic_shapes import DimDynamic
 
+#: calls of operators inside are not intercepted by ``__torch_function__``, that of a mode included
+without_overrides = torch._C.DisableTorchFunction
+
 #: the function that a graph calls where gradients are switched on or off
 SET_GRAD = torch._C._set_grad_enabled
 
@@ -28,4 +31,5 @@ __all__ = [
     "lookup_backend",
     "traces_recurrent",
     "tracing",
+    "without_overrides",
 ]

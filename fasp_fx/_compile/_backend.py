@@ -20,6 +20,7 @@ from .._warn import warn
 from ..analysis import Analysis, analyze_program
 from ..channels import Numbering, Slot
 from ..errors import ArgumentError, CaptureError, FaspError, PartialPlanWarning, PlanError, VerificationError
+from ..groups import FROZEN
 from ..passes import Prune, split_fused
 from ..passes.remove_channels import cut_weight
 from ..plan import PruningPlan, check_fingerprint, fingerprint, gone_of
@@ -50,7 +51,8 @@ def backend(
 
     A graph break divides the model. A group of the plan whose weights lie in several graphs, or whose
     channels pass from one to another, stays whole, with a :class:`~fasp_fx.PartialPlanWarning`. So does a
-    graph that cannot be read (one that writes into buffers, as batch norm does in training mode).
+    graph that cannot be read (one that writes into buffers, as batch norm does in training mode), and a group
+    that cannot be followed in dynamo's graph though it could in the capture's.
 
     dynamo runs what it does not trace as it is, and does not tell a backend of it: layers that are recurrent,
     unless ``torch._dynamo.config.allow_rnn`` is set.
@@ -93,6 +95,9 @@ def backend(
         ) from error
     return _Backend(plan, compiler, model, check).compile
 
+
+#: what torch takes an encoder layer for where no gradients flow; an exporter never sees it
+_ENCODER_LAYER = torch.ops.aten._transformer_encoder_layer_fwd.default
 
 #: names that torch gives the weights of its recurrent layers
 _OF_RECURRENT = re.compile(r"(^|\.)(weight|bias)_(ih|hh|hr)_l\d+")
@@ -137,9 +142,7 @@ class _Backend:
             isinstance(value, Tensor) and value.requires_grad for value in example
         )
         aliases: dict[str, list[str]] = {}
-        named = dict(
-            [*owner.named_parameters(remove_duplicate=False), *owner.named_buffers(remove_duplicate=False)]
-        )
+        named = _tensors(owner)
         for name, tensor in named.items():
             aliases.setdefault(names[id(tensor)], []).append(name)
         program = as_program(trace(module, grad), weights, tuple(named), aliases)
@@ -163,11 +166,11 @@ class _Backend:
     def _owner(self, graph: fx.Graph) -> nn.Module | None:
         """The module whose names the plan speaks of, once it is known to be the right one."""
         candidates = [self.model] if self.model is not None else holders(graph)
-        fitting = [module for module in candidates if self.named <= set(_all_names(module))]
+        fitting = [module for module in candidates if self.named <= _tensors(module).keys()]
         if not candidates:
             return None
         if not fitting:
-            missing = min(self.named - set(_all_names(candidates[0])))
+            missing = min(self.named - _tensors(candidates[0]).keys())
             raise PlanError(
                 f"the plan names '{missing}', which {type(candidates[0]).__name__} does not have; it is a"
                 " plan for another model, or the compiled function holds the model inside this module or"
@@ -176,8 +179,21 @@ class _Backend:
         owner = fitting[0]
         if self.check and owner not in self.checked:
             check_fingerprint(self.plan, fingerprint(dict(owner.named_parameters(remove_duplicate=False))))
+        self._check_sizes(owner)
         self.checked.add(owner)
         return owner
+
+    def _check_sizes(self, owner: nn.Module) -> None:
+        """Refuse a model of another architecture, whose weights lack what the plan removes."""
+        tensors = _tensors(owner)
+        for (name, dim), removed in self.plan.slices().items():
+            last = max((index for _, index in removed), default=-1)
+            shape = tensors[name].shape if name in tensors else None
+            if shape is not None and (dim >= len(shape) or last >= shape[dim]):
+                raise PlanError(
+                    f"the plan removes index {last} along dimension {dim} of '{name}', which the model does"
+                    f" not have: its shape is {list(shape)}; make a plan for this model"
+                )
 
     def _analysis(self, program: Program) -> Analysis:
         return analyze_program(
@@ -188,17 +204,7 @@ class _Backend:
         )
 
     def _rewritten(self, program: Program) -> tuple[Program, dict[str, _Cut]]:
-        present = set(program.canonical())
-        analysis = self._analysis(program)
-        if not self.named <= present:
-            plan, gone = self._part(analysis, present)
-        else:
-            try:
-                plan, gone = self.plan, gone_of(self.plan, analysis)
-            except PlanError:
-                # The plan may have been made with sizes free that are fixed here.
-                analysis = self._analysis(free_sizes(program))
-                plan, gone = self.plan, gone_of(self.plan, analysis)
+        plan, gone, analysis = self._read(program)
         if not plan.groups:
             return program, {}
         cuts: dict[str, _Cut] = {}
@@ -207,37 +213,73 @@ class _Backend:
                 cuts.setdefault(slot.name, _Cut(slot.name, [], analysis.numbering, gone)).slots.append(slot)
         return Prune(gone, None, analysis)(analysis.program), cuts
 
+    def _read(self, program: Program) -> tuple[PruningPlan, np.ndarray, Analysis]:
+        """What of the plan can be done in a graph, and how it was analysed."""
+        present = set(program.canonical())
+        analysis = self._analysis(program)
+        if not self.named <= present:
+            return *self._part(analysis, present), analysis
+        try:
+            return self.plan, gone_of(self.plan, analysis), analysis
+        except PlanError:
+            # The plan may have been made with sizes free that are fixed here.
+            analysis = self._analysis(free_sizes(program))
+        try:
+            return self.plan, gone_of(self.plan, analysis), analysis
+        except PlanError:
+            # The model is the plan's: dynamo's graph of it is not that of the capture.
+            return *self._part(analysis, present), analysis
+
     def _part(self, analysis: Analysis, present: set[str]) -> tuple[PruningPlan, np.ndarray]:
-        """What of the plan can be done in a graph that holds a part of the model."""
+        """What of the plan can be done in a graph that holds a part of the model, or in which not all can be
+        followed that the capture could.
+        """
         groups, left = [], []
         for group in self.plan.groups:
             names = {part.name for part in (*group.producers, *group.consumers)}
             if not names & present:
                 continue
+            if not names <= present:
+                left.append(f"'{group.name}': '{min(names - present)}' is in another graph")
+                continue
             try:
-                if not names <= present:
-                    raise PlanError(f"'{min(names - present)}' is in another graph")
                 gone_of(replace(self.plan, groups=(group,)), analysis)
                 groups.append(group)
             except PlanError as error:
-                left.append(f"'{group.name}': {error}")
+                left.append(f"'{group.name}': {_why_not(analysis, names) or error}")
         if left:
-            warn(
-                f"graph breaks divide the model, and these groups stay whole: {'; '.join(left)}",
-                PartialPlanWarning,
+            why = (
+                "dynamo's graph of the model is not that of the capture"
+                if self.named <= present
+                else "graph breaks divide the model"
             )
+            remedy = (
+                "; torch.backends.mha.set_fastpath_enabled(False), before compiling, keeps torch from taking"
+                " whole encoder layers for one operator"
+                if analysis.program.module.graph.find_nodes(op="call_function", target=_ENCODER_LAYER)
+                else ""
+            )
+            warn(f"{why}, and these groups stay whole: {'; '.join(left)}{remedy}", PartialPlanWarning)
         plan = replace(self.plan, groups=tuple(groups))
         return plan, gone_of(plan, analysis)
 
 
-def _all_names(module: nn.Module) -> list[str]:
-    return [
-        name
-        for name, _ in [
-            *module.named_parameters(remove_duplicate=False),
-            *module.named_buffers(remove_duplicate=False),
-        ]
-    ]
+def _why_not(analysis: Analysis, names: set[str]) -> str:
+    """What the analysis says of weights that it cannot prune; empty if it says nothing."""
+    reasons = {
+        group.reason
+        for group in analysis.groups
+        if group.status == FROZEN
+        and not names.isdisjoint(part.name for part in (*group.producers, *group.consumers))
+    }
+    return ", ".join(sorted(filter(None, reasons)))
+
+
+def _tensors(module: nn.Module) -> dict[str, Tensor]:
+    """The weights of a module under all their names."""
+    return dict(
+        [*module.named_parameters(remove_duplicate=False), *module.named_buffers(remove_duplicate=False)]
+    )
 
 
 def _refuse(error: FaspError, *args: Any) -> Any:

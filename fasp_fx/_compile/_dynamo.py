@@ -4,6 +4,7 @@ computes, in operators that the library reads.
 
 from __future__ import annotations
 
+import functools
 import inspect
 from collections.abc import Iterable
 from typing import Any, cast
@@ -12,7 +13,14 @@ import torch
 from torch import Tensor, fx, nn
 
 from .._calling._signature import CallSignature
-from .._capture import is_plain_graph
+from .._capture import (
+    Decompositions,
+    any_number_of_steps,
+    composites,
+    is_plain_graph,
+    single_layers,
+    taken_apart,
+)
 from .._compat import FakeTensorMode, ShapeEnv
 from .._compat._dynamo import (
     SET_GRAD,
@@ -22,6 +30,7 @@ from .._compat._dynamo import (
     TracingContext,
     aot_export_module,
     tracing,
+    without_overrides,
 )
 from .._program import Program, graph_module
 from ..errors import CaptureError, first_line
@@ -88,21 +97,70 @@ def trace(module: fx.GraphModule, grad: bool) -> fx.GraphModule:
         )
     given = [node.meta.get("example_value") for node in module.graph.find_nodes(op="placeholder")]
     try:
-        with tracing(TracingContext(TracingContext.get().fake_mode)), torch.no_grad():
-            made, signature = aot_export_module(
-                module, given, trace_joint=False, pre_dispatch=True, decompositions={}
-            )
+        traced = _traced(module, given, {})
+        traced = taken_apart(traced.graph, functools.partial(_in_parts, traced, given)) or traced
+    except CaptureError:
+        raise
     except Exception as error:
         raise CaptureError(f"the graph cannot be traced: {first_line(error)}") from error
-    if signature.buffers_to_mutate or signature.parameters_to_mutate or signature.user_inputs_to_mutate:
-        raise CaptureError("the graph writes into its inputs or buffers")
-    traced = cast(fx.GraphModule, made)
     _without_modes(traced.graph, grad)
+    single_layers(traced.graph)
     if not is_plain_graph(traced.graph):
         strange = next(node for node in traced.graph.nodes if not is_plain_graph(_alone(node)))
         raise CaptureError(f"the graph calls {strange.target}")
     traced.recompile()
     return traced
+
+
+class _Apart(nn.Module):
+    """A graph that calls, in the place of some operators, what they are made of.
+
+    It does so where a model would: a composite may write into what it has made itself, and the tracer sees to
+    that only above itself.
+    """
+
+    def __init__(self, traced: fx.GraphModule, decompositions: Decompositions) -> None:
+        super().__init__()
+        self._caller = _Caller(traced, decompositions)
+
+    def forward(self, *args: Any) -> Any:
+        return self._caller.run(*args)
+
+
+class _Caller(fx.Interpreter):
+    def __init__(self, traced: fx.GraphModule, decompositions: Decompositions) -> None:
+        super().__init__(traced)
+        self._decompositions = decompositions
+
+    def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
+        decomposition = self._decompositions.get(target)
+        if decomposition is None:
+            return super().call_function(target, args, kwargs)
+        with without_overrides():  # a tracer's own would record the operator as it is
+            made = decomposition(*args, **kwargs)
+        return super().call_function(target, args, kwargs) if made is NotImplemented else made
+
+
+def _in_parts(traced: fx.GraphModule, given: list[Any], decompositions: Decompositions) -> fx.GraphModule:
+    """A traced graph with operators taken apart, and what they are made of in turn, which an exporter does by
+    itself.
+    """
+    while True:
+        traced = _traced(_Apart(traced, decompositions), given, decompositions)
+        more = {operator: operator.decompose for operator in composites(traced.graph)}
+        if not decompositions or more.keys() <= decompositions.keys():
+            return traced
+        decompositions = {**more, **decompositions}
+
+
+def _traced(module: nn.Module, given: list[Any], decompositions: Decompositions) -> fx.GraphModule:
+    with tracing(TracingContext(TracingContext.get().fake_mode)), torch.no_grad(), any_number_of_steps():
+        made, signature = aot_export_module(
+            module, given, trace_joint=False, pre_dispatch=True, decompositions=decompositions
+        )
+    if signature.buffers_to_mutate or signature.parameters_to_mutate or signature.user_inputs_to_mutate:
+        raise CaptureError("the graph writes into its inputs or buffers")
+    return cast(fx.GraphModule, made)
 
 
 def _alone(node: fx.Node) -> fx.Graph:
