@@ -375,3 +375,51 @@ def test_a_model_of_other_sizes_is_refused_as_that(perceptron: Any) -> None:
     other.second, other.third = nn.Linear(16, 4), nn.Linear(4, 16)
     with pytest.raises(fasp_fx.PlanError, match="its shape is"):
         torch.compile(other.eval(), backend=fasp_fx.backend(plan, inner="eager", check=False))(example)
+
+
+class Held(nn.Module):
+    """Floats that modules hold."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second, self.last = nn.Linear(6, 16), nn.Linear(16, 16), nn.Linear(16, 4)
+        self.batch, self.layer, self.leaky = nn.BatchNorm1d(16), nn.LayerNorm(6, eps=0.3), nn.LeakyReLU(0.1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.leaky(self.batch(self.first(self.layer(x))))
+        return self.last(torch.relu(self.second(x)))
+
+
+class Scaled(Held):
+    """A float of the call."""
+
+    def forward(self, x: Tensor, scale: float = 1.0) -> Tensor:
+        return super().forward(x) * scale
+
+
+def test_floats_of_modules_are_constants_at_dynamic_sizes() -> None:
+    model, x, other = randomise(Held()), torch.randn(5, 6), torch.randn(9, 6)
+    plan, spy = plan_for(model, x), Spy()
+    compiled = torch.compile(model, backend=fasp_fx.backend(plan, inner=spy), dynamic=True)
+    masked_exact(model, compiled, plan, x, other)
+    assert len(spy.weights) == 1, "one graph for all sizes"
+    assert spy.weights[0] - x.numel() < sum(p.numel() for p in model.parameters())
+    model.layer.eps, model.leaky.negative_slope = 0.9, 0.6
+    masked_exact(model, compiled, plan, x, other)
+    assert len(spy.weights) == 2, "one graph for each value"
+
+
+def test_a_float_of_the_call_leaves_the_graph_whole() -> None:
+    model, x = randomise(Scaled()), torch.randn(5, 6)
+    plan = plan_for(model, x)
+    compiled = torch.compile(model, backend=fasp_fx.backend(plan, inner="eager"), dynamic=True)
+    with (
+        pytest.warns(fasp_fx.PartialPlanWarning, match="the float .*scale.*specialize_float"),
+        torch.no_grad(),
+    ):
+        assert error(compiled(x, 0.5), model(x, 0.5)) <= TOLERANCE
+    torch._dynamo.reset()
+    masked = Masked(model, plan)
+    with torch._dynamo.config.patch(specialize_float=True), torch.no_grad():
+        for scale in (0.5, 2.0):
+            assert error(compiled(x, scale), masked(x) * scale) <= TOLERANCE

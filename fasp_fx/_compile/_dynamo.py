@@ -42,19 +42,23 @@ def holders(graph: fx.Graph) -> list[nn.Module]:
     module alone.
     """
     found: dict[int, nn.Module] = {}
-    frame = InstructionTranslator.current_tx()
     for node in graph.find_nodes(op="placeholder"):
-        source = getattr(node.meta.get("grapharg"), "source", None)
-        chain = []
-        while source is not None:
-            chain.append(source)
-            source = getattr(source, "base", None)
-        for outer in reversed(chain):
-            value = _value(outer, frame)
-            if isinstance(value, nn.Module):
-                found.setdefault(id(value), value)
-                break
+        holder = _holder(node)
+        if holder is not None:
+            found.setdefault(id(holder), holder)
     return list(found.values())
+
+
+def _holder(node: fx.Node) -> nn.Module | None:
+    """The outermost module that an input of the graph is found in."""
+    frame = InstructionTranslator.current_tx()
+    source = getattr(node.meta.get("grapharg"), "source", None)
+    chain = []
+    while source is not None:
+        chain.append(source)
+        source = getattr(source, "base", None)
+    values = (_value(outer, frame) for outer in reversed(chain))
+    return next((value for value in values if isinstance(value, nn.Module)), None)
 
 
 def _value(source: Any, frame: Any) -> Any:
@@ -95,6 +99,7 @@ def trace(module: fx.GraphModule, grad: bool) -> fx.GraphModule:
             f"it calls {FLEX}, whose graphs cannot be traced here; compile the module of fasp_fx.apply(model,"
             " plan, args) instead"
         )
+    module = _with_floats(module)
     given = [node.meta.get("example_value") for node in module.graph.find_nodes(op="placeholder")]
     try:
         traced = _traced(module, given, {})
@@ -110,6 +115,42 @@ def trace(module: fx.GraphModule, grad: bool) -> fx.GraphModule:
         raise CaptureError(f"the graph calls {strange.target}")
     traced.recompile()
     return traced
+
+
+def _with_floats(module: fx.GraphModule) -> fx.GraphModule:
+    """The graph with the floats that modules hold, an epsilon or a slope, as the constants they are. Where
+    sizes are dynamic, dynamo hands them over as inputs; it compiles anew should one change.
+
+    Raises:
+        CaptureError: a float of the call is an input.
+    """
+    items = [
+        node
+        for node in module.graph.find_nodes(op="call_method", target="item")
+        if isinstance(node.meta.get("example_value"), torch.SymFloat) and _passes_float(node.args[0])
+    ]
+    if not items:
+        return module
+    for node in items:
+        given = cast(fx.Node, node.args[0])
+        if _holder(given) is None:
+            raise CaptureError(
+                f"it takes the float '{given.name}' as an input, which may be another in each call; pass a"
+                " tensor, or set torch._dynamo.config.specialize_float = True, which compiles once for each"
+                " value"
+            )
+    graph, copies = fx.Graph(), dict[fx.Node, Any]()
+    for node in module.graph.nodes:
+        if node in items:
+            copies[node] = float(node.meta["example_value"])  # which dynamo then guards
+        else:
+            copies[node] = graph.node_copy(node, copies.__getitem__)
+    return fx.GraphModule(module, graph)
+
+
+def _passes_float(node: Any) -> bool:
+    """Whether an input of dynamo's graph is a float of Python's."""
+    return bool(getattr(node.meta.get("grapharg"), "pass_arg_as_tensor", False))
 
 
 class _Apart(nn.Module):
