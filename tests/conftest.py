@@ -47,6 +47,9 @@ def pytest_configure(config: pytest.Config) -> None:
     # Pytest listens to loggers that do not propagate, and for whoever listens torch writes down every step of
     # a capture, which takes a tenth of the time.
     logging.getLogger("torch.__trace").propagate = True
+    # The cache of what operators make of fake tensors pays where many layers are alike. Of a few it takes
+    # a third of the capture (and is left out by itself where it fails).
+    torch._dynamo.config.fake_tensor_cache_enabled = False
     torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else 2)
     # Calibration rounds no products on machines that would be faster so: oracles here are exact ones.
     # test_precision.py holds the rounded ones.

@@ -86,7 +86,14 @@ def test_what_fake_tensors_raise_they_log_there(caplog: pytest.LogCaptureFixture
     assert any(record.name == _compat.FAKE_LOGGER for record in caplog.records)
 
 
-def test_the_cache_of_fake_results_can_be_left_out() -> None:
+@pytest.fixture
+def fake_cache() -> Iterator[None]:
+    """As outside of tests."""
+    with torch._dynamo.config.patch(fake_tensor_cache_enabled=True):
+        yield
+
+
+def test_the_cache_of_fake_results_can_be_left_out(fake_cache: None) -> None:
     assert torch._dynamo.config.fake_tensor_cache_enabled
     with _compat.without_fake_cache():
         assert not torch._dynamo.config.fake_tensor_cache_enabled
@@ -94,7 +101,9 @@ def test_the_cache_of_fake_results_can_be_left_out() -> None:
             assert not mode.cache_enabled
 
 
-def test_an_error_of_the_cache_is_told_from_one_of_an_operator(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_error_of_the_cache_is_told_from_one_of_an_operator(
+    fake_cache: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def fail(*args: Any, **kwargs: Any) -> Any:
         raise TypeError("cannot be compared")
 
