@@ -100,6 +100,7 @@ def main(times: int, folder: Path, seed: int) -> None:
                 assert (
                     not out.exists() or (out / "manifest.json").exists() or (out / "config.json").exists()
                 ), "what is half written stands where a user looks for it"
+                ended = out.exists()  # it was killed when all was written
                 continue
             ended = True
             assert process.returncode == 0, process.stderr.read().decode() if process.stderr else ""
