@@ -270,6 +270,7 @@ __all__ = [
     "check_counts",
     "check_reach",
     "deepest_loss",
+    "departures",
     "lost_per_block",
     "validate",
 ]

@@ -15,7 +15,7 @@ from torch.fx.passes.infra.pass_base import PassResult
 
 from fasp_fx._capture import export_again, is_plain_graph, recapture
 from fasp_fx._capture._record import record
-from fasp_fx._capture._unchanged import rewound
+from fasp_fx._capture._unchanged import copied, rewound
 from fasp_fx._finish import finish, own_storage
 from fasp_fx._program import Program, graph_module
 from fasp_fx._stamps import WRITTEN_BY, stamp
@@ -167,13 +167,9 @@ def _same_shapes(before: Program, after: Program) -> None:
 
 def _outputs(program: Program) -> list[Any]:
     """What a program returns on its example inputs, which stay as they are, and so do its buffers."""
-    args, kwargs = (_own(given) for given in program.example)
+    args, kwargs = (copied(given) for given in program.example)
     with torch.no_grad(), rewound(program.module, written_names(program.module.graph)):
-        return pytree.tree_leaves(_own(program.module(*args, **kwargs)))
-
-
-def _own(value: Any) -> Any:
-    return pytree.tree_map_only(Tensor, torch.clone, value)
+        return pytree.tree_leaves(copied(program.module(*args, **kwargs)))
 
 
 def _same_values(expected: list[Any], after: Program, tolerance: float | None) -> None:

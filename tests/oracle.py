@@ -18,9 +18,6 @@ from transformers.pytorch_utils import Conv1D
 
 #: the largest relative error that counts as equal in float32
 TOLERANCE = 1e-4
-#: the invariants of :mod:`fasp_fx.testing` in which it matters what a model computes; the others, which take
-#: longer, are held for one model of a kind
-OF_OPERATORS = ("mask-exact", "nothing", "shapes", "rules", "restored")
 
 
 def _columns(module: nn.Module) -> tuple[int, int]:

@@ -8,11 +8,11 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from oracle import OF_OPERATORS
+from invariants import invariants_of
 from torch import Tensor, nn
 
 import fasp_fx
-from fasp_fx.testing import INVARIANTS, check_program
+from fasp_fx.testing import check_program
 from fasp_fx.testing.oracle import Masked, error
 
 pytestmark = pytest.mark.usefixtures("shared_captures")
@@ -110,7 +110,7 @@ def test_channels_of_messages_go(start: str, add: str) -> None:
 @pytest.mark.parametrize("start", STARTS)
 def test_every_invariant_holds(start: str) -> None:
     torch.manual_seed(1)
-    wanted = tuple(INVARIANTS) if start == next(iter(STARTS)) else OF_OPERATORS
+    wanted = invariants_of(start, STARTS)
     check_program(Messages(STARTS[start]).eval(), graph(), others=[(graph(6, 10), {})], invariants=wanted)
 
 
@@ -133,7 +133,7 @@ def test_an_index_that_is_spread_out_narrows_with_the_channels(name: str) -> Non
     masked = Masked(model, result.plan)
     for call in inputs:
         assert error(result.module(*call), masked(*call)) < 1e-6
-    wanted = tuple(INVARIANTS) if name == next(iter(SCATTERS)) else OF_OPERATORS
+    wanted = invariants_of(name, SCATTERS)
     check_program(model, inputs[0], others=[(inputs[1], {})], invariants=wanted)
 
 

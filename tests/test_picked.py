@@ -12,11 +12,10 @@ from typing import Any
 
 import pytest
 import torch
-from oracle import OF_OPERATORS
+from invariants import invariants_of
 from torch import Tensor, nn
 
 import fasp_fx
-from fasp_fx.testing import INVARIANTS
 
 pytestmark = pytest.mark.usefixtures("shared_captures")
 
@@ -153,5 +152,5 @@ def test_complex_numbers(name: str) -> None:
     torch.manual_seed(0)
     model, x = Net(lambda h, _: COMPLEX[name](h), 12).eval(), _input(2, 4).float()
     assert fasp_fx.analyze(model, (x,)).select("prunable")
-    wanted = tuple(INVARIANTS) if name == next(iter(COMPLEX)) else OF_OPERATORS
+    wanted = invariants_of(name, COMPLEX)
     fasp_fx.testing.check_program(model, (x,), invariants=wanted)

@@ -8,11 +8,11 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from oracle import OF_OPERATORS
+from invariants import invariants_of
 from torch import Tensor, nn
 
 import fasp_fx
-from fasp_fx.testing import INVARIANTS, check_program
+from fasp_fx.testing import check_program
 from fasp_fx.testing.oracle import Masked, error
 
 pytestmark = pytest.mark.usefixtures("shared_captures")
@@ -130,7 +130,7 @@ def test_pruned_exactly_for_other_counts(name: str) -> None:
 def test_every_invariant_holds(name: str) -> None:
     make, inputs, _ = CASES[name]
     torch.manual_seed(3)
-    wanted = tuple(INVARIANTS) if name == next(iter(CASES)) else OF_OPERATORS
+    wanted = invariants_of(name, CASES)
     check_program(make().eval(), inputs(7), others=[(inputs(9), {})], invariants=wanted)
 
 

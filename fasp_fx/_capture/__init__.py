@@ -1,18 +1,11 @@
 """How a model becomes a functional graph, and a graph an exported program."""
 
-from ._capture import (
-    Decompositions,
-    any_number_of_steps,
-    capture,
-    composites,
-    export_again,
-    is_plain_graph,
-    recapture,
-    recorded_shapes,
-    single_layers,
-    taken_apart,
-    upper_bound,
-)
+from ._capture import capture, recapture
+from ._dynamic import recorded_shapes, upper_bound
+from ._export import export_again
+from ._functional import Decompositions, composites, is_plain_graph, taken_apart
+from ._recurrent import single_layers
+from ._steps import any_number_of_steps
 
 __all__ = [
     "Decompositions",

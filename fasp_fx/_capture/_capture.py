@@ -21,30 +21,17 @@ from .._stamps import read_stamps
 from ..channels import results
 from ..errors import ArgumentError, CaptureError, first_line
 from ._dead import remove_dead
-from ._dynamic import all_dims, every_dim, recorded_shapes, upper_bound
-from ._export import export, export_again
+from ._dynamic import all_dims, every_dim
+from ._export import export
 from ._fold import Folding
 from ._fold import fold as fold_weights
-from ._functional import Decompositions, composites, functional, is_plain_graph, taken_apart
+from ._functional import functional
 from ._names import check_names, own_names
 from ._recurrent import single_layers
 from ._state import state_positions
-from ._steps import any_number_of_steps
 from ._transformers import is_transformers, register_caches
 
-__all__ = [
-    "Decompositions",
-    "any_number_of_steps",
-    "capture",
-    "composites",
-    "export_again",
-    "is_plain_graph",
-    "recapture",
-    "recorded_shapes",
-    "single_layers",
-    "taken_apart",
-    "upper_bound",
-]
+__all__ = ["capture", "recapture"]
 
 
 def capture(

@@ -148,6 +148,11 @@ def rewound(model: nn.Module, written: Iterable[str] = ()) -> Iterator[Changed]:
         _write_back(values)
 
 
+def copied(value: Any) -> Any:
+    """Arguments that a call may write into, or outputs that can be buffers, as they are now."""
+    return pytree.tree_map(lambda leaf: leaf.detach().clone() if isinstance(leaf, Tensor) else leaf, value)
+
+
 def _values(tensors: Iterable[Tensor]) -> list[tuple[Tensor, Tensor]]:
     """Tensors with copies of what they hold; those without values, and those of other layouts, are left as
     they are.
@@ -167,4 +172,4 @@ def _write_back(values: list[tuple[Tensor, Tensor]]) -> None:
                 tensor.copy_(value)
 
 
-__all__ = ["Changed", "of_torch", "rewound", "unchanged"]
+__all__ = ["Changed", "copied", "of_torch", "rewound", "unchanged"]

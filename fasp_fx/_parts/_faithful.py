@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from .._capture._unchanged import rewound
+from .._capture._unchanged import copied, rewound
 from .._compat import FakeTensor, OpOverload, pytree
 from .._observe._runner import Runner
 from .._program import Program
@@ -115,7 +115,7 @@ def _called(
         torch.compiler.set_stance("force_eager"),
     ):
         for _ in range(calls):
-            expected = _copied(pytree.tree_leaves(model(*_copied(args), **_copied(kwargs))))
+            expected = copied(pytree.tree_leaves(model(*copied(args), **copied(kwargs))))
     return expected, changed.names(model)
 
 
@@ -144,7 +144,7 @@ def _difference(program: Program, expected: list[Any], args: Any, kwargs: dict[s
         CalibrationError: the program does not run on these inputs.
     """
     with torch.no_grad():
-        found = _copied(_outputs(program, _copied(program.flat_inputs(args, kwargs))))
+        found = copied(_outputs(program, copied(program.flat_inputs(args, kwargs))))
     apart = [
         (_deviation(a, b), _ALLOWED_HALF if b.dtype.itemsize == 2 else _ALLOWED)
         for a, b in zip(_floats(found), _floats(expected))
@@ -186,11 +186,6 @@ def _is_elsewhere(program: Program, model: nn.Module) -> bool:
 
 def _is_random(node: fx.Node) -> bool:
     return isinstance(node.target, OpOverload) and torch.Tag.nondeterministic_seeded in node.target.tags
-
-
-def _copied(value: Any) -> Any:
-    """Arguments that a call may write into, or outputs that can be buffers, as they are now."""
-    return pytree.tree_map(lambda leaf: leaf.detach().clone() if isinstance(leaf, Tensor) else leaf, value)
 
 
 def _outputs(program: Program, inputs: list[Any]) -> list[Any]:

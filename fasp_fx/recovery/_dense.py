@@ -13,7 +13,7 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from .._capture._unchanged import rewound
+from .._capture._unchanged import copied, rewound
 from .._compat import pytree
 from .._device import device_of, products_in_bfloat16
 from ..errors import ArgumentError, CalibrationError, StoreError, first_line
@@ -28,11 +28,13 @@ class Call:
     kwargs: dict[str, Any]
 
     def to(self, device: torch.device) -> Call:
-        """The same with tensors of its own on a device, which a model may write into."""
-        args, kwargs = pytree.tree_map_only(
-            Tensor, lambda leaf: leaf.to(device, copy=True), (self.args, self.kwargs)
-        )
+        """The same with its tensors on a device."""
+        args, kwargs = pytree.tree_map_only(Tensor, lambda leaf: leaf.to(device), (self.args, self.kwargs))
         return Call(args, kwargs)
+
+    def copied(self) -> Call:
+        """The same with tensors of its own, which a model may write into."""
+        return Call(*copied((self.args, self.kwargs)))
 
     def named(self, model: nn.Module) -> Mapping[str, Any]:
         """The arguments by their names in the model's forward."""
@@ -77,7 +79,7 @@ class DenseOutputs:
         device = device_of(model)
         for index, call in enumerate(calls):
             if not self._file(index).exists():
-                held = call.to(device)
+                held = call.to(device).copied()
                 try:
                     with (
                         torch.no_grad(),

@@ -208,11 +208,10 @@ class Training:
     def _terms(self, model: nn.Module, index: int, bfloat16: bool) -> Tensor:
         call = self._calls[index].to(self._device)
         with products_in_bfloat16(self._device, bfloat16):
-            outputs = model(*call.args, **call.kwargs)
+            own = call.copied()
+            outputs = model(*own.args, **own.kwargs)
         return self._match.terms(
-            outputs,
-            self._dense.read(index, self._device),
-            self._calls[index].to(self._device).named(self._trained.student),
+            outputs, self._dense.read(index, self._device), call.named(self._trained.student)
         )
 
     @torch.no_grad()
