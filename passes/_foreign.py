@@ -16,6 +16,7 @@ from torch.fx.passes.infra.pass_base import PassResult
 from fasp_fx._capture import export_again, is_plain_graph, recapture
 from fasp_fx._capture._record import record
 from fasp_fx._capture._unchanged import copied, rewound
+from fasp_fx._deviation import deviation
 from fasp_fx._finish import finish, own_storage
 from fasp_fx._program import Program, graph_module
 from fasp_fx._stamps import WRITTEN_BY, stamp
@@ -204,12 +205,11 @@ def _same_tensor(index: int, found: Tensor, expected: Tensor, tolerance: float |
         return
     kind = torch.finfo(expected.dtype)
     allowed = float(kind.eps) ** 0.5 if tolerance is None else tolerance
-    scale = expected.abs().nan_to_num(0, 0, 0).max().clamp_min(kind.tiny)
-    if not bool(torch.isclose(found, expected, rtol=0, atol=allowed * float(scale), equal_nan=True).all()):
+    apart = deviation(found, expected)
+    if apart > allowed:
         raise VerificationError(
-            f"output {index} differs by {float((found - expected).abs().max() / scale):.1e} of its largest"
-            f" value on the example inputs, more than {allowed:.1e}; a pass that changes values on purpose"
-            " needs Pipeline(tolerance=…)"
+            f"output {index} differs by {apart:.1e} of its largest value on the example inputs, more than"
+            f" {allowed:.1e}; a pass that changes values on purpose needs Pipeline(tolerance=…)"
         )
 
 

@@ -81,6 +81,8 @@ class PadValueHeads(GraphPass):
                 continue
             query, value = narrow[node.name]
             if query < value:
+                if node.kwargs.get("scale") is None:
+                    node.update_kwarg("scale", 1.0 / math.sqrt(query))  # that of the width before
                 for index in (0, 1):
                     with graph.inserting_before(node):
                         wide = graph.call_function(

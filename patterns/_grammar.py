@@ -18,7 +18,9 @@
                                                      in brackets: one dimension that is the product of two
                                                      letters
     DIM         :=  LETTER | LETTER "*"              LETTER "*" is a run of dimensions
-    clause      :=  "mix" WHERE                      positions along WHERE influence one another
+    clause      :=  said ["if" NAME]                 "if", after "mix", "freeze" and "window" alone: in calls
+                                                     in which argument NAME is truthy
+    said        :=  "mix" WHERE                      positions along WHERE influence one another
                  |  "reduce" "@" NAME                the dimensions named by argument NAME are reduced
                  |  "freeze" WHERE                   positions along WHERE cannot be removed
                  |  "window" WHERE                   the same, and positions of the result there are others
@@ -82,9 +84,10 @@ no operand has, where all that operands have are kept, is a dimension that the o
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from fasp_fx.errors import RuleError
 
@@ -127,6 +130,7 @@ _CLAUSES = {
     "length": (2,),
 }
 _WITH_ARGUMENT = {"mix", "reduce", "freeze", "window", "choose", "index", "add"}
+_CONDITIONAL = {"mix", "freeze", "window"}
 #: how a clause counts results, or the inputs of a graph
 ORDINALS = {"first": 0, "second": 1, "third": 2}
 
@@ -167,18 +171,25 @@ class Alternative:
 
 @dataclass(frozen=True)
 class Clause:
-    """A keyword and its words; ``argument`` says that the first word names an argument of the operator."""
+    """A keyword and its words; ``argument`` says that the first word names an argument of the operator, and
+    the clause holds in calls in which ``condition`` is truthy.
+    """
 
     keyword: str
     words: tuple[str, ...]
     argument: bool = False
+    condition: str | None = None
 
     def __str__(self) -> str:
         first = ("@" if self.argument else "") + self.words[0]
         rest = self.words[1:]
         if self.keyword == "shape" and rest:
             return f"shape {first}={rest[0]}"
-        return " ".join((self.keyword, first, *rest))
+        return " ".join((self.keyword, first, *rest, *(("if", self.condition) if self.condition else ())))
+
+    def holds(self, arguments: Mapping[str, Any]) -> bool:
+        """Whether the clause speaks of a call with these arguments."""
+        return self.condition is None or bool(arguments.get(self.condition))
 
 
 @dataclass(frozen=True)
@@ -215,6 +226,7 @@ class Rule:
             found |= {operand.name for operand in alternative.operands}
             found |= {alternative.condition} if alternative.condition else set()
         for clause in self.clauses:
+            found |= {clause.condition} if clause.condition else set()
             if clause.argument:
                 found.add(clause.words[0])
             elif clause.keyword in ("span", "pick", "sizes", "chunk", "length", "look"):
@@ -312,9 +324,13 @@ class _Parser:
         argument = self.accept("@")
         if argument and keyword not in _WITH_ARGUMENT:
             self.fail(f"'@' is not allowed after {keyword!r}")
-        words = [self.take()]
-        while self.peek() not in (None, ";"):
+        words, condition = [self.take()], None
+        while self.peek() not in (None, ";", "if"):
             words.append(self.take())
+        if self.peek() == "if" and keyword not in _CONDITIONAL:
+            self.fail(f"'if' is not allowed after {keyword!r}")
+        if self.accept("if"):
+            condition = self.name()
         numbered = {"choose": words[1:], "pass": words[1:], "told": words[2:]}.get(str(keyword), [])
         if any(word not in ORDINALS for word in numbered):
             self.fail(f"{keyword!r} counts as {' or '.join(ORDINALS)}")
@@ -324,7 +340,7 @@ class _Parser:
             self.fail(
                 f"{keyword!r} takes {' or '.join(map(str, _CLAUSES[str(keyword)]))} word(s), not {len(words)}"
             )
-        return Clause(str(keyword), tuple(word for word in words if word != "="), argument)
+        return Clause(str(keyword), tuple(word for word in words if word != "="), argument, condition)
 
     def rule(self) -> Rule:
         moves, tallies, alternatives = None, None, []

@@ -58,7 +58,7 @@ CONTRACTIONS: dict[str, str] = {
         "query[... h q d], key[... g k d], value[... g k c], attn_mask[... h q k] -> [... h q c] if"
         " enable_gqa | query[... h q d], key[... g k d], value[... g k c], attn_mask[q k] -> [... h q c] if"
         " enable_gqa | query[... q d], key[... k d], value[... k c], attn_mask[... q k] -> [... q c]; mix k;"
-        " repeat g h"
+        " repeat g h; freeze q if is_causal; freeze k if is_causal"
     ),
     "higher_order.flex_attention": (
         "query[b h q d], key[b g k d], value[b g k c] -> [b h q c], [b h q], [b h q]"

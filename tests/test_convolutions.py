@@ -11,6 +11,7 @@ import torch
 from captures import one_capture
 from oracle import TOLERANCE, error, zeroed
 from torch import Tensor, nn
+from torch.nn import functional as F
 from zoo import randomise
 
 import fasp_fx
@@ -243,3 +244,37 @@ def test_no_channel_takes_the_whole_of_one_block_of_an_image() -> None:
     ]
     assert kept.reason == "layout: they are whole blocks of image[1], which keep equal counts"
     check_program(model, (x,), sparsity=None, invariants=("mask-exact", "steps"))
+
+
+class Kernels(nn.Module):
+    """A kernel whose taps are channels elsewhere: of a weight that is also a matrix, or computed."""
+
+    def __init__(self, computed: bool) -> None:
+        super().__init__()
+        self.computed = computed
+        self.kernel = nn.Parameter(torch.randn(3, 1, 6))
+        self.make, self.beside, self.last = nn.Linear(5, 18), nn.Linear(3, 6), nn.Linear(3, 4)
+        self.read = nn.Linear(18, 3)
+
+    def forward(self, x: Tensor, seed: Tensor) -> Tensor:
+        kernel = self.make(seed).tanh() if self.computed else self.kernel
+        along = F.conv1d(x, kernel.view(3, 1, 6), groups=3).mean(-1)
+        if self.computed:
+            return self.last(along + self.read(kernel))
+        return self.last(along + F.linear(self.beside(x.mean(-1)).tanh(), self.kernel.squeeze(1)))
+
+
+@pytest.mark.parametrize("computed", [False, True])
+def test_taps_of_a_kernel_stay_where_they_are_channels_elsewhere(computed: bool) -> None:
+    analysis = fasp_fx.analyze(Kernels(computed).eval(), (torch.randn(2, 3, 9), torch.randn(5)))
+    reader = "read.weight" if computed else "kernel"
+    group = next(group for group in analysis.groups if reader in {part.name for part in group.consumers})
+    assert group.status == "frozen"
+    assert "positions of a window of aten.conv1d.default" in group.reason
+    assert not any(group.status == "frozen" and "window" in group.reason for group in _plain_taps().groups)
+
+
+def _plain_taps() -> fasp_fx.Analysis:
+    """Of kernels that are nothing else, whose taps are no channels at all."""
+    model = nn.Sequential(nn.Conv1d(3, 8, 5), nn.ReLU(), nn.ConvTranspose1d(8, 2, 4))
+    return fasp_fx.analyze(model.eval(), (torch.randn(2, 3, 9),))

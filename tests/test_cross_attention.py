@@ -138,3 +138,34 @@ def test_restoration_helps() -> None:
             for how in (None, "least-squares")
         ]
     assert errors[1] < errors[0]
+
+
+class Latents(nn.Module):
+    """Queries of the model's own, whose positions a linear layer reads; causal, each sees keys up to its own
+    number.
+    """
+
+    def __init__(self, causal: bool) -> None:
+        super().__init__()
+        self.causal = causal
+        self.latents = nn.Parameter(torch.randn(WIDTH, 4))
+        self.key, self.value, self.last = nn.Linear(5, 4), nn.Linear(5, 4), nn.Linear(WIDTH, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        queries = self.latents.expand(x.shape[0], -1, -1)
+        mixed = nn.functional.scaled_dot_product_attention(
+            queries, self.key(x), self.value(x), is_causal=self.causal
+        )
+        return self.last(mixed.transpose(1, 2))
+
+
+def test_positions_of_queries_stay_where_attention_numbers_them() -> None:
+    x = torch.randn(2, 4, 5)
+    analysis = fasp_fx.analyze(Latents(causal=True).eval(), (x,))
+    assert not any(group.status == "prunable" and "last.weight" in str(group) for group in analysis.groups)
+    model = Latents(causal=False).eval()
+    result = fasp_fx.prune(model, (x,), score="magnitude", restore=None, sparsity={"last.weight": 0.5})
+    expected = zeroed(model, result.plan)
+    for tokens in (2, 4, 20):
+        longer = torch.randn(2, tokens, 5)
+        assert error(result.module(longer), expected(longer)) < TOLERANCE

@@ -585,6 +585,30 @@ def test_options_become_part_of_the_program() -> None:
         result.module(X, Mode.TANH, 3.0, count=2)
 
 
+class Lenient(Vectors):
+    """Reads a mask of any kind, each in its own way."""
+
+    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+        hidden = self.up(x).relu()
+        return self.down(
+            hidden.masked_fill(mask[:, None], 0.5) if mask.dtype == torch.bool else hidden + mask[:, None]
+        )
+
+
+@pytest.mark.parametrize("example", [torch.bool, torch.int64, torch.float32])
+def test_tensors_of_another_kind_are_refused(example: torch.dtype) -> None:
+    mask = torch.arange(len(X)) % 2
+    result = _prune(
+        Lenient().eval(), (X, mask.to(example)), [(BATCH, (torch.arange(len(BATCH)) % 2).to(example))]
+    )
+    compiled = torch.compile(result.module, backend="eager")
+    for call in (result.module, compiled):
+        call(X, mask.to(example))
+        for other in {torch.bool, torch.int64, torch.float32} - {example}:
+            with pytest.raises(fasp_fx.CallError, match=f"'mask' is a tensor of {other}"):
+                call(X, mask.to(other))
+
+
 def test_lists_and_dicts_of_tensors() -> None:
     _exact(Images().eval(), args=([X, X[:2]],), calibration=[([BATCH, BATCH],)])
     _exact(Nested().eval(), args=({"x": X, "k": 2},), calibration=[({"x": BATCH, "k": 2},)])

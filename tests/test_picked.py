@@ -154,3 +154,24 @@ def test_complex_numbers(name: str) -> None:
     assert fasp_fx.analyze(model, (x,)).select("prunable")
     wanted = invariants_of(name, COMPLEX)
     fasp_fx.testing.check_program(model, (x,), invariants=wanted)
+
+
+class Masked(nn.Module):
+    """A mask of two dimensions, of which the second are the channels."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(5, 8), nn.Linear(8, 3)
+        self.register_buffer("mask", torch.rand(4, 8, generator=torch.Generator().manual_seed(0)) > 0.5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = self.first(x).tanh()
+        return self.last(hidden) + hidden.permute(1, 2, 0)[self.mask].sum(0)[:, None, None]
+
+
+def test_a_mask_speaks_of_as_many_dimensions_as_it_has() -> None:
+    analysis = fasp_fx.analyze(Masked().eval(), (torch.randn(2, 4, 5),))
+    group = next(
+        group for group in analysis.groups if "last.weight" in {part.name for part in group.consumers}
+    )
+    assert "aten.index.Tensor names positions along this dimension one by one" in group.reason

@@ -447,3 +447,18 @@ def test_what_is_said_of_the_last_channel_of_a_block_is_not_held_against_those_b
     side = model.side(x)
     side[:, 1] = 0
     torch.testing.assert_close(result.module(x), model.out(torch.cat([model.wide(inner), side], 1)))
+
+
+def test_wider_queries_keep_the_scale_of_their_width() -> None:
+    class Narrow(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.query, self.key, self.value = nn.Linear(5, 4), nn.Linear(5, 4), nn.Linear(5, 8)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return nn.functional.scaled_dot_product_attention(self.query(x), self.key(x), self.value(x))
+
+    torch.manual_seed(0)
+    model, x = Narrow().double().eval(), torch.randn(2, 7, 5).double()
+    padded = PadValueHeads()(torch.export.export(model, (x,)))
+    assert torch.allclose(padded.module()(x), model(x), atol=1e-12)

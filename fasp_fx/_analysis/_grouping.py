@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -77,10 +77,32 @@ def _status(
     if exempt:
         mark(walk.facts.exempt, EXEMPT)
     mark(walk.facts.mixed, APPROXIMATE)
+    mark(_windows_seen(labels, walk), FROZEN)
     mark(walk.facts.frozen, FROZEN)
     if not exempt:
         mark(walk.facts.exempt, EXEMPT)
     return status, reason
+
+
+def _windows_seen(labels: np.ndarray, walk: Walk) -> list[Remark]:
+    """Remarks on positions of windows that are something else as well: a kernel that is computed, or a weight
+    that is read in another way elsewhere.
+    """
+    facts = walk.facts
+    elsewhere = [
+        *(numbers for numbers, _ in facts.produced),
+        *(use.columns.reshape(-1) for use in facts.uses),
+        *(product.numbers for product in facts.products),
+    ]
+    if not facts.inside or not elsewhere:
+        return []
+    numbers = np.concatenate(elsewhere)
+    seen = np.unique(labels[numbers[numbers >= 0]])
+    found = (
+        replace(remark, numbers=remark.numbers[np.isin(labels[remark.numbers], seen)])
+        for remark in facts.inside
+    )
+    return [remark for remark in found if remark.numbers.size]
 
 
 def group_sets(found: ChannelSets, numbering: Numbering, walk: Walk) -> tuple[np.ndarray, Keys]:

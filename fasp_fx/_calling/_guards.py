@@ -7,6 +7,7 @@ from __future__ import annotations
 import inspect
 import re
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -22,6 +23,14 @@ _ONE_SIZE = re.compile(r"(?P<name>.+)\.size\(\)\[(?P<dim>\d+)\] (?P<relation>==|
 _BOUNDS = {"==": "for {}", ">=": "for at least {}", "<=": "for at most {}"}
 
 
+@dataclass(frozen=True)
+class Like:
+    """What is fixed of a tensor in every call: the number of its dimensions, and the kind of its dtype."""
+
+    rank: int
+    dtype: torch.dtype
+
+
 class Guards(nn.Module):
     """Stands where torch puts the module of its guards, which it wraps.
 
@@ -31,16 +40,16 @@ class Guards(nn.Module):
     Args:
         check: the function of torch's guards; takes the graph's inputs in order.
         names: what the caller calls each of those inputs, such as ``x`` or ``rest['left']``.
-        ranks: the number of dimensions of each, ``None`` for what is no tensor.
+        like: what each was at the capture, as tensors without values; ``None`` for what is no tensor.
     """
 
     _is_impure = True  # nothing uses its result: passes that remove dead code must leave it
 
     def __init__(
-        self, check: Callable[..., Any], names: tuple[str, ...], ranks: tuple[int | None, ...]
+        self, check: Callable[..., Any], names: tuple[str, ...], like: tuple[Like | None, ...]
     ) -> None:
         super().__init__()
-        self.check, self.names, self.ranks = check, names, ranks
+        self.check, self.names, self.like = check, names, like
 
     def forward(self, *inputs: Any) -> None:
         """Check one call.
@@ -48,10 +57,10 @@ class Guards(nn.Module):
         Raises:
             CallError: names the argument, the dimension, what was given and what the program takes.
         """
+        self._check_tensors(inputs)
         if torch.compiler.is_compiling():
             self.check(*inputs)
             return
-        self._check_ranks(inputs)
         try:
             self.check(*inputs)
         except AssertionError as error:
@@ -67,19 +76,25 @@ class Guards(nn.Module):
                 " call out"
             ) from None
 
-    def _check_ranks(self, inputs: tuple[Any, ...]) -> None:
-        for name, rank, value in zip(self.names, self.ranks, inputs, strict=True):
-            if rank is None or isinstance(value, fx.Proxy):  # an fx tracer only looks on
+    def _check_tensors(self, inputs: tuple[Any, ...]) -> None:
+        for name, like, value in zip(self.names, self.like, inputs, strict=True):
+            if like is None or isinstance(value, fx.Proxy):  # an fx tracer only looks on
                 continue
             if not isinstance(value, Tensor):
                 raise CallError(
                     f"argument '{name}' is a {type(value).__name__}, but the program was captured with a"
                     " tensor; pass a tensor"
                 )
-            if value.dim() != rank:
+            if value.dim() != like.rank:
                 raise CallError(
                     f"argument '{name}' has {value.dim()} dimensions, its shape is {tuple(value.shape)}, but"
-                    f" the program was captured for {rank}; capture it with the number you need"
+                    f" the program was captured for {like.rank}; capture it with the number you need"
+                )
+            if _kind(value.dtype) != _kind(like.dtype):
+                raise CallError(
+                    f"argument '{name}' is a tensor of {value.dtype}, but the program was captured for"
+                    f" {like.dtype}, and a model may do something else with each; pass {like.dtype}, or"
+                    " capture it with what you need"
                 )
 
     def _explain(self, guard: str, inputs: tuple[Any, ...]) -> str:
@@ -119,9 +134,15 @@ def guard_calls(lifted: fx.GraphModule, exported: ExportedProgram) -> None:
         for path, _ in pytree.tree_leaves_with_path(value)
     )
     values = [node.meta.get("val") for node in lifted.graph.find_nodes(op="placeholder")]
-    lifted._guards_fn = Guards(
-        found.forward, names, tuple(value.dim() if isinstance(value, Tensor) else None for value in values)
-    )
+    like = tuple(Like(value.dim(), value.dtype) if isinstance(value, Tensor) else None for value in values)
+    lifted._guards_fn = Guards(found.forward, names, like)
+
+
+def _kind(dtype: torch.dtype) -> str:
+    """What a dtype stands for: truth, numbers that count, or real or complex numbers of some precision."""
+    if dtype == torch.bool:
+        return "bool"
+    return "float" if dtype.is_floating_point else "complex" if dtype.is_complex else "integer"
 
 
 __all__ = ["Guards", "guard_calls"]

@@ -7,12 +7,12 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 from torch import Tensor, fx
 
 from .._compat import pytree
+from .._deviation import deviation
 from .._program import Program
 from ._execution import Ran, remembers, run
 from ._inputs import Inputs
@@ -28,8 +28,6 @@ _EQUAL = 1e-6
 #: what passes where a program does not run in a higher precision: a power of the precision of its coarsest
 #: type, 8e-4 in float32 and 1e-1 in bfloat16
 _LENIENT = 0.45
-#: elements compared at once
-_CHUNK = 1 << 22
 
 
 @dataclass(frozen=True)
@@ -143,43 +141,6 @@ def deviations(found: Ran, expected: Ran, state: frozenset[int] = frozenset()) -
             yield call, deviation(a, b)
 
 
-def deviation(found: Any, expected: Any) -> float:
-    """``max|a − b| / max|b|`` of two outputs; infinite where they cannot be compared, or are integers that
-    differ.
-    """
-    if not (isinstance(found, Tensor) and isinstance(expected, Tensor)):
-        return 0.0 if type(found) is type(expected) and found == expected else math.inf
-    if found.shape != expected.shape or found.dtype != expected.dtype:
-        return math.inf
-    if found.layout != torch.strided or found.is_quantized:
-        found, expected = (
-            value.to_dense() if value.layout != torch.strided else value.dequantize()
-            for value in (found, expected)
-        )
-    if not (expected.is_floating_point() or expected.is_complex()):
-        return 0.0 if torch.equal(found, expected) else math.inf
-    difference = scale = 0.0
-    for a, b in zip(found.reshape(-1).split(_CHUNK), expected.reshape(-1).split(_CHUNK)):
-        odd = ~torch.isfinite(b)
-        if bool(odd.any()):
-            if not _same_oddities(a[odd], b[odd]):
-                return math.inf
-            a, b = a[~odd], b[~odd]
-        if not bool(torch.isfinite(a).all()):
-            return math.inf
-        if b.numel():
-            a, b = (value if value.dtype.itemsize > 2 else value.float() for value in (a, b))
-            difference, scale = max(difference, float((a - b).abs().max())), max(scale, float(b.abs().max()))
-    return difference / scale if scale else difference
-
-
-def _same_oddities(a: Tensor, b: Tensor) -> bool:
-    """Whether NaN and infinities stand at the same places."""
-    if a.is_complex():
-        a, b = torch.view_as_real(a), torch.view_as_real(b)
-    return bool(((a == b) | (a.isnan() & b.isnan())).all())
-
-
 def coarsest(program: Program) -> torch.dtype:
     """The floating-point type of the lowest precision among all that the program computes."""
     recorded = [
@@ -198,7 +159,6 @@ __all__ = [
     "Seen",
     "coarsest",
     "compare",
-    "deviation",
     "deviations",
     "settled",
     "takes",

@@ -14,6 +14,7 @@ from torch import Tensor, fx, nn
 
 from .._capture._unchanged import copied, rewound
 from .._compat import FakeTensor, OpOverload, pytree
+from .._deviation import distance
 from .._observe._runner import Runner
 from .._program import Program
 from .._warn import warn
@@ -146,10 +147,10 @@ def _difference(program: Program, expected: list[Any], args: Any, kwargs: dict[s
     with torch.no_grad():
         found = copied(_outputs(program, copied(program.flat_inputs(args, kwargs))))
     apart = [
-        (_deviation(a, b), _ALLOWED_HALF if b.dtype.itemsize == 2 else _ALLOWED)
+        (distance(a, b), _ALLOWED_HALF if b.dtype.itemsize == 2 else _ALLOWED)
         for a, b in zip(_floats(found), _floats(expected))
     ]
-    return max((deviation for deviation, allowed in apart if not deviation <= allowed), default=0.0)
+    return max((seen for seen, allowed in apart if not seen <= allowed), default=0.0)
 
 
 def _of_size_one(program: Program, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]] | None:
@@ -200,15 +201,3 @@ def _outputs(program: Program, inputs: list[Any]) -> list[Any]:
 
 def _floats(leaves: list[Any]) -> list[Tensor]:
     return [leaf.to_dense() for leaf in leaves if isinstance(leaf, Tensor) and leaf.is_floating_point()]
-
-
-def _deviation(found: Tensor, expected: Tensor) -> float:
-    """How far two outputs are apart, relative to the second; infinite if their shapes or their finite
-    elements are others.
-    """
-    finite = torch.isfinite(expected)
-    if found.shape != expected.shape or not torch.equal(torch.isfinite(found), finite):
-        return float("inf")
-    a, b = found[finite].double(), expected[finite].double()
-    norm = float(b.norm())
-    return float((a - b).norm()) / norm if norm else float((a - b).norm())

@@ -104,7 +104,8 @@ class Remark:
 class Facts:
     """Couplings, and remarks on channel numbers, in the order found.
 
-    ``matrices`` names the weights of linear, convolution and recurrent operators; ``blocks`` the weights'
+    ``inside`` are positions of windows, which stay, and of which nothing is to be said where they are nothing
+    else. ``matrices`` names the weights of linear, convolution and recurrent operators; ``blocks`` the weights'
     dimensions that would better be numbered block by block, with the dimension that divides them and into how
     many; ``heads`` pairs the channels that belong to one head, ``together`` those that would be free if they
     went together. ``chosen`` are numbers of positions that compete in a softmax or top-k, with how many of
@@ -115,6 +116,7 @@ class Facts:
 
     pairs: list[tuple[np.ndarray, np.ndarray, fx.Node]] = field(default_factory=list)
     frozen: list[Remark] = field(default_factory=list)
+    inside: list[Remark] = field(default_factory=list)
     mixed: list[Remark] = field(default_factory=list)
     exempt: list[Remark] = field(default_factory=list)
     produced: list[tuple[np.ndarray, tuple[str, int] | None]] = field(default_factory=list)

@@ -330,7 +330,10 @@ class Interpreter:
         blank: list[Value],
     ) -> list[Value]:
         """The results by the operator's rule; without one, what it touches is frozen."""
-        if rule is not None and rule.tallies and self.experts:
+        unspoken = rule is not None and any(
+            named.get(name) != int(value) for name, value in (clause.words for clause in rule.all("only"))
+        )
+        if rule is not None and rule.tallies and self.experts and not unspoken:
             found = tallied(node, rule, named, shapes[0])
             if found is not None:
                 return found
@@ -340,13 +343,7 @@ class Interpreter:
             return blank
         if str(node.target) in CASTS:
             return [self._cast(node, walk, named["self"])]
-        if (
-            rule is None
-            or rule.tallies
-            or any(
-                named.get(name) != int(value) for name, value in (clause.words for clause in rule.all("only"))
-            )
-        ):
+        if rule is None or rule.tallies or unspoken:
             self._freeze_given(node, walk, given)
             return blank
         found_or_why = self._by_rule(node, rule, named, nodes, shapes, walk)

@@ -234,6 +234,8 @@ class Lettered:
     def _where(self, keyword: str, arguments: dict[str, Any], runs: dict[str, int]) -> set[str]:
         found: set[str] = set()
         for clause in self.rule.all(keyword):
+            if not clause.holds(arguments):
+                continue
             word = clause.words[0]
             if clause.argument:
                 letters = self.operands[0].letters

@@ -117,7 +117,12 @@ class Relation(Lettered):
                 [numbers for _, _, numbers in found],
                 f"these are gates of {self.node.target}",
             )
-        if not found or letter in self.inside:
+        if not found:
+            return []
+        if letter in self.inside:
+            if letter not in self.gates:
+                why = f"these are positions of a window of {self.node.target}"
+                self._say(self.facts.inside, [numbers for _, _, numbers in found], why)
             return []
         if letter in self.recurs:
             of = self.recurs[letter].of

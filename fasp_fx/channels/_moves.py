@@ -59,6 +59,10 @@ def _outputs(moved: Any) -> list[Tensor]:
     return [moved] if isinstance(moved, Tensor) else list(moved)
 
 
+#: types of indices of which one speaks of as many dimensions as it has
+_MASKS = (torch.bool, torch.uint8)
+
+
 def _touched_dims(rule: Rule, arguments: dict[str, Any], rank: int) -> set[int]:
     """The dimensions whose positions the operator's arguments name one by one."""
     touched: set[int] = set()
@@ -66,8 +70,12 @@ def _touched_dims(rule: Rule, arguments: dict[str, Any], rank: int) -> set[int]:
         argument = arguments.get(clause.words[0])
         if isinstance(argument, (list, tuple)) and all(isinstance(item, int) for item in argument):
             touched |= {dim % rank for dim in argument}
-        elif isinstance(argument, (list, tuple)):  # a list of index tensors, one per leading dimension
-            touched |= {dim for dim, index in enumerate(argument) if index is not None}
+        elif isinstance(argument, (list, tuple)):  # index tensors, for the leading dimensions one by one
+            dim = 0
+            for index in argument:
+                taken = index.dim() if isinstance(index, Tensor) and index.dtype in _MASKS else 1
+                touched |= set(range(dim, dim + taken)) if index is not None else set()
+                dim += taken
         elif argument is not None:
             touched.add(int(argument) % rank)
     return touched

@@ -16,6 +16,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from .._deviation import distance
 from .._device import device_of
 from .._observe._calibration import calibration_calls, check_calibration
 from .._prune import prune
@@ -352,11 +353,7 @@ def _deviation(found: list[Tensor], expected: list[Tensor]) -> float:
         or any(a.shape != b.shape for a, b in zip(found, expected, strict=True))
     ):
         return math.inf
-    worst = max(
-        float((a.double() - b.double()).norm() / b.double().norm())
-        for a, b in zip(found, expected, strict=True)
-    )
-    return worst if math.isfinite(worst) else math.inf
+    return max(distance(a, b) for a, b in zip(found, expected, strict=True))
 
 
 def _explained(

@@ -234,6 +234,8 @@ def _read_clauses(rule: Rule, call: Call, reading: Reading, runs: dict[str, int]
     reading.keepdim = bool(call.arguments.get("keepdim", False))
     for clause in rule.clauses:
         words = clause.words
+        if not clause.holds(call.arguments):
+            continue
         if clause.keyword in ("mix", "freeze", "window", "reduce"):
             for letter in _where(clause.words[0], clause.argument, call, runs, reading, first):
                 reading.special[letter] = str(clause)

@@ -75,8 +75,14 @@ def moving(operator: OpOverload, rule: Rule, draw: Draw) -> Call:
     return Call(operator, _complete(operator, {rule.moves: source}, shape, draw))
 
 
+#: how often an argument that says yes or no is not left at its default where others are
+_OTHERWISE = 0.15
+
+
 def filled(operator: OpOverload, given: dict[str, Any], draw: Draw) -> Call:
-    """A call with these arguments, the others at their defaults or made up."""
+    """A call with these arguments, the others at their defaults or made up; now and then one that says yes or
+    no says the other.
+    """
     first = next((value for value in given.values() if isinstance(value, torch.Tensor)), torch.zeros(()))
     return Call(operator, _complete(operator, given, list(first.shape), draw, made_up=False))
 
@@ -89,7 +95,10 @@ def _complete(
         if argument.name in arguments:
             continue
         if argument.has_default_value() and (not made_up or draw.flag(0.4)):
-            arguments[argument.name] = argument.default_value
+            value = argument.default_value
+            if not made_up and isinstance(value, bool) and draw.flag(_OTHERWISE):
+                value = not value
+            arguments[argument.name] = value
         else:
             arguments[argument.name] = _value(argument, shape, draw)
     return {argument.name: arguments[argument.name] for argument in operator._schema.arguments}

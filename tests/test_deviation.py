@@ -1,0 +1,83 @@
+"""How far apart outputs are: entries that stand for "masked" do not hide what is wrong with the others."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import fasp_fx
+from fasp_fx._deviation import deviation, distance
+
+FILLINGS = (-1e9, torch.finfo(torch.float32).min, -65504.0)
+
+
+def _scores() -> Tensor:
+    return torch.rand(4, 8, generator=torch.Generator().manual_seed(0)) + 0.1
+
+
+@pytest.mark.parametrize("added", [False, True])
+@pytest.mark.parametrize("filling", FILLINGS)
+def test_fillings_hide_nothing(filling: float, added: bool) -> None:
+    expected = _scores()
+    expected[1, :5] = expected[1, :5] + filling if added else filling
+    assert deviation(expected.clone(), expected) == distance(expected.clone(), expected) == 0
+    found = expected.clone()
+    found[0, 3] += 0.4
+    assert deviation(found, expected) > 0.4 / float(_scores().max()) - 1e-6
+    assert distance(found, expected) > 0.1
+    found[1, 0] *= 0.99  # and a filling that is wrong is seen as well
+    assert deviation(found, expected) > 0.4 / float(_scores().max()) - 1e-6
+    found[0, 3] = expected[0, 3]
+    assert 0.005 < deviation(found, expected) < 0.02
+
+
+@given(st.integers(0, 2**32), st.floats(1e-6, 1e6), st.floats(1e-9, 1e-2))
+def test_without_fillings_it_is_relative_to_the_largest(seed: int, scale: float, error: float) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    expected = (torch.rand(64, generator=generator, dtype=torch.float64) + 0.01) * scale
+    found = expected * (1 + error * (torch.rand(64, generator=generator, dtype=torch.float64) - 0.5))
+    wanted = float((found - expected).abs().max() / expected.abs().max())
+    assert math.isclose(deviation(found, expected), wanted, rel_tol=1e-9)
+
+
+def test_rounding_of_what_should_be_zero_is_none() -> None:
+    assert deviation(*(torch.tensor([3.0, x], dtype=torch.float64) for x in (1e-16, -1e-17))) == 0
+    assert deviation(torch.tensor([3.0, 0.1]), torch.tensor([3.0, 0.0])) > 0.01
+
+
+class Masked(nn.Module):
+    """Scores of which some are masked."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(5, 8), nn.Linear(8, 4)
+
+    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+        return self.last(F.relu(self.first(x))).masked_fill(mask, -1e9)
+
+
+def test_the_check_sees_what_is_wrong_beside_masked_scores(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A weight is spoilt after everything was decided, which the run on the example has to notice."""
+    from fasp_fx._exactness import _held
+
+    torch.manual_seed(0)
+    model, mask = Masked().eval(), torch.zeros(2, 4, dtype=torch.bool)
+    mask[0, 0] = True
+    finish = _held.finish
+
+    def spoilt(program: object, *args: object, **kwargs: object) -> object:
+        module, exported = finish(program, *args, **kwargs)  # type: ignore[arg-type]
+        with torch.no_grad():
+            for parameter in module.parameters():
+                parameter.mul_(1.5)
+        return module, exported
+
+    monkeypatch.setattr(_held, "finish", spoilt)
+    with pytest.raises(fasp_fx.FaspError, match="differ"):
+        fasp_fx.prune(model, (torch.randn(2, 5), mask), score="magnitude", restore=None, sparsity=0.3)
