@@ -4,6 +4,7 @@ does not hold.
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
@@ -24,7 +25,7 @@ from ..passes import Prune, share_again
 from ..report import said_whole
 from ._blame import sound_part
 from ._compare import ReferenceFailedError, Seen, compare, takes
-from ._inputs import Inputs, example_inputs, other_inputs
+from ._inputs import Inputs, example_inputs, later_inputs, other_inputs
 from ._reference import is_of_the_captured, masked_program
 from ._restrict import restricted
 
@@ -266,6 +267,13 @@ class _Net:
             )
             return None
         if fault is not None:
+            return fault
+        for inputs in later_inputs(self.program):
+            with contextlib.suppress(ReferenceFailedError, CallError):  # such sizes may be ruled out
+                fault = self._on(inputs, reference, made)
+                self.inputs = [inputs] if fault is not None else [*self.inputs, inputs]
+        if fault is not None:
+            self._check_split(self.inputs)
             return fault
         refused: tuple[Inputs, _Fault] | None = None
         for inputs in other_inputs(self.program):

@@ -22,6 +22,8 @@ _SMALL = (3, 5, 7, 4, 6, 8, 9, 12, 16)
 _OFFERED = 4
 #: elements from which on an example is long
 _LONG = 1 << 10
+#: positions behind which short examples are looked at as well
+_SHORT = 16
 
 
 @dataclass(frozen=True)
@@ -86,7 +88,7 @@ def example_inputs(program: Program) -> Iterator[Inputs]:
     the whole.
     """
     leaves, dynamic = _leaves(program), _dynamic(program)
-    long = bool(dynamic) and sum(leaf.numel() for leaf in leaves if isinstance(leaf, Tensor)) > _LONG
+    long = bool(dynamic) and _is_long(leaves)
     tensors = {index: leaf for index, leaf in enumerate(leaves) if isinstance(leaf, Tensor)}
     if long and all(
         (index, 0) in dynamic and len(leaf) == 2 and torch.equal(leaf[0], leaf[1])
@@ -113,6 +115,14 @@ def other_inputs(program: Program) -> Iterator[Inputs]:
         yield _of_sizes(nodes, dynamic, assigned, drawn)
     if drawn:
         yield Inputs("on random inputs of the example's sizes", {}, drawn)
+
+
+def later_inputs(program: Program) -> Iterator[Inputs]:
+    """Inputs longer than a short example, of which some things happen only behind the first positions; none
+    beside a long one, and none where an index out of range cannot be caught.
+    """
+    if program.device().type == "cpu" and not _is_long(_leaves(program)):
+        yield from longer_inputs(program, _SHORT)
 
 
 def longer_inputs(program: Program, length: int) -> Iterator[Inputs]:
@@ -145,6 +155,11 @@ def _of_sizes(
         for (index, dim), size in sizes.items()
     )
     return Inputs(f"on inputs of other sizes ({shown})", sizes, drawn)
+
+
+def _is_long(leaves: list[Any]) -> bool:
+    """Whether a run on an example takes long."""
+    return sum(leaf.numel() for leaf in leaves if isinstance(leaf, Tensor)) > _LONG
 
 
 def _leaves(program: Program) -> list[Any]:
@@ -264,4 +279,4 @@ def _candidates(symbols: _Symbols, grow: bool) -> Iterator[dict[sympy.Symbol, in
             yield assigned
 
 
-__all__ = ["Inputs", "example_inputs", "longer_inputs", "other_inputs"]
+__all__ = ["Inputs", "example_inputs", "later_inputs", "longer_inputs", "other_inputs"]

@@ -105,13 +105,13 @@ class Facts:
     """Couplings, and remarks on channel numbers, in the order found.
 
     ``inside`` are positions of windows, which stay, and of which nothing is to be said where they are nothing
-    else. ``matrices`` names the weights of linear, convolution and recurrent operators; ``blocks`` the weights'
-    dimensions that would better be numbered block by block, with the dimension that divides them and into how
-    many; ``heads`` pairs the channels that belong to one head, ``together`` those that would be free if they
-    went together. ``chosen`` are numbers of positions that compete in a softmax or top-k, with how many of
-    them are needed; ``stacked`` numbers of matrices in a stacked weight; ``stretched`` dimensions of expanded
-    tensors that meet channels. ``stacks`` pairs, for each node that takes one of a stack, the channels at one
-    place of all in it.
+    else. ``matrices`` names the weights of linear, convolution and recurrent operators; ``blocks`` the
+    weights' dimensions that would better be numbered block by block, with the dimension that divides them and
+    into how many; ``heads`` pairs the channels that belong to one head, ``together`` those that would be free
+    if they went together. ``chosen`` are numbers of positions that compete in a softmax or top-k, with how
+    many of them are needed; ``stacked`` numbers of matrices in a stacked weight; ``stretched`` dimensions of
+    expanded tensors that meet channels. ``stacks`` pairs, for each node that takes one of a stack, the
+    channels at one place of all in it.
     """
 
     pairs: list[tuple[np.ndarray, np.ndarray, fx.Node]] = field(default_factory=list)

@@ -302,6 +302,11 @@ MUTANTS: tuple[Mutant, ...] = (
         operator=ATEN.scatter_add.default,
     ),
     Mutant(
+        "causal attention does not number its queries",
+        without_clause(ATEN.scaled_dot_product_attention.default, "freeze"),
+        operator=ATEN.scaled_dot_product_attention.default,
+    ),
+    Mutant(
         "layer norm mixes nothing",
         without_clause(ATEN.layer_norm.default, "mix"),
         Net((Linear(6), Norm(), Linear(2))),
