@@ -23,9 +23,10 @@ class Shifted(nn.Module):
         super().__init__()
         self.in_place = in_place
         self.first, self.second, self.last = nn.Linear(6, 32), nn.Linear(32, 24), nn.Linear(24, 4)
+        self.register_buffer("shift", torch.ones(()))
 
     def forward(self, x: Tensor) -> Tensor:
-        x = x.sub_(1.0).mul_(3.0) if self.in_place else (x - 1.0) * 3.0
+        x = x.sub_(self.shift).mul_(3.0) if self.in_place else (x - self.shift) * 3.0
         return self.last(torch.tanh(self.second(torch.tanh(self.first(x)))))
 
 

@@ -106,7 +106,7 @@ def distil(
         with accelerator.main_process_first() if kept is not None else contextlib.nullcontext():
             coarse = batches.training if asked.precision == "bfloat16" else ()
             outputs.write(dense, calls, match, coarse, lambda fraction: advance(share * fraction))
-        first = calls[0].to(device_of(pruned))
+        first = calls[0].to(device_of(pruned)).copied()
         trained.find_written(first.args, first.kwargs)
         training = Training(trained, calls, batches, outputs, match, asked, accelerator, kept)
         outcome = training.run(lambda fraction: advance(share + (1 - share) * fraction))
