@@ -21,6 +21,7 @@ from conftest import EXAMPLES
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from oracle import error
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -76,6 +77,25 @@ def curve(checkpoint: str) -> str:
 
 def weights_of(result: fasp_fx.Result) -> dict[str, Tensor]:
     return {name: tensor.detach().clone() for name, tensor in result.module.named_parameters()}
+
+
+def assert_weights(result: fasp_fx.Result, expected: dict[str, Tensor]) -> None:
+    """Bit for bit."""
+    for name, tensor in result.module.named_parameters():
+        assert torch.equal(tensor, expected[name]), name
+
+
+def interrupted(
+    result: fasp_fx.Result, dense: nn.Module, data: list[Tensor], at: float, **options: Any
+) -> None:
+    """Distil until a fraction is done."""
+
+    def stop(fraction: float) -> None:
+        if fraction > at:
+            raise Stop
+
+    with pytest.raises(Stop):
+        fasp_fx.distil(result, dense, data, progress=stop, **options)
 
 
 # --- losses
@@ -300,7 +320,60 @@ def test_products_in_bfloat16_and_then_in_the_dtype_of_the_weights(
         assert after.report.recovery.kept > 0
 
 
+def test_gradients_that_the_caller_has_gathered_do_not_enter_and_are_there_afterwards(
+    made: tuple[nn.Module, list[Tensor], fasp_fx.Result],
+) -> None:
+    dense, data, result = made
+    expected, found = copy.deepcopy(result), copy.deepcopy(result)
+    (found.module(data[0]).square().sum() * 1e4).backward()
+    gathered = {name: tensor.grad for name, tensor in found.module.named_parameters()}
+    copies = {name: tensor.clone() for name, tensor in gathered.items() if tensor is not None}
+    for one in (expected, found):
+        fasp_fx.distil(one, dense, data, learning_rate=3e-3)
+    assert_weights(found, weights_of(expected))
+    for name, tensor in found.module.named_parameters():
+        assert tensor.grad is gathered[name]
+        assert torch.equal(tensor.grad, copies[name])
+
+
+def test_low_rank_matrices_are_added_in_the_precision_of_the_weights() -> None:
+    dense, data = net(dtype=torch.float64), batches(dtype=torch.float64)
+    result = pruned(dense, data)
+    before = weights_of(result)
+    after = fasp_fx.distil(result, dense, data, train="low-rank", rank=2, learning_rate=3e-3, epochs=4)
+    assert after.report.recovery is not None
+    assert after.report.recovery.kept > 0
+    added = {name: tensor - before[name] for name, tensor in weights_of(after).items()}
+    assert any(bool(tensor.any()) for tensor in added.values())
+    for name, tensor in added.items():
+        if tensor.dim() == 2:
+            assert torch.linalg.matrix_rank(tensor, rtol=1e-9) <= 2, name
+
+
 # --- models
+
+
+class Sparse(nn.Module):
+    """An embedding whose gradient may be sparse, which is the same gradient."""
+
+    def __init__(self, sparse: bool) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.embed, self.up = nn.Embedding(20, 8, sparse=sparse), nn.Linear(8, 32)
+        self.down = nn.Linear(32, 20)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return self.down(F.gelu(self.up(self.embed(ids))))
+
+
+@pytest.mark.parametrize("train", ["all", "low-rank"])
+def test_sparse_gradients_train_as_dense_ones_do(train: Any) -> None:
+    data, found = [torch.randint(0, 20, (4, 6)) for _ in range(8)], []
+    for sparse in (False, True):
+        dense = Sparse(sparse).eval()
+        result = fasp_fx.prune(dense, (data[0],), calibration=data, sparsity=0.4, quality="fast")
+        found.append(fasp_fx.distil(result, dense, data, learning_rate=3e-3, train=train, rank=2))
+    torch.testing.assert_close(weights_of(found[1]), weights_of(found[0]))
 
 
 class Residual(nn.Module):
@@ -488,17 +561,11 @@ def test_interrupted_it_goes_on_to_the_same_end(
         "rank": 3,
     }
     whole = fasp_fx.distil(copy.deepcopy(result), dense, data, **options)
-
-    def stop(fraction: float) -> None:
-        if fraction > at:
-            raise Stop
-
     broken = copy.deepcopy(result)
-    error = relative_error(broken.module, dense, data[5:6])
-    with pytest.raises(Stop):
-        fasp_fx.distil(broken, dense, data, checkpoint=tmp_path / "run", progress=stop, **options)
-    assert relative_error(broken.module, dense, data[5:6]) <= error * (1 + 1e-6)  # the best so far
-    resumed = fasp_fx.distil(copy.deepcopy(result), dense, data, checkpoint=tmp_path / "run", **options)
+    before = weights_of(broken)
+    interrupted(broken, dense, data, at, checkpoint=tmp_path / "run", **options)
+    assert_weights(broken, before)
+    resumed = fasp_fx.distil(broken, dense, data, checkpoint=tmp_path / "run", **options)
     assert whole.report.recovery is not None
     assert resumed.report.recovery is not None
     assert resumed.report.recovery.curve == whole.report.recovery.curve
@@ -512,6 +579,94 @@ def test_interrupted_it_goes_on_to_the_same_end(
     assert all(
         torch.equal(a, b) for a, b in zip(whole.module.parameters(), ended.module.parameters(), strict=True)
     )
+
+
+def test_interrupted_without_a_checkpoint_it_leaves_the_best_so_far(
+    made: tuple[nn.Module, list[Tensor], fasp_fx.Result],
+) -> None:
+    dense, data, _ = made
+    result = pruned(dense, data, restore=None)  # which leaves something to learn
+    broken = copy.deepcopy(result)
+    interrupted(broken, dense, data, 0.9, learning_rate=3e-3, epochs=5, evaluations=6)
+    held_out = data[5:6]
+    assert relative_error(broken.module, dense, held_out) < relative_error(result.module, dense, held_out)
+
+
+@pytest.mark.parametrize("train", ["all", "low-rank"])
+def test_a_checkpoint_is_that_of_the_parameters_it_trains(
+    made: tuple[nn.Module, list[Tensor], fasp_fx.Result], train: Any, tmp_path: Path
+) -> None:
+    dense, data, result = made
+    options: dict[str, Any] = {"epochs": 3, "train": train, "rank": 2, "learning_rate": 3e-3}
+
+    def training(*names: str) -> fasp_fx.Result:
+        found = copy.deepcopy(result)
+        for name, parameter in found.module.named_parameters():
+            parameter.requires_grad_(name in names)
+        return found
+
+    interrupted(training("0.weight"), dense, data, 0.7, checkpoint=tmp_path / "run", **options)
+    before = weights_of(result)
+    for names in (("2.weight",), ("0.weight", "2.weight"), ("0.weight", "2.weight", "4.weight", "4.bias")):
+        other = training(*names)
+        with pytest.raises(StoreError, match="trained parameters differ"):
+            fasp_fx.distil(other, dense, data, checkpoint=tmp_path / "run", **options)
+        assert_weights(other, before)
+    again = training("0.weight")
+    fasp_fx.distil(again, dense, data, checkpoint=tmp_path / "run", **options)
+    changed = {name for name, tensor in weights_of(again).items() if not torch.equal(tensor, before[name])}
+    assert changed == {"0.weight"}
+
+
+@pytest.mark.parametrize("name", ["best", "current"])
+def test_states_of_other_shapes_change_nothing(
+    made: tuple[nn.Module, list[Tensor], fasp_fx.Result], name: str, tmp_path: Path
+) -> None:
+    dense, data, result = made
+    broken = copy.deepcopy(result)
+    interrupted(broken, dense, data, 0.7, checkpoint=tmp_path / "run", epochs=3)
+    file = next((tmp_path / "run").glob(f"step-*/{name}.safetensors"))
+    save_file({**load_file(file), "0.weight": torch.zeros(2)}, file)
+    with pytest.raises(StoreError, match=r"damaged.*remove it"):
+        fasp_fx.distil(broken, dense, data, checkpoint=tmp_path / "run", epochs=3)
+    assert_weights(broken, weights_of(result))
+
+
+def test_outputs_of_the_dense_model_that_are_not_whole_are_refused_before_any_step(
+    made: tuple[nn.Module, list[Tensor], fasp_fx.Result], tmp_path: Path
+) -> None:
+    dense, data, result = made
+    run = copy.deepcopy(result)
+    interrupted(run, dense, data, 0.7, checkpoint=tmp_path / "run", epochs=3)
+    file = tmp_path / "run" / "dense" / "3.safetensors"
+    file.write_bytes(file.read_bytes()[:-1])
+    with pytest.raises(StoreError, match=r"batch 3, is damaged.*remove the file"):
+        fasp_fx.distil(run, dense, data, checkpoint=tmp_path / "run", epochs=3)
+    file.unlink()
+    fasp_fx.distil(run, dense, data, checkpoint=tmp_path / "run", epochs=3)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="files have no largest size there")
+@pytest.mark.parametrize("most", [1500, 4000])
+def test_a_full_disk_is_said_and_the_weights_are_as_before(
+    made: tuple[nn.Module, list[Tensor], fasp_fx.Result], most: int, tmp_path: Path
+) -> None:
+    import resource
+    import signal
+
+    dense, data, result = made
+    run, limits = copy.deepcopy(result), resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (most, limits[1]))
+    try:
+        with pytest.raises(StoreError, match=r"cannot be written.*free space"):
+            fasp_fx.distil(run, dense, data, checkpoint=tmp_path / "run", epochs=1)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, handler)
+    assert_weights(run, weights_of(result))
+    assert not list((tmp_path / "run").glob("**/.*"))
+    fasp_fx.distil(run, dense, data, checkpoint=tmp_path / "run", epochs=1)
 
 
 def test_checkpoints_of_other_runs_and_other_folders_are_refused(

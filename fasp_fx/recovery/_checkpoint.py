@@ -4,9 +4,10 @@ been.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -44,6 +45,24 @@ class State:
     seconds: float = 0.0
 
 
+@contextlib.contextmanager
+def written(folder: Path) -> Iterator[None]:
+    """Say of whatever is raised where something cannot be written into a folder what to do about it.
+
+    Raises:
+        StoreError: something cannot be written.
+    """
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        raise
+    # The writers of safetensors and of torch.save raise errors of their own for a full disk.
+    except (OSError, safetensors.SafetensorError, RuntimeError) as error:
+        raise StoreError(
+            f"'{folder}' cannot be written: {first_line(error)}; free space, or pass another checkpoint="
+        ) from error
+
+
 class Checkpoint:
     """A folder of one run: what it is of, the dense model's outputs, and the newest state.
 
@@ -59,19 +78,22 @@ class Checkpoint:
         self._folder = folder
         self.targets = folder / "dense"
         claim(folder, run)
-        try:
+        with written(folder):
             self.targets.mkdir(exist_ok=True)
-        except OSError as error:
-            raise StoreError(
-                f"'{folder}' cannot be written: {first_line(error)}; choose another checkpoint="
-            ) from error
 
     def save(self, state: State) -> None:
-        """Write a state in the place of the one before."""
+        """Write a state in the place of the one before.
+
+        Raises:
+            StoreError: it cannot be written; the one before is as it was.
+        """
         old = self._states()
-        with new_folder(
-            self._folder / f"step-{state.step}", overwrite=False, replaceable=lambda folder: False
-        ) as made:
+        with (
+            written(self._folder),
+            new_folder(
+                self._folder / f"step-{state.step}", overwrite=False, replaceable=lambda folder: False
+            ) as made,
+        ):
             for name in ("current", "best"):
                 safetensors.torch.save_file(
                     {key: tensor.cpu().contiguous() for key, tensor in getattr(state, name).items()},
@@ -109,9 +131,14 @@ class Checkpoint:
         except StoreError:
             raise
         except Exception as error:  # readers raise whatever the files make them trip over
-            raise StoreError(
-                f"the checkpoint '{folder}' is damaged: {first_line(error)}; remove it"
-            ) from error
+            raise self.damaged(error) from error
+
+    def damaged(self, error: Exception) -> StoreError:
+        """What to raise where the newest state cannot be gone on from."""
+        return StoreError(
+            f"the checkpoint '{self._states()[-1]}' is damaged: {first_line(error)}; remove it, and the run"
+            " begins anew"
+        )
 
     def _states(self) -> list[Path]:
         found = [

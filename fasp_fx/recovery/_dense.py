@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import os
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import safetensors
 import safetensors.torch
 import torch
 from torch import Tensor, nn
@@ -17,6 +19,7 @@ from .._capture._unchanged import copied, rewound
 from .._compat import pytree
 from .._device import device_of, products_in_bfloat16
 from ..errors import ArgumentError, CalibrationError, StoreError, first_line
+from ._checkpoint import written
 from ._matching import Match
 
 
@@ -74,11 +77,13 @@ class DenseOutputs:
 
         Raises:
             CalibrationError: the model does not take a batch, or what it returns is not finite.
-            StoreError: the disk is full, or cannot be written to.
+            StoreError: the disk is full, or cannot be written to, or a file that is there is damaged.
         """
         device = device_of(model)
         for index, call in enumerate(calls):
-            if not self._file(index).exists():
+            if self._file(index).exists():
+                self._check(index)
+            else:
                 held = call.to(device).copied()
                 try:
                     with (
@@ -98,8 +103,29 @@ class DenseOutputs:
             progress((index + 1) / len(calls))
 
     def read(self, index: int, device: torch.device) -> dict[str, Tensor]:
-        """What was kept for a batch."""
-        return safetensors.torch.load_file(self._file(index), device=str(device))
+        """What was kept for a batch.
+
+        Raises:
+            StoreError: its file is damaged.
+        """
+        with self._reading(index) as file:
+            return safetensors.torch.load_file(file, device=str(device))
+
+    def _check(self, index: int) -> None:
+        """Refuse a file that is not whole, of which its header tells."""
+        with self._reading(index) as file, safetensors.safe_open(file, "pt"):
+            pass
+
+    @contextlib.contextmanager
+    def _reading(self, index: int) -> Iterator[Path]:
+        file = self._file(index)
+        try:
+            yield file
+        except (OSError, safetensors.SafetensorError) as error:
+            raise StoreError(
+                f"'{file}', what is kept of the dense model's outputs for batch {index}, is damaged:"
+                f" {first_line(error)}; remove the file, and the same call computes it anew"
+            ) from error
 
     def _file(self, index: int) -> Path:
         return self._folder / f"{index}.safetensors"
@@ -114,17 +140,12 @@ class DenseOutputs:
                     " model's dtype"
                 )
         partial = self._file(index).with_suffix(".partial")
-        try:
+        with written(self._folder):
             safetensors.torch.save_file(
                 {name: tensor.detach().cpu().contiguous().clone() for name, tensor in targets.items()},
                 partial,
             )
             os.replace(partial, self._file(index))
-        except (OSError, safetensors.SafetensorError) as error:
-            raise StoreError(
-                f"'{self._folder}' cannot be written: {first_line(error)}; free space, or pass another"
-                " checkpoint="
-            ) from error
 
 
 __all__ = ["Call", "DenseOutputs"]

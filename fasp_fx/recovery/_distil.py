@@ -56,7 +56,8 @@ def distil(
 
     The module of the result is trained where it is, and on its device; its weights are at the end those that
     did best, which are the ones it came with if training brings nothing. An error or an interruption leaves
-    the best so far. No labels are needed.
+    the best so far; with ``checkpoint=`` the weights that it came with, so that the same call goes on. What
+    its parameters hold in ``.grad`` does not enter, and is there again afterwards. No labels are needed.
 
     Args:
         result: what :func:`fasp_fx.prune`, :func:`fasp_fx.apply`, :func:`fasp_fx.load` or
@@ -101,7 +102,7 @@ def distil(
         kept = None
         if folder is not None:
             with accelerator.main_process_first():
-                kept = Checkpoint(folder, _run(asked, result, pruned, calls))
+                kept = Checkpoint(folder, _run(asked, result, pruned, [*trained.leaves], calls))
         outputs = DenseOutputs(kept.targets if kept is not None else Path(temporary))
         with accelerator.main_process_first() if kept is not None else contextlib.nullcontext():
             coarse = batches.training if asked.precision == "bfloat16" else ()
@@ -162,19 +163,28 @@ def _match(config: DistillationConfig, result: Any) -> Match:
 
 
 def _run(
-    config: DistillationConfig, result: Result | Pruned, pruned: nn.Module, calls: list[Call]
+    config: DistillationConfig,
+    result: Result | Pruned,
+    pruned: nn.Module,
+    trained: list[str],
+    calls: list[Call],
 ) -> dict[str, Any]:
-    """What two runs have in common that give the same result."""
+    """What two runs have in common that give the same result.
+
+    Args:
+        trained: the names of what the optimiser changes, in its order.
+    """
     tensors = {
         f"{index}.{name}": tensor
         for index, call in enumerate(calls)
         for name, tensor in call.tensors().items()
     }
     return {
-        "format": "fasp_fx.distil/1",
+        "format": "fasp_fx.distil/2",
         "options": json.loads(config.to_json()),
         "dense": result.plan.fingerprint,
         "pruned": plans.fingerprint(dict(pruned.named_parameters(remove_duplicate=False))),
+        "trained parameters": trained,
         "data": digest_of(tensors.items()),
     }
 

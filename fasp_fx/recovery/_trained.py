@@ -22,7 +22,7 @@ class Trained(nn.Module):
     they hold, as each of the dense model's does.
 
     Attributes:
-        leaves: what the optimiser changes.
+        leaves: what the optimiser changes, by name.
     """
 
     def __init__(self, student: nn.Module, weights: dict[str, nn.Parameter]) -> None:
@@ -30,10 +30,10 @@ class Trained(nn.Module):
         self.student = student
         self._weights = weights
         self._written: list[str] = []
-        self.leaves: list[nn.Parameter] = [
-            weight if weight.dtype.itemsize > 2 else nn.Parameter(weight.detach().float())
-            for weight in weights.values()
-        ]
+        self.leaves: dict[str, nn.Parameter] = {
+            name: weight if weight.dtype.itemsize > 2 else nn.Parameter(weight.detach().float())
+            for name, weight in weights.items()
+        }
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         return self._call({}, args, kwargs)
@@ -61,48 +61,59 @@ class Trained(nn.Module):
 
     @contextlib.contextmanager
     def alone(self) -> Iterator[None]:
-        """No other parameter of the module takes a gradient meanwhile."""
-        others = [
-            weight
-            for weight in self.student.parameters()
-            if weight.requires_grad and not any(weight is own for own in self._weights.values())
-        ]
-        for weight in others:
-            weight.requires_grad_(False)
+        """No other parameter of the module takes a gradient meanwhile, and those that the caller has gathered
+        in ``.grad`` are set aside: they do not enter the training, and are there again afterwards.
+        """
+        held = [weight for weight in self.student.parameters() if weight.requires_grad]
+        gathered = [weight.grad for weight in held]
+        own = {id(weight) for weight in self._weights.values()}
+        for weight in held:
+            weight.grad = None
+            weight.requires_grad_(id(weight) in own)
         try:
             yield
         finally:
-            for weight in others:
+            for weight, gradient in zip(held, gathered, strict=True):
                 weight.requires_grad_(True)
+                weight.grad = gradient
 
     def collect_gradients(self) -> None:
-        """Hand the gradients of the weights over to what the optimiser changes."""
-        for weight, leaf in zip(self._weights.values(), self.leaves):
-            if leaf is not weight:
-                leaf.grad = None if weight.grad is None else weight.grad.float()
-                weight.grad = None
+        """Hand the gradients of the weights over to what the optimiser changes, which takes dense ones."""
+        for name, weight in self._weights.items():
+            gradient, weight.grad = weight.grad, None
+            leaf = self.leaves[name]
+            leaf.grad = None if gradient is None else _dense(gradient).to(leaf.dtype)
 
     @torch.no_grad()
     def write(self) -> None:
         """Put what the optimiser changed into the module."""
-        for weight, leaf in zip(self._weights.values(), self.leaves):
-            if leaf is not weight:
-                weight.copy_(leaf)
+        for name, weight in self._weights.items():
+            if self.leaves[name] is not weight:
+                weight.copy_(self.leaves[name])
 
     def state(self) -> dict[str, Tensor]:
         """A copy of what the optimiser changes, by name."""
-        return {str(index): leaf.detach().clone() for index, leaf in enumerate(self.leaves)}
+        return {name: leaf.detach().clone() for name, leaf in self.leaves.items()}
 
     @torch.no_grad()
     def load(self, state: dict[str, Tensor]) -> None:
-        """Go back to a state."""
-        for index, leaf in enumerate(self.leaves):
-            leaf.copy_(state[str(index)])
+        """Go back to a state.
+
+        Raises:
+            ValueError: it is of other names or shapes; nothing was changed.
+        """
+        shapes, wanted = (
+            {name: tuple(tensor.shape) for name, tensor in held.items()} for held in (state, self.leaves)
+        )
+        if shapes != wanted:
+            raise ValueError(f"it holds {shapes}, where {wanted} are trained")
+        for name, leaf in self.leaves.items():
+            leaf.copy_(state[name])
         self.write()
 
     def finish(self) -> None:
         """Leave the module with the weights that it has now, and nothing else."""
-        for leaf in (*self.leaves, *self._weights.values()):
+        for leaf in self.leaves.values():
             leaf.grad = None
 
 
@@ -122,9 +133,10 @@ class LowRank(Trained):
                 (weight.shape[0], weight[0].numel()) if weight.dim() > 1 and weight.numel() else (0, 0)
             )
             if min(rows, columns) > rank:
-                left = nn.Parameter(torch.zeros(rows, rank, device=weight.device))
+                wide = _wide(weight)
+                left = nn.Parameter(torch.zeros(rows, rank, device=weight.device, dtype=wide))
                 right = nn.Parameter(
-                    (torch.randn(rank, columns, generator=generator) / rank**0.5).to(weight.device)
+                    (torch.randn(rank, columns, generator=generator) / rank**0.5).to(weight.device, wide)
                 )
                 self._added[name] = (weight, left, right)
         if not self._added:
@@ -132,13 +144,18 @@ class LowRank(Trained):
                 f"train='low-rank' finds no weight with both sides larger than rank={rank}; use a smaller"
                 " rank, or train='all'"
             )
-        self.leaves = [part for _, *parts in self._added.values() for part in parts]
-        for index, leaf in enumerate(self.leaves):
+        self.leaves = {
+            f"{name}.{side}": part
+            for name, (_, *parts) in self._added.items()
+            for side, part in zip(("left", "right"), parts, strict=True)
+        }
+        for index, leaf in enumerate(self.leaves.values()):
             self.register_parameter(f"leaf_{index}", leaf)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         changed = {
-            name: _with(weight.detach(), left, right) for name, (weight, left, right) in self._added.items()
+            name: _DenseGradient.apply(_with(weight.detach(), left, right))
+            for name, (weight, left, right) in self._added.items()
         }
         return self._call(changed, args, kwargs)
 
@@ -150,7 +167,30 @@ class LowRank(Trained):
 
 
 def _with(weight: Tensor, left: Tensor, right: Tensor) -> Tensor:
-    return (weight.float() + (left @ right).reshape(weight.shape)).to(weight.dtype)
+    return (weight.to(_wide(weight)) + (left @ right).reshape(weight.shape)).to(weight.dtype)
+
+
+def _dense(gradient: Tensor) -> Tensor:
+    """A gradient as one that products and AdamW take; that of ``nn.Embedding(sparse=True)`` is none."""
+    return gradient.to_dense() if gradient.is_sparse else gradient
+
+
+class _DenseGradient(torch.autograd.Function):
+    """A tensor as it is, whose gradient is dense."""
+
+    @staticmethod
+    def forward(context: Any, tensor: Tensor) -> Tensor:
+        return tensor.view_as(tensor)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(context: Any, gradient: Tensor) -> Tensor:
+        return _dense(gradient)
+
+
+def _wide(weight: Tensor) -> torch.dtype:
+    """What the products for a weight are computed in, which is never coarser than the weight."""
+    return torch.promote_types(weight.dtype, torch.float32)
 
 
 def trained_part(

@@ -101,11 +101,12 @@ class Training:
             checkpoint,
         )
         self._batches = batches
-        self._device = trained.leaves[0].device
+        self._leaves = list(trained.leaves.values())
+        self._device = self._leaves[0].device
         self._accelerator = accelerator
         fused = self._device.type in ("cpu", "cuda")
         self._optimizer = torch.optim.AdamW(
-            trained.leaves, lr=config.learning_rate, weight_decay=0.0, fused=fused
+            self._leaves, lr=config.learning_rate, weight_decay=0.0, fused=fused
         )
         self._per_epoch = math.ceil(len(self._batches.training) / config.accumulate)
         self._steps = config.epochs * self._per_epoch
@@ -114,56 +115,68 @@ class Training:
         self._called: nn.Module = trained
 
     def run(self, progress: Callable[[float], None]) -> Outcome:
-        """Train, and leave the module with the best weights, also where an error ends it."""
-        state = self._begin()
-        note = self._early(state.curve)
-        started = time.perf_counter() - state.seconds
-        try:
-            with self._trained.alone():
-                self._called = self._accelerator.prepare_model(self._trained)
-                while note is None and state.step < self._steps:
-                    loss = self._step(state.step)
-                    state.step += 1
-                    if not math.isfinite(loss):
-                        note = (
-                            f"the loss was not finite after step {state.step}; a smaller learning_rate= may"
-                            " help"
-                        )
-                        break
-                    if state.step in self._evaluated:
-                        self._judge(state, loss)
-                        note = self._early(state.curve)
-                        state.seconds = time.perf_counter() - started
-                        if self._checkpoint is not None and self._accelerator.is_main_process:
-                            state.current, state.optimizer = (
-                                self._trained.state(),
-                                self._optimizer.state_dict(),
-                            )
-                            self._checkpoint.save(state)
-                    progress(state.step / self._steps)
-        finally:
-            self._trained.load(state.best)
-            self._trained.finish()
+        """Train, and leave the module with the best weights.
+
+        Where an error or an interruption ends it, the module is left with the best so far, or, if there is a
+        checkpoint to go on from, with the weights that it came with, by which the same call is known.
+
+        Raises:
+            ArgumentError: the pruned model does not return finite numbers.
+            StoreError: the checkpoint is damaged, or cannot be written.
+        """
+        state, ended = State(0, [], {}, self._trained.state()), False
+        before = None if self._checkpoint is None else {name: held.cpu() for name, held in state.best.items()}
+        with self._trained.alone():
+            try:
+                state = self._begin(state)
+                note = self._train(state, progress)
+                ended = True
+            finally:
+                self._trained.load(state.best if ended or before is None else before)
+                self._trained.finish()
         progress(1.0)
         kept = min(state.curve, key=lambda point: point.held_out)
         return Outcome(state.step, kept.step, tuple(state.curve), state.seconds, note)
 
-    def _begin(self) -> State:
-        """The state to go on from."""
-        found = self._checkpoint.newest() if self._checkpoint is not None else None
-        if found is None:
-            found = State(0, [], {}, self._trained.state())
-            before = self._held_out()
-            if not math.isfinite(before):
+    def _begin(self, state: State) -> State:
+        """The state to go on from: the newest of the checkpoint, or that of the module as it is, judged."""
+        found = None if self._checkpoint is None else self._checkpoint.newest()
+        if self._checkpoint is None or found is None:
+            held_out = self._held_out()
+            if not math.isfinite(held_out):
                 raise ArgumentError(
                     "the pruned model's outputs for the held-out batches are not finite; give an undamaged"
                     " result"
                 )
-            found.curve.append(CurvePoint(0, None, before))
-            return found
-        self._trained.load(found.current)
-        self._optimizer.load_state_dict(found.optimizer)
+            state.curve.append(CurvePoint(0, None, held_out))
+            return state
+        try:
+            for held in (found.best, found.current):
+                self._trained.load(held)
+            self._optimizer.load_state_dict(found.optimizer)
+        except (KeyError, TypeError, ValueError) as error:
+            raise self._checkpoint.damaged(error) from error
         return found
+
+    def _train(self, state: State, progress: Callable[[float], None]) -> str | None:
+        """Take the steps that are left; why they ended early, if they did."""
+        note = self._early(state.curve)
+        started = time.perf_counter() - state.seconds
+        self._called = self._accelerator.prepare_model(self._trained)
+        while note is None and state.step < self._steps:
+            loss = self._step(state.step)
+            state.step += 1
+            if not math.isfinite(loss):
+                return f"the loss was not finite after step {state.step}; a smaller learning_rate= may help"
+            if state.step in self._evaluated:
+                self._judge(state, loss)
+                note = self._early(state.curve)
+                state.seconds = time.perf_counter() - started
+                if self._checkpoint is not None and self._accelerator.is_main_process:
+                    state.current, state.optimizer = self._trained.state(), self._optimizer.state_dict()
+                    self._checkpoint.save(state)
+            progress(state.step / self._steps)
+        return note
 
     def _step(self, step: int) -> float:
         """Take one step; the mean loss of its batches before it."""
@@ -190,7 +203,7 @@ class Training:
             total += loss.detach()
         mean = float(self._accelerator.reduce(total, "mean"))
         self._trained.collect_gradients()
-        torch.nn.utils.clip_grad_norm_(self._trained.leaves, CLIP)
+        torch.nn.utils.clip_grad_norm_(self._leaves, CLIP)
         if math.isfinite(mean):
             self._optimizer.step()
             self._trained.write()
