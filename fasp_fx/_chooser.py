@@ -13,7 +13,6 @@ from ._device import device_of, float32_products, multiplies_bfloat16
 from ._limits import departures
 from ._observe._consumers import Consumers
 from ._observe._costs import curves_of, orders_of
-from ._observe._drawing import drawing_alike
 from ._observe._drift import Drift
 from ._observe._gradients import ENOUGH, Piece, in_pieces, observe_batches, whole_batches
 from ._observe._marks import Marks
@@ -33,6 +32,7 @@ from ._selection import (
     lost_by_pattern,
     read_by,
 )
+from ._undisturbed import drawing_alike
 from ._warn import warn
 from .allocation import (
     Budget,
@@ -204,7 +204,7 @@ class Chooser:
         if not self.measures or (not is_wanted and not self._gradients):
             return costs
         program = consumers.analysis.program
-        with drawing_alike(program), float32_products(self._precision(program)):
+        with drawing_alike(program.weights().values()), float32_products(self._precision(program)):
             pieces, marks = self._observe(
                 consumers,
                 batches,
@@ -393,7 +393,7 @@ class Chooser:
                 analysis.program, batches, self.config.padding_mask, hold_out=self._restore is not None
             )
         )
-        with torch.no_grad(), drawing_alike(analysis.program):
+        with torch.no_grad(), drawing_alike(analysis.program.weights().values()):
             observer = Observer(
                 consumers,
                 lost,

@@ -1,5 +1,5 @@
-"""What a public function does not take from its surroundings: modes of the thread that calls it, and other
-threads that do the same.
+"""What a public function does not take from its surroundings: modes of the thread that calls it, the state of
+its random numbers, and other threads that do the same.
 """
 
 from __future__ import annotations
@@ -7,10 +7,11 @@ from __future__ import annotations
 import contextlib
 import functools
 import threading
-from collections.abc import Callable
-from typing import ParamSpec, TypeVar
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, ParamSpec, TypeVar
 
 import torch
+from torch import Tensor
 
 from .errors import ArgumentError
 
@@ -56,6 +57,29 @@ def one_at_a_time(function: Callable[P, R]) -> Callable[P, R]:
     return run
 
 
+@contextlib.contextmanager
+def drawing_alike(values: Iterable[Any], seed: int = 0) -> Iterator[None]:
+    """Random numbers that a model draws (dropout that is always on, say) start from a seed inside, so that
+    the same comes out each time.
+
+    Those of the caller go on as if nothing had happened, on other devices too, which
+    :func:`torch.manual_seed` would seed.
+
+    Args:
+        values: the weights of the model, and whatever else is on the devices that it draws on.
+    """
+    devices = {value.device for value in values if isinstance(value, Tensor)}
+    cards = [device for device in devices if device.type == "cuda"]
+    with torch.random.fork_rng(devices=cards):
+        torch.default_generator.manual_seed(seed)
+        for card in cards:
+            with torch.cuda.device(card):
+                torch.cuda.manual_seed(seed)
+        if any(device.type == "mps" for device in devices):
+            torch.mps.manual_seed(seed)
+        yield
+
+
 def check_default_device() -> None:
     """Refuse to make tensors where none has values.
 
@@ -69,4 +93,4 @@ def check_default_device() -> None:
         )
 
 
-__all__ = ["check_default_device", "in_usual_modes", "one_at_a_time"]
+__all__ = ["check_default_device", "drawing_alike", "in_usual_modes", "one_at_a_time"]

@@ -619,6 +619,46 @@ def test_a_checkpoint_is_that_of_the_parameters_it_trains(
 
 
 @pytest.mark.parametrize("name", ["best", "current"])
+class Drawing(nn.Module):
+    """Has a dropout that is always on."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.up, self.down = nn.Linear(6, 24), nn.Linear(24, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down(F.dropout(torch.relu(self.up(x)), 0.2, training=True))
+
+
+def test_what_a_model_draws_does_not_depend_on_the_caller_or_an_interruption(tmp_path: Path) -> None:
+    dense, data = Drawing().eval(), batches()
+    result = pruned(dense, data, restore=None)
+    options: dict[str, Any] = {"learning_rate": 3e-3, "epochs": 4, "precision": "weights"}
+    found = []
+    for seed in (5, 6):
+        run = copy.deepcopy(result)
+        torch.manual_seed(seed)
+        state = torch.get_rng_state()
+        if seed == 6:
+            options["checkpoint"] = tmp_path / "run"
+            interrupted(run, dense, data, 0.7, **options)
+        found.append(fasp_fx.distil(run, dense, data, **options))
+        assert torch.equal(torch.get_rng_state(), state)
+    assert_weights(found[1], weights_of(found[0]))
+    assert found[0].report.recovery is not None
+    assert found[1].report.recovery is not None
+    assert found[0].report.recovery.curve == found[1].report.recovery.curve
+    # Nothing is learned, so that evaluations differ by what is drawn alone.
+    still = fasp_fx.distil(copy.deepcopy(result), dense, data, learning_rate=1e-12, precision="weights")
+    assert still.report.recovery is not None
+    held_out = [point.held_out for point in still.report.recovery.curve]
+    assert max(held_out) == pytest.approx(min(held_out), rel=1e-4)
+    other = fasp_fx.distil(copy.deepcopy(result), dense, data, **{**options, "checkpoint": None, "seed": 1})
+    assert other.report.recovery is not None
+    assert other.report.recovery.curve[0] != found[0].report.recovery.curve[0]
+
+
 def test_states_of_other_shapes_change_nothing(
     made: tuple[nn.Module, list[Tensor], fasp_fx.Result], name: str, tmp_path: Path
 ) -> None:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from .._calling._signature import is_plain
 from .._compat import pytree
+from .._undisturbed import drawing_alike
 
 _CONTAINERS = (list, dict, set)
 _HOOKS = (
@@ -137,12 +138,8 @@ def rewound(model: nn.Module, written: Iterable[str] = ()) -> Iterator[Changed]:
     """
     parameters = dict(model.named_parameters(remove_duplicate=False))
     values = _values([*model.buffers(), *(parameters[name] for name in written if name in parameters)])
-    devices = {
-        tensor.device for tensor in (*model.parameters(), *model.buffers()) if tensor.device.type == "cuda"
-    }
     try:
-        with unchanged(model) as changed, torch.random.fork_rng(devices=list(devices)):
-            torch.manual_seed(0)
+        with unchanged(model) as changed, drawing_alike((*model.parameters(), *model.buffers())):
             yield changed
     finally:
         _write_back(values)

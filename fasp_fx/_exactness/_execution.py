@@ -13,6 +13,7 @@ from torch import Tensor, fx
 from .._calling._guards import Guards
 from .._compat import OpOverload, pytree
 from .._program import set_weight
+from .._undisturbed import drawing_alike
 from ..channels import attribute, written_by, written_names
 
 #: reads the bits of a number as those of another type, which a wider number does not have
@@ -44,21 +45,15 @@ def run(module: fx.GraphModule, inputs: list[Any], calls: int, precision: torch.
             ``None``: as the program says.
     """
     given = [widened(value, precision) for value in inputs]
-    devices = {
-        value.device
-        for value in [*given, *module.parameters(), *module.buffers()]
-        if isinstance(value, Tensor) and value.device.type == "cuda"
-    }
     ran = Ran()
     # what a model compiles for itself (flex attention, say) runs uncompiled
     with (
         torch.no_grad(),
-        torch.random.fork_rng(devices=list(devices)),
+        drawing_alike([*given, *module.parameters(), *module.buffers()]),
         torch.compiler.set_stance("force_eager"),
         _own_buffers(module, precision),
         default_type(wide(torch.get_default_dtype(), precision)),
     ):
-        torch.manual_seed(0)
         for _ in range(calls):
             execution = _Execution(module, precision, ran.drawn)
             outputs = list(execution.run(*given, enable_io_processing=False))

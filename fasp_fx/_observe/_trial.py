@@ -17,6 +17,7 @@ from .._device import float32_products
 from .._limits import check_counts
 from .._offload._current import keep
 from .._search import Trial
+from .._undisturbed import drawing_alike
 from ..errors import ArgumentError, CalibrationError
 from ..groups import Group
 from ..losses import Loss
@@ -25,7 +26,6 @@ from ..restoration import damped
 from ..scoring import Order
 from ..statistics import SplitGram
 from ._consumers import Consumer, Consumers
-from ._drawing import drawing_alike
 from ._fitness import fitness_of
 from ._gradients import Piece, called, padding_of, returned
 from ._marks import Marks
@@ -135,7 +135,7 @@ class ModelTrial:
         tokens are padding.
         """
         piece, program = self._pieces[number], self.analysis.program
-        with torch.no_grad(), drawing_alike(program), float32_products(self._precision):
+        with torch.no_grad(), drawing_alike(program.weights().values()), float32_products(self._precision):
             run = Runner(program, [piece.inputs], numbers=[piece.batch])
             run.overrides |= weights
             run.advance(len(run.nodes) - 1)

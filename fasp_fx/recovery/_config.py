@@ -69,7 +69,8 @@ class DistillationConfig:
             in bfloat16 by autocast while training; ``"auto"``: that where the device multiplies bfloat16 in
             hardware. Held-out batches are judged in the dtype of the weights, and weights of 16 bits trained
             by way of copies in float32, in any case.
-        seed: of the order of the batches, and of the first low-rank matrices.
+        seed: of the order of the batches, of the first low-rank matrices, and of what the model draws itself
+            (dropout that is always on).
 
     Raises:
         ArgumentError: an option is out of range or not known.

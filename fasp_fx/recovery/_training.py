@@ -5,6 +5,7 @@ state kept.
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import math
 import time
 from collections.abc import Callable, Sequence
@@ -15,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from .._device import products_in_bfloat16
+from .._undisturbed import drawing_alike
 from ..errors import ArgumentError
 from ..report import CurvePoint
 from ._checkpoint import Checkpoint, State
@@ -193,7 +195,10 @@ class Training:
         total = torch.zeros(1, device=self._device)
         for place, index in enumerate(own):
             with (
-                contextlib.nullcontext() if place + 1 == len(own) else self._accelerator.no_sync(self._called)
+                self._drawing(step, index),
+                contextlib.nullcontext()
+                if place + 1 == len(own)
+                else self._accelerator.no_sync(self._called),
             ):
                 loss = (
                     self._terms(self._called, index, bfloat16=self._config.precision == "bfloat16").mean()
@@ -218,6 +223,13 @@ class Training:
             for place in torch.randperm(len(self._batches.training), generator=generator).tolist()
         ]
 
+    def _drawing(self, *place: int) -> contextlib.AbstractContextManager[None]:
+        """Random numbers that depend on the seed and the place in the training alone, so that a run that was
+        interrupted draws as one that was not, several processes as one, and each evaluation as the first.
+        """
+        digest = hashlib.blake2b(repr((self._config.seed, *place)).encode(), digest_size=4).digest()
+        return drawing_alike(self._trained.parameters(), int.from_bytes(digest))
+
     def _terms(self, model: nn.Module, index: int, bfloat16: bool) -> Tensor:
         call = self._calls[index].to(self._device)
         with products_in_bfloat16(self._device, bfloat16):
@@ -234,7 +246,8 @@ class Training:
         for index in self._batches.held_out[
             self._accelerator.process_index :: self._accelerator.num_processes
         ]:
-            terms = self._terms(self._trained, index, bfloat16=False)
+            with self._drawing(index):
+                terms = self._terms(self._trained, index, bfloat16=False)
             seen += torch.stack(
                 [
                     terms.double().sum(),
