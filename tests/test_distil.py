@@ -12,7 +12,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 from unittest import mock
 
 import pytest
@@ -538,6 +538,27 @@ def test_a_model_pruned_in_parts() -> None:
     after = fasp_fx.distil(result, dense, data, learning_rate=3e-3, epochs=10)
     assert type(after) is type(result)
     assert relative_error(after.module, dense, data) < 0.8 * before
+
+
+def test_models_in_training_mode_are_refused_and_captured_programs_have_none() -> None:
+    dense, data = Branching().eval(), batches()
+    dense.drop = nn.Dropout(0.3).eval()
+    result = pruned(dense, data)
+    before, part = weights_of(result), cast(Any, result.module)
+    part.train()
+    with pytest.raises(ArgumentError, match=r"the module of the result is in training mode.*eval\(\)"):
+        fasp_fx.distil(result, dense, data)
+    part.eval().drop.train()
+    with pytest.raises(ArgumentError, match=r"'drop' of the module of the result is in training mode"):
+        fasp_fx.distil(result, dense, data)
+    part.drop.eval()
+    dense.drop.train()
+    with pytest.raises(ArgumentError, match="'drop' of dense is in training mode"):
+        fasp_fx.distil(result, dense, data)
+    dense.drop.eval()
+    assert_weights(result, before)
+    part.body.train()  # a program that was captured in evaluation mode
+    fasp_fx.distil(result, dense, data, epochs=1)
 
 
 # --- interruption

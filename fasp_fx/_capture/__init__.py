@@ -1,6 +1,6 @@
 """How a model becomes a functional graph, and a graph an exported program."""
 
-from ._capture import capture, recapture
+from ._capture import capture, in_training, recapture
 from ._dynamic import recorded_shapes, upper_bound
 from ._export import export_again
 from ._functional import Decompositions, composites, is_plain_graph, taken_apart
@@ -13,6 +13,7 @@ __all__ = [
     "capture",
     "composites",
     "export_again",
+    "in_training",
     "is_plain_graph",
     "recapture",
     "recorded_shapes",

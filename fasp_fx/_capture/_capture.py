@@ -79,7 +79,7 @@ def capture(
                 "the model has gates on (fasp_fx.gates); take their plan, and call gates.detach() before"
                 " anything else is done with the model"
             )
-        training = next(_in_training(model), None)
+        training = next(in_training(model), None)
         if training is not None:
             part = f"'{training}' of {type(model).__name__}" if training else type(model).__name__
             raise CaptureError(
@@ -169,14 +169,14 @@ def _check_modes(model: nn.Module) -> None:
         )
 
 
-def _in_training(module: nn.Module, path: str = "") -> Iterator[str]:
+def in_training(module: nn.Module, path: str = "") -> Iterator[str]:
     """Names of the submodules in training mode; graphs were captured in one mode and have no other."""
     if isinstance(module, fx.GraphModule):
         return
     if module.training:
         yield path
     for name, child in module.named_children():
-        yield from _in_training(child, f"{path}.{name}" if path else name)
+        yield from in_training(child, f"{path}.{name}" if path else name)
 
 
 def _plain(module: fx.GraphModule) -> fx.GraphModule:

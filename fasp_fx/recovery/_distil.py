@@ -13,9 +13,10 @@ from typing import TYPE_CHECKING, Any, TypeVar, Unpack, cast
 from torch import nn
 
 from .. import plan as plans
+from .._capture import in_training
 from .._device import device_of, multiplies_bfloat16
 from .._observe._calibration import as_calls, digest_of
-from .._options import path_of
+from .._options import check_callable, path_of
 from .._result import Result
 from .._undisturbed import in_usual_modes
 from ..errors import ArgumentError
@@ -77,13 +78,17 @@ def distil(
             were kept.
 
     Raises:
-        ArgumentError: an option is not known or out of range, or ``dense`` is not the model that was pruned.
+        ArgumentError: an option is not known or out of range, ``dense`` is not the model that was pruned, or
+            one of the two models is in training mode.
         CalibrationError: the data is no iterable of batches, or the dense model does not take one of them.
         StoreError: the checkpoint is that of another run, or cannot be written.
     """
     asked = DistillationConfig.of(config, options)
+    check_callable(progress=progress)
     pruned, more = _called(result)
     _check_dense(dense, result)
+    if _has_modes(result):
+        _check_mode("the module of the result", pruned)
     folder = None if checkpoint is None else path_of(checkpoint, "checkpoint").absolute()
     calls = [Call(args, {**kwargs, **more}) for args, kwargs in as_calls(data, "data")]
     batches = Batches.split(len(calls), asked.held_out)
@@ -141,13 +146,33 @@ def _check_dense(dense: Any, result: Result | Pruned) -> None:
     """Refuse a teacher that is not the model that was pruned."""
     if not isinstance(dense, nn.Module):
         raise ArgumentError(f"dense is a {type(dense).__name__}; pass the module that was pruned")
-    if dense.training:
-        raise ArgumentError("dense is in training mode, where dropout is at random; call dense.eval() first")
+    _check_mode("dense", dense)
     found = plans.fingerprint(dict(dense.named_parameters(remove_duplicate=False)))
     if found != result.plan.fingerprint:
         raise ArgumentError(
             f"dense is not the model that was pruned: its fingerprint is {found[:12]}…, that of the plan"
             f" {result.plan.fingerprint[:12]}…; pass the model as it was given to prune"
+        )
+
+
+def _has_modes(result: Result | Pruned) -> bool:
+    """Whether a result's module can be in training mode; captured programs cannot, which
+    :func:`fasp_fx._capture.in_training` knows of those of :func:`fasp_fx.prune`.
+    """
+    if isinstance(result, Result):
+        return True
+    from ..hf._model import PrunedModel
+
+    return not isinstance(result.model, PrunedModel)
+
+
+def _check_mode(what: str, model: nn.Module) -> None:
+    """Refuse a model whose dropouts are at random: what is taught and judged would be, too."""
+    training = next(in_training(model), None)
+    if training is not None:
+        part = f"'{training}' of {what}" if training else what
+        raise ArgumentError(
+            f"{part} is in training mode, where dropout is at random; call eval() on it first"
         )
 
 

@@ -68,6 +68,17 @@ def test_a_decoder_learns_and_generates_and_is_saved(plain: bool, tmp_path: Path
         assert loaded.report.recovery == after.report.recovery
 
 
+def test_a_plain_checkpoint_in_training_mode_is_refused() -> None:
+    teacher, data = dense("llama_gqa"), tokens(3)
+    result = hf.prune(teacher, sparsity=0.2, score="magnitude", restore=None, plain=True)
+    result.model.train()
+    with pytest.raises(ArgumentError, match=r"the module of the result is in training mode.*eval\(\)"):
+        fasp_fx.distil(result, teacher, data)
+    other = copy.deepcopy(pruned("llama_gqa"))
+    other.model.train()  # of captured programs, whose mode is evaluation
+    fasp_fx.distil(other, teacher, data, epochs=1)
+
+
 def test_tokens_that_are_padding_teach_nothing() -> None:
     teacher = dense("llama_gqa")
     mask = torch.ones(2, 12, dtype=torch.long)
