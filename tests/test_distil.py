@@ -5,6 +5,7 @@ property.
 from __future__ import annotations
 
 import copy
+import functools
 import inspect
 import math
 import os
@@ -26,7 +27,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import fasp_fx
-from fasp_fx.errors import ArgumentError, FaspError, StoreError
+from fasp_fx.errors import ArgumentError, CalibrationError, FaspError, StoreError
 from fasp_fx.recovery import DistillationConfig, Divergence, SquaredError
 
 pytestmark = pytest.mark.usefixtures("shared_captures")
@@ -467,6 +468,18 @@ def test_tied_weights_stay_tied(train: Any, tmp_path: Path) -> None:
     )
 
 
+class Masked(nn.Module):
+    """Reads tokens of which some are padding."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.body = Tied()
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        return self.body(input_ids) * (1 + attention_mask[..., None])
+
+
 class Branching(nn.Module):
     """Cannot be captured as a whole."""
 
@@ -639,7 +652,6 @@ def test_a_checkpoint_is_that_of_the_parameters_it_trains(
     assert changed == {"0.weight"}
 
 
-@pytest.mark.parametrize("name", ["best", "current"])
 class Drawing(nn.Module):
     """Has a dropout that is always on."""
 
@@ -680,6 +692,7 @@ def test_what_a_model_draws_does_not_depend_on_the_caller_or_an_interruption(tmp
     assert other.report.recovery.curve[0] != found[0].report.recovery.curve[0]
 
 
+@pytest.mark.parametrize("name", ["best", "current"])
 def test_states_of_other_shapes_change_nothing(
     made: tuple[nn.Module, list[Tensor], fasp_fx.Result], name: str, tmp_path: Path
 ) -> None:
@@ -855,10 +868,98 @@ def test_a_loss_of_ones_own(made: tuple[nn.Module, list[Tensor], fasp_fx.Result]
         )
 
 
+def test_a_progress_that_cannot_be_called(made: tuple[nn.Module, list[Tensor], fasp_fx.Result]) -> None:
+    dense, data, result = made
+    with pytest.raises(ArgumentError, match="progress is a int; pass a function"):
+        fasp_fx.distil(result, dense, data, progress=5)  # type: ignore[arg-type]
+
+
 def test_options_take_the_place_of_those_of_a_configuration() -> None:
     assert DistillationConfig.of(DistillationConfig(epochs=3), {"rank": 4}) == DistillationConfig(
         epochs=3, rank=4
     )
+
+
+class Scaled:
+    """The outputs times a number, or what a function makes of them."""
+
+    def __init__(self, scale: Any) -> None:
+        self.scale = scale
+
+    def targets(self, outputs: Tensor) -> Any:
+        return {"out": outputs * (self.scale if isinstance(self.scale, float) else 1.0)}
+
+    def terms(self, outputs: Tensor, targets: Any, inputs: Any) -> Any:
+        return (outputs - targets["out"]).square().mean(-1)
+
+
+def test_losses_of_ones_own_are_told_apart_by_what_they_hold(
+    made: tuple[nn.Module, list[Tensor], fasp_fx.Result], tmp_path: Path
+) -> None:
+    dense, data, result = made
+    held = Scaled({"a": [1, 2.5, None], "b": torch.arange(3), "c": nn.Linear(2, 2), "d": torch.float32})
+    other, same = copy.deepcopy(held), copy.deepcopy(held)
+    other.scale["b"][1] = 7
+    for number, (first, second) in enumerate([(Scaled(1.0), Scaled(2.0)), (held, other)]):
+        options: dict[str, Any] = {"checkpoint": tmp_path / str(number), "epochs": 1}
+        fasp_fx.distil(copy.deepcopy(result), dense, data, loss=first, **options)
+        with pytest.raises(StoreError, match="options differ"):
+            fasp_fx.distil(copy.deepcopy(result), dense, data, loss=second, **options)
+    fasp_fx.distil(copy.deepcopy(result), dense, data, loss=same, **options)
+
+
+def test_losses_that_hold_code_have_no_checkpoint(
+    made: tuple[nn.Module, list[Tensor], fasp_fx.Result], tmp_path: Path
+) -> None:
+    dense, data, result = made
+    circle: list[Any] = []
+    circle.append(circle)
+    for scale in (torch.abs, lambda x: x, [{"f": F.mse_loss}], functools.partial(abs), circle, math):
+        with pytest.raises(ArgumentError, match=r"loss\.scale.* leave out checkpoint="):
+            fasp_fx.distil(result, dense, data, loss=Scaled(scale), checkpoint=tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("method", "returned", "said"),
+    [
+        ("targets", lambda outputs: [outputs], r"targets\(\) returned a list"),
+        ("targets", lambda outputs: {"out": 3.0}, r"targets\(\) returned a dict"),
+        ("targets", lambda outputs: {}, "keeps nothing"),
+        ("targets", lambda outputs: outputs.nothing, r"targets\(\) for batch 0 raised AttributeError"),
+        ("terms", lambda outputs, targets, inputs: 0.5, r"terms\(\) returned a float"),
+        ("terms", lambda outputs, targets, inputs: outputs > 0, r"terms\(\) returned a torch\.bool"),
+        ("terms", lambda outputs, targets, inputs: inputs["x"], r"terms\(\) for batch 0 raised KeyError"),
+        ("terms", lambda outputs, targets, inputs: outputs * math.nan, "batch 0, against itself, is not"),
+        ("terms", lambda outputs, targets, inputs: outputs[:0], "nothing of batch 0 counts"),
+        ("terms", lambda outputs, targets, inputs: outputs.detach(), "no parameter that is trained"),
+    ],
+)
+def test_losses_that_do_not_do_as_they_should(
+    made: tuple[nn.Module, list[Tensor], fasp_fx.Result], method: str, returned: Any, said: str
+) -> None:
+    dense, data, result = made
+    match = Scaled(1.0)
+    setattr(match, method, returned)
+    with pytest.raises(FaspError, match=said):
+        fasp_fx.distil(result, dense, data, loss=match)
+
+
+@pytest.mark.parametrize("loss", ["divergence", "outputs"])
+@pytest.mark.parametrize("place", [0, 3], ids=["training", "held out"])
+def test_a_batch_that_is_all_padding_is_named_before_anything_is_trained(loss: Any, place: int) -> None:
+    dense = Masked().eval()
+    data = [
+        {"input_ids": torch.randint(0, 20, (2, 6)), "attention_mask": torch.ones(2, 6, dtype=torch.long)}
+        for _ in range(6)
+    ]
+    result = fasp_fx.prune(dense, (), data[0], calibration=data, sparsity=0.4, quality="fast")
+    before = weights_of(result)
+    data[place]["attention_mask"] = torch.zeros(2, 6, dtype=torch.long)
+    with pytest.raises(CalibrationError, match=f"nothing of batch {place} counts.*leave it out"):
+        fasp_fx.distil(result, dense, data, loss=loss, epochs=1)
+    assert_weights(result, before)
+    fasp_fx.distil(result, dense, [*data[:place], *data[place + 1 :]], loss=loss, epochs=1)
 
 
 #: nothing else is imported, which would take each process seconds

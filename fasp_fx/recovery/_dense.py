@@ -18,7 +18,8 @@ from torch import Tensor, nn
 from .._capture._unchanged import copied, rewound
 from .._compat import pytree
 from .._device import device_of, products_in_bfloat16
-from ..errors import ArgumentError, CalibrationError, StoreError, first_line
+from ..errors import CalibrationError, StoreError, first_line
+from ._asking import check_terms, targets_of
 from ._checkpoint import written
 from ._matching import Match
 
@@ -76,7 +77,9 @@ class DenseOutputs:
         those whose numbers are in ``coarse``. What it writes into its buffers is put back after each.
 
         Raises:
-            CalibrationError: the model does not take a batch, or what it returns is not finite.
+            ArgumentError: the loss does not compare what the model returns.
+            CalibrationError: the model does not take a batch, nothing of it counts, or what it returns is not
+                finite.
             StoreError: the disk is full, or cannot be written to, or a file that is there is damaged.
         """
         device = device_of(model)
@@ -99,7 +102,10 @@ class DenseOutputs:
                         f"the dense model does not take batch {index}: {type(error).__name__}:"
                         f" {first_line(error)}"
                     ) from error
-                self._save(index, match.targets(outputs))
+                with torch.no_grad():
+                    targets = targets_of(match, outputs, index)
+                    check_terms(match, outputs, targets, call.to(device).named(model), index)
+                self._save(index, targets)
             progress((index + 1) / len(calls))
 
     def read(self, index: int, device: torch.device) -> dict[str, Tensor]:
@@ -131,14 +137,6 @@ class DenseOutputs:
         return self._folder / f"{index}.safetensors"
 
     def _save(self, index: int, targets: Mapping[str, Tensor]) -> None:
-        if not targets:
-            raise ArgumentError("the loss keeps nothing of the dense model's outputs; use another loss=")
-        for tensor in targets.values():
-            if tensor.is_floating_point() and bool(tensor.isnan().any()):
-                raise CalibrationError(
-                    f"what the dense model returns for batch {index} is not finite; check the batch and the"
-                    " model's dtype"
-                )
         partial = self._file(index).with_suffix(".partial")
         with written(self._folder):
             safetensors.torch.save_file(

@@ -24,6 +24,7 @@ from ..report import Recovery
 from ._checkpoint import Checkpoint
 from ._config import DistillationConfig, DistillationOptions
 from ._dense import Call, DenseOutputs
+from ._identity import identity_of
 from ._matching import Divergence, Match, SquaredError
 from ._trained import trained_part
 from ._training import Batches, Training
@@ -80,7 +81,8 @@ def distil(
     Raises:
         ArgumentError: an option is not known or out of range, ``dense`` is not the model that was pruned, or
             one of the two models is in training mode.
-        CalibrationError: the data is no iterable of batches, or the dense model does not take one of them.
+        CalibrationError: the data is no iterable of batches, the dense model does not take one of them, or
+            nothing of one counts, such as where its mask hides all tokens.
         StoreError: the checkpoint is that of another run, or cannot be written.
     """
     asked = DistillationConfig.of(config, options)
@@ -107,7 +109,7 @@ def distil(
         kept = None
         if folder is not None:
             with accelerator.main_process_first():
-                kept = Checkpoint(folder, _run(asked, result, pruned, [*trained.leaves], calls))
+                kept = Checkpoint(folder, _run(asked, match, result, pruned, [*trained.leaves], calls))
         outputs = DenseOutputs(kept.targets if kept is not None else Path(temporary))
         with accelerator.main_process_first() if kept is not None else contextlib.nullcontext():
             coarse = batches.training if asked.precision == "bfloat16" else ()
@@ -189,6 +191,7 @@ def _match(config: DistillationConfig, result: Any) -> Match:
 
 def _run(
     config: DistillationConfig,
+    match: Match,
     result: Result | Pruned,
     pruned: nn.Module,
     trained: list[str],
@@ -197,7 +200,11 @@ def _run(
     """What two runs have in common that give the same result.
 
     Args:
+        match: the loss that the options ask for.
         trained: the names of what the optimiser changes, in its order.
+
+    Raises:
+        ArgumentError: the loss holds something that does not tell it from others.
     """
     tensors = {
         f"{index}.{name}": tensor
@@ -206,7 +213,7 @@ def _run(
     }
     return {
         "format": "fasp_fx.distil/2",
-        "options": json.loads(config.to_json()),
+        "options": {**json.loads(config.to_json()), "loss": identity_of(match, "loss")},
         "dense": result.plan.fingerprint,
         "pruned": plans.fingerprint(dict(pruned.named_parameters(remove_duplicate=False))),
         "trained parameters": trained,

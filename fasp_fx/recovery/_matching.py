@@ -23,7 +23,8 @@ class Match(Protocol):
         """What is kept of the dense model's outputs for one batch."""
 
     def terms(self, outputs: Any, targets: Mapping[str, Tensor], inputs: Mapping[str, Any]) -> Tensor:
-        """The terms of the loss for one batch, of which the mean is taken; zero where the two agree.
+        """The terms of the loss for one batch, of which the mean is taken; zero where the two agree, and none
+        for a batch of which nothing counts, which is refused.
 
         Args:
             outputs: what the pruned model returned, with gradients.
@@ -142,14 +143,17 @@ class SquaredError:
         }
 
     def terms(self, outputs: Any, targets: Mapping[str, Tensor], inputs: Mapping[str, Any]) -> Tensor:
-        """One term for each output that can be compared, ``[outputs]``."""
+        """One term for each output that can be compared and of which something counts, ``[outputs]``."""
         found = dict(enumerate(output_tensors(outputs)))
-        terms = []
+        terms, hidden = [], False
         for index, dense in targets.items():
             leaf = found.get(int(index))
             if leaf is None or leaf.shape != dense.shape or not leaf.numel():
                 continue
             mask = token_mask(inputs, leaf.shape[:2]) if leaf.dim() == 3 else None
+            if mask is not None and not bool(mask.any()):
+                hidden = True
+                continue
             pruned, wanted = (
                 (leaf.float(), dense.float()) if mask is None else (leaf.float()[mask], dense.float()[mask])
             )
@@ -157,6 +161,8 @@ class SquaredError:
                 (pruned - wanted).square().mean()
                 / wanted.square().mean().clamp_min(torch.finfo(torch.float32).tiny)
             )
+        if not terms and hidden:
+            return torch.zeros(0)
         if not terms:
             raise ArgumentError(
                 "no output of the pruned model has the shape of the dense model's; pass a loss= of your own"

@@ -19,6 +19,7 @@ from .._device import products_in_bfloat16
 from .._undisturbed import drawing_alike
 from ..errors import ArgumentError
 from ..report import CurvePoint
+from ._asking import terms_of
 from ._checkpoint import Checkpoint, State
 from ._config import DistillationConfig
 from ._dense import Call, DenseOutputs
@@ -235,9 +236,8 @@ class Training:
         with products_in_bfloat16(self._device, bfloat16):
             own = call.copied()
             outputs = model(*own.args, **own.kwargs)
-        return self._match.terms(
-            outputs, self._dense.read(index, self._device), call.named(self._trained.student)
-        )
+        targets = self._dense.read(index, self._device)
+        return terms_of(self._match, outputs, targets, call.named(self._trained.student), index)
 
     @torch.no_grad()
     def _held_out(self) -> float:
