@@ -908,6 +908,22 @@ def test_losses_of_ones_own_are_told_apart_by_what_they_hold(
     fasp_fx.distil(copy.deepcopy(result), dense, data, loss=same, **options)
 
 
+class Times(Branching):
+    """Takes a number that is no tensor, outside of what is captured."""
+
+    def forward(self, x: Tensor, scale: float = 1.0) -> Tensor:
+        return super().forward(x) * scale
+
+
+def test_numbers_among_the_arguments_belong_to_the_data(tmp_path: Path) -> None:
+    dense, data = Times().eval(), batches(4)
+    result = pruned(dense, data)
+    options: dict[str, Any] = {"checkpoint": tmp_path / "run", "epochs": 1}
+    fasp_fx.distil(copy.deepcopy(result), dense, [(x, 2.0) for x in data], **options)
+    with pytest.raises(StoreError, match="data differ"):
+        fasp_fx.distil(copy.deepcopy(result), dense, [(x, 3.0) for x in data], **options)
+
+
 def test_losses_that_hold_code_have_no_checkpoint(
     made: tuple[nn.Module, list[Tensor], fasp_fx.Result], tmp_path: Path
 ) -> None:

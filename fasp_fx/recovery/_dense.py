@@ -49,11 +49,6 @@ class Call:
                 named.update(named.pop(name, {}))
         return named
 
-    def tensors(self) -> dict[str, Tensor]:
-        """Its tensors, numbered."""
-        leaves = pytree.tree_leaves((self.args, self.kwargs))
-        return {str(index): leaf for index, leaf in enumerate(leaves) if isinstance(leaf, Tensor)}
-
 
 class DenseOutputs:
     """What a loss keeps of the dense model's outputs, one file for each batch.

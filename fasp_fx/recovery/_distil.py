@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import tempfile
 from collections.abc import Callable, Iterable
@@ -15,7 +16,7 @@ from torch import nn
 from .. import plan as plans
 from .._capture import in_training
 from .._device import device_of, multiplies_bfloat16
-from .._observe._calibration import as_calls, digest_of
+from .._observe._calibration import as_calls
 from .._options import check_callable, path_of
 from .._result import Result
 from .._undisturbed import in_usual_modes
@@ -204,20 +205,18 @@ def _run(
         trained: the names of what the optimiser changes, in its order.
 
     Raises:
-        ArgumentError: the loss holds something that does not tell it from others.
+        ArgumentError: the loss or a batch holds something that does not tell it from others.
     """
-    tensors = {
-        f"{index}.{name}": tensor
-        for index, call in enumerate(calls)
-        for name, tensor in call.tensors().items()
-    }
+    data = hashlib.sha256()
+    for index, call in enumerate(calls):
+        data.update(identity_of([call.args, call.kwargs], f"batch {index} of data").encode())
     return {
         "format": "fasp_fx.distil/2",
         "options": {**json.loads(config.to_json()), "loss": identity_of(match, "loss")},
         "dense": result.plan.fingerprint,
         "pruned": plans.fingerprint(dict(pruned.named_parameters(remove_duplicate=False))),
         "trained parameters": trained,
-        "data": digest_of(tensors.items()),
+        "data": data.hexdigest(),
     }
 
 

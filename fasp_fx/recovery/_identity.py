@@ -1,4 +1,4 @@
-"""What tells an object of the user's from others of its class: the values of its fields."""
+"""What tells values of the user's from others: types, contents, and the fields of objects."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ _PLAIN = (type(None), bool, int, float, complex, str, bytes, enum.Enum, torch.dt
 
 
 def identity_of(value: Any, name: str, within: tuple[int, ...] = ()) -> str:
-    """A text that is the same for objects of the same classes that hold the same values.
+    """A text that is the same for values of the same types that hold the same.
 
     Args:
-        name: what the object is called in errors.
-        within: the objects that hold it.
+        name: what the value is called in errors.
+        within: the numbers of the objects that hold it.
 
     Raises:
         ArgumentError: it holds a function, or something else of which no text says what it does.

@@ -112,9 +112,7 @@ class Trained(nn.Module):
         self.write()
 
     def finish(self) -> None:
-        """Leave the module with the weights that it has now, and nothing else."""
-        for leaf in self.leaves.values():
-            leaf.grad = None
+        """Leave the module with the weights that it has now, where these are not in it yet."""
 
 
 class LowRank(Trained):
