@@ -1,0 +1,283 @@
+"""Distillation that is interrupted: what it leaves, how it goes on, and which folders it goes on from."""
+
+from __future__ import annotations
+
+import copy
+import functools
+import math
+import shutil
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from test_distil import Branching, Scaled, assert_weights, batches, net, pruned, relative_error, weights_of
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import fasp_fx
+from fasp_fx.errors import ArgumentError, StoreError
+
+pytestmark = pytest.mark.usefixtures("shared_captures")
+
+
+@pytest.fixture(scope="module")
+def made() -> tuple[nn.Module, list[Tensor], fasp_fx.Result]:
+    dense, data = net(), batches()
+    return dense, data, pruned(dense, data)
+
+
+class Stop(Exception):
+    """Raised by the test's progress."""
+
+
+def interrupted(
+    result: fasp_fx.Result, dense: nn.Module, data: list[Tensor], at: float, **options: Any
+) -> None:
+    """Distil until a fraction is done."""
+
+    def stop(fraction: float) -> None:
+        if fraction > at:
+            raise Stop
+
+    with pytest.raises(Stop):
+        fasp_fx.distil(result, dense, data, progress=stop, **options)
+
+
+@pytest.mark.parametrize("train", ["all", "low-rank"])
+@pytest.mark.parametrize("at", [0.0, 0.2, 0.5, 0.9])
+def test_interrupted_it_goes_on_to_the_same_end(
+    made: tuple[nn.Module, list[Tensor], fasp_fx.Result], at: float, train: Any, tmp_path: Path
+) -> None:
+    dense, data, result = made
+    options: dict[str, Any] = {
+        "learning_rate": 3e-3,
+        "epochs": 5,
+        "evaluations": 6,
+        "train": train,
+        "rank": 3,
+    }
+    whole = fasp_fx.distil(copy.deepcopy(result), dense, data, **options)
+    broken = copy.deepcopy(result)
+    before = weights_of(broken)
+    interrupted(broken, dense, data, at, checkpoint=tmp_path / "run", **options)
+    assert_weights(broken, before)
+    resumed = fasp_fx.distil(broken, dense, data, checkpoint=tmp_path / "run", **options)
+    assert whole.report.recovery is not None
+    assert resumed.report.recovery is not None
+    assert resumed.report.recovery.curve == whole.report.recovery.curve
+    assert all(
+        torch.equal(a, b) for a, b in zip(whole.module.parameters(), resumed.module.parameters(), strict=True)
+    )
+    # Nothing is left to do.
+    ended = fasp_fx.distil(copy.deepcopy(result), dense, data, checkpoint=tmp_path / "run", **options)
+    assert ended.report.recovery is not None
+    assert ended.report.recovery.curve == whole.report.recovery.curve
+    assert all(
+        torch.equal(a, b) for a, b in zip(whole.module.parameters(), ended.module.parameters(), strict=True)
+    )
+
+
+def test_interrupted_without_a_checkpoint_it_leaves_the_best_so_far(
+    made: tuple[nn.Module, list[Tensor], fasp_fx.Result],
+) -> None:
+    dense, data, _ = made
+    result = pruned(dense, data, restore=None)  # which leaves something to learn
+    broken = copy.deepcopy(result)
+    interrupted(broken, dense, data, 0.9, learning_rate=3e-3, epochs=5, evaluations=6)
+    held_out = data[5:6]
+    assert relative_error(broken.module, dense, held_out) < relative_error(result.module, dense, held_out)
+
+
+@pytest.mark.parametrize("train", ["all", "low-rank"])
+def test_a_checkpoint_is_that_of_the_parameters_it_trains(
+    made: tuple[nn.Module, list[Tensor], fasp_fx.Result], train: Any, tmp_path: Path
+) -> None:
+    dense, data, result = made
+    options: dict[str, Any] = {"epochs": 3, "train": train, "rank": 2, "learning_rate": 3e-3}
+
+    def training(*names: str) -> fasp_fx.Result:
+        found = copy.deepcopy(result)
+        for name, parameter in found.module.named_parameters():
+            parameter.requires_grad_(name in names)
+        return found
+
+    interrupted(training("0.weight"), dense, data, 0.7, checkpoint=tmp_path / "run", **options)
+    before = weights_of(result)
+    for names in (("2.weight",), ("0.weight", "2.weight"), ("0.weight", "2.weight", "4.weight", "4.bias")):
+        other = training(*names)
+        with pytest.raises(StoreError, match="trained parameters differ"):
+            fasp_fx.distil(other, dense, data, checkpoint=tmp_path / "run", **options)
+        assert_weights(other, before)
+    again = training("0.weight")
+    fasp_fx.distil(again, dense, data, checkpoint=tmp_path / "run", **options)
+    changed = {name for name, tensor in weights_of(again).items() if not torch.equal(tensor, before[name])}
+    assert changed == {"0.weight"}
+
+
+class Drawing(nn.Module):
+    """Has a dropout that is always on."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.up, self.down = nn.Linear(6, 24), nn.Linear(24, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down(F.dropout(torch.relu(self.up(x)), 0.2, training=True))
+
+
+def test_what_a_model_draws_does_not_depend_on_the_caller_or_an_interruption(tmp_path: Path) -> None:
+    dense, data = Drawing().eval(), batches()
+    result = pruned(dense, data, restore=None)
+    options: dict[str, Any] = {"learning_rate": 3e-3, "epochs": 4, "precision": "weights"}
+    found = []
+    for seed in (5, 6):
+        run = copy.deepcopy(result)
+        torch.manual_seed(seed)
+        state = torch.get_rng_state()
+        if seed == 6:
+            options["checkpoint"] = tmp_path / "run"
+            interrupted(run, dense, data, 0.7, **options)
+        found.append(fasp_fx.distil(run, dense, data, **options))
+        assert torch.equal(torch.get_rng_state(), state)
+    assert_weights(found[1], weights_of(found[0]))
+    assert found[0].report.recovery is not None
+    assert found[1].report.recovery is not None
+    assert found[0].report.recovery.curve == found[1].report.recovery.curve
+    # Nothing is learned, so that evaluations differ by what is drawn alone.
+    still = fasp_fx.distil(copy.deepcopy(result), dense, data, learning_rate=1e-12, precision="weights")
+    assert still.report.recovery is not None
+    held_out = [point.held_out for point in still.report.recovery.curve]
+    assert max(held_out) == pytest.approx(min(held_out), rel=1e-4)
+    other = fasp_fx.distil(copy.deepcopy(result), dense, data, **{**options, "checkpoint": None, "seed": 1})
+    assert other.report.recovery is not None
+    assert other.report.recovery.curve[0] != found[0].report.recovery.curve[0]
+
+
+@pytest.mark.parametrize("name", ["best", "current"])
+def test_states_of_other_shapes_change_nothing(
+    made: tuple[nn.Module, list[Tensor], fasp_fx.Result], name: str, tmp_path: Path
+) -> None:
+    dense, data, result = made
+    broken = copy.deepcopy(result)
+    interrupted(broken, dense, data, 0.7, checkpoint=tmp_path / "run", epochs=3)
+    file = next((tmp_path / "run").glob(f"step-*/{name}.safetensors"))
+    save_file({**load_file(file), "0.weight": torch.zeros(2)}, file)
+    with pytest.raises(StoreError, match=r"damaged.*remove it"):
+        fasp_fx.distil(broken, dense, data, checkpoint=tmp_path / "run", epochs=3)
+    assert_weights(broken, weights_of(result))
+
+
+def test_outputs_of_the_dense_model_that_are_not_whole_are_refused_before_any_step(
+    made: tuple[nn.Module, list[Tensor], fasp_fx.Result], tmp_path: Path
+) -> None:
+    dense, data, result = made
+    run = copy.deepcopy(result)
+    interrupted(run, dense, data, 0.7, checkpoint=tmp_path / "run", epochs=3)
+    file = tmp_path / "run" / "dense" / "3.safetensors"
+    file.write_bytes(file.read_bytes()[:-1])
+    with pytest.raises(StoreError, match=r"batch 3, is damaged.*remove the file"):
+        fasp_fx.distil(run, dense, data, checkpoint=tmp_path / "run", epochs=3)
+    file.unlink()
+    fasp_fx.distil(run, dense, data, checkpoint=tmp_path / "run", epochs=3)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="files have no largest size there")
+@pytest.mark.parametrize("most", [1500, 4000])
+def test_a_full_disk_is_said_and_the_weights_are_as_before(
+    made: tuple[nn.Module, list[Tensor], fasp_fx.Result], most: int, tmp_path: Path
+) -> None:
+    import resource
+    import signal
+
+    dense, data, result = made
+    run, limits = copy.deepcopy(result), resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (most, limits[1]))
+    try:
+        with pytest.raises(StoreError, match=r"cannot be written.*free space"):
+            fasp_fx.distil(run, dense, data, checkpoint=tmp_path / "run", epochs=1)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, handler)
+    assert_weights(run, weights_of(result))
+    assert not list((tmp_path / "run").glob("**/.*"))
+    fasp_fx.distil(run, dense, data, checkpoint=tmp_path / "run", epochs=1)
+
+
+def test_checkpoints_of_other_runs_and_other_folders_are_refused(
+    made: tuple[nn.Module, list[Tensor], fasp_fx.Result], tmp_path: Path
+) -> None:
+    dense, data, result = made
+    run = tmp_path / "run"
+    fasp_fx.distil(copy.deepcopy(result), dense, data, checkpoint=run, epochs=1)
+    with pytest.raises(StoreError, match="options differ"):
+        fasp_fx.distil(copy.deepcopy(result), dense, data, checkpoint=run, epochs=2)
+    with pytest.raises(StoreError, match="data differ"):
+        fasp_fx.distil(copy.deepcopy(result), dense, batches(seed=2), checkpoint=run, epochs=1)
+    with pytest.raises(StoreError, match="pruned differ"):
+        fasp_fx.distil(pruned(dense, data, sparsity=0.3), dense, data, checkpoint=run, epochs=1)
+    (tmp_path / "else").mkdir()
+    (tmp_path / "else" / "thesis.txt").write_text("mine")
+    with pytest.raises(StoreError, match="no checkpoint"):
+        fasp_fx.distil(copy.deepcopy(result), dense, data, checkpoint=tmp_path / "else")
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(StoreError):
+        fasp_fx.distil(copy.deepcopy(result), dense, data, checkpoint=tmp_path / "file")
+    state = next(run.glob("step-*"))
+    for damage in (
+        lambda file: file.write_bytes(file.read_bytes()[: file.stat().st_size // 2]),
+        lambda file: file.unlink(),
+    ):
+        for name in ("best.safetensors", "optimizer.pt", "progress.json"):
+            shutil.copytree(run, tmp_path / "damaged")
+            damage(tmp_path / "damaged" / state.name / name)
+            with pytest.raises(StoreError):
+                fasp_fx.distil(copy.deepcopy(result), dense, data, checkpoint=tmp_path / "damaged", epochs=1)
+            shutil.rmtree(tmp_path / "damaged")
+
+
+def test_losses_of_ones_own_are_told_apart_by_what_they_hold(
+    made: tuple[nn.Module, list[Tensor], fasp_fx.Result], tmp_path: Path
+) -> None:
+    dense, data, result = made
+    held = Scaled({"a": [1, 2.5, None], "b": torch.arange(3), "c": nn.Linear(2, 2), "d": torch.float32})
+    other, same = copy.deepcopy(held), copy.deepcopy(held)
+    other.scale["b"][1] = 7
+    for number, (first, second) in enumerate([(Scaled(1.0), Scaled(2.0)), (held, other)]):
+        options: dict[str, Any] = {"checkpoint": tmp_path / str(number), "epochs": 1}
+        fasp_fx.distil(copy.deepcopy(result), dense, data, loss=first, **options)
+        with pytest.raises(StoreError, match="options differ"):
+            fasp_fx.distil(copy.deepcopy(result), dense, data, loss=second, **options)
+    fasp_fx.distil(copy.deepcopy(result), dense, data, loss=same, **options)
+
+
+class Times(Branching):
+    """Takes a number that is no tensor, outside of what is captured."""
+
+    def forward(self, x: Tensor, scale: float = 1.0) -> Tensor:
+        return super().forward(x) * scale
+
+
+def test_numbers_among_the_arguments_belong_to_the_data(tmp_path: Path) -> None:
+    dense, data = Times().eval(), batches(4)
+    result = pruned(dense, data)
+    options: dict[str, Any] = {"checkpoint": tmp_path / "run", "epochs": 1}
+    fasp_fx.distil(copy.deepcopy(result), dense, [(x, 2.0) for x in data], **options)
+    with pytest.raises(StoreError, match="data differ"):
+        fasp_fx.distil(copy.deepcopy(result), dense, [(x, 3.0) for x in data], **options)
+
+
+def test_losses_that_hold_code_have_no_checkpoint(
+    made: tuple[nn.Module, list[Tensor], fasp_fx.Result], tmp_path: Path
+) -> None:
+    dense, data, result = made
+    circle: list[Any] = []
+    circle.append(circle)
+    for scale in (torch.abs, lambda x: x, [{"f": F.mse_loss}], functools.partial(abs), circle, math):
+        with pytest.raises(ArgumentError, match=r"loss\.scale.* leave out checkpoint="):
+            fasp_fx.distil(result, dense, data, loss=Scaled(scale), checkpoint=tmp_path / "run")
+    assert not (tmp_path / "run").exists()
