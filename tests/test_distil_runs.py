@@ -186,14 +186,17 @@ def test_outputs_of_the_dense_model_that_are_not_whole_are_refused_before_any_st
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="files have no largest size there")
-@pytest.mark.parametrize("most", [1500, 4000])
+@pytest.mark.parametrize(
+    ("most", "rows"), [(1500, 200), (1500, 16), (4000, 16)], ids=["dense outputs", "weights", "optimizer"]
+)
 def test_a_full_disk_is_said_and_the_weights_are_as_before(
-    made: tuple[nn.Module, list[Tensor], fasp_fx.Result], most: int, tmp_path: Path
+    made: tuple[nn.Module, list[Tensor], fasp_fx.Result], most: int, rows: int, tmp_path: Path
 ) -> None:
     import resource
     import signal
 
     dense, data, result = made
+    data = [x.repeat(rows // 16, 1) for x in data]
     run, limits = copy.deepcopy(result), resource.getrlimit(resource.RLIMIT_FSIZE)
     handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (most, limits[1]))
@@ -204,7 +207,8 @@ def test_a_full_disk_is_said_and_the_weights_are_as_before(
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
         signal.signal(signal.SIGXFSZ, handler)
     assert_weights(run, weights_of(result))
-    assert not list((tmp_path / "run").glob("**/.*"))
+    assert not list((tmp_path / "run").glob("**/*.partial"))
+    assert len(list((tmp_path / "run" / "dense").iterdir())) == (0 if rows > 16 else len(data))
     fasp_fx.distil(run, dense, data, checkpoint=tmp_path / "run", epochs=1)
 
 

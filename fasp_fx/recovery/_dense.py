@@ -133,12 +133,15 @@ class DenseOutputs:
 
     def _save(self, index: int, targets: Mapping[str, Tensor]) -> None:
         partial = self._file(index).with_suffix(".partial")
-        with written(self._folder):
-            safetensors.torch.save_file(
-                {name: tensor.detach().cpu().contiguous().clone() for name, tensor in targets.items()},
-                partial,
-            )
-            os.replace(partial, self._file(index))
+        try:
+            with written(self._folder):
+                safetensors.torch.save_file(
+                    {name: tensor.detach().cpu().contiguous().clone() for name, tensor in targets.items()},
+                    partial,
+                )
+                os.replace(partial, self._file(index))
+        finally:
+            partial.unlink(missing_ok=True)
 
 
 __all__ = ["Call", "DenseOutputs"]
