@@ -34,16 +34,21 @@ class AlikeBudget(Budget):
     def counts(self, lost: Sequence[int]) -> list[int]:
         return self.whole.counts(self.spread(lost))
 
-    def joined(self, costs: Costs) -> Costs:
-        """The cost curves of all groups of a shape, added up, by the name of the group that stands for them;
+    def joined(self, costs: Costs, averages: bool = False) -> Costs:
+        """The cost curves of all groups of a shape as one, by the name of the group that stands for them;
         none where one has none.
+
+        Args:
+            averages: whether that is their mean, as for numbers that are held against one threshold, or
+                their sum, as for losses that are held against what all the groups take.
         """
+        join = np.mean if averages else np.sum
         curves = {}
         for group, alike in zip(self.groups, self.classes, strict=True):
             names = [self.whole.groups[index].name for index in alike]
             if all(name in costs for name in names):
                 least = min(len(costs[name].losses) for name in names)
-                curves[group.name] = CostCurve(np.sum([costs[name].losses[:least] for name in names], 0))
+                curves[group.name] = CostCurve(join([costs[name].losses[:least] for name in names], 0))
         return costs.with_curves(curves)
 
 

@@ -335,7 +335,9 @@ class Chooser:
             return part.spread(found) if isinstance(part, PartialBudget) and part is not budget else found
 
         if alike is not None and costs is not None:
-            costs = alike.joined(costs)
+            costs = alike.joined(
+                costs, isinstance(self._allocate, CostAllocation) and self._allocate.averages
+            )
         kept = part if alike is None else alike
         trial = None if self._trial is None else AskedTrial(self._trial, kept.groups, spread, advance, state)
         found = self._allocated(kept, costs, trial)

@@ -167,6 +167,40 @@ def test_budgets_and_rounding() -> None:
     )
 
 
+class Block(nn.Module):
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(6, width), nn.Linear(width, 6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.down(self.up(x).relu())
+
+
+@pytest.mark.parametrize("kind", [HardConcrete(), Projected()])
+def test_layers_that_lose_alike_count_as_one_of_them(kind: Any) -> None:
+    """A class of four layers loses what each of the four would, and not less because their chances add up."""
+    model = nn.Sequential(*[Block(16) for _ in range(4)], Block(24)).eval()
+    gates = attach(model, (X,), sparsity=0.25, kind=kind, uniform_layers=True)
+
+    def lost() -> list[int]:
+        found = {group.name: group.removed_sets for group in gates.plan().groups}
+        return [found.get(name, 0) for name in gates.names]
+
+    assert lost() == [4, 4, 4, 4, 6], "of equal gates the same part goes everywhere"
+    with torch.no_grad():
+        gates.scores[4].add_(0.1)
+    assert lost()[4] == 0, "what is likelier to be open stays"
+    with torch.no_grad():
+        gates.scores[4].sub_(0.2)
+    assert lost()[4] > 20, "what is less likely to be open goes first"
+    with torch.no_grad():
+        for number, scores in enumerate(gates.scores):
+            scores.fill_([3.0, 1.0, 1.0, 3.0, 1.2][number])
+    assert lost()[4] > 20, (
+        "several that are alike stand at the mean of their chances, which is above this one"
+    )
+
+
 def test_a_plan_to_begin_with() -> None:
     model, args, kwargs = models()["llama"]
     data = [{"input_ids": ids} for ids in tokens()]

@@ -15,7 +15,12 @@ _TIE = 1e-9
 class Threshold(CostAllocation):
     """Closes the gates with the least chances to be open, as many as meet the budget best (GRASPrune, arXiv
     2604.19398; CoFi, 2204.00408).
+
+    Of layers that lose alike the mean of the chances counts: a gate is held against one threshold, however
+    many layers its place stands for.
     """
+
+    averages = True
 
     def __call__(self, budget: Budget, round_to: int, costs: Costs) -> list[int]:
         """Channel sets lost per block of each group; arguments and errors as for
