@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from zoo import randomise
 
 import fasp_fx
-from fasp_fx.budgets import Parameters
+from fasp_fx.budgets import Macs, Parameters
 from fasp_fx.gates import Gates, HardConcrete, Projected, attach
 
 pytestmark = pytest.mark.usefixtures("shared_captures")
@@ -167,6 +167,23 @@ def test_budgets_and_rounding() -> None:
     )
 
 
+@pytest.mark.parametrize("budget", [(Parameters(0.5), Macs(0.9)), (Macs(0.9), Parameters(0.5))])
+def test_of_several_budgets_the_one_that_binds_is_met(budget: Any) -> None:
+    """A ceiling far above what the others leave asks for nothing: training comes to where the other one alone
+    would bring it.
+    """
+    model = models()["called in turn"][0]
+    gates = attach(model, (X,), budget=budget, warmup=20)
+    optimizer = torch.optim.Adam(gates.parameters(), lr=0.05)
+    for _ in range(500):
+        optimizer.zero_grad()
+        gates.penalty().backward()
+        optimizer.step()
+        gates.step()
+    expected = gates.expected()[[type(cap) for cap in budget].index(Parameters)]
+    assert abs(float(expected.detach()) - 0.5) < 0.05
+
+
 class Block(nn.Module):
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -196,9 +213,7 @@ def test_layers_that_lose_alike_count_as_one_of_them(kind: Any) -> None:
     with torch.no_grad():
         for number, scores in enumerate(gates.scores):
             scores.fill_([3.0, 1.0, 1.0, 3.0, 1.2][number])
-    assert lost()[4] > 20, (
-        "several that are alike stand at the mean of their chances, which is above this one"
-    )
+    assert lost()[4] > 20, "several stand at the mean of their chances, which is above this one"
 
 
 def test_a_plan_to_begin_with() -> None:

@@ -87,9 +87,7 @@ class Gates(nn.Module):
         self.scores = nn.ParameterList(
             nn.Parameter(torch.full((group.size,), float(kind.start), device=device)) for group in groups
         )
-        self.register_buffer(
-            "multipliers", torch.zeros(len(self._fixed.budget.limits), 2, dtype=torch.float64)
-        )
+        self.register_buffer("multipliers", torch.zeros(2, dtype=torch.float64))
         self.register_buffer("steps", torch.zeros((), dtype=torch.int64))
         self._drawn: list[Tensor] = []
         self.places: list[tuple[nn.Module, str, list[str]]] = []
@@ -195,25 +193,29 @@ class Gates(nn.Module):
         return torch.stack(found)
 
     def penalty(self) -> Tensor:
-        """What to add to the loss so that the expected size comes to the budget: ``λ₁ d + λ₂ d²`` for each
-        (FLOP, arXiv 1910.04732, section 3.3).
+        """What to add to the loss so that the expected size comes to the budget: ``λ₁ d + λ₂ d²`` (FLOP,
+        arXiv 1910.04732, section 3.3).
 
-        d is by how much less goes than shall, which grows from nothing over the first ``warmup`` steps. Zero
-        where what is drawn meets the budget by itself.
+        d is by how much less goes than shall, which grows from nothing over the first ``warmup`` steps; of
+        several budgets, that of the one which is furthest from being met. Zero where what is drawn meets the
+        budget by itself.
         """
         if self._kind.is_exact:
             return torch.zeros((), device=self.scores[0].device)
         short = self._short()
-        first, second = self.multipliers.to(short).unbind(1)
-        return (first * short + second * short.square()).sum().to(self.scores[0].dtype)
+        first, second = self.multipliers.to(short)
+        return (first * short + second * short.square()).to(self.scores[0].dtype)
 
     def _short(self) -> Tensor:
+        """By how much less goes than shall, as a fraction of the resource."""
         need = torch.tensor(
             [limit.need for limit in self._fixed.budget.limits],
             dtype=torch.float64,
             device=self.scores[0].device,
         )
-        return need * min(1.0, (int(self.steps) + 1) / max(self._warmup, 1)) - self.expected()
+        # A budget is a ceiling: that all are kept is that the furthest one is, and to bring that one to nothing
+        # pulls no other up to its own ceiling.
+        return (need * min(1.0, (int(self.steps) + 1) / max(self._warmup, 1)) - self.expected()).max()
 
     @torch.no_grad()
     def step(self) -> None:
@@ -222,7 +224,7 @@ class Gates(nn.Module):
         """
         if not self._kind.is_exact:
             short = self._short().to(self.multipliers)
-            self.multipliers += self._rate * torch.stack([short, short.square()], 1)
+            self.multipliers += self._rate * torch.stack([short, short.square()])
         self.steps += 1
         self._open.clear()
 
