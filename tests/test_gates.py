@@ -216,6 +216,21 @@ def test_layers_that_lose_alike_count_as_one_of_them(kind: Any) -> None:
     assert lost()[4] > 20, "several stand at the mean of their chances, which is above this one"
 
 
+@pytest.mark.parametrize("kind", [HardConcrete(), Projected()])
+def test_what_is_excluded_has_no_gates(kind: Any) -> None:
+    """It stays, so that what is expected to go must not be counted on it, nor may it close in training."""
+    model = models()["called in turn"][0]
+    gates = attach(model, (X,), sparsity=0.3, kind=kind, exclude=("4.weight",))
+    with torch.no_grad():
+        for scores in gates.scores:
+            scores.fill_(-100)
+    model.train()
+    with torch.no_grad():
+        model(X)
+    assert torch.equal(model[4].weight, models()["called in turn"][0][4].weight)  # type: ignore[index]
+    assert gates.names == ["2.weight"]
+
+
 def test_a_plan_to_begin_with() -> None:
     model, args, kwargs = models()["llama"]
     data = [{"input_ids": ids} for ids in tokens()]

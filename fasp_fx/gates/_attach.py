@@ -12,6 +12,7 @@ from torch.nn.utils import parametrize
 from .._captured import capture
 from .._options import is_number
 from .._prune import analyze
+from .._selection import is_excluded
 from .._undisturbed import in_usual_modes
 from ..config import PruningConfig, PruningOptions
 from ..errors import ArgumentError, NothingPrunableError, first_line
@@ -78,11 +79,12 @@ def attach(
     asked = replace(_asked(PruningConfig.of(config, options)), score="fasp", allocation=Threshold())
     captured = capture(model, args, kwargs, dynamic_shapes=dynamic_shapes)
     analysis = analyze(captured, granularity=asked.granularity, include=asked.include)
-    places, groups = _places(model, analysis.chosen)
+    open_to = [group for group in analysis.chosen if not is_excluded(group, asked.exclude)]
+    places, groups = _places(model, open_to)
     if not groups:
         raise NothingPrunableError(
-            "no group can have gates: weights that lose columns are computed from others, or none can be"
-            " pruned"
+            "no group can have gates: weights that lose columns are computed from others or excluded, or none"
+            " can be pruned"
         )
     gates = Gates(model, captured.program, analysis, groups, asked, kind or HardConcrete(), warmup, rate)
     gates.places = [(module, name, list(module._parameters)) for module, name, _ in places]

@@ -213,8 +213,8 @@ class Gates(nn.Module):
             dtype=torch.float64,
             device=self.scores[0].device,
         )
-        # A budget is a ceiling: that all are kept is that the furthest one is, and to bring that one to nothing
-        # pulls no other up to its own ceiling.
+        # Budgets are ceilings: all are kept if the furthest one is, and to bring that one to nothing pulls no
+        # other up to its own ceiling.
         return (need * min(1.0, (int(self.steps) + 1) / max(self._warmup, 1)) - self.expected()).max()
 
     @torch.no_grad()
