@@ -300,6 +300,41 @@ def test_gates_are_drawn_once_for_each_call_and_saved_once() -> None:
     assert not torch.equal(copied(X), model(X)), "a copy has gates of its own"
 
 
+@pytest.mark.parametrize("way", ["assign", "data", "swap"])
+def test_plans_are_of_the_scores_as_they_are(way: str) -> None:
+    """However other scores come in, the plan removes the eight channel sets with the least of them."""
+    model = models()["half"][0]
+    gates = attach(model, (X,), sparsity=0.5, kind=Projected())
+    gates.plan()
+    values = torch.randn(16, generator=torch.Generator().manual_seed(1))
+    if way == "assign":
+        (name,) = (name for name in model.state_dict() if ".scores." in name)
+        model.load_state_dict(model.state_dict() | {name: values}, assign=True)
+    elif way == "data":
+        gates.scores[0].data.copy_(values)
+    else:
+        gates.scores[0].data = values
+    least = sorted(values.argsort()[:8].tolist())
+    assert gates.plan().groups[0].consumers[0].removed == tuple(least)
+    with torch.no_grad():
+        found = model(X)
+    agrees(model, X, gates)
+    kept = [index for index in range(16) if index not in least]
+    expected = model.up(X).tanh()[:, kept] @ model.down.weight[:, kept].T + model.down.bias  # type: ignore[operator, union-attr, index]
+    torch.testing.assert_close(found, expected)
+
+
+def test_scores_that_are_nan_are_named() -> None:
+    model = models()["called in turn"][0]
+    gates = attach(model, (X,), sparsity=0.5)
+    with torch.no_grad():
+        gates.scores[1][3] = float("nan")
+    with pytest.raises(fasp_fx.ArgumentError, match=r"'4\.weight'.* NaN"):
+        gates.plan()
+    with pytest.raises(fasp_fx.ArgumentError, match=r"'4\.weight'.* NaN"):
+        model(X)
+
+
 @pytest.mark.parametrize(
     ("options", "said"),
     [

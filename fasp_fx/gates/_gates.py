@@ -94,7 +94,7 @@ class Gates(nn.Module):
         self._depth = 0
         self._open: set[int] = set()  # numbers of the draws that no backward has come to yet
         self._draws = 0
-        self._known: tuple[tuple[int, ...], list[np.ndarray]] | None = None
+        self._known: tuple[list[np.ndarray], list[np.ndarray]] | None = None
         if not kind.is_exact:
             self.expected()  # what it raises is raised before anything is trained
         self.draw()
@@ -305,17 +305,27 @@ class Gates(nn.Module):
         return Costs(curves, "")
 
     def _gone(self) -> list[np.ndarray]:
-        """Which channel sets the plan removes, for each group that has gates; worked out anew where scores
+        """Which channel sets the plan removes, for each group that has gates; worked out anew where chances
         have changed.
-        """
-        versions = tuple(scores._version for scores in self.scores)
-        if self._known is None or self._known[0] != versions:
-            self._known = versions, self._planned()
-        return self._known[1]
 
-    def _planned(self) -> list[np.ndarray]:
+        Raises:
+            ArgumentError: chances are none, as where training has made scores NaN; names the group.
+        """
         with torch.no_grad():
             chances = [self._kind.chances(scores).double().cpu().numpy() for scores in self.scores]
+        for group, own in zip(self._fixed.groups, chances, strict=True):
+            if own.shape != (group.size,) or not ((own >= 0) & (own <= 1)).all():
+                raise ArgumentError(
+                    f"the chances of the gates of '{group.name}' are not {group.size} numbers from 0 to 1;"
+                    " training has made their scores NaN, which a lower learning rate may prevent, or"
+                    f" {type(self._kind).__name__}.chances() is wrong"
+                )
+        # By their values: a checkpoint may put other tensors in, and what writes into data is not counted.
+        if self._known is None or not all(map(np.array_equal, self._known[0], chances)):
+            self._known = chances, self._planned(chances)
+        return self._known[1]
+
+    def _planned(self, chances: list[np.ndarray]) -> list[np.ndarray]:
         fixed = self._fixed
         counts = fixed.chooser.allocate(fixed.budget, fixed.analysis.groups, self._costs(chances))
         lost = {group.name: count for group, count in zip(fixed.budget.groups, counts, strict=True)}
