@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import threading
 from typing import Any
 
 import pytest
@@ -463,6 +464,93 @@ def test_gradient_checkpointing(reentrant: bool) -> None:
     gates.step()
     with pytest.raises(fasp_fx.ArgumentError, match="checkpointing"):
         (model(x) - model(x.flip(0))).square().mean().backward()
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, ValueError])
+@pytest.mark.parametrize("place", [0, 1])
+@pytest.mark.parametrize("part", [False, True])
+def test_what_breaks_a_call_off_ends_it(error: type[BaseException], place: int, part: bool) -> None:
+    """Gates are drawn anew in the next call, be it of the model or of a part, wherever the last one broke
+    off: in a hook before those of the gates, or below.
+    """
+    torch.manual_seed(0)
+    model = Named().eval()
+    breaks = False
+
+    def hook(module: nn.Module, args: Any) -> None:
+        if breaks:
+            raise error
+
+    [model, model.first[2]][place].register_forward_pre_hook(hook)
+    gates = attach(model, (X,), sparsity=0.4)
+    call = model.encode if part else model
+    model.train()
+    torch.manual_seed(1)
+    expected = model(X)
+    expected.square().mean().backward()
+    breaks = True
+    with pytest.raises(error):
+        model(X)
+    breaks = False
+    if not part:
+        torch.manual_seed(1)
+        assert torch.equal(model(X), expected), "drawn once"
+    assert not torch.equal(call(X), call(X))
+    for _ in range(2):
+        gates.step()
+        call(X).square().mean().backward()  # through what was drawn for it, which another one has not freed
+    model.eval()
+    spread(gates)
+    agrees(model, X, gates)
+
+
+def test_a_call_of_another_thread_has_gates_of_its_own() -> None:
+    """What a thread draws while another is in the midst of a call changes nothing there."""
+    outputs = []
+    for others in (0, 1):
+        model = models()["called in turn"][0]
+        gates = attach(model, (X,), sparsity=0.4)
+        model.train()
+
+        def hook(module: nn.Module, args: Any, model: nn.Module = model) -> None:
+            nonlocal others
+            if others:
+                others = 0
+                thread = threading.Thread(target=model, args=(X,))
+                thread.start()
+                thread.join()
+
+        model[3].register_forward_pre_hook(hook)  # type: ignore[index, operator, union-attr]
+        torch.manual_seed(0)
+        outputs.append(model(X))
+        gates.detach()
+    assert torch.equal(*outputs)
+
+
+def test_calls_without_gradients_are_not_computed_anew() -> None:
+    """With gradient checkpointing, a call between that no backward comes to leaves the gates as they were."""
+    from torch.utils.checkpoint import checkpoint
+
+    class Checkpointed(Half):
+        saves = False
+
+        def forward(self, x: Tensor) -> Tensor:
+            return checkpoint(super().forward, x, use_reentrant=False) if self.saves else super().forward(x)
+
+    gradients = []
+    for saves in (False, True):
+        model = randomise(Checkpointed())
+        gates = attach(model, (X,), sparsity=0.4)
+        model.train()
+        model.saves = saves
+        torch.manual_seed(5)
+        loss = model(X).square().mean()
+        with torch.no_grad():
+            model(X)
+            model.eval()(X)
+        loss.backward()
+        gradients.append(gates.scores[0].grad)
+    torch.testing.assert_close(*gradients)
 
 
 def test_a_copy_can_be_detached() -> None:

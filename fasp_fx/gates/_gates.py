@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import inspect
 from dataclasses import dataclass, replace
 from functools import partial
+from types import FrameType
 from typing import Any
 
 import numpy as np
@@ -25,6 +27,7 @@ from ..errors import ArgumentError, SparsityError
 from ..groups import Group
 from ..plan import PruningPlan
 from ..resources import InProducts
+from ._calls import Calls, Draw
 from ._kinds import Kind
 
 #: stands for the chance of what has no gate, so that it goes last
@@ -89,9 +92,8 @@ class Gates(nn.Module):
         )
         self.register_buffer("multipliers", torch.zeros(2, dtype=torch.float64))
         self.register_buffer("steps", torch.zeros((), dtype=torch.int64))
-        self._drawn: list[Tensor] = []
         self.places: list[tuple[nn.Module, str, list[str]]] = []
-        self._depth = 0
+        self._calls = Calls()
         self._open: set[int] = set()  # numbers of the draws that no backward has come to yet
         self._draws = 0
         self._known: tuple[list[np.ndarray], list[np.ndarray]] | None = None
@@ -108,47 +110,52 @@ class Gates(nn.Module):
                 module.register_forward_hook(self._leave, always_call=True)
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {
-            "_drawn": [drawn.detach() for drawn in self._drawn],
+        state = self.__dict__ | {
+            "_drawn": self._drawn.detached(),
+            "_recorded": self._recorded.detached(),
             "_open": set(),
-            "_depth": 0,
             "_known": None,
         }
+        del state["_calls"]
+        return state
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._calls = Calls()
 
     def _enter(
         self, module: nn.Module, args: Any
     ) -> None:  # methods: a copy of the model has those of its own gates
-        self._depth += 1
-        if self._depth == 1 and not is_backward():
+        if self._calls.begin(_caller()) and not is_backward():
             self.draw()
 
     def _leave(self, module: nn.Module, args: Any, output: Any) -> None:
-        self._depth -= 1
+        self._calls.end(_caller())
 
     def draw(self) -> None:
         """Draw all gates anew; every call of the model, or of a part of it, does so."""
-        self._trained = self._model[0].training
+        is_trained = self._model[0].training
         stays = (
             [
                 torch.from_numpy(~gone).to(scores.device)
                 for gone, scores in zip(self._gone(), self.scores, strict=True)
             ]
-            if self._exact()
+            if self._kind.is_exact or not is_trained
             else None
         )
         found = []
         for index, scores in enumerate(self.scores):
             kept = torch.ones_like(scores, dtype=torch.bool) if stays is None else stays[index]
-            found.append(self._kind.draw(scores, kept) if self._trained else kept.to(scores))
-        self._drawn = found
-        if found[0].requires_grad:
-            self._draws += 1
+            found.append(self._kind.draw(scores, kept) if is_trained else kept.to(scores))
+        self._draws += 1
+        self._drawn = Draw(self._draws, found, is_trained)
+        self._calls.drew(self._drawn)
+        if torch.is_grad_enabled():
+            self._recorded = self._drawn
+        followed = next((gates for gates in found if gates.requires_grad), None)
+        if followed is not None:
             self._open.add(self._draws)
-            found[0].register_hook(partial(_close, self._open, self._draws))
-
-    def _exact(self) -> bool:
-        """Whether what is drawn depends on the plan."""
-        return self._kind.is_exact or not self._trained
+            followed.register_hook(partial(_close, self._open, self._draws))
 
     def drawn(self, number: int) -> Tensor:
         """The gates of a group by its number, as the last call of the model drew them, shape ``[sets]``.
@@ -157,15 +164,18 @@ class Gates(nn.Module):
             ArgumentError: gradient checkpointing computes one of several calls anew, and whose gates it wants
                 cannot be told.
         """
-        if not is_backward():
-            if self._trained != self._model[0].training:
-                self.draw()
-        elif len(self._open) > 1:
-            raise ArgumentError(
-                "gradient checkpointing computes anew what several calls of one loss drew gates for; make one"
-                " call for each, or do without it"
-            )
-        return self._drawn[number]
+        if is_backward():
+            if self._open - {self._recorded.number}:
+                raise ArgumentError(
+                    "gradient checkpointing computes anew what several calls of one loss drew gates for; make"
+                    " one call for each, or do without it"
+                )
+            return self._recorded.gates[number]  # a call without gradients since then is not computed anew
+        drawn = self._calls.drawn() or self._drawn
+        if drawn.trained != self._model[0].training:
+            self.draw()
+            drawn = self._drawn
+        return drawn.gates[number]
 
     def expected(self) -> Tensor:
         """For each budget, the fraction of its resource that is expected to go, by the chances of the gates;
@@ -347,6 +357,12 @@ class Gates(nn.Module):
         return (
             f"{len(self.names)} groups, {sum(group.size for group in self._fixed.groups)} gates, {self._kind}"
         )
+
+
+def _caller() -> FrameType | None:
+    """The frame of the call whose hook asks."""
+    frame = inspect.currentframe()
+    return frame and frame.f_back and frame.f_back.f_back
 
 
 def _close(open_draws: set[int], number: int, gradient: Tensor) -> None:
