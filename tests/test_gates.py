@@ -353,6 +353,65 @@ def test_bad_input(options: dict[str, Any], said: str) -> None:
     assert list(model.state_dict()) == names, "nothing half-attached is left"
 
 
+class Listed(nn.Module):
+    """Reads one weight from a list, where no parametrization reaches it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.c, self.d = (
+            nn.Linear(6, 16),
+            nn.Linear(16, 12),
+            nn.Linear(12, 8),
+            nn.Linear(8, 3),
+        )
+        self.weights = [self.b.weight]
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.d(self.c(nn.functional.linear(self.a(x).relu(), self.weights[0]).relu()).relu())
+
+
+def traces(model: nn.Module) -> list[Any]:
+    """What gates could leave behind in a model."""
+    return [
+        list(model.state_dict()),
+        [id(parameter) for parameter in model.parameters()],
+        [len(module._forward_pre_hooks) + len(module._forward_hooks) for module in model.modules()],
+        [type(module).__name__ for module in model.modules()],
+    ]
+
+
+def test_gates_without_effect_are_refused() -> None:
+    model = randomise(Listed())
+    before, expected = traces(model), model(X)
+    with pytest.raises(fasp_fx.ArgumentError, match=r"of 'b\.weight' are not .* exclude="):
+        attach(model, (X,), sparsity=0.3)
+    assert traces(model) == before, "the model is as it was"
+    assert torch.equal(model(X), expected)
+    gates = attach(model, (X,), sparsity=0.2, exclude=("b.weight",))
+    spread(gates)
+    (group,) = gates.plan().groups
+    with torch.no_grad():
+        hidden = model.c(nn.functional.linear(model.a(X).relu(), model.weights[0]).relu()).relu()  # type: ignore[operator, union-attr, index]
+        hidden[:, list(group.consumers[0].removed)] = 0
+        found = model(X)
+    gates.detach()
+    torch.testing.assert_close(found, model.d(hidden))  # type: ignore[operator, union-attr]
+
+
+def test_gates_that_are_broken_off_leave_nothing() -> None:
+    model = randomise(Half())
+
+    def hook(module: nn.Module, args: Any) -> None:
+        if nn.utils.parametrize.is_parametrized(module):
+            raise KeyboardInterrupt
+
+    model.down.register_forward_pre_hook(hook)  # type: ignore[operator, union-attr]
+    before = traces(model)
+    with pytest.raises(KeyboardInterrupt):
+        attach(model, (X,), sparsity=0.3)
+    assert traces(model) == before
+
+
 def test_gates_upon_gates() -> None:
     model = randomise(Half())
     attach(model, (X,), sparsity=0.3)

@@ -16,7 +16,7 @@ from ._copy import copied
 from ._saving import keep_from_saving
 from ._search import Search
 from ._sizes import Cuts
-from ._trial import Outcome, Trial
+from ._trial import Outcome, Trial, program_of
 
 if TYPE_CHECKING:
     from .._result import Result
@@ -32,7 +32,7 @@ def eager(result: Result, model: nn.Module) -> nn.Module:
     _check(result, model)
     made = copied(model, result)
     cuts = Cuts(made.module, made.dense, made.shapes(), made.computed)
-    outcome = Search(cuts, Trial(made.module, result), result.plan, model).run()
+    outcome = Search(cuts, Trial(made.module, program_of(result)), result.plan, model).run()
     if not outcome.equal:
         raise EagerError(
             f"no copy of {type(model).__name__} computes what the pruned program does, whatever sizes its"

@@ -1,4 +1,6 @@
-"""Run a copy as its sizes are set now, beside the pruned program."""
+"""Run a module of the caller's kind as it is now, beside a program that it is to compute: a copy beside the
+pruned program, say.
+"""
 
 from __future__ import annotations
 
@@ -52,22 +54,22 @@ class Outcome:
 
 
 class Trial:
-    """Holds a copy against the program of a result.
+    """Holds a copy against a program.
 
     Args:
         module: the copy; it is as before after every trial.
-        result: whose module is run on the same inputs.
+        program: is run on the same inputs.
+        others: on how many inputs besides the example.
 
     Raises:
         EagerError: the program runs on none of the inputs.
     """
 
-    def __init__(self, module: nn.Module, result: Result) -> None:
-        self.module, self.pruned = module, result.module
-        self.program = Program(result.module, result.signature, _example(result))
-        self.calls = 2 if remembers(result.module) else 1
-        self.written = written_names(result.module.graph)
-        tensors = [*result.module.parameters(), *result.module.buffers()]
+    def __init__(self, module: nn.Module, program: Program, others: int = OTHERS) -> None:
+        self.module, self.program, self.pruned = module, program, program.module
+        self.calls = 2 if remembers(self.pruned) else 1
+        self.written = written_names(self.pruned.graph)
+        tensors = [*self.pruned.parameters(), *self.pruned.buffers()]
         self.precision = max(
             [
                 torch.finfo(coarsest(self.program)).eps,
@@ -81,7 +83,7 @@ class Trial:
         self._device = device
         for question in questions(self.program, device):
             failure = failure or self._asked(question)
-            if len(self.questions) > OTHERS:
+            if len(self.questions) > others:
                 break
         if not self.questions:
             why = first_line(failure) if failure is not None else "it has none"
@@ -187,14 +189,19 @@ class Trial:
                 inner.training = training
 
 
-def _example(result: Result) -> tuple[tuple[Any, ...], dict[str, Any]]:
+def program_of(result: Result) -> Program:
+    """The pruned program of a result, with its example inputs.
+
+    Raises:
+        EagerError: it holds none.
+    """
     example = result.program.example_inputs
     if example is None:
         raise EagerError(
             "the program of the result holds no example inputs, so that nothing can be held against it; use"
             " result.module"
         )
-    return example
+    return Program(result.module, result.signature, example)
 
 
 def _present(leaves: list[Any]) -> list[Any]:
@@ -259,4 +266,4 @@ def _named(module: nn.Module, path: str) -> str:
     return f"'{path}' ({kind})" if path else kind
 
 
-__all__ = ["Outcome", "Trial"]
+__all__ = ["Outcome", "Trial", "program_of"]

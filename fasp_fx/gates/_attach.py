@@ -13,10 +13,11 @@ from .._captured import capture
 from .._options import is_number
 from .._prune import analyze
 from .._selection import is_excluded
-from .._undisturbed import in_usual_modes
+from .._undisturbed import in_usual_modes, one_at_a_time
 from ..config import PruningConfig, PruningOptions
 from ..errors import ArgumentError, NothingPrunableError, first_line
 from ..groups import Group, Member
+from ._effect import check_effect
 from ._gates import Gates
 from ._kinds import HardConcrete, Kind
 from ._scaled import Scaled
@@ -26,6 +27,7 @@ from ._threshold import Threshold
 _SAID = ("sparsity", "budget", "granularity", "include", "exclude", "round_to", "uniform_layers")
 
 
+@one_at_a_time
 @in_usual_modes
 def attach(
     model: nn.Module,
@@ -58,8 +60,9 @@ def attach(
         rate: how fast the multipliers of the penalty rise.
 
     Raises:
-        ArgumentError: an option is out of range or has nothing to say here, or the model has gates already.
-            Experts and what crosses a norm have no gates: they see closed ones.
+        ArgumentError: an option is out of range or has nothing to say here, the model has gates already, or
+            closed gates are not the removal of their channels, as where the model reads a weight from a list
+            of its own. Experts and what crosses a norm have no gates: they see closed ones.
         CaptureError: the model cannot be captured as a whole.
         NothingPrunableError: no group has weights of the model's own to put gates on.
         SparsityError, BudgetError: what is asked for is out of reach.
@@ -87,22 +90,28 @@ def attach(
             " can be pruned"
         )
     gates = Gates(model, captured.program, analysis, groups, asked, kind or HardConcrete(), warmup, rate)
-    gates.places = [(module, name, list(module._parameters)) for module, name, _ in places]
-    for count, (module, name, own) in enumerate(places):
-        try:
-            parametrize.register_parametrization(
-                module, name, Scaled(gates, own, getattr(module, name).device, holds=not count)
-            )
-        except (ValueError, RuntimeError, TypeError, AttributeError) as error:
-            gates.places = gates.places[:count]
-            gates.detach()
-            raise ArgumentError(
-                f"'{name}' of a {type(module).__name__} cannot be multiplied by gates: {first_line(error)};"
-                " use exclude="
-            ) from error
-        module.parametrizations.train(model.training)  # type: ignore[union-attr]
-    gates.watch()
+    orders = [list(module._parameters) for module, _, _ in places]  # as they stand before any is replaced
+    try:
+        for (module, name, own), order in zip(places, orders, strict=True):
+            _scale(module, name, Scaled(gates, own, getattr(module, name).device, holds=not gates.places))
+            module.parametrizations.train(model.training)  # type: ignore[union-attr]
+            gates.places.append((module, name, order))
+        gates.watch()
+        check_effect(gates, model, captured.program, analysis, groups)
+    except BaseException:
+        gates.detach()
+        raise
     return gates
+
+
+def _scale(module: nn.Module, name: str, scaled: Scaled) -> None:
+    try:
+        parametrize.register_parametrization(module, name, scaled)
+    except (ValueError, RuntimeError, TypeError, AttributeError) as error:
+        raise ArgumentError(
+            f"'{name}' of a {type(module).__name__} cannot be multiplied by gates: {first_line(error)}; use"
+            " exclude="
+        ) from error
 
 
 def _asked(config: PruningConfig) -> PruningConfig:

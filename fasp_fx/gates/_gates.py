@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from types import FrameType
@@ -27,6 +29,7 @@ from ..errors import ArgumentError, SparsityError
 from ..groups import Group
 from ..plan import PruningPlan
 from ..resources import InProducts
+from ._blocks import members_of
 from ._calls import Calls, Draw
 from ._kinds import Kind
 
@@ -97,6 +100,7 @@ class Gates(nn.Module):
         self._open: set[int] = set()  # numbers of the draws that no backward has come to yet
         self._draws = 0
         self._known: tuple[list[np.ndarray], list[np.ndarray]] | None = None
+        self._closed: list[np.ndarray] | None = None
         if not kind.is_exact:
             self.expected()  # what it raises is raised before anything is trained
         self.draw()
@@ -108,6 +112,17 @@ class Gates(nn.Module):
             if any(id(part) in gated for part in module.modules()):
                 module.register_forward_pre_hook(self._enter)
                 module.register_forward_hook(self._leave, always_call=True)
+
+    @contextmanager
+    def closed(self, gone: list[np.ndarray]) -> Iterator[None]:
+        """Inside, these gates are closed in evaluation mode, whatever the scores say; for each group, of
+        shape ``[sets]``.
+        """
+        self._closed = gone
+        try:
+            yield
+        finally:
+            self._closed = None
 
     def __getstate__(self) -> dict[str, Any]:
         state = self.__dict__ | {
@@ -247,12 +262,16 @@ class Gates(nn.Module):
         Raises:
             SparsityError: the groups that have gates cannot meet the budget.
         """
-        analysis = self._fixed.analysis
-        gone = np.zeros(int(analysis.labels.max(initial=-1)) + 1, dtype=bool)
-        for group, own in zip(self._fixed.groups, self._gone(), strict=True):
-            gone[group.sets[own]] = True
-        plan = make_plan(self._fixed.program, analysis, Decision(gone[analysis.labels]))
+        plan = make_plan(self._fixed.program, self._fixed.analysis, self.decision(self._gone()))
         return replace(plan, fingerprint=plans.fingerprint(self.original_parameters()))
+
+    def decision(self, gone: list[np.ndarray]) -> Decision:
+        """What is removed where these gates are closed; for each group, of shape ``[sets]``."""
+        labels = self._fixed.analysis.labels
+        sets = np.zeros(int(labels.max(initial=-1)) + 1, dtype=bool)
+        for group, own in zip(self._fixed.groups, gone, strict=True):
+            sets[group.sets[own]] = True
+        return Decision(sets[labels])
 
     @torch.no_grad()
     def prefer(self, plan: PruningPlan, by: float = 1.0) -> None:
@@ -310,7 +329,7 @@ class Gates(nn.Module):
             for group in self._fixed.analysis.chosen
         }
         for group, own in zip(self._fixed.groups, chances, strict=True):
-            rows = np.sort(own[_members(group)], 1)
+            rows = np.sort(own[members_of(group)], 1)
             curves[group.name] = CostCurve(np.concatenate([[0.0], np.cumsum(rows.mean(0))]))
         return Costs(curves, "")
 
@@ -321,6 +340,8 @@ class Gates(nn.Module):
         Raises:
             ArgumentError: chances are none, as where training has made scores NaN; names the group.
         """
+        if self._closed is not None:
+            return self._closed
         with torch.no_grad():
             chances = [self._kind.chances(scores).double().cpu().numpy() for scores in self.scores]
         for group, own in zip(self._fixed.groups, chances, strict=True):
@@ -346,7 +367,7 @@ class Gates(nn.Module):
             )
         found = []
         for group, own in zip(self._fixed.groups, chances, strict=True):
-            members = _members(group)
+            members = members_of(group)
             order = np.take_along_axis(members, np.argsort(own[members], 1, kind="stable"), 1)
             gone = np.zeros(group.size, dtype=bool)
             gone[order[:, : lost[group.name]]] = True
@@ -367,11 +388,6 @@ def _caller() -> FrameType | None:
 
 def _close(open_draws: set[int], number: int, gradient: Tensor) -> None:
     open_draws.discard(number)
-
-
-def _members(group: Group) -> np.ndarray[Any, Any]:
-    """The channel sets of each block, shape ``[blocks, width]``."""
-    return np.stack([np.flatnonzero(group.block_of == block) for block in np.unique(group.block_of)])
 
 
 __all__ = ["Gates"]

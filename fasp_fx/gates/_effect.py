@@ -1,0 +1,71 @@
+"""Hold a model with gates against the dense program with the closed channels masked, before it is trained: a
+weight that the model reads past the attribute of its module is not multiplied by them.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+from torch import nn
+
+from .._eager._trial import Trial
+from .._exactness._blame import sound_part
+from .._exactness._reference import masked_program
+from .._program import Program
+from .._warn import warn
+from ..analysis import Analysis
+from ..errors import ArgumentError, EagerError, VerificationWarning
+from ..groups import Group
+from ._blocks import members_of
+
+if TYPE_CHECKING:
+    from ._gates import Gates
+
+
+def check_effect(
+    gates: Gates, model: nn.Module, program: Program, analysis: Analysis, groups: list[Group]
+) -> None:
+    """Close every second gate of each block, and compare on the example inputs.
+
+    Args:
+        program: the model as it was captured without gates.
+        groups: those that have gates.
+
+    Raises:
+        ArgumentError: closed gates are not the removal of their channels; names the groups.
+
+    Warns:
+        VerificationWarning: the masked program does not run on the example inputs.
+    """
+
+    def fault(closed: list[Group]) -> str | None:
+        """How the model differs when gates of these groups are closed."""
+        names = {group.name for group in closed}
+        gone = [_every_second(group) & (group.name in names) for group in groups]
+        masked = masked_program(program, analysis, gates.decision(gone))
+        with gates.closed(gone):
+            outcome = Trial(model, masked, others=0).run()
+        return None if outcome.equal else outcome.said
+
+    try:
+        without = sound_part(groups, fault)[1]
+    except EagerError as error:
+        warn(f"what gates do was not compared with the removal of channels: {error}", VerificationWarning)
+        return
+    if without:
+        names = ", ".join(f"'{group.name}'" for group, _ in without)
+        raise ArgumentError(
+            f"closed gates of {names} are not the removal of their channels: {without[0][1]}; the model reads"
+            " weights past the attributes of their modules, such as from a list of its own. Read them there,"
+            f" or leave them whole with exclude=('{without[0][0].consumers[0].name}',)"
+        )
+
+
+def _every_second(group: Group) -> np.ndarray:
+    closed = np.zeros(group.size, dtype=bool)
+    closed[members_of(group)[:, 1::2]] = True
+    return closed
+
+
+__all__ = ["check_effect"]
