@@ -242,6 +242,8 @@ def test_a_plan_to_begin_with() -> None:
     gates.detach()
     assert found.groups == plan.groups
     assert found.fingerprint == plan.fingerprint
+    with pytest.raises(fasp_fx.ArgumentError, match="by="):
+        gates.prefer(plan, by=float("nan"))
     other = attach(randomise(Half()), (X,), sparsity=0.3)
     with pytest.raises(fasp_fx.errors.PlanError):
         other.prefer(plan)
@@ -612,6 +614,38 @@ def test_calls_without_gradients_are_not_computed_anew() -> None:
     torch.testing.assert_close(*gradients)
 
 
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_whole_calls_are_not_computed_anew(reentrant: bool) -> None:
+    """Their gates are drawn in what is not recorded: scores would go without gradients, or get others'."""
+    from torch.utils.checkpoint import checkpoint
+
+    model = models()["half"][0]
+    attach(model, (X,), sparsity=0.4)
+    model.train()
+    with pytest.raises(fasp_fx.ArgumentError, match="within forward"):
+        checkpoint(model, X.clone().requires_grad_(True), use_reentrant=reentrant).sum().backward()
+
+    model = models()["half"][0]
+    attach(model, (X,), sparsity=0.4)  # in evaluation mode the plan says what is closed, and nothing is drawn
+    (expected,) = torch.autograd.grad(model(X).sum(), model.up.weight)  # type: ignore[union-attr]
+    checkpoint(model, X.clone().requires_grad_(True), use_reentrant=reentrant).sum().backward()
+    torch.testing.assert_close(model.up.weight.grad, expected)  # type: ignore[union-attr]
+
+
+def test_parametrizations_of_others_are_not_taken_off() -> None:
+    class Twice(nn.Module):
+        def forward(self, weight: Tensor) -> Tensor:
+            return 2 * weight
+
+    model = models()["half"][0]
+    gates = attach(model, (X,), sparsity=0.4)
+    nn.utils.parametrize.register_parametrization(model.down, "weight", Twice())  # type: ignore[arg-type]
+    expected = model(X)
+    with pytest.raises(fasp_fx.ArgumentError, match=r"'weight' of a .*Linear"):
+        gates.detach()
+    assert torch.equal(model(X), expected)
+
+
 def test_a_copy_can_be_detached() -> None:
     model, args, _ = models()["half"]
     gates = attach(model, args, sparsity=0.4)
@@ -662,8 +696,11 @@ def test_what_gates_cannot_say(options: dict[str, Any], said: str) -> None:
 
 
 def test_a_model_with_gates_is_not_pruned() -> None:
-    model = randomise(Half())
+    model = models()["called in turn"][0]
     attach(model, (X,), sparsity=0.3)
     for call in (fasp_fx.analyze, fasp_fx.capture):
-        with pytest.raises(fasp_fx.errors.CaptureError, match="detach"):
-            call(model, (X,))
+        for part, x in ((model, X), (model[4], torch.randn(8, 12))):  # type: ignore[index]
+            with pytest.raises(fasp_fx.errors.CaptureError, match="detach"):
+                call(part, (x,))
+    with pytest.raises(fasp_fx.ArgumentError, match="detach"):
+        attach(model[4], (torch.randn(8, 12),), sparsity=0.3)  # type: ignore[index]

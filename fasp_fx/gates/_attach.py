@@ -69,7 +69,7 @@ def attach(
     """
     if not isinstance(model, nn.Module):
         raise ArgumentError(f"model is a {type(model).__name__}; give the module that is to be trained")
-    if any(isinstance(module, Gates) for module in model.modules()):
+    if any(isinstance(module, Gates | Scaled) for module in model.modules()):
         raise ArgumentError("the model has gates already; call detach() of those first")
     if isinstance(warmup, bool) or not isinstance(warmup, int) or warmup < 0:
         raise ArgumentError(f"warmup={warmup!r} is not a number of steps")

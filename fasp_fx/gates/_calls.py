@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import FrameType
 
 import torch
@@ -18,15 +18,19 @@ class Draw:
         number: counts the draws.
         gates: of each group, shape ``[sets]``.
         trained: whether the model was in training mode.
+        records: whether gradients were recorded.
+        caller: the identity of the module whose call it was.
     """
 
     number: int
     gates: list[Tensor]
     trained: bool
+    records: bool
+    caller: int | None = None
 
     def detached(self) -> Draw:
         """The same, for a copy of the model: no backward leads from it to the scores of this one."""
-        return Draw(self.number, [gates.detach() for gates in self.gates], self.trained)
+        return replace(self, gates=[gates.detach() for gates in self.gates], caller=None)
 
 
 class Calls(threading.local):

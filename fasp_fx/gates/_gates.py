@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -19,6 +20,7 @@ from .. import plan as plans
 from .._chooser import Chooser
 from .._compat import is_backward
 from .._observe._visit import Decision
+from .._options import is_number
 from .._pipeline import make_plan
 from .._program import Program
 from ..allocation import Budget
@@ -141,14 +143,22 @@ class Gates(nn.Module):
     def _enter(
         self, module: nn.Module, args: Any
     ) -> None:  # methods: a copy of the model has those of its own gates
-        if self._calls.begin(_caller()) and not is_backward():
-            self.draw()
+        if not self._calls.begin(_caller()):
+            return
+        if not is_backward():
+            self.draw(id(module))
+        elif (wanted := self._wanted()).trained and wanted.caller == id(module):
+            raise _around()
 
     def _leave(self, module: nn.Module, args: Any, output: Any) -> None:
         self._calls.end(_caller())
 
-    def draw(self) -> None:
-        """Draw all gates anew; every call of the model, or of a part of it, does so."""
+    def draw(self, caller: int | None = None) -> None:
+        """Draw all gates anew; every call of the model, or of a part of it, does so.
+
+        Args:
+            caller: the identity of the module that is called.
+        """
         is_trained = self._model[0].training
         stays = (
             [
@@ -163,9 +173,9 @@ class Gates(nn.Module):
             kept = torch.ones_like(scores, dtype=torch.bool) if stays is None else stays[index]
             found.append(self._kind.draw(scores, kept) if is_trained else kept.to(scores))
         self._draws += 1
-        self._drawn = Draw(self._draws, found, is_trained)
+        self._drawn = Draw(self._draws, found, is_trained, torch.is_grad_enabled(), caller)
         self._calls.drew(self._drawn)
-        if torch.is_grad_enabled():
+        if self._drawn.records:
             self._recorded = self._drawn
         followed = next((gates for gates in found if gates.requires_grad), None)
         if followed is not None:
@@ -176,21 +186,33 @@ class Gates(nn.Module):
         """The gates of a group by its number, as the last call of the model drew them, shape ``[sets]``.
 
         Raises:
-            ArgumentError: gradient checkpointing computes one of several calls anew, and whose gates it wants
-                cannot be told.
+            ArgumentError: gradient checkpointing computes a whole call anew, or one of several calls, and
+                whose gates it wants cannot be told.
         """
         if is_backward():
             if self._open - {self._recorded.number}:
                 raise ArgumentError(
                     "gradient checkpointing computes anew what several calls of one loss drew gates for; make"
-                    " one call for each, or do without it"
+                    " one call for each, or do without it (a call that no backward came to counts until"
+                    " step())"
                 )
-            return self._recorded.gates[number]  # a call without gradients since then is not computed anew
+            wanted = self._wanted()
+            if wanted.trained and not wanted.records:
+                raise _around()
+            return wanted.gates[number]
         drawn = self._calls.drawn() or self._drawn
         if drawn.trained != self._model[0].training:
             self.draw()
             drawn = self._drawn
         return drawn.gates[number]
+
+    def _wanted(self) -> Draw:
+        """The gates of the call of which backward computes a part anew: not of one without gradients that
+        came after it.
+        """
+        recorded = self._recorded
+        is_pending = recorded.number in self._open or not (recorded.trained or self._drawn.trained)
+        return recorded if is_pending else self._drawn
 
     def expected(self) -> Tensor:
         """For each budget, the fraction of its resource that is expected to go, by the chances of the gates;
@@ -279,8 +301,11 @@ class Gates(nn.Module):
         higher.
 
         Raises:
+            ArgumentError: ``by`` is not a positive number.
             PlanError: the plan is for another model.
         """
+        if not is_number(by) or not math.isfinite(by) or by <= 0:
+            raise ArgumentError(f"by={by!r} is not a positive number")
         plans.check_fingerprint(plan, plans.fingerprint(self.original_parameters()))
         analysis = self._fixed.analysis
         gone = plans.gone_of(plan, analysis)
@@ -303,7 +328,18 @@ class Gates(nn.Module):
         return found
 
     def detach(self) -> None:
-        """Take the gates off: the model is as it was, with its weights as they are now."""
+        """Take the gates off: the model is as it was, with its weights as they are now.
+
+        Raises:
+            ArgumentError: a weight has parametrizations of others since, or its gates are gone; names it.
+        """
+        for module, name, _ in self.places:
+            found = getattr(module, "parametrizations", {})
+            if name not in found or len(found[name]) != 1:
+                raise ArgumentError(
+                    f"'{name}' of a {type(module).__name__} has other parametrizations than when its gates"
+                    " were put on; take off what came since, and nothing else"
+                )
         for module in self._model[0].modules():
             for hooks in (module._forward_pre_hooks, module._forward_hooks):
                 for key in [key for key, hook in hooks.items() if getattr(hook, "__self__", None) is self]:
@@ -388,6 +424,13 @@ def _caller() -> FrameType | None:
 
 def _close(open_draws: set[int], number: int, gradient: Tensor) -> None:
     open_draws.discard(number)
+
+
+def _around() -> ArgumentError:
+    return ArgumentError(
+        "gradient checkpointing computes a whole call anew, and with it the gates that it drew; checkpoint"
+        " parts within forward, and not what calls the model"
+    )
 
 
 __all__ = ["Gates"]

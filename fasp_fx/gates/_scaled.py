@@ -26,6 +26,9 @@ class Scaled(nn.Module):
             a model that calls all it has in turn.
     """
 
+    #: what a capture refuses a model by, though it be a part that the gates themselves are not in
+    is_fasp_fx_gates = True
+
     def __init__(
         self, gates: Gates, places: list[tuple[int, Member]], device: torch.device, holds: bool
     ) -> None:
