@@ -77,11 +77,12 @@ def measure(
     batches = read_batches(program, calibration, None if device is None else torch.device(device))
     advance = progress or (lambda fraction: None)
     ranks = Ranks(group)
-    ranks.check_alike(plans.program_fingerprint(program), batches, asked)
+    fingerprint = plans.computed_fingerprint(program)
+    ranks.check_alike(fingerprint, batches, asked)
     costs = Chooser(asked, ranks=ranks).measure(
         Consumers(analysis, asked.restore is not None),
         batches,
-        plans.program_fingerprint(program),
+        fingerprint,
         advance,
         part=1,
     )

@@ -94,7 +94,7 @@ def decide(
                     f"{name}={getattr(config, name)!r} is code of your own, of which checkpoint= cannot tell"
                     " whether it is the same when the run goes on; leave out checkpoint="
                 )
-    fingerprint = plans.program_fingerprint(program)
+    fingerprint = plans.computed_fingerprint(program)
     if costs is not None:
         check_costs(costs, fingerprint, config.score_name, config.granularity)
         if not isinstance(config.allocator, CostAllocation):
@@ -176,6 +176,7 @@ def make_plan(program: Program, analysis: Analysis, decision: Decision) -> Pruni
         include=tuple(sorted(analysis.include)),
         folds=program.folds,
         copies=analysis.program.copies if groups else (),
+        fixed=plans.fixed_of(program),
     )
 
 

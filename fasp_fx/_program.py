@@ -16,7 +16,7 @@ from ._calling._facts import ExportFacts
 from ._calling._signature import CallSignature
 from ._compat import pytree
 from ._offload._current import keep
-from .channels import Slot, attribute
+from .channels import Slot, attribute, target_name, written_names
 
 
 @dataclass(frozen=True)
@@ -109,6 +109,19 @@ class Program:
         folded = {weight.name for weight in self.folds}
         own = self.module.named_parameters(remove_duplicate=False)
         return {**{name: tensor for name, tensor in own if name not in folded}, **self.replaced}
+
+    def fixed(self) -> dict[str, Tensor]:
+        """The buffers and constants that the graph reads and does not write into, by name."""
+        written = {region(attribute(self.module, name), name) for name in written_names(self.module.graph)}
+        parameters = dict(self.module.named_parameters(remove_duplicate=False))
+        found = {
+            name: tensor
+            for node in self.module.graph.find_nodes(op="get_attr")
+            if node.users
+            and (name := target_name(node)) not in parameters
+            and isinstance(tensor := attribute(self.module, name), Tensor)
+        }
+        return {name: tensor for name, tensor in found.items() if region(tensor, name) not in written}
 
     def canonical(self) -> dict[str, str]:
         """For each weight's name, the first of the names of the same storage region, in the order of the

@@ -13,7 +13,7 @@ import numpy as np
 from .errors import ArgumentError
 
 #: of the JSON form
-FORMAT = "fasp_fx.costs/3"
+FORMAT = "fasp_fx.costs/4"
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,8 @@ class Costs(Mapping[str, CostCurve]):
 
     Args:
         curves: those of the groups.
-        fingerprint: of the model that was measured (:func:`fasp_fx.plan.fingerprint`).
+        fingerprint: of all that the model that was measured computes with
+            (:func:`fasp_fx.plan.computed_fingerprint`).
         score: the name of the score that gave the orders; the curves hold for no other. Empty: for any.
         granularity: what the channel sets are that the curves count.
     """

@@ -2,26 +2,23 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
-from torch import Tensor
+from torch import nn
 
+from ._fingerprint import fingerprint as fingerprint
 from ._program import CopiedBuffer, FoldedWeight, Program
-from .errors import PlanError
+from .errors import ArgumentError, PlanError
 from .groups import Group, Member, ranges
 
 if TYPE_CHECKING:
     from .analysis import Analysis
 
-FORMAT = "fasp_fx.plan/1"
-#: elements of each weight that enter the fingerprint
-_SAMPLES = 256
+FORMAT = "fasp_fx.plan/2"
 
 
 @dataclass(frozen=True)
@@ -82,6 +79,14 @@ class SplitWeight:
 
 
 @dataclass(frozen=True)
+class FixedBuffer:
+    """A buffer or constant that the model reads and does not write into, and the digest of what it held."""
+
+    name: str
+    digest: str
+
+
+@dataclass(frozen=True)
 class PruningPlan:
     """Which channels go.
 
@@ -96,6 +101,8 @@ class PruningPlan:
             groups name them so.
         copies: buffers made of one of the model's, for a part of the model each; the groups name them so.
             Those left equal are one in the result.
+        fixed: what else the model read and did not write into when the plan was made. The plan serves also
+            where it holds something else; the repairs of the result do not.
     """
 
     fingerprint: str
@@ -107,6 +114,7 @@ class PruningPlan:
     include: tuple[str, ...] = ()
     folds: tuple[FoldedWeight, ...] = ()
     copies: tuple[CopiedBuffer, ...] = ()
+    fixed: tuple[FixedBuffer, ...] = ()
 
     def __str__(self) -> str:
         return "\n".join(map(str, self.groups)) or "nothing is removed"
@@ -152,6 +160,7 @@ class PruningPlan:
                 FoldedWeight(str(f["name"]), tuple(map(str, f["sources"]))) for f in data.get("folds", ())
             )
             copies = tuple(CopiedBuffer(str(c["name"]), str(c["source"])) for c in data.get("copies", ()))
+            fixed = tuple(FixedBuffer(str(b["name"]), str(b["digest"])) for b in data.get("fixed", ()))
             result = data.get("result")
             return PruningPlan(
                 str(data["fingerprint"]),
@@ -163,6 +172,7 @@ class PruningPlan:
                 tuple(map(str, data["include"])),
                 folds,
                 copies,
+                fixed,
             )
         except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
             raise PlanError(f"the plan is damaged: {type(error).__name__}: {error}") from error
@@ -302,27 +312,50 @@ def _slices(items: Iterable[Mapping[str, Any]]) -> tuple[ParameterSlice, ...]:
     return tuple(found)
 
 
-def fingerprint(weights: Mapping[str, Tensor]) -> str:
-    """A digest of names, shapes and a sample of each weight's values: enough to tell models apart, cheap on
-    any size and device.
-    """
-    digest = hashlib.sha256()
-    for name in sorted(weights):
-        tensor = weights[name].detach()
-        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
-        if tensor.numel() and tensor.device.type != "meta":
-            flat = tensor.reshape(-1)
-            step = max(1, flat.numel() // _SAMPLES)
-            sample = flat[::step].to("cpu").contiguous()
-            digest.update(sample.view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
-
-
 def program_fingerprint(program: Program) -> str:
     """The fingerprint of a captured program (before its producers are split): that of the model's parameters,
     of which some may be folded there.
     """
     return fingerprint(program.parameters())
+
+
+def computed_fingerprint(program: Program) -> str:
+    """The fingerprint of all that a captured program (before its producers are split) computes with: what it
+    may go by who keeps what was seen of a model.
+    """
+    held = {
+        f"held {name}": tensor for name, tensor in program.module.named_parameters(remove_duplicate=False)
+    }
+    fixed = {f"fixed {name}": tensor for name, tensor in program.fixed().items()}
+    return fingerprint({**program.parameters(), **held, **fixed})
+
+
+def fixed_of(program: Program) -> tuple[FixedBuffer, ...]:
+    """What a captured program reads besides parameters and does not write into."""
+    return tuple(
+        FixedBuffer(name, fingerprint({"": tensor}))  # in a part of a model it has another name
+        for name, tensor in sorted(program.fixed().items())
+    )
+
+
+def check_fixed(plan: PruningPlan, dense: nn.Module) -> None:
+    """Refuse a model that does not compute what the one did that was pruned, though it has its parameters.
+
+    Args:
+        plan: of the result.
+        dense: what is given for the model that was pruned.
+
+    Raises:
+        ArgumentError: a buffer that its forward does not write into holds other values; names it.
+    """
+    held = dict(dense.named_buffers(remove_duplicate=False))
+    for buffer in plan.fixed:
+        name = buffer.name
+        if name in held and fingerprint({"": held[name]}) != buffer.digest:
+            raise ArgumentError(
+                f"dense is not the model that was pruned: its buffer '{name}' holds other values than it did"
+                " then; pass the model as it was given to prune"
+            )
 
 
 def check_fingerprint(plan: PruningPlan, found: str) -> None:

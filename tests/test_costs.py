@@ -358,8 +358,8 @@ def test_costs_that_do_not_serve_are_refused(tmp_path: Path) -> None:
     for text in (
         "",
         "[]",
-        '{"format": "fasp_fx.costs/3"}',
-        costs.to_json().replace("costs/3", "costs/0"),
+        '{"format": "fasp_fx.costs/4"}',
+        costs.to_json().replace("costs/4", "costs/0"),
         costs.to_json().replace("[0.0,", "[1.0,"),
     ):
         (tmp_path / "costs.json").write_text(text)

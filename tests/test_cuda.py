@@ -54,7 +54,7 @@ def test_activations_stay_on_the_device(monkeypatch: pytest.MonkeyPatch) -> None
 
     monkeypatch.setattr(torch.Tensor, "cpu", watch)
     fasp_fx.prune(model, (example,), calibration=[example], sparsity=0.2)
-    assert max(moved, default=0) <= 256, "something larger than a fingerprint's sample went to the host"
+    assert max(moved, default=0) <= 256, "something larger than the hashes of weights went to the host"
 
 
 @pytest.mark.parametrize("moved", [True, False], ids=["model on the device", "device argument"])

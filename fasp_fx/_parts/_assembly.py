@@ -153,6 +153,7 @@ class Assembly:
             include=tuple(sorted(self.parts[0].analysis.include)),
             folds=tuple(weight for own in renamed for weight in own.folds),
             copies=tuple(copied for own in renamed for copied in own.copies),
+            fixed=tuple(buffer for own in renamed for buffer in own.fixed),
         )
         old, new = weight_size(self.before), weight_size(parameters)
         lines = tuple(

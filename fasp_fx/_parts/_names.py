@@ -38,7 +38,8 @@ def plan_of_part(plan: PruningPlan, path: str) -> PruningPlan:
     start = f"{path}."
     groups = tuple(group for group in plan.groups if group.name.startswith(start))
     return _mapped(
-        replace(plan, groups=groups, splits=(), folds=(), copies=()), lambda name: name.removeprefix(start)
+        replace(plan, groups=groups, splits=(), folds=(), copies=(), fixed=()),
+        lambda name: name.removeprefix(start),
     )
 
 
@@ -62,7 +63,8 @@ def _mapped(plan: PruningPlan, change: Callable[[str], str]) -> PruningPlan:
     copies = tuple(
         replace(copied, name=change(copied.name), source=change(copied.source)) for copied in plan.copies
     )
-    return replace(plan, groups=groups, splits=splits, folds=folds, copies=copies)
+    fixed = tuple(replace(buffer, name=change(buffer.name)) for buffer in plan.fixed)
+    return replace(plan, groups=groups, splits=splits, folds=folds, copies=copies, fixed=fixed)
 
 
 __all__ = ["group_within", "line_within", "plan_of_part", "plan_within"]

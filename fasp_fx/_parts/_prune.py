@@ -67,9 +67,12 @@ def prune_in_parts(
     with assembly.timed("calibration"):
         batches = user_batches(calibration, assembly.device) if config.needs_data else None
     leaves = (pytree.tree_leaves((call.args, call.kwargs)) for call in batches or ())
-    chooser.ranks.check_alike(
-        whole_fingerprint(dict(model.named_parameters(remove_duplicate=False))), leaves, config
-    )
+    fixed = {
+        f"{part.path}.{name}": tensor
+        for part in assembly.parts
+        for name, tensor in part.program.fixed().items()
+    }
+    chooser.ranks.check_alike(whole_fingerprint({**assembly.before, **fixed}), leaves, config)
     consumers = {part.path: Consumers(part.analysis, config.restore is not None) for part in assembly.parts}
     with assembly.timed("measuring"):
         costs, missed = _measured(assembly, chooser, batches, consumers)

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from .._result import Result
     from ._result import PartsResult
 
-FORMAT = "fasp_fx.parts/4"
+FORMAT = "fasp_fx.parts/5"
 FILES = ("parts.json", "rest.safetensors", "plan.json", "report.json", "signature.json")
 PARTS = "parts"
 

@@ -28,7 +28,7 @@ from ._tensors import write_tensors
 if TYPE_CHECKING:
     from .._result import Result
 
-FORMAT = "fasp_fx.store/5"
+FORMAT = "fasp_fx.store/6"
 MANIFEST = "manifest.json"
 FILES = (
     "graph.json",

@@ -21,7 +21,7 @@ from ..restoration import Restored
 from ._atomic import new_folder
 from ._run_folder import claim, read_object
 
-FORMAT = "fasp_fx.prune/2"
+FORMAT = "fasp_fx.prune/3"
 _EVENTS, _WEIGHTS = "events.json", "weights.safetensors"
 _FIELDS = ("error_before", "error_after", "held_before", "held_after", "used", "strength")
 

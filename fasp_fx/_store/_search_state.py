@@ -17,7 +17,7 @@ from ..errors import StoreError
 from ._atomic import new_file
 from ._run_folder import SEARCH, claim, read_object, refuse_other
 
-FORMAT = "fasp_fx.search/1"
+FORMAT = "fasp_fx.search/2"
 _STATE = "state.json"
 
 

@@ -285,7 +285,8 @@ class Gates(nn.Module):
             SparsityError: the groups that have gates cannot meet the budget.
         """
         plan = make_plan(self._fixed.program, self._fixed.analysis, self.decision(self._gone()))
-        return replace(plan, fingerprint=plans.fingerprint(self.original_parameters()))
+        # Buffers have gone on since the capture, as they do in training; who applies the plan sees them.
+        return replace(plan, fingerprint=plans.fingerprint(self.original_parameters()), fixed=())
 
     def decision(self, gone: list[np.ndarray]) -> Decision:
         """What is removed where these gates are closed; for each group, of shape ``[sets]``."""

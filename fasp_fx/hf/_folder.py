@@ -29,7 +29,7 @@ from ._card import card
 if TYPE_CHECKING:
     from ._model import PrunedModel
 
-FORMAT = "fasp_fx.hf/4"
+FORMAT = "fasp_fx.hf/5"
 FILES = (
     "config.json",
     "model.safetensors",

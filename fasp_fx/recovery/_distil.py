@@ -156,6 +156,7 @@ def _check_dense(dense: Any, result: Result | Pruned) -> None:
             f"dense is not the model that was pruned: its fingerprint is {found[:12]}…, that of the plan"
             f" {result.plan.fingerprint[:12]}…; pass the model as it was given to prune"
         )
+    plans.check_fixed(result.plan, dense)
 
 
 def _has_modes(result: Result | Pruned) -> bool:
@@ -213,7 +214,7 @@ def _run(
     return {
         "format": "fasp_fx.distil/2",
         "options": {**json.loads(config.to_json()), "loss": identity_of(match, "loss")},
-        "dense": result.plan.fingerprint,
+        "dense": [result.plan.fingerprint, *(buffer.digest for buffer in result.plan.fixed)],
         "pruned": plans.fingerprint(dict(pruned.named_parameters(remove_duplicate=False))),
         "trained parameters": trained,
         "data": data.hexdigest(),

@@ -1,0 +1,180 @@
+"""Models are told apart by every value that they compute with."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import fasp_fx
+from fasp_fx import _fingerprint
+from fasp_fx.errors import ArgumentError, PlanError, StoreError
+from fasp_fx.plan import fingerprint
+
+DATA = [torch.randn(16, 8, generator=torch.Generator().manual_seed(seed)) for seed in range(4)]
+WIDTH = 1024
+
+
+def by_hand(name: str, tensor: Tensor) -> str:
+    """The digest, in whole numbers of Python."""
+    keys = hashlib.shake_256(b"fasp_fx").digest(8 * WIDTH)
+    keys = [int.from_bytes(keys[8 * at : 8 * at + 8], "little") | 1 for at in range(WIDTH)]
+    content = tensor.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+    digest = hashlib.sha256(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
+    for start in range(0, len(content), 8 * WIDTH):
+        run = content[start : start + 8 * WIDTH].ljust(8 * WIDTH, b"\0")
+        total = 0
+        for at, key in enumerate(keys):
+            number = int.from_bytes(run[8 * at : 8 * at + 8], "little", signed=True)
+            total += key * (number ^ (number >> 32))
+        digest.update((total % 2**64).to_bytes(8, "little"))
+    return digest.hexdigest()
+
+
+@pytest.mark.parametrize(
+    "tensor",
+    [
+        torch.randn(5000),
+        torch.randn(70, 33).T,
+        torch.randn(3001).bfloat16(),
+        torch.randn(2049).double()[1:],
+        torch.arange(40000, dtype=torch.uint8)[3:],
+        torch.rand(77) > 0.5,
+        torch.tensor(3, dtype=torch.int64),
+        torch.randn(5, 7, dtype=torch.complex64),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("size", [8 * WIDTH, 2**19])
+def test_it_is_the_sum_that_it_is_said_to_be(
+    tensor: Tensor, size: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(_fingerprint, "_BYTES", size)
+    assert fingerprint({"a": tensor}) == by_hand("a", tensor)
+
+
+def test_every_element_counts() -> None:
+    weight = torch.randn(11, 300)
+    seen = {fingerprint({"a": weight})}
+    for at in range(weight.numel()):
+        other = weight.clone()
+        other.view(-1)[at] *= -1
+        seen.add(fingerprint({"a": other}))
+    assert len(seen) == weight.numel() + 1
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_signs_and_permutations_do_not_cancel(dtype: torch.dtype) -> None:
+    weight, unit = torch.randn(64, 64).to(dtype), torch.eye(1024).to(dtype)
+    flipped = weight.clone()
+    flipped[[3, 11]] *= -1
+    swapped = weight[:, [1, 0, *range(2, 64)]]
+    assert len({fingerprint({"a": one}) for one in (weight, -weight, flipped, swapped, weight.flip(0))}) == 5
+    moved = unit.clone()
+    moved[[10, 500]] = moved[[500, 10]]
+    assert fingerprint({"a": unit}) != fingerprint({"a": moved})
+
+
+@pytest.mark.filterwarnings("ignore:.*quantized tensor creation:UserWarning")
+def test_other_layouts_and_quantized_tensors() -> None:
+    dense = torch.zeros(6, 6)
+    dense[2, 3] = 1.0
+    moved = dense.T
+    assert fingerprint({"a": dense.to_sparse()}) != fingerprint({"a": moved.to_sparse()})
+    made = [torch.quantize_per_tensor(one, 0.1, 0, torch.qint8) for one in (dense, moved)]
+    assert fingerprint({"a": made[0]}) != fingerprint({"a": made[1]})
+
+
+class Normed(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.norm, self.down = nn.Linear(8, 24), nn.BatchNorm1d(24), nn.Linear(24, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down(torch.relu(self.norm(self.up(x))))
+
+
+def with_other_statistics(model: Normed) -> Normed:
+    other = copy.deepcopy(model)
+    other.norm.running_mean.add_(torch.linspace(-1, 1, 24))
+    return other
+
+
+def test_a_checkpoint_and_costs_are_of_the_buffers_too(tmp_path: Path) -> None:
+    model = Normed().eval()
+    other = with_other_statistics(model)
+    options = {"calibration": DATA, "sparsity": 0.3, "quality": "fast", "allocation": "global"}
+    fasp_fx.prune(model, (DATA[0],), checkpoint=tmp_path / "run", **options)
+    with pytest.raises(StoreError, match="model differ"):
+        fasp_fx.prune(other, (DATA[0],), checkpoint=tmp_path / "run", **options)
+    costs = fasp_fx.measure(model, (DATA[0],), calibration=DATA, quality="fast")
+    with pytest.raises(ArgumentError, match="cost curves are of another model"):
+        fasp_fx.prune(other, (DATA[0],), costs=costs, **options)
+    fasp_fx.prune(model, (DATA[0],), costs=costs, **options)
+
+
+def test_a_teacher_has_the_buffers_of_the_model_that_was_pruned(tmp_path: Path) -> None:
+    model = Normed().eval()
+    other = with_other_statistics(model)
+    result = fasp_fx.prune(model, (DATA[0],), calibration=DATA, sparsity=0.3, quality="fast")
+    result.save(tmp_path / "saved")
+    for held in (result, fasp_fx.load(tmp_path / "saved")):
+        with pytest.raises(ArgumentError, match=r"buffer 'norm\.running_mean' holds other values"):
+            fasp_fx.distil(held, other, DATA, epochs=1)
+    # What to remove does not depend on the statistics; counters that no forward reads are nobody's business.
+    assert fasp_fx.apply(other, result.plan, (DATA[0],)).plan.groups == result.plan.groups
+    model.norm.num_batches_tracked += 1
+    fasp_fx.distil(result, model, DATA, epochs=1)
+
+
+class Counting(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(8, 24), nn.Linear(24, 8)
+        self.register_buffer("calls", torch.zeros(()))
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        return self.down(torch.relu(self.up(x))) + 0 * self.calls
+
+
+def test_a_buffer_that_a_forward_writes_into_may_go_on(tmp_path: Path) -> None:
+    model = Counting().eval()
+    options = {"calibration": DATA, "sparsity": 0.3, "quality": "fast", "checkpoint": tmp_path / "run"}
+    first = fasp_fx.prune(model, (DATA[0],), **options)
+    model(DATA[0])
+    assert fasp_fx.prune(model, (DATA[0],), **options).plan == first.plan
+    fasp_fx.distil(first, model, DATA, epochs=1)
+
+
+class Branching(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = Normed(), Normed()
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.first(x)
+        return self.second(y * 0 if float(y.detach().sum()) > 1e9 else y)
+
+
+def test_parts_know_their_buffers() -> None:
+    model = Branching().eval()
+    other = copy.deepcopy(model)
+    other.second = with_other_statistics(model.second)
+    result = fasp_fx.prune(model, (DATA[0],), calibration=DATA, sparsity=0.3, quality="fast")
+    with pytest.raises(ArgumentError, match=r"buffer 'second\.norm\.running_mean'"):
+        fasp_fx.distil(result, other, DATA, epochs=1)
+
+
+def test_a_few_columns_between_others_are_seen() -> None:
+    model = nn.Sequential(nn.Linear(8, 64), nn.ReLU(), nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 8)).eval()
+    other = copy.deepcopy(model)
+    with torch.no_grad():
+        other[2].weight[:, 3:5] *= -6
+    plan = fasp_fx.prune(model, (DATA[0],), sparsity=0.2, score="magnitude", restore=None).plan
+    with pytest.raises(PlanError, match="another model"):
+        fasp_fx.apply(other, plan, (DATA[0],))
