@@ -104,7 +104,12 @@ class Chooser:
     @property
     def measures(self) -> bool:
         """Whether the dense model is observed before anything is chosen."""
-        return self.needs_costs or (bool(self._gradients) and self._loss is not None)
+        return self.needs_costs or (bool(self._gradients) and self.takes_gradients)
+
+    @property
+    def takes_gradients(self) -> bool:
+        """Whether there is a loss to take gradients of; what is measured without is of another unit."""
+        return self._loss is not None
 
     @property
     def needs_costs(self) -> bool:
@@ -182,6 +187,7 @@ class Chooser:
         advance: Callable[[float], None],
         costs: Costs | None = None,
         part: int | None = None,
+        within: str | None = None,
     ) -> Costs | None:
         """Observe the dense model, forward and, where there is a loss, back: the cost curves if the
         allocation wants them, and gradients for the score.
@@ -196,6 +202,7 @@ class Chooser:
             costs: the cost curves, where they were measured before.
             part: one in so many sequences is run, the first ones, and more of them where tokens are few;
                 ``None``: by the quality asked for.
+            within: the path of the submodule that is measured, where others are measured alike.
         """
         config = self.config
         is_wanted = self.needs_costs and (costs is None or self.tries)
@@ -211,6 +218,7 @@ class Chooser:
                 wanted,
                 advance,
                 part or MEASURED[config.quality] * (2 if self._is_of_columns else 1),
+                within,
             )
         if is_wanted:
             with torch.no_grad():
@@ -236,6 +244,7 @@ class Chooser:
         wanted: Mapping[str, MakeStatistic],
         advance: Callable[[float], None],
         part: int,
+        within: str | None,
     ) -> tuple[list[Piece], Marks]:
         """Run one in ``part`` of the sequences; as they came where pieces of them do not serve, and only
         forward where nothing else does.
@@ -281,8 +290,10 @@ class Chooser:
                 consumers.forget()
         if loss is None and self._loss is not None:
             self._loss = None
+            everywhere = f" in all parts of the model, since part '{within}' cannot" if within else ""
             warn(
-                f"{failure}, as is done now: each consumer counts by the relative error of its own output",
+                f"{failure}, as is done now{everywhere}: each consumer counts by the relative error of its"
+                " own output",
                 CalibrationWarning,
             )
         return given, marks

@@ -55,8 +55,8 @@ def _hashed(values: Tensor) -> Iterator[Tensor]:
         own[: len(chunk)].copy_(chunk)
         own[len(chunk) :].zero_()
         numbers = own.view(torch.int64).view(-1, _WIDTH)
-        # The topmost bit, the sign of a weight, stays the topmost bit in a product with an odd number, and two
-        # of them cancel in the sum; so the upper half also goes into the lower one.
+        # The topmost bit, the sign of a weight, stays the topmost bit in a product with an odd number, and
+        # two of them cancel in the sum; so the upper half also goes into the lower one.
         yield (numbers ^ (numbers >> 32)).mul_(keys).sum(1)
 
 

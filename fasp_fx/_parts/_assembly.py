@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -127,8 +127,11 @@ class Assembly:
         self.results[part.path] = result
         return True
 
-    def result(self, config: PruningConfig | None) -> PartsResult:
+    def result(self, config: PruningConfig | None, notes: Iterable[str] = ()) -> PartsResult:
         """Everything put together.
+
+        Args:
+            notes: what there is to say of all parts together.
 
         Raises:
             VerificationError: nothing is left of what was decided.
@@ -170,7 +173,7 @@ class Assembly:
             *sizes,
             lines,
             dict(self.seconds),
-            tuple(self._notes()),
+            (*self._notes(), *notes),
             without_rule=dict(without_rule),
             include=plan.include,
             config=config,

@@ -107,7 +107,7 @@ def prune_in_parts(
     for part in assembly.parts:
         if part.path in modules:
             put(assembly.model, part.paths, modules[part.path])
-    return assembly.result(config)
+    return assembly.result(config, chooser.notes)
 
 
 def _measured(
@@ -115,6 +115,9 @@ def _measured(
 ) -> tuple[Costs | None, dict[str, str]]:
     """What every part costs, each by its own outputs, and which parts the calibration data do not serve, with
     the reasons.
+
+    All are measured without gradients once one of them cannot run back: relative errors of consumers are no
+    losses of outputs, and neither are compared with the other.
     """
     if batches is None:
         return None, {}
@@ -127,7 +130,12 @@ def _measured(
         if misfit:
             missed[part.path] = misfit
             continue
-        found = chooser.measure(consumers[part.path], flat, "", lambda fraction: None)
+        took = chooser.takes_gradients
+        found = chooser.measure(consumers[part.path], flat, "", lambda fraction: None, within=part.path)
+        if took and not chooser.takes_gradients:
+            for seen in consumers.values():
+                seen.forget()
+            return _measured(assembly, chooser, batches, consumers)
         curves |= {
             group_within(part.path, group).name: found[group.name]
             for group in part.analysis.chosen

@@ -1,0 +1,77 @@
+"""What is measured of the parts of a model is of one unit, and what was missed of the whole is said."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import fasp_fx
+from fasp_fx.errors import CalibrationWarning
+
+DATA = [torch.randn(64, 16, generator=torch.Generator().manual_seed(seed)) for seed in range(4)]
+
+
+class Part(nn.Module):
+    """A block whose outputs are whole numbers, through which nothing runs back, if ``rounds``."""
+
+    def __init__(self, rounds: bool = False) -> None:
+        super().__init__()
+        self.up, self.down, self.rounds = nn.Linear(16, 32), nn.Linear(32, 16), rounds
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = x + self.down(torch.relu(self.up(x)))
+        return torch.round(y * 16).int().float() / 16 if self.rounds else y
+
+
+class Parts(nn.Module):
+    def __init__(self, first: bool, second: bool) -> None:
+        super().__init__()
+        self.first, self.second, self.third = Part(first), Part(second), Part()
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.first(x)
+        x = self.second(x * 0 if float(x.detach().sum()) > 1e9 else x)
+        return self.third(x * 0 if float(x.detach().sum()) > 1e9 else x)
+
+
+def parts(first: bool, second: bool) -> nn.Module:
+    torch.manual_seed(1)
+    return Parts(first, second).eval()
+
+
+def lost(result: Any) -> dict[str, int]:
+    return {group.name: group.removed_sets for group in result.plan.groups}
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_all_parts_are_measured_without_gradients_once_one_has_none(first: bool) -> None:
+    model = parts(first, not first)
+    with pytest.warns(
+        CalibrationWarning, match=f"in all parts of the model, since part '{'first' if first else 'second'}'"
+    ) as told:
+        found = fasp_fx.prune(model, (DATA[0],), calibration=DATA, sparsity=0.3)
+    assert len([one for one in told if one.category is CalibrationWarning]) == 1
+    asked = fasp_fx.prune(model, (DATA[0],), calibration=DATA, sparsity=0.3, loss=None)
+    assert lost(found) == lost(asked)
+    for own, other in zip(found.module.parameters(), asked.module.parameters(), strict=True):
+        assert torch.equal(own, other)
+
+
+def test_it_is_said_what_an_allocation_misses() -> None:
+    def allocate(budget: Any, round_to: int) -> list[int]:
+        return [0] * (len(budget.groups) - 1) + [3]
+
+    result = fasp_fx.prune(
+        parts(False, False),
+        (DATA[0],),
+        calibration=DATA,
+        sparsity=0.3,
+        quality="fast",
+        allocation=allocate,
+    )
+    share = 3 / (3 * 32)  # of three parts that are alike
+    note = f"the allocation takes {share:.1%} of the prunable weights, where 30.0% was asked for"
+    assert note in result.report.notes
