@@ -4,7 +4,6 @@ consumer matters.
 
 from __future__ import annotations
 
-import hashlib
 import math
 from collections.abc import Callable, Mapping
 from typing import Any, Literal
@@ -14,6 +13,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from ._compat import pytree
+from ._seeded import generator_of
 from .errors import ArgumentError, CalibrationError
 
 #: a loss maps what the model returned, and the arguments of the call by name, to its terms: one value for
@@ -180,14 +180,8 @@ class Outputs:
                 if alike
                 else (self.seed, index, self._first, row, self._calls)
             )
-            drawn.append(torch.randn(size, generator=_generator(place), dtype=torch.float32, device="cpu"))
+            drawn.append(torch.randn(size, generator=generator_of(*place), dtype=torch.float32, device="cpu"))
         return torch.cat(drawn).reshape(counted.shape).to(counted.device)
-
-
-def _generator(place: tuple[int, ...]) -> torch.Generator:
-    """Random numbers of their own for each place; torch takes 32 bits of a seed and drops the rest."""
-    digest = hashlib.blake2b(repr(place).encode(), digest_size=4).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest))
 
 
 def evaluated(loss: Loss, outputs: Any, inputs: Mapping[str, Any], padding: Padding) -> Tensor:

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ._seeded import generator_of
 from .errors import ArgumentError, CalibrationError
 from .statistics import MakeStatistic, Statistic
 
@@ -31,6 +32,7 @@ class Columns:
         seen: the statistics that the score asked for, by name.
         centred: as ``gram``, but of X without its columns' means where the consumer adds a bias that a repair
             changes along, and so gives the means.
+        name: tells the block from others of the model, the same in every run.
     """
 
     weight: Tensor
@@ -39,6 +41,7 @@ class Columns:
     sets: np.ndarray = field(default_factory=lambda: np.zeros((0, 1), dtype=np.int64))
     seen: Mapping[str, Statistic] = field(default_factory=dict)
     centred: Callable[[], Tensor] | None = None
+    name: str = ""
 
 
 @dataclass(frozen=True)
@@ -112,15 +115,21 @@ def magnitude(columns: Columns) -> Tensor:
 
 
 class Random:
-    """Uniform random scores, reproducible: the n-th consumer always gets the same."""
+    """Uniform random scores, reproducible: a block of a consumer always gets the same by its name, whatever
+    was scored before it.
+    """
 
     def __init__(self, seed: int = 0) -> None:
-        self.generator = torch.Generator().manual_seed(seed)
+        self.seed = seed
 
     def __call__(self, columns: Columns) -> Tensor:
-        return torch.rand(columns.weight.shape[1], generator=self.generator, dtype=torch.float64).to(
-            columns.weight.device
+        drawn = torch.rand(
+            columns.weight.shape[1],
+            generator=generator_of(self.seed, columns.name),
+            dtype=torch.float64,
+            device="cpu",
         )
+        return drawn.to(columns.weight.device)
 
 
 class ByColumns(GroupScore):

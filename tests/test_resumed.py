@@ -30,6 +30,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "best, with drift": {"quality": "best"},
     "products": {"quality": "fast", "include": ("exempt",)},
     "no repair": {"quality": "fast", "restore": None},
+    "at random": {"quality": "fast", "score": "random"},
 }
 
 

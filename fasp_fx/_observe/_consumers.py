@@ -195,6 +195,7 @@ class Consumers:
                         if consumer.intercept is None or gram is None or products is None
                         else partial(_centred, gram, matrix.shape[1])
                     ),
+                    f"{consumer.weight}, {block}",
                 )
             )
         return found

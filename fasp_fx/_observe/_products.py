@@ -226,9 +226,15 @@ def row_scores(analysis: Analysis, group: Group, score: ByColumns) -> np.ndarray
     for slot in group.slots:
         weight = attribute(analysis.program.module, slot.name) if slot.kind == "weight" else None
         if isinstance(weight, Tensor) and weight.dim() > 1 and weight.is_floating_point():
-            for numbers, piece in _blocks(slot, weight.detach()):
+            for block, (numbers, piece) in enumerate(_blocks(slot, weight.detach())):
                 rows = piece.movedim(slot.dim, -1).reshape(-1, piece.shape[slot.dim])
-                _add(total, group, analysis, numbers, score.values(Columns(rows, None, None)))
+                _add(
+                    total,
+                    group,
+                    analysis,
+                    numbers,
+                    score.values(Columns(rows, None, None, name=f"{slot.name}, {slot.dim}, {block}")),
+                )
     return total
 
 
