@@ -189,10 +189,14 @@ class InputGradients:
         self._gram.update(chosen, 1)
         self.tokens += len(chosen)
 
-    def update_output(self, gradient: Tensor) -> None:
-        """Add gradients at the output, of any shape."""
+    def update_output(self, gradient: Tensor, count: int) -> None:
+        """Add gradients at the output, of any shape.
+
+        Args:
+            count: how many of them are of tokens that count; those of padding do not.
+        """
         self.squares += float(gradient.detach().abs().float().square().sum())
-        self.tokens += gradient.numel()
+        self.tokens += count
 
     def reduce(self, add: Add) -> None:
         """Add what other processes have seen; the number of terms is theirs already."""

@@ -126,6 +126,42 @@ def test_padding_counts_nothing(loss: Any) -> None:
         np.testing.assert_allclose(found[name], curve, rtol=1e-4)
 
 
+class Sliding(nn.Module):
+    """A window slides over the tokens, whose gradients are known at its output alone."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.up, self.down = nn.Embedding(16, 8), nn.Linear(8, 24), nn.Linear(24, 8)
+        self.widen, self.slide = nn.Conv1d(8, 24, 1), nn.Conv1d(24, 8, 3, padding=1)
+        self.head = nn.Linear(8, 6)
+
+    def forward(self, ids: Tensor, mask: Tensor) -> Tensor:
+        shown = mask[..., None].to(self.embed.weight.dtype)
+        x = self.embed(ids) * shown
+        x = x + self.down(torch.relu(self.up(x)))
+        h = torch.relu(self.widen((x * shown).transpose(1, 2))) * mask[:, None].to(x.dtype)
+        y: Tensor = self.head(x + self.slide(h).transpose(1, 2))
+        return y
+
+
+def test_padding_dilutes_nothing_where_gradients_are_known_at_outputs_alone() -> None:
+    generator = torch.Generator().manual_seed(0)
+    tokens = [torch.randint(0, 16, (4, 20), generator=generator) for _ in range(12)]
+
+    def padded(by: int) -> list[Any]:
+        masks = torch.ones(4, 20, dtype=torch.long)
+        return [
+            {"ids": functional.pad(ids, (0, by)), "mask": functional.pad(masks, (0, by))} for ids in tokens
+        ]
+
+    captured = fasp_fx.capture(made(Sliding), (), padded(0)[0])
+    none, some, much = (losses(captured, padded(by), padding_mask="mask") for by in (0, 10, 50))
+    for name, curve in some.items():
+        np.testing.assert_allclose(much[name], curve, rtol=1e-4)
+        # One window in twenty more reads a token.
+        np.testing.assert_allclose(curve, none[name], rtol=0.1)
+
+
 class TimeFirst(nn.Module):
     """Sequences ``[tokens, batch, columns]``, of which a single step alone is none."""
 

@@ -4,7 +4,7 @@ input.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -17,7 +17,7 @@ from .._program import Program
 from ..channels import Product, Use, is_dynamic, results
 from ..errors import CalibrationError, first_line
 from ..losses import Loss, Outputs, Padding, evaluated, next_token
-from ..statistics import InputGradients, MakeStatistic
+from ..statistics import PADDING, InputGradients, MakeStatistic
 from ._consumers import Consumer, Consumers, counting
 from ._marks import Marks
 from ._matrices import ConsumerMatrices, states_before, token_dims
@@ -350,8 +350,9 @@ class _Run(Runner):
         )
         told_apart = probe is not None and probe.requires_grad
         consumer.prepare(self.wanted, activation.device)
+        tally = _Tally()
         consumer.see(
-            matrices.tokens(activation, own, ends),
+            tally.of(matrices.tokens(activation, own, ends)),
             lambda statistic: not (statistic.needs_gradient and told_apart),
         )
         seen = consumer.seen
@@ -377,10 +378,11 @@ class _Run(Runner):
         if isinstance(result, Tensor) and result.requires_grad:
 
             def at_output(gradient: Tensor) -> None:
+                counted = self.marks.without_padding(self.number, use.node, gradient)
                 for block in seen:
                     for statistic in block.values():
                         if isinstance(statistic, InputGradients):
-                            statistic.update_output(gradient)
+                            statistic.update_output(counted, tally.part_of(gradient.numel()))
 
             result.register_hook(at_output)
 
@@ -402,6 +404,24 @@ class _Run(Runner):
             ) from error
         self.leaves.clear()
         return terms.numel()
+
+
+class _Tally:
+    """Counts tokens on their way, and those of them that are no padding."""
+
+    def __init__(self) -> None:
+        self._tokens, self._counting = 0, 0
+
+    def of(self, pieces: Iterable[tuple[int, Tensor, Tensor]]) -> Iterator[tuple[int, Tensor, Tensor]]:
+        """The pieces as they are."""
+        for block, tokens, kinds in pieces:
+            self._tokens += len(kinds)
+            self._counting += int((kinds != PADDING).count_nonzero())
+            yield block, tokens, kinds
+
+    def part_of(self, number: int) -> int:
+        """How many of so many elements of an output are of tokens that count; each token gives as many."""
+        return number * self._counting // max(self._tokens, 1)
 
 
 def _told(use: Use) -> bool:

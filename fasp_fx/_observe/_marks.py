@@ -93,6 +93,11 @@ class Marks:
         )
         return self._masks[index] if fits else None
 
+    def without_padding(self, index: int, node: fx.Node, output: Tensor) -> Tensor:
+        """What lies at an output, with zeros where it is known to be padding."""
+        padding = self._padding(index, node, output, list(range(output.dim())))
+        return output if padding is None else output.masked_fill(padding, 0)
+
     def routed(self, index: int, node: fx.Node, ends: Tensor) -> Tensor:
         """Marks of tokens that were sorted by the block they go to, ``[tokens]``: of each block the last
         quarter is held out, or every fourth batch.
