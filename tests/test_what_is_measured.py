@@ -162,6 +162,31 @@ def test_padding_dilutes_nothing_where_gradients_are_known_at_outputs_alone() ->
         np.testing.assert_allclose(curve, none[name], rtol=0.1)
 
 
+class Recalling(nn.Module):
+    """All sequences ``[batch, tokens, columns]`` read one memory ``[entries, columns]``."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.query, self.up, self.down = nn.Linear(8, 8), nn.Linear(8, 24), nn.Linear(24, 8)
+
+    def forward(self, x: Tensor, memory: Tensor) -> Tensor:
+        y: Tensor = self.down(torch.relu(self.up((self.query(x) @ memory.T).softmax(-1) @ memory)))
+        return y
+
+
+@pytest.mark.parametrize("sizes", [(4, 6), (6, 4)])
+def test_what_all_sequences_share_is_not_divided_where_it_is_as_long_as_a_batch(
+    sizes: tuple[int, int],
+) -> None:
+    captured = fasp_fx.capture(made(Recalling), (numbers(3, 5, 8), numbers(7, 8)))
+    batches = [
+        (numbers(size, 5, 8, seed=seed), numbers(6, 8, seed=9 + seed)) for seed, size in enumerate(sizes * 4)
+    ]
+    alone = [(x[row : row + 1], memory) for x, memory in batches for row in range(len(x))]
+    found, expected = (losses(captured, given)["down.weight"] for given in (batches, alone))
+    np.testing.assert_allclose(found, expected, rtol=1e-4)
+
+
 class TimeFirst(nn.Module):
     """Sequences ``[tokens, batch, columns]``, of which a single step alone is none."""
 

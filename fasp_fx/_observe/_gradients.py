@@ -161,8 +161,9 @@ def in_pieces(program: Program, whole: list[Piece]) -> list[Piece]:
     So it does not matter how sequences were put together, and the memory does not grow with the batch. The
     first dimension of the first input must be free; inputs are divided along with it whose first dimension is
     the same size by the graph, or, from two dimensions on, whose first dimension is free and of the same size
-    in the batch (a mask). That no sequence sees another is tried on the first batch that is divided: a first
-    dimension may as well be time, or nodes.
+    in the batch (a mask). That no sequence sees another is tried: a first dimension may as well be time, or
+    nodes. It is tried for each choice of inputs to divide, on the first batch that suggests it: what all
+    sequences share may happen to be as long as a batch, and is then left whole.
     """
     shapes = [
         tuple(value.shape) if isinstance(value := node.meta.get("val"), Tensor) else ()
@@ -175,7 +176,7 @@ def in_pieces(program: Program, whole: list[Piece]) -> list[Piece]:
     same = [bool(shape) and str(shape[0]) == str(first) for shape in shapes]
     free = [len(shape) > 1 and is_dynamic(shape[0]) and str(shape[0]) not in inner for shape in shapes]
     found = []
-    tried = False
+    divisible: dict[tuple[bool, ...], bool] = {}
     for piece in whole:
         leaf = next(leaf for leaf, is_same in zip(piece.inputs, same, strict=True) if is_same)
         count = leaf.shape[0]
@@ -184,11 +185,16 @@ def in_pieces(program: Program, whole: list[Piece]) -> list[Piece]:
             for leaf, is_same, is_free in zip(piece.inputs, same, free, strict=True)
         ]
         each = ROWS if leaf.dim() <= 1 + leaf.is_floating_point() else 1
-        parts = [_part(piece, along, start, each) for start in range(0, count, each)]
-        if len(parts) > 1 and not tried:
-            tried = True
-            if not _is_divisible(program, piece, parts, count):
-                return whole
+        for chosen in (along, same):
+            parts = [_part(piece, chosen, start, each) for start in range(0, count, each)]
+            if len(parts) == 1:
+                break
+            if tuple(chosen) not in divisible:
+                divisible[tuple(chosen)] = _is_divisible(program, piece, parts, count)
+            if divisible[tuple(chosen)]:
+                break
+        else:
+            return whole
         found += parts
     return found
 
