@@ -437,6 +437,23 @@ def test_what_is_not_finite_is_infinitely_bad_and_repairs_are_kept_within_bounds
     assert trial.losses([1, 1, 1, 1], [0, 1]) == [math.inf, math.inf]
 
 
+@pytest.mark.parametrize("left", [True, False], ids=["before", "after"])
+@pytest.mark.parametrize("padded", [0, 7, 100, 290])
+def test_the_divergence_of_long_sequences_leaves_out_padding(left: bool, padded: int) -> None:
+    generator = torch.Generator().manual_seed(0)
+    dense, other = (torch.randn(2, 300, TOKENS, generator=generator) for _ in range(2))
+    ids, filling = torch.randint(TOKENS, (2, 300), generator=generator), torch.zeros(2, 300, dtype=torch.bool)
+    filling[1, slice(padded) if left else slice(300 - padded, 300)] = True
+    given = {"input_ids": ids, "attention_mask": (~filling).long()}
+    fitness = Divergence(TOKENS)
+    kept = fitness.remember(dense, given, lambda leaf: filling)
+    counts = ~filling
+    expected = F.kl_div(
+        other[counts].log_softmax(-1), dense[counts].log_softmax(-1), reduction="batchmean", log_target=True
+    )
+    assert fitness.loss(kept, other, given, lambda leaf: filling) == pytest.approx(float(expected), rel=1e-4)
+
+
 # The whole.
 
 SEARCH = Search(generations=4, offspring=6, sequences=4)

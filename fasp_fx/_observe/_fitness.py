@@ -23,7 +23,7 @@ from ..losses import (
 
 #: so many of the dense model's most likely tokens are told apart
 LIKELIEST = 64
-#: logits of so many tokens are looked at together
+#: logits of so many tokens that count are looked at together
 _AT_ONCE = 256
 
 
@@ -143,12 +143,10 @@ def fitness_of(loss: Loss | None) -> Fitness:
 
 
 def _pieces(outputs: Any, inputs: Mapping[str, Any], padding: Padding) -> Iterable[Tensor]:
-    """The logits of tokens that count, ``[tokens, vocabulary]``, some at a time."""
+    """The logits of tokens that count, ``[tokens, vocabulary]``, so many of these at a time."""
     logits, _, counts = predictions(outputs, inputs, padding)
-    for own, count in zip(
-        logits.flatten(0, 1).split(_AT_ONCE), counts.to(logits.device).flatten().split(_AT_ONCE), strict=True
-    ):
-        yield own[count].float()
+    for own in counts.to(logits.device).flatten().nonzero().flatten().split(_AT_ONCE):
+        yield logits.flatten(0, 1)[own].float()
 
 
 def _coarse(logits: Tensor, chosen: Tensor) -> Tensor:
