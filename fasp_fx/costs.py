@@ -10,6 +10,8 @@ from typing import Any
 
 import numpy as np
 
+from ._options import path_of
+from ._store._atomic import write_text
 from .errors import ArgumentError
 
 #: of the JSON form
@@ -146,15 +148,12 @@ class Costs(Mapping[str, CostCurve]):
             ) from error
 
     def save(self, file: str | Path) -> None:
-        """Write the curves to a file of JSON.
+        """Write the curves to a file of JSON, whole or not at all.
 
         Raises:
-            ArgumentError: the file cannot be written.
+            StoreError: the file cannot be written; what it held stays.
         """
-        try:
-            Path(file).write_text(self.to_json(), encoding="utf-8")
-        except OSError as error:
-            raise ArgumentError(f"cost curves cannot be written to {str(file)!r}: {error}") from error
+        write_text(path_of(file, "file"), self.to_json())
 
     @staticmethod
     def load(file: str | Path) -> Costs:

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 
 from ._options import is_number, path_of
+from ._store._atomic import write_text
 from .errors import ArgumentError, BudgetError, first_line
 
 FORMAT = "fasp_fx.latency/1"
@@ -136,20 +137,17 @@ class LatencyTable:
         return len(self._entries)
 
     def save(self, path: str | Path) -> None:
-        """Write the table as JSON.
+        """Write the table as JSON, whole or not at all.
 
         Raises:
-            ArgumentError: the file cannot be written.
+            StoreError: the file cannot be written; what it held stays.
         """
         entries = {
             key: {"parts": parts, "seconds": seconds.tolist()}
             for key, (parts, seconds) in self._entries.items()
         }
         text = json.dumps({"format": FORMAT, "device": self.device, "entries": entries})
-        try:
-            path_of(path, "path").write_text(text, encoding="utf-8")
-        except OSError as error:
-            raise ArgumentError(f"a latency table cannot be written to '{path}': {error}") from error
+        write_text(path_of(path, "path"), text)
 
     @staticmethod
     def load(path: str | Path) -> LatencyTable:

@@ -152,7 +152,7 @@ def test_what_is_no_table_no_device_and_no_file(tmp_path: Path) -> None:
         Latency(0.8, table)
     with pytest.raises(fasp_fx.ArgumentError, match="none that is here"):
         LatencyTable("no device")
-    with pytest.raises(fasp_fx.ArgumentError, match="cannot be written"):
+    with pytest.raises(fasp_fx.errors.StoreError, match="not replaced"):
         LatencyTable().save(tmp_path)
 
 

@@ -376,7 +376,7 @@ def test_curves_that_do_not_fit_are_refused_before_anything_is_run(tmp_path: Pat
         with pytest.raises(fasp_fx.ArgumentError, match=message):
             costs.predicted(lost)  # type: ignore[arg-type]
     assert costs.predicted({"up": 0}) == 0
-    with pytest.raises(fasp_fx.ArgumentError, match="cannot be written"):
+    with pytest.raises(fasp_fx.errors.StoreError, match="not replaced"):
         costs.save(tmp_path)
 
 

@@ -11,9 +11,13 @@ import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from safetensors import SafetensorError
+
 from ..errors import StoreError
 
 _EXCHANGE, _NO_REPLACE = 2, 1
+#: what is raised where a disk is full, or a file cannot be written for another reason
+_UNWRITTEN = (OSError, SafetensorError)
 #: bytes by which the name of what is not yet whole is longer than the name it will take
 MARK = len("..0123456789ab.partial")
 
@@ -45,7 +49,7 @@ def new_folder(path: Path, *, overwrite: bool, replaceable: Callable[[Path], boo
         _install(temporary, path)
         done = True
         _sync(path.parent)
-    except OSError as error:
+    except _UNWRITTEN as error:
         raise StoreError(f"'{path}' cannot be written: {error}; free space or choose another path") from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
@@ -83,12 +87,31 @@ def new_file(path: Path, *, replaceable: Callable[[Path], bool], keep: bool = Tr
             temporary.replace(path)
             _sync(path.parent)
             done = True
-    except OSError as error:
+    except _UNWRITTEN as error:
         raise StoreError(f"'{path}' cannot be written: {error}; free space or choose another path") from error
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink()
         _remove(made if not done else [])
+
+
+def write_text(path: Path, text: str) -> None:
+    """Put text in the place of what a file holds, whole or not at all; a link to a file stays one.
+
+    Args:
+        path: of the file; missing folders are made.
+
+    Raises:
+        StoreError: it is a folder or cannot be written; what was there stays.
+    """
+    refuse_null(path)
+    with new_file(Path(os.path.realpath(path)), replaceable=lambda file: True) as made:
+        made.write_text(text, encoding="utf-8")
+
+
+def is_partial(path: Path, name: str) -> bool:
+    """Whether a file is what was left of one of that name when a process was killed that wrote it."""
+    return path.name.startswith(f".{name}.") and path.name.endswith(".partial")
 
 
 def _remove(made: list[Path]) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import StoreError, first_line
-from ._atomic import refuse_null
+from ._atomic import is_partial, refuse_null, write_text
 
 RUN = "run.json"
 #: the folder inside of one that keeps what a search before the run found
@@ -27,16 +27,8 @@ def claim(folder: Path, run: Mapping[str, Any]) -> None:
     """
     file = folder / RUN
     refuse_other(folder)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        if not file.exists():
-            partial = file.with_suffix(".partial")
-            partial.write_text(json.dumps(run), encoding="utf-8")
-            partial.replace(file)
-    except OSError as error:
-        raise StoreError(
-            f"'{folder}' cannot be written: {first_line(error)}; choose another checkpoint="
-        ) from error
+    if not file.exists():
+        write_text(file, json.dumps(run))
     found = read_object(file)
     different = sorted(name for name in {*run, *found} if run.get(name) != found.get(name))
     if different:
@@ -62,7 +54,7 @@ def refuse_other(folder: Path, option: str = "checkpoint=") -> None:
         if (
             folder.exists()
             and not (folder / RUN).is_file()
-            and any(path.name != SEARCH for path in folder.iterdir())
+            and any(path.name != SEARCH and not is_partial(path, RUN) for path in folder.iterdir())
         ):
             raise StoreError(f"'{folder}' holds something that is no checkpoint; choose another {option}")
     except OSError as error:

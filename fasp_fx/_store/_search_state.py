@@ -14,7 +14,7 @@ from .._observe._calibration import digest_of
 from .._search import Found
 from ..config import PruningConfig
 from ..errors import StoreError
-from ._atomic import new_file
+from ._atomic import write_text
 from ._run_folder import SEARCH, claim, read_object, refuse_other
 
 FORMAT = "fasp_fx.search/2"
@@ -74,8 +74,7 @@ class SearchState:
         Raises:
             StoreError: the folder cannot be written.
         """
-        with new_file(self._folder / _STATE, replaceable=lambda file: True) as made:
-            made.write_text(json.dumps(dict(state)), encoding="utf-8")
+        write_text(self._folder / _STATE, json.dumps(dict(state)))
 
 
 def open_search(
