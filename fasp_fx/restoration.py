@@ -425,7 +425,8 @@ def _sketch(rows: Tensor) -> Tensor:
     """
     if len(rows) <= SKETCHED:
         return rows
-    mix = torch.randn(SKETCHED, len(rows), generator=torch.Generator().manual_seed(0), dtype=torch.float32)
+    generator = torch.Generator(device="cpu").manual_seed(0)
+    mix = torch.randn(SKETCHED, len(rows), generator=generator, dtype=torch.float32, device="cpu")
     return mix.to(rows) @ rows
 
 

@@ -79,7 +79,8 @@ def _drawn(leaf: Any, seed: int) -> Any:
     """Integers or truth values at random in the place of a single one."""
     if not isinstance(leaf, Tensor) or leaf.is_floating_point() or leaf.is_complex() or not _single(leaf):
         return leaf
-    return torch.randint(0, _FEW, leaf.shape, generator=torch.Generator().manual_seed(seed)).to(leaf)
+    generator = torch.Generator(device="cpu").manual_seed(seed)
+    return torch.randint(0, _FEW, leaf.shape, generator=generator, device="cpu").to(leaf)
 
 
 def _single(leaf: Tensor) -> bool:

@@ -66,9 +66,8 @@ class Inputs:
                     else made.new_zeros([*made.shape[:dim], wanted, *made.shape[dim + 1 :]])
                 )
         if index in self.drawn:
-            return torch.rand(
-                made.shape, generator=torch.Generator().manual_seed(index), dtype=torch.float32
-            ).to(made)
+            generator = torch.Generator(device="cpu").manual_seed(index)
+            return torch.rand(made.shape, generator=generator, dtype=torch.float32, device="cpu").to(made)
         return _laid_like(leaf, made)
 
 

@@ -267,10 +267,10 @@ class _Training:
         steps = self.options.epochs * len(self.training)
         judged = {round((turn + 1) * steps / _TURNS) for turn in range(min(_TURNS, steps))}
         best, least = {}, before
-        generator = torch.Generator().manual_seed(self.options.seed)
+        generator = torch.Generator(device="cpu").manual_seed(self.options.seed)
         order: list[int] = []
         for step in range(steps):
-            order = order or torch.randperm(len(self.training), generator=generator).tolist()
+            order = order or torch.randperm(len(self.training), generator=generator, device="cpu").tolist()
             for group in optimizer.param_groups:
                 group["lr"] = (
                     self.options.rate

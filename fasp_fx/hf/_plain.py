@@ -324,9 +324,8 @@ def _compared_on(model: PreTrainedModel, example: Mapping[str, Any], device: tor
     }
     ids, table = moved.get("input_ids"), model.get_input_embeddings()
     if isinstance(ids, Tensor) and isinstance(table, nn.Embedding):
-        drawn = torch.randint(
-            0, table.num_embeddings, tuple(ids.shape), generator=torch.Generator().manual_seed(0)
-        )
+        generator = torch.Generator(device="cpu").manual_seed(0)
+        drawn = torch.randint(0, table.num_embeddings, tuple(ids.shape), generator=generator, device="cpu")
         moved["input_ids"] = drawn.to(ids)
     return moved
 
