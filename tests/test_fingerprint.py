@@ -47,7 +47,7 @@ def by_hand(name: str, tensor: Tensor) -> str:
         torch.tensor(3, dtype=torch.int64),
         torch.randn(5, 7, dtype=torch.complex64),
     ],
-    ids=str,
+    ids=["one", "transposed", "half", "shifted", "bytes", "truth", "single", "complex"],
 )
 @pytest.mark.parametrize("size", [8 * WIDTH, 2**19])
 def test_it_is_the_sum_that_it_is_said_to_be(
