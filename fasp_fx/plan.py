@@ -12,6 +12,7 @@ from torch import nn
 
 from ._fingerprint import fingerprint as fingerprint
 from ._program import CopiedBuffer, FoldedWeight, Program
+from .channels import attribute
 from .errors import ArgumentError, PlanError
 from .groups import Group, Member, ranges
 
@@ -323,11 +324,10 @@ def computed_fingerprint(program: Program) -> str:
     """The fingerprint of all that a captured program (before its producers are split) computes with: what it
     may go by who keeps what was seen of a model.
     """
-    held = {
-        f"held {name}": tensor for name, tensor in program.module.named_parameters(remove_duplicate=False)
-    }
+    # Of what the model computes weights of, buffers may be, which the program does not hold any more.
+    folded = {f"folded {weight.name}": attribute(program.module, weight.name) for weight in program.folds}
     fixed = {f"fixed {name}": tensor for name, tensor in program.fixed().items()}
-    return fingerprint({**program.parameters(), **held, **fixed})
+    return fingerprint({**program.parameters(), **folded, **fixed})
 
 
 def fixed_of(program: Program) -> tuple[FixedBuffer, ...]:

@@ -131,6 +131,28 @@ def test_a_teacher_has_the_buffers_of_the_model_that_was_pruned(tmp_path: Path) 
     fasp_fx.distil(result, model, DATA, epochs=1)
 
 
+class Scaled(nn.Module):
+    """What a parametrization makes of a weight, by a buffer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("scale", torch.rand(24, 1))
+
+    def forward(self, weight: Tensor) -> Tensor:
+        return weight * self.scale
+
+
+def test_a_checkpoint_is_of_buffers_that_weights_are_computed_of(tmp_path: Path) -> None:
+    model = nn.Sequential(nn.Linear(8, 24), nn.ReLU(), nn.Linear(24, 8))
+    nn.utils.parametrize.register_parametrization(model[0], "weight", Scaled())
+    options = {"calibration": DATA, "sparsity": 0.3, "quality": "fast", "checkpoint": tmp_path / "run"}
+    fasp_fx.prune(model.eval(), (DATA[0],), **options)
+    fasp_fx.prune(model, (DATA[0],), **options)
+    model[0].parametrizations.weight[0].scale.mul_(torch.rand(24, 1))  # type: ignore[union-attr]
+    with pytest.raises(StoreError, match="model differ"):
+        fasp_fx.prune(model, (DATA[0],), **options)
+
+
 class Counting(nn.Module):
     def __init__(self) -> None:
         super().__init__()
