@@ -162,7 +162,9 @@ class Program:
         first: Any = keep(value)
         for name in names:
             set_weight(self.module, name, first)
-            first = attribute(self.module, name)
+            made = attribute(self.module, name)
+            if isinstance(made, nn.Parameter) or not isinstance(first, nn.Parameter):
+                first = made
 
     def origin(self, slot: Slot) -> tuple[str, np.ndarray]:
         """The caller's weight that a slot lies in, and the index there of each of the slot's channels."""
@@ -279,7 +281,8 @@ def set_weight(module: nn.Module, name: str, value: Tensor) -> None:
     path, _, leaf = name.rpartition(".")
     owner = attribute(module, path) if path else module
     if leaf in owner._buffers:
-        owner._buffers[leaf] = value
+        # A constant of the graph can be a weight that the model also holds elsewhere, in a list say.
+        owner._buffers[leaf] = value.detach() if isinstance(value, nn.Parameter) else value
     elif leaf in owner._parameters:
         trained = attribute(module, name).requires_grad
         owner._parameters[leaf] = (

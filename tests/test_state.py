@@ -183,3 +183,28 @@ def test_every_attempt_to_capture_finds_the_model_as_it_was() -> None:
     assert model.calls == 0
     assert "forward sets the attribute 'calls', which a graph does not" in result.report.notes
     torch.testing.assert_close(result.module(X[:1]), Vectors.forward(model, X[:1]))
+
+
+class Listed(nn.Module):
+    """Reads a weight by its name, and once more from a list that no module knows of."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down, self.last = nn.Linear(8, 12), nn.Linear(12, 8), nn.Linear(8, 8)
+        self.listed = [self.last.weight]
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(self.down(self.up(x).relu())) + x @ self.listed[0]
+
+
+def test_a_weight_that_is_also_read_from_a_list(tmp_path_factory: pytest.TempPathFactory) -> None:
+    model, x, folder = Listed().eval(), torch.randn(2, 8), tmp_path_factory.mktemp("saved")
+    result = fasp_fx.prune(model, (x,), score="magnitude", restore=None, sparsity={"down.weight": 0.5})
+    gone = list(result.plan.groups[0].consumers[0].removed)
+    with torch.no_grad():
+        model.down.weight[:, gone] = 0
+        assert torch.allclose(result.module(x), model(x), atol=1e-6)
+        for changed in (result.module.get_parameter("last.weight"), model.last.weight):
+            changed.mul_(2)  # both readings go on being one weight
+        assert torch.allclose(result.module(x), model(x), atol=1e-6)
+        assert torch.allclose(fasp_fx.load(result.save(folder / "out")).module(x), model(x), atol=1e-6)
