@@ -10,8 +10,8 @@ from typing import Any
 
 import numpy as np
 
+from ._atomic import write_text
 from ._options import path_of
-from ._store._atomic import write_text
 from .errors import ArgumentError
 
 #: of the JSON form

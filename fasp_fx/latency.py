@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from ._atomic import write_text
 from ._options import is_number, path_of
-from ._store._atomic import write_text
 from .errors import ArgumentError, BudgetError, first_line
 
 FORMAT = "fasp_fx.latency/1"

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from .._atomic import MARK
 from .._store import _folder as folders
-from .._store._atomic import MARK
 from ..errors import StoreError
 from ._arguments import SHOWN, check_path
 from ._models import Source, load_model, load_tokenizer

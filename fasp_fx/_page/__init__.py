@@ -15,7 +15,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from .._store._atomic import new_file
+from .._atomic import new_file
 from ..analysis import Analysis
 from ..report import Report
 from ._model import page_data

@@ -17,8 +17,8 @@ from typing import TYPE_CHECKING
 
 from torch import nn
 
+from .._atomic import new_folder
 from .._store import _folder as folders
-from .._store._atomic import new_folder
 from .._store._report_json import report_to_json
 from .._store._signature_json import signature_to_json
 from .._store._tensors import write_tensors

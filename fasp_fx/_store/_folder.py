@@ -12,13 +12,13 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from .._atomic import new_folder
 from .._options import path_of
 from .._pruned_module import values_now
 from .._version import __version__
 from ..errors import PlanError, StoreError
 from ..plan import PruningPlan
 from ..report import Report
-from ._atomic import new_folder
 from ._files import check_depth, check_length, opened, read_text, size_of, tensors_of
 from ._graph_json import check_weights, program_to_json
 from ._report_json import report_from_json, report_to_json

@@ -14,11 +14,11 @@ import numpy as np
 import safetensors
 import safetensors.torch
 
+from .._atomic import new_folder
 from .._observe._calibration import digest_of
 from ..config import PruningConfig
 from ..errors import StoreError, first_line
 from ..restoration import Restored
-from ._atomic import new_folder
 from ._run_folder import claim, read_object
 
 FORMAT = "fasp_fx.prune/3"

@@ -7,8 +7,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from .._atomic import is_partial, refuse_null, write_text
 from ..errors import StoreError, first_line
-from ._atomic import is_partial, refuse_null, write_text
 
 RUN = "run.json"
 #: the folder inside of one that keeps what a search before the run found

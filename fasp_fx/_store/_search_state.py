@@ -10,11 +10,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from .._atomic import write_text
 from .._observe._calibration import digest_of
 from .._search import Found
 from ..config import PruningConfig
 from ..errors import StoreError
-from ._atomic import write_text
 from ._run_folder import SEARCH, claim, read_object, refuse_other
 
 FORMAT = "fasp_fx.search/2"

@@ -19,8 +19,8 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
+from .._atomic import new_folder
 from .._store import _folder as folders
-from .._store._atomic import new_folder
 from .._store._report_json import report_to_json
 from .._store._tensors import write_tensors
 from ..errors import StoreError

@@ -8,8 +8,8 @@ from typing import Any
 
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, PreTrainedModel
 
+from .._atomic import new_folder
 from .._options import path_of
-from .._store._atomic import new_folder
 from .._store._files import read_text
 from .._store._folder import read_json
 from .._store._report_json import report_from_json, report_to_json

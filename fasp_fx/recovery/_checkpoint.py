@@ -17,7 +17,7 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from .._store._atomic import new_folder
+from .._atomic import new_folder
 from .._store._run_folder import claim, read_object
 from ..errors import StoreError, first_line
 from ..report import CurvePoint

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
-from ..errors import StoreError
+from .errors import StoreError
 
 _EXCHANGE, _NO_REPLACE = 2, 1
 #: what is raised where a disk is full, or a file cannot be written for another reason
