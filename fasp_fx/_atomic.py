@@ -96,7 +96,8 @@ def new_file(path: Path, *, replaceable: Callable[[Path], bool], keep: bool = Tr
 
 
 def write_text(path: Path, text: str) -> None:
-    """Put text in the place of what a file holds, whole or not at all; a link to a file stays one.
+    """Put text in the place of what a file holds, whole or not at all; a link to a file stays one, and so do
+    its permissions. What is no file (a pipe, a device) is written to.
 
     Args:
         path: of the file; missing folders are made.
@@ -105,7 +106,16 @@ def write_text(path: Path, text: str) -> None:
         StoreError: it is a folder or cannot be written; what was there stays.
     """
     refuse_null(path)
-    with new_file(Path(os.path.realpath(path)), replaceable=lambda file: True) as made:
+    path = Path(os.path.realpath(path))
+    try:
+        if path.exists() and not path.is_file() and not path.is_dir():
+            path.write_text(text, encoding="utf-8")
+            return
+    except OSError as error:
+        raise StoreError(f"'{path}' cannot be written: {error}; choose another path") from error
+    with new_file(path, replaceable=lambda file: True) as made:
+        if path.exists():
+            made.chmod(path.stat().st_mode & 0o777)
         made.write_text(text, encoding="utf-8")
 
 

@@ -10,9 +10,11 @@ from torch import Tensor
 
 #: differences below this part of the largest entry (of 1, if that is larger) are those of double precision
 _NOISE = 1e-11
+#: fillings are at least this large
+_LARGE = 1e4
 #: entries as large as another but for this part of it are alike; those this many times smaller are of another
 #: order
-_ALIKE, _FAR = 1e-6, 4096.0
+_ALIKE, _FAR = 1e-3, 4096.0
 #: elements compared at once
 _CHUNK = 1 << 22
 
@@ -38,12 +40,13 @@ def deviation(found: Any, expected: Any) -> float:
 def _apart(found: Tensor, expected: Tensor) -> float:
     """The deviation of flat tensors of real or complex numbers.
 
-    Entries that are the same to the bit and of another order than all that differ (masked scores of -1e9,
-    say) do not set the scale: they take no part in what the others are computed of, and would hide whatever
-    is wrong with those. So would fillings that were added to scores and rounded: entries as large as the
-    largest, with nothing else of that order, have a scale of their own.
+    Fillings (masked scores of -1e9, say) take no part in what the others are computed of, and would hide
+    whatever is wrong with those. They are large, and either as large as each other, with nothing else of that
+    order (which have a scale of their own), or the same to the bit and of another order than all that differ
+    (which then do not set the scale).
     """
-    difference, whole, sizes = 0.0, 0.0, [0.0]
+    difference = differing = 0.0
+    sizes = [0.0]
     for a, b in zip(found.split(_CHUNK), expected.split(_CHUNK)):
         odd = ~torch.isfinite(b)
         if bool(odd.any()):
@@ -56,23 +59,24 @@ def _apart(found: Tensor, expected: Tensor) -> float:
             continue
         a, b = (value if value.dtype.itemsize > 2 else value.float() for value in (a, b))
         apart, size = (a - b).abs(), b.abs()
-        largest, top = float(apart.max()), float(size.max())
-        whole, noise = max(whole, top), _NOISE * min(top, 1.0)
+        top, largest = float(size.max()), float(apart.max())
+        sizes.append(top)
+        if top >= _LARGE:
+            sizes.append(float(torch.where(size < top * (1 - _ALIKE), size, 0).max()))
+        noise = _NOISE * min(top, 1.0)
         if largest > noise:
-            difference, size = max(difference, largest), torch.where(apart > noise, size, 0)
-            top = float(size.max())
-            sizes += [top, float(torch.where(size < top * (1 - _ALIKE), size, 0).max())]
+            difference = max(difference, largest)
+            differing = max(differing, float(torch.where(apart > noise, size, 0).max()))
     top = max(sizes)
-    below = max((size for size in sizes if size < top * (1 - _ALIKE)), default=0.0)
-    if not top:
-        return difference / (min(whole, 1.0) or 1.0)
-    if below >= top / _FAR:
-        return difference / (whole if whole < _FAR * top else top)
+    if top < _LARGE:
+        return difference / (top or 1.0)
+    if max(size for size in sizes if size < top * (1 - _ALIKE)) >= top / _FAR:
+        return difference / (top if top < _FAR * max(differing, difference) else differing or 1.0)
     size = expected.abs()
     near = size < top * (1 - _ALIKE)
-    far = (size <= top) & ~near
-    filled = float((found[far] - expected[far]).abs().max()) / top
-    return max(filled, _apart(found[near], expected[near]))
+    far = torch.isfinite(size) & ~near
+    filled = (found[far] - expected[far]).abs()
+    return max(float(filled.max()) / top if filled.numel() else 0.0, _apart(found[near], expected[near]))
 
 
 def _same_oddities(a: Tensor, b: Tensor) -> bool:
@@ -83,14 +87,14 @@ def _same_oddities(a: Tensor, b: Tensor) -> bool:
 
 
 def distance(found: Tensor, expected: Tensor) -> float:
-    """``‖a − b‖₂ / ‖b‖₂`` of two tensors of real numbers, over the entries that differ (see
+    """``‖a − b‖₂ / ‖b‖₂`` of two tensors of real numbers, without large entries that are the same (see
     :func:`deviation`); infinite where shapes, or the places of NaN and infinities, differ.
     """
     finite = torch.isfinite(expected)
     if found.shape != expected.shape or not torch.equal(torch.isfinite(found), finite):
         return math.inf
-    differ = finite & (found != expected)
-    a, b = found[differ].double(), expected[differ].double()
+    counts = finite & ((expected.abs() < _LARGE) | (found != expected))
+    a, b = found[counts].double(), expected[counts].double()
     norm = float(b.norm())
     return float((a - b).norm()) / (norm or 1.0)
 

@@ -9,8 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-#: whole numbers of 64 bits that are hashed into one
-_WIDTH = 1024
+#: whole numbers of 32 bits that are hashed into one of 64
+_WIDTH = 2048
 #: of so many bytes at a time: what stays in the cache of a core, and what keeps an accelerator at work
 _BYTES, _BYTES_ACCELERATED = 2**19, 2**26
 #: one odd number for each of the numbers that are hashed into one, the same everywhere
@@ -37,7 +37,7 @@ def _bytes_of(tensor: Tensor) -> Tensor:
         tensor = tensor.dequantize()
     if tensor.layout is not torch.strided:
         tensor = tensor.to_dense()
-    return tensor.resolve_conj().resolve_neg().reshape(-1).view(torch.uint8)
+    return tensor.resolve_conj().resolve_neg().reshape(-1).contiguous().view(torch.uint8)
 
 
 def _hashed(values: Tensor) -> Iterator[Tensor]:
@@ -46,7 +46,7 @@ def _hashed(values: Tensor) -> Iterator[Tensor]:
     It is the sum of products with odd keys, modulo 2⁶⁴. Whole numbers are added up to the same in any order,
     so that neither device nor threads matter, and much faster than a cryptographic digest of all bytes.
     """
-    run = 8 * _WIDTH
+    run = 4 * _WIDTH
     size = min(_BYTES if values.device.type == "cpu" else _BYTES_ACCELERATED, -(-len(values) // run) * run)
     keys = torch.from_numpy(_KEYS.copy()).to(values.device)
     held = torch.empty(size, dtype=torch.uint8, device=values.device)
@@ -54,10 +54,9 @@ def _hashed(values: Tensor) -> Iterator[Tensor]:
         own = held[: -(-len(chunk) // run) * run]
         own[: len(chunk)].copy_(chunk)
         own[len(chunk) :].zero_()
-        numbers = own.view(torch.int64).view(-1, _WIDTH)
-        # The topmost bit, the sign of a weight, stays the topmost bit in a product with an odd number, and
-        # two of them cancel in the sum; so the upper half also goes into the lower one.
-        yield (numbers ^ (numbers >> 32)).mul_(keys).sum(1)
+        # Numbers of 32 bits: whichever of their bits differ, the product with an odd number of 64 bits does.
+        numbers = own.view(torch.int32).view(-1, _WIDTH).to(torch.int64)
+        yield numbers.mul_(keys).sum(1)
 
 
 __all__ = ["fingerprint"]

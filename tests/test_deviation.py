@@ -81,3 +81,11 @@ def test_the_check_sees_what_is_wrong_beside_masked_scores(monkeypatch: pytest.M
     monkeypatch.setattr(_held, "finish", spoilt)
     with pytest.raises(fasp_fx.FaspError, match="differ"):
         fasp_fx.prune(model, (torch.randn(2, 5), mask), score="magnitude", restore=None, sparsity=0.3)
+
+
+def test_an_entry_that_differs_alone_is_held_against_the_others() -> None:
+    expected = torch.tensor([1.0, 0.5, -0.7, 0.01]).bfloat16()
+    found = torch.tensor([1.0, 0.5, -0.7, 0.012]).bfloat16()
+    assert deviation(found, expected) < 0.003
+    assert distance(found, expected) < 0.003
+    assert deviation(torch.tensor([1.0, 1e-8]), torch.tensor([1.0, 0.0])) < 1e-7

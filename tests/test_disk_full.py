@@ -88,3 +88,14 @@ def test_what_a_file_held_stays(
     assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "link"]
     save(tmp_path / "link")
     assert (tmp_path / "link").is_symlink()
+
+
+def test_a_file_keeps_its_permissions_and_a_device_is_written_to(
+    captured: fasp_fx.Captured, tmp_path: Path
+) -> None:
+    costs, file = fasp_fx.measure(captured, calibration=DATA), tmp_path / "costs.json"
+    file.touch(0o600)
+    costs.save(file)
+    assert file.stat().st_mode & 0o777 == 0o600
+    assert fasp_fx.costs.Costs.load(file).to_json() == costs.to_json()
+    costs.save("/dev/null")

@@ -704,3 +704,11 @@ def test_a_model_with_gates_is_not_pruned() -> None:
                 call(part, (x,))
     with pytest.raises(fasp_fx.ArgumentError, match="detach"):
         attach(model[4], (torch.randn(8, 12),), sparsity=0.3)  # type: ignore[index]
+
+
+def test_weights_are_read_with_their_gates_before_the_first_call() -> None:
+    model = randomise(nn.Sequential(nn.Linear(6, 16), nn.Tanh(), nn.Linear(16, 3))).eval()
+    attach(model, (X,), sparsity=0.25)
+    before = model[2].weight.clone()
+    model(X)
+    assert torch.equal(before, model[2].weight)

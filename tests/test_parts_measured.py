@@ -75,3 +75,18 @@ def test_it_is_said_what_an_allocation_misses() -> None:
     share = 3 / (3 * 32)  # of three parts that are alike
     note = f"the allocation takes {share:.1%} of the prunable weights, where 30.0% was asked for"
     assert note in result.report.notes
+
+
+@pytest.mark.parametrize("data", [None, DATA])
+def test_random_scores_are_others_in_each_part(data: Any) -> None:
+    """Parts are alike, and so are the names in them."""
+    result = fasp_fx.prune(
+        parts(False, False),
+        (DATA[0],),
+        calibration=data,
+        sparsity=0.3,
+        score="random",
+        allocation="uniform",
+        restore=None,
+    )
+    assert len({tuple(group.consumers[0].removed) for group in result.plan.groups}) == 3

@@ -114,10 +114,11 @@ class Consumers:
 
     Args:
         repaired: whether they are to be repaired, with an intercept where there is a bias.
+        within: the path of the submodule that was captured, if it was none of the whole model.
     """
 
-    def __init__(self, analysis: Analysis, repaired: bool = True) -> None:
-        self.analysis = analysis
+    def __init__(self, analysis: Analysis, repaired: bool = True, within: str = "") -> None:
+        self.analysis, self.within = analysis, within
         self.by_key: dict[tuple[Any, ...], Consumer] = {}
         self.of_group = {
             group.name: list(dict.fromkeys(self.of(use) for use in group.uses)) for group in analysis.chosen
@@ -195,7 +196,7 @@ class Consumers:
                         if consumer.intercept is None or gram is None or products is None
                         else partial(_centred, gram, matrix.shape[1])
                     ),
-                    f"{consumer.weight}, {block}",
+                    f"{self.within}, {consumer.weight}, {block}",
                 )
             )
         return found

@@ -48,7 +48,7 @@ def order_of(
             costs = products.costs(group)
             return by_value(view, products.scores(group) if costs is None else costs)
         if isinstance(score, ByColumns):
-            return by_value(view, row_scores(consumers.analysis, group, score))
+            return by_value(view, row_scores(consumers.analysis, group, score, consumers.within))
         raise ArgumentError(
             f"no weight reads the channels of '{view.name}', and {type(score).__name__} orders those of"
             " weights alone; exclude it"

@@ -220,8 +220,12 @@ def _added(sums: dict[Any, Tensor], key: Any, more: Tensor) -> None:
     sums[key] = sums[key] + more if key in sums else more
 
 
-def row_scores(analysis: Analysis, group: Group, score: ByColumns) -> np.ndarray:
-    """Without data, one value for each channel set: the score of the producers' rows, added up."""
+def row_scores(analysis: Analysis, group: Group, score: ByColumns, within: str) -> np.ndarray:
+    """Without data, one value for each channel set: the score of the producers' rows, added up.
+
+    Args:
+        within: the path of the submodule that was captured, if it was none of the whole model.
+    """
     total = np.zeros(group.size)
     for slot in group.slots:
         weight = attribute(analysis.program.module, slot.name) if slot.kind == "weight" else None
@@ -233,7 +237,9 @@ def row_scores(analysis: Analysis, group: Group, score: ByColumns) -> np.ndarray
                     group,
                     analysis,
                     numbers,
-                    score.values(Columns(rows, None, None, name=f"{slot.name}, {slot.dim}, {block}")),
+                    score.values(
+                        Columns(rows, None, None, name=f"{within}, {slot.name}, {slot.dim}, {block}")
+                    ),
                 )
     return total
 

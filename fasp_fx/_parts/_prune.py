@@ -73,7 +73,9 @@ def prune_in_parts(
         for name, tensor in part.program.fixed().items()
     }
     chooser.ranks.check_alike(whole_fingerprint({**assembly.before, **fixed}), leaves, config)
-    consumers = {part.path: Consumers(part.analysis, config.restore is not None) for part in assembly.parts}
+    consumers = {
+        part.path: Consumers(part.analysis, config.restore is not None, part.path) for part in assembly.parts
+    }
     with assembly.timed("measuring"):
         costs, missed = _measured(assembly, chooser, batches, consumers)
     budget = PartialBudget(

@@ -98,6 +98,7 @@ def attach(
             gates.places.append((module, name, order))
         gates.watch()
         check_effect(gates, model, captured.program, analysis, groups)
+        gates.draw()  # weights may be read before the first call
     except BaseException:
         gates.detach()
         raise
