@@ -128,11 +128,12 @@ def program_of(
 
 
 def _versions(program: Program) -> dict[str, int | None]:
-    """How often each weight was written into, but for those that the model itself writes into; ``None`` where
-    torch does not count.
+    """How often each weight was written into, and what weights were computed of at the capture, but for those
+    that the model itself writes into; ``None`` where torch does not count.
     """
     own = set(written_names(program.module.graph))
-    return {name: _version(tensor) for name, tensor in program.weights().items() if name not in own}
+    held = {**program.weights(), **program.replaced}  # a folded weight can have the name of one of those
+    return {name: _version(tensor) for name, tensor in held.items() if name not in own}
 
 
 def _version(tensor: Tensor) -> int | None:

@@ -70,7 +70,7 @@ class Program:
         order: the names of the caller's weights in their order; the first name of a tied weight stands for
             all.
         folds: weights that the model computes from others and that the program holds as parameters.
-        replaced: the caller's parameters that are gone with that, by name.
+        replaced: the caller's parameters and buffers that are gone with that, by name.
         copies: buffers made for parts of the model that shared one (see the pass that gives each attention a
             table of its own).
         walked: the module, the analysis and the interpretation of the last verification.
@@ -108,7 +108,8 @@ class Program:
         """
         folded = {weight.name for weight in self.folds}
         own = self.module.named_parameters(remove_duplicate=False)
-        return {**{name: tensor for name, tensor in own if name not in folded}, **self.replaced}
+        gone = {name: tensor for name, tensor in self.replaced.items() if isinstance(tensor, nn.Parameter)}
+        return {**{name: tensor for name, tensor in own if name not in folded}, **gone}
 
     def fixed(self) -> dict[str, Tensor]:
         """The buffers and constants that the graph reads and does not write into, by name."""

@@ -64,6 +64,9 @@ class PrunedModule(fx.GraphModule):
         copied = super().__deepcopy__(memo)
         assert isinstance(copied, PrunedModule)
         copied.origin = self.origin
+        for name, module in self.named_modules():
+            # A copy of a graph module saves all its buffers, those that a model leaves out as well.
+            copied.get_submodule(name)._non_persistent_buffers_set = set(module._non_persistent_buffers_set)
         return copied
 
 

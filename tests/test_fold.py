@@ -554,3 +554,28 @@ def test_generating_models_are_folded(tmp_path: Any) -> None:
     ).shape == (4, 6)
     with pytest.raises(fasp_fx.FaspError, match="down_proj"):
         fasp_fx.hf.prune(model, calibration=[ids], sparsity=0.2, plain=True)
+
+
+class Lowered(nn.Module):
+    """A weight with an adapter, scaled by a buffer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(6, 16), nn.Linear(16, 6)
+        self.left, self.right = nn.Parameter(torch.randn(16, 2)), nn.Parameter(torch.randn(2, 6))
+        self.register_buffer("scale", torch.tensor(0.5))
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight = self.up.weight + self.scale * (self.left @ self.right)
+        return self.down(F.linear(x, weight, self.up.bias).relu())
+
+
+@pytest.mark.parametrize("name", ["left", "scale", "up.weight"])
+def test_what_weights_were_computed_of_may_not_change_after_the_capture(name: str) -> None:
+    model = Lowered().eval()
+    captured = fasp_fx.capture(model, (ROWS,))
+    assert captured.program.folds
+    with torch.no_grad():
+        dict([*model.named_parameters(), *model.named_buffers()])[name].mul_(2)
+    with pytest.raises(fasp_fx.ArgumentError, match=f"'{name}' has changed since the model was captured"):
+        fasp_fx.prune(captured, score="magnitude", restore=None, sparsity=0.3)

@@ -9,6 +9,7 @@ import copy
 import dataclasses
 import enum
 import itertools
+import types
 import warnings
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
@@ -607,6 +608,37 @@ def test_tensors_of_another_kind_are_refused(example: torch.dtype) -> None:
         for other in {torch.bool, torch.int64, torch.float32} - {example}:
             with pytest.raises(fasp_fx.CallError, match=f"'mask' is a tensor of {other}"):
                 call(X, mask.to(other))
+
+
+class Settings:
+    """Says nothing of when two are equal."""
+
+    def __init__(self, scale: float, steps: list[Any]) -> None:
+        self.scale, self.steps = scale, steps
+
+
+class Set(Vectors):
+    def forward(self, x: Tensor, settings: Any = None) -> Tensor:
+        hidden = self.up(x).relu() * settings.scale
+        for step in settings.steps:
+            hidden = hidden.tanh() if step is True else hidden * step
+        return self.down(hidden)
+
+
+@pytest.mark.parametrize(
+    "make", [Settings, lambda scale, steps: types.SimpleNamespace(scale=scale, steps=steps)]
+)
+def test_what_the_caller_changes_inside_of_a_constant_is_seen(make: Any) -> None:
+    model, given = Set().eval(), make(2.0, [1])
+    result = _prune(model, (X, given), [(BATCH, given)])
+    expected = result.module(X, given)
+    assert torch.equal(result.module(X, make(2.0, [1])), expected)
+    for other in (make(3.0, [1]), make(2.0, [True]), make(2.0, [1, 1])):
+        with pytest.raises(fasp_fx.CallError, match="captured with"):
+            result.module(X, other)
+    given.scale = 3.0
+    with pytest.raises(fasp_fx.CallError, match="captured with"):
+        result.module(X, given)
 
 
 def test_lists_and_dicts_of_tensors() -> None:

@@ -123,3 +123,23 @@ def test_copies_warn_of_nothing(module: nn.Module) -> None:
         copied = copy.deepcopy(copy.deepcopy(module))
         pickle.loads(pickle.dumps(copied))
     assert copied(torch.randn(3, 8), extra={"bias": torch.zeros(3)})["y"].shape == (3, 4)
+
+
+def test_copies_save_what_the_module_saves() -> None:
+    class Shifted(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.up, self.down = nn.Linear(6, 16), nn.Linear(16, 6)
+            self.register_buffer("kept", torch.ones(6))
+            self.register_buffer("shift", torch.ones(6), persistent=False)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.down(self.up(x + self.shift).relu()) + self.kept + torch.tensor([1.0, 2, 3, 4, 5, 6])
+
+    module = fasp_fx.prune(
+        Shifted().eval(), (torch.randn(4, 6),), score="magnitude", restore=None, sparsity=0.3
+    ).module
+    copied = copy.deepcopy(module)
+    assert copied.state_dict().keys() == module.state_dict().keys()
+    assert "shift" not in copied.state_dict()
+    module.load_state_dict(copied.state_dict())

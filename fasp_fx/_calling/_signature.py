@@ -6,7 +6,10 @@ the original.
 
 from __future__ import annotations
 
+import copy
+import dataclasses
 import inspect
+import types
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NoReturn
@@ -74,7 +77,7 @@ class CallSignature:
             ) from error
         given = _bind(signature, args, kwargs)
         captured = tuple(name for name, value in given.items() if has_tensor(value))
-        constants = {name: value for name, value in given.items() if name not in captured}
+        constants = {name: _kept(value) for name, value in given.items() if name not in captured}
         if not captured:
             raise ArgumentError(
                 "the example inputs hold no tensor; pass at least one tensor in args or kwargs"
@@ -193,9 +196,7 @@ def refuse_count(name: str, found: int, expected: int) -> NoReturn:
 
 def check_constant(name: str, value: Any, expected: Any) -> None:
     """Refuse a value that differs from the one the program was captured with."""
-    if value is expected:
-        return
-    if isinstance(value, torch.Tensor) or type(value) is not type(expected) or not _equal(value, expected):
+    if isinstance(value, torch.Tensor) or not _alike(value, expected, set()):
         shown = f"a tensor of shape {tuple(value.shape)}" if isinstance(value, torch.Tensor) else repr(value)
         raise CallError(
             f"argument '{name}' is {shown}, but the program was captured with {expected!r}; capture it with"
@@ -203,11 +204,57 @@ def check_constant(name: str, value: Any, expected: Any) -> None:
         )
 
 
+def _kept(value: Any) -> Any:
+    """A constant as it is now: a copy, since the caller may change what is inside of it; itself, where it
+    cannot be copied.
+    """
+    try:
+        return copy.deepcopy(value)
+    except Exception:  # a class of the caller's raises what it likes
+        return value
+
+
+def _alike(value: Any, expected: Any, seen: set[tuple[int, int]]) -> bool:
+    """Whether two constants are of the same types and equal, also inside; objects whose class does not say
+    what makes them equal are by what they hold.
+
+    Args:
+        seen: the identities of pairs that are being compared.
+    """
+    if value is expected or (id(value), id(expected)) in seen:
+        return True
+    if type(value) is not type(expected):
+        return False
+    seen = seen | {(id(value), id(expected))}
+    if isinstance(value, Mapping):
+        return value.keys() == expected.keys() and all(
+            _alike(item, expected[key], seen) for key, item in value.items()
+        )
+    if isinstance(value, (list, tuple)):
+        return len(value) == len(expected) and all(
+            _alike(item, other, seen) for item, other in zip(value, expected, strict=True)
+        )
+    if _is_made_of_fields(value):
+        return _alike(vars(value), vars(expected), seen)
+    return _equal(value, expected)
+
+
+def _is_made_of_fields(value: Any) -> bool:
+    """Whether what an object holds by name is all that two of its class can differ by."""
+    if isinstance(value, type) or not hasattr(value, "__dict__"):
+        return False
+    kind = type(value)
+    return kind.__eq__ is object.__eq__ or dataclasses.is_dataclass(kind) or kind is types.SimpleNamespace
+
+
 def _equal(value: Any, expected: Any) -> bool:
     """Whether two constants of one type are equal; what is not a number is like another such."""
     try:
-        return bool(value == expected) or (value != value and expected != expected)
-    except (ValueError, TypeError, RuntimeError):  # arrays, which are compared entry by entry
+        found = value == expected
+        if hasattr(found, "all"):  # arrays, which are compared entry by entry
+            return value.shape == expected.shape and bool(found.all())
+        return bool(found) or (value != value and expected != expected)
+    except (AttributeError, ValueError, TypeError, RuntimeError):
         return False
 
 

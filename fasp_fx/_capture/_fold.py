@@ -27,7 +27,7 @@ class Folding:
 
     Attributes:
         folds: the folded weights.
-        replaced: parameters of the caller's that the graph no longer needs, by name.
+        replaced: parameters and buffers of the caller's that the graph no longer needs, by name.
         notes: what a user should know of it.
     """
 
@@ -67,7 +67,7 @@ def fold(module: fx.GraphModule, order: Iterable[str]) -> Folding:
         [*module.named_parameters(remove_duplicate=False), *module.named_buffers(remove_duplicate=False)]
     )
     gone = {name for name, tensor in weights.items() if region(tensor, name) in freed}
-    replaced = {name: weights[name] for name in gone if isinstance(weights[name], nn.Parameter)}
+    replaced = {name: weights[name] for name in gone}
     taken = (set(order) | set(weights)) - gone
     folds, made = [], []
     for entry in chosen:

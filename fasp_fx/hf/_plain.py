@@ -307,6 +307,9 @@ def _built(
     for problem in ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs"):
         if info.get(problem):
             raise _NotBuiltError(f"{problem.replace('_', ' ')}: {sorted(map(str, info[problem]))[0]}")
+    trained = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
+    for name, parameter in made.named_parameters():
+        parameter.requires_grad_(trained.get(name, True))
     made.generation_config = copy.deepcopy(getattr(model, "generation_config", None))
     return _moved(made.eval(), next(iter(weights.values())).device)
 

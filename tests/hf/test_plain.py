@@ -17,6 +17,7 @@ from captures import one_capture
 from conftest import PROFILE
 from oracle import TOLERANCE, error, zeroed
 from plain_models import BOTH, CASES, MORE, dense, plain, tokens
+from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.utils.quantization_config import GgufConfig
 
 import fasp_fx
@@ -353,3 +354,20 @@ def test_a_model_expanded_from_a_quantised_file_is_saved_as_what_it_is(tmp_path:
     prune(model, sparsity=0.2, **UNREPAIRED).save_pretrained(tmp_path / "out")
     assert "quantization_config" not in json.loads((tmp_path / "out" / "config.json").read_text())
     assert isinstance(model.config.quantization_config, GgufConfig)
+
+
+def test_what_was_frozen_stays_frozen() -> None:
+    model = LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=32,
+            hidden_size=16,
+            intermediate_size=24,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            num_key_value_heads=2,
+        )
+    ).eval()
+    model.model.embed_tokens.weight.requires_grad_(False)
+    made = fasp_fx.hf.prune(model, sparsity=0.2, score="magnitude", restore=None, plain=True).model
+    frozen = [name for name, parameter in made.named_parameters() if not parameter.requires_grad]
+    assert frozen == ["model.embed_tokens.weight"]
