@@ -127,8 +127,8 @@ class _Walk:
                 self._time(node)  # views take next to no time
         said = (
             f"{self.program.module.code}"
-            f" {[tuple(leaf.shape) if isinstance(leaf, Tensor) else leaf for leaf in self.inputs]}"
-            f" {_shapes(self.program)}"
+            f" {[_kind(leaf) if isinstance(leaf, Tensor) else leaf for leaf in self.inputs]}"
+            f" {[_kind(tensor) for tensor in self.program.weights().values()]}"
         )
         key = f"pass {hashlib.sha256(said.encode()).hexdigest()}"
         return float(
@@ -166,7 +166,7 @@ class _Walk:
         numbers = {argument: f"#{place}" for place, argument in enumerate(operands)}
         rest = fx.map_arg((node.args, dict(node.kwargs)), lambda argument: numbers.get(argument, "number"))
         key = (
-            f"{node.target} {rest} {[(tuple(value.shape), str(value.dtype)) for value in operands.values()]}"
+            f"{node.target} {rest} {[_kind(value) for value in operands.values()]}"
             f" {list(axes.values())}"
         )
         own = key, tuple(least.values())
@@ -229,8 +229,9 @@ def _fit(target: str, named: dict[str, Any]) -> None:
                 named[name] = torch.nn.functional.pad(named[name], (0, width - named[name].shape[-1]))
 
 
-def _shapes(program: Program) -> list[tuple[int, ...]]:
-    return [tuple(tensor.shape) for tensor in program.weights().values()]
+def _kind(tensor: Tensor) -> tuple[tuple[int, ...], str]:
+    """What of a tensor the time of a kernel hangs on: its shape and its type."""
+    return tuple(tensor.shape), str(tensor.dtype)
 
 
 def _one_sample(program: Program) -> list[Any]:

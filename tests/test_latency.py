@@ -113,6 +113,20 @@ def test_all_count_for_as_much_more_as_the_whole_pass_takes() -> None:
     assert found[0].plan.groups == found[1].plan.groups
 
 
+def test_a_table_tells_types_apart() -> None:
+    """The whole pass takes what the clock says of its type, whatever the table has seen before."""
+
+    def by_type(call: Callable[[], Any], device: torch.device) -> float:
+        return operations(call, device) * (7 if call().dtype == torch.float64 else 1)
+
+    model, (x,), _ = models()["chain"]
+    table = LatencyTable(time=by_type)
+    microseconds = operations(lambda: model(x), torch.device("cpu")) * 1e6
+    for dtype, times in ((torch.float32, 1), (torch.float64, 7)):
+        result = fasp_fx.prune(model.to(dtype), (x.to(dtype),), budget=Latency(0.9, table), **FAST)
+        assert result.report.budgets[0].dense == pytest.approx(times * microseconds)
+
+
 def test_a_share_out_of_reach() -> None:
     model, args, _ = models()["chain"]
     with pytest.raises(fasp_fx.errors.BudgetError, match="out of reach"):
