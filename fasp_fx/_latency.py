@@ -16,7 +16,7 @@ from ._counting import Size
 from ._device import device_of
 from ._observe._runner import Runner
 from ._program import Program
-from .channels import arguments, is_dynamic
+from .channels import arguments
 from .errors import BudgetError
 from .latency import GRID, LatencyTable
 from .resources import Resource, ShrinkingSizes
@@ -165,10 +165,7 @@ class _Walk:
                     least[cuts] = min(least.get(cuts, size), size, key=lambda size: size.whole)
         numbers = {argument: f"#{place}" for place, argument in enumerate(operands)}
         rest = fx.map_arg((node.args, dict(node.kwargs)), lambda argument: numbers.get(argument, "number"))
-        key = (
-            f"{node.target} {rest} {[_kind(value) for value in operands.values()]}"
-            f" {list(axes.values())}"
-        )
+        key = f"{node.target} {rest} {[_kind(value) for value in operands.values()]} {list(axes.values())}"
         own = key, tuple(least.values())
         if own not in self.units:
             self.units[own] = _Unit(
@@ -236,16 +233,10 @@ def _kind(tensor: Tensor) -> tuple[tuple[int, ...], str]:
 
 def _one_sample(program: Program) -> list[Any]:
     """The example inputs; one of the two samples where a capture has doubled a single one."""
-    leaves, nodes = pytree.tree_leaves(program.example), program.placeholders()
-    tensors = [(node, leaf) for node, leaf in zip(nodes, leaves, strict=True) if isinstance(leaf, Tensor)]
-    doubled = bool(tensors) and all(
-        leaf.dim()
-        and len(leaf) == 2
-        and is_dynamic(node.meta["val"].shape[0])
-        and torch.equal(leaf[0], leaf[1])
-        for node, leaf in tensors
-    )
-    return [leaf[:1] if doubled and isinstance(leaf, Tensor) else leaf for leaf in leaves]
+    return [
+        leaf[:1] if program.doubled and isinstance(leaf, Tensor) else leaf
+        for leaf in pytree.tree_leaves(program.example)
+    ]
 
 
 __all__ = ["PassTime"]

@@ -73,6 +73,7 @@ class Program:
         replaced: the caller's parameters and buffers that are gone with that, by name.
         copies: buffers made for parts of the model that shared one (see the pass that gives each attention a
             table of its own).
+        doubled: whether the caller's example is one sample, which the capture has put twice into this one.
         walked: the module, the analysis and the interpretation of the last verification.
         facts: what the capture's exported program knows besides graph and weights; ``None`` for a graph that
             was not exported.
@@ -90,6 +91,7 @@ class Program:
     folds: tuple[FoldedWeight, ...] = ()
     replaced: dict[str, Tensor] = field(default_factory=dict)
     copies: tuple[CopiedBuffer, ...] = ()
+    doubled: bool = False
     walked: tuple[Any, ...] | None = field(default=None, repr=False, compare=False)
     facts: ExportFacts | None = field(default=None, repr=False, compare=False)
 

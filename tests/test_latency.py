@@ -113,6 +113,15 @@ def test_all_count_for_as_much_more_as_the_whole_pass_takes() -> None:
     assert found[0].plan.groups == found[1].plan.groups
 
 
+def test_samples_are_timed_as_they_were_given() -> None:
+    """As many as in the example, of which a single one is captured twice, and two that are equal are two."""
+    model, _, _ = models()["chain"]
+    for given in (torch.ones(2, 8), torch.randn(2, 8), torch.ones(1, 8)):
+        result = fasp_fx.prune(model, (given,), budget=Latency(0.9, LatencyTable(time=operations)), **FAST)
+        microseconds = operations(lambda given=given: model(given), torch.device("cpu")) * 1e6  # type: ignore[misc]
+        assert result.report.budgets[0].dense == pytest.approx(microseconds)
+
+
 def test_a_table_tells_types_apart() -> None:
     """The whole pass takes what the clock says of its type, whatever the table has seen before."""
 

@@ -71,6 +71,7 @@ def capture(
     kwargs = dict(kwargs or {})
     target = None if device is None else _usable(device)
     notes: tuple[str, ...] = ()
+    doubled = False
     if isinstance(model, ExportedProgram):
         exported, signature = functional(model), _exported_signature(model, args, kwargs)
     elif isinstance(model, nn.Module):
@@ -95,7 +96,7 @@ def capture(
             signature.graph_inputs(args, kwargs),
         )
         free = every_dim if image_sizes else all_dims
-        exported, notes = export(model, signature, given, dynamic_shapes, free, len(args), doubles)
+        exported, notes, doubled = export(model, signature, given, dynamic_shapes, free, len(args), doubles)
     else:
         raise ArgumentError(
             f"model must be an nn.Module, fx.GraphModule or ExportedProgram, not {type(model).__name__}"
@@ -124,6 +125,7 @@ def capture(
         order=order,
         folds=folding.folds,
         replaced=folding.replaced,
+        doubled=doubled,
         facts=ExportFacts.of(exported),
     )
 

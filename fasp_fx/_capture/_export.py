@@ -42,8 +42,9 @@ def export(
     free: Any,
     leading: int,
     doubles: bool = True,
-) -> tuple[ExportedProgram, tuple[str, ...]]:
-    """The program of a module, and what a user should know of it.
+) -> tuple[ExportedProgram, tuple[str, ...], bool]:
+    """The program of a module, what a user should know of it, and whether its example is a batch of one that
+    was doubled and of which a single sample can be run.
 
     Args:
         model, signature: the module and its calling convention.
@@ -104,7 +105,12 @@ def export(
                 *((note,) if note else ()),
                 *(f"forward sets the attribute '{name}', which a graph does not" for name in sets),
             )
-            return exported, (*said, *(_GRADIENTS.format(name) for name in functions))
+            return (
+                exported,
+                (*said, *(_GRADIENTS.format(name) for name in functions)),
+                # Freedom can have been taken away since that was asked above.
+                inputs is not given and takes_any_number(exported),
+            )
         except Exception as error:
             failures.append(error)
     reason = str(failures[0]).strip().splitlines() or [type(failures[0]).__name__]

@@ -83,17 +83,12 @@ def _laid_like(leaf: Tensor, made: Tensor) -> Tensor:
 
 
 def example_inputs(program: Program) -> Iterator[Inputs]:
-    """The example: one of its two samples if they are alike, as where a capture has doubled a single one, and
-    the whole.
-    """
-    leaves, dynamic = _leaves(program), _dynamic(program)
-    long = bool(dynamic) and _is_long(leaves)
-    tensors = {index: leaf for index, leaf in enumerate(leaves) if isinstance(leaf, Tensor)}
-    if long and all(
-        (index, 0) in dynamic and len(leaf) == 2 and torch.equal(leaf[0], leaf[1])
-        for index, leaf in tensors.items()
-    ):
-        yield Inputs(sizes={(index, 0): 1 for index in tensors}, long=True)
+    """The example: one of its two samples where a capture has doubled a single one, and the whole."""
+    leaves = _leaves(program)
+    long = bool(_dynamic(program)) and _is_long(leaves)
+    if long and program.doubled:
+        alike = {(index, 0): 1 for index, leaf in enumerate(leaves) if isinstance(leaf, Tensor)}
+        yield Inputs(sizes=alike, long=True)
     yield Inputs(long=long)
 
 
