@@ -863,3 +863,43 @@ def test_a_width_that_is_a_length_as_well_is_found_out() -> None:
     result = fasp_fx.prune(model, (ids,), sparsity=0.4, score="random", restore=None)
     with pytest.raises(fasp_fx.EagerError, match="differs"):
         result.eager(model)
+
+
+class Bounded(nn.Module):
+    """A width that is the bound of integers as well, its own or that of a part, and a table of ``rows``."""
+
+    def __init__(self, rows: int, own: bool) -> None:
+        super().__init__()
+        self.hidden, self.own = 48, own
+        self.table, self.up, self.out = nn.Embedding(rows, 48), nn.Linear(8, 48), nn.Linear(48, 5)
+
+    def forward(self, x: Tensor, ids: Tensor) -> Tensor:
+        hidden = self.up(x).relu()
+        if self.own:
+            return self.out(
+                hidden.view(-1, self.hidden) * self.table(ids.clamp(max=self.hidden - 1)).sigmoid()
+            )
+        return self.out(hidden * self.table(ids.clamp(max=self.up.out_features - 1)).sigmoid())
+
+
+@pytest.mark.parametrize("rows", [64, 48, 40])
+@pytest.mark.parametrize("own", [True, False])
+def test_a_width_that_bounds_integers_as_well_is_found_out(rows: int, own: bool) -> None:
+    """A copy whose bound went with the width takes other rows for integers between the two."""
+    model = randomise(Bounded(rows, own))
+    result = pruned(model, torch.randn(4, 8), torch.tensor([1, 2, 3, 4]), sparsity=0.5)
+    with pytest.raises(EagerError, match=r"with integers from \d+ to \d+ an output differs"):
+        result.eager(model)
+
+
+def test_a_width_beside_integers_that_it_does_not_bound() -> None:
+    class Free(Bounded):
+        def forward(self, x: Tensor, ids: Tensor) -> Tensor:
+            return self.out(self.up(x).relu().view(-1, self.hidden) * self.table(ids).sigmoid())
+
+    model, ids = randomise(Free(40, True)), torch.tensor([20, 30, 35, 39])
+    result = pruned(model, torch.randn(4, 8), torch.tensor([1, 2, 3, 4]), sparsity=0.5)
+    small: Any = result.eager(model)
+    assert small.hidden == small.up.out_features < 48
+    x = torch.randn(4, 8)
+    assert apart(small, zeroed(model, result.plan), x, ids) < TOLERANCE

@@ -18,6 +18,7 @@ from .._program import Program
 OTHERS = 2
 #: integers that stand in for those of an example that holds a single one: any table has so many rows
 _FEW = 2
+_INTEGERS = frozenset({torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64})
 
 
 @dataclass(frozen=True)
@@ -66,6 +67,44 @@ def longer_question(program: Program, device: torch.device, length: int) -> Iter
         yield Question(inputs.said, [_drawn(leaf, index) for index, leaf in enumerate(leaves)])
 
 
+def integer_questions(asked: Question, least: int, most: int, held: bool) -> Iterator[Iterator[Question]]:
+    """For each input of integers, the same question with integers from ``least`` to ``most`` in it.
+
+    Those that follow stop short of ``most``, for a program that does not run on the ones before, as where it
+    looks the integers up in a table of fewer rows.
+
+    Args:
+        asked: a question that the program takes.
+        least, most: the bounds.
+        held: go no further than the integers in the question, where an index out of range cannot be caught.
+    """
+    for index, leaf in enumerate(asked.leaves):
+        if not isinstance(leaf, Tensor) or leaf.dtype not in _INTEGERS or not leaf.numel():
+            continue
+        bound = min(torch.iinfo(leaf.dtype).max, int(leaf.max()) if held else most)
+        tops = [
+            most,
+            *(least + (most - 1 - least >> halved) for halved in range((most - least).bit_length())),
+        ]
+        yield (
+            Question(
+                f"{asked.said} with integers from {least} to {top}",
+                [*asked.leaves[:index], _between(leaf, least, top), *asked.leaves[index + 1 :]],
+            )
+            for top in dict.fromkeys(min(top, bound) for top in tops)
+            if top >= least
+        )
+
+
+def _between(leaf: Tensor, least: int, most: int) -> Tensor:
+    """Integers at random, the greatest among them, and the least as well where there is room."""
+    generator = torch.Generator(device="cpu").manual_seed(most)
+    made = torch.randint(least, most + 1, (leaf.numel(),), generator=generator, device="cpu")
+    made[-1] = least
+    made[0] = most
+    return made.reshape(leaf.shape).to(leaf)
+
+
 def call_of(program: Program, leaves: list[Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """The arguments of the caller's ``forward`` that give the program these values."""
     signature = program.signature
@@ -87,4 +126,4 @@ def _single(leaf: Tensor) -> bool:
     return leaf.numel() > 1 and leaf.layout == torch.strided and bool((leaf == leaf.reshape(-1)[0]).all())
 
 
-__all__ = ["OTHERS", "Question", "call_of", "longer_question", "questions"]
+__all__ = ["OTHERS", "Question", "call_of", "integer_questions", "longer_question", "questions"]

@@ -91,7 +91,23 @@ class Search:
         ]
         if guessed_at:
             self.trial.ask_beyond(max(guessed_at))  # what is a width may be the length of a window as well
+        for old, new in self._in_doubt(needed, sure).items():
+            self.trial.ask_between(new, old)  # or bound the integers that the model is given
         return self.trial.run()
+
+    def _in_doubt(self, needed: dict[Size, int], sure: dict[Size, int]) -> dict[int, int]:
+        """For each old value of sizes that could mean something else as well, the greatest new one.
+
+        In doubt are the sizes that were guessed, and those that classes say where a class outside torch reads
+        them, maybe from another module.
+        """
+        mine = [inner for inner in self.cuts.modules.values() if not _is_of_torch(type(inner))]
+        read = {name: _is_read(mine, name, _MAKING) for name in {size.name for size in sure}}
+        found: dict[int, int] = {}
+        for size, new in needed.items():
+            if new < self.dense[size] and (size not in sure or read[size.name]):
+                found[self.dense[size]] = max(new, found.get(self.dense[size], new))
+        return found
 
     # --- the natural guess
 
@@ -327,11 +343,14 @@ class Search:
 
 
 #: methods that say what a module was made with, or that were tried
-_TELLING = frozenset({"__init__", "forward", "extra_repr", "__repr__", "__str__", "reset_parameters"})
+_MAKING = frozenset({"__init__", "extra_repr", "__repr__", "__str__", "reset_parameters"})
+_TELLING = _MAKING | {"forward"}
 
 
-def _is_read(modules: Iterable[nn.Module], name: str) -> bool:
-    """Whether a method of some module's class looks up an attribute of this name, other than to say it."""
+def _is_read(modules: Iterable[nn.Module], name: str, but: frozenset[str] = _TELLING) -> bool:
+    """Whether a method of some module's class looks up an attribute of this name, other than those named in
+    ``but``.
+    """
     kinds = {
         kind
         for module in modules
@@ -342,9 +361,13 @@ def _is_read(modules: Iterable[nn.Module], name: str) -> bool:
         name in code.co_names or name in code.co_consts
         for kind in kinds
         for own, held in vars(kind).items()
-        if own not in _TELLING
+        if own not in but
         for code in _codes(held)
     )
+
+
+def _is_of_torch(kind: type[nn.Module]) -> bool:
+    return kind.__module__.partition(".")[0] == "torch"
 
 
 def _codes(held: object) -> Iterator[CodeType]:

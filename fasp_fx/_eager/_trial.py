@@ -13,7 +13,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from .._capture._unchanged import rewound
 from .._compat import TorchDispatchMode, pytree
@@ -23,7 +23,7 @@ from .._exactness._execution import copied as as_now
 from .._program import Program
 from ..channels import written_names
 from ..errors import EagerError, first_line
-from ._call import OTHERS, Question, call_of, longer_question, questions
+from ._call import OTHERS, Question, call_of, integer_questions, longer_question, questions
 
 if TYPE_CHECKING:
     from .._result import Result
@@ -108,6 +108,18 @@ class Trial:
         """Run on inputs longer than ``length`` as well from now on, if there can be such."""
         for question in longer_question(self.program, self._device, length):
             self._asked(question)
+
+    def ask_between(self, least: int, most: int) -> None:
+        """Run on integers from ``least`` to ``most`` as well from now on, in each input that takes such."""
+        # What is asked of single integers needs few of them.
+        smallest = min(
+            self.questions,
+            key=lambda asked: sum(leaf.numel() for leaf in asked.leaves if isinstance(leaf, Tensor)),
+        )
+        for offered in integer_questions(smallest, least, most, held=self._device.type != "cpu"):
+            for question in offered:
+                if self._asked(question) is None:
+                    break
 
     def run(self, counting: bool = False) -> Outcome:
         """Run the copy on all inputs, up to the first on which it fails or differs.
