@@ -87,8 +87,10 @@ def example_inputs(program: Program) -> Iterator[Inputs]:
     leaves = _leaves(program)
     long = bool(_dynamic(program)) and _is_long(leaves)
     if long and program.doubled:
-        alike = {(index, 0): 1 for index, leaf in enumerate(leaves) if isinstance(leaf, Tensor)}
-        yield Inputs(sizes=alike, long=True)
+        single: dict[tuple[int, int | None], int] = {
+            (index, 0): 1 for index, leaf in enumerate(leaves) if isinstance(leaf, Tensor)
+        }
+        yield Inputs(sizes=single, long=True)
     yield Inputs(long=long)
 
 
