@@ -7,15 +7,18 @@ import hashlib
 import torch
 
 
-def generator_of(*place: object) -> torch.Generator:
-    """Random numbers of their own for each place, on the CPU; torch takes 32 bits of a seed and drops the
-    rest.
+def seed_of(*place: object) -> int:
+    """A seed of its own for each place, of 32 bits, which is what torch takes of one.
 
     Args:
         place: whole numbers and names that tell it from others.
     """
-    digest = hashlib.blake2b(repr(place).encode(), digest_size=4).digest()
-    return torch.Generator(device="cpu").manual_seed(int.from_bytes(digest))
+    return int.from_bytes(hashlib.blake2b(repr(place).encode(), digest_size=4).digest())
 
 
-__all__ = ["generator_of"]
+def generator_of(*place: object) -> torch.Generator:
+    """Random numbers of their own for each place, on the CPU; arguments as for :func:`seed_of`."""
+    return torch.Generator(device="cpu").manual_seed(seed_of(*place))
+
+
+__all__ = ["generator_of", "seed_of"]

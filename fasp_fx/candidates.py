@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -11,6 +10,7 @@ from typing import Generic, TypeVar
 import numpy as np
 
 from ._options import is_number
+from ._seeded import seed_of
 from .allocation import Allocation, Budget, Global
 from .costs import CostCurve, Costs
 from .errors import ArgumentError
@@ -47,8 +47,7 @@ class Varied(Global):
         return super().__call__(budget, round_to, costs.with_curves(curves))
 
     def _factor(self, name: str) -> float:
-        digest = hashlib.blake2b(repr((self.seed, name)).encode(), digest_size=8).digest()
-        return math.exp(self.spread * float(np.random.default_rng(int.from_bytes(digest)).normal()))
+        return math.exp(self.spread * float(np.random.default_rng(seed_of(self.seed, name)).normal()))
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from ._device import device_of
+from ._evaluation._modes import in_evaluation
 from .errors import ArgumentError
 
 
@@ -23,7 +24,8 @@ def perplexity(model: nn.Module, chunks: Tensor, *, progress: Callable[[float], 
     """Mean cross-entropy over the ``length - 1`` predictions of each chunk, exponentiated.
 
     Args:
-        model: called with ``input_ids`` and ``use_cache=False``, one chunk at a time.
+        model: called with ``input_ids`` and ``use_cache=False``, one chunk at a time, in evaluation mode; its
+            own mode is as before afterwards.
         chunks: tokens ``[chunks, length]``.
         progress: called with the fraction done.
 
@@ -42,13 +44,13 @@ def perplexity(model: nn.Module, chunks: Tensor, *, progress: Callable[[float], 
         )
     device = device_of(model)
     total = 0.0
-    for index, chunk in enumerate(chunks):
-        ids = chunk[None].to(device)
-        with torch.no_grad():
+    with in_evaluation(model), torch.no_grad():
+        for index, chunk in enumerate(chunks):
+            ids = chunk[None].to(device)
             logits = _logits(model(input_ids=ids, use_cache=False))
             total += float(functional.cross_entropy(logits[0, :-1].float(), ids[0, 1:], reduction="sum"))
-        if progress is not None:
-            progress((index + 1) / len(chunks))
+            if progress is not None:
+                progress((index + 1) / len(chunks))
     mean = total / (len(chunks) * (chunks.shape[1] - 1))
     return math.exp(mean) if mean < 700 else math.inf
 

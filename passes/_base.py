@@ -16,13 +16,12 @@ from fasp_fx._calling._signature import CallSignature
 from fasp_fx._program import Program
 from fasp_fx.analysis import Analysis
 from fasp_fx.errors import FaspError, VerificationError
+from fasp_fx.plan import PruningPlan, check_fingerprint, program_fingerprint
 
 from ._run import analysis_for, run_exported
 
 if TYPE_CHECKING:
     import numpy as np
-
-    from fasp_fx.plan import PruningPlan
 
 
 class Pass(ABC):
@@ -100,6 +99,8 @@ class GraphPass(Pass, PassBase):
 
     def call(self, graph_module: fx.GraphModule) -> PassResult:
         program = Program(graph_module, CallSignature(inspect.Signature(), (), {}), ((), {}))
+        if isinstance(self.removal, PruningPlan):
+            check_fingerprint(self.removal, program_fingerprint(program))
         try:
             rewritten = self.rewrite(program, analysis_for(program, self.removal))
         except FaspError as error:

@@ -6,14 +6,16 @@ of a layer norm, to which each zero contributes the square of the mean.
 
 from __future__ import annotations
 
+import hashlib
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch import fx
 
-from fasp_fx._stamps import stamp
+from fasp_fx._stamps import WRITTEN_BY, stamp
 from fasp_fx.channels import Value, Walk, arguments
+from fasp_fx.errors import VerificationError
 
 from ._base import GraphPass
 from ._kept import Kept, gone_from
@@ -25,6 +27,9 @@ if TYPE_CHECKING:
     from fasp_fx.plan import PruningPlan
 
 _ATEN = torch.ops.aten
+#: key of ``node.meta["custom"]`` under which nodes carry the digest of the removal that they are for
+_FOR = "fasp_fx_counted_for"
+_NARROW = (torch.float16, torch.bfloat16)
 
 
 class KeepDenseCount(GraphPass):
@@ -44,7 +49,13 @@ class KeepDenseCount(GraphPass):
         self.removal: PruningPlan | np.ndarray = removal
 
     def rewrite(self, program: Program, analysis: Analysis) -> Program:
-        kept, walk = Kept(gone_from(self.removal, program, analysis)), walk_of(program, analysis)
+        gone = gone_from(self.removal, program, analysis)
+        kept, walk, removal = Kept(gone), walk_of(program, analysis), hashlib.sha256(gone).hexdigest()
+        if any(_counted_for(node) == removal for node in program.module.graph.nodes):
+            raise VerificationError(
+                "means divide by the dense count already; this pass comes once for a removal, and Prune(plan)"
+                " has it inside"
+            )
         shares = {
             node.name: share
             for node in program.module.graph.nodes
@@ -63,7 +74,16 @@ class KeepDenseCount(GraphPass):
                 _REWRITES[node.target](
                     program.module.graph, node, shares[node.name], dtypes[node.name], self.name
                 )
+        for node in program.module.graph.nodes:
+            if node.meta.get(WRITTEN_BY) == self.name and _counted_for(node) is None:
+                node.meta["custom"] = {**node.meta["custom"], _FOR: removal}
         return program
+
+
+def _counted_for(node: fx.Node) -> str | None:
+    """The digest of the removal for which a node was written by this pass."""
+    found: str | None = node.meta.get("custom", {}).get(_FOR)
+    return found
 
 
 def _share(node: fx.Node, kept: Kept, walk: Walk) -> float:
@@ -123,7 +143,9 @@ def _layer_norm(graph: fx.Graph, node: fx.Node, share: float, dtype: torch.dtype
 def _rms_norm(graph: fx.Graph, node: fx.Node, share: float, dtype: torch.dtype, name: str) -> None:
     given, write = arguments(node), _Writer(graph, node, name)
     dims = list(range(-len(given["normalized_shape"]), 0))
-    eps = given["eps"] if given["eps"] is not None else torch.finfo(dtype).eps
+    # Narrow types are computed in float32, whose precision stands for an eps that is not given.
+    computed = torch.float32 if dtype in _NARROW else dtype
+    eps = given["eps"] if given["eps"] is not None else torch.finfo(computed).eps
     wide, narrow = _widened(write, given["input"], dtype)
     square = write(
         _ATEN.mul.Tensor, write(_ATEN.mean.dim, write(_ATEN.mul.Tensor, wide, wide), dims, True), share
@@ -134,7 +156,7 @@ def _rms_norm(graph: fx.Graph, node: fx.Node, share: float, dtype: torch.dtype, 
 
 def _widened(write: _Writer, source: fx.Node, dtype: torch.dtype) -> tuple[fx.Node, torch.dtype | None]:
     """The input in at least float32, as the fused operators compute, and its own type if that is narrower."""
-    if dtype not in (torch.float16, torch.bfloat16):
+    if dtype not in _NARROW:
         return source, None
     return write(_ATEN.to.dtype, source, torch.float32), dtype
 

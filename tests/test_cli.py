@@ -187,7 +187,7 @@ def test_prune_by_itself(folder: Path, tmp_path: Path) -> None:
     first = _invoke("prune", folder / "model", "--out", tmp_path / "out", *SMALL)
     assert first.exit_code == 0, first.output
     assert (
-        "perplexity on text that the model wrote itself, not seen by calibration (3 x 32 tokens)"
+        "perplexity on text that the model wrote itself, not seen by this calibration (3 x 32 tokens)"
         in first.stdout
     )
     again = _invoke("prune", folder / "model", "--out", tmp_path / "out", *SMALL, "--overwrite")

@@ -202,3 +202,19 @@ def test_named_tasks_without_their_data(
     assert "hub" in refused
     assert "did you mean faraway" in _refused(_invoke("eval", folder / "model", "--task", "farawy"))
     assert "knows no task 'zzz'" in _refused(_invoke("eval", folder / "model", "--task", "zzz"))
+
+
+def test_perplexity_is_that_of_evaluation_mode() -> None:
+    class Noisy(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.table, self.dropout = torch.nn.Embedding(16, 16), torch.nn.Dropout(0.5)
+
+        def forward(self, input_ids: torch.Tensor, use_cache: bool) -> CausalLMOutput:
+            return CausalLMOutput(logits=self.dropout(self.table(input_ids)))
+
+    model, chunks = Noisy().eval(), torch.randint(0, 16, (2, 9))
+    expected = evaluation.perplexity(model, chunks)
+    assert evaluation.perplexity(model.train(), chunks) == expected
+    assert model.training
+    assert model.dropout.training

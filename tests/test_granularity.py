@@ -12,6 +12,7 @@ import transformers as hf
 from captures import one_capture
 from oracle import TOLERANCE, error, zeroed
 from torch import Tensor, nn
+from torch.fx.passes.infra.pass_manager import PassManager
 from zoo import VOCABULARY, ZOO, TwoLayers, randomise
 
 import fasp_fx
@@ -237,3 +238,51 @@ def test_a_model_without_heads_says_so() -> None:
         fasp_fx.prune(
             TwoLayers().eval(), (torch.randn(2, 12),), granularity=("head",), score="random", restore=None
         )
+
+
+class Normed(nn.Module):
+    """A norm by mean squares, with the eps that torch takes where none is given."""
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.up, self.norm, self.down = nn.Linear(8, 32), nn.RMSNorm(32, eps=None), nn.Linear(32, 4)
+        randomise(self, std=1e-3)  # so small that an eps shows
+        self.to(dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down(self.norm(self.up(x)))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_an_eps_that_is_not_given_is_that_of_the_type_that_is_computed_in(dtype: torch.dtype) -> None:
+    model, x = Normed(dtype).eval(), torch.randn(64, 8).to(dtype)
+    result = fasp_fx.prune(
+        model, (x,), include=("approximate",), sparsity={"down.weight": 0.5}, score="random", restore=None
+    )
+    masked = copy.deepcopy(model)
+    with torch.no_grad():
+        for part in (part for group in result.plan.groups for part in group.producers):
+            masked.get_parameter(part.name).index_fill_(part.dim, torch.tensor(part.removed), 0)
+    assert error(result.module(x).float(), masked(x).float()) < (1e-5 if dtype == torch.float32 else 2e-2)
+
+
+def test_the_dense_count_is_kept_once() -> None:
+    model, x = Normed(torch.float32).eval(), torch.randn(4, 8)
+    options = {
+        "include": ("approximate",),
+        "sparsity": {"down.weight": 0.5},
+        "score": "random",
+        "restore": None,
+    }
+    plan = fasp_fx.prune(model, (x,), **options).plan
+    counted = fasp_fx.passes.KeepDenseCount(plan)(torch.export.export(model, (x,)))
+    with pytest.raises(fasp_fx.VerificationError, match="already"):
+        fasp_fx.passes.Prune(plan)(counted)
+    other = Normed(torch.float32).eval()
+    with torch.no_grad():
+        other.up.weight.mul_(2)
+    with pytest.raises(Exception, match="KeepDenseCount") as told:
+        PassManager([fasp_fx.passes.KeepDenseCount(plan)])(
+            torch.export.export(other, (x,)).module(check_guards=False)
+        )
+    assert isinstance(told.value.__cause__, fasp_fx.errors.PlanError)

@@ -81,7 +81,7 @@ def run(request: Request, stages: Stages, console: Console) -> None:
     source = _models.Source.of(request.dense)
     stages.begin("loading the models and the text")
     result = _saved.load_pruned(Path(request.folder), device)
-    texts = Texts(request.texts, result.tokenizer)
+    texts = Texts(request.texts, result.tokenizer, "training")
     texts.check_two()
     held = next(parameter.dtype for parameter in result.model.parameters() if parameter.is_floating_point())
     dense = _models.load_model(source, dtype=str(held).removeprefix("torch."), device=device)

@@ -67,17 +67,18 @@ class Texts:
     Args:
         wanted: what is needed.
         tokenizer: that of the model.
+        use: what the chunks are for that are not measured on.
 
     Raises:
         CalibrationError: a file does not hold enough.
     """
 
-    def __init__(self, wanted: Wanted, tokenizer: Any) -> None:
+    def __init__(self, wanted: Wanted, tokenizer: Any, use: str = "calibration") -> None:
         self.wanted, self.tokenizer = wanted, tokenizer
         self.used: Tensor | None = None
         self.evaluation: Tensor | None = None
         self.label = (
-            f"perplexity on text that the model wrote itself, not seen by calibration ({wanted.eval_batches}"
+            f"perplexity on text that the model wrote itself, not seen by this {use} ({wanted.eval_batches}"
             f" x {wanted.length} tokens)"
         )
         used = 0

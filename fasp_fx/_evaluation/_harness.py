@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import ArgumentError, first_line
+from ._modes import in_evaluation
 from ._task_file import SUFFIX, read_questions
 
 Progress = Callable[[float], None]
@@ -76,13 +77,8 @@ def run(
     """
     from lm_eval import evaluate
 
-    modes = {module: module.training for module in model.modules()}
-    try:
-        with _quiet(progress):
-            return evaluate(_lm(model, tokenizer, batch_size), loaded, limit=limit, log_samples=False)
-    finally:
-        for module, training in modes.items():
-            module.training = training
+    with in_evaluation(model), _quiet(progress):
+        return evaluate(_lm(model, tokenizer, batch_size), loaded, limit=limit, log_samples=False)
 
 
 def _own_task(file: Path) -> dict[str, Any]:

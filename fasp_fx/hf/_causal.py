@@ -76,7 +76,8 @@ class PrunedForCausalLM(PrunedModel):
         logits = found["logits"] if inside or kept.numel() == new else found["logits"].index_select(1, kept)
         loss = None
         if labels is not None:
-            loss = loss_of(self.config.loss, logits, labels, kwargs.get("num_items_in_batch"))
+            items = kwargs.get("num_items_in_batch") if self.config.counts_items else None
+            loss = loss_of(self.config.loss, logits, labels, items)
         output = CausalLMOutputWithPast(
             loss=loss, logits=logits, **{CACHE: self._extended(cache, given, found, use_cache)}
         )

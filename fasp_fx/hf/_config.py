@@ -42,6 +42,7 @@ class PrunedConfig(PreTrainedConfig):
             its place, or ``None`` where the original has a loss of its own.
         labels_moved: how an encoder-decoder makes tokens of labels: behind its token for the ``"start"``, or
             behind the ``"last"`` of them.
+        counts_items: whether the original divides that loss by ``num_items_in_batch`` where it is given.
         packs: whether the original takes positions that begin again for another text in the same row.
     """
 
@@ -53,6 +54,7 @@ class PrunedConfig(PreTrainedConfig):
     position_limit: int | None = None
     loss: str | None = None
     labels_moved: str | None = None
+    counts_items: bool = True
     packs: bool = False
     fasp_fx_version: str | None = None
 

@@ -25,6 +25,7 @@ class Habits:
     position_limit: int | None = None
     loss: str | None = None
     labels_moved: str | None = None
+    counts_items: bool = True
     packs: bool = False
 
 
@@ -79,6 +80,21 @@ def loss_of_labels(stages: Stages) -> tuple[str | None, str | None]:
     return None, None
 
 
+def counts_items(stages: Stages, loss: str | None) -> bool:
+    """Whether a model divides the loss of labels by ``num_items_in_batch``, rather than ignore it as some do
+    that take any argument.
+    """
+    if loss is None:
+        return True
+    source = {"input_ids": stages.tokens(6, 2), "labels": stages.tokens(6, 2, seed=7)}
+    alone, counted = (
+        called(stages, {**source, **given}) for given in ({}, {"num_items_in_batch": torch.tensor(1000)})
+    )
+    if alone is None or counted is None or getattr(counted, "loss", None) is None:
+        return True
+    return far(counted.loss.detach(), alone.loss.detach())
+
+
 def keeps_texts_apart(stages: Stages) -> bool:
     """Whether a model takes positions that begin again, given without a mask, for several texts
     in one row.
@@ -100,4 +116,4 @@ def called(stages: Stages, arguments: dict[str, Any]) -> Any:
         return None
 
 
-__all__ = ["Habits", "called", "far", "keeps_texts_apart", "loss_of_labels"]
+__all__ = ["Habits", "called", "counts_items", "far", "keeps_texts_apart", "loss_of_labels"]

@@ -40,6 +40,7 @@ _OF_THE_PROGRAMS = (
     "position_limit",
     "loss",
     "labels_moved",
+    "counts_items",
     "packs",
     "fasp_fx_version",
     "is_encoder_decoder",
@@ -175,6 +176,7 @@ def _config(folder: Path, kind: type[PrunedModel]) -> PrunedConfig:
         config.loss not in (None, *LOSSES)
         or config.labels_moved not in (None, *MOVES)
         or type(config.packs) is not bool
+        or type(config.counts_items) is not bool
     ):
         raise StoreError(
             "config.json does not say how labels and packed texts are read; save the model again"

@@ -17,7 +17,7 @@ from .._program import Program
 from ..errors import CaptureError
 from . import _caches
 from ._flat import FlatProgram
-from ._habits import Habits, called, far, keeps_texts_apart, loss_of_labels
+from ._habits import Habits, called, counts_items, far, keeps_texts_apart, loss_of_labels
 from ._labels import POSITIONS
 from ._stages import CausalStages, Seq2SeqStages
 
@@ -49,8 +49,9 @@ def habits_of(stages: CausalStages | Seq2SeqStages, program: Program) -> Habits:
         CaptureError: at some size the program computes something else than the model; names the size.
     """
     loss, way = loss_of_labels(stages)
+    items = counts_items(stages, loss)
     if not isinstance(stages, CausalStages):
-        return Habits(loss=loss, labels_moved=way)
+        return Habits(loss=loss, labels_moved=way, counts_items=items)
     flat = FlatProgram.of(program.module)
     for size, arguments in _calls(stages):
         values = _values(flat, arguments)
@@ -69,8 +70,14 @@ def habits_of(stages: CausalStages | Seq2SeqStages, program: Program) -> Habits:
                 f" model for {size}; it cannot be served"
             )
     if "position_ids" not in flat.inputs:
-        return Habits(loss=loss)
-    return Habits(_counting(stages), _table(program.module, flat), loss, packs=keeps_texts_apart(stages))
+        return Habits(loss=loss, counts_items=items)
+    return Habits(
+        _counting(stages),
+        _table(program.module, flat),
+        loss,
+        counts_items=items,
+        packs=keeps_texts_apart(stages),
+    )
 
 
 def _values(flat: FlatProgram, arguments: dict[str, Any]) -> dict[str, Tensor]:

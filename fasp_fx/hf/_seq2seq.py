@@ -123,8 +123,8 @@ class PrunedForSeq2SeqLM(PrunedModel):
         found = self._run(program, values, one=new == 1)
         loss = None
         if labels is not None:
-            logits, targets, items = found["logits"], labels, kwargs.get("num_items_in_batch")
-            loss = loss_of(self.config.loss, logits, targets, items)
+            items = kwargs.get("num_items_in_batch") if self.config.counts_items else None
+            loss = loss_of(self.config.loss, found["logits"], labels, items)
         cache = self._extended(cache, given, found, use_cache)
         output = Seq2SeqLMOutput(
             loss=loss, logits=found["logits"], encoder_last_hidden_state=hidden, **{CACHE: cache}

@@ -5,7 +5,6 @@ state kept.
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import math
 import time
 from collections.abc import Callable, Sequence
@@ -16,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from .._device import products_in_bfloat16
+from .._seeded import seed_of
 from .._undisturbed import drawing_alike
 from ..errors import ArgumentError
 from ..report import CurvePoint
@@ -228,8 +228,7 @@ class Training:
         """Random numbers that depend on the seed and the place in the training alone, so that a run that was
         interrupted draws as one that was not, several processes as one, and each evaluation as the first.
         """
-        digest = hashlib.blake2b(repr((self._config.seed, *place)).encode(), digest_size=4).digest()
-        return drawing_alike(self._trained.parameters(), int.from_bytes(digest))
+        return drawing_alike(self._trained.parameters(), seed_of(self._config.seed, *place))
 
     def _terms(self, model: nn.Module, index: int, bfloat16: bool) -> Tensor:
         call = self._calls[index].to(self._device)

@@ -167,14 +167,31 @@ def floats(output: Any) -> list[Tensor]:
     ]
 
 
+def _tensors(output: Any) -> list[Tensor]:
+    return [
+        leaf.detach().to_dense() if leaf.layout != torch.strided else leaf.detach()
+        for leaf in pytree.tree_leaves(output)
+        if isinstance(leaf, Tensor)
+    ]
+
+
 def error(found: Any, expected: Any) -> float:
-    """``max|a−b| / max|b|`` of the worst floating-point output; infinite where shapes differ or one alone is
-    not finite.
+    """``max|a−b| / max|b|`` of the worst output of real or complex numbers; infinite where shapes, integers
+    or truths differ, or infinities and NaN do not stand at the same places.
     """
     worst = 0.0
-    pairs = list(zip(floats(found), floats(expected), strict=True))
+    pairs = list(zip(_tensors(found), _tensors(expected), strict=True))
     for a, b in pairs:
-        if a.shape != b.shape or bool((torch.isfinite(a) != torch.isfinite(b)).any()):
+        if a.shape != b.shape or a.is_complex() != b.is_complex():
+            return float("inf")
+        if a.is_complex():
+            a, b = torch.view_as_real(a.resolve_conj()), torch.view_as_real(b.resolve_conj())
+        if not b.is_floating_point():
+            if not torch.equal(a, b):
+                return float("inf")
+            continue
+        odd = ~torch.isfinite(b) | ~torch.isfinite(a)
+        if not bool(((a == b) | (a.isnan() & b.isnan()))[odd].all()):
             return float("inf")
         finite = torch.isfinite(b)
         difference = (a - b)[finite].abs().max() if bool(finite.any()) else torch.zeros(())

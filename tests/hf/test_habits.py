@@ -4,6 +4,7 @@ call is refused.
 
 from __future__ import annotations
 
+import inspect
 from pathlib import Path
 from typing import Any
 
@@ -80,6 +81,10 @@ def test_labels_are_moved_on_as_the_model_does() -> None:
     assert pruned.config.labels_moved == "last"
     assert torch.allclose(found.logits, expected.logits, atol=1e-4)
     assert torch.allclose(found.loss, expected.loss, atol=1e-4)
+    if any(kind.kind is kind.VAR_KEYWORD for kind in inspect.signature(model.forward).parameters.values()):
+        given = {"input_ids": ids, "labels": labels, "num_items_in_batch": torch.tensor(1000)}
+        with torch.no_grad():  # which trainers hand to whatever takes it, and this one ignores
+            assert torch.allclose(pruned(**given).loss, model(**given).loss, atol=1e-4)
     assert torch.equal(
         pruned.prepare_decoder_input_ids_from_labels(labels),
         model.prepare_decoder_input_ids_from_labels(labels),
@@ -207,3 +212,14 @@ def test_ways_to_count_and_to_move_on() -> None:
     labels = torch.tensor([[5, 6, 7, -100], [5, 6, 7, 8]])
     assert MOVES["start"](labels, 9, 1).tolist() == [[9, 5, 6, 7], [9, 5, 6, 7]]
     assert MOVES["last"](labels, None, 1).tolist() == [[7, 5, 6, 7], [8, 5, 6, 7]]
+
+
+def test_a_loss_is_divided_as_the_model_divides_it() -> None:
+    model = made("LlamaForCausalLM", transformers.LlamaConfig(**LLAMA))
+    pruned = nearly_whole(model).model
+    ids = tokens(2, 9)
+    given = {"input_ids": ids, "labels": ids, "num_items_in_batch": torch.tensor(1000), "use_cache": False}
+    with torch.no_grad():
+        found, expected = pruned(**given).loss, model(**given).loss
+    assert pruned.config.counts_items
+    assert torch.allclose(found, expected, atol=1e-6)

@@ -69,4 +69,7 @@ def test_errors() -> None:
     assert error(a, torch.tensor([1.0])) == float("inf")
     assert error(torch.tensor([1.0, float("nan")]), a) == float("inf")
     assert error(torch.tensor([1.0, float("inf")]), torch.tensor([1.0, float("inf")])) == 0
-    assert error({"a": a, "n": torch.tensor(1)}, {"a": a, "n": torch.tensor(2)}) == 0
+    assert error(torch.tensor([1.0, float("-inf")]), torch.tensor([1.0, float("inf")])) == float("inf")
+    assert error({"a": a, "n": torch.tensor(1)}, {"a": a, "n": torch.tensor(2)}) == float("inf")
+    assert error({"a": a, "n": torch.tensor(2)}, {"a": a, "n": torch.tensor(2)}) == 0
+    assert error(torch.tensor([1 + 1j]), torch.tensor([1 + 2j])) == 0.5
