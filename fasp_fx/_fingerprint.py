@@ -26,12 +26,12 @@ def fingerprint(tensors: Mapping[str, Tensor]) -> str:
         tensor = tensors[name].detach()
         digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
         if tensor.numel() and tensor.device.type != "meta":
-            for hashes in _hashed(_bytes_of(tensor)):
+            for hashes in _hashed(bytes_of(tensor)):
                 digest.update(hashes.cpu().numpy().tobytes())
     return digest.hexdigest()
 
 
-def _bytes_of(tensor: Tensor) -> Tensor:
+def bytes_of(tensor: Tensor) -> Tensor:
     """The values of a tensor as bytes, shape ``[bytes]``; a view where they lie one after another."""
     if tensor.is_quantized:
         tensor = tensor.dequantize()
@@ -59,4 +59,4 @@ def _hashed(values: Tensor) -> Iterator[Tensor]:
         yield numbers.mul_(keys).sum(1)
 
 
-__all__ = ["fingerprint"]
+__all__ = ["bytes_of", "fingerprint"]

@@ -22,6 +22,11 @@ def ranges(indices: tuple[int, ...]) -> str:
     )
 
 
+def by_block(block_of: np.ndarray) -> list[np.ndarray]:
+    """The channel sets of each block, given the block of each channel set, shape ``[sets]``."""
+    return [np.flatnonzero(block_of == block) for block in np.unique(block_of)]
+
+
 @dataclass(frozen=True)
 class Member:
     """One weight of a group: the channels ``indices`` along ``dim`` of the weight ``name`` belong to it.

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ._seeded import generator_of
 from .errors import ArgumentError, CalibrationError
+from .groups import by_block
 from .statistics import MakeStatistic, Statistic
 
 
@@ -63,7 +64,7 @@ class GroupColumns:
     @property
     def members(self) -> list[np.ndarray]:
         """The channel sets of each block."""
-        return [np.flatnonzero(self.block_of == block) for block in np.unique(self.block_of)]
+        return by_block(self.block_of)
 
 
 @dataclass(frozen=True)

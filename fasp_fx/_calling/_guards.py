@@ -40,7 +40,7 @@ class Guards(nn.Module):
     Args:
         check: the function of torch's guards; takes the graph's inputs in order.
         names: what the caller calls each of those inputs, such as ``x`` or ``rest['left']``.
-        like: what each was at the capture, as tensors without values; ``None`` for what is no tensor.
+        like: what is fixed of each, ``None`` for what is no tensor.
     """
 
     _is_impure = True  # nothing uses its result: passes that remove dead code must leave it

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from .._capture import upper_bound
 from .._compat import pytree
+from .._fingerprint import bytes_of
 from .._program import Program
 from ..channels import is_dynamic
 from ..errors import CalibrationError, CallError
@@ -55,10 +56,7 @@ def digest_of(batches: Iterable[Iterable[Any]]) -> str:
     for leaf in (leaf for batch in batches for leaf in batch):
         digest.update(repr((leaf.dtype, tuple(leaf.shape)) if isinstance(leaf, Tensor) else leaf).encode())
         if isinstance(leaf, Tensor):
-            dense = (
-                leaf.detach().cpu().to_dense() if leaf.layout is not torch.strided else leaf.detach().cpu()
-            )
-            digest.update(dense.contiguous().reshape(-1).view(torch.uint8).numpy())
+            digest.update(bytes_of(leaf.detach().cpu()).numpy())
     return digest.hexdigest()
 
 

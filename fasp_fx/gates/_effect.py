@@ -16,8 +16,7 @@ from .._program import Program
 from .._warn import warn
 from ..analysis import Analysis
 from ..errors import ArgumentError, EagerError, VerificationWarning
-from ..groups import Group
-from ._blocks import members_of
+from ..groups import Group, by_block
 
 if TYPE_CHECKING:
     from ._gates import Gates
@@ -64,7 +63,7 @@ def check_effect(
 
 def _every_second(group: Group) -> np.ndarray:
     closed = np.zeros(group.size, dtype=bool)
-    closed[members_of(group)[:, 1::2]] = True
+    closed[np.stack(by_block(group.block_of))[:, 1::2]] = True
     return closed
 
 

@@ -28,10 +28,9 @@ from ..analysis import Analysis
 from ..config import PruningConfig
 from ..costs import CostCurve, Costs
 from ..errors import ArgumentError, SparsityError
-from ..groups import Group
+from ..groups import Group, by_block
 from ..plan import PruningPlan
 from ..resources import InProducts
-from ._blocks import members_of
 from ._calls import Calls, Draw
 from ._kinds import Kind
 
@@ -366,7 +365,7 @@ class Gates(nn.Module):
             for group in self._fixed.analysis.chosen
         }
         for group, own in zip(self._fixed.groups, chances, strict=True):
-            rows = np.sort(own[members_of(group)], 1)
+            rows = np.sort(own[np.stack(by_block(group.block_of))], 1)
             curves[group.name] = CostCurve(np.concatenate([[0.0], np.cumsum(rows.mean(0))]))
         return Costs(curves, "")
 
@@ -404,7 +403,7 @@ class Gates(nn.Module):
             )
         found = []
         for group, own in zip(self._fixed.groups, chances, strict=True):
-            members = members_of(group)
+            members = np.stack(by_block(group.block_of))
             order = np.take_along_axis(members, np.argsort(own[members], 1, kind="stable"), 1)
             gone = np.zeros(group.size, dtype=bool)
             gone[order[:, : lost[group.name]]] = True

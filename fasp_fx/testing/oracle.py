@@ -160,11 +160,7 @@ def tensors_of(module: nn.Module) -> dict[str, Tensor]:
 
 def floats(output: Any) -> list[Tensor]:
     """The floating-point tensors of an output, in order."""
-    return [
-        leaf.detach()
-        for leaf in pytree.tree_leaves(output)
-        if isinstance(leaf, Tensor) and leaf.is_floating_point()
-    ]
+    return [leaf for leaf in _tensors(output) if leaf.is_floating_point()]
 
 
 def _tensors(output: Any) -> list[Tensor]:
