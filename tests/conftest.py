@@ -18,10 +18,10 @@ from captures import equal_captures
 from hypothesis import HealthCheck, Phase, settings
 from saved import small_result
 from torch import nn
+from whole_products import compute_in_full
 from zoo import ZOO
 
 import fasp_fx
-from fasp_fx import _chooser
 
 _COMMON = {
     "deadline": None,
@@ -51,9 +51,7 @@ def pytest_configure(config: pytest.Config) -> None:
     # a third of the capture (and is left out by itself where it fails).
     torch._dynamo.config.fake_tensor_cache_enabled = False
     torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else 2)
-    # Calibration rounds no products on machines that would be faster so: oracles here are exact ones.
-    # test_precision.py holds the rounded ones.
-    _chooser.multiplies_bfloat16 = lambda device: False
+    compute_in_full()
     if PROFILE == "slow" and getattr(config.option, "hypothesis_seed", None) is None:
         config.option.hypothesis_seed = str(random.SystemRandom().randrange(2**32))
 

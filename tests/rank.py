@@ -17,6 +17,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 from typer.testing import CliRunner
+from whole_products import compute_in_full
 
 import fasp_fx
 from fasp_fx.allocation import Search
@@ -26,6 +27,7 @@ from fasp_fx.errors import ArgumentError, CalibrationError, RankError
 TOKENS = 100
 
 warnings.simplefilter("ignore")
+compute_in_full()
 
 
 class Twice(nn.Module):

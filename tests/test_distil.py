@@ -726,8 +726,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 import fasp_fx
+from whole_products import compute_in_full
 warnings.simplefilter("ignore")
 torch.set_num_threads(1)
+compute_in_full()
 
 {inspect.getsource(net)}
 {inspect.getsource(batches)}
