@@ -179,6 +179,9 @@ def main() -> None:
     )
     parser.add_argument("--tasks", nargs="*", default=[], help="files of tasks to measure SmolLM2 on")
     parser.add_argument("--limit", type=int, help="examples of each task")
+    parser.add_argument(
+        "--precision", default="auto", help="of the products of calibration, as for fasp_fx.prune"
+    )
     parser.add_argument("--device", default="cpu")
     options = parser.parse_args()
     warnings.simplefilter("ignore", fasp_fx.CalibrationWarning)
@@ -196,6 +199,7 @@ def main() -> None:
                 "sparsity": sparsity,
                 "evaluation": options.evaluation,
                 "tasks": sorted(map(str, options.tasks)),
+                "precision": options.precision,
             }
             if any(key.items() <= found.items() for found in done):
                 continue
@@ -205,7 +209,12 @@ def main() -> None:
             else:
                 forget_peak()
                 result = fasp_fx.prune(
-                    captured, calibration=calibration, sparsity=sparsity, **options_of(method), **own
+                    captured,
+                    calibration=calibration,
+                    sparsity=sparsity,
+                    precision=options.precision,
+                    **options_of(method),
+                    **own,
                 )
                 found |= {"peak_gib": peak()}
                 found |= measure(result.module)
