@@ -158,6 +158,31 @@ def peak() -> float:
     return round(int(line.split()[1]) / 2**20, 2)
 
 
+def tables(done: list[dict[str, Any]]) -> str:
+    """Results in Markdown: a table for every figure of every model, a row for each method, a column for each
+    sparsity.
+    """
+    figures: dict[tuple[str, str], dict[str, dict[float, float]]] = {}
+    for found in done:
+        measured = {name: value for name, value in found.items() if isinstance(value, float)}
+        if "seconds" in found:
+            measured["seconds"] = round(sum(found["seconds"].values()), 1)
+        for figure in measured.keys() - {"sparsity", "reached"}:
+            rows = figures.setdefault((found["model"], figure), {})
+            rows.setdefault(found["method"], {})[found["sparsity"]] = measured[figure]
+    lines = []
+    for (model, figure), rows in sorted(figures.items()):
+        sparsities = sorted({sparsity for row in rows.values() for sparsity in row})
+        cells = [[model + ", " + figure, *(f"{sparsity:.0%}" for sparsity in sparsities)]]
+        cells += [
+            [method, *(f"{row[sparsity]:.5g}" if sparsity in row else "" for sparsity in sparsities)]
+            for method, row in rows.items()
+        ]
+        cells.insert(1, ["---"] * len(cells[0]))
+        lines += [f"| {' | '.join(row)} |" for row in cells] + [""]
+    return "\n".join(lines)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -183,9 +208,15 @@ def main() -> None:
         "--precision", default="auto", help="of the products of calibration, as for fasp_fx.prune"
     )
     parser.add_argument("--device", default="cpu")
+    parser.add_argument(
+        "--tables", action="store_true", help="show what was measured as tables; measure nothing"
+    )
     options = parser.parse_args()
     warnings.simplefilter("ignore", fasp_fx.CalibrationWarning)
     done = [json.loads(line) for line in options.out.read_text().splitlines()] if options.out.exists() else []
+    if options.tables:
+        print(tables(done))
+        return
     for name in options.models:
         model, example, calibration, measure, own = MODELS[name](options)
         captured = fasp_fx.capture(model, (), example)
