@@ -8,8 +8,11 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import fasp_fx
+from fasp_fx._device import float32_products
+from fasp_fx._observe._attention import execute
 from fasp_fx.errors import ArgumentError
 from fasp_fx.scoring import Columns
 
@@ -105,6 +108,33 @@ def test_rounded_products_choose_nearly_the_same() -> None:
     for result in results:
         errors.append((result.module(x) - expected).square().mean().item())
     assert errors[1] == pytest.approx(errors[0], rel=0.05)
+
+
+class Precisions(TorchDispatchMode):
+    """Notes the precision that operators whose names contain one of some words find."""
+
+    def __init__(self, *words: str) -> None:
+        super().__init__()
+        self.seen: dict[str, set[str]] = {word: set() for word in words}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        for word in self.seen:
+            if word in str(func):
+                self.seen[word].add(torch.backends.mkldnn.matmul.fp32_precision)  # type: ignore[attr-defined]
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(("keys", "precision"), [(8, "ieee"), (1024, "bf16")])
+def test_attention_over_few_keys_is_computed_in_full_forward_and_back(keys: int, precision: str) -> None:
+    heads, weight = torch.randn(2, 3, keys, 16), torch.randn(16, 16, requires_grad=True)
+    with float32_products("medium"), Precisions("attention", "mm") as precisions:
+        for _ in range(2):
+            projected = heads @ weight
+            mixed = execute(torch.ops.aten.scaled_dot_product_attention.default, [projected] * 3, {})
+            (mixed @ weight).sum().backward()
+    assert precisions.seen == {"attention": {precision}, "mm": {"bf16"}}
+    expected = torch.nn.functional.scaled_dot_product_attention(*[(heads @ weight)] * 3)
+    torch.testing.assert_close(mixed, expected, rtol=0.2, atol=0.1)
 
 
 @pytest.mark.parametrize("value", ["high", "bfloat16", None, 3])

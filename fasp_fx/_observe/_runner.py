@@ -11,6 +11,7 @@ from torch import Tensor, fx
 from .._program import Program
 from ..channels import attribute, written_inputs, written_names
 from ..errors import CalibrationError
+from ._attention import execute
 
 
 class Runner:
@@ -145,7 +146,7 @@ class Runner:
     def _execute(self, node: fx.Node, number: int) -> Any:
         args, kwargs = fx.map_arg((node.args, node.kwargs), lambda argument: self._load(argument, number))
         try:
-            return node.target(*args, **kwargs)  # type: ignore[operator]
+            return execute(node.target, args, kwargs)  # type: ignore[arg-type]
         except (RuntimeError, IndexError, AssertionError) as error:
             if isinstance(error, torch.OutOfMemoryError):
                 raise
