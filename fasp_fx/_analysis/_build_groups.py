@@ -86,9 +86,7 @@ class GroupBuilder:
         of it.
         """
         found = self.found
-        numbers = np.concatenate(
-            [self.numbers_by_label[self.label_bounds[s] : self.label_bounds[s + 1]] for s in sets]
-        )
+        numbers = self._numbers_of(sets)
         uses = tuple(self.walk.facts.uses[i] for i in use_ids)
         experts = bool(found.expert[sets].all())
         if experts:
@@ -133,6 +131,12 @@ class GroupBuilder:
         at = min((self.positions[use.node] for use in uses), default=len(self.positions))
         return [((at, int(numbers.min())), group)]
 
+    def _numbers_of(self, sets: np.ndarray) -> np.ndarray:
+        """The channel numbers of some sets, one set after the other."""
+        first, counts = self.label_bounds[sets], np.diff(self.label_bounds)[sets]
+        begins = np.cumsum(counts) - counts
+        return self.numbers_by_label[np.arange(counts.sum()) + np.repeat(first - begins, counts)]
+
     def _members(
         self, numbers: np.ndarray, sets: np.ndarray, slot_ids: list[int], taking: set[str] | None
     ) -> tuple[list[Member], list[Member]]:
@@ -140,7 +144,12 @@ class GroupBuilder:
         that lose columns.
         """
         own = self.numbering.slot_ids(numbers)
-        held = [(i, self.numbering.slots[i], numbers[own == i]) for i in slot_ids]
+        order = np.argsort(own, kind="stable")
+        first, last = (np.searchsorted(own[order], slot_ids, side) for side in ("left", "right"))
+        held = [
+            (i, self.numbering.slots[i], numbers[order[begin:end]])
+            for i, begin, end in zip(slot_ids, first, last, strict=True)
+        ]
 
         def members(chosen: Iterable[tuple[int, Slot, np.ndarray]]) -> list[Member]:
             return members_of(

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from .._program import Program
-from ..channels import Numbering, Remark, Walk
+from ..channels import Numbering, Remark, Walk, distinct, ranked
 from ..groups import APPROXIMATE, EXEMPT, FROZEN, PRUNABLE
 from ..patterns import find_composites
 
@@ -29,6 +29,7 @@ class ChannelSets:
             :mod:`fasp_fx._analysis._experts`).
         exempt: whether exempt sets are to be pruned as well.
         status, reason: a code of :data:`CODE` and why, for each set.
+        stuck: whether a set is frozen for want of a layout that can lose it.
     """
 
     labels: np.ndarray
@@ -36,11 +37,13 @@ class ChannelSets:
     exempt: bool
     status: np.ndarray
     reason: np.ndarray
+    stuck: np.ndarray
 
     @staticmethod
     def of(labels: np.ndarray, expert: np.ndarray, exempt: bool, walk: Walk, program: Program) -> ChannelSets:
         """Judge each channel set by the remarks of an interpretation."""
-        return ChannelSets(labels, expert, exempt, *_status(labels, expert, exempt, walk, program))
+        stuck = np.zeros(len(expert), dtype=bool)
+        return ChannelSets(labels, expert, exempt, *_status(labels, expert, exempt, walk, program), stuck)
 
     @property
     def count(self) -> int:
@@ -48,9 +51,8 @@ class ChannelSets:
 
     def freeze(self, sets: np.ndarray, reason: str) -> None:
         """Freeze some sets for want of a layout that can lose them."""
-        self.status[sets] = CODE[FROZEN]
-        for chosen in sets:
-            self.reason[chosen] = f"{LAYOUT}: {reason}"
+        self.status[sets], self.stuck[sets] = CODE[FROZEN], True
+        self.reason[sets] = f"{LAYOUT}: {reason}"
 
 
 def _status(
@@ -68,7 +70,7 @@ def _status(
 
     def mark(remarks: list[Remark], code: str) -> None:
         for remark in reversed(remarks):  # the first remark in graph order is the one shown
-            sets = np.unique(labels[remark.numbers])
+            sets = distinct(labels[remark.numbers])
             sets = sets[expert[sets] == 0] if remark.routing else sets
             status[sets] = CODE[code]
             inside = composites.get(remark.node) if remark.node is not None else None
@@ -110,17 +112,12 @@ def group_sets(found: ChannelSets, numbering: Numbering, walk: Walk) -> tuple[np
     uses.
     """
     labels = found.labels
-    stuck = np.char.startswith(found.reason.astype(str), LAYOUT)
-    group_of = (
-        np.unique(np.stack([found.status, stuck]), axis=1, return_inverse=True)[1]
-        .reshape(-1)
-        .astype(np.int64)
-    )
+    group_of = found.status.astype(np.int64) * 2 + found.stuck
     offset = len(numbering.slots)
-    items = [np.unique(labels[slot.base : slot.base + slot.size]) for slot in numbering.slots]
+    items = [distinct(labels[slot.base : slot.base + slot.size]) for slot in numbering.slots]
     uses = _uses(walk, numbering)
     items += [
-        np.unique(
+        distinct(
             np.concatenate(
                 [labels[walk.facts.uses[i].columns[walk.facts.uses[i].columns >= 0]] for i in together]
             )
@@ -128,10 +125,9 @@ def group_sets(found: ChannelSets, numbering: Numbering, walk: Walk) -> tuple[np
         for together in uses
     ]
     fresh = int(group_of.max(initial=-1)) + 1
-    for (
-        sets
-    ) in items:  # partition refinement: two sets stay together as long as every item holds both or neither
-        _, finer = np.unique(group_of[sets], return_inverse=True)
+    # Partition refinement: two sets stay together as long as every item holds both or neither.
+    for sets in items:
+        _, finer = ranked(group_of[sets])
         group_of[sets] = fresh + finer
         fresh += int(finer.max(initial=-1)) + 1
     _, first, group_of = np.unique(group_of, return_index=True, return_inverse=True)

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 from torch import fx
 
-from ..channels import Numbering, Slot
+from ..channels import Numbering, Slot, ranked
 
 
 @dataclass(frozen=True)
@@ -84,11 +84,12 @@ def _uneven(
     rows: np.ndarray, sets: np.ndarray, count: int, block: np.ndarray, sizes: np.ndarray, group_of: np.ndarray
 ) -> np.ndarray:
     """The channel sets of a box that equal counts per block do not keep equal in every row."""
-    pairs, times = np.unique(np.stack([rows, sets]), axis=1, return_counts=True)
-    row, member = pairs
-    owner = block[member]
-    (row_of, block_of), inverse = np.unique(np.stack([row, owner]), axis=1, return_inverse=True)
-    inverse = inverse.reshape(-1)
+    # Pairs of a row and a set, and then of a row and a block, as one number each.
+    pairs, times = _counted(rows * len(block) + sets)
+    row, member = np.divmod(pairs, len(block))
+    owners, own = ranked(block[member])
+    parts, inverse = ranked(row * len(owners) + own)
+    row_of, block_of = parts // len(owners), owners[parts % len(owners)]
     present = np.bincount(inverse)
     low = np.full(len(present), np.iinfo(np.int64).max)
     np.minimum.at(low, inverse, times)
@@ -98,12 +99,17 @@ def _uneven(
     # Blocks of one group and one size lose equal counts; each row must hold the same number of them, with
     # multiplicity.
     representative = np.zeros(len(sizes), dtype=np.int64)
-    representative[owner] = group_of[member]
-    kind = np.stack([representative[block_of], sizes[block_of]])
-    _, kind_index = np.unique(kind, axis=1, return_inverse=True)
-    kind_index = kind_index.reshape(-1)
+    representative[owners[own]] = group_of[member]
+    _, kind_index = ranked(representative[block_of] * (int(sizes.max()) + 1) + sizes[block_of])
     totals = np.zeros((int(kind_index.max()) + 1, count), dtype=np.int64)
     np.add.at(totals, (kind_index, row_of), low)
     uneven = (totals != totals[:, :1]).any(axis=1)
     wrong = broken | uneven[kind_index]
     return np.unique(member[wrong[inverse]])
+
+
+def _counted(numbers: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The distinct numbers in order, and how often each is there."""
+    if bool((numbers[1:] > numbers[:-1]).all()):
+        return numbers, np.ones(len(numbers), dtype=np.int64)
+    return np.unique(numbers, return_counts=True)

@@ -5,6 +5,7 @@ explains it).
 from __future__ import annotations
 
 from ._consume import WHY_NOT_FOLDED
+from ._distinct import distinct, ranked
 from ._execution import Execution
 from ._facts import Facts, Layout, Product, Remark, Use
 from ._fx import (
@@ -44,8 +45,10 @@ __all__ = [
     "Walk",
     "arguments",
     "attribute",
+    "distinct",
     "is_dynamic",
     "laid_by_block",
+    "ranked",
     "repeating",
     "results",
     "run_on_numbers",

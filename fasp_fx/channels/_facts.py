@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 import numpy as np
 from torch import Tensor, fx
 
+from ._distinct import distinct
 from ._value import NONE, Value
 
 
@@ -151,7 +152,7 @@ class Facts:
         self, remarks: list[Remark], numbers: Tensor, reason: str, node: fx.Node | None, routing: bool = False
     ) -> None:
         """Append a remark on these numbers."""
-        flat = np.unique(numbers.reshape(-1).numpy())
+        flat = distinct(numbers.reshape(-1).numpy())
         remarks.append(Remark(flat[flat != NONE], reason, node, routing))
 
     def want_together(self, numbers: Tensor, dim: int, node: fx.Node) -> None:

@@ -1,0 +1,22 @@
+"""Distinct numbers without sorting, against numpy."""
+
+from __future__ import annotations
+
+import numpy as np
+from hypothesis import given
+from hypothesis import strategies as st
+
+from fasp_fx.channels import distinct, ranked
+
+NUMBERS = st.lists(st.integers(-1, 40) | st.integers(10**6, 10**12), max_size=30)
+
+
+@given(NUMBERS | NUMBERS.map(lambda numbers: sorted(set(numbers))))
+def test_as_numpy_finds_them(numbers: list[int]) -> None:
+    array = np.array(numbers, dtype=np.int64)
+    expected, places = np.unique(array, return_inverse=True)
+    np.testing.assert_array_equal(distinct(array), expected)
+    found, ranks = ranked(array)
+    np.testing.assert_array_equal(found, expected)
+    np.testing.assert_array_equal(ranks, places)
+    np.testing.assert_array_equal(array, numbers)
