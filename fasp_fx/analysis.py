@@ -13,6 +13,7 @@ import numpy as np
 import torch
 
 from ._analysis._build_groups import GroupBuilder
+from ._analysis._depth import DEPTH, let_blocks_go
 from ._analysis._experts import needed_experts
 from ._analysis._explain import coupling_path
 from ._analysis._grouping import CODE, ChannelSets, group_sets
@@ -151,6 +152,9 @@ def _settled(
         if rewritten is None:
             break
         program, analysis = rewritten, settled(rewritten, heads)
+    if DEPTH in include:
+        groups = let_blocks_go(analysis.groups, analysis.labels, program)
+        analysis = replace(analysis, groups=groups)
     return analysis
 
 

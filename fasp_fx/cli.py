@@ -73,6 +73,7 @@ class IncludeName(StrEnum):
     """The groups that stay unless they are asked for."""
 
     approximate = "approximate"
+    depth = "depth"
     exempt = "exempt"
 
 

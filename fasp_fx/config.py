@@ -24,7 +24,7 @@ SPARSITY = 0.2
 #: one in so many calibration sequences shows gradients and the dense model's activations to predictions of
 #: losses, where they are wanted, by quality
 MEASURED = {"fast": 8, "balanced": 8, "best": 2}
-_GRANULARITIES, _INCLUDED = ("channel", "head", "expert"), ("approximate", "exempt")
+_GRANULARITIES, _INCLUDED = ("channel", "head", "expert"), ("approximate", "depth", "exempt")
 _PRECISIONS = ("auto", "highest", "medium")
 
 
@@ -101,6 +101,9 @@ class PruningConfig:
             the result is that of the dense model whose producers are zero there. ``"exempt"`` prunes also
             channels contracted between two activations (rows of W_Q and W_K), by what the loss loses with
             them where costs are measured, else by the norms of both; the queries that stay make up for them.
+            ``"depth"`` lets all channels of a residual block go where that costs least, so that an identity
+            stays in its place: feed-forward and convolutional blocks, and with the granularity ``"head"``
+            those of attention.
         exclude: name patterns of weights; groups that hold one of them stay whole.
         round_to: kept widths (per block) are multiples of this; numbers of whole heads and experts are not.
         uniform_layers: groups of one shape lose equally many channel sets, so that layers that are alike stay

@@ -20,6 +20,7 @@ from .attention import PadValueHeads, PinAttentionScale
 from .dense_count import KeepDenseCount
 from .remove_channels import RemoveChannels
 from .restore_weights import RestoreWeights
+from .skip_blocks import SkipBlocks
 from .split_producers import SplitFusedProducers
 
 __all__ = [
@@ -34,6 +35,7 @@ __all__ = [
     "Prune",
     "RemoveChannels",
     "RestoreWeights",
+    "SkipBlocks",
     "SplitFusedProducers",
     "share_again",
     "split_fused",

@@ -11,6 +11,7 @@ from .attention import PadValueHeads, PinAttentionScale
 from .dense_count import KeepDenseCount
 from .remove_channels import RemoveChannels
 from .restore_weights import RestoreWeights
+from .skip_blocks import SkipBlocks
 
 if TYPE_CHECKING:
     import numpy as np
@@ -42,6 +43,7 @@ class Prune(Pipeline):
             [
                 PinAttentionScale(),
                 RestoreWeights(restored or {}),
+                SkipBlocks(removal),
                 KeepDenseCount(removal),
                 RemoveChannels(removal),
                 PadValueHeads(),

@@ -1,6 +1,7 @@
 """How a model becomes a functional graph, and a graph an exported program."""
 
 from ._capture import capture, in_training, recapture
+from ._dead import is_pure, remove_dead
 from ._dynamic import recorded_shapes, upper_bound
 from ._export import export_again
 from ._functional import Decompositions, composites, is_plain_graph, taken_apart
@@ -15,8 +16,10 @@ __all__ = [
     "export_again",
     "in_training",
     "is_plain_graph",
+    "is_pure",
     "recapture",
     "recorded_shapes",
+    "remove_dead",
     "single_layers",
     "taken_apart",
     "upper_bound",

@@ -6,6 +6,7 @@ import torch
 from torch import fx
 
 from .._compat import OpOverload
+from ..channels import arguments
 
 
 def remove_dead(graph: fx.Graph) -> None:
@@ -22,7 +23,9 @@ def remove_dead(graph: fx.Graph) -> None:
 def is_pure(node: fx.Node) -> bool:
     """Whether a call does nothing but compute its result, always the same of the same arguments."""
     if isinstance(node.target, OpOverload):
-        return not node.is_impure() and torch.Tag.nondeterministic_seeded not in node.target.tags
+        given = arguments(node) if torch.Tag.nondeterministic_seeded in node.target.tags else None
+        draws = given is not None and given.get("dropout_p") != 0.0 and given.get("train") is not False
+        return not draws and not node.is_impure(impure_random=False)
     return getattr(node.target, "__module__", None) in ("_operator", "operator")
 
 

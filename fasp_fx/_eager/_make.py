@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from torch import nn
 
 from .. import plan as plans
+from .._analysis._depth import DEPTH
 from .._stamps import WRITTEN_BY
 from ..errors import ArgumentError, EagerError
 from ..groups import APPROXIMATE, EXEMPT
@@ -72,6 +73,9 @@ def _remedy(result: Result, outcome: Outcome, model: nn.Module) -> str:
     if EXEMPT in plan.include and PinAttentionScale.name in written:
         why = "the program keeps the scale of an attention whose heads have become narrower"
         return f"{why}; use result.module, or prune without '{EXEMPT}' in include="
+    if DEPTH in plan.include and any(0 in parameter.shape for parameter in result.module.parameters()):
+        why = "the program leaves a block out, which the model's own module goes on to run"
+        return f"{why}; use result.module, or prune without '{DEPTH}' in include="
     parts = {
         group.name: (*group.producers, *group.consumers)
         for group in plan.groups

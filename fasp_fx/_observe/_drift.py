@@ -9,7 +9,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, fx
 
-from ..channels import Use
+from ..channels import Use, same_sizes
 from ._matrices import ConsumerMatrices
 from ._runner import Runner
 
@@ -117,8 +117,8 @@ def added_to(use: Use) -> fx.Node | None:
     beside = others[0].meta.get("val")
     if (
         not isinstance(beside, Tensor)
-        or found.shape[:-1] != given.shape[:-1]
-        or beside.shape != found.shape
+        or not same_sizes(found.shape[:-1], given.shape[:-1])
+        or not same_sizes(beside.shape, found.shape)
         or not beside.is_floating_point()
     ):
         return None

@@ -24,7 +24,7 @@ from ._interpreter import Interpreter, Walk
 from ._moves import run_on_numbers
 from ._numbering import Numbering, Slot, laid_by_block
 from ._repeating import Repeating, repeating
-from ._sizes import is_dynamic
+from ._sizes import is_dynamic, same_sizes
 from ._value import NONE, Axis, Value
 
 __all__ = [
@@ -52,6 +52,7 @@ __all__ = [
     "repeating",
     "results",
     "run_on_numbers",
+    "same_sizes",
     "set_argument",
     "target_name",
     "viewed",

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, TypeGuard
 
 import sympy
@@ -34,6 +34,17 @@ def _symints(value: Any) -> Iterator[torch.SymInt]:
 def is_dynamic(size: object) -> TypeGuard[torch.SymInt]:
     """Whether a recorded size varies from call to call; a symbol that the capture has settled does not."""
     return isinstance(size, torch.SymInt) and size.node.maybe_as_int() is None
+
+
+def same_sizes(first: Sequence[int | torch.SymInt], second: Sequence[int | torch.SymInt]) -> bool:
+    """Whether recorded sizes are the same whatever their symbols stand for; a comparison of the sizes
+    themselves can settle a symbol that happens to be as large in the example.
+    """
+    return [_expression(size) for size in first] == [_expression(size) for size in second]
+
+
+def _expression(size: int | torch.SymInt) -> object:
+    return size.node.expr if isinstance(size, torch.SymInt) else size
 
 
 class Sizes:

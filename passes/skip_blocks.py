@@ -1,0 +1,105 @@
+"""Leave out residual blocks of which all channels go."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch import fx
+
+from fasp_fx._analysis._depth import BIASES, beside, laid_out, serving
+from fasp_fx._stamps import stamp
+from fasp_fx.channels import arguments
+from fasp_fx.errors import VerificationError
+
+from ._base import Pass
+from ._kept import gone_from
+
+if TYPE_CHECKING:
+    from fasp_fx._program import Program
+    from fasp_fx.analysis import Analysis
+    from fasp_fx.plan import PruningPlan
+
+_ATEN = torch.ops.aten
+
+
+class SkipBlocks(Pass):
+    """Where all channels of a group go that is all there is to a residual block (``include=("depth",)``),
+    what reads them gives its bias, and nothing where it has none: the sum becomes what the block was added
+    to.
+
+    Precondition: no channel has been removed yet. Postcondition: no node computes anything of such a block;
+    :class:`RemoveChannels` takes its weights.
+
+    Args:
+        removal: a plan, or a boolean for each channel number of the analysis.
+    """
+
+    name = "skip_blocks"
+
+    def __init__(self, removal: PruningPlan | np.ndarray) -> None:
+        self.removal: PruningPlan | np.ndarray = removal
+
+    def rewrite(self, program: Program, analysis: Analysis) -> Program:
+        gone = gone_from(self.removal, program, analysis)
+        kept = np.unique(analysis.labels[~gone])
+        skipped = [
+            group for group in analysis.groups if not group.needed and not np.isin(group.sets, kept).any()
+        ]
+        if not skipped:
+            return program
+        program = program.copy()
+        graph = program.module.graph
+        nodes = {node.name: node for node in graph.nodes}
+        ends = [nodes.get(use.node.name) for group in skipped for use in group.uses]
+        unused = serving([end for end in ends if end is not None], graph)
+        for end, use in zip(ends, (use for group in skipped for use in group.uses), strict=True):
+            other = None if end is None or end.target is not use.node.target else beside(laid_out(end))
+            if end is None or other is None:
+                raise VerificationError(
+                    f"'{use.node.name}' is not what the block was found by any more, so that it cannot be"
+                    " left out"
+                )
+            _replace_by_bias(end, other, self.name)
+        for node in unused:
+            if node.op == "call_function":  # weights stay, to be cut
+                graph.erase_node(node)
+        return program
+
+
+def _replace_by_bias(node: fx.Node, other: fx.Node, name: str) -> None:
+    """Put the bias of a contraction in its place, in the shape of the value that it ends in a sum with; where
+    there is none, and nothing stands between it and the sum, that value in the place of the sum.
+    """
+    graph, key, end = node.graph, BIASES[node.target], laid_out(node)
+    bias = None if key is None else arguments(node)[key]
+    total = next(iter(end.users))
+    direct = total.target is _ATEN.add.Tensor and other in total.all_input_nodes
+    if bias is None and direct and other.op != "placeholder":
+        total.replace_all_uses_with(other)
+        graph.erase_node(total)
+    else:
+        with graph.inserting_before(end):
+            found = stamp(graph.call_function(_ATEN.zeros_like.default, (other,)), name, node)
+            if bias is not None:
+                found = stamp(graph.call_function(_ATEN.add.Tensor, (found, _spread(node, bias))), name, node)
+        end.replace_all_uses_with(found)
+    while end is not node:  # views of it
+        before = end.all_input_nodes[0]
+        graph.erase_node(end)
+        end = before
+
+
+def _spread(node: fx.Node, bias: fx.Node) -> fx.Node:
+    """A bias as it is added to the output of a contraction; that of a convolution is along its channels."""
+    beyond = node.meta["val"].dim() - 2 if node.target in _CONVOLUTIONS else 0
+    if not beyond:
+        return bias
+    found: fx.Node = node.graph.call_function(_ATEN.reshape.default, (bias, [-1] + [1] * beyond))
+    return found
+
+
+_CONVOLUTIONS = (_ATEN.conv1d.default, _ATEN.conv2d.default, _ATEN.conv3d.default)
+
+__all__ = ["SkipBlocks"]
