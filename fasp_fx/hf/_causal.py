@@ -73,7 +73,8 @@ class PrunedForCausalLM(PrunedModel):
         if inside:
             values["logits_to_keep"] = kept
         found = self._run("decode", values, one=new == 1)
-        logits = found["logits"] if inside or kept.numel() == new else found["logits"].index_select(1, kept)
+        whole = inside or (isinstance(logits_to_keep, int) and kept.numel() == new)
+        logits = found["logits"] if whole else found["logits"].index_select(1, kept)
         loss = None
         if labels is not None:
             items = kwargs.get("num_items_in_batch") if self.config.counts_items else None

@@ -25,6 +25,8 @@ from transformers import (
     Phi3ForCausalLM,
     StaticCache,
     TextIteratorStreamer,
+    TrOCRConfig,
+    TrOCRForCausalLM,
     WhisperConfig,
     WhisperForConditionalGeneration,
 )
@@ -297,6 +299,23 @@ def test_logits_counted_from_the_end(model: Any) -> None:
         model(input_ids=ids).logits,
     )
     assert torch.allclose(found, whole[:, [-1, 0]], rtol=1e-9, atol=1e-9)
+
+
+def test_logits_in_the_order_asked_for_of_a_model_that_gives_all_of_them() -> None:
+    config = TrOCRConfig(
+        vocab_size=96,
+        d_model=32,
+        decoder_layers=1,
+        decoder_attention_heads=4,
+        decoder_ffn_dim=64,
+        max_position_embeddings=64,
+    )
+    original = randomise(TrOCRForCausalLM(config), seed=3).double()
+    made = hf.prune(original, sparsity=0.1, score="magnitude", restore=None).model
+    ids, order = _ids(tokens=4), torch.tensor([2, 0, 3, 1])
+    whole = made(input_ids=ids).logits
+    assert torch.equal(made(input_ids=ids, logits_to_keep=order).logits, whole[:, order])
+    assert torch.equal(made(input_ids=ids, logits_to_keep=4).logits, whole)
 
 
 @pytest.fixture(scope="module")
