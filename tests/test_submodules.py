@@ -716,8 +716,15 @@ def test_what_cannot_be_loaded(forks: tuple[nn.Module, Any], folder: Path) -> No
     deeper, shallower = Forks(_same_block()), Forks(_same_block())
     deeper.more = nn.Linear(2, 2)
     del shallower.second
+    with torch.device("meta"):
+        empty = Forks(_same_block())
     for other, message in (
         (Renamed(_same_block()), r"takes \['y', 'scale'\]"),
+        (
+            Forks(_same_block()).double(),
+            r"'out\.weight' is torch\.float64 .* give model\.to\(torch\.float32\)",
+        ),
+        (empty, "'out\\.weight' of the model that was given is on the meta device"),
         (nn.Sequential(Vectors()), "takes"),
         (shallower, "has no submodule 'second'"),
         (wider, "weights around the parts"),
@@ -747,6 +754,23 @@ def test_what_cannot_be_loaded(forks: tuple[nn.Module, Any], folder: Path) -> No
     with pytest.raises(fasp_fx.StoreError, match="missing"):
         fasp_fx.load(path, model=model)
     assert sorted(child.name for child in folder.iterdir()) == ["out", "plain"]
+
+
+def test_weights_that_were_two_are_not_loaded_into_one(folder: Path) -> None:
+    def make(tied: bool) -> nn.Module:
+        model = Forks()
+        model.before, model.after = nn.Linear(2, 2, bias=False), nn.Linear(2, 2, bias=False)
+        if tied:
+            model.after.weight = model.before.weight
+        return model.eval()
+
+    path = _prune(make(tied=False)).save(folder / "out")
+    with pytest.raises(fasp_fx.StoreError, match=r"are one weight in the model that was given and two in"):
+        fasp_fx.load(path, model=make(tied=True))
+    path = _prune(made := make(tied=True)).save(folder / "tied")
+    loaded = fasp_fx.load(path, model=make(tied=True)).module
+    assert loaded.before.weight is loaded.after.weight
+    assert torch.equal(loaded.after.weight, made.after.weight)
 
 
 def test_the_result_trains_copies_and_moves(forks: tuple[nn.Module, Any]) -> None:

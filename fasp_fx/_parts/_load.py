@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Mapping
 from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from .._calling._signature import CallSignature
+from .._fingerprint import bytes_of
 from .._result import Result
 from .._store import _folder as folders
 from .._store._files import parsing
@@ -111,6 +113,7 @@ def _check_code(model: nn.Module, signature: CallSignature, places: list[list[st
 
 def _fill(model: nn.Module, rest: dict[str, Any], paths: list[str]) -> None:
     """Give everything around the parts the weights that it had."""
+    _check_takes(model.state_dict(keep_vars=True), rest)
     try:
         missing, strange = model.load_state_dict(rest, strict=False)
     except RuntimeError as error:  # sizes differ
@@ -124,6 +127,37 @@ def _fill(model: nn.Module, rest: dict[str, Any], paths: list[str]) -> None:
             f"the weight '{stray[0]}' around the parts does not fit this {type(model).__name__}; give the"
             " model that was pruned"
         )
+
+
+def _check_takes(own: Mapping[str, Tensor], rest: Mapping[str, Any]) -> None:
+    """Refuse a model whose weights cannot hold the values of those that were saved: loading casts them, and
+    writes two weights into one that is both without a word.
+    """
+    holders: dict[int, str] = {}
+    for name, tensor in rest.items():
+        held = own.get(name)
+        if not isinstance(held, Tensor) or not isinstance(tensor, Tensor):
+            continue
+        if held.device.type == "meta":
+            raise StoreError(
+                f"'{name}' of the model that was given is on the meta device; give a model with weights, of"
+                " whatever values"
+            )
+        if held.dtype != tensor.dtype:
+            raise StoreError(
+                f"'{name}' is {held.dtype} in the model that was given and {tensor.dtype} in the saved one;"
+                f" give model.to({tensor.dtype})"
+            )
+        other = holders.setdefault(id(held), name)
+        if other != name and not _alike(rest[other], tensor):
+            raise StoreError(
+                f"'{other}' and '{name}' are one weight in the model that was given and two in the saved one;"
+                " give the model that was pruned"
+            )
+
+
+def _alike(a: Tensor, b: Tensor) -> bool:
+    return a.shape == b.shape and torch.equal(bytes_of(a), bytes_of(b))
 
 
 __all__ = ["is_parts", "load_parts"]
