@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+import random
 from pathlib import Path
 from typing import Any
 
@@ -231,6 +232,56 @@ def test_tied_weights_across_the_boundary_stay() -> None:
     )
     result = _exact(model.eval(), {"third"})
     assert "is tied to" in result.left["second"]
+
+
+class Counts(Vectors):
+    """Counts its calls in a buffer that it is given."""
+
+    def __init__(self, buffer: Tensor) -> None:
+        super().__init__()
+        self.register_buffer("count", buffer)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = super().forward(x)
+        self.count.add_(1)
+        return y
+
+
+@pytest.mark.parametrize("kind", ["buffer", "attribute"])
+def test_a_buffer_that_is_written_and_read_across_the_boundary_keeps_the_part_whole(kind: str) -> None:
+    class Sees(Forks):
+        def forward(self, x: Tensor, scale: float = 1.0) -> dict[str, Any]:
+            return super().forward(x * (1 + self.seen), scale)
+
+    buffer = torch.zeros(1)
+    model = Sees(Counts(buffer)).eval()
+    if kind == "buffer":
+        model.register_buffer("seen", buffer)
+    else:
+        model.seen = buffer
+    result = _exact(model, {"second"}, (X,), (X,))
+    assert "its buffer 'first.count' is also 'seen' outside of it" in result.left["first"]
+
+
+def test_a_buffer_that_nobody_writes_may_be_shared() -> None:
+    class Adds(Vectors):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x + self.table)
+
+    model = Forks(Adds(), Adds()).eval()
+    for place in (model, model.first, model.second):
+        place.register_buffer("table", model._buffers.get("table", torch.arange(6.0)))
+    _exact(model, {"first", "second"})
+
+
+def test_a_model_that_no_seed_of_torch_brings_back_stays_whole() -> None:
+    class DrawsElsewhere(Forks):
+        def forward(self, x: Tensor, scale: float = 1.0) -> dict[str, Any]:
+            count = sum(parameter.numel() for parameter in self.first.parameters())
+            return super().forward(x + random.random(), scale * count)
+
+    with pytest.raises(fasp_fx.CaptureError, match="'first': the model computes something else in each run"):
+        _prune(DrawsElsewhere().eval(), score="magnitude")
 
 
 def test_a_module_shared_across_the_boundary_stays() -> None:

@@ -75,7 +75,7 @@ class Search:
             self.paths.setdefault(id(module), []).append(path)
         self.owners: dict[Any, list[tuple[int, str]]] = {}
         for module in model.modules():
-            for name, tensor in (*module._parameters.items(), *module._buffers.items()):
+            for name, tensor in (*module._parameters.items(), *module._buffers.items(), *_kept(module)):
                 if tensor is not None:
                     self.owners.setdefault(_storage(tensor), []).append(
                         (id(module), _join(self.paths[id(module)][0], name))
@@ -88,8 +88,10 @@ class Search:
         Raises:
             Exception: whatever the model raises on the example inputs.
         """
+        versions = [(buffer, _version(buffer)) for buffer in self.model.buffers()]
         with rewound(self.model) as self.changed:
             self.expected = self.call.run(self.model)
+            self.written = {_storage(buffer) for buffer, version in versions if _version(buffer) != version}
         parts: list[Part] = []
         visited: set[int] = set()
         frontier = _children(self.model)
@@ -147,7 +149,13 @@ class Search:
             return _Refusal(
                 "" if isinstance(module, _CONTAINERS) else "it is not called on the example inputs"
             )
-        reason = self._attached(module) or _observed(module) or self._writes(module) or _opaque(seen)
+        reason = (
+            self._wavering()
+            or self._attached(module)
+            or _observed(module)
+            or self._writes(module)
+            or _opaque(seen)
+        )
         if reason:
             return _Refusal(reason)
         try:
@@ -189,18 +197,31 @@ class Search:
             if outside:
                 return f"its submodule '{self.paths[id(inner)][0]}' is also used as '{outside[0]}'"
         for inner in module.modules():
-            for name, parameter in inner._parameters.items():
+            for name, tensor in (*inner._parameters.items(), *inner._buffers.items()):
                 others = (
                     []
-                    if parameter is None
-                    else [other for owner, other in self.owners[_storage(parameter)] if owner not in inside]
+                    if tensor is None
+                    else [other for owner, other in self.owners[_storage(tensor)] if owner not in inside]
                 )
-                if others:
+                if others and name in inner._parameters:
                     return (
                         f"its weight '{_join(self.paths[id(inner)][0], name)}' is tied to '{others[0]}'"
                         " outside of it"
                     )
+                if others and _storage(tensor) in self.written:
+                    return (
+                        f"its buffer '{_join(self.paths[id(inner)][0], name)}' is also '{others[0]}' outside"
+                        " of it, and written into"
+                    )
         return None
+
+    def _wavering(self) -> str | None:
+        return (
+            None
+            if self.reproducible
+            else "the model computes something else in each run, so that no graph in its place can be held"
+            " against it; let what it draws (random, numpy) start from a seed in its forward"
+        )
 
     def _writes(self, module: nn.Module) -> str | None:
         names = self.changed.names(module)
@@ -221,7 +242,7 @@ class Search:
             with rewound(self.model):
                 expected = example.run(module)
             with rewound(self.model), rewound(captured):
-                if self.reproducible and not same_output(example.run(captured), expected):
+                if not same_output(example.run(captured), expected):
                     return "its graph computes something else"
             with (
                 replaced(self.model, paths, module, StandIn(module, captured)),
@@ -238,7 +259,7 @@ class Search:
             )
         if strangers:
             return "it is also called through a reference outside of the module tree"
-        if self.reproducible and not same_output(found, self.expected):
+        if not same_output(found, self.expected):
             return "the model computes something else with a graph in its place"
         return None
 
@@ -316,6 +337,18 @@ def _children(module: nn.Module) -> list[nn.Module]:
 def _matrices(module: nn.Module) -> int:
     """The number of weights with rows and columns."""
     return sum(parameter.dim() > 1 for parameter in module.parameters())
+
+
+def _kept(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """The tensors that are plain attributes of a module."""
+    for name, value in vars(module).items():
+        if isinstance(value, Tensor):
+            yield name, value
+
+
+def _version(tensor: Tensor) -> int | None:
+    """How often a tensor was written into, where that is counted."""
+    return None if tensor.is_inference() else tensor._version
 
 
 def _storage(tensor: Tensor) -> Any:
