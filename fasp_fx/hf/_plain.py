@@ -24,7 +24,7 @@ from .._result import Result
 from ..allocation import TrialAllocation
 from ..analysis import Analysis
 from ..config import PruningConfig, PruningOptions
-from ..errors import ArgumentError, VerificationError, first_line
+from ..errors import ArgumentError, CaptureError, VerificationError, first_line
 from ..groups import PRUNABLE
 from ..report import Report
 from ._experiments import Assignment, Experiments, Path, quiet, written
@@ -101,18 +101,24 @@ def prune_plain(
     if example is None:
         calibration, example = _example(model, calibration)
     masked = isinstance(example.get("attention_mask"), Tensor) and example["attention_mask"].dim() == 2
-    result = prune(
-        model,
-        (),
-        dict(example),
-        calibration=calibration,
-        config=replace(own, padding_mask="attention_mask" if masked else None),
-        device=device,
-        progress=progress,
-        on_analysis=on_analysis,
-        group=group,
-        checkpoint=checkpoint,
-    )
+    try:
+        result = prune(
+            model,
+            (),
+            dict(example),
+            calibration=calibration,
+            config=replace(own, padding_mask="attention_mask" if masked else None),
+            device=device,
+            progress=progress,
+            on_analysis=on_analysis,
+            group=group,
+            checkpoint=checkpoint,
+        )
+    except ArgumentError as error:
+        if isinstance(error.__cause__, CaptureError):
+            # The option that stands in the way of pruning by submodules is none of the caller's.
+            raise error.__cause__ from None
+        raise
     weights = smaller_weights(model, result)
     smaller, assignment = _first_equal(model, experiments, settings, weights, result, example)
     # The settings are no allocation of the caller's.
@@ -203,10 +209,9 @@ def _example(
 ) -> tuple[Iterable[Any] | None, dict[str, Any]]:
     """The calibration data, and keyword arguments like its first batch."""
     if calibration is None:
-        return None, {
-            "input_ids": torch.zeros(_EXAMPLE, dtype=torch.long, device=device_of(model)),
-            "use_cache": False,
-        }
+        tokens = torch.zeros(_EXAMPLE, dtype=torch.long, device=device_of(model))
+        decoded = {"decoder_input_ids": tokens} if model.config.is_encoder_decoder else {}
+        return None, {"input_ids": tokens, **decoded, "use_cache": False}
     check_calibration(calibration)
     batches = iter(calibration)
     first = list(itertools.islice(batches, 1))

@@ -19,6 +19,7 @@ from oracle import TOLERANCE, error, zeroed
 from plain_models import BOTH, CASES, MORE, dense, plain, tokens
 from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.utils.quantization_config import GgufConfig
+from zoo import VOCABULARY, randomise
 
 import fasp_fx
 from fasp_fx.allocation import Budget, Target
@@ -273,6 +274,28 @@ def test_padding_on_the_left_moves_no_position() -> None:
     asked: dict[str, Any] = {"plain": True, "quality": "fast", "restore": None, "sparsity": 0.3}
     made = [prune(dense("gpt2"), calibration=given, **asked) for given in (batches, alone)]
     assert made[0].plan.groups == made[1].plan.groups
+
+
+def test_an_encoder_decoder_needs_no_data_either() -> None:
+    sizes = {"d_model": 32, "d_kv": 8, "d_ff": 64, "num_layers": 1, "num_heads": 4}
+    model = randomise(hf.T5ForConditionalGeneration(hf.T5Config(vocab_size=VOCABULARY, **sizes)), seed=3)
+    made = prune(model.eval(), **UNREPAIRED, sparsity=0.2)
+    given = {"input_ids": tokens(), "decoder_input_ids": tokens().flip(1), "use_cache": False}
+    with torch.no_grad():
+        found, expected = made.model(**given).logits, zeroed(model, made.plan)(**given).logits
+    assert made.model.config.d_ff < 64
+    assert error(found, expected) < TOLERANCE
+
+
+def test_a_model_that_cannot_be_captured_says_why_and_names_no_option_that_nobody_gave() -> None:
+    class Branches(LlamaForCausalLM):
+        def forward(self, *args: Any, **kwargs: Any) -> Any:
+            found = super().forward(*args, **kwargs)
+            return found if found.logits.sum() < 1e9 else None
+
+    model = Branches(copy.deepcopy(dense("llama").config)).eval()
+    with pytest.raises(fasp_fx.ExportError, match="Branches cannot be captured"):
+        prune(model, **UNREPAIRED, sparsity=0.2)
 
 
 def test_what_a_config_cannot_be_asked_is_refused() -> None:
