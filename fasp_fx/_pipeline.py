@@ -116,7 +116,7 @@ def decide(
     ranks.check_alike(fingerprint, batches or (), config)
     kept = None
     if folder is not None and batches is not None and not ranks.rank:
-        kept = folder, fingerprint, config
+        kept = folder, plans.running_fingerprint(program), config
     state = None if kept is None or not chooser.tries else open_search(*kept, batches or (), ranks.size)
     measured = 0.0
     if batches is not None and chooser.measures:

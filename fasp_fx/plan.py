@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from torch import nn
+import torch
+from torch import fx, nn
 
 from ._fingerprint import fingerprint as fingerprint
 from ._program import CopiedBuffer, FoldedWeight, Program
@@ -328,6 +330,39 @@ def computed_fingerprint(program: Program) -> str:
     folded = {f"folded {weight.name}": attribute(program.module, weight.name) for weight in program.folds}
     fixed = {f"fixed {name}": tensor for name, tensor in program.fixed().items()}
     return fingerprint({**program.parameters(), **folded, **fixed})
+
+
+def running_fingerprint(program: Program) -> str:
+    """The fingerprint of all that a captured program computes with, and of what it computes: what a run goes
+    by that goes on where it was interrupted, since the code of a model may have changed meanwhile.
+    """
+    digest = hashlib.sha256(computed_fingerprint(program).encode())
+    for name, module in program.module.named_modules():
+        if isinstance(module, fx.GraphModule):
+            digest.update(f"{name} {_written(module.graph)}".encode())
+    return digest.hexdigest()
+
+
+def _written(graph: fx.Graph) -> list[str]:
+    place = {node: index for index, node in enumerate(graph.nodes)}
+    given = [
+        fx.node.map_aggregate((node.args, node.kwargs), lambda leaf: _shown(leaf, place))
+        for node in graph.nodes
+    ]
+    return [f"{node.op} {_target(node)} {own}" for node, own in zip(graph.nodes, given, strict=True)]
+
+
+def _shown(leaf: Any, place: Mapping[fx.Node, int]) -> str:
+    """An argument of a node, without what differs from process to process and from device to device."""
+    if isinstance(leaf, fx.Node):
+        return f"%{place[leaf]}"
+    known = leaf is None or isinstance(leaf, (bool, int, float, complex, str, torch.dtype))
+    return repr(leaf) if known else type(leaf).__name__
+
+
+def _target(node: fx.Node) -> str:
+    target: Any = node.target
+    return target if isinstance(target, str) else str(getattr(target, "__qualname__", target))
 
 
 def fixed_of(program: Program) -> tuple[FixedBuffer, ...]:

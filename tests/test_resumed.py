@@ -203,6 +203,20 @@ def test_another_model_and_what_is_no_checkpoint(captured: fasp_fx.Captured, tmp
             checkpoint=tmp_path / "state",
             **how,
         )
+    model = llama()
+    for layer in model.model.layers:
+        layer.mlp.act_fn = nn.ReLU().eval()  # the same weights, and another code
+    with pytest.raises(StoreError, match="model differ"):
+        fasp_fx.prune(
+            fasp_fx.capture(model, (), {"input_ids": tokens()[0], "use_cache": False}),
+            checkpoint=tmp_path / "state",
+            **how,
+        )
+    fasp_fx.prune(
+        fasp_fx.capture(llama(), (), {"input_ids": tokens()[0], "use_cache": False}),
+        checkpoint=tmp_path / "state",
+        **how,
+    )
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "letter.txt").write_text("dear")
     with pytest.raises(StoreError, match="no checkpoint"):
