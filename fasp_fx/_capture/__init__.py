@@ -1,8 +1,8 @@
 """How a model becomes a functional graph, and a graph an exported program."""
 
 from ._capture import capture, in_training, recapture
-from ._dead import is_pure, remove_dead
-from ._dynamic import recorded_shapes, upper_bound
+from ._dead import is_pure
+from ._dynamic import lower_bound, recorded_shapes, upper_bound
 from ._export import export_again
 from ._functional import Decompositions, composites, is_plain_graph, taken_apart
 from ._recurrent import single_layers
@@ -17,9 +17,9 @@ __all__ = [
     "in_training",
     "is_plain_graph",
     "is_pure",
+    "lower_bound",
     "recapture",
     "recorded_shapes",
-    "remove_dead",
     "single_layers",
     "taken_apart",
     "upper_bound",

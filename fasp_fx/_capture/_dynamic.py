@@ -121,6 +121,13 @@ def upper_bound(size: torch.SymInt) -> int | None:
     return int(bounds.upper) if int(bounds.upper) < torch.iinfo(torch.int32).max else None
 
 
+def lower_bound(size: torch.SymInt) -> int:
+    """The smallest value that the capture had in mind for a dynamic size."""
+    expression, environment = size.node.expr, size.node.shape_env
+    bounds = environment.var_to_range.get(expression) if expression.is_Symbol else None
+    return 0 if bounds is None or bounds.lower == -int_oo else int(bounds.lower)
+
+
 def recorded_shapes(
     module: fx.GraphModule, example: tuple[tuple[Any, ...], dict[str, Any]]
 ) -> ShapesCollection:

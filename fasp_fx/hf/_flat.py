@@ -14,12 +14,35 @@ import torch
 from torch import Tensor, fx, nn
 from torch.fx.graph import CodeGen
 
+from .._capture import lower_bound, upper_bound
 from .._compat import pytree
 from .._compat._transformers import CACHE
 from .._program import copy_graph
 from ..errors import ArgumentError, CaptureError
 
 _numbers = itertools.count()
+
+
+@dataclass(frozen=True)
+class Bound:
+    """How large the sizes at some places, inputs and their dimensions, may be together."""
+
+    places: tuple[tuple[str, int], ...]
+    most: int
+
+    def check(self, values: Mapping[str, Tensor]) -> None:
+        """Refuse inputs that are larger.
+
+        Raises:
+            ArgumentError: says by how much.
+        """
+        given = sum(values[name].shape[dim] for name, dim in self.places)
+        if given > self.most:
+            raise ArgumentError(
+                f"{' and '.join(name for name, _ in self.places)} hold {given} tokens, and the program takes"
+                f" {self.most} at most: with more the original model does something else, or has no positions"
+                " for them; shorten the input, or generate fewer tokens"
+            )
 
 
 @dataclass
@@ -103,6 +126,29 @@ class FlatProgram:
                 found[name] = (shape[1], shape[3])
         return found
 
+    def bounds(self) -> list[Bound]:
+        """The numbers of tokens up to which the program computes what its model does.
+
+        A model that does something else with more of them (or has a table of so many) was captured at few.
+        Where new tokens and those in the cache are bounded together, the largest number of each is what the
+        smallest of the other leaves.
+        """
+        sizes = {
+            (name, dim): size
+            for node, name in zip(self.graph.find_nodes(op="placeholder"), self.inputs, strict=True)
+            for dim, size in enumerate(node.meta["val"].shape)
+            if not isinstance(size, int)
+        }
+        most = {place: upper for place, size in sizes.items() if (upper := upper_bound(size)) is not None}
+        found, joint = list[Bound](), set[str]()
+        for new in (place for place in most if place[0].endswith("input_ids")):
+            for held in (place for place in most if _is_of_tokens(place[0])):
+                sums = {most[new] + lower_bound(sizes[held]), most[held] + lower_bound(sizes[new])}
+                found.append(Bound((new, held), min(sums)))
+                if len(sums) == 1:
+                    joint |= {str(sizes[new]), str(sizes[held])}
+        return found + [Bound((place,), most[place]) for place in most if str(sizes[place]) not in joint]
+
     def __getstate__(self) -> dict[str, Any]:
         raise ArgumentError(
             "a pruned model that generates cannot be pickled, since its programs hold symbols; write it with"
@@ -113,6 +159,11 @@ class FlatProgram:
         copied = self.rewritten(copy_graph(self.graph))
         memo[id(self)] = copied
         return copied
+
+
+def _is_of_tokens(name: str) -> bool:
+    """Whether an input is a cache of the tokens that the program itself is given, not of a source."""
+    return name.startswith("cache.") and not name.startswith("cache.cross.") and name.endswith(".keys")
 
 
 def _names(tree: Any, count: int) -> tuple[str, ...]:

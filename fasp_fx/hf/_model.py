@@ -51,6 +51,7 @@ class PrunedModel(PreTrainedModel, GenerationMixin):
         }
         self._steps = {name: step(program) for name, program in self._programs.items()}
         self._cache_sizes = {name: program.cache_sizes() for name, program in self._programs.items()}
+        self._bounds = {name: program.bounds() for name, program in self._programs.items()}
         self.eval()
 
     def prepare_inputs_for_generation(self, input_ids: Tensor, *args: Any, **kwargs: Any) -> dict[str, Any]:
@@ -62,6 +63,8 @@ class PrunedModel(PreTrainedModel, GenerationMixin):
 
     def _run(self, name: str, values: dict[str, Tensor], one: bool = False) -> dict[str, Tensor]:
         """Run a program; ``one``: in the form for a query of one token."""
+        for bound in self._bounds[name]:
+            bound.check(values)
         program = (self._steps if one else self._programs)[name]
         try:
             return program(self, values)

@@ -11,13 +11,15 @@ from typing import Any
 import pytest
 import torch
 from generators import Case, dense, pruned
-from oracle import masked, removed_columns
+from oracle import error, masked, removed_columns, zeroed
 from torch._dynamo.testing import CompileCounter
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForSeq2SeqLM,
     BartConfig,
     BartForConditionalGeneration,
+    DogeConfig,
+    DogeForCausalLM,
     DynamicCache,
     MambaConfig,
     MambaForCausalLM,
@@ -299,6 +301,37 @@ def test_logits_counted_from_the_end(model: Any) -> None:
         model(input_ids=ids).logits,
     )
     assert torch.allclose(found, whole[:, [-1, 0]], rtol=1e-9, atol=1e-9)
+
+
+def test_a_model_that_does_otherwise_with_more_tokens_is_given_no_more(tmp_path: Path) -> None:
+    """Doge keeps so many tokens, the ones that matter most, once there are more."""
+    config = DogeConfig(
+        vocab_size=96,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=1,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        keep_window_size=16,
+        pad_token_id=0,
+        bos_token_id=1,
+        eos_token_id=2,
+    )
+    original = randomise(DogeForCausalLM(config), seed=3).double()
+    result = hf.prune(original, sparsity=0.1, score="magnitude", restore=None)
+    result.save_pretrained(tmp_path / "saved")
+    smaller = zeroed(original, result.plan)
+    for made in (result.model, AutoModelForCausalLM.from_pretrained(tmp_path / "saved")):
+        for tokens in (1, 16):
+            ids = _ids(tokens=tokens)
+            with torch.no_grad():
+                assert error(made(input_ids=ids).logits, smaller(input_ids=ids).logits) < 1e-6
+        cache = made(input_ids=_ids(tokens=10), use_cache=True)[CACHE]
+        made(input_ids=_ids(tokens=6), **{CACHE: cache})
+        with pytest.raises(fasp_fx.ArgumentError, match="hold 17 tokens, and the program takes 16 at most"):
+            made(input_ids=_ids(tokens=1), **{CACHE: cache})
+        with pytest.raises(fasp_fx.ArgumentError, match="hold 17 tokens, and the program takes 16 at most"):
+            made(input_ids=_ids(tokens=17))
 
 
 def test_logits_in_the_order_asked_for_of_a_model_that_gives_all_of_them() -> None:
