@@ -198,11 +198,9 @@ class Search:
                 return f"its submodule '{self.paths[id(inner)][0]}' is also used as '{outside[0]}'"
         for inner in module.modules():
             for name, tensor in (*inner._parameters.items(), *inner._buffers.items()):
-                others = (
-                    []
-                    if tensor is None
-                    else [other for owner, other in self.owners[_storage(tensor)] if owner not in inside]
-                )
+                if tensor is None:
+                    continue
+                others = [other for owner, other in self.owners[_storage(tensor)] if owner not in inside]
                 if others and name in inner._parameters:
                     return (
                         f"its weight '{_join(self.paths[id(inner)][0], name)}' is tied to '{others[0]}'"
