@@ -15,8 +15,9 @@ import pytest
 import fasp_fx
 from fasp_fx._page import check_page, to_html, write_page
 from fasp_fx._page._graph import lay_out, layer_of
+from fasp_fx._page._model import page_data
 from fasp_fx._store._report_json import report_from_json, report_to_json
-from fasp_fx.report import Figure, Line, Report
+from fasp_fx.report import COUNTED, Figure, Line, Report
 
 pytestmark = pytest.mark.usefixtures("shared_captures")
 
@@ -238,6 +239,13 @@ def test_a_page_replaces_a_page_and_nothing_else(tmp_path: Path) -> None:
         "mine.html",
         "page.html",
     ]
+
+
+def test_the_page_says_of_which_weights_the_sparsity_is(
+    zoo_analysis: Callable[[str], fasp_fx.Analysis],
+) -> None:
+    for source in (decoder(1), zoo_analysis("llama_gqa")):
+        assert COUNTED in page_data(source, "")["tiles"][0]["help"]
 
 
 def test_a_report_comes_back_from_json() -> None:

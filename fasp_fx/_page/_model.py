@@ -10,7 +10,7 @@ from typing import Any
 from .._version import __version__
 from ..analysis import Analysis
 from ..groups import PRUNABLE
-from ..report import Line, Report, line_of, notes_of, weight_size
+from ..report import COUNTED, Line, Report, line_of, notes_of, weight_size
 from ._graph import lay_out
 from ._layer import star
 
@@ -52,7 +52,7 @@ def _tiles_of_report(report: Report) -> list[dict[str, str]]:
             "label": "Sparsity",
             "value": f"{report.sparsity:.2%}",
             "more": asked,
-            "help": "Fraction removed of the linear and convolution weights counted",
+            "help": f"Fraction removed of the weights of {COUNTED} that are counted",
         },
         _change("Parameters", *report.parameters, f"{report.parameters[0]:,}", f"{report.parameters[1]:,}"),
         _change("Size of the weights", *report.bytes, _bytes(report.bytes[0]), _bytes(report.bytes[1])),
@@ -89,7 +89,7 @@ def _tiles_of_analysis(analysis: Analysis) -> list[dict[str, str]]:
             "label": "Can be removed",
             "value": f"{analysis.max_sparsity:.1%}",
             "more": "at most",
-            "help": "Of the linear and convolution weights counted",
+            "help": f"Of the weights of {COUNTED} that are counted",
         },
         {"label": "Parameters", "value": f"{count:,}", "more": ""},
         {"label": "Size of the weights", "value": _bytes(size), "more": ""},
