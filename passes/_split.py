@@ -100,12 +100,6 @@ class _Splitter:
         return found
 
     def plan(self, use: Use) -> tuple[Use, list[fx.Node], list[_Part]] | None:
-        canonical = self.analysis.program.canonical()
-        users = [
-            n
-            for n in self.analysis.program.module.graph.find_nodes(op="get_attr")
-            if canonical[n.target] == use.weight
-        ]
         value = self.analysis.walk.values[use.node]
         rows = value.axes[0] if len(value.axes) == 1 else None
         if (
@@ -114,15 +108,11 @@ class _Splitter:
             or use.columns.shape[2] != 1
         ):
             return None  # only matrices are split so far
-        if (
-            len(users) != 1
-            or len(users[0].users) != 1
-            or len(self.analysis.program.aliases()[use.weight]) != 1
-        ):
-            return None
         if rows is None or rows.varying() != [len(value.shape) - 1] or not _cloneable(use):
             return None
         chain = self._with_bias(use.node)
+        if not self._only_there(chain, use):
+            return None
         parts = self._parts(chain[-1], value)
         if parts is None:
             return None
@@ -130,9 +120,27 @@ class _Splitter:
         whole = np.sort(rows.numbers.reshape(-1).numpy())
         return (use, chain, parts) if len(parts) > 1 and np.array_equal(taken, whole) else None
 
+    def _only_there(self, chain: list[fx.Node], use: Use) -> bool:
+        """Whether the weights of a chain have one name each, and are looked up once, for one use: what is
+        tied, used elsewhere or written into stays one tensor.
+        """
+        program, nodes = self.analysis.program, _weights_nodes(chain, use)
+        canonical, aliases = program.canonical(), program.aliases()
+        names = {canonical[name] for name in _weights_of(chain, use)}
+        looked_up = [
+            node
+            for node in program.module.graph.find_nodes(op="get_attr")
+            if canonical.get(target_name(node)) in names
+        ]
+        return (
+            all(len(node.users) == 1 for node in nodes)
+            and len(looked_up) == len(names)
+            and all(len(aliases[name]) == 1 for name in names)
+        )
+
     def _with_bias(self, node: fx.Node) -> list[fx.Node]:
-        """The product and the additions of a one-dimensional weight that follow it."""
-        chain = [node]
+        """The product and the additions of a weight with an entry for each of its rows that follow it."""
+        chain, rows = [node], self.analysis.walk.values[node].shape[-1:]
         while len(chain[-1].users) == 1:
             (user,) = chain[-1].users
             others = [n for n in user.all_input_nodes if n is not chain[-1]]
@@ -140,7 +148,7 @@ class _Splitter:
                 user.target is not _ADD
                 or len(others) != 1
                 or others[0].op != "get_attr"
-                or len(self.analysis.walk.values[others[0]].shape) != 1
+                or self.analysis.walk.values[others[0]].shape != rows
             ):
                 break
             chain.append(user)

@@ -97,6 +97,52 @@ class Padded(Fused):
         return self.out(attended.flatten(1, 2)[:, : x.shape[1]]), self.down(torch.relu(self.up(x)))
 
 
+class Lifted(Fused):
+    """All rows are lifted by one number."""
+
+    def __init__(self) -> None:
+        super().__init__(_whole)
+        self.lift = nn.Parameter(torch.ones(1))
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        attended = F.scaled_dot_product_attention(*_whole(self.qkv(x) + self.lift)).transpose(-3, -2)
+        return self.out(attended.flatten(-2)), self.down(torch.relu(self.up(x)))
+
+
+class Shared(Fused):
+    """The rows' bias is another layer's as well."""
+
+    def __init__(self) -> None:
+        super().__init__(_whole)
+        self.weight, self.second = nn.Parameter(torch.randn(48, 8)), nn.Linear(48, 8)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        return *super().forward(x), self.second(F.linear(x, self.weight, self.qkv.bias))
+
+
+class Twice(Fused):
+    """The weight is turned once, and met twice."""
+
+    def __init__(self) -> None:
+        super().__init__(_whole)
+        self.weight, self.second = nn.Parameter(torch.randn(48, 8)), nn.Linear(48, 8)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        turned = self.weight.t()
+        attended = F.scaled_dot_product_attention(*_whole(x @ turned)).transpose(-3, -2).flatten(-2)
+        return self.out(attended), self.down(torch.relu(self.up(x))), self.second(torch.relu(x @ turned))
+
+
+class Deciding(Fused):
+    """Beside a graph that the model's own graph looks up."""
+
+    def __init__(self) -> None:
+        super().__init__(_whole)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        return *super().forward(x), torch.cond(x.sum() > 0, torch.sin, torch.cos, (x,))
+
+
 TORN = [
     _windows,
     _windows_in_the_batch,
@@ -126,6 +172,19 @@ def test_a_weight_whose_tokens_stay_is_taken_apart(layout: Callable[[Tensor], Pa
     analysis = hold(Fused(layout), inputs([(2, 9), (3, 6), (1, 24)]))
     assert len(analysis.program.parts) == 6
     assert ("prunable", 16, 2) in sets_of(analysis, "out.weight", 1)
+
+
+@pytest.mark.parametrize("module", [Lifted, Shared, Twice])
+def test_what_is_not_for_these_rows_alone_keeps_a_weight_together(module: type[Fused]) -> None:
+    """Apart, tied weights would not stay tied, and a plan would name two weights by one name."""
+    analysis = hold(module(), inputs([(2, 9), (3, 6)]))
+    assert not analysis.program.parts
+    assert ("prunable", 20, 1) in sets_of(analysis, "up.weight"), "the rest is pruned all the same"
+
+
+def test_a_weight_is_taken_apart_beside_a_graph_that_is_looked_up() -> None:
+    analysis = hold(Deciding(), inputs([(2, 9), (3, 6)]))
+    assert len(analysis.program.parts) == 6
 
 
 @pytest.mark.parametrize("layout", [_windows, _all_but_the_last], ids=lambda layout: layout.__name__)
