@@ -171,7 +171,10 @@ def _analyze(program: Program, heads: bool, experts: bool, exempt: bool) -> Anal
             found.freeze(sets[~spared[sets]], f"they are whole blocks of {slot}, which keep equal counts")
         group_of, keys = group_sets(found, numbering, walk)
         block, conflicts = find_blocks(
-            list(walk.facts.boxes.values()), labels, np.where(found.status == CODE[FROZEN], -1, group_of)
+            list(walk.facts.boxes.values()),
+            labels,
+            np.where(found.status == CODE[FROZEN], -1, group_of),
+            walk.facts.needed.values(),
         )
         uneven = [pair for conflict in conflicts for pair in walk.facts.stacks.pop(conflict.node, ())]
         if not uneven:

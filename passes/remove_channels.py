@@ -260,8 +260,10 @@ def _times(node: fx.Node, clause: Clause, source: Value, outputs: list[Value], k
     before = len(times) - len(source.shape)
     for dim, size in enumerate(outputs[0].shape):
         new = kept.size(outputs[0], dim)
-        if new != size and isinstance(times[dim], int):  # as often as a size says is as often as before
-            times[dim] = new // (kept.size(source, dim - before) if dim >= before else 1)
+        own = kept.size(source, dim - before) if dim >= before else 1
+        # As often as a size says is as often as before, and of nothing nothing comes.
+        if new != size and isinstance(times[dim], int) and own:
+            times[dim] = new // own
     return set_argument(node, clause.words[0], times)
 
 

@@ -4,12 +4,13 @@ of each.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import numpy as np
 import pytest
 import torch
-from oracle import assert_mask_exact
+from oracle import TOLERANCE, assert_mask_exact, error, zeroed
 from torch import Tensor, nn
 from torch.fx import Graph
 from torch.nn import functional as F
@@ -76,6 +77,14 @@ def test_boxes_of_unrelated_groups_do_not_touch() -> None:
     )
     assert block[4] == block[5]
     assert block[4] not in block[:4]
+    assert not conflicts
+
+
+def test_what_is_needed_beside_others_is_a_block() -> None:
+    needed = [np.array([0, 1]), np.arange(6)]
+    block, conflicts = find_blocks([], np.arange(6), np.array([0, 0, 0, 0, 1, 1]), needed)
+    assert block[0] == block[1] != block[2] == block[3]
+    assert block[4] == block[5]
     assert not conflicts
 
 
@@ -635,3 +644,56 @@ def test_rows_dealt_out_in_turn_lose_the_same_places(seed: int) -> None:
     for part in result.plan.groups[0].producers:
         assert part.removed == tuple(sorted({index % 4 + row for index in part.removed for row in (0, 4)}))
     assert_mask_exact(model, result, lambda module: module(x))
+
+
+class Parted(nn.Module):
+    """Twelve channels, of which two go another way than the rest."""
+
+    def __init__(self, function: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.first, self.last, self.function = nn.Conv1d(3, 12, 3), nn.Conv1d(12, 3, 1), function
+
+    def forward(self, x: Tensor) -> Tensor:
+        few, many = self.first(x).split([2, 10], 1)
+        return self.last(torch.cat([self.function(few), many], 1))
+
+
+def _first_removed(model: nn.Module, x: Tensor) -> tuple[fasp_fx.Result, set[int]]:
+    """The model without half of its weights, the first channels before others; and the rows that are gone."""
+    result = fasp_fx.prune(
+        model,
+        (x,),
+        calibration=[x],
+        sparsity=0.5,
+        score=lambda columns: torch.arange(columns.weight.shape[1], dtype=torch.float64),
+        restore=None,
+    )
+    return result, {row for group in result.plan.groups for part in group.producers for row in part.removed}
+
+
+REFUSE_NOTHING: dict[str, Callable[[Tensor], Tensor]] = {
+    "pool": lambda h: F.max_pool1d(h, 3, 1, 1),
+    "resample": lambda h: F.interpolate(h, size=h.shape[-1], mode="linear"),
+    "border": lambda h: F.pad(h, (1, 1), mode="reflect")[..., 1:-1],
+    "transform": lambda h: torch.fft.irfft(torch.fft.rfft(h, dim=-1), n=h.shape[-1], dim=-1),
+    "reshape": lambda h: h.transpose(1, 2).reshape(-1, 2).relu().view(len(h), -1, 2).transpose(1, 2),
+}
+
+
+@pytest.mark.parametrize("function", REFUSE_NOTHING.values(), ids=REFUSE_NOTHING)
+def test_something_stays_of_what_an_operator_refuses_to_work_without(
+    function: Callable[[Tensor], Tensor],
+) -> None:
+    model, x = randomise(Parted(function), std=0.5), torch.randn(4, 3, 9)
+    result, removed = _first_removed(model, x)
+    assert len(removed & {0, 1}) == 1
+    assert error(result.module(x), zeroed(model, result.plan)(x)) < TOLERANCE
+
+
+def test_nothing_is_repeated_as_often_as_it_was() -> None:
+    model, x = Parted(lambda h: h.repeat(1, 2, 1)), torch.randn(4, 3, 9)
+    model.last = nn.Conv1d(14, 3, 1)
+    model = randomise(model, std=0.5)
+    result, removed = _first_removed(model, x)
+    assert {0, 1} < removed
+    assert error(result.module(x), zeroed(model, result.plan)(x)) < TOLERANCE

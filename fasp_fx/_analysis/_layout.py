@@ -7,7 +7,7 @@ keep.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -25,7 +25,10 @@ class Conflict:
 
 
 def find_blocks(
-    boxes: list[tuple[np.ndarray, fx.Node]], labels: np.ndarray, group_of: np.ndarray
+    boxes: list[tuple[np.ndarray, fx.Node]],
+    labels: np.ndarray,
+    group_of: np.ndarray,
+    needed: Iterable[np.ndarray] = (),
 ) -> tuple[np.ndarray, list[Conflict]]:
     """Refine each group into blocks and check every box.
 
@@ -33,11 +36,12 @@ def find_blocks(
         boxes: number tensors ``[rows, length]`` that shrink along their length.
         labels: the channel set of each channel number.
         group_of: the group of each channel set; negative for those that are never removed.
+        needed: channel numbers, of each of which some must stay, as some do of every block.
 
     Returns:
         The block of each channel set, unique over all groups, and the boxes that cannot stay one.
     """
-    block = group_of.astype(np.int64) - int(group_of.min(initial=0))
+    block = _needed_blocks(needed, labels, group_of)
     fresh = int(block.max(initial=0)) + 1
     tables = []
     for numbers, node in boxes:
@@ -61,6 +65,21 @@ def find_blocks(
         if bad.size:
             conflicts.append(Conflict(node, bad))
     return block, conflicts
+
+
+def _needed_blocks(needed: Iterable[np.ndarray], labels: np.ndarray, group_of: np.ndarray) -> np.ndarray:
+    """A block for each group, and one for what is needed of a group beside the rest."""
+    block, free = group_of.astype(np.int64) - int(group_of.min(initial=0)), group_of >= 0
+    sizes = np.bincount(block[free])
+    for numbers in needed:
+        sets = np.unique(labels[numbers])
+        sets = sets[free[sets]]
+        own, which, counts = np.unique(block[sets], return_inverse=True, return_counts=True)
+        beside = (counts < sizes[own])[which]
+        if beside.any():
+            block[sets[beside]] = len(sizes) + which[beside]
+            sizes = np.bincount(block[free])
+    return block
 
 
 def torn_blocks(numbering: Numbering, labels: np.ndarray) -> Iterator[tuple[Slot, np.ndarray]]:

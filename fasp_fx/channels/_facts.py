@@ -112,7 +112,7 @@ class Facts:
     if they went together. ``chosen`` are numbers of positions that compete in a softmax or top-k, with how
     many of them are needed; ``stacked`` numbers of matrices in a stacked weight; ``stretched`` dimensions of
     expanded tensors that meet channels. ``stacks`` pairs, for each node that takes one of a stack, the
-    channels at one place of all in it.
+    channels at one place of all in it. ``needed`` are channels of which some must stay.
     """
 
     pairs: list[tuple[np.ndarray, np.ndarray, fx.Node]] = field(default_factory=list)
@@ -132,6 +132,7 @@ class Facts:
     stacked: list[np.ndarray] = field(default_factory=list)
     stretched: set[tuple[str, int]] = field(default_factory=set)
     stacks: dict[fx.Node, list[tuple[np.ndarray, np.ndarray, fx.Node]]] = field(default_factory=dict)
+    needed: dict[bytes, np.ndarray] = field(default_factory=dict)
 
     def couple(self, a: Tensor, b: Tensor, node: fx.Node) -> None:
         """Channels at equal positions of two broadcastable tensors of numbers go together; one that meets a
@@ -161,6 +162,14 @@ class Facts:
         """
         leader = numbers.narrow(dim, 0, 1).expand(numbers.shape)
         self.together.append((leader.reshape(-1).numpy(), numbers.reshape(-1).numpy(), node))
+
+    def need(self, numbers: Tensor) -> None:
+        """Note that not all of these channels can go, for an operator that refuses an empty tensor is given
+        them.
+        """
+        flat = np.unique(numbers.reshape(-1).numpy())
+        flat = flat[flat != NONE]
+        self.needed.setdefault(flat.tobytes(), flat)
 
     def boxes_of(self, value: Value, node: fx.Node) -> None:
         """Record a box for each axis that varies along several dimensions."""

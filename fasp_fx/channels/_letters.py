@@ -154,6 +154,8 @@ class Relation(Lettered):
                 return []
         everything = [numbers for _, _, numbers in found]
         self._couple_along(self.crossed | (set(order) - self.kept), everything, letter, order)
+        for numbers in everything if self.crossed else ():
+            self.facts.need(numbers)  # pools, resamplers and transforms refuse to work on nothing
         vanishing = any(operand.value.vanishes for operand in holders)
         routing = (
             letter in self.chosen or (letter in self.added and vanishing) or self._looked_up(letter, found)

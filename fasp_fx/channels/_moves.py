@@ -250,6 +250,8 @@ def move(
             facts.say(facts.frozen, axis.numbers, f"{unsettled[axis.dim]} {node.target}", node)
             continue  # the remaining positions are those of a sequence, not channels
         _couple_strides(rule, others, axis, facts, node)
+        if _refuses_nothing(node, others):
+            facts.need(axis.numbers)
         if "pad" in others and _border_moves(axis, others):
             facts.say(
                 facts.frozen,
@@ -461,6 +463,14 @@ def _alike(axis: Axis, dim: int, node: fx.Node, facts: Facts) -> Axis:
     leader = axis.numbers.narrow(dim, 0, 1)
     facts.couple(leader, axis.numbers, node)
     return Axis(leader, axis.dim, axis.slot)
+
+
+def _refuses_nothing(node: fx.Node, others: dict[str, Any]) -> bool:
+    """Whether an operator does not take a tensor without elements: what continues it at its border, or leaves
+    a size to be found out.
+    """
+    sizes = others.get("size", others.get("shape", ()))
+    return others.get("mode", "constant") != "constant" or (node.target in _RESHAPES and -1 in sizes)
 
 
 def _border_moves(axis: Axis, others: dict[str, Any]) -> bool:
