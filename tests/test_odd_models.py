@@ -1045,3 +1045,26 @@ def test_products_with_a_vector() -> None:
         group.name: group.status for group in fasp_fx.analyze(OneVector().eval(), (torch.randn(5),)).groups
     }
     assert list(groups.values()).count("prunable") == 2
+
+
+# --- graphs inside of graphs
+
+
+class Looping(nn.Module):
+    """A loop of which export makes one operator, beside a layer that can be pruned."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inside, self.up, self.down = nn.Linear(6, 6), nn.Linear(6, 12), nn.Linear(12, 6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        def step(count: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
+            return count + 1, self.inside(state).tanh()
+
+        looped = torch._higher_order_ops.while_loop(lambda count, _: count < 3, step, (torch.tensor(0), x))
+        return looped[1] + self.down(self.up(x).relu())
+
+
+def test_a_loop_stays_as_it_is() -> None:
+    torch.manual_seed(0)
+    _exact(Looping().eval(), (X,), (torch.randn(5, 6),))

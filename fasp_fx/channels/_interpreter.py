@@ -22,6 +22,7 @@ from .._compat import (
     DataDependentOutputException,
     DynamicOutputShapeException,
     FakeTensor,
+    HigherOrderOperator,
     OpOverload,
     free_unbacked_symbols,
     pytree,
@@ -281,8 +282,10 @@ class Interpreter:
                 raise NotImplementedError(f"{node.op} is not executed while analysing")
             executed = self.execution.call(node.target, args, kwargs)
         except Exception as error:
-            if not isinstance(error, _AT_RUN_TIME) and not (
-                isinstance(error, IndexError) and _decided_by_data(node)
+            if not (
+                isinstance(error, _AT_RUN_TIME)
+                or (isinstance(error, IndexError) and _decided_by_data(node))
+                or _takes_graphs_unseen(node)
             ):
                 if self.strict:
                     raise VerificationError(
@@ -447,6 +450,13 @@ def _decided_by_data(node: fx.Node) -> bool:
         for source in node.all_input_nodes
         if isinstance(value := source.meta.get("val"), torch.SymInt)
     )
+
+
+def _takes_graphs_unseen(node: fx.Node) -> bool:
+    """Whether a node is given graphs, and has no rule: what it is given stays, and so does the shape of what
+    it returns. Not all of these can be executed on fake tensors without the symbols of a capture (loops).
+    """
+    return isinstance(node.target, HigherOrderOperator) and lookup(node.target) is None
 
 
 def _writes(node: fx.Node) -> bool:
