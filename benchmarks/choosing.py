@@ -29,11 +29,12 @@ from fasp_fx.restoration import Window
 METHODS = ("fast", "fasp,global", "balanced", "best", "obs,uniform", "fasp,global,none", "fasp,uniform,none")
 HOW = (
     "a quality, or SCORE,ALLOCATION, or SCORE,ALLOCATION,none: without repair; +exempt: query and key"
-    " channels may go as well; +heads: whole heads in attention; +window: windows are trained, with +epochs=N"
-    " and +rate=R; +OPTION=NUMBER: an option of fasp_fx.prune"
+    " channels may go as well; +depth: whole blocks; +heads: whole heads in attention; +window: windows are"
+    " trained, with +epochs=N and +rate=R; +OPTION=NUMBER: an option of fasp_fx.prune"
 )
 WORDS: dict[str, dict[str, Any]] = {
     "exempt": {"include": ("exempt",)},
+    "depth": {"include": ("depth",)},
     "heads": {"granularity": ("channel", "head")},
     "window": {"restore": "window"},
 }

@@ -11,13 +11,15 @@ def draw_sets(analysis: Analysis, random: np.random.Generator) -> np.ndarray:
     """Of every block of each group that is pruned a random number of channel sets, the same in all its
     blocks, and at least one in all.
 
-    Shape ``[sets]``, boolean.
+    Every other block that may go as a whole does. Shape ``[sets]``, boolean.
     """
     chosen = np.zeros(int(analysis.labels.max(initial=-1)) + 1, dtype=bool)
-    groups = [group for group in analysis.chosen if group.width > 1]
+    groups = [group for group in analysis.chosen if group.width > max(group.needed, 1)]
     sure = int(random.integers(len(groups))) if groups else -1
     for index, group in enumerate(groups):
-        count = int(random.integers(1 if index == sure else 0, group.width))
+        count = int(random.integers(1 if index == sure else 0, group.width - group.needed + 1))
+        if not group.needed and random.integers(2):
+            count = group.width
         for block in np.unique(group.block_of):
             chosen[random.choice(group.sets[group.block_of == block], count, replace=False)] = True
     return chosen
