@@ -14,11 +14,13 @@ from hypothesis import strategies as st
 from oracle import TOLERANCE, error, zeroed
 from torch import Tensor, nn
 from torch.nn import functional as F
+from transformers import AutoModelForCausalLM
 from zoo import ZOO
 
 import fasp_fx
 from fasp_fx import Result
 from fasp_fx.errors import EagerError, PlanError
+from fasp_fx.gates import attach
 
 pytestmark = pytest.mark.usefixtures("shared_captures")
 
@@ -318,3 +320,60 @@ def test_every_flow_takes_it() -> None:
         result = fasp_fx.prune(model, (x,), calibration=[x] * 3, sparsity=0.5, include=("depth",), **options)
         assert result.module.get_parameter("blocks.0.down.weight").shape[1] == 0
         assert error(result.module(x), model(x)) < 0.05
+
+
+def test_a_model_that_generates(tmp_path: Any) -> None:
+    model = ZOO["llama_gqa"].build()
+    batches = [ZOO["llama_gqa"].example(2, 9)]
+    result = fasp_fx.hf.prune(
+        model,
+        calibration=batches,
+        sparsity=0.3,
+        quality="fast",
+        restore=None,
+        allocation=everything(("layers.1.mlp",)),
+        **DEPTH,
+    )
+    (group,) = result.plan.groups
+    assert group.removed_sets == 128
+    oracle, ids = zeroed(model, result.plan), batches[0]["input_ids"]
+    result.model.save_pretrained(tmp_path / "out")
+    for pruned_model in (result.model, AutoModelForCausalLM.from_pretrained(tmp_path / "out")):
+        assert error(pruned_model(input_ids=ids).logits, oracle(input_ids=ids).logits) < TOLERANCE
+        made, expected = (m.generate(ids, max_new_tokens=8, do_sample=False) for m in (pruned_model, oracle))
+        assert torch.equal(made, expected)
+
+
+def test_attention_that_fills_a_cache_keeps_a_head() -> None:
+    entry = ZOO["llama_gqa"]
+    with pytest.raises(fasp_fx.FaspError, match="from 0 to 1"):
+        fasp_fx.hf.prune(
+            entry.build(),
+            calibration=[entry.example(2, 9)],
+            sparsity=0.3,
+            quality="fast",
+            allocation=everything(("layers.1.self_attn",)),
+            **DEPTH,
+        )
+
+
+def test_with_the_weights_in_files(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fasp_fx._offload._scratch.SMALLEST", 0)
+    model, x = Residual([(FeedForward, True, False)] * 2, 0).eval(), numbers(32, 5)
+    expected = pruned(model, {"x": x}, "blocks.0")
+    with fasp_fx.offload(tmp_path):
+        found = pruned(model, {"x": x}, "blocks.0")
+        assert torch.equal(found.module(x), expected.module(x))
+
+
+def test_gates_that_close_all_of_a_block() -> None:
+    model, x = Residual([(FeedForward, True, False)] * 2, 0).eval(), numbers(32, 5)
+    gates = attach(model, (x,), sparsity=0.6, include=("depth",))
+    with torch.no_grad():
+        for index, scores in enumerate(gates.scores):
+            scores.copy_(torch.randn(scores.shape) + (8.0 if index else -8.0))
+    plan = gates.plan()
+    gates.detach()
+    result = fasp_fx.apply(model, plan, (x,))
+    assert error(result.module(x), zeroed(model, plan)(x)) < TOLERANCE
+    assert result.module.get_parameter("blocks.0.down.weight").shape[1] == 0

@@ -121,6 +121,8 @@ class Scratch:
 
     def _room(self, like: Tensor) -> Tensor:
         size = like.numel() * like.element_size()
+        if not size:  # of a block that went as a whole, say
+            return torch.empty(like.shape, dtype=like.dtype)
         with self._making:
             if self._last is None or self._used + size > len(self._last):
                 self._last, self._used = self._mapped(max(size, FILE_BYTES)), 0
