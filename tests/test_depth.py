@@ -21,6 +21,7 @@ import fasp_fx
 from fasp_fx import Result
 from fasp_fx.errors import EagerError, PlanError
 from fasp_fx.gates import attach
+from fasp_fx.testing import check_program
 
 pytestmark = pytest.mark.usefixtures("shared_captures")
 
@@ -377,3 +378,9 @@ def test_gates_that_close_all_of_a_block() -> None:
     result = fasp_fx.apply(model, plan, (x,))
     assert error(result.module(x), zeroed(model, plan)(x)) < TOLERANCE
     assert result.module.get_parameter("blocks.0.down.weight").shape[1] == 0
+
+
+@pytest.mark.parametrize("seed", range(2))
+def test_every_invariant_holds(seed: int) -> None:
+    kinds: list[Any] = [(FeedForward, True, False), (Attention, True, True), (FeedForward, False, True)]
+    check_program(Residual(kinds, seed).eval(), (numbers(2, 3),), seed=seed, **DEPTH)
