@@ -133,7 +133,8 @@ class CausalStages(Stages):
         Args:
             caches: heads and width of each cache tensor.
         """
-        for ids, given in _calls(calibration, {"input_ids", "attention_mask", "position_ids", "use_cache"}):
+        known = {"input_ids", "attention_mask", "use_cache", *self.optional(position_ids=None)}
+        for ids, given in _calls(calibration, known):
             mask = given.get("attention_mask")
             mask = self.ones(*ids.shape).to(ids.device) if mask is None else mask.long()
             positions = given.get("position_ids")
