@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import fx
 
-from fasp_fx._analysis._depth import BIASES, beside, laid_out, serving
+from fasp_fx._analysis._depth import BIASES, beside, goes_with_a_block, laid_out, serving
 from fasp_fx._stamps import stamp
 from fasp_fx.channels import arguments
 from fasp_fx.errors import VerificationError
@@ -63,7 +63,9 @@ class SkipBlocks(Pass):
                 )
             _replace_by_bias(end, other, self.name)
         for node in unused:
-            if node.op == "call_function":  # weights stay, to be cut
+            # Weights stay, to be cut; what draws random numbers, since those after it would be others; and
+            # what a bias is computed of.
+            if node.op == "call_function" and not node.users and goes_with_a_block(node):
                 graph.erase_node(node)
         return program
 

@@ -384,3 +384,33 @@ def test_gates_that_close_all_of_a_block() -> None:
 def test_every_invariant_holds(seed: int) -> None:
     kinds: list[Any] = [(FeedForward, True, False), (Attention, True, True), (FeedForward, False, True)]
     check_program(Residual(kinds, seed).eval(), (numbers(2, 3),), seed=seed, **DEPTH)
+
+
+class Served(nn.Module):
+    """Two blocks that read the same, which is made with random numbers, and have biases that are computed."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.ups, self.downs = (
+            nn.ModuleList(nn.Linear(*sizes) for _ in range(2)) for sizes in ((WIDTH, 20), (20, WIDTH))
+        )
+        self.last = nn.Linear(WIDTH, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        both = torch.tanh(x) + torch.rand_like(x)
+        for up, down in zip(self.ups, self.downs, strict=True):
+            x = x + F.linear(torch.relu(up(both)), down.weight, 2 * down.bias + x.mean((0, 1)))
+        found: Tensor = self.last(x + torch.rand_like(x))
+        return found
+
+
+@pytest.mark.parametrize("names", [("downs.0",), ("downs.1",), ("downs.0", "downs.1")])
+def test_random_numbers_and_what_a_bias_is_computed_of_stay(names: tuple[str, ...]) -> None:
+    model, x = Served().eval(), torch.randn(4, 3, WIDTH)
+    result = pruned(model, {"x": x}, *names, restore=None)
+    assert len(result.plan.groups) == len(names)
+    torch.manual_seed(1)
+    expected = zeroed(model, result.plan)(x)
+    torch.manual_seed(1)
+    assert error(result.module(x), expected) < TOLERANCE

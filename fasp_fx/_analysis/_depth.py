@@ -129,9 +129,14 @@ def _leaves_nothing(group: Group, program: Program) -> bool:
             origin = program.parts[name].name if name in program.parts else name
             if isinstance(held, nn.Parameter) and held.dim() > 1 and origin not in whole:
                 return False
-        elif node.op != "call_function" or not (node.target is _CHECK or is_pure(node)):
+        elif node.op != "call_function" or not goes_with_a_block(node):
             return False
     return True
+
+
+def goes_with_a_block(node: fx.Node) -> bool:
+    """Whether nothing but its result is lost with a call that serves a block."""
+    return node.target is _CHECK or is_pure(node)
 
 
 def _value(node: fx.Node) -> Tensor | None:
@@ -149,4 +154,4 @@ def _alike(node: fx.Node, other: fx.Node) -> bool:
     )
 
 
-__all__ = ["BIASES", "DEPTH", "beside", "laid_out", "let_blocks_go", "serving"]
+__all__ = ["BIASES", "DEPTH", "beside", "goes_with_a_block", "laid_out", "let_blocks_go", "serving"]
