@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -77,7 +77,7 @@ def _replace_by_bias(node: fx.Node, other: fx.Node, name: str) -> None:
     graph, key, end = node.graph, BIASES[node.target], laid_out(node)
     bias = None if key is None else arguments(node)[key]
     total = next(iter(end.users))
-    direct = total.target is _ATEN.add.Tensor and other in total.all_input_nodes
+    direct = len(end.users) == 1 and total.target is _ATEN.add.Tensor and other in total.all_input_nodes
     if bias is None and direct and other.op != "placeholder":
         total.replace_all_uses_with(other)
         graph.erase_node(total)
@@ -85,7 +85,8 @@ def _replace_by_bias(node: fx.Node, other: fx.Node, name: str) -> None:
         with graph.inserting_before(end):
             found = stamp(graph.call_function(_ATEN.zeros_like.default, (other,)), name, node)
             if bias is not None:
-                found = stamp(graph.call_function(_ATEN.add.Tensor, (found, _spread(node, bias))), name, node)
+                spread = _spread(node, bias, name)
+                found = stamp(graph.call_function(_ATEN.add.Tensor, (found, spread)), name, node)
         end.replace_all_uses_with(found)
     while end is not node:  # views of it
         before = end.all_input_nodes[0]
@@ -93,15 +94,16 @@ def _replace_by_bias(node: fx.Node, other: fx.Node, name: str) -> None:
         end = before
 
 
-def _spread(node: fx.Node, bias: fx.Node) -> fx.Node:
+def _spread(node: fx.Node, bias: fx.Node, name: str) -> fx.Node:
     """A bias as it is added to the output of a contraction; that of a convolution is along its channels."""
-    beyond = node.meta["val"].dim() - 2 if node.target in _CONVOLUTIONS else 0
+    beyond = _BEYOND.get(node.target, 0)
     if not beyond:
         return bias
-    found: fx.Node = node.graph.call_function(_ATEN.reshape.default, (bias, [-1] + [1] * beyond))
-    return found
+    shape = [-1] + [1] * beyond
+    return stamp(node.graph.call_function(_ATEN.reshape.default, (bias, shape)), name, node)
 
 
-_CONVOLUTIONS = (_ATEN.conv1d.default, _ATEN.conv2d.default, _ATEN.conv3d.default)
+#: how many dimensions the output of a convolution has behind its channels
+_BEYOND: dict[Any, int] = {_ATEN.conv1d.default: 1, _ATEN.conv2d.default: 2, _ATEN.conv3d.default: 3}
 
 __all__ = ["SkipBlocks"]

@@ -414,3 +414,47 @@ def test_random_numbers_and_what_a_bias_is_computed_of_stay(names: tuple[str, ..
     expected = zeroed(model, result.plan)(x)
     torch.manual_seed(1)
     assert error(result.module(x), expected) < TOLERANCE
+
+
+class Again(nn.Module):
+    """What the block is added to meets it once more before the sum that all ends in."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.up, self.down = nn.Linear(WIDTH, 20), nn.Linear(20, WIDTH, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.tanh(x)
+        y = self.down(torch.relu(self.up(x)))
+        return (x + y) * y + x
+
+
+def test_a_block_that_is_read_twice_before_its_sum() -> None:
+    model, x = Again().eval(), torch.randn(4, 3, WIDTH)
+    result = pruned(model, {"x": x}, "down", restore=None)
+    assert error(result.module(x), zeroed(model, result.plan)(x)) < TOLERANCE
+    assert not result.module.graph.find_nodes(op="call_function", target=torch.ops.aten.linear.default)
+
+
+class Unbatched(nn.Module):
+    """Convolutions of one image, whose first dimension is that of the channels."""
+
+    def __init__(self, dims: int) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        kind = (nn.Conv1d, nn.Conv2d, nn.Conv3d)[dims - 1]
+        self.first, self.inner, self.outer = kind(3, 8, 1), kind(8, 12, 3, padding=1), kind(12, 8, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.first(x)
+        found: Tensor = x + self.outer(torch.relu(self.inner(x)))
+        return found
+
+
+@pytest.mark.parametrize("dims", [1, 2, 3])
+def test_the_bias_of_a_convolution_without_a_batch_lies_along_its_channels(dims: int) -> None:
+    model, x = Unbatched(dims).eval(), torch.randn(3, *[8] * dims)
+    result = pruned(model, {"x": x}, "outer", restore=None)
+    assert len(result.plan.groups) == 1
+    assert error(result.module(x), zeroed(model, result.plan)(x)) < TOLERANCE
