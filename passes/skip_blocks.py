@@ -6,11 +6,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from torch import fx
+from torch import Tensor, fx
 
 from fasp_fx._analysis._depth import BIASES, beside, goes_with_a_block, laid_out, serving
 from fasp_fx._stamps import stamp
-from fasp_fx.channels import arguments
+from fasp_fx.channels import arguments, same_sizes
 from fasp_fx.errors import VerificationError
 
 from ._base import Pass
@@ -77,13 +77,13 @@ def _replace_by_bias(node: fx.Node, other: fx.Node, name: str) -> None:
     graph, key, end = node.graph, BIASES[node.target], laid_out(node)
     bias = None if key is None else arguments(node)[key]
     total = next(iter(end.users))
-    direct = len(end.users) == 1 and total.target is _ATEN.add.Tensor and other in total.all_input_nodes
-    if bias is None and direct and other.op != "placeholder":
+    if bias is None and len(end.users) == 1 and _is_sum(total, other) and _stands_for(other, total):
         total.replace_all_uses_with(other)
         graph.erase_node(total)
     else:
         with graph.inserting_before(end):
-            found = stamp(graph.call_function(_ATEN.zeros_like.default, (other,)), name, node)
+            layout: dict[str, Any] = {"memory_format": _memory_format(end.meta["val"])}
+            found = stamp(graph.call_function(_ATEN.zeros_like.default, (other,), layout), name, node)
             if bias is not None:
                 spread = _spread(node, bias, name)
                 found = stamp(graph.call_function(_ATEN.add.Tensor, (found, spread)), name, node)
@@ -92,6 +92,51 @@ def _replace_by_bias(node: fx.Node, other: fx.Node, name: str) -> None:
         before = end.all_input_nodes[0]
         graph.erase_node(end)
         end = before
+
+
+def _is_sum(total: fx.Node, other: fx.Node) -> bool:
+    return total.target is _ATEN.add.Tensor and other in total.all_input_nodes
+
+
+def _stands_for(other: fx.Node, total: fx.Node) -> bool:
+    """Whether a value can stand for a sum: it lies in memory as the sum does (a view may depend on it), in
+    memory that is no input and no weight, and the sum is no output, that the caller may write into.
+    """
+    first, second = other.meta["val"], total.meta["val"]
+    return same_sizes(first.stride(), second.stride()) and _is_new(other) and not _is_an_output(total)
+
+
+def _is_new(node: fx.Node) -> bool:
+    while _is_a_view(node):
+        node = node.all_input_nodes[0]
+    return node.op == "call_function"
+
+
+def _is_an_output(node: fx.Node) -> bool:
+    return any(user.op == "output" or (_is_a_view(user) and _is_an_output(user)) for user in node.users)
+
+
+def _is_a_view(node: fx.Node) -> bool:
+    schema = getattr(node.target, "_schema", None)
+    return schema is not None and any(result.alias_info is not None for result in schema.returns)
+
+
+def _memory_format(tensor: Tensor) -> torch.memory_format:
+    """How a tensor lies in memory: dense, with its dimensions in order, or with the channels last; what is
+    neither is taken to lie as what it is like.
+    """
+    sizes = tensor.shape
+    formats = {tuple(range(len(sizes))): torch.contiguous_format}
+    if len(sizes) in _CHANNELS_LAST:
+        formats[0, *range(2, len(sizes)), 1] = _CHANNELS_LAST[len(sizes)]
+    for order, memory_format in formats.items():
+        strides: dict[int, int | torch.SymInt] = {}
+        step: int | torch.SymInt = 1
+        for dim in reversed(order):
+            strides[dim], step = step, step * sizes[dim]
+        if same_sizes([strides[dim] for dim in range(len(sizes))], tensor.stride()):
+            return memory_format
+    return torch.preserve_format
 
 
 def _spread(node: fx.Node, bias: fx.Node, name: str) -> fx.Node:
@@ -105,5 +150,6 @@ def _spread(node: fx.Node, bias: fx.Node, name: str) -> fx.Node:
 
 #: how many dimensions the output of a convolution has behind its channels
 _BEYOND: dict[Any, int] = {_ATEN.conv1d.default: 1, _ATEN.conv2d.default: 2, _ATEN.conv3d.default: 3}
+_CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
 
 __all__ = ["SkipBlocks"]

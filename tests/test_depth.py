@@ -458,3 +458,53 @@ def test_the_bias_of_a_convolution_without_a_batch_lies_along_its_channels(dims:
     result = pruned(model, {"x": x}, "outer", restore=None)
     assert len(result.plan.groups) == 1
     assert error(result.module(x), zeroed(model, result.plan)(x)) < TOLERANCE
+
+
+class Layouts(nn.Module):
+    """A view of a sum of values of which only the block lies in memory as the view has it."""
+
+    def __init__(self, bias: bool, expanded: bool) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.up, self.down = nn.Linear(WIDTH, 20), nn.Linear(20, WIDTH, bias=bias)
+        self.first, self.expanded = nn.Linear(WIDTH, WIDTH), expanded
+
+    def forward(self, x: Tensor) -> Tensor:
+        start = self.first(x.transpose(0, 1)).transpose(0, 1)
+        if self.expanded:
+            start = self.first(x)[:, :1].expand(x.shape)
+        found: Tensor = (self.down(torch.relu(self.up(x))) + start).view(-1, WIDTH)
+        return found
+
+
+@pytest.mark.parametrize(("bias", "expanded"), itertools.product([False, True], repeat=2))
+def test_what_stands_for_a_block_lies_in_memory_as_it_did(bias: bool, expanded: bool) -> None:
+    model, x = Layouts(bias, expanded).eval(), torch.randn(4, 3, WIDTH)
+    result = pruned(model, {"x": x}, "down", restore=None)
+    for inputs in (x, torch.randn(5, 3, WIDTH)):
+        assert error(result.module(inputs), zeroed(model, result.plan)(inputs)) < TOLERANCE
+
+
+class Handed(nn.Module):
+    """Outputs that the caller may write into."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.up, self.down = nn.Linear(WIDTH, 20), nn.Linear(20, WIDTH, bias=False)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        x = x.view(-1, WIDTH)
+        x = x + self.down(torch.relu(self.up(x)))
+        y = torch.tanh(x)
+        return y, (y + self.down(torch.relu(self.up(y)))).view(-1)
+
+
+def test_outputs_share_no_memory_with_each_other_or_an_input() -> None:
+    model, x = Handed().eval(), torch.randn(4, 3, WIDTH)
+    result = pruned(model, {"x": x}, "down", restore=None)
+    assert error(result.module(x)[1], zeroed(model, result.plan)(x)[1]) < TOLERANCE
+    first, second = result.module(x)
+    kept = first.clone()
+    second.zero_()
+    assert torch.equal(first, kept)
