@@ -153,7 +153,7 @@ def _settled(
             break
         program, analysis = rewritten, settled(rewritten, heads)
     if DEPTH in include:
-        groups = let_blocks_go(analysis.groups, analysis.labels, program)
+        groups = let_blocks_go(analysis.groups, analysis.labels, program, analysis.walk)
         analysis = replace(analysis, groups=groups)
     return analysis
 

@@ -289,7 +289,20 @@ class Between(Ways):
         return found
 
 
-@pytest.mark.parametrize("kind", [Alone, Twice, Both, Between])
+class Mixed(Ways):
+    """A layer between the block and the sum, so that the channels of the two are not the same."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.mix = nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.other(x)
+        found: Tensor = torch.tanh(x + self.mix(self.down(torch.relu(self.up(x))))) @ self.table[:WIDTH]
+        return found
+
+
+@pytest.mark.parametrize("kind", [Alone, Twice, Both, Between, Mixed])
 def test_where_no_identity_can_stay_something_of_the_block_does(kind: type[Ways]) -> None:
     model, x = kind().eval(), torch.randn(4, 3, WIDTH)
     captured = fasp_fx.capture(model, (x,))

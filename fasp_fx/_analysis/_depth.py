@@ -4,7 +4,7 @@ bias), and is added to a value that is there without it, so that an identity sta
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from typing import Any
 
@@ -14,8 +14,8 @@ from torch import Tensor, fx, nn
 
 from .._capture import is_pure
 from .._program import Program
-from ..channels import arguments, attribute, same_sizes, target_name
-from ..groups import PRUNABLE, Group
+from ..channels import Value, Walk, arguments, attribute, same_sizes, target_name
+from ..groups import FROZEN, PRUNABLE, Group
 
 #: the word of ``include=`` for it
 DEPTH = "depth"
@@ -38,9 +38,26 @@ BIASES: dict[Any, str | None] = {
 }
 
 
-def let_blocks_go(groups: Iterable[Group], labels: np.ndarray, program: Program) -> list[Group]:
+def let_blocks_go(groups: Iterable[Group], labels: np.ndarray, program: Program, walk: Walk) -> list[Group]:
     """The groups, of which those that are all there is to a residual block need not keep anything."""
-    return [replace(group, needed=0) if _is_a_block(group, labels, program) else group for group in groups]
+    groups = list(groups)
+    free = np.concatenate([np.zeros(0, dtype=np.int64), *(g.sets for g in groups if g.status != FROZEN)])
+
+    def of_one_kind(*nodes: fx.Node) -> bool:
+        first, second = (_lines(walk.values.get(node), labels, free) for node in nodes)
+        return first == second
+
+    return [
+        replace(group, needed=0) if _is_a_block(group, labels, program, of_one_kind) else group
+        for group in groups
+    ]
+
+
+def _lines(value: object, labels: np.ndarray, free: np.ndarray) -> set[tuple[int, tuple[int, ...], bytes]]:
+    """The channel sets along each dimension of a value of which some can go."""
+    axes = value.axes if isinstance(value, Value) else ()
+    found = [(axis.dim, labels[axis.numbers.numpy()]) for axis in axes]
+    return {(dim, sets.shape, sets.tobytes()) for dim, sets in found if np.isin(sets, free).any()}
 
 
 def laid_out(node: fx.Node) -> fx.Node:
@@ -81,19 +98,22 @@ def _is_before(first: fx.Node, second: fx.Node) -> bool:
     return next(node for node in first.graph.nodes if node is first or node is second) is first
 
 
-def _is_a_block(group: Group, labels: np.ndarray, program: Program) -> bool:
+def _is_a_block(
+    group: Group, labels: np.ndarray, program: Program, of_one_kind: Callable[[fx.Node, fx.Node], bool]
+) -> bool:
     if group.status != PRUNABLE or group.granularity not in ("channel", "head") or not group.uses:
         return False
     if any(slot.kind == "input" for slot in group.slots):
         return False  # a cache holds them
     for use in group.uses:
-        read = use.columns[use.columns >= 0]
+        read, end = use.columns[use.columns >= 0], laid_out(use.node)
         if (
             use.node.target not in BIASES
             or use.route is not None
             or not np.isin(labels[read], group.sets).all()
             or not _is_plain_sum(use.node)
-            or beside(laid_out(use.node)) is None
+            or (other := beside(end)) is None
+            or not of_one_kind(end, other)  # zeros like the one take its channels along
         ):
             return False
     return _leaves_nothing(group, program)
