@@ -224,7 +224,7 @@ def test_included_groups_are_restored() -> None:
     [
         ({"granularity": ("layer",)}, "'channel', 'head', 'expert'"),
         ({"granularity": ()}, "granularity"),
-        ({"include": ("frozen",)}, "'approximate', 'exempt'"),
+        ({"include": ("frozen",)}, "'approximate', 'depth', 'exempt'"),
         ({"include": "approximate"}, "include"),
     ],
 )
