@@ -10,7 +10,7 @@ from torch import Tensor, fx
 
 from fasp_fx._analysis._depth import BIASES, beside, goes_with_a_block, laid_out, serving
 from fasp_fx._stamps import stamp
-from fasp_fx.channels import arguments, same_sizes
+from fasp_fx.channels import arguments, results, same_sizes, viewed
 from fasp_fx.errors import VerificationError
 
 from ._base import Pass
@@ -103,22 +103,9 @@ def _stands_for(other: fx.Node, total: fx.Node) -> bool:
     memory that is no input and no weight, and the sum is no output, that the caller may write into.
     """
     first, second = other.meta["val"], total.meta["val"]
-    return same_sizes(first.stride(), second.stride()) and _is_new(other) and not _is_an_output(total)
-
-
-def _is_new(node: fx.Node) -> bool:
-    while _is_a_view(node):
-        node = node.all_input_nodes[0]
-    return node.op == "call_function"
-
-
-def _is_an_output(node: fx.Node) -> bool:
-    return any(user.op == "output" or (_is_a_view(user) and _is_an_output(user)) for user in node.users)
-
-
-def _is_a_view(node: fx.Node) -> bool:
-    schema = getattr(node.target, "_schema", None)
-    return schema is not None and any(result.alias_info is not None for result in schema.returns)
+    is_new = viewed(other).op == "call_function"
+    returned = [viewed(result) for result in results(total.graph) if isinstance(result, fx.Node)]
+    return same_sizes(first.stride(), second.stride()) and is_new and total not in returned
 
 
 def _memory_format(tensor: Tensor) -> torch.memory_format:

@@ -6,7 +6,7 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fasp_fx.channels import distinct, ranked
+from fasp_fx.channels import counted, distinct, ranked
 
 NUMBERS = st.lists(st.integers(-1, 40) | st.integers(10**6, 10**12), max_size=30)
 
@@ -16,6 +16,9 @@ def test_as_numpy_finds_them(numbers: list[int]) -> None:
     array = np.array(numbers, dtype=np.int64)
     expected, places = np.unique(array, return_inverse=True)
     np.testing.assert_array_equal(distinct(array), expected)
+    expected, times = np.unique(array, return_counts=True)
+    for found, own in zip(counted(array), (expected, times), strict=True):
+        np.testing.assert_array_equal(found, own)
     found, ranks = ranked(array)
     np.testing.assert_array_equal(found, expected)
     np.testing.assert_array_equal(ranks, places)

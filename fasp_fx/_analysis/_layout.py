@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 from torch import fx
 
-from ..channels import Numbering, Slot, ranked
+from ..channels import Numbering, Slot, counted, ranked
 
 
 @dataclass(frozen=True)
@@ -104,7 +104,7 @@ def _uneven(
 ) -> np.ndarray:
     """The channel sets of a box that equal counts per block do not keep equal in every row."""
     # Pairs of a row and a set, and then of a row and a block, as one number each.
-    pairs, times = _counted(rows * len(block) + sets)
+    pairs, times = counted(rows * len(block) + sets)
     row, member = np.divmod(pairs, len(block))
     owners, own = ranked(block[member])
     parts, inverse = ranked(row * len(owners) + own)
@@ -125,10 +125,3 @@ def _uneven(
     uneven = (totals != totals[:, :1]).any(axis=1)
     wrong = broken | uneven[kind_index]
     return np.unique(member[wrong[inverse]])
-
-
-def _counted(numbers: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The distinct numbers in order, and how often each is there."""
-    if bool((numbers[1:] > numbers[:-1]).all()):
-        return numbers, np.ones(len(numbers), dtype=np.int64)
-    return np.unique(numbers, return_counts=True)

@@ -5,7 +5,7 @@ explains it).
 from __future__ import annotations
 
 from ._consume import WHY_NOT_FOLDED
-from ._distinct import distinct, ranked
+from ._distinct import counted, distinct, ranked
 from ._execution import Execution
 from ._facts import Facts, Layout, Product, Remark, Use
 from ._fx import (
@@ -45,6 +45,7 @@ __all__ = [
     "Walk",
     "arguments",
     "attribute",
+    "counted",
     "distinct",
     "is_dynamic",
     "laid_by_block",

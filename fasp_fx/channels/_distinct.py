@@ -12,7 +12,20 @@ _SPARSE = 8
 
 def distinct(numbers: np.ndarray) -> np.ndarray:
     """The distinct numbers in order, as ``np.unique`` gives them; the same array where it is that."""
-    return numbers if bool((numbers[1:] > numbers[:-1]).all()) else np.unique(numbers)
+    return numbers if _increase(numbers) else np.unique(numbers)
+
+
+def counted(numbers: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The distinct numbers in order, and how often each is there, as ``np.unique(..., return_counts=True)``
+    gives them.
+    """
+    if _increase(numbers):
+        return numbers, np.ones(len(numbers), dtype=np.int64)
+    return np.unique(numbers, return_counts=True)
+
+
+def _increase(numbers: np.ndarray) -> bool:
+    return bool((numbers[1:] > numbers[:-1]).all())
 
 
 def ranked(numbers: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -30,4 +43,4 @@ def ranked(numbers: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return np.flatnonzero(present) + low, (np.cumsum(present) - 1)[numbers - low]
 
 
-__all__ = ["distinct", "ranked"]
+__all__ = ["counted", "distinct", "ranked"]

@@ -153,8 +153,7 @@ class Facts:
         self, remarks: list[Remark], numbers: Tensor, reason: str, node: fx.Node | None, routing: bool = False
     ) -> None:
         """Append a remark on these numbers."""
-        flat = distinct(numbers.reshape(-1).numpy())
-        remarks.append(Remark(flat[flat != NONE], reason, node, routing))
+        remarks.append(Remark(_channels(numbers), reason, node, routing))
 
     def want_together(self, numbers: Tensor, dim: int, node: fx.Node) -> None:
         """Note that channels would be free if those that lie behind one another along a dimension went as
@@ -167,9 +166,8 @@ class Facts:
         """Note that not all of these channels can go, for an operator that refuses an empty tensor is given
         them.
         """
-        flat = np.unique(numbers.reshape(-1).numpy())
-        flat = flat[flat != NONE]
-        self.needed.setdefault(flat.tobytes(), flat)
+        needed = _channels(numbers)
+        self.needed.setdefault(needed.tobytes(), needed)
 
     def boxes_of(self, value: Value, node: fx.Node) -> None:
         """Record a box for each axis that varies along several dimensions."""
@@ -183,3 +181,9 @@ class Facts:
         """
         rows = numbers.movedim(dim, -1).reshape(-1, numbers.shape[dim]).numpy()
         self.boxes.setdefault(rows.tobytes() + rows.shape[0].to_bytes(8, "little"), (rows, node))
+
+
+def _channels(numbers: Tensor) -> np.ndarray:
+    """The distinct channel numbers among some, in order."""
+    found = distinct(numbers.reshape(-1).numpy())
+    return found[found != NONE]
