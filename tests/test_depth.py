@@ -22,6 +22,7 @@ from fasp_fx import Result
 from fasp_fx.errors import EagerError, PlanError
 from fasp_fx.gates import attach
 from fasp_fx.testing import check_program
+from fasp_fx.testing._sets import draw_part
 
 pytestmark = pytest.mark.usefixtures("shared_captures")
 
@@ -397,6 +398,19 @@ def test_gates_that_close_all_of_a_block() -> None:
 def test_every_invariant_holds(seed: int) -> None:
     kinds: list[Any] = [(FeedForward, True, False), (Attention, True, True), (FeedForward, False, True)]
     check_program(Residual(kinds, seed).eval(), (numbers(2, 3),), seed=seed, **DEPTH)
+
+
+def test_no_step_leaves_a_single_channel_of_a_block_that_goes() -> None:
+    """It lies along no dimension of channels any more, so that no second step could take it."""
+    x = numbers(2, 3)
+    analysis = fasp_fx.analyze(Residual([(FeedForward, True, False)], 0).eval(), (x,), **DEPTH)
+    (group,) = analysis.chosen
+    whole = np.zeros(int(analysis.labels.max()) + 1, dtype=bool)
+    whole[group.sets] = True
+    left = {
+        group.width - int(draw_part(analysis, whole, np.random.default_rng(seed)).sum()) for seed in range(100)
+    }
+    assert 1 not in left and {0, 2} <= left
 
 
 class Served(nn.Module):

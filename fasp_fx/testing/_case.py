@@ -66,11 +66,15 @@ class Case:
     @cached_property
     def reference(self) -> nn.Module:
         """The model that has the weights a plan names: the model itself, or what removing nothing makes of it
-        where weights were folded.
+        where weights were folded, or tensors that the model makes in its forward are cut.
 
         That the latter computes what the model does is a check of its own.
         """
-        return callable_of(self.untouched.module) if self.captured.folds else self.dense
+        own = {*tensors_of(self.dense), *(made.name for made in self.analysis.program.copies)}
+        cut = {
+            member.name for group in self.analysis.chosen for member in (*group.producers, *group.consumers)
+        }
+        return self.dense if not self.captured.folds and cut <= own else callable_of(self.untouched.module)
 
     @cached_property
     def exact(self) -> float:

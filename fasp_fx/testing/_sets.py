@@ -35,6 +35,8 @@ def draw_part(analysis: Analysis, chosen: np.ndarray, random: np.random.Generato
             group.sets[(group.block_of == block) & chosen[group.sets]] for block in np.unique(group.block_of)
         ]
         count = int(random.integers(1 if index == sure else 0, len(blocks[0]) + 1))
+        if count == group.width - 1 and len(blocks[0]) == group.width:
+            count = group.width  # a dimension of one channel is none that a second step could take it from
         for own in blocks:
             part[random.choice(own, count, replace=False)] = True
     return part
