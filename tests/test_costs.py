@@ -323,6 +323,11 @@ def test_a_statistic_of_ones_own() -> None:
         ),
         (lambda outputs, inputs: torch.ones(3), fasp_fx.CalibrationError, "does not depend on"),
         (lambda outputs, inputs: 0 * outputs.sum(), fasp_fx.CalibrationError, "vanish"),
+        (
+            lambda outputs, inputs: (0 * outputs).sqrt().sum(),
+            fasp_fx.CalibrationError,
+            "gradients of the loss are not finite at",
+        ),
         (lambda outputs, inputs: 1.0, fasp_fx.CalibrationError, "returned a float"),
         (
             lambda outputs, inputs: (outputs > 0).sum(),

@@ -105,6 +105,8 @@ def observe_batches(
         if index % ranks.size == ranks.rank and failure is None:
             try:
                 terms += _observe_one(consumers, piece, index, wanted, loss, marks)
+                if index == ranks.rank:  # what is wrong with a loss shows in the first batch
+                    _check_gradients(consumers)
             except CalibrationError as error:
                 if ranks.size == 1:
                     raise
@@ -558,14 +560,13 @@ def _vanished(consumers: Consumers, ranks: Ranks) -> bool:
 
 def _check(consumers: Consumers, back: bool) -> None:
     for consumer in consumers.by_key.values():
-        diagonals = [part.diagonal() for gram in consumer.grams or () for part in gram.parts]
-        diagonals += [statistic.diagonal() for statistic in _gradients(consumer)]
-        if not all(bool(torch.isfinite(diagonal).all()) for diagonal in diagonals):
+        if not _finite(part.diagonal() for gram in consumer.grams or () for part in gram.parts):
             raise CalibrationError(
                 f"what is seen at '{consumer.weight}' is not finite on the calibration data; check the"
                 " batches and the model's dtype"
             )
-    if not all(bool(torch.isfinite(effects).all()) for effects in consumers.products.effects()):
+    _check_gradients(consumers)
+    if not _finite(consumers.products.effects()):
         raise CalibrationError(
             "what is seen of queries and keys is not finite on the calibration data; check the batches and"
             " the model's dtype"
@@ -575,6 +576,19 @@ def _check(consumers: Consumers, back: bool) -> None:
             "the gradients of the loss vanish at every weight that can be pruned; pass another loss=, or"
             " loss=None"
         )
+
+
+def _check_gradients(consumers: Consumers) -> None:
+    for consumer in consumers.by_key.values():
+        if not _finite(statistic.diagonal() for statistic in _gradients(consumer)):
+            raise CalibrationError(
+                f"the gradients of the loss are not finite at '{consumer.weight}'; check the batches and the"
+                " model's dtype, or pass another loss=, or loss=None"
+            )
+
+
+def _finite(tensors: Iterable[Tensor]) -> bool:
+    return all(bool(torch.isfinite(tensor).all()) for tensor in tensors)
 
 
 __all__ = ["Piece", "called", "in_pieces", "observe_batches", "padding_of", "returned", "whole_batches"]
