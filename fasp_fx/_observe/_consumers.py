@@ -50,6 +50,11 @@ class Consumer:
         """How many blocks it is read as."""
         return len(self.matrices.columns)
 
+    def sees_finite(self) -> bool:
+        """Whether all that its Gram matrices were shown is finite."""
+        parts = (part for gram in self.grams or () for part in gram.parts)
+        return all(bool(torch.isfinite(part.diagonal()).all()) for part in parts)
+
     def prepare(self, wanted: Mapping[str, MakeStatistic], device: torch.device) -> None:
         """Make the Gram matrices and the statistics of each block, where they are not there yet."""
         columns = self.matrices.columns.shape[1]

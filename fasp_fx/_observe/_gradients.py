@@ -560,7 +560,7 @@ def _vanished(consumers: Consumers, ranks: Ranks) -> bool:
 
 def _check(consumers: Consumers, back: bool) -> None:
     for consumer in consumers.by_key.values():
-        if not _finite(part.diagonal() for gram in consumer.grams or () for part in gram.parts):
+        if not consumer.sees_finite():
             raise CalibrationError(
                 f"what is seen at '{consumer.weight}' is not finite on the calibration data; check the"
                 " batches and the model's dtype"

@@ -254,9 +254,7 @@ class Observer:
                 )
             self.ranks.add_up(*consumer.sums())
             assert consumer.grams is not None
-            if not all(
-                bool(torch.isfinite(part.diagonal()).all()) for gram in consumer.grams for part in gram.parts
-            ):
+            if not consumer.sees_finite():
                 raise CalibrationError(
                     f"the input of '{use.weight}' is not finite on the calibration data; check the batches"
                     " and the model's dtype"
