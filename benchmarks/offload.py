@@ -1,8 +1,8 @@
-"""A Llama of 1.3 billion parameters, pruned with its weights in files and in memory: peak memory, time, and
-whether both come to the same. Resumes.
+"""A Llama of a common shape, pruned with its weights in files and in memory: peak memory, time, and whether
+both come to the same, beside what the planner says. Resumes.
 
-The checkpoint is made of random numbers, in bfloat16; it is pruned in float32. Each pruning is a process of
-its own.
+The checkpoint is made of random numbers, in bfloat16. Each pruning is a process of its own. ``--ways
+predicted`` writes no checkpoint and runs nothing: it says what larger shapes would take.
 """
 
 from __future__ import annotations
@@ -24,26 +24,36 @@ import fasp_fx.hf
 from fasp_fx._forecast._forecast import forecast
 
 VOCABULARY = 32000
+#: width, neurons, heads of queries, of keys, and layers
+SHAPES = {
+    "1.3B": (2048, 5504, 16, 16, 24),
+    "7B": (4096, 11008, 32, 32, 32),
+    "30B": (6656, 17920, 52, 52, 60),
+    "70B": (8192, 28672, 64, 8, 80),
+}
+WAYS = ("predicted", "files", "memory")
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
-def make(folder: pathlib.Path, layers: int) -> None:
+def config_of(options: argparse.Namespace) -> LlamaConfig:
+    width, neurons, queries, keys, layers = SHAPES[options.shape]
+    return LlamaConfig(
+        hidden_size=width,
+        intermediate_size=neurons,
+        num_attention_heads=queries,
+        num_key_value_heads=keys,
+        num_hidden_layers=options.layers or layers,
+        vocab_size=VOCABULARY,
+        max_position_embeddings=2048,
+        dtype=torch.bfloat16,
+    )
+
+
+def make(folder: pathlib.Path, config: LlamaConfig) -> None:
     """Write the checkpoint, unless it is there."""
     if (folder / "config.json").exists():
         return
     torch.manual_seed(0)
-    shape = {
-        "hidden_size": 2048,
-        "intermediate_size": 5504,
-        "num_attention_heads": 16,
-        "num_key_value_heads": 16,
-    }
-    config = LlamaConfig(
-        num_hidden_layers=layers,
-        vocab_size=VOCABULARY,
-        max_position_embeddings=2048,
-        dtype=torch.bfloat16,
-        **shape,
-    )
     torch.set_default_dtype(torch.bfloat16)
     LlamaForCausalLM(config).save_pretrained(folder, max_shard_size="500MB")
 
@@ -63,11 +73,13 @@ def run(options: argparse.Namespace) -> None:
     started = time.perf_counter()
     if options.run == "files":
         with fasp_fx.offload(options.folder / "scratch", resident=round(options.resident * 2**30)) as scratch:
-            model = fasp_fx.hf.load_offloaded(options.folder / "dense", scratch, dtype=torch.float32)
+            model = fasp_fx.hf.load_offloaded(options.folder / "dense", scratch, dtype=DTYPES[options.dtype])
             result = fasp_fx.hf.prune(model, **how)
             result.save_pretrained(options.folder / "files", overwrite=True)
     else:
-        model = AutoModelForCausalLM.from_pretrained(options.folder / "dense", dtype=torch.float32).eval()
+        model = AutoModelForCausalLM.from_pretrained(
+            options.folder / "dense", dtype=DTYPES[options.dtype]
+        ).eval()
         result = fasp_fx.hf.prune(model, **how)
         result.save_pretrained(options.folder / "memory", overwrite=True)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
@@ -88,15 +100,14 @@ def run(options: argparse.Namespace) -> None:
 
 def predict(options: argparse.Namespace) -> dict[str, Any]:
     """What a dry run says."""
-    config = LlamaConfig.from_pretrained(options.folder / "dense")
     with torch.device("meta"):
-        model = LlamaForCausalLM(config).eval()
+        model = LlamaForCausalLM(config_of(options)).eval()
     analysis = fasp_fx.analyze(model, (), {"input_ids": batches(1, options.length)[0], "use_cache": False})
     found = forecast(
         analysis,
         fasp_fx.PruningConfig(sparsity=0.2, quality=options.quality),
         options.batches,
-        dtype=torch.float32,
+        dtype=DTYPES[options.dtype],
     )
     seconds = found.seconds or {}
     streamed = found.streamed(round(options.resident * 2**30))
@@ -104,6 +115,8 @@ def predict(options: argparse.Namespace) -> dict[str, Any]:
         "how": "predicted",
         "files": streamed,
         "memory": found.peak,
+        "disk": found.disk,
+        "operations": found.operations,
         "seconds": sum(seconds.values()),
         "steps": seconds,
     }
@@ -126,27 +139,34 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--folder", type=pathlib.Path, required=True, help="where everything goes; 25 GB")
-    parser.add_argument("--layers", type=int, default=24)
+    parser.add_argument(
+        "--folder", type=pathlib.Path, required=True, help="where everything goes; 25 GB, and 60 for 7B"
+    )
+    parser.add_argument("--shape", choices=list(SHAPES), default="1.3B")
+    parser.add_argument("--layers", type=int, help="instead of those of the shape")
+    parser.add_argument("--dtype", choices=list(DTYPES), default="float32", help="that it is pruned in")
     parser.add_argument("--batches", type=int, default=4)
     parser.add_argument("--length", type=int, default=512)
     parser.add_argument("--resident", type=float, default=0.2, help="GiB of weights that may be in memory")
     parser.add_argument("--quality", choices=["fast", "balanced", "best"], default="fast")
-    parser.add_argument("--run", choices=["files", "memory", "predicted"], help=argparse.SUPPRESS)
+    parser.add_argument("--ways", nargs="*", choices=WAYS, default=list(WAYS))
+    parser.add_argument("--run", choices=WAYS, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.run:
         print(json.dumps(predict(options))) if options.run == "predicted" else run(options)
         return
     options.folder.mkdir(parents=True, exist_ok=True)
-    make(options.folder / "dense", options.layers)
+    if options.ways != ["predicted"]:
+        make(options.folder / "dense", config_of(options))
     results = options.folder / "results.jsonl"
     done = [json.loads(line) for line in results.read_text().splitlines()] if results.exists() else []
-    for how in ("predicted", "files", "memory"):
+    for how in options.ways:
         if any(found["how"] == how for found in done):
             continue
         shared = [
-            f"--{name}={getattr(options, name)}"
-            for name in ("folder", "batches", "length", "resident", "quality")
+            f"--{name}={value}"
+            for name in ("folder", "shape", "layers", "dtype", "batches", "length", "resident", "quality")
+            if (value := getattr(options, name)) is not None
         ]
         printed = subprocess.run(
             [sys.executable, __file__, *shared, "--run", how], check=True, stdout=subprocess.PIPE, text=True
@@ -155,7 +175,8 @@ def main() -> None:
         print(line, flush=True)
         with results.open("a") as out:
             out.write(line + "\n")
-    print(json.dumps(compare(options.folder)))
+    if {"files", "memory"} <= {*options.ways}:
+        print(json.dumps(compare(options.folder)))
 
 
 if __name__ == "__main__":

@@ -442,6 +442,48 @@ def test_approximate_groups_go_and_their_deviation_is_noted() -> None:
     assert "of its largest value" in note
 
 
+class Shown(nn.Module):
+    """A wide layer whose channels meet something that is no weight's: what ``form`` makes of them."""
+
+    def __init__(self, form: Callable[[Tensor, Tensor], Tensor]) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.up, self.down, self.form = nn.Linear(8, 12), nn.Linear(12, 5), form
+
+    def forward(self, x: Tensor) -> Tensor:
+        wide = torch.relu(self.up(x))
+        shown = (x[..., :1] > 0).to(x).expand_as(wide)
+        return self.down(wide * shown) + self.form(wide, shown)
+
+
+@pytest.mark.parametrize(
+    "form",
+    [
+        lambda wide, shown: wide.sum(-1, keepdim=True) / shown.sum(-1, keepdim=True).clamp(min=1),
+        lambda wide, shown: (shown[..., :1] * torch.ones(12).to(wide) + 0 * wide).sum(-1, keepdim=True),
+    ],
+    ids=["a mask that is counted", "ones that are summed up"],
+)
+def test_what_no_weight_gives_is_not_zero_where_producers_are(
+    form: Callable[[Tensor, Tensor], Tensor],
+) -> None:
+    x = torch.randn(2, 6, 8, dtype=torch.float64)
+    model = Shown(form).double().eval()
+    result = fasp_fx.prune(model, (x,), sparsity=0.3, score="random", restore=None, include=("approximate",))
+    expected = Masked(model, result.plan)(x)
+    assert float((result.module(x) - expected).abs().max()) > 0.01 * float(expected.abs().max())
+    assert any("approximate groups were asked for" in note for note in result.report.notes)
+
+
+def test_a_norm_that_is_divided_by_is_no_channel() -> None:
+    x = torch.randn(4, 8, dtype=torch.float64)
+    model = Shown(lambda wide, shown: model.down(F.normalize(wide, dim=-1))).double().eval()
+    result = fasp_fx.prune(model, (x,), sparsity=0.3, score="random", restore=None, include=("approximate",))
+    assert result.plan.groups
+    assert result.report.notes == ()
+    assert error(result.module(x), Masked(model, result.plan)(x)) < 1e-12
+
+
 def test_blame_takes_few_trials() -> None:
     for bad in ({7}, {0, 63}, set(), {5, 6, 40}):
         trials = 0

@@ -21,9 +21,11 @@ from transformers import AutoModelForCausalLM, DeepseekV3Config, DeepseekV3ForCa
 
 import fasp_fx
 import fasp_fx.hf
+from fasp_fx._observe._runner import Runner
 from fasp_fx._offload._context import keep_weights, offload
 from fasp_fx._offload._current import current, keep
 from fasp_fx._offload._scratch import FILE_BYTES, SMALLEST, Scratch
+from fasp_fx._offload._values import addresses, keep_values
 from fasp_fx._offload._watch import mapped_bytes
 from fasp_fx.errors import ArgumentError, OffloadError
 
@@ -95,6 +97,68 @@ def test_what_no_tensor_uses_is_freed(tmp_path: Path) -> None:
     gc.collect()
     assert len(scratch) == 1
     assert not descriptors or len(os.listdir("/proc/self/fd")) <= descriptors
+
+
+def _views() -> dict[str, Any]:
+    """Values as a model makes them: views of one another, in lists, small ones."""
+    base = torch.arange(2.0 * SMALLEST).reshape(4, -1)
+    return {
+        "view": base[1:, 3:].T,
+        "whole": base,
+        "list": [base.flatten(), 3],
+        "small": torch.ones(3),
+        "expanded": torch.arange(float(SMALLEST))[:, None].expand(-1, 5),
+        "halves": torch.randn(2, SMALLEST, dtype=torch.complex64).imag,
+    }
+
+
+def test_values_are_kept_as_they_lie(tmp_path: Path) -> None:
+    values = _views()
+    with offload(tmp_path) as scratch:
+        found = keep_values(values)
+        again = keep_values(found)
+    assert all(again[name] is found[name] for name in ("view", "whole", "small")), "once is enough"
+    for name in ("view", "whole", "expanded", "halves"):
+        assert torch.equal(found[name], values[name])
+        assert found[name].stride() == values[name].stride()
+        assert scratch._lies_within(found[name].untyped_storage())
+    assert found["small"] is values["small"]
+    assert found["list"][1] == 3
+    found["whole"].fill_(-7)
+    assert bool((found["view"] == -7).all() and (found["list"][0] == -7).all()), "they share memory again"
+    assert not bool((values["whole"] == -7).any())
+
+
+def test_values_that_stay(tmp_path: Path) -> None:
+    held, recorded = torch.zeros(SMALLEST), torch.zeros(SMALLEST, requires_grad=True)
+    values = {"held": held[3:], "recorded": recorded, "made": torch.zeros(SMALLEST)}
+    with offload(tmp_path):
+        found = keep_values(values, addresses([held]))
+    assert found["held"] is values["held"]
+    assert found["recorded"] is recorded
+    assert found["made"] is not values["made"]
+    assert keep_values(values)["made"] is values["made"], "outside nothing is kept"
+
+
+@torch.no_grad()
+def test_no_activation_waits_in_memory(tmp_path: Path) -> None:
+    """Wherever a run stops, whatever is large lies in files, the batches and the weights excepted."""
+    torch.manual_seed(0)
+    x = [torch.randn(64, 256) for _ in range(3)]
+    model = nn.Sequential(nn.Linear(256, 512), nn.GELU(), nn.Linear(512, 256), nn.ReLU()).eval()
+    program = fasp_fx.capture(model, (x[0],)).program
+    with offload(tmp_path) as scratch:
+        runner = Runner(program, [[batch] for batch in x])
+        found = 0
+        for stop in range(1, len(runner.nodes)):
+            runner.advance(stop)
+            for batch, live in zip(x, runner.live(), strict=True):
+                for value in live.values():
+                    large = value is not batch and value.numel() * value.element_size() >= SMALLEST
+                    assert not large or scratch._lies_within(value.untyped_storage())
+                    found += large
+        assert found
+        assert torch.equal(next(runner.read(runner.nodes[-2])), model(x[0]))
 
 
 STAYS: dict[str, Callable[[], Tensor]] = {

@@ -83,7 +83,8 @@ def _lines(found: Forecast) -> list[str]:
         ),
         (
             f"of that {found.weights / _GIB:.1f} GiB dense weights, {found.pruned / _GIB:.1f} pruned,"
-            f" {found.activations / _GIB:.1f} activations, {found.matrices / _GIB:.1f} Gram matrices,"
+            f" {(found.waiting + found.running) / _GIB:.1f} activations,"
+            f" {found.matrices / _GIB:.1f} Gram matrices,"
             f" {found.solving / _GIB:.1f} for the repair of one weight"
         ),
     ]

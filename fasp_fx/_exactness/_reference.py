@@ -224,19 +224,10 @@ class _Masking:
             for slot in (
                 slot
                 for slot in group.slots
-                if slot.name not in copied and own[slot.base : slot.base + slot.size].any()
+                if slot.kind == "weight"
+                and slot.name not in copied
+                and own[slot.base : slot.base + slot.size].any()
             ):
-                if slot.kind != "weight":
-                    node = self.nodes.get(slot.name)
-                    if node is not None and slot.block_dim is None:
-                        rank = len(node.meta["val"].shape)
-                        self._mask_value(
-                            node,
-                            torch.from_numpy(~own[slot.base : slot.base + slot.size]).reshape(
-                                [-1] + [1] * (rank - 1 - slot.dim)
-                            ),
-                        )
-                    continue
                 shape = attribute(self.analysis.program.module, slot.name).shape
                 mask, piece = _along(slot, shape, own), self.pieces.get(slot.name)
                 name = self.canonical[slot.name if piece is None else piece.source]

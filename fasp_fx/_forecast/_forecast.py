@@ -48,8 +48,9 @@ class Forecast:
         weights: of the dense model.
         repaired: of the weights that are repaired, which are kept until the model is rewritten.
         pruned: of what is left.
-        activations: of all calibration batches at the widest place between two consumers, and of one batch on
-            the way between them.
+        waiting: of the activations of all calibration batches where a consumer is observed, at the widest
+            such place.
+        running: of those of one batch on the way between two such places.
         matrices: of Gram matrices that are held at once.
         solving: of what one consumer is repaired with.
         operations: floating-point operations, by step.
@@ -60,7 +61,8 @@ class Forecast:
     weights: int
     repaired: int
     pruned: int
-    activations: int
+    waiting: int
+    running: int
     matrices: int
     solving: int
     operations: dict[str, float]
@@ -69,20 +71,19 @@ class Forecast:
     @property
     def peak(self) -> int:
         """The most memory at once, with the weights in memory."""
-        calibrating = self.repaired + self.activations + self.matrices + self.solving
+        calibrating = self.repaired + self.waiting + self.running + self.matrices + self.solving
         return self.base + self.weights + max(calibrating, self.repaired + self.pruned)
 
     def streamed(self, resident: int) -> int:
-        """The most memory at once, with weights and matrices in files of which ``resident`` bytes are in
-        memory (:func:`fasp_fx.offload`).
+        """The most memory at once, with all that waits in files of which ``resident`` bytes are in memory
+        (:func:`fasp_fx.offload`).
         """
-        files = self.weights + self.repaired + self.pruned + self.matrices
-        return self.base + min(resident, files) + self.activations + self.solving
+        return self.base + min(resident, self.disk) + self.running + self.solving
 
     @property
     def disk(self) -> int:
-        """Bytes of files, with the weights in files."""
-        return self.weights + self.repaired + self.pruned + self.matrices
+        """Bytes of files, with all in them that :func:`fasp_fx.offload` puts there."""
+        return self.weights + self.repaired + self.pruned + self.waiting + self.matrices
 
 
 def forecast(
@@ -120,6 +121,7 @@ def forecast(
     stops = [live[place[use.node]] for consumer in consumers for use in consumer.uses]
     until = max((place[use.node] for consumer in consumers for use in consumer.uses), default=0)
     shapes = {consumer: _shape(consumer, read[consumer.weight]) for consumer in consumers}
+    narrower = kind.itemsize / largest.dtype.itemsize
     operations = _operations(analysis, chooser, shapes, batches, sparsity, graph_sizes)
     grams = [2 * _SINGLE * blocks * columns**2 for _, blocks, columns in shapes.values()]
     pair = 3 * max(grams, default=0)  # as accumulated, made whole, and in the order of the system
@@ -128,11 +130,8 @@ def forecast(
         weights=total,
         repaired=_bytes(read.values(), kind),
         pruned=round(total - sparsity * linear),
-        activations=round(
-            (batches * max(stops, default=0) + max(live[: until + 1], default=0))
-            * kind.itemsize
-            / largest.dtype.itemsize
-        ),
+        waiting=round(batches * max(stops, default=0) * narrower),
+        running=round(max(live[: until + 1], default=0) * narrower),
         matrices=round(max(pair, sum(grams) if chooser.measures else 0)),
         solving=_solving(shapes.values(), sparsity),
         operations=operations,

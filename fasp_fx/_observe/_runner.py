@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from .._offload._values import addresses, keep_values
 from .._program import Program
 from ..channels import attribute, written_inputs, written_names
 from ..errors import CalibrationError
@@ -17,8 +18,10 @@ from ._attention import execute
 class Runner:
     """Executes nodes in graph order for all batches; a value lives until its last use.
 
-    Together with the stops this costs one forward pass per batch, however many consumers are observed. Every
-    batch finds the tensors that the graph writes into (counts, running statistics) as they are in the
+    Together with the stops this costs one forward pass per batch, however many consumers are observed. Inside
+    of :func:`fasp_fx.offload` what is alive at a stop lies in files.
+
+    Every batch finds the tensors that the graph writes into (counts, running statistics) as they are in the
     program, and writes into copies of its own.
 
     Args:
@@ -69,6 +72,12 @@ class Runner:
         self._written: list[dict[str, Tensor]] = [
             {name: tensor.detach().clone() for name, tensor in written.items()} for _ in batches
         ]
+        # The caller holds these anyway, or the graph writes into them.
+        weights = addresses(program.weights().values())
+        self._stay = [
+            weights | addresses([*batch, *memory.values(), *buffers.values()])
+            for batch, memory, buffers in zip(batches, self._memory, self._written, strict=True)
+        ]
 
     def index(self, node: fx.Node) -> int:
         """The position of a node in graph order."""
@@ -78,6 +87,7 @@ class Runner:
         """Execute everything before position ``stop``, for all batches."""
         for number in range(len(self._memory)):
             self._run(number, self.position, stop)
+            self._memory[number] = keep_values(self._memory[number], self._stay[number])
             self.on_node(number)
         self.position = max(self.position, stop)
 

@@ -95,6 +95,18 @@ class Scratch:
             else made
         )
 
+    def keep_storage(self, storage: torch.UntypedStorage) -> torch.UntypedStorage:
+        """The memory of tensors on the CPU, copied into a file if it is not small and not there already.
+
+        Raises:
+            OffloadError: the disk is full.
+        """
+        if storage.nbytes() < SMALLEST or self._lies_within(storage):
+            return storage
+        made = self.empty((storage.nbytes(),), torch.uint8)
+        made.copy_(torch.empty(0, dtype=torch.uint8).set_(storage))
+        return made.untyped_storage()
+
     def empty(self, shape: torch.Size | tuple[int, ...], dtype: torch.dtype) -> Tensor:
         """A contiguous tensor in a file, to be written.
 
@@ -114,8 +126,9 @@ class Scratch:
     def _holds(self, tensor: Tensor) -> bool:
         """Whether a tensor has a storage of its own in one of the files."""
         storage = tensor.untyped_storage()
-        if storage.nbytes() != tensor.numel() * tensor.element_size():
-            return False
+        return storage.nbytes() == tensor.numel() * tensor.element_size() and self._lies_within(storage)
+
+    def _lies_within(self, storage: torch.UntypedStorage) -> bool:
         with self._lock:
             return any(start <= storage.data_ptr() < start + len(held) for held, start in self._maps.items())
 
