@@ -60,6 +60,46 @@ def test_another_result_is_said(scale: float, percent: str) -> None:
         fasp_fx.apply(model, result.plan, args)
 
 
+class Off(Sly):
+    """As it is, with something that could draw random numbers, and does not."""
+
+    def __init__(self, kind: str, scale: float) -> None:
+        super().__init__(scale)
+        self.kind, self.dropout, self.alpha = kind, nn.Dropout(0.5), nn.FeatureAlphaDropout(0.5)
+
+    def forward(self, x: Tensor, shift: Tensor | None = None) -> Tensor:
+        found = super().forward(x.clone())
+        if self.kind == "attention":
+            return nn.functional.scaled_dot_product_attention(found[None], found[None], found[None])[0]
+        return self.dropout(self.alpha(found)) if self.kind == "dropout" else found
+
+
+@pytest.mark.parametrize("kind", ["dropout", "attention"])
+@pytest.mark.parametrize("scale", [1.0, 2.0])
+def test_what_could_draw_and_does_not_is_compared(kind: str, scale: float) -> None:
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always", fasp_fx.CaptureWarning)
+        fasp_fx.capture(Off(kind, scale).eval(), example())
+    assert bool([one for one in told if "an output differs" in str(one.message)]) == (scale != 1.0)
+
+
+@pytest.mark.parametrize("layer", [nn.LSTM, nn.GRU])
+def test_a_recurrent_layer_that_goes_on_where_it_was_is_said(layer: type[nn.LSTM | nn.GRU]) -> None:
+    class GoingOn(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer, self.state = layer(6, 8), None
+            self.last = nn.Linear(8, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            found, self.state = self.layer(x, self.state)
+            last: Tensor = self.last(found)
+            return last
+
+    with pytest.warns(fasp_fx.CaptureWarning, match=r"in the second of two calls .*'state'"):
+        fasp_fx.capture(GoingOn().eval(), example())
+
+
 @pytest.mark.usefixtures("strict")
 def test_the_same_result_is_not() -> None:
     result = fasp_fx.prune(Sly(1.0).eval(), example(), score="magnitude", restore=None)

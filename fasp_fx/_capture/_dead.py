@@ -23,10 +23,18 @@ def remove_dead(graph: fx.Graph) -> None:
 def is_pure(node: fx.Node) -> bool:
     """Whether a call does nothing but compute its result, always the same of the same arguments."""
     if isinstance(node.target, OpOverload):
-        given = arguments(node) if torch.Tag.nondeterministic_seeded in node.target.tags else None
-        draws = given is not None and given.get("dropout_p") != 0.0 and given.get("train") is not False
-        return not draws and not node.is_impure(impure_random=False)
+        return not draws(node) and not node.is_impure(impure_random=False)
     return getattr(node.target, "__module__", None) in ("_operator", "operator")
 
 
-__all__ = ["is_pure", "remove_dead"]
+def draws(node: fx.Node) -> bool:
+    """Whether a node draws random numbers. What has a dropout that is off (attention, recurrent layers)
+    could, and does not.
+    """
+    if not isinstance(node.target, OpOverload) or torch.Tag.nondeterministic_seeded not in node.target.tags:
+        return False
+    given = arguments(node)
+    return given.get("dropout_p") != 0.0 and given.get("train") is not False
+
+
+__all__ = ["draws", "is_pure", "remove_dead"]

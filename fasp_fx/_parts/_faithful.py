@@ -12,8 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from .._capture._dead import draws
 from .._capture._unchanged import copied, rewound
-from .._compat import FakeTensor, OpOverload, pytree
+from .._compat import FakeTensor, pytree
 from .._deviation import distance
 from .._observe._runner import Runner
 from .._program import Program
@@ -50,7 +51,7 @@ def compared(
     if (
         not isinstance(model, nn.Module)
         or _is_elsewhere(program, model)
-        or any(map(_is_random, program.module.graph.nodes))
+        or any(map(draws, program.module.graph.nodes))
     ):
         return program
     args, kwargs = args if isinstance(args, tuple) else (args,), kwargs or {}
@@ -183,10 +184,6 @@ def _is_elsewhere(program: Program, model: nn.Module) -> bool:
         tensor.device for tensor in [*program.weights().values(), *model.parameters(), *model.buffers()]
     }
     return len({device.type for device in devices}) > 1 or any(device.type == "meta" for device in devices)
-
-
-def _is_random(node: fx.Node) -> bool:
-    return isinstance(node.target, OpOverload) and torch.Tag.nondeterministic_seeded in node.target.tags
 
 
 def _outputs(program: Program, inputs: list[Any]) -> list[Any]:
