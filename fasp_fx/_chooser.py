@@ -7,6 +7,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
+from torch import fx
 
 from ._alike import AlikeBudget
 from ._device import device_of, float32_products, multiplies_bfloat16
@@ -43,6 +44,7 @@ from .allocation import (
     validate,
 )
 from .analysis import Analysis
+from .channels import results
 from .config import MEASURED, PruningConfig
 from .costs import Costs
 from .errors import ArgumentError, CalibrationError, CalibrationWarning, NothingPrunableError
@@ -296,6 +298,10 @@ class Chooser:
                 " own output",
                 CalibrationWarning,
             )
+        if any(
+            isinstance(node, fx.Node) and node in marks.unmatched for node in results(program.module.graph)
+        ):
+            warn(marks.remark(), CalibrationWarning)  # the loss counts them, which no report would say
         return given, marks
 
     def _precision(self, program: Program) -> str:

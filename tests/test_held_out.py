@@ -81,11 +81,61 @@ def test_of_few_sequences_the_last_quarter_is_held_out(sequences: int) -> None:
     assert (found == torch.tensor([FITTED] * 6 + [HELD] * 2)).all()
 
 
-def test_of_tokens_one_after_the_other_the_same_are_held_out() -> None:
-    batch = padded([5] * 8, 5)
-    (found,) = marks_of(Encoder().eval(), [batch], shape=(40, 16))
-    (expected,) = marks_of(Encoder().eval(), [batch])
-    assert torch.equal(found, expected.reshape(-1))
+class InOneRow(Encoder):
+    """The first pair sees all tokens as one long list: of one sequence after the other, or, as torch's own
+    attention has them, of all sequences in turn.
+    """
+
+    def __init__(self, in_turn: bool) -> None:
+        super().__init__()
+        self.in_turn = in_turn
+
+    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+        wide = self.up(x).relu()
+        wide = wide.transpose(0, 1) if self.in_turn else wide
+        tokens = self.down(wide.reshape(-1, 16)).view(*wide.shape[:2], -1)
+        tokens = tokens.transpose(0, 1) if self.in_turn else tokens
+        pooled = (tokens * mask[..., None]).sum(1) / mask.sum(1, keepdim=True)
+        return self.narrow(self.wide(pooled).tanh())
+
+
+@pytest.mark.parametrize("in_turn", [False, True])
+@pytest.mark.parametrize("lengths", [[5] * 8, [4, 2, 3, 3, 3], [4, 2]], ids=len)
+def test_of_tokens_in_one_row_the_same_are_held_out(in_turn: bool, lengths: list[int]) -> None:
+    batch = padded(lengths, 5 if len(lengths) == 8 else 4)
+    (expected,) = marks_of(Encoder().eval(), [batch], padding_mask="mask")
+    (found,) = marks_of(InOneRow(in_turn).eval(), [batch], (batch[1].numel(), 16), padding_mask="mask")
+    assert torch.equal(found, (expected.T if in_turn else expected).reshape(-1))
+    assert set(expected.unique().tolist()) == (
+        {FITTED, HELD} if len(lengths) == 8 else {FITTED, HELD, PADDING}
+    )
+
+
+def test_where_the_order_of_tokens_is_unknown_padding_counts_and_that_is_said() -> None:
+    class Mixed(InOneRow):
+        def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+            wide = self.up(x).relu().view(x.shape[0], -1, 2, 16)
+            tokens = self.down(wide.transpose(0, 1).reshape(-1, 16))
+            return self.narrow(self.wide(tokens).tanh())
+
+    batch = padded([6, 3, 4, 2, 5], 6)
+    analysis = fasp_fx.analyze(Mixed(False).eval(), batch)
+    (use,) = (use for use in analysis.walk.facts.uses if use.weight == "down.weight")
+    marks = Marks(analysis.program, [list(batch)] * 4, padding_mask="mask")
+    for index, held in enumerate([False, False, False, True]):
+        found = marks.of(index, use.activation, torch.zeros(30, 16), [0])
+        assert (found == (HELD if held else FITTED)).all(), "whole batches"
+    assert use.activation in marks.unmatched
+
+
+def test_a_loss_that_counts_padding_is_said() -> None:
+    class TokensFirst(Encoder):
+        def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+            return self.down(self.up(x).relu()).transpose(0, 1)
+
+    batch = padded([6, 3, 4, 2, 5], 7)
+    with pytest.warns(fasp_fx.CalibrationWarning, match="'mask' could not be matched"):
+        fasp_fx.measure(TokensFirst().eval(), batch, calibration=[batch] * 2, padding_mask="mask")
 
 
 def test_padding_is_neither_fitted_nor_held_out() -> None:
@@ -107,8 +157,9 @@ def alone(x: Tensor, mask: Tensor) -> list[tuple[Tensor, Tensor]]:
 
 @pytest.mark.parametrize("restore", ["least-squares", None])
 @pytest.mark.filterwarnings("ignore::fasp_fx.CalibrationWarning")
-def test_padding_weighs_nothing(restore: Any) -> None:
-    model = randomise(Encoder())
+@pytest.mark.parametrize("make", [Encoder, lambda: InOneRow(True)], ids=["rows", "in turn"])
+def test_padding_weighs_nothing(make: Any, restore: Any) -> None:
+    model = randomise(make())
     batch = padded(LENGTHS, 7)
     with one_capture():
         options = {"sparsity": 0.3, "restore": restore}

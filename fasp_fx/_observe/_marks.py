@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from itertools import accumulate
 from typing import Any
@@ -15,6 +16,9 @@ from ..statistics import FITTED, HELD, PADDING
 
 #: one in so many sequences is held out, and where there are fewer, this part of each
 _ONE_IN = 4
+_ATEN = torch.ops.aten
+#: operators that make one dimension of several
+_RESHAPES = (_ATEN.view.default, _ATEN.reshape.default, _ATEN._unsafe_view.default, _ATEN.flatten.using_ints)
 
 
 class Marks:
@@ -71,7 +75,7 @@ class Marks:
         """
         marks = torch.full([1] * activation.dim(), FITTED, dtype=torch.uint8, device=activation.device)
         if self.hold_out:
-            dim, held = self._held(index, activation, dims)
+            dim, held = self._held(index, node, activation, dims)
             marks = torch.where(_along(held.to(activation.device), dim, activation.dim()), HELD, marks)
         padding = self._padding(index, node, activation, dims)
         return marks if padding is None else torch.where(padding, PADDING, marks)
@@ -81,17 +85,16 @@ class Marks:
         are not those of the mask.
         """
         recorded = node.meta.get("val")
-        if (
-            self._masks is None
-            or not isinstance(recorded, Tensor)
-            or output.dim() < 2
-            or output.shape[:2] != self._masks[index].shape
-        ):
+        if self._masks is None or not isinstance(recorded, Tensor):
             return None
-        fits = all(
+        if output.shape[:2] == self._masks[index].shape and all(
             _same(size, wanted) for size, wanted in zip(recorded.shape[:2], self._shape[:2], strict=True)
-        )
-        return self._masks[index] if fits else None
+        ):
+            return self._masks[index]
+        tokens = _symbols(self._shape[1])
+        if any(tokens and tokens <= _symbols(size) for size in recorded.shape):
+            self.unmatched[node] = None  # there are tokens, and they lie otherwise
+        return None
 
     def without_padding(self, index: int, node: fx.Node, output: Tensor) -> Tensor:
         """What lies at an output, with zeros where it is known to be padding."""
@@ -125,25 +128,31 @@ class Marks:
         """Whether all of a batch is held out, where its tokens cannot be told apart."""
         return index % _ONE_IN == _ONE_IN - 1 if self._many_batches else 0 < index == len(self._sizes) - 1
 
-    def _held(self, index: int, activation: Tensor, dims: list[int]) -> tuple[int, Tensor]:
+    def _held(self, index: int, node: fx.Node, activation: Tensor, dims: list[int]) -> tuple[int, Tensor]:
         """A dimension, and which of its positions are held out."""
         if not dims:
             return 0, torch.tensor([self._batch_held(index)])
         size, first, total = self._sizes[index], self._firsts[index], self._firsts[-1]
-        along = activation.shape[dims[0]]
-        longer = next((dim for dim in dims[1:] if activation.shape[dim] > 1), None)
-        if size and along % size == 0:  # sequences, or all their tokens one after the other
+        recorded = _recorded(node)
+        own = [dim for dim in dims if activation.shape[dim] == size and _same(recorded[dim], self._shape[0])]
+        batch = own[0] if own else dims[0]
+        along = activation.shape[batch]
+        longer = next((dim for dim in dims if dim != batch and activation.shape[dim] > 1), None)
+        # Sequences, or all their tokens one after the other; of each the first, where they take turns.
+        inner = False if own or size == 1 else _takes_turns(node, batch, self._shape[0])
+        if size and along % size == 0 and inner is not None:
             each = along // size
-            number = first + torch.arange(along) // max(each, 1)
+            number = torch.arange(along)
+            number = first + (number % size if inner else number // max(each, 1))
             if total >= _ONE_IN:
-                return dims[0], number % _ONE_IN == _ONE_IN - 1
+                return batch, number % _ONE_IN == _ONE_IN - 1
             if each > 1:
-                return dims[0], _last(each).repeat(size)
+                return batch, _last(each).repeat_interleave(size) if inner else _last(each).repeat(size)
             if longer is None:
-                return dims[0], (number == total - 1) & (total > 1)
+                return batch, (number == total - 1) & (total > 1)
         elif self._many_batches:
-            return dims[0], torch.full((along,), self._batch_held(index))
-        dim = dims[0] if longer is None else longer
+            return batch, torch.full((along,), self._batch_held(index))
+        dim = batch if longer is None else longer
         return dim, _last(activation.shape[dim])
 
     def _padding(self, index: int, node: fx.Node, activation: Tensor, dims: list[int]) -> Tensor | None:
@@ -151,21 +160,20 @@ class Marks:
         if self._masks is None:
             return None
         mask = self._masks[index].to(activation.device)
-        recorded = node.meta["val"]
-        shape = (recorded[0] if isinstance(recorded, (tuple, list)) else recorded).shape
-        batches = [
-            dim
-            for dim in dims
-            if activation.shape[dim] == mask.shape[0] and _same(shape[dim], self._shape[0])
-        ][:1]
-        if batches:
-            rest = [dim for dim in dims if dim not in batches]
-            found = [
+        shape = _recorded(node)
+        batches, found = (
+            [
                 dim
-                for dim in rest
-                if activation.shape[dim] == mask.shape[1] and _same(shape[dim], self._shape[1])
+                for dim in dims
+                if activation.shape[dim] == mask.shape[axis] and _same(shape[dim], self._shape[axis])
             ]
-            if len(found) == 1:
+            for axis in (0, 1)
+        )
+        if batches:
+            rest = [dim for dim in dims if dim != batches[0]]
+            found = [dim for dim in found if dim != batches[0]]
+            # Which is which, nobody can tell where both are as long.
+            if len(found) == 1 and len(batches) == 1:
                 padding = mask if batches[0] < found[0] else mask.T
                 return padding.reshape(
                     [
@@ -179,8 +187,10 @@ class Marks:
             len(dims) == 1
             and activation.shape[dims[0]] == mask.numel()
             and _symbols(self._shape[0]) | _symbols(self._shape[1]) <= _symbols(shape[dims[0]])
+            and (inner := _takes_turns(node, dims[0], self._shape[0])) is not None
         ):
-            return _along(mask.reshape(-1), dims[0], activation.dim())  # all tokens one after the other
+            # All tokens one after the other, of each sequence or of each place in all of them.
+            return _along((mask.T if inner else mask).reshape(-1), dims[0], activation.dim())
         self.unmatched[node] = None
         return None
 
@@ -231,6 +241,55 @@ def _same(size: Any, wanted: Any) -> bool:
     if isinstance(wanted, int) or isinstance(size, int):
         return isinstance(wanted, int) and isinstance(size, int) and size == wanted
     return bool(_symbols(wanted) <= _symbols(size))
+
+
+def _takes_turns(node: fx.Node, dim: int, batch: Any) -> bool | None:
+    """Whether positions that lie one after the other along a dimension are of one sequence after another,
+    ``True``, or all of one sequence first, ``False``. ``None`` where that is not known.
+
+    A reshape has made one dimension of several, of which the batch was the last or the first; what lies
+    between it and the node leaves the dimension as long as it is.
+
+    Args:
+        batch: how many sequences there are, as captured.
+    """
+    if dim != 0:
+        return None
+    seen, reached = {node}, [node]
+    while reached:
+        node = reached.pop()
+        size = _recorded(node)[0]
+        for source in node.all_input_nodes if node.op == "call_function" else ():
+            shape = _recorded(source)
+            if source in seen or source.op == "get_attr" or not shape:
+                continue
+            if _equal(shape[0], size):
+                seen.add(source)
+                reached.append(source)
+                continue
+            if node.target not in _RESHAPES:
+                continue
+            merged = next((n for n in range(2, len(shape) + 1) if _equal(math.prod(shape[:n]), size)), 0)
+            own = [place for place in range(merged) if _same(shape[place], batch)]
+            if own in ([0], [merged - 1]):
+                return own == [merged - 1]
+            return None
+    return None
+
+
+def _equal(size: Any, other: Any) -> bool:
+    """Whether two recorded sizes are one; no size that varies is settled by the question."""
+    if isinstance(size, int) and isinstance(other, int):
+        return size == other
+    first, second = (value if isinstance(value, int) else value.node.expr for value in (size, other))
+    return bool(first == second)
+
+
+def _recorded(node: fx.Node) -> Any:
+    """The shape that was captured of what a node gives, or of the first of several tensors."""
+    value = node.meta.get("val")
+    value = value[0] if isinstance(value, (tuple, list)) and value else value
+    return value.shape if isinstance(value, Tensor) else ()
 
 
 def _symbols(size: Any) -> set[Any]:
