@@ -101,14 +101,14 @@ class _Splitter:
 
     def plan(self, use: Use) -> tuple[Use, list[fx.Node], list[_Part]] | None:
         value = self.analysis.walk.values[use.node]
-        rows = value.axes[0] if len(value.axes) == 1 else None
+        rows = _rows(value)
         if (
             len(attribute(self.analysis.program.module, use.weight).shape) != 2
             or use.columns.shape[0] != 1
             or use.columns.shape[2] != 1
         ):
             return None  # only matrices are split so far
-        if rows is None or rows.varying() != [len(value.shape) - 1] or not _cloneable(use):
+        if rows is None or not _cloneable(use):
             return None
         chain = self._with_bias(use.node)
         if not self._only_there(chain, use):
@@ -158,7 +158,10 @@ class _Splitter:
         lead = len(product.shape) - 1
         labels = [_label(product.shape, dim) for dim in range(lead)]
         sizes = root.meta["val"].shape[:lead]
-        whole = set(self.analysis.walk.values[root].axes[0].numbers.reshape(-1).tolist())
+        rows = _rows(self.analysis.walk.values[root])
+        if rows is None:
+            return None
+        whole = set(rows.numbers.reshape(-1).tolist())
         found: list[_Part] = []
         pending: list[tuple[fx.Node, list[Tensor]]] = [(root, labels)]
         while pending:
@@ -177,11 +180,13 @@ class _Splitter:
                 ):
                     return None
                 if isinstance(value, Value):
-                    numbers = value.axes[0].numbers if len(value.axes) == 1 else None
-                    if numbers is None:
+                    own = [
+                        axis for axis in value.axes if not whole.isdisjoint(axis.numbers.reshape(-1).tolist())
+                    ]
+                    if len(own) != 1:
                         return None
-                    if set(numbers.reshape(-1).tolist()) != whole:
-                        part = _part(user, value, [label for label in carried if label is not None])
+                    if set(own[0].numbers.reshape(-1).tolist()) != whole:
+                        part = _part(user, value, own[0], [label for label in carried if label is not None])
                         if part is None:
                             return None
                         found.append(part)
@@ -351,8 +356,14 @@ def _lies_along(label: Any, recorded: Any, size: Any) -> bool:
     return torch.equal(moved.numbers.reshape(-1), torch.arange(label.shape[dim]))
 
 
-def _part(node: fx.Node, value: Value, labels: list[Tensor]) -> _Part | None:
-    axis: Axis = value.axes[0]
+def _rows(value: Value) -> Axis | None:
+    """The axis of a product along which the rows of its weight lie, the last; tokens may be numbered too, if
+    there is a fixed number of them.
+    """
+    return next((axis for axis in value.axes if axis.varying() == [len(value.shape) - 1]), None)
+
+
+def _part(node: fx.Node, value: Value, axis: Axis, labels: list[Tensor]) -> _Part | None:
     sources: list[int | None] = [-1 if dim in axis.varying() else None for dim in range(len(value.shape))]
     for lead, label in enumerate(labels):
         moved = Axis.of(label)

@@ -53,3 +53,26 @@ def test_what_the_caller_lets_vary_freezes_what_lies_between() -> None:
     reasons = {group.producers[0].name: group.reason for group in analysis.groups if group.producers}
     assert "a length known only at run time" in reasons["middle.weight"]
     assert [group.producers[0].name for group in analysis.select("prunable")] == ["out.0.weight"]
+
+
+class WideAndDeep(nn.Module):
+    """One table for all fields, whose vectors lie side by side, beside what a network makes of them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = nn.Embedding(30, 4)
+        self.deep, self.out = nn.Sequential(nn.Linear(12, 16), nn.ReLU(), nn.Linear(16, 8)), nn.Linear(20, 2)
+
+    def forward(self, fields: Tensor) -> Tensor:
+        wide = self.table(fields).flatten(1)
+        found: Tensor = self.out(torch.cat([wide, self.deep(wide)], dim=1))
+        return found
+
+
+def test_what_lies_beside_two_axes_in_one_is_pruned() -> None:
+    torch.manual_seed(0)
+    model, fields = WideAndDeep().eval(), torch.randint(30, (5, 3))
+    result = fasp_fx.prune(model, (fields,), sparsity=0.4, score="random", restore=None)
+    assert {group.consumers[0].name for group in result.plan.groups} == {"deep.2.weight", "out.weight"}
+    assert_mask_exact(model, result, lambda module: module(fields))
+    assert_mask_exact(model, result, lambda module: module(fields[:2].flip(1)))

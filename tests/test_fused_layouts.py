@@ -84,6 +84,17 @@ class Fused(nn.Module):
         return self.out(attended), self.down(torch.relu(self.up(x)))
 
 
+class Placed(Fused):
+    """So many tokens, each with a vector of its own, by which tokens are numbered as channels are."""
+
+    def __init__(self, layout: Callable[[Tensor], Parts]) -> None:
+        super().__init__(layout)
+        self.places = nn.Parameter(torch.randn(9, 8))
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        return super().forward(x + self.places)
+
+
 class Padded(Fused):
     """Windows of 64 tokens, of which the example fills not one."""
 
@@ -170,6 +181,13 @@ def test_windows_longer_than_the_example() -> None:
 @pytest.mark.parametrize("layout", [_whole, _heads_last], ids=lambda layout: layout.__name__)
 def test_a_weight_whose_tokens_stay_is_taken_apart(layout: Callable[[Tensor], Parts]) -> None:
     analysis = hold(Fused(layout), inputs([(2, 9), (3, 6), (1, 24)]))
+    assert len(analysis.program.parts) == 6
+    assert ("prunable", 16, 2) in sets_of(analysis, "out.weight", 1)
+
+
+@pytest.mark.parametrize("layout", [_whole, _heads_last], ids=lambda layout: layout.__name__)
+def test_a_weight_is_taken_apart_where_tokens_are_numbered(layout: Callable[[Tensor], Parts]) -> None:
+    analysis = hold(Placed(layout), inputs([(2, 9), (3, 9), (1, 9)]))
     assert len(analysis.program.parts) == 6
     assert ("prunable", 16, 2) in sets_of(analysis, "out.weight", 1)
 

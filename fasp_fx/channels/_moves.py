@@ -558,6 +558,15 @@ def _at_run_time(node: fx.Node, rule: Rule, joined: int) -> bool:
     return any(isinstance(val, Tensor) and is_dynamic(val.shape[joined]) for val in recorded)
 
 
+def _together(found: list[Axis], facts: Facts, node: fx.Node) -> list[Axis]:
+    """Freeze the axes that share a dimension which others are joined with, and go on without them."""
+    for axis in found:
+        facts.say(
+            facts.frozen, axis.numbers, f"lies with others along the dimension that {node.target} joins", node
+        )
+    return []
+
+
 def _join(
     node: fx.Node,
     rule: Rule,
@@ -574,6 +583,8 @@ def _join(
     axes: list[Axis] = []
     for dim in range(len(sources[0].shape)):
         per_source = [source.at(dim) for source in sources]
+        if not stacked and dim == joined:
+            per_source = [found if len(found) < 2 else _together(found, facts, node) for found in per_source]
         if not any(per_source):
             continue
         if max(map(len, per_source)) > 1 or (not all(per_source) and (stacked or dim != joined)):
