@@ -24,7 +24,7 @@ RESIDENT = 2**30
 @contextmanager
 def offload(folder: str | Path | None = None, *, resident: int = RESIDENT) -> Iterator[Scratch]:
     """Keep weights in files while a model is pruned: those that are made inside, and those given to
-    :func:`keep_weights`.
+    :func:`keep_weights`; and with them the activations of calibration batches that wait for others.
 
     The files are mapped into memory, so that a weight is read when it is used, and dropped where memory is
     short. They have no names: they go when the last tensor in them does, also if the process is killed.
@@ -33,8 +33,9 @@ def offload(folder: str | Path | None = None, *, resident: int = RESIDENT) -> It
     weights in files.
 
     Args:
-        folder: on a disk with room for about three times the weights, in their own precision; made if it is
-            missing. ``None``: the system's folder for temporary files, which on some systems lies in memory.
+        folder: on a disk with room for about three times the weights, in their own precision, and for the
+            activations; made if it is missing. ``None``: the system's folder for temporary files, which on
+            some systems lies in memory.
         resident: bytes of weights that may be in memory at once, over and above what the operating system
             would drop by itself.
 
