@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -70,13 +71,47 @@ def _apart(found: Tensor, expected: Tensor) -> float:
     top = max(sizes)
     if top < _LARGE:
         return difference / (top or 1.0)
-    if max(size for size in sizes if size < top * (1 - _ALIKE)) >= top / _FAR:
+    bound = _filled_from(sizes)
+    if bound == math.inf:
         return difference / (top if top < _FAR * max(differing, difference) else differing or 1.0)
     size = expected.abs()
-    near = size < top * (1 - _ALIKE)
+    near = size < bound
     far = torch.isfinite(size) & ~near
     filled = (found[far] - expected[far]).abs()
     return max(float(filled.max()) / top if filled.numel() else 0.0, _apart(found[near], expected[near]))
+
+
+def _filled_from(sizes: Sequence[float]) -> float:
+    """How large an entry is at least that is as large as the largest, where nothing else is of that order; of
+    the sizes the largest of either kind will do. Infinite: no entry is a filling.
+    """
+    top = max(sizes)
+    bound = top * (1 - _ALIKE)
+    return bound if top >= _LARGE and max(size for size in sizes if size < bound) < top / _FAR else math.inf
+
+
+def _fillings(values: Tensor) -> Tensor | None:
+    """Which of these real numbers are infinite, or fillings beside others that are not zero; ``None``: none
+    is, or some are NaN.
+    """
+    values = values.detach()
+    size = (values if values.dtype.itemsize > 2 else values.float()).abs()
+    if not size.numel() or not float(size.max()) >= _LARGE:
+        return None
+    filled = size.isinf()
+    while True:
+        size = size.masked_fill(filled, 0.0)
+        top = float(size.max())
+        below = float(torch.where(size < top * (1 - _ALIKE), size, 0).max())
+        if not below or _filled_from([top, below]) == math.inf:
+            return filled if bool(filled.any()) else None
+        filled |= size > below
+
+
+def unfilled(values: Tensor, expected: Tensor) -> Tensor:
+    """The values where what is expected is neither infinite nor a filling, flat if any is."""
+    filled = _fillings(expected)
+    return values if filled is None else values[~filled]
 
 
 def _same_oddities(a: Tensor, b: Tensor) -> bool:
@@ -99,4 +134,4 @@ def distance(found: Tensor, expected: Tensor) -> float:
     return float((a - b).norm()) / (norm or 1.0)
 
 
-__all__ = ["deviation", "distance"]
+__all__ = ["deviation", "distance", "unfilled"]

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from ._compat import pytree
+from ._deviation import unfilled
 from ._seeded import generator_of
 from .errors import ArgumentError, CalibrationError
 
@@ -92,7 +93,8 @@ class Outputs:
     squared error of all outputs.
 
     Each floating-point output is divided by its root mean square, on what :meth:`settle` was shown, or else
-    on the first call; one that was zero there throughout has no size, and no say. With v drawn from the
+    on the first call; one that was zero there throughout has no size, and no say, nor have fillings (masked
+    scores of -1e9, say). With v drawn from the
     normal distribution, ``E[(Jᵀv)(Jᵀv)ᵀ] = JᵀJ`` (the estimator of Hutchinson, 1989), the Gauss-Newton matrix
     of ``½‖output − dense output‖²``.
 
@@ -112,10 +114,11 @@ class Outputs:
             padding: says of each output which tokens do not count.
 
         Raises:
-            CalibrationError: no output is a floating-point tensor.
+            CalibrationError: no output is a floating-point tensor, or one is too large to be squared.
         """
         for index, leaf in enumerate(number_outputs(outputs)):
             counted = without_padding(leaf.detach(), padding(leaf))[0]
+            counted = unfilled(counted, counted)
             mean, count = self._seen.get(index, (0.0, 0))
             total = count + counted.numel()
             self._seen[index] = (
@@ -146,7 +149,7 @@ class Outputs:
     def __call__(
         self, outputs: Any, inputs: Mapping[str, Any], padding: Padding = lambda leaf: None
     ) -> Tensor:
-        """One term for each element of the outputs, shape ``[elements]``.
+        """One term for each element of the outputs that is no filling, shape ``[elements]``.
 
         Args:
             padding: as for :meth:`settle`.
@@ -161,9 +164,8 @@ class Outputs:
             counted, rows = without_padding(leaf, padding(leaf))
             size = math.sqrt(self._seen.get(index, (0.0, 0))[0])
             wide = counted if counted.dtype == torch.float64 else counted.float()
-            terms.append(
-                (wide / size * self._drawn(index, counted, rows) if size > 0 else wide * 0).flatten()
-            )
+            found = wide / size * self._drawn(index, counted, rows) if size > 0 else wide * 0
+            terms.append(unfilled(found, counted).flatten())
         self._calls += 1  # whoever calls again without saying of what is given other numbers
         self._rows = 0
         return torch.cat(terms)
@@ -236,11 +238,17 @@ def without_padding(leaf: Tensor, padding: Tensor | None) -> tuple[Tensor, list[
 
 
 def _mean_square(values: Tensor) -> float:
-    """The mean square, also of values whose squares would be too large or too small to be held."""
+    """The mean square, also of values whose squares their own type cannot hold."""
     largest = float(values.abs().max())
     if not 0 < largest < math.inf:
         return largest
-    return largest**2 * float((values / largest).float().square().mean())
+    found = largest * largest * float((values / largest).float().square().mean())
+    if found == math.inf:
+        raise CalibrationError(
+            f"an output of the model is as large as {largest:.3g}, whose square cannot be held; pass another"
+            " loss=, or loss=None"
+        )
+    return found
 
 
 def token_mask(inputs: Mapping[str, Any], shape: tuple[int, ...]) -> Tensor | None:

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pytest
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 import fasp_fx
+from fasp_fx.errors import CalibrationWarning
 
 pytestmark = pytest.mark.usefixtures("shared_captures")
 
@@ -279,6 +280,54 @@ def test_units_of_the_outputs_do_not_matter(factor: float) -> None:
                 tensor.mul_(scale)
         curves.append(losses(fasp_fx.capture(model, (batches[0],)), batches, loss="outputs")["2.weight"])
     np.testing.assert_allclose(curves[1], curves[0], rtol=1e-3)
+
+
+class Masked(nn.Module):
+    """Scores, some of which can be masked by a filling that holds in every batch."""
+
+    def __init__(self, filling: float | None = None) -> None:
+        super().__init__()
+        self.first, self.middle, self.last = nn.Linear(6, 12), nn.Linear(12, 12), nn.Linear(12, 4)
+        self.filling = filling
+
+    def forward(self, x: Tensor) -> Tensor:
+        scores = self.last(torch.relu(self.middle(torch.relu(self.first(x)))))
+        if self.filling is None:
+            return scores[:, :3]
+        return scores.masked_fill(torch.tensor([False, False, False, True]), self.filling)
+
+
+@pytest.mark.parametrize("allocation", ["global", "search"])
+@pytest.mark.parametrize("filling", [-1e9, -torch.inf, torch.finfo(WIDE).min])
+def test_masked_scores_say_nothing_of_how_large_outputs_are(
+    filling: float, allocation: Literal["global", "search"]
+) -> None:
+    """What is measured is that of the model that returns the other scores alone, but for the random numbers,
+    of which there are enough to agree.
+    """
+    batches = [numbers(2000, 6, seed=seed) for seed in range(2)]
+    captured = [fasp_fx.capture(made(build), (batches[0],)) for build in (Masked, lambda: Masked(filling))]
+    expected, found = (losses(one, batches, quality="best", loss="outputs") for one in captured)
+    for name, curve in expected.items():
+        np.testing.assert_allclose(found[name], curve, rtol=0.1, atol=curve[-1] * 1e-3)
+    for result in (
+        fasp_fx.prune(one, calibration=batches, sparsity=0.3, loss="outputs", allocation=allocation)
+        for one in captured
+    ):
+        assert any(
+            "predicted rise of half the squared error of the outputs" in note for note in result.report.notes
+        )
+
+
+class Huge(Masked):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) * 1e200
+
+
+def test_outputs_whose_squares_cannot_be_held_are_no_loss() -> None:
+    batches = [numbers(40, 6)]
+    with pytest.warns(CalibrationWarning, match="whose square cannot be held"):
+        fasp_fx.prune(made(Huge), (batches[0],), calibration=batches)
 
 
 class Noisy(nn.Module):

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .._deviation import unfilled
 from .._offload._current import keep
 from ..losses import (
     Loss,
@@ -93,7 +94,7 @@ class Divergence(Fitness):
 
 class Error(Fitness):
     """Half the mean squared error of all floating-point outputs, each relative to its mean square over all
-    sequences.
+    sequences, without fillings.
     """
 
     said = "half the squared error of the outputs, relative to their mean square"
@@ -104,8 +105,9 @@ class Error(Fitness):
     def settle(self, remembered: Sequence[Any], own: int, add: Callable[[Tensor], Tensor]) -> None:
         sums = torch.zeros(len(remembered[0]), 2, dtype=torch.float64)
         for outputs in remembered[:own]:
+            counted = [unfilled(leaf, leaf) for leaf in outputs]
             sums += torch.tensor(
-                [[float(leaf.double().square().sum()), leaf.numel()] for leaf in outputs], dtype=torch.float64
+                [[float(leaf.double().square().sum()), leaf.numel()] for leaf in counted], dtype=torch.float64
             )
         sums = add(sums)
         self._squares = (sums[:, 0] / sums[:, 1].clamp_min(1)).tolist()
@@ -114,8 +116,9 @@ class Error(Fitness):
         total, count = 0.0, 0
         for dense, values, square in zip(remembered, _values(outputs, padding), self._squares, strict=True):
             if square > 0:  # what is zero throughout has no size
-                total += float((values.double() - dense.double()).square().sum()) / square
-                count += values.numel()
+                counted, wanted = unfilled(values, dense), unfilled(dense, dense)
+                total += float((counted.double() - wanted.double()).square().sum()) / square
+                count += counted.numel()
         return total / max(count, 1) / 2
 
 
