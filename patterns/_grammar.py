@@ -362,7 +362,29 @@ class _Parser:
             clauses.append(self.clause())
         if self.peek() is not None:
             self.fail("expected ';' or the end")
-        return Rule(moves, tuple(alternatives), tuple(clauses), creates, tallies)
+        rule = Rule(moves, tuple(alternatives), tuple(clauses), creates, tallies)
+        if creates and not rule.all("shape"):
+            self.fail("'create' needs the clause 'shape', which says what argument holds the sizes")
+        self._check_brackets(rule)
+        return rule
+
+    def _check_brackets(self, rule: Rule) -> None:
+        """Of two letters in brackets a clause has to say how large one is."""
+        sized = {clause.words[0] for keyword in ("factor", "gates") for clause in rule.all(keyword)}
+        for alternative in rule.alternatives:
+            pairs = [
+                dim for operand in alternative.operands for dim in operand.dims if isinstance(dim, tuple)
+            ]
+            for first, second in pairs:
+                if first not in sized and second not in sized:
+                    self.fail(
+                        f"nothing says how large {first!r} or {second!r} is, which stand in brackets; add"
+                        f" 'factor {first} NAME' or 'gates {first} NUMBER'"
+                    )
+        read = rule.alternatives[0].operands[0].dims if rule.alternatives else ()
+        for clause in rule.all("factor"):
+            if not any(clause.words[0] in dim for dim in read if isinstance(dim, tuple)):
+                self.fail(f"'factor {clause.words[0]}' is of a letter in brackets in the first operand")
 
 
 @cache

@@ -42,6 +42,10 @@ INVALID = {
     "argument_where_none_goes": ("move self; shape @size", 18),
     "left_over": ("move self self", 10),
     "no_number": ("x[(g h)] -> [h]; gates g four", 29),
+    "nothing_created": ("create", 6),
+    "no_size_of_brackets": ("x[... (g c)] -> [... c]", 23),
+    "size_of_what_is_in_no_brackets": ("x[... c] -> [... c]; factor c n", 31),
+    "size_of_what_is_moved": ("move x; factor c n", 18),
     "letter_of_a_list": ("x[a.0] -> [a]", 2),
 }
 

@@ -122,6 +122,54 @@ def test_an_unknown_operator_freezes_and_is_named(kind: type[nn.Module], operato
     assert_mask_exact(model, result, lambda called: called(data(5)))
 
 
+@torch.library.custom_op("fasp_fx_tests::sums", mutates_args=())
+def sums(x: Tensor) -> Tensor:
+    return x.cumsum(-1)
+
+
+@sums.register_fake
+def _(x: Tensor) -> Tensor:
+    return torch.empty_like(x)
+
+
+@torch.library.custom_op("fasp_fx_tests::total", mutates_args=())
+def total(x: list[Tensor]) -> Tensor:
+    return torch.stack(x).sum(0)
+
+
+@total.register_fake
+def _(x: list[Tensor]) -> Tensor:
+    return torch.empty_like(x[0])
+
+
+class Computes(nn.Module):
+    """An operator of one tensor, or of a list of two, that computes what it returns."""
+
+    def __init__(self, listed: bool) -> None:
+        super().__init__()
+        self.up, self.down, self.listed = nn.Linear(8, 12), nn.Linear(12, 8), listed
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.up(x)
+        found = (
+            torch.ops.fasp_fx_tests.total([x, x.tanh()]) if self.listed else torch.ops.fasp_fx_tests.sums(x)
+        )
+        return self.down(found)
+
+
+@pytest.mark.parametrize("listed", [False, True])
+def test_what_computes_freezes_though_its_rule_says_that_it_moves(listed: bool) -> None:
+    operator = torch.ops.fasp_fx_tests.total.default if listed else torch.ops.fasp_fx_tests.sums.default
+    register(operator, "move x")
+    try:
+        groups = fasp_fx.analyze(randomise(Computes(listed)), (data(3),)).groups
+    finally:
+        unregister(operator)
+    (group,) = [group for group in groups if any(m.name == "up.bias" for m in group.producers)]
+    assert group.status == "frozen"
+    assert "computes other elements of those that it is said to move" in group.reason
+
+
 @pytest.mark.usefixtures("taught")
 def test_one_line_makes_it_prunable() -> None:
     model = randomise(Waves())

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import cache, partial
 from typing import Any
@@ -270,7 +270,7 @@ def move(
             else "takes channels out one by one"
         )
         for index, numbers in enumerate(moved):
-            _keep(axes[index], numbers, facts, node, axis, why)
+            _keep(axes[index], numbers, [axis], facts, node, axis, why)
     stacked = _taken_along(others, source.shape, shapes[0]) if source.origin is not None else None
     if stacked is not None:
         _stay_together(node, source, stacked, facts)
@@ -503,6 +503,9 @@ def _rest(others: dict[str, Any]) -> dict[str, Any]:
 
 _UNKNOWN = object()
 
+#: what stands among numbers that were moved for what is no channel
+_ADDED = torch.tensor([NONE])
+
 
 def _known(value: Any) -> Any:
     """The argument as the operator takes it, or ``_UNKNOWN`` where it is a tensor whose content
@@ -523,16 +526,25 @@ def _numel(shape: tuple[int, ...]) -> int:
 def _keep(
     axes: list[Axis],
     moved: Tensor,
+    given: Sequence[Axis],
     facts: Facts,
     node: fx.Node,
     source: Axis | None = None,
     why: str = "takes channels out one by one",
 ) -> None:
+    """Add the axis of numbers that an operator made of those of the axes it was ``given``, or freeze them.
+
+    Raises:
+        ValueError: it did more than move them.
+    """
+    moved = collapse(moved)
+    if not torch.isin(moved, torch.cat([_ADDED, *(own.numbers.reshape(-1) for own in given)])).all():
+        raise ValueError("it computes other elements of those that it is said to move")
     axis = Axis.of(moved, source.slot if source is not None else None)
     if axis is not None and (source is None or not _one_of_each(axis, source)):
         axes.append(axis)
-    elif moved.numel() and int(collapse(moved).reshape(-1)[0]) != NONE:
-        facts.say(facts.frozen, collapse(moved), f"{node.target} {why}", node)
+    elif moved.numel() and int(moved.reshape(-1)[0]) != NONE:
+        facts.say(facts.frozen, moved, f"{node.target} {why}", node)
         if source is not None and len(source.varying()) > 1:
             facts.want_together(source.numbers, source.dim, node)  # one of every row: rows can go whole
 
@@ -623,7 +635,8 @@ def _join(
             for found in per_source[1:]:
                 facts.couple(per_source[0][0].numbers, found[0].numbers, node)
             parts = [parts[0] if stacked else per_source[0][0].numbers.expand(s.shape) for s in sources]
-        _keep(axes, _run(node.target, parts, others), facts, node)
+        given = [axis for found in per_source for axis in found]
+        _keep(axes, _run(node.target, parts, others), given, facts, node)
     constant = all(source.constant for source in sources)
     data = (
         _run(node.target, [s.data for s in sources], others)

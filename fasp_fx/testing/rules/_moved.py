@@ -40,7 +40,7 @@ def moves(rule: Rule, call: Call, draw: Draw, modesty: Modesty) -> Lie | None:
     for index, (first, second) in enumerate(zip(moved, again, strict=True)):
         if first.shape != second.shape:
             return Lie(call, claim, f"the shape of result {index} depends on the values")
-        flat, flat_other = first.reshape(-1), second.reshape(-1)
+        flat, flat_other = first.reshape(-1).long(), second.reshape(-1).long()
         inside = (flat >= _FIRST) & (flat < _FIRST + total)
         expected = (
             torch.where(inside, other[(flat - _FIRST).clamp(0, max(total - 1, 0))], flat) if total else flat
@@ -52,7 +52,7 @@ def moves(rule: Rule, call: Call, draw: Draw, modesty: Modesty) -> Lie | None:
     found = call.run()
     for index, (real, first) in enumerate(zip(found, moved, strict=True)):
         values = _flat(source).to(real.dtype)
-        flat = first.reshape(-1)
+        flat = first.reshape(-1).long()
         inside = (flat >= _FIRST) & (flat < _FIRST + total)
         if bool((real.reshape(-1)[inside] != values[flat[inside] - _FIRST]).any()):
             return Lie(
