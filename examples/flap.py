@@ -10,7 +10,7 @@ import torch
 from chunks import Comparison
 
 from fasp_fx.allocation import CostAllocation, deepest_loss
-from fasp_fx.scoring import GroupScore, Order, by_value
+from fasp_fx.scoring import GroupScore, Order, by_set, by_value
 
 SHIFT = 100.0  # a cost curve never falls, and standardised scores lie around zero: they are counted from here
 
@@ -35,10 +35,10 @@ class Fluctuation(GroupScore):  # Var(X_j) ‖W_j‖² (FLAP, equation 5), stand
         self.statistics = {"moments": Moments}
 
     def __call__(self, group):
-        total = np.zeros(len(group.block_of))
-        for columns in group.consumers:
-            values = columns.seen["moments"].variance() * columns.weight.square().sum(0)
-            np.add.at(total, columns.sets[:, 0], values.cpu().numpy())
+        def values(columns):
+            return (columns.seen["moments"].variance() * columns.weight.square().sum(0)).cpu().numpy()
+
+        total = by_set(group, values)
         scores = (total - total.mean()) / total.std()
         order = by_value(group, scores)
         return Order(order.sets, np.concatenate([[0], np.cumsum(scores[order.sets].mean(0) + SHIFT)]))

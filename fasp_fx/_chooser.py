@@ -226,7 +226,7 @@ class Chooser:
             with torch.no_grad():
                 orders = orders_of(consumers, consumers.analysis.chosen, self._score)
             if costs is None:
-                costs = Costs(curves_of(orders), fingerprint, config.score_name, config.granularity)
+                costs = Costs(curves_of(orders), fingerprint, _score_of(config), config.granularity)
             if isinstance(self._allocate, TrialAllocation):
                 loss, repairs = (
                     (None if self._loss is None else resolve_loss(self._loss)),
@@ -341,7 +341,7 @@ class Chooser:
             )
         if isinstance(config.sparsity, Mapping):
             check_patterns("sparsity", config.sparsity, groups, read_by)
-            check_asked(config.sparsity, config.exclude, groups)
+            check_asked(config.sparsity, config.exclude, groups, budget.groups)
         part = self._part(budget)
         alike = AlikeBudget(part) if config.uniform_layers else None
 
@@ -436,6 +436,14 @@ class Chooser:
                 )
                 reconstruction.run(batches, marks, lambda fraction: advance(share + (1 - share) * fraction))
             return decision
+
+
+def _score_of(config: PruningConfig) -> str:
+    """What tells a configuration's score from others; of one that nothing tells, a text that no score has."""
+    try:
+        return config.score_name
+    except ArgumentError:
+        return f"{type(config.named_score).__qualname__} ?"
 
 
 __all__ = ["Chooser"]

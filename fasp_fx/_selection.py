@@ -76,23 +76,39 @@ class PartialBudget(Budget):
         return self.whole.counts(self.spread(lost))
 
 
-def check_asked(fractions: Mapping[str, float], exclude: Iterable[str], groups: Sequence[Group]) -> None:
-    """Refuse to take from groups that are to stay whole.
+def check_asked(
+    fractions: Mapping[str, float],
+    exclude: Iterable[str],
+    groups: Sequence[Group],
+    chosen: Sequence[Group],
+) -> None:
+    """Refuse to take from groups that stay whole.
 
     Args:
         fractions: what goes, by pattern.
         exclude: patterns of what stays.
+        groups: all groups of a model.
+        chosen: those of them that can be pruned as asked.
 
     Raises:
-        ArgumentError: a pattern asks for groups of which all are excluded.
+        ArgumentError: a pattern asks for groups none of which is among those chosen, or all are excluded.
     """
+    names = {group.name for group in chosen}
     excluded = {group.name for group in groups if is_excluded(group, exclude)}
     for pattern in fractions:
-        asked = [group.name for group in groups if any(matches(pattern, name) for name in read_by(group))]
-        if asked and excluded.issuperset(asked):
+        asked = [group for group in groups if any(matches(pattern, name) for name in read_by(group))]
+        can_go = [group for group in asked if group.name in names]
+        if asked and not can_go:
+            first = asked[0]
+            raise ArgumentError(
+                f"sparsity asks for {fractions[pattern]} of '{pattern}', which stays whole ('{first.name}' is"
+                f" {first.status} at the granularity '{first.granularity}'"
+                f"{first.reason and f': {first.reason}'}); leave it out"
+            )
+        if can_go and all(group.name in excluded for group in can_go):
             raise ArgumentError(
                 f"sparsity asks for {fractions[pattern]} of '{pattern}', which exclude= leaves whole"
-                f" ({asked[0]!r}); leave one of the two out"
+                f" ({can_go[0].name!r}); leave one of the two out"
             )
 
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal, TypedDict
 
+from ._identity import identity_of
 from ._options import configured
 from ._scores import resolve_score
 from .allocation import Allocation, CostAllocation, Global, Search, uniform
@@ -244,9 +246,18 @@ class PruningConfig:
 
     @property
     def score_name(self) -> str:
-        """The score's name; that of its class or function where it is one of the user's."""
+        """The score's name; that of its class or function, and what tells it from others of that name, where
+        it is one of the user's.
+
+        Raises:
+            ArgumentError: nothing tells it from others.
+        """
         score = self.named_score
-        return score if isinstance(score, str) else getattr(score, "__qualname__", type(score).__qualname__)
+        if isinstance(score, str):
+            return score
+        name = getattr(score, "__qualname__", type(score).__qualname__)
+        identity = identity_of(score, "score", "costs=", code=True)
+        return f"{name} {hashlib.sha256(identity.encode()).hexdigest()[:12]}"
 
     @property
     def drift_part(self) -> float:

@@ -53,7 +53,8 @@ class Costs(Mapping[str, CostCurve]):
         curves: those of the groups.
         fingerprint: of all that the model that was measured computes with
             (:func:`fasp_fx.plan.computed_fingerprint`).
-        score: the name of the score that gave the orders; the curves hold for no other. Empty: for any.
+        score: what tells the score that gave the orders from others (``PruningConfig.score_name``); the
+            curves hold for no other. Empty: for any.
         granularity: what the channel sets are that the curves count.
     """
 

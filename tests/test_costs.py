@@ -4,10 +4,11 @@ writes them.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from itertools import product
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 import pytest
@@ -23,8 +24,9 @@ from zoo import ZOO
 import fasp_fx
 from fasp_fx.allocation import Budget, CostAllocation, Global, Target, deepest_loss
 from fasp_fx.groups import Group
+from fasp_fx.obs import OBS
 from fasp_fx.resources import Resource, Sparsity
-from fasp_fx.scoring import GroupColumns, GroupScore, Order
+from fasp_fx.scoring import Columns, GroupColumns, GroupScore, Order, by_set, by_value
 from fasp_fx.statistics import InputGradients, MakeStatistic
 from fasp_fx.testing import build, example, programs
 from fasp_fx.testing.specs import Net
@@ -247,16 +249,15 @@ def test_a_score_by_output_gradients() -> None:
         statistics: ClassVar[Mapping[str, MakeStatistic]] = {"gradients": InputGradients}
 
         def __call__(self, group: GroupColumns) -> Order:
-            total = np.zeros(len(group.block_of))
-            for columns in group.consumers:
+            def values(columns: Columns) -> np.ndarray:
                 gradients = columns.seen["gradients"]
                 assert isinstance(gradients, InputGradients)
                 assert columns.norms is not None
                 mean = gradients.mean()
                 assert mean is not None
-                values = (mean.diagonal().sqrt() * columns.norms).numpy()
-                np.add.at(total, columns.sets[:, 0], values)
-            return Order(np.stack([members[np.argsort(total[members])] for members in group.members]))
+                return (mean.diagonal().sqrt() * columns.norms).numpy()
+
+            return by_value(group, by_set(group, values))
 
     result = fasp_fx.prune(
         Deep().eval(), (DATA[0],), calibration=DATA, score=Taylor(), allocation="global", sparsity=0.3
@@ -407,7 +408,8 @@ def test_an_allocation_that_takes_nothing_is_called_that() -> None:
 
 
 @pytest.mark.parametrize(
-    "order", [np.zeros((1, 10)), np.arange(10)[None, :3], np.arange(10), np.arange(10, 20)[None]]
+    "order",
+    [np.zeros((1, 10)), np.arange(10)[None, :3], np.arange(10), np.arange(10, 20)[None], [[1], [2, 3]]],
 )
 def test_an_order_that_is_none_is_refused(order: Any) -> None:
     class Wrong(GroupScore):
@@ -417,6 +419,90 @@ def test_an_order_that_is_none_is_refused(order: Any) -> None:
     model = nn.Sequential(nn.Linear(8, 10), nn.ReLU(), nn.Linear(10, 3)).eval()
     with pytest.raises(fasp_fx.ArgumentError, match=r"order for '2\.weight' is none of its channel sets"):
         fasp_fx.prune(model, (DATA[0],), calibration=DATA, score=Wrong(), sparsity=0.5)
+
+
+class Given(GroupScore):
+    """Channel sets in the order in which they are numbered, of some form, with some losses."""
+
+    def __init__(self, form: Callable[[np.ndarray], Any], losses: Any = None) -> None:
+        self.form, self.losses = form, losses
+
+    def __call__(self, group: GroupColumns) -> Order:
+        return Order(self.form(np.stack(list(group.members))), self.losses)
+
+
+def _small() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(8, 10), nn.ReLU(), nn.Linear(10, 3)).eval()
+
+
+@pytest.mark.parametrize("allocation", ["uniform", "global"])
+def test_an_order_may_be_of_lists_or_tensors(allocation: Literal["uniform", "global"]) -> None:
+    asked: dict[str, Any] = {"calibration": DATA, "sparsity": 0.3, "allocation": allocation}
+    expected = fasp_fx.prune(_small(), (DATA[0],), score=Given(np.asarray), **asked).plan
+    for form, losses in (
+        (np.ndarray.tolist, None),
+        (torch.tensor, None),
+        (np.ndarray.tolist, list(range(11))),
+        (torch.tensor, torch.arange(11)),
+    ):
+        assert fasp_fx.prune(_small(), (DATA[0],), score=Given(form, losses), **asked).plan == expected
+
+
+class Signed(GroupScore):
+    def __init__(self, sign: Any) -> None:
+        self.sign = sign
+
+    def __call__(self, group: GroupColumns) -> Order:
+        sign = float(self.sign() if callable(self.sign) else self.sign)
+        return by_value(group, sign * by_set(group, lambda columns: columns.norms.numpy()))
+
+
+def _scaled(sign: float) -> Callable[[Columns], Tensor]:
+    return lambda columns: sign * columns.norms
+
+
+def test_curves_of_another_score_of_the_same_name_are_refused() -> None:
+    captured = fasp_fx.capture(_small(), (DATA[0],))
+    redefined = type("Signed", (Signed,), {"__call__": lambda self, group: Order(np.stack(group.members))})
+    scores: list[Any] = [
+        lambda columns: columns.norms,
+        lambda columns: -columns.norms,
+        lambda columns: columns.weight.norm(dim=0),
+        _scaled(1),
+        _scaled(-1),
+        partial(lambda sign, columns: sign * columns.norms, 1),
+        partial(lambda sign, columns: sign * columns.norms, -1),
+        Signed(1),
+        Signed(-1),
+        Signed(lambda: 1),
+        redefined(1),
+        OBS(),
+        OBS(damping=0.1),
+    ]
+    measured = [fasp_fx.measure(captured, calibration=DATA, score=score) for score in scores]
+    asked: dict[str, Any] = {"calibration": DATA, "sparsity": 0.3, "allocation": "global"}
+    for index, score in enumerate(scores):
+        costs = fasp_fx.Costs.from_json(measured[index].to_json())
+        expected = fasp_fx.prune(captured, score=score, **asked).plan
+        assert fasp_fx.prune(captured, score=score, costs=costs, **asked).plan == expected
+        with pytest.raises(fasp_fx.ArgumentError, match="the cost curves are of score="):
+            fasp_fx.prune(captured, score=score, costs=measured[index - 1], **asked)
+
+
+def test_curves_are_refused_of_a_score_that_nothing_tells_from_others() -> None:
+    captured = fasp_fx.capture(_small(), (DATA[0],))
+    score = Signed(iter([1.0] * 9).__next__)
+    costs = fasp_fx.measure(captured, calibration=DATA, score=score)
+    with pytest.raises(fasp_fx.ArgumentError, match="of which costs= cannot tell whether it is the same"):
+        fasp_fx.prune(captured, calibration=DATA, score=score, allocation="global", costs=costs)
+    assert fasp_fx.prune(captured, calibration=DATA, score=score, allocation="global").plan.groups
+
+
+@pytest.mark.parametrize("losses", [3.0, "abc", ["a"] * 11, np.zeros((11, 2)), np.arange(10), [[1], [2, 3]]])
+def test_losses_that_are_none_are_refused(losses: Any) -> None:
+    with pytest.raises(fasp_fx.ArgumentError, match=r"losses for '2\.weight' are not one finite number"):
+        fasp_fx.prune(_small(), (DATA[0],), calibration=DATA, score=Given(np.asarray, losses), sparsity=0.5)
 
 
 @given(programs(), st.integers(0, 1000))

@@ -170,6 +170,12 @@ def test_what_asks_for_nothing_says_so() -> None:
         fasp_fx.ArgumentError, match=r"asks for 0\.5 of '2\.weight', which exclude= leaves whole"
     ):
         fasp_fx.prune(net(), (X[0],), sparsity={"2.weight": 0.5, "4": 0.5}, **options)  # type: ignore[arg-type]
+    for asked in ({"0.weight": 0.5}, {"2": 0.3, "0.weight": 0.5}):
+        with pytest.raises(
+            fasp_fx.ArgumentError,
+            match=r"asks for 0\.5 of '0\.weight', which stays whole \('0\.weight' is frozen .*: reaches the input",
+        ):
+            fasp_fx.prune(net(), (X[0],), calibration=X, sparsity=asked)
     result = fasp_fx.prune(net(), (X[0],), calibration=X, sparsity=1e-9)
     assert not result.plan.groups
     assert any("nothing goes" in note for note in result.report.notes)

@@ -5,6 +5,7 @@ activations, or its producers.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 from torch import Tensor
@@ -57,7 +58,7 @@ def order_of(
 
 
 def checked(order: Order, view: GroupColumns) -> Order:
-    """What a score returned, if it is an order of the group.
+    """What a score returned, as arrays, if it is an order of the group.
 
     Raises:
         ArgumentError: channel sets of each block do not stand in it once, or not as many as may go, or losses
@@ -67,29 +68,40 @@ def checked(order: Order, view: GroupColumns) -> Order:
         raise ArgumentError(
             f"the score returned a {type(order).__name__} for '{view.name}'; return a fasp_fx.scoring.Order"
         )
-    sets = np.asarray(order.sets)
-    members = view.members
-    fits = (
-        (np.issubdtype(sets.dtype, np.integer) or not sets.size)
-        and sets.ndim == 2
-        and len(sets) == len(members)
-        and sets.shape[1] >= view.deepest
-    )
-    if not fits or any(
-        len(np.unique(row)) != len(row) or not np.isin(row, own).all()
-        for row, own in zip(sets, members, strict=True)
+    sets, members = _array(order.sets), view.members
+    if (
+        sets is None
+        or not (np.issubdtype(sets.dtype, np.integer) or not sets.size)
+        or sets.ndim != 2
+        or len(sets) != len(members)
+        or sets.shape[1] < view.deepest
+        or any(
+            len(np.unique(row)) != len(row) or not np.isin(row, own).all()
+            for row, own in zip(sets, members, strict=True)
+        )
     ):
         raise ArgumentError(
             f"the score's order for '{view.name}' is none of its channel sets: give for each of its"
             f" {len(members)} blocks at least {view.deepest} of the block's own, each once"
         )
-    losses = order.losses
-    if losses is not None and (len(losses) != sets.shape[1] + 1 or not np.isfinite(losses).all()):
+    sets = sets.astype(np.int64)
+    losses = None if order.losses is None else _array(order.losses, np.float64)
+    if order.losses is not None and (
+        losses is None or losses.shape != (sets.shape[1] + 1,) or not np.isfinite(losses).all()
+    ):
         raise ArgumentError(
             f"the score's losses for '{view.name}' are not one finite number for each number of channel sets"
             f" from 0 to {sets.shape[1]}"
         )
-    return order
+    return Order(sets, losses)
+
+
+def _array(given: Any, dtype: type[np.float64] | None = None) -> np.ndarray | None:
+    """What a score gave as an array; ``None`` where it is none (of numbers)."""
+    try:
+        return np.asarray(given, dtype)
+    except (ValueError, TypeError, RuntimeError):
+        return None
 
 
 __all__ = ["order_of"]

@@ -16,6 +16,7 @@ from torch import nn
 from .. import plan as plans
 from .._capture import in_training
 from .._device import device_of, multiplies_bfloat16
+from .._identity import identity_of
 from .._observe._calibration import as_calls
 from .._options import check_callable, path_of
 from .._result import Result
@@ -25,7 +26,6 @@ from ..report import Recovery
 from ._checkpoint import Checkpoint
 from ._config import DistillationConfig, DistillationOptions
 from ._dense import Call, DenseOutputs
-from ._identity import identity_of
 from ._matching import Divergence, Match, SquaredError
 from ._trained import trained_part
 from ._training import Batches, Training
@@ -210,10 +210,10 @@ def _run(
     """
     data = hashlib.sha256()
     for index, call in enumerate(calls):
-        data.update(identity_of([call.args, call.kwargs], f"batch {index} of data").encode())
+        data.update(identity_of([call.args, call.kwargs], f"batch {index} of data", "checkpoint=").encode())
     return {
         "format": "fasp_fx.distil/2",
-        "options": {**json.loads(config.to_json()), "loss": identity_of(match, "loss")},
+        "options": {**json.loads(config.to_json()), "loss": identity_of(match, "loss", "checkpoint=")},
         "dense": [result.plan.fingerprint, *(buffer.digest for buffer in result.plan.fixed)],
         "pruned": plans.fingerprint(dict(pruned.named_parameters(remove_duplicate=False))),
         "trained parameters": trained,
