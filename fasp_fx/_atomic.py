@@ -35,6 +35,7 @@ def new_folder(path: Path, *, overwrite: bool, replaceable: Callable[[Path], boo
         StoreError: the path is taken or cannot be written.
     """
     refuse_null(path)
+    _refuse_foreign(path)
     _refuse_taken(path, overwrite, replaceable)
     made = _make_parents(path.parent)
     temporary = path.parent / f".{path.name}.{secrets.token_hex(6)}.partial"
@@ -142,6 +143,21 @@ def refuse_null(path: Path, option: str = "path") -> None:
     """
     if "\0" in os.fspath(path):
         raise StoreError(f"'{path}' holds a null character, which no path can; choose another {option}")
+
+
+def _refuse_foreign(path: Path) -> None:
+    """Refuse a path that is no Unicode text, in which safetensors writes and does not read.
+
+    Raises:
+        StoreError: it is one.
+    """
+    try:
+        os.fspath(path).encode()
+    except UnicodeEncodeError as error:
+        raise StoreError(
+            f"{os.fspath(path)!r} is not valid UTF-8, so that what is saved there could not be loaded; choose"
+            " another path"
+        ) from error
 
 
 def _refuse_taken(path: Path, overwrite: bool, replaceable: Callable[[Path], bool]) -> None:

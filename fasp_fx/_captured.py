@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import copy
+import weakref
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, fx, nn
@@ -32,18 +35,37 @@ class Captured:
     """
 
     program: Program
-    _versions: dict[str, int | None]
+    _versions: dict[str, int | None] = field(repr=False)
+    _model: Callable[[], object | None] = field(default=lambda: None, repr=False)
+    _parameters: dict[str, nn.Parameter] = field(default_factory=dict, repr=False)
 
     def checked(self) -> Program:
         """The program, if its weights are what they were.
 
         Raises:
-            ArgumentError: one has been written into; names it.
+            ArgumentError: one has been written into, or the model has another in its place; names it.
         """
-        for name, version in _versions(self.program).items():
-            if version != self._versions.get(name):
-                raise ArgumentError(f"'{name}' has changed since the model was captured; capture it again")
+        now = _parameters(self._model())
+        changed = [name for name, held in self._parameters.items() if now.get(name, held) is not held]
+        versions = _versions(self.program).items()
+        changed += [name for name, version in versions if version != self._versions.get(name)]
+        if changed:
+            raise ArgumentError(f"'{changed[0]}' has changed since the model was captured; capture it again")
         return self.program
+
+    def __copy__(self) -> Captured:
+        return self
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Captured:
+        """The same over weights of its own."""
+        program = copy.deepcopy(self.checked(), memo)
+        return Captured(program, _versions(program))
+
+    def __reduce__(self) -> NoReturn:
+        raise ArgumentError(
+            "a captured model shares its weights with the model, and is not pickled; pickle the model and"
+            " capture it again, or save what prune() returned"
+        )
 
 
 @one_at_a_time
@@ -73,7 +95,13 @@ def capture(
             such a model in parts.
     """
     program = _captured(model, args, kwargs, state=state, dynamic_shapes=dynamic_shapes, device=device)
-    return Captured(program, _versions(program))
+    held = weakref.ref(model) if isinstance(model, nn.Module) else lambda: None
+    return Captured(program, _versions(program), held, _parameters(model))
+
+
+def _parameters(model: object) -> dict[str, nn.Parameter]:
+    """The parameters of a module by name."""
+    return dict(model.named_parameters(remove_duplicate=False)) if isinstance(model, nn.Module) else {}
 
 
 def _captured(

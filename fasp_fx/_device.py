@@ -16,6 +16,12 @@ def device_of(model: nn.Module) -> torch.device:
     return next((tensor.device for tensor in chain(model.parameters(), model.buffers())), torch.device("cpu"))
 
 
+def device_named(device: torch.device | str) -> torch.device:
+    """The device of a name; that of the CPU has no number, as tensors there say it."""
+    found = torch.device(device)
+    return torch.device("cpu") if found.type == "cpu" else found
+
+
 def multiplies_bfloat16(device: torch.device) -> bool:
     """Whether a device multiplies matrices of bfloat16 in hardware, which takes a fraction of the time of
     float32; elsewhere it may take longer.

@@ -12,6 +12,7 @@ import torch.distributed as dist
 from . import plan as plans
 from ._captured import Captured, Model, capture
 from ._chooser import Chooser
+from ._device import device_named
 from ._observe._calibration import check_calibration, read_batches
 from ._observe._consumers import Consumers
 from ._observe._ranks import Ranks
@@ -74,7 +75,7 @@ def measure(
     )
     program = captured.program
     analysis = analyze(captured, granularity=asked.granularity, include=asked.include)
-    batches = read_batches(program, calibration, None if device is None else torch.device(device))
+    batches = read_batches(program, calibration, None if device is None else device_named(device))
     advance = progress or (lambda fraction: None)
     ranks = Ranks(group)
     fingerprint = plans.computed_fingerprint(program)

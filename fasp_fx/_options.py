@@ -60,11 +60,18 @@ def path_of(given: object, name: str) -> Path:
     """A path that an argument gives.
 
     Raises:
-        ArgumentError: it gives none; names the argument.
+        ArgumentError: it gives none, or one in a working folder that is gone; names the argument.
     """
     if not isinstance(given, str | os.PathLike):
         raise ArgumentError(f"{name} is a {type(given).__name__}; pass a path")
-    return Path(given)
+    path = Path(given)
+    try:
+        path.absolute()
+    except FileNotFoundError as error:
+        raise ArgumentError(
+            f"{name}={os.fspath(given)!r} lies in the working folder, which is gone; pass an absolute path"
+        ) from error
+    return path
 
 
 __all__ = ["check_callable", "configured", "is_number", "path_of"]

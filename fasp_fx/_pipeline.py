@@ -14,6 +14,7 @@ import torch
 
 from . import plan as plans
 from ._chooser import Chooser
+from ._device import device_named
 from ._exactness import carry_out
 from ._observe._calibration import read_batches
 from ._observe._consumers import Consumers
@@ -112,7 +113,7 @@ def decide(
         on_analysis(analysis)
     batches = None
     if config.needs_data:
-        batches = read_batches(program, calibration, None if device is None else torch.device(device))
+        batches = read_batches(program, calibration, None if device is None else device_named(device))
     ranks.check_alike(fingerprint, batches or (), config)
     kept = None
     if folder is not None and batches is not None and not ranks.rank:

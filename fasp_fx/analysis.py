@@ -7,6 +7,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import Any
 
 import networkx as nx
 import numpy as np
@@ -49,6 +50,12 @@ class Analysis:
     include: frozenset[str] = frozenset()
     known: int | None = None
     experts: bool = False
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Analysis:
+        """The same with lists of its own; program and walk, which nothing changes, are shared."""
+        return replace(
+            self, groups=list(self.groups), conflicts=list(self.conflicts), labels=self.labels.copy()
+        )
 
     def fresh(self) -> np.ndarray:
         """The channel sets that only weights brought by a pass have."""

@@ -154,6 +154,8 @@ class PruningConfig:
             )
         if self.sparsity is not None:
             _check_sparsity(self.sparsity)
+        if isinstance(self.sparsity, Mapping):
+            object.__setattr__(self, "sparsity", dict(self.sparsity))
         if self.quality not in MEASURED:
             raise ArgumentError(
                 f"quality={self.quality!r} is not known; use {', '.join(map(repr, MEASURED))}"

@@ -164,7 +164,7 @@ class Costs(Mapping[str, CostCurve]):
             ArgumentError: the file holds none, or cannot be read.
         """
         try:
-            return Costs.from_json(Path(file).read_text(encoding="utf-8"))
+            return Costs.from_json(path_of(file, "file").read_text(encoding="utf-8"))
         except (OSError, UnicodeDecodeError) as error:
             raise ArgumentError(f"cost curves cannot be read from {str(file)!r}: {error}") from error
 

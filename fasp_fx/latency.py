@@ -157,7 +157,7 @@ class LatencyTable:
             ArgumentError: the file is none, or damaged.
         """
         try:
-            data = json.loads(Path(path).read_text(encoding="utf-8"))
+            data = json.loads(path_of(path, "path").read_text(encoding="utf-8"))
             if data["format"] != FORMAT:
                 raise ValueError(f"its format is {data['format']!r}, and {FORMAT!r} is read here")
             table = LatencyTable()

@@ -209,6 +209,22 @@ def test_any_iterable_will_do(make: Callable[[Any], Any]) -> None:
     torch.testing.assert_close(found.module(X), expected.module(X), rtol=1e-4, atol=1e-5)
 
 
+def test_batches_may_come_in_one_buffer_that_is_filled_again() -> None:
+    batches = [BATCH, BATCH.flip(1), -BATCH]
+
+    def refilled() -> Iterator[Any]:
+        buffer = torch.empty_like(BATCH)
+        for batch in batches:
+            yield buffer.copy_(batch)
+
+    captured = fasp_fx.capture(Vectors().eval(), (X,))
+    expected, found = (
+        fasp_fx.prune(captured, calibration=calibration, sparsity=0.3)
+        for calibration in (batches, refilled())
+    )
+    assert found.plan == expected.plan
+
+
 def test_batches_in_every_form() -> None:
     model = Vectors().eval()
     results = [
@@ -295,6 +311,39 @@ def test_a_path_that_is_none() -> None:
 )
 def test_what_is_called_or_called_with_is_looked_at_first(option: str, value: Any, match: str) -> None:
     refused(fasp_fx.ArgumentError, match, **{option: value})
+
+
+def test_files_are_read_from_paths() -> None:
+    for load in (fasp_fx.Costs.load, fasp_fx.latency.LatencyTable.load):
+        with pytest.raises(fasp_fx.ArgumentError, match="is a NoneType; pass a path"):
+            load(None)  # type: ignore[arg-type]
+
+
+def test_a_working_folder_that_is_gone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    result = fasp_fx.prune(Vectors().eval(), (X,), score="magnitude", restore=None)
+    (tmp_path / "gone").mkdir()
+    monkeypatch.chdir(tmp_path / "gone")
+    (tmp_path / "gone").rmdir()
+    with pytest.raises(fasp_fx.ArgumentError, match="path='x' lies in the working folder, which is gone"):
+        result.save("x")
+
+
+def test_a_path_that_is_no_text_is_refused(tmp_path: Path) -> None:
+    result = fasp_fx.prune(Vectors().eval(), (X,), score="magnitude", restore=None)
+    with pytest.raises(fasp_fx.errors.StoreError, match="is not valid UTF-8"):
+        result.save(f"{tmp_path}/\udcff")
+    assert not list(tmp_path.iterdir())
+
+
+def test_keyword_arguments_in_the_place_of_positional_ones() -> None:
+    with pytest.raises(fasp_fx.ArgumentError, match=r"args holds what Vectors takes by name \('x'\)"):
+        fasp_fx.capture(Vectors().eval(), {"x": X})
+
+
+def test_the_cpu_may_have_a_number() -> None:
+    model, options = Vectors().eval(), {"calibration": [BATCH], "sparsity": 0.3}
+    expected = fasp_fx.prune(model, (X,), **options)  # type: ignore[arg-type]
+    assert fasp_fx.prune(model, (X,), device="cpu:0", **options).plan == expected.plan  # type: ignore[arg-type]
 
 
 def test_a_name_that_no_folder_can_have(tmp_path: Path) -> None:

@@ -203,6 +203,13 @@ def test_excluded_groups_stay_whole_and_the_others_carry_the_sparsity() -> None:
         widths(sparsity=0.7, exclude=("layers.[12]",))
 
 
+def test_a_configuration_does_not_follow_what_it_was_made_of() -> None:
+    fractions = {"2": 0.3}
+    config = fasp_fx.PruningConfig(sparsity=fractions)
+    fractions["2"] = 9
+    assert config.sparsity == {"2": 0.3}
+
+
 def test_a_fraction_for_each_pattern() -> None:
     assert widths(sparsity={"layers.0": 0.5, "layers.2": 0.2}) == [5, 10, 8]
     assert widths(sparsity={"layers.0": 0.5, "layers.*": 0.2}) == [5, 8, 8]  # the first that matches counts

@@ -5,7 +5,9 @@ threads.
 from __future__ import annotations
 
 import contextlib
+import copy
 import logging
+import pickle
 import threading
 import warnings
 from collections.abc import Callable
@@ -143,8 +145,6 @@ def test_a_default_device_without_values_is_refused() -> None:
 
 
 def test_weights_made_in_inference_mode_are_refused_with_the_remedy() -> None:
-    import copy
-
     with torch.inference_mode():
         model = net()
     with pytest.raises(
@@ -152,6 +152,36 @@ def test_weights_made_in_inference_mode_are_refused_with_the_remedy() -> None:
     ):
         fasp_fx.prune(model, (X[0],), **OPTIONS)
     assert fasp_fx.prune(copy.deepcopy(model), (X[0],), **OPTIONS).report.sparsity > 0.2
+
+
+def test_captures_and_analyses_are_copied() -> None:
+    captured = fasp_fx.capture(net(), (X[0],))
+    expected = fasp_fx.prune(captured, **OPTIONS)
+    for copied in (copy.copy(captured), copy.deepcopy(captured)):
+        assert same(fasp_fx.prune(copied, **OPTIONS), expected)
+    apart = copy.deepcopy(captured)
+    with torch.no_grad():
+        next(iter(captured.program.weights().values())).zero_()
+    assert same(fasp_fx.prune(apart, **OPTIONS), expected)
+    with pytest.raises(fasp_fx.ArgumentError, match="has changed since the model was captured"):
+        copy.deepcopy(captured)
+    with pytest.raises(fasp_fx.ArgumentError, match="is not pickled; pickle the model and capture it again"):
+        pickle.dumps(captured)
+    analysis = fasp_fx.analyze(apart)
+    copied_analysis = copy.deepcopy(analysis)
+    assert copied_analysis.groups == analysis.groups
+    assert copied_analysis.groups is not analysis.groups
+
+
+def test_weights_that_are_put_in_the_place_of_those_captured_are_noticed() -> None:
+    model = net()
+    captured = fasp_fx.capture(model, (X[0],))
+    model.load_state_dict(net().state_dict(), assign=True)
+    with pytest.raises(fasp_fx.ArgumentError, match=r"'0\.weight' has changed since .*; capture it again"):
+        fasp_fx.prune(captured, **OPTIONS)
+    captured = fasp_fx.capture(model, (X[0],))
+    del model
+    assert fasp_fx.prune(captured, **OPTIONS).plan.groups
 
 
 def test_costs_that_would_not_be_used_are_refused() -> None:
@@ -173,7 +203,7 @@ def test_what_asks_for_nothing_says_so() -> None:
     for asked in ({"0.weight": 0.5}, {"2": 0.3, "0.weight": 0.5}):
         with pytest.raises(
             fasp_fx.ArgumentError,
-            match=r"asks for 0\.5 of '0\.weight', which stays whole \('0\.weight' is frozen .*: reaches the input",
+            match=r"asks for 0\.5 of '0\.weight', which stays whole .* is frozen .*: reaches the input",
         ):
             fasp_fx.prune(net(), (X[0],), calibration=X, sparsity=asked)
     result = fasp_fx.prune(net(), (X[0],), calibration=X, sparsity=1e-9)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -16,6 +17,7 @@ from torch.nn.parameter import is_lazy
 from .._calling._facts import ExportFacts
 from .._calling._signature import CallSignature
 from .._compat import pytree
+from .._device import device_named
 from .._program import Program, graph_module
 from .._stamps import read_stamps
 from ..channels import results
@@ -87,6 +89,15 @@ def capture(
                 f"{part} is in training mode, which the capture would make permanent; call model.eval() first"
             )
         _check_modes(model)
+        if (
+            isinstance(args, Mapping)
+            and args
+            and args.keys() <= inspect.signature(model.forward).parameters.keys()
+        ):
+            raise ArgumentError(
+                f"args holds what {type(model).__name__} takes by name ({', '.join(map(repr, args))}); pass"
+                " it as kwargs="
+            )
         args = args if isinstance(args, tuple) else (args,)
         if is_transformers(model):
             register_caches(model)
@@ -144,7 +155,7 @@ def _order(model: nn.Module | ExportedProgram) -> tuple[str, ...]:
 
 def _usable(device: torch.device | str) -> torch.device:
     try:
-        found = torch.device(device)
+        found = device_named(device)
         torch.empty(0, device=found)
     except (RuntimeError, AssertionError, TypeError) as error:
         raise ArgumentError(

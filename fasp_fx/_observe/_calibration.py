@@ -90,22 +90,26 @@ def as_calls(batches: Any, what: str) -> Iterator[tuple[tuple[Any, ...], dict[st
     Raises:
         CalibrationError: what was given is no iterable of batches, or yields none.
     """
-    index = -1
+    index, is_held = -1, isinstance(batches, list | tuple)
     for index, batch in enumerate(_check_batches(batches, what)):
-        yield _apart(_as_call(batch, index, what))
+        yield _apart(_as_call(batch, index, what), is_held)
     if index < 0:
         raise CalibrationError(f"{what} is empty: it yielded no batch")
 
 
-def _apart(call: tuple[tuple[Any, ...], dict[str, Any]]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """A call with tensors that no graph of the caller's leads to, and that autograd may keep."""
+def _apart(
+    call: tuple[tuple[Any, ...], dict[str, Any]], is_held: bool
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """A call with tensors that no graph of the caller's leads to, and that autograd may keep; copies unless
+    the caller holds all of them, since what makes one after another may fill the same memory again.
+    """
 
     def of(leaf: Any) -> Any:
         if not isinstance(leaf, Tensor):
             return leaf
-        return leaf.detach().clone() if leaf.is_inference() else leaf.detach()
+        return leaf.detach() if is_held and not leaf.is_inference() else leaf.detach().clone()
 
-    if not any(
+    if is_held and not any(
         isinstance(leaf, Tensor) and (leaf.requires_grad or leaf.is_inference())
         for leaf in pytree.tree_leaves(call)
     ):

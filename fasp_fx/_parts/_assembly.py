@@ -15,6 +15,7 @@ import torch
 from .._calling._signature import CallSignature
 from .._capture._transformers import is_transformers, register_caches
 from .._capture._unchanged import rewound
+from .._device import device_named
 from .._observe._visit import Decision
 from .._pipeline import rewrite
 from .._result import Result
@@ -49,7 +50,7 @@ class Assembly:
         call = Call(args if isinstance(args, tuple) else (args,), dict(kwargs or {}))
         self.signature = CallSignature.of(model.forward, call.args, call.kwargs)
         self.before = dict(model.named_parameters(remove_duplicate=False))
-        self.device = None if device is None else torch.device(device)
+        self.device = None if device is None else device_named(device)
         try:
             self.model = copied(model)
         except Exception as failure:

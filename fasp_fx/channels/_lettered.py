@@ -46,7 +46,10 @@ class Lettered:
         for declared in alternative.operands:
             value = arguments.get(declared.name)
             if isinstance(value, Value):
-                value, letters, splits = divide(value, spell(declared.dims, len(value.shape), runs), factors)
+                spelled = spell(declared.dims, len(value.shape), runs)
+                if len(spelled) != len(value.shape):
+                    raise ValueError(f"'{declared.name}' has {len(value.shape)} dimensions")
+                value, letters, splits = divide(value, spelled, factors)
                 self.operands.append(Operand(declared.name, value, letters, nodes.get(declared.name), splits))
                 if splits:
                     facts.boxes_of(value, node)
