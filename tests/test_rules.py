@@ -170,6 +170,18 @@ def test_what_computes_freezes_though_its_rule_says_that_it_moves(listed: bool) 
     assert "computes other elements of those that it is said to move" in group.reason
 
 
+def test_what_is_spelled_with_too_few_letters_freezes_and_says_so() -> None:
+    operator = torch.ops.fasp_fx_tests.wave.default
+    register(operator, "x[c], weight[c] -> [c]")
+    try:
+        groups = fasp_fx.analyze(randomise(Waves()), (data(3),)).groups
+    finally:
+        unregister(operator)
+    (group,) = [group for group in groups if any(m.name == "up.bias" for m in group.producers)]
+    assert group.status == "frozen"
+    assert "its rule does not speak of ('x' has 2 dimensions)" in group.reason
+
+
 @pytest.mark.usefixtures("taught")
 def test_one_line_makes_it_prunable() -> None:
     model = randomise(Waves())

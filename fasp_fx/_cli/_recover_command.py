@@ -61,6 +61,10 @@ class Request:
             raise ArgumentError(
                 f"--learning-rate {self.learning_rate:g} is no positive number; 3e-5 is a good start"
             )
+        if _saved.is_saved(self.dense):
+            raise ArgumentError(
+                f"--dense '{self.dense}' is a model that was pruned; give the dense one that it was made of"
+            )
         check_path("the pruned model", self.folder)
         if self.checkpoint is not None:
             check_path("--checkpoint", self.checkpoint)

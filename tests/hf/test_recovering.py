@@ -227,6 +227,10 @@ def test_folders_that_hold_nothing_to_recover(folder: Path, tmp_path: Path) -> N
     )
     assert "nowhere" in refused(invoke("recover", folder / "nowhere", "--out", tmp_path / "out", *base))
     assert "exists" in refused(invoke("recover", folder / "pruned", "--out", folder / "plain", *base))
+    pruned = ["--dense", folder / "pruned", "--data", folder / "text.txt", *SMALL]
+    assert "is a model that was pruned; give the dense one" in refused(
+        invoke("recover", folder / "pruned", "--out", tmp_path / "out", *pruned)
+    )
     make_model(tmp_path / "other", layers=1)
     other = ["--dense", tmp_path / "other", "--data", folder / "text.txt", *SMALL]
     assert "not the model that was pruned" in refused(
