@@ -13,6 +13,7 @@ from torch.export import ExportedProgram
 from .._compat import HigherOrderOperator, OpOverload, decomposition_table, is_composite, is_transform
 from ..patterns import lookup
 from ._assigned import ASSIGNMENTS
+from ._core import CORE
 from ._quiet import quiet
 
 _log = logging.getLogger("fasp_fx")
@@ -63,7 +64,7 @@ def composites(graph: fx.Graph) -> set[OpOverload]:
 
 def _decompositions(graph: fx.Graph) -> Decompositions:
     """How to take apart the operators of a graph that have no rule: what they are made of may have one."""
-    known = torch.export.default_decompositions()
+    known = {**torch.export.default_decompositions(), **CORE}
     found: Decompositions = {}
     for operator in {
         node.target for node in graph.nodes if isinstance(node.target, OpOverload) and not _is_plain(node)
