@@ -152,6 +152,18 @@ def test_variable_arguments() -> None:
         result.module(X, Y, extra=MASK, other=MASK)
 
 
+def test_sizes_of_variable_arguments_vary() -> None:
+    model = Gathered().eval()
+    result = fasp_fx.prune(model, (X, Y), {"extra": MASK}, sparsity=0.3, score="random", restore=None)
+    assert not result.report.notes
+    reference = zeroed(model, result.plan)
+    for x, y, extra in ((X, Y, MASK), (X[:1], Y[:1], MASK[:1]), [torch.cat([X, X])] * 3):
+        with torch.no_grad():
+            assert error(result.module(x, y, extra=extra), reference(x, y, extra=extra)) < TOLERANCE
+    assert "forward" not in vars(model)
+    assert result.program.range_constraints
+
+
 class Asked(NamedTuple):
     """Arguments that choose outputs."""
 

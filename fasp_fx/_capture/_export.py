@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import inspect
 import itertools
 from collections.abc import Callable, Iterator
 from typing import Any, ParamSpec
@@ -190,7 +191,8 @@ def _export_once(
         return functional(out_of_place(export_transformers(model, {**kwargs, **signature.constants}, shapes)))
     constants = {name: value for name, value in signature.constants.items() if name not in names}
     kwargs |= {name: value for name, value in constants.items() if is_plain(value)}
-    with _holding(model, {name: value for name, value in constants.items() if not is_plain(value)}):
+    held = {name: value for name, value in constants.items() if not is_plain(value)}
+    with _holding(model, held), _named(model, kwargs):
         spec = shapes(args, kwargs).dynamic_shapes(model, args, kwargs) if callable(shapes) else shapes
         return functional(
             out_of_place(torch.export.export(model, args, kwargs, dynamic_shapes=spec, strict=False))
@@ -203,8 +205,15 @@ def _holding(model: nn.Module, constants: dict[str, Any]) -> Iterator[None]:
     if not constants:
         yield
         return
+    with _calling(model, functools.partial(model.forward, **constants)):
+        yield
+
+
+@contextlib.contextmanager
+def _calling(model: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
+    """Let a call of the model be one of ``forward``."""
     own = vars(model).get("forward")
-    model.forward = functools.partial(model.forward, **constants)
+    model.forward = forward
     try:
         yield
     finally:
@@ -214,12 +223,35 @@ def _holding(model: nn.Module, constants: dict[str, Any]) -> Iterator[None]:
             model.forward = own
 
 
+@contextlib.contextmanager
+def _named(model: nn.Module, kwargs: dict[str, Any]) -> Iterator[None]:
+    """Let the signature of ``forward`` name those arguments that it takes as ``**kwargs``: of sizes given for
+    all of these by one name an exporter makes nothing.
+    """
+    parameters = inspect.signature(model.forward).parameters
+    known = {name: one for name, one in parameters.items() if one.kind is not inspect.Parameter.VAR_KEYWORD}
+    extra = [name for name in kwargs if name not in known]
+    if not extra:
+        yield
+        return
+
+    def named(*args: Any, **kwargs: Any) -> Any:
+        return forward(*args, **kwargs)
+
+    forward = model.forward
+    vars(named)["__signature__"] = inspect.Signature(
+        [*known.values(), *(inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY) for name in extra)]
+    )
+    with _calling(model, named):
+        yield
+
+
 @_with_or_without_cache
 def export_again(module: fx.GraphModule, example: tuple[tuple[Any, ...], dict[str, Any]]) -> ExportedProgram:
     """Export a rewritten graph module; guards, ranges and recorded shapes are made anew."""
     args, kwargs = example
-    shapes = recorded_shapes(module, example).dynamic_shapes(module, args, kwargs)
-    with quiet(), torch.no_grad(), any_number_of_steps():
+    with quiet(), torch.no_grad(), any_number_of_steps(), _named(module, kwargs):
+        shapes = recorded_shapes(module, example).dynamic_shapes(module, args, kwargs)
         return functional(
             out_of_place(torch.export.export(module, args, kwargs, dynamic_shapes=shapes, strict=False))
         )
