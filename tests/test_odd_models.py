@@ -610,6 +610,25 @@ def test_tensors_of_another_kind_are_refused(example: torch.dtype) -> None:
                 call(X, mask.to(other))
 
 
+class Casting(Vectors):
+    """Casts what it is given, or what it makes of that."""
+
+    def __init__(self, make: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.make = make
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down(self.up(self.make(x).to(self.up.weight.dtype)).relu())
+
+
+@pytest.mark.parametrize("make", [lambda x: x, lambda x: (x.flip(0) * 2).relu()], ids=["given", "made"])
+def test_a_dtype_that_the_program_asserts_is_asked_for(make: Callable[[Tensor], Tensor]) -> None:
+    result = _prune(Casting(make).eval(), (X,), [(BATCH,)])
+    for other in {torch.float32, torch.float64, torch.bfloat16} - {X.dtype}:
+        with pytest.raises(fasp_fx.CallError, match=f"'x' is a tensor of {other}.*captured for {X.dtype}"):
+            result.module(X.to(other))
+
+
 class Settings:
     """Says nothing of when two are equal."""
 

@@ -16,6 +16,7 @@ from torch.export import ExportedProgram
 
 from .._compat import pytree
 from ..errors import CallError
+from ..patterns import CASTS, lookup
 
 _FAILED = "Guard failed: "
 #: what torch says of one size alone, such as ``x.size()[1] == 8``
@@ -25,10 +26,17 @@ _BOUNDS = {"==": "for {}", ">=": "for at least {}", "<=": "for at most {}"}
 
 @dataclass(frozen=True)
 class Like:
-    """What is fixed of a tensor in every call: the number of its dimensions, and the kind of its dtype."""
+    """What is fixed of a tensor in every call: the number of its dimensions, and the kind of its dtype; the
+    dtype itself where the program is ``exact`` about it.
+    """
 
     rank: int
     dtype: torch.dtype
+    exact: bool = False
+
+    def takes(self, dtype: torch.dtype) -> bool:
+        """Whether a tensor of another dtype can be given."""
+        return dtype == self.dtype if self.exact else _kind(dtype) == _kind(self.dtype)
 
 
 class Guards(nn.Module):
@@ -90,7 +98,7 @@ class Guards(nn.Module):
                     f"argument '{name}' has {value.dim()} dimensions, its shape is {tuple(value.shape)}, but"
                     f" the program was captured for {like.rank}; capture it with the number you need"
                 )
-            if _kind(value.dtype) != _kind(like.dtype):
+            if not like.takes(value.dtype):
                 raise CallError(
                     f"argument '{name}' is a tensor of {value.dtype}, but the program was captured for"
                     f" {like.dtype}, and a model may do something else with each; pass {like.dtype}, or"
@@ -133,9 +141,47 @@ def guard_calls(lifted: fx.GraphModule, exported: ExportedProgram) -> None:
         for name, value in bound.arguments.items()
         for path, _ in pytree.tree_leaves_with_path(value)
     )
-    values = [node.meta.get("val") for node in lifted.graph.find_nodes(op="placeholder")]
-    like = tuple(Like(value.dim(), value.dtype) if isinstance(value, Tensor) else None for value in values)
+    exact = _asserted(lifted.graph)
+    like = tuple(
+        Like(value.dim(), value.dtype, node in exact)
+        if isinstance(value := node.meta.get("val"), Tensor)
+        else None
+        for node in lifted.graph.find_nodes(op="placeholder")
+    )
     lifted._guards_fn = Guards(found.forward, names, like)
+
+
+def _asserted(graph: fx.Graph) -> set[fx.Node]:
+    """The inputs whose dtype the program asserts, by itself or of what has it from there: where the model
+    casts, an exporter has settled from which dtype.
+    """
+    found = set()
+    for check in graph.find_nodes(op="call_function", target=torch.ops.aten._assert_tensor_metadata.default):
+        source = check.args[0] if _speaks_of_dtype(check) else None
+        while isinstance(source, fx.Node):
+            found.add(source)
+            source = source.all_input_nodes[0] if _keeps_dtype(source) else None
+    return found
+
+
+def _keeps_dtype(node: fx.Node) -> bool:
+    """Whether a node is made of one other alone, whose dtype it has whatever that is."""
+    rule = lookup(node.target)
+    if rule is None or len(node.all_input_nodes) != 1 or str(node.target) in CASTS:
+        return False
+    given, made = (one.meta.get("val") for one in (node.all_input_nodes[0], node))
+    unary = rule.moves is not None or torch.Tag.pointwise in getattr(node.target, "tags", ())
+    return (
+        unary
+        and isinstance(given, Tensor)
+        and isinstance(made, Tensor)
+        and given.dtype == made.dtype
+        and not _speaks_of_dtype(node)
+    )
+
+
+def _speaks_of_dtype(node: fx.Node) -> bool:
+    return any(isinstance(value, torch.dtype) for value in (*node.args, *node.kwargs.values()))
 
 
 def _kind(dtype: torch.dtype) -> str:
