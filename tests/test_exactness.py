@@ -347,6 +347,27 @@ def test_outputs_of_all_kinds() -> None:
         _pruned(Strange(reverse).eval())
 
 
+class Integers(nn.Module):
+    """Multiplies integers by a table of integers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.last = nn.Linear(8, 12), nn.Linear(5, 4)
+        self.codes: Tensor
+        self.register_buffer("codes", torch.randint(-9, 9, (12, 5)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(((self.up(x) > 0.1).long() @ self.codes).to(x.dtype))
+
+
+def test_a_weight_of_integers_is_masked_by_integers() -> None:
+    torch.manual_seed(0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", fasp_fx.VerificationWarning)
+        result = fasp_fx.prune(Integers().eval(), (torch.randn(4, 8),), sparsity=0.3, **MAGNITUDE)
+    assert "codes" in {group.name for group in result.plan.groups}
+
+
 class Opaque(nn.Module):
     """Two parts that can be captured, in a model that cannot."""
 

@@ -30,6 +30,8 @@ if TYPE_CHECKING:
     from ..analysis import Analysis
 
 _WHERE = torch.ops.aten.where.ScalarOther
+#: zero in the kind of what it is put into: as a number of floats it would make floats of integers
+_ZERO = False
 
 
 def masked_program(program: Program, analysis: Analysis, decision: Decision) -> Program:
@@ -185,7 +187,7 @@ class _Masking:
                 if gone.any():
                     masks.append((lying, torch.from_numpy(~gone)))
             self._mask_argument(
-                self.nodes[product.node.name], self.nodes[product.operands[0].name], masks, 0.0
+                self.nodes[product.node.name], self.nodes[product.operands[0].name], masks, _ZERO
             )
 
     def mask_routers(self) -> None:
@@ -269,7 +271,7 @@ class _Masking:
         """Repeat the way from a weight to one node on the masked weight."""
         weight, *moves = way_from_weight(operand)
         with self.graph.inserting_before(node):
-            made = {weight: self._where(weight, mask, 0.0)}
+            made = {weight: self._where(weight, mask, _ZERO)}
             for move in moves:
                 made[move] = self.graph.node_copy(move, lambda argument: made.get(argument, argument))
         node.replace_input_with(operand, made[operand])
@@ -316,7 +318,7 @@ class _Masking:
         with self.graph.inserting_after(node):
             held = self._hold(mask, node)
         with self.graph.inserting_after(held):
-            masked = self.graph.call_function(_WHERE, (held, node, 0.0))
+            masked = self.graph.call_function(_WHERE, (held, node, _ZERO))
         node.replace_all_uses_with(masked, delete_user_cb=lambda user: user is not masked)
 
     def _where(self, source: fx.Node, mask: Tensor, value: float) -> fx.Node:
