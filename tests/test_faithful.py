@@ -200,6 +200,26 @@ def test_a_size_of_one_like_any_other_is_none_of_it(strict: None) -> None:
     fasp_fx.prune(Asking(False).eval(), example(), score="magnitude", restore=None)
 
 
+class Repeating(Asking):
+    """Needs three steps at least, and asks for a single sequence where it is to."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = self.up(x).relu().clone()
+        hidden[:, -3:] = hidden[:, :1]
+        return self.down(hidden.flip(-1) if self.asks and x.shape[0] == 1 else hidden)
+
+
+def test_a_size_of_one_that_the_program_refuses_is_not_tried(strict: None) -> None:
+    result = fasp_fx.prune(Repeating(False).eval(), (torch.randn(2, 9, 6),), score="magnitude", restore=None)
+    with pytest.raises(fasp_fx.CallError, match="at least 3"):
+        result.module(torch.randn(2, 1, 6))
+
+
+def test_beside_such_a_size_others_are_tried_at_one() -> None:
+    with pytest.warns(fasp_fx.CaptureWarning, match="where sizes are one"):
+        fasp_fx.prune(Repeating(True).eval(), (torch.randn(2, 9, 6),), score="magnitude", restore=None)
+
+
 def test_names_that_are_words_of_python_are_refused() -> None:
     model = nn.Sequential()
     model.add_module("class", nn.Linear(6, 12))

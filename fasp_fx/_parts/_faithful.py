@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from .._capture import lower_bound
 from .._capture._dead import draws
 from .._capture._unchanged import copied, rewound
 from .._compat import FakeTensor, pytree
@@ -25,6 +26,8 @@ from ..errors import ArgumentError, CalibrationError, CaptureError, CaptureWarni
 #: relative deviation in the 2-norm from which on two outputs are not the same up to rounding
 _ALLOWED, _ALLOWED_HALF = 1e-2, 1e-1
 
+#: the bound that an exporter has in mind for any size that varies, though one is let pass
+_LEAST = 2
 
 _OTHERWISE = "does not compute what the model does"
 _TRACED = "the model does something else while it is traced, often for want of an optional input"
@@ -155,8 +158,8 @@ def _difference(program: Program, expected: list[Any], args: Any, kwargs: dict[s
 
 
 def _of_size_one(program: Program, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]] | None:
-    """The first entries of the example inputs along every dimension that varies; ``None`` if none does, or
-    some vary together with others.
+    """The first entries of the example inputs along every dimension that varies and may be one; ``None`` if
+    none does, or some vary together with others.
     """
     cut: dict[int, Tensor] = {}
     for node, leaf in zip(program.placeholders(), program.flat_inputs(args, kwargs), strict=True):
@@ -166,6 +169,8 @@ def _of_size_one(program: Program, args: Any, kwargs: dict[str, Any]) -> tuple[A
         for dim in (dim for dim, size in enumerate(recorded.shape) if is_dynamic(size)):
             if not str(recorded.shape[dim]).isidentifier():
                 return None
+            if lower_bound(recorded.shape[dim]) > _LEAST:
+                continue  # a call with a size of one is refused
             cut[id(leaf)] = cut.get(id(leaf), leaf).narrow(dim, 0, 1)
     if not cut:
         return None
