@@ -8,9 +8,11 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor, fx
 
+from ._compat import OpOverload
 from .channels import results
 from .config import PruningConfig
 from .groups import APPROXIMATE, Group
+from .patterns import pointwise_rule
 from .plan import PruningPlan
 
 if TYPE_CHECKING:
@@ -333,11 +335,15 @@ def line_of(group: Group) -> Line:
 def notes_of(analysis: Analysis) -> tuple[str, ...]:
     """Remarks on the capture, and what to do about operators without a rule."""
     notes = list(analysis.program.notes)
-    for name, count in analysis.without_rule.items():
-        notes.append(
-            f"{name} has no rule and froze what it touches ({count} times); if it is pointwise, "
-            f'fasp_fx.patterns.register({_python_name(name)}, "self[...] -> [...]") teaches it'
+    for name, nodes in sorted(analysis.walk.without_rule.items()):
+        operator = nodes[0].target
+        what = (
+            f'if it is pointwise, fasp_fx.patterns.register(torch.ops.{name}, "{pointwise_rule(operator)}")'
+            " teaches it"
+            if isinstance(operator, OpOverload)
+            else "what a higher-order operator calls is not looked into"
         )
+        notes.append(f"{name} has no rule and froze what it touches ({len(nodes)} times); {what}")
     return tuple(notes)
 
 
@@ -346,7 +352,3 @@ def said_whole(name: str, seen: str) -> str:
     when it went.
     """
     return f"group '{name}' stays whole, because pruning it is not exact: {seen}"
-
-
-def _python_name(operator: str) -> str:
-    return f"torch.ops.{operator}"

@@ -11,7 +11,7 @@ from ._grammar import ORDINALS, Alternative, Clause, Dims, Operand, Rule, letter
 from ._registry import Operator, argument_names, builtin, lookup, register, unregister
 from .composites import COMPOSITES, find_composites
 from .contractions import BIASES
-from .pointwise import CASTS, VANISHING
+from .pointwise import CASTS, VANISHING, pointwise_rule
 
 __all__ = [
     "BIASES",
@@ -31,6 +31,7 @@ __all__ = [
     "letters_of",
     "lookup",
     "parse",
+    "pointwise_rule",
     "register",
     "unregister",
 ]

@@ -4,7 +4,7 @@ library what they do.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
@@ -232,3 +232,65 @@ def test_nothing_prunable_says_why() -> None:
     model = randomise(Only())
     with pytest.raises(fasp_fx.NothingPrunableError, match=r"fasp_fx_tests\.wave"):
         fasp_fx.prune(model, (data(3),), score="random", restore=None)
+
+
+@torch.library.custom_op("fasp_fx_tests::turn_", mutates_args=("x",))
+def turn_(x: Tensor) -> None:
+    x.copy_(x.flip(-1))
+
+
+class Between(nn.Module):
+    """A feed-forward block with anything in the middle."""
+
+    def __init__(self, between: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.up, self.mid, self.down = nn.Linear(8, 12), nn.Linear(12, 10), nn.Linear(10, 4)
+        self.between = between
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down(self.mid(self.between(self.up(x))).relu())
+
+
+def test_the_line_that_would_teach_an_operator_can_be_run() -> None:
+    result = fasp_fx.prune(randomise(Waves()), (data(3),), sparsity=0.5, score="random", restore=None)
+    (note,) = result.report.notes
+    line = note.partition("if it is pointwise, ")[2].removesuffix(" teaches it")
+    exec(line, {"torch": torch, "fasp_fx": fasp_fx})
+    try:
+        assert not fasp_fx.analyze(Waves().eval(), (data(3),)).without_rule
+    finally:
+        unregister(torch.ops.fasp_fx_tests.wave.default)
+
+
+def test_no_line_teaches_a_higher_order_operator() -> None:
+    def choose(x: Tensor) -> Tensor:
+        return torch.cond(x.sum() > 0, lambda x: x.sin(), lambda x: x.cos(), (x,))
+
+    result = fasp_fx.prune(Between(choose).eval(), (data(3),), sparsity=0.5, score="random", restore=None)
+    (note,) = result.report.notes
+    assert note.startswith("cond has no rule")
+    assert "register" not in note
+
+
+def _turned(x: Tensor) -> Tensor:
+    x = x.clone()
+    turn_(x)
+    return x
+
+
+@pytest.mark.parametrize(
+    ("between", "reason"),
+    [
+        (_turned, "written by fasp_fx_tests.turn_.default"),
+        (
+            lambda x: nn.functional.one_hot((x > 0).long(), 2).to(x.dtype).sum(-1),
+            "aten.one_hot.default is called in a way that its rule does not speak of",
+        ),
+    ],
+    ids=["written", "tallied"],
+)
+def test_what_freezes_is_called_by_its_name(between: Callable[[Tensor], Tensor], reason: str) -> None:
+    analysis = fasp_fx.analyze(Between(between).eval(), (data(3),))
+    assert not analysis.without_rule
+    (group,) = [group for group in analysis.groups if any(m.name == "up.bias" for m in group.producers)]
+    assert group.reason.startswith(reason)

@@ -346,19 +346,19 @@ class Interpreter:
             return blank
         if str(node.target) in CASTS:
             return [self._cast(node, walk, named["self"])]
-        if rule is None or rule.tallies or unspoken:
+        if rule is None:
             self._freeze_given(node, walk, given)
+            return blank
+        if rule.tallies or unspoken:
+            self._freeze_unspoken(
+                node, walk, given, "its arguments are others" if unspoken else "no number names a position"
+            )
             return blank
         found_or_why = self._by_rule(node, rule, named, nodes, shapes, walk)
         if isinstance(found_or_why, str):
             # Numbers do not fit (sizes known only at run time, say): the operator freezes what it touches, as
             # one without a rule.
-            self._freeze_given(
-                node,
-                walk,
-                given,
-                f"{node.target} is called in a way that its rule does not speak of ({found_or_why})",
-            )
+            self._freeze_unspoken(node, walk, given, found_or_why)
             return blank
         self._freeze_unnamed(node, rule, named, walk.facts)
         if rule.alternatives:
@@ -370,12 +370,18 @@ class Interpreter:
         want of one.
         """
         if why is None:
-            why = f"written by {node.target}" if _writes(node) else f"no rule for {node.target}"
-            if any(value.axes for value in given) and not _writes(node):
+            writer = _writer(node)
+            why = f"no rule for {node.target}" if writer is None else f"written by {writer}"
+            if any(value.axes for value in given) and writer is None:
                 walk.without_rule.setdefault(str(node.target), []).append(node)
         for value in given:
             for axis in value.axes:
                 walk.facts.say(walk.facts.frozen, axis.numbers, why, node)
+
+    def _freeze_unspoken(self, node: fx.Node, walk: Walk, given: list[Value], why: str) -> None:
+        self._freeze_given(
+            node, walk, given, f"{node.target} is called in a way that its rule does not speak of ({why})"
+        )
 
     def _cast(self, node: fx.Node, walk: Walk, source: Value) -> Value:
         """The same channels; and the same weight, unless it is one of integers, which mean something else
@@ -459,11 +465,13 @@ def _takes_graphs_unseen(node: fx.Node) -> bool:
     return isinstance(node.target, HigherOrderOperator) and lookup(node.target) is None
 
 
-def _writes(node: fx.Node) -> bool:
-    """Whether a node writes into one of its arguments: a buffer or an input that the model changes, which
-    nothing can make smaller.
+def _writer(node: fx.Node) -> OpOverload | None:
+    """The operator that writes into one of the arguments of a node: a buffer or an input that the model
+    changes, which nothing can make smaller. An exporter hands it to a higher-order operator that gives the
+    changed arguments back.
     """
-    return isinstance(node.target, OpOverload) and node.target._schema.is_mutable
+    called = node.args[0] if isinstance(node.target, HigherOrderOperator) and node.args else node.target
+    return called if isinstance(called, OpOverload) and called._schema.is_mutable else None
 
 
 def _shapes(executed: Any) -> list[tuple[int, ...]]:
