@@ -189,6 +189,9 @@ class Routed(nn.Module):
     [
         (lambda gates: gates, True, ""),
         (lambda gates: gates * gates.max(-1, keepdim=True).values, True, ""),
+        (lambda gates: gates[:, None].expand(-1, 2, -1).sum(1), True, ""),
+        (lambda gates: (gates[:, None] + 0.1).sum(1), False, "mixed by aten.sum"),
+        (lambda gates: gates.sum(-1, keepdim=True).expand(-1, 4) + 0 * gates, False, "mixed by aten.sum"),
         (
             lambda gates: gates + 0.1,
             False,
@@ -203,7 +206,18 @@ class Routed(nn.Module):
         ),
         (lambda gates: gates[:, [1, 0, 3, 2]], False, "one by one"),
     ],
-    ids=["as it is", "maximum", "offset", "spread", "number", "table", "order"],
+    ids=[
+        "as it is",
+        "maximum",
+        "added up",
+        "offsets added up",
+        "their sum",
+        "offset",
+        "spread",
+        "number",
+        "table",
+        "order",
+    ],
 )
 def test_what_a_router_may_do(spoil: Callable[[Tensor], Tensor], prunable: bool, reason: str) -> None:
     model = randomise(Routed(spoil), std=0.5)

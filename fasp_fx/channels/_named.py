@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from fasp_fx.patterns import ORDINALS, VANISHING, Rule
+from fasp_fx.patterns import ORDINALS, VANISHING, Clause, Rule
 
 from ._facts import Facts
 from ._value import Axis, Value
@@ -129,8 +129,8 @@ def _is_used(node: fx.Node, result: int) -> bool:
 
 
 def vanish(node: fx.Node, rule: Rule, arguments: dict[str, Any], values: list[Value]) -> list[Value]:
-    """Say which results are zero wherever a router never chooses: its softmax, what is moved from there, and
-    products with it.
+    """Say which results are zero wherever a router never chooses: its softmax, what is moved from there,
+    products with it, and sums of it over something else.
     """
     zero = {
         name
@@ -147,10 +147,22 @@ def vanish(node: fx.Node, rule: Rule, arguments: dict[str, Any], values: list[Va
         moved
         or product
         or weighed
+        or any(_stays_zero(arguments, rule, clause, zero) for clause in rule.all("add"))
         or (rule.all("pass") and any(clause.words[0] in zero for clause in rule.all("pass")))
     ):
         return [replace(value, vanishes=True) for value in values]
     return values
+
+
+def _stays_zero(arguments: dict[str, Any], rule: Rule, clause: Clause, zero: set[str]) -> bool:
+    """Whether zeros are added up along dimensions without channels: all of a channel's are zero."""
+    name = rule.alternatives[0].operands[0].name
+    if name not in zero or not clause.argument:
+        return False
+    source, along = arguments[name], arguments[clause.words[0]]
+    rank = len(source.shape)
+    summed = {dim % rank for dim in ([along] if isinstance(along, int) else along or range(rank))}
+    return bool(source.axes) and not any(summed & set(axis.varying()) for axis in source.axes)
 
 
 def _competing(arguments: dict[str, Any], rule: Rule, dim: str) -> bool:
