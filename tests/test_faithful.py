@@ -7,7 +7,7 @@ from __future__ import annotations
 import copy
 import functools
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -218,6 +218,43 @@ def test_a_size_of_one_that_the_program_refuses_is_not_tried(strict: None) -> No
 def test_beside_such_a_size_others_are_tried_at_one() -> None:
     with pytest.warns(fasp_fx.CaptureWarning, match="where sizes are one"):
         fasp_fx.prune(Repeating(True).eval(), (torch.randn(2, 9, 6),), score="magnitude", restore=None)
+
+
+class Choosing(Asking):
+    """Does otherwise by what it asks of its input."""
+
+    def __init__(self, ask: Callable[[Tensor], bool]) -> None:
+        super().__init__(False)
+        self.ask = ask
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) * (2 if self.ask(x) else 1)
+
+
+@pytest.mark.parametrize(
+    ("ask", "what"),
+    [
+        (lambda x: x.is_contiguous(), "how its inputs lie in memory"),
+        (lambda x: x.requires_grad, "whether its inputs require gradients"),
+        (lambda x: torch.is_grad_enabled(), "whether gradients are enabled"),
+    ],
+    ids=["layout", "requires_grad", "gradients"],
+)
+def test_what_a_model_asks_of_its_inputs_besides_sizes_is_said(
+    ask: Callable[[Tensor], bool], what: str
+) -> None:
+    with pytest.warns(fasp_fx.CaptureWarning, match=f"depends on {what}"):
+        result = fasp_fx.prune(Choosing(ask).eval(), example(), score="magnitude", restore=None)
+    assert any(what in note for note in result.report.notes)
+
+
+def test_what_comes_out_the_same_may_be_asked(strict: None) -> None:
+    class Viewing(Asking):
+        def forward(self, x: Tensor) -> Tensor:
+            x = x if x.is_contiguous() else x.contiguous()
+            return super().forward(x.view(-1, 6) * (1 + 1e-4 * x.requires_grad))
+
+    fasp_fx.prune(Viewing(False).eval(), example(), score="magnitude", restore=None)
 
 
 def test_names_that_are_words_of_python_are_refused() -> None:

@@ -5,6 +5,7 @@ is being traced, and then do otherwise.
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -43,7 +44,8 @@ def compared(
     """The program, with a note and a :class:`CaptureWarning` if it does not compute what the model does.
 
     They are compared on the example inputs; where forward sets attributes, once more after a call; and with
-    every size that varies at one, for which an exporter takes the way of larger sizes.
+    every size that varies at one, for which an exporter takes the way of larger sizes. The model is compared
+    with itself where inputs lie otherwise in memory, and with gradients.
 
     A program of two samples in the place of one can differ where forward asks how many there are; it is
     captured once more, as it was given, by ``recapture``.
@@ -91,7 +93,14 @@ def compared(
                 f"{_OTHERWISE} in the second of two calls (an output differs by {worst:.0%}): forward keeps"
                 f" something in {names}, and a graph only in buffers",
             )
-    least = _of_size_one(program, args, kwargs)
+    # What a call writes would be of the graph of its gradients.
+    keeps = not changed and not written_names(program.module.graph)
+    flag = _decisive(program, model, args, kwargs, gradients=keeps)
+    if flag is not None:
+        return _noted(
+            program, f"{_OTHERWISE} in every call: its result depends on {flag}, which a capture settles"
+        )
+    least = _of_size(1, program, args, kwargs)
     if least is not None:
         try:
             expected, _ = _called(program, model, *least)
@@ -108,19 +117,29 @@ def compared(
 
 
 def _called(
-    program: Program, model: nn.Module, args: Any, kwargs: dict[str, Any], calls: int = 1
+    program: Program,
+    model: nn.Module,
+    args: Any,
+    kwargs: dict[str, Any],
+    calls: int = 1,
+    given: Callable[[Any], Any] = copied,
+    gradients: bool = False,
 ) -> tuple[list[Any], list[str]]:
     """What the last of some calls of the model returns, and which attributes they set; the model and its
     inputs are left as they were.
+
+    Args:
+        given: what is made of the inputs for each call: copies.
+        gradients: whether operations are recorded for gradients.
     """
     # what a model compiles for itself (flex attention, say) runs uncompiled, as in the program
     with (
-        torch.no_grad(),
+        torch.set_grad_enabled(gradients),
         rewound(model, written_names(program.module.graph)) as changed,
         torch.compiler.set_stance("force_eager"),
     ):
         for _ in range(calls):
-            expected = copied(pytree.tree_leaves(model(*copied(args), **copied(kwargs))))
+            expected = copied(pytree.tree_leaves(model(*given(args), **given(kwargs))))
     return expected, changed.names(model)
 
 
@@ -150,6 +169,11 @@ def _difference(program: Program, expected: list[Any], args: Any, kwargs: dict[s
     """
     with torch.no_grad():
         found = copied(_outputs(program, copied(program.flat_inputs(args, kwargs))))
+    return _apart(found, expected)
+
+
+def _apart(found: list[Any], expected: list[Any]) -> float:
+    """How far outputs are from those expected; zero if no further than rounding."""
     apart = [
         (distance(a, b), _ALLOWED_HALF if b.dtype.itemsize == 2 else _ALLOWED)
         for a, b in zip(_floats(found), _floats(expected))
@@ -157,9 +181,62 @@ def _difference(program: Program, expected: list[Any], args: Any, kwargs: dict[s
     return max((seen for seen, allowed in apart if not seen <= allowed), default=0.0)
 
 
-def _of_size_one(program: Program, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]] | None:
-    """The first entries of the example inputs along every dimension that varies and may be one; ``None`` if
-    none does, or some vary together with others.
+def _decisive(
+    program: Program, model: nn.Module, args: Any, kwargs: dict[str, Any], gradients: bool
+) -> str | None:
+    """What the model's result depends on besides sizes, types and values of its inputs, all of which a
+    program cannot see: how they lie in memory, and whether gradients are asked for.
+
+    The model is held against itself, on the first entries of the example inputs alone.
+
+    Args:
+        gradients: whether the model can be called with them.
+    """
+    small = _of_size(2, program, args, kwargs)
+    if small is None:
+        return None
+
+    def differs(strided: bool, leaf: bool, gradients: bool) -> bool | None:
+        """Whether the result is another one then; ``None`` if there is none."""
+        try:
+            laid = functools.partial(_laid, strided=strided, leaf=leaf)
+            found, _ = _called(program, model, *small, given=laid, gradients=gradients)
+        except Exception:  # a model may refuse such inputs as it likes
+            return None
+        return _apart(found, expected) > 0
+
+    try:
+        expected, _ = _called(program, model, *small)
+    except Exception:  # or such sizes
+        return None
+    if gradients and differs(strided=True, leaf=True, gradients=True) is False:
+        return None
+    if differs(strided=True, leaf=False, gradients=False):
+        return "how its inputs lie in memory"
+    if not gradients:
+        return None
+    if differs(strided=False, leaf=False, gradients=True):
+        return "whether gradients are enabled"
+    return "whether its inputs require gradients" if differs(False, leaf=True, gradients=True) else None
+
+
+def _laid(value: Any, strided: bool, leaf: bool) -> Any:
+    """Copies of inputs that are not contiguous, or that require gradients."""
+
+    def made(tensor: Tensor) -> Tensor:
+        copy = tensor.detach().clone()
+        if strided:
+            copy = torch.stack([copy, copy], -1)[..., 0]
+        return copy.requires_grad_(leaf and (copy.is_floating_point() or copy.is_complex()))
+
+    return pytree.tree_map(lambda one: made(one) if isinstance(one, Tensor) else one, value)
+
+
+def _of_size(
+    count: int, program: Program, args: Any, kwargs: dict[str, Any]
+) -> tuple[Any, dict[str, Any]] | None:
+    """The first entry or entries of the example inputs along every dimension that varies and may be as small;
+    ``None`` if none does, or some vary together with others.
     """
     cut: dict[int, Tensor] = {}
     for node, leaf in zip(program.placeholders(), program.flat_inputs(args, kwargs), strict=True):
@@ -167,11 +244,12 @@ def _of_size_one(program: Program, args: Any, kwargs: dict[str, Any]) -> tuple[A
         if not (isinstance(leaf, Tensor) and isinstance(recorded, Tensor)):
             continue
         for dim in (dim for dim, size in enumerate(recorded.shape) if is_dynamic(size)):
-            if not str(recorded.shape[dim]).isidentifier():
+            size: Any = recorded.shape[dim]
+            if not str(size).isidentifier():
                 return None
-            if lower_bound(recorded.shape[dim]) > _LEAST:
+            if lower_bound(size) > _LEAST:
                 continue  # a call with a size of one is refused
-            cut[id(leaf)] = cut.get(id(leaf), leaf).narrow(dim, 0, 1)
+            cut[id(leaf)] = cut.get(id(leaf), leaf).narrow(dim, 0, min(count, leaf.shape[dim]))
     if not cut:
         return None
     found: tuple[Any, dict[str, Any]] = pytree.tree_map(lambda leaf: cut.get(id(leaf), leaf), (args, kwargs))
