@@ -49,7 +49,7 @@ from .config import MEASURED, PruningConfig
 from .costs import Costs
 from .errors import ArgumentError, CalibrationError, CalibrationWarning, NothingPrunableError
 from .groups import Group
-from .losses import resolve_loss
+from .losses import Outputs, resolve_loss
 from .resources import Resource, Sparsity
 from .restoration import restored_by, ridge
 from .scoring import ByColumns
@@ -298,9 +298,8 @@ class Chooser:
                 " own output",
                 CalibrationWarning,
             )
-        if any(
-            isinstance(node, fx.Node) and node in marks.unmatched for node in results(program.module.graph)
-        ):
+        returned = (node for node in results(program.module.graph) if isinstance(node, fx.Node))
+        if isinstance(found, Outputs) and any(node in marks.unmatched for node in returned):
             warn(marks.remark(), CalibrationWarning)  # the loss counts them, which no report would say
         return given, marks
 

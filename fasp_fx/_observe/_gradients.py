@@ -475,8 +475,8 @@ def padding_of(program: Program, leaves: list[Any], marks: Marks, index: int) ->
     pairs = zip(results(program.module.graph), leaves, strict=True)
     found = {
         id(leaf): marks.of_output(index, node, leaf)
-        for node, leaf in pairs
-        if isinstance(node, fx.Node) and isinstance(leaf, Tensor)
+        for place, (node, leaf) in enumerate(pairs)
+        if place not in program.state_outputs and isinstance(node, fx.Node) and isinstance(leaf, Tensor)
     }
     return lambda leaf: found.get(id(leaf))
 
