@@ -168,7 +168,7 @@ def _difference(program: Program, expected: list[Any], args: Any, kwargs: dict[s
         CalibrationError: the program does not run on these inputs.
     """
     with torch.no_grad():
-        found = copied(_outputs(program, copied(program.flat_inputs(args, kwargs))))
+        found = _outputs(program, copied(program.flat_inputs(args, kwargs)))
     return _apart(found, expected)
 
 
