@@ -137,7 +137,8 @@ def distance(found: Tensor, expected: Tensor) -> float:
         return 0.0
     apart = size = 0.0
     # Logits are large: all of them as float64 would take more time and memory than the model.
-    for a, b in zip(found.reshape(-1).split(_CHUNK), expected.reshape(-1).split(_CHUNK), strict=True):
+    flat = (tensor.detach().reshape(-1).split(_CHUNK) for tensor in (found, expected))
+    for a, b in zip(*flat, strict=True):
         a, b = (part if part.dtype == torch.float64 else part.float() for part in (a, b))
         if not (float(b.abs().max()) < _LARGE and bool(torch.isfinite(a).all())):
             finite = torch.isfinite(b)
