@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, fx
 
 from .._program import Program
+from ..channels import same_sizes
 from ..errors import ArgumentError, CalibrationError
 from ..statistics import FITTED, HELD, PADDING
 
@@ -128,13 +129,21 @@ class Marks:
         """Whether all of a batch is held out, where its tokens cannot be told apart."""
         return index % _ONE_IN == _ONE_IN - 1 if self._many_batches else 0 < index == len(self._sizes) - 1
 
+    def _lying(self, axis: int, length: int, node: fx.Node, activation: Tensor, dims: list[int]) -> list[int]:
+        """Those of some dimensions that are as long as an axis of the first input, in this batch and as
+        captured.
+        """
+        recorded = _recorded(node)
+        return [
+            dim for dim in dims if activation.shape[dim] == length and _same(recorded[dim], self._shape[axis])
+        ]
+
     def _held(self, index: int, node: fx.Node, activation: Tensor, dims: list[int]) -> tuple[int, Tensor]:
         """A dimension, and which of its positions are held out."""
         if not dims:
             return 0, torch.tensor([self._batch_held(index)])
         size, first, total = self._sizes[index], self._firsts[index], self._firsts[-1]
-        recorded = _recorded(node)
-        own = [dim for dim in dims if activation.shape[dim] == size and _same(recorded[dim], self._shape[0])]
+        own = self._lying(0, size, node, activation, dims)
         batch = own[0] if own else dims[0]
         along = activation.shape[batch]
         longer = next((dim for dim in dims if dim != batch and activation.shape[dim] > 1), None)
@@ -160,14 +169,8 @@ class Marks:
         if self._masks is None:
             return None
         mask = self._masks[index].to(activation.device)
-        shape = _recorded(node)
         batches, found = (
-            [
-                dim
-                for dim in dims
-                if activation.shape[dim] == mask.shape[axis] and _same(shape[dim], self._shape[axis])
-            ]
-            for axis in (0, 1)
+            self._lying(axis, length, node, activation, dims) for axis, length in enumerate(mask.shape)
         )
         if batches:
             rest = [dim for dim in dims if dim != batches[0]]
@@ -186,7 +189,7 @@ class Marks:
         elif (
             len(dims) == 1
             and activation.shape[dims[0]] == mask.numel()
-            and _symbols(self._shape[0]) | _symbols(self._shape[1]) <= _symbols(shape[dims[0]])
+            and _symbols(self._shape[0]) | _symbols(self._shape[1]) <= _symbols(_recorded(node)[dims[0]])
             and (inner := _takes_turns(node, dims[0], self._shape[0])) is not None
         ):
             # All tokens one after the other, of each sequence or of each place in all of them.
@@ -263,26 +266,20 @@ def _takes_turns(node: fx.Node, dim: int, batch: Any) -> bool | None:
             shape = _recorded(source)
             if source in seen or source.op == "get_attr" or not shape:
                 continue
-            if _equal(shape[0], size):
+            if same_sizes(shape[:1], [size]):
                 seen.add(source)
                 reached.append(source)
                 continue
             if node.target not in _RESHAPES:
                 continue
-            merged = next((n for n in range(2, len(shape) + 1) if _equal(math.prod(shape[:n]), size)), 0)
+            merged = next(
+                (n for n in range(2, len(shape) + 1) if same_sizes([math.prod(shape[:n])], [size])), 0
+            )
             own = [place for place in range(merged) if _same(shape[place], batch)]
             if own in ([0], [merged - 1]):
                 return own == [merged - 1]
             return None
     return None
-
-
-def _equal(size: Any, other: Any) -> bool:
-    """Whether two recorded sizes are one; no size that varies is settled by the question."""
-    if isinstance(size, int) and isinstance(other, int):
-        return size == other
-    first, second = (value if isinstance(value, int) else value.node.expr for value in (size, other))
-    return bool(first == second)
 
 
 def _recorded(node: fx.Node) -> Any:
