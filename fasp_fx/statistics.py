@@ -103,8 +103,14 @@ class Gram:
         """The whole matrix, shape ``[columns, columns]``; ``dtype=None``: float64 (float32 on devices without
         it).
         """
-        lower = self.matrix.tril()
-        return (lower + lower.tril(-1).T).to(dtype or precise(self.matrix.device))
+        found = torch.empty_like(self.matrix, dtype=dtype or precise(self.matrix.device))
+        for start in range(0, len(found), _BLOCK):
+            stop = min(start + _BLOCK, len(found))
+            found[start:stop, :start] = self.matrix[start:stop, :start]
+            found[:start, start:stop] = self.matrix[start:stop, :start].T
+            own = self.matrix[start:stop, start:stop].tril()
+            found[start:stop, start:stop] = own + own.tril(-1).T
+        return found
 
 
 class SplitGram:

@@ -4,8 +4,10 @@ whole.
 
 from __future__ import annotations
 
+import copy
 import importlib
 import warnings
+import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -23,7 +25,7 @@ import fasp_fx.passes._run
 import fasp_fx.passes._verify
 import fasp_fx.passes.remove_channels
 from fasp_fx._cli._console import session
-from fasp_fx._exactness import _compare, _held
+from fasp_fx._exactness import _compare, _execution, _held
 from fasp_fx._exactness._blame import sound_part
 from fasp_fx._observe._visit import Decision
 from fasp_fx._pipeline import make_plan
@@ -553,6 +555,29 @@ def test_no_copy_of_a_model_is_made(monkeypatch: pytest.MonkeyPatch) -> None:
     _pruned(model)
     pointers = {parameter.data_ptr() for parameter in model.parameters()}
     assert {parameter.data_ptr() for parameter in held[0].module.parameters()} == pointers
+
+
+def test_weights_are_widened_one_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A model larger than the memory is not in memory as a whole because its check takes more precision."""
+    model = nn.Sequential(*[nn.Sequential(nn.Linear(16, 16), nn.ReLU()) for _ in range(8)]).bfloat16().eval()
+    x = torch.randn(4, 16, dtype=torch.bfloat16)
+    program = fasp_fx.capture(model, (x,)).program
+    made: list[weakref.ref[Tensor]] = []
+    most, widen = 0, _execution.widened
+
+    def counting(value: Any, precision: torch.dtype | None) -> Any:
+        nonlocal most
+        found = widen(value, precision)
+        if isinstance(found, Tensor) and found.shape == (16, 16):
+            made.append(weakref.ref(found))
+            most = max(most, sum(one() is not None for one in made))
+        return found
+
+    monkeypatch.setattr(_execution, "widened", counting)
+    ran = _execution.run(program.module, [x], 1, torch.float64)
+    assert (len(made), most) == (8, 1)
+    expected = copy.deepcopy(model).double()(x.double())
+    assert torch.equal(ran.outputs[0][0], expected)
 
 
 def test_warnings_can_be_errors() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -166,12 +167,14 @@ def test_in_files_the_weights_take_no_memory() -> None:
         running=5,
         matrices=30,
         solving=7,
+        checking=3,
         operations={},
         seconds=None,
     )
-    assert found.peak == 1 + 100 + 20 + 80
+    assert found.peak == 1 + 100 + 20 + 80 + 3
     assert found.streamed(50) == 1 + 50 + 5 + 7
     assert found.streamed(10**6) == 1 + 234 + 5 + 7
+    assert replace(found, checking=40).streamed(50) == 1 + 50 + 40
     assert found.disk == 234
 
 

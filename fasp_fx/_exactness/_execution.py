@@ -95,7 +95,15 @@ class _Execution(fx.Interpreter):
         value = super().get_attr(target, args, kwargs)
         if self.precision is not None and isinstance(value, fx.GraphModule):
             return _widened_graph(value, self.precision)
-        return widened(value, self.precision)
+        return value
+
+    def map_nodes_to_values(self, args: Any, n: fx.Node) -> Any:
+        def load(node: fx.Node) -> Any:
+            value = self.env[node]
+            # Where it is read: a graph may name all of its weights before the first of them is used.
+            return widened(value, self.precision) if node.op == "get_attr" else value
+
+        return fx.map_arg(args, load)
 
     def call_module(self, target: Any, args: Any, kwargs: Any) -> Any:
         return (

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, replace
 
 import psutil
@@ -23,10 +23,13 @@ from ..channels._sizes import Sizes
 from ..config import MEASURED, PruningConfig
 from ..errors import BudgetError
 from ._live import live_bytes
-from ._rates import product_rate, solve_rate
+from ._rates import copy_rate, factorisation_rate, product_rate
 
 #: strengths of the ridge that are compared for a consumer, as a rule
 _STRENGTHS = 4
+#: how often a Gram matrix is copied until its consumer is repaired: made whole, put in order, kept, for the
+#: tokens that are fitted and for those held out, and once more for both, in double precision
+_COPIES = 12
 #: of a square matrix of inner products, which is symmetric, so much is computed
 _TRIANGLE = 0.6
 #: forward and backward passes in forward passes
@@ -53,6 +56,7 @@ class Forecast:
         running: of those of one batch on the way between two such places.
         matrices: of Gram matrices that are held at once.
         solving: of what one consumer is repaired with.
+        checking: of the weight that the check widens while it runs the result beside the dense model.
         operations: floating-point operations, by step.
         seconds: predicted from what this machine did when it was measured, by step; ``None``: it was not.
     """
@@ -65,6 +69,7 @@ class Forecast:
     running: int
     matrices: int
     solving: int
+    checking: int
     operations: dict[str, float]
     seconds: dict[str, float] | None
 
@@ -72,13 +77,13 @@ class Forecast:
     def peak(self) -> int:
         """The most memory at once, with the weights in memory."""
         calibrating = self.repaired + self.waiting + self.running + self.matrices + self.solving
-        return self.base + self.weights + max(calibrating, self.repaired + self.pruned)
+        return self.base + self.weights + max(calibrating, self.repaired + self.pruned + self.checking)
 
     def streamed(self, resident: int) -> int:
         """The most memory at once, with all that waits in files of which ``resident`` bytes are in memory
         (:func:`fasp_fx.offload`).
         """
-        return self.base + min(resident, self.disk) + self.running + self.solving
+        return self.base + min(resident, self.disk) + max(self.running + self.solving, self.checking)
 
     @property
     def disk(self) -> int:
@@ -122,7 +127,7 @@ def forecast(
     until = max((place[use.node] for consumer in consumers for use in consumer.uses), default=0)
     shapes = {consumer: _shape(consumer, read[consumer.weight]) for consumer in consumers}
     narrower = kind.itemsize / largest.dtype.itemsize
-    operations = _operations(analysis, chooser, shapes, batches, sparsity, graph_sizes)
+    steps = _operations(analysis, chooser, shapes, batches, sparsity, graph_sizes)
     grams = [2 * _SINGLE * blocks * columns**2 for _, blocks, columns in shapes.values()]
     pair = 3 * max(grams, default=0)  # as accumulated, made whole, and in the order of the system
     found = Forecast(
@@ -134,12 +139,13 @@ def forecast(
         running=round(max(live[: until + 1], default=0) * narrower),
         matrices=round(max(pair, sum(grams) if chooser.measures else 0)),
         solving=_solving(shapes.values(), sparsity),
-        operations=operations,
+        checking=2 * _DOUBLE * largest.numel(),  # as it is, and masked
+        operations={step: sum(done.values()) for step, done in steps.items()},
         seconds=None,
     )
     if not measure:
         return found
-    return replace(found, seconds=_seconds(chooser, shapes.values(), operations, kind))
+    return replace(found, seconds=_seconds(chooser, shapes.values(), steps, kind))
 
 
 def _bytes(tensors: Iterable[Tensor], kind: torch.dtype) -> int:
@@ -176,7 +182,8 @@ def _operations(
     batches: int,
     sparsity: float,
     sizes: Sizes,
-) -> dict[str, float]:
+) -> dict[str, dict[str, float]]:
+    """Operations by step and kind (see :func:`_seconds`)."""
     config = chooser.config
     try:
         forward = 2.0 * macs_of(analysis).whole
@@ -186,34 +193,32 @@ def _operations(
             for consumer, (_, _, columns) in shapes.items()
             for use in consumer.uses
         )
-    gram = repair = exact = cut = 0.0
+    gram = compared = tried = factored = solved = cut = 0.0
     for consumer, (rows, blocks, columns) in shapes.items():
         tokens = sum(_outputs(use.node, sizes) // max(rows * blocks, 1) for use in consumer.uses)
         kept = (1 - sparsity) * columns
         gram += 2.0 * _TRIANGLE * blocks * tokens * columns**2
-        repair += blocks * (_STRENGTHS * kept**3 / 3 + 2.0 * rows * columns**2)
-        exact += blocks * (
-            kept**3 / 3
-            + 2.0 * rows * kept * (columns - kept)
-            + 2.0 * rows * kept**2
-            + 2.0 * rows * columns**2
-        )
+        compared += blocks * 2.0 * rows * columns**2
+        factored += blocks * kept**3 / 3
+        tried += blocks * _STRENGTHS * kept**3 / 3
+        solved += blocks * 2.0 * rows * (kept * (columns - kept) + kept**2 + columns**2)
         cut += blocks * (columns**3 / 3 + (columns - kept) * columns**2)
     found = {
-        "capture and check": _EXAMPLES * forward,
-        "running the batches": batches * forward,
-        "Gram matrices": batches * gram,
+        "capture and check": {"full": _EXAMPLES * forward},
+        "running the batches": {"run": batches * forward},
+        "Gram matrices": {"gram": batches * gram},
     }
     if config.restore is not None:
-        found |= {"choosing the ridge": repair, "repair": exact}
+        found["choosing the ridge"] = {"single products": compared, "single factors": tried}
+        found["repair"] = {"double products": solved, "double factors": factored}
     if chooser.measures:
         measured = max(1, -(-batches // MEASURED[config.quality]))
-        found["measuring costs"] = measured * (_BACK * forward + 2 * gram) + cut
+        found["measuring costs"] = {"run": measured * (_BACK * forward + 2 * gram) + cut}
     search = config.allocator
     if isinstance(search, Search):  # a batch may hold several sequences, of which it runs one
-        found["searching"] = forward * passes(
-            search.generations, search.offspring, min(search.sequences, batches)
-        )
+        found["searching"] = {
+            "run": forward * passes(search.generations, search.offspring, min(search.sequences, batches))
+        }
     return found
 
 
@@ -224,31 +229,34 @@ def _outputs(node: fx.Node, sizes: Sizes) -> int:
 
 
 def _seconds(
-    chooser: Chooser, shapes: Iterable[Shape], operations: dict[str, float], kind: torch.dtype
+    chooser: Chooser, shapes: Collection[Shape], steps: dict[str, dict[str, float]], kind: torch.dtype
 ) -> dict[str, float]:
     """Times at the rates that are measured now, on matrices like those of the widest consumer."""
     rows, _, columns = max(shapes, key=lambda shape: shape[0] * shape[2], default=(1, 1, 1))
     device = torch.device("cpu")
     precision = "medium" if chooser.config.precision == "auto" and multiplies_bfloat16(device) else "highest"
     tokens = 1024
-    run, gram = (
-        product_rate(tokens, columns, rows, kind, precision, device),
-        product_rate(columns, tokens, columns, torch.float32, precision, device),
-    )
-    full = product_rate(tokens, columns, rows, kind, "highest", device)
-    single, double = (
-        solve_rate(columns, kind_of_solve, device) for kind_of_solve in (torch.float32, torch.float64)
-    )
     rates = {
-        "capture and check": full,
-        "running the batches": run,
-        "Gram matrices": gram,
-        "measuring costs": run,
-        "searching": run,
-        "choosing the ridge": single,
-        "repair": double,
+        "run": product_rate(tokens, columns, rows, kind, precision, device),
+        "full": product_rate(tokens, columns, rows, kind, "highest", device),
+        "gram": product_rate(columns, tokens, columns, torch.float32, precision, device),
     }
-    return {step: count / rates[step] for step, count in operations.items()}
+    found = {}
+    for step, done in steps.items():
+        for one in done:
+            if one not in rates:
+                precise, of = one.split()
+                dtype = torch.float32 if precise == "single" else torch.float64
+                rates[one] = (
+                    factorisation_rate(columns, dtype, device)
+                    if of == "factors"
+                    else product_rate(rows, columns, columns, dtype, "highest", device)
+                )
+        found[step] = sum(count / rates[one] for one, count in done.items())
+    if "repair" in found:
+        copied = sum(_SINGLE * blocks * columns**2 for _, blocks, columns in shapes)
+        found["repair"] += _COPIES * copied / copy_rate(device)
+    return found
 
 
 __all__ = ["Forecast", "forecast"]

@@ -14,8 +14,10 @@ from .._device import float32_products
 
 #: seconds for which each kind of operation is measured
 _SECONDS = 1.0
-#: no larger ones are needed to reach the rate
-_LARGEST = 2048
+#: no larger ones are needed to reach the rate: products have it soon, factorisations late
+_LARGEST, _LARGEST_FACTORED = 2048, 8192
+#: bytes that are copied to see how fast that is
+_COPIED = 2**27
 
 
 def product_rate(
@@ -31,24 +33,28 @@ def product_rate(
         return 2.0 * rows * inner * columns / _seconds(lambda: a @ b)
 
 
-def solve_rate(size: int, dtype: torch.dtype, device: torch.device) -> float:
+def factorisation_rate(size: int, dtype: torch.dtype, device: torch.device) -> float:
     """Operations a second in Cholesky factorisations."""
-    size = min(size, _LARGEST)
-    matrix = torch.eye(size, dtype=dtype, device=device) * size + torch.rand(
-        size, size, dtype=dtype, device=device
-    )
-    matrix = matrix + matrix.T
-    return size**3 / 3.0 / _seconds(lambda: torch.linalg.cholesky(matrix))
+    size = min(size, _LARGEST_FACTORED)
+    matrix = torch.rand(size, size, dtype=dtype, device=device)
+    matrix.diagonal().add_(size)  # of which the lower triangle is read
+    return size**3 / 3.0 / _seconds(lambda: torch.linalg.cholesky_ex(matrix)[0])
+
+
+def copy_rate(device: torch.device) -> float:
+    """Bytes a second that are copied into memory that was not used before."""
+    values = torch.zeros(_COPIED, dtype=torch.uint8, device=device)
+    return _COPIED / _seconds(values.clone)
 
 
 def _seconds(work: Callable[[], Tensor]) -> float:
     """The time that something takes once it has been done before."""
-    work().sum().item()
+    work()[..., -1].sum().item()
     began, count = time.perf_counter(), 0
-    while count < 3 or time.perf_counter() - began < _SECONDS:
+    while count < 1 or time.perf_counter() - began < _SECONDS:
         work().reshape(-1)[0].item()  # waits for an accelerator
         count += 1
     return (time.perf_counter() - began) / count
 
 
-__all__ = ["product_rate", "solve_rate"]
+__all__ = ["copy_rate", "factorisation_rate", "product_rate"]
