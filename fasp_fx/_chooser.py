@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -22,6 +23,7 @@ from ._observe._reconstruction import Reconstruction
 from ._observe._runner import Runner
 from ._observe._trial import AskedTrial, ModelTrial
 from ._observe._visit import Decision, Observer
+from ._offload._current import computing
 from ._program import Program
 from ._scores import resolve_score
 from ._selection import (
@@ -47,7 +49,14 @@ from .analysis import Analysis
 from .channels import results
 from .config import MEASURED, PruningConfig
 from .costs import Costs
-from .errors import ArgumentError, CalibrationError, CalibrationWarning, NothingPrunableError
+from .errors import (
+    ArgumentError,
+    CalibrationError,
+    CalibrationWarning,
+    NothingPrunableError,
+    OffloadError,
+    first_line,
+)
 from .groups import Group
 from .losses import Outputs, resolve_loss
 from .resources import Resource, Sparsity
@@ -94,6 +103,11 @@ class Chooser:
             raise ArgumentError(
                 "windows are trained by one process; leave group= out, or use restore='least-squares' and"
                 " fasp_fx.distil after it"
+            )
+        if config.window is not None and computing() is not None:
+            raise ArgumentError(
+                f"windows are trained where the weights are, and not on {computing()}; leave out the device"
+                " of offload(), or use restore='least-squares'"
             )
         self._trial: ModelTrial | None = None
         self.notes: list[str] = []
@@ -212,6 +226,11 @@ class Chooser:
         wanted = {"gradients": gradients, **self._score.statistics} if is_wanted else self._gradients
         if not self.measures or (not is_wanted and not self._gradients):
             return costs
+        if computing() is not None:
+            raise ArgumentError(
+                "gradients are taken where the weights are, all of which their way back needs, and not on"
+                f" {computing()}; leave out the device of offload(), or use quality='fast'"
+            )
         program = consumers.analysis.program
         with drawing_alike(program.weights().values()), float32_products(self._precision(program)):
             pieces, marks = self._observe(
@@ -307,7 +326,8 @@ class Chooser:
         """That of products of float32 while a program runs on calibration data."""
         if self.config.precision != "auto":
             return self.config.precision
-        return "medium" if multiplies_bfloat16(device_of(program.module)) else "highest"
+        device = computing() or device_of(program.module)
+        return "medium" if multiplies_bfloat16(device) else "highest"
 
     def allocate(
         self,
@@ -403,7 +423,10 @@ class Chooser:
         own = () if batches is None else self.ranks.own(len(batches))
         given = [] if batches is None else [batches[index] for index in own]
         count = 0 if batches is None else 2 if part or blend else 1
-        runners = [Runner(analysis.program, given, numbers=own, returns=False) for _ in range(count)]
+        device = computing()
+        runners = [
+            Runner(analysis.program, given, numbers=own, returns=False, device=device) for _ in range(count)
+        ]
         marks = (
             None
             if batches is None
@@ -411,7 +434,8 @@ class Chooser:
                 analysis.program, batches, self.config.padding_mask, hold_out=self._restore is not None
             )
         )
-        with torch.no_grad(), drawing_alike(analysis.program.weights().values()):
+        drawn_on = [*analysis.program.weights().values(), torch.empty(0, device=device)]
+        with torch.no_grad(), drawing_alike(drawn_on), _enough_memory(device):
             observer = Observer(
                 consumers,
                 lost,
@@ -435,6 +459,20 @@ class Chooser:
                 )
                 reconstruction.run(batches, marks, lambda fraction: advance(share + (1 - share) * fraction))
             return decision
+
+
+@contextmanager
+def _enough_memory(device: torch.device | None) -> Iterator[None]:
+    """Within it, a device that runs out of memory beside weights in files is said with the remedy."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        if device is None:
+            raise
+        raise OffloadError(
+            f"'{device}' has too little memory for one consumer: {first_line(error)}; give smaller batches"
+            " (fasp-fx prune --dry-run says what is needed), or leave out the device of offload()"
+        ) from error
 
 
 def _score_of(config: PruningConfig) -> str:

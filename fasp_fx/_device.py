@@ -10,10 +10,26 @@ from typing import Any
 import torch
 from torch import nn
 
+from .errors import ArgumentError, first_line
+
 
 def device_of(model: nn.Module) -> torch.device:
     """The device of a model's weights."""
     return next((tensor.device for tensor in chain(model.parameters(), model.buffers())), torch.device("cpu"))
+
+
+def check_device(device: torch.device | str) -> torch.device:
+    """The device of a name, if values can be kept there.
+
+    Raises:
+        ArgumentError: there is no such device here.
+    """
+    try:
+        found = device_named(device)
+        torch.empty(1, device=found).tolist()  # the meta device holds nothing
+    except Exception as error:  # each backend raises what it likes
+        raise ArgumentError(f"the device '{device}' cannot be used: {first_line(error)}; try cpu") from error
+    return found
 
 
 def device_named(device: torch.device | str) -> torch.device:
@@ -66,4 +82,4 @@ def float32_products(precision: str) -> Iterator[None]:
             backend.fp32_precision = value
 
 
-__all__ = ["device_of", "float32_products", "multiplies_bfloat16", "products_in_bfloat16"]
+__all__ = ["check_device", "device_of", "float32_products", "multiplies_bfloat16", "products_in_bfloat16"]

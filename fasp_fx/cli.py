@@ -289,7 +289,7 @@ def prune(
             "--stream",
             help=(
                 "Keep the weights in files, and in memory those that are used: for models larger than the"
-                " memory, on the CPU."
+                " memory. Batches run on --device."
             ),
         ),
     ] = False,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from pathlib import Path
 
 import pytest
 import torch
@@ -72,3 +73,16 @@ def test_restored_results_agree(moved: bool) -> None:
     assert found.plan.slices() == expected.plan.slices()
     unseen = tokens(3, 6)
     assert error(found.module(unseen.cuda()).cpu(), expected.module(unseen)) < 1e-2
+
+
+def test_weights_in_files_and_batches_on_the_device(tmp_path: Path) -> None:
+    model = build(SPEC)
+    expected = fasp_fx.prune(model, (BATCHES[0],), calibration=BATCHES, sparsity=0.3, quality="fast")
+    torch.cuda.reset_peak_memory_stats()
+    with fasp_fx.offload(tmp_path, device="cuda"):
+        found = fasp_fx.prune(model, (BATCHES[0],), calibration=BATCHES, sparsity=0.3, quality="fast")
+    assert torch.cuda.max_memory_allocated() > 0
+    assert all(parameter.device.type == "cpu" for parameter in found.module.parameters())
+    assert found.plan.slices() == expected.plan.slices()
+    unseen = tokens(3, 6)
+    assert error(found.module(unseen), expected.module(unseen)) < 1e-2

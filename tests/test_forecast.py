@@ -168,6 +168,7 @@ def test_in_files_the_weights_take_no_memory() -> None:
         matrices=30,
         solving=7,
         checking=3,
+        on_device=2,
         operations={},
         seconds=None,
     )

@@ -28,6 +28,7 @@ def run(
     batches: int,
     length: int,
     dtype: str,
+    device: torch.device,
     stages: Stages,
     console: Console,
 ) -> None:
@@ -36,6 +37,7 @@ def run(
     Args:
         heads_asked: of a plain checkpoint, as for :func:`fasp_fx.hf._plain.plain_config`; ``None``: no plain
             one.
+        device: where batches are to run.
 
     Raises:
         FaspError: the model cannot be analysed, or not be pruned as asked for.
@@ -58,11 +60,15 @@ def run(
     stages.begin("measuring how fast this machine is")
     named = _models.DTYPES.get(dtype) or getattr(getattr(empty, "config", None), "dtype", None)
     found = forecast(
-        analysis, config, batches, dtype=named if isinstance(named, torch.dtype) else torch.float32
+        analysis,
+        config,
+        batches,
+        dtype=named if isinstance(named, torch.dtype) else torch.float32,
+        device=device,
     )
     stages.end()
     console.print(_table(found))
-    for line in _lines(found):
+    for line in _lines(found, device):
         say(console, line)
 
 
@@ -73,7 +79,7 @@ def _table(found: Forecast) -> Table:
     return table
 
 
-def _lines(found: Forecast) -> list[str]:
+def _lines(found: Forecast, device: torch.device) -> list[str]:
     there = psutil.virtual_memory().available + found.base
     streamed = found.streamed(RESIDENT)
     lines = [
@@ -88,6 +94,8 @@ def _lines(found: Forecast) -> list[str]:
             f" {found.solving / _GIB:.1f} for the repair of one weight"
         ),
     ]
+    if device.type != "cpu":
+        lines.append(f"with --stream, {found.on_device / _GIB:.1f} GiB of that on '{device}'")
     if found.seconds is not None:
         lines.append(
             f"time: about {sum(found.seconds.values()) / 60:.0f} minutes, at the rate of this machine just"

@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
+from .._device import check_device
 from .._offload._context import keep_weights
 from .._offload._scratch import Scratch
 from ..errors import ArgumentError, FaspError, first_line
@@ -204,12 +205,7 @@ def find_device(name: str | None) -> torch.device:
     """
     if name is None:
         return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
-    try:
-        device = torch.device(name)
-        torch.empty(1, device=device).tolist()  # the meta device holds nothing
-    except Exception as error:  # each backend raises what it likes
-        raise ArgumentError(f"the device '{name}' cannot be used: {first_line(error)}; try cpu") from error
-    return device
+    return check_device(name)
 
 
 def quieten() -> None:

@@ -158,12 +158,6 @@ class Request:
                 )
         if not self.stream:
             return
-        device = _models.find_device(self.device)
-        if device.type != "cpu":
-            raise ArgumentError(
-                f"--stream keeps weights in files that the CPU reads, and the device is '{device}'; pass"
-                " --device cpu, or leave out --stream"
-            )
         if self.recover:
             raise ArgumentError(
                 "--recover trains all weights at once, which --stream avoids to hold; run fasp-fx recover"
@@ -263,16 +257,18 @@ def run(request: Request, stages: Stages, console: Console) -> None:
     torch.manual_seed(request.seed)
     source = _models.Source.of(request.model)
     if request.dry_run:
-        _forecast(request, source, stages, console)
+        _forecast(request, source, device, stages, console)
         return
     stages.begin("loading the tokenizer and the text")
     texts = Texts(request.texts, _models.load_tokenizer(source))
     if request.recover:
         texts.check_two()
     stream = request.stream or _is_too_large(request, source, device, stages)
-    with offload(request.scratch or request.out.absolute().parent) if stream else nullcontext() as scratch:
+    folder = request.scratch or request.out.absolute().parent
+    with offload(folder, device=device) if stream else nullcontext() as scratch:
         stages.begin("loading the model")
-        model = _models.load_model(source, dtype=request.dtype, device=device, scratch=scratch)
+        where = "cpu" if stream else device
+        model = _models.load_model(source, dtype=request.dtype, device=where, scratch=scratch)
         _models.check_length(model, request.length)
         texts.check(model, "the calibration text")
         with _processes.together(device) as group:
@@ -282,7 +278,9 @@ def run(request: Request, stages: Stages, console: Console) -> None:
             _finish(job, result, source)
 
 
-def _forecast(request: Request, source: _models.Source, stages: Stages, console: Console) -> None:
+def _forecast(
+    request: Request, source: _models.Source, device: torch.device, stages: Stages, console: Console
+) -> None:
     """Say what the request would take."""
     batches = request.batches
     if request.calibration is not None:
@@ -291,7 +289,7 @@ def _forecast(request: Request, source: _models.Source, stages: Stages, console:
         batches = batches if used is None else len(used)
     heads_asked = bool(request.granularity) if request.plain else None
     size = batches, request.length, request.dtype
-    _dry_run.run(source, request.config, heads_asked, *size, stages, console)
+    _dry_run.run(source, request.config, heads_asked, *size, device, stages, console)
     if request.recover:
         say(console, "training is not counted: it holds weights, gradients and two averages of them")
 

@@ -57,6 +57,8 @@ class Forecast:
         matrices: of Gram matrices that are held at once.
         solving: of what one consumer is repaired with.
         checking: of the weight that the check widens while it runs the result beside the dense model.
+        on_device: of a device that batches run on while the weights lie in files, with the weights between
+            two places where a consumer is observed, one batch, and what one consumer is repaired with.
         operations: floating-point operations, by step.
         seconds: predicted from what this machine did when it was measured, by step; ``None``: it was not.
     """
@@ -70,6 +72,7 @@ class Forecast:
     matrices: int
     solving: int
     checking: int
+    on_device: int
     operations: dict[str, float]
     seconds: dict[str, float] | None
 
@@ -97,6 +100,7 @@ def forecast(
     batches: int,
     *,
     dtype: torch.dtype | None = None,
+    device: torch.device | None = None,
     measure: bool = True,
 ) -> Forecast:
     """What it takes to prune an analysed model on calibration batches like its example.
@@ -106,6 +110,7 @@ def forecast(
         config: what is asked for.
         batches: how many batches calibrate.
         dtype: of the weights; ``None``: as they are.
+        device: where batches run and repairs are solved; ``None``: on the CPU.
         measure: try for some seconds how fast this machine is, to predict times.
     """
     program = analysis.program
@@ -130,22 +135,26 @@ def forecast(
     steps = _operations(analysis, chooser, shapes, batches, sparsity, graph_sizes)
     grams = [2 * _SINGLE * blocks * columns**2 for _, blocks, columns in shapes.values()]
     pair = 3 * max(grams, default=0)  # as accumulated, made whole, and in the order of the system
+    running = round(max(live[: until + 1], default=0) * narrower)
+    solving = _solving(shapes.values(), sparsity)
     found = Forecast(
         base=psutil.Process().memory_info().rss,
         weights=total,
         repaired=_bytes(read.values(), kind),
         pruned=round(total - sparsity * linear),
         waiting=round(batches * max(stops, default=0) * narrower),
-        running=round(max(live[: until + 1], default=0) * narrower),
+        running=running,
         matrices=round(max(pair, sum(grams) if chooser.measures else 0)),
-        solving=_solving(shapes.values(), sparsity),
+        solving=solving,
         checking=2 * _DOUBLE * largest.numel(),  # as it is, and masked
+        on_device=round(running + pair + solving) + _between(analysis, consumers, kind),
         operations={step: sum(done.values()) for step, done in steps.items()},
         seconds=None,
     )
     if not measure:
         return found
-    return replace(found, seconds=_seconds(chooser, shapes.values(), steps, kind))
+    where = device or torch.device("cpu")
+    return replace(found, seconds=_seconds(chooser, shapes.values(), steps, kind, where))
 
 
 def _bytes(tensors: Iterable[Tensor], kind: torch.dtype) -> int:
@@ -155,6 +164,23 @@ def _bytes(tensors: Iterable[Tensor], kind: torch.dtype) -> int:
         tensor.numel() * (kind if tensor.is_floating_point() else tensor.dtype).itemsize
         for tensor in different
     )
+
+
+def _between(analysis: Analysis, consumers: Iterable[Consumer], kind: torch.dtype) -> int:
+    """The most bytes of weights that are read between two places where a consumer is observed."""
+    graph = analysis.program.module.graph
+    stops = {use.node for consumer in consumers for use in consumer.uses}
+    most, read = 0, list[Tensor]()
+    for node in graph.nodes:
+        if node in stops:
+            most, read = max(most, _bytes(read, kind)), []
+        held = (
+            attribute(analysis.program.module, str(own.target))
+            for own in node.all_input_nodes
+            if own.op == "get_attr"
+        )
+        read += [value for value in held if isinstance(value, Tensor)] if node.op == "call_function" else []
+    return most
 
 
 def _shape(consumer: Consumer, weight: Tensor) -> Shape:
@@ -229,16 +255,19 @@ def _outputs(node: fx.Node, sizes: Sizes) -> int:
 
 
 def _seconds(
-    chooser: Chooser, shapes: Collection[Shape], steps: dict[str, dict[str, float]], kind: torch.dtype
+    chooser: Chooser,
+    shapes: Collection[Shape],
+    steps: dict[str, dict[str, float]],
+    kind: torch.dtype,
+    device: torch.device,
 ) -> dict[str, float]:
     """Times at the rates that are measured now, on matrices like those of the widest consumer."""
     rows, _, columns = max(shapes, key=lambda shape: shape[0] * shape[2], default=(1, 1, 1))
-    device = torch.device("cpu")
     precision = "medium" if chooser.config.precision == "auto" and multiplies_bfloat16(device) else "highest"
     tokens = 1024
     rates = {
         "run": product_rate(tokens, columns, rows, kind, precision, device),
-        "full": product_rate(tokens, columns, rows, kind, "highest", device),
+        "full": product_rate(tokens, columns, rows, kind, "highest", torch.device("cpu")),
         "gram": product_rate(columns, tokens, columns, torch.float32, precision, device),
     }
     found = {}

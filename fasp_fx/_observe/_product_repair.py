@@ -72,7 +72,7 @@ class ProductEnergies:
 
     def observe(self, runner: Runner, marks: Marks, ranks: Ranks) -> None:
         """Add up the operands of the product, which is about to be executed."""
-        device = attribute(self.analysis.program.module, self.place.weight).device
+        device = runner.device or attribute(self.analysis.program.module, self.place.weight).device
         blocks, channels = self.place.numbers.shape
         for name in ("queries", "fitted", "held"):
             self._sums[name] = torch.zeros(blocks, channels, channels, dtype=precise(device), device=device)

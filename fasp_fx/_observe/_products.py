@@ -73,7 +73,7 @@ class ObservedProducts:
             for operand, node in enumerate(product.operands):
                 for number, batch in zip(runner.numbers, runner.read(node), strict=True):
                     self.see(product, operand, batch, marks, number)
-            self.add_up(product, ranks)
+            self.add_up(product, ranks, runner.device)
 
     def see(self, product: Product, operand: int, value: Tensor, marks: Marks, number: int) -> None:
         """Add the squares of one operand of a product, in one batch."""
@@ -104,11 +104,17 @@ class ObservedProducts:
                 self._summed(effect.to(torch.float32), lying, product.operands[0], marks, number),
             )
 
-    def add_up(self, product: Product, ranks: Ranks) -> None:
-        """Add the squares of operands that other processes have seen; this one may have seen none."""
+    def add_up(self, product: Product, ranks: Ranks, device: torch.device | None = None) -> None:
+        """Add the squares of operands that other processes have seen; this one may have seen none.
+
+        Args:
+            device: where the program runs; ``None``: where it is.
+        """
         for operand, axes in enumerate(self._lying(product)):
             for index, lying in enumerate(axes):
-                ranks.add(self._squares.setdefault((id(product), operand, index), self._nothing(lying)))
+                ranks.add(
+                    self._squares.setdefault((id(product), operand, index), self._nothing(lying, device))
+                )
 
     def add_up_effects(self, ranks: Ranks) -> None:
         """Add the effects that other processes have seen; this one may have seen none."""
@@ -116,8 +122,8 @@ class ObservedProducts:
             for index, lying in enumerate(self._lying(product)[0]):
                 ranks.add(self._effects.setdefault((id(product), index), self._nothing(lying)))
 
-    def _nothing(self, lying: Repeating) -> Tensor:
-        device = device_of(self.analysis.program.module)
+    def _nothing(self, lying: Repeating, device: torch.device | None = None) -> Tensor:
+        device = device or device_of(self.analysis.program.module)
         return torch.zeros(lying.numbers.shape, dtype=precise(device), device=device)
 
     def effects(self) -> list[Tensor]:

@@ -8,11 +8,14 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from .._offload._values import addresses, keep_values
+from .._compat import pytree
+from .._offload._values import addresses, keep_values, moved
 from .._program import Program
 from ..channels import attribute, written_inputs, written_names
 from ..errors import CalibrationError
 from ._attention import execute
+
+_VIEW, _RESHAPE = torch.ops.aten.view.default, torch.ops.aten.reshape.default
 
 
 class Runner:
@@ -26,6 +29,8 @@ class Runner:
 
     Args:
         numbers: those of the batches; ``None``: from zero on.
+        device: where nodes are executed, with the weights that are needed between two stops; what waits at a
+            stop is on the CPU. ``None``: where the program is.
         returns: whether what the program returns is kept to be read (a cache of every layer, say).
 
     Attributes:
@@ -39,7 +44,10 @@ class Runner:
         on_node: Callable[[int], None] = lambda done: None,
         numbers: Sequence[int] | None = None,
         returns: bool = True,
+        device: torch.device | None = None,
     ) -> None:
+        self.device = device
+        self._brought: dict[str, tuple[Tensor, Tensor]] = {}
         self.numbers = range(len(batches)) if numbers is None else numbers
         self.module = program.module
         self.canonical = program.canonical()
@@ -70,7 +78,7 @@ class Runner:
             for name in written_names(program.module.graph)
         }
         self._written: list[dict[str, Tensor]] = [
-            {name: tensor.detach().clone() for name, tensor in written.items()} for _ in batches
+            {name: self.bring(tensor.detach().clone()) for name, tensor in written.items()} for _ in batches
         ]
         # The caller holds these anyway, or the graph writes into them.
         weights = addresses(program.weights().values())
@@ -86,10 +94,19 @@ class Runner:
     def advance(self, stop: int) -> None:
         """Execute everything before position ``stop``, for all batches."""
         for number in range(len(self._memory)):
+            if self.device is not None:
+                self._memory[number] = moved(self._memory[number], self.device)
             self._run(number, self.position, stop)
+            if self.device is not None:
+                self._memory[number] = moved(self._memory[number], torch.device("cpu"))
             self._memory[number] = keep_values(self._memory[number], self._stay[number])
             self.on_node(number)
+        self._brought.clear()
         self.position = max(self.position, stop)
+
+    def bring(self, value: Any) -> Any:
+        """A value where nodes are executed."""
+        return value.to(self.device) if self.device is not None and isinstance(value, Tensor) else value
 
     def _run(self, number: int, start: int, stop: int) -> None:
         memory = self._memory[number]
@@ -142,21 +159,35 @@ class Runner:
     def change(self, node: fx.Node, change: Callable[[Tensor], Tensor]) -> None:
         """Put what ``change`` makes of the value of a live node in its place, for all batches."""
         for memory in self._memory:
-            memory[node] = change(memory[node])
+            memory[node] = change(self.bring(memory[node]))
 
     def _load(self, argument: fx.Node, number: int) -> Any:
         if argument.op != "get_attr":
-            return self._memory[number][argument]
+            return self.bring(self._memory[number][argument])
         name = self.canonical.get(str(argument.target), str(argument.target))
         for held in (self.overrides, self._written[number]):
             if name in held:
-                return held[name]
-        return attribute(self.module, str(argument.target))
+                return self._weight(name, held[name])
+        return self._weight(name, attribute(self.module, str(argument.target)))
+
+    def _weight(self, name: str, held: Any) -> Any:
+        """A weight where nodes are executed, which it is brought to once for all batches."""
+        if self.device is None or not isinstance(held, Tensor) or held.device == self.device:
+            return held
+        known = self._brought.get(name)
+        if known is None or known[0] is not held:
+            known = self._brought[name] = held, held.to(self.device)
+        return known[1]
 
     def _execute(self, node: fx.Node, number: int) -> Any:
         args, kwargs = fx.map_arg((node.args, node.kwargs), lambda argument: self._load(argument, number))
+        target: Any = node.target
+        if self.device is not None:  # the capture made a constant of where values are made
+            args, kwargs = pytree.tree_map_only(torch.device, lambda _: self.device, (args, kwargs))
+            # Kernels of another device lay out their results otherwise, of which a view may not be.
+            target = _RESHAPE if target is _VIEW else target
         try:
-            return execute(node.target, args, kwargs)  # type: ignore[arg-type]
+            return execute(target, args, kwargs)
         except (RuntimeError, IndexError, AssertionError) as error:
             if isinstance(error, torch.OutOfMemoryError):
                 raise

@@ -150,7 +150,7 @@ class Observer:
                 if not self._waiting[group.name] and group.name in self._undecided:
                     ready.append(group)
             for group in ready:
-                self._choose(group)
+                self._choose(group, runner)
             self._finish(ready, runner)
             for group in ready:
                 self._mend(group, runner)
@@ -231,7 +231,7 @@ class Observer:
             changes = (
                 None
                 if self._drift is None
-                else self._drift.at(use, runner, matrices, weight, len(consumer.uses) == 1)
+                else self._drift.at(use, runner, matrices, runner.bring(weight), len(consumer.uses) == 1)
             )
             consumer.beside = 0 if changes is None else matrices.read(weight).shape[1]
             self.ranks.once(*consumer.sums())
@@ -299,11 +299,14 @@ class Observer:
         if self.propagate and runner is not None:
             energies.carry(outcome, runner)
 
-    def _weight(self, consumer: Consumer) -> Tensor:
+    def _weight(self, consumer: Consumer, runner: Runner | None = None) -> Tensor:
+        """What a consumer's weight is now, where the runner executes nodes."""
         held = self.decision.weights.get(consumer.weight)
-        return held if held is not None else self.consumers.weight(consumer)
+        found = held if held is not None else self.consumers.weight(consumer)
+        brought: Tensor = found if runner is None else runner.bring(found)
+        return brought
 
-    def _choose(self, group: Group) -> None:
+    def _choose(self, group: Group, runner: Runner | None) -> None:
         self._undecided.discard(group.name)
         lost = self.lost[self.groups.index(group)]
         if not lost:
@@ -313,7 +316,13 @@ class Observer:
         )
         if removed is None:
             order = order_of(
-                self.consumers, group, self.score, self.products, self._observed, lost, self._weight
+                self.consumers,
+                group,
+                self.score,
+                self.products,
+                self._observed,
+                lost,
+                partial(self._weight, runner=runner),
             )
             removed = self.ranks.first(np.concatenate([sets[:lost] for sets in order.sets]))
             if self._journal is not None:
@@ -335,8 +344,8 @@ class Observer:
 
     def _repair(self, consumer: Consumer, kept: Tensor, runner: Runner | None) -> None:
         weight = self._weight(consumer)
-        read = consumer.matrices.read(weight)
-        kept = kept.to(weight.device)
+        read = consumer.matrices.read(self._weight(consumer, runner))
+        kept = kept.to(read.device)
         whole = torch.from_numpy(~consumer.blocks_gone(self.decision.gone)).to(weight.device)
         # The Gram matrix holds no imaginary part, which the solution for a complex weight would need.
         if (
@@ -372,7 +381,7 @@ class Observer:
             pruned = keep(consumer.matrices.write(outcome.weight.to(weight.device), weight))
             self.decision.weights[consumer.weight] = pruned
         else:
-            pruned = consumer.matrices.write(read * kept[:, None], weight)
+            pruned = consumer.matrices.write((read * kept[:, None]).to(weight.device), weight)
         if self.propagate and runner is not None:
             if not bool(whole.all()):
                 # Tokens of an expert that goes were sent to it already: it gives them nothing, and no other

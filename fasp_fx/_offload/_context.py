@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from .._device import check_device
 from ..errors import ArgumentError
 from ._current import kept_in
 from ._scratch import Scratch
@@ -22,7 +23,12 @@ RESIDENT = 2**30
 
 
 @contextmanager
-def offload(folder: str | Path | None = None, *, resident: int = RESIDENT) -> Iterator[Scratch]:
+def offload(
+    folder: str | Path | None = None,
+    *,
+    resident: int = RESIDENT,
+    device: torch.device | str | None = None,
+) -> Iterator[Scratch]:
     """Keep weights in files while a model is pruned: those that are made inside, and those given to
     :func:`keep_weights`; and with them the activations of calibration batches that wait for others.
 
@@ -38,14 +44,20 @@ def offload(folder: str | Path | None = None, *, resident: int = RESIDENT) -> It
             some systems lies in memory.
         resident: bytes of weights that may be in memory at once, over and above what the operating system
             would drop by itself.
+        device: an accelerator on which calibration batches run and repairs are solved, with the weights on it
+            that are used just then. The model stays on the CPU, where it is captured and checked.
+            ``None``: all on the CPU.
 
     Raises:
-        ArgumentError: ``resident`` is not positive.
+        ArgumentError: ``resident`` is not positive, or the device cannot be used.
         OffloadError: the folder cannot be written, or its disk is full.
     """
     if isinstance(resident, bool) or not isinstance(resident, int) or resident <= 0:
         raise ArgumentError(f"resident={resident!r} is no number of bytes; 2**30 is a gibibyte")
-    scratch = Scratch(tempfile.gettempdir() if folder is None else folder)
+    found = torch.device("cpu") if device is None else check_device(device)
+    scratch = Scratch(
+        tempfile.gettempdir() if folder is None else folder, None if found.type == "cpu" else found
+    )
     try:
         with kept_in(scratch), Watch(scratch, resident):
             yield scratch

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 
+import torch
 from torch import Tensor
 
 from ._scratch import Scratch
@@ -19,6 +20,12 @@ def keep(tensor: Tensor) -> Tensor:
     """
     scratch = _SCRATCH.get()
     return tensor if scratch is None else scratch.keep(tensor)
+
+
+def computing() -> torch.device | None:
+    """Where calibration batches run while their model lies in files, if that is not the CPU."""
+    scratch = _SCRATCH.get()
+    return None if scratch is None else scratch.device
 
 
 def current() -> Scratch | None:
@@ -36,4 +43,4 @@ def kept_in(scratch: Scratch) -> Iterator[None]:
         _SCRATCH.reset(token)
 
 
-__all__ = ["current", "keep", "kept_in"]
+__all__ = ["computing", "current", "keep", "kept_in"]

@@ -32,18 +32,19 @@ class Scratch:
 
     Args:
         folder: on a disk with room for what is kept; made if it is missing.
+        device: where calibration batches run; ``None``: on the CPU.
 
     Raises:
-        ArgumentError: it is no path.
+        ArgumentError: the folder is no path.
         OffloadError: no file can be made there.
     """
 
-    def __init__(self, folder: str | Path) -> None:
+    def __init__(self, folder: str | Path, device: torch.device | None = None) -> None:
         if not isinstance(folder, str | Path) or not str(folder) or "\0" in str(folder):
             raise ArgumentError(
                 f"folder={folder!r} is no path; give a folder on a disk with room for the weights"
             )
-        self.folder = Path(folder)
+        self.folder, self.device = Path(folder), device
         # Each with the address where it begins.
         self._maps: weakref.WeakKeyDictionary[mmap.mmap, int] = weakref.WeakKeyDictionary()
         # They are released on a thread of their own.

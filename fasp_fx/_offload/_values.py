@@ -47,6 +47,27 @@ def keep_values(values: Mapping[K, Any], stay: Container[int] = ()) -> dict[K, A
     return {key: pytree.tree_map_only(Tensor, move, value) for key, value in values.items()}
 
 
+def moved(values: Mapping[K, Any], device: torch.device) -> dict[K, Any]:
+    """The same values on another device. Sizes and strides stay, and tensors that share memory share it
+    again.
+    """
+    memory: dict[int, Tensor] = {}
+
+    def move(tensor: Tensor) -> Tensor:
+        address = tensor.untyped_storage().data_ptr() if tensor.layout is torch.strided else 0
+        if not address or tensor.device == device or tensor.is_conj() or tensor.is_neg():
+            return tensor.to(device)
+        if address not in memory:
+            count = tensor.untyped_storage().nbytes() // tensor.element_size()
+            memory[address] = tensor.as_strided((count,), (1,), 0).to(device)
+        own = memory[address]
+        if own.dtype != tensor.dtype:
+            own = own.view(tensor.dtype)
+        return own.as_strided(tensor.shape, tensor.stride(), tensor.storage_offset())
+
+    return {key: pytree.tree_map_only(Tensor, move, value) for key, value in values.items()}
+
+
 def addresses(tensors: Iterable[Any]) -> set[int]:
     """Where the memory of tensors lies that :func:`keep_values` would move."""
     return {tensor.untyped_storage().data_ptr() for tensor in tensors if _is_plain(tensor)}
@@ -63,4 +84,4 @@ def _is_plain(tensor: Any) -> TypeGuard[Tensor]:
     )
 
 
-__all__ = ["addresses", "keep_values"]
+__all__ = ["addresses", "keep_values", "moved"]

@@ -1,0 +1,176 @@
+"""Prunes models with their weights in files, with batches on the CPU and on another device, and prints as
+JSON what differs. A process of its own, see :mod:`elsewhere`.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers as hf
+from elsewhere import register
+from torch import Tensor, nn
+from whole_products import compute_in_full
+from zoo import VOCABULARY, ZOO
+
+import fasp_fx
+from fasp_fx._observe._runner import Runner
+
+
+class Recurrent(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.lstm, self.down = nn.Linear(6, 24), nn.LSTM(24, 16, batch_first=True), nn.Linear(16, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        found: Tensor = self.down(self.lstm(self.up(x).relu())[0])
+        return found
+
+
+class Counting(nn.Module):
+    """Writes into a buffer, makes tensors where the capture ran, and reads a view of one that it wrote to."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(8, 32), nn.Linear(32, 8)
+        self.register_buffer("calls", torch.zeros(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        h = self.up(x + torch.arange(8, device=x.device)).relu()
+        rest = torch.zeros(8, 8, device=x.device)
+        rest[2:4] += self.calls[0]
+        made: Tensor = self.down(h) * rest.sum(0) + torch.ones(8)
+        return made
+
+
+def convolutions() -> nn.Module:
+    return nn.Sequential(
+        nn.Conv2d(3, 16, 3, padding=1),
+        nn.BatchNorm2d(16),
+        nn.ReLU(),
+        nn.Conv2d(16, 16, 3, groups=16, padding=1),
+        nn.ReLU(),
+        nn.Conv2d(16, 24, 3, stride=2),
+        nn.GELU(),
+        nn.AdaptiveAvgPool2d(2),
+        nn.Flatten(),
+        nn.Linear(96, 5),
+    )
+
+
+def mixtral() -> nn.Module:
+    return hf.MixtralForCausalLM(
+        hf.MixtralConfig(
+            hidden_size=32,
+            intermediate_size=48,
+            num_hidden_layers=1,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            num_local_experts=4,
+            vocab_size=VOCABULARY,
+        )
+    )
+
+
+def drawn(*shape: int) -> Callable[[], list[Any]]:
+    return lambda: [torch.randn(shape) for _ in range(4)]
+
+
+def texts() -> list[Any]:
+    return [
+        {"input_ids": torch.randint(0, VOCABULARY, (2, 9)), "use_cache": False, "logits_to_keep": 0}
+        for _ in range(4)
+    ]
+
+
+#: model, batches, options
+CASES: dict[str, tuple[Callable[[], nn.Module], Callable[[], list[Any]], dict[str, Any]]] = {
+    "recurrent": (Recurrent, drawn(4, 7, 6), {}),
+    "counting": (Counting, drawn(50, 8), {}),
+    "convolutions": (convolutions, drawn(8, 3, 12, 12), {"blend": 0.5}),
+    "experts": (mixtral, texts, {"granularity": ("channel", "expert")}),
+    "products": (ZOO["llama_gqa"].build, texts, {"include": ("exempt",), "drift": 0.5}),
+}
+
+
+def run(name: str, folder: Path, elsewhere: torch.device) -> dict[str, Any]:
+    """What differs between a pruning with batches on the CPU and one with batches elsewhere."""
+    torch.manual_seed(0)
+    make, data, options = CASES[name]
+    model, batches = make().eval(), data()
+    example = batches[0] if isinstance(batches[0], dict) else {}
+    captured = fasp_fx.capture(model, () if example else (batches[0],), example)
+    results = []
+    for device in (None, elsewhere):
+        with fasp_fx.offload(folder, device=device), ran_on(device) as nodes:
+            results.append(
+                fasp_fx.prune(captured, calibration=batches, sparsity=0.3, quality="fast", **options)
+            )
+    first, second = (dict(result.module.named_parameters()) for result in results)
+    return {
+        "plan": results[0].plan == results[1].plan and len(results[0].plan.groups) > 0,
+        "repaired": sum(line.error_cut is not None for line in results[1].report.lines),
+        "nodes": len(nodes),
+        "differing": [name for name, value in first.items() if not torch.equal(value, second[name])],
+        "devices": sorted({value.device.type for value in second.values()}),
+    }
+
+
+@contextmanager
+def ran_on(device: torch.device | None) -> Iterator[set[Any]]:
+    """The nodes whose results were on the device."""
+    found: set[Any] = set()
+    original = Runner._execute
+
+    def noting(self: Runner, node: Any, number: int) -> Any:
+        made = original(self, node, number)
+        if isinstance(made, Tensor) and made.device == device:
+            found.add(node)
+        return made
+
+    Runner._execute = noting  # type: ignore[method-assign]
+    try:
+        yield found
+    finally:
+        Runner._execute = original  # type: ignore[method-assign]
+
+
+def refusals(folder: Path, elsewhere: torch.device) -> dict[str, str]:
+    """What is said of that which needs all weights on the device, or more memory than it has."""
+    x = torch.randn(16, 8)
+    captured = fasp_fx.capture(Counting().eval(), (x,))
+    found = {}
+
+    def full(self: Runner, node: Any, number: int) -> Any:
+        raise torch.OutOfMemoryError("tried to allocate 3.00 GiB")
+
+    for name, options in {
+        "windows": {"quality": "fast", "restore": "window"},
+        "costs": {"quality": "balanced"},
+        "memory": {"quality": "fast"},
+    }.items():
+        original = Runner._execute
+        if name == "memory":
+            Runner._execute = full  # type: ignore[method-assign]
+        try:
+            with fasp_fx.offload(folder, device=elsewhere):
+                fasp_fx.prune(captured, calibration=[x], sparsity=0.3, **options)
+        except fasp_fx.errors.FaspError as error:
+            found[name] = f"{type(error).__name__}: {error}"
+        finally:
+            Runner._execute = original  # type: ignore[method-assign]
+    return found
+
+
+if __name__ == "__main__":
+    warnings.simplefilter("ignore")
+    compute_in_full()
+    given = Path(sys.argv[1]), register()
+    print(json.dumps({"runs": {name: run(name, *given) for name in CASES}, "refusals": refusals(*given)}))
