@@ -12,6 +12,7 @@ from torch import fx
 
 from ._alike import AlikeBudget
 from ._device import device_of, float32_products, multiplies_bfloat16
+from ._forecast._needed import Needed
 from ._limits import departures
 from ._observe._consumers import Consumers
 from ._observe._costs import curves_of, orders_of
@@ -435,7 +436,7 @@ class Chooser:
             )
         )
         drawn_on = [*analysis.program.weights().values(), torch.empty(0, device=device)]
-        with torch.no_grad(), drawing_alike(drawn_on), _enough_memory(device):
+        with torch.no_grad(), drawing_alike(drawn_on), self._enough_memory(device, consumers):
             observer = Observer(
                 consumers,
                 lost,
@@ -460,19 +461,22 @@ class Chooser:
                 reconstruction.run(batches, marks, lambda fraction: advance(share + (1 - share) * fraction))
             return decision
 
-
-@contextmanager
-def _enough_memory(device: torch.device | None) -> Iterator[None]:
-    """Within it, a device that runs out of memory beside weights in files is said with the remedy."""
-    try:
-        yield
-    except torch.OutOfMemoryError as error:
-        if device is None:
-            raise
-        raise OffloadError(
-            f"'{device}' has too little memory for one consumer: {first_line(error)}; give smaller batches"
-            " (fasp-fx prune --dry-run says what is needed), or leave out the device of offload()"
-        ) from error
+    @contextmanager
+    def _enough_memory(self, device: torch.device | None, consumers: Consumers) -> Iterator[None]:
+        """Within it, a device that runs out of memory beside weights in files is said with what it takes."""
+        try:
+            yield
+        except torch.OutOfMemoryError as error:
+            if device is None:
+                raise
+            kind = next(iter(consumers.analysis.program.parameters().values())).dtype
+            every = list(consumers.by_key.values())
+            taken = Needed(consumers.analysis, every, kind, self.config.requested or 0.0).on_device
+            raise OffloadError(
+                f"'{device}' has too little memory: {first_line(error)}; it takes some"
+                f" {taken / 2**30:.2f} GiB with batches as large as the example; give smaller ones, or leave"
+                " out the device of offload()"
+            ) from error
 
 
 def _score_of(config: PruningConfig) -> str:

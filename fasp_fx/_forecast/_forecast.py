@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 
 import psutil
@@ -22,7 +22,7 @@ from ..channels import attribute
 from ..channels._sizes import Sizes
 from ..config import MEASURED, PruningConfig
 from ..errors import BudgetError
-from ._live import live_bytes
+from ._needed import DOUBLE, SINGLE, Needed, Shape, bytes_of_weights
 from ._rates import copy_rate, factorisation_rate, product_rate
 
 #: strengths of the ridge that are compared for a consumer, as a rule
@@ -36,10 +36,6 @@ _TRIANGLE = 0.6
 _BACK = 3.0
 #: forward passes of the example inputs that capture and check take in all
 _EXAMPLES = 10
-#: rows, blocks and columns of a consumer's matrices
-Shape = tuple[int, int, int]
-#: weights of float64 and of float32 take so many bytes
-_DOUBLE, _SINGLE = 8, 4
 
 
 @dataclass(frozen=True)
@@ -118,87 +114,33 @@ def forecast(
     weights = program.weights()
     largest = max(weights.values(), key=Tensor.numel, default=torch.empty(0))
     kind = largest.dtype if dtype is None else dtype
-    total = _bytes(weights.values(), kind)
+    total = bytes_of_weights(weights.values(), kind)
     read = {consumer.weight: attribute(program.module, consumer.weight) for consumer in consumers}
-    linear = _bytes(
+    linear = bytes_of_weights(
         (tensor for name, tensor in weights.items() if name in analysis.walk.facts.matrices), kind
     )
     chooser = Chooser(config)
     sparsity = chooser.expected_sparsity(analysis)
-    graph_sizes = Sizes(program.module, small=False)
-    live = live_bytes(program.module.graph, lambda shape: (graph_sizes.integer(size) for size in shape))
-    place = {node: index for index, node in enumerate(program.module.graph.nodes)}
-    stops = [live[place[use.node]] for consumer in consumers for use in consumer.uses]
-    until = max((place[use.node] for consumer in consumers for use in consumer.uses), default=0)
-    shapes = {consumer: _shape(consumer, read[consumer.weight]) for consumer in consumers}
-    narrower = kind.itemsize / largest.dtype.itemsize
-    steps = _operations(analysis, chooser, shapes, batches, sparsity, graph_sizes)
-    grams = [2 * _SINGLE * blocks * columns**2 for _, blocks, columns in shapes.values()]
-    pair = 3 * max(grams, default=0)  # as accumulated, made whole, and in the order of the system
-    running = round(max(live[: until + 1], default=0) * narrower)
-    solving = _solving(shapes.values(), sparsity)
+    needed = Needed(analysis, consumers, kind, sparsity)
+    steps = _operations(analysis, chooser, needed.shapes, batches, sparsity, needed.sizes)
     found = Forecast(
         base=psutil.Process().memory_info().rss,
         weights=total,
-        repaired=_bytes(read.values(), kind),
+        repaired=bytes_of_weights(read.values(), kind),
         pruned=round(total - sparsity * linear),
-        waiting=round(batches * max(stops, default=0) * narrower),
-        running=running,
-        matrices=round(max(pair, sum(grams) if chooser.measures else 0)),
-        solving=solving,
-        checking=2 * _DOUBLE * largest.numel(),  # as it is, and masked
-        on_device=round(running + pair + solving) + _between(analysis, consumers, kind),
+        waiting=batches * needed.waiting,
+        running=needed.running,
+        matrices=max(needed.pair, sum(needed.grams) if chooser.measures else 0),
+        solving=needed.solving,
+        checking=2 * DOUBLE * largest.numel(),  # as it is, and masked
+        on_device=needed.on_device,
         operations={step: sum(done.values()) for step, done in steps.items()},
         seconds=None,
     )
     if not measure:
         return found
     where = device or torch.device("cpu")
-    return replace(found, seconds=_seconds(chooser, shapes.values(), steps, kind, where))
-
-
-def _bytes(tensors: Iterable[Tensor], kind: torch.dtype) -> int:
-    """Of different tensors, if those of real numbers had a type."""
-    different = {id(tensor): tensor for tensor in tensors}.values()
-    return sum(
-        tensor.numel() * (kind if tensor.is_floating_point() else tensor.dtype).itemsize
-        for tensor in different
-    )
-
-
-def _between(analysis: Analysis, consumers: Iterable[Consumer], kind: torch.dtype) -> int:
-    """The most bytes of weights that are read between two places where a consumer is observed."""
-    graph = analysis.program.module.graph
-    stops = {use.node for consumer in consumers for use in consumer.uses}
-    most, read = 0, list[Tensor]()
-    for node in graph.nodes:
-        if node in stops:
-            most, read = max(most, _bytes(read, kind)), []
-        held = (
-            attribute(analysis.program.module, str(own.target))
-            for own in node.all_input_nodes
-            if own.op == "get_attr"
-        )
-        read += [value for value in held if isinstance(value, Tensor)] if node.op == "call_function" else []
-    return most
-
-
-def _shape(consumer: Consumer, weight: Tensor) -> Shape:
-    """Rows, blocks and columns of a consumer's matrices."""
-    blocks, columns = consumer.matrices.columns.shape[:2]
-    rows = consumer.matrices.moved(weight).numel() // (blocks * columns)
-    return rows, blocks, columns
-
-
-def _solving(shapes: Iterable[Shape], sparsity: float) -> int:
-    """Bytes of the system of the widest consumer: its Gram matrix in float64, what is kept of it twice, and
-    its rows.
-    """
-    most = 0.0
-    for rows, _, columns in shapes:
-        kept = (1 - sparsity) * columns
-        most = max(most, _DOUBLE * (columns**2 + 2 * kept**2 + rows * columns + 2 * rows * kept))
-    return round(most)
+    return replace(found, seconds=_seconds(chooser, needed.shapes.values(), steps, kind, where))
 
 
 def _operations(
@@ -283,7 +225,7 @@ def _seconds(
                 )
         found[step] = sum(count / rates[one] for one, count in done.items())
     if "repair" in found:
-        copied = sum(_SINGLE * blocks * columns**2 for _, blocks, columns in shapes)
+        copied = sum(SINGLE * blocks * columns**2 for _, blocks, columns in shapes)
         found["repair"] += _COPIES * copied / copy_rate(device)
     return found
 
