@@ -15,7 +15,7 @@ from torch import Tensor, fx
 from fasp_fx._stamps import stamp
 from fasp_fx.channels import Numbering, Slot, Value, Walk, arguments, attribute, set_argument
 from fasp_fx.errors import VerificationError
-from fasp_fx.patterns import Clause, lookup
+from fasp_fx.patterns import VIEWS, Clause, lookup
 
 from .._compat import pytree
 from ._base import Pass
@@ -179,7 +179,7 @@ def _resize(
             # Other widths can mean other strides (attention picks another kernel), under which a view may be
             # impossible, also one that loses nothing.
             laid_out_anew.add(node)
-            if node.target in _VIEWS:
+            if str(node.target) in VIEWS:
                 _reshape(node, name)
         if node.target is _ATTENTION and node.kwargs.get("scale") is None:
             _keep_scale(node, walk.values.get(old.all_input_nodes[0]), kept)
@@ -200,7 +200,7 @@ def _resize(
             kept.touches(source) or any(kept.touches(output) for output in outputs)
         ):
             continue
-        if node.target in _VIEWS:
+        if str(node.target) in VIEWS:
             _reshape(node, name)
         for clause in _clauses(node):
             rewrite = _REWRITES.get(clause.keyword)
@@ -235,9 +235,6 @@ def _made_anew(node: fx.Node) -> bool:
 def _clauses(node: fx.Node) -> tuple[Clause, ...]:
     rule = lookup(node.target)
     return () if rule is None else rule.clauses
-
-
-_VIEWS = (torch.ops.aten.view.default, torch.ops.aten._unsafe_view.default)
 
 
 def _shape(node: fx.Node, clause: Clause, source: Value, outputs: list[Value], kept: Kept) -> bool:

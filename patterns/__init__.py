@@ -11,6 +11,7 @@ from ._grammar import ORDINALS, Alternative, Clause, Dims, Operand, Rule, letter
 from ._registry import Operator, argument_names, builtin, lookup, register, unregister
 from .composites import COMPOSITES, find_composites
 from .contractions import BIASES
+from .movement import RESHAPES, VIEWS
 from .pointwise import CASTS, VANISHING, pointwise_rule
 
 __all__ = [
@@ -18,7 +19,9 @@ __all__ = [
     "CASTS",
     "COMPOSITES",
     "ORDINALS",
+    "RESHAPES",
     "VANISHING",
+    "VIEWS",
     "Alternative",
     "Clause",
     "Dims",

@@ -13,6 +13,12 @@ _ONE_BY_ONE = (
     "select_scatter.default",
 )
 
+#: operators that give the same elements in the same order another shape, where memory is laid out for it
+VIEWS: frozenset[str] = frozenset({"aten.view.default", "aten._unsafe_view.default"})
+
+#: the same, and those that copy where it is not
+RESHAPES: frozenset[str] = VIEWS | {"aten.reshape.default", "aten.flatten.using_ints"}
+
 MOVEMENT: dict[str, str] = {
     # the same elements under another shape
     "aten.view.default": "move self; shape size",

@@ -16,12 +16,12 @@ from .._capture import is_pure
 from .._program import Program
 from ..channels import Value, Walk, arguments, attribute, same_sizes, target_name
 from ..groups import FROZEN, PRUNABLE, Group
+from ..patterns import RESHAPES
 
 #: the word of ``include=`` for it
 DEPTH = "depth"
 _ATEN = torch.ops.aten
 _SUM = _ATEN.add.Tensor
-_VIEWS = (_ATEN.view.default, _ATEN.reshape.default, _ATEN._unsafe_view.default)
 #: looks at the type of a value and gives nothing
 _CHECK = _ATEN._assert_tensor_metadata.default
 #: how many operators may stand between a consumer and the sum
@@ -64,7 +64,7 @@ def laid_out(node: fx.Node) -> fx.Node:
     """Where a consumer's output has the shape of the model's activations: behind views that keep its last
     dimension.
     """
-    while len(node.users) == 1 and (user := next(iter(node.users))).target in _VIEWS:
+    while len(node.users) == 1 and str((user := next(iter(node.users))).target) in RESHAPES:
         first, second = _value(node), _value(user)
         if first is None or second is None or not same_sizes(first.shape[-1:], second.shape[-1:]):
             break

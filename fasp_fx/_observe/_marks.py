@@ -13,13 +13,11 @@ from torch import Tensor, fx
 from .._program import Program
 from ..channels import same_sizes
 from ..errors import ArgumentError, CalibrationError
+from ..patterns import RESHAPES
 from ..statistics import FITTED, HELD, PADDING
 
 #: one in so many sequences is held out, and where there are fewer, this part of each
 _ONE_IN = 4
-_ATEN = torch.ops.aten
-#: operators that make one dimension of several
-_RESHAPES = (_ATEN.view.default, _ATEN.reshape.default, _ATEN._unsafe_view.default, _ATEN.flatten.using_ints)
 
 
 class Marks:
@@ -270,7 +268,7 @@ def _takes_turns(node: fx.Node, dim: int, batch: Any) -> bool | None:
                 seen.add(source)
                 reached.append(source)
                 continue
-            if node.target not in _RESHAPES:
+            if str(node.target) not in RESHAPES:
                 continue
             merged = next(
                 (n for n in range(2, len(shape) + 1) if same_sizes([math.prod(shape[:n])], [size])), 0

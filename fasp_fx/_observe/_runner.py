@@ -13,9 +13,8 @@ from .._offload._values import addresses, keep_values, moved
 from .._program import Program
 from ..channels import attribute, written_inputs, written_names
 from ..errors import CalibrationError
+from ..patterns import VIEWS
 from ._attention import execute
-
-_VIEW, _RESHAPE = torch.ops.aten.view.default, torch.ops.aten.reshape.default
 
 
 class Runner:
@@ -185,7 +184,7 @@ class Runner:
         if self.device is not None:  # the capture made a constant of where values are made
             args, kwargs = pytree.tree_map_only(torch.device, lambda _: self.device, (args, kwargs))
             # Kernels of another device lay out their results otherwise, of which a view may not be.
-            target = _RESHAPE if target is _VIEW else target
+            target = torch.ops.aten.reshape.default if str(target) in VIEWS else target
         try:
             return execute(target, args, kwargs)
         except (RuntimeError, IndexError, AssertionError) as error:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from fasp_fx.patterns import Rule
+from fasp_fx.patterns import RESHAPES, VIEWS, Rule
 
 from .._compat import pytree
 from ._facts import Facts
@@ -21,20 +21,10 @@ from ._regroup import Segment, regroup, segments
 from ._sizes import Sizes, is_dynamic
 from ._value import NONE, Axis, Value, collapse, smallest_step
 
-#: numbers are stride-0 broadcasts, on which a view may need a copy
-_ON_NUMBERS = {
-    torch.ops.aten.view.default: torch.ops.aten.reshape.default,
-    torch.ops.aten._unsafe_view.default: torch.ops.aten.reshape.default,
-}
-
-#: operators that give the same elements in the same order another shape
-_RESHAPES = (*_ON_NUMBERS, torch.ops.aten.reshape.default, torch.ops.aten.flatten.using_ints)
-
 
 def _run(operator: Any, numbers: Any, others: dict[str, Any]) -> Any:
-    operator = _ON_NUMBERS.get(operator, operator)
-    if operator is torch.ops.aten.reshape.default:
-        return operator(numbers, *others.values())
+    if str(operator) in VIEWS:  # numbers are stride-0 broadcasts, on which a view may need a copy
+        return torch.ops.aten.reshape.default(numbers, *others.values())
     return operator(numbers, **others)
 
 
@@ -122,7 +112,7 @@ def _decided_by_sizes(node: fx.Node, rule: Rule) -> bool:
 
 def _keeps_all(node: fx.Node) -> bool:
     """Whether an operator only gives all elements another shape, or repeats them along new dimensions."""
-    return node.target in (*_RESHAPES, torch.ops.aten.expand.default, torch.ops.aten.broadcast_to.default)
+    return str(node.target) in {*RESHAPES, "aten.expand.default", "aten.broadcast_to.default"}
 
 
 def _dynamic_dims(node: fx.Node, rule: Rule, rank: int, sizes: Sizes) -> set[int]:
@@ -147,7 +137,7 @@ def _shift(
     """What moves numbers of the source's rank, of size 1 where they do not vary, as the operator moves
     elements.
     """
-    if node.target not in _RESHAPES or not _numel(shape):
+    if str(node.target) not in RESHAPES or not _numel(shape):
         return lambda numbers: _outputs(_run(node.target, numbers.expand(shape), _rest(others)))
     # Most of what is reshaped holds no channels.
     found = cache(partial(_segments, node, shape, shapes[0], sizes))
@@ -228,7 +218,7 @@ def move(
     touched = _touched_dims(rule, others, len(source.shape))
     unsettled = _unsettled(node, rule, others, source.shape, shapes, sizes)
     source = _alike_along(source, (touched if unknown else set()) | unsettled.keys(), node, facts)
-    if node.target in _RESHAPES:
+    if str(node.target) in RESHAPES:
         _settle_given(node, sizes)
     shift = _shift(node, source.shape, shapes, others, facts, sizes)
     axes: list[list[Axis]] = [[] for _ in shapes]
@@ -266,7 +256,7 @@ def move(
             moved = shift(axis.numbers)
         why = (
             "deals these channels out by a size that varies from call to call"
-            if node.target in _RESHAPES
+            if str(node.target) in RESHAPES
             else "takes channels out one by one"
         )
         for index, numbers in enumerate(moved):
@@ -470,7 +460,7 @@ def _refuses_nothing(node: fx.Node, others: dict[str, Any]) -> bool:
     a size to be found out.
     """
     sizes = others.get("size", others.get("shape", ()))
-    return others.get("mode", "constant") != "constant" or (node.target in _RESHAPES and -1 in sizes)
+    return others.get("mode", "constant") != "constant" or (str(node.target) in RESHAPES and -1 in sizes)
 
 
 def _border_moves(axis: Axis, others: dict[str, Any]) -> bool:

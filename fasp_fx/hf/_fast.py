@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, fx
 
 from .._stamps import stamp
+from ..patterns import RESHAPES
 
 aten = torch.ops.aten
 _ATTENTION = aten.scaled_dot_product_attention.default
@@ -20,7 +21,6 @@ _CHECKS = {
     aten.sym_constrain_range_for_size.default,
     aten.sym_constrain_range.default,
 }
-_RESHAPES = {aten.view.default, aten._unsafe_view.default, aten.reshape.default}
 _WHOLE = 1 << 62
 
 Call = Callable[..., fx.Node]
@@ -81,8 +81,8 @@ def _repeated(node: Any) -> tuple[Any, int]:
     after the heads; else itself and 1.
     """
     inner = node
-    for targets in (_RESHAPES, {aten.clone.default}):
-        if inner.target in targets:
+    for targets in (RESHAPES, {"aten.clone.default"}):
+        if str(inner.target) in targets:
             inner = inner.args[0]
     if inner.target is not aten.expand.default:
         return node, 1
