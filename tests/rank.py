@@ -205,7 +205,7 @@ def command_line(rank: int, size: int, folder: Path) -> None:
         "--out",
         str(folder / "out"),
     ]
-    arguments += SMALL
+    arguments += [*SMALL, "--stream"]  # the one process has its weights in memory
     done = CliRunner().invoke(app, arguments)
     assert done.exit_code == 0, done.output
     assert bool(done.output) == (rank == 0), "the first speaks for all"
