@@ -115,6 +115,7 @@ def predict(options: argparse.Namespace) -> dict[str, Any]:
         "how": "predicted",
         "files": streamed,
         "memory": found.peak,
+        "device": found.on_device,
         "disk": found.disk,
         "operations": found.operations,
         "seconds": sum(seconds.values()),
