@@ -10,13 +10,13 @@ from __future__ import annotations
 import argparse
 import json
 import pathlib
-import resource
 import subprocess
 import sys
 import time
 from typing import Any
 
 import torch
+from _memory import Peak
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 import fasp_fx
@@ -71,26 +71,29 @@ def run(options: argparse.Namespace) -> None:
         "quality": options.quality,
     }
     started = time.perf_counter()
-    if options.run == "files":
-        with fasp_fx.offload(options.folder / "scratch", resident=round(options.resident * 2**30)) as scratch:
-            model = fasp_fx.hf.load_offloaded(options.folder / "dense", scratch, dtype=DTYPES[options.dtype])
+    with Peak() as peak:
+        if options.run == "files":
+            resident = round(options.resident * 2**30)
+            with fasp_fx.offload(options.folder / "scratch", resident=resident) as scratch:
+                model = fasp_fx.hf.load_offloaded(
+                    options.folder / "dense", scratch, dtype=DTYPES[options.dtype]
+                )
+                result = fasp_fx.hf.prune(model, **how)
+                result.save_pretrained(options.folder / "files", overwrite=True)
+        else:
+            model = AutoModelForCausalLM.from_pretrained(
+                options.folder / "dense", dtype=DTYPES[options.dtype]
+            ).eval()
             result = fasp_fx.hf.prune(model, **how)
-            result.save_pretrained(options.folder / "files", overwrite=True)
-    else:
-        model = AutoModelForCausalLM.from_pretrained(
-            options.folder / "dense", dtype=DTYPES[options.dtype]
-        ).eval()
-        result = fasp_fx.hf.prune(model, **how)
-        result.save_pretrained(options.folder / "memory", overwrite=True)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+            result.save_pretrained(options.folder / "memory", overwrite=True)
     weights = 4 * sum(parameter.numel() for parameter in model.parameters())
     seconds = {step: round(spent, 1) for step, spent in result.report.seconds.items()}
     print(
         json.dumps(
             {
                 "how": options.run,
-                "peak": peak,
-                "of the weights": peak / weights,
+                "peak": peak.bytes,
+                "of the weights": peak.bytes / weights,
                 "seconds": time.perf_counter() - started,
                 "steps": seconds,
             }
