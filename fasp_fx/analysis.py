@@ -4,6 +4,7 @@ each status.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -133,7 +134,9 @@ def analyze_program(
     """Analyse a captured program; if ``split`` is given, let it split fused producers that a layout ties
     together, and analyse again.
     """
-    with torch.device("cpu"):  # channel numbers are for the CPU, whatever the default device is
+    # Channel numbers are for the CPU, whatever the default device is; being told so delays every call.
+    told = torch.get_default_device().type != "cpu"
+    with torch.device("cpu") if told else contextlib.nullcontext():
         return _settled(program, split, granularity, include)
 
 

@@ -179,6 +179,18 @@ def test_operators_are_traced_by_a_function_of_ours() -> None:
         assert torch.relu(mode.from_tensor(torch.ones(2))).shape == (2,)
 
 
+def test_composites_are_read_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    utils: Any = torch._export.utils
+    read, times = utils._materialize_cpp_cia_ops, []
+    monkeypatch.setattr(utils, "_materialize_cpp_cia_ops", lambda: (times.append(1), read())[1])
+    without = torch.export.default_decompositions().keys()
+    assert len(times) > 1
+    times.clear()
+    with _compat.composites_read_once():
+        assert torch.export.default_decompositions().keys() == without
+    assert len(times) == 1
+
+
 def test_every_operator_can_be_seen() -> None:
     class Seen(_compat.TorchDispatchMode):
         found: tuple[Any, ...] = ()

@@ -4,6 +4,7 @@ models compute what they did.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import pytest
@@ -117,6 +118,27 @@ def test_simple_writes_are_not_traced_again(
 
     monkeypatch.setattr(_functional, "_decompositions", refuse)
     fasp_fx.capture(Written(function).double().eval(), (X,))
+
+
+@pytest.mark.parametrize("sizes", [(3, 4), (-1, 2, 3)], ids=str)
+def test_a_dimension_that_is_unflattened_is_a_view(
+    sizes: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object) -> None:
+        raise AssertionError("the graph was traced again")
+
+    def turned(h: Tensor) -> Tensor:
+        parts = h.unflatten(dim=-1, sizes=sizes)
+        return torch.tanh(parts).flip(-1).flatten(2)
+
+    monkeypatch.setattr(_functional, "_decompositions", refuse)
+    model = Written(turned).double().eval()
+    captured = fasp_fx.capture(model, (X,)).program
+    (view,) = captured.module.graph.find_nodes(op="call_function", target=torch.ops.aten.view.default)
+    assert view.args[1][2:] == [12 // math.prod(sizes[1:]), *sizes[1:]]
+    for x in (X, torch.randn(2, 7, 8, dtype=torch.float64)):
+        (found,) = pytree.tree_leaves(captured.module(x))
+        assert torch.equal(found, model(x))
 
 
 def test_the_callers_program_stays_as_it_is() -> None:

@@ -33,6 +33,7 @@ from ._quiet import quiet
 from ._steps import any_number_of_steps
 from ._transformers import export_transformers, is_transformers
 from ._unchanged import unchanged
+from ._views import as_views
 
 
 def export(
@@ -188,15 +189,15 @@ def _export_once(
     args = tuple(inputs[name] if name in inputs else signature.constants[name] for name in names)
     kwargs = {name: value for name, value in inputs.items() if name not in names}
     if is_transformers(model) and not args:
-        return functional(out_of_place(export_transformers(model, {**kwargs, **signature.constants}, shapes)))
+        exported = export_transformers(model, {**kwargs, **signature.constants}, shapes)
+        return functional(out_of_place(as_views(exported)))
     constants = {name: value for name, value in signature.constants.items() if name not in names}
     kwargs |= {name: value for name, value in constants.items() if is_plain(value)}
     held = {name: value for name, value in constants.items() if not is_plain(value)}
     with _holding(model, held), _named(model, kwargs):
         spec = shapes(args, kwargs).dynamic_shapes(model, args, kwargs) if callable(shapes) else shapes
-        return functional(
-            out_of_place(torch.export.export(model, args, kwargs, dynamic_shapes=spec, strict=False))
-        )
+        exported = torch.export.export(model, args, kwargs, dynamic_shapes=spec, strict=False)
+        return functional(out_of_place(as_views(exported)))
 
 
 @contextlib.contextmanager
@@ -252,6 +253,5 @@ def export_again(module: fx.GraphModule, example: tuple[tuple[Any, ...], dict[st
     args, kwargs = example
     with quiet(), torch.no_grad(), any_number_of_steps(), _named(module, kwargs):
         shapes = recorded_shapes(module, example).dynamic_shapes(module, args, kwargs)
-        return functional(
-            out_of_place(torch.export.export(module, args, kwargs, dynamic_shapes=shapes, strict=False))
-        )
+        exported = torch.export.export(module, args, kwargs, dynamic_shapes=shapes, strict=False)
+        return functional(out_of_place(as_views(exported)))

@@ -10,7 +10,14 @@ import torch
 from torch import Tensor, fx
 from torch.export import ExportedProgram
 
-from .._compat import HigherOrderOperator, OpOverload, decomposition_table, is_composite, is_transform
+from .._compat import (
+    HigherOrderOperator,
+    OpOverload,
+    composites_read_once,
+    decomposition_table,
+    is_composite,
+    is_transform,
+)
 from ..patterns import lookup
 from ._assigned import ASSIGNMENTS
 from ._core import CORE
@@ -40,8 +47,8 @@ def taken_apart(graph: fx.Graph, again: Callable[[Decompositions], T]) -> T | No
     """
     if all(_is_plain(node) for node in graph.nodes):
         return None
-    table = _decompositions(graph)
-    with quiet():
+    with quiet(), composites_read_once():
+        table = _decompositions(graph)
         for decompositions in ({**table, **ASSIGNMENTS}, table):
             try:
                 return again(decompositions)
@@ -79,10 +86,14 @@ def _decompositions(graph: fx.Graph) -> Decompositions:
 
 
 def _is_plain(node: fx.Node) -> bool:
+    if node.op == "get_attr":  # a submodule: a region with its own gradient or autocast mode, or a function
+        return all(map(_takes_functions, node.users)) and _stays(node)
     if node.op != "call_function":
-        return node.op != "get_attr"  # a submodule: a region with its own gradient or autocast mode
+        return True
+    if isinstance(node.target, HigherOrderOperator):
+        return _takes_functions(node)
     if not isinstance(node.target, OpOverload):
-        return not isinstance(node.target, HigherOrderOperator) and not is_transform(node.target)
+        return not is_transform(node.target)
     if node.target._schema.is_mutable:
         return False
     # what computes positions and indices of nothing, or of one another, touches no channel: it may stay whole
@@ -91,6 +102,26 @@ def _is_plain(node: fx.Node) -> bool:
     return lookup(node.target) is not None or not any(
         isinstance(value, Tensor) and (value.is_floating_point() or value.is_complex()) for value in given
     )
+
+
+def _takes_functions(node: fx.Node) -> bool:
+    """Whether a node is a call of an operator with a rule that is given functions, as flex attention is."""
+    return isinstance(node.target, HigherOrderOperator) and lookup(node.target) is not None
+
+
+def _stays(node: fx.Node) -> bool:
+    """Whether the function that a node looks up would be taken apart into what it is."""
+    module = node.graph.owning_module
+    function = None if module is None else getattr(module, str(node.target), None)
+    return isinstance(function, fx.GraphModule) and all(map(_is_simple, function.graph.nodes))
+
+
+def _is_simple(node: fx.Node) -> bool:
+    """Whether a node of a function is neither made of others nor writes into anything."""
+    if node.op != "call_function":
+        return node.op != "get_attr"
+    target = node.target
+    return isinstance(target, OpOverload) and not target._schema.is_mutable and not is_composite(target)
 
 
 def is_plain_graph(graph: fx.Graph) -> bool:

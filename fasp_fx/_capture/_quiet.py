@@ -25,11 +25,19 @@ def quiet() -> Iterator[None]:
     )
     levels = {name: logging.getLogger(name).level for name in names}
     try:
-        for name in names:
-            logging.getLogger(name).setLevel(logging.ERROR)
+        _set_levels(dict.fromkeys(names, logging.ERROR))
         with warnings.catch_warnings(), silent_export(), silent_fake_tensors():
             warnings.simplefilter("ignore")
             yield
     finally:
-        for name, level in levels.items():
-            logging.getLogger(name).setLevel(level)
+        _set_levels(levels)
+
+
+def _set_levels(levels: dict[str, int]) -> None:
+    """Set the levels of loggers. Each call of ``setLevel`` walks through all the loggers of the process, and
+    one tells them of all changes.
+    """
+    for name, level in levels.items():
+        logging.getLogger(name).level = level
+    for name, level in [*levels.items()][:1]:
+        logging.getLogger(name).setLevel(level)

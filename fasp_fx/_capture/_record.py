@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, fx
 
 from .._compat import FakeTensor, FakeTensorMode, enable_python_dispatcher
+from ..channels import foreseen
 from ..errors import VerificationError, first_line
 
 
@@ -31,6 +32,10 @@ class _Recorder(fx.Interpreter):
             if isinstance(value, Tensor) and not isinstance(value, FakeTensor)
             else value
         )
+
+    def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
+        known = foreseen(target, args, kwargs)
+        return super().call_function(target, args, kwargs) if known is None else known
 
     def run_node(self, node: fx.Node) -> Any:
         old = self.before.get(node.name)

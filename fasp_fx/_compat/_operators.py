@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 from unittest import mock
 
 import torch
+import torch._export.utils
 from torch._C import DispatchKey
 from torch._decomp import decomposition_table
 from torch._ops import HigherOrderOperator, OpOverload
 from torch.utils._python_dispatch import TorchDispatchMode
 
+#: what torch reads that list with
+_READ = "_materialize_cpp_cia_ops"
 _TRACED = (DispatchKey.Autograd, DispatchKey.CompositeImplicitAutograd, DispatchKey.Meta)
 
 
@@ -26,6 +30,15 @@ def is_transform(target: Any) -> bool:
     changes what the calls after it mean.
     """
     return str(getattr(target, "__module__", "")).startswith("torch._functorch")
+
+
+def composites_read_once() -> contextlib.AbstractContextManager[object]:
+    """Let torch read the list of all composite operators once inside; without, it does for each namespace of
+    operators whenever it decomposes.
+    """
+    module = torch._export.utils
+    read = getattr(module, _READ, lambda: None)
+    return mock.patch.object(module, _READ, functools.cache(read), create=True)
 
 
 @contextlib.contextmanager
@@ -43,6 +56,7 @@ __all__ = [
     "HigherOrderOperator",
     "OpOverload",
     "TorchDispatchMode",
+    "composites_read_once",
     "decomposition_table",
     "is_composite",
     "is_transform",

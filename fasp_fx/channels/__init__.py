@@ -8,6 +8,7 @@ from ._consume import WHY_NOT_FOLDED
 from ._distinct import counted, distinct, ranked
 from ._execution import Execution
 from ._facts import Facts, Layout, Product, Remark, Use
+from ._foreseen import foreseen
 from ._fx import (
     arguments,
     attribute,
@@ -47,6 +48,7 @@ __all__ = [
     "attribute",
     "counted",
     "distinct",
+    "foreseen",
     "is_dynamic",
     "laid_by_block",
     "ranked",

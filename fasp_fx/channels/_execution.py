@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from .._compat import FakeTensorMode, OpOverload, pytree
+from ._foreseen import foreseen
 
 
 class Execution:
@@ -47,7 +48,8 @@ class Execution:
         key = (target, _key(args), _key(kwargs))
         if key not in self._known:
             with self.mode:
-                result = target(*args, **kwargs)
+                known = foreseen(target, args, kwargs)
+                result = target(*args, **kwargs) if known is None else known
             self._known[key] = (self._one(result), (args, kwargs))
         return self._known[key][0]
 
