@@ -24,12 +24,15 @@ FAKE_LOGGER = "torch._subclasses.fake_tensor"
 def silent_fake_tensors() -> Iterator[None]:
     """Keep fake tensors from logging as an error what they go on to raise."""
     logger = logging.getLogger(FAKE_LOGGER)
-    level = logger.level
-    logger.setLevel(logging.CRITICAL)
+
+    def passes(record: logging.LogRecord) -> bool:  # a level would be told to all loggers of the process
+        return record.levelno >= logging.CRITICAL
+
+    logger.addFilter(passes)
     try:
         yield
     finally:
-        logger.setLevel(level)
+        logger.removeFilter(passes)
 
 
 def without_fake_cache() -> contextlib.AbstractContextManager[None]:

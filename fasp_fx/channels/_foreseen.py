@@ -19,7 +19,8 @@ _ATEN = torch.ops.aten
 
 
 def foreseen(target: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Tensor | None:
-    """The result of an operator on fake tensors; ``None`` if it has to be run to be known.
+    """The result of an operator on fake tensors, in whose mode this is called; ``None`` if it has to be run
+    to be known.
 
     It is what torch would return but for memory, in which the result is nobody's view.
     """
@@ -27,7 +28,7 @@ def foreseen(target: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Tensor
     if known is None or not args or not _is_usual(args[0]):
         return None
     sizes = known(*args, **kwargs)
-    return None if sizes is None else args[0].new_empty(sizes)
+    return None if sizes is None else torch.empty(sizes, dtype=args[0].dtype, device=args[0].device)
 
 
 def _is_usual(given: Any) -> bool:
@@ -56,12 +57,16 @@ def _plain(sizes: Sequence[Any]) -> list[Any]:
     return [size.node.expr if isinstance(size, torch.SymInt) else size for size in sizes]
 
 
+def _is_number(size: Any) -> bool:
+    return isinstance(size, int) or bool(size.is_Integer)
+
+
 def _same(given: Tensor, *options: Any, **named: Any) -> Sequence[Any] | None:
     return None if any(isinstance(option, Tensor) for option in options) else given.shape
 
 
 def _linear(given: Tensor, weight: Any, bias: Any = None) -> Sequence[Any] | None:
-    if given.dim() < 2 or not _fits(weight, given, 2) or weight.shape[1] != given.shape[-1]:
+    if given.dim() < 2 or not _fits(weight, given, 2) or not _as_wide(weight, given):
         return None
     if bias is not None and not (_fits(bias, given, 1) and bias.shape[0] == weight.shape[0]):
         return None
@@ -75,8 +80,13 @@ def _fits(weight: Any, given: Tensor, dims: int) -> bool:
         and (weight.dtype, weight.device, weight.layout) == (given.dtype, given.device, given.layout)
         and weight.dim() == dims
         and not (weight.requires_grad and torch.is_grad_enabled())
-        and all(isinstance(size, int) and size > 0 for size in (*weight.shape, given.shape[-1]))
+        and all(_is_number(size) and size > 0 for size in _plain((*weight.shape, given.shape[-1])))
     )
+
+
+def _as_wide(weight: Tensor, given: Tensor) -> bool:
+    """Whether a weight takes as many channels as there are."""
+    return bool(weight.shape[-1] == _plain(given.shape)[-1])
 
 
 def _layer_norm(
@@ -89,7 +99,7 @@ def _layer_norm(
 ) -> Sequence[Any] | None:
     fits = len(normalized) == 1 and normalized[0] == _plain(given.shape[-1:])[0]
     affine = [part for part in (weight, bias) if part is not None]
-    fits = fits and all(_fits(part, given, 1) and part.shape[0] == given.shape[-1] for part in affine)
+    fits = fits and all(_fits(part, given, 1) and _as_wide(part, given) for part in affine)
     return given.shape if fits and affine else None
 
 
