@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch.nn.utils import parametrize
 from torch.utils import _pytree as pytree
 
 from fasp_fx import _captured
@@ -52,15 +53,27 @@ class _Unknown(Exception):
 
 
 class _Content(pickle.Pickler):
-    """Writes down what a model is: classes by name, attributes, values of tensors and which share storage."""
+    """Writes down what a model and a call of it are: classes by name, attributes, tensors and which of them
+    share storage, and values of tensors where a capture can depend on them.
 
-    def __init__(self, file: io.BytesIO) -> None:
+    Parameters, and inputs of floating point, are captured without their values.
+    """
+
+    def __init__(self, file: io.BytesIO, inputs: list[Tensor]) -> None:
         super().__init__(file, protocol=5)
         self.storages: dict[int, int] = {}
         self.tensors: list[Tensor] = []
+        self.inputs = {id(tensor) for tensor in inputs}
 
     def reducer_override(self, item: Any) -> Any:
-        """What has no name to be found by is only equal to itself; the model that is kept keeps it."""
+        """What has no name to be found by is only equal to itself; the model that is kept keeps it.
+
+        Parametrised modules, which refuse, are of a class made for each of them, and hold functions of their
+        own for the state dict.
+        """
+        if isinstance(item, nn.Module) and parametrize.is_parametrized(item):
+            own = {name: value for name, value in vars(item).items() if "state_dict" not in name}
+            return tuple, ((type(item).__bases__[0], own),)
         if isinstance(item, (type, types.FunctionType)) and "<" in item.__qualname__:
             return int, (id(item),)
         return NotImplemented
@@ -74,30 +87,39 @@ class _Content(pickle.Pickler):
         self.tensors.append(item)
         storage = item.untyped_storage()
         number = self.storages.setdefault(storage.data_ptr(), len(self.storages))
-        values = torch.empty(0, dtype=torch.uint8).set_(storage)  # type: ignore[call-overload]
         flags = (type(item).__name__, item.requires_grad, item.is_leaf, vars(item))
         place = (str(item.dtype), tuple(item.shape), item.stride(), item.storage_offset(), number)
-        return (*flags, *place, hashlib.sha256(values.numpy().tobytes()).hexdigest())
+        unread = isinstance(item, nn.Parameter) or (id(item) in self.inputs and item.is_floating_point())
+        return (*flags, *place, None if unread else _values([item]))
 
 
-def _content(model: object, call: object) -> tuple[bytes, list[Tensor]] | None:
-    """The same bytes for equal models called alike, and their tensors in one order.
+def _values(tensors: list[Tensor]) -> str:
+    """What tells the values of tensors from others."""
+    found = hashlib.sha256()
+    for tensor in tensors:
+        whole = torch.empty(0, dtype=torch.uint8).set_(tensor.untyped_storage())  # type: ignore[call-overload]
+        found.update(whole.numpy().tobytes())
+    return found.hexdigest()
+
+
+def _content(model: object, call: tuple[Any, ...]) -> tuple[bytes, list[Tensor]] | None:
+    """The same bytes for models that are captured alike, called alike, and their tensors in one order.
 
     ``None`` for what is no module, or cannot be written down.
     """
     if not isinstance(model, nn.Module) or isinstance(model, fx.GraphModule):
         return None
     file = io.BytesIO()
-    writer = _Content(file)
+    writer = _Content(file, [leaf for leaf in pytree.tree_leaves(call) if isinstance(leaf, Tensor)])
     try:
         writer.dump((model, call))
-    except Exception:  # whatever the classes of its parts raise: scripted and parametrised ones refuse
+    except Exception:  # whatever the classes of its parts raise: scripted ones refuse
         return None
     return file.getvalue(), writer.tensors
 
 
 def _over(program: Program, old: list[Tensor], new: list[Tensor]) -> Program:
-    """The program over the tensors of an equal model."""
+    """The program over the tensors of an equal model, and with its inputs for the example."""
     other = {id(before): now for before, now in zip(old, new, strict=True)}
     made = program.copy()
     for module in made.module.modules():
@@ -105,13 +127,31 @@ def _over(program: Program, old: list[Tensor], new: list[Tensor]) -> Program:
             for name, tensor in held.items():
                 held[name] = other.get(id(tensor), tensor)  # type: ignore[assignment]
     made.replaced = {name: other.get(id(tensor), tensor) for name, tensor in made.replaced.items()}
+    given = {_place(before): now.detach() for before, now in zip(old, new, strict=True)}
+    made.example = pytree.tree_map(
+        lambda leaf: given.get(_place(leaf), leaf) if isinstance(leaf, Tensor) else leaf, program.example
+    )
     return made
 
 
-#: what was captured, the last one last
-_made: dict[bytes, tuple[object, list[Tensor], Program]] = {}
+def _place(tensor: Tensor) -> tuple[Any, ...]:
+    """Where a tensor lies in memory, and how."""
+    return tensor.data_ptr(), tuple(tensor.shape), tensor.stride()
+
+
+def _holds_values(program: Program, tensors: list[Tensor]) -> bool:
+    """Whether a program holds values that were computed: weights that were folded, an example made larger."""
+    given = set(map(_place, tensors))
+    example = [leaf for leaf in pytree.tree_leaves(program.example) if isinstance(leaf, Tensor)]
+    return bool(program.folds or program.replaced) or any(
+        leaf.is_floating_point() and _place(leaf) not in given for leaf in example
+    )
+
+
+#: what was captured, that of the last use last; with the values, where the program holds some
+_made: dict[bytes, tuple[object, tuple[Any, ...], list[Tensor], Program, str | None]] = {}
 #: how many of them are kept
-_KEPT = 100
+_KEPT = 300
 
 
 def _once(original: Capture) -> Capture:
@@ -122,12 +162,15 @@ def _once(original: Capture) -> Capture:
             return original(model, args, kwargs, **options)
         key, tensors = found
         if key in _made:
-            first, old, program = _made[key]
-            if (_content(first, call) or (b"",))[0] == key:  # and no test has changed it since
+            first, its_call, old, program, values = _made[key]
+            unchanged = (_content(first, its_call) or (b"",))[0] == key  # by a test since
+            if unchanged and (values is None or values == _values(old) == _values(tensors)):
+                _made[key] = _made.pop(key)
                 return _over(program, old, tensors)
         program = original(model, args, kwargs, **options)
+        values = _values(tensors) if _holds_values(program, tensors) else None
         _made.pop(key, None)
-        _made[key] = (model, tensors, program)
+        _made[key] = (model, call, tensors, program, values)
         if len(_made) > _KEPT:
             del _made[next(iter(_made))]
         return program
@@ -137,7 +180,8 @@ def _once(original: Capture) -> Capture:
 
 @contextmanager
 def equal_captures() -> Iterator[None]:
-    """Inside, captures of equal models with equal inputs are made once per process.
+    """Inside, captures of equal models with inputs of one kind are made once per process, whatever their
+    weights: what a capture finds it finds of tensors without values.
 
     Each is handed out over the weights of the model that is asked for.
     """

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch._inductor.config
 from captures import equal_captures
 from hypothesis import HealthCheck, Phase, settings
 from saved import small_result
@@ -50,6 +51,11 @@ def pytest_configure(config: pytest.Config) -> None:
     # The cache of what operators make of fake tensors pays where many layers are alike. Of a few it takes
     # a third of the capture (and is left out by itself where it fails).
     torch._dynamo.config.fake_tensor_cache_enabled = False
+    # Nobody reads which line of a model made a node, and to find that for each takes a tenth of a capture.
+    if hasattr(torch.fx.config, "do_not_emit_stack_traces"):  # not in every version
+        torch.fx.config.do_not_emit_stack_traces = True
+    # Kernels are compiled here, not by processes that would first take seconds to begin.
+    torch._inductor.config.compile_threads = 1
     torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else 2)
     compute_in_full()
     if PROFILE == "slow" and getattr(config.option, "hypothesis_seed", None) is None:

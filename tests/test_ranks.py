@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import socket
-import subprocess
 import sys
+from collections.abc import Iterator
 from functools import cache
+from multiprocessing.context import ForkServerContext
 from pathlib import Path
 
 import pytest
@@ -23,27 +25,40 @@ HERE = Path(__file__).parent
 COMMAND = ["prune", *rank.SMALL]
 
 
-def _run(size: int, folder: Path, scenario: str) -> list[tuple[int, str]]:
+@pytest.fixture(scope="module")
+def fork() -> Iterator[ForkServerContext]:
+    """Makes processes that have imported everything, which takes one of them seconds."""
+    context = multiprocessing.get_context("forkserver")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("OMP_NUM_THREADS", "1")
+        patch.setattr(sys, "path", [str(HERE), *sys.path])
+        context.set_forkserver_preload(["rank"])
+        yield context
+
+
+def _begin(rank_: int, size: int, folder: Path, scenario: str, port: int) -> None:
+    """What one process does, its error stream in a file: a pipe that nobody reads would stop who writes
+    much.
+    """
+    os.dup2(os.open(folder / f"error{rank_}", os.O_WRONLY | os.O_CREAT), 2)
+    os.chdir(HERE)
+    os.environ["MASTER_PORT"] = str(port)
+    rank.main(rank_, size, folder, scenario)
+
+
+def _run(fork: ForkServerContext, size: int, folder: Path, scenario: str) -> list[tuple[int | None, str]]:
     """Exit code and error stream of every process."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    command, started = [sys.executable, str(HERE / "rank.py")], []
-    for number in range(size):
-        with (folder / f"error{number}").open(
-            "w"
-        ) as error:  # a pipe that nobody reads would stop who writes much
-            environment = {**os.environ, "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
-            started.append(
-                subprocess.Popen(
-                    [*command, str(number), str(size), str(folder), scenario],
-                    stderr=error,
-                    cwd=HERE,
-                    env=environment,
-                )
-            )
-    codes = [process.wait(timeout=400) for process in started]
-    return [(code, (folder / f"error{number}").read_text()) for number, code in enumerate(codes)]
+    started = [
+        fork.Process(target=_begin, args=(number, size, folder, scenario, port)) for number in range(size)
+    ]
+    for process in started:
+        process.start()
+    for process in started:
+        process.join(400)
+    return [(one.exitcode, (folder / f"error{number}").read_text()) for number, one in enumerate(started)]
 
 
 @cache
@@ -52,10 +67,10 @@ def _alone() -> dict[str, tuple[PruningPlan, dict[str, torch.Tensor]]]:
 
 
 @pytest.mark.parametrize("size", [2, pytest.param(3, marks=pytest.mark.slow)])
-def test_they_decide_as_one(tmp_path: Path, size: int) -> None:
+def test_they_decide_as_one(fork: ForkServerContext, tmp_path: Path, size: int) -> None:
     make_model(tmp_path / "model")
     (tmp_path / "text.txt").write_text("A smaller model answers sooner. " * 20)
-    for code, error in _run(size, tmp_path, "prune"):
+    for code, error in _run(fork, size, tmp_path, "prune"):
         assert code == 0, error
     results = [torch.load(tmp_path / f"rank{number}.pt") for number in range(size)]
     for name, (plan, weights) in _alone().items():
@@ -83,7 +98,7 @@ def test_they_decide_as_one(tmp_path: Path, size: int) -> None:
     assert out.plan.groups == AutoModelForCausalLM.from_pretrained(tmp_path / "alone").plan.groups
 
 
-def test_one_that_dies_ends_all(tmp_path: Path) -> None:
-    codes = [code for code, _ in _run(2, tmp_path, "dies")]
+def test_one_that_dies_ends_all(fork: ForkServerContext, tmp_path: Path) -> None:
+    codes = [code for code, _ in _run(fork, 2, tmp_path, "dies")]
     assert codes == [7, 3]
     assert not list(tmp_path.glob("*.pt"))

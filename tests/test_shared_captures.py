@@ -6,6 +6,7 @@ import pytest
 import torch
 from captures import equal_captures
 from torch import Tensor, nn
+from torch.nn.utils import parametrizations
 
 import fasp_fx
 from fasp_fx import _captured
@@ -52,6 +53,58 @@ def test_equal_models_are_captured_once_and_each_keeps_its_weights(made: list[nn
     with pytest.raises(fasp_fx.ArgumentError, match=r"'up.weight' has changed"):
         two.checked()
     one.checked()
+
+
+def test_values_of_parameters_and_inputs_are_those_of_each_model(made: list[nn.Module]) -> None:
+    first, second, other = Scaled(4.0).eval(), Scaled(4.0).eval(), torch.randn(3, 5)
+    with torch.no_grad():
+        second.down.weight.mul_(3)
+    with equal_captures():
+        one, two = fasp_fx.capture(first, (X,)), fasp_fx.capture(second, (other,))
+    assert made == [first]
+    assert two.program.weights()["down.weight"] is second.down.weight
+    for captured, model, x in ((one, first, X), (two, second, other)):
+        assert torch.equal(captured.program.example[0][0], x)
+        assert torch.equal(captured.program.module(other), model(other))
+
+
+class Folded(nn.Module):
+    """A weight that is computed of others, and an input of one sample, which is doubled."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale, self.weight = nn.Parameter(torch.rand(8, 1)), nn.Parameter(torch.randn(8, 5))
+        self.last = nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(nn.functional.linear(x, self.weight * self.scale).relu())
+
+
+def test_values_that_a_capture_has_computed_are_not_anothers(made: list[nn.Module]) -> None:
+    first, second, samples = Folded().eval(), Folded().eval(), torch.randn(2, 1, 5)
+    with equal_captures():
+        for model in (first, second, second):
+            assert fasp_fx.capture(model, (X,)).program.module(X).allclose(model(X))
+        assert made == [first, second]
+        for x in samples:
+            model = Scaled(7.0).eval()
+            assert torch.equal(fasp_fx.capture(model, (x,)).program.example[0][0], torch.cat([x, x]))
+            assert made[-1] is model
+
+
+def test_parametrised_models_are_captured_once(made: list[nn.Module]) -> None:
+    first, second = Scaled(8.0).eval(), Scaled(8.0).eval()
+    for model in (first, second):
+        parametrizations.weight_norm(model.up).eval()
+    with equal_captures():
+        for model in (first, second):
+            captured = fasp_fx.capture(model, (X,))
+            assert captured.program.module(X).allclose(model(X))
+        assert made == [first]
+        with torch.no_grad():
+            second.up.parametrizations.weight.original0.mul_(2)
+        assert fasp_fx.capture(second, (X,)).program.module(X).allclose(second(X))
+    assert made == [first, second]
 
 
 def test_what_differs_is_captured_anew(made: list[nn.Module]) -> None:
