@@ -60,6 +60,7 @@ KNOWN: dict[str, Any] = {
     "sigmoid": lambda g: (ATEN.sigmoid.default, (g["x"],), {}),
     "linear": lambda g: (ATEN.linear.default, (g["x"], g["weight"], g["bias"]), {}),
     "linear without bias": lambda g: (ATEN.linear.default, (g["x"], g["weight"]), {}),
+    "addmm": lambda g: (ATEN.addmm.default, (g["bias"], g["x"].flatten(0, 1), g["weight"].t()), {}),
     "layer_norm": lambda g: (ATEN.layer_norm.default, (g["x"], [8], g["scale"], g["scale"], 1e-5), {}),
     "view": lambda g: (ATEN.view.default, (g["x"], [g["x"].shape[0], g["x"].shape[1], 2, 4]), {}),
     "reshape": lambda g: (ATEN.reshape.default, (g["x"], [g["x"].shape[0] * g["x"].shape[1], -1]), {}),
@@ -73,6 +74,16 @@ LEFT: dict[str, Any] = {
     "a weight too narrow": lambda g: (ATEN.linear.default, (g["x"], g["narrow"]), {}),
     "a weight of another type": lambda g: (ATEN.linear.default, (g["x"], g["double"]), {}),
     "a bias too long": lambda g: (ATEN.linear.default, (g["x"], g["weight"], g["scale"]), {}),
+    "a product too narrow": lambda g: (
+        ATEN.addmm.default,
+        (g["bias"], g["x"].flatten(0, 1), g["narrow"].t()),
+        {},
+    ),
+    "a product of another type": lambda g: (
+        ATEN.addmm.default,
+        (g["bias"], g["x"].flatten(0, 1), g["double"].t()),
+        {},
+    ),
     "a norm over other channels": lambda g: (ATEN.layer_norm.default, (g["x"], [7], g["short"]), {}),
     "a view of another size": lambda g: (ATEN.view.default, (g["x"], [g["x"].shape[0], 4, 8]), {}),
     "a view whose size is a symbol": lambda g: (ATEN.view.default, (g["x"], [g["x"].shape[0], -1]), {}),
@@ -82,8 +93,8 @@ LEFT: dict[str, Any] = {
 
 @pytest.mark.parametrize("name", KNOWN)
 def test_it_is_what_torch_returns(name: str, given: dict[str, Any]) -> None:
-    target, args, kwargs = KNOWN[name](given)
     with torch.no_grad(), given["mode"], enable_python_dispatcher():
+        target, args, kwargs = KNOWN[name](given)
         found, expected = foreseen(target, args, kwargs), target(*args, **kwargs)
     assert isinstance(found, FakeTensor)
     assert _described(found) == _described(expected)
@@ -91,8 +102,8 @@ def test_it_is_what_torch_returns(name: str, given: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize("name", LEFT)
 def test_the_rest_is_left_to_torch(name: str, given: dict[str, Any]) -> None:
-    target, args, kwargs = LEFT[name](given)
     with torch.no_grad(), given["mode"]:
+        target, args, kwargs = LEFT[name](given)
         assert foreseen(target, args, kwargs) is None
 
 

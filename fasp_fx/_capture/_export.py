@@ -14,7 +14,8 @@ from torch import Tensor, fx, nn
 from torch.export import ExportedProgram
 
 from .._calling._signature import CallerCodeGen, CallSignature, is_plain
-from .._compat import PyTreeCodeGen, is_of_fake_cache, pytree, without_fake_cache
+from .._compat import PyTreeCodeGen, answered_by, is_of_fake_cache, pytree, without_fake_cache
+from ..channels import TRACED, foreseen
 from ..errors import ExportError
 from ._dynamic import (
     all_dims,
@@ -189,14 +190,16 @@ def _export_once(
     args = tuple(inputs[name] if name in inputs else signature.constants[name] for name in names)
     kwargs = {name: value for name, value in inputs.items() if name not in names}
     if is_transformers(model) and not args:
-        exported = export_transformers(model, {**kwargs, **signature.constants}, shapes)
+        with answered_by(foreseen, TRACED):
+            exported = export_transformers(model, {**kwargs, **signature.constants}, shapes)
         return functional(out_of_place(as_views(exported)))
     constants = {name: value for name, value in signature.constants.items() if name not in names}
     kwargs |= {name: value for name, value in constants.items() if is_plain(value)}
     held = {name: value for name, value in constants.items() if not is_plain(value)}
     with _holding(model, held), _named(model, kwargs):
         spec = shapes(args, kwargs).dynamic_shapes(model, args, kwargs) if callable(shapes) else shapes
-        exported = torch.export.export(model, args, kwargs, dynamic_shapes=spec, strict=False)
+        with answered_by(foreseen, TRACED):
+            exported = torch.export.export(model, args, kwargs, dynamic_shapes=spec, strict=False)
         return functional(out_of_place(as_views(exported)))
 
 
@@ -253,5 +256,6 @@ def export_again(module: fx.GraphModule, example: tuple[tuple[Any, ...], dict[st
     args, kwargs = example
     with quiet(), torch.no_grad(), any_number_of_steps(), _named(module, kwargs):
         shapes = recorded_shapes(module, example).dynamic_shapes(module, args, kwargs)
-        exported = torch.export.export(module, args, kwargs, dynamic_shapes=shapes, strict=False)
+        with answered_by(foreseen, TRACED):
+            exported = torch.export.export(module, args, kwargs, dynamic_shapes=shapes, strict=False)
         return functional(out_of_place(as_views(exported)))

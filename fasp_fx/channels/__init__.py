@@ -8,7 +8,7 @@ from ._consume import WHY_NOT_FOLDED
 from ._distinct import counted, distinct, ranked
 from ._execution import Execution
 from ._facts import Facts, Layout, Product, Remark, Use
-from ._foreseen import foreseen
+from ._foreseen import TRACED, foreseen
 from ._fx import (
     arguments,
     attribute,
@@ -30,6 +30,7 @@ from ._value import NONE, Axis, Value
 
 __all__ = [
     "NONE",
+    "TRACED",
     "WHY_NOT_FOLDED",
     "Axis",
     "Execution",

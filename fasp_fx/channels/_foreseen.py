@@ -37,7 +37,7 @@ def _is_usual(given: Any) -> bool:
         isinstance(given, FakeTensor)
         and given.layout is torch.strided
         and given.is_floating_point()
-        and not given.requires_grad
+        and not (given.requires_grad and torch.is_grad_enabled())
         and given.dim() > 0
         and _is_contiguous(given)
     )
@@ -73,20 +73,31 @@ def _linear(given: Tensor, weight: Any, bias: Any = None) -> Sequence[Any] | Non
     return (*given.shape[:-1], weight.shape[0])
 
 
-def _fits(weight: Any, given: Tensor, dims: int) -> bool:
-    """Whether a weight is of a tensor's kind, and both have channels that are numbers."""
+def _fits(weight: Any, given: Tensor, dims: int, sizes: bool = True) -> bool:
+    """Whether a weight is of a tensor's kind, and both have channels that are numbers (``sizes``)."""
     return (
         isinstance(weight, FakeTensor)
         and (weight.dtype, weight.device, weight.layout) == (given.dtype, given.device, given.layout)
         and weight.dim() == dims
         and not (weight.requires_grad and torch.is_grad_enabled())
-        and all(_is_number(size) and size > 0 for size in _plain((*weight.shape, given.shape[-1])))
+        and (
+            not sizes
+            or all(_is_number(size) and size > 0 for size in _plain((*weight.shape, given.shape[-1])))
+        )
     )
 
 
 def _as_wide(weight: Tensor, given: Tensor) -> bool:
     """Whether a weight takes as many channels as there are."""
     return bool(weight.shape[-1] == _plain(given.shape)[-1])
+
+
+def _addmm(bias: Tensor, first: Any, second: Any, *, beta: Any = 1, alpha: Any = 1) -> Sequence[Any] | None:
+    if bias.dim() != 1 or not _fits(first, bias, 2, sizes=False) or not _fits(second, bias, 2):
+        return None
+    inner = _plain(first.shape)[1]
+    fits = _is_number(inner) and inner == second.shape[0] and bias.shape[0] == second.shape[1]
+    return (first.shape[0], second.shape[1]) if fits else None
 
 
 def _layer_norm(
@@ -129,9 +140,15 @@ _KNOWN: dict[Any, Callable[..., Sequence[Any] | None]] = {
         _same,
     ),
     _ATEN.linear.default: _linear,
+    _ATEN.addmm.default: _addmm,
     _ATEN.layer_norm.default: _layer_norm,
     _ATEN.view.default: _view,
     _ATEN.reshape.default: _view,
 }
 
-__all__ = ["foreseen"]
+#: those that are made of others while a model is traced
+TRACED = tuple(
+    getattr(_ATEN, name).default for name in ("relu", "gelu", "silu", "tanh", "sigmoid", "addmm", "view")
+)
+
+__all__ = ["TRACED", "foreseen"]
