@@ -140,11 +140,15 @@ def _place(tensor: Tensor) -> tuple[Any, ...]:
 
 
 def _holds_values(program: Program, tensors: list[Tensor]) -> bool:
-    """Whether a program holds values that were computed: weights that were folded, an example made larger."""
-    given = set(map(_place, tensors))
+    """Whether a program holds values that were computed: weights that were folded, others that are none of
+    the model's, an example made larger.
+    """
+    given, own = set(map(_place, tensors)), set(map(id, tensors))
     example = [leaf for leaf in pytree.tree_leaves(program.example) if isinstance(leaf, Tensor)]
-    return bool(program.folds or program.replaced) or any(
-        leaf.is_floating_point() and _place(leaf) not in given for leaf in example
+    return (
+        bool(program.folds or program.replaced)
+        or any(id(tensor) not in own for tensor in program.weights().values())
+        or any(leaf.is_floating_point() and _place(leaf) not in given for leaf in example)
     )
 
 
@@ -164,6 +168,8 @@ def _once(original: Capture) -> Capture:
         if key in _made:
             first, its_call, old, program, values = _made[key]
             unchanged = (_content(first, its_call) or (b"",))[0] == key  # by a test since
+            if values is None:  # whom it was given to first may have put other weights into it
+                unchanged = unchanged and not _holds_values(program, old)
             if unchanged and (values is None or values == _values(old) == _values(tensors)):
                 _made[key] = _made.pop(key)
                 return _over(program, old, tensors)

@@ -111,15 +111,16 @@ def test_threads_take_turns() -> None:
     expected = fasp_fx.prune(net(), (X[0],), **OPTIONS)
     found: list[Any] = []
 
-    def job() -> None:
+    def job(model: nn.Module) -> None:
         try:
-            found.append(same(fasp_fx.prune(net(), (X[0],), **OPTIONS), expected))
+            found.append(same(fasp_fx.prune(model, (X[0],), **OPTIONS), expected))
         except Exception as error:  # a thread that fails is to be seen below
             found.append(error)
 
     level, fast = logging.getLogger("torch.export").level, torch.backends.mkldnn.enabled  # type: ignore[attr-defined]
     for _ in range(2):
-        threads = [threading.Thread(target=job) for _ in range(2)]
+        # Made here: drawing weights in one thread while another seeds torch would give others.
+        threads = [threading.Thread(target=job, args=(net(),)) for _ in range(2)]
         for thread in threads:
             thread.start()
         for thread in threads:

@@ -176,12 +176,10 @@ def _wrong_channels(cut_weights: Any) -> Any:
 def _tiled(monkeypatch: pytest.MonkeyPatch) -> None:
     """Repeated heads are taken to come in the order a b a b instead of a a b b."""
 
-    def wrong(numbers: torch.Tensor, repeats: int, dim: int, **_: Any) -> torch.Tensor:
+    def wrong(numbers: torch.Tensor, repeats: int, dim: int, *_: Any) -> torch.Tensor:
         return torch.cat([numbers] * repeats, dim)
 
-    monkeypatch.setitem(fasp_fx.channels._moves._ON_NUMBERS, ATEN.repeat_interleave.self_int, wrong)
     # The capture writes the repetition as an expansion and a view.
-    view = ATEN.view.default
 
     def wrong_view(numbers: torch.Tensor, *size: Any) -> torch.Tensor:
         (shape,) = size
@@ -191,23 +189,29 @@ def _tiled(monkeypatch: pytest.MonkeyPatch) -> None:
             else numbers.reshape(shape)
         )
 
-    monkeypatch.setattr(
-        fasp_fx.channels._moves, "_run", _with_view(fasp_fx.channels._moves._run, view, wrong_view)
-    )
+    views = (ATEN.view.default, ATEN._unsafe_view.default, ATEN.reshape.default)
+    _run_otherwise(monkeypatch, {ATEN.repeat_interleave.self_int: wrong, **dict.fromkeys(views, wrong_view)})
 
 
-def _with_view(run: Any, view: Any, wrong_view: Any) -> Any:
-    views = {view, ATEN._unsafe_view.default, ATEN.reshape.default}
-    return lambda operator, numbers, others: (
-        wrong_view(numbers, *others.values()) if operator in views else run(operator, numbers, others)
-    )
+def _run_otherwise(monkeypatch: pytest.MonkeyPatch, wrong: dict[Any, Any]) -> None:
+    """Let operators move channel numbers by functions of ours."""
+    moves = fasp_fx.channels._moves
+    run = moves._run
+
+    def mutated(operator: Any, numbers: Any, others: dict[str, Any]) -> Any:
+        if operator not in wrong:
+            return run(operator, numbers, others)
+        # A view's sizes go by several names.
+        return wrong[operator](numbers, *others.values())
+
+    monkeypatch.setattr(moves, "_run", mutated)
 
 
 def _reversed_join(monkeypatch: pytest.MonkeyPatch) -> None:
     def wrong(tensors: list[torch.Tensor], dim: int = 0) -> torch.Tensor:
         return torch.cat(list(reversed(tensors)), dim)
 
-    monkeypatch.setitem(fasp_fx.channels._moves._ON_NUMBERS, ATEN.cat.default, wrong)
+    _run_otherwise(monkeypatch, {ATEN.cat.default: wrong})
 
 
 def _never_couples_sums(couple: Any) -> Any:
