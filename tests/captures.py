@@ -152,6 +152,23 @@ def _holds_values(program: Program, tensors: list[Tensor]) -> bool:
     )
 
 
+def _surroundings() -> tuple[Any, ...]:
+    """What a model is called in, which a capture can depend on."""
+    return (
+        torch.get_default_dtype(),
+        str(torch.get_default_device()),
+        torch.is_autocast_enabled("cpu"),
+        torch.is_inference_mode_enabled(),
+        torch.is_grad_enabled(),
+    )
+
+
+def _has_hooks_for_all() -> bool:
+    """Whether calls of all modules are hooked into, which no model shows."""
+    held = (name for name in vars(nn.modules.module) if name.startswith("_global_") and "hooks" in name)
+    return any(len(hooks) for name in held if (hooks := getattr(nn.modules.module, name)) is not None)
+
+
 #: what was captured, that of the last use last; with the values, where the program holds some
 _made: dict[bytes, tuple[object, tuple[Any, ...], list[Tensor], Program, str | None]] = {}
 #: how many of them are kept
@@ -160,23 +177,22 @@ _KEPT = 300
 
 def _once(original: Capture) -> Capture:
     def capture(model: object, args: object = (), kwargs: object = None, **options: object) -> Program:
-        call = (args, kwargs or {}, sorted(options.items()))
-        found = _content(model, call)
+        call = (args, kwargs or {}, sorted(options.items()), _surroundings())
+        found = None if _has_hooks_for_all() else _content(model, call)
         if found is None:
             return original(model, args, kwargs, **options)
         key, tensors = found
         if key in _made:
             first, its_call, old, program, values = _made[key]
             unchanged = (_content(first, its_call) or (b"",))[0] == key  # by a test since
-            if values is None:  # whom it was given to first may have put other weights into it
-                unchanged = unchanged and not _holds_values(program, old)
             if unchanged and (values is None or values == _values(old) == _values(tensors)):
                 _made[key] = _made.pop(key)
                 return _over(program, old, tensors)
         program = original(model, args, kwargs, **options)
         values = _values(tensors) if _holds_values(program, tensors) else None
         _made.pop(key, None)
-        _made[key] = (model, call, tensors, program, values)
+        # A copy: whom it is given to may change its graph, or put other weights into it.
+        _made[key] = (model, call, tensors, program.copy(), values)
         if len(_made) > _KEPT:
             del _made[next(iter(_made))]
         return program

@@ -92,6 +92,23 @@ def test_values_that_a_capture_has_computed_are_not_anothers(made: list[nn.Modul
             assert made[-1] is model
 
 
+def test_what_surrounds_a_call_is_part_of_it(made: list[nn.Module]) -> None:
+    models = [Scaled(9.0).eval() for _ in range(3)]
+    with equal_captures():
+        one = fasp_fx.capture(models[0], (X,))
+        one.program.module.graph.erase_node(one.program.module.graph.output_node())  # its holder's business
+        handle = nn.modules.module.register_module_forward_hook(
+            lambda module, args, output: 2 * output if isinstance(module, nn.Linear) else None
+        )
+        try:
+            hooked = fasp_fx.capture(models[1], (X,))
+            assert hooked.program.module(X).allclose(models[1](X))
+        finally:
+            handle.remove()
+        assert fasp_fx.capture(models[2], (X,)).program.module(X).allclose(models[2](X))
+    assert made == models[:2]
+
+
 def test_parametrised_models_are_captured_once(made: list[nn.Module]) -> None:
     first, second = Scaled(8.0).eval(), Scaled(8.0).eval()
     for model in (first, second):
