@@ -190,17 +190,20 @@ def _export_once(
     args = tuple(inputs[name] if name in inputs else signature.constants[name] for name in names)
     kwargs = {name: value for name, value in inputs.items() if name not in names}
     if is_transformers(model) and not args:
-        with answered_by(foreseen, TRACED):
-            exported = export_transformers(model, {**kwargs, **signature.constants}, shapes)
-        return functional(out_of_place(as_views(exported)))
+        return _rewritten(lambda: export_transformers(model, {**kwargs, **signature.constants}, shapes))
     constants = {name: value for name, value in signature.constants.items() if name not in names}
     kwargs |= {name: value for name, value in constants.items() if is_plain(value)}
     held = {name: value for name, value in constants.items() if not is_plain(value)}
     with _holding(model, held), _named(model, kwargs):
         spec = shapes(args, kwargs).dynamic_shapes(model, args, kwargs) if callable(shapes) else shapes
-        with answered_by(foreseen, TRACED):
-            exported = torch.export.export(model, args, kwargs, dynamic_shapes=spec, strict=False)
-        return functional(out_of_place(as_views(exported)))
+        return _rewritten(lambda: torch.export.export(model, args, kwargs, dynamic_shapes=spec, strict=False))
+
+
+def _rewritten(trace: Callable[[], ExportedProgram]) -> ExportedProgram:
+    """What is traced, in operators that return what they compute and have rules, as far as that can be."""
+    with answered_by(foreseen, TRACED):
+        exported = trace()
+    return functional(out_of_place(as_views(exported)))
 
 
 @contextlib.contextmanager
@@ -256,6 +259,6 @@ def export_again(module: fx.GraphModule, example: tuple[tuple[Any, ...], dict[st
     args, kwargs = example
     with quiet(), torch.no_grad(), any_number_of_steps(), _named(module, kwargs):
         shapes = recorded_shapes(module, example).dynamic_shapes(module, args, kwargs)
-        with answered_by(foreseen, TRACED):
-            exported = torch.export.export(module, args, kwargs, dynamic_shapes=shapes, strict=False)
-        return functional(out_of_place(as_views(exported)))
+        return _rewritten(
+            lambda: torch.export.export(module, args, kwargs, dynamic_shapes=shapes, strict=False)
+        )

@@ -39,5 +39,5 @@ def _set_levels(levels: dict[str, int]) -> None:
     """
     for name, level in levels.items():
         logging.getLogger(name).level = level
-    for name, level in [*levels.items()][:1]:
-        logging.getLogger(name).setLevel(level)
+    name, level = next(iter(levels.items()))
+    logging.getLogger(name).setLevel(level)
