@@ -79,7 +79,7 @@ def measure(
     advance = progress or (lambda fraction: None)
     ranks = Ranks(group)
     fingerprint = plans.computed_fingerprint(program)
-    ranks.check_alike(fingerprint, batches, asked)
+    ranks.check_alike(lambda: fingerprint, batches, asked)
     costs = Chooser(asked, ranks=ranks).measure(
         Consumers(analysis, asked.restore is not None),
         batches,

@@ -4,6 +4,7 @@ rewrite.
 
 from __future__ import annotations
 
+import functools
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import replace
@@ -95,9 +96,9 @@ def decide(
                     f"{name}={getattr(config, name)!r} is code of your own, of which checkpoint= cannot tell"
                     " whether it is the same when the run goes on; leave out checkpoint="
                 )
-    fingerprint = plans.computed_fingerprint(program)
+    fingerprint = functools.cache(lambda: plans.computed_fingerprint(program))
     if costs is not None:
-        check_costs(costs, fingerprint, config.score_name, config.granularity)
+        check_costs(costs, fingerprint(), config.score_name, config.granularity)
         if not isinstance(config.allocator, CostAllocation):
             raise ArgumentError(
                 "costs= is for an allocation by predicted losses, and this one is uniform; leave it out, or"
@@ -123,7 +124,7 @@ def decide(
     if batches is not None and chooser.measures:
         measured = MEASURING
         costs = chooser.measure(
-            consumers, batches, fingerprint, lambda fraction: advance(measured * fraction), costs
+            consumers, batches, fingerprint(), lambda fraction: advance(measured * fraction), costs
         )
         clock.lap("measuring")
     searched = measured + SEARCHING * (1 - measured) if chooser.tries else measured

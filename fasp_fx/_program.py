@@ -14,7 +14,7 @@ from torch import Tensor, fx, nn
 
 from ._calling._facts import ExportFacts
 from ._calling._signature import CallSignature
-from ._compat import pytree
+from ._compat import LazyGraphModule, pytree
 from ._offload._current import keep
 from .channels import Slot, attribute, target_name, written_names
 
@@ -74,7 +74,7 @@ class Program:
         copies: buffers made for parts of the model that shared one (see the pass that gives each attention a
             table of its own).
         doubled: whether the caller's example is one sample, which the capture has put twice into this one.
-        walked: the module, the analysis and the interpretation of the last verification.
+        walked: the graph, the analysis and the interpretation of the last verification.
         facts: what the capture's exported program knows besides graph and weights; ``None`` for a graph that
             was not exported.
     """
@@ -179,8 +179,18 @@ class Program:
         """A program whose graph and module tree can be changed; tensors are shared."""
         graph = copy_graph(self.module.graph)
         graph._codegen = self.module.graph._codegen
-        module = graph_module(_tree_copy(self.module), graph, self.module.meta)
+        module = graph_module(_tree_copy(self.module), graph, self.module.meta, LazyGraphModule)
         return replace(self, module=module, parts=dict(self.parts), numbers=dict(self.numbers), walked=None)
+
+    def with_own_weights(self) -> Program:
+        """A program over the same graph, which must not be changed, in which tensors can be replaced by
+        others of their shape; until then they are shared.
+        """
+        graph = self.module.graph
+        owner = graph.owning_module
+        module = graph_module(_tree_copy(self.module), graph, self.module.meta, LazyGraphModule)
+        graph.owning_module = owner  # or it would keep the other weights alive
+        return replace(self, module=module, parts=dict(self.parts), numbers=dict(self.numbers))
 
     def placeholders(self) -> list[fx.Node]:
         """The graph's inputs in order."""

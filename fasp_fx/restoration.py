@@ -21,7 +21,7 @@ from .statistics import precise
 GRID = (1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0, 100.0)
 _START = 1
 #: rows of a product that is only summed up, formed at once
-_AT_ONCE = 1024
+_AT_ONCE = 384
 #: combinations of the weight's rows on which strengths are compared
 SKETCHED = 64
 
@@ -400,12 +400,19 @@ class _Solver:
 
 
 def _energies(rows: Tensor, *grams: Tensor) -> list[float]:
-    """``tr(R G Rᵀ)`` for each of some Gram matrices, with RᵀR formed once, and a part of it at a time."""
+    """``tr(R G Rᵀ)`` for each of some Gram matrices, with RᵀR formed once, and a part of it at a time.
+
+    Both are symmetric: what is to the right of the blocks on the diagonal counts twice.
+    """
     found = [0.0] * len(grams)
     for start in range(0, rows.shape[1], _AT_ONCE):
-        own = rows[:, start : start + _AT_ONCE].T @ rows
+        stop = start + _AT_ONCE
+        own = rows[:, start:stop].T @ rows[:, start:]
+        width = len(own)
         for index, gram in enumerate(grams):
-            found[index] += _sum(own, gram[start : start + _AT_ONCE])
+            beside = gram[start:stop, start:]
+            found[index] += _sum(own[:, :width], beside[:, :width])
+            found[index] += 2 * _sum(own[:, width:], beside[:, width:])
     return found
 
 

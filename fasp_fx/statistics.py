@@ -51,11 +51,15 @@ MakeStatistic = Callable[[int, torch.device], Statistic]
 
 
 class Gram:
-    """Accumulates ``G = XᵀX`` over tokens, in float32 on the device of the activations (FASP, section 3;
-    DESIGN: sums, so they can be all-reduced).
+    """Accumulates ``G = XᵀX`` over tokens, on the device of the activations (FASP, section 3; DESIGN: sums,
+    so they can be all-reduced).
+
+    Each batch's product is one of float32. Added up in float64 these give the same sum in any order, as far
+    as float32 can tell, so that it does not matter which process saw which batch.
 
     Args:
         whole: otherwise the diagonal alone is added up.
+        dtype: what products are added up in.
 
     Attributes:
         matrix: the lower triangle of blocks; read the whole through :meth:`symmetric`. Of the diagonal alone,
@@ -63,9 +67,15 @@ class Gram:
         tokens: the number of rows of X seen.
     """
 
-    def __init__(self, columns: int, device: torch.device, whole: bool = True) -> None:
+    def __init__(
+        self,
+        columns: int,
+        device: torch.device,
+        whole: bool = True,
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
         shape = (columns, columns) if whole else (columns,)
-        self.matrix = keep(torch.zeros(shape, dtype=torch.float32, device=device))
+        self.matrix = keep(torch.zeros(shape, dtype=dtype, device=device))
         self.tokens = 0
 
     def update(self, activation: Tensor, dim: int) -> None:
@@ -85,11 +95,19 @@ class Gram:
         for start in range(0, flat.shape[1], _BLOCK):
             stop = min(start + _BLOCK, flat.shape[1])
             # A symmetric product needs only the blocks up to the diagonal: just over half of the work.
-            self.matrix[start:stop, :stop].addmm_(flat[:, start:stop].T, flat[:, :stop])
+            own, lines = self.matrix[start:stop, :stop], flat[:, start:stop].T
+            if own.dtype == flat.dtype:
+                own.addmm_(lines, flat[:, :stop])
+            else:
+                own.add_(lines @ flat[:, :stop])
 
     def reduce(self, add: Add) -> None:
         """Add what other processes have seen."""
         self.matrix, self.tokens = add(self.matrix), _added(add, self.tokens)
+
+    def round(self) -> None:
+        """Keep the sums in float32; nothing is added any more."""
+        self.matrix = keep(self.matrix.to(torch.float32))
 
     def diagonal(self) -> Tensor:
         """Sums of squares by column, shape ``[columns]``."""
@@ -116,13 +134,16 @@ class Gram:
 class SplitGram:
     """Gram matrices of the tokens that a restoration is fitted on and of those held out to judge it.
 
+    Args:
+        dtype: what products are added up in.
+
     Attributes:
         fitted: of the tokens marked :data:`FITTED`.
         held: of the tokens marked :data:`HELD`; ``None`` until there is one.
     """
 
-    def __init__(self, columns: int, device: torch.device) -> None:
-        self.fitted = Gram(columns, device)
+    def __init__(self, columns: int, device: torch.device, dtype: torch.dtype = torch.float32) -> None:
+        self.fitted = Gram(columns, device, dtype=dtype)
         self.held: Gram | None = None
 
     def update(self, tokens: Tensor, marks: Tensor) -> None:
@@ -132,16 +153,25 @@ class SplitGram:
             if not bool(chosen.any()):
                 continue
             if mark == HELD and self.held is None:
-                self.held = Gram(tokens.shape[1], tokens.device)
+                self.held = self._like_fitted()
             gram = self.held if mark == HELD and self.held is not None else self.fitted
             gram.update(tokens if bool(chosen.all()) else tokens[chosen], 1)
 
     def reduce(self, add: Add) -> None:
         """Add what other processes have seen."""
         if _added(add, self.held is not None) and self.held is None:
-            self.held = Gram(len(self.fitted.matrix), self.fitted.matrix.device)
+            self.held = self._like_fitted()
         for part in self.parts:
             part.reduce(add)
+
+    def round(self) -> None:
+        """Keep the sums in float32; nothing is added any more."""
+        for part in self.parts:
+            part.round()
+
+    def _like_fitted(self) -> Gram:
+        matrix = self.fitted.matrix
+        return Gram(len(matrix), matrix.device, dtype=matrix.dtype)
 
     @property
     def parts(self) -> list[Gram]:

@@ -36,7 +36,7 @@ def extend(program: Program, reference: Analysis) -> Analysis:
         reference, numbering=numbering, labels=_labels(program, reference, numbering, walk), known=known
     )
     hold(walk, program, extended)
-    program.walked = (program.module, extended, walk)
+    program.walked = (program.module.graph, extended, walk)
     return extended
 
 

@@ -37,16 +37,17 @@ def verify(program: Program, reference: Analysis) -> Walk:
     """
     walk = walk_strictly(program, reference, reference.numbering)
     hold(walk, program, reference)
-    program.walked = (program.module, reference, walk)
+    program.walked = (program.module.graph, reference, walk)
     return walk
 
 
 def walk_of(program: Program, reference: Analysis) -> Walk:
     """The interpretation of a program on the numbers of ``reference``, which it is held against."""
-    if program.module is reference.program.module and reference.known is None:
+    graph, walked = program.module.graph, program.walked
+    if walked is not None and walked[0] is graph and walked[1] is reference:
+        return cast(Walk, walked[2])
+    if graph is reference.program.module.graph and reference.known is None:
         return reference.walk
-    if program.walked is not None and program.walked[0] is program.module and program.walked[1] is reference:
-        return cast(Walk, program.walked[2])
     return verify(program, reference)
 
 

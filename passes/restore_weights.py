@@ -32,7 +32,7 @@ class RestoreWeights(Pass):
     def rewrite(self, program: Program, analysis: Analysis) -> Program:
         if not self.restored:
             return program
-        program = program.copy()
+        program = program.with_own_weights()
         aliases, weights = program.aliases(), program.weights()
         for name, value in self.restored.items():
             if name not in aliases or value.shape != weights[name].shape:

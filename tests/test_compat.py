@@ -229,6 +229,24 @@ def test_attributes_that_a_graph_module_is_told_to_keep_outlive_its_copies() -> 
     assert copy.deepcopy(module).kept == 3
 
 
+def test_graphs_are_compiled_when_they_are_called() -> None:
+    graph = fx.Graph()
+    graph.output(graph.call_function(ATEN.relu.default, (graph.placeholder("x"),)))
+    lazy = _compat.LazyGraphModule(nn.Module(), graph)
+    assert "_code" not in vars(lazy)
+    holder = nn.Sequential(lazy)
+    _compat.compile_graphs(holder)
+    assert "_code" in vars(lazy)
+    (called,) = (node for node in graph.nodes if node.op == "call_function")
+    called.target = ATEN.neg.default
+    lazy.recompile()
+    assert float(holder(torch.ones(()))) == -1.0
+
+    with _compat.compiled_when_called():
+        exported = export(nn.Linear(2, 2), (torch.ones(1, 2),), strict=False)
+    assert exported.module()(torch.ones(1, 2)).shape == (1, 2)
+
+
 def test_exported_graphs_carry_the_structure_of_their_arguments() -> None:
     codegen = export(nn.ReLU(), (torch.ones(2),)).module().graph._codegen
     assert isinstance(codegen, _compat.PyTreeCodeGen)

@@ -16,7 +16,7 @@ from torch.nn.parameter import is_lazy
 
 from .._calling._facts import ExportFacts
 from .._calling._signature import CallSignature
-from .._compat import pytree
+from .._compat import LazyGraphModule, compile_graphs, pytree
 from .._device import device_named
 from .._program import Program, graph_module
 from .._stamps import read_stamps
@@ -89,6 +89,7 @@ def capture(
                 f"{part} is in training mode, which the capture would make permanent; call model.eval() first"
             )
         _check_modes(model)
+        compile_graphs(model)  # which is no attribute that forward sets
         if (
             isinstance(args, Mapping)
             and args
@@ -194,7 +195,7 @@ def in_training(module: nn.Module, path: str = "") -> Iterator[str]:
 
 def _plain(module: fx.GraphModule) -> fx.GraphModule:
     """The same graph module without export's refusal of train() and eval() and without its hooks."""
-    return graph_module(module, module.graph, module.meta)
+    return graph_module(module, module.graph, module.meta, LazyGraphModule)
 
 
 def _exported_signature(

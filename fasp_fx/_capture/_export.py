@@ -14,7 +14,15 @@ from torch import Tensor, fx, nn
 from torch.export import ExportedProgram
 
 from .._calling._signature import CallerCodeGen, CallSignature, is_plain
-from .._compat import PyTreeCodeGen, answered_by, is_of_fake_cache, pytree, without_fake_cache
+from .._compat import (
+    PyTreeCodeGen,
+    answered_by,
+    compile_graphs,
+    compiled_when_called,
+    is_of_fake_cache,
+    pytree,
+    without_fake_cache,
+)
 from ..channels import TRACED, foreseen
 from ..errors import ExportError
 from ._dynamic import (
@@ -201,7 +209,7 @@ def _export_once(
 
 def _rewritten(trace: Callable[[], ExportedProgram]) -> ExportedProgram:
     """What is traced, in operators that return what they compute and have rules, as far as that can be."""
-    with answered_by(foreseen, TRACED):
+    with answered_by(foreseen, TRACED), compiled_when_called():
         exported = trace()
     return functional(out_of_place(as_views(exported)))
 
@@ -257,6 +265,7 @@ def _named(model: nn.Module, kwargs: dict[str, Any]) -> Iterator[None]:
 def export_again(module: fx.GraphModule, example: tuple[tuple[Any, ...], dict[str, Any]]) -> ExportedProgram:
     """Export a rewritten graph module; guards, ranges and recorded shapes are made anew."""
     args, kwargs = example
+    compile_graphs(module)  # an exporter asks for its signature before it calls it
     with quiet(), torch.no_grad(), any_number_of_steps(), _named(module, kwargs):
         shapes = recorded_shapes(module, example).dynamic_shapes(module, args, kwargs)
         return _rewritten(

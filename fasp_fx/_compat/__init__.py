@@ -21,7 +21,15 @@ from ._fake import (
     silent_fake_tensors,
     without_fake_cache,
 )
-from ._graphs import PRESERVED, PyTreeCodeGen, PyTreeInfo, silent_export
+from ._graphs import (
+    PRESERVED,
+    LazyGraphModule,
+    PyTreeCodeGen,
+    PyTreeInfo,
+    compile_graphs,
+    compiled_when_called,
+    silent_export,
+)
 from ._operators import (
     HigherOrderOperator,
     OpOverload,
@@ -42,12 +50,15 @@ __all__ = [
     "FakeTensor",
     "FakeTensorMode",
     "HigherOrderOperator",
+    "LazyGraphModule",
     "OpOverload",
     "PyTreeCodeGen",
     "PyTreeInfo",
     "ShapeEnv",
     "TorchDispatchMode",
     "answered_by",
+    "compile_graphs",
+    "compiled_when_called",
     "composites_read_once",
     "decomposition_table",
     "enable_python_dispatcher",

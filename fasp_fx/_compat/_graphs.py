@@ -6,6 +6,9 @@ import contextlib
 from unittest import mock
 
 import torch.export._trace
+from torch import nn
+from torch.fx._lazy_graph_module import _LazyGraphModule as LazyGraphModule
+from torch.fx._lazy_graph_module import _use_lazy_graph_module
 from torch.fx.graph import _PyTreeCodeGen as PyTreeCodeGen
 from torch.fx.graph import _PyTreeInfo as PyTreeInfo
 from torch.fx.graph_module import _USER_PRESERVED_ATTRIBUTES_KEY as PRESERVED
@@ -16,4 +19,26 @@ def silent_export() -> contextlib.AbstractContextManager[object]:
     return mock.patch.object(torch.export._trace, "print", create=True)
 
 
-__all__ = ["PRESERVED", "PyTreeCodeGen", "PyTreeInfo", "silent_export"]
+def compiled_when_called() -> contextlib.AbstractContextManager[None]:
+    """Let what is traced compile its graph when it is first called, and not after each change of an
+    exporter's.
+    """
+    return _use_lazy_graph_module(True)
+
+
+def compile_graphs(module: nn.Module) -> None:
+    """Compile what waits for its first call in a module, whose ``forward`` has no signature before."""
+    for part in module.modules():
+        if isinstance(part, LazyGraphModule):
+            part.real_recompile()
+
+
+__all__ = [
+    "PRESERVED",
+    "LazyGraphModule",
+    "PyTreeCodeGen",
+    "PyTreeInfo",
+    "compile_graphs",
+    "compiled_when_called",
+    "silent_export",
+]

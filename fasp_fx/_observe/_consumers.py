@@ -55,12 +55,21 @@ class Consumer:
         parts = (part for gram in self.grams or () for part in gram.parts)
         return all(bool(torch.isfinite(part.diagonal()).all()) for part in parts)
 
-    def prepare(self, wanted: Mapping[str, MakeStatistic], device: torch.device) -> None:
-        """Make the Gram matrices and the statistics of each block, where they are not there yet."""
+    def prepare(
+        self,
+        wanted: Mapping[str, MakeStatistic],
+        device: torch.device,
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        """Make the Gram matrices and the statistics of each block, where they are not there yet.
+
+        Args:
+            dtype: what Gram matrices are added up in.
+        """
         columns = self.matrices.columns.shape[1]
         if self.grams is None:
             self.grams = [
-                SplitGram(columns + (self.intercept is not None) + self.beside, device)
+                SplitGram(columns + (self.intercept is not None) + self.beside, device, dtype)
                 for _ in range(self.blocks)
             ]
         if not self.seen:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import fields
 from typing import Any, TypeVar
 
@@ -73,8 +73,13 @@ class Ranks:
             )
         return range(self.rank, count, self.size)
 
-    def check_alike(self, fingerprint: str, batches: Iterable[Iterable[Any]], config: PruningConfig) -> None:
+    def check_alike(
+        self, fingerprint: Callable[[], str], batches: Iterable[Iterable[Any]], config: PruningConfig
+    ) -> None:
         """Refuse to work together on different things.
+
+        Args:
+            fingerprint: makes that of the model, which takes reading all of it.
 
         Raises:
             ArgumentError: another process has another model, other batches, options or releases.
@@ -86,7 +91,7 @@ class Ranks:
             for field in fields(config)
             if not callable(value := getattr(config, field.name))
         }
-        own = {"model": fingerprint, "calibration data": digest_of(batches), "options": repr(options)}
+        own = {"model": fingerprint(), "calibration data": digest_of(batches), "options": repr(options)}
         own |= {"release of fasp_fx": __version__, "release of torch": torch.__version__}
         for rank, other in enumerate(self._gathered(own)):
             for what, value in own.items():

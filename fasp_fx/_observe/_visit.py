@@ -21,7 +21,7 @@ from ..errors import CalibrationError
 from ..groups import Group
 from ..restoration import Restore, Restored, left_alone, ridge, together, without_values
 from ..scoring import GroupScore
-from ..statistics import SplitGram
+from ..statistics import SplitGram, precise
 from ._consumers import Consumer, Consumers
 from ._drift import Drift
 from ._gains import warn_of_few
@@ -238,7 +238,7 @@ class Observer:
             for index, (batch, activation) in enumerate(
                 zip(runner.numbers, _inputs(runner, use), strict=True)
             ):
-                consumer.prepare(self.score.statistics, activation.device)
+                consumer.prepare(self.score.statistics, activation.device, precise(activation.device))
                 dims = token_dims(activation.dim(), use.activation_layout)
                 own = (
                     marks.of(batch, use.activation, activation, dims)
@@ -254,6 +254,9 @@ class Observer:
                 )
             self.ranks.add_up(*consumer.sums())
             assert consumer.grams is not None
+            last = max(runner.index(other.node) for other in consumer.uses)
+            for gram in consumer.grams if runner.index(use.node) == last else ():
+                gram.round()
             if not consumer.sees_finite():
                 raise CalibrationError(
                     f"the input of '{use.weight}' is not finite on the calibration data; check the batches"

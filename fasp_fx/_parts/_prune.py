@@ -72,7 +72,7 @@ def prune_in_parts(
         for part in assembly.parts
         for name, tensor in part.program.fixed().items()
     }
-    chooser.ranks.check_alike(whole_fingerprint({**assembly.before, **fixed}), leaves, config)
+    chooser.ranks.check_alike(lambda: whole_fingerprint({**assembly.before, **fixed}), leaves, config)
     consumers = {
         part.path: Consumers(part.analysis, config.restore is not None, part.path) for part in assembly.parts
     }
