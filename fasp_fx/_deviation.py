@@ -16,8 +16,8 @@ _LARGE = 1e4
 #: entries as large as another but for this part of it are alike; those this many times smaller are of another
 #: order
 _ALIKE, _FAR = 1e-3, 4096.0
-#: elements compared at once
-_CHUNK = 1 << 22
+#: elements compared at once: few enough to stay in the cache of a core
+_CHUNK = 1 << 18
 
 
 def deviation(found: Any, expected: Any) -> float:

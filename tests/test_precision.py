@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import fasp_fx
 from fasp_fx._device import float32_products
-from fasp_fx._observe._attention import execute
+from fasp_fx._observe._attention import _told_of_causality, execute
 from fasp_fx.errors import ArgumentError
 from fasp_fx.scoring import Columns
 
@@ -141,3 +141,43 @@ def test_attention_over_few_keys_is_computed_in_full_forward_and_back(keys: int,
 def test_another_precision_is_refused(value: Any) -> None:
     with pytest.raises(ArgumentError, match=r"precision=.*'auto', 'highest', 'medium'"):
         fasp_fx.PruningConfig(precision=value)
+
+
+def _masks(length: int) -> dict[str, tuple[Tensor, bool]]:
+    """Masks of as many queries as keys, and whether each is causal."""
+    causal = torch.ones(length, length, dtype=torch.bool).tril()
+    window = causal.triu(-2)
+    far, near = causal.clone(), causal.clone()
+    far[-1, 0], near[0, 1] = False, True
+    found = {
+        "causal": (causal, True),
+        "a window": (window, False),
+        "one hidden": (far, False),
+        "one shown": (near, False),
+        "causal for all samples": (causal.expand(2, 3, length, length), True),
+        "one sample padded": (torch.stack([causal, causal & (torch.arange(length) > 0)])[:, None], False),
+    }
+    for name, (mask, is_causal) in list(found.items()):
+        for least in (float("-inf"), torch.finfo(torch.float32).min):
+            shown = torch.zeros(mask.shape).masked_fill(~mask, least)
+            found[f"{name}, {least}"] = shown, is_causal
+    found["a slope"] = (torch.zeros(length, length).masked_fill(~causal, float("-inf")) - 0.5 * causal, False)
+    return found
+
+
+@pytest.mark.parametrize("length", [5, 1500])
+def test_attention_is_told_of_causal_masks(length: int) -> None:
+    """What a kernel is told is what the mask says: the results are those with the mask."""
+    torch.manual_seed(0)
+    target = torch.ops.aten.scaled_dot_product_attention.default
+    queries, keys, values = (torch.randn(2, 3, length, 4) for _ in range(3))
+    for name, (mask, is_causal) in _masks(length).items():
+        for args, kwargs in (
+            ((queries, keys, values, mask), {"scale": 0.3}),
+            ((queries, keys, values), {"attn_mask": mask}),
+        ):
+            told = _told_of_causality(args, kwargs)
+            assert (told == (args, kwargs)) is not is_causal, name
+            expected = target(*args, **kwargs)
+            torch.testing.assert_close(execute(target, args, kwargs), expected, equal_nan=True, msg=name)
+    assert _told_of_causality((queries[:, :, 1:], keys, values, mask[..., 1:, :]), {})[0][3] is not None
