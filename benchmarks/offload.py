@@ -1,5 +1,5 @@
-"""A Llama of a common shape, pruned with its weights in files and in memory: peak memory, time, and whether
-both come to the same, beside what the planner says. Resumes.
+"""A Llama or an OPT of a common shape, pruned with its weights in files and in memory: peak memory, time, and
+whether both come to the same, beside what the planner says. Resumes.
 
 The checkpoint is made of random numbers, in bfloat16. Each pruning is a process of its own. ``--ways
 predicted`` writes no checkpoint and runs nothing: it says what larger shapes would take.
@@ -17,25 +17,30 @@ from typing import Any
 
 import torch
 from _memory import Peak
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, LlamaConfig, OPTConfig, PretrainedConfig
 
 import fasp_fx
 import fasp_fx.hf
 from fasp_fx._forecast._forecast import forecast
 
+#: the smallest of the models' vocabularies, which all ids are drawn from
 VOCABULARY = 32000
-#: width, neurons, heads of queries, of keys, and layers
+#: of a Llama: width, neurons, heads of queries, of keys, and layers
 SHAPES = {
     "1.3B": (2048, 5504, 16, 16, 24),
     "7B": (4096, 11008, 32, 32, 32),
     "30B": (6656, 17920, 52, 52, 60),
     "70B": (8192, 28672, 64, 8, 80),
 }
+#: what Hugging Face's configuration of OPT takes for its own
+OPT = "OPT-125M"
 WAYS = ("predicted", "files", "memory")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
-def config_of(options: argparse.Namespace) -> LlamaConfig:
+def config_of(options: argparse.Namespace) -> PretrainedConfig:
+    if options.shape == OPT:
+        return OPTConfig(num_hidden_layers=options.layers or 12, dtype=torch.bfloat16)
     width, neurons, queries, keys, layers = SHAPES[options.shape]
     return LlamaConfig(
         hidden_size=width,
@@ -49,13 +54,13 @@ def config_of(options: argparse.Namespace) -> LlamaConfig:
     )
 
 
-def make(folder: pathlib.Path, config: LlamaConfig) -> None:
+def make(folder: pathlib.Path, config: PretrainedConfig) -> None:
     """Write the checkpoint, unless it is there."""
     if (folder / "config.json").exists():
         return
     torch.manual_seed(0)
     torch.set_default_dtype(torch.bfloat16)
-    LlamaForCausalLM(config).save_pretrained(folder, max_shard_size="500MB")
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder, max_shard_size="500MB")
 
 
 def batches(count: int, length: int) -> list[torch.Tensor]:
@@ -104,7 +109,7 @@ def run(options: argparse.Namespace) -> None:
 def predict(options: argparse.Namespace) -> dict[str, Any]:
     """What a dry run says."""
     with torch.device("meta"):
-        model = LlamaForCausalLM(config_of(options)).eval()
+        model = AutoModelForCausalLM.from_config(config_of(options)).eval()
     analysis = fasp_fx.analyze(model, (), {"input_ids": batches(1, options.length)[0], "use_cache": False})
     found = forecast(
         analysis,
@@ -146,7 +151,7 @@ def main() -> None:
     parser.add_argument(
         "--folder", type=pathlib.Path, required=True, help="where everything goes; 25 GB, and 60 for 7B"
     )
-    parser.add_argument("--shape", choices=list(SHAPES), default="1.3B")
+    parser.add_argument("--shape", choices=[*SHAPES, OPT], default="1.3B")
     parser.add_argument("--layers", type=int, help="instead of those of the shape")
     parser.add_argument("--dtype", choices=list(DTYPES), default="float32", help="that it is pruned in")
     parser.add_argument("--batches", type=int, default=4)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+import gc
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -17,8 +17,9 @@ from ._limits import departures
 from ._observe._consumers import Consumers
 from ._observe._costs import curves_of, orders_of
 from ._observe._drift import Drift
-from ._observe._gradients import ENOUGH, Piece, in_pieces, observe_batches, whole_batches
+from ._observe._gradients import ENOUGH, observe_batches
 from ._observe._marks import Marks
+from ._observe._pieces import Piece, halved, in_pieces, whole_batches
 from ._observe._ranks import Ranks
 from ._observe._reconstruction import Reconstruction
 from ._observe._runner import Runner
@@ -414,11 +415,53 @@ class Chooser:
         advance: Callable[[float], None],
         journal: Journal | None = None,
     ) -> Decision:
-        """Run the calibration batches, choose what goes and repair what stays.
+        """Run the calibration batches, choose what goes and repair what stays; with batches of half the size
+        where memory is too short for them.
 
         Args:
             journal: keeps what is decided, for the same choice to go on from there.
         """
+        divided = False
+        while True:
+            try:
+                decision = self._chosen(consumers, lost, batches, advance, journal)
+                break
+            except torch.OutOfMemoryError as error:
+                smaller = self._smaller(consumers.analysis.program, batches)
+                if smaller is None and computing() is None:
+                    raise
+                if smaller is None:
+                    raise self._too_little(consumers, error) from error
+            # Out of the handler, whose error holds on to all that was computed.
+            batches, divided = smaller, True
+            consumers.forget_activations()
+            journal = None if journal is None else journal.reopened()
+            gc.collect()
+        if divided and batches is not None:
+            decision.notes.append(
+                f"memory was too short for the calibration batches, which were divided into {len(batches)}"
+            )
+        return decision
+
+    def _smaller(self, program: Program, batches: list[list[Any]] | None) -> list[list[Any]] | None:
+        """Batches of half the size; ``None`` where they cannot be halved, or other processes go on with the
+        larger ones.
+        """
+        if batches is None or self.ranks.size > 1:
+            return None
+        try:
+            return halved(program, batches)
+        except torch.OutOfMemoryError:  # not even a few positions fit
+            return None
+
+    def _chosen(
+        self,
+        consumers: Consumers,
+        lost: list[int],
+        batches: list[list[Any]] | None,
+        advance: Callable[[float], None],
+        journal: Journal | None,
+    ) -> Decision:
         analysis = consumers.analysis
         part, blend = self.config.drift_part, self.config.blend
         own = () if batches is None else self.ranks.own(len(batches))
@@ -436,7 +479,7 @@ class Chooser:
             )
         )
         drawn_on = [*analysis.program.weights().values(), torch.empty(0, device=device)]
-        with torch.no_grad(), drawing_alike(drawn_on), self._enough_memory(device, consumers):
+        with torch.no_grad(), drawing_alike(drawn_on):
             observer = Observer(
                 consumers,
                 lost,
@@ -461,22 +504,16 @@ class Chooser:
                 reconstruction.run(batches, marks, lambda fraction: advance(share + (1 - share) * fraction))
             return decision
 
-    @contextmanager
-    def _enough_memory(self, device: torch.device | None, consumers: Consumers) -> Iterator[None]:
-        """Within it, a device that runs out of memory beside weights in files is said with what it takes."""
-        try:
-            yield
-        except torch.OutOfMemoryError as error:
-            if device is None:
-                raise
-            kind = next(iter(consumers.analysis.program.parameters().values())).dtype
-            every = list(consumers.by_key.values())
-            taken = Needed(consumers.analysis, every, kind, self.config.requested or 0.0).on_device
-            raise OffloadError(
-                f"'{device}' has too little memory: {first_line(error)}; it takes some"
-                f" {taken / 2**30:.2f} GiB with batches as large as the example; give smaller ones, or leave"
-                " out the device of offload()"
-            ) from error
+    def _too_little(self, consumers: Consumers, error: torch.OutOfMemoryError) -> OffloadError:
+        """What to say where a device has too little memory beside weights in files: what it takes."""
+        kind = next(iter(consumers.analysis.program.parameters().values())).dtype
+        every = list(consumers.by_key.values())
+        taken = Needed(consumers.analysis, every, kind, self.config.requested or 0.0).on_device
+        return OffloadError(
+            f"'{computing()}' has too little memory: {first_line(error)}; it takes some"
+            f" {taken / 2**30:.2f} GiB with batches as large as the example; give smaller ones, or leave out"
+            " the device of offload()"
+        )
 
 
 def _score_of(config: PruningConfig) -> str:

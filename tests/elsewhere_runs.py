@@ -169,8 +169,38 @@ def refusals(folder: Path, elsewhere: torch.device) -> dict[str, str]:
     return found
 
 
+def divided(folder: Path, elsewhere: torch.device) -> dict[str, Any]:
+    """What differs between batches that a device has too little memory for, and those that fit."""
+    x = torch.randn(20, 8)
+    captured = fasp_fx.capture(Counting().eval(), (x,))
+    original, refused, results = Runner._execute, [], []
+
+    def short(self: Runner, node: Any, number: int) -> Any:
+        made = original(self, node, number)
+        if isinstance(made, Tensor) and made.device == elsewhere and made.dim() > 1 and len(made) > 10:
+            refused.append(node)
+            raise torch.OutOfMemoryError("tried to allocate 3.00 GiB")
+        return made
+
+    for batches in ([x], [x[:10], x[10:]]):
+        Runner._execute = short  # type: ignore[method-assign]
+        try:
+            with fasp_fx.offload(folder, device=elsewhere):
+                results.append(fasp_fx.prune(captured, calibration=batches, sparsity=0.3, quality="fast"))
+        finally:
+            Runner._execute = original  # type: ignore[method-assign]
+    first, second = (dict(result.module.named_parameters()) for result in results)
+    return {
+        "refused": len(refused),
+        "plan": results[0].plan == results[1].plan,
+        "differing": [name for name, value in first.items() if not torch.equal(value, second[name])],
+        "notes": [note for note in results[0].report.notes if "memory" in note],
+    }
+
+
 if __name__ == "__main__":
     warnings.simplefilter("ignore")
     compute_in_full()
     given = Path(sys.argv[1]), register()
-    print(json.dumps({"runs": {name: run(name, *given) for name in CASES}, "refusals": refusals(*given)}))
+    found = {"runs": {name: run(name, *given) for name in CASES}}
+    print(json.dumps({**found, "refusals": refusals(*given), "divided": divided(*given)}))

@@ -200,8 +200,9 @@ def test_costs_do_not_depend_on_the_sign_of_an_output() -> None:
 
 def test_gradients_are_those_at_each_consumer_alone() -> None:
     from fasp_fx._observe._consumers import Consumers
-    from fasp_fx._observe._gradients import observe_batches, whole_batches
+    from fasp_fx._observe._gradients import observe_batches
     from fasp_fx._observe._marks import Marks
+    from fasp_fx._observe._pieces import whole_batches
     from fasp_fx._observe._ranks import Ranks
     from fasp_fx.statistics import InputGradients
 

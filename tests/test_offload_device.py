@@ -47,6 +47,14 @@ def test_what_a_device_does_not_serve_is_refused(found: dict[str, Any]) -> None:
     assert "tried to allocate 3.00 GiB; it takes some 0.00 GiB" in said["memory"]
 
 
+def test_batches_that_do_not_fit_the_device_are_divided(found: dict[str, Any]) -> None:
+    seen = found["divided"]
+    assert seen["refused"] == 1
+    assert seen["plan"]
+    assert seen["differing"] == []
+    assert seen["notes"] == ["memory was too short for the calibration batches, which were divided into 2"]
+
+
 def test_a_device_that_is_none(tmp_path: Path) -> None:
     with (
         pytest.raises(fasp_fx.errors.ArgumentError, match="'moon' cannot be used"),

@@ -5,66 +5,28 @@ input.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, fx
 
 from .._compat import pytree
-from .._deviation import unfilled
 from .._device import device_of
 from .._program import Program
-from ..channels import Product, Use, is_dynamic, results
+from ..channels import Product, Use, results
 from ..errors import CalibrationError, first_line
 from ..losses import Loss, Outputs, Padding, evaluated, next_token
 from ..statistics import PADDING, InputGradients, MakeStatistic
 from ._consumers import Consumer, Consumers, counting
 from ._marks import Marks
 from ._matrices import ConsumerMatrices, states_before, token_dims
+from ._pieces import Piece, ran, returned
 from ._ranks import Ranks
 from ._runner import Runner
 
 #: tokens for each column of a consumer from which its Gram matrix says enough to predict losses
 ENOUGH = 2.5
-
-#: how many rows are run back at a time, where an input is a table of them
-ROWS = 512
-
-
-@dataclass(frozen=True)
-class Piece:
-    """Some sequences of a calibration batch: the graph's inputs, and the number of the batch.
-
-    Attributes:
-        first, rows: the number of the first sequence, counted through all batches, and how many there are.
-    """
-
-    inputs: list[Any]
-    batch: int
-    first: int = 0
-    rows: int = 1
-
-
-def whole_batches(program: Program, batches: Sequence[list[Any]]) -> list[Piece]:
-    """Batches as they came. A sequence is one index of the first dimension of the first input
-    that has one.
-    """
-    at = next(
-        (
-            index
-            for index, node in enumerate(program.placeholders())
-            if isinstance(v := node.meta.get("val"), Tensor) and v.dim()
-        ),
-        None,
-    )
-    found: list[Piece] = []
-    first = 0
-    for number, batch in enumerate(batches):
-        rows = 1 if at is None else batch[at].shape[0]
-        found.append(Piece(batch, number, first, rows))
-        first += rows
-    return found
 
 
 def observe_batches(
@@ -82,7 +44,7 @@ def observe_batches(
     respect to them.
 
     The gradient of no weight is computed. What autograd keeps of one batch has to fit the device
-    (:func:`in_pieces`).
+    (:func:`~fasp_fx._observe._pieces.in_pieces`).
 
     Args:
         wanted: what to observe beside the Gram matrix.
@@ -155,93 +117,6 @@ def _observe_one(
             return 0
         found = _terms(consumers.analysis.program, run, piece, loss, marks, index)
         return run.back(found) if found.numel() else 0
-
-
-def in_pieces(program: Program, whole: list[Piece]) -> list[Piece]:
-    """Batches in pieces of one sequence (one image, or some rows), where these do not see each other; others
-    as they are.
-
-    So it does not matter how sequences were put together, and the memory does not grow with the batch. The
-    first dimension of the first input must be free; inputs are divided along with it whose first dimension is
-    the same size by the graph, or, from two dimensions on, whose first dimension is free and of the same size
-    in the batch (a mask). That no sequence sees another is tried: a first dimension may as well be time, or
-    nodes. It is tried for each choice of inputs to divide, on the first batch that suggests it: what all
-    sequences share may happen to be as long as a batch, and is then left whole.
-    """
-    shapes = [
-        tuple(value.shape) if isinstance(value := node.meta.get("val"), Tensor) else ()
-        for node in program.placeholders()
-    ]
-    first = next((shape[0] for shape in shapes if shape), None)
-    inner = {str(size) for shape in shapes for size in shape[1:]}
-    if first is None or not is_dynamic(first) or str(first) in inner:
-        return whole
-    same = [bool(shape) and str(shape[0]) == str(first) for shape in shapes]
-    free = [len(shape) > 1 and is_dynamic(shape[0]) and str(shape[0]) not in inner for shape in shapes]
-    found = []
-    divisible: dict[tuple[bool, ...], bool] = {}
-    for piece in whole:
-        leaf = next(leaf for leaf, is_same in zip(piece.inputs, same, strict=True) if is_same)
-        count = leaf.shape[0]
-        along = [
-            is_same or (is_free and leaf.shape[0] == count)
-            for leaf, is_same, is_free in zip(piece.inputs, same, free, strict=True)
-        ]
-        each = ROWS if leaf.dim() <= 1 + leaf.is_floating_point() else 1
-        for chosen in (along, same):
-            parts = [_part(piece, chosen, start, each) for start in range(0, count, each)]
-            if len(parts) == 1:
-                break
-            if tuple(chosen) not in divisible:
-                divisible[tuple(chosen)] = _is_divisible(program, piece, parts, count)
-            if divisible[tuple(chosen)]:
-                break
-        else:
-            return whole
-        found += parts
-    return found
-
-
-def _part(piece: Piece, along: list[bool], start: int, size: int) -> Piece:
-    """Some sequences of a piece."""
-    inputs = [
-        leaf[start : start + size] if splits else leaf
-        for leaf, splits in zip(piece.inputs, along, strict=True)
-    ]
-    return Piece(inputs, piece.batch, piece.first + start, min(size, piece.rows - start))
-
-
-def _is_divisible(program: Program, piece: Piece, parts: list[Piece], count: int) -> bool:
-    """Whether the first and the last part of a piece give what they give within it, by the outputs that hold
-    something for each of its ``count`` sequences.
-    """
-    try:
-        within, first, last = (_ran(program, one) for one in (piece, parts[0], parts[-1]))
-    except CalibrationError:
-        return False
-    compared = []
-    for index, (whole, start, end) in enumerate(zip(within, first, last, strict=True)):
-        if (
-            index in program.state_outputs
-            or not isinstance(whole, Tensor)
-            or not whole.is_floating_point()
-            or not whole.dim()
-            or whole.shape[0] != count
-        ):
-            continue
-        for own, part in (
-            (start, whole[: len(start)] if start.dim() else whole),
-            (end, whole[count - len(end) :] if end.dim() else whole),
-        ):
-            compared.append(own.shape == part.shape and _are_alike(own, part))
-    return bool(compared) and all(compared)
-
-
-def _are_alike(found: Tensor, expected: Tensor) -> bool:
-    """Whether two outputs differ by no more than rounding, fillings aside."""
-    allowed = 1e-3 if found.dtype in (torch.float32, torch.float64) else 5e-2
-    found, expected = unfilled(found, expected).float(), unfilled(expected, expected).float()
-    return bool((found - expected).norm() <= allowed * expected.norm())
 
 
 def _saw_enough(consumers: Consumers, ranks: Ranks, enough: float) -> bool:
@@ -455,21 +330,6 @@ def _own(piece: Piece) -> Piece:
     )
 
 
-@torch.no_grad()
-def _ran(program: Program, piece: Piece) -> list[Any]:
-    """What the dense model returns for one piece, as leaves."""
-    run = Runner(program, [piece.inputs], numbers=[piece.batch])
-    run.advance(len(run.nodes) - 1)
-    return returned(program, run)
-
-
-def returned(program: Program, run: Runner) -> list[Any]:
-    """What a program returned that ran to its end, for one batch, as leaves."""
-    return [
-        next(run.read(node)) if isinstance(node, fx.Node) else node for node in results(program.module.graph)
-    ]
-
-
 def padding_of(program: Program, leaves: list[Any], marks: Marks, index: int) -> Padding:
     """What is padding in each of these outputs of a piece."""
     pairs = zip(results(program.module.graph), leaves, strict=True)
@@ -486,7 +346,7 @@ def _settle(program: Program, pieces: Sequence[Piece], loss: Outputs, marks: Mar
     may come out as almost nothing.
     """
     for index, piece in enumerate(pieces):
-        leaves = _ran(program, piece)
+        leaves = ran(program, piece)
         enough = loss.settle(
             called(program, leaves, piece.inputs)[0], padding_of(program, leaves, marks, index)
         )
@@ -593,4 +453,4 @@ def _finite(tensors: Iterable[Tensor]) -> bool:
     return all(bool(torch.isfinite(tensor).all()) for tensor in tensors)
 
 
-__all__ = ["Piece", "called", "in_pieces", "observe_batches", "padding_of", "returned", "whole_batches"]
+__all__ = ["called", "observe_batches", "padding_of"]

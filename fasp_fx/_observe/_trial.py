@@ -27,8 +27,9 @@ from ..scoring import Order
 from ..statistics import SplitGram
 from ._consumers import Consumer, Consumers
 from ._fitness import fitness_of
-from ._gradients import Piece, called, padding_of, returned
+from ._gradients import called, padding_of
 from ._marks import Marks
+from ._pieces import Piece, returned
 from ._ranks import Ranks
 from ._readings import read_otherwise
 from ._runner import Runner
