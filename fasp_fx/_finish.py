@@ -18,8 +18,9 @@ def own_storage(program: Program) -> Program:
     caller's model.
     """
     program = program.copy()
+    held = program.weights()
     for name, names in program.aliases().items():
-        tensor = program.weights()[name]
+        tensor = held[name]
         if (
             name in program.numbers
             and isinstance(tensor, nn.Parameter)

@@ -379,7 +379,11 @@ class _Solver:
         del inner
         if int(failed):
             return None
-        found = torch.cholesky_solve(gram[: self.count, self.count :] @ rows[:, self.count :].T, factor).T
+        across, gone = gram[: self.count, self.count :], rows[:, self.count :]
+        if gone.shape[1] < len(gone):  # fewer columns went than there are rows to solve for
+            found = gone @ torch.cholesky_solve(across, factor).T
+        else:
+            found = torch.cholesky_solve(across @ gone.T, factor).T
         return found if bool(torch.isfinite(found).all()) else None
 
     def _errors(self, rows: Tensor, added: Tensor, *grams: Tensor) -> list[float]:

@@ -180,4 +180,8 @@ def test_attention_is_told_of_causal_masks(length: int) -> None:
             assert (told == (args, kwargs)) is not is_causal, name
             expected = target(*args, **kwargs)
             torch.testing.assert_close(execute(target, args, kwargs), expected, equal_nan=True, msg=name)
+    mask = torch.ones(length, length, dtype=torch.bool).tril()
+    assert _told_of_causality((queries, keys, values, mask), {})[0][3] is None
+    mask[-1, 0] = False
+    assert _told_of_causality((queries, keys, values, mask), {})[0][3] is mask, "written into since"
     assert _told_of_causality((queries[:, :, 1:], keys, values, mask[..., 1:, :]), {})[0][3] is not None

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.weak import WeakIdKeyDictionary
 
 _ATTENTION = torch.ops.aten.scaled_dot_product_attention.default
 #: from so many keys on rounding pays: 8 samples of 12 heads take 3.4 times as long with 128, 2.6 with 256,
@@ -21,6 +22,8 @@ _ATTENTION = torch.ops.aten.scaled_dot_product_attention.default
 _MANY_KEYS = 768
 #: rows of a mask that are looked at together
 _ROWS = 1024
+#: of masks that all layers share: the version of their values that was looked at, and whether it is causal
+_KNOWN: WeakIdKeyDictionary = WeakIdKeyDictionary()
 _PRODUCTS = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
 
 
@@ -67,6 +70,17 @@ def _is_causal(mask: Tensor, queries: Tensor, keys: Tensor) -> bool:
     length = queries.shape[-2]
     if keys.shape[-2] != length or mask.shape[-2:] != (length, length):
         return False
+    if mask.is_inference():  # of which it is not known whether it was written into since
+        return _hides_what_follows(mask)
+    known = _KNOWN.get(mask)
+    if known is None or known[0] != mask._version:
+        known = _KNOWN[mask] = mask._version, _hides_what_follows(mask)
+    return known[1]
+
+
+def _hides_what_follows(mask: Tensor) -> bool:
+    """The same, of a mask for as many queries as keys."""
+    length = mask.shape[-1]
     for dim in range(mask.dim() - 2):
         if mask.stride(dim) == 0:
             mask = mask.narrow(dim, 0, 1)
