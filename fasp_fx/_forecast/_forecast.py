@@ -27,9 +27,10 @@ from ._rates import copy_rate, factorisation_rate, product_rate
 
 #: strengths of the ridge that are compared for a consumer, as a rule
 _STRENGTHS = 4
-#: how often a Gram matrix is copied until its consumer is repaired: made whole, put in order, kept, for the
-#: tokens that are fitted and for those held out, and once more for both, in double precision
-_COPIES = 12
+#: how often as many bytes as a Gram matrix has are written until its consumer is repaired, for the tokens
+#: that are fitted and for those held out: made, added up and rounded, of which two are in double precision,
+#: made whole, put in order and kept; and once more for both, in double precision
+_COPIES = 24
 #: of a square matrix of inner products, which is symmetric, so much is computed
 _TRIANGLE = 0.6
 #: forward and backward passes in forward passes
@@ -164,13 +165,14 @@ def _operations(
     gram = compared = tried = factored = solved = cut = 0.0
     for consumer, (rows, blocks, columns) in shapes.items():
         tokens = sum(_outputs(use.node, sizes) // max(rows * blocks, 1) for use in consumer.uses)
-        kept = (1 - sparsity) * columns
+        kept, gone = (1 - sparsity) * columns, sparsity * columns
         gram += 2.0 * _TRIANGLE * blocks * tokens * columns**2
-        compared += blocks * 2.0 * rows * columns**2
+        compared += blocks * rows * columns**2  # errors, of symmetric matrices
         factored += blocks * kept**3 / 3
         tried += blocks * _STRENGTHS * kept**3 / 3
-        solved += blocks * 2.0 * rows * (kept * (columns - kept) + kept**2 + columns**2)
-        cut += blocks * (columns**3 / 3 + (columns - kept) * columns**2)
+        unknowns = min(rows, gone) * kept**2
+        solved += blocks * (2.0 * rows * kept * gone + 2.0 * unknowns + rows * columns**2)
+        cut += blocks * (columns**3 / 3 + gone * columns**2)
     found = {
         "capture and check": {"full": _EXAMPLES * forward},
         "running the batches": {"run": batches * forward},

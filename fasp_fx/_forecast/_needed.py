@@ -33,8 +33,7 @@ class Needed:
         pair: of the widest: as accumulated, made whole, and in the order of the system.
         waiting: activations of one batch where a consumer is observed, at the widest such place.
         running: those on the way between two such places.
-        solving: what the widest consumer is repaired with: its Gram matrix in float64, what is kept of it
-            twice, and its rows.
+        solving: what the widest consumer is repaired with.
     """
 
     def __init__(
@@ -96,13 +95,15 @@ def _shape(consumer: Consumer, weight: Tensor) -> Shape:
 
 
 def _solving(shapes: Iterable[Shape], sparsity: float) -> int:
-    """Bytes of the system of the widest consumer: its Gram matrix in float64, what is kept of it twice, and
-    its rows.
+    """Bytes of the system of the widest consumer: its Gram matrix in float64, what is kept of it twice, its
+    rows, and what is solved for: the removed columns, or where these are more, the rows.
     """
     most = 0.0
     for rows, _, columns in shapes:
-        kept = (1 - sparsity) * columns
-        most = max(most, DOUBLE * (columns**2 + 2 * kept**2 + rows * columns + 2 * rows * kept))
+        kept, gone = (1 - sparsity) * columns, sparsity * columns
+        # Once the system is solved, one copy of what is kept is free again.
+        solved = max(kept * gone, rows * kept + kept * gone - kept**2) if gone < rows else 2 * rows * kept
+        most = max(most, DOUBLE * (columns**2 + 2 * kept**2 + rows * columns + solved))
     return round(most)
 
 
