@@ -8,7 +8,7 @@ from typing import ClassVar, Protocol
 import torch
 from torch import Tensor
 
-from ._offload._current import keep
+from ._offload._current import keep, zeros
 
 #: columns per block of the Gram matrix; only blocks on and below the diagonal are computed
 _BLOCK = 384
@@ -75,7 +75,7 @@ class Gram:
         dtype: torch.dtype = torch.float32,
     ) -> None:
         shape = (columns, columns) if whole else (columns,)
-        self.matrix = keep(torch.zeros(shape, dtype=dtype, device=device))
+        self.matrix = zeros(shape, dtype, device)
         self.tokens = 0
 
     def update(self, activation: Tensor, dim: int) -> None:

@@ -23,7 +23,7 @@ import fasp_fx
 import fasp_fx.hf
 from fasp_fx._observe._runner import Runner
 from fasp_fx._offload._context import keep_weights, offload
-from fasp_fx._offload._current import current, keep
+from fasp_fx._offload._current import current, keep, zeros
 from fasp_fx._offload._scratch import FILE_BYTES, SMALLEST, Scratch
 from fasp_fx._offload._values import addresses, keep_values
 from fasp_fx._offload._watch import mapped_bytes
@@ -184,6 +184,20 @@ def test_a_tensor_is_kept_once_and_a_view_of_one_anew(tmp_path: Path) -> None:
     assert scratch.keep(held) is held
     row = held[0]
     assert scratch.keep(row).data_ptr() != row.data_ptr()
+
+
+def test_zeros_are_in_files_and_of_their_own(tmp_path: Path) -> None:
+    with offload(tmp_path) as scratch:
+        made = [zeros((300, 300), torch.float64, torch.device("cpu")) for _ in range(2)]
+        assert len(scratch) == 1
+        assert not any(bool(one.any()) for one in made)
+        made[0].fill_(7.0)
+        assert not bool(made[1].any())
+        del made
+        assert not bool(zeros((300, 300), torch.float32, torch.device("cpu")).any())
+        assert zeros((3,), torch.float32, torch.device("cpu")).tolist() == [0.0] * 3
+        assert zeros((3,), torch.float32, torch.device("meta")).is_meta
+    assert zeros((3,), torch.float64, torch.device("cpu")).dtype == torch.float64
 
 
 def test_a_model_stays_what_it_is(tmp_path: Path) -> None:

@@ -22,6 +22,14 @@ def keep(tensor: Tensor) -> Tensor:
     return tensor if scratch is None else scratch.keep(tensor)
 
 
+def zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Zeros that will be needed later, kept as :func:`keep` does."""
+    scratch = _SCRATCH.get()
+    if scratch is None or device.type != "cpu":
+        return torch.zeros(shape, dtype=dtype, device=device)
+    return scratch.zeros(shape, dtype)
+
+
 def computing() -> torch.device | None:
     """Where calibration batches run while their model lies in files, if that is not the CPU."""
     scratch = _SCRATCH.get()
@@ -43,4 +51,4 @@ def kept_in(scratch: Scratch) -> Iterator[None]:
         _SCRATCH.reset(token)
 
 
-__all__ = ["computing", "current", "keep", "kept_in"]
+__all__ = ["computing", "current", "keep", "kept_in", "zeros"]

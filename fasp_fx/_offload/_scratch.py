@@ -5,6 +5,7 @@ short.
 from __future__ import annotations
 
 import contextlib
+import math
 import mmap
 import os
 import tempfile
@@ -115,6 +116,16 @@ class Scratch:
             OffloadError: the disk is full.
         """
         return self._room(torch.empty(shape, dtype=dtype, device="meta"))
+
+    def zeros(self, shape: torch.Size | tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        """A contiguous tensor of zeros, in a file if it is not small; nothing is written for it.
+
+        Raises:
+            OffloadError: the disk is full.
+        """
+        if math.prod(shape) * dtype.itemsize < SMALLEST:
+            return torch.zeros(shape, dtype=dtype, device="cpu")
+        return self.empty(shape, dtype)  # a new file holds zeros, and no room in one is given out twice
 
     def release(self) -> None:
         """Give back the memory that mapped values take; they are read again when they are used."""
