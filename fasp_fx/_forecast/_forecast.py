@@ -27,10 +27,11 @@ from ._rates import copy_rate, factorisation_rate, product_rate
 
 #: strengths of the ridge that are compared for a consumer, as a rule
 _STRENGTHS = 4
-#: how often as many bytes as a Gram matrix has are written until its consumer is repaired, for the tokens
-#: that are fitted and for those held out: made, added up and rounded, of which two are in double precision,
-#: made whole, put in order and kept; and once more for both, in double precision
-_COPIES = 24
+#: how often as many bytes as a Gram matrix has are written until its consumer is repaired: 12 times each for
+#: the tokens that are fitted and for those held out (added up in double precision, rounded, made whole, put
+#: in order and scaled, and kept in between), 10 times for both (added in double precision, the system, its
+#: factor), 5 for the systems of the strengths that are tried, and 6 for the products that errors are sums of
+_COPIES = 45
 #: of a square matrix of inner products, which is symmetric, so much is computed
 _TRIANGLE = 0.6
 #: forward and backward passes in forward passes
@@ -171,7 +172,8 @@ def _operations(
         factored += blocks * kept**3 / 3
         tried += blocks * _STRENGTHS * kept**3 / 3
         unknowns = min(rows, gone) * kept**2
-        solved += blocks * (2.0 * rows * kept * gone + 2.0 * unknowns + rows * columns**2)
+        errors = rows * (columns**2 + 4.0 * gone**2)
+        solved += blocks * (2.0 * rows * kept * gone + 2.0 * unknowns + errors)
         cut += blocks * (columns**3 / 3 + gone * columns**2)
     found = {
         "capture and check": {"full": _EXAMPLES * forward},
