@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import argparse
+import contextlib
+import pathlib
 from typing import Any
 
 from _protocol import EVALUATION, arguments, chunks, smollm2
@@ -22,8 +25,18 @@ def main() -> None:
     )
     parser.add_argument("--round-to", type=int, default=1)
     parser.add_argument("--quality", choices=["fast", "balanced", "best"], default="fast", help="fast: FASP")
+    parser.add_argument("--stream", type=pathlib.Path, help="a folder that weights and activations lie in")
     options = parser.parse_args()
+    files = contextlib.nullcontext() if options.stream is None else fasp_fx.offload(options.stream)
+    with files as scratch:
+        run(options, scratch)
+
+
+def run(options: argparse.Namespace, scratch: Any) -> None:
+    """Prune and measure; the model lies in the files, if there are any."""
     model, tokenizer = smollm2(options.device)
+    if scratch is not None:
+        fasp_fx.keep_weights(model, scratch)
     data = chunks(tokenizer, options.text, options.device)
     batches = [{"input_ids": row[None]} for row in data[: options.chunks]]
     example = {"input_ids": data[:1], "use_cache": False}
