@@ -16,7 +16,8 @@ import pytest
 import torch
 import torch._inductor.config
 from captures import equal_captures
-from hypothesis import HealthCheck, Phase, settings
+from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis.strategies import none
 from saved import small_result
 from torch import nn
 from whole_products import compute_in_full
@@ -70,8 +71,14 @@ def pytest_report_header(config: pytest.Config) -> str:
     )
 
 
+@given(none())
+def _begin(_: None) -> None:
+    """Lets hypothesis make its random numbers, which it looks for the holders of."""
+
+
 def pytest_collection_finish() -> None:
     """What is imported stays; looking through it again and again would take a tenth of the time."""
+    _begin()  # holders that are frozen are not found
     gc.collect()
     gc.freeze()
     gc.set_threshold(200_000, 20, 100)
