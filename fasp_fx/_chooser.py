@@ -427,16 +427,16 @@ class Chooser:
                 decision = self._chosen(consumers, lost, batches, advance, journal)
                 break
             except torch.OutOfMemoryError as error:
-                smaller = self._smaller(consumers.analysis.program, batches)
-                if smaller is None and computing() is None:
-                    raise
-                if smaller is None:
-                    raise self._too_little(consumers, error) from error
-            # Out of the handler, whose error holds on to all that was computed.
-            batches, divided = smaller, True
+                short = error.with_traceback(None)  # which would hold on to all that was computed
             consumers.forget_activations()
-            journal = None if journal is None else journal.reopened()
             gc.collect()
+            smaller = self._smaller(consumers.analysis.program, batches)
+            if smaller is None and computing() is None:
+                raise short
+            if smaller is None:
+                raise self._too_little(consumers, short) from short
+            batches, divided = smaller, True
+            journal = None if journal is None else journal.reopened()
         if divided and batches is not None:
             decision.notes.append(
                 f"memory was too short for the calibration batches, which were divided into {len(batches)}"

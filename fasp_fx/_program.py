@@ -179,8 +179,7 @@ class Program:
         """A program whose graph and module tree can be changed; tensors are shared."""
         graph = copy_graph(self.module.graph)
         graph._codegen = self.module.graph._codegen
-        module = graph_module(_tree_copy(self.module), graph, self.module.meta, LazyGraphModule)
-        return replace(self, module=module, parts=dict(self.parts), numbers=dict(self.numbers), walked=None)
+        return replace(self._over(graph), walked=None)
 
     def with_own_weights(self) -> Program:
         """A program over the same graph, which must not be changed, in which tensors can be replaced by
@@ -188,8 +187,13 @@ class Program:
         """
         graph = self.module.graph
         owner = graph.owning_module
-        module = graph_module(_tree_copy(self.module), graph, self.module.meta, LazyGraphModule)
+        made = self._over(graph)
         graph.owning_module = owner  # or it would keep the other weights alive
+        return made
+
+    def _over(self, graph: fx.Graph) -> Program:
+        """The program with a graph for its own, and a module tree that can be changed."""
+        module = graph_module(_tree_copy(self.module), graph, self.module.meta, LazyGraphModule)
         return replace(self, module=module, parts=dict(self.parts), numbers=dict(self.numbers))
 
     def placeholders(self) -> list[fx.Node]:

@@ -10,7 +10,6 @@ import torch
 from torch import Tensor, fx
 
 from .._deviation import unfilled
-from .._offload._current import computing
 from .._program import Program
 from ..channels import is_dynamic, results
 from ..errors import CalibrationError
@@ -171,7 +170,7 @@ def _are_alike(found: Tensor, expected: Tensor) -> bool:
 @torch.no_grad()
 def ran(program: Program, piece: Piece) -> list[Any]:
     """What the dense model returns for one piece, as leaves."""
-    run = Runner(program, [piece.inputs], numbers=[piece.batch], device=computing())
+    run = Runner(program, [piece.inputs], numbers=[piece.batch])
     run.advance(len(run.nodes) - 1)
     return returned(program, run)
 
