@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import fasp_fx
+from fasp_fx._attention import ToldOfCausality, _told_of_causality, execute
 from fasp_fx._device import float32_products
-from fasp_fx._observe._attention import _told_of_causality, execute
 from fasp_fx.errors import ArgumentError
 from fasp_fx.scoring import Columns
 
@@ -185,3 +185,34 @@ def test_attention_is_told_of_causal_masks(length: int) -> None:
     mask[-1, 0] = False
     assert _told_of_causality((queries, keys, values, mask), {})[0][3] is mask, "written into since"
     assert _told_of_causality((queries[:, :, 1:], keys, values, mask[..., 1:, :]), {})[0][3] is not None
+
+
+@pytest.mark.parametrize("captured", [True, False], ids=["captured", "eager"])
+def test_attention_is_told_of_causal_masks_whoever_calls_it(
+    captured: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What a training computes with it, values and gradients, is what it computes without."""
+    torch.manual_seed(0)
+    target = torch.ops.aten.scaled_dot_product_attention.default
+    call = target if captured else torch.nn.functional.scaled_dot_product_attention
+    heads = [torch.randn(1, 3, 9, 4, requires_grad=True) for _ in range(3)]
+    masks = {"causal": torch.ones(9, 9).tril() > 0, "window": torch.ones(9, 9).tril().triu(-2) > 0}
+    asked: list[Any] = []
+
+    def ask(args: Any, kwargs: Any) -> Any:
+        asked.append(_told_of_causality(args, kwargs))
+        return asked[-1]
+
+    monkeypatch.setattr("fasp_fx._attention._told_of_causality", ask)
+    for name, mask in masks.items():
+        expected = call(*heads, attn_mask=mask)
+        with ToldOfCausality():
+            found = call(*heads, attn_mask=mask) + 0
+        (args, _), is_causal = asked.pop(), name == "causal"
+        assert (len(args) > 3 and args[5] is True) == is_causal
+        torch.testing.assert_close(found, expected)
+        for one, other in zip(
+            torch.autograd.grad(found.sum(), heads), torch.autograd.grad(expected.sum(), heads), strict=True
+        ):
+            torch.testing.assert_close(one, other)
+    assert not asked, "what is outside of it is not told"

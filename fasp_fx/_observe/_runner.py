@@ -8,13 +8,13 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from .._attention import execute
 from .._compat import pytree
 from .._offload._values import addresses, keep_values, moved
 from .._program import Program
 from ..channels import attribute, written_inputs, written_names
 from ..errors import CalibrationError
 from ..patterns import VIEWS
-from ._attention import execute
 
 
 class Runner:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
+from .._attention import ToldOfCausality
 from .._device import products_in_bfloat16
 from .._seeded import seed_of
 from .._undisturbed import drawing_alike
@@ -232,7 +233,7 @@ class Training:
 
     def _terms(self, model: nn.Module, index: int, bfloat16: bool) -> Tensor:
         call = self._calls[index].to(self._device)
-        with products_in_bfloat16(self._device, bfloat16):
+        with products_in_bfloat16(self._device, bfloat16), ToldOfCausality():
             own = call.copied()
             outputs = model(*own.args, **own.kwargs)
         targets = self._dense.read(index, self._device)

@@ -14,6 +14,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional
+from torch.overrides import TorchFunctionMode
 from torch.utils.weak import WeakIdKeyDictionary
 
 _ATTENTION = torch.ops.aten.scaled_dot_product_attention.default
@@ -53,12 +55,34 @@ def execute(target: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str
     return output
 
 
+class ToldOfCausality(TorchFunctionMode):
+    """Within it, attention is told of causal masks, whoever calls it; nothing else is changed."""
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Sequence[type],
+        args: tuple[Any, ...] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func is _ATTENTION or func is functional.scaled_dot_product_attention:
+            told, kwargs = _told_of_causality(args, kwargs)
+            return func(*told, **kwargs)
+        return func(*args, **kwargs)
+
+
 def _told_of_causality(
     args: Sequence[Any], kwargs: Mapping[str, Any]
 ) -> tuple[Sequence[Any], Mapping[str, Any]]:
     """The arguments of attention, with a flag in the place of a mask that says the same."""
     mask = args[3] if len(args) > 3 else kwargs.get("attn_mask")
-    if not isinstance(mask, Tensor) or mask.requires_grad or not _is_causal(mask, args[0], args[1]):
+    if (
+        len(args) < 3
+        or not isinstance(mask, Tensor)
+        or mask.requires_grad
+        or not _is_causal(mask, args[0], args[1])
+    ):
         return args, kwargs
     dropout = args[4] if len(args) > 4 else kwargs.get("dropout_p", 0.0)
     rest = {name: kwargs[name] for name in kwargs if name in ("scale", "enable_gqa")}
@@ -98,4 +122,4 @@ def _hides_what_follows(mask: Tensor) -> bool:
     return True
 
 
-__all__ = ["execute"]
+__all__ = ["ToldOfCausality", "execute"]
