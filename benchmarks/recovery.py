@@ -1,8 +1,9 @@
 """What distillation brings back, on SmolLM2-135M (perplexity on chunks 100-139) and on the encoder MiniLM-L6
 (mean cosine). Resumes where it was stopped.
 
-A recipe is EPOCHS,LEARNING_RATE,CHUNKS,LENGTH[,TRAIN]: how often over how many calibration chunks (for
-MiniLM: batches), how many tokens of each, and what is trained. Each pruning is saved once under --out, and
+A recipe is EPOCHS,LEARNING_RATE,CHUNKS,LENGTH[,TRAIN][,hidden][,OPTION=NUMBER …]: how often over how many
+calibration chunks (for MiniLM: batches), how many tokens of each, what is trained, whether SmolLM2's hidden
+states are matched as well (what W_Q and the gate read in each layer), and options of distil. Each pruning is saved once under --out, and
 every recipe starts from there.
 """
 
@@ -20,6 +21,7 @@ from choosing import encoder, language
 
 import fasp_fx
 
+HIDDEN = ("*.q_proj", "*.gate_proj")
 RECIPES = ("1,3e-5,32,512", "2,3e-5,32,512", "2,3e-5,32,1024", "2,3e-5,96,1024")
 
 
@@ -88,7 +90,8 @@ def main() -> None:
             )
             found: dict[str, Any] = {**key, "pruning": round(sum(result.report.seconds.values()), 1)}
             if recipe != "none":
-                epochs, rate, count, length, *train = recipe.split(",")
+                epochs, rate, count, length, *more = recipe.split(",")
+                train = [word for word in more if word != "hidden" and "=" not in word]
                 batches = (
                     data[: int(count)]
                     if name == "minilm"
@@ -99,6 +102,8 @@ def main() -> None:
                     "learning_rate": float(rate),
                     "loss": loss,
                     **({"train": train[0]} if train else {}),
+                    **({"hidden": HIDDEN} if "hidden" in more else {}),
+                    **{key: json.loads(value) for key, _, value in (w.partition("=") for w in more) if value},
                 }
                 started = time.perf_counter()
                 result = fasp_fx.distil(result, model, batches, **how)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -74,4 +74,24 @@ def path_of(given: object, name: str) -> Path:
     return path
 
 
-__all__ = ["check_callable", "configured", "is_number", "path_of"]
+def names_of(option: str, given: Any, known: tuple[str, ...] | None) -> tuple[str, ...]:
+    """The names that an option was given, as a tuple.
+
+    Args:
+        known: those there are; ``None``: patterns are asked for.
+
+    Raises:
+        ArgumentError: it was given something else.
+    """
+    names = None if isinstance(given, str) or not isinstance(given, Iterable) else tuple(given)
+    if names is None or not all(isinstance(name, str) and (known is None or name in known) for name in names):
+        wanted = (
+            f"a tuple of {', '.join(map(repr, known))}"
+            if known
+            else "a tuple of name patterns, such as ('lm_head', 'layers.0.*')"
+        )
+        raise ArgumentError(f"{option}={given!r} is not known; pass {wanted}")
+    return names
+
+
+__all__ = ["check_callable", "configured", "is_number", "names_of", "path_of"]

@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal, TypedDict
 
 from ._identity import identity_of
-from ._options import configured
+from ._options import configured, names_of
 from ._scores import resolve_score
 from .allocation import Allocation, CostAllocation, Global, Search, uniform
 from .budgets import Cap, budget_data, budget_from_data, read_budget
@@ -214,7 +214,7 @@ class PruningConfig:
                     " propagate="
                 )
         for name, known in (("granularity", _GRANULARITIES), ("include", _INCLUDED), ("exclude", None)):
-            object.__setattr__(self, name, _names(name, getattr(self, name), known))
+            object.__setattr__(self, name, names_of(name, getattr(self, name), known))
         if not self.granularity:
             raise ArgumentError(
                 f"granularity={self.granularity!r} is not known; pass a tuple of"
@@ -392,19 +392,6 @@ def _is_fraction(value: Any) -> bool:
         and math.isfinite(value)
         and 0 < value < 1
     )
-
-
-def _names(option: str, given: Any, known: tuple[str, ...] | None) -> tuple[str, ...]:
-    """The names that an option was given, as a tuple."""
-    names = None if isinstance(given, str) or not isinstance(given, Iterable) else tuple(given)
-    if names is None or not all(isinstance(name, str) and (known is None or name in known) for name in names):
-        wanted = (
-            f"a tuple of {', '.join(map(repr, known))}"
-            if known
-            else "a tuple of name patterns, such as ('lm_head', 'layers.0.*')"
-        )
-        raise ArgumentError(f"{option}={given!r} is not known; pass {wanted}")
-    return names
 
 
 __all__ = ["PruningConfig", "PruningOptions"]

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal, TypedDict
 
-from .._options import configured, is_number
+from .._options import configured, is_number, names_of
 from ..errors import ArgumentError
 from ._matching import Match
 
@@ -29,6 +29,8 @@ class DistillationOptions(TypedDict, total=False):
     rank: int
     loss: Literal["auto", "divergence", "outputs"] | Match
     top_k: int
+    hidden: Iterable[str]
+    hidden_weight: float
     held_out: float
     evaluations: int
     patience: int | None
@@ -59,6 +61,12 @@ class DistillationConfig:
             tokens, else ``"outputs"``.
         top_k: of ``loss="divergence"``: how many of the dense model's probabilities are kept of each
             prediction; the others count as one. What is kept takes six bytes each, on disk.
+        hidden: name patterns of weights; the activations that these read are matched beside the outputs, as
+            are hidden states in CoFi (arXiv 2204.00408, section 3.2). They have to have all their channels
+            still: in a transformer what queries, keys, values and the first layers of feed-forward blocks
+            read. What is kept of the dense model's takes two bytes for each number, on disk.
+        hidden_weight: of ``hidden``: what their error counts beside the loss of outputs; it is the mean of
+            their squared errors, each relative to the dense model's mean square.
         held_out: the fraction of the batches that is not trained on, at least one batch; the weights that do
             best on it are kept.
         evaluations: how often the held-out batches are looked at, evenly over the steps; the last time after
@@ -84,6 +92,8 @@ class DistillationConfig:
     rank: int = 16
     loss: Literal["auto", "divergence", "outputs"] | Match = "auto"
     top_k: int = 256
+    hidden: Iterable[str] = ()
+    hidden_weight: float = 10.0
     held_out: float = 0.1
     evaluations: int = 4
     patience: int | None = None
@@ -108,6 +118,12 @@ class DistillationConfig:
         if not is_number(self.held_out) or not 0 < self.held_out < 1:
             raise ArgumentError(
                 f"held_out={self.held_out!r} is not in (0, 1); it is the fraction of the batches that judges"
+            )
+        object.__setattr__(self, "hidden", names_of("hidden", self.hidden, None))
+        if not is_number(self.hidden_weight) or not self.hidden_weight > 0:
+            raise ArgumentError(
+                f"hidden_weight={self.hidden_weight!r} is not a positive number; leave hidden= out to match"
+                " outputs alone"
             )
         for name, known in (("train", _TRAINED), ("precision", _PRECISIONS), ("loss", _LOSSES)):
             value = getattr(self, name)

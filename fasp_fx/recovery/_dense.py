@@ -21,6 +21,7 @@ from .._device import device_of, products_in_bfloat16
 from ..errors import CalibrationError, StoreError, first_line
 from ._asking import check_terms, targets_of
 from ._checkpoint import written
+from ._hidden import Hidden
 from ._matching import Match
 
 
@@ -65,19 +66,25 @@ class DenseOutputs:
         model: nn.Module,
         calls: Sequence[Call],
         match: Match,
+        hidden: Hidden | None,
         coarse: Collection[int],
         progress: Callable[[float], None],
     ) -> None:
         """Run the dense model on the batches whose files are not there yet, with products in bfloat16 for
         those whose numbers are in ``coarse``. What it writes into its buffers is put back after each.
 
+        Args:
+            match: what is kept of the outputs.
+            hidden: the hidden states that are kept beside them.
+
         Raises:
-            ArgumentError: the loss does not compare what the model returns.
+            ArgumentError: the loss does not compare what the model returns, or a hidden state is not seen.
             CalibrationError: the model does not take a batch, nothing of it counts, or what it returns is not
                 finite.
             StoreError: the disk is full, or cannot be written to, or a file that is there is damaged.
         """
         device = device_of(model)
+        weights = dict(model.named_parameters(remove_duplicate=False))
         for index, call in enumerate(calls):
             if self._file(index).exists():
                 self._check(index)
@@ -88,6 +95,7 @@ class DenseOutputs:
                         torch.no_grad(),
                         rewound(model),
                         products_in_bfloat16(device, index in coarse),
+                        contextlib.nullcontext() if hidden is None else hidden.reading(weights) as readings,
                     ):
                         outputs = model(*held.args, **held.kwargs)
                 except torch.OutOfMemoryError:
@@ -100,6 +108,8 @@ class DenseOutputs:
                 with torch.no_grad():
                     targets = targets_of(match, outputs, index)
                     check_terms(match, outputs, targets, call.to(device).named(model), index)
+                    if hidden is not None and readings is not None:
+                        targets |= hidden.targets(readings, index)
                 self._save(index, targets)
             progress((index + 1) / len(calls))
 

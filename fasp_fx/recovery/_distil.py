@@ -26,6 +26,7 @@ from ..report import Recovery
 from ._checkpoint import Checkpoint
 from ._config import DistillationConfig, DistillationOptions
 from ._dense import Call, DenseOutputs
+from ._hidden import Hidden
 from ._matching import Divergence, Match, SquaredError
 from ._trained import trained_part
 from ._training import Batches, Training
@@ -97,6 +98,7 @@ def distil(
     batches = Batches.split(len(calls), asked.held_out)
     match = _match(asked, result)
     trained = trained_part(pruned, asked.train, asked.rank, asked.seed)
+    trained.hidden = Hidden.of(tuple(asked.hidden), asked.hidden_weight, dense, pruned)
     if asked.precision == "auto":
         asked = replace(asked, precision="bfloat16" if multiplies_bfloat16(device_of(pruned)) else "weights")
     advance = progress or (lambda fraction: None)
@@ -114,7 +116,9 @@ def distil(
         outputs = DenseOutputs(kept.targets if kept is not None else Path(temporary))
         with accelerator.main_process_first() if kept is not None else contextlib.nullcontext():
             coarse = batches.training if asked.precision == "bfloat16" else ()
-            outputs.write(dense, calls, match, coarse, lambda fraction: advance(share * fraction))
+            outputs.write(
+                dense, calls, match, trained.hidden, coarse, lambda fraction: advance(share * fraction)
+            )
         first = calls[0].to(device_of(pruned)).copied()
         trained.find_written(first.args, first.kwargs)
         training = Training(trained, calls, batches, outputs, match, asked, accelerator, kept)

@@ -12,6 +12,7 @@ from torch.func import functional_call
 
 from .._capture._unchanged import rewound
 from ..errors import ArgumentError
+from ._hidden import Hidden, Readings
 
 
 class Trained(nn.Module):
@@ -23,11 +24,14 @@ class Trained(nn.Module):
 
     Attributes:
         leaves: what the optimiser changes, by name.
+        hidden: the hidden states that calls note; ``None``: none.
     """
 
     def __init__(self, student: nn.Module, weights: dict[str, nn.Parameter]) -> None:
         super().__init__()
         self.student = student
+        self.hidden: Hidden | None = None
+        self._readings: Readings | None = None
         self._weights = weights
         self._written: list[str] = []
         self.leaves: dict[str, nn.Parameter] = {
@@ -55,9 +59,19 @@ class Trained(nn.Module):
     def _call(self, weights: dict[str, Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Call the module with other weights in the places of some."""
         held = {name: self.student.get_buffer(name).clone() for name in self._written}
-        if not weights and not held:
-            return self.student(*args, **kwargs)
-        return functional_call(self.student, {**weights, **held}, args, kwargs)
+        with contextlib.ExitStack() as stack:
+            if self.hidden is not None:
+                own = {**dict(self.student.named_parameters(remove_duplicate=False)), **weights}
+                self._readings = stack.enter_context(self.hidden.reading(own))
+            if not weights and not held:
+                return self.student(*args, **kwargs)
+            return functional_call(self.student, {**weights, **held}, args, kwargs)
+
+    def take_readings(self) -> Readings:
+        """The hidden states of the last call, which are not kept any longer."""
+        found, self._readings = self._readings, None
+        assert found is not None, "hidden states are noted by calls"
+        return found
 
     @contextlib.contextmanager
     def alone(self) -> Iterator[None]:

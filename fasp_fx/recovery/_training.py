@@ -7,9 +7,9 @@ from __future__ import annotations
 import contextlib
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +24,7 @@ from ._asking import terms_of
 from ._checkpoint import Checkpoint, State
 from ._config import DistillationConfig
 from ._dense import Call, DenseOutputs
+from ._hidden import Hidden
 from ._matching import Match
 from ._trained import Trained
 
@@ -202,10 +203,7 @@ class Training:
                 if place + 1 == len(own)
                 else self._accelerator.no_sync(self._called),
             ):
-                loss = (
-                    self._terms(self._called, index, bfloat16=self._config.precision == "bfloat16").mean()
-                    * weight
-                )
+                loss = self._loss(index) * weight
                 self._accelerator.backward(loss)
             total += loss.detach()
         mean = float(self._accelerator.reduce(total, "mean"))
@@ -231,13 +229,29 @@ class Training:
         """
         return drawing_alike(self._trained.parameters(), seed_of(self._config.seed, *place))
 
-    def _terms(self, model: nn.Module, index: int, bfloat16: bool) -> Tensor:
+    def _loss(self, index: int) -> Tensor:
+        """What is trained on: the mean of the terms, and what hidden states add to it."""
+        terms, targets, inputs = self._compared(
+            self._called, index, bfloat16=self._config.precision == "bfloat16"
+        )
+        hidden = self._trained.hidden
+        if hidden is None:
+            return terms.mean()
+        return terms.mean() + hidden.weight * hidden.error(
+            self._trained.take_readings(), targets, inputs, index
+        )
+
+    def _compared(
+        self, model: nn.Module, index: int, bfloat16: bool
+    ) -> tuple[Tensor, dict[str, Tensor], Mapping[str, Any]]:
+        """The terms of a batch, the dense model's hidden states, and the arguments of the call by name."""
         call = self._calls[index].to(self._device)
         with products_in_bfloat16(self._device, bfloat16), ToldOfCausality():
             own = call.copied()
             outputs = model(*own.args, **own.kwargs)
-        targets = self._dense.read(index, self._device)
-        return terms_of(self._match, outputs, targets, call.named(self._trained.student), index)
+        targets, hidden = Hidden.parted(self._dense.read(index, self._device))
+        inputs = call.named(self._trained.student)
+        return terms_of(self._match, outputs, targets, inputs, index), hidden, inputs
 
     @torch.no_grad()
     def _held_out(self) -> float:
@@ -247,7 +261,7 @@ class Training:
             self._accelerator.process_index :: self._accelerator.num_processes
         ]:
             with self._drawing(index):
-                terms = self._terms(self._trained, index, bfloat16=False)
+                terms, _, _ = self._compared(self._trained, index, bfloat16=False)
             seen += torch.stack(
                 [
                     terms.double().sum(),
