@@ -2,9 +2,9 @@
 (mean cosine). Resumes where it was stopped.
 
 A recipe is EPOCHS,LEARNING_RATE,CHUNKS,LENGTH[,TRAIN][,hidden][,OPTION=NUMBER …]: how often over how many
-calibration chunks (for MiniLM: batches), how many tokens of each, what is trained, whether SmolLM2's hidden
-states are matched as well (what W_Q and the gate read in each layer), and options of distil. Each pruning is saved once under --out, and
-every recipe starts from there.
+calibration chunks (for MiniLM: batches), how many tokens of each, what is trained, whether hidden states of
+SmolLM2 are matched as well (what W_Q and the gate read in each layer), and options of distil. Each pruning is
+saved once under --out, and every recipe starts from there.
 """
 
 from __future__ import annotations

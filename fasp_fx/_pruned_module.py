@@ -113,6 +113,22 @@ def _remember(module: fx.GraphModule, exported: ExportedProgram, signature: Call
     module.origin = (program, signature)
 
 
+def program_now(module: nn.Module, program: ExportedProgram) -> ExportedProgram:
+    """A program with the weights and constants of a module that was made of it, as they are now; the same
+    object where it holds these.
+
+    Raises:
+        StoreError: see :func:`values_now`.
+    """
+    weights, constants = values_now(module, program)
+    held = {**program.state_dict, **program.constants}
+    if all(held[name] is value for name, value in (*weights.items(), *constants.items())):
+        return program
+    found = copy.copy(program)
+    found._state_dict, found._constants = weights, constants
+    return found
+
+
 def values_now(module: nn.Module, program: ExportedProgram) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """The weights and the constants of a module that was made of a program, as they are now; tensors may have
     been replaced by others since.
@@ -190,4 +206,4 @@ def _rebuilt(
     return module.train(training)
 
 
-__all__ = ["PrunedModule", "values_now", "wrap"]
+__all__ = ["PrunedModule", "program_now", "values_now", "wrap"]

@@ -11,6 +11,7 @@ from torch import fx, nn
 from torch.export import ExportedProgram
 
 from ._calling._signature import CallSignature
+from ._pruned_module import program_now
 from ._undisturbed import in_usual_modes, one_at_a_time
 from .config import PruningConfig
 from .plan import PruningPlan
@@ -23,16 +24,25 @@ class Result:
 
     Attributes:
         module: the smaller model behind the caller's signature; trains, moves, compiles and exports again.
-        program: the same as an exported program; shares its weights with ``module``.
+        exported: the program that ``module`` was made of; :attr:`program` has the weights of now.
         plan: what was removed.
         report: what it cost, and what was asked for.
     """
 
     module: fx.GraphModule
-    program: ExportedProgram
+    exported: ExportedProgram = field(repr=False)
     plan: PruningPlan
     report: Report
     signature: CallSignature = field(repr=False)
+
+    @property
+    def program(self) -> ExportedProgram:
+        """The same as an exported program; shares its weights with ``module``, as they are now.
+
+        Raises:
+            StoreError: the module has lost a weight, or computes it from others; names it.
+        """
+        return program_now(self.module, self.exported)
 
     @property
     def config(self) -> PruningConfig | None:

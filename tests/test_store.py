@@ -359,6 +359,15 @@ def test_tensors_put_in_the_place_of_others_are_stored(kind: str, tmp_path: Path
         expected = result.module(x)
         assert not torch.allclose(expected, before)
         assert torch.equal(fasp_fx.load(result.save(tmp_path / "out")).module(x), expected)
+        assert torch.equal(result.program.module()(x), expected)
+
+
+def test_the_program_follows_its_module_to_another_dtype() -> None:
+    result, x = _normed()
+    assert result.program is result.program
+    wide = result.module.double()
+    with torch.no_grad():
+        assert torch.equal(result.program.module()(x.double()), wide(x.double()))
 
 
 @pytest.mark.parametrize(
@@ -376,4 +385,6 @@ def test_what_is_put_in_the_place_of_tensors_is_refused(kind: str, says: str, tm
         result.save(tmp_path / "out")
     with pytest.raises(fasp_fx.StoreError, match=says):
         pickle.dumps(result.module)
+    with pytest.raises(fasp_fx.StoreError, match=says):
+        _ = result.program
     assert not list(tmp_path.iterdir())

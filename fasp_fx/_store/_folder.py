@@ -4,7 +4,6 @@ what the files hold).
 
 from __future__ import annotations
 
-import copy
 import hashlib
 import json
 from pathlib import Path
@@ -14,7 +13,6 @@ import torch
 
 from .._atomic import new_folder
 from .._options import path_of
-from .._pruned_module import values_now
 from .._version import __version__
 from ..errors import PlanError, StoreError
 from ..plan import PruningPlan
@@ -56,8 +54,7 @@ def save(result: Result, path: str | Path, *, overwrite: bool = False) -> Path:
             stored.
     """
     path = path_of(path, "path").absolute()
-    program = copy.copy(result.program)
-    program._state_dict, program._constants = values_now(result.module, program)
+    program = result.program
     check_weights(program)
     signature, graph = signature_to_json(result.signature), program_to_json(program)
     with new_folder(path, overwrite=overwrite, replaceable=is_save) as folder:
