@@ -3,8 +3,8 @@
 
 A recipe is EPOCHS,LEARNING_RATE,CHUNKS,LENGTH[,TRAIN][,hidden][,OPTION=NUMBER …]: how often over how many
 calibration chunks (for MiniLM: batches), how many tokens of each, what is trained, whether hidden states of
-SmolLM2 are matched as well (what W_Q and the gate read in each layer), and options of distil. Each pruning is
-saved once under --out, and every recipe starts from there.
+SmolLM2 are matched as well (what W_Q and the gate read in each layer), and options of distil; the chunks that
+measure are left out. Each pruning is saved once under --out, and every recipe starts from there.
 """
 
 from __future__ import annotations
@@ -16,7 +16,8 @@ import time
 import warnings
 from typing import Any
 
-from _protocol import chunks, smollm2
+import torch
+from _protocol import EVALUATION, chunks, smollm2
 from choosing import encoder, language
 
 import fasp_fx
@@ -71,6 +72,7 @@ def main() -> None:
         data, loss = calibration, "outputs"
         if name == "smollm2":
             text, loss = chunks(smollm2(options.device)[1], options.text, options.device), "divergence"
+            text = torch.cat([text[: EVALUATION.start], text[EVALUATION.stop :]])
         captured = fasp_fx.capture(model, (), example)
         for sparsity, quality, recipe in (
             (s, q, r) for s in options.sparsity for q in options.qualities for r in ("none", *options.recipes)
