@@ -56,6 +56,8 @@ class Marks:
             tuple(nodes[self._reference].meta["val"].shape) if self._reference is not None else ()
         )
         sizes = [batch[self._reference].shape[0] if self._reference is not None else 1 for batch in batches]
+        self._picked = _picked(program, self._shape)
+        self._batches = batches
         self._sizes, self._firsts = sizes, [0, *accumulate(sizes)]
         self._many_batches = len(sizes) >= _ONE_IN
         self._masks = (
@@ -81,17 +83,23 @@ class Marks:
 
     def of_output(self, index: int, node: fx.Node, output: Tensor) -> Tensor | None:
         """Which tokens of an output are padding, ``[batch, tokens]``; ``None`` where its first two dimensions
-        are not those of the mask.
+        are not those of the mask, or of the tokens in it that an input asks for by their positions.
         """
         recorded = node.meta.get("val")
         if self._masks is None or not isinstance(recorded, Tensor):
             return None
-        if output.shape[:2] == self._masks[index].shape and all(
-            _same(size, wanted) for size, wanted in zip(recorded.shape[:2], self._shape[:2], strict=True)
-        ):
-            return self._masks[index]
+        mask = self._masks[index]
+        if recorded.dim() > 1 and _same(recorded.shape[0], self._shape[0]):
+            picked = self._picked.get(str(recorded.shape[1]))
+            if picked is not None:
+                mask = mask[:, self._batches[index][picked].to(mask.device)]
+            if output.shape[:2] == mask.shape and (
+                picked is not None or _same(recorded.shape[1], self._shape[1])
+            ):
+                return mask
         tokens = _symbols(self._shape[1])
-        if any(tokens and tokens <= _symbols(size) for size in recorded.shape):
+        varies = output.shape[:2] == mask.shape and bool(_symbols(recorded.shape[1]))
+        if varies or any(tokens and tokens <= _symbols(size) for size in recorded.shape):
             self.unmatched[node] = None  # there are tokens, and they lie otherwise
         return None
 
@@ -194,6 +202,27 @@ class Marks:
             return _along((mask.T if inner else mask).reshape(-1), dims[0], activation.dim())
         self.unmatched[node] = None
         return None
+
+
+def _picked(program: Program, shape: Sequence[Any]) -> dict[str, int]:
+    """Sizes that are those of an input's, by whose numbers the graph picks tokens; the number of that input
+    for each.
+
+    Args:
+        shape: of the first input, as captured: ``[batch, tokens, …]``.
+    """
+    found: dict[str, int] = {}
+    for number, node in enumerate(program.placeholders()):
+        if len(shape) < 2 or len(_recorded(node)) != 1 or not _symbols(_recorded(node)[0]):
+            continue
+        for user in node.users:
+            picks = (user.target is torch.ops.aten.index.Tensor and user.args[1] == [None, node]) or (
+                user.target is torch.ops.aten.index_select.default and user.args[1:] == (1, node)
+            )
+            source = user.args[0] if picks else None
+            if isinstance(source, fx.Node) and _same(_recorded(source)[1], shape[1]):
+                found[str(_recorded(node)[0])] = number
+    return found
 
 
 def _mask(nodes: list[fx.Node], batch: Sequence[Any], name: str, reference: int | None, index: int) -> Tensor:

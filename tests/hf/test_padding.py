@@ -1,0 +1,45 @@
+"""What an attention mask hides in calibration data takes no part in a choice, whatever stands there."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from generators import dense
+
+from fasp_fx import hf
+from fasp_fx.allocation import Search
+
+pytestmark = [
+    pytest.mark.usefixtures("shared_captures"),
+    pytest.mark.filterwarnings("ignore::fasp_fx.CalibrationWarning"),
+]
+
+
+@pytest.mark.parametrize("loss", ["outputs", "next-token"])
+@pytest.mark.parametrize(
+    "allocation", ["global", Search(generations=1, offspring=3, sequences=2)], ids=["global", "search"]
+)
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_padding_chooses_nothing(loss: Any, allocation: Any, side: str) -> None:
+    """Logits lie at the positions that are asked for, which a program has as an input of its own."""
+    model = dense("llama_gqa")
+    torch.manual_seed(0)
+    ids = torch.randint(3, 60, (4, 10))
+    mask = torch.ones_like(ids)
+    mask[:, slice(0, 5) if side == "left" else slice(5, None)] = 0
+    found = [
+        hf.prune(
+            model,
+            calibration=[{"input_ids": ids.where(mask != 0, filling), "attention_mask": mask}] * 2,
+            sparsity=0.25,
+            loss=loss,
+            allocation=allocation,
+            precision="highest",
+        )
+        for filling in (0, 7, 23)
+    ]
+    for other in found[1:]:
+        assert other.plan.groups == found[0].plan.groups
+        assert other.report.notes == found[0].report.notes
