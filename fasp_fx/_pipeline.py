@@ -216,7 +216,7 @@ def rewrite(
     )
     cache = cache_bytes(program.module.graph, held.module.graph, program.state_outputs)
     report = replace(report, cache=cache, notes=(*report.notes, *held.notes))
-    return Result(held.module, held.exported, plan, report, held.rewritten.signature)
+    return Result(held.module, plan, report, held.rewritten.signature)
 
 
 def _check_weights(program: Program) -> None:

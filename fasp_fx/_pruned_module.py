@@ -113,20 +113,16 @@ def _remember(module: fx.GraphModule, exported: ExportedProgram, signature: Call
     module.origin = (program, signature)
 
 
-def program_now(module: nn.Module, program: ExportedProgram) -> ExportedProgram:
-    """A program with the weights and constants of a module that was made of it, as they are now; the same
-    object where it holds these.
+def program_now(module: nn.Module) -> ExportedProgram:
+    """The program of a :class:`PrunedModule`, with the weights and constants that the module holds now.
 
     Raises:
         StoreError: see :func:`values_now`.
     """
-    weights, constants = values_now(module, program)
-    held = {**program.state_dict, **program.constants}
-    if all(held[name] is value for name, value in (*weights.items(), *constants.items())):
-        return program
-    found = copy.copy(program)
-    found._state_dict, found._constants = weights, constants
-    return found
+    assert isinstance(module, PrunedModule)
+    program = copy.copy(module.origin[0])
+    program._state_dict, program._constants = values_now(module, program)
+    return program
 
 
 def values_now(module: nn.Module, program: ExportedProgram) -> tuple[dict[str, Tensor], dict[str, Any]]:

@@ -24,25 +24,23 @@ class Result:
 
     Attributes:
         module: the smaller model behind the caller's signature; trains, moves, compiles and exports again.
-        exported: the program that ``module`` was made of; :attr:`program` has the weights of now.
         plan: what was removed.
         report: what it cost, and what was asked for.
     """
 
     module: fx.GraphModule
-    exported: ExportedProgram = field(repr=False)
     plan: PruningPlan
     report: Report
     signature: CallSignature = field(repr=False)
 
     @property
     def program(self) -> ExportedProgram:
-        """The same as an exported program; shares its weights with ``module``, as they are now.
+        """The same as an exported program, which shares its weights with ``module``, as they are now.
 
         Raises:
             StoreError: the module has lost a weight, or computes it from others; names it.
         """
-        return program_now(self.module, self.exported)
+        return program_now(self.module)
 
     @property
     def config(self) -> PruningConfig | None:

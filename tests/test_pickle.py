@@ -144,3 +144,27 @@ def test_copies_save_what_the_module_saves() -> None:
     assert copied.state_dict().keys() == module.state_dict().keys()
     assert "shift" not in copied.state_dict()
     module.load_state_dict(copied.state_dict())
+
+
+class Counting(nn.Module):
+    """Writes into a buffer, whose program torch pickles by a tracer that it cannot make."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(8, 24), nn.Linear(24, 4)
+        self.register_buffer("calls", torch.zeros(()))
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls.add_(1)
+        return self.down(torch.relu(self.up(x)))
+
+
+def test_a_whole_result_is_pickled() -> None:
+    torch.manual_seed(0)
+    x = torch.randn(5, 8)
+    result = fasp_fx.prune(Counting().eval(), (x,), score="magnitude", restore=None)
+    again = pickle.loads(pickle.dumps(result))
+    assert again.plan == result.plan
+    with torch.no_grad():
+        torch.testing.assert_close(again.module(x), result.module(x))
+        torch.testing.assert_close(again.program.module()(x), result.program.module()(x))

@@ -38,7 +38,7 @@ def load_program(folder: Path, device: torch.device | None) -> Result:
     program = program_from_json(graph, tensors["weights"], tensors["constants"], device)
     with parsing("graph.json or signature.json"):  # each may be well-formed, and not fit the other
         check_fit(program, signature)
-        return Result(wrap(program, signature), program, plan, report, signature)
+        return Result(wrap(program, signature), plan, report, signature)
 
 
 __all__ = ["load_program"]
