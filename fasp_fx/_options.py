@@ -41,8 +41,11 @@ def configured(kind: type[C], config: C | None, options: Mapping[str, Any]) -> C
 
 
 def is_number(value: Any) -> bool:
-    """Whether a value is a finite number, and no truth value."""
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    """Whether a value is a finite number that a float can hold, and no truth value."""
+    try:
+        return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    except OverflowError:  # an integer of hundreds of digits
+        return False
 
 
 def check_callable(**given: object) -> None:
@@ -83,7 +86,10 @@ def names_of(option: str, given: Any, known: tuple[str, ...] | None) -> tuple[st
     Raises:
         ArgumentError: it was given something else.
     """
-    names = None if isinstance(given, str) or not isinstance(given, Iterable) else tuple(given)
+    try:
+        names = None if isinstance(given, str) or not isinstance(given, Iterable) else tuple(given)
+    except TypeError:  # a tensor without dimensions
+        names = None
     if names is None or not all(isinstance(name, str) and (known is None or name in known) for name in names):
         wanted = (
             f"a tuple of {', '.join(map(repr, known))}"

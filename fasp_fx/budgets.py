@@ -145,7 +145,11 @@ def read_budget(given: Any) -> tuple[Cap, ...]:
     Raises:
         ArgumentError: it is something else, or two budgets are of one resource.
     """
-    caps = tuple(given) if isinstance(given, Iterable) and not isinstance(given, (str, Mapping)) else (given,)
+    try:
+        several = isinstance(given, Iterable) and not isinstance(given, (str, Mapping))
+        caps = tuple(given) if several else (given,)
+    except TypeError:  # a tensor without dimensions
+        caps = (given,)
     for cap in caps:
         if not isinstance(cap, Cap):
             raise ArgumentError(

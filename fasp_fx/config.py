@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal, TypedDict
 
 from ._identity import identity_of
-from ._options import configured, names_of
+from ._options import configured, is_number, names_of
 from ._scores import resolve_score
 from .allocation import Allocation, CostAllocation, Global, Search, uniform
 from .budgets import Cap, budget_data, budget_from_data, read_budget
@@ -152,6 +151,20 @@ class PruningConfig:
                 f"sparsity={self.sparsity!r} and budget={self.budget!r} both say how much goes; leave one of"
                 " them out (sparsity=None)"
             )
+        for name in ("quality", "score", "restore", "allocation", "loss", "precision"):
+            value = getattr(self, name)
+            if not (value is None or isinstance(value, (str, Window)) or callable(value)):
+                raise ArgumentError(
+                    f"{name}={value!r:.80} is not known; pass a name that is, or an object of its kind"
+                )
+        if self.padding_mask is not None and not isinstance(self.padding_mask, str):
+            raise ArgumentError(
+                f"padding_mask={self.padding_mask!r:.80} is no name; pass that of an input, such as"
+                " 'attention_mask'"
+            )
+        if isinstance(self.restore, type):
+            name = self.restore.__name__
+            raise ArgumentError(f"restore={name} is a class; make one: restore={name}()")
         if self.sparsity is not None:
             _check_sparsity(self.sparsity)
         if isinstance(self.sparsity, Mapping):
@@ -344,9 +357,9 @@ class PruningConfig:
         """
         try:
             values = json.loads(text)
-        except (ValueError, RecursionError) as error:
+        except (TypeError, ValueError, RecursionError) as error:
             raise ArgumentError(
-                f"this is no configuration: {error}; write it with PruningConfig.to_json()"
+                f"this is no configuration: {error}; pass the text that PruningConfig.to_json() gave"
             ) from error
         version = values.pop("fasp_fx_config", None) if isinstance(values, dict) else None
         if version != VERSION:
@@ -386,12 +399,7 @@ def _check_sparsity(sparsity: Any) -> None:
 
 
 def _is_fraction(value: Any) -> bool:
-    return (
-        isinstance(value, (int, float))
-        and not isinstance(value, bool)
-        and math.isfinite(value)
-        and 0 < value < 1
-    )
+    return is_number(value) and 0 < value < 1
 
 
 __all__ = ["PruningConfig", "PruningOptions"]

@@ -135,8 +135,8 @@ class PruningPlan:
         """
         try:
             data = json.loads(text)
-        except (ValueError, RecursionError) as error:
-            raise PlanError(f"the plan is not JSON: {error}") from error
+        except (TypeError, ValueError, RecursionError) as error:
+            raise PlanError(f"the plan is not JSON: {error}; pass the text that to_json() gave") from error
         if not isinstance(data, dict) or data.get("format") != FORMAT:
             found = data.get("format") if isinstance(data, dict) else type(data).__name__
             raise PlanError(

@@ -11,6 +11,7 @@ import typing
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from decoders import Spec, build, tokens
@@ -383,3 +384,48 @@ def test_groups_that_were_not_asked_for_are_named_with_what_asks_for_them() -> N
     neurons = next(group.name for group in narrow if group.status == "prunable")
     with pytest.raises(fasp_fx.PlanError, match="loses channels, which granularity= does not name"):
         fasp_fx.plan_from_sets(captured, {neurons: [0]}, granularity=("head",))
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({"quality": ["best"]}, r"quality=\['best'\] is not known"),
+        ({"score": np.ones(2)}, r"score=array\("),
+        ({"restore": np.ones(2)}, r"restore=array\("),
+        ({"restore": int}, r"restore=int is a class"),
+        ({"allocation": np.ones(2)}, r"allocation=array\("),
+        ({"loss": np.ones(2)}, r"loss=array\("),
+        ({"precision": np.ones(2)}, r"precision=array\("),
+        ({"padding_mask": ["mask"]}, r"padding_mask=\['mask'\] is no name"),
+        ({"exclude": torch.tensor(0.3)}, r"exclude=tensor\(0.3000\) is not known"),
+        ({"include": torch.tensor(0.3)}, r"include=tensor"),
+        ({"budget": torch.tensor(0.3), "sparsity": None}, r"budget=tensor\(0.3000\) is no budget"),
+        ({"sparsity": 10**400}, r"is not in \(0, 1\)"),
+        ({"drift": 10**400}, r"is not in \[0, 1\]"),
+    ],
+)
+def test_values_of_other_types_are_refused(options: dict[str, Any], says: str) -> None:
+    with pytest.raises(fasp_fx.FaspError, match=says):
+        fasp_fx.PruningConfig(**options)
+
+
+@pytest.mark.parametrize("given", [{}, None, Path("config.json")])
+def test_what_is_no_text_is_refused(given: Any) -> None:
+    with pytest.raises(fasp_fx.ArgumentError, match=r"pass the text that PruningConfig.to_json\(\) gave"):
+        fasp_fx.PruningConfig.from_json(given)
+    with pytest.raises(fasp_fx.PlanError, match=r"pass the text that to_json\(\) gave"):
+        fasp_fx.PruningPlan.from_json(given)
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({"kwargs": (1, 2)}, "kwargs is a tuple; pass a dict"),
+        ({"kwargs": "x"}, "kwargs is a str"),
+        ({"state": None}, "state=None is no tuple of names"),
+        ({"state": "past"}, "state='past' is no tuple"),
+    ],
+)
+def test_a_call_that_is_none_is_refused(options: dict[str, Any], says: str) -> None:
+    with pytest.raises(fasp_fx.ArgumentError, match=says):
+        fasp_fx.capture(nn.Linear(3, 3).eval(), (torch.randn(2, 3),), **options)
