@@ -49,15 +49,20 @@ class Guards(nn.Module):
         check: the function of torch's guards; takes the graph's inputs in order.
         names: what the caller calls each of those inputs, such as ``x`` or ``rest['left']``.
         like: what is fixed of each, ``None`` for what is no tensor.
+        written: the numbers of those that the program writes into.
     """
 
     _is_impure = True  # nothing uses its result: passes that remove dead code must leave it
 
     def __init__(
-        self, check: Callable[..., Any], names: tuple[str, ...], like: tuple[Like | None, ...]
+        self,
+        check: Callable[..., Any],
+        names: tuple[str, ...],
+        like: tuple[Like | None, ...],
+        written: tuple[int, ...] = (),
     ) -> None:
         super().__init__()
-        self.check, self.names, self.like = check, names, like
+        self.check, self.names, self.like, self.written = check, names, like, written
 
     def forward(self, *inputs: Any) -> None:
         """Check one call.
@@ -69,6 +74,7 @@ class Guards(nn.Module):
         if torch.compiler.is_compiling():
             self.check(*inputs)
             return
+        self._check_written(inputs)
         try:
             self.check(*inputs)
         except AssertionError as error:
@@ -104,6 +110,16 @@ class Guards(nn.Module):
                     f" {like.dtype}, and a model may do something else with each; pass {like.dtype}, or"
                     " capture it with what you need"
                 )
+
+    def _check_written(self, inputs: tuple[Any, ...]) -> None:
+        """Refuse to write into what another argument reads: the program has it as it was before."""
+        for number in self.written:
+            for other, value in enumerate(inputs):
+                if other != number and _share_memory(inputs[number], value):
+                    raise CallError(
+                        f"arguments '{self.names[number]}' and '{self.names[other]}' share memory, and"
+                        f" forward writes into '{self.names[number]}'; pass a copy of one of them"
+                    )
 
     def _explain(self, guard: str, inputs: tuple[Any, ...]) -> str:
         given = {
@@ -148,7 +164,22 @@ def guard_calls(lifted: fx.GraphModule, exported: ExportedProgram) -> None:
         else None
         for node in lifted.graph.find_nodes(op="placeholder")
     )
-    lifted._guards_fn = Guards(found.forward, names, like)
+    mutated = set(exported.graph_signature.user_inputs_to_mutate.values())
+    written = tuple(
+        number
+        for number, name in enumerate(exported.graph_signature.user_inputs)
+        if isinstance(name, str) and name in mutated
+    )
+    lifted._guards_fn = Guards(found.forward, names, like, written)
+
+
+def _share_memory(one: Any, other: Any) -> bool:
+    """Whether two arguments are tensors with values in the same storage."""
+    if not (isinstance(one, Tensor) and isinstance(other, Tensor)):
+        return False
+    if one.layout != torch.strided or other.layout != torch.strided or not (one.numel() and other.numel()):
+        return False
+    return one.untyped_storage()._cdata == other.untyped_storage()._cdata
 
 
 def _asserted(graph: fx.Graph) -> set[fx.Node]:

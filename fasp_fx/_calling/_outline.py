@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from ..errors import CallError
+from ._constants import alike
 
 _PLAIN = (type(None), bool, int, float, str)
 
@@ -62,7 +63,7 @@ def check_outline(name: str, value: Any, outline: Any) -> None:
             )
         for index, (item, inside) in enumerate(zip(value, outline, strict=True)):
             check_outline(f"{name}[{index}]", item, inside)
-    elif type(value) is not type(outline) or value != outline:
+    elif not alike(value, outline):
         raise _refusal(name, value, repr(outline))
 
 

@@ -7,9 +7,7 @@ the original.
 from __future__ import annotations
 
 import copy
-import dataclasses
 import inspect
-import types
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NoReturn
@@ -18,6 +16,7 @@ import torch
 
 from .._compat import PyTreeCodeGen, PyTreeInfo, pytree
 from ..errors import ArgumentError, CallError, CaptureError
+from ._constants import alike
 from ._outline import check_outline, outline_of
 
 #: defaults that generated code spells out; others must stay the same object, by which an argument left out is
@@ -67,7 +66,7 @@ class CallSignature:
 
         Raises:
             ArgumentError: the example inputs do not fit the signature.
-            CaptureError: ``forward`` has no signature (a traced module).
+            CaptureError: ``forward`` has no signature (a traced module), or an argument named ``self``.
         """
         try:
             signature = inspect.signature(forward)
@@ -75,6 +74,8 @@ class CallSignature:
             raise CaptureError(
                 f"the model's forward has no signature ({error}); pass the Python module it was made of"
             ) from error
+        if "self" in signature.parameters:  # the pruned module's forward has a self of its own
+            raise CaptureError("forward has an argument named 'self'; rename it")
         given = _bind(signature, args, kwargs)
         captured = tuple(name for name, value in given.items() if has_tensor(value))
         constants = {name: _kept(value) for name, value in given.items() if name not in captured}
@@ -196,7 +197,7 @@ def refuse_count(name: str, found: int, expected: int) -> NoReturn:
 
 def check_constant(name: str, value: Any, expected: Any) -> None:
     """Refuse a value that differs from the one the program was captured with."""
-    if isinstance(value, torch.Tensor) or not _alike(value, expected, set()):
+    if isinstance(value, torch.Tensor) or not alike(value, expected):
         shown = f"a tensor of shape {tuple(value.shape)}" if isinstance(value, torch.Tensor) else repr(value)
         raise CallError(
             f"argument '{name}' is {shown}, but the program was captured with {expected!r}; capture it with"
@@ -212,50 +213,6 @@ def _kept(value: Any) -> Any:
         return copy.deepcopy(value)
     except Exception:  # a class of the caller's raises what it likes
         return value
-
-
-def _alike(value: Any, expected: Any, seen: set[tuple[int, int]]) -> bool:
-    """Whether two constants are of the same types and equal, also inside; objects whose class does not say
-    what makes them equal are by what they hold.
-
-    Args:
-        seen: the identities of pairs that are being compared.
-    """
-    if value is expected or (id(value), id(expected)) in seen:
-        return True
-    if type(value) is not type(expected):
-        return False
-    seen = seen | {(id(value), id(expected))}
-    if isinstance(value, Mapping):
-        return value.keys() == expected.keys() and all(
-            _alike(item, expected[key], seen) for key, item in value.items()
-        )
-    if isinstance(value, (list, tuple)):
-        return len(value) == len(expected) and all(
-            _alike(item, other, seen) for item, other in zip(value, expected, strict=True)
-        )
-    if _is_made_of_fields(value):
-        return _alike(vars(value), vars(expected), seen)
-    return _equal(value, expected)
-
-
-def _is_made_of_fields(value: Any) -> bool:
-    """Whether what an object holds by name is all that two of its class can differ by."""
-    if isinstance(value, type) or not hasattr(value, "__dict__"):
-        return False
-    kind = type(value)
-    return kind.__eq__ is object.__eq__ or dataclasses.is_dataclass(kind) or kind is types.SimpleNamespace
-
-
-def _equal(value: Any, expected: Any) -> bool:
-    """Whether two constants of one type are equal; what is not a number is like another such."""
-    try:
-        found = value == expected
-        if hasattr(found, "all"):  # arrays, which are compared entry by entry
-            return value.shape == expected.shape and bool(found.all())
-        return bool(found) or (value != value and expected != expected)
-    except (AttributeError, ValueError, TypeError, RuntimeError):
-        return False
 
 
 class _Checks:

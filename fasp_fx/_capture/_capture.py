@@ -70,6 +70,10 @@ def capture(
         CaptureError: the model is in training mode, has gates, or cannot be exported; the message carries the
             exporter's reason.
     """
+    if kwargs is not None and not isinstance(kwargs, Mapping):
+        raise ArgumentError(f"kwargs is a {type(kwargs).__name__}; pass a dict of arguments by name")
+    if isinstance(state, str) or not isinstance(state, (tuple, list)):
+        raise ArgumentError(f"state={state!r:.80} is no tuple of names of arguments and outputs")
     kwargs = dict(kwargs or {})
     target = None if device is None else _usable(device)
     notes: tuple[str, ...] = ()
@@ -116,6 +120,7 @@ def capture(
     if target is not None:
         exported = move_to_device_pass(exported, target)
     check_names((*exported.state_dict, *exported.constants))
+    _check_generators(exported)
     module = exported.module(check_guards=False)
     own_names(module)
     single_layers(module.graph)
@@ -140,6 +145,15 @@ def capture(
         doubled=doubled,
         facts=ExportFacts.of(exported),
     )
+
+
+def _check_generators(exported: ExportedProgram) -> None:
+    """Refuse a program that holds a generator of random numbers."""
+    if any(isinstance(held, torch.Generator) for held in exported.constants.values()):
+        raise CaptureError(
+            "forward makes a torch.Generator: a program keeps it and draws other numbers in each call, where"
+            " forward begins anew; draw the numbers once, and keep them in a buffer"
+        )
 
 
 def _order(model: nn.Module | ExportedProgram) -> tuple[str, ...]:

@@ -146,8 +146,19 @@ def rewound(model: nn.Module, written: Iterable[str] = ()) -> Iterator[Changed]:
 
 
 def copied(value: Any) -> Any:
-    """Arguments that a call may write into, or outputs that can be buffers, as they are now."""
-    return pytree.tree_map(lambda leaf: leaf.detach().clone() if isinstance(leaf, Tensor) else leaf, value)
+    """Arguments that a call may write into, or outputs that can be buffers, as they are now. What is one
+    tensor stays one.
+    """
+    made: dict[int, Tensor] = {}
+
+    def copy_of(leaf: Any) -> Any:
+        if not isinstance(leaf, Tensor):
+            return leaf
+        if id(leaf) not in made:
+            made[id(leaf)] = leaf.detach().clone()
+        return made[id(leaf)]
+
+    return pytree.tree_map(copy_of, value)
 
 
 def _values(tensors: Iterable[Tensor]) -> list[tuple[Tensor, Tensor]]:

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import math
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -18,14 +19,17 @@ from .._capture._dead import draws
 from .._capture._unchanged import copied, rewound
 from .._compat import FakeTensor, pytree
 from .._deviation import distance
+from .._exactness._compare import coarsest
 from .._observe._runner import Runner
 from .._program import Program
+from .._undisturbed import drawing_alike
 from .._warn import warn
-from ..channels import is_dynamic, results, written_names
+from ..channels import is_dynamic, results, written_inputs, written_names
 from ..errors import ArgumentError, CalibrationError, CaptureError, CaptureWarning, first_line
 
-#: relative deviation in the 2-norm from which on two outputs are not the same up to rounding
-_ALLOWED, _ALLOWED_HALF = 1e-2, 1e-1
+#: relative deviation in the 2-norm from which on two outputs are not the same up to rounding, by the bytes of
+#: the coarsest numbers that either computes; of integers, the part that differs
+_ALLOWED = {8: 1e-8, 4: 1e-3, 2: 1e-1, 1: 1e-1}
 
 #: the bound that an exporter has in mind for any size that varies, though one is let pass
 _LEAST = 2
@@ -51,15 +55,16 @@ def compared(
     captured once more, as it was given, by ``recapture``.
 
     Nothing is compared where there is nothing to call or to compare: exported programs, weights without
-    values, a program on another device than its model, and programs that draw random numbers.
+    values, and a program on another device than its model. Where outputs depend on random numbers that the
+    program draws, it is only asked whether those of the model do, too.
     """
-    if (
-        not isinstance(model, nn.Module)
-        or _is_elsewhere(program, model)
-        or any(map(draws, program.module.graph.nodes))
-    ):
+    if not isinstance(model, nn.Module) or _is_elsewhere(program, model):
         return program
     args, kwargs = args if isinstance(args, tuple) else (args,), kwargs or {}
+    if any(map(draws, program.module.graph.nodes)):
+        drawn = _held_to_draw(program, model, args, kwargs)
+        if drawn is not None:
+            return drawn
     try:
         expected, changed = _called(program, model, args, kwargs)
     except torch.OutOfMemoryError:
@@ -90,8 +95,8 @@ def compared(
             names = ", ".join(f"'{name}'" for name in changed[:3])
             return _noted(
                 program,
-                f"{_OTHERWISE} in the second of two calls (an output differs by {worst:.0%}): forward keeps"
-                f" something in {names}, and a graph only in buffers",
+                f"{_OTHERWISE} in the second of two calls (an output differs by {_shown(worst)}): forward"
+                f" keeps something in {names}, and a graph only in buffers",
             )
     # What a call writes would be of the graph of its gradients.
     keeps = not changed and not written_names(program.module.graph)
@@ -110,10 +115,37 @@ def compared(
         if worst:
             return _noted(
                 program,
-                f"{_OTHERWISE} where sizes are one (an output differs by {worst:.0%}): forward asks for such"
-                " a size, which no exporter sees",
+                f"{_OTHERWISE} where sizes are one (an output differs by {_shown(worst)}): forward asks for"
+                " such a size, which no exporter sees",
             )
     return program
+
+
+def _held_to_draw(program: Program, model: nn.Module, args: Any, kwargs: dict[str, Any]) -> Program | None:
+    """A program that draws random numbers, with a note if its model gives the same in every call: it seeds
+    torch's generator itself, which leaves no trace in a graph. ``None`` if what is drawn changes nothing, so
+    that the two can be compared as others are.
+    """
+    allowed = _allowed(program)
+    found = []
+    try:
+        own = [_called(program, model, args, kwargs, calls=calls)[0] for calls in (1, 2)]
+        if _apart(own[0], own[1], allowed):  # it draws, or remembers
+            return program
+        for seed in (0, 1):
+            with torch.no_grad(), drawing_alike(model.parameters(), seed):
+                found.append(_outputs(program, copied(program.flat_inputs(args, kwargs))))
+    except torch.OutOfMemoryError:
+        raise
+    except Exception:  # what does not run is said when it is called
+        return program
+    if not _apart(found[0], found[1], allowed):
+        return None
+    return _noted(
+        program,
+        f"{_OTHERWISE} in every call: it draws random numbers anew, where the model seeds torch's generator"
+        " itself, which no exporter sees; keep such numbers in a buffer",
+    )
 
 
 def _called(
@@ -122,7 +154,7 @@ def _called(
     args: Any,
     kwargs: dict[str, Any],
     calls: int = 1,
-    given: Callable[[Any], Any] = copied,
+    given: Callable[[Any], tuple[Any, dict[str, Any]]] = copied,
     gradients: bool = False,
 ) -> tuple[list[Any], list[str]]:
     """What the last of some calls of the model returns, and which attributes they set; the model and its
@@ -139,7 +171,8 @@ def _called(
         torch.compiler.set_stance("force_eager"),
     ):
         for _ in range(calls):
-            expected = copied(pytree.tree_leaves(model(*given(args), **given(kwargs))))
+            own_args, own_kwargs = given((args, kwargs))
+            expected = copied(pytree.tree_leaves(model(*own_args, **own_kwargs)))
     return expected, changed.names(model)
 
 
@@ -149,7 +182,7 @@ def _trouble(program: Program, expected: list[Any], args: Any, kwargs: dict[str,
         worst = _difference(program, expected, args, kwargs)
     except CalibrationError as error:
         return f"cannot be executed on the example inputs ({error})"
-    return f"{_OTHERWISE} on the example inputs (an output differs by {worst:.0%})" if worst else None
+    return f"{_OTHERWISE} on the example inputs (an output differs by {_shown(worst)})" if worst else None
 
 
 def _is_doubled(program: Program, args: Any, kwargs: dict[str, Any]) -> bool:
@@ -169,23 +202,60 @@ def _difference(program: Program, expected: list[Any], args: Any, kwargs: dict[s
     """
     with torch.no_grad():
         found = _outputs(program, copied(program.flat_inputs(args, kwargs)))
-    return _apart(found, expected)
+    return _apart(found, expected, _allowed(program))
 
 
-def _apart(found: list[Any], expected: list[Any]) -> float:
-    """How far outputs are from those expected; zero if no further than rounding."""
-    apart = [
-        (distance(a, b), _ALLOWED_HALF if b.dtype.itemsize == 2 else _ALLOWED)
-        for a, b in zip(_floats(found), _floats(expected))
-    ]
-    return max((seen for seen, allowed in apart if not seen <= allowed), default=0.0)
+def _allowed(program: Program) -> float:
+    """What rounding can make of the outputs."""
+    coarsest_type = coarsest(program)
+    if coarsest_type == torch.float32 and torch.get_float32_matmul_precision() != "highest":
+        coarsest_type = torch.bfloat16
+    return _ALLOWED[coarsest_type.itemsize]
+
+
+def _apart(found: list[Any], expected: list[Any], allowed: float) -> float:
+    """How far outputs are from those expected; zero if no further than rounding.
+
+    Where a program does not return what its model does leaf for leaf (classes of the caller's that hold
+    tensors, say), numbers of floating point are compared alone, in order.
+    """
+    pairs = zip(found, expected) if len(found) == len(expected) else zip(_floats(found), _floats(expected))
+    return max((seen for seen in (_distance(*pair) for pair in pairs) if not seen <= allowed), default=0.0)
+
+
+def _distance(found: Any, expected: Any) -> float:
+    """How far one output is from another: relative in the 2-norm, of integers the part that differs; infinite
+    where shapes do, or plain numbers.
+    """
+    if isinstance(expected, (bool, int, float)) and isinstance(found, (bool, int, float)):
+        same = found == expected or (found != found and expected != expected)
+        return 0.0 if same or math.isclose(found, expected, rel_tol=1e-3) else math.inf
+    if not (isinstance(found, Tensor) and isinstance(expected, Tensor)):
+        return 0.0  # what no graph returns
+    if found.shape != expected.shape:
+        return math.inf
+    found, expected = _plain(found), _plain(expected)
+    if expected.is_floating_point() and found.is_floating_point():
+        return distance(found, expected)
+    return float((found != expected).double().mean()) if expected.numel() else 0.0
+
+
+def _plain(tensor: Tensor) -> Tensor:
+    """A dense tensor of real numbers or integers with the same values."""
+    tensor = tensor.dequantize() if tensor.is_quantized else tensor.to_dense()
+    return torch.view_as_real(tensor.resolve_conj()) if tensor.is_complex() else tensor
+
+
+def _shown(worst: float) -> str:
+    return f"{worst:.0%}" if worst >= 0.01 else f"{worst:.1e} of its size"
 
 
 def _decisive(
     program: Program, model: nn.Module, args: Any, kwargs: dict[str, Any], gradients: bool
 ) -> str | None:
     """What the model's result depends on besides sizes, types and values of its inputs, all of which a
-    program cannot see: how they lie in memory, and whether gradients are asked for.
+    program cannot see: how they lie in memory, the order of keys, whether two are one tensor, and whether
+    gradients are asked for.
 
     The model is held against itself, on the first entries of the example inputs alone.
 
@@ -195,33 +265,67 @@ def _decisive(
     small = _of_size(2, program, args, kwargs)
     if small is None:
         return None
+    allowed = _allowed(program)
 
-    def differs(strided: bool, leaf: bool, gradients: bool) -> bool | None:
+    def differs(strided: bool, leaf: bool, gradients: bool, turned: bool = False) -> bool | None:
         """Whether the result is another one then; ``None`` if there is none."""
         try:
-            laid = functools.partial(_laid, strided=strided, leaf=leaf)
+            laid = functools.partial(_laid, strided=strided, leaf=leaf, turned=turned)
             found, _ = _called(program, model, *small, given=laid, gradients=gradients)
         except Exception:  # a model may refuse such inputs as it likes
             return None
-        return _apart(found, expected) > 0
+        return _apart(found, expected, allowed) > 0
 
     try:
         expected, _ = _called(program, model, *small)
     except Exception:  # or such sizes
         return None
-    if gradients and differs(strided=True, leaf=True, gradients=True) is False:
+    if differs(strided=True, leaf=gradients, gradients=gradients, turned=True) is not False:
+        if differs(strided=False, leaf=False, gradients=False, turned=True):
+            return "the order of keys in its arguments"
+        if differs(strided=True, leaf=False, gradients=False):
+            return "how its inputs lie in memory"
+        if gradients and differs(strided=False, leaf=False, gradients=True):
+            return "whether gradients are enabled"
+        if gradients and differs(strided=False, leaf=True, gradients=True):
+            return "whether its inputs require gradients"
+    if written_inputs(program.module.graph):  # which no other input may share memory with
         return None
-    if differs(strided=True, leaf=False, gradients=False):
-        return "how its inputs lie in memory"
-    if not gradients:
-        return None
-    if differs(strided=False, leaf=False, gradients=True):
-        return "whether gradients are enabled"
-    return "whether its inputs require gradients" if differs(False, leaf=True, gradients=True) else None
+    return "whether two inputs are one tensor" if _tells_one_from_two(program, model, *small) else None
 
 
-def _laid(value: Any, strided: bool, leaf: bool) -> Any:
-    """Copies of inputs that are not contiguous, or that require gradients."""
+def _tells_one_from_two(program: Program, model: nn.Module, args: Any, kwargs: dict[str, Any]) -> bool:
+    """Whether a model gives something else for one tensor in the places of several inputs than for equal
+    ones, which each is a stand-in of its own for an exporter.
+    """
+    first: dict[tuple[Any, ...], Tensor] = {}
+    alike = 0
+
+    def one_of(leaf: Any) -> Any:
+        nonlocal alike
+        if not isinstance(leaf, Tensor) or not leaf.is_floating_point():
+            return leaf
+        kind = tuple(leaf.shape), leaf.dtype, leaf.device
+        alike += kind in first
+        return first.setdefault(kind, leaf)
+
+    same = pytree.tree_map(one_of, (args, kwargs))
+    if not alike:
+        return False
+    try:
+        one, _ = _called(program, model, same[0], same[1])
+        several, _ = _called(program, model, same[0], same[1], given=_laid)
+    except Exception:  # a model may refuse such inputs as it likes
+        return False
+    return _apart(one, several, _allowed(program)) > 0
+
+
+def _laid(
+    given: tuple[Any, dict[str, Any]], strided: bool = False, leaf: bool = False, turned: bool = False
+) -> tuple[Any, dict[str, Any]]:
+    """Copies of inputs, each of its own, that are not contiguous, or that require gradients, or with the keys
+    of dicts the other way round.
+    """
 
     def made(tensor: Tensor) -> Tensor:
         copy = tensor.detach().clone()
@@ -229,7 +333,19 @@ def _laid(value: Any, strided: bool, leaf: bool) -> Any:
             copy = torch.stack([copy, copy], -1)[..., 0]
         return copy.requires_grad_(leaf and (copy.is_floating_point() or copy.is_complex()))
 
-    return pytree.tree_map(lambda one: made(one) if isinstance(one, Tensor) else one, value)
+    if turned:
+        given = _turned(given)
+    found: tuple[Any, dict[str, Any]] = pytree.tree_map(
+        lambda one: made(one) if isinstance(one, Tensor) else one, given
+    )
+    return found
+
+
+def _turned(value: Any) -> Any:
+    """The same with the keys of dicts the other way round."""
+    if type(value) is dict:
+        return {key: _turned(item) for key, item in reversed(value.items())}
+    return type(value)(map(_turned, value)) if type(value) in (list, tuple) else value
 
 
 def _of_size(
