@@ -388,6 +388,21 @@ class Turning(Layers):
         return self.down(torch.stack(parts).sum(0).sigmoid())
 
 
+class Sorting(Layers):
+    """Takes a list for something else than a tuple."""
+
+    def forward(self, given: Any) -> Tensor:
+        first, second = given if isinstance(given, list) else reversed(given)
+        return self.down((self.up(first) + 2 * self.up(second)).sigmoid())
+
+
+class Scaling(Layers):
+    """Asks of what kind its integers are."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down(self.up(x.float() / (255 if x.dtype == torch.int32 else 2**15)).sigmoid())
+
+
 class Looking(Layers):
     """Asks whether it attends to itself."""
 
@@ -402,11 +417,13 @@ class Looking(Layers):
         (Complex(), example(), "on the example inputs"),
         (Little().double(), (example()[0].double(),), "differs by 3.0e-03 of its size"),
         (Seeding(), example(), "the model seeds torch's generator itself"),
-        (Turning(), ({"a": example()[0], "b": example()[0] + 1},), "depends on the order of keys"),
+        (Turning(), ({"a": example()[0], "b": example()[0] + 1},), "depends on how its arguments are built"),
+        (Sorting(), ([example()[0], example()[0] + 1],), "depends on how its arguments are built"),
+        (Scaling(), (torch.arange(30).reshape(5, 6),), "whether its integers are of 32 or 64 bits"),
         (Looking(), (example()[0], example()[0] + 1), "depends on whether two inputs are one tensor"),
         (Looking(), example() * 2, "on the example inputs"),
     ],
-    ids=["integers", "complex", "a thousandth", "seeds", "order of keys", "one of two", "one given twice"],
+    ids=lambda value: value if isinstance(value, str) else "",
 )
 def test_what_no_graph_shows_is_said(model: nn.Module, args: tuple[Any, ...], says: str) -> None:
     with pytest.warns(fasp_fx.CaptureWarning, match=says):

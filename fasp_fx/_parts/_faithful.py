@@ -254,8 +254,8 @@ def _decisive(
     program: Program, model: nn.Module, args: Any, kwargs: dict[str, Any], gradients: bool
 ) -> str | None:
     """What the model's result depends on besides sizes, types and values of its inputs, all of which a
-    program cannot see: how they lie in memory, the order of keys, whether two are one tensor, and whether
-    gradients are asked for.
+    program cannot see: how they lie in memory and in containers, how many bits integers have, whether two are
+    one tensor, and whether gradients are asked for.
 
     The model is held against itself, on the first entries of the example inputs alone.
 
@@ -267,10 +267,16 @@ def _decisive(
         return None
     allowed = _allowed(program)
 
-    def differs(strided: bool, leaf: bool, gradients: bool, turned: bool = False) -> bool | None:
+    def differs(
+        strided: bool = False,
+        leaf: bool = False,
+        gradients: bool = False,
+        turned: bool = False,
+        recast: bool = False,
+    ) -> bool | None:
         """Whether the result is another one then; ``None`` if there is none."""
         try:
-            laid = functools.partial(_laid, strided=strided, leaf=leaf, turned=turned)
+            laid = functools.partial(_laid, strided=strided, leaf=leaf, turned=turned, recast=recast)
             found, _ = _called(program, model, *small, given=laid, gradients=gradients)
         except Exception:  # a model may refuse such inputs as it likes
             return None
@@ -281,14 +287,16 @@ def _decisive(
     except Exception:  # or such sizes
         return None
     if differs(strided=True, leaf=gradients, gradients=gradients, turned=True) is not False:
-        if differs(strided=False, leaf=False, gradients=False, turned=True):
-            return "the order of keys in its arguments"
-        if differs(strided=True, leaf=False, gradients=False):
+        if differs(turned=True):
+            return "how its arguments are built (the order of keys, lists or tuples)"
+        if differs(strided=True):
             return "how its inputs lie in memory"
-        if gradients and differs(strided=False, leaf=False, gradients=True):
+        if gradients and differs(gradients=True):
             return "whether gradients are enabled"
-        if gradients and differs(strided=False, leaf=True, gradients=True):
+        if gradients and differs(leaf=True, gradients=True):
             return "whether its inputs require gradients"
+    if any(map(_counts, pytree.tree_leaves(small))) and differs(recast=True):
+        return "whether its integers are of 32 or 64 bits"
     if written_inputs(program.module.graph):  # which no other input may share memory with
         return None
     return "whether two inputs are one tensor" if _tells_one_from_two(program, model, *small) else None
@@ -321,14 +329,20 @@ def _tells_one_from_two(program: Program, model: nn.Module, args: Any, kwargs: d
 
 
 def _laid(
-    given: tuple[Any, dict[str, Any]], strided: bool = False, leaf: bool = False, turned: bool = False
+    given: tuple[Any, dict[str, Any]],
+    strided: bool = False,
+    leaf: bool = False,
+    turned: bool = False,
+    recast: bool = False,
 ) -> tuple[Any, dict[str, Any]]:
-    """Copies of inputs, each of its own, that are not contiguous, or that require gradients, or with the keys
-    of dicts the other way round.
+    """Copies of inputs, each of its own, that are not contiguous, that require gradients, in containers built
+    otherwise, or with integers of the other number of bits.
     """
 
     def made(tensor: Tensor) -> Tensor:
         copy = tensor.detach().clone()
+        if recast and _counts(copy):
+            copy = copy.to(torch.int32 if copy.dtype == torch.int64 else torch.int64)
         if strided:
             copy = torch.stack([copy, copy], -1)[..., 0]
         return copy.requires_grad_(leaf and (copy.is_floating_point() or copy.is_complex()))
@@ -341,11 +355,17 @@ def _laid(
     return found
 
 
+def _counts(leaf: Any) -> bool:
+    return isinstance(leaf, Tensor) and leaf.dtype in (torch.int32, torch.int64)
+
+
 def _turned(value: Any) -> Any:
-    """The same with the keys of dicts the other way round."""
+    """The same with the keys of dicts the other way round, and with tuples for lists, lists for tuples."""
     if type(value) is dict:
         return {key: _turned(item) for key, item in reversed(value.items())}
-    return type(value)(map(_turned, value)) if type(value) in (list, tuple) else value
+    if type(value) in (list, tuple):
+        return (tuple if type(value) is list else list)(map(_turned, value))
+    return value
 
 
 def _of_size(
