@@ -36,7 +36,8 @@ def _alike(value: Any, expected: Any, seen: set[tuple[int, int]]) -> bool:
             _alike(item, other, seen) for item, other in zip(value, expected, strict=True)
         )
     if _is_made_of_fields(value):
-        return _alike(vars(value), vars(expected), seen)
+        own, other = (dict(sorted(vars(one).items())) for one in (value, expected))
+        return _alike(own, other, seen)
     return _equal(value, expected)
 
 
