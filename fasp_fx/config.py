@@ -151,7 +151,7 @@ class PruningConfig:
                 f"sparsity={self.sparsity!r} and budget={self.budget!r} both say how much goes; leave one of"
                 " them out (sparsity=None)"
             )
-        for name in ("quality", "score", "restore", "allocation", "loss", "precision"):
+        for name in ("score", "restore", "allocation", "loss"):
             value = getattr(self, name)
             if not (value is None or isinstance(value, (str, Window)) or callable(value)):
                 raise ArgumentError(
@@ -169,7 +169,7 @@ class PruningConfig:
             _check_sparsity(self.sparsity)
         if isinstance(self.sparsity, Mapping):
             object.__setattr__(self, "sparsity", dict(self.sparsity))
-        if self.quality not in MEASURED:
+        if not isinstance(self.quality, str) or self.quality not in MEASURED:
             raise ArgumentError(
                 f"quality={self.quality!r} is not known; use {', '.join(map(repr, MEASURED))}"
             )
@@ -204,7 +204,7 @@ class PruningConfig:
             )
         if not isinstance(self.round_to, int) or isinstance(self.round_to, bool) or self.round_to < 1:
             raise ArgumentError(f"round_to={self.round_to!r} is not a positive integer")
-        if self.precision not in _PRECISIONS:
+        if not isinstance(self.precision, str) or self.precision not in _PRECISIONS:
             raise ArgumentError(
                 f"precision={self.precision!r} is not known; use {', '.join(map(repr, _PRECISIONS))}"
             )

@@ -41,10 +41,9 @@ def test_caches_as_inputs_and_outputs(tmp_path: Path) -> None:
         }
 
     program = capture(model, (), call(4, 3))
-    module, exported = finish(program)
+    module, _ = finish(program)
     result = fasp_fx.Result(
         module,
-        exported,
         fasp_fx.PruningPlan("", (), 0.0),
         fasp_fx.Report(0.0, None, (1, 1), (1, 1), ()),
         program.signature,
