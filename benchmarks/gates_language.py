@@ -44,7 +44,8 @@ def main() -> None:
     targets = []
     for batch in data:
         with torch.no_grad(), products_in_bfloat16(text.device, coarse):
-            targets.append(match.targets(model(**batch, use_cache=False)))
+            outputs = model(**batch, use_cache=False)
+        targets.append(match.targets(outputs))
     done = [json.loads(line) for line in options.out.read_text().splitlines()] if options.out.exists() else []
 
     def say(found: dict[str, object]) -> None:
