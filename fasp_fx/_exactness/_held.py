@@ -12,11 +12,11 @@ from functools import partial
 
 import torch
 from torch import fx
-from torch.export import ExportedProgram
 
 from .._finish import finish
 from .._observe._visit import Decision, decided
 from .._program import Program
+from .._pruned_module import PrunedModule
 from .._warn import warn
 from ..analysis import Analysis
 from ..errors import CallError, VerificationError, VerificationWarning, first_line
@@ -36,7 +36,7 @@ class Held:
 
     Attributes:
         decision: what really went.
-        rewritten, module, exported: the program without it, as the passes left it, wrapped and exported.
+        rewritten, module: the program without it, as the passes left it, and exported and wrapped.
         left: the groups that were decided and stay whole, by name, with what was seen when they went.
         notes: for the report.
     """
@@ -44,7 +44,6 @@ class Held:
     decision: Decision
     rewritten: Program
     module: fx.GraphModule
-    exported: ExportedProgram
     left: dict[str, str] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
 
@@ -86,7 +85,6 @@ class _Made:
 
     rewritten: Program
     module: fx.GraphModule
-    exported: ExportedProgram | None = None
 
 
 class _Net:
@@ -105,9 +103,9 @@ class _Net:
         groups = decided(self.analysis, self.decision)
         if not groups:  # the program stays as it was captured, fused producers included
             self.lap("passes")
-            module, exported = finish(self.program, before=self.program.module.graph)
+            module, _ = finish(self.program, before=self.program.module.graph)
             self.lap("export")
-            return Held(self.decision, self.program, module, exported)
+            return Held(self.decision, self.program, module)
         made, fault = self._tried(groups, exporting=True, lap=self.lap)
         if fault is not None:
             approximate = [group for group in groups if group.status == APPROXIMATE]
@@ -124,7 +122,7 @@ class _Net:
                     self.left,
                 )
         assert made is not None
-        assert made.exported is not None
+        assert isinstance(made.module, PrunedModule)
         left = dict(sorted(self.left.items(), key=lambda item: self.order[item[0]]))
         said = [said_whole(name, seen) for name, seen in left.items()]
         for text in said:
@@ -135,7 +133,6 @@ class _Net:
             decision,
             made.rewritten,
             made.module,
-            made.exported,
             left,
             tuple(dict.fromkeys([*self.notes, *said])),
         )
@@ -217,7 +214,7 @@ class _Net:
         made = _Made(rewritten, rewritten.module)
         if exporting:
             try:
-                made.module, made.exported = finish(rewritten, before=self.program.module.graph)
+                made.module, _ = finish(rewritten, before=self.program.module.graph)
             except torch.OutOfMemoryError:
                 raise
             except Exception as error:  # an exporter raises what it likes

@@ -56,6 +56,14 @@ class Readings(TorchFunctionMode):
                 self.found.setdefault(name, []).append(read)
         return func(*args, **kwargs)
 
+    def kept(self) -> dict[str, Tensor]:
+        """The activations by the names that files have for them, of the weight and of its reading."""
+        return {
+            f"{_KEPT}{name} {turn}": value
+            for name, values in self.found.items()
+            for turn, value in enumerate(values)
+        }
+
 
 class Hidden:
     """The hidden states that a training matches beside the outputs.
@@ -117,11 +125,7 @@ class Hidden:
                 f"hidden: '{name}' reads no activation when the dense model runs on batch {index}, or in"
                 " a way that cannot be seen; name other weights"
             )
-        return {
-            f"{_KEPT}{name} {turn}": value.detach().bfloat16()
-            for name, values in readings.found.items()
-            for turn, value in enumerate(values)
-        }
+        return {key: value.detach().bfloat16() for key, value in readings.kept().items()}
 
     @staticmethod
     def parted(targets: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
@@ -140,11 +144,7 @@ class Hidden:
         Raises:
             ArgumentError: the models read differently, or one has lost channels of a hidden state.
         """
-        found = {
-            f"{_KEPT}{name} {turn}": value
-            for name, values in readings.found.items()
-            for turn, value in enumerate(values)
-        }
+        found = readings.kept()
         for key in sorted({*found, *targets}):
             own, dense = found.get(key), targets.get(key)
             if own is None or dense is None or own.shape != dense.shape:
