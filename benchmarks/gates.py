@@ -2,8 +2,10 @@
 1,000 sentences' embeddings with the dense model's.
 
 Everything is trained for the same number of steps in all, on other sentences than those that are measured:
-after a choice in closed form, or half of them with gates (those of FLOP and CoFi, or projected ones that
-begin with the closed form's choice), restoration in closed form in between, and half without.
+after a choice in closed form, or half of them with gates, restoration in closed form in between, and half
+without. Gates are FLOP's ("hard concrete"), CoFi's ("coarse": heads, and whole blocks with gates of their
+own; the dense model's layers are matched meanwhile), or projected ones that begin with the closed form's
+choice.
 """
 
 from __future__ import annotations
@@ -26,17 +28,28 @@ from torch.nn import functional
 import fasp_fx
 from fasp_fx.gates import Gates, HardConcrete, Projected, attach
 
-METHODS = ("one shot", "hard concrete", "projected")
+METHODS = ("one shot", "one shot, blocks", "hard concrete", "projected", "coarse")
+#: what CoFi lets go: heads, what is inside of feed-forward layers, and attention and feed-forward as a whole
+BLOCKS = {"granularity": ("channel", "head"), "include": ("depth",)}
 Batch = dict[str, Tensor]
 
 
-def similarities(model: Any, batch: Batch) -> tuple[Tensor, Tensor]:
+def similarities(outputs: Any, batch: Batch) -> tuple[Tensor, Tensor]:
     """Embeddings of a batch, and how alike they are to one another."""
-    hidden = model(**batch)
-    hidden = hidden["last_hidden_state"] if isinstance(hidden, dict) else hidden[0]
+    hidden = outputs["last_hidden_state"] if isinstance(outputs, dict) else outputs[0]
     mask = batch["attention_mask"][..., None]
     found = functional.normalize((hidden * mask).sum(1) / mask.sum(1), dim=-1)
     return found, found @ found.T
+
+
+def apart(outputs: Any, dense: Any, batch: Batch) -> Tensor:
+    """How far what layers return is from what the dense model's do: the mean of squared errors, relative."""
+    mask = batch["attention_mask"].bool()
+    errors = [
+        (own[mask] - other[mask]).square().mean() / other[mask].square().mean()
+        for own, other in zip(outputs.hidden_states[1:], dense.hidden_states[1:], strict=True)
+    ]
+    return torch.stack(errors).mean()
 
 
 def train(
@@ -46,8 +59,11 @@ def train(
     steps: int,
     rates: list[dict[str, Any]],
     gates: Gates | None = None,
+    dense: Any = None,
 ) -> None:
-    """Steps of Adam towards the dense model's embeddings and similarities."""
+    """Steps of Adam towards the dense model's embeddings and similarities, and, where it is given, to what
+    its layers return.
+    """
     optimizer = torch.optim.Adam(rates)
     heights = [partial(_height, steps, bool(group.get("fixed"))) for group in rates]
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, heights)
@@ -55,10 +71,16 @@ def train(
     for _ in range(steps):
         order = order or torch.randperm(len(data)).tolist()
         index = order.pop()
-        found, alike = similarities(model, data[index])
+        layers = {} if dense is None else {"output_hidden_states": True}
+        outputs = model(**data[index], **layers)
+        found, alike = similarities(outputs, data[index])
         loss = (found - targets[index][0]).square().sum(-1).mean() + (
             alike - targets[index][1]
         ).square().mean()
+        if dense is not None:
+            with torch.no_grad():
+                wanted = dense(**data[index], **layers)
+            loss = loss + apart(outputs, wanted, data[index])
         optimizer.zero_grad()
         (loss if gates is None else loss + gates.penalty()).backward()
         optimizer.step()
@@ -99,15 +121,29 @@ def main() -> None:
     data = sentences.padded(tokenizer, sentences.spread(text[:half], 3840), 32, options.device)
     dense = sentences.embed(model, measured)
     with torch.no_grad():
-        targets = [similarities(model, batch) for batch in data]
+        targets = [similarities(model(**batch), batch) for batch in data]
     example, own = dict(data[0]), {"padding_mask": "attention_mask"}
 
     def cosine(module: Any) -> float:
         return float(functional.cosine_similarity(dense, sentences.embed(module, measured)).mean())
 
-    def with_gates(kind: Any) -> tuple[fasp_fx.Result, int]:
+    def one_shot(**how: Any) -> tuple[fasp_fx.Result, int]:
+        result = fasp_fx.prune(
+            model, (), example, calibration=calibration, sparsity=options.sparsity, **how, **own
+        )
+        return result, 0
+
+    def with_gates(kind: Any, **how: Any) -> tuple[fasp_fx.Result, int]:
         student = copy.deepcopy(model)
-        gates = attach(student, (), example, kind=kind, sparsity=options.sparsity, warmup=options.steps // 4)
+        gates = attach(
+            student,
+            (),
+            example,
+            kind=kind,
+            sparsity=options.sparsity,
+            warmup=options.steps // 4,
+            **how,
+        )
         if isinstance(kind, Projected):
             gates.prefer(
                 fasp_fx.prune(
@@ -124,19 +160,18 @@ def main() -> None:
         for module in student.modules():
             if isinstance(module, nn.Dropout):
                 module.eval()
-        train(student, data, targets, options.steps // 2, rates, gates)
+        train(student, data, targets, options.steps // 2, rates, gates, model if how else None)
         student.eval()
         plan = gates.plan()
         gates.detach()
         return fasp_fx.apply(student, plan, (), example, calibration=calibration, **own), options.steps // 2
 
     choose: dict[str, Callable[[], tuple[fasp_fx.Result, int]]] = {
-        "one shot": lambda: (
-            fasp_fx.prune(model, (), example, calibration=calibration, sparsity=options.sparsity, **own),
-            0,
-        ),
+        "one shot": one_shot,
+        "one shot, blocks": partial(one_shot, **BLOCKS),
         "hard concrete": lambda: with_gates(HardConcrete()),
         "projected": lambda: with_gates(Projected()),
+        "coarse": lambda: with_gates(HardConcrete(), coarse=True, **BLOCKS),
     }
     done = [json.loads(line) for line in options.out.read_text().splitlines()] if options.out.exists() else []
     for method in options.methods:

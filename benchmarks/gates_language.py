@@ -31,6 +31,9 @@ def main() -> None:
     parser.add_argument("--sparsity", type=float, nargs="*", default=[0.2, 0.3])
     parser.add_argument("--epochs", type=int, default=1)
     parser.add_argument("--rates", type=float, nargs="*", default=[0.02], help="learning rates of the gates")
+    parser.add_argument(
+        "--margin", type=float, default=0.2, help="by how much the gates of what stays begin higher"
+    )
     parser.add_argument("--quality", default="balanced", help="of the choice that gates begin with")
     options = parser.parse_args()
     warnings.simplefilter("ignore", fasp_fx.CalibrationWarning)
@@ -76,7 +79,7 @@ def main() -> None:
             started = time.perf_counter()
             student = copy.deepcopy(model).requires_grad_(False)
             gates = attach(student, (), example, kind=Projected(), sparsity=sparsity)
-            gates.prefer(chosen.plan)
+            gates.prefer(chosen.plan, by=options.margin / 2)
             optimizer = torch.optim.Adam(gates.parameters(), lr=rate)
             student.train()
             losses = []

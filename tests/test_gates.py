@@ -48,6 +48,20 @@ class Grouped(nn.Module):
         return self.head(self.grouped(self.norm(self.stem(x)).relu()).relu().mean((2, 3)))
 
 
+class Stream(nn.Module):
+    """A residual stream with three blocks."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.ups = nn.ModuleList(nn.Linear(6, 8) for _ in range(3))
+        self.downs = nn.ModuleList(nn.Linear(8, 6) for _ in range(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for up, down in zip(self.ups, self.downs, strict=True):
+            x = x + down(up(x).tanh())
+        return x
+
+
 def models() -> dict[str, tuple[nn.Module, tuple[Any, ...], dict[str, Any]]]:
     return {
         "half": (randomise(Half()), (X,), {}),
@@ -131,6 +145,69 @@ def test_what_says_nothing_goes(kind: Any) -> None:
     gates.detach()
     result = fasp_fx.apply(model, plan, (X,), calibration=list(X.split(16)))
     torch.testing.assert_close(result.module(X), dense(X), rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("kind", [HardConcrete(), Projected()])
+def test_a_block_that_says_nothing_goes_whole(kind: Any) -> None:
+    torch.manual_seed(0)
+    model = randomise(Stream())
+    with torch.no_grad():
+        model.downs[1].weight.mul_(0.01)  # type: ignore[index, operator, union-attr]
+        model.downs[1].bias.zero_()  # type: ignore[index, operator, union-attr]
+    dense = copy.deepcopy(model).requires_grad_(False)
+    gates = attach(model, (X,), sparsity=1 / 3, kind=kind, warmup=100, include=("depth",), coarse=True)
+    model.requires_grad_(False)
+    gates.requires_grad_(True)
+    assert gates.coarse is not None
+    assert gates.coarse.shape == (3,)
+    train(gates, model, dense)
+    assert int(gates.coarse.argmin()) == 1, "one number says it of the whole block"
+    plan = gates.plan()
+    gates.detach()
+    result = fasp_fx.apply(model, plan, (X,), calibration=list(X.split(16)))
+    removed = {group.name: len(group.consumers[0].removed) for group in plan.groups}
+    assert removed["downs.1.weight"] >= 7
+    assert sum(removed.values()) == 8
+    if removed["downs.1.weight"] == 8:
+        torch.testing.assert_close(result.module(X), dense(X), rtol=0.05, atol=0.05)
+
+
+def test_coarse_gates_close_all_of_their_group() -> None:
+    """Where all other gates are open, blocks whose coarse gate is closed go, those of attention as well."""
+    model, args, kwargs = models()["llama"]
+    gates = attach(
+        model, args, kwargs, sparsity=0.5, granularity=("channel", "head"), include=("depth",), coarse=True
+    )
+    assert gates.coarse is not None
+    with torch.no_grad():
+        for scores in gates.scores:
+            scores.fill_(9.0)
+        gates.coarse.copy_(torch.linspace(2, -2, len(gates.coarse)))
+        found = model(*args, **kwargs)["logits"]
+    plan = gates.plan()
+    own = gates.original_parameters()
+    whole = [
+        group.name for group in plan.groups if len(group.consumers[0].removed) == own[group.name].shape[1]
+    ]
+    assert whole == gates.names[2:], "attention and feed-forward of the second layer"
+    gates.detach()
+    expected = fasp_fx.apply(model, plan, args, kwargs).module(*args, **kwargs)["logits"]
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_a_plan_that_removes_a_block_closes_its_coarse_gate() -> None:
+    model = randomise(Stream())
+    how: dict[str, Any] = {"sparsity": 1 / 3, "include": ("depth",)}
+    gates = attach(model, (X,), coarse=True, **how)
+    with torch.no_grad():
+        gates.scores[0].fill_(-3)
+    plan = gates.plan()
+    gates.detach()
+    again = attach(model, (X,), coarse=True, **how)
+    again.prefer(plan)
+    assert again.coarse is not None
+    assert again.coarse.tolist() == [1.5, 3.5, 3.5]
+    assert again.plan().groups == plan.groups
 
 
 def test_weights_may_be_trained_along() -> None:
@@ -343,6 +420,8 @@ def test_scores_that_are_nan_are_named() -> None:
     [
         ({"sparsity": 0.99}, "out of reach"),
         ({"warmup": -1}, "warmup="),
+        ({"coarse": 1}, "coarse="),
+        ({"coarse": True}, "'depth' to include="),
         ({"sparsity": 0.3, "exclude": ("*",)}, "exclude"),
         ({"sparsity": 0.3, "quality": "worst"}, "quality="),
     ],

@@ -38,6 +38,7 @@ def attach(
     config: PruningConfig | None = None,
     warmup: int = 100,
     rate: float = 0.03,
+    coarse: bool = False,
     dynamic_shapes: Any = None,
     **options: Unpack[PruningOptions],
 ) -> Gates:
@@ -58,6 +59,9 @@ def attach(
             ``round_to`` and ``uniform_layers`` of :class:`fasp_fx.PruningConfig`.
         warmup: over so many steps the budget that the penalty asks for grows from nothing.
         rate: how fast the multipliers of the penalty rise.
+        coarse: a gate besides for every group that may go as a whole (``include=("depth",)``, for attention
+            with ``granularity=("channel", "head")``), by which all of its own are multiplied (CoFi, arXiv
+            2204.00408, section 3.1): one number says whether a block is of use.
 
     Raises:
         ArgumentError: an option is out of range or has nothing to say here, the model has gates already, or
@@ -75,6 +79,8 @@ def attach(
         raise ArgumentError(f"warmup={warmup!r} is not a number of steps")
     if not is_number(rate) or not math.isfinite(rate) or rate < 0:
         raise ArgumentError(f"rate={rate!r} is not a number from 0 on")
+    if not isinstance(coarse, bool):
+        raise ArgumentError(f"coarse={coarse!r} is neither True nor False")
     if kind is not None and not isinstance(kind, Kind):
         raise ArgumentError(
             f"kind={kind!r} is none of gates; make one, such as Projected() or HardConcrete()"
@@ -89,7 +95,14 @@ def attach(
             "no group can have gates: weights that lose columns are computed from others or excluded, or none"
             " can be pruned"
         )
-    gates = Gates(model, captured.program, analysis, groups, asked, kind or HardConcrete(), warmup, rate)
+    if coarse and all(group.needed for group in groups):
+        raise ArgumentError(
+            "coarse=True finds no group that may go as a whole; add 'depth' to include=, and for attention"
+            " 'head' to granularity="
+        )
+    gates = Gates(
+        model, captured.program, analysis, groups, asked, kind or HardConcrete(), warmup, rate, coarse
+    )
     orders = [list(module._parameters) for module, _, _ in places]  # as they stand before any is replaced
     try:
         for (module, name, own), order in zip(places, orders, strict=True):

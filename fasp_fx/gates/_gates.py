@@ -62,7 +62,8 @@ class Gates(nn.Module):
 
     Attributes:
         scores: what is learned, for each group ``[sets]``.
-        names: the groups' names, in the same order.
+        coarse: what is learned of groups as a whole, ``[coarse gates]``; ``None`` where they have none.
+        names: the groups' names, in the order of ``scores``.
     """
 
     multipliers: Tensor
@@ -80,6 +81,7 @@ class Gates(nn.Module):
         kind: Kind,
         warmup: int,
         rate: float,
+        coarse: bool,
     ) -> None:
         super().__init__()
         device = next(model.parameters()).device
@@ -93,6 +95,11 @@ class Gates(nn.Module):
         self.names = [group.name for group in groups]
         self.scores = nn.ParameterList(
             nn.Parameter(torch.full((group.size,), float(kind.start), device=device)) for group in groups
+        )
+        whole = [number for number, group in enumerate(groups) if coarse and not group.needed]
+        self._coarse_of = {number: place for place, number in enumerate(whole)}
+        self.coarse = (
+            nn.Parameter(torch.full((len(whole),), float(kind.start), device=device)) if whole else None
         )
         self.register_buffer("multipliers", torch.zeros(2, dtype=torch.float64))
         self.register_buffer("steps", torch.zeros((), dtype=torch.int64))
@@ -167,10 +174,12 @@ class Gates(nn.Module):
             if self._kind.is_exact or not is_trained
             else None
         )
-        found = []
-        for index, scores in enumerate(self.scores):
-            kept = torch.ones_like(scores, dtype=torch.bool) if stays is None else stays[index]
-            found.append(self._kind.draw(scores, kept) if is_trained else kept.to(scores))
+        kept = stays or [torch.ones_like(scores, dtype=torch.bool) for scores in self.scores]
+        found = (
+            [self._drawn_of(number, own) for number, own in enumerate(kept)]
+            if is_trained
+            else [own.to(scores) for scores, own in zip(self.scores, kept, strict=True)]
+        )
         self._draws += 1
         self._drawn = Draw(self._draws, found, is_trained, torch.is_grad_enabled(), caller)
         self._calls.drew(self._drawn)
@@ -205,6 +214,29 @@ class Gates(nn.Module):
             drawn = self._drawn
         return drawn.gates[number]
 
+    def _drawn_of(self, number: int, stays: Tensor) -> Tensor:
+        """Gates of a group by its number, drawn anew, of which these channel sets stay in the plan."""
+        coarse = self._coarse(number)
+        if coarse is None:
+            return self._kind.draw(self.scores[number], stays)
+        return self._kind.draw_coarse(self.scores[number], coarse, stays)
+
+    def _chances(self) -> list[Tensor]:
+        """How probable it is that each channel set stays: that its own gate and its group's are open."""
+        found = []
+        for number, scores in enumerate(self.scores):
+            coarse, own = self._coarse(number), self._kind.chances(scores)
+            found.append(own if coarse is None else own * self._kind.chances(coarse))
+        return found
+
+    def _coarse(self, number: int) -> Tensor | None:
+        """The score of a group as a whole by its number, if it has one."""
+        return (
+            None
+            if self.coarse is None or number not in self._coarse_of
+            else self.coarse[self._coarse_of[number]]
+        )
+
     def _wanted(self) -> Draw:
         """The gates of the call of which backward computes a part anew: not of one without gradients that
         came after it.
@@ -220,9 +252,7 @@ class Gates(nn.Module):
         Raises:
             ArgumentError: a budget's resource cannot be counted in parts.
         """
-        chances = dict(
-            zip(self.names, (self._kind.chances(scores).double() for scores in self.scores), strict=True)
-        )
+        chances = dict(zip(self.names, (own.double() for own in self._chances()), strict=True))
         zero = torch.zeros((), dtype=torch.float64, device=self.scores[0].device)
         lost = [
             (1 - chances[group.name]).sum() if group.name in chances else zero
@@ -298,7 +328,7 @@ class Gates(nn.Module):
     @torch.no_grad()
     def prefer(self, plan: PruningPlan, by: float = 1.0) -> None:
         """Begin with a plan: gates of the channel sets that it removes start lower by so much, all others
-        higher.
+        higher, and so do those of groups that it removes as a whole.
 
         Raises:
             ArgumentError: ``by`` is not a positive number.
@@ -310,9 +340,11 @@ class Gates(nn.Module):
         analysis = self._fixed.analysis
         gone = plans.gone_of(plan, analysis)
         removed = np.unique(analysis.labels[: len(gone)][gone])
-        for group, scores in zip(self._fixed.groups, self.scores, strict=True):
+        for number, (group, scores) in enumerate(zip(self._fixed.groups, self.scores, strict=True)):
             closed = torch.from_numpy(np.isin(group.sets, removed)).to(scores.device)
             scores.copy_(self._kind.start + by * torch.where(closed, -1.0, 1.0))
+            if self.coarse is not None and number in self._coarse_of:
+                self.coarse[self._coarse_of[number]] = self._kind.start + (-by if closed.all() else by)
 
     def original_parameters(self) -> dict[str, Tensor]:
         """The model's own parameters by the names that they have without gates."""
@@ -379,7 +411,7 @@ class Gates(nn.Module):
         if self._closed is not None:
             return self._closed
         with torch.no_grad():
-            chances = [self._kind.chances(scores).double().cpu().numpy() for scores in self.scores]
+            chances = [own.double().cpu().numpy() for own in self._chances()]
         for group, own in zip(self._fixed.groups, chances, strict=True):
             if own.shape != (group.size,) or not ((own >= 0) & (own <= 1)).all():
                 raise ArgumentError(

@@ -37,6 +37,16 @@ class Kind(ABC):
             stays: which channel sets the plan of these scores keeps.
         """
 
+    def draw_coarse(self, scores: Tensor, coarse: Tensor, stays: Tensor) -> Tensor:
+        """The gates of a group that has one of its own as a whole, shape ``[sets]``: the product of the two.
+
+        Args:
+            scores: of its channel sets, shape ``[sets]``.
+            coarse: of the group, without dimensions.
+            stays: which channel sets the plan of these scores keeps.
+        """
+        return self.draw(scores, stays) * self.draw(coarse, stays.any())
+
     @abstractmethod
     def chances(self, scores: Tensor) -> Tensor:
         """How probable it is that each gate is open: the lower, the sooner its channel set goes."""
@@ -108,8 +118,11 @@ class Projected(Kind):
         _check(temperature=self.temperature, start=self.start)
 
     def draw(self, scores: Tensor, stays: Tensor) -> Tensor:
-        soft = self.chances(scores)
-        return stays.to(soft) + soft - soft.detach()
+        return _straight_through(self.chances(scores), stays)
+
+    def draw_coarse(self, scores: Tensor, coarse: Tensor, stays: Tensor) -> Tensor:
+        # Of a product of two masks neither has a gradient where both are zero, and no block would come back.
+        return _straight_through(self.chances(scores) * self.chances(coarse), stays)
 
     def chances(self, scores: Tensor) -> Tensor:
         return torch.sigmoid(scores / self.temperature)
@@ -117,6 +130,11 @@ class Projected(Kind):
     @property
     def is_exact(self) -> bool:
         return True
+
+
+def _straight_through(soft: Tensor, stays: Tensor) -> Tensor:
+    """A mask whose gradient is that of soft gates."""
+    return stays.to(soft) + soft - soft.detach()
 
 
 __all__ = ["HardConcrete", "Kind", "Projected"]
