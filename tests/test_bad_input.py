@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from refusal import BATCH, IDS, Net, Vectors, X, refused, untouched
@@ -110,6 +111,7 @@ def test_example_inputs_that_do_not_fit(args: Any, kwargs: dict[str, Any], match
         ({"x": BATCH}, r"single dict; pass an iterable"),
         ("text", "single str"),
         (7, r"calibration is a int.*iterable"),
+        (np.float64(7), r"calibration is a float64.*iterable"),
         ([3], "batch 0 is a int"),
         ([BATCH, None], "batch 1 is a NoneType"),
         ([BATCH[:, :5]], r"batch 0, input 'x': dimension 1 is 5.*fixed at 6; reshape"),

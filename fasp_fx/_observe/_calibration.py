@@ -6,6 +6,7 @@ import hashlib
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -137,7 +138,8 @@ def _check_batches(batches: Any, what: str) -> Iterable[Any]:
         raise CalibrationError(
             f"{what} is a single {type(batches).__name__}; pass an iterable of batches, for example [batch]"
         )
-    if not isinstance(batches, Iterable) and not hasattr(batches, "__getitem__"):
+    is_number = isinstance(batches, np.generic)  # which has a __getitem__
+    if is_number or (not isinstance(batches, Iterable) and not hasattr(batches, "__getitem__")):
         raise CalibrationError(
             f"{what} is a {type(batches).__name__}; pass an iterable of batches, for example [batch]"
         )
