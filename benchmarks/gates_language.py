@@ -32,7 +32,11 @@ def main() -> None:
     parser.add_argument("--epochs", type=int, default=1)
     parser.add_argument("--rates", type=float, nargs="*", default=[0.02], help="learning rates of the gates")
     parser.add_argument(
-        "--margin", type=float, default=0.2, help="by how much the gates of what stays begin higher"
+        "--margin",
+        type=float,
+        default=0.8,
+        help="by how much the gates of what stays begin higher: with N steps at a rate r one comes down by rN"
+        " at most, and another up",
     )
     parser.add_argument("--quality", default="balanced", help="of the choice that gates begin with")
     options = parser.parse_args()
@@ -61,7 +65,13 @@ def main() -> None:
             rate
             for rate in options.rates
             if not any(
-                {"sparsity": sparsity, "rate": rate, "epochs": options.epochs}.items() <= one.items()
+                {
+                    "sparsity": sparsity,
+                    "rate": rate,
+                    "margin": options.margin,
+                    "epochs": options.epochs,
+                }.items()
+                <= one.items()
                 for one in done
             )
         ]
@@ -107,6 +117,7 @@ def main() -> None:
                 {
                     **found,
                     "rate": rate,
+                    "margin": options.margin,
                     "epochs": options.epochs,
                     "perplexity": perplexity(result.module, text[EVALUATION]),
                     "columns that went instead": moved,

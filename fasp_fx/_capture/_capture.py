@@ -22,6 +22,7 @@ from .._program import Program, graph_module
 from .._stamps import read_stamps
 from ..channels import results
 from ..errors import ArgumentError, CaptureError, first_line
+from ._aliases import as_weights
 from ._dead import remove_dead
 from ._dynamic import all_dims, every_dim
 from ._export import export
@@ -79,7 +80,7 @@ def capture(
     notes: tuple[str, ...] = ()
     doubled = False
     if isinstance(model, ExportedProgram):
-        exported, signature = functional(model), _exported_signature(model, args, kwargs)
+        exported, signature = functional(as_weights(model)), _exported_signature(model, args, kwargs)
     elif isinstance(model, nn.Module):
         if any(getattr(module, "is_fasp_fx_gates", False) for module in model.modules()):
             raise CaptureError(

@@ -25,6 +25,7 @@ from .._compat import (
 )
 from ..channels import TRACED, foreseen
 from ..errors import ExportError
+from ._aliases import as_weights
 from ._dynamic import (
     all_dims,
     first_dim,
@@ -211,7 +212,7 @@ def _rewritten(trace: Callable[[], ExportedProgram]) -> ExportedProgram:
     """What is traced, in operators that return what they compute and have rules, as far as that can be."""
     with answered_by(foreseen, TRACED), compiled_when_called():
         exported = trace()
-    return functional(out_of_place(as_views(exported)))
+    return functional(out_of_place(as_views(as_weights(exported))))
 
 
 @contextlib.contextmanager

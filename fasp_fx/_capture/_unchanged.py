@@ -103,7 +103,7 @@ def _put_back(own: dict[str, Any], attributes: dict[str, Any], contents: dict[st
         del own[name]
     for name, value in attributes.items():
         if name not in own or own[name] is not value:
-            if name not in own or not _same_plain(own[name], value):
+            if name not in own or not _same_plain(own[name], contents.get(name, value)):
                 changed.add(name)
             own[name] = value
     for name, content in contents.items():
@@ -116,13 +116,14 @@ def _put_back(own: dict[str, Any], attributes: dict[str, Any], contents: dict[st
 
 
 def _same_plain(a: Any, b: Any) -> bool:
-    """Whether two constants are equal; exporters put back tuples as equal copies."""
-    if type(a) is tuple and type(b) is tuple:
-        return len(a) == len(b) and all(x is y or _same_plain(x, y) for x, y in zip(a, b))
+    """Whether two constants are equal; exporters put back tuples, lists and dicts as equal copies."""
+    if type(a) is type(b) and type(a) in (tuple, list, dict):
+        return len(a) == len(b) and all(x is y or _same_plain(x, y) for x, y in zip(_items(a), _items(b)))
     return is_plain(a) and type(a) is type(b) and a == b
 
 
 def _items(container: Any) -> list[Any]:
+    """What a container holds, a dict its keys first."""
     return [*container, *container.values()] if isinstance(container, dict) else list(container)
 
 
