@@ -322,3 +322,52 @@ def test_core_aten_has_the_groups_of_the_model(layers: list[nn.Module], shape: t
     assert not result.report.without_rule
     with torch.no_grad():
         assert error(result.module(x), zeroed(model, result.plan)(x)) < TOLERANCE
+
+
+class Frequencies(nn.Module):
+    """Convolutions over times and frequencies, laid side by side for each time, as speech models begin."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.project = nn.Conv2d(1, 5, 3, stride=2, padding=1), nn.Linear(15, 7)
+        self.out = nn.Linear(7, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = self.conv(x.unsqueeze(1)).relu().transpose(1, 2)
+        found: Tensor = self.out(self.project(hidden.flatten(2)).relu())
+        return found
+
+
+@pytest.mark.parametrize("width", [5, 6])
+def test_frequencies_that_strides_leave_few_of_are_features(width: int) -> None:
+    """As many as the next weight is wide for; times and samples still vary."""
+    model = randomise(Frequencies())
+    result = fasp_fx.prune(model, (torch.randn(2, 7, width),), sparsity=0.3, score="magnitude", restore=None)
+    assert {group.name for group in result.plan.groups} == {"project.weight", "out.weight"}
+    dense = zeroed(model, result.plan)
+    for shape in ((2, 7, width), (3, 12, width), (5, 21, width)):
+        x = torch.randn(shape)
+        assert error(result.module(x), dense(x)) < TOLERANCE
+    with pytest.raises(fasp_fx.errors.CallError, match="dimension 2 is 9"):
+        result.module(torch.randn(2, 7, 9))
+
+
+def test_lengths_that_strides_leave_few_of_still_vary() -> None:
+    """What a table of positions allows is a length, and no channel is laid out by it."""
+
+    class Positions(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.mix = nn.Conv1d(3, 6, 3, stride=2, padding=1), nn.Conv1d(6, 4, 1)
+            self.positions = nn.Parameter(torch.randn(1, 6, 4))
+
+        def forward(self, x: Tensor) -> Tensor:
+            found: Tensor = self.mix((self.conv(x) + self.positions).relu())
+            return found
+
+    model = randomise(Positions())
+    result = fasp_fx.prune(model, (torch.randn(2, 3, 8),), sparsity=0.3, score="magnitude", restore=None)
+    dense = zeroed(model, result.plan)
+    for length in (7, 8):
+        x = torch.randn(3, 3, length)
+        assert error(result.module(x), dense(x)) < TOLERANCE

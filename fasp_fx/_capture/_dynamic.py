@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import sympy
@@ -70,12 +70,12 @@ def first_dim(args: tuple[Any, ...], kwargs: dict[str, Any]) -> ShapesCollection
     return _collection(args, kwargs, 1, set())
 
 
-def of_fixed_total(exported: ExportedProgram) -> frozenset[tuple[int, int]]:
-    """Dimensions of inputs, as (position, dimension), whose sizes may vary only against each other because
-    their sum is fixed.
+def of_features(exported: ExportedProgram) -> frozenset[tuple[int, int]]:
+    """Dimensions of inputs, as (position, dimension), that are features rather than batches or lengths.
 
-    These are features side by side, not batches or lengths: where one ends decides which weights meet the
-    next.
+    Of some the sizes may vary only against each other, because their sum is fixed: where one ends decides
+    which weights meet the next. Others are tied to a weight by what strides leave of them (frequencies of
+    speech after convolutions, ``5 * ((size - 1) // 2) + 5 == 15``), so that few sizes do.
     """
     given = [spec.arg for spec in exported.graph_signature.input_specs if spec.kind is InputKind.USER_INPUT]
     recorded = {
@@ -95,7 +95,28 @@ def of_fixed_total(exported: ExportedProgram) -> frozenset[tuple[int, int]]:
         constant, rest = expression.as_coeff_Add()
         if constant > 0 and rest and all(part.as_coeff_Mul()[0] < 0 for part in sympy.Add.make_args(rest)):
             tied |= expression.free_symbols
+    varying = next((size for shape in recorded.values() for size in shape if is_dynamic(size)), None)
+    tied.update(() if varying is None else _tied_to_weights(varying))
     return frozenset(place for place, expression in sizes.items() if expression.free_symbols & tied)
+
+
+def _tied_to_weights(size: torch.SymInt) -> Iterator[Any]:
+    """The sizes that a capture allows only where so many channels, times what division leaves of one of them,
+    are a fixed number.
+    """
+    for guard in size.node.shape_env.guards:
+        if not isinstance(guard.expr, sympy.Eq):
+            continue
+        for made, fixed in (guard.expr.args, guard.expr.args[::-1]):
+            functions = {type(part).__name__ for part in made.atoms(sympy.Function)}
+            channels, _ = made.as_content_primitive()
+            if (
+                fixed.is_Integer
+                and functions == {"FloorDiv"}
+                and len(made.free_symbols) == 1
+                and channels > 1
+            ):
+                yield from made.free_symbols
 
 
 def with_static(

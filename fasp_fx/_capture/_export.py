@@ -30,7 +30,7 @@ from ._dynamic import (
     all_dims,
     first_dim,
     images_of,
-    of_fixed_total,
+    of_features,
     recorded_shapes,
     takes_any_number,
     widened,
@@ -93,9 +93,7 @@ def export(
                 exported, sets = _undisturbed(model, signature, names, inputs, shapes)
             if inputs is not given and not takes_any_number(exported):
                 raise ValueError("it takes a batch of two where one was given")
-            features = (
-                of_fixed_total(exported) if dynamic_shapes is None and callable(shapes) else frozenset()
-            )
+            features = of_features(exported) if dynamic_shapes is None and callable(shapes) else frozenset()
             if features:
                 exported, sets = _undisturbed(
                     model, signature, names, inputs, functools.partial(with_static, shapes, features)
