@@ -28,6 +28,7 @@ from .._compat import (
     pytree,
     silent_fake_tensors,
 )
+from ._distinct import distinct
 from ._execution import Execution
 from ._factors import NotDivisible
 from ._facts import Facts
@@ -36,7 +37,7 @@ from ._letters import Relation, result_shapes_ok
 from ._masked import picked
 from ._moves import move
 from ._named import keep_numbered, name_results, tallied
-from ._numbering import Numbering, laid_by_block
+from ._numbering import Numbering, Slot, laid_by_block
 from ._sizes import Sizes, is_dynamic
 from ._value import Axis, Value, counted_by
 
@@ -414,6 +415,21 @@ class Interpreter:
             for axis in value.axes:
                 facts.say(facts.frozen, axis.numbers, f"decides by position in {node.target}", node)
 
+    def _of_parameters(self, numbers: Tensor) -> bool:
+        """Whether some of these numbers are of channels of parameters; a weight that a pass has made anew is
+        one.
+        """
+        slots = {*self.numbering.slot_ids(distinct(numbers.reshape(-1).numpy())).tolist()} - {-1}
+        return any(self._is_parameter(self.numbering.slots[index]) for index in slots)
+
+    def _is_parameter(self, slot: Slot) -> bool:
+        if slot.kind != "weight":
+            return False
+        try:
+            return isinstance(attribute(self.module, slot.name), torch.nn.Parameter)
+        except AttributeError:
+            return True
+
     def _by_rule(
         self,
         node: fx.Node,
@@ -426,7 +442,7 @@ class Interpreter:
         """The results as the rule gives them, or why it does not serve for this call."""
         try:
             if rule.moves:
-                moved = move(node, rule, named, nodes, shapes, walk.facts, walk.sizes)
+                moved = move(node, rule, named, nodes, shapes, walk.facts, walk.sizes, self._of_parameters)
                 return "an index or a mask is known only at run time" if moved is None else moved
             relation = Relation(
                 node, rule, {**named, **elements(named)}, nodes, walk.facts, self.numbering, self.experts

@@ -15,6 +15,7 @@ from fasp_fx.patterns import RESHAPES, VIEWS, Rule
 from .._compat import pytree
 from ._facts import Facts
 from ._fx import arguments as arguments_of
+from ._grids import without_grids
 from ._masked import is_mask, lone_mask
 from ._named import look_up
 from ._regroup import Segment, regroup, segments
@@ -196,9 +197,13 @@ def move(
     shapes: list[tuple[int, ...]],
     facts: Facts,
     sizes: Sizes,
+    of_parameters: Callable[[Tensor], bool],
 ) -> list[Value] | None:
     """The values of the results of a moving operator, or ``None`` if its other arguments are not known while
     analysing.
+
+    Args:
+        of_parameters: whether some of these numbers are of channels of parameters.
     """
     assert rule.moves is not None
     source = arguments[rule.moves]
@@ -222,6 +227,7 @@ def move(
         _settle_given(node, sizes)
     shift = _shift(node, source.shape, shapes, others, facts, sizes)
     axes: list[list[Axis]] = [[] for _ in shapes]
+    sources: list[list[Axis]] = [[] for _ in shapes]  # of which each was made
     for axis in source.axes:
         if unknown and axis.dim in touched and look_up(node, axis, _index_at(arguments, axis.dim), facts):
             if source.constant and len(source.shape) > 2:
@@ -261,6 +267,9 @@ def move(
         )
         for index, numbers in enumerate(moved):
             _keep(axes[index], numbers, [axis], facts, node, axis, why)
+            sources[index] += [axis] * (len(axes[index]) - len(sources[index]))
+    if str(node.target) in RESHAPES:
+        axes = [without_grids(*both, of_parameters, facts, node) for both in zip(axes, sources, strict=True)]
     stacked = _taken_along(others, source.shape, shapes[0]) if source.origin is not None else None
     if stacked is not None:
         _stay_together(node, source, stacked, facts)
