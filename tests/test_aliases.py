@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from oracle import zeroed
 from torch import Tensor, nn
 from torch.nn import functional as F
 from zoo import randomise
@@ -37,16 +38,6 @@ class Listed(nn.Module):
         return found
 
 
-def masked_model(model: nn.Module, plan: fasp_fx.PruningPlan) -> Any:
-    """The dense model with zeros in the columns that went."""
-    copied = copy.deepcopy(model)
-    with torch.no_grad():
-        for group in plan.groups:
-            for part in group.consumers:
-                copied.get_parameter(part.name)[:, list(part.removed)] = 0
-    return copied
-
-
 @pytest.fixture(scope="module", params=["module", "program"])
 def case(request: Any) -> tuple[Any, fasp_fx.Result]:
     model = randomise(Listed())
@@ -64,13 +55,14 @@ def test_it_is_pruned_as_the_parameter_that_it_is(case: tuple[Any, fasp_fx.Resul
     model, result = case
     assert not any("sets the attribute" in note for note in result.report.notes)
     assert {group.name for group in result.plan.groups} == {"middle.weight", "down.weight"}
-    torch.testing.assert_close(result.module(X), masked_model(model, result.plan)(X), rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(result.module(X), zeroed(model, result.plan)(X), rtol=1e-9, atol=1e-9)
     assert {name for name, _ in result.module.named_buffers()} == {"scale", "shift"}
 
 
 def test_its_gradients_are_those_of_the_dense_model(case: tuple[Any, fasp_fx.Result]) -> None:
     model, result = case
-    dense, module = masked_model(model, result.plan), copy.deepcopy(result.module)
+    dense: Any = zeroed(model, result.plan)
+    module = copy.deepcopy(result.module)
     dense(X).square().sum().backward()
     module(X).square().sum().backward()
     rows, columns = (
@@ -90,7 +82,7 @@ def test_a_copy_takes_other_values(case: tuple[Any, fasp_fx.Result]) -> None:
     module = copy.deepcopy(result.module)
     changed = {name: value * 1.5 for name, value in module.state_dict().items()}
     module.load_state_dict(changed)
-    dense = masked_model(model, result.plan)
+    dense = zeroed(model, result.plan)
     with torch.no_grad():
         for value in dense.state_dict().values():
             value.mul_(1.5)

@@ -343,8 +343,8 @@ class Gates(nn.Module):
         for number, (group, scores) in enumerate(zip(self._fixed.groups, self.scores, strict=True)):
             closed = torch.from_numpy(np.isin(group.sets, removed)).to(scores.device)
             scores.copy_(self._kind.start + by * torch.where(closed, -1.0, 1.0))
-            if self.coarse is not None and number in self._coarse_of:
-                self.coarse[self._coarse_of[number]] = self._kind.start + (-by if closed.all() else by)
+            if (coarse := self._coarse(number)) is not None:
+                coarse.fill_(self._kind.start + (-by if closed.all() else by))
 
     def original_parameters(self) -> dict[str, Tensor]:
         """The model's own parameters by the names that they have without gates."""
