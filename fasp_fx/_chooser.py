@@ -101,11 +101,6 @@ class Chooser:
             if callable(config.restore)
             else ridge
         )
-        if config.window is not None and self.ranks.size > 1:
-            raise ArgumentError(
-                "windows are trained by one process; leave group= out, or use restore='least-squares' and"
-                " fasp_fx.distil after it"
-            )
         if config.window is not None and computing() is not None:
             raise ArgumentError(
                 f"windows are trained where the weights are, and not on {computing()}; leave out the device"
@@ -499,7 +494,7 @@ class Chooser:
             if window is not None and batches is not None and marks is not None:
                 del observer, runners, drift
                 reconstruction = Reconstruction(
-                    consumers, decision, window, part, self._precision(analysis.program)
+                    consumers, decision, window, part, self._precision(analysis.program), self.ranks
                 )
                 reconstruction.run(batches, marks, lambda fraction: advance(share + (1 - share) * fraction))
             return decision

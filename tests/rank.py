@@ -23,6 +23,7 @@ import fasp_fx
 from fasp_fx.allocation import Search
 from fasp_fx.cli import app
 from fasp_fx.errors import ArgumentError, CalibrationError, RankError
+from fasp_fx.restoration import Window
 
 TOKENS = 100
 
@@ -136,6 +137,26 @@ def cases(group: dist.ProcessGroup | None) -> dict[str, tuple[Any, dict[str, Ten
     return found
 
 
+def windows(group: dist.ProcessGroup | None, size: int) -> tuple[Any, dict[str, Tensor]]:
+    """A pruning with trained windows, of batches that are ``size`` times as large where one process has them
+    all; the last processes have fewer.
+    """
+    texts = tokens()
+    together = texts if group else [torch.cat(texts[at : at + size]) for at in range(0, len(texts), size)]
+    result = fasp_fx.prune(
+        llama().double(),
+        (),
+        {"input_ids": texts[0], "use_cache": False},
+        calibration=[{"input_ids": batch} for batch in together],
+        sparsity=0.3,
+        restore=Window(epochs=2, rate=0.01),
+        group=group,
+    )
+    (note,) = (note for note in result.report.notes if note.startswith("windows: "))
+    assert not note.startswith("windows: 0 "), "nothing was trained"
+    return result.plan, result.module.state_dict()
+
+
 def refusals(group: dist.ProcessGroup, rank: int) -> None:
     """What all processes refuse, if one of them is given something else."""
 
@@ -234,7 +255,7 @@ def main(rank: int, size: int, folder: Path, scenario: str) -> None:
     assert group is not None
     if scenario == "dies":
         dies(group, rank)
-    found = cases(group)
+    found = cases(group) | {"windows": windows(group, size)}
     torch.save(
         {name: (plan.to_json(), weights) for name, (plan, weights) in found.items()},
         folder / f"rank{rank}.pt",

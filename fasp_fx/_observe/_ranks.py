@@ -141,6 +141,10 @@ class Ranks:
         """The sum of the numbers of all processes."""
         return float(self.add(torch.tensor(float(number), dtype=torch.float64))) if self.size > 1 else number
 
+    def most(self, number: int) -> int:
+        """The largest of the numbers of all processes."""
+        return max(self._gathered(number)) if self.size > 1 else number
+
     def first(self, value: T) -> T:
         """What the first process has."""
         return self._from(0, value)
@@ -171,6 +175,20 @@ class Ranks:
         failed = next((failure for failure in failures if failure is not None), None)
         if failed is not None:
             raise CalibrationError(failed)
+
+    def together(self, work: Callable[[], T]) -> T:
+        """What the work of this process gives.
+
+        Raises:
+            CalibrationError: the work of any process failed.
+        """
+        try:
+            found = work()
+        except CalibrationError as error:
+            self.check_all(error)
+            raise
+        self.check_all(None)
+        return found
 
     def _from(self, owner: int, value: T | None) -> Any:
         if self.size == 1:

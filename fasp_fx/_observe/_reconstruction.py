@@ -18,6 +18,7 @@ from ..restoration import Window as Options
 from ..statistics import FITTED, HELD
 from ._consumers import Consumers
 from ._marks import Marks
+from ._ranks import Ranks
 from ._runner import Runner
 from ._visit import Decision, decided
 from ._windows import Window, find_windows
@@ -41,6 +42,9 @@ class _Batch:
 class Reconstruction:
     """Trains the windows of a decided program one after the other, each on what the windows before it give.
 
+    Of several processes each step takes a batch of each, so that they come to what one process comes to whose
+    batches are as many times as large.
+
     Args:
         consumers: those of the analysis.
         decision: what goes, and the weights restored so far; those that are trained take their place.
@@ -48,19 +52,20 @@ class Reconstruction:
         part: how much of what the dense model gives in all, rather than the dense window on the inputs of
             now, the target takes (the *drift*).
         precision: of products of float32.
+        ranks: the processes that share the batches.
     """
 
     def __init__(
-        self, consumers: Consumers, decision: Decision, options: Options, part: float, precision: str
+        self,
+        consumers: Consumers,
+        decision: Decision,
+        options: Options,
+        part: float,
+        precision: str,
+        ranks: Ranks,
     ) -> None:
-        self.analysis, self.consumers, self.decision, self.options, self.part, self.precision = (
-            consumers.analysis,
-            consumers,
-            decision,
-            options,
-            part,
-            precision,
-        )
+        self.analysis, self.consumers, self.decision = consumers.analysis, consumers, decision
+        self.options, self.part, self.precision, self.ranks = options, part, precision, ranks
         self.masks = self._masks()
         self.errors: list[tuple[float, float]] = []
         self.left: dict[str, int] = {}
@@ -73,7 +78,7 @@ class Reconstruction:
         }
 
     def run(self, batches: list[list[Any]], marks: Marks, progress: Callable[[float], None]) -> None:
-        """Train every window on all batches.
+        """Train every window on all batches, of which this process runs its own.
 
         Raises:
             CalibrationError: a batch does not run through the program.
@@ -85,9 +90,11 @@ class Reconstruction:
         if not windows:
             self.decision.notes.append("no window of the program loses channels, so that nothing was trained")
             return
+        own = self.ranks.own(len(batches))
+        given = [batches[index] for index in own]
         runner, dense = (
-            Runner(self.analysis.program, batches),
-            (Runner(self.analysis.program, batches) if self.part else None),
+            Runner(self.analysis.program, given, numbers=own),
+            (Runner(self.analysis.program, given, numbers=own) if self.part else None),
         )
         runner.overrides = self._pruned()
         for count, window in enumerate(windows):
@@ -100,16 +107,16 @@ class Reconstruction:
         self.decision.notes.append(self._said(len(windows)))
 
     def _one(self, window: Window, runner: Runner, dense: Runner | None, marks: Marks) -> None:
-        runner.advance(window.start)
-        if dense is not None:
-            dense.advance(window.stop)
+        self.ranks.together(lambda: self._prepare(window, runner, dense))
         live, reason = runner.live(), self._refused(window, runner)
         if reason is None:
             wholes = [None] * len(live) if dense is None else list(dense.read(window.output))
-            given = [
-                self._given(window, runner, marks, number, one, whole)
-                for number, (one, whole) in enumerate(zip(live, wholes, strict=True))
-            ]
+            given = self.ranks.together(
+                lambda: [
+                    self._given(window, runner, marks, number, one, whole)
+                    for number, (one, whole) in enumerate(zip(live, wholes, strict=True))
+                ]
+            )
             trained = _Training(
                 window,
                 runner,
@@ -117,6 +124,7 @@ class Reconstruction:
                 given,
                 self.options,
                 {name: self.masks.get(name) for name in window.weights},
+                self.ranks,
             ).run()
             self.errors.append((trained.before, trained.after))
             if trained.weights:
@@ -128,7 +136,14 @@ class Reconstruction:
         else:
             self.left[reason] = self.left.get(reason, 0) + 1
         with torch.no_grad():
-            runner.advance(window.stop)
+            self.ranks.together(lambda: runner.advance(window.stop))
+
+    @staticmethod
+    def _prepare(window: Window, runner: Runner, dense: Runner | None) -> None:
+        """Run the batches up to the window, and through it those of the dense model."""
+        runner.advance(window.start)
+        if dense is not None:
+            dense.advance(window.stop)
 
     def _refused(self, window: Window, runner: Runner) -> str | None:
         """Why a window is not trained, if it is not."""
@@ -232,14 +247,9 @@ class _Training:
         batches: list[_Batch],
         options: Options,
         masks: dict[str, Tensor | None],
+        ranks: Ranks,
     ) -> None:
-        self.window, self.runner, self.live, self.batches, self.options = (
-            window,
-            runner,
-            live,
-            batches,
-            options,
-        )
+        self.window, self.runner, self.live, self.options, self.ranks = window, runner, live, options, ranks
         self.masks = {name: mask for name, mask in masks.items() if mask is not None}
         module = runner.module
         self.first = {
@@ -249,12 +259,14 @@ class _Training:
             name: value.detach().to(torch.float32 if value.dtype != torch.float64 else value.dtype).clone()
             for name, value in self.first.items()
         }
-        fitted = [batch for batch in batches if bool(batch.fitted.any())]
-        self.training, self.judging = fitted, [batch for batch in batches if bool(batch.held.any())]
+        self.training = [batch for batch in batches if bool(batch.fitted.any())]
+        self.judging = [batch for batch in batches if bool(batch.held.any())]
+        #: steps of an epoch, in each of which every process that has a batch left takes one
+        self.rounds = ranks.most(len(self.training))
 
     def run(self) -> _Trained:
-        before = self._error(self.judging, "held")
-        if not self.training or not self.judging or not before > 0:
+        before = self._error()
+        if not self.rounds or not before > 0:
             return _Trained({}, before, before)
         sizes = {name: float(leaf.square().mean().sqrt()) for name, leaf in self.leaves.items()}
         for leaf in self.leaves.values():
@@ -264,23 +276,22 @@ class _Training:
             for name, leaf in self.leaves.items()
         ]
         optimizer = torch.optim.Adam(groups, betas=_BETAS)
-        steps = self.options.epochs * len(self.training)
+        steps = self.options.epochs * self.rounds
         judged = {round((turn + 1) * steps / _TURNS) for turn in range(min(_TURNS, steps))}
         best, least = {}, before
         generator = torch.Generator(device="cpu").manual_seed(self.options.seed)
         order: list[int] = []
         for step in range(steps):
-            order = order or torch.randperm(len(self.training), generator=generator, device="cpu").tolist()
+            order = order or torch.randperm(self.rounds, generator=generator, device="cpu").tolist()
             for group in optimizer.param_groups:
                 group["lr"] = (
                     self.options.rate
                     * group["size"]
                     * min(1.0, (step + 1) / max(0.1 * steps, 1.0), (steps - step) / (0.9 * steps))
                 )
-            batch = self.training[order.pop()]
-            with torch.inference_mode(False), torch.enable_grad():
-                loss = self._squares(batch, batch.fitted) / batch.fitted.sum() / before
-                gradients = torch.autograd.grad(loss, list(self.leaves.values()), allow_unused=True)
+            number = order.pop()
+            batch = self.training[number] if number < len(self.training) else None
+            gradients = self._gradients(batch, before)
             for leaf, gradient in zip(self.leaves.values(), gradients, strict=True):
                 leaf.grad = gradient
             optimizer.step()
@@ -288,7 +299,7 @@ class _Training:
                 for name, mask in self.masks.items():
                     self.leaves[name].mul_(mask)
             if step + 1 in judged:
-                found = self._error(self.judging, "held")
+                found = self._error()
                 if found < least:
                     best, least = self._stored(), found
         return _Trained(best, before, least)
@@ -297,6 +308,24 @@ class _Training:
         return {
             name: leaf.detach().to(self.first[name].dtype, copy=True) for name, leaf in self.leaves.items()
         }
+
+    def _gradients(self, batch: _Batch | None, unit: float) -> list[Tensor]:
+        """Those of the mean squared error, in the given unit, over what all processes train on in a step.
+
+        Args:
+            batch: this process's own; ``None``: it has none left.
+        """
+        count = self.ranks.total(0.0 if batch is None else float(batch.fitted.sum()))
+        own = self.ranks.together(lambda: self._own_gradients(batch, count * unit))
+        return [self.ranks.add(gradient.contiguous()) for gradient in own]
+
+    def _own_gradients(self, batch: _Batch | None, unit: float) -> Sequence[Tensor]:
+        leaves = list(self.leaves.values())
+        if batch is None:
+            return [torch.zeros_like(leaf) for leaf in leaves]
+        with torch.inference_mode(False), torch.enable_grad():
+            loss = self._squares(batch, batch.fitted) / unit
+            return torch.autograd.grad(loss, leaves, allow_unused=True, materialize_grads=True)
 
     def _squares(self, batch: _Batch, counts: Tensor) -> Tensor:
         """The sum of the squared errors of what counts."""
@@ -319,12 +348,13 @@ class _Training:
         return ((found.float() - batch.target.float()).square() * counts).sum()
 
     @torch.no_grad()
-    def _error(self, batches: Sequence[_Batch], kind: str) -> float:
-        """The mean squared error over the tokens of a kind."""
-        total = count = 0.0
-        for batch in batches:
-            counts: Tensor = getattr(batch, kind)
-            total, count = total + float(self._squares(batch, counts)), count + float(counts.sum())
+    def _error(self) -> float:
+        """The mean squared error over what is held out."""
+        own = self.ranks.together(
+            lambda: sum(float(self._squares(batch, batch.held)) for batch in self.judging)
+        )
+        total = self.ranks.total(own)
+        count = self.ranks.total(sum(float(batch.held.sum()) for batch in self.judging))
         return total / count if count else 0.0
 
 
