@@ -41,6 +41,7 @@ from .errors import (
     RuleError,
     SparsityError,
     StoreError,
+    TrainingMemoryError,
     VerificationError,
     VerificationWarning,
 )
@@ -88,6 +89,7 @@ __all__ = [
     "RuleError",
     "SparsityError",
     "StoreError",
+    "TrainingMemoryError",
     "VerificationError",
     "VerificationWarning",
     "analyze",

@@ -68,6 +68,10 @@ class OffloadError(FaspError):
     """Weights cannot be kept in files: a folder cannot be written, or its disk is full."""
 
 
+class TrainingMemoryError(FaspError, MemoryError):
+    """A pruned model cannot be trained in the memory that is free; the message says what can."""
+
+
 class RankError(FaspError):
     """Processes that prune together lost one another."""
 

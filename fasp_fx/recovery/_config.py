@@ -5,14 +5,15 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, replace
-from typing import Any, Literal, TypedDict
+from typing import Any, Literal, TypedDict, get_args
 
 from .._options import configured, is_number, names_of
 from ..errors import ArgumentError
 from ._matching import Match
+from ._trained import Part
 
 _TRAINED, _PRECISIONS, _LOSSES = (
-    ("all", "vectors", "low-rank"),
+    get_args(Part),
     ("auto", "weights", "bfloat16"),
     ("auto", "divergence", "outputs"),
 )
@@ -25,7 +26,7 @@ class DistillationOptions(TypedDict, total=False):
     learning_rate: float
     warmup: float
     accumulate: int
-    train: Literal["all", "vectors", "low-rank"]
+    train: Part
     rank: int
     loss: Literal["auto", "divergence", "outputs"] | Match
     top_k: int
@@ -88,7 +89,7 @@ class DistillationConfig:
     learning_rate: float = 3e-5
     warmup: float = 0.1
     accumulate: int = 1
-    train: Literal["all", "vectors", "low-rank"] = "all"
+    train: Part = "all"
     rank: int = 16
     loss: Literal["auto", "divergence", "outputs"] | Match = "auto"
     top_k: int = 256

@@ -37,6 +37,11 @@ class Call:
         args, kwargs = pytree.tree_map_only(Tensor, lambda leaf: leaf.to(device), (self.args, self.kwargs))
         return Call(args, kwargs)
 
+    def numbers(self) -> int:
+        """How many numbers its tensors hold."""
+        leaves = pytree.tree_leaves((self.args, self.kwargs))
+        return sum(leaf.numel() for leaf in leaves if isinstance(leaf, Tensor))
+
     def copied(self) -> Call:
         """The same with tensors of its own, which a model may write into."""
         return Call(*copied((self.args, self.kwargs)))

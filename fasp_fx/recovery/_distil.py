@@ -11,24 +11,27 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar, Unpack, cast
 
+import torch
 from torch import nn
 
 from .. import plan as plans
+from .._attention import ToldOfCausality
 from .._capture import in_training
-from .._device import device_of, multiplies_bfloat16
+from .._device import device_of, multiplies_bfloat16, products_in_bfloat16
 from .._identity import identity_of
 from .._observe._calibration import as_calls
 from .._options import check_callable, path_of
 from .._result import Result
-from .._undisturbed import in_usual_modes
-from ..errors import ArgumentError
+from .._undisturbed import drawing_alike, in_usual_modes
+from ..errors import ArgumentError, CalibrationError, first_line
 from ..report import Recovery
 from ._checkpoint import Checkpoint
 from ._config import DistillationConfig, DistillationOptions
 from ._dense import Call, DenseOutputs
 from ._hidden import Hidden
 from ._matching import Divergence, Match, SquaredError
-from ._trained import trained_part
+from ._memory import check_memory, kept_bytes, told_of_memory
+from ._trained import Trained, trained_part
 from ._training import Batches, Training
 
 if TYPE_CHECKING:
@@ -85,6 +88,7 @@ def distil(
             one of the two models is in training mode.
         CalibrationError: the data is no iterable of batches, the dense model does not take one of them, or
             nothing of one counts, such as where its mask hides all tokens.
+        TrainingMemoryError: training takes more memory than is free; says what would fit.
         StoreError: the checkpoint is that of another run, or cannot be written.
     """
     asked = DistillationConfig.of(config, options)
@@ -108,7 +112,12 @@ def distil(
     accelerator = Accelerator(
         device_placement=False, kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)]
     )
-    with tempfile.TemporaryDirectory(prefix="fasp_fx-", ignore_cleanup_errors=True) as temporary:
+    with (
+        told_of_memory(),
+        tempfile.TemporaryDirectory(prefix="fasp_fx-", ignore_cleanup_errors=True) as temporary,
+    ):
+        largest = max(batches.training, key=lambda index: calls[index].numbers())
+        _rehearse(trained, calls[largest], largest, asked, device_of(pruned))
         kept = None
         if folder is not None:
             with accelerator.main_process_first():
@@ -119,8 +128,6 @@ def distil(
             outputs.write(
                 dense, calls, match, trained.hidden, coarse, lambda fraction: advance(share * fraction)
             )
-        first = calls[0].to(device_of(pruned)).copied()
-        trained.find_written(first.args, first.kwargs)
         training = Training(trained, calls, batches, outputs, match, asked, accelerator, kept)
         outcome = training.run(lambda fraction: advance(share + (1 - share) * fraction))
     notes = () if outcome.note is None else (outcome.note,)
@@ -134,6 +141,32 @@ def distil(
         notes,
     )
     return cast(R, result.with_report(recovery=recovery))
+
+
+def _rehearse(
+    trained: Trained, call: Call, index: int, config: DistillationConfig, device: torch.device
+) -> None:
+    """Call the pruned model with its largest batch: what does it write into, and what is kept of it?
+
+    Raises:
+        CalibrationError: it does not take the batch.
+        TrainingMemoryError: that is too much.
+    """
+    own = call.to(device).copied()
+    coarse = products_in_bfloat16(device, config.precision == "bfloat16")
+    with trained.alone(), drawing_alike(trained.parameters()), coarse, ToldOfCausality():
+        try:
+            trained.find_written(own.args, own.kwargs)
+            kept = kept_bytes(lambda: trained(*own.args, **own.kwargs), trained)
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:  # a model raises what it likes
+            raise CalibrationError(
+                f"the pruned model does not take batch {index}: {type(error).__name__}: {first_line(error)}"
+            ) from error
+    if trained.hidden is not None:
+        trained.take_readings()
+    check_memory(trained, config, device, kept)
 
 
 def _called(result: Any) -> tuple[nn.Module, dict[str, Any]]:

@@ -14,6 +14,9 @@ from .._capture._unchanged import rewound
 from ..errors import ArgumentError
 from ._hidden import Hidden, Readings
 
+#: which numbers are trained
+Part = Literal["all", "vectors", "low-rank"]
+
 
 class Trained(nn.Module):
     """A module as an optimiser sees it; called like the module.
@@ -205,23 +208,27 @@ def _wide(weight: Tensor) -> torch.dtype:
     return torch.promote_types(weight.dtype, torch.float32)
 
 
-def trained_part(
-    student: nn.Module, train: Literal["all", "vectors", "low-rank"], rank: int, seed: int
-) -> Trained:
+def weights_of(student: nn.Module, part: Part) -> dict[str, nn.Parameter]:
+    """The parameters that a part is of, by name."""
+    return {
+        name: weight
+        for name, weight in student.named_parameters()
+        if weight.requires_grad
+        and weight.is_floating_point()
+        and weight.numel()
+        and (part != "vectors" or weight.dim() <= 1)
+    }
+
+
+def trained_part(student: nn.Module, train: Part, rank: int, seed: int) -> Trained:
     """A module with the part of it that is to be trained.
 
     Raises:
         ArgumentError: there is nothing of that kind to train.
     """
-    weights = {
-        name: weight
-        for name, weight in student.named_parameters()
-        if weight.requires_grad and weight.is_floating_point() and weight.numel()
-    }
+    weights = weights_of(student, train)
     if train == "low-rank":
         return LowRank(student, weights, rank, seed)
-    if train == "vectors":
-        weights = {name: weight for name, weight in weights.items() if weight.dim() <= 1}
     if not weights:
         what = (
             "parameter that requires a gradient"
@@ -235,4 +242,4 @@ def trained_part(
     return Trained(student, weights)
 
 
-__all__ = ["Trained", "trained_part"]
+__all__ = ["Part", "Trained", "trained_part", "weights_of"]
