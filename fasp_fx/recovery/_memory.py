@@ -35,17 +35,14 @@ def kept_bytes(call: Callable[[], object], model: nn.Module) -> int:
     """The bytes that autograd keeps for the way back from one call of a model, beside its weights and
     buffers.
     """
-    found: dict[int, tuple[StorageWeakRef, int]] = {}
-    held = {
-        StorageWeakRef(tensor.untyped_storage()).cdata for tensor in (*model.parameters(), *model.buffers())
-    }
+    held = {number for number, _, _ in map(_storage, (*model.parameters(), *model.buffers()))}
+    found: dict[int, tuple[StorageWeakRef | None, int]] = {}
 
     def pack(tensor: Tensor) -> None:
         """Notes a tensor, and lets go of it: there is no way back."""
-        # A weak reference, as long as it is held, lets no other storage have the same number.
-        reference = StorageWeakRef(tensor.untyped_storage())
-        if reference.cdata not in held:
-            found[reference.cdata] = reference, tensor.untyped_storage().nbytes()
+        number, reference, size = _storage(tensor)
+        if number not in held:
+            found[number] = reference, size
 
     with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(pack, _no_way_back):
         call()
@@ -85,6 +82,16 @@ def told_of_memory() -> Iterator[None]:
             f"the memory is too little for the dense model and the training of the pruned one:"
             f" {first_line(error)}; give smaller batches with accumulate=, or train='low-rank' or 'vectors'"
         ) from error
+
+
+def _storage(tensor: Tensor) -> tuple[int, StorageWeakRef | None, int]:
+    """What tells a tensor's storage from others as long as the reference is held, and its bytes; of a sparse
+    tensor, which lies in several or in none, nothing.
+    """
+    if tensor.layout is not torch.strided:
+        return 0, None, 0
+    reference = StorageWeakRef(tensor.untyped_storage())
+    return reference.cdata, reference, tensor.untyped_storage().nbytes()
 
 
 def _no_way_back(packed: None) -> Tensor:
