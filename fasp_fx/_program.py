@@ -95,6 +95,9 @@ class Program:
     walked: tuple[Any, ...] | None = field(default=None, repr=False, compare=False)
     facts: ExportFacts | None = field(default=None, repr=False, compare=False)
 
+    def __repr__(self) -> str:
+        return f"Program({len(self.weights())} weights, inputs={list(self.signature.given())})"
+
     def weights(self) -> dict[str, Tensor]:
         """Every parameter and buffer by name; tied ones under each of their names."""
         return dict(

@@ -33,6 +33,10 @@ class Result:
     report: Report
     signature: CallSignature = field(repr=False)
 
+    def __repr__(self) -> str:
+        before, after = self.report.parameters
+        return f"Result(sparsity={self.plan.sparsity:.4f}, parameters={before:,} -> {after:,})"
+
     @property
     def program(self) -> ExportedProgram:
         """The same as an exported program, which shares its weights with ``module``, as they are now.

@@ -5,6 +5,7 @@ each status.
 from __future__ import annotations
 
 import contextlib
+from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -56,6 +57,12 @@ class Analysis:
         """The same with lists of its own; program and walk, which nothing changes, are shared."""
         return replace(
             self, groups=list(self.groups), conflicts=list(self.conflicts), labels=self.labels.copy()
+        )
+
+    def __repr__(self) -> str:
+        counts = Counter(group.status for group in self.groups)
+        return (
+            f"Analysis({', '.join(f'{count} {status}' for status, count in counts.items()) or 'no groups'})"
         )
 
     def fresh(self) -> np.ndarray:

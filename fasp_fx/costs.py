@@ -68,6 +68,9 @@ class Costs(Mapping[str, CostCurve]):
         self._curves, self.fingerprint, self.score = dict(curves), fingerprint, score
         self.granularity = frozenset(granularity)
 
+    def __repr__(self) -> str:
+        return f"Costs({len(self)} curves, score={self.score!r})"
+
     def __getitem__(self, name: str) -> CostCurve:
         return self._curves[name]
 

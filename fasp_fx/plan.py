@@ -119,6 +119,9 @@ class PruningPlan:
     copies: tuple[CopiedBuffer, ...] = ()
     fixed: tuple[FixedBuffer, ...] = ()
 
+    def __repr__(self) -> str:
+        return f"PruningPlan({len(self.groups)} groups, sparsity={self.sparsity:.4f})"
+
     def __str__(self) -> str:
         return "\n".join(map(str, self.groups)) or "nothing is removed"
 

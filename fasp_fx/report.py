@@ -202,6 +202,10 @@ class Report:
     budgets: tuple[Spent, ...] = ()
     config: PruningConfig | None = None
 
+    def __repr__(self) -> str:
+        before, after = self.parameters
+        return f"Report(sparsity={self.sparsity:.4f}, parameters={before:,} -> {after:,})"
+
     def __str__(self) -> str:
         asked = f" (asked for {self.requested:.2%})" if self.requested is not None else ""
         out = [
