@@ -195,14 +195,13 @@ class Observer:
 
     def _advance(self, runner: Runner, marks: Marks, stop: fx.Node) -> None:
         """Run the batches up to a node, and observe what it is about to read."""
-        failure = None
-        try:
-            runner.advance(runner.index(stop))
-            if self._drift is not None:
-                self._drift.dense.advance(runner.index(stop))
-        except CalibrationError as error:
-            failure = error
-        self.ranks.check_all(failure)
+        runners = [runner] if self._drift is None else [runner, self._drift.dense]
+
+        def advance() -> None:
+            for each in runners:
+                each.advance(runner.index(stop))
+
+        self.ranks.together(advance)
         if not self._known:
             self._observe(
                 runner,
