@@ -120,14 +120,12 @@ class ModelTrial:
     def _remembered(self) -> dict[int, Any]:
         """What is kept of the dense model's outputs, by sequence."""
         own = list(range(self.ranks.rank, self.count, self.ranks.size))
-        found: dict[int, Any] = {}
-        failure = None
-        try:
-            for number in own or [0]:  # a process that has none finds out what outputs there are
-                found[number] = self.fitness.remember(*self._run(number, {}))
-        except CalibrationError as error:
-            failure = error
-        self.ranks.check_all(failure)
+        found = self.ranks.together(
+            lambda: {
+                number: self.fitness.remember(*self._run(number, {}))
+                for number in own or [0]  # a process that has none finds out what outputs there are
+            }
+        )
         self.fitness.settle(list(found.values()), len(own), self.ranks.add)
         return found
 
