@@ -2,11 +2,11 @@
 (mean cosine), and on EfficientNet-Lite0 and a ResNet-50 with weights at random (agreement with the dense
 network on crops of other photographs). Resumes where it was stopped.
 
-A recipe is EPOCHS,LEARNING_RATE,CHUNKS,LENGTH[,TRAIN][,hidden][,own][,halves][,OPTION=NUMBER …]: how often
+A recipe is EPOCHS,LEARNING_RATE,CHUNKS,LENGTH[,TRAIN][,hidden][,own][,PARTS][,OPTION=NUMBER …]: how often
 over how many calibration chunks (for the others: batches), how many tokens of each, what is trained, whether
 hidden states of SmolLM2 are matched as well (what W_Q and the gate read in each layer), whether SmolLM2
-writes the chunks itself, whether each is two texts of half the length, and options of distil; the chunks that
-measure are left out. Each pruning is saved once under --out, and every recipe starts from there.
+writes the chunks itself, whether each is two, four or eight texts ("halves", …), and options of distil; the
+chunks that measure are left out. Each pruning is saved once under --out, and every recipe starts from there.
 """
 
 from __future__ import annotations
@@ -27,7 +27,8 @@ from self_calibration import write
 import fasp_fx
 
 HIDDEN = ("*.q_proj", "*.gate_proj")
-WORDS = ("hidden", "own", "halves")
+PARTS = {"halves": 2, "quarters": 4, "eighths": 8}
+WORDS = ("hidden", "own", *PARTS)
 RECIPES = ("1,3e-5,32,512", "2,3e-5,32,512", "2,3e-5,32,1024", "2,3e-5,96,1024")
 
 
@@ -123,7 +124,7 @@ def main() -> None:
                     if "own" in more:
                         written = f"{count}x{length},1,1,bos"
                         rows, found["writing"] = write(model, tokenizer, written, 0, options.out)
-                    parts = 2 if "halves" in more else 1
+                    parts = next((PARTS[word] for word in more if word in PARTS), 1)
                     batches = [{"input_ids": row.reshape(parts, -1)} for row in rows]
                 how: dict[str, Any] = {
                     "epochs": int(epochs),

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import time
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -19,6 +21,7 @@ from fasp_fx._pipeline import Timings, analyze_for, decide, rewrite
 from fasp_fx._program import Program
 from fasp_fx.errors import CaptureError, NothingPrunableError, SparsityError
 
+from ._copies import GRANULARITIES, copies, wrong
 from ._entry import Entry
 from ._shares import shares
 from ._weights import centring, randomise
@@ -82,13 +85,29 @@ def _measure(entry: Entry, analyze_only: bool, record: Record) -> None:
         record["error"], record["stage"] = "nothing to prune", None
         return
     record |= {"sparsity": result.plan.sparsity, "parameters_after": _parameters(result.module)}
+    unseen = program is not None and _batch_is_dynamic(program) and entry.batches[1] != entry.batches[0]
     with _stage(record, "compare"):
-        record["mask_error"], record["difference"] = _compare(model, result, entry, entry.batches[0], dense)
-        if program is not None and _batch_is_dynamic(program) and entry.batches[1] != entry.batches[0]:
-            record["mask_error_unseen"], _ = _compare(model, result, entry, entry.batches[1], None)
+        record["mask_error"], record["difference"] = _compare(
+            model, result.module, result.plan, entry, entry.batches[0], dense
+        )
+        if unseen:
+            record["mask_error_unseen"], _ = _compare(
+                model, result.module, result.plan, entry, entry.batches[1], None
+            )
+    with _stage(record, "copy"):
+        record["copies"] = copies(
+            model,
+            [
+                lambda: result,
+                *(partial(_pruned, model, program, entry, way) for way in list(GRANULARITIES)[1:]),
+            ],
+            lambda copy, plan: max(
+                _compare(model, copy, plan, entry, batch, None)[0] for batch in entry.batches[: 1 + unseen]
+            ),
+        )
     worst = max(record["mask_error"], record.get("mask_error_unseen", 0.0))
     record |= {
-        "ok": worst <= record["tolerance"],
+        "ok": worst <= record["tolerance"] and not wrong(record),
         "visible": record["difference"] > 100 * record["tolerance"],
         "stage": None,
     }
@@ -129,6 +148,20 @@ def _prune(program: Program, record: Record) -> Any:
     )
     analysis, decision = decide(program, config, None, clock=clock)
     return rewrite(program, analysis, decision, config, clock)
+
+
+def _pruned(model: nn.Module, program: Program | None, entry: Entry, granularity: tuple[str, ...]) -> Any:
+    """The model pruned in another way than the one that is measured; ``None`` if nothing of it can be."""
+    config = fasp_fx.PruningConfig(sparsity=SPARSITY, score="random", restore=None, granularity=granularity)
+    if program is None:
+        args, kwargs = entry.inputs(entry.batches[0])
+        return fasp_fx.prune(model, args, kwargs, config=config)
+    most = analyze_for(program, config).max_sparsity
+    if most == 0:
+        return None
+    config = dataclasses.replace(config, sparsity=min(SPARSITY, most))
+    analysis, decision = decide(program, config, None)
+    return rewrite(program, analysis, decision, config)
 
 
 def _prune_in_parts(model: nn.Module, entry: Entry, record: Record, refusal: CaptureError) -> Any:
@@ -178,13 +211,15 @@ def _call(model: nn.Module, entry: Entry, batch: int) -> Any:
         return model(*args, **kwargs)
 
 
-def _compare(model: nn.Module, result: Any, entry: Entry, batch: int, dense: Any) -> tuple[float, float]:
-    """The pruned module's error against the masked dense model, and how far that is from the dense one."""
+def _compare(
+    model: nn.Module, smaller: nn.Module, plan: Any, entry: Entry, batch: int, dense: Any
+) -> tuple[float, float]:
+    """A smaller module's error against the masked dense model, and how far that is from the dense one."""
     if dense is None:
         dense = _call(model, entry, batch)
-    with masked(model, result.plan):
+    with masked(model, plan):
         expected = _call(model, entry, batch)
-    found = _call(result.module, entry, batch)
+    found = _call(smaller, entry, batch)
     shapes, before = ([leaf.shape for leaf, _ in leaves(output)] for output in (expected, dense))
     # how much a model finds (keypoints, say) can itself depend on what is masked
     return error(found, expected), error(expected, dense) if shapes == before else math.inf

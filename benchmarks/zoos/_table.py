@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Iterable
 from typing import Any
 
+from ._copies import GRANULARITIES, way, why_none
 from ._shares import STATUSES
 
 Record = dict[str, Any]
@@ -20,6 +21,7 @@ _HEAD = [
     "sparsity",
     "shrinks by",
     "mask error",
+    "own class",
     "capture",
     "analysis",
     "verdict",
@@ -66,6 +68,7 @@ def _row(record: Record) -> list[str]:
         _percent(record.get("sparsity")),
         _percent(_shrunk(record)),
         "" if worst is None else f"{worst:.0e}",
+        way(record),
         f"{seconds['capture']:.1f}" if "capture" in seconds else "",
         f"{seconds['analysis']:.1f}" if "analysis" in seconds else "",
         verdict(record),
@@ -104,6 +107,12 @@ def summary(records: dict[str, Record]) -> list[str]:
     lines.append(
         f"* {len(parts)} of the other {len(everything) - len(captured)} pruned in parts,"
         f" {sum(record['ok'] is True for record in parts)} of them exact"
+    )
+    tried = Counter(way(record) for record in everything if record.get("copies"))
+    lines.append(
+        f"* copies of their own class, of {sum(tried.values())} pruned models:"
+        f" {', '.join(f'{tried[name]} by {name}' for name in GRANULARITIES.values())},"
+        f" none of {tried['none']}"
     )
     if captured:
         enough = [record for record in captured if record.get("sparsity", 0.0) >= 0.2]
@@ -145,6 +154,11 @@ def summary(records: dict[str, Record]) -> list[str]:
             f"* {title}: {len(chosen)}",
             *(f"    * {record['name']}: {verdict(record)}" for record in chosen),
         ]
+    none = [record for record in everything if way(record) == "none"]
+    lines += [
+        f"* no copy of their own class: {len(none)}",
+        *(f"    * {record['name']}: {' '.join(why_none(record).split())[:300]}" for record in none),
+    ]
     return [*lines, *without_rule(analysed)]
 
 

@@ -1,0 +1,65 @@
+"""Whether what is left can be of the model's own class: an eager copy against the masked dense model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+from torch import nn
+
+from fasp_fx.errors import EagerError, NothingPrunableError, SparsityError
+
+#: what goes together, in the order in which it is tried, and what tables call it
+GRANULARITIES = {("channel",): "channels", ("channel", "head"): "whole heads"}
+
+Record = dict[str, Any]
+
+
+def copies(
+    model: nn.Module,
+    prunings: Iterable[Callable[[], Any]],
+    compare: Callable[[nn.Module, Any], float],
+) -> list[Record]:
+    """What became of a copy by each way of :data:`GRANULARITIES`, up to the first that there is: its error,
+    or why there is none.
+
+    Args:
+        prunings: give a result for each way, or ``None`` if there is nothing to prune.
+        compare: the error of a module against the model masked by a plan.
+    """
+    found: list[Record] = []
+    for name, prune in zip(GRANULARITIES.values(), prunings, strict=True):
+        entry: Record = {"way": name}
+        found.append(entry)
+        try:
+            result = prune()
+            if result is None:
+                entry["refused"] = "nothing to prune"
+                continue
+            entry["sparsity"] = result.plan.sparsity
+            copy = result.eager(model)
+        except (EagerError, NothingPrunableError, SparsityError) as refusal:
+            entry["refused"] = f"{type(refusal).__name__}: {refusal}"[:1000]
+            continue
+        entry["error"] = compare(copy, result.plan)
+        break
+    return found
+
+
+def way(record: Record) -> str:
+    """By which pruning a model has a copy, for a table."""
+    found = record.get("copies", [])
+    return next((entry["way"] for entry in found if "error" in entry), "none" if found else "")
+
+
+def why_none(record: Record) -> str:
+    """Why the last way that was tried gives no copy."""
+    return str(record["copies"][-1].get("refused", ""))
+
+
+def wrong(record: Record) -> bool:
+    """Whether a copy was given that does not compute what it should."""
+    return any(entry.get("error", 0.0) > record["tolerance"] for entry in record.get("copies", []))
+
+
+__all__ = ["GRANULARITIES", "copies", "way", "why_none", "wrong"]
