@@ -16,8 +16,9 @@ from . import _tables
 from ._console import Stages, say
 from ._texts import Texts
 
-#: tokens of a step of training, as far as whole chunks allow
-STEP = 1024
+#: tokens of a step of training, and of each text of it, as far as whole chunks allow: for as many tokens,
+#: short texts teach as much as long ones, and attention sees less (docs/benchmarks.md)
+STEP, TEXT = 1024, 256
 
 
 def recover(
@@ -31,10 +32,20 @@ def recover(
     """Train a pruned model on chunks ``[chunks, length]`` towards the dense one."""
     count, length = chunks.shape
     stages.begin(f"recovering on {count} x {length} tokens", measured=True)
-    together = max(1, min(STEP // length, count // 2))  # of two batches at least, one is held out
     return distil(
-        result, dense, chunks.split(together), config=config, checkpoint=checkpoint, progress=stages.update
+        result, dense, training_steps(chunks), config=config, checkpoint=checkpoint, progress=stages.update
     )
+
+
+def training_steps(chunks: Tensor) -> tuple[Tensor, ...]:
+    """Cut chunks ``[chunks, length]`` into equal texts and put these together to steps ``[texts, tokens]``,
+    of which there are two at least: one is held out.
+    """
+    count, length = chunks.shape
+    parts = -(-length // TEXT)
+    texts = chunks.reshape(count * parts, -1) if length % parts == 0 else chunks
+    together = max(1, min(STEP // texts.shape[1], len(texts) // 2))
+    return texts.split(together)
 
 
 def measure(dense: Any, result: Pruned, texts: Texts, stages: Stages) -> tuple[Figure, ...]:

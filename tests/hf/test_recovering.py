@@ -13,6 +13,8 @@ import pytest
 import torch
 import transformers
 from generators import dense, pruned
+from hypothesis import given
+from hypothesis import strategies as st
 from tiny_llama import make_model
 from torch import Tensor
 from torch.nn import functional as F
@@ -21,6 +23,7 @@ from typer.testing import CliRunner, Result
 
 import fasp_fx
 from fasp_fx import hf
+from fasp_fx._cli._outcome import training_steps
 from fasp_fx.cli import app
 from fasp_fx.errors import ArgumentError
 
@@ -239,6 +242,17 @@ def test_requests_that_make_no_sense(folder: Path, tmp_path: Path, options: list
     command = ["recover", folder / "pruned", "--dense", folder / "model", "--out", tmp_path / "out", *SMALL]
     assert said in refused(invoke(*command, *options))
     assert not list(tmp_path.iterdir())
+
+
+@given(st.integers(2, 40), st.integers(2, 1500))
+def test_chunks_are_trained_on_as_short_texts(count: int, length: int) -> None:
+    chunks = torch.arange(count * length).reshape(count, length)
+    steps = training_steps(chunks)
+    assert torch.equal(torch.cat([step.flatten() for step in steps]), chunks.flatten()), "all, in turn"
+    assert len(steps) >= 2, "one is held out"
+    parts = next(parts for parts in range(1, length + 1) if length / parts <= 256)
+    assert {step.shape[1] for step in steps} == {length // parts if length % parts == 0 else length}
+    assert all(len(step) == 1 or step.numel() <= 1024 for step in steps)
 
 
 def test_folders_that_hold_nothing_to_recover(folder: Path, tmp_path: Path) -> None:
