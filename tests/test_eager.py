@@ -404,6 +404,28 @@ def test_value_channels_that_leave_heads_of_two_widths() -> None:
         result.eager(model)
 
 
+def test_heads_whose_width_follows_from_the_input_are_named() -> None:
+    """As in torchvision's Swin: the width of a head is that of the input over the number of heads."""
+
+    class Derived(Attention):
+        def forward(self, x: Tensor) -> Tensor:
+            self.width = x.shape[-1] // self.num_heads
+            return super().forward(x)
+
+        def heads(self, x: Tensor) -> Tensor:
+            return x.view(*x.shape[:2], self.num_heads, self.width).transpose(1, 2)
+
+    model, x = (
+        randomise(nn.Sequential(Derived(), nn.Linear(32, 48), nn.GELU(), nn.Linear(48, 4))),
+        torch.randn(2, 5, 32),
+    )
+    result = pruned(model, x, granularity=("channel", "head"))
+    with pytest.raises(EagerError, match=r"keep the group '0\.o\.weight' and its like by exclude="):
+        result.eager(model)
+    result = pruned(model, x, granularity=("channel", "head"), exclude=("0.o.weight",), sparsity=0.1)
+    assert apart(result.eager(model), zeroed(model, result.plan), torch.randn(3, 7, 32)) < TOLERANCE
+
+
 class Fused(nn.Module):
     """Queries, keys and values in one matrix, head by head."""
 

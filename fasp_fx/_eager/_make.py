@@ -16,7 +16,7 @@ from ..passes import KeepDenseCount, PinAttentionScale
 from ._copy import copied
 from ._saving import keep_from_saving
 from ._search import Search
-from ._sizes import Cuts
+from ._sizes import Cuts, is_within
 from ._trial import Outcome, Trial, program_of
 
 if TYPE_CHECKING:
@@ -96,11 +96,26 @@ def _remedy(result: Result, outcome: Outcome, model: nn.Module) -> str:
             f"use result.module, or call torch.nn.utils.parametrize.remove_parametrizations on '{computed}'"
             " before pruning"
         )
+    ways = ["use result.module"]
+    failing = next(
+        (
+            name
+            for path in filter(None, outcome.stack)
+            for name, own in _of_groups(plan).items()
+            if any(is_within(weight.rpartition(".")[0], path) for weight in own)
+        ),
+        None,
+    )
+    if failing is not None:
+        ways.append(f"keep the group '{failing}' and its like by exclude=")
     if math.isfinite(outcome.reached) and (result.config is None or result.config.round_to < FULL):
-        return (
-            f"use result.module, or prune with round_to={FULL}, since some kernels take whole 16 bytes alone"
-        )
-    return "use result.module"
+        ways.append(f"prune with round_to={FULL}, if a kernel takes whole 16 bytes alone")
+    return ", or ".join(ways)
+
+
+def _of_groups(plan: plans.PruningPlan) -> dict[str, list[str]]:
+    """The names of the weights of each group."""
+    return {group.name: [part.name for part in (*group.producers, *group.consumers)] for group in plan.groups}
 
 
 __all__ = ["eager"]
