@@ -2,37 +2,39 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any
 
 from torch import nn
 
 from fasp_fx.errors import EagerError, NothingPrunableError, SparsityError
 
+#: what goes together where nothing else is asked for
+CHANNELS = ("channel",)
 #: what goes together, in the order in which it is tried, and what tables call it
-GRANULARITIES = {("channel",): "channels", ("channel", "head"): "whole heads"}
+GRANULARITIES = {CHANNELS: "channels", ("channel", "head"): "whole heads"}
 
 Record = dict[str, Any]
 
 
 def copies(
     model: nn.Module,
-    prunings: Iterable[Callable[[], Any]],
+    prune: Callable[[tuple[str, ...]], Any],
     compare: Callable[[nn.Module, Any], float],
 ) -> list[Record]:
     """What became of a copy by each way of :data:`GRANULARITIES`, up to the first that there is: its error,
     or why there is none.
 
     Args:
-        prunings: give a result for each way, or ``None`` if there is nothing to prune.
+        prune: gives the result by a granularity, or ``None`` if there is nothing to prune.
         compare: the error of a module against the model masked by a plan.
     """
     found: list[Record] = []
-    for name, prune in zip(GRANULARITIES.values(), prunings, strict=True):
+    for granularity, name in GRANULARITIES.items():
         entry: Record = {"way": name}
         found.append(entry)
         try:
-            result = prune()
+            result = prune(granularity)
             if result is None:
                 entry["refused"] = "nothing to prune"
                 continue
@@ -62,4 +64,4 @@ def wrong(record: Record) -> bool:
     return any(entry.get("error", 0.0) > record["tolerance"] for entry in record.get("copies", []))
 
 
-__all__ = ["GRANULARITIES", "copies", "way", "why_none", "wrong"]
+__all__ = ["CHANNELS", "GRANULARITIES", "copies", "way", "why_none", "wrong"]

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 import time
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import partial
 from typing import Any
 
 import torch
@@ -17,11 +15,11 @@ from torch import Tensor, nn
 
 import fasp_fx
 from fasp_fx._capture import capture
-from fasp_fx._pipeline import Timings, analyze_for, decide, rewrite
+from fasp_fx._pipeline import analyze_for, decide, rewrite
 from fasp_fx._program import Program
 from fasp_fx.errors import CaptureError, NothingPrunableError, SparsityError
 
-from ._copies import GRANULARITIES, copies, wrong
+from ._copies import CHANNELS, copies, wrong
 from ._entry import Entry
 from ._shares import shares
 from ._weights import centring, randomise
@@ -79,7 +77,9 @@ def _measure(entry: Entry, analyze_only: bool, record: Record) -> None:
     refusal = record.pop("refusal", None)
     with _stage(record, "prune"):
         result = (
-            _prune(program, record) if program is not None else _prune_in_parts(model, entry, record, refusal)
+            _prune(program, record["requested"])
+            if program is not None
+            else _prune_in_parts(model, entry, record, refusal)
         )
     if result is None:
         record["error"], record["stage"] = "nothing to prune", None
@@ -97,10 +97,7 @@ def _measure(entry: Entry, analyze_only: bool, record: Record) -> None:
     with _stage(record, "copy"):
         record["copies"] = copies(
             model,
-            [
-                lambda: result,
-                *(partial(_pruned, model, program, entry, way) for way in list(GRANULARITIES)[1:]),
-            ],
+            lambda way: result if way == CHANNELS else _prune_by(way, model, program, entry),
             lambda copy, plan: max(
                 _compare(model, copy, plan, entry, batch, None)[0] for batch in entry.batches[: 1 + unseen]
             ),
@@ -136,32 +133,28 @@ def _analyse(model: nn.Module, entry: Entry, record: Record) -> Program | None:
     return program
 
 
-def _prune(program: Program, record: Record) -> Any:
+def _prune(program: Program, sparsity: float, granularity: tuple[str, ...] = CHANNELS) -> Any:
     """What :func:`fasp_fx.prune` makes of the program, which is captured already; ``None`` if nothing can be
     pruned.
     """
-    if record["max_sparsity"] == 0:
+    if sparsity == 0:
         return None
-    clock, config = (
-        Timings(),
-        fasp_fx.PruningConfig(sparsity=record["requested"], score="random", restore=None),
-    )
-    analysis, decision = decide(program, config, None, clock=clock)
-    return rewrite(program, analysis, decision, config, clock)
-
-
-def _pruned(model: nn.Module, program: Program | None, entry: Entry, granularity: tuple[str, ...]) -> Any:
-    """The model pruned in another way than the one that is measured; ``None`` if nothing of it can be."""
-    config = fasp_fx.PruningConfig(sparsity=SPARSITY, score="random", restore=None, granularity=granularity)
-    if program is None:
-        args, kwargs = entry.inputs(entry.batches[0])
-        return fasp_fx.prune(model, args, kwargs, config=config)
-    most = analyze_for(program, config).max_sparsity
-    if most == 0:
-        return None
-    config = dataclasses.replace(config, sparsity=min(SPARSITY, most))
+    config = fasp_fx.PruningConfig(sparsity=sparsity, score="random", restore=None, granularity=granularity)
     analysis, decision = decide(program, config, None)
     return rewrite(program, analysis, decision, config)
+
+
+def _prune_by(granularity: tuple[str, ...], model: nn.Module, program: Program | None, entry: Entry) -> Any:
+    """The model pruned at another granularity than the one that is measured; ``None`` if nothing of it can
+    be.
+    """
+    if program is None:
+        args, kwargs = entry.inputs(entry.batches[0])
+        return fasp_fx.prune(
+            model, args, kwargs, sparsity=SPARSITY, score="random", restore=None, granularity=granularity
+        )
+    most = analyze_for(program, fasp_fx.PruningConfig(granularity=granularity)).max_sparsity
+    return _prune(program, min(SPARSITY, most), granularity)
 
 
 def _prune_in_parts(model: nn.Module, entry: Entry, record: Record, refusal: CaptureError) -> Any:

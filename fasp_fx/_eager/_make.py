@@ -99,10 +99,11 @@ def _remedy(result: Result, outcome: Outcome, model: nn.Module) -> str:
     ways = ["use result.module"]
     failing = next(
         (
-            name
+            group.name
             for path in filter(None, outcome.stack)
-            for name, own in _of_groups(plan).items()
-            if any(is_within(weight.rpartition(".")[0], path) for weight in own)
+            for group in plan.groups
+            for part in (*group.producers, *group.consumers)
+            if is_within(part.name.rpartition(".")[0], path)
         ),
         None,
     )
@@ -111,11 +112,6 @@ def _remedy(result: Result, outcome: Outcome, model: nn.Module) -> str:
     if math.isfinite(outcome.reached) and (result.config is None or result.config.round_to < FULL):
         ways.append(f"prune with round_to={FULL}, if a kernel takes whole 16 bytes alone")
     return ", or ".join(ways)
-
-
-def _of_groups(plan: plans.PruningPlan) -> dict[str, list[str]]:
-    """The names of the weights of each group."""
-    return {group.name: [part.name for part in (*group.producers, *group.consumers)] for group in plan.groups}
 
 
 __all__ = ["eager"]
