@@ -75,12 +75,12 @@ class Search:
         sure, others = self._of_classes()
         guess = sure | {size: value for path in self.cuts.own for size, value in self._named(path).items()}
         guessed = self._try(guess)
-        found = guess if guessed.equal else self._from(guess, others, _DEPTH)
+        found = guess if guessed.equal else self._from(guess, others)
         if found is None and any(self.inner.values()):
             # A configuration is kept by many modules, so that it comes last.
             self.sizes = {path: {**own, **self.inner[path]} for path, own in self.sizes.items()}
             self.left = TRIALS // 2
-            found = self._from(guess, others, _DEPTH)
+            found = self._from(guess, others)
         if found is None:
             return guessed
         self.left = max(self.left, _AFTERWARDS)
@@ -157,9 +157,29 @@ class Search:
 
     # --- the search
 
-    def _from(self, assignment: dict[Size, int], others: list[Change], depth: int) -> dict[Size, int] | None:
+    def _from(self, assignment: dict[Size, int], others: list[Change]) -> dict[Size, int] | None:
         """Sizes with which the copy computes the program, looked for from an assignment on; ``None`` if none
         are found.
+
+        Single changes come first, wherever they lead: what brings the copy to an end that is not the
+        program's must not use up what the way to the program needs. Then pairs, the furthest on first.
+        """
+        passed: list[tuple[dict[Size, int], list[Change]]] = []
+        found = self._by_single_changes(assignment, others, _DEPTH, passed)
+        return self._by_pairs(passed) if found is None else found
+
+    def _by_single_changes(
+        self,
+        assignment: dict[Size, int],
+        others: list[Change],
+        depth: int,
+        passed: list[tuple[dict[Size, int], list[Change]]],
+    ) -> dict[Size, int] | None:
+        """Make one change after another as long as each brings the copy further, ``depth`` at most.
+
+        Args:
+            passed: is given each assignment that was gone on from and what could be changed there, the
+                furthest on first.
         """
         start = self._try(assignment)
         changes = self._changes(start, assignment, others)
@@ -175,15 +195,20 @@ class Search:
                 further.append((outcome.progress, tried))
         if depth > 1:
             for _, tried in sorted(further, key=lambda item: item[0], reverse=True):
-                found = self._from(tried, others, depth - 1)
+                found = self._by_single_changes(tried, others, depth - 1, passed)
                 if found is not None or self.left <= 0:
                     return found
-        for pair in combinations(changes, 2):
-            tried = assignment | dict(pair[0].effect) | dict(pair[1].effect)
-            if self.left <= 0:
-                return None
-            if self._try(tried).equal:
-                return tried
+        passed.append((assignment, changes))
+        return None
+
+    def _by_pairs(self, passed: list[tuple[dict[Size, int], list[Change]]]) -> dict[Size, int] | None:
+        for assignment, changes in passed:
+            for one, other in combinations(changes, 2):
+                if self.left <= 0:
+                    return None
+                tried = assignment | dict(one.effect) | dict(other.effect)
+                if self._try(tried).equal:
+                    return tried
         return None
 
     def _try(self, assignment: Mapping[Size, int]) -> Outcome:
