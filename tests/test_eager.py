@@ -597,6 +597,21 @@ def _llama() -> nn.Module:
     )
 
 
+def _stablelm() -> nn.Module:
+    """Narrower heads instead of fewer run to the end as well, and give something else."""
+    return hf.StableLmForCausalLM(
+        hf.StableLmConfig(
+            hidden_size=64,
+            intermediate_size=128,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            vocab_size=100,
+            max_position_embeddings=64,
+        )
+    )
+
+
 def _bert() -> nn.Module:
     return hf.BertModel(
         hf.BertConfig(
@@ -631,6 +646,7 @@ def _resnet() -> nn.Module:
     ("make", "granularity"),
     [
         (_llama, ("channel", "head")),
+        (_stablelm, ("channel", "head")),
         (_bert, ("channel", "head")),
         (_vit, ("channel", "head")),
         (_resnet, ("channel",)),
@@ -644,7 +660,7 @@ def test_models_of_transformers(
     inputs: dict[str, Any] = (
         {"pixel_values": torch.randn(2, 3, 16, 16)} if image else {"input_ids": torch.randint(0, 96, (2, 7))}
     )
-    if make is _llama:
+    if make in (_llama, _stablelm):
         inputs["use_cache"] = False
     result = fasp_fx.prune(
         model,
