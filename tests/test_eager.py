@@ -788,6 +788,50 @@ def test_hooks_and_unused_submodules_come_along() -> None:
     assert torch.equal(small.spare.weight, model.spare.weight)
 
 
+class Held(nn.Module):
+    """Keeps a function that holds on to the module itself, which a copy of the module has as well."""
+
+    def __init__(self, what: str, kept: str) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(8, 32), nn.Linear(32, 8)
+        self.gain = nn.Parameter(torch.rand(8) + 1)
+        self.register_buffer("calls", torch.zeros(()))
+
+        def change(found: Tensor) -> Tensor:
+            self.calls += 1
+            return found * (self.gain if what == "gain" else self.down.bias)
+
+        self.change = (lambda found: found) if kept == "hook" else self.method if kept == "method" else change
+        if kept == "hook":
+            self.down.register_forward_hook(lambda module, given, found: change(found))
+
+    def method(self, found: Tensor) -> Tensor:
+        return found * self.gain
+
+    def forward(self, x: Tensor) -> Tensor:
+        changed: Tensor = self.change(self.down(torch.relu(self.up(x))))
+        return changed
+
+
+@pytest.mark.parametrize("kept", ["lambda", "hook"])
+@pytest.mark.parametrize("what", ["gain", "down.bias"])
+def test_a_copy_that_would_go_on_to_read_the_models_own_weights_is_refused(what: str, kept: str) -> None:
+    """It computes what it should, until either of them is trained."""
+    model = Held(what, kept)
+    result = pruned(model, torch.randn(4, 8))
+    with pytest.raises(EagerError, match=rf"read '(calls|{what})' of the given model.*make it a method"):
+        result.eager(model)
+    assert model.calls == 0, "the model is left as it was"
+
+
+def test_a_method_that_a_module_keeps_is_that_of_the_copy() -> None:
+    model = Held("gain", "method")
+    small = pruned(model, torch.randn(4, 8)).eager(model)
+    small(torch.randn(2, 8)).sum().backward()
+    assert small.get_parameter("gain").grad is not None
+    assert model.gain.grad is None
+
+
 def test_a_module_that_cannot_be_copied() -> None:
     class Single(Mlp):
         def __deepcopy__(self, memo: dict[int, Any]) -> nn.Module:

@@ -14,6 +14,8 @@ from torch import Tensor, fx
 from torch.export import ExportedProgram
 from torch.export.graph_signature import InputKind
 
+from .._program import storage_of
+
 _ATEN = torch.ops.aten
 
 
@@ -24,7 +26,7 @@ def as_weights(exported: ExportedProgram) -> ExportedProgram:
     held = {**exported.constants, **exported.state_dict}
     specs = exported.graph_signature.input_specs
     weights = {
-        _memory(held[str(spec.target)]): spec
+        storage_of(held[str(spec.target)]): spec
         for spec in reversed(specs)  # the first of several
         if spec.kind in (InputKind.PARAMETER, InputKind.BUFFER)
     }
@@ -32,7 +34,7 @@ def as_weights(exported: ExportedProgram) -> ExportedProgram:
         spec.arg.name: (weights[memory], held[str(spec.target)])
         for spec in specs
         if spec.kind is InputKind.CONSTANT_TENSOR
-        and (memory := _memory(held[str(spec.target)])) in weights
+        and (memory := storage_of(held[str(spec.target)])) in weights
         and _is_within(held[str(spec.target)], held[str(weights[memory].target)])
     }
     if not found:
@@ -64,13 +66,6 @@ def _read(weight: fx.Node, value: Tensor, constant: Tensor, meta: dict[str, Any]
     )
     node.meta = {key: meta[key] for key in ("val",) if key in meta}
     return node
-
-
-def _memory(value: Any) -> object:
-    """What tells whether two tensors share memory, also where they hold no values."""
-    if not isinstance(value, Tensor) or value.layout != torch.strided:
-        return object()
-    return value.untyped_storage()._cdata
 
 
 def _is_within(constant: Tensor, weight: Tensor) -> bool:

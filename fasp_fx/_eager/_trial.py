@@ -121,14 +121,15 @@ class Trial:
                 if self._asked(question) is None:
                     break
 
-    def run(self, counting: bool = False) -> Outcome:
+    def run(self, counting: bool = False, watching: AbstractContextManager[object] | None = None) -> Outcome:
         """Run the copy on all inputs, up to the first on which it fails or differs.
 
         Args:
             counting: see how far it comes if it fails, which takes watching every operator.
+            watching: is entered for each run of the copy instead, a mode that sees the operators.
         """
         for index, question in enumerate(self.questions):
-            count = _Counting() if counting else nullcontext()
+            count = _Counting() if counting else watching or nullcontext()
             try:
                 seen = settled(partial(self._seen, index, count), self.precision)
             except torch.OutOfMemoryError:

@@ -1,0 +1,46 @@
+"""Find out whether a copy reads tensors of the module that it was copied from.
+
+What Python copies along with a module are its attributes. A function that it keeps (a lambda, a hook, a
+nested function) is not copied, and goes on to hold whatever it was written around: often the module itself.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, nn
+
+from .._compat import TorchDispatchMode, pytree
+from .._program import storage_of
+from ._copy import held
+
+
+class Reaching(TorchDispatchMode):
+    """Notes the first parameter or buffer of a module that an operator takes while the mode is on.
+
+    Args:
+        model: whose tensors are looked for.
+        copy: what it holds itself is left out; a class may copy itself so that both hold the same.
+    """
+
+    supports_higher_order_operators = True
+
+    def __init__(self, model: nn.Module, copy: nn.Module) -> None:
+        super().__init__()
+        self.found: str | None = None
+        own = {storage_of(tensor) for _, tensor in held(copy)}
+        registered = [*model.named_parameters(), *model.named_buffers()]
+        self._names = {
+            storage: name for name, tensor in registered if (storage := storage_of(tensor)) not in own
+        }
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if self.found is None:
+            tensors = (leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, Tensor))
+            self.found = next(filter(None, (self._names.get(storage_of(leaf)) for leaf in tensors)), None)
+        return func(*args, **(kwargs or {}))
+
+
+__all__ = ["Reaching"]
