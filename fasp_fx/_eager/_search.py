@@ -250,7 +250,7 @@ class Search:
 
     def _of(self, kind: type[nn.Module], assignment: Assignment) -> Iterator[Change]:
         """The changes of one attribute, in all modules of a class together: it goes with a dimension of one
-        of the tensors below, or stays what it was.
+        of the tensors below, or stays what it was. Of a tuple or list that is all of it, and each position.
 
         The attributes of a module that holds nothing that was cut go with the tensors of the nearest module
         around it that does.
@@ -273,7 +273,10 @@ class Search:
                         effects.setdefault(
                             (size.name, size.position, cut.name.removeprefix(f"{scope}."), cut.dim), {}
                         )[size] = new
-        for effect in [*effects.values(), *back.values()]:
+        whole: dict[tuple[str, str, int], dict[Size, int]] = {}
+        for (name, _, cut_name, dim), effect in effects.items():
+            whole.setdefault((name, cut_name, dim), {}).update(effect)
+        for effect in [*whole.values(), *effects.values(), *back.values()]:
             yield Change(kind, effect)
 
     # --- what nothing reads
