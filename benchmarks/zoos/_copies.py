@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -11,40 +12,54 @@ from fasp_fx.errors import EagerError, NothingPrunableError, SparsityError
 
 #: what goes together where nothing else is asked for
 CHANNELS = ("channel",)
-#: what goes together, in the order in which it is tried, and what tables call it
-GRANULARITIES = {CHANNELS: "channels", ("channel", "head"): "whole heads"}
+HEADS = ("channel", "head")
+#: the ways that are tried in turn, as tables call them
+WAYS = ("channels", "whole heads", "groups kept")
+#: kinds of groups that are kept at most
+KEPT = 6
 
 Record = dict[str, Any]
 
 
 def copies(
     model: nn.Module,
-    prune: Callable[[tuple[str, ...]], Any],
+    prune: Callable[[tuple[str, ...], tuple[str, ...]], Any],
     compare: Callable[[nn.Module, Any], float],
 ) -> list[Record]:
-    """What became of a copy by each way of :data:`GRANULARITIES`, up to the first that there is: its error,
-    or why there is none.
+    """What became of a copy by each way of :data:`WAYS`, up to the first that there is: its error, or why
+    there is none. The last is what the refusal advises: one kind of group after the other is kept.
 
     Args:
-        prune: gives the result by a granularity, or ``None`` if there is nothing to prune.
+        prune: gives the result by a granularity and what to exclude, or ``None`` if there is nothing to
+            prune.
         compare: the error of a module against the model masked by a plan.
     """
     found: list[Record] = []
-    for granularity, name in GRANULARITIES.items():
-        entry: Record = {"way": name}
+
+    def attempt(name: str, granularity: tuple[str, ...], kept: tuple[str, ...] = ()) -> str | None:
+        """The group to be kept for another attempt to make sense."""
+        entry: Record = {"way": name, **({"kept": kept} if kept else {})}
         found.append(entry)
         try:
-            result = prune(granularity)
+            result = prune(granularity, kept)
             if result is None:
                 entry["refused"] = "nothing to prune"
-                continue
+                return None
             entry["sparsity"] = result.plan.sparsity
             copy = result.eager(model)
         except (EagerError, NothingPrunableError, SparsityError) as refusal:
             entry["refused"] = f"{type(refusal).__name__}: {refusal}"[:1000]
-            continue
+            return refusal.group if isinstance(refusal, EagerError) else None
         entry["error"] = compare(copy, result.plan)
-        break
+        return None
+
+    attempt(WAYS[0], CHANNELS)
+    if "error" in found[-1]:
+        return found
+    group, kept = attempt(WAYS[1], HEADS), ()
+    while group is not None and len(kept) < KEPT:
+        kept = (*kept, re.sub(r"\d+", "*", group))
+        group = attempt(WAYS[2], HEADS, kept)
     return found
 
 
@@ -64,4 +79,4 @@ def wrong(record: Record) -> bool:
     return any(entry.get("error", 0.0) > record["tolerance"] for entry in record.get("copies", []))
 
 
-__all__ = ["CHANNELS", "GRANULARITIES", "copies", "way", "why_none", "wrong"]
+__all__ = ["CHANNELS", "WAYS", "copies", "way", "why_none", "wrong"]

@@ -7,6 +7,7 @@ import time
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -27,6 +28,8 @@ from ._weights import centring, randomise
 SPARSITY = 0.30
 #: tried in turn on models pruned in parts, which do not say beforehand how much they allow
 LESS = (0.2, 0.1, 0.05, 0.02)
+#: how all are pruned
+DRAWN = fasp_fx.PruningConfig(sparsity=SPARSITY, score="random", restore=None)
 TOLERANCE, TOLERANCE_DOUBLE = 1e-3, 1e-6
 
 Record = dict[str, Any]
@@ -77,7 +80,7 @@ def _measure(entry: Entry, analyze_only: bool, record: Record) -> None:
     refusal = record.pop("refusal", None)
     with _stage(record, "prune"):
         result = (
-            _prune(program, record["requested"])
+            _prune(program, replace(DRAWN, sparsity=record["requested"]))
             if program is not None
             else _prune_in_parts(model, entry, record, refusal)
         )
@@ -97,7 +100,16 @@ def _measure(entry: Entry, analyze_only: bool, record: Record) -> None:
     with _stage(record, "copy"):
         record["copies"] = copies(
             model,
-            lambda way: result if way == CHANNELS else _prune_by(way, model, program, entry),
+            lambda way, kept: (
+                result
+                if way == CHANNELS
+                else _prune_by(
+                    replace(DRAWN, sparsity=record["requested"], granularity=way, exclude=kept),
+                    model,
+                    program,
+                    entry,
+                )
+            ),
             lambda copy, plan: max(
                 _compare(model, copy, plan, entry, batch, None)[0] for batch in entry.batches[: 1 + unseen]
             ),
@@ -133,28 +145,25 @@ def _analyse(model: nn.Module, entry: Entry, record: Record) -> Program | None:
     return program
 
 
-def _prune(program: Program, sparsity: float, granularity: tuple[str, ...] = CHANNELS) -> Any:
+def _prune(program: Program, config: fasp_fx.PruningConfig) -> Any:
     """What :func:`fasp_fx.prune` makes of the program, which is captured already; ``None`` if nothing can be
     pruned.
     """
-    if sparsity == 0:
+    if config.sparsity == 0:
         return None
-    config = fasp_fx.PruningConfig(sparsity=sparsity, score="random", restore=None, granularity=granularity)
     analysis, decision = decide(program, config, None)
     return rewrite(program, analysis, decision, config)
 
 
-def _prune_by(granularity: tuple[str, ...], model: nn.Module, program: Program | None, entry: Entry) -> Any:
-    """The model pruned at another granularity than the one that is measured; ``None`` if nothing of it can
-    be.
+def _prune_by(config: fasp_fx.PruningConfig, model: nn.Module, program: Program | None, entry: Entry) -> Any:
+    """The model pruned in another way than the one that is measured, by less if that does not allow as much;
+    ``None`` if nothing of it can be.
     """
     if program is None:
         args, kwargs = entry.inputs(entry.batches[0])
-        return fasp_fx.prune(
-            model, args, kwargs, sparsity=SPARSITY, score="random", restore=None, granularity=granularity
-        )
-    most = analyze_for(program, fasp_fx.PruningConfig(granularity=granularity)).max_sparsity
-    return _prune(program, min(SPARSITY, most), granularity)
+        return fasp_fx.prune(model, args, kwargs, config=config)
+    most = analyze_for(program, config).max_sparsity
+    return _prune(program, replace(config, sparsity=min(config.sparsity, most)))
 
 
 def _prune_in_parts(model: nn.Module, entry: Entry, record: Record, refusal: CaptureError) -> Any:
@@ -164,7 +173,7 @@ def _prune_in_parts(model: nn.Module, entry: Entry, record: Record, refusal: Cap
     args, kwargs = entry.inputs(entry.batches[0])
     for sparsity in (SPARSITY, *LESS):
         try:
-            result = fasp_fx.prune(model, args, kwargs, sparsity=sparsity, score="random", restore=None)
+            result = fasp_fx.prune(model, args, kwargs, config=replace(DRAWN, sparsity=sparsity))
         except NothingPrunableError:
             record["max_sparsity"] = 0.0
             return None

@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Iterable
 from typing import Any
 
-from ._copies import GRANULARITIES, way, why_none
+from ._copies import WAYS, way, why_none
 from ._shares import STATUSES
 
 Record = dict[str, Any]
@@ -111,7 +111,7 @@ def summary(records: dict[str, Record]) -> list[str]:
     tried = Counter(way(record) for record in everything if record.get("copies"))
     lines.append(
         f"* copies of their own class, of {sum(tried.values())} pruned models:"
-        f" {', '.join(f'{tried[name]} by {name}' for name in GRANULARITIES.values())},"
+        f" {', '.join(f'{tried[name]} by {name}' for name in WAYS)},"
         f" none of {tried['none']}"
     )
     if captured:

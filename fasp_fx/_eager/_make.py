@@ -46,9 +46,11 @@ def eager(result: Result, model: nn.Module) -> nn.Module:
             " result.module"
         )
     if not outcome.equal:
+        remedy, group = _remedy(result, outcome, model)
         raise EagerError(
             f"no copy of {type(model).__name__} computes what the pruned program does, whatever sizes its"
-            f" attributes are given: {outcome.said}; {_remedy(result, outcome, model)}"
+            f" attributes are given: {outcome.said}; {remedy}",
+            group,
         )
     keep_from_saving(made.module)
     return made.module
@@ -72,21 +74,23 @@ def _check(result: Result, model: nn.Module) -> None:
     )
 
 
-def _remedy(result: Result, outcome: Outcome, model: nn.Module) -> str:
-    """What can be done instead, and what of the program no module has where that can be told."""
+def _remedy(result: Result, outcome: Outcome, model: nn.Module) -> tuple[str, str | None]:
+    """What can be done instead, and what of the program no module has where that can be told; and the group
+    that is to be kept.
+    """
     plan, written = result.plan, {node.meta.get(WRITTEN_BY) for node in result.module.graph.nodes}
     if KeepDenseCount.name in written:
         why = (
             "the program goes on to divide by the dense count of the channels that a norm or mean has lost,"
             " and no module of the model does"
         )
-        return f"{why}; use result.module, or prune without '{APPROXIMATE}' in include="
+        return f"{why}; use result.module, or prune without '{APPROXIMATE}' in include=", None
     if EXEMPT in plan.include and PinAttentionScale.name in written:
         why = "the program keeps the scale of an attention whose heads have become narrower"
-        return f"{why}; use result.module, or prune without '{EXEMPT}' in include="
+        return f"{why}; use result.module, or prune without '{EXEMPT}' in include=", None
     if DEPTH in plan.include and any(0 in parameter.shape for parameter in result.module.parameters()):
         why = "the program leaves a block out, which the model's own module goes on to run"
-        return f"{why}; use result.module, or prune without '{DEPTH}' in include="
+        return f"{why}; use result.module, or prune without '{DEPTH}' in include=", None
     parts = {
         group.name: (*group.producers, *group.consumers)
         for group in plan.groups
@@ -98,7 +102,7 @@ def _remedy(result: Result, outcome: Outcome, model: nn.Module) -> str:
         return (
             f"use result.module, or prune whole heads ({whole}) where the group '{heads}' has lost channels"
             " of each, or keep it and its like by exclude="
-        )
+        ), heads
     computed = next(
         (path for path, part in model.named_modules() if nn.utils.parametrize.is_parametrized(part)), None
     )
@@ -106,7 +110,7 @@ def _remedy(result: Result, outcome: Outcome, model: nn.Module) -> str:
         return (
             f"use result.module, or call torch.nn.utils.parametrize.remove_parametrizations on '{computed}'"
             " before pruning"
-        )
+        ), None
     ways = ["use result.module"]
     failing = next(
         (
@@ -122,7 +126,7 @@ def _remedy(result: Result, outcome: Outcome, model: nn.Module) -> str:
         ways.append(f"keep the group '{failing}' and its like by exclude=")
     if math.isfinite(outcome.reached) and (result.config is None or result.config.round_to < FULL):
         ways.append(f"prune with round_to={FULL}, if a kernel takes whole 16 bytes alone")
-    return ", or ".join(ways)
+    return ", or ".join(ways), failing
 
 
 __all__ = ["eager"]

@@ -16,13 +16,15 @@ from ._trial import Outcome, Trial
 
 #: how many times the copy is run at most in search of sizes, and half as often in search of those in a
 #: configuration
-TRIALS = 120
+TRIALS = 160
 #: how many runs are left at least to undo what was not needed, and to see what is not read
 _AFTERWARDS = 24
 #: inputs are made no longer than this to see whether a size is a length as well
 _LONGEST = 1024
 #: how many kinds of changes are combined at most, one after the other
 _DEPTH = 4
+#: how many where only the module that fails is changed
+_LONGEST_WAY = 16
 
 
 @dataclass(frozen=True)
@@ -161,12 +163,32 @@ class Search:
         """Sizes with which the copy computes the program, looked for from an assignment on; ``None`` if none
         are found.
 
-        Single changes come first, wherever they lead: what brings the copy to an end that is not the
-        program's must not use up what the way to the program needs. Then pairs, the furthest on first.
+        First the module that fails is changed, as long as that brings the copy further; a model of many
+        classes is gone through class by class so. Then single changes anywhere, wherever they lead: what
+        brings the copy to an end that is not the program's must not use up what the way to the program needs.
+        Then pairs, the furthest on first.
         """
+        found = self._by_failing_modules(assignment, others, _LONGEST_WAY)
+        if found is not None:
+            return found
         passed: list[tuple[dict[Size, int], list[Change]]] = []
         found = self._by_single_changes(assignment, others, _DEPTH, passed)
         return self._by_pairs(passed) if found is None else found
+
+    def _by_failing_modules(
+        self, assignment: dict[Size, int], others: list[Change], depth: int
+    ) -> dict[Size, int] | None:
+        """Change the class of the module that fails, ``depth`` times at most."""
+        start = self._try(assignment)
+        if start.equal or depth == 0 or not start.stack:
+            return assignment if start.equal else None
+        changes = self._changes(start, assignment, others)
+        further = self._further(start, assignment, [c for c in changes if c.kind is changes[0].kind])
+        for _, tried in further:
+            found = self._by_failing_modules(tried, others, depth - 1)
+            if found is not None:
+                return found
+        return None
 
     def _by_single_changes(
         self,
@@ -182,24 +204,33 @@ class Search:
                 furthest on first.
         """
         start = self._try(assignment)
+        if start.equal or depth == 0:
+            return assignment if start.equal else None
         changes = self._changes(start, assignment, others)
-        further: list[tuple[tuple[int, float], dict[Size, int]]] = []
+        for _, tried in self._further(start, assignment, changes):
+            found = self._by_single_changes(tried, others, depth - 1, passed)
+            if found is not None:
+                return found
+        passed.append((assignment, changes))
+        return None
+
+    def _further(
+        self, start: Outcome, assignment: dict[Size, int], changes: list[Change]
+    ) -> list[tuple[tuple[int, float], dict[Size, int]]]:
+        """The assignments after one change that bring the copy further, the furthest first; one with which it
+        computes the program alone.
+        """
+        found: list[tuple[tuple[int, float], dict[Size, int]]] = []
         for change in changes:
             if self.left <= 0:
-                return None
+                break
             tried = assignment | dict(change.effect)
             outcome = self._try(tried)
             if outcome.equal:
-                return tried
+                return [(outcome.progress, tried)]
             if outcome.progress > start.progress:
-                further.append((outcome.progress, tried))
-        if depth > 1:
-            for _, tried in sorted(further, key=lambda item: item[0], reverse=True):
-                found = self._by_single_changes(tried, others, depth - 1, passed)
-                if found is not None or self.left <= 0:
-                    return found
-        passed.append((assignment, changes))
-        return None
+                found.append((outcome.progress, tried))
+        return sorted(found, key=lambda item: item[0], reverse=True)
 
     def _by_pairs(self, passed: list[tuple[dict[Size, int], list[Change]]]) -> dict[Size, int] | None:
         for assignment, changes in passed:
