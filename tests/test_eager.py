@@ -420,10 +420,60 @@ def test_heads_whose_width_follows_from_the_input_are_named() -> None:
         torch.randn(2, 5, 32),
     )
     result = pruned(model, x, granularity=("channel", "head"))
-    with pytest.raises(EagerError, match=r"keep the group '0\.o\.weight' and its like by exclude="):
+    with pytest.raises(
+        EagerError, match=r"keep the group '0\.o\.weight' and its like by exclude="
+    ) as refused:
         result.eager(model)
-    result = pruned(model, x, granularity=("channel", "head"), exclude=("0.o.weight",), sparsity=0.1)
+    assert refused.value.group == "0.o.weight"
+    result = pruned(model, x, granularity=("channel", "head"), exclude=(refused.value.group,), sparsity=0.1)
     assert apart(result.eager(model), zeroed(model, result.plan), torch.randn(3, 7, 32)) < TOLERANCE
+
+
+def test_positions_of_a_list_change_together() -> None:
+    """Neither of three parts of a projection can become smaller alone, nor can the number of heads."""
+
+    class Parts(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.qkv, self.o = nn.Linear(32, 96), nn.Linear(32, 32)
+            self.parts, self.heads = [32, 32, 32], 4
+
+        def forward(self, x: Tensor) -> Tensor:
+            q, k, v = (
+                part.view(*x.shape[:2], self.heads, 8).transpose(1, 2)
+                for part in self.qkv(x).split(self.parts, -1)
+            )
+            return self.o(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+
+    model, x = randomise(Parts()), torch.randn(2, 5, 32)
+    result = pruned(model, x, granularity=("head",))
+    small = result.eager(model)
+    assert (small.parts, small.heads) == ([24, 24, 24], 3)
+    assert apart(small, zeroed(model, result.plan), torch.randn(3, 7, 32)) < TOLERANCE
+
+
+class Doubled(nn.Module):
+    """Knows the width of its hidden layer as half of a number."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down, self.twice = nn.Linear(8, 24), nn.Linear(24, 8), 48
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.down(torch.relu(self.up(x)).view(-1, self.twice // 2))
+
+
+def test_classes_that_fail_one_after_the_other() -> None:
+    """Each change brings the copy to the next class, of which there are more than changes are combined
+    anywhere.
+    """
+    kinds = [type(f"Doubled{index}", (Doubled,), {}) for index in range(8)]
+    model = randomise(nn.Sequential(*(kind() for kind in kinds)))
+    result = pruned(model, torch.randn(6, 8))
+    small = result.eager(model)
+    for module in small:
+        assert module.twice == 2 * module.up.out_features < 48
+    assert apart(small, zeroed(model, result.plan), torch.randn(5, 8)) < TOLERANCE
 
 
 class Fused(nn.Module):
