@@ -80,7 +80,7 @@ def _measure(entry: Entry, analyze_only: bool, record: Record) -> None:
     refusal = record.pop("refusal", None)
     with _stage(record, "prune"):
         result = (
-            _prune(program, replace(DRAWN, sparsity=record["requested"]))
+            _prune(program, DRAWN, record["requested"])
             if program is not None
             else _prune_in_parts(model, entry, record, refusal)
         )
@@ -145,12 +145,13 @@ def _analyse(model: nn.Module, entry: Entry, record: Record) -> Program | None:
     return program
 
 
-def _prune(program: Program, config: fasp_fx.PruningConfig) -> Any:
-    """What :func:`fasp_fx.prune` makes of the program, which is captured already; ``None`` if nothing can be
-    pruned.
+def _prune(program: Program, config: fasp_fx.PruningConfig, most: float) -> Any:
+    """What :func:`fasp_fx.prune` makes of the program, which is captured already, or of as much as it can
+    lose; ``None`` if nothing can be pruned.
     """
-    if config.sparsity == 0:
+    if most == 0:
         return None
+    config = replace(config, sparsity=min(config.sparsity, most))
     analysis, decision = decide(program, config, None)
     return rewrite(program, analysis, decision, config)
 
@@ -162,8 +163,7 @@ def _prune_by(config: fasp_fx.PruningConfig, model: nn.Module, program: Program 
     if program is None:
         args, kwargs = entry.inputs(entry.batches[0])
         return fasp_fx.prune(model, args, kwargs, config=config)
-    most = analyze_for(program, config).max_sparsity
-    return _prune(program, replace(config, sparsity=min(config.sparsity, most)))
+    return _prune(program, config, analyze_for(program, config).max_sparsity)
 
 
 def _prune_in_parts(model: nn.Module, entry: Entry, record: Record, refusal: CaptureError) -> Any:
