@@ -465,6 +465,27 @@ def test_nothing_to_capture() -> None:
         _prune(Alone().eval())
 
 
+class Gained(Forks):
+    """Keeps a function that holds on to the module itself, which a copy of the module has as well."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gain = nn.Parameter(torch.ones(6))
+        self.change = lambda x: x * self.gain
+
+    def forward(self, x: Tensor, scale: float = 1.0) -> dict[str, Any]:
+        return super().forward(self.change(x), scale)
+
+
+def test_a_copy_that_would_go_on_to_read_the_models_own_weights_is_refused() -> None:
+    """The result would compute what it should, and train the caller's model."""
+    with pytest.raises(
+        fasp_fx.CaptureError,
+        match=r"copy of Gained goes on to read 'gain' of the given model.*make it a method",
+    ):
+        _prune(Gained().eval())
+
+
 def test_submodules_are_no_way_around_other_errors() -> None:
     with pytest.raises(fasp_fx.CaptureError, match="training mode"):
         _prune(Forks())

@@ -9,13 +9,13 @@ from torch import nn
 
 from .. import plan as plans
 from .._analysis._depth import DEPTH
+from .._capture._reaching import Reaching
 from .._capture._unchanged import rewound
 from .._stamps import WRITTEN_BY
 from ..errors import ArgumentError, EagerError
 from ..groups import APPROXIMATE, EXEMPT
 from ..passes import KeepDenseCount, PinAttentionScale
 from ._copy import copied
-from ._reaching import Reaching
 from ._saving import keep_from_saving
 from ._search import Search
 from ._sizes import Cuts, is_within
@@ -39,12 +39,8 @@ def eager(result: Result, model: nn.Module) -> nn.Module:
     with rewound(model):
         outcome = Search(cuts, trial, result.plan, model).run()
         trial.run(watching=reaching)
-    if reaching.found is not None:
-        raise EagerError(
-            f"a copy of {type(model).__name__} goes on to read '{reaching.found}' of the given model: a"
-            " function that it keeps (a lambda, a hook) holds on to the model itself; make it a method or use"
-            " result.module"
-        )
+    if reaching.said is not None:
+        raise EagerError(f"{reaching.said} or use result.module")
     if not outcome.equal:
         remedy, group = _remedy(result, outcome, model)
         raise EagerError(

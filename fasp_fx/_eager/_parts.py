@@ -52,7 +52,8 @@ def eager_in_parts(result: PartsResult, model: nn.Module) -> nn.Module:
         try:
             smaller = eager(part, model.get_submodule(path))
         except EagerError as error:
-            raise EagerError(f"in part '{path}': {error}") from error
+            group = None if error.group is None else f"{path}.{error.group}"
+            raise EagerError(f"in part '{path}': {error}", group) from error
         put(made, _places(result, path), smaller)
     for name, tensor in around:
         attribute(made, name).data = tensor.detach().clone()

@@ -6,13 +6,15 @@ nested function) is not copied, and goes on to hold whatever it was written arou
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from .._compat import TorchDispatchMode, pytree
 from .._program import storage_of
-from ._copy import held
+from ._unchanged import rewound
 
 
 class Reaching(TorchDispatchMode):
@@ -28,11 +30,22 @@ class Reaching(TorchDispatchMode):
     def __init__(self, model: nn.Module, copy: nn.Module) -> None:
         super().__init__()
         self.found: str | None = None
-        own = {storage_of(tensor) for _, tensor in held(copy)}
+        self._kind = type(model).__name__
+        own = {storage_of(tensor) for tensor in (*copy.parameters(), *copy.buffers())}
         registered = [*model.named_parameters(), *model.named_buffers()]
         self._names = {
             storage: name for name, tensor in registered if (storage := storage_of(tensor)) not in own
         }
+
+    @property
+    def said(self) -> str | None:
+        """What is wrong with the copy, in words, if something is."""
+        if self.found is None:
+            return None
+        return (
+            f"a copy of {self._kind} goes on to read '{self.found}' of the given model: a function that it"
+            " keeps (a lambda, a hook) holds on to the model itself; make it a method"
+        )
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -43,4 +56,13 @@ class Reaching(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-__all__ = ["Reaching"]
+def check_apart(model: nn.Module, copy: nn.Module, run: Callable[[], object]) -> str | None:
+    """What is wrong with a copy, in words, if it reads tensors of the model while something runs it."""
+    reaching = Reaching(model, copy)
+    # what a model compiles for itself cannot be compiled under a mode
+    with rewound(model), rewound(copy), torch.compiler.set_stance("force_eager"), reaching:
+        run()
+    return reaching.said
+
+
+__all__ = ["Reaching", "check_apart"]
