@@ -24,6 +24,7 @@ from zoo import randomise
 
 import fasp_fx
 from fasp_fx._eager._saving import keep_from_saving
+from fasp_fx._eager._trial import Trial, program_of
 from fasp_fx.errors import ArgumentError, EagerError, PlanError
 from fasp_fx.testing import build, example, programs
 from fasp_fx.testing._case import Case
@@ -944,6 +945,29 @@ def test_any_net_is_made_smaller_or_refused(net: Any, seed: int) -> None:
         return
     for call in case.calls[:2]:
         assert error(case.run(small, call), case.run(case.masked, call)) < 1e-4
+
+
+class Counted(nn.Module):
+    """Takes a number that must not be small, as drawn ones are."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(8, 24), nn.Linear(24, 8)
+
+    def forward(self, x: Tensor, count: Tensor) -> Tensor:
+        number = count.item()
+        torch._check(number >= 3)
+        found: Tensor = self.down(torch.relu(self.up(x))) * number
+        return found
+
+
+def test_inputs_that_the_program_refuses_are_passed_over_and_the_others_asked() -> None:
+    model, inputs = randomise(Counted()), (torch.randn(2, 8), torch.tensor(4))
+    result = pruned(model, *inputs)
+    trial = Trial(model, program_of(result))
+    assert len(trial.questions) == 3, "the example and two other sizes"
+    other = torch.randn(5, 8), torch.tensor(6)
+    assert apart(result.eager(model), zeroed(model, result.plan), *other) < TOLERANCE
 
 
 class Limited(nn.Module):

@@ -82,7 +82,8 @@ class Trial:
         failure: Exception | None = None
         self._device = device
         for question in questions(self.program, device):
-            failure = failure or self._asked(question)
+            refused = self._asked(question)
+            failure = failure or refused
             if len(self.questions) > others:
                 break
         if not self.questions:
