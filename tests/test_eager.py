@@ -948,25 +948,25 @@ def test_any_net_is_made_smaller_or_refused(net: Any, seed: int) -> None:
 
 
 class Counted(nn.Module):
-    """Takes a number that must not be small, as drawn ones are."""
+    """Takes numbers that must not be small, as drawn ones are."""
 
     def __init__(self) -> None:
         super().__init__()
         self.up, self.down = nn.Linear(8, 24), nn.Linear(24, 8)
 
-    def forward(self, x: Tensor, count: Tensor) -> Tensor:
-        number = count.item()
+    def forward(self, x: Tensor, counts: Tensor) -> Tensor:
+        number = counts[0].item()
         torch._check(number >= 3)
         found: Tensor = self.down(torch.relu(self.up(x))) * number
         return found
 
 
 def test_inputs_that_the_program_refuses_are_passed_over_and_the_others_asked() -> None:
-    model, inputs = randomise(Counted()), (torch.randn(2, 8), torch.tensor(4))
+    model, inputs = randomise(Counted()), (torch.randn(2, 8), torch.full((3,), 4))
     result = pruned(model, *inputs)
     trial = Trial(model, program_of(result))
     assert len(trial.questions) == 3, "the example and two other sizes"
-    other = torch.randn(5, 8), torch.tensor(6)
+    other = torch.randn(5, 8), torch.full((3,), 6)
     assert apart(result.eager(model), zeroed(model, result.plan), *other) < TOLERANCE
 
 
