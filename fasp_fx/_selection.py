@@ -11,36 +11,38 @@ from .groups import Group
 
 
 def matches(pattern: str, name: str) -> bool:
-    """Whether a pattern names a weight, or a module that holds it."""
+    """Whether a pattern names a weight, a module that holds it, or a group."""
     return fnmatchcase(name, pattern) or fnmatchcase(name, f"{pattern}.*")
 
 
 def held_by(group: Group) -> list[str]:
-    """The weights that a group takes rows or columns from."""
-    return [member.name for member in (*group.producers, *group.consumers)]
+    """The names that a group can be excluded by: its own, and those of the weights that it takes rows or
+    columns from.
+    """
+    return [group.name, *(member.name for member in (*group.producers, *group.consumers))]
 
 
 def read_by(group: Group) -> list[str]:
-    """The weights that lose columns with a group, one of which gives it its name; those that lose rows where
-    none does.
+    """The names that a group can be given a sparsity by: its own, and those of the weights that lose columns
+    with it; of those that lose rows where none does.
     """
-    return [member.name for member in group.consumers or group.producers]
+    return [group.name, *(member.name for member in group.consumers or group.producers)]
 
 
 def is_excluded(group: Group, patterns: Iterable[str]) -> bool:
-    """Whether a pattern names a weight that a group takes rows or columns from."""
+    """Whether a pattern names a group, or a weight that it takes rows or columns from."""
     return any(matches(pattern, name) for pattern in patterns for name in held_by(group))
 
 
 def check_patterns(
     option: str, patterns: Iterable[str], groups: Sequence[Group], names_of: Callable[[Group], list[str]]
 ) -> None:
-    """Refuse patterns that name no weight of any group.
+    """Refuse patterns that name no group, nor a weight of any.
 
     Args:
         option: what the patterns were given as.
         groups: all groups of a model, those that cannot be pruned among them.
-        names_of: the weights of a group that count.
+        names_of: the names of a group that count.
 
     Raises:
         ArgumentError: names the pattern.
@@ -49,7 +51,8 @@ def check_patterns(
         if not any(matches(pattern, name) for group in groups for name in names_of(group)):
             what = "that loses columns with a group" if names_of is read_by else "of a coupled group"
             raise ArgumentError(
-                f"{option}: '{pattern}' matches no weight {what}; analyze(...).groups has their names"
+                f"{option}: '{pattern}' matches no group, and no weight {what}; analyze(...).groups has their"
+                " names"
             )
 
 

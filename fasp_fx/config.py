@@ -105,7 +105,8 @@ class PruningConfig:
             ``"depth"`` lets all channels of a residual block go where that costs least, so that an identity
             stays in its place: feed-forward and convolutional blocks, and with the granularity ``"head"``
             those of attention.
-        exclude: name patterns of weights; groups that hold one of them stay whole.
+        exclude: name patterns of weights or groups; the groups, and those that hold one of the weights, stay
+            whole.
         round_to: kept widths (per block) are multiples of this; numbers of whole heads and experts are not.
         uniform_layers: groups of one shape lose equally many channel sets, so that layers that are alike stay
             alike, as some runtimes need it.

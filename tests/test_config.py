@@ -137,12 +137,12 @@ def test_a_report_with_a_damaged_configuration_is_refused(config: object) -> Non
         ({"exclude": "head"}, "exclude='head' is not known; pass a tuple of name patterns"),
         ({"exclude": (1,)}, r"exclude=\(1,\) is not known"),
         ({"propagate": "yes"}, "propagate='yes' is neither True nor False"),
-        ({"exclude": ("layer.0",)}, "exclude: 'layer.0' matches no weight of a coupled group"),
+        ({"exclude": ("layer.0",)}, "exclude: 'layer.0' matches no group, and no weight of a coupled group"),
         (
             {"sparsity": {"layers.9.*": 0.3}},
-            r"sparsity: 'layers.9.\*' matches no weight that loses columns with a group",
+            r"sparsity: 'layers.9.\*' matches no group, and no weight that loses columns with a group",
         ),
-        ({"sparsity": {"layers.0.up.bias": 0.3}}, "matches no weight that loses columns"),
+        ({"sparsity": {"layers.0.up.bias": 0.3}}, "matches no group, and no weight that loses columns"),
         ({"sparsity": {}}, "is no mapping from name patterns to fractions"),
         ({"sparsity": {"layers.0": 1.5}}, r"sparsity=1.5 for 'layers.0' is not in \(0, 1\)"),
         (
@@ -204,6 +204,34 @@ def test_excluded_groups_stay_whole_and_the_others_carry_the_sparsity() -> None:
         widths(sparsity=0.7, exclude=("layers.[12]",))
 
 
+class Joined(nn.Module):
+    """A weight reads what two others give."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.left, self.right, self.down = nn.Linear(6, 10), nn.Linear(6, 12), nn.Linear(22, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down(torch.cat([torch.relu(self.left(x)), torch.tanh(self.right(x))], -1))
+
+
+def test_groups_that_one_weight_reads_are_told_apart_by_their_names() -> None:
+    model, x = Joined().eval(), torch.randn(3, 6)
+    names = {group.producers[0].name: group.name for group in fasp_fx.analyze(model, (x,)).select("prunable")}
+    assert sorted(names.values()) == ["down.weight", "down.weight#2"]
+    asked = {"score": "random", "restore": None}
+    kept = fasp_fx.prune(model, (x,), sparsity=0.2, exclude=("down.weight#2",), **asked)
+    (first,) = (weight for weight, name in names.items() if name == "down.weight")
+    assert [member.name for group in kept.plan.groups for member in group.producers] == [
+        first,
+        first.replace("weight", "bias"),
+    ]
+    with pytest.raises(fasp_fx.NothingPrunableError, match="is excluded"):  # the weight that both are read by
+        fasp_fx.prune(model, (x,), sparsity=0.2, exclude=("down.weight",), **asked)
+    only = fasp_fx.prune(model, (x,), sparsity={"down.weight#2": 0.5}, **asked)
+    assert [group.name for group in only.plan.groups] == ["down.weight#2"]
+
+
 def test_a_configuration_does_not_follow_what_it_was_made_of() -> None:
     fractions = {"2": 0.3}
     config = fasp_fx.PruningConfig(sparsity=fractions)
@@ -241,7 +269,7 @@ def test_names_of_parts_are_those_of_the_model() -> None:
     assert shapes["second.0.weight"] == (12, 2)
     assert shapes["first.layers.0.up.weight"] == (10, 6)
     assert shapes["first.layers.1.up.weight"][0] < 10
-    with pytest.raises(fasp_fx.ArgumentError, match="'third' matches no weight"):
+    with pytest.raises(fasp_fx.ArgumentError, match="'third' matches no group, and no weight"):
         fasp_fx.prune(Forked().eval(), (X,), score="magnitude", restore=None, exclude=("third",))
 
 

@@ -160,10 +160,17 @@ def _prune_by(config: fasp_fx.PruningConfig, model: nn.Module, program: Program 
     """The model pruned in another way than the one that is measured, by less if that does not allow as much;
     ``None`` if nothing of it can be.
     """
-    if program is None:
-        args, kwargs = entry.inputs(entry.batches[0])
-        return fasp_fx.prune(model, args, kwargs, config=config)
-    return _prune(program, config, analyze_for(program, config).max_sparsity)
+    args, kwargs = entry.inputs(entry.batches[0])
+    most = 1.0 if program is None else analyze_for(program, config).max_sparsity
+    for sparsity in (config.sparsity, *LESS):  # what is excluded shows only here
+        try:
+            if program is None:
+                return fasp_fx.prune(model, args, kwargs, config=replace(config, sparsity=sparsity))
+            return _prune(program, replace(config, sparsity=sparsity), most)
+        except SparsityError:
+            if sparsity == LESS[-1]:
+                raise
+    return None
 
 
 def _prune_in_parts(model: nn.Module, entry: Entry, record: Record, refusal: CaptureError) -> Any:
