@@ -242,15 +242,6 @@ def region(tensor: Tensor, name: str) -> tuple[Any, ...]:
     )
 
 
-def storage_of(value: object) -> object:
-    """What tells whether two tensors share memory, also where they hold no values; for anything else,
-    something that is equal to nothing.
-    """
-    if not isinstance(value, Tensor) or value.layout != torch.strided:
-        return object()
-    return value.untyped_storage()._cdata
-
-
 def copy_graph(graph: fx.Graph) -> fx.Graph:
     """A copy of a graph, to be changed; what is recorded of its output stays with it."""
     copied = fx.Graph()

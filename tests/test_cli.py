@@ -230,6 +230,10 @@ def test_prune_to_a_plain_checkpoint(folder: Path, from_file: tuple[Path, Result
         done.stdout.splitlines()[-2:]
     )
     assert "the config says it with intermediate_size 48 ->" in " ".join(done.stdout.split())
+    stages = ["trying out what the config can say", "capturing and analysing", "calibrating on", "rewriting"]
+    assert [
+        next(line for line in done.stderr.splitlines() if line.startswith(stage)) for stage in stages
+    ] == [line for line in done.stderr.splitlines() if line.startswith(tuple(stages))]
     _, report = read_plain(tmp_path / "out")
     assert str(report) in _invoke("inspect", tmp_path / "out").stdout
     assert "groups" in json.loads(

@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 import time
 import traceback
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from typing import Any
 
@@ -77,12 +77,12 @@ def _measure(entry: Entry, analyze_only: bool, record: Record) -> None:
         if not record["captured"]:
             raise record.pop("refusal")
         return
-    refusal = record.pop("refusal", None)
+    record.pop("refusal", None)
     with _stage(record, "prune"):
         result = (
             _prune(program, DRAWN, record["requested"])
             if program is not None
-            else _prune_in_parts(model, entry, record, refusal)
+            else _prune_in_parts(model, entry, record)
         )
     if result is None:
         record["error"], record["stage"] = "nothing to prune", None
@@ -160,41 +160,45 @@ def _prune_by(config: fasp_fx.PruningConfig, model: nn.Module, program: Program 
     """The model pruned in another way than the one that is measured, by less if that does not allow as much;
     ``None`` if nothing of it can be.
     """
-    args, kwargs = entry.inputs(entry.batches[0])
-    most = 1.0 if program is None else analyze_for(program, config).max_sparsity
-    for sparsity in (config.sparsity, *LESS):  # what is excluded shows only here
-        try:
-            if program is None:
-                return fasp_fx.prune(model, args, kwargs, config=replace(config, sparsity=sparsity))
-            return _prune(program, replace(config, sparsity=sparsity), most)
-        except SparsityError:
-            if sparsity == LESS[-1]:
-                raise
-    return None
+    if program is None:
+        return _as_much_as_goes(config, lambda less: _prune_whole_or_in_parts(model, entry, less))
+    most = analyze_for(program, config).max_sparsity  # without what is excluded, which shows only later
+    return _as_much_as_goes(config, lambda less: _prune(program, less, most))
 
 
-def _prune_in_parts(model: nn.Module, entry: Entry, record: Record, refusal: CaptureError) -> Any:
+def _prune_in_parts(model: nn.Module, entry: Entry, record: Record) -> Any:
     """The model pruned by its submodules, by less if they cannot lose as much; ``None`` if nothing of them
     can be pruned.
     """
+    try:
+        result = _as_much_as_goes(DRAWN, lambda less: _prune_whole_or_in_parts(model, entry, less))
+    except NothingPrunableError:
+        record["max_sparsity"] = 0.0
+        return None
+    record |= {
+        "requested": result.report.config.sparsity,
+        "parts": {path: part.plan.sparsity for path, part in result.parts.items()},
+        "left": dict(result.left),
+    }
+    return result
+
+
+def _prune_whole_or_in_parts(model: nn.Module, entry: Entry, config: fasp_fx.PruningConfig) -> Any:
     args, kwargs = entry.inputs(entry.batches[0])
-    for sparsity in (SPARSITY, *LESS):
-        try:
-            result = fasp_fx.prune(model, args, kwargs, config=replace(DRAWN, sparsity=sparsity))
-        except NothingPrunableError:
-            record["max_sparsity"] = 0.0
-            return None
-        except SparsityError:
-            if sparsity == LESS[-1]:
-                raise
-            continue
-        record |= {
-            "requested": sparsity,
-            "parts": {path: part.plan.sparsity for path, part in result.parts.items()},
-            "left": dict(result.left),
-        }
-        return result
-    return None
+    return fasp_fx.prune(model, args, kwargs, config=config)
+
+
+def _as_much_as_goes(config: fasp_fx.PruningConfig, prune: Callable[[fasp_fx.PruningConfig], Any]) -> Any:
+    """What comes of the first sparsity that is in reach: the asked one, or a lesser.
+
+    Raises:
+        SparsityError: not even the least is.
+    """
+    *before, last = config.sparsity, *LESS
+    for sparsity in before:
+        with suppress(SparsityError):
+            return prune(replace(config, sparsity=sparsity))
+    return prune(replace(config, sparsity=last))
 
 
 @contextmanager

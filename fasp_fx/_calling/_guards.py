@@ -15,6 +15,7 @@ from torch import Tensor, fx, nn
 from torch.export import ExportedProgram
 
 from .._compat import pytree
+from .._storage import storage_of
 from ..errors import CallError
 from ..patterns import CASTS, lookup
 
@@ -175,11 +176,7 @@ def guard_calls(lifted: fx.GraphModule, exported: ExportedProgram) -> None:
 
 def _share_memory(one: Any, other: Any) -> bool:
     """Whether two arguments are tensors with values in the same storage."""
-    if not (isinstance(one, Tensor) and isinstance(other, Tensor)):
-        return False
-    if one.layout != torch.strided or other.layout != torch.strided or not (one.numel() and other.numel()):
-        return False
-    return one.untyped_storage()._cdata == other.untyped_storage()._cdata
+    return storage_of(one) == storage_of(other) and bool(one.numel() and other.numel())
 
 
 def _asserted(graph: fx.Graph) -> set[fx.Node]:

@@ -14,7 +14,7 @@ from torch import Tensor, fx
 from torch.export import ExportedProgram
 from torch.export.graph_signature import InputKind
 
-from .._program import storage_of
+from .._storage import storage_of
 
 _ATEN = torch.ops.aten
 

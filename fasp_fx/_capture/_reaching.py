@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from .._compat import TorchDispatchMode, pytree
-from .._program import storage_of
+from .._storage import storage_of
 from ._unchanged import rewound
 
 
@@ -56,7 +56,7 @@ class Reaching(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def check_apart(model: nn.Module, copy: nn.Module, run: Callable[[], object]) -> str | None:
+def find_reached(model: nn.Module, copy: nn.Module, run: Callable[[], object]) -> str | None:
     """What is wrong with a copy, in words, if it reads tensors of the model while something runs it."""
     reaching = Reaching(model, copy)
     # what a model compiles for itself cannot be compiled under a mode
@@ -65,4 +65,4 @@ def check_apart(model: nn.Module, copy: nn.Module, run: Callable[[], object]) ->
     return reaching.said
 
 
-__all__ = ["Reaching", "check_apart"]
+__all__ = ["Reaching", "find_reached"]

@@ -29,6 +29,8 @@ from ._plain_text import printable
 from ._processes import rank
 
 USAGE, INTERRUPTED = 2, 130
+#: a stage of several commands
+CAPTURING = "capturing and analysing the model"
 
 
 class Stages:
@@ -150,4 +152,4 @@ def _complain(kind: str, message: str) -> None:
     print(f"fasp-fx: {kind}: {printable(' '.join(message.split()))}", file=sys.stderr)
 
 
-__all__ = ["Stages", "results", "say", "session"]
+__all__ = ["CAPTURING", "Stages", "results", "say", "session"]

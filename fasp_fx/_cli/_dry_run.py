@@ -16,7 +16,7 @@ from ..config import PruningConfig
 from ..errors import ArgumentError
 from ..hf._plain import plain_config
 from . import _models
-from ._console import Stages, say
+from ._console import CAPTURING, Stages, say
 
 _GIB = 2**30
 
@@ -52,7 +52,7 @@ def run(
     _models.check_length(empty, length)
     if heads_asked is not None:
         config = plain_config(empty, config, heads_asked)[2]
-    stages.begin("capturing and analysing the model")
+    stages.begin(CAPTURING)
     example = {"input_ids": torch.zeros(1, length, dtype=torch.long), "use_cache": False}
     analysis = analyze(empty, (), example, granularity=config.granularity, include=config.include)
     chooser = Chooser(config)

@@ -28,7 +28,7 @@ from ..recovery import DistillationConfig
 from . import _dry_run, _models, _processes, _saved, _tables
 from ._amounts import read_caps
 from ._arguments import check_apart, check_path
-from ._console import Stages, say
+from ._console import CAPTURING, Stages, say
 from ._outcome import measure, recover, show
 from ._texts import Texts, Wanted
 
@@ -180,18 +180,28 @@ class Job:
     model: Any
     texts: Texts
     group: dist.ProcessGroup | None = None
+    analysed: bool = False
+    asked: bool = False
 
     def batches(self) -> Iterator[dict[str, Any]]:
         """The calibration batches; text that the model must write first is written when the first is asked
         for.
         """
         self.texts.write(self.model, self.stages)
+        self.asked = True
+        if self.analysed:
+            self._begin_calibrating()
+        else:  # the first is the example that the model is captured with
+            self.stages.begin(CAPTURING)
+        assert self.texts.used is not None
+        for chunk in self.texts.used:
+            yield {"input_ids": chunk[None].to(self.device)}
+
+    def _begin_calibrating(self) -> None:
         assert self.texts.used is not None
         self.stages.begin(
             f"calibrating on {len(self.texts.used)} x {self.request.length} tokens", measured=True
         )
-        for chunk in self.texts.used:
-            yield {"input_ids": chunk[None].to(self.device)}
 
     @cached_property
     def device(self) -> torch.device:
@@ -201,6 +211,9 @@ class Job:
         self.stages.end()
         for line in _tables.summary(analysis):
             say(self.console, line)
+        self.analysed = True
+        if self.asked:
+            self._begin_calibrating()
 
     def calibrated(self, fraction: float) -> None:
         self.stages.update(fraction)
@@ -209,7 +222,7 @@ class Job:
 
     def prune(self) -> Pruned:
         request = self.request
-        self.stages.begin("capturing and analysing the model")
+        self.stages.begin("trying out what the config can say" if request.plain else CAPTURING)
         asked: dict[str, Any] = {
             name: value
             for name, value in (("granularity", request.granularity), ("include", request.include))

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from .._calling._signature import CallSignature
-from .._capture._reaching import check_apart
+from .._capture._reaching import find_reached
 from .._capture._transformers import is_transformers, register_caches
 from .._capture._unchanged import rewound
 from .._device import device_named
@@ -71,7 +71,7 @@ class Assembly:
         with self.timed("capture"):
             search = Search(self.model, self.call, config)
             try:
-                reaches = check_apart(model, self.model, lambda: self.call.run(self.model))
+                reaches = find_reached(model, self.model, lambda: self.call.run(self.model))
                 if reaches is not None:
                     raise CaptureError(f"{error} It cannot be pruned by its submodules either: {reaches}.")
                 self.parts = search.run()
