@@ -13,8 +13,10 @@ from typing import Any
 
 from ..errors import StoreError
 
-#: characters and nodes of one expression
-LENGTH, NODES, DEPTH = 8000, 400, 40
+#: characters of one expression, and how deep it is nested
+LENGTH, DEPTH = 8000, 40
+#: its nodes: sympy is slower than in proportion, and Python, which evaluates guards, is not
+NODES, GUARD_NODES = 400, LENGTH
 #: what can be meant by a size has 64 bits; on the way to it, products of some
 BITS = 2048
 #: arguments of what sympy compares in pairs
@@ -155,17 +157,33 @@ def check_expression(text: Any) -> int:
 
 
 def _parsed(kind: str, text: Any) -> tuple[ast.expr, int]:
-    """The tree of a text that is short enough."""
-    if not isinstance(text, str) or len(text) > LENGTH or _nesting(text) > DEPTH:
+    """The tree of a text that is short enough.
+
+    Raises:
+        StoreError: quotes the text.
+    """
+    if not isinstance(text, str):
         raise refuse(kind, text)
+    most = GUARD_NODES if kind == "guard" else NODES
+    if len(text) > LENGTH or _nesting(text) > DEPTH:
+        raise _too_long(kind, text, most)
     try:
         tree = ast.parse(text.strip() if kind == "guard" else text, mode="eval").body
         count = sum(1 for _ in ast.walk(tree))
     except (SyntaxError, TypeError, ValueError, RecursionError, MemoryError) as error:
         raise refuse(kind, text) from error
-    if count > NODES:
-        raise refuse(kind, text)
+    if count > most:
+        raise _too_long(kind, text, most)
     return tree, count
+
+
+def _too_long(kind: str, text: str, most: int) -> StoreError:
+    """The error for a text that would take long, whoever wrote it."""
+    return StoreError(
+        f"the graph holds the {kind} {text!r:.300}, which is too long to be stored: at most {LENGTH:,}"
+        f" characters of {most:,} parts, {DEPTH} levels deep, are read; capture the model with fewer sizes"
+        " that vary (dynamic_shapes=)"
+    )
 
 
 def _nesting(text: str) -> int:

@@ -258,7 +258,9 @@ class Relation(Lettered):
             self.facts.products.append(Product(self.node, operands, numbers[numbers >= 0]))
         elif len(weights) != 1 or len(activations) != 1:
             self._say(
-                self.facts.frozen, everything, f"weights are multiplied with each other by {self.node.target}"
+                self.facts.frozen,
+                everything,
+                f"weights, or values looked up in them, are multiplied together by {self.node.target}",
             )
         else:
             problem = why_no_consumer(self, weights[0], activations[0])

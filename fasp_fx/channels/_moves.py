@@ -618,7 +618,7 @@ def _join(
                     facts.say(
                         facts.frozen,
                         axis.numbers,
-                        f"{node.target} puts it behind something of a length known only at run time",
+                        f"{node.target} puts it beside something of a length known only at run time",
                         node,
                     )
                 continue
