@@ -10,7 +10,7 @@ import torch
 from torch import fx
 from torch.export import ExportedProgram
 
-from ..channels import arguments
+from ..channels import arguments, is_dynamic
 
 _ATEN = torch.ops.aten
 _PADS = (_ATEN.pad.default, _ATEN.constant_pad_nd.default)
@@ -22,7 +22,10 @@ def padded_in_order(exported: ExportedProgram) -> ExportedProgram:
         node
         for operator in _PADS
         for node in exported.graph.find_nodes(op="call_function", target=operator)
-        if any(isinstance(amount, fx.Node) for amount in arguments(node)["pad"])
+        if any(
+            isinstance(amount, fx.Node) and is_dynamic(amount.meta.get("val"))
+            for amount in arguments(node)["pad"]
+        )
     ]
     for node in found:
         _put_in_order(node)

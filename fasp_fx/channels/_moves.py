@@ -91,15 +91,23 @@ def _unsettled(
         along, *bounds = clause.words if clause.keyword in ("span", "pick") else reversed(clause.words)
         dim = int(arguments[along]) % rank
         whole = clause.keyword == "span" and shapes[0] == shape
-        decided = any(
-            isinstance(leaf, fx.Node) for name in bounds for leaf in pytree.tree_leaves(given[name])
-        )
+        decided = any(_decides(leaf, sizes) for name in bounds for leaf in pytree.tree_leaves(given[name]))
         if decided or (dim in _dynamic_dims(node, rule, rank, sizes) and not whole):
             found[dim] = "is cut at a length known only at run time by"
     for index, amount in enumerate(given.get("pad", ())):
-        if isinstance(amount, fx.Node):
+        if _decides(amount, sizes):
             found[rank - 1 - index // 2] = "is put behind something of a length known only at run time by"
     return found
+
+
+def _decides(argument: Any, sizes: Sizes) -> bool:
+    """Whether an argument is a number that varies from call to call; one that is computed of sizes which the
+    capture has settled is always the same.
+    """
+    if not isinstance(argument, fx.Node):
+        return False
+    recorded = argument.meta.get("val")
+    return sizes.varies(recorded) if isinstance(recorded, (int, torch.SymInt)) else True
 
 
 def _decided_by_sizes(node: fx.Node, rule: Rule) -> bool:
@@ -587,9 +595,11 @@ def _join(
     facts: Facts,
 ) -> list[Value]:
     """Concatenation or stacking: axes that shrink the joined dimension are joined, all others must agree."""
-    sources = [source for source in sources if _numel(source.shape) or len(source.shape) > 1]
+    given = [source for source in sources if _numel(source.shape) or len(source.shape) > 1]
     rank = len(shapes[0])
-    stacked = rank > len(sources[0].shape)
+    stacked = rank > len(given[0].shape)
+    # What has lost all its channels adds nothing, and has no say on the other dimensions.
+    sources = given if stacked else [source for source in given if _numel(source.shape)] or given
     joined = int(others.get("dim", 0)) % rank
     axes: list[Axis] = []
     for dim in range(len(sources[0].shape)):
@@ -634,9 +644,9 @@ def _join(
             for found in per_source[1:]:
                 facts.couple(per_source[0][0].numbers, found[0].numbers, node)
             parts = [parts[0] if stacked else per_source[0][0].numbers.expand(s.shape) for s in sources]
-        given = [axis for found in per_source for axis in found]
-        _keep(axes, _run(node.target, parts, others), given, facts, node)
-    constant = all(source.constant for source in sources)
+        all_axes = [axis for found in per_source for axis in found]
+        _keep(axes, _run(node.target, parts, others), all_axes, facts, node)
+    constant = all(source.constant for source in given)
     data = (
         _run(node.target, [s.data for s in sources], others)
         if all(s.data is not None for s in sources)
