@@ -72,6 +72,18 @@ def test_what_fills_its_chunks_is_pruned_exactly_and_saved(
         assert torch.equal(again.module(given), result.module(given))
 
 
+def test_a_result_that_is_captured_again_copies_no_more() -> None:
+    torch.manual_seed(0)
+    x = torch.randn(2, 7, 6)
+    result = fasp_fx.prune(Behind().eval(), (x,), score="random", restore=None, sparsity=0.2)
+    again = fasp_fx.prune(result.module, (x,), score="random", restore=None, sparsity=0.2)
+    copies = [
+        len(one.program.graph.find_nodes(op="call_function", target=torch.ops.aten.clone.default))
+        for one in (result, again)
+    ]
+    assert copies[0] == copies[1] > 0
+
+
 class Nested(nn.Module):
     """Sizes are computed of sizes, time and again."""
 

@@ -14,6 +14,7 @@ from ..channels import arguments, is_dynamic
 
 _ATEN = torch.ops.aten
 _PADS = (_ATEN.pad.default, _ATEN.constant_pad_nd.default)
+_COPY, _IN_ORDER = _ATEN.clone.default, {"memory_format": torch.contiguous_format}
 
 
 def padded_in_order(exported: ExportedProgram) -> ExportedProgram:
@@ -22,10 +23,7 @@ def padded_in_order(exported: ExportedProgram) -> ExportedProgram:
         node
         for operator in _PADS
         for node in exported.graph.find_nodes(op="call_function", target=operator)
-        if any(
-            isinstance(amount, fx.Node) and is_dynamic(amount.meta.get("val"))
-            for amount in arguments(node)["pad"]
-        )
+        if _varies(node) and not all(map(_is_in_order, node.users))
     ]
     for node in found:
         _put_in_order(node)
@@ -34,11 +32,20 @@ def padded_in_order(exported: ExportedProgram) -> ExportedProgram:
     return exported
 
 
+def _varies(node: fx.Node) -> bool:
+    return any(
+        isinstance(amount, fx.Node) and is_dynamic(amount.meta.get("val"))
+        for amount in arguments(node)["pad"]
+    )
+
+
+def _is_in_order(node: fx.Node) -> bool:
+    return node.target == _COPY and node.kwargs == _IN_ORDER
+
+
 def _put_in_order(node: fx.Node) -> None:
     with node.graph.inserting_after(node):
-        copy = node.graph.call_function(
-            _ATEN.clone.default, (node,), {"memory_format": torch.contiguous_format}
-        )
+        copy = node.graph.call_function(_COPY, (node,), dict(_IN_ORDER))
     copy.meta = dict(node.meta)
     # the program names its outputs
     node.replace_all_uses_with(copy, delete_user_cb=lambda user: user is not copy and user.op != "output")
