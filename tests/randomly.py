@@ -7,7 +7,6 @@ the time of a whole ``prune``.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -19,9 +18,11 @@ from torch.nn import functional as F
 from torch.utils import _pytree as pytree
 
 from fasp_fx._capture import capture
+from fasp_fx._finish import finish
 from fasp_fx._observe._visit import Decision
 from fasp_fx._pipeline import make_plan
 from fasp_fx.analysis import Analysis, analyze_program
+from fasp_fx.errors import CallError
 from fasp_fx.passes import Prune, split_fused
 
 #: another batch and another length than the example's, shorter and longer
@@ -67,6 +68,7 @@ def hold(model: nn.Module, calls: Sequence[tuple[Any, ...]], seeds: int = 3, tim
     model = model.double().eval()
     program = capture(model, calls[0])
     analysis = analyze_program(program, split_fused)
+    captured, _ = finish(program)
     compared = 0
     for seed in range(seeds):
         gone = _choice(analysis, seed)
@@ -77,8 +79,8 @@ def hold(model: nn.Module, calls: Sequence[tuple[Any, ...]], seeds: int = 3, tim
                 with torch.no_grad():
                     try:
                         expected = dense(*call)
-                        copy.deepcopy(program.module)(*program.flat_inputs(_copy(call), {}))
-                    except (RuntimeError, IndexError, AssertionError):
+                        captured(*_copy(call))
+                    except (RuntimeError, IndexError, AssertionError, CallError):
                         continue  # the dense module takes no such size, or its capture
                     found = smaller(*program.flat_inputs(_copy(call), {}))
                 compared += 1

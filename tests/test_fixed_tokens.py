@@ -81,3 +81,45 @@ def test_a_part_that_has_lost_all_its_channels_has_no_say_on_tokens() -> None:
     assert [(part.name, tuple(part.removed)) for part in group.consumers] == [("after.weight", (0, 1))]
     expected = zeroed(model, result.plan)(x)
     assert error(result.module(x), expected) <= TOLERANCE
+
+
+#: what takes tokens by a number that is settled only afterwards, and how many are left of five
+TAKEN: dict[str, tuple[Callable[[Tensor, int], Tensor], int]] = {
+    "all but the last": (lambda x, count: x[:, : count - 1], 4),
+    "the second half": (lambda x, count: x[:, count // 2 :], 3),
+    "every second": (lambda x, count: x[:, :: count // 2], 3),
+    "behind zeros": (lambda x, count: F.pad(x, (0, 0, count // 2, 0)), 7),
+    "parts exchanged": (lambda x, count: torch.cat(x.split([count // 2, count - count // 2], 1)[::-1], 1), 5),
+    "one in front": (lambda x, count: torch.cat([x[:, count - 2].unsqueeze(1), x], 1), 6),
+}
+
+
+class Taken(nn.Module):
+    """Takes some of the tokens that a layer makes, by the number of those of another input."""
+
+    def __init__(self, take: Callable[[Tensor, int], Tensor], left: int) -> None:
+        super().__init__()
+        self.take = take
+        self.up, self.down = nn.Linear(4, 7), nn.Linear(7, 5)
+        self.up_again, self.down_again = nn.Linear(left, 4), nn.Linear(4, 5)
+        self.own, self.last = nn.Linear(6, 8), nn.Linear(8, 3)
+
+    def forward(self, x: Tensor, other: Tensor) -> Tensor:
+        made = self.down(F.gelu(self.up(other))).transpose(1, 2)
+        taken = self.take(made, x.shape[1]).transpose(1, 2)
+        return self.last(self.down_again(F.gelu(self.up_again(taken))).transpose(1, 2) + self.own(x))
+
+
+@pytest.mark.parametrize("name", TAKEN)
+def test_tokens_are_taken_by_a_number_that_is_settled_afterwards(name: str) -> None:
+    torch.manual_seed(0)
+    model = Taken(*TAKEN[name]).double().eval()
+    args = torch.randn(2, 5, 6).double(), torch.randn(2, 8, 4).double()
+    result = fasp_fx.prune(model, args, score="random", restore=None, sparsity=0.5)
+    assert not result.report.notes
+    assert "up_again.weight" in {part.name for group in result.plan.groups for part in group.consumers}
+    others = torch.randn(3, 5, 6).double(), torch.randn(3, 8, 4).double()
+    for given in (args, others):
+        expected = zeroed(model, result.plan)(*given)
+        assert error(expected, model(*given)) > 100 * TOLERANCE
+        assert error(result.module(*given), expected) <= TOLERANCE

@@ -41,6 +41,7 @@ from ._functions import functions_called
 from ._in_place import out_of_place
 from ._padding import padded_in_order
 from ._quiet import quiet
+from ._settled import settled_as_numbers
 from ._steps import any_number_of_steps
 from ._transformers import export_transformers, is_transformers
 from ._unchanged import unchanged
@@ -211,7 +212,8 @@ def _rewritten(trace: Callable[[], ExportedProgram]) -> ExportedProgram:
     """What is traced, in operators that return what they compute and have rules, as far as that can be."""
     with answered_by(foreseen, TRACED), compiled_when_called():
         exported = trace()
-    return functional(padded_in_order(out_of_place(as_views(as_weights(exported)))))
+    exported = out_of_place(as_views(as_weights(settled_as_numbers(exported))))
+    return functional(padded_in_order(exported))
 
 
 @contextlib.contextmanager

@@ -10,7 +10,7 @@ import torch
 from torch import fx
 from torch.export import ExportedProgram
 
-from ..channels import arguments, is_dynamic
+from ..channels import arguments
 
 _ATEN = torch.ops.aten
 _PADS = (_ATEN.pad.default, _ATEN.constant_pad_nd.default)
@@ -33,10 +33,7 @@ def padded_in_order(exported: ExportedProgram) -> ExportedProgram:
 
 
 def _varies(node: fx.Node) -> bool:
-    return any(
-        isinstance(amount, fx.Node) and is_dynamic(amount.meta.get("val"))
-        for amount in arguments(node)["pad"]
-    )
+    return any(isinstance(amount, fx.Node) for amount in arguments(node)["pad"])
 
 
 def _is_in_order(node: fx.Node) -> bool:

@@ -91,23 +91,15 @@ def _unsettled(
         along, *bounds = clause.words if clause.keyword in ("span", "pick") else reversed(clause.words)
         dim = int(arguments[along]) % rank
         whole = clause.keyword == "span" and shapes[0] == shape
-        decided = any(_decides(leaf, sizes) for name in bounds for leaf in pytree.tree_leaves(given[name]))
+        decided = any(
+            isinstance(leaf, fx.Node) for name in bounds for leaf in pytree.tree_leaves(given[name])
+        )
         if decided or (dim in _dynamic_dims(node, rule, rank, sizes) and not whole):
             found[dim] = "is cut at a length known only at run time by"
     for index, amount in enumerate(given.get("pad", ())):
-        if _decides(amount, sizes):
+        if isinstance(amount, fx.Node):
             found[rank - 1 - index // 2] = "is put behind something of a length known only at run time by"
     return found
-
-
-def _decides(argument: Any, sizes: Sizes) -> bool:
-    """Whether an argument is a number that varies from call to call; one that is computed of sizes which the
-    capture has settled is always the same.
-    """
-    if not isinstance(argument, fx.Node):
-        return False
-    recorded = argument.meta.get("val")
-    return sizes.varies(recorded) if isinstance(recorded, (int, torch.SymInt)) else True
 
 
 def _decided_by_sizes(node: fx.Node, rule: Rule) -> bool:
