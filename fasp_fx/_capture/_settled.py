@@ -5,6 +5,8 @@ A node that computes one reads it of an input, which is not pruned; a number is 
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from torch import fx
 from torch.export import ExportedProgram
@@ -18,16 +20,18 @@ def settled_as_numbers(exported: ExportedProgram) -> ExportedProgram:
     for node, number in found.items():
         for user in list(node.users):
             if user.op != "output":
-                user.args, user.kwargs = fx.map_arg(
-                    (user.args, user.kwargs),
-                    lambda given, node=node, number=number: number if given is node else given,
-                )
+                instead = partial(_instead, node=node, number=number)
+                user.args, user.kwargs = fx.map_arg((user.args, user.kwargs), instead)
     for node in reversed(found):
         if not node.users:
             exported.graph.erase_node(node)
     if found:
         exported.graph_module.recompile()
     return exported
+
+
+def _instead(given: fx.Node, node: fx.Node, number: int) -> fx.Node | int:
+    return number if given is node else given
 
 
 def _number(node: fx.Node) -> int | None:
