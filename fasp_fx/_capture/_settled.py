@@ -5,8 +5,6 @@ A node that computes one reads it of an input, which is not pruned; a number is 
 
 from __future__ import annotations
 
-from functools import partial
-
 import torch
 from torch import fx
 from torch.export import ExportedProgram
@@ -17,21 +15,17 @@ def settled_as_numbers(exported: ExportedProgram) -> ExportedProgram:
     those that the program returns stay.
     """
     found = {node: number for node in exported.graph.nodes if (number := _number(node)) is not None}
-    for node, number in found.items():
-        for user in list(node.users):
-            if user.op != "output":
-                instead = partial(_instead, node=node, number=number)
-                user.args, user.kwargs = fx.map_arg((user.args, user.kwargs), instead)
+    for user in exported.graph.nodes:
+        if user.op != "output" and not found.keys().isdisjoint(user.all_input_nodes):
+            user.args, user.kwargs = fx.map_arg(
+                (user.args, user.kwargs), lambda given: found.get(given, given)
+            )
     for node in reversed(found):
         if not node.users:
             exported.graph.erase_node(node)
     if found:
         exported.graph_module.recompile()
     return exported
-
-
-def _instead(given: fx.Node, node: fx.Node, number: int) -> fx.Node | int:
-    return number if given is node else given
 
 
 def _number(node: fx.Node) -> int | None:
