@@ -103,7 +103,7 @@ def main() -> None:
     for name in options.models:
         model, args, kwargs = MODELS[name]()
         captured, table = fasp_fx.capture(model, args, kwargs), LatencyTable()
-        dense, _ = finish(captured.program)
+        dense = finish(captured.program)
         caps: list[Cap] = [
             Parameters(options.share),
             Bytes(options.share),

@@ -30,7 +30,7 @@ def main() -> None:
     model, tokenizer = smollm2(options.device)
     data = chunks(tokenizer, options.text, options.device)
     example = {"input_ids": data[:1], "use_cache": False}
-    dense, _ = finish(capture(model, (), example))
+    dense = finish(capture(model, (), example))
     for sparsity in options.sparsity:
         result = fasp_fx.prune(
             model, (), example, score="magnitude", restore=None, sparsity=sparsity, round_to=options.round_to

@@ -1,15 +1,14 @@
-"""From a rewritten program to a module and an exported program of its own."""
+"""From a rewritten program to a module of its own."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor, fx, nn
-from torch.export import ExportedProgram
 
 from ._capture import export_again
-from ._capture._assemble import assemble
+from ._capture._assemble import ready
 from ._program import Program
-from ._pruned_module import wrap
+from ._pruned_module import PrunedModule, wrap, wrap_graph
 from ._stamps import read_stamps
 
 
@@ -36,26 +35,28 @@ def own_storage(program: Program) -> Program:
     return program
 
 
-def finish(
-    program: Program, trace: bool = False, before: fx.Graph | None = None
-) -> tuple[fx.GraphModule, ExportedProgram]:
-    """The module of a rewritten program and its exported program, put together where that can be and traced
-    where not.
+def finish(program: Program, trace: bool = False, before: fx.Graph | None = None) -> PrunedModule:
+    """The module of a rewritten program. Its exported program is put together when it is asked for
+    (:func:`~fasp_fx._pruned_module.program_now`) where that can be, and traced at once where not: nothing
+    else tells whether it can be.
 
     Args:
         trace: trace in any case, which gives nodes the names that the exporter would.
         before: the graph of the capture that the program was made of, whose recorded values are up to date.
     """
     program = own_storage(program)
-    exported = (
+    assembly = (
         None
         if trace or program.facts is None
-        else assemble(program.module, program.example, program.facts, before)
+        else ready(program.module, program.example, program.facts, before)
     )
-    if exported is None:
-        exported = export_again(program.module, program.example)
-        read_stamps(exported.graph)
-    return wrap(exported, program.signature), exported
+    if assembly is not None:
+        made = wrap_graph(assembly, program.module, program.signature)
+        assembly.graph.owning_module = None  # or it would keep the weights alive
+        return made
+    exported = export_again(program.module, program.example)
+    read_stamps(exported.graph)
+    return wrap(exported, program.signature)
 
 
 __all__ = ["finish", "own_storage"]

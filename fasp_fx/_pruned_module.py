@@ -13,10 +13,12 @@ from torch.export import ExportedProgram
 
 from ._calling._guards import guard_calls
 from ._calling._signature import CallerCodeGen, CallSignature
+from ._capture._assemble import Assembly
 from ._capture._names import own_names
 from ._compat import PRESERVED, pytree
 from ._compile._flex import make_traceable
 from ._program import graph_module
+from ._storage import without_values
 from .channels import attribute, target_name
 from .errors import StoreError
 
@@ -30,10 +32,10 @@ class PrunedModule(fx.GraphModule):
     weights_only=False)``, in any process that can import fasp_fx.
 
     Attributes:
-        origin: the exported program that it was made of, without the weights, and the caller's signature.
+        fasp_fx_origin: what it was made of, without the weights; a name that no model has for a part of its.
     """
 
-    origin: tuple[ExportedProgram, CallSignature]
+    fasp_fx_origin: Origin
 
     def __reduce__(self) -> tuple[Any, ...]:
         """What a pickle holds.
@@ -43,14 +45,14 @@ class PrunedModule(fx.GraphModule):
         """
         from ._store._graph_json import program_to_json
 
-        program, signature = self.origin
+        program = self.fasp_fx_origin.program
         weights, constants = values_now(self, program)
         preserved = self.meta.get(PRESERVED, {})
         return _rebuilt, (
             program_to_json(program),
             weights,
             constants,
-            _without_annotations(signature),
+            _without_annotations(self.fasp_fx_origin.signature),
             preserved,
             self.training,
         )
@@ -60,21 +62,76 @@ class PrunedModule(fx.GraphModule):
         for spec in (getattr(self, name, None) for name in ("_in_spec", "_out_spec")):
             memo.update({id(part): part for part in _specs(spec)})
         # Never written into, and holds fake tensors that cannot be copied.
-        memo[id(self.origin)] = self.origin
+        memo[id(self.fasp_fx_origin)] = self.fasp_fx_origin
         copied = super().__deepcopy__(memo)
         assert isinstance(copied, PrunedModule)
-        copied.origin = self.origin
+        copied.fasp_fx_origin = self.fasp_fx_origin
         for name, module in self.named_modules():
             # A copy of a graph module saves all its buffers, those that a model leaves out as well.
             copied.get_submodule(name)._non_persistent_buffers_set = set(module._non_persistent_buffers_set)
         return copied
 
 
-def wrap(exported: ExportedProgram, signature: CallSignature) -> fx.GraphModule:
+class Origin:
+    """What a pruned module was made of, without the values of its weights.
+
+    Args:
+        made: an exported program, or what one is put together of when it is asked for.
+        signature: the caller's.
+    """
+
+    def __init__(self, made: ExportedProgram | Assembly, signature: CallSignature) -> None:
+        self._made, self.signature = made, signature
+
+    @property
+    def example(self) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        """Positional and keyword arguments as the program takes them, where it has any."""
+        return self._made.example_inputs if isinstance(self._made, ExportedProgram) else self._made.example
+
+    @property
+    def program(self) -> ExportedProgram:
+        """The exported program."""
+        if not isinstance(self._made, ExportedProgram):
+            self._made = self._made.program()
+        return self._made
+
+
+def wrap(exported: ExportedProgram, signature: CallSignature) -> PrunedModule:
     """The module of an exported program behind the caller's signature."""
     lifted = exported.module(check_guards=True)
     guard_calls(lifted, exported)
-    own_names(lifted)
+    program = copy.copy(exported)
+    program._state_dict = {name: without_values(tensor) for name, tensor in exported.state_dict.items()}
+    program._constants = {
+        name: without_values(value) if isinstance(value, Tensor) else value
+        for name, value in exported.constants.items()
+    }
+    return _wrapped(lifted, lifted, Origin(program, signature))
+
+
+def wrap_graph(assembly: Assembly, tensors: nn.Module, signature: CallSignature) -> PrunedModule:
+    """The module of a program that was not put together yet, as :func:`wrap` would make it of that program.
+
+    Args:
+        tensors: holds the program's tensors under their names; gets the guards.
+    """
+    lifted = assembly.frame.module(check_guards=True)
+    inputs = lifted.graph.find_nodes(op="placeholder")
+    with lifted.graph.inserting_before(inputs[0]):
+        held = {weight.name: lifted.graph.create_node("get_attr", weight.name) for weight in assembly.weights}
+    for weight in assembly.weights:
+        held[weight.name].meta["val"] = weight.recorded
+    seen = dict(zip(assembly.graph.find_nodes(op="placeholder"), inputs, strict=True))
+    (output,) = lifted.graph.find_nodes(op="output")
+    with lifted.graph.inserting_before(output):
+        output.args = (assembly.fill(lifted.graph, held, seen),)
+    guard_calls(lifted, assembly.frame)
+    tensors.add_module("_guards_fn", lifted.get_submodule("_guards_fn"))
+    return _wrapped(lifted, tensors, Origin(assembly, signature))
+
+
+def _wrapped(lifted: fx.GraphModule, tensors: nn.Module, origin: Origin) -> PrunedModule:
+    own_names(tensors, lifted.graph)
     for node in lifted.graph.find_nodes(op="call_function", target=torch.ops.aten.view.default):
         # Strides were settled without gradients; with them attention can pick another kernel, whose result a
         # view does not fit.
@@ -85,32 +142,25 @@ def wrap(exported: ExportedProgram, signature: CallSignature) -> fx.GraphModule:
             continue
         # Models write without gradients, which no exporter keeps: an embedding with a largest norm into its
         # parameter, running averages into buffers, which would drag the graph of one call into the next.
-        place = 0 if isinstance(attribute(lifted, target_name(written)), nn.Parameter) else 1
+        place = 0 if isinstance(attribute(tensors, target_name(written)), nn.Parameter) else 1
         with lifted.graph.inserting_before(node):
             node.update_arg(
                 place, lifted.graph.call_function(torch.ops.aten.detach.default, (node.args[place],))
             )
     make_traceable(lifted.graph)
-    module = graph_module(lifted, lifted.graph, lifted.meta, PrunedModule)
-    _remember(module, exported, signature)
+    module = graph_module(tensors, lifted.graph, lifted.meta, PrunedModule)
+    assert isinstance(module, PrunedModule)
+    module.fasp_fx_origin = origin
     generated: Any = lifted.graph._codegen
-    module.graph._codegen = CallerCodeGen(signature, generated.pytree_info)
+    module.graph._codegen = CallerCodeGen(origin.signature, generated.pytree_info)
     module.recompile()
     # transformers' Trainer gives the loss's own arguments to a model that takes **kwargs, unless it says
     # this. Copies keep what is noted in ``meta``.
     module.meta[PRESERVED] = {"accepts_loss_kwargs": False}
     marked: Any = module
     marked.accepts_loss_kwargs = False
-    return module.eval()
-
-
-def _remember(module: fx.GraphModule, exported: ExportedProgram, signature: CallSignature) -> None:
-    """Let a :class:`PrunedModule` know what it is made of."""
-    assert isinstance(module, PrunedModule)
-    program = copy.copy(exported)
-    program._state_dict = {name: _without_values(tensor) for name, tensor in exported.state_dict.items()}
-    program._constants = {name: _without_values(value) for name, value in exported.constants.items()}
-    module.origin = (program, signature)
+    module.eval()
+    return module
 
 
 def program_now(module: nn.Module) -> ExportedProgram:
@@ -120,7 +170,7 @@ def program_now(module: nn.Module) -> ExportedProgram:
         StoreError: see :func:`values_now`.
     """
     assert isinstance(module, PrunedModule)
-    program = copy.copy(module.origin[0])
+    program = copy.copy(module.fasp_fx_origin.program)
     program._state_dict, program._constants = values_now(module, program)
     return program
 
@@ -163,15 +213,6 @@ def _now(module: nn.Module, name: str, value: Any) -> Any:
     return found
 
 
-def _without_values(value: Any) -> Any:
-    if not isinstance(value, Tensor):
-        return value
-    empty = value.detach().to("meta")
-    return (
-        nn.Parameter(empty, requires_grad=value.requires_grad) if isinstance(value, nn.Parameter) else empty
-    )
-
-
 def _specs(spec: pytree.TreeSpec | None) -> list[pytree.TreeSpec]:
     return [] if spec is None else [spec, *(part for child in spec.children() for part in _specs(child))]
 
@@ -192,7 +233,7 @@ def _rebuilt(
     signature: CallSignature,
     preserved: dict[str, Any],
     training: bool,
-) -> fx.GraphModule:
+) -> PrunedModule:
     from ._store._graph_json import program_from_json
 
     module = wrap(program_from_json(program, weights, constants, None, cast=True), signature)
@@ -202,4 +243,4 @@ def _rebuilt(
     return module.train(training)
 
 
-__all__ = ["PrunedModule", "program_now", "values_now", "wrap"]
+__all__ = ["Origin", "PrunedModule", "program_now", "values_now", "wrap", "wrap_graph"]

@@ -1,9 +1,9 @@
-"""Which tensors share memory."""
+"""Which tensors share memory, and tensors without any."""
 
 from __future__ import annotations
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 
 def storage_of(value: object) -> object:
@@ -15,4 +15,12 @@ def storage_of(value: object) -> object:
     return value.untyped_storage()._cdata
 
 
-__all__ = ["storage_of"]
+def without_values(tensor: Tensor) -> Tensor:
+    """A tensor of the same kind on the meta device."""
+    empty = tensor.detach().to("meta")
+    return (
+        nn.Parameter(empty, requires_grad=tensor.requires_grad) if isinstance(tensor, nn.Parameter) else empty
+    )
+
+
+__all__ = ["storage_of", "without_values"]

@@ -19,6 +19,7 @@ from fasp_fx._capture._unchanged import copied, rewound
 from fasp_fx._deviation import deviation
 from fasp_fx._finish import finish, own_storage
 from fasp_fx._program import Program, graph_module
+from fasp_fx._pruned_module import program_now
 from fasp_fx._stamps import WRITTEN_BY, stamp
 from fasp_fx.analysis import Analysis
 from fasp_fx.channels import results, written_names
@@ -135,7 +136,7 @@ class Foreign:
 
     def _on_exported(self, program: Program) -> Program:
         # A pass that traces again changes no name then, and what it wrote is told by names.
-        _, exported = finish(program, trace=True)
+        exported = program_now(finish(program, trace=True))
         before = {node.name: node.target for node in exported.graph.nodes}
         returned = self.call(exported)
         if not isinstance(returned, ExportedProgram):

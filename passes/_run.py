@@ -13,6 +13,7 @@ from torch.export import ExportedProgram
 from fasp_fx._capture import capture
 from fasp_fx._finish import finish
 from fasp_fx._program import Program
+from fasp_fx._pruned_module import program_now
 from fasp_fx.analysis import Analysis, analyze_program
 from fasp_fx.errors import ArgumentError, FaspError, VerificationError, first_line
 from fasp_fx.plan import PruningPlan, check_fingerprint, program_fingerprint
@@ -88,7 +89,7 @@ def run_exported(
         program, plan, split=split_fused if plan is not None and (plan.splits or plan.copies) else None
     )
     rewritten = run(steps, start.program, start, tolerance)
-    return exported if rewritten is start.program else finish(rewritten)[1]
+    return exported if rewritten is start.program else program_now(finish(rewritten))
 
 
 def analysis_for(

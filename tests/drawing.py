@@ -114,7 +114,7 @@ def hold(net: Net, number: int, include: Sequence[str] = ()) -> collections.Coun
 
 def _refused(case: Case, call: Any) -> bool:
     """Whether a result for this program would refuse the call, as the model was captured for other sizes."""
-    module, _ = finish(case.captured)
+    module = finish(case.captured)
     try:
         case.run(module, call)
     except CallError:

@@ -68,7 +68,7 @@ def hold(model: nn.Module, calls: Sequence[tuple[Any, ...]], seeds: int = 3, tim
     model = model.double().eval()
     program = capture(model, calls[0])
     analysis = analyze_program(program, split_fused)
-    captured, _ = finish(program)
+    captured = finish(program)
     compared = 0
     for seed in range(seeds):
         gone = _choice(analysis, seed)

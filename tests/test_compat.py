@@ -165,6 +165,26 @@ def test_new_guards_are_refused_each_time_they_are_asked_for() -> None:
     assert _compat.int_oo > 10**30
 
 
+def test_a_program_takes_the_guards_of_another() -> None:
+    class Plain(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x + 1
+
+    class Even(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x + 1 if x.shape[0] % 2 == 0 else x
+
+    program, even = (
+        export(model, (torch.ones(4, 3),), dynamic_shapes=((Dim.AUTO, Dim.STATIC),))
+        for model in (Plain(), Even())
+    )
+    assert len(program.module()(torch.ones(5, 3))) == 5
+    _compat.take_guards(program, even)
+    assert len(program.module()(torch.ones(6, 3))) == 6
+    with pytest.raises(AssertionError):
+        program.module()(torch.ones(5, 3))
+
+
 def test_whether_autograd_runs_backward() -> None:
     from fasp_fx._compat import is_backward
 

@@ -41,7 +41,7 @@ def test_caches_as_inputs_and_outputs(tmp_path: Path) -> None:
         }
 
     program = capture(model, (), call(4, 3))
-    module, _ = finish(program)
+    module = finish(program)
     result = fasp_fx.Result(
         module,
         fasp_fx.PruningPlan("", (), 0.0),

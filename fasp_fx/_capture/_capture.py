@@ -123,7 +123,7 @@ def capture(
     check_names((*exported.state_dict, *exported.constants))
     _check_generators(exported)
     module = exported.module(check_guards=False)
-    own_names(module)
+    own_names(module, module.graph)
     single_layers(module.graph)
     remove_dead(module.graph)
     example = exported.example_inputs
@@ -239,6 +239,6 @@ def recapture(program: Program, exported: ExportedProgram) -> Program:
     for node, old in zip(inputs, before, strict=True):
         if node.name != old.name:
             node._rename(old.name)
-    own_names(module)
+    own_names(module, module.graph)
     module.recompile()
     return replace(program, module=module, facts=ExportFacts.of(exported))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import keyword
 from collections.abc import Iterable
 
-from torch import fx
+from torch import fx, nn
 
 from ..errors import CaptureError
 
@@ -39,9 +39,9 @@ def check_names(weights: Iterable[str]) -> None:
             )
 
 
-def own_names(module: fx.GraphModule) -> None:
-    """Rename nodes called like a weight that they are not: inputs, and tensors that a graph makes, have
-    channels by their names as weights have.
+def own_names(module: nn.Module, graph: fx.Graph) -> None:
+    """Rename nodes of a graph called like a weight of its module that they are not: inputs, and tensors that
+    a graph makes, have channels by their names as weights have.
 
     An argument ``x`` beside a parameter ``x`` is such a one. A node called ``self`` hides the module in
     generated code.
@@ -53,7 +53,7 @@ def own_names(module: fx.GraphModule) -> None:
             *module.named_buffers(remove_duplicate=False),
         )
     }
-    for node in module.graph.nodes:
+    for node in graph.nodes:
         wanted, called = node.name, weights if node.op != "get_attr" else set()
         while node.name in called or node.name == "self":
             wanted = f"{wanted}_node"

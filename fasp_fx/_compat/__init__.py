@@ -40,7 +40,7 @@ from ._operators import (
     is_transform,
     traced_by,
 )
-from ._sizes import ShapeEnv, free_unbacked_symbols, int_oo, refuse_new_guards
+from ._sizes import ShapeEnv, free_unbacked_symbols, int_oo, refuse_new_guards, take_guards
 
 __all__ = [
     "FAKE_LOGGER",
@@ -72,6 +72,7 @@ __all__ = [
     "refuse_new_guards",
     "silent_export",
     "silent_fake_tensors",
+    "take_guards",
     "traced_by",
     "without_fake_cache",
 ]

@@ -6,6 +6,7 @@ import contextlib
 from collections.abc import Iterator
 from unittest import mock
 
+from torch.export import ExportedProgram
 from torch.fx.experimental.symbolic_shapes import ShapeEnv, free_unbacked_symbols
 from torch.utils._sympy.numbers import int_oo
 
@@ -35,4 +36,11 @@ def refuse_new_guards(environment: ShapeEnv) -> Iterator[None]:
             environment.frozen = frozen
 
 
-__all__ = ["ShapeEnv", "free_unbacked_symbols", "int_oo", "refuse_new_guards"]
+def take_guards(program: ExportedProgram, other: ExportedProgram) -> None:
+    """Give a program the guards on its sizes that another has; by itself it has those that its symbols came
+    with when it was made.
+    """
+    program._guards_code = other._guards_code
+
+
+__all__ = ["ShapeEnv", "free_unbacked_symbols", "int_oo", "refuse_new_guards", "take_guards"]

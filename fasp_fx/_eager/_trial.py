@@ -21,6 +21,7 @@ from .._exactness._compare import Seen, coarsest, deviations, settled
 from .._exactness._execution import Ran, default_type, remembers, run, wide, widened, widened_types
 from .._exactness._execution import copied as as_now
 from .._program import Program
+from .._pruned_module import PrunedModule
 from ..channels import written_names
 from ..errors import EagerError, first_line
 from ._call import OTHERS, Question, call_of, integer_questions, longer_question, questions
@@ -209,7 +210,8 @@ def program_of(result: Result) -> Program:
     Raises:
         EagerError: it holds none.
     """
-    example = result.program.example_inputs
+    assert isinstance(result.module, PrunedModule)
+    example = result.module.fasp_fx_origin.example
     if example is None:
         raise EagerError(
             "the program of the result holds no example inputs, so that nothing can be held against it; use"

@@ -103,7 +103,7 @@ class _Net:
         groups = decided(self.analysis, self.decision)
         if not groups:  # the program stays as it was captured, fused producers included
             self.lap("passes")
-            module, _ = finish(self.program, before=self.program.module.graph)
+            module = finish(self.program, before=self.program.module.graph)
             self.lap("export")
             return Held(self.decision, self.program, module)
         made, fault = self._tried(groups, exporting=True, lap=self.lap)
@@ -214,7 +214,7 @@ class _Net:
         made = _Made(rewritten, rewritten.module)
         if exporting:
             try:
-                made.module, _ = finish(rewritten, before=self.program.module.graph)
+                made.module = finish(rewritten, before=self.program.module.graph)
             except torch.OutOfMemoryError:
                 raise
             except Exception as error:  # an exporter raises what it likes

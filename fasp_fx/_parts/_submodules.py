@@ -236,7 +236,7 @@ class Search:
         """How the captured module differs from the original, called alone and in its place in the model."""
         strangers: list[nn.Module] = []
         try:
-            captured, _ = finish(program)
+            captured = finish(program)
             with rewound(self.model):
                 expected = example.run(module)
             with rewound(self.model), rewound(captured):

@@ -103,7 +103,7 @@ def not_run(monkeypatch: pytest.MonkeyPatch) -> None:
         )
         for stage in ("passes", "export"):
             lap(stage)
-        module, _ = finish(rewritten)
+        module = finish(rewritten)
         return Held(decision, rewritten, module)
 
     monkeypatch.setattr(sys.modules["fasp_fx._pipeline"], "carry_out", carry_out)
