@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from functools import cache
 from typing import Any
 
 import torch
@@ -72,13 +73,21 @@ _WRITES_STATISTICS = ("training", "use_input_stats")
 
 def written_by(node: fx.Node) -> list[fx.Node]:
     """The nodes whose storage a node writes into."""
-    if not isinstance(node.target, OpOverload):
+    if not isinstance(node.target, OpOverload) or not _may_write(node.target):
         return []
     given = arguments(node)
     taken = [given.get(argument.name) for argument in node.target._schema.arguments if argument.is_write]
     if any(given.get(flag) for flag in _WRITES_STATISTICS):
         taken += [given.get("running_mean"), given.get("running_var")]
     return [viewed(value) for value in pytree.tree_leaves(taken) if isinstance(value, fx.Node)]
+
+
+@cache
+def _may_write(operator: OpOverload) -> bool:
+    """Whether an operator writes into any of its arguments, always or when a flag says so."""
+    return any(
+        argument.is_write or argument.name in _WRITES_STATISTICS for argument in operator._schema.arguments
+    )
 
 
 def written_names(graph: fx.Graph) -> set[str]:
