@@ -16,6 +16,7 @@ from ._calling._facts import ExportFacts
 from ._calling._signature import CallSignature
 from ._compat import LazyGraphModule, pytree
 from ._offload._current import keep
+from ._recipes import Recipe
 from .channels import Slot, attribute, target_name, written_names
 
 
@@ -64,6 +65,8 @@ class Program:
         state_inputs: names of placeholders that may become narrower.
         state_outputs: positions of outputs that may become narrower.
         parts: weights made by splitting, by name.
+        recipes: how weights that a pass has made come of the captured ones, by name: of some rows, of what
+            is left, as copies. A repair has other values in the place of these.
         numbers: for weights that a pass has rewritten, the channel numbers of the analysed program along each
             dimension.
         notes: what a user should know of the capture, for the report.
@@ -85,6 +88,7 @@ class Program:
     state_inputs: frozenset[str] = frozenset()
     state_outputs: frozenset[int] = frozenset()
     parts: dict[str, RowPart] = field(default_factory=dict)
+    recipes: dict[str, Recipe] = field(default_factory=dict)
     numbers: dict[str, list[Tensor | None]] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
     order: tuple[str, ...] = ()
@@ -172,6 +176,10 @@ class Program:
             if isinstance(made, nn.Parameter) or not isinstance(first, nn.Parameter):
                 first = made
 
+    def recipe(self, name: str) -> Recipe:
+        """How a weight comes of the captured ones; one that no pass has made is itself."""
+        return self.recipes.get(name, Recipe(name))
+
     def origin(self, slot: Slot) -> tuple[str, np.ndarray]:
         """The caller's weight that a slot lies in, and the index there of each of the slot's channels."""
         part = self.parts.get(slot.name)
@@ -197,7 +205,13 @@ class Program:
     def _over(self, graph: fx.Graph) -> Program:
         """The program with a graph for its own, and a module tree that can be changed."""
         module = graph_module(_tree_copy(self.module), graph, self.module.meta, LazyGraphModule)
-        return replace(self, module=module, parts=dict(self.parts), numbers=dict(self.numbers))
+        return replace(
+            self,
+            module=module,
+            parts=dict(self.parts),
+            recipes=dict(self.recipes),
+            numbers=dict(self.numbers),
+        )
 
     def placeholders(self) -> list[fx.Node]:
         """The graph's inputs in order."""

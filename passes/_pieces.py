@@ -13,6 +13,7 @@ import torch
 from torch import fx, nn
 
 from fasp_fx._program import Program, RowPart, set_weight
+from fasp_fx._recipes import Cut
 from fasp_fx._stamps import stamp
 from fasp_fx.channels import Value, attribute, target_name
 from fasp_fx.patterns import lookup
@@ -37,17 +38,9 @@ def take_apart(program: Program, analysis: Analysis, stuck: np.ndarray, by: str)
     program = program.copy()
     nodes = {node.name: node for node in program.module.graph.nodes}
     for name, dim, pieces in found:
-        weight = attribute(program.module, name)
         for index, (piece, rows) in enumerate(pieces):
             new = program.free_name(f"{name}_{index}")
-            with torch.no_grad():
-                held = weight.detach().narrow(dim, rows.start, len(rows)).clone()
-            set_weight(program.module, new, nn.Parameter(held, requires_grad=weight.requires_grad))
-            program.parts[new] = RowPart(name, tuple(rows), dim)
-            numbers = [analysis.numbering.numbers(name, d) for d in range(weight.dim())]
-            own = numbers[dim]
-            numbers[dim] = None if own is None else own[rows.start : rows.stop]
-            program.numbers[new] = numbers
+            add_part(program, analysis, name, new, np.array(rows), dim)
             at = nodes[piece.name]
             with program.module.graph.inserting_before(at):
                 at.replace_all_uses_with(stamp(program.module.graph.get_attr(new), by))
@@ -60,9 +53,27 @@ def take_apart(program: Program, analysis: Analysis, stuck: np.ndarray, by: str)
     return program
 
 
+def add_part(program: Program, analysis: Analysis, name: str, new: str, rows: np.ndarray, dim: int) -> None:
+    """Register some rows of a weight as a weight of its own; to the verifier its channels are those of the
+    whole.
+    """
+    weight, whole, cut = attribute(program.module, name), program.parts.get(name), Cut(dim, rows[None])
+    with torch.no_grad():
+        held = cut.apply(weight.detach())
+    set_weight(program.module, new, nn.Parameter(held, requires_grad=weight.requires_grad))
+    program.recipes[new] = program.recipe(name).then(cut)
+    source, indices = (name, rows) if whole is None else (whole.name, np.array(whole.rows)[rows])
+    program.parts[new] = RowPart(source, tuple(indices.tolist()), dim)
+    numbers = [analysis.numbering.numbers(name, d) for d in range(weight.dim())]
+    own = numbers[dim]
+    numbers[dim] = None if own is None else own[torch.from_numpy(rows)]
+    program.numbers[new] = numbers
+
+
 def delete_weight(program: Program, name: str) -> None:
     """Take a weight, or a part of one, out of the program."""
     program.parts.pop(name, None)
+    program.recipes.pop(name, None)
     path, _, leaf = name.rpartition(".")
     delattr(attribute(program.module, path) if path else program.module, leaf)
 

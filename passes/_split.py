@@ -14,15 +14,15 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, fx
 
 from fasp_fx._compat import pytree
-from fasp_fx._program import Program, RowPart, set_weight
+from fasp_fx._program import Program
 from fasp_fx._stamps import stamp
 from fasp_fx.channels import Axis, Use, Value, arguments, attribute, is_dynamic, run_on_numbers, target_name
 from fasp_fx.patterns import Rule, lookup
 
-from ._pieces import delete_weight, take_apart
+from ._pieces import add_part, delete_weight, take_apart
 
 if TYPE_CHECKING:
     from fasp_fx.analysis import Analysis
@@ -228,7 +228,8 @@ class _Splitter:
                 for original in _weights_nodes(chain, use):
                     if original.op == "get_attr":
                         name = program.free_name(f"{original.target}_{index}")
-                        self._add_part(program, str(original.target), name, rows, use)
+                        source = str(original.target)
+                        add_part(program, self.analysis, source, name, rows, self._row_dim(source, use))
                         copies[nodes[original.name]] = stamp(graph.get_attr(name), self.name)
                     else:
                         copies[nodes[original.name]] = self._copy(nodes[original.name], copies, anchor)
@@ -242,22 +243,6 @@ class _Splitter:
         # It is computed where the part was taken out: in the module of the product, which has returned by
         # then, it would be a call of that module which the model does not have.
         return stamp(anchor.graph.node_copy(node, lambda n: copies.get(n, n)), self.name, anchor)
-
-    def _add_part(self, program: Program, name: str, new: str, rows: np.ndarray, use: Use) -> None:
-        weight = attribute(program.module, name)
-        dim = self._row_dim(name, use)
-        with torch.no_grad():
-            piece = weight.detach().index_select(dim, torch.from_numpy(rows).to(weight.device))
-        set_weight(program.module, new, nn.Parameter(piece, requires_grad=weight.requires_grad))
-        whole = program.parts.get(name)
-        if whole is None:
-            program.parts[new] = RowPart(name, tuple(rows.tolist()), dim)
-        else:
-            program.parts[new] = RowPart(whole.name, tuple(whole.rows[row] for row in rows.tolist()), dim)
-        numbers = [self.analysis.numbering.numbers(name, d) for d in range(weight.dim())]
-        original = numbers[dim]
-        numbers[dim] = original[torch.from_numpy(rows)] if original is not None else None
-        program.numbers[new] = numbers
 
     def _row_dim(self, name: str, use: Use) -> int:
         if name != use.weight:

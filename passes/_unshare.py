@@ -256,4 +256,5 @@ def _copy_buffer(program: Program, analysis: Analysis, source: str, first: str) 
     owner.register_buffer(leaf, copy, persistent=persistent)
     program.numbers[name] = [analysis.numbering.numbers(source, dim) for dim in range(copy.dim())]
     program.copies = (*program.copies, CopiedBuffer(name, source))
+    program.recipes[name] = program.recipe(source)
     return name

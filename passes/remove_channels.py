@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Callable
-from dataclasses import replace
+from collections.abc import Callable, Container, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch import Tensor, fx
 
+from fasp_fx._recipes import Cut, Recipe
 from fasp_fx._stamps import stamp
-from fasp_fx.channels import Numbering, Slot, Value, Walk, arguments, attribute, set_argument
+from fasp_fx.channels import Numbering, Slot, Value, Walk, arguments, set_argument
 from fasp_fx.errors import VerificationError
 from fasp_fx.patterns import VIEWS, Clause, lookup
 
@@ -36,7 +36,7 @@ class RemoveChannels(Pass):
     :class:`KeepDenseCount` has run, or means are taken over what is left.
 
     Postcondition: no weight and no input that holds state holds a channel of ``removal``; every node executes
-    at the new sizes.
+    at the new sizes; how each weight was cut is recorded in ``program.recipes``.
 
     Args:
         removal: a plan, or a boolean for each channel number of the analysis, constant within each channel
@@ -61,108 +61,89 @@ class RemoveChannels(Pass):
         return program
 
 
+def recipes_of(numbering: Numbering, gone: np.ndarray, names: Container[str]) -> dict[str, Recipe]:
+    """How the weights among ``names`` that lose channels are cut; no weight has to be at hand.
+
+    Args:
+        gone: for every channel number, whether it is removed.
+
+    Raises:
+        VerificationError: the blocks of a weight would keep unequal numbers of channels.
+    """
+    recipes: dict[str, Recipe] = {}
+    # Blocks are those of the whole weight: they are cut first.
+    for slot in sorted(_losing(numbering, gone, "weight"), key=lambda slot: slot.block_dim is None):
+        if slot.name in names:
+            cut = Cut.of(slot.name, slot.dim, _stays(slot, gone), slot.block_dim)
+            recipes[slot.name] = recipes.get(slot.name, Recipe(slot.name)).then(cut)
+    return recipes
+
+
+def _losing(numbering: Numbering, gone: np.ndarray, kind: str) -> list[Slot]:
+    """The dimensions of one kind that lose channels, without those of nodes that a foreign pass has
+    replaced.
+    """
+    return [
+        slot
+        for slot in numbering.slots
+        if slot.kind == kind
+        and gone[slot.base : slot.base + slot.size].any()
+        and numbering.get(slot.name, slot.dim) is slot
+    ]
+
+
+def _stays(slot: Slot, gone: np.ndarray) -> np.ndarray:
+    """Which channels of a dimension stay, shape ``[blocks, channels of each]``."""
+    return ~gone[slot.base : slot.base + slot.size].reshape(slot.blocks, -1)
+
+
+def _left(slot: Slot, recipe: Recipe, shape: Sequence[int]) -> Tensor:
+    """The numbers of a dimension's channels that a recipe leaves (see :meth:`Slot.numbers`).
+
+    Args:
+        shape: of the tensor before.
+    """
+    numbers = slot.numbers()
+    for cut in recipe.cuts:
+        kept = torch.from_numpy(cut.kept)
+        if cut.dim == slot.dim:
+            numbers = numbers[kept[0]] if slot.block_dim is None else numbers.gather(1, kept)
+        elif cut.dim == slot.block_dim and cut.block_dim is None and shape[cut.dim] == slot.blocks:
+            numbers = numbers[kept[0]]  # blocks go as a whole
+    return numbers
+
+
+def _cut_weights(program: Program, analysis: Analysis, gone: np.ndarray) -> None:
+    numbering, held, aliases = analysis.numbering, program.weights(), program.aliases()
+    for name, recipe in recipes_of(numbering, gone, held).items():
+        weight, names = held[name].detach(), aliases.get(name, [name])
+        program.numbers[name] = [
+            None if (slot := numbering.get(name, dim)) is None else _left(slot, recipe, weight.shape)
+            for dim in range(weight.dim())
+        ]
+        program.recipes.update(dict.fromkeys(names, program.recipe(name).then(*recipe.cuts)))
+        program.replace_weight(names, recipe.apply(weight))
+    for slot in _losing(numbering, gone, "created"):
+        left = program.numbers.setdefault(slot.name, [])
+        left.extend([None] * (slot.dim + 1 - len(left)))
+        left[slot.dim] = torch.from_numpy(np.flatnonzero(_stays(slot, gone))) + slot.base
+
+
 def _cut_inputs(program: Program, analysis: Analysis, gone: np.ndarray) -> None:
     """Inputs that hold state become narrower: what is recorded of them, and their examples."""
     leaves, structure = pytree.tree_flatten(program.example)
     at = {node.name: (index, node) for index, node in enumerate(program.placeholders())}
-    for slot in analysis.numbering.slots:
-        taken = gone[slot.base : slot.base + slot.size]
-        if slot.kind != "input" or not taken.any():
-            continue
-        index, node = at[slot.name]
+    for slot in _losing(analysis.numbering, gone, "input"):
+        (index, node), recipe, stays = at[slot.name], Recipe(slot.name), _stays(slot, gone)
+        if slot.block_dim is not None:  # heads of which nothing is left go first
+            heads = np.flatnonzero(stays.any(1))
+            recipe, stays = recipe.then(Cut(slot.block_dim, heads[None])), stays[heads]
+        recipe = recipe.then(Cut.of(slot.name, slot.dim, stays, slot.block_dim))
         numbers = program.numbers.setdefault(slot.name, [None] * leaves[index].dim())
-        leaves[index], numbers[slot.dim] = _cut_input(leaves[index], slot, torch.from_numpy(~taken))
-        recorded, cut = node.meta["val"], leaves[index].shape
-        node.meta["val"] = recorded.new_empty(
-            [new if isinstance(old, int) else old for old, new in zip(recorded.shape, cut, strict=True)]
-        )
+        numbers[slot.dim] = _left(slot, recipe, leaves[index].shape)
+        leaves[index] = recipe.apply(leaves[index])
+        node.meta["val"] = node.meta["val"].new_empty(recipe.shape(node.meta["val"].shape))
     program.example = pytree.tree_unflatten(leaves, structure)
-
-
-def _cut_input(example: Tensor, slot: Slot, keep: Tensor) -> tuple[Tensor, Tensor]:
-    if slot.block_dim is None:
-        kept = keep.nonzero()[:, 0]
-        return example.index_select(slot.dim, kept.to(example.device)), kept + slot.base
-    whole = keep.reshape(slot.blocks, -1).any(1).nonzero()[:, 0]  # heads of which something is left
-    width = slot.size // slot.blocks
-    left = replace(slot, size=len(whole) * width, blocks=len(whole), base=0)
-    cut, within = _cut_blocks(
-        example.index_select(slot.block_dim, whole.to(example.device)),
-        left,
-        keep.reshape(slot.blocks, -1)[whole].flatten(),
-    )
-    return cut, within % width + whole[:, None] * width + slot.base
-
-
-def _cut_weights(program: Program, analysis: Analysis, gone: np.ndarray) -> None:
-    by_name: dict[str, list[Slot]] = {}
-    held = program.weights()
-    for slot in analysis.numbering.slots:
-        if analysis.numbering.get(slot.name, slot.dim) is not slot:
-            continue  # of a node that a foreign pass has replaced
-        if slot.kind == "created" and gone[slot.base : slot.base + slot.size].any():
-            left = program.numbers.setdefault(slot.name, [])
-            left.extend([None] * (slot.dim + 1 - len(left)))
-            left[slot.dim] = (
-                torch.from_numpy(np.flatnonzero(~gone[slot.base : slot.base + slot.size])) + slot.base
-            )
-        if slot.kind == "weight" and slot.name in held and gone[slot.base : slot.base + slot.size].any():
-            by_name.setdefault(slot.name, []).append(slot)
-    aliases = program.aliases()
-    for name, slots in by_name.items():
-        cut, numbers = cut_weight(
-            name, attribute(program.module, name).detach(), slots, analysis.numbering, gone
-        )
-        program.replace_weight(aliases.get(name, [name]), cut)
-        program.numbers[name] = numbers
-
-
-def cut_weight(
-    name: str, weight: Tensor, slots: list[Slot], numbering: Numbering, gone: np.ndarray
-) -> tuple[Tensor, list[Tensor | None]]:
-    """What is left of one weight (differentiably), and of the numbers along each of its dimensions;
-    ``slots``: its dimensions that lose channels.
-    """
-    cut, numbers = weight, [numbering.numbers(name, dim) for dim in range(weight.dim())]
-    for slot in sorted(slots, key=lambda slot: slot.block_dim is None):
-        # Blocks are those of the whole weight: they are cut first.
-        keep = torch.from_numpy(~gone[slot.base : slot.base + slot.size])
-        if slot.block_dim is None:
-            kept = keep.nonzero()[:, 0]
-            cut, numbers[slot.dim] = cut.index_select(slot.dim, kept.to(cut.device)), kept + slot.base
-        else:
-            cut, numbers[slot.dim] = _cut_blocks(cut, slot, keep)
-    for dim, own in enumerate(numbers):
-        divided = numbering.get(name, dim)
-        divider = next(
-            (slot for slot in slots if divided is not None and slot.dim == divided.block_dim), None
-        )
-        if own is not None and divided is not None and divider is not None and divided.blocks == divider.size:
-            # Blocks that went as a whole.
-            numbers[dim] = own[torch.from_numpy(~gone[divider.base : divider.base + divider.size])]
-    return cut, numbers
-
-
-def _cut_blocks(weight: Tensor, slot: Slot, keep: Tensor) -> tuple[Tensor, Tensor]:
-    """Cut a dimension whose channels differ from block to block; all blocks keep equal numbers."""
-    rows = keep.reshape(slot.blocks, -1)
-    counts = rows.sum(1)
-    if bool((counts != counts[0]).any()):
-        raise VerificationError(
-            f"the blocks of '{slot.name}' would keep unequal numbers of channels along dimension {slot.dim}:"
-            f" {sorted(set(counts.tolist()))}"
-        )
-    left = rows.nonzero()[:, 1].reshape(slot.blocks, -1)
-    assert slot.block_dim is not None
-    pieces = weight.chunk(slot.blocks, slot.block_dim)
-    cut = torch.cat(
-        [
-            piece.index_select(slot.dim, row.to(weight.device))
-            for piece, row in zip(pieces, left, strict=True)
-        ],
-        slot.block_dim,
-    )
-    return cut, left + slot.base + torch.arange(slot.blocks)[:, None] * rows.shape[1]
 
 
 def _resize(

@@ -589,8 +589,8 @@ def test_warnings_can_be_errors() -> None:
 def _rows_elsewhere(add_part: Any) -> Any:
     """Gives each part of a fused weight the right numbers and the wrong rows."""
 
-    def wrong(self: Any, program: Any, name: str, new: str, rows: Any, use: Any) -> None:
-        add_part(self, program, name, new, rows, use)
+    def wrong(program: Any, analysis: Any, name: str, new: str, rows: Any, dim: int) -> None:
+        add_part(program, analysis, name, new, rows, dim)
         with torch.no_grad():
             part = program.weights()[new]
             part.copy_(part.roll(1, 0))
@@ -606,7 +606,7 @@ def test_fused_weights_are_compared_whole(
     with one_capture():
         result = fasp_fx.prune(model, (), entry.example(), sparsity=0.2, **MAGNITUDE)
         assert result.plan.splits
-        monkeypatch.setattr(splitting._Splitter, "_add_part", _rows_elsewhere(splitting._Splitter._add_part))
+        monkeypatch.setattr(splitting, "add_part", _rows_elsewhere(splitting.add_part))
         with pytest.raises(
             fasp_fx.VerificationError, match="cannot be removed: on the example inputs an output differs"
         ):

@@ -6,7 +6,7 @@ import functools
 import re
 import weakref
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any, cast
 
 import numpy as np
@@ -16,13 +16,12 @@ from torch import Tensor, fx, nn
 from .._compat import FakeTensorMode
 from .._compat._dynamo import TracingContext, lookup_backend, traces_recurrent
 from .._program import Program
+from .._recipes import Recipe
 from .._warn import warn
 from ..analysis import Analysis, analyze_program
-from ..channels import Numbering, Slot
 from ..errors import ArgumentError, CaptureError, FaspError, PartialPlanWarning, PlanError, VerificationError
 from ..groups import FROZEN
 from ..passes import Prune, split_fused
-from ..passes.remove_channels import cut_weight
 from ..plan import PruningPlan, check_fingerprint, fingerprint, gone_of
 from ._dynamo import as_program, free_sizes, holders, trace, weight_names
 
@@ -146,14 +145,12 @@ class _Backend:
         for name, tensor in named.items():
             aliases.setdefault(names[id(tensor)], []).append(name)
         program = as_program(trace(module, grad), weights, tuple(named), aliases)
-        rewritten, cuts = self._rewritten(program)
-        if not cuts and rewritten is program:
+        rewritten = self._rewritten(program)
+        if rewritten is program:
             return self.inner(module, example)
         lifted, order = _lift(rewritten)
-        slices = [
-            _Slice.of(name, cuts, {known: position for position, (known, _) in weights.items()}, rewritten)
-            for name in order
-        ]
+        positions = {known: position for position, (known, _) in weights.items()}
+        slices = [_Slice.of(name, positions, rewritten) for name in order]
         rest = [position for position in range(len(example)) if position not in weights]
         mode = cast(FakeTensorMode, TracingContext.get().fake_mode)
         values = [node.meta["example_value"] for node in module.graph.find_nodes(op="placeholder")]
@@ -203,15 +200,9 @@ class _Backend:
             self.plan.include,
         )
 
-    def _rewritten(self, program: Program) -> tuple[Program, dict[str, _Cut]]:
+    def _rewritten(self, program: Program) -> Program:
         plan, gone, analysis = self._read(program)
-        if not plan.groups:
-            return program, {}
-        cuts: dict[str, _Cut] = {}
-        for slot in analysis.numbering.slots:
-            if slot.kind == "weight" and gone[slot.base : slot.base + slot.size].any():
-                cuts.setdefault(slot.name, _Cut(slot.name, [], analysis.numbering, gone)).slots.append(slot)
-        return Prune(gone, None, analysis)(analysis.program), cuts
+        return Prune(gone, None, analysis)(analysis.program) if plan.groups else program
 
     def _read(self, program: Program) -> tuple[PruningPlan, np.ndarray, Analysis]:
         """What of the plan can be done in a graph, and how it was analysed."""
@@ -286,55 +277,29 @@ def _refuse(error: FaspError, *args: Any) -> Any:
     raise error
 
 
-@dataclass
-class _Cut:
-    """What one weight loses."""
-
-    name: str
-    slots: list[Slot]
-    numbering: Numbering
-    gone: np.ndarray
-
-
 class _Slice:
-    """One weight of the smaller graph, made of one of the model's."""
+    """One weight of the smaller graph, made of one of the model's, or a constant."""
 
-    def __init__(
-        self,
-        position: int | None,
-        constant: Tensor | None,
-        rows: tuple[int, tuple[int, ...]] | None,
-        lost: _Cut | None,
-    ) -> None:
-        self.position, self.constant, self.rows, self.lost = position, constant, rows, lost
+    def __init__(self, recipe: Recipe, position: int | None, constant: Tensor | None = None) -> None:
+        self.recipe, self.position, self.constant = recipe, position, constant
         self._made: tuple[Tensor, weakref.ref[Tensor], Tensor, int] | None = None
 
     @staticmethod
-    def of(name: str, cuts: dict[str, _Cut], positions: dict[str, int], program: Program) -> _Slice:
+    def of(name: str, positions: dict[str, int], program: Program) -> _Slice:
         """The slice that stands under ``name`` in the rewritten program."""
-        part, copied = program.parts.get(name), {made.name: made.source for made in program.copies}
-        source = program.canonical().get(name, name) if part is None else part.name
-        lost = cuts.get(name, cuts.get(source))
-        source = copied.get(name, source)
-        if source not in positions:
-            if lost is not None or part is not None:
-                raise VerificationError(f"'{name}' would be cut, but is no weight of the model")
-            return _Slice(None, program.weights().get(name, getattr(program.module, name, None)), None, None)
-        return _Slice(positions[source], None, None if part is None else (part.dim, part.rows), lost)
+        recipe = program.recipe(name)
+        position = positions.get(program.canonical().get(recipe.source, recipe.source))
+        if position is None and recipe.cuts:
+            raise VerificationError(f"'{name}' would be cut, but is no weight of the model")
+        constant = program.weights().get(name, getattr(program.module, name, None))
+        return _Slice(recipe, position, constant if position is None else None)
 
     def cut(self, args: Any) -> Tensor:
         """The slice of the present weight, differentiably."""
         if self.position is None:
             assert self.constant is not None
             return self.constant
-        weight = args[self.position]
-        if self.rows is not None:
-            weight = weight.index_select(self.rows[0], torch.tensor(self.rows[1], device=weight.device))
-        return (
-            weight
-            if self.lost is None
-            else cut_weight(self.lost.name, weight, self.lost.slots, self.lost.numbering, self.lost.gone)[0]
-        )
+        return self.recipe.apply(args[self.position])
 
     def trains(self, args: Any) -> bool:
         """Whether its weight wants gradients."""
@@ -342,7 +307,7 @@ class _Slice:
 
     def current(self, args: Any) -> Tensor:
         """The slice; made anew if its weight is another or has changed since."""
-        if self.position is None or (self.rows is None and self.lost is None):
+        if self.position is None or not self.recipe.cuts:
             return self.cut(args)
         weight: Tensor = args[self.position]
         if (
