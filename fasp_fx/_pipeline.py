@@ -166,14 +166,7 @@ def make_plan(program: Program, analysis: Analysis, decision: Decision) -> Pruni
         plans.program_fingerprint(program),
         groups,
         Sparsity(analysis).removed([entry.removed_sets for entry in entries]),
-        (
-            tuple(
-                plans.SplitWeight(name, part.name, part.dim, part.rows)
-                for name, part in analysis.program.parts.items()
-            )
-            if groups
-            else ()
-        ),
+        tuple(analysis.program.parts.values()) if groups else (),
         granularity=tuple(sorted(analysis.granularity)),
         include=tuple(sorted(analysis.include)),
         folds=program.folds,

@@ -21,14 +21,15 @@ from .channels import Slot, attribute, target_name, written_names
 
 
 @dataclass(frozen=True)
-class RowPart:
-    """A weight that holds some rows of one of the caller's weights (see the pass that splits fused
-    producers).
+class SplitWeight:
+    """A weight that holds the given rows of a fused weight of the model, in this order, before removal (see
+    the pass that splits fused producers).
     """
 
     name: str
-    rows: tuple[int, ...]
+    source: str
     dim: int
+    rows: tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -87,7 +88,7 @@ class Program:
     example: tuple[tuple[Any, ...], dict[str, Any]]
     state_inputs: frozenset[str] = frozenset()
     state_outputs: frozenset[int] = frozenset()
-    parts: dict[str, RowPart] = field(default_factory=dict)
+    parts: dict[str, SplitWeight] = field(default_factory=dict)
     recipes: dict[str, Recipe] = field(default_factory=dict)
     numbers: dict[str, list[Tensor | None]] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
@@ -184,7 +185,7 @@ class Program:
         """The caller's weight that a slot lies in, and the index there of each of the slot's channels."""
         part = self.parts.get(slot.name)
         rows = np.array(part.rows) if part is not None and slot.dim == part.dim else np.arange(slot.size)
-        return (part.name if part is not None else slot.name), rows
+        return (part.source if part is not None else slot.name), rows
 
     def copy(self) -> Program:
         """A program whose graph and module tree can be changed; tensors are shared."""

@@ -7,7 +7,8 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from .plan import PruningPlan, SplitWeight
+from ._program import SplitWeight
+from .plan import PruningPlan
 
 
 class FusedWeights:

@@ -13,7 +13,7 @@ import torch
 from torch import fx, nn
 
 from ._fingerprint import fingerprint as fingerprint
-from ._program import CopiedBuffer, FoldedWeight, Program
+from ._program import CopiedBuffer, FoldedWeight, Program, SplitWeight
 from .channels import attribute
 from .errors import ArgumentError, PlanError
 from .groups import Group, Member, ranges
@@ -67,18 +67,6 @@ class PlannedGroup:
     def __str__(self) -> str:
         left, right = ", ".join(map(str, self.producers)), ", ".join(map(str, self.consumers))
         return f"{self.name}: {self.removed_sets} of {self.size}  {left} -> {right}"
-
-
-@dataclass(frozen=True)
-class SplitWeight:
-    """A weight of the result that holds the given rows of a fused weight of the model, in this order, before
-    removal.
-    """
-
-    name: str
-    source: str
-    dim: int
-    rows: tuple[int, ...]
 
 
 @dataclass(frozen=True)

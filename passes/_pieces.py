@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import fx, nn
 
-from fasp_fx._program import Program, RowPart, set_weight
+from fasp_fx._program import Program, SplitWeight, set_weight
 from fasp_fx._recipes import Cut
 from fasp_fx._stamps import stamp
 from fasp_fx.channels import Value, attribute, target_name
@@ -62,8 +62,8 @@ def add_part(program: Program, analysis: Analysis, name: str, new: str, rows: np
         held = cut.apply(weight.detach())
     set_weight(program.module, new, nn.Parameter(held, requires_grad=weight.requires_grad))
     program.recipes[new] = program.recipe(name).then(cut)
-    source, indices = (name, rows) if whole is None else (whole.name, np.array(whole.rows)[rows])
-    program.parts[new] = RowPart(source, tuple(indices.tolist()), dim)
+    source, indices = (name, rows) if whole is None else (whole.source, np.array(whole.rows)[rows])
+    program.parts[new] = SplitWeight(new, source, dim, tuple(indices.tolist()))
     numbers = [analysis.numbering.numbers(name, d) for d in range(weight.dim())]
     own = numbers[dim]
     numbers[dim] = None if own is None else own[torch.from_numpy(rows)]

@@ -51,7 +51,7 @@ class GroupBuilder:
             [product.numbers for product in facts.products] if found.exempt else []
         )
         self.parameters = {
-            program.parts[name].name if name in program.parts else name
+            program.parts[name].source if name in program.parts else name
             for name, _ in program.module.named_parameters(remove_duplicate=False)
         }
 

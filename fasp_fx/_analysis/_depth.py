@@ -146,7 +146,7 @@ def _leaves_nothing(group: Group, program: Program) -> bool:
         if node.op == "get_attr":
             name = target_name(node)
             held = attribute(program.module, name)
-            origin = program.parts[name].name if name in program.parts else name
+            origin = program.parts[name].source if name in program.parts else name
             if isinstance(held, nn.Parameter) and held.dim() > 1 and origin not in whole:
                 return False
         elif node.op != "call_function" or not goes_with_a_block(node):

@@ -43,7 +43,7 @@ def _names_of(analysis: Analysis, name: str) -> set[str]:
     found = (
         {canonical[name]}
         if name in canonical
-        else {new for new, part in analysis.program.parts.items() if part.name == name}
+        else {new for new, part in analysis.program.parts.items() if part.source == name}
     )
     if not found:
         raise ArgumentError(

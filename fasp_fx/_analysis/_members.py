@@ -58,7 +58,7 @@ def _member(slot: Slot, numbers: np.ndarray, positions: np.ndarray, program: Pro
 
 
 def _size_before_split(program: Program, slot: Slot, original: str) -> int:
-    parts = [part for part in program.parts.values() if part.name == original]
+    parts = [part for part in program.parts.values() if part.source == original]
     return (
         sum(len(part.rows) for part in parts)
         if slot.dim == parts[0].dim

@@ -73,7 +73,7 @@ def _columns_of_parts(program: Program, numbering: Numbering) -> Pairs:
         for dim in (dim for dim in range(attribute(program.module, name).dim()) if dim != part.dim):
             slot = numbering.get(name, dim)
             if slot is not None and name in nodes:
-                leader = first.setdefault((part.name, dim), slot)
+                leader = first.setdefault((part.source, dim), slot)
                 found.append(
                     (leader.numbers().reshape(-1).numpy(), slot.numbers().reshape(-1).numpy(), nodes[name])
                 )

@@ -83,7 +83,7 @@ def _whole_weights(program: Program, analysis: Analysis) -> dict[str, _Piece] | 
     if analysis.program is program:
         return {}
     pieces = {
-        name: _Piece(part.name, part.dim, torch.tensor(part.rows))
+        name: _Piece(part.source, part.dim, torch.tensor(part.rows))
         for name, part in analysis.program.parts.items()
     }
     known = program.weights()
