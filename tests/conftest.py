@@ -5,7 +5,6 @@ process.
 from __future__ import annotations
 
 import gc
-import logging
 import os
 import random
 from collections.abc import Callable, Iterator
@@ -18,6 +17,7 @@ import torch._inductor.config
 from captures import equal_captures
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis.strategies import none
+from quick import capture_quickly
 from saved import small_result
 from torch import nn
 from whole_products import compute_in_full
@@ -46,15 +46,7 @@ EXAMPLES = settings.default.max_examples
 
 def pytest_configure(config: pytest.Config) -> None:
     gc.disable()  # until everything is imported: what modules leave is no garbage
-    # Pytest listens to loggers that do not propagate, and for whoever listens torch writes down every step of
-    # a capture, which takes a tenth of the time.
-    logging.getLogger("torch.__trace").propagate = True
-    # The cache of what operators make of fake tensors pays where many layers are alike. Of a few it takes
-    # a third of the capture (and is left out by itself where it fails).
-    torch._dynamo.config.fake_tensor_cache_enabled = False
-    # Nobody reads which line of a model made a node, and to find that for each takes a tenth of a capture.
-    if hasattr(torch.fx.config, "do_not_emit_stack_traces"):  # not in every version
-        torch.fx.config.do_not_emit_stack_traces = True
+    capture_quickly()
     # Kernels are compiled here, not by processes that would first take seconds to begin.
     torch._inductor.config.compile_threads = 1
     torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else 2)

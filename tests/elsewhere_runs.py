@@ -15,6 +15,7 @@ from typing import Any
 import torch
 import transformers as hf
 from elsewhere import register
+from quick import capture_quickly
 from torch import Tensor, nn
 from whole_products import compute_in_full
 from zoo import VOCABULARY, ZOO
@@ -201,6 +202,7 @@ def divided(folder: Path, elsewhere: torch.device) -> dict[str, Any]:
 if __name__ == "__main__":
     warnings.simplefilter("ignore")
     compute_in_full()
+    capture_quickly()
     given = Path(sys.argv[1]), register()
     found = {"runs": {name: run(name, *given) for name in CASES}}
     print(json.dumps({**found, "refusals": refusals(*given), "divided": divided(*given)}))

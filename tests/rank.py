@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from quick import capture_quickly
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 from typer.testing import CliRunner
@@ -29,6 +30,7 @@ TOKENS = 100
 
 warnings.simplefilter("ignore")
 compute_in_full()
+capture_quickly()
 
 
 class Twice(nn.Module):
