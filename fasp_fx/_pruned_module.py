@@ -32,7 +32,7 @@ class PrunedModule(fx.GraphModule):
     weights_only=False)``, in any process that can import fasp_fx.
 
     Attributes:
-        fasp_fx_origin: what it was made of, without the weights; a name that no model has for a part of its.
+        fasp_fx_origin: what it was made of, without the weights; no model has a part of that name.
     """
 
     fasp_fx_origin: Origin
@@ -117,7 +117,7 @@ def wrap_graph(assembly: Assembly, tensors: nn.Module, signature: CallSignature)
     """
     lifted = assembly.frame.module(check_guards=True)
     inputs = lifted.graph.find_nodes(op="placeholder")
-    with lifted.graph.inserting_before(inputs[0]):
+    with lifted.graph.inserting_before(next(iter(lifted.graph.nodes))):
         held = {weight.name: lifted.graph.create_node("get_attr", weight.name) for weight in assembly.weights}
     for weight in assembly.weights:
         held[weight.name].meta["val"] = weight.recorded
@@ -126,7 +126,8 @@ def wrap_graph(assembly: Assembly, tensors: nn.Module, signature: CallSignature)
     with lifted.graph.inserting_before(output):
         output.args = (assembly.fill(lifted.graph, held, seen),)
     guard_calls(lifted, assembly.frame)
-    tensors.add_module("_guards_fn", lifted.get_submodule("_guards_fn"))
+    for name, guards in lifted.named_children():
+        tensors.add_module(name, guards)
     return _wrapped(lifted, tensors, Origin(assembly, signature))
 
 

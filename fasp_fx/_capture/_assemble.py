@@ -190,8 +190,7 @@ def ready(
 
     Returns:
         ``None`` for a program that has to be traced: it writes into its inputs or weights, has regions of its
-            own or sizes that data decide, or
-        needs something of its sizes that the capture did not.
+            own or sizes that data decide, or needs something of its sizes that the capture did not.
     """
     mode = _mode(module.graph)
     if (
