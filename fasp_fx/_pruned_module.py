@@ -95,6 +95,16 @@ class Origin:
             self._made = self._made.program()
         return self._made
 
+    def body(self) -> tuple[fx.Graph, pytree.TreeSpec, pytree.TreeSpec]:
+        """What the program computes, over the names of its tensors, and the trees of its inputs and outputs;
+        the graph is not to be changed.
+        """
+        if isinstance(self._made, ExportedProgram):
+            graph, call = self._made.module(check_guards=False).graph, self._made.call_spec
+        else:
+            graph, call = self._made.graph, self._made.frame.call_spec
+        return graph, call.in_spec, call.out_spec
+
 
 def wrap(exported: ExportedProgram, signature: CallSignature) -> PrunedModule:
     """The module of an exported program behind the caller's signature."""

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import gc
 import logging
 import pickle
 import threading
@@ -135,6 +136,40 @@ def test_threads_take_turns() -> None:
 
     torch.compile(net(), backend=backend)(X[0])
     assert compiled, "torch.compile was left switched off"
+
+
+SEEN: list[bool] = []
+
+
+class Collected(nn.Module):
+    """Notes whether garbage is collected while it is captured, and fails where it is told to."""
+
+    def __init__(self, fails: bool) -> None:
+        super().__init__()
+        self.layer, self.fails = nn.Linear(4, 4), fails
+
+    def forward(self, x: Tensor) -> Tensor:
+        SEEN.append(gc.isenabled())
+        if self.fails:
+            raise RuntimeError("no")
+        y: Tensor = self.layer(x)
+        return y
+
+
+@pytest.mark.parametrize("collects", [True, False])
+@pytest.mark.parametrize("fails", [True, False])
+def test_garbage_is_collected_as_before_once_a_model_is_captured(collects: bool, fails: bool) -> None:
+    model, before = Collected(fails).eval(), gc.isenabled()
+    SEEN.clear()
+    (gc.enable if collects else gc.disable)()
+    try:
+        with pytest.raises(fasp_fx.FaspError) if fails else contextlib.nullcontext():
+            fasp_fx.analyze(model, (torch.randn(2, 4),))
+        assert gc.isenabled() == collects
+        assert SEEN
+        assert not SEEN[0]
+    finally:
+        (gc.enable if before else gc.disable)()
 
 
 def test_a_default_device_without_values_is_refused() -> None:

@@ -20,6 +20,7 @@ from .._compat import LazyGraphModule, compile_graphs, pytree
 from .._device import device_named
 from .._program import Program, graph_module
 from .._stamps import read_stamps
+from .._undisturbed import without_collections
 from ..channels import results
 from ..errors import ArgumentError, CaptureError, first_line
 from ._aliases import as_weights
@@ -37,6 +38,7 @@ from ._transformers import is_transformers, register_caches
 __all__ = ["capture", "recapture"]
 
 
+@without_collections
 def capture(
     model: nn.Module | fx.GraphModule | ExportedProgram,
     args: tuple[Any, ...] = (),

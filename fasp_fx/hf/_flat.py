@@ -8,7 +8,7 @@ import itertools
 import linecache
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, fx, nn
@@ -72,16 +72,24 @@ class FlatProgram:
                 cache of keys and values.
         """
         generated: Any = module.graph._codegen
+        trees = generated.pytree_info
+        return FlatProgram.of_graph(module.graph, trees.in_spec, trees.out_spec)
+
+    @staticmethod
+    def of_graph(body: fx.Graph, in_spec: pytree.TreeSpec, out_spec: pytree.TreeSpec) -> FlatProgram:
+        """The flat form of a graph whose inputs and outputs are the leaves of two trees; errors as for
+        :meth:`of`.
+        """
         graph = fx.Graph()
-        returned: Any = graph.graph_copy(module.graph, {})
+        returned: Any = graph.graph_copy(body, {})
         graph.output(tuple(returned))
         graph._codegen = CodeGen()
         for node in graph.nodes:
             node.type = None
         names = []
-        for spec in (generated.pytree_info.in_spec, generated.pytree_info.out_spec):
+        for spec in (in_spec, out_spec):
             tree = pytree.tree_unflatten(list(range(spec.num_leaves)), spec)
-            names.append(_names(tree[1] if spec is generated.pytree_info.in_spec else tree, spec.num_leaves))
+            names.append(_names(tree[1] if spec is in_spec else tree, spec.num_leaves))
         return FlatProgram(graph, names[0], names[1])
 
     def __call__(self, weights: nn.Module, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -150,15 +158,24 @@ class FlatProgram:
         return found + [Bound((place,), most[place]) for place in most if str(sizes[place]) not in joint]
 
     def __getstate__(self) -> dict[str, Any]:
-        raise ArgumentError(
-            "a pruned model that generates cannot be pickled, since its programs hold symbols; write it with"
-            " save_pretrained()"
-        )
+        refuse_pickling()
 
     def __deepcopy__(self, memo: Any) -> FlatProgram:
         copied = self.rewritten(copy_graph(self.graph))
         memo[id(self)] = copied
         return copied
+
+
+def refuse_pickling() -> NoReturn:
+    """Say what to do instead.
+
+    Raises:
+        ArgumentError: always.
+    """
+    raise ArgumentError(
+        "a pruned model that generates cannot be pickled, since its programs hold symbols; write it with"
+        " save_pretrained()"
+    )
 
 
 def _is_of_tokens(name: str) -> bool:

@@ -123,7 +123,8 @@ def _fill(folder: Path, model: PrunedModel, state_dict: Mapping[str, Tensor] | N
         tensors[name] = write_tensors(file, tree, metadata={"format": "pt"})
         file.chmod(mode)
     programs = {
-        name: {**data, "constants": model._constant_names[name]} for name, data in model._parts.items()
+        name: {**written.data, "constants": model._constant_names[name]}
+        for name, written in model._written.items()
     }
     folders.write_json(folder / "programs.json", {"programs": programs, "tensors": tensors})
     (folder / "README.md").write_text(card(model), encoding="utf-8")

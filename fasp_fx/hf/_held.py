@@ -12,20 +12,50 @@ import torch
 from torch import Tensor, nn
 
 from .._program import copy_graph
+from .._pruned_module import Origin
+from .._store._graph_json import program_to_json
 from ..channels import written_names
 from ..plan import PruningPlan
 from ..report import Report
 from ._fast import grouped, one_token, without_checks
-from ._flat import FlatProgram
+from ._flat import FlatProgram, refuse_pickling
 
 CONSTANTS = "_constants"
+
+
+class Written:
+    """One program as it is written to disk.
+
+    Args:
+        made: that, or what the program is made of when it is first written.
+    """
+
+    def __init__(self, made: Mapping[str, Any] | Origin) -> None:
+        self._made = made
+
+    @property
+    def data(self) -> Mapping[str, Any]:
+        """The program as JSON.
+
+        Raises:
+            StoreError: it holds something that cannot be stored; names it.
+        """
+        if isinstance(self._made, Origin):
+            self._made = program_to_json(self._made.program)
+        return self._made
+
+    def __deepcopy__(self, memo: Any) -> Written:
+        return self  # nobody changes it
+
+    def __getstate__(self) -> dict[str, Any]:
+        refuse_pickling()
 
 
 @dataclass(frozen=True)
 class StoredProgram:
     """One program: as it is written to disk, and as it runs, with its weights under the model's names."""
 
-    data: Mapping[str, Any]
+    written: Written
     flat: FlatProgram
 
 
@@ -115,4 +145,4 @@ def step(program: FlatProgram) -> FlatProgram:
     return program.rewritten(graph)
 
 
-__all__ = ["Parts", "StoredProgram", "adopt_constants", "place", "served", "step"]
+__all__ = ["Parts", "StoredProgram", "Written", "adopt_constants", "place", "served", "step"]

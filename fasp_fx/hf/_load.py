@@ -17,7 +17,7 @@ from ..errors import ArgumentError, CaptureError, FaspError, StoreError, first_l
 from ._config import PrunedConfig, check_layers, original_of
 from ._flat import FlatProgram
 from ._folder import FILES, FORMAT
-from ._held import Parts, StoredProgram
+from ._held import Parts, StoredProgram, Written
 from ._labels import LOSSES, MOVES, POSITIONS
 
 if TYPE_CHECKING:
@@ -123,7 +123,7 @@ def _parts(folder: Path, programs: dict[str, Any], device: torch.device) -> Part
         stored, constants = {}, {}
         for name, data in programs["programs"].items():
             constants[name] = {inside: held[outside] for inside, outside in data["constants"].items()}
-            stored[name] = StoredProgram(*_program(data, weights, constants[name], device))
+            stored[name] = _program(data, weights, constants[name], device)
     except (KeyError, TypeError, AttributeError, ValueError, CaptureError) as error:
         raise StoreError(
             f"programs.json does not fit the folder: {type(error).__name__}: {error}; save the model again"
@@ -133,7 +133,7 @@ def _parts(folder: Path, programs: dict[str, Any], device: torch.device) -> Part
 
 def _program(
     data: dict[str, Any], weights: dict[str, Tensor], constants: dict[str, Tensor], device: torch.device
-) -> tuple[dict[str, Any], FlatProgram]:
+) -> StoredProgram:
     kept = {"program": data["program"], "example": data["example"]}
     program = program_from_json(kept, weights, constants, device)
     try:
@@ -142,7 +142,7 @@ def _program(
         raise StoreError(
             f"programs.json holds a program that cannot be called: {first_line(error)}; save the model again"
         ) from error
-    return kept, FlatProgram.of(module)
+    return StoredProgram(Written(kept), FlatProgram.of(module))
 
 
 def _folder(where: Any, hub: dict[str, Any]) -> Path:

@@ -44,7 +44,7 @@ class PrunedModel(PreTrainedModel, GenerationMixin):
         self.plan, self.report = parts.plan, parts.report
         for name, tensor in parts.weights.items():
             place(self, name, tensor, persistent=True)
-        self._parts = {name: program.data for name, program in parts.programs.items()}
+        self._written = {name: program.written for name, program in parts.programs.items()}
         self._constant_names = adopt_constants(self, parts)
         self._programs = {
             name: served(program.flat, self._constant_names[name]) for name, program in parts.programs.items()

@@ -156,7 +156,7 @@ def one_set(model: nn.Module, results: dict[str, Result]) -> dict[str, Tensor]:
     tied = {name: names for names in ties.values() for name in names}
     found: dict[str, Tensor] = {}
     for program, result in results.items():
-        for name, tensor in result.program.state_dict.items():
+        for name, tensor in result.module.state_dict(keep_vars=True).items():
             held = found.get(name)
             if held is None:
                 made: Any = tensor.detach()

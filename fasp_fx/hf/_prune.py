@@ -11,15 +11,14 @@ from typing import Any, Self, Unpack, cast
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.export import ExportedProgram
 
 from .. import plan as plans
 from .._observe._calibration import check_calibration
 from .._observe._ranks import Ranks
 from .._options import check_callable, path_of
 from .._pipeline import Timings, decide, make_plan, rewrite
+from .._pruned_module import PrunedModule
 from .._result import Result
-from .._store._graph_json import program_to_json
 from .._undisturbed import check_default_device, in_usual_modes, one_at_a_time
 from .._version import __version__
 from ..analysis import Analysis
@@ -32,7 +31,7 @@ from ..report import Report, make_report, notes_of, said_whole
 from ._config import PrunedConfig
 from ._flat import FlatProgram
 from ._habits import Habits
-from ._held import Parts, StoredProgram
+from ._held import Parts, StoredProgram, Written
 from ._model import PrunedModel
 from ._probe import check_served, habits_of
 from ._programs import Planned, Served, carry_out_in_all, one_set, program_for, served_by
@@ -194,8 +193,8 @@ def prune(
         if served
         else _alone(stage.name, planned, asked, clock)
     )
-    programs = {name: _stored(result.program) for name, result in results.items()}
-    constants = {name: _constants(result.program) for name, result in results.items()}
+    programs = {name: _stored(result.module) for name, result in results.items()}
+    constants = {name: _constants(result.module) for name, result in results.items()}
     made = _model(model, Parts(programs, one_set(model, results), constants, plan, report), habits)
     check_served(made, stages)
     return Pruned(made, plan, report, tokenizer)
@@ -257,13 +256,19 @@ def _together(
     return results, plan, replace(report, notes=notes, cache=cache)
 
 
-def _stored(program: ExportedProgram) -> StoredProgram:
-    return StoredProgram(program_to_json(program), FlatProgram.of(program.module(check_guards=False)))
+def _stored(module: nn.Module) -> StoredProgram:
+    assert isinstance(module, PrunedModule)
+    origin = module.fasp_fx_origin
+    return StoredProgram(Written(origin), FlatProgram.of_graph(*origin.body()))
 
 
-def _constants(program: ExportedProgram) -> dict[str, Tensor]:
+def _constants(module: nn.Module) -> dict[str, Tensor]:
+    """The buffers that are not in the state dict, constants among them."""
+    stored = module.state_dict().keys()
     return {
-        name: value.detach().clone() for name, value in program.constants.items() if isinstance(value, Tensor)
+        name: value.detach().clone()
+        for name, value in module.named_buffers(remove_duplicate=False)
+        if name not in stored
     }
 
 
