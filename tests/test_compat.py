@@ -5,12 +5,14 @@ in one package.
 from __future__ import annotations
 
 import ast
+import contextlib
 import copy
 import logging
 import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -265,6 +267,26 @@ def test_graphs_are_compiled_when_they_are_called() -> None:
     with _compat.compiled_when_called():
         exported = export(nn.Linear(2, 2), (torch.ones(1, 2),), strict=False)
     assert exported.module()(torch.ones(1, 2)).shape == (1, 2)
+
+
+def test_a_capture_need_not_look_for_lines() -> None:
+    def lines() -> list[bool]:
+        program = export(nn.ReLU(), (torch.ones(2),), strict=False)
+        return [
+            bool(node.stack_trace)
+            for node in program.graph.find_nodes(op="call_function", target=ATEN.relu.default)
+        ]
+
+    told = hasattr(torch.fx.config, "do_not_emit_stack_traces")  # not in every version
+    with (
+        mock.patch.object(torch.fx.config, "do_not_emit_stack_traces", False)
+        if told
+        else contextlib.nullcontext()
+    ):
+        before = lines()
+        with _compat.without_stack_traces():
+            assert lines() == ([False] if told else before)
+        assert lines() == before == [True]
 
 
 def test_exported_graphs_carry_the_structure_of_their_arguments() -> None:

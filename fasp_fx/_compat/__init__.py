@@ -29,6 +29,7 @@ from ._graphs import (
     compile_graphs,
     compiled_when_called,
     silent_export,
+    without_stack_traces,
 )
 from ._operators import (
     HigherOrderOperator,
@@ -75,4 +76,5 @@ __all__ = [
     "take_guards",
     "traced_by",
     "without_fake_cache",
+    "without_stack_traces",
 ]

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from .. import plan as plans
 from .._captured import program_of
+from .._compat import without_stack_traces
 from .._exactness import UnsoundError, restricted
 from .._observe._visit import Decision, decided
 from .._pipeline import analyze_for, make_plan, rewrite
@@ -26,10 +27,11 @@ from ._stages import Stage
 
 
 def program_for(stage: Stage, device: torch.device | str | None) -> Program:
-    """The program of a stage, captured."""
-    return program_of(
-        stage.model, (), dict(stage.example), state=stage.state, dynamic_shapes=None, device=device
-    )
+    """The program of a stage, captured; which lines of the model made its nodes, nobody sees."""
+    with without_stack_traces():
+        return program_of(
+            stage.model, (), dict(stage.example), state=stage.state, dynamic_shapes=None, device=device
+        )
 
 
 @dataclass(frozen=True)
