@@ -56,8 +56,10 @@ class Behind(nn.Module):
         return self.down(pairs.transpose(1, 2))
 
 
-@pytest.mark.parametrize("length", [7, 8])
-@pytest.mark.parametrize("kind", [Scan, Behind])
+@pytest.mark.parametrize(
+    ("kind", "length"),
+    [(Scan, 8), (Behind, 7), (Behind, 8), pytest.param(Scan, 7, marks=pytest.mark.slow)],
+)
 def test_what_fills_its_chunks_is_pruned_exactly_and_saved(
     kind: type[nn.Module], length: int, tmp_path: Path
 ) -> None:

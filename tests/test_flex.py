@@ -339,7 +339,7 @@ def llama() -> nn.Module:
     ).eval()
 
 
-@pytest.mark.parametrize("granularity", ["channel", "head"])
+@pytest.mark.parametrize("granularity", ["channel", pytest.param("head", marks=pytest.mark.slow)])
 def test_llama(granularity: str, tmp_path: Path) -> None:
     model = llama()
     ids = torch.randint(0, 50, (2, 10))

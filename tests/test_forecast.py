@@ -179,7 +179,8 @@ def test_in_files_the_weights_take_no_memory() -> None:
     assert found.disk == 234
 
 
-def test_times_are_those_of_this_machine() -> None:
+def test_times_are_those_of_this_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fasp_fx._forecast._rates._SECONDS", 0.02)
     x, model = torch.randn(2, 5, 16), Model().eval()
     found = forecast(fasp_fx.analyze(model, (x,)), PruningConfig(quality="balanced"), 2)
     assert found.seconds is not None
