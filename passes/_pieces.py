@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-from torch import fx, nn
+from torch import Tensor, fx, nn
 
 from fasp_fx._program import Program, SplitWeight, set_weight
 from fasp_fx._recipes import Cut
@@ -58,8 +58,8 @@ def add_part(program: Program, analysis: Analysis, name: str, new: str, rows: np
     whole.
     """
     weight, whole, cut = attribute(program.module, name), program.parts.get(name), Cut(dim, rows[None])
-    with torch.no_grad():
-        held = cut.apply(weight.detach())
+    held = _taken_out(weight.detach(), rows, dim)
+    held = cut.apply(weight.detach()) if held is None else held
     set_weight(program.module, new, nn.Parameter(held, requires_grad=weight.requires_grad))
     program.recipes[new] = program.recipe(name).then(cut)
     source, indices = (name, rows) if whole is None else (whole.source, np.array(whole.rows)[rows])
@@ -68,6 +68,16 @@ def add_part(program: Program, analysis: Analysis, name: str, new: str, rows: np
     own = numbers[dim]
     numbers[dim] = None if own is None else own[torch.from_numpy(rows)]
     program.numbers[new] = numbers
+
+
+def _taken_out(weight: Tensor, rows: np.ndarray, dim: int) -> Tensor | None:
+    """Rows that lie together, without a copy: they share the storage of the caller's weight, as all does that
+    a program holds of it. ``None`` where they do not, or are all of them, which could be told from no copy.
+    """
+    apart = dim == 0 and weight.is_contiguous() and 0 < len(rows) < len(weight)
+    if not apart or not np.array_equal(rows, np.arange(rows[0], rows[0] + len(rows))):
+        return None
+    return weight.narrow(0, int(rows[0]), len(rows))
 
 
 def delete_weight(program: Program, name: str) -> None:

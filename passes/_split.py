@@ -9,6 +9,7 @@ weights first.
 from __future__ import annotations
 
 import operator
+from collections import Counter
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -19,7 +20,17 @@ from torch import Tensor, fx
 from fasp_fx._compat import pytree
 from fasp_fx._program import Program
 from fasp_fx._stamps import stamp
-from fasp_fx.channels import Axis, Use, Value, arguments, attribute, is_dynamic, run_on_numbers, target_name
+from fasp_fx.channels import (
+    Axis,
+    Use,
+    Value,
+    arguments,
+    attribute,
+    distinct,
+    is_dynamic,
+    run_on_numbers,
+    target_name,
+)
 from fasp_fx.patterns import Rule, lookup
 
 from ._pieces import add_part, delete_weight, take_apart
@@ -79,6 +90,11 @@ class _Splitter:
 
     def __init__(self, analysis: Analysis, name: str) -> None:
         self.analysis, self.name = analysis, name
+        self.canonical, self.aliases = analysis.program.canonical(), analysis.program.aliases()
+        self.looked_up = Counter(
+            self.canonical.get(target_name(node))
+            for node in analysis.program.module.graph.find_nodes(op="get_attr")
+        )
 
     # --- finding
 
@@ -124,18 +140,9 @@ class _Splitter:
         """Whether the weights of a chain have one name each, and are looked up once, for one use: what is
         tied, used elsewhere or written into stays one tensor.
         """
-        program, nodes = self.analysis.program, _weights_nodes(chain, use)
-        canonical, aliases = program.canonical(), program.aliases()
-        names = {canonical[name] for name in _weights_of(chain, use)}
-        looked_up = [
-            node
-            for node in program.module.graph.find_nodes(op="get_attr")
-            if canonical.get(target_name(node)) in names
-        ]
-        return (
-            all(len(node.users) == 1 for node in nodes)
-            and len(looked_up) == len(names)
-            and all(len(aliases[name]) == 1 for name in names)
+        names = {self.canonical[name] for name in _weights_of(chain, use)}
+        return all(len(node.users) == 1 for node in _weights_nodes(chain, use)) and all(
+            self.looked_up[name] == len(self.aliases[name]) == 1 for name in names
         )
 
     def _with_bias(self, node: fx.Node) -> list[fx.Node]:
@@ -161,7 +168,7 @@ class _Splitter:
         rows = _rows(self.analysis.walk.values[root])
         if rows is None:
             return None
-        whole = set(rows.numbers.reshape(-1).tolist())
+        whole = distinct(rows.numbers.reshape(-1).numpy())
         found: list[_Part] = []
         pending: list[tuple[fx.Node, list[Tensor]]] = [(root, labels)]
         while pending:
@@ -180,13 +187,13 @@ class _Splitter:
                 ):
                     return None
                 if isinstance(value, Value):
-                    own = [
-                        axis for axis in value.axes if not whole.isdisjoint(axis.numbers.reshape(-1).tolist())
-                    ]
+                    held = [(axis, axis.numbers.reshape(-1).numpy()) for axis in value.axes]
+                    own = [(axis, numbers) for axis, numbers in held if np.isin(numbers, whole).any()]
                     if len(own) != 1:
                         return None
-                    if set(own[0].numbers.reshape(-1).tolist()) != whole:
-                        part = _part(user, value, own[0], [label for label in carried if label is not None])
+                    ((axis, numbers),) = own
+                    if not np.array_equal(distinct(numbers), whole):
+                        part = _part(user, value, axis, [label for label in carried if label is not None])
                         if part is None:
                             return None
                         found.append(part)

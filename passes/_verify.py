@@ -93,7 +93,7 @@ def _mistaken(pairs: Pairs, labels: np.ndarray, last: np.ndarray) -> np.ndarray:
     """The channel sets that the last ones are taken for: they stand for these from then on, and prove nothing
     either.
     """
-    met = [np.stack([labels[first], labels[second]]) for first, second, _ in pairs]
+    met = [np.stack([labels[first], labels[second]]) for first, second, _ in pairs if last.size]
     both = np.concatenate(met, axis=1) if met else np.zeros((2, 0), dtype=np.int64)
     return np.unique(both[:, (both[0] != both[1]) & np.isin(both, last).any(0)])
 
@@ -104,16 +104,23 @@ def meet(pairs: Pairs, labels: np.ndarray, last: np.ndarray, numbering: Numberin
     Raises:
         VerificationError: names the node and the channels.
     """
+    free = ~_among(labels, last)
     for first, second, node in pairs:
-        wrong = np.nonzero(
-            (labels[first] != labels[second]) & ~np.isin(labels[first], last) & ~np.isin(labels[second], last)
-        )[0]
+        one, other = labels[first], labels[second]
+        wrong = np.nonzero((one != other) & free[one] & free[other])[0]
         if wrong.size:
             a, b = numbering.slot_of(int(first[wrong[0]])), numbering.slot_of(int(second[wrong[0]]))
             raise VerificationError(
                 f"node '{node.name}' ({node.target}) brings together channel {int(first[wrong[0]]) - a.base}"
                 f" of {a} and channel {int(second[wrong[0]]) - b.base} of {b}, which were not coupled before"
             )
+
+
+def _among(labels: np.ndarray, sets: np.ndarray) -> np.ndarray:
+    """Whether each channel set is one of these."""
+    among = np.zeros(int(labels.max(initial=-1)) + 1, dtype=bool)
+    among[sets] = True
+    return among
 
 
 def last_ones(program: Program, reference: Analysis) -> np.ndarray:
@@ -125,14 +132,15 @@ def last_ones(program: Program, reference: Analysis) -> np.ndarray:
     they meet proves nothing.
     """
     gone = _gone(program, reference)
+    if not gone.any():
+        return np.zeros(0, dtype=np.int64)
     found: list[int] = []
     for group in reference.groups:
         for block in np.unique(group.block_of) if gone[group.sets].any() else ():
             members = group.sets[group.block_of == block]
             if gone[members].sum() == len(members) - 1:
                 found += members[~gone[members]].tolist()
-    parts = _alone_in_parts(reference, gone) if gone.any() else []
-    return np.concatenate([np.array(found, dtype=np.int64), *parts])
+    return np.concatenate([np.array(found, dtype=np.int64), *_alone_in_parts(reference, gone)])
 
 
 def _gone(program: Program, reference: Analysis) -> np.ndarray:
@@ -180,11 +188,13 @@ def _subset(
 ) -> None:
     # What a node says of the last ones it says of all that they meet there, and of neither for a reason of
     # their own.
-    misled = {(remark.node, remark.reason) for remark in found if np.isin(labels[remark.numbers], last).any()}
-    also = [labels[remark.numbers] for remark in found if (remark.node, remark.reason) in misled]
-    before = np.unique(np.concatenate([last, *also, *(labels[remark.numbers] for remark in allowed)]))
+    before = _among(labels, last)
+    misled = {(remark.node, remark.reason) for remark in found if before[labels[remark.numbers]].any()}
+    also = [remark for remark in found if (remark.node, remark.reason) in misled]
+    for remark in (*also, *allowed):
+        before[labels[remark.numbers]] = True
     for remark in found:
-        if np.setdiff1d(labels[remark.numbers], before).size:
+        if not before[labels[remark.numbers]].all():
             where = f"node '{remark.node.name}'" if remark.node is not None else "the graph"
             raise VerificationError(f"{where} {kind} channels that were free before: {remark.reason}")
 

@@ -6,7 +6,7 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fasp_fx.channels import counted, distinct, ranked
+from fasp_fx.channels import are_among, counted, distinct, ranked
 
 NUMBERS = st.lists(st.integers(-1, 40) | st.integers(10**6, 10**12), max_size=30)
 
@@ -23,3 +23,10 @@ def test_as_numpy_finds_them(numbers: list[int]) -> None:
     np.testing.assert_array_equal(found, expected)
     np.testing.assert_array_equal(ranks, places)
     np.testing.assert_array_equal(array, numbers)
+
+
+@given(NUMBERS, NUMBERS)
+def test_whether_all_are_among_others(numbers: list[int], others: list[int]) -> None:
+    for kept in (numbers, [*others, *others[:3]]):
+        held, among = (np.array(side, dtype=np.int64) for side in (kept, others))
+        assert are_among(held, among) == bool(np.isin(held, among).all())

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from .._program import Program
-from ..channels import Numbering, Slot, Walk
+from ..channels import Numbering, Slot, Walk, distinct, ranked
 from ..groups import APPROXIMATE, EXEMPT, FROZEN, PRUNABLE, Group, Member
 from ._experts import last_products
 from ._grouping import LAYOUT, STATUS, ChannelSets, Keys
@@ -40,7 +40,7 @@ class GroupBuilder:
         self.produces = {index_of[slot] for _, slot in facts.produced if slot in index_of}
         computed = [numbers for numbers, slot in facts.produced if slot is None]
         if computed:
-            flat = np.unique(np.concatenate(computed))
+            flat = distinct(np.concatenate(computed))
             self.produces |= set(numbering.slot_ids(flat[flat >= 0]).tolist())
         self.consumes = {index_of[slot] for use in facts.uses for slot in use.slots}
         self.positions = {node: index for index, node in enumerate(program.module.graph.nodes)}
@@ -56,9 +56,11 @@ class GroupBuilder:
         }
 
     def _sets_of(self, numbers: list[np.ndarray]) -> np.ndarray:
-        return (
-            np.unique(self.found.labels[np.concatenate(numbers)]) if numbers else np.zeros(0, dtype=np.int64)
-        )
+        """Whether each channel set has some of these numbers."""
+        among = np.zeros(self.found.count, dtype=bool)
+        for own in numbers:
+            among[self.found.labels[own]] = True
+        return among
 
     def groups(self, group_of: np.ndarray, keys: Keys) -> list[Group]:
         """All groups, named, in graph order.
@@ -76,10 +78,10 @@ class GroupBuilder:
 
     def _of_one_size(self, members: np.ndarray) -> Iterator[np.ndarray]:
         """Blocks of unequal size are groups of their own."""
-        _, inverse = np.unique(self.block[members], return_inverse=True)
-        sizes = np.bincount(inverse.reshape(-1))
-        for size in np.unique(sizes):
-            yield members[sizes[inverse.reshape(-1)] == size]
+        _, inverse = ranked(self.block[members])
+        sizes = np.bincount(inverse)
+        for size in distinct(sizes):
+            yield members[sizes[inverse] == size]
 
     def _group(self, sets: np.ndarray, slot_ids: list[int], use_ids: list[int]) -> list[tuple[Any, Group]]:
         """The group of some channel sets and its place in graph order, or nothing if there is nothing to say
@@ -94,10 +96,10 @@ class GroupBuilder:
         rows, columns = self._members(
             numbers, sets, slot_ids, {use.weight for use in uses} if experts else None
         )
-        blocks = len(np.unique(self.block[sets]))
+        blocks = len(distinct(self.block[sets]))
         size = len(sets) // blocks
         code, why = STATUS[int(found.status[sets[0]])], str(found.reason[sets[0]])
-        if not uses and code in (PRUNABLE, APPROXIMATE) and not np.isin(sets, self.multiplied).all():
+        if not uses and code in (PRUNABLE, APPROXIMATE) and not self.multiplied[sets].all():
             if not any(i in self.produces for i in slot_ids):
                 return []  # a dimension that nothing in the graph speaks of
             lost = f"{why}, and no weight consumes what is left of them"
@@ -108,7 +110,7 @@ class GroupBuilder:
             return []  # positions of buffers alone
         if code == FROZEN:
             blocks = 1  # frozen channels need no layout: they are shown as one block
-        granularity = "expert" if experts else "head" if np.isin(sets, self.headed).all() else "channel"
+        granularity = "expert" if experts else "head" if self.headed[sets].all() else "channel"
         needed = int(found.expert[sets].max()) if experts else 1
         if code == PRUNABLE and size <= needed:
             code, why = FROZEN, f"each token is sent to {needed} of them"

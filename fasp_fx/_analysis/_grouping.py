@@ -70,7 +70,7 @@ def _status(
 
     def mark(remarks: list[Remark], code: str) -> None:
         for remark in reversed(remarks):  # the first remark in graph order is the one shown
-            sets = distinct(labels[remark.numbers])
+            sets = labels[remark.numbers]
             sets = sets[expert[sets] == 0] if remark.routing else sets
             status[sets] = CODE[code]
             inside = composites.get(remark.node) if remark.node is not None else None
@@ -99,11 +99,9 @@ def _windows_seen(labels: np.ndarray, walk: Walk) -> list[Remark]:
     if not facts.inside or not elsewhere:
         return []
     numbers = np.concatenate(elsewhere)
-    seen = np.unique(labels[numbers[numbers >= 0]])
-    found = (
-        replace(remark, numbers=remark.numbers[np.isin(labels[remark.numbers], seen)])
-        for remark in facts.inside
-    )
+    seen = np.zeros(int(labels.max(initial=-1)) + 1, dtype=bool)
+    seen[labels[numbers[numbers >= 0]]] = True
+    found = (replace(remark, numbers=remark.numbers[seen[labels[remark.numbers]]]) for remark in facts.inside)
     return [remark for remark in found if remark.numbers.size]
 
 

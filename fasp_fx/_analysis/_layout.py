@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 from torch import fx
 
-from ..channels import Numbering, Slot, counted, ranked
+from ..channels import Numbering, Slot, counted, distinct, ranked
 
 
 @dataclass(frozen=True)
@@ -53,11 +53,11 @@ def find_blocks(
         tables.append((rows, sets[rows, columns], numbers.shape[0], node))
         members, first = np.unique(sets[rows, columns], return_index=True)
         first_row = rows[first]
-        _, finer = np.unique(block[members] * numbers.shape[0] + first_row, return_inverse=True)
+        _, finer = ranked(block[members] * numbers.shape[0] + first_row)
         # Sets outside this box keep their block, which is thereby told apart from those inside.
         block[members] = fresh + finer
         fresh += int(finer.max()) + 1
-    _, block = np.unique(block, return_inverse=True)
+    _, block = ranked(block)
     sizes = np.bincount(block[group_of >= 0], minlength=int(block.max(initial=0)) + 1)
     conflicts = []
     for rows, sets, count, node in tables:
@@ -72,10 +72,10 @@ def _needed_blocks(needed: Iterable[np.ndarray], labels: np.ndarray, group_of: n
     block, free = group_of.astype(np.int64) - int(group_of.min(initial=0)), group_of >= 0
     sizes = np.bincount(block[free])
     for numbers in needed:
-        sets = np.unique(labels[numbers])
+        sets = distinct(labels[numbers])
         sets = sets[free[sets]]
-        own, which, counts = np.unique(block[sets], return_inverse=True, return_counts=True)
-        beside = (counts < sizes[own])[which]
+        own, which = ranked(block[sets])
+        beside = (np.bincount(which, minlength=len(own)) < sizes[own])[which]
         if beside.any():
             block[sets[beside]] = len(sizes) + which[beside]
             sizes = np.bincount(block[free])
@@ -96,7 +96,7 @@ def torn_blocks(numbering: Numbering, labels: np.ndarray) -> Iterator[tuple[Slot
         first = rows[:, :1]
         torn = first[(rows == first).all(1) & (parts != first).any(1)]
         if torn.size:
-            yield slot, np.unique(torn)
+            yield slot, distinct(torn)
 
 
 def _uneven(
@@ -124,4 +124,4 @@ def _uneven(
     np.add.at(totals, (kind_index, row_of), low)
     uneven = (totals != totals[:, :1]).any(axis=1)
     wrong = broken | uneven[kind_index]
-    return np.unique(member[wrong[inverse]])
+    return distinct(member[wrong[inverse]])

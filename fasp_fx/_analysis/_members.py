@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import numpy as np
 
 from .._program import Program
@@ -22,38 +20,31 @@ def members_of(
         sets: those of the group, in its order.
     """
     order = np.argsort(sets)
-    merged: dict[tuple[str, int], Member] = {}
+    ordered = sets[order]
+    found: dict[tuple[str, int], list[tuple[Slot, np.ndarray, np.ndarray]]] = {}
     for slot, numbers in slots:
-        positions = order[np.searchsorted(sets[order], labels[numbers])]
-        member = _member(slot, numbers, positions, program)
-        before = merged.get((member.name, member.dim))
-        if before is not None:
-            both = dict(
-                sorted(
-                    {
-                        **dict(zip(before.indices, before.sets)),
-                        **dict(zip(member.indices, member.sets)),
-                    }.items()
-                )
-            )
-            member = replace(member, indices=tuple(both), sets=tuple(both.values()))
-        merged[(member.name, member.dim)] = member
-    return list(merged.values())
+        name, rows = program.origin(slot)
+        positions = order[np.searchsorted(ordered, labels[numbers])]
+        found.setdefault((name, slot.dim), []).append((slot, rows[numbers - slot.base], positions))
+    return [_member(name, program, pieces) for (name, _), pieces in found.items()]
 
 
-def _member(slot: Slot, numbers: np.ndarray, positions: np.ndarray, program: Program) -> Member:
-    name, rows = program.origin(slot)
-    indices = rows[numbers - slot.base]
-    order = np.argsort(indices)
+def _member(name: str, program: Program, pieces: list[tuple[Slot, np.ndarray, np.ndarray]]) -> Member:
+    """The member that all pieces of a weight make up; columns are those of every piece."""
+    slot = pieces[-1][0]
+    indices, positions = (np.concatenate([piece[side] for piece in pieces[::-1]]) for side in (1, 2))
+    if len(pieces) > 1 or not (indices[1:] > indices[:-1]).all():
+        indices, first = np.unique(indices, return_index=True)
+        positions = positions[first]
     size = _size_before_split(program, slot, name) if slot.name in program.parts else slot.size
     return Member(
         name,
         slot.dim,
-        tuple(indices[order].tolist()),
+        tuple(indices.tolist()),
         size,
         slot.block_dim,
         slot.blocks,
-        tuple(positions[order].tolist()),
+        tuple(positions.tolist()),
     )
 
 

@@ -11,7 +11,7 @@ from scipy.sparse.csgraph import connected_components
 from torch import Tensor, fx
 
 from .._program import Program
-from ..channels import Execution, Interpreter, Numbering, Slot, Walk, attribute
+from ..channels import Execution, Interpreter, Numbering, Slot, Walk, attribute, distinct
 
 #: channel numbers that are coupled, entry by entry, and the node that couples them
 Pairs = list[tuple[np.ndarray, np.ndarray, fx.Node]]
@@ -91,12 +91,13 @@ def _same_elsewhere(coupled: Pairs, pairs: Pairs) -> Pairs:
     Positions that several channels share, such as the angles by which all heads are turned, need not go with
     a whole head.
     """
-    together = np.unique(np.concatenate([numbers for pair in coupled for numbers in pair[:2]]))
+    together = distinct(np.concatenate([numbers for pair in coupled for numbers in pair[:2]]))
     found = []
     for a, b, node in _numbered(pairs):
-        both = np.unique(np.stack([a, b]), axis=1)
-        one_to_one = all(len(np.unique(side)) == both.shape[1] for side in both)
-        if one_to_one and not np.array_equal(both[0], both[1]) and np.isin(both, together).any():
+        span = int(b.max()) + 1
+        both = np.divmod(distinct(a * span + b), span)
+        one_to_one = all(len(distinct(side)) == len(side) for side in both)
+        if one_to_one and not np.array_equal(*both) and any(np.isin(side, together).any() for side in both):
             found.append((both[0], both[1], node))
     return found
 
@@ -109,8 +110,11 @@ def _walk_together(
     """
     everyone = np.arange(numbering.total)
     labels = label_sets(numbering.total, pairs)
-    within = np.isin(labels, np.unique(labels[np.concatenate([numbers for _, numbers, _ in coupled])]))
-    speaking = np.where(within, np.unique(labels, return_index=True)[1][labels], everyone)
+    within, first = np.zeros(numbering.total, dtype=bool), np.empty_like(everyone)
+    for _, numbers, _ in coupled:
+        within[labels[numbers]] = True
+    first[labels[::-1]] = everyone[::-1]  # the lowest number of each set is written last
+    speaking = np.where(within[labels], first[labels], everyone)
     numbering.representative = torch.from_numpy(speaking)
     walk = _interpret(program, numbering, False, experts, execution)
     spoken_for = np.flatnonzero(speaking != everyone)

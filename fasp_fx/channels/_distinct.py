@@ -12,7 +12,13 @@ _SPARSE = 8
 
 def distinct(numbers: np.ndarray) -> np.ndarray:
     """The distinct numbers in order, as ``np.unique`` gives them; the same array where it is that."""
-    return numbers if _increase(numbers) else np.unique(numbers)
+    if _increase(numbers):
+        return numbers
+    low, span = _range(numbers)
+    if span < _SPARSE * numbers.size:
+        return np.flatnonzero(_table(numbers, low, span)) + low
+    ordered = np.sort(numbers)
+    return ordered[np.concatenate([[True], ordered[1:] != ordered[:-1]])]
 
 
 def counted(numbers: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -21,26 +27,54 @@ def counted(numbers: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """
     if _increase(numbers):
         return numbers, np.ones(len(numbers), dtype=np.int64)
+    low, span = _range(numbers)
+    if span < _SPARSE * numbers.size:
+        times = np.bincount(numbers - low)
+        found = np.flatnonzero(times)
+        return found + low, times[found]
     return np.unique(numbers, return_counts=True)
-
-
-def _increase(numbers: np.ndarray) -> bool:
-    return bool((numbers[1:] > numbers[:-1]).all())
 
 
 def ranked(numbers: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """The distinct numbers in order, and for each number its place among these, as ``np.unique(...,
     return_inverse=True)`` gives them.
     """
-    if not numbers.size:
-        return numbers, np.zeros(0, dtype=np.int64)
-    low, high = int(numbers.min()), int(numbers.max())
-    if high - low >= _SPARSE * numbers.size:
+    if _increase(numbers):
+        return numbers, np.arange(len(numbers))
+    low, span = _range(numbers)
+    if span >= _SPARSE * numbers.size:
         found, places = np.unique(numbers, return_inverse=True)
         return found, places.reshape(-1)
-    present = np.zeros(high - low + 1, dtype=bool)
-    present[numbers - low] = True
+    present = _table(numbers, low, span)
     return np.flatnonzero(present) + low, (np.cumsum(present) - 1)[numbers - low]
 
 
-__all__ = ["counted", "distinct", "ranked"]
+def are_among(numbers: np.ndarray, others: np.ndarray) -> bool:
+    """Whether each of some numbers is one of the others."""
+    if not numbers.size or not others.size or numbers.dtype.kind != "i":
+        return bool(np.isin(numbers, others).all())
+    low, span = _range(others)
+    if int(numbers.min()) < low or int(numbers.max()) >= low + span:
+        return False
+    if span >= _SPARSE * (numbers.size + others.size):
+        return bool(np.isin(numbers, others).all())
+    return bool(_table(others, low, span)[numbers - low].all())
+
+
+def _increase(numbers: np.ndarray) -> bool:
+    return bool((numbers[1:] > numbers[:-1]).all())
+
+
+def _range(numbers: np.ndarray) -> tuple[int, int]:
+    """The lowest of some numbers, and how many there are from it up to the highest."""
+    low = int(numbers.min())
+    return low, int(numbers.max()) - low + 1
+
+
+def _table(numbers: np.ndarray, low: int, span: int) -> np.ndarray:
+    present = np.zeros(span, dtype=bool)
+    present[numbers - low] = True
+    return present
+
+
+__all__ = ["are_among", "counted", "distinct", "ranked"]

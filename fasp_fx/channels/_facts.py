@@ -143,7 +143,7 @@ class Facts:
         both = (first != NONE) & (second != NONE)
         alone = np.concatenate([first[~both & (first != NONE)], second[~both & (second != NONE)]])
         if alone.size:
-            self.frozen.append(Remark(np.unique(alone), "meets a position that is not a channel", node))
+            self.frozen.append(Remark(distinct(alone), "meets a position that is not a channel", node))
         first, second = first[both], second[both]
         differ = first != second
         if differ.any():

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ._consume import make_use, note_stacked, part_blocks, why_no_consumer
+from ._distinct import distinct
 from ._factors import join, singles
 from ._facts import Product, Remark
 from ._lettered import Lettered
@@ -253,7 +254,7 @@ class Relation(Lettered):
                 f"contracted between two activations by {self.node.target}",
                 vanishing,
             )
-            numbers = np.unique(np.concatenate([n.reshape(-1).numpy() for n in everything]))
+            numbers = distinct(np.concatenate([n.reshape(-1).numpy() for n in everything]))
             operands = tuple(operand.node for operand in activations if operand.node is not None)
             self.facts.products.append(Product(self.node, operands, numbers[numbers >= 0]))
         elif len(weights) != 1 or len(activations) != 1:

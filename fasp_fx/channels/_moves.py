@@ -7,12 +7,14 @@ from dataclasses import replace
 from functools import cache, partial
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, fx
 
 from fasp_fx.patterns import RESHAPES, VIEWS, Rule
 
 from .._compat import pytree
+from ._distinct import are_among
 from ._facts import Facts
 from ._fx import arguments as arguments_of
 from ._grids import without_grids
@@ -502,9 +504,6 @@ def _rest(others: dict[str, Any]) -> dict[str, Any]:
 
 _UNKNOWN = object()
 
-#: what stands among numbers that were moved for what is no channel
-_ADDED = torch.tensor([NONE])
-
 
 def _known(value: Any) -> Any:
     """The argument as the operator takes it, or ``_UNKNOWN`` where it is a tensor whose content
@@ -537,7 +536,10 @@ def _keep(
         ValueError: it did more than move them.
     """
     moved = collapse(moved)
-    if not torch.isin(moved, torch.cat([_ADDED, *(own.numbers.reshape(-1) for own in given)])).all():
+    whole = moved.reshape(-1).numpy()
+    if not are_among(
+        whole[whole != NONE], np.concatenate([own.numbers.reshape(-1).numpy() for own in given])
+    ):
         raise ValueError("it computes other elements of those that it is said to move")
     axis = Axis.of(moved, source.slot if source is not None else None)
     if axis is not None and (source is None or not _one_of_each(axis, source)):
