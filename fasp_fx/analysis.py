@@ -23,7 +23,8 @@ from ._analysis._grouping import CODE, ChannelSets, group_sets
 from ._analysis._layout import Conflict, find_blocks, torn_blocks
 from ._analysis._walks import label_sets, walk_program
 from ._program import Program
-from .channels import Numbering, Walk
+from ._undisturbed import without_collections
+from .channels import Execution, Numbering, Walk
 from .groups import EXEMPT, FROZEN, PRUNABLE, Group
 
 
@@ -132,6 +133,7 @@ class Analysis:
         return coupling_path(self, first, second)
 
 
+@without_collections
 def analyze_program(
     program: Program,
     split: Callable[[Program, Analysis], Program | None] | None = None,
@@ -154,10 +156,11 @@ def _settled(
     include: Iterable[str],
 ) -> Analysis:
     heads, experts, exempt = "head" in granularity, "expert" in granularity, EXEMPT in include
+    execution = Execution()
 
     def settled(program: Program, heads: bool) -> Analysis:
         return replace(
-            _analyze(program, heads, experts, exempt),
+            _analyze(program, heads, experts, exempt, execution),
             granularity=frozenset(granularity),
             include=frozenset(include),
         )
@@ -175,8 +178,8 @@ def _settled(
     return analysis
 
 
-def _analyze(program: Program, heads: bool, experts: bool, exempt: bool) -> Analysis:
-    numbering, walk = walk_program(program, heads, experts)
+def _analyze(program: Program, heads: bool, experts: bool, exempt: bool, execution: Execution) -> Analysis:
+    numbering, walk = walk_program(program, heads, experts, execution)
     while True:
         labels = label_sets(numbering.total, walk.facts.pairs)
         labels.setflags(write=False)

@@ -100,7 +100,8 @@ class _Splitter:
 
     def fused(self) -> list[Use]:
         """The products whose rows are part of a conflict."""
-        stuck = stuck_sets(self.analysis)
+        stuck = np.zeros(int(self.analysis.labels.max(initial=-1)) + 1, dtype=bool)
+        stuck[stuck_sets(self.analysis)] = True
         found = []
         for use in self.analysis.walk.facts.uses:
             value = self.analysis.walk.values[use.node]
@@ -111,7 +112,7 @@ class _Splitter:
                 if value.axes
                 else np.zeros(0, dtype=np.int64)
             )
-            if np.isin(self.analysis.labels[numbers[numbers >= 0]], stuck).any():
+            if stuck[self.analysis.labels[numbers[numbers >= 0]]].any():
                 found.append(use)
         return found
 
@@ -291,7 +292,7 @@ class _Splitter:
 
 def stuck_sets(analysis: Analysis) -> np.ndarray:
     """The channel sets that the conflicts of a layout concern."""
-    return np.unique(np.concatenate([conflict.classes for conflict in analysis.conflicts]))
+    return distinct(np.concatenate([conflict.classes for conflict in analysis.conflicts]))
 
 
 def _label(shape: tuple[int, ...], dim: int) -> Tensor:

@@ -45,7 +45,8 @@ class GroupBuilder:
         self.consumes = {index_of[slot] for use in facts.uses for slot in use.slots}
         self.positions = {node: index for index, node in enumerate(program.module.graph.nodes)}
         self.numbers_by_label = np.argsort(labels, kind="stable")
-        self.label_bounds = np.searchsorted(labels[self.numbers_by_label], np.arange(found.count + 1))
+        self.label_counts = np.bincount(labels, minlength=found.count)
+        self.label_begins = np.cumsum(self.label_counts) - self.label_counts
         self.headed = self._sets_of([numbers for _, numbers, _ in facts.heads])
         self.multiplied = self._sets_of(
             [product.numbers for product in facts.products] if found.exempt else []
@@ -135,7 +136,7 @@ class GroupBuilder:
 
     def _numbers_of(self, sets: np.ndarray) -> np.ndarray:
         """The channel numbers of some sets, one set after the other."""
-        first, counts = self.label_bounds[sets], np.diff(self.label_bounds)[sets]
+        first, counts = self.label_begins[sets], self.label_counts[sets]
         begins = np.cumsum(counts) - counts
         return self.numbers_by_label[np.arange(counts.sum()) + np.repeat(first - begins, counts)]
 
@@ -146,7 +147,8 @@ class GroupBuilder:
         that lose columns.
         """
         own = self.numbering.slot_ids(numbers)
-        order = np.argsort(own, kind="stable")
+        # Few slots are few bits, by which a stable sort need not compare.
+        order = np.argsort(own.astype(np.min_scalar_type(len(self.numbering.slots))), kind="stable")
         first, last = (np.searchsorted(own[order], slot_ids, side) for side in ("left", "right"))
         held = [
             (i, self.numbering.slots[i], numbers[order[begin:end]])

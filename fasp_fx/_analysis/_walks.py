@@ -4,6 +4,8 @@ the graph asks for.
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import torch
 from scipy.sparse import coo_matrix
@@ -17,13 +19,18 @@ from ..channels import Execution, Interpreter, Numbering, Slot, Walk, attribute,
 Pairs = list[tuple[np.ndarray, np.ndarray, fx.Node]]
 
 
-def walk_program(program: Program, heads: bool, experts: bool) -> tuple[Numbering, Walk]:
+def walk_program(
+    program: Program, heads: bool, experts: bool, execution: Execution | None = None
+) -> tuple[Numbering, Walk]:
     """Interpret the program, again where a weight is better numbered block by block or some channels go
     together.
+
+    Args:
+        execution: what operators gave before; ``None``: nothing yet.
     """
     blocked = _cached_heads(program)
     stretched: set[tuple[str, int]] = set()
-    execution = Execution()
+    execution = execution or Execution()
     while True:
         numbering = Numbering(blocked, stretched)
         walk = _interpret(program, numbering, heads, experts, execution)
@@ -33,7 +40,7 @@ def walk_program(program: Program, heads: bool, experts: bool) -> tuple[Numberin
         stretched |= walk.facts.stretched
     walk.facts.pairs += _columns_of_parts(program, numbering)
     in_heads, coupled = _numbered(walk.facts.heads), _numbered(walk.facts.heads + walk.facts.together)
-    coupled += _same_elsewhere(coupled, walk.facts.pairs) if coupled else []
+    coupled += _same_elsewhere(coupled, walk.facts.pairs, numbering.total) if coupled else []
     before = -1
     while coupled and (sets := int(label_sets(numbering.total, coupled).max())) != before:
         # What goes together along one dimension may have to along the next.
@@ -84,20 +91,22 @@ def _numbered(pairs: Pairs) -> Pairs:
     return [(a[both], b[both], node) for a, b, node in pairs if (both := (a >= 0) & (b >= 0)).any()]
 
 
-def _same_elsewhere(coupled: Pairs, pairs: Pairs) -> Pairs:
+def _same_elsewhere(coupled: Pairs, pairs: Pairs, total: int) -> Pairs:
     """The pairs that couple one to one what goes together with what has other numbers, such as the keys of a
     cache with those that join them.
 
     Positions that several channels share, such as the angles by which all heads are turned, need not go with
     a whole head.
     """
-    together = distinct(np.concatenate([numbers for pair in coupled for numbers in pair[:2]]))
+    together = np.zeros(total, dtype=bool)
+    for numbers in (side for pair in coupled for side in pair[:2]):
+        together[numbers] = True
     found = []
     for a, b, node in _numbered(pairs):
         span = int(b.max()) + 1
         both = np.divmod(distinct(a * span + b), span)
         one_to_one = all(len(distinct(side)) == len(side) for side in both)
-        if one_to_one and not np.array_equal(*both) and any(np.isin(side, together).any() for side in both):
+        if one_to_one and not np.array_equal(*both) and any(together[side].any() for side in both):
             found.append((both[0], both[1], node))
     return found
 
@@ -139,9 +148,14 @@ def _interpret(
 
 def label_sets(total: int, pairs: Pairs) -> np.ndarray:
     """The channel set of each of ``total`` channel numbers: the connected components of what is coupled."""
-    first = np.concatenate([a for a, _, _ in pairs]) if pairs else np.zeros(0, dtype=np.int64)
-    second = np.concatenate([b for _, b, _ in pairs]) if pairs else np.zeros(0, dtype=np.int64)
-    graph = coo_matrix((np.ones(len(first), dtype=np.int8), (first, second)), shape=(total, total))
+    # Of the type that scipy would make of them, so that it need not copy.
+    index = np.dtype(np.int32 if total <= np.iinfo(np.int32).max else np.int64)
+    none: list[Any] = [np.zeros(0, dtype=index)]
+    first, second = (
+        np.concatenate(none + [pair[side] for pair in pairs], dtype=index, casting="same_kind")
+        for side in (0, 1)
+    )
+    graph = coo_matrix((np.ones(len(first)), (first, second)), shape=(total, total))
     return connected_components(graph, directed=False)[1].astype(np.int64)
 
 
