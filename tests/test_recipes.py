@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 import transformers as hf
-from conftest import EXAMPLES
+from conftest import EXAMPLES, PROFILE
 from hypothesis import assume, event, given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
@@ -94,6 +94,9 @@ def _mixtral() -> nn.Module:
     )
 
 
+#: removals of each architecture
+SEEDS = 3 if PROFILE == "slow" else 1
+
 ARCHITECTURES = {
     "fused": _zoo("bloom", "part", "several"),
     "grouped query": _zoo("llama_gqa", "copy", include=("exempt",)),
@@ -164,7 +167,7 @@ def test_a_model_on_the_meta_device(name: str) -> None:
         analyze_program(program, split_fused, own.granularity, own.include) for program in (captured, empty)
     )
     shown: set[str] = set()
-    for seed in range(3):
+    for seed in range(SEEDS):
         shown |= hold(full, said, captured.weights(), seed)
     assert own.shows <= shown
 

@@ -52,13 +52,13 @@ def habits_of(stages: CausalStages | Seq2SeqStages, program: Program) -> Habits:
     items = counts_items(stages, loss)
     if not isinstance(stages, CausalStages):
         return Habits(loss=loss, labels_moved=way, counts_items=items)
-    flat = FlatProgram.of(program.module)
+    flat, device = FlatProgram.of(program.module), program.device()
     for size, arguments in _calls(stages):
         values = _values(flat, arguments)
         expected = stages.run(arguments)  # extends the cache, whose tensors it leaves
         try:
             with torch.no_grad(), rewound(program.module):
-                moved = {name: tensor.to(program.device()) for name, tensor in values.items()}
+                moved = {name: tensor.to(device) for name, tensor in values.items()}
                 found = flat(program.module, moved)["logits"].to(expected.logits.device)
         except (RuntimeError, AssertionError, IndexError):
             # A check of the capture, which the served program does not have; that one is held against the
