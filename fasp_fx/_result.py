@@ -39,7 +39,8 @@ class Result:
 
     @property
     def program(self) -> ExportedProgram:
-        """The same as an exported program, which shares its weights with ``module``, as they are now.
+        """The same as an exported program, which shares its weights with ``module``, as they are now; put
+        together when it is first asked for.
 
         Raises:
             StoreError: the module has lost a weight, or computes it from others; names it.
