@@ -28,6 +28,7 @@ from fasp_fx.channels import (
     attribute,
     distinct,
     is_dynamic,
+    marked,
     run_on_numbers,
     target_name,
 )
@@ -100,8 +101,7 @@ class _Splitter:
 
     def fused(self) -> list[Use]:
         """The products whose rows are part of a conflict."""
-        stuck = np.zeros(int(self.analysis.labels.max(initial=-1)) + 1, dtype=bool)
-        stuck[stuck_sets(self.analysis)] = True
+        stuck = marked(int(self.analysis.labels.max(initial=-1)) + 1, stuck_sets(self.analysis))
         found = []
         for use in self.analysis.walk.facts.uses:
             value = self.analysis.walk.values[use.node]

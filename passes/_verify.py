@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, cast
 import numpy as np
 from torch import Tensor, fx
 
-from fasp_fx.channels import NONE, Interpreter, Numbering, Remark, Value, Walk, results
+from fasp_fx.channels import NONE, Interpreter, Numbering, Remark, Value, Walk, marked, results
 from fasp_fx.errors import VerificationError
 from fasp_fx.patterns import lookup
 
@@ -104,7 +104,7 @@ def meet(pairs: Pairs, labels: np.ndarray, last: np.ndarray, numbering: Numberin
     Raises:
         VerificationError: names the node and the channels.
     """
-    free = ~_among(labels, last)
+    free = ~marked(int(labels.max(initial=-1)) + 1, last)
     for first, second, node in pairs:
         one, other = labels[first], labels[second]
         wrong = np.nonzero((one != other) & free[one] & free[other])[0]
@@ -114,13 +114,6 @@ def meet(pairs: Pairs, labels: np.ndarray, last: np.ndarray, numbering: Numberin
                 f"node '{node.name}' ({node.target}) brings together channel {int(first[wrong[0]]) - a.base}"
                 f" of {a} and channel {int(second[wrong[0]]) - b.base} of {b}, which were not coupled before"
             )
-
-
-def _among(labels: np.ndarray, sets: np.ndarray) -> np.ndarray:
-    """Whether each channel set is one of these."""
-    among = np.zeros(int(labels.max(initial=-1)) + 1, dtype=bool)
-    among[sets] = True
-    return among
 
 
 def last_ones(program: Program, reference: Analysis) -> np.ndarray:
@@ -188,7 +181,7 @@ def _subset(
 ) -> None:
     # What a node says of the last ones it says of all that they meet there, and of neither for a reason of
     # their own.
-    before = _among(labels, last)
+    before = marked(int(labels.max(initial=-1)) + 1, last)
     misled = {(remark.node, remark.reason) for remark in found if before[labels[remark.numbers]].any()}
     also = [remark for remark in found if (remark.node, remark.reason) in misled]
     for remark in (*also, *allowed):

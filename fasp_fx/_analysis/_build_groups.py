@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from .._program import Program
-from ..channels import Numbering, Slot, Walk, distinct, ranked
+from ..channels import Numbering, Slot, Walk, distinct, marked, ranked
 from ..groups import APPROXIMATE, EXEMPT, FROZEN, PRUNABLE, Group, Member
 from ._experts import last_products
 from ._grouping import LAYOUT, STATUS, ChannelSets, Keys
@@ -58,10 +58,7 @@ class GroupBuilder:
 
     def _sets_of(self, numbers: list[np.ndarray]) -> np.ndarray:
         """Whether each channel set has some of these numbers."""
-        among = np.zeros(self.found.count, dtype=bool)
-        for own in numbers:
-            among[self.found.labels[own]] = True
-        return among
+        return marked(self.found.count, *(self.found.labels[own] for own in numbers))
 
     def groups(self, group_of: np.ndarray, keys: Keys) -> list[Group]:
         """All groups, named, in graph order.

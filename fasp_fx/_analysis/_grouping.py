@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from .._program import Program
-from ..channels import Numbering, Remark, Walk, distinct, ranked
+from ..channels import Numbering, Remark, Walk, distinct, marked, ranked
 from ..groups import APPROXIMATE, EXEMPT, FROZEN, PRUNABLE
 from ..patterns import find_composites
 
@@ -99,8 +99,7 @@ def _windows_seen(labels: np.ndarray, walk: Walk) -> list[Remark]:
     if not facts.inside or not elsewhere:
         return []
     numbers = np.concatenate(elsewhere)
-    seen = np.zeros(int(labels.max(initial=-1)) + 1, dtype=bool)
-    seen[labels[numbers[numbers >= 0]]] = True
+    seen = marked(int(labels.max(initial=-1)) + 1, labels[numbers[numbers >= 0]])
     found = (replace(remark, numbers=remark.numbers[seen[labels[remark.numbers]]]) for remark in facts.inside)
     return [remark for remark in found if remark.numbers.size]
 

@@ -13,7 +13,7 @@ from scipy.sparse.csgraph import connected_components
 from torch import Tensor, fx
 
 from .._program import Program
-from ..channels import Execution, Interpreter, Numbering, Slot, Walk, attribute, distinct
+from ..channels import Execution, Interpreter, Numbering, Slot, Walk, attribute, distinct, marked
 
 #: channel numbers that are coupled, entry by entry, and the node that couples them
 Pairs = list[tuple[np.ndarray, np.ndarray, fx.Node]]
@@ -98,9 +98,7 @@ def _same_elsewhere(coupled: Pairs, pairs: Pairs, total: int) -> Pairs:
     Positions that several channels share, such as the angles by which all heads are turned, need not go with
     a whole head.
     """
-    together = np.zeros(total, dtype=bool)
-    for numbers in (side for pair in coupled for side in pair[:2]):
-        together[numbers] = True
+    together = marked(total, *(side for pair in coupled for side in pair[:2]))
     found = []
     for a, b, node in _numbered(pairs):
         span = int(b.max()) + 1
@@ -119,9 +117,7 @@ def _walk_together(
     """
     everyone = np.arange(numbering.total)
     labels = label_sets(numbering.total, pairs)
-    within, first = np.zeros(numbering.total, dtype=bool), np.empty_like(everyone)
-    for _, numbers, _ in coupled:
-        within[labels[numbers]] = True
+    within, first = marked(numbering.total, *(labels[own] for _, own, _ in coupled)), np.empty_like(everyone)
     first[labels[::-1]] = everyone[::-1]  # the lowest number of each set is written last
     speaking = np.where(within[labels], first[labels], everyone)
     numbering.representative = torch.from_numpy(speaking)

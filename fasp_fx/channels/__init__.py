@@ -5,7 +5,7 @@ explains it).
 from __future__ import annotations
 
 from ._consume import WHY_NOT_FOLDED
-from ._distinct import are_among, counted, distinct, ranked
+from ._distinct import are_among, counted, distinct, marked, ranked
 from ._execution import Execution
 from ._facts import Facts, Layout, Product, Remark, Use
 from ._foreseen import TRACED, foreseen
@@ -53,6 +53,7 @@ __all__ = [
     "foreseen",
     "is_dynamic",
     "laid_by_block",
+    "marked",
     "ranked",
     "repeating",
     "results",

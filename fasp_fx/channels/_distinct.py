@@ -16,7 +16,7 @@ def distinct(numbers: np.ndarray) -> np.ndarray:
         return numbers
     low, span = _range(numbers)
     if span < _SPARSE * numbers.size:
-        return np.flatnonzero(_table(numbers, low, span)) + low
+        return np.flatnonzero(marked(span, numbers - low)) + low
     ordered = np.sort(numbers)
     return ordered[np.concatenate([[True], ordered[1:] != ordered[:-1]])]
 
@@ -45,7 +45,7 @@ def ranked(numbers: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     if span >= _SPARSE * numbers.size:
         found, places = np.unique(numbers, return_inverse=True)
         return found, places.reshape(-1)
-    present = _table(numbers, low, span)
+    present = marked(span, numbers - low)
     return np.flatnonzero(present) + low, (np.cumsum(present) - 1)[numbers - low]
 
 
@@ -58,7 +58,7 @@ def are_among(numbers: np.ndarray, others: np.ndarray) -> bool:
         return False
     if span >= _SPARSE * (numbers.size + others.size):
         return bool(np.isin(numbers, others).all())
-    return bool(_table(others, low, span)[numbers - low].all())
+    return bool(marked(span, others - low)[numbers - low].all())
 
 
 def _increase(numbers: np.ndarray) -> bool:
@@ -71,10 +71,12 @@ def _range(numbers: np.ndarray) -> tuple[int, int]:
     return low, int(numbers.max()) - low + 1
 
 
-def _table(numbers: np.ndarray, low: int, span: int) -> np.ndarray:
-    present = np.zeros(span, dtype=bool)
-    present[numbers - low] = True
-    return present
+def marked(count: int, *numbers: np.ndarray) -> np.ndarray:
+    """Whether each of the numbers below ``count`` is among some: a table in the place of a search."""
+    table = np.zeros(count, dtype=bool)
+    for some in numbers:
+        table[some] = True
+    return table
 
 
-__all__ = ["are_among", "counted", "distinct", "ranked"]
+__all__ = ["are_among", "counted", "distinct", "marked", "ranked"]
