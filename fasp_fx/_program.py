@@ -229,6 +229,13 @@ class Program:
         keywords = {key: named.get(key, self.signature.constants.get(key)) for key in example_kwargs}
         return pytree.tree_leaves((by_position, keywords))
 
+    def call(self) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """The arguments of the caller's ``forward`` that give the placeholders the example inputs."""
+        args, kwargs = self.example
+        named = {**self.signature.constants, **dict(zip(self.signature.given(), args)), **kwargs}
+        named = {name: named[name] for name in self.signature.given() if name in named}
+        return tuple(named.pop(name) for name in self.signature.by_position()), named
+
     def device(self) -> torch.device:
         """The device of the weights, or of the inputs if there are none."""
         tensors: Iterator[Any] = iter([*self.weights().values(), *pytree.tree_leaves(self.example)])

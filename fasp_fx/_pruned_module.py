@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.export import ExportedProgram
 
+from ._calling._facts import ExportFacts
 from ._calling._guards import guard_calls
 from ._calling._signature import CallerCodeGen, CallSignature
 from ._capture._assemble import Assembly
@@ -87,6 +88,11 @@ class Origin:
     def example(self) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
         """Positional and keyword arguments as the program takes them, where it has any."""
         return self._made.example_inputs if isinstance(self._made, ExportedProgram) else self._made.example
+
+    @property
+    def facts(self) -> ExportFacts:
+        """How the program is called and what its sizes may be."""
+        return ExportFacts.of(self._made) if isinstance(self._made, ExportedProgram) else self._made.facts
 
     @property
     def program(self) -> ExportedProgram:

@@ -6,9 +6,9 @@ import ast
 from pathlib import Path
 
 import torch
+from fasp_fx._eager._call import _drawn
 
 import fasp_fx
-from fasp_fx._eager._call import _drawn
 from fasp_fx.restoration import SKETCHED, _sketch
 from fasp_fx.scoring import Columns, Random
 

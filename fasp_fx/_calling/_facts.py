@@ -10,7 +10,7 @@ from torch.export import ExportedProgram
 from torch.export.exported_program import ModuleCallEntry
 from torch.export.graph_signature import InputKind
 
-from .._compat import ShapeEnv
+from .._compat import ShapeEnv, guards_of
 
 
 @dataclass(frozen=True)
@@ -21,12 +21,14 @@ class ExportFacts:
         call: how the whole module is called.
         inputs: what the caller's inputs are, in order.
         ranges: the sizes that each symbol can have.
+        guards: what else is assumed of the sizes of the inputs, in Python.
         assumed: how much was assumed of the symbols when the capture was done.
     """
 
     call: ModuleCallEntry
     inputs: tuple[Any, ...]
     ranges: dict[Any, Any]
+    guards: tuple[str, ...]
     assumed: int
 
     @classmethod
@@ -36,7 +38,11 @@ class ExportFacts:
             spec.arg for spec in exported.graph_signature.input_specs if spec.kind is InputKind.USER_INPUT
         )
         return cls(
-            exported.module_call_graph[0], inputs, dict(exported.range_constraints), assumed(exported.graph)
+            exported.module_call_graph[0],
+            inputs,
+            dict(exported.range_constraints),
+            guards_of(exported),
+            assumed(exported.graph),
         )
 
 

@@ -149,17 +149,15 @@ def lower_bound(size: torch.SymInt) -> int:
     return 0 if bounds is None or bounds.lower == -int_oo else int(bounds.lower)
 
 
-def recorded_shapes(
-    module: fx.GraphModule, example: tuple[tuple[Any, ...], dict[str, Any]]
-) -> ShapesCollection:
+def recorded_shapes(graph: fx.Graph, example: tuple[tuple[Any, ...], dict[str, Any]]) -> ShapesCollection:
     """The dynamic dimensions of a captured program and their ranges, to export it again with the same
     freedom.
     """
     collection = ShapesCollection()
-    leaves = pytree.tree_leaves(example)
-    for node, leaf in zip(module.graph.find_nodes(op="placeholder"), leaves, strict=True):
-        if not isinstance(leaf, Tensor):
-            continue
+    leaves = [leaf for leaf in pytree.tree_leaves(example) if isinstance(leaf, Tensor)]
+    inputs = graph.find_nodes(op="placeholder")
+    tensors = [node for node in inputs if isinstance(node.meta.get("val"), Tensor)]
+    for node, leaf in zip(tensors, leaves, strict=True):
         spec: dict[int, Any] = {}
         for dim, size in enumerate(node.meta["val"].shape):
             if not is_dynamic(size):

@@ -269,7 +269,7 @@ def export_again(module: fx.GraphModule, example: tuple[tuple[Any, ...], dict[st
     args, kwargs = example
     compile_graphs(module)  # an exporter asks for its signature before it calls it
     with quiet(), torch.no_grad(), any_number_of_steps(), _named(module, kwargs):
-        shapes = recorded_shapes(module, example).dynamic_shapes(module, args, kwargs)
+        shapes = recorded_shapes(module.graph, example).dynamic_shapes(module, args, kwargs)
         return _rewritten(
             lambda: torch.export.export(module, args, kwargs, dynamic_shapes=shapes, strict=False)
         )

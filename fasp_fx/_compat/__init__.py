@@ -26,6 +26,8 @@ from ._graphs import (
     LazyGraphModule,
     PyTreeCodeGen,
     PyTreeInfo,
+    annotated_nodes,
+    annotating,
     compile_graphs,
     compiled_when_called,
     silent_export,
@@ -41,7 +43,7 @@ from ._operators import (
     is_transform,
     traced_by,
 )
-from ._sizes import ShapeEnv, free_unbacked_symbols, int_oo, refuse_new_guards, take_guards
+from ._sizes import ShapeEnv, free_unbacked_symbols, guards_of, int_oo, refuse_new_guards, take_guards
 
 __all__ = [
     "FAKE_LOGGER",
@@ -57,6 +59,8 @@ __all__ = [
     "PyTreeInfo",
     "ShapeEnv",
     "TorchDispatchMode",
+    "annotated_nodes",
+    "annotating",
     "answered_by",
     "compile_graphs",
     "compiled_when_called",
@@ -64,6 +68,7 @@ __all__ = [
     "decomposition_table",
     "enable_python_dispatcher",
     "free_unbacked_symbols",
+    "guards_of",
     "int_oo",
     "is_backward",
     "is_composite",

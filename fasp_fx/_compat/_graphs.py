@@ -13,6 +13,8 @@ from torch.fx._lazy_graph_module import _use_lazy_graph_module
 from torch.fx.graph import _PyTreeCodeGen as PyTreeCodeGen
 from torch.fx.graph import _PyTreeInfo as PyTreeInfo
 from torch.fx.graph_module import _USER_PRESERVED_ATTRIBUTES_KEY as PRESERVED
+from torch.fx.traceback import annotate as annotating
+from torch.fx.traceback import preserve_node_meta as annotated_nodes
 
 
 def silent_export() -> contextlib.AbstractContextManager[object]:
@@ -48,6 +50,8 @@ __all__ = [
     "LazyGraphModule",
     "PyTreeCodeGen",
     "PyTreeInfo",
+    "annotated_nodes",
+    "annotating",
     "compile_graphs",
     "compiled_when_called",
     "silent_export",

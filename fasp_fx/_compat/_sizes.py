@@ -43,4 +43,9 @@ def take_guards(program: ExportedProgram, other: ExportedProgram) -> None:
     program._guards_code = other._guards_code
 
 
-__all__ = ["ShapeEnv", "free_unbacked_symbols", "int_oo", "refuse_new_guards", "take_guards"]
+def guards_of(program: ExportedProgram) -> tuple[str, ...]:
+    """What a program assumes of the sizes of its inputs, in Python."""
+    return tuple(program._guards_code)
+
+
+__all__ = ["ShapeEnv", "free_unbacked_symbols", "guards_of", "int_oo", "refuse_new_guards", "take_guards"]

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from .._capture._unchanged import rewound
+from .._tolerable import tolerable
 from .._weights import FusedWeights
 from ..channels import attribute
 from ..errors import EagerError, first_line
@@ -26,19 +26,21 @@ class Copied:
     Attributes:
         model: the caller's.
         module: the copy, of the same class; all attributes but tensors are those of the original.
-        dense: the shapes that the tensors of the original have, by name; those of all names of a tied weight.
-        computed: the shapes of the weights that the copy computes from others and that have become smaller,
-            by name.
     """
 
     model: nn.Module
     module: nn.Module
-    dense: Mapping[str, tuple[int, ...]] = field(repr=False)
-    computed: Mapping[str, tuple[int, ...]] = field(default_factory=dict, repr=False)
 
-    def shapes(self) -> dict[str, tuple[int, ...]]:
-        """The shapes that the tensors of the copy have, by name."""
-        return {**{name: tuple(tensor.shape) for name, tensor in held(self.module)}, **self.computed}
+    def cuts(self) -> dict[str, list[tuple[int, int]]]:
+        """For each submodule that holds tensors which have become smaller, how long their dimensions were and
+        are.
+        """
+        found: dict[str, list[tuple[int, int]]] = {}
+        for (name, dense), (_, now) in zip(held(self.model), held(self.module), strict=True):
+            lost = [pair for pair in zip(dense.shape, now.shape) if pair[0] != pair[1]]
+            if lost:
+                found.setdefault(name.rpartition(".")[0], []).extend(lost)
+        return found
 
 
 def copied(model: nn.Module, result: Result) -> Copied:
@@ -67,26 +69,28 @@ def copied(model: nn.Module, result: Result) -> Copied:
             if id(value) not in made:
                 made[id(value)] = value, _own(value, tensor, device)
             memo[id(tensor)] = made[id(value)][1]
-    dense = {name: tuple(tensor.shape) for name, tensor in tensors}
     try:
         module = copy.deepcopy(model, memo)
-    except Exception as error:  # a module copies itself as it likes
+    except tolerable(Exception) as error:  # a module copies itself as it likes
         raise EagerError(
             f"{type(model).__name__} cannot be copied ({type(error).__name__}: {first_line(error)}); use"
             " result.module"
         ) from error
+    for path, inner in model.named_modules():
+        module.get_submodule(path).training = inner.training  # some are built anew by their class
     lost = {name for name, _ in result.plan.slices()}
     # The others are computed as ever; should training have changed one, it shows.
-    cut = [weight for weight in result.plan.folds if weight.name in lost]
-    computed_now = {}
-    for weight in cut:
-        value = smaller.get(weight.name)
-        assert value is not None
-        _take_computed(module, weight.name, weight.sources, value)
-        computed_now[weight.name] = tuple(value.shape)
-    with torch.no_grad(), rewound(model):  # what computes a weight may write into its buffers
-        dense |= {name: tuple(attribute(model, name).shape) for name in computed_now}
-    return Copied(model, module, dense, computed_now)
+    for weight in result.plan.folds:
+        if weight.name in lost:
+            value = smaller.get(weight.name)
+            assert value is not None
+            _take_computed(module, weight.name, weight.sources, value)
+    return Copied(model, module)
+
+
+def twin(model: nn.Module) -> nn.Module:
+    """A copy of a model that shares its tensors."""
+    return copy.deepcopy(model, {id(tensor): tensor for _, tensor in held(model)})
 
 
 def held(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
@@ -130,11 +134,13 @@ class _Smaller:
 
 
 def _own(value: Tensor, like: Tensor, device: torch.device | None) -> Tensor:
-    """A copy of a value, on the device of the result; a parameter if ``like`` is one."""
+    """A copy of a value, on the device of the result; of the class of ``like``, with what that has for
+    attributes.
+    """
     value = value.detach().to(device if device is not None else value.device, copy=True)
-    if isinstance(like, nn.Parameter):
-        return nn.Parameter(value, requires_grad=like.requires_grad)
-    return value.requires_grad_(like.requires_grad and value.is_floating_point())
+    made = value.as_subclass(type(like)).requires_grad_(like.requires_grad and value.is_floating_point())
+    vars(made).update(copy.copy(vars(like)))
+    return made
 
 
 def _take_computed(module: nn.Module, name: str, sources: tuple[str, ...], value: Tensor) -> None:
@@ -149,7 +155,7 @@ def _take_computed(module: nn.Module, name: str, sources: tuple[str, ...], value
             raise TypeError("it is no parametrisation of torch.nn.utils.parametrize")
         with torch.no_grad():
             setattr(owner, leaf, value.detach().clone())
-    except Exception as error:  # an inverse raises what it likes
+    except tolerable(Exception) as error:  # an inverse raises what it likes
         of = ", ".join(map(repr, sources))
         raise EagerError(
             f"the model computes '{name}' from {of} in every call, which cannot be made to give the smaller"
@@ -160,4 +166,4 @@ def _take_computed(module: nn.Module, name: str, sources: tuple[str, ...], value
         attribute(module, source).requires_grad_(requires_grad)
 
 
-__all__ = ["Copied", "copied", "held"]
+__all__ = ["Copied", "copied", "held", "twin"]

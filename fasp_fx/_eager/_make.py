@@ -2,24 +2,37 @@
 
 from __future__ import annotations
 
-import math
-from typing import TYPE_CHECKING
+import contextlib
+import traceback
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
 
-from torch import nn
+from torch import Tensor, fx, nn
 
 from .. import plan as plans
 from .._analysis._depth import DEPTH
-from .._capture._reaching import Reaching
+from .._capture import capture, recorded_shapes
+from .._capture._reaching import noting_reads, said_of_reads
 from .._capture._unchanged import rewound
+from .._compat import pytree
+from .._finish import finish
+from .._parts._faithful import called, trouble_with
+from .._program import Program
+from .._pruned_module import Origin, PrunedModule
 from .._stamps import WRITTEN_BY
-from ..errors import ArgumentError, EagerError
+from .._tolerable import tolerable
+from ..analysis import analyze_program
+from ..errors import ArgumentError, EagerError, first_line
 from ..groups import APPROXIMATE, EXEMPT
-from ..passes import KeepDenseCount, PinAttentionScale
-from ._copy import copied
+from ..passes import KeepDenseCount, PinAttentionScale, split_fused
+from ._copy import Copied, copied, twin
+from ._same import Difference, first_difference, other_sizes
 from ._saving import keep_from_saving
-from ._search import Search
-from ._sizes import Cuts, is_within
-from ._trial import Outcome, Trial, program_of
+from ._settle import settle
+from ._sizes import is_within, records, write, write_said
+from ._traced import traced
 
 if TYPE_CHECKING:
     from .._result import Result
@@ -33,23 +46,169 @@ def eager(result: Result, model: nn.Module) -> nn.Module:
     if not isinstance(model, nn.Module):
         raise ArgumentError(f"model must be the nn.Module that was pruned, not {type(model).__name__}")
     _check(result, model)
-    made = copied(model, result)
-    cuts = Cuts(made.module, made.dense, made.shapes(), made.computed)
-    trial, reaching = Trial(made.module, program_of(result)), Reaching(model, made.module)
-    with rewound(model):
-        outcome = Search(cuts, trial, result.plan, model).run()
-        trial.run(watching=reaching)
-    if reaching.said is not None:
-        raise EagerError(f"{reaching.said} or use result.module")
-    if not outcome.equal:
-        remedy, group = _remedy(result, outcome, model)
-        raise EagerError(
-            f"no copy of {type(model).__name__} computes what the pruned program does, whatever sizes its"
-            f" attributes are given: {outcome.said}; {remedy}",
-            group,
-        )
+    made, expected = copied(model, result), _Expected.of(result)
+    with rewound(model), _evaluating(model), _evaluating(made.module):
+        wrong = _written(made, expected)
+        if wrong is not None:
+            remedy, group = _remedy(result, wrong, model)
+            kind = type(model).__name__
+            raise EagerError(
+                f"no copy of {kind} computes what the pruned program does: {wrong.said}; {remedy}", group
+            )
+        for training in (False, True):
+            _check_run(made, expected, training)
     keep_from_saving(made.module)
     return made.module
+
+
+@dataclass(frozen=True)
+class _Expected:
+    """The pruned program that a copy is to be.
+
+    Attributes:
+        program: over the module of the result.
+        origin: what that was made of.
+        args, kwargs: the example inputs of the caller's ``forward``.
+    """
+
+    result: Result
+    program: Program
+    origin: Origin
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+    @classmethod
+    def of(cls, result: Result) -> _Expected:
+        """The program of a result, with example inputs where its weights are.
+
+        Raises:
+            EagerError: it holds none.
+        """
+        module = result.module
+        assert isinstance(module, PrunedModule)
+        example = module.fasp_fx_origin.example
+        if example is None:
+            raise EagerError(
+                "the program of the result holds no example inputs, on which a copy could be captured; use"
+                " result.module"
+            )
+        device = next((tensor.device for tensor in [*module.parameters(), *module.buffers()]), None)
+        example = pytree.tree_map(lambda leaf: leaf.to(device) if isinstance(leaf, Tensor) else leaf, example)
+        program = Program(module, result.signature, example)
+        return cls(result, program, module.fasp_fx_origin, *program.call())
+
+    @cached_property
+    def graph(self) -> fx.Graph:
+        """What it computes, as it was captured and rewritten."""
+        return self.origin.body()[0]
+
+    def captured(self, module: nn.Module) -> Program:
+        """A module of the caller's, captured as the program was."""
+        return capture(
+            module,
+            self.args,
+            self.kwargs,
+            dynamic_shapes=lambda args, kwargs: recorded_shapes(self.graph, (args, kwargs)),
+        )
+
+    def difference(self, made: Copied) -> Difference | None:
+        """Where a copy computes anything else, if it does.
+
+        Raises:
+            EagerError: it reads the model.
+        """
+        plan, module, read = self.result.plan, made.module, list[str]()
+        try:
+            write_said(made.model, module)
+            with noting_reads(made.model, module) as read:
+                found = self.captured(module)
+            if plan.splits or plan.copies:
+                found = analyze_program(found, split_fused, plan.granularity, plan.include).program
+            again = finish(found)
+        except tolerable(
+            Exception
+        ) as error:  # a module raises what it likes, and so does one that computes a weight
+            _refuse_reads(made.model, read)
+            cause = error.__cause__ or error
+            path = _failing(cause, module)
+            where = f"'{path}' ({type(module.get_submodule(path)).__name__}) " if path else ""
+            return Difference(f"{where}fails: {type(cause).__name__}: {first_line(cause)}", path)
+        _refuse_reads(made.model, read)
+        origin = again.fasp_fx_origin
+        return first_difference(origin.body()[0], again, self.graph, self.program.module) or other_sizes(
+            origin.facts, self.origin.facts
+        )
+
+
+@contextlib.contextmanager
+def _evaluating(module: nn.Module) -> Iterator[None]:
+    """A module in evaluation mode, and as it was afterwards."""
+    modes = [(inner, inner.training) for inner in module.modules()]
+    module.eval()
+    try:
+        yield
+    finally:
+        for inner, training in modes:
+            inner.training = training
+
+
+def _written(made: Copied, expected: _Expected) -> Difference | None:
+    """Give the attributes of a copy the sizes that its weights have; what is wrong with it then."""
+    wrong = expected.difference(made)
+    if wrong is None:
+        return None
+    dense = twin(made.model)
+    with traced(dense, {id(record) for record in records(made.model)}) as log:
+        graph = expected.captured(dense).module.graph
+    settled = settle(graph, expected.graph, log, made.cuts())
+    for assignment in settled.assignments():
+        write(made.module, assignment)
+        wrong = expected.difference(made)
+        if wrong is None:
+            return None
+    return replace(wrong, said=f"{wrong.said}; {settled.torn}") if settled.torn else wrong
+
+
+def _check_run(made: Copied, expected: _Expected, training: bool) -> None:
+    """Run a copy as it is in one of its modes.
+
+    Raises:
+        EagerError: it reads the caller's model, gives something else than its own graph, or fails where the
+            model runs.
+    """
+    program, args, kwargs = expected.program, expected.args, expected.kwargs
+    module = made.module.train(training)
+    try:
+        with rewound(made.model), noting_reads(made.model, module) as read:
+            found, _ = called(program, module, args, kwargs)
+    except tolerable(Exception) as error:  # a module raises what it likes
+        if training and not _runs(made.model.train(), expected):
+            return  # as norms do with a single sample
+        raise EagerError(
+            f"the copy fails in {'training' if training else 'evaluation'} mode, where the model runs:"
+            f" {type(error).__name__}: {first_line(error)}; use result.module, or prune with"
+            f" round_to={FULL}, if a kernel takes whole 16 bytes alone"
+        ) from error
+    _refuse_reads(made.model, read)
+    trouble = None if training else trouble_with(program, found, args, kwargs)
+    if trouble is not None:
+        raise EagerError(
+            f"the pruned program {trouble}, which a copy computes when called; use result.module"
+        )
+
+
+def _refuse_reads(model: nn.Module, read: list[str]) -> None:
+    if read:
+        raise EagerError(f"{said_of_reads(model, read)} or use result.module")
+
+
+def _runs(model: nn.Module, expected: _Expected) -> bool:
+    """Whether a model runs on the example inputs as it is."""
+    try:
+        called(expected.program, model, expected.args, expected.kwargs)
+    except tolerable(Exception):  # as above
+        return False
+    return True
 
 
 def _check(result: Result, model: nn.Module) -> None:
@@ -70,7 +229,14 @@ def _check(result: Result, model: nn.Module) -> None:
     )
 
 
-def _remedy(result: Result, outcome: Outcome, model: nn.Module) -> tuple[str, str | None]:
+def _failing(error: BaseException, module: nn.Module) -> str | None:
+    """The innermost submodule whose methods were running when an error was raised."""
+    paths = {id(inner): path for path, inner in module.named_modules()}
+    running = [frame.f_locals.get("self") for frame, _ in traceback.walk_tb(error.__traceback__)]
+    return next((paths[id(owner)] for owner in reversed(running) if id(owner) in paths), None)
+
+
+def _remedy(result: Result, wrong: Difference, model: nn.Module) -> tuple[str, str | None]:
     """What can be done instead, and what of the program no module has where that can be told; and the group
     that is to be kept.
     """
@@ -107,22 +273,18 @@ def _remedy(result: Result, outcome: Outcome, model: nn.Module) -> tuple[str, st
             f"use result.module, or call torch.nn.utils.parametrize.remove_parametrizations on '{computed}'"
             " before pruning"
         ), None
-    ways = ["use result.module"]
     failing = next(
         (
             group.name
-            for path in filter(None, outcome.stack)
             for group in plan.groups
             for part in (*group.producers, *group.consumers)
-            if is_within(part.name.rpartition(".")[0], path)
+            if wrong.path and is_within(part.name.rpartition(".")[0], wrong.path)
         ),
         None,
     )
-    if failing is not None:
-        ways.append(f"keep the group '{failing}' and its like by exclude=")
-    if math.isfinite(outcome.reached) and (result.config is None or result.config.round_to < FULL):
-        ways.append(f"prune with round_to={FULL}, if a kernel takes whole 16 bytes alone")
-    return ", or ".join(ways), failing
+    if failing is None:
+        return "use result.module", None
+    return f"use result.module, or keep the group '{failing}' and its like by exclude=", failing
 
 
 __all__ = ["eager"]

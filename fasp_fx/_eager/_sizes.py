@@ -1,14 +1,16 @@
-"""The attributes of a module that are sizes: which there are, and to read and write them."""
+"""The attributes of a module that are sizes: which there are, to read and write them, and what torch's own
+classes call the sizes of their weights.
+"""
 
 from __future__ import annotations
 
 import enum
-from collections.abc import Iterable, Iterator, Mapping, Set
+from collections.abc import Callable, Iterable, Iterator, Mapping, Set
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 #: longer tuples and lists hold no sizes
 _LONGEST = 16
@@ -34,19 +36,15 @@ class Size:
 Assignment = Mapping[Size, int]
 
 
-def sizes(module: nn.Module, path: str) -> dict[Size, int]:
-    """The integers among the attributes of one module, itself reached by ``path``, that may be sizes."""
-    return _integers(vars(module), path, "", _COMMON)
-
-
-def inner_sizes(module: nn.Module, path: str, shared: Set[int]) -> dict[Size, int]:
-    """The integers in the plain objects that a module has as attributes, such as a configuration, that may be
-    sizes; their names are dotted.
+def sizes(module: nn.Module, path: str, shared: Set[int]) -> dict[Size, int]:
+    """The positive integers among the attributes of one module, and in the plain objects among these, such as
+    a configuration, whose names are dotted.
 
     Args:
+        path: where the module is.
         shared: the ids of objects that must not be changed.
     """
-    found: dict[Size, int] = {}
+    found = _integers(vars(module), path, "", _COMMON)
     for name, value in vars(module).items():
         if name not in _COMMON and id(value) not in shared and _is_record(value):
             found |= _integers(_fields(value), path, f"{name}.", frozenset())
@@ -71,30 +69,20 @@ def _integers(held: Mapping[str, object], path: str, start: str, without: Set[st
             and type(value) in (tuple, list, torch.Size)
             and len(value) <= _LONGEST
         ):
-            found.update(
-                {
-                    Size(path, start + name, at): item
-                    for at, item in enumerate(value)
-                    if type(item) is int and item > 0
-                }
-            )
+            for at, item in enumerate(value):
+                if type(item) is int and item > 0:
+                    found[Size(path, start + name, at)] = item
     return found
 
 
 def _is_record(value: object) -> bool:
     """Whether a value is a dictionary, or an object of a class that somebody has written to hold data."""
-    if isinstance(value, dict):
-        return True
-    return (
+    return isinstance(value, dict) or (
         hasattr(value, "__dict__")
         and not callable(value)
         and not isinstance(value, (torch.Tensor, enum.Enum))
-        and not _is_torchs(value)
+        and type(value).__module__.partition(".")[0] not in ("torch", "builtins")
     )
-
-
-def _is_torchs(value: object) -> bool:
-    return type(value).__module__.partition(".")[0] in ("torch", "builtins")
 
 
 def _fields(value: object) -> dict[str, Any]:
@@ -111,93 +99,27 @@ def write(module: nn.Module, assignment: Assignment) -> None:
         if size.position is None:
             held[name] = value
         else:
-            old = held[name]
-            items = list(old)
+            items = list(held[name])
             items[size.position] = value
-            held[name] = type(old)(items)
+            # torch.Size takes integers of no other class
+            held[name] = items if type(held[name]) is list else tuple(items)
 
 
-class Cuts:
-    """Which dimensions of which tensors have become smaller, and the submodules that hold them.
+def rescaled(size: Size, value: int, cuts: Mapping[str, Iterable[tuple[int, int]]]) -> int | None:
+    """What becomes of an attribute of which no more is known than that it is the size of something, where the
+    weights of the nearest module around it that have become smaller leave no doubt.
 
     Args:
-        module: the copy.
-        dense, now: the shapes of its tensors, as they were and as they are.
-        computed: the names of those that it computes from others.
-
-    Attributes:
-        own: for each submodule that holds a cut tensor itself, the cut dimensions.
+        cuts: for each module that holds such weights, how long their dimensions were and are.
     """
-
-    def __init__(
-        self,
-        module: nn.Module,
-        dense: Mapping[str, tuple[int, ...]],
-        now: Mapping[str, tuple[int, ...]],
-        computed: Iterable[str] = (),
-    ) -> None:
-        self.dense, self.now, self.computed = dense, now, tuple(computed)
-        self.own: dict[str, list[Cut]] = {}
-        for name, before in dense.items():
-            after = now.get(name)
-            if after is not None and after != before and len(after) == len(before):
-                path = name.rpartition(".")[0]
-                self.own.setdefault(path, []).extend(
-                    Cut(name, dim, a, b)
-                    for dim, (a, b) in enumerate(zip(before, after, strict=True))
-                    if a != b
-                )
-        self.modules = dict(module.named_modules())
-
-    def tensors(
-        self, path: str, inner: nn.Module
-    ) -> tuple[dict[str, tuple[int, ...]], dict[str, tuple[int, ...]]]:
-        """The shapes of a module's own parameters and buffers by their names there, as they were and as they
-        are; what it computes from others counts.
-        """
-        own = [
-            name
-            for name, tensor in [*inner._parameters.items(), *inner._buffers.items()]
-            if tensor is not None
-        ]
-        start = f"{path}." if path else ""
-        own += [name.removeprefix(start) for name in self.computed if name.rpartition(".")[0] == path]
-        before, after = ({name: shapes[start + name] for name in own} for shapes in (self.dense, self.now))
-        return before, after
-
-    def within(self, path: str) -> list[Cut]:
-        """The cut dimensions of all tensors at or below a submodule."""
-        return [cut for owner, cuts in self.own.items() if is_within(owner, path) for cut in cuts]
-
-    def whole(self, path: str) -> set[int]:
-        """The dimensions that have stayed what they were, of all tensors at or below a submodule."""
-        return {
-            a
-            for name, before in self.dense.items()
-            if is_within(name.rpartition(".")[0], path)
-            for a, b in zip(before, self.now.get(name, ()))
-            if a == b
-        }
-
-    def enclosing(self) -> Iterator[str]:
-        """The submodules at or below which something was cut, inner ones first."""
-        paths = {outer for owner in self.own for outer in outward(owner)}
-        yield from sorted(paths & self.modules.keys(), key=lambda path: (-len(_steps(path)), path))
-
-
-@dataclass(frozen=True)
-class Cut:
-    """One dimension of one tensor, which was ``before`` long and is ``after`` now."""
-
-    name: str
-    dim: int
-    before: int
-    after: int
-
-    def scale(self, value: int) -> int | None:
-        """What becomes of a number that goes with this dimension in proportion, if that is a whole one."""
-        new, rest = divmod(value * self.after, self.before)
-        return None if rest or not new else new
+    for scope in outward(size.path):
+        near = [cut for path, own in cuts.items() if is_within(path, scope) for cut in own]
+        if near:
+            same = {after for before, after in near if before == value}
+            scaled = {value * after // before for before, after in near if value * after % before == 0}
+            found = same or scaled
+            return found.pop() if len(found) == 1 else None
+    return None
 
 
 def outward(path: str) -> Iterator[str]:
@@ -213,19 +135,76 @@ def is_within(path: str, outer: str) -> bool:
     return not outer or path == outer or path.startswith(f"{outer}.")
 
 
-def _steps(path: str) -> list[str]:
-    return path.split(".") if path else []
+_CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+_TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
+_NORMS += (nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d)  # type: ignore[assignment]
 
 
-__all__ = [
-    "Assignment",
-    "Cut",
-    "Cuts",
-    "Size",
-    "inner_sizes",
-    "is_within",
-    "outward",
-    "records",
-    "sizes",
-    "write",
-]
+def _length(tensor: Tensor | None, dim: int = 0) -> int | None:
+    return None if tensor is None else tensor.shape[dim]
+
+
+#: what torch's classes say of their weights in attributes, of which forward need not read any
+_SAID: tuple[tuple[Any, dict[str, Callable[[Any], Any]]], ...] = (
+    (nn.Linear, {"out_features": lambda m: _length(m.weight), "in_features": lambda m: _length(m.weight, 1)}),
+    (
+        nn.Bilinear,
+        {
+            "out_features": lambda m: _length(m.weight),
+            "in1_features": lambda m: _length(m.weight, 1),
+            "in2_features": lambda m: _length(m.weight, 2),
+        },
+    ),
+    (
+        _CONVOLUTIONS,
+        {
+            "out_channels": lambda m: _length(m.weight),
+            "in_channels": lambda m: m.groups * m.weight.shape[1],
+        },
+    ),
+    (
+        _TRANSPOSED,
+        {
+            "out_channels": lambda m: m.groups * m.weight.shape[1],
+            "in_channels": lambda m: _length(m.weight),
+        },
+    ),
+    (_NORMS, {"num_features": lambda m: _length(m.running_mean if m.weight is None else m.weight)}),
+    (nn.GroupNorm, {"num_channels": lambda m: _length(m.weight)}),
+    (
+        (nn.LayerNorm, nn.RMSNorm),
+        {"normalized_shape": lambda m: m.weight if m.weight is None else tuple(m.weight.shape)},
+    ),
+    (nn.PReLU, {"num_parameters": lambda m: _length(m.weight)}),
+    (
+        (nn.Embedding, nn.EmbeddingBag),
+        {"num_embeddings": lambda m: _length(m.weight), "embedding_dim": lambda m: _length(m.weight, 1)},
+    ),
+    (
+        nn.RNNBase,
+        {
+            "input_size": lambda m: _length(m.weight_ih_l0, 1),
+            "hidden_size": lambda m: len(m.weight_ih_l0) // 4 if m.proj_size else _length(m.weight_hh_l0, 1),
+            "proj_size": lambda m: _length(m.weight_hr_l0) if m.proj_size else 0,
+        },
+    ),
+    (
+        nn.RNNCellBase,
+        {"input_size": lambda m: _length(m.weight_ih, 1), "hidden_size": lambda m: _length(m.weight_hh, 1)},
+    ),
+)
+
+
+def write_said(model: nn.Module, copy: nn.Module) -> None:
+    """Have the modules of torch's classes in a copy say the sizes of the weights that they have now, where
+    those of the model do so.
+    """
+    for path, inner in model.named_modules():
+        for kind, said in _SAID:
+            for name, of in said.items() if isinstance(inner, kind) else ():
+                if getattr(inner, name) == of(inner) is not None:
+                    setattr(copy.get_submodule(path), name, of(copy.get_submodule(path)))
+
+
+__all__ = ["Assignment", "Size", "is_within", "records", "rescaled", "sizes", "write", "write_said"]

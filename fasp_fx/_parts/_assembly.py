@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from .._calling._signature import CallSignature
-from .._capture._reaching import find_reached
+from .._capture._reaching import noting_reads, said_of_reads
 from .._capture._transformers import is_transformers, register_caches
 from .._capture._unchanged import rewound
 from .._device import device_named
@@ -71,9 +71,13 @@ class Assembly:
         with self.timed("capture"):
             search = Search(self.model, self.call, config)
             try:
-                reaches = find_reached(model, self.model, lambda: self.call.run(self.model))
-                if reaches is not None:
-                    raise CaptureError(f"{error} It cannot be pruned by its submodules either: {reaches}.")
+                # what a model compiles for itself would not be run
+                compiled = torch.compiler.set_stance("force_eager")
+                with rewound(model), rewound(self.model), compiled, noting_reads(model, self.model) as read:
+                    self.call.run(self.model)
+                if read:
+                    said = said_of_reads(model, read)
+                    raise CaptureError(f"{error} It cannot be pruned by its submodules either: {said}.")
                 self.parts = search.run()
             except (FaspError, torch.OutOfMemoryError):
                 raise

@@ -68,7 +68,7 @@ def compared(
         if drawn is not None:
             return drawn
     try:
-        expected, changed = _called(program, model, args, kwargs)
+        expected, changed = called(program, model, args, kwargs)
     except torch.OutOfMemoryError:
         raise
     except (
@@ -84,14 +84,17 @@ def compared(
             " remembers what it returned (functools.cache, say): clear what it remembers, and call the model"
             " once before it is captured"
         )
-    trouble = _trouble(program, expected, args, kwargs)
+    try:
+        trouble = trouble_with(program, expected, args, kwargs)
+    except CalibrationError as error:
+        trouble = f"cannot be executed on the example inputs ({error})"
     if trouble is not None and recapture is not None and _is_doubled(program, args, kwargs):
         with contextlib.suppress(CaptureError):  # then what there is will have to do
             return compared(recapture(model, args, kwargs), model, args, kwargs)
     if trouble is not None:
         return _noted(program, f"{trouble}: {_TRACED}")
     if changed and not written_names(program.module.graph):
-        again, _ = _called(program, model, args, kwargs, calls=2)
+        again, _ = called(program, model, args, kwargs, calls=2)
         worst = _difference(program, again, args, kwargs)
         if worst:
             names = ", ".join(f"'{name}'" for name in changed[:3])
@@ -110,7 +113,7 @@ def compared(
     least = _of_size(1, program, args, kwargs)
     if least is not None:
         try:
-            expected, _ = _called(program, model, *least)
+            expected, _ = called(program, model, *least)
             worst = _difference(program, expected, *least)
         except Exception:  # either may refuse such sizes as it likes, when it is called
             return program
@@ -131,7 +134,7 @@ def _held_to_draw(program: Program, model: nn.Module, args: Any, kwargs: dict[st
     allowed = _allowed(program)
     found = []
     try:
-        own = [_called(program, model, args, kwargs, calls=calls)[0] for calls in (1, 2)]
+        own = [called(program, model, args, kwargs, calls=calls)[0] for calls in (1, 2)]
         if _apart(own[0], own[1], allowed):  # it draws, or remembers
             return program
         for seed in (0, 1):
@@ -150,7 +153,7 @@ def _held_to_draw(program: Program, model: nn.Module, args: Any, kwargs: dict[st
     )
 
 
-def _called(
+def called(
     program: Program,
     model: nn.Module,
     args: Any,
@@ -178,12 +181,13 @@ def _called(
     return expected, changed.names(model)
 
 
-def _trouble(program: Program, expected: list[Any], args: Any, kwargs: dict[str, Any]) -> str | None:
-    """What is wrong with the program on the example inputs."""
-    try:
-        worst = _difference(program, expected, args, kwargs)
-    except CalibrationError as error:
-        return f"cannot be executed on the example inputs ({error})"
+def trouble_with(program: Program, expected: list[Any], args: Any, kwargs: dict[str, Any]) -> str | None:
+    """What is wrong with what a program computes, in words, where its model computes what is expected.
+
+    Raises:
+        CalibrationError: the program does not run on these inputs.
+    """
+    worst = _difference(program, expected, args, kwargs)
     return f"{_OTHERWISE} on the example inputs (an output differs by {_shown(worst)})" if worst else None
 
 
@@ -278,13 +282,13 @@ def _decisive(
         """Whether the result is another one then; ``None`` if there is none."""
         try:
             laid = functools.partial(_laid, strided=strided, leaf=leaf, turned=turned, recast=recast)
-            found, _ = _called(program, model, *small, given=laid, gradients=gradients)
+            found, _ = called(program, model, *small, given=laid, gradients=gradients)
         except Exception:  # a model may refuse such inputs as it likes
             return None
         return _apart(found, expected, allowed) > 0
 
     try:
-        expected, _ = _called(program, model, *small)
+        expected, _ = called(program, model, *small)
     except Exception:  # or such sizes
         return None
     if differs(strided=True, leaf=gradients, gradients=gradients, turned=True) is not False:
@@ -322,8 +326,8 @@ def _tells_one_from_two(program: Program, model: nn.Module, args: Any, kwargs: d
     if not alike:
         return False
     try:
-        one, _ = _called(program, model, same[0], same[1])
-        several, _ = _called(program, model, same[0], same[1], given=_laid)
+        one, _ = called(program, model, same[0], same[1])
+        several, _ = called(program, model, same[0], same[1], given=_laid)
     except Exception:  # a model may refuse such inputs as it likes
         return False
     return _apart(one, several, _allowed(program)) > 0
@@ -418,3 +422,6 @@ def _outputs(program: Program, inputs: list[Any]) -> list[Any]:
 
 def _floats(leaves: list[Any]) -> list[Tensor]:
     return [leaf.to_dense() for leaf in leaves if isinstance(leaf, Tensor) and leaf.is_floating_point()]
+
+
+__all__ = ["called", "compared", "trouble_with"]

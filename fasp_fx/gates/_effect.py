@@ -9,13 +9,13 @@ from typing import TYPE_CHECKING
 import numpy as np
 from torch import nn
 
-from .._eager._trial import Trial
 from .._exactness._blame import sound_part
 from .._exactness._reference import masked_program
+from .._parts._faithful import called, trouble_with
 from .._program import Program
 from .._warn import warn
 from ..analysis import Analysis
-from ..errors import ArgumentError, EagerError, VerificationWarning
+from ..errors import ArgumentError, CalibrationError, VerificationWarning
 from ..groups import Group, by_block
 
 if TYPE_CHECKING:
@@ -43,13 +43,14 @@ def check_effect(
         names = {group.name for group in closed}
         gone = [_every_second(group) & (group.name in names) for group in groups]
         masked = masked_program(program, analysis, gates.decision(gone))
+        args, kwargs = program.call()
         with gates.closed(gone):
-            outcome = Trial(model, masked, others=0).run()
-        return None if outcome.equal else outcome.said
+            found, _ = called(masked, model, args, kwargs)
+        return trouble_with(masked, found, args, kwargs)
 
     try:
         without = sound_part(groups, fault)[1]
-    except EagerError as error:
+    except CalibrationError as error:
         warn(f"what gates do was not compared with the removal of channels: {error}", VerificationWarning)
         return
     if without:

@@ -1,0 +1,154 @@
+"""Attributes that are widths and something else: a copy is right on every length, batch and mode that it and
+the program take, or refused.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import random
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import PROFILE
+from torch import Tensor, nn
+
+import fasp_fx
+from fasp_fx.errors import CallError, EagerError, NothingPrunableError
+from fasp_fx.testing.oracle import Masked, error
+
+TOLERANCE = 1e-4
+#: widths whose parts can lose unequally, which no attribute can say
+TORN = ("half", "halves")
+#: modules that are drawn
+COUNT = 500 if PROFILE == "slow" else 24
+
+
+def _widths() -> dict[str, Callable[[Any, Tensor], Tensor]]:
+    """Ways in which ``f`` is the width of the hidden layer, by name."""
+    return {
+        "view": lambda m, h: h.reshape(h.shape[0], -1, m.f),
+        "half": lambda m, h: h.reshape(*h.shape[:2], 2, m.f // 2).flatten(2),
+        "halves": lambda m, h: torch.cat(h.split([m.f // 2, m.f // 2], -1), -1),
+        "norm": lambda m, h: F.layer_norm(h, (m.f,)) if m.normed else h.view(*h.shape[:-1], m.f),
+        "expanded": lambda m, h: h * m.gain.expand(m.f),
+        "zeros": lambda m, h: h + h.new_ones(m.f),
+        "added": lambda m, h: F.pad(h, (0, 3)).view(*h.shape[:-1], m.f + 3)[..., : m.f],
+        "flat": lambda m, h: h.view(h.shape[0] * m.f, -1).view(h.shape),
+        "asked": lambda m, h: h if h.shape[-1] == m.f else h * 2,
+        "none": lambda m, h: h,
+    }
+
+
+def _others() -> dict[str, Callable[[Any, Tensor], Tensor]]:
+    """What the number ``g`` is besides, by name; it is ``f`` itself, or another attribute of that value."""
+    return {
+        "window": lambda m, x: F.pad(x[:, -m.g :], (0, 0, 0, 2)),
+        "window of a sum": lambda m, x: x[:, : m.g + 2],
+        "modulus": lambda m, x: x * (torch.arange(x.shape[1]) % m.g)[:, None],
+        "least": lambda m, x: x * min(x.shape[1], m.g),
+        "most": lambda m, x: x[:, : max(x.shape[1] - m.g, 3)],
+        "clamped": lambda m, x: (8 * x).clamp(-m.g, m.g),
+        "threshold": lambda m, x: x * ((30 * x).abs() > m.g),
+        "long": lambda m, x: x.flip(1) if x.shape[1] > m.g - 4 else x,
+        "many": lambda m, x: x.flip(0) if x.shape[0] < m.g - 30 else x,
+        "strided": lambda m, x: x[:, :: max(1, m.g // 20)],
+        "scale": lambda m, x: x * m.g**-0.5,
+        "divided": lambda m, x: x / m.g,
+        "band": lambda m, x: torch.ones(m.g, m.g).tril()[: x.shape[1], : x.shape[1]] @ x,
+        "table": lambda m, x: x + torch.arange(m.g).float()[: x.shape[1], None],
+        "near": lambda m, x: (
+            ((torch.arange(x.shape[1])[:, None] - torch.arange(x.shape[1])).abs() < m.g).float() @ x
+        ),
+        "flag": lambda m, x: x.tanh() if m.g > 40 else x,
+        "equal": lambda m, x: x.tanh() if m.g == 48 else x,
+        "repeated": lambda m, x: x.repeat(1, max(1, m.g // 24), 1),
+        "chosen": lambda m, x: x[:, (torch.arange(3) * m.g) % x.shape[1]],
+        "topped": lambda m, x: x.topk(min(m.g, x.shape[-1] // 2), -1).values.repeat(1, 1, 2),
+        "held": lambda m, x: m.kept(x),
+        "nothing": lambda m, x: x,
+    }
+
+
+class Drawn(nn.Module):
+    """A feed-forward net over sequences.
+
+    Args:
+        seed: what it is drawn by.
+    """
+
+    def __init__(self, seed: int) -> None:
+        super().__init__()
+        drawn = random.Random(seed)
+        self.width, self.other = drawn.choice(sorted(_widths())), drawn.choice(sorted(_others()))
+        width = drawn.choice([40, 48, 64])
+        self.up, self.down = nn.Linear(8, width), nn.Linear(width, 8)
+        self.gain, self.normed = nn.Parameter(torch.rand(1) + 1), False
+        place = drawn.choice(["attribute", "configuration", "tuple", "module"])
+        value = {"tuple": (width, 3), "configuration": SimpleNamespace(size=width, depth=2)}.get(place, width)
+        self.place, self.value, self.apart = place, value, drawn.random() < 0.4
+        self.limit = width  # what g is where it is apart
+        drop = drawn.random() < 0.5
+        owner = self
+
+        def kept(x: Tensor) -> Tensor:
+            return F.dropout(x, 0.5, owner.training) if drop else x * owner.gain
+
+        self.kept = kept if self.other == "held" else None
+
+    @property
+    def f(self) -> int:
+        if self.place == "module":
+            return self.up.out_features
+        value: Any = self.value
+        return value.size if self.place == "configuration" else value[0] if self.place == "tuple" else value
+
+    @property
+    def g(self) -> int:
+        return self.limit if self.apart else self.f
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = _others()[self.other](self, x)
+        return x + self.down(_widths()[self.width](self, self.up(x).relu()))
+
+
+def _calls() -> list[Tensor]:
+    """Inputs of lengths and batches on both sides of any attribute's old and new value."""
+    generator = torch.Generator().manual_seed(0)
+    sizes = [(2, 5), (3, 7), (6, 12), (20, 30), (2, 34), (12, 44), (2, 47), (3, 61), (25, 70)]
+    return [torch.randn(*size, 8, generator=generator) for size in sizes]
+
+
+def _copy(model: Drawn, result: fasp_fx.Result) -> nn.Module | None:
+    try:
+        return result.eager(model)
+    except EagerError:
+        return None
+
+
+@pytest.mark.parametrize("seed", range(COUNT))
+def test_a_copy_is_right_wherever_it_and_the_program_run(seed: int) -> None:
+    torch.manual_seed(seed)
+    model = Drawn(seed).eval()
+    try:
+        result = fasp_fx.prune(
+            model, (torch.randn(2, 6, 8),), sparsity=0.3, score="random", restore=None, round_to=2
+        )
+    except NothingPrunableError:
+        return
+    copy = _copy(model, result)
+    if copy is None:
+        assert model.other == "held" or model.width in TORN or not (model.apart or model.other == "nothing")
+        return
+    assert model.other != "held", "it reads the caller's model"
+    masked, compared = Masked(model, result.plan), 0
+    for x in _calls():
+        with torch.no_grad(), contextlib.suppress(CallError):
+            expected = result.module(x)
+            compared += 1
+            assert error(expected, masked(x)) < TOLERANCE
+            assert error(copy(x), expected) < TOLERANCE
+    assert compared
