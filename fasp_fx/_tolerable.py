@@ -1,0 +1,116 @@
+"""Which exceptions may be taken for "this did not work", and which are of the machine or of the caller.
+
+Both functions stand behind ``except``, where Python calls them when something is raised.
+"""
+
+from __future__ import annotations
+
+import errno
+import functools
+import signal
+import sys
+import traceback
+from types import CodeType, FrameType, FunctionType
+from typing import TypeVar
+
+import torch
+
+E = TypeVar("E", bound=Exception)
+
+#: what the system says where memory, or room on a disk or for open files, is short
+_MEMORY, _FILES = (
+    {errno.ENOMEM},
+    {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EMFILE, errno.ENFILE},
+)
+#: the same in words, of libraries whose class says nothing: torch's allocators ("DefaultCPUAllocator: can't
+#: allocate memory"), those of CUDA ("CUBLAS_STATUS_ALLOC_FAILED"), writers of files
+_MEMORY_WORDS = (
+    "t allocate memory",
+    "cannot allocate memory",
+    "not enough memory",
+    "out of memory",
+    "alloc_failed",
+    "bad_alloc",
+)
+_FILES_WORDS = ("no space left", "quota exceeded", "file too large", "too many open files")
+
+
+def tolerable(*kinds: type[E]) -> tuple[type[E], ...]:
+    """The kinds of exceptions to catch where one is taken for "this did not work"; none of them if what is
+    raised says nothing of what was tried, and so has to reach the caller:
+
+    * a shortage of memory or disk, whichever class it comes in;
+    * what a handler of a signal raises, a timer's say: it interrupts whatever runs.
+
+    What was raised because of these, or while they were handled, counts as they do. ::
+
+        try:
+            found = run(program)
+        except tolerable(Exception) as error:
+            return f"does not run: {error}"
+    """
+    for error in _raised(sys._getframe(1)):
+        if _is_short(error, _MEMORY | _FILES, _MEMORY_WORDS + _FILES_WORDS) or _interrupts(error):
+            return ()
+    return kinds
+
+
+def short_of_memory() -> tuple[type[Exception], ...]:
+    """What to catch where smaller pieces may fit: anything, if it says that memory is short, the host's or a
+    device's; nothing else.
+    """
+    short = any(_is_short(error, _MEMORY, _MEMORY_WORDS) for error in _raised(sys._getframe(1)))
+    return (Exception,) if short else ()
+
+
+def _raised(catching: FrameType) -> list[BaseException]:
+    """What is raised where a frame may catch it, and what that was raised from or after; without what the
+    frame's own callers were handling when they called it.
+    """
+    callers: set[FrameType] = set()
+    caller = catching.f_back
+    while caller is not None:
+        callers.add(caller)
+        caller = caller.f_back
+    found: list[BaseException] = []
+    waiting = [sys.exception()]
+    while waiting:
+        error = waiting.pop()
+        if error is None or any(error is known for known in found):
+            continue
+        found.append(error)
+        before = error.__context__
+        if before is not None and before.__traceback__ is not None:
+            # It begins in the frame that caught it.
+            before = None if before.__traceback__.tb_frame in callers else before
+        waiting += [error.__cause__, before]
+    return found
+
+
+def _is_short(error: BaseException, numbers: set[int], words: tuple[str, ...]) -> bool:
+    """Whether an exception itself says that something is short."""
+    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
+        return True
+    if isinstance(error, OSError) and error.errno is not None:
+        return error.errno in numbers
+    # Not str(error), which runs code of the class.
+    text = " ".join(part for part in error.args if isinstance(part, str)).lower()
+    return any(word in text for word in words)
+
+
+def _interrupts(error: BaseException) -> bool:
+    """Whether an exception comes out of a handler of a signal."""
+    ran = {frame.f_code for frame, _ in traceback.walk_tb(error.__traceback__)}
+    return any(_code(signal.getsignal(number)) in ran for number in signal.valid_signals())
+
+
+def _code(handler: object) -> CodeType | None:
+    """The code that a handler of a signal runs; ``None`` if there is none of Python."""
+    while isinstance(handler, functools.partial):
+        handler = handler.func
+    function = getattr(handler, "__func__", handler)
+    called = function if isinstance(function, FunctionType) else type(function).__call__
+    return getattr(called, "__code__", None)
+
+
+__all__ = ["short_of_memory", "tolerable"]
