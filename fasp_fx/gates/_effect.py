@@ -15,7 +15,7 @@ from .._exactness._reference import masked_program
 from .._program import Program
 from .._warn import warn
 from ..analysis import Analysis
-from ..errors import ArgumentError, EagerError, VerificationWarning
+from ..errors import ArgumentError, EagerError, VerificationWarning, tolerable
 from ..groups import Group, by_block
 
 if TYPE_CHECKING:
@@ -49,7 +49,7 @@ def check_effect(
 
     try:
         without = sound_part(groups, fault)[1]
-    except EagerError as error:
+    except tolerable(EagerError) as error:
         warn(f"what gates do was not compared with the removal of channels: {error}", VerificationWarning)
         return
     if without:
