@@ -58,6 +58,8 @@ from .errors import (
     NothingPrunableError,
     OffloadError,
     first_line,
+    short_of_memory,
+    tolerable,
 )
 from .groups import Group
 from .losses import Outputs, resolve_loss
@@ -301,7 +303,7 @@ class Chooser:
                     enough,
                 )
                 break
-            except CalibrationError as error:
+            except tolerable(CalibrationError) as error:
                 if number + 1 == len(attempts):
                     raise
                 failure = error
@@ -421,7 +423,7 @@ class Chooser:
             try:
                 decision = self._chosen(consumers, lost, batches, advance, journal)
                 break
-            except torch.OutOfMemoryError as error:
+            except short_of_memory() as error:
                 short = error.with_traceback(None)  # which would hold on to all that was computed
             consumers.forget_activations()
             gc.collect()
@@ -446,7 +448,7 @@ class Chooser:
             return None
         try:
             return halved(program, batches)
-        except torch.OutOfMemoryError:  # not even a few positions fit
+        except short_of_memory():  # not even a few positions fit
             return None
 
     def _chosen(
@@ -499,7 +501,7 @@ class Chooser:
                 reconstruction.run(batches, marks, lambda fraction: advance(share + (1 - share) * fraction))
             return decision
 
-    def _too_little(self, consumers: Consumers, error: torch.OutOfMemoryError) -> OffloadError:
+    def _too_little(self, consumers: Consumers, error: Exception) -> OffloadError:
         """What to say where a device has too little memory beside weights in files: what it takes."""
         kind = next(iter(consumers.analysis.program.parameters().values())).dtype
         every = list(consumers.by_key.values())

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from .errors import ArgumentError, first_line
+from .errors import ArgumentError, first_line, tolerable
 
 
 def device_of(model: nn.Module) -> torch.device:
@@ -27,7 +27,7 @@ def check_device(device: torch.device | str) -> torch.device:
     try:
         found = device_named(device)
         torch.empty(1, device=found).tolist()  # the meta device holds nothing
-    except Exception as error:  # each backend raises what it likes
+    except tolerable(Exception) as error:  # each backend raises what it likes
         raise ArgumentError(f"the device '{device}' cannot be used: {first_line(error)}; try cpu") from error
     return found
 
@@ -65,7 +65,7 @@ def float32_products(precision: str) -> Iterator[None]:
     """
     try:
         before = torch.get_float32_matmul_precision()
-    except RuntimeError:  # backends were given one each
+    except tolerable(RuntimeError):  # backends were given one each
         before = None
     if precision == before or before != "highest":
         yield

@@ -17,7 +17,7 @@ from ._device import device_of
 from ._observe._runner import Runner
 from ._program import Program
 from .channels import arguments
-from .errors import BudgetError
+from .errors import BudgetError, tolerable
 from .latency import GRID, LatencyTable
 from .resources import Resource, ShrinkingSizes
 
@@ -206,7 +206,7 @@ class _Walk:
             _fit(str(node.target), named)
             try:
                 seconds[index] = self.table.seconds(lambda named=named: node.target(**named), self.device)  # type: ignore[misc, operator]
-            except RuntimeError:
+            except tolerable(RuntimeError):
                 # Such sizes are none of the operator's, or its kernel wants others: as the dense one.
                 seconds[index] = np.inf
         dense = seconds.reshape(-1)[-1]

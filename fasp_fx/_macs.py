@@ -20,7 +20,7 @@ from ._compat import HigherOrderOperator, OpOverload
 from ._counting import Products, Size, Widest
 from .channels import arguments, attribute
 from .channels._sizes import Sizes
-from .errors import BudgetError
+from .errors import BudgetError, tolerable
 from .resources import Counted, ShrinkingSizes
 
 if TYPE_CHECKING:
@@ -228,7 +228,7 @@ def _is_made_of_products(node: fx.Node, shape: ShapeOf) -> bool:
     with FlopCounterMode(display=False) as counter:
         try:
             node.target(*args, **kwargs)
-        except Exception:  # it needs more than shapes, as no product of matrices does
+        except tolerable(Exception):  # it needs more than shapes, as no product of matrices does
             return False
     return counter.get_total_flops() > 0
 

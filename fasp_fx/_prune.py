@@ -27,7 +27,7 @@ from .allocation import TrialAllocation
 from .analysis import Analysis
 from .config import PruningConfig, PruningOptions
 from .costs import Costs
-from .errors import ArgumentError, CaptureError
+from .errors import ArgumentError, CaptureError, tolerable
 from .plan import PruningPlan
 
 #: the options that say how what stays is restored, and not what goes
@@ -67,7 +67,7 @@ def analyze(
         program = program_of(
             model, args, kwargs, dynamic_shapes=dynamic_shapes, state=state, device=None, run=False
         )
-    except CaptureError as error:
+    except tolerable(CaptureError) as error:
         check_parts_help(error, model, dynamic_shapes=dynamic_shapes, state=state)
         return analyze_in_parts(error, model, args, kwargs, config)
     return analyze_for(program, config)
@@ -134,7 +134,7 @@ def prune(
     ranks, clock = Ranks(group), Timings()
     try:
         program = program_of(model, args, kwargs, dynamic_shapes=dynamic_shapes, state=state, device=device)
-    except CaptureError as error:
+    except tolerable(CaptureError) as error:
         tried = config.allocation if isinstance(config.allocator, TrialAllocation) else None
         whole = {"budget": config.caps, "checkpoint": checkpoint, "allocation": tried} | (
             {} if config.loss in PARTIAL_LOSSES else {"loss": config.loss}
@@ -214,7 +214,7 @@ def apply(
     clock = Timings()
     try:
         program = program_of(model, args, kwargs, dynamic_shapes=dynamic_shapes, state=state, device=None)
-    except CaptureError as error:
+    except tolerable(CaptureError) as error:
         check_parts_help(
             error, model, dynamic_shapes=dynamic_shapes, state=state, calibration=calibration is not None
         )

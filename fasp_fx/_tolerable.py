@@ -67,11 +67,7 @@ def _raised(catching: FrameType) -> list[BaseException]:
     """What is raised where a frame may catch it, and what that was raised from or after; without what the
     frame's own callers were handling when they called it.
     """
-    callers: set[FrameType] = set()
-    caller = catching.f_back
-    while caller is not None:
-        callers.add(caller)
-        caller = caller.f_back
+    callers = {caller for caller, _ in traceback.walk_stack(catching)} - {catching}
     found: list[BaseException] = []
     waiting = [sys.exception()]
     while waiting:
@@ -79,11 +75,11 @@ def _raised(catching: FrameType) -> list[BaseException]:
         if error is None or any(error is known for known in found):
             continue
         found.append(error)
-        before = error.__context__
-        if before is not None and before.__traceback__ is not None:
-            # It begins in the frame that caught it.
-            before = None if before.__traceback__.tb_frame in callers else before
-        waiting += [error.__cause__, before]
+        waiting.append(error.__cause__)
+        # A traceback begins in the frame that caught what was raised.
+        begun = getattr(error.__context__, "__traceback__", None)
+        if begun is None or begun.tb_frame not in callers:
+            waiting.append(error.__context__)
     return found
 
 

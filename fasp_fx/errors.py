@@ -1,9 +1,12 @@
-"""Every error the library raises on purpose.
+"""Every error the library raises on purpose, and what it may make of others.
 
 All derive from :class:`FaspError`; each message names the thing that is wrong and the remedy.
 """
 
 from __future__ import annotations
+
+from ._tolerable import short_of_memory as short_of_memory
+from ._tolerable import tolerable as tolerable
 
 
 class FaspError(Exception):
@@ -27,7 +30,7 @@ class CallError(FaspError, TypeError):
 
 
 class RuleError(FaspError, ValueError):
-    """An operator rule does not parse or does not fit the operator's schema."""
+    """An operator rule does not parse, or does not fit its operator."""
 
 
 class NothingPrunableError(FaspError):

@@ -14,7 +14,7 @@ import torch
 
 from ._atomic import write_text
 from ._options import is_number, path_of
-from .errors import ArgumentError, BudgetError, first_line
+from .errors import ArgumentError, BudgetError, first_line, tolerable
 
 FORMAT = "fasp_fx.latency/1"
 #: the widths that are measured, as parts of the dense model's
@@ -53,7 +53,7 @@ def device_name(device: torch.device) -> str:
 def _named(device: torch.device | str) -> str:
     try:
         return device_name(torch.device(device))
-    except (RuntimeError, AssertionError, TypeError) as error:
+    except tolerable(RuntimeError, AssertionError, TypeError) as error:
         raise ArgumentError(
             f"device={device!r} is none that is here: {first_line(error)}; leave it out for that of the first"
             " model"

@@ -12,7 +12,7 @@ from torch import fx, nn
 from ._compat import pytree
 from ._program import set_weight
 from .channels import attribute
-from .errors import ArgumentError, first_line
+from .errors import ArgumentError, first_line, tolerable
 
 
 def linear_weights(module: fx.GraphModule) -> list[list[str]]:
@@ -71,7 +71,7 @@ def quantise(module: fx.GraphModule, config: Any) -> fx.GraphModule:
         linear.weight = nn.Parameter(weight.detach(), requires_grad=False)
         try:
             quantize_(linear, config)
-        except Exception as error:
+        except tolerable(Exception) as error:
             raise ArgumentError(
                 f"torchao cannot quantise '{names[0]}', {tuple(weight.shape)}, as {type(config).__name__}:"
                 f" {first_line(error)}"

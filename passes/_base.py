@@ -15,7 +15,7 @@ from torch.fx.passes.infra.pass_base import PassBase, PassResult
 from fasp_fx._calling._signature import CallSignature
 from fasp_fx._program import Program
 from fasp_fx.analysis import Analysis
-from fasp_fx.errors import FaspError, VerificationError
+from fasp_fx.errors import FaspError, VerificationError, tolerable
 from fasp_fx.plan import PruningPlan, check_fingerprint, program_fingerprint
 
 from ._run import analysis_for, run_exported
@@ -103,7 +103,7 @@ class GraphPass(Pass, PassBase):
             check_fingerprint(self.removal, program_fingerprint(program))
         try:
             rewritten = self.rewrite(program, analysis_for(program, self.removal))
-        except FaspError as error:
+        except tolerable(FaspError) as error:
             raise VerificationError(f"pass '{self.name}' failed: {error}") from error
         rewritten.module.recompile()
         return PassResult(rewritten.module, rewritten is not program)

@@ -23,7 +23,7 @@ from fasp_fx._pruned_module import program_now
 from fasp_fx._stamps import WRITTEN_BY, stamp
 from fasp_fx.analysis import Analysis
 from fasp_fx.channels import results, written_names
-from fasp_fx.errors import ArgumentError, FaspError, VerificationError, first_line
+from fasp_fx.errors import ArgumentError, FaspError, VerificationError, first_line, tolerable
 
 from .._compat import pytree
 from ._extend import extend
@@ -82,7 +82,7 @@ class Foreign:
             extended = extend(rewritten, analysis)
         except FaspError:
             raise
-        except Exception as error:  # a graph that somebody else broke fails in any way
+        except tolerable(Exception) as error:  # a graph that somebody else broke fails in any way
             raise VerificationError(f"{type(error).__name__}: {first_line(error)}") from error
         if is_compared:
             _same_values(expected, rewritten, tolerance)
@@ -178,7 +178,7 @@ def _same_values(expected: list[Any], after: Program, tolerance: float | None) -
     """Hold what a program returns on the example inputs against what it returned before."""
     try:
         found = _outputs(after)
-    except Exception as error:  # somebody else's functions raise what they like
+    except tolerable(Exception) as error:  # somebody else's functions raise what they like
         raise VerificationError(
             f"the program no longer runs on its example inputs: {type(error).__name__}: {first_line(error)}"
         ) from error

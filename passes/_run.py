@@ -15,7 +15,7 @@ from fasp_fx._finish import finish
 from fasp_fx._program import Program
 from fasp_fx._pruned_module import program_now
 from fasp_fx.analysis import Analysis, analyze_program
-from fasp_fx.errors import ArgumentError, FaspError, VerificationError, first_line
+from fasp_fx.errors import ArgumentError, FaspError, VerificationError, first_line, tolerable
 from fasp_fx.plan import PruningPlan, check_fingerprint, program_fingerprint
 
 from . import _unshare
@@ -147,9 +147,9 @@ def _named(name: str) -> Iterator[None]:
     """Errors bear the name of the step."""
     try:
         yield
-    except FaspError as error:
+    except tolerable(FaspError) as error:
         raise VerificationError(f"pass '{name}' failed: {error}") from error
-    except (RuntimeError, AttributeError) as error:  # what fx says of a broken graph
+    except tolerable(RuntimeError, AttributeError) as error:  # what fx says of a broken graph
         raise VerificationError(f"pass '{name}' failed: {first_line(error)}") from error
 
 

@@ -4,7 +4,9 @@ whole.
 
 from __future__ import annotations
 
+import contextlib
 import copy
+import functools
 import importlib
 import warnings
 import weakref
@@ -42,10 +44,20 @@ _LIBRARY = torch.library.Library("fasp_fx_exactness", "FRAGMENT")
 _LIBRARY.define("turn(Tensor x, Tensor by) -> Tensor")
 _LIBRARY.define("turn_others(Tensor x) -> Tensor")
 _LIBRARY.define("reverse(Tensor x) -> Tensor")
+_LIBRARY.define("lean(Tensor x, float by) -> Tensor")
 _LIBRARY.impl("turn", lambda x, by: x.roll(int(by), -1), "CPU")
 _LIBRARY.impl("turn_others", lambda x: x.roll(int(x.shape[0] != 2), -1), "CPU")
 _LIBRARY.impl("reverse", lambda x: x.flip(-1), "CPU")
-for name in ("turn", "turn_others", "reverse"):
+
+
+def _lean(x: Tensor, by: float) -> Tensor:
+    if x.dtype != torch.bfloat16:
+        raise TypeError("there is no kernel of this precision")
+    return x + by * x.roll(1, -1)
+
+
+_LIBRARY.impl("lean", _lean, "CPU")
+for name in ("turn", "turn_others", "reverse", "lean"):
     _LIBRARY.impl(name, lambda x, *_: torch.empty_like(x), "Meta")
 
 OPERATORS = torch.ops.fasp_fx_exactness
@@ -54,6 +66,7 @@ LIES = {
     OPERATORS.turn.default: "x[...], by[] -> [...]",
     OPERATORS.turn_others.default: "x[...] -> [...]",
     OPERATORS.reverse.default: "x[...] -> [...]",
+    OPERATORS.lean.default: "x[...] -> [...]",
 }
 
 
@@ -272,6 +285,76 @@ def test_half_precision_is_no_fault(dtype: torch.dtype) -> None:
     wrong = Blocks(*[same] * 3, reverse, *[same] * 2, width=64).to(dtype).eval()
     with pytest.warns(fasp_fx.VerificationWarning, match="'down.3.weight'"):
         _pruned(wrong, torch.randn(4, 64, 6).to(dtype))
+
+
+@pytest.mark.parametrize(("by", "holds"), [(0.0, True), (0.1, False)])
+def test_an_operator_of_one_precision(by: float, holds: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It rounds in a comparison in a higher precision as it always does, and nothing else there does."""
+    seen: list[_compare.Seen] = []
+    original = _compare._compare
+
+    def watched(*args: Any) -> Any:
+        found = original(*args)
+        seen.append(found)
+        return found
+
+    monkeypatch.setattr(_compare, "_compare", watched)
+    leaning = functools.partial(OPERATORS.lean.default, by=by)
+    model = Blocks(same, same, leaning, width=64).to(torch.bfloat16).eval()
+    x = torch.randn(4, 64, 6, generator=torch.Generator().manual_seed(5)).to(torch.bfloat16)
+    with (
+        contextlib.nullcontext()
+        if holds
+        else pytest.warns(fasp_fx.VerificationWarning, match="'down.2.weight'")
+    ):
+        result = _pruned(model, x)
+    assert any(one.rounded for one in seen)
+    assert holds or max(one.deviation for one in seen) < 0.11, "it would show in any precision"
+    assert not any("alone" in note for note in result.report.notes)
+
+
+@pytest.mark.parametrize(
+    ("precision", "deviation", "equal"),
+    [
+        (torch.bfloat16, 0.02, True),
+        (torch.bfloat16, 0.05, False),
+        (torch.float32, 9e-5, True),
+        (torch.float32, 2e-4, False),
+    ],
+)
+def test_little_passes_where_there_is_no_higher_precision(
+    precision: torch.dtype, deviation: float, equal: bool
+) -> None:
+    def look(dtype: torch.dtype | None) -> _compare.Seen:
+        if dtype is not None:
+            raise TypeError(f"Cannot convert to {dtype}")
+        return _compare.Seen(deviation, True)
+
+    found = _compare.settled(look, torch.finfo(precision).eps)
+    assert (found.equal, found.alone) == (equal, True)
+
+
+def test_groups_whose_masked_program_does_not_run_are_not_held(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two groups of six are at fault together, and the dense program runs with both of them masked alone."""
+    model = Blocks(*[same] * 6).eval()
+    faulty = {"down.1.weight", "down.4.weight"}
+    original = _held._Net._on
+
+    def on(net: Any, inputs: Any, reference: Any, made: Any) -> Any:
+        weights = made.rewritten.weights()
+        lost = {name for name in faulty if len(weights[name.replace("down", "up")]) < 12}
+        if lost == faulty:
+            return _held._Fault("something is wrong", deviation=1.0)
+        if lost == {"down.1.weight"} and net.inputs:
+            raise _compare.ReferenceFailedError("an index is out of range")
+        return original(net, inputs, reference, made)
+
+    monkeypatch.setattr(_held._Net, "_on", on)
+    with pytest.warns(
+        fasp_fx.VerificationWarning, match="'down.1.weight' stays whole.*an index is out of range"
+    ):
+        result = _pruned(model)
+    assert {line.name for line in result.report.lines if "whole" in line.reason} == {"down.1.weight"}
 
 
 class Amplified(nn.Module):

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch import nn
 
+import fasp_fx
 from fasp_fx import RuleError
+from fasp_fx.channels._letters import Relation
 from fasp_fx.patterns import lookup, parse, register, unregister
 
 
@@ -55,3 +58,26 @@ def test_a_users_rule_replaces_the_built_in_one() -> None:
     finally:
         unregister(operator)
     assert lookup(operator) == before
+
+
+@pytest.mark.parametrize(
+    ("raised", "expected", "text"),
+    [
+        (
+            TypeError("it is none"),
+            RuleError,
+            r"rule of aten.linear.default fails at node 'linear'.*it is none",
+        ),
+        (torch.OutOfMemoryError("CUDA out of memory"), torch.OutOfMemoryError, "CUDA out of memory"),
+    ],
+)
+def test_what_goes_wrong_within_a_rule_is_no_reason_to_freeze(
+    raised: Exception, expected: type[Exception], text: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(relation: Relation) -> None:
+        raise raised
+
+    monkeypatch.setattr(Relation, "run", fails)
+    model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 4)).eval()
+    with pytest.raises(expected, match=text):
+        fasp_fx.analyze(model, (torch.randn(2, 4),))

@@ -8,6 +8,8 @@ import types
 from collections.abc import Mapping
 from typing import Any
 
+from ..errors import tolerable
+
 
 def alike(value: Any, expected: Any) -> bool:
     """Whether two constants are of the same types and equal, also inside, and in the same order; objects
@@ -60,7 +62,7 @@ def _equal(value: Any, expected: Any) -> bool:
         if hasattr(found, "all"):  # arrays, which are compared entry by entry
             return value.shape == expected.shape and bool(found.all())
         return bool(found) or (value != value and expected != expected)
-    except (AttributeError, ValueError, TypeError, RuntimeError):
+    except tolerable(AttributeError, ValueError, TypeError, RuntimeError):
         return False
 
 

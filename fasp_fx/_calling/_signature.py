@@ -15,7 +15,7 @@ from typing import Any, NoReturn
 import torch
 
 from .._compat import PyTreeCodeGen, PyTreeInfo, pytree
-from ..errors import ArgumentError, CallError, CaptureError
+from ..errors import ArgumentError, CallError, CaptureError, tolerable
 from ._constants import alike
 from ._outline import check_outline, outline_of
 
@@ -211,7 +211,7 @@ def _kept(value: Any) -> Any:
     """
     try:
         return copy.deepcopy(value)
-    except Exception:  # a class of the caller's raises what it likes
+    except tolerable(Exception):  # a class of the caller's raises what it likes
         return value
 
 

@@ -42,7 +42,7 @@ from .._compat import (
 )
 from .._storage import without_values
 from ..channels import attribute, results, target_name
-from ..errors import VerificationError
+from ..errors import VerificationError, tolerable
 from ._quiet import quiet
 from ._record import record
 from ._steps import any_number_of_steps
@@ -249,7 +249,7 @@ def _recorded(module: fx.GraphModule, before: fx.Graph | None) -> bool:
     ):
         try:
             record(module, before)
-        except VerificationError as error:
+        except tolerable(VerificationError) as error:
             _log.info("the program is traced: %s", error)
             return False
     return True

@@ -22,7 +22,7 @@ from .._program import Program, graph_module
 from .._stamps import read_stamps
 from .._undisturbed import without_collections
 from ..channels import results
-from ..errors import ArgumentError, CaptureError, first_line
+from ..errors import ArgumentError, CaptureError, first_line, tolerable
 from ._aliases import as_weights
 from ._dead import remove_dead
 from ._dynamic import all_dims, every_dim
@@ -175,7 +175,7 @@ def _usable(device: torch.device | str) -> torch.device:
     try:
         found = device_named(device)
         torch.empty(0, device=found)
-    except (RuntimeError, AssertionError, TypeError) as error:
+    except tolerable(RuntimeError, AssertionError, TypeError) as error:
         raise ArgumentError(
             f"device={device!r} cannot be used here: {first_line(error)}; leave it out to stay on the model's"
             " device"

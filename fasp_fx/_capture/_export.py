@@ -24,7 +24,7 @@ from .._compat import (
     without_fake_cache,
 )
 from ..channels import TRACED, foreseen
-from ..errors import ExportError
+from ..errors import ExportError, tolerable
 from ._aliases import as_weights
 from ._dynamic import (
     all_dims,
@@ -123,7 +123,7 @@ def export(
                 # Freedom can have been taken away since that was asked above.
                 inputs is not given and takes_any_number(exported),
             )
-        except Exception as error:
+        except tolerable(Exception) as error:
             failures.append(error)
     reason = str(failures[0]).strip().splitlines() or [type(failures[0]).__name__]
     raise ExportError(

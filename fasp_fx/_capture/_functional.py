@@ -18,6 +18,7 @@ from .._compat import (
     is_composite,
     is_transform,
 )
+from ..errors import tolerable
 from ..patterns import lookup
 from ._assigned import ASSIGNMENTS
 from ._core import CORE
@@ -52,10 +53,8 @@ def taken_apart(graph: fx.Graph, again: Callable[[Decompositions], T]) -> T | No
         for decompositions in ({**table, **ASSIGNMENTS}, table):
             try:
                 return again(decompositions)
-            except (
-                AssertionError,
-                RuntimeError,
-            ) as error:  # a decomposition need not be functional, or take symbolic sizes
+            except tolerable(AssertionError, RuntimeError) as error:
+                # A decomposition need not be functional, or take symbolic sizes.
                 _log.info("some operators without a rule stay whole: %s", error)
         return again({})
 

@@ -14,6 +14,7 @@ from torch.export import ExportedProgram
 
 from .._compat import FakeTensor, OpOverload, is_composite
 from ..channels import arguments
+from ..errors import tolerable
 
 _DETACH, _DETACHED = torch.ops.aten.detach_.default, torch.ops.aten.detach.default
 #: return their input itself in evaluation mode, which functionalising them whole does not know
@@ -147,8 +148,8 @@ def _keeps_type(node: fx.Node, twin: OpOverload) -> bool:
     try:
         with recorded.fake_mode, torch.no_grad():
             made = twin(*args, **kwargs)
-    except Exception:  # an operator raises what it likes; the write stays one, and the graph is traced again
-        return False
+    except tolerable(Exception):
+        return False  # an operator raises what it likes; the write stays one, and the graph is traced again
     return isinstance(made, Tensor) and made.dtype == recorded.dtype
 
 

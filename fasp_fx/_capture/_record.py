@@ -9,7 +9,7 @@ from torch import Tensor, fx
 
 from .._compat import FakeTensor, FakeTensorMode, enable_python_dispatcher
 from ..channels import foreseen
-from ..errors import VerificationError, first_line
+from ..errors import VerificationError, first_line, tolerable
 
 
 class _Recorder(fx.Interpreter):
@@ -46,7 +46,7 @@ class _Recorder(fx.Interpreter):
             return known
         try:
             made = super().run_node(node)
-        except Exception as error:
+        except tolerable(Exception) as error:
             raise VerificationError(
                 f"node '{node.name}' ({node.target}) does not execute: {first_line(error)}"
             ) from error

@@ -24,7 +24,15 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
-from ..errors import CalibrationWarning, CaptureWarning, FaspError, RankError, VerificationWarning
+from ..errors import (
+    CalibrationWarning,
+    CaptureWarning,
+    FaspError,
+    RankError,
+    VerificationWarning,
+    first_line,
+    short_of_memory,
+)
 from ._plain_text import printable
 from ._processes import rank
 
@@ -123,6 +131,12 @@ def session() -> Iterator[Stages]:
         stages.end(done=False)
         if not (isinstance(error, RankError) and rank() > 0):
             _complain("error", str(error))
+        raise typer.Exit(USAGE) from None
+    except short_of_memory() as error:
+        stages.end(done=False)
+        _complain(
+            "error", f"memory is too short: {first_line(error)}; give less data at a time, or free some"
+        )
         raise typer.Exit(USAGE) from None
     except OSError as error:  # the machine's: a full disk, a file that went away
         stages.end(done=False)

@@ -13,7 +13,7 @@ from torch import nn
 from .._device import check_device
 from .._offload._context import keep_weights
 from .._offload._scratch import Scratch
-from ..errors import ArgumentError, FaspError, first_line
+from ..errors import ArgumentError, FaspError, first_line, tolerable
 from ._arguments import check_path
 from ._checkpoint import (
     check_config,
@@ -53,7 +53,7 @@ class Source:
         check_path("the model", model)
         try:
             path = Path(model).expanduser()
-        except RuntimeError as error:  # no such user
+        except tolerable(RuntimeError) as error:  # no such user
             raise ArgumentError(
                 f"there is no model at '{model}': {first_line(error)}; give a model folder, a hub id or a"
                 " .gguf file"
@@ -228,7 +228,7 @@ def _load(what: str, remedy: str, load: Callable[[], T]) -> T:
         raise
     except ImportError as error:
         raise ArgumentError(f"{what} needs a package that is not installed: {first_line(error)}") from error
-    except Exception as error:  # loaders raise whatever the files make them trip over
+    except tolerable(Exception) as error:  # loaders raise whatever the files make them trip over
         raise ArgumentError(f"{what} cannot be loaded: {first_line(error)}; {remedy}") from error
 
 

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 import torch
 import torch.distributed as dist
 
-from ..errors import ArgumentError, first_line
+from ..errors import ArgumentError, first_line, tolerable
 
 
 def rank() -> int:
@@ -47,7 +47,7 @@ def together(device: torch.device) -> Iterator[dist.ProcessGroup | None]:
         if device.type != "cpu":
             torch.accelerator.set_device_index(device.index or 0)
         dist.init_process_group(f"cpu:gloo{own}")
-    except (RuntimeError, ValueError) as error:
+    except tolerable(RuntimeError, ValueError) as error:
         raise ArgumentError(
             f"the {count()} processes do not find one another: {first_line(error)}; start them with torchrun"
         ) from error

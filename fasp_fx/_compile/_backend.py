@@ -19,7 +19,15 @@ from .._program import Program
 from .._recipes import Recipe
 from .._warn import warn
 from ..analysis import Analysis, analyze_program
-from ..errors import ArgumentError, CaptureError, FaspError, PartialPlanWarning, PlanError, VerificationError
+from ..errors import (
+    ArgumentError,
+    CaptureError,
+    FaspError,
+    PartialPlanWarning,
+    PlanError,
+    VerificationError,
+    tolerable,
+)
 from ..groups import FROZEN
 from ..passes import Prune, split_fused
 from ..plan import PruningPlan, check_fingerprint, fingerprint, gone_of
@@ -88,7 +96,7 @@ def backend(
         )
     try:
         compiler = lookup_backend(inner) if isinstance(inner, str) else inner
-    except Exception as error:
+    except tolerable(Exception) as error:
         raise ArgumentError(
             f"inner={inner!r} is not a backend of torch.compile; torch.compiler.list_backends() lists them"
         ) from error
@@ -115,7 +123,7 @@ class _Backend:
         """What dynamo calls for each graph."""
         try:
             return self._compile(module, example)
-        except CaptureError as reason:
+        except tolerable(CaptureError) as reason:
             warn(f"a graph of the model is not pruned: {reason}", PartialPlanWarning)
             return self.inner(module, example)
         except FaspError as error:

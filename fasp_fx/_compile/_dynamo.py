@@ -33,7 +33,7 @@ from .._compat._dynamo import (
     without_overrides,
 )
 from .._program import Program, graph_module
-from ..errors import CaptureError, first_line
+from ..errors import CaptureError, first_line, tolerable
 from ._flex import FLEX
 
 
@@ -106,7 +106,7 @@ def trace(module: fx.GraphModule, grad: bool) -> fx.GraphModule:
         traced = taken_apart(traced.graph, functools.partial(_in_parts, traced, given)) or traced
     except CaptureError:
         raise
-    except Exception as error:
+    except tolerable(Exception) as error:
         raise CaptureError(f"the graph cannot be traced: {first_line(error)}") from error
     _without_modes(traced.graph, grad)
     single_layers(traced.graph)

@@ -10,10 +10,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from .._tolerable import tolerable
 from .._weights import FusedWeights
 from ..channels import attribute
-from ..errors import EagerError, first_line
+from ..errors import EagerError, first_line, tolerable
 
 if TYPE_CHECKING:
     from .._result import Result

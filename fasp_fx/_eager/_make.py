@@ -22,9 +22,8 @@ from .._parts._faithful import called, trouble_with
 from .._program import Program
 from .._pruned_module import Origin, PrunedModule
 from .._stamps import WRITTEN_BY
-from .._tolerable import tolerable
 from ..analysis import analyze_program
-from ..errors import ArgumentError, EagerError, first_line
+from ..errors import ArgumentError, EagerError, first_line, tolerable
 from ..groups import APPROXIMATE, EXEMPT
 from ..passes import KeepDenseCount, PinAttentionScale, split_fused
 from ._copy import Copied, copied, twin

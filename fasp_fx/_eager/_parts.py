@@ -11,7 +11,7 @@ from .. import plan as plans
 from .._parts._stand_in import put
 from .._parts._whole import copied, whole_fingerprint
 from ..channels import attribute
-from ..errors import ArgumentError, EagerError
+from ..errors import ArgumentError, EagerError, tolerable
 from ._copy import held
 from ._make import eager
 
@@ -51,7 +51,7 @@ def eager_in_parts(result: PartsResult, model: nn.Module) -> nn.Module:
     for path, part in result.parts.items():
         try:
             smaller = eager(part, model.get_submodule(path))
-        except EagerError as error:
+        except tolerable(EagerError) as error:
             group = None if error.group is None else f"{path}.{error.group}"
             raise EagerError(f"in part '{path}': {error}", group) from error
         put(made, _places(result, path), smaller)

@@ -11,7 +11,7 @@ from torch import nn
 
 from .._capture._quiet import quiet
 from .._capture._transformers import is_transformers
-from ..errors import EagerError
+from ..errors import EagerError, tolerable
 
 
 def keep_from_saving(module: nn.Module) -> None:
@@ -26,7 +26,7 @@ def _says_sizes(module: Any) -> bool:
     try:
         with quiet(), torch.device("meta"):
             built = type(module)(copy.deepcopy(module.config))
-    except Exception:  # a class refuses what it likes
+    except tolerable(Exception):  # a class refuses what it likes
         return False
     return _shapes(built) == _shapes(module)
 

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..errors import ArgumentError, first_line
+from ..errors import ArgumentError, first_line, tolerable
 from ._modes import in_evaluation
 from ._task_file import SUFFIX, read_questions
 
@@ -117,7 +117,7 @@ def _load(manager: Any, name: str, own: dict[str, Any] | None) -> Any:
         raise ArgumentError(f"lm-eval knows no task '{name}'{hint}")
     try:
         return manager.load([name])
-    except Exception as error:  # a task runs code of its own and of the data set's
+    except tolerable(Exception) as error:  # a task runs code of its own and of the data set's
         raise ArgumentError(
             f"the data of the task '{name}' cannot be had: {first_line(error)}; it comes from the Hugging"
             f" Face hub, so connect once to fill the cache, or give a {SUFFIX} file"

@@ -15,6 +15,7 @@ from .._compat import OpOverload, pytree
 from .._program import set_weight
 from .._undisturbed import drawing_alike
 from ..channels import attribute, written_by, written_names
+from ..errors import tolerable
 
 #: reads the bits of a number as those of another type, which a wider number does not have
 _BITS = torch.ops.aten.view.dtype
@@ -27,10 +28,12 @@ class Ran:
     Attributes:
         outputs: of each call.
         drawn: the shapes of the random numbers it drew, in order.
+        rounded: whether an operator was computed in a lower precision than was asked for, as it has no other.
     """
 
     outputs: list[list[Any]] = field(default_factory=list)
     drawn: list[tuple[int, ...]] = field(default_factory=list)
+    rounded: bool = False
 
 
 def run(module: fx.GraphModule, inputs: list[Any], calls: int, precision: torch.dtype | None = None) -> Ran:
@@ -41,8 +44,8 @@ def run(module: fx.GraphModule, inputs: list[Any], calls: int, precision: torch.
     Args:
         inputs: the values of its placeholders.
         calls: how often.
-        precision: nothing is computed in a lower one; weights are widened one by one as they are used.
-            ``None``: as the program says.
+        precision: nothing is computed in a lower one that can be computed in this; weights are widened one by
+            one as they are used. ``None``: as the program says.
     """
     given = [widened(value, precision) for value in inputs]
     ran = Ran()
@@ -55,7 +58,7 @@ def run(module: fx.GraphModule, inputs: list[Any], calls: int, precision: torch.
         default_type(wide(torch.get_default_dtype(), precision)),
     ):
         for _ in range(calls):
-            execution = _Execution(module, precision, ran.drawn)
+            execution = _Execution(module, precision, ran)
             outputs = list(execution.run(*given, enable_io_processing=False))
             ran.outputs.append(pytree.tree_map(copied, outputs) if calls > 1 else outputs)
     return ran
@@ -85,11 +88,13 @@ def widened(value: Any, precision: torch.dtype | None) -> Any:
 
 
 class _Execution(fx.Interpreter):
-    def __init__(
-        self, module: fx.GraphModule, precision: torch.dtype | None, drawn: list[tuple[int, ...]]
-    ) -> None:
+    def __init__(self, module: fx.GraphModule, precision: torch.dtype | None, ran: Ran) -> None:
         super().__init__(module, garbage_collect_values=True)
-        self.precision, self.drawn, self.extra_traceback = precision, drawn, False
+        self.precision, self.ran, self.extra_traceback = precision, ran, False
+
+    def run_node(self, n: fx.Node) -> Any:
+        self.node = n
+        return super().run_node(n)
 
     def get_attr(self, target: Any, args: Any, kwargs: Any) -> Any:
         value = super().get_attr(target, args, kwargs)
@@ -116,18 +121,40 @@ class _Execution(fx.Interpreter):
         if self.precision is not None and target is not _BITS:
             args, kwargs = widened_types(args, self.precision), widened_types(kwargs, self.precision)
         if not (isinstance(target, OpOverload) and torch.Tag.nondeterministic_seeded in target.tags):
-            return super().call_function(target, args, kwargs)
+            return self._made(target, args, kwargs)
         device = next(
             (value.device for value in pytree.tree_leaves((args, kwargs)) if isinstance(value, Tensor)),
             torch.device("cpu"),
         )
         before = _random_state(device)
-        made = super().call_function(target, args, kwargs)
+        made = self._made(target, args, kwargs)
         if not torch.equal(before, _random_state(device)):
-            self.drawn += [
+            self.ran.drawn += [
                 tuple(value.shape) for value in pytree.tree_leaves(made) if isinstance(value, Tensor)
             ]
         return made
+
+    def _made(self, target: Any, args: Any, kwargs: Any) -> Any:
+        """What an operator makes; in its own precision, of values rounded to it, where it has no kernel of
+        the one that is asked for.
+        """
+        try:
+            return super().call_function(target, args, kwargs)
+        except tolerable(Exception):  # an operator raises what it likes about types
+            own = isinstance(target, OpOverload) and not target._schema.is_mutable
+            if self.precision is None or not own:
+                raise
+        args, kwargs = fx.map_arg((self.node.args, dict(self.node.kwargs)), self._rounded)
+        made = super().call_function(target, args, kwargs)
+        self.ran.rounded = True
+        return pytree.tree_map(lambda leaf: widened(leaf, self.precision), made)
+
+    def _rounded(self, node: fx.Node) -> Any:
+        """The value of a node in the type that it was recorded in."""
+        value, recorded = self.env[node], node.meta.get("val")
+        return (
+            value.to(recorded.dtype) if isinstance(value, Tensor) and isinstance(recorded, Tensor) else value
+        )
 
 
 def _random_state(device: torch.device) -> Tensor:

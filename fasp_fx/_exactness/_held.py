@@ -10,7 +10,6 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import partial
 
-import torch
 from torch import fx
 
 from .._finish import finish
@@ -19,7 +18,7 @@ from .._program import Program
 from .._pruned_module import PrunedModule
 from .._warn import warn
 from ..analysis import Analysis
-from ..errors import CallError, VerificationError, VerificationWarning, first_line
+from ..errors import CallError, VerificationError, VerificationWarning, first_line, tolerable
 from ..groups import APPROXIMATE, Group
 from ..passes import Prune, share_again
 from ..report import said_whole
@@ -208,16 +207,14 @@ class _Net:
             rewritten = share_again(
                 Prune(decision.gone, decision.weights, self.analysis)(self.analysis.program)
             )
-        except VerificationError as error:
+        except tolerable(VerificationError) as error:
             return None, _Fault(str(error))
         lap("passes")
         made = _Made(rewritten, rewritten.module)
         if exporting:
             try:
                 made.module = finish(rewritten, before=self.program.module.graph)
-            except torch.OutOfMemoryError:
-                raise
-            except Exception as error:  # an exporter raises what it likes
+            except tolerable(Exception) as error:  # an exporter raises what it likes
                 return None, _Fault(
                     f"what is left of the program cannot be exported: {type(error).__name__}:"
                     f" {first_line(error)}",
@@ -241,9 +238,11 @@ class _Net:
                 )
             except CallError as error:
                 return _Fault(first_line(error), exporting=True)
-            except ReferenceFailedError:
-                # With these groups masked alone, the dense program does not run: nothing is said of them.
-                return None
+            except ReferenceFailedError as error:
+                # With others masked it does: nothing can be said of these, so they are not held.
+                return _Fault(
+                    f"the dense program with these channels alone masked fails: {first_line(error)}"
+                )
         self.inputs, fault = [], None
         for inputs in example_inputs(self.program):
             try:
@@ -330,9 +329,9 @@ class _Net:
                     f" without masks: {first_line(error)}"
                 )
             raise
-        except (torch.OutOfMemoryError, CallError):
+        except CallError:
             raise
-        except Exception as error:  # a program raises what it likes
+        except tolerable(Exception) as error:  # a program raises what it likes
             return _Fault(
                 f"{inputs.said} the pruned program fails, where the dense one runs: {type(error).__name__}:"
                 f" {first_line(error)}"
@@ -341,6 +340,11 @@ class _Net:
             self.notes.append(
                 "the result was not compared with the dense program, because the random numbers that it draws"
                 " are fewer"
+            )
+        if seen.equal and seen.alone:
+            self.notes.append(
+                "the result was held against the dense program in its own precision alone, since it does not"
+                " run in a higher one"
             )
         return None if seen.equal else _Fault(f"{inputs.said} {_said(seen)}", deviation=seen.deviation)
 

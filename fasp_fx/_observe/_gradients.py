@@ -15,7 +15,7 @@ from .._compat import pytree
 from .._device import device_of
 from .._program import Program
 from ..channels import Product, Use, results
-from ..errors import CalibrationError, first_line
+from ..errors import CalibrationError, first_line, tolerable
 from ..losses import Loss, Outputs, Padding, evaluated, next_token
 from ..statistics import PADDING, InputGradients, MakeStatistic
 from ._consumers import Consumer, Consumers, counting
@@ -280,9 +280,7 @@ class _Run(Runner):
             )
         try:
             torch.autograd.backward(terms.sum(), inputs=self.leaves)
-        except (RuntimeError, NotImplementedError) as error:
-            if isinstance(error, torch.OutOfMemoryError):
-                raise
+        except tolerable(RuntimeError) as error:
             raise CalibrationError(
                 f"the model cannot be run backwards on calibration batch {self.numbers[0]}:"
                 f" {first_line(error)}; pass loss=None"
@@ -364,7 +362,7 @@ def _terms(program: Program, run: Runner, piece: Piece, loss: Loss, marks: Marks
         terms = evaluated(loss, outputs, inputs, padding_of(program, leaves, marks, index))
     except CalibrationError:
         raise
-    except Exception as error:  # a loss of the user's raises what it likes
+    except tolerable(Exception) as error:  # a loss of the user's raises what it likes
         raise CalibrationError(
             f"the loss fails on calibration batch {piece.batch}: {type(error).__name__}: {first_line(error)}"
         ) from error

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from ..errors import ArgumentError
+from ..errors import ArgumentError, tolerable
 from ..groups import Group
 from ..scoring import ByColumns, GroupColumns, GroupScore, Order, by_value
 from ._consumers import Consumer, Consumers
@@ -100,7 +100,7 @@ def _array(given: Any, dtype: type[np.float64] | None = None) -> np.ndarray | No
     """What a score gave as an array; ``None`` where it is none (of numbers)."""
     try:
         return np.asarray(given, dtype)
-    except (ValueError, TypeError, RuntimeError):
+    except tolerable(ValueError, TypeError, RuntimeError):
         return None
 
 

@@ -12,7 +12,7 @@ from torch import Tensor, fx
 from .._deviation import unfilled
 from .._program import Program
 from ..channels import is_dynamic, results
-from ..errors import CalibrationError
+from ..errors import CalibrationError, tolerable
 from ._runner import Runner
 
 #: how many rows are run back at a time, where an input is a table of them
@@ -140,7 +140,7 @@ def _is_divisible(program: Program, piece: Piece, parts: list[Piece]) -> bool:
     count = piece.rows
     try:
         within, first, last = (ran(program, one) for one in (piece, parts[0], parts[-1]))
-    except CalibrationError:
+    except tolerable(CalibrationError):
         return False
     compared = []
     for index, (whole, start, end) in enumerate(zip(within, first, last, strict=True)):

@@ -13,7 +13,7 @@ from .._compat import pytree
 from .._offload._values import addresses, keep_values, moved
 from .._program import Program
 from ..channels import attribute, written_inputs, written_names
-from ..errors import CalibrationError
+from ..errors import CalibrationError, tolerable
 from ..patterns import VIEWS
 
 
@@ -187,9 +187,7 @@ class Runner:
             target = torch.ops.aten.reshape.default if str(target) in VIEWS else target
         try:
             return execute(target, args, kwargs)
-        except (RuntimeError, IndexError, AssertionError) as error:
-            if isinstance(error, torch.OutOfMemoryError):
-                raise
+        except tolerable(RuntimeError, IndexError, AssertionError) as error:
             raise CalibrationError(
                 f"calibration batch {self.numbers[number]} fails in the model at node '{node.name}'"
                 f" ({node.target}): {error}"

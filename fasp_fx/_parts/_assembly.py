@@ -22,7 +22,7 @@ from .._pipeline import rewrite
 from .._result import Result
 from .._warn import warn
 from ..config import PruningConfig
-from ..errors import CaptureError, FaspError, VerificationError, VerificationWarning, first_line
+from ..errors import CaptureError, FaspError, VerificationError, VerificationWarning, first_line, tolerable
 from ..plan import PruningPlan
 from ..report import Report, weight_size
 from ..resources import Sparsity
@@ -54,7 +54,7 @@ class Assembly:
         self.device = None if device is None else device_named(device)
         try:
             self.model = copied(model)
-        except Exception as failure:
+        except tolerable(Exception) as failure:
             raise CaptureError(
                 f"{error} It cannot be pruned by its submodules either, because it cannot be copied:"
                 f" {first_line(failure)}"
@@ -79,9 +79,9 @@ class Assembly:
                     said = said_of_reads(model, read)
                     raise CaptureError(f"{error} It cannot be pruned by its submodules either: {said}.")
                 self.parts = search.run()
-            except (FaspError, torch.OutOfMemoryError):
+            except FaspError:
                 raise
-            except Exception as failure:
+            except tolerable(Exception) as failure:
                 raise CaptureError(
                     f"{error} It cannot be pruned by its submodules either, because it does not run on the"
                     f" example inputs: {type(failure).__name__}: {first_line(failure)}"
@@ -111,7 +111,7 @@ class Assembly:
         """
         try:
             result = rewrite(part.program, part.analysis, decision)
-        except VerificationError as failure:
+        except tolerable(VerificationError) as failure:
             self.unsound[part.path] = self.left[part.path] = first_line(failure)
             warn(f"part '{part.path}' stays whole: {first_line(failure)}", VerificationWarning)
             return False
@@ -124,9 +124,7 @@ class Assembly:
                     with rewound(module):
                         call.run(module)
                 self.call.run(self.model)
-        except torch.OutOfMemoryError:
-            raise
-        except Exception as failure:
+        except tolerable(Exception) as failure:
             self.left[part.path] = (
                 f"the model does not run with the smaller part in its place: {type(failure).__name__}:"
                 f" {first_line(failure)}"

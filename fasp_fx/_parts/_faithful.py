@@ -24,8 +24,8 @@ from .._observe._runner import Runner
 from .._program import Program
 from .._undisturbed import drawing_alike
 from .._warn import warn
-from ..channels import is_dynamic, results, written_inputs, written_names
-from ..errors import ArgumentError, CalibrationError, CaptureError, CaptureWarning, first_line
+from ..channels import is_dynamic, results, written_names
+from ..errors import ArgumentError, CalibrationError, CaptureError, CaptureWarning, first_line, tolerable
 
 #: relative deviation in the 2-norm from which on two outputs are not the same up to rounding, by the bytes of
 #: the coarsest numbers that either computes; of integers, the part that differs
@@ -51,7 +51,7 @@ def compared(
 
     They are compared on the example inputs; where forward sets attributes, once more after a call; and with
     every size that varies at one, for which an exporter takes the way of larger sizes. The model is compared
-    with itself where inputs lie otherwise in memory, and with gradients.
+    with itself with gradients, and with integers of another number of bits.
 
     A program of two samples in the place of one can differ where forward asks how many there are; it is
     captured once more, as it was given, by ``recapture``.
@@ -69,11 +69,8 @@ def compared(
             return drawn
     try:
         expected, changed = called(program, model, args, kwargs)
-    except torch.OutOfMemoryError:
-        raise
-    except (
-        Exception
-    ) as error:  # tensors without data let pass what the model itself refuses, such as another dtype
+    except tolerable(Exception) as error:
+        # Tensors without data let pass what the model itself refuses, such as another dtype.
         raise ArgumentError(
             f"the model does not run on the example inputs: {type(error).__name__}: {first_line(error)}; pass"
             " others"
@@ -86,7 +83,7 @@ def compared(
         )
     try:
         trouble = trouble_with(program, expected, args, kwargs)
-    except CalibrationError as error:
+    except tolerable(CalibrationError) as error:
         trouble = f"cannot be executed on the example inputs ({error})"
     if trouble is not None and recapture is not None and _is_doubled(program, args, kwargs):
         with contextlib.suppress(CaptureError):  # then what there is will have to do
@@ -115,7 +112,7 @@ def compared(
         try:
             expected, _ = called(program, model, *least)
             worst = _difference(program, expected, *least)
-        except Exception:  # either may refuse such sizes as it likes, when it is called
+        except tolerable(Exception):  # either may refuse such sizes as it likes, when it is called
             return program
         if worst:
             return _noted(
@@ -140,9 +137,7 @@ def _held_to_draw(program: Program, model: nn.Module, args: Any, kwargs: dict[st
         for seed in (0, 1):
             with torch.no_grad(), drawing_alike(model.parameters(), seed):
                 found.append(_outputs(program, copied(program.flat_inputs(args, kwargs))))
-    except torch.OutOfMemoryError:
-        raise
-    except Exception:  # what does not run is said when it is called
+    except tolerable(Exception):  # what does not run is said when it is called
         return program
     if not _apart(found[0], found[1], allowed):
         return None
@@ -258,9 +253,8 @@ def _shown(worst: float) -> str:
 def _decisive(
     program: Program, model: nn.Module, args: Any, kwargs: dict[str, Any], gradients: bool
 ) -> str | None:
-    """What the model's result depends on besides sizes, types and values of its inputs, all of which a
-    program cannot see: how they lie in memory and in containers, how many bits integers have, whether two are
-    one tensor, and whether gradients are asked for.
+    """What the model's result depends on besides sizes, types and values of its inputs, which a program
+    cannot see: whether gradients are asked for, and how many bits integers have.
 
     The model is held against itself, on the first entries of the example inputs alone.
 
@@ -272,105 +266,44 @@ def _decisive(
         return None
     allowed = _allowed(program)
 
-    def differs(
-        strided: bool = False,
-        leaf: bool = False,
-        gradients: bool = False,
-        turned: bool = False,
-        recast: bool = False,
-    ) -> bool | None:
-        """Whether the result is another one then; ``None`` if there is none."""
+    def differs(leaf: bool = False, gradients: bool = False, recast: bool = False) -> bool:
+        """Whether there is a result, and another one, then."""
         try:
-            laid = functools.partial(_laid, strided=strided, leaf=leaf, turned=turned, recast=recast)
+            laid = functools.partial(_laid, leaf=leaf, recast=recast)
             found, _ = called(program, model, *small, given=laid, gradients=gradients)
-        except Exception:  # a model may refuse such inputs as it likes
-            return None
+        except tolerable(Exception):  # a model may refuse such inputs as it likes
+            return False
         return _apart(found, expected, allowed) > 0
 
     try:
         expected, _ = called(program, model, *small)
-    except Exception:  # or such sizes
+    except tolerable(Exception):  # or such sizes
         return None
-    if differs(strided=True, leaf=gradients, gradients=gradients, turned=True) is not False:
-        if differs(turned=True):
-            return "how its arguments are built (the order of keys, lists or tuples)"
-        if differs(strided=True):
-            return "how its inputs lie in memory"
-        if gradients and differs(gradients=True):
-            return "whether gradients are enabled"
-        if gradients and differs(leaf=True, gradients=True):
-            return "whether its inputs require gradients"
+    if gradients and differs(gradients=True):
+        return "whether gradients are enabled"
+    if gradients and differs(leaf=True, gradients=True):
+        return "whether its inputs require gradients"
     if any(map(_counts, pytree.tree_leaves(small))) and differs(recast=True):
         return "whether its integers are of 32 or 64 bits"
-    if written_inputs(program.module.graph):  # which no other input may share memory with
-        return None
-    return "whether two inputs are one tensor" if _tells_one_from_two(program, model, *small) else None
-
-
-def _tells_one_from_two(program: Program, model: nn.Module, args: Any, kwargs: dict[str, Any]) -> bool:
-    """Whether a model gives something else for one tensor in the places of several inputs than for equal
-    ones, which each is a stand-in of its own for an exporter.
-    """
-    first: dict[tuple[Any, ...], Tensor] = {}
-    alike = 0
-
-    def one_of(leaf: Any) -> Any:
-        nonlocal alike
-        if not isinstance(leaf, Tensor) or not leaf.is_floating_point():
-            return leaf
-        kind = tuple(leaf.shape), leaf.dtype, leaf.device
-        alike += kind in first
-        return first.setdefault(kind, leaf)
-
-    same = pytree.tree_map(one_of, (args, kwargs))
-    if not alike:
-        return False
-    try:
-        one, _ = called(program, model, same[0], same[1])
-        several, _ = called(program, model, same[0], same[1], given=_laid)
-    except Exception:  # a model may refuse such inputs as it likes
-        return False
-    return _apart(one, several, _allowed(program)) > 0
+    return None
 
 
 def _laid(
-    given: tuple[Any, dict[str, Any]],
-    strided: bool = False,
-    leaf: bool = False,
-    turned: bool = False,
-    recast: bool = False,
+    given: tuple[Any, dict[str, Any]], leaf: bool = False, recast: bool = False
 ) -> tuple[Any, dict[str, Any]]:
-    """Copies of inputs, each of its own, that are not contiguous, that require gradients, in containers built
-    otherwise, or with integers of the other number of bits.
-    """
+    """Copies of inputs that require gradients, or with integers of the other number of bits."""
 
     def made(tensor: Tensor) -> Tensor:
         copy = tensor.detach().clone()
         if recast and _counts(copy):
             copy = copy.to(torch.int32 if copy.dtype == torch.int64 else torch.int64)
-        if strided:
-            copy = torch.stack([copy, copy], -1)[..., 0]
         return copy.requires_grad_(leaf and (copy.is_floating_point() or copy.is_complex()))
 
-    if turned:
-        given = _turned(given)
-    found: tuple[Any, dict[str, Any]] = pytree.tree_map(
-        lambda one: made(one) if isinstance(one, Tensor) else one, given
-    )
-    return found
+    return pytree.tree_map_only(Tensor, made, given)
 
 
 def _counts(leaf: Any) -> bool:
     return isinstance(leaf, Tensor) and leaf.dtype in (torch.int32, torch.int64)
-
-
-def _turned(value: Any) -> Any:
-    """The same with the keys of dicts the other way round, and with tuples for lists, lists for tuples."""
-    if type(value) is dict:
-        return {key: _turned(item) for key, item in reversed(value.items())}
-    if type(value) in (list, tuple):
-        return (tuple if type(value) is list else list)(map(_turned, value))
-    return value
 
 
 def _of_size(

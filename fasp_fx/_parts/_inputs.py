@@ -10,7 +10,7 @@ from torch import nn
 
 from .._capture._unchanged import rewound
 from .._observe._calibration import calibration_calls
-from ..errors import CalibrationError, first_line
+from ..errors import CalibrationError, first_line, tolerable
 from ._calls import Call, watching
 from ._submodules import Part, why_unfit
 
@@ -72,9 +72,7 @@ def _run(model: nn.Module, index: int, batch: Call) -> None:
     try:
         with rewound(model):
             batch.run(model)
-    except torch.OutOfMemoryError:
-        raise
-    except Exception as failure:
+    except tolerable(Exception) as failure:
         raise CalibrationError(
             f"calibration batch {index} fails in the model: {type(failure).__name__}: {first_line(failure)};"
             " a batch is a tensor, a tuple of positional arguments or a dict of keyword arguments, so a model"

@@ -19,7 +19,7 @@ from .._store._files import parsing
 from .._store._load import load_program
 from .._store._signature_json import signature_from_json
 from .._store._tensors import read_tensors
-from ..errors import ArgumentError, StoreError, first_line
+from ..errors import ArgumentError, StoreError, first_line, tolerable
 from ._result import PartsResult
 from ._save import FILES, FORMAT, PARTS, is_inside, is_parts, manifests
 from ._stand_in import dressed, put
@@ -62,7 +62,7 @@ def load_parts(folder: Path, model: nn.Module | None, device: torch.device | Non
     _check_code(model, signature, places)
     try:
         made = copied(model).eval()
-    except Exception as failure:
+    except tolerable(Exception) as failure:
         raise StoreError(f"the model cannot be copied: {first_line(failure)}") from failure
     target = device or next((tensor.device for tensor in (*made.parameters(), *made.buffers())), None)
     made = made if device is None else made.to(device)
@@ -116,7 +116,7 @@ def _fill(model: nn.Module, rest: dict[str, Any], paths: list[str]) -> None:
     _check_takes(model.state_dict(keep_vars=True), rest)
     try:
         missing, strange = model.load_state_dict(rest, strict=False)
-    except RuntimeError as error:  # sizes differ
+    except tolerable(RuntimeError) as error:  # sizes differ
         raise StoreError(
             f"the weights around the parts do not fit this {type(model).__name__}: {error}; give the model"
             " that was pruned"

@@ -22,7 +22,7 @@ from .._store import _folder as folders
 from .._store._report_json import report_to_json
 from .._store._signature_json import signature_to_json
 from .._store._tensors import write_tensors
-from ..errors import StoreError
+from ..errors import StoreError, tolerable
 
 if TYPE_CHECKING:
     from .._result import Result
@@ -67,7 +67,7 @@ def is_parts(folder: Path) -> bool:
     """Whether a folder holds a model pruned in parts, of whatever version."""
     try:
         return str(folders.read_json(folder / folders.MANIFEST).get("format")).startswith("fasp_fx.parts/")
-    except StoreError:
+    except tolerable(StoreError):
         return False
 
 

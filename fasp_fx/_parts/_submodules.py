@@ -18,7 +18,7 @@ from .._pipeline import analyze_for
 from .._program import Program
 from ..analysis import Analysis
 from ..config import PruningConfig
-from ..errors import FaspError, first_line
+from ..errors import FaspError, first_line, tolerable
 from ._calls import Call, Seen, watching
 from ._stand_in import StandIn, replaced, same_output
 
@@ -164,9 +164,7 @@ class Search:
                 program = capture_program(
                     module, seen.example.args, seen.example.kwargs, image_sizes=True, own_defaults=True
                 )
-        except torch.OutOfMemoryError:
-            raise
-        except Exception as error:  # exporters raise what they like; whatever it is, this module stays
+        except tolerable(Exception) as error:  # exporters raise what they like; then this module stays
             return _Refusal(f"it cannot be captured: {first_line(error.__cause__ or error)}")
         # What the rest of the model hands over and takes back keeps its width, caches too.
         program = replace(program, state_inputs=frozenset(), state_outputs=frozenset())
@@ -248,9 +246,7 @@ class Search:
                 watching(module.modules(), lambda inner, call: strangers.append(inner)),
             ):
                 found = self.call.run(self.model)
-        except torch.OutOfMemoryError:
-            raise
-        except Exception as error:
+        except tolerable(Exception) as error:
             return (
                 f"the model does not run with a graph in its place: {type(error).__name__}:"
                 f" {first_line(error)}"
@@ -282,7 +278,7 @@ def why_unfit(program: Program, call: Call) -> str | None:
                 _check_shape(leaf, expected, f"'{node.name}'")
             elif leaf is not held and leaf != held:
                 return f"'{node.name}' is {leaf!r} in one call and {held!r} in another"
-    except FaspError as error:
+    except tolerable(FaspError) as error:
         return first_line(error)
     return None
 
@@ -352,7 +348,7 @@ def _version(tensor: Tensor) -> int | None:
 def _storage(tensor: Tensor) -> Any:
     try:
         pointer = tensor.untyped_storage().data_ptr()
-    except (NotImplementedError, RuntimeError):  # sparse layouts have none
+    except tolerable(NotImplementedError, RuntimeError):  # sparse layouts have none
         pointer = 0
     return (tensor.device, pointer) if pointer else id(tensor)
 

@@ -17,7 +17,7 @@ from io import BufferedReader
 from pathlib import Path
 from typing import Any
 
-from ..errors import FaspError, StoreError, first_line
+from ..errors import FaspError, StoreError, first_line, tolerable
 
 #: the graph of a hundred layers takes some ten million bytes, the plan of the largest published model some
 #: thirty
@@ -233,7 +233,7 @@ def parsing(name: str) -> Iterator[None]:
         yield
     except FaspError:
         raise
-    except (Exception, RecursionError) as error:
+    except tolerable(Exception) as error:
         shown = f"{type(error).__name__}: {first_line(error)}"
         raise StoreError(
             f"{name} is damaged or forged, it holds what save() never writes ({shown:.300}); save the result"

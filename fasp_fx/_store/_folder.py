@@ -14,7 +14,7 @@ import torch
 from .._atomic import new_folder
 from .._options import path_of
 from .._version import __version__
-from ..errors import PlanError, StoreError
+from ..errors import PlanError, StoreError, tolerable
 from ..plan import PruningPlan
 from ..report import Report
 from ._files import check_depth, check_length, opened, read_text, size_of, tensors_of
@@ -149,7 +149,7 @@ def is_save(folder: Path) -> bool:
     """Whether a folder holds a save and nothing besides."""
     try:
         manifest = read_json(folder / MANIFEST)
-    except StoreError:
+    except tolerable(StoreError):
         return False
     known = {MANIFEST, *FILES}
     return str(manifest.get("format")).startswith("fasp_fx.store/") and all(

@@ -14,7 +14,7 @@ from torch.export import ExportedProgram
 from .._capture._quiet import quiet
 from .._compat import _serde, pytree
 from ..channels import results
-from ..errors import StoreError, first_line
+from ..errors import StoreError, first_line, tolerable
 from ._files import DIMENSIONS
 from ._nested import with_tuples, without_tuples
 from ._signature_json import value_from_json, value_to_json
@@ -35,7 +35,7 @@ def program_to_json(program: ExportedProgram) -> dict[str, Any]:
     try:
         with quiet():
             written = _serde.write(without_tuples(program))
-    except Exception as error:
+    except tolerable(Exception) as error:
         raise StoreError(f"the program cannot be written as JSON: {first_line(error)}") from error
     tensors = len(program.state_dict) + len(program.constants)
     check_program(written, tensors)  # what is refused on loading is refused now
@@ -109,7 +109,7 @@ def program_from_json(
         return program
     except StoreError:
         raise
-    except Exception as error:  # torch's reader raises whatever it trips over
+    except tolerable(Exception) as error:  # torch's reader raises whatever it trips over
         raise StoreError(
             f"graph.json holds no program that torch {torch.__version__} can read: {first_line(error)}; save"
             " the result again"

@@ -9,7 +9,7 @@ from dataclasses import asdict, fields, replace
 from typing import Any, TypeVar
 
 from ..config import PruningConfig
-from ..errors import ArgumentError, FaspError, StoreError
+from ..errors import ArgumentError, FaspError, StoreError, tolerable
 from ..report import CurvePoint, Figure, Line, Recovery, Report, Spent
 
 T = TypeVar("T")
@@ -51,7 +51,7 @@ def report_from_json(data: Mapping[str, Any]) -> Report:
             "config": _optional(lambda data: PruningConfig.from_json(json.dumps(data))),
         }
         return Report(**{field.name: read[field.name](data[field.name]) for field in fields(Report)})
-    except (KeyError, TypeError, ValueError, FaspError) as error:
+    except tolerable(KeyError, TypeError, ValueError, FaspError) as error:
         raise StoreError(
             f"report.json is damaged: {type(error).__name__}: {error}; save the result again"
         ) from error

@@ -14,7 +14,7 @@ from torch.export import ExportedProgram
 
 from .._calling._outline import HELD
 from .._calling._signature import CallSignature, has_tensor
-from ..errors import StoreError, first_line
+from ..errors import StoreError, first_line, tolerable
 from ._tensors import device_of
 
 #: Python compiles some thousand quickly, and models take some dozen
@@ -100,13 +100,8 @@ def signature_from_json(data: Mapping[str, Any]) -> CallSignature:
         constants = {_name(name): value_from_json(value) for name, value in data["constants"].items()}
         outlines = {_name(name): value_from_json(value) for name, value in data["outlines"].items()}
         return CallSignature(inspect.Signature(parameters), captured, constants, outlines)
-    except (
-        KeyError,
-        TypeError,
-        ValueError,
-        AttributeError,
-        RuntimeError,
-    ) as error:  # a RecursionError is a RuntimeError
+    except tolerable(KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+        # A RecursionError is a RuntimeError.
         raise StoreError(
             f"signature.json is damaged: {type(error).__name__}: {first_line(error)}; save the result again"
         ) from error

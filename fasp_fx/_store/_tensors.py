@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from ..errors import StoreError, first_line
+from ..errors import StoreError, first_line, tolerable
 from ._files import TENSORS, tensors_of
 from ._untrusted import check_weight_name
 
@@ -67,7 +67,7 @@ def write_tensors(
         }
     try:
         save_file(stored, path, metadata)
-    except (safetensors.SafetensorError, ValueError, RuntimeError, KeyError) as error:
+    except (safetensors.SafetensorError, ValueError, RuntimeError, KeyError) as error:  # shortages too
         raise StoreError(f"the tensors cannot be written to '{path.name}': {error}") from error
     return entries
 
@@ -132,7 +132,7 @@ def device_of(name: Any) -> torch.device:
         if not isinstance(name, str) or _DEVICE.fullmatch(name) is None:
             raise ValueError("it is no name of a device")
         return torch.device(name)
-    except (RuntimeError, ValueError) as error:
+    except tolerable(RuntimeError, ValueError) as error:
         raise StoreError(
             f"the save names the device {name!r:.80}: {first_line(error)}; pass device='cpu' to load()"
         ) from error
@@ -146,7 +146,7 @@ def to_device(tensor: Tensor, device: torch.device) -> Tensor:
     """
     try:
         return tensor.to(device)
-    except (RuntimeError, AssertionError, ImportError) as error:
+    except tolerable(RuntimeError, AssertionError, ImportError) as error:
         raise StoreError(
             f"the save needs the device '{device}', which cannot be used here ({first_line(error)}); pass"
             " device='cpu' to load()"

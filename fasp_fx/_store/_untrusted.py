@@ -20,7 +20,7 @@ from torch import fx, nn
 
 from .._compat import OpOverload, pytree
 from .._compat._serde import ON_SIZES, Union, schema
-from ..errors import StoreError
+from ..errors import StoreError, tolerable
 from ._expressions import check_expression, check_guard, is_key, refuse
 from ._files import DIMENSIONS
 
@@ -259,7 +259,7 @@ def check_operator(target: Any) -> None:
         )
     try:
         found = getattr(getattr(getattr(torch.ops, match[1]), match[2]), match[3])
-    except (AttributeError, RuntimeError):
+    except tolerable(AttributeError, RuntimeError):
         found = None
     if not isinstance(found, OpOverload):
         raise StoreError(

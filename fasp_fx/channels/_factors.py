@@ -10,14 +10,10 @@ from torch import Tensor
 
 from fasp_fx.patterns import Dims
 
-from ._value import Axis, Value, collapse, smallest_step
+from ._value import Axis, DoesNotApplyError, Value, collapse, smallest_step
 
 #: a dimension's letter, or the two letters of its factors
 Spelled = tuple[str | tuple[str, str], ...]
-
-
-class NotDivisible(ValueError):
-    """A dimension is not a multiple of the factor that the operator's argument gives."""
 
 
 def divide(
@@ -42,7 +38,7 @@ def divide(
         first, second = letter
         known = sizes[first] if first in sizes else sizes[second]
         if not known or whole % known:
-            raise NotDivisible(f"a dimension of {whole} is not a multiple of {known}")
+            raise DoesNotApplyError(f"a dimension of {whole} is not a multiple of {known}")
         leading = known if first in sizes else whole // known
         value = _split(value, dim, leading)
         splits.append((dim, leading))

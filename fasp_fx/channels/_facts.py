@@ -8,7 +8,7 @@ import numpy as np
 from torch import Tensor, fx
 
 from ._distinct import distinct
-from ._value import NONE, Value
+from ._value import NONE, DoesNotApplyError, Value
 
 
 @dataclass(frozen=True)
@@ -138,7 +138,10 @@ class Facts:
         """Channels at equal positions of two broadcastable tensors of numbers go together; one that meets a
         non-channel stays.
         """
-        shape = np.broadcast_shapes(tuple(a.shape), tuple(b.shape))
+        try:
+            shape = np.broadcast_shapes(tuple(a.shape), tuple(b.shape))
+        except ValueError as error:
+            raise DoesNotApplyError("the operands have other positions along one dimension") from error
         first, second = a.expand(shape).reshape(-1).numpy(), b.expand(shape).reshape(-1).numpy()
         both = (first != NONE) & (second != NONE)
         alone = np.concatenate([first[~both & (first != NONE)], second[~both & (second != NONE)]])

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor, fx
 
-from fasp_fx.errors import VerificationError, first_line
+from fasp_fx.errors import RuleError, VerificationError, first_line, tolerable
 from fasp_fx.patterns import CASTS, Rule, lookup
 
 from .._compat import (
@@ -30,7 +30,6 @@ from .._compat import (
 )
 from ._distinct import distinct
 from ._execution import Execution
-from ._factors import NotDivisible
 from ._facts import Facts
 from ._fx import arguments, attribute, elements, results, target_name, written_names
 from ._letters import Relation, result_shapes_ok
@@ -39,7 +38,7 @@ from ._moves import move
 from ._named import keep_numbered, name_results, tallied
 from ._numbering import Numbering, Slot, laid_by_block
 from ._sizes import Sizes, is_dynamic
-from ._value import Axis, Value, counted_by
+from ._value import Axis, DoesNotApplyError, Value, counted_by
 
 #: integer constants up to this many elements are known to the analysis as data (index tensors)
 _DATA_LIMIT = 1 << 20
@@ -282,7 +281,7 @@ class Interpreter:
             if node.op != "call_function" or not callable(node.target):
                 raise NotImplementedError(f"{node.op} is not executed while analysing")
             executed = self.execution.call(node.target, args, kwargs)
-        except Exception as error:
+        except tolerable(Exception) as error:
             if not (
                 isinstance(error, _AT_RUN_TIME)
                 or (isinstance(error, IndexError) and _decided_by_data(node))
@@ -450,8 +449,13 @@ class Interpreter:
             if self.heads:
                 relation.couple_heads()
             results = relation.run()
-        except (NotDivisible, RuntimeError, ValueError, IndexError, TypeError) as error:
+        except DoesNotApplyError as error:
             return first_line(error)
+        except tolerable(Exception) as error:  # ours, or of a rule that does not fit its operator
+            raise RuleError(
+                f"the rule of {node.target} fails at node '{node.name}': {type(error).__name__}:"
+                f" {first_line(error)}; give it another one with fasp_fx.patterns.register()"
+            ) from error
         values = [
             Value(shape, tuple(axes), constant)
             for shape, (axes, constant) in zip(shapes, results, strict=False)

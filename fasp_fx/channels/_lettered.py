@@ -16,7 +16,7 @@ from ._numbering import Numbering
 from ._operands import Operand, choose, run_lengths
 from ._recurring import recurring
 from ._told import told
-from ._value import Axis, Value
+from ._value import Axis, DoesNotApplyError, Value
 
 
 class Lettered:
@@ -24,7 +24,7 @@ class Lettered:
     each letter.
 
     Raises:
-        NotDivisible: a dimension in brackets is no multiple of its factor.
+        DoesNotApplyError: a dimension in brackets is no multiple of its factor.
     """
 
     def __init__(
@@ -48,7 +48,7 @@ class Lettered:
             if isinstance(value, Value):
                 spelled = spell(declared.dims, len(value.shape), runs)
                 if len(spelled) != len(value.shape):
-                    raise ValueError(f"'{declared.name}' has {len(value.shape)} dimensions")
+                    raise DoesNotApplyError(f"'{declared.name}' has {len(value.shape)} dimensions")
                 value, letters, splits = divide(value, spelled, factors)
                 self.operands.append(Operand(declared.name, value, letters, nodes.get(declared.name), splits))
                 if splits:
@@ -202,7 +202,7 @@ class Lettered:
                 )
                 > 1
             ):
-                raise ValueError(f"the operands of {self.node.target} differ in size")
+                raise DoesNotApplyError(f"the operands of {self.node.target} differ in size")
         return found
 
     def _repeat(self) -> None:

@@ -21,7 +21,7 @@ from ._operands import Operand, align
 from ._recurring import consume_recurring, meet_recurring
 from ._repeating import repeating
 from ._stretching import stretched
-from ._value import Axis, Value
+from ._value import Axis, DoesNotApplyError, Value
 
 
 class Relation(Lettered):
@@ -57,6 +57,8 @@ class Relation(Lettered):
                     [order.index(other) for other in known]
                     + [order.index(other) for other in order if other not in own]
                 )
+                if any(size > 1 for size in laid.shape[len(known) :]):
+                    raise DoesNotApplyError("its channels differ along a dimension that its result lacks")
                 laid = laid.reshape(laid.shape[: len(known)])
                 for at in (at for at, other in enumerate(own) if other not in order):
                     laid = laid.unsqueeze(at)  # a dimension that the operator adds

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor, fx
 
+from fasp_fx.errors import first_line, tolerable
 from fasp_fx.patterns import RESHAPES, VIEWS, Rule
 
 from .._compat import pytree
@@ -22,13 +23,16 @@ from ._masked import is_mask, lone_mask
 from ._named import look_up
 from ._regroup import Segment, regroup, segments
 from ._sizes import Sizes, is_dynamic
-from ._value import NONE, Axis, Value, collapse, smallest_step
+from ._value import NONE, Axis, DoesNotApplyError, Value, collapse, smallest_step
 
 
 def _run(operator: Any, numbers: Any, others: dict[str, Any]) -> Any:
-    if str(operator) in VIEWS:  # numbers are stride-0 broadcasts, on which a view may need a copy
-        return torch.ops.aten.reshape.default(numbers, *others.values())
-    return operator(numbers, **others)
+    try:
+        if str(operator) in VIEWS:  # numbers are stride-0 broadcasts, on which a view may need a copy
+            return torch.ops.aten.reshape.default(numbers, *others.values())
+        return operator(numbers, **others)
+    except tolerable(Exception) as error:  # an operator raises what it likes of integers
+        raise DoesNotApplyError(first_line(error)) from error
 
 
 def run_on_numbers(node: fx.Node, numbers: Tensor, values: dict[fx.Node, Any]) -> Any:
@@ -36,7 +40,7 @@ def run_on_numbers(node: fx.Node, numbers: Tensor, values: dict[fx.Node, Any]) -
     interpretation.
 
     Raises:
-        ValueError: an index is known only at run time.
+        DoesNotApplyError: an index is known only at run time.
     """
     others = {
         name: _known(fx.map_arg(value, lambda n: values[n]))
@@ -44,7 +48,7 @@ def run_on_numbers(node: fx.Node, numbers: Tensor, values: dict[fx.Node, Any]) -
         if name != "self"
     }
     if any(value is _UNKNOWN for value in others.values()):
-        raise ValueError(f"the indices of '{node.name}' ({node.target}) are known only at run time")
+        raise DoesNotApplyError(f"the indices of '{node.name}' ({node.target}) are known only at run time")
     return _run(node.target, numbers, others)
 
 
@@ -533,14 +537,14 @@ def _keep(
     """Add the axis of numbers that an operator made of those of the axes it was ``given``, or freeze them.
 
     Raises:
-        ValueError: it did more than move them.
+        DoesNotApplyError: it did more than move them.
     """
     moved = collapse(moved)
     whole = moved.reshape(-1).numpy()
     if not are_among(
         whole[whole != NONE], np.concatenate([own.numbers.reshape(-1).numpy() for own in given])
     ):
-        raise ValueError("it computes other elements of those that it is said to move")
+        raise DoesNotApplyError("it computes other elements of those that it is said to move")
     axis = Axis.of(moved, source.slot if source is not None else None)
     if axis is not None and (source is None or not _one_of_each(axis, source)):
         axes.append(axis)

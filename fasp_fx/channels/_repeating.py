@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ._sizes import is_dynamic
+from ._value import DoesNotApplyError
 
 
 @dataclass(frozen=True)
@@ -70,7 +71,7 @@ class Repeating:
     def _repeats(self, dim: int, size: int) -> int:
         own = self.numbers.shape[dim]
         if size % own:
-            raise ValueError(f"a dimension of size {size} holds {own} positions that repeat")
+            raise DoesNotApplyError(f"a dimension of size {size} holds {own} positions that repeat")
         return size // own
 
 

@@ -15,6 +15,10 @@ from torch import Tensor
 NONE = -1
 
 
+class DoesNotApplyError(ValueError):
+    """A rule does not serve for this call of its operator; says why."""
+
+
 #: in a rewritten program, how many channels of its weight stay before each channel
 _STAYING: ContextVar[np.ndarray | None] = ContextVar("staying", default=None)
 

@@ -15,7 +15,7 @@ from .._prune import analyze
 from .._selection import is_excluded
 from .._undisturbed import in_usual_modes, one_at_a_time
 from ..config import PruningConfig, PruningOptions
-from ..errors import ArgumentError, NothingPrunableError, first_line
+from ..errors import ArgumentError, NothingPrunableError, first_line, tolerable
 from ..groups import Group, Member
 from ._effect import check_effect
 from ._gates import Gates
@@ -121,7 +121,7 @@ def attach(
 def _scale(module: nn.Module, name: str, scaled: Scaled) -> None:
     try:
         parametrize.register_parametrization(module, name, scaled)
-    except (ValueError, RuntimeError, TypeError, AttributeError) as error:
+    except tolerable(ValueError, RuntimeError, TypeError, AttributeError) as error:
         raise ArgumentError(
             f"'{name}' of a {type(module).__name__} cannot be multiplied by gates: {first_line(error)}; use"
             " exclude="

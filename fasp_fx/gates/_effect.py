@@ -15,7 +15,7 @@ from .._parts._faithful import called, trouble_with
 from .._program import Program
 from .._warn import warn
 from ..analysis import Analysis
-from ..errors import ArgumentError, CalibrationError, VerificationWarning
+from ..errors import ArgumentError, CalibrationError, VerificationWarning, tolerable
 from ..groups import Group, by_block
 
 if TYPE_CHECKING:
@@ -50,7 +50,7 @@ def check_effect(
 
     try:
         without = sound_part(groups, fault)[1]
-    except CalibrationError as error:
+    except tolerable(CalibrationError) as error:
         warn(f"what gates do was not compared with the removal of channels: {error}", VerificationWarning)
         return
     if without:

@@ -16,7 +16,7 @@ from torch import nn
 from transformers import PreTrainedConfig
 from transformers.utils import logging
 
-from ..errors import ArgumentError, first_line
+from ..errors import ArgumentError, first_line, tolerable
 
 #: where a value stands in a config: keys of nested configs, positions of lists
 Path = tuple[str | int, ...]
@@ -128,7 +128,7 @@ class Experiments:
             with quiet(), torch.random.fork_rng(devices=[]):
                 try:
                     self._found[key] = _shapes(self._made(assignment))
-                except Exception as error:  # a class raises what it likes about sizes it does not take
+                except tolerable(Exception) as error:  # a class raises what it likes about sizes
                     self._found[key] = first_line(error)
         return self._found[key]
 

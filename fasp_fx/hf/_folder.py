@@ -23,7 +23,7 @@ from .._atomic import new_folder
 from .._store import _folder as folders
 from .._store._report_json import report_to_json
 from .._store._tensors import write_tensors
-from ..errors import StoreError
+from ..errors import StoreError, tolerable
 from ._card import card
 
 if TYPE_CHECKING:
@@ -89,7 +89,7 @@ def is_saved(folder: Path) -> bool:
     """Whether a folder holds a pruned model and nothing besides."""
     try:
         manifest = folders.read_json(folder / folders.MANIFEST)
-    except StoreError:
+    except tolerable(StoreError):
         return False
     written = manifest.get("written", ())
     known = (
@@ -104,7 +104,7 @@ def holds_model(folder: Path) -> bool:
     """Whether a folder holds a pruned model, of whatever version."""
     try:
         return str(folders.read_json(folder / folders.MANIFEST).get("format")).startswith("fasp_fx.hf/")
-    except StoreError:
+    except tolerable(StoreError):
         return False
 
 

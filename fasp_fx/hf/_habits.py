@@ -12,7 +12,7 @@ from torch import Tensor
 
 from .._compat._transformers import CACHE
 from .._deviation import deviation
-from ..errors import CaptureError
+from ..errors import CaptureError, tolerable
 from ._labels import LEFT_OUT, LOSSES, MOVES
 from ._stages import CausalStages, Stages
 
@@ -112,7 +112,7 @@ def called(stages: Stages, arguments: dict[str, Any]) -> Any:
     """What the model gives without a cache; ``None`` where it does not take this."""
     try:
         return stages.run({**arguments, CACHE: None}, use_cache=False)
-    except CaptureError:
+    except tolerable(CaptureError):
         return None
 
 

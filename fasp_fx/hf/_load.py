@@ -13,7 +13,7 @@ from .._store import _folder as folders
 from .._store._files import parsing, read_text, tensors_of
 from .._store._graph_json import program_from_json
 from .._store._tensors import read_tensors
-from ..errors import ArgumentError, CaptureError, FaspError, StoreError, first_line
+from ..errors import ArgumentError, CaptureError, FaspError, StoreError, first_line, tolerable
 from ._config import PrunedConfig, check_layers, original_of
 from ._flat import FlatProgram
 from ._folder import FILES, FORMAT
@@ -124,7 +124,7 @@ def _parts(folder: Path, programs: dict[str, Any], device: torch.device) -> Part
         for name, data in programs["programs"].items():
             constants[name] = {inside: held[outside] for inside, outside in data["constants"].items()}
             stored[name] = _program(data, weights, constants[name], device)
-    except (KeyError, TypeError, AttributeError, ValueError, CaptureError) as error:
+    except tolerable(KeyError, TypeError, AttributeError, ValueError, CaptureError) as error:
         raise StoreError(
             f"programs.json does not fit the folder: {type(error).__name__}: {error}; save the model again"
         ) from error
@@ -138,7 +138,7 @@ def _program(
     program = program_from_json(kept, weights, constants, device)
     try:
         module = program.module(check_guards=False)
-    except Exception as error:  # torch raises whatever it trips over
+    except tolerable(Exception) as error:  # torch raises whatever it trips over
         raise StoreError(
             f"programs.json holds a program that cannot be called: {first_line(error)}; save the model again"
         ) from error
@@ -154,7 +154,7 @@ def _folder(where: Any, hub: dict[str, Any]) -> Path:
         return Path(
             snapshot_download(str(where), **{name: value for name, value in hub.items() if value is not None})
         )
-    except Exception as error:  # the hub's client raises what its transport does
+    except tolerable(Exception) as error:  # the hub's client raises what its transport does
         raise StoreError(
             f"'{where}' is neither a folder nor a repository that can be read: {first_line(error)}; give the"
             " folder that save_pretrained wrote"
@@ -195,7 +195,7 @@ def _read(read: Any, name: str) -> Any:
         return read()
     except FaspError:
         raise
-    except Exception as error:  # transformers' readers raise whatever the file makes them trip over
+    except tolerable(Exception) as error:  # readers raise whatever the file makes them trip over
         raise StoreError(f"{name} cannot be read: {first_line(error)}; save the model again") from error
 
 
@@ -238,7 +238,7 @@ def _device(device_map: Any) -> torch.device:
     try:
         device = torch.device(device_map)
         torch.empty(0, device=device)
-    except (RuntimeError, AssertionError, TypeError) as error:
+    except tolerable(RuntimeError, AssertionError, TypeError) as error:
         raise ArgumentError(
             f"device_map={device_map!r} cannot be honoured: a pruned model lies on one device; pass 'auto' or"
             " a device such as 'cpu'"

@@ -15,7 +15,7 @@ from torch import Tensor
 from .._compat._transformers import kept_in_float32
 from .._offload._context import keep_weights
 from .._offload._scratch import Scratch
-from ..errors import ArgumentError, FaspError, first_line
+from ..errors import ArgumentError, FaspError, first_line, tolerable
 from ._unexpected import refuse_left_out
 
 T = TypeVar("T")
@@ -106,7 +106,7 @@ def _loaded(folder: Path, load: Callable[[], T]) -> T:
         return load()
     except FaspError:
         raise
-    except Exception as error:  # transformers raises what it likes
+    except tolerable(Exception) as error:  # transformers raises what it likes
         raise ArgumentError(
             f"'{folder}' cannot be loaded: {first_line(error)}; give a checkpoint as transformers writes it"
         ) from error

@@ -24,7 +24,7 @@ from .._result import Result
 from ..allocation import TrialAllocation
 from ..analysis import Analysis
 from ..config import PruningConfig, PruningOptions
-from ..errors import ArgumentError, CaptureError, VerificationError, first_line
+from ..errors import ArgumentError, CaptureError, VerificationError, first_line, tolerable
 from ..groups import PRUNABLE
 from ..report import Report
 from ._experiments import Assignment, Experiments, Path, quiet, written
@@ -262,9 +262,7 @@ def _run(model: PreTrainedModel, inputs: Mapping[str, Any]) -> list[Tensor]:
     """
     try:
         return _outputs(model, inputs)
-    except torch.OutOfMemoryError:
-        raise
-    except Exception as error:  # a class raises what it likes
+    except tolerable(Exception) as error:  # a class raises what it likes
         raise _NotBuiltError(
             f"it does not run: {first_line(error)}; widths that are multiples of 8 or 16 (round_to=) may be"
             " served"
@@ -307,7 +305,7 @@ def _built(
                 output_loading_info=True,
                 **options,
             )
-    except Exception as error:  # a class raises what it likes
+    except tolerable(Exception) as error:  # a class raises what it likes
         raise _NotBuiltError(f"its weights cannot be loaded: {first_line(error)}") from error
     for problem in ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs"):
         if info.get(problem):

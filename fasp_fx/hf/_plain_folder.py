@@ -13,7 +13,7 @@ from .._options import path_of
 from .._store._files import read_text
 from .._store._folder import read_json
 from .._store._report_json import report_from_json, report_to_json
-from ..errors import PlanError, StoreError, first_line
+from ..errors import PlanError, StoreError, first_line, tolerable
 from ..plan import PruningPlan
 from ..report import Report
 from ._experiments import quiet
@@ -56,7 +56,7 @@ def save_plain(
                     tokenizer.save_pretrained(str(made))
         except OSError:
             raise
-        except Exception as error:  # save_pretrained raises what it likes
+        except tolerable(Exception) as error:  # save_pretrained raises what it likes
             raise StoreError(
                 f"{type(model).__name__}.save_pretrained failed: {first_line(error)}; nothing was written"
             ) from error
@@ -79,7 +79,7 @@ def is_plain(folder: Path) -> bool:
         return str(held["format"]).startswith("fasp_fx.plain/") and {
             file.name for file in folder.iterdir()
         } <= {MANIFEST, *held["files"]}
-    except (StoreError, OSError, ValueError, KeyError, TypeError, RecursionError):
+    except tolerable(StoreError, OSError, ValueError, KeyError, TypeError, RecursionError):
         return False
 
 

@@ -14,7 +14,7 @@ from .._capture._unchanged import rewound
 from .._compat import pytree
 from .._compat._transformers import CACHE
 from .._program import Program
-from ..errors import CaptureError
+from ..errors import CaptureError, tolerable
 from . import _caches
 from ._flat import FlatProgram
 from ._habits import Habits, called, counts_items, far, keeps_texts_apart, loss_of_labels
@@ -60,7 +60,7 @@ def habits_of(stages: CausalStages | Seq2SeqStages, program: Program) -> Habits:
             with torch.no_grad(), rewound(program.module):
                 moved = {name: tensor.to(device) for name, tensor in values.items()}
                 found = flat(program.module, moved)["logits"].to(expected.logits.device)
-        except (RuntimeError, AssertionError, IndexError):
+        except tolerable(RuntimeError, AssertionError, IndexError):
             # A check of the capture, which the served program does not have; that one is held against the
             # model below.
             found = None

@@ -15,7 +15,7 @@ from transformers.modeling_outputs import BaseModelOutput
 
 from .._capture._unchanged import rewound
 from .._compat._transformers import CACHE
-from ..errors import ArgumentError, CalibrationError, CaptureError, first_line
+from ..errors import ArgumentError, CalibrationError, CaptureError, first_line, tolerable
 from . import _caches
 from ._arguments import check_outputs
 from ._caches import fresh, holds_states
@@ -89,7 +89,7 @@ class Stages:
         try:
             with torch.no_grad(), rewound(self.model):
                 return self.model(**arguments, use_cache=use_cache, return_dict=True)
-        except Exception as error:
+        except tolerable(Exception) as error:
             shown = ", ".join(arguments)
             raise CaptureError(
                 f"{type(self.model).__name__} cannot generate with a cache that holds every token ({shown}):"

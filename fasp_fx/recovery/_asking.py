@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..errors import ArgumentError, CalibrationError, FaspError, first_line
+from ..errors import ArgumentError, CalibrationError, FaspError, first_line, tolerable
 from ._matching import Match
 
 
@@ -93,9 +93,9 @@ def check_terms(
 def _said(match: Match, method: str, index: int) -> Iterator[None]:
     try:
         yield
-    except (FaspError, torch.OutOfMemoryError):
+    except FaspError:
         raise
-    except Exception as error:  # code of the user's raises what it likes
+    except tolerable(Exception) as error:  # code of the user's raises what it likes
         raise ArgumentError(
             f"loss={type(match).__name__}: {method}() for batch {index} raised {type(error).__name__}:"
             f" {first_line(error)}"

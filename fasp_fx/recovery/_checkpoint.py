@@ -19,7 +19,7 @@ from torch import Tensor
 
 from .._atomic import new_folder
 from .._store._run_folder import claim, read_object
-from ..errors import StoreError, first_line
+from ..errors import StoreError, first_line, short_of_memory, tolerable
 from ..report import CurvePoint
 
 PROGRESS = "progress.json"
@@ -54,7 +54,7 @@ def written(folder: Path) -> Iterator[None]:
     """
     try:
         yield
-    except torch.OutOfMemoryError:
+    except short_of_memory():
         raise
     # The writers of safetensors and of torch.save raise errors of their own for a full disk.
     except (OSError, safetensors.SafetensorError, RuntimeError) as error:
@@ -130,7 +130,7 @@ class Checkpoint:
             return State(int(data["step"]), curve, current, best, optimizer, float(data["seconds"]))
         except StoreError:
             raise
-        except Exception as error:  # readers raise whatever the files make them trip over
+        except tolerable(Exception) as error:  # readers raise whatever the files make them trip over
             raise self.damaged(error) from error
 
     def damaged(self, error: Exception) -> StoreError:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from .._capture._unchanged import copied, rewound
 from .._compat import pytree
 from .._device import device_of, products_in_bfloat16
-from ..errors import CalibrationError, StoreError, first_line
+from ..errors import CalibrationError, StoreError, first_line, tolerable
 from ._asking import check_terms, targets_of
 from ._checkpoint import written
 from ._hidden import Hidden
@@ -103,9 +103,7 @@ class DenseOutputs:
                         contextlib.nullcontext() if hidden is None else hidden.reading(weights) as readings,
                     ):
                         outputs = model(*held.args, **held.kwargs)
-                except torch.OutOfMemoryError:
-                    raise
-                except Exception as error:  # a model raises what it likes
+                except tolerable(Exception) as error:  # a model raises what it likes
                     raise CalibrationError(
                         f"the dense model does not take batch {index}: {type(error).__name__}:"
                         f" {first_line(error)}"

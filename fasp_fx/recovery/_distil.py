@@ -23,7 +23,7 @@ from .._observe._calibration import as_calls
 from .._options import check_callable, path_of
 from .._result import Result
 from .._undisturbed import drawing_alike, in_usual_modes
-from ..errors import ArgumentError, CalibrationError, first_line
+from ..errors import ArgumentError, CalibrationError, first_line, tolerable
 from ..report import Recovery
 from ._checkpoint import Checkpoint
 from ._config import DistillationConfig, DistillationOptions
@@ -158,9 +158,7 @@ def _rehearse(
         try:
             trained.find_written(own.args, own.kwargs)
             kept = kept_bytes(lambda: trained(*own.args, **own.kwargs), trained)
-        except torch.OutOfMemoryError:
-            raise
-        except Exception as error:  # a model raises what it likes
+        except tolerable(Exception) as error:  # a model raises what it likes
             raise CalibrationError(
                 f"the pruned model does not take batch {index}: {type(error).__name__}: {first_line(error)}"
             ) from error

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from ..errors import ArgumentError, TrainingMemoryError, first_line
+from ..errors import ArgumentError, TrainingMemoryError, first_line, short_of_memory
 from ._config import DistillationConfig
 from ._trained import Part, Trained, trained_part, weights_of
 
@@ -77,7 +77,9 @@ def told_of_memory() -> Iterator[None]:
     """What a device says of memory that is short, as an error of ours."""
     try:
         yield
-    except torch.OutOfMemoryError as error:
+    except TrainingMemoryError:
+        raise
+    except short_of_memory() as error:
         raise TrainingMemoryError(
             f"the memory is too little for the dense model and the training of the pruned one:"
             f" {first_line(error)}; give smaller batches with accumulate=, or train='low-rank' or 'vectors'"

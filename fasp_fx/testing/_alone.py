@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.export import ExportedProgram
 
 from .._compat import pytree
+from ..errors import tolerable
 from ._case import Case
 from ._in_a_row import rewinding, with_own
 from ._verdict import Skipped, Violation, hold
@@ -103,7 +104,7 @@ def _trains(case: Case, module: nn.Module, call: Any) -> None:
 def _takes_gradients(module: nn.Module, call: Any) -> bool:
     try:
         sum(output.sum() for output in floats_with_grad(with_own(module, *call))).backward()  # type: ignore[union-attr]
-    except RuntimeError:
+    except tolerable(RuntimeError):
         return False
     return True
 
@@ -130,13 +131,13 @@ def _copies(case: Case, module: nn.Module, expected: Any) -> None:
     )
     try:
         dense = case.run(copy.deepcopy(case.dense).to(other), moved)
-    except Exception:
+    except tolerable(Exception):
         return  # the model itself does not take another type
     if not all(leaf.dtype == other for leaf in floats(dense)):
         return
     try:
         found = case.run(copied.to(other), moved)
-    except Exception as problem:
+    except tolerable(Exception) as problem:
         raise Violation(f"in {other} it does not run: {problem}") from problem
     as_before = [leaf.to(own) for leaf in floats(found)]
     hold(error(as_before, floats(expected)) <= 1e-3, f"in {other} it computes something else")

@@ -18,7 +18,7 @@ import fasp_fx
 from fasp_fx._observe._visit import Decision
 from fasp_fx._pipeline import make_plan
 from fasp_fx.analysis import Analysis
-from fasp_fx.errors import NothingPrunableError
+from fasp_fx.errors import NothingPrunableError, tolerable
 from fasp_fx.plan import PruningPlan, gone_of, program_fingerprint
 
 from .._compat import pytree
@@ -189,7 +189,7 @@ class Case:
         for call in [*self.others, *_resized((self.args, self.kwargs))]:
             try:
                 self.run(self.dense, call)
-            except Exception:
+            except tolerable(Exception):
                 continue
             found.append(call)
         return found

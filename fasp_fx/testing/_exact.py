@@ -15,6 +15,7 @@ import fasp_fx
 from fasp_fx.plan import PruningPlan
 
 from .._compat import pytree
+from ..errors import tolerable
 from ._case import Call, Case
 from ._sets import draw_part
 from ._verdict import Violation, hold
@@ -43,10 +44,10 @@ def call_result(case: Case, result: fasp_fx.Result, call: Call) -> object | None
     """The result's output, or ``None`` where the capture itself has fixed a size that this call changes."""
     try:
         return case.run(result.module, call)
-    except Exception as problem:
+    except tolerable(Exception) as problem:
         try:
             case.run(case.untouched.module, call)
-        except Exception:
+        except tolerable(Exception):
             return None
         raise Violation(
             f"inputs {shapes(call)} are refused, though the captured program takes them:"

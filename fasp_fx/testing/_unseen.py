@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, fx
 
 import fasp_fx
-from fasp_fx.errors import NothingPrunableError
+from fasp_fx.errors import NothingPrunableError, tolerable
 
 from ._case import Case
 from ._verdict import Skipped, Violation, hold
@@ -62,7 +62,7 @@ def unseen_operator(case: Case) -> None:
     inputs = tuple(program.flat_inputs(case.args, case.kwargs))
     try:
         analysis = fasp_fx.analyze(module, inputs)
-    except Exception as problem:
+    except tolerable(Exception) as problem:
         raise Violation(f"the analysis fails: {type(problem).__name__}: {problem}") from problem
     most = analysis.max_sparsity
     try:

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch.export import ExportedProgram
 
-from fasp_fx.errors import ArgumentError, CaptureError
+from fasp_fx.errors import ArgumentError, CaptureError, tolerable
 
 from . import _alone, _calling, _exact, _restored, _rules_held, _unseen
 from ._case import Call, Case
@@ -92,7 +92,7 @@ def check_program(
             broken.append(Broken(name, str(problem)))
         except (CaptureError, KeyboardInterrupt):
             raise
-        except Exception as problem:
+        except tolerable(Exception) as problem:
             broken.append(Broken(name, f"{type(problem).__name__}: {problem}"))
     TALLY.programs += 1
     plan = case.__dict__.get("plan")

@@ -11,7 +11,7 @@ from typing import Any
 from torch import Tensor
 
 from fasp_fx import patterns
-from fasp_fx.errors import ArgumentError, RuleError
+from fasp_fx.errors import ArgumentError, RuleError, tolerable
 from fasp_fx.patterns import Rule
 
 from .._compat import OpOverload, silent_fake_tensors
@@ -309,7 +309,7 @@ class _Check:
             return None
         try:
             results = call.run()
-        except Exception as problem:
+        except tolerable(Exception) as problem:
             raise ArgumentError(f"the operator refuses {call}: {problem}") from problem
         self.tried += 1
         lie = self._claims(call, results, draw)
@@ -381,7 +381,7 @@ class _Check:
                 if numbers and not all(bool(result.isnan().all()) for result in numbers) and repeatable(call)
                 else None
             )
-        except Exception:
+        except tolerable(Exception):
             return None
 
     def _usable(self) -> list[str]:

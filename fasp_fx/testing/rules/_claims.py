@@ -14,7 +14,7 @@ from typing import Any
 
 from torch import Tensor
 
-from fasp_fx.errors import first_line
+from fasp_fx.errors import first_line, tolerable
 
 from ._calls import Call, close, same
 from ._deleting import cut_result, without, zeroed
@@ -103,7 +103,7 @@ def _kept(reading: Reading, results: list[Tensor], letter: str, gone: list[int],
     call = without(reading, letter, gone)
     try:
         found = call.run()
-    except Exception as problem:
+    except tolerable(Exception) as problem:
         return Lie(
             reading.call,
             claim,
@@ -139,7 +139,7 @@ def _contracted(reading: Reading, letter: str, gone: list[int]) -> Iterator[Lie]
     )
     try:
         found = call.run()
-    except Exception as problem:
+    except tolerable(Exception) as problem:
         yield Lie(
             reading.call,
             claim,
@@ -166,7 +166,7 @@ def _needed(reading: Reading, results: list[Tensor], letter: str, gone: list[int
     call = without(reading, letter, gone)
     try:
         found = call.run()
-    except Exception:
+    except tolerable(Exception):
         return True
     if letter in reading.kept():
         for spelled, before, after in zip(reading.results, results, found, strict=True):
@@ -184,7 +184,7 @@ def _cut_or_nothing(
 ) -> Tensor:
     try:
         return cut_result(reading, spelled, before, letter, gone)  # type: ignore[arg-type]
-    except Exception:
+    except tolerable(Exception):
         return before  # the result has other positions there than the operand
 
 

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from fasp_fx.errors import first_line
+from fasp_fx.errors import first_line, tolerable
 from fasp_fx.patterns import Clause, Rule
 
 from ._calls import Call, same
@@ -82,13 +82,13 @@ def _without_one(rule: Rule, clause: Clause, call: Call, draw: Draw) -> str | No
     whole = call.with_(**{name: distinct, index: names})
     try:
         before = whole.run()
-    except Exception:  # not on such numbers
+    except tolerable(Exception):  # not on such numbers
         return None
     try:
         after = whole.with_(
             **{name: distinct.index_select(dim, left), index: names - (names > gone).to(names.dtype)}
         ).run()
-    except Exception as problem:
+    except tolerable(Exception) as problem:
         return f"without position {gone}, which no integer names, the operator refuses: {first_line(problem)}"
     if all(same(a, b) for a, b in zip(before, after, strict=True)):
         return ""

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fasp_fx.errors import first_line
+from fasp_fx.errors import first_line, tolerable
 from fasp_fx.patterns import Rule
 
 from ._calls import Call
@@ -32,7 +32,7 @@ def moves(rule: Rule, call: Call, draw: Draw, modesty: Modesty) -> Lie | None:
     )
     try:
         moved = _filled(call, rule.moves, numbers).run()
-    except Exception as problem:
+    except tolerable(Exception) as problem:
         return Lie(
             call, claim, f"it does not take integers, on which it has to be run: {first_line(problem)}"
         )
@@ -112,7 +112,7 @@ def _needed(
     kept = numbers.index_select(dim, left)
     try:
         found = call.with_(**{name: kept}).run()
-    except Exception:
+    except tolerable(Exception):
         return True
     for before, after in zip(moved, found, strict=True):
         flat = before.reshape(-1)

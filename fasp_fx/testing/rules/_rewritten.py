@@ -19,7 +19,7 @@ from torch import Tensor, fx, nn
 from fasp_fx._calling._signature import CallSignature
 from fasp_fx._program import Program
 from fasp_fx.analysis import analyze_program
-from fasp_fx.errors import FaspError
+from fasp_fx.errors import FaspError, tolerable
 from fasp_fx.passes import RemoveChannels, verify
 from fasp_fx.patterns import Rule
 from fasp_fx.plan import PruningPlan, planned
@@ -54,7 +54,7 @@ def rewritten(rule: Rule, call: Call, results: list[Tensor], draw: Draw) -> Outc
     inputs = [torch.tensor(value, dtype=torch.float64) for value in (0.0, 0.37)]
     try:
         analysis = analyze_program(program)
-    except Exception as problem:
+    except tolerable(Exception) as problem:
         return Outcome(
             True, Lie(call, CLAIM, f"the analysis fails: {type(problem).__name__}: {problem}", direct=False)
         )
@@ -69,11 +69,11 @@ def rewritten(rule: Rule, call: Call, results: list[Tensor], draw: Draw) -> Outc
         small = RemoveChannels(gone).rewrite(program, analysis)
         with torch.no_grad():
             found = [fx.Interpreter(small.module).run(x) for x in inputs]
-    except FaspError as problem:
+    except tolerable(FaspError) as problem:
         return Outcome(
             True, Lie(call, CLAIM, f"removing {_line(plan)} is refused: {str(problem).strip()}", direct=False)
         )
-    except Exception as problem:
+    except tolerable(Exception) as problem:
         reason = next(
             (line for line in str(problem).strip().splitlines() if line.strip()), type(problem).__name__
         )
@@ -103,7 +103,7 @@ def rewritten(rule: Rule, call: Call, results: list[Tensor], draw: Draw) -> Outc
             )
     try:
         verify(small, analysis)
-    except FaspError as problem:
+    except tolerable(FaspError) as problem:
         return Outcome(True, None, f"{call}: after removing {_line(plan)}: {str(problem).strip()}")
     return Outcome(True)
 

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from fasp_fx.patterns import ORDINALS, Clause, Rule
 
+from ...errors import tolerable
 from ._calls import Call, same
 from ._claims import Lie
 from ._draw import Draw
@@ -53,7 +54,7 @@ def _without_one(rule: Rule, clause: Clause, call: Call, draw: Draw) -> Lie | No
     smaller = call.with_(**{name: distinct.index_select(dim, left)})
     try:
         before, after = call.run(), smaller.run()
-    except Exception:  # more are asked for than are left
+    except tolerable(Exception):  # more are asked for than are left
         return None
     named = ORDINALS[clause.words[1]] if len(clause.words) > 1 else None
     for index, (whole, part) in enumerate(zip(before, after, strict=True)):
@@ -73,7 +74,7 @@ def _passed(clause: Clause, call: Call) -> Lie | None:
     numbers = torch.arange(source.numel()).reshape(source.shape)
     try:
         found = call.with_(**{clause.words[0]: numbers}).run()[ORDINALS[clause.words[1]]]
-    except Exception:  # not on integers
+    except tolerable(Exception):  # not on integers
         return None
     if found.dtype in (torch.bool, torch.uint8, torch.int8) or torch.equal(
         found.reshape(-1).to(torch.int64).sort().values, numbers.reshape(-1)

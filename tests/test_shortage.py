@@ -1,0 +1,332 @@
+"""A shortage of memory or disk, or an interrupt, is never taken for anything else."""
+
+from __future__ import annotations
+
+import ast
+import errno
+import functools
+import os
+import signal
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import typer
+from safetensors import SafetensorError
+from shortages import RAISED, Outcome, says_so, tried
+from torch import Tensor, nn
+
+import fasp_fx
+from fasp_fx._cli._console import session
+from fasp_fx._tolerable import short_of_memory, tolerable
+from fasp_fx.errors import OffloadError, TrainingMemoryError
+
+#: the project's folder
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def _raise(error: BaseException) -> Callable[[], Any]:
+    def run() -> None:
+        raise error
+
+    return run
+
+
+def _wrapped(error: BaseException, explicit: bool = True) -> Callable[[], Any]:
+    def run() -> None:
+        try:
+            raise error
+        except BaseException as caught:
+            if explicit:
+                raise OffloadError("it did not work") from caught
+            raise ValueError("it did not work") from None
+
+    return run
+
+
+def _full(number: int) -> OSError:
+    return OSError(number, os.strerror(number))
+
+
+SHORT_OF_MEMORY = {
+    "the allocator of the CPU": lambda: torch.empty(1 << 46),
+    "Python": lambda: bytearray(1 << 60),
+    "a device": _raise(torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 3.00 GiB")),
+    "a library of a device": _raise(RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling x")),
+    "the system": _raise(_full(errno.ENOMEM)),
+    "training": _raise(TrainingMemoryError("it takes 3 GiB")),
+    "from it": _wrapped(MemoryError()),
+    "after it": _wrapped(torch.OutOfMemoryError("CUDA out of memory"), explicit=False),
+}
+SHORT_OF_FILES = {
+    "a disk": _raise(_full(errno.ENOSPC)),
+    "a quota": _wrapped(_full(errno.EDQUOT)),
+    "descriptors": _raise(_full(errno.EMFILE)),
+    "a writer": _raise(SafetensorError("Error while serializing: No space left on device (os error 28)")),
+}
+NOT_SHORT = {
+    "a graph": _raise(RuntimeError("mat1 and mat2 shapes cannot be multiplied (2x3 and 4x5)")),
+    "no file": _raise(FileNotFoundError(errno.ENOENT, "No such file")),
+    "from no file": _wrapped(FileNotFoundError(errno.ENOENT, "No such file")),
+    "no text": _raise(ValueError(3)),
+}
+
+
+def _caught(run: Callable[[], Any]) -> str:
+    try:
+        try:
+            run()
+        except tolerable(ValueError, RuntimeError, OSError, OffloadError):
+            return "tolerated"
+    except short_of_memory():
+        return "memory"
+    except Exception:
+        return "passed"
+    return "nothing"
+
+
+@pytest.mark.parametrize(
+    ("expected", "run"),
+    [
+        *[pytest.param("memory", run, id=f"memory: {name}") for name, run in SHORT_OF_MEMORY.items()],
+        *[pytest.param("passed", run, id=f"files: {name}") for name, run in SHORT_OF_FILES.items()],
+        *[pytest.param("tolerated", run, id=f"not short: {name}") for name, run in NOT_SHORT.items()],
+    ],
+)
+def test_a_shortage_is_told_from_other_errors(expected: str, run: Callable[[], Any]) -> None:
+    assert _caught(run) == expected
+
+
+def test_what_the_caller_was_handling_before_says_nothing() -> None:
+    """A caller may try again with less after a shortage, and what is raised then may be tolerated."""
+    try:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+    except torch.OutOfMemoryError:
+        assert _caught(NOT_SHORT["a graph"]) == "tolerated"
+
+
+class _Handler:
+    def __call__(self, *args: Any) -> None:
+        raise RuntimeError("time is up")
+
+    def method(self, *args: Any) -> None:
+        raise RuntimeError("time is up")
+
+
+@pytest.mark.parametrize(
+    "handler", [_Handler(), _Handler().method, lambda *args: _Handler()(), functools.partial(_Handler(), 1)]
+)
+@pytest.mark.parametrize("wrap", [False, True])
+def test_what_a_handler_of_a_signal_raises_is_not_tolerated(handler: Any, wrap: bool) -> None:
+    def interrupted() -> None:
+        try:
+            signal.raise_signal(signal.SIGALRM)
+        except RuntimeError as error:
+            if not wrap:
+                raise
+            raise ValueError(str(error)) from error
+
+    before = signal.signal(signal.SIGALRM, handler)
+    try:
+        assert _caught(interrupted) == "passed"
+        assert _caught(_raise(RuntimeError("time is up"))) == "tolerated"
+    finally:
+        signal.signal(signal.SIGALRM, before)
+
+
+class Net(nn.Module):
+    """Two coupled groups; ``asks`` decides by its values, so that it is captured in parts."""
+
+    def __init__(self, width: int = 8, asks: bool = False) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.second = (
+            nn.Sequential(nn.Linear(width, 2 * width), nn.ReLU(), nn.Linear(2 * width, width))
+            for _ in range(2)
+        )
+        self.asks = asks
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.first(x)
+        if self.asks and x.sum() > 1e6:
+            x = -x
+        found: Tensor = self.second(x)
+        return found
+
+
+def batches(width: int = 8) -> list[Tensor]:
+    return [torch.randn(16, width, generator=torch.Generator().manual_seed(seed)) for seed in range(3)]
+
+
+@cache
+def captured(width: int = 8) -> fasp_fx.Captured:
+    return fasp_fx.capture(Net(width).eval(), (batches(width)[0],))
+
+
+@cache
+def pruned() -> fasp_fx.Result:
+    return fasp_fx.prune(captured(), calibration=batches(), sparsity=0.3)
+
+
+@pytest.fixture(scope="module")
+def made_before() -> None:
+    """What stages start from."""
+    pruned(), captured(128)
+
+
+def _capture(folder: Path) -> Any:
+    return fasp_fx.capture(Net().eval(), (batches()[0],))
+
+
+def _prune(folder: Path) -> Any:
+    return fasp_fx.prune(captured(), calibration=batches(), sparsity=0.3)
+
+
+def _save(folder: Path) -> Any:
+    pruned().save(folder / "saved")
+    return fasp_fx.load(folder / "saved")
+
+
+def _resume(folder: Path) -> Any:
+    """A run that is kept, of weights in files."""
+    with fasp_fx.offload(folder / "weights") as scratch:
+        fasp_fx.keep_weights(Net(width=128), scratch)
+        return fasp_fx.prune(
+            captured(128), calibration=batches(128), sparsity=0.3, quality="fast", checkpoint=folder / "run"
+        )
+
+
+def _in_parts(folder: Path) -> Any:
+    return fasp_fx.prune(Net(asks=True).eval(), (batches()[0],), calibration=batches(), sparsity=0.3)
+
+
+#: what is run, with how many allocations and how many places on the disk at least
+STAGES: dict[str, tuple[Callable[[Path], Any], int, int]] = {
+    "capture": (_capture, 50, 0),
+    "prune": (_prune, 1000, 0),
+    "save": (_save, 5, 10),
+    "resume": (_resume, 500, 20),
+    "parts": (_in_parts, 500, 0),
+}
+#: what is said where batches are halved
+HALVED = "memory was too short for the calibration batches"
+
+
+def _essence(result: Any) -> Any:
+    """What must not depend on a shortage: which groups go, how far, by which criterion, and what is said."""
+    notes = [note for note in result.report.notes if HALVED not in note and "predicted rise" not in note]
+    return result.plan.groups, notes
+
+
+def _held(stage: str, kind: str, at: int, expected: Outcome, folder: Path) -> None:
+    found = tried(lambda: STAGES[stage][0](folder), kind, at)
+    if found.error is None:
+        notes = getattr(getattr(found.result, "report", None), "notes", ())
+        assert any(HALVED in note for note in notes), f"place {at} was passed over"
+        assert _essence(found.result) == _essence(expected.result), f"place {at} made another result"
+        assert found.said == expected.said, f"place {at}"
+    elif not says_so(found.error):
+        raise AssertionError(f"place {at} ends in an error that says nothing of it") from found.error
+
+
+@pytest.mark.parametrize(
+    ("stage", "kind"),
+    [(stage, kind) for stage, (_, *least) in STAGES.items() for kind in RAISED if least[kind == "disk"]],
+)
+@pytest.mark.usefixtures("made_before")
+@pytest.mark.parametrize("spread", [3, pytest.param(0, marks=pytest.mark.slow)])
+def test_a_shortage_anywhere_ends_in_an_error_that_names_it(
+    stage: str, kind: str, spread: int, tmp_path: Path
+) -> None:
+    """At ``spread`` places of a run, or at each of them."""
+    expected = tried(lambda: STAGES[stage][0](tmp_path / "0"), kind)
+    assert expected.error is None
+    assert expected.places >= STAGES[stage][1 + (kind == "disk")]
+    step = max(expected.places // spread, 1) if spread else 1
+    for at in range(1 + step // 2, expected.places + 1, step):
+        _held(stage, kind, at, expected, tmp_path / str(at))
+
+
+def _interrupt() -> Exception:
+    """What the handler of a timer raises, as it comes out of what it interrupted."""
+    with pytest.raises(RuntimeError) as caught:
+        signal.raise_signal(signal.SIGALRM)
+    return caught.value
+
+
+def _time_is_up(*args: Any) -> None:
+    raise RuntimeError("time is up")
+
+
+#: what is no fault of the model's, of a group's or of a pass
+FOREIGN: dict[str, Callable[[], Exception]] = {
+    **RAISED,
+    "weights in files": lambda: _caught_from(_wrapped(_full(errno.ENOSPC))),
+    "timer": _interrupt,
+}
+
+
+def _caught_from(run: Callable[[], Any]) -> Exception:
+    with pytest.raises(OffloadError) as caught:
+        run()
+    return caught.value
+
+
+@pytest.mark.parametrize("kind", FOREIGN)
+@pytest.mark.parametrize(
+    "place",
+    [
+        "_observe._runner.execute",
+        "_observe._gradients.evaluated",
+        "passes._run._verified",
+        "_exactness._held.finish",
+        "_exactness._compare.run",
+    ],
+)
+def test_what_is_no_fault_is_taken_for_none(
+    place: str, kind: str, made_before: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It comes out as it is, of the model, of a loss, of a pass, of the export and of the comparison."""
+
+    def raises(*args: Any, **kwargs: Any) -> Any:
+        raise error
+
+    before = signal.signal(signal.SIGALRM, _time_is_up)
+    try:
+        error = FOREIGN[kind]()
+        monkeypatch.setattr(f"fasp_fx.{place}", raises)
+        with pytest.raises(type(error)) as caught:
+            _prune(Path())
+        assert caught.value is error
+    finally:
+        signal.signal(signal.SIGALRM, before)
+
+
+def test_the_command_line_says_it_in_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(typer.Exit) as caught, session():
+        torch.empty(1 << 46)
+    assert caught.value.exit_code == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "memory is too short" in line
+    assert "can't allocate memory" in line
+
+
+def test_every_broad_handler_lets_shortages_through() -> None:
+    """Beside those that raise what they caught, and the few whose own error names it."""
+    naming = {"fasp_fx/_store/_tensors.py", "fasp_fx/recovery/_checkpoint.py"}
+    broad = []
+    for folder in ("fasp_fx", "passes", "patterns"):
+        for file in sorted((ROOT / folder).rglob("*.py")):
+            name = str(file.relative_to(ROOT))
+            if name in naming or name.startswith("fasp_fx/_eager/") or name == "fasp_fx/_observe/_ranks.py":
+                continue
+            for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+                if not isinstance(node, ast.ExceptHandler) or node.type is None:
+                    continue
+                kinds = node.type.elts if isinstance(node.type, ast.Tuple) else [node.type]
+                if {ast.unparse(kind) for kind in kinds} & {"Exception", "BaseException", "RuntimeError"}:
+                    broad += [] if ast.unparse(node.body[-1]) == "raise" else [f"{name}:{node.lineno}"]
+    assert broad == []
