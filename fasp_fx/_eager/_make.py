@@ -124,9 +124,7 @@ class _Expected:
             if plan.splits or plan.copies:
                 found = analyze_program(found, split_fused, plan.granularity, plan.include).program
             again = finish(found)
-        except tolerable(
-            Exception
-        ) as error:  # a module raises what it likes, and so does one that computes a weight
+        except tolerable(Exception) as error:  # a module raises what it likes
             _refuse_reads(made.model, read)
             cause = error.__cause__ or error
             path = _failing(cause, module)
