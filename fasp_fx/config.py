@@ -120,8 +120,9 @@ class PruningConfig:
             a precision that torch was asked for before stays.
 
     A name pattern is that of a weight (``"layers.0.mlp.up.weight"``) or of a module that holds it
-    (``"layers.0"``), and may have the wildcards ``*``, ``?`` and ``[...]`` (``"layers.*.mlp"``). A pattern
-    that matches nothing is an error.
+    (``"layers.0"``), and may have the wildcards ``*``, ``?`` and ``[...]`` (``"layers.*.mlp"``). A tied
+    weight goes by each of its names, a folded one also by those of what it is computed of. A pattern that
+    matches nothing is an error.
 
     Raises:
         ArgumentError, SparsityError: an option is out of range or not known.
