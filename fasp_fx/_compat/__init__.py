@@ -41,7 +41,7 @@ from ._operators import (
     is_transform,
     traced_by,
 )
-from ._sizes import ShapeEnv, free_unbacked_symbols, int_oo, refuse_new_guards, take_guards
+from ._sizes import ShapeEnv, free_unbacked_symbols, int_oo, refuse_new_guards, settled_by, take_guards
 
 __all__ = [
     "FAKE_LOGGER",
@@ -71,6 +71,7 @@ __all__ = [
     "is_transform",
     "pytree",
     "refuse_new_guards",
+    "settled_by",
     "silent_export",
     "silent_fake_tensors",
     "take_guards",
