@@ -107,7 +107,8 @@ class PruningConfig:
             those of attention.
         exclude: name patterns of weights or groups; the groups, and those that hold one of the weights, stay
             whole.
-        round_to: kept widths (per block) are multiples of this; numbers of whole heads and experts are not.
+        round_to: kept widths (per block) are multiples of this, here and on the command line (kernels like
+            16); numbers of whole heads and experts are not.
         uniform_layers: groups of one shape lose equally many channel sets, so that layers that are alike stay
             alike, as some runtimes need it.
         padding_mask: name of the input ``[batch, tokens]`` (``"attention_mask"``, say) that is zero where a
