@@ -154,6 +154,19 @@ class Program:
             found.setdefault(canonical, []).append(name)
         return found
 
+    def known_as(self) -> dict[str, list[str]]:
+        """For each canonical name, all names that the caller's model has for the weight, and for what it is
+        computed of.
+        """
+        found = self.aliases()
+        for weight in self.folds:
+            regions = {
+                region(gone, name) for name in weight.sources if (gone := self.replaced.get(name)) is not None
+            }
+            tied = [name for name, gone in self.replaced.items() if region(gone, name) in regions]
+            found[weight.name] = [*found.get(weight.name, [weight.name]), *weight.sources, *tied]
+        return found
+
     def free_name(self, wanted: str) -> str:
         """The dotted name itself, or with a suffix if the program or the caller's model has something else by
         that name.

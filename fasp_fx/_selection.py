@@ -16,17 +16,17 @@ def matches(pattern: str, name: str) -> bool:
 
 
 def held_by(group: Group) -> list[str]:
-    """The names that a group can be excluded by: its own, and those of the weights that it takes rows or
+    """The names that a group can be excluded by: its own, and all those of the weights that it takes rows or
     columns from.
     """
-    return [group.name, *(member.name for member in (*group.producers, *group.consumers))]
+    return [group.name, *(name for member in (*group.producers, *group.consumers) for name in member.names)]
 
 
 def read_by(group: Group) -> list[str]:
-    """The names that a group can be given a sparsity by: its own, and those of the weights that lose columns
-    with it; of those that lose rows where none does.
+    """The names that a group can be given a sparsity by: its own, and all those of the weights that lose
+    columns with it; of those that lose rows where none does.
     """
-    return [group.name, *(member.name for member in group.consumers or group.producers)]
+    return [group.name, *(name for member in group.consumers or group.producers for name in member.names)]
 
 
 def is_excluded(group: Group, patterns: Iterable[str]) -> bool:

@@ -21,11 +21,12 @@ class Cap(ABC):
     """How much of one resource may stay.
 
     Attributes:
-        amount: a float in (0, 1]: that share of what the dense model has; an int, or a larger float: so much.
+        amount: a float in (0, 1]: that share of what the dense model has; an int from 2 on, or a larger
+            float: so much.
         name: of the resource, as options and reports call it.
 
     Raises:
-        ArgumentError: the amount is no positive number.
+        ArgumentError: the amount is no positive number, or the int 1, which says neither one nor all.
     """
 
     amount: float
@@ -38,6 +39,12 @@ class Cap(ABC):
             raise ArgumentError(
                 f"{self} is no budget; give a share in (0, 1], such as 0.8, or how much may stay, such as"
                 " 100_000_000"
+            )
+
+        if self.amount == 1 and isinstance(self.amount, int):
+            raise ArgumentError(
+                f"{self} could be one alone or all; give 1.0 for all, a share below it, such as 0.8, or how"
+                " much may stay, such as 100_000_000"
             )
 
     def allowed(self, dense: float) -> float:

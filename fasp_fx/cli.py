@@ -197,8 +197,12 @@ def prune(
         ),
     ] = None,
     round_to: Annotated[
-        int, typer.Option(help="Keep widths that are multiples of this, which hardware likes.")
-    ] = 16,
+        int | None,
+        typer.Option(
+            help="Keep widths that are multiples of this; hardware likes 16. Default: any width.",
+            show_default=False,
+        ),
+    ] = None,
     quality: Annotated[
         QualityName,
         typer.Option(
@@ -348,7 +352,6 @@ def prune(
                 budget={"parameters": parameters, "macs": macs, "bytes": size, "cache-bytes": cache_bytes},
                 calibration=None if calibration == "self" else Path(calibration),
                 text=text,
-                round_to=round_to,
                 recover=recover,
                 quality=quality.value,
                 score=score.value if score is not None else None,
@@ -370,6 +373,7 @@ def prune(
                 dry_run=dry_run,
                 stream=stream,
                 scratch=scratch,
+                **({} if round_to is None else {"round_to": round_to}),
             ),
             stages,
             results(),

@@ -107,7 +107,8 @@ class PruningConfig:
             those of attention.
         exclude: name patterns of weights or groups; the groups, and those that hold one of the weights, stay
             whole.
-        round_to: kept widths (per block) are multiples of this; numbers of whole heads and experts are not.
+        round_to: kept widths (per block) are multiples of this, here and on the command line (kernels like
+            16); numbers of whole heads and experts are not.
         uniform_layers: groups of one shape lose equally many channel sets, so that layers that are alike stay
             alike, as some runtimes need it.
         padding_mask: name of the input ``[batch, tokens]`` (``"attention_mask"``, say) that is zero where a
@@ -120,8 +121,9 @@ class PruningConfig:
             a precision that torch was asked for before stays.
 
     A name pattern is that of a weight (``"layers.0.mlp.up.weight"``) or of a module that holds it
-    (``"layers.0"``), and may have the wildcards ``*``, ``?`` and ``[...]`` (``"layers.*.mlp"``). A pattern
-    that matches nothing is an error.
+    (``"layers.0"``), and may have the wildcards ``*``, ``?`` and ``[...]`` (``"layers.*.mlp"``). A tied
+    weight goes by each of its names, a folded one also by those of what it is computed of. A pattern that
+    matches nothing is an error.
 
     Raises:
         ArgumentError, SparsityError: an option is out of range or not known.

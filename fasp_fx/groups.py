@@ -33,7 +33,8 @@ class Member:
 
     Where ``block_dim`` divides the weight into ``blocks`` with channels of their own, ``indices`` and
     ``size`` count those of all blocks in order. ``sets`` says for each index which of the group's channel
-    sets it belongs to, counted from zero.
+    sets it belongs to, counted from zero. ``aliases`` are the weight's other names in the model (it is tied),
+    and those of what the model computes it of (it was folded).
     """
 
     name: str
@@ -43,6 +44,12 @@ class Member:
     block_dim: int | None = None
     blocks: int = 1
     sets: tuple[int, ...] = field(repr=False, compare=False, default=())
+    aliases: tuple[str, ...] = field(repr=False, compare=False, default=())
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """All names of the weight."""
+        return (self.name, *self.aliases)
 
     def __str__(self) -> str:
         part = "" if len(self.indices) == self.size else f" {ranges(self.indices)}"

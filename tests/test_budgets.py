@@ -29,7 +29,7 @@ from fasp_fx._macs import macs_of
 from fasp_fx._observe._visit import Decision
 from fasp_fx._pipeline import make_plan
 from fasp_fx.allocation import Budget, Ceiling, CostAllocation, Global, uniform
-from fasp_fx.budgets import Bytes, CacheBytes, Cap, Macs, Parameters
+from fasp_fx.budgets import KINDS, Bytes, CacheBytes, Cap, Macs, Parameters
 from fasp_fx.cli import app
 from fasp_fx.groups import Group
 from fasp_fx.hf._stages import stages_of
@@ -430,6 +430,13 @@ def test_budgets_that_make_no_sense_are_refused(options: dict[str, Any], message
 def test_amounts_that_make_no_sense_are_refused(amount: Any) -> None:
     with pytest.raises(fasp_fx.ArgumentError, match="is no budget; give a share"):
         Parameters(amount)
+
+
+@pytest.mark.parametrize("kind", KINDS.values())
+def test_one_is_neither_a_share_nor_an_amount(kind: type[Cap]) -> None:
+    with pytest.raises(fasp_fx.ArgumentError, match=r"could be one alone or all; give 1\.0 for all"):
+        kind(1)
+    assert (kind(1.0).allowed(50), kind(2).allowed(50), kind(0.5).allowed(50)) == (50, 2, 25)
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ be given names for.
 
 from __future__ import annotations
 
+import contextlib
 import copy
 from typing import Any
 
@@ -117,6 +118,72 @@ def test_names_that_a_graph_has_for_something_else(name: str) -> None:
     model.forward = lambda x: Dead.forward(model, x) + model._buffers[name]  # type: ignore[method-assign]
     with pytest.raises(fasp_fx.CaptureError, match=f"rename '{name}'"):
         fasp_fx.analyze(model, (torch.randn(4, 8),))
+
+
+class Counting(nn.Module):
+    """Appends a column to what it is given, of a length that it takes in some way."""
+
+    def __init__(self, way: str, in_place: bool) -> None:
+        super().__init__()
+        self.way, self.in_place = way, in_place
+        self.up, self.down = nn.Linear(8, 16), nn.Linear(17, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden: Tensor = self.up(x).relu()
+        if self.in_place:
+            hidden = hidden.clone().add_(1)
+        if self.way == "a list":
+            column = torch.tensor([[0.0]] * x.shape[0])[:, None]
+        elif self.way == "a sum":
+            column = torch.zeros(5, 1, 1)
+        elif self.way == "a length":
+            column = torch.zeros(x.shape[0], int(x.shape[1]), 1)
+        elif self.way == "a batch":
+            column = torch.zeros(int(x.shape[0]), 1, 1)
+        else:
+            column = torch.zeros(x.shape[0], 1, 1)
+        column = column + torch.zeros(x.shape[0], x.shape[1], 1)
+        found: Tensor = self.down(torch.cat([hidden, column], -1))
+        return found
+
+
+@pytest.mark.parametrize("in_place", [False, True])
+@pytest.mark.parametrize(
+    ("way", "samples", "said"),
+    [
+        (
+            "a batch",
+            5,
+            ["the size 5 of dimension 0 of 'x' is fixed, because forward asks for it as a number"],
+        ),
+        ("a list", 5, ["the size 5 of dimension 0 of 'x' is fixed, because forward asks for it as a number"]),
+        (
+            "a length",
+            5,
+            ["the size 7 of dimension 1 of 'x' is fixed, because forward asks for it as a number"],
+        ),
+        ("a sum", 5, ["the size 5 of dimension 0 of 'x' is fixed, because it is that of what it meets"]),
+        (
+            "a batch",
+            1,
+            ["the size 1 of dimension 0 of 'x' is fixed, because one is a constant to an exporter"],
+        ),
+        ("a size", 5, []),
+        ("a size", 1, []),
+    ],
+)
+def test_sizes_that_a_capture_fixes_are_said(way: str, samples: int, said: list[str], in_place: bool) -> None:
+    model, x = Counting(way, in_place).eval(), torch.randn(samples, 7, 8)
+    captured = fasp_fx.capture(model, (x,))
+    notes = [note.partition(" (")[0] for note in captured.program.notes]
+    assert notes == said
+    assert all("test_capture_notes.py, line " in note for note in captured.program.notes if "asks" in note)
+    module = fasp_fx.prune(captured, sparsity=0.1, score="random", restore=None).module
+    for dim, size in ((0, samples + 1), (1, 9)):
+        other = torch.randn(*(size if at == dim else n for at, n in enumerate(x.shape)))
+        fixed = any(f"of dimension {dim} of" in note for note in notes)
+        with pytest.raises(fasp_fx.CallError) if fixed else contextlib.nullcontext():
+            module(other)
 
 
 class Mapped(nn.Module):

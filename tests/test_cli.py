@@ -22,7 +22,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from typer.testing import CliRunner, Result
 
 import fasp_fx
-from fasp_fx._cli import _models
+from fasp_fx._cli import _models, _prune_command
 from fasp_fx._cli._saved import load_saved
 from fasp_fx.cli import app
 from fasp_fx.errors import ArgumentError
@@ -685,3 +685,14 @@ def test_installed_as_a_module() -> None:
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip() == f"fasp-fx {fasp_fx.__version__}"
+
+
+def test_what_is_not_asked_for_is_as_in_python(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    asked: list[_prune_command.Request] = []
+    monkeypatch.setattr(_prune_command, "run", lambda request, *_: asked.append(request))
+    for options in ([], ["--round-to", "16"]):
+        assert _invoke("prune", "model", "--out", tmp_path / "out", *options).exit_code == 0
+    assert [request.config for request in asked] == [
+        fasp_fx.PruningConfig(),
+        fasp_fx.PruningConfig(round_to=16),
+    ]

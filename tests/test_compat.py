@@ -174,6 +174,20 @@ def test_new_guards_are_refused_each_time_they_are_asked_for() -> None:
     assert _compat.int_oo > 10**30
 
 
+def test_the_line_that_settles_a_size_is_known() -> None:
+    class Asked(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x @ torch.ones(3, 2) + int(x.shape[0])
+
+    program = export(Asked(), (torch.ones(4, 3),), dynamic_shapes=((Dim.AUTO, Dim.AUTO),), strict=False)
+    asked, met = next(node for node in program.graph.nodes if node.op == "placeholder").meta["val"].shape
+    by_us, by_torch = _compat.settled_by(asked), _compat.settled_by(met)
+    assert by_us is not None
+    assert by_torch is not None
+    assert (by_us.filename, by_us.name) == (__file__, "forward")
+    assert by_torch.filename.startswith(str(Path(torch.__file__).parent))
+
+
 def test_a_program_takes_the_guards_of_another() -> None:
     class Plain(nn.Module):
         def forward(self, x: Tensor) -> Tensor:

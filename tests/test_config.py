@@ -232,6 +232,67 @@ def test_groups_that_one_weight_reads_are_told_apart_by_their_names() -> None:
     assert [group.name for group in only.plan.groups] == ["down.weight#2"]
 
 
+class OtherNames(nn.Module):
+    """A weight under two names, one computed of others, and a layer that stands at two places."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.again = nn.Linear(6, 10), nn.Linear(8, 10)
+        self.enc, self.dec = nn.Linear(10, 8, bias=False), nn.Linear(10, 8)
+        self.dec.weight = self.enc.weight
+        self.normed = nn.utils.parametrizations.weight_norm(nn.Linear(8, 12))
+        self.twice = nn.Linear(12, 6)
+        self.other = self.twice
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.relu(self.dec(F.relu(self.again(F.relu(self.enc(F.relu(self.up(x))))))))
+        found: Tensor = self.twice(F.relu(self.normed(x)))
+        return found
+
+
+@pytest.mark.parametrize(
+    ("second", "first", "shape"),
+    [
+        ("dec", "enc.weight", (8, 10)),
+        ("dec.weight", "enc.weight", (8, 10)),
+        ("d[a-f]*", "enc.weight", (8, 10)),
+        ("*.original1", "normed.weight", (12, 8)),
+        ("normed.parametrizations", "normed.weight", (12, 8)),
+        ("other", "twice.weight", (6, 12)),
+    ],
+)
+def test_a_weight_goes_by_each_of_its_names(second: str, first: str, shape: tuple[int, ...]) -> None:
+    torch.manual_seed(0)
+    model = OtherNames().eval()
+
+    def shapes(**options: Any) -> dict[str, tuple[int, ...]]:
+        pruned = fasp_fx.prune(model, (X,), score="magnitude", restore=None, **options).module
+        return {name: tuple(tensor.shape) for name, tensor in pruned.state_dict().items()}
+
+    assert shapes(sparsity=0.2, exclude=(second,))[first] == shape
+    assert shapes(sparsity=0.2)[first] < shape
+    assert shapes(sparsity={second: 0.5}) == shapes(sparsity={first: 0.5})
+
+
+def test_a_part_goes_by_each_of_its_places() -> None:
+    class Twice(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.free, self.first = Layers(), Layers()
+            self.second = nn.ModuleDict({"inner": self.first})
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = F.pad(self.free(x), (0, 4))
+            found: Tensor = self.second["inner"](x) if x.sum() < 1e6 else self.first(x)
+            return found
+
+    result = fasp_fx.prune(
+        Twice().eval(), (X,), score="magnitude", restore=None, sparsity=0.3, exclude=("second",)
+    )
+    assert result.module.get_parameter("first.layers.0.up.weight").shape == (10, 6)
+    assert result.module.get_parameter("free.layers.0.up.weight").shape[0] < 10
+
+
 def test_a_configuration_does_not_follow_what_it_was_made_of() -> None:
     fractions = {"2": 0.3}
     config = fasp_fx.PruningConfig(sparsity=fractions)

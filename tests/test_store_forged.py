@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -13,7 +14,10 @@ import torch
 from saved import forge
 
 import fasp_fx
-from fasp_fx._store._untrusted import check_expression, check_guard, check_operator, check_structure
+from fasp_fx._compat import _serde
+from fasp_fx._compat._serde import schema
+from fasp_fx._store._expressions import check_expression, check_guard
+from fasp_fx._store._untrusted import check_operator, check_program, check_structure
 
 pytestmark = pytest.mark.filterwarnings("ignore::fasp_fx.CalibrationWarning")
 
@@ -79,6 +83,12 @@ def higher_order(data: dict[str, Any]) -> None:
     node["inputs"][0]["arg"] = {"as_operator": "torch.hub.load"}
 
 
+def keyword(data: dict[str, Any]) -> None:
+    node = graph(data)["nodes"][0]
+    node["target"] = "torch.ops.higher_order.wrap_with_set_grad_enabled"
+    node["inputs"] = [{**node["inputs"][0], "name": f"x = {CODE}, y", "kind": 2}]
+
+
 FORGERIES: dict[str, Callable[[dict[str, Any]], None]] = {
     "size expression": size(CODE),
     "size expression in a symbol": size(f"Symbol({CODE!r})"),
@@ -98,6 +108,10 @@ FORGERIES: dict[str, Callable[[dict[str, Any]], None]] = {
     "operator that is not there": target("torch.ops.mine.unheard.default"),
     "extension": target("#mine:unheard"),
     "operator as an argument": higher_order,
+    "code in a keyword of an operator": keyword,
+    "code for a number": lambda data: next(iter(graph(data)["tensor_values"].values())).update(
+        sizes=[{"as_int": CODE}]
+    ),
     "code in a node's name": node_name,
     "code in an input's name": tensor_name,
     "code in a weight's name": weight_name,
@@ -147,6 +161,32 @@ def test_forged_graphs(saved: Path, name: str) -> None:
     with pytest.raises(fasp_fx.StoreError):
         fasp_fx.load("out")
     assert not Path("ran").exists()
+
+
+@dataclasses.dataclass
+class Novel:
+    """What another torch might write."""
+
+    code: str
+
+
+@dataclasses.dataclass
+class Node(schema.Node):
+    codes: dict[str, list[str]] = dataclasses.field(default_factory=dict)
+
+
+@pytest.mark.parametrize("where", ["Novel.code", "Node.codes", "Node.codes key"])
+def test_texts_of_classes_and_fields_that_nobody_knows_are_refused(saved: Path, where: str) -> None:
+    data = json.loads((saved / "graph.json").read_text())["program"]
+    check_program(_serde.from_fields(data), 8)
+    program = _serde.from_fields(data)
+    nodes = program.graph_module.graph.nodes
+    held = {field.name: getattr(nodes[0], field.name) for field in dataclasses.fields(schema.Node)}
+    codes = {"Node.codes": {"": [CODE]}, "Node.codes key": {CODE: []}}
+    nodes[0] = Node(**held, codes=codes[where]) if where in codes else nodes[0]
+    nodes.extend([Novel(CODE)] if where == "Novel.code" else [])
+    with pytest.raises(fasp_fx.StoreError, match=f"holds the {where}"):
+        check_program(program, 8)
 
 
 @pytest.mark.parametrize(

@@ -35,6 +35,7 @@ class GroupBuilder:
             walk,
             program,
         )
+        self.known_as = program.known_as()
         labels, facts = found.labels, walk.facts
         index_of = {(slot.name, slot.dim): index for index, slot in enumerate(numbering.slots)}
         self.produces = {index_of[slot] for _, slot in facts.produced if slot in index_of}
@@ -154,7 +155,11 @@ class GroupBuilder:
 
         def members(chosen: Iterable[tuple[int, Slot, np.ndarray]]) -> list[Member]:
             return members_of(
-                [(slot, inside) for _, slot, inside in chosen], self.program, self.found.labels, sets
+                [(slot, inside) for _, slot, inside in chosen],
+                self.program,
+                self.known_as,
+                self.found.labels,
+                sets,
             )
 
         weights = [item for item in held if item[1].kind == "weight"]

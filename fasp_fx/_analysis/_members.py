@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+
 import numpy as np
 
 from .._program import Program
@@ -10,12 +12,17 @@ from ..groups import Member
 
 
 def members_of(
-    slots: list[tuple[Slot, np.ndarray]], program: Program, labels: np.ndarray, sets: np.ndarray
+    slots: list[tuple[Slot, np.ndarray]],
+    program: Program,
+    known_as: Mapping[str, Sequence[str]],
+    labels: np.ndarray,
+    sets: np.ndarray,
 ) -> list[Member]:
     """One member per weight of the caller's; the parts of a split one are shown together.
 
     Args:
         slots: dimensions of weights, each with the channel numbers along it that belong to the group.
+        known_as: all names of the weights (:meth:`fasp_fx._program.Program.known_as`).
         labels: the channel set of every channel number.
         sets: those of the group, in its order.
     """
@@ -26,10 +33,15 @@ def members_of(
         name, rows = program.origin(slot)
         positions = order[np.searchsorted(ordered, labels[numbers])]
         found.setdefault((name, slot.dim), []).append((slot, rows[numbers - slot.base], positions))
-    return [_member(name, program, pieces) for (name, _), pieces in found.items()]
+    return [
+        _member(name, program, tuple(other for other in known_as.get(name, ()) if other != name), pieces)
+        for (name, _), pieces in found.items()
+    ]
 
 
-def _member(name: str, program: Program, pieces: list[tuple[Slot, np.ndarray, np.ndarray]]) -> Member:
+def _member(
+    name: str, program: Program, aliases: tuple[str, ...], pieces: list[tuple[Slot, np.ndarray, np.ndarray]]
+) -> Member:
     """The member that all pieces of a weight make up; columns are those of every piece."""
     slot = pieces[-1][0]
     indices, positions = (np.concatenate([piece[side] for piece in pieces[::-1]]) for side in (1, 2))
@@ -45,6 +57,7 @@ def _member(name: str, program: Program, pieces: list[tuple[Slot, np.ndarray, np
         slot.block_dim,
         slot.blocks,
         tuple(positions.tolist()),
+        aliases,
     )
 
 

@@ -41,7 +41,7 @@ from ._functions import functions_called
 from ._in_place import out_of_place
 from ._padding import padded_in_order
 from ._quiet import quiet
-from ._settled import settled_as_numbers
+from ._settled import fixed_sizes, settled_as_numbers
 from ._steps import any_number_of_steps
 from ._transformers import export_transformers, is_transformers
 from ._unchanged import unchanged
@@ -84,8 +84,7 @@ def export(
         wide = double if doubles else None
         if wide is not None:
             attempts.append(("", wide, free))
-        single = "the batch size of 1 seen at capture is fixed" if double is not None else ""
-        attempts.append((single, given, free))
+        attempts.append(("", given, free))
         attempts.append(("only the first dimension of each input is dynamic", wide or given, first_dim))
         attempts.append(("the shapes of the inputs are fixed to those of the example", given, None))
     failures: list[Exception] = []
@@ -115,6 +114,7 @@ def export(
                 )
             said = (
                 *((note,) if note else ()),
+                *(fixed_sizes(exported) if shapes is not None else ()),
                 *(f"forward sets the attribute '{name}', which a graph does not" for name in sets),
             )
             return (

@@ -45,7 +45,6 @@ class Request:
     sparsity: float | None
     calibration: Path | None
     text: Path | None
-    round_to: int
     recover: int
     quality: str
     score: str | None
@@ -60,6 +59,7 @@ class Request:
     overwrite: bool
     seed: int
     html: Path | None = None
+    round_to: int = PruningConfig.round_to
     budget: Mapping[str, str | None] = field(default_factory=dict)
     uniform_layers: bool = False
     checkpoint: Path | None = None

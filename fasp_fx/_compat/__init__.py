@@ -43,7 +43,15 @@ from ._operators import (
     is_transform,
     traced_by,
 )
-from ._sizes import ShapeEnv, free_unbacked_symbols, guards_of, int_oo, refuse_new_guards, take_guards
+from ._sizes import (
+    ShapeEnv,
+    free_unbacked_symbols,
+    guards_of,
+    int_oo,
+    refuse_new_guards,
+    settled_by,
+    take_guards,
+)
 
 __all__ = [
     "FAKE_LOGGER",
@@ -76,6 +84,7 @@ __all__ = [
     "is_transform",
     "pytree",
     "refuse_new_guards",
+    "settled_by",
     "silent_export",
     "silent_fake_tensors",
     "take_guards",

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import traceback
 from collections.abc import Iterator
 from unittest import mock
 
+import torch
 from torch.export import ExportedProgram
 from torch.fx.experimental.symbolic_shapes import ShapeEnv, free_unbacked_symbols
 from torch.utils._sympy.numbers import int_oo
@@ -48,4 +50,19 @@ def guards_of(program: ExportedProgram) -> tuple[str, ...]:
     return tuple(program._guards_code)
 
 
-__all__ = ["ShapeEnv", "free_unbacked_symbols", "guards_of", "int_oo", "refuse_new_guards", "take_guards"]
+def settled_by(size: torch.SymInt) -> traceback.FrameSummary | None:
+    """The line of Python, in a model or in torch, that settled what a size is, if one did."""
+    place = size.node.shape_env.replacements_slocs.get(size.node._expr)
+    found = None if place is None else place.framework_loc
+    return found if isinstance(found, traceback.FrameSummary) else None
+
+
+__all__ = [
+    "ShapeEnv",
+    "free_unbacked_symbols",
+    "guards_of",
+    "int_oo",
+    "refuse_new_guards",
+    "settled_by",
+    "take_guards",
+]

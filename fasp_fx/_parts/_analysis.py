@@ -35,13 +35,13 @@ class PartsAnalysis(Analysis):
         one = next(iter(parts.values()))
         self.granularity, self.include = one.granularity, one.include
         self.groups = [
-            group_within(path, group) for path, analysis in parts.items() for group in analysis.groups
+            group_within((path,), group) for path, analysis in parts.items() for group in analysis.groups
         ]
 
     @property
     def max_sparsity(self) -> float:
         """The highest sparsity of all parts together that can be asked for with ``round_to=1``."""
-        return JoinedSparsity({path: Sparsity(analysis) for path, analysis in self.parts.items()}).reach(1)
+        return JoinedSparsity({(path,): Sparsity(analysis) for path, analysis in self.parts.items()}).reach(1)
 
     @cached_property
     def without_rule(self) -> dict[str, int]:

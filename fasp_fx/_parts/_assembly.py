@@ -92,7 +92,7 @@ class Assembly:
             raise CaptureError(
                 f"{error} No submodule can be pruned by itself either{f': {reasons}' if reasons else ''}."
             ) from error.__cause__
-        self.counted = JoinedSparsity({part.path: Sparsity(part.analysis) for part in self.parts})
+        self.counted = JoinedSparsity({part.paths: Sparsity(part.analysis) for part in self.parts})
         self.results: dict[str, Result] = {}
         self.unsound: dict[str, str] = {}
 

@@ -12,11 +12,12 @@ class JoinedSparsity(Resource):
     """The weights counted in several parts as one: sparsity is the fraction removed of all of them.
 
     Args:
-        parts: those of the parts, by their paths; groups go by the names that they have in the whole model.
+        parts: those of the parts, by the paths at which each stands; groups go by the names that they have in
+            the whole model.
     """
 
-    def __init__(self, parts: Mapping[str, Resource]) -> None:
-        groups = [group_within(path, group) for path, part in parts.items() for group in part.groups]
+    def __init__(self, parts: Mapping[tuple[str, ...], Resource]) -> None:
+        groups = [group_within(paths, group) for paths, part in parts.items() for group in part.groups]
         super().__init__(groups, sum(part.whole for part in parts.values()))
         self.parts = list(parts.values())
 

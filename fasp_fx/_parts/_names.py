@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 from ..groups import Group
@@ -15,13 +15,20 @@ def plan_within(path: str, plan: PruningPlan) -> PruningPlan:
     return _mapped(plan, lambda name: f"{path}.{name}")
 
 
-def group_within(path: str, group: Group) -> Group:
-    """The group of a part in the names of the whole model."""
+def group_within(paths: Sequence[str], group: Group) -> Group:
+    """The group of a part in the names of the whole model, in which the part stands at ``paths``."""
     producers, consumers = (
-        tuple(replace(member, name=f"{path}.{member.name}") for member in members)
+        tuple(
+            replace(
+                member,
+                name=f"{paths[0]}.{member.name}",
+                aliases=tuple(f"{path}.{name}" for path in paths for name in member.names)[1:],
+            )
+            for member in members
+        )
         for members in (group.producers, group.consumers)
     )
-    return replace(group, name=f"{path}.{group.name}", producers=producers, consumers=consumers)
+    return replace(group, name=f"{paths[0]}.{group.name}", producers=producers, consumers=consumers)
 
 
 def line_within(path: str, line: Line) -> Line:

@@ -58,7 +58,7 @@ def prune_in_parts(
     """
     config = chooser.config
     assembly = Assembly(error, model, args, kwargs, config, device)
-    groups = [group_within(part.path, group) for part in assembly.parts for group in part.analysis.groups]
+    groups = [group_within(part.paths, group) for part in assembly.parts for group in part.analysis.groups]
     whole = chooser.budget_of(assembly.counted)
     chooser.check(whole, groups)
     if on_analysis is not None:
@@ -139,7 +139,7 @@ def _measured(
                 seen.forget()
             return _measured(assembly, chooser, batches, consumers)
         curves |= {
-            group_within(part.path, group).name: found[group.name]
+            group_within(part.paths, group).name: found[group.name]
             for group in part.analysis.chosen
             if found is not None and group.name in found
         }
@@ -148,7 +148,7 @@ def _measured(
 
 def _why_nothing(part: Part, config: PruningConfig) -> str:
     """Why the allocation takes nothing from a part that the data serve."""
-    groups = [group_within(part.path, group) for group in part.analysis.chosen]
+    groups = [group_within(part.paths, group) for group in part.analysis.chosen]
     if all(is_excluded(group, config.exclude) for group in groups):
         return "exclude= leaves it whole"
     if isinstance(config.sparsity, Mapping):

@@ -160,7 +160,7 @@ def _expected(program: ExportedProgram) -> Iterator[tuple[str, Tensor]]:
 
 def _move(item: Any, device: torch.device) -> None:
     """Put every device that a parsed program names on ``device``."""
-    for part in walk(item):
+    for _, part in walk(item):
         if isinstance(part, _serde.schema.Device):
             part.type, part.index = device.type, device.index
         elif isinstance(part, _serde.schema.ModuleCallSignature):

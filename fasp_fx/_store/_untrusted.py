@@ -8,11 +8,12 @@ refused, never executed.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import importlib
 import json
 import keyword
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -37,8 +38,8 @@ _HIGHER_ORDER = {
         "flex_attention",
     )
 }
-#: items of JSON for each node, and terms of sizes: five times what models have
-ITEMS, EXPRESSIONS = 200, 100
+#: items of JSON for each node: five times what models have
+ITEMS = 200
 #: a size, or an expression of sizes; torch counts up to the number of one that only the data say
 _SIZE = re.compile(r"(?!(u|zuf)\d{5,})[\w +*/()%,.-]{1,500}")
 _MODULE, _GRAPH_MODULE = nn.Module(), fx.GraphModule({}, fx.Graph())
@@ -95,100 +96,59 @@ def check_program(program: schema.ExportedProgram, tensors: int) -> None:
     Raises:
         StoreError: names the expression, operator, name or type.
     """
-    length = 0
-    for guard in program.guards_code:
-        length += check_guard(guard)
-    for name, limits in program.range_constraints.items():
-        _check_range(name, limits)
-    for item in walk(program):
-        if isinstance(item, schema.SymExpr):
-            length += check_expression(item.expr_str)
-        elif isinstance(item, schema.Node):
-            check_operator(item.target)
-            _check_names(item.name if item.name is not None else "_")
+    program.graph_module.metadata.clear()
+    for _, item in walk(program):
+        if isinstance(item, schema.Node):
             item.metadata.clear()
-        elif isinstance(item, schema.Argument) and item.type == "as_operator":
-            check_operator(item.value)
         elif isinstance(item, schema.Argument) and item.type == "as_string_to_argument":
             _check_options(item.value)
-        elif isinstance(item, (schema.CustomObjArgument, schema.InputToCustomObjSpec)):
-            raise StoreError(
-                "the program holds a custom object, which cannot be stored without pickle; keep it outside of"
-                " the captured model"
-            )
-        elif isinstance(item, schema.Graph):
-            _check_names(
-                *item.tensor_values, *item.sym_int_values, *item.sym_bool_values, *item.sym_float_values
-            )
-        elif isinstance(
-            item,
-            (
-                schema.TensorArgument,
-                schema.GraphArgument,
-                schema.TokenArgument,
-                schema.InputToConstantInputSpec,
-            ),
-        ):
-            _check_names(item.name)
-        elif (
-            isinstance(item, (schema.SymIntArgument, schema.SymFloatArgument, schema.SymBoolArgument))
-            and item.type == "as_name"
-        ):
-            _check_names(item.value)
-        elif isinstance(item, schema.ModuleCallSignature):
-            check_structure(item.in_spec, keywords=True)
-            check_structure(item.out_spec)
-            _check_names(*(item.forward_arg_names or []))
-        elif isinstance(item, (schema.InputToParameterSpec, schema.ParameterMutationSpec)):
-            _check_path(item.parameter_name)
-        elif isinstance(item, (schema.InputToBufferSpec, schema.BufferMutationSpec)):
-            _check_path(item.buffer_name)
-        elif isinstance(item, schema.InputToTensorConstantSpec):
-            _check_path(item.tensor_constant_name)
         elif isinstance(item, schema.TensorMeta) and len(item.sizes) > DIMENSIONS:
             raise StoreError(
                 f"the stored graph has a tensor of {len(item.sizes)} dimensions, and torch's have at most"
                 f" {DIMENSIONS}; save the result again"
             )
+        elif isinstance(item, schema.RangeConstraint):
+            _check_range(item.min_val, item.max_val)
+    for place, item in walk(program):
+        if place in _TEXTS and item is not None and not isinstance(item, (list, tuple)):
+            _TEXTS[place](item)
+        elif isinstance(item, str):
+            raise refuse(place, item)
     calls = program.graph_module.module_call_graph
     if not calls or calls[0].fqn != "" or calls[0].signature is None:
         raise StoreError(
             "the stored graph does not say how the model itself is called; save the result again"
         )
-    if length > EXPRESSIONS * room(tensors):
-        raise StoreError(
-            f"the sizes in the stored graph are written in {length:,} terms, too many for {tensors} tensors;"
-            " save the result again"
-        )
-    program.graph_module.metadata.clear()
 
 
-def _check_range(name: Any, limits: schema.RangeConstraint) -> None:
-    match = _SIZE.fullmatch(name) if isinstance(name, str) else None
-    numbers = (limits.min_val, limits.max_val)
-    if match is None or any(
-        number is not None and (type(number) is not int or abs(number) > 2**64) for number in numbers
-    ):
-        raise StoreError(
-            f"the stored graph gives the size {name!r:.80} the range {numbers!r:.80}, which save() never"
-            " writes; save the result again"
-        )
+def _check_range(*limits: Any) -> None:
+    if any(number is not None and (type(number) is not int or abs(number) > 2**64) for number in limits):
+        raise refuse("range", limits)
 
 
-def walk(item: Any) -> Iterator[Any]:
-    """An object of the schema and all that it holds."""
-    yield item
+def _check_size(name: Any) -> None:
+    if not isinstance(name, str) or _SIZE.fullmatch(name) is None:
+        raise refuse("size", name)
+
+
+def walk(item: Any, place: str = "") -> Iterator[tuple[str, Any]]:
+    """An object of the schema and all that it holds, each with the class and the field that hold it, and
+    whether it is a key there: ``"Node.target"``, ``"Graph.tensor_values key"``.
+    """
+    yield place, item
+    kind = type(item).__name__
     if isinstance(item, Union):
-        yield from walk(item.value)
+        yield from walk(item.value, f"{kind}.{item.type}")
     elif dataclasses.is_dataclass(item):
         for field in dataclasses.fields(item):
-            yield from walk(getattr(item, field.name))
+            yield from walk(getattr(item, field.name), f"{kind}.{field.name}")
     elif isinstance(item, (list, tuple)):
         for child in item:
-            yield from walk(child)
+            yield from walk(child, place)
     elif isinstance(item, dict):
-        for child in item.values():
-            yield from walk(child)
+        for key, child in item.items():
+            yield f"{place} key", key
+            yield from walk(child, place)
 
 
 def _check_names(*names: Any) -> None:
@@ -205,6 +165,11 @@ def _check_names(*names: Any) -> None:
                 f"the stored graph uses {name!r:.200} as a name, which save() never writes; save the result"
                 " again"
             )
+
+
+def _check_word(text: Any) -> None:
+    if not isinstance(text, str) or re.fullmatch(r"[\w.@+-]{0,1000}", text) is None:
+        raise refuse("word", text)
 
 
 def _check_options(options: dict[str, Any]) -> None:
@@ -381,3 +346,59 @@ def _register(path: str) -> None:
             " register it as a pytree first"
         )
     register_pytree_node(found)
+
+
+def _refuse_object(text: Any) -> None:
+    raise StoreError(
+        "the program holds a custom object, which cannot be stored without pickle; keep it outside of the"
+        " captured model"
+    )
+
+
+#: what each text of a stored program is held against, by the class and field that hold it: operators are
+#: given any, which generated code quotes. A text in another place is refused, whatever some torch makes of
+#: it.
+_TEXTS: dict[str, Callable[[Any], object]] = {
+    "Argument.as_operator": check_operator,
+    "Argument.as_string": str,
+    "Argument.as_string_to_argument key": _check_word,
+    "Argument.as_strings": str,
+    "BufferMutationSpec.buffer_name": _check_path,
+    "ConstantValue.as_string": str,
+    "CustomObjArgument.class_fqn": _refuse_object,
+    "CustomObjArgument.name": _refuse_object,
+    "Device.type": _check_word,
+    "ExportedProgram.guards_code": check_guard,
+    "ExportedProgram.opset_version key": _check_word,
+    "ExportedProgram.range_constraints key": _check_size,
+    "ExportedProgram.torch_version": _check_word,
+    "ExportedProgram.verifiers": _check_word,
+    "Graph.custom_obj_values key": _refuse_object,
+    "Graph.sym_bool_values key": _check_names,
+    "Graph.sym_float_values key": _check_names,
+    "Graph.sym_int_values key": _check_names,
+    "Graph.tensor_values key": _check_names,
+    "GraphArgument.name": _check_names,
+    "GraphModule.treespec_namedtuple_fields key": _check_word,
+    "InputToBufferSpec.buffer_name": _check_path,
+    "InputToConstantInputSpec.name": _check_names,
+    "InputToCustomObjSpec.custom_obj_name": _refuse_object,
+    "InputToParameterSpec.parameter_name": _check_path,
+    "InputToTensorConstantSpec.tensor_constant_name": _check_path,
+    "ModuleCallEntry.fqn": _check_word,
+    "ModuleCallSignature.forward_arg_names": _check_names,
+    "ModuleCallSignature.in_spec": functools.partial(check_structure, keywords=True),
+    "ModuleCallSignature.out_spec": check_structure,
+    "NamedArgument.name": _check_word,
+    "NamedTupleDef.field_names": _check_names,
+    "Node.name": _check_names,
+    "Node.target": check_operator,
+    "ParameterMutationSpec.parameter_name": _check_path,
+    "SymBoolArgument.as_name": _check_names,
+    "SymExpr.expr_str": check_expression,
+    "SymFloatArgument.as_name": _check_names,
+    "SymIntArgument.as_name": _check_names,
+    "TensorArgument.name": _check_names,
+    "TokenArgument.name": _check_names,
+    "UserInputMutationSpec.user_input_name": _check_names,
+}

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import functools
 import json
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
 
@@ -45,6 +44,9 @@ class PrunedConfig(PreTrainedConfig):
         counts_items: whether the original divides that loss by ``num_items_in_batch`` where it is given.
         packs: whether the original takes positions that begin again for another text in the same row.
     """
+
+    #: what ``original`` reads as, with the text that it was made of: no field, which would be saved
+    __slots__ = ("_read",)
 
     model_type = "fasp_fx"
     has_no_defaults_at_init = True
@@ -99,7 +101,15 @@ def original_of(config: PrunedConfig) -> PreTrainedConfig:
     """
     with parsing("config.json"):
         check_layers(config.original, LAYERS)
-        return _config_of(json.dumps(config.original, sort_keys=True))
+        text = json.dumps(config.original, sort_keys=True)
+        held: tuple[str, Any] = getattr(config, "_read", ("", None))
+        if held[0] != text:
+            data = json.loads(text)
+            kind = data.get("model_type")
+            known: Any = CONFIG_MAPPING[kind] if kind in CONFIG_MAPPING else PreTrainedConfig  # noqa: SIM401 - get() of this mapping loads nothing
+            held = (text, known.from_dict(data))
+            object.__setattr__(config, "_read", held)
+        return cast(PreTrainedConfig, held[1])
 
 
 def check_layers(data: Any, most: int) -> None:
@@ -119,15 +129,6 @@ def check_layers(data: Any, most: int) -> None:
 def on_first_use(call: Callable[[], None]) -> None:
     """Call a function once, when the first configuration is made."""
     _FIRST_USE.append(call)
-
-
-@functools.lru_cache(maxsize=8)
-def _config_of(text: str) -> PreTrainedConfig:
-    data = json.loads(text)
-    kind = data.get("model_type")
-    known: Any = CONFIG_MAPPING[kind] if kind in CONFIG_MAPPING else PreTrainedConfig  # noqa: SIM401 - get() of this mapping loads nothing
-    found: PreTrainedConfig = known.from_dict(data)
-    return found
 
 
 AutoConfig.register(PrunedConfig.model_type, PrunedConfig, exist_ok=True)

@@ -208,13 +208,14 @@ def _asked(
     Raises:
         ArgumentError: one is not for models that generate.
     """
-    if "padding_mask" in options:
-        raise ArgumentError(
-            "padding_mask= is not for fasp_fx.hf.prune, which takes the mask of the batches; leave it out"
-        )
     asked = PruningConfig.of(config, options)
-    if "attention_mask" in stages.accepts:
-        asked = replace(asked, padding_mask="attention_mask")
+    mask = "attention_mask" if "attention_mask" in stages.accepts else None
+    if asked.padding_mask not in (None, mask):
+        raise ArgumentError(
+            f"padding_mask={asked.padding_mask!r} is not for fasp_fx.hf.prune, which takes the mask of the"
+            f" batches{'' if mask is None else f', {mask!r}'}; leave it out"
+        )
+    asked = replace(asked, padding_mask=mask)
     if any(isinstance(cap, Latency) for cap in asked.caps):
         raise ArgumentError(
             "a latency is that of example inputs, which a model that generates has none of; give them to"

@@ -21,6 +21,7 @@ from transformers import (
     DogeConfig,
     DogeForCausalLM,
     DynamicCache,
+    GPTNeoConfig,
     MambaConfig,
     MambaForCausalLM,
     Phi3Config,
@@ -555,3 +556,14 @@ def test_a_model_that_generates_from_states_is_refused_in_words() -> None:
     config = MambaConfig(hidden_size=16, num_hidden_layers=1, vocab_size=32, state_size=4)
     with pytest.raises(fasp_fx.CaptureError, match=r"MambaForCausalLM.*use fasp_fx\.prune"):
         hf.prune(MambaForCausalLM(config).eval(), calibration=[torch.randint(0, 32, (2, 8))])
+
+
+def test_what_is_changed_on_one_configuration_is_changed_on_no_other() -> None:
+    original = GPTNeoConfig(num_layers=2, attention_types=[[["global", "local"], 1]]).to_dict()
+    one, other = hf.PrunedConfig(original=original), hf.PrunedConfig(original=copy.deepcopy(original))
+    one.attention_layers[0] = "local"
+    assert one.attention_layers == copy.deepcopy(one).attention_layers == ["local", "local"]
+    assert other.attention_layers == ["global", "local"]
+    assert "_read" not in one.to_dict()
+    one.original["vocab_size"] = 7
+    assert (one.vocab_size, other.vocab_size) == (7, 50257)
