@@ -18,17 +18,24 @@ def device_of(model: nn.Module) -> torch.device:
     return next((tensor.device for tensor in chain(model.parameters(), model.buffers())), torch.device("cpu"))
 
 
-def check_device(device: torch.device | str) -> torch.device:
-    """The device of a name, if values can be kept there.
+def check_device(device: torch.device | str, values: bool = True) -> torch.device:
+    """The device of a name, if it can be used.
+
+    Args:
+        values: whether it must be one that keeps values, as the meta device does not.
 
     Raises:
         ArgumentError: there is no such device here.
     """
     try:
         found = device_named(device)
-        torch.empty(1, device=found).tolist()  # the meta device holds nothing
+        made = torch.empty(1, device=found)
+        if values:
+            made.tolist()
     except tolerable(Exception) as error:  # each backend raises what it likes
-        raise ArgumentError(f"the device '{device}' cannot be used: {first_line(error)}; try cpu") from error
+        raise ArgumentError(
+            f"the device '{device}' cannot be used here: {first_line(error)}; try 'cpu', or leave it out"
+        ) from error
     return found
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import ClassVar
 
@@ -10,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ._options import is_number
-from .errors import ArgumentError
+from .errors import ArgumentError, CalibrationError
 from .scoring import Columns, GroupColumns, GroupScore, Order
 from .statistics import InputGradients, MakeStatistic, precise
 
@@ -23,6 +24,8 @@ ROUNDS = 48
 #: the part of the curvature that is taken to be the same for all rows, since few batches say little of single
 #: ones
 SHRINKAGE = 0.1
+#: the part of a Gram matrix's trace that rounding of its products stays below
+ROUNDING = 8 * torch.finfo(torch.float32).eps
 
 
 class OBS(GroupScore):
@@ -103,12 +106,9 @@ class Elimination:
     """
 
     def __init__(self, columns: Columns, sets: int, curvature: Tensor, damping: float) -> None:
-        gram = spread_of(columns)
-        mean = float(gram.diagonal().mean())
-        gram.diagonal().add_(damping * (mean if mean > 0 else 1.0))
-        self.inverse = torch.cholesky_inverse(torch.linalg.cholesky(gram))
+        self.inverse = damped_inverse(columns, spread_of(columns), damping)
         self.curvature = curvature.clone()
-        self.place = np.arange(len(gram))  # of each column in the matrices; -1: gone
+        self.place = np.arange(len(self.inverse))  # of each column in the matrices; -1: gone
         # A column can name a set twice, where one operand is contracted with another of the same channels.
         belongs = [(set_, column) for column, row in enumerate(columns.sets) for set_ in {*row} if set_ >= 0]
         counts = np.bincount([set_ for set_, _ in belongs], minlength=sets)
@@ -178,6 +178,34 @@ def spread_of(columns: Columns) -> Tensor:
     return gram()
 
 
+def damped_inverse(columns: Columns, spread: Tensor, damping: float) -> Tensor:
+    """``(G + δI)⁻¹``, shape ``[columns, columns]``.
+
+    δ is ``damping`` of the mean of G's diagonal, but more than what rounding can have made of G, which adds
+    up products of float32 or of less: where few columns are ever anything but zero, or what is left of them
+    without their means is small beside the means, the damping alone would be lost in it.
+
+    Args:
+        columns: the block.
+        spread: G, of which the means may have been taken out; its diagonal is raised in place.
+
+    Raises:
+        CalibrationError: G is not finite.
+    """
+    assert columns.gram is not None
+    energy, mean = float(columns.gram().diagonal().sum()), float(spread.diagonal().mean())
+    raised = max(damping * mean, ROUNDING * energy) if energy != 0 else 1.0
+    while math.isfinite(raised):
+        spread.diagonal().add_(raised)
+        factor, failed = torch.linalg.cholesky_ex(spread)
+        if not int(failed):
+            return torch.cholesky_inverse(factor)
+        raised *= 10
+    raise CalibrationError(
+        f"what was seen at '{columns.name}' is not finite; check the calibration data and the model's dtype"
+    )
+
+
 def greedy(group: GroupColumns, problems: list[Elimination], rounds: int) -> Order:
     """Take out the cheapest channel sets round by round, equally many of each block.
 
@@ -212,4 +240,4 @@ def greedy(group: GroupColumns, problems: list[Elimination], rounds: int) -> Ord
     return Order(np.array(order), np.maximum.accumulate(np.array(losses)))
 
 
-__all__ = ["OBS", "Elimination", "greedy", "spread_of"]
+__all__ = ["OBS", "Elimination", "damped_inverse", "greedy", "spread_of"]

@@ -112,7 +112,7 @@ def fasp(columns: Columns) -> Tensor:
 
 def magnitude(columns: Columns) -> Tensor:
     """``‖W_j‖₂``: the length of the column, without data."""
-    return columns.weight.to(torch.float32).norm(dim=0).to(torch.float64)
+    return columns.weight.abs().to(torch.float32).norm(dim=0).to(torch.float64)
 
 
 class Random:

@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from ._device import check_device
 from ._parts._load import is_parts, load_parts
 from ._result import Result
 from ._store._folder import save
@@ -39,12 +40,13 @@ def load(
 
     Raises:
         StoreError: a file is missing, damaged, or of another format; names the file and what to do.
-        ArgumentError: the path is none, or ``model`` is missing, or not needed.
+        ArgumentError: the path is none, ``model`` is missing or not needed, or there is no such
+            device here.
     """
     if not isinstance(path, (str, os.PathLike)):
         raise ArgumentError(f"path is a {type(path).__name__}; pass the folder that save() wrote")
     folder = Path(path)
-    target = None if device is None else torch.device(device)
+    target = None if device is None else check_device(device, values=False)
     if is_parts(folder):
         return load_parts(folder, model, target)
     if model is not None:

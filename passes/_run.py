@@ -11,6 +11,7 @@ import numpy as np
 from torch.export import ExportedProgram
 
 from fasp_fx._capture import capture
+from fasp_fx._capture._record import record
 from fasp_fx._finish import finish
 from fasp_fx._program import Program
 from fasp_fx._pruned_module import program_now
@@ -111,6 +112,8 @@ def split_fused(program: Program, analysis: Analysis) -> Program | None:
         with _named(name):
             rewritten = _verified(step, program, analysis)
         if rewritten is not program:
+            with _named(name):
+                record(rewritten.module, program.module.graph)
             return replace(rewritten, numbers={})
     return None
 

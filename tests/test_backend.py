@@ -409,6 +409,36 @@ def test_floats_of_modules_are_constants_at_dynamic_sizes() -> None:
     assert len(spy.weights) == 2, "one graph for each value"
 
 
+class Patches(nn.Module):
+    """Attention over as many tokens as there are patches in an image, in a fused projection."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.patch, self.qkv, self.out = nn.Conv2d(3, 8, 4, 4), nn.Linear(8, 48), nn.Linear(16, 8)
+        self.up, self.down = nn.Linear(8, 20), nn.Linear(20, 8)
+
+    def forward(self, images: Tensor) -> Tensor:
+        x = self.patch(images).flatten(2).transpose(1, 2)
+        q, k, v = self.qkv(x).reshape(*x.shape[:2], 3, 2, 8).permute(2, 0, 3, 1, 4).unbind(0)
+        x = self.out(nn.functional.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+        return self.down(torch.relu(self.up(x)))
+
+
+def test_a_group_that_dynamic_sizes_hide_stays_whole() -> None:
+    model, images = randomise(Patches()), torch.randn(2, 3, 8, 8)
+    plan = plan_for(model, images)
+    (hidden,) = [group for group in plan.groups if group.name == "out.weight"]
+    rest = fasp_fx.PruningPlan(
+        plan.fingerprint, tuple(group for group in plan.groups if group is not hidden), plan.sparsity
+    )
+    compiled = torch.compile(model, backend=fasp_fx.backend(plan, inner="eager"), dynamic=True)
+    with (
+        torch._dynamo.config.patch(fake_tensor_cache_enabled=True),  # which compares sizes, as users have it
+        pytest.warns(fasp_fx.PartialPlanWarning, match=r"stay whole: 'out.weight': layout"),
+    ):
+        masked_exact(model, compiled, rest, images, torch.randn(3, 3, 12, 8))
+
+
 def test_a_float_of_the_call_leaves_the_graph_whole() -> None:
     model, x = randomise(Scaled()), torch.randn(5, 6)
     plan = plan_for(model, x)

@@ -69,7 +69,7 @@ def test_unknown_options_are_named(option: str, value: Any) -> None:
 
 
 def test_a_device_that_does_not_exist() -> None:
-    refused(fasp_fx.ArgumentError, "device='nowhere'", device="nowhere")
+    refused(fasp_fx.ArgumentError, "device 'nowhere' cannot be used here", device="nowhere")
 
 
 def test_a_score_of_the_wrong_shape() -> None:
@@ -308,7 +308,7 @@ def test_a_path_that_is_none() -> None:
         ("progress", 3, "progress is a int; pass a function"),
         ("on_analysis", "x", "on_analysis is a str; pass a function"),
         ("group", "x", "group is a str; pass a process group"),
-        ("device", "meta", "device='meta' holds no values"),
+        ("device", "meta", "device 'meta' cannot be used here"),
     ],
 )
 def test_what_is_called_or_called_with_is_looked_at_first(option: str, value: Any, match: str) -> None:

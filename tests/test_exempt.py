@@ -110,6 +110,39 @@ def test_the_channel_whose_product_is_least_goes_first() -> None:
     assert result.module.get_parameter("q.weight").shape == (12 - 2 * count, 6)
 
 
+class TakenApart(nn.Module):
+    """A fused projection whose parts are taken out by ``unbind``, or by their numbers."""
+
+    def __init__(self, unbound: bool) -> None:
+        super().__init__()
+        self.qkv, self.out, self.unbound = nn.Linear(6, 36), nn.Linear(12, 6), unbound
+
+    def forward(self, x: Tensor) -> Tensor:
+        parts = self.qkv(x).reshape(*x.shape[:2], 3, 2, 6).permute(2, 0, 3, 1, 4)
+        q, k, v = parts.unbind(0) if self.unbound else (parts[0], parts[1], parts[2])
+        return self.out(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+
+
+@pytest.mark.parametrize("unbound", [True, False])
+def test_tokens_are_found_at_parts_of_a_fused_projection(unbound: bool) -> None:
+    """What splitting writes is recorded as what a capture does, so that calibration tells tokens apart."""
+    model = randomise(TakenApart(unbound), std=0.7)
+    batches = [torch.randn(2, 7, 6, generator=torch.Generator().manual_seed(seed)) for seed in range(4)]
+    with one_capture():
+        result = fasp_fx.prune(
+            model, (batches[0],), calibration=batches, include=("exempt",), sparsity=0.3, restore=None
+        )
+        graph = fasp_fx.analyze(model, (batches[0],), include=("exempt",)).program.module.graph
+    assert any(not group.consumers for group in result.plan.groups)
+    assert any("fasp_fx_pass" in node.meta for node in graph.nodes)
+    assert all("val" in node.meta for node in graph.nodes if node.op != "output")
+    with torch.no_grad():
+        found, expected = (
+            called(batches[1]) for called in (result.module, zeroed(model, result.plan, producers=True))
+        )
+    assert error(found, expected) <= TOLERANCE
+
+
 def squared(outputs: Any, inputs: Any) -> Tensor:
     """A loss of as many terms as there are outputs."""
     return (outputs.square() / 2).flatten()

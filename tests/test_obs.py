@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import fasp_fx
-from fasp_fx.obs import Elimination, greedy
+from fasp_fx._observe._costs import _column_costs
+from fasp_fx.obs import OBS, Elimination, greedy
 from fasp_fx.scoring import Columns, GroupColumns
 
 pytestmark = pytest.mark.usefixtures("shared_captures")
@@ -121,6 +122,37 @@ def test_a_column_that_another_can_stand_in_for_goes_first() -> None:
     columns = Columns(torch.ones(3, 5, dtype=torch.float64), None, lambda: x.T @ x, np.arange(5)[:, None])
     losses = Elimination(columns, 5, columns.weight.T @ columns.weight, 1e-6).losses(np.arange(5))
     assert set(np.argsort(losses)[:2]) == {3, 4}
+
+
+@pytest.mark.parametrize("alive", [0, 6])
+def test_rounding_of_columns_that_hardly_vary_is_no_curvature(alive: int) -> None:
+    """Most columns are zero, and the means of the others take nearly all of them along, so that rounding of
+    the products is larger than a hundredth of the mean of the diagonal.
+    """
+    generator = torch.Generator().manual_seed(0)
+    x = torch.zeros(64, 400)
+    x[:, :alive] = 1 + 1e-4 * torch.randn(64, alive, generator=generator)
+    gram, sums = (x.T @ x).double(), x.double().sum(0)
+    if alive:  # as products of float32 of columns that are next to zero can come out
+        gram[-1, -2] = gram[-2, -1] = 1e-7 * float(gram.trace())
+    columns = Columns(
+        torch.randn(3, 400, generator=generator),
+        None,
+        gram.clone,
+        np.arange(400)[:, None],
+        centred=lambda: gram - torch.outer(sums, sums) / (64 * 1.001),
+    )
+    problem = Elimination(columns, 400, OBS().curvature(columns), DAMPING)
+    for costs in (problem.losses(np.arange(400)), _column_costs(columns)):
+        assert np.isfinite(costs).all()
+        assert (costs[:alive] > 0).all()
+        assert (costs[alive:] == 0).all()
+
+
+def test_what_is_not_finite_is_named() -> None:
+    columns = Columns(torch.ones(2, 3), None, lambda: torch.full((3, 3), torch.nan), name="program, up, 0")
+    with pytest.raises(fasp_fx.CalibrationError, match="'program, up, 0' is not finite"):
+        Elimination(columns, 0, torch.eye(3), DAMPING)
 
 
 class Mixed(nn.Module):

@@ -14,7 +14,8 @@ from typing import Any
 
 import pytest
 import torch
-from saved import Mode, Small, forge, small_result
+from safetensors.torch import load_file, save_file
+from saved import Mode, Small, forge, seal, small_result
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.modeling_outputs import CausalLMOutputWithPast
@@ -183,6 +184,28 @@ def test_bfloat16(tmp_path: Path) -> None:
     assert torch.equal(loaded.module(ids)["logits"], result.module(ids)["logits"])
 
 
+def test_complex_numbers_of_any_precision(tmp_path: Path) -> None:
+    class Real(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.up, self.down = (nn.Linear(*sizes, dtype=torch.complex128) for sizes in ((5, 12), (12, 5)))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.down(self.up(x).square()).real
+
+    torch.manual_seed(0)
+    x = torch.randn(3, 5, dtype=torch.complex128)
+    result = fasp_fx.prune(Real().eval(), (x,), sparsity=0.3, score="magnitude", restore=None)
+    saved = result.save(tmp_path / "out")
+    assert torch.equal(fasp_fx.load(saved).module(x), result.module(x))
+    file = saved / "weights.safetensors"
+    weights = {name: tensor.clone() for name, tensor in load_file(file).items()}
+    save_file({**weights, "up.weight": weights["up.weight"][..., 0].contiguous()}, file)
+    seal(saved, file.name)
+    with pytest.raises(fasp_fx.StoreError, match="does not hold complex numbers"):
+        fasp_fx.load(saved)
+
+
 def test_guards_and_ranges_are_kept(saved: Path, result: fasp_fx.Result) -> None:
     loaded = fasp_fx.load(saved)
     assert loaded.program._guards_code == result.program._guards_code
@@ -289,6 +312,8 @@ def test_a_missing_device_is_named_with_the_remedy(saved: Path) -> None:
     forge(saved, "graph.json", to_cuda)
     with pytest.raises(fasp_fx.StoreError, match=r"device 'cuda:0'.*pass device='cpu'"):
         fasp_fx.load(saved)
+    with pytest.raises(fasp_fx.ArgumentError, match=r"^the device 'cuda:1' cannot be used here"):
+        fasp_fx.load(saved, device="cuda:1")  # which is the caller's wish, and none of the save
     loaded = fasp_fx.load(saved, device="cpu")
     assert loaded.module(torch.randint(0, 11, (2, 5)))["logits"].device.type == "cpu"
 

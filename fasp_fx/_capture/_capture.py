@@ -17,12 +17,12 @@ from torch.nn.parameter import is_lazy
 from .._calling._facts import ExportFacts
 from .._calling._signature import CallSignature
 from .._compat import LazyGraphModule, compile_graphs, pytree
-from .._device import device_named
+from .._device import check_device
 from .._program import Program, graph_module
 from .._stamps import read_stamps
 from .._undisturbed import without_collections
 from ..channels import results
-from ..errors import ArgumentError, CaptureError, first_line, tolerable
+from ..errors import ArgumentError, CaptureError
 from ._aliases import as_weights
 from ._dead import remove_dead
 from ._dynamic import all_dims, every_dim
@@ -78,7 +78,7 @@ def capture(
     if isinstance(state, str) or not isinstance(state, (tuple, list)):
         raise ArgumentError(f"state={state!r:.80} is no tuple of names of arguments and outputs")
     kwargs = dict(kwargs or {})
-    target = None if device is None else _usable(device)
+    target = None if device is None else check_device(device)
     notes: tuple[str, ...] = ()
     doubled = False
     if isinstance(model, ExportedProgram):
@@ -169,20 +169,6 @@ def _order(model: nn.Module | ExportedProgram) -> tuple[str, ...]:
             *model.named_buffers(remove_duplicate=False),
         ]
     )
-
-
-def _usable(device: torch.device | str) -> torch.device:
-    try:
-        found = device_named(device)
-        torch.empty(0, device=found)
-    except tolerable(RuntimeError, AssertionError, TypeError) as error:
-        raise ArgumentError(
-            f"device={device!r} cannot be used here: {first_line(error)}; leave it out to stay on the model's"
-            " device"
-        ) from error
-    if found.type == "meta":
-        raise ArgumentError("device='meta' holds no values, and data are to run there; give another one")
-    return found
 
 
 def _check_modes(model: nn.Module) -> None:

@@ -3,11 +3,9 @@
 import torch
 import torch._dynamo
 from torch._dynamo.backends.registry import lookup_backend
-from torch._dynamo.source import ConstantSource
 from torch._dynamo.symbolic_convert import InstructionTranslator
 from torch._functorch.aot_autograd import aot_export_module
 from torch._guards import TracingContext, tracing
-from torch.fx.experimental.symbolic_shapes import DimDynamic
 
 #: calls of operators inside are not intercepted by ``__torch_function__``, that of a mode included
 without_overrides = torch._C.DisableTorchFunction
@@ -23,8 +21,6 @@ def traces_recurrent() -> bool:
 
 __all__ = [
     "SET_GRAD",
-    "ConstantSource",
-    "DimDynamic",
     "InstructionTranslator",
     "TracingContext",
     "aot_export_module",

@@ -31,7 +31,7 @@ from ..errors import (
 from ..groups import FROZEN
 from ..passes import Prune, split_fused
 from ..plan import PruningPlan, check_fingerprint, fingerprint, gone_of
-from ._dynamo import as_program, free_sizes, holders, trace, weight_names
+from ._dynamo import as_program, holders, trace, weight_names
 
 Compiled = Callable[..., Any]
 
@@ -218,11 +218,6 @@ class _Backend:
         analysis = self._analysis(program)
         if not self.named <= present:
             return *self._part(analysis, present), analysis
-        try:
-            return self.plan, gone_of(self.plan, analysis), analysis
-        except PlanError:
-            # The plan may have been made with sizes free that are fixed here.
-            analysis = self._analysis(free_sizes(program))
         try:
             return self.plan, gone_of(self.plan, analysis), analysis
         except PlanError:

@@ -21,11 +21,8 @@ from .._capture import (
     single_layers,
     taken_apart,
 )
-from .._compat import FakeTensorMode, ShapeEnv
 from .._compat._dynamo import (
     SET_GRAD,
-    ConstantSource,
-    DimDynamic,
     InstructionTranslator,
     TracingContext,
     aot_export_module,
@@ -277,51 +274,6 @@ def as_program(
         ((), {}),
         order=order,
     )
-
-
-def free_sizes(program: Program) -> Program:
-    """The program with the fixed sizes of its inputs taken for dynamic ones: batch and time, of which dynamo
-    fixes the first it sees, are no channels.
-    """
-    program = program.copy()
-    shapes = ShapeEnv()
-    taken = {
-        str(s)
-        for node in program.placeholders()
-        for size in _sizes(node)
-        if isinstance(size, torch.SymInt)
-        for s in size.node.expr.free_symbols
-    }
-    mode = FakeTensorMode(shape_env=shapes)
-    for node in program.placeholders():
-        value = node.meta.get("val")
-        if isinstance(value, Tensor):
-            sizes = [
-                (
-                    size
-                    if isinstance(size, torch.SymInt) or size < 2
-                    else _symbol(shapes, size, f"{node.name}_{dim}", taken)
-                )
-                for dim, size in enumerate(value.shape)
-            ]
-            with mode:
-                node.meta["val"] = torch.empty(sizes, dtype=value.dtype, device=value.device)
-    return program
-
-
-def _sizes(node: fx.Node) -> tuple[Any, ...]:
-    value = node.meta.get("val")
-    return tuple(value.shape) if isinstance(value, Tensor) else (value,)
-
-
-def _symbol(shapes: ShapeEnv, size: int, name: str, taken: set[str]) -> torch.SymInt:
-    """A symbolic size of that value, with a name that dynamo has not given."""
-    while True:
-        source = ConstantSource(name)
-        symbol = shapes.create_symbol(size, source, DimDynamic.DYNAMIC)
-        if str(symbol) not in taken:
-            return cast(torch.SymInt, shapes.create_symintnode(symbol, hint=size, source=source))
-        name += "_"
 
 
 def _nested(root: nn.Module, path: str) -> nn.Module:

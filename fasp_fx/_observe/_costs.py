@@ -5,12 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 import numpy as np
-import torch
 
 from ..allocation import deepest_loss
 from ..costs import CostCurve
 from ..groups import Group
-from ..obs import DAMPING, spread_of
+from ..obs import DAMPING, damped_inverse, spread_of
 from ..scoring import Columns, GroupScore, Order, by_set
 from ..statistics import InputGradients
 from ._consumers import Consumers
@@ -76,12 +75,10 @@ def _added_up(costs: np.ndarray, order: Order) -> np.ndarray:
 def _column_costs(columns: Columns) -> np.ndarray:
     """``½ Q_jj √(G_jj / [G⁻¹]_jj)`` of each column, shape ``[columns]``."""
     gram = spread_of(columns)
-    size = float(gram.diagonal().mean())
-    if not size > 0:
+    energies = gram.diagonal().clamp_min(0)
+    if not float(energies.sum()) > 0:
         return np.zeros(len(gram))
-    energies = gram.diagonal().clamp_min(0).clone()
-    gram.diagonal().add_(DAMPING * size)
-    alone = energies / torch.cholesky_inverse(torch.linalg.cholesky(gram)).diagonal()
+    alone = energies / damped_inverse(columns, gram, DAMPING).diagonal()
     own = columns.weight.abs().to(gram.dtype).square().sum(0)
     gradients = columns.seen.get("gradients")
     if not isinstance(gradients, InputGradients) or not gradients.tokens:

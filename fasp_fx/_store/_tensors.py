@@ -16,6 +16,8 @@ from ..errors import StoreError, first_line, tolerable
 from ._files import TENSORS, tensors_of
 from ._untrusted import check_weight_name
 
+#: complex numbers that safetensors has no name for, by what they are pairs of
+_IN_PAIRS = {torch.float64: torch.complex128}
 _DEVICE = re.compile(r"(?!meta)[a-z]{1,20}(:\d{1,4})?")
 
 
@@ -56,7 +58,8 @@ def write_tensors(
         if not data.permute(order).is_contiguous():
             order = list(range(data.dim()))
         if kept == name:
-            stored[name] = data.permute(order).contiguous().to("cpu")
+            held = data.permute(order).contiguous().to("cpu")
+            stored[name] = torch.view_as_real(held) if held.dtype in _IN_PAIRS.values() else held
         parameter = isinstance(tensor, nn.Parameter)
         entries[name] = {
             "stored_as": kept,
@@ -64,6 +67,7 @@ def write_tensors(
             "parameter": parameter,
             "requires_grad": tensor.requires_grad,
             "device": str(tensor.device),
+            "pairs": data.dtype in _IN_PAIRS.values(),
         }
     try:
         save_file(stored, path, metadata)
@@ -89,6 +93,8 @@ def read_tensors(
         raise StoreError(
             f"'{path.name}' is not a readable safetensors file: {error}; save the result again"
         ) from error
+    for source in {entry["stored_as"] for entry in entries.values() if entry.get("pairs")} & stored.keys():
+        stored[source] = _paired(stored[source], path)
     made: dict[tuple[Any, ...], Tensor] = {}
     found: dict[str, Tensor] = {}
     for name, entry in entries.items():
@@ -120,6 +126,15 @@ def read_tensors(
             made[key] = nn.Parameter(data, requires_grad=bool(entry["requires_grad"])) if parameter else data
         found[name] = made[key]
     return found
+
+
+def _paired(held: Tensor, path: Path) -> Tensor:
+    """Complex numbers that lie in a file as pairs of real ones."""
+    if held.dtype not in _IN_PAIRS or held.shape[-1:] != (2,):
+        raise StoreError(
+            f"'{path.name}' does not hold complex numbers where the graph needs them; save the result again"
+        )
+    return torch.view_as_complex(held.clone())  # a file's pairs may lie where no complex number can
 
 
 def device_of(name: Any) -> torch.device:
