@@ -18,7 +18,7 @@ from .._limits import check_counts
 from .._offload._current import keep
 from .._search import Trial
 from .._undisturbed import drawing_alike
-from ..errors import ArgumentError, CalibrationError
+from ..errors import ArgumentError
 from ..groups import Group
 from ..losses import Loss
 from ..obs import DAMPING
@@ -105,27 +105,20 @@ class ModelTrial:
         if self._dense is None:
             self._dense = self._remembered()
         found = torch.zeros(len(sequences), dtype=torch.float64)
-        failure = None
-        try:
-            weights = self._weights(lost)
-            for place, number in enumerate(sequences):
-                if number % self.ranks.size == self.ranks.rank:
-                    value = self.fitness.loss(self._dense[number], *self._run(number, weights))
-                    found[place] = value if math.isfinite(value) else math.inf
-        except CalibrationError as error:
-            failure = error
-        self.ranks.check_all(failure)
+        weights = self._weights(lost)
+        for place, number in enumerate(sequences):
+            if number % self.ranks.size == self.ranks.rank:
+                value = self.fitness.loss(self._dense[number], *self._run(number, weights))
+                found[place] = value if math.isfinite(value) else math.inf
         return self.ranks.first(self.ranks.add(found).tolist())
 
     def _remembered(self) -> dict[int, Any]:
         """What is kept of the dense model's outputs, by sequence."""
         own = list(range(self.ranks.rank, self.count, self.ranks.size))
-        found = self.ranks.together(
-            lambda: {
-                number: self.fitness.remember(*self._run(number, {}))
-                for number in own or [0]  # a process that has none finds out what outputs there are
-            }
-        )
+        found = {
+            number: self.fitness.remember(*self._run(number, {}))
+            for number in own or [0]  # a process that has none finds out what outputs there are
+        }
         self.fitness.settle(list(found.values()), len(own), self.ranks.add)
         return found
 

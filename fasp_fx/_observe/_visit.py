@@ -209,13 +209,8 @@ class Observer:
 
     def _advance(self, runner: Runner, marks: Marks, stop: fx.Node) -> None:
         """Run the batches up to a node, and observe what it is about to read."""
-        runners = [runner] if self._drift is None else [runner, self._drift.dense]
-
-        def advance() -> None:
-            for each in runners:
-                each.advance(runner.index(stop))
-
-        self.ranks.together(advance)
+        for each in [runner] if self._drift is None else [runner, self._drift.dense]:
+            each.advance(runner.index(stop))
         if not self._known:
             self._observe(
                 runner,
