@@ -37,7 +37,7 @@ from ._selection import (
     lost_by_pattern,
     read_by,
 )
-from ._undisturbed import drawing_alike
+from ._undisturbed import drawing_alike, in_turns
 from ._warn import warn
 from .allocation import (
     Budget,
@@ -217,7 +217,7 @@ class Chooser:
                 ``None``: by the quality asked for.
             within: the path of the submodule that is measured, where others are measured alike.
         """
-        config = self.config
+        config, advance = self.config, in_turns(advance)
         is_wanted = self.needs_costs and (costs is None or self.tries)
         gradients = SquaredInputGradients if self._is_of_columns else InputGradients
         wanted = {"gradients": gradients, **self._score.statistics} if is_wanted else self._gradients
@@ -372,7 +372,11 @@ class Chooser:
                 costs, isinstance(self._allocate, CostAllocation) and self._allocate.averages
             )
         kept = part if alike is None else alike
-        trial = None if self._trial is None else AskedTrial(self._trial, kept.groups, spread, advance, state)
+        trial = (
+            None
+            if self._trial is None
+            else AskedTrial(self._trial, kept.groups, spread, in_turns(advance), state)
+        )
         found = self._allocated(kept, costs, trial)
         self.notes = [] if trial is None else trial.notes
         if callable(self.config.allocation) and not isinstance(self.config.sparsity, Mapping):
@@ -416,7 +420,7 @@ class Chooser:
         Args:
             journal: keeps what is decided, for the same choice to go on from there.
         """
-        divided = False
+        divided, advance = False, in_turns(advance)
         while True:
             try:
                 decision = self._chosen(consumers, lost, batches, advance, journal)

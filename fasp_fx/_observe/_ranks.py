@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from .._undisturbed import aside
 from .._version import __version__
 from ..config import PruningConfig
 from ..errors import ArgumentError, CalibrationError, RankError, first_line
@@ -272,7 +273,8 @@ class Ranks:
             ArgumentError: the group is for accelerators alone.
         """
         try:
-            yield
+            with aside():  # the others may be threads of this process
+                yield
         except BaseException as error:
             self.parted = True
             if not isinstance(error, RuntimeError) or isinstance(error, torch.OutOfMemoryError):
