@@ -68,7 +68,6 @@ from .statistics import InputGradients, MakeStatistic, SquaredInputGradients
 
 if TYPE_CHECKING:
     from ._store._journal import Journal
-    from ._store._search_state import SearchState
 
 #: the part of the progress shown that choosing and repairing take, where windows are trained after it
 _CLOSED = 0.3
@@ -332,7 +331,6 @@ class Chooser:
         groups: Sequence[Group],
         costs: Costs | None,
         advance: Callable[[float], None] = lambda fraction: None,
-        state: SearchState | None = None,
     ) -> list[int]:
         """How many channel sets each block of each of the budget's groups loses.
 
@@ -340,7 +338,6 @@ class Chooser:
             groups: all groups of the model, those that cannot be pruned among them.
             costs: the cost curves, where the allocation wants them.
             advance: called with the fraction of a search done.
-            state: keeps how far a search came, for the same one to go on from there.
 
         Raises:
             NothingPrunableError: no group can be pruned.
@@ -373,9 +370,7 @@ class Chooser:
             )
         kept = part if alike is None else alike
         trial = (
-            None
-            if self._trial is None
-            else AskedTrial(self._trial, kept.groups, spread, in_turns(advance), state)
+            None if self._trial is None else AskedTrial(self._trial, kept.groups, spread, in_turns(advance))
         )
         found = self._allocated(kept, costs, trial)
         self.notes = [] if trial is None else trial.notes

@@ -7,7 +7,7 @@ from __future__ import annotations
 import math
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -33,9 +33,6 @@ from ._pieces import Piece, returned
 from ._ranks import Ranks
 from ._readings import read_otherwise
 from ._runner import Runner
-
-if TYPE_CHECKING:
-    from .._store._search_state import SearchState
 
 #: repaired weights are kept of so many times the elements of all consumers
 _KEPT = 2
@@ -191,7 +188,6 @@ class AskedTrial(Trial):
         groups: those of the budget.
         spread: what all groups lose, of what those of the budget lose.
         advance: called with the fraction of the search done.
-        state: keeps how far a search came; of the first process alone.
 
     Attributes:
         notes: what came of it, for the report.
@@ -203,23 +199,15 @@ class AskedTrial(Trial):
         groups: Sequence[Group],
         spread: Callable[[Sequence[int]], Sequence[int]],
         advance: Callable[[float], None],
-        state: SearchState | None,
     ) -> None:
         self.count, self.notes = model.count, list[str]()
         self._model, self._groups, self._spread = model, groups, spread
-        self._advance, self._state = advance, state
+        self._advance = advance
 
     def losses(self, lost: Sequence[int], sequences: Sequence[int]) -> list[float]:
         if bad := [number for number in sequences if number not in range(self.count)]:
             raise ArgumentError(f"there is no sequence {bad[0]!r}; there are {self.count}, from 0 on")
         return self._model.losses(self._spread(check_counts(lost, self._groups)), sequences)
-
-    def recall(self, run: Mapping[str, Any]) -> Mapping[str, Any] | None:
-        return self._model.ranks.first(None if self._state is None else self._state.recall(run))
-
-    def record(self, state: Mapping[str, Any]) -> None:
-        if self._state is not None:
-            self._state.record(state)
 
     def progress(self, fraction: float) -> None:
         self._advance(fraction)
