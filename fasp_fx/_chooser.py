@@ -37,7 +37,7 @@ from ._selection import (
     lost_by_pattern,
     read_by,
 )
-from ._undisturbed import drawing_alike
+from ._undisturbed import drawing_alike, in_turns
 from ._warn import warn
 from .allocation import (
     Budget,
@@ -70,7 +70,6 @@ from .statistics import InputGradients, MakeStatistic, SquaredInputGradients
 
 if TYPE_CHECKING:
     from ._store._journal import Journal
-    from ._store._search_state import SearchState
 
 #: the part of the progress shown that choosing and repairing take, where windows are trained after it
 _CLOSED = 0.3
@@ -219,7 +218,7 @@ class Chooser:
                 ``None``: by the quality asked for.
             within: the path of the submodule that is measured, where others are measured alike.
         """
-        config = self.config
+        config, advance = self.config, in_turns(advance)
         is_wanted = self.needs_costs and (costs is None or self.tries)
         gradients = SquaredInputGradients if self._is_of_columns else InputGradients
         wanted = {"gradients": gradients, **self._score.statistics} if is_wanted else self._gradients
@@ -334,7 +333,6 @@ class Chooser:
         groups: Sequence[Group],
         costs: Costs | None,
         advance: Callable[[float], None] = lambda fraction: None,
-        state: SearchState | None = None,
     ) -> list[int]:
         """How many channel sets each block of each of the budget's groups loses.
 
@@ -342,7 +340,6 @@ class Chooser:
             groups: all groups of the model, those that cannot be pruned among them.
             costs: the cost curves, where the allocation wants them.
             advance: called with the fraction of a search done.
-            state: keeps how far a search came, for the same one to go on from there.
 
         Raises:
             NothingPrunableError: no group can be pruned.
@@ -374,7 +371,9 @@ class Chooser:
                 costs, isinstance(self._allocate, CostAllocation) and self._allocate.averages
             )
         kept = part if alike is None else alike
-        trial = None if self._trial is None else AskedTrial(self._trial, kept.groups, spread, advance, state)
+        trial = (
+            None if self._trial is None else AskedTrial(self._trial, kept.groups, spread, in_turns(advance))
+        )
         found = self._allocated(kept, costs, trial)
         self.notes = [] if trial is None else trial.notes
         if callable(self.config.allocation) and not isinstance(self.config.sparsity, Mapping):
@@ -418,7 +417,7 @@ class Chooser:
         Args:
             journal: keeps what is decided, for the same choice to go on from there.
         """
-        divided = False
+        divided, advance = False, in_turns(advance)
         while True:
             try:
                 decision = self._chosen(consumers, lost, batches, advance, journal)

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ._undisturbed import for_a_while
 from .errors import ArgumentError, first_line, tolerable
 
 
@@ -78,15 +79,19 @@ def float32_products(precision: str) -> Iterator[None]:
         yield
         return
     backends = (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)  # type: ignore[attr-defined]
-    own = [backend.fp32_precision for backend in backends]
-    torch.set_float32_matmul_precision(precision)
-    try:
-        yield
-    finally:
-        torch.set_float32_matmul_precision(before)
-        for backend, value in zip(backends, own, strict=True):
+
+    def read() -> list[str]:
+        return [torch.get_float32_matmul_precision(), *(backend.fp32_precision for backend in backends)]
+
+    def write(states: list[str]) -> None:
+        torch.set_float32_matmul_precision(states[0])
+        for backend, value in zip(backends, states[1:], strict=True):
             # "highest" asks each of them for something, who were asked for nothing.
             backend.fp32_precision = value
+
+    with for_a_while(read, write):
+        torch.set_float32_matmul_precision(precision)
+        yield
 
 
 __all__ = ["check_device", "device_of", "float32_products", "multiplies_bfloat16", "products_in_bfloat16"]

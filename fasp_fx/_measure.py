@@ -15,7 +15,7 @@ from ._chooser import Chooser
 from ._device import device_named
 from ._observe._calibration import check_calibration, read_batches
 from ._observe._consumers import Consumers
-from ._observe._ranks import Ranks
+from ._observe._ranks import Ranks, ended_together
 from ._options import check_callable
 from ._prune import analyze
 from ._undisturbed import check_default_device, in_usual_modes, one_at_a_time
@@ -26,6 +26,7 @@ from .costs import Costs
 
 @one_at_a_time
 @in_usual_modes
+@ended_together
 def measure(
     model: Model | Captured,
     args: Any = (),
@@ -77,7 +78,7 @@ def measure(
     analysis = analyze(captured, granularity=asked.granularity, include=asked.include)
     batches = read_batches(program, calibration, None if device is None else device_named(device))
     advance = progress or (lambda fraction: None)
-    ranks = Ranks(group)
+    ranks = Ranks.of(group)
     fingerprint = plans.computed_fingerprint(program)
     ranks.check_alike(lambda: fingerprint, batches, asked)
     costs = Chooser(asked, ranks=ranks).measure(

@@ -26,7 +26,6 @@ from ._program import Program
 from ._result import Result
 from ._store._journal import open_journal
 from ._store._run_folder import refuse_other
-from ._store._search_state import open_search
 from .allocation import CostAllocation
 from .analysis import Analysis, analyze_program
 from .config import PruningConfig
@@ -119,7 +118,6 @@ def decide(
     kept = None
     if folder is not None and batches is not None and not ranks.rank:
         kept = folder, plans.running_fingerprint(program), config
-    state = None if kept is None or not chooser.tries else open_search(*kept, batches or (), ranks.size)
     measured = 0.0
     if batches is not None and chooser.measures:
         measured = MEASURING
@@ -133,7 +131,6 @@ def decide(
         analysis.groups,
         costs,
         lambda fraction: advance(measured + (searched - measured) * fraction),
-        state,
     )
     if chooser.tries:
         clock.lap("searching")

@@ -16,7 +16,7 @@ from ._chooser import Chooser
 from ._observe._calibration import check_calibration, read_batches
 from ._observe._consumers import Consumers
 from ._observe._planned import Planned
-from ._observe._ranks import Ranks
+from ._observe._ranks import Ranks, ended_together
 from ._observe._visit import Decision
 from ._options import check_callable
 from ._parts._prune import PARTIAL_LOSSES, analyze_in_parts, apply_in_parts, check_parts_help, prune_in_parts
@@ -75,6 +75,7 @@ def analyze(
 
 @one_at_a_time
 @in_usual_modes
+@ended_together
 def prune(
     model: Model | Captured,
     args: Any = (),
@@ -131,7 +132,7 @@ def prune(
     config = PruningConfig.of(config, options)
     if config.needs_data:
         check_calibration(calibration)
-    ranks, clock = Ranks(group), Timings()
+    ranks, clock = Ranks.of(group), Timings()
     try:
         program = program_of(model, args, kwargs, dynamic_shapes=dynamic_shapes, state=state, device=device)
     except tolerable(CaptureError) as error:

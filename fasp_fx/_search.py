@@ -7,9 +7,8 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from bisect import bisect_left
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
-from typing import Any
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -45,17 +44,6 @@ class Trial(ABC):
             sequences: their numbers, from 0 to ``count - 1``.
         """
 
-    def recall(self, run: Mapping[str, Any]) -> Mapping[str, Any] | None:
-        """What :meth:`record` kept last of a search that was interrupted, if there is any.
-
-        Args:
-            run: what the search is of, as JSON; equal for searches that find the same.
-        """
-        return None
-
-    def record(self, state: Mapping[str, Any]) -> None:  # noqa: B027 (one may as well do without)
-        """Keep how far a search came, as JSON."""
-
     def progress(self, fraction: float) -> None:  # noqa: B027
         """Say how much of a search is done."""
 
@@ -67,17 +55,15 @@ class Trial(ABC):
 
 @dataclass(frozen=True)
 class Found:
-    """How far a search came.
+    """What a search came to.
 
     Attributes:
-        generation: how many generations are done.
         lost: the best allocation.
         loss: its mean loss over all sequences.
         first: that of the allocation that the search began with.
         tried: how many others were tried.
     """
 
-    generation: int
     lost: list[int]
     loss: float
     first: float
@@ -157,30 +143,15 @@ def evolve(
     """The best allocation found: in each generation some are drawn from the best so far, and take its place
     only where one is better on all sequences.
 
-    Each generation draws numbers of its own, so that a search that goes on from a state finds what it would
-    have found.
-
     Args:
         start: where the search begins; what is found is never worse on all sequences.
         trial: judges candidates.
         generations, offspring: how many times how many are drawn.
         seed: of what is drawn.
     """
-    asked = {
-        "start": start,
-        "generations": generations,
-        "offspring": offspring,
-        "sequences": trial.count,
-        "seed": seed,
-    }
-    known = trial.recall(asked)
-    if known is None:
-        first = _mean(trial.losses(start, range(trial.count)))
-        found = Found(0, start, first, first, 0)
-        trial.record(asdict(found))
-    else:
-        found = Found(**known)
-    for generation in range(found.generation, generations):
+    first = _mean(trial.losses(start, range(trial.count)))
+    found = Found(start, first, first, 0)
+    for generation in range(generations):
         draw = np.random.default_rng((seed, generation))
         reach = COARSE * (FINE / COARSE) ** (generation / max(generations - 1, 1))
         drawn = [exchanges.drawn(found.lost, reach, draw) for _ in range(offspring)]
@@ -190,8 +161,7 @@ def evolve(
         best, loss = _best(candidates, trial, draw)
         if not loss < found.loss:
             best, loss = tuple(found.lost), found.loss
-        found = Found(generation + 1, list(best), loss, found.first, found.tried + len(candidates))
-        trial.record(asdict(found))
+        found = Found(list(best), loss, first, found.tried + len(candidates))
         trial.progress((generation + 1) / generations)
     return found
 

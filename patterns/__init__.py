@@ -11,14 +11,16 @@ from ._grammar import ORDINALS, Alternative, Clause, Dims, Operand, Rule, letter
 from ._registry import Operator, argument_names, builtin, lookup, register, unregister
 from .composites import COMPOSITES, find_composites
 from .contractions import BIASES
-from .movement import RESHAPES, VIEWS
-from .pointwise import CASTS, VANISHING, pointwise_rule
+from .movement import REARRANGEMENTS, RESHAPES, VIEWS
+from .pointwise import CASTS, CHECKS, VANISHING, pointwise_rule
 
 __all__ = [
     "BIASES",
     "CASTS",
+    "CHECKS",
     "COMPOSITES",
     "ORDINALS",
+    "REARRANGEMENTS",
     "RESHAPES",
     "VANISHING",
     "VIEWS",

@@ -19,6 +19,23 @@ VIEWS: frozenset[str] = frozenset({"aten.view.default", "aten._unsafe_view.defau
 #: the same, and those that copy where it is not
 RESHAPES: frozenset[str] = VIEWS | {"aten.reshape.default", "aten.flatten.using_ints"}
 
+#: differentiable operators that give each element of their first argument once, there or elsewhere
+REARRANGEMENTS: frozenset[str] = RESHAPES | {
+    f"aten.{name}"
+    for name in (
+        *(
+            "squeeze.dim",
+            "squeeze.dims",
+            "unsqueeze.default",
+            "t.default",
+            "transpose.int",
+            "permute.default",
+        ),
+        *("numpy_T.default", "mT.default", "movedim.int", "movedim.intlist", "swapaxes.default"),
+        *("alias.default", "clone.default", "contiguous.default", "flip.default", "roll.default"),
+    )
+}
+
 MOVEMENT: dict[str, str] = {
     # the same elements under another shape
     "aten.view.default": "move self; shape size",

@@ -6,10 +6,14 @@ from __future__ import annotations
 
 import datetime
 import os
+import signal
 import sys
+import threading
+import time
 import warnings
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -23,7 +27,7 @@ from whole_products import compute_in_full
 import fasp_fx
 from fasp_fx.allocation import Search
 from fasp_fx.cli import app
-from fasp_fx.errors import ArgumentError, CalibrationError, RankError
+from fasp_fx.errors import ArgumentError, CalibrationError, RankError, StoreError
 from fasp_fx.restoration import Window
 
 TOKENS = 100
@@ -247,6 +251,72 @@ def dies(group: dist.ProcessGroup, rank: int) -> None:
     os._exit(7)  # as a process does that ends in an error, without waiting for the others
 
 
+class Own(Exception):
+    """What nobody but the user raises."""
+
+
+def fails(group: dist.ProcessGroup, rank: int, folder: Path) -> None:
+    """One process fails, wherever it is; it raises its own error, and the other one says what that was. Then
+    they go on together.
+    """
+    from fasp_fx import _pipeline, _prune
+    from fasp_fx._observe import _ranks
+    from fasp_fx._observe._runner import Runner
+    from fasp_fx._observe._visit import Observer
+    from fasp_fx._store._journal import Journal
+
+    def interrupted(fraction: float) -> None:
+        """While the first waits for the second, somebody interrupts it."""
+        if rank == 1:
+            time.sleep(1.0)
+
+    meets = _ranks.Ranks.meet
+
+    def meet(ranks: Any, error: BaseException | None = None) -> BaseException | None:
+        if rank == 0:
+            threading.Timer(0.3, lambda: signal.raise_signal(signal.SIGINT)).start()
+        _ranks.Ranks.meet = meets  # type: ignore[method-assign]
+        return meets(ranks, error)
+
+    shortage = torch.OutOfMemoryError("no memory is left")
+    places: list[tuple[int, BaseException, Any, str, dict[str, Any]]] = [
+        (1, shortage, Runner, "advance", {"quality": "fast"}),
+        (1, shortage, Observer, "_repair", {"quality": "best"}),
+        (0, StoreError("no space is left"), Journal, "commit", {"checkpoint": folder / "run"}),
+        (1, KeyboardInterrupt(), Runner, "_execute", {"quality": "balanced"}),
+        (0, SystemExit(3), Observer, "_choose", {}),
+        (1, Own("mine"), _prune, "program_of", {}),
+        (0, CalibrationError("one batch"), Runner, "advance", {"quality": "fast"}),
+        (1, Own("late"), _prune, "rewrite", {}),
+        (0, Own("dry"), _pipeline, "analyze_for", {}),
+    ]
+    captured = fasp_fx.capture(twice(), (numbers()[0],))
+    common: dict[str, Any] = {"calibration": numbers(), "sparsity": 0.3, "group": group}
+
+    def told(failed: int, error: type[BaseException], text: str, **options: Any) -> None:
+        if rank == failed:
+            with pytest.raises(error, match=text):
+                fasp_fx.prune(captured, **common, **options)
+        else:
+            with pytest.raises(
+                RankError, match=f"process {failed} of 2 has failed .{error.__name__}: {text}"
+            ):
+                fasp_fx.prune(captured, **common, **options)
+
+    for failed, error, owner, name, options in places:
+        with pytest.MonkeyPatch.context() as patch:
+            if rank == failed:
+                patch.setattr(owner, name, Mock(side_effect=error))
+            told(failed, type(error), str(error), **options)
+    told(1, ArgumentError, "quality=", **({"quality": "none of these"} if rank == 1 else {}))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(_ranks.Ranks, "meet", meet)
+        told(0, KeyboardInterrupt, "", progress=interrupted)
+    found = fasp_fx.prune(captured, **common)
+    alone = fasp_fx.prune(captured, **common | {"group": None})
+    assert found.plan.groups == alone.plan.groups
+
+
 def main(rank: int, size: int, folder: Path, scenario: str) -> None:
     torch.set_num_threads(1)
     store = f"file://{folder / 'store'}"
@@ -257,6 +327,9 @@ def main(rank: int, size: int, folder: Path, scenario: str) -> None:
     assert group is not None
     if scenario == "dies":
         dies(group, rank)
+    if scenario == "fails":
+        fails(group, rank, folder)
+        return
     found = cases(group) | {"windows": windows(group, size)}
     torch.save(
         {name: (plan.to_json(), weights) for name, (plan, weights) in found.items()},

@@ -103,3 +103,8 @@ def test_one_that_dies_ends_all(fork: ForkServerContext, tmp_path: Path) -> None
     codes = [code for code, _ in _run(fork, 2, tmp_path, "dies")]
     assert codes == [7, 3]
     assert not list(tmp_path.glob("*.pt"))
+
+
+def test_one_that_fails_ends_all_with_what_it_said(fork: ForkServerContext, tmp_path: Path) -> None:
+    for code, error in _run(fork, 2, tmp_path, "fails"):
+        assert code == 0, error

@@ -19,6 +19,7 @@ from decoders import Spec, build, tokens
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
+from transformers import BertConfig, BertModel, GPT2Config, GPT2Model
 from zoo import TwoLayers, randomise
 
 import fasp_fx
@@ -434,10 +435,10 @@ def test_a_weight_used_twice_is_restored_on_both_inputs() -> None:
 class Residual(nn.Module):
     """Blocks on a residual path."""
 
-    def __init__(self) -> None:
+    def __init__(self, blocks: int = 2) -> None:
         super().__init__()
         self.blocks = nn.ModuleList(
-            nn.Sequential(nn.Linear(8, 24), nn.GELU(), nn.Linear(24, 8)) for _ in range(2)
+            nn.Sequential(nn.Linear(8, 24), nn.GELU(), nn.Linear(24, 8)) for _ in range(blocks)
         )
 
     def forward(self, x: Tensor) -> Tensor:
@@ -486,6 +487,83 @@ def test_a_repair_makes_up_for_what_earlier_removals_changed(part: float, blend:
     with torch.no_grad():
         expected = model(x)
         assert (found.module(x) - expected).norm() < (without.module(x) - expected).norm()
+
+
+class Scaled(Residual):
+    """What a block gives is laid out otherwise, dropped out, of another type and halved before it is added;
+    what it is added to comes second.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        for block in self.blocks:
+            found = nn.functional.dropout(block(x).double().permute(1, 2, 0), 0.5, self.training)
+            x = 0.5 * found.roll(1, 0).permute(2, 0, 1).float() + x
+        return x
+
+
+def with_drops(kind: str) -> nn.Module:
+    """Two blocks on a residual path, whose outputs pass through dropouts (in evaluation mode) and moves."""
+    sizes = {"vocab_size": 40, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
+    if kind == "bert":
+        config = BertConfig(**sizes, intermediate_size=32, max_position_embeddings=32)
+        return BertModel(config, add_pooling_layer=False)
+    if kind == "gpt2":
+        return GPT2Model(GPT2Config(**sizes, n_positions=32, bos_token_id=0, eos_token_id=0, use_cache=False))
+    if kind == "scaled":
+        return Scaled()
+    return nn.Sequential(*(nn.TransformerEncoderLayer(16, 2, 32, batch_first=True) for _ in range(2)))
+
+
+@pytest.mark.parametrize("kind", ["bert", "gpt2", "torch", "scaled"])
+def test_a_drift_is_made_up_for_wherever_channels_stay_what_they_are(kind: str) -> None:
+    model = randomise(with_drops(kind), std=0.3)
+    generator = torch.Generator().manual_seed(1)
+    data: list[Tensor] = [
+        torch.randint(40, (8, 16), generator=generator)
+        if kind in ("bert", "gpt2")
+        else torch.randn(8, 16, 8 if kind == "scaled" else 16, generator=generator)
+        for _ in range(10)
+    ]
+    captured = fasp_fx.capture(model, (data[0],))
+    options: dict[str, Any] = {"calibration": data, "sparsity": 0.3, "quality": "fast"}
+    without, found = (fasp_fx.prune(captured, drift=drift, **options) for drift in (0.0, 1.0))
+    assert not any("drift" in note for note in found.report.notes)
+    changed = [
+        name
+        for line in found.plan.groups
+        for name in {consumer.name for consumer in line.consumers}
+        if not torch.equal(found.module.get_parameter(name), without.module.get_parameter(name))
+    ]
+    assert len(changed) >= len(found.plan.groups) - 1, "all but the first, behind which nothing has gone"
+
+    def last(output: Any) -> Tensor:
+        return output if isinstance(output, Tensor) else output[0]
+
+    with torch.no_grad():
+        errors = [
+            sum(float((last(result.module(batch)) - last(model(batch))).square().sum()) for batch in data)
+            for result in (without, found)
+        ]
+    assert errors[1] < 0.98 * errors[0]
+
+
+@pytest.mark.parametrize(
+    ("make", "why"),
+    [
+        (
+            lambda: nn.Sequential(nn.Linear(8, 24), nn.GELU(), nn.Linear(24, 8)),
+            "no layer that loses channels gives what is added",
+        ),
+        (lambda: nn.Sequential(nn.Linear(8, 8), Residual(1)), "nothing is removed before"),
+    ],
+)
+def test_a_drift_that_changes_nothing_is_said_to(make: Callable[[], nn.Module], why: str) -> None:
+    x = torch.randn(400, 8, generator=torch.Generator().manual_seed(0))
+    captured = fasp_fx.capture(randomise(make(), std=0.5), (x[:5],))
+    for options in ({"drift": 0.5}, {"quality": "best"}):
+        result = fasp_fx.prune(captured, calibration=list(x.split(50)), sparsity=0.4, **options)
+        (note,) = (note for note in result.report.notes if "drift" in note)
+        assert why in note
 
 
 class Twins(nn.Module):

@@ -5,7 +5,6 @@ and the whole.
 from __future__ import annotations
 
 import copy
-import json
 import math
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -47,7 +46,7 @@ from fasp_fx.allocation import (
     uniform,
 )
 from fasp_fx.budgets import Macs, Parameters
-from fasp_fx.errors import ArgumentError, StoreError
+from fasp_fx.errors import ArgumentError
 from fasp_fx.obs import DAMPING
 
 pytestmark = pytest.mark.usefixtures("shared_captures")
@@ -136,31 +135,18 @@ def test_nothing_is_exchanged_where_nothing_can_be() -> None:
     assert exchanges(budget, 1, [2]).drawn([2], 1.0, np.random.default_rng(0)) is None
     trial = Made(lambda lost, sequence: 1.0)
     found = evolve(exchanges(budget, 1, [2]), [2], trial, 3, 4, 0)
-    assert (found.lost, found.tried, found.generation) == ([2], 0, 3)
+    assert (found.lost, found.tried) == ([2], 0)
 
 
 class Made(Trial):
-    """A trial of a made-up loss, which keeps what it is shown."""
+    """A trial of a made-up loss, which counts how often it is asked."""
 
-    def __init__(
-        self,
-        loss: Callable[[Sequence[int], int], float],
-        count: int = 5,
-        state: Mapping[str, Any] | None = None,
-    ) -> None:
-        self.loss, self.count, self.states = loss, count, [] if state is None else [dict(state)]
-        self.known, self.asked = state, 0
+    def __init__(self, loss: Callable[[Sequence[int], int], float], count: int = 5) -> None:
+        self.loss, self.count, self.asked = loss, count, 0
 
     def losses(self, lost: Sequence[int], sequences: Sequence[int]) -> list[float]:
         self.asked += len(sequences)
         return [self.loss(lost, sequence) for sequence in sequences]
-
-    def recall(self, run: Mapping[str, Any]) -> Mapping[str, Any] | None:
-        json.dumps(dict(run))
-        return self.known
-
-    def record(self, state: Mapping[str, Any]) -> None:
-        self.states.append(json.loads(json.dumps(dict(state))))
 
 
 def _noise(lost: Sequence[int], sequence: int) -> float:
@@ -169,7 +155,7 @@ def _noise(lost: Sequence[int], sequence: int) -> float:
 
 
 @given(problems(), st.integers(1, 9), st.integers(1, 6))
-def test_it_never_ends_worse_than_it_began_and_goes_on_from_any_state(
+def test_it_never_ends_worse_than_it_began(
     problem: tuple[Budget, int, list[int]], count: int, offspring: int
 ) -> None:
     budget, round_to, start = problem
@@ -181,11 +167,7 @@ def test_it_never_ends_worse_than_it_began_and_goes_on_from_any_state(
 
     assert found.first == whole(start)
     assert found.loss == whole(found.lost) <= found.first
-    losses = [state["loss"] for state in trial.states]
-    assert losses == sorted(losses, reverse=True)
-    assert [state["generation"] for state in trial.states] == list(range(5))
-    for state in trial.states:
-        assert evolve(moves, start, Made(_noise, count, state), 4, offspring, 3) == found
+    assert evolve(moves, start, Made(_noise, count), 4, offspring, 3) == found
 
 
 def test_few_are_tried_on_all_sequences() -> None:
@@ -598,55 +580,20 @@ class KilledError(Exception):
     """Stands for the end of the process."""
 
 
-def test_an_interrupted_search_goes_on_to_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_interrupted_search_comes_to_the_same(tmp_path: Path) -> None:
     expected = chosen()
-    for number, at in enumerate((0.4, 0.6, 0.8)):
-        folder = tmp_path / str(number)
+    for at in (0.4, 0.9):  # in the search, and behind it
 
         def killed(fraction: float, at: float = at) -> None:
             if fraction > at:
                 raise KilledError
 
         with pytest.raises(KilledError):
-            chosen(folder, killed)
-        state = json.loads((folder / "search" / "state.json").read_text())
-        assert state["generation"] == (1, 3, 4)[number]
-        assert not list(folder.rglob("*.partial"))
-        assert is_same(chosen(folder), expected)
-    monkeypatch.setattr(ModelTrial, "losses", None)  # nothing is tried again
-    assert is_same(chosen(folder), expected)
+            chosen(tmp_path / "state", killed)
+    assert is_same(chosen(tmp_path / "state"), expected)
 
 
 # Bad input.
-
-
-def test_a_state_that_is_damaged_or_of_another_search_is_refused(tmp_path: Path) -> None:
-    one = Search(generations=1, offspring=1, sequences=1)
-    chosen(tmp_path, allocation=one)
-    file = tmp_path / "search" / "state.json"
-    held = json.loads(file.read_text())
-    damaged: list[tuple[Any, str]] = [
-        ([], "does not hold an object"),
-        ({"generation": 1}, "no state of a search"),
-    ]
-    damaged += [
-        ({**held, "lost": held["lost"][1:]}, "no state of a search"),
-        ({**held, "tried": -1}, "no state"),
-        ({**held, "loss": math.nan}, "a loss"),
-    ]
-    for state, message in damaged:
-        file.write_text(json.dumps(state))
-        with pytest.raises(StoreError, match=message):
-            chosen(tmp_path, allocation=one)
-    file.write_text("{")
-    with pytest.raises(StoreError, match="cannot be read"):
-        chosen(tmp_path, allocation=one)
-    with pytest.raises(StoreError, match="checkpoint of another run: seed differ"):
-        chosen(tmp_path, allocation=Search(generations=1, offspring=1, sequences=1, seed=1))
-    (tmp_path / "other").mkdir()
-    (tmp_path / "other" / "file").touch()
-    with pytest.raises(StoreError, match="no checkpoint"):
-        chosen(tmp_path / "other", allocation=one)
 
 
 @pytest.mark.parametrize("option", ["generations", "offspring", "sequences", "seed"])

@@ -16,7 +16,12 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
+from torch.testing._internal.distributed.multi_threaded_pg import (
+    _install_threaded_pg,
+    _uninstall_threaded_pg,
+)
 
 import fasp_fx
 
@@ -136,6 +141,80 @@ def test_threads_take_turns() -> None:
 
     torch.compile(net(), backend=backend)(X[0])
     assert compiled, "torch.compile was left switched off"
+
+
+class Drawing(nn.Module):
+    """Drops at random in every mode."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = net()
+
+    def forward(self, x: Tensor) -> Tensor:
+        found: Tensor = self.net(nn.functional.dropout(x, 0.3, training=True))
+        return found
+
+
+@pytest.mark.parametrize("make", [net, lambda: Drawing().eval()])
+@pytest.mark.parametrize("asked", [{}, {"precision": "medium"}])
+def test_others_work_while_one_tells_how_far_it_is(
+    make: Callable[[], nn.Module], asked: dict[str, Any]
+) -> None:
+    """Neither sees what the other has changed of the process."""
+    other, options = make(), OPTIONS | asked
+    expected = fasp_fx.prune(make(), (X[0],), **options)
+    found: list[Any] = []
+    before, precision = torch.get_rng_state(), torch.get_float32_matmul_precision()
+
+    def waits(fraction: float) -> None:
+        if not found:
+            found.append(torch.equal(torch.get_rng_state(), before))
+            found.append(torch.get_float32_matmul_precision() == precision)
+            thread = threading.Thread(
+                target=lambda: found.append(same(fasp_fx.prune(other, (X[0],), **OPTIONS), plain)),
+                daemon=True,
+            )
+            thread.start()
+            thread.join(60)
+
+    plain = fasp_fx.prune(make(), (X[0],), **OPTIONS)
+    assert same(fasp_fx.prune(make(), (X[0],), progress=waits, **options), expected)
+    assert found == [True] * 3
+    assert torch.equal(torch.get_rng_state(), before)
+    assert torch.get_float32_matmul_precision() == precision
+
+
+def test_processes_of_a_group_may_be_threads() -> None:
+    captured = fasp_fx.capture(Drawing().eval(), (X[0],))
+    expected = fasp_fx.prune(fasp_fx.capture(net(), (X[0],)), **OPTIONS)
+    models, found, before = [net(), net()], [], torch.get_rng_state()
+    _install_threaded_pg()
+    torch._C._distributed_c10d._set_thread_isolation_mode(True)
+    try:
+        world = dist.HashStore()
+
+        def job(rank: int) -> None:
+            try:
+                dist.init_process_group("threaded", rank=rank, world_size=2, store=world)
+                given = fasp_fx.prune(models[rank], (X[0],), group=dist.group.WORLD, **OPTIONS)
+                drawn = fasp_fx.prune(captured, group=dist.group.WORLD, **OPTIONS)
+                found.append((given, drawn))
+            except BaseException as error:  # a thread that fails is to be seen below
+                found.append(error)
+
+        threads = [threading.Thread(target=job, args=(rank,), daemon=True) for rank in range(2)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(60)
+    finally:
+        torch._C._distributed_c10d._set_thread_isolation_mode(False)
+        _uninstall_threaded_pg()
+    (first, drawn), (second, again) = found
+    assert same(first, second)
+    assert same(drawn, again)
+    assert first.plan.groups == expected.plan.groups
+    assert torch.equal(torch.get_rng_state(), before)
 
 
 SEEN: list[bool] = []

@@ -24,7 +24,7 @@ from .._undisturbed import without_collections
 from ..channels import results
 from ..errors import ArgumentError, CaptureError
 from ._aliases import as_weights
-from ._dead import remove_dead
+from ._dead import remove_dead, remove_dropouts
 from ._dynamic import all_dims, every_dim
 from ._export import export
 from ._fold import Folding
@@ -127,6 +127,7 @@ def capture(
     module = exported.module(check_guards=False)
     own_names(module, module.graph)
     single_layers(module.graph)
+    remove_dropouts(module.graph)
     remove_dead(module.graph)
     example = exported.example_inputs
     if example is None:

@@ -1,4 +1,4 @@
-"""What a graph computes and nothing reads."""
+"""What a graph computes in vain: what nothing reads, and dropouts that are off."""
 
 from __future__ import annotations
 
@@ -7,6 +7,28 @@ from torch import fx
 
 from .._compat import OpOverload
 from ..channels import arguments
+
+#: return their input itself in evaluation mode, which functionalising them whole does not know
+_DROPOUTS = tuple(
+    getattr(torch.ops.aten, name).default
+    for name in ("dropout", "feature_dropout", "alpha_dropout", "feature_alpha_dropout")
+)
+
+
+def remove_dropouts(graph: fx.Graph) -> bool:
+    """Let what reads a dropout that is off read its input; whether there was one.
+
+    One that the graph returns stays: what is returned must be no input.
+    """
+    found = False
+    for operator in _DROPOUTS:
+        for node in graph.find_nodes(op="call_function", target=operator):
+            given = arguments(node)
+            if given["train"] is False and not any(user.op == "output" for user in node.users):
+                node.replace_all_uses_with(given["input"])
+                graph.erase_node(node)
+                found = True
+    return found
 
 
 def remove_dead(graph: fx.Graph) -> None:
@@ -37,4 +59,4 @@ def draws(node: fx.Node) -> bool:
     return given.get("dropout_p") != 0.0 and given.get("train") is not False
 
 
-__all__ = ["draws", "is_pure", "remove_dead"]
+__all__ = ["draws", "is_pure", "remove_dead", "remove_dropouts"]

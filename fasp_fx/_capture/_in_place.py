@@ -13,22 +13,17 @@ from torch import Tensor, fx
 from torch.export import ExportedProgram
 
 from .._compat import FakeTensor, OpOverload, is_composite
-from ..channels import arguments
 from ..errors import tolerable
+from ._dead import remove_dropouts
 
 _DETACH, _DETACHED = torch.ops.aten.detach_.default, torch.ops.aten.detach.default
-#: return their input itself in evaluation mode, which functionalising them whole does not know
-_DROPOUTS = tuple(
-    getattr(torch.ops.aten, name).default
-    for name in ("dropout", "feature_dropout", "alpha_dropout", "feature_alpha_dropout")
-)
 
 
 def out_of_place(exported: ExportedProgram) -> ExportedProgram:
     """Rewrite such writes in the program's own graph, which nobody else may hold."""
     if not any(map(_writes, exported.graph.nodes)):
         return exported
-    changed = _drop_identities(exported.graph)
+    changed = remove_dropouts(exported.graph)
     order = {node: index for index, node in enumerate(exported.graph.nodes)}
     for node in exported.graph.nodes:
         if not _writes(node):
@@ -60,19 +55,6 @@ def _writes(node: fx.Node) -> bool:
     return (
         node.op == "call_function" and isinstance(node.target, OpOverload) and node.target._schema.is_mutable
     )
-
-
-def _drop_identities(graph: fx.Graph) -> bool:
-    """Let what reads a dropout that does nothing read its input; whether there was one."""
-    found = False
-    for operator in _DROPOUTS:
-        for node in graph.find_nodes(op="call_function", target=operator):
-            given = arguments(node)
-            if given["train"] is False and not any(user.op == "output" for user in node.users):
-                node.replace_all_uses_with(given["input"])
-                graph.erase_node(node)
-                found = True
-    return found
 
 
 def _twin(node: fx.Node) -> OpOverload | None:

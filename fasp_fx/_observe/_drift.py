@@ -5,15 +5,32 @@ much of it the repair can make up for.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, fx
 
-from ..channels import Use, same_sizes
+from ..channels import Use, same_sizes, written_by
+from ..patterns import CASTS, CHECKS, REARRANGEMENTS
 from ._matrices import ConsumerMatrices
 from ._runner import Runner
 
 _SUM = torch.ops.aten.add.Tensor
+_SCALES = (torch.ops.aten.mul.Tensor, torch.ops.aten.mul.Scalar, torch.ops.aten.div.Tensor)
+
+
+@dataclass(frozen=True)
+class Addition:
+    """What a consumer's output is added to.
+
+    Attributes:
+        beside: the other value.
+        end: what is added to it: the consumer itself, or the last of the nodes behind it that give each
+            element of its output once, perhaps elsewhere, in another type, or times a number.
+    """
+
+    beside: fx.Node
+    end: fx.Node
 
 
 class Drift:
@@ -49,13 +66,13 @@ class Drift:
             Nothing where nothing can be told: the output is added to nothing, and of its inputs nothing is
                 asked for (or others are sent to it now).
         """
-        beside = added_to(use) if self.part and alone else None
-        if beside is not None and pruned.index(beside) > pruned.index(use.node):  # it is not there yet
-            beside = None
+        addition = added_to(use) if self.part and alone else None
+        if addition is not None and not _is_there(addition, use.node, pruned):
+            addition = None
         blends = bool(self.blend) and use.route is None and use.recurrence is None
         return (
-            self._differences(use, pruned, beside, matrices, matrices.read(weight) if blends else None)
-            if beside is not None or blends
+            self._differences(use, pruned, addition, matrices, matrices.read(weight) if blends else None)
+            if addition is not None or blends
             else None
         )
 
@@ -63,12 +80,11 @@ class Drift:
         self,
         use: Use,
         pruned: Runner,
-        beside: fx.Node | None,
+        addition: Addition | None,
         matrices: ConsumerMatrices,
         read: Tensor | None,
     ) -> Iterator[list[Tensor]]:
-        added = () if beside is None else zip(self.dense.read(beside), pruned.read(beside), strict=True)
-        changed = [(before - after).reshape(-1, after.shape[-1]) for before, after in added]
+        changed = [] if addition is None else list(self._asked(use, pruned, addition))
         if read is None:
             yield from ([change] for change in changed)
             return
@@ -84,14 +100,48 @@ class Drift:
             ]
             yield [changed[batch] + piece for piece in pieces] if changed else pieces
 
+    def _asked(self, use: Use, pruned: Runner, addition: Addition) -> Iterator[Tensor]:
+        """By how much a consumer's output would have to differ for the sum to be the dense model's again, for
+        each batch, ``[tokens, rows]``.
+        """
+        both = zip(self.dense.read(addition.beside), pruned.read(addition.beside), strict=True)
+        outputs = None if addition.end is use.node else pruned.ahead(use.node)
+        for number, (before, after) in enumerate(both):
+            change = before - after
+            if outputs is not None:
+                change = _before(change, next(outputs), use.node, addition.end, pruned, number)
+            yield change.reshape(-1, change.shape[-1])
 
-def added_to(use: Use) -> fx.Node | None:
-    """The computed value that a consumer's output is added to, if it is of the output's shape.
+
+def _before(
+    change: Tensor, output: Tensor, node: fx.Node, end: fx.Node, runner: Runner, number: int
+) -> Tensor:
+    """How the output of a node changes where what is made of it up to ``end`` changes so."""
+    live, first, last = runner.live()[number], runner.index(node) + 1, runner.index(end) + 1
+    with torch.enable_grad():
+        start = output.detach().requires_grad_()
+        found = runner.again(number, live | {node: start}, first, end, last, runner.overrides)
+        (moved,) = torch.autograd.grad(found, start, change.to(found), retain_graph=True)
+        (ones,) = torch.autograd.grad(found, start, torch.ones_like(found))
+    scale = ones.mean()  # each element comes to one place, times the same number
+    return torch.where(scale == 0, torch.zeros_like(moved), moved / scale.square())
+
+
+def _is_there(addition: Addition, node: fx.Node, runner: Runner) -> bool:
+    """Whether what a consumer's output is added to is known before it runs, and what stands between the two
+    can be run once more.
+    """
+    between = runner.nodes[runner.index(node) + 1 : runner.index(addition.end)]
+    return runner.index(addition.beside) < runner.index(node) and not any(map(written_by, between))
+
+
+def added_to(use: Use) -> Addition | None:
+    """What a consumer's output is added to, if that is a computed value of its shape.
 
     The output must be laid out as the tokens are: a product with the last dimension of its input, the rows in
     the last of its own.
     """
-    layout, node, users = use.activation_layout, use.node, list(use.node.users)
+    layout, node = use.activation_layout, use.node
     if (
         use.route is not None
         or use.recurrence is not None
@@ -101,28 +151,39 @@ def added_to(use: Use) -> fx.Node | None:
         or len(use.columns) != 1
     ):
         return None
-    if len(users) != 1 or users[0].target is not _SUM or users[0].kwargs:
-        return None
-    others = [
-        argument for argument in users[0].args if isinstance(argument, fx.Node) and argument is not node
-    ]
-    found, given = node.meta.get("val"), use.activation.meta.get("val")
+    found, given = _floating(node), _floating(use.activation)
     if (
-        len(others) != 1
-        or not isinstance(found, Tensor)
-        or not isinstance(given, Tensor)
+        found is None
+        or given is None
         or layout.columns != (given.dim() - 1,)
-    ):
-        return None
-    beside = others[0].meta.get("val")
-    if (
-        not isinstance(beside, Tensor)
         or not same_sizes(found.shape[:-1], given.shape[:-1])
-        or not same_sizes(beside.shape, found.shape)
-        or not beside.is_floating_point()
     ):
         return None
-    return others[0] if others[0].op == "call_function" else None
+    end = node
+    while len(users := [user for user in end.users if str(user.target) not in CHECKS]) == 1:
+        (user,) = users
+        others = [argument for argument in user.args if isinstance(argument, fx.Node) and argument is not end]
+        if user.target is _SUM and not user.kwargs and len(others) == 1 and others[0].op == "call_function":
+            beside, added = _floating(others[0]), _floating(end)
+            fits = beside is not None and added is not None and same_sizes(beside.shape, added.shape)
+            return Addition(others[0], end) if fits else None
+        if user.args[:1] != (end,) or not _keeps_elements(user, others):
+            return None
+        end = user
+    return None
 
 
-__all__ = ["Drift", "added_to"]
+def _keeps_elements(node: fx.Node, others: list[fx.Node]) -> bool:
+    """Whether a node gives each element of what it reads once, perhaps elsewhere, in another type, or times a
+    number.
+    """
+    scales = node.target in _SCALES and not others
+    return (scales or str(node.target) in REARRANGEMENTS | CASTS) and _floating(node) is not None
+
+
+def _floating(node: fx.Node) -> Tensor | None:
+    found = node.meta.get("val")
+    return found if isinstance(found, Tensor) and found.is_floating_point() else None
+
+
+__all__ = ["Addition", "Drift", "added_to"]

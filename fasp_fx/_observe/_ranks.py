@@ -3,28 +3,62 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextvars import ContextVar
 from dataclasses import fields
-from typing import Any, TypeVar
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from .._undisturbed import aside
 from .._version import __version__
 from ..config import PruningConfig
 from ..errors import ArgumentError, CalibrationError, RankError, first_line
 from ..statistics import SplitGram, Statistic
 from ._calibration import digest_of
 
+P = ParamSpec("P")
 T = TypeVar("T")
+_CURRENT: ContextVar[Ranks | None] = ContextVar("fasp_fx_ranks", default=None)
+
+
+def ended_together(function: Callable[P, T]) -> Callable[P, T]:
+    """Have what a process raises end a function in all processes of its keyword ``group``: that process
+    raises its own error, and the others a :class:`RankError` that says which it was and what it raised.
+    """
+
+    @functools.wraps(function)
+    def run(*args: P.args, **kwargs: P.kwargs) -> T:
+        group: Any = kwargs.get("group")
+        if group is None or _CURRENT.get() is not None:
+            return function(*args, **kwargs)
+        ranks = Ranks(group)
+        token = _CURRENT.set(ranks)
+        try:
+            ranks.with_all(lambda: None)
+            found = function(*args, **kwargs)
+        except BaseException as error:
+            if not ranks.parted:
+                with contextlib.suppress(RankError):
+                    ranks.meet(error)
+            raise
+        finally:
+            _CURRENT.reset(token)
+        ranks.with_all(lambda: None)
+        return found
+
+    return run
 
 
 class Ranks:
     """The processes of a group; without one, this process alone.
 
     All of them do the same work but for the batches, and so decide alike. Every method is called by all of
-    them, in the same order.
+    them, in the same order. They meet before whatever they do together, so that one that has failed tells the
+    others there.
 
     Args:
         group: of ``torch.distributed``; ``None``: this process works alone.
@@ -32,6 +66,8 @@ class Ranks:
     Attributes:
         rank: the number of this process.
         size: how many there are.
+        parted: whether the processes cannot be told of a failure any more: they have been, or one is gone, or
+            this one has left them in the middle of what they do together.
     """
 
     def __init__(self, group: dist.ProcessGroup | None = None) -> None:
@@ -42,23 +78,16 @@ class Ranks:
             )
         self._group = group
         self.rank, self.size = (0, 1) if group is None else (dist.get_rank(group), dist.get_world_size(group))
+        self.parted = False
         if self.rank < 0:
             raise ArgumentError(
                 "this process is not of the group that was given; call with it in the processes that are"
             )
-        if self.size > 1:
-            self._check_backend()
 
-    def _check_backend(self) -> None:
-        """Refuse a group that adds up on accelerators alone: counts lie on the CPU."""
-        try:
-            dist.all_reduce(torch.zeros(1), group=self._group)
-        except RuntimeError as error:
-            if "backend" not in str(error).lower():
-                raise self._lost(error) from error
-            raise ArgumentError(
-                'the group does not serve the CPU; make it with dist.init_process_group("cpu:gloo,cuda:nccl")'
-            ) from error
+    @classmethod
+    def of(cls, group: dist.ProcessGroup | None) -> Ranks:
+        """Those that :func:`ended_together` has made of a group."""
+        return _CURRENT.get() or cls(group)
 
     def own(self, count: int) -> range:
         """Which of so many batches this process runs.
@@ -104,8 +133,7 @@ class Ranks:
     def add(self, tensor: Tensor) -> Tensor:
         """The sum of the tensors of all processes, which takes the place of this one's."""
         if self.size > 1:
-            with self._connected():
-                dist.all_reduce(tensor, group=self._group)
+            self.with_all(lambda: dist.all_reduce(tensor, group=self._group))
         return tensor
 
     def add_up(self, grams: Sequence[SplitGram], seen: Sequence[dict[str, Statistic]] = ()) -> None:
@@ -176,47 +204,90 @@ class Ranks:
         if failed is not None:
             raise CalibrationError(failed)
 
-    def together(self, work: Callable[[], T]) -> T:
-        """What the work of this process gives.
-
-        Raises:
-            CalibrationError: the work of any process failed.
-        """
-        try:
-            found = work()
-        except CalibrationError as error:
-            self.check_all(error)
-            raise
-        self.check_all(None)
-        return found
-
     def _from(self, owner: int, value: T | None) -> Any:
         if self.size == 1:
             return value
         held = [value]
-        with self._connected():
-            dist.broadcast_object_list(held, group=self._group, group_src=owner)
+        self.with_all(lambda: dist.broadcast_object_list(held, group=self._group, group_src=owner))
         return held[0]
 
     def _gathered(self, value: Any) -> list[Any]:
         found: list[Any] = [None] * self.size
-        with self._connected():
-            dist.all_gather_object(found, value, group=self._group)
+        self.with_all(lambda: dist.all_gather_object(found, value, group=self._group))
         return found
+
+    def with_all(self, work: Callable[[], Any]) -> None:
+        """Do what all processes do at once, unless one of them has failed.
+
+        Raises:
+            RankError: another process has failed, or is gone.
+        """
+        interrupt = self.meet()
+        with self._connected():
+            work()
+        if interrupt is not None:
+            raise interrupt
+
+    def meet(self, error: BaseException | None = None) -> BaseException | None:
+        """Wait for all processes, and tell them what this one has raised, if it has.
+
+        Returns:
+            An interrupt of this process that came while it waited: the others go on with what they do
+                together, and so has this one to, before it raises that.
+
+        Raises:
+            RankError: another process has failed, or is gone.
+        """
+        if self.size == 1:
+            return None
+        came, interrupt = torch.zeros(self.size, dtype=torch.int64, device="cpu"), None
+        came[self.rank] = 1 if error is None else 2
+        with self._connected():
+            try:
+                dist.all_reduce(came, group=self._group)
+            except KeyboardInterrupt as error_here:
+                if not bool(came.all()):
+                    raise
+                interrupt = error_here
+            if not bool((came > 1).any()):
+                return interrupt
+            said: list[Any] = [None] * self.size
+            own = None if error is None else f"{type(error).__name__}: {first_line(error)}"
+            dist.all_gather_object(said, own, group=self._group)
+        self.parted = True
+        if error is not None:
+            return None
+        if interrupt is not None:
+            raise interrupt
+        failed = next(rank for rank, text in enumerate(said) if text is not None)
+        raise RankError(
+            f"process {failed} of {self.size} has failed ({said[failed]}), so that process {self.rank} stops;"
+            " start all of them again once that is mended"
+        )
 
     @contextlib.contextmanager
     def _connected(self) -> Iterator[None]:
-        """Turn what a backend says of a process that is gone into one error."""
+        """Turn what a backend says of a process that is gone into one error.
+
+        Raises:
+            ArgumentError: the group is for accelerators alone.
+        """
         try:
-            yield
-        except RuntimeError as error:
-            raise self._lost(error) from error
+            with aside():  # the others may be threads of this process
+                yield
+        except BaseException as error:
+            self.parted = True
+            if not isinstance(error, RuntimeError) or isinstance(error, torch.OutOfMemoryError):
+                raise
+            if "no backend" in str(error).lower():  # counts lie on the CPU
+                raise ArgumentError(
+                    "the group does not serve the CPU; make it with"
+                    ' dist.init_process_group("cpu:gloo,cuda:nccl")'
+                ) from error
+            raise RankError(
+                f"process {self.rank} of {self.size} lost the others: {first_line(error)}; start all of them"
+                " again"
+            ) from error
 
-    def _lost(self, error: RuntimeError) -> RankError:
-        return RankError(
-            f"process {self.rank} of {self.size} lost the others: {first_line(error)}; start all of them"
-            " again"
-        )
 
-
-__all__ = ["Ranks"]
+__all__ = ["Ranks", "ended_together"]

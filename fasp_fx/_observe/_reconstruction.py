@@ -107,16 +107,16 @@ class Reconstruction:
         self.decision.notes.append(self._said(len(windows)))
 
     def _one(self, window: Window, runner: Runner, dense: Runner | None, marks: Marks) -> None:
-        self.ranks.together(lambda: self._prepare(window, runner, dense))
+        runner.advance(window.start)
+        if dense is not None:
+            dense.advance(window.stop)
         live, reason = runner.live(), self._refused(window, runner)
         if reason is None:
             wholes = [None] * len(live) if dense is None else list(dense.read(window.output))
-            given = self.ranks.together(
-                lambda: [
-                    self._given(window, runner, marks, number, one, whole)
-                    for number, (one, whole) in enumerate(zip(live, wholes, strict=True))
-                ]
-            )
+            given = [
+                self._given(window, runner, marks, number, one, whole)
+                for number, (one, whole) in enumerate(zip(live, wholes, strict=True))
+            ]
             trained = _Training(
                 window,
                 runner,
@@ -136,14 +136,7 @@ class Reconstruction:
         else:
             self.left[reason] = self.left.get(reason, 0) + 1
         with torch.no_grad():
-            self.ranks.together(lambda: runner.advance(window.stop))
-
-    @staticmethod
-    def _prepare(window: Window, runner: Runner, dense: Runner | None) -> None:
-        """Run the batches up to the window, and through it those of the dense model."""
-        runner.advance(window.start)
-        if dense is not None:
-            dense.advance(window.stop)
+            runner.advance(window.stop)
 
     def _refused(self, window: Window, runner: Runner) -> str | None:
         """Why a window is not trained, if it is not."""
@@ -316,7 +309,7 @@ class _Training:
             batch: this process's own; ``None``: it has none left.
         """
         count = self.ranks.total(0.0 if batch is None else float(batch.fitted.sum()))
-        own = self.ranks.together(lambda: self._own_gradients(batch, count * unit))
+        own = self._own_gradients(batch, count * unit)
         return [self.ranks.add(gradient.contiguous()) for gradient in own]
 
     def _own_gradients(self, batch: _Batch | None, unit: float) -> Sequence[Tensor]:
@@ -350,10 +343,7 @@ class _Training:
     @torch.no_grad()
     def _error(self) -> float:
         """The mean squared error over what is held out."""
-        own = self.ranks.together(
-            lambda: sum(float(self._squares(batch, batch.held)) for batch in self.judging)
-        )
-        total = self.ranks.total(own)
+        total = self.ranks.total(sum(float(self._squares(batch, batch.held)) for batch in self.judging))
         count = self.ranks.total(sum(float(batch.held.sum()) for batch in self.judging))
         return total / count if count else 0.0
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 import math
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,7 +18,7 @@ from .._limits import check_counts
 from .._offload._current import keep
 from .._search import Trial
 from .._undisturbed import drawing_alike
-from ..errors import ArgumentError, CalibrationError
+from ..errors import ArgumentError
 from ..groups import Group
 from ..losses import Loss
 from ..obs import DAMPING
@@ -33,9 +33,6 @@ from ._pieces import Piece, returned
 from ._ranks import Ranks
 from ._readings import read_otherwise
 from ._runner import Runner
-
-if TYPE_CHECKING:
-    from .._store._search_state import SearchState
 
 #: repaired weights are kept of so many times the elements of all consumers
 _KEPT = 2
@@ -105,27 +102,20 @@ class ModelTrial:
         if self._dense is None:
             self._dense = self._remembered()
         found = torch.zeros(len(sequences), dtype=torch.float64)
-        failure = None
-        try:
-            weights = self._weights(lost)
-            for place, number in enumerate(sequences):
-                if number % self.ranks.size == self.ranks.rank:
-                    value = self.fitness.loss(self._dense[number], *self._run(number, weights))
-                    found[place] = value if math.isfinite(value) else math.inf
-        except CalibrationError as error:
-            failure = error
-        self.ranks.check_all(failure)
+        weights = self._weights(lost)
+        for place, number in enumerate(sequences):
+            if number % self.ranks.size == self.ranks.rank:
+                value = self.fitness.loss(self._dense[number], *self._run(number, weights))
+                found[place] = value if math.isfinite(value) else math.inf
         return self.ranks.first(self.ranks.add(found).tolist())
 
     def _remembered(self) -> dict[int, Any]:
         """What is kept of the dense model's outputs, by sequence."""
         own = list(range(self.ranks.rank, self.count, self.ranks.size))
-        found = self.ranks.together(
-            lambda: {
-                number: self.fitness.remember(*self._run(number, {}))
-                for number in own or [0]  # a process that has none finds out what outputs there are
-            }
-        )
+        found = {
+            number: self.fitness.remember(*self._run(number, {}))
+            for number in own or [0]  # a process that has none finds out what outputs there are
+        }
         self.fitness.settle(list(found.values()), len(own), self.ranks.add)
         return found
 
@@ -198,7 +188,6 @@ class AskedTrial(Trial):
         groups: those of the budget.
         spread: what all groups lose, of what those of the budget lose.
         advance: called with the fraction of the search done.
-        state: keeps how far a search came; of the first process alone.
 
     Attributes:
         notes: what came of it, for the report.
@@ -210,23 +199,15 @@ class AskedTrial(Trial):
         groups: Sequence[Group],
         spread: Callable[[Sequence[int]], Sequence[int]],
         advance: Callable[[float], None],
-        state: SearchState | None,
     ) -> None:
         self.count, self.notes = model.count, list[str]()
         self._model, self._groups, self._spread = model, groups, spread
-        self._advance, self._state = advance, state
+        self._advance = advance
 
     def losses(self, lost: Sequence[int], sequences: Sequence[int]) -> list[float]:
         if bad := [number for number in sequences if number not in range(self.count)]:
             raise ArgumentError(f"there is no sequence {bad[0]!r}; there are {self.count}, from 0 on")
         return self._model.losses(self._spread(check_counts(lost, self._groups)), sequences)
-
-    def recall(self, run: Mapping[str, Any]) -> Mapping[str, Any] | None:
-        return self._model.ranks.first(None if self._state is None else self._state.recall(run))
-
-    def record(self, state: Mapping[str, Any]) -> None:
-        if self._state is not None:
-            self._state.record(state)
 
     def progress(self, fraction: float) -> None:
         self._advance(fraction)

@@ -37,6 +37,13 @@ from ._runner import Runner
 if TYPE_CHECKING:
     from .._store._journal import Journal
 
+#: why a drift changes no repair, by how far it came
+_UNDRIFTED = (
+    "no layer that loses channels gives what is added, as it is, to a value that was computed before",
+    "nothing is removed before what the outputs of the layers that lose channels are added to",
+    "no layer whose output is added to a value that has changed is repaired",
+)
+
 
 @dataclass
 class Decision:
@@ -107,6 +114,7 @@ class Observer:
         self._repairs = 0
         self._known = False  # what is decided at this stop is in the journal
         self._drift: Drift | None = None
+        self._drifted = 0  # how far a drift came, of what _UNDRIFTED says
         self._marks: Marks | None = None
         self._tokens: dict[
             str, int
@@ -168,6 +176,11 @@ class Observer:
             progress((count + 1) / len(stops))
         if marks is not None and marks.unmatched:
             self.decision.notes.append(marks.remark())
+        if drift is not None and drift.part and self._drifted < len(_UNDRIFTED):
+            self.decision.notes.append(
+                f"a drift of {drift.part:g} was to be made up for, and changes no repair:"
+                f" {_UNDRIFTED[self._drifted]}"
+            )
         warn_of_few(self.decision.outcomes, self._tokens)
         return self.decision
 
@@ -176,7 +189,7 @@ class Observer:
         known, remarks = self.ranks.first(
             (0, {}) if self._journal is None else (self._journal.stops, self._journal.remarks)
         )
-        self._tokens = dict(remarks.get("tokens", {}))
+        self._tokens, self._drifted = dict(remarks.get("tokens", {})), remarks.get("drifted", 0)
         names = {node.name: node for node in self.analysis.program.module.graph.nodes}
         if marks is not None:
             marks.unmatched |= {names[name]: None for name in remarks.get("unmatched", ()) if name in names}
@@ -189,19 +202,15 @@ class Observer:
             and marks is not None
             and all(consumer.grams is None for consumer in self.consumers.by_key.values())
         ):
+            unmatched = [node.name for node in marks.unmatched]
             self._journal.commit(
-                stops, {"tokens": self._tokens, "unmatched": [node.name for node in marks.unmatched]}
+                stops, {"tokens": self._tokens, "drifted": self._drifted, "unmatched": unmatched}
             )
 
     def _advance(self, runner: Runner, marks: Marks, stop: fx.Node) -> None:
         """Run the batches up to a node, and observe what it is about to read."""
-        runners = [runner] if self._drift is None else [runner, self._drift.dense]
-
-        def advance() -> None:
-            for each in runners:
-                each.advance(runner.index(stop))
-
-        self.ranks.together(advance)
+        for each in [runner] if self._drift is None else [runner, self._drift.dense]:
+            each.advance(runner.index(stop))
         if not self._known:
             self._observe(
                 runner,
@@ -374,6 +383,9 @@ class Observer:
             outcome = self._shared(
                 partial(_restored, restore, read, consumer.grams, kept, consumer.intercept is not None)
             )
+            if consumer.beside:
+                drifts = any(bool(gram.norms()[-consumer.beside :].any()) for gram in consumer.grams or ())
+                self._drifted = max(self._drifted, 1 + drifts + (drifts and outcome.used))
             if consumer.intercept is not None:
                 self._raise_bias(
                     consumer.weight, consumer.intercept, outcome.weight[:, :, -1].reshape(-1), runner

@@ -11,8 +11,6 @@ from .._atomic import is_partial, refuse_null, write_text
 from ..errors import StoreError, first_line
 
 RUN = "run.json"
-#: the folder inside of one that keeps what a search before the run found
-SEARCH = "search"
 
 
 def claim(folder: Path, run: Mapping[str, Any]) -> None:
@@ -54,7 +52,7 @@ def refuse_other(folder: Path, option: str = "checkpoint=") -> None:
         if (
             folder.exists()
             and not (folder / RUN).is_file()
-            and any(path.name != SEARCH and not is_partial(path, RUN) for path in folder.iterdir())
+            and any(not is_partial(path, RUN) for path in folder.iterdir())
         ):
             raise StoreError(f"'{folder}' holds something that is no checkpoint; choose another {option}")
     except OSError as error:
@@ -78,4 +76,4 @@ def read_object(file: Path) -> dict[str, Any]:
     return data
 
 
-__all__ = ["SEARCH", "claim", "read_object", "refuse_other"]
+__all__ = ["claim", "read_object", "refuse_other"]

@@ -19,6 +19,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from .._deviation import distance
 from .._device import device_of
 from .._observe._calibration import calibration_calls, check_calibration
+from .._observe._ranks import ended_together
 from .._prune import prune
 from .._result import Result
 from ..allocation import TrialAllocation
@@ -53,6 +54,7 @@ class Plain:
     report: Report
 
 
+@ended_together
 def prune_plain(
     model: nn.Module,
     *,

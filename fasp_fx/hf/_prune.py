@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from .. import plan as plans
 from .._observe._calibration import check_calibration
-from .._observe._ranks import Ranks
+from .._observe._ranks import Ranks, ended_together
 from .._options import check_callable, path_of
 from .._pipeline import Timings, decide, make_plan, rewrite
 from .._pruned_module import PrunedModule
@@ -95,6 +95,7 @@ class Pruned:
 
 @one_at_a_time
 @in_usual_modes
+@ended_together
 def prune(
     model: Any,
     tokenizer: Any = None,
@@ -165,7 +166,7 @@ def prune(
     asked = _asked(stages, config, options)
     if asked.needs_data:
         check_calibration(calibration)
-    ranks, clock = Ranks(group), Timings()
+    ranks, clock = Ranks.of(group), Timings()
     stage = stages.planned()
     program = program_for(stage, device)
     habits = habits_of(stages, program)
