@@ -89,8 +89,10 @@ def _torn(wanted: list[_Wanted], known: Assignment) -> str | None:
         return None
     names = " and ".join(f"'{size}'" for size in sorted(map(str, torn.integer.sources)))
     places = [torn.node, *(one.node for one in wanted if one.integer.sources & torn.integer.sources)]
-    where = " and another in ".join(f"'{place}'" for place in list(dict.fromkeys(places))[:2])
-    return f"{names} has to be one number in {where}, which takes two attributes"
+    first, *others = dict.fromkeys(places)
+    if not others:
+        return f"{names} has to be two numbers in '{first}', which no attribute can be"
+    return f"{names} has to be one number in '{first}' and another in '{others[0]}', which takes two attributes"
 
 
 def _integers(node: fx.Node) -> list[int | None]:
