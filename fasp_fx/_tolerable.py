@@ -105,8 +105,9 @@ def _code(handler: object) -> CodeType | None:
     while isinstance(handler, functools.partial):
         handler = handler.func
     function = getattr(handler, "__func__", handler)
-    called = function if isinstance(function, FunctionType) else type(function).__call__
-    return getattr(called, "__code__", None)
+    if callable(function) and not isinstance(function, FunctionType):
+        function = type(function).__call__
+    return getattr(function, "__code__", None)
 
 
 __all__ = ["short_of_memory", "tolerable"]

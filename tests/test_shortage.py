@@ -72,6 +72,7 @@ NOT_SHORT = {
     "no file": _raise(FileNotFoundError(errno.ENOENT, "No such file")),
     "from no file": _wrapped(FileNotFoundError(errno.ENOENT, "No such file")),
     "no text": _raise(ValueError(3)),
+    "no member": lambda: signal.Handlers(77),  # of the class that handlers may be of
 }
 
 
