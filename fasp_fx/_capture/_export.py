@@ -6,7 +6,10 @@ import contextlib
 import functools
 import inspect
 import itertools
+import os
+import traceback
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any, ParamSpec
 
 import torch
@@ -24,7 +27,7 @@ from .._compat import (
     without_fake_cache,
 )
 from ..channels import TRACED, foreseen
-from ..errors import ExportError
+from ..errors import ExportError, first_line
 from ._aliases import as_weights
 from ._dynamic import (
     all_dims,
@@ -125,11 +128,31 @@ def export(
             )
         except Exception as error:
             failures.append(error)
-    reason = str(failures[0]).strip().splitlines() or [type(failures[0]).__name__]
     raise ExportError(
-        f"{type(model).__name__} cannot be captured by torch.export: {reason[0]}. Try the inputs on the model"
-        " itself, then capture the largest submodule without data-dependent control flow."
+        f"{type(model).__name__} cannot be captured by torch.export: {first_line(failures[0])}"
+        f"{_where(failures[0])}. Try the inputs on the model itself, then capture the largest submodule"
+        " without data-dependent control flow."
     ) from failures[0]
+
+
+#: folders of code that is no model's: libraries with all that they hold, and Python's own, in which packages
+#: may lie
+_LIBRARIES = tuple(os.path.join(folder, "") for folder in (*torch.__path__, str(Path(__file__).parents[1])))
+_PYTHON = Path(contextlib.__file__).parent
+
+
+def _where(error: Exception) -> str:
+    """The line of the model's code from which an error came, to stand in a sentence; empty if there is
+    none.
+    """
+    called = [
+        frame
+        for frame in traceback.extract_tb(error.__traceback__)
+        if frame.line and not frame.filename.startswith(_LIBRARIES) and Path(frame.filename).parent != _PYTHON
+    ]
+    return (
+        f", at '{called[-1].line}' ({Path(called[-1].filename).name}:{called[-1].lineno})" if called else ""
+    )
 
 
 #: of a function with a derivative of its own
