@@ -262,6 +262,7 @@ def test_state_goes_by_the_names_of_arguments(by_position: bool) -> None:
     result = fasp_fx.prune(
         model, args, kwargs, state=("values",), sparsity=0.3, score="magnitude", restore=None
     )
+    assert any("'keys', 'values' but the first are fixed" in note for note in result.report.notes)
     (group,) = [group for group in result.plan.groups if group.name == "out.weight"]
     width = 8 - group.removed_sets
     assert width < 8

@@ -103,21 +103,14 @@ def export(
                 exported, sets = _undisturbed(
                     model, signature, names, inputs, functools.partial(with_static, shapes, features)
                 )
-            if dynamic_shapes is None and shapes is all_dims and images_of(inputs.values()):
-                note = "; ".join(
-                    filter(
-                        None,
-                        (
-                            note,
-                            (
-                                "the sizes of images are fixed to those of the example; dynamic_shapes= lets"
-                                " them vary"
-                            ),
-                        ),
-                    )
-                )
+            images = images_of(inputs.values()) if dynamic_shapes is None and shapes is all_dims else set()
+            alike = ", ".join(f"'{name}'" for name, value in inputs.items() if id(value) in images)
+            fixed = (
+                f"all sizes of {alike} but the first are fixed to those of the example, as images have four"
+                " dimensions and more; dynamic_shapes= lets them vary"
+            )
             said = (
-                *((note,) if note else ()),
+                *filter(None, (note, fixed if images else "")),
                 *(f"forward sets the attribute '{name}', which a graph does not" for name in sets),
             )
             return (
