@@ -380,22 +380,6 @@ class Seeding(Layers):
         return self.down(self.up(x).sigmoid() * noise)
 
 
-class Turning(Layers):
-    """Weighs its inputs by the order in which they come."""
-
-    def forward(self, given: dict[str, Tensor]) -> Tensor:
-        parts = [(index + 1) * self.up(value) for index, value in enumerate(given.values())]
-        return self.down(torch.stack(parts).sum(0).sigmoid())
-
-
-class Sorting(Layers):
-    """Takes a list for something else than a tuple."""
-
-    def forward(self, given: Any) -> Tensor:
-        first, second = given if isinstance(given, list) else reversed(given)
-        return self.down((self.up(first) + 2 * self.up(second)).sigmoid())
-
-
 class Scaling(Layers):
     """Asks of what kind its integers are."""
 
@@ -417,8 +401,6 @@ class Looking(Layers):
         (Complex(), example(), "on the example inputs"),
         (Little().double(), (example()[0].double(),), "differs by 3.0e-03 of its size"),
         (Seeding(), example(), "the model seeds torch's generator itself"),
-        (Turning(), ({"a": example()[0], "b": example()[0] + 1},), "depends on how its arguments are built"),
-        (Sorting(), ([example()[0], example()[0] + 1],), "depends on how its arguments are built"),
         (Scaling(), (torch.arange(30).reshape(5, 6),), "whether its integers are of 32 or 64 bits"),
         (Looking(), (example()[0], example()[0] + 1), "depends on whether two inputs are one tensor"),
         (Looking(), example() * 2, "on the example inputs"),

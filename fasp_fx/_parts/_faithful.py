@@ -255,8 +255,8 @@ def _decisive(
     program: Program, model: nn.Module, args: Any, kwargs: dict[str, Any], gradients: bool
 ) -> str | None:
     """What the model's result depends on besides sizes, types and values of its inputs, all of which a
-    program cannot see: how they lie in memory and in containers, how many bits integers have, whether two are
-    one tensor, and whether gradients are asked for.
+    program cannot see: how they lie in memory, how many bits integers have, whether two are one tensor, and
+    whether gradients are asked for.
 
     The model is held against itself, on the first entries of the example inputs alone.
 
@@ -272,12 +272,11 @@ def _decisive(
         strided: bool = False,
         leaf: bool = False,
         gradients: bool = False,
-        turned: bool = False,
         recast: bool = False,
     ) -> bool | None:
         """Whether the result is another one then; ``None`` if there is none."""
         try:
-            laid = functools.partial(_laid, strided=strided, leaf=leaf, turned=turned, recast=recast)
+            laid = functools.partial(_laid, strided=strided, leaf=leaf, recast=recast)
             found, _ = _called(program, model, *small, given=laid, gradients=gradients)
         except Exception:  # a model may refuse such inputs as it likes
             return None
@@ -287,9 +286,7 @@ def _decisive(
         expected, _ = _called(program, model, *small)
     except Exception:  # or such sizes
         return None
-    if differs(strided=True, leaf=gradients, gradients=gradients, turned=True) is not False:
-        if differs(turned=True):
-            return "how its arguments are built (the order of keys, lists or tuples)"
+    if differs(strided=True, leaf=gradients, gradients=gradients) is not False:
         if differs(strided=True):
             return "how its inputs lie in memory"
         if gradients and differs(gradients=True):
@@ -333,11 +330,10 @@ def _laid(
     given: tuple[Any, dict[str, Any]],
     strided: bool = False,
     leaf: bool = False,
-    turned: bool = False,
     recast: bool = False,
 ) -> tuple[Any, dict[str, Any]]:
-    """Copies of inputs, each of its own, that are not contiguous, that require gradients, in containers built
-    otherwise, or with integers of the other number of bits.
+    """Copies of inputs, each of its own, that are not contiguous, that require gradients, or with integers of
+    the other number of bits.
     """
 
     def made(tensor: Tensor) -> Tensor:
@@ -348,8 +344,6 @@ def _laid(
             copy = torch.stack([copy, copy], -1)[..., 0]
         return copy.requires_grad_(leaf and (copy.is_floating_point() or copy.is_complex()))
 
-    if turned:
-        given = _turned(given)
     found: tuple[Any, dict[str, Any]] = pytree.tree_map(
         lambda one: made(one) if isinstance(one, Tensor) else one, given
     )
@@ -358,15 +352,6 @@ def _laid(
 
 def _counts(leaf: Any) -> bool:
     return isinstance(leaf, Tensor) and leaf.dtype in (torch.int32, torch.int64)
-
-
-def _turned(value: Any) -> Any:
-    """The same with the keys of dicts the other way round, and with tuples for lists, lists for tuples."""
-    if type(value) is dict:
-        return {key: _turned(item) for key, item in reversed(value.items())}
-    if type(value) in (list, tuple):
-        return (tuple if type(value) is list else list)(map(_turned, value))
-    return value
 
 
 def _of_size(
