@@ -111,8 +111,11 @@ def _captured(
     program = capture_program(model, args, kwargs, **options)
     unread = program.unread()
     if unread:
-        more = f" and {len(unread) - 1} more" if len(unread) > 1 else ""
-        note = f"forward computes nothing with '{unread[0]}'{more}, and the result keeps what nothing reads"
+        note = (
+            f"forward computes nothing with '{unread[0]}'"
+            + (f" and {len(unread) - 1} more" if len(unread) > 1 else "")
+            + ", and the result keeps what nothing reads"
+        )
         program = replace(program, notes=(*program.notes, note))
     if not run:
         return program

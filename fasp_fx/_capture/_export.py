@@ -138,14 +138,17 @@ def _where(error: Exception) -> str:
     """The line of the model's code from which an error came, to stand in a sentence; empty if there is
     none.
     """
-    called = [
-        frame
-        for frame in traceback.extract_tb(error.__traceback__)
-        if frame.line and not frame.filename.startswith(_LIBRARIES) and Path(frame.filename).parent != _PYTHON
-    ]
-    return (
-        f", at '{called[-1].line}' ({Path(called[-1].filename).name}:{called[-1].lineno})" if called else ""
+    frame = next(
+        (
+            frame
+            for frame in reversed(traceback.extract_tb(error.__traceback__))
+            if frame.line
+            and not frame.filename.startswith(_LIBRARIES)
+            and Path(frame.filename).parent != _PYTHON
+        ),
+        None,
     )
+    return "" if frame is None else f", at '{frame.line}' ({Path(frame.filename).name}:{frame.lineno})"
 
 
 #: of a function with a derivative of its own

@@ -202,9 +202,8 @@ class _Masking:
         for node, source, dim in _choosing(self.analysis):
             value = self.analysis.walk.values[source]
             masks = []
-            if not isinstance(value, Value):
-                continue
-            for axis in value.axes if dim is None else value.at(dim % len(value.shape)):
+            own = value.axes if isinstance(value, Value) else ()
+            for axis in own if dim is None else [axis for axis in own if axis.dim == dim % len(value.shape)]:
                 lying = repeating(axis.numbers, _recorded(source, axis.numbers))
                 gone = numbers[axis.numbers.numpy()]
                 if gone.any() and lying is None:
