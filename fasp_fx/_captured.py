@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import weakref
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, NoReturn
 
@@ -109,6 +109,14 @@ def _captured(
 ) -> Program:
     """Capture, and if ``run``, hold the program against the model."""
     program = capture_program(model, args, kwargs, **options)
+    unread = program.unread()
+    if unread:
+        note = (
+            f"forward computes nothing with '{unread[0]}'"
+            + (f" and {len(unread) - 1} more" if len(unread) > 1 else "")
+            + ", and the result keeps what nothing reads"
+        )
+        program = replace(program, notes=(*program.notes, note))
     if not run:
         return program
     return compared(program, model, args, kwargs, partial(capture_program, doubles=False, **options))

@@ -121,6 +121,12 @@ class Program:
         gone = {name: tensor for name, tensor in self.replaced.items() if isinstance(tensor, nn.Parameter)}
         return {**{name: tensor for name, tensor in own if name not in folded}, **gone}
 
+    def unread(self) -> list[str]:
+        """The parameters that the graph does not read, by their canonical names."""
+        names, held = self.canonical(), self.module.graph.find_nodes(op="get_attr")
+        read = {names.get(target_name(node)) for node in held if node.users}
+        return [names[name] for name, _ in self.module.named_parameters() if names[name] not in read]
+
     def fixed(self) -> dict[str, Tensor]:
         """The buffers and constants that the graph reads and does not write into, by name."""
         written = {region(attribute(self.module, name), name) for name in written_names(self.module.graph)}

@@ -192,7 +192,8 @@ def prune(
         Path | None,
         typer.Option(
             metavar="FILE",
-            help="Measure perplexity on this text file; chunks that calibrated are left out.",
+            help="Measure perplexity on this text file; chunks that calibrated are left out. By default, what"
+            " calibration leaves of its own.",
             show_default=False,
         ),
     ] = None,
@@ -398,7 +399,8 @@ def recover(
         Path | None,
         typer.Option(
             metavar="FILE",
-            help="Measure perplexity on this text file; chunks that train are left out.",
+            help="Measure perplexity on this text file; chunks that train are left out. By default, what"
+            " training leaves of --data.",
             show_default=False,
         ),
     ] = None,

@@ -52,6 +52,17 @@ def test_random_numbers_that_nothing_reads_are_drawn_all_the_same() -> None:
         assert torch.allclose(found, expected, atol=1e-5)
 
 
+def test_weights_that_nothing_reads_are_named() -> None:
+    model, x = Dead("").eval(), torch.randn(4, 8)
+    assert fasp_fx.prune(model, (x,), score="magnitude", restore=None).report.notes == ()
+    model.spare = nn.Linear(3, 3).eval()
+    result = fasp_fx.prune(model, (x,), score="magnitude", restore=None)
+    assert result.report.notes == (
+        "forward computes nothing with 'spare.weight' and 1 more, and the result keeps what nothing reads",
+    )
+    assert torch.equal(result.module.get_parameter("spare.bias"), model.spare.bias)
+
+
 class Rounded(torch.autograd.Function):
     """Straight through."""
 

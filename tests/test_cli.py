@@ -24,6 +24,7 @@ from typer.testing import CliRunner, Result
 import fasp_fx
 from fasp_fx._cli import _models, _prune_command
 from fasp_fx._cli._saved import load_saved
+from fasp_fx._cli._texts import Texts, Wanted
 from fasp_fx.cli import app
 from fasp_fx.errors import ArgumentError
 from fasp_fx.evaluation import TaskScore
@@ -696,3 +697,21 @@ def test_what_is_not_asked_for_is_as_in_python(monkeypatch: pytest.MonkeyPatch, 
         fasp_fx.PruningConfig(),
         fasp_fx.PruningConfig(round_to=16),
     ]
+
+
+@pytest.mark.parametrize(("there", "used", "measured"), [(40, 6, 5), (8, 6, 2), (7, 6, 1), (3, 3, 0)])
+def test_a_file_is_measured_on_where_no_other_is_given(
+    there: int, used: int, measured: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What the model would write, token by token, takes longer than all else."""
+    file, chunks = tmp_path / "data.txt", torch.arange(there)[:, None].expand(-1, 4)
+    monkeypatch.setattr("fasp_fx._cli._text.read_chunks", lambda *given: chunks)
+    texts = Texts(Wanted(file, 6, None, 5, 4, 0), None)
+    assert texts.used is not None
+    assert texts.used[:, 0].tolist() == list(range(used))
+    if measured:
+        assert texts.evaluation is not None
+        assert texts.evaluation[:, 0].tolist() == list(range(used, used + measured))
+        assert f"chunks {used} to {used + measured - 1} of data.txt ({measured} x 4 tokens)" in texts.label
+    else:
+        assert texts.evaluation is None

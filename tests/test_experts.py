@@ -4,6 +4,7 @@ experts.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -239,3 +240,52 @@ def test_what_a_router_may_do(spoil: Callable[[Tensor], Tensor], prunable: bool,
         found = result.module(x)
         model.router.bias[gone] = float("-inf")
         assert error(found, model(x)) <= TOLERANCE
+
+
+class Slots(nn.Module):
+    """A soft mixture: every expert computes on slots, which are means of all tokens by one softmax of the
+    logits, over tokens; by another, over all slots, their results are handed back.
+    """
+
+    def __init__(self, experts: int = 4) -> None:
+        super().__init__()
+        self.phi = nn.Parameter(torch.randn(8, experts, 2))
+        self.up, self.bias = (
+            nn.Parameter(torch.randn(experts, 8, 12)),
+            nn.Parameter(torch.randn(experts, 1, 12)),
+        )
+        self.down = nn.Parameter(torch.randn(experts, 12, 8))
+        self.gone: tuple[int, ...] = ()
+
+    def forward(self, x: Tensor) -> Tensor:
+        logits = torch.einsum("bnd,des->bnes", x, self.phi)
+        competing = logits.clone()
+        for expert in self.gone:
+            competing[:, :, expert] = -math.inf
+        slots = torch.einsum("bnes,bnd->besd", logits.softmax(1), x)
+        hidden = torch.relu(torch.einsum("besd,edh->besh", slots, self.up) + self.bias)
+        given = torch.einsum("besh,ehd->besd", hidden, self.down)
+        return torch.einsum("bnes,besd->bnd", competing.flatten(2).softmax(-1).view_as(logits), given)
+
+
+def test_experts_compete_only_where_a_softmax_is_over_them() -> None:
+    torch.manual_seed(0)
+    model, x = Slots().eval(), torch.randn(2, 5, 8)
+    result = fasp_fx.prune(
+        model,
+        (x,),
+        granularity=("expert",),
+        include=("exempt",),
+        sparsity=0.5,
+        score="magnitude",
+        restore=None,
+    )
+    (group,) = result.plan.groups
+    gone = next(part.removed for part in group.producers if part.name == "phi")
+    assert len(gone) == 2
+    x = torch.randn(3, 7, 8)
+    with torch.no_grad():
+        dense = model(x)
+        model.gone = gone
+        assert error(result.module(x), model(x)) <= TOLERANCE
+        assert error(model(x), dense) > 100 * TOLERANCE

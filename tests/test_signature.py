@@ -238,6 +238,41 @@ def test_positional_arguments() -> None:
             result.module(*wrong)
 
 
+class Remembering(nn.Module):
+    """Attention of two heads over what was seen before as well, which it is given and returns."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.q, self.k, self.v, self.out = (
+            nn.Linear(*sizes) for sizes in ((6, 16), (6, 16), (6, 16), (16, 6))
+        )
+
+    def forward(self, x: Tensor, keys: Tensor, values: Tensor) -> dict[str, Tensor]:
+        q, k, v = (part(x).unflatten(-1, (2, -1)).transpose(1, 2) for part in (self.q, self.k, self.v))
+        keys, values = torch.cat([keys, k], 2), torch.cat([values, v], 2)
+        seen = nn.functional.scaled_dot_product_attention(q, keys, values)
+        return {"y": self.out(seen.transpose(1, 2).flatten(2)), "keys": keys, "values": values}
+
+
+@pytest.mark.parametrize("by_position", [True, False])
+def test_state_goes_by_the_names_of_arguments(by_position: bool) -> None:
+    model = randomise(Remembering())
+    given = {"x": torch.randn(2, 3, 6), "keys": torch.randn(2, 2, 5, 8), "values": torch.zeros(2, 2, 5, 8)}
+    args, kwargs = (tuple(given.values()), {}) if by_position else ((), given)
+    result = fasp_fx.prune(
+        model, args, kwargs, state=("values",), sparsity=0.3, score="magnitude", restore=None
+    )
+    assert any("'keys', 'values' but the first are fixed" in note for note in result.report.notes)
+    (group,) = [group for group in result.plan.groups if group.name == "out.weight"]
+    width = 8 - group.removed_sets
+    assert width < 8
+    with torch.no_grad():
+        expected = zeroed(model, result.plan)(**given)
+        found = result.module(given["x"], given["keys"], given["values"][..., :width])
+    assert error(found["y"], expected["y"]) <= TOLERANCE
+    assert found["values"].shape == (2, 2, 8, width)
+
+
 def test_an_exported_program_with_constants() -> None:
     model = ManyArguments().eval()
     exported = torch.export.export(model, (X, None, 2.0), {"mask": MASK}, strict=False)

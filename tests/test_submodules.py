@@ -10,10 +10,11 @@ from typing import Any
 
 import pytest
 import torch
-from oracle import error, floats
+from oracle import TOLERANCE, error, floats, zeroed
 from refusal import BATCH, Vectors, X, untouched
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.utils import rnn
 from torch.utils import _pytree as pytree
 
 import fasp_fx
@@ -450,6 +451,28 @@ def test_submodules_that_no_exporter_takes() -> None:
         result = _prune(Forks(second=other).eval())
         assert set(result.parts) == {"first"}
         assert torch.isfinite(result.module(X)["out"]).all()
+
+
+class Packed(nn.Module):
+    """Hands a packed sequence from one submodule to another, whose class looks at what it is made of."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = Vectors(), nn.LSTM(6, 5, batch_first=True)
+
+    def forward(self, x: Tensor, lengths: Tensor) -> Tensor:
+        packed = rnn.pack_padded_sequence(self.first(x), lengths, batch_first=True, enforce_sorted=False)
+        return rnn.pad_packed_sequence(self.second(packed)[0], batch_first=True)[0]
+
+
+def test_packed_sequences_between_submodules() -> None:
+    model, given = Packed().eval(), (torch.randn(2, 4, 6), torch.tensor([2, 4]))
+    result = fasp_fx.prune(model, given, sparsity=0.3, score="magnitude", restore=None)
+    assert set(result.parts) == {"first"}
+    assert result.left["second"].startswith("it takes a PackedSequence")
+    with torch.no_grad():
+        expected = zeroed(model, result.plan)(*given)
+        assert error(result.module(*given), expected) <= TOLERANCE
 
 
 class Alone(Vectors):

@@ -132,7 +132,7 @@ def capture(
     example = exported.example_inputs
     if example is None:
         raise ArgumentError("the exported program carries no example inputs; pass them as args and kwargs")
-    inputs, outputs = state_positions(module, exported, example, state)
+    inputs, outputs = state_positions(module, exported, signature.given(), state)
     order = _order(model)
     folding = fold_weights(module, order) if fold else Folding()
     notes = (*notes, *folding.notes)

@@ -6,7 +6,10 @@ import contextlib
 import functools
 import inspect
 import itertools
+import os
+import traceback
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any, ParamSpec
 
 import torch
@@ -24,7 +27,7 @@ from .._compat import (
     without_fake_cache,
 )
 from ..channels import TRACED, foreseen
-from ..errors import ExportError, tolerable
+from ..errors import ExportError, first_line, tolerable
 from ._aliases import as_weights
 from ._dynamic import (
     all_dims,
@@ -99,21 +102,14 @@ def export(
                 exported, sets = _undisturbed(
                     model, signature, names, inputs, functools.partial(with_static, shapes, features)
                 )
-            if dynamic_shapes is None and shapes is all_dims and images_of(inputs.values()):
-                note = "; ".join(
-                    filter(
-                        None,
-                        (
-                            note,
-                            (
-                                "the sizes of images are fixed to those of the example; dynamic_shapes= lets"
-                                " them vary"
-                            ),
-                        ),
-                    )
-                )
+            images = images_of(inputs.values()) if dynamic_shapes is None and shapes is all_dims else set()
+            alike = ", ".join(f"'{name}'" for name, value in inputs.items() if id(value) in images)
+            fixed = (
+                f"all sizes of {alike} but the first are fixed to those of the example, as images have four"
+                " dimensions and more; dynamic_shapes= lets them vary"
+            )
             said = (
-                *((note,) if note else ()),
+                *filter(None, (note, fixed if images else "")),
                 *(fixed_sizes(exported) if shapes is not None else ()),
                 *(f"forward sets the attribute '{name}', which a graph does not" for name in sets),
             )
@@ -125,11 +121,34 @@ def export(
             )
         except tolerable(Exception) as error:
             failures.append(error)
-    reason = str(failures[0]).strip().splitlines() or [type(failures[0]).__name__]
     raise ExportError(
-        f"{type(model).__name__} cannot be captured by torch.export: {reason[0]}. Try the inputs on the model"
-        " itself, then capture the largest submodule without data-dependent control flow."
+        f"{type(model).__name__} cannot be captured by torch.export: {first_line(failures[0])}"
+        f"{_where(failures[0])}. Try the inputs on the model itself, then capture the largest submodule"
+        " without data-dependent control flow."
     ) from failures[0]
+
+
+#: folders of code that is no model's: libraries with all that they hold, and Python's own, in which packages
+#: may lie
+_LIBRARIES = tuple(os.path.join(folder, "") for folder in (*torch.__path__, str(Path(__file__).parents[1])))
+_PYTHON = Path(contextlib.__file__).parent
+
+
+def _where(error: Exception) -> str:
+    """The line of the model's code from which an error came, to stand in a sentence; empty if there is
+    none.
+    """
+    frame = next(
+        (
+            frame
+            for frame in reversed(traceback.extract_tb(error.__traceback__))
+            if frame.line
+            and not frame.filename.startswith(_LIBRARIES)
+            and Path(frame.filename).parent != _PYTHON
+        ),
+        None,
+    )
+    return "" if frame is None else f", at '{frame.line}' ({Path(frame.filename).name}:{frame.lineno})"
 
 
 #: of a function with a derivative of its own

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
 
 from torch import fx
 from torch.export import ExportedProgram
@@ -40,25 +39,34 @@ def _all_names(spec: pytree.TreeSpec) -> Iterator[str]:
 def state_positions(
     module: fx.GraphModule,
     exported: ExportedProgram,
-    example: tuple[tuple[Any, ...], dict[str, Any]],
+    arguments: list[str],
     state: tuple[str, ...],
 ) -> tuple[frozenset[str], frozenset[int]]:
     """The names of the inputs and the numbers of the outputs that hold state: caches, and what goes by one of
     the names in ``state``.
 
+    Args:
+        arguments: names of the arguments in the order of ``forward``, those given by position first.
+
     Raises:
         ArgumentError: nothing goes by one of the names.
     """
-    known = {*_all_names(exported.call_spec.in_spec), *_all_names(exported.call_spec.out_spec)}
+    given, returned = exported.call_spec.in_spec, exported.call_spec.out_spec
+    by_position, by_name = given.children()
+    named = dict(zip(arguments, by_position.children(), strict=False))
+    known = {*named, *_all_names(given), *_all_names(returned)}
     if unknown := [name for name in state if name not in known]:
         raise ArgumentError(
             f"state: no argument or output is called {unknown[0]!r}; there are"
             f" {', '.join(map(repr, sorted(known))) or 'none with a name'}"
         )
-    inputs = list(_leaves_in_state(exported.call_spec.in_spec, state))
+    inputs = [
+        *(held for name, spec in named.items() for held in _leaves_in_state(spec, state, name in state)),
+        *_leaves_in_state(by_name, state),
+    ]
     names = [node.name for node in module.graph.find_nodes(op="placeholder")]
-    outputs = list(_leaves_in_state(exported.call_spec.out_spec, state))
+    outputs = list(_leaves_in_state(returned, state))
     return (
-        frozenset(name for name, held in zip(names, inputs, strict=False) if held),
+        frozenset(name for name, held in zip(names, inputs, strict=True) if held),
         frozenset(index for index, held in enumerate(outputs) if held),
     )

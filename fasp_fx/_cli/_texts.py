@@ -20,11 +20,12 @@ from ._console import Stages
 
 @dataclass(frozen=True)
 class Wanted:
-    """What text is needed; a file that is ``None`` stands for text that the model writes itself.
+    """What text is needed.
 
     Attributes:
-        file, batches: where chunks to use come from, and how many.
-        text, eval_batches: where chunks to measure on come from, and how many.
+        file, batches: where chunks to use come from, and how many; ``None``: the model writes them.
+        text, eval_batches: where chunks to measure on come from, and how many; ``None``: what is left of
+            ``file``, and where that is nothing, the model writes them.
         length: tokens of each chunk.
         seed: of what the model writes.
     """
@@ -84,22 +85,29 @@ class Texts:
         used = 0
         if wanted.file is not None:
             chunks = _text.read_chunks(wanted.file, tokenizer, wanted.length)
-            self.used = chunks[: wanted.batches]
+            # Where no other text is given, what is measured on is of this one: what is not needed, but at
+            # least a quarter.
+            spare = max(len(chunks) - wanted.batches, len(chunks) // 4) if wanted.text is None else 0
+            self.used = chunks[: min(wanted.batches, len(chunks) - spare)]
             used = len(self.used)
+            if spare:
+                self._measure_on(wanted.file, chunks, used)
         if wanted.text is not None:
             chunks = _text.read_chunks(wanted.text, tokenizer, wanted.length)
             first = used if wanted.file is not None and wanted.text.samefile(wanted.file) else 0
-            self.evaluation = chunks[first : first + wanted.eval_batches]
-            if not len(self.evaluation):
+            if first >= len(chunks):
                 raise CalibrationError(
                     f"all {len(chunks)} chunks of '{wanted.text}' are used, leaving none to measure on;"
                     " use fewer --batches or a smaller --length"
                 )
-            last = first + len(self.evaluation) - 1
-            self.label = (
-                f"perplexity on chunks {first} to {last} of {wanted.text.name} ({len(self.evaluation)} x"
-                f" {wanted.length} tokens)"
-            )
+            self._measure_on(wanted.text, chunks, first)
+
+    def _measure_on(self, file: Path, chunks: Tensor, first: int) -> None:
+        self.evaluation = chunks[first : first + self.wanted.eval_batches]
+        self.label = (
+            f"perplexity on chunks {first} to {first + len(self.evaluation) - 1} of {file.name}"
+            f" ({len(self.evaluation)} x {self.wanted.length} tokens)"
+        )
 
     def check_two(self) -> None:
         """Refuse a file of a single chunk, where one is to be held out.

@@ -92,7 +92,8 @@ def _torn(wanted: list[_Wanted], known: Assignment) -> str | None:
     first, *others = dict.fromkeys(places)
     if not others:
         return f"{names} has to be two numbers in '{first}', which no attribute can be"
-    return f"{names} has to be one number in '{first}' and another in '{others[0]}', which takes two attributes"
+    where = f"'{first}' and another in '{others[0]}'"
+    return f"{names} has to be one number in {where}, which takes two attributes"
 
 
 def _integers(node: fx.Node) -> list[int | None]:

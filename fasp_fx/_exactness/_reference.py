@@ -103,7 +103,7 @@ def _whole_weights(program: Program, analysis: Analysis) -> dict[str, _Piece] | 
     others = [
         node for product in analysis.walk.facts.products for node in (product.node, *product.operands[:1])
     ]
-    others += [item for pair in _choosing(analysis) for item in pair]
+    others += [item for node, source, _ in _choosing(analysis) for item in (node, source)]
     return pieces if all(_same(nodes.get(node.name), node) for node in others) else None
 
 
@@ -116,15 +116,18 @@ def _same(found: fx.Node | None, node: fx.Node) -> bool:
     )
 
 
-def _choosing(analysis: Analysis) -> list[tuple[fx.Node, fx.Node]]:
-    """The nodes in which positions compete by their values, and what holds the values."""
+def _choosing(analysis: Analysis) -> list[tuple[fx.Node, fx.Node, int | None]]:
+    """The nodes in which positions compete by their values, what holds the values, and along which of its
+    dimensions; ``None``: along all.
+    """
     found = []
     for node in analysis.walk.values:
         rule = lookup(node.target) if node.op == "call_function" else None
         if rule is not None and rule.all("choose"):
-            source = arguments(node)[rule.alternatives[0].operands[0].name]
+            given = arguments(node)
+            source = given[rule.alternatives[0].operands[0].name]
             if isinstance(source, fx.Node):
-                found.append((node, source))
+                found.append((node, source, given[rule.all("choose")[0].words[0]]))
     return found
 
 
@@ -196,10 +199,11 @@ class _Masking:
         if not experts:
             return
         numbers = np.append(np.isin(self.analysis.labels, np.concatenate(experts)) & self.gone[:-1], False)
-        for node, source in _choosing(self.analysis):
+        for node, source, dim in _choosing(self.analysis):
             value = self.analysis.walk.values[source]
             masks = []
-            for axis in value.axes if isinstance(value, Value) else ():
+            own = value.axes if isinstance(value, Value) else ()
+            for axis in own if dim is None else [axis for axis in own if axis.dim == dim % len(value.shape)]:
                 lying = repeating(axis.numbers, _recorded(source, axis.numbers))
                 gone = numbers[axis.numbers.numpy()]
                 if gone.any() and lying is None:

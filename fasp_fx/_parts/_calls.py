@@ -33,8 +33,10 @@ class Call:
         return self.map(lambda tensor: tensor.detach().clone())
 
     def shapes(self) -> Call:
-        """The same call with tensors that have no data."""
-        return self.map(lambda tensor: torch.empty_like(tensor, device="meta"))
+        """The same call with tensors that take no memory, on their devices: what holds them may look where
+        they lie, as a ``PackedSequence`` does.
+        """
+        return self.map(lambda tensor: tensor.new_zeros(()).expand(tensor.shape))
 
     def leaves(self) -> list[Any]:
         """Tensors and constants, in order."""
@@ -58,7 +60,14 @@ class Call:
         return f"{spec} {shown}"
 
     def opaque(self) -> str | None:
-        """The class of an argument that holds tensors out of the exporter's sight, if there is one."""
+        """The class of an argument that holds tensors out of the exporter's sight, or that holds nothing but
+        tensors, so that it cannot say what is known of them, if there is one.
+        """
+        for value in (*self.args, *self.kwargs.values()):
+            try:
+                pytree.tree_map(lambda _: {}, value)
+            except (AttributeError, TypeError, ValueError):  # a PackedSequence looks at what it is made of
+                return type(value).__name__
         return next(
             (
                 type(leaf).__name__

@@ -94,7 +94,13 @@ def read_tensors(
             f"'{path.name}' is not a readable safetensors file: {error}; save the result again"
         ) from error
     for source in {entry["stored_as"] for entry in entries.values() if entry.get("pairs")} & stored.keys():
-        stored[source] = _paired(stored[source], path)
+        held = stored[source]
+        if held.dtype not in _IN_PAIRS or held.shape[-1:] != (2,):
+            raise StoreError(
+                f"'{path.name}' does not hold complex numbers where the graph needs them; save the result"
+                " again"
+            )
+        stored[source] = torch.view_as_complex(held.clone())  # pairs may lie where no complex number can
     made: dict[tuple[Any, ...], Tensor] = {}
     found: dict[str, Tensor] = {}
     for name, entry in entries.items():
@@ -126,15 +132,6 @@ def read_tensors(
             made[key] = nn.Parameter(data, requires_grad=bool(entry["requires_grad"])) if parameter else data
         found[name] = made[key]
     return found
-
-
-def _paired(held: Tensor, path: Path) -> Tensor:
-    """Complex numbers that lie in a file as pairs of real ones."""
-    if held.dtype not in _IN_PAIRS or held.shape[-1:] != (2,):
-        raise StoreError(
-            f"'{path.name}' does not hold complex numbers where the graph needs them; save the result again"
-        )
-    return torch.view_as_complex(held.clone())  # a file's pairs may lie where no complex number can
 
 
 def device_of(name: Any) -> torch.device:
