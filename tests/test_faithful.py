@@ -4,6 +4,7 @@ said.
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import functools
 import math
@@ -269,33 +270,74 @@ def test_names_that_are_words_of_python_are_refused() -> None:
         fasp_fx.capture(model.eval(), example())
 
 
-@functools.cache
+@functools.lru_cache
 def table(length: int) -> Tensor:
     return torch.arange(length, dtype=torch.float32)[:, None].cos()
 
 
-class Tabled(nn.Module):
-    """Looks up what a function remembers."""
+TABLES: dict[int, tuple[Tensor, list[Tensor]]] = {}
+LAST: Tensor | None = None
 
-    def __init__(self) -> None:
+
+def looked_up(length: int) -> Tensor:
+    if length not in TABLES:
+        TABLES[length] = (torch.ones(1), [table.__wrapped__(length)])
+    return TABLES[length][1][0]
+
+
+def kept(length: int) -> Tensor:
+    global LAST
+    if LAST is None or len(LAST) != length:
+        LAST = table.__wrapped__(length)
+    return LAST
+
+
+class Tabled(nn.Module):
+    """Looks up what a function remembers, and may ask what a graph cannot."""
+
+    def __init__(self, remember: Callable[[int], Tensor], asks: bool) -> None:
         super().__init__()
+        self.remember, self.asks = remember, asks
+        self.embed = nn.Embedding(4, 6, max_norm=0.1)
         self.up, self.down = nn.Linear(6, 12), nn.Linear(12, 4)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down(self.up(x).relu() * table(int(x.shape[0])))
+        hidden = self.up(x + self.embed(torch.ones(1, dtype=torch.long))).relu()
+        hidden = hidden * self.remember(int(x.shape[0]))
+        return self.down(hidden if not self.asks or hidden.sum() < 1e9 else -hidden)
 
 
-def test_a_tensor_that_a_function_remembers_from_the_capture() -> None:
-    table.cache_clear()
-    with pytest.raises(
-        fasp_fx.CaptureError, match=r"has kept a tensor without values.*call the model once before"
-    ):
-        fasp_fx.prune(Tabled().eval(), example(), score="magnitude", restore=None)
-    table.cache_clear()
-    model = Tabled().eval()
-    model(*example())
-    fasp_fx.capture(model, example())
-    table.cache_clear()
+@pytest.mark.parametrize("samples", [1, 5])
+@pytest.mark.parametrize("asks", [False, True], ids=["captured", "refused"])
+@pytest.mark.parametrize("remember", [table, looked_up, kept])
+def test_what_functions_remember_has_values_after_a_capture(
+    remember: Callable[[int], Tensor], asks: bool, samples: int
+) -> None:
+    def forget() -> None:
+        global LAST
+        table.cache_clear()
+        TABLES.clear()
+        LAST = None
+
+    torch.manual_seed(0)
+    model, x = Tabled(remember, asks).eval(), torch.randn(samples, 6)
+    forget()
+    expected = copy.deepcopy(model)(x).detach()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    for capture in (fasp_fx.analyze, fasp_fx.capture):
+        forget()
+        with (
+            pytest.raises(fasp_fx.CaptureError, match="data-dependent") if asks else contextlib.nullcontext()
+        ):
+            capture(model, (x,))  # type: ignore[operator]
+        assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
+        found = copy.deepcopy(model)(x).detach()
+        assert type(found) is Tensor
+        assert torch.equal(found, expected)
+    if not asks:
+        forget()
+        result = fasp_fx.prune(model, (x,), score="magnitude", restore=None, sparsity=0.2)
+        assert torch.equal(fasp_fx.apply(model, result.plan, (x,)).module(x), result.module(x))
 
 
 class ByNumber(nn.Module):
@@ -325,7 +367,7 @@ def test_one_sample_is_captured_as_it_is_where_two_are_something_else(form: Any)
     """
     model, x = ByNumber(form).eval(), torch.randn(1, 4, 5)
     result = fasp_fx.prune(model, (x,), calibration=[x], sparsity=0.3, score="random", restore=None)
-    assert any("batch size of 1" in note for note in result.report.notes)
+    assert any("the size 1 of dimension 0 of 'x'" in note for note in result.report.notes)
     dense = copy.deepcopy(model)
     (group,) = result.plan.groups
     dense.down.weight.data[:, list(group.consumers[0].by_block()[0])] = 0

@@ -24,7 +24,7 @@ from .._compat import (
     without_fake_cache,
 )
 from ..channels import TRACED, foreseen
-from ..errors import ExportError
+from ..errors import ArgumentError, ExportError, first_line
 from ._aliases import as_weights
 from ._dynamic import (
     all_dims,
@@ -44,7 +44,7 @@ from ._quiet import quiet
 from ._settled import fixed_sizes, settled_as_numbers
 from ._steps import any_number_of_steps
 from ._transformers import export_transformers, is_transformers
-from ._unchanged import unchanged
+from ._unchanged import run_once, unchanged
 from ._views import as_views
 
 
@@ -90,6 +90,8 @@ def export(
     failures: list[Exception] = []
     for note, inputs, shapes in attempts:
         try:
+            if not meta:
+                _run_once(model, signature, names, inputs, given)
             with functions_called() as functions:
                 exported, sets = _undisturbed(model, signature, names, inputs, shapes)
             if inputs is not given and not takes_any_number(exported):
@@ -123,6 +125,8 @@ def export(
                 # Freedom can have been taken away since that was asked above.
                 inputs is not given and takes_any_number(exported),
             )
+        except ArgumentError:
+            raise
         except Exception as error:
             failures.append(error)
     reason = str(failures[0]).strip().splitlines() or [type(failures[0]).__name__]
@@ -130,6 +134,31 @@ def export(
         f"{type(model).__name__} cannot be captured by torch.export: {reason[0]}. Try the inputs on the model"
         " itself, then capture the largest submodule without data-dependent control flow."
     ) from failures[0]
+
+
+def _run_once(
+    model: nn.Module,
+    signature: CallSignature,
+    names: list[str],
+    inputs: dict[str, Any],
+    given: dict[str, Any],
+) -> None:
+    """Let the model itself compute what functions of its code remember.
+
+    Raises:
+        ArgumentError: it does not run on what was given.
+    """
+    try:
+        run_once(model, *_arguments(signature, names, inputs))
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # of forward, which raises what it likes
+        if inputs is not given:
+            raise
+        raise ArgumentError(
+            f"the model does not run on the example inputs: {type(error).__name__}: {first_line(error)}; pass"
+            " others"
+        ) from error
 
 
 #: of a function with a derivative of its own
@@ -192,14 +221,22 @@ def _with_or_without_cache(make: Callable[_P, ExportedProgram]) -> Callable[_P, 
     return export_once
 
 
+def _arguments(
+    signature: CallSignature, names: list[str], inputs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """What a call is given, those of ``names`` by position."""
+    held = {**inputs, **{name: one for name, one in signature.constants.items() if name not in inputs}}
+    return tuple(held.pop(name) for name in names), held
+
+
 @_with_or_without_cache
 def _export_once(
     model: nn.Module, signature: CallSignature, names: list[str], inputs: dict[str, Any], shapes: Any
 ) -> ExportedProgram:
-    args = tuple(inputs[name] if name in inputs else signature.constants[name] for name in names)
-    kwargs = {name: value for name, value in inputs.items() if name not in names}
+    args, kwargs = _arguments(signature, names, inputs)
     if is_transformers(model) and not args:
-        return _rewritten(lambda: export_transformers(model, {**kwargs, **signature.constants}, shapes))
+        return _rewritten(lambda: export_transformers(model, kwargs, shapes))
+    kwargs = {name: value for name, value in kwargs.items() if name in inputs}
     constants = {name: value for name, value in signature.constants.items() if name not in names}
     kwargs |= {name: value for name, value in constants.items() if is_plain(value)}
     held = {name: value for name, value in constants.items() if not is_plain(value)}

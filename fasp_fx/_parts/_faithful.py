@@ -17,7 +17,7 @@ from torch import Tensor, fx, nn
 from .._capture import lower_bound
 from .._capture._dead import draws
 from .._capture._unchanged import copied, rewound
-from .._compat import FakeTensor, pytree
+from .._compat import pytree
 from .._deviation import distance
 from .._exactness._compare import coarsest
 from .._observe._runner import Runner
@@ -25,7 +25,7 @@ from .._program import Program
 from .._undisturbed import drawing_alike
 from .._warn import warn
 from ..channels import is_dynamic, results, written_inputs, written_names
-from ..errors import ArgumentError, CalibrationError, CaptureError, CaptureWarning, first_line
+from ..errors import CalibrationError, CaptureError, CaptureWarning
 
 #: relative deviation in the 2-norm from which on two outputs are not the same up to rounding, by the bytes of
 #: the coarsest numbers that either computes; of integers, the part that differs
@@ -67,23 +67,7 @@ def compared(
         drawn = _held_to_draw(program, model, args, kwargs)
         if drawn is not None:
             return drawn
-    try:
-        expected, changed = _called(program, model, args, kwargs)
-    except torch.OutOfMemoryError:
-        raise
-    except (
-        Exception
-    ) as error:  # tensors without data let pass what the model itself refuses, such as another dtype
-        raise ArgumentError(
-            f"the model does not run on the example inputs: {type(error).__name__}: {first_line(error)}; pass"
-            " others"
-        ) from error
-    if any(isinstance(leaf, FakeTensor) for leaf in expected):
-        raise CaptureError(
-            f"{type(model).__name__} has kept a tensor without values from its capture, in a function that"
-            " remembers what it returned (functools.cache, say): clear what it remembers, and call the model"
-            " once before it is captured"
-        )
+    expected, changed = _called(program, model, args, kwargs)
     trouble = _trouble(program, expected, args, kwargs)
     if trouble is not None and recapture is not None and _is_doubled(program, args, kwargs):
         with contextlib.suppress(CaptureError):  # then what there is will have to do
