@@ -70,6 +70,7 @@ def export(
         doubles: whether a batch of one may be captured as one of two, so that it can vary.
 
     Raises:
+        ArgumentError: the model does not run on the inputs.
         ExportError: no attempt succeeded; the message carries the reason of the first.
     """
     names = _by_position(model, signature, leading)
@@ -91,7 +92,7 @@ def export(
     for note, inputs, shapes in attempts:
         try:
             if not meta:
-                _run_once(model, signature, names, inputs, given)
+                _run_once(model, *_arguments(signature, names, inputs), inputs is given)
             with functions_called() as functions:
                 exported, sets = _undisturbed(model, signature, names, inputs, shapes)
             if inputs is not given and not takes_any_number(exported):
@@ -136,24 +137,21 @@ def export(
     ) from failures[0]
 
 
-def _run_once(
-    model: nn.Module,
-    signature: CallSignature,
-    names: list[str],
-    inputs: dict[str, Any],
-    given: dict[str, Any],
-) -> None:
+def _run_once(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], is_given: bool) -> None:
     """Let the model itself compute what functions of its code remember.
 
+    Args:
+        is_given: whether these are the caller's inputs.
+
     Raises:
-        ArgumentError: it does not run on what was given.
+        ArgumentError: it does not run on the caller's inputs.
     """
     try:
-        run_once(model, *_arguments(signature, names, inputs))
+        run_once(model, args, kwargs)
     except torch.OutOfMemoryError:
         raise
     except Exception as error:  # of forward, which raises what it likes
-        if inputs is not given:
+        if not is_given:
             raise
         raise ArgumentError(
             f"the model does not run on the example inputs: {type(error).__name__}: {first_line(error)}; pass"
