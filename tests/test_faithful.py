@@ -225,43 +225,6 @@ def test_beside_such_a_size_others_are_tried_at_one() -> None:
         fasp_fx.prune(Repeating(True).eval(), (torch.randn(2, 9, 6),), score="magnitude", restore=None)
 
 
-class Choosing(Asking):
-    """Does otherwise by what it asks of its input."""
-
-    def __init__(self, ask: Callable[[Tensor], bool]) -> None:
-        super().__init__(False)
-        self.ask = ask
-
-    def forward(self, x: Tensor) -> Tensor:
-        return super().forward(x) * (2 if self.ask(x) else 1)
-
-
-@pytest.mark.parametrize(
-    ("ask", "what"),
-    [
-        (lambda x: x.is_contiguous(), "how its inputs lie in memory"),
-        (lambda x: x.requires_grad, "whether its inputs require gradients"),
-        (lambda x: torch.is_grad_enabled(), "whether gradients are enabled"),
-    ],
-    ids=["layout", "requires_grad", "gradients"],
-)
-def test_what_a_model_asks_of_its_inputs_besides_sizes_is_said(
-    ask: Callable[[Tensor], bool], what: str
-) -> None:
-    with pytest.warns(fasp_fx.CaptureWarning, match=f"depends on {what}"):
-        result = fasp_fx.prune(Choosing(ask).eval(), example(), score="magnitude", restore=None)
-    assert any(what in note for note in result.report.notes)
-
-
-def test_what_comes_out_the_same_may_be_asked(strict: None) -> None:
-    class Viewing(Asking):
-        def forward(self, x: Tensor) -> Tensor:
-            x = x if x.is_contiguous() else x.contiguous()
-            return super().forward(x.view(-1, 6) * (1 + 1e-4 * x.requires_grad))
-
-    fasp_fx.prune(Viewing(False).eval(), example(), score="magnitude", restore=None)
-
-
 def test_names_that_are_words_of_python_are_refused() -> None:
     model = nn.Sequential()
     model.add_module("class", nn.Linear(6, 12))
@@ -422,36 +385,6 @@ class Seeding(Layers):
         return self.down(self.up(x).sigmoid() * noise)
 
 
-class Turning(Layers):
-    """Weighs its inputs by the order in which they come."""
-
-    def forward(self, given: dict[str, Tensor]) -> Tensor:
-        parts = [(index + 1) * self.up(value) for index, value in enumerate(given.values())]
-        return self.down(torch.stack(parts).sum(0).sigmoid())
-
-
-class Sorting(Layers):
-    """Takes a list for something else than a tuple."""
-
-    def forward(self, given: Any) -> Tensor:
-        first, second = given if isinstance(given, list) else reversed(given)
-        return self.down((self.up(first) + 2 * self.up(second)).sigmoid())
-
-
-class Scaling(Layers):
-    """Asks of what kind its integers are."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.down(self.up(x.float() / (255 if x.dtype == torch.int32 else 2**15)).sigmoid())
-
-
-class Looking(Layers):
-    """Asks whether it attends to itself."""
-
-    def forward(self, x: Tensor, context: Tensor) -> Tensor:
-        return self.down(self.up(x).sigmoid() * self.up(context).sigmoid() * (2 if context is x else 1))
-
-
 @pytest.mark.parametrize(
     ("model", "args", "says"),
     [
@@ -459,11 +392,6 @@ class Looking(Layers):
         (Complex(), example(), "on the example inputs"),
         (Little().double(), (example()[0].double(),), "differs by 3.0e-03 of its size"),
         (Seeding(), example(), "the model seeds torch's generator itself"),
-        (Turning(), ({"a": example()[0], "b": example()[0] + 1},), "depends on how its arguments are built"),
-        (Sorting(), ([example()[0], example()[0] + 1],), "depends on how its arguments are built"),
-        (Scaling(), (torch.arange(30).reshape(5, 6),), "whether its integers are of 32 or 64 bits"),
-        (Looking(), (example()[0], example()[0] + 1), "depends on whether two inputs are one tensor"),
-        (Looking(), example() * 2, "on the example inputs"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )

@@ -5,7 +5,6 @@ is being traced, and then do otherwise.
 from __future__ import annotations
 
 import contextlib
-import functools
 import math
 from collections.abc import Callable
 from dataclasses import replace
@@ -24,7 +23,7 @@ from .._observe._runner import Runner
 from .._program import Program
 from .._undisturbed import drawing_alike
 from .._warn import warn
-from ..channels import is_dynamic, results, written_inputs, written_names
+from ..channels import is_dynamic, results, written_names
 from ..errors import CalibrationError, CaptureError, CaptureWarning
 
 #: relative deviation in the 2-norm from which on two outputs are not the same up to rounding, by the bytes of
@@ -50,8 +49,7 @@ def compared(
     """The program, with a note and a :class:`CaptureWarning` if it does not compute what the model does.
 
     They are compared on the example inputs; where forward sets attributes, once more after a call; and with
-    every size that varies at one, for which an exporter takes the way of larger sizes. The model is compared
-    with itself where inputs lie otherwise in memory, and with gradients.
+    every size that varies at one, for which an exporter takes the way of larger sizes.
 
     A program of two samples in the place of one can differ where forward asks how many there are; it is
     captured once more, as it was given, by ``recapture``.
@@ -84,14 +82,7 @@ def compared(
                 f"{_OTHERWISE} in the second of two calls (an output differs by {_shown(worst)}): forward"
                 f" keeps something in {names}, and a graph only in buffers",
             )
-    # What a call writes would be of the graph of its gradients.
-    keeps = not changed and not written_names(program.module.graph)
-    flag = _decisive(program, model, args, kwargs, gradients=keeps)
-    if flag is not None:
-        return _noted(
-            program, f"{_OTHERWISE} in every call: its result depends on {flag}, which a capture settles"
-        )
-    least = _of_size(1, program, args, kwargs)
+    least = _at_one(program, args, kwargs)
     if least is not None:
         try:
             expected, _ = _called(program, model, *least)
@@ -135,29 +126,19 @@ def _held_to_draw(program: Program, model: nn.Module, args: Any, kwargs: dict[st
 
 
 def _called(
-    program: Program,
-    model: nn.Module,
-    args: Any,
-    kwargs: dict[str, Any],
-    calls: int = 1,
-    given: Callable[[Any], tuple[Any, dict[str, Any]]] = copied,
-    gradients: bool = False,
+    program: Program, model: nn.Module, args: Any, kwargs: dict[str, Any], calls: int = 1
 ) -> tuple[list[Any], list[str]]:
     """What the last of some calls of the model returns, and which attributes they set; the model and its
     inputs are left as they were.
-
-    Args:
-        given: what is made of the inputs for each call: copies.
-        gradients: whether operations are recorded for gradients.
     """
     # what a model compiles for itself (flex attention, say) runs uncompiled, as in the program
     with (
-        torch.set_grad_enabled(gradients),
+        torch.no_grad(),
         rewound(model, written_names(program.module.graph)) as changed,
         torch.compiler.set_stance("force_eager"),
     ):
         for _ in range(calls):
-            own_args, own_kwargs = given((args, kwargs))
+            own_args, own_kwargs = copied((args, kwargs))
             expected = copied(pytree.tree_leaves(model(*own_args, **own_kwargs)))
     return expected, changed.names(model)
 
@@ -235,129 +216,9 @@ def _shown(worst: float) -> str:
     return f"{worst:.0%}" if worst >= 0.01 else f"{worst:.1e} of its size"
 
 
-def _decisive(
-    program: Program, model: nn.Module, args: Any, kwargs: dict[str, Any], gradients: bool
-) -> str | None:
-    """What the model's result depends on besides sizes, types and values of its inputs, all of which a
-    program cannot see: how they lie in memory and in containers, how many bits integers have, whether two are
-    one tensor, and whether gradients are asked for.
-
-    The model is held against itself, on the first entries of the example inputs alone.
-
-    Args:
-        gradients: whether the model can be called with them.
-    """
-    small = _of_size(2, program, args, kwargs)
-    if small is None:
-        return None
-    allowed = _allowed(program)
-
-    def differs(
-        strided: bool = False,
-        leaf: bool = False,
-        gradients: bool = False,
-        turned: bool = False,
-        recast: bool = False,
-    ) -> bool | None:
-        """Whether the result is another one then; ``None`` if there is none."""
-        try:
-            laid = functools.partial(_laid, strided=strided, leaf=leaf, turned=turned, recast=recast)
-            found, _ = _called(program, model, *small, given=laid, gradients=gradients)
-        except Exception:  # a model may refuse such inputs as it likes
-            return None
-        return _apart(found, expected, allowed) > 0
-
-    try:
-        expected, _ = _called(program, model, *small)
-    except Exception:  # or such sizes
-        return None
-    if differs(strided=True, leaf=gradients, gradients=gradients, turned=True) is not False:
-        if differs(turned=True):
-            return "how its arguments are built (the order of keys, lists or tuples)"
-        if differs(strided=True):
-            return "how its inputs lie in memory"
-        if gradients and differs(gradients=True):
-            return "whether gradients are enabled"
-        if gradients and differs(leaf=True, gradients=True):
-            return "whether its inputs require gradients"
-    if any(map(_counts, pytree.tree_leaves(small))) and differs(recast=True):
-        return "whether its integers are of 32 or 64 bits"
-    if written_inputs(program.module.graph):  # which no other input may share memory with
-        return None
-    return "whether two inputs are one tensor" if _tells_one_from_two(program, model, *small) else None
-
-
-def _tells_one_from_two(program: Program, model: nn.Module, args: Any, kwargs: dict[str, Any]) -> bool:
-    """Whether a model gives something else for one tensor in the places of several inputs than for equal
-    ones, which each is a stand-in of its own for an exporter.
-    """
-    first: dict[tuple[Any, ...], Tensor] = {}
-    alike = 0
-
-    def one_of(leaf: Any) -> Any:
-        nonlocal alike
-        if not isinstance(leaf, Tensor) or not leaf.is_floating_point():
-            return leaf
-        kind = tuple(leaf.shape), leaf.dtype, leaf.device
-        alike += kind in first
-        return first.setdefault(kind, leaf)
-
-    same = pytree.tree_map(one_of, (args, kwargs))
-    if not alike:
-        return False
-    try:
-        one, _ = _called(program, model, same[0], same[1])
-        several, _ = _called(program, model, same[0], same[1], given=_laid)
-    except Exception:  # a model may refuse such inputs as it likes
-        return False
-    return _apart(one, several, _allowed(program)) > 0
-
-
-def _laid(
-    given: tuple[Any, dict[str, Any]],
-    strided: bool = False,
-    leaf: bool = False,
-    turned: bool = False,
-    recast: bool = False,
-) -> tuple[Any, dict[str, Any]]:
-    """Copies of inputs, each of its own, that are not contiguous, that require gradients, in containers built
-    otherwise, or with integers of the other number of bits.
-    """
-
-    def made(tensor: Tensor) -> Tensor:
-        copy = tensor.detach().clone()
-        if recast and _counts(copy):
-            copy = copy.to(torch.int32 if copy.dtype == torch.int64 else torch.int64)
-        if strided:
-            copy = torch.stack([copy, copy], -1)[..., 0]
-        return copy.requires_grad_(leaf and (copy.is_floating_point() or copy.is_complex()))
-
-    if turned:
-        given = _turned(given)
-    found: tuple[Any, dict[str, Any]] = pytree.tree_map(
-        lambda one: made(one) if isinstance(one, Tensor) else one, given
-    )
-    return found
-
-
-def _counts(leaf: Any) -> bool:
-    return isinstance(leaf, Tensor) and leaf.dtype in (torch.int32, torch.int64)
-
-
-def _turned(value: Any) -> Any:
-    """The same with the keys of dicts the other way round, and with tuples for lists, lists for tuples."""
-    if type(value) is dict:
-        return {key: _turned(item) for key, item in reversed(value.items())}
-    if type(value) in (list, tuple):
-        return (tuple if type(value) is list else list)(map(_turned, value))
-    return value
-
-
-def _of_size(
-    count: int, program: Program, args: Any, kwargs: dict[str, Any]
-) -> tuple[Any, dict[str, Any]] | None:
-    """The first entry or entries of the example inputs along every dimension that varies and may be as small;
-    ``None`` if none does, or some vary together with others.
+def _at_one(program: Program, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]] | None:
+    """The first entry of the example inputs along every dimension that varies and may be as small; ``None``
+    if none does, or some vary together with others.
     """
     cut: dict[int, Tensor] = {}
     for node, leaf in zip(program.placeholders(), program.flat_inputs(args, kwargs), strict=True):
@@ -370,7 +231,7 @@ def _of_size(
                 return None
             if lower_bound(size) > _LEAST:
                 continue  # a call with a size of one is refused
-            cut[id(leaf)] = cut.get(id(leaf), leaf).narrow(dim, 0, min(count, leaf.shape[dim]))
+            cut[id(leaf)] = cut.get(id(leaf), leaf).narrow(dim, 0, min(1, leaf.shape[dim]))
     if not cut:
         return None
     found: tuple[Any, dict[str, Any]] = pytree.tree_map(lambda leaf: cut.get(id(leaf), leaf), (args, kwargs))
