@@ -512,7 +512,7 @@ def test_a_copy_that_would_go_on_to_read_the_models_own_weights_is_refused() -> 
 def test_submodules_are_no_way_around_other_errors() -> None:
     with pytest.raises(fasp_fx.CaptureError, match="training mode"):
         _prune(Forks())
-    with pytest.raises(fasp_fx.CaptureError, match="does not run on the example inputs"):
+    with pytest.raises(fasp_fx.ArgumentError, match="does not run on the example inputs"):
         _prune(Forks().eval(), (X[:, :4],))
     with pytest.raises(fasp_fx.ArgumentError, match="do not fit"):
         _prune(Forks().eval(), (X, 1.0, 2.0))

@@ -173,18 +173,20 @@ def _order(model: nn.Module | ExportedProgram) -> tuple[str, ...]:
 
 
 def _check_modes(model: nn.Module) -> None:
-    """Refuse weights that were made in inference mode, which nothing outside of it may change.
+    """Refuse weights that were made in inference mode, which nothing outside of it may change, and those that
+    have no shape yet.
 
     Raises:
-        ArgumentError: names one.
+        ArgumentError, CaptureError: names one.
     """
-    tensors = itertools.chain(model.named_parameters(), model.named_buffers())
-    made = next((name for name, tensor in tensors if not is_lazy(tensor) and tensor.is_inference()), None)
-    if made is not None:
-        raise ArgumentError(
-            f"'{made}' was made in torch's inference mode and cannot be exported; outside of it, pass"
-            " copy.deepcopy(model)"
-        )
+    for name, tensor in itertools.chain(model.named_parameters(), model.named_buffers()):
+        if is_lazy(tensor):
+            raise CaptureError(f"'{name}' is uninitialized; call the model once before it is captured")
+        if tensor.is_inference():
+            raise ArgumentError(
+                f"'{name}' was made in torch's inference mode and cannot be exported; outside of it, pass"
+                " copy.deepcopy(model)"
+            )
 
 
 def in_training(module: nn.Module, path: str = "") -> Iterator[str]:

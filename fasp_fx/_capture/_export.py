@@ -27,7 +27,7 @@ from .._compat import (
     without_fake_cache,
 )
 from ..channels import TRACED, foreseen
-from ..errors import ExportError, first_line, tolerable
+from ..errors import ArgumentError, ExportError, first_line, tolerable
 from ._aliases import as_weights
 from ._dynamic import (
     all_dims,
@@ -47,7 +47,7 @@ from ._quiet import quiet
 from ._settled import fixed_sizes, settled_as_numbers
 from ._steps import any_number_of_steps
 from ._transformers import export_transformers, is_transformers
-from ._unchanged import unchanged
+from ._unchanged import run_once, unchanged
 from ._views import as_views
 
 
@@ -73,6 +73,7 @@ def export(
         doubles: whether a batch of one may be captured as one of two, so that it can vary.
 
     Raises:
+        ArgumentError: the model does not run on the inputs.
         ExportError: no attempt succeeded; the message carries the reason of the first.
     """
     names = _by_position(model, signature, leading)
@@ -93,6 +94,8 @@ def export(
     failures: list[Exception] = []
     for note, inputs, shapes in attempts:
         try:
+            if not meta:
+                _run_once(model, *_arguments(signature, names, inputs), inputs is given)
             with functions_called() as functions:
                 exported, sets = _undisturbed(model, signature, names, inputs, shapes)
             if inputs is not given and not takes_any_number(exported):
@@ -119,6 +122,8 @@ def export(
                 # Freedom can have been taken away since that was asked above.
                 inputs is not given and takes_any_number(exported),
             )
+        except ArgumentError:
+            raise
         except tolerable(Exception) as error:
             failures.append(error)
     raise ExportError(
@@ -149,6 +154,26 @@ def _where(error: Exception) -> str:
         None,
     )
     return "" if frame is None else f", at '{frame.line}' ({Path(frame.filename).name}:{frame.lineno})"
+
+
+def _run_once(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], is_given: bool) -> None:
+    """Let the model itself compute what functions of its code remember.
+
+    Args:
+        is_given: whether these are the caller's inputs.
+
+    Raises:
+        ArgumentError: it does not run on the caller's inputs.
+    """
+    try:
+        run_once(model, args, kwargs)
+    except tolerable(Exception) as error:  # of forward, which raises what it likes
+        if not is_given:
+            raise
+        raise ArgumentError(
+            f"the model does not run on the example inputs: {type(error).__name__}: {first_line(error)}; pass"
+            " others"
+        ) from error
 
 
 #: of a function with a derivative of its own
@@ -211,14 +236,22 @@ def _with_or_without_cache(make: Callable[_P, ExportedProgram]) -> Callable[_P, 
     return export_once
 
 
+def _arguments(
+    signature: CallSignature, names: list[str], inputs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """What a call is given, those of ``names`` by position."""
+    held = {**inputs, **{name: one for name, one in signature.constants.items() if name not in inputs}}
+    return tuple(held.pop(name) for name in names), held
+
+
 @_with_or_without_cache
 def _export_once(
     model: nn.Module, signature: CallSignature, names: list[str], inputs: dict[str, Any], shapes: Any
 ) -> ExportedProgram:
-    args = tuple(inputs[name] if name in inputs else signature.constants[name] for name in names)
-    kwargs = {name: value for name, value in inputs.items() if name not in names}
+    args, kwargs = _arguments(signature, names, inputs)
     if is_transformers(model) and not args:
-        return _rewritten(lambda: export_transformers(model, {**kwargs, **signature.constants}, shapes))
+        return _rewritten(lambda: export_transformers(model, kwargs, shapes))
+    kwargs = {name: value for name, value in kwargs.items() if name in inputs}
     constants = {name: value for name, value in signature.constants.items() if name not in names}
     kwargs |= {name: value for name, value in constants.items() if is_plain(value)}
     held = {name: value for name, value in constants.items() if not is_plain(value)}

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from .._calling._signature import is_plain
-from .._compat import pytree
+from .._compat import OpOverload, TorchDispatchMode, pytree
+from .._storage import storage_of
 from .._undisturbed import drawing_alike
 
 _CONTAINERS = (list, dict, set)
@@ -146,6 +147,48 @@ def rewound(model: nn.Module, written: Iterable[str] = ()) -> Iterator[Changed]:
         _write_back(values)
 
 
+class _PuttingBack(TorchDispatchMode):
+    """Afterwards, what operators have written into some tensors is as it was.
+
+    Args:
+        tensors: of which only those are copied that are written into.
+    """
+
+    supports_higher_order_operators = True
+
+    def __init__(self, tensors: Iterable[Tensor]) -> None:
+        super().__init__()
+        self._own, self._before = {storage_of(tensor): tensor for tensor in tensors}, dict[object, Tensor]()
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        for argument, given in zip(func._schema.arguments if isinstance(func, OpOverload) else (), args):
+            written = argument.alias_info is not None and argument.alias_info.is_write
+            if written and (key := storage_of(given)) in self._own and key not in self._before:
+                self._before[key] = self._own[key].detach().clone()
+        return func(*args, **(kwargs or {}))
+
+    def __exit__(self, *raised: Any) -> None:
+        super().__exit__(*raised)
+        _write_back([(self._own[key].detach(), value) for key, value in self._before.items()])
+
+
+def run_once(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Call a model, so that what functions of its code remember (``functools.cache``, a dictionary of the
+    module) are tensors with values: those of a trace have none, and would be there in every later call.
+
+    The model and the arguments stay as they are.
+    """
+    with (
+        torch.no_grad(),
+        rewound(model),
+        torch.compiler.set_stance("force_eager"),  # what a model compiles is not compiled under a mode
+        _PuttingBack(model.parameters()),
+    ):
+        model(*copied(args), **copied(kwargs))
+
+
 def copied(value: Any) -> Any:
     """Arguments that a call may write into, or outputs that can be buffers, as they are now. What is one
     tensor stays one.
@@ -181,4 +224,4 @@ def _write_back(values: list[tuple[Tensor, Tensor]]) -> None:
                 tensor.copy_(value)
 
 
-__all__ = ["Changed", "copied", "of_torch", "rewound", "unchanged"]
+__all__ = ["Changed", "copied", "of_torch", "rewound", "run_once", "unchanged"]

@@ -5,7 +5,6 @@ is being traced, and then do otherwise.
 from __future__ import annotations
 
 import contextlib
-import functools
 import math
 from collections.abc import Callable
 from dataclasses import replace
@@ -17,7 +16,7 @@ from torch import Tensor, fx, nn
 from .._capture import lower_bound
 from .._capture._dead import draws
 from .._capture._unchanged import copied, rewound
-from .._compat import FakeTensor, pytree
+from .._compat import pytree
 from .._deviation import distance
 from .._exactness._compare import coarsest
 from .._observe._runner import Runner
@@ -25,7 +24,7 @@ from .._program import Program
 from .._undisturbed import drawing_alike
 from .._warn import warn
 from ..channels import is_dynamic, results, written_names
-from ..errors import ArgumentError, CalibrationError, CaptureError, CaptureWarning, first_line, tolerable
+from ..errors import CalibrationError, CaptureError, CaptureWarning, tolerable
 
 #: relative deviation in the 2-norm from which on two outputs are not the same up to rounding, by the bytes of
 #: the coarsest numbers that either computes; of integers, the part that differs
@@ -50,8 +49,7 @@ def compared(
     """The program, with a note and a :class:`CaptureWarning` if it does not compute what the model does.
 
     They are compared on the example inputs; where forward sets attributes, once more after a call; and with
-    every size that varies at one, for which an exporter takes the way of larger sizes. The model is compared
-    with itself with gradients, and with integers of another number of bits.
+    every size that varies at one, for which an exporter takes the way of larger sizes.
 
     A program of two samples in the place of one can differ where forward asks how many there are; it is
     captured once more, as it was given, by ``recapture``.
@@ -67,20 +65,7 @@ def compared(
         drawn = _held_to_draw(program, model, args, kwargs)
         if drawn is not None:
             return drawn
-    try:
-        expected, changed = called(program, model, args, kwargs)
-    except tolerable(Exception) as error:
-        # Tensors without data let pass what the model itself refuses, such as another dtype.
-        raise ArgumentError(
-            f"the model does not run on the example inputs: {type(error).__name__}: {first_line(error)}; pass"
-            " others"
-        ) from error
-    if any(isinstance(leaf, FakeTensor) for leaf in expected):
-        raise CaptureError(
-            f"{type(model).__name__} has kept a tensor without values from its capture, in a function that"
-            " remembers what it returned (functools.cache, say): clear what it remembers, and call the model"
-            " once before it is captured"
-        )
+    expected, changed = called(program, model, args, kwargs)
     try:
         trouble = trouble_with(program, expected, args, kwargs)
     except tolerable(CalibrationError) as error:
@@ -100,14 +85,7 @@ def compared(
                 f"{_OTHERWISE} in the second of two calls (an output differs by {_shown(worst)}): forward"
                 f" keeps something in {names}, and a graph only in buffers",
             )
-    # What a call writes would be of the graph of its gradients.
-    keeps = not changed and not written_names(program.module.graph)
-    flag = _decisive(program, model, args, kwargs, gradients=keeps)
-    if flag is not None:
-        return _noted(
-            program, f"{_OTHERWISE} in every call: its result depends on {flag}, which a capture settles"
-        )
-    least = _of_size(1, program, args, kwargs)
+    least = _at_one(program, args, kwargs)
     if least is not None:
         try:
             expected, _ = called(program, model, *least)
@@ -149,29 +127,19 @@ def _held_to_draw(program: Program, model: nn.Module, args: Any, kwargs: dict[st
 
 
 def called(
-    program: Program,
-    model: nn.Module,
-    args: Any,
-    kwargs: dict[str, Any],
-    calls: int = 1,
-    given: Callable[[Any], tuple[Any, dict[str, Any]]] = copied,
-    gradients: bool = False,
+    program: Program, model: nn.Module, args: Any, kwargs: dict[str, Any], calls: int = 1
 ) -> tuple[list[Any], list[str]]:
     """What the last of some calls of the model returns, and which attributes they set; the model and its
     inputs are left as they were.
-
-    Args:
-        given: what is made of the inputs for each call: copies.
-        gradients: whether operations are recorded for gradients.
     """
     # what a model compiles for itself (flex attention, say) runs uncompiled, as in the program
     with (
-        torch.set_grad_enabled(gradients),
+        torch.no_grad(),
         rewound(model, written_names(program.module.graph)) as changed,
         torch.compiler.set_stance("force_eager"),
     ):
         for _ in range(calls):
-            own_args, own_kwargs = given((args, kwargs))
+            own_args, own_kwargs = copied((args, kwargs))
             expected = copied(pytree.tree_leaves(model(*own_args, **own_kwargs)))
     return expected, changed.names(model)
 
@@ -250,67 +218,9 @@ def _shown(worst: float) -> str:
     return f"{worst:.0%}" if worst >= 0.01 else f"{worst:.1e} of its size"
 
 
-def _decisive(
-    program: Program, model: nn.Module, args: Any, kwargs: dict[str, Any], gradients: bool
-) -> str | None:
-    """What the model's result depends on besides sizes, types and values of its inputs, which a program
-    cannot see: whether gradients are asked for, and how many bits integers have.
-
-    The model is held against itself, on the first entries of the example inputs alone.
-
-    Args:
-        gradients: whether the model can be called with them.
-    """
-    small = _of_size(2, program, args, kwargs)
-    if small is None:
-        return None
-    allowed = _allowed(program)
-
-    def differs(leaf: bool = False, gradients: bool = False, recast: bool = False) -> bool:
-        """Whether there is a result, and another one, then."""
-        try:
-            laid = functools.partial(_laid, leaf=leaf, recast=recast)
-            found, _ = called(program, model, *small, given=laid, gradients=gradients)
-        except tolerable(Exception):  # a model may refuse such inputs as it likes
-            return False
-        return _apart(found, expected, allowed) > 0
-
-    try:
-        expected, _ = called(program, model, *small)
-    except tolerable(Exception):  # or such sizes
-        return None
-    if gradients and differs(gradients=True):
-        return "whether gradients are enabled"
-    if gradients and differs(leaf=True, gradients=True):
-        return "whether its inputs require gradients"
-    if any(map(_counts, pytree.tree_leaves(small))) and differs(recast=True):
-        return "whether its integers are of 32 or 64 bits"
-    return None
-
-
-def _laid(
-    given: tuple[Any, dict[str, Any]], leaf: bool = False, recast: bool = False
-) -> tuple[Any, dict[str, Any]]:
-    """Copies of inputs that require gradients, or with integers of the other number of bits."""
-
-    def made(tensor: Tensor) -> Tensor:
-        copy = tensor.detach().clone()
-        if recast and _counts(copy):
-            copy = copy.to(torch.int32 if copy.dtype == torch.int64 else torch.int64)
-        return copy.requires_grad_(leaf and (copy.is_floating_point() or copy.is_complex()))
-
-    return pytree.tree_map_only(Tensor, made, given)
-
-
-def _counts(leaf: Any) -> bool:
-    return isinstance(leaf, Tensor) and leaf.dtype in (torch.int32, torch.int64)
-
-
-def _of_size(
-    count: int, program: Program, args: Any, kwargs: dict[str, Any]
-) -> tuple[Any, dict[str, Any]] | None:
-    """The first entry or entries of the example inputs along every dimension that varies and may be as small;
-    ``None`` if none does, or some vary together with others.
+def _at_one(program: Program, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]] | None:
+    """The first entry of the example inputs along every dimension that varies and may be as small; ``None``
+    if none does, or some vary together with others.
     """
     cut: dict[int, Tensor] = {}
     for node, leaf in zip(program.placeholders(), program.flat_inputs(args, kwargs), strict=True):
@@ -323,7 +233,7 @@ def _of_size(
                 return None
             if lower_bound(size) > _LEAST:
                 continue  # a call with a size of one is refused
-            cut[id(leaf)] = cut.get(id(leaf), leaf).narrow(dim, 0, min(count, leaf.shape[dim]))
+            cut[id(leaf)] = cut.get(id(leaf), leaf).narrow(dim, 0, min(1, leaf.shape[dim]))
     if not cut:
         return None
     found: tuple[Any, dict[str, Any]] = pytree.tree_map(lambda leaf: cut.get(id(leaf), leaf), (args, kwargs))
