@@ -459,10 +459,10 @@ class Chooser:
         journal: Journal | None,
     ) -> Decision:
         analysis = consumers.analysis
-        part, blend = self.config.drift_part, self.config.blend
+        part = self.config.drift_part
         own = () if batches is None else self.ranks.own(len(batches))
         given = [] if batches is None else [batches[index] for index in own]
-        count = 0 if batches is None else 2 if part or blend else 1
+        count = 0 if batches is None else 2 if part else 1
         device = computing()
         runners = [
             Runner(analysis.program, given, numbers=own, returns=False, device=device) for _ in range(count)
@@ -486,7 +486,7 @@ class Chooser:
                 self.ranks,
                 journal,
             )
-            drift = Drift(runners[1], part, blend) if len(runners) > 1 else None
+            drift = Drift(runners[1], part) if len(runners) > 1 else None
             window = None if batches is None else self.config.window
             share = 1.0 if window is None else _CLOSED
             decision = observer.run(

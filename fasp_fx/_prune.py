@@ -31,7 +31,7 @@ from .errors import ArgumentError, CaptureError, tolerable
 from .plan import PruningPlan
 
 #: the options that say how what stays is restored, and not what goes
-_RESTORING = ("restore", "drift", "blend", "padding_mask", "precision")
+_RESTORING = ("restore", "drift", "padding_mask", "precision")
 
 
 @one_at_a_time
@@ -196,7 +196,7 @@ def apply(
         model, args, kwargs, dynamic_shapes, state, progress: as for :func:`prune`.
         plan: says what goes.
         calibration: batches to restore on what stays; ``None``: it is left as it is.
-        config, options: how to restore: ``restore``, ``drift``, ``blend``, ``padding_mask`` and ``precision``
+        config, options: how to restore: ``restore``, ``drift``, ``padding_mask`` and ``precision``
             of :class:`fasp_fx.PruningConfig`.
 
     Raises:

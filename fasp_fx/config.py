@@ -41,7 +41,6 @@ class PruningOptions(TypedDict, total=False):
     loss: Literal["auto", "outputs", "next-token"] | Loss | None
     propagate: bool
     drift: float | None
-    blend: float
     granularity: Iterable[str]
     include: Iterable[str]
     exclude: Iterable[str]
@@ -89,9 +88,6 @@ class PruningConfig:
         drift: how much of what earlier removals changed in the value that a consumer's output is added to (a
             residual stream) its repair makes up for, from 0 to 1. The dense model runs beside the pruned one
             then. ``None``: 0.3 with ``quality="best"``, else 0.
-        blend: how much of what earlier removals changed in a consumer's own inputs its repair makes up for,
-            from 0 (its target is what the weight gives on the inputs of now) to 1 (what it gives in the dense
-            model).
         granularity: what goes together: ``"channel"``, single channels; ``"head"``, whole attention heads
             with their rows of W_Q, W_K and W_V and columns of W_O (a KV head takes its query heads along);
             ``"expert"``, whole experts of a mixture with their rows of the router, as if they were never
@@ -138,7 +134,6 @@ class PruningConfig:
     loss: Literal["auto", "outputs", "next-token"] | Loss | None = "auto"
     propagate: bool = True
     drift: float | None = None
-    blend: float = 0.0
     granularity: Iterable[str] = ("channel",)
     include: Iterable[str] = ()
     exclude: Iterable[str] = ()
@@ -219,16 +214,16 @@ class PruningConfig:
                 "a sparsity for each pattern tells layers apart; leave uniform_layers= out, or give one"
                 " sparsity"
             )
-        for name, value in (("drift", self.drift), ("blend", self.blend)):
-            if value is not None and (
-                isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value <= 1
-            ):
-                raise ArgumentError(f"{name}={value!r} is not in [0, 1]; 0.3 makes up for a third")
-            if value and not (self.propagate and self.restore is not None):
-                raise ArgumentError(
-                    f"{name}= is for repairs behind earlier removals; leave it out without restore= or"
-                    " propagate="
-                )
+        if self.drift is not None and (
+            isinstance(self.drift, bool)
+            or not isinstance(self.drift, (int, float))
+            or not 0 <= self.drift <= 1
+        ):
+            raise ArgumentError(f"drift={self.drift!r} is not in [0, 1]; 0.3 makes up for a third")
+        if self.drift and not (self.propagate and self.restore is not None):
+            raise ArgumentError(
+                "drift= is for repairs behind earlier removals; leave it out without restore= or propagate="
+            )
         for name, known in (("granularity", _GRANULARITIES), ("include", _INCLUDED), ("exclude", None)):
             object.__setattr__(self, name, names_of(name, getattr(self, name), known))
         if not self.granularity:

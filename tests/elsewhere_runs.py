@@ -95,7 +95,7 @@ def texts() -> list[Any]:
 CASES: dict[str, tuple[Callable[[], nn.Module], Callable[[], list[Any]], dict[str, Any]]] = {
     "recurrent": (Recurrent, drawn(4, 7, 6), {}),
     "counting": (Counting, drawn(50, 8), {}),
-    "convolutions": (convolutions, drawn(8, 3, 12, 12), {"blend": 0.5}),
+    "convolutions": (convolutions, drawn(8, 3, 12, 12), {"drift": 0.5}),
     "experts": (mixtral, texts, {"granularity": ("channel", "expert")}),
     "products": (ZOO["llama_gqa"].build, texts, {"include": ("exempt",), "drift": 0.5}),
 }

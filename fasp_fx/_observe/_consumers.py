@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from functools import partial
-from itertools import repeat
 from typing import Any
 
 import numpy as np
@@ -88,20 +87,19 @@ class Consumer:
         self,
         pieces: Iterable[tuple[int, Tensor, Tensor]],
         takes: Callable[[Statistic], bool],
-        beside: Iterable[Tensor] | None = None,
+        beside: Tensor | None = None,
     ) -> None:
         """Add tokens, without gradients.
 
         Args:
             pieces: block, tokens ``[tokens, columns]`` and their marks ``[tokens]``.
             takes: which statistics they are for, besides the Gram matrices.
-            beside: for each piece, what earlier removals changed of the output, ``[tokens, rows]``.
+            beside: of a consumer of one piece, what the output is to make up for, ``[tokens, rows]``.
         """
         assert self.grams is not None
-        for (block, tokens, kinds), change in zip(pieces, repeat(None) if beside is None else beside):
-            # No strictness: what repeats has no end.
+        for block, tokens, kinds in pieces:
             seen = tokens if self.intercept is None else with_ones(tokens)
-            self.grams[block].update(seen if change is None else torch.cat([seen, change], 1), kinds)
+            self.grams[block].update(seen if beside is None else torch.cat([seen, beside], 1), kinds)
             for statistic in filter(takes, self.seen[block].values()):
                 statistic.update(tokens.clone(), None, counting(kinds, tokens))
 

@@ -1,5 +1,5 @@
-"""What earlier removals have changed at a consumer, in its inputs and in what its output is added to: that
-much of it the repair can make up for.
+"""What earlier removals have changed in what a consumer's output is added to: the repair can make up for a
+part of that.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ from torch import Tensor, fx
 
 from ..channels import Use, same_sizes, written_by
 from ..patterns import CASTS, CHECKS, REARRANGEMENTS
-from ._matrices import ConsumerMatrices
 from ._runner import Runner
 
 _SUM = torch.ops.aten.add.Tensor
@@ -34,82 +33,37 @@ class Addition:
 
 
 class Drift:
-    """What earlier removals changed of what a consumer's output should be: in the value it is added to, and
-    in its own inputs.
+    """What earlier removals changed in the value that a consumer's output is added to.
 
     Args:
         dense: runs the dense model, on the same batches as the pruned one.
-        part: how much of the difference in what the output is added to a repair is to make up for.
-        blend: how much of the difference in its own inputs.
+        part: how much of it a repair is to make up for.
     """
 
-    def __init__(self, dense: Runner, part: float, blend: float) -> None:
-        self.dense, self.part, self.blend = dense, part, blend
+    def __init__(self, dense: Runner, part: float) -> None:
+        self.dense, self.part = dense, part
 
-    @property
-    def weight(self) -> float:
-        """How much of what :meth:`at` gives a repair is to make up for."""
-        return self.part or self.blend
-
-    def at(
-        self, use: Use, pruned: Runner, matrices: ConsumerMatrices, weight: Tensor, alone: bool
-    ) -> Iterator[list[Tensor]] | None:
-        """The difference at a consumer about to be executed: for each batch its pieces ``[tokens, rows]``, in
-        step with those of its input.
-
-        Args:
-            matrices: how the use reads its weight.
-            weight: what the weight is now.
-            alone: whether no other use reads it.
+    def at(self, use: Use, pruned: Runner) -> Iterator[Tensor] | None:
+        """By how much the output of a consumer about to be executed would have to differ for the sum to be
+        the dense model's again, for each batch, ``[tokens, rows]``.
 
         Returns:
-            Nothing where nothing can be told: the output is added to nothing, and of its inputs nothing is
-                asked for (or others are sent to it now).
+            Nothing where the output is added to nothing that is there.
         """
-        addition = added_to(use) if self.part and alone else None
-        if addition is not None and not _is_there(addition, use.node, pruned):
-            addition = None
-        blends = bool(self.blend) and use.route is None and use.recurrence is None
+        addition = added_to(use)
         return (
-            self._differences(use, pruned, addition, matrices, matrices.read(weight) if blends else None)
-            if addition is not None or blends
+            self._changes(use.node, pruned, addition)
+            if addition is not None and _is_there(addition, use.node, pruned)
             else None
         )
 
-    def _differences(
-        self,
-        use: Use,
-        pruned: Runner,
-        addition: Addition | None,
-        matrices: ConsumerMatrices,
-        read: Tensor | None,
-    ) -> Iterator[list[Tensor]]:
-        changed = [] if addition is None else list(self._asked(use, pruned, addition))
-        if read is None:
-            yield from ([change] for change in changed)
-            return
-        for batch, (before, after) in enumerate(
-            zip(self.dense.read(use.activation), pruned.read(use.activation), strict=True)
-        ):
-            every = before.new_zeros((), dtype=torch.int64).expand((1,) * before.dim())
-            # Values decide how many there are.
-            change = before - after if before.shape == after.shape else torch.zeros_like(after)
-            pieces = [
-                self.blend / self.weight * (tokens @ read[block].T)
-                for block, tokens, _ in matrices.tokens(change, every, None)
-            ]
-            yield [changed[batch] + piece for piece in pieces] if changed else pieces
-
-    def _asked(self, use: Use, pruned: Runner, addition: Addition) -> Iterator[Tensor]:
-        """By how much a consumer's output would have to differ for the sum to be the dense model's again, for
-        each batch, ``[tokens, rows]``.
-        """
+    def _changes(self, node: fx.Node, pruned: Runner, addition: Addition) -> Iterator[Tensor]:
         both = zip(self.dense.read(addition.beside), pruned.read(addition.beside), strict=True)
-        outputs = None if addition.end is use.node else pruned.ahead(use.node)
+        outputs = None if addition.end is node else pruned.ahead(node)
         for number, (before, after) in enumerate(both):
             change = before - after
             if outputs is not None:
-                change = _before(change, next(outputs), use.node, addition.end, pruned, number)
+                change = _before(change, next(outputs), node, addition.end, pruned, number)
             yield change.reshape(-1, change.shape[-1])
 
 

@@ -176,7 +176,7 @@ class Observer:
             progress((count + 1) / len(stops))
         if marks is not None and marks.unmatched:
             self.decision.notes.append(marks.remark())
-        if drift is not None and drift.part and self._drifted < len(_UNDRIFTED):
+        if drift is not None and self._drifted < len(_UNDRIFTED):
             self.decision.notes.append(
                 f"a drift of {drift.part:g} was to be made up for, and changes no repair:"
                 f" {_UNDRIFTED[self._drifted]}"
@@ -237,9 +237,7 @@ class Observer:
             ends = list(runner.read(use.route)) if use.route is not None else None
             weight = self._weight(consumer)
             changes = (
-                None
-                if self._drift is None
-                else self._drift.at(use, runner, matrices, runner.bring(weight), len(consumer.uses) == 1)
+                self._drift.at(use, runner) if self._drift is not None and len(consumer.uses) == 1 else None
             )
             consumer.beside = 0 if changes is None else matrices.read(weight).shape[1]
             self.ranks.once(*consumer.sums())
@@ -379,7 +377,7 @@ class Observer:
             if self._drift is not None and consumer.beside:
                 # What is beside counts as columns of their own, which go.
                 own = torch.eye(consumer.beside, dtype=read.dtype, device=read.device)
-                read = torch.cat([read, self._drift.weight * own.expand(len(read), -1, -1)], 2)
+                read = torch.cat([read, self._drift.part * own.expand(len(read), -1, -1)], 2)
             outcome = self._shared(
                 partial(_restored, restore, read, consumer.grams, kept, consumer.intercept is not None)
             )
