@@ -849,6 +849,8 @@ class Held(nn.Module):
 
         def change(found: Tensor) -> Tensor:
             self.calls += 1
+            if what == "training":
+                return F.dropout(found, 0.5, self.training)
             return found * (self.gain if what == "gain" else self.down.bias)
 
         self.change = (lambda found: found) if kept == "hook" else self.method if kept == "method" else change
@@ -864,7 +866,7 @@ class Held(nn.Module):
 
 
 @pytest.mark.parametrize("kept", ["lambda", "hook"])
-@pytest.mark.parametrize("what", ["gain", "down.bias"])
+@pytest.mark.parametrize("what", ["gain", "down.bias", "training"])
 def test_a_copy_that_would_go_on_to_read_the_models_own_weights_is_refused(what: str, kept: str) -> None:
     """It computes what it should, until either of them is trained."""
     model = Held(what, kept)
@@ -880,6 +882,48 @@ def test_a_method_that_a_module_keeps_is_that_of_the_copy() -> None:
     small(torch.randn(2, 8)).sum().backward()
     assert small.get_parameter("gain").grad is not None
     assert model.gain.grad is None
+
+
+class Marked(nn.Parameter):
+    """A parameter of the user's own class."""
+
+
+class Remade(nn.Module):
+    """Is copied by being made anew, as layers are that keep how they were made."""
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> nn.Module:
+        return type(self)()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.dropout(x, 0.5, self.training)
+
+
+def test_parameters_keep_class_and_attributes_and_submodules_their_mode() -> None:
+    model, x = (
+        randomise(nn.Sequential(nn.Linear(8, 32), Remade(), nn.Linear(32, 4))).eval(),
+        torch.randn(3, 8),
+    )
+    model[0].weight, model[2].weight.decays = Marked(model[0].weight.detach()), False
+    result = pruned(model, x)
+    for training in (False, True):
+        small = result.eager(model.train(training))
+        assert [part.training for part in small.modules()] == [training] * 4
+    assert type(small[0].weight) is Marked
+    assert type(small[2].weight) is nn.Parameter
+    assert small[2].weight.decays is False
+    assert apart(small.eval(), zeroed(model, result.plan).eval(), x) < TOLERANCE
+
+
+def test_a_copy_that_fails_in_training_is_refused() -> None:
+    class Training(nn.Sequential):
+        def forward(self, x: Tensor) -> Tensor:
+            hidden = self[0](x).relu()
+            return self[1](hidden.view(-1, 32) if self.training else hidden)
+
+    model = Training(nn.Linear(8, 32), nn.Linear(32, 4))
+    result = pruned(model, torch.randn(3, 8))
+    with pytest.raises(EagerError, match="fails in training mode, where the model runs: RuntimeError: shape"):
+        result.eager(model)
 
 
 def test_a_module_that_cannot_be_copied() -> None:
