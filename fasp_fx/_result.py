@@ -71,17 +71,16 @@ class Result:
         dropouts follow ``train()`` and ``eval()``.
 
         The copy is of the model's class and holds the weights that ``module`` holds now, under their names in
-        the model. Attributes that are sizes (``out_features``, ``num_heads``, …) are set by experiment: with
-        those it has in the end the copy, in evaluation mode, computes what the pruned program does, on the
-        example inputs and at other sizes where these can vary. Which parameters are trained, and which
-        submodules are in training mode, is as in the model (docs/eager.md).
+        the model. Attributes that are sizes (``out_features``, ``num_heads``, …) are set to what the pruned
+        program has in their places; captured as the model was, the copy is that program, node by node. Which
+        parameters are trained, and which submodules are in training mode, is as in the model (docs/eager.md).
 
         Args:
             model: the model that was pruned, with the weights that it had then; it is left as it was, and
                 shares no storage with the copy.
 
         Raises:
-            EagerError: no copy computes what the program does; says what fails first, and what to do.
+            EagerError: no copy is the program; says where they part, and what to do.
             PlanError: the model is not the one that the plan was made for.
         """
         from ._eager._make import eager
