@@ -105,9 +105,8 @@ def _code(handler: object) -> CodeType | None:
     while isinstance(handler, functools.partial):
         handler = handler.func
     function = getattr(handler, "__func__", handler)
-    if callable(function) and not isinstance(function, FunctionType):
-        function = type(function).__call__
-    return getattr(function, "__code__", None)
+    is_object = callable(function) and not isinstance(function, FunctionType)
+    return getattr(type(function).__call__ if is_object else function, "__code__", None)
 
 
 __all__ = ["short_of_memory", "tolerable"]

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -21,6 +22,7 @@ from torch import Tensor, nn
 
 import fasp_fx
 from fasp_fx._cli._console import session
+from fasp_fx._offload import _scratch
 from fasp_fx._tolerable import short_of_memory, tolerable
 from fasp_fx.errors import OffloadError, TrainingMemoryError
 
@@ -141,12 +143,11 @@ def test_what_a_handler_of_a_signal_raises_is_not_tolerated(handler: Any, wrap: 
 class Net(nn.Module):
     """Two coupled groups; ``asks`` decides by its values, so that it is captured in parts."""
 
-    def __init__(self, width: int = 8, asks: bool = False) -> None:
+    def __init__(self, asks: bool = False) -> None:
         super().__init__()
         torch.manual_seed(0)
         self.first, self.second = (
-            nn.Sequential(nn.Linear(width, 2 * width), nn.ReLU(), nn.Linear(2 * width, width))
-            for _ in range(2)
+            nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 8)) for _ in range(2)
         )
         self.asks = asks
 
@@ -158,13 +159,13 @@ class Net(nn.Module):
         return found
 
 
-def batches(width: int = 8) -> list[Tensor]:
-    return [torch.randn(16, width, generator=torch.Generator().manual_seed(seed)) for seed in range(3)]
+def batches() -> list[Tensor]:
+    return [torch.randn(16, 8, generator=torch.Generator().manual_seed(seed)) for seed in range(3)]
 
 
 @cache
-def captured(width: int = 8) -> fasp_fx.Captured:
-    return fasp_fx.capture(Net(width).eval(), (batches(width)[0],))
+def captured() -> fasp_fx.Captured:
+    return fasp_fx.capture(Net().eval(), (batches()[0],))
 
 
 @cache
@@ -175,7 +176,7 @@ def pruned() -> fasp_fx.Result:
 @pytest.fixture(scope="module")
 def made_before() -> None:
     """What stages start from."""
-    pruned(), captured(128)
+    pruned()
 
 
 def _capture(folder: Path) -> Any:
@@ -192,11 +193,14 @@ def _save(folder: Path) -> Any:
 
 
 def _resume(folder: Path) -> Any:
-    """A run that is kept, of weights in files."""
-    with fasp_fx.offload(folder / "weights") as scratch:
-        fasp_fx.keep_weights(Net(width=128), scratch)
+    """A run that is kept, of weights in files, which are small ones here."""
+    with (
+        mock.patch.multiple(_scratch, SMALLEST=1, FILE_BYTES=2**12),
+        fasp_fx.offload(folder / "weights") as scratch,
+    ):
+        fasp_fx.keep_weights(Net(), scratch)
         return fasp_fx.prune(
-            captured(128), calibration=batches(128), sparsity=0.3, quality="fast", checkpoint=folder / "run"
+            captured(), calibration=batches(), sparsity=0.3, quality="fast", checkpoint=folder / "run"
         )
 
 
@@ -234,11 +238,16 @@ def _held(stage: str, kind: str, at: int, expected: Outcome, folder: Path) -> No
 
 
 @pytest.mark.parametrize(
-    ("stage", "kind"),
-    [(stage, kind) for stage, (_, *least) in STAGES.items() for kind in RAISED if least[kind == "disk"]],
+    ("stage", "kind", "spread"),
+    [
+        pytest.param(stage, kind, spread, marks=() if spread and stage != "parts" else pytest.mark.slow)
+        for stage, (_, *least) in STAGES.items()
+        for kind in RAISED
+        for spread in (3, 0)
+        if least[kind == "disk"]
+    ],
 )
 @pytest.mark.usefixtures("made_before")
-@pytest.mark.parametrize("spread", [3, pytest.param(0, marks=pytest.mark.slow)])
 def test_a_shortage_anywhere_ends_in_an_error_that_names_it(
     stage: str, kind: str, spread: int, tmp_path: Path
 ) -> None:
