@@ -109,8 +109,7 @@ def _captured(
 ) -> Program:
     """Capture, and if ``run``, hold the program against the model."""
     program = capture_program(model, args, kwargs, **options)
-    unread = program.unread()
-    if unread:
+    if unread := program.unread():
         note = (
             f"forward computes nothing with '{unread[0]}'"
             + (f" and {len(unread) - 1} more" if len(unread) > 1 else "")

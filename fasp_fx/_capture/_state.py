@@ -52,8 +52,7 @@ def state_positions(
         ArgumentError: nothing goes by one of the names.
     """
     given, returned = exported.call_spec.in_spec, exported.call_spec.out_spec
-    by_position, by_name = given.children()
-    named = dict(zip(arguments, by_position.children(), strict=False))
+    named = dict(zip(arguments, given.child(0).children(), strict=False))
     known = {*named, *_all_names(given), *_all_names(returned)}
     if unknown := [name for name in state if name not in known]:
         raise ArgumentError(
@@ -62,7 +61,7 @@ def state_positions(
         )
     inputs = [
         *(held for name, spec in named.items() for held in _leaves_in_state(spec, state, name in state)),
-        *_leaves_in_state(by_name, state),
+        *_leaves_in_state(given.child(1), state),
     ]
     names = [node.name for node in module.graph.find_nodes(op="placeholder")]
     outputs = list(_leaves_in_state(returned, state))
