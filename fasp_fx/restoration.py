@@ -143,7 +143,12 @@ def without_values(outcome: Restored) -> Restored:
 
 
 def ridge(
-    weight: Tensor, fitted: Tensor, held: Tensor | None, kept: Tensor, has_ones: bool = False
+    weight: Tensor,
+    fitted: Tensor,
+    held: Tensor | None,
+    kept: Tensor,
+    has_ones: bool = False,
+    least: float = 0.0,
 ) -> Restored:
     """``V = W (G + δI)[:, M] (G[M, M] + δI)⁻¹``, which minimises ``‖X(W − V)ᵀ‖²_F + δ‖V − W[:, M]‖²_F`` over
     weights V on the columns M.
@@ -162,9 +167,10 @@ def ridge(
         kept: M, the indices of kept columns, shape ``[kept]``.
         has_ones: whether the last kept column holds ones. The ridge takes it as if it were as large as the
             columns are in the mean.
+        least: no δ below that is tried.
     """
     solver = _Solver(weight, fitted, held, kept, has_ones)
-    strength, held_factor = solver.choose()
+    strength, held_factor = solver.choose(least)
     return solver.unchanged() if math.isinf(strength) else solver.refit(strength, held_factor)
 
 
@@ -308,9 +314,9 @@ class _Solver:
     def _grams(self) -> list[Tensor]:
         return [self.fitted] if self.held is None else [self.fitted, self.held]
 
-    def choose(self) -> tuple[float, float]:
+    def choose(self, smallest: float) -> tuple[float, float]:
         """The best strength, and by what factor its solution changes the error on the tokens held out;
-        infinity and 1 where none is better than no repair.
+        infinity and 1 where none from the smallest on is better than no repair.
         """
         if self.held is None or not 0 < self.count < len(self.fitted):
             return math.inf, 1.0
@@ -323,7 +329,7 @@ class _Solver:
         for outward in (GRID[_START:], GRID[:_START][::-1]):
             # The error has one valley: outward from a usual strength, until it rises.
             last = math.inf
-            for strength in outward:
+            for strength in (strength for strength in outward if strength >= smallest):
                 added = self._solve(rows, fitted, strength)
                 error = math.inf if added is None else self._errors(rows, added, held)[0]
                 if error < least:

@@ -346,6 +346,22 @@ def test_one_warning_sums_up_where_data_are_too_few() -> None:
     )
 
 
+@pytest.mark.parametrize("seed", [1, 5, 8])
+def test_a_repair_of_few_tokens_does_no_harm_and_says_how_few(seed: int) -> None:
+    """Fourteen tokens of two sequences, of which twelve are fitted, and one layer has eleven columns left."""
+    layers = [nn.TransformerEncoderLayer(16, 2, 32, batch_first=True) for _ in range(2)]
+    model, generator = randomise(nn.Sequential(*layers), 3, std=0.3), torch.Generator().manual_seed(seed)
+    data, fresh = (torch.randn(count, 7, 16, generator=generator) for count in (2, 64))
+    captured = fasp_fx.capture(model, (data,))
+    with pytest.warns(fasp_fx.CalibrationWarning, match="32 columns and saw 14 tokens.* calibrate on more"):
+        found = fasp_fx.prune(captured, calibration=[data], sparsity=0.3, quality="fast")
+    assert any("saw 14 tokens" in note for note in found.report.notes)
+    plain = fasp_fx.apply(captured, found.plan)
+    with torch.no_grad():
+        repaired, cut = ((result.module(fresh) - model(fresh)).norm() for result in (found, plain))
+    assert repaired < cut
+
+
 @pytest.mark.parametrize("name", ["llama", pytest.param("t5", marks=pytest.mark.slow)])
 @pytest.mark.filterwarnings("ignore::fasp_fx.CalibrationWarning")
 def test_sequences_may_come_in_any_batches(name: str) -> None:

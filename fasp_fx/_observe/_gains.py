@@ -14,30 +14,32 @@ _GAIN = 0.02
 _ENOUGH = 10
 
 
-def warn_of_few(outcomes: Mapping[str, Sequence[Restored]], tokens: Mapping[str, int]) -> None:
-    """Warn where at least half of the consumers gained nothing, or next to nothing, and saw few tokens for
-    their columns.
+def warn_of_few(outcomes: Mapping[str, Sequence[Restored]], tokens: Mapping[str, int]) -> list[str]:
+    """Warn where at least half of the consumers saw fewer tokens than they have columns, or few tokens and
+    gained nothing, or next to nothing; what was said.
 
     Args:
         outcomes: of each consumer.
         tokens: of those that could be repaired, the fewest calibration tokens that a block saw.
     """
-    able = {name: found for name, found in outcomes.items() if name in tokens}
+    columns = {name: found[0].weight.shape[-1] for name, found in outcomes.items() if name in tokens}
     few = [
         name
-        for name, found in able.items()
-        if tokens[name] < _ENOUGH * found[0].weight.shape[-1] and not any(map(_gained, found))
+        for name, count in columns.items()
+        if tokens[name] < count or (tokens[name] < _ENOUGH * count and not any(map(_gained, outcomes[name])))
     ]
-    if not few or 2 * len(few) < len(able):
-        return
-    first = few[0]
-    warn(
-        f"too little calibration data to repair {len(few)} of {len(able)} consumers: judged on tokens held"
-        " out, a repair gains next to nothing, so that their weights stay as they are, or nearly so;"
-        f" '{first}' has {outcomes[first][0].weight.shape[-1]:,} columns and saw {tokens[first]:,} tokens;"
-        " calibrate on more",
-        CalibrationWarning,
+    if not few or 2 * len(few) < len(columns):
+        return []
+    first = min(few, key=lambda name: tokens[name] / columns[name])
+    said = (
+        f"too little calibration data to repair {len(few)} of {len(columns)} consumers: '{first}' has"
+        f" {columns[first]:,} columns and saw {tokens[first]:,} tokens, a quarter of which is held out to"
+        " judge repairs by; a repair that gains next to nothing there is not made, and one of few tokens"
+        " keeps near the weights as they were; calibrate on more, some"
+        f" {_ENOUGH * columns[first]:,} tokens of four sequences or more"
     )
+    warn(said, CalibrationWarning)
+    return [said]
 
 
 def _gained(outcome: Restored) -> bool:

@@ -37,6 +37,8 @@ from ._runner import Runner
 if TYPE_CHECKING:
     from .._store._journal import Journal
 
+#: tokens for each unknown of a repair under which its ridge is bounded
+_FEW = 2
 #: why a drift changes no repair, by how far it came
 _UNDRIFTED = (
     "no layer that loses channels gives what is added, as it is, to a value that was computed before",
@@ -181,7 +183,7 @@ class Observer:
                 f"a drift of {drift.part:g} was to be made up for, and changes no repair:"
                 f" {_UNDRIFTED[self._drifted]}"
             )
-        warn_of_few(self.decision.outcomes, self._tokens)
+        self.decision.notes.extend(warn_of_few(self.decision.outcomes, self._tokens))
         return self.decision
 
     def _recall(self, marks: Marks | None) -> int:
@@ -440,7 +442,12 @@ def _restored(
             None if part is None else keep(part.symmetric(torch.float32)) for part in (gram.fitted, gram.held)
         )
         assert fitted is not None
-        outcome = restore(matrix, fitted, held, left.nonzero()[:, 0], has_ones)
+        own, tokens = left.nonzero()[:, 0], gram.fitted.tokens
+        # Weights that meet about as many tokens as there are unknowns fit no others, which the few that are
+        # held out need not show: a ridge as strong as there are unknowns for each token keeps them near.
+        few = restore is ridge and 0 < tokens < _FEW * len(own)
+        more = {"least": len(own) / tokens} if few else {}
+        outcome = restore(matrix, fitted, held, own, has_ones, **more)
         parts.append(replace(outcome, weight=outcome.weight[:, : len(left)]))
     return together(parts)
 
