@@ -30,11 +30,15 @@ class Settled:
     torn: str | None
 
     def assignments(self) -> Iterator[Assignment]:
-        """What the attributes may have to be: of the names in doubt all, one, or none."""
+        """What the attributes may have to be: of the names in doubt all, one, or none; each that is not what
+        the model has.
+        """
         sure = {**{size: self.dense[size] for size in self.likely}, **self.known}
         names = sorted({size.name for size in self.likely})
         for chosen in dict.fromkeys([tuple(names), *((name,) for name in names), ()]):
-            yield {**sure, **{size: value for size, value in self.likely.items() if size.name in chosen}}
+            found = {**sure, **{size: value for size, value in self.likely.items() if size.name in chosen}}
+            if any(value != self.dense[size] for size, value in found.items()):
+                yield found
 
 
 @dataclass(frozen=True)
