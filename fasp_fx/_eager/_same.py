@@ -16,8 +16,8 @@ from torch import Tensor, fx, nn
 
 from .._calling._facts import ExportFacts
 from .._deviation import deviation
-from ..channels import attribute, results, same_sizes, target_name
-from ..patterns import RESHAPES
+from ..channels import arguments, attribute, results, same_sizes, target_name
+from ..patterns import RESHAPES, lookup
 
 _ATTENTION = torch.ops.aten.scaled_dot_product_attention.default
 #: what is assumed of a size that does not vary
@@ -26,8 +26,9 @@ _SYMBOLIC = (torch.SymInt, torch.SymFloat, torch.SymBool)
 #: how far weights that a model computes in every call may be from those that it computed once: max|a − b| /
 #: max|b| in units of their precision
 _ROUNDING = 64
-#: what operators are called that give a tensor another shape
-_RESHAPE = "reshape"
+#: clauses of the operators that part a dimension, and of all that take some of it
+_PARTS = ("chunk", "sizes")
+_ALONG = (*_PARTS, "span", "pick")
 
 
 @dataclass(frozen=True)
@@ -104,13 +105,12 @@ class _Comparison:
 
     def _of_nodes(self, one: fx.Node, other: fx.Node) -> str | None:
         """What is other in the arguments of one operator."""
-        if _operator(one) == _RESHAPE and _is_same(one.meta.get("val"), other.meta.get("val")):
-            return self._of_arguments(one.args[0], other.args[0])
-        names = sorted({*one.kwargs, *other.kwargs})
-        return self._of_arguments(
-            (*one.args, *(_keyword(one, name) for name in names)),
-            (*other.args, *(_keyword(other, name) for name in names)),
-        )
+        (mine, is_shown), (its, _) = _said(one), _said(other)
+        names = sorted({*mine, *its})
+        said = self._of_arguments([mine.get(name) for name in names], [its.get(name) for name in names])
+        if said is None and is_shown and not _is_same(one.meta.get("val"), other.meta.get("val")):
+            return f"{_shape(one)} stands where the program has {_shape(other)}"
+        return said
 
     def _of_arguments(self, one: Any, other: Any) -> str | None:
         """What is other in an argument, or in the first of several that is."""
@@ -150,26 +150,47 @@ def _computing(graph: fx.Graph) -> Iterator[fx.Node]:
 
 
 def _operator(node: fx.Node) -> str:
-    """The operator; those that give a tensor another shape are one."""
-    return _RESHAPE if str(node.target) in RESHAPES else str(node.target)
+    """The operator; those that give a tensor another shape are one, and so are those that part it."""
+    rule = lookup(node.target)
+    if rule is not None and any(map(rule.all, _PARTS)):
+        return _PARTS[0]
+    return "reshape" if str(node.target) in RESHAPES else str(node.target)
 
 
-def _shown(node: fx.Node | None) -> str:
-    return "nothing more" if node is None else f"'{node.name}' ({node.target})"
+def _said(node: fx.Node) -> tuple[dict[str, Any], bool]:
+    """The arguments of an operator by name, positions counted from the front, and whether some are left out
+    which say no more than what the result shows.
+    """
+    given, rule, is_shown = arguments(node), lookup(node.target), False
+    if node.target is _ATTENTION and given["scale"] is None:
+        given["scale"] = 1.0 / math.sqrt(given["query"].meta["val"].shape[-1])
+    for clause in () if rule is None else rule.clauses:
+        if clause.keyword in ("shape", *_PARTS):
+            is_shown = given.pop(clause.words[0], None) is not None or is_shown
+        if clause.keyword in _ALONG:
+            dim, *names = (clause.words[-1],) if clause.keyword in _PARTS else clause.words
+            shape = next(node for node in node.all_input_nodes).meta["val"].shape
+            given[dim] %= len(shape)
+            given |= {name: _from_front(given[name], shape[given[dim]]) for name in names}
+    return given, is_shown
+
+
+def _from_front(position: Any, length: int | torch.SymInt) -> Any:
+    """A position along a dimension, where that does not vary, counted from its beginning."""
+    if not isinstance(position, int) or not isinstance(length, int):
+        return position
+    return min(max(position + length if position < 0 else position, 0), length)
+
+
+def _shape(node: fx.Node) -> str:
+    made: Any = node.meta["val"]
+    return ", ".join(str(tuple(part.shape)) for part in (made if isinstance(made, (tuple, list)) else [made]))
 
 
 def _path(node: fx.Node | None) -> str | None:
     """The submodule that a node is of."""
     stack = {} if node is None else node.meta.get("nn_module_stack", {})
     return [path for path, _ in stack.values()][-1] if stack else None
-
-
-def _keyword(node: fx.Node, name: str) -> Any:
-    """An argument by name; the scale of attention as it is where it is left out."""
-    if node.target is _ATTENTION and name == "scale" and node.kwargs.get(name) is None:
-        query: Any = node.args[0]
-        return 1.0 / math.sqrt(query.meta["val"].shape[-1])
-    return node.kwargs.get(name)
 
 
 def _size(argument: Any) -> Any:
@@ -184,6 +205,8 @@ def _is_same(one: Any, other: Any) -> bool:
     """Whether two constants are equal, or two tensors have the same sizes, whatever the symbols in them stand
     for, and the same type.
     """
+    if isinstance(one, (tuple, list)) and isinstance(other, (tuple, list)):
+        return len(one) == len(other) and all(map(_is_same, one, other))
     if isinstance(one, Tensor) and isinstance(other, Tensor):
         return one.dtype == other.dtype and same_sizes(one.shape, other.shape)
     return type(one) is type(other) and (one == other or (one != one and other != other))
