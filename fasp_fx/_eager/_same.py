@@ -16,7 +16,7 @@ from torch import Tensor, fx, nn
 
 from .._calling._facts import ExportFacts
 from .._deviation import deviation
-from ..channels import arguments, attribute, results, same_sizes, target_name
+from ..channels import arguments, attribute, results, same_sizes, target_name, written_by
 from ..patterns import RESHAPES, lookup
 
 _ATTENTION = torch.ops.aten.scaled_dot_product_attention.default
@@ -26,6 +26,7 @@ _SYMBOLIC = (torch.SymInt, torch.SymFloat, torch.SymBool)
 #: how far weights that a model computes in every call may be from those that it computed once: max|a − b| /
 #: max|b| in units of their precision
 _ROUNDING = 64
+_COPIES = ("aten.clone.default", "aten.contiguous.default")
 #: clauses of the operators that part a dimension, and of all that take some of it
 _PARTS = ("chunk", "sizes")
 _ALONG = (*_PARTS, "span", "pick")
@@ -83,6 +84,8 @@ class _Comparison:
     def __init__(self, mine: nn.Module, its: nn.Module) -> None:
         self.mine, self.its = mine, its
         self.alike: dict[fx.Node, fx.Node] = {}
+        #: what copies are of
+        self.copies: dict[fx.Node, Any] = {}
 
     def first(self, found: fx.Graph, expected: fx.Graph) -> Difference | None:
         """Where the first graph differs from the second."""
@@ -91,7 +94,7 @@ class _Comparison:
             if not _is_same(one.meta.get("val"), other.meta.get("val")):
                 return Difference(f"input '{one.name}' is captured with other sizes or another type")
             self.alike[one] = other
-        for one, other in itertools.zip_longest(_computing(found), _computing(expected)):
+        for one, other in itertools.zip_longest(self._computing(found), self._computing(expected)):
             if one is None or other is None or _operator(one) != _operator(other):
                 return Difference(
                     f"it computes {_shown(one)} where the program computes {_shown(other)}", _path(one)
@@ -102,6 +105,17 @@ class _Comparison:
             self.alike[one] = other
         said = self._of_arguments(results(found), results(expected))
         return None if said is None else Difference(f"in what it returns, {said}")
+
+    def _computing(self, graph: fx.Graph) -> Iterator[fx.Node]:
+        """The nodes that do more than arithmetic with sizes and copies, in order."""
+        writes = any(map(written_by, graph.nodes))
+        for node in graph.nodes:
+            if node.op != "call_function" or isinstance(node.meta.get("val"), _SYMBOLIC):
+                continue
+            if str(node.target) in _COPIES and not writes:  # whether there is one can depend on sizes of one
+                self.copies[node] = self.copies.get(node.args[0], node.args[0])
+            else:
+                yield node
 
     def _of_nodes(self, one: fx.Node, other: fx.Node) -> str | None:
         """What is other in the arguments of one operator."""
@@ -119,7 +133,10 @@ class _Comparison:
         if isinstance(one, (tuple, list)) and isinstance(other, (tuple, list)) and len(one) == len(other):
             said = (self._of_arguments(*pair) for pair in zip(one, other))
             return next((text for text in said if text is not None), None)
-        one, other = _size(one), _size(other)
+        one, other = (
+            _size(self.copies.get(value, value) if isinstance(value, fx.Node) else value)
+            for value in (one, other)
+        )
         if isinstance(one, fx.Node) and isinstance(other, fx.Node):
             if one.op == other.op == "get_attr":
                 return self._of_weights(target_name(one), target_name(other))
@@ -140,13 +157,6 @@ class _Comparison:
 
 def _precision(weight: Tensor) -> float:
     return torch.finfo(weight.dtype).eps if weight.is_floating_point() or weight.is_complex() else 0.0
-
-
-def _computing(graph: fx.Graph) -> Iterator[fx.Node]:
-    """The nodes that do more than arithmetic with sizes, in order."""
-    for node in graph.nodes:
-        if node.op == "call_function" and not isinstance(node.meta.get("val"), _SYMBOLIC):
-            yield node
 
 
 def _operator(node: fx.Node) -> str:
@@ -180,6 +190,10 @@ def _from_front(position: Any, length: int | torch.SymInt) -> Any:
     if not isinstance(position, int) or not isinstance(length, int):
         return position
     return min(max(position + length if position < 0 else position, 0), length)
+
+
+def _shown(node: fx.Node | None) -> str:
+    return "nothing more" if node is None else f"'{node.name}' ({node.target})"
 
 
 def _shape(node: fx.Node) -> str:
