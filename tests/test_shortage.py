@@ -331,7 +331,7 @@ def test_every_broad_handler_lets_shortages_through() -> None:
     for folder in ("fasp_fx", "passes", "patterns"):
         for file in sorted((ROOT / folder).rglob("*.py")):
             name = str(file.relative_to(ROOT))
-            if name in naming or name.startswith("fasp_fx/_eager/") or name == "fasp_fx/_observe/_ranks.py":
+            if name in naming:
                 continue
             for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
                 if not isinstance(node, ast.ExceptHandler) or node.type is None:

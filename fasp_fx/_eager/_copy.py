@@ -120,7 +120,7 @@ class _Smaller:
         if name in self.fused:
             try:
                 return self.fused.joined(name, self.parameters)
-            except RuntimeError as error:
+            except tolerable(RuntimeError) as error:
                 raise EagerError(
                     f"the parts of '{name}' have lost different positions, so that no single weight holds"
                     " them; use result.module"

@@ -16,7 +16,7 @@ from torch import Tensor
 from .._undisturbed import aside
 from .._version import __version__
 from ..config import PruningConfig
-from ..errors import ArgumentError, CalibrationError, RankError, first_line
+from ..errors import ArgumentError, CalibrationError, RankError, first_line, tolerable
 from ..statistics import SplitGram, Statistic
 from ._calibration import digest_of
 
@@ -275,10 +275,8 @@ class Ranks:
         try:
             with aside():  # the others may be threads of this process
                 yield
-        except BaseException as error:
+        except tolerable(RuntimeError) as error:
             self.parted = True
-            if not isinstance(error, RuntimeError) or isinstance(error, torch.OutOfMemoryError):
-                raise
             if "no backend" in str(error).lower():  # counts lie on the CPU
                 raise ArgumentError(
                     "the group does not serve the CPU; make it with"
@@ -288,6 +286,9 @@ class Ranks:
                 f"process {self.rank} of {self.size} lost the others: {first_line(error)}; start all of them"
                 " again"
             ) from error
+        except BaseException:
+            self.parted = True
+            raise
 
 
 __all__ = ["Ranks", "ended_together"]
