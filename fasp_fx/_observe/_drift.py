@@ -5,7 +5,6 @@ part of that.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor, fx
@@ -16,20 +15,6 @@ from ._runner import Runner
 
 _SUM = torch.ops.aten.add.Tensor
 _SCALES = (torch.ops.aten.mul.Tensor, torch.ops.aten.mul.Scalar, torch.ops.aten.div.Tensor)
-
-
-@dataclass(frozen=True)
-class Addition:
-    """What a consumer's output is added to.
-
-    Attributes:
-        beside: the other value.
-        end: what is added to it: the consumer itself, or the last of the nodes behind it that give each
-            element of its output once, perhaps elsewhere, in another type, or times a number.
-    """
-
-    beside: fx.Node
-    end: fx.Node
 
 
 class Drift:
@@ -50,20 +35,18 @@ class Drift:
         Returns:
             Nothing where the output is added to nothing that is there.
         """
-        addition = added_to(use)
-        return (
-            self._changes(use.node, pruned, addition)
-            if addition is not None and _is_there(addition, use.node, pruned)
-            else None
-        )
+        beside, end = added_to(use) or (use.node, use.node)  # which is not there before itself
+        first, between = pruned.index(use.node), pruned.nodes[pruned.index(use.node) + 1 : pruned.index(end)]
+        # What stands between the two is run once more.
+        is_there = pruned.index(beside) < first and not any(map(written_by, between))
+        return self._changes(use.node, pruned, beside, end) if is_there else None
 
-    def _changes(self, node: fx.Node, pruned: Runner, addition: Addition) -> Iterator[Tensor]:
-        both = zip(self.dense.read(addition.beside), pruned.read(addition.beside), strict=True)
-        outputs = None if addition.end is node else pruned.ahead(node)
-        for number, (before, after) in enumerate(both):
-            change = before - after
+    def _changes(self, node: fx.Node, pruned: Runner, beside: fx.Node, end: fx.Node) -> Iterator[Tensor]:
+        outputs = None if end is node else pruned.ahead(node)
+        for number, values in enumerate(zip(self.dense.read(beside), pruned.read(beside), strict=True)):
+            change = values[0] - values[1]
             if outputs is not None:
-                change = _before(change, next(outputs), node, addition.end, pruned, number)
+                change = _before(change, next(outputs), node, end, pruned, number)
             yield change.reshape(-1, change.shape[-1])
 
 
@@ -81,16 +64,10 @@ def _before(
     return torch.where(scale == 0, torch.zeros_like(moved), moved / scale.square())
 
 
-def _is_there(addition: Addition, node: fx.Node, runner: Runner) -> bool:
-    """Whether what a consumer's output is added to is known before it runs, and what stands between the two
-    can be run once more.
-    """
-    between = runner.nodes[runner.index(node) + 1 : runner.index(addition.end)]
-    return runner.index(addition.beside) < runner.index(node) and not any(map(written_by, between))
-
-
-def added_to(use: Use) -> Addition | None:
-    """What a consumer's output is added to, if that is a computed value of its shape.
+def added_to(use: Use) -> tuple[fx.Node, fx.Node] | None:
+    """What a consumer's output is added to, if that is a computed value of its shape, and what is added to
+    it: the consumer itself, or the last of the nodes behind it that give each element of its output once,
+    perhaps elsewhere, in another type, or times a number.
 
     The output must be laid out as the tokens are: a product with the last dimension of its input, the rows in
     the last of its own.
@@ -120,19 +97,16 @@ def added_to(use: Use) -> Addition | None:
         if user.target is _SUM and not user.kwargs and len(others) == 1 and others[0].op == "call_function":
             beside, added = _floating(others[0]), _floating(end)
             fits = beside is not None and added is not None and same_sizes(beside.shape, added.shape)
-            return Addition(others[0], end) if fits else None
-        if user.args[:1] != (end,) or not _keeps_elements(user, others):
+            return (others[0], end) if fits else None
+        scales = user.target in _SCALES and not isinstance(user.args[1], fx.Node)
+        if (
+            not (scales or str(user.target) in REARRANGEMENTS | CASTS)
+            or user.args[:1] != (end,)
+            or _floating(user) is None
+        ):
             return None
         end = user
     return None
-
-
-def _keeps_elements(node: fx.Node, others: list[fx.Node]) -> bool:
-    """Whether a node gives each element of what it reads once, perhaps elsewhere, in another type, or times a
-    number.
-    """
-    scales = node.target in _SCALES and not others
-    return (scales or str(node.target) in REARRANGEMENTS | CASTS) and _floating(node) is not None
 
 
 def _floating(node: fx.Node) -> Tensor | None:
@@ -140,4 +114,4 @@ def _floating(node: fx.Node) -> Tensor | None:
     return found if isinstance(found, Tensor) and found.is_floating_point() else None
 
 
-__all__ = ["Addition", "Drift", "added_to"]
+__all__ = ["Drift", "added_to"]

@@ -158,12 +158,9 @@ class Ranks:
 
     def once(self, grams: Sequence[SplitGram], seen: Sequence[dict[str, Statistic]] = ()) -> None:
         """Before more is added to sums over all processes: let the first process alone hold them."""
-        if self.rank == 0:
-            return
-        for gram in grams:
-            gram.reduce(torch.zeros_like)
-        for statistic in (statistic for by_name in seen for statistic in by_name.values()):
-            statistic.reduce(torch.zeros_like)  # type: ignore[attr-defined]  # it was added up before
+        sums: list[Any] = [*grams, *(statistic for by_name in seen for statistic in by_name.values())]
+        for one in sums if self.rank else ():
+            one.reduce(torch.zeros_like)
 
     def total(self, number: float) -> float:
         """The sum of the numbers of all processes."""
@@ -171,20 +168,11 @@ class Ranks:
 
     def most(self, number: int) -> int:
         """The largest of the numbers of all processes."""
-        return max(self._gathered(number)) if self.size > 1 else number
+        return max(self._gathered(number))
 
     def first(self, value: T) -> T:
         """What the first process has."""
-        return self._from(0, value)
-
-    def owner(self, number: int) -> int:
-        """Which process does the work of this number."""
-        return number % self.size
-
-    def share(self, owner: int, value: T | None) -> T:
-        """What the owner has made; others give ``None``."""
-        found = self._from(owner, value)
-        assert found is not None
+        found: T = self.share(0, value)
         return found
 
     def check_all(self, error: CalibrationError | None) -> None:
@@ -193,10 +181,6 @@ class Ranks:
         Raises:
             CalibrationError: of this process, or else of the first that failed.
         """
-        if error is not None and self.size == 1:
-            raise error
-        if self.size == 1:
-            return
         failures = self._gathered(None if error is None else str(error))
         if error is not None:
             raise error
@@ -204,7 +188,8 @@ class Ranks:
         if failed is not None:
             raise CalibrationError(failed)
 
-    def _from(self, owner: int, value: T | None) -> Any:
+    def share(self, owner: int, value: Any) -> Any:
+        """What the owner has made; what others give does not count."""
         if self.size == 1:
             return value
         held = [value]
@@ -212,6 +197,8 @@ class Ranks:
         return held[0]
 
     def _gathered(self, value: Any) -> list[Any]:
+        if self.size == 1:
+            return [value]
         found: list[Any] = [None] * self.size
         self.with_all(lambda: dist.all_gather_object(found, value, group=self._group))
         return found

@@ -154,11 +154,13 @@ class Observer:
             if runner is not None and marks is not None:
                 with float32_products(self.precision):
                     self._advance(runner, marks, node)
-            ready = []
-            for group in self.groups:
-                self._waiting[group.name].discard(node)
-                if not self._waiting[group.name] and group.name in self._undecided:
-                    ready.append(group)
+            for waiting in self._waiting.values():
+                waiting.discard(node)
+            ready = [
+                group
+                for group in self.groups
+                if not self._waiting[group.name] and group.name in self._undecided
+            ]
             for group in ready:
                 self._choose(group, runner)
             self._finish(ready, runner)
@@ -419,9 +421,9 @@ class Observer:
         """The outcome of a repair, as the journal has it, or of the process whose turn it is."""
         number, self._repairs = self._repairs, self._repairs + 1
         if self._known:
-            return self.ranks.share(0, None if self._journal is None else self._journal.restored(number))
-        owner = self.ranks.owner(number)
-        outcome = self.ranks.share(owner, solve() if owner == self.ranks.rank else None)
+            return self.ranks.share(0, self._journal and self._journal.restored(number))
+        owner = number % self.ranks.size
+        outcome: Restored = self.ranks.share(owner, solve() if owner == self.ranks.rank else None)
         if self._journal is not None:
             self._journal.note_restored(number, outcome)
         return outcome
