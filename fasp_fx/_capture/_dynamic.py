@@ -149,9 +149,14 @@ def lower_bound(size: torch.SymInt) -> int:
     return 0 if bounds is None or bounds.lower == -int_oo else int(bounds.lower)
 
 
-def recorded_shapes(graph: fx.Graph, example: tuple[tuple[Any, ...], dict[str, Any]]) -> ShapesCollection:
+def recorded_shapes(
+    graph: fx.Graph, example: tuple[tuple[Any, ...], dict[str, Any]], settled: bool = False
+) -> ShapesCollection:
     """The dynamic dimensions of a captured program and their ranges, to export it again with the same
     freedom.
+
+    Args:
+        settled: whether those count that could vary until the capture settled them.
     """
     collection = ShapesCollection()
     leaves = [leaf for leaf in pytree.tree_leaves(example) if isinstance(leaf, Tensor)]
@@ -162,7 +167,7 @@ def recorded_shapes(graph: fx.Graph, example: tuple[tuple[Any, ...], dict[str, A
         for dim, size in enumerate(node.meta["val"].shape):
             if not is_dynamic(size):
                 # A symbol that the capture settled is one still.
-                spec[dim] = Dim.STATIC
+                spec[dim] = Dim.AUTO if settled and isinstance(size, torch.SymInt) else Dim.STATIC
                 continue
             spec[dim] = Dim.AUTO
             upper = upper_bound(size)

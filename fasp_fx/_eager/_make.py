@@ -107,7 +107,7 @@ class _Expected:
             module,
             self.args,
             self.kwargs,
-            dynamic_shapes=lambda args, kwargs: recorded_shapes(self.graph, (args, kwargs)),
+            dynamic_shapes=lambda args, kwargs: recorded_shapes(self.graph, (args, kwargs), settled=True),
         )
 
     def difference(self, made: Copied) -> Difference | None:

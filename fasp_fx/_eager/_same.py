@@ -181,11 +181,11 @@ def _said(node: fx.Node) -> tuple[dict[str, Any], bool]:
             dim, *names = (clause.words[-1],) if clause.keyword in _PARTS else clause.words
             shape = next(node for node in node.all_input_nodes).meta["val"].shape
             given[dim] %= len(shape)
-            given |= {name: _from_front(given[name], shape[given[dim]]) for name in names}
+            given |= {name: _from_front(given[name], _size(shape[given[dim]])) for name in names}
     return given, is_shown
 
 
-def _from_front(position: Any, length: int | torch.SymInt) -> Any:
+def _from_front(position: Any, length: Any) -> Any:
     """A position along a dimension, where that does not vary, counted from its beginning."""
     if not isinstance(position, int) or not isinstance(length, int):
         return position
