@@ -17,6 +17,10 @@ from conftest import PROFILE
 from torch import Tensor, nn
 
 import fasp_fx
+from fasp_fx._capture import capture
+from fasp_fx._eager._same import Difference, first_difference, other_sizes
+from fasp_fx._finish import finish
+from fasp_fx._pruned_module import PrunedModule
 from fasp_fx.errors import CallError, EagerError, NothingPrunableError
 from fasp_fx.testing.oracle import Masked, error
 
@@ -152,3 +156,65 @@ def test_a_copy_is_right_wherever_it_and_the_program_run(seed: int) -> None:
             assert error(expected, masked(x)) < TOLERANCE
             assert error(copy(x), expected) < TOLERANCE
     assert compared
+
+
+class Computing(nn.Module):
+    """What a function makes of a layer's output and of some counts."""
+
+    def __init__(self, of: Callable[[Tensor, Tensor], Tensor]) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.layer, self.of = nn.Linear(8, 12), of
+
+    def forward(self, x: Tensor, counts: Tensor) -> Tensor:
+        return self.of(self.layer(x), counts)
+
+
+#: functions each of which differs from the one before it in one thing
+UNLIKE: dict[str, list[Callable[[Tensor, Tensor], Tensor]]] = {
+    "constant": [lambda h, n: h * 0.5, lambda h, n: h * 0.25],
+    "wiring": [lambda h, n: h.sin() - h, lambda h, n: h - h.sin()],
+    "operator": [lambda h, n: h.sin(), lambda h, n: h.cos()],
+    "parts": [lambda h, n: h.chunk(2, -1)[0].sin(), lambda h, n: h.chunk(2, -1)[1].sin()],
+    "sizes of parts": [lambda h, n: h.split([4, 8], -1)[1], lambda h, n: h.split([8, 4], -1)[1]],
+    "window": [lambda h, n: h[:, -3:], lambda h, n: h[:, -2:]],
+    "position": [lambda h, n: h[..., 1], lambda h, n: h[..., -1]],
+    "shape": [
+        lambda h, n: h.view(*h.shape[:2], 3, 4).sum(-1),
+        lambda h, n: h.view(*h.shape[:2], 4, 3).sum(-1),
+    ],
+    "size": [lambda h, n: h * h.shape[0], lambda h, n: h * h.shape[1]],
+    "number of data": [lambda h, n: h * n[0].item(), lambda h, n: h * n[1].item()],
+    "guard": [lambda h, n: h if h.shape[1] < 20 else h.sin(), lambda h, n: h if h.shape[1] < 19 else h.sin()],
+    "new values": [lambda h, n: h + torch.ones(12), lambda h, n: h + torch.zeros(12)],
+}
+
+
+@pytest.mark.parametrize("what", UNLIKE)
+def test_programs_that_differ_in_one_thing_are_told_apart(what: str) -> None:
+    made = [
+        finish(capture(Computing(of).eval(), (torch.randn(2, 6, 8), torch.tensor([3, 4, 5]))))
+        for of in (*UNLIKE[what], UNLIKE[what][0])
+    ]
+
+    def difference(one: PrunedModule, other: PrunedModule) -> Difference | None:
+        mine, its = one.fasp_fx_origin, other.fasp_fx_origin
+        seen = first_difference(mine.body()[0], one, its.body()[0], other)
+        return seen or other_sizes(mine.facts, its.facts)
+
+    assert difference(made[0], made[2]) is None
+    assert difference(made[0], made[1]) is not None
+    assert difference(made[1], made[0]) is not None
+
+
+def test_parts_of_a_dimension_are_the_same_however_they_are_written() -> None:
+    ways: list[Callable[[Tensor, Tensor], Tensor]] = [
+        lambda h, n: h.chunk(2, -1)[1],
+        lambda h, n: h.split(6, -1)[1],
+        lambda h, n: h.split([6, 6], 2)[1],
+    ]
+    made = [
+        finish(capture(Computing(of).eval(), (torch.randn(2, 6, 8), torch.tensor([3, 4, 5])))) for of in ways
+    ]
+    first = made[0].fasp_fx_origin.body()[0]
+    assert all(first_difference(one.fasp_fx_origin.body()[0], one, first, made[0]) is None for one in made)

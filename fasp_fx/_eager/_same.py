@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from .._calling._facts import ExportFacts
+from .._compat import free_unbacked_symbols
 from .._deviation import deviation
 from ..channels import arguments, attribute, results, same_sizes, target_name, written_by
 from ..patterns import RESHAPES, lookup
@@ -110,7 +111,7 @@ class _Comparison:
         """The nodes that do more than arithmetic with sizes and copies, in order."""
         writes = any(map(written_by, graph.nodes))
         for node in graph.nodes:
-            if node.op != "call_function" or isinstance(node.meta.get("val"), _SYMBOLIC):
+            if node.op != "call_function" or _size(node) is not node:
                 continue
             if str(node.target) in _COPIES and not writes:  # whether there is one can depend on sizes of one
                 self.copies[node] = self.copies.get(node.args[0], node.args[0])
@@ -208,9 +209,11 @@ def _path(node: fx.Node | None) -> str | None:
 
 
 def _size(argument: Any) -> Any:
-    """What arithmetic with sizes comes to, in terms of those of the inputs; other arguments as they are."""
+    """What arithmetic with sizes comes to, in terms of those of the inputs; other arguments as they are, also
+    numbers that data decide.
+    """
     value = argument.meta.get("val") if isinstance(argument, fx.Node) else argument
-    if not isinstance(value, _SYMBOLIC):
+    if not isinstance(value, _SYMBOLIC) or free_unbacked_symbols(value):
         return argument
     return int(value.node.expr) if value.node.expr.is_Integer else value.node.expr
 
