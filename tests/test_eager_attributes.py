@@ -170,6 +170,10 @@ class Computing(nn.Module):
         return self.of(self.layer(x), counts)
 
 
+def _scaled(hidden: Tensor, first: Tensor, second: Tensor, which: int) -> Tensor:
+    return (hidden + first + second) * (first, second)[which].item()
+
+
 #: functions each of which differs from the one before it in one thing
 UNLIKE: dict[str, list[Callable[[Tensor, Tensor], Tensor]]] = {
     "constant": [lambda h, n: h * 0.5, lambda h, n: h * 0.25],
@@ -184,7 +188,7 @@ UNLIKE: dict[str, list[Callable[[Tensor, Tensor], Tensor]]] = {
         lambda h, n: h.view(*h.shape[:2], 4, 3).sum(-1),
     ],
     "size": [lambda h, n: h * h.shape[0], lambda h, n: h * h.shape[1]],
-    "number of data": [lambda h, n: h * n[0].item(), lambda h, n: h * n[1].item()],
+    "number of data": [lambda h, n: _scaled(h, n[0], n[1], 0), lambda h, n: _scaled(h, n[0], n[1], 1)],
     "guard": [lambda h, n: h if h.shape[1] < 20 else h.sin(), lambda h, n: h if h.shape[1] < 19 else h.sin()],
     "new values": [lambda h, n: h + torch.ones(12), lambda h, n: h + torch.zeros(12)],
 }
