@@ -34,8 +34,8 @@ def warn_of_few(outcomes: Mapping[str, Sequence[Restored]], tokens: Mapping[str,
     said = (
         f"too little calibration data to repair {len(few)} of {len(columns)} consumers: '{first}' has"
         f" {columns[first]:,} columns and saw {tokens[first]:,} tokens, a quarter of which is held out to"
-        " judge repairs by; a repair that gains next to nothing there is not made, and one of few tokens"
-        " keeps near the weights as they were; calibrate on more, some"
+        " judge repairs by; a repair that gains next to nothing there is not made, and one that few tokens"
+        " judge keeps near the weights as they were; calibrate on more, some"
         f" {_ENOUGH * columns[first]:,} tokens of four sequences or more"
     )
     warn(said, CalibrationWarning)

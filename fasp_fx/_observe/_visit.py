@@ -37,8 +37,8 @@ from ._runner import Runner
 if TYPE_CHECKING:
     from .._store._journal import Journal
 
-#: tokens for each unknown of a repair under which its ridge is bounded
-_FEW = 2
+#: tokens held out from which on they may choose any strength of the ridge
+_JUDGES = 8
 #: why a drift changes no repair, by how far it came
 _UNDRIFTED = (
     "no layer that loses channels gives what is added, as it is, to a value that was computed before",
@@ -444,11 +444,11 @@ def _restored(
             None if part is None else keep(part.symmetric(torch.float32)) for part in (gram.fitted, gram.held)
         )
         assert fitted is not None
-        own, tokens = left.nonzero()[:, 0], gram.fitted.tokens
-        # Weights that meet about as many tokens as there are unknowns fit no others, which the few that are
+        own = left.nonzero()[:, 0]
+        # Weights that meet about as many tokens as there are unknowns fit no others, which a handful of them
         # held out need not show: a ridge as strong as there are unknowns for each token keeps them near.
-        few = restore is ridge and 0 < tokens < _FEW * len(own)
-        more = {"least": len(own) / tokens} if few else {}
+        few = restore is ridge and gram.held is not None and 0 < gram.held.tokens < _JUDGES
+        more = {"least": len(own) / gram.fitted.tokens} if few and gram.fitted.tokens else {}
         outcome = restore(matrix, fitted, held, own, has_ones, **more)
         parts.append(replace(outcome, weight=outcome.weight[:, : len(left)]))
     return together(parts)
