@@ -267,14 +267,18 @@ def fails(group: dist.ProcessGroup, rank: int, folder: Path) -> None:
 
     def interrupted(fraction: float) -> None:
         """While the first waits for the second, somebody interrupts it."""
-        if rank == 1:
-            time.sleep(1.0)
+        while rank == 1 and not (folder / "interrupted").exists():
+            time.sleep(0.01)
+
+    def interrupt() -> None:
+        signal.raise_signal(signal.SIGINT)
+        (folder / "interrupted").touch()
 
     meets = _ranks.Ranks.meet
 
     def meet(ranks: Any, error: BaseException | None = None) -> BaseException | None:
         if rank == 0:
-            threading.Timer(0.3, lambda: signal.raise_signal(signal.SIGINT)).start()
+            threading.Timer(1.0, interrupt).start()  # the other one comes later
         _ranks.Ranks.meet = meets  # type: ignore[method-assign]
         return meets(ranks, error)
 
