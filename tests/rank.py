@@ -6,10 +6,7 @@ from __future__ import annotations
 
 import datetime
 import os
-import signal
 import sys
-import threading
-import time
 import warnings
 from pathlib import Path
 from typing import Any
@@ -260,27 +257,18 @@ def fails(group: dist.ProcessGroup, rank: int, folder: Path) -> None:
     they go on together.
     """
     from fasp_fx import _pipeline, _prune
-    from fasp_fx._observe import _ranks
     from fasp_fx._observe._runner import Runner
     from fasp_fx._observe._visit import Observer
     from fasp_fx._store._journal import Journal
 
-    def interrupted(fraction: float) -> None:
-        """While the first waits for the second, somebody interrupts it."""
-        while rank == 1 and not (folder / "interrupted").exists():
-            time.sleep(0.01)
+    reduce, calls = dist.all_reduce, []
 
-    def interrupt() -> None:
-        signal.raise_signal(signal.SIGINT)
-        (folder / "interrupted").touch()
-
-    meets = _ranks.Ranks.meet
-
-    def meet(ranks: Any, error: BaseException | None = None) -> BaseException | None:
-        if rank == 0:
-            threading.Timer(1.0, interrupt).start()  # the other one comes later
-        _ranks.Ranks.meet = meets  # type: ignore[method-assign]
-        return meets(ranks, error)
+    def interrupted(*args: Any, **kwargs: Any) -> None:
+        """Somebody interrupts the first process while it waits for the second, which comes."""
+        reduce(*args, **kwargs)
+        calls.append(args)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
 
     shortage = torch.OutOfMemoryError("no memory is left")
     places: list[tuple[int, BaseException, Any, str, dict[str, Any]]] = [
@@ -314,8 +302,9 @@ def fails(group: dist.ProcessGroup, rank: int, folder: Path) -> None:
             told(failed, type(error), str(error), **options)
     told(1, ArgumentError, "quality=", **({"quality": "none of these"} if rank == 1 else {}))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(_ranks.Ranks, "meet", meet)
-        told(0, KeyboardInterrupt, "", progress=interrupted)
+        if rank == 0:
+            patch.setattr(dist, "all_reduce", interrupted)
+        told(0, KeyboardInterrupt, "")
     found = fasp_fx.prune(captured, **common)
     alone = fasp_fx.prune(captured, **common | {"group": None})
     assert found.plan.groups == alone.plan.groups
