@@ -884,6 +884,29 @@ def test_a_method_that_a_module_keeps_is_that_of_the_copy() -> None:
     assert model.gain.grad is None
 
 
+class Padding(nn.Module):
+    """Computes how much it pads of sizes that stay; others would give as much, or divide by zero."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Conv2d(3, 16, 3, stride=2), nn.Conv2d(16, 16, 3, groups=16)
+        self.last = nn.Conv2d(16, 4, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        beyond = self.first.kernel_size[0] - self.first.stride[0]
+        left, right = beyond // 2, beyond - beyond // 2 + 7 % beyond
+        return self.last(self.second(self.first(F.pad(x, (left, right, left, right))).relu()))
+
+
+def test_what_is_computed_of_sizes_that_stay_tells_nothing_of_them() -> None:
+    model, x = randomise(Padding()), torch.randn(2, 3, 16, 16)
+    result = pruned(model, x)
+    small = result.eager(model)
+    assert (small.first.kernel_size, small.first.stride) == ((3, 3), (2, 2))
+    assert small.second.groups == small.first.out_channels < 16
+    assert apart(small, zeroed(model, result.plan), x) < TOLERANCE
+
+
 class Marked(nn.Parameter):
     """A parameter of the user's own class."""
 

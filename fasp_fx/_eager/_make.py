@@ -25,7 +25,7 @@ from .._stamps import WRITTEN_BY
 from ..analysis import analyze_program
 from ..errors import ArgumentError, EagerError, first_line, tolerable
 from ..groups import APPROXIMATE, EXEMPT
-from ..passes import KeepDenseCount, PinAttentionScale, split_fused
+from ..passes import KeepDenseCount, PadValueHeads, PinAttentionScale, split_fused
 from ._copy import Copied, copied, twin
 from ._same import Difference, first_difference, other_sizes
 from ._saving import keep_from_saving
@@ -121,8 +121,10 @@ class _Expected:
             write_said(made.model, module)
             with noting_reads(made.model, module) as read:
                 found = self.captured(module)
-            if plan.splits or plan.copies:
-                found = analyze_program(found, split_fused, plan.granularity, plan.include).program
+            written = {node.meta.get(WRITTEN_BY) for node in self.program.module.graph.nodes}
+            if plan.splits or plan.copies or PadValueHeads.name in written:
+                analysis = analyze_program(found, split_fused, plan.granularity, plan.include)
+                found = PadValueHeads().rewrite(analysis.program, analysis)
             again = finish(found)
         except tolerable(Exception) as error:  # a module raises what it likes
             _refuse_reads(made.model, read)

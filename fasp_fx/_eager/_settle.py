@@ -88,7 +88,7 @@ def settle(
 
 def _torn(wanted: list[_Wanted], known: Assignment) -> str | None:
     """What an attribute cannot be at the same time, in words."""
-    torn = next((one for one in wanted if one.integer.of(known) != one.value), None)
+    torn = next((one for one in wanted if one.integer.under(known) != one.value), None)
     if torn is None:
         return None
     names = " and ".join(f"'{size}'" for size in sorted(map(str, torn.integer.sources)))
@@ -126,13 +126,13 @@ def _solved(wanted: list[_Wanted], log: Log) -> dict[Size, int]:
 
 
 def _inverse(wanted: _Wanted, size: Size, others: Assignment) -> int | None:
-    """The value of one attribute with which an integer is what it has to be; the one in proportion where
-    several do.
+    """The value of one attribute with which an integer is what it has to be: where several do, the one that
+    it has, or the one in proportion.
     """
     dense = others[size]
     exact, rest = divmod(dense * wanted.value, int(wanted.integer) or 1)
-    tried = itertools.chain([] if rest else [exact], range(1, dense + 1))
-    return next((new for new in tried if wanted.integer.of({**others, size: new}) == wanted.value), None)
+    tried = itertools.chain([dense], [] if rest else [exact], range(1, dense + 1))
+    return next((new for new in tried if wanted.integer.under({**others, size: new}) == wanted.value), None)
 
 
 __all__ = ["Settled", "settle"]

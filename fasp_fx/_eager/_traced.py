@@ -31,6 +31,13 @@ class Traced(int):
     sources: frozenset[Size]
     log: Log
 
+    def under(self, assignment: Assignment) -> int | None:
+        """What it is for other values; ``None`` where it would divide by zero."""
+        try:
+            return self.of(assignment)
+        except ZeroDivisionError:
+            return None
+
     @staticmethod
     def made(value: int, of: Callable[[Assignment], int], sources: frozenset[Size], log: Log) -> Traced:
         """The integer with what is known of it."""
