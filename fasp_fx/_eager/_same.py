@@ -4,6 +4,7 @@ assumptions about sizes, so that what they compute is the same on every input th
 
 from __future__ import annotations
 
+import ast
 import itertools
 import math
 import re
@@ -72,7 +73,32 @@ def other_sizes(found: ExportFacts, expected: ExportFacts) -> Difference | None:
 def _assumed(facts: ExportFacts) -> tuple[set[str], set[str]]:
     """The sizes that vary, and what else is assumed; those that do not are compared as they are recorded."""
     ranges = {f"that {symbol} is in {allowed}" for symbol, allowed in facts.ranges.items()}
-    return ranges, {guard for guard in facts.guards if not _SETTLED.fullmatch(guard)}
+    return ranges, {_reduced(guard) for guard in facts.guards if not _SETTLED.fullmatch(guard)}
+
+
+def _reduced(guard: str) -> str:
+    """What is assumed, without the factors that both sides of it have, as widths are."""
+    tree = ast.parse(guard, mode="eval").body
+    if not isinstance(tree, ast.Compare) or len(tree.ops) > 1 or type(tree.ops[0]) not in (ast.Eq, ast.NotEq):
+        return guard
+    left, right = tree.left, tree.comparators[0]
+    relation = "is" if isinstance(tree.ops[0], ast.Eq) else "is not"
+    if isinstance(left, ast.BinOp) and isinstance(left.op, ast.Mod) and ast.unparse(right) == "0":
+        relation += " a multiple of"
+        right, left = left.right, left.left
+    (mine, one), (its, other) = _factors(left), _factors(right)
+    common = math.gcd(mine, its) or 1
+    return f"{mine // common}*{one} {relation} {its // common}*{other}"
+
+
+def _factors(product: ast.expr) -> tuple[int, str]:
+    """The number that a product begins with, and the rest of it."""
+    if isinstance(product, ast.Constant) and type(product.value) is int:
+        return product.value, "1"
+    if not isinstance(product, ast.BinOp) or not isinstance(product.op, ast.Mult):
+        return 1, ast.unparse(product)
+    (mine, one), (its, other) = _factors(product.left), _factors(product.right)
+    return mine * its, f"{one}*{other}"
 
 
 class _Comparison:

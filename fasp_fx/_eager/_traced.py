@@ -78,9 +78,8 @@ def _computing(compute: Callable[..., Any], is_equality: bool = False) -> Callab
         found = compute(*map(_plain, given))
         traced = [value for value in given if isinstance(value, Traced)]
         sources = frozenset().union(*(value.sources for value in traced))
-        if (is_equality and len({*map(_plain, given)}) == 1) or any(
-            isinstance(value, SymInt) for value in given
-        ):
+        varies = any(isinstance(value, SymInt) for value in given)
+        if varies or (is_equality and _plain(given[0]) == _plain(given[1])):
             traced[0].log.unseen |= sources
         if type(found) is not int:
             return found
