@@ -16,14 +16,14 @@ from functools import partial
 from typing import Any
 
 import torch
+from fasp_fx.budgets import Bytes, CacheBytes, Cap, Latency, Macs, Parameters
+from fasp_fx.latency import LatencyTable
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 import fasp_fx
-from fasp_fx._finish import finish
-from fasp_fx.budgets import Bytes, CacheBytes, Cap, Latency, Macs, Parameters
-from fasp_fx.latency import LatencyTable
+from fasp_fx.passes._finish import finish
 
 
 def resnet50() -> tuple[nn.Module, tuple[Any, ...], dict[str, Any]]:

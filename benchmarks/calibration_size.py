@@ -10,9 +10,9 @@ import pathlib
 import warnings
 
 from _protocol import EVALUATION, chunks, smollm2
+from fasp_fx.evaluation import perplexity
 
 import fasp_fx
-from fasp_fx.evaluation import perplexity
 
 
 def main() -> None:

@@ -21,10 +21,10 @@ import sentences
 import torch
 import vision
 from _protocol import CALIBRATION, EVALUATION, chunks, smollm2
-
-import fasp_fx
 from fasp_fx.evaluation import perplexity, tasks
 from fasp_fx.restoration import Window
+
+import fasp_fx
 
 METHODS = ("fast", "fasp,global", "balanced", "best", "obs,uniform", "fasp,global,none", "fasp,uniform,none")
 HOW = (

@@ -22,11 +22,11 @@ from typing import Any
 
 import sentences
 import torch
+from fasp_fx.gates import Gates, HardConcrete, Projected, attach
 from torch import Tensor, nn
 from torch.nn import functional
 
 import fasp_fx
-from fasp_fx.gates import Gates, HardConcrete, Projected, attach
 
 METHODS = ("one shot", "one shot, blocks", "hard concrete", "projected", "coarse")
 #: what CoFi lets go: heads, what is inside of feed-forward layers, and attention and feed-forward as a whole

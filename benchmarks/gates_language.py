@@ -15,12 +15,12 @@ import warnings
 
 import torch
 from _protocol import EVALUATION, arguments, chunks, smollm2
-
-import fasp_fx
-from fasp_fx._device import multiplies_bfloat16, products_in_bfloat16
 from fasp_fx.evaluation import perplexity
 from fasp_fx.gates import Projected, attach
 from fasp_fx.recovery import Divergence
+
+import fasp_fx
+from fasp_fx.base._device import multiplies_bfloat16, products_in_bfloat16
 
 
 def main() -> None:

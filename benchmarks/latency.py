@@ -16,8 +16,8 @@ from _protocol import arguments, chunks, smollm2
 from torch.utils.flop_counter import FlopCounterMode
 
 import fasp_fx
-from fasp_fx._capture import capture
-from fasp_fx._finish import finish
+from fasp_fx.capturing import capture
+from fasp_fx.passes._finish import finish
 
 
 def main() -> None:

@@ -21,7 +21,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, OPTConfig, Pretraine
 
 import fasp_fx
 import fasp_fx.hf
-from fasp_fx._forecast._forecast import forecast
+from fasp_fx.cli._forecast import forecast
 
 #: the smallest of the models' vocabularies, which all ids are drawn from
 VOCABULARY = 32000

@@ -8,9 +8,9 @@ import pathlib
 from typing import Any
 
 from _protocol import EVALUATION, arguments, chunks, smollm2
+from fasp_fx.evaluation import perplexity
 
 import fasp_fx
-from fasp_fx.evaluation import perplexity
 
 
 def main() -> None:

@@ -12,8 +12,8 @@ from typing import Any
 
 import torch
 from _protocol import EVALUATION, arguments, chunks, smollm2
-
 from fasp_fx.evaluation import perplexity
+
 from fasp_fx.hf._plain import Plain, prune_plain
 from fasp_fx.hf._plain_folder import save_plain
 from fasp_fx.testing._stranger import run_without_fasp_fx

@@ -25,10 +25,10 @@ from typing import Any
 
 import torch
 from _protocol import EVALUATION, arguments, chunks, smollm2
+from fasp_fx.quantise import quantise, weight_bytes
 from torch import Tensor, nn
 
 import fasp_fx
-from fasp_fx.quantise import quantise, weight_bytes
 from fasp_fx.testing.oracle import error
 
 Route = Callable[["Subject", pathlib.Path], tuple[Callable[[Tensor], Any], int]]

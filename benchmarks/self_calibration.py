@@ -17,10 +17,10 @@ from typing import Any
 
 import torch
 from _protocol import EVALUATION, LENGTH, chunks, smollm2
+from fasp_fx.evaluation import perplexity
 from torch import Tensor
 
 import fasp_fx
-from fasp_fx.evaluation import perplexity
 
 
 def write(model: Any, tokenizer: Any, recipe: str, seed: int, folder: pathlib.Path) -> tuple[Tensor, float]:

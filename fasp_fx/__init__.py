@@ -5,23 +5,20 @@ A declarative structured-pruning compiler pass over ``torch.fx``, after FASP (ar
 
 from __future__ import annotations
 
+import sys
 from importlib import import_module
+from types import ModuleType
 from typing import Any
 
-from . import passes, patterns
-from ._auto import register_when_needed
-from ._captured import Captured, capture
-from ._compile._backend import backend
-from ._measure import measure
-from ._offload._context import keep_weights, offload
-from ._page import to_html
-from ._plan_from_sets import plan_from_sets
-from ._prune import analyze, apply, prune
-from ._result import Result
-from ._version import __version__ as __version__
-from .analysis import Analysis
-from .config import PruningConfig
-from .costs import CostCurve, Costs
+from .allocation.costs import CostCurve, Costs
+from .analysis._analysis import Analysis
+from .analysis.groups import Group
+from .analysis.plan import ParameterSlice, PruningPlan
+from .base._after_import import after_import
+from .base._version import __version__ as __version__
+from .base.offload._context import keep_weights, offload
+from .capturing._captured import Captured, capture
+from .cli.page import to_html
 from .errors import (
     ArgumentError,
     BudgetError,
@@ -45,18 +42,57 @@ from .errors import (
     VerificationError,
     VerificationWarning,
 )
-from .groups import Group
-from .plan import ParameterSlice, PruningPlan
-from .recovery import distil
-from .report import Report
-from .store import load
+from .interop.compile._backend import backend
+from .pruning._measure import measure
+from .pruning._plan_from_sets import plan_from_sets
+from .pruning._prune import analyze, apply, prune
+from .pruning._result import Result
+from .pruning.config import PruningConfig
+from .pruning.report import Report
+from .pruning.saving.store import load
+from .training.recovery import distil
 
-register_when_needed()
+#: public modules by the names they are known by, where these are not the names of rooms
+_FACES = {
+    "budgets": "allocation.budgets",
+    "channels": "analysis.channels",
+    "config": "pruning.config",
+    "costs": "allocation.costs",
+    "evaluation": "cli.evaluation",
+    "gates": "training.gates",
+    "groups": "analysis.groups",
+    "latency": "allocation.latency",
+    "losses": "calibration.losses",
+    "obs": "calibration.obs",
+    "plan": "analysis.plan",
+    "quantise": "interop.quantise",
+    "recovery": "training.recovery",
+    "report": "pruning.report",
+    "resources": "analysis.resources",
+    "restoration": "calibration.restoration",
+    "scoring": "calibration.scoring",
+    "statistics": "calibration.statistics",
+    "store": "pruning.saving.store",
+}
+
+
+class _Face(ModuleType):
+    """What ``from fasp_fx.budgets import Macs`` finds: the module of that name, imported when it is used."""
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(import_module(f"fasp_fx.{_FACES[self.__name__.rpartition('.')[2]]}"), name)
+
+
+sys.modules.update({f"fasp_fx.{name}": _Face(f"fasp_fx.{name}") for name in _FACES})
+# Importing transformers takes a second: its Auto classes are told of pruned models once they are there.
+after_import(
+    "transformers.models.auto.configuration_auto", lambda: import_module("fasp_fx.hf._config")
+)
 
 
 def __getattr__(name: str) -> Any:
-    if name == "hf":  # needs transformers, which takes a second to import
-        return import_module(".hf", __name__)
+    if name in ("cli", "hf", "testing") or name in _FACES:
+        return import_module(f"fasp_fx.{_FACES.get(name, name)}")
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 

@@ -1,5 +1,5 @@
 """``python -m fasp_fx`` is ``fasp-fx``."""
 
-from .cli import main
+from .cli._app import main
 
 main()

@@ -5,9 +5,6 @@ All derive from :class:`FaspError`; each message names the thing that is wrong a
 
 from __future__ import annotations
 
-from ._tolerable import short_of_memory as short_of_memory
-from ._tolerable import tolerable as tolerable
-
 
 class FaspError(Exception):
     """Base class of all errors raised by fasp_fx."""

@@ -7,7 +7,7 @@ Every pass is a function ``ExportedProgram -> ExportedProgram``; those that touc
 
 from __future__ import annotations
 
-from fasp_fx._stamps import WRITTEN_BY, stamp
+from fasp_fx.base._stamps import WRITTEN_BY, stamp
 
 from ._base import GraphPass, Pass
 from ._foreign import Foreign

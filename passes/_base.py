@@ -12,11 +12,12 @@ from torch import fx
 from torch.export import ExportedProgram
 from torch.fx.passes.infra.pass_base import PassBase, PassResult
 
-from fasp_fx._calling._signature import CallSignature
-from fasp_fx._program import Program
-from fasp_fx.analysis import Analysis
-from fasp_fx.errors import FaspError, VerificationError, tolerable
-from fasp_fx.plan import PruningPlan, check_fingerprint, program_fingerprint
+from fasp_fx.analysis._analysis import Analysis
+from fasp_fx.analysis.plan import PruningPlan, check_fingerprint, program_fingerprint
+from fasp_fx.base._tolerable import tolerable
+from fasp_fx.capturing._program import Program
+from fasp_fx.capturing.calling._signature import CallSignature
+from fasp_fx.errors import FaspError, VerificationError
 
 from ._run import analysis_for, run_exported
 

@@ -15,10 +15,10 @@ from scipy.sparse import coo_matrix
 from scipy.sparse.csgraph import connected_components
 from torch import fx
 
-from fasp_fx._analysis._walks import Pairs
-from fasp_fx._program import Program
-from fasp_fx.analysis import Analysis
-from fasp_fx.channels import Numbering, Walk
+from fasp_fx.analysis._analysis import Analysis
+from fasp_fx.analysis.build._walks import Pairs
+from fasp_fx.analysis.channels import Numbering, Walk
+from fasp_fx.capturing._program import Program
 from fasp_fx.errors import VerificationError
 
 from ._verify import hold, last_ones, meet, walk_strictly

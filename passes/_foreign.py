@@ -13,19 +13,20 @@ from torch import Tensor, fx
 from torch.export import ExportedProgram
 from torch.fx.passes.infra.pass_base import PassResult
 
-from fasp_fx._capture import export_again, is_plain_graph, recapture
-from fasp_fx._capture._record import record
-from fasp_fx._capture._unchanged import copied, rewound
-from fasp_fx._deviation import deviation
-from fasp_fx._finish import finish, own_storage
-from fasp_fx._program import Program, graph_module
-from fasp_fx._pruned_module import program_now
-from fasp_fx._stamps import WRITTEN_BY, stamp
-from fasp_fx.analysis import Analysis
-from fasp_fx.channels import results, written_names
-from fasp_fx.errors import ArgumentError, FaspError, VerificationError, first_line, tolerable
+from fasp_fx.analysis._analysis import Analysis
+from fasp_fx.base._deviation import deviation
+from fasp_fx.base._stamps import WRITTEN_BY, stamp
+from fasp_fx.base._tolerable import tolerable
+from fasp_fx.base.compat import pytree
+from fasp_fx.capturing import export_again, is_plain_graph, recapture
+from fasp_fx.capturing._fx import results, written_names
+from fasp_fx.capturing._program import Program, graph_module
+from fasp_fx.capturing._record import record
+from fasp_fx.capturing._unchanged import copied, rewound
+from fasp_fx.errors import ArgumentError, FaspError, VerificationError, first_line
+from fasp_fx.passes._finish import finish, own_storage
+from fasp_fx.passes._pruned_module import program_now
 
-from .._compat import pytree
 from ._extend import extend
 
 

@@ -7,13 +7,13 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from fasp_fx.channels import Value
+from fasp_fx.analysis.channels import Value
+from fasp_fx.analysis.plan import PruningPlan, gone_of
 from fasp_fx.errors import VerificationError
-from fasp_fx.plan import PruningPlan, gone_of
 
 if TYPE_CHECKING:
-    from fasp_fx._program import Program
-    from fasp_fx.analysis import Analysis
+    from fasp_fx.analysis._analysis import Analysis
+    from fasp_fx.capturing._program import Program
 
 
 def gone_from(removal: PruningPlan | np.ndarray, program: Program, analysis: Analysis) -> np.ndarray:

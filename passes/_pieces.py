@@ -12,14 +12,15 @@ import numpy as np
 import torch
 from torch import Tensor, fx, nn
 
-from fasp_fx._program import Program, SplitWeight, set_weight
-from fasp_fx._recipes import Cut
-from fasp_fx._stamps import stamp
-from fasp_fx.channels import Value, attribute, target_name
+from fasp_fx.analysis.channels import Value
+from fasp_fx.base._stamps import stamp
+from fasp_fx.capturing._fx import attribute, target_name
+from fasp_fx.capturing._program import Program, SplitWeight, set_weight
+from fasp_fx.capturing._recipes import Cut
 from fasp_fx.patterns import lookup
 
 if TYPE_CHECKING:
-    from fasp_fx.analysis import Analysis
+    from fasp_fx.analysis._analysis import Analysis
 
 #: a node that takes a range of a weight, and the range
 _Piece = tuple[fx.Node, range]

@@ -7,8 +7,8 @@ from typing import Any, overload
 
 from torch.export import ExportedProgram
 
-from fasp_fx._program import Program
-from fasp_fx.analysis import Analysis
+from fasp_fx.analysis._analysis import Analysis
+from fasp_fx.capturing._program import Program
 from fasp_fx.errors import ArgumentError
 
 from ._base import Pass

@@ -16,8 +16,8 @@ from .skip_blocks import SkipBlocks
 if TYPE_CHECKING:
     import numpy as np
 
-    from fasp_fx.analysis import Analysis
-    from fasp_fx.plan import PruningPlan
+    from fasp_fx.analysis._analysis import Analysis
+    from fasp_fx.analysis.plan import PruningPlan
 
 
 class Prune(Pipeline):

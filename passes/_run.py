@@ -10,14 +10,15 @@ from typing import TYPE_CHECKING, Protocol
 import numpy as np
 from torch.export import ExportedProgram
 
-from fasp_fx._capture import capture
-from fasp_fx._capture._record import record
-from fasp_fx._finish import finish
-from fasp_fx._program import Program
-from fasp_fx._pruned_module import program_now
-from fasp_fx.analysis import Analysis, analyze_program
-from fasp_fx.errors import ArgumentError, FaspError, VerificationError, first_line, tolerable
-from fasp_fx.plan import PruningPlan, check_fingerprint, program_fingerprint
+from fasp_fx.analysis._analysis import Analysis, analyze_program
+from fasp_fx.analysis.plan import PruningPlan, check_fingerprint, program_fingerprint
+from fasp_fx.base._tolerable import tolerable
+from fasp_fx.capturing import capture
+from fasp_fx.capturing._program import Program
+from fasp_fx.capturing._record import record
+from fasp_fx.errors import ArgumentError, FaspError, VerificationError, first_line
+from fasp_fx.passes._finish import finish
+from fasp_fx.passes._pruned_module import program_now
 
 from . import _unshare
 from ._foreign import Foreign

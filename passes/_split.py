@@ -17,27 +17,18 @@ import numpy as np
 import torch
 from torch import Tensor, fx
 
-from fasp_fx._compat import pytree
-from fasp_fx._program import Program
-from fasp_fx._stamps import stamp
-from fasp_fx.channels import (
-    Axis,
-    Use,
-    Value,
-    arguments,
-    attribute,
-    distinct,
-    is_dynamic,
-    marked,
-    run_on_numbers,
-    target_name,
-)
+from fasp_fx.analysis.channels import Axis, Use, Value, distinct, marked, run_on_numbers
+from fasp_fx.base._stamps import stamp
+from fasp_fx.base.compat import pytree
+from fasp_fx.capturing._fx import arguments, attribute, target_name
+from fasp_fx.capturing._program import Program
+from fasp_fx.capturing._sizes import is_dynamic
 from fasp_fx.patterns import Rule, lookup
 
 from ._pieces import add_part, delete_weight, take_apart
 
 if TYPE_CHECKING:
-    from fasp_fx.analysis import Analysis
+    from fasp_fx.analysis._analysis import Analysis
 
 #: of the pass, in messages and stamps
 NAME = "split_fused_producers"

@@ -19,17 +19,18 @@ import numpy as np
 import torch
 from torch import Tensor, fx, nn
 
-from fasp_fx._analysis._walks import label_sets, walk_program
-from fasp_fx._capture._dead import is_pure
-from fasp_fx._compat import pytree
-from fasp_fx._program import CopiedBuffer, Program
-from fasp_fx._stamps import WRITTEN_BY, stamp
-from fasp_fx.channels import Value, attribute, target_name, written_names
+from fasp_fx.analysis.build._walks import label_sets, walk_program
+from fasp_fx.analysis.channels import Value
+from fasp_fx.base._stamps import WRITTEN_BY, stamp
+from fasp_fx.base.compat import pytree
+from fasp_fx.capturing._dead import is_pure
+from fasp_fx.capturing._fx import attribute, target_name, written_names
+from fasp_fx.capturing._program import CopiedBuffer, Program
 
 from ._pieces import delete_weight
 
 if TYPE_CHECKING:
-    from fasp_fx.analysis import Analysis
+    from fasp_fx.analysis._analysis import Analysis
 
 #: of the pass, in messages and stamps
 NAME = "unshare_tables"

@@ -8,14 +8,14 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from fasp_fx._stamps import stamp
+from fasp_fx.base._stamps import stamp
 
 from ._base import GraphPass
 from ._verify import walk_of
 
 if TYPE_CHECKING:
-    from fasp_fx._program import Program
-    from fasp_fx.analysis import Analysis
+    from fasp_fx.analysis._analysis import Analysis
+    from fasp_fx.capturing._program import Program
 
 _ATTENTION = torch.ops.aten.scaled_dot_product_attention.default
 

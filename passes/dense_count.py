@@ -13,8 +13,9 @@ import numpy as np
 import torch
 from torch import fx
 
-from fasp_fx._stamps import WRITTEN_BY, stamp
-from fasp_fx.channels import Value, Walk, arguments
+from fasp_fx.analysis.channels import Value, Walk
+from fasp_fx.base._stamps import WRITTEN_BY, stamp
+from fasp_fx.capturing._fx import arguments
 from fasp_fx.errors import VerificationError
 
 from ._base import GraphPass
@@ -22,9 +23,9 @@ from ._kept import Kept, gone_from
 from ._verify import walk_of
 
 if TYPE_CHECKING:
-    from fasp_fx._program import Program
-    from fasp_fx.analysis import Analysis
-    from fasp_fx.plan import PruningPlan
+    from fasp_fx.analysis._analysis import Analysis
+    from fasp_fx.analysis.plan import PruningPlan
+    from fasp_fx.capturing._program import Program
 
 _ATEN = torch.ops.aten
 #: key of ``node.meta["custom"]`` under which nodes carry the digest of the removal that they are for

@@ -11,21 +11,22 @@ import numpy as np
 import torch
 from torch import Tensor, fx
 
-from fasp_fx._recipes import Cut, Recipe
-from fasp_fx._stamps import stamp
-from fasp_fx.channels import Numbering, Slot, Value, Walk, arguments, set_argument
+from fasp_fx.analysis.channels import Numbering, Slot, Value, Walk
+from fasp_fx.base._stamps import stamp
+from fasp_fx.base.compat import pytree
+from fasp_fx.capturing._fx import arguments, set_argument
+from fasp_fx.capturing._recipes import Cut, Recipe
 from fasp_fx.errors import VerificationError
 from fasp_fx.patterns import VIEWS, Clause, lookup
 
-from .._compat import pytree
 from ._base import Pass
 from ._kept import Kept, gone_from
 from ._verify import walk_of
 
 if TYPE_CHECKING:
-    from fasp_fx._program import Program
-    from fasp_fx.analysis import Analysis
-    from fasp_fx.plan import PruningPlan
+    from fasp_fx.analysis._analysis import Analysis
+    from fasp_fx.analysis.plan import PruningPlan
+    from fasp_fx.capturing._program import Program
 
 _ATTENTION = torch.ops.aten.scaled_dot_product_attention.default
 

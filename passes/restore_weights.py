@@ -11,8 +11,8 @@ from fasp_fx.errors import VerificationError
 from ._base import Pass
 
 if TYPE_CHECKING:
-    from fasp_fx._program import Program
-    from fasp_fx.analysis import Analysis
+    from fasp_fx.analysis._analysis import Analysis
+    from fasp_fx.capturing._program import Program
 
 
 class RestoreWeights(Pass):

@@ -8,18 +8,19 @@ import numpy as np
 import torch
 from torch import Tensor, fx
 
-from fasp_fx._analysis._depth import BIASES, beside, goes_with_a_block, laid_out, serving
-from fasp_fx._stamps import stamp
-from fasp_fx.channels import arguments, results, same_sizes, viewed
+from fasp_fx.analysis.build._depth import BIASES, beside, goes_with_a_block, laid_out, serving
+from fasp_fx.base._stamps import stamp
+from fasp_fx.capturing._fx import arguments, results, viewed
+from fasp_fx.capturing._sizes import same_sizes
 from fasp_fx.errors import VerificationError
 
 from ._base import Pass
 from ._kept import gone_from
 
 if TYPE_CHECKING:
-    from fasp_fx._program import Program
-    from fasp_fx.analysis import Analysis
-    from fasp_fx.plan import PruningPlan
+    from fasp_fx.analysis._analysis import Analysis
+    from fasp_fx.analysis.plan import PruningPlan
+    from fasp_fx.capturing._program import Program
 
 _ATEN = torch.ops.aten
 

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from fasp_fx._program import Program
+from fasp_fx.capturing._program import Program
 
 from ._base import Pass
 from ._split import NAME, split
 
 if TYPE_CHECKING:
-    from fasp_fx.analysis import Analysis
+    from fasp_fx.analysis._analysis import Analysis
 
 
 class SplitFusedProducers(Pass):

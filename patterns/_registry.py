@@ -9,9 +9,9 @@ from typing import Any
 
 import torch
 
+from fasp_fx.base.compat import HigherOrderOperator, OpOverload
 from fasp_fx.errors import RuleError
 
-from .._compat import HigherOrderOperator, OpOverload
 from ._grammar import Rule, parse
 from .contractions import CONTRACTIONS
 from .mixing import MIXING

@@ -20,9 +20,9 @@ from itertools import permutations
 
 from torch import fx
 
+from fasp_fx.base.compat import OpOverload
 from fasp_fx.errors import RuleError
 
-from .._compat import OpOverload
 from ._registry import lookup
 
 COMPOSITES: dict[str, str] = {

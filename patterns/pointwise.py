@@ -6,7 +6,7 @@ they are pointwise.
 
 from __future__ import annotations
 
-from .._compat import OpOverload
+from fasp_fx.base.compat import OpOverload
 
 #: pointwise operators that torch does not tag
 UNTAGGED: tuple[str, ...] = (

@@ -17,9 +17,9 @@ from torch import Tensor, fx, nn
 from torch.nn.utils import parametrize
 from torch.utils import _pytree as pytree
 
-from fasp_fx import _captured
-from fasp_fx._parts import _submodules
-from fasp_fx._program import Program
+from fasp_fx.capturing import _captured
+from fasp_fx.capturing._program import Program
+from fasp_fx.pruning.submodules import _submodules
 
 Capture = Callable[..., Program]
 

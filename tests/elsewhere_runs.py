@@ -21,7 +21,7 @@ from whole_products import compute_in_full
 from zoo import VOCABULARY, ZOO
 
 import fasp_fx
-from fasp_fx._observe._runner import Runner
+from fasp_fx.capturing._runner import Runner
 
 
 class Recurrent(nn.Module):

@@ -173,8 +173,8 @@ def _load_hf(folder: Path) -> Callable[[], Any]:
 
 def _load_plain(folder: Path) -> Callable[[], Any]:
     """What is ours in such a folder; the rest is read by transformers."""
-    from fasp_fx._store._folder import read_plan
     from fasp_fx.hf._plain_folder import is_plain
+    from fasp_fx.pruning.saving._folder import read_plan
 
     found = is_plain(folder), read_plan(folder)
     return lambda: torch.tensor(float(found[0])) + 0 * found[1].sparsity

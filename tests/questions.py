@@ -12,9 +12,8 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
-
 from fasp_fx.evaluation import TaskScore
+from torch import Tensor
 
 QUESTIONS: list[dict[str, Any]] = [
     {

@@ -17,13 +17,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils import _pytree as pytree
 
-from fasp_fx._capture import capture
-from fasp_fx._finish import finish
-from fasp_fx._observe._visit import Decision
-from fasp_fx._pipeline import make_plan
 from fasp_fx.analysis import Analysis, analyze_program
+from fasp_fx.calibration.observe._visit import Decision
+from fasp_fx.capturing import capture
 from fasp_fx.errors import CallError
 from fasp_fx.passes import Prune, split_fused
+from fasp_fx.passes._finish import finish
+from fasp_fx.pruning._pipeline import make_plan
 
 #: another batch and another length than the example's, shorter and longer
 SIZES = ((2, 6), (3, 7), (5, 4))

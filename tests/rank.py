@@ -15,6 +15,7 @@ from unittest.mock import Mock
 import pytest
 import torch
 import torch.distributed as dist
+from fasp_fx.restoration import Window
 from quick import capture_quickly
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -25,7 +26,6 @@ import fasp_fx
 from fasp_fx.allocation import Search
 from fasp_fx.cli import app
 from fasp_fx.errors import ArgumentError, CalibrationError, RankError, StoreError
-from fasp_fx.restoration import Window
 
 TOKENS = 100
 
@@ -237,7 +237,7 @@ def command_line(rank: int, size: int, folder: Path) -> None:
 
 def dies(group: dist.ProcessGroup, rank: int) -> None:
     """One process ends in the middle; what becomes of the others."""
-    from fasp_fx._observe._runner import Runner
+    from fasp_fx.capturing._runner import Runner
 
     if rank == 1:
         Runner.advance = lambda self, stop: os._exit(3)  # type: ignore[method-assign, assignment]
@@ -256,10 +256,10 @@ def fails(group: dist.ProcessGroup, rank: int, folder: Path) -> None:
     """One process fails, wherever it is; it raises its own error, and the other one says what that was. Then
     they go on together.
     """
-    from fasp_fx import _pipeline, _prune
-    from fasp_fx._observe._runner import Runner
-    from fasp_fx._observe._visit import Observer
-    from fasp_fx._store._journal import Journal
+    from fasp_fx.calibration._journal import Journal
+    from fasp_fx.calibration.observe._visit import Observer
+    from fasp_fx.capturing._runner import Runner
+    from fasp_fx.pruning import _pipeline, _prune
 
     reduce, calls = dist.all_reduce, []
 

@@ -13,6 +13,9 @@ import pytest
 import torch
 import transformers as hf
 from conftest import PROFILE
+from fasp_fx.budgets import KINDS, Bytes, CacheBytes, Cap, Macs, Parameters
+from fasp_fx.groups import Group
+from fasp_fx.resources import Resource, parameters_of
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from test_submodules import Forks, X
@@ -24,17 +27,14 @@ from torch.utils.flop_counter import FlopCounterMode
 from typer.testing import CliRunner
 
 import fasp_fx
-from fasp_fx._cli._amounts import read_amount
-from fasp_fx._macs import macs_of
-from fasp_fx._observe._visit import Decision
-from fasp_fx._pipeline import make_plan
 from fasp_fx.allocation import Budget, Ceiling, CostAllocation, Global, uniform
-from fasp_fx.budgets import KINDS, Bytes, CacheBytes, Cap, Macs, Parameters
+from fasp_fx.allocation._macs import macs_of
+from fasp_fx.calibration.observe._visit import Decision
 from fasp_fx.cli import app
-from fasp_fx.groups import Group
+from fasp_fx.cli._amounts import read_amount
 from fasp_fx.hf._stages import stages_of
 from fasp_fx.passes import Prune
-from fasp_fx.resources import Resource, parameters_of
+from fasp_fx.pruning._pipeline import make_plan
 from fasp_fx.testing import build, example, programs
 from fasp_fx.testing._sets import draw_sets
 from fasp_fx.testing.specs import Net

@@ -9,7 +9,7 @@ import torch
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 
 import fasp_fx
-from fasp_fx._compat._transformers import CACHE
+from fasp_fx.base.compat._transformers import CACHE
 
 pytestmark = pytest.mark.usefixtures("shared_captures")
 

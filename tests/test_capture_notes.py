@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 
 import fasp_fx
-from fasp_fx._capture import capture
-from fasp_fx._exactness._inputs import other_inputs
+from fasp_fx.capturing import capture
+from fasp_fx.pruning.check._inputs import other_inputs
 
 
 class Dead(nn.Module):

@@ -16,18 +16,17 @@ import psutil
 import pytest
 import questions
 import torch
+from fasp_fx.evaluation import TaskScore
 from tiny_llama import make_model
 from torch.nn import functional
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from typer.testing import CliRunner, Result
 
 import fasp_fx
-from fasp_fx._cli import _models, _prune_command
-from fasp_fx._cli._saved import load_saved
-from fasp_fx._cli._texts import Texts, Wanted
-from fasp_fx.cli import app
+from fasp_fx.cli import _models, _prune_command, app
+from fasp_fx.cli._saved import load_saved
+from fasp_fx.cli._texts import Texts, Wanted
 from fasp_fx.errors import ArgumentError
-from fasp_fx.evaluation import TaskScore
 from fasp_fx.hf._plain_folder import read_plain
 
 pytestmark = pytest.mark.usefixtures("shared_captures")
@@ -139,7 +138,7 @@ def test_prune_from_file(from_file: tuple[Path, Result], folder: Path) -> None:
 def test_prune_with_the_weights_in_files(
     from_file: tuple[Path, Result], folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("fasp_fx._offload._scratch.SMALLEST", 1)
+    monkeypatch.setattr("fasp_fx.base.offload._scratch.SMALLEST", 1)
     text = ("--calibration", folder / "text.txt", "--text", folder / "text.txt")
     done = _invoke(
         "prune",
@@ -169,7 +168,7 @@ def test_a_model_that_does_not_fit_is_kept_in_files_by_itself(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     there = psutil.virtual_memory()._replace(available=100_000)
-    monkeypatch.setattr("fasp_fx._cli._prune_command.psutil.virtual_memory", lambda: there)
+    monkeypatch.setattr("fasp_fx.cli._prune_command.psutil.virtual_memory", lambda: there)
     kept: list[bool] = []
 
     def noted(source: Any, **options: Any) -> Any:
@@ -601,8 +600,8 @@ def test_a_result_is_kept_when_measuring_is_interrupted(
 
     model = AutoModelForCausalLM.from_pretrained(from_file[0])
     pruned = fasp_fx.hf.Pruned(model, model.plan, model.report)
-    monkeypatch.setattr("fasp_fx._cli._prune_command.Job.prune", lambda job: pruned)
-    monkeypatch.setattr("fasp_fx._cli._outcome.latency", interrupt)
+    monkeypatch.setattr("fasp_fx.cli._prune_command.Job.prune", lambda job: pruned)
+    monkeypatch.setattr("fasp_fx.cli._outcome.latency", interrupt)
     text = folder / "text.txt"
     done = _invoke(
         "prune",
@@ -653,7 +652,7 @@ def test_ctrl_c_exits_with_130_and_leaves_nothing(
     def interrupt(*args: object, **kwargs: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("fasp_fx._cli._text.sample", interrupt)
+    monkeypatch.setattr("fasp_fx.cli._text.sample", interrupt)
     done = _invoke("prune", folder / "model", "--out", tmp_path / "out", *SMALL)
     assert done.exit_code == 130
     assert done.stderr.splitlines()[-1].startswith("fasp-fx: interrupted")
@@ -705,7 +704,7 @@ def test_a_file_is_measured_on_where_no_other_is_given(
 ) -> None:
     """What the model would write, token by token, takes longer than all else."""
     file, chunks = tmp_path / "data.txt", torch.arange(there)[:, None].expand(-1, 4)
-    monkeypatch.setattr("fasp_fx._cli._text.read_chunks", lambda *given: chunks)
+    monkeypatch.setattr("fasp_fx.cli._text.read_chunks", lambda *given: chunks)
     texts = Texts(Wanted(file, 6, None, 5, 4, 0), None)
     assert texts.used is not None
     assert texts.used[:, 0].tolist() == list(range(used))

@@ -17,13 +17,13 @@ from typing import Any
 
 import pytest
 import torch
+from fasp_fx.report import Line
 from safetensors.torch import load_file, save_file
 from tiny_llama import make_model
 from typer.testing import CliRunner, Result
 
 from fasp_fx import Report
 from fasp_fx.cli import app
-from fasp_fx.report import Line
 
 pytestmark = pytest.mark.usefixtures("shared_captures")
 
@@ -532,7 +532,7 @@ def test_a_text_too_short_to_hold_some_out_is_refused_before_anything_is_pruned(
 def test_the_nearest_that_is_possible_is_named(base: Path, tmp_path: Path) -> None:
     said = refused(["prune", base / "model", "--out", tmp_path / "out", *SMALL, "--batches", str(10**9)])
     most = int(said.split("use at most --batches ")[1].split(",")[0])
-    from fasp_fx._cli._text import WRITTEN, check_amount
+    from fasp_fx.cli._text import WRITTEN, check_amount
 
     assert (most + 1) * 16 == WRITTEN
     check_amount((most, 1), 16)
@@ -620,10 +620,10 @@ def test_orders_to_the_terminal_are_shown_and_not_sent(tmp_path: Path) -> None:
 
 
 def test_names_in_tables_are_shown_as_they_are() -> None:
+    from fasp_fx.report import Figure
     from rich.console import Console
 
-    from fasp_fx._cli._tables import figures_table, scores_table
-    from fasp_fx.report import Figure
+    from fasp_fx.cli._tables import figures_table, scores_table
 
     console = Console(width=160)
     with console.capture() as said:

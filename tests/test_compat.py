@@ -20,8 +20,8 @@ from torch import Tensor, fx, nn
 from torch.export import Dim, export
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from fasp_fx import _compat
-from fasp_fx._compat import _dynamo, _serde, _transformers
+from fasp_fx.base import compat as _compat
+from fasp_fx.base.compat import _dynamo, _serde, _transformers
 from fasp_fx.errors import VerificationError
 
 ATEN = torch.ops.aten
@@ -36,7 +36,7 @@ def _used() -> Iterator[tuple[str, str]]:
     """Every private name that a file outside of the package imports or looks up."""
     for folder in ("fasp_fx", "passes", "patterns"):
         for file in (ROOT / folder).rglob("*.py"):
-            if "_compat" in file.parts:
+            if "compat" in file.parts:
                 continue
             for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
                 names = []
@@ -209,7 +209,7 @@ def test_a_program_takes_the_guards_of_another() -> None:
 
 
 def test_whether_autograd_runs_backward() -> None:
-    from fasp_fx._compat import is_backward
+    from fasp_fx.base.compat import is_backward
 
     seen = []
     x = torch.ones(2, requires_grad=True)

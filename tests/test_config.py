@@ -15,15 +15,15 @@ import numpy as np
 import pytest
 import torch
 from decoders import Spec, build, tokens
+from fasp_fx.config import PruningOptions
+from fasp_fx.report import Report
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 import fasp_fx
-from fasp_fx._store._report_json import report_from_json, report_to_json
-from fasp_fx.config import PruningOptions
-from fasp_fx.report import Report
+from fasp_fx.pruning.saving._report_json import report_from_json, report_to_json
 
 pytestmark = pytest.mark.usefixtures("shared_captures")
 

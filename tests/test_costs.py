@@ -15,6 +15,11 @@ import pytest
 import torch
 from captures import one_capture
 from conftest import PROFILE
+from fasp_fx.groups import Group
+from fasp_fx.obs import OBS
+from fasp_fx.resources import Resource, Sparsity
+from fasp_fx.scoring import Columns, GroupColumns, GroupScore, Order, by_set, by_value
+from fasp_fx.statistics import InputGradients, MakeStatistic
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from test_submodules import Forks, X
@@ -23,11 +28,6 @@ from zoo import ZOO
 
 import fasp_fx
 from fasp_fx.allocation import Budget, CostAllocation, Global, Target, deepest_loss
-from fasp_fx.groups import Group
-from fasp_fx.obs import OBS
-from fasp_fx.resources import Resource, Sparsity
-from fasp_fx.scoring import Columns, GroupColumns, GroupScore, Order, by_set, by_value
-from fasp_fx.statistics import InputGradients, MakeStatistic
 from fasp_fx.testing import build, example, programs
 from fasp_fx.testing.specs import Net
 

@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 from decoders import Spec, build, tokens
+from fasp_fx.statistics import Gram
 from oracle import TOLERANCE, error, masked, removed_columns
 
 import fasp_fx
-from fasp_fx.statistics import Gram
 
 SPEC = Spec(
     layers=2, hidden=8, kv_heads=2, repeat=2, head_dim=4, ffn=12, bias=True, gated=True, positions="rope"

@@ -6,10 +6,10 @@ import ast
 from pathlib import Path
 
 import torch
-
-import fasp_fx
 from fasp_fx.restoration import SKETCHED, _sketch
 from fasp_fx.scoring import Columns, Random
+
+import fasp_fx
 
 SOURCES = Path(fasp_fx.__file__).parent
 

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import EXAMPLES
+from fasp_fx.gates import attach
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from oracle import TOLERANCE, error, zeroed
@@ -20,7 +21,6 @@ from zoo import ZOO
 import fasp_fx
 from fasp_fx import Result
 from fasp_fx.errors import EagerError, PlanError
-from fasp_fx.gates import attach
 from fasp_fx.testing import check_program
 from fasp_fx.testing._sets import draw_part
 
@@ -371,7 +371,7 @@ def test_attention_that_fills_a_cache_keeps_a_head() -> None:
 
 
 def test_with_the_weights_in_files(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("fasp_fx._offload._scratch.SMALLEST", 0)
+    monkeypatch.setattr("fasp_fx.base.offload._scratch.SMALLEST", 0)
     model, x = Residual([(FeedForward, True, False)] * 2, 0).eval(), numbers(32, 5)
     expected = pruned(model, {"x": x}, "blocks.0")
     with fasp_fx.offload(tmp_path):

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import fasp_fx
-from fasp_fx._deviation import deviation, distance
+from fasp_fx.base._deviation import deviation, distance
 
 FILLINGS = (-1e9, torch.finfo(torch.float32).min, -65504.0)
 
@@ -64,7 +64,7 @@ class Masked(nn.Module):
 
 def test_the_check_sees_what_is_wrong_beside_masked_scores(monkeypatch: pytest.MonkeyPatch) -> None:
     """A weight is spoilt after everything was decided, which the run on the example has to notice."""
-    from fasp_fx._exactness import _held
+    from fasp_fx.pruning.check import _held
 
     torch.manual_seed(0)
     model, mask = Masked().eval(), torch.zeros(2, 4, dtype=torch.bool)

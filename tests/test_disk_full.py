@@ -10,11 +10,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from fasp_fx.latency import LatencyTable
 from torch import nn
 
 import fasp_fx
 from fasp_fx.errors import StoreError
-from fasp_fx.latency import LatencyTable
 
 DATA = [torch.randn(16, 16, generator=torch.Generator().manual_seed(seed)) for seed in range(4)]
 

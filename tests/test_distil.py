@@ -17,6 +17,7 @@ from unittest import mock
 import pytest
 import torch
 from conftest import EXAMPLES
+from fasp_fx.recovery import DistillationConfig, Divergence, SquaredError
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from oracle import error
@@ -25,7 +26,6 @@ from torch.nn import functional as F
 
 import fasp_fx
 from fasp_fx.errors import ArgumentError, CalibrationError, FaspError
-from fasp_fx.recovery import DistillationConfig, Divergence, SquaredError
 
 pytestmark = pytest.mark.usefixtures("shared_captures")
 
@@ -113,7 +113,7 @@ def test_gradients_of_a_divergence_are_those_of_its_formula_in_blocks_of_any_siz
     dense, other = (torch.randn(2, 3, vocabulary, generator=generator) * 3 for _ in range(2))
     own, plain = other.clone().requires_grad_(), other.clone().requires_grad_()
     match = Divergence(top_k)
-    with mock.patch("fasp_fx.recovery._matching._rows", return_value=rows):
+    with mock.patch("fasp_fx.training.recovery._matching._rows", return_value=rows):
         kept = match.targets(dense)
         terms = match.terms(own, kept, {})
         terms.square().sum().backward()

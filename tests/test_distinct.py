@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import numpy as np
+from fasp_fx.channels import are_among, counted, distinct, ranked
 from hypothesis import given
 from hypothesis import strategies as st
-
-from fasp_fx.channels import are_among, counted, distinct, ranked
 
 NUMBERS = st.lists(st.integers(-1, 40) | st.integers(10**6, 10**12), max_size=30)
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import fasp_fx
-from fasp_fx._observe._runner import Runner
+from fasp_fx.capturing._runner import Runner
 
 pytestmark = pytest.mark.usefixtures("shared_captures")
 

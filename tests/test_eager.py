@@ -23,8 +23,8 @@ from torch import Tensor, nn
 from zoo import randomise
 
 import fasp_fx
-from fasp_fx._eager._saving import keep_from_saving
 from fasp_fx.errors import ArgumentError, EagerError, PlanError
+from fasp_fx.pruning.eager._saving import keep_from_saving
 from fasp_fx.testing import build, example, programs
 from fasp_fx.testing._case import Case
 from fasp_fx.testing._verdict import Skipped

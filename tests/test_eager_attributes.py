@@ -17,11 +17,11 @@ from conftest import PROFILE
 from torch import Tensor, nn
 
 import fasp_fx
-from fasp_fx._capture import capture
-from fasp_fx._eager._same import Difference, first_difference, other_sizes
-from fasp_fx._finish import finish
-from fasp_fx._pruned_module import PrunedModule
+from fasp_fx.capturing import capture
 from fasp_fx.errors import CallError, EagerError, NothingPrunableError
+from fasp_fx.passes._finish import finish
+from fasp_fx.passes._pruned_module import PrunedModule
+from fasp_fx.pruning.eager._same import Difference, first_difference, other_sizes
 from fasp_fx.testing.oracle import Masked, error
 
 TOLERANCE = 1e-4

@@ -165,7 +165,7 @@ def test_models_are_checked_before_anything_is_loaded(folder: Path) -> None:
 
 
 def test_missing_harness_names_the_extra(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("fasp_fx._evaluation._harness.importlib.util.find_spec", lambda name: None)
+    monkeypatch.setattr("fasp_fx.cli.evaluation._harness.importlib.util.find_spec", lambda name: None)
     assert 'pip install "fasp_fx[eval]"' in _refused(
         _invoke("eval", folder / "model", "--task", folder / "own.jsonl")
     )

@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 import torch
 from captures import one_capture
+from fasp_fx.channels import Interpreter
 from oracle import error
 from refusal import untouched
 from torch import Tensor, nn
@@ -26,12 +27,11 @@ import fasp_fx
 import fasp_fx.passes._run
 import fasp_fx.passes._verify
 import fasp_fx.passes.remove_channels
-from fasp_fx._cli._console import session
-from fasp_fx._exactness import _compare, _execution, _held
-from fasp_fx._exactness._blame import sound_part
-from fasp_fx._observe._visit import Decision
-from fasp_fx._pipeline import make_plan
-from fasp_fx.channels import Interpreter
+from fasp_fx.calibration.observe._visit import Decision
+from fasp_fx.cli._console import session
+from fasp_fx.pruning._pipeline import make_plan
+from fasp_fx.pruning.check import _compare, _execution, _held
+from fasp_fx.pruning.check._blame import sound_part
 from fasp_fx.testing import Masked
 
 pytestmark = pytest.mark.usefixtures("shared_captures")

@@ -1,9 +1,8 @@
 """Operators executed while analysing: equal calls once, different ones never mistaken for one another."""
 
 import torch
-from torch import Tensor
-
 from fasp_fx.channels import Execution
+from torch import Tensor
 
 aten = torch.ops.aten
 

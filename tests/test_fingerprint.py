@@ -8,12 +8,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from fasp_fx.plan import fingerprint
 from torch import Tensor, nn
 
 import fasp_fx
-from fasp_fx import _fingerprint
+from fasp_fx.base import _fingerprint
 from fasp_fx.errors import ArgumentError, PlanError, StoreError
-from fasp_fx.plan import fingerprint
 
 DATA = [torch.randn(16, 8, generator=torch.Generator().manual_seed(seed)) for seed in range(4)]
 WIDTH = 2048

@@ -20,7 +20,7 @@ from torch.nn.attention.flex_attention import AuxRequest, create_block_mask, fle
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import fasp_fx
-from fasp_fx._capture import capture as capture_program
+from fasp_fx.capturing import capture as capture_program
 from fasp_fx.patterns import argument_names, lookup, register, unregister
 from fasp_fx.testing import INVARIANTS, check_program
 

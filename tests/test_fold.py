@@ -21,7 +21,7 @@ from transformers.models.bit.modeling_bit import WeightStandardizedConv2d
 import fasp_fx
 import fasp_fx.hf
 import fasp_fx.testing
-from fasp_fx._capture import capture
+from fasp_fx.capturing import capture
 
 pytestmark = [
     pytest.mark.usefixtures("shared_captures"),

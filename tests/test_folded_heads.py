@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from captures import one_capture
+from fasp_fx.channels import repeating
 from hypothesis import given
 from hypothesis import strategies as st
 from oracle import TOLERANCE, error, zeroed
@@ -17,7 +18,6 @@ from torch import Tensor, nn
 
 import fasp_fx
 import fasp_fx.patterns
-from fasp_fx.channels import repeating
 
 pytestmark = pytest.mark.usefixtures("shared_captures")
 

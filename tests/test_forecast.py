@@ -8,19 +8,19 @@ from typing import Any
 
 import pytest
 import torch
+from fasp_fx.budgets import Parameters
+from fasp_fx.config import PruningConfig
 from tiny_llama import make_model
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 from typer.testing import CliRunner, Result
 
 import fasp_fx
-from fasp_fx._forecast._forecast import Forecast, forecast
-from fasp_fx._forecast._live import live_bytes
-from fasp_fx._observe._runner import Runner
-from fasp_fx._observe._visit import Observer
-from fasp_fx.budgets import Parameters
+from fasp_fx.calibration._live import live_bytes
+from fasp_fx.calibration.observe._visit import Observer
+from fasp_fx.capturing._runner import Runner
 from fasp_fx.cli import app
-from fasp_fx.config import PruningConfig
+from fasp_fx.cli._forecast import Forecast, forecast
 
 pytestmark = pytest.mark.usefixtures("shared_captures")
 
@@ -180,7 +180,7 @@ def test_in_files_the_weights_take_no_memory() -> None:
 
 
 def test_times_are_those_of_this_machine(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("fasp_fx._forecast._rates._SECONDS", 0.02)
+    monkeypatch.setattr("fasp_fx.cli._rates._SECONDS", 0.02)
     x, model = torch.randn(2, 5, 16), Model().eval()
     found = forecast(fasp_fx.analyze(model, (x,)), PruningConfig(quality="balanced"), 2)
     assert found.seconds is not None
@@ -199,7 +199,7 @@ def _dry_run(folder: Path, *options: str) -> Result:
 def test_dry_run_loads_no_weight_and_writes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     make_model(tmp_path / "model")
     (tmp_path / "model" / "model.safetensors").write_bytes(b"not to be read" * 10_000)
-    monkeypatch.setattr("fasp_fx._forecast._rates._SECONDS", 0.0)
+    monkeypatch.setattr("fasp_fx.cli._rates._SECONDS", 0.0)
     before = sorted(tmp_path.rglob("*"))
     done = _dry_run(tmp_path)
     assert done.exit_code == 0, done.output

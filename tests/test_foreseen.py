@@ -6,11 +6,11 @@ from typing import Any
 
 import pytest
 import torch
+from fasp_fx.channels import foreseen
 from torch import Tensor, nn
 from torch.export import Dim, export
 
-from fasp_fx._compat import FakeTensor, enable_python_dispatcher
-from fasp_fx.channels import foreseen
+from fasp_fx.base.compat import FakeTensor, enable_python_dispatcher
 
 ATEN = torch.ops.aten
 

@@ -8,13 +8,13 @@ from typing import Any
 
 import pytest
 import torch
+from fasp_fx.budgets import Macs, Parameters
+from fasp_fx.gates import Gates, HardConcrete, Projected, attach
 from rank import llama, tokens
 from torch import Tensor, nn
 from zoo import randomise
 
 import fasp_fx
-from fasp_fx.budgets import Macs, Parameters
-from fasp_fx.gates import Gates, HardConcrete, Projected, attach
 
 pytestmark = pytest.mark.usefixtures("shared_captures")
 

@@ -12,14 +12,14 @@ import pytest
 import torch
 import transformers
 from captures import one_capture
+from fasp_fx.statistics import FITTED, HELD, PADDING
 from torch import Tensor, nn
 from torch.nn import functional
 from zoo import VOCABULARY, randomise
 
 import fasp_fx
 from fasp_fx import hf
-from fasp_fx._observe._marks import Marks
-from fasp_fx.statistics import FITTED, HELD, PADDING
+from fasp_fx.calibration.observe._marks import Marks
 
 pytestmark = pytest.mark.usefixtures("shared_captures")
 

@@ -1,4 +1,4 @@
-"""What imports what: no file imports another that leads back to it, be it inside of a function."""
+"""The floors of the house: a room imports from lower ones only, and no file leads back to itself."""
 
 from __future__ import annotations
 
@@ -15,6 +15,22 @@ PACKAGES = {
     "fasp_fx.passes": ROOT / "passes",
     "fasp_fx.patterns": ROOT / "patterns",
 }
+#: rooms of one floor do not know each other
+FLOORS = (
+    {"errors"},
+    {"base"},
+    {"patterns"},
+    {"capturing"},
+    {"analysis"},
+    {"allocation", "storage"},
+    {"calibration", "passes"},
+    {"pruning"},
+    {"hf", "interop"},
+    {"training"},
+    {"cli"},
+    {""},  # fasp_fx itself
+    {"testing", "__main__"},
+)
 
 
 def files() -> dict[str, Path]:
@@ -30,35 +46,48 @@ def files() -> dict[str, Path]:
 
 
 def imported(name: str, file: Path, known: dict[str, Path]) -> Iterator[str]:
-    """The modules that a file imports when it runs; those for type checkers are none."""
+    """The modules that a file imports, for annotations and inside of functions as well."""
     package = name if file.name == "__init__.py" else name.rpartition(".")[0]
-
-    def visit(node: ast.AST) -> Iterator[str]:
-        if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
-            return
+    found = set()
+    for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
         if isinstance(node, ast.ImportFrom):
             above = package.split(".")[: len(package.split(".")) - node.level + 1] if node.level else []
             source = ".".join([*above, *([node.module] if node.module else [])])
             for alias in node.names:
-                yield f"{source}.{alias.name}" if f"{source}.{alias.name}" in known else source
+                found.add(f"{source}.{alias.name}" if f"{source}.{alias.name}" in known else source)
         elif isinstance(node, ast.Import):
-            yield from (alias.name for alias in node.names)
-        for child in ast.iter_child_nodes(node):
-            yield from visit(child)
+            found.update(alias.name for alias in node.names)
+    yield from (target for target in found if target in known and target != name)
 
-    yield from (
-        target
-        for target in visit(ast.parse(file.read_text(encoding="utf-8")))
-        if target in known and target != name
+
+def graph_of_imports() -> nx.DiGraph:
+    known = files()
+    assert len(known) > 100
+    return nx.DiGraph(
+        (name, target) for name, file in known.items() for target in imported(name, file, known)
     )
+
+
+def floor_of(name: str) -> int:
+    room = name.partition(".")[2].partition(".")[0]
+    return next(number for number, rooms in enumerate(FLOORS) if room in rooms)
+
+
+def room_of(name: str) -> str:
+    return name.partition(".")[2].partition(".")[0]
+
+
+def test_rooms_import_from_lower_floors_only() -> None:
+    upward = [
+        f"{name} imports {target}"
+        for name, target in graph_of_imports().edges
+        if room_of(name) != room_of(target) and floor_of(name) <= floor_of(target)
+    ]
+    assert upward == []
 
 
 def test_no_file_leads_back_to_itself() -> None:
-    known = files()
-    assert len(known) > 200
-    graph = nx.DiGraph(
-        (name, target) for name, file in known.items() for target in imported(name, file, known)
-    )
+    graph = graph_of_imports()
     assert graph.has_edge("fasp_fx.passes._run", "fasp_fx.passes._verify")
-    assert graph.has_edge("fasp_fx._result", "fasp_fx._store._folder"), "imports inside of functions count"
+    assert graph.has_edge("fasp_fx.pruning._result", "fasp_fx.pruning.saving._folder"), "inside of functions"
     assert [sorted(circle) for circle in nx.strongly_connected_components(graph) if len(circle) > 1] == []

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from torch.utils import _pytree as pytree
 
 import fasp_fx
-from fasp_fx._capture import _functional
+from fasp_fx.capturing import _functional
 
 pytestmark = pytest.mark.usefixtures("shared_captures")
 

@@ -9,14 +9,14 @@ from typing import Any
 
 import pytest
 import torch
+from fasp_fx.budgets import Latency, Parameters
+from fasp_fx.latency import LatencyTable
 from rank import llama, tokens
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 from zoo import randomise
 
 import fasp_fx
-from fasp_fx.budgets import Latency, Parameters
-from fasp_fx.latency import LatencyTable
 
 pytestmark = pytest.mark.usefixtures("shared_captures")
 

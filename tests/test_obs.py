@@ -9,14 +9,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from fasp_fx.obs import OBS, Elimination, greedy
+from fasp_fx.scoring import Columns, GroupColumns
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import fasp_fx
-from fasp_fx._observe._costs import _column_costs
-from fasp_fx.obs import OBS, Elimination, greedy
-from fasp_fx.scoring import Columns, GroupColumns
+from fasp_fx.calibration.observe._costs import _column_costs
 
 pytestmark = pytest.mark.usefixtures("shared_captures")
 
@@ -231,12 +231,13 @@ def test_costs_do_not_depend_on_the_sign_of_an_output() -> None:
 
 
 def test_gradients_are_those_at_each_consumer_alone() -> None:
-    from fasp_fx._observe._consumers import Consumers
-    from fasp_fx._observe._gradients import observe_batches
-    from fasp_fx._observe._marks import Marks
-    from fasp_fx._observe._pieces import whole_batches
-    from fasp_fx._observe._ranks import Ranks
     from fasp_fx.statistics import InputGradients
+
+    from fasp_fx.calibration.observe._consumers import Consumers
+    from fasp_fx.calibration.observe._gradients import observe_batches
+    from fasp_fx.calibration.observe._marks import Marks
+    from fasp_fx.calibration.observe._pieces import whole_batches
+    from fasp_fx.calibration.observe._ranks import Ranks
 
     torch.manual_seed(0)
     model = Mixed().eval()

@@ -11,13 +11,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from fasp_fx.report import COUNTED, Figure, Line, Report
 
 import fasp_fx
-from fasp_fx._page import check_page, to_html, write_page
-from fasp_fx._page._graph import lay_out, layer_of
-from fasp_fx._page._model import page_data
-from fasp_fx._store._report_json import report_from_json, report_to_json
-from fasp_fx.report import COUNTED, Figure, Line, Report
+from fasp_fx.cli.page import check_page, to_html, write_page
+from fasp_fx.cli.page._graph import lay_out, layer_of
+from fasp_fx.cli.page._model import page_data
+from fasp_fx.pruning.saving._report_json import report_from_json, report_to_json
 
 pytestmark = pytest.mark.usefixtures("shared_captures")
 

@@ -7,14 +7,14 @@ from typing import Any
 
 import pytest
 import torch
+from fasp_fx.scoring import Columns
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import fasp_fx
-from fasp_fx._attention import ToldOfCausality, _told_of_causality, execute
-from fasp_fx._device import float32_products
+from fasp_fx.base._device import float32_products
+from fasp_fx.capturing._attention import ToldOfCausality, _told_of_causality, execute
 from fasp_fx.errors import ArgumentError
-from fasp_fx.scoring import Columns
 
 pytestmark = pytest.mark.usefixtures("shared_captures")
 
@@ -83,7 +83,7 @@ def test_what_torch_was_asked_for_before_stays() -> None:
 
 def test_by_default_the_hardware_decides(monkeypatch: pytest.MonkeyPatch) -> None:
     for able, precision in ((True, "medium"), (False, "highest")):
-        monkeypatch.setattr("fasp_fx._chooser.multiplies_bfloat16", lambda device, able=able: able)
+        monkeypatch.setattr("fasp_fx.pruning._chooser.multiplies_bfloat16", lambda device, able=able: able)
         assert precisions()["loss"] == {precision}
 
 
@@ -203,7 +203,7 @@ def test_attention_is_told_of_causal_masks_whoever_calls_it(
         asked.append(_told_of_causality(args, kwargs))
         return asked[-1]
 
-    monkeypatch.setattr("fasp_fx._attention._told_of_causality", ask)
+    monkeypatch.setattr("fasp_fx.capturing._attention._told_of_causality", ask)
     for name, mask in masks.items():
         expected = call(*heads, attn_mask=mask)
         with ToldOfCausality():

@@ -9,12 +9,12 @@ from typing import Any
 import pytest
 import torch
 from captures import one_capture
+from fasp_fx.restoration import GRID
 from torch import Tensor, nn
 from torch.nn import functional as F
 from zoo import randomise
 
 import fasp_fx
-from fasp_fx.restoration import GRID
 
 pytestmark = pytest.mark.usefixtures("shared_captures")
 

@@ -17,9 +17,9 @@ from torch import Tensor, nn
 from torch.export import ExportedProgram
 
 import fasp_fx
-from fasp_fx import _finish
-from fasp_fx._capture import _assemble
-from fasp_fx._pruned_module import PrunedModule
+from fasp_fx.capturing import _assemble
+from fasp_fx.passes import _finish
+from fasp_fx.passes._pruned_module import PrunedModule
 
 CHOICE: dict[str, Any] = {"score": "magnitude", "restore": None, "sparsity": 0.4}
 

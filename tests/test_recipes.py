@@ -14,17 +14,17 @@ import pytest
 import torch
 import transformers as hf
 from conftest import EXAMPLES, PROFILE
+from fasp_fx.channels import Numbering
 from hypothesis import assume, event, given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn import functional as F
 from zoo import VOCABULARY, ZOO, randomise
 
-from fasp_fx._capture import capture
-from fasp_fx._program import Program
-from fasp_fx._recipes import Cut, Recipe
 from fasp_fx.analysis import Analysis, analyze_program
-from fasp_fx.channels import Numbering
+from fasp_fx.capturing import capture
+from fasp_fx.capturing._program import Program
+from fasp_fx.capturing._recipes import Cut, Recipe
 from fasp_fx.errors import VerificationError
 from fasp_fx.passes import Prune, split_fused
 from fasp_fx.passes.remove_channels import recipes_of

@@ -8,7 +8,7 @@ from torch import nn
 
 import fasp_fx
 from fasp_fx import RuleError
-from fasp_fx.channels._letters import Relation
+from fasp_fx.analysis.channels._letters import Relation
 from fasp_fx.patterns import lookup, parse, register, unregister
 
 

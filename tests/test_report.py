@@ -6,12 +6,12 @@ import json
 
 import pytest
 import torch
+from fasp_fx.report import Report
 from torch import Tensor, nn
 from zoo import randomise
 
 import fasp_fx
-from fasp_fx._store._report_json import report_from_json, report_to_json
-from fasp_fx.report import Report
+from fasp_fx.pruning.saving._report_json import report_from_json, report_to_json
 
 pytestmark = pytest.mark.usefixtures("shared_captures")
 

@@ -16,6 +16,9 @@ import rank
 import torch
 from captures import one_capture
 from decoders import Spec, build, tokens
+from fasp_fx.restoration import GRID, left_alone, ridge
+from fasp_fx.scoring import Columns
+from fasp_fx.statistics import Gram
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
@@ -24,9 +27,6 @@ from zoo import TwoLayers, randomise
 
 import fasp_fx
 from fasp_fx import restoration
-from fasp_fx.restoration import GRID, left_alone, ridge
-from fasp_fx.scoring import Columns
-from fasp_fx.statistics import Gram
 
 pytestmark = pytest.mark.usefixtures("shared_captures")
 

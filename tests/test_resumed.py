@@ -11,16 +11,16 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from fasp_fx.config import PruningConfig
 from rank import llama, numbers, tokens, twice
 from torch import nn
 
 import fasp_fx
 import fasp_fx.hf
-from fasp_fx._observe import _visit
-from fasp_fx._observe._visit import Decision
-from fasp_fx._pipeline import decide
-from fasp_fx.config import PruningConfig
+from fasp_fx.calibration.observe import _visit
+from fasp_fx.calibration.observe._visit import Decision
 from fasp_fx.errors import ArgumentError, StoreError
+from fasp_fx.pruning._pipeline import decide
 
 pytestmark = pytest.mark.usefixtures("shared_captures")
 

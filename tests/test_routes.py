@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 import torch
+from fasp_fx.quantise import linear_weights, quantise, weight_bytes
 from oracle import error, zeroed
 from torch import Tensor, nn
 from torch.export import ExportedProgram
@@ -22,7 +23,6 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from zoo import randomise
 
 import fasp_fx
-from fasp_fx.quantise import linear_weights, quantise, weight_bytes
 
 pytestmark = pytest.mark.usefixtures("shared_captures")
 

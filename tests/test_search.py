@@ -16,6 +16,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from fasp_fx.budgets import Macs, Parameters
+from fasp_fx.obs import DAMPING
 from hypothesis import assume, given
 from hypothesis import strategies as st
 from test_costs import Linear
@@ -26,13 +28,6 @@ from torch.nn import functional as F
 
 import fasp_fx
 import fasp_fx.hf
-from fasp_fx._chooser import Chooser
-from fasp_fx._observe._consumers import Consumers
-from fasp_fx._observe._fitness import Divergence
-from fasp_fx._observe._trial import ModelTrial
-from fasp_fx._observe._visit import Decision
-from fasp_fx._pipeline import MEASURING, decide
-from fasp_fx._search import Exchanges, evolve, passes
 from fasp_fx.allocation import (
     Budget,
     Ceiling,
@@ -45,9 +40,14 @@ from fasp_fx.allocation import (
     deepest_loss,
     uniform,
 )
-from fasp_fx.budgets import Macs, Parameters
+from fasp_fx.allocation._search import Exchanges, evolve, passes
+from fasp_fx.calibration.observe._consumers import Consumers
+from fasp_fx.calibration.observe._fitness import Divergence
+from fasp_fx.calibration.observe._trial import ModelTrial
+from fasp_fx.calibration.observe._visit import Decision
 from fasp_fx.errors import ArgumentError
-from fasp_fx.obs import DAMPING
+from fasp_fx.pruning._chooser import Chooser
+from fasp_fx.pruning._pipeline import MEASURING, decide
 
 pytestmark = pytest.mark.usefixtures("shared_captures")
 

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 
 import fasp_fx
-from fasp_fx import _captured
+from fasp_fx.capturing import _captured
 
 X = torch.randn(3, 5, generator=torch.Generator().manual_seed(0))
 

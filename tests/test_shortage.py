@@ -21,9 +21,9 @@ from shortages import RAISED, Outcome, says_so, tried
 from torch import Tensor, nn
 
 import fasp_fx
-from fasp_fx._cli._console import session
-from fasp_fx._offload import _scratch
-from fasp_fx._tolerable import short_of_memory, tolerable
+from fasp_fx.base._tolerable import short_of_memory, tolerable
+from fasp_fx.base.offload import _scratch
+from fasp_fx.cli._console import session
 from fasp_fx.errors import OffloadError, TrainingMemoryError
 
 #: the project's folder
@@ -289,11 +289,11 @@ def _caught_from(run: Callable[[], Any]) -> Exception:
 @pytest.mark.parametrize(
     "place",
     [
-        "_observe._runner.execute",
-        "_observe._gradients.evaluated",
+        "capturing._runner.execute",
+        "calibration.observe._gradients.evaluated",
         "passes._run._verified",
-        "_exactness._held.finish",
-        "_exactness._compare.run",
+        "pruning.check._held.finish",
+        "pruning.check._compare.run",
     ],
 )
 def test_what_is_no_fault_is_taken_for_none(
@@ -326,7 +326,7 @@ def test_the_command_line_says_it_in_one_line(capsys: pytest.CaptureFixture[str]
 
 def test_every_broad_handler_lets_shortages_through() -> None:
     """Beside those that raise what they caught, and the few whose own error names it."""
-    naming = {"fasp_fx/_store/_tensors.py", "fasp_fx/recovery/_checkpoint.py"}
+    naming = {"fasp_fx/storage/_tensors.py", "fasp_fx/training/recovery/_checkpoint.py"}
     broad = []
     for folder in ("fasp_fx", "passes", "patterns"):
         for file in sorted((ROOT / folder).rglob("*.py")):

@@ -11,12 +11,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 import transformers as hf
+from fasp_fx.restoration import GRID
 from oracle import TOLERANCE, error, zeroed
 from torch import Tensor, nn
 from zoo import VOCABULARY, randomise
 
 import fasp_fx
-from fasp_fx.restoration import GRID
 
 pytestmark = pytest.mark.usefixtures("shared_captures")
 

@@ -7,14 +7,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from fasp_fx.restoration import GRID, ridge
+from fasp_fx.scoring import Columns, GroupColumns, GroupScore, Order, fasp
+from fasp_fx.statistics import HELD, PADDING, Gram, SplitGram
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import fasp_fx
-from fasp_fx.restoration import GRID, ridge
-from fasp_fx.scoring import Columns, GroupColumns, GroupScore, Order, fasp
-from fasp_fx.statistics import HELD, PADDING, Gram, SplitGram
 
 pytestmark = pytest.mark.usefixtures("shared_captures")
 

@@ -21,7 +21,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 import fasp_fx
-from fasp_fx._store import _folder as folders
+from fasp_fx.pruning.saving import _folder as folders
 
 pytestmark = [
     pytest.mark.usefixtures("shared_captures"),

@@ -10,7 +10,7 @@ import pytest
 from saved import seal
 
 import fasp_fx
-from fasp_fx._store import _folder as folders
+from fasp_fx.pruning.saving import _folder as folders
 
 pytestmark = pytest.mark.filterwarnings("ignore::fasp_fx.CalibrationWarning")
 
@@ -47,7 +47,7 @@ def test_an_interrupted_save_leaves_nothing_behind(
 def test_overwrite_replaces_an_earlier_save_only_when_asked(
     result: fasp_fx.Result, saved: Path, monkeypatch: pytest.MonkeyPatch, atomic: bool
 ) -> None:
-    from fasp_fx import _atomic
+    from fasp_fx.base import _atomic
 
     if not atomic:
         monkeypatch.setattr(_atomic, "_rename", lambda *args: False)
@@ -62,7 +62,7 @@ def test_overwrite_replaces_an_earlier_save_only_when_asked(
 def test_a_failed_swap_keeps_the_earlier_save(
     result: fasp_fx.Result, saved: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from fasp_fx import _atomic
+    from fasp_fx.base import _atomic
 
     rename = Path.rename
 

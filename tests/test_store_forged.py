@@ -14,10 +14,10 @@ import torch
 from saved import forge
 
 import fasp_fx
-from fasp_fx._compat import _serde
-from fasp_fx._compat._serde import schema
-from fasp_fx._store._expressions import check_expression, check_guard
-from fasp_fx._store._untrusted import check_operator, check_program, check_structure
+from fasp_fx.base.compat import _serde
+from fasp_fx.base.compat._serde import schema
+from fasp_fx.storage._expressions import check_expression, check_guard
+from fasp_fx.storage._untrusted import check_operator, check_program, check_structure
 
 pytestmark = pytest.mark.filterwarnings("ignore::fasp_fx.CalibrationWarning")
 

@@ -21,7 +21,7 @@ from safetensors.torch import load_file, save_file
 from saved import forge, seal
 
 import fasp_fx
-from fasp_fx._store._expressions import check_expression, check_guard
+from fasp_fx.storage._expressions import check_expression, check_guard
 
 Change = Callable[[Path], object]
 

@@ -17,8 +17,8 @@ pytestmark = pytest.mark.filterwarnings("ignore::fasp_fx.CalibrationWarning")
 
 
 def test_caches_as_inputs_and_outputs(tmp_path: Path) -> None:
-    from fasp_fx._capture import capture
-    from fasp_fx._finish import finish
+    from fasp_fx.capturing import capture
+    from fasp_fx.passes._finish import finish
 
     config = LlamaConfig(
         hidden_size=16,

@@ -18,7 +18,7 @@ from torch.nn.utils import rnn
 from torch.utils import _pytree as pytree
 
 import fasp_fx
-from fasp_fx._parts._result import PartsResult
+from fasp_fx.pruning.submodules._result import PartsResult
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::fasp_fx.CalibrationWarning"),

@@ -7,12 +7,12 @@ import math
 
 import pytest
 import torch
+from fasp_fx.evaluation import latency, perplexity
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from fasp_fx import ArgumentError, CalibrationError
-from fasp_fx._cli._text import parse_range, sample
-from fasp_fx.evaluation import latency, perplexity
+from fasp_fx.cli._text import parse_range, sample
 
 pytestmark = pytest.mark.usefixtures("shared_captures")
 

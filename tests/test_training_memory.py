@@ -6,12 +6,12 @@ from typing import Any
 
 import pytest
 import torch
+from fasp_fx.recovery import _memory
 from torch import Tensor, nn
 
 import fasp_fx
 from fasp_fx.errors import TrainingMemoryError
-from fasp_fx.recovery import _memory
-from fasp_fx.recovery._memory import kept_bytes
+from fasp_fx.training.recovery._memory import kept_bytes
 
 #: rows, and the widths of two layers; of float32
 ROWS, IN, WIDE, OUT = 32, 16, 64, 4
@@ -79,7 +79,7 @@ def test_a_device_that_runs_out(monkeypatch: pytest.MonkeyPatch) -> None:
     def short(*args: Any, **kwargs: Any) -> None:
         raise torch.OutOfMemoryError("tried to allocate 4 GiB")
 
-    monkeypatch.setattr("fasp_fx.recovery._training.Training._step", short)
+    monkeypatch.setattr("fasp_fx.training.recovery._training.Training._step", short)
     with pytest.raises(TrainingMemoryError, match="tried to allocate 4 GiB; give smaller batches"):
         fasp_fx.distil(result, model, data)
 

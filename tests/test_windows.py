@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import PROFILE
+from fasp_fx.restoration import Window
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from rank import llama, tokens
@@ -15,9 +16,8 @@ from torch import Tensor, nn
 from zoo import randomise
 
 import fasp_fx
-from fasp_fx._observe import _reconstruction
-from fasp_fx._observe._windows import find_windows
-from fasp_fx.restoration import Window
+from fasp_fx.calibration.observe import _reconstruction
+from fasp_fx.calibration.observe._windows import find_windows
 from fasp_fx.testing import build, example, programs
 
 pytestmark = pytest.mark.usefixtures("shared_captures")
@@ -266,10 +266,11 @@ def test_padding_among_channels_first() -> None:
 
 
 def test_what_is_left_whole_after_all_takes_its_window_back() -> None:
-    from fasp_fx._exactness import restricted
-    from fasp_fx._observe._visit import decided
-    from fasp_fx._pipeline import decide
     from fasp_fx.config import PruningConfig
+
+    from fasp_fx.calibration.observe._visit import decided
+    from fasp_fx.pruning._pipeline import decide
+    from fasp_fx.pruning.check import restricted
 
     program = fasp_fx.capture(stack(), (batches(1)[0],)).program
     config = PruningConfig(sparsity=0.4, restore=Window(epochs=4, rate=0.01))

@@ -15,10 +15,10 @@ from _masked import error, find_called, leaves, masked
 from torch import Tensor, nn
 
 import fasp_fx
-from fasp_fx._capture import capture
-from fasp_fx._pipeline import analyze_for, decide, rewrite
-from fasp_fx._program import Program
+from fasp_fx.capturing import capture
+from fasp_fx.capturing._program import Program
 from fasp_fx.errors import CaptureError, NothingPrunableError, SparsityError
+from fasp_fx.pruning._pipeline import analyze_for, decide, rewrite
 
 from ._copies import CHANNELS, copies, wrong
 from ._entry import Entry

@@ -8,14 +8,14 @@ import torch
 from torch import Tensor
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from .._compat._transformers import CACHE
+from ..base.compat._transformers import CACHE
 from ..errors import ArgumentError
 from ._arguments import check_numbers, check_outputs, check_tokens, loss_of, mask_of, refuse, shown
 from ._labels import POSITIONS
-from ._model import PrunedModel
+from ._saved import SavedModel
 
 
-class PrunedForCausalLM(PrunedModel):
+class PrunedForCausalLM(SavedModel):
     """A pruned decoder that generates as its original does."""
 
     program_names = frozenset({"decode"})

@@ -8,9 +8,9 @@ from typing import Any, cast
 
 from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
 
-from .._store._config_json import LAYERS, layer_counts
-from .._store._files import check_depth, parsing
 from ..errors import StoreError
+from ..storage._config_json import LAYERS, layer_counts
+from ..storage._files import check_depth, parsing
 
 #: what would let transformers build a cache that the programs do not take: theirs holds every token of every
 #: layer

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations
 
-from ..groups import Group
+from ..analysis.groups import Group
 from ._experiments import Assignment, Experiments, Path, written
 
 #: the most fields that are turned together

@@ -16,7 +16,8 @@ from torch import nn
 from transformers import PreTrainedConfig
 from transformers.utils import logging
 
-from ..errors import ArgumentError, first_line, tolerable
+from ..base._tolerable import tolerable
+from ..errors import ArgumentError, first_line
 
 #: where a value stands in a config: keys of nested configs, positions of lists
 Path = tuple[str | int, ...]

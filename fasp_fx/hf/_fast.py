@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from .._stamps import stamp
+from ..base._stamps import stamp
 from ..patterns import RESHAPES
 
 aten = torch.ops.aten

@@ -14,10 +14,10 @@ import torch
 from torch import Tensor, fx, nn
 from torch.fx.graph import CodeGen
 
-from .._capture import lower_bound, upper_bound
-from .._compat import pytree
-from .._compat._transformers import CACHE
-from .._program import copy_graph
+from ..base.compat import pytree
+from ..base.compat._transformers import CACHE
+from ..capturing import lower_bound, upper_bound
+from ..capturing._program import copy_graph
 from ..errors import ArgumentError, CaptureError
 
 _numbers = itertools.count()

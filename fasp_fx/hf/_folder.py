@@ -15,19 +15,18 @@ import shutil
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import Tensor, nn
 
-from .._atomic import new_folder
-from .._store import _folder as folders
-from .._store._report_json import report_to_json
-from .._store._tensors import write_tensors
-from ..errors import StoreError, tolerable
+from ..base._atomic import new_folder
+from ..base._tolerable import tolerable
+from ..errors import StoreError
+from ..pruning.saving import _folder as folders
+from ..pruning.saving._report_json import report_to_json
+from ..storage._tensors import write_tensors
 from ._card import card
-
-if TYPE_CHECKING:
-    from ._model import PrunedModel
+from ._model import PrunedModel
 
 FORMAT = "fasp_fx.hf/5"
 FILES = (

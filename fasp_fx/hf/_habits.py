@@ -10,9 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .._compat._transformers import CACHE
-from .._deviation import deviation
-from ..errors import CaptureError, tolerable
+from ..base._deviation import deviation
+from ..base._tolerable import tolerable
+from ..base.compat._transformers import CACHE
+from ..errors import CaptureError
 from ._labels import LEFT_OUT, LOSSES, MOVES
 from ._stages import CausalStages, Stages
 

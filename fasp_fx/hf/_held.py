@@ -11,12 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .._program import copy_graph
-from .._pruned_module import Origin
-from .._store._graph_json import program_to_json
-from ..channels import written_names
-from ..plan import PruningPlan
-from ..report import Report
+from ..analysis.plan import PruningPlan
+from ..capturing._fx import written_names
+from ..capturing._program import copy_graph
+from ..passes._pruned_module import Origin
+from ..pruning.report import Report
+from ..storage._graph_json import program_to_json
 from ._fast import grouped, one_token, without_checks
 from ._flat import FlatProgram, refuse_pickling
 

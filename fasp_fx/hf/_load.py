@@ -4,24 +4,23 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from .._store import _folder as folders
-from .._store._files import parsing, read_text, tensors_of
-from .._store._graph_json import program_from_json
-from .._store._tensors import read_tensors
-from ..errors import ArgumentError, CaptureError, FaspError, StoreError, first_line, tolerable
+from ..base._tolerable import tolerable
+from ..errors import ArgumentError, CaptureError, FaspError, StoreError, first_line
+from ..pruning.saving import _folder as folders
+from ..storage._files import parsing, read_text, tensors_of
+from ..storage._graph_json import program_from_json
+from ..storage._tensors import read_tensors
 from ._config import PrunedConfig, check_layers, original_of
 from ._flat import FlatProgram
 from ._folder import FILES, FORMAT
 from ._held import Parts, StoredProgram, Written
 from ._labels import LOSSES, MOVES, POSITIONS
-
-if TYPE_CHECKING:
-    from ._model import PrunedModel
+from ._model import PrunedModel
 
 #: fields of a configuration that say where a model came from, or are options of their own
 _OF_THE_FOLDER = (

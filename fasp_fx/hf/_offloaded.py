@@ -12,10 +12,11 @@ import safetensors
 import torch
 from torch import Tensor
 
-from .._compat._transformers import kept_in_float32
-from .._offload._context import keep_weights
-from .._offload._scratch import Scratch
-from ..errors import ArgumentError, FaspError, first_line, tolerable
+from ..base._tolerable import tolerable
+from ..base.compat._transformers import kept_in_float32
+from ..base.offload._context import keep_weights
+from ..base.offload._scratch import Scratch
+from ..errors import ArgumentError, FaspError, first_line
 from ._unexpected import refuse_left_out
 
 T = TypeVar("T")

@@ -16,18 +16,19 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from .._deviation import distance
-from .._device import device_of
-from .._observe._calibration import calibration_calls, check_calibration
-from .._observe._ranks import ended_together
-from .._prune import prune
-from .._result import Result
-from ..allocation import TrialAllocation
-from ..analysis import Analysis
-from ..config import PruningConfig, PruningOptions
-from ..errors import ArgumentError, CaptureError, VerificationError, first_line, tolerable
-from ..groups import PRUNABLE
-from ..report import Report
+from ..allocation._allocation import TrialAllocation
+from ..analysis._analysis import Analysis
+from ..analysis.groups import PRUNABLE
+from ..base._deviation import distance
+from ..base._device import device_of
+from ..base._tolerable import tolerable
+from ..calibration.observe._calibration import calibration_calls, check_calibration
+from ..calibration.observe._ranks import ended_together
+from ..errors import ArgumentError, CaptureError, VerificationError, first_line
+from ..pruning._prune import prune
+from ..pruning._result import Result
+from ..pruning.config import PruningConfig, PruningOptions
+from ..pruning.report import Report
 from ._experiments import Assignment, Experiments, Path, quiet, written
 from ._settings import Settings, settings_of
 from ._weights import smaller_weights

@@ -8,14 +8,15 @@ from typing import Any
 
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, PreTrainedModel
 
-from .._atomic import new_folder
-from .._options import path_of
-from .._store._files import read_text
-from .._store._folder import read_json
-from .._store._report_json import report_from_json, report_to_json
-from ..errors import PlanError, StoreError, first_line, tolerable
-from ..plan import PruningPlan
-from ..report import Report
+from ..analysis.plan import PruningPlan
+from ..base._atomic import new_folder
+from ..base._options import path_of
+from ..base._tolerable import tolerable
+from ..errors import PlanError, StoreError, first_line
+from ..pruning.report import Report
+from ..pruning.saving._folder import read_json
+from ..pruning.saving._report_json import report_from_json, report_to_json
+from ..storage._files import read_text
 from ._experiments import quiet
 
 #: says what was written with the folder

@@ -10,11 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from .._capture._unchanged import rewound
-from .._compat import pytree
-from .._compat._transformers import CACHE
-from .._program import Program
-from ..errors import CaptureError, tolerable
+from ..base._tolerable import tolerable
+from ..base.compat import pytree
+from ..base.compat._transformers import CACHE
+from ..capturing._program import Program
+from ..capturing._unchanged import rewound
+from ..errors import CaptureError
 from . import _caches
 from ._flat import FlatProgram
 from ._habits import Habits, called, counts_items, far, keeps_texts_apart, loss_of_labels

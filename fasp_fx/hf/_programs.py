@@ -9,20 +9,20 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .. import plan as plans
-from .._captured import program_of
-from .._compat import without_stack_traces
-from .._exactness import UnsoundError, restricted
-from .._observe._visit import Decision, decided
-from .._pipeline import analyze_for, make_plan, rewrite
-from .._program import Program
-from .._result import Result
-from .._warn import warn
-from ..analysis import Analysis
-from ..config import PruningConfig
+from ..analysis import plan as plans
+from ..analysis._analysis import Analysis
+from ..analysis.plan import PlannedGroup, PruningPlan
+from ..base._warn import warn
+from ..base.compat import without_stack_traces
+from ..calibration.observe._visit import Decision, decided
+from ..capturing._captured import program_of
+from ..capturing._program import Program
 from ..errors import PlanError, VerificationError, VerificationWarning
-from ..plan import PlannedGroup, PruningPlan
-from ..report import said_whole
+from ..pruning._pipeline import analyze_for, make_plan, rewrite
+from ..pruning._result import Result
+from ..pruning.check import UnsoundError, restricted
+from ..pruning.config import PruningConfig
+from ..pruning.report import said_whole
 from ._stages import Stage
 
 

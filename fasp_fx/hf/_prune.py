@@ -12,22 +12,22 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from .. import plan as plans
-from .._observe._calibration import check_calibration
-from .._observe._ranks import Ranks, ended_together
-from .._options import check_callable, path_of
-from .._pipeline import Timings, decide, make_plan, rewrite
-from .._pruned_module import PrunedModule
-from .._result import Result
-from .._undisturbed import check_default_device, in_usual_modes, one_at_a_time
-from .._version import __version__
-from ..analysis import Analysis
-from ..budgets import Latency
-from ..config import PruningConfig, PruningOptions
-from ..costs import Costs
+from ..allocation.budgets import Latency
+from ..allocation.costs import Costs
+from ..analysis import plan as plans
+from ..analysis._analysis import Analysis
+from ..analysis.plan import PruningPlan
+from ..base._options import check_callable, path_of
+from ..base._undisturbed import check_default_device, in_usual_modes, one_at_a_time
+from ..base._version import __version__
+from ..calibration.observe._calibration import check_calibration
+from ..calibration.observe._ranks import Ranks, ended_together
 from ..errors import ArgumentError
-from ..plan import PruningPlan
-from ..report import Report, make_report, notes_of, said_whole
+from ..passes._pruned_module import PrunedModule
+from ..pruning._pipeline import Timings, decide, make_plan, rewrite
+from ..pruning._result import Result
+from ..pruning.config import PruningConfig, PruningOptions
+from ..pruning.report import Report, make_report, notes_of, said_whole
 from ._config import PrunedConfig
 from ._flat import FlatProgram
 from ._habits import Habits
@@ -275,7 +275,8 @@ def _constants(module: nn.Module) -> dict[str, Tensor]:
 
 
 def _model(original: Any, parts: Parts, habits: Habits) -> PrunedModel:
-    from . import PrunedForCausalLM, PrunedForSeq2SeqLM
+    from ._causal import PrunedForCausalLM
+    from ._seq2seq import PrunedForSeq2SeqLM
 
     config = original.config
     kind: Any = PrunedForSeq2SeqLM if config.is_encoder_decoder else PrunedForCausalLM

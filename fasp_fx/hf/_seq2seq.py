@@ -8,11 +8,11 @@ from typing import Any
 from torch import Tensor, nn
 from transformers.modeling_outputs import BaseModelOutput, Seq2SeqLMOutput
 
-from .._compat._transformers import CACHE
+from ..base.compat._transformers import CACHE
 from ..errors import ArgumentError
 from ._arguments import check_outputs, check_tokens, loss_of, mask_of, refuse, shown
 from ._labels import MOVES
-from ._model import PrunedModel
+from ._saved import SavedModel
 
 
 class Encoder(nn.Module):
@@ -43,7 +43,7 @@ class Encoder(nn.Module):
         return output if return_dict is not False else output.to_tuple()
 
 
-class PrunedForSeq2SeqLM(PrunedModel):
+class PrunedForSeq2SeqLM(SavedModel):
     """A pruned encoder-decoder that generates as its original does."""
 
     program_names = frozenset({"encode", "first", "decode"})

@@ -8,12 +8,20 @@ from itertools import product
 
 import numpy as np
 
-from .._parts._budget import JoinedSparsity
-from ..allocation import Allocation, Budget, CostAllocation, Target, lost_per_block, uniform, validate
-from ..costs import CostCurve, Costs
+from ..allocation._allocation import (
+    Allocation,
+    Budget,
+    CostAllocation,
+    Target,
+    lost_per_block,
+    uniform,
+    validate,
+)
+from ..allocation.costs import CostCurve, Costs
+from ..analysis.groups import Group
+from ..analysis.resources import most_lost
 from ..errors import CaptureError, NothingPrunableError, SparsityError
-from ..groups import Group
-from ..resources import most_lost
+from ..pruning.submodules._budget import JoinedSparsity
 from ._dials import Dial, Family, Search
 from ._experiments import Assignment, Experiments, Path
 

@@ -13,9 +13,10 @@ from torch import Tensor
 from transformers import BatchEncoding
 from transformers.modeling_outputs import BaseModelOutput
 
-from .._capture._unchanged import rewound
-from .._compat._transformers import CACHE
-from ..errors import ArgumentError, CalibrationError, CaptureError, first_line, tolerable
+from ..base._tolerable import tolerable
+from ..base.compat._transformers import CACHE
+from ..capturing._unchanged import rewound
+from ..errors import ArgumentError, CalibrationError, CaptureError, first_line
 from . import _caches
 from ._arguments import check_outputs
 from ._caches import fresh, holds_states

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from .._result import Result
-from .._weights import FusedWeights
 from ..errors import ArgumentError
+from ..pruning._result import Result
+from ..pruning._weights import FusedWeights
 
 
 def smaller_weights(model: nn.Module, result: Result) -> dict[str, Tensor]:

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.export import ExportedProgram
 
-from .._compat import pytree
-from ..errors import tolerable
+from ..base._tolerable import tolerable
+from ..base.compat import pytree
 from ._case import Case
 from ._in_a_row import rewinding, with_own
 from ._verdict import Skipped, Violation, hold

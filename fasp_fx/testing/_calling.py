@@ -10,7 +10,7 @@ from torch import Tensor, fx, nn
 from torch.export import ExportedProgram
 from torch.export.graph_signature import InputKind
 
-from .._compat import pytree
+from ..base.compat import pytree
 from ._case import Case
 from ._exact import call_result, shapes
 from ._verdict import Violation, hold

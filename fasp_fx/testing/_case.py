@@ -15,13 +15,14 @@ from torch import Tensor, nn
 from torch.export import ExportedProgram
 
 import fasp_fx
-from fasp_fx._observe._visit import Decision
-from fasp_fx._pipeline import make_plan
-from fasp_fx.analysis import Analysis
-from fasp_fx.errors import NothingPrunableError, tolerable
-from fasp_fx.plan import PruningPlan, gone_of, program_fingerprint
+from fasp_fx.analysis._analysis import Analysis
+from fasp_fx.analysis.plan import PruningPlan, gone_of, program_fingerprint
+from fasp_fx.base._tolerable import tolerable
+from fasp_fx.calibration.observe._visit import Decision
+from fasp_fx.errors import NothingPrunableError
+from fasp_fx.pruning._pipeline import make_plan
 
-from .._compat import pytree
+from ..base.compat import pytree
 from ._in_a_row import in_a_row, remembers
 from ._sets import draw_sets
 from ._verdict import Skipped

@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 
 import fasp_fx
-from fasp_fx.plan import PruningPlan
+from fasp_fx.analysis.plan import PruningPlan
 
-from .._compat import pytree
-from ..errors import tolerable
+from ..base._tolerable import tolerable
+from ..base.compat import pytree
 from ._case import Call, Case
 from ._sets import draw_part
 from ._verdict import Violation, hold

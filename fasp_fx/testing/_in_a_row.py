@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .._compat import pytree
+from ..base.compat import pytree
 
 
 @contextmanager

@@ -7,7 +7,7 @@ from functools import cache
 from fasp_fx import patterns
 from fasp_fx.errors import ArgumentError
 
-from .._compat import OpOverload
+from ..base.compat import OpOverload
 from ._case import Case
 from ._verdict import Skipped, hold
 from .rule import RuleVerdict, check_rule

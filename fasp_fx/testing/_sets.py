@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from fasp_fx.analysis import Analysis
+from fasp_fx.analysis._analysis import Analysis
 
 
 def draw_sets(analysis: Analysis, random: np.random.Generator) -> np.ndarray:

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, fx
 
 import fasp_fx
-from fasp_fx.errors import NothingPrunableError, tolerable
+from fasp_fx.base._tolerable import tolerable
+from fasp_fx.errors import NothingPrunableError
 
 from ._case import Case
 from ._verdict import Skipped, Violation, hold

@@ -9,7 +9,8 @@ import torch
 from torch import nn
 from torch.export import ExportedProgram
 
-from fasp_fx.errors import ArgumentError, CaptureError, tolerable
+from fasp_fx.base._tolerable import tolerable
+from fasp_fx.errors import ArgumentError, CaptureError
 
 from . import _alone, _calling, _exact, _restored, _rules_held, _unseen
 from ._case import Call, Case

@@ -11,10 +11,11 @@ from typing import Any
 from torch import Tensor
 
 from fasp_fx import patterns
-from fasp_fx.errors import ArgumentError, RuleError, tolerable
+from fasp_fx.base._tolerable import tolerable
+from fasp_fx.errors import ArgumentError, RuleError
 from fasp_fx.patterns import Rule
 
-from .._compat import OpOverload, silent_fake_tensors
+from ..base.compat import OpOverload, silent_fake_tensors
 from ._tally import TALLY
 from ._verdict import CheckFailed
 from .rules._calls import Call, repeatable

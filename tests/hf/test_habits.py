@@ -17,7 +17,7 @@ from zoo import randomise
 
 import fasp_fx
 from fasp_fx import hf
-from fasp_fx._compat._transformers import CACHE
+from fasp_fx.base.compat._transformers import CACHE
 from fasp_fx.hf._labels import MOVES, POSITIONS
 
 pytestmark = pytest.mark.usefixtures("shared_captures")

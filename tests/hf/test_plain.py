@@ -15,6 +15,8 @@ import torch
 import transformers as hf
 from captures import one_capture
 from conftest import PROFILE
+from fasp_fx.budgets import Parameters
+from fasp_fx.resources import Sparsity
 from oracle import TOLERANCE, error, zeroed
 from plain_models import BOTH, CASES, MORE, dense, plain, tokens
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -23,12 +25,10 @@ from zoo import VOCABULARY, randomise
 
 import fasp_fx
 from fasp_fx.allocation import Budget, Target
-from fasp_fx.budgets import Parameters
 from fasp_fx.hf import _plain as plain_module
 from fasp_fx.hf import prune
 from fasp_fx.hf._experiments import Experiments
 from fasp_fx.hf._settings import Settings
-from fasp_fx.resources import Sparsity
 from fasp_fx.testing._stranger import run_without_fasp_fx
 
 pytestmark = pytest.mark.usefixtures("shared_captures")

@@ -8,12 +8,12 @@ from typing import Any
 import pytest
 import torch
 import transformers as hf
+from fasp_fx.report import Line
 from zoo import randomise
 
 import fasp_fx
 from fasp_fx import PruningPlan, Report
 from fasp_fx.hf._plain_folder import is_plain, save_plain
-from fasp_fx.report import Line
 
 pytestmark = pytest.mark.usefixtures("shared_captures")
 

@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 import torch
 import transformers as hf
+from fasp_fx.groups import Group, Member
 from plain_models import SMALL, gemma3n, mixtral, qwen2
 from torch import nn
 from zoo import ZOO
 
-from fasp_fx.groups import Group, Member
 from fasp_fx.hf._dials import Dial, Search
 from fasp_fx.hf._experiments import Experiments, written
 

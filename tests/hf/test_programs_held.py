@@ -11,8 +11,8 @@ from oracle import masked, removed_columns
 
 import fasp_fx
 from fasp_fx import hf
-from fasp_fx._exactness import _held
-from fasp_fx._exactness._compare import Seen
+from fasp_fx.pruning.check import _held
+from fasp_fx.pruning.check._compare import Seen
 
 pytestmark = pytest.mark.usefixtures("shared_captures")
 

@@ -13,25 +13,25 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import fasp_fx.plan
 import numpy as np
 import pytest
 import torch
 
-import fasp_fx._finish
-import fasp_fx._program
 import fasp_fx.analysis
-import fasp_fx.channels._facts
-import fasp_fx.channels._interpreter
-import fasp_fx.channels._moves
+import fasp_fx.analysis.channels._facts
+import fasp_fx.analysis.channels._interpreter
+import fasp_fx.analysis.channels._moves
+import fasp_fx.capturing._program
+import fasp_fx.passes._finish
 import fasp_fx.passes._kept
 import fasp_fx.passes.attention
 import fasp_fx.passes.remove_channels
 import fasp_fx.passes.restore_weights
-import fasp_fx.plan
 from fasp_fx import patterns
-from fasp_fx._exactness import Held
-from fasp_fx._finish import finish
 from fasp_fx.passes import Prune
+from fasp_fx.passes._finish import finish
+from fasp_fx.pruning.check import Held
 from fasp_fx.testing.specs import (
     Activation,
     Attention,
@@ -106,7 +106,7 @@ def not_run(monkeypatch: pytest.MonkeyPatch) -> None:
         module = finish(rewritten)
         return Held(decision, rewritten, module)
 
-    monkeypatch.setattr(sys.modules["fasp_fx._pipeline"], "carry_out", carry_out)
+    monkeypatch.setattr(sys.modules["fasp_fx.pruning._pipeline"], "carry_out", carry_out)
 
 
 def rule(operator: Any, text: str) -> Patch:
@@ -196,7 +196,7 @@ def _tiled(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def _run_otherwise(monkeypatch: pytest.MonkeyPatch, wrong: dict[Any, Any]) -> None:
     """Let operators move channel numbers by functions of ours."""
-    moves = fasp_fx.channels._moves
+    moves = fasp_fx.analysis.channels._moves
     run = moves._run
 
     def mutated(operator: Any, numbers: Any, others: dict[str, Any]) -> Any:
@@ -338,13 +338,13 @@ MUTANTS: tuple[Mutant, ...] = (
     Mutant("a join in the wrong order", _reversed_join, JOINED),
     Mutant(
         "a sum couples nothing",
-        attribute(fasp_fx.channels._facts.Facts, "couple", _never_couples_sums),
+        attribute(fasp_fx.analysis.channels._facts.Facts, "couple", _never_couples_sums),
         STREAM,
     ),
     Mutant(
         "a missed tie",
         attribute(
-            fasp_fx._program.Program,
+            fasp_fx.capturing._program.Program,
             "canonical",
             lambda _: lambda self: {name: name for name in self.weights()},
         ),
@@ -354,7 +354,7 @@ MUTANTS: tuple[Mutant, ...] = (
     Mutant("boxes without blocks", attribute(fasp_fx.analysis, "find_blocks", _one_block), HEADS, seed=1),
     Mutant(
         "an unseen operator is pointwise",
-        attribute(fasp_fx.channels._interpreter, "lookup", _everything_pointwise),
+        attribute(fasp_fx.analysis.channels._interpreter, "lookup", _everything_pointwise),
         CHAIN,
         ("unseen",),
     ),
@@ -368,13 +368,17 @@ MUTANTS: tuple[Mutant, ...] = (
     ),
     Mutant(
         "rows written in another order",
-        attribute(fasp_fx._program.Program, "replace_weight", _rolled_rows),
+        attribute(fasp_fx.capturing._program.Program, "replace_weight", _rolled_rows),
         CHAIN,
     ),
-    Mutant("a forgotten bias", attribute(fasp_fx._program.Program, "replace_weight", _no_bias), CHAIN),
+    Mutant(
+        "a forgotten bias",
+        attribute(fasp_fx.capturing._program.Program, "replace_weight", _no_bias),
+        CHAIN,
+    ),
     Mutant(
         "one name of a tied weight",
-        attribute(fasp_fx._program.Program, "replace_weight", _one_name),
+        attribute(fasp_fx.capturing._program.Program, "replace_weight", _one_name),
         Net((Tied(4, "pair"),), (Sequences(3),)),
         ("ties", "mask-exact"),
     ),
@@ -407,7 +411,7 @@ MUTANTS: tuple[Mutant, ...] = (
     ),
     Mutant(
         "storage shared with the caller",
-        attribute(fasp_fx._finish, "own_storage", lambda _: lambda program: program),
+        attribute(fasp_fx.passes._finish, "own_storage", lambda _: lambda program: program),
         CHAIN,
         ("alone",),
     ),

@@ -12,9 +12,9 @@ from typing import Any
 
 from mutants import Mutant, attribute
 
-import fasp_fx.channels._interpreter
-import fasp_fx.channels._lettered
-import fasp_fx.channels._moves
+import fasp_fx.analysis.channels._interpreter
+import fasp_fx.analysis.channels._lettered
+import fasp_fx.analysis.channels._moves
 import fasp_fx.passes._split
 from fasp_fx.testing.specs import (
     Across,
@@ -31,7 +31,8 @@ from fasp_fx.testing.specs import (
     Sized,
 )
 
-_MOVES, _INTERPRETER, _SPLIT = fasp_fx.channels._moves, fasp_fx.channels._interpreter, fasp_fx.passes._split
+_CHANNELS, _SPLIT = fasp_fx.analysis.channels, fasp_fx.passes._split
+_MOVES, _INTERPRETER = _CHANNELS._moves, _CHANNELS._interpreter
 
 
 def _around(block: Odd, width: int = 6, tokens: int = 3) -> Net:
@@ -57,7 +58,7 @@ def _at_this_size(_: Any) -> Any:
 
 ACROSS = Mutant(
     "positions that an operator orders need not be the same",
-    attribute(fasp_fx.channels._lettered.Lettered, "__init__", _only_what_mixes),
+    attribute(fasp_fx.analysis.channels._lettered.Lettered, "__init__", _only_what_mixes),
     _around(Across("roll")),
 )
 REGROUP = Mutant(

@@ -142,9 +142,9 @@ def test_other_kinds(net: Net) -> None:
 
 def test_a_broken_invariant_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     not_run(monkeypatch)  # or the library refuses to return what it made
-    original = fasp_fx._program.Program.replace_weight
+    original = fasp_fx.capturing._program.Program.replace_weight
     monkeypatch.setattr(
-        fasp_fx._program.Program,
+        fasp_fx.capturing._program.Program,
         "replace_weight",
         lambda self, names, value: original(self, names, value.roll(1, 0)),
     )

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import torch
+from fasp_fx.plan import ParameterSlice, PlannedGroup, PruningPlan
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fasp_fx.plan import ParameterSlice, PlannedGroup, PruningPlan
 from fasp_fx.testing import Masked
 from fasp_fx.testing.oracle import error, kept
 

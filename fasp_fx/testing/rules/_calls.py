@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..._compat import OpOverload
+from ...base.compat import OpOverload
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,8 @@ from typing import Any
 
 from torch import Tensor
 
-from fasp_fx.errors import first_line, tolerable
+from fasp_fx.base._tolerable import tolerable
+from fasp_fx.errors import first_line
 
 from ._calls import Call, close, same
 from ._deleting import cut_result, without, zeroed

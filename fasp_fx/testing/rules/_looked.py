@@ -12,7 +12,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from fasp_fx.errors import first_line, tolerable
+from fasp_fx.base._tolerable import tolerable
+from fasp_fx.errors import first_line
 from fasp_fx.patterns import Clause, Rule
 
 from ._calls import Call, same

@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fasp_fx.errors import first_line, tolerable
+from fasp_fx.base._tolerable import tolerable
+from fasp_fx.errors import first_line
 from fasp_fx.patterns import Rule
 
 from ._calls import Call

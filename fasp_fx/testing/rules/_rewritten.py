@@ -16,13 +16,14 @@ import numpy as np
 import torch
 from torch import Tensor, fx, nn
 
-from fasp_fx._calling._signature import CallSignature
-from fasp_fx._program import Program
-from fasp_fx.analysis import analyze_program
-from fasp_fx.errors import FaspError, tolerable
+from fasp_fx.analysis._analysis import analyze_program
+from fasp_fx.analysis.plan import PruningPlan, planned
+from fasp_fx.base._tolerable import tolerable
+from fasp_fx.capturing._program import Program
+from fasp_fx.capturing.calling._signature import CallSignature
+from fasp_fx.errors import FaspError
 from fasp_fx.passes import RemoveChannels, verify
 from fasp_fx.patterns import Rule
-from fasp_fx.plan import PruningPlan, planned
 
 from .._sets import draw_sets
 from ..oracle import Masked, error, floats

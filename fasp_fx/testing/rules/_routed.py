@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fasp_fx.patterns import ORDINALS, Clause, Rule
 
-from ...errors import tolerable
+from ...base._tolerable import tolerable
 from ._calls import Call, same
 from ._claims import Lie
 from ._draw import Draw

@@ -12,7 +12,7 @@ import torch
 
 from fasp_fx.patterns import Alternative, Rule
 
-from ..._compat import OpOverload
+from ...base.compat import OpOverload
 from ._calls import Call
 from ._draw import Draw
 

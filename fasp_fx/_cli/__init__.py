@@ -1,1 +1,0 @@
-"""What the commands do, and how they speak (mechanism of :mod:`fasp_fx.cli`)."""

@@ -1,1 +1,0 @@
-"""Zero-shot tasks (mechanism of :mod:`fasp_fx.evaluation`)."""

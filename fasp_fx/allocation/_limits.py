@@ -1,0 +1,276 @@
+"""How much of resources may stay, as an allocation sees it."""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import numpy as np
+
+from ..analysis.groups import Group
+from ..analysis.resources import Resource, most_lost
+from ..errors import ArgumentError, BudgetError, SparsityError
+from .budgets import Cap
+
+
+class Limit(ABC):
+    """How much of one resource may stay.
+
+    Attributes:
+        resource: what is counted.
+    """
+
+    def __init__(self, resource: Resource) -> None:
+        self.resource = resource
+
+    @abstractmethod
+    def over(self, lost: Sequence[int]) -> float:
+        """By how much too much stays, as a fraction of what the dense model has; ``lost`` as for
+        :meth:`fasp_fx.resources.Resource.used`.
+        """
+
+    @property
+    @abstractmethod
+    def need(self) -> float:
+        """The fraction of what the dense model has that has to go."""
+
+
+class Target(Limit):
+    """A fraction of a resource that is to go, met as nearly as whole channel sets can.
+
+    Args:
+        resource: what is counted.
+        sparsity: the fraction.
+    """
+
+    def __init__(self, resource: Resource, sparsity: float) -> None:
+        super().__init__(resource)
+        self.sparsity = sparsity
+
+    def over(self, lost: Sequence[int]) -> float:
+        return self.sparsity - self.resource.removed(lost)
+
+    @property
+    def need(self) -> float:
+        return self.sparsity
+
+
+class Ceiling(Limit):
+    """The most of a resource that may stay; more never does.
+
+    Args:
+        cap: what was asked for.
+        resource: what is counted.
+    """
+
+    def __init__(self, cap: Cap, resource: Resource) -> None:
+        super().__init__(resource)
+        self.cap, self.allowed = cap, cap.allowed(resource.whole)
+
+    def over(self, lost: Sequence[int]) -> float:
+        return (self.resource.used(lost) - self.allowed) / max(self.resource.whole, 1)
+
+    @property
+    def need(self) -> float:
+        return 1 - self.allowed / max(self.resource.whole, 1)
+
+
+class Budget:
+    """How much of one or of several resources may stay, as an allocation sees it.
+
+    In all methods, ``lost[i]`` are the channel sets that each block of group ``i`` loses.
+
+    Args:
+        groups: the groups that can lose channel sets.
+        limits: for each resource, how much of it may stay; all over the same groups.
+    """
+
+    def __init__(self, groups: Sequence[Group], limits: Sequence[Limit]) -> None:
+        self.groups, self.limits = list(groups), tuple(limits)
+
+    def counts(self, lost: Sequence[int]) -> list[int]:
+        """Channel sets that the groups of the limits lose, in all their blocks together."""
+        return [count * group.blocks for count, group in zip(lost, self.groups, strict=True)]
+
+    def over(self, lost: Sequence[int]) -> float:
+        """By how much too much stays of the resource of which most does, as a fraction of what the dense
+        model has; negative where enough goes.
+        """
+        counts = self.counts(lost)
+        found = [limit.over(counts) for limit in self.limits]
+        for limit, over in zip(self.limits, found, strict=True):
+            if math.isnan(over):
+                raise ArgumentError(
+                    f"{type(limit.resource).__name__}.used() gives no number where the groups lose {counts}"
+                    " channel sets; it must say how much is left for every loss within reach"
+                )
+        return max(found)
+
+    def removed(self, lost: Sequence[int]) -> list[float]:
+        """The fraction of each resource that goes."""
+        return [limit.resource.removed(self.counts(lost)) for limit in self.limits]
+
+    def effects(self, lost: Sequence[int]) -> np.ndarray:
+        """The fraction of each resource that one more channel set of each block of a group takes, ``[groups,
+        resources]``.
+        """
+        before = self.removed(lost)
+        found = np.zeros((len(self.groups), len(self.limits)))
+        for index, group in enumerate(self.groups):
+            step = -1 if lost[index] >= deepest_loss(group) and lost[index] else 1
+            after = self.removed([*lost[:index], lost[index] + step, *lost[index + 1 :]])
+            found[index] = [abs(new - old) for new, old in zip(after, before, strict=True)]
+        return found
+
+    @property
+    def is_ceiling(self) -> bool:
+        """Whether too much may never stay; else the nearest is wanted."""
+        return any(isinstance(limit, Ceiling) for limit in self.limits)
+
+    def closest(self, candidates: Iterable[list[int]]) -> list[int]:
+        """The candidate that meets the budget best: the nearest; with ceilings, of those under all of them,
+        if there are any.
+        """
+        measured = [(self.over(lost), lost) for lost in candidates]
+        if self.is_ceiling:
+            measured = [(over, lost) for over, lost in measured if over <= 0] or [
+                min(measured, key=lambda pair: pair[0])
+            ]
+        return min(measured, key=lambda pair: abs(pair[0]))[1]
+
+
+def deepest_loss(group: Group) -> int:
+    """The most channel sets that a block of a group can lose."""
+    return max(group.width - group.needed, 0)
+
+
+def validate(lost: Any, budget: Budget) -> list[int]:
+    """What an allocation returned, if it can be done.
+
+    Raises:
+        ArgumentError: see :func:`check_counts`.
+        BudgetError: it leaves more than a budget allows.
+    """
+    found = check_counts(lost, budget.groups)
+    if budget.is_ceiling and (over := budget.over(found)) > 0:
+        raise BudgetError(
+            f"the allocation leaves {over:.2%} of the dense model's more than the budget allows; it must"
+            " bring budget.over(…) to 0"
+        )
+    return found
+
+
+def check_counts(lost: Any, groups: Sequence[Group]) -> list[int]:
+    """How many channel sets each block of some groups loses, if it can.
+
+    Raises:
+        ArgumentError: not one whole number for each group, or one that leaves less than the group needs.
+    """
+    if not isinstance(lost, Iterable):
+        raise ArgumentError(
+            f"the allocation returned a {type(lost).__name__}; it must return a number of channel sets for"
+            " each group"
+        )
+    found = list(lost)
+    if len(found) != len(groups):
+        raise ArgumentError(
+            f"the allocation returned {len(found)} numbers for {len(groups)} groups; it must return"
+            " one for each"
+        )
+    for group, sets in zip(groups, found, strict=True):
+        most = deepest_loss(group)
+        if isinstance(sets, bool) or not isinstance(sets, (int, np.integer)) or not 0 <= sets <= most:
+            raise ArgumentError(
+                f"the allocation takes {sets!r} channel sets from a block of '{group.name}'; give a whole"
+                f" number from 0 to {most}"
+            )
+    return [int(sets) for sets in found]
+
+
+def departures(lost: Sequence[int], budget: Budget, round_to: int) -> list[str]:
+    """What of the request an allocation does not keep, in words: a sparsity that is missed by more than the
+    largest step, widths that are no multiples of ``round_to``.
+    """
+    found = []
+    uneven = [
+        group.name
+        for group, sets in zip(budget.groups, lost, strict=True)
+        if sets and (group.width - sets) % group.step(round_to)
+    ]
+    if uneven:
+        more = f" and {len(uneven) - 1} more" if len(uneven) > 1 else ""
+        found.append(
+            f"the allocation leaves a width that is no multiple of round_to={round_to} in '{uneven[0]}'{more}"
+        )
+    missed = budget.over(lost)
+    steps = [group.step(round_to) for group in budget.groups]
+    if not budget.is_ceiling and abs(missed) > (budget.effects(lost).max(1) * steps).max() + 1e-9:
+        asked = max(limit.need for limit in budget.limits)
+        found.append(
+            f"the allocation takes {asked - missed:.1%} of the prunable weights, where {asked:.1%} was asked"
+            " for"
+        )
+    return found
+
+
+def lost_per_block(width: int, fraction: float, round_to: int, needed: int = 1) -> int:
+    """The removal nearest to ``fraction`` of a block that leaves a multiple of ``round_to``, and at least as
+    many as are needed.
+    """
+    least = -(-needed // round_to) * round_to
+    if width <= least:
+        return 0
+    kept = round(width * (1 - fraction) / round_to) * round_to
+    return width - min(max(kept, least), width)
+
+
+def check_reach(budget: Budget, round_to: int) -> None:
+    """Refuse a budget that the groups cannot meet together.
+
+    Raises:
+        SparsityError: the message says which sparsity is in reach.
+        BudgetError: likewise how much stays at least; or the dense model meets the budget.
+    """
+    deepest = budget.counts([most_lost(group, round_to) for group in budget.groups])
+    rounds = any(group.step(round_to) > 1 for group in budget.groups)
+    rounded = f" with round_to={round_to}" if rounds else ""
+    smaller = ", or for a smaller round_to" if rounds else ""
+    for limit in budget.limits:
+        if isinstance(limit, Ceiling) and limit.over(deepest) > 0:
+            least, whole = limit.resource.used(deepest), max(limit.resource.whole, 1)
+            share = np.ceil(least / whole * 1e4) / 1e4
+            raise BudgetError(
+                f"{limit.cap} is out of reach: at least {least:,} of {whole:,} {limit.cap.unit}"
+                f" stay{rounded}, a share of {share:.4f}; allow more{smaller}, or see analyze(...).groups for"
+                " what is frozen and why"
+            )
+        if isinstance(limit, Target) and limit.over(deepest) > 1e-12:
+            reach = limit.resource.removed(deepest)
+            raise SparsityError(
+                f"sparsity={limit.sparsity:.4g} is out of reach: the prunable groups allow at most"
+                f" {np.floor(reach * 1e4) / 1e4:.4f}{rounded}; ask for less{smaller}, or see"
+                " analyze(...).groups for what is frozen and why"
+            )
+    if budget.is_ceiling and budget.over([0] * len(budget.groups)) <= 0:
+        said = ", ".join(
+            f"{limit.resource.whole:,} {limit.cap.unit}"
+            for limit in budget.limits
+            if isinstance(limit, Ceiling)
+        )
+        raise BudgetError(f"the model meets the budget as it is: it has {said}; allow less")
+
+
+__all__ = [
+    "Budget",
+    "Ceiling",
+    "Limit",
+    "Target",
+    "check_counts",
+    "check_reach",
+    "deepest_loss",
+    "departures",
+    "lost_per_block",
+    "validate",
+]

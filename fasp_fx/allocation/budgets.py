@@ -1,0 +1,209 @@
+"""Budgets: how much of a resource may stay, for :func:`fasp_fx.prune` and its kin to keep to."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from ..base._options import is_number
+from ..errors import ArgumentError
+from .latency import LatencyTable
+
+if TYPE_CHECKING:
+    from ..analysis._analysis import Analysis
+    from ..analysis.resources import Resource
+
+
+@dataclass(frozen=True)
+class Cap(ABC):
+    """How much of one resource may stay.
+
+    Attributes:
+        amount: a float in (0, 1]: that share of what the dense model has; an int from 2 on, or a larger
+            float: so much.
+        name: of the resource, as options and reports call it.
+
+    Raises:
+        ArgumentError: the amount is no positive number, or the int 1, which says neither one nor all.
+    """
+
+    amount: float
+    name: ClassVar[str]
+    #: what one of it is called, several of them
+    unit: ClassVar[str]
+
+    def __post_init__(self) -> None:
+        if not is_number(self.amount) or self.amount <= 0:
+            raise ArgumentError(
+                f"{self} is no budget; give a share in (0, 1], such as 0.8, or how much may stay, such as"
+                " 100_000_000"
+            )
+
+        if self.amount == 1 and isinstance(self.amount, int):
+            raise ArgumentError(
+                f"{self} could be one alone or all; give 1.0 for all, a share below it, such as 0.8, or how"
+                " much may stay, such as 100_000_000"
+            )
+
+    def allowed(self, dense: float) -> float:
+        """How much may stay of ``dense``."""
+        return self.amount * dense if isinstance(self.amount, float) and self.amount <= 1 else self.amount
+
+    @abstractmethod
+    def resource(self, analysis: Analysis) -> Resource:
+        """What is counted of an analysed program.
+
+        Raises:
+            BudgetError: it cannot be counted of this one.
+        """
+
+
+class Parameters(Cap):
+    """The number of all parameters, tied ones once, as the report's line ``parameters`` has them."""
+
+    name, unit = "parameters", "parameters"
+
+    def resource(self, analysis: Analysis) -> Resource:
+        from ..analysis.resources import parameters_of
+
+        return parameters_of(analysis)
+
+
+class Bytes(Cap):
+    """The bytes of all parameters, tied ones once, as the report's line ``bytes`` has them."""
+
+    name, unit = "bytes", "bytes"
+
+    def resource(self, analysis: Analysis) -> Resource:
+        from ..analysis.resources import parameters_of
+
+        return parameters_of(analysis, in_bytes=True)
+
+
+class Macs(Cap):
+    """The multiply-accumulates of one forward pass on the example inputs: of linear, convolution and
+    recurrent operators, products of matrices, and the two products of attention, whole where a mask hides
+    half of them, with heads padded to one width as the result has them. They are half of the operations that
+    ``torch.utils.flop_counter`` counts.
+
+    :func:`fasp_fx.hf.prune` has example inputs of its own: 2 sequences of 3 tokens that follow 5 others.
+    """
+
+    name, unit = "macs", "multiply-accumulates"
+
+    def resource(self, analysis: Analysis) -> Resource:
+        from ._macs import macs_of
+
+        return macs_of(analysis)
+
+
+class CacheBytes(Cap):
+    """The bytes that the key-value cache takes per token of one sequence, as the report's line ``cache`` has
+    them.
+    """
+
+    name, unit = "cache-bytes", "bytes of cache per token"
+
+    def resource(self, analysis: Analysis) -> Resource:
+        from ..analysis.resources import cache_of
+
+        return cache_of(analysis)
+
+
+@dataclass(frozen=True)
+class Latency(Cap):
+    """The microseconds that one forward pass on the example inputs takes on the model's device, of a single
+    sample where one was given.
+
+    Operators are timed at widths on a grid, once, which takes some seconds; no formula stands for them
+    (:class:`fasp_fx.latency.LatencyTable`). For :func:`fasp_fx.prune`, whose example inputs say what is to be
+    fast; :func:`fasp_fx.hf.prune` has none of the user's.
+
+    Attributes:
+        table: holds timings and takes new ones, for several prunings.
+    """
+
+    table: LatencyTable = field(default_factory=LatencyTable, compare=False, repr=False)
+    name: ClassVar[str] = "latency"
+    unit: ClassVar[str] = "microseconds"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not isinstance(self.table, LatencyTable):
+            raise ArgumentError(
+                f"table is a {type(self.table).__name__}; pass a LatencyTable, as LatencyTable.load reads one"
+            )
+
+    def resource(self, analysis: Analysis) -> Resource:
+        from ._latency import PassTime
+
+        return PassTime(analysis, self.table)
+
+
+#: every kind of budget by its name
+KINDS: dict[str, type[Cap]] = {kind.name: kind for kind in (Parameters, Macs, Bytes, CacheBytes, Latency)}
+
+
+def read_budget(given: Any) -> tuple[Cap, ...]:
+    """The budgets that an option was given: one or several.
+
+    Raises:
+        ArgumentError: it is something else, or two budgets are of one resource.
+    """
+    try:
+        several = isinstance(given, Iterable) and not isinstance(given, (str, Mapping))
+        caps = tuple(given) if several else (given,)
+    except TypeError:  # a tensor without dimensions
+        caps = (given,)
+    for cap in caps:
+        if not isinstance(cap, Cap):
+            raise ArgumentError(
+                f"budget={cap!r} is no budget; pass one of fasp_fx.budgets, such as Parameters(0.8), or a"
+                " tuple of them"
+            )
+    names = [cap.name for cap in caps]
+    twice = [name for name in names if names.count(name) > 1]
+    if twice:
+        raise ArgumentError(f"budget= speaks of {twice[0]} twice; keep the smaller one")
+    return caps
+
+
+def budget_data(caps: Sequence[Cap]) -> list[dict[str, Any]]:
+    """Budgets as the plain data that :func:`budget_from_data` reads.
+
+    Raises:
+        ArgumentError: one is of a class that is not defined here.
+    """
+    for cap in caps:
+        if KINDS.get(cap.name) is not type(cap):
+            raise ArgumentError(
+                f"{cap} is a budget of your own, which cannot be stored; keep it in code and pass it again"
+            )
+    return [{"resource": cap.name, "amount": cap.amount} for cap in caps]
+
+
+def budget_from_data(data: Any) -> tuple[Cap, ...]:
+    """The budgets that :func:`budget_data` wrote.
+
+    Raises:
+        ArgumentError: these are none.
+    """
+    caps = []
+    for item in data if isinstance(data, list) else [data]:
+        known = (
+            isinstance(item, dict)
+            and item.keys() == {"resource", "amount"}
+            and isinstance(item["resource"], str)
+        )
+        if not known or item["resource"] not in KINDS:
+            raise ArgumentError(
+                f"budget={item!r} is none; it names one of {', '.join(map(repr, KINDS))} as 'resource', and"
+                " an 'amount'"
+            )
+        caps.append(KINDS[item["resource"]](item["amount"]))
+    return read_budget(caps)
+
+
+__all__ = ["Bytes", "CacheBytes", "Cap", "Latency", "Macs", "Parameters"]

@@ -1,0 +1,206 @@
+"""Cost curves: for each group, in which order its channel sets go and what that is predicted to cost."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ..base._atomic import write_text
+from ..base._options import path_of
+from ..errors import ArgumentError
+
+#: of the JSON form
+FORMAT = "fasp_fx.costs/4"
+
+
+@dataclass(frozen=True)
+class CostCurve:
+    """What one group costs.
+
+    Attributes:
+        losses: the predicted rise of the loss once each block of the group lost 0, 1, 2, … channel sets;
+            begins with 0 and never falls.
+    """
+
+    losses: np.ndarray
+
+    def __post_init__(self) -> None:
+        losses = np.asarray(self.losses, dtype=np.float64)
+        if (
+            losses.ndim != 1
+            or not len(losses)
+            or losses[0] != 0
+            or not np.isfinite(losses).all()
+            or (np.diff(losses) < 0).any()
+        ):
+            raise ArgumentError(
+                "a cost curve holds finite numbers that begin with 0 and never fall, one for each number of"
+                " channel sets lost"
+            )
+        object.__setattr__(self, "losses", losses)
+
+
+class Costs(Mapping[str, CostCurve]):
+    """The cost curves of a model's groups by their names, measured once (:func:`fasp_fx.measure`) for several
+    prunings.
+
+    Args:
+        curves: those of the groups.
+        fingerprint: of all that the model that was measured computes with
+            (:func:`fasp_fx.plan.computed_fingerprint`).
+        score: what tells the score that gave the orders from others (``PruningConfig.score_name``); the
+            curves hold for no other. Empty: for any.
+        granularity: what the channel sets are that the curves count.
+    """
+
+    def __init__(
+        self,
+        curves: Mapping[str, CostCurve],
+        fingerprint: str,
+        score: str = "",
+        granularity: Iterable[str] = ("channel",),
+    ) -> None:
+        self._curves, self.fingerprint, self.score = dict(curves), fingerprint, score
+        self.granularity = frozenset(granularity)
+
+    def __repr__(self) -> str:
+        return f"Costs({len(self)} curves, score={self.score!r})"
+
+    def __getitem__(self, name: str) -> CostCurve:
+        return self._curves[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._curves)
+
+    def __len__(self) -> int:
+        return len(self._curves)
+
+    def with_curves(self, curves: Mapping[str, CostCurve]) -> Costs:
+        """Other curves of the same model, measured in the same way."""
+        return Costs(curves, self.fingerprint, self.score, self.granularity)
+
+    def predicted(self, lost: Mapping[str, int]) -> float:
+        """The predicted rise of the loss when blocks of these groups lose so many channel sets: the sum over
+        the groups.
+
+        Args:
+            lost: channel sets per block; where none go, nothing is lost, also of a group that has no curve.
+
+        Raises:
+            ArgumentError: a group has no curve, or its curve does not go as far.
+        """
+        return float(sum(self._after(name, count) for name, count in lost.items()))
+
+    def _after(self, name: str, count: int) -> float:
+        if isinstance(count, bool) or not isinstance(count, (int, np.integer)) or count < 0:
+            raise ArgumentError(
+                f"'{name}' cannot lose {count!r} channel sets of a block; give a whole number from 0 on"
+            )
+        if not count:
+            return 0.0
+        if name not in self:
+            raise ArgumentError(
+                f"there is no cost curve for '{name}'; there are those of"
+                f" {', '.join(map(repr, self)) or 'no group'}"
+            )
+        losses = self[name].losses
+        if count >= len(losses):
+            raise ArgumentError(
+                f"the cost curve of '{name}' goes up to {len(losses) - 1} channel sets of a block, not to"
+                f" {count}"
+            )
+        return float(losses[count])
+
+    def to_json(self) -> str:
+        """The curves as text."""
+        losses = {name: curve.losses.tolist() for name, curve in self.items()}
+        return json.dumps(
+            {
+                "format": FORMAT,
+                "fingerprint": self.fingerprint,
+                "score": self.score,
+                "granularity": sorted(self.granularity),
+                "losses": losses,
+            }
+        )
+
+    @staticmethod
+    def from_json(text: str) -> Costs:
+        """The curves that :meth:`to_json` wrote.
+
+        Raises:
+            ArgumentError: the text holds none.
+        """
+        try:
+            data: Any = json.loads(text)
+            if not isinstance(data, dict) or data.get("format") != FORMAT:
+                raise ValueError(f"its format is not {FORMAT!r}")
+            curves = {
+                str(name): CostCurve(np.array(losses, dtype=np.float64))
+                for name, losses in data["losses"].items()
+            }
+            granularity = [str(name) for name in data["granularity"]]
+            return Costs(curves, str(data["fingerprint"]), str(data["score"]), granularity)
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+            raise ArgumentError(
+                f"these are no cost curves: {error}; write them with Costs.to_json()"
+            ) from error
+
+    def save(self, file: str | Path) -> None:
+        """Write the curves to a file of JSON, whole or not at all.
+
+        Raises:
+            StoreError: the file cannot be written; what it held stays.
+        """
+        write_text(path_of(file, "file"), self.to_json())
+
+    @staticmethod
+    def load(file: str | Path) -> Costs:
+        """The curves that :meth:`save` wrote.
+
+        Raises:
+            ArgumentError: the file holds none, or cannot be read.
+        """
+        try:
+            return Costs.from_json(path_of(file, "file").read_text(encoding="utf-8"))
+        except (OSError, UnicodeDecodeError) as error:
+            raise ArgumentError(f"cost curves cannot be read from {str(file)!r}: {error}") from error
+
+
+def check_costs(costs: Costs, fingerprint: str, score: str, granularity: Iterable[str]) -> None:
+    """Refuse cost curves of another model, score or granularity.
+
+    Args:
+        fingerprint: of the model that is to be pruned.
+        score: the name of the score to prune by.
+        granularity: what is to go.
+
+    Raises:
+        ArgumentError: they are of another, or none.
+    """
+    if not isinstance(costs, Costs):
+        raise ArgumentError(f"costs is a {type(costs).__name__}; pass what fasp_fx.measure returned")
+    if costs.fingerprint != fingerprint:
+        raise ArgumentError(
+            f"the cost curves are of another model: its fingerprint is {costs.fingerprint[:12]}…, this"
+            f" model's is {fingerprint[:12]}…; measure this one"
+        )
+    if costs.score and costs.score != score:
+        raise ArgumentError(
+            f"the cost curves are of score={costs.score!r}, and this pruning is by {score!r}, in whose order"
+            " other channels go; measure by that"
+        )
+    if costs.granularity != (wanted := frozenset(granularity)):
+        measured, asked = (", ".join(map(repr, sorted(names))) for names in (costs.granularity, wanted))
+        raise ArgumentError(
+            f"the cost curves are of granularity=({measured},), and this pruning is of ({asked},); measure"
+            " with that"
+        )
+
+
+__all__ = ["CostCurve", "Costs", "check_costs"]

@@ -1,0 +1,524 @@
+"""Run a program on channel numbers.
+
+Every node is executed twice: on fake tensors, for its shape, and by its rule, for the channels. A node whose
+operator has no rule freezes the channels it is given; it never fails and never guesses.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, fx
+
+from fasp_fx.base._tolerable import tolerable
+from fasp_fx.errors import RuleError, VerificationError, first_line
+from fasp_fx.patterns import CASTS, Rule, lookup
+
+from ...base.compat import (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+    FakeTensor,
+    HigherOrderOperator,
+    OpOverload,
+    free_unbacked_symbols,
+    pytree,
+    silent_fake_tensors,
+)
+from ...capturing._fx import arguments, attribute, elements, results, target_name, written_names
+from ...capturing._sizes import Sizes, is_dynamic
+from ._distinct import distinct
+from ._execution import Execution
+from ._facts import Facts
+from ._letters import Relation, result_shapes_ok
+from ._masked import picked
+from ._moves import move
+from ._named import keep_numbered, name_results, tallied
+from ._numbering import Numbering, Slot, laid_by_block
+from ._value import Axis, DoesNotApplyError, Value, counted_by
+
+#: integer constants up to this many elements are known to the analysis as data (index tensors)
+_DATA_LIMIT = 1 << 20
+
+#: what fake tensors say of an operator whose result, or its shape, depends on data: the recorded shape
+#: serves, for no channel of its arguments can go
+_AT_RUN_TIME = (DataDependentOutputException, DynamicOutputShapeException)
+
+
+@dataclass
+class Walk:
+    """The result: the value of every node (a tuple for several results), its executed shape, and
+    the facts.
+    """
+
+    sizes: Sizes
+    values: dict[fx.Node, Any] = field(default_factory=dict)
+    executed: dict[fx.Node, Any] = field(default_factory=dict)
+    facts: Facts = field(default_factory=Facts)
+    without_rule: dict[str, list[fx.Node]] = field(default_factory=dict)
+    execution: Execution = field(default_factory=Execution)
+
+
+class _Degenerate(Exception):
+    """The small sizes do not suit this program."""
+
+
+class Interpreter:
+    """Interprets one graph module.
+
+    Args:
+        module: a functional graph whose weights are ``get_attr`` nodes.
+        numbering: where each weight's and input's channel numbers come from; slots are added for names it
+            does not know.
+        canonical: for each name of a weight, the name under which its storage is known (tied weights share
+            one).
+        state: placeholders and output positions that may become narrower.
+        overrides: for weights already rewritten, the original numbers along each dimension.
+        strict: whatever does not execute, has no numbers or does not fit its rule is an error.
+        grows: weights without numbers get numbers of their own even so.
+        heads: note which channels belong to one head, wherever two activations are contracted head by head.
+        experts: follow the numbers by which a router names experts.
+        execution: of a walk through a program much like this one, so that its operators need not be executed
+            again.
+    """
+
+    def __init__(
+        self,
+        module: fx.GraphModule,
+        numbering: Numbering,
+        canonical: dict[str, str],
+        state_inputs: frozenset[str] = frozenset(),
+        state_outputs: frozenset[int] = frozenset(),
+        overrides: dict[str, list[Tensor | None]] | None = None,
+        strict: bool = False,
+        heads: bool = False,
+        grows: bool = False,
+        experts: bool = False,
+        execution: Execution | None = None,
+    ) -> None:
+        self.module, self.numbering, self.canonical = module, numbering, canonical
+        self.state_inputs, self.state_outputs = state_inputs, state_outputs
+        self.overrides, self.strict, self.heads, self.grows, self.experts = (
+            overrides or {},
+            strict,
+            heads,
+            grows,
+            experts,
+        )
+        self.execution = execution or Execution()
+        #: weights whose content changes from call to call
+        self.written = {canonical.get(name, name) for name in written_names(module.graph)}
+
+    def run(self, small: bool | None = None) -> Walk:
+        """Walk the graph once.
+
+        Args:
+            small: at small sizes or at those of the example inputs; ``None``: small if the program runs at
+                them.
+        """
+        with counted_by(self._staying()):
+            return self._run(small) if small is not None else self._run_small_if_it_can()
+
+    def _staying(self) -> np.ndarray | None:
+        """How many channels of its weight stay before each channel, where some are gone."""
+        if not self.overrides:
+            return None
+        found = np.arange(self.numbering.total)
+        for name, numbers in self.overrides.items():
+            for dim, own in enumerate(numbers):
+                slot = self.numbering.get(name, dim)
+                if own is not None and slot is not None:
+                    found[own.reshape(-1).numpy()] = slot.base + np.arange(own.numel())
+        return found
+
+    def _run_small_if_it_can(self) -> Walk:
+        try:
+            with silent_fake_tensors():  # that a program does not run at small sizes is no error
+                return self._run(small=True)
+        except _Degenerate:
+            return self._run(small=False)
+
+    def _run(self, small: bool) -> Walk:
+        walk = Walk(Sizes(self.module, small), execution=self.execution)
+        for node in self.module.graph.nodes:
+            getattr(self, f"_{node.op}")(node, walk, small)
+        return walk
+
+    # --- leaves
+
+    def _axes(self, name: str, shape: tuple[int, ...], kind: str, dims: list[int]) -> list[Axis]:
+        axes = []
+        for dim in dims:
+            if shape[dim] <= 1:
+                continue
+            given = (
+                self.overrides[name][dim]
+                if name in self.overrides and dim < len(self.overrides[name])
+                else None
+            )
+            if given is None:
+                slot = self.numbering.get(name, dim)
+                if slot is None and self.strict and not self.grows:
+                    raise VerificationError(
+                        f"'{name}' has {shape[dim]} channels along dimension {dim} that were not there before"
+                    )
+                slot = slot or self.numbering.add(name, dim, shape[dim], kind)
+                given = slot.numbers()
+            numbers, along = self._laid(self.numbering.speaking(given), name, dim, shape), dim
+            if kind == "input" and bool((numbers == numbers.narrow(dim, 0, 1)).all()):
+                # Whole heads of a cache.
+                numbers = numbers.narrow(dim, 0, 1)
+                along = next((d for d, size in enumerate(numbers.shape) if size > 1), dim)
+            axis = Axis(numbers, along, (name, dim))
+            if bool((axis.numbers != axis.numbers.reshape(-1)[0]).any()):  # one number for all is no axis
+                axes.append(axis)
+        return axes
+
+    def _laid(self, given: Tensor, name: str, dim: int, shape: tuple[int, ...]) -> Tensor:
+        """The numbers along one dimension of a weight, in its rank; those of blocks vary along the dimension
+        that these divide.
+        """
+        if given.dim() == 1:
+            return given.reshape([-1 if d == dim else 1 for d in range(len(shape))])
+        slot = self.numbering.get(name, dim)
+        assert slot is not None
+        assert slot.block_dim is not None
+        if shape[slot.block_dim] % given.shape[0]:
+            raise VerificationError(
+                f"dimension {slot.block_dim} of '{name}' is {shape[slot.block_dim]}, not a multiple of its"
+                f" {given.shape[0]} blocks"
+            )
+        return laid_by_block(given, dim, slot.block_dim, shape)
+
+    def _placeholder(self, node: fx.Node, walk: Walk, small: bool) -> None:
+        recorded = node.meta.get("val")
+        with self.execution.mode:
+            executed = walk.sizes.concrete(recorded)
+        if not isinstance(recorded, Tensor):
+            walk.executed[node] = walk.values[node] = executed
+            return
+        walk.executed[node] = executed = self.execution.like(executed)
+        # Part of other dimensions' numbers.
+        inside = {self.numbering.blocked.get((node.name, dim), (None, 1))[0] for dim in range(recorded.dim())}
+        static = [
+            dim for dim, size in enumerate(recorded.shape) if not is_dynamic(size) and dim not in inside
+        ]
+        axes = self._axes(node.name, tuple(executed.shape), "input", static)
+        walk.values[node] = Value(tuple(executed.shape), tuple(axes))
+        if node.name not in self.state_inputs:
+            for axis in axes:
+                walk.facts.say(walk.facts.frozen, axis.numbers, f"reaches the input '{node.name}'", node)
+
+    def _get_attr(self, node: fx.Node, walk: Walk, small: bool) -> None:
+        tensor = attribute(self.module, target_name(node))
+        if not isinstance(tensor, Tensor):
+            walk.values[node] = walk.executed[node] = tensor
+            return
+        name = self.canonical.get(target_name(node), target_name(node))
+        shape = tuple(tensor.shape)
+        walk.executed[node] = self.execution.like(tensor)
+        data = None
+        settled = (
+            name not in self.written and tensor.device.type != "meta" and not isinstance(tensor, FakeTensor)
+        )
+        if settled and not tensor.is_floating_point() and tensor.numel() <= _DATA_LIMIT:
+            data = tensor.detach().cpu()
+        walk.values[node] = Value(
+            shape, tuple(self._axes(name, shape, "weight", list(range(len(shape))))), True, name, data
+        )
+
+    def _output(self, node: fx.Node, walk: Walk, small: bool) -> None:
+        for index, result in enumerate(results(self.module.graph)):
+            value = walk.values.get(result) if isinstance(result, fx.Node) else None
+            if isinstance(value, Value) and value.names is not None:
+                walk.facts.say(walk.facts.frozen, value.names, f"named by number in output {index}", node)
+            if isinstance(value, Value) and index not in self.state_outputs:
+                for axis in value.axes:
+                    walk.facts.say(walk.facts.frozen, axis.numbers, f"reaches output {index}", node)
+
+    # --- operators
+
+    def _call_function(self, node: fx.Node, walk: Walk, small: bool) -> None:
+        executed = self._execute(node, walk, small)
+        walk.executed[node] = executed
+        if node.target is operator.getitem:
+            source, index = arguments(node)["0"], arguments(node)["1"]
+            if isinstance(walk.values.get(source), (list, tuple)):
+                walk.values[node] = walk.values[source][index]
+                return
+        shapes = _shapes(executed)
+        if not shapes:
+            self._read(node, walk)
+            walk.values[node] = executed
+            return
+        values = self._apply(node, walk, shapes)
+        for value in values:
+            walk.facts.boxes_of(value, node)
+        walk.values[node] = _in_place_of_tensors(executed, iter(values))
+
+    _call_module = _call_method = _call_function
+
+    def _read(self, node: fx.Node, walk: Walk) -> None:
+        """What an operator returns no tensor of, it has read all the same."""
+        named, _ = _arguments(node, walk.values)
+        if node.target is torch.ops.aten.sym_size.int:
+            counted = [
+                axis for axis in named["self"].axes if axis.dim == named["dim"] % len(named["self"].shape)
+            ]
+            for axis in counted:
+                walk.facts.say(
+                    walk.facts.frozen, axis.numbers, f"their number is read by {node.target}", node
+                )
+        elif lookup(node.target) is None:
+            self._freeze_given(node, walk, _tensors(named))
+
+    def _execute(self, node: fx.Node, walk: Walk, small: bool) -> Any:
+        args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: walk.executed[n])
+        try:
+            if node.op != "call_function" or not callable(node.target):
+                raise NotImplementedError(f"{node.op} is not executed while analysing")
+            executed = self.execution.call(node.target, args, kwargs)
+        except tolerable(Exception) as error:
+            if not (
+                isinstance(error, _AT_RUN_TIME)
+                or (isinstance(error, IndexError) and _decided_by_data(node))
+                or _takes_graphs_unseen(node)
+            ):
+                if self.strict:
+                    raise VerificationError(
+                        f"node '{node.name}' ({node.target}) no longer executes: {error}"
+                    ) from error
+                if small and walk.sizes.assigned:
+                    raise _Degenerate from error
+            with self.execution.mode:
+                # Decided by data, or higher-order, say: the recorded shape serves.
+                executed = picked(node, walk.sizes.concrete(node.meta.get("val")), *args[:1])
+        fits = all(0 not in shape for shape in _shapes(executed)) and walk.sizes.fit(
+            node.meta.get("val"), executed
+        )
+        if small and walk.sizes.assigned and not self.strict and not fits:
+            raise _Degenerate
+        return executed
+
+    def _apply(self, node: fx.Node, walk: Walk, shapes: list[tuple[int, ...]]) -> list[Value]:
+        named, nodes = _arguments(node, walk.values)
+        given = [value for value in _tensors(named) if value is not None]
+        constant = bool(given) and all(value.constant for value in given)
+        rule = lookup(node.target)
+        blank = [Value(shape, (), constant) for shape in shapes]
+        if rule is not None and rule.creates:
+            return [self._created(node, rule, shapes[0])]
+        values = self._values(node, walk, rule, named, nodes, given, shapes, blank)
+        if given and all(value.created for value in given):
+            values = [replace(value, created=True) for value in values]
+        for name, dim in self.numbering.stretched:
+            if name == node.name:
+                values = [
+                    replace(values[0], axes=(*values[0].axes, *self._axes(name, shapes[0], "created", [dim])))
+                ]
+        return values if not self.experts else name_results(node, rule, named, values, walk.facts)
+
+    def _values(
+        self,
+        node: fx.Node,
+        walk: Walk,
+        rule: Rule | None,
+        named: dict[str, Any],
+        nodes: dict[str, fx.Node | None],
+        given: list[Value],
+        shapes: list[tuple[int, ...]],
+        blank: list[Value],
+    ) -> list[Value]:
+        """The results by the operator's rule; without one, what it touches is frozen."""
+        unspoken = rule is not None and any(
+            named.get(name) != int(value) for name, value in (clause.words for clause in rule.all("only"))
+        )
+        if rule is not None and rule.tallies and self.experts and not unspoken:
+            found = tallied(node, rule, named, shapes[0])
+            if found is not None:
+                return found
+        if not any(value.axes for value in given) and not (rule is not None and rule.moves):
+            return blank
+        if rule is not None and not rule.moves and not rule.alternatives and not rule.tallies:
+            return blank
+        if str(node.target) in CASTS:
+            return [self._cast(node, walk, named["self"])]
+        if rule is None:
+            self._freeze_given(node, walk, given)
+            return blank
+        if rule.tallies or unspoken:
+            self._freeze_unspoken(
+                node, walk, given, "its arguments are others" if unspoken else "no number names a position"
+            )
+            return blank
+        found_or_why = self._by_rule(node, rule, named, nodes, shapes, walk)
+        if isinstance(found_or_why, str):
+            # Numbers do not fit (sizes known only at run time, say): the operator freezes what it touches, as
+            # one without a rule.
+            self._freeze_unspoken(node, walk, given, found_or_why)
+            return blank
+        self._freeze_unnamed(node, rule, named, walk.facts)
+        if rule.alternatives:
+            keep_numbered(node, rule, named, walk.facts, self.experts)
+        return found_or_why
+
+    def _freeze_given(self, node: fx.Node, walk: Walk, given: list[Value], why: str | None = None) -> None:
+        """Freeze all channels that a node is given; unless there is a reason why its rule does not serve, for
+        want of one.
+        """
+        if why is None:
+            writer = _writer(node)
+            why = f"no rule for {node.target}" if writer is None else f"written by {writer}"
+            if any(value.axes for value in given) and writer is None:
+                walk.without_rule.setdefault(str(node.target), []).append(node)
+        for value in given:
+            for axis in value.axes:
+                walk.facts.say(walk.facts.frozen, axis.numbers, why, node)
+
+    def _freeze_unspoken(self, node: fx.Node, walk: Walk, given: list[Value], why: str) -> None:
+        self._freeze_given(
+            node, walk, given, f"{node.target} is called in a way that its rule does not speak of ({why})"
+        )
+
+    def _cast(self, node: fx.Node, walk: Walk, source: Value) -> Value:
+        """The same channels; and the same weight, unless it is one of integers, which mean something else
+        than what they are cast to.
+        """
+        floats = all(walk.executed[tensor].is_floating_point() for tensor in (node, node.all_input_nodes[0]))
+        return Value(source.shape, source.axes, source.constant, source.origin if floats else None)
+
+    def _created(self, node: fx.Node, rule: Rule, shape: tuple[int, ...]) -> Value:
+        """A tensor of equal elements has channels of its own wherever its size is fixed: what it meets
+        decides whether they can go.
+        """
+        sizes = arguments(node)[rule.all("shape")[0].words[0]]
+        fixed = (
+            [dim for dim, size in enumerate(sizes) if isinstance(size, int)]
+            if isinstance(sizes, (list, tuple))
+            else []
+        )
+        return Value(shape, tuple(self._axes(node.name, shape, "created", fixed)), True, created=True)
+
+    def _freeze_unnamed(self, node: fx.Node, rule: Rule, named: dict[str, Any], facts: Facts) -> None:
+        """Channels of an operand that the rule does not name would be lost."""
+        known = {
+            rule.moves,
+            *(clause.words[0] for clause in rule.all("ignore")),
+            *(operand.name for alternative in rule.alternatives for operand in alternative.operands),
+        }
+        unnamed = elements({name: value for name, value in named.items() if name not in known})
+        for value in _tensors({name: value for name, value in unnamed.items() if name not in known}):
+            for axis in value.axes:
+                facts.say(facts.frozen, axis.numbers, f"decides by position in {node.target}", node)
+
+    def _of_parameters(self, numbers: Tensor) -> bool:
+        """Whether some of these numbers are of channels of parameters; a weight that a pass has made anew is
+        one.
+        """
+        slots = {*self.numbering.slot_ids(distinct(numbers.reshape(-1).numpy())).tolist()} - {-1}
+        return any(self._is_parameter(self.numbering.slots[index]) for index in slots)
+
+    def _is_parameter(self, slot: Slot) -> bool:
+        if slot.kind != "weight":
+            return False
+        try:
+            return isinstance(attribute(self.module, slot.name), torch.nn.Parameter)
+        except AttributeError:
+            return True
+
+    def _by_rule(
+        self,
+        node: fx.Node,
+        rule: Rule,
+        named: dict[str, Any],
+        nodes: dict[str, fx.Node | None],
+        shapes: list[tuple[int, ...]],
+        walk: Walk,
+    ) -> list[Value] | str:
+        """The results as the rule gives them, or why it does not serve for this call."""
+        try:
+            if rule.moves:
+                moved = move(node, rule, named, nodes, shapes, walk.facts, walk.sizes, self._of_parameters)
+                return "an index or a mask is known only at run time" if moved is None else moved
+            relation = Relation(
+                node, rule, {**named, **elements(named)}, nodes, walk.facts, self.numbering, self.experts
+            )
+            if self.heads:
+                relation.couple_heads()
+            results = relation.run()
+        except DoesNotApplyError as error:
+            return first_line(error)
+        except tolerable(Exception) as error:  # ours, or of a rule that does not fit its operator
+            raise RuleError(
+                f"the rule of {node.target} fails at node '{node.name}': {type(error).__name__}:"
+                f" {first_line(error)}; give it another one with fasp_fx.patterns.register()"
+            ) from error
+        values = [
+            Value(shape, tuple(axes), constant)
+            for shape, (axes, constant) in zip(shapes, results, strict=False)
+        ]
+        if len(results) != len(shapes) or not result_shapes_ok(
+            values, [torch.Size(shape) for shape in shapes]
+        ):
+            return "its results have other dimensions"
+        return values
+
+
+def _decided_by_data(node: fx.Node) -> bool:
+    """Whether a node takes a number that only data decides: the one that stands for it here can be out of
+    range.
+    """
+    return any(
+        free_unbacked_symbols(value)
+        for source in node.all_input_nodes
+        if isinstance(value := source.meta.get("val"), torch.SymInt)
+    )
+
+
+def _takes_graphs_unseen(node: fx.Node) -> bool:
+    """Whether a node is given graphs, and has no rule: what it is given stays, and so does the shape of what
+    it returns. Not all of these can be executed on fake tensors without the symbols of a capture (loops).
+    """
+    return isinstance(node.target, HigherOrderOperator) and lookup(node.target) is None
+
+
+def _writer(node: fx.Node) -> OpOverload | None:
+    """The operator that writes into one of the arguments of a node: a buffer or an input that the model
+    changes, which nothing can make smaller. An exporter hands it to a higher-order operator that gives the
+    changed arguments back.
+    """
+    called = node.args[0] if isinstance(node.target, HigherOrderOperator) and node.args else node.target
+    return called if isinstance(called, OpOverload) and called._schema.is_mutable else None
+
+
+def _shapes(executed: Any) -> list[tuple[int, ...]]:
+    return [tuple(leaf.shape) for leaf in pytree.tree_leaves(executed) if isinstance(leaf, Tensor)]
+
+
+def _in_place_of_tensors(executed: Any, values: Iterator[Value]) -> Any:
+    """What a node returned, with what is known of each tensor in its place."""
+    if isinstance(executed, (list, tuple)):
+        return tuple(_in_place_of_tensors(item, values) for item in executed)
+    return next(values) if isinstance(executed, Tensor) else executed
+
+
+def _tensors(named: dict[str, Any]) -> list[Value]:
+    found: list[Value] = []
+    for argument in named.values():
+        items = argument if isinstance(argument, (list, tuple)) else [argument]
+        found += [item for item in items if isinstance(item, Value)]
+    return found
+
+
+def _arguments(node: fx.Node, values: dict[fx.Node, Any]) -> tuple[dict[str, Any], dict[str, fx.Node | None]]:
+    """Arguments by schema name, with values for nodes; and the node behind each argument that is one."""
+    given = arguments(node)
+    nodes = {
+        name: value if isinstance(value, fx.Node) else None
+        for name, value in {**given, **elements(given)}.items()
+    }
+    return {name: fx.map_arg(value, lambda n: values.get(n)) for name, value in given.items()}, nodes

@@ -1,0 +1,654 @@
+"""Rules that say ``move``: the operator itself, applied to the channel numbers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import cache, partial
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, fx
+
+from fasp_fx.base._tolerable import tolerable
+from fasp_fx.errors import first_line
+from fasp_fx.patterns import RESHAPES, VIEWS, Rule
+
+from ...base.compat import pytree
+from ...capturing._fx import arguments as arguments_of
+from ...capturing._sizes import Sizes, is_dynamic
+from ._distinct import are_among
+from ._facts import Facts
+from ._grids import without_grids
+from ._masked import is_mask, lone_mask
+from ._named import look_up
+from ._regroup import Segment, regroup, segments
+from ._value import NONE, Axis, DoesNotApplyError, Value, collapse, smallest_step
+
+
+def _run(operator: Any, numbers: Any, others: dict[str, Any]) -> Any:
+    try:
+        if str(operator) in VIEWS:  # numbers are stride-0 broadcasts, on which a view may need a copy
+            return torch.ops.aten.reshape.default(numbers, *others.values())
+        return operator(numbers, **others)
+    except tolerable(Exception) as error:  # an operator raises what it likes of integers
+        raise DoesNotApplyError(first_line(error)) from error
+
+
+def run_on_numbers(node: fx.Node, numbers: Tensor, values: dict[fx.Node, Any]) -> Any:
+    """Move a tensor of numbers the way ``node`` moves its ``self``; sizes and indices are those of the
+    interpretation.
+
+    Raises:
+        DoesNotApplyError: an index is known only at run time.
+    """
+    others = {
+        name: _known(fx.map_arg(value, lambda n: values[n]))
+        for name, value in arguments_of(node).items()
+        if name != "self"
+    }
+    if any(value is _UNKNOWN for value in others.values()):
+        raise DoesNotApplyError(f"the indices of '{node.name}' ({node.target}) are known only at run time")
+    return _run(node.target, numbers, others)
+
+
+def _outputs(moved: Any) -> list[Tensor]:
+    return [moved] if isinstance(moved, Tensor) else list(moved)
+
+
+#: types of indices of which one speaks of as many dimensions as it has
+_MASKS = (torch.bool, torch.uint8)
+
+
+def _touched_dims(rule: Rule, arguments: dict[str, Any], rank: int) -> set[int]:
+    """The dimensions whose positions the operator's arguments name one by one."""
+    touched: set[int] = set()
+    for clause in rule.all("freeze"):
+        argument = arguments.get(clause.words[0])
+        if isinstance(argument, (list, tuple)) and all(isinstance(item, int) for item in argument):
+            touched |= {dim % rank for dim in argument}
+        elif isinstance(argument, (list, tuple)):  # index tensors, for the leading dimensions one by one
+            dim = 0
+            for index in argument:
+                taken = index.dim() if isinstance(index, Tensor) and index.dtype in _MASKS else 1
+                touched |= set(range(dim, dim + taken)) if index is not None else set()
+                dim += taken
+        elif argument is not None:
+            touched.add(int(argument) % rank)
+    return touched
+
+
+def _unsettled(
+    node: fx.Node,
+    rule: Rule,
+    arguments: dict[str, Any],
+    shape: tuple[int, ...],
+    shapes: list[tuple[int, ...]],
+    sizes: Sizes,
+) -> dict[int, str]:
+    """The dimensions of which what is taken, or where it lies, depends on a size that varies from call to
+    call; each with what happens there.
+    """
+    given, rank = arguments_of(node), len(shape)
+    found: dict[int, str] = {}
+    for clause in rule.clauses:
+        if clause.keyword not in ("span", "pick", "sizes", "chunk"):
+            continue
+        along, *bounds = clause.words if clause.keyword in ("span", "pick") else reversed(clause.words)
+        dim = int(arguments[along]) % rank
+        whole = clause.keyword == "span" and shapes[0] == shape
+        decided = any(
+            isinstance(leaf, fx.Node) for name in bounds for leaf in pytree.tree_leaves(given[name])
+        )
+        if decided or (dim in _dynamic_dims(node, rule, rank, sizes) and not whole):
+            found[dim] = "is cut at a length known only at run time by"
+    for index, amount in enumerate(given.get("pad", ())):
+        if isinstance(amount, fx.Node):
+            found[rank - 1 - index // 2] = "is put behind something of a length known only at run time by"
+    return found
+
+
+def _decided_by_sizes(node: fx.Node, rule: Rule) -> bool:
+    """Whether sizes that vary from call to call are among the arguments beside what is moved."""
+    others = [value for name, value in arguments_of(node).items() if name != rule.moves]
+    return any(
+        isinstance(leaf, fx.Node) and isinstance(leaf.meta.get("val"), torch.SymInt)
+        for leaf in pytree.tree_leaves(others)
+    )
+
+
+def _keeps_all(node: fx.Node) -> bool:
+    """Whether an operator only gives all elements another shape, or repeats them along new dimensions."""
+    return str(node.target) in {*RESHAPES, "aten.expand.default", "aten.broadcast_to.default"}
+
+
+def _dynamic_dims(node: fx.Node, rule: Rule, rank: int, sizes: Sizes) -> set[int]:
+    """The dimensions of what a node moves whose sizes vary from call to call."""
+    source = arguments_of(node)[str(rule.moves)]
+    recorded = source.meta.get("val") if isinstance(source, fx.Node) else None
+    return (
+        {dim for dim, size in enumerate(recorded.shape) if sizes.varies(size)}
+        if isinstance(recorded, Tensor) and recorded.dim() == rank
+        else set()
+    )
+
+
+def _shift(
+    node: fx.Node,
+    shape: tuple[int, ...],
+    shapes: list[tuple[int, ...]],
+    others: dict[str, Any],
+    facts: Facts,
+    sizes: Sizes,
+) -> Callable[[Tensor], list[Tensor]]:
+    """What moves numbers of the source's rank, of size 1 where they do not vary, as the operator moves
+    elements.
+    """
+    if str(node.target) not in RESHAPES or not _numel(shape):
+        return lambda numbers: _outputs(_run(node.target, numbers.expand(shape), _rest(others)))
+    # Most of what is reshaped holds no channels.
+    found = cache(partial(_segments, node, shape, shapes[0], sizes))
+    return lambda numbers: [
+        regroup(
+            numbers, shapes[0], found(), lambda first, all_of_them: facts.couple(first, all_of_them, node)
+        )
+    ]
+
+
+def _settle_given(node: fx.Node, sizes: Sizes) -> None:
+    """Where a reshape is given a number, the size is that number, whatever was recorded of it."""
+    given, recorded = arguments_of(node), node.meta.get("val")
+    wanted = given.get("size") or given.get("shape") or ()
+    for size, number in (
+        zip(recorded.shape, wanted) if isinstance(recorded, Tensor) and recorded.dim() == len(wanted) else ()
+    ):
+        if isinstance(number, int) and number != -1:
+            sizes.settle(size)
+
+
+def _segments(node: fx.Node, before: tuple[int, ...], after: tuple[int, ...], sizes: Sizes) -> list[Segment]:
+    """How the shapes of a reshape correspond at every size; where a pass has recorded none, at those of the
+    interpretation.
+    """
+    recorded = [item.meta.get("val") for item in (node.all_input_nodes[0], node)]
+    known = [tuple(val.shape) for val in recorded if isinstance(val, Tensor)]
+    symbolic = known if [len(shape) for shape in known] == [len(before), len(after)] else [before, after]
+    return segments(
+        *(
+            [sizes.factored(*pair) for pair in zip(own, shape, strict=True)]
+            for own, shape in zip(symbolic, (before, after), strict=True)
+        )
+    )
+
+
+def _couple_strides(rule: Rule, arguments: dict[str, Any], axis: Axis, facts: Facts, node: fx.Node) -> None:
+    """A slice with step k takes one position out of every k; it goes on to do so as long as each run of k
+    neighbours goes as a whole.
+    """
+    step, rank = int(arguments.get("step", 1)), axis.numbers.dim()
+    if step == 1 or not any(
+        int(arguments[clause.words[0]]) % rank == axis.dim for clause in rule.all("span")
+    ):
+        return
+    size = axis.numbers.shape[axis.dim]
+    positions = torch.arange(size)
+    facts.couple(axis.numbers.index_select(axis.dim, positions - positions % step), axis.numbers, node)
+
+
+def move(
+    node: fx.Node,
+    rule: Rule,
+    arguments: dict[str, Any],
+    nodes: dict[str, fx.Node | None],
+    shapes: list[tuple[int, ...]],
+    facts: Facts,
+    sizes: Sizes,
+    of_parameters: Callable[[Tensor], bool],
+) -> list[Value] | None:
+    """The values of the results of a moving operator, or ``None`` if its other arguments are not known while
+    analysing.
+
+    Args:
+        of_parameters: whether some of these numbers are of channels of parameters.
+    """
+    assert rule.moves is not None
+    source = arguments[rule.moves]
+    others = {name: value for name, value in arguments.items() if name != rule.moves}
+    if isinstance(source, (list, tuple)):
+        return _join(node, rule, list(source), others, shapes, facts)
+    unknown = False
+    for name, value in list(others.items()):
+        known = _known(value)
+        if known is _UNKNOWN:
+            known, unknown = _some_index(value, arguments_of(node)[name], shapes[0]), True
+            if known is None or not rule.all("freeze"):
+                return None
+        others[name] = known
+    if _parts_at_run_time(rule, others, source.shape):
+        return _part_at_run_time(node, rule, source, others, shapes, facts)
+    touched = _touched_dims(rule, others, len(source.shape))
+    unsettled = _unsettled(node, rule, others, source.shape, shapes, sizes)
+    source = _alike_along(source, (touched if unknown else set()) | unsettled.keys(), node, facts)
+    if str(node.target) in RESHAPES:
+        _settle_given(node, sizes)
+    shift = _shift(node, source.shape, shapes, others, facts, sizes)
+    axes: list[list[Axis]] = [[] for _ in shapes]
+    sources: list[list[Axis]] = [[] for _ in shapes]  # of which each was made
+    for axis in source.axes:
+        if unknown and axis.dim in touched and look_up(node, axis, _index_at(arguments, axis.dim), facts):
+            if source.constant and len(source.shape) > 2:
+                facts.stacked.append(axis.numbers.reshape(-1).numpy())
+            continue
+        if axis.dim in touched:
+            facts.say(
+                facts.frozen,
+                axis.numbers,
+                f"{node.target} names positions along this dimension one by one",
+                node,
+            )
+            if unknown:
+                continue
+        if axis.dim in unsettled:
+            facts.say(facts.frozen, axis.numbers, f"{unsettled[axis.dim]} {node.target}", node)
+            continue  # the remaining positions are those of a sequence, not channels
+        _couple_strides(rule, others, axis, facts, node)
+        if _refuses_nothing(node, others):
+            facts.need(axis.numbers)
+        if "pad" in others and _border_moves(axis, others):
+            facts.say(
+                facts.frozen,
+                axis.numbers,
+                f"is cut at the border, or continued there, by {node.target}",
+                node,
+            )
+        if "pad" in others:
+            moved = [_pad(axis, others["pad"])]
+        else:
+            axis = _aligned(axis, source.shape, shift, node, facts)
+            moved = shift(axis.numbers)
+        why = (
+            "deals these channels out by a size that varies from call to call"
+            if str(node.target) in RESHAPES
+            else "takes channels out one by one"
+        )
+        for index, numbers in enumerate(moved):
+            _keep(axes[index], numbers, [axis], facts, node, axis, why)
+            sources[index] += [axis] * (len(axes[index]) - len(sources[index]))
+    if str(node.target) in RESHAPES:
+        axes = [without_grids(*both, of_parameters, facts, node) for both in zip(axes, sources, strict=True)]
+    stacked = _taken_along(others, source.shape, shapes[0]) if source.origin is not None else None
+    if stacked is not None:
+        _stay_together(node, source, stacked, facts)
+        _want_positions(node, source, stacked, facts)
+    whole = (
+        len(shapes) == 1
+        and _numel(shapes[0]) == _numel(source.shape)
+        and not unknown
+        and _each_once(node, rule, source, others)
+    )
+    origin = source.origin if stacked is not None or whole else None
+    settled = source.data is not None and not (_decided_by_sizes(node, rule) and not _keeps_all(node))
+    data = _outputs(_run(node.target, source.data, _rest(others))) if settled else [None] * len(shapes)
+    return [Value(shape, tuple(axes[i]), source.constant, origin, data[i]) for i, shape in enumerate(shapes)]
+
+
+def _each_once(node: fx.Node, rule: Rule, source: Value, others: dict[str, Any]) -> bool:
+    """Whether an operator whose result is as large as its source takes every element once; one that takes
+    them by their indices may take some twice.
+    """
+    if source.origin is None or not rule.all("freeze"):
+        return True
+    (places,) = _outputs(
+        _run(node.target, torch.arange(_numel(source.shape)).reshape(source.shape), _rest(others))
+    )
+    return bool(places.unique().numel() == places.numel())
+
+
+def _taken_along(arguments: dict[str, Any], shape: tuple[int, ...], result: tuple[int, ...]) -> int | None:
+    """The dimension of which an operator takes single positions."""
+    dim = arguments.get("dim")
+    if not isinstance(dim, int) or not shape:
+        return None
+    dim %= len(shape)
+    return dim if result == shape[:dim] + shape[dim + 1 :] else None
+
+
+def _stay_together(node: fx.Node, source: Value, dim: int, facts: Facts) -> None:
+    """A stack stays one tensor: what is numbered apart for each of its positions loses equal counts or, where
+    that cannot be, the same channels.
+    """
+    facts.boxes_of(source, node)
+    for axis in source.axes:
+        if axis.dim != dim and axis.numbers.shape[dim] > 1:
+            first = axis.numbers.narrow(dim, 0, 1).expand(axis.numbers.shape)
+            facts.stacks.setdefault(node, []).append(
+                (first.reshape(-1).numpy(), axis.numbers.reshape(-1).numpy(), node)
+            )
+
+
+def _want_positions(node: fx.Node, source: Value, dim: int, facts: Facts) -> None:
+    """Ask that a stack of weights of which nothing but each single one is taken be numbered apart for each of
+    them.
+    """
+    stack = node.all_input_nodes[0]
+    if stack.op != "get_attr" or not _all_taken(stack, dim, source.shape):
+        return
+    for axis in source.axes:
+        if axis.slot is not None and axis.dim != dim and axis.numbers.shape[dim] == 1:
+            facts.blocks.setdefault(axis.slot, (dim, source.shape[dim]))
+
+
+def _all_taken(stack: fx.Node, dim: int, shape: tuple[int, ...]) -> bool:
+    """Whether every position of a weight along a dimension is taken by itself, and no node takes anything
+    else of it.
+    """
+    taken: set[int] = set()
+    for user in stack.users:
+        given = arguments_of(user)
+        if "dim" not in given or int(given["dim"]) % len(shape) != dim:
+            return False
+        if user.target is torch.ops.aten.select.int and isinstance(given["index"], int):
+            taken.add(int(given["index"]) % shape[dim])
+        elif user.target is torch.ops.aten.unbind.int:
+            taken |= {int(arguments_of(item)["1"]) for item in user.users}
+        else:
+            return False
+    return len(taken) == shape[dim]
+
+
+def _parts_at_run_time(rule: Rule, arguments: dict[str, Any], shape: tuple[int, ...]) -> bool:
+    """Whether the sizes of parts, known only at run time, are stood in for by numbers that do not add up."""
+    return any(
+        sum(arguments[sizes]) != shape[int(arguments[dim])]
+        for sizes, dim in (clause.words for clause in rule.all("sizes"))
+    )
+
+
+def _part_at_run_time(
+    node: fx.Node,
+    rule: Rule,
+    source: Value,
+    arguments: dict[str, Any],
+    shapes: list[tuple[int, ...]],
+    facts: Facts,
+) -> list[Value]:
+    """Parts of unknown length, such as the tokens of each expert: what does not vary along the dimension is
+    the same in each.
+    """
+    axes: list[Axis] = []
+    for axis in source.axes:
+        if any(axis.numbers.shape[int(arguments[clause.words[1]])] > 1 for clause in rule.all("sizes")):
+            facts.say(
+                facts.frozen,
+                axis.numbers,
+                f"is cut at a length known only at run time by {node.target}",
+                node,
+            )
+        else:
+            axes.append(axis)
+    return [Value(shape, tuple(axes), source.constant) for shape in shapes]
+
+
+def _aligned(
+    axis: Axis, shape: tuple[int, ...], run: Callable[[Tensor], list[Tensor]], node: fx.Node, facts: Facts
+) -> Axis:
+    """Couple channels at one place of several rows where the move deals the rows out in turn, as a channel
+    shuffle does.
+
+    Rows may lose different channels only as long as each stays in one piece: of rows that alternate, the
+    order of what is left would change.
+    """
+    numbers = axis.numbers
+    for dim in axis.varying():
+        if dim <= axis.dim:
+            continue
+        rows = torch.arange(shape[dim]).reshape([-1 if d == dim else 1 for d in range(len(shape))])
+        moved = zip(run(axis.numbers), run(rows), strict=True)
+        if any(_alternate(Axis.of(laid), row) for laid, row in moved):
+            facts.couple(numbers.narrow(dim, 0, 1), numbers, node)
+            numbers = numbers.narrow(dim, 0, 1)
+    return axis if numbers is axis.numbers else replace(axis, numbers=numbers.contiguous())
+
+
+def _alternate(axis: Axis | None, rows: Tensor) -> bool:
+    """Whether along the dimension of an axis the same row comes again after another."""
+    if axis is None:
+        return False
+    lines = rows.movedim(axis.dim, -1).reshape(-1, rows.shape[axis.dim])
+    changes = (lines[:, 1:] != lines[:, :-1]).sum(-1)
+    kinds = (lines.sort(-1).values.diff(dim=-1) != 0).sum(-1)
+    return bool((changes > kinds).any())
+
+
+def _index_at(arguments: dict[str, Any], dim: int) -> Any:
+    """The indices along one dimension of an operator that takes a list of them."""
+    indices = arguments.get("indices")
+    return indices[dim] if isinstance(indices, (list, tuple)) and dim < len(indices) else None
+
+
+def _some_index(value: Any, given: Any, result: tuple[int, ...]) -> Any:
+    """Indices of the right shape in the place of those known only at run time; ``None`` if they decide the
+    shape of the result in a way that is not known.
+
+    A mask alone is the indices of what it shows, one for each of its dimensions.
+    """
+    if isinstance(value, (list, tuple)):
+        mask = lone_mask(given)
+        if mask is not None:
+            at, rank = mask
+            return [*value[:at], *[torch.zeros(result[at], dtype=torch.long)] * rank]
+        found = [
+            item if not isinstance(item, Value) else _some_index(item, node, result)
+            for item, node in zip(value, given, strict=True)
+        ]
+        return (
+            None
+            if any(new is None and old is not None for new, old in zip(found, value, strict=True))
+            else found
+        )
+    if not isinstance(given, fx.Node) or not isinstance(given.meta.get("val"), Tensor) or is_mask(given):
+        return None
+    return value.data if value.data is not None else torch.zeros(value.shape, dtype=torch.long)
+
+
+def _alike_along(source: Value, dims: set[int], node: fx.Node, facts: Facts) -> Value:
+    """Couple what differs along dimensions whose positions are chosen at run time."""
+    axes = []
+    for axis in source.axes:
+        for dim in dims - {axis.dim}:
+            axis = _alike(axis, dim, node, facts)
+        axes.append(axis)
+    return replace(source, axes=tuple(axes))
+
+
+def _alike(axis: Axis, dim: int, node: fx.Node, facts: Facts) -> Axis:
+    """Couple the channels of an axis that lie behind one another along another dimension; what is left does
+    not vary there.
+    """
+    leader = axis.numbers.narrow(dim, 0, 1)
+    facts.couple(leader, axis.numbers, node)
+    return Axis(leader, axis.dim, axis.slot)
+
+
+def _refuses_nothing(node: fx.Node, others: dict[str, Any]) -> bool:
+    """Whether an operator does not take a tensor without elements: what continues it at its border, or leaves
+    a size to be found out.
+    """
+    sizes = others.get("size", others.get("shape", ()))
+    return others.get("mode", "constant") != "constant" or (str(node.target) in RESHAPES and -1 in sizes)
+
+
+def _border_moves(axis: Axis, others: dict[str, Any]) -> bool:
+    """Whether other channels would stand at the border once some are gone: one is cut off there,
+    or repeated.
+    """
+    rank = axis.numbers.dim()
+    amounts = [
+        amount for index, amount in enumerate(others["pad"]) if axis.numbers.shape[rank - 1 - index // 2] > 1
+    ]
+    return any(amount < 0 for amount in amounts) or (
+        others.get("mode", "constant") != "constant" and any(amounts)
+    )
+
+
+def _pad(axis: Axis, pad: list[int]) -> Tensor:
+    """What a border adds along a dimension of channels is not a channel; along any other dimension it
+    continues the channels.
+    """
+    rank = axis.numbers.dim()
+    along = [
+        amount if axis.numbers.shape[rank - 1 - index // 2] > 1 else 0 for index, amount in enumerate(pad)
+    ]
+    return torch.nn.functional.pad(axis.numbers, along, value=NONE)
+
+
+def _rest(others: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in others.items() if name != "self"}
+
+
+_UNKNOWN = object()
+
+
+def _known(value: Any) -> Any:
+    """The argument as the operator takes it, or ``_UNKNOWN`` where it is a tensor whose content
+    is not known.
+    """
+    if isinstance(value, Value):
+        return value.data if value.data is not None else _UNKNOWN
+    if isinstance(value, (list, tuple)):
+        items = [_known(item) for item in value]
+        return _UNKNOWN if any(item is _UNKNOWN for item in items) else items
+    return value
+
+
+def _numel(shape: tuple[int, ...]) -> int:
+    return int(torch.Size(shape).numel())
+
+
+def _keep(
+    axes: list[Axis],
+    moved: Tensor,
+    given: Sequence[Axis],
+    facts: Facts,
+    node: fx.Node,
+    source: Axis | None = None,
+    why: str = "takes channels out one by one",
+) -> None:
+    """Add the axis of numbers that an operator made of those of the axes it was ``given``, or freeze them.
+
+    Raises:
+        DoesNotApplyError: it did more than move them.
+    """
+    moved = collapse(moved)
+    whole = moved.reshape(-1).numpy()
+    if not are_among(
+        whole[whole != NONE], np.concatenate([own.numbers.reshape(-1).numpy() for own in given])
+    ):
+        raise DoesNotApplyError("it computes other elements of those that it is said to move")
+    axis = Axis.of(moved, source.slot if source is not None else None)
+    if axis is not None and (source is None or not _one_of_each(axis, source)):
+        axes.append(axis)
+    elif moved.numel() and int(moved.reshape(-1)[0]) != NONE:
+        facts.say(facts.frozen, moved, f"{node.target} {why}", node)
+        if source is not None and len(source.varying()) > 1:
+            facts.want_together(source.numbers, source.dim, node)  # one of every row: rows can go whole
+
+
+def _one_of_each(axis: Axis, source: Axis) -> bool:
+    """Whether a move took one channel out of every row, so that what is left varies only from row to row and
+    cannot shrink.
+    """
+    if (
+        len(axis.varying()) >= len(source.varying())
+        or axis.numbers.unique().numel() == source.numbers.unique().numel()
+    ):
+        return False
+    return smallest_step(axis.numbers.numpy(), axis.dim) > smallest_step(source.numbers.numpy(), source.dim)
+
+
+def _at_run_time(node: fx.Node, rule: Rule, joined: int) -> bool:
+    """Whether some of the joined tensors vary in length along the joined dimension, which decides where the
+    others lie.
+    """
+    assert rule.moves is not None
+    recorded = [part.meta.get("val") for part in arguments_of(node)[rule.moves] if isinstance(part, fx.Node)]
+    return any(isinstance(val, Tensor) and is_dynamic(val.shape[joined]) for val in recorded)
+
+
+def _together(found: list[Axis], facts: Facts, node: fx.Node) -> list[Axis]:
+    """Freeze the axes that share a dimension which others are joined with, and go on without them."""
+    for axis in found:
+        facts.say(
+            facts.frozen, axis.numbers, f"lies with others along the dimension that {node.target} joins", node
+        )
+    return []
+
+
+def _join(
+    node: fx.Node,
+    rule: Rule,
+    sources: list[Value],
+    others: dict[str, Any],
+    shapes: list[tuple[int, ...]],
+    facts: Facts,
+) -> list[Value]:
+    """Concatenation or stacking: axes that shrink the joined dimension are joined, all others must agree."""
+    given = [source for source in sources if _numel(source.shape) or len(source.shape) > 1]
+    rank = len(shapes[0])
+    stacked = rank > len(given[0].shape)
+    # What has lost all its channels adds nothing, and has no say on the other dimensions.
+    sources = given if stacked else [source for source in given if _numel(source.shape)] or given
+    joined = int(others.get("dim", 0)) % rank
+    axes: list[Axis] = []
+    for dim in range(len(sources[0].shape)):
+        per_source = [source.at(dim) for source in sources]
+        if not stacked and dim == joined:
+            per_source = [found if len(found) < 2 else _together(found, facts, node) for found in per_source]
+        if not any(per_source):
+            continue
+        if max(map(len, per_source)) > 1 or (not all(per_source) and (stacked or dim != joined)):
+            for source_axes in per_source:
+                for axis in source_axes:
+                    facts.say(
+                        facts.frozen,
+                        axis.numbers,
+                        f"meets a part of {node.target} that has no channels there",
+                        node,
+                    )
+            continue
+        if (
+            not stacked
+            and any(joined in axis.varying() for found in per_source for axis in found)
+            and _at_run_time(node, rule, joined)
+        ):
+            if dim == joined:
+                for axis in (axis for found in per_source for axis in found):
+                    facts.say(
+                        facts.frozen,
+                        axis.numbers,
+                        f"{node.target} puts it beside something of a length known only at run time",
+                        node,
+                    )
+                continue
+            per_source = [[_alike(axis, joined, node, facts) for axis in found] for found in per_source]
+        parts = [
+            found[0].numbers.expand(s.shape) if found else torch.full(s.shape, NONE)
+            for found, s in zip(per_source, sources, strict=True)
+        ]
+        alike = (stacked or dim != joined) and all(
+            found[0].numbers.shape == per_source[0][0].numbers.shape for found in per_source
+        )
+        if alike and (stacked or per_source[0][0].numbers.shape[joined] == 1):
+            for found in per_source[1:]:
+                facts.couple(per_source[0][0].numbers, found[0].numbers, node)
+            parts = [parts[0] if stacked else per_source[0][0].numbers.expand(s.shape) for s in sources]
+        all_axes = [axis for found in per_source for axis in found]
+        _keep(axes, _run(node.target, parts, others), all_axes, facts, node)
+    constant = all(source.constant for source in given)
+    data = (
+        _run(node.target, [s.data for s in sources], others)
+        if all(s.data is not None for s in sources)
+        else None
+    )
+    return [Value(shapes[0], tuple(axes), constant, None, data)]

@@ -1,0 +1,138 @@
+"""Reshapes: which dimensions of a tensor become which of another, at every size and not only at those of the
+interpretation.
+
+A reshape keeps the row-major order. Where both shapes divide into the same factors, each factor keeps its
+positions whatever the sizes are. Where they do not (``[time, heads * width]`` read as ``[heads, time,
+width]``), positions of several dimensions are dealt out anew; if one of these dimensions varies from call to
+call, what comes to lie where differs from call to call, too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import reduce
+from itertools import groupby
+
+from torch import Tensor
+
+from ...capturing._sizes import Size
+from ._value import collapse
+
+#: a factor of a dimension: the dimension, and its size
+Piece = tuple[int, Size]
+
+
+@dataclass(frozen=True)
+class Segment:
+    """Factors of the source that become these factors of the result, both from the outer to the inner;
+    ``dealt``: their positions are dealt out anew.
+    """
+
+    before: tuple[Piece, ...]
+    after: tuple[Piece, ...]
+    dealt: bool = False
+
+    @property
+    def varies(self) -> bool:
+        """Whether positions lie elsewhere at other sizes."""
+        return self.dealt and any(size.varying for _, size in (*self.before, *self.after))
+
+
+def segments(before: Sequence[Size], after: Sequence[Size]) -> list[Segment]:
+    """Divide two shapes with equally many elements into factors that correspond to one another, the outermost
+    first.
+    """
+    left, right = (
+        [(dim, size) for dim, size in enumerate(shape) if size != Size.fixed(1)] for shape in (before, after)
+    )
+    found: list[Segment] = []
+    while left and right:
+        (i, a), (j, b) = left.pop(), right.pop()
+        if a == b:
+            found.append(Segment(((i, a),), ((j, b),)))
+        elif b.divides(a):
+            found.append(Segment(((i, b),), ((j, b),)))
+            left.append((i, a.over(b)))
+        elif a.divides(b):
+            found.append(Segment(((i, a),), ((j, a),)))
+            right.append((j, b.over(a)))
+        else:
+            found.append(_dealt([(i, a)], [(j, b)], left, right))
+    if left or right:
+        found.append(Segment(tuple(left), tuple(right), dealt=True))
+    return found[::-1]
+
+
+def _dealt(xs: list[Piece], ys: list[Piece], left: list[Piece], right: list[Piece]) -> Segment:
+    """The fewest factors from here outwards whose products agree; takes them from ``left`` and ``right``.
+
+    They agree at every size where what is left outside does, since the shapes have equally many elements:
+    ``[24, T]`` read as ``[24, T // 2, 2]``.
+    """
+    while (left or right) and _product(xs) != _product(ys) and _product(left) != _product(right):
+        shorter = _product(xs).value <= _product(ys).value
+        if left and (shorter or not right):
+            xs.insert(0, left.pop())
+        else:
+            ys.insert(0, right.pop())
+    return Segment(tuple(xs), tuple(ys), dealt=True)
+
+
+def _product(pieces: list[Piece]) -> Size:
+    return reduce(Size.times, (size for _, size in pieces), Size.fixed(1))
+
+
+def regroup(
+    numbers: Tensor, shape: Sequence[int], found: Sequence[Segment], alike: Callable[[Tensor, Tensor], None]
+) -> Tensor:
+    """Reshape channel numbers.
+
+    Args:
+        numbers: of the source's rank, of size 1 along dimensions where they do not vary.
+        shape: the shape of the result.
+        found: how the shapes correspond (:func:`segments`).
+        alike: called with numbers that must go together, because the place of each varies from call to call.
+
+    Returns:
+        The numbers in the result's rank, of size 1 where they do not vary.
+    """
+    pieces = [piece for segment in found for piece in segment.before]
+    laid = collapse(numbers.reshape([size.value if numbers.shape[dim] > 1 else 1 for dim, size in pieces]))
+    unsettled = [segment.varies for segment in found for _ in segment.before]
+    for _, run in groupby(enumerate(pieces), key=lambda item: item[1][0]):
+        own = list(run)
+        # Of a dimension that several have been merged into, nothing is known but its numbers: divided, they
+        # must not depend on a size that varies.
+        if len(own) > 1 and any(size.varying and laid.shape[at] > 1 for at, (_, size) in own):
+            for at, _ in own:
+                unsettled[at] = True
+    for at, free in enumerate(unsettled):
+        if free and laid.shape[at] > 1:
+            alike(laid.narrow(at, 0, 1), laid)
+            laid = laid.narrow(at, 0, 1)
+    return _joined(_crossed(laid, found), found, shape)
+
+
+def _crossed(laid: Tensor, found: Sequence[Segment]) -> Tensor:
+    """Numbers by the factors of the source, laid out by those of the result."""
+    full: list[int] = []
+    new: list[int] = []
+    for segment in found:
+        at = len(full)
+        own = list(laid.shape[at : at + len(segment.before)])
+        varies = any(size > 1 for size in own)
+        full += [size.value for _, size in segment.before] if segment.dealt and varies else own
+        new += ([size.value if varies else 1 for _, size in segment.after]) if segment.dealt else own
+    return laid.expand(full).reshape(new)
+
+
+def _joined(laid: Tensor, found: Sequence[Segment], shape: Sequence[int]) -> Tensor:
+    """Numbers by the factors of the result, with its dimensions."""
+    pieces = [piece for segment in found for piece in segment.after]
+    spread = {dim for at, (dim, _) in enumerate(pieces) if laid.shape[at] > 1}
+    laid = laid.expand([size.value if dim in spread else 1 for dim, size in pieces])
+    return laid.reshape([size if dim in spread else 1 for dim, size in enumerate(shape)])
+
+
+__all__ = ["Segment", "regroup", "segments"]

@@ -1,0 +1,531 @@
+"""What is removed, as data: readable, replayable, tied to one model."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import fx, nn
+
+from ..base._fingerprint import fingerprint as fingerprint
+from ..capturing._fx import attribute
+from ..capturing._program import CopiedBuffer, FoldedWeight, Program, SplitWeight
+from ..errors import ArgumentError, PlanError
+from .groups import Group, Member, ranges
+
+if TYPE_CHECKING:
+    from ._analysis import Analysis
+
+FORMAT = "fasp_fx.plan/2"
+
+
+@dataclass(frozen=True)
+class ParameterSlice:
+    """The indices removed along one dimension of one weight; ``name`` is that of
+    ``model.named_parameters()``.
+
+    With ``block_dim`` there is one tuple of indices for each of the equal blocks into which that dimension is
+    divided: an expert each of a stacked weight, a group each of a grouped convolution.
+    """
+
+    name: str
+    dim: int
+    removed: tuple[int, ...] | tuple[tuple[int, ...], ...]
+    block_dim: int | None = None
+
+    def __str__(self) -> str:
+        lists = [ranges(block) for block in self.by_block()]
+        return f"{self.name}[{self.dim}] - {lists[0] if self.block_dim is None else ' | '.join(lists)}"
+
+    def by_block(self) -> tuple[tuple[int, ...], ...]:
+        """The removed indices of each block; one block without ``block_dim``."""
+        return (self.removed,) if self.block_dim is None else self.removed  # type: ignore[return-value]
+
+    @property
+    def count(self) -> int:
+        """How many indices go, over all blocks."""
+        return sum(map(len, self.by_block()))
+
+
+@dataclass(frozen=True)
+class PlannedGroup:
+    """What one coupled group loses; ``granularity`` says what a channel set of it is."""
+
+    name: str
+    size: int
+    blocks: int
+    removed_sets: int
+    producers: tuple[ParameterSlice, ...]
+    consumers: tuple[ParameterSlice, ...]
+    granularity: str = "channel"
+
+    def __str__(self) -> str:
+        left, right = ", ".join(map(str, self.producers)), ", ".join(map(str, self.consumers))
+        return f"{self.name}: {self.removed_sets} of {self.size}  {left} -> {right}"
+
+
+@dataclass(frozen=True)
+class FixedBuffer:
+    """A buffer or constant that the model reads and does not write into, and the digest of what it held."""
+
+    name: str
+    digest: str
+
+
+@dataclass(frozen=True)
+class PruningPlan:
+    """Which channels go.
+
+    Attributes:
+        fingerprint: of the model the plan was made for.
+        groups: what each coupled group loses; groups that lose nothing are left out.
+        sparsity: the fraction removed of the counted weights.
+        splits: fused weights that the result holds in parts.
+        result: fingerprint of the model the plan makes, known once it was applied.
+        granularity, include: as given to :func:`fasp_fx.prune`.
+        folds: weights that the model computes from others, and that the result holds as parameters; the
+            groups name them so.
+        copies: buffers made of one of the model's, for a part of the model each; the groups name them so.
+            Those left equal are one in the result.
+        fixed: what else the model read and did not write into when the plan was made. The plan serves also
+            where it holds something else; the repairs of the result do not.
+    """
+
+    fingerprint: str
+    groups: tuple[PlannedGroup, ...]
+    sparsity: float
+    splits: tuple[SplitWeight, ...] = ()
+    result: str | None = None
+    granularity: tuple[str, ...] = ("channel",)
+    include: tuple[str, ...] = ()
+    folds: tuple[FoldedWeight, ...] = ()
+    copies: tuple[CopiedBuffer, ...] = ()
+    fixed: tuple[FixedBuffer, ...] = ()
+
+    def __repr__(self) -> str:
+        return f"PruningPlan({len(self.groups)} groups, sparsity={self.sparsity:.4f})"
+
+    def __str__(self) -> str:
+        return "\n".join(map(str, self.groups)) or "nothing is removed"
+
+    def to_json(self) -> str:
+        """The plan as JSON."""
+        return json.dumps({"format": FORMAT, **asdict(self)})
+
+    @staticmethod
+    def from_json(text: str) -> PruningPlan:
+        """Parse a plan.
+
+        Raises:
+            PlanError: not JSON, another format, or a field is missing or of the wrong type; names the place.
+        """
+        try:
+            data = json.loads(text)
+        except (TypeError, ValueError, RecursionError) as error:
+            raise PlanError(f"the plan is not JSON: {error}; pass the text that to_json() gave") from error
+        if not isinstance(data, dict) or data.get("format") != FORMAT:
+            found = data.get("format") if isinstance(data, dict) else type(data).__name__
+            raise PlanError(
+                f"the plan's format is {found!r:.80}, this version reads {FORMAT!r}; make the plan again"
+            )
+        try:
+            groups = tuple(
+                PlannedGroup(
+                    str(g["name"]),
+                    _int(g["size"]),
+                    _int(g["blocks"]),
+                    _int(g["removed_sets"]),
+                    _slices(g["producers"]),
+                    _slices(g["consumers"]),
+                    str(g.get("granularity", "channel")),
+                )
+                for g in data["groups"]
+            )
+            splits = tuple(
+                SplitWeight(str(s["name"]), str(s["source"]), _int(s["dim"]), tuple(map(_int, s["rows"])))
+                for s in data["splits"]
+            )
+            folds = tuple(
+                FoldedWeight(str(f["name"]), tuple(map(str, f["sources"]))) for f in data.get("folds", ())
+            )
+            copies = tuple(CopiedBuffer(str(c["name"]), str(c["source"])) for c in data.get("copies", ()))
+            fixed = tuple(FixedBuffer(str(b["name"]), str(b["digest"])) for b in data.get("fixed", ()))
+            result = data.get("result")
+            return PruningPlan(
+                str(data["fingerprint"]),
+                groups,
+                float(data["sparsity"]),
+                splits,
+                None if result is None else str(result),
+                tuple(map(str, data["granularity"])),
+                tuple(map(str, data["include"])),
+                folds,
+                copies,
+                fixed,
+            )
+        except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
+            raise PlanError(f"the plan is damaged: {type(error).__name__}: {error}") from error
+
+    def slices(self) -> dict[tuple[str, int], frozenset[tuple[int, int]]]:
+        """All removed (block, index) pairs by weight and dimension."""
+        found: dict[tuple[str, int], frozenset[tuple[int, int]]] = {}
+        for group in self.groups:
+            for part in (*group.producers, *group.consumers):
+                pairs = frozenset(
+                    (block, index) for block, indices in enumerate(part.by_block()) for index in indices
+                )
+                found[(part.name, part.dim)] = found.get((part.name, part.dim), frozenset()) | pairs
+        return found
+
+    def after(self, earlier: PruningPlan) -> PruningPlan:
+        """This plan, made for the same model as ``earlier``, renumbered for the model that ``earlier`` makes.
+
+        Channels that ``earlier`` already removed are left out, and so are groups of which nothing else goes.
+        ``sparsity`` is taken to shrink as the channel sets do that are left to go; :func:`fasp_fx.apply`
+        counts it anew.
+
+        Raises:
+            PlanError: the plans are for different models, or ``earlier`` was never applied.
+        """
+        if earlier.fingerprint != self.fingerprint:
+            raise PlanError(
+                "the two plans were made for different models; only plans for one model can be ordered"
+            )
+        if earlier.result is None:
+            raise PlanError(
+                "the earlier plan was never applied, so its result is not known; take the plan of a result"
+            )
+        gone = earlier.slices()
+        experts = {
+            (part.name, part.dim): set(part.by_block()[0])
+            for group in earlier.groups
+            if group.granularity == "expert"
+            for part in (*group.producers, *group.consumers)
+        }
+
+        def renumber(part: ParameterSlice) -> list[ParameterSlice]:
+            before = gone.get((part.name, part.dim), frozenset())
+            pieces = [split for split in earlier.splits if split.source == part.name]
+            blocks = tuple(
+                _renumber(indices, (index for block, index in before if block == own))
+                for own, indices in enumerate(part.by_block())
+            )
+            if part.block_dim is not None:  # one block for each expert, some of which are gone
+                lost = experts.get((part.name, part.block_dim), set())
+                blocks = tuple(block for own, block in enumerate(blocks) if own not in lost)
+            if not pieces:
+                return [_slice(part.name, part.dim, blocks, part.block_dim)]
+            if pieces[0].dim != part.dim:
+                return [_slice(piece.name, part.dim, blocks, part.block_dim) for piece in pieces]
+            by_rows = []
+            for piece in pieces:
+                at = {row: index for index, row in enumerate(piece.rows)}
+                own = [at[row] for row in part.by_block()[0] if row in at]
+                if own:
+                    by_rows.append(
+                        ParameterSlice(
+                            piece.name, part.dim, _renumber(own, {at[row] for _, row in before if row in at})
+                        )
+                    )
+            return by_rows
+
+        # Of another granularity the channel sets are others, whose number nobody has counted.
+        sizes = {(group.name, group.granularity): group.removed_sets for group in earlier.groups}
+        groups = []
+        for group in self.groups:
+            producers = tuple(new for part in group.producers for new in renumber(part))
+            consumers = tuple(new for part in group.consumers for new in renumber(part))
+            lost, before = (
+                sum(p.count for p in producers + consumers),
+                sum(p.count for p in group.producers + group.consumers),
+            )
+            if not lost:
+                continue
+            groups.append(
+                PlannedGroup(
+                    group.name,
+                    group.size - sizes.get((group.name, group.granularity), 0),
+                    group.blocks,
+                    max(round(group.removed_sets * lost / max(before, 1)), 1),
+                    producers,
+                    consumers,
+                    group.granularity,
+                )
+            )
+        left = sum(group.removed_sets for group in groups) / max(
+            sum(group.removed_sets for group in self.groups), 1
+        )
+        copies = tuple(copied for copied in self.copies if copied not in earlier.copies)
+        return PruningPlan(
+            earlier.result,
+            tuple(groups),
+            self.sparsity * left,
+            granularity=self.granularity,
+            include=self.include,
+            copies=copies,
+        )
+
+
+def _renumber(removed: Iterable[int], before: Iterable[int]) -> tuple[int, ...]:
+    """``removed`` without ``before``, counted in what ``before`` leaves."""
+    gone = np.array(sorted(before), dtype=np.int64)
+    left = np.setdiff1d(np.fromiter(removed, dtype=np.int64), gone)
+    return tuple((left - np.searchsorted(gone, left)).tolist())
+
+
+def _int(value: Any) -> int:
+    if type(value) is not int:
+        raise TypeError(f"{value!r} is not an integer")
+    if abs(value) >= 2**63:
+        raise ValueError(f"a number of {len(str(abs(value)))} digits is no index")
+    return value
+
+
+def _slice(name: str, dim: int, blocks: tuple[tuple[int, ...], ...], block_dim: int | None) -> ParameterSlice:
+    return ParameterSlice(name, dim, blocks[0] if block_dim is None else blocks, block_dim)
+
+
+def _slices(items: Iterable[Mapping[str, Any]]) -> tuple[ParameterSlice, ...]:
+    found = []
+    for item in items:
+        block_dim = None if item.get("block_dim") is None else _int(item["block_dim"])
+        blocks = [item["removed"]] if block_dim is None else item["removed"]
+        found.append(
+            _slice(
+                str(item["name"]),
+                _int(item["dim"]),
+                tuple(tuple(map(_int, block)) for block in blocks),
+                block_dim,
+            )
+        )
+    return tuple(found)
+
+
+def program_fingerprint(program: Program) -> str:
+    """The fingerprint of a captured program (before its producers are split): that of the model's parameters,
+    of which some may be folded there.
+    """
+    return fingerprint(program.parameters())
+
+
+def computed_fingerprint(program: Program) -> str:
+    """The fingerprint of all that a captured program (before its producers are split) computes with: what it
+    may go by who keeps what was seen of a model.
+    """
+    # Of what the model computes weights of, buffers may be, which the program does not hold any more.
+    folded = {f"folded {weight.name}": attribute(program.module, weight.name) for weight in program.folds}
+    fixed = {f"fixed {name}": tensor for name, tensor in program.fixed().items()}
+    return fingerprint({**program.parameters(), **folded, **fixed})
+
+
+def running_fingerprint(program: Program) -> str:
+    """The fingerprint of all that a captured program computes with, and of what it computes: what a run goes
+    by that goes on where it was interrupted, since the code of a model may have changed meanwhile.
+    """
+    digest = hashlib.sha256(computed_fingerprint(program).encode())
+    for name, module in program.module.named_modules():
+        if isinstance(module, fx.GraphModule):
+            digest.update(f"{name} {_written(module.graph)}".encode())
+    return digest.hexdigest()
+
+
+def _written(graph: fx.Graph) -> list[str]:
+    place = {node: index for index, node in enumerate(graph.nodes)}
+    given = [
+        fx.node.map_aggregate((node.args, node.kwargs), lambda leaf: _shown(leaf, place))
+        for node in graph.nodes
+    ]
+    return [f"{node.op} {_target(node)} {own}" for node, own in zip(graph.nodes, given, strict=True)]
+
+
+def _shown(leaf: Any, place: Mapping[fx.Node, int]) -> str:
+    """An argument of a node, without what differs from process to process and from device to device."""
+    if isinstance(leaf, fx.Node):
+        return f"%{place[leaf]}"
+    known = leaf is None or isinstance(leaf, (bool, int, float, complex, str, torch.dtype))
+    return repr(leaf) if known else type(leaf).__name__
+
+
+def _target(node: fx.Node) -> str:
+    target: Any = node.target
+    return target if isinstance(target, str) else str(getattr(target, "__qualname__", target))
+
+
+def fixed_of(program: Program) -> tuple[FixedBuffer, ...]:
+    """What a captured program reads besides parameters and does not write into."""
+    return tuple(
+        FixedBuffer(name, fingerprint({"": tensor}))  # in a part of a model it has another name
+        for name, tensor in sorted(program.fixed().items())
+    )
+
+
+def check_fixed(plan: PruningPlan, dense: nn.Module) -> None:
+    """Refuse a model that does not compute what the one did that was pruned, though it has its parameters.
+
+    Args:
+        plan: of the result.
+        dense: what is given for the model that was pruned.
+
+    Raises:
+        ArgumentError: a buffer that its forward does not write into holds other values; names it.
+    """
+    held = dict(dense.named_buffers(remove_duplicate=False))
+    saved = dense.state_dict(keep_vars=True)
+    for buffer in plan.fixed:
+        name = buffer.name
+        # What is not saved (a table that grows with the longest call so far) follows from what is.
+        if name in held and name in saved and fingerprint({"": held[name]}) != buffer.digest:
+            raise ArgumentError(
+                f"dense is not the model that was pruned: its buffer '{name}' holds other values than it did"
+                " then; pass the model as it was given to prune"
+            )
+
+
+def check_fingerprint(plan: PruningPlan, found: str) -> None:
+    """Refuse a model that the plan was not made for.
+
+    Args:
+        plan: the plan.
+        found: the model's fingerprint.
+
+    Raises:
+        PlanError: says whether the plan was applied to the model already.
+    """
+    if found != plan.fingerprint:
+        own = found == plan.result
+        raise PlanError(
+            "the plan was already applied to this model: it is the plan's own result"
+            if own
+            else (
+                f"the plan is for another model: its fingerprint is {plan.fingerprint[:12]}…, this model's is"
+                f" {found[:12]}…; make a plan for this model"
+            )
+        )
+
+
+def planned(groups: Iterable[Group], gone: np.ndarray, analysis: Analysis) -> list[PlannedGroup]:
+    """One entry per group; ``gone`` says for each channel number whether it is removed."""
+    gone_sets = np.zeros(int(analysis.labels.max(initial=-1)) + 1, dtype=bool)
+    gone_sets[analysis.labels[gone]] = True
+    return [_planned(group, gone, int(gone_sets[group.sets].sum()), analysis) for group in groups]
+
+
+def _planned(group: Group, gone: np.ndarray, removed: int, analysis: Analysis) -> PlannedGroup:
+    lost: dict[tuple[str, int], list[list[int]]] = {}
+    for slot in group.slots:
+        own = np.flatnonzero(
+            gone[slot.base : slot.base + slot.size]
+            & np.isin(analysis.labels[slot.base : slot.base + slot.size], group.sets)
+        )
+        name, rows = analysis.program.origin(slot.name, slot.dim, slot.size)
+        blocks = lost.setdefault((name, slot.dim), [[] for _ in range(slot.blocks)])
+        for block, indices in enumerate(blocks):
+            width = slot.size // slot.blocks
+            indices.extend(
+                (rows[own[own // width == block]] - block * width if slot.blocks > 1 else rows[own]).tolist()
+            )
+
+    def cut(members: Iterable[Member]) -> tuple[ParameterSlice, ...]:
+        return tuple(
+            _slice(
+                m.name,
+                m.dim,
+                tuple(tuple(sorted(set(block))) for block in lost[(m.name, m.dim)]),
+                m.block_dim,
+            )
+            for m in members
+        )
+
+    return PlannedGroup(
+        group.name,
+        group.size,
+        group.blocks,
+        removed,
+        cut(group.producers),
+        cut(group.consumers),
+        group.granularity,
+    )
+
+
+def gone_of(plan: PruningPlan, analysis: Analysis, *, partial: bool = False) -> np.ndarray:
+    """For every channel number of the analysis, whether the plan removes it.
+
+    Args:
+        partial: the program is a part of the plan's model, and weights that it does not use are none of its
+            business.
+
+    Raises:
+        PlanError: the plan names a weight or index that the model lacks, cuts through a channel set, or takes
+            channels that cannot go.
+    """
+    program, numbering = analysis.program, analysis.numbering
+    canonical = program.canonical()
+    wanted: dict[tuple[str, int], frozenset[tuple[int, int]]] = {}
+    for (name, dim), removed in plan.slices().items():
+        place = (canonical.get(name, name), dim)
+        wanted[place] = wanted.get(place, frozenset()) | removed
+    total = numbering.total if analysis.known is None else analysis.known
+    labels = analysis.labels[:total]
+    gone = np.zeros(total, dtype=bool)
+    known: dict[tuple[str, int], tuple[int, int]] = {}
+    for slot in numbering.slots:
+        if slot.base >= total:
+            break  # of a weight that a pass has brought
+        name, rows = program.origin(slot.name, slot.dim, slot.size)
+        width = slot.size // slot.blocks
+        known[(name, slot.dim)] = (
+            slot.blocks,
+            max(known.get((name, slot.dim), (0, 0))[1], width if slot.blocks > 1 else int(rows.max()) + 1),
+        )
+        taken = wanted.get((name, slot.dim))
+        if taken:
+            gone[slot.base : slot.base + slot.size] |= np.isin(
+                rows, np.array([block * width + index for block, index in taken], dtype=np.int64)
+            )
+    for (name, dim), removed in wanted.items():
+        blocks, size = known.get((name, dim), (0, 0))
+        if partial and not blocks:
+            continue
+        outside = [index for block, index in removed if not (0 <= index < size and 0 <= block < blocks)]
+        if outside:
+            raise PlanError(
+                f"the plan removes index {max(outside)} along dimension {dim} of '{name}', which the model"
+                " does not have; it is a plan for another model"
+            )
+    # A plan names weights; inputs that hold state, and tensors that the graph makes, go with them.
+    weights = np.zeros(total, dtype=bool)
+    for slot in (slot for slot in numbering.slots if slot.base < total):
+        weights[slot.base : slot.base + slot.size] = slot.kind == "weight"
+    counted = np.bincount(labels, weights=gone & weights, minlength=int(labels.max(initial=-1)) + 1)
+    whole = np.bincount(labels, weights=weights, minlength=len(counted))
+    cut = (counted > 0) & (counted < whole)
+    if cut.any():
+        slot = numbering.slot_of(int(np.flatnonzero(labels == int(np.flatnonzero(cut)[0]))[0]))
+        raise PlanError(
+            f"the plan cuts through a channel set of {slot}: channels coupled with it stay; make the plan"
+            " again"
+        )
+    allowed = np.zeros(len(counted), dtype=bool)
+    for group in analysis.chosen:
+        allowed[group.sets] = True
+        chosen = counted[group.sets] > 0
+        per_block = [int(chosen[group.block_of == b].sum()) for b in np.unique(group.block_of)]
+        if len(set(per_block)) > 1 or (
+            per_block and per_block[0] and group.width - per_block[0] < group.needed
+        ):
+            least = "one" if group.needed == 1 else str(group.needed)
+            raise PlanError(
+                f"the plan removes {per_block} channel sets from blocks of group '{group.name}'; each must"
+                f" lose the same number and keep {least}"
+            )
+    if (~allowed & (counted > 0)).any():
+        slot = numbering.slot_of(
+            int(np.flatnonzero(labels == int(np.flatnonzero(~allowed & (counted > 0))[0]))[0])
+        )
+        raise PlanError(f"the plan removes channels of {slot}, which cannot be pruned in this model")
+    return counted[labels] > 0

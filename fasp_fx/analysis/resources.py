@@ -1,0 +1,237 @@
+"""What is counted of a model, as a function of what its groups lose."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+from torch import Tensor, fx
+
+from ..capturing._fx import attribute, results
+from ..errors import BudgetError
+from ._counting import Products, Size
+from ._coupling import Coupling
+from .channels import Value
+from .groups import EXEMPT, PRUNABLE, Group
+
+
+class Resource(ABC):
+    """Something that is counted of a model, as a function of how many channel sets each group loses.
+
+    Args:
+        groups: the groups that can lose channel sets.
+        whole: how much the dense model has of it.
+    """
+
+    def __init__(self, groups: Sequence[Group], whole: float) -> None:
+        self.groups, self.whole = list(groups), whole
+
+    @abstractmethod
+    def used(self, lost: Sequence[int]) -> float:
+        """How much is left when group ``i`` loses ``lost[i]`` channel sets in all its blocks together."""
+
+    def removed(self, lost: Sequence[int]) -> float:
+        """The fraction of the dense model's that goes."""
+        return 1 - self.used(lost) / self.whole if self.whole else 0.0
+
+    def reach(self, round_to: int) -> float:
+        """The largest fraction that can go."""
+        return self.removed([most_lost(group, round_to) * group.blocks for group in self.groups])
+
+
+class InProducts(Resource):
+    """A resource that is a sum of products of sizes."""
+
+    _left: Products
+
+    def expected(self, lost: Sequence[Tensor]) -> Tensor:
+        """The fraction that goes where groups lose parts of channel sets, with a gradient."""
+        return 1 - self._left.expected(lost) / self.whole
+
+
+class Sparsity(InProducts):
+    """The weights of linear, convolution and recurrent operators that a prunable, exempt or included group
+    touches, each counted once and whole.
+
+    The fraction of them that goes is the sparsity.
+
+    Args:
+        analysis: the analysis of a program.
+    """
+
+    def __init__(self, analysis: Coupling) -> None:
+        counted = {PRUNABLE, EXEMPT} | analysis.include
+        touched = {
+            slot.name for group in analysis.groups if group.status in counted for slot in group.slots
+        } & analysis.walk.facts.matrices
+        shapes = {name: _shape(analysis, name) for name in sorted(touched)}
+        super().__init__(analysis.chosen, sum(int(np.prod(shape)) for shape in shapes.values()))
+        self._left = _sizes_of_weights(analysis, shapes)
+
+    def used(self, lost: Sequence[int]) -> float:
+        return self._left.total(lost)
+
+
+class Counted(InProducts):
+    """A count in whole numbers.
+
+    Args:
+        analysis: the analysis of a program.
+        left: what is counted.
+        whole: how much the dense model has of it; ``None``: what is left when nothing goes.
+    """
+
+    def __init__(self, analysis: Coupling, left: Products, whole: int | None = None) -> None:
+        groups = analysis.chosen
+        super().__init__(groups, left.count([0] * len(groups)) if whole is None else whole)
+        self._left = left
+
+    def used(self, lost: Sequence[int]) -> int:
+        return self._left.count(lost)
+
+
+def most_lost(group: Group, round_to: int) -> int:
+    """The most channel sets that one block of a group can lose when kept widths are multiples of
+    ``round_to``.
+    """
+    step = group.step(round_to)
+    least = -(-group.needed // step) * step
+    return group.width - least if group.width > least else 0
+
+
+def parameters_of(analysis: Coupling, *, in_bytes: bool = False) -> Counted:
+    """All parameters of a program, or their bytes; tied ones once.
+
+    What the dense model has are the parameters of the caller, also where the capture has folded some into
+    others.
+    """
+    held = _distinct(analysis.program.parameters())
+    unit = {name: tensor.element_size() if in_bytes else 1 for name, tensor in held.items()}
+    kept = _distinct(dict(analysis.program.module.named_parameters(remove_duplicate=False)))
+    shapes = {name: tuple(map(int, tensor.shape)) for name, tensor in kept.items()}
+    names = analysis.program.canonical()
+    left = _sizes_of_weights(
+        analysis, shapes, {name: kept[name].element_size() if in_bytes else 1 for name in shapes}, names
+    )
+    return Counted(analysis, left, sum(tensor.numel() * unit[name] for name, tensor in held.items()))
+
+
+def cache_of(analysis: Coupling) -> Counted:
+    """Bytes per token of one sequence that the caches among the outputs take
+    (:func:`fasp_fx.report.cache_bytes`).
+
+    Raises:
+        BudgetError: the program holds no cache.
+    """
+    program, left, sizes = analysis.program, Products(), ShrinkingSizes(analysis)
+    found = False
+    for index, node in enumerate(results(program.module.graph)):
+        value = node.meta.get("val") if isinstance(node, fx.Node) else None
+        if (
+            index not in program.state_outputs
+            or not isinstance(node, fx.Node)
+            or not isinstance(value, Tensor)
+            or value.dim() != 4
+        ):
+            continue
+        if isinstance(value.shape[1], int) and isinstance(value.shape[3], int):
+            left.add([sizes.of(node, value.shape, 1), sizes.of(node, value.shape, 3)], value.element_size())
+            found = True
+    if not found:
+        raise BudgetError(
+            "the program that is pruned holds no cache of keys and values; give another budget, or prune a"
+            " decoder by fasp_fx.hf.prune"
+        )
+    return Counted(analysis, left)
+
+
+class ShrinkingSizes:
+    """The sizes of a program's tensors as functions of what its groups lose, from the channel numbers that
+    the analysis found along them.
+
+    Args:
+        analysis: the analysis of the program.
+    """
+
+    def __init__(self, analysis: Coupling) -> None:
+        self.values = analysis.walk.values
+        self._labels = np.append(analysis.labels, -1)  # the last entry serves positions that are no channels
+        self._widths = np.array([group.size for group in analysis.chosen], dtype=np.int64)
+        self._group = np.full(int(analysis.labels.max(initial=-1)) + 2, -1, dtype=np.int64)
+        for index, group in enumerate(analysis.chosen):
+            self._group[group.sets] = index
+
+    def of(self, node: fx.Node, shape: Sequence[int], dim: int) -> Size:
+        """The size of one dimension of what a node makes.
+
+        Args:
+            shape: the sizes to count with; those that vary from call to call are not those of the analysis.
+        """
+        dim %= len(shape)
+        value = self.values.get(node)
+        axes = value.at(dim) if isinstance(value, Value) else []
+        cuts: list[tuple[tuple[int, float], ...]] = []
+        seen: list[np.ndarray] = []
+        for axis in axes:
+            labels = self._labels[axis.numbers.movedim(dim, -1).numpy()]
+            if any(bool((labels == other).all()) for other in seen):
+                continue  # coupled with what another axis says of the same positions
+            seen.append(labels)
+            cut = tuple(self._cut(labels.reshape(-1, labels.shape[-1]), int(shape[dim])))
+            if {group for group, _ in cut} & {group for other in cuts for group, _ in other}:
+                raise BudgetError(
+                    f"what is left of dimension {dim} of '{node.name}' depends on which channels go, so it"
+                    " cannot be counted beforehand"
+                )
+            if cut:
+                cuts.append(cut)
+        return Size(int(shape[dim]), tuple(cuts))
+
+    def _cut(self, labels: np.ndarray, size: int) -> Iterator[tuple[int, float]]:
+        owners = self._group[labels.reshape(-1)]
+        counts = np.bincount(owners[owners >= 0], minlength=len(self._widths))
+        for index in np.flatnonzero(counts):
+            yield int(index), float(counts[index] / self._widths[index] * size / labels.size)
+
+
+def _sizes_of_weights(
+    analysis: Coupling,
+    shapes: dict[str, tuple[int, ...]],
+    units: dict[str, int] | None = None,
+    names: dict[str, str] | None = None,
+) -> Products:
+    """The elements of weights, each so many ``units``; ``names`` has the name that a weight's channels go by,
+    where that is another.
+    """
+    cuts: dict[tuple[str, int], list[tuple[int, float]]] = {}
+    for index, group in enumerate(analysis.chosen):
+        for slot in group.slots:
+            if slot.kind == "weight":
+                own = analysis.labels[slot.base : slot.base + slot.size]
+                count = int(np.isin(own, group.sets).sum())
+                cuts.setdefault((slot.name, slot.dim), []).append((index, count / group.size / slot.blocks))
+    left = Products()
+    for name, shape in shapes.items():
+        numbered = name if names is None else names.get(name, name)
+        sizes = []
+        for dim, size in enumerate(shape):
+            cut = cuts.get((numbered, dim))
+            sizes.append(Size(size, (tuple(cut),) if cut else ()))
+        left.add(sizes, 1 if units is None else units[name])
+    return left
+
+
+def _shape(analysis: Coupling, name: str) -> tuple[int, ...]:
+    return tuple(int(size) for size in attribute(analysis.program.module, name).shape)
+
+
+def _distinct(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Each tensor under the first of its names."""
+    first: dict[int, str] = {}
+    for name, tensor in weights.items():
+        first.setdefault(id(tensor), name)
+    return {name: weights[name] for name in first.values()}
+
+
+__all__ = ["Counted", "Resource", "ShrinkingSizes", "Sparsity", "cache_of", "most_lost", "parameters_of"]

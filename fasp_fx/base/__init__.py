@@ -1,0 +1,1 @@
+"""What knows nothing of pruning: torch's and transformers' private names, files, devices, threads."""

@@ -1,0 +1,103 @@
+"""Options as keywords: those of a configuration replaced, unknown ones named."""
+
+from __future__ import annotations
+
+import difflib
+import math
+import os
+from collections.abc import Iterable, Mapping
+from dataclasses import fields, replace
+from pathlib import Path
+from typing import Any, TypeVar
+
+from ..errors import ArgumentError
+
+C = TypeVar("C")
+
+
+def configured(kind: type[C], config: C | None, options: Mapping[str, Any]) -> C:
+    """A configuration with some options in the place of its own.
+
+    Args:
+        kind: the class of the configuration, a frozen dataclass that checks itself.
+        config: ``None`` stands for the defaults.
+
+    Raises:
+        ArgumentError: an option is not known, out of range, or ``config`` is no such configuration.
+    """
+    if config is not None and not isinstance(config, kind):
+        raise ArgumentError(
+            f"config is a {type(config).__name__}; pass a {kind.__name__}, or the options as keywords"
+        )
+    held: Any = config if config is not None else kind()
+    known = [field.name for field in fields(held)]
+    for name in options:
+        if name not in known:
+            near = difflib.get_close_matches(name, known, 1)
+            guess = f"did you mean '{near[0]}'? There" if near else "there"
+            raise ArgumentError(f"the option '{name}' is not known; {guess} are {', '.join(known)}")
+    found: C = replace(held, **options)
+    return found
+
+
+def is_number(value: Any) -> bool:
+    """Whether a value is a finite number that a float can hold, and no truth value."""
+    try:
+        return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    except OverflowError:  # an integer of hundreds of digits
+        return False
+
+
+def check_callable(**given: object) -> None:
+    """Refuse arguments that are to be called and cannot be.
+
+    Raises:
+        ArgumentError: names one.
+    """
+    for name, value in given.items():
+        if value is not None and not callable(value):
+            raise ArgumentError(f"{name} is a {type(value).__name__}; pass a function, or leave it out")
+
+
+def path_of(given: object, name: str) -> Path:
+    """A path that an argument gives.
+
+    Raises:
+        ArgumentError: it gives none, or one in a working folder that is gone; names the argument.
+    """
+    if not isinstance(given, str | os.PathLike):
+        raise ArgumentError(f"{name} is a {type(given).__name__}; pass a path")
+    path = Path(given)
+    try:
+        path.absolute()
+    except FileNotFoundError as error:
+        raise ArgumentError(
+            f"{name}={os.fspath(given)!r} lies in the working folder, which is gone; pass an absolute path"
+        ) from error
+    return path
+
+
+def names_of(option: str, given: Any, known: tuple[str, ...] | None) -> tuple[str, ...]:
+    """The names that an option was given, as a tuple.
+
+    Args:
+        known: those there are; ``None``: patterns are asked for.
+
+    Raises:
+        ArgumentError: it was given something else.
+    """
+    try:
+        names = None if isinstance(given, str) or not isinstance(given, Iterable) else tuple(given)
+    except TypeError:  # a tensor without dimensions
+        names = None
+    if names is None or not all(isinstance(name, str) and (known is None or name in known) for name in names):
+        wanted = (
+            f"a tuple of {', '.join(map(repr, known))}"
+            if known
+            else "a tuple of name patterns, such as ('lm_head', 'layers.0.*')"
+        )
+        raise ArgumentError(f"{option}={given!r} is not known; pass {wanted}")
+    return names
+
+
+__all__ = ["check_callable", "configured", "is_number", "names_of", "path_of"]

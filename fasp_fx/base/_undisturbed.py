@@ -1,0 +1,226 @@
+"""What a public function does not take from its surroundings: modes of the thread that calls it, the state of
+its random numbers, and other threads that do the same, which take turns.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import gc
+import threading
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, ParamSpec, TypeVar
+
+import torch
+from torch import Tensor
+
+from ..errors import ArgumentError
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+_DEVICES = ("cpu", "cuda")
+#: guards the line of the threads that want to work, the first of which does
+_LINE = threading.Condition()
+_WAITING: deque[object] = deque()
+
+
+class _Own(threading.local):
+    """What a thread has of the process.
+
+    Attributes:
+        works: whether its turn is.
+        changes: of states of the whole process, the outermost first: how each is read and written, and what
+            it was before.
+    """
+
+    def __init__(self) -> None:
+        self.works = False
+        self.changes: list[tuple[Callable[[], Any], Callable[[Any], None], list[Any]]] = []
+
+
+_OWN = _Own()
+
+
+def in_usual_modes(function: Callable[P, R]) -> Callable[P, R]:
+    """Have a function run outside of the caller's inference mode, ``no_grad`` and autocast.
+
+    What it makes is to be trained, gradients are taken on the way, and results do not depend on where it is
+    called. Precisions and gradients are options of its own.
+    """
+
+    @functools.wraps(function)
+    def run(*args: P.args, **kwargs: P.kwargs) -> R:
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(torch.inference_mode(False))
+            stack.enter_context(torch.enable_grad())
+            for kind in _DEVICES:
+                if torch.is_autocast_enabled(kind):
+                    stack.enter_context(torch.autocast(kind, enabled=False))
+            return function(*args, **kwargs)
+
+    return run
+
+
+def one_at_a_time(function: Callable[P, R]) -> Callable[P, R]:
+    """Have one thread at a time run a function of all that are marked so, in the order they came; others have
+    their turn where it is :func:`aside`.
+
+    Exporting, random numbers and the precision of products have one state for the whole process: torch.export
+    in two threads at once leaves ``torch.compile`` switched off.
+    """
+
+    @functools.wraps(function)
+    def run(*args: P.args, **kwargs: P.kwargs) -> R:
+        if _OWN.works:
+            return function(*args, **kwargs)
+        _begin()
+        try:
+            return function(*args, **kwargs)
+        finally:
+            _end()
+
+    return run
+
+
+def _begin() -> None:
+    """Wait for the turn of this thread."""
+    own = object()
+    with _LINE:
+        _WAITING.append(own)
+        try:
+            _LINE.wait_for(lambda: _WAITING[0] is own)
+        except BaseException:
+            _WAITING.remove(own)
+            _LINE.notify_all()
+            raise
+    _OWN.works = True
+
+
+def _end() -> None:
+    """Let the next thread work, if this one does."""
+    if _OWN.works:
+        _OWN.works = False
+        with _LINE:
+            _WAITING.popleft()
+            _LINE.notify_all()
+
+
+@contextlib.contextmanager
+def aside() -> Iterator[None]:
+    """Let other threads work inside, while this one waits for something or calls the user: what it has
+    changed :func:`for_a_while` is as before, and changed again when its turn is.
+    """
+    if not _OWN.works:
+        yield
+        return
+    changed = []
+    for read, write, before in reversed(_OWN.changes):
+        changed.append(read())
+        write(before[0])
+    _end()
+    try:
+        yield
+    finally:
+        _begin()
+        for (read, write, before), state in zip(_OWN.changes, reversed(changed), strict=True):
+            before[0] = read()
+            write(state)
+
+
+def in_turns(callback: Callable[[float], None]) -> Callable[[float], None]:
+    """A callback during which other threads work."""
+
+    def called(fraction: float) -> None:
+        with aside():
+            callback(fraction)
+
+    return called
+
+
+@contextlib.contextmanager
+def for_a_while(read: Callable[[], Any], write: Callable[[Any], None]) -> Iterator[None]:
+    """Put back what is changed inside of a state of the whole process."""
+    before = [read()]
+    _OWN.changes.append((read, write, before))
+    try:
+        yield
+    finally:
+        _OWN.changes.pop()
+        write(before[0])
+
+
+def without_collections(function: Callable[P, R]) -> Callable[P, R]:
+    """Have Python's collector of cyclic garbage wait while a function makes many small objects that stay: it
+    would look through all of them, and all that was imported, again and again, for a tenth of the time.
+    """
+
+    @functools.wraps(function)
+    def run(*args: P.args, **kwargs: P.kwargs) -> R:
+        if not gc.isenabled():
+            return function(*args, **kwargs)
+        gc.disable()
+        try:
+            return function(*args, **kwargs)
+        finally:
+            gc.enable()
+
+    return run
+
+
+@contextlib.contextmanager
+def drawing_alike(values: Iterable[Any], seed: int = 0) -> Iterator[None]:
+    """Random numbers that a model draws (dropout that is always on, say) start from a seed inside, so that
+    the same comes out each time.
+
+    Those of the caller go on as if nothing had happened, on other devices too, which
+    :func:`torch.manual_seed` would seed.
+
+    Args:
+        values: the weights of the model, and whatever else is on the devices that it draws on.
+    """
+    devices = {value.device for value in values if isinstance(value, Tensor)}
+    cards = [device for device in devices if device.type == "cuda"]
+
+    def read() -> list[Tensor]:
+        return [torch.get_rng_state(), *(torch.cuda.get_rng_state(card) for card in cards)]
+
+    def write(states: list[Tensor]) -> None:
+        torch.set_rng_state(states[0])
+        for card, state in zip(cards, states[1:], strict=True):
+            torch.cuda.set_rng_state(state, card)
+
+    with for_a_while(read, write):
+        torch.default_generator.manual_seed(seed)
+        for card in cards:
+            with torch.cuda.device(card):
+                torch.cuda.manual_seed(seed)
+        if any(device.type == "mps" for device in devices):
+            torch.mps.manual_seed(seed)
+        yield
+
+
+def check_default_device() -> None:
+    """Refuse to make tensors where none has values.
+
+    Raises:
+        ArgumentError: the default device is ``meta``.
+    """
+    if torch.get_default_device().type == "meta":
+        raise ArgumentError(
+            "torch's default device is 'meta', where nothing has values; call this outside of"
+            " torch.device('meta')"
+        )
+
+
+__all__ = [
+    "aside",
+    "check_default_device",
+    "drawing_alike",
+    "for_a_while",
+    "in_turns",
+    "in_usual_modes",
+    "one_at_a_time",
+    "without_collections",
+]

@@ -1,0 +1,243 @@
+"""Exact losses after repair, and the greedy order by them: the structured form of Optimal Brain Surgeon."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import ClassVar
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..base._options import is_number
+from ..errors import ArgumentError, CalibrationError
+from .scoring import Columns, GroupColumns, GroupScore, Order
+from .statistics import InputGradients, MakeStatistic, precise
+
+#: the diagonal of the Gram matrix is raised by this part of its mean, as OSSCAR (arXiv 2403.12983) and ZipLM
+#: (2302.04089) do
+DAMPING = 1e-2
+#: a group's channel sets go in about so many rounds; between rounds the losses of those that stay are
+#: computed anew
+ROUNDS = 48
+#: the part of the curvature that is taken to be the same for all rows, since few batches say little of single
+#: ones
+SHRINKAGE = 0.1
+#: the part of a Gram matrix's trace that rounding of its products stays below
+ROUNDING = 8 * torch.finfo(torch.float32).eps
+
+
+class OBS(GroupScore):
+    """Removes what is cheapest once all that stays was repaired to make up for it.
+
+    With G = XᵀX of a consumer W and Q = WᵀSW, where S is the covariance of the gradients at its output,
+    removing the columns P and repairing the others costs ``½ tr(([G⁻¹]_PP)⁻¹ Q_PP)`` (ZipLM, arXiv
+    2302.04089; OSSCAR, 2403.12983; with output gradients LLM Surgeon, 2312.17244). A column that others can
+    stand in for is cheap, however large it is. Costs of all consumers of a group are added. Without gradients
+    S is the unit matrix, divided by ‖XWᵀ‖²_F, and the loss is the relative squared error of the outputs.
+    Where the consumer adds a bias, X is taken without its means, which the bias gives once it is repaired
+    along (FLAP, arXiv 2312.11983, does so with nothing else repaired).
+
+    Args:
+        damping: raises the diagonal of G by this part of its mean.
+        rounds: about how many rounds the channel sets of a block go in.
+        shrinkage: the part of Q that comes from a multiple of the unit matrix in the place of S.
+
+    Raises:
+        ArgumentError: one of them is out of range.
+    """
+
+    statistics: ClassVar[Mapping[str, MakeStatistic]] = {"gradients": InputGradients}
+
+    def __init__(self, damping: float = DAMPING, rounds: int = ROUNDS, shrinkage: float = SHRINKAGE) -> None:
+        if isinstance(rounds, bool) or not isinstance(rounds, int) or rounds < 1:
+            raise ArgumentError(f"rounds={rounds!r} is not a positive integer")
+        if not is_number(damping) or not damping > 0:
+            raise ArgumentError(
+                f"damping={damping!r} is not a positive number; 0.01 raises the diagonal by a hundredth of"
+                " its mean"
+            )
+        if not is_number(shrinkage) or not 0 <= shrinkage <= 1:
+            raise ArgumentError(f"shrinkage={shrinkage!r} is not in [0, 1]")
+        self.damping, self.rounds, self.shrinkage = damping, rounds, shrinkage
+
+    def __call__(self, group: GroupColumns) -> Order:
+        problems = [
+            Elimination(columns, len(group.block_of), self.curvature(columns), self.damping)
+            for columns in group.consumers
+        ]
+        return greedy(group, problems, self.rounds)
+
+    def curvature(self, columns: Columns) -> Tensor:
+        """Q of one block of a consumer, shape ``[columns, columns]``."""
+        gram = spread_of(columns)
+        found = self._curvature(columns, gram)
+        # What is never anything but zero costs nothing, however large its weight; damping alone would have it
+        # vary.
+        alive = (gram.diagonal() > 0).to(found.dtype)
+        return found * alive * alive[:, None]
+
+    def _curvature(self, columns: Columns, gram: Tensor) -> Tensor:
+        parts = (
+            [columns.weight.real, columns.weight.imag] if columns.weight.is_complex() else [columns.weight]
+        )
+        weight = torch.cat(parts).to(precise(columns.weight.device))
+        own = weight.T @ weight
+        energy = float((own * gram).sum())
+        gradients = columns.seen.get("gradients")
+        if not isinstance(gradients, InputGradients) or not gradients.tokens:
+            return own / energy if energy > 0 else own
+        found = gradients.mean()
+        if found is None:
+            return own * gradients.mean_square()
+        scale = float((found.to(own) * gram).sum()) / energy if energy > 0 else 0.0
+        return (1 - self.shrinkage) * found.to(own) + self.shrinkage * scale * own
+
+
+class Elimination:
+    """One block of a consumer, whose columns are eliminated one set after another.
+
+    Args:
+        columns: the block.
+        sets: how many channel sets the group has.
+        curvature: Q, shape ``[columns, columns]``, symmetric.
+        damping: raises the diagonal of G by this part of its mean.
+    """
+
+    def __init__(self, columns: Columns, sets: int, curvature: Tensor, damping: float) -> None:
+        self.inverse = damped_inverse(columns, spread_of(columns), damping)
+        self.curvature = curvature.clone()
+        self.place = np.arange(len(self.inverse))  # of each column in the matrices; -1: gone
+        # A column can name a set twice, where one operand is contracted with another of the same channels.
+        belongs = [(set_, column) for column, row in enumerate(columns.sets) for set_ in {*row} if set_ >= 0]
+        counts = np.bincount([set_ for set_, _ in belongs], minlength=sets)
+        self.columns = np.full((sets, max(int(counts.max(initial=0)), 1)), -1)
+        filled = np.zeros(sets, dtype=np.int64)
+        for set_, column in belongs:
+            self.columns[set_, filled[set_]] = column
+            filled[set_] += 1
+
+    def losses(self, sets: np.ndarray) -> np.ndarray:
+        """``½ tr(([G⁻¹]_PP)⁻¹ Q_PP)`` of each of these channel sets by itself, shape ``[sets]``."""
+        columns = self.columns[sets]
+        places = np.where(columns >= 0, self.place[columns], -1)
+        if not (
+            places >= 0
+        ).any():  # they have no column here, and of an expert that went no column is left at all
+            return np.zeros(len(sets))
+        used = torch.from_numpy(places >= 0).to(self.inverse.device)
+        at = torch.from_numpy(np.maximum(places, 0)).to(self.inverse.device)
+        if at.shape[1] == 1:
+            found = 0.5 * self.curvature.diagonal()[at[:, 0]] / self.inverse.diagonal()[at[:, 0]] * used[:, 0]
+        else:
+            both = used[:, :, None] & used[:, None, :]
+            missing = torch.diag_embed((~used).to(self.inverse.dtype))
+            inner = self.inverse[at[:, :, None], at[:, None, :]] * both + missing
+            own = self.curvature[at[:, :, None], at[:, None, :]] * both
+            found = 0.5 * torch.linalg.solve(inner, own).diagonal(dim1=-2, dim2=-1).sum(-1)
+        return found.clamp_min(0).cpu().numpy().astype(np.float64)
+
+    def remove(self, sets: np.ndarray) -> float:
+        """Take these channel sets out together; the loss that it adds."""
+        columns = np.unique(self.columns[sets])
+        columns = columns[columns >= 0]
+        columns = columns[self.place[columns] >= 0]
+        if not len(columns):
+            return 0.0
+        gone = torch.from_numpy(self.place[columns]).to(self.inverse.device)
+        across, crossed = self.inverse[gone], self.curvature[gone]
+        inner, own = across[:, gone], crossed[:, gone]
+        factor = torch.linalg.cholesky(inner)
+        loss = 0.5 * float(torch.cholesky_solve(own, factor).diagonal().sum())
+        # What of each column left makes up for those that go, R; of those, the identity.
+        share = torch.cholesky_solve(across, factor)
+        crossed = crossed - 0.5 * own @ share
+        # Rows and columns of what goes become zero in both, and are cut out once they are many: a copy costs
+        # more than the update.
+        self.inverse.addmm_(across.T, share, alpha=-1)
+        self.curvature.addmm_(torch.cat([crossed, share]).T, torch.cat([share, crossed]), alpha=-1)
+        self.place[columns] = -1
+        self._cut_out()
+        return max(loss, 0.0)
+
+    def _cut_out(self) -> None:
+        """Leave what went out of the matrices, if it is more than an eighth of them."""
+        alive = np.flatnonzero(self.place >= 0)
+        if len(alive) * 8 > len(self.inverse) * 7:
+            return
+        left = torch.from_numpy(self.place[alive]).to(self.inverse.device)
+        self.inverse, self.curvature = self.inverse[left][:, left], self.curvature[left][:, left]
+        self.place[alive] = np.arange(len(alive))
+
+
+def spread_of(columns: Columns) -> Tensor:
+    """What repair has to make up for: XᵀX, without means where a bias gives them."""
+    gram = columns.centred or columns.gram
+    assert gram is not None
+    return gram()
+
+
+def damped_inverse(columns: Columns, spread: Tensor, damping: float) -> Tensor:
+    """``(G + δI)⁻¹``, shape ``[columns, columns]``.
+
+    δ is ``damping`` of the mean of G's diagonal, but more than what rounding can have made of G, which adds
+    up products of float32 or of less: where few columns are ever anything but zero, or what is left of them
+    without their means is small beside the means, the damping alone would be lost in it.
+
+    Args:
+        columns: the block.
+        spread: G, of which the means may have been taken out; its diagonal is raised in place.
+
+    Raises:
+        CalibrationError: G is not finite.
+    """
+    assert columns.gram is not None
+    energy, mean = float(columns.gram().diagonal().sum()), float(spread.diagonal().mean())
+    raised = max(damping * mean, ROUNDING * energy) if energy != 0 else 1.0
+    while math.isfinite(raised):
+        spread.diagonal().add_(raised)
+        factor, failed = torch.linalg.cholesky_ex(spread)
+        if not int(failed):
+            return torch.cholesky_inverse(factor)
+        raised *= 10
+    raise CalibrationError(
+        f"what was seen at '{columns.name}' is not finite; check the calibration data and the model's dtype"
+    )
+
+
+def greedy(group: GroupColumns, problems: list[Elimination], rounds: int) -> Order:
+    """Take out the cheapest channel sets round by round, equally many of each block.
+
+    Orders of two depths agree as far as both go, and the losses of the steps add up to that of the whole
+    removal.
+
+    Args:
+        problems: one for each block of each consumer; each is used up.
+        rounds: about how many rounds a whole block would go in.
+    """
+    left = [list(members) for members in group.members]
+    each = max(1, -(-len(left[0]) // rounds))
+    order: list[list[int]] = [[] for _ in left]
+    losses = [0.0]
+    while len(order[0]) < group.deepest:
+        alone = {}
+        taken = []
+        for block, members in enumerate(left):
+            worth = sum((problem.losses(np.array(members)) for problem in problems), np.zeros(len(members)))
+            cheapest = np.argsort(worth, kind="stable")[:each]
+            chosen = [members[index] for index in cheapest]
+            alone.update(dict(zip(chosen, worth[cheapest], strict=True)))
+            left[block] = [member for member in members if member not in alone]
+            taken.append(chosen)
+            order[block] += chosen
+        added = sum(
+            problem.remove(np.concatenate([np.array(chosen) for chosen in taken])) for problem in problems
+        )
+        steps = np.cumsum([sum(alone[chosen[step]] for chosen in taken) for step in range(len(taken[0]))])
+        shares = steps / steps[-1] if steps[-1] > 0 else np.arange(1, len(steps) + 1) / len(steps)
+        losses += (losses[-1] + added * shares).tolist()
+    return Order(np.array(order), np.maximum.accumulate(np.array(losses)))
+
+
+__all__ = ["OBS", "Elimination", "damped_inverse", "greedy", "spread_of"]

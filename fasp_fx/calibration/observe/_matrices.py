@@ -1,0 +1,173 @@
+"""Read a consumer as matrices: the weight as ``[blocks, rows, columns]``, its input as tokens by columns for
+every block.
+"""
+
+from __future__ import annotations
+
+import math
+import operator
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, fx
+
+from ...analysis.channels import Layout, Use, run_on_numbers
+from ...capturing._fx import way_from_weight
+from ...patterns import CASTS
+
+
+class ConsumerMatrices:
+    """One use of a weight, read as one matrix per block (one block unless the weight is stacked or a
+    convolution grouped).
+
+    A convolution's columns are its input channels times the positions of its window; its tokens are the
+    positions of its output.
+
+    Args:
+        use: the use.
+        values: the values of the analysis, by node.
+    """
+
+    def __init__(self, use: Use, values: dict[fx.Node, Any]) -> None:
+        self.use, self.values = use, values
+        self._moves = [node for node in way_from_weight(use.operand)[1:] if str(node.target) not in CASTS]
+
+    @property
+    def columns(self) -> np.ndarray:
+        """Channel numbers, shape ``[blocks, columns, axes]``."""
+        return self.use.columns
+
+    @property
+    def key(self) -> tuple[Any, ...]:
+        """Uses with equal keys read the same weight in the same way."""
+        moves = tuple((str(node.target), str(node.args[1:]), str(node.kwargs)) for node in self._moves)
+        return self.use.weight, self.use.columns.tobytes(), self.use.weight_layout, moves
+
+    def moved(self, tensor: Tensor) -> Tensor:
+        """A tensor like the weight as it reaches the use: sliced, transposed and so on as the weight is."""
+        for node in self._moves:
+            if node.target is operator.getitem:
+                tensor = tensor[node.args[1]]  # type: ignore[index]
+            else:
+                tensor = run_on_numbers(node, tensor, self.values)
+        return tensor
+
+    def read(self, weight: Tensor) -> Tensor:
+        """The weight as ``[blocks, rows, columns]``."""
+        operand = _divided(self.moved(weight), self.use.weight_layout)
+        order = _order(operand.dim(), self.use.weight_layout)
+        blocks, columns = self.use.columns.shape[:2]
+        return operand.permute(order).reshape(blocks, -1, columns)
+
+    def rows(self, weight: Tensor) -> int:
+        """How many rows the blocks of a weight have together."""
+        return self.moved(weight).numel() // self.use.columns.shape[1]
+
+    def write(self, matrices: Tensor, like: Tensor) -> Tensor:
+        """The inverse of :meth:`read`: the weight ``like`` with these matrices in it; of a stack, the others
+        stay as they are.
+        """
+        moved = self.moved(like)
+        operand = _divided(moved, self.use.weight_layout)
+        order = _order(operand.dim(), self.use.weight_layout)
+        laid = (
+            matrices.reshape([operand.shape[dim] for dim in order])
+            .permute([order.index(dim) for dim in range(len(order))])
+            .reshape(moved.shape)
+        )
+        if not self._moves:
+            return laid.contiguous()
+        places = self.moved(torch.arange(like.numel(), device=like.device).reshape(like.shape)).reshape(-1)
+        flat = like.clone(memory_format=torch.contiguous_format).reshape(-1)
+        flat[places] = laid.reshape(-1)
+        return flat.reshape(like.shape)
+
+    def tokens(
+        self, activation: Tensor, marks: Tensor, ends: Tensor | None
+    ) -> Iterator[tuple[int, Tensor, Tensor]]:
+        """The input's tokens for each block, piece by piece: (block, ``[tokens, columns]``, their marks
+        ``[tokens]``).
+
+        Args:
+            activation: the value of the use's activation.
+            marks: what each position is for (:mod:`fasp_fx.statistics`), with as many dimensions as the
+                activation, of its size or 1; of a routed use ``[tokens]``.
+            ends: for a routed use, where each block's tokens end.
+        """
+        layout = self.use.activation_layout
+        blocks, columns = self.use.columns.shape[:2]
+        if ends is not None:
+            flat = activation.movedim(layout.columns[0], -1).reshape(-1, columns)
+            start = 0
+            for block, end in enumerate(ends.tolist()):
+                yield block, flat[start:end], marks[start:end]
+                start = end
+            return
+        # Windows overlap, so that their tokens are many times the input: one sample at a time.
+        whole = (
+            not layout.windows
+            or any(split[0] == 0 for split in layout.splits)
+            or 0 in (*layout.blocks, *layout.columns, *(w.dim for w in layout.windows))
+        )
+        marks = marks.expand(activation.shape)
+        for piece, own in (
+            [(activation, marks)] if whole else zip(activation.split(1), marks.split(1), strict=True)
+        ):
+            matrix = _laid(_divided(piece, layout), layout)
+            # A token is read along all its columns, and along a window: one position there stands for all, or
+            # the most of them.
+            first = _divided(own, layout)
+            for dim in layout.columns:
+                first = first.narrow(dim, 0, 1)
+            kinds = _laid(first, layout).amax(-1)
+            yield from zip(
+                range(blocks), matrix.expand(blocks, -1, -1), kinds.expand(blocks, -1), strict=True
+            )
+
+
+def states_before(start: Tensor, states: Tensor, steps: int) -> Tensor:
+    """What a recurrent weight is contracted with: the states of the step before, of the first step ``start``;
+    steps lie along dimension ``steps``.
+    """
+    first = start.movedim(0, steps).expand(states.narrow(steps, 0, 1).shape)
+    return torch.cat([first, states.narrow(steps, 0, states.shape[steps] - 1)], steps)
+
+
+def token_dims(rank: int, layout: Layout) -> list[int]:
+    """The dimensions of an operand along which tokens lie, and neither blocks nor columns."""
+    origin = list(range(rank))
+    for dim, _ in layout.splits:
+        origin.insert(dim, origin[dim])
+    taken = {origin[dim] for dim in (*layout.blocks, *layout.columns)}
+    return [dim for dim in range(rank) if dim not in taken]
+
+
+def _laid(operand: Tensor, layout: Layout) -> Tensor:
+    """A divided operand as ``[blocks, tokens, columns]``; columns include the positions of windows."""
+    for window in layout.windows:
+        operand = torch.nn.functional.pad(
+            operand, [*([0, 0] * (operand.dim() - 1 - window.dim)), *window.padding]
+        )
+        operand = operand.unfold(window.dim, (window.size - 1) * window.dilation + 1, window.stride)[
+            ..., :: window.dilation
+        ]
+    rank = operand.dim() - len(layout.windows)
+    rest = [dim for dim in range(rank) if dim not in (*layout.blocks, *layout.columns)]
+    laid = operand.permute([*layout.blocks, *rest, *layout.columns, *range(rank, operand.dim())])
+    first, last = len(layout.blocks), len(layout.blocks) + len(rest)
+    return laid.reshape(
+        math.prod(laid.shape[:first]), math.prod(laid.shape[first:last]), math.prod(laid.shape[last:])
+    )
+
+
+def _divided(tensor: Tensor, layout: Layout) -> Tensor:
+    for dim, first in layout.splits:
+        tensor = tensor.unflatten(dim, (first, -1))
+    return tensor
+
+
+def _order(rank: int, layout: Layout) -> list[int]:
+    rows = [dim for dim in range(rank) if dim not in (*layout.blocks, *layout.columns)]
+    return [*layout.blocks, *rows, *layout.columns]

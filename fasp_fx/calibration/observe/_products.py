@@ -1,0 +1,265 @@
+"""Channels contracted between two activations: how much their product or the loss would lose without some,
+and what is left of the product.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, fx
+
+from ...analysis._analysis import Analysis
+from ...analysis.channels import Product, Repeating, Slot, repeating
+from ...analysis.groups import Group
+from ...base._device import device_of
+from ...capturing._fx import attribute
+from ...capturing._runner import Runner
+from ..scoring import ByColumns, Columns
+from ..statistics import PADDING, precise
+from ._marks import Marks
+from ._ranks import Ranks
+from ._sets import sets_in
+
+
+class ObservedProducts:
+    """What is seen of the operands of products, channel by channel.
+
+    Channel i adds the matrix q_i k_iᵀ to the product of queries and keys, whose Frobenius norm is ‖q_i‖₂
+    ‖k_i‖₂: that is its score, where ‖q_i‖₂ runs over all that a channel set holds of an operand (every head
+    and layer that shares one table of rotations, say). Several products are added.
+
+    Where a loss is run back, h_ti is its gradient with respect to the query's channel i at token t, so that
+    to first order the loss falls by q_ti h_ti without it. The mean of the squares over the loss' terms is the
+    curvature by Fisher's information, and half of it what the channel costs: the unit of the costs of
+    consumers (:class:`fasp_fx.obs.OBS`).
+
+    Args:
+        groups: those that can be pruned; products decide those of them that no weight reads.
+
+    Attributes:
+        terms: of how many terms the loss was the sum.
+    """
+
+    def __init__(self, analysis: Analysis, groups: list[Group]) -> None:
+        self.analysis = analysis
+        self.of_group: dict[str, list[Product]] = {}
+        for group in groups:
+            if not group.uses:
+                self.of_group[group.name] = [
+                    p
+                    for p in analysis.walk.facts.products
+                    if np.isin(analysis.labels[p.numbers], group.sets).any()
+                ]
+        self._squares: dict[tuple[int, int, int], Tensor] = {}
+        self._effects: dict[tuple[int, int], Tensor] = {}
+        self.terms = 0
+
+    @property
+    def all(self) -> list[Product]:
+        """The products of all groups, each once."""
+        return list(dict.fromkeys(product for found in self.of_group.values() for product in found))
+
+    def of(self, group: Group) -> list[Product]:
+        """The products that decide a group: those of one without consumers."""
+        return self.of_group.get(group.name, [])
+
+    def observe(self, runner: Runner, marks: Marks, products: list[Product], ranks: Ranks) -> None:
+        """Add the squares of the operands of products about to be executed, without padding, over the batches
+        of all processes.
+        """
+        for product in products:
+            for operand, node in enumerate(product.operands):
+                for number, batch in zip(runner.numbers, runner.read(node), strict=True):
+                    self.see(product, operand, batch, marks, number)
+            self.add_up(product, ranks, runner.device)
+
+    def see(self, product: Product, operand: int, value: Tensor, marks: Marks, number: int) -> None:
+        """Add the squares of one operand of a product, in one batch."""
+        for index, lying in enumerate(self._lying(product)[operand]):
+            _added(
+                self._squares,
+                (id(product), operand, index),
+                self._summed(
+                    value.detach().abs().to(torch.float32), lying, product.operands[operand], marks, number
+                ),
+            )
+
+    def see_effect(
+        self, product: Product, value: Tensor, gradient: Tensor, marks: Marks, number: int
+    ) -> None:
+        """Add the squares of what the loss loses with each channel of a product's first operand, in one
+        batch.
+
+        Args:
+            value: the operand.
+            gradient: of the loss with respect to it.
+        """
+        effect = (value.detach() * gradient.conj()).real if value.is_complex() else value.detach() * gradient
+        for index, lying in enumerate(self._lying(product)[0]):
+            _added(
+                self._effects,
+                (id(product), index),
+                self._summed(effect.to(torch.float32), lying, product.operands[0], marks, number),
+            )
+
+    def add_up(self, product: Product, ranks: Ranks, device: torch.device | None = None) -> None:
+        """Add the squares of operands that other processes have seen; this one may have seen none.
+
+        Args:
+            device: where the program runs; ``None``: where it is.
+        """
+        for operand, axes in enumerate(self._lying(product)):
+            for index, lying in enumerate(axes):
+                ranks.add(
+                    self._squares.setdefault((id(product), operand, index), self._nothing(lying, device))
+                )
+
+    def add_up_effects(self, ranks: Ranks) -> None:
+        """Add the effects that other processes have seen; this one may have seen none."""
+        for product in self.all:
+            for index, lying in enumerate(self._lying(product)[0]):
+                ranks.add(self._effects.setdefault((id(product), index), self._nothing(lying)))
+
+    def _nothing(self, lying: Repeating, device: torch.device | None = None) -> Tensor:
+        device = device or device_of(self.analysis.program.module)
+        return torch.zeros(lying.numbers.shape, dtype=precise(device), device=device)
+
+    def effects(self) -> list[Tensor]:
+        """The sums of the squared effects."""
+        return list(self._effects.values())
+
+    def forget_activations(self) -> None:
+        """Keep nothing of what was seen but effects on the loss."""
+        self._squares.clear()
+
+    def forget(self) -> None:
+        """Keep nothing of what was seen."""
+        self._squares.clear()
+        self._effects.clear()
+
+    def costs(self, group: Group) -> np.ndarray | None:
+        """What each channel set of a group costs by its effects on the loss, in the order of ``group.sets``;
+        ``None`` where no loss was run back.
+        """
+        products = self.of(group)
+        if not products or not all((id(product), 0) in self._effects for product in products):
+            return None
+        total = np.zeros(group.size)
+        for product in products:
+            for index, lying in enumerate(self._lying(product)[0]):
+                _add(
+                    total,
+                    group,
+                    self.analysis,
+                    lying.numbers.reshape(-1).numpy(),
+                    self._effects[id(product), index].cpu().numpy().reshape(-1),
+                )
+        return 0.5 * total / max(self.terms, 1)
+
+    def _summed(self, value: Tensor, lying: Repeating, node: fx.Node, marks: Marks, number: int) -> Tensor:
+        """The squares of a value without padding, by channel."""
+        counts = marks.of(number, node, value, tokens_of(lying)) != PADDING
+        return lying.summed((value.square() * counts).to(precise(value.device)))
+
+    def scores(self, group: Group) -> np.ndarray:
+        """One value for each channel set of a group, in the order of ``group.sets``."""
+        total = np.zeros(group.size)
+        for product in self.of(group):
+            worth = np.ones(group.size)
+            for operand, axes in enumerate(self._lying(product)):
+                held = np.zeros(group.size)
+                for index, lying in enumerate(axes):
+                    _add(
+                        held,
+                        group,
+                        self.analysis,
+                        lying.numbers.reshape(-1).numpy(),
+                        self._squares[id(product), operand, index].cpu().numpy().reshape(-1),
+                    )
+                worth *= np.sqrt(held)
+            total += worth
+        return total
+
+    def cut(self, runner: Runner, products: list[Product], gone: np.ndarray) -> None:
+        """Take removed channels out of products about to be executed: zeros in the first operand."""
+        kept = torch.from_numpy(~np.append(gone, False))  # the last entry serves NONE (-1)
+        for product in products:
+            for lying in self._lying(product)[0]:
+                runner.change(product.operands[0], partial(_staying, kept, lying))
+
+    def _lying(self, product: Product) -> list[list[Repeating]]:
+        """How the channels that the product sums over lie along each operand."""
+        return [lying_along(self.analysis, product, operand) for operand in range(len(product.operands))]
+
+
+def _staying(kept: Tensor, lying: Repeating, value: Tensor) -> Tensor:
+    """An operand with zeros where nothing stays."""
+    return value * kept[lying.at(value.shape)].to(value)
+
+
+def lying_along(analysis: Analysis, product: Product, operand: int) -> list[Repeating]:
+    """How the channels that a product sums over lie along one of its operands."""
+    node = product.operands[operand]
+    axes = [
+        axis.numbers
+        for axis in analysis.walk.values[node].axes
+        if np.isin(axis.numbers.numpy(), product.numbers).any()
+    ]
+    # A node that a pass has written may have none: nothing is known then of sizes that vary.
+    recorded = node.meta.get("val")
+    found = [repeating(numbers, numbers.shape if recorded is None else recorded.shape) for numbers in axes]
+    return [lying for lying in found if lying is not None]  # the analysis leaves others whole
+
+
+def tokens_of(lying: Repeating) -> list[int]:
+    """The dimensions along which tokens lie."""
+    return [
+        dim
+        for dim, (size, varies) in enumerate(zip(lying.numbers.shape, lying.varies, strict=True))
+        if size == 1 or varies
+    ]
+
+
+def _added(sums: dict[Any, Tensor], key: Any, more: Tensor) -> None:
+    sums[key] = sums[key] + more if key in sums else more
+
+
+def row_scores(analysis: Analysis, group: Group, score: ByColumns, within: str) -> np.ndarray:
+    """Without data, one value for each channel set: the score of the producers' rows, added up.
+
+    Args:
+        within: the path of the submodule that was captured, if it was none of the whole model.
+    """
+    total = np.zeros(group.size)
+    for slot in group.slots:
+        weight = attribute(analysis.program.module, slot.name) if slot.kind == "weight" else None
+        if isinstance(weight, Tensor) and weight.dim() > 1 and weight.is_floating_point():
+            for block, (numbers, piece) in enumerate(_blocks(slot, weight.detach())):
+                rows = piece.movedim(slot.dim, -1).reshape(-1, piece.shape[slot.dim])
+                _add(
+                    total,
+                    group,
+                    analysis,
+                    numbers,
+                    score.values(
+                        Columns(rows, None, None, name=f"{within}, {slot.name}, {slot.dim}, {block}")
+                    ),
+                )
+    return total
+
+
+def _blocks(slot: Slot, weight: Tensor) -> list[tuple[np.ndarray, Tensor]]:
+    numbers = slot.numbers().numpy()
+    if slot.block_dim is None:
+        return [(numbers, weight)]
+    return list(zip(numbers, weight.chunk(slot.blocks, slot.block_dim), strict=True))
+
+
+def _add(
+    total: np.ndarray, group: Group, analysis: Analysis, numbers: np.ndarray, values: np.ndarray
+) -> None:
+    sets = sets_in(group, analysis.labels, numbers)
+    np.add.at(total, sets[sets >= 0], values[sets >= 0])

@@ -1,0 +1,451 @@
+"""Restoration of a consumer on the columns that are kept: a ridge regression whose strength is chosen on
+tokens held out, or one of your own.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from ..base._options import is_number
+from ..base.offload._current import keep
+from ..errors import ArgumentError
+from .statistics import precise
+
+#: strengths to choose from, relative to the mean of the Gram matrix's diagonal; beside them stands infinity,
+#: which leaves the kept columns as they are
+GRID = (1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0, 100.0)
+_START = 1
+#: rows of a product that is only summed up, formed at once
+_AT_ONCE = 384
+#: combinations of the weight's rows on which strengths are compared
+SKETCHED = 64
+
+
+@dataclass(frozen=True)
+class Restored:
+    """The outcome for one consumer. Errors are ‖X(W − V)ᵀ‖²_F / ‖XWᵀ‖²_F; *before*, V is W with the removed
+    columns zero, *after*, it is the restored one.
+
+    Attributes:
+        weight: shape ``[rows, columns]``, zero in the removed columns.
+        error_before, error_after: over all tokens.
+        held_before, held_after: over the tokens held out, *after* for the V that was fitted without them;
+            ``None`` where none were.
+        used: whether anything was repaired; otherwise ``weight`` holds the kept columns as they were.
+        strength: δ relative to the mean of the Gram matrix's diagonal, infinite where nothing was repaired;
+            of several blocks the least.
+    """
+
+    weight: Tensor
+    error_before: float
+    error_after: float
+    held_before: float | None
+    held_after: float | None
+    used: bool
+    strength: float
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One consumer (one block of a stacked or grouped one) whose columns M stay, as a restoration of your own
+    is given it.
+
+    Attributes:
+        weight: W, shape ``[rows, columns]``.
+        gram: XᵀX of the calibration tokens, without those held out, shape ``[columns, columns]``, in float32.
+        held: XᵀX of the tokens held out, a quarter of all; ``None``: none were.
+        kept: M, indices of columns, shape ``[kept]``.
+        has_ones: whether the last kept column holds ones, whose coefficients are added to the bias. Its
+            weights are zero.
+    """
+
+    weight: Tensor
+    gram: Tensor
+    held: Tensor | None
+    kept: Tensor
+    has_ones: bool
+
+
+@dataclass(frozen=True)
+class Window:
+    """Least squares, and then training, window by window (``restore="window"`` stands for ``Window()``;
+    docs/recovery.md).
+
+    A window is a stretch of the graph between two places that one changed value crosses, with a non-linearity
+    inside: an attention block, a feed-forward block, a convolution block. The weights that stay in it are
+    trained until it gives what the dense one gives on the same inputs, those of the pruned model ("A Free
+    Lunch in LLM Compression", arXiv 2510.14444; BRECQ, 2102.05426, for quantisation). Tokens held out of the
+    calibration data choose among the states of the training, of which the first is that of least squares: no
+    window makes a larger error there than before.
+
+    Args:
+        epochs: how often each window sees the calibration batches, one a step.
+        rate: the highest step of Adam, relative to the root mean square of each weight. It rises over a tenth
+            of the steps and falls to zero.
+        seed: of the order of the batches.
+
+    Raises:
+        ArgumentError: one of them is out of range.
+    """
+
+    epochs: int = 4
+    rate: float = 3e-3
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name, value, least in (("epochs", self.epochs, 1), ("seed", self.seed, 0)):
+            if isinstance(value, bool) or not isinstance(value, int) or value < least:
+                raise ArgumentError(f"{name}={value!r} is not an integer from {least} on")
+        if not is_number(self.rate) or not 0 < self.rate < 1:
+            raise ArgumentError(
+                f"rate={self.rate!r} is not in (0, 1); 0.003 changes a weight by three thousandths of its"
+                " size at most in a step"
+            )
+
+
+#: A restoration of your own: the weight of the kept columns, shape ``[rows, kept]``. It stays whatever error
+#: it makes; the report says which.
+Restoration = Callable[[Problem], Tensor]
+
+#: What a consumer is restored by inside the library: weight, Gram matrices fitted and held out, kept columns,
+#: and whether the last of these holds ones.
+Restore = Callable[[Tensor, Tensor, Tensor | None, Tensor, bool], Restored]
+
+
+def together(blocks: Sequence[Restored]) -> Restored:
+    """The outcome for a consumer of several blocks: weight ``[blocks, rows, columns]``, errors averaged over
+    the blocks.
+    """
+    held = [
+        (block.held_before, block.held_after)
+        for block in blocks
+        if block.held_before is not None and block.held_after is not None
+    ]
+    return Restored(
+        torch.stack([block.weight for block in blocks]),
+        _mean([block.error_before for block in blocks]),
+        _mean([block.error_after for block in blocks]),
+        _mean([before for before, _ in held]) if held else None,
+        _mean([after for _, after in held]) if held else None,
+        any(block.used for block in blocks),
+        min(block.strength for block in blocks),
+    )
+
+
+def without_values(outcome: Restored) -> Restored:
+    """An outcome whose weight has a shape alone: its values are elsewhere."""
+    return replace(outcome, weight=outcome.weight.to("meta"))
+
+
+def ridge(
+    weight: Tensor,
+    fitted: Tensor,
+    held: Tensor | None,
+    kept: Tensor,
+    has_ones: bool = False,
+    least: float = 0.0,
+) -> Restored:
+    """``V = W (G + δI)[:, M] (G[M, M] + δI)⁻¹``, which minimises ``‖X(W − V)ᵀ‖²_F + δ‖V − W[:, M]‖²_F`` over
+    weights V on the columns M.
+
+    This is the least-squares restoration of FASP (arXiv 2501.09412, section 3) with a ridge toward the kept
+    weights instead of toward zero: δ → 0 is least squares, δ → ∞ leaves W[:, M] as it is. δ is the one of
+    :data:`GRID`, or ∞, whose solution on the fitted tokens has the least error on those held out, which
+    follows from their Gram matrix. With it V is solved once more on all tokens. Nothing is repaired where
+    that would raise the error over all tokens or over those held out, where none were held out, and where the
+    system cannot be solved.
+
+    Args:
+        weight: shape ``[rows, columns]``.
+        fitted, held: XᵀX over the fitted tokens and over those held out, shape ``[columns, columns]``,
+            symmetric; ``None``: none were held out.
+        kept: M, the indices of kept columns, shape ``[kept]``.
+        has_ones: whether the last kept column holds ones. The ridge takes it as if it were as large as the
+            columns are in the mean.
+        least: no δ below that is tried.
+    """
+    solver = _Solver(weight, fitted, held, kept, has_ones)
+    strength, held_factor = solver.choose(least)
+    return solver.unchanged() if math.isinf(strength) else solver.refit(strength, held_factor)
+
+
+def left_alone(
+    weight: Tensor, fitted: Tensor, held: Tensor | None, kept: Tensor, has_ones: bool = False
+) -> Restored:
+    """The outcome where nothing is repaired; arguments as for :func:`ridge`."""
+    return _Solver(weight, fitted, held, kept, has_ones).unchanged()
+
+
+def restored_by(restoration: Restoration) -> Restore:
+    """What a restoration of the user's stands for; arguments of what is returned as for :func:`ridge`.
+
+    Raises:
+        ArgumentError: it returned no dense tensor of real numbers, one of another shape, or one that is not
+            finite.
+    """
+
+    def restore(
+        weight: Tensor, fitted: Tensor, held: Tensor | None, kept: Tensor, has_ones: bool = False
+    ) -> Restored:
+        # Copies: what it does to them in place is its own business.
+        found = restoration(
+            Problem(
+                weight.clone(), fitted.clone(), None if held is None else held.clone(), kept.clone(), has_ones
+            )
+        )
+        expected = (len(weight), len(kept))
+        if not isinstance(found, Tensor) or tuple(found.shape) != expected:
+            said = (
+                f"a tensor of shape {tuple(found.shape)}"
+                if isinstance(found, Tensor)
+                else f"a {type(found).__name__}"
+            )
+            raise ArgumentError(
+                f"restore= returned {said}; it must return the weight of the kept columns, shape {expected}"
+            )
+        if found.layout is not torch.strided or not found.is_floating_point() or found.device.type == "meta":
+            raise ArgumentError(
+                f"restore= returned a tensor of {found.dtype} ({found.layout}, on {found.device}); it must"
+                " return a dense one of real numbers"
+            )
+        if not bool(torch.isfinite(found.to(weight)).all()):
+            raise ArgumentError(
+                f"restore= returned a weight that is not finite as {weight.dtype}; return"
+                " problem.weight[:, problem.kept] where nothing can be solved"
+            )
+        return _Solver(weight, fitted, held, kept, False).judged(found)
+
+    return restore
+
+
+def damped(weight: Tensor, gram: Tensor, kept: Tensor, strength: float) -> Tensor:
+    """The solution of :func:`ridge` for one strength, which nothing judges; shape ``[rows, columns]``, zero
+    in the removed columns.
+
+    Args:
+        weight: shape ``[rows, columns]``.
+        gram: XᵀX, shape ``[columns, columns]``, symmetric, in the precision to solve in.
+        kept: as for :func:`ridge`.
+        strength: δ relative to the mean of the Gram matrix's diagonal. Where the system is singular to
+            rounding all the same, nothing is repaired.
+    """
+    removed = torch.ones(weight.shape[1], dtype=torch.bool, device=weight.device)
+    removed[kept] = False
+    found = torch.where(removed, torch.zeros_like(weight), weight)
+    inner = gram[kept[:, None], kept]
+    inner.diagonal().add_(strength * (float(gram.diagonal().mean()) or 1.0))
+    factor, failed = torch.linalg.cholesky_ex(inner)
+    if not int(failed):
+        added = torch.cholesky_solve(gram[kept][:, removed] @ weight[:, removed].to(gram.dtype).T, factor).T
+        found[:, kept] = (weight[:, kept] + added).to(weight.dtype)
+    return found
+
+
+class _Solver:
+    """One consumer with its columns in the order [M, P], kept and removed, and Gram matrices scaled so that
+    their mean diagonal over all tokens is one.
+
+    V = W_M + Z with Z = W_P G[P, M] (G[M, M] + δI)⁻¹, so that W − V is −Z on M and W_P on P.
+    """
+
+    def __init__(
+        self, weight: Tensor, fitted: Tensor, held: Tensor | None, kept: Tensor, has_ones: bool
+    ) -> None:
+        self.weight, self.kept, self.count = weight, kept, len(kept)
+        self.ones = _size_of_ones(fitted, int(kept[-1])) if has_ones else None
+        removed = torch.ones(weight.shape[1], dtype=torch.bool, device=weight.device)
+        removed[kept] = False
+        order = torch.cat([kept, removed.nonzero()[:, 0]])
+        inside, beside = self._ordered(fitted, order), None if held is None else self._ordered(held, order)
+        mean = float(inside.diagonal().mean()) + (
+            float(beside.diagonal().mean()) if beside is not None else 0.0
+        )
+        scale = mean if mean > 0 else 1.0
+        self.fitted, self.held = (
+            keep(inside.div_(scale)),
+            (None if beside is None else keep(beside.div_(scale))),
+        )
+        self.rows = weight[:, order].to(precise(weight.device))
+        rough = self.rows.to(torch.float32)  # for what is only divided by
+        totals, removed_errors = (
+            _energies(rough, *self._grams()),
+            [self._removed(self.rows, gram) for gram in self._grams()],
+        )
+        self.total = sum(totals)
+        self.before = self._relative(sum(removed_errors), self.total)
+        self.total_held = None if self.held is None else totals[1]
+        self.held_before = None if self.held is None else self._relative(removed_errors[1], self.total_held)
+
+    def _ordered(self, gram: Tensor, order: Tensor) -> Tensor:
+        gram = gram[order[:, None], order]
+        if self.ones is not None:
+            gram[self.count - 1] *= self.ones
+            gram[:, self.count - 1] *= self.ones
+        return gram
+
+    def _written(self, stored: Tensor) -> Tensor:
+        """A weight of the kept columns among all columns."""
+        weight = torch.zeros_like(self.weight)
+        weight[:, self.kept] = stored
+        if self.ones is not None:
+            weight[:, self.kept[-1]] *= self.ones
+        return weight
+
+    def judged(self, found: Tensor) -> Restored:
+        """A weight of the kept columns with the errors it makes."""
+        stored = found.to(self.weight)
+        added, both = (
+            stored.to(self.rows) - self.rows[:, : self.count],
+            (self.fitted if self.held is None else self.fitted + self.held),
+        )
+        after = self._relative(self._errors(self.rows, added, both.to(self.rows))[0], self.total)
+        held_after = (
+            None
+            if self.held is None
+            else self._relative(self._errors(self.rows, added, self.held.to(self.rows))[0], self.total_held)
+        )
+        return Restored(self._written(stored), self.before, after, self.held_before, held_after, True, 0.0)
+
+    def _grams(self) -> list[Tensor]:
+        return [self.fitted] if self.held is None else [self.fitted, self.held]
+
+    def choose(self, smallest: float) -> tuple[float, float]:
+        """The best strength, and by what factor its solution changes the error on the tokens held out;
+        infinity and 1 where none from the smallest on is better than no repair.
+        """
+        if self.held is None or not 0 < self.count < len(self.fitted):
+            return math.inf, 1.0
+        # Strengths are compared in float32; what comes of the best is solved and judged anew.
+        rows, fitted, held = (
+            tensor.to(torch.float32) for tensor in (_sketch(self.rows), self.fitted, self.held)
+        )
+        before = self._removed(rows, held)
+        best, least = math.inf, before
+        for outward in (GRID[_START:], GRID[:_START][::-1]):
+            # The error has one valley: outward from a usual strength, until it rises.
+            last = math.inf
+            for strength in (strength for strength in outward if strength >= smallest):
+                added = self._solve(rows, fitted, strength)
+                error = math.inf if added is None else self._errors(rows, added, held)[0]
+                if error < least:
+                    best, least = strength, error
+                if not error < last:
+                    break
+                last = error
+        return best, least / before if before > 0 else 1.0
+
+    def refit(self, strength: float, held_factor: float) -> Restored:
+        """The solution on all tokens, if as it will be stored it is better than no repair."""
+        if self.held is None or self.held_before is None:
+            return self.unchanged()
+        whole = self.fitted.to(self.rows.dtype).add_(self.held)
+        added = self._solve(self.rows, whole, strength)
+        if added is None:
+            return self.unchanged()
+        start = self.rows[:, : self.count]
+        stored = (start + added).to(self.weight.dtype)
+        after, held_after = self._errors(self.rows, stored.to(start.dtype) - start, whole, self.held)
+        if not (
+            self._relative(after, self.total) < self.before
+            and self._relative(held_after, self.total_held) < self.held_before
+        ):
+            return self.unchanged()
+        return Restored(
+            self._written(stored),
+            self.before,
+            self._relative(after, self.total),
+            self.held_before,
+            self.held_before * held_factor,
+            True,
+            strength,
+        )
+
+    def unchanged(self) -> Restored:
+        """The kept columns as they are."""
+        return Restored(
+            self._written(self.weight[:, self.kept]),
+            self.before,
+            self.before,
+            self.held_before,
+            self.held_before,
+            False,
+            math.inf,
+        )
+
+    def _solve(self, rows: Tensor, gram: Tensor, strength: float) -> Tensor | None:
+        """Z for some rows of W; ``None`` if the system is singular to rounding."""
+        inner = gram[: self.count, : self.count].clone()
+        inner.diagonal().add_(strength * gram.diagonal().mean())
+        factor, failed = torch.linalg.cholesky_ex(inner)
+        del inner
+        if int(failed):
+            return None
+        across, gone = gram[: self.count, self.count :], rows[:, self.count :]
+        if gone.shape[1] < len(gone):  # fewer columns went than there are rows to solve for
+            found = gone @ torch.cholesky_solve(across, factor).T
+        else:
+            found = torch.cholesky_solve(across @ gone.T, factor).T
+        return found if bool(torch.isfinite(found).all()) else None
+
+    def _errors(self, rows: Tensor, added: Tensor, *grams: Tensor) -> list[float]:
+        """tr((W − V) G (W − V)ᵀ) for each Gram matrix."""
+        difference = torch.cat([-added, rows[:, self.count :]], 1)
+        if len(grams) == 1:
+            return [max(_sum(difference @ gram, difference), 0.0) for gram in grams]
+        return [max(energy, 0.0) for energy in _energies(difference, *grams)]
+
+    def _removed(self, rows: Tensor, gram: Tensor) -> float:
+        """The error of no repair."""
+        gone = rows[:, self.count :]
+        return max(_sum(gone @ gram[self.count :, self.count :].to(gone.dtype), gone), 0.0)
+
+    @staticmethod
+    def _relative(error: float, total: float | None) -> float:
+        return error / total if total else 0.0
+
+
+def _energies(rows: Tensor, *grams: Tensor) -> list[float]:
+    """``tr(R G Rᵀ)`` for each of some Gram matrices, with RᵀR formed once, and a part of it at a time.
+
+    Both are symmetric: what is to the right of the blocks on the diagonal counts twice.
+    """
+    found = [0.0] * len(grams)
+    for start in range(0, rows.shape[1], _AT_ONCE):
+        stop = start + _AT_ONCE
+        own = rows[:, start:stop].T @ rows[:, start:]
+        width = len(own)
+        for index, gram in enumerate(grams):
+            beside = gram[start:stop, start:]
+            found[index] += _sum(own[:, :width], beside[:, :width])
+            found[index] += 2 * _sum(own[:, width:], beside[:, width:])
+    return found
+
+
+def _sum(first: Tensor, second: Tensor) -> float:
+    return float((first * second).sum())
+
+
+def _size_of_ones(gram: Tensor, place: int) -> float:
+    """What to multiply ones by, so that they are as large as the columns before them are in the mean."""
+    count, mean = float(gram[place, place]), float(gram.diagonal()[:place].mean()) if place else 0.0
+    return (mean / count) ** 0.5 if count > 0 and mean > 0 else 1.0
+
+
+def _sketch(rows: Tensor) -> Tensor:
+    """Random combinations of the rows whose errors are those of all rows in expectation; always the same
+    ones.
+    """
+    if len(rows) <= SKETCHED:
+        return rows
+    generator = torch.Generator(device="cpu").manual_seed(0)
+    mix = torch.randn(SKETCHED, len(rows), generator=generator, dtype=torch.float32, device="cpu")
+    return mix.to(rows) @ rows
+
+
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values)

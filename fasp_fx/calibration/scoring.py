@@ -1,0 +1,204 @@
+"""Scores: in which order the channel sets of a group go. A score knows weights and statistics, nothing of
+graphs.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import ClassVar
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..analysis.groups import by_block
+from ..base._seeded import generator_of
+from ..errors import ArgumentError, CalibrationError
+from .statistics import MakeStatistic, Statistic
+
+
+@dataclass(frozen=True)
+class Columns:
+    """One block of one consumer as a score sees it.
+
+    Attributes:
+        weight: the consumer as a matrix, shape ``[rows, columns]``.
+        norms: ‖X_j‖₂ of each column's input over the calibration tokens, shape ``[columns]``; ``None`` if
+            nothing was observed.
+        gram: a function that returns XᵀX, shape ``[columns, columns]``; ``None`` if nothing was observed.
+        sets: which of the group's channel sets takes a column along, shape ``[columns, axes]``; -1 where none
+            does. A column with several goes with any.
+        seen: the statistics that the score asked for, by name.
+        centred: as ``gram``, but of X without its columns' means where the consumer adds a bias that a repair
+            changes along, and so gives the means.
+        name: tells the block from others of the model, the same in every run.
+    """
+
+    weight: Tensor
+    norms: Tensor | None
+    gram: Callable[[], Tensor] | None
+    sets: np.ndarray = field(default_factory=lambda: np.zeros((0, 1), dtype=np.int64))
+    seen: Mapping[str, Statistic] = field(default_factory=dict)
+    centred: Callable[[], Tensor] | None = None
+    name: str = ""
+
+
+@dataclass(frozen=True)
+class GroupColumns:
+    """One coupled group as a score sees it.
+
+    Attributes:
+        name: the group's name.
+        block_of: for each channel set, the block that it belongs to, shape ``[sets]``.
+        consumers: what loses columns with it, block by block.
+        deepest: how many channel sets of a block may go at most; an order need not be longer.
+    """
+
+    name: str
+    block_of: np.ndarray
+    consumers: Sequence[Columns]
+    deepest: int
+
+    @property
+    def members(self) -> list[np.ndarray]:
+        """The channel sets of each block."""
+        return by_block(self.block_of)
+
+
+@dataclass(frozen=True)
+class Order:
+    """In which order channel sets go.
+
+    Attributes:
+        sets: for each block, its channel sets from the first that goes on, shape ``[blocks, steps]``.
+        losses: the predicted rise of the loss once each block lost 0, 1, 2, … of them, shape ``[steps + 1]``;
+            ``None``: the score does not predict it.
+    """
+
+    sets: np.ndarray
+    losses: np.ndarray | None = None
+
+
+class GroupScore(ABC):
+    """A score of whole groups; derive from it what a function of single columns cannot say.
+
+    Attributes:
+        statistics: what has to be observed beside the Gram matrix, by name; each is made for a block of a
+            consumer with its number of columns.
+        needs_data: whether calibration data is needed.
+    """
+
+    statistics: ClassVar[Mapping[str, MakeStatistic]] = {}
+    needs_data: bool = True
+
+    @abstractmethod
+    def __call__(self, group: GroupColumns) -> Order:
+        """The order in which a group's channel sets go, at least ``group.deepest`` for each block."""
+
+
+#: the simple kind of score maps one consumer to a value per column, shape ``[columns]``; values of coupled
+#: columns and of several consumers are added
+ColumnScore = Callable[[Columns], Tensor]
+Score = ColumnScore | GroupScore
+
+
+def fasp(columns: Columns) -> Tensor:
+    """``Σ_i |W_ij| · ‖X_j‖₂`` (FASP, arXiv 2501.09412, the column form of Wanda's metric)."""
+    assert columns.norms is not None
+    return columns.weight.abs().sum(0, dtype=columns.norms.dtype) * columns.norms
+
+
+def magnitude(columns: Columns) -> Tensor:
+    """``‖W_j‖₂``: the length of the column, without data."""
+    return columns.weight.abs().to(torch.float32).norm(dim=0).to(torch.float64)
+
+
+class Random:
+    """Uniform random scores, reproducible: a block of a consumer always gets the same by its name, whatever
+    was scored before it.
+    """
+
+    def __init__(self, seed: int = 0) -> None:
+        self.seed = seed
+
+    def __call__(self, columns: Columns) -> Tensor:
+        drawn = torch.rand(
+            columns.weight.shape[1],
+            generator=generator_of(self.seed, columns.name),
+            dtype=torch.float64,
+            device="cpu",
+        )
+        return drawn.to(columns.weight.device)
+
+
+class ByColumns(GroupScore):
+    """The order by a score of single columns, the lowest first.
+
+    Args:
+        score: the value of each column.
+        needs_data: whether it looks at more than weights.
+    """
+
+    def __init__(self, score: ColumnScore, needs_data: bool = True) -> None:
+        self.score = score
+        self.needs_data = needs_data
+
+    def __call__(self, group: GroupColumns) -> Order:
+        return by_value(group, by_set(group, self.values))
+
+    def values(self, columns: Columns) -> np.ndarray:
+        """The value of each column.
+
+        Raises:
+            ArgumentError: the score returned no dense tensor of real numbers, or one of another shape.
+        """
+        values = self.score(columns)
+        if not isinstance(values, Tensor):
+            raise ArgumentError(
+                f"the score returned a {type(values).__name__}; it must return a tensor with one value per"
+                " column"
+            )
+        if tuple(values.shape) != (columns.weight.shape[1],):
+            raise ArgumentError(
+                f"the score returned shape {tuple(values.shape)} for a consumer with"
+                f" {columns.weight.shape[1]} columns; it must return one value per column"
+            )
+        if values.layout is not torch.strided or values.is_meta or values.is_complex():
+            raise ArgumentError(
+                f"the score returned a tensor of {values.dtype} ({values.layout}, on {values.device}); it"
+                " must return a dense one of real numbers"
+            )
+        return values.detach().to("cpu", torch.float64).numpy()
+
+
+def by_set(group: GroupColumns, values_of: Callable[[Columns], np.ndarray]) -> np.ndarray:
+    """The values of all consumers' columns, added up for the channel sets that take them along, shape
+    ``[sets]``.
+
+    Args:
+        values_of: the value of each column, shape ``[columns]``.
+    """
+    total = np.zeros(len(group.block_of))
+    for columns in group.consumers:
+        values = values_of(columns)
+        for sets in columns.sets.T:
+            np.add.at(total, sets[sets >= 0], values[sets >= 0])
+    return total
+
+
+def by_value(group: GroupColumns, values: np.ndarray) -> Order:
+    """The order in which the lowest go first.
+
+    Args:
+        values: of each channel set, shape ``[sets]``.
+
+    Raises:
+        CalibrationError: they are not finite.
+    """
+    if not np.isfinite(values).all():
+        raise CalibrationError(
+            f"the scores of group '{group.name}' are not finite; check the weights and the calibration data"
+        )
+    return Order(np.stack([members[np.argsort(values[members], kind="stable")] for members in group.members]))

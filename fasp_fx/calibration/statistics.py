@@ -1,0 +1,283 @@
+"""Gram matrices of the consumers' inputs, accumulated where the model runs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import ClassVar, Protocol
+
+import torch
+from torch import Tensor
+
+from ..base.offload._current import keep, zeros
+
+#: columns per block of the Gram matrix; only blocks on and below the diagonal are computed
+_BLOCK = 384
+
+
+#: what a token is for: nothing (padding), fitting a restoration, or judging it
+PADDING, FITTED, HELD = 0, 1, 2
+
+
+class Statistic(Protocol):
+    """A sum over the tokens of one block of a consumer, so that batches add up.
+
+    Where processes share the batches it also needs ``reduce(add)``, which replaces each of its sums by what
+    ``add`` makes of it (:data:`Add`).
+
+    Attributes:
+        needs_gradient: whether the gradient of the loss (:mod:`fasp_fx.losses`) with respect to the tokens is
+            needed.
+    """
+
+    needs_gradient: ClassVar[bool]
+
+    def update(self, tokens: Tensor, gradient: Tensor | None, weight: Tensor) -> None:
+        """Add some tokens.
+
+        Args:
+            tokens: the consumer's input, shape ``[tokens, columns]``.
+            gradient: of the summed loss with respect to the tokens as this consumer reads them, of the same
+                shape; ``None`` where it was not asked for or cannot be told (a window that slides, an input
+                that several blocks share).
+            weight: one for each token that counts, zero for padding, shape ``[tokens]``.
+        """
+
+
+#: what a sum becomes where several processes see some tokens each: the sum over all of them
+Add = Callable[[Tensor], Tensor]
+
+#: makes a statistic for one block of a consumer, from its number of columns and the device
+MakeStatistic = Callable[[int, torch.device], Statistic]
+
+
+class Gram:
+    """Accumulates ``G = XᵀX`` over tokens, on the device of the activations (FASP, section 3; DESIGN: sums,
+    so they can be all-reduced).
+
+    Each batch's product is one of float32. Added up in float64 these give the same sum in any order, as far
+    as float32 can tell, so that it does not matter which process saw which batch.
+
+    Args:
+        whole: otherwise the diagonal alone is added up.
+        dtype: what products are added up in.
+
+    Attributes:
+        matrix: the lower triangle of blocks; read the whole through :meth:`symmetric`. Of the diagonal alone,
+            shape ``[columns]``.
+        tokens: the number of rows of X seen.
+    """
+
+    def __init__(
+        self,
+        columns: int,
+        device: torch.device,
+        whole: bool = True,
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        shape = (columns, columns) if whole else (columns,)
+        self.matrix = zeros(shape, dtype, device)
+        self.tokens = 0
+
+    def update(self, activation: Tensor, dim: int) -> None:
+        """Add the tokens of one batch.
+
+        Args:
+            activation: any shape; ``dim`` holds the columns, all other dimensions are tokens.
+        """
+        flat = activation.movedim(dim, -1).reshape(-1, activation.shape[dim])
+        self.tokens += flat.shape[0]
+        if flat.is_complex():  # the real part of XᴴX, whose diagonal holds the norms
+            flat = torch.cat([flat.real, flat.imag])
+        flat = flat.to(torch.float32)
+        if self.matrix.dim() == 1:
+            self.matrix.add_(flat.square().sum(0))
+            return
+        for start in range(0, flat.shape[1], _BLOCK):
+            stop = min(start + _BLOCK, flat.shape[1])
+            # A symmetric product needs only the blocks up to the diagonal: just over half of the work.
+            own, lines = self.matrix[start:stop, :stop], flat[:, start:stop].T
+            if own.dtype == flat.dtype:
+                own.addmm_(lines, flat[:, :stop])
+            else:
+                own.add_(lines @ flat[:, :stop])
+
+    def reduce(self, add: Add) -> None:
+        """Add what other processes have seen."""
+        self.matrix, self.tokens = add(self.matrix), _added(add, self.tokens)
+
+    def round(self) -> None:
+        """Keep the sums in float32; nothing is added any more."""
+        self.matrix = keep(self.matrix.to(torch.float32))
+
+    def diagonal(self) -> Tensor:
+        """Sums of squares by column, shape ``[columns]``."""
+        return self.matrix if self.matrix.dim() == 1 else self.matrix.diagonal()
+
+    def norms(self) -> Tensor:
+        """‖X_j‖₂ per column, shape ``[columns]``, float64."""
+        return self.diagonal().to(torch.float64).clamp_min(0).sqrt()
+
+    def symmetric(self, dtype: torch.dtype | None = None) -> Tensor:
+        """The whole matrix, shape ``[columns, columns]``; ``dtype=None``: float64 (float32 on devices without
+        it).
+        """
+        found = torch.empty_like(self.matrix, dtype=dtype or precise(self.matrix.device))
+        for start in range(0, len(found), _BLOCK):
+            stop = min(start + _BLOCK, len(found))
+            found[start:stop, :start] = self.matrix[start:stop, :start]
+            found[:start, start:stop] = self.matrix[start:stop, :start].T
+            own = self.matrix[start:stop, start:stop].tril()
+            found[start:stop, start:stop] = own + own.tril(-1).T
+        return found
+
+
+class SplitGram:
+    """Gram matrices of the tokens that a restoration is fitted on and of those held out to judge it.
+
+    Args:
+        dtype: what products are added up in.
+
+    Attributes:
+        fitted: of the tokens marked :data:`FITTED`.
+        held: of the tokens marked :data:`HELD`; ``None`` until there is one.
+    """
+
+    def __init__(self, columns: int, device: torch.device, dtype: torch.dtype = torch.float32) -> None:
+        self.fitted = Gram(columns, device, dtype=dtype)
+        self.held: Gram | None = None
+
+    def update(self, tokens: Tensor, marks: Tensor) -> None:
+        """Add tokens ``[tokens, columns]``, each as its mark ``[tokens]`` says."""
+        for mark in (FITTED, HELD):
+            chosen = marks == mark
+            if not bool(chosen.any()):
+                continue
+            if mark == HELD and self.held is None:
+                self.held = self._like_fitted()
+            gram = self.held if mark == HELD and self.held is not None else self.fitted
+            gram.update(tokens if bool(chosen.all()) else tokens[chosen], 1)
+
+    def reduce(self, add: Add) -> None:
+        """Add what other processes have seen."""
+        if _added(add, self.held is not None) and self.held is None:
+            self.held = self._like_fitted()
+        for part in self.parts:
+            part.reduce(add)
+
+    def round(self) -> None:
+        """Keep the sums in float32; nothing is added any more."""
+        for part in self.parts:
+            part.round()
+
+    def _like_fitted(self) -> Gram:
+        matrix = self.fitted.matrix
+        return Gram(len(matrix), matrix.device, dtype=matrix.dtype)
+
+    @property
+    def parts(self) -> list[Gram]:
+        """The matrices there are."""
+        return [self.fitted] if self.held is None else [self.fitted, self.held]
+
+    @property
+    def tokens(self) -> int:
+        """Tokens seen, held out or not."""
+        return sum(part.tokens for part in self.parts)
+
+    def norms(self) -> Tensor:
+        """‖X_j‖₂ per column over all tokens, shape ``[columns]``, float64."""
+        return torch.stack([part.norms().square() for part in self.parts]).sum(0).sqrt()
+
+    def symmetric(self) -> Tensor:
+        """XᵀX over all tokens, shape ``[columns, columns]``, float64 (float32 on devices without it)."""
+        return torch.stack([part.symmetric() for part in self.parts]).sum(0)
+
+
+class InputGradients:
+    """Accumulates ``HᵀH`` of the gradients of a loss with respect to a consumer's input.
+
+    Since H = gW, the mean is WᵀSW with the covariance S of the gradients g at the consumer's output.
+
+    Where the gradient with respect to the input cannot be told consumer by consumer, the mean square of the
+    gradients at its output is kept alone.
+
+    Attributes:
+        tokens: how many gradients were seen.
+        terms: of how many terms the loss was the sum.
+    """
+
+    needs_gradient: ClassVar[bool] = True
+    #: otherwise the diagonal alone is added up
+    whole: ClassVar[bool] = True
+
+    def __init__(self, columns: int, device: torch.device) -> None:
+        self._gram: Gram | None = None
+        self._columns, self._device = columns, device
+        self.squares, self.tokens, self.terms = 0.0, 0, 0
+
+    def update(self, tokens: Tensor, gradient: Tensor | None, weight: Tensor) -> None:
+        """Add gradients; see :class:`Statistic`."""
+        if gradient is None:
+            return
+        if self._gram is None:
+            self._gram = Gram(self._columns, self._device, self.whole)
+        counts = weight > 0
+        chosen = gradient if bool(counts.all()) else gradient[counts]
+        self._gram.update(chosen, 1)
+        self.tokens += len(chosen)
+
+    def update_output(self, gradient: Tensor, count: int) -> None:
+        """Add gradients at the output, of any shape.
+
+        Args:
+            count: how many of them are of tokens that count; those of padding do not.
+        """
+        self.squares += float(gradient.detach().abs().float().square().sum())
+        self.tokens += count
+
+    def reduce(self, add: Add) -> None:
+        """Add what other processes have seen; the number of terms is theirs already."""
+        if _added(add, self._gram is not None) and self._gram is None:
+            self._gram = Gram(self._columns, self._device, self.whole)
+        if self._gram is not None:
+            self._gram.reduce(add)
+        self.squares = float(add(torch.tensor(self.squares, dtype=torch.float64)))
+        self.tokens = _added(add, self.tokens)
+
+    def diagonal(self) -> Tensor:
+        """Sums of squared gradients, by column where they are known so, shape ``[columns]`` or ``[1]``."""
+        return torch.tensor([self.squares]) if self._gram is None else self._gram.diagonal()
+
+    def mean_squares(self) -> Tensor | None:
+        """The mean square by column, shape ``[columns]``, float64: the diagonal of :meth:`mean`, and ``None``
+        where that is.
+        """
+        return (
+            None
+            if self._gram is None
+            else self._gram.diagonal().to(torch.float64) / max(self.tokens * self.terms, 1)
+        )
+
+    def mean(self) -> Tensor | None:
+        """The mean of ``hᵀh`` over tokens, for one term of the loss; ``None`` where gradients were seen at
+        the output alone.
+        """
+        return None if self._gram is None else self._gram.symmetric() / max(self.tokens * self.terms, 1)
+
+    def mean_square(self) -> float:
+        """The mean square of the gradients at the output, for one term of the loss."""
+        return self.squares / max(self.tokens * self.terms, 1)
+
+
+class SquaredInputGradients(InputGradients):
+    """The diagonal of what :class:`InputGradients` adds up, which takes no product of matrices."""
+
+    whole: ClassVar[bool] = False
+
+
+def _added(add: Add, number: int) -> int:
+    return int(add(torch.tensor(int(number), dtype=torch.int64)))
+
+
+def precise(device: torch.device) -> torch.dtype:
+    """The most precise dtype for solves on a device."""
+    return torch.float32 if device.type == "mps" else torch.float64

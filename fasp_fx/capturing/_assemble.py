@@ -1,0 +1,298 @@
+"""Put an exported program together from a rewritten graph, where nothing has to be traced anew, when somebody
+asks for it.
+
+The operators of a rewritten program are those of the capture and of the passes, all functional. What is left
+of an exporter's work is to record what each makes under the capture's symbolic sizes, to turn the weights
+into inputs, and to say which input is which.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, fx, nn
+from torch.export import ExportedProgram
+from torch.export.graph_signature import (
+    ConstantArgument,
+    ExportGraphSignature,
+    InputKind,
+    InputSpec,
+    OutputKind,
+    OutputSpec,
+    SymBoolArgument,
+    SymFloatArgument,
+    SymIntArgument,
+    TensorArgument,
+)
+
+from ..base._storage import without_values
+from ..base._tolerable import tolerable
+from ..base.compat import (
+    FakeTensor,
+    FakeTensorMode,
+    HigherOrderOperator,
+    OpOverload,
+    refuse_new_guards,
+    take_guards,
+)
+from ..errors import VerificationError
+from ._fx import attribute, results, target_name
+from ._quiet import quiet
+from ._record import record
+from ._steps import any_number_of_steps
+from .calling._facts import ExportFacts, assumed, environment_of
+
+_log = logging.getLogger("fasp_fx")
+
+#: what an exporter calls the inputs that it makes of a module's tensors begins so
+_PREFIXES = {InputKind.PARAMETER: "p", InputKind.BUFFER: "b", InputKind.CONSTANT_TENSOR: "c"}
+_SYMBOLIC = (
+    (torch.SymInt, SymIntArgument),
+    (torch.SymFloat, SymFloatArgument),
+    (torch.SymBool, SymBoolArgument),
+)
+
+
+class _Weight(NamedTuple):
+    """What is known of a tensor of a program without its values.
+
+    Attributes:
+        recorded: the tensor as a node makes it under the program's symbols.
+        persistent: of a buffer, whether it is in the state dict.
+        held: a tensor of its kind on the meta device.
+    """
+
+    kind: InputKind
+    name: str
+    recorded: FakeTensor
+    persistent: bool | None
+    held: Tensor
+
+
+@dataclass(frozen=True)
+class Assembly:
+    """All that an exported program is put together of, but for the values of its tensors.
+
+    Attributes:
+        graph: of a rewritten program, with what its nodes make recorded, under the capture's symbols.
+        weights: its tensors, in the order in which exporters have them.
+        facts: of the capture that the graph was made of.
+        example: positional and keyword arguments as the graph takes them.
+    """
+
+    graph: fx.Graph
+    weights: tuple[_Weight, ...]
+    facts: ExportFacts
+    example: tuple[tuple[Any, ...], dict[str, Any]]
+
+    def program(self) -> ExportedProgram:
+        """The exported program; its tensors have no values."""
+        graph = fx.Graph()
+        lifted, specs = self._lift(graph)
+        seen: dict[fx.Node, fx.Node] = {}
+        specs += self._take_inputs(graph, seen)
+        outputs = self.fill(graph, lifted, seen)
+        graph.output(outputs).meta.update(self.graph.find_nodes(op="output")[0].meta)
+        made = self._exported(graph, specs, outputs, self.weights)
+        take_guards(made, self.frame)  # whatever was assumed of the symbols since
+        return made
+
+    @cached_property
+    def frame(self) -> ExportedProgram:
+        """A program with the inputs, the guards and as many outputs, which computes nothing."""
+        graph = fx.Graph()
+        specs = self._take_inputs(graph, {})
+        outputs = (None,) * len(results(self.graph))
+        graph.output(outputs)
+        return self._exported(graph, specs, outputs, ())
+
+    def fill(
+        self, graph: fx.Graph, tensors: dict[str, fx.Node], seen: dict[fx.Node, fx.Node]
+    ) -> tuple[Any, ...]:
+        """Copy into a graph what the program computes; its results.
+
+        Args:
+            tensors: the nodes that hold the program's tensors there, by name.
+            seen: the nodes that hold its inputs; gets all others.
+        """
+        for node in self.graph.nodes:
+            if node.op == "get_attr":
+                seen[node] = tensors[target_name(node)]
+            elif node.op not in ("placeholder", "output"):
+                made = seen[node] = graph.node_copy(node, seen.__getitem__)
+                made.meta.pop("tensor_meta", None)  # an exporter's, of the shapes before
+        return tuple(fx.map_arg(results(self.graph), seen.__getitem__))
+
+    def _lift(self, graph: fx.Graph) -> tuple[dict[str, fx.Node], list[InputSpec]]:
+        """Inputs of a graph for all tensors."""
+        taken = {str(node.target) for node in self.graph.find_nodes(op="placeholder")}
+        lifted, specs = {}, []
+        for weight in self.weights:
+            wanted = f"{_PREFIXES[weight.kind]}_{weight.name.replace('.', '_')}"
+            while wanted in taken:
+                wanted += "_"
+            node = lifted[weight.name] = graph.placeholder(wanted)
+            taken.add(node.name)
+            node.meta["val"] = weight.recorded
+            specs.append(InputSpec(weight.kind, TensorArgument(node.name), weight.name, weight.persistent))
+        return lifted, specs
+
+    def _take_inputs(self, graph: fx.Graph, seen: dict[fx.Node, fx.Node]) -> list[InputSpec]:
+        """The caller's inputs of a graph."""
+        specs = []
+        inputs = self.graph.find_nodes(op="placeholder")
+        for node, argument in zip(inputs, self.facts.inputs, strict=True):
+            # By the caller's name, which a weight can have too.
+            made = seen[node] = graph.placeholder(str(node.target))
+            made.meta = dict(node.meta)
+            specs.append(InputSpec(InputKind.USER_INPUT, _renamed(argument, made.name), None))
+        return specs
+
+    def _exported(
+        self, graph: fx.Graph, specs: list[InputSpec], outputs: tuple[Any, ...], weights: tuple[_Weight, ...]
+    ) -> ExportedProgram:
+        returned = [OutputSpec(OutputKind.USER_OUTPUT, _argument(output), None) for output in outputs]
+        stored = {
+            weight.name
+            for weight in weights
+            if weight.kind is InputKind.PARAMETER or (weight.kind is InputKind.BUFFER and weight.persistent)
+        }
+        return ExportedProgram(
+            nn.Module(),
+            graph,
+            ExportGraphSignature(specs, returned),
+            {weight.name: weight.held for weight in weights if weight.name in stored},
+            dict(self.facts.ranges),
+            [self.facts.call],
+            self.example,
+            {weight.name: weight.held for weight in weights if weight.name not in stored},
+        )
+
+
+def ready(
+    module: fx.GraphModule,
+    example: tuple[tuple[Any, ...], dict[str, Any]],
+    facts: ExportFacts,
+    before: fx.Graph | None = None,
+) -> Assembly | None:
+    """What the exported program of a graph module is put together of, when somebody asks for it.
+
+    Args:
+        module: a graph module with its weights as attributes; what its nodes make is recorded in it.
+        example: positional and keyword arguments as the graph takes them.
+        facts: of the capture that the module was made of.
+        before: the graph of that capture, as for :func:`record`.
+
+    Returns:
+        ``None`` for a program that has to be traced: it writes into its inputs or weights, has regions of its
+            own or sizes that data decide, or needs something of its sizes that the capture did not.
+    """
+    mode = _mode(module.graph)
+    if (
+        mode is None
+        or not all(_is_functional(node) for node in module.graph.nodes)
+        or not _looks_up_tensors(module)
+    ):
+        return None
+    if assumed(module.graph) != facts.assumed or not _recorded(module, before):
+        return None
+    module.graph.eliminate_dead_code()
+    return Assembly(module.graph, tuple(_weights(module, mode)), facts, example)
+
+
+def _weights(module: fx.GraphModule, mode: FakeTensorMode) -> Iterator[_Weight]:
+    """The tensors of a module, in the order in which exporters have them."""
+    stored = module.state_dict(keep_vars=True).keys()
+    every = (
+        (InputKind.PARAMETER, module.named_parameters(remove_duplicate=False)),
+        (InputKind.BUFFER, module.named_buffers(remove_duplicate=False)),
+    )
+    tensors = {name: (kind, value) for kind, named in every for name, value in named}
+    for node in module.graph.find_nodes(op="get_attr"):
+        name = target_name(node)
+        tensors.setdefault(name, (InputKind.CONSTANT_TENSOR, attribute(module, name)))
+    for name, (kind, value) in tensors.items():
+        persistent = name in stored if kind is InputKind.BUFFER else None
+        recorded = mode.from_tensor(value, static_shapes=True)
+        yield _Weight(kind, name, recorded, persistent, without_values(value))
+
+
+def _mode(graph: fx.Graph) -> FakeTensorMode | None:
+    return next(
+        (value.fake_mode for node in graph.nodes if isinstance(value := node.meta.get("val"), FakeTensor)),
+        None,
+    )
+
+
+def _is_functional(node: fx.Node) -> bool:
+    """Whether a node may stand in an exported graph as it is."""
+    if node.op != "call_function":
+        return node.op != "call_module"
+    if isinstance(node.target, OpOverload):
+        return not node.target._schema.is_mutable and "unbacked_bindings" not in node.meta
+    return not isinstance(node.target, HigherOrderOperator)
+
+
+def _recorded(module: fx.GraphModule, before: fx.Graph | None) -> bool:
+    """Record what every node makes; whether that can be, without assuming anything new of the sizes."""
+    environment = environment_of(module.graph)
+    with (
+        quiet(),
+        any_number_of_steps(),
+        _no_kernels(),
+        contextlib.nullcontext() if environment is None else refuse_new_guards(environment),
+    ):
+        try:
+            record(module, before)
+        except tolerable(VerificationError) as error:
+            _log.info("the program is traced: %s", error)
+            return False
+    return True
+
+
+@contextlib.contextmanager
+def _no_kernels() -> Iterator[None]:
+    """As an exporter has it, no library of kernels is asked what it takes: a convolution is recorded without
+    guards on the sizes for which one of them is worth while.
+    """
+    with (
+        torch.backends.mkldnn.flags(enabled=False),
+        torch.backends.nnpack.flags(enabled=False),
+        torch.backends.cudnn.flags(enabled=False),
+    ):
+        yield
+
+
+def _looks_up_tensors(module: fx.GraphModule) -> bool:
+    return all(
+        isinstance(attribute(module, target_name(node)), Tensor)
+        for node in module.graph.find_nodes(op="get_attr")
+    )
+
+
+def _renamed(argument: Any, name: str) -> Any:
+    return (
+        ConstantArgument(name, argument.value)
+        if isinstance(argument, ConstantArgument)
+        else type(argument)(name)
+    )
+
+
+def _argument(result: Any) -> Any:
+    """What an output is."""
+    if not isinstance(result, fx.Node):
+        return ConstantArgument("", result)
+    value = result.meta.get("val")
+    return next(
+        (argument(result.name) for kind, argument in _SYMBOLIC if isinstance(value, kind)),
+        TensorArgument(result.name),
+    )
+
+
+__all__ = ["Assembly", "ready"]

@@ -1,0 +1,235 @@
+"""Capture a model as a functional graph in which linear, attention and norms stay whole."""
+
+from __future__ import annotations
+
+import inspect
+import itertools
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.export import ExportedProgram
+from torch.export.passes import move_to_device_pass
+from torch.nn.parameter import is_lazy
+
+from ..base._device import check_device
+from ..base._stamps import read_stamps
+from ..base._undisturbed import without_collections
+from ..base.compat import LazyGraphModule, compile_graphs, pytree
+from ..errors import ArgumentError, CaptureError
+from ._aliases import as_weights
+from ._dead import remove_dead, remove_dropouts
+from ._dynamic import all_dims, every_dim
+from ._export import export
+from ._fold import Folding
+from ._fold import fold as fold_weights
+from ._functional import functional
+from ._fx import results
+from ._names import check_names, own_names
+from ._program import Program, graph_module
+from ._recurrent import single_layers
+from ._state import state_positions
+from ._transformers import is_transformers, register_caches
+from .calling._facts import ExportFacts
+from .calling._signature import CallSignature
+
+__all__ = ["capture", "recapture"]
+
+
+@without_collections
+def capture(
+    model: nn.Module | fx.GraphModule | ExportedProgram,
+    args: tuple[Any, ...] = (),
+    kwargs: dict[str, Any] | None = None,
+    *,
+    dynamic_shapes: Any = None,
+    state: tuple[str, ...] = (),
+    device: torch.device | str | None = None,
+    image_sizes: bool = False,
+    fold: bool = True,
+    own_defaults: bool = False,
+    doubles: bool = True,
+) -> Program:
+    """Capture ``model`` as it behaves on the example inputs.
+
+    Args:
+        model: a module in evaluation mode, a graph module, or an exported program.
+        args, kwargs: example inputs; an exported program brings its own.
+        dynamic_shapes: as for ``torch.export.export``; ``None`` keeps every dimension dynamic that the model
+            lets vary, of images (floating-point tensors of four dimensions and more) only the first.
+        state: names of arguments and outputs that hold state (a cache) and may become narrower.
+        device: move the captured copy there; ``None`` leaves it where the model is.
+        image_sizes: let heights and widths of images vary as well.
+        own_defaults: an argument that is left out has the default that ``forward`` gives it, rather than what
+            it was captured with.
+        doubles: whether an example of one sample may be captured as one of two, so that their number varies.
+        fold: put parameters in the place of weights that the model computes from others (see
+            :mod:`fasp_fx.capturing._fold`).
+
+    Raises:
+        ArgumentError: the inputs do not fit the model.
+        CaptureError: the model is in training mode, has gates, or cannot be exported; the message carries the
+            exporter's reason.
+    """
+    if kwargs is not None and not isinstance(kwargs, Mapping):
+        raise ArgumentError(f"kwargs is a {type(kwargs).__name__}; pass a dict of arguments by name")
+    if isinstance(state, str) or not isinstance(state, (tuple, list)):
+        raise ArgumentError(f"state={state!r:.80} is no tuple of names of arguments and outputs")
+    kwargs = dict(kwargs or {})
+    target = None if device is None else check_device(device)
+    notes: tuple[str, ...] = ()
+    doubled = False
+    if isinstance(model, ExportedProgram):
+        exported, signature = functional(as_weights(model)), _exported_signature(model, args, kwargs)
+    elif isinstance(model, nn.Module):
+        if any(getattr(module, "is_fasp_fx_gates", False) for module in model.modules()):
+            raise CaptureError(
+                "the model has gates on (fasp_fx.gates); take their plan, and call gates.detach() before"
+                " anything else is done with the model"
+            )
+        training = next(in_training(model), None)
+        if training is not None:
+            part = f"'{training}' of {type(model).__name__}" if training else type(model).__name__
+            raise CaptureError(
+                f"{part} is in training mode, which the capture would make permanent; call model.eval() first"
+            )
+        _check_modes(model)
+        compile_graphs(model)  # which is no attribute that forward sets
+        if (
+            isinstance(args, Mapping)
+            and args
+            and args.keys() <= inspect.signature(model.forward).parameters.keys()
+        ):
+            raise ArgumentError(
+                f"args holds what {type(model).__name__} takes by name ({', '.join(map(repr, args))}); pass"
+                " it as kwargs="
+            )
+        args = args if isinstance(args, tuple) else (args,)
+        if is_transformers(model):
+            register_caches(model)
+        signature = CallSignature.of(model.forward, args, kwargs, own_defaults)
+        given = pytree.tree_map(
+            lambda leaf: leaf.detach() if isinstance(leaf, Tensor) else leaf,
+            signature.graph_inputs(args, kwargs),
+        )
+        free = every_dim if image_sizes else all_dims
+        exported, notes, doubled = export(model, signature, given, dynamic_shapes, free, len(args), doubles)
+    else:
+        raise ArgumentError(
+            f"model must be an nn.Module, fx.GraphModule or ExportedProgram, not {type(model).__name__}"
+        )
+    if target is not None:
+        exported = move_to_device_pass(exported, target)
+    check_names((*exported.state_dict, *exported.constants))
+    _check_generators(exported)
+    module = exported.module(check_guards=False)
+    own_names(module, module.graph)
+    single_layers(module.graph)
+    remove_dropouts(module.graph)
+    remove_dead(module.graph)
+    example = exported.example_inputs
+    if example is None:
+        raise ArgumentError("the exported program carries no example inputs; pass them as args and kwargs")
+    inputs, outputs = state_positions(module, exported, signature.given(), state)
+    order = _order(model)
+    folding = fold_weights(module, order) if fold else Folding()
+    notes = (*notes, *folding.notes)
+    return Program(
+        _plain(module),
+        signature,
+        example,
+        inputs,
+        outputs,
+        notes=notes,
+        order=order,
+        folds=folding.folds,
+        replaced=folding.replaced,
+        doubled=doubled,
+        facts=ExportFacts.of(exported),
+    )
+
+
+def _check_generators(exported: ExportedProgram) -> None:
+    """Refuse a program that holds a generator of random numbers."""
+    if any(isinstance(held, torch.Generator) for held in exported.constants.values()):
+        raise CaptureError(
+            "forward makes a torch.Generator: a program keeps it and draws other numbers in each call, where"
+            " forward begins anew; draw the numbers once, and keep them in a buffer"
+        )
+
+
+def _order(model: nn.Module | ExportedProgram) -> tuple[str, ...]:
+    if isinstance(model, ExportedProgram):
+        return tuple(model.state_dict)
+    return tuple(
+        name
+        for name, _ in [
+            *model.named_parameters(remove_duplicate=False),
+            *model.named_buffers(remove_duplicate=False),
+        ]
+    )
+
+
+def _check_modes(model: nn.Module) -> None:
+    """Refuse weights that were made in inference mode, which nothing outside of it may change, and those that
+    have no shape yet.
+
+    Raises:
+        ArgumentError, CaptureError: names one.
+    """
+    for name, tensor in itertools.chain(model.named_parameters(), model.named_buffers()):
+        if is_lazy(tensor):
+            raise CaptureError(f"'{name}' is uninitialized; call the model once before it is captured")
+        if tensor.is_inference():
+            raise ArgumentError(
+                f"'{name}' was made in torch's inference mode and cannot be exported; outside of it, pass"
+                " copy.deepcopy(model)"
+            )
+
+
+def in_training(module: nn.Module, path: str = "") -> Iterator[str]:
+    """Names of the submodules in training mode; graphs were captured in one mode and have no other."""
+    if isinstance(module, fx.GraphModule):
+        return
+    if module.training:
+        yield path
+    for name, child in module.named_children():
+        yield from in_training(child, f"{path}.{name}" if path else name)
+
+
+def _plain(module: fx.GraphModule) -> fx.GraphModule:
+    """The same graph module without export's refusal of train() and eval() and without its hooks."""
+    return graph_module(module, module.graph, module.meta, LazyGraphModule)
+
+
+def _exported_signature(
+    exported: ExportedProgram, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> CallSignature:
+    if exported.example_inputs is None:
+        raise ArgumentError("the exported program carries no example inputs; export it again from its model")
+    example_args, example_kwargs = exported.example_inputs
+    forward = exported.module(check_guards=False).forward
+    return CallSignature.of(forward, args or example_args, kwargs or example_kwargs)
+
+
+def recapture(program: Program, exported: ExportedProgram) -> Program:
+    """The same model after ``exported`` was made of it; inputs keep their names, weights are known by theirs.
+
+    Raises:
+        CaptureError: the exported program is not called as the model is.
+    """
+    exported = functional(exported)
+    read_stamps(exported.graph)
+    module = _plain(exported.module(check_guards=False))
+    single_layers(module.graph)
+    inputs, before = module.graph.find_nodes(op="placeholder"), program.placeholders()
+    if len(inputs) != len(before) or len(results(module.graph)) != len(results(program.module.graph)):
+        raise CaptureError("it changed the number of the program's inputs or outputs")
+    for node, old in zip(inputs, before, strict=True):
+        if node.name != old.name:
+            node._rename(old.name)
+    own_names(module, module.graph)
+    module.recompile()
+    return replace(program, module=module, facts=ExportFacts.of(exported))

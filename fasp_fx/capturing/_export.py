@@ -1,0 +1,328 @@
+"""Export a module, with as much freedom in its sizes as it allows."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import inspect
+import itertools
+import os
+import traceback
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, ParamSpec
+
+import torch
+from torch import Tensor, fx, nn
+from torch.export import ExportedProgram
+
+from ..base._tolerable import tolerable
+from ..base.compat import (
+    PyTreeCodeGen,
+    answered_by,
+    compile_graphs,
+    compiled_when_called,
+    is_of_fake_cache,
+    pytree,
+    without_fake_cache,
+)
+from ..errors import ArgumentError, ExportError, first_line
+from ._aliases import as_weights
+from ._dynamic import (
+    all_dims,
+    first_dim,
+    images_of,
+    of_features,
+    recorded_shapes,
+    takes_any_number,
+    widened,
+    with_static,
+)
+from ._foreseen import TRACED, foreseen
+from ._functional import functional
+from ._functions import functions_called
+from ._in_place import out_of_place
+from ._padding import padded_in_order
+from ._quiet import quiet
+from ._settled import fixed_sizes, settled_as_numbers
+from ._steps import any_number_of_steps
+from ._transformers import export_transformers, is_transformers
+from ._unchanged import run_once, unchanged
+from ._views import as_views
+from .calling._signature import CallerCodeGen, CallSignature, is_plain
+
+
+def export(
+    model: nn.Module,
+    signature: CallSignature,
+    given: dict[str, Any],
+    dynamic_shapes: Any,
+    free: Any,
+    leading: int,
+    doubles: bool = True,
+) -> tuple[ExportedProgram, tuple[str, ...], bool]:
+    """The program of a module, what a user should know of it, and whether its example is a batch of one that
+    was doubled and of which a single sample can be run.
+
+    Args:
+        model, signature: the module and its calling convention.
+        given: the example inputs by name.
+        dynamic_shapes: as for ``torch.export.export``; ``None`` tries one freedom after the other, the
+            greatest first.
+        free: which dimensions may vary at most.
+        leading: how many arguments were given by position.
+        doubles: whether a batch of one may be captured as one of two, so that it can vary.
+
+    Raises:
+        ArgumentError: the model does not run on the inputs.
+        ExportError: no attempt succeeded; the message carries the reason of the first.
+    """
+    names = _by_position(model, signature, leading)
+    meta = any(parameter.device.type == "meta" for parameter in model.parameters())
+    if meta:
+        given = pytree.tree_map(lambda leaf: leaf.to("meta") if isinstance(leaf, Tensor) else leaf, given)
+    attempts: list[tuple[str, dict[str, Any], Any]] = []
+    if dynamic_shapes is not None:
+        attempts.append(("", given, dynamic_shapes))
+    else:
+        double = widened(given)
+        wide = double if doubles else None
+        if wide is not None:
+            attempts.append(("", wide, free))
+        attempts.append(("", given, free))
+        attempts.append(("only the first dimension of each input is dynamic", wide or given, first_dim))
+        attempts.append(("the shapes of the inputs are fixed to those of the example", given, None))
+    failures: list[Exception] = []
+    for note, inputs, shapes in attempts:
+        try:
+            if not meta:
+                _run_once(model, *_arguments(signature, names, inputs), inputs is given)
+            with functions_called() as functions:
+                exported, sets = _undisturbed(model, signature, names, inputs, shapes)
+            if inputs is not given and not takes_any_number(exported):
+                raise ValueError("it takes a batch of two where one was given")
+            features = of_features(exported) if dynamic_shapes is None and callable(shapes) else frozenset()
+            if features:
+                exported, sets = _undisturbed(
+                    model, signature, names, inputs, functools.partial(with_static, shapes, features)
+                )
+            images = images_of(inputs.values()) if dynamic_shapes is None and shapes is all_dims else set()
+            alike = ", ".join(f"'{name}'" for name, value in inputs.items() if id(value) in images)
+            fixed = (
+                f"all sizes of {alike} but the first are fixed to those of the example, as images have four"
+                " dimensions and more; dynamic_shapes= lets them vary"
+            )
+            said = (
+                *filter(None, (note, fixed if images else "")),
+                *(fixed_sizes(exported) if shapes is not None else ()),
+                *(f"forward sets the attribute '{name}', which a graph does not" for name in sets),
+            )
+            return (
+                exported,
+                (*said, *(_GRADIENTS.format(name) for name in functions)),
+                # Freedom can have been taken away since that was asked above.
+                inputs is not given and takes_any_number(exported),
+            )
+        except ArgumentError:
+            raise
+        except tolerable(Exception) as error:
+            failures.append(error)
+    raise ExportError(
+        f"{type(model).__name__} cannot be captured by torch.export: {first_line(failures[0])}"
+        f"{_where(failures[0])}. Try the inputs on the model itself, then capture the largest submodule"
+        " without data-dependent control flow."
+    ) from failures[0]
+
+
+#: folders of code that is no model's: libraries with all that they hold, and Python's own, in which packages
+#: may lie
+_LIBRARIES = tuple(os.path.join(folder, "") for folder in (*torch.__path__, str(Path(__file__).parents[1])))
+_PYTHON = Path(contextlib.__file__).parent
+
+
+def _where(error: Exception) -> str:
+    """The line of the model's code from which an error came, to stand in a sentence; empty if there is
+    none.
+    """
+    frame = next(
+        (
+            frame
+            for frame in reversed(traceback.extract_tb(error.__traceback__))
+            if frame.line
+            and not frame.filename.startswith(_LIBRARIES)
+            and Path(frame.filename).parent != _PYTHON
+        ),
+        None,
+    )
+    return "" if frame is None else f", at '{frame.line}' ({Path(frame.filename).name}:{frame.lineno})"
+
+
+def _run_once(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], is_given: bool) -> None:
+    """Let the model itself compute what functions of its code remember.
+
+    Args:
+        is_given: whether these are the caller's inputs.
+
+    Raises:
+        ArgumentError: it does not run on the caller's inputs.
+    """
+    try:
+        run_once(model, args, kwargs)
+    except tolerable(Exception) as error:  # of forward, which raises what it likes
+        if not is_given:
+            raise
+        raise ArgumentError(
+            f"the model does not run on the example inputs: {type(error).__name__}: {first_line(error)}; pass"
+            " others"
+        ) from error
+
+
+#: of a function with a derivative of its own
+_GRADIENTS = (
+    "the derivative that {} defines is lost in the graph, which trains with that of what it computes; train"
+    " result.eager(model) instead"
+)
+
+
+def _undisturbed(
+    model: nn.Module, signature: CallSignature, names: list[str], inputs: dict[str, Any], shapes: Any
+) -> tuple[ExportedProgram, list[str]]:
+    """One attempt, which finds the model as it was and leaves it so, and the names of the attributes that its
+    forward sets.
+    """
+    with quiet(), torch.no_grad(), any_number_of_steps(), unchanged(model) as changed:
+        exported = _export_once(model, signature, names, inputs, shapes)
+    return exported, changed.names(model)
+
+
+def _by_position(model: nn.Module, signature: CallSignature, leading: int) -> list[str]:
+    """The arguments to pass by position: those that must be, those that an exported module has fixed there,
+    and the ``leading`` ones given so.
+    """
+    codegen = model.graph._codegen if isinstance(model, fx.GraphModule) else None
+    if isinstance(codegen, PyTreeCodeGen) and not isinstance(codegen, CallerCodeGen):
+        return signature.given()[: codegen.pytree_info.in_spec.child(0).num_children]
+    must = signature.by_position()
+    if is_transformers(model):
+        return must  # its exporter takes keywords
+    first = list(
+        itertools.takewhile(
+            lambda name: name not in signature.constants or is_plain(signature.constants[name]),
+            signature.given()[:leading],
+        )
+    )
+    return max(must, first, key=len)
+
+
+_P = ParamSpec("_P")
+
+
+def _with_or_without_cache(make: Callable[_P, ExportedProgram]) -> Callable[_P, ExportedProgram]:
+    """Export; once more without torch's cache of fake results if that is what failed.
+
+    The cache compares sizes while operators are traced, and cannot do so for some products of three symbols
+    (the table of a block mask over dynamic lengths has such); the operators themselves trace well.
+    """
+
+    @functools.wraps(make)
+    def export_once(*args: _P.args, **kwargs: _P.kwargs) -> ExportedProgram:
+        try:
+            return make(*args, **kwargs)
+        except TypeError as error:
+            if not is_of_fake_cache(error):
+                raise
+        with without_fake_cache():
+            return make(*args, **kwargs)
+
+    return export_once
+
+
+def _arguments(
+    signature: CallSignature, names: list[str], inputs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """What a call is given, those of ``names`` by position."""
+    held = {**inputs, **{name: one for name, one in signature.constants.items() if name not in inputs}}
+    return tuple(held.pop(name) for name in names), held
+
+
+@_with_or_without_cache
+def _export_once(
+    model: nn.Module, signature: CallSignature, names: list[str], inputs: dict[str, Any], shapes: Any
+) -> ExportedProgram:
+    args, kwargs = _arguments(signature, names, inputs)
+    if is_transformers(model) and not args:
+        return _rewritten(lambda: export_transformers(model, kwargs, shapes))
+    kwargs = {name: value for name, value in kwargs.items() if name in inputs}
+    constants = {name: value for name, value in signature.constants.items() if name not in names}
+    kwargs |= {name: value for name, value in constants.items() if is_plain(value)}
+    held = {name: value for name, value in constants.items() if not is_plain(value)}
+    with _holding(model, held), _named(model, kwargs):
+        spec = shapes(args, kwargs).dynamic_shapes(model, args, kwargs) if callable(shapes) else shapes
+        return _rewritten(lambda: torch.export.export(model, args, kwargs, dynamic_shapes=spec, strict=False))
+
+
+def _rewritten(trace: Callable[[], ExportedProgram]) -> ExportedProgram:
+    """What is traced, in operators that return what they compute and have rules, as far as that can be."""
+    with answered_by(foreseen, TRACED), compiled_when_called():
+        exported = trace()
+    exported = out_of_place(as_views(as_weights(settled_as_numbers(exported))))
+    return functional(padded_in_order(exported))
+
+
+@contextlib.contextmanager
+def _holding(model: nn.Module, constants: dict[str, Any]) -> Iterator[None]:
+    """Give ``forward`` arguments that the exporter does not take, such as members of an enum."""
+    if not constants:
+        yield
+        return
+    with _calling(model, functools.partial(model.forward, **constants)):
+        yield
+
+
+@contextlib.contextmanager
+def _calling(model: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
+    """Let a call of the model be one of ``forward``."""
+    own = vars(model).get("forward")
+    model.forward = forward
+    try:
+        yield
+    finally:
+        if own is None:
+            del model.forward
+        else:
+            model.forward = own
+
+
+@contextlib.contextmanager
+def _named(model: nn.Module, kwargs: dict[str, Any]) -> Iterator[None]:
+    """Let the signature of ``forward`` name those arguments that it takes as ``**kwargs``: of sizes given for
+    all of these by one name an exporter makes nothing.
+    """
+    parameters = inspect.signature(model.forward).parameters
+    known = {name: one for name, one in parameters.items() if one.kind is not inspect.Parameter.VAR_KEYWORD}
+    extra = [name for name in kwargs if name not in known]
+    if not extra:
+        yield
+        return
+
+    def named(*args: Any, **kwargs: Any) -> Any:
+        return forward(*args, **kwargs)
+
+    forward = model.forward
+    vars(named)["__signature__"] = inspect.Signature(
+        [*known.values(), *(inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY) for name in extra)]
+    )
+    with _calling(model, named):
+        yield
+
+
+@_with_or_without_cache
+def export_again(module: fx.GraphModule, example: tuple[tuple[Any, ...], dict[str, Any]]) -> ExportedProgram:
+    """Export a rewritten graph module; guards, ranges and recorded shapes are made anew."""
+    args, kwargs = example
+    compile_graphs(module)  # an exporter asks for its signature before it calls it
+    with quiet(), torch.no_grad(), any_number_of_steps(), _named(module, kwargs):
+        shapes = recorded_shapes(module.graph, example).dynamic_shapes(module, args, kwargs)
+        return _rewritten(
+            lambda: torch.export.export(module, args, kwargs, dynamic_shapes=shapes, strict=False)
+        )

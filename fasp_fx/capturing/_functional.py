@@ -1,0 +1,143 @@
+"""Functional graphs of operators: what an exporter left that is not one, and how it is taken apart."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, fx
+from torch.export import ExportedProgram
+
+from ..base._tolerable import tolerable
+from ..base.compat import (
+    HigherOrderOperator,
+    OpOverload,
+    composites_read_once,
+    decomposition_table,
+    is_composite,
+    is_transform,
+)
+from ..patterns import lookup
+from ._assigned import ASSIGNMENTS
+from ._core import CORE
+from ._quiet import quiet
+
+_log = logging.getLogger("fasp_fx")
+
+T = TypeVar("T")
+#: how to take operators apart, in terms of others
+Decompositions = dict[OpOverload, Callable[..., Any]]
+
+
+def functional(exported: ExportedProgram) -> ExportedProgram:
+    """Functionalise, and decompose composite operators without a rule, assignments to slices and what
+    ``torch.func`` transforms; most programs are exported functional and keep as they are.
+    """
+    return taken_apart(exported.graph, exported.run_decompositions) or exported
+
+
+def taken_apart(graph: fx.Graph, again: Callable[[Decompositions], T]) -> T | None:
+    """What is made of a graph once more, with the operators taken apart that have no rule; ``None`` where
+    nothing is to be taken apart.
+
+    Args:
+        graph: a graph of operators.
+        again: makes it once more, with these decompositions.
+    """
+    if all(_is_plain(node) for node in graph.nodes):
+        return None
+    with quiet(), composites_read_once():
+        table = _decompositions(graph)
+        for decompositions in ({**table, **ASSIGNMENTS}, table):
+            try:
+                return again(decompositions)
+            except tolerable(AssertionError, RuntimeError) as error:
+                # A decomposition need not be functional, or take symbolic sizes.
+                _log.info("some operators without a rule stay whole: %s", error)
+        return again({})
+
+
+def composites(graph: fx.Graph) -> set[OpOverload]:
+    """The operators of a graph that have no rule and are made of others."""
+    return {
+        node.target
+        for node in graph.nodes
+        if isinstance(node.target, OpOverload) and not _is_plain(node) and is_composite(node.target)
+    }
+
+
+def _decompositions(graph: fx.Graph) -> Decompositions:
+    """How to take apart the operators of a graph that have no rule: what they are made of may have one."""
+    known = {**torch.export.default_decompositions(), **CORE}
+    found: Decompositions = {}
+    for operator in {
+        node.target for node in graph.nodes if isinstance(node.target, OpOverload) and not _is_plain(node)
+    }:
+        if operator._schema.is_mutable:
+            continue
+        if operator in known:
+            found[operator] = known[operator]
+        elif operator in decomposition_table:
+            found[operator] = decomposition_table[operator]
+    return found
+
+
+def _is_plain(node: fx.Node) -> bool:
+    if node.op == "get_attr":  # a submodule: a region with its own gradient or autocast mode, or a function
+        return all(map(_takes_functions, node.users)) and _stays(node)
+    if node.op != "call_function":
+        return True
+    if isinstance(node.target, HigherOrderOperator):
+        return _takes_functions(node)
+    if not isinstance(node.target, OpOverload):
+        return not is_transform(node.target)
+    if node.target._schema.is_mutable:
+        return False
+    # what computes positions and indices of nothing, or of one another, touches no channel: it may stay whole
+    # without a rule
+    given = [argument.meta.get("val") for argument in node.all_input_nodes]
+    return lookup(node.target) is not None or not any(
+        isinstance(value, Tensor) and (value.is_floating_point() or value.is_complex()) for value in given
+    )
+
+
+def _takes_functions(node: fx.Node) -> bool:
+    """Whether a node is a call of an operator with a rule that is given functions, as flex attention is."""
+    return isinstance(node.target, HigherOrderOperator) and lookup(node.target) is not None
+
+
+def _stays(node: fx.Node) -> bool:
+    """Whether the function that a node looks up would be taken apart into what it is."""
+    module = node.graph.owning_module
+    function = None if module is None else getattr(module, str(node.target), None)
+    return isinstance(function, fx.GraphModule) and all(map(_is_simple, function.graph.nodes))
+
+
+def _is_simple(node: fx.Node) -> bool:
+    """Whether a node of a function is neither made of others nor writes into anything."""
+    if node.op != "call_function":
+        return node.op != "get_attr"
+    target = node.target
+    return isinstance(target, OpOverload) and not target._schema.is_mutable and not is_composite(target)
+
+
+def is_plain_graph(graph: fx.Graph) -> bool:
+    """Whether a graph with its weights as attributes has no calls but of operators and what an exporter
+    leaves beside them.
+    """
+    return all(
+        node.op in ("placeholder", "output", "get_attr")
+        or (node.op == "call_function" and _is_exported(node.target))
+        for node in graph.nodes
+    )
+
+
+def _is_exported(target: Any) -> bool:
+    """Operators, and what takes their items or computes with sizes."""
+    if isinstance(target, (OpOverload, HigherOrderOperator)):
+        return True
+    return getattr(target, "__module__", None) in ("_operator", "math") or getattr(
+        target, "__name__", ""
+    ).startswith("sym_")

@@ -1,0 +1,132 @@
+"""Typed access to the loosely typed parts of fx nodes."""
+
+from __future__ import annotations
+
+import inspect
+from functools import cache
+from typing import Any
+
+import torch
+from torch import fx
+
+from fasp_fx.patterns import argument_names
+
+from ..base.compat import OpOverload, pytree
+
+
+def attribute(module: torch.nn.Module, target: str) -> Any:
+    """The attribute of a nested module by its dotted path."""
+    found: Any = module
+    for part in target.split("."):
+        found = getattr(found, part)
+    return found
+
+
+def target_name(node: fx.Node) -> str:
+    """The dotted path that a ``get_attr`` node reads."""
+    return str(node.target)
+
+
+def arguments(node: fx.Node) -> dict[str, Any]:
+    """The arguments of a call by their declared names, defaults included; by position where the target
+    declares none.
+    """
+    declared = argument_names(node.target)
+    if not declared:
+        return {str(index): value for index, value in enumerate(node.args)} | dict(node.kwargs)
+    given: dict[str, Any] = {**dict(zip(declared, node.args, strict=False)), **node.kwargs}
+    return given | {
+        name: default
+        for name, default in declared.items()
+        if name not in given and default is not inspect.Parameter.empty
+    }
+
+
+def elements(given: dict[str, Any]) -> dict[str, Any]:
+    """Arguments with those that are lists taken apart, ``name.0``, ``name.1`` …, as rules name them."""
+    return {
+        key: item
+        for name, value in given.items()
+        for key, item in (
+            [(f"{name}.{index}", item) for index, item in enumerate(value)]
+            if isinstance(value, (list, tuple))
+            else [(name, value)]
+        )
+    }
+
+
+def set_argument(node: fx.Node, name: str, value: Any) -> bool:
+    """Set an argument by its declared name; whether that changed it."""
+    if arguments(node)[name] == value:
+        return False
+    index = list(argument_names(node.target)).index(name)
+    if index < len(node.args):
+        node.update_arg(index, value)
+    else:
+        node.update_kwarg(name, value)
+    return True
+
+
+#: flags with which a norm writes into its running statistics, which its schema does not say
+_WRITES_STATISTICS = ("training", "use_input_stats")
+
+
+def written_by(node: fx.Node) -> list[fx.Node]:
+    """The nodes whose storage a node writes into."""
+    if not isinstance(node.target, OpOverload) or not _may_write(node.target):
+        return []
+    given = arguments(node)
+    taken = [given.get(argument.name) for argument in node.target._schema.arguments if argument.is_write]
+    if any(given.get(flag) for flag in _WRITES_STATISTICS):
+        taken += [given.get("running_mean"), given.get("running_var")]
+    return [viewed(value) for value in pytree.tree_leaves(taken) if isinstance(value, fx.Node)]
+
+
+@cache
+def _may_write(operator: OpOverload) -> bool:
+    """Whether an operator writes into any of its arguments, always or when a flag says so."""
+    return any(
+        argument.is_write or argument.name in _WRITES_STATISTICS for argument in operator._schema.arguments
+    )
+
+
+def written_names(graph: fx.Graph) -> set[str]:
+    """The names of the tensors that a graph looks up and writes into."""
+    return {
+        target_name(written)
+        for node in graph.nodes
+        for written in written_by(node)
+        if written.op == "get_attr"
+    }
+
+
+def written_inputs(graph: fx.Graph) -> set[fx.Node]:
+    """The inputs that a graph writes into."""
+    return {written for node in graph.nodes for written in written_by(node) if written.op == "placeholder"}
+
+
+def viewed(node: fx.Node) -> fx.Node:
+    """The node whose storage a node shows: to write into a view, or into what is detached, is to write into
+    that.
+    """
+    while isinstance(node.target, OpOverload) and node.args and isinstance(node.args[0], fx.Node):
+        if not any(result.alias_info is not None for result in node.target._schema.returns):
+            break
+        node = node.args[0]
+    return node
+
+
+def way_from_weight(operand: fx.Node) -> list[fx.Node]:
+    """The nodes that lead from a weight to an operand which holds it, moved or cast; both included."""
+    way = [operand]
+    while way[0].op != "get_attr":
+        source = way[0].args[0]
+        assert isinstance(source, fx.Node)
+        way.insert(0, source)
+    return way
+
+
+def results(graph: fx.Graph) -> list[Any]:
+    """The graph's results in order."""
+    returned: Any = graph.find_nodes(op="output")[0].args[0]
+    return list(returned)

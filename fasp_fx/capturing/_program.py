@@ -1,0 +1,357 @@
+"""A captured model as the library works on it: a functional graph with its weights as attributes, and how to
+call it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, fx, nn
+
+from ..base.compat import LazyGraphModule, pytree
+from ..base.offload._current import keep
+from ._fx import attribute, target_name, written_names
+from ._recipes import Recipe
+from .calling._facts import ExportFacts
+from .calling._signature import CallSignature
+
+
+@dataclass(frozen=True)
+class SplitWeight:
+    """A weight that holds the given rows of a fused weight of the model, in this order, before removal (see
+    the pass that splits fused producers).
+    """
+
+    name: str
+    source: str
+    dim: int
+    rows: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class FoldedWeight:
+    """A weight that the model computes from ``sources`` in every call, and that the program holds as a
+    parameter of its own.
+    """
+
+    name: str
+    sources: tuple[str, ...]
+
+    def __str__(self) -> str:
+        return f"'{self.name}' (of {', '.join(map(repr, self.sources))})"
+
+
+@dataclass(frozen=True)
+class CopiedBuffer:
+    """A buffer that holds what ``source`` holds, for a part of the model that is to lose other channels of it
+    than the rest.
+    """
+
+    name: str
+    source: str
+
+
+@dataclass
+class Program:
+    """One model between capture and result.
+
+    Attributes:
+        module: graph module; graph inputs are placeholders, weights and buffers are ``get_attr`` nodes.
+        signature: the caller's calling convention.
+        example: positional and keyword arguments as the graph takes them.
+        state_inputs: names of placeholders that may become narrower.
+        state_outputs: positions of outputs that may become narrower.
+        parts: weights made by splitting, by name.
+        recipes: how weights that a pass has made come of the captured ones, by name: of some rows, of what
+            is left, as copies. A repair has other values in the place of these.
+        numbers: for weights that a pass has rewritten, the channel numbers of the analysed program along each
+            dimension.
+        notes: what a user should know of the capture, for the report.
+        order: the names of the caller's weights in their order; the first name of a tied weight stands for
+            all.
+        folds: weights that the model computes from others and that the program holds as parameters.
+        replaced: the caller's parameters and buffers that are gone with that, by name.
+        copies: buffers made for parts of the model that shared one (see the pass that gives each attention a
+            table of its own).
+        doubled: whether the caller's example is one sample, which the capture has put twice into this one.
+        walked: the graph, the analysis and the interpretation of the last verification.
+        facts: what the capture's exported program knows besides graph and weights; ``None`` for a graph that
+            was not exported.
+    """
+
+    module: fx.GraphModule
+    signature: CallSignature
+    example: tuple[tuple[Any, ...], dict[str, Any]]
+    state_inputs: frozenset[str] = frozenset()
+    state_outputs: frozenset[int] = frozenset()
+    parts: dict[str, SplitWeight] = field(default_factory=dict)
+    recipes: dict[str, Recipe] = field(default_factory=dict)
+    numbers: dict[str, list[Tensor | None]] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+    order: tuple[str, ...] = ()
+    folds: tuple[FoldedWeight, ...] = ()
+    replaced: dict[str, Tensor] = field(default_factory=dict)
+    copies: tuple[CopiedBuffer, ...] = ()
+    doubled: bool = False
+    walked: tuple[Any, ...] | None = field(default=None, repr=False, compare=False)
+    facts: ExportFacts | None = field(default=None, repr=False, compare=False)
+
+    def __repr__(self) -> str:
+        return f"Program({len(self.weights())} weights, inputs={list(self.signature.given())})"
+
+    def weights(self) -> dict[str, Tensor]:
+        """Every parameter and buffer by name; tied ones under each of their names."""
+        return dict(
+            [
+                *self.module.named_parameters(remove_duplicate=False),
+                *self.module.named_buffers(remove_duplicate=False),
+            ]
+        )
+
+    def parameters(self) -> dict[str, Tensor]:
+        """The parameters of the caller's model that the program was captured with: those of the graph, but
+        what folded weights are computed of for these.
+        """
+        folded = {weight.name for weight in self.folds}
+        own = self.module.named_parameters(remove_duplicate=False)
+        gone = {name: tensor for name, tensor in self.replaced.items() if isinstance(tensor, nn.Parameter)}
+        return {**{name: tensor for name, tensor in own if name not in folded}, **gone}
+
+    def unread(self) -> list[str]:
+        """The parameters that the graph does not read, by their canonical names."""
+        names, held = self.canonical(), self.module.graph.find_nodes(op="get_attr")
+        read = {names.get(target_name(node)) for node in held if node.users}
+        return [names[name] for name, _ in self.module.named_parameters() if names[name] not in read]
+
+    def fixed(self) -> dict[str, Tensor]:
+        """The buffers and constants that the graph reads and does not write into, by name."""
+        written = {region(attribute(self.module, name), name) for name in written_names(self.module.graph)}
+        parameters = dict(self.module.named_parameters(remove_duplicate=False))
+        found = {
+            name: tensor
+            for node in self.module.graph.find_nodes(op="get_attr")
+            if node.users
+            and (name := target_name(node)) not in parameters
+            and isinstance(tensor := attribute(self.module, name), Tensor)
+        }
+        return {name: tensor for name, tensor in found.items() if region(tensor, name) not in written}
+
+    def canonical(self) -> dict[str, str]:
+        """For each weight's name, the first of the names of the same storage region, in the order of the
+        caller's model.
+        """
+        first: dict[tuple[Any, ...], str] = {}
+        names = {}
+        rank = {name: index for index, name in enumerate(self.order)}
+        for name, tensor in sorted(
+            self.weights().items(), key=lambda item: (rank.get(item[0], len(rank)), item[0])
+        ):
+            names[name] = first.setdefault(region(tensor, name), name)
+        return names
+
+    def aliases(self) -> dict[str, list[str]]:
+        """For each canonical name, all names of that storage."""
+        found: dict[str, list[str]] = {}
+        for name, canonical in self.canonical().items():
+            found.setdefault(canonical, []).append(name)
+        return found
+
+    def known_as(self) -> dict[str, list[str]]:
+        """For each canonical name, all names that the caller's model has for the weight, and for what it is
+        computed of.
+        """
+        found = self.aliases()
+        for weight in self.folds:
+            regions = {
+                region(gone, name) for name in weight.sources if (gone := self.replaced.get(name)) is not None
+            }
+            tied = [name for name, gone in self.replaced.items() if region(gone, name) in regions]
+            found[weight.name] = [*found.get(weight.name, [weight.name]), *weight.sources, *tied]
+        return found
+
+    def free_name(self, wanted: str) -> str:
+        """The dotted name itself, or with a suffix if the program or the caller's model has something else by
+        that name.
+        """
+        owner, dot, leaf = wanted.rpartition(".")
+        inside = attribute(self.module, owner) if owner else self.module
+        taken = {part for name in self.order if (part := _within(name, owner)) is not None}
+        count, free = 1, leaf
+        while hasattr(inside, free) or free in taken:
+            count, free = count + 1, f"{leaf}_{count + 1}"
+        return f"{owner}{dot}{free}"
+
+    def replace_weight(self, names: list[str], value: Tensor) -> None:
+        """Put one tensor under several names; a parameter stays one parameter, so that tied weights stay
+        tied.
+        """
+        first: Any = keep(value)
+        for name in names:
+            set_weight(self.module, name, first)
+            made = attribute(self.module, name)
+            if isinstance(made, nn.Parameter) or not isinstance(first, nn.Parameter):
+                first = made
+
+    def recipe(self, name: str) -> Recipe:
+        """How a weight comes of the captured ones; one that no pass has made is itself."""
+        return self.recipes.get(name, Recipe(name))
+
+    def origin(self, name: str, dim: int, size: int) -> tuple[str, np.ndarray]:
+        """The caller's weight that a weight is of, and the index there of each of the ``size`` indices of a
+        dimension.
+        """
+        part = self.parts.get(name)
+        rows = np.array(part.rows) if part is not None and dim == part.dim else np.arange(size)
+        return (part.source if part is not None else name), rows
+
+    def copy(self) -> Program:
+        """A program whose graph and module tree can be changed; tensors are shared."""
+        graph = copy_graph(self.module.graph)
+        graph._codegen = self.module.graph._codegen
+        return replace(self._over(graph), walked=None)
+
+    def with_own_weights(self) -> Program:
+        """A program over the same graph, which must not be changed, in which tensors can be replaced by
+        others of their shape; until then they are shared.
+        """
+        graph = self.module.graph
+        owner = graph.owning_module
+        made = self._over(graph)
+        graph.owning_module = owner  # or it would keep the other weights alive
+        return made
+
+    def _over(self, graph: fx.Graph) -> Program:
+        """The program with a graph for its own, and a module tree that can be changed."""
+        module = graph_module(_tree_copy(self.module), graph, self.module.meta, LazyGraphModule)
+        return replace(
+            self,
+            module=module,
+            parts=dict(self.parts),
+            recipes=dict(self.recipes),
+            numbers=dict(self.numbers),
+        )
+
+    def placeholders(self) -> list[fx.Node]:
+        """The graph's inputs in order."""
+        return self.module.graph.find_nodes(op="placeholder")
+
+    def flat_inputs(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
+        """The values of the placeholders for one call in the caller's convention."""
+        named = self.signature.graph_inputs(args, kwargs)
+        example_args, example_kwargs = self.example
+        first = self.signature.given()[: len(example_args)]
+        by_position = tuple(
+            named.pop(name) if name in named else self.signature.constants[name] for name in first
+        )
+        keywords = {key: named.get(key, self.signature.constants.get(key)) for key in example_kwargs}
+        return pytree.tree_leaves((by_position, keywords))
+
+    def call(self) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """The arguments of the caller's ``forward`` that give the placeholders the example inputs."""
+        args, kwargs = self.example
+        named = {**self.signature.constants, **dict(zip(self.signature.given(), args)), **kwargs}
+        named = {name: named[name] for name in self.signature.given() if name in named}
+        return tuple(named.pop(name) for name in self.signature.by_position()), named
+
+    def device(self) -> torch.device:
+        """The device of the weights, or of the inputs if there are none."""
+        tensors: Iterator[Any] = iter([*self.weights().values(), *pytree.tree_leaves(self.example)])
+        return next((tensor.device for tensor in tensors if isinstance(tensor, Tensor)), torch.device("cpu"))
+
+
+def _within(name: str, owner: str) -> str | None:
+    """What ``owner`` calls the thing that ``name`` is or is part of, if it is inside."""
+    if owner and not name.startswith(f"{owner}."):
+        return None
+    return name.removeprefix(f"{owner}." if owner else "").partition(".")[0]
+
+
+def region(tensor: Tensor, name: str) -> tuple[Any, ...]:
+    """What tells the storage of a weight from that of others; tied weights share it. ``name`` stands for a
+    tensor without elements.
+    """
+    if tensor.device.type == "meta" or tensor.layout != torch.strided:  # which have no storage
+        return (id(tensor),)
+    return (
+        tensor.untyped_storage().data_ptr(),
+        tensor.storage_offset(),
+        tuple(tensor.shape),
+        tensor.stride(),
+        tensor.numel() or name,
+    )
+
+
+def copy_graph(graph: fx.Graph) -> fx.Graph:
+    """A copy of a graph, to be changed; what is recorded of its output stays with it."""
+    copied = fx.Graph()
+    returned = copied.graph_copy(graph, {})
+    copied.output(returned).meta.update(graph.find_nodes(op="output")[0].meta)
+    return copied
+
+
+def graph_module(
+    root: nn.Module, graph: fx.Graph, meta: dict[str, Any], kind: type[fx.GraphModule] = fx.GraphModule
+) -> fx.GraphModule:
+    """A graph module over the tensors of ``root``, of the class ``kind``.
+
+    ``fx.GraphModule`` registers every tensor that is not a parameter as a persistent buffer; here a buffer
+    stays out of the state dict if it was, and so does a constant, which must still move with the module.
+    """
+    made = kind(root, graph)
+    made.meta.update(meta)
+    for path, module in made.named_modules():
+        try:
+            source = attribute(root, path) if path else root
+        except AttributeError:
+            continue
+        module._non_persistent_buffers_set |= {
+            name
+            for name in module._buffers
+            if name not in source._buffers or name in source._non_persistent_buffers_set
+        }
+    return made
+
+
+def _tree_copy(module: nn.Module) -> nn.Module:
+    """The same tree of submodules holding the same tensors, so that attributes can be replaced without
+    touching the original.
+    """
+    copy = nn.Module()
+    for name, parameter in module._parameters.items():
+        copy.register_parameter(name, parameter)
+    for name, buffer in module._buffers.items():
+        copy.register_buffer(name, buffer, persistent=name not in module._non_persistent_buffers_set)
+    for name, child in module._modules.items():
+        copy.add_module(
+            name,
+            child if isinstance(child, fx.GraphModule) else _tree_copy(child) if child is not None else None,
+        )
+    for name, value in vars(module).items():
+        if isinstance(value, Tensor) or name.startswith(("_tensor_constant", "lifted_tensor")):
+            setattr(copy, name, value)
+    return copy
+
+
+def set_weight(module: nn.Module, name: str, value: Tensor) -> None:
+    """Replace a parameter or buffer by its dotted name, keeping its kind, or add a parameter under a new
+    name.
+    """
+    value = keep(value)
+    path, _, leaf = name.rpartition(".")
+    owner = attribute(module, path) if path else module
+    if leaf in owner._buffers:
+        # A constant of the graph can be a weight that the model also holds elsewhere, in a list say.
+        owner._buffers[leaf] = value.detach() if isinstance(value, nn.Parameter) else value
+    elif leaf in owner._parameters:
+        trained = attribute(module, name).requires_grad
+        owner._parameters[leaf] = (
+            value if isinstance(value, nn.Parameter) else nn.Parameter(value, requires_grad=trained)
+        )
+    elif isinstance(value, nn.Parameter):
+        owner.register_parameter(leaf, value)
+    else:
+        setattr(owner, leaf, value)

@@ -1,0 +1,195 @@
+"""Run a graph over several batches in step, stopping where a consumer's input is to be observed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from ..base._tolerable import tolerable
+from ..base.compat import pytree
+from ..base.offload._values import addresses, keep_values, moved
+from ..errors import CalibrationError
+from ..patterns import VIEWS
+from ._attention import execute
+from ._fx import attribute, written_inputs, written_names
+from ._program import Program
+
+
+class Runner:
+    """Executes nodes in graph order for all batches; a value lives until its last use.
+
+    Together with the stops this costs one forward pass per batch, however many consumers are observed. Inside
+    of :func:`fasp_fx.offload` what is alive at a stop lies in files.
+
+    Every batch finds the tensors that the graph writes into (counts, running statistics) as they are in the
+    program, and writes into copies of its own.
+
+    Args:
+        numbers: those of the batches; ``None``: from zero on.
+        device: where nodes are executed, with the weights that are needed between two stops; what waits at a
+            stop is on the CPU. ``None``: where the program is.
+        returns: whether what the program returns is kept to be read (a cache of every layer, say).
+
+    Attributes:
+        overrides: tensors to use for weights instead of the program's, by canonical name.
+    """
+
+    def __init__(
+        self,
+        program: Program,
+        batches: list[list[Any]],
+        on_node: Callable[[int], None] = lambda done: None,
+        numbers: Sequence[int] | None = None,
+        returns: bool = True,
+        device: torch.device | None = None,
+    ) -> None:
+        self.device = device
+        self._brought: dict[str, tuple[Tensor, Tensor]] = {}
+        self.numbers = range(len(batches)) if numbers is None else numbers
+        self.module = program.module
+        self.canonical = program.canonical()
+        self.nodes = list(program.module.graph.nodes)
+        self.position = 0
+        self.overrides: dict[str, Tensor] = {}
+        self.on_node = on_node
+        self._order = {node: index for index, node in enumerate(self.nodes)}
+        self._dies_at: dict[int, list[fx.Node]] = {}
+        for node in self.nodes:
+            last = max(
+                (self._order[user] for user in node.users if returns or user.op != "output"),
+                default=self._order[node],
+            )
+            self._dies_at.setdefault(last, []).append(node)
+        placeholders = program.placeholders()
+        changed = written_inputs(program.module.graph)
+        # The caller's batches stay as they are, and every run of one begins with what it holds.
+        self._memory: list[dict[fx.Node, Any]] = [
+            {
+                node: leaf.clone() if node in changed and isinstance(leaf, Tensor) else leaf
+                for node, leaf in zip(placeholders, batch, strict=True)
+            }
+            for batch in batches
+        ]
+        written = {
+            self.canonical.get(name, name): attribute(self.module, name)
+            for name in written_names(program.module.graph)
+        }
+        self._written: list[dict[str, Tensor]] = [
+            {name: self.bring(tensor.detach().clone()) for name, tensor in written.items()} for _ in batches
+        ]
+        # The caller holds these anyway, or the graph writes into them.
+        weights = addresses(program.weights().values())
+        self._stay = [
+            weights | addresses([*batch, *memory.values(), *buffers.values()])
+            for batch, memory, buffers in zip(batches, self._memory, self._written, strict=True)
+        ]
+
+    def index(self, node: fx.Node) -> int:
+        """The position of a node in graph order."""
+        return self._order[node]
+
+    def advance(self, stop: int) -> None:
+        """Execute everything before position ``stop``, for all batches."""
+        for number in range(len(self._memory)):
+            if self.device is not None:
+                self._memory[number] = moved(self._memory[number], self.device)
+            self._run(number, self.position, stop)
+            if self.device is not None:
+                self._memory[number] = moved(self._memory[number], torch.device("cpu"))
+            self._memory[number] = keep_values(self._memory[number], self._stay[number])
+            self.on_node(number)
+        self._brought.clear()
+        self.position = max(self.position, stop)
+
+    def bring(self, value: Any) -> Any:
+        """A value where nodes are executed."""
+        return value.to(self.device) if self.device is not None and isinstance(value, Tensor) else value
+
+    def _run(self, number: int, start: int, stop: int) -> None:
+        memory = self._memory[number]
+        for index in range(start, stop):
+            node = self.nodes[index]
+            if node.op == "call_function":
+                memory[node] = self._execute(node, number)
+            for dead in self._dies_at.get(index, ()):
+                memory.pop(dead, None)
+
+    def live(self) -> list[dict[fx.Node, Any]]:
+        """What is alive at the position, for each batch; the mappings are the caller's."""
+        return [dict(memory) for memory in self._memory]
+
+    def again(
+        self,
+        number: int,
+        live: Mapping[fx.Node, Any],
+        start: int,
+        node: fx.Node,
+        stop: int,
+        overrides: dict[str, Tensor],
+    ) -> Any:
+        """The value of a node once everything from ``start`` to before ``stop`` was executed anew, for one
+        batch; nothing else of it stays.
+
+        Args:
+            number: which of the runner's batches.
+            live: what was alive at ``start``.
+            overrides: tensors to use for weights.
+        """
+        held = self._memory[number], self.overrides
+        self._memory[number], self.overrides = dict(live), overrides
+        try:
+            self._run(number, start, stop)
+            return self._memory[number][node]
+        finally:
+            self._memory[number], self.overrides = held
+
+    def read(self, node: fx.Node) -> Iterator[Tensor]:
+        """The value of a live node for each batch."""
+        for number in range(len(self._memory)):
+            yield self._load(node, number)
+
+    def ahead(self, node: fx.Node) -> Iterator[Any]:
+        """What the node that is next in order will give, for each batch, with nothing kept of it."""
+        for number in range(len(self._memory)):
+            yield self._execute(node, number)
+
+    def change(self, node: fx.Node, change: Callable[[Tensor], Tensor]) -> None:
+        """Put what ``change`` makes of the value of a live node in its place, for all batches."""
+        for memory in self._memory:
+            memory[node] = change(self.bring(memory[node]))
+
+    def _load(self, argument: fx.Node, number: int) -> Any:
+        if argument.op != "get_attr":
+            return self.bring(self._memory[number][argument])
+        name = self.canonical.get(str(argument.target), str(argument.target))
+        for held in (self.overrides, self._written[number]):
+            if name in held:
+                return self._weight(name, held[name])
+        return self._weight(name, attribute(self.module, str(argument.target)))
+
+    def _weight(self, name: str, held: Any) -> Any:
+        """A weight where nodes are executed, which it is brought to once for all batches."""
+        if self.device is None or not isinstance(held, Tensor) or held.device == self.device:
+            return held
+        known = self._brought.get(name)
+        if known is None or known[0] is not held:
+            known = self._brought[name] = held, held.to(self.device)
+        return known[1]
+
+    def _execute(self, node: fx.Node, number: int) -> Any:
+        args, kwargs = fx.map_arg((node.args, node.kwargs), lambda argument: self._load(argument, number))
+        target: Any = node.target
+        if self.device is not None:  # the capture made a constant of where values are made
+            args, kwargs = pytree.tree_map_only(torch.device, lambda _: self.device, (args, kwargs))
+            # Kernels of another device lay out their results otherwise, of which a view may not be.
+            target = torch.ops.aten.reshape.default if str(target) in VIEWS else target
+        try:
+            return execute(target, args, kwargs)
+        except tolerable(RuntimeError, IndexError, AssertionError) as error:
+            raise CalibrationError(
+                f"calibration batch {self.numbers[number]} fails in the model at node '{node.name}'"
+                f" ({node.target}): {error}"
+            ) from error

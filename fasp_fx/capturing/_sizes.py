@@ -1,0 +1,217 @@
+"""Concrete sizes for the symbolic ones: small where the program allows, those of the example inputs
+otherwise.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeGuard
+
+import sympy
+import torch
+from torch import fx
+
+from ..base.compat import int_oo
+
+_PRIMES = (2, 3, 5, 7, 11, 13, 17, 19, 23, 29, 31, 37)
+
+
+@dataclass(frozen=True)
+class Size:
+    """One size as a product: an integer times sizes that vary from call to call; ``value`` is what it is in
+    the interpretation.
+    """
+
+    number: int
+    varying: frozenset[tuple[Any, int]] = frozenset()
+    value: int = 0
+
+    @staticmethod
+    def fixed(value: int) -> Size:
+        return Size(value, frozenset(), value)
+
+    def divides(self, other: Size) -> bool:
+        """Whether the other is a multiple of this one at all sizes."""
+        mine, theirs = Counter(dict(self.varying)), Counter(dict(other.varying))
+        return (
+            self.number > 0
+            and other.number % self.number == 0
+            and all(theirs[item] >= times for item, times in mine.items())
+        )
+
+    def over(self, other: Size) -> Size:
+        """The quotient by a size that divides this one."""
+        left = Counter(dict(self.varying))
+        left.subtract(dict(other.varying))
+        return Size(
+            self.number // other.number, frozenset((+left).items()), self.value // max(other.value, 1)
+        )
+
+    def times(self, other: Size) -> Size:
+        return Size(
+            self.number * other.number,
+            frozenset((Counter(dict(self.varying)) + Counter(dict(other.varying))).items()),
+            self.value * other.value,
+        )
+
+
+def _symints(value: Any) -> Iterator[torch.SymInt]:
+    if isinstance(value, torch.SymInt):
+        yield value
+    elif isinstance(value, torch.Tensor):
+        for size in value.shape:
+            if isinstance(size, torch.SymInt):
+                yield size
+    elif isinstance(value, (list, tuple)):
+        for item in value:
+            yield from _symints(item)
+
+
+def is_dynamic(size: object) -> TypeGuard[torch.SymInt]:
+    """Whether a recorded size varies from call to call; a symbol that the capture has settled does not."""
+    return isinstance(size, torch.SymInt) and size.node.maybe_as_int() is None
+
+
+def same_sizes(first: Sequence[int | torch.SymInt], second: Sequence[int | torch.SymInt]) -> bool:
+    """Whether recorded sizes are the same whatever their symbols stand for; a comparison of the sizes
+    themselves can settle a symbol that happens to be as large in the example.
+    """
+    return [_expression(size) for size in first] == [_expression(size) for size in second]
+
+
+def _expression(size: int | torch.SymInt) -> object:
+    return size.node.expr if isinstance(size, torch.SymInt) else size
+
+
+class Sizes:
+    """Turns symbolic shapes recorded at capture into integers, all by the same assignment of symbols."""
+
+    def __init__(self, module: fx.GraphModule, small: bool) -> None:
+        self.small = small
+        self.assigned: dict[sympy.Symbol, int] = {}
+        self._known: dict[sympy.Expr, int] = {}
+        self._settled: set[sympy.Expr] = set()
+        counted: dict[int, Any] = {}
+        for node in module.graph.nodes:
+            recorded = node.meta.get("val")
+            if node.op == "placeholder":
+                for size in _symints(recorded):
+                    self._assign(size)
+            elif isinstance(recorded, torch.SymInt):
+                counted[id(recorded.node.shape_env)] = recorded.node.shape_env
+        for environment in counted.values():
+            self._share_out(environment)
+
+    def _share_out(self, environment: Any) -> None:
+        """Numbers known only at run time that the program says add up to a size, such as how many tokens each
+        expert gets, share it.
+        """
+        for asserted in [
+            item.expr for items in environment.deferred_runtime_asserts.values() for item in items
+        ]:
+            if not isinstance(asserted, sympy.Eq):
+                continue
+            difference = sympy.expand(asserted.lhs - asserted.rhs)
+            self._choose_total(difference, environment)
+            difference = sympy.expand(difference.xreplace(self.assigned))
+            parts = sorted(difference.free_symbols, key=str)
+            for total in (sympy.Add(*parts) - difference, sympy.Add(*parts) + difference):
+                if parts and total.is_Integer and total >= 0:
+                    each, over = divmod(int(total), len(parts))
+                    self.assigned |= {symbol: each + (index < over) for index, symbol in enumerate(parts)}
+
+    def _choose_total(self, difference: sympy.Expr, environment: Any) -> None:
+        """A total that is itself known only at run time is chosen before its parts: the one symbol that
+        stands against all the others.
+        """
+        signs = {symbol: difference.coeff(symbol) for symbol in difference.free_symbols}
+        for symbol, sign in signs.items():
+            others = [other for name, other in signs.items() if name != symbol]
+            if symbol not in self.assigned and len(others) > 1 and all(other == -sign for other in others):
+                self._choose(symbol, environment)
+
+    def _assign(self, size: torch.SymInt) -> None:
+        for symbol in sorted(size.node.expr.free_symbols - self.assigned.keys(), key=str):
+            self._choose(symbol, size.node.shape_env)
+
+    def _choose(self, symbol: sympy.Symbol, environment: Any) -> None:
+        hint = environment.backed_var_to_val.get(symbol)
+        wanted = _PRIMES[len(self.assigned) % len(_PRIMES)] if hint is None or self.small else int(hint)
+        bounds = environment.var_to_range.get(symbol)
+        lower, upper = (bounds.lower, bounds.upper) if bounds is not None else (2, int_oo)
+        if upper not in (int_oo, sympy.oo):
+            wanted = min(wanted, int(upper))
+        self.assigned[symbol] = max(wanted, int(lower)) if lower not in (-int_oo, -sympy.oo) else wanted
+
+    def integer(self, size: int | torch.SymInt) -> int:
+        """One size as an integer."""
+        if not isinstance(size, torch.SymInt):
+            return int(size)
+        expression = size.node.expr
+        if expression not in self._known:
+            self._assign(size)
+            self._known[expression] = int(expression.xreplace(self.assigned))
+        return self._known[expression]
+
+    def fit(self, recorded: Any, executed: Any) -> bool:
+        """Whether tensors have the shapes that were recorded of them; sizes that a program cannot be called
+        with give others.
+        """
+        if isinstance(recorded, torch.Tensor) and isinstance(executed, torch.Tensor):
+            return len(recorded.shape) != len(executed.shape) or all(
+                map(self._fits, recorded.shape, executed.shape)
+            )
+        if isinstance(recorded, (list, tuple)) and isinstance(executed, (list, tuple)):
+            return all(map(self.fit, recorded, executed))
+        return True
+
+    def _fits(self, recorded: int | torch.SymInt, executed: int) -> bool:
+        return not isinstance(recorded, torch.SymInt) or self.integer(recorded) == executed
+
+    def settle(self, size: int | torch.SymInt) -> None:
+        """Note that a recorded size is always the same, which its expression does not show: the graph reads
+        it as a given number.
+        """
+        if isinstance(size, torch.SymInt):
+            self._settled.add(size.node.expr)
+
+    def varies(self, size: int | torch.SymInt) -> bool:
+        """Whether a recorded size varies from call to call."""
+        return is_dynamic(size) and size.node.expr not in self._settled
+
+    def factored(self, recorded: int | torch.SymInt, value: int) -> Size:
+        """A size as a product; ``value`` is what it is here, which in a rewritten graph can be less than what
+        was recorded.
+        """
+        if not isinstance(recorded, torch.SymInt) or not self.varies(recorded):
+            return Size.fixed(value)
+        self._assign(recorded)
+        times: Counter[sympy.Expr] = Counter()
+        for factor in recorded.node.expr.as_coeff_mul()[1]:
+            if factor in self._settled:
+                continue
+            base, power = factor.as_base_exp()
+            times[base if power.is_Integer and power > 0 else factor] += (
+                int(power) if power.is_Integer and power > 0 else 1
+            )
+        symbols = math.prod(int(factor.xreplace(self.assigned)) ** power for factor, power in times.items())
+        if not symbols or value % symbols:
+            return Size(1, frozenset({(recorded.node.expr, 1)}), value)
+        return Size(value // symbols, frozenset(times.items()), value)
+
+    def concrete(self, value: Any) -> Any:
+        """The recorded value of a node with every symbolic size replaced; tensors become empty ones of that
+        shape.
+        """
+        if isinstance(value, torch.Tensor):
+            return torch.empty(
+                [self.integer(size) for size in value.shape], dtype=value.dtype, device=value.device
+            )
+        if isinstance(value, torch.SymInt):
+            return self.integer(value)
+        if isinstance(value, (list, tuple)):
+            return type(value)(self.concrete(item) for item in value)
+        return value

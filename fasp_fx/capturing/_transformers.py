@@ -1,0 +1,108 @@
+"""Models of transformers: their own exporter, and their caches."""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+from collections.abc import Iterator
+from typing import Any
+
+from torch import Tensor, nn
+from torch.export import Dim, ExportedProgram
+
+from ..base.compat import pytree
+from ._dynamic import all_dims, every_dim, images_of
+
+
+def is_transformers(model: nn.Module) -> bool:
+    from transformers import PreTrainedModel
+
+    return isinstance(model, PreTrainedModel)
+
+
+def register_caches(model: Any) -> None:
+    """Make torch see the tensors inside caches before arguments are told from constants; the exporter does so
+    only later.
+    """
+    from ..base.compat._transformers import register_cache_pytrees_for_model
+
+    register_cache_pytrees_for_model(model)
+
+
+def is_cache(kind: Any) -> bool:
+    from transformers import Cache
+
+    return inspect.isclass(kind) and issubclass(kind, Cache)
+
+
+def export_transformers(model: Any, kwargs: dict[str, Any], shapes: Any) -> ExportedProgram:
+    from ..base.compat._transformers import export_program, prepare_for_export
+
+    # So that the shapes speak of what the exporter will see.
+    model, prepared, flags = prepare_for_export(model, dict(kwargs))
+    kwargs = dict(prepared)
+    if shapes is every_dim or (shapes is all_dims and not images_of(kwargs.values())):
+        shapes = cached_dims(kwargs)
+    elif callable(shapes):
+        shapes = shapes((), kwargs).dynamic_shapes(model, (), kwargs)
+    own = vars(model).get("forward")
+    try:
+        with _told_to_parts(model, flags):
+            return export_program(model, {**kwargs, **flags}, shapes)
+    finally:
+        if own is None:
+            vars(model).pop("forward", None)  # the exporter puts the method back as an attribute
+
+
+@contextlib.contextmanager
+def _told_to_parts(model: nn.Module, flags: dict[str, Any]) -> Iterator[None]:
+    """Let submodules with a configuration of their own return what the model is asked for: the exporter
+    writes that into the model's alone.
+    """
+    own = getattr(model, "config", None)
+    configs = {
+        id(config): config
+        for module in model.modules()
+        if (config := getattr(module, "config", None)) is not None and config is not own
+    }
+    asked = {
+        name: flags[name]
+        for name in ("use_cache", "output_attentions", "output_hidden_states")
+        if flags.get(name) is not None
+    }
+    before: list[tuple[Any, str, Any]] = []
+    try:
+        for config in configs.values():
+            for name, value in asked.items():
+                # An encoder keeps no cache, whoever asks.
+                caches = name != "use_cache" or not value or getattr(config, "is_decoder", False)
+                if caches and hasattr(config, name):
+                    before.append((config, name, getattr(config, name)))
+                    setattr(config, name, value)
+        yield
+    finally:
+        for config, name, value in before:
+            setattr(config, name, value)
+
+
+def cached_dims(kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Every dimension dynamic, but in caches the number of heads and the width: a size that varies between
+    calls is no channel that could go.
+    """
+    from ..base.compat._transformers import get_auto_dynamic_shapes
+
+    found = {}
+    for name, value in kwargs.items():
+        found[name] = get_auto_dynamic_shapes(value)
+        if is_cache(type(value)):
+            found[name] = [
+                _cache_dims(leaf) if isinstance(leaf, Tensor) else spec
+                for leaf, spec in zip(pytree.tree_leaves(value), found[name], strict=True)
+            ]
+    return found
+
+
+def _cache_dims(tensor: Tensor) -> dict[int, Any]:
+    # [batch, heads, length, width], or states without a length.
+    fixed = {tensor.dim() - 1} | ({1} if tensor.dim() == 4 else set())
+    return {dim: Dim.STATIC if dim in fixed and tensor.dim() > 1 else Dim.AUTO for dim in range(tensor.dim())}

@@ -1,0 +1,13 @@
+"""The command, ``fasp-fx``: what it does, and how it speaks."""
+
+from __future__ import annotations
+
+
+def main() -> None:
+    """Run the command."""
+    from ._app import main
+
+    main()
+
+
+__all__ = ["main"]

@@ -1,0 +1,1 @@
+"""Results elsewhere: in torch.compile, in quantisers."""

@@ -1,0 +1,362 @@
+"""A plan as a backend of ``torch.compile``: the graph gets smaller, the model keeps its weights."""
+
+from __future__ import annotations
+
+import functools
+import re
+import weakref
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any, cast
+
+import numpy as np
+import torch
+from torch import Tensor, fx, nn
+
+from ...analysis._analysis import Analysis, analyze_program
+from ...analysis.groups import FROZEN
+from ...analysis.plan import PruningPlan, check_fingerprint, fingerprint, gone_of
+from ...base._tolerable import tolerable
+from ...base._warn import warn
+from ...base.compat import FakeTensorMode
+from ...base.compat._dynamo import TracingContext, lookup_backend, traces_recurrent
+from ...capturing._program import Program
+from ...capturing._recipes import Recipe
+from ...errors import ArgumentError, CaptureError, FaspError, PartialPlanWarning, PlanError, VerificationError
+from ...passes import Prune, split_fused
+from ._dynamo import as_program, holders, trace, weight_names
+
+Compiled = Callable[..., Any]
+
+
+def backend(
+    plan: PruningPlan,
+    *,
+    inner: str | Callable[..., Any] = "inductor",
+    model: nn.Module | None = None,
+    check: bool = True,
+) -> Callable[[fx.GraphModule, list[Any]], Compiled]:
+    """A backend for ``torch.compile`` that computes the pruned model from the whole one:
+    ``torch.compile(model, backend=fasp_fx.backend(plan))``.
+
+    Each graph that dynamo captures is analysed and rewritten as by :func:`fasp_fx.apply`; the smaller graph
+    goes to ``inner`` with slices of the model's weights. That saves time, not memory: the model keeps its
+    full weights, and the slices are copies beside them. A slice is made again when its weight has changed (an
+    optimiser step, ``load_state_dict``): what bypasses autograd's version counter (``weight.data.add_(…)``)
+    is not seen. With gradients enabled the slices are made in every call, and gradients reach the full
+    weights; they are zero for what the plan removes.
+
+    The result is the mask-exact pruned model: the plan holds no repaired weights, so that ``restore`` of
+    :func:`fasp_fx.prune` has no part in it.
+
+    A graph break divides the model. A group of the plan whose weights lie in several graphs, or whose
+    channels pass from one to another, stays whole, with a :class:`~fasp_fx.PartialPlanWarning`. So does a
+    graph that cannot be read (one that writes into buffers, as batch norm does in training mode), and a group
+    that cannot be followed in dynamo's graph though it could in the capture's.
+
+    dynamo runs what it does not trace as it is, and does not tell a backend of it: layers that are recurrent,
+    unless ``torch._dynamo.config.allow_rnn`` is set.
+
+    Args:
+        plan: made for this model.
+        inner: the backend for the smaller graph: a name that ``torch.compile`` knows, or a function of a
+            graph module and example inputs.
+        model: the model that the plan names the weights of; needed only where the compiled function holds it
+            inside something else, or where graph breaks make dynamo compile submodules by themselves.
+        check: refuse a model whose weights, when it is first compiled, are not those that the plan was made
+            for. ``False``: a model of the same architecture will do, such as one that has been trained since.
+
+    Raises:
+        ArgumentError: ``inner`` is not known.
+        PlanError: the plan names weights that were folded at capture, which the model does not have; (in the
+            call) the plan is for another model.
+    """
+    if not isinstance(plan, PruningPlan):
+        raise ArgumentError(f"plan must be a PruningPlan, such as result.plan, not {type(plan).__name__}")
+    if plan.folds:
+        raise PlanError(
+            f"the plan is for a model that computes {plan.folds[0]} in every call: it names a weight folded"
+            " at capture, which a compiled model does not have; use fasp_fx.apply(model, plan, args), or"
+            " fold the weight in the model and plan again"
+        )
+    recurrent = next((name for name, _ in plan.slices() if _OF_RECURRENT.search(name)), None)
+    if recurrent is not None and not traces_recurrent():
+        warn(
+            f"dynamo does not trace the recurrent layer that holds '{recurrent}' and runs the whole model in"
+            " its place, without a word; set torch._dynamo.config.allow_rnn = True before compiling, or use"
+            " fasp_fx.apply",
+            PartialPlanWarning,
+        )
+    try:
+        compiler = lookup_backend(inner) if isinstance(inner, str) else inner
+    except tolerable(Exception) as error:
+        raise ArgumentError(
+            f"inner={inner!r} is not a backend of torch.compile; torch.compiler.list_backends() lists them"
+        ) from error
+    return _Backend(plan, compiler, model, check).compile
+
+
+#: what torch takes an encoder layer for where no gradients flow; an exporter never sees it
+_ENCODER_LAYER = torch.ops.aten._transformer_encoder_layer_fwd.default
+
+#: names that torch gives the weights of its recurrent layers
+_OF_RECURRENT = re.compile(r"(^|\.)(weight|bias)_(ih|hh|hr)_l\d+")
+
+
+class _Backend:
+    def __init__(
+        self, plan: PruningPlan, inner: Callable[..., Any], model: nn.Module | None, check: bool
+    ) -> None:
+        self.plan, self.inner, self.model, self.check = plan, inner, model, check
+        copied = {made.name: made.source for made in plan.copies}
+        self.named = {copied.get(name, name) for name, _ in plan.slices()}
+        self.checked: weakref.WeakSet[nn.Module] = weakref.WeakSet()
+
+    def compile(self, module: fx.GraphModule, example: list[Any]) -> Compiled:
+        """What dynamo calls for each graph."""
+        try:
+            return self._compile(module, example)
+        except tolerable(CaptureError) as reason:
+            warn(f"a graph of the model is not pruned: {reason}", PartialPlanWarning)
+            return self.inner(module, example)
+        except FaspError as error:
+            # Raised here it would reach the caller as an error of dynamo's.
+            return functools.partial(_refuse, error)
+
+    def _compile(self, module: fx.GraphModule, example: list[Any]) -> Compiled:
+        owner = self._owner(module.graph)
+        names = {} if owner is None else weight_names(owner)
+        weights = {
+            position: (names[id(value)], value)
+            for position, value in enumerate(example)
+            if id(value) in names
+        }
+        if owner is None and any(isinstance(value, nn.Parameter) for value in example):
+            raise CaptureError(
+                "it holds weights of no module that the compiled function names; pass fasp_fx.backend(plan,"
+                " model=model)"
+            )
+        if owner is None or not weights:
+            return self.inner(module, example)  # a graph without weights has nothing to lose
+        grad = torch.is_grad_enabled() and any(
+            isinstance(value, Tensor) and value.requires_grad for value in example
+        )
+        aliases: dict[str, list[str]] = {}
+        named = _tensors(owner)
+        for name, tensor in named.items():
+            aliases.setdefault(names[id(tensor)], []).append(name)
+        program = as_program(trace(module, grad), weights, tuple(named), aliases)
+        rewritten = self._rewritten(program)
+        if rewritten is program:
+            return self.inner(module, example)
+        lifted, order = _lift(rewritten)
+        positions = {known: position for position, (known, _) in weights.items()}
+        slices = [_Slice.of(name, positions, rewritten) for name in order]
+        rest = [position for position in range(len(example)) if position not in weights]
+        mode = cast(FakeTensorMode, TracingContext.get().fake_mode)
+        values = [node.meta["example_value"] for node in module.graph.find_nodes(op="placeholder")]
+        with torch.no_grad():
+            fakes = [mode.from_tensor(piece.cut(example), static_shapes=True) for piece in slices]
+        for fake, piece in zip(fakes, slices, strict=True):
+            fake.requires_grad_(grad and piece.trains(example))
+        return _Run(self.inner(lifted, [*(values[position] for position in rest), *fakes]), slices, rest)
+
+    def _owner(self, graph: fx.Graph) -> nn.Module | None:
+        """The module whose names the plan speaks of, once it is known to be the right one."""
+        candidates = [self.model] if self.model is not None else holders(graph)
+        fitting = [module for module in candidates if self.named <= _tensors(module).keys()]
+        if not candidates:
+            return None
+        if not fitting:
+            missing = min(self.named - _tensors(candidates[0]).keys())
+            raise PlanError(
+                f"the plan names '{missing}', which {type(candidates[0]).__name__} does not have; it is a"
+                " plan for another model, or the compiled function holds the model inside this module or"
+                " breaks the graph inside a submodule: then pass fasp_fx.backend(plan, model=model)"
+            )
+        owner = fitting[0]
+        if self.check and owner not in self.checked:
+            check_fingerprint(self.plan, fingerprint(dict(owner.named_parameters(remove_duplicate=False))))
+        self._check_sizes(owner)
+        self.checked.add(owner)
+        return owner
+
+    def _check_sizes(self, owner: nn.Module) -> None:
+        """Refuse a model of another architecture, whose weights lack what the plan removes."""
+        tensors = _tensors(owner)
+        for (name, dim), removed in self.plan.slices().items():
+            last = max((index for _, index in removed), default=-1)
+            shape = tensors[name].shape if name in tensors else None
+            if shape is not None and (dim >= len(shape) or last >= shape[dim]):
+                raise PlanError(
+                    f"the plan removes index {last} along dimension {dim} of '{name}', which the model does"
+                    f" not have: its shape is {list(shape)}; make a plan for this model"
+                )
+
+    def _analysis(self, program: Program) -> Analysis:
+        return analyze_program(
+            program,
+            split_fused if self.plan.splits or self.plan.copies else None,
+            self.plan.granularity,
+            self.plan.include,
+        )
+
+    def _rewritten(self, program: Program) -> Program:
+        plan, gone, analysis = self._read(program)
+        return Prune(gone, None, analysis)(analysis.program) if plan.groups else program
+
+    def _read(self, program: Program) -> tuple[PruningPlan, np.ndarray, Analysis]:
+        """What of the plan can be done in a graph, and how it was analysed."""
+        present = set(program.canonical())
+        analysis = self._analysis(program)
+        if not self.named <= present:
+            return *self._part(analysis, present), analysis
+        try:
+            return self.plan, gone_of(self.plan, analysis), analysis
+        except PlanError:
+            # The model is the plan's: dynamo's graph of it is not that of the capture.
+            return *self._part(analysis, present), analysis
+
+    def _part(self, analysis: Analysis, present: set[str]) -> tuple[PruningPlan, np.ndarray]:
+        """What of the plan can be done in a graph that holds a part of the model, or in which not all can be
+        followed that the capture could.
+        """
+        groups, left = [], []
+        for group in self.plan.groups:
+            names = {part.name for part in (*group.producers, *group.consumers)}
+            if not names & present:
+                continue
+            if not names <= present:
+                left.append(f"'{group.name}': '{min(names - present)}' is in another graph")
+                continue
+            try:
+                gone_of(replace(self.plan, groups=(group,)), analysis)
+                groups.append(group)
+            except PlanError as error:
+                left.append(f"'{group.name}': {_why_not(analysis, names) or error}")
+        if left:
+            why = (
+                "dynamo's graph of the model is not that of the capture"
+                if self.named <= present
+                else "graph breaks divide the model"
+            )
+            remedy = (
+                "; torch.backends.mha.set_fastpath_enabled(False), before compiling, keeps torch from taking"
+                " whole encoder layers for one operator"
+                if analysis.program.module.graph.find_nodes(op="call_function", target=_ENCODER_LAYER)
+                else ""
+            )
+            warn(f"{why}, and these groups stay whole: {'; '.join(left)}{remedy}", PartialPlanWarning)
+        plan = replace(self.plan, groups=tuple(groups))
+        return plan, gone_of(plan, analysis)
+
+
+def _why_not(analysis: Analysis, names: set[str]) -> str:
+    """What the analysis says of weights that it cannot prune; empty if it says nothing."""
+    reasons = {
+        group.reason
+        for group in analysis.groups
+        if group.status == FROZEN
+        and not names.isdisjoint(part.name for part in (*group.producers, *group.consumers))
+    }
+    return ", ".join(sorted(filter(None, reasons)))
+
+
+def _tensors(module: nn.Module) -> dict[str, Tensor]:
+    """The weights of a module under all their names."""
+    return dict(
+        [*module.named_parameters(remove_duplicate=False), *module.named_buffers(remove_duplicate=False)]
+    )
+
+
+def _refuse(error: FaspError, *args: Any) -> Any:
+    raise error
+
+
+class _Slice:
+    """One weight of the smaller graph, made of one of the model's, or a constant."""
+
+    def __init__(self, recipe: Recipe, position: int | None, constant: Tensor | None = None) -> None:
+        self.recipe, self.position, self.constant = recipe, position, constant
+        self._made: tuple[Tensor, weakref.ref[Tensor], Tensor, int] | None = None
+
+    @staticmethod
+    def of(name: str, positions: dict[str, int], program: Program) -> _Slice:
+        """The slice that stands under ``name`` in the rewritten program."""
+        recipe = program.recipe(name)
+        position = positions.get(program.canonical().get(recipe.source, recipe.source))
+        if position is None and recipe.cuts:
+            raise VerificationError(f"'{name}' would be cut, but is no weight of the model")
+        constant = program.weights().get(name, getattr(program.module, name, None))
+        return _Slice(recipe, position, constant if position is None else None)
+
+    def cut(self, args: Any) -> Tensor:
+        """The slice of the present weight, differentiably."""
+        if self.position is None:
+            assert self.constant is not None
+            return self.constant
+        return self.recipe.apply(args[self.position])
+
+    def trains(self, args: Any) -> bool:
+        """Whether its weight wants gradients."""
+        return self.position is not None and args[self.position].requires_grad
+
+    def current(self, args: Any) -> Tensor:
+        """The slice; made anew if its weight is another or has changed since."""
+        if self.position is None or not self.recipe.cuts:
+            return self.cut(args)
+        weight: Tensor = args[self.position]
+        if (
+            torch.is_grad_enabled() and weight.requires_grad
+        ) or weight.is_inference():  # for autograd; and a tensor that does not count its versions
+            return self.cut(args)
+        if self._made is not None:
+            made, owner, held, version = self._made
+            if (
+                owner() is weight
+                and held.data_ptr() == weight.data_ptr()
+                and held.dtype is weight.dtype
+                and weight._version == version
+            ):
+                return made
+        storage = weight.detach()  # keeps the storage, so that no other can come to lie at its address
+        with torch.inference_mode(False), torch.no_grad():  # a slice outlives the call
+            self._made = (self.cut(args), weakref.ref(weight), storage, weight._version)
+        return self._made[0]
+
+
+class _Run:
+    """Calls the smaller graph with the inputs and the slices."""
+
+    def __init__(self, compiled: Compiled, slices: list[_Slice], rest: list[int]) -> None:
+        self.compiled, self.slices, self.rest = compiled, slices, rest
+
+    def __call__(self, *args: Any) -> Any:
+        return self.compiled(
+            *(args[position] for position in self.rest), *(piece.current(args) for piece in self.slices)
+        )
+
+
+def _lift(program: Program) -> tuple[fx.GraphModule, list[str]]:
+    """The graph with its weights as further inputs, and their names in order; submodules stay."""
+    graph, order = program.module.graph, []
+    last = ([None, *program.placeholders()])[-1]
+    by_name: dict[str, fx.Node] = {}
+    for node in graph.find_nodes(op="get_attr"):
+        name = str(node.target)
+        owner, _, leaf = name.rpartition(".")
+        if not isinstance(getattr(program.module.get_submodule(owner), leaf), Tensor):
+            continue
+        if name not in by_name:
+            with (
+                graph.inserting_after(last)
+                if last is not None
+                else graph.inserting_before(next(iter(graph.nodes)))
+            ):
+                last = by_name[name] = graph.placeholder("weight_" + name.replace(".", "_"))
+            order.append(name)
+        node.replace_all_uses_with(by_name[name])
+        graph.erase_node(node)
+    for node in graph.nodes:
+        node.meta.pop("val", None)  # of the sizes before
+    return fx.GraphModule(program.module, graph), order

@@ -1,0 +1,286 @@
+"""Read a graph that dynamo hands to a backend: which of its inputs are weights of the model, and what it
+computes, in operators that the library reads.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Iterable
+from typing import Any, cast
+
+import torch
+from torch import Tensor, fx, nn
+
+from ...base._tolerable import tolerable
+from ...base.compat._dynamo import (
+    SET_GRAD,
+    InstructionTranslator,
+    TracingContext,
+    aot_export_module,
+    tracing,
+    without_overrides,
+)
+from ...capturing import (
+    Decompositions,
+    any_number_of_steps,
+    composites,
+    is_plain_graph,
+    single_layers,
+    taken_apart,
+)
+from ...capturing._flex import FLEX
+from ...capturing._program import Program, graph_module
+from ...capturing.calling._signature import CallSignature
+from ...errors import CaptureError, first_line
+
+
+def holders(graph: fx.Graph) -> list[nn.Module]:
+    """The modules whose weights the graph takes, as the compiled function names them: usually the compiled
+    module alone.
+    """
+    found: dict[int, nn.Module] = {}
+    for node in graph.find_nodes(op="placeholder"):
+        holder = _holder(node)
+        if holder is not None:
+            found.setdefault(id(holder), holder)
+    return list(found.values())
+
+
+def _holder(node: fx.Node) -> nn.Module | None:
+    """The outermost module that an input of the graph is found in."""
+    frame = InstructionTranslator.current_tx()
+    source = getattr(node.meta.get("grapharg"), "source", None)
+    chain = []
+    while source is not None:
+        chain.append(source)
+        source = getattr(source, "base", None)
+    values = (_value(outer, frame) for outer in reversed(chain))
+    return next((value for value in values if isinstance(value, nn.Module)), None)
+
+
+def _value(source: Any, frame: Any) -> Any:
+    try:
+        return source.get_value({"G": frame.f_globals}, {"L": frame.f_locals, "G": frame.f_globals}, {})
+    except (KeyError, AttributeError, NameError, TypeError, NotImplementedError):
+        # Not a place in the frame: a temporary, a global of another module.
+        return None
+
+
+def weight_names(module: nn.Module) -> dict[int, str]:
+    """The first name of each weight, by identity."""
+    names: dict[int, str] = {}
+    for name, tensor in _named(module):
+        names.setdefault(id(tensor), name)
+    return names
+
+
+def _named(module: nn.Module) -> Iterable[tuple[str, Tensor]]:
+    return [*module.named_parameters(remove_duplicate=False), *module.named_buffers(remove_duplicate=False)]
+
+
+def trace(module: fx.GraphModule, grad: bool) -> fx.GraphModule:
+    """The functional graph of operators behind a graph of dynamo's, under dynamo's symbolic sizes; inputs and
+    outputs as they were.
+
+    Args:
+        module: the graph module that dynamo made.
+        grad: whether gradients flow: regions without them then hand on detached values.
+
+    Raises:
+        CaptureError: it writes into its inputs, changes modes that cannot be carried over, or cannot be
+            traced.
+    """
+    if module.graph.find_nodes(op="call_function", target=FLEX):
+        # The attempt would leave torch in a state in which nothing compiles.
+        raise CaptureError(
+            f"it calls {FLEX}, whose graphs cannot be traced here; compile the module of fasp_fx.apply(model,"
+            " plan, args) instead"
+        )
+    module = _with_floats(module)
+    given = [node.meta.get("example_value") for node in module.graph.find_nodes(op="placeholder")]
+    try:
+        traced = _traced(module, given, {})
+        traced = taken_apart(traced.graph, functools.partial(_in_parts, traced, given)) or traced
+    except CaptureError:
+        raise
+    except tolerable(Exception) as error:
+        raise CaptureError(f"the graph cannot be traced: {first_line(error)}") from error
+    _without_modes(traced.graph, grad)
+    single_layers(traced.graph)
+    if not is_plain_graph(traced.graph):
+        strange = next(node for node in traced.graph.nodes if not is_plain_graph(_alone(node)))
+        raise CaptureError(f"the graph calls {strange.target}")
+    traced.recompile()
+    return traced
+
+
+def _with_floats(module: fx.GraphModule) -> fx.GraphModule:
+    """The graph with the floats that modules hold, an epsilon or a slope, as the constants they are. Where
+    sizes are dynamic, dynamo hands them over as inputs; it compiles anew should one change.
+
+    Raises:
+        CaptureError: a float of the call is an input.
+    """
+    items = [
+        node
+        for node in module.graph.find_nodes(op="call_method", target="item")
+        if isinstance(node.meta.get("example_value"), torch.SymFloat) and _passes_float(node.args[0])
+    ]
+    if not items:
+        return module
+    for node in items:
+        given = cast(fx.Node, node.args[0])
+        if _holder(given) is None:
+            raise CaptureError(
+                f"it takes the float '{given.name}' as an input, which may be another in each call; pass a"
+                " tensor, or set torch._dynamo.config.specialize_float = True, which compiles once for each"
+                " value"
+            )
+    graph, copies = fx.Graph(), dict[fx.Node, Any]()
+    for node in module.graph.nodes:
+        if node in items:
+            copies[node] = float(node.meta["example_value"])  # which dynamo then guards
+        else:
+            copies[node] = graph.node_copy(node, copies.__getitem__)
+    return fx.GraphModule(module, graph)
+
+
+def _passes_float(node: Any) -> bool:
+    """Whether an input of dynamo's graph is a float of Python's."""
+    return bool(getattr(node.meta.get("grapharg"), "pass_arg_as_tensor", False))
+
+
+class _Apart(nn.Module):
+    """A graph that calls, in the place of some operators, what they are made of.
+
+    It does so where a model would: a composite may write into what it has made itself, and the tracer sees to
+    that only above itself.
+    """
+
+    def __init__(self, traced: fx.GraphModule, decompositions: Decompositions) -> None:
+        super().__init__()
+        self._caller = _Caller(traced, decompositions)
+
+    def forward(self, *args: Any) -> Any:
+        return self._caller.run(*args)
+
+
+class _Caller(fx.Interpreter):
+    def __init__(self, traced: fx.GraphModule, decompositions: Decompositions) -> None:
+        super().__init__(traced)
+        self._decompositions = decompositions
+
+    def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
+        decomposition = self._decompositions.get(target)
+        if decomposition is None:
+            return super().call_function(target, args, kwargs)
+        with without_overrides():  # a tracer's own would record the operator as it is
+            made = decomposition(*args, **kwargs)
+        return super().call_function(target, args, kwargs) if made is NotImplemented else made
+
+
+def _in_parts(traced: fx.GraphModule, given: list[Any], decompositions: Decompositions) -> fx.GraphModule:
+    """A traced graph with operators taken apart, and what they are made of in turn, which an exporter does by
+    itself.
+    """
+    while True:
+        traced = _traced(_Apart(traced, decompositions), given, decompositions)
+        more = {operator: operator.decompose for operator in composites(traced.graph)}
+        if not decompositions or more.keys() <= decompositions.keys():
+            return traced
+        decompositions = {**more, **decompositions}
+
+
+def _traced(module: nn.Module, given: list[Any], decompositions: Decompositions) -> fx.GraphModule:
+    with tracing(TracingContext(TracingContext.get().fake_mode)), torch.no_grad(), any_number_of_steps():
+        made, signature = aot_export_module(
+            module, given, trace_joint=False, pre_dispatch=True, decompositions=decompositions
+        )
+    if signature.buffers_to_mutate or signature.parameters_to_mutate or signature.user_inputs_to_mutate:
+        raise CaptureError("the graph writes into its inputs or buffers")
+    return cast(fx.GraphModule, made)
+
+
+def _alone(node: fx.Node) -> fx.Graph:
+    graph = fx.Graph()
+    graph.node_copy(node, lambda argument: graph.placeholder(argument.name))
+    return graph
+
+
+def _without_modes(graph: fx.Graph, grad: bool) -> None:
+    """Take out the switches of the gradient mode; what a region without gradients hands on is detached."""
+    start = enabled = torch.is_grad_enabled()
+    inside: dict[fx.Node, bool] = {}
+    for node in list(graph.nodes):
+        if node.target is SET_GRAD:
+            enabled = bool(node.args[0])
+            if enabled and not start:
+                raise CaptureError("the graph switches gradients on")
+            graph.erase_node(node)
+        elif node.op == "call_function":
+            inside[node] = enabled
+    for node, tracked in inside.items():
+        outside = [user for user in node.users if inside.get(user, start)]
+        if not grad or tracked or not outside or not isinstance(node.meta.get("val"), Tensor):
+            continue
+        with graph.inserting_after(node):
+            detached = graph.call_function(torch.ops.aten.detach.default, (node,))
+        detached.meta["val"] = node.meta["val"]
+        for user in outside:
+            user.replace_input_with(node, detached)
+
+
+def as_program(
+    traced: fx.GraphModule,
+    weights: dict[int, tuple[str, Tensor]],
+    order: tuple[str, ...],
+    aliases: dict[str, list[str]],
+) -> Program:
+    """A program of a traced graph.
+
+    Args:
+        traced: the graph; all weights are inputs.
+        weights: name and tensor of each input that is a weight, by its position.
+        order: the names of the model's weights in their order.
+        aliases: all names of each weight, by its first.
+    """
+    root = nn.Module()
+    for name, tensor in weights.values():
+        for alias in aliases[name]:
+            path, _, leaf = alias.rpartition(".")
+            owner = _nested(root, path)
+            if isinstance(tensor, nn.Parameter):
+                owner.register_parameter(leaf, tensor)
+            else:
+                owner.register_buffer(leaf, tensor)
+    graph = traced.graph
+    for position, node in enumerate(graph.find_nodes(op="placeholder")):
+        if position in weights:
+            with graph.inserting_before(node):
+                read = graph.create_node("get_attr", weights[position][0])
+            read.meta.update(node.meta)
+            node.replace_all_uses_with(read)
+            graph.erase_node(node)
+    for name, value in vars(traced).items():  # constants that tracing has lifted
+        if isinstance(value, Tensor):
+            setattr(root, name, value)
+    for kind in ("_buffers", "_parameters", "_modules"):
+        for name, value in getattr(traced, kind).items():
+            if value is not None and not hasattr(root, name):
+                setattr(root, name, value)
+    return Program(
+        graph_module(root, graph, traced.meta),
+        CallSignature(inspect.Signature(), (), {}),
+        ((), {}),
+        order=order,
+    )
+
+
+def _nested(root: nn.Module, path: str) -> nn.Module:
+    owner = root
+    for part in filter(None, path.split(".")):
+        if part not in owner._modules:
+            owner.add_module(part, nn.Module())
+        owner = getattr(owner, part)
+    return owner

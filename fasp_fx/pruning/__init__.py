@@ -1,0 +1,1 @@
+"""From a captured model to a smaller one: configuration, driver, check, result."""

@@ -1,0 +1,91 @@
+"""The smaller model: module, program, plan and report."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Self
+
+from torch import fx, nn
+from torch.export import ExportedProgram
+
+from ..analysis.plan import PruningPlan
+from ..base._undisturbed import in_usual_modes, one_at_a_time
+from ..capturing.calling._signature import CallSignature
+from ..passes._pruned_module import program_now
+from .config import PruningConfig
+from .report import Report
+
+
+@dataclass(frozen=True)
+class Result:
+    """What :func:`fasp_fx.prune` returns.
+
+    Attributes:
+        module: the smaller model behind the caller's signature; trains, moves, compiles and exports again.
+        plan: what was removed.
+        report: what it cost, and what was asked for.
+    """
+
+    module: fx.GraphModule
+    plan: PruningPlan
+    report: Report
+    signature: CallSignature = field(repr=False)
+
+    def __repr__(self) -> str:
+        before, after = self.report.parameters
+        return f"Result(sparsity={self.plan.sparsity:.4f}, parameters={before:,} -> {after:,})"
+
+    @property
+    def program(self) -> ExportedProgram:
+        """The same as an exported program, which shares its weights with ``module``, as they are now; put
+        together when it is first asked for.
+
+        Raises:
+            StoreError: the module has lost a weight, or computes it from others; names it.
+        """
+        return program_now(self.module)
+
+    @property
+    def config(self) -> PruningConfig | None:
+        """What was asked for, as far as it is known (:class:`fasp_fx.report.Report`)."""
+        return self.report.config
+
+    def with_report(self, **fields: Any) -> Self:
+        """The same, sharing its module, with some fields of its report replaced."""
+        found = copy.copy(self)
+        object.__setattr__(found, "report", replace(self.report, **fields))
+        return found
+
+    def save(self, path: str | Path, *, overwrite: bool = False) -> Path:
+        """Write the result to a new folder (see :mod:`fasp_fx.store`)."""
+        from .saving._folder import save
+
+        return save(self.program, self.signature, self.plan, self.report, path, overwrite=overwrite)
+
+    @one_at_a_time
+    @in_usual_modes
+    def eager(self, model: nn.Module) -> nn.Module:
+        """Make a smaller copy of the caller's own module, which trains as the caller's does: norms and
+        dropouts follow ``train()`` and ``eval()``.
+
+        The copy is of the model's class and holds the weights that ``module`` holds now, under their names in
+        the model. Attributes that are sizes (``out_features``, ``num_heads``, …) are set to what the pruned
+        program has in their places; captured as the model was, the copy is that program, node by node. Which
+        parameters are trained, and which submodules are in training mode, is as in the model (docs/eager.md).
+
+        Args:
+            model: the model that was pruned, with the weights that it had then; it is left as it was, and
+                shares no storage with the copy.
+
+        Raises:
+            EagerError: no copy is the program; says where they part, and what to do.
+            PlanError: the model is not the one that the plan was made for.
+        """
+        from .eager._make import eager
+
+        return eager(self.module, self.plan, model)
+
+
+__all__ = ["Result"]

@@ -1,0 +1,358 @@
+"""What went, from where, what it cost, what stayed and why."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING
+
+from torch import Tensor, fx
+
+from ..analysis.groups import APPROXIMATE, Group
+from ..analysis.plan import PruningPlan
+from ..base.compat import OpOverload
+from ..capturing._fx import results
+from ..patterns import pointwise_rule
+from .config import PruningConfig
+
+if TYPE_CHECKING:
+    from ..allocation.budgets import Cap
+    from ..analysis._analysis import Analysis
+    from ..calibration.observe._visit import Decision
+
+#: the operators whose weights sparsity counts
+COUNTED = "linear, convolution and recurrent operators"
+
+
+def weight_size(weights: Mapping[str, Tensor]) -> tuple[int, int]:
+    """Number of parameters and their bytes; tied weights count once."""
+    unique = {id(tensor): tensor for tensor in weights.values()}.values()
+    return sum(t.numel() for t in unique), sum(t.numel() * t.element_size() for t in unique)
+
+
+def cache_bytes(before: fx.Graph, after: fx.Graph, state: frozenset[int]) -> tuple[int, int] | None:
+    """Bytes per token of one sequence that the caches among two programs' outputs take: ``[batch, heads,
+    length, width]``, the outputs ``state``.
+    """
+    sizes = [
+        sum(_token_bytes(node) for index, node in enumerate(results(graph)) if index in state)
+        for graph in (before, after)
+    ]
+    return (sizes[0], sizes[1]) if sizes[0] else None
+
+
+def _token_bytes(node: object) -> int:
+    value = node.meta.get("val") if isinstance(node, fx.Node) else None
+    if not isinstance(value, Tensor) or value.dim() != 4:
+        return 0
+    heads, width = value.shape[1], value.shape[3]
+    return heads * width * value.element_size() if isinstance(heads, int) and isinstance(width, int) else 0
+
+
+@dataclass(frozen=True)
+class Line:
+    """One group: what it had, what it has, and the relative output error of its consumers, ‖X(W − V)ᵀ‖²_F /
+    ‖XWᵀ‖²_F, the worst of them.
+
+    Attributes:
+        before, after: channel sets, in ``blocks`` blocks of equal size.
+        error_cut, error_restored: without and with restoration, over the calibration tokens.
+        held_cut, held_restored: the same over tokens held out of them, *restored* by a restoration that was
+            fitted without them: what to expect of other data.
+        producers, consumers: names and dimensions of the weights that lose rows and columns with it.
+    """
+
+    name: str
+    status: str
+    before: int
+    after: int
+    blocks: int
+    reason: str
+    error_cut: float | None = None
+    error_restored: float | None = None
+    held_cut: float | None = None
+    held_restored: float | None = None
+    producers: tuple[tuple[str, int], ...] = ()
+    consumers: tuple[tuple[str, int], ...] = ()
+
+
+@dataclass(frozen=True)
+class Figure:
+    """Something measured of the dense and of the pruned model, such as perplexity; ``digits`` are those worth
+    showing after the point.
+    """
+
+    what: str
+    dense: float
+    pruned: float
+    digits: int = 0
+
+
+@dataclass(frozen=True)
+class CurvePoint:
+    """One evaluation of a training: after how many steps, the loss of the last step's batches (``None``
+    before the first), and that of held-out batches.
+    """
+
+    step: int
+    trained: float | None
+    held_out: float
+
+
+@dataclass(frozen=True)
+class Recovery:
+    """A training after pruning.
+
+    Attributes:
+        method: what was done.
+        criterion: what the losses of the curve are.
+        steps: how many steps were taken.
+        kept: the step after which the weights were as they are now; 0: they are those from before the
+            training.
+        curve: the evaluations, the first before any step.
+        seconds: time spent, without running the dense model.
+        notes: why the training ended early, if it did.
+    """
+
+    method: str
+    criterion: str
+    steps: int
+    kept: int
+    curve: tuple[CurvePoint, ...]
+    seconds: float
+    notes: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        first = self.curve[0].held_out
+        kept = next((point.held_out for point in self.curve if point.step == self.kept), first)
+        where = (
+            f"kept: those after step {self.kept} of {self.steps}"
+            if self.kept
+            else f"none of {self.steps} steps did better: the weights are as before"
+        )
+        return (
+            f"{self.method}, {self.criterion} on held-out batches {first:.4g} -> {kept:.4g}; {where};"
+            f" {self.seconds:.1f} s"
+        )
+
+
+@dataclass(frozen=True)
+class Spent:
+    """One budget, and how it was kept.
+
+    Attributes:
+        resource: what is counted (:mod:`fasp_fx.budgets`); ``unit`` is what several of it are called.
+        allowed: how much may stay.
+        dense, used: how much the dense and the pruned model have.
+    """
+
+    resource: str
+    unit: str
+    allowed: float
+    dense: float
+    used: float
+
+    def __str__(self) -> str:
+        share = max(self.dense, 1)
+        spare = self.allowed - self.used
+        kept = (
+            f"{spare / max(self.allowed, 1):.2%} left over"
+            if spare >= 0
+            else f"{-spare / max(self.allowed, 1):.2%} too much"
+        )
+        return (
+            f"{self.used:,} of {self.dense:,} {self.unit} stay ({self.used / share:.2%}),"
+            f" {self.allowed / share:.2%} may: {kept}"
+        )
+
+
+@dataclass(frozen=True)
+class Report:
+    """Figures of one pruning; ``str(report)`` is a table for people.
+
+    Attributes:
+        sparsity: fraction removed of the counted weights; ``requested`` is what was asked for.
+        parameters, bytes: before and after.
+        seconds: time spent by stage.
+        notes: remarks on the capture and on operators without a rule.
+        figures: what was measured afterwards; the command line fills it.
+        without_rule: operators that had no rule and froze what they touched, with the number of times.
+        cache: bytes of the key-value cache per token of one sequence, before and after; ``None`` where the
+            program holds no cache. Of an encoder-decoder model: per token of the output, and per token of the
+            input, together.
+        include: the statuses that were pruned besides ``"prunable"``, as given to :func:`fasp_fx.prune`.
+        recovery: the training that followed, if there was one.
+        budgets: what was allowed, and what is used of it.
+        config: what :func:`fasp_fx.prune` was asked for; ``None`` for a plan that was replayed, and for what
+            was loaded if the score, the allocation or the loss was a function, which no file holds.
+    """
+
+    sparsity: float
+    requested: float | None
+    parameters: tuple[int, int]
+    bytes: tuple[int, int]
+    lines: tuple[Line, ...]
+    seconds: Mapping[str, float] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+    figures: tuple[Figure, ...] = ()
+    without_rule: Mapping[str, int] = field(default_factory=dict)
+    cache: tuple[int, int] | None = None
+    include: tuple[str, ...] = ()
+    recovery: Recovery | None = None
+    budgets: tuple[Spent, ...] = ()
+    config: PruningConfig | None = None
+
+    def __repr__(self) -> str:
+        before, after = self.parameters
+        return f"Report(sparsity={self.sparsity:.4f}, parameters={before:,} -> {after:,})"
+
+    def __str__(self) -> str:
+        asked = f" (asked for {self.requested:.2%})" if self.requested is not None else ""
+        out = [
+            f"sparsity    {self.sparsity:.2%}{asked} of the weights of {COUNTED} in {counted(self.include)}",
+            (
+                f"parameters  {self.parameters[0]:,} -> {self.parameters[1]:,} "
+                f" ({self.parameters[1] / max(self.parameters[0], 1) - 1:+.2%})"
+            ),
+            f"bytes       {self.bytes[0]:,} -> {self.bytes[1]:,}",
+        ]
+        if self.cache is not None:
+            change = f"{self.cache[1] / max(self.cache[0], 1) - 1:+.2%}"
+            out.append(
+                f"cache       {self.cache[0]:,} -> {self.cache[1]:,} bytes per token of one sequence "
+                f" ({change})"
+            )
+        out += [f"budget      {spent}" for spent in self.budgets]
+        if self.seconds:
+            out.append(
+                "seconds     " + ", ".join(f"{stage} {spent:.1f}" for stage, spent in self.seconds.items())
+            )
+        if self.recovery is not None:
+            out += [f"recovery    {line}" for line in (str(self.recovery), *self.recovery.notes)]
+        out += [
+            f"{row.what}  {row.dense:,.{row.digits}f} -> {row.pruned:,.{row.digits}f}" for row in self.figures
+        ]
+        out += [
+            "",
+            f"{'status':<12}{'channels':>22}  {'error cut':>9}  {'restored':>9}  {'held out':>9}  group",
+        ]
+        for line in self.lines:
+            per = f" ({line.blocks} blocks)" if line.blocks > 1 else ""
+            change = (
+                f"{line.before} -> {line.after}{per}" if line.before != line.after else f"{line.before}{per}"
+            )
+            errors = [
+                f"{error:9.2e}" if error is not None else " " * 9
+                for error in (line.error_cut, line.error_restored, line.held_restored)
+            ]
+            out.append(
+                f"{line.status:<12}{change:>22}  {'  '.join(errors)}  {line.name}"
+                + (f"  ({line.reason})" if line.reason else "")
+            )
+        return "\n".join([*out, *(f"note: {note}" for note in self.notes)])
+
+
+def make_report(
+    analysis: Analysis,
+    plan: PruningPlan,
+    decision: Decision,
+    before: Mapping[str, Tensor],
+    after: Mapping[str, Tensor],
+    config: PruningConfig | None,
+    seconds: Mapping[str, float],
+    left: Mapping[str, str] | None = None,
+) -> Report:
+    """Assemble the report of one pruning.
+
+    Args:
+        config: what was asked for; ``None`` where a plan is replayed, or for a part of a model.
+        left: the groups that were to be pruned and stay whole, with what was seen.
+    """
+    removed = {group.name: group.removed_sets for group in plan.groups}
+    lines = []
+    for group in analysis.groups:
+        outcomes = (
+            [outcome for use in group.uses for outcome in decision.outcomes.get(use.weight, ())]
+            if group.name in removed
+            else []
+        )
+        if group.name in decision.products:
+            outcomes.append(decision.products[group.name].outcome)
+        lines.append(
+            replace(
+                line_of(group),
+                after=group.size - removed.get(group.name, 0),
+                reason=f"left whole: {left[group.name]}" if left and group.name in left else group.reason,
+                error_cut=max((o.error_before for o in outcomes), default=None),
+                error_restored=max((o.error_after for o in outcomes), default=None),
+                held_cut=max((o.held_before for o in outcomes if o.held_before is not None), default=None),
+                held_restored=max((o.held_after for o in outcomes if o.held_after is not None), default=None),
+            )
+        )
+    old, new = weight_size(before), weight_size(after)
+    return Report(
+        plan.sparsity,
+        None if config is None else config.requested,
+        (old[0], new[0]),
+        (old[1], new[1]),
+        tuple(lines),
+        dict(seconds),
+        (*notes_of(analysis), *decision.notes),
+        without_rule=dict(analysis.without_rule),
+        include=tuple(sorted(analysis.include)),
+        budgets=() if config is None else tuple(_spent(cap, analysis, removed) for cap in config.caps),
+        config=config,
+    )
+
+
+def _spent(cap: Cap, analysis: Analysis, removed: Mapping[str, int]) -> Spent:
+    resource = cap.resource(analysis)
+    used = resource.used([removed.get(group.name, 0) for group in resource.groups])
+    return Spent(cap.name, cap.unit, cap.allowed(resource.whole), resource.whole, used)
+
+
+def counted(include: Collection[str]) -> str:
+    """The groups whose weights sparsity is a fraction of."""
+    return (
+        "prunable, exempt and approximate groups" if APPROXIMATE in include else "prunable and exempt groups"
+    )
+
+
+def line_of(group: Group) -> Line:
+    """The line of a group that nothing was removed from."""
+    producers, consumers = (
+        tuple((member.name, member.dim) for member in members)
+        for members in (group.producers, group.consumers)
+    )
+    return Line(
+        group.name,
+        group.status,
+        group.size,
+        group.size,
+        group.blocks,
+        group.reason,
+        producers=producers,
+        consumers=consumers,
+    )
+
+
+def notes_of(analysis: Analysis) -> tuple[str, ...]:
+    """Remarks on the capture, and what to do about operators without a rule."""
+    notes = list(analysis.program.notes)
+    for name, nodes in sorted(analysis.walk.without_rule.items()):
+        operator = nodes[0].target
+        what = (
+            f'if it is pointwise, fasp_fx.patterns.register(torch.ops.{name}, "{pointwise_rule(operator)}")'
+            " teaches it"
+            if isinstance(operator, OpOverload)
+            else "what a higher-order operator calls is not looked into"
+        )
+        notes.append(f"{name} has no rule and froze what it touches ({len(nodes)} times); {what}")
+    return tuple(notes)
+
+
+def said_whole(name: str, seen: str) -> str:
+    """What is said of a group that was to be pruned and stays whole, because of what was seen
+    when it went.
+    """
+    return f"group '{name}' stays whole, because pruning it is not exact: {seen}"

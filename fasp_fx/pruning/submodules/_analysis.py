@@ -1,0 +1,96 @@
+"""What analysing a model in parts returns."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from functools import cached_property
+from typing import Any
+
+from ...analysis._analysis import Analysis
+from ...analysis.resources import Sparsity
+from ...errors import ArgumentError, CaptureError
+from ._budget import JoinedSparsity
+from ._names import group_within
+
+_OF_ONE_PROGRAM = frozenset({"program", "conflicts", "labels", "numbering", "walk"})
+
+
+class PartsAnalysis(Analysis):
+    """What :func:`fasp_fx.analyze` returns for a model that cannot be captured as a whole.
+
+    Attributes:
+        parts: the analysis of each captured submodule, by its path; the names in them are those of the
+            submodule.
+        left: for each submodule that stays whole, why.
+        groups: the groups of all parts in the order in which the model calls them, in the names of the whole
+            model.
+    """
+
+    parts: Mapping[str, Analysis]
+    left: Mapping[str, str]
+
+    def __init__(self, parts: Mapping[str, Analysis], left: Mapping[str, str]) -> None:
+        self.parts, self.left = dict(parts), dict(left)
+        one = next(iter(parts.values()))
+        self.granularity, self.include = one.granularity, one.include
+        self.groups = [
+            group_within((path,), group) for path, analysis in parts.items() for group in analysis.groups
+        ]
+
+    @property
+    def max_sparsity(self) -> float:
+        """The highest sparsity of all parts together that can be asked for with ``round_to=1``."""
+        return JoinedSparsity({(path,): Sparsity(analysis) for path, analysis in self.parts.items()}).reach(1)
+
+    @cached_property
+    def without_rule(self) -> dict[str, int]:
+        """Operators of the parts that had no rule, with the number of times each stands in a graph."""
+        return dict(
+            sorted(
+                sum(
+                    (Counter(analysis.without_rule) for analysis in self.parts.values()), Counter[str]()
+                ).items()
+            )
+        )
+
+    def explain(self, first: str, second: str) -> list[str]:
+        """As :meth:`fasp_fx.Analysis.explain`, within one part; weights of two parts are not coupled.
+
+        Raises:
+            ArgumentError: a name is not a weight of any part.
+        """
+        paths = [
+            next((path for path in self.parts if name.startswith(f"{path}.")), None)
+            for name in (first, second)
+        ]
+        for name, path in zip((first, second), paths, strict=True):
+            if path is None:
+                raise ArgumentError(
+                    f"'{name}' is not a weight of a part that was captured; these are"
+                    f" {', '.join(map(repr, self.parts))}"
+                )
+        path = paths[0]
+        assert path is not None
+        return (
+            self.parts[path].explain(first.removeprefix(f"{path}."), second.removeprefix(f"{path}."))
+            if path == paths[1]
+            else []
+        )
+
+    def __getattr__(self, name: str) -> Any:
+        if name in _OF_ONE_PROGRAM:
+            raise CaptureError(
+                f"a model analysed in parts has no single '{name}'; analysis.parts holds the analysis of each"
+                " part"
+            )
+        raise AttributeError(f"'{type(self).__name__}' object has no attribute '{name}'")
+
+    def __repr__(self) -> str:
+        return f"PartsAnalysis(parts={list(self.parts)}, left={self.left})"
+
+    __eq__ = object.__eq__
+    __hash__ = object.__hash__
+
+
+__all__ = ["PartsAnalysis"]

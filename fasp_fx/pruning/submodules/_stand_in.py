@@ -1,0 +1,166 @@
+"""Put a captured part in the place of a submodule, and find out whether the model can tell the difference."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import enum
+import math
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from ...base.compat import PRESERVED, pytree
+
+_LEAVES = (
+    type(None),
+    bool,
+    int,
+    float,
+    complex,
+    str,
+    bytes,
+    enum.Enum,
+    torch.dtype,
+    torch.device,
+    torch.memory_format,
+    torch.layout,
+)
+
+
+def simple_attributes(module: nn.Module) -> dict[str, Any]:
+    """The attributes of a module that are data and no tensors, such as ``out_channels``: what its parent may
+    read besides calling it.
+    """
+    found: dict[str, Any] = {}
+    for owner in [
+        *(vars(kind) for kind in reversed(type(module).__mro__) if not issubclass(nn.Module, kind)),
+        vars(module),
+    ]:
+        for name, value in owner.items():
+            if (
+                not name.startswith("_")
+                and name != "training"
+                and not hasattr(fx.GraphModule, name)
+                and _is_simple(value)
+            ):
+                found[name] = value
+    return found
+
+
+def _is_simple(value: Any, depth: int = 3) -> bool:
+    if isinstance(value, _LEAVES):
+        return True
+    if not depth or callable(value) or isinstance(value, (Tensor, property, classmethod, staticmethod)):
+        return False
+    if isinstance(value, Mapping):
+        return all(_is_simple(item, depth - 1) for item in value.values())
+    if isinstance(value, (list, tuple, set, frozenset)):
+        return all(_is_simple(item, depth - 1) for item in value)
+    # A configuration.
+    return hasattr(value, "__dict__") and all(_is_simple(item, depth - 1) for item in vars(value).values())
+
+
+class StandIn(nn.Module):
+    """A captured part that shows its parent nothing but a forward, simple attributes and a flat list of
+    parameters of other sizes and values.
+
+    A parent that reads more, such as a layer inside the part, fails, and one that reads more of a parameter
+    than its device and dtype (its values for a penalty, its size for a count) computes something else: what
+    it reads would change with the pruning.
+    """
+
+    def __init__(self, original: nn.Module, module: nn.Module) -> None:
+        super().__init__()
+        for index, parameter in enumerate(original.parameters()):
+            other = torch.full([1] * parameter.dim(), 3, dtype=parameter.dtype, device=parameter.device)
+            self.register_parameter(f"weight_{index}", nn.Parameter(other, parameter.requires_grad))
+        self.eval()
+        vars(self).update(simple_attributes(original), _captured=(module,))
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        (module,) = vars(self)["_captured"]  # in a tuple, so that it is no submodule
+        return module(*args, **kwargs)
+
+
+def dressed(module: fx.GraphModule, original: nn.Module) -> fx.GraphModule:
+    """The pruned part with the simple attributes of the original, which copies and pickles keep."""
+    attributes = {
+        name: value for name, value in simple_attributes(original).items() if not hasattr(module, name)
+    }
+    for name, value in attributes.items():
+        setattr(module, name, value)
+    module.meta[PRESERVED] = {**module.meta.get(PRESERVED, {}), **attributes}
+    return module
+
+
+def put(model: nn.Module, paths: Iterable[str], module: nn.Module) -> None:
+    """Place a module at each of its paths."""
+    for path in paths:
+        parent, _, name = path.rpartition(".")
+        model.get_submodule(parent)._modules[name] = module
+
+
+@contextlib.contextmanager
+def replaced(
+    model: nn.Module, paths: Iterable[str], original: nn.Module, module: nn.Module
+) -> Iterator[None]:
+    """Place a module at each path inside, and the original again afterwards."""
+    put(model, paths, module)
+    try:
+        yield
+    finally:
+        put(model, paths, original)
+
+
+def same_output(found: Any, expected: Any) -> bool:
+    """Whether two outputs have the same structure and, up to rounding, the same values."""
+    a, first = pytree.tree_flatten(found)
+    b, second = pytree.tree_flatten(expected)
+    return first == second and all(_same_leaf(x, y) for x, y in zip(a, b, strict=True))
+
+
+def _same_leaf(found: Any, expected: Any) -> bool:
+    if isinstance(expected, Tensor):
+        return (
+            isinstance(found, Tensor)
+            and found.shape == expected.shape
+            and found.dtype == expected.dtype
+            and _close(found, expected)
+        )
+    if type(found) is not type(expected):
+        return False
+    if isinstance(expected, float):
+        return math.isclose(found, expected, rel_tol=1e-3, abs_tol=1e-6) or (
+            math.isnan(found) and math.isnan(expected)
+        )
+    if isinstance(expected, _LEAVES):
+        return found == expected
+    if dataclasses.is_dataclass(expected) or hasattr(expected, "__dict__"):  # not registered with pytree
+        return vars(found).keys() == vars(expected).keys() and all(
+            same_output(vars(found)[name], value) for name, value in vars(expected).items()
+        )
+    return True
+
+
+def _close(found: Tensor, expected: Tensor) -> bool:
+    if found.layout != expected.layout:
+        return False
+    found, expected = _dense(found), _dense(expected)
+    if not (expected.is_floating_point() or expected.is_complex()):
+        return torch.equal(found, expected)
+    if not expected.numel():
+        return True
+    wide = torch.complex128 if expected.is_complex() else torch.float64
+    a, b = found.to(wide), expected.to(wide)
+    tolerance = 1e-3 if torch.finfo(expected.dtype).bits >= 32 else 5e-2
+    finite = b[torch.isfinite(b)]
+    scale = float(finite.abs().max()) if finite.numel() else 1.0
+    return torch.allclose(a, b, rtol=tolerance, atol=tolerance * scale, equal_nan=True)
+
+
+def _dense(tensor: Tensor) -> Tensor:
+    """The same values in a layout that can be compared."""
+    return tensor if tensor.layout == torch.strided else tensor.to_dense()

@@ -1,0 +1,405 @@
+"""What a stored program may contain.
+
+Reading an exported program evaluates expressions, imports classes and generates code from names. Everything
+that could reach those is held against what save() writes, before torch sees it: a damaged or forged file is
+refused, never executed.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import importlib
+import json
+import keyword
+import re
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import fx, nn
+
+from ..base._tolerable import tolerable
+from ..base.compat import OpOverload, pytree
+from ..base.compat._serde import ON_SIZES, Union, schema
+from ..errors import StoreError
+from ._expressions import check_expression, check_guard, is_key, refuse
+from ._files import DIMENSIONS
+
+_OPERATOR = re.compile(r"torch\.ops\.(\w+)\.(\w+)\.(\w+)")
+_HIGHER_ORDER = {
+    f"torch.ops.higher_order.{name}"
+    for name in (
+        "cond",
+        "while_loop",
+        "scan",
+        "map_impl",
+        "wrap_with_set_grad_enabled",
+        "wrap_with_autocast",
+        "flex_attention",
+    )
+}
+#: items of JSON for each node: five times what models have
+ITEMS = 200
+#: a size, or an expression of sizes; torch counts up to the number of one that only the data say
+_SIZE = re.compile(r"(?!(u|zuf)\d{5,})[\w +*/()%,.-]{1,500}")
+_MODULE, _GRAPH_MODULE = nn.Module(), fx.GraphModule({}, fx.Graph())
+_TRANSFORMERS = re.compile(
+    r"transformers\.(cache_utils|modeling_outputs|configuration_utils|utils\.generic|models\.\w+(\.\w+)?)[.:]\w+"
+)
+_PLAIN_CLASSES = {
+    "builtins:tuple",
+    "builtins:list",
+    "builtins:set",
+    "builtins:frozenset",
+    "collections:OrderedDict",
+}
+
+
+def room(tensors: int) -> int:
+    """How many nodes a graph over so many stored tensors may have: some ten times what models need, so that
+    reading ends in the time that theirs takes.
+    """
+    return 2048 + 128 * tensors
+
+
+def check_amount(data: Any, tensors: int) -> None:
+    """Refuse a program, as parsed JSON, of more than could belong to the stored tensors.
+
+    Raises:
+        StoreError: says how much there is.
+    """
+    most = room(tensors)
+    nodes = items = 0
+    waiting = [data]
+    while waiting:
+        item = waiting.pop()
+        items += 1
+        if isinstance(item, dict):
+            nodes += "target" in item
+            waiting.extend(item.values())
+        elif isinstance(item, list):
+            waiting.extend(item)
+    if nodes > most or items > ITEMS * most:
+        raise StoreError(
+            f"the stored graph has {nodes:,} nodes in {items:,} items, and one over {tensors} tensors may"
+            f" have {most:,} in {ITEMS * most:,}; save a model with fewer steps, such as one whose loops are"
+            " operators"
+        )
+
+
+def check_program(program: schema.ExportedProgram, tensors: int) -> None:
+    """Refuse a program with anything in it that save() does not write.
+
+    Args:
+        tensors: how many tensors are stored with it.
+
+    Raises:
+        StoreError: names the expression, operator, name or type.
+    """
+    program.graph_module.metadata.clear()
+    for _, item in walk(program):
+        if isinstance(item, schema.Node):
+            item.metadata.clear()
+        elif isinstance(item, schema.Argument) and item.type == "as_string_to_argument":
+            _check_options(item.value)
+        elif isinstance(item, schema.TensorMeta) and len(item.sizes) > DIMENSIONS:
+            raise StoreError(
+                f"the stored graph has a tensor of {len(item.sizes)} dimensions, and torch's have at most"
+                f" {DIMENSIONS}; save the result again"
+            )
+        elif isinstance(item, schema.RangeConstraint):
+            _check_range(item.min_val, item.max_val)
+    for place, item in walk(program):
+        if place in _TEXTS and item is not None and not isinstance(item, (list, tuple)):
+            _TEXTS[place](item)
+        elif isinstance(item, str):
+            raise refuse(place, item)
+    calls = program.graph_module.module_call_graph
+    if not calls or calls[0].fqn != "" or calls[0].signature is None:
+        raise StoreError(
+            "the stored graph does not say how the model itself is called; save the result again"
+        )
+
+
+def _check_range(*limits: Any) -> None:
+    if any(number is not None and (type(number) is not int or abs(number) > 2**64) for number in limits):
+        raise refuse("range", limits)
+
+
+def _check_size(name: Any) -> None:
+    if not isinstance(name, str) or _SIZE.fullmatch(name) is None:
+        raise refuse("size", name)
+
+
+def walk(item: Any, place: str = "") -> Iterator[tuple[str, Any]]:
+    """An object of the schema and all that it holds, each with the class and the field that hold it, and
+    whether it is a key there: ``"Node.target"``, ``"Graph.tensor_values key"``.
+    """
+    yield place, item
+    kind = type(item).__name__
+    if isinstance(item, Union):
+        yield from walk(item.value, f"{kind}.{item.type}")
+    elif dataclasses.is_dataclass(item):
+        for field in dataclasses.fields(item):
+            yield from walk(getattr(item, field.name), f"{kind}.{field.name}")
+    elif isinstance(item, (list, tuple)):
+        for child in item:
+            yield from walk(child, place)
+    elif isinstance(item, dict):
+        for key, child in item.items():
+            yield f"{place} key", key
+            yield from walk(child, place)
+
+
+def _check_names(*names: Any) -> None:
+    for name in names:
+        if (
+            not isinstance(name, str)
+            or not name.isidentifier()
+            or keyword.iskeyword(name)
+            or name == "self"
+            or name.startswith("__")
+            or len(name) > 1000
+        ):
+            raise StoreError(
+                f"the stored graph uses {name!r:.200} as a name, which save() never writes; save the result"
+                " again"
+            )
+
+
+def _check_word(text: Any) -> None:
+    if not isinstance(text, str) or re.fullmatch(r"[\w.@+-]{0,1000}", text) is None:
+        raise refuse("word", text)
+
+
+def _check_options(options: dict[str, Any]) -> None:
+    """Refuse options of an operator that are more than words and numbers: compilers write them into the code
+    of kernels.
+    """
+    for key, value in options.items():
+        for text in (key, value.value) if value.type == "as_string" else (key,):
+            if not isinstance(text, str) or re.fullmatch(r"\w+", text) is None:
+                raise StoreError(
+                    f"the stored graph has {text!r} among the options of an operator, which save() never"
+                    " writes; save the result again"
+                )
+
+
+def _check_path(path: Any) -> None:
+    check_weight_name(path)
+    if hasattr(_GRAPH_MODULE, path.partition(".")[0]):
+        raise StoreError(
+            f"the stored graph names a weight {path!r}, which would take the place of an attribute of graph"
+            " modules; rename that submodule"
+        )
+
+
+def check_weight_name(path: Any) -> None:
+    """Refuse the name of a weight that is no path of submodules, or that would take the place of what every
+    module has, such as ``training``.
+
+    Raises:
+        StoreError: quotes the name.
+    """
+    parts = path.split(".") if isinstance(path, str) and is_key(path) and len(path) < 1000 else [""]
+    if len(parts) > 64 or not all(parts) or any(hasattr(_MODULE, part) for part in parts):
+        raise StoreError(
+            f"a weight is stored as {path!r:.200}, which is the name of none; save the result again"
+        )
+
+
+def check_operator(target: Any) -> None:
+    """Refuse a target that is not an operator of torch on tensors or sizes.
+
+    Raises:
+        StoreError: names the target.
+    """
+    if target in ON_SIZES or target in _HIGHER_ORDER:
+        return
+    match = _OPERATOR.fullmatch(target) if isinstance(target, str) else None
+    if match is None:
+        raise StoreError(
+            f"the stored graph calls {target!r}, which is not a torch operator that can be stored; save the"
+            " result again"
+        )
+    try:
+        found = getattr(getattr(getattr(torch.ops, match[1]), match[2]), match[3])
+    except tolerable(AttributeError, RuntimeError):
+        found = None
+    if not isinstance(found, OpOverload):
+        raise StoreError(
+            f"the operator {target} is not known here; import the package that registers it before loading"
+        )
+    for argument in found._schema.arguments:
+        if "str" in str(argument.type) and re.search("file|path|name", argument.name):
+            raise StoreError(
+                f"the stored graph calls {target}, which reaches outside of the model; such a program is not"
+                " loaded"
+            )
+
+
+def check_structure(text: Any, *, keywords: bool = False) -> None:
+    """Refuse a container structure that names classes other than plain containers, outputs and caches of
+    transformers, and registered types.
+
+    Classes of transformers are imported and registered as the exporter does.
+
+    Raises:
+        StoreError: names the type.
+    """
+    try:
+        _, tree = json.loads(text)
+        _check_spec(tree)
+        if keywords:
+            _check_names(*json.loads(tree["children_spec"][1]["context"]))
+    except (ValueError, TypeError, KeyError, IndexError, RecursionError) as error:
+        raise refuse("structure", text) from error
+
+
+def _unregistered(kind: Any) -> StoreError:
+    return StoreError(
+        f"the program takes or returns a {kind}, a type that is not registered here; import the module that"
+        " registers it as a pytree first"
+    )
+
+
+def _check_spec(tree: Any) -> None:
+    kind, context = tree["type"], tree["context"]
+    for child in tree["children_spec"]:
+        _check_spec(child)
+    if kind is None:
+        return
+    if kind == "collections.defaultdict":
+        raise StoreError(
+            "the program takes or returns a defaultdict, whose factory would have to be imported; use a dict"
+        )
+    if (
+        isinstance(kind, str)
+        and kind not in pytree.SERIALIZED_TYPE_TO_PYTHON_TYPE
+        and _TRANSFORMERS.fullmatch(kind)
+    ):
+        _register(kind)
+    if kind not in pytree.SERIALIZED_TYPE_TO_PYTHON_TYPE:
+        raise _unregistered(kind)
+    if kind == "collections.namedtuple" and context not in pytree.SERIALIZED_TYPE_TO_PYTHON_TYPE:
+        raise _unregistered(context)
+    plain = (
+        pytree.SUPPORTED_SERIALIZED_TYPES[pytree.SERIALIZED_TYPE_TO_PYTHON_TYPE[kind]].from_dumpable_context
+        is None
+    )
+    _check_context(json.loads(context) if plain else context)
+
+
+def _check_context(value: Any) -> None:
+    """Contexts are data that may name classes; only those that save() writes are allowed."""
+    if isinstance(value, list):
+        for item in value:
+            _check_context(item)
+    elif isinstance(value, dict):
+        tag, path = value.get("_t"), value.get("p")
+        names_class = tag is not None and path is not None
+        known = not names_class or (
+            isinstance(path, str) and (path in _PLAIN_CLASSES or _TRANSFORMERS.fullmatch(path) is not None)
+        )
+        if "__enum__" in value or not known:
+            raise refuse("context", value)
+        if tag in ("dtype", "layout") and not isinstance(
+            getattr(torch, str(value.get("n")), None), (torch.dtype, torch.layout)
+        ):
+            raise refuse("context", value)
+        if names_class and path not in _PLAIN_CLASSES:
+            _transformers_class(str(path))
+        for key, item in value.items():
+            if not is_key(key):
+                raise refuse("key", key)
+            _check_context(item)
+    elif isinstance(value, str) and not is_key(value):
+        raise refuse("key", value)
+
+
+def _transformers_class(path: str) -> type:
+    module, name = re.split(r"[.:](?=\w+$)", path)
+    try:
+        found = getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError) as error:
+        raise StoreError(
+            f"the class {path} cannot be found: {error}; install the transformers version that the result was"
+            " saved with"
+        ) from error
+    if not isinstance(found, type) or not found.__module__.startswith("transformers."):
+        raise refuse("class", path)
+    return found
+
+
+def _register(path: str) -> None:
+    """Make an output or cache class of transformers known to torch."""
+    from transformers.utils.generic import ModelOutput
+
+    from ..base.compat._transformers import is_cache_class, register_pytree_node
+
+    found = _transformers_class(path)
+    if issubclass(found, ModelOutput) and dataclasses.is_dataclass(found):
+        return  # registered by its own import
+    if not is_cache_class(found):
+        raise StoreError(
+            f"the program takes or returns a {path}, which is neither an output nor a cache of transformers;"
+            " register it as a pytree first"
+        )
+    register_pytree_node(found)
+
+
+def _refuse_object(text: Any) -> None:
+    raise StoreError(
+        "the program holds a custom object, which cannot be stored without pickle; keep it outside of the"
+        " captured model"
+    )
+
+
+#: what each text of a stored program is held against, by the class and field that hold it: operators are
+#: given any, which generated code quotes. A text in another place is refused, whatever some torch makes of
+#: it.
+_TEXTS: dict[str, Callable[[Any], object]] = {
+    "Argument.as_operator": check_operator,
+    "Argument.as_string": str,
+    "Argument.as_string_to_argument key": _check_word,
+    "Argument.as_strings": str,
+    "BufferMutationSpec.buffer_name": _check_path,
+    "ConstantValue.as_string": str,
+    "CustomObjArgument.class_fqn": _refuse_object,
+    "CustomObjArgument.name": _refuse_object,
+    "Device.type": _check_word,
+    "ExportedProgram.guards_code": check_guard,
+    "ExportedProgram.opset_version key": _check_word,
+    "ExportedProgram.range_constraints key": _check_size,
+    "ExportedProgram.torch_version": _check_word,
+    "ExportedProgram.verifiers": _check_word,
+    "Graph.custom_obj_values key": _refuse_object,
+    "Graph.sym_bool_values key": _check_names,
+    "Graph.sym_float_values key": _check_names,
+    "Graph.sym_int_values key": _check_names,
+    "Graph.tensor_values key": _check_names,
+    "GraphArgument.name": _check_names,
+    "GraphModule.treespec_namedtuple_fields key": _check_word,
+    "InputToBufferSpec.buffer_name": _check_path,
+    "InputToConstantInputSpec.name": _check_names,
+    "InputToCustomObjSpec.custom_obj_name": _refuse_object,
+    "InputToParameterSpec.parameter_name": _check_path,
+    "InputToTensorConstantSpec.tensor_constant_name": _check_path,
+    "ModuleCallEntry.fqn": _check_word,
+    "ModuleCallSignature.forward_arg_names": _check_names,
+    "ModuleCallSignature.in_spec": functools.partial(check_structure, keywords=True),
+    "ModuleCallSignature.out_spec": check_structure,
+    "NamedArgument.name": _check_word,
+    "NamedTupleDef.field_names": _check_names,
+    "Node.name": _check_names,
+    "Node.target": check_operator,
+    "ParameterMutationSpec.parameter_name": _check_path,
+    "SymBoolArgument.as_name": _check_names,
+    "SymExpr.expr_str": check_expression,
+    "SymFloatArgument.as_name": _check_names,
+    "SymIntArgument.as_name": _check_names,
+    "TensorArgument.name": _check_names,
+    "TokenArgument.name": _check_names,
+    "UserInputMutationSpec.user_input_name": _check_names,
+}

@@ -1,0 +1,1 @@
+"""Choosing by gradients (gates), and regaining by them (recovery)."""
