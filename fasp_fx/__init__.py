@@ -18,7 +18,6 @@ from .base._after_import import after_import
 from .base._version import __version__ as __version__
 from .base.offload._context import keep_weights, offload
 from .capturing._captured import Captured, capture
-from .cli.page import to_html
 from .errors import (
     ArgumentError,
     BudgetError,
@@ -43,6 +42,7 @@ from .errors import (
     VerificationWarning,
 )
 from .interop.compile._backend import backend
+from .interop.page import to_html
 from .pruning._measure import measure
 from .pruning._plan_from_sets import plan_from_sets
 from .pruning._prune import analyze, apply, prune

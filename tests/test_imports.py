@@ -27,8 +27,7 @@ FLOORS = (
     {"pruning"},
     {"hf", "interop"},
     {"training"},
-    {"cli"},
-    {""},  # fasp_fx itself
+    {"", "cli"},  # fasp_fx itself
     {"testing", "__main__"},
 )
 

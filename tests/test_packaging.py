@@ -78,8 +78,8 @@ def test_wheel_is_typed(wheel: list[str]) -> None:
 
 def test_wheel_holds_the_parts_of_the_page(wheel: list[str]) -> None:
     parts = {
-        f"fasp_fx/cli/page/{path.name}"
-        for path in (ROOT / "fasp_fx" / "cli" / "page").iterdir()
+        f"fasp_fx/interop/page/{path.name}"
+        for path in (ROOT / "fasp_fx" / "interop" / "page").iterdir()
         if path.suffix in (".html", ".css", ".js")
     }
     assert len(parts) >= 3

@@ -14,9 +14,9 @@ import pytest
 from fasp_fx.report import COUNTED, Figure, Line, Report
 
 import fasp_fx
-from fasp_fx.cli.page import check_page, to_html, write_page
-from fasp_fx.cli.page._graph import lay_out, layer_of
-from fasp_fx.cli.page._model import page_data
+from fasp_fx.interop.page import check_page, to_html, write_page
+from fasp_fx.interop.page._graph import lay_out, layer_of
+from fasp_fx.interop.page._model import page_data
 from fasp_fx.pruning.saving._report_json import report_from_json, report_to_json
 
 pytestmark = pytest.mark.usefixtures("shared_captures")

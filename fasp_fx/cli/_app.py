@@ -516,12 +516,12 @@ def inspect(
     """
     with session() as stages:
         from ..hf._plain_folder import is_plain
+        from ..interop.page import check_page, write_page
         from ..pruning._prune import analyze
         from ..pruning.report import counted
         from . import _models
         from ._arguments import check_path
         from ._saved import is_saved
-        from .page import check_page, write_page
 
         check_path("the model", model)
         if html is not None:
@@ -571,9 +571,9 @@ def _values(names: Iterable[StrEnum] | None) -> tuple[str, ...]:
 def _inspect_saved(folder: Path, *, as_json: bool, html: Path | None) -> None:
     """Show the report of a pruning."""
     from ..hf._plain_folder import is_plain, read_plain
+    from ..interop.page import write_page
     from ..pruning.saving._folder import read_report
     from ..pruning.saving._report_json import report_to_json
-    from .page import write_page
 
     report = read_plain(folder)[1] if is_plain(folder) else read_report(folder)
     if html is not None:

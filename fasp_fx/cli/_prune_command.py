@@ -21,6 +21,7 @@ from ..base.offload._context import offload
 from ..errors import ArgumentError, SparsityError
 from ..hf import Pruned, prune
 from ..hf._stages import pruned_already
+from ..interop.page import check_page, write_page
 from ..pruning.config import PruningConfig
 from ..storage._run_folder import refuse_other
 from ..training.recovery import DistillationConfig
@@ -30,7 +31,6 @@ from ._arguments import check_apart, check_path
 from ._console import CAPTURING, Stages, say
 from ._outcome import measure, recover, show
 from ._texts import Texts, Wanted
-from .page import check_page, write_page
 
 #: the weights, what is repaired of them, and what is left of them
 _COPIES = 2.2
