@@ -17,7 +17,7 @@ from .analysis.plan import ParameterSlice, PruningPlan
 from .base._after_import import after_import
 from .base._version import __version__ as __version__
 from .base.offload._context import keep_weights, offload
-from .capturing._captured import Captured, capture
+from .capturing._captured import Captured
 from .errors import (
     ArgumentError,
     BudgetError,
@@ -43,9 +43,9 @@ from .errors import (
 )
 from .interop.compile._backend import backend
 from .interop.page import to_html
-from .pruning._measure import measure
+from .pruning._captured import capture
 from .pruning._plan_from_sets import plan_from_sets
-from .pruning._prune import analyze, apply, prune
+from .pruning._prune import analyze, apply, measure, prune
 from .pruning._result import Result
 from .pruning.config import PruningConfig
 from .pruning.report import Report

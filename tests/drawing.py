@@ -29,7 +29,7 @@ from fasp_fx.calibration.observe._visit import Decision
 from fasp_fx.errors import CallError
 from fasp_fx.passes import Prune
 from fasp_fx.passes._finish import finish
-from fasp_fx.pruning._pipeline import make_plan
+from fasp_fx.pruning._rewriting import make_plan
 from fasp_fx.testing import build, example, programs
 from fasp_fx.testing._case import Case
 from fasp_fx.testing._odd_blocks import Odd

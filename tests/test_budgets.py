@@ -34,7 +34,7 @@ from fasp_fx.cli import app
 from fasp_fx.cli._amounts import read_amount
 from fasp_fx.hf._stages import stages_of
 from fasp_fx.passes import Prune
-from fasp_fx.pruning._pipeline import make_plan
+from fasp_fx.pruning._rewriting import make_plan
 from fasp_fx.testing import build, example, programs
 from fasp_fx.testing._sets import draw_sets
 from fasp_fx.testing.specs import Net

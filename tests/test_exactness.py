@@ -29,7 +29,7 @@ import fasp_fx.passes._verify
 import fasp_fx.passes.remove_channels
 from fasp_fx.calibration.observe._visit import Decision
 from fasp_fx.cli._console import session
-from fasp_fx.pruning._pipeline import make_plan
+from fasp_fx.pruning._rewriting import make_plan
 from fasp_fx.pruning.check import _compare, _execution, _held
 from fasp_fx.pruning.check._blame import sound_part
 from fasp_fx.testing import Masked

@@ -7,6 +7,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from torch import Tensor
+
 from ..base._options import is_number
 from ..errors import ArgumentError
 from .latency import LatencyTable
@@ -33,6 +35,8 @@ class Cap(ABC):
     name: ClassVar[str]
     #: what one of it is called, several of them
     unit: ClassVar[str]
+    #: whether a submodule that is called several times takes it each time
+    per_call: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         if not is_number(self.amount) or self.amount <= 0:
@@ -50,6 +54,10 @@ class Cap(ABC):
     def allowed(self, dense: float) -> float:
         """How much may stay of ``dense``."""
         return self.amount * dense if isinstance(self.amount, float) and self.amount <= 1 else self.amount
+
+    def held(self, weights: Iterable[Tensor]) -> float:
+        """How much there is of it in weights that no program of a model has."""
+        return 0
 
     @abstractmethod
     def resource(self, analysis: Analysis) -> Resource:
@@ -70,6 +78,9 @@ class Parameters(Cap):
 
         return parameters_of(analysis)
 
+    def held(self, weights: Iterable[Tensor]) -> float:
+        return sum(tensor.numel() for tensor in weights)
+
 
 class Bytes(Cap):
     """The bytes of all parameters, tied ones once, as the report's line ``bytes`` has them."""
@@ -81,6 +92,9 @@ class Bytes(Cap):
 
         return parameters_of(analysis, in_bytes=True)
 
+    def held(self, weights: Iterable[Tensor]) -> float:
+        return sum(tensor.numel() * tensor.element_size() for tensor in weights)
+
 
 class Macs(Cap):
     """The multiply-accumulates of one forward pass on the example inputs: of linear, convolution and
@@ -88,10 +102,11 @@ class Macs(Cap):
     half of them, with heads padded to one width as the result has them. They are half of the operations that
     ``torch.utils.flop_counter`` counts.
 
-    :func:`fasp_fx.hf.prune` has example inputs of its own: 2 sequences of 3 tokens that follow 5 others.
+    :func:`fasp_fx.hf.prune` has example inputs of its own: 2 sequences of 3 tokens that follow 5 others. Of a
+    model that is pruned in parts, those of the parts are counted, as often as each is called.
     """
 
-    name, unit = "macs", "multiply-accumulates"
+    name, unit, per_call = "macs", "multiply-accumulates", True
 
     def resource(self, analysis: Analysis) -> Resource:
         from ._macs import macs_of

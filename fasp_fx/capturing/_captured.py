@@ -13,8 +13,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.export import ExportedProgram
 
-from ..base._undisturbed import in_usual_modes, one_at_a_time
-from ..errors import ArgumentError
+from ..errors import ArgumentError, CaptureError
 from . import capture as capture_program
 from ._compare_with_model import compared
 from ._fx import written_names
@@ -31,13 +30,27 @@ class Captured:
     and its example inputs, any number of times.
 
     Attributes:
-        program: the graph, and how it is called.
+        programs: the graph, and how it is called, under the empty path; of a model that was captured in parts
+            (docs/submodules.md), those of the parts by their paths.
     """
 
-    program: Program
+    programs: dict[str, Program]
     _versions: dict[str, int | None] = field(repr=False)
     _model: Callable[[], object | None] = field(default=lambda: None, repr=False)
     _parameters: dict[str, nn.Parameter] = field(default_factory=dict, repr=False)
+
+    @property
+    def program(self) -> Program:
+        """The one program.
+
+        Raises:
+            CaptureError: the model was captured in parts.
+        """
+        if "" not in self.programs:
+            raise CaptureError(
+                "a model captured in parts has no single program; programs has those of the parts"
+            )
+        return self.programs[""]
 
     def checked(self) -> Program:
         """The program, if its weights are what they were.
@@ -59,7 +72,7 @@ class Captured:
     def __deepcopy__(self, memo: dict[int, Any]) -> Captured:
         """The same over weights of its own."""
         program = copy.deepcopy(self.checked(), memo)
-        return Captured(program, _versions(program))
+        return Captured({"": program}, _versions(program))
 
     def __reduce__(self) -> NoReturn:
         raise ArgumentError(
@@ -68,35 +81,11 @@ class Captured:
         )
 
 
-@one_at_a_time
-@in_usual_modes
-def capture(
-    model: Model,
-    args: Any = (),
-    kwargs: dict[str, Any] | None = None,
-    *,
-    state: tuple[str, ...] = (),
-    dynamic_shapes: Any = None,
-    device: torch.device | str | None = None,
-) -> Captured:
-    """Capture a model as it behaves on the example inputs, once for several prunings.
-
-    Args:
-        model: module in evaluation mode, graph module or exported program; it is not changed, and its weights
-            are shared.
-        args, kwargs: example inputs.
-        state: names of arguments and outputs that hold state (a cache) and may become narrower.
-        dynamic_shapes: as for ``torch.export.export``; inferred if ``None``.
-        device: move the captured copy there; ``None`` leaves it where the model is.
-
-    Raises:
-        ArgumentError: the inputs do not fit the model.
-        CaptureError: the model is in training mode, or cannot be captured whole; :func:`fasp_fx.prune` takes
-            such a model in parts.
-    """
-    program = _captured(model, args, kwargs, state=state, dynamic_shapes=dynamic_shapes, device=device)
+def capture_whole(model: Model, args: Any, kwargs: dict[str, Any] | None, **options: Any) -> Captured:
+    """Capture a model as one program; arguments and errors as for :func:`fasp_fx.capture`."""
+    program = _captured(model, args, kwargs, **options)
     held = weakref.ref(model) if isinstance(model, nn.Module) else lambda: None
-    return Captured(program, _versions(program), held, _parameters(model))
+    return Captured({"": program}, _versions(program), held, _parameters(model))
 
 
 def _parameters(model: object) -> dict[str, nn.Parameter]:
@@ -143,6 +132,24 @@ def program_of(
         return _captured(
             model, args, kwargs, run=run, state=state, dynamic_shapes=dynamic_shapes, device=device
         )
+    program = model.checked()
+    check_given(args, kwargs, state, dynamic_shapes, device, program.device())
+    return program
+
+
+def check_given(
+    args: Any,
+    kwargs: dict[str, Any] | None,
+    state: tuple[str, ...],
+    dynamic_shapes: Any,
+    device: torch.device | str | None,
+    captured_on: torch.device,
+) -> None:
+    """Refuse to say of a captured model what its capture was told.
+
+    Raises:
+        ArgumentError: names the argument.
+    """
     given = {
         "args": args != (),
         "kwargs": bool(kwargs),
@@ -154,12 +161,10 @@ def program_of(
             raise ArgumentError(
                 f"a captured model holds what {name}= says already; give {name}= to fasp_fx.capture"
             )
-    program = model.checked()
-    if device is not None and torch.device(device).type != program.device().type:
+    if device is not None and torch.device(device).type != captured_on.type:
         raise ArgumentError(
-            f"the model was captured on {program.device()}; give device={str(device)!r} to fasp_fx.capture"
+            f"the model was captured on {captured_on}; give device={str(device)!r} to fasp_fx.capture"
         )
-    return program
 
 
 def _versions(program: Program) -> dict[str, int | None]:
@@ -175,4 +180,4 @@ def _version(tensor: Tensor) -> int | None:
     return None if tensor.is_inference() else tensor._version
 
 
-__all__ = ["Captured", "Model", "capture", "program_of"]
+__all__ = ["Captured", "Model", "capture_whole", "check_given", "program_of"]

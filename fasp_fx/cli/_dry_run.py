@@ -11,7 +11,8 @@ from ..allocation.budgets import CacheBytes
 from ..base.offload._context import RESIDENT
 from ..errors import ArgumentError
 from ..hf._plain import plain_config
-from ..pruning._chooser import Chooser
+from ..pruning._allocating import budget_for, check_request, counted
+from ..pruning._method import Method
 from ..pruning._prune import analyze
 from ..pruning.config import PruningConfig
 from . import _models
@@ -55,8 +56,8 @@ def run(
     stages.begin(CAPTURING)
     example = {"input_ids": torch.zeros(1, length, dtype=torch.long), "use_cache": False}
     analysis = analyze(empty, (), example, granularity=config.granularity, include=config.include)
-    chooser = Chooser(config)
-    chooser.check(chooser.budget(analysis), analysis.groups)
+    budget = budget_for(config, analysis.chosen, lambda cap: counted(analysis, cap))
+    check_request(Method.of(config), budget, analysis.groups)
     stages.begin("measuring how fast this machine is")
     named = _models.DTYPES.get(dtype) or getattr(getattr(empty, "config", None), "dtype", None)
     found = forecast(

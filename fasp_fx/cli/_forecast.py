@@ -21,7 +21,8 @@ from ..calibration.observe._consumers import Consumer, Consumers
 from ..capturing._fx import attribute
 from ..capturing._sizes import Sizes
 from ..errors import BudgetError
-from ..pruning._chooser import Chooser
+from ..pruning._allocating import expected_sparsity
+from ..pruning._method import Method
 from ..pruning.config import MEASURED, PruningConfig
 from ._rates import copy_rate, factorisation_rate, product_rate
 
@@ -121,10 +122,10 @@ def forecast(
     linear = bytes_of_weights(
         (tensor for name, tensor in weights.items() if name in analysis.walk.facts.matrices), kind
     )
-    chooser = Chooser(config)
-    sparsity = chooser.expected_sparsity(analysis)
+    method = Method.of(config)
+    sparsity = expected_sparsity(config, analysis)
     needed = Needed(analysis, consumers, kind, sparsity)
-    steps = _operations(analysis, chooser, needed.shapes, batches, sparsity, needed.sizes)
+    steps = _operations(analysis, method, needed.shapes, batches, sparsity, needed.sizes)
     found = Forecast(
         base=psutil.Process().memory_info().rss,
         weights=total,
@@ -132,7 +133,7 @@ def forecast(
         pruned=round(total - sparsity * linear),
         waiting=batches * needed.waiting,
         running=needed.running,
-        matrices=max(needed.pair, sum(needed.grams) if chooser.measures else 0),
+        matrices=max(needed.pair, sum(needed.grams) if method.needs_measuring else 0),
         solving=needed.solving,
         checking=2 * DOUBLE * largest.numel(),  # as it is, and masked
         on_device=needed.on_device,
@@ -142,19 +143,19 @@ def forecast(
     if not measure:
         return found
     where = device or torch.device("cpu")
-    return replace(found, seconds=_seconds(chooser, needed.shapes.values(), steps, kind, where))
+    return replace(found, seconds=_seconds(method, needed.shapes.values(), steps, kind, where))
 
 
 def _operations(
     analysis: Analysis,
-    chooser: Chooser,
+    method: Method,
     shapes: Mapping[Consumer, Shape],
     batches: int,
     sparsity: float,
     sizes: Sizes,
 ) -> dict[str, dict[str, float]]:
     """Operations by step and kind (see :func:`_seconds`)."""
-    config = chooser.config
+    config = method.config
     try:
         forward = 2.0 * macs_of(analysis).whole
     except BudgetError:  # an operator that is not counted: what weights do is most of it
@@ -183,7 +184,7 @@ def _operations(
     if config.restore is not None:
         found["choosing the ridge"] = {"single products": compared, "single factors": tried}
         found["repair"] = {"double products": solved, "double factors": factored}
-    if chooser.measures:
+    if method.needs_measuring:
         measured = max(1, -(-batches // MEASURED[config.quality]))
         found["measuring costs"] = {"run": measured * (_BACK * forward + 2 * gram) + cut}
     search = config.allocator
@@ -201,7 +202,7 @@ def _outputs(node: fx.Node, sizes: Sizes) -> int:
 
 
 def _seconds(
-    chooser: Chooser,
+    method: Method,
     shapes: Collection[Shape],
     steps: dict[str, dict[str, float]],
     kind: torch.dtype,
@@ -209,7 +210,7 @@ def _seconds(
 ) -> dict[str, float]:
     """Times at the rates that are measured now, on matrices like those of the widest consumer."""
     rows, _, columns = max(shapes, key=lambda shape: shape[0] * shape[2], default=(1, 1, 1))
-    precision = "medium" if chooser.config.precision == "auto" and multiplies_bfloat16(device) else "highest"
+    precision = "medium" if method.config.precision == "auto" and multiplies_bfloat16(device) else "highest"
     tokens = 1024
     rates = {
         "run": product_rate(tokens, columns, rows, kind, precision, device),

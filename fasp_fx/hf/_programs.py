@@ -18,8 +18,8 @@ from ..calibration.observe._visit import Decision, decided
 from ..capturing._captured import program_of
 from ..capturing._program import Program
 from ..errors import PlanError, VerificationError, VerificationWarning
-from ..pruning._pipeline import analyze_for, make_plan, rewrite
 from ..pruning._result import Result
+from ..pruning._rewriting import analyze_for, make_plan, rewrite
 from ..pruning.check import UnsoundError, restricted
 from ..pruning.config import PruningConfig
 from ..pruning.report import said_whole

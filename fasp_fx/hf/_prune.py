@@ -24,8 +24,10 @@ from ..calibration.observe._calibration import check_calibration
 from ..calibration.observe._ranks import Ranks, ended_together
 from ..errors import ArgumentError
 from ..passes._pruned_module import PrunedModule
-from ..pruning._pipeline import Timings, decide, make_plan, rewrite
+from ..pruning._deciding import decide
 from ..pruning._result import Result
+from ..pruning._rewriting import Timings, make_plan, rewrite
+from ..pruning._subject import Whole
 from ..pruning.config import PruningConfig, PruningOptions
 from ..pruning.report import Report, make_report, notes_of, said_whole
 from ._config import PrunedConfig
@@ -170,15 +172,14 @@ def prune(
     stage = stages.planned()
     program = program_for(stage, device)
     habits = habits_of(stages, program)
-    where = None if device is None else torch.device(device)
     batches = None
     if calibration is not None:
         batches = stages.batches(calibration, FlatProgram.of(program.module).cache_sizes())
-    analysis, decision = decide(
-        program,
+    subject = Whole(program, device)
+    ((_, decision),) = decide(
+        subject,
         asked,
         batches,
-        device=where,
         progress=progress,
         on_analysis=on_analysis,
         costs=costs,
@@ -187,7 +188,7 @@ def prune(
         checkpoint=checkpoint,
         clock=clock,
     )
-    planned = Planned(program, analysis, decision)
+    planned = Planned(program, subject.analyses[""], decision)
     served = [served_by(other, device, asked) for other in stages.served()]
     results, plan, report = (
         _together(model, planned, served, asked, clock)

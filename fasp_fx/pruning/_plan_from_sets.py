@@ -15,7 +15,7 @@ from ..analysis.plan import PruningPlan
 from ..calibration.observe._visit import Decision
 from ..capturing._captured import Captured
 from ..errors import ArgumentError, PlanError
-from ._pipeline import analyze_for, make_plan
+from ._rewriting import analyze_for, make_plan
 from .config import PruningConfig
 
 

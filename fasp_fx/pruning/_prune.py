@@ -1,41 +1,39 @@
-"""The main job, of a model or of what was captured of one: analyse it, prune it, carry a plan out on it."""
+"""The main job, of a model or of what was captured of one: analyse it, measure it, prune it, carry a plan out
+on it.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Unpack
 
 import torch
 import torch.distributed as dist
 
-from ..allocation._allocation import TrialAllocation
+from ..allocation._allocation import CostAllocation
 from ..allocation.costs import Costs
-from ..analysis import plan as plans
 from ..analysis._analysis import Analysis
 from ..analysis.plan import PruningPlan
 from ..base._options import check_callable
-from ..base._tolerable import tolerable
 from ..base._undisturbed import check_default_device, in_usual_modes, one_at_a_time
-from ..calibration.observe._calibration import check_calibration, read_batches
+from ..calibration.observe._calibration import check_calibration
 from ..calibration.observe._consumers import Consumers
 from ..calibration.observe._planned import Planned
 from ..calibration.observe._ranks import Ranks, ended_together
 from ..calibration.observe._visit import Decision
-from ..capturing._captured import Captured, Model, program_of
-from ..errors import ArgumentError, CaptureError
-from ._chooser import Chooser
-from ._pipeline import Timings, analyze_for, decide, rewrite
+from ..capturing._captured import Captured, Model
+from ..errors import ArgumentError
+from ._calibrating import calibrate
+from ._captured import subject_of
+from ._deciding import decide
+from ._measuring import measure_costs
+from ._method import Method
 from ._result import Result
+from ._rewriting import Timings
 from .config import PruningConfig, PruningOptions
-from .submodules._prune import (
-    PARTIAL_LOSSES,
-    analyze_in_parts,
-    apply_in_parts,
-    check_parts_help,
-    prune_in_parts,
-)
 
 #: the options that say how what stays is restored, and not what goes
 _RESTORING = ("restore", "drift", "padding_mask", "precision")
@@ -70,14 +68,8 @@ def analyze(
         ArgumentError, CaptureError: see :func:`fasp_fx.capture`.
     """
     config = PruningConfig(granularity=granularity, include=include)
-    try:
-        program = program_of(
-            model, args, kwargs, dynamic_shapes=dynamic_shapes, state=state, device=None, run=False
-        )
-    except tolerable(CaptureError) as error:
-        check_parts_help(error, model, dynamic_shapes=dynamic_shapes, state=state)
-        return analyze_in_parts(error, model, args, kwargs, config)
-    return analyze_for(program, config)
+    subject = subject_of(model, args, kwargs, state=state, dynamic_shapes=dynamic_shapes, run=False)
+    return subject.analyze(config)
 
 
 @one_at_a_time
@@ -140,46 +132,87 @@ def prune(
     if config.needs_data:
         check_calibration(calibration)
     ranks, clock = Ranks.of(group), Timings()
-    try:
-        program = program_of(model, args, kwargs, dynamic_shapes=dynamic_shapes, state=state, device=device)
-    except tolerable(CaptureError) as error:
-        tried = config.allocation if isinstance(config.allocator, TrialAllocation) else None
-        whole = {"budget": config.caps, "checkpoint": checkpoint, "allocation": tried} | (
-            {} if config.loss in PARTIAL_LOSSES else {"loss": config.loss}
-        )
-        check_parts_help(
-            error,
-            model,
-            dynamic_shapes=dynamic_shapes,
-            state=state,
-            padding_mask=config.padding_mask,
-            costs=costs is not None,
-            **whole,
-        )
-        return prune_in_parts(
-            error,
-            model,
-            args,
-            kwargs,
-            Chooser(config, ranks=ranks),
-            calibration=calibration,
-            device=device,
-            progress=progress or (lambda fraction: None),
-            on_analysis=on_analysis,
-        )
-    analysis, decision = decide(
-        program,
+    subject = subject_of(
+        model, args, kwargs, state=state, dynamic_shapes=dynamic_shapes, device=device, config=config
+    )
+    for path, decision in decide(
+        subject,
         config,
         calibration,
-        device=device,
         progress=progress,
         on_analysis=on_analysis,
         costs=costs,
         ranks=ranks,
         checkpoint=checkpoint,
         clock=clock,
+    ):
+        subject.put(path, decision, config, clock)
+    return subject.result(config, clock)
+
+
+@one_at_a_time
+@in_usual_modes
+@ended_together
+def measure(
+    model: Model | Captured,
+    args: Any = (),
+    kwargs: dict[str, Any] | None = None,
+    *,
+    calibration: Iterable[Any],
+    config: PruningConfig | None = None,
+    state: tuple[str, ...] = (),
+    dynamic_shapes: Any = None,
+    device: torch.device | str | None = None,
+    progress: Callable[[float], None] | None = None,
+    group: dist.ProcessGroup | None = None,
+    **options: Unpack[PruningOptions],
+) -> Costs:
+    """Predict what each coupled group costs, channel set by channel set.
+
+    The dense model runs on the batches, forward and, unless ``loss=None``, back. The curves serve
+    :func:`fasp_fx.prune` for any number of sparsities and budgets, with the same ``score``, ``granularity``
+    and ``include``.
+
+    Args:
+        model, args, kwargs, state, dynamic_shapes, device: as for :func:`fasp_fx.prune`.
+        calibration: an iterable of batches; all of them are run, and what autograd keeps of one has to fit
+            the device. Some thousand tokens do.
+        config, options: as for :func:`fasp_fx.prune`; ``score``, ``loss``, ``granularity``, ``include`` and
+            ``padding_mask`` count.
+        progress: called with the fraction of the batches done.
+        group: as for :func:`fasp_fx.prune`.
+
+    Raises:
+        ArgumentError: an option is not known or out of range.
+        CalibrationError: the batches do not fit, the loss fails or does not depend on the weights, or its
+            gradients vanish or are not finite.
+        CaptureError: see :func:`fasp_fx.capture`.
+    """
+    check_default_device()
+    check_callable(progress=progress)
+    asked = PruningConfig.of(config, options)
+    if not isinstance(asked.allocator, CostAllocation):
+        asked = replace(asked, sparsity=None if asked.budget else asked.requested, allocation="global")
+    check_calibration(calibration)
+    subject = subject_of(
+        model, args, kwargs, state=state, dynamic_shapes=dynamic_shapes, device=device, config=asked
     )
-    return rewrite(program, analysis, decision, config, clock)
+    subject.check_weights()
+    subject.analyze(asked)
+    batches, ranks, fingerprint = subject.read(calibration), Ranks.of(group), subject.fingerprint()
+    ranks.check_alike(lambda: fingerprint, subject.leaves(batches), vars(asked))
+    measured = measure_costs(
+        Method.of(asked),
+        {path: Consumers(own, asked.restore is not None, path) for path, own in subject.analyses.items()},
+        lambda path: subject.inputs(path, batches),
+        subject.within,
+        fingerprint,
+        ranks,
+        progress or (lambda fraction: None),
+        part=1,
+    )
+    assert measured.costs is not None
+    return measured.costs
 
 
 @one_at_a_time
@@ -194,13 +227,14 @@ def apply(
     config: PruningConfig | None = None,
     dynamic_shapes: Any = None,
     state: tuple[str, ...] = (),
+    device: torch.device | str | None = None,
     progress: Callable[[float], None] | None = None,
     **options: Unpack[PruningOptions],
 ) -> Result:
     """Carry out a plan on the model it was made for, whatever chose it.
 
     Args:
-        model, args, kwargs, dynamic_shapes, state, progress: as for :func:`prune`.
+        model, args, kwargs, dynamic_shapes, state, device, progress: as for :func:`prune`.
         plan: says what goes.
         calibration: batches to restore on what stays; ``None``: it is left as it is.
         config, options: how to restore: ``restore``, ``drift``, ``padding_mask`` and ``precision``
@@ -220,31 +254,35 @@ def apply(
     check_callable(progress=progress)
     config = _restoring(config, options, plan, calibration is not None)
     clock = Timings()
-    try:
-        program = program_of(model, args, kwargs, dynamic_shapes=dynamic_shapes, state=state, device=None)
-    except tolerable(CaptureError) as error:
-        check_parts_help(
-            error, model, dynamic_shapes=dynamic_shapes, state=state, calibration=calibration is not None
-        )
-        return apply_in_parts(error, model, plan, args, kwargs, config)
-    plans.check_fingerprint(plan, plans.program_fingerprint(program))
-    clock.lap("capture")
-    analysis = analyze_for(program, plan)
-    gone = plans.gone_of(plan, analysis)
-    clock.lap("analysis")
-    if calibration is None:
-        return rewrite(program, analysis, Decision(gone), None, clock)
-    planned = Planned(analysis, gone)
-    batches = read_batches(program, calibration, None)
-    chooser = Chooser(replace(config, score=planned))
-    decision = chooser.choose(
-        Consumers(analysis, config.restore is not None),
-        planned.lost,
-        batches,
-        progress or (lambda fraction: None),
+    subject = subject_of(
+        model, args, kwargs, state=state, dynamic_shapes=dynamic_shapes, device=device, config=config
     )
-    clock.lap("calibration")
-    return rewrite(program, analysis, decision, None, clock)
+    clock.lap("capture")
+    subject.analyze(plan)
+    removed = subject.removed_by(plan)
+    clock.lap("analysis")
+    batches = None if calibration is None else subject.read(calibration)
+    for number, (path, gone) in enumerate(removed.items()):
+        decision = Decision(gone)
+        if batches is not None:
+            analysis = subject.analyses[path]
+            planned = Planned(analysis, gone)
+            decision = calibrate(
+                Method.of(replace(config, score=planned)),
+                Consumers(analysis, config.restore is not None, path),
+                planned.lost,
+                subject.inputs(path, batches)[0],
+                Ranks(),
+                partial(_advance, progress, number, len(removed)),
+            )
+            clock.lap("calibration")
+        subject.put(path, decision, None, clock)
+    return subject.result(None, clock)
+
+
+def _advance(progress: Callable[[float], None] | None, done: int, count: int, fraction: float) -> None:
+    if progress is not None:
+        progress((done + fraction) / count)
 
 
 def _restoring(
@@ -263,4 +301,4 @@ def _restoring(
     return replace(asked, granularity=plan.granularity, include=plan.include)
 
 
-__all__ = ["analyze", "apply", "prune"]
+__all__ = ["analyze", "apply", "measure", "prune"]

@@ -20,7 +20,7 @@ from fasp_fx.analysis.plan import PruningPlan, gone_of, program_fingerprint
 from fasp_fx.base._tolerable import tolerable
 from fasp_fx.calibration.observe._visit import Decision
 from fasp_fx.errors import NothingPrunableError
-from fasp_fx.pruning._pipeline import make_plan
+from fasp_fx.pruning._rewriting import make_plan
 
 from ..base.compat import pytree
 from ._in_a_row import in_a_row, remembers

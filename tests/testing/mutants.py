@@ -106,7 +106,7 @@ def not_run(monkeypatch: pytest.MonkeyPatch) -> None:
         module = finish(rewritten)
         return Held(decision, rewritten, module)
 
-    monkeypatch.setattr(sys.modules["fasp_fx.pruning._pipeline"], "carry_out", carry_out)
+    monkeypatch.setattr(sys.modules["fasp_fx.pruning._rewriting"], "carry_out", carry_out)
 
 
 def rule(operator: Any, text: str) -> Patch:

@@ -1,19 +1,42 @@
-"""What analysing a model in parts returns."""
+"""The analysis of a model in parts, and what is counted in all of them."""
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from typing import Any
 
 from ...analysis._analysis import Analysis
-from ...analysis.resources import Sparsity
+from ...analysis.groups import Group
+from ...analysis.resources import Resource, Sparsity
 from ...errors import ArgumentError, CaptureError
-from ._budget import JoinedSparsity
 from ._names import group_within
 
 _OF_ONE_PROGRAM = frozenset({"program", "conflicts", "labels", "numbering", "walk"})
+
+
+class Joined(Resource):
+    """What is counted in several programs as one.
+
+    Args:
+        groups: those of all programs, in the names of the model.
+        parts: what is counted in each.
+        times: how often each counts.
+        around: how much there is of it outside of them.
+    """
+
+    def __init__(
+        self, groups: Sequence[Group], parts: Sequence[Resource], times: Sequence[int], around: float
+    ) -> None:
+        super().__init__(groups, around + sum(n * part.whole for n, part in zip(times, parts, strict=True)))
+        self._parts, self._times, self._around = parts, times, around
+
+    def used(self, lost: Sequence[int]) -> float:
+        left, found = iter(lost), self._around
+        for part, times in zip(self._parts, self._times, strict=True):
+            found += times * part.used([next(left) for _ in part.groups])
+        return found
 
 
 class PartsAnalysis(Analysis):
@@ -41,7 +64,8 @@ class PartsAnalysis(Analysis):
     @property
     def max_sparsity(self) -> float:
         """The highest sparsity of all parts together that can be asked for with ``round_to=1``."""
-        return JoinedSparsity({(path,): Sparsity(analysis) for path, analysis in self.parts.items()}).reach(1)
+        counted = [Sparsity(analysis) for analysis in self.parts.values()]
+        return Joined(self.chosen, counted, [1] * len(counted), 0).reach(1)
 
     @cached_property
     def without_rule(self) -> dict[str, int]:
@@ -93,4 +117,4 @@ class PartsAnalysis(Analysis):
     __hash__ = object.__hash__
 
 
-__all__ = ["PartsAnalysis"]
+__all__ = ["Joined", "PartsAnalysis"]

@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ...analysis._analysis import Analysis
 from ...base._tolerable import tolerable
 from ...base.compat import pytree
 from ...calibration.observe._calibration import _check_shape
@@ -18,8 +17,6 @@ from ...capturing._program import Program
 from ...capturing._unchanged import of_torch, rewound
 from ...errors import FaspError, first_line
 from ...passes._finish import finish
-from .._pipeline import analyze_for
-from ..config import PruningConfig
 from ._calls import Call, Seen, watching
 from ._stand_in import StandIn, replaced, same_output
 
@@ -37,7 +34,6 @@ class Part:
     paths: tuple[str, ...]
     module: nn.Module
     program: Program
-    analysis: Analysis
     calls: int
 
     @property
@@ -58,19 +54,18 @@ class _Refusal:
 
 
 class Search:
-    """Top-down search for the largest submodules that can be captured and pruned.
+    """Top-down search for the largest submodules that can be captured.
 
     Args:
         model: the model; as it was after every step.
         call: the example inputs.
-        config: how to analyse what is captured.
 
     Attributes:
         left: for each submodule that stays whole, why.
     """
 
-    def __init__(self, model: nn.Module, call: Call, config: PruningConfig) -> None:
-        self.model, self.call, self.config = model, call, config
+    def __init__(self, model: nn.Module, call: Call) -> None:
+        self.model, self.call = model, call
         self.paths: dict[int, list[str]] = {}
         for path, module in _walk(model):
             self.paths.setdefault(id(module), []).append(path)
@@ -173,18 +168,11 @@ class Search:
             misfit = why_unfit(program, call)
             if misfit:
                 return _Refusal(f"one graph does not take all its calls: {misfit}")
-        analysis = analyze_for(program, self.config)
-        if not analysis.chosen:
-            reasons = sorted({group.reason for group in analysis.groups if group.reason})
-            return _Refusal(
-                "nothing in it can be pruned" + (f": {'; '.join(reasons[:3])}" if reasons else ""),
-                descend=False,
-            )
         paths = tuple(self.paths[id(module)])
         difference = self._difference(program, module, paths, seen.example)
         if difference:
             return _Refusal(difference)
-        return Part(paths, module, program, analysis, seen.count)
+        return Part(paths, module, program, seen.count)
 
     def _attached(self, module: nn.Module) -> str | None:
         """What of the module is also used outside of it."""

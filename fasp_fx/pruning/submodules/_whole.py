@@ -19,9 +19,9 @@ def whole_fingerprint(parameters: Mapping[str, Tensor]) -> str:
     )
 
 
-def copied(model: nn.Module) -> nn.Module:
-    """A copy that shares no storage. Python cannot copy weights that a hook computes, and sparse ones; those
-    are cloned.
+def copied(model: nn.Module, kept: Mapping[int, nn.Module] | None = None) -> nn.Module:
+    """A copy that shares no storage, but for submodules that are ``kept``, by their ids. Python cannot copy
+    weights that a hook computes, and sparse ones; those are cloned.
     """
     computed = [
         value
@@ -29,7 +29,7 @@ def copied(model: nn.Module) -> nn.Module:
         for value in vars(module).values()
         if isinstance(value, Tensor) and not value.is_leaf
     ]
-    clones: dict[int, Any] = {id(value): value.detach().clone() for value in computed}
+    clones: dict[int, Any] = dict(kept or {}) | {id(value): value.detach().clone() for value in computed}
     for parameter in model.parameters():
         if parameter.layout != torch.strided:
             clones[id(parameter)] = nn.Parameter(

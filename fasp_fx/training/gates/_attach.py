@@ -14,7 +14,7 @@ from ...analysis.groups import Group, Member
 from ...base._options import is_number
 from ...base._tolerable import tolerable
 from ...base._undisturbed import in_usual_modes, one_at_a_time
-from ...capturing._captured import capture
+from ...capturing._captured import capture_whole
 from ...errors import ArgumentError, NothingPrunableError, first_line
 from ...pruning._prune import analyze
 from ...pruning.config import PruningConfig, PruningOptions
@@ -87,7 +87,7 @@ def attach(
             f"kind={kind!r} is none of gates; make one, such as Projected() or HardConcrete()"
         )
     asked = replace(_asked(PruningConfig.of(config, options)), score="fasp", allocation=Threshold())
-    captured = capture(model, args, kwargs, dynamic_shapes=dynamic_shapes)
+    captured = capture_whole(model, args, kwargs, dynamic_shapes=dynamic_shapes)
     analysis = analyze(captured, granularity=asked.granularity, include=asked.include)
     open_to = [group for group in analysis.chosen if not is_excluded(group, asked.exclude)]
     places, groups = _places(model, open_to)

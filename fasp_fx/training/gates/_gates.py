@@ -28,8 +28,9 @@ from ...base.compat import is_backward
 from ...calibration.observe._visit import Decision
 from ...capturing._program import Program
 from ...errors import ArgumentError, SparsityError
-from ...pruning._chooser import Chooser
-from ...pruning._pipeline import make_plan
+from ...pruning._allocating import allocate, budget_for, check_request, counted
+from ...pruning._method import Method
+from ...pruning._rewriting import make_plan
 from ...pruning.config import PruningConfig
 from ._calls import Calls, Draw
 from ._kinds import Kind
@@ -46,7 +47,7 @@ class _Fixed:
     program: Program
     analysis: Analysis
     groups: list[Group]
-    chooser: Chooser
+    method: Method
     budget: Budget
 
     def __deepcopy__(self, memo: dict[int, Any]) -> _Fixed:
@@ -85,12 +86,13 @@ class Gates(nn.Module):
     ) -> None:
         super().__init__()
         device = next(model.parameters()).device
-        chooser = Chooser(config)
+        method = Method.of(config)
+        budget = budget_for(config, analysis.chosen, lambda cap: counted(analysis, cap))
         self._model = (model,)  # in a tuple: the model is no part of the gates
-        self._fixed = _Fixed(program, analysis, groups, chooser, chooser.budget(analysis))
+        self._fixed = _Fixed(program, analysis, groups, method, budget)
         self._kind, self._warmup, self._rate = kind, warmup, rate
-        chooser.check(
-            self._fixed.budget, analysis.groups, self._costs([np.zeros(group.size) for group in groups])
+        check_request(
+            method, budget, analysis.groups, self._costs([np.zeros(group.size) for group in groups])
         )
         self.names = [group.name for group in groups]
         self.scores = nn.ParameterList(
@@ -426,7 +428,7 @@ class Gates(nn.Module):
 
     def _planned(self, chances: list[np.ndarray]) -> list[np.ndarray]:
         fixed = self._fixed
-        counts = fixed.chooser.allocate(fixed.budget, fixed.analysis.groups, self._costs(chances))
+        counts, _ = allocate(fixed.method, fixed.budget, fixed.analysis.groups, self._costs(chances))
         lost = {group.name: count for group, count in zip(fixed.budget.groups, counts, strict=True)}
         beyond = [name for name, count in lost.items() if count and name not in self.names]
         if beyond:

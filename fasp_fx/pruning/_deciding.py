@@ -1,0 +1,200 @@
+"""The steps between a captured model and what goes of it: analyse, measure, allocate, calibrate."""
+
+from __future__ import annotations
+
+import functools
+import json
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Literal
+
+from ..allocation._allocation import CostAllocation
+from ..allocation._selection import PartialBudget
+from ..allocation.costs import Costs, check_costs
+from ..analysis import plan as plans
+from ..analysis._analysis import Analysis
+from ..base._options import path_of
+from ..calibration._journal import Journal, open_journal
+from ..calibration.observe._consumers import Consumers
+from ..calibration.observe._ranks import Ranks
+from ..calibration.observe._visit import Decision
+from ..errors import ArgumentError
+from ..storage._run_folder import claim, refuse_other
+from ._allocating import allocate, check_request
+from ._calibrating import calibrate
+from ._measuring import Measured, measure_costs
+from ._method import Method
+from ._rewriting import Timings
+from ._subject import Subject
+from .config import PruningConfig
+
+#: the part of the progress shown that measuring costs takes, where they are measured
+PROGRESS_SHARE_MEASURING = 0.35
+#: the part of the rest that a search takes
+PROGRESS_SHARE_SEARCHING = 0.6
+
+
+def decide(
+    subject: Subject,
+    config: PruningConfig,
+    calibration: Iterable[Any] | None,
+    *,
+    progress: Callable[[float], None] | None = None,
+    on_analysis: Callable[[Analysis], None] | None = None,
+    costs: Costs | None = None,
+    loss: Literal["outputs", "next-token"] = "outputs",
+    ranks: Ranks | None = None,
+    checkpoint: str | Path | None = None,
+    clock: Timings | None = None,
+) -> Iterator[tuple[str, Decision]]:
+    """What goes of each program of a model, one after another: whoever puts a program into its place before
+    asking for the next lets that see it. Arguments and errors as for :func:`fasp_fx.prune`.
+
+    Args:
+        loss: what ``loss="auto"`` stands for.
+        ranks: the processes that share the batches.
+        clock: told when each step is done.
+    """
+    ranks, clock, advance = ranks or Ranks(), clock or Timings(), progress or (lambda fraction: None)
+    subject.check_weights()
+    folder = _checkpoint_folder(checkpoint, config)
+    fingerprint = functools.cache(subject.fingerprint)
+    method = Method.of(config, loss)
+    if costs is not None:
+        check_costs(costs, fingerprint(), config.score_name, config.granularity)
+        if not isinstance(method.allocation, CostAllocation):
+            raise ArgumentError(
+                "costs= is for an allocation by predicted losses, and this one is uniform; leave it out, or"
+                " pass allocation='global'"
+            )
+    clock.lap("capture")
+    groups = subject.analyze(config).groups
+    budget = subject.budget(method)
+    check_request(method, budget, groups, costs)
+    clock.lap("analysis")
+    for analysis in subject.analyses.values():
+        if on_analysis is not None:
+            on_analysis(analysis)
+    batches = subject.read(calibration) if config.needs_data else None
+    ranks.check_alike(fingerprint, () if batches is None else subject.leaves(batches), vars(config))
+    consumers = {
+        path: Consumers(analysis, config.restore is not None, path)
+        for path, analysis in subject.analyses.items()
+    }
+    measured, done = Measured(method, costs), 0.0
+    if batches is not None and method.needs_measuring:
+        done = PROGRESS_SHARE_MEASURING
+        measured = measure_costs(
+            method,
+            consumers,
+            lambda path: subject.inputs(path, batches),
+            subject.within,
+            fingerprint(),
+            ranks,
+            lambda fraction: advance(done * fraction),
+            costs,
+        )
+        clock.lap("measuring")
+    elif batches is not None:
+        measured = replace(measured, missed=subject.unreached(batches))
+    start = done + PROGRESS_SHARE_SEARCHING * (1 - done) if method.runs_trials else done
+    budget = subject.reached(budget, measured.missed)
+    lost, notes = allocate(
+        measured.method,
+        budget,
+        groups,
+        measured.costs,
+        measured.trials.get(""),
+        lambda fraction: advance(done + (start - done) * fraction),
+    )
+    if isinstance(budget, PartialBudget):
+        lost = budget.spread(lost)
+    if method.runs_trials:
+        clock.lap("searching")
+    notes += _remarks(measured, subject, config, lost)
+    if folder is not None and len(consumers) > 1 and not ranks.rank:
+        claim(folder, {"parts": list(consumers)})
+    for number, (path, share) in enumerate(subject.split(lost).items()):
+        begun = start + (1 - start) * number / len(consumers)
+        advance(begun)
+        if subject.leaves_whole(path, share, config, batches, measured.missed):
+            continue
+        inputs = None if batches is None else subject.inputs(path, batches)[0]
+        journal = None
+        if folder is not None and inputs is not None and not ranks.rank:
+            own = folder / f"part-{number}" if path else folder
+            journal = _journal(own, consumers[path], config, share, inputs, ranks)
+        decision = calibrate(
+            measured.method,
+            consumers[path],
+            share,
+            inputs,
+            ranks,
+            lambda fraction, begun=begun: advance(begun + (1 - start) * fraction / len(consumers)),  # type: ignore[misc]
+            journal,
+        )
+        subject.take_notes(decision, notes)
+        clock.lap("calibration")
+        yield path, decision
+    advance(1.0)
+
+
+def _checkpoint_folder(checkpoint: str | Path | None, config: PruningConfig) -> Path | None:
+    """The folder of a run that is kept.
+
+    Raises:
+        StoreError: it holds something else.
+        ArgumentError: an option is a function, of which it cannot be told whether it is the same.
+    """
+    if checkpoint is None:
+        return None
+    folder = path_of(checkpoint, "checkpoint").absolute()
+    refuse_other(folder)
+    for name in ("score", "restore", "loss"):
+        if callable(getattr(config, name)):
+            raise ArgumentError(
+                f"{name}={getattr(config, name)!r} is code of your own, of which checkpoint= cannot tell"
+                " whether it is the same when the run goes on; leave out checkpoint="
+            )
+    return folder
+
+
+def _journal(
+    folder: Path,
+    consumers: Consumers,
+    config: PruningConfig,
+    lost: list[int],
+    inputs: list[list[Any]],
+    ranks: Ranks,
+) -> Journal:
+    """What is kept of the calibration of one program; what an allocation decides stands in it by itself."""
+    config = replace(config, allocation=None) if callable(config.allocation) else config
+    fingerprint = plans.running_fingerprint(consumers.analysis.program)
+    return open_journal(folder, fingerprint, json.loads(config.to_json()), lost, inputs, ranks.size)
+
+
+def _remarks(measured: Measured, subject: Subject, config: PruningConfig, lost: list[int]) -> list[str]:
+    """What there is to say of an allocation."""
+    found = []
+    if measured.costs is not None and measured.method.needs_costs:
+        names = [
+            subject.within(path, group).name
+            for path, analysis in subject.analyses.items()
+            for group in analysis.chosen
+        ]
+        rise = measured.costs.predicted(dict(zip(names, lost, strict=True)))
+        found.append(f"predicted rise of {measured.method.loss_description}: {rise:.3g}")
+    if not any(lost):
+        found.append(
+            "nothing goes: the allocation takes nothing"
+            if callable(config.allocation)
+            else (
+                "nothing goes: what was asked for is less than half a step of any group; ask for more, or for"
+                " a smaller round_to"
+            )
+        )
+    return found
+
+
+__all__ = ["decide"]

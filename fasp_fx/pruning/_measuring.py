@@ -1,0 +1,214 @@
+"""What the groups of a model cost, seen at its dense self."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import fx
+
+from ..allocation._allocation import TrialAllocation
+from ..allocation.costs import CostCurve, Costs
+from ..analysis.groups import Group
+from ..base._device import float32_products
+from ..base._tolerable import tolerable
+from ..base._undisturbed import drawing_alike, in_turns
+from ..base._warn import warn
+from ..base.offload._current import computing
+from ..calibration.losses import Outputs
+from ..calibration.observe._consumers import Consumers
+from ..calibration.observe._costs import curves_of, orders_of
+from ..calibration.observe._gradients import ENOUGH, observe_batches
+from ..calibration.observe._marks import Marks
+from ..calibration.observe._pieces import Piece, in_pieces, whole_batches
+from ..calibration.observe._ranks import Ranks
+from ..calibration.observe._trial import ModelTrial
+from ..calibration.statistics import InputGradients, SquaredInputGradients
+from ..capturing._fx import results
+from ..errors import ArgumentError, CalibrationError, CalibrationWarning
+from ._method import Method
+from .config import MEASURED
+
+#: the graph inputs of the calibration batches of a program, or why there are none
+Inputs = Callable[[str], tuple[list[list[Any]], str]]
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What was seen of the dense model.
+
+    Attributes:
+        method: without a loss where none could be differentiated.
+        costs: the cost curves by the groups' names in the whole model, if the allocation wants them.
+        trials: by program, what runs it as it would be pruned, if the allocation wants that.
+        missed: the programs that the batches do not serve, with the reasons.
+    """
+
+    method: Method
+    costs: Costs | None = None
+    trials: Mapping[str, ModelTrial] = field(default_factory=dict)
+    missed: Mapping[str, str] = field(default_factory=dict)
+
+
+def measure_costs(
+    method: Method,
+    consumers: Mapping[str, Consumers],
+    inputs: Inputs,
+    within: Callable[[str, Group], Group],
+    fingerprint: str,
+    ranks: Ranks,
+    advance: Callable[[float], None],
+    costs: Costs | None = None,
+    part: int | None = None,
+) -> Measured:
+    """Observe the dense programs of a model, forward and, where there is a loss, back: cost curves, if the
+    allocation wants them, and gradients for the score, which stay with the consumers.
+
+    An allocation that runs trials is given orders and Gram matrices from here, also where the curves were
+    measured before. All programs are measured without gradients once one of them cannot run back: relative
+    errors of consumers are no losses of outputs, and neither are compared with the other.
+
+    Args:
+        within: a group of a program as it is known in the whole model.
+        fingerprint: of the model.
+        costs: the cost curves, where they were measured before.
+        part: one in so many sequences is run, the first ones, and more of them where tokens are few;
+            ``None``: by the quality asked for.
+    """
+    is_wanted = method.needs_costs and (costs is None or method.runs_trials)
+    curves: dict[str, CostCurve] = {}
+    trials: dict[str, ModelTrial] = {}
+    missed: dict[str, str] = {}
+    for number, (path, own) in enumerate(consumers.items()):
+        batches, misfit = inputs(path)
+        if misfit:
+            missed[path] = misfit
+        elif is_wanted or (method.gradients and method.loss is not None):
+
+            def advanced(fraction: float, done: int = number) -> None:
+                advance((done + fraction) / len(consumers))
+
+            program = _Measuring(method, own, is_wanted, ranks, path)
+            program.run(batches, advanced, part)
+            if program.method != method and curves:
+                for seen in consumers.values():
+                    seen.forget()
+                return measure_costs(
+                    program.method, consumers, inputs, within, fingerprint, ranks, advance, costs, part
+                )
+            method = program.method
+            if program.trial is not None:
+                trials[path] = program.trial
+            curves |= {
+                within(path, group).name: program.curves[group.name]
+                for group in own.analysis.chosen
+                if group.name in program.curves
+            }
+    if is_wanted and costs is None:
+        costs = Costs(curves, fingerprint, method.score_name, method.config.granularity)
+    return Measured(method, costs, trials, missed)
+
+
+@dataclass
+class _Measuring:
+    """Measures one program; ``method`` has no loss afterwards where none could be differentiated."""
+
+    method: Method
+    consumers: Consumers
+    is_wanted: bool
+    ranks: Ranks
+    path: str
+    curves: Mapping[str, CostCurve] = field(default_factory=dict)
+    trial: ModelTrial | None = None
+
+    def run(self, batches: list[list[Any]], advance: Callable[[float], None], part: int | None) -> None:
+        method, program = self.method, self.consumers.analysis.program
+        if computing() is not None:
+            raise ArgumentError(
+                "gradients are taken where the weights are, all of which their way back needs, and not on"
+                f" {computing()}; leave out the device of offload(), or use quality='fast'"
+            )
+        usual = MEASURED[method.config.quality] * (2 if method.is_of_columns else 1)
+        with drawing_alike(program.weights().values()), float32_products(method.precision(program)):
+            pieces, marks = self._observe(batches, in_turns(advance), part or usual)
+        if self.is_wanted:
+            with torch.no_grad():
+                orders = orders_of(self.consumers, self.consumers.analysis.chosen, method.score)
+            self.curves = curves_of(orders)
+            if isinstance(method.allocation, TrialAllocation):
+                self.trial = ModelTrial(
+                    self.consumers,
+                    orders,
+                    pieces,
+                    marks,
+                    self.method.resolved_loss,
+                    method.allocation.sequences,
+                    method.restore is not None,
+                    method.precision(program),
+                    self.ranks,
+                )
+        self.consumers.forget_activations()
+
+    def _observe(
+        self, batches: list[list[Any]], advance: Callable[[float], None], part: int
+    ) -> tuple[list[Piece], Marks]:
+        """Run one in ``part`` of the sequences; as they came where pieces of them do not serve, and only
+        forward where nothing else does.
+
+        Returns all sequences in the pieces that serve, and which of their tokens are padding.
+
+        A loss of the user's sees whole batches, whose sequences it may compare.
+
+        Raises:
+            CalibrationError: see :func:`observe_batches`.
+        """
+        method, program = self.method, self.consumers.analysis.program
+        mask = method.config.padding_mask
+        gradients = SquaredInputGradients if method.is_of_columns else InputGradients
+        wanted = {"gradients": gradients, **method.score.statistics} if self.is_wanted else method.gradients
+        # Refuses a mask that does not fit by the number of its batch.
+        Marks(program, batches, mask, hold_out=False)
+        whole = whole_batches(program, batches)
+        pieces = whole if callable(method.loss) else in_pieces(program, whole)
+        attempts = [(pieces, method)]
+        if len(pieces) > len(whole):
+            attempts.append((whole, method))
+        if method.config.loss == "auto" and method.loss is not None:
+            attempts.append((whole, method.without_loss()))
+        for number, (given, by) in enumerate(attempts):
+            try:
+                marks = Marks(program, [piece.inputs for piece in given], mask, hold_out=False)
+                observe_batches(
+                    self.consumers,
+                    given,
+                    wanted,
+                    by.resolved_loss,
+                    marks,
+                    advance,
+                    -(-len(given) // part),
+                    self.ranks,
+                    ENOUGH / 2 if method.is_of_columns else ENOUGH,
+                )
+                break
+            except tolerable(CalibrationError) as error:
+                if number + 1 == len(attempts):
+                    raise
+                failure = error
+                self.consumers.forget()
+        if by.loss is None and method.loss is not None:
+            self.method = by
+            everywhere = f" in all parts of the model, since part '{self.path}' cannot" if self.path else ""
+            warn(
+                f"{failure}, as is done now{everywhere}: each consumer counts by the relative error of its"
+                " own output",
+                CalibrationWarning,
+            )
+        returned = (node for node in results(program.module.graph) if isinstance(node, fx.Node))
+        if isinstance(by.resolved_loss, Outputs) and any(node in marks.unmatched for node in returned):
+            warn(marks.remark(), CalibrationWarning)  # the loss counts them, which no report would say
+        return given, marks
+
+
+__all__ = ["Inputs", "Measured", "measure_costs"]
