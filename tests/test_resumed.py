@@ -169,7 +169,6 @@ def test_generating_and_plain_models_go_on(tmp_path: Path, monkeypatch: pytest.M
 OTHERS: dict[str, tuple[dict[str, Any], str]] = {
     "data": ({"calibration": [{"input_ids": batch} for batch in tokens(3)]}, "data differ"),
     "options": ({"sparsity": 0.4}, "options, what goes of each group differ"),
-    "precision": ({"precision": "medium"}, "options differ"),
 }
 
 

@@ -41,7 +41,6 @@ from ..calibration.observe._gradients import ENOUGH, observe_batches
 from ..calibration.observe._marks import Marks
 from ..calibration.observe._pieces import Piece, halved, in_pieces, whole_batches
 from ..calibration.observe._ranks import Ranks
-from ..calibration.observe._reconstruction import Reconstruction
 from ..calibration.observe._trial import AskedTrial, ModelTrial
 from ..calibration.observe._visit import Decision, Observer
 from ..calibration.restoration import restored_by, ridge
@@ -62,9 +61,6 @@ from .config import MEASURED, PruningConfig
 
 if TYPE_CHECKING:
     from ..calibration._journal import Journal
-
-#: the part of the progress shown that choosing and repairing take, where windows are trained after it
-_CLOSED = 0.3
 
 
 class Chooser:
@@ -94,11 +90,6 @@ class Chooser:
             if callable(config.restore)
             else ridge
         )
-        if config.window is not None and computing() is not None:
-            raise ArgumentError(
-                f"windows are trained where the weights are, and not on {computing()}; leave out the device"
-                " of offload(), or use restore='least-squares'"
-            )
         self._trial: ModelTrial | None = None
         self.notes: list[str] = []
         self._gradients = {
@@ -314,8 +305,6 @@ class Chooser:
 
     def _precision(self, program: Program) -> str:
         """That of products of float32 while a program runs on calibration data."""
-        if self.config.precision != "auto":
-            return self.config.precision
         device = computing() or device_of(program.module)
         return "medium" if multiplies_bfloat16(device) else "highest"
 
@@ -473,24 +462,12 @@ class Chooser:
                 lost,
                 self._score,
                 self._restore,
-                self.config.propagate,
                 self._precision(analysis.program),
                 self.ranks,
                 journal,
             )
             drift = Drift(runners[1], part) if len(runners) > 1 else None
-            window = None if batches is None else self.config.window
-            share = 1.0 if window is None else _CLOSED
-            decision = observer.run(
-                runners[0] if runners else None, marks, lambda fraction: advance(share * fraction), drift
-            )
-            if window is not None and batches is not None and marks is not None:
-                del observer, runners, drift
-                reconstruction = Reconstruction(
-                    consumers, decision, window, part, self._precision(analysis.program), self.ranks
-                )
-                reconstruction.run(batches, marks, lambda fraction: advance(share + (1 - share) * fraction))
-            return decision
+            return observer.run(runners[0] if runners else None, marks, advance, drift)
 
     def _too_little(self, consumers: Consumers, error: Exception) -> OffloadError:
         """What to say where a device has too little memory beside weights in files: what it takes."""

@@ -38,7 +38,7 @@ from .submodules._prune import (
 )
 
 #: the options that say how what stays is restored, and not what goes
-_RESTORING = ("restore", "drift", "padding_mask", "precision")
+_RESTORING = ("restore", "drift", "padding_mask")
 
 
 @one_at_a_time
@@ -203,7 +203,7 @@ def apply(
         model, args, kwargs, dynamic_shapes, state, progress: as for :func:`prune`.
         plan: says what goes.
         calibration: batches to restore on what stays; ``None``: it is left as it is.
-        config, options: how to restore: ``restore``, ``drift``, ``padding_mask`` and ``precision``
+        config, options: how to restore: ``restore``, ``drift`` and ``padding_mask``
             of :class:`fasp_fx.PruningConfig`.
 
     Raises:

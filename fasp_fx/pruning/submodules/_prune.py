@@ -25,7 +25,6 @@ from ._calls import Call
 from ._inputs import graph_inputs, not_reached, recorded, user_batches
 from ._names import group_within, plan_of_part
 from ._result import PartsResult
-from ._stand_in import put
 from ._submodules import Part
 from ._whole import whole_fingerprint
 
@@ -82,7 +81,6 @@ def prune_in_parts(
         whole, [part.path not in missed for part in assembly.parts for _ in part.analysis.chosen]
     )
     shares = assembly.counted.split(budget.spread(chooser.allocate(budget, groups, costs)))
-    modules: dict[str, nn.Module] = {}
     for index, (part, lost) in enumerate(zip(assembly.parts, shares, strict=True)):
         progress(index / len(assembly.parts))
         if not any(lost):
@@ -102,13 +100,8 @@ def prune_in_parts(
                 consumers[part.path], lost, flat if batches is not None else None, advance
             )
             del flat
-        if assembly.place(part, decision, calls) and not config.propagate:
-            modules[part.path] = assembly.results[part.path].module
-            put(assembly.model, part.paths, part.module)
+        assembly.place(part, decision, calls)
     progress(1.0)
-    for part in assembly.parts:
-        if part.path in modules:
-            put(assembly.model, part.paths, modules[part.path])
     return assembly.result(config, chooser.notes)
 
 
