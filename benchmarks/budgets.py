@@ -1,23 +1,18 @@
-"""Budgets asked, met and measured: what stays of parameters, bytes, multiply-accumulates and time, on a
+"""Budgets asked, met and measured: what stays of parameters, bytes and multiply-accumulates, on a
 ResNet-50 and on SmolLM2-135M, and of the latter's key-value cache.
 
-Channels go by their magnitude and nothing is restored, since budgets do not depend on it. Times are medians
-of runs of the captured dense program, which is what a latency budget is a share of, and of the pruned one,
-taken in turn; what was promised is compared in microseconds as well.
+Channels go by their magnitude and nothing is restored, since budgets do not depend on it.
 """
 
 from __future__ import annotations
 
 import argparse
-import statistics
-import time
 from collections.abc import Callable
 from functools import partial
 from typing import Any
 
 import torch
-from fasp_fx.budgets import Bytes, CacheBytes, Cap, Latency, Macs, Parameters
-from fasp_fx.latency import LatencyTable
+from fasp_fx.budgets import Bytes, CacheBytes, Cap, Macs, Parameters
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
@@ -57,19 +52,6 @@ def operations(call: Callable[[], Any]) -> float:
     return counter.get_total_flops() / 2
 
 
-@torch.no_grad()
-def times(calls: list[Callable[[], Any]], rounds: int) -> list[float]:
-    """Median microseconds of each call, taken in turn; two rounds go before, uncounted."""
-    spent: list[list[float]] = [[] for _ in calls]
-    for turn in range(rounds + 2):
-        for call, own in zip(calls, spent, strict=True):
-            started = time.perf_counter()
-            call()
-            if turn > 1:
-                own.append(time.perf_counter() - started)
-    return [statistics.median(own) * 1e6 for own in spent]
-
-
 def cache_row(share: float) -> None:
     """What the key-value cache of SmolLM2 takes per token, pruned to generate."""
     from _protocol import smollm2
@@ -97,26 +79,22 @@ def main() -> None:
     )
     parser.add_argument("--models", nargs="*", choices=list(MODELS), default=list(MODELS))
     parser.add_argument("--share", type=float, default=0.8)
-    parser.add_argument("--rounds", type=int, default=9)
     options = parser.parse_args()
     print("| model | budget | asked | predicted | measured |\n|---|---|---|---|---|", flush=True)
     for name in options.models:
         model, args, kwargs = MODELS[name]()
-        captured, table = fasp_fx.capture(model, args, kwargs), LatencyTable()
+        captured = fasp_fx.capture(model, args, kwargs)
         dense = finish(captured.program)
         caps: list[Cap] = [
             Parameters(options.share),
             Bytes(options.share),
             Macs(options.share),
-            Latency(options.share, table),
         ]
         for cap in caps:
             result = fasp_fx.prune(captured, budget=cap, score="magnitude", restore=None, round_to=16)
             (spent,) = result.report.budgets
             calls = [partial(module, *args, **kwargs) for module in (dense, result.module)]
-            if isinstance(cap, Latency):
-                measured = times(calls, options.rounds)
-            elif isinstance(cap, Macs):
+            if isinstance(cap, Macs):
                 measured = [operations(call) for call in calls]
             else:
                 sizes = (
@@ -132,8 +110,6 @@ def main() -> None:
                 f" {measured[1] / measured[0]:.2%} |",
                 flush=True,
             )
-            if isinstance(cap, Latency):
-                print(f"promised {spent.used:,.0f} microseconds, took {measured[1]:,.0f}", flush=True)
         if name == "smollm2":
             cache_row(options.share)
 

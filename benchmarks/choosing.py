@@ -22,21 +22,19 @@ import torch
 import vision
 from _protocol import CALIBRATION, EVALUATION, chunks, smollm2
 from fasp_fx.evaluation import perplexity, tasks
-from fasp_fx.restoration import Window
 
 import fasp_fx
 
 METHODS = ("fast", "fasp,global", "balanced", "best", "obs,uniform", "fasp,global,none", "fasp,uniform,none")
 HOW = (
     "a quality, or SCORE,ALLOCATION, or SCORE,ALLOCATION,none: without repair; +exempt: query and key"
-    " channels may go as well; +depth: whole blocks; +heads: whole heads in attention; +window: windows are"
-    " trained, with +epochs=N and +rate=R; +OPTION=NUMBER: an option of fasp_fx.prune"
+    " channels may go as well; +depth: whole blocks; +heads: whole heads in attention;"
+    " +OPTION=NUMBER: an option of fasp_fx.prune"
 )
 WORDS: dict[str, dict[str, Any]] = {
     "exempt": {"include": ("exempt",)},
     "depth": {"include": ("depth",)},
     "heads": {"granularity": ("channel", "head")},
-    "window": {"restore": "window"},
 }
 Measure = Callable[[Any], dict[str, float]]
 
@@ -134,14 +132,10 @@ def options_of(method: str) -> dict[str, Any]:
     )
     if "restore" in how:
         how["restore"] = None
-    windows: dict[str, Any] = {}
     for word in more:
         option, is_number, number = word.partition("=")
-        if option in ("epochs", "rate"):
-            windows[option] = int(number) if option == "epochs" else float(number)
-        else:
-            how |= {option: float(number)} if is_number else WORDS[word]
-    return how | ({"restore": Window(**windows)} if windows else {})
+        how |= {option: float(number)} if is_number else WORDS[word]
+    return how
 
 
 def forget_peak() -> None:
@@ -205,9 +199,6 @@ def main() -> None:
     )
     parser.add_argument("--tasks", nargs="*", default=[], help="files of tasks to measure SmolLM2 on")
     parser.add_argument("--limit", type=int, help="examples of each task")
-    parser.add_argument(
-        "--precision", default="auto", help="of the products of calibration, as for fasp_fx.prune"
-    )
     parser.add_argument("--device", default="cpu")
     parser.add_argument(
         "--tables", action="store_true", help="show what was measured as tables; measure nothing"
@@ -231,7 +222,6 @@ def main() -> None:
                 "sparsity": sparsity,
                 "evaluation": options.evaluation,
                 "tasks": sorted(map(str, options.tasks)),
-                "precision": options.precision,
             }
             if any(key.items() <= found.items() for found in done):
                 continue
@@ -244,7 +234,6 @@ def main() -> None:
                     captured,
                     calibration=calibration,
                     sparsity=sparsity,
-                    precision=options.precision,
                     **options_of(method),
                     **own,
                 )

@@ -32,7 +32,6 @@ def run(text: pathlib.Path, count: int, out: pathlib.Path) -> None:
         calibration=[{"input_ids": row[None]} for row in data],
         sparsity=0.2,
         quality="fast",
-        precision="highest",
         loss="next-token",
         group=dist.group.WORLD,
     )

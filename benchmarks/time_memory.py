@@ -17,7 +17,6 @@ def main() -> None:
     parser = arguments(__doc__ or "")
     parser.add_argument("--sparsity", type=float, default=0.2)
     parser.add_argument("--quality", choices=["fast", "balanced", "best"], default="fast", help="fast: FASP")
-    parser.add_argument("--precision", choices=["auto", "highest", "medium"], default="auto")
     parser.add_argument("--rounds", type=int, default=2, help="forward, prune, forward, prune, …")
     options = parser.parse_args()
     model, tokenizer = smollm2(options.device)
@@ -45,7 +44,6 @@ def main() -> None:
                 calibration=[{"input_ids": row[None]} for row in data],
                 sparsity=options.sparsity,
                 quality=options.quality,
-                precision=options.precision,
                 loss="next-token",
             )
             _wait(options.device)

@@ -62,5 +62,5 @@ def by_bias(problem):  # what stays is left as it is, and the bias gives the mea
 
 comparison = Comparison(__doc__)
 choice = {"score": Fluctuation(), "allocation": Threshold()}
-comparison.run("FLAP", **choice, restore=by_bias, propagate=False)  # FLAP observes the dense model
+comparison.run("FLAP", **choice, restore=by_bias)  # FLAP observes the dense model, here the pruned one
 comparison.run("FLAP, repaired", **choice)

@@ -61,7 +61,6 @@ _FACES = {
     "evaluation": "cli.evaluation",
     "gates": "training.gates",
     "groups": "analysis.groups",
-    "latency": "allocation.latency",
     "losses": "calibration.losses",
     "obs": "calibration.obs",
     "plan": "analysis.plan",

@@ -153,7 +153,6 @@ def refusals(folder: Path, elsewhere: torch.device) -> dict[str, str]:
         raise torch.OutOfMemoryError("tried to allocate 3.00 GiB")
 
     for name, options in {
-        "windows": {"quality": "fast", "restore": "window"},
         "costs": {"quality": "balanced"},
         "memory": {"quality": "fast"},
     }.items():

@@ -15,7 +15,6 @@ from unittest.mock import Mock
 import pytest
 import torch
 import torch.distributed as dist
-from fasp_fx.restoration import Window
 from quick import capture_quickly
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -24,7 +23,7 @@ from whole_products import compute_in_full
 
 import fasp_fx
 from fasp_fx.allocation import Search
-from fasp_fx.cli import app
+from fasp_fx.cli._app import app
 from fasp_fx.errors import ArgumentError, CalibrationError, RankError, StoreError
 
 TOKENS = 100
@@ -138,26 +137,6 @@ def cases(group: dist.ProcessGroup | None) -> dict[str, tuple[Any, dict[str, Ten
     result = fasp_fx.prune(Rectified().eval(), (numbers()[0],), calibration=late(), sparsity=0.3, group=group)
     found["no gradient at first"] = (result.plan, result.module.state_dict())
     return found
-
-
-def windows(group: dist.ProcessGroup | None, size: int) -> tuple[Any, dict[str, Tensor]]:
-    """A pruning with trained windows, of batches that are ``size`` times as large where one process has them
-    all; the last processes have fewer.
-    """
-    texts = tokens()
-    together = texts if group else [torch.cat(texts[at : at + size]) for at in range(0, len(texts), size)]
-    result = fasp_fx.prune(
-        llama().double(),
-        (),
-        {"input_ids": texts[0], "use_cache": False},
-        calibration=[{"input_ids": batch} for batch in together],
-        sparsity=0.3,
-        restore=Window(epochs=2, rate=0.01),
-        group=group,
-    )
-    (note,) = (note for note in result.report.notes if note.startswith("windows: "))
-    assert not note.startswith("windows: 0 "), "nothing was trained"
-    return result.plan, result.module.state_dict()
 
 
 def refusals(group: dist.ProcessGroup, rank: int) -> None:
@@ -323,7 +302,7 @@ def main(rank: int, size: int, folder: Path, scenario: str) -> None:
     if scenario == "fails":
         fails(group, rank, folder)
         return
-    found = cases(group) | {"windows": windows(group, size)}
+    found = cases(group)
     torch.save(
         {name: (plan.to_json(), weights) for name, (plan, weights) in found.items()},
         folder / f"rank{rank}.pt",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ import pytest
 import torch
 import transformers as hf
 from conftest import PROFILE
-from fasp_fx.budgets import KINDS, Bytes, CacheBytes, Cap, Macs, Parameters
+from fasp_fx.budgets import KINDS, Bytes, CacheBytes, Cap, Latency, Macs, Parameters
 from fasp_fx.groups import Group
 from fasp_fx.resources import Resource, parameters_of
 from hypothesis import assume, given, settings
@@ -25,13 +25,14 @@ from torch._ops import HigherOrderOperator
 from torch.nn.functional import relu
 from torch.utils.flop_counter import FlopCounterMode
 from typer.testing import CliRunner
+from zoo import randomise
 
 import fasp_fx
 from fasp_fx.allocation import Budget, Ceiling, CostAllocation, Global, uniform
 from fasp_fx.allocation._macs import macs_of
 from fasp_fx.calibration.observe._visit import Decision
-from fasp_fx.cli import app
 from fasp_fx.cli._amounts import read_amount
+from fasp_fx.cli._app import app
 from fasp_fx.hf._stages import stages_of
 from fasp_fx.passes import Prune
 from fasp_fx.pruning._rewriting import make_plan
@@ -664,3 +665,33 @@ def test_the_command_line_keeps_budgets(tmp_path: Path) -> None:
         refused = CliRunner().invoke(app, [*command[:3], str(tmp_path / "other"), *small, *wrong])
         assert refused.exit_code == 2
         assert message in refused.output
+
+
+def test_a_latency_is_what_a_function_of_the_widths_says() -> None:
+    """Of each width once; no more than is allowed stays, and little less."""
+    model = randomise(
+        nn.Sequential(nn.Linear(8, 64), nn.ReLU(), nn.Linear(64, 48), nn.ReLU(), nn.Linear(48, 4))
+    )
+    asked = []
+
+    def seconds(widths: Mapping[str, int]) -> float:
+        asked.append(tuple(widths.items()))
+        return 1e-6 * (widths["2.weight"] + 3 * widths["4.weight"])
+
+    options: dict[str, Any] = {"score": "magnitude", "restore": None}
+    budget = (Latency(0.8, seconds), Parameters(0.95))
+    result = fasp_fx.prune(model, (torch.randn(16, 8),), budget=budget, **options)
+    spent = result.report.budgets[0]
+    left = [result.module.get_parameter(name).shape[1] for name in ("2.weight", "4.weight")]
+    assert spent.dense == pytest.approx(64 + 3 * 48)
+    assert spent.used == pytest.approx(left[0] + 3 * left[1])
+    assert 0.95 * spent.allowed < spent.used <= spent.allowed == pytest.approx(0.8 * spent.dense)
+    assert len(asked) == len(set(asked))
+    assert "microseconds" in str(result.report)
+    for wrong in (lambda widths: "soon", lambda widths: -1.0, lambda widths: float("nan")):
+        with pytest.raises(fasp_fx.ArgumentError, match="seconds= of the latency returned"):
+            fasp_fx.prune(model, (torch.randn(16, 8),), budget=Latency(0.8, wrong), **options)  # type: ignore[arg-type]
+    with pytest.raises(fasp_fx.ArgumentError, match="is no function"):
+        Latency(0.8, 3.0)  # type: ignore[arg-type]
+    with pytest.raises(fasp_fx.ArgumentError, match="cannot be stored"):
+        fasp_fx.PruningConfig(budget=Latency(0.8, seconds)).to_json()

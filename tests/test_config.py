@@ -65,7 +65,6 @@ CONFIGS = st.builds(
     ),
     score=st.sampled_from(["fasp", "magnitude", "random"]),
     restore=st.sampled_from(["least-squares", None]),
-    propagate=st.booleans(),
     granularity=st.lists(st.sampled_from(["channel", "head", "expert"]), min_size=1).map(tuple),
     include=st.lists(st.sampled_from(["approximate", "exempt"])).map(tuple),
     exclude=st.lists(st.text()).map(tuple),
@@ -136,7 +135,6 @@ def test_a_report_with_a_damaged_configuration_is_refused(config: object) -> Non
         ({"granularity": ()}, r"granularity=\(\) is not known"),
         ({"exclude": "head"}, "exclude='head' is not known; pass a tuple of name patterns"),
         ({"exclude": (1,)}, r"exclude=\(1,\) is not known"),
-        ({"propagate": "yes"}, "propagate='yes' is neither True nor False"),
         ({"exclude": ("layer.0",)}, "exclude: 'layer.0' matches no group, and no weight of a coupled group"),
         (
             {"sparsity": {"layers.9.*": 0.3}},
@@ -484,7 +482,6 @@ def test_groups_that_were_not_asked_for_are_named_with_what_asks_for_them() -> N
         ({"restore": int}, r"restore=int is a class"),
         ({"allocation": np.ones(2)}, r"allocation=array\("),
         ({"loss": np.ones(2)}, r"loss=array\("),
-        ({"precision": np.ones(2)}, r"precision=array\("),
         ({"padding_mask": ["mask"]}, r"padding_mask=\['mask'\] is no name"),
         ({"exclude": torch.tensor(0.3)}, r"exclude=tensor\(0.3000\) is not known"),
         ({"include": torch.tensor(0.3)}, r"include=tensor"),

@@ -303,9 +303,7 @@ def test_a_statistic_of_ones_own() -> None:
             return Order(np.argsort(peaks.largest.numpy())[None])
 
     model = nn.Sequential(nn.Linear(8, 10), nn.ReLU(), nn.Linear(10, 3)).eval()
-    result = fasp_fx.prune(
-        model, (DATA[0],), calibration=DATA, score=ByPeaks(), propagate=False, sparsity=0.3
-    )
+    result = fasp_fx.prune(model, (DATA[0],), calibration=DATA, score=ByPeaks(), sparsity=0.3)
     peaks = torch.relu(model[0](torch.cat(DATA))).amax(0)
     (group,) = result.plan.groups
     assert set(group.consumers[0].removed) == set(peaks.argsort()[: group.removed_sets].tolist())

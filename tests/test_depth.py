@@ -324,11 +324,11 @@ def test_budgets_count_what_goes_with_a_block() -> None:
 
 
 def test_every_flow_takes_it() -> None:
-    """Search, the drift and windows run behind a block that went."""
+    """Search and the drift run behind a block that went."""
     model, x = Residual([(FeedForward, True, False)] * 2, 0).eval(), numbers(32, 5)
     with torch.no_grad():
         model.blocks[0].down.weight.mul_(1e-4)  # type: ignore[union-attr, operator]
-    ways: list[dict[str, Any]] = [{"quality": "best"}, {"restore": "window"}, {"allocation": "search"}]
+    ways: list[dict[str, Any]] = [{"quality": "best"}, {"allocation": "search"}]
     for options in itertools.chain(ways):
         result = fasp_fx.prune(model, (x,), calibration=[x] * 3, sparsity=0.5, include=("depth",), **options)
         assert result.module.get_parameter("blocks.0.down.weight").shape[1] == 0

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import resource
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 import torch
-from fasp_fx.latency import LatencyTable
 from torch import nn
 
 import fasp_fx
@@ -63,21 +62,8 @@ def test_what_was_left_when_the_process_was_killed_is_no_other_run(
     assert (tmp_path / "run.json").is_file()
 
 
-def costs(captured: fasp_fx.Captured) -> Callable[[Path], None]:
-    return fasp_fx.measure(captured, calibration=DATA).save
-
-
-def table(captured: fasp_fx.Captured) -> Callable[[Path], None]:
-    made = LatencyTable()
-    made.entry("layer", lambda: ([[1.0] * 100], torch.ones(100).numpy()))
-    return made.save
-
-
-@pytest.mark.parametrize("make", [costs, table])
-def test_what_a_file_held_stays(
-    make: Callable[[fasp_fx.Captured], Callable[[Path], None]], captured: fasp_fx.Captured, tmp_path: Path
-) -> None:
-    save = make(captured)
+def test_what_a_file_held_stays(captured: fasp_fx.Captured, tmp_path: Path) -> None:
+    save = fasp_fx.measure(captured, calibration=DATA).save
     save(tmp_path / "file")
     (tmp_path / "link").symlink_to(tmp_path / "file")
     before = (tmp_path / "file").read_text()

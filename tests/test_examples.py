@@ -4,6 +4,7 @@ README lists them.
 
 from __future__ import annotations
 
+import re
 import runpy
 import sys
 import warnings
@@ -129,3 +130,13 @@ def test_finetune(run: Run, language_model: None) -> None:
     found = {line.split()[0]: float(line.split()[1]) for line in out.splitlines()}
     assert list(found) == ["dense", "pruned", "recovered"]
     assert found["recovered"] < 0.5 * found["pruned"]
+
+
+def test_latency(run: Run) -> None:
+    threads = torch.get_num_threads()
+    try:
+        (predicted,) = (line for line in run("latency.py").splitlines() if line.startswith("predicted"))
+    finally:
+        torch.set_num_threads(threads)
+    dense, pruned = (float(number.replace(",", "")) for number in re.findall(r"[\d,]+", predicted))
+    assert 0.5 * dense < pruned <= 0.7 * dense

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -14,7 +14,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import fasp_fx
 from fasp_fx.base._device import float32_products
 from fasp_fx.capturing._attention import ToldOfCausality, _told_of_causality, execute
-from fasp_fx.errors import ArgumentError
 
 pytestmark = pytest.mark.usefixtures("shared_captures")
 
@@ -66,43 +65,46 @@ def precisions(**options: Any) -> dict[str, set[str]]:
     return seen
 
 
-@pytest.mark.parametrize("precision", ["highest", "medium"])
-def test_data_run_in_the_precision_asked_for_and_scores_are_computed_in_full(precision: str) -> None:
-    assert precisions(precision=precision) == {"loss": {precision}, "score": {"highest"}}
+@pytest.fixture
+def rounding(monkeypatch: pytest.MonkeyPatch) -> Callable[[bool], None]:
+    """Makes the hardware one that multiplies bfloat16, or one that does not."""
+    return lambda able: monkeypatch.setattr(
+        "fasp_fx.pruning._method.multiplies_bfloat16", lambda device: able
+    )
 
 
-def test_what_torch_was_asked_for_before_stays() -> None:
+def test_the_hardware_decides_in_which_precision_data_run(rounding: Callable[[bool], None]) -> None:
+    for able, precision in ((True, "medium"), (False, "highest")):
+        rounding(able)
+        assert precisions() == {"loss": {precision}, "score": {"highest"}}
+
+
+def test_what_torch_was_asked_for_before_stays(rounding: Callable[[bool], None]) -> None:
+    rounding(True)
     torch.set_float32_matmul_precision("high")
     try:
-        assert precisions(precision="medium") == {"loss": {"high"}, "score": {"high"}}
+        assert precisions() == {"loss": {"high"}, "score": {"high"}}
     finally:
         torch.set_float32_matmul_precision("highest")
         for backend in OWN:
             backend.fp32_precision = "none"
 
 
-def test_by_default_the_hardware_decides(monkeypatch: pytest.MonkeyPatch) -> None:
-    for able, precision in ((True, "medium"), (False, "highest")):
-        monkeypatch.setattr("fasp_fx.pruning._chooser.multiplies_bfloat16", lambda device, able=able: able)
-        assert precisions()["loss"] == {precision}
+def test_an_error_leaves_nothing_changed(rounding: Callable[[bool], None]) -> None:
+    rounding(True)
 
-
-def test_an_error_leaves_nothing_changed() -> None:
     def fails(outputs: Any, *arguments: Any) -> Tensor:
         raise RuntimeError("no loss")
 
     with pytest.raises(fasp_fx.errors.CalibrationError, match="no loss"):
-        fasp_fx.prune(
-            Watched().eval(), (BATCHES[0],), calibration=BATCHES, sparsity=0.3, loss=fails, precision="medium"
-        )
+        fasp_fx.prune(Watched().eval(), (BATCHES[0],), calibration=BATCHES, sparsity=0.3, loss=fails)
 
 
-def test_rounded_products_choose_nearly_the_same() -> None:
-    model = Watched().eval()
-    results = [
-        fasp_fx.prune(model, (BATCHES[0],), calibration=BATCHES, sparsity=0.3, precision=precision)
-        for precision in ("highest", "medium")
-    ]
+def test_rounded_products_choose_nearly_the_same(rounding: Callable[[bool], None]) -> None:
+    model, results = Watched().eval(), []
+    for able in (False, True):
+        rounding(able)
+        results.append(fasp_fx.prune(model, (BATCHES[0],), calibration=BATCHES, sparsity=0.3))
     x = torch.randn(256, 8, generator=torch.Generator().manual_seed(9))
     expected, errors = model(x), list[float]()
     for result in results:
@@ -135,12 +137,6 @@ def test_attention_over_few_keys_is_computed_in_full_forward_and_back(keys: int,
     assert precisions.seen == {"attention": {precision}, "mm": {"bf16"}}
     expected = torch.nn.functional.scaled_dot_product_attention(*[(heads @ weight)] * 3)
     torch.testing.assert_close(mixed, expected, rtol=0.2, atol=0.1)
-
-
-@pytest.mark.parametrize("value", ["high", "bfloat16", None, 3])
-def test_another_precision_is_refused(value: Any) -> None:
-    with pytest.raises(ArgumentError, match=r"precision=.*'auto', 'highest', 'medium'"):
-        fasp_fx.PruningConfig(precision=value)
 
 
 def _masks(length: int) -> dict[str, tuple[Tensor, bool]]:

@@ -107,7 +107,6 @@ def pruned(
         "sparsity": {"*q.weight*": 0.5},
         "score": "fasp",
         "allocation": "uniform",
-        "precision": "highest",
     } | options
     return fasp_fx.prune(
         model, (batches[0],), calibration=batches, restore=restore, include=include, **options
@@ -331,7 +330,6 @@ def test_the_errors_in_the_report_are_those_of_the_products(seed: int) -> None:
         sparsity={"*q.weight*": 0.5},
         score="fasp",
         allocation="uniform",
-        precision="highest",
     )
     removed, weights = lost(result), dict(result.module.named_parameters())
     stay = [row for row in range(WIDTH) if row not in removed]

@@ -73,8 +73,7 @@ def test_they_decide_as_one(fork: ForkServerContext, tmp_path: Path, size: int) 
     for code, error in _run(fork, size, tmp_path, "prune"):
         assert code == 0, error
     results = [torch.load(tmp_path / f"rank{number}.pt") for number in range(size)]
-    alone = _alone() | {"windows": rank.windows(None, size)}
-    for name, (plan, weights) in alone.items():
+    for name, (plan, weights) in _alone().items():
         for found_plan, found in (result[name] for result in results):
             assert PruningPlan.from_json(found_plan).groups == plan.groups, name
             for key, tensor in weights.items():

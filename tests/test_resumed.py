@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from fasp_fx.config import PruningConfig
+from fasp_fx.pruning._pipeline import decide
 from rank import llama, numbers, tokens, twice
 from torch import nn
 
@@ -20,7 +21,6 @@ import fasp_fx.hf
 from fasp_fx.calibration.observe import _visit
 from fasp_fx.calibration.observe._visit import Decision
 from fasp_fx.errors import ArgumentError, StoreError
-from fasp_fx.pruning._pipeline import decide
 
 pytestmark = pytest.mark.usefixtures("shared_captures")
 
@@ -169,7 +169,6 @@ def test_generating_and_plain_models_go_on(tmp_path: Path, monkeypatch: pytest.M
 OTHERS: dict[str, tuple[dict[str, Any], str]] = {
     "data": ({"calibration": [{"input_ids": batch} for batch in tokens(3)]}, "data differ"),
     "options": ({"sparsity": 0.4}, "options, what goes of each group differ"),
-    "precision": ({"precision": "medium"}, "options differ"),
 }
 
 

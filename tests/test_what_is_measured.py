@@ -210,7 +210,7 @@ def test_a_first_dimension_that_is_time_is_not_divided(
     x = 2 * numbers(12, 32, 8)
     captured = fasp_fx.capture(made(lambda: TimeFirst(layer())), (x[:, :4],))
     found = losses(captured, [x])
-    monkeypatch.setattr("fasp_fx.pruning._chooser.in_pieces", lambda program, whole: whole)
+    monkeypatch.setattr("fasp_fx.pruning._measuring.in_pieces", lambda program, whole: whole)
     for name, curve in losses(captured, [x]).items():
         np.testing.assert_allclose(found[name], curve)
 

@@ -44,7 +44,6 @@ def _batches(count: int = 8, rows: int = 64) -> list[Tensor]:
 
 OPTIONS: dict[str, dict[str, Any]] = {
     "fast": {"quality": "fast"},
-    "dense model observed": {"quality": "fast", "propagate": False},
     "balanced": {"quality": "balanced"},
     "best": {"quality": "best"},
     "search": {"allocation": "search"},

@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from torch import Tensor
 
+from ..analysis.resources import Resource, cache_of, parameters_of
 from ..base._options import is_number
 from ..errors import ArgumentError
-from .latency import LatencyTable
+from ._macs import macs_of
 
 if TYPE_CHECKING:
     from ..analysis._analysis import Analysis
-    from ..analysis.resources import Resource
+    from ..analysis.groups import Group
 
 
 @dataclass(frozen=True)
@@ -74,8 +75,6 @@ class Parameters(Cap):
     name, unit = "parameters", "parameters"
 
     def resource(self, analysis: Analysis) -> Resource:
-        from ..analysis.resources import parameters_of
-
         return parameters_of(analysis)
 
     def held(self, weights: Iterable[Tensor]) -> float:
@@ -88,8 +87,6 @@ class Bytes(Cap):
     name, unit = "bytes", "bytes"
 
     def resource(self, analysis: Analysis) -> Resource:
-        from ..analysis.resources import parameters_of
-
         return parameters_of(analysis, in_bytes=True)
 
     def held(self, weights: Iterable[Tensor]) -> float:
@@ -109,8 +106,6 @@ class Macs(Cap):
     name, unit, per_call = "macs", "multiply-accumulates", True
 
     def resource(self, analysis: Analysis) -> Resource:
-        from ._macs import macs_of
-
         return macs_of(analysis)
 
 
@@ -122,43 +117,65 @@ class CacheBytes(Cap):
     name, unit = "cache-bytes", "bytes of cache per token"
 
     def resource(self, analysis: Analysis) -> Resource:
-        from ..analysis.resources import cache_of
-
         return cache_of(analysis)
 
 
 @dataclass(frozen=True)
 class Latency(Cap):
-    """The microseconds that one forward pass on the example inputs takes on the model's device, of a single
-    sample where one was given.
-
-    Operators are timed at widths on a grid, once, which takes some seconds; no formula stands for them
-    (:class:`fasp_fx.latency.LatencyTable`). For :func:`fasp_fx.prune`, whose example inputs say what is to be
-    fast; :func:`fasp_fx.hf.prune` has none of the user's.
+    """The microseconds of whatever is to be fast, as a function of yours predicts them
+    (``examples/latency.py`` measures one).
 
     Attributes:
-        table: holds timings and takes new ones, for several prunings.
+        seconds: called with the width that is left of each block of each group that can lose channels, by the
+            group's name, and returns seconds. It is asked for some hundreds of combinations in one pruning,
+            for none of them twice: look times up, rather than measure there. More width may never take less
+            time than less of it.
     """
 
-    table: LatencyTable = field(default_factory=LatencyTable, compare=False, repr=False)
+    seconds: Callable[[Mapping[str, int]], float] = field(compare=False, repr=False)
     name: ClassVar[str] = "latency"
     unit: ClassVar[str] = "microseconds"
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not isinstance(self.table, LatencyTable):
+        if not callable(self.seconds):
             raise ArgumentError(
-                f"table is a {type(self.table).__name__}; pass a LatencyTable, as LatencyTable.load reads one"
+                f"seconds={self.seconds!r:.80} is no function; pass one from widths by group to seconds"
             )
 
     def resource(self, analysis: Analysis) -> Resource:
-        from ._latency import PassTime
-
-        return PassTime(analysis, self.table)
+        return Microseconds(analysis.chosen, self.seconds)
 
 
-#: every kind of budget by its name
-KINDS: dict[str, type[Cap]] = {kind.name: kind for kind in (Parameters, Macs, Bytes, CacheBytes, Latency)}
+class Microseconds(Resource):
+    """The microseconds that a function of the widths predicts.
+
+    Args:
+        groups: the groups that can lose channel sets.
+        seconds: as for :class:`Latency`.
+    """
+
+    def __init__(self, groups: Sequence[Group], seconds: Callable[[Mapping[str, int]], float]) -> None:
+        self._seconds, self._known = seconds, dict[tuple[int, ...], float]()
+        self.groups = list(groups)
+        super().__init__(groups, self.used([0] * len(groups)))
+
+    def used(self, lost: Sequence[int]) -> float:
+        widths = tuple(
+            group.width - gone // group.blocks for group, gone in zip(self.groups, lost, strict=True)
+        )
+        if widths not in self._known:
+            found = self._seconds({group.name: left for group, left in zip(self.groups, widths, strict=True)})
+            if not is_number(found) or found < 0:
+                raise ArgumentError(
+                    f"seconds= of the latency returned {found!r:.80}; it must return a number from 0 on"
+                )
+            self._known[widths] = found * 1e6
+        return self._known[widths]
+
+
+#: every kind of budget that can be stored, by its name
+KINDS: dict[str, type[Cap]] = {kind.name: kind for kind in (Parameters, Macs, Bytes, CacheBytes)}
 
 
 def read_budget(given: Any) -> tuple[Cap, ...]:

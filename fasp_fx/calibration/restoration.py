@@ -11,7 +11,6 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from ..base._options import is_number
 from ..base.offload._current import keep
 from ..errors import ArgumentError
 from .statistics import precise
@@ -69,43 +68,6 @@ class Problem:
     held: Tensor | None
     kept: Tensor
     has_ones: bool
-
-
-@dataclass(frozen=True)
-class Window:
-    """Least squares, and then training, window by window (``restore="window"`` stands for ``Window()``;
-    docs/recovery.md).
-
-    A window is a stretch of the graph between two places that one changed value crosses, with a non-linearity
-    inside: an attention block, a feed-forward block, a convolution block. The weights that stay in it are
-    trained until it gives what the dense one gives on the same inputs, those of the pruned model ("A Free
-    Lunch in LLM Compression", arXiv 2510.14444; BRECQ, 2102.05426, for quantisation). Tokens held out of the
-    calibration data choose among the states of the training, of which the first is that of least squares: no
-    window makes a larger error there than before.
-
-    Args:
-        epochs: how often each window sees the calibration batches, one a step.
-        rate: the highest step of Adam, relative to the root mean square of each weight. It rises over a tenth
-            of the steps and falls to zero.
-        seed: of the order of the batches.
-
-    Raises:
-        ArgumentError: one of them is out of range.
-    """
-
-    epochs: int = 4
-    rate: float = 3e-3
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        for name, value, least in (("epochs", self.epochs, 1), ("seed", self.seed, 0)):
-            if isinstance(value, bool) or not isinstance(value, int) or value < least:
-                raise ArgumentError(f"{name}={value!r} is not an integer from {least} on")
-        if not is_number(self.rate) or not 0 < self.rate < 1:
-            raise ArgumentError(
-                f"rate={self.rate!r} is not in (0, 1); 0.003 changes a weight by three thousandths of its"
-                " size at most in a step"
-            )
 
 
 #: A restoration of your own: the weight of the kept columns, shape ``[rows, kept]``. It stays whatever error

@@ -210,7 +210,7 @@ def _seconds(
 ) -> dict[str, float]:
     """Times at the rates that are measured now, on matrices like those of the widest consumer."""
     rows, _, columns = max(shapes, key=lambda shape: shape[0] * shape[2], default=(1, 1, 1))
-    precision = "medium" if method.config.precision == "auto" and multiplies_bfloat16(device) else "highest"
+    precision = "medium" if multiplies_bfloat16(device) else "highest"
     tokens = 1024
     rates = {
         "run": product_rate(tokens, columns, rows, kind, precision, device),

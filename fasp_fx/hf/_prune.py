@@ -12,7 +12,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from ..allocation.budgets import Latency
 from ..allocation.costs import Costs
 from ..analysis import plan as plans
 from ..analysis._analysis import Analysis
@@ -217,13 +216,7 @@ def _asked(
             f"padding_mask={asked.padding_mask!r} is not for fasp_fx.hf.prune, which takes the mask of the"
             f" batches{'' if mask is None else f', {mask!r}'}; leave it out"
         )
-    asked = replace(asked, padding_mask=mask)
-    if any(isinstance(cap, Latency) for cap in asked.caps):
-        raise ArgumentError(
-            "a latency is that of example inputs, which a model that generates has none of; give them to"
-            " fasp_fx.prune, or another budget"
-        )
-    return asked
+    return replace(asked, padding_mask=mask)
 
 
 def _alone(

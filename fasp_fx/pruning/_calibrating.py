@@ -22,7 +22,7 @@ from ..calibration.observe._visit import Decision, Observer
 from ..capturing._program import Program
 from ..capturing._runner import Runner
 from ..errors import OffloadError, first_line
-from ._method import Method
+from ._method import Method, precision_of
 
 
 def calibrate(
@@ -98,7 +98,7 @@ def _calibrated(
     drawn_on = [*program.weights().values(), torch.empty(0, device=device)]
     with torch.no_grad(), drawing_alike(drawn_on):
         observer = Observer(
-            consumers, lost, method.score, method.restore, True, method.precision(program), ranks, journal
+            consumers, lost, method.score, method.restore, precision_of(program), ranks, journal
         )
         return observer.run(runner, marks, advance, None if dense is None else Drift(dense, drift))
 

@@ -28,7 +28,7 @@ from ..calibration.observe._trial import ModelTrial
 from ..calibration.statistics import InputGradients, SquaredInputGradients
 from ..capturing._fx import results
 from ..errors import ArgumentError, CalibrationError, CalibrationWarning
-from ._method import Method
+from ._method import Method, precision_of
 from .config import MEASURED
 
 #: the graph inputs of the calibration batches of a program, or why there are none
@@ -131,7 +131,7 @@ class _Measuring:
                 f" {computing()}; leave out the device of offload(), or use quality='fast'"
             )
         usual = MEASURED[method.config.quality] * (2 if method.is_of_columns else 1)
-        with drawing_alike(program.weights().values()), float32_products(method.precision(program)):
+        with drawing_alike(program.weights().values()), float32_products(precision_of(program)):
             pieces, marks = self._observe(batches, in_turns(advance), part or usual)
         if self.is_wanted:
             with torch.no_grad():
@@ -146,7 +146,7 @@ class _Measuring:
                     self.method.resolved_loss,
                     method.allocation.sequences,
                     method.restore is not None,
-                    method.precision(program),
+                    precision_of(program),
                     self.ranks,
                 )
         self.consumers.forget_activations()

@@ -105,12 +105,11 @@ class Method:
         except ArgumentError:
             return f"{type(self.score).__qualname__} ?"
 
-    def precision(self, program: Program) -> str:
-        """That of products of float32 while a program runs on calibration data."""
-        if self.config.precision != "auto":
-            return self.config.precision
-        device = computing() or device_of(program.module)
-        return "medium" if multiplies_bfloat16(device) else "highest"
+
+def precision_of(program: Program) -> str:
+    """That of products of float32 while a program runs on calibration data: the device's choice."""
+    device = computing() or device_of(program.module)
+    return "medium" if multiplies_bfloat16(device) else "highest"
 
 
-__all__ = ["Method"]
+__all__ = ["Method", "precision_of"]

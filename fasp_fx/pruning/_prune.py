@@ -36,7 +36,7 @@ from ._rewriting import Timings
 from .config import PruningConfig, PruningOptions
 
 #: the options that say how what stays is restored, and not what goes
-_RESTORING = ("restore", "drift", "padding_mask", "precision")
+_RESTORING = ("restore", "drift", "padding_mask")
 
 
 @one_at_a_time
@@ -237,7 +237,7 @@ def apply(
         model, args, kwargs, dynamic_shapes, state, device, progress: as for :func:`prune`.
         plan: says what goes.
         calibration: batches to restore on what stays; ``None``: it is left as it is.
-        config, options: how to restore: ``restore``, ``drift``, ``padding_mask`` and ``precision``
+        config, options: how to restore: ``restore``, ``drift`` and ``padding_mask``
             of :class:`fasp_fx.PruningConfig`.
 
     Raises:

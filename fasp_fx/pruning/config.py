@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Collection, Iterable, Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass, fields
 from typing import Any, Literal, TypedDict
 
 from ..allocation._allocation import Allocation, CostAllocation, Global, Search, uniform
@@ -14,7 +14,7 @@ from ..base._identity import identity_of
 from ..base._options import configured, is_number, names_of
 from ..calibration._scores import resolve_score
 from ..calibration.losses import Loss, resolve_loss
-from ..calibration.restoration import Restoration, Window
+from ..calibration.restoration import Restoration
 from ..calibration.scoring import Score
 from ..errors import ArgumentError, SparsityError
 
@@ -26,7 +26,6 @@ SPARSITY = 0.2
 #: losses, where they are wanted, by quality
 MEASURED = {"fast": 8, "balanced": 8, "best": 2}
 _GRANULARITIES, _INCLUDED = ("channel", "head", "expert"), ("approximate", "depth", "exempt")
-_PRECISIONS = ("auto", "highest", "medium")
 
 
 class PruningOptions(TypedDict, total=False):
@@ -36,10 +35,9 @@ class PruningOptions(TypedDict, total=False):
     budget: Cap | Iterable[Cap] | None
     quality: Literal["fast", "balanced", "best"]
     score: Literal["fasp", "obs", "magnitude", "random"] | Score | None
-    restore: Literal["least-squares", "window"] | Window | Restoration | None
+    restore: Literal["least-squares"] | Restoration | None
     allocation: Literal["uniform", "global", "search"] | Allocation | None
     loss: Literal["auto", "outputs", "next-token"] | Loss | None
-    propagate: bool
     drift: float | None
     granularity: Iterable[str]
     include: Iterable[str]
@@ -47,7 +45,6 @@ class PruningOptions(TypedDict, total=False):
     round_to: int
     uniform_layers: bool
     padding_mask: str | None
-    precision: Literal["auto", "highest", "medium"]
 
 
 @dataclass(frozen=True)
@@ -71,9 +68,8 @@ class PruningConfig:
         score: what goes first. ``"fasp"``: the paper's score; ``"obs"``: the least loss once what stays was
             repaired (:class:`fasp_fx.obs.OBS`); ``"magnitude"``, ``"random"``: without data; or a callable or
             :class:`fasp_fx.scoring.GroupScore` of your own.
-        restore: ``"least-squares"``; ``"window"``: after that, the weights that stay are trained block by
-            block, for as long as it takes to choose and repair (:class:`fasp_fx.restoration.Window`); one of
-            your own (:data:`fasp_fx.restoration.Restoration`); or ``None``: what stays is left as it is.
+        restore: ``"least-squares"``, behind the already pruned earlier layers; one of your own
+            (:data:`fasp_fx.restoration.Restoration`); or ``None``: what stays is left as it is.
         allocation: ``"uniform"``: every prunable group loses the same fraction; ``"global"``: one threshold
             for all, by predicted losses that are measured first (:class:`fasp_fx.allocation.Global`);
             ``"search"``: from there on by running pruned candidates, which takes many more forward passes
@@ -84,7 +80,6 @@ class PruningConfig:
             squared error of all outputs; or a function of outputs and arguments (:mod:`fasp_fx.losses`).
             ``"auto"``: next tokens in :func:`fasp_fx.hf.prune`, else outputs. ``None``: no gradients; each
             consumer counts by the relative error of its own output.
-        propagate: later layers are observed behind the already pruned earlier ones.
         drift: how much of what earlier removals changed in the value that a consumer's output is added to (a
             residual stream) its repair makes up for, from 0 to 1. The dense model runs beside the pruned one
             then. ``None``: 0.3 with ``quality="best"``, else 0.
@@ -110,11 +105,6 @@ class PruningConfig:
         padding_mask: name of the input ``[batch, tokens]`` (``"attention_mask"``, say) that is zero where a
             token of the first input is padding; such tokens of the calibration data enter neither scores nor
             repairs. ``None``: every token counts.
-        precision: of products of float32 while calibration data run and their Gram matrices are added up, in
-            the words of :func:`torch.set_float32_matmul_precision`: ``"medium"`` rounds the factors to
-            bfloat16 (TF32 on CUDA) and adds them up in float32; what is solved is solved in full. ``"auto"``:
-            ``"medium"`` where the device multiplies bfloat16 in hardware, which takes a fraction of the time;
-            a precision that torch was asked for before stays.
 
     A name pattern is that of a weight (``"layers.0.mlp.up.weight"``) or of a module that holds it
     (``"layers.0"``), and may have the wildcards ``*``, ``?`` and ``[...]`` (``"layers.*.mlp"``). A tied
@@ -129,10 +119,9 @@ class PruningConfig:
     budget: Cap | Iterable[Cap] | None = ()
     quality: Literal["fast", "balanced", "best"] = "balanced"
     score: Literal["fasp", "obs", "magnitude", "random"] | Score | None = None
-    restore: Literal["least-squares", "window"] | Window | Restoration | None = "least-squares"
+    restore: Literal["least-squares"] | Restoration | None = "least-squares"
     allocation: Literal["uniform", "global", "search"] | Allocation | None = None
     loss: Literal["auto", "outputs", "next-token"] | Loss | None = "auto"
-    propagate: bool = True
     drift: float | None = None
     granularity: Iterable[str] = ("channel",)
     include: Iterable[str] = ()
@@ -140,7 +129,6 @@ class PruningConfig:
     round_to: int = 1
     uniform_layers: bool = False
     padding_mask: str | None = None
-    precision: Literal["auto", "highest", "medium"] = "auto"
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "budget", () if self.budget is None else read_budget(self.budget))
@@ -151,7 +139,7 @@ class PruningConfig:
             )
         for name in ("score", "restore", "allocation", "loss"):
             value = getattr(self, name)
-            if not (value is None or isinstance(value, (str, Window)) or callable(value)):
+            if not (value is None or isinstance(value, str) or callable(value)):
                 raise ArgumentError(
                     f"{name}={value!r:.80} is not known; pass a name that is, or an object of its kind"
                 )
@@ -172,20 +160,10 @@ class PruningConfig:
                 f"quality={self.quality!r} is not known; use {', '.join(map(repr, MEASURED))}"
             )
         resolve_score(self.named_score)
-        if (
-            self.restore not in ("least-squares", "window", None)
-            and not isinstance(self.restore, Window)
-            and not callable(self.restore)
-        ):
-            said = (
-                "use 'least-squares', 'window', a fasp_fx.restoration.Window, a callable"
-                " (fasp_fx.restoration.Restoration) or None"
-            )
-            raise ArgumentError(f"restore={self.restore!r} is not known; {said}")
-        if self.window is not None and not self.propagate:
+        if self.restore not in ("least-squares", None) and not callable(self.restore):
             raise ArgumentError(
-                "windows are trained behind earlier removals; leave propagate= out, or use"
-                " restore='least-squares'"
+                f"restore={self.restore!r} is not known; use 'least-squares', a callable"
+                " (fasp_fx.restoration.Restoration) or None"
             )
         if self.loss is not None:
             resolve_loss(self.loss)
@@ -202,13 +180,8 @@ class PruningConfig:
             )
         if not isinstance(self.round_to, int) or isinstance(self.round_to, bool) or self.round_to < 1:
             raise ArgumentError(f"round_to={self.round_to!r} is not a positive integer")
-        if not isinstance(self.precision, str) or self.precision not in _PRECISIONS:
-            raise ArgumentError(
-                f"precision={self.precision!r} is not known; use {', '.join(map(repr, _PRECISIONS))}"
-            )
-        for name in ("propagate", "uniform_layers"):
-            if not isinstance(getattr(self, name), bool):
-                raise ArgumentError(f"{name}={getattr(self, name)!r} is neither True nor False")
+        if not isinstance(self.uniform_layers, bool):
+            raise ArgumentError(f"uniform_layers={self.uniform_layers!r} is neither True nor False")
         if self.uniform_layers and isinstance(self.sparsity, Mapping):
             raise ArgumentError(
                 "a sparsity for each pattern tells layers apart; leave uniform_layers= out, or give one"
@@ -220,9 +193,9 @@ class PruningConfig:
             or not 0 <= self.drift <= 1
         ):
             raise ArgumentError(f"drift={self.drift!r} is not in [0, 1]; 0.3 makes up for a third")
-        if self.drift and not (self.propagate and self.restore is not None):
+        if self.drift and self.restore is None:
             raise ArgumentError(
-                "drift= is for repairs behind earlier removals; leave it out without restore= or propagate="
+                "drift= is for repairs behind earlier removals; leave it out without restore="
             )
         for name, known in (("granularity", _GRANULARITIES), ("include", _INCLUDED), ("exclude", None)):
             object.__setattr__(self, name, names_of(name, getattr(self, name), known))
@@ -277,7 +250,7 @@ class PruningConfig:
         """The drift, or what stands for it where none is given."""
         if self.drift is not None:
             return self.drift
-        return 0.3 if self.quality == "best" and self.propagate and self.restore is not None else 0.0
+        return 0.3 if self.quality == "best" and self.restore is not None else 0.0
 
     def beyond(self, names: Collection[str]) -> list[str]:
         """The options besides these that are not as usual, in alphabetical order."""
@@ -286,17 +259,6 @@ class PruningConfig:
             field.name
             for field in fields(self)
             if field.name not in names and getattr(self, field.name) != getattr(usual, field.name)
-        )
-
-    @property
-    def window(self) -> Window | None:
-        """How windows are trained, if they are."""
-        return (
-            self.restore
-            if isinstance(self.restore, Window)
-            else Window()
-            if self.restore == "window"
-            else None
         )
 
     @property
@@ -338,8 +300,6 @@ class PruningConfig:
                     f"{name}={values[name]!r} is a function, which cannot be stored; keep it in code and pass"
                     " it again"
                 )
-        if isinstance(self.restore, Window):
-            values["restore"] = asdict(self.restore)
         sparsity = dict(self.sparsity) if isinstance(self.sparsity, Mapping) else self.sparsity
         return json.dumps(
             {"fasp_fx_config": VERSION, **values, "sparsity": sparsity, "budget": budget_data(self.caps)},
@@ -370,13 +330,6 @@ class PruningConfig:
                 f"this is {said}, and version {VERSION} is read here; write it again with"
                 " PruningConfig.to_json()"
             )
-        if isinstance(window := values.get("restore"), dict):
-            if not window.keys() <= {field.name for field in fields(Window)}:
-                raise ArgumentError(
-                    f"restore={window!r} is no window; write the configuration again with"
-                    " PruningConfig.to_json()"
-                )
-            values["restore"] = Window(**window)
         return cls.of(None, {**values, "budget": budget_from_data(values.get("budget", []))})
 
 

@@ -33,7 +33,6 @@ def restored(case: Case) -> None:
             case.once,
             sparsity=sparsity,
             score="magnitude",
-            propagate=False,
             calibration=[batch],
             **case.prune_options,
         )
@@ -86,13 +85,14 @@ def _tied_to(case: Case, name: str, consumers: set[str]) -> bool:
 
 
 def _closer(case: Case, found: fasp_fx.Result, cut: dict[str, Tensor], repaired: dict[str, Tensor]) -> None:
-    inputs = _linear_inputs(case)
+    inputs, first = _linear_inputs(case), _read_first(case, found)
     for part in (part for group in found.plan.groups for part in group.consumers):
         if part.name not in cut:
             continue  # a pass has split it
         owner = part.name.rpartition(".")[0]
         if (
             owner not in inputs
+            or part.name not in first
             or part.name != f"{owner}.weight"
             or part.dim != 1
             or part.block_dim is not None
@@ -125,6 +125,20 @@ def _closer(case: Case, found: fasp_fx.Result, cut: dict[str, Tensor], repaired:
             f"restoring '{part.name}' moves its output away from the dense one: {float(before):.3e} to"
             f" {float(after):.3e}",
         )
+
+
+def _read_first(case: Case, found: fasp_fx.Result) -> set[str]:
+    """The consumers whose inputs no removal has changed: later ones are repaired behind earlier ones."""
+    consumers = {part.name for group in found.plan.groups for part in group.consumers}
+    first, changed = set[str](), set[fx.Node]()
+    for node in case.captured.module.graph.nodes:
+        weights = {str(origin.target) for argument in node.all_input_nodes if (origin := _origin(argument))}
+        if not changed.isdisjoint(node.all_input_nodes):
+            changed.add(node)
+        elif node.op == "call_function" and weights & consumers:
+            first |= weights & consumers
+            changed.add(node)
+    return first
 
 
 def _linear_inputs(case: Case) -> dict[str, Tensor]:

@@ -45,7 +45,6 @@ def test_padding_chooses_nothing(loss: Any, allocation: Any, side: str) -> None:
             sparsity=0.25,
             loss=loss,
             allocation=allocation,
-            precision="highest",
         )
         for filling in (0, 23)
     ]

@@ -60,8 +60,6 @@ class Decision:
         products: by the names of groups that no weight reads, the repair of the product that their channels
             are summed over in.
         notes: remarks for the report.
-        windows: of each window that was trained, what the trained weights were before (``None``: as they were
-            captured).
     """
 
     gone: np.ndarray
@@ -70,7 +68,6 @@ class Decision:
     outcomes: dict[str, list[Restored]] = field(default_factory=dict)
     products: dict[str, Mended] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
-    windows: list[dict[str, Tensor | None]] = field(default_factory=list)
 
 
 def decided(analysis: Analysis, decision: Decision) -> list[Group]:
@@ -86,7 +83,6 @@ class Observer:
         lost: channel sets that each block of each chosen group loses.
         score: the order in which they go.
         restore: repairs a consumer, or ``None``.
-        propagate: whether later consumers see the outputs of consumers already pruned.
         precision: of products of float32 while batches run and are observed; scores and repairs are computed
             in full.
         ranks: the processes that share the batches.
@@ -100,7 +96,6 @@ class Observer:
         lost: list[int],
         score: GroupScore,
         restore: Restore | None,
-        propagate: bool,
         precision: str = "highest",
         ranks: Ranks | None = None,
         journal: Journal | None = None,
@@ -108,7 +103,7 @@ class Observer:
         self.ranks, self._journal = ranks or Ranks(), journal
         analysis = consumers.analysis
         self.analysis, self.consumers = analysis, consumers
-        self.score, self.restore, self.propagate, self.precision = score, restore, propagate, precision
+        self.score, self.restore, self.precision = score, restore, precision
         self.groups = analysis.chosen
         self.lost = lost
         self.decision = Decision(np.zeros(analysis.numbering.total, dtype=bool))
@@ -167,7 +162,7 @@ class Observer:
             self._finish(ready, runner)
             for group in ready:
                 self._mend(group, runner)
-            if runner is not None and self.propagate:
+            if runner is not None:
                 here = [
                     product
                     for group in ready
@@ -310,7 +305,7 @@ class Observer:
         mended = mend(energies.place, outcome, self.analysis, self.decision.weights)
         self.decision.weights |= mended.weights
         self.decision.products[group.name] = Mended(mended.weights, without_values(outcome))
-        if self.propagate and runner is not None:
+        if runner is not None:
             energies.carry(outcome, runner)
 
     def _weight(self, consumer: Consumer, runner: Runner | None = None) -> Tensor:
@@ -399,7 +394,7 @@ class Observer:
             self.decision.weights[consumer.weight] = pruned
         else:
             pruned = consumer.matrices.write((read * kept[:, None]).to(weight.device), weight)
-        if self.propagate and runner is not None:
+        if runner is not None:
             if not bool(whole.all()):
                 # Tokens of an expert that goes were sent to it already: it gives them nothing, and no other
                 # takes its place.
@@ -415,7 +410,7 @@ class Observer:
         bias: Tensor = attribute(self.analysis.program.module, name).detach()
         self.decision.weights[name] = keep(bias + raised.to(bias))
         self.decision.biases[weight] = name
-        if self.propagate and runner is not None:
+        if runner is not None:
             runner.overrides[name] = self.decision.weights[name]
 
     def _shared(self, solve: Callable[[], Restored]) -> Restored:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Collection
 
 import numpy as np
-from torch import Tensor
 
 from ...analysis._analysis import Analysis
 from ...analysis.groups import Group
@@ -22,10 +21,6 @@ def restricted(analysis: Analysis, decision: Decision, kept: Collection[Group]) 
     if not dropped:
         return decision
     stay = np.concatenate([group.sets for group in dropped])
-    held = {member.name for group in dropped for member in (*group.producers, *group.consumers)}
-    weights: dict[str, Tensor | None] = dict(decision.weights)
-    for window in decision.windows:  # what was trained together goes back together, to what it was before
-        weights |= window if held & window.keys() else {}
     unrepaired = {use.weight for group in dropped for use in group.uses}
     unrepaired |= {
         name
@@ -38,7 +33,7 @@ def restricted(analysis: Analysis, decision: Decision, kept: Collection[Group]) 
     unrepaired |= {bias for name, bias in decision.biases.items() if name in unrepaired}
     return Decision(
         decision.gone & ~np.isin(analysis.labels, stay),
-        {name: value for name, value in weights.items() if value is not None and name not in unrepaired},
+        {name: value for name, value in decision.weights.items() if name not in unrepaired},
         {name: bias for name, bias in decision.biases.items() if name not in unrepaired},
         {name: outcome for name, outcome in decision.outcomes.items() if name not in unrepaired},
         {
@@ -47,7 +42,6 @@ def restricted(analysis: Analysis, decision: Decision, kept: Collection[Group]) 
             if name in names and not unrepaired & mended.weights.keys()
         },
         notes=decision.notes,
-        windows=[window for window in decision.windows if not held & window.keys()],
     )
 
 

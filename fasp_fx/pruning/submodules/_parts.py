@@ -12,12 +12,12 @@ import torch
 from torch import nn
 
 from ...allocation._selection import is_excluded
-from ...allocation.budgets import Cap
+from ...allocation.budgets import Cap, Latency
 from ...analysis import plan as plans
 from ...analysis._analysis import Analysis
 from ...analysis.groups import Group
 from ...analysis.plan import PruningPlan
-from ...analysis.resources import Sparsity
+from ...analysis.resources import Resource, Sparsity
 from ...base._device import device_named
 from ...base._tolerable import tolerable
 from ...base._warn import warn
@@ -206,7 +206,9 @@ class InParts(Subject):
         }
         return whole_fingerprint({**self.before, **fixed})
 
-    def count(self, cap: Cap | None) -> Joined:
+    def count(self, cap: Cap | None) -> Resource:
+        if isinstance(cap, Latency):  # a function of all widths
+            return cap.resource(PartsAnalysis(self.analyses, self.left))
         counted = [
             Sparsity(analysis) if cap is None else cap.resource(analysis)
             for analysis in self.analyses.values()
