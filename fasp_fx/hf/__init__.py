@@ -14,12 +14,13 @@ from ._config import PrunedConfig, on_first_use
 if TYPE_CHECKING:
     from ._causal import PrunedForCausalLM
     from ._offloaded import load_offloaded
-    from ._prune import Pruned, prune
+    from ._prune import CapturedModel, Pruned, analyze, apply, capture, measure, prune
     from ._seq2seq import PrunedForSeq2SeqLM
 
 _HOMES = {
-    "Pruned": "._prune",
-    "prune": "._prune",
+    **dict.fromkeys(
+        ("CapturedModel", "Pruned", "analyze", "apply", "capture", "measure", "prune"), "._prune"
+    ),
     "PrunedForCausalLM": "._causal",
     "PrunedForSeq2SeqLM": "._seq2seq",
     "load_offloaded": "._offloaded",
@@ -45,4 +46,16 @@ def __getattr__(name: str) -> Any:
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
-__all__ = ["Pruned", "PrunedConfig", "PrunedForCausalLM", "PrunedForSeq2SeqLM", "load_offloaded", "prune"]
+__all__ = [
+    "CapturedModel",
+    "Pruned",
+    "PrunedConfig",
+    "PrunedForCausalLM",
+    "PrunedForSeq2SeqLM",
+    "analyze",
+    "apply",
+    "capture",
+    "load_offloaded",
+    "measure",
+    "prune",
+]

@@ -15,7 +15,7 @@ from ..analysis.plan import PlannedGroup, PruningPlan
 from ..base._warn import warn
 from ..base.compat import without_stack_traces
 from ..calibration.observe._visit import Decision, decided
-from ..capturing._captured import program_of
+from ..capturing._captured import Captured, capture_whole
 from ..capturing._program import Program
 from ..errors import PlanError, VerificationError, VerificationWarning
 from ..pruning._result import Result
@@ -26,12 +26,10 @@ from ..pruning.report import said_whole
 from ._stages import Stage
 
 
-def program_for(stage: Stage, device: torch.device | str | None) -> Program:
+def captured_for(stage: Stage, device: torch.device | str | None) -> Captured:
     """The program of a stage, captured; which lines of the model made its nodes, nobody sees."""
     with without_stack_traces():
-        return program_of(
-            stage.model, (), dict(stage.example), state=stage.state, dynamic_shapes=None, device=device
-        )
+        return capture_whole(stage.model, (), dict(stage.example), state=stage.state, device=device)
 
 
 @dataclass(frozen=True)
@@ -52,14 +50,14 @@ class Served:
     analysis: Analysis
 
 
-def served_by(stage: Stage, device: torch.device | str | None, config: PruningConfig) -> Served:
-    """One more program, captured and analysed; it holds the weights that it reads and no others."""
-    program = program_for(stage, device)
+def served_by(name: str, program: Program, asked: PruningConfig | PruningPlan) -> Served:
+    """One more program, analysed; it holds the weights that it reads and no others."""
+    program = program.copy()
     for node in program.module.graph.find_nodes(op="get_attr"):
         if not node.users:  # weights of the other programs
             program.module.graph.erase_node(node)
     program = program.copy()  # holds what the graph looks up, and nothing else
-    return Served(stage.name, program, analyze_for(program, config))
+    return Served(name, program, analyze_for(program, asked))
 
 
 def carry_out_in_all(
@@ -178,4 +176,4 @@ def one_set(model: nn.Module, results: dict[str, Result]) -> dict[str, Tensor]:
     return dict(sorted(found.items(), key=lambda item: (order.get(item[0], len(order)), item[0])))
 
 
-__all__ = ["Planned", "Served", "carry_out_in_all", "one_set", "program_for", "served_by"]
+__all__ = ["Planned", "Served", "captured_for", "carry_out_in_all", "one_set", "served_by"]

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Self, Unpack, cast
 
@@ -21,9 +21,12 @@ from ..base._undisturbed import check_default_device, in_usual_modes, one_at_a_t
 from ..base._version import __version__
 from ..calibration.observe._calibration import check_calibration
 from ..calibration.observe._ranks import Ranks, ended_together
+from ..calibration.observe._visit import Decision
+from ..capturing._captured import Captured
+from ..capturing._program import Program
 from ..errors import ArgumentError
 from ..passes._pruned_module import PrunedModule
-from ..pruning._deciding import decide
+from ..pruning._deciding import decide, measure_subject, measuring_config, replay, restoring_config
 from ..pruning._result import Result
 from ..pruning._rewriting import Timings, make_plan, rewrite
 from ..pruning._subject import Whole
@@ -35,7 +38,7 @@ from ._habits import Habits
 from ._held import Parts, StoredProgram, Written
 from ._model import PrunedModel
 from ._probe import check_served, habits_of
-from ._programs import Planned, Served, carry_out_in_all, one_set, program_for, served_by
+from ._programs import Planned, Served, captured_for, carry_out_in_all, one_set, served_by
 from ._stages import CausalStages, Seq2SeqStages, stages_of
 
 
@@ -94,6 +97,143 @@ class Pruned:
         return save(self.model, path_of(folder, "folder"), self.tokenizer, overwrite=overwrite)
 
 
+@dataclass(frozen=True)
+class CapturedModel:
+    """A generating model as the programs that generation needs, over its own weights, for several prunings.
+
+    Attributes:
+        model: the caller's.
+        programs: by name; a plan is made for the first of them, and carried out in all others.
+    """
+
+    model: Any
+    programs: Mapping[str, Captured]
+    stages: CausalStages | Seq2SeqStages = field(repr=False)
+    habits: Habits = field(repr=False)
+
+    def planned(self) -> tuple[str, Program]:
+        """The program that plans are made for, and its name.
+
+        Raises:
+            ArgumentError: a weight has changed since the capture.
+        """
+        name = next(iter(self.programs))
+        return name, self.programs[name].checked()
+
+    def served(self, asked: PruningConfig | PruningPlan) -> list[Served]:
+        """The other programs, analysed."""
+        _, *others = self.programs.items()
+        return [served_by(name, captured.checked(), asked) for name, captured in others]
+
+    def read(self, calibration: Iterable[Any] | None) -> Any:
+        """Calibration batches as the planned program takes them."""
+        if calibration is None:
+            return None
+        return self.stages.batches(calibration, FlatProgram.of(self.planned()[1].module).cache_sizes())
+
+
+@one_at_a_time
+@in_usual_modes
+def capture(model: Any, *, device: torch.device | str | None = None) -> CapturedModel:
+    """Capture a generating model of transformers once, for several analyses and prunings.
+
+    Args:
+        model: a causal language model or an encoder-decoder, in evaluation mode; its weights are shared.
+        device: as for :func:`prune`.
+
+    Raises:
+        ArgumentError: the model does not generate.
+        CaptureError: the model cannot be captured.
+    """
+    check_default_device()
+    stages = stages_of(model)
+    stage = stages.planned()
+    captured = captured_for(stage, device)
+    habits = habits_of(stages, captured.program)
+    others = {other.name: captured_for(other, device) for other in stages.served()}
+    return CapturedModel(model, {stage.name: captured, **others}, stages, habits)
+
+
+@one_at_a_time
+@in_usual_modes
+def analyze(
+    model: Any,
+    *,
+    granularity: Iterable[str] = ("channel",),
+    include: Iterable[str] = (),
+    device: torch.device | str | None = None,
+) -> Analysis:
+    """The coupled groups of a generating model, as :func:`fasp_fx.analyze`.
+
+    Args:
+        model, device: as for :func:`prune`.
+        granularity, include: as for :func:`fasp_fx.prune`.
+    """
+    config = PruningConfig(granularity=granularity, include=include)
+    return Whole(_captured(model, device).planned()[1]).analyze(config)
+
+
+@one_at_a_time
+@in_usual_modes
+@ended_together
+def measure(
+    model: Any,
+    *,
+    calibration: Iterable[Any],
+    config: PruningConfig | None = None,
+    device: torch.device | str | None = None,
+    progress: Callable[[float], None] | None = None,
+    group: dist.ProcessGroup | None = None,
+    **options: Unpack[PruningOptions],
+) -> Costs:
+    """Predict what each coupled group of a generating model costs, as :func:`fasp_fx.measure`; arguments as
+    for :func:`prune`.
+    """
+    check_default_device()
+    check_callable(progress=progress)
+    check_calibration(calibration)
+    captured = _captured(model, device)
+    asked = measuring_config(_asked(captured.stages, config, options))
+    return measure_subject(
+        Whole(captured.planned()[1], device),
+        asked,
+        captured.read(calibration),
+        ranks=Ranks.of(group),
+        progress=progress,
+        loss="next-token",
+    )
+
+
+@one_at_a_time
+@in_usual_modes
+def apply(
+    model: Any,
+    plan: PruningPlan,
+    tokenizer: Any = None,
+    *,
+    calibration: Iterable[Any] | None = None,
+    config: PruningConfig | None = None,
+    device: torch.device | str | None = None,
+    progress: Callable[[float], None] | None = None,
+    **options: Unpack[PruningOptions],
+) -> Pruned:
+    """Carry out a plan on the generating model it was made for, as :func:`fasp_fx.apply`.
+
+    Args:
+        model, tokenizer, device, progress: as for :func:`prune`.
+        plan, calibration, config, options: as for :func:`fasp_fx.apply`.
+    """
+    check_default_device()
+    check_callable(progress=progress)
+    asked = restoring_config(PruningConfig.of(config, options), plan, calibration is not None)
+    captured, clock = _captured(model, device), Timings()
+    asked = replace(asked, padding_mask=_mask(captured.stages))
+    subject = Whole(captured.planned()[1], device)
+    batches = captured.read(calibration)
+    ((_, decision),) = replay(subject, plan, asked, batches, progress=progress, clock=clock)
+    return _finished(captured, subject, decision, asked, None, clock, tokenizer)
+
+
 @one_at_a_time
 @in_usual_modes
 @ended_together
@@ -116,7 +256,8 @@ def prune(
     touched.
 
     Args:
-        model: a causal language model or an encoder-decoder, in evaluation mode.
+        model: a causal language model or an encoder-decoder, in evaluation mode; or what :func:`capture` made
+            of one.
         tokenizer: kept and saved with the result.
         calibration: an iterable of batches: token numbers ``[batch, tokens]``, or dicts with ``input_ids``
             and, where needed, ``attention_mask``; for an encoder-decoder also ``decoder_input_ids``. Tokens
@@ -163,41 +304,54 @@ def prune(
         }
         found = prune_plain(model, calibration=calibration, config=config, **shared, **options)
         return Pruned(found.model, found.result.plan, found.report, tokenizer)
-    stages = stages_of(model)
-    asked = _asked(stages, config, options)
+    captured = _captured(model, device)
+    asked = _asked(captured.stages, config, options)
     if asked.needs_data:
         check_calibration(calibration)
-    ranks, clock = Ranks.of(group), Timings()
-    stage = stages.planned()
-    program = program_for(stage, device)
-    habits = habits_of(stages, program)
-    batches = None
-    if calibration is not None:
-        batches = stages.batches(calibration, FlatProgram.of(program.module).cache_sizes())
-    subject = Whole(program, device)
+    clock, subject = Timings(), Whole(captured.planned()[1], device)
     ((_, decision),) = decide(
         subject,
         asked,
-        batches,
+        captured.read(calibration),
         progress=progress,
         on_analysis=on_analysis,
         costs=costs,
         loss="next-token",
-        ranks=ranks,
+        ranks=Ranks.of(group),
         checkpoint=checkpoint,
         clock=clock,
     )
-    planned = Planned(program, subject.analyses[""], decision)
-    served = [served_by(other, device, asked) for other in stages.served()]
+    return _finished(captured, subject, decision, asked, asked, clock, tokenizer)
+
+
+def _captured(model: Any, device: torch.device | str | None) -> CapturedModel:
+    return model if isinstance(model, CapturedModel) else capture(model, device=device)
+
+
+def _finished(
+    captured: CapturedModel,
+    subject: Whole,
+    decision: Decision,
+    asked: PruningConfig,
+    config: PruningConfig | None,
+    clock: Timings,
+    tokenizer: Any,
+) -> Pruned:
+    """Carry out in all programs what was decided for the first.
+
+    Args:
+        config: what was asked for; ``None`` where a plan is replayed.
+    """
+    model, (name, program) = captured.model, captured.planned()
+    planned, served = Planned(program, subject.analyses[""], decision), captured.served(asked)
     results, plan, report = (
-        _together(model, planned, served, asked, clock)
-        if served
-        else _alone(stage.name, planned, asked, clock)
+        _together(model, planned, served, config, clock) if served else _alone(name, planned, config, clock)
     )
     programs = {name: _stored(result.module) for name, result in results.items()}
     constants = {name: _constants(result.module) for name, result in results.items()}
-    made = _model(model, Parts(programs, one_set(model, results), constants, plan, report), habits)
-    check_served(made, stages)
+    parts = Parts(programs, one_set(model, results), constants, plan, report)
+    made = _model(model, parts, captured.habits)
+    check_served(made, captured.stages)
     return Pruned(made, plan, report, tokenizer)
 
 
@@ -210,7 +364,7 @@ def _asked(
         ArgumentError: one is not for models that generate.
     """
     asked = PruningConfig.of(config, options)
-    mask = "attention_mask" if "attention_mask" in stages.accepts else None
+    mask = _mask(stages)
     if asked.padding_mask not in (None, mask):
         raise ArgumentError(
             f"padding_mask={asked.padding_mask!r} is not for fasp_fx.hf.prune, which takes the mask of the"
@@ -219,8 +373,13 @@ def _asked(
     return replace(asked, padding_mask=mask)
 
 
+def _mask(stages: CausalStages | Seq2SeqStages) -> str | None:
+    """The padding mask of the batches."""
+    return "attention_mask" if "attention_mask" in stages.accepts else None
+
+
 def _alone(
-    name: str, planned: Planned, config: PruningConfig, clock: Timings
+    name: str, planned: Planned, config: PruningConfig | None, clock: Timings
 ) -> tuple[dict[str, Result], PruningPlan, Report]:
     """The one program that serves all of generation, smaller."""
     result = rewrite(planned.program, planned.analysis, planned.decision, config, clock)
@@ -228,7 +387,7 @@ def _alone(
 
 
 def _together(
-    model: nn.Module, planned: Planned, served: list[Served], config: PruningConfig, clock: Timings
+    model: nn.Module, planned: Planned, served: list[Served], config: PruningConfig | None, clock: Timings
 ) -> tuple[dict[str, Result], PruningPlan, Report]:
     """The programs that serve generation, smaller by one plan, and a report of all of them."""
     program, analysis = planned.program, planned.analysis
@@ -299,4 +458,4 @@ def _plain(value: Any) -> Any:
     return str(value).removeprefix("torch.") if isinstance(value, torch.dtype) else value
 
 
-__all__ = ["Pruned", "prune"]
+__all__ = ["CapturedModel", "Pruned", "analyze", "apply", "capture", "measure", "prune"]

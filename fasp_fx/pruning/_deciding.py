@@ -14,9 +14,11 @@ from ..allocation._selection import PartialBudget
 from ..allocation.costs import Costs, check_costs
 from ..analysis import plan as plans
 from ..analysis._analysis import Analysis
+from ..analysis.plan import PruningPlan
 from ..base._options import path_of
 from ..calibration._journal import Journal, open_journal
 from ..calibration.observe._consumers import Consumers
+from ..calibration.observe._planned import Planned
 from ..calibration.observe._ranks import Ranks
 from ..calibration.observe._visit import Decision
 from ..errors import ArgumentError
@@ -33,6 +35,8 @@ from .config import PruningConfig
 PROGRESS_SHARE_MEASURING = 0.35
 #: the part of the rest that a search takes
 PROGRESS_SHARE_SEARCHING = 0.6
+#: the options that say how what stays is restored, and not what goes
+_RESTORING = ("restore", "drift", "padding_mask")
 
 
 def decide(
@@ -140,6 +144,102 @@ def decide(
     advance(1.0)
 
 
+def measuring_config(config: PruningConfig) -> PruningConfig:
+    """A configuration with an allocation that wants costs."""
+    if isinstance(config.allocator, CostAllocation):
+        return config
+    return replace(config, sparsity=None if config.budget else config.requested, allocation="global")
+
+
+def measure_subject(
+    subject: Subject,
+    config: PruningConfig,
+    calibration: Iterable[Any],
+    *,
+    ranks: Ranks,
+    progress: Callable[[float], None] | None = None,
+    loss: Literal["outputs", "next-token"] = "outputs",
+) -> Costs:
+    """The cost curves of a model, on all of the batches; arguments and errors as for :func:`decide` and
+    :func:`fasp_fx.measure`.
+    """
+    subject.check_weights()
+    subject.analyze(config)
+    batches, fingerprint = subject.read(calibration), subject.fingerprint()
+    ranks.check_alike(lambda: fingerprint, subject.leaves(batches), vars(config))
+    consumers = {
+        path: Consumers(own, config.restore is not None, path) for path, own in subject.analyses.items()
+    }
+    measured = measure_costs(
+        Method.of(config, loss),
+        consumers,
+        lambda path: subject.inputs(path, batches),
+        subject.within,
+        fingerprint,
+        ranks,
+        progress or (lambda fraction: None),
+        part=1,
+    )
+    assert measured.costs is not None
+    return measured.costs
+
+
+def restoring_config(config: PruningConfig, plan: Any, has_data: bool) -> PruningConfig:
+    """How to restore behind a plan.
+
+    Raises:
+        ArgumentError: the plan is none, something else was asked for, or there are no data to do it with.
+    """
+    if not isinstance(plan, PruningPlan):
+        raise ArgumentError(
+            f"plan is a {type(plan).__name__}; pass a PruningPlan (PruningPlan.from_json reads one that was"
+            " written as text)"
+        )
+    if others := config.beyond(_RESTORING):
+        raise ArgumentError(f"the plan says what goes, so that {others[0]}= has nothing to say; leave it out")
+    if not has_data and config.beyond(()):
+        raise ArgumentError("nothing is restored without data; give calibration=, or leave out how to")
+    return replace(config, granularity=plan.granularity, include=plan.include)
+
+
+def replay(
+    subject: Subject,
+    plan: PruningPlan,
+    config: PruningConfig,
+    calibration: Iterable[Any] | None,
+    *,
+    progress: Callable[[float], None] | None = None,
+    clock: Timings | None = None,
+) -> Iterator[tuple[str, Decision]]:
+    """What a plan takes of each program of a model, with what stays repaired where there are batches; as
+    :func:`decide`.
+
+    Raises:
+        PlanError: the plan is for another model.
+        CalibrationError: the batches do not fit.
+    """
+    clock, advance = clock or Timings(), progress or (lambda fraction: None)
+    clock.lap("capture")
+    subject.analyze(plan)
+    removed = subject.removed_by(plan)
+    clock.lap("analysis")
+    batches = None if calibration is None else subject.read(calibration)
+    for number, (path, gone) in enumerate(removed.items()):
+        decision = Decision(gone)
+        if batches is not None:
+            planned = Planned(subject.analyses[path], gone)
+            decision = calibrate(
+                Method.of(replace(config, score=planned)),
+                Consumers(subject.analyses[path], config.restore is not None, path),
+                planned.lost,
+                subject.inputs(path, batches)[0],
+                Ranks(),
+                lambda fraction, done=number: advance((done + fraction) / len(removed)),  # type: ignore[misc]
+            )
+            clock.lap("calibration")
+        yield path, decision
+
+
 def _checkpoint_folder(checkpoint: str | Path | None, config: PruningConfig) -> Path | None:
     """The folder of a run that is kept.
 
@@ -197,4 +297,4 @@ def _remarks(measured: Measured, subject: Subject, config: PruningConfig, lost: 
     return found
 
 
-__all__ = ["decide"]
+__all__ = ["decide", "measure_subject", "measuring_config", "replay", "restoring_config"]

@@ -5,38 +5,25 @@ on it.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any, Unpack
 
 import torch
 import torch.distributed as dist
 
-from ..allocation._allocation import CostAllocation
 from ..allocation.costs import Costs
 from ..analysis._analysis import Analysis
 from ..analysis.plan import PruningPlan
 from ..base._options import check_callable
 from ..base._undisturbed import check_default_device, in_usual_modes, one_at_a_time
 from ..calibration.observe._calibration import check_calibration
-from ..calibration.observe._consumers import Consumers
-from ..calibration.observe._planned import Planned
 from ..calibration.observe._ranks import Ranks, ended_together
-from ..calibration.observe._visit import Decision
 from ..capturing._captured import Captured, Model
-from ..errors import ArgumentError
-from ._calibrating import calibrate
 from ._captured import subject_of
-from ._deciding import decide
-from ._measuring import measure_costs
-from ._method import Method
+from ._deciding import decide, measure_subject, measuring_config, replay, restoring_config
 from ._result import Result
 from ._rewriting import Timings
 from .config import PruningConfig, PruningOptions
-
-#: the options that say how what stays is restored, and not what goes
-_RESTORING = ("restore", "drift", "padding_mask")
 
 
 @one_at_a_time
@@ -190,29 +177,12 @@ def measure(
     """
     check_default_device()
     check_callable(progress=progress)
-    asked = PruningConfig.of(config, options)
-    if not isinstance(asked.allocator, CostAllocation):
-        asked = replace(asked, sparsity=None if asked.budget else asked.requested, allocation="global")
+    asked = measuring_config(PruningConfig.of(config, options))
     check_calibration(calibration)
     subject = subject_of(
         model, args, kwargs, state=state, dynamic_shapes=dynamic_shapes, device=device, config=asked
     )
-    subject.check_weights()
-    subject.analyze(asked)
-    batches, ranks, fingerprint = subject.read(calibration), Ranks.of(group), subject.fingerprint()
-    ranks.check_alike(lambda: fingerprint, subject.leaves(batches), vars(asked))
-    measured = measure_costs(
-        Method.of(asked),
-        {path: Consumers(own, asked.restore is not None, path) for path, own in subject.analyses.items()},
-        lambda path: subject.inputs(path, batches),
-        subject.within,
-        fingerprint,
-        ranks,
-        progress or (lambda fraction: None),
-        part=1,
-    )
-    assert measured.costs is not None
-    return measured.costs
+    return measure_subject(subject, asked, calibration, ranks=Ranks.of(group), progress=progress)
 
 
 @one_at_a_time
@@ -245,60 +215,16 @@ def apply(
         PlanError: the plan is for another model (or for this one before it was pruned).
         CalibrationError: the calibration data does not fit.
     """
-    if not isinstance(plan, PruningPlan):
-        raise ArgumentError(
-            f"plan is a {type(plan).__name__}; pass a PruningPlan (PruningPlan.from_json reads one that was"
-            " written as text)"
-        )
     check_default_device()
     check_callable(progress=progress)
-    config = _restoring(config, options, plan, calibration is not None)
+    config = restoring_config(PruningConfig.of(config, options), plan, calibration is not None)
     clock = Timings()
     subject = subject_of(
         model, args, kwargs, state=state, dynamic_shapes=dynamic_shapes, device=device, config=config
     )
-    clock.lap("capture")
-    subject.analyze(plan)
-    removed = subject.removed_by(plan)
-    clock.lap("analysis")
-    batches = None if calibration is None else subject.read(calibration)
-    for number, (path, gone) in enumerate(removed.items()):
-        decision = Decision(gone)
-        if batches is not None:
-            analysis = subject.analyses[path]
-            planned = Planned(analysis, gone)
-            decision = calibrate(
-                Method.of(replace(config, score=planned)),
-                Consumers(analysis, config.restore is not None, path),
-                planned.lost,
-                subject.inputs(path, batches)[0],
-                Ranks(),
-                partial(_advance, progress, number, len(removed)),
-            )
-            clock.lap("calibration")
+    for path, decision in replay(subject, plan, config, calibration, progress=progress, clock=clock):
         subject.put(path, decision, None, clock)
     return subject.result(None, clock)
-
-
-def _advance(progress: Callable[[float], None] | None, done: int, count: int, fraction: float) -> None:
-    if progress is not None:
-        progress((done + fraction) / count)
-
-
-def _restoring(
-    config: PruningConfig | None, options: PruningOptions, plan: PruningPlan, has_data: bool
-) -> PruningConfig:
-    """How to restore behind a plan.
-
-    Raises:
-        ArgumentError: something else was asked for, or there are no data to do it with.
-    """
-    asked = PruningConfig.of(config, options)
-    if others := asked.beyond(_RESTORING):
-        raise ArgumentError(f"the plan says what goes, so that {others[0]}= has nothing to say; leave it out")
-    if not has_data and asked.beyond(()):
-        raise ArgumentError("nothing is restored without data; give calibration=, or leave out how to")
-    return replace(asked, granularity=plan.granularity, include=plan.include)
 
 
 __all__ = ["analyze", "apply", "measure", "prune"]
