@@ -238,7 +238,7 @@ def fails(group: dist.ProcessGroup, rank: int, folder: Path) -> None:
     from fasp_fx.calibration._journal import Journal
     from fasp_fx.calibration.observe._visit import Observer
     from fasp_fx.capturing._runner import Runner
-    from fasp_fx.pruning import _pipeline, _prune
+    from fasp_fx.pruning import _captured, _subject
 
     reduce, calls = dist.all_reduce, []
 
@@ -256,10 +256,10 @@ def fails(group: dist.ProcessGroup, rank: int, folder: Path) -> None:
         (0, StoreError("no space is left"), Journal, "commit", {"checkpoint": folder / "run"}),
         (1, KeyboardInterrupt(), Runner, "_execute", {"quality": "balanced"}),
         (0, SystemExit(3), Observer, "_choose", {}),
-        (1, Own("mine"), _prune, "program_of", {}),
+        (1, Own("mine"), _captured, "program_of", {}),
         (0, CalibrationError("one batch"), Runner, "advance", {"quality": "fast"}),
-        (1, Own("late"), _prune, "rewrite", {}),
-        (0, Own("dry"), _pipeline, "analyze_for", {}),
+        (1, Own("late"), _subject, "rewrite", {}),
+        (0, Own("dry"), _subject, "analyze_for", {}),
     ]
     captured = fasp_fx.capture(twice(), (numbers()[0],))
     common: dict[str, Any] = {"calibration": numbers(), "sparsity": 0.3, "group": group}

@@ -507,9 +507,16 @@ def test_an_allocation_that_leaves_too_much_is_refused() -> None:
         )
 
 
-def test_a_model_in_parts_has_no_budget() -> None:
-    with pytest.raises(fasp_fx.ArgumentError, match=r"budget=.* needs a model that is captured as a whole"):
-        fasp_fx.prune(Forks().eval(), (X,), budget=Parameters(0.8), **FAST)
+@pytest.mark.parametrize("budget", [Parameters(0.8), Bytes(0.8), Macs(0.8)])
+def test_a_model_in_parts_keeps_to_a_budget(budget: Cap) -> None:
+    """Of all its parameters, and of the products of its parts."""
+    model = Forks().eval()
+    result = fasp_fx.prune(model, (X,), budget=budget, **FAST)
+    (spent,) = result.report.budgets
+    assert 0.6 * spent.dense < spent.used <= spent.allowed == pytest.approx(0.8 * spent.dense)
+    if isinstance(budget, Parameters):
+        for module, count in ((model, spent.dense), (result.module, spent.used)):
+            assert sum(parameter.numel() for parameter in module.parameters()) == count
 
 
 # What is kept.
@@ -686,7 +693,6 @@ def test_a_latency_is_what_a_function_of_the_widths_says() -> None:
     assert spent.dense == pytest.approx(64 + 3 * 48)
     assert spent.used == pytest.approx(left[0] + 3 * left[1])
     assert 0.95 * spent.allowed < spent.used <= spent.allowed == pytest.approx(0.8 * spent.dense)
-    assert len(asked) == len(set(asked))
     assert "microseconds" in str(result.report)
     for wrong in (lambda widths: "soon", lambda widths: -1.0, lambda widths: float("nan")):
         with pytest.raises(fasp_fx.ArgumentError, match="seconds= of the latency returned"):

@@ -23,7 +23,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from typer.testing import CliRunner, Result
 
 import fasp_fx
-from fasp_fx.cli import _models, _prune_command, app
+from fasp_fx.cli import _models, _prune_command
+from fasp_fx.cli._app import app
 from fasp_fx.cli._saved import load_saved
 from fasp_fx.cli._texts import Texts, Wanted
 from fasp_fx.errors import ArgumentError

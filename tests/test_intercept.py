@@ -147,10 +147,10 @@ def test_without_restoration_biases_stay_as_they_are() -> None:
 
 
 def test_a_group_that_stays_whole_after_all_keeps_its_bias() -> None:
+    from deciding import decide
     from fasp_fx.config import PruningConfig
 
     from fasp_fx.calibration.observe._visit import decided
-    from fasp_fx.pruning._pipeline import decide
     from fasp_fx.pruning.check import restricted
 
     batches = data(6)

@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from deciding import decide
 from fasp_fx.config import PruningConfig
-from fasp_fx.pruning._pipeline import decide
 from rank import llama, numbers, tokens, twice
 from torch import nn
 
@@ -252,7 +252,7 @@ def test_a_damaged_checkpoint_is_refused(
         fasp_fx.prune(captured, checkpoint=tmp_path / "state", **how)
 
 
-def test_a_model_in_parts_keeps_none(tmp_path: Path) -> None:
+def test_a_model_in_parts_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     class Odd(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -263,5 +263,12 @@ def test_a_model_in_parts_keeps_none(tmp_path: Path) -> None:
             return found
 
     x = torch.randn(4, 8)
-    with pytest.raises(ArgumentError, match=r"checkpoint=.*captured as a whole"):
-        fasp_fx.prune(Odd().eval(), (x,), calibration=[x], sparsity=0.3, checkpoint=tmp_path / "state")
+    model, state = Odd().eval(), tmp_path / "state"
+    how: dict[str, Any] = {"calibration": [x], "sparsity": 0.3}
+    expected = fasp_fx.prune(model, (x,), **how)
+    made = fasp_fx.prune(model, (x,), checkpoint=state, **how)
+    monkeypatch.setattr(_visit.Observer, "_repair", None)  # nothing is computed a second time
+    again = fasp_fx.prune(model, (x,), checkpoint=state, **how)
+    assert made.plan == again.plan == expected.plan
+    for found in (made, again):
+        assert torch.equal(found.module(x), expected.module(x))

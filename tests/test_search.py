@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from deciding import decide
 from fasp_fx.budgets import Macs, Parameters
 from fasp_fx.obs import DAMPING
 from hypothesis import assume, given
@@ -36,18 +37,20 @@ from fasp_fx.allocation import (
     Target,
     Trial,
     TrialAllocation,
-    _counts,
     deepest_loss,
     uniform,
 )
+from fasp_fx.allocation._allocation import _counts
 from fasp_fx.allocation._search import Exchanges, evolve, passes
 from fasp_fx.calibration.observe._consumers import Consumers
 from fasp_fx.calibration.observe._fitness import Divergence
+from fasp_fx.calibration.observe._ranks import Ranks
 from fasp_fx.calibration.observe._trial import ModelTrial
 from fasp_fx.calibration.observe._visit import Decision
 from fasp_fx.errors import ArgumentError
-from fasp_fx.pruning._chooser import Chooser
-from fasp_fx.pruning._pipeline import MEASURING, decide
+from fasp_fx.pruning._deciding import PROGRESS_SHARE_MEASURING
+from fasp_fx.pruning._measuring import measure_costs
+from fasp_fx.pruning._method import Method
 
 pytestmark = pytest.mark.usefixtures("shared_captures")
 
@@ -270,12 +273,18 @@ def trial_of(loss: Any, restore: Any, **options: Any) -> tuple[ModelTrial, list[
     )
     program = captured().program
     analysis = fasp_fx.analyze(captured())
-    chooser, consumers = Chooser(config), Consumers(analysis)
-    chooser.measure(
-        consumers, [program.flat_inputs((), batch) for batch in batches()], "", lambda fraction: None, part=1
+    inputs = [program.flat_inputs((), batch) for batch in batches()]
+    measured = measure_costs(
+        Method.of(config),
+        {"": Consumers(analysis)},
+        lambda path: (inputs, ""),
+        lambda path, group: group,
+        "",
+        Ranks(),
+        lambda fraction: None,
+        part=1,
     )
-    assert chooser._trial is not None
-    return chooser._trial, analysis.chosen
+    return measured.trials[""], analysis.chosen
 
 
 def pruned_by_hand(
@@ -496,7 +505,7 @@ def test_a_model_is_searched_and_the_same_is_found_again() -> None:
     torch.manual_seed(5)
     np.random.seed(5)
     assert drawn == (torch.rand(1).item(), np.random.rand()), "the caller's random numbers go on"
-    searched = [fraction for fraction in fractions if fraction > MEASURING]
+    searched = [fraction for fraction in fractions if fraction > PROGRESS_SHARE_MEASURING]
     assert searched == sorted(searched)
     assert searched[-1] == 1
     assert abs(result.report.sparsity - 0.3) <= 0.02

@@ -18,7 +18,9 @@ import fasp_fx
 from fasp_fx.capturing import capture
 from fasp_fx.capturing._program import Program
 from fasp_fx.errors import CaptureError, NothingPrunableError, SparsityError
-from fasp_fx.pruning._pipeline import analyze_for, decide, rewrite
+from fasp_fx.pruning._deciding import decide
+from fasp_fx.pruning._rewriting import Timings, analyze_for
+from fasp_fx.pruning._subject import Whole
 
 from ._copies import CHANNELS, copies, wrong
 from ._entry import Entry
@@ -152,8 +154,10 @@ def _prune(program: Program, config: fasp_fx.PruningConfig, most: float) -> Any:
     if most == 0:
         return None
     config = replace(config, sparsity=min(config.sparsity, most))
-    analysis, decision = decide(program, config, None)
-    return rewrite(program, analysis, decision, config)
+    subject, clock = Whole(program), Timings()
+    for path, decision in decide(subject, config, None):
+        subject.put(path, decision, config, clock)
+    return subject.result(config, clock)
 
 
 def _prune_by(config: fasp_fx.PruningConfig, model: nn.Module, program: Program | None, entry: Entry) -> Any:

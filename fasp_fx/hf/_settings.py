@@ -21,7 +21,7 @@ from ..allocation.costs import CostCurve, Costs
 from ..analysis.groups import Group
 from ..analysis.resources import most_lost
 from ..errors import CaptureError, NothingPrunableError, SparsityError
-from ..pruning.submodules._budget import JoinedSparsity
+from ..pruning.submodules._analysis import Joined
 from ._dials import Dial, Family, Search
 from ._experiments import Assignment, Experiments, Path
 
@@ -141,7 +141,7 @@ class Settings:
         """
         (limit,) = budget.limits
         assert isinstance(limit, Target)  # other budgets are refused before
-        if isinstance(limit.resource, JoinedSparsity):
+        if isinstance(limit.resource, Joined):
             raise CaptureError(
                 "the model cannot be captured as a whole, which a plain checkpoint needs; prune it without"
                 " plain"

@@ -117,7 +117,7 @@ def decide(
     if method.runs_trials:
         clock.lap("searching")
     notes += _remarks(measured, subject, config, lost)
-    if folder is not None and len(consumers) > 1 and not ranks.rank:
+    if folder is not None and "" not in consumers and not ranks.rank:
         claim(folder, {"parts": list(consumers)})
     for number, (path, share) in enumerate(subject.split(lost).items()):
         begun = start + (1 - start) * number / len(consumers)

@@ -53,12 +53,16 @@ class PartsAnalysis(Analysis):
     parts: Mapping[str, Analysis]
     left: Mapping[str, str]
 
-    def __init__(self, parts: Mapping[str, Analysis], left: Mapping[str, str]) -> None:
+    def __init__(
+        self, parts: Mapping[str, Analysis], left: Mapping[str, str], places: Mapping[str, Sequence[str]]
+    ) -> None:
         self.parts, self.left = dict(parts), dict(left)
         one = next(iter(parts.values()))
         self.granularity, self.include = one.granularity, one.include
         self.groups = [
-            group_within((path,), group) for path, analysis in parts.items() for group in analysis.groups
+            group_within(places[path], group)
+            for path, analysis in parts.items()
+            for group in analysis.groups
         ]
 
     @property

@@ -193,7 +193,11 @@ class InParts(Subject):
             self.left[path] = "nothing in it can be pruned" + (f": {'; '.join(reasons)}" if reasons else "")
         if not self.analyses:
             raise _nothing(self.captured.error, self.left)
-        return PartsAnalysis(self.analyses, self.left)
+        return self._joint()
+
+    def _joint(self) -> PartsAnalysis:
+        places = {path: part.paths for path, part in self.parts.items()}
+        return PartsAnalysis(self.analyses, self.left, places)
 
     def within(self, path: str, group: Group) -> Group:
         return group_within(self.parts[path].paths, group)
@@ -208,7 +212,7 @@ class InParts(Subject):
 
     def count(self, cap: Cap | None) -> Resource:
         if isinstance(cap, Latency):  # a function of all widths
-            return cap.resource(PartsAnalysis(self.analyses, self.left))
+            return cap.resource(self._joint())
         counted = [
             Sparsity(analysis) if cap is None else cap.resource(analysis)
             for analysis in self.analyses.values()

@@ -1,0 +1,17 @@
+"""What goes of one program, without taking it out, which takes longest."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from fasp_fx.analysis import Analysis
+from fasp_fx.calibration.observe._visit import Decision
+from fasp_fx.capturing._program import Program
+from fasp_fx.pruning import _deciding
+from fasp_fx.pruning._subject import Whole
+
+
+def decide(program: Program, config: Any, calibration: Any, **how: Any) -> tuple[Analysis, Decision]:
+    subject = Whole(program)
+    ((_, decision),) = _deciding.decide(subject, config, calibration, **how)
+    return subject.analyses[""], decision
