@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import fasp_fx
-from fasp_fx.calibration.observe._costs import _column_costs
+from fasp_fx.calibration.observe._order import _column_costs
 
 pytestmark = pytest.mark.usefixtures("shared_captures")
 

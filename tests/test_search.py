@@ -42,8 +42,7 @@ from fasp_fx.allocation import (
 )
 from fasp_fx.allocation._search import Exchanges, evolve, passes
 from fasp_fx.calibration.observe._consumers import Consumers
-from fasp_fx.calibration.observe._fitness import Divergence
-from fasp_fx.calibration.observe._trial import ModelTrial
+from fasp_fx.calibration.observe._trial import Divergence, ModelTrial
 from fasp_fx.calibration.observe._visit import Decision
 from fasp_fx.errors import ArgumentError
 from fasp_fx.pruning._chooser import Chooser

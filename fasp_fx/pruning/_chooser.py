@@ -10,11 +10,9 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import fx
 
-from ..allocation._alike import AlikeBudget
 from ..allocation._allocation import Budget, Ceiling, CostAllocation, Target, TrialAllocation, validate
-from ..allocation._limits import departures
+from ..allocation._limits import alike, departures, joined
 from ..allocation._selection import (
-    PartialBudget,
     check_asked,
     check_patterns,
     held_by,
@@ -32,13 +30,13 @@ from ..base._undisturbed import drawing_alike, in_turns
 from ..base._warn import warn
 from ..base.offload._current import computing
 from ..calibration._needed import Needed
-from ..calibration._scores import resolve_score
 from ..calibration.losses import Outputs, resolve_loss
+from ..calibration.obs import resolve_score
 from ..calibration.observe._consumers import Consumers
-from ..calibration.observe._costs import curves_of, orders_of
 from ..calibration.observe._drift import Drift
 from ..calibration.observe._gradients import ENOUGH, observe_batches
 from ..calibration.observe._marks import Marks
+from ..calibration.observe._order import curves_of, orders_of
 from ..calibration.observe._pieces import Piece, halved, in_pieces, whole_batches
 from ..calibration.observe._ranks import Ranks
 from ..calibration.observe._trial import AskedTrial, ModelTrial
@@ -338,20 +336,17 @@ class Chooser:
         if isinstance(config.sparsity, Mapping):
             check_patterns("sparsity", config.sparsity, groups, read_by)
             check_asked(config.sparsity, config.exclude, groups, budget.groups)
-        part = self._part(budget)
-        alike = AlikeBudget(part) if config.uniform_layers else None
+        kept = part = self._part(budget)
+        if config.uniform_layers:
+            places = alike(part.groups)
+            kept = part.narrowed(places)
+            averages = isinstance(self._allocate, CostAllocation) and self._allocate.averages
+            costs = None if costs is None else joined(costs, part.groups, places, averages)
 
         def spread(lost: Sequence[int]) -> list[int]:
-            """What all groups lose, of what those lose that stand for them and are not excluded."""
-            found = list(lost) if alike is None else alike.spread(lost)
-            # Who gives a partial budget asks for what its groups lose.
-            return part.spread(found) if isinstance(part, PartialBudget) and part is not budget else found
+            """What all groups of the budget lose, of what those lose that stand for them."""
+            return kept.spread(lost, budget)
 
-        if alike is not None and costs is not None:
-            costs = alike.joined(
-                costs, isinstance(self._allocate, CostAllocation) and self._allocate.averages
-            )
-        kept = part if alike is None else alike
         trial = (
             None if self._trial is None else AskedTrial(self._trial, kept.groups, spread, in_turns(advance))
         )
@@ -371,7 +366,7 @@ class Chooser:
             raise NothingPrunableError(
                 "every group that can be pruned is excluded; leave out some of exclude="
             )
-        return PartialBudget(budget, [not out for out in excluded])
+        return budget.only([not out for out in excluded])
 
     def _allocated(self, budget: Budget, costs: Costs | None, trial: AskedTrial | None) -> list[int]:
         config = self.config

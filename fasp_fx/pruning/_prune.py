@@ -20,7 +20,7 @@ from ..base._tolerable import tolerable
 from ..base._undisturbed import check_default_device, in_usual_modes, one_at_a_time
 from ..calibration.observe._calibration import check_calibration, read_batches
 from ..calibration.observe._consumers import Consumers
-from ..calibration.observe._planned import Planned
+from ..calibration.observe._order import Planned
 from ..calibration.observe._ranks import Ranks, ended_together
 from ..calibration.observe._visit import Decision
 from ..capturing._captured import Captured, Model, program_of

@@ -17,10 +17,9 @@ from ...capturing._fx import attribute
 from ...errors import ArgumentError
 from ..scoring import Columns, GroupColumns
 from ..statistics import PADDING, MakeStatistic, SplitGram, Statistic
-from ._intercept import bias_of, centred, with_ones
 from ._matrices import ConsumerMatrices
-from ._products import ObservedProducts
-from ._sets import sets_in
+from ._products import ObservedProducts, sets_in
+from ._readings import bias_of, centred, with_ones
 
 
 class Consumer:

@@ -21,7 +21,6 @@ from ..scoring import ByColumns, Columns
 from ..statistics import PADDING, precise
 from ._marks import Marks
 from ._ranks import Ranks
-from ._sets import sets_in
 
 
 class ObservedProducts:
@@ -263,3 +262,21 @@ def _add(
 ) -> None:
     sets = sets_in(group, analysis.labels, numbers)
     np.add.at(total, sets[sets >= 0], values[sets >= 0])
+
+
+def sets_in(group: Group, labels: np.ndarray, numbers: np.ndarray) -> np.ndarray:
+    """For channel numbers of any shape, which of a group's channel sets each belongs to, counted in the order
+    of ``group.sets``; -1 where none.
+
+    Args:
+        labels: the channel set of each channel number.
+    """
+    sets = np.where(numbers >= 0, labels[np.maximum(numbers, 0)], -1)
+    member = np.isin(sets, group.sets)
+    order = np.argsort(group.sets)
+    found = np.full(numbers.shape, -1)
+    found[member] = order[np.searchsorted(group.sets[order], sets[member])]
+    return found
+
+
+__all__ = ["sets_in"]

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ...allocation._selection import PartialBudget, is_excluded
+from ...allocation._selection import is_excluded
 from ...allocation.costs import CostCurve, Costs
 from ...analysis import plan as plans
 from ...analysis._analysis import Analysis
@@ -77,9 +77,7 @@ def prune_in_parts(
     }
     with assembly.timed("measuring"):
         costs, missed = _measured(assembly, chooser, batches, consumers)
-    budget = PartialBudget(
-        whole, [part.path not in missed for part in assembly.parts for _ in part.analysis.chosen]
-    )
+    budget = whole.only([part.path not in missed for part in assembly.parts for _ in part.analysis.chosen])
     shares = assembly.counted.split(budget.spread(chooser.allocate(budget, groups, costs)))
     for index, (part, lost) in enumerate(zip(assembly.parts, shares, strict=True)):
         progress(index / len(assembly.parts))
