@@ -116,14 +116,6 @@ def test_orders_are_nested_and_their_steps_add_up(
         assert part.losses[-1] == pytest.approx(expected, rel=1e-5, abs=1e-9)
 
 
-def test_a_column_that_another_can_stand_in_for_goes_first() -> None:
-    x = torch.randn(200, 5, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    x[:, 4] = 20 * x[:, 3]  # large, and told by its neighbour
-    columns = Columns(torch.ones(3, 5, dtype=torch.float64), None, lambda: x.T @ x, np.arange(5)[:, None])
-    losses = Elimination(columns, 5, columns.weight.T @ columns.weight, 1e-6).losses(np.arange(5))
-    assert set(np.argsort(losses)[:2]) == {3, 4}
-
-
 @pytest.mark.parametrize("alive", [0, 6])
 def test_rounding_of_columns_that_hardly_vary_is_no_curvature(alive: int) -> None:
     """Most columns are zero, and the means of the others take nearly all of them along, so that rounding of

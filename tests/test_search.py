@@ -114,29 +114,6 @@ def test_moves_keep_the_budget_the_bounds_and_the_multiples(
         lost = found
 
 
-def test_a_sparsity_is_met_as_nearly_as_before() -> None:
-    counted = Linear([20, 20, 20], [3, 2, 1])
-    budget = Budget(counted.groups, [Target(counted, 0.4)])
-    moves, draw, lost = exchanges(budget, 1, [8, 8, 8]), np.random.default_rng(0), [8, 8, 8]
-    seen = set()
-    for _ in range(300):
-        found = moves.drawn(lost, 0.25, draw)
-        assert found is not None
-        lost = found
-        assert abs(budget.over(lost)) <= 0.5 / counted.whole + 1e-9, "half of the smallest step"
-        seen.add(tuple(lost))
-    assert len(seen) > 50
-
-
-def test_nothing_is_exchanged_where_nothing_can_be() -> None:
-    counted = Linear([5, 2], [1, 1])
-    budget = Budget(counted.groups[:1], [Target(Linear([5], [1]), 0.4)])
-    assert exchanges(budget, 1, [2]).drawn([2], 1.0, np.random.default_rng(0)) is None
-    trial = Made(lambda lost, sequence: 1.0)
-    found = evolve(exchanges(budget, 1, [2]), [2], trial, 3, 4, 0)
-    assert (found.lost, found.tried) == ([2], 0)
-
-
 class Made(Trial):
     """A trial of a made-up loss, which counts how often it is asked."""
 
@@ -575,21 +552,6 @@ def test_convolutions_and_random_numbers_are_searched() -> None:
     assert last <= first
 
 
-class KilledError(Exception):
-    """Stands for the end of the process."""
-
-
-def test_an_interrupted_search_comes_to_the_same(tmp_path: Path) -> None:
-    expected = chosen()
-    for at in (0.4, 0.9):  # in the search, and behind it
-
-        def killed(fraction: float, at: float = at) -> None:
-            if fraction > at:
-                raise KilledError
-
-        with pytest.raises(KilledError):
-            chosen(tmp_path / "state", killed)
-    assert is_same(chosen(tmp_path / "state"), expected)
 
 
 # Bad input.

@@ -39,7 +39,7 @@ from ..calibration.observe._marks import Marks
 from ..calibration.observe._order import curves_of, orders_of
 from ..calibration.observe._pieces import Piece, halved, in_pieces, whole_batches
 from ..calibration.observe._ranks import Ranks
-from ..calibration.observe._trial import AskedTrial, ModelTrial
+from ..calibration.observe._trial import ModelTrial
 from ..calibration.observe._visit import Decision, Observer
 from ..calibration.restoration import restored_by, ridge
 from ..calibration.scoring import ByColumns
@@ -347,14 +347,13 @@ class Chooser:
             """What all groups of the budget lose, of what those lose that stand for them."""
             return kept.spread(lost, budget)
 
-        trial = (
-            None if self._trial is None else AskedTrial(self._trial, kept.groups, spread, in_turns(advance))
-        )
+        trial, self._trial = self._trial, None  # its Gram matrices are not needed any more
+        if trial is not None:
+            trial.serve(kept.groups, spread, in_turns(advance))
         found = self._allocated(kept, costs, trial)
         self.notes = [] if trial is None else trial.notes
         if callable(self.config.allocation) and not isinstance(self.config.sparsity, Mapping):
             self.notes = [*departures(found, kept, self.config.round_to), *self.notes]
-        self._trial = None  # its Gram matrices are not needed any more
         return spread(found)
 
     def _part(self, budget: Budget) -> Budget:
@@ -368,7 +367,7 @@ class Chooser:
             )
         return budget.only([not out for out in excluded])
 
-    def _allocated(self, budget: Budget, costs: Costs | None, trial: AskedTrial | None) -> list[int]:
+    def _allocated(self, budget: Budget, costs: Costs | None, trial: ModelTrial | None) -> list[int]:
         config = self.config
         if isinstance(config.sparsity, Mapping):
             return lost_by_pattern(budget, config.sparsity, config.round_to)

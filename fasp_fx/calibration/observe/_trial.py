@@ -40,15 +40,15 @@ from ..statistics import SplitGram
 from ._consumers import Consumer, Consumers
 from ._gradients import called, padding_of
 from ._marks import Marks
+from ._matrices import read_otherwise
 from ._pieces import Piece, returned
 from ._ranks import Ranks
-from ._readings import read_otherwise
 
 #: repaired weights are kept of so many times the elements of all consumers
 _KEPT = 2
 
 
-class ModelTrial:
+class ModelTrial(Trial):
     """Runs the dense model with the weights of consumers as an allocation would leave them.
 
     Of each group the first channel sets of its order go. Every consumer is repaired in closed form on what
@@ -65,6 +65,9 @@ class ModelTrial:
         repairs: whether consumers are repaired; otherwise the removed columns are zero.
         precision: of products of float32 while a candidate runs.
         ranks: the processes that share the sequences.
+
+    Attributes:
+        notes: what came of the search, for the report.
     """
 
     def __init__(
@@ -104,20 +107,51 @@ class ModelTrial:
         self._made: OrderedDict[tuple[str, tuple[int, ...]], Tensor] = OrderedDict()
         self._room = _KEPT * sum(consumers.weight(own[0]).numel() for own in self._by_weight.values())
         self._dense: dict[int, Any] | None = None
+        self.notes: list[str] = []
+        self.serve(self.analysis.chosen, list, lambda fraction: None)
+
+    def serve(
+        self,
+        groups: Sequence[Group],
+        spread: Callable[[Sequence[int]], Sequence[int]],
+        advance: Callable[[float], None],
+    ) -> None:
+        """Try allocations of a budget that has fewer groups than the model, or groups that stand for others.
+
+        Args:
+            groups: those of the budget.
+            spread: what all groups lose, of what those of the budget lose.
+            advance: called with the fraction of the search done.
+        """
+        self._groups, self._spread, self._advance = groups, spread, advance
 
     def losses(self, lost: Sequence[int], sequences: Sequence[int]) -> list[float]:
-        """The loss on each of some of the sequences taken, in all processes; arguments as for
-        :class:`fasp_fx.allocation.Trial`, of all chosen groups.
+        """The loss on each of some of the sequences taken, in all processes.
+
+        Raises:
+            ArgumentError: there is no such sequence, or what is to be lost cannot be.
         """
+        if bad := [number for number in sequences if number not in range(self.count)]:
+            raise ArgumentError(f"there is no sequence {bad[0]!r}; there are {self.count}, from 0 on")
+        weights = self._weights(self._spread(check_counts(lost, self._groups)))
         if self._dense is None:
             self._dense = self._remembered()
         found = torch.zeros(len(sequences), dtype=torch.float64)
-        weights = self._weights(lost)
         for place, number in enumerate(sequences):
             if number % self.ranks.size == self.ranks.rank:
                 value = self.fitness.loss(self._dense[number], *self._run(number, weights))
                 found[place] = value if math.isfinite(value) else math.inf
         return self.ranks.first(self.ranks.add(found).tolist())
+
+    def progress(self, fraction: float) -> None:
+        self._advance(fraction)
+
+    def note(self, before: float, after: float, tried: int) -> None:
+        sequences = f"{self.count} sequence{'s' if self.count > 1 else ''}"
+        self.notes.append(
+            f"search: {self.fitness.said} on {sequences} went from {before:.4g} to {after:.4g};"
+            f" {tried} candidates were tried"
+        )
 
     def _remembered(self) -> dict[int, Any]:
         """What is kept of the dense model's outputs, by sequence."""
@@ -187,46 +221,6 @@ class ModelTrial:
         return (
             not self._consumers.weight(consumer).is_complex()
             and read_otherwise(self.analysis, consumer.matrices) is None
-        )
-
-
-class AskedTrial(Trial):
-    """A trial of a budget that has fewer groups than the model, or groups that stand for others.
-
-    Args:
-        model: runs the model.
-        groups: those of the budget.
-        spread: what all groups lose, of what those of the budget lose.
-        advance: called with the fraction of the search done.
-
-    Attributes:
-        notes: what came of it, for the report.
-    """
-
-    def __init__(
-        self,
-        model: ModelTrial,
-        groups: Sequence[Group],
-        spread: Callable[[Sequence[int]], Sequence[int]],
-        advance: Callable[[float], None],
-    ) -> None:
-        self.count, self.notes = model.count, list[str]()
-        self._model, self._groups, self._spread = model, groups, spread
-        self._advance = advance
-
-    def losses(self, lost: Sequence[int], sequences: Sequence[int]) -> list[float]:
-        if bad := [number for number in sequences if number not in range(self.count)]:
-            raise ArgumentError(f"there is no sequence {bad[0]!r}; there are {self.count}, from 0 on")
-        return self._model.losses(self._spread(check_counts(lost, self._groups)), sequences)
-
-    def progress(self, fraction: float) -> None:
-        self._advance(fraction)
-
-    def note(self, before: float, after: float, tried: int) -> None:
-        sequences = f"{self.count} sequence{'s' if self.count > 1 else ''}"
-        self.notes.append(
-            f"search: {self._model.fitness.said} on {sequences} went from {before:.4g} to {after:.4g};"
-            f" {tried} candidates were tried"
         )
 
 
@@ -381,4 +375,4 @@ def _values(outputs: Any, padding: Padding) -> list[Tensor]:
     return [without_padding(leaf.detach(), padding(leaf))[0] for leaf in number_outputs(outputs)]
 
 
-__all__ = ["AskedTrial", "Divergence", "Error", "Fitness", "ModelTrial", "Terms", "fitness_of"]
+__all__ = ["Divergence", "Error", "Fitness", "ModelTrial", "Terms", "fitness_of"]

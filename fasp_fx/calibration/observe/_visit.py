@@ -28,12 +28,11 @@ from ..statistics import SplitGram, precise
 from ._consumers import Consumer, Consumers
 from ._drift import Drift
 from ._marks import Marks
-from ._matrices import ConsumerMatrices, states_before, token_dims
+from ._matrices import ConsumerMatrices, read_otherwise, states_before, token_dims
 from ._order import order_of
 from ._product_place import place_of
 from ._product_repair import Mended, ProductEnergies, mend
 from ._ranks import Ranks
-from ._readings import read_otherwise
 
 if TYPE_CHECKING:
     from .._journal import Journal
