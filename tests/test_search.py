@@ -36,10 +36,10 @@ from fasp_fx.allocation import (
     Target,
     Trial,
     TrialAllocation,
-    _counts,
     deepest_loss,
     uniform,
 )
+from fasp_fx.allocation._allocation import _counts
 from fasp_fx.allocation._search import Exchanges, evolve, passes
 from fasp_fx.calibration.observe._consumers import Consumers
 from fasp_fx.calibration.observe._trial import Divergence, ModelTrial
@@ -550,8 +550,6 @@ def test_convolutions_and_random_numbers_are_searched() -> None:
     assert abs(result.report.sparsity - 0.3) < 0.05
     first, last, _ = noted(result.report.notes)
     assert last <= first
-
-
 
 
 # Bad input.
