@@ -487,14 +487,6 @@ def test_a_saved_result_tells_its_budgets(tmp_path: Path) -> None:
     assert len(lines) == 2
     assert f"of {result.report.parameters[0]:,} parameters stay" in lines[0]
     assert "left over" in lines[0]
-    file = tmp_path / "out" / "report.json"
-    text = file.read_text(encoding="utf-8")
-    for damaged in ('"allowed": "much"', '"allowed": -1', '"allowed": 1e999', '"other": 1'):
-        file.write_text(
-            text.replace(f'"allowed": {result.report.budgets[0].allowed}', damaged), encoding="utf-8"
-        )
-        with pytest.raises(fasp_fx.StoreError):
-            fasp_fx.load(tmp_path / "out")
 
 
 class Unknown(Cap):

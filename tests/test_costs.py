@@ -23,7 +23,6 @@ from fasp_fx.statistics import InputGradients, MakeStatistic
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
-from zoo import ZOO
 
 import fasp_fx
 from fasp_fx.allocation import Budget, Global, Target, deepest_loss
@@ -159,23 +158,6 @@ def test_curves_serve_several_sparsities_and_are_saved(tmp_path: Path) -> None:
         removed = {group.name: group.removed_sets for group in given.plan.groups}
         assert all(removed.get(name, 0) >= count for name, count in before.items())
         before = removed
-
-
-@pytest.mark.parametrize("name", ["llama_gqa", "gpt2", "bert"])
-def test_every_architecture_is_measured(name: str, zoo_captured: Any) -> None:
-    entry = ZOO[name]
-    batches = [entry.example() for _ in range(4)]
-    captured = zoo_captured(name)
-    for loss in ("next-token", "outputs", None):
-        if loss == "next-token" and name == "bert":
-            continue
-        result = fasp_fx.prune(
-            captured, calibration=batches, score="obs", allocation="global", loss=loss, sparsity=0.15
-        )  # type: ignore[arg-type]
-        assert abs(result.report.sparsity - 0.15) < 0.02
-        assert (
-            len({line.after / line.before for line in result.report.lines if line.status == "prunable"}) > 1
-        ), "every group loses the same"
 
 
 class Pairs(nn.Module):

@@ -197,31 +197,6 @@ def test_what_is_drawn_for_outputs_has_nothing_in_common() -> None:
     )
 
 
-def test_costs_do_not_depend_on_the_sign_of_an_output() -> None:
-    class Two(nn.Module):
-        def __init__(self, sign: float) -> None:
-            super().__init__()
-            torch.manual_seed(0)
-            self.a, self.b, self.c, self.d = (
-                nn.Linear(6, 12),
-                nn.Linear(12, 6),
-                nn.Linear(6, 12),
-                nn.Linear(12, 6),
-            )
-            self.sign = sign
-
-        def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-            y, z = self.b(torch.relu(self.a(x))), self.d(torch.relu(self.c(x)))
-            return y + z, self.sign * y + z
-
-    batches = [torch.randn(64, 6, generator=torch.Generator().manual_seed(seed)) for seed in range(8)]
-    curves = [
-        fasp_fx.measure(Two(sign).eval(), (batches[0],), calibration=batches)["b.weight"].losses
-        for sign in (1.0, -1.0)
-    ]
-    assert 0.5 < curves[0][-1] / curves[1][-1] < 2
-
-
 def test_gradients_are_those_at_each_consumer_alone() -> None:
     from fasp_fx.statistics import InputGradients
 

@@ -17,7 +17,6 @@ import torch
 from captures import one_capture
 from decoders import Spec, build, tokens
 from fasp_fx.restoration import GRID, left_alone, ridge
-from fasp_fx.statistics import Gram
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
@@ -124,18 +123,6 @@ def closeness(found: np.ndarray, expected: np.ndarray) -> float:
 
 def weight_of(model: nn.Module, name: str) -> np.ndarray:
     return dict(model.named_parameters())[name].detach().double().numpy()
-
-
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
-@pytest.mark.parametrize("dim", [0, 1, -1])
-def test_gram_accumulates_in_float32_over_any_dimension(dtype: torch.dtype, dim: int) -> None:
-    data = torch.randn(6, 6, 6, generator=torch.Generator().manual_seed(0)).to(dtype)
-    gram = Gram(6, torch.device("cpu"))
-    for _ in range(3):
-        gram.update(data, dim)
-    rows = data.movedim(dim, -1).reshape(-1, 6).double()
-    assert gram.matrix.dtype == torch.float32
-    torch.testing.assert_close(gram.symmetric(), 3 * rows.T @ rows, rtol=1e-5, atol=1e-4)
 
 
 def test_propagation_sees_what_pruned_layers_make() -> None:

@@ -39,15 +39,16 @@ def data(batches: int = 3, tokens: int = 90) -> list[Tensor]:
     return [torch.randn(tokens, 10, generator=generator) for _ in range(batches)]
 
 
-
-
-
-
-@given(tokens=st.integers(1, 40), columns=st.integers(1, 900), seed=st.integers(0, 99))
-def test_gram_is_the_sum_of_products(tokens: int, columns: int, seed: int) -> None:
+@given(
+    tokens=st.integers(1, 40),
+    columns=st.integers(1, 900),
+    seed=st.integers(0, 99),
+    dtype=st.sampled_from([torch.float16, torch.bfloat16, torch.float32, torch.float64]),
+)
+def test_gram_is_the_sum_of_products(tokens: int, columns: int, seed: int, dtype: torch.dtype) -> None:
     generator = torch.Generator().manual_seed(seed)
     gram = Gram(columns, torch.device("cpu"))
-    parts = [torch.randn(2, tokens, columns, generator=generator) for _ in range(2)]
+    parts = [torch.randn(2, tokens, columns, generator=generator).to(dtype) for _ in range(2)]
     for part in parts:
         gram.update(part.transpose(1, 2), 1)
     flat = torch.cat([part.reshape(-1, columns) for part in parts]).double()

@@ -131,8 +131,8 @@ class Budget:
         return [count * group.blocks for count, group in zip(lost, self.groups, strict=True)]
 
     def over(self, lost: Sequence[int]) -> float:
-        """By how much too much stays of the resource of which most does, as a fraction of what the dense
-        model has; negative where enough goes.
+        """The largest relative excess over any of the limits, as a fraction of what the dense model has;
+        negative where enough goes.
         """
         counts = self.counts(lost)
         found = [limit.over(counts) for limit in self.limits]

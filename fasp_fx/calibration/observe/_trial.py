@@ -149,7 +149,7 @@ class ModelTrial(Trial):
     def note(self, before: float, after: float, tried: int) -> None:
         sequences = f"{self.count} sequence{'s' if self.count > 1 else ''}"
         self.notes.append(
-            f"search: {self.fitness.said} on {sequences} went from {before:.4g} to {after:.4g};"
+            f"search: {self.fitness.description} on {sequences} went from {before:.4g} to {after:.4g};"
             f" {tried} candidates were tried"
         )
 
@@ -241,10 +241,10 @@ class Fitness(ABC):
     """Compares outputs on one sequence with those that the dense model gave.
 
     Attributes:
-        said: what it is, for the report.
+        description: what it is, for the report.
     """
 
-    said: str
+    description: str
 
     def remember(self, outputs: Any, inputs: Mapping[str, Any], padding: Padding) -> Any:
         """What is kept of the dense model's outputs."""
@@ -274,7 +274,7 @@ class Divergence(Fitness):
         likeliest: how many tokens are told apart.
     """
 
-    said = "the KL divergence from the dense model's next tokens"
+    description = "the KL divergence from the dense model's next tokens"
 
     def __init__(self, likeliest: int = LIKELIEST) -> None:
         self.likeliest = likeliest
@@ -306,7 +306,7 @@ class Error(Fitness):
     sequences, without fillings.
     """
 
-    said = "half the squared error of the outputs, relative to their mean square"
+    description = "half the squared error of the outputs, relative to their mean square"
 
     def remember(self, outputs: Any, inputs: Mapping[str, Any], padding: Padding) -> list[Tensor]:
         return [keep(values.clone()) for values in _values(outputs, padding)]
@@ -338,7 +338,7 @@ class Terms(Fitness):
         loss: the caller's.
     """
 
-    said = "the loss that was given"
+    description = "the loss that was given"
 
     def __init__(self, loss: Loss) -> None:
         self._loss = loss
