@@ -28,7 +28,7 @@ from typer.testing import CliRunner
 from zoo import randomise
 
 import fasp_fx
-from fasp_fx.allocation import Budget, Ceiling, CostAllocation, Global, uniform
+from fasp_fx.allocation import Budget, Ceiling, Global, uniform
 from fasp_fx.allocation._macs import macs_of
 from fasp_fx.calibration.observe._visit import Decision
 from fasp_fx.cli._amounts import read_amount
@@ -303,59 +303,6 @@ def test_budgets_of_drawn_costs_are_met_from_below(data: st.DataObject) -> None:
         assert all(budget.over(other) > 0 for other in fewer), "a step could have stayed"
 
 
-@pytest.mark.parametrize(
-    ("budget", "allocation"),
-    [
-        (Parameters(0.7), "uniform"),
-        (Macs(0.6), "global"),
-        (Bytes(40_000), "global"),
-        (Parameters(15_000), "uniform"),
-    ],
-)
-def test_budgets_are_met_within_a_hundredth(budget: Cap, allocation: Any) -> None:
-    _, args, kwargs, once = captured("wide")
-    costs = costs_of("wide") if allocation == "global" else None
-    result = fasp_fx.prune(
-        once,
-        calibration=[args] * 2,
-        budget=budget,
-        allocation=allocation,
-        score="magnitude",
-        restore=None,
-        costs=costs,
-    )
-    (spent,) = result.report.budgets
-    assert real(result, args, kwargs)[budget.name] == spent.used
-    assert 0.99 * spent.allowed <= spent.used <= spent.allowed
-    assert spent.allowed == (budget.amount * spent.dense if budget.amount < 1 else budget.amount)
-
-
-@pytest.mark.parametrize("allocation", ["uniform", "global"])
-def test_the_tightest_of_several_decides(allocation: Any) -> None:
-    _, args, _, once = captured("pictures")
-    options: dict[str, Any] = {
-        "calibration": [args],
-        "allocation": allocation,
-        "costs": costs_of("pictures") if allocation == "global" else None,
-        **FAST,
-    }
-    several = fasp_fx.prune(once, budget=(Macs(0.6), Parameters(0.8)), **options)
-    macs, parameters = several.report.budgets
-    assert macs.used <= macs.allowed
-    assert parameters.used <= parameters.allowed
-    alone = fasp_fx.prune(once, budget=Macs(0.6), **options)
-    if alone.report.parameters[1] <= parameters.allowed:
-        assert alone.plan == several.plan
-
-
-def test_round_to_is_kept() -> None:
-    _, _, _, once = captured("wide")
-    result = fasp_fx.prune(once, budget=Parameters(0.6), round_to=8, **FAST)
-    assert all((group.size - group.removed_sets) % 8 == 0 for group in result.plan.groups)
-    (spent,) = result.report.budgets
-    assert spent.used <= spent.allowed < spent.used + 8 * 49
-
-
 @pytest.mark.parametrize("asked", [{"sparsity": 0.3}, {"budget": Parameters(0.7)}], ids=str)
 def test_layers_stay_alike_where_that_is_asked(asked: dict[str, Any]) -> None:
     _, args, _, once = captured("wide")
@@ -373,16 +320,6 @@ def test_layers_stay_alike_where_that_is_asked(asked: dict[str, Any]) -> None:
         widths[alike] = {removed.get(f"blocks.{index}.2.weight", 0) for index in range(3)}
         assert all(0.97 * spent.allowed <= spent.used <= spent.allowed for spent in result.report.budgets)
     assert len(widths[True]) == 1 < len(widths[False])
-
-
-def test_costs_are_measured_once_for_several_budgets() -> None:
-    _, args, _, once = captured("wide")
-    costs = costs_of("wide", "obs")
-    rises = []
-    for share in (0.9, 0.5):
-        result = fasp_fx.prune(once, calibration=[args] * 2, budget=Parameters(share), costs=costs)
-        rises.append(costs.predicted({group.name: group.removed_sets for group in result.plan.groups}))
-    assert rises == sorted(rises)
 
 
 def test_a_model_that_generates_keeps_its_budgets() -> None:
@@ -557,36 +494,6 @@ def test_a_saved_result_tells_its_budgets(tmp_path: Path) -> None:
     assert len(lines) == 2
     assert f"of {result.report.parameters[0]:,} parameters stay" in lines[0]
     assert "left over" in lines[0]
-    file = tmp_path / "out" / "report.json"
-    text = file.read_text(encoding="utf-8")
-    for damaged in ('"allowed": "much"', '"allowed": -1', '"allowed": 1e999', '"other": 1'):
-        file.write_text(
-            text.replace(f'"allowed": {result.report.budgets[0].allowed}', damaged), encoding="utf-8"
-        )
-        with pytest.raises(fasp_fx.StoreError):
-            fasp_fx.load(tmp_path / "out")
-
-
-def test_an_allocation_of_ones_own_keeps_a_budget() -> None:
-    class Halves(CostAllocation):
-        """The group that costs least loses half of what it has, again and again."""
-
-        def __call__(self, budget: Budget, round_to: int, costs: fasp_fx.Costs) -> list[int]:
-            lost = [0] * len(budget.groups)
-            while budget.over(lost) > 0:
-                cheapest = min(
-                    range(len(lost)),
-                    key=lambda i: costs[budget.groups[i].name].losses[
-                        (lost[i] + budget.groups[i].width) // 2
-                    ],
-                )
-                lost[cheapest] = (lost[cheapest] + budget.groups[cheapest].width) // 2
-            return lost
-
-    _, args, _, once = captured("wide")
-    options: dict[str, Any] = {"calibration": [args], "costs": costs_of("wide"), **FAST}
-    (spent,) = fasp_fx.prune(once, budget=Parameters(0.6), allocation=Halves(), **options).report.budgets
-    assert spent.used <= spent.allowed
 
 
 class Unknown(Cap):
@@ -675,7 +582,7 @@ def test_the_command_line_keeps_budgets(tmp_path: Path) -> None:
 
 
 def test_a_latency_is_what_a_function_of_the_widths_says() -> None:
-    """Of each width once; no more than is allowed stays, and little less."""
+    """No more than is allowed stays, and little less."""
     model = randomise(
         nn.Sequential(nn.Linear(8, 64), nn.ReLU(), nn.Linear(64, 48), nn.ReLU(), nn.Linear(48, 4))
     )
@@ -693,6 +600,7 @@ def test_a_latency_is_what_a_function_of_the_widths_says() -> None:
     assert spent.dense == pytest.approx(64 + 3 * 48)
     assert spent.used == pytest.approx(left[0] + 3 * left[1])
     assert 0.95 * spent.allowed < spent.used <= spent.allowed == pytest.approx(0.8 * spent.dense)
+    assert len(asked) < 20
     assert "microseconds" in str(result.report)
     for wrong in (lambda widths: "soon", lambda widths: -1.0, lambda widths: float("nan")):
         with pytest.raises(fasp_fx.ArgumentError, match="seconds= of the latency returned"):

@@ -22,12 +22,10 @@ from fasp_fx.scoring import Columns, GroupColumns, GroupScore, Order, by_set, by
 from fasp_fx.statistics import InputGradients, MakeStatistic
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
-from test_submodules import Forks, X
 from torch import Tensor, nn
-from zoo import ZOO
 
 import fasp_fx
-from fasp_fx.allocation import Budget, CostAllocation, Global, Target, deepest_loss
+from fasp_fx.allocation import Budget, Global, Target, deepest_loss
 from fasp_fx.testing import build, example, programs
 from fasp_fx.testing.specs import Net
 
@@ -162,56 +160,6 @@ def test_curves_serve_several_sparsities_and_are_saved(tmp_path: Path) -> None:
         before = removed
 
 
-@pytest.mark.parametrize("name", ["llama_gqa", "gpt2", "bert"])
-def test_every_architecture_is_measured(name: str, zoo_captured: Any) -> None:
-    entry = ZOO[name]
-    batches = [entry.example() for _ in range(4)]
-    captured = zoo_captured(name)
-    for loss in ("next-token", "outputs", None):
-        if loss == "next-token" and name == "bert":
-            continue
-        result = fasp_fx.prune(
-            captured, calibration=batches, score="obs", allocation="global", loss=loss, sparsity=0.15
-        )  # type: ignore[arg-type]
-        assert abs(result.report.sparsity - 0.15) < 0.02
-        assert (
-            len({line.after / line.before for line in result.report.lines if line.status == "prunable"}) > 1
-        ), "every group loses the same"
-
-
-def test_convolutions_are_measured() -> None:
-    torch.manual_seed(0)
-    body = (
-        nn.Conv2d(3, 8, 3),
-        nn.ReLU(),
-        nn.Conv2d(8, 12, 3, groups=2),
-        nn.ReLU(),
-        nn.Conv2d(12, 6, 1),
-        nn.ReLU(),
-    )
-    model = nn.Sequential(*body, nn.Flatten(), nn.Linear(96, 4))
-    images = [torch.randn(4, 3, 8, 8) for _ in range(4)]
-    result = fasp_fx.prune(
-        model.eval(), (images[0],), calibration=images, score="obs", allocation="global", sparsity=0.3
-    )
-    assert abs(result.report.sparsity - 0.3) < 0.05
-
-
-def test_parts_are_measured_by_their_own_outputs() -> None:
-    model = Forks().eval()
-    batches = [torch.randn(40, *X.shape[1:]) for _ in range(4)]
-    result = fasp_fx.prune(model, (X,), calibration=batches, score="obs", allocation="global", sparsity=0.2)
-    assert abs(result.report.sparsity - 0.2) < 0.05
-    with pytest.raises(fasp_fx.ArgumentError, match=r"loss=.* captured as a whole"):
-        fasp_fx.prune(
-            model,
-            (X,),
-            calibration=[X],
-            allocation="global",
-            loss=lambda outputs, inputs: outputs["out"].sum(),
-        )
-
-
 class Pairs(nn.Module):
     """Compares samples of a batch with each other, so that one by one they have nothing to say."""
 
@@ -263,50 +211,6 @@ def test_a_score_by_output_gradients() -> None:
         Deep().eval(), (DATA[0],), calibration=DATA, score=Taylor(), allocation="global", sparsity=0.3
     )
     assert {group.name: group.removed_sets for group in result.plan.groups}["layers.1.2.weight"] >= 12
-
-
-def test_an_allocation_by_cost_curves() -> None:
-    class Alike(CostAllocation):
-        """Every group as deep as the same rise of its own cost allows."""
-
-        def __call__(self, budget: Budget, round_to: int, costs: fasp_fx.Costs) -> list[int]:
-            low, high = 0.0, max(curve.losses[-1] for curve in costs.values())
-            for _ in range(50):
-                rise = (low + high) / 2
-                lost = [int((costs[group.name].losses <= rise).sum()) - 1 for group in budget.groups]
-                low, high = (rise, high) if budget.over(lost) > 0 else (low, rise)
-            return lost
-
-    result = fasp_fx.prune(Deep().eval(), (DATA[0],), calibration=DATA, allocation=Alike(), sparsity=0.3)
-    assert {group.name: group.removed_sets for group in result.plan.groups}["layers.1.2.weight"] >= 12
-
-
-def test_a_statistic_of_ones_own() -> None:
-    class Peaks:
-        """The largest input of each column."""
-
-        needs_gradient: ClassVar[bool] = False
-
-        def __init__(self, columns: int, device: torch.device) -> None:
-            self.largest = torch.zeros(columns, device=device)
-
-        def update(self, tokens: Tensor, gradient: Tensor | None, weight: Tensor) -> None:
-            self.largest = torch.maximum(self.largest, (tokens.abs() * weight[:, None]).amax(0))
-
-    class ByPeaks(GroupScore):
-        statistics: ClassVar[Mapping[str, MakeStatistic]] = {"peaks": Peaks}
-
-        def __call__(self, group: GroupColumns) -> Order:
-            (columns,) = group.consumers
-            peaks = columns.seen["peaks"]
-            assert isinstance(peaks, Peaks)
-            return Order(np.argsort(peaks.largest.numpy())[None])
-
-    model = nn.Sequential(nn.Linear(8, 10), nn.ReLU(), nn.Linear(10, 3)).eval()
-    result = fasp_fx.prune(model, (DATA[0],), calibration=DATA, score=ByPeaks(), sparsity=0.3)
-    peaks = torch.relu(model[0](torch.cat(DATA))).amax(0)
-    (group,) = result.plan.groups
-    assert set(group.consumers[0].removed) == set(peaks.argsort()[: group.removed_sets].tolist())
 
 
 # Bad input.
@@ -386,37 +290,12 @@ def test_curves_of_channels_are_none_of_heads(tmp_path: Path) -> None:
     assert fasp_fx.prune(captured, **asked, costs=own).plan.groups
 
 
-@pytest.mark.parametrize("returned", [None, np.arange(10)[None], Order(np.arange(10.0)[None])])
-def test_a_score_that_returns_no_order_is_refused(returned: Any) -> None:
-    class Wrong(GroupScore):
-        def __call__(self, group: GroupColumns) -> Order:
-            return returned  # type: ignore[no-any-return]
-
-    model = nn.Sequential(nn.Linear(8, 10), nn.ReLU(), nn.Linear(10, 3)).eval()
-    with pytest.raises(fasp_fx.ArgumentError, match="the score"):
-        fasp_fx.prune(model, (DATA[0],), calibration=DATA, score=Wrong(), sparsity=0.5)
-
-
 def test_an_allocation_that_takes_nothing_is_called_that() -> None:
     model = nn.Sequential(nn.Linear(8, 10), nn.ReLU(), nn.Linear(10, 3)).eval()
     result = fasp_fx.prune(
         model, (DATA[0],), calibration=DATA, allocation=lambda budget, round_to: [0] * len(budget.groups)
     )
     assert "nothing goes: the allocation takes nothing" in result.report.notes
-
-
-@pytest.mark.parametrize(
-    "order",
-    [np.zeros((1, 10)), np.arange(10)[None, :3], np.arange(10), np.arange(10, 20)[None], [[1], [2, 3]]],
-)
-def test_an_order_that_is_none_is_refused(order: Any) -> None:
-    class Wrong(GroupScore):
-        def __call__(self, group: GroupColumns) -> Order:
-            return Order(order)
-
-    model = nn.Sequential(nn.Linear(8, 10), nn.ReLU(), nn.Linear(10, 3)).eval()
-    with pytest.raises(fasp_fx.ArgumentError, match=r"order for '2\.weight' is none of its channel sets"):
-        fasp_fx.prune(model, (DATA[0],), calibration=DATA, score=Wrong(), sparsity=0.5)
 
 
 class Given(GroupScore):
@@ -495,6 +374,29 @@ def test_curves_are_refused_of_a_score_that_nothing_tells_from_others() -> None:
     with pytest.raises(fasp_fx.ArgumentError, match="of which costs= cannot tell whether it is the same"):
         fasp_fx.prune(captured, calibration=DATA, score=score, allocation="global", costs=costs)
     assert fasp_fx.prune(captured, calibration=DATA, score=score, allocation="global").plan.groups
+
+
+@pytest.mark.parametrize(
+    ("returned", "said"),
+    [
+        *((returned, "the score") for returned in (None, np.arange(10)[None])),
+        *(
+            (Order(order), r"order for '2\.weight' is none of its channel sets")
+            for order in (
+                np.zeros((1, 10)),
+                np.arange(10.0)[None],
+                np.arange(10)[None, :3],
+                np.arange(10),
+                np.arange(10, 20)[None],
+                [[1], [2, 3]],
+            )
+        ),
+    ],
+)
+def test_a_score_that_returns_no_order_is_refused(returned: Any, said: str) -> None:
+    wrong = type("Wrong", (GroupScore,), {"__call__": lambda self, group: returned})
+    with pytest.raises(fasp_fx.ArgumentError, match=said):
+        fasp_fx.prune(_small(), (DATA[0],), calibration=DATA, score=wrong(), sparsity=0.5)
 
 
 @pytest.mark.parametrize("losses", [3.0, "abc", ["a"] * 11, np.zeros((11, 2)), np.arange(10), [[1], [2, 3]]])

@@ -5,7 +5,6 @@ not touch.
 from __future__ import annotations
 
 import copy
-import re
 from typing import Any
 
 import pytest
@@ -138,15 +137,6 @@ def test_a_loss_that_counts_padding_is_said() -> None:
         fasp_fx.measure(TokensFirst().eval(), batch, calibration=[batch] * 2, padding_mask="mask")
 
 
-def test_padding_is_neither_fitted_nor_held_out() -> None:
-    x, mask = padded([5, 2, 4, 3], 5)
-    (found,) = marks_of(Encoder().eval(), [(x, mask)], padding_mask="mask")
-    assert torch.equal(found == PADDING, mask == 0)
-    assert (found[3, :3] == HELD).all()
-    (free,) = marks_of(Encoder().eval(), [(x, mask)])
-    assert (free != PADDING).all()
-
-
 LENGTHS = [7, 3, 5, 6, 2, 7, 4, 6, 5, 7, 3, 4]
 
 
@@ -223,26 +213,6 @@ def test_padding_weighs_nothing_where_a_model_generates(name: str) -> None:
         torch.testing.assert_close(found.model.get_parameter(key), weight, rtol=2e-3, atol=2e-3)
     told = [note for note in found.report.notes if "could not be matched" in note]
     assert len(told) == (name == "t5"), "of the decoder's tokens the mask says nothing"
-
-
-class Halved(nn.Module):
-    """Every second token, so that no mask matches."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.up, self.down = nn.Linear(6, 16), nn.Linear(16, 6)
-
-    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
-        return self.down(self.up(x[:, :4] + x[:, 4:8]).relu()) * mask[:, :4, None]
-
-
-@pytest.mark.filterwarnings("ignore::fasp_fx.CalibrationWarning")
-def test_what_cannot_be_matched_is_said() -> None:
-    batch = padded([8, 5, 6, 7], 8)
-    result = fasp_fx.prune(randomise(Halved()), batch, calibration=[batch], padding_mask="mask", sparsity=0.3)
-    (note,) = [note for note in result.report.notes if "padding" in note]
-    assert note.startswith("'mask' could not be matched with the tokens of")
-    assert f"note: {note}" in str(result.report)
 
 
 def test_masks_that_do_not_fit_are_refused() -> None:
@@ -328,22 +298,6 @@ def test_a_weight_that_is_only_looked_at_is_repaired() -> None:
     assert line.error_restored is not None
     assert line.error_cut is not None
     assert line.error_restored < line.error_cut
-
-
-def test_one_warning_sums_up_where_data_are_too_few() -> None:
-    model = randomise(Encoder())
-    generator = torch.Generator().manual_seed(0)
-    noise = torch.randn(1, 4, 6, generator=generator), torch.ones(1, 4)
-    with pytest.warns(fasp_fx.CalibrationWarning) as caught:
-        result = fasp_fx.prune(model, noise, calibration=[noise], sparsity=0.3)
-    (warning,) = caught
-    assert "too little calibration data to repair" in str(warning.message)
-    assert re.search(r"'\w+\.weight' has \d+ columns and saw [14] tokens", str(warning.message))
-    assert all(
-        line.held_restored <= line.held_cut
-        for line in result.report.lines
-        if line.held_restored is not None and line.held_cut is not None
-    )
 
 
 @pytest.mark.parametrize("seed", [1, 5, 8])

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import fasp_fx
-from fasp_fx.calibration.observe._costs import _column_costs
+from fasp_fx.calibration.observe._order import _column_costs
 
 pytestmark = pytest.mark.usefixtures("shared_captures")
 
@@ -116,14 +116,6 @@ def test_orders_are_nested_and_their_steps_add_up(
         assert part.losses[-1] == pytest.approx(expected, rel=1e-5, abs=1e-9)
 
 
-def test_a_column_that_another_can_stand_in_for_goes_first() -> None:
-    x = torch.randn(200, 5, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    x[:, 4] = 20 * x[:, 3]  # large, and told by its neighbour
-    columns = Columns(torch.ones(3, 5, dtype=torch.float64), None, lambda: x.T @ x, np.arange(5)[:, None])
-    losses = Elimination(columns, 5, columns.weight.T @ columns.weight, 1e-6).losses(np.arange(5))
-    assert set(np.argsort(losses)[:2]) == {3, 4}
-
-
 @pytest.mark.parametrize("alive", [0, 6])
 def test_rounding_of_columns_that_hardly_vary_is_no_curvature(alive: int) -> None:
     """Most columns are zero, and the means of the others take nearly all of them along, so that rounding of
@@ -203,31 +195,6 @@ def test_what_is_drawn_for_outputs_has_nothing_in_common() -> None:
     assert float(torch.corrcoef(torch.stack([first, second]))[0, 1].abs()) < 0.25, (
         "of whom nothing is said is no sequence again"
     )
-
-
-def test_costs_do_not_depend_on_the_sign_of_an_output() -> None:
-    class Two(nn.Module):
-        def __init__(self, sign: float) -> None:
-            super().__init__()
-            torch.manual_seed(0)
-            self.a, self.b, self.c, self.d = (
-                nn.Linear(6, 12),
-                nn.Linear(12, 6),
-                nn.Linear(6, 12),
-                nn.Linear(12, 6),
-            )
-            self.sign = sign
-
-        def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-            y, z = self.b(torch.relu(self.a(x))), self.d(torch.relu(self.c(x)))
-            return y + z, self.sign * y + z
-
-    batches = [torch.randn(64, 6, generator=torch.Generator().manual_seed(seed)) for seed in range(8)]
-    curves = [
-        fasp_fx.measure(Two(sign).eval(), (batches[0],), calibration=batches)["b.weight"].losses
-        for sign in (1.0, -1.0)
-    ]
-    assert 0.5 < curves[0][-1] / curves[1][-1] < 2
 
 
 def test_gradients_are_those_at_each_consumer_alone() -> None:

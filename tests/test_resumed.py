@@ -34,6 +34,13 @@ OPTIONS: dict[str, dict[str, Any]] = {
 }
 
 
+HOW: dict[str, Any] = {
+    "calibration": [{"input_ids": batch} for batch in tokens()],
+    "sparsity": 0.3,
+    "quality": "fast",
+}
+
+
 class KilledError(Exception):
     """Stands for the end of the process."""
 
@@ -106,21 +113,10 @@ def test_it_goes_on_to_the_same_bits(
     assert ends >= 2
 
 
-def test_a_result_of_what_was_known_is_the_same(captured: fasp_fx.Captured, tmp_path: Path) -> None:
-    how = {"calibration": [{"input_ids": batch} for batch in tokens()], "sparsity": 0.3, "quality": "fast"}
-    expected = fasp_fx.prune(captured, checkpoint=tmp_path / "state", **how)
-    assert _same(fasp_fx.prune(captured, checkpoint=tmp_path / "state", **how), expected)
-
-
 def test_what_is_known_is_not_observed_again(
     captured: fasp_fx.Captured, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    how = {
-        "calibration": [{"input_ids": batch} for batch in tokens()],
-        "sparsity": 0.3,
-        "quality": "fast",
-        "checkpoint": tmp_path / "state",
-    }
+    how = {**HOW, "checkpoint": tmp_path / "state"}
     fasp_fx.prune(captured, **how)
 
     def no_more(*args: object) -> None:
@@ -176,23 +172,13 @@ OTHERS: dict[str, tuple[dict[str, Any], str]] = {
 def test_another_run_is_refused(
     captured: fasp_fx.Captured, tmp_path: Path, other: dict[str, Any], said: str
 ) -> None:
-    how: dict[str, Any] = {
-        "calibration": [{"input_ids": batch} for batch in tokens()],
-        "sparsity": 0.3,
-        "quality": "fast",
-    }
-    fasp_fx.prune(captured, checkpoint=tmp_path / "state", **how)
+    fasp_fx.prune(captured, checkpoint=tmp_path / "state", **HOW)
     with pytest.raises(StoreError, match=said):
-        fasp_fx.prune(captured, checkpoint=tmp_path / "state", **{**how, **other})
+        fasp_fx.prune(captured, checkpoint=tmp_path / "state", **{**HOW, **other})
 
 
 def test_another_model_and_what_is_no_checkpoint(captured: fasp_fx.Captured, tmp_path: Path) -> None:
-    how: dict[str, Any] = {
-        "calibration": [{"input_ids": batch} for batch in tokens()],
-        "sparsity": 0.3,
-        "quality": "fast",
-    }
-    fasp_fx.prune(captured, checkpoint=tmp_path / "state", **how)
+    fasp_fx.prune(captured, checkpoint=tmp_path / "state", **HOW)
     model = llama()
     with torch.no_grad():
         next(model.parameters()).mul_(2)
@@ -200,7 +186,7 @@ def test_another_model_and_what_is_no_checkpoint(captured: fasp_fx.Captured, tmp
         fasp_fx.prune(
             fasp_fx.capture(model, (), {"input_ids": tokens()[0], "use_cache": False}),
             checkpoint=tmp_path / "state",
-            **how,
+            **HOW,
         )
     model = llama()
     for layer in model.model.layers:
@@ -209,19 +195,19 @@ def test_another_model_and_what_is_no_checkpoint(captured: fasp_fx.Captured, tmp
         fasp_fx.prune(
             fasp_fx.capture(model, (), {"input_ids": tokens()[0], "use_cache": False}),
             checkpoint=tmp_path / "state",
-            **how,
+            **HOW,
         )
     fasp_fx.prune(
         fasp_fx.capture(llama(), (), {"input_ids": tokens()[0], "use_cache": False}),
         checkpoint=tmp_path / "state",
-        **how,
+        **HOW,
     )
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "letter.txt").write_text("dear")
     with pytest.raises(StoreError, match="no checkpoint"):
-        fasp_fx.prune(captured, checkpoint=tmp_path / "mine", **how)
+        fasp_fx.prune(captured, checkpoint=tmp_path / "mine", **HOW)
     with pytest.raises(ArgumentError, match="code of your own"):
-        fasp_fx.prune(captured, checkpoint=tmp_path / "new", score=lambda columns: columns.norms, **how)
+        fasp_fx.prune(captured, checkpoint=tmp_path / "new", score=lambda columns: columns.norms, **HOW)
     assert [path.name for path in (tmp_path / "mine").iterdir()] == ["letter.txt"]
 
 
@@ -241,15 +227,10 @@ DAMAGE: dict[str, Callable[[Path], object]] = {
 def test_a_damaged_checkpoint_is_refused(
     captured: fasp_fx.Captured, tmp_path: Path, damage: Callable[[Path], object]
 ) -> None:
-    how: dict[str, Any] = {
-        "calibration": [{"input_ids": batch} for batch in tokens()],
-        "sparsity": 0.3,
-        "quality": "fast",
-    }
-    fasp_fx.prune(captured, checkpoint=tmp_path / "state", **how)
+    fasp_fx.prune(captured, checkpoint=tmp_path / "state", **HOW)
     damage(tmp_path / "state")
     with pytest.raises(StoreError, match="remove"):
-        fasp_fx.prune(captured, checkpoint=tmp_path / "state", **how)
+        fasp_fx.prune(captured, checkpoint=tmp_path / "state", **HOW)
 
 
 def test_a_model_in_parts_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -43,9 +43,8 @@ from fasp_fx.allocation import (
 from fasp_fx.allocation._allocation import _counts
 from fasp_fx.allocation._search import Exchanges, evolve, passes
 from fasp_fx.calibration.observe._consumers import Consumers
-from fasp_fx.calibration.observe._fitness import Divergence
 from fasp_fx.calibration.observe._ranks import Ranks
-from fasp_fx.calibration.observe._trial import ModelTrial
+from fasp_fx.calibration.observe._trial import Divergence, ModelTrial
 from fasp_fx.calibration.observe._visit import Decision
 from fasp_fx.errors import ArgumentError
 from fasp_fx.pruning._deciding import PROGRESS_SHARE_MEASURING
@@ -116,29 +115,6 @@ def test_moves_keep_the_budget_the_bounds_and_the_multiples(
         )
         assert moves.meets(found)
         lost = found
-
-
-def test_a_sparsity_is_met_as_nearly_as_before() -> None:
-    counted = Linear([20, 20, 20], [3, 2, 1])
-    budget = Budget(counted.groups, [Target(counted, 0.4)])
-    moves, draw, lost = exchanges(budget, 1, [8, 8, 8]), np.random.default_rng(0), [8, 8, 8]
-    seen = set()
-    for _ in range(300):
-        found = moves.drawn(lost, 0.25, draw)
-        assert found is not None
-        lost = found
-        assert abs(budget.over(lost)) <= 0.5 / counted.whole + 1e-9, "half of the smallest step"
-        seen.add(tuple(lost))
-    assert len(seen) > 50
-
-
-def test_nothing_is_exchanged_where_nothing_can_be() -> None:
-    counted = Linear([5, 2], [1, 1])
-    budget = Budget(counted.groups[:1], [Target(Linear([5], [1]), 0.4)])
-    assert exchanges(budget, 1, [2]).drawn([2], 1.0, np.random.default_rng(0)) is None
-    trial = Made(lambda lost, sequence: 1.0)
-    found = evolve(exchanges(budget, 1, [2]), [2], trial, 3, 4, 0)
-    assert (found.lost, found.tried) == ([2], 0)
 
 
 class Made(Trial):
@@ -585,23 +561,6 @@ def test_convolutions_and_random_numbers_are_searched() -> None:
     assert last <= first
 
 
-class KilledError(Exception):
-    """Stands for the end of the process."""
-
-
-def test_an_interrupted_search_comes_to_the_same(tmp_path: Path) -> None:
-    expected = chosen()
-    for at in (0.4, 0.9):  # in the search, and behind it
-
-        def killed(fraction: float, at: float = at) -> None:
-            if fraction > at:
-                raise KilledError
-
-        with pytest.raises(KilledError):
-            chosen(tmp_path / "state", killed)
-    assert is_same(chosen(tmp_path / "state"), expected)
-
-
 # Bad input.
 
 
@@ -612,9 +571,16 @@ def test_a_search_that_cannot_be_is_refused(option: str, value: Any) -> None:
         Search(**{option: value})
 
 
+def test_parts_are_searched_together() -> None:
+    result = fasp_fx.prune(Forks().eval(), (X,), calibration=[X], sparsity=0.3, allocation=SEARCH)
+    first, last, tried = noted(result.report.notes)
+    assert len(result.parts) > 1
+    assert tried
+    assert last <= first
+    assert abs(result.report.sparsity - 0.3) < 0.05
+
+
 def test_models_that_cannot_be_searched_are_refused(zoo_captured: Any) -> None:
-    with pytest.raises(ArgumentError, match=r"allocation='search' needs a model that is captured as a whole"):
-        fasp_fx.prune(Forks().eval(), (X,), calibration=[X], allocation="search")
     with pytest.raises(ArgumentError, match=r"allocation='search': a search needs a model"):
         # Before the model is looked at.
         fasp_fx.hf.prune(talker(), plain=True, calibration=iter(()), allocation="search")

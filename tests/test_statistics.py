@@ -39,35 +39,16 @@ def data(batches: int = 3, tokens: int = 90) -> list[Tensor]:
     return [torch.randn(tokens, 10, generator=generator) for _ in range(batches)]
 
 
-def inputs_of(model: nn.Module, name: str, batches: list[Tensor]) -> np.ndarray:
-    """The inputs of a module of the dense model, collected with a hook; shape [tokens, columns], float64."""
-    seen: list[Tensor] = []
-    handle = model.get_submodule(name).register_forward_pre_hook(
-        lambda module, args: seen.append(args[0].detach())
-    )
-    with torch.no_grad():
-        for batch in batches:
-            model(batch)
-    handle.remove()
-    return torch.cat([x.reshape(-1, x.shape[-1]) for x in seen]).double().numpy()
-
-
-def solve(weight: np.ndarray, x: np.ndarray, kept: np.ndarray, strength: float) -> np.ndarray:
-    """The kept columns V that minimise ‖X(W − V)ᵀ‖² + δ‖V − W_M‖², as one least-squares problem in their
-    change.
-    """
-    root = np.sqrt(strength * (x**2).sum() / x.shape[1])
-    gone = np.setdiff1d(np.arange(x.shape[1]), kept)
-    system = np.concatenate([x[:, kept], root * np.eye(len(kept))])
-    target = np.concatenate([x[:, gone] @ weight[:, gone].T, np.zeros((len(kept), len(weight)))])
-    return weight[:, kept] + np.linalg.lstsq(system, target, rcond=None)[0].T
-
-
-@given(tokens=st.integers(1, 40), columns=st.integers(1, 900), seed=st.integers(0, 99))
-def test_gram_is_the_sum_of_products(tokens: int, columns: int, seed: int) -> None:
+@given(
+    tokens=st.integers(1, 40),
+    columns=st.integers(1, 900),
+    seed=st.integers(0, 99),
+    dtype=st.sampled_from([torch.float16, torch.bfloat16, torch.float32, torch.float64]),
+)
+def test_gram_is_the_sum_of_products(tokens: int, columns: int, seed: int, dtype: torch.dtype) -> None:
     generator = torch.Generator().manual_seed(seed)
     gram = Gram(columns, torch.device("cpu"))
-    parts = [torch.randn(2, tokens, columns, generator=generator) for _ in range(2)]
+    parts = [torch.randn(2, tokens, columns, generator=generator).to(dtype) for _ in range(2)]
     for part in parts:
         gram.update(part.transpose(1, 2), 1)
     flat = torch.cat([part.reshape(-1, columns) for part in parts]).double()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
@@ -13,6 +14,7 @@ from ..analysis.groups import Group
 from ..analysis.resources import Resource, most_lost
 from ..errors import ArgumentError, BudgetError, SparsityError
 from .budgets import Cap
+from .costs import CostCurve, Costs
 
 
 class Limit(ABC):
@@ -85,18 +87,52 @@ class Budget:
     Args:
         groups: the groups that can lose channel sets.
         limits: for each resource, how much of it may stay; all over the same groups.
+        whole, places: of a budget that stands for another of more groups, that one, and which of the groups
+            here each of its groups loses as much as; ``None``: it loses nothing.
     """
 
-    def __init__(self, groups: Sequence[Group], limits: Sequence[Limit]) -> None:
+    def __init__(
+        self,
+        groups: Sequence[Group],
+        limits: Sequence[Limit],
+        whole: Budget | None = None,
+        places: Sequence[int | None] = (),
+    ) -> None:
         self.groups, self.limits = list(groups), tuple(limits)
+        self._whole, self._places = whole, places
+
+    def narrowed(self, places: Sequence[int | None]) -> Budget:
+        """This budget for fewer groups: each of its groups loses what the one at its place loses, or nothing
+        where it has none. The first group at a place stands for it.
+        """
+        first = {place: group for group, place in zip(self.groups[::-1], places[::-1], strict=True)}
+        return Budget(
+            [first[place] for place in sorted(place for place in first if place is not None)],
+            self.limits,
+            self,
+            places,
+        )
+
+    def only(self, taking_part: Sequence[bool]) -> Budget:
+        """This budget for some of its groups, of which nothing goes of the others."""
+        place = itertools.count()
+        return self.narrowed([next(place) if takes else None for takes in taking_part])
+
+    def spread(self, lost: Sequence[int], whole: Budget | None = None) -> list[int]:
+        """What the groups lose of a budget that this one was narrowed from (``None``: of the first)."""
+        if self is whole or self._whole is None:
+            return list(lost)
+        return self._whole.spread([0 if place is None else lost[place] for place in self._places], whole)
 
     def counts(self, lost: Sequence[int]) -> list[int]:
         """Channel sets that the groups of the limits lose, in all their blocks together."""
+        if self._whole is not None:
+            return self._whole.counts(self.spread(lost, self._whole))
         return [count * group.blocks for count, group in zip(lost, self.groups, strict=True)]
 
     def over(self, lost: Sequence[int]) -> float:
-        """By how much too much stays of the resource of which most does, as a fraction of what the dense
-        model has; negative where enough goes.
+        """The largest relative excess over any of the limits, as a fraction of what the dense model has;
+        negative where enough goes.
         """
         counts = self.counts(lost)
         found = [limit.over(counts) for limit in self.limits]
@@ -139,6 +175,46 @@ class Budget:
                 min(measured, key=lambda pair: pair[0])
             ]
         return min(measured, key=lambda pair: abs(pair[0]))[1]
+
+
+def alike(groups: Sequence[Group]) -> list[int]:
+    """For each group the number of its shape: groups of layers that are alike have one."""
+    shapes = [
+        (
+            group.width,
+            group.blocks,
+            group.needed,
+            group.granularity,
+            group.status,
+            len(group.producers),
+            tuple(
+                (member.dim, member.size, len(member.indices), member.block_dim, member.blocks)
+                for member in (*group.producers, *group.consumers)
+            ),
+        )
+        for group in groups
+    ]
+    numbers = {shape: number for number, shape in enumerate(dict.fromkeys(shapes))}
+    return [numbers[shape] for shape in shapes]
+
+
+def joined(costs: Costs, groups: Sequence[Group], places: Sequence[int], averages: bool) -> Costs:
+    """The cost curves of all groups at a place as one, by the name of the first; none where one has none.
+
+    Args:
+        averages: whether that is their mean, as for numbers that are held against one threshold, or their
+            sum, as for losses that are held against what all the groups take.
+    """
+    names: dict[int, list[str]] = {}
+    for group, place in zip(groups, places, strict=True):
+        names.setdefault(place, []).append(group.name)
+    curves = {}
+    for own in names.values():
+        if all(name in costs for name in own):
+            least = min(len(costs[name].losses) for name in own)
+            losses = [costs[name].losses[:least] for name in own]
+            curves[own[0]] = CostCurve((np.mean if averages else np.sum)(losses, 0))
+    return costs.with_curves(curves)
 
 
 def deepest_loss(group: Group) -> int:
@@ -267,10 +343,12 @@ __all__ = [
     "Ceiling",
     "Limit",
     "Target",
+    "alike",
     "check_counts",
     "check_reach",
     "deepest_loss",
     "departures",
+    "joined",
     "lost_per_block",
     "validate",
 ]

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import fx
@@ -29,22 +29,50 @@ if TYPE_CHECKING:
 
 #: one dimension of what a node makes, negative ones from the last
 Dim = tuple[fx.Node, int]
-
-
-class Padded(NamedTuple):
-    """A dimension that the passes pad to the size of another, where that is larger
-    (:class:`fasp_fx.passes.attention.PadValueHeads`).
-    """
-
-    own: Dim
-    other: Dim
-
-
-#: dimensions whose sizes are multiplied
-Term = list[Dim | Padded]
+#: dimensions whose sizes are multiplied; of several in one place the largest, which the passes pad the others
+#: to (:class:`fasp_fx.passes.attention.PadValueHeads`)
+Term = list[tuple[Dim, ...]]
 #: the shape of what a node makes
 ShapeOf = Callable[[fx.Node], tuple[int, ...]]
-Formula = Callable[[fx.Node, dict[str, Any], ShapeOf], list[Term]]
+
+#: all dimensions of an argument, and all but some
+ALL: tuple[int, ...] = ()
+BUT_LAST: tuple[int, ...] = (-1,)
+_Product = list[tuple[str | tuple[str, ...], int | tuple[int, ...]]]
+_SCORES: _Product = [("query", BUT_LAST), ("key", -2)]
+_FUSED = ("query", "value")  # heads of both are of one width once the passes have run
+#: products of sizes by operator: of each argument (``out``: the result) one dimension, or all but some; the
+#: whole kernel of a convolution at every position of its output, or, where it is transposed, of its input;
+#: attention's products with keys and with values; every matrix of a recurrent layer at every step
+_FORMULAS: dict[str, list[_Product]] = {
+    "aten.linear.default": [[("input", ALL), ("weight", 0)]],
+    "aten.bilinear.default": [[("input1", ALL), ("weight", 0), ("weight", 2)]],
+    "aten.matmul.default": [[("out", ALL), ("self", -1)]],
+    "aten.mm.default": [[("self", ALL), ("mat2", -1)]],
+    "aten.bmm.default": [[("self", ALL), ("mat2", -1)]],
+    "aten.addmm.default": [[("mat1", ALL), ("mat2", -1)]],
+    "aten.baddbmm.default": [[("batch1", ALL), ("batch2", -1)]],
+    "aten.mv.default": [[("self", ALL)]],
+    "aten.dot.default": [[("self", ALL)]],
+    "aten.scaled_dot_product_attention.default": [[*_SCORES, (_FUSED, -1)], [*_SCORES, (_FUSED[::-1], -1)]],
+    "flex_attention": [[*_SCORES, ("query", -1)], [*_SCORES, ("value", -1)]],
+    **{
+        f"aten.conv{rank}d.{overload}": [[("weight", ALL), ("out", (-rank - 1,))]]
+        for rank in (1, 2, 3)
+        for overload in ("default", "padding")
+    },
+    **{
+        f"aten.conv_transpose{rank}d.{'default' if rank == 1 else 'input'}": [
+            [("weight", ALL), ("input", (-rank - 1,))]
+        ]
+        for rank in (1, 2, 3)
+    },
+    "transformers.grouped_mm_fallback.default": [[("input", ALL), ("weight", 2)]],
+    **{
+        f"aten.{kind}.input": [[("input", BUT_LAST), ("params", ALL)]]
+        for kind in ("lstm", "gru", "rnn_tanh", "rnn_relu")
+    },
+}
 
 
 def macs_of(analysis: Analysis) -> Counted:
@@ -60,13 +88,9 @@ def macs_of(analysis: Analysis) -> Counted:
 
     for node in _calls(analysis.program.module.graph):
         for term in _terms(node, analysis.program.module, shapes):
-            left.add(
-                [
-                    Widest((size(item.own), size(item.other))) if isinstance(item, Padded) else size(item)
-                    for item in term
-                ]
-            )
-            dense += math.prod(size(item.own if isinstance(item, Padded) else item).whole for item in term)
+            factors = [[size(dim) for dim in dims] for dims in term]
+            left.add([own[0] if len(own) == 1 else Widest(tuple(own)) for own in factors])
+            dense += math.prod(own[0].whole for own in factors)
     return Counted(analysis, left, dense)
 
 
@@ -101,96 +125,14 @@ def _calls(graph: fx.Graph) -> Iterator[fx.Node]:
     return (node for node in graph.nodes if node.op == "call_function")
 
 
-def _every(node: fx.Node, shape: ShapeOf, *but: int) -> list[Dim]:
-    """All dimensions of what a node makes, but for some."""
-    rank = len(shape(node))
-    return [(node, dim) for dim in range(rank) if dim - rank not in but]
-
-
-def _product(first: str, second: str) -> Formula:
-    """Rows and columns of one operand times the columns of the other."""
-    return lambda node, given, shape: [[*_every(given[first], shape), (given[second], -1)]]
-
-
-def _matmul(node: fx.Node, given: dict[str, Any], shape: ShapeOf) -> list[Term]:
-    return [[*_every(node, shape), (given["self"], -1)]]
-
-
-def _linear(node: fx.Node, given: dict[str, Any], shape: ShapeOf) -> list[Term]:
-    return [[*_every(given["input"], shape), (given["weight"], 0)]]
-
-
-def _bilinear(node: fx.Node, given: dict[str, Any], shape: ShapeOf) -> list[Term]:
-    return [[*_every(given["input1"], shape), (given["weight"], 0), (given["weight"], 2)]]
-
-
-def _convolution(rank: int, transposed: bool) -> Formula:
-    """The whole kernel at every position of the output, or, where it is transposed, of the input."""
-
-    def terms(node: fx.Node, given: dict[str, Any], shape: ShapeOf) -> list[Term]:
-        return [
-            [
-                *_every(given["weight"], shape),
-                *_every(given["input"] if transposed else node, shape, -rank - 1),
-            ]
-        ]
-
-    return terms
-
-
-def _attention(node: fx.Node, given: dict[str, Any], shape: ShapeOf) -> list[Term]:
-    """A product with the keys and one with the values, for each query and each key."""
-    scores = [*_every(given["query"], shape, -1), (given["key"], -2)]
-    return [[*scores, (given["query"], -1)], [*scores, (given["value"], -1)]]
-
-
-def _fused_attention(node: fx.Node, given: dict[str, Any], shape: ShapeOf) -> list[Term]:
-    """The same; heads of queries and of values are of one width once the passes have run."""
-    scores = [*_every(given["query"], shape, -1), (given["key"], -2)]
-    query, value = (given["query"], -1), (given["value"], -1)
-    return [[*scores, Padded(query, value)], [*scores, Padded(value, query)]]
-
-
-def _experts(node: fx.Node, given: dict[str, Any], shape: ShapeOf) -> list[Term]:
-    return [[*_every(given["input"], shape), (given["weight"], 2)]]
-
-
-def _recurrent(node: fx.Node, given: dict[str, Any], shape: ShapeOf) -> list[Term]:
-    """Every matrix at every step of every sequence."""
-    matrices = [weight for weight in given["params"] if len(shape(weight)) == 2]
-    return [[*_every(given["input"], shape, -1), *_every(weight, shape)] for weight in matrices]
-
-
-_FORMULAS: dict[str, Formula] = {
-    "aten.linear.default": _linear,
-    "aten.bilinear.default": _bilinear,
-    "aten.matmul.default": _matmul,
-    "aten.mm.default": _product("self", "mat2"),
-    "aten.bmm.default": _product("self", "mat2"),
-    "aten.addmm.default": _product("mat1", "mat2"),
-    "aten.baddbmm.default": _product("batch1", "batch2"),
-    "aten.mv.default": lambda node, given, shape: [[*_every(given["self"], shape)]],
-    "aten.dot.default": lambda node, given, shape: [[*_every(given["self"], shape)]],
-    "aten.scaled_dot_product_attention.default": _fused_attention,
-    "flex_attention": _attention,
-    **{
-        f"aten.conv{rank}d.{overload}": _convolution(rank, False)
-        for rank in (1, 2, 3)
-        for overload in ("default", "padding")
-    },
-    "aten.conv_transpose1d.default": _convolution(1, True),
-    "aten.conv_transpose2d.input": _convolution(2, True),
-    "aten.conv_transpose3d.input": _convolution(3, True),
-    "transformers.grouped_mm_fallback.default": _experts,
-    **{f"aten.{kind}.input": _recurrent for kind in ("lstm", "gru", "rnn_tanh", "rnn_relu")},
-}
-
-
 def _terms(node: fx.Node, module: torch.nn.Module, shape: ShapeOf) -> list[Term]:
     """The products of sizes that one call takes."""
     formula = _FORMULAS.get(str(node.target))
     if formula is not None:
-        return formula(node, arguments(node), shape)
+        given = {**arguments(node), "out": node}
+        # The matrices of a recurrent layer come in one argument, among its biases.
+        each = [matrix for matrix in given.get("params", ()) if len(shape(matrix)) == 2] or [None]
+        return [_dims({**given, "params": matrix}, term, shape) for term in formula for matrix in each]
     if isinstance(node.target, OpOverload) and (
         node.target._overloadpacket in flop_registry or _is_made_of_products(node, shape)
     ):
@@ -207,6 +149,19 @@ def _terms(node: fx.Node, module: torch.nn.Module, shape: ShapeOf) -> list[Term]
                     " no budget here; use another"
                 )
     return []
+
+
+def _dims(
+    given: dict[str, Any], term: list[tuple[str | tuple[str, ...], int | tuple[int, ...]]], shape: ShapeOf
+) -> Term:
+    """The dimensions of one product of sizes, of the arguments of a call."""
+    found: Term = []
+    for names, which in term:
+        sources = [given[name] for name in ([names] if isinstance(names, str) else names)]
+        rank = len(shape(sources[0]))
+        dims = [which] if isinstance(which, int) else [dim for dim in range(rank) if dim - rank not in which]
+        found += [tuple((source, dim) for source in sources) for dim in dims]
+    return found
 
 
 def _is_made_of_products(node: fx.Node, shape: ShapeOf) -> bool:

@@ -7,7 +7,7 @@ from fnmatch import fnmatchcase
 
 from ..analysis.groups import Group
 from ..errors import ArgumentError
-from ._allocation import Budget, lost_per_block
+from ._limits import Budget, lost_per_block
 
 
 def matches(pattern: str, name: str) -> bool:
@@ -54,29 +54,6 @@ def check_patterns(
                 f"{option}: '{pattern}' matches no group, and no weight {what}; analyze(...).groups has their"
                 " names"
             )
-
-
-class PartialBudget(Budget):
-    """A budget in which some groups take no part.
-
-    Args:
-        whole: the budget of all groups.
-        taking_part: for each of its groups, whether it does.
-    """
-
-    def __init__(self, whole: Budget, taking_part: Sequence[bool]) -> None:
-        super().__init__(
-            [group for group, takes in zip(whole.groups, taking_part, strict=True) if takes], whole.limits
-        )
-        self.whole, self.taking_part = whole, taking_part
-
-    def spread(self, lost: Sequence[int]) -> list[int]:
-        """What all groups lose, of what those that take part lose."""
-        left = iter(lost)
-        return [next(left) if takes else 0 for takes in self.taking_part]
-
-    def counts(self, lost: Sequence[int]) -> list[int]:
-        return self.whole.counts(self.spread(lost))
 
 
 def check_asked(
@@ -138,7 +115,6 @@ def lost_by_pattern(budget: Budget, fractions: Mapping[str, float], round_to: in
 
 
 __all__ = [
-    "PartialBudget",
     "check_asked",
     "check_patterns",
     "held_by",

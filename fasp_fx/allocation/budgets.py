@@ -128,8 +128,7 @@ class Latency(Cap):
     Attributes:
         seconds: called with the width that is left of each block of each group that can lose channels, by the
             group's name, and returns seconds. It is asked for some hundreds of combinations in one pruning:
-            look times up, rather than measure there. More width may never take less
-            time than less of it.
+            look times up, rather than measure there. More width may never take less time than less of it.
     """
 
     seconds: Callable[[Mapping[str, int]], float] = field(compare=False, repr=False)

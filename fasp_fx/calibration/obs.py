@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import numpy as np
 import torch
@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..base._options import is_number
 from ..errors import ArgumentError, CalibrationError
-from .scoring import Columns, GroupColumns, GroupScore, Order
+from .scoring import ByColumns, Columns, GroupColumns, GroupScore, Order, Random, Score, fasp, magnitude
 from .statistics import InputGradients, MakeStatistic, precise
 
 #: the diagonal of the Gram matrix is raised by this part of its mean, as OSSCAR (arXiv 2403.12983) and ZipLM
@@ -240,4 +240,36 @@ def greedy(group: GroupColumns, problems: list[Elimination], rounds: int) -> Ord
     return Order(np.array(order), np.maximum.accumulate(np.array(losses)))
 
 
-__all__ = ["OBS", "Elimination", "damped_inverse", "greedy", "spread_of"]
+def resolve_score(score: Literal["fasp", "magnitude", "random", "obs"] | Score) -> GroupScore:
+    """The score of groups that a name, or a score of columns, stands for (a function is taken to need
+    calibration data).
+
+    Raises:
+        ArgumentError: an unknown name.
+    """
+    if isinstance(score, GroupScore):
+        if not isinstance(score.statistics, Mapping) or not all(map(callable, score.statistics.values())):
+            raise ArgumentError(
+                f"{type(score).__name__}.statistics is {score.statistics!r}; give a mapping from names to"
+                " what makes a statistic (fasp_fx.statistics.MakeStatistic)"
+            )
+        return score
+    if isinstance(score, type):
+        raise ArgumentError(f"score={score.__name__} is a class; make one: score={score.__name__}()")
+    if score == "obs":
+        return OBS()
+    if callable(score):
+        return ByColumns(score)
+    if score == "fasp":
+        return ByColumns(fasp)
+    if score == "magnitude":
+        return ByColumns(magnitude, needs_data=False)
+    if score == "random":
+        return ByColumns(Random(), needs_data=False)
+    raise ArgumentError(
+        f"score={score!r} is not known; use 'fasp', 'obs', 'magnitude', 'random', a callable from"
+        " fasp_fx.scoring.Columns to a tensor, or a GroupScore"
+    )
+
+
+__all__ = ["OBS", "Elimination", "damped_inverse", "greedy", "resolve_score", "spread_of"]

@@ -5,11 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
-from ..allocation._alike import AlikeBudget
 from ..allocation._allocation import Budget, Ceiling, CostAllocation, Target, TrialAllocation, validate
-from ..allocation._limits import departures
+from ..allocation._limits import alike, departures, joined
 from ..allocation._selection import (
-    PartialBudget,
     check_asked,
     check_patterns,
     held_by,
@@ -23,7 +21,7 @@ from ..analysis._analysis import Analysis
 from ..analysis.groups import Group
 from ..analysis.resources import Resource, Sparsity
 from ..base._undisturbed import in_turns
-from ..calibration.observe._trial import AskedTrial, ModelTrial
+from ..calibration.observe._trial import ServedTrial
 from ..errors import NothingPrunableError
 from ._method import Method
 from .config import PruningConfig
@@ -65,7 +63,7 @@ def allocate(
     budget: Budget,
     groups: Sequence[Group],
     costs: Costs | None,
-    trial: ModelTrial | None = None,
+    trial: ServedTrial | None = None,
     advance: Callable[[float], None] = lambda fraction: None,
 ) -> tuple[list[int], list[str]]:
     """How many channel sets each block of each of the budget's groups loses, and what there is to say of it.
@@ -92,30 +90,24 @@ def allocate(
     if isinstance(config.sparsity, Mapping):
         check_patterns("sparsity", config.sparsity, groups, read_by)
         check_asked(config.sparsity, config.exclude, groups, budget.groups)
-    part = _included(method, budget)
-    alike = AlikeBudget(part) if config.uniform_layers else None
-
-    def spread(lost: Sequence[int]) -> list[int]:
-        """What all groups lose, of what those lose that stand for them and are not excluded."""
-        found = list(lost) if alike is None else alike.spread(lost)
-        # Who gives a partial budget asks for what its groups lose.
-        return part.spread(found) if isinstance(part, PartialBudget) and part is not budget else found
-
-    if alike is not None and costs is not None:
-        costs = alike.joined(costs, isinstance(allocation, CostAllocation) and allocation.averages)
-    kept, asked = part if alike is None else alike, None
-    if trial is not None:
-        asked = AskedTrial(trial, kept.groups, spread, in_turns(advance))
+    kept = part = _included(method, budget)
+    if config.uniform_layers:
+        places = alike(part.groups)
+        kept = part.narrowed(places)
+        averages = isinstance(allocation, CostAllocation) and allocation.averages
+        costs = None if costs is None else joined(costs, part.groups, places, averages)
     if isinstance(config.sparsity, Mapping):
-        return spread(lost_by_pattern(kept, config.sparsity, config.round_to)), []
+        return kept.spread(lost_by_pattern(kept, config.sparsity, config.round_to), budget), []
+    if trial is not None:
+        trial.serve(kept.groups, kept.spread, in_turns(advance))
     if isinstance(allocation, CostAllocation):
         assert costs is not None
-        given = (costs, asked) if isinstance(allocation, TrialAllocation) else (costs,)
+        given = (costs, trial) if isinstance(allocation, TrialAllocation) else (costs,)
         found = validate(allocation(kept, config.round_to, *given), kept)
     else:
         found = validate(allocation(kept, config.round_to), kept)
     notes = departures(found, kept, config.round_to) if callable(config.allocation) else []
-    return spread(found), [*notes, *(asked.notes if asked is not None else ())]
+    return kept.spread(found, budget), [*notes, *(trial.notes if trial is not None else ())]
 
 
 def expected_sparsity(config: PruningConfig, analysis: Analysis) -> float:
@@ -139,7 +131,7 @@ def _included(method: Method, budget: Budget) -> Budget:
     excluded = [is_excluded(group, method.config.exclude) for group in budget.groups]
     if all(excluded):
         raise NothingPrunableError("every group that can be pruned is excluded; leave out some of exclude=")
-    return PartialBudget(budget, [not out for out in excluded])
+    return budget.only([not out for out in excluded])
 
 
 __all__ = ["allocate", "budget_for", "check_request", "counted", "expected_sparsity"]

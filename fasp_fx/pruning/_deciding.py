@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 from ..allocation._allocation import CostAllocation
-from ..allocation._selection import PartialBudget
 from ..allocation.costs import Costs, check_costs
 from ..analysis import plan as plans
 from ..analysis._analysis import Analysis
@@ -18,7 +17,7 @@ from ..analysis.plan import PruningPlan
 from ..base._options import path_of
 from ..calibration._journal import Journal, open_journal
 from ..calibration.observe._consumers import Consumers
-from ..calibration.observe._planned import Planned
+from ..calibration.observe._order import Planned
 from ..calibration.observe._ranks import Ranks
 from ..calibration.observe._visit import Decision
 from ..errors import ArgumentError
@@ -109,11 +108,10 @@ def decide(
         budget,
         groups,
         measured.costs,
-        measured.trials.get(""),
+        subject.trial(measured.trials),
         lambda fraction: advance(done + (start - done) * fraction),
     )
-    if isinstance(budget, PartialBudget):
-        lost = budget.spread(lost)
+    lost = budget.spread(lost)
     if method.runs_trials:
         clock.lap("searching")
     notes += _remarks(measured, subject, config, lost)

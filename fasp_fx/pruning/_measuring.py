@@ -19,9 +19,9 @@ from ..base._warn import warn
 from ..base.offload._current import computing
 from ..calibration.losses import Outputs
 from ..calibration.observe._consumers import Consumers
-from ..calibration.observe._costs import curves_of, orders_of
 from ..calibration.observe._gradients import ENOUGH, observe_batches
 from ..calibration.observe._marks import Marks
+from ..calibration.observe._order import curves_of, orders_of
 from ..calibration.observe._pieces import Piece, in_pieces, whole_batches
 from ..calibration.observe._ranks import Ranks
 from ..calibration.observe._trial import ModelTrial

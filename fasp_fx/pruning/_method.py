@@ -8,8 +8,8 @@ from typing import Literal
 from ..allocation._allocation import Allocation, CostAllocation, TrialAllocation
 from ..base._device import device_of, multiplies_bfloat16
 from ..base.offload._current import computing
-from ..calibration._scores import resolve_score
 from ..calibration.losses import Loss, resolve_loss
+from ..calibration.obs import resolve_score
 from ..calibration.restoration import Restore, restored_by, ridge
 from ..calibration.scoring import ByColumns, GroupScore
 from ..calibration.statistics import MakeStatistic

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 
 from ..allocation._allocation import Budget
-from ..allocation._selection import PartialBudget
 from ..allocation.budgets import Cap
 from ..analysis import plan as plans
 from ..analysis._analysis import Analysis
@@ -19,6 +18,7 @@ from ..analysis.plan import PruningPlan
 from ..analysis.resources import Resource
 from ..base._device import device_named
 from ..calibration.observe._calibration import read_batches
+from ..calibration.observe._trial import ModelTrial, ServedTrial
 from ..calibration.observe._visit import Decision
 from ..capturing._program import Program
 from ..errors import ArgumentError
@@ -133,11 +133,13 @@ class Subject(ABC):
         """The budget of the programs that the batches serve."""
         if not missed:
             return budget
-        return PartialBudget(
-            budget, [path not in missed for path, own in self.analyses.items() for _ in own.chosen]
-        )
+        return budget.only([path not in missed for path, own in self.analyses.items() for _ in own.chosen])
 
-    def split(self, lost: list[int]) -> dict[str, list[int]]:
+    def trial(self, trials: Mapping[str, ModelTrial]) -> ServedTrial | None:
+        """What runs the programs as they would be pruned, if anything does."""
+        return trials.get("")
+
+    def split(self, lost: Sequence[int]) -> dict[str, list[int]]:
         """What the groups of each program lose, of what all groups do."""
         left = iter(lost)
         return {path: [next(left) for _ in own.chosen] for path, own in self.analyses.items()}

@@ -12,8 +12,8 @@ from ..allocation._allocation import Allocation, CostAllocation, Global, Search,
 from ..allocation.budgets import Cap, budget_data, budget_from_data, read_budget
 from ..base._identity import identity_of
 from ..base._options import configured, is_number, names_of
-from ..calibration._scores import resolve_score
 from ..calibration.losses import Loss, resolve_loss
+from ..calibration.obs import resolve_score
 from ..calibration.restoration import Restoration
 from ..calibration.scoring import Score
 from ..errors import ArgumentError, SparsityError

@@ -17,10 +17,8 @@ from ...capturing._fx import attribute
 from ...errors import ArgumentError
 from ..scoring import Columns, GroupColumns
 from ..statistics import PADDING, MakeStatistic, SplitGram, Statistic
-from ._intercept import bias_of, centred, with_ones
-from ._matrices import ConsumerMatrices
-from ._products import ObservedProducts
-from ._sets import sets_in
+from ._matrices import ConsumerMatrices, bias_of, centred, with_ones
+from ._products import ObservedProducts, sets_in
 
 
 class Consumer:
@@ -155,7 +153,7 @@ class Consumers:
 
     def forget_activations(self) -> None:
         """Keep nothing of what was seen but what needs gradients: later passes see other activations."""
-        self.products.forget_activations()
+        self.products.forget(effects=False)
         for consumer in self.by_key.values():
             consumer.grams = None
             consumer.seen = [

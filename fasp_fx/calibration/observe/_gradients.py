@@ -25,6 +25,7 @@ from ._consumers import Consumer, Consumers, counting
 from ._marks import Marks
 from ._matrices import ConsumerMatrices, states_before, token_dims
 from ._pieces import Piece, ran, returned
+from ._products import EFFECT
 from ._ranks import Ranks
 
 #: tokens for each column of a consumer from which its Gram matrix says enough to predict losses
@@ -90,9 +91,8 @@ def observe_batches(
         ranks.add_up(consumer.grams, consumer.seen)
     if ranks.size > 1:
         for product in consumers.products.all:
-            consumers.products.add_up(product, ranks)
-        if loss is not None:
-            consumers.products.add_up_effects(ranks)
+            operands = range(len(product.operands))
+            consumers.products.add_up(product, operands if loss is None else [*operands, EFFECT], ranks)
     terms = round(ranks.total(terms))
     consumers.products.terms = terms
     _check(consumers, loss is not None)

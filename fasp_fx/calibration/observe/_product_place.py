@@ -17,7 +17,7 @@ from ...base.compat import OpOverload, pytree
 from ...capturing._fx import arguments as arguments_of
 from ...capturing._fx import attribute, written_names
 from ...patterns import BIASES, CASTS, lookup
-from ._intercept import read_alone
+from ._matrices import read_alone
 from ._products import lying_along
 
 #: products whose operands are ``[..., tokens, channels]``, and, where the second is ``[..., channels,

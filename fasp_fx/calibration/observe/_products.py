@@ -4,8 +4,8 @@ and what is left of the product.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from functools import partial
-from typing import Any
 
 import numpy as np
 import torch
@@ -21,7 +21,9 @@ from ..scoring import ByColumns, Columns
 from ..statistics import PADDING, precise
 from ._marks import Marks
 from ._ranks import Ranks
-from ._sets import sets_in
+
+#: what is seen of a product besides its operands, 0 and 1
+EFFECT = "effect"
 
 
 class ObservedProducts:
@@ -45,16 +47,17 @@ class ObservedProducts:
 
     def __init__(self, analysis: Analysis, groups: list[Group]) -> None:
         self.analysis = analysis
-        self.of_group: dict[str, list[Product]] = {}
-        for group in groups:
-            if not group.uses:
-                self.of_group[group.name] = [
-                    p
-                    for p in analysis.walk.facts.products
-                    if np.isin(analysis.labels[p.numbers], group.sets).any()
-                ]
-        self._squares: dict[tuple[int, int, int], Tensor] = {}
-        self._effects: dict[tuple[int, int], Tensor] = {}
+        self.of_group = {
+            group.name: [
+                product
+                for product in analysis.walk.facts.products
+                if np.isin(analysis.labels[product.numbers], group.sets).any()
+            ]
+            for group in groups
+            if not group.uses
+        }
+        #: sums of squares of a product's operands, 0 and 1, and of the effects of the first, along each axis
+        self._sums: dict[tuple[int, int | str, int], Tensor] = {}
         self.terms = 0
 
     @property
@@ -74,18 +77,16 @@ class ObservedProducts:
             for operand, node in enumerate(product.operands):
                 for number, batch in zip(runner.numbers, runner.read(node), strict=True):
                     self.see(product, operand, batch, marks, number)
-            self.add_up(product, ranks, runner.device)
+            self.add_up(product, range(len(product.operands)), ranks, runner.device)
 
-    def see(self, product: Product, operand: int, value: Tensor, marks: Marks, number: int) -> None:
-        """Add the squares of one operand of a product, in one batch."""
-        for index, lying in enumerate(self._lying(product)[operand]):
-            _added(
-                self._squares,
-                (id(product), operand, index),
-                self._summed(
-                    value.detach().abs().to(torch.float32), lying, product.operands[operand], marks, number
-                ),
-            )
+    def see(self, product: Product, what: int | str, value: Tensor, marks: Marks, number: int) -> None:
+        """Add the squares of one operand of a product, or of its effects, in one batch, without padding."""
+        squares = value.detach().abs().to(torch.float32).square()
+        for index, lying in enumerate(self._lying(product, what)):
+            counts = marks.of(number, _operand(product, what), value, tokens_of(lying)) != PADDING
+            more = lying.summed((squares * counts).to(precise(value.device)))
+            key = id(product), what, index
+            self._sums[key] = self._sums[key] + more if key in self._sums else more
 
     def see_effect(
         self, product: Product, value: Tensor, gradient: Tensor, marks: Marks, number: int
@@ -98,101 +99,70 @@ class ObservedProducts:
             gradient: of the loss with respect to it.
         """
         effect = (value.detach() * gradient.conj()).real if value.is_complex() else value.detach() * gradient
-        for index, lying in enumerate(self._lying(product)[0]):
-            _added(
-                self._effects,
-                (id(product), index),
-                self._summed(effect.to(torch.float32), lying, product.operands[0], marks, number),
-            )
+        self.see(product, EFFECT, effect, marks, number)
 
-    def add_up(self, product: Product, ranks: Ranks, device: torch.device | None = None) -> None:
-        """Add the squares of operands that other processes have seen; this one may have seen none.
+    def add_up(
+        self, product: Product, seen: Iterable[int | str], ranks: Ranks, device: torch.device | None = None
+    ) -> None:
+        """Add what other processes have seen of operands or effects; this one may have seen none.
 
         Args:
             device: where the program runs; ``None``: where it is.
         """
-        for operand, axes in enumerate(self._lying(product)):
-            for index, lying in enumerate(axes):
-                ranks.add(
-                    self._squares.setdefault((id(product), operand, index), self._nothing(lying, device))
-                )
-
-    def add_up_effects(self, ranks: Ranks) -> None:
-        """Add the effects that other processes have seen; this one may have seen none."""
-        for product in self.all:
-            for index, lying in enumerate(self._lying(product)[0]):
-                ranks.add(self._effects.setdefault((id(product), index), self._nothing(lying)))
-
-    def _nothing(self, lying: Repeating, device: torch.device | None = None) -> Tensor:
         device = device or device_of(self.analysis.program.module)
-        return torch.zeros(lying.numbers.shape, dtype=precise(device), device=device)
+        for what in seen:
+            for index, lying in enumerate(self._lying(product, what)):
+                nothing = torch.zeros(lying.numbers.shape, dtype=precise(device), device=device)
+                ranks.add(self._sums.setdefault((id(product), what, index), nothing))
 
     def effects(self) -> list[Tensor]:
         """The sums of the squared effects."""
-        return list(self._effects.values())
+        return [value for (_, what, _), value in self._sums.items() if what == EFFECT]
 
-    def forget_activations(self) -> None:
-        """Keep nothing of what was seen but effects on the loss."""
-        self._squares.clear()
-
-    def forget(self) -> None:
-        """Keep nothing of what was seen."""
-        self._squares.clear()
-        self._effects.clear()
+    def forget(self, effects: bool = True) -> None:
+        """Keep nothing of what was seen, or nothing but effects on the loss."""
+        self._sums = {key: value for key, value in self._sums.items() if key[1] == EFFECT and not effects}
 
     def costs(self, group: Group) -> np.ndarray | None:
         """What each channel set of a group costs by its effects on the loss, in the order of ``group.sets``;
         ``None`` where no loss was run back.
         """
         products = self.of(group)
-        if not products or not all((id(product), 0) in self._effects for product in products):
+        if not products or not all((id(product), EFFECT, 0) in self._sums for product in products):
             return None
-        total = np.zeros(group.size)
-        for product in products:
-            for index, lying in enumerate(self._lying(product)[0]):
-                _add(
-                    total,
-                    group,
-                    self.analysis,
-                    lying.numbers.reshape(-1).numpy(),
-                    self._effects[id(product), index].cpu().numpy().reshape(-1),
-                )
+        total: np.ndarray = np.sum([self._by_set(group, product, EFFECT) for product in products], 0)
         return 0.5 * total / max(self.terms, 1)
-
-    def _summed(self, value: Tensor, lying: Repeating, node: fx.Node, marks: Marks, number: int) -> Tensor:
-        """The squares of a value without padding, by channel."""
-        counts = marks.of(number, node, value, tokens_of(lying)) != PADDING
-        return lying.summed((value.square() * counts).to(precise(value.device)))
 
     def scores(self, group: Group) -> np.ndarray:
         """One value for each channel set of a group, in the order of ``group.sets``."""
         total = np.zeros(group.size)
         for product in self.of(group):
-            worth = np.ones(group.size)
-            for operand, axes in enumerate(self._lying(product)):
-                held = np.zeros(group.size)
-                for index, lying in enumerate(axes):
-                    _add(
-                        held,
-                        group,
-                        self.analysis,
-                        lying.numbers.reshape(-1).numpy(),
-                        self._squares[id(product), operand, index].cpu().numpy().reshape(-1),
-                    )
-                worth *= np.sqrt(held)
-            total += worth
+            energies = [self._by_set(group, product, operand) for operand in range(len(product.operands))]
+            total += np.prod(np.sqrt(energies), 0)
+        return total
+
+    def _by_set(self, group: Group, product: Product, what: int | str) -> np.ndarray:
+        """What was seen of a product, added up for the channel sets of a group."""
+        total = np.zeros(group.size)
+        for index, lying in enumerate(self._lying(product, what)):
+            seen = self._sums[id(product), what, index].cpu().numpy().reshape(-1)
+            _add(total, group, self.analysis, lying.numbers.reshape(-1).numpy(), seen)
         return total
 
     def cut(self, runner: Runner, products: list[Product], gone: np.ndarray) -> None:
         """Take removed channels out of products about to be executed: zeros in the first operand."""
         kept = torch.from_numpy(~np.append(gone, False))  # the last entry serves NONE (-1)
         for product in products:
-            for lying in self._lying(product)[0]:
+            for lying in self._lying(product, 0):
                 runner.change(product.operands[0], partial(_staying, kept, lying))
 
-    def _lying(self, product: Product) -> list[list[Repeating]]:
-        """How the channels that the product sums over lie along each operand."""
-        return [lying_along(self.analysis, product, operand) for operand in range(len(product.operands))]
+    def _lying(self, product: Product, what: int | str) -> list[Repeating]:
+        """How the channels that the product sums over lie along an operand."""
+        return lying_along(self.analysis, product, 0 if what == EFFECT else int(what))
+
+
+def _operand(product: Product, what: int | str) -> fx.Node:
+    return product.operands[0 if what == EFFECT else int(what)]
 
 
 def _staying(kept: Tensor, lying: Repeating, value: Tensor) -> Tensor:
@@ -221,10 +191,6 @@ def tokens_of(lying: Repeating) -> list[int]:
         for dim, (size, varies) in enumerate(zip(lying.numbers.shape, lying.varies, strict=True))
         if size == 1 or varies
     ]
-
-
-def _added(sums: dict[Any, Tensor], key: Any, more: Tensor) -> None:
-    sums[key] = sums[key] + more if key in sums else more
 
 
 def row_scores(analysis: Analysis, group: Group, score: ByColumns, within: str) -> np.ndarray:
@@ -263,3 +229,21 @@ def _add(
 ) -> None:
     sets = sets_in(group, analysis.labels, numbers)
     np.add.at(total, sets[sets >= 0], values[sets >= 0])
+
+
+def sets_in(group: Group, labels: np.ndarray, numbers: np.ndarray) -> np.ndarray:
+    """For channel numbers of any shape, which of a group's channel sets each belongs to, counted in the order
+    of ``group.sets``; -1 where none.
+
+    Args:
+        labels: the channel set of each channel number.
+    """
+    sets = np.where(numbers >= 0, labels[np.maximum(numbers, 0)], -1)
+    member = np.isin(sets, group.sets)
+    order = np.argsort(group.sets)
+    found = np.full(numbers.shape, -1)
+    found[member] = order[np.searchsorted(group.sets[order], sets[member])]
+    return found
+
+
+__all__ = ["sets_in"]

@@ -161,10 +161,6 @@ class Ranks:
         """The sum of the numbers of all processes."""
         return float(self.add(torch.tensor(float(number), dtype=torch.float64))) if self.size > 1 else number
 
-    def most(self, number: int) -> int:
-        """The largest of the numbers of all processes."""
-        return max(self._gathered(number))
-
     def first(self, value: T) -> T:
         """What the first process has."""
         found: T = self.share(0, value)

@@ -5,8 +5,9 @@ replaced.
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections import OrderedDict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -16,29 +17,90 @@ from torch import Tensor
 from ...allocation._limits import check_counts
 from ...allocation._search import Trial
 from ...analysis.groups import Group
+from ...base._deviation import unfilled
 from ...base._device import float32_products
 from ...base._undisturbed import drawing_alike
 from ...base.offload._current import keep
 from ...capturing._runner import Runner
 from ...errors import ArgumentError
-from ..losses import Loss
+from ..losses import (
+    Loss,
+    Outputs,
+    Padding,
+    evaluated,
+    next_token,
+    number_outputs,
+    predictions,
+    without_padding,
+)
 from ..obs import DAMPING
 from ..restoration import damped
 from ..scoring import Order
 from ..statistics import SplitGram
 from ._consumers import Consumer, Consumers
-from ._fitness import fitness_of
 from ._gradients import called, padding_of
 from ._marks import Marks
+from ._matrices import read_otherwise
 from ._pieces import Piece, returned
 from ._ranks import Ranks
-from ._readings import read_otherwise
 
 #: repaired weights are kept of so many times the elements of all consumers
 _KEPT = 2
 
 
-class ModelTrial:
+class ServedTrial(Trial):
+    """A trial that serves budgets of fewer groups than the model has.
+
+    Args:
+        count: sequences.
+        description: of what a candidate is judged by.
+        groups: those of the model.
+
+    Attributes:
+        notes: what came of the search, for the report.
+    """
+
+    def __init__(self, count: int, description: str, groups: Sequence[Group]) -> None:
+        self.count, self._description, self.notes = count, description, list[str]()
+        self.serve(groups, list, lambda fraction: None)
+
+    def serve(
+        self,
+        groups: Sequence[Group],
+        spread: Callable[[Sequence[int]], Sequence[int]],
+        advance: Callable[[float], None],
+    ) -> None:
+        """Try allocations of a budget that has fewer groups than the model, or groups that stand for others.
+
+        Args:
+            groups: those of the budget.
+            spread: what all groups lose, of what those of the budget lose.
+            advance: called with the fraction of the search done.
+        """
+        self._groups, self._spread, self._advance = groups, spread, advance
+
+    def taken(self, lost: Sequence[int], sequences: Sequence[int]) -> Sequence[int]:
+        """What all groups lose; arguments as for :meth:`losses`.
+
+        Raises:
+            ArgumentError: there is no such sequence, or what is to be lost cannot be.
+        """
+        if bad := [number for number in sequences if number not in range(self.count)]:
+            raise ArgumentError(f"there is no sequence {bad[0]!r}; there are {self.count}, from 0 on")
+        return self._spread(check_counts(lost, self._groups))
+
+    def progress(self, fraction: float) -> None:
+        self._advance(fraction)
+
+    def note(self, before: float, after: float, tried: int) -> None:
+        sequences = f"{self.count} sequence{'s' if self.count > 1 else ''}"
+        self.notes.append(
+            f"search: {self._description} on {sequences} went from {before:.4g} to {after:.4g};"
+            f" {tried} candidates were tried"
+        )
+
+
+class ModelTrial(ServedTrial):
     """Runs the dense model with the weights of consumers as an allocation would leave them.
 
     Of each group the first channel sets of its order go. Every consumer is repaired in closed form on what
@@ -50,7 +112,7 @@ class ModelTrial:
         orders: of the groups that have one, by name.
         pieces: calibration sequences, some of which are taken, evenly.
         marks: which tokens of the pieces are padding.
-        loss: what a candidate is judged by (:mod:`fasp_fx.calibration.observe._fitness`).
+        loss: what a candidate is judged by (:mod:`fasp_fx.calibration.observe._trial`).
         most: how many sequences are taken at most.
         repairs: whether consumers are repaired; otherwise the removed columns are zero.
         precision: of products of float32 while a candidate runs.
@@ -72,8 +134,8 @@ class ModelTrial:
         self.analysis, self.ranks, self.fitness = consumers.analysis, ranks, fitness_of(loss)
         self._consumers, self._marks, self._precision = consumers, marks, precision
         self._orders = {name: ranks.first(order.sets) for name, order in orders.items()}
-        self.count = min(most, len(pieces))
-        self._places = [index * len(pieces) // self.count for index in range(self.count)]
+        count = min(most, len(pieces))
+        self._places = [index * len(pieces) // count for index in range(count)]
         self._pieces = [pieces[place] for place in self._places]
         self._by_weight: dict[str, list[Consumer]] = {}
         for consumer in consumers.by_key.values():
@@ -94,15 +156,18 @@ class ModelTrial:
         self._made: OrderedDict[tuple[str, tuple[int, ...]], Tensor] = OrderedDict()
         self._room = _KEPT * sum(consumers.weight(own[0]).numel() for own in self._by_weight.values())
         self._dense: dict[int, Any] | None = None
+        super().__init__(min(most, len(pieces)), self.fitness.description, self.analysis.chosen)
 
     def losses(self, lost: Sequence[int], sequences: Sequence[int]) -> list[float]:
-        """The loss on each of some of the sequences taken, in all processes; arguments as for
-        :class:`fasp_fx.allocation.Trial`, of all chosen groups.
+        """The loss on each of some of the sequences taken, in all processes.
+
+        Raises:
+            ArgumentError: there is no such sequence, or what is to be lost cannot be.
         """
+        weights = self._weights(self.taken(lost, sequences))
         if self._dense is None:
             self._dense = self._remembered()
         found = torch.zeros(len(sequences), dtype=torch.float64)
-        weights = self._weights(lost)
         for place, number in enumerate(sequences):
             if number % self.ranks.size == self.ranks.rank:
                 value = self.fitness.loss(self._dense[number], *self._run(number, weights))
@@ -180,46 +245,6 @@ class ModelTrial:
         )
 
 
-class AskedTrial(Trial):
-    """A trial of a budget that has fewer groups than the model, or groups that stand for others.
-
-    Args:
-        model: runs the model.
-        groups: those of the budget.
-        spread: what all groups lose, of what those of the budget lose.
-        advance: called with the fraction of the search done.
-
-    Attributes:
-        notes: what came of it, for the report.
-    """
-
-    def __init__(
-        self,
-        model: ModelTrial,
-        groups: Sequence[Group],
-        spread: Callable[[Sequence[int]], Sequence[int]],
-        advance: Callable[[float], None],
-    ) -> None:
-        self.count, self.notes = model.count, list[str]()
-        self._model, self._groups, self._spread = model, groups, spread
-        self._advance = advance
-
-    def losses(self, lost: Sequence[int], sequences: Sequence[int]) -> list[float]:
-        if bad := [number for number in sequences if number not in range(self.count)]:
-            raise ArgumentError(f"there is no sequence {bad[0]!r}; there are {self.count}, from 0 on")
-        return self._model.losses(self._spread(check_counts(lost, self._groups)), sequences)
-
-    def progress(self, fraction: float) -> None:
-        self._advance(fraction)
-
-    def note(self, before: float, after: float, tried: int) -> None:
-        sequences = f"{self.count} sequence{'s' if self.count > 1 else ''}"
-        self.notes.append(
-            f"search: {self._model.fitness.said} on {sequences} went from {before:.4g} to {after:.4g};"
-            f" {tried} candidates were tried"
-        )
-
-
 def _cut(matrix: Tensor, kept: Tensor, gram: SplitGram | None) -> Tensor:
     """One block of a consumer without the columns that go, ``[rows, columns]``."""
     if gram is None or bool(kept.all()):
@@ -227,4 +252,148 @@ def _cut(matrix: Tensor, kept: Tensor, gram: SplitGram | None) -> Tensor:
     return damped(matrix, gram.symmetric()[: len(kept), : len(kept)], kept.nonzero()[:, 0], DAMPING)
 
 
-__all__ = ["AskedTrial", "ModelTrial"]
+#: so many of the dense model's most likely tokens are told apart
+LIKELIEST = 64
+#: logits of so many tokens that count are looked at together
+_AT_ONCE = 256
+
+
+class Fitness(ABC):
+    """Compares outputs on one sequence with those that the dense model gave.
+
+    Attributes:
+        description: what it is, for the report.
+    """
+
+    description: str
+
+    def remember(self, outputs: Any, inputs: Mapping[str, Any], padding: Padding) -> Any:
+        """What is kept of the dense model's outputs."""
+        return None
+
+    def settle(self, remembered: Sequence[Any], own: int, add: Callable[[Tensor], Tensor]) -> None:  # noqa: B027 (most need not)
+        """Look at all that is kept, before anything is compared.
+
+        Args:
+            own: how many of them count here, the first ones; the others do in other processes.
+            add: what a sum becomes over all processes.
+        """
+
+    @abstractmethod
+    def loss(self, remembered: Any, outputs: Any, inputs: Mapping[str, Any], padding: Padding) -> float:
+        """How far the outputs are from those that were kept."""
+
+
+class Divergence(Fitness):
+    """The mean over tokens of KL(dense ‖ pruned) of the next token, where the tokens that the dense model
+    thinks less likely count as one outcome.
+
+    What is left of a divergence when outcomes are put together is never more than the whole (the
+    data-processing inequality), and zero where the two agree.
+
+    Args:
+        likeliest: how many tokens are told apart.
+    """
+
+    description = "the KL divergence from the dense model's next tokens"
+
+    def __init__(self, likeliest: int = LIKELIEST) -> None:
+        self.likeliest = likeliest
+
+    def remember(self, outputs: Any, inputs: Mapping[str, Any], padding: Padding) -> tuple[Tensor, Tensor]:
+        """The likeliest tokens ``[tokens, likeliest]``, and the logarithms of their probabilities and of that
+        of the others, ``[tokens, likeliest + 1]``.
+        """
+        chosen, held = [], []
+        for logits in _pieces(outputs, inputs, padding):
+            chosen.append(logits.topk(min(self.likeliest, logits.shape[1])).indices)
+            held.append(_coarse(logits, chosen[-1]))
+        return keep(torch.cat(chosen).to(torch.int32)), keep(torch.cat(held))
+
+    def loss(self, remembered: Any, outputs: Any, inputs: Mapping[str, Any], padding: Padding) -> float:
+        total, tokens = 0.0, 0
+        chosen, dense = remembered
+        for logits, own, expected in zip(
+            _pieces(outputs, inputs, padding), chosen.split(_AT_ONCE), dense.split(_AT_ONCE), strict=True
+        ):
+            likely = expected.exp()
+            terms = torch.where(likely > 0, likely * (expected - _coarse(logits, own.long())), 0.0)
+            total, tokens = total + float(terms.sum(dtype=torch.float32).double()), tokens + len(logits)
+        return total / max(tokens, 1)
+
+
+class Error(Fitness):
+    """Half the mean squared error of all floating-point outputs, each relative to its mean square over all
+    sequences, without fillings.
+    """
+
+    description = "half the squared error of the outputs, relative to their mean square"
+
+    def remember(self, outputs: Any, inputs: Mapping[str, Any], padding: Padding) -> list[Tensor]:
+        return [keep(values.clone()) for values in _values(outputs, padding)]
+
+    def settle(self, remembered: Sequence[Any], own: int, add: Callable[[Tensor], Tensor]) -> None:
+        sums = torch.zeros(len(remembered[0]), 2, dtype=torch.float64)
+        for outputs in remembered[:own]:
+            counted = [unfilled(leaf, leaf) for leaf in outputs]
+            sums += torch.tensor(
+                [[float(leaf.double().square().sum()), leaf.numel()] for leaf in counted], dtype=torch.float64
+            )
+        sums = add(sums)
+        self._squares = (sums[:, 0] / sums[:, 1].clamp_min(1)).tolist()
+
+    def loss(self, remembered: Any, outputs: Any, inputs: Mapping[str, Any], padding: Padding) -> float:
+        total, count = 0.0, 0
+        for dense, values, square in zip(remembered, _values(outputs, padding), self._squares, strict=True):
+            if square > 0:  # what is zero throughout has no size
+                counted, wanted = unfilled(values, dense), unfilled(dense, dense)
+                total += float((counted.double() - wanted.double()).square().sum()) / square
+                count += counted.numel()
+        return total / max(count, 1) / 2
+
+
+class Terms(Fitness):
+    """The mean of the terms of a loss of the caller's, which needs nothing of the dense model.
+
+    Args:
+        loss: the caller's.
+    """
+
+    description = "the loss that was given"
+
+    def __init__(self, loss: Loss) -> None:
+        self._loss = loss
+
+    def loss(self, remembered: Any, outputs: Any, inputs: Mapping[str, Any], padding: Padding) -> float:
+        return float(evaluated(self._loss, outputs, inputs, padding).double().mean())
+
+
+def fitness_of(loss: Loss | None) -> Fitness:
+    """What a loss is searched by; ``None``: none was given."""
+    if loss is None or isinstance(loss, Outputs):
+        return Error()
+    return Divergence() if loss is next_token else Terms(loss)
+
+
+def _pieces(outputs: Any, inputs: Mapping[str, Any], padding: Padding) -> Iterable[Tensor]:
+    """The logits of tokens that count, ``[tokens, vocabulary]``, so many of these at a time."""
+    logits, _, counts = predictions(outputs, inputs, padding)
+    for own in counts.to(logits.device).flatten().nonzero().flatten().split(_AT_ONCE):
+        yield logits.flatten(0, 1)[own].float()
+
+
+def _coarse(logits: Tensor, chosen: Tensor) -> Tensor:
+    """Logarithms of the probabilities of some tokens, and of that of all others together, ``[tokens, chosen +
+    1]``.
+    """
+    whole = logits.logsumexp(1, keepdim=True)
+    others = logits.scatter(1, chosen, -torch.inf).logsumexp(1, keepdim=True)
+    return torch.cat([logits.gather(1, chosen), others], 1) - whole
+
+
+def _values(outputs: Any, padding: Padding) -> list[Tensor]:
+    """What counts of each floating-point output."""
+    return [without_padding(leaf.detach(), padding(leaf))[0] for leaf in number_outputs(outputs)]
+
+
+__all__ = ["Divergence", "Error", "Fitness", "ModelTrial", "ServedTrial", "Terms", "fitness_of"]

@@ -22,6 +22,7 @@ from ...base._device import device_named
 from ...base._tolerable import tolerable
 from ...base._warn import warn
 from ...calibration.observe._calibration import calibration_calls
+from ...calibration.observe._trial import ModelTrial, ServedTrial
 from ...calibration.observe._visit import Decision
 from ...capturing._captured import Captured
 from ...capturing._reaching import noting_reads, said_of_reads
@@ -222,6 +223,9 @@ class InParts(Subject):
         inside = {id(tensor) for part in pruned for tensor in part.module.parameters()}
         around = {id(tensor): tensor for tensor in self.before.values() if id(tensor) not in inside}
         return Joined(list(self._chosen()), counted, times, 0 if cap is None else cap.held(around.values()))
+
+    def trial(self, trials: Mapping[str, ModelTrial]) -> ServedTrial | None:
+        return JoinedTrial(self, trials) if trials else None
 
     def read(self, calibration: Iterable[Any] | None) -> list[Call]:
         device = next((tensor.device for tensor in self.captured.call.tensors()), None)
@@ -435,6 +439,21 @@ class InParts(Subject):
                 " keyword arguments, so a model that takes a list takes it as (list,), and one that takes no"
                 " labels is given none: calibration=(batch[0] for batch in loader)"
             ) from failure
+
+
+class JoinedTrial(ServedTrial):
+    """The trials of several parts as one: their losses are added up, each of its own outputs."""
+
+    def __init__(self, subject: InParts, trials: Mapping[str, ModelTrial]) -> None:
+        one = next(iter(trials.values()))
+        count = min(trial.count for trial in trials.values())
+        super().__init__(count, f"{one.fitness.description} of all parts together", list(subject._chosen()))
+        self._subject, self._trials = subject, trials
+
+    def losses(self, lost: Sequence[int], sequences: Sequence[int]) -> list[float]:
+        shares = self._subject.split(self.taken(lost, sequences))
+        found = [trial.losses(shares[path], sequences) for path, trial in self._trials.items()]
+        return [sum(own) for own in zip(*found, strict=True)]
 
 
 def _nothing(error: CaptureError, left: Mapping[str, str]) -> CaptureError:
