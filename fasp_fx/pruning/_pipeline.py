@@ -91,10 +91,11 @@ def decide(
     if folder is not None:
         refuse_other(folder)
         for name in ("score", "restore", "loss"):
-            if callable(getattr(config, name)):
+            if callable(getattr(config, name)) and config.key is None:
                 raise ArgumentError(
                     f"{name}={getattr(config, name)!r} is code of your own, of which checkpoint= cannot tell"
-                    " whether it is the same when the run goes on; leave out checkpoint="
+                    " whether it is the same when the run goes on; say which it is by a text, key=, or leave"
+                    " out checkpoint="
                 )
     fingerprint = functools.cache(lambda: plans.computed_fingerprint(program))
     if costs is not None:
@@ -220,14 +221,14 @@ def _check_weights(program: Program) -> None:
 
 
 def _kept_options(config: PruningConfig) -> dict[str, Any]:
-    """What a checkpoint keeps of the options; what an allocation decides stands in it by itself.
-
-    Raises:
-        ArgumentError: the score or the loss is a function, of which it cannot be told whether it is the same.
+    """What a checkpoint keeps of the options; what an allocation decides stands in it by itself, and which
+    code of the user's it is, ``key`` says.
     """
-    config = replace(config, allocation=None) if callable(config.allocation) else config
-    kept: dict[str, Any] = json.loads(config.to_json())
-    return kept
+    own = {
+        name: None for name in ("score", "restore", "allocation", "loss") if callable(getattr(config, name))
+    }
+    kept: dict[str, Any] = json.loads(replace(config, **own).to_json())
+    return kept | {name: "of the user's" for name in own if name != "allocation"}
 
 
 __all__ = ["MEASURING", "SEARCHING", "Timings", "analyze_for", "decide", "make_plan", "rewrite"]
