@@ -150,12 +150,7 @@ class Lessons:
     def named(self, model: nn.Module, index: int, device: torch.device) -> Mapping[str, Any]:
         """The arguments of a batch by their names in the model's forward."""
         args, kwargs = self._on(index, device)
-        bound = inspect.signature(model.forward).bind(*args, **kwargs)
-        named = dict(bound.arguments)
-        for name, parameter in bound.signature.parameters.items():
-            if parameter.kind is inspect.Parameter.VAR_KEYWORD:
-                named.update(named.pop(name, {}))
-        return named
+        return dict(zip(inspect.signature(model.forward).parameters, args)) | kwargs
 
     def _on(self, index: int, device: torch.device) -> Any:
         """The arguments of a batch on a device, in tensors that a model may write into."""
