@@ -224,7 +224,7 @@ def _kept_options(config: PruningConfig) -> dict[str, Any]:
     """What a checkpoint keeps of the options; what an allocation decides stands in it by itself, and which
     code of the user's it is, ``key`` says.
     """
-    own = {
+    own: dict[str, Any] = {
         name: None for name in ("score", "restore", "allocation", "loss") if callable(getattr(config, name))
     }
     kept: dict[str, Any] = json.loads(replace(config, **own).to_json())
